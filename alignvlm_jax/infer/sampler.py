@@ -1,0 +1,76 @@
+"""Greedy generation: prefill once, then a token at a time from the KV cache, all rows of a batch together."""
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from alignvlm_jax.models.vlm import VLM
+from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.parallel import sharding
+from alignvlm_jax.shapes import Array
+
+PROMPT_FIELDS = ("tokens", "positions", "segment_ids", "tiles")
+
+
+class Sampler:
+    """Generates answers on a mesh.
+
+    Args:
+      model: the model, and `params` its parameters, sharded over `mesh`.
+      end_id: the token that ends an answer.
+      pad_id: what the rest of a row is filled with.
+    """
+
+    def __init__(self, model: VLM, params: Mapping, mesh: Mesh, *, end_id: int, pad_id: int) -> None:
+        self._params = params
+        self._mesh = mesh
+        generate = functools.partial(_generate, model, end_id=end_id, pad_id=pad_id)
+        self._generate = jax.jit(generate, static_argnames="num_new", out_shardings=sharding.replicated(mesh))
+
+    def generate(self, batch: Mapping[str, np.ndarray], max_new_tokens: int) -> np.ndarray:
+        """Returns int32 [B, max_new_tokens]: each row's answer up to and with the end token, then padding.
+
+        Args:
+          batch: one prompt a row, as `data.rows.build_prompt` makes it; this process's rows of the global batch.
+          max_new_tokens: static; another value or batch shape compiles anew.
+        """
+        prompts = sharding.put_batch({name: batch[name] for name in PROMPT_FIELDS}, self._mesh)
+        with mesh_lib.use(self._mesh):
+            return np.asarray(self._generate(self._params, prompts, num_new=max_new_tokens))
+
+
+def _generate(model: VLM, params: Mapping, batch: Mapping[str, Array], *, num_new: int, end_id: int, pad_id: int):
+    variables = {"params": params}
+    segment_ids = batch["segment_ids"]
+    size, length = segment_ids.shape
+    prompt_lengths_B = (segment_ids > 0).sum(-1)
+    is_prompt_BS = jnp.pad(segment_ids > 0, ((0, 0), (0, num_new)))
+    slots_S = jnp.arange(length + num_new)
+
+    def unfinished(carry) -> Array:
+        step, _, finished_B, _, _ = carry
+        return (step < num_new) & ~finished_B.all()
+
+    def advance(carry):
+        step, logits_BV, finished_B, tokens_BT, cache = carry
+        token_B = jnp.where(finished_B, pad_id, logits_BV.argmax(-1).astype(jnp.int32))
+        tokens_BT = tokens_BT.at[:, step].set(token_B)
+        finished_B |= token_B == end_id
+        # New tokens stand after the padding of the longest prompt, but are counted from the end of their own.
+        mask_BS = is_prompt_BS | ((slots_S >= length) & (slots_S <= length + step))
+        logits_BV, cache = model.apply(variables, token_B, prompt_lengths_B + step, mask_BS, cache, method="decode")
+        return step + 1, logits_BV, finished_B, tokens_BT, cache
+
+    logits_BV, cache = model.apply(variables, batch, num_new, method="prefill")
+    start = (
+        jnp.zeros((), jnp.int32),
+        logits_BV,
+        jnp.zeros(size, bool),
+        jnp.full((size, num_new), pad_id, jnp.int32),
+        cache,
+    )
+    return jax.lax.while_loop(unfinished, advance, start)[3]

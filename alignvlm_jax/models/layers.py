@@ -1,0 +1,124 @@
+"""Building blocks of both towers: projections, norms, rotary positions, remat policies. Letters: `shapes.py`."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from alignvlm_jax.config import RopeScaling
+from alignvlm_jax.shapes import Array, Float, Int
+
+REMAT_POLICIES: dict[str, Callable | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Einsum(nn.Module):
+    """A linear map `inputs, kernel -> outputs`, its kernel kept at its final rank.
+
+    nn.DenseGeneral creates a flat kernel first, which a logical spec of higher rank rejects under jax.set_mesh.
+
+    Attributes:
+      equation: for example "BTD,DHh->BTHh".
+      shape: of the kernel.
+      axes: logical axis of each kernel dimension.
+      use_bias: adds a bias over the kernel dimensions that the output keeps.
+    """
+
+    equation: str
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    use_bias: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, inputs: Array) -> Array:
+        letters, out = self.equation.split(",")[1].split("->")
+        kept = [i for i, letter in enumerate(letters) if letter in out]
+        summed = [i for i in range(len(letters)) if i not in kept]
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=summed, out_axis=kept)
+        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), self.shape, jnp.float32)
+        outputs = jnp.einsum(self.equation, inputs.astype(self.dtype), kernel.astype(self.dtype))
+        if self.use_bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.axes[i] for i in kept))
+            bias = self.param("bias", zeros, tuple(self.shape[i] for i in kept), jnp.float32)
+            outputs += bias.astype(self.dtype)
+        return outputs
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis, computed in float32, returned in the input's dtype."""
+
+    eps: float
+    scale_init: float = 1.0
+    axes: tuple[str | None, ...] = (None,)
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        size = (x.shape[-1],)
+        scale_init = nn.with_logical_partitioning(nn.initializers.constant(self.scale_init), self.axes)
+        scale = self.param("scale", scale_init, size, jnp.float32)
+        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.axes), size, jnp.float32)
+        x32 = x.astype(jnp.float32)
+        centred = x32 - x32.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        return (centred * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last axis, computed in float32, returned in the input's dtype."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        ones = nn.with_logical_partitioning(nn.initializers.ones, (None,))
+        scale = self.param("scale", ones, (x.shape[-1],), jnp.float32)
+        x32 = x.astype(jnp.float32)
+        variance = jnp.square(x32).mean(-1, keepdims=True)
+        return (x32 * jax.lax.rsqrt(variance + self.eps) * scale).astype(x.dtype)
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Float[Array, "h/2"]:
+    """Returns the angular frequency of each pair of channels, in radians a position.
+
+    With a factor above 1, Llama 3's scaling: wavelengths beyond original_length / low_freq_factor are stretched by the
+    factor, those under original_length / high_freq_factor kept, those between blended.
+    """
+    frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling.factor == 1.0:
+        return frequencies
+    turns = scaling.original_length * frequencies / (2 * math.pi)
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = jnp.clip(keep, 0.0, 1.0)
+    return frequencies * (keep + (1 - keep) / scaling.factor)
+
+
+def apply_rope(x: Float[Array, "B T H h"], positions: Int[Array, "B T"], frequencies: Float[Array, "h/2"]) -> Array:
+    """Rotates channel pairs (i, i + h/2) by position x frequency, in float32 (bfloat16 rounds position 257 to 256)."""
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def scan_blocks(block: type[nn.Module], num_layers: int, remat: str, in_axes: tuple) -> type[nn.Module]:
+    """Returns `block` stacked `num_layers` times over a leading "layers" axis, rematerialised by policy name.
+
+    The block maps (x, *inputs) to (x, per-layer output); `in_axes` says for each input whether it is scanned (0) or
+    shared (nn.broadcast).
+    """
+    if REMAT_POLICIES[remat] is not None:
+        block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[remat])
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=num_layers,
+        in_axes=in_axes,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )

@@ -1,0 +1,165 @@
+"""The Llama decoder: RMSNorm, grouped-query attention with rotary positions, SwiGLU, tied or untied head.
+
+Letters: `shapes.py`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from alignvlm_jax.config import LLMConfig
+from alignvlm_jax.models.layers import Einsum, RMSNorm, apply_rope, rope_frequencies, scan_blocks
+from alignvlm_jax.ops.attention import attention
+from alignvlm_jax.shapes import Array, Bool, Float, Int
+
+
+class Cache(NamedTuple):
+    """Keys (rotated) and values of all layers, and the slot where the next token is written."""
+
+    keys: Float[Array, "L B S K h"]
+    values: Float[Array, "L B S K h"]
+    index: Int[Array, ""]
+
+
+class Attention(nn.Module):
+    """Causal self-attention; with a cache, over all its slots that `mask` admits."""
+
+    config: LLMConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, positions: Array, mask: Array, keys_values, index) -> tuple[Array, tuple | None]:
+        c = self.config
+        frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+
+        def project(name: str, num_heads: int, axis: str) -> Array:
+            equation = "BTD,DHh->BTHh" if axis == "heads" else "BTD,DKh->BTKh"
+            shape, axes = (c.width, num_heads, c.head_dim), ("embed", axis, "head_dim")
+            y = Einsum(equation, shape, axes, dtype=self.dtype, name=name)(x_BTD)
+            return nn.with_logical_constraint(y, ("act_batch", "act_len", "act_heads", None))
+
+        query_BTHh = apply_rope(project("q", c.num_heads, "heads"), positions, frequencies)
+        key_BTKh = apply_rope(project("k", c.num_kv_heads, "kv_heads"), positions, frequencies)
+        value_BTKh = project("v", c.num_kv_heads, "kv_heads")
+        if keys_values is not None:
+            key_BTKh, value_BTKh = keys_values = tuple(
+                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=1)
+                for old, new in zip(keys_values, (key_BTKh, value_BTKh), strict=True)
+            )
+        mixed_BTHh = attention(query_BTHh, key_BTKh, value_BTKh, mask)
+        shape, axes = (c.num_heads, c.head_dim, c.width), ("heads", "head_dim", "embed")
+        return Einsum("BTHh,HhD->BTD", shape, axes, dtype=self.dtype, name="o")(mixed_BTHh), keys_values
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    config: LLMConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BTD: Array) -> Array:
+        c = self.config
+        gate_BTF, up_BTF = (
+            Einsum("BTD,DF->BTF", (c.width, c.mlp_width), ("embed", "mlp"), dtype=self.dtype, name=name)(x_BTD)
+            for name in ("gate", "up")
+        )
+        hidden_BTF = nn.with_logical_constraint(nn.silu(gate_BTF) * up_BTF, ("act_batch", "act_len", "act_mlp"))
+        return Einsum("BTF,FD->BTD", (c.mlp_width, c.width), ("mlp", "embed"), dtype=self.dtype, name="down")(
+            hidden_BTF
+        )
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); hands back the layer's updated keys and values."""
+
+    config: LLMConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, positions: Array, mask: Array, keys_values, index) -> tuple[Array, tuple | None]:
+        eps = self.config.norm_eps
+        normed_BTD = RMSNorm(eps, name="attn_norm")(x_BTD)
+        mixed_BTD, keys_values = Attention(self.config, self.dtype, name="attn")(
+            normed_BTD, positions, mask, keys_values, index
+        )
+        x_BTD += mixed_BTD
+        x_BTD += MLP(self.config, self.dtype, name="mlp")(RMSNorm(eps, name="mlp_norm")(x_BTD))
+        return nn.with_logical_constraint(x_BTD, ("act_batch", "act_len", "act_embed")), keys_values
+
+
+class Embedding(nn.Module):
+    """The text table: tokens to vectors, and with a tied head hidden states to logits."""
+
+    config: LLMConfig
+
+    def setup(self) -> None:
+        c = self.config
+        init = nn.with_logical_partitioning(nn.initializers.normal(c.width**-0.5), ("vocab", "embed"))
+        self.table = self.param("table", init, (c.vocab_size, c.width), jnp.float32)
+
+
+class Llama(nn.Module):
+    """The decoder in three steps, since image vectors come in between: `embed`, `__call__`, `logits`.
+
+    Attributes:
+      config: sizes.
+      dtype: of the computation.
+      remat: policy name, see `layers.REMAT_POLICIES`.
+    """
+
+    config: LLMConfig
+    dtype: jnp.dtype
+    remat: str
+
+    def setup(self) -> None:
+        c = self.config
+        self.embedding = Embedding(c, name="embed")
+        axes = (nn.broadcast, nn.broadcast, 0, nn.broadcast)
+        self.blocks = scan_blocks(Block, c.num_layers, self.remat, in_axes=axes)(c, self.dtype)
+        self.final_norm = RMSNorm(c.norm_eps)
+        if not c.tie_embeddings:
+            self.head = Einsum("BTD,DV->BTV", (c.width, c.vocab_size), ("embed", "vocab"), dtype=self.dtype)
+
+    @property
+    def table(self) -> Float[Array, "V D"]:
+        """The text embeddings, live: gradients flow into them."""
+        return self.embedding.table
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Returns the text embeddings of tokens."""
+        # Gathered over fsdp first: a lookup in a table sharded both ways makes XLA replicate the whole result.
+        table_VD = nn.with_logical_constraint(self.table.astype(self.dtype), ("vocab", "act_embed"))
+        return nn.with_logical_constraint(table_VD[tokens], ("act_batch", "act_len", "act_embed"))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T S"],
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Returns the last hidden states, normalised, and the cache with the T new tokens written at its index."""
+        keys_values = None if cache is None else (cache.keys, cache.values)
+        index = None if cache is None else cache.index
+        x_BTD, keys_values = self.blocks(x.astype(self.dtype), positions, mask, keys_values, index)
+        if cache is not None:
+            cache = Cache(*keys_values, index=cache.index + x.shape[1])
+        return self.final_norm(x_BTD), cache
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Returns float32 logits over the vocabulary, sharded like it."""
+        if self.config.tie_embeddings:
+            logits_BTV = jnp.einsum("BTD,VD->BTV", hidden, self.table.astype(self.dtype))
+        else:
+            logits_BTV = self.head(hidden)
+        return nn.with_logical_constraint(logits_BTV.astype(jnp.float32), ("act_batch", "act_len", "act_vocab"))
+
+    def empty_cache(self, batch_size: int, length: int) -> Cache:
+        """Returns a cache of zeros with `length` slots."""
+        c = self.config
+        zeros = jnp.zeros((c.num_layers, batch_size, length, c.num_kv_heads, c.head_dim), self.dtype)
+        zeros = nn.with_logical_constraint(zeros, ("layers", "act_batch", "act_len", "act_heads", None))
+        return Cache(zeros, zeros, jnp.zeros((), jnp.int32))

@@ -1,0 +1,102 @@
+"""The SigLIP vision encoder (arXiv 2303.15343): patch convolution, learned positions, pre-norm blocks, final norm.
+
+Letters: `shapes.py`; B here counts tiles (rows x tile slots).
+"""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from alignvlm_jax.config import VisionConfig
+from alignvlm_jax.models.layers import Einsum, LayerNorm, scan_blocks
+from alignvlm_jax.ops.attention import attention
+from alignvlm_jax.shapes import Array, Float, UInt8
+
+
+class Attention(nn.Module):
+    """Full self-attention over the patches of a tile, with biases."""
+
+    config: VisionConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BPE: Array) -> Array:
+        c = self.config
+        head_dim = c.width // c.num_heads
+        shape, axes = (c.width, c.num_heads, head_dim), ("vis_embed", "vis_heads", "head_dim")
+        query, key, value = (
+            nn.with_logical_constraint(
+                Einsum("BPE,EHh->BPHh", shape, axes, use_bias=True, dtype=self.dtype, name=name)(x_BPE),
+                ("act_batch", "act_len", "act_heads", None),
+            )
+            for name in "qkv"
+        )
+        mixed = attention(query, key, value)
+        shape, axes = (c.num_heads, head_dim, c.width), ("vis_heads", "head_dim", "vis_embed")
+        return Einsum("BPHh,HhE->BPE", shape, axes, use_bias=True, dtype=self.dtype, name="o")(mixed)
+
+
+class MLP(nn.Module):
+    """Two layers with the tanh approximation of GELU."""
+
+    config: VisionConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BPE: Array) -> Array:
+        c = self.config
+        up = Einsum("BPE,EF->BPF", (c.width, c.mlp_width), ("vis_embed", "vis_mlp"), True, self.dtype, name="up")
+        down = Einsum("BPF,FE->BPE", (c.mlp_width, c.width), ("vis_mlp", "vis_embed"), True, self.dtype, name="down")
+        hidden_BPF = nn.with_logical_constraint(up(x_BPE), ("act_batch", "act_len", "act_mlp"))
+        return down(nn.gelu(hidden_BPF, approximate=True))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    config: VisionConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BPE: Array, _: None) -> tuple[Array, None]:
+        eps = self.config.norm_eps
+        x_BPE += Attention(self.config, self.dtype, name="attn")(LayerNorm(eps, name="attn_norm")(x_BPE))
+        x_BPE += MLP(self.config, self.dtype, name="mlp")(LayerNorm(eps, name="mlp_norm")(x_BPE))
+        return nn.with_logical_constraint(x_BPE, ("act_batch", "act_len", "act_embed")), None
+
+
+class Siglip(nn.Module):
+    """Encodes tiles into patch features.
+
+    Attributes:
+      config: sizes.
+      dtype: of the computation.
+      remat: policy name, see `layers.REMAT_POLICIES`.
+    """
+
+    config: VisionConfig
+    dtype: jnp.dtype
+    remat: str
+
+    @nn.compact
+    def __call__(self, tiles: UInt8[Array, "B Y X C"]) -> Float[Array, "B P E"]:
+        """Returns the last hidden states, normalised. Pixels 0..255 are mapped to -1..1."""
+        c = self.config
+        rows, columns = c.patch_grid
+        pixels = tiles.astype(self.dtype) / 127.5 - 1.0
+        # A convolution whose stride is its kernel is a matrix product over patches.
+        patches = pixels.reshape(-1, rows, c.patch_height, columns, c.patch_width, tiles.shape[-1])
+        patches = patches.swapaxes(2, 3).reshape(-1, c.num_patches, c.patch_height, c.patch_width, tiles.shape[-1])
+        x_BPE = Einsum(
+            "BPyxC,yxCE->BPE",
+            (c.patch_height, c.patch_width, tiles.shape[-1], c.width),
+            (None, None, None, "vis_embed"),
+            use_bias=True,
+            dtype=self.dtype,
+            name="patch_embed",
+        )(patches)
+        init = nn.with_logical_partitioning(nn.initializers.normal(c.width**-0.5), ("patch", "vis_embed"))
+        positions = self.param("positions", init, (c.num_patches, c.width), jnp.float32)
+        x_BPE = nn.with_logical_constraint(x_BPE + positions.astype(self.dtype), ("act_batch", "act_len", "act_embed"))
+        blocks = scan_blocks(Block, c.num_layers, self.remat, in_axes=(nn.broadcast,))
+        x_BPE, _ = blocks(c, self.dtype, name="blocks")(x_BPE, None)
+        return LayerNorm(c.norm_eps, name="final_norm")(x_BPE)

@@ -1,0 +1,168 @@
+"""The composition: tiles -> SigLIP -> connector -> image slots among the text embeddings -> Llama -> logits.
+
+Letters: `shapes.py`.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from alignvlm_jax.config import Config, ModelConfig
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.models import connectors
+from alignvlm_jax.models.connectors.base import PatchLabels
+from alignvlm_jax.models.llama import Cache, Llama
+from alignvlm_jax.models.siglip import Siglip
+from alignvlm_jax.ops.attention import causal_mask
+from alignvlm_jax.shapes import Array, Bool, Float, Int, UInt8
+
+NUM_CHANNELS = 3
+
+
+class Output(NamedTuple):
+    """Logits that predict each position's next token, and the connector's loss of each patch (zeros without labels)."""
+
+    logits: Float[Array, "B T V"]
+    patch_nll: Float[Array, "B I P"]
+
+
+class VLM(nn.Module):
+    """The whole model. Batches are those of `data.schema.Batch`."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        self.vision = Siglip(c.vision, dtype, c.remat)
+        self.connector = connectors.get(c.connector.name)(c, dtype)
+        self.llm = Llama(c.llm, dtype, c.remat)
+
+    def __call__(self, batch: Mapping[str, Array], visual_input: str = "pixels") -> Output:
+        """Returns the logits of every position, and the patch loss where the batch has labels.
+
+        Args:
+          batch: tokens, positions, segment_ids; tiles for "pixels"; patch_label_ids and patch_label_weights for
+            "labels", and for the patch loss.
+          visual_input: "pixels", or "labels": the average of text embeddings that the labels name stands in for what
+            the connector would hand on, and no image is looked at.
+        """
+        visual_BND, patch_nll = self._visual_tokens(batch, visual_input)
+        x_BTD = self._merge(batch["tokens"], visual_BND)
+        hidden_BTD, _ = self.llm(x_BTD, batch["positions"], causal_mask(batch["segment_ids"]))
+        return Output(self.llm.logits(hidden_BTD), patch_nll)
+
+    def encode_tiles(self, tiles: UInt8[Array, "B I Y X C"]) -> Float[Array, "B I P E"]:
+        """Returns patch features; every tile is encoded by itself."""
+        batch, slots = tiles.shape[:2]
+        features = self.vision(tiles.reshape(batch * slots, *tiles.shape[2:]))
+        return features.reshape(batch, slots, *features.shape[1:])
+
+    def patch_probabilities(self, batch: Mapping[str, Array]) -> Float[Array, "B I P V"]:
+        """Returns each patch's distribution over the vocabulary; only for connectors that have one (ALIGN)."""
+        features = self.encode_tiles(batch["tiles"])
+        probabilities_NV = self.connector.probabilities(features.reshape(-1, features.shape[-1]))
+        return probabilities_NV.reshape(*features.shape[:-1], -1)
+
+    def prefill(self, batch: Mapping[str, Array], num_new: int) -> tuple[Float[Array, "B V"], Cache]:
+        """Reads one prompt a row (segment 1, then padding) from pixels.
+
+        Returns:
+          The logits of each row's first new token, and a cache with room for `num_new` tokens after the T slots of
+          the prompt. Padding lies between; `decode`'s mask must keep it out.
+        """
+        segment_ids = batch["segment_ids"]
+        size, length = segment_ids.shape
+        mask = jnp.pad(causal_mask(segment_ids), ((0, 0), (0, 0), (0, num_new)))
+        visual_BND, _ = self._visual_tokens(batch, "pixels")
+        x_BTD = self._merge(batch["tokens"], visual_BND)
+        cache = self.llm.empty_cache(size, length + num_new)
+        hidden_BTD, cache = self.llm(x_BTD, batch["positions"], mask, cache)
+        last_B = (segment_ids > 0).sum(-1) - 1
+        hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
+        return self.llm.logits(hidden_B1D)[:, 0], cache
+
+    def decode(
+        self, tokens: Int[Array, "B"], positions: Int[Array, "B"], mask: Bool[Array, "B S"], cache: Cache
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Reads one more token a row; `mask` admits cache slots, this token's own included."""
+        x_B1D = self.llm.embed(tokens[:, None])
+        hidden_B1D, cache = self.llm(x_B1D, positions[:, None], mask[:, None], cache)
+        return self.llm.logits(hidden_B1D)[:, 0], cache
+
+    def _visual_tokens(self, batch: Mapping[str, Array], visual_input: str) -> tuple[Array, Array]:
+        """Visual tokens [B, I * P, D] and patch losses [B, I, P]."""
+        labels = None
+        if "patch_label_ids" in batch:
+            size, slots, patches, k = batch["patch_label_ids"].shape
+            labels = PatchLabels(batch["patch_label_ids"].reshape(-1, k), batch["patch_label_weights"].reshape(-1, k))
+        if visual_input == "labels":
+            vectors_NkD = self.llm.embed(labels.ids)
+            tokens_ND = jnp.einsum("NkD,Nk->ND", vectors_NkD, labels.weights.astype(vectors_NkD.dtype))
+            return tokens_ND.reshape(size, slots * patches, -1), jnp.zeros((size, slots, patches), jnp.float32)
+        features = self.encode_tiles(batch["tiles"])
+        size, slots, patches, width = features.shape
+        output = self.connector(features.reshape(-1, width), self.llm.table, labels)
+        return output.tokens.reshape(size, slots * patches, -1), output.patch_nll.reshape(size, slots, patches)
+
+    def _merge(self, tokens_BT: Array, visual_BND: Array) -> Array:
+        """Text embeddings with a row's n-th visual token at its n-th image slot. Used tiles come first in a row, so
+        unused ones are never reached."""
+        is_image_BT = tokens_BT == self.config.image_token_id
+        # The placeholder may lie beyond the text table: look it up nowhere.
+        text_BTD = self.llm.embed(jnp.where(is_image_BT, 0, tokens_BT))
+        slot_BT = jnp.clip(jnp.cumsum(is_image_BT, axis=1) - 1, 0)
+        image_BTD = jnp.take_along_axis(visual_BND, slot_BT[..., None], axis=1)
+        x_BTD = jnp.where(is_image_BT[..., None], image_BTD, text_BTD)
+        return nn.with_logical_constraint(x_BTD, ("act_batch", "act_len", "act_embed"))
+
+
+def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shapes and dtypes of the global batch of a training step."""
+    vision, data, batch = config.model.vision, config.data, config.train.batch_size
+    length, patches = data.row_length, (batch, data.max_tiles, vision.num_patches)
+    tiles = (batch, data.max_tiles, vision.tile_height, vision.tile_width, NUM_CHANNELS)
+    shapes = {
+        "tokens": ((batch, length), np.int32),
+        "targets": ((batch, length), np.int32),
+        "loss_weights": ((batch, length), np.float32),
+        "positions": ((batch, length), np.int32),
+        "segment_ids": ((batch, length), np.int32),
+        "tiles": (tiles, np.uint8),
+        "tile_mask": ((batch, data.max_tiles), np.bool_),
+        "patch_label_ids": ((*patches, data.max_patch_labels), np.int32),
+        "patch_label_weights": ((*patches, data.max_patch_labels), np.float32),
+        "patch_loss_weights": (patches, np.float32),
+    }
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
+
+
+def init_params(model: VLM, rng: jax.Array, batch: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    """Returns fresh parameters, boxed with their logical axes, under "vision", "connector" and "llm"; with
+    `w2_init="lm_head"`, W2 is already a copy of the fresh head.
+
+    Call it inside `jax.eval_shape` or `jax.jit`: only shapes of `batch` matter.
+    """
+    zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in batch.items()}
+    params = model.init(rng, zeros)["params"]
+    return copy_head(params) if has_head_copy(model.config) else params
+
+
+def has_head_copy(config: ModelConfig) -> bool:
+    """Whether the connector has a W2 that starts as a copy of the LM head."""
+    return config.connector.name == "align" and config.connector.w2_init == "lm_head"
+
+
+def copy_head(params: dict[str, Any]) -> dict[str, Any]:
+    """Returns params with ALIGN's W2 [D, V] set to the LM head: its own kernel, or the tied table transposed."""
+    llm, connector = params["llm"], params["connector"]
+    head = nn.meta.unbox(llm["head"]["kernel"]) if "head" in llm else nn.meta.unbox(llm["embed"]["table"]).T
+    old = connector["w2"]["kernel"]
+    if nn.meta.unbox(old).shape != head.shape:
+        raise UserError(f"W2 is {nn.meta.unbox(old).shape} but the LM head is {head.shape}: they must be equal")
+    # A copy, not a second name for the same buffer: donating one must not take the other away.
+    new = nn.meta.replace_boxed({"w2": old}, {"w2": jnp.copy(head)})["w2"]
+    return {**params, "connector": {**connector, "w2": {"kernel": new}}}

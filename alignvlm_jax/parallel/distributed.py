@@ -1,0 +1,46 @@
+"""Several processes as one: start-up and named barriers."""
+
+import os
+
+import jax
+from jax.experimental import multihost_utils
+
+from alignvlm_jax.errors import UserError
+
+START_TIMEOUT_SECONDS = 60
+
+
+def initialize() -> None:
+    """Joins the other processes, where the environment names them; does nothing for a single process.
+
+    ALIGNVLM_COORDINATOR (host:port), ALIGNVLM_NUM_PROCESSES and ALIGNVLM_PROCESS_ID are set by the launch scripts.
+
+    Raises:
+      UserError: some are missing, or the processes do not all arrive within START_TIMEOUT_SECONDS.
+    """
+    names = ("ALIGNVLM_COORDINATOR", "ALIGNVLM_NUM_PROCESSES", "ALIGNVLM_PROCESS_ID")
+    values = [os.environ.get(name) for name in names]
+    if not any(values):
+        return
+    if not all(values):
+        missing = ", ".join(name for name, value in zip(names, values, strict=True) if not value)
+        raise UserError(f"{missing} not set: a run of several processes needs all of {', '.join(names)}")
+    address, count, index = values[0], int(values[1]), int(values[2])
+    try:
+        jax.distributed.initialize(address, count, index, initialization_timeout=START_TIMEOUT_SECONDS)
+    except RuntimeError as err:
+        raise UserError(
+            f"process {index} of {count} waited {START_TIMEOUT_SECONDS} s at {address} for the others: start all "
+            f"{count} within a minute of each other ({str(err).splitlines()[0]})"
+        ) from err
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes logs and reports."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until every process has reached the barrier of this name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

@@ -1,0 +1,52 @@
+"""The device mesh (data, fsdp, tensor)."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh
+
+from alignvlm_jax.config import Config
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.parallel.sharding import RULES
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns the mesh that `config.mesh` asks for, over all devices by default.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices, or the batch does not divide over data x fsdp.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
+    asked = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise UserError(
+            f"config.mesh {asked}: each axis is at least 1, and at most one of them is -1 (all that is left)"
+        )
+    if -1 in sizes:
+        fixed = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = max(len(devices) // fixed, 1)
+    if math.prod(sizes) != len(devices):
+        raise UserError(f"config.mesh {asked} does not fit {len(devices)} devices; try data -1, fsdp 1, tensor 1")
+    rows, ways = config.train.batch_size // config.train.accumulation, sizes[0] * sizes[1]
+    if rows % ways:
+        raise UserError(
+            f"batch of {rows} rows (train.batch_size {config.train.batch_size} / accumulation "
+            f"{config.train.accumulation}) does not divide over data x fsdp = {ways}; nearest that does: "
+            f"{max(round(rows / ways), 1) * ways * config.train.accumulation}"
+        )
+    # Linen's logical constraints need Auto axes; jax.make_mesh would give Explicit ones.
+    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh) -> Iterator[Mesh]:
+    """Enters the mesh and the rules. `with mesh:` would silently drop every logical constraint."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield mesh

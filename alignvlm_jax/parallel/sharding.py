@@ -1,0 +1,96 @@
+"""Logical axes to mesh axes: shardings of parameters, state and batches. The only file that builds NamedSharding."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from alignvlm_jax.errors import UserError
+
+RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+    # Activations.
+    ("act_batch", ("data", "fsdp")),
+    ("act_len", None),
+    ("act_embed", None),
+    ("act_heads", "tensor"),
+    ("act_mlp", "tensor"),
+    ("act_vocab", "tensor"),
+    # Parameters of both towers; where two axes of one array name the same mesh axis, the first takes it.
+    ("vocab", "tensor"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("vis_heads", "tensor"),
+    ("mlp", "tensor"),
+    ("vis_mlp", "tensor"),
+    ("embed", "fsdp"),
+    ("vis_embed", "fsdp"),
+    ("layers", None),
+    ("head_dim", None),
+    ("patch", None),
+)
+
+
+def tree_sharding(boxed: Any, mesh: Mesh) -> Any:
+    """Returns the NamedSharding of every leaf of an abstract tree whose arrays are boxed with their logical axes.
+
+    Leaves without a box are replicated. The result has the structure of the unboxed tree.
+
+    Raises:
+      UserError: a sharded dimension does not divide; jax never pads.
+    """
+    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+    jax.tree_util.tree_map_with_path(_check_divides, unbox(boxed), shardings)
+    return shardings
+
+
+def unbox(boxed: Any) -> Any:
+    """Returns the tree without its boxes of logical axes. nn.meta.unbox would also constrain each array to the mesh
+    entered, which abstract arrays do not bear."""
+    return nn.meta.map_axis_meta(lambda box: box.unbox(apply_constraint=False), boxed)
+
+
+def _check_divides(path: tuple, array: jax.ShapeDtypeStruct, sharding: NamedSharding) -> None:
+    for size, axes in zip(array.shape, sharding.spec, strict=False):
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        ways = int(np.prod([sharding.mesh.shape[axis] for axis in axes]))
+        if size % ways:
+            raise UserError(
+                f"{path_name(path)} {array.shape}: dimension {size} does not divide over mesh axis "
+                f"{' x '.join(axes)} of {ways}; lower config.mesh.{axes[0]} or change the model's size"
+            )
+
+
+def path_name(path: tuple) -> str:
+    """Returns a tree path as "llm/blocks/attn/q/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of batch arrays: rows over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Returns global arrays made of every process's own rows."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+
+
+def table(abstract: Any, shardings: Any) -> str:
+    """Returns one line an array: path, shape, mesh axes, MiB on a device."""
+    leaves = jax.tree_util.tree_leaves_with_path(abstract)
+    rows = [("parameter", "shape", "sharded over", "MiB a device")]
+    for (path, array), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
+        spec = " ".join("-" if a is None else "+".join(a) if isinstance(a, tuple) else a for a in sharding.spec)
+        local = np.prod(sharding.shard_shape(array.shape)) * array.dtype.itemsize / 2**20
+        rows.append((path_name(path), "x".join(map(str, array.shape)), spec or "-", f"{local:.3f}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -1,0 +1,88 @@
+"""Eight CPU devices, and the smallest model that still has every part."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Forced here, not in each test: the number of devices is fixed at the first use of jax.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from alignvlm_jax import config as config_lib
+from alignvlm_jax.parallel import mesh as mesh_lib
+
+
+def tiny_config(**changes) -> config_lib.Config:
+    """A model of two layers and width 16; `changes` replace whole parts of the config."""
+    model = config_lib.ModelConfig(
+        vision=config_lib.VisionConfig(
+            tile_height=8,
+            tile_width=16,
+            patch_height=4,
+            patch_width=4,
+            width=16,
+            mlp_width=32,
+            num_layers=2,
+            num_heads=2,
+        ),
+        llm=config_lib.LLMConfig(
+            vocab_size=32, width=16, mlp_width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4
+        ),
+    )
+    base = config_lib.Config(
+        model=model,
+        data=config_lib.DataConfig(row_length=32, max_tiles=2),
+        mesh=config_lib.MeshConfig(data=2, fsdp=2, tensor=2),
+        train=config_lib.TrainConfig(num_steps=4, batch_size=8),
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def random_batch(config: config_lib.Config, seed: int = 0) -> dict[str, np.ndarray]:
+    """Rows of random pixels and tokens: the image slots first, then a question, an answer and padding."""
+    rng = np.random.default_rng(seed)
+    vision, data, size = config.model.vision, config.data, config.train.batch_size
+    slots, patches = data.max_tiles * config.model.slots_per_tile, vision.num_patches
+    tokens = rng.integers(8, config.model.llm.vocab_size, (size, data.row_length)).astype(np.int32)
+    lengths = rng.integers(slots + 8, data.row_length + 1, size)
+    index = np.arange(data.row_length)
+    tokens[:, :slots] = config.model.image_token_id
+    is_token = index < lengths[:, None]
+    tokens[~is_token] = 0
+    targets = np.roll(tokens, -1, axis=1)
+    is_answer = (index >= slots + 4) & (index < lengths[:, None] - 1)
+    shares = rng.random((size, data.max_tiles, patches, data.max_patch_labels)).astype(np.float32)
+    return {
+        "tokens": tokens,
+        "targets": targets,
+        "loss_weights": is_answer.astype(np.float32),
+        "positions": np.where(is_token, index, 0).astype(np.int32),
+        "segment_ids": is_token.astype(np.int32),
+        "tiles": rng.integers(0, 256, (size, data.max_tiles, vision.tile_height, vision.tile_width, 3), dtype=np.uint8),
+        "tile_mask": np.ones((size, data.max_tiles), bool),
+        "patch_label_ids": rng.integers(
+            8, config.model.llm.vocab_size, (size, data.max_tiles, patches, data.max_patch_labels)
+        ).astype(np.int32),
+        "patch_label_weights": shares / shares.sum(-1, keepdims=True),
+        "patch_loss_weights": np.ones((size, data.max_tiles, patches), np.float32),
+    }
+
+
+@pytest.fixture
+def config() -> config_lib.Config:
+    return tiny_config()
+
+
+@pytest.fixture
+def batch(config) -> dict[str, np.ndarray]:
+    return random_batch(config)
+
+
+@pytest.fixture
+def mesh(config):
+    """The 2 x 2 x 2 mesh, entered."""
+    with mesh_lib.use(mesh_lib.make_mesh(config)) as mesh:
+        yield mesh
