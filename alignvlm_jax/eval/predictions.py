@@ -1,0 +1,101 @@
+"""The file of predictions on one split: a header line that says how they were made, then a line a question.
+
+It grows under a `.partial` name and is renamed when it is whole, so a file without that suffix is always complete.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from alignvlm_jax.errors import UserError
+
+DIRECTORY = "predictions"
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """One file. Every row has at least id, record, question, answers, prediction, score (ANLS), exact and kind."""
+
+    header: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    def of_kind(self, kind: str) -> "Predictions":
+        """Returns only the rows about documents of this kind."""
+        return dataclasses.replace(self, rows=[row for row in self.rows if row["kind"] == kind])
+
+    def kinds(self) -> list[str]:
+        """Returns the kinds of documents that occur, sorted."""
+        return sorted({row["kind"] for row in self.rows})
+
+    def mean(self, field: str) -> float:
+        """Returns the mean of a score over the rows."""
+        return sum(row[field] for row in self.rows) / len(self.rows)
+
+    def margin(self, field: str) -> float:
+        """Returns half the width of the 95 % interval of `mean`, taking questions as independent."""
+        mean = self.mean(field)
+        variance = sum((row[field] - mean) ** 2 for row in self.rows) / len(self.rows)
+        return 1.96 * math.sqrt(variance / len(self.rows))
+
+
+def path_of(workdir: str | os.PathLike, split: str, blind: bool) -> pathlib.Path:
+    """Returns where a split's predictions stand in a workdir."""
+    return pathlib.Path(workdir, DIRECTORY, f"{split}{'_blind' if blind else ''}.jsonl")
+
+
+def read(path: pathlib.Path) -> Predictions | None:
+    """Returns the predictions in a file, or None where there is no header to read.
+
+    What follows the last newline is left out: a line half written when its process was stopped.
+
+    Raises:
+      UserError: a whole line is not JSON.
+    """
+    if not path.exists():
+        return None
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    try:
+        values = [json.loads(line) for line in lines]
+    except ValueError as err:
+        raise UserError(f"{path} is damaged ({err}); delete it and evaluate again") from err
+    return Predictions(values[0], values[1:]) if values else None
+
+
+class Writer:
+    """Appends to a file's partial form, from where an earlier process with the same header stopped.
+
+    Attributes:
+      predictions: what is in the file so far.
+    """
+
+    def __init__(self, path: pathlib.Path, header: dict[str, Any]) -> None:
+        self._path = path
+        self._partial = path.with_name(path.name + ".partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        earlier = read(self._partial)
+        same = earlier is not None and earlier.header == header
+        self.predictions = Predictions(header, list(earlier.rows) if same else [])
+        if same:
+            whole = self._partial.read_bytes()
+            os.truncate(self._partial, whole.rindex(b"\n") + 1)
+        else:
+            self._partial.write_text(_lines([header]), encoding="utf-8")
+
+    def append(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Adds rows; the file is closed again when this returns, so a stop between calls loses none."""
+        self.predictions.rows.extend(rows)
+        with self._partial.open("a", encoding="utf-8") as file:
+            file.write(_lines(rows))
+
+    def publish(self) -> Predictions:
+        """Gives the whole file its name."""
+        os.replace(self._partial, self._path)
+        return self.predictions
+
+
+def _lines(values: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
