@@ -1,6 +1,7 @@
 """The one record that all data sets become, and the names of a batch's arrays."""
 
 import dataclasses
+import itertools
 import json
 from typing import Any, TypedDict
 
@@ -75,7 +76,7 @@ def decode_record(data: bytes) -> Record:
         header_bytes, _, blob = data.partition(b"\0")
         header: dict[str, Any] = json.loads(header_bytes)
         ends = np.cumsum([0, *header["images"]])
-        header["images"] = tuple(blob[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True))
+        header["images"] = tuple(blob[a:b] for a, b in itertools.pairwise(ends))
         header["turns"] = tuple(Turn(t["question"], tuple(t["answers"])) for t in header["turns"])
         header["lines"] = tuple(tuple(tuple(_word(word) for word in line) for line in page) for page in header["lines"])
         return Record(**header)

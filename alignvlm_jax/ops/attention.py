@@ -12,7 +12,7 @@ def attention(
     value: Float[Array, "B S K h"],
     mask: Bool[Array, "B T S"] | None = None,
 ) -> Float[Array, "B T H h"]:
-    """Returns softmax(query key^T / sqrt(h)) value, the softmax in float32; query head i reads key head i // (H / K)."""
+    """Returns softmax(query key^T / sqrt(h)) value, softmax in float32; query head i reads key head i // (H / K)."""
     return jax.nn.dot_product_attention(query, key, value, mask=None if mask is None else mask[:, None])
 
 
