@@ -81,7 +81,8 @@ class ConnectorConfig:
 class ModelConfig:
     """The whole model. `dtype` is that of the computation; parameters are float32.
 
-    `image_token_id` marks the image slots in a row of tokens; it must be the tokenizer's.
+    `image_token_id` marks the image slots in a row of tokens; it must be the tokenizer's. `scan_unroll` layers of a
+    tower are compiled in a row: 1 for large models; all of them make a small one a third faster on CPU.
     """
 
     vision: VisionConfig = VisionConfig()
@@ -90,6 +91,7 @@ class ModelConfig:
     image_token_id: int = 4
     dtype: str = "float32"
     remat: str = "none"
+    scan_unroll: int = 1
 
     @property
     def slots_per_tile(self) -> int:

@@ -7,12 +7,16 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import dataclasses
+import functools
 
+import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.parallel import sharding
 
 
 def tiny_config(**changes) -> config_lib.Config:
@@ -69,6 +73,19 @@ def random_batch(config: config_lib.Config, seed: int = 0) -> dict[str, np.ndarr
         "patch_label_weights": shares / shares.sum(-1, keepdims=True),
         "patch_loss_weights": np.ones((size, data.max_tiles, patches), np.float32),
     }
+
+
+def random_params(module: nn.Module, *args, seed: int = 0, **kwargs) -> dict:
+    """Parameters as after some training: no norm's gain is 1 and no bias 0, so that leaving one out shows. Drawn by
+    numpy in the shapes that `module.init(rng, *args, **kwargs)` would give; nothing is compiled."""
+    rng = np.random.default_rng(seed)
+    boxed = jax.eval_shape(functools.partial(module.init, **kwargs), jax.random.key(0), *args)["params"]
+
+    def draw(path, array) -> np.ndarray:
+        noise = 0.3 * rng.standard_normal(array.shape)
+        return (noise + (path[-1].key == "scale")).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, sharding.unbox(boxed))
 
 
 @pytest.fixture

@@ -106,7 +106,7 @@ def apply_rope(x: Float[Array, "B T H h"], positions: Int[Array, "B T"], frequen
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def scan_blocks(block: type[nn.Module], num_layers: int, remat: str, in_axes: tuple) -> type[nn.Module]:
+def scan_blocks(block: type[nn.Module], num_layers: int, remat: str, unroll: int, in_axes: tuple) -> type[nn.Module]:
     """Returns `block` stacked `num_layers` times over a leading "layers" axis, rematerialised by policy name.
 
     The block maps (x, *inputs) to (x, per-layer output); `in_axes` says for each input whether it is scanned (0) or
@@ -121,4 +121,5 @@ def scan_blocks(block: type[nn.Module], num_layers: int, remat: str, in_axes: tu
         length=num_layers,
         in_axes=in_axes,
         metadata_params={nn.PARTITION_NAME: "layers"},
+        unroll=min(unroll, num_layers),
     )

@@ -108,17 +108,19 @@ class Llama(nn.Module):
       config: sizes.
       dtype: of the computation.
       remat: policy name, see `layers.REMAT_POLICIES`.
+      unroll: layers compiled in a row.
     """
 
     config: LLMConfig
     dtype: jnp.dtype
     remat: str
+    unroll: int = 1
 
     def setup(self) -> None:
         c = self.config
         self.embedding = Embedding(c, name="embed")
         axes = (nn.broadcast, nn.broadcast, 0, nn.broadcast)
-        self.blocks = scan_blocks(Block, c.num_layers, self.remat, in_axes=axes)(c, self.dtype)
+        self.blocks = scan_blocks(Block, c.num_layers, self.remat, self.unroll, in_axes=axes)(c, self.dtype)
         self.final_norm = RMSNorm(c.norm_eps)
         if not c.tie_embeddings:
             self.head = Einsum("BTD,DV->BTV", (c.width, c.vocab_size), ("embed", "vocab"), dtype=self.dtype)

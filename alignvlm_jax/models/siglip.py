@@ -71,11 +71,13 @@ class Siglip(nn.Module):
       config: sizes.
       dtype: of the computation.
       remat: policy name, see `layers.REMAT_POLICIES`.
+      unroll: layers compiled in a row.
     """
 
     config: VisionConfig
     dtype: jnp.dtype
     remat: str
+    unroll: int = 1
 
     @nn.compact
     def __call__(self, tiles: UInt8[Array, "B Y X C"]) -> Float[Array, "B P E"]:
@@ -97,6 +99,6 @@ class Siglip(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(c.width**-0.5), ("patch", "vis_embed"))
         positions = self.param("positions", init, (c.num_patches, c.width), jnp.float32)
         x_BPE = nn.with_logical_constraint(x_BPE + positions.astype(self.dtype), ("act_batch", "act_len", "act_embed"))
-        blocks = scan_blocks(Block, c.num_layers, self.remat, in_axes=(nn.broadcast,))
+        blocks = scan_blocks(Block, c.num_layers, self.remat, self.unroll, in_axes=(nn.broadcast,))
         x_BPE, _ = blocks(c, self.dtype, name="blocks")(x_BPE, None)
         return LayerNorm(c.norm_eps, name="final_norm")(x_BPE)

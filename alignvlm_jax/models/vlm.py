@@ -37,9 +37,9 @@ class VLM(nn.Module):
 
     def setup(self) -> None:
         c, dtype = self.config, jnp.dtype(self.config.dtype)
-        self.vision = Siglip(c.vision, dtype, c.remat)
+        self.vision = Siglip(c.vision, dtype, c.remat, c.scan_unroll)
         self.connector = connectors.get(c.connector.name)(c, dtype)
-        self.llm = Llama(c.llm, dtype, c.remat)
+        self.llm = Llama(c.llm, dtype, c.remat, c.scan_unroll)
 
     def __call__(self, batch: Mapping[str, Array], visual_input: str = "pixels") -> Output:
         """Returns the logits of every position, and the patch loss where the batch has labels.

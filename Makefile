@@ -1,0 +1,38 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Only Python 3.11 or newer is needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DATA ?= data/demo
+RUN ?= runs/demo
+SEED ?= 0
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: help setup lint test demo clean
+
+help:
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/.done: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --requirement requirements.txt
+	touch $@
+
+setup: $(VENV)/.done  ## install everything into .venv (seconds when it is there already)
+
+lint: setup  ## formatter and linter, checking only
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+test: lint  ## lint, then the unit tests on an 8-device CPU mesh
+	$(BIN)/pytest -n 2 --dist worksteal
+
+demo: setup  ## draw documents, train the four stages, evaluate, write the report
+	$(BIN)/python -m alignvlm_jax prepare --format=documents --out=$(DATA)
+	$(BIN)/python -m alignvlm_jax train --config=configs/demo.py --workdir=$(RUN) --config.data.dir=$(DATA) --config.seed=$(SEED)
+	$(BIN)/python -m alignvlm_jax evaluate --checkpoint=$(RUN)
+	$(BIN)/python -m alignvlm_jax report --workdir=$(RUN)
+
+clean:  ## remove the installed environment; data and runs stay
+	rm -rf $(VENV)
