@@ -1,0 +1,104 @@
+"""Small rendered documents: forms, receipts and real tables, with their words, boxes, questions and answers.
+
+Record `index` of a split is a pure function of (seed, split, index): no worker count changes a byte. Training shares no
+value that is asked for with the other splits (`values.is_evaluation`), and `unseen_fonts` neither fonts nor layouts.
+"""
+
+import dataclasses
+import zlib
+
+import numpy as np
+
+from alignvlm_jax.data import contents, fonts, pages, scan
+from alignvlm_jax.data.contents import Content, Table
+from alignvlm_jax.data.pages import Style
+from alignvlm_jax.data.schema import Record
+
+VERSION = 1
+"""Raised with every change that changes records, so that `prepare` writes them anew."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """What the documents of a split are made of."""
+
+    evaluation: bool
+    unseen_style: bool = False
+
+
+SPLITS = {
+    "train": Split(evaluation=False),
+    "validation": Split(evaluation=True),
+    "seen_fonts": Split(evaluation=True),
+    "unseen_fonts": Split(evaluation=True, unseen_style=True),
+}
+
+TITLES = {
+    "form": ("NOTICE", "ORDER FORM", "RECORD", "SUMMARY"),
+    "receipt": ("RECEIPT", "THANK YOU"),
+    "table": ("DATA", "TABLE 1"),
+}
+MAX_ATTEMPTS = 1000
+
+
+def render(seed: int, split: str, index: int, tables: tuple[Table, ...], noise: float = 0.0) -> Record:
+    """Draws one document."""
+    rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
+    spec = SPLITS[split]
+    for _ in range(MAX_ATTEMPTS):
+        small = not spec.evaluation and rng.random() < 0.1
+        content = _content(rng, spec, 2 if small else int(rng.integers(3, 5)), tables)
+        drawn = _draw(rng, spec, content, 32 if small else 64)
+        if drawn is not None:
+            image, lines = drawn
+            png = pages.encode_png(scan.degrade(image, rng, noise))
+            return Record(f"{split}-{index:06d}", content.kind, (png,), content.turns, (lines,))
+    raise AssertionError(f"no page of split {split} fits in {MAX_ATTEMPTS} attempts")
+
+
+def _content(rng: np.random.Generator, spec: Split, num_lines: int, tables: tuple[Table, ...]) -> Content:
+    kind = rng.choice(["form", "receipt", "table"], p=[0.5, 0.25, 0.25])
+    title = spec.unseen_style and num_lines == 4 and rng.random() < 0.5
+    body = num_lines - title
+    if kind == "form":
+        content = contents.form(rng, spec.evaluation, body)
+    elif kind == "receipt":
+        content = contents.receipt(rng, spec.evaluation, body)
+    else:
+        content = contents.table(rng, spec.evaluation, body, tables)
+    if title:
+        heading = (TITLES[content.kind][rng.integers(len(TITLES[content.kind]))],)
+        content = dataclasses.replace(content, lines=(heading, *content.lines))
+    return content
+
+
+def _draw(rng: np.random.Generator, spec: Split, content: Content, height: int):
+    """Draws the content in a random style, smaller where it does not fit; None where even the smallest does not."""
+    style = _style(rng, spec, content, height)
+    num_rows = height // style.pitch
+    if len(content.lines) > num_rows:
+        return None
+    rows = sorted(int(r) for r in rng.permutation(num_rows)[: len(content.lines)])
+    for size in range(style.size, 10, -1):
+        drawn = pages.draw(content.lines, rows, dataclasses.replace(style, size=size), height, rng)
+        if drawn is not None:
+            return drawn
+    return None
+
+
+def _style(rng: np.random.Generator, spec: Split, content: Content, height: int) -> Style:
+    families = list(fonts.UNSEEN if spec.unseen_style else fonts.SEEN)
+    common = {
+        "family": families[rng.integers(len(families))],
+        "size": int(rng.integers(11, 14)),
+        "left": int(rng.integers(1, 9)),
+        "ink": int(rng.integers(0, 80)),
+    }
+    if spec.unseen_style:
+        leaders = content.kind != "table" and rng.random() < 0.5
+        fits = [pitch for pitch in (16, 18, 20) if pitch * len(content.lines) <= height]
+        pitch = fits[rng.integers(len(fits))]
+        return Style(**common, align="right", leaders=leaders, ruled=rng.random() < 0.5, pitch=pitch)
+    if content.kind == "table" or rng.random() < 0.4:
+        return Style(**common, align="grid")
+    return Style(**common, align="flow", separator=": " if content.kind == "form" else " ")

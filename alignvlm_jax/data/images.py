@@ -1,0 +1,140 @@
+"""Images: decoding anything to RGB, and cutting a page into the encoder's tiles."""
+
+import dataclasses
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pypdfium2
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from alignvlm_jax.config import VisionConfig
+from alignvlm_jax.errors import UserError
+
+MIN_COVERAGE = 0.9
+PDF_SCALE = 2.0
+"""Pixels a point at which a PDF page is drawn: 144 dpi."""
+
+BAD_IMAGE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """The tiles of one page. Page point (x, y), if in `crops[n]`, is at `(x - left, y - top) * scales[n]` of tile n."""
+
+    pixels: np.ndarray  # uint8 [n, Y, X, 3], white where the crop does not reach
+    crops: np.ndarray  # float32 [n, 4]: left, top, right, bottom in pixels of the page
+    scales: np.ndarray  # float32 [n, 2]: x, y
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """Decodes an image file to RGB: turned upright, transparency laid on white, the first frame of several.
+
+    Raises:
+      UserError: it cannot be read; the message holds `name`.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except BAD_IMAGE as err:
+        raise UserError(f"cannot read image {name}: {str(err).splitlines()[0]}") from err
+
+
+def load_page(path: str | Path) -> Image.Image:
+    """Reads an image file, or draws the first page of a PDF, as RGB.
+
+    Raises:
+      UserError: the file is missing or unreadable.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as err:
+        raise UserError(f"cannot read {path}: {err.strerror}") from err
+    if not data.startswith(b"%PDF"):
+        return decode_image(data, str(path))
+    try:
+        document = pypdfium2.PdfDocument(data)
+        try:
+            return document[0].render(scale=PDF_SCALE).to_pil().convert("RGB")
+        finally:
+            document.close()
+    except (pypdfium2.PdfiumError, IndexError) as err:
+        raise UserError(f"cannot read PDF {path}: {err}") from err
+
+
+def choose_grid(
+    height: int, width: int, vision: VisionConfig, max_tiles: int, use_overview: bool = False
+) -> tuple[int, int]:
+    """Returns the rows and columns of cells that a page is cut into, as Ovis v1.6 does, for tiles of any shape.
+
+    A grid covers the share of the page's pixels that is left after its cells shrank to the tile. Of the grids that
+    cover more than 0.9 the one with the fewest cells is taken, of equals the best covering; else the best covering of
+    all. The overview takes one of `max_tiles` where there is more than one cell.
+    """
+    grids = [(r, c) for r in range(1, max_tiles + 1) for c in range(1, max_tiles // r + 1)]
+    grids = [(r, c) for r, c in grids if r * c == 1 or r * c + use_overview <= max_tiles]
+
+    def coverage(grid: tuple[int, int]) -> float:
+        shrink = min(1.0, vision.tile_height * grid[0] / height, vision.tile_width * grid[1] / width)
+        return shrink * shrink
+
+    covering = [grid for grid in grids if coverage(grid) > MIN_COVERAGE]
+    if covering:
+        return min(covering, key=lambda grid: (grid[0] * grid[1], -coverage(grid)))
+    return min(grids, key=lambda grid: (-coverage(grid), grid[0] * grid[1]))
+
+
+def tile_image(image: Image.Image, vision: VisionConfig, max_tiles: int, use_overview: bool) -> Tiles:
+    """Cuts an RGB page into at most `max_tiles` tiles, the overview first, then cells by rows.
+
+    Cells keep their aspect: they are resized to fit the tile and lie at its top left. A page of exactly the grid's
+    size is cut without resampling.
+    """
+    rows, columns = choose_grid(image.height, image.width, vision, max_tiles, use_overview)
+    crops = [
+        (
+            image.width * column // columns,
+            image.height * row // rows,
+            image.width * (column + 1) // columns,
+            image.height * (row + 1) // rows,
+        )
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    if use_overview and len(crops) > 1:
+        crops.insert(0, (0, 0, image.width, image.height))
+    # A page with fewer pixels than cells has empty ones.
+    crops = [crop for crop in crops if crop[0] < crop[2] and crop[1] < crop[3]]
+    return _stack(_fit(image, crop, vision) for crop in crops)
+
+
+def _fit(image: Image.Image, crop: tuple[int, int, int, int], vision: VisionConfig):
+    """Returns a crop's tile as uint8 [Y, X, 3], the crop, and its scales along x and y."""
+    width, height = crop[2] - crop[0], crop[3] - crop[1]
+    scale = min(vision.tile_width / width, vision.tile_height / height)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    tile = np.full((vision.tile_height, vision.tile_width, 3), 255, np.uint8)
+    cell = image.crop(crop)
+    if size != (width, height):
+        cell = cell.resize(size, Image.Resampling.BICUBIC)
+    tile[: size[1], : size[0]] = np.asarray(cell)
+    return tile, crop, (size[0] / width, size[1] / height)
+
+
+def _stack(tiles: Iterable) -> Tiles:
+    pixels, crops, scales = zip(*tiles, strict=True)
+    return Tiles(np.stack(pixels), np.array(crops, np.float32), np.array(scales, np.float32))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of any mode. Pillow's own conversion clips 16-bit gray and drops transparency to black."""
+    if image.mode.startswith("I;16") or image.mode == "I":
+        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        image = Image.fromarray((np.asarray(image).clip(0, 1) * 255).astype(np.uint8))
+    if image.mode == "RGBA" or "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")

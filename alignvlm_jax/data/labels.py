@@ -1,0 +1,84 @@
+"""Patch labels: the tokens that each patch shows, weighted by the area that they share with it."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from alignvlm_jax.config import VisionConfig
+from alignvlm_jax.data.images import Tiles
+from alignvlm_jax.data.schema import Word
+from alignvlm_jax.data.tokenizer import Tokenizer
+
+MIN_COVERED = 1 / 8
+"""Share of a patch that text must cover; below it the patch counts as blank."""
+
+
+def patch_labels(
+    lines: Iterable[Iterable[Word]],
+    tiles: Tiles,
+    tokenizer: Tokenizer,
+    vision: VisionConfig,
+    max_patch_labels: int,
+    blank_weight: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels the patches of one page.
+
+    Returns:
+      Token ids int32 [n, P, k] and their weights float32 [n, P, k], the largest overlaps first, which sum to 1 on every
+      patch; and the patches' weights in the loss, float32 [n, P]: 1 where there is text, `blank_weight` where not. A
+      blank patch has the space alone; slots without a token hold the space at weight 0.
+    """
+    ids, boxes = token_boxes(lines, tokenizer)
+    order = np.argsort(ids, kind="stable")
+    ids, boxes = ids[order], boxes[order]
+    labels = [
+        _tile_labels(ids, boxes, crop, scale, tokenizer.space_id, vision, max_patch_labels)
+        for crop, scale in zip(tiles.crops, tiles.scales, strict=True)
+    ]
+    label_ids, weights, has_text = (np.stack(part) for part in zip(*labels, strict=True))
+    return label_ids, weights, np.where(has_text, np.float32(1), np.float32(blank_weight))
+
+
+def token_boxes(lines: Iterable[Iterable[Word]], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the tokens of all words, int32 [M], and their boxes on the page, float32 [M, 4]. A token reaches from the
+    left edge of its first character to the right edge of its last."""
+    ids, boxes = [], []
+    for line in lines:
+        for word in line:
+            left, top, right, bottom = word.box
+            edges = word.edges or np.linspace(left, right, len(word.text) + 1)
+            for token, start, end in tokenizer.token_offsets(word.text):
+                ids.append(token)
+                boxes.append((edges[start], top, edges[end], bottom))
+    return np.array(ids, np.int32), np.array(boxes, np.float32).reshape(-1, 4)
+
+
+def _tile_labels(ids, boxes, crop, scale, space_id: int, vision: VisionConfig, k: int):
+    """Ids [P, k], weights [P, k] and whether there is text [P], of tokens sorted by id."""
+    rows, columns = vision.patch_grid
+    x = (boxes[:, 0::2].clip(crop[0], crop[2]) - crop[0]) * scale[0]
+    y = (boxes[:, 1::2].clip(crop[1], crop[3]) - crop[1]) * scale[1]
+    shown = (x[:, 0] < x[:, 1]) & (y[:, 0] < y[:, 1])
+    ids = ids[shown]
+    top_ids = np.full((vision.num_patches, k), space_id, np.int32)
+    top_areas = np.zeros((vision.num_patches, k), np.float32)
+    has_text = np.zeros(vision.num_patches, bool)
+    if len(ids):
+        width = _overlap(x[shown], vision.patch_width, columns)
+        height = _overlap(y[shown], vision.patch_height, rows)
+        areas = (height[:, :, None] * width[:, None, :]).reshape(len(ids), -1)
+        # A token that stands twice in a patch is one label. The ids are sorted, so equal ones are neighbours.
+        starts = np.flatnonzero(np.diff(ids, prepend=-1))
+        areas, ids = np.add.reduceat(areas, starts, axis=0), ids[starts]
+        has_text = areas.sum(0) >= MIN_COVERED * vision.patch_height * vision.patch_width
+        largest = np.argsort(-areas, axis=0, kind="stable")[:k]
+        top_areas[:, : len(largest)] = np.take_along_axis(areas, largest, 0).T * has_text[:, None]
+        top_ids[:, : len(largest)] = np.where(top_areas[:, : len(largest)] > 0, ids[largest].T, space_id)
+    top_areas[:, 0] += ~has_text
+    return top_ids, top_areas / top_areas.sum(1, keepdims=True), has_text
+
+
+def _overlap(spans: np.ndarray, size: int, count: int) -> np.ndarray:
+    """Length that each span [M, 2] shares with each of `count` cells of `size`, [M, count]."""
+    starts = np.arange(count, dtype=np.float32) * size
+    return (np.minimum(spans[:, 1:], starts + size) - np.maximum(spans[:, :1], starts)).clip(0)

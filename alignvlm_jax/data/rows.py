@@ -1,0 +1,135 @@
+"""A record to one row of a batch: image slots, chat tokens, loss weights, tiles and patch labels."""
+
+import numpy as np
+from PIL import Image
+
+from alignvlm_jax.config import Config
+from alignvlm_jax.data import chat, images, labels
+from alignvlm_jax.data.images import Tiles
+from alignvlm_jax.data.schema import Record
+from alignvlm_jax.data.tokenizer import Tokenizer
+from alignvlm_jax.errors import UserError, nearest
+
+TRANSCRIBE_QUESTION = "Read the page."
+Row = dict[str, np.ndarray]
+"""The arrays of `schema.Batch` without the axis B."""
+
+
+def build_row(record: Record, task: str, rng: np.random.Generator, config: Config, tokenizer: Tokenizer) -> Row:
+    """Builds a training row.
+
+    A row whose answers do not fit `data.row_length`, or whose record lacks what the task needs, has loss weights of 0
+    throughout; the pipeline counts these.
+
+    Raises:
+      UserError: an unknown task, an unreadable image, or more images than tile slots.
+    """
+    pages = _tile_pages(record, config)
+    head, _ = chat.encode_chat(tokenizer, (), _num_slots(pages, config))
+    room = config.data.row_length - len(head)
+    turns = []
+    for question, answer in _turns(record, task, rng):
+        prompt, reply = chat.encode_turn(tokenizer, question, answer)
+        if len(prompt) + len(reply) <= room:
+            room -= len(prompt) + len(reply)
+            turns.append((question, answer))
+    tokens, is_answer = chat.encode_chat(tokenizer, turns, _num_slots(pages, config))
+    return _text_arrays(tokens, is_answer, config, tokenizer) | _image_arrays(record, pages, config, tokenizer)
+
+
+def build_prompt(page: Record | Image.Image, question: str, config: Config, tokenizer: Tokenizer) -> Row:
+    """Builds the row of a question to be answered: it ends with `<assistant>` and has no loss.
+
+    Raises:
+      UserError: the prompt is longer than `data.row_length`.
+    """
+    if isinstance(page, Image.Image):
+        record = Record("prompt", "prompt", (), ())
+        pages = [
+            images.tile_image(page.convert("RGB"), config.model.vision, config.data.max_tiles, config.data.use_overview)
+        ]
+    else:
+        record, pages = page, _tile_pages(page, config)
+    num_slots = _num_slots(pages, config)
+    tokens = chat.encode_prompt(tokenizer, question, num_slots)
+    if len(tokens) > config.data.row_length:
+        raise UserError(
+            f"the prompt has {len(tokens)} tokens ({num_slots} of the image) and config.data.row_length is "
+            f"{config.data.row_length}; shorten the question by {len(tokens) - config.data.row_length} tokens"
+        )
+    text = _text_arrays(tokens, np.zeros(len(tokens), bool), config, tokenizer)
+    return text | _image_arrays(record, pages, config, tokenizer)
+
+
+def _turns(record: Record, task: str, rng: np.random.Generator) -> list[tuple[str, str]]:
+    if task == "transcribe":
+        text = "\n".join(" ".join(word.text for word in line) for page in record.lines for line in page)
+        return [(TRANSCRIBE_QUESTION, text)] if text else []
+    if task == "answer":
+        turns = [record.turns[i] for i in rng.permutation(len(record.turns))]
+        return [(turn.question, turn.answers[0]) for turn in turns]
+    raise UserError(f"unknown task {task!r} in config.data.tasks{nearest(task, ('transcribe', 'answer'))}")
+
+
+def _tile_pages(record: Record, config: Config) -> list[Tiles]:
+    """The tiles of a record's images, which share `data.max_tiles` evenly."""
+    data = config.data
+    if len(record.images) > data.max_tiles:
+        raise UserError(
+            f"record {record.id} has {len(record.images)} images; config.data.max_tiles is {data.max_tiles}"
+        )
+    return [
+        images.tile_image(
+            images.decode_image(image, f"{i} of record {record.id}"),
+            config.model.vision,
+            data.max_tiles // len(record.images),
+            data.use_overview,
+        )
+        for i, image in enumerate(record.images)
+    ]
+
+
+def _num_slots(pages: list[Tiles], config: Config) -> int:
+    return sum(len(page.pixels) for page in pages) * config.model.slots_per_tile
+
+
+def _text_arrays(tokens: np.ndarray, is_answer: np.ndarray, config: Config, tokenizer: Tokenizer) -> Row:
+    length = config.data.row_length
+    used = len(tokens)
+    row_tokens = np.full(length, tokenizer.pad_id, np.int32)
+    row_tokens[:used] = tokens
+    loss_weights = np.zeros(length, np.float32)
+    loss_weights[: used - 1] = is_answer[1:]
+    in_use = np.arange(length) < used
+    return {
+        "tokens": row_tokens,
+        "targets": np.append(row_tokens[1:], np.int32(tokenizer.pad_id)),
+        "loss_weights": loss_weights,
+        "positions": np.arange(length, dtype=np.int32) * in_use,
+        "segment_ids": in_use.astype(np.int32),
+    }
+
+
+def _image_arrays(record: Record, pages: list[Tiles], config: Config, tokenizer: Tokenizer) -> Row:
+    """Tiles and labels, padded to `data.max_tiles`. Where a record does not know its words the labels carry no loss."""
+    vision, data = config.model.vision, config.data
+    slots, patches, k = data.max_tiles, vision.num_patches, data.max_patch_labels
+    tiles = np.zeros((slots, vision.tile_height, vision.tile_width, 3), np.uint8)
+    ids = np.full((slots, patches, k), tokenizer.space_id, np.int32)
+    weights = np.zeros((slots, patches, k), np.float32)
+    loss_weights = np.zeros((slots, patches), np.float32)
+    start = 0
+    for index, page in enumerate(pages):
+        used = slice(start, start := start + len(page.pixels))
+        lines = record.lines[index] if record.lines else ()
+        tiles[used] = page.pixels
+        ids[used], weights[used], loss_weights[used] = labels.patch_labels(
+            lines, page, tokenizer, vision, k, data.blank_weight if record.lines else 0.0
+        )
+    return {
+        "tiles": tiles,
+        "tile_mask": np.arange(slots) < start,
+        "patch_label_ids": ids,
+        "patch_label_weights": weights,
+        "patch_loss_weights": loss_weights,
+    }

@@ -1,0 +1,56 @@
+"""Records on disk: ArrayRecord shards, written one by one, read at random."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import grain
+from array_record.python import array_record_module
+
+from alignvlm_jax.data.schema import Record, decode_record, encode_record
+from alignvlm_jax.errors import UserError, nearest
+
+
+def shard_name(split: str, index: int, count: int) -> str:
+    """Returns the file name of a shard."""
+    return f"{split}-{index:05d}-of-{count:05d}.array_record"
+
+
+def write_shard(path: str | Path, records: Iterable[Record]) -> None:
+    """Writes records to one shard, beside `path` first: a file of that name is always whole."""
+    beside = f"{path}.tmp"
+    # One record a group: a larger group is decompressed whole for every random read.
+    writer = array_record_module.ArrayRecordWriter(beside, "group_size:1")
+    try:
+        for record in records:
+            writer.write(encode_record(record))
+    finally:
+        writer.close()
+    os.replace(beside, path)
+
+
+class RecordSource:
+    """The records of a split, by index."""
+
+    def __init__(self, directory: str | Path, split: str):
+        """
+        Raises:
+          UserError: the split is not there, or some of its shards are missing.
+        """
+        paths = sorted(Path(directory).glob(f"{split}-*-of-*.array_record"))
+        if not paths:
+            known = {path.name.split("-")[0] for path in Path(directory).glob("*-of-*.array_record")}
+            hint = nearest(split, known) if known else "; run `prepare` first"
+            raise UserError(f"no shards of split {split!r} in {directory}{hint}")
+        expected = int(paths[0].stem.rsplit("-", 1)[1])
+        if len(paths) != expected:
+            raise UserError(
+                f"{directory} holds {len(paths)} of {expected} shards of split {split!r}; run `prepare` again"
+            )
+        self._source = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Record:
+        return decode_record(self._source[index])

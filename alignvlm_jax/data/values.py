@@ -1,0 +1,83 @@
+"""Values of forms and receipts: drawn from a seeded generator, and split between training and evaluation by a hash.
+
+Every kind must be unguessable: the best constant answer scores little by ANLS (a test holds it). So dates are short
+(separators and centuries are free points to a guesser) and numbers have at least four digits.
+"""
+
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+
+EVALUATION_SHARE = 0.15
+LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
+MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+ONSETS = tuple("bcdfghjklmnprstvwz") + ("br", "ch", "cl", "dr", "fl", "gr", "pr", "sh", "sk", "st", "th", "tr")
+VOWELS = ("a", "e", "i", "o", "u", "a", "e", "i", "o", "ai", "ea", "ia", "oo", "ou")
+CODAS = ("", "", "", "", "n", "r", "l", "s", "m", "t", "k", "nd", "rt", "x")
+
+
+def is_evaluation(value: str) -> bool:
+    """Whether a value belongs to evaluation. The hash has no seed: the split is the same for every data set."""
+    digest = hashlib.blake2b(value.casefold().encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") < EVALUATION_SHARE * 2**32
+
+
+def is_allowed(value: str, evaluation: bool) -> bool:
+    """Whether a page of evaluation (or of training) may ask for `value`: training also shuns its single words."""
+    if evaluation:
+        return is_evaluation(value)
+    return not any(is_evaluation(part) for part in {value, *value.split()})
+
+
+def draw(kind: str, rng: np.random.Generator, evaluation: bool) -> str:
+    """Draws a value of a kind in `KINDS` from the evaluation or from the training side of the split."""
+    while not is_allowed(value := KINDS[kind](rng), evaluation):
+        pass
+    return value
+
+
+def money(rng: np.random.Generator, low: int, high: int) -> str:
+    """An amount between `low` and `high`, with two decimals."""
+    return f"{int(rng.integers(100 * low, 100 * high)) / 100:.2f}"
+
+
+def _digits(rng: np.random.Generator, count: int) -> str:
+    return str(int(rng.integers(10 ** (count - 1), 10**count)))
+
+
+def _letters(rng: np.random.Generator, count: int) -> str:
+    return "".join(LETTERS[i] for i in rng.integers(0, len(LETTERS), count))
+
+
+def _date(rng: np.random.Generator) -> str:
+    return f"{rng.integers(1, 29):02d}{MONTHS[rng.integers(12)]}{rng.integers(10, 100)}"
+
+
+def _name(rng: np.random.Generator) -> str:
+    parts = [ONSETS[rng.integers(len(ONSETS))] + VOWELS[rng.integers(len(VOWELS))] for _ in range(rng.integers(2, 4))]
+    return ("".join(parts) + CODAS[rng.integers(len(CODAS))]).capitalize()
+
+
+def _serial(rng: np.random.Generator) -> str:
+    return "".join("0123456789ABCDEF"[i] for i in rng.integers(0, 16, 6))
+
+
+KINDS: dict[str, Callable[[np.random.Generator], str]] = {
+    "Invoice": lambda rng: _digits(rng, 5),
+    "Order": lambda rng: _digits(rng, 6),
+    "Account": lambda rng: _digits(rng, 7),
+    "Phone": lambda rng: f"{_digits(rng, 3)}-{_digits(rng, 4)}",
+    "Total": lambda rng: money(rng, 100, 1000),
+    "Tax": lambda rng: money(rng, 10, 100),
+    "Balance": lambda rng: money(rng, 1000, 10000),
+    "Date": _date,
+    "Due": _date,
+    "Name": _name,
+    "Agent": _name,
+    "City": _name,
+    "Code": lambda rng: _letters(rng, 2) + _digits(rng, 3),
+    "Ref": lambda rng: f"{_letters(rng, 1)}-{_digits(rng, 4)}",
+    "Plate": lambda rng: _digits(rng, 3) + _letters(rng, 3),
+    "Serial": _serial,
+}
