@@ -16,7 +16,7 @@ MIN_COVERAGE = 0.9
 PDF_SCALE = 2.0
 """Pixels a point at which a PDF page is drawn: 144 dpi."""
 
-BAD_IMAGE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError)
+BAD_IMAGE = (Image.DecompressionBombError, OSError, SyntaxError, ValueError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,30 +37,40 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return _to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as err:
+        raise UserError(f"cannot read image {name}: no known image format") from err
     except BAD_IMAGE as err:
         raise UserError(f"cannot read image {name}: {str(err).splitlines()[0]}") from err
 
 
-def load_page(path: str | Path) -> Image.Image:
-    """Reads an image file, or draws the first page of a PDF, as RGB.
+def load_page(path: str | Path, page: int = 1) -> Image.Image:
+    """Reads an image file, or draws a page of a PDF (the first is 1), as RGB.
 
     Raises:
-      UserError: the file is missing or unreadable.
+      UserError: the file is missing or unreadable, or has no such page.
     """
     try:
         data = Path(path).read_bytes()
     except OSError as err:
         raise UserError(f"cannot read {path}: {err.strerror}") from err
-    if not data.startswith(b"%PDF"):
-        return decode_image(data, str(path))
+    if data.startswith(b"%PDF"):
+        return _draw_pdf_page(data, str(path), page)
+    if page != 1:
+        raise UserError(f"{path} has no page {page}: it is an image")
+    return decode_image(data, str(path))
+
+
+def _draw_pdf_page(data: bytes, name: str, page: int) -> Image.Image:
     try:
         document = pypdfium2.PdfDocument(data)
         try:
-            return document[0].render(scale=PDF_SCALE).to_pil().convert("RGB")
+            if not 1 <= page <= len(document):
+                raise UserError(f"{name} has no page {page}: its pages are 1 to {len(document)}")
+            return document[page - 1].render(scale=PDF_SCALE).to_pil().convert("RGB")
         finally:
             document.close()
-    except (pypdfium2.PdfiumError, IndexError) as err:
-        raise UserError(f"cannot read PDF {path}: {err}") from err
+    except pypdfium2.PdfiumError as err:
+        raise UserError(f"cannot read PDF {name}: {err}") from err
 
 
 def choose_grid(
