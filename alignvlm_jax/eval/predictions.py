@@ -65,6 +65,12 @@ def read(path: pathlib.Path) -> Predictions | None:
     return Predictions(values[0], values[1:]) if values else None
 
 
+def read_all(workdir: str | os.PathLike) -> dict[tuple[str, bool], Predictions]:
+    """Returns the finished predictions of a workdir by split and whether the pages were blank."""
+    found = [read(path) for path in sorted(pathlib.Path(workdir, DIRECTORY).glob("*.jsonl"))]
+    return {(one.header["split"], one.header["blind"]): one for one in found if one is not None and one.rows}
+
+
 class Writer:
     """Appends to a file's partial form, from where an earlier process with the same header stopped.
 

@@ -1,0 +1,72 @@
+"""`evaluate`: asks a trained model about documents that it never saw, with their pages and with blank ones."""
+
+import argparse
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from alignvlm_jax.eval import loading, predictions, runner, summary
+from alignvlm_jax.eval.predictions import Predictions
+
+
+def main(argv: list[str]) -> None:
+    args = _parse(argv)
+    trained = loading.load_config(args.checkpoint, args.data)
+    asked = dataclasses.replace(
+        trained.eval,
+        splits=tuple(args.splits.split(",")) if args.splits else trained.eval.splits,
+        num_questions=args.num_questions or trained.eval.num_questions,
+    )
+    loaded = loading.load(args.checkpoint, trained)
+    asker = runner.Runner(loaded, dataclasses.replace(trained, eval=asked))
+    for split in asked.splits:
+        for blind in (False, True):
+            asker.evaluate(split, blind)
+    workdir = loading.workdir_of(args.checkpoint)
+    # An earlier evaluation of other splits still counts, if it was of this very checkpoint.
+    results = {
+        key: result
+        for key, result in predictions.read_all(workdir).items()
+        if result.header["train_seconds"] == loaded.metadata["train_seconds"]
+    }
+    summary.write(workdir, summary.summarize(loaded, trained.eval.splits, results))
+    console = Console(highlight=False)
+    console.print(f"{loaded.path}: connector {trained.model.connector.name}, scores in percent")
+    console.print(_table(asked.splits, results))
+    console.print(f"Written to {workdir / predictions.DIRECTORY} and {workdir / summary.FILE}", soft_wrap=True)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m alignvlm_jax evaluate", description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="workdir, or one of its checkpoints/STEP")
+    parser.add_argument("--splits", help="separated by commas; default: those of the config")
+    parser.add_argument("--num_questions", type=_positive, help="questions a split; default: that of the config")
+    parser.add_argument("--data", help="folder that `prepare` wrote; default: the one trained on")
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return int(text)
+
+
+def _table(splits: Sequence[str], results: Mapping[tuple[str, bool], Predictions]) -> Table:
+    """Scores by split, and under each by kind of document."""
+    table = Table("documents", box=None)
+    for title in ("questions", "ANLS", "exact match", "ANLS blind"):
+        table.add_column(title, justify="right")
+    for split in splits:
+        seen, blind = results[split, False], results[split, True]
+        table.add_row(split, *_cells(seen, blind), style="bold")
+        for kind in seen.kinds():
+            table.add_row(f"  {kind}", *_cells(seen.of_kind(kind), blind.of_kind(kind)))
+    return table
+
+
+def _cells(seen: Predictions, blind: Predictions) -> list[str]:
+    scores = (seen.mean("score"), seen.mean("exact"), blind.mean("score"))
+    return [str(len(seen.rows)), *(f"{100 * score:.1f}" for score in scores)]

@@ -1,0 +1,84 @@
+"""A trained model from its checkpoint, on the devices of this machine, ready to be asked."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from alignvlm_jax.config import Config, MeshConfig
+from alignvlm_jax.data import pipeline
+from alignvlm_jax.data.tokenizer import Tokenizer
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.infer.sampler import Sampler
+from alignvlm_jax.models.vlm import VLM
+from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.train import checkpoint
+from alignvlm_jax.train.state import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model and what belongs to it. `path` is its checkpoint folder, `metadata` that of `checkpoint.describe`."""
+
+    path: Path
+    step: int
+    metadata: dict[str, Any]
+    config: Config
+    tokenizer: Tokenizer
+    mesh: Mesh
+    model: VLM
+    params: Params
+
+    def sampler(self) -> Sampler:
+        """Returns a generator of answers; it compiles once for each shape of batch."""
+        end_id, pad_id = self.tokenizer.end_id, self.tokenizer.pad_id
+        return Sampler(self.model, self.params, self.mesh, end_id=end_id, pad_id=pad_id)
+
+    @property
+    def batch_ways(self) -> int:
+        """Over how many devices the rows of a batch are spread: it must divide the batch."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+
+def load_config(path: Path, data_dir: str | None = None) -> Config:
+    """Returns the config of the stage that wrote a checkpoint; `data_dir` replaces where it looked for its data."""
+    config = checkpoint.load_config(path)
+    return (
+        config if data_dir is None else dataclasses.replace(config, data=dataclasses.replace(config.data, dir=data_dir))
+    )
+
+
+def load(path: Path, config: Config) -> Loaded:
+    """Loads a model.
+
+    Args:
+      path: a workdir, whose newest checkpoint is taken, or one checkpoint folder `checkpoints/STEP`.
+      config: of `load_config`.
+
+    Raises:
+      UserError: there is no readable checkpoint, or its tokenizer is missing.
+    """
+    tokenizer = pipeline.load_tokenizer(config)
+    mesh = _mesh(config)
+    _, model, params, step = checkpoint.load_model(path, mesh)
+    path = workdir_of(path) / checkpoint.FOLDER / str(step)
+    metadata = checkpoint.read_newest(path, lambda checkpoints, step: checkpoints.metadata(step))
+    return Loaded(path, step, metadata, config, tokenizer, mesh, model, params)
+
+
+def workdir_of(path: Path) -> Path:
+    """Returns the workdir that a workdir or a checkpoint folder of it names."""
+    return path if (path / checkpoint.FOLDER).is_dir() else path.parent.parent
+
+
+def _mesh(config: Config) -> Mesh:
+    """The mesh of training where it fits this machine; else every device holds a part of each parameter."""
+    # The rows of a training batch, which make_mesh checks as well, mean nothing here.
+    train = dataclasses.replace(config.train, batch_size=jax.device_count(), accumulation=1)
+    try:
+        return mesh_lib.make_mesh(dataclasses.replace(config, train=train))
+    except UserError:
+        mesh = MeshConfig(data=1, fsdp=-1, tensor=1)
+        return mesh_lib.make_mesh(dataclasses.replace(config, train=train, mesh=mesh))

@@ -1,0 +1,56 @@
+"""The scores of a checkpoint in a few numbers: `summary.json`."""
+
+import json
+import os
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from alignvlm_jax.eval.loading import Loaded
+from alignvlm_jax.eval.predictions import Predictions
+
+FILE = "summary.json"
+
+
+def summarize(loaded: Loaded, splits: Sequence[str], results: Mapping[tuple[str, bool], Predictions]) -> dict[str, Any]:
+    """Returns what summary.json holds.
+
+    Args:
+      loaded: the model.
+      splits: the first one's scores have plain names (`anls`), the others' end in the split (`anls_unseen_fonts`).
+      results: predictions by split and blind; those missing leave their fields out.
+    """
+    fields: dict[str, Any] = {}
+    for split in splits:
+        end = "" if split == splits[0] else f"_{split}"
+        if (split, False) in results:
+            asked = results[split, False]
+            fields |= {f"anls{end}": asked.mean("score"), f"exact_match{end}": asked.mean("exact")}
+            fields[f"num_eval{end}"] = len(asked.rows)
+        if (split, True) in results:
+            fields[f"anls_blind{end}"] = results[split, True].mean("score")
+    return fields | {
+        "train_seconds": loaded.metadata["train_seconds"],
+        "num_params": sum(x.size for x in jax.tree.leaves(loaded.params)),
+        "connector": loaded.config.model.connector.name,
+        "seed": loaded.config.seed,
+        "step": loaded.step,
+        "peak_memory_gib": peak_memory_gib(),
+    }
+
+
+def write(workdir: Path, fields: Mapping[str, Any]) -> None:
+    """Writes summary.json, beside it first."""
+    beside = workdir / f"{FILE}.tmp"
+    beside.write_text(json.dumps(fields, indent=2) + "\n")
+    os.replace(beside, workdir / FILE)
+
+
+def peak_memory_gib() -> float:
+    """Returns the most memory that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # Bytes there, KiB elsewhere.
