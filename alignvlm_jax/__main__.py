@@ -1,0 +1,48 @@
+"""`python -m alignvlm_jax COMMAND ...`. Exit status: 0 done, 1 failed (one line on stderr), 2 wrong usage."""
+
+import importlib
+import os
+import sys
+
+from alignvlm_jax.errors import UserError, nearest
+
+COMMANDS = {
+    "prepare": "renders the demonstration's documents and trains its tokenizer",
+    "train": "trains the stages of a config, or goes on with them",
+    "evaluate": "asks a trained model the evaluation questions and scores its answers",
+    "generate": "answers a question about an image or a PDF page",
+    "report": "writes report.html of a run",
+}
+
+
+def main(argv: list[str]) -> int:
+    """Runs one command; returns the exit status."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: python -m alignvlm_jax COMMAND [--help] ...\n")
+        print("\n".join(f"  {name:10}{help_text}" for name, help_text in COMMANDS.items()))
+        return 0 if argv else 2
+    if argv[0] not in COMMANDS:
+        print(f"alignvlm_jax: error: unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        # Imported late: `--help` of a command that needs no jax should not wait for it.
+        importlib.import_module(f"alignvlm_jax.commands.{argv[0]}").main(argv[1:])
+    except UserError as err:
+        return _fail(str(err))
+    except OSError as err:
+        return _fail(f"{err.filename}: {err.strerror}" if err.filename and err.strerror else str(err))
+    except KeyboardInterrupt:
+        _fail("interrupted")
+        # Threads that are still writing a checkpoint would hold up a normal exit.
+        sys.stdout.flush()
+        os._exit(1)
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"alignvlm_jax: error: {message}", file=sys.stderr, flush=True)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,128 @@
+"""`--config=FILE[:ARG]` and `--config.a.b=value` from a command line, as stages."""
+
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from alignvlm_jax import config as config_lib
+from alignvlm_jax.config import Config
+from alignvlm_jax.errors import UserError, nearest
+
+HELP = (
+    "--config=FILE[:ARG] is a Python file with get_config(ARG); --config.a.b=VALUE changes a field of all stages that "
+    "do not set it, --config.stages.NAME.a.b=VALUE of one stage"
+)
+
+
+def parse(argv: list[str]) -> tuple[tuple[Config, ...] | None, list[str]]:
+    """Returns the stages that the config flags of `argv` describe (None without `--config`), and the other arguments.
+
+    Raises:
+      UserError: no such file, an unknown field, a value of another type.
+    """
+    files, overrides, rest = _split(argv)
+    if not files:
+        return None, rest
+    config = _load(files[-1])
+    for flag in overrides:
+        _prepare_field(config, flag.lstrip("-").split("=", 1)[0].removeprefix("config."))
+    arguments = ["", *overrides]
+    values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
+        values(arguments)
+    except flags.Error as err:
+        raise UserError(_last_line(err)) from err
+    return config_lib.from_config_dict(config), rest
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Config files, config overrides as `--config.a.b=value`, and what is left; `--flag value` is read too."""
+    files, overrides, rest = [], [], []
+    waiting = list(argv)
+    while waiting:
+        arg = waiting.pop(0)
+        name, has_value, value = arg.lstrip("-").partition("=")
+        if not arg.startswith("--") or not (name == "config" or name.startswith("config.")):
+            rest.append(arg)
+            continue
+        if not has_value and waiting and not waiting[0].startswith("--"):
+            value = waiting.pop(0)
+        if name == "config":
+            files.append(value)
+        else:
+            overrides.append(f"--{name}={value}")
+    return files, overrides, rest
+
+
+def _load(file_and_arg: str) -> ml_collections.ConfigDict:
+    path = file_and_arg.split(":", 1)[0]
+    if not Path(path).is_file():
+        raise UserError(f"no config file {path!r}")
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file(
+        "config", file_and_arg, flag_values=values, lock_config=False, sys_argv=[""]
+    )
+    try:
+        values([""])
+        return holder.value
+    except Exception as err:
+        raise UserError(f"config file {file_and_arg} failed: {_last_line(err)}") from err
+
+
+def _prepare_field(config: ml_collections.ConfigDict, path: str) -> None:
+    """Checks that a field exists. In a stage that does not set it yet it gets the base's value, and so a type.
+
+    Raises:
+      UserError: no such field, or setting it would change nothing.
+    """
+    names = path.split(".")
+    if names[0] == "stages":
+        _stage_field(config, path, names)
+        return
+    _lookup(config, names, path)
+    setting = [stage for stage, changes in config.stages.items() if _has(changes, names)]
+    if setting and len(setting) == len(config.stages):
+        raise UserError(
+            f"config.{path} changes nothing, since every stage sets it: name one, as config.stages.{setting[0]}.{path}"
+        )
+
+
+def _stage_field(config: ml_collections.ConfigDict, path: str, names: list[str]) -> None:
+    if len(names) < 3 or names[1] not in config.stages:
+        stages = ", ".join(config.stages) or "none"
+        raise UserError(f"unknown config field config.{path}; a stage's field is stages.NAME.FIELD, stages: {stages}")
+    value = _lookup(config, names[2:], path)
+    changes = config.stages[names[1]]
+    if not _has(changes, names[2:]):
+        for name in names[2:-1]:
+            changes = changes.setdefault(name, ml_collections.ConfigDict())
+        changes[names[-1]] = value
+
+
+def _lookup(config: ml_collections.ConfigDict, names: list[str], path: str) -> Any:
+    """The value of a field of all stages; UserError with the nearest name where a part of its path is unknown."""
+    value: Any = config
+    for name in names:
+        known = value.keys() if isinstance(value, ml_collections.ConfigDict) else ()
+        if name not in known:
+            raise UserError(f"unknown config field config.{path}{nearest(name, known)}")
+        value = value[name]
+    return value
+
+
+def _has(changes: ml_collections.ConfigDict, names: list[str]) -> bool:
+    value: Any = changes
+    for name in names:
+        if not isinstance(value, ml_collections.ConfigDict) or name not in value:
+            return False
+        value = value[name]
+    return True
+
+
+def _last_line(err: Exception) -> str:
+    """Errors raised within a config file come with their whole traceback as the message."""
+    return (str(err).strip().splitlines() or [type(err).__name__])[-1]

@@ -1,0 +1,34 @@
+"""`train`: trains the stages of a config, or goes on with them."""
+
+import argparse
+import shlex
+from pathlib import Path
+
+from rich.console import Console
+
+from alignvlm_jax.commands import config_flag
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.parallel import distributed
+from alignvlm_jax.train import loop
+
+
+def main(argv: list[str]) -> None:
+    """Raises UserError for wrong input, and when the run was told to stop."""
+    parser = argparse.ArgumentParser(
+        prog="python -m alignvlm_jax train",
+        description="Trains the stages of a config. The same command goes on with a run that was stopped.",
+        usage="%(prog)s --config=FILE[:ARG] --workdir=DIR [--config.a.b=VALUE ...]",
+        epilog=config_flag.HELP,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--workdir", required=True, type=Path, help="folder of checkpoints, metrics and the report")
+    stages, rest = config_flag.parse(argv)
+    args = parser.parse_args(rest)
+    if stages is None:
+        parser.error("--config=FILE is required")
+    distributed.initialize()
+    console = Console(highlight=False, soft_wrap=True, quiet=not distributed.is_main())
+    try:
+        loop.train(stages, args.workdir, console)
+    except loop.Stopped as err:
+        raise UserError(f"{err}; go on with: python -m alignvlm_jax train {shlex.join(argv)}") from err

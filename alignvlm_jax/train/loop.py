@@ -1,0 +1,297 @@
+"""The order of operations of a run: its stages, and within a stage data, step, metrics, validation, checkpoint.
+
+A stage always starts from a saved checkpoint, that of the stage before or its own: a run that was stopped and one that
+was not take the same path.
+"""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.table import Table
+
+from alignvlm_jax.config import Config
+from alignvlm_jax.data import pipeline
+from alignvlm_jax.data.schema import Batch
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.models import vlm
+from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.parallel import sharding
+from alignvlm_jax.train import checkpoint, optim, state, step, warm_start, workdir
+from alignvlm_jax.train.checkpoint import BrokenCheckpoint, Checkpoints
+from alignvlm_jax.train.metrics import Progress, Writer
+from alignvlm_jax.train.signals import StopSignal
+from alignvlm_jax.train.state import TrainState
+
+
+class Stopped(UserError):
+    """The run was told to stop, and has saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage, and the steps, counted over the run, between which it lies."""
+
+    index: int
+    config: Config
+    begin: int
+    end: int
+
+
+@dataclasses.dataclass
+class Run:
+    """What all stages of a run share."""
+
+    stages: tuple[Config, ...]
+    total: int
+    folder: Path
+    checkpoints: Checkpoints
+    progress: Progress
+    stop: StopSignal
+    began: float
+    earlier_seconds: float | None = None
+    announced: bool = False
+
+    def train_seconds(self) -> float:
+        """Seconds of training over stages and resumes: everything that the user waits for."""
+        return (self.earlier_seconds or 0.0) + time.monotonic() - self.began
+
+
+def train(configs: tuple[Config, ...], folder: Path, console: Console) -> None:
+    """Trains the stages in order in the workdir `folder`, going on from its newest readable checkpoint.
+
+    Raises:
+      Stopped: after SIGINT or SIGTERM; the state is saved.
+      UserError: the workdir belongs to another config, something cannot be read or written, or too many steps were
+        skipped.
+    """
+    began = time.monotonic()
+    workdir.claim(folder, configs)
+    stages = lay_out(configs)
+    total = stages[-1].end
+    keep, ends = max(config.train.keep_checkpoints for config in configs), tuple(stage.end for stage in stages)
+    with (
+        StopSignal() as stop,
+        Checkpoints(folder / checkpoint.FOLDER, keep=keep, stage_ends=ends) as checkpoints,
+        Progress(console, total) as progress,
+    ):
+        run = Run(configs, total, folder, checkpoints, progress, stop, began)
+        while (newest := checkpoints.latest() or 0) < total:
+            stage = next(stage for stage in stages if newest < stage.end)
+            try:
+                _train_stage(run, stage, newest)
+            except BrokenCheckpoint as err:
+                progress.say(f"{err}; moved to {checkpoints.set_aside(newest)}, going on from the one before")
+        progress.say(f"done: {total} steps, {checkpoints.folder / str(total)}")
+
+
+def lay_out(configs: tuple[Config, ...]) -> list[Stage]:
+    """Returns the stages with their step ranges."""
+    begins = np.cumsum([0] + [config.train.num_steps for config in configs]).tolist()
+    return [Stage(i, config, begins[i], begins[i + 1]) for i, config in enumerate(configs)]
+
+
+def _train_stage(run: Run, stage: Stage, newest: int) -> None:
+    """Trains the rest of a stage, from the checkpoint of step `newest`; 0 is no checkpoint."""
+    config = stage.config
+    model, tx = vlm.VLM(config.model), optim.make_optimizer(config)
+    with mesh_lib.use(mesh_lib.make_mesh(config)) as mesh:
+        abstract = state.abstract_state(model, config, tx, mesh)
+        live, next_row = _start(run, stage, newest, model, tx, abstract)
+        _announce(run, stage, newest, mesh, abstract)
+        with Writer(run.folder, newest) as writer:
+            train_step = step.compile_train_step(model, config, tx, abstract, mesh)
+            eval_step = step.compile_eval_step(model, config, abstract, mesh)
+            _StageLoop(run, stage, mesh, writer, train_step, eval_step).run_steps(live, newest, next_row)
+
+
+def _start(
+    run: Run, stage: Stage, newest: int, model: vlm.VLM, tx: optax.GradientTransformation, abstract: TrainState
+) -> tuple[TrainState, int]:
+    """Returns the state to go on from, and the next row of the stage's data."""
+    config, checkpoints = stage.config, run.checkpoints
+    if run.earlier_seconds is None:
+        run.earlier_seconds = checkpoints.metadata(newest)["train_seconds"] if newest else 0.0
+    if newest > stage.begin:
+        run.progress.say(f"going on from {checkpoints.folder / str(newest)}")
+        return checkpoints.restore(newest, abstract)
+
+    def start_params(source: Checkpoints | None, source_step: int) -> tuple[state.Params, Table]:
+        rng = jax.random.fold_in(jax.random.key(config.seed), stage.index)
+        return warm_start.start_params(model, config, abstract, source, source_step, rng)
+
+    if newest:
+        params, table = start_params(checkpoints, newest)
+    elif config.init_from:
+        params, table = checkpoint.read_newest(Path(config.init_from), start_params)
+    else:
+        params, table = start_params(None, 0)
+    run.progress.say(table)
+    opt_state = state.init_opt_state(tx, config, abstract, params)
+    first = jax.device_put(np.asarray(stage.begin, np.int32), abstract.step.sharding)
+    return TrainState(first, params, opt_state), 0
+
+
+def _announce(run: Run, stage: Stage, newest: int, mesh: Mesh, abstract: TrainState) -> None:
+    """Says what is about to be trained, and once a run on what."""
+    sizes = {path: math.prod(x.shape) for path, x in state.flatten(abstract.params).items()}
+    if not run.announced:
+        axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        run.progress.say(f"mesh: {axes}\n{sharding.table(abstract.params, state.shardings_of(abstract.params))}")
+        run.announced = True
+    trained = sum(sizes[path] for path in state.trainable_paths(stage.config, abstract.params))
+    run.progress.say(
+        f"stage {stage.config.stage!r}: steps {newest + 1} to {stage.end}, "
+        f"trains {trained:,} of {sum(sizes.values()):,} parameters"
+    )
+
+
+class _Interval:
+    """Training values since the last logged line, and the time they took."""
+
+    def __init__(self) -> None:
+        self._values: list[dict[str, float]] = []
+        self._began = time.monotonic()
+        self._waited = 0.0
+
+    def next_batch(self, batches: Iterator[Batch]) -> Batch:
+        began = time.monotonic()
+        batch = next(batches)
+        self._waited += time.monotonic() - began
+        return batch
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leaves out what is not training, such as validation."""
+        began = time.monotonic()
+        yield
+        self._began += time.monotonic() - began
+
+    def add(self, values: dict[str, float]) -> None:
+        self._values.append(values)
+
+    def take(self) -> dict[str, float]:
+        """Returns means over the steps since the last call; a skipped step counts for its time only."""
+        seconds = time.monotonic() - self._began
+        means = {name: _finite_mean(values[name] for values in self._values) for name in self._values[-1]}
+        rates = {"steps_per_second": len(self._values) / seconds, "data_wait_fraction": self._waited / seconds}
+        self.__init__()
+        return means | rates
+
+
+class _StageLoop:
+    """The steps of one stage. Metrics of a step are read once the next step has been sent off."""
+
+    def __init__(
+        self, run: Run, stage: Stage, mesh: Mesh, writer: Writer, train_step: step.TrainStep, eval_step: step.EvalStep
+    ):
+        self.run, self.stage, self.config, self.mesh, self.writer = run, stage, stage.config, mesh, writer
+        self.train_step, self.eval_step = train_step, eval_step
+        self.validation = _local_batches(stage.config)
+        self.interval = _Interval()
+        self.unread: tuple[int, step.Metrics] | None = None
+
+    def run_steps(self, live: TrainState, newest: int, next_row: int) -> None:
+        """Trains from step `newest` to the stage's end, where a checkpoint stands in any case."""
+        train, saved = self.config.train, newest
+        batches = pipeline.train_batches(
+            self.config, start_row=next_row, process_index=jax.process_index(), process_count=jax.process_count()
+        )
+        self.interval = _Interval()
+        for now in range(newest + 1, self.stage.end + 1):
+            if self._must_stop(now):
+                self._read()
+                if now - 1 > saved:
+                    self._save(live, now - 1, batches.next_row, None)
+                self.run.checkpoints.wait()
+                raise Stopped(f"stopped at step {now - 1} of {self.run.total}")
+            with jax.transfer_guard("disallow"):
+                batch = step.train_inputs(self.config, self.interval.next_batch(batches))
+                live, metrics = self.train_step(live, sharding.put_batch(batch, self.mesh))
+            self._read()
+            self.unread = now, metrics
+            self.run.checkpoints.check()
+            answer_loss = self._validate(live, now) if self._is_due(now, train.validate_every) else None
+            if self._is_due(now, train.checkpoint_every):
+                self._save(live, now, batches.next_row, answer_loss)
+                saved = now
+        self.run.checkpoints.wait()
+
+    def _is_due(self, now: int, every: int) -> bool:
+        return (now - self.stage.begin) % every == 0 or now == self.stage.end
+
+    def _must_stop(self, now: int) -> bool:
+        """Several processes have to agree, which costs a round trip: they ask less often."""
+        return (
+            jax.process_count() == 1 or self._is_due(now, self.config.train.log_every)
+        ) and self.run.stop.requested()
+
+    def _read(self) -> None:
+        """Reads the metrics of the step before, waiting for it, and logs them where due."""
+        if self.unread is None:
+            return
+        (now, metrics), self.unread = self.unread, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        skipped = now - self.stage.begin - int(values.pop("num_updates"))
+        if skipped > self.config.train.max_skipped_steps:
+            raise UserError(
+                f"{skipped} steps of stage {self.config.stage!r} had no finite gradient, the last of them step {now}; "
+                f"config.train.max_skipped_steps is {self.config.train.max_skipped_steps}: lower "
+                f"config.optim.learning_rate {self.config.optim.learning_rate}"
+            )
+        self.interval.add(values)
+        if self._is_due(now, self.config.train.log_every):
+            line = self.interval.take() | {"learning_rate": values["learning_rate"]}
+            line |= {"train_seconds": self.run.train_seconds(), "skipped_steps": skipped}
+            self.writer.write(now, self.config.stage, line)
+            self.run.progress.update(now, self.config.stage, line)
+
+    def _validate(self, live: TrainState, now: int) -> float | None:
+        """Measures and logs the validation losses; returns the answer loss, or None when told to stop meanwhile."""
+        self._read()
+        with self.interval.pause():
+            sums: list[step.Metrics] = []
+            for batch in self.validation:
+                if self.run.stop.requested():
+                    return None
+                inputs = step.eval_inputs(self.config, batch)
+                sums.append(jax.device_get(self.eval_step(live.params, sharding.put_batch(inputs, self.mesh))))
+            totals = {name: float(sum(part[name] for part in sums)) for name in sums[0]}
+            values = step.means(totals)
+            self.writer.write(now, self.config.stage, {f"validation/{name}": value for name, value in values.items()})
+            return values["answer_loss"]
+
+    def _save(self, live: TrainState, now: int, next_row: int, answer_loss: float | None) -> None:
+        self._read()
+        with self.interval.pause():
+            is_comparable = answer_loss is not None and math.isfinite(answer_loss)
+            self.run.checkpoints.save(
+                now,
+                live,
+                next_row=next_row,
+                metadata=checkpoint.describe(
+                    self.run.stages, self.config, train_seconds=self.run.train_seconds(), answer_loss=answer_loss
+                ),
+                metrics={"stage": self.stage.index, "answer_loss": answer_loss} if is_comparable else None,
+            )
+
+
+def _local_batches(config: Config) -> list[Batch]:
+    """This process's rows of the validation batches, which all processes read whole."""
+    rows = step.eval_rows(config) // jax.process_count()
+    mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+    batches = pipeline.validation_batches(config, step.eval_rows(config), config.train.validation_rows)
+    return [{name: array[mine] for name, array in batch.items()} for batch in batches]
+
+
+def _finite_mean(values: Iterable[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan

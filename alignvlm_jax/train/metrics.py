@@ -1,0 +1,103 @@
+"""Where numbers go: metrics.jsonl, TensorBoard, and the progress line."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import tensorboardX
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+FILE = "metrics.jsonl"
+PLAIN_EVERY = 10
+"""Without a terminal, one progress line for so many logged ones."""
+
+
+class Writer:
+    """Appends lines to metrics.jsonl and scalars to TensorBoard; what was written beyond `step` is cut off first."""
+
+    def __init__(self, workdir: Path, step: int):
+        cut(workdir / FILE, step)
+        self._file = (workdir / FILE).open("a")
+        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._board.close()
+
+    def write(self, step: int, stage: str, values: Mapping[str, float]) -> None:
+        """Writes one line; numbers that JSON cannot hold become null."""
+        values = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        print(json.dumps({"step": step, "stage": stage} | values), file=self._file, flush=True)
+        for name, value in values.items():
+            if value is not None:
+                self._board.add_scalar(name, value, step)
+
+
+def cut(path: Path, step: int) -> None:
+    """Drops lines beyond `step`, and a last line that a kill left unfinished."""
+    if not path.exists():
+        return
+    lines = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
+    beside = path.with_suffix(".tmp")
+    beside.write_text("".join(lines))
+    os.replace(beside, path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except ValueError:
+        return math.inf
+
+
+class Progress:
+    """One live line on a terminal, now and then a plain one elsewhere."""
+
+    def __init__(self, console: Console, total_steps: int):
+        self._console = console
+        self._total = total_steps
+        self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
+        self._num_updates = 0
+
+    def __enter__(self) -> "Progress":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def say(self, message: object) -> None:
+        """Prints above the live line."""
+        self._console.print(message)
+
+    def update(self, step: int, stage: str, values: Mapping[str, float]) -> None:
+        """Shows where the run stands: `step` over all stages, and the newest training values."""
+        rate = values["steps_per_second"]
+        left = (self._total - step) / rate if rate else 0.0
+        line = (
+            f"{stage}  step {step}/{self._total}  loss {values['loss']:.3f}  "
+            f"token accuracy {values['token_accuracy']:.3f}  {rate:.2f} steps/s  {duration(left)} left"
+        )
+        self._num_updates += 1
+        if self._live:
+            self._live.update(Text(line, overflow="ellipsis", no_wrap=True))
+        elif self._num_updates % PLAIN_EVERY == 0 or step == self._total:
+            self.say(line)
+
+
+def duration(seconds: float) -> str:
+    """Returns "1 h 02 min", "2 min 05 s" or "7 s"."""
+    seconds = round(seconds)
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {seconds % 60:02d} s" if minutes else f"{seconds} s"

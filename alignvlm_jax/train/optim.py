@@ -1,0 +1,54 @@
+"""The optimizer of a stage: clipping, AdamW on a schedule, weight decay on matrices only."""
+
+import optax
+
+from alignvlm_jax.config import Config
+from alignvlm_jax.shapes import Array, Int
+from alignvlm_jax.train import state
+
+DECAYED = ("kernel", "table")
+"""Last names of the parameters that decay. Shapes cannot tell: under scan a norm's scale has two dimensions too."""
+
+
+def make_schedule(config: Config) -> optax.Schedule:
+    """Returns the learning rate by the number of updates made in this stage: linear warm-up, then a cosine."""
+    optim, num_steps = config.optim, config.train.num_steps
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=optim.learning_rate,
+        warmup_steps=min(optim.warmup_steps, num_steps - 1),
+        decay_steps=num_steps,
+        end_value=optim.learning_rate * optim.final_fraction,
+    )
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """Returns the optax chain that `config.optim` describes."""
+    optim = config.optim
+    return optax.chain(
+        optax.clip_by_global_norm(optim.clip_norm),
+        optax.adamw(
+            make_schedule(config),
+            b1=optim.b1,
+            b2=optim.b2,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            mask=decay_mask,
+        ),
+    )
+
+
+def decay_mask(params: state.Params) -> state.Params:
+    """Returns True at matrices, False at norms, biases and position embeddings."""
+    return state.unflatten({path: path.split("/")[-1] in DECAYED for path in state.flatten(params)})
+
+
+def num_updates(opt_state: optax.OptState) -> Int[Array, ""]:
+    """Returns how many updates the optimizer has made in this stage; skipped steps do not count."""
+    return optax.tree_utils.tree_get(opt_state, "count", filtering=_is_schedule)
+
+
+def _is_schedule(path: tuple, value: Array) -> bool:
+    """AdamW keeps two equal counts, Adam's and the schedule's; `tree_get` wants one."""
+    del value
+    return getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState"
