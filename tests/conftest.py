@@ -8,15 +8,22 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import dataclasses
 import functools
+import pathlib
 
 import jax
 import numpy as np
 import pytest
 from flax import linen as nn
+from PIL import Image
 
 from alignvlm_jax import config as config_lib
+from alignvlm_jax.data import pages, schema, sources
+from alignvlm_jax.data.tokenizer import Tokenizer
+from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
+from alignvlm_jax.train import checkpoint
+from alignvlm_jax.train import state as train_state
 
 
 def tiny_config(**changes) -> config_lib.Config:
@@ -103,3 +110,44 @@ def mesh(config):
     """The 2 x 2 x 2 mesh, entered."""
     with mesh_lib.use(mesh_lib.make_mesh(config)) as mesh:
         yield mesh
+
+
+EVAL_QUESTION = "What is the total?"
+
+
+@pytest.fixture(scope="session")
+def trained_workdir(tmp_path_factory) -> pathlib.Path:
+    """A workdir with a checkpoint of random weights at step 7, and its `data.dir`: documents of two questions."""
+    root = tmp_path_factory.mktemp("trained")
+    rng = np.random.default_rng(0)
+    for split, count in (("seen_fonts", 5), ("unseen_fonts", 3)):
+        records = [random_record(rng, f"{split}-{i}", ("form", "table")[i % 2]) for i in range(count)]
+        sources.write_shard(root / sources.shard_name(split, 0, 1), records)
+    tokenizer = Tokenizer.train(root / "tokenizer.model", [EVAL_QUESTION, "a b"])
+    config = tiny_config(
+        data=config_lib.DataConfig(dir=str(root), row_length=48, max_tiles=2),
+        eval=config_lib.EvalConfig(num_questions=6, batch_size=4, max_new_tokens=4),
+    )
+    llm = dataclasses.replace(config.model.llm, vocab_size=tokenizer.vocab_size + 4 - tokenizer.vocab_size % 4)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, llm=llm))
+    model, batch = vlm.VLM(config.model), vlm.abstract_batch(config)
+    abstract = train_state.abstract_params(model, config, mesh_lib.make_mesh(config))
+    params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), random_params(model, batch), abstract)
+    with checkpoint.Checkpoints(root / checkpoint.FOLDER) as checkpoints:
+        checkpoints.save(
+            7,
+            train_state.TrainState(np.int32(7), params, ()),
+            next_row=56,
+            metadata=checkpoint.describe((config,), config, train_seconds=12.5, answer_loss=None),
+            metrics=None,
+        )
+    return root
+
+
+def random_record(rng: np.random.Generator, name: str, source: str) -> schema.Record:
+    """A page of 16 x 16 random pixels that is said to show one word."""
+    page = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    amount = str(rng.integers(100, 1000))
+    turns = (schema.Turn(EVAL_QUESTION, (amount,)), schema.Turn("Who?", ("Ann", "Anna")))
+    word = schema.Word(amount, (0.0, 0.0, 8.0, 4.0))
+    return schema.Record(name, source, (pages.encode_png(page),), turns, (((word,),),))

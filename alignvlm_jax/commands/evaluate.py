@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from alignvlm_jax.data import pipeline
 from alignvlm_jax.eval import loading, predictions, runner, summary
 from alignvlm_jax.eval.predictions import Predictions
 
@@ -20,8 +21,11 @@ def main(argv: list[str]) -> None:
         splits=tuple(args.splits.split(",")) if args.splits else trained.eval.splits,
         num_questions=args.num_questions or trained.eval.num_questions,
     )
+    config = dataclasses.replace(trained, eval=asked)
+    for split in asked.splits:
+        pipeline.eval_records(config, split)  # A misspelt split should not wait for the model.
     loaded = loading.load(args.checkpoint, trained)
-    asker = runner.Runner(loaded, dataclasses.replace(trained, eval=asked))
+    asker = runner.Runner(loaded, config)
     for split in asked.splits:
         for blind in (False, True):
             asker.evaluate(split, blind)
