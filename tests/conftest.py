@@ -3,8 +3,9 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Forced here, not in each test: the number of devices is fixed at the first use of jax.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Forced here, not in each test: the number of devices is fixed at the first use of jax. Compiling is most of the tests'
+# time, and LLVM's optimisations are half of that; XLA's own, the partitioner among them, run as ever.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 
 import dataclasses
 import functools

@@ -1,0 +1,192 @@
+"""ALIGN against NumPy float64, its hull, its start from the LM head, and its vocabulary that no device holds whole."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignvlm_jax import config as config_lib
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.models import connectors, vlm
+from alignvlm_jax.models.connectors.align import Align
+from alignvlm_jax.models.connectors.base import PatchLabels
+from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.parallel import sharding
+from tests.conftest import random_params, tiny_config
+
+# Sizes that no two axes share, whole or divided by the mesh, so that a shape in the compiled program names its axes.
+N, E, D, V, K = 52, 6, 10, 74, 3
+EPS = 0.05
+RNG = np.random.default_rng(0)
+FEATURES = RNG.standard_normal((N, E)).astype(np.float32)
+TABLE = RNG.standard_normal((V, D)).astype(np.float32)
+LABELS = PatchLabels(RNG.integers(0, V, (N, K)).astype(np.int32), RNG.random((N, K)).astype(np.float32))
+
+
+def make(**options) -> Align:
+    return Align(
+        config_lib.ModelConfig(
+            vision=config_lib.VisionConfig(width=E, num_heads=1),
+            llm=config_lib.LLMConfig(vocab_size=V, width=D, norm_eps=EPS),
+            connector=config_lib.ConnectorConfig(**options),
+        ),
+        jnp.dtype("float32"),
+    )
+
+
+def run(align: Align, method=None):
+    """Parameters with gains other than 1, and the compiled connector or one of its methods."""
+    params = random_params(align, FEATURES, TABLE, LABELS)
+    return params, jax.jit(lambda params, *args: align.apply({"params": params}, *args, method=method))
+
+
+def layer_norm(x: np.ndarray, weights: dict) -> np.ndarray:
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + EPS) * weights["scale"] + weights["bias"]
+
+
+def reference(params: dict) -> np.ndarray:
+    """P in float64."""
+    params = jax.tree.map(np.float64, params)
+    z = layer_norm(FEATURES @ params["w1"]["kernel"], params["ln1"]) @ params["w2"]["kernel"]
+    z = layer_norm(z, params["ln2"]) if "ln2" in params else z
+    return np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("use_ln2", [True, False])
+def test_equals_float64_reference(mesh, use_ln2):
+    params, align = run(make(use_ln2=use_ln2))
+    assert ("ln2" in params) == use_ln2
+    output = align(params, FEATURES, TABLE, LABELS)
+    weights = reference(params)
+    assert output.tokens.dtype == output.patch_nll.dtype == jnp.float32
+    np.testing.assert_allclose(output.tokens, weights @ TABLE, atol=1e-5)
+    dense = np.zeros((N, V))
+    for row, label in np.ndindex(N, K):
+        dense[row, LABELS.ids[row, label]] += LABELS.weights[row, label]
+    np.testing.assert_allclose(output.patch_nll, -(dense * np.log(weights)).sum(-1), rtol=1e-5)
+
+
+def test_tokens_lie_in_the_hull_of_the_table(mesh):
+    align = make()
+    params, probabilities = run(align, Align.probabilities)
+    weights = np.asarray(probabilities(params, FEATURES))
+    assert weights.dtype == np.float32 and weights.min() >= 0
+    np.testing.assert_allclose(weights.sum(-1, dtype=np.float64), 1, atol=1e-5)
+    tokens = run(align)[1](params, FEATURES, TABLE, None).tokens
+    np.testing.assert_allclose(tokens, weights @ TABLE, atol=1e-5)
+
+
+def test_without_labels_there_is_no_patch_loss(mesh):
+    params, align = run(make())
+    np.testing.assert_array_equal(align(params, FEATURES, TABLE, None).patch_nll, np.zeros(N, np.float32))
+
+
+def test_ln2_gain_init():
+    align = make(ln2_gain_init=4.0)
+    variables = jax.jit(align.init)(jax.random.key(0), FEATURES, TABLE, LABELS)
+    params = sharding.unbox(variables)["params"]
+    np.testing.assert_array_equal(params["ln2"]["scale"], np.full(V, 4.0))
+    np.testing.assert_array_equal(params["ln1"]["scale"], np.ones(D))
+
+
+@pytest.fixture(scope="module")
+def gradients():
+    """By embed_grad: the compiled gradient of the tokens and the patch losses, on the mesh, everything sharded."""
+
+    def compile(embed_grad: str):
+        align = make(embed_grad=embed_grad)
+
+        def loss(params, features, table):
+            output = align.apply({"params": params}, features, table, LABELS)
+            return (output.tokens**2).sum() + output.patch_nll.sum()
+
+        with mesh_lib.use(mesh_lib.make_mesh(tiny_config())) as mesh:
+            boxed = jax.eval_shape(align.init, jax.random.key(0), FEATURES, TABLE, LABELS)["params"]
+            params = jax.device_put(random_params(align, FEATURES, TABLE, LABELS), sharding.tree_sharding(boxed, mesh))
+            args = params, jax.device_put(FEATURES, sharding.batch_sharding(mesh)), TABLE
+            return args, jax.jit(jax.grad(loss, argnums=(0, 2))).lower(*args).compile()
+
+    return {embed_grad: compile(embed_grad) for embed_grad in ("live", "stop")}
+
+
+@pytest.mark.parametrize("embed_grad", ["live", "stop"])
+def test_no_device_holds_all_patches_by_all_words(gradients, embed_grad):
+    """Neither [N, V] nor a device's patches by the whole vocabulary, forward or backward."""
+    _, compiled = gradients[embed_grad]
+    shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\w+\[([\d,]+)\]", compiled.as_text())}
+    assert (N // 4, V // 2) in shapes
+    whole = [shape for shape in shapes if V in shape and (N in shape or N // 4 in shape)]
+    assert not whole
+
+
+def test_embed_grad(gradients):
+    """ "stop" keeps the connector's gradient from the text table, and nothing else."""
+    (args, live), (_, stop) = gradients["live"], gradients["stop"]
+    (live_params, live_table), (stop_params, stop_table) = live(*args), stop(*args)
+    assert np.abs(live_table).max(-1).min() > 1e-3  # every row has a share in every token
+    np.testing.assert_array_equal(stop_table, np.zeros_like(TABLE))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), live_params, stop_params)
+    assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(stop_params))
+
+
+def init_w2_and_head(mesh, config: config_lib.Config) -> tuple[jax.Array, jax.Array]:
+    """W2 [D, V] and the LM head [D, V] as initialised on the mesh; XLA drops all else."""
+    model = vlm.VLM(config.model)
+
+    def init(rng):
+        return vlm.init_params(model, rng, vlm.abstract_batch(config))
+
+    def w2_and_head(tree):
+        head = tree["llm"]["embed"]["table"] if config.model.llm.tie_embeddings else tree["llm"]["head"]["kernel"]
+        return tree["connector"]["w2"]["kernel"], head
+
+    shardings = w2_and_head(sharding.tree_sharding(jax.eval_shape(init, jax.random.key(0)), mesh))
+    w2, head = jax.jit(lambda rng: w2_and_head(sharding.unbox(init(rng))), out_shardings=shardings)(jax.random.key(0))
+    return w2, head.T if config.model.llm.tie_embeddings else head
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_w2_starts_as_the_lm_head(mesh, config, tie_embeddings):
+    llm = dataclasses.replace(config.model.llm, tie_embeddings=tie_embeddings)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, llm=llm))
+    w2, head = init_w2_and_head(mesh, config)
+    assert w2.sharding.spec == jax.sharding.PartitionSpec("fsdp", "tensor")
+    assert np.std(w2) > 0.1
+    np.testing.assert_array_equal(w2, head)
+
+
+def test_w2_random(mesh, config):
+    connector = config_lib.ConnectorConfig(w2_init="random")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, connector=connector))
+    w2, head = init_w2_and_head(mesh, config)
+    assert not vlm.has_head_copy(config.model)
+    assert abs(np.corrcoef(np.ravel(w2), np.ravel(head))[0, 1]) < 0.3
+    assert np.std(w2) == pytest.approx(config.model.llm.width**-0.5, rel=0.2)
+
+
+def test_copy_head_again(config):
+    """At the start of a stage the head may have come from a checkpoint: W2 follows it, in a buffer of its own."""
+    model = vlm.VLM(config.model)
+    params = jax.tree.map(jnp.asarray, random_params(model, vlm.abstract_batch(config)))
+    copied = vlm.copy_head(params)
+    table, w2 = params["llm"]["embed"]["table"], copied["connector"]["w2"]["kernel"]
+    np.testing.assert_array_equal(w2, table.T)
+    assert w2.unsafe_buffer_pointer() != table.unsafe_buffer_pointer()
+    others = {**copied, "connector": {**copied["connector"], "w2": params["connector"]["w2"]}}
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, params, others))
+
+
+def test_copy_head_of_another_size(config):
+    params = random_params(vlm.VLM(config.model), vlm.abstract_batch(config))
+    params["llm"]["embed"]["table"] = np.zeros((30, 16), np.float32)
+    with pytest.raises(UserError, match=r"\(16, 32\).*\(16, 30\)"):
+        vlm.copy_head(params)
+
+
+def test_unknown_connector_names_the_nearest():
+    with pytest.raises(UserError, match=r"config.model.connector.name is 'algin'; did you mean 'align'\?"):
+        connectors.get("algin")
