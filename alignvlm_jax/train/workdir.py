@@ -36,15 +36,20 @@ def claim(workdir: Path, stages: tuple[Config, ...]) -> None:
     distributed.barrier("claim_workdir")
 
 
+def differences(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> dict[str, tuple[Any, Any]]:
+    """Returns both values of every field that differs between two configs as `config.json` holds them, by
+    "STAGE.path.of.field"; "absent" stands for a field that one of them lacks."""
+    first, second = _by_field(theirs), _by_field(ours)
+    pairs = {name: (first.get(name, "absent"), second.get(name, "absent")) for name in [*first, *second]}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
 def _check_same(path: Path, ours: list[dict[str, Any]]) -> None:
-    theirs = _by_field(json.loads(path.read_text()))
-    ours = _by_field(ours)
-    absent = object()
-    differing = [name for name in dict.fromkeys([*theirs, *ours]) if theirs.get(name, absent) != ours.get(name, absent)]
+    differing = differences(json.loads(path.read_text()), ours)
     if differing:
         shown = ", ".join(
-            f"{name} {theirs.get(name, 'absent')!r} there, {ours.get(name, 'absent')!r} here"
-            for name in differing[:MAX_DIFFERENCES]
+            f"{name} {there!r} there, {here!r} here"
+            for name, (there, here) in list(differing.items())[:MAX_DIFFERENCES]
         )
         more = f" and {len(differing) - MAX_DIFFERENCES} more" if len(differing) > MAX_DIFFERENCES else ""
         raise UserError(f"{path.parent} belongs to another config: {shown}{more}; take another --workdir")
