@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import time
 import zlib
 from pathlib import Path
@@ -123,6 +124,8 @@ _settings: tuple[int, float, tuple[Table, ...]]
 
 
 def _start_worker(seed: int, noise: float, tables: tuple[Table, ...]) -> None:
+    # Ctrl-C reaches the whole process group: the parent alone is to speak, and ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     global _settings
     _settings = seed, noise, tables
 

@@ -8,9 +8,9 @@ from alignvlm_jax.data.tokenizer import Tokenizer
 
 
 def encode_chat(
-    tokenizer: Tokenizer, turns: Iterable[tuple[str, str]], num_image_slots: int
+    tokenizer: Tokenizer, turns: Iterable[tuple[str, str]], num_image_slots: int, max_length: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Encodes (question, answer) turns after the image slots.
+    """Encodes (question, answer) turns after the image slots. Turns that would not fit `max_length` are left out whole.
 
     Returns:
       int32 tokens, and bools of the same length that are true on the answers' tokens and the `<end>` of each: what the
@@ -19,20 +19,19 @@ def encode_chat(
     tokens = [tokenizer.bos_id] + [tokenizer.image_id] * num_image_slots
     is_answer = [False] * len(tokens)
     for question, answer in turns:
-        prompt, reply = encode_turn(tokenizer, question, answer)
-        tokens += prompt + reply
-        is_answer += [False] * len(prompt) + [True] * len(reply)
+        prompt = _encode_question(tokenizer, question)
+        reply = [*tokenizer.encode(answer), tokenizer.end_id]
+        if max_length is None or len(tokens) + len(prompt) + len(reply) <= max_length:
+            tokens += prompt + reply
+            is_answer += [False] * len(prompt) + [True] * len(reply)
     return np.array(tokens, np.int32), np.array(is_answer, bool)
-
-
-def encode_turn(tokenizer: Tokenizer, question: str, answer: str) -> tuple[list[int], list[int]]:
-    """Returns the tokens that are given in a turn, and those that are to be said."""
-    prompt = [tokenizer.user_id, *tokenizer.encode(question), tokenizer.assistant_id]
-    return prompt, [*tokenizer.encode(answer), tokenizer.end_id]
 
 
 def encode_prompt(tokenizer: Tokenizer, question: str, num_image_slots: int) -> np.ndarray:
     """Returns int32 tokens that end where the answer is to begin."""
     head, _ = encode_chat(tokenizer, (), num_image_slots)
-    prompt, _ = encode_turn(tokenizer, question, "")
-    return np.concatenate([head, np.array(prompt, np.int32)])
+    return np.append(head, np.array(_encode_question(tokenizer, question), np.int32))
+
+
+def _encode_question(tokenizer: Tokenizer, question: str) -> list[int]:
+    return [tokenizer.user_id, *tokenizer.encode(question), tokenizer.assistant_id]

@@ -40,7 +40,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     except UnidentifiedImageError as err:
         raise UserError(f"cannot read image {name}: no known image format") from err
     except BAD_IMAGE as err:
-        raise UserError(f"cannot read image {name}: {str(err).splitlines()[0]}") from err
+        raise UserError(f"cannot read image {name}: {' '.join(str(err).split()) or type(err).__name__}") from err
 
 
 def load_page(path: str | Path, page: int = 1) -> Image.Image:

@@ -35,7 +35,8 @@ def patch_labels(
         _tile_labels(ids, boxes, crop, scale, tokenizer.space_id, vision, max_patch_labels)
         for crop, scale in zip(tiles.crops, tiles.scales, strict=True)
     ]
-    label_ids, weights, has_text = (np.stack(part) for part in zip(*labels, strict=True))
+    label_ids, areas, has_text = (np.stack(part) for part in zip(*labels, strict=True))
+    weights = areas / areas.sum(-1, keepdims=True)
     return label_ids, weights, np.where(has_text, np.float32(1), np.float32(blank_weight))
 
 
@@ -54,31 +55,36 @@ def token_boxes(lines: Iterable[Iterable[Word]], tokenizer: Tokenizer) -> tuple[
 
 
 def _tile_labels(ids, boxes, crop, scale, space_id: int, vision: VisionConfig, k: int):
-    """Ids [P, k], weights [P, k] and whether there is text [P], of tokens sorted by id."""
+    """Ids [P, k], areas [P, k] and whether there is text [P], of tokens sorted by id."""
     rows, columns = vision.patch_grid
+    top_ids = np.full((k, vision.num_patches), space_id, np.int32)
+    top_areas = np.zeros((k, vision.num_patches), np.float32)
     x = (boxes[:, 0::2].clip(crop[0], crop[2]) - crop[0]) * scale[0]
     y = (boxes[:, 1::2].clip(crop[1], crop[3]) - crop[1]) * scale[1]
     shown = (x[:, 0] < x[:, 1]) & (y[:, 0] < y[:, 1])
     ids = ids[shown]
-    top_ids = np.full((vision.num_patches, k), space_id, np.int32)
-    top_areas = np.zeros((vision.num_patches, k), np.float32)
     has_text = np.zeros(vision.num_patches, bool)
     if len(ids):
         width = _overlap(x[shown], vision.patch_width, columns)
         height = _overlap(y[shown], vision.patch_height, rows)
         areas = (height[:, :, None] * width[:, None, :]).reshape(len(ids), -1)
         # A token that stands twice in a patch is one label. The ids are sorted, so equal ones are neighbours.
-        starts = np.flatnonzero(np.diff(ids, prepend=-1))
+        starts = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]]))
         areas, ids = np.add.reduceat(areas, starts, axis=0), ids[starts]
         has_text = areas.sum(0) >= MIN_COVERED * vision.patch_height * vision.patch_width
-        largest = np.argsort(-areas, axis=0, kind="stable")[:k]
-        top_areas[:, : len(largest)] = np.take_along_axis(areas, largest, 0).T * has_text[:, None]
-        top_ids[:, : len(largest)] = np.where(top_areas[:, : len(largest)] > 0, ids[largest].T, space_id)
-    top_areas[:, 0] += ~has_text
-    return top_ids, top_areas / top_areas.sum(1, keepdims=True), has_text
+        areas *= has_text
+        # Rounds of argmax, as k is small: cheaper than a sort, and of equals the smallest id is always first.
+        every_patch = np.arange(vision.num_patches)
+        for rank in range(min(k, len(ids))):
+            largest = areas.argmax(0)
+            top_areas[rank] = areas[largest, every_patch]
+            top_ids[rank] = np.where(top_areas[rank] > 0, ids[largest], space_id)
+            areas[largest, every_patch] = 0
+    top_areas[0] += ~has_text
+    return top_ids.T, top_areas.T, has_text
 
 
 def _overlap(spans: np.ndarray, size: int, count: int) -> np.ndarray:
     """Length that each span [M, 2] shares with each of `count` cells of `size`, [M, count]."""
     starts = np.arange(count, dtype=np.float32) * size
-    return (np.minimum(spans[:, 1:], starts + size) - np.maximum(spans[:, :1], starts)).clip(0)
+    return np.maximum(np.minimum(spans[:, 1:], starts + size) - np.maximum(spans[:, :1], starts), 0)

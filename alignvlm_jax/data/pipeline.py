@@ -13,7 +13,7 @@ from alignvlm_jax.data.rows import Row
 from alignvlm_jax.data.schema import Batch
 from alignvlm_jax.data.sources import RecordSource
 from alignvlm_jax.data.tokenizer import Tokenizer
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import UserError, nearest
 
 
 class TrainRows:
@@ -26,7 +26,11 @@ class TrainRows:
         self._seed = [config.seed, zlib.crc32(f"{config.stage}/{split}".encode())]
         shuffle_seed = int(np.random.default_rng(self._seed).integers(2**32))
         self._order = grain.MapDataset.range(len(self._records)).shuffle(shuffle_seed).repeat()
-        self._tasks = list(config.data.tasks)
+        # Sorted: the order of the config's mapping must not decide which record gets which task.
+        self._tasks = sorted(config.data.tasks)
+        for task in self._tasks:
+            if task not in rows.TASKS:
+                raise UserError(f"unknown task {task!r} in config.data.tasks{nearest(task, rows.TASKS)}")
         weights = np.array([config.data.tasks[task] for task in self._tasks])
         self._task_weights = weights / weights.sum()
 
@@ -72,8 +76,8 @@ class TrainBatches(Iterator[Batch]):
         supervised = batch["loss_weights"].any(axis=1)
         self._num_rows += len(supervised)
         self._num_unsupervised += int((~supervised).sum())
-        # One bad row is forgiven at the start of a run, where it would be a large share.
-        if self._num_unsupervised > max(1, self._max_unsupervised * self._num_rows):
+        # At the start of a run one bad row would be a large share: no share is taken of less than 100 rows.
+        if self._num_unsupervised > self._max_unsupervised * max(self._num_rows, 100):
             raise UserError(
                 f"{self._num_unsupervised} of {self._num_rows} rows have no answer that fits config.data.row_length; "
                 f"config.data.max_unsupervised is {self._max_unsupervised}"
@@ -121,7 +125,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
     """Reads the tokenizer of `data.dir`.
 
     Raises:
-      UserError: it has more tokens than `model.llm.vocab_size`.
+      UserError: it has more tokens than `model.llm.vocab_size`, or another image token than the model.
     """
     path = Path(config.data.dir) / "tokenizer.model"
     tokenizer = Tokenizer.load(path)
@@ -129,6 +133,11 @@ def load_tokenizer(config: Config) -> Tokenizer:
         raise UserError(
             f"tokenizer {path} has {tokenizer.vocab_size} tokens, config.model.llm.vocab_size is "
             f"{config.model.llm.vocab_size}; make it at least {tokenizer.vocab_size}"
+        )
+    if tokenizer.image_id != config.model.image_token_id:
+        raise UserError(
+            f"tokenizer {path} marks image slots by token {tokenizer.image_id}, config.model.image_token_id is "
+            f"{config.model.image_token_id}; make them equal"
         )
     return tokenizer
 

@@ -1,5 +1,7 @@
 """A record to one row of a batch: image slots, chat tokens, loss weights, tiles and patch labels."""
 
+from collections.abc import Callable
+
 import numpy as np
 from PIL import Image
 
@@ -8,11 +10,28 @@ from alignvlm_jax.data import chat, images, labels
 from alignvlm_jax.data.images import Tiles
 from alignvlm_jax.data.schema import Record
 from alignvlm_jax.data.tokenizer import Tokenizer
-from alignvlm_jax.errors import UserError, nearest
+from alignvlm_jax.errors import UserError
 
 TRANSCRIBE_QUESTION = "Read the page."
 Row = dict[str, np.ndarray]
 """The arrays of `schema.Batch` without the axis B."""
+
+
+def _transcribe(record: Record, rng: np.random.Generator) -> list[tuple[str, str]]:
+    text = "\n".join(" ".join(word.text for word in line) for page in record.lines for line in page)
+    return [(TRANSCRIBE_QUESTION, text)] if text else []
+
+
+def _answer(record: Record, rng: np.random.Generator) -> list[tuple[str, str]]:
+    turns = [record.turns[i] for i in rng.permutation(len(record.turns))]
+    return [(turn.question, turn.answers[0]) for turn in turns]
+
+
+TASKS: dict[str, Callable[[Record, np.random.Generator], list[tuple[str, str]]]] = {
+    "transcribe": _transcribe,
+    "answer": _answer,
+}
+"""What a row asks of its record, by the names of `data.tasks`: (question, answer) turns, possibly none."""
 
 
 def build_row(record: Record, task: str, rng: np.random.Generator, config: Config, tokenizer: Tokenizer) -> Row:
@@ -22,18 +41,11 @@ def build_row(record: Record, task: str, rng: np.random.Generator, config: Confi
     throughout; the pipeline counts these.
 
     Raises:
-      UserError: an unknown task, an unreadable image, or more images than tile slots.
+      UserError: an unreadable image, or more images than tile slots.
     """
     pages = _tile_pages(record, config)
-    head, _ = chat.encode_chat(tokenizer, (), _num_slots(pages, config))
-    room = config.data.row_length - len(head)
-    turns = []
-    for question, answer in _turns(record, task, rng):
-        prompt, reply = chat.encode_turn(tokenizer, question, answer)
-        if len(prompt) + len(reply) <= room:
-            room -= len(prompt) + len(reply)
-            turns.append((question, answer))
-    tokens, is_answer = chat.encode_chat(tokenizer, turns, _num_slots(pages, config))
+    turns = TASKS[task](record, rng)
+    tokens, is_answer = chat.encode_chat(tokenizer, turns, _num_slots(pages, config), config.data.row_length)
     return _text_arrays(tokens, is_answer, config, tokenizer) | _image_arrays(record, pages, config, tokenizer)
 
 
@@ -59,16 +71,6 @@ def build_prompt(page: Record | Image.Image, question: str, config: Config, toke
         )
     text = _text_arrays(tokens, np.zeros(len(tokens), bool), config, tokenizer)
     return text | _image_arrays(record, pages, config, tokenizer)
-
-
-def _turns(record: Record, task: str, rng: np.random.Generator) -> list[tuple[str, str]]:
-    if task == "transcribe":
-        text = "\n".join(" ".join(word.text for word in line) for page in record.lines for line in page)
-        return [(TRANSCRIBE_QUESTION, text)] if text else []
-    if task == "answer":
-        turns = [record.turns[i] for i in rng.permutation(len(record.turns))]
-        return [(turn.question, turn.answers[0]) for turn in turns]
-    raise UserError(f"unknown task {task!r} in config.data.tasks{nearest(task, ('transcribe', 'answer'))}")
 
 
 def _tile_pages(record: Record, config: Config) -> list[Tiles]:

@@ -17,7 +17,6 @@ MAX_CELL_LENGTH = 10
 def load() -> tuple[Table, ...]:
     """Returns the tables, in a fixed order."""
     airports = local_data.airports().rename(columns={"iata": "airport"})
-    cars = local_data.cars().drop_duplicates("Name").rename(columns={"Name": "car", "Weight_in_lbs": "weight"})
     power = local_data.iowa_electricity().pivot(index="year", columns="source", values="net_generation")
     power = power.set_index(power.index.year).reset_index()
     power = power.rename(columns={"Fossil Fuels": "fossil", "Nuclear Energy": "nuclear"})
@@ -26,7 +25,6 @@ def load() -> tuple[Table, ...]:
     states = datasets.statecrime.load_pandas().data.reset_index()
     return (
         _table("airports", airports, "airport", {"city": "", "latitude": ".4f"}),
-        _table("cars", cars, "car", {"weight": ".0f"}),
         _table("driving", local_data.driving(), "year", {"miles": ".0f"}),
         _table("power", power, "year", {"fossil": ".0f", "nuclear": ".0f"}),
         _table("macrodata", macro, "quarter", {"realgdp": ".2f", "realinv": ".2f"}),

@@ -1,0 +1,164 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from alignvlm_jax.config import VisionConfig
+from alignvlm_jax.data import images
+from alignvlm_jax.errors import UserError
+
+DEMO = VisionConfig()
+SQUARE = VisionConfig(tile_height=384, tile_width=384, patch_height=14, patch_width=14)
+
+
+def encode(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def random_page(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def coverage(rows: int, columns: int, height: int, width: int, vision: VisionConfig) -> float:
+    """As Ovis counts it: the cells' area after each shrank to the tile, over the page's area."""
+    cell_height, cell_width = height / rows, width / columns
+    scale = min(1, vision.tile_height / cell_height, vision.tile_width / cell_width)
+    return rows * columns * (cell_height * scale) * (cell_width * scale) / (height * width)
+
+
+@pytest.mark.parametrize(
+    "image, expected",
+    [
+        (Image.new("1", (4, 4), 1), (255, 255, 255)),
+        (Image.new("L", (4, 4), 100), (100, 100, 100)),
+        (Image.new("LA", (4, 4), (0, 0)), (255, 255, 255)),
+        (Image.new("RGBA", (4, 4), (200, 0, 0, 255)), (200, 0, 0)),
+        (Image.new("RGBA", (4, 4), (0, 0, 0, 0)), (255, 255, 255)),
+        (Image.fromarray(np.full((4, 4), 128 * 256, np.uint16)), (128, 128, 128)),
+    ],
+    ids=["1-bit", "gray", "gray-alpha", "opaque", "transparent", "16-bit"],
+)
+def test_every_mode_becomes_rgb(image, expected):
+    decoded = images.decode_image(encode(image), "x.png")
+    assert decoded.mode == "RGB"
+    assert decoded.getpixel((1, 1)) == expected
+
+
+def test_palette_transparency_is_white():
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([10, 20, 30, 200, 0, 0])
+    palette.putpixel((2, 2), 1)
+    decoded = images.decode_image(encode(palette, transparency=0), "x.png")
+    assert decoded.getpixel((0, 0)) == (255, 255, 255)
+    assert decoded.getpixel((2, 2)) == (200, 0, 0)
+
+
+def test_cmyk_and_exif_rotation():
+    cmyk = images.decode_image(encode(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), "JPEG"), "x.jpg")
+    assert cmyk.mode == "RGB" and min(cmyk.getpixel((4, 4))) > 250
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a phone held upright
+    assert images.decode_image(encode(random_page(8, 4), "JPEG", exif=exif), "x.jpg").size == (4, 8)
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", encode(random_page(64, 64))[:2000]])
+def test_unreadable_images_are_named(data):
+    with pytest.raises(UserError, match="scan-7"):
+        images.decode_image(data, "scan-7")
+
+
+def test_load_page_reads_images_and_pdf(tmp_path):
+    page = random_page(40, 30)
+    page.save(tmp_path / "page.png")
+    np.testing.assert_array_equal(np.asarray(images.load_page(tmp_path / "page.png")), np.asarray(page))
+    Image.new("RGB", (100, 50), (255, 0, 0)).save(tmp_path / "page.pdf", resolution=72)
+    drawn = images.load_page(tmp_path / "page.pdf")
+    assert drawn.mode == "RGB" and drawn.width == 2 * drawn.height
+    assert drawn.getpixel((drawn.width // 2, drawn.height // 2))[0] > 200
+    (tmp_path / "broken.pdf").write_bytes(b"%PDF-1.7 broken")
+    for name in ("broken.pdf", "missing.png"):
+        with pytest.raises(UserError, match=name):
+            images.load_page(tmp_path / name)
+    with pytest.raises(UserError, match="page 2"):
+        images.load_page(tmp_path / "page.pdf", page=2)
+
+
+@pytest.mark.parametrize(
+    "height, width, vision, max_tiles, expected",
+    [
+        (64, 128, DEMO, 2, (2, 1)),
+        (32, 128, DEMO, 2, (1, 1)),
+        (10, 20, DEMO, 9, (1, 1)),
+        (96, 128, DEMO, 2, (2, 1)),
+        (384, 384, SQUARE, 9, (1, 1)),
+        (768, 384, SQUARE, 9, (2, 1)),
+        (1100, 850, SQUARE, 9, (3, 3)),
+        (5000, 100, SQUARE, 9, (9, 1)),
+    ],
+)
+def test_known_grids(height, width, vision, max_tiles, expected):
+    assert images.choose_grid(height, width, vision, max_tiles) == expected
+
+
+@pytest.mark.parametrize("use_overview", [False, True])
+def test_grid_follows_the_coverage_rule(use_overview):
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        height, width, max_tiles = int(rng.integers(8, 2000)), int(rng.integers(8, 2000)), int(rng.integers(1, 10))
+        vision = SQUARE if rng.random() < 0.5 else DEMO
+        rows, columns = images.choose_grid(height, width, vision, max_tiles, use_overview)
+        most = max_tiles - 1 if use_overview and max_tiles > 1 else max_tiles
+        assert rows * columns <= max(1, most)
+        grids = [(r, c) for r in range(1, 10) for c in range(1, 10) if r * c <= max(1, most)]
+        scores = {grid: coverage(*grid, height, width, vision) for grid in grids}
+        good = [grid for grid in grids if scores[grid] > 0.9 + 1e-9]
+        if good:
+            fewest = min(r * c for r, c in good)
+            assert rows * columns == fewest
+            assert scores[rows, columns] >= max(scores[g] for g in good if g[0] * g[1] == fewest) - 1e-9
+        else:
+            assert scores[rows, columns] >= max(scores.values()) - 1e-9
+
+
+def test_a_page_of_the_grids_size_is_cut_without_resampling():
+    page = random_page(128, 64)
+    tiles = images.tile_image(page, DEMO, 2, use_overview=False)
+    np.testing.assert_array_equal(np.concatenate(tiles.pixels), np.asarray(page))
+    np.testing.assert_array_equal(tiles.scales, np.ones((2, 2)))
+    single = images.tile_image(random_page(128, 32), DEMO, 2, use_overview=False)
+    assert single.pixels.shape == (1, 32, 128, 3)
+
+
+def test_overview_comes_first_and_takes_a_slot():
+    page = random_page(128, 64)
+    tiles = images.tile_image(page, DEMO, 3, use_overview=True)
+    assert len(tiles.pixels) == 3
+    np.testing.assert_array_equal(tiles.crops[0], [0, 0, 128, 64])
+    np.testing.assert_array_equal(tiles.scales[0], [0.5, 0.5])
+    np.testing.assert_array_equal(np.concatenate(tiles.pixels[1:]), np.asarray(page))
+    assert len(images.tile_image(page, DEMO, 2, use_overview=True).pixels) == 1
+
+
+def test_cells_keep_their_aspect_and_are_padded_white():
+    tiles = images.tile_image(Image.new("RGB", (64, 64)), DEMO, 1, use_overview=False)
+    assert (tiles.pixels[0, :, :32] == 0).all()
+    assert (tiles.pixels[0, :, 32:] == 255).all()
+    np.testing.assert_array_equal(tiles.scales[0], [0.5, 0.5])
+
+
+@pytest.mark.parametrize("size", [(128, 64), (300, 200), (90, 500), (64, 16), (1, 1), (1, 40), (40, 1)])
+def test_page_points_are_found_in_their_tiles(size):
+    page = Image.new("RGB", size, (255, 255, 255))
+    x, y = size[0] * 2 // 3, size[1] // 3
+    marked = page.copy()
+    radius = max(3, max(size) // 10)  # wide enough to survive the overview
+    marked.paste((0, 0, 0), (max(0, x - radius), max(0, y - radius), x + radius + 1, y + radius + 1))
+    tiles = images.tile_image(marked, DEMO, 4, use_overview=True)
+    assert len(tiles.pixels) <= 4
+    for pixels, crop, scale in zip(tiles.pixels, tiles.crops, tiles.scales, strict=True):
+        if crop[0] <= x < crop[2] and crop[1] <= y < crop[3]:
+            at = ((np.array([x, y]) + 0.5 - crop[:2]) * scale).astype(int)
+            assert pixels[at[1], at[0]].max() < 140

@@ -1,0 +1,45 @@
+import pytest
+
+from alignvlm_jax.data import sources
+from alignvlm_jax.data.schema import Record
+from alignvlm_jax.errors import UserError
+
+
+def record(name: str) -> Record:
+    return Record(name, "test", (b"image " + name.encode(),), ())
+
+
+@pytest.fixture
+def shards(tmp_path):
+    for shard in range(3):
+        records = (record(f"{shard}-{i}") for i in range(shard + 1))
+        sources.write_shard(tmp_path / sources.shard_name("train", shard, 3), records)
+    return tmp_path
+
+
+def test_records_are_read_at_random_across_shards(shards):
+    source = sources.RecordSource(shards, "train")
+    assert len(source) == 6
+    assert [source[i].id for i in (5, 0, 3, 2)] == ["2-2", "0-0", "2-0", "1-1"]
+    assert source[1].images == (b"image 1-0",)
+
+
+def test_a_failed_write_leaves_no_shard(tmp_path):
+    def broken():
+        yield record("a")
+        raise ValueError("the source broke")
+
+    path = tmp_path / sources.shard_name("train", 0, 1)
+    with pytest.raises(ValueError, match="broke"):
+        sources.write_shard(path, broken())
+    assert not path.exists()
+
+
+def test_missing_splits_and_shards_are_user_errors(shards, tmp_path_factory):
+    with pytest.raises(UserError, match="did you mean 'train'"):
+        sources.RecordSource(shards, "trian")
+    (shards / sources.shard_name("train", 1, 3)).unlink()
+    with pytest.raises(UserError, match="2 of 3 shards"):
+        sources.RecordSource(shards, "train")
+    with pytest.raises(UserError, match="run `prepare` first"):
+        sources.RecordSource(tmp_path_factory.mktemp("empty"), "train")
