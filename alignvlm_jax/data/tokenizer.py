@@ -78,8 +78,9 @@ class Tokenizer:
         return self._model.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of `ids`; chat marks and padding give nothing."""
-        return self._model.decode([int(i) for i in ids])
+        """Returns the text of `ids`; chat marks, padding and ids beyond the vocabulary (a model may have more) give
+        nothing."""
+        return self._model.decode([int(i) for i in ids if i < self.vocab_size])
 
     def token_offsets(self, text: str) -> list[tuple[int, int, int]]:
         """Returns (id, start, end) for every token, in characters of `text`."""
@@ -88,5 +89,8 @@ class Tokenizer:
         return [(token, *span) for token, span in zip(encoded["ids"], encoded["offsets"], strict=True)]
 
     def piece(self, token: int) -> str:
-        """Returns a token readably: a space as an open box, a line break as a return sign."""
+        """Returns a token readably: a space as an open box, a line break as a return sign; an id beyond the vocabulary,
+        which a model may have, as its number."""
+        if token >= self.vocab_size:
+            return f"#{token}"
         return self._model.id_to_piece(int(token)).replace("▁", "␣").replace("\n", "⏎")
