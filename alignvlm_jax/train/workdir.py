@@ -36,27 +36,36 @@ def claim(workdir: Path, stages: tuple[Config, ...]) -> None:
     distributed.barrier("claim_workdir")
 
 
-def differences(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> dict[str, tuple[Any, Any]]:
-    """Returns both values of every field that differs between two configs as `config.json` holds them, by
-    "STAGE.path.of.field"; "absent" stands for a field that one of them lacks."""
-    first, second = _by_field(theirs), _by_field(ours)
-    pairs = {name: (first.get(name, "absent"), second.get(name, "absent")) for name in [*first, *second]}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+def differences(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """Returns (field, value there, value here) of all that differs between two configs as `config.json` holds them.
+
+    A field that differs alike in every stage is named once, "config.a.b"; else it is "config.stages.STAGE.a.b".
+    """
+    names = [", ".join(stage["stage"] for stage in stages) for stages in (theirs, ours)]
+    if names[0] != names[1]:
+        return [("config.stages", *names)]
+    stages_of: dict[tuple[str, str, str], list[str]] = {}
+    for there, here in zip(theirs, ours, strict=True):
+        left, right = dict(_leaves(there, "")), dict(_leaves(here, ""))
+        for name in dict.fromkeys([*left, *right]):
+            texts = [repr(side[name]) if name in side else "absent" for side in (left, right)]
+            if texts[0] != texts[1]:
+                stages_of.setdefault((name, *texts), []).append(here["stage"])
+    return [
+        (f"config.{place}{name}", there, here)
+        for (name, there, here), stages in stages_of.items()
+        for place in ([""] if len(stages) == len(ours) else [f"stages.{stage}." for stage in stages])
+    ]
 
 
 def _check_same(path: Path, ours: list[dict[str, Any]]) -> None:
     differing = differences(json.loads(path.read_text()), ours)
     if differing:
         shown = ", ".join(
-            f"{name} {there!r} there, {here!r} here"
-            for name, (there, here) in list(differing.items())[:MAX_DIFFERENCES]
+            f"{field} is {there} there and {here} here" for field, there, here in differing[:MAX_DIFFERENCES]
         )
         more = f" and {len(differing) - MAX_DIFFERENCES} more" if len(differing) > MAX_DIFFERENCES else ""
         raise UserError(f"{path.parent} belongs to another config: {shown}{more}; take another --workdir")
-
-
-def _by_field(stages: list[dict[str, Any]]) -> dict[str, Any]:
-    return {f"{stage['stage']}.{name}": value for stage in stages for name, value in _leaves(stage, "")}
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
