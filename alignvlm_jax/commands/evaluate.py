@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     }
     summary.write(workdir, summary.summarize(loaded, trained.eval.splits, results))
     console = Console(highlight=False)
-    console.print(f"{loaded.path}: connector {trained.model.connector.name}, scores in percent")
+    console.print(f"{loaded.path}: connector {trained.model.connector.name}")
     console.print(_table(asked.splits, results))
     console.print(f"Written to {workdir / predictions.DIRECTORY} and {workdir / summary.FILE}", soft_wrap=True)
 
@@ -73,4 +73,4 @@ def _table(splits: Sequence[str], results: Mapping[tuple[str, bool], Predictions
 
 def _cells(seen: Predictions, blind: Predictions) -> list[str]:
     scores = (seen.mean("score"), seen.mean("exact"), blind.mean("score"))
-    return [str(len(seen.rows)), *(f"{100 * score:.1f}" for score in scores)]
+    return [str(len(seen.rows)), *(f"{score:.3f}" for score in scores)]

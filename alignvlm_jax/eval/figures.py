@@ -79,11 +79,12 @@ def stage_spans(lines: Sequence[dict[str, Any]]) -> list[tuple[str, float, float
 
 def _panel(curve: Curve, lines: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> str:
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4.6, 3.1), layout="constrained")
+        figure = Figure(figsize=(4.0, 2.9), layout="constrained")
         axes = figure.add_subplot()
-        axes.set_title(curve.title, loc="left", fontsize=10.5, fontweight="bold", pad=18)
+        axes.set_title(curve.title, loc="left", fontsize=10.5, fontweight="bold", pad=19)
         if curve.log:
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
             axes.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
         _draw_run(axes, curve, other, OTHER)
@@ -93,7 +94,8 @@ def _panel(curve: Curve, lines: Sequence[dict[str, Any]], other: Sequence[dict[s
         _draw_stages(axes, stage_spans(lines))
         axes.grid(axis="y", color=GRID, linewidth=0.6)
         axes.set_axisbelow(True)
-        axes.tick_params(length=0)
+        axes.tick_params(length=0, which="both")
+        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5))
         return _inline_svg(figure, curve.title)
 
 
@@ -122,7 +124,7 @@ def _draw_stages(axes: Axes, spans: list[tuple[str, float, float]]) -> None:
     for index, (name, start, end) in enumerate(spans):
         if index:
             axes.axvline(start, color=TEXT, linewidth=0.7, linestyle=":")
-        fits = (end - start) / spans[-1][2] > len(name) * 0.024
+        fits = (end - start) / spans[-1][2] > len(name) * 0.027
         label = name if fits else str(index)
         axes.text(start, 1.02, f" {label}", transform=axes.get_xaxis_transform(), fontsize=8.5, va="bottom")
 

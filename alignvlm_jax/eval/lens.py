@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from PIL import Image
 
 from alignvlm_jax.config import Config
@@ -96,15 +97,16 @@ def picture(lens: Lens, tokenizer: Tokenizer) -> bytes:
     figure = Figure(figsize=(PICTURE_INCHES, height + 0.55), dpi=DPI, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     axes.imshow(lens.page, extent=(0, lens.page.width, lens.page.height, 0), interpolation="lanczos")
+    points = 72 * PICTURE_INCHES / lens.page.width
     top, entropies = lens.probabilities.argmax(-1), lens.entropies()
     for box, token, entropy in zip(lens.boxes, top, entropies, strict=True):
-        _draw_patch(axes, box, tokenizer.piece(token), token == tokenizer.space_id, colors(norm(entropy)))
+        _draw_patch(axes, box, tokenizer.piece(token), token == tokenizer.space_id, colors(norm(entropy)), points)
     axes.set(xlim=(0, lens.page.width), ylim=(lens.page.height, 0))
     axes.set_axis_off()
     scale = mpl.cm.ScalarMappable(norm, colors)
     bar = figure.colorbar(scale, ax=axes, orientation="horizontal", aspect=60, pad=0.02, alpha=TINT + 0.25)
     bar.set_ticks([0, 0.25, 1, 2, 4, vocab_bits], labels=["0 bits", "¼", "1", "2", "4", f"{vocab_bits:.3g}"])
-    bar.ax.tick_params(labelsize=9, length=2)
+    bar.ax.tick_params(labelsize=12, length=3)
     bar.outline.set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
@@ -139,15 +141,17 @@ def _lens(page: Image.Image, tiles: Tiles, config: Config, p_IPV: np.ndarray) ->
     return Lens(page, np.concatenate(boxes), np.concatenate(kept))
 
 
-def _draw_patch(axes: Axes, box: Box, token: str, is_space: bool, color: tuple[float, ...]) -> None:
+def _draw_patch(axes: Axes, box: Box, token: str, is_space: bool, color: tuple[float, ...], points: float) -> None:
+    """`points` is the size of a page pixel on paper, 1/72 inch."""
     left, top, right, bottom = box
-    axes.add_patch(Rectangle((left, top), right - left, bottom - top, facecolor=(*color[:3], TINT), edgecolor="none"))
-    axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor="#00000022", linewidth=0.6))
-    # Relative to the page: patches are as many on a large page as on a small one.
-    size = min((right - left) / len(token) * 1.3, (bottom - top) * 0.45) / axes.figure_width
+    frame = (left, top), right - left, bottom - top
+    axes.add_patch(Rectangle(*frame, facecolor=(*color[:3], TINT), edgecolor="#00000022", linewidth=0.6))
+    # A monospaced character is 0.6 as wide as its size: the token fills the patch, or the lower third of it.
+    size = points * min((right - left) / (0.6 * len(token)), (bottom - top) / 3)
     axes.text(
-        (left + right) / 2, bottom - (bottom - top) * 0.04, token, ha="center", va="bottom", fontsize=size,
-        fontfamily="monospace", fontweight="bold", color="#00000055" if is_space else "#b3005e",
+        (left + right) / 2, bottom, token, ha="center", va="bottom", fontsize=size, fontfamily="monospace",
+        fontweight="bold", color="#00000055" if is_space else "#b3005e",
+        path_effects=[] if is_space else [withStroke(linewidth=size / 6, foreground="white")],
     )  # fmt: skip
 
 
