@@ -1,0 +1,328 @@
+"""The whole model: sharded equals single, what stands at image slots, who sees whom, options that change nothing."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+
+from alignvlm_jax import config as config_lib
+from alignvlm_jax.data.schema import Batch
+from alignvlm_jax.models import vlm
+from alignvlm_jax.models.llama import Llama
+from alignvlm_jax.ops.cross_entropy import cross_entropy
+from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.parallel import sharding
+from tests.conftest import random_batch, random_params, tiny_config
+
+# Sizes that no two axes share, whole or divided by the mesh, so that a shape in the compiled program names its axes.
+CONFIG = tiny_config(
+    model=config_lib.ModelConfig(
+        vision=config_lib.VisionConfig(
+            tile_height=8,
+            tile_width=12,
+            patch_height=4,
+            patch_width=3,
+            width=12,
+            mlp_width=20,
+            num_layers=2,
+            num_heads=2,
+        ),
+        llm=config_lib.LLMConfig(
+            vocab_size=74, width=10, mlp_width=28, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6
+        ),
+    ),
+    data=config_lib.DataConfig(row_length=34, max_tiles=2),
+)
+MODEL = CONFIG.model
+MLP_UNTIED = dataclasses.replace(
+    MODEL,
+    connector=config_lib.ConnectorConfig(name="mlp"),
+    llm=dataclasses.replace(MODEL.llm, tie_embeddings=False),
+)
+ROWS, LENGTH, TILES, PATCHES = CONFIG.train.batch_size, CONFIG.data.row_length, CONFIG.data.max_tiles, 8
+VOCAB = MODEL.llm.vocab_size
+IMAGE = MODEL.image_token_id
+BATCH = random_batch(CONFIG)
+
+
+def draw_params(model: config_lib.ModelConfig) -> dict:
+    return random_params(vlm.VLM(model), vlm.abstract_batch(CONFIG))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return draw_params(MODEL)
+
+
+def gradient_step(model: config_lib.ModelConfig, grad_shardings=None):
+    """Compiles params, batch -> (loss, output), gradients: both losses, each divided by its weight."""
+
+    def loss(params, batch):
+        output = vlm.VLM(model).apply({"params": params}, batch)
+        loss_sum, weight = cross_entropy(output.logits, batch["targets"], batch["loss_weights"])
+        patch_sum = (output.patch_nll * batch["patch_loss_weights"]).sum()
+        return loss_sum / weight + patch_sum / batch["patch_loss_weights"].sum(), output
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True), out_shardings=(None, grad_shardings))
+
+
+@functools.cache
+def single_step(model: config_lib.ModelConfig):
+    """(loss, output), gradients on one device."""
+    return jax.device_get(gradient_step(model)(draw_params(model), BATCH))
+
+
+def assert_same_gradients(grads, expected) -> None:
+    """Equal to 1e-5 of each array's largest entry."""
+    for (path, a), b in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected), strict=True):
+        scale = np.abs(b).max()
+        if sharding.path_name(path).endswith("k/bias"):
+            scale = max(scale, 1e-2)  # a bias of all keys moves no softmax: this gradient is rounding
+        assert scale > 0, path
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale, err_msg=sharding.path_name(path))
+
+
+# Sharded against single-device.
+
+
+class Sharded:
+    """One compiled step on the mesh, its results, and the same step's on one device."""
+
+    def __init__(self, model: config_lib.ModelConfig):
+        (self.single_loss, self.single_output), self.single_grads = single_step(model)
+        with mesh_lib.use(mesh_lib.make_mesh(CONFIG)) as mesh:
+            abstract = vlm.abstract_batch(CONFIG)
+            boxed = jax.eval_shape(lambda: vlm.init_params(vlm.VLM(model), jax.random.key(0), abstract))
+            self.shardings = sharding.tree_sharding(boxed, mesh)
+            params = jax.device_put(draw_params(model), self.shardings)
+            batch = sharding.put_batch(BATCH, mesh)
+            lowered = gradient_step(model, self.shardings).lower(params, batch)
+            compiled = lowered.compile()
+            (self.loss, self.output), self.grads = compiled(params, batch)
+        self.lowered_text, self.compiled_text = lowered.as_text(), compiled.as_text()
+
+
+@pytest.fixture(scope="module", params=[MODEL, MLP_UNTIED], ids=["align_tied", "mlp_untied"])
+def sharded(request):
+    return Sharded(request.param)
+
+
+def test_sharded_loss_equals_single_device(sharded):
+    assert float(sharded.loss) == pytest.approx(float(sharded.single_loss), abs=1e-5)
+    np.testing.assert_allclose(sharded.output.logits, sharded.single_output.logits, atol=2e-5)
+    np.testing.assert_allclose(sharded.output.patch_nll, sharded.single_output.patch_nll, atol=2e-5)
+
+
+def test_sharded_gradients_equal_single_device(sharded):
+    assert_same_gradients(sharded.grads, sharded.single_grads)
+
+
+def test_shardings_are_live(sharded):
+    assert sharded.lowered_text.count("sdy.sharding_constraint") > 0
+    assert sharded.output.logits.sharding.spec == PartitionSpec(("data", "fsdp"), None, "tensor")
+
+
+@pytest.mark.parametrize("sharded", [MODEL], ids=["align_tied"], indirect=True)
+def test_no_device_holds_all_tokens_by_all_words(sharded):
+    """Neither a batch's patches or tokens by the whole vocabulary nor a device's, forward or backward."""
+    assert sharded.shardings["connector"]["w2"]["kernel"].spec == PartitionSpec("fsdp", "tensor")
+    shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\w+\[([\d,]+)\]", sharded.compiled_text)}
+    local_patches = ROWS // 4 * TILES * PATCHES
+    assert (local_patches, VOCAB // 2) in shapes and (ROWS // 4, LENGTH, VOCAB // 2) in shapes
+    assert not [shape for shape in shapes if VOCAB in shape and np.prod(shape) // VOCAB >= local_patches]
+
+
+# Image slots.
+
+
+def mixed_batch() -> dict[str, np.ndarray]:
+    """The random batch with every layout of a row: slots first; text before and between images; one tile only; two
+    packed segments with an image each; an image that is all there is."""
+    slots, text = [IMAGE] * PATCHES, list(range(8, 60))
+    layouts = {
+        1: (text[:3] + slots + text[3:5] + slots + text[5:9], []),
+        2: (text[:2] + slots + text[2:9], []),
+        3: (slots + text[:5], slots + text[5:12]),
+        4: (slots, []),
+    }
+    batch = {name: array.copy() for name, array in BATCH.items()}
+    for row, segments in layouts.items():
+        for name in ("tokens", "positions", "segment_ids"):
+            batch[name][row] = 0
+        start = 0
+        for number, tokens in enumerate(segments, start=1):
+            part = slice(start, start + len(tokens))
+            batch["tokens"][row, part] = tokens
+            batch["positions"][row, part] = np.arange(len(tokens))
+            batch["segment_ids"][row, part] = number
+            start += len(tokens)
+    return batch
+
+
+MIXED = mixed_batch()
+NUM_SLOTS = (MIXED["tokens"] == IMAGE).sum(-1)
+
+
+def apply_model(params, batch, visual_input: str, model: config_lib.ModelConfig = MODEL, shift=0.0):
+    """The model's output, and the vectors that the decoder reads; `shift` is added to them."""
+    read = []
+
+    def intercept(method, args, kwargs, context):
+        if isinstance(context.module, Llama) and context.method_name == "__call__":
+            read.append(args[0])
+            args = (args[0] + shift, *args[1:])
+        return method(*args, **kwargs)
+
+    with nn.intercept_methods(intercept):
+        output = vlm.VLM(model).apply({"params": params}, batch, visual_input)
+    return output, read[0]
+
+
+@pytest.fixture(scope="module")
+def run():
+    return jax.jit(apply_model, static_argnames="visual_input")
+
+
+@pytest.fixture(scope="module")
+def probabilities():
+    model = vlm.VLM(MODEL)
+    return jax.jit(lambda params, batch: model.apply({"params": params}, batch, method="patch_probabilities"))
+
+
+@pytest.mark.parametrize("visual_input", ["pixels", "labels"])
+def test_nth_slot_holds_nth_visual_token(mesh, params, run, probabilities, visual_input):
+    """From pixels the average of text embeddings that the patch's distribution names; from labels, theirs."""
+    table = params["llm"]["embed"]["table"]
+    if visual_input == "pixels":
+        visual = np.asarray(probabilities(params, MIXED)) @ table
+    else:
+        visual = (MIXED["patch_label_weights"][..., None] * table[MIXED["patch_label_ids"]]).sum(-2)
+    visual = visual.reshape(ROWS, TILES * PATCHES, -1)
+    _, read = run(params, MIXED, visual_input)
+    for row in range(ROWS):
+        is_slot = MIXED["tokens"][row] == IMAGE
+        np.testing.assert_allclose(read[row][is_slot], visual[row, : is_slot.sum()], atol=1e-5)
+        np.testing.assert_array_equal(read[row][~is_slot], table[MIXED["tokens"][row][~is_slot]])
+
+
+def test_certain_labels_equal_plain_text(mesh, params, run):
+    """A patch that shows one word for certain is that word: the image might as well be typed."""
+    batch = {name: array.copy() for name, array in MIXED.items()}
+    batch["patch_label_weights"] = np.zeros_like(batch["patch_label_weights"])
+    batch["patch_label_weights"][..., 1] = 1
+    words = batch["patch_label_ids"][..., 1].reshape(ROWS, -1)
+    typed = {**batch, "tokens": batch["tokens"].copy()}
+    for row in range(ROWS):
+        typed["tokens"][row][batch["tokens"][row] == IMAGE] = words[row, : NUM_SLOTS[row]]
+    expected, _ = run(params, typed, "labels")
+    np.testing.assert_allclose(run(params, batch, "labels")[0].logits, expected.logits, atol=2e-5)
+
+
+@pytest.mark.parametrize("visual_input", ["pixels", "labels"])
+def test_unused_tiles_change_nothing(mesh, params, run, visual_input):
+    used = NUM_SLOTS > PATCHES
+    batch = {name: array.copy() for name, array in MIXED.items()}
+    batch["tiles"][:, 1] = 255 - batch["tiles"][:, 1]
+    batch["patch_label_ids"][:, 1] = 9
+    logits = np.asarray(run(params, MIXED, visual_input)[0].logits)
+    other = np.asarray(run(params, batch, visual_input)[0].logits)
+    assert 0 < used.sum() < ROWS
+    np.testing.assert_array_equal(logits[~used], other[~used])
+    assert np.abs(logits - other)[used].max((1, 2)).min() > 1e-3
+
+
+def test_labels_look_at_no_pixels(mesh, params, run):
+    """The language model's own stage costs no vision tower: without tiles in the batch the result is the same."""
+    without = {name: array for name, array in MIXED.items() if name != "tiles"}
+    output, _ = run(params, without, "labels")
+    np.testing.assert_array_equal(output.logits, run(params, MIXED, "labels")[0].logits)
+    np.testing.assert_array_equal(output.patch_nll, np.zeros((ROWS, TILES, PATCHES)))
+
+
+def test_without_labels_there_is_no_patch_loss(mesh, params, run):
+    without = {name: array for name, array in MIXED.items() if not name.startswith("patch")}
+    output, _ = run(params, without, "pixels")
+    np.testing.assert_array_equal(output.patch_nll, np.zeros((ROWS, TILES, PATCHES)))
+    np.testing.assert_allclose(output.logits, run(params, MIXED, "pixels")[0].logits, atol=1e-5)
+
+
+def test_patch_probabilities_agree_with_the_patch_loss(mesh, params, run, probabilities):
+    weights = np.asarray(probabilities(params, BATCH), np.float64)
+    assert weights.shape == (ROWS, TILES, PATCHES, VOCAB)
+    shown = np.take_along_axis(weights, BATCH["patch_label_ids"], -1)
+    expected = -(np.log(shown) * BATCH["patch_label_weights"]).sum(-1)
+    np.testing.assert_allclose(run(params, BATCH, "pixels")[0].patch_nll, expected, rtol=1e-5)
+
+
+def test_slots_see_and_are_seen_causally(mesh, params):
+    """By gradient: each position sees what stands at and before it in its segment, text or image; and a tile is seen
+    from its first slot on, not by text before it."""
+    direction = np.random.default_rng(5).standard_normal(VOCAB).astype(np.float32)
+
+    @jax.jit
+    def influence(params, batch, shift, tiles):
+        def scores(shift, tiles):
+            output, _ = apply_model(params, {**batch, "tiles": tiles}, "pixels", shift=shift)
+            return (output.logits @ direction).sum(0)  # rows are independent: their gradients do not mix
+
+        by_vector, by_pixel = jax.jacrev(scores, argnums=(0, 1))(shift, tiles)
+        return jnp.abs(by_vector).sum(-1).swapaxes(0, 1), jnp.abs(by_pixel).max((3, 4, 5)).swapaxes(0, 1)
+
+    shift = np.zeros((ROWS, LENGTH, MODEL.llm.width), np.float32)
+    by_vector, by_tile = map(np.asarray, influence(params, MIXED, shift, MIXED["tiles"].astype(np.float32)))
+    segment_ids = MIXED["segment_ids"]
+    seen = (segment_ids[:, :, None] == segment_ids[:, None, :]) & np.tri(LENGTH, dtype=bool)
+    assert (by_vector[~seen] == 0).all()
+    assert by_vector[seen].min() > 1e-6
+    for row in range(ROWS):
+        slots = np.flatnonzero(MIXED["tokens"][row] == IMAGE).reshape(-1, PATCHES)
+        for tile in range(TILES):
+            sees = seen[row][:, slots[tile, 0]] if tile < len(slots) else np.zeros(LENGTH, bool)
+            assert (by_tile[row, ~sees, tile] == 0).all()
+            assert (by_tile[row, sees, tile] > 1e-9).all()
+
+
+# Options that change no result.
+
+
+@pytest.mark.parametrize("option", [{"remat": "full"}, {"remat": "dots"}, {"scan_unroll": 2}], ids=str)
+def test_option_keeps_the_gradients(params, option):
+    _, grads = gradient_step(dataclasses.replace(MODEL, **option))(params, BATCH)
+    assert_same_gradients(grads, single_step(MODEL)[1])
+
+
+def test_remat_policies_recompute_more_and_more(params):
+    """Matrix products in the gradient: "dots" keeps their results but attention's, "full" keeps none."""
+    none, dots, full = (
+        gradient_step(dataclasses.replace(MODEL, remat=remat)).lower(params, BATCH).as_text().count("dot_general")
+        for remat in ("none", "dots", "full")
+    )
+    assert none < dots < full
+
+
+def test_bfloat16_computes_in_it_and_ends_in_float32(mesh, params, run):
+    model = dataclasses.replace(MODEL, dtype="bfloat16")
+    output, read = jax.jit(lambda params: apply_model(params, BATCH, "pixels", model))(params)
+    expected = run(params, BATCH, "pixels")[0]
+    assert read.dtype == jnp.bfloat16
+    assert output.logits.dtype == output.patch_nll.dtype == jnp.float32
+    for ours, reference in zip(output, expected, strict=True):
+        error = np.abs(ours - reference).max() / np.abs(reference).max()
+        assert 1e-4 < error < 0.05
+
+
+# Shapes.
+
+
+def test_abstract_batch_is_the_schema():
+    abstract = vlm.abstract_batch(CONFIG)
+    assert list(abstract) == list(Batch.__annotations__)
+    assert {name: (x.shape, x.dtype) for name, x in abstract.items()} == {
+        name: (x.shape, x.dtype) for name, x in BATCH.items()
+    }
