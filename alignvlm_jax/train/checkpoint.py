@@ -5,8 +5,10 @@
 STEP counts over all stages. A folder appears under its final name only when it is whole.
 """
 
+import contextlib
 import importlib.metadata
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -14,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
@@ -53,7 +56,9 @@ class Checkpoints:
         best = policies.BestN(get_metric_fn=_quality, n=1, keep_checkpoints_without_metrics=False)
         kept = policies.AnyPreservationPolicy([policies.LatestN(keep), policies.CustomSteps(stage_ends), best])
         # Without a best_fn no metrics are written, and the policy would have nothing to compare after a resume.
-        options = ocp.CheckpointManagerOptions(preservation_policy=kept, best_fn=_quality, read_only=read_only)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=kept, best_fn=_quality, read_only=read_only, cleanup_tmp_directories=not read_only
+        )
         self.folder = folder
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_names=ITEMS)
         self._saving: int | None = None
@@ -62,8 +67,10 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        # A second Ctrl-C means now: do not wait for a save.
-        if kind is not KeyboardInterrupt:
+        if kind is KeyboardInterrupt:  # The second Ctrl-C means now: do not wait for a save.
+            return
+        # An error on its way out is the one to report, not what it does to the save under way.
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(Exception):
             self.wait()
             self._manager.close()
 
@@ -97,6 +104,7 @@ class Checkpoints:
             metadata=ocp.args.JsonSave(dict(metadata)),
         )
         self._saving = step
+        self._check_space(live)
         try:
             written = self._manager.save(step, args=args, metrics=metrics)
         except Exception as err:
@@ -168,11 +176,18 @@ class Checkpoints:
     def _broken(self, step: int, err: Exception) -> BrokenCheckpoint:
         return BrokenCheckpoint(f"checkpoint {self.folder / str(step)} cannot be read ({_first_line(err)})")
 
+    def _check_space(self, live: TrainState) -> None:
+        """Orbax would find out half-way, and pour out tracebacks of its threads."""
+        needed = sum(array.nbytes for array in jax.tree.leaves(live))
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise self._save_error(OSError(f"it takes {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free"))
+
     def _save_error(self, err: Exception) -> UserError:
         """The failed step is told from those that stand; orbax's message may run over many lines."""
         self._manager.reload()
         whole = self.latest()
-        rest = "no earlier one" if whole is None else f"step {whole} stands"
+        rest = "there is no earlier one" if whole is None else f"step {whole} stands"
         return UserError(f"could not write checkpoint {self.folder / str(self._saving)}: {_first_line(err)}; {rest}")
 
 

@@ -1,5 +1,6 @@
 """Where numbers go: metrics.jsonl, TensorBoard, and the progress line."""
 
+import contextlib
 import json
 import math
 import os
@@ -11,6 +12,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from alignvlm_jax.errors import UserError
+
 FILE = "metrics.jsonl"
 PLAIN_EVERY = 10
 """Without a terminal, one progress line for so many logged ones."""
@@ -20,21 +23,27 @@ class Writer:
     """Appends lines to metrics.jsonl and scalars to TensorBoard; what was written beyond `step` is cut off first."""
 
     def __init__(self, workdir: Path, step: int):
-        cut(workdir / FILE, step)
-        self._file = (workdir / FILE).open("a")
+        self._path = workdir / FILE
+        cut(self._path, step)
+        self._file = self._path.open("a")
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def __enter__(self) -> "Writer":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._board.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # On a full disk closing fails as writing did; the first error is the one to report.
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(OSError):
+            self._file.close()
+            self._board.close()
 
     def write(self, step: int, stage: str, values: Mapping[str, float]) -> None:
-        """Writes one line; numbers that JSON cannot hold become null."""
+        """Writes one line; numbers that JSON cannot hold become null. UserError where it cannot be written."""
         values = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        print(json.dumps({"step": step, "stage": stage} | values), file=self._file, flush=True)
+        try:
+            print(json.dumps({"step": step, "stage": stage} | values), file=self._file, flush=True)
+        except OSError as err:
+            raise UserError(f"cannot write {self._path} at step {step}: {err.strerror}") from err
         for name, value in values.items():
             if value is not None:
                 self._board.add_scalar(name, value, step)
