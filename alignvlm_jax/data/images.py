@@ -79,8 +79,8 @@ def choose_grid(
     """Returns the rows and columns of cells that a page is cut into, as Ovis v1.6 does, for tiles of any shape.
 
     A grid covers the share of the page's pixels that is left after its cells shrank to the tile. Of the grids that
-    cover more than 0.9 the one with the fewest cells is taken, of equals the best covering; else the best covering of
-    all. The overview takes one of `max_tiles` where there is more than one cell.
+    cover more than 0.9 the one with the fewest cells is taken; else the best covering of all, of equals the one with
+    fewer cells. The overview takes one of `max_tiles` where there is more than one cell.
     """
     grids = [(r, c) for r in range(1, max_tiles + 1) for c in range(1, max_tiles // r + 1)]
     grids = [(r, c) for r, c in grids if r * c == 1 or r * c + use_overview <= max_tiles]
@@ -91,7 +91,8 @@ def choose_grid(
 
     covering = [grid for grid in grids if coverage(grid) > MIN_COVERAGE]
     if covering:
-        return min(covering, key=lambda grid: (grid[0] * grid[1], -coverage(grid)))
+        # No tie to break: where two grids of as many cells cover, so does one of fewer.
+        return min(covering, key=lambda grid: grid[0] * grid[1])
     return min(grids, key=lambda grid: (-coverage(grid), grid[0] * grid[1]))
 
 

@@ -17,16 +17,23 @@ def shard_name(split: str, index: int, count: int) -> str:
 
 
 def write_shard(path: str | Path, records: Iterable[Record]) -> None:
-    """Writes records to one shard, beside `path` first: a file of that name is always whole."""
-    beside = f"{path}.tmp"
-    # One record a group: a larger group is decompressed whole for every random read.
-    writer = array_record_module.ArrayRecordWriter(beside, "group_size:1")
+    """Writes records to one shard, beside `path` first: a file of that name is always whole.
+
+    Raises:
+      UserError: the file cannot be written, as on a full disk.
+    """
+    beside = Path(f"{path}.tmp")
     try:
+        # One record a group: a larger group is decompressed whole for every random read.
+        writer = array_record_module.ArrayRecordWriter(str(beside), "group_size:1")
         for record in records:
             writer.write(encode_record(record))
-    finally:
         writer.close()
-    os.replace(beside, path)
+        os.replace(beside, path)
+    except (RuntimeError, OSError) as err:  # the writer knows RuntimeError alone
+        raise UserError(f"cannot write {path}: {err}") from err
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 class RecordSource:

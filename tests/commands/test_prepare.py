@@ -64,11 +64,12 @@ def test_shards_of_an_interrupted_run_are_kept_and_workers_change_nothing(prepar
         assert records(tmp_path / "demo", split) == records(prepared, split)
 
 
-def test_other_arguments_replace_the_data(prepared, tmp_path):
+def test_other_arguments_replace_the_data(prepared, tmp_path, monkeypatch):
     out = tmp_path / "demo"
+    monkeypatch.setattr(prepare, "SHARD_SIZE", 3)
     prepare.main(arguments(out))
-    prepare.main(arguments(out, seed=1, num_train=4))
-    assert len(records(out)) == 4
+    prepare.main(arguments(out, seed=1, num_train=2))
+    assert len(records(out)) == 2
     assert records(out)[0].images != records(prepared)[0].images
 
 

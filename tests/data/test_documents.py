@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 
@@ -46,6 +48,8 @@ def test_words_lie_where_their_boxes_say(records, split):
             assert ink[box].any()
             covered[int(top) : int(bottom), max(0, int(left) - 1) : int(np.ceil(right)) + 1] = True
         assert not (ink & ~covered).any(), record.id
+        for line in record.lines[0]:
+            assert all(before.box[2] < after.box[0] for before, after in itertools.pairwise(line)), record.id
 
 
 def test_edges_separate_the_characters(records):

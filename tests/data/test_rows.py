@@ -88,6 +88,8 @@ def test_several_images_share_the_tiles(demo_config, tokenizer):
     row = build(page_record(128, 32, num_images=2), "transcribe", demo_config, tokenizer)
     assert row["tile_mask"].all()
     assert answers(row, tokenizer) == ["ab cd\nef\nab cd\nef"]
+    larger = build(page_record(128, 64, num_images=2), "answer", demo_config, tokenizer)
+    assert (larger["tiles"][:, :, :64] == 7).all() and (larger["tiles"][:, :, 64:] == 255).all()
     with pytest.raises(UserError, match="3 images"):
         build(page_record(num_images=3), "answer", demo_config, tokenizer)
 

@@ -32,7 +32,12 @@ def test_a_failed_write_leaves_no_shard(tmp_path):
     path = tmp_path / sources.shard_name("train", 0, 1)
     with pytest.raises(ValueError, match="broke"):
         sources.write_shard(path, broken())
-    assert not path.exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match=r"cannot write .*nowhere"):
+        sources.write_shard(tmp_path / "nowhere" / "a.array_record", [record("a")])
 
 
 def test_missing_splits_and_shards_are_user_errors(shards, tmp_path_factory):
