@@ -1,0 +1,74 @@
+"""The answer alone on standard output; whatever is wrong with the input is said before a model is loaded."""
+
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from alignvlm_jax.commands import generate
+from alignvlm_jax.errors import UserError
+
+
+@pytest.fixture
+def page(tmp_path):
+    Image.new("RGB", (16, 16), "white").save(tmp_path / "page.png")
+    return tmp_path / "page.png"
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    monkeypatch.setattr(generate.loading, "load", lambda *_: pytest.fail("the model was loaded first"))
+
+
+def test_prints_the_answer_alone(trained_workdir, page, capsys, monkeypatch):
+    batches = []
+
+    def load(path, config):
+        tokenizer = generate.pipeline.load_tokenizer(config)
+
+        def answer(batch, max_new_tokens):
+            batches.append(batch)
+            return np.array([[*tokenizer.encode("4 2"), tokenizer.end_id, tokenizer.pad_id]] * 4, np.int32)
+
+        sampler = types.SimpleNamespace(generate=answer)
+        return types.SimpleNamespace(path=path, batch_ways=4, tokenizer=tokenizer, sampler=lambda: sampler)
+
+    monkeypatch.setattr(generate.loading, "load", load)
+    generate.main([f"--checkpoint={trained_workdir}", f"--image={page}", "--question=Who?"])
+    assert capsys.readouterr().out == "4 2\n"
+    assert batches[0]["tokens"].shape == (4, 48)
+    # <s>, two tiles of eight patches, <user>, the four letters of the question, <assistant>.
+    assert (batches[0]["segment_ids"].sum(1) == 1 + 16 + 1 + 4 + 1).all()
+
+
+def test_takes_any_page_of_a_pdf(trained_workdir, tmp_path, no_model):
+    pages = [Image.new("RGB", (40, 20), "white")] * 2
+    pages[0].save(tmp_path / "pages.pdf", save_all=True, append_images=pages[1:])
+    flags = [f"--checkpoint={trained_workdir}", f"--image={tmp_path / 'pages.pdf'}"]
+    with pytest.raises(UserError, match=r"pages\.pdf has no page 3: its pages are 1 to 2"):
+        generate.main([*flags, "--page=3", "--question=Who?"])
+    with pytest.raises(pytest.fail.Exception):  # As far as the model.
+        generate.main([*flags, "--page=2", "--question=Who?"])
+
+
+@pytest.mark.parametrize(
+    ("image", "question", "message"),
+    [
+        ("none.png", "Who?", "none.png: No such file"),
+        ("text.png", "Who?", "cannot read image .*text.png"),
+        ("page.png", "Who?" * 20, "prompt has 99 tokens .*row_length is 48; shorten the question by 51 tokens"),
+    ],
+)
+def test_bad_input_is_one_line(trained_workdir, page, no_model, image, question, message):
+    (page.parent / "text.png").write_text("no image")
+    with pytest.raises(UserError, match=message) as error:
+        generate.main([f"--checkpoint={trained_workdir}", f"--image={page.parent / image}", f"--question={question}"])
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_flag_is_wrong_usage(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        generate.main(["--question=Who?"])
+    assert exit_info.value.code == 2
+    assert "--checkpoint" in capsys.readouterr().err

@@ -1,0 +1,119 @@
+"""Which questions are asked, what blind means, and going on after a stop; a script answers, not a model."""
+
+import dataclasses
+import types
+
+import numpy as np
+import pytest
+
+from alignvlm_jax.data import images, pipeline, rows
+from alignvlm_jax.data.schema import Record, Turn
+from alignvlm_jax.eval import predictions, runner
+
+
+def documents(num_turns: list[int]) -> list[Record]:
+    turns = [tuple(Turn(f"{i}-{j}?", ("1",)) for j in range(count)) for i, count in enumerate(num_turns)]
+    return [Record(f"d{i}", "form", (), document) for i, document in enumerate(turns)]
+
+
+class ScriptedSampler:
+    """Answers every question with `answer`; raises at the batch numbered `stop_at`."""
+
+    def __init__(self, tokenizer, answer: str, stop_at: int = -1):
+        self._tokens = [*tokenizer.encode(answer), tokenizer.end_id]
+        self._stop_at = stop_at
+        self.batches = []
+
+    def generate(self, batch, max_new_tokens):
+        if len(self.batches) == self._stop_at:
+            raise KeyboardInterrupt
+        self.batches.append(batch)
+        return np.array([self._tokens] * len(batch["tokens"]), np.int32)
+
+
+@pytest.fixture
+def make_runner(trained_workdir, tmp_path):
+    """A runner of 7 questions in batches of 4 in a new workdir, and its sampler."""
+    config = runner.loading.load_config(trained_workdir)
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, num_questions=7))
+    tokenizer = pipeline.load_tokenizer(config)
+
+    def make(answer: str = "Ann", stop_at: int = -1, **changes):
+        sampler = ScriptedSampler(tokenizer, answer, stop_at)
+        fields = {"path": tmp_path / "checkpoints" / "7", "step": 7, "metadata": {"train_seconds": 12.5}}
+        fields |= {"batch_ways": 4, "tokenizer": tokenizer, "sampler": lambda: sampler} | changes
+        fields["path"].mkdir(parents=True, exist_ok=True)
+        return runner.Runner(types.SimpleNamespace(**fields), config), sampler
+
+    return make
+
+
+def test_one_question_a_document_before_second_ones():
+    chosen = runner.choose_questions(documents([3, 1, 0, 2]), 5)
+    assert [question.record for question in chosen] == [0, 1, 3, 0, 3]
+    assert len({question.id for question in chosen}) == 5
+    for question in chosen:
+        assert question.turn.question == f"{question.record}-{question.id.split('/')[1]}?"
+    assert len(runner.choose_questions(documents([3, 1, 0, 2]), 100)) == 6
+    assert runner.choose_questions(documents([0]), 5) == runner.choose_questions([], 5) == []
+
+
+def test_the_choice_is_spread_over_documents_and_turns():
+    chosen = runner.choose_questions(documents([4] * 1000), 250)
+    assert [question.record for question in chosen] == list(range(0, 1000, 4))
+    first_turns = [question.turn.question.split("-")[1] for question in chosen]
+    assert all(40 < first_turns.count(f"{turn}?") < 85 for turn in range(4))
+    assert chosen == runner.choose_questions(documents([4] * 1000), 250)
+
+
+def test_blind_rows_differ_in_pixels_alone(trained_workdir):
+    config = runner.loading.load_config(trained_workdir)
+    tokenizer = pipeline.load_tokenizer(config)
+    record = pipeline.eval_records(config, "seen_fonts")[0]
+    blind = runner.blank(record)
+    assert images.decode_image(blind.images[0], "").getextrema() == ((255, 255),) * 3
+    assert not blind.lines
+    asked, guessed = (rows.build_prompt(page, "Who?", config, tokenizer) for page in (record, blind))
+    for name in ("tokens", "positions", "segment_ids", "tile_mask"):
+        np.testing.assert_array_equal(asked[name], guessed[name])
+    assert (guessed["tiles"][guessed["tile_mask"]] == 255).all()
+    assert not (asked["tiles"][asked["tile_mask"]] == 255).all()
+
+
+def test_rows_are_scored_and_every_batch_has_one_shape(make_runner, tmp_path):
+    asker, sampler = make_runner("Anna")
+    result = asker.evaluate("seen_fonts", blind=False)
+    assert [batch["tokens"].shape for batch in sampler.batches] == [(4, 48)] * 2
+    assert len(result.rows) == 7
+    assert [row["record"] for row in result.rows] == [0, 1, 2, 3, 4, 0, 1]
+    assert {row["kind"] for row in result.rows} == {"form", "table"}
+    for row in result.rows:
+        assert row["prediction"] == "Anna"
+        assert (row["score"], row["exact"]) == ((1.0, 1.0) if row["question"] == "Who?" else (0.0, 0.0))
+    assert result == predictions.read(tmp_path / "predictions" / "seen_fonts.jsonl")
+    assert result.header["prompt"] == "<s><image><user>QUESTION<assistant>"
+    assert (result.header["split"], result.header["blind"], result.header["step"]) == ("seen_fonts", False, 7)
+
+
+def test_a_stopped_evaluation_goes_on_and_a_finished_one_is_kept(make_runner, tmp_path):
+    whole = make_runner()[0].evaluate("seen_fonts", blind=True)
+    (tmp_path / "predictions" / "seen_fonts_blind.jsonl").unlink()
+
+    asker, _ = make_runner(stop_at=1)
+    with pytest.raises(KeyboardInterrupt):
+        asker.evaluate("seen_fonts", blind=True)
+    assert not (tmp_path / "predictions" / "seen_fonts_blind.jsonl").exists()
+
+    asker, sampler = make_runner()
+    assert asker.evaluate("seen_fonts", blind=True) == whole
+    assert len(sampler.batches) == 1
+    assert asker.evaluate("seen_fonts", blind=True) == whole
+    assert len(sampler.batches) == 1
+
+
+@pytest.mark.parametrize("change", [{"step": 8}, {"metadata": {"train_seconds": 12.6}}])
+def test_another_checkpoint_is_asked_anew(make_runner, change):
+    make_runner("Ann")[0].evaluate("unseen_fonts", blind=False)
+    asker, sampler = make_runner("Bob", **change)
+    assert {row["prediction"] for row in asker.evaluate("unseen_fonts", blind=False).rows} == {"Bob"}
+    assert len(sampler.batches) == 2
