@@ -1,6 +1,7 @@
 """The text of documents before it is laid out: forms, receipts, real tables; with questions and answers."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -64,20 +65,25 @@ def receipt(rng: np.random.Generator, evaluation: bool, num_lines: int) -> Conte
 def table(rng: np.random.Generator, evaluation: bool, num_lines: int, tables: tuple[Table, ...]) -> Content:
     """A header and rows of a real table. In evaluation every row has an evaluation value; those are asked for."""
     weights = np.array([len(table.rows) ** 0.5 for table in tables])
-    source = tables[rng.choice(len(tables), p=weights / weights.sum())]
-    num_values = min(int(rng.integers(1, 3)), len(source.header) - 1)
-    columns = [0, *sorted(1 + rng.permutation(len(source.header) - 1)[:num_values])]
-    header = tuple(source.header[c] for c in columns)
-    rows: dict[str, tuple[str, ...]] = {}
-    while len(rows) < num_lines - 1:
-        row = tuple(source.rows[rng.integers(len(source.rows))][c] for c in columns)
-        allowed = [values.is_allowed(cell, evaluation) for cell in row]
-        if any(allowed[1:]) if evaluation else all(allowed):
-            rows[row[0]] = row
+    rows: list[tuple[str, ...]] = []
+    while len(rows) < num_lines - 1:  # a small table may have too few rows on one side of the split
+        source = tables[rng.choice(len(tables), p=weights / weights.sum())]
+        num_values = min(int(rng.integers(1, 3)), len(source.header) - 1)
+        columns = [0, *sorted(1 + rng.permutation(len(source.header) - 1)[:num_values])]
+        shuffled = (source.rows[index] for index in rng.permutation(len(source.rows)))
+        chosen = (tuple(row[column] for column in columns) for row in shuffled)
+        rows = list(itertools.islice((row for row in chosen if _may_show(row, evaluation)), num_lines - 1))
+    header = tuple(source.header[column] for column in columns)
     turns = tuple(
         Turn(f"What is the {column} of {row[0]}?", (cell,))
-        for row in rows.values()
+        for row in rows
         for column, cell in zip(header[1:], row[1:], strict=True)
         if values.is_allowed(cell, evaluation)
     )
-    return Content("table", (header, *rows.values()), turns)
+    return Content("table", (header, *rows), turns)
+
+
+def _may_show(row: tuple[str, ...], evaluation: bool) -> bool:
+    """Evaluation needs a value to ask for; training must not show one that is not its own, not even as a key."""
+    allowed = [values.is_allowed(cell, evaluation) for cell in row]
+    return any(allowed[1:]) if evaluation else all(allowed)

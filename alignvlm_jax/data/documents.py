@@ -14,7 +14,7 @@ from alignvlm_jax.data.contents import Content, Table
 from alignvlm_jax.data.pages import Style
 from alignvlm_jax.data.schema import Record
 
-VERSION = 1
+VERSION = 2
 """Raised with every change that changes records, so that `prepare` writes them anew."""
 
 

@@ -76,6 +76,20 @@ def test_every_question_is_answered_on_the_page(records):
                 assert len(turn.answers[0]) >= 4
 
 
+def test_tables_show_rows_of_the_real_tables(records, all_tables):
+    """Every answer stands in the row of its key: what the pages say is true."""
+    real = {
+        (column, row[0], cell) for t in all_tables for row in t.rows for column, cell in zip(t.header, row, strict=True)
+    }
+    asked = 0
+    for drawn in records.values():
+        for turn in (turn for record in drawn if record.source == "table" for turn in record.turns):
+            column, key = turn.question.removeprefix("What is the ").removesuffix("?").split(" of ")
+            assert (column, key, turn.answers[0]) in real
+            asked += 1
+    assert asked > 50
+
+
 def test_training_never_shows_a_value_of_evaluation(records):
     shown = {word.text for record in records["train"] for line in record.lines[0] for word in line}
     for split in ("validation", "seen_fonts", "unseen_fonts"):
