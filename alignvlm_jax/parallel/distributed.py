@@ -16,7 +16,7 @@ def initialize() -> None:
     ALIGNVLM_COORDINATOR (host:port), ALIGNVLM_NUM_PROCESSES and ALIGNVLM_PROCESS_ID are set by the launch scripts.
 
     Raises:
-      UserError: some are missing, or the processes do not all arrive within START_TIMEOUT_SECONDS.
+      UserError: some are missing or no numbers, or the processes do not all arrive within START_TIMEOUT_SECONDS.
     """
     names = ("ALIGNVLM_COORDINATOR", "ALIGNVLM_NUM_PROCESSES", "ALIGNVLM_PROCESS_ID")
     values = [os.environ.get(name) for name in names]
@@ -25,7 +25,9 @@ def initialize() -> None:
     if not all(values):
         missing = ", ".join(name for name, value in zip(names, values, strict=True) if not value)
         raise UserError(f"{missing} not set: a run of several processes needs all of {', '.join(names)}")
-    address, count, index = values[0], int(values[1]), int(values[2])
+    address, count, index = values[0], _number(names[1], values[1]), _number(names[2], values[2])
+    if index >= count:
+        raise UserError(f"{names[2]} is {index}; with {names[1]} {count} it is one of 0 to {count - 1}")
     try:
         jax.distributed.initialize(address, count, index, initialization_timeout=START_TIMEOUT_SECONDS)
     except RuntimeError as err:
@@ -33,6 +35,12 @@ def initialize() -> None:
             f"process {index} of {count} waited {START_TIMEOUT_SECONDS} s at {address} for the others: start all "
             f"{count} within a minute of each other ({str(err).splitlines()[0]})"
         ) from err
+
+
+def _number(name: str, text: str) -> int:
+    if not text.isdecimal():
+        raise UserError(f"{name} is {text!r}; it must be a whole number from 0")
+    return int(text)
 
 
 def is_main() -> bool:
