@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.progress import track
@@ -57,19 +58,27 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m alignvlm_jax prepare", description=__doc__)
     parser.add_argument("--format", default="documents", choices=["documents"], help="kind of data")
     parser.add_argument("--out", default="data/demo", help="folder to write")
-    parser.add_argument("--num_train", type=_positive, default=20_000, help="training documents")
-    parser.add_argument("--num_eval", type=_positive, default=512, help="documents of each other split")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--noise", type=float, default=0.0, help="strength of scan noise; 1 is a bad scan")
-    parser.add_argument("--num_workers", type=_positive, default=2, help="processes; changes no byte of the data")
+    parser.add_argument("--num_train", type=_at_least(int, 1), default=20_000, help="training documents")
+    parser.add_argument("--num_eval", type=_at_least(int, 1), default=512, help="documents of each other split")
+    parser.add_argument("--seed", type=_at_least(int, 0), default=0)
+    parser.add_argument(
+        "--noise", type=_at_least(float, 0), default=0.0, help="strength of scan noise; 1 is a bad scan"
+    )
+    parser.add_argument(
+        "--num_workers", type=_at_least(int, 1), default=2, help="processes; changes no byte of the data"
+    )
     return parser.parse_args(argv)
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
+def _at_least(kind: type, minimum: int) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        value = kind(text)
+        if not value >= minimum:
+            raise argparse.ArgumentTypeError(f"{text} is below {minimum}")
+        return value
+
+    number.__name__ = kind.__name__  # argparse shows it for what is no number
+    return number
 
 
 def _prepare(out: Path, wanted: dict, num_workers: int) -> None:

@@ -35,6 +35,7 @@ class Content:
 
 
 def form(rng: np.random.Generator, evaluation: bool, num_lines: int) -> Content:
+    """Lines of a field's name and its value, each of another kind."""
     kinds = rng.permutation(list(values.KINDS))[:num_lines]
     lines = tuple((str(kind), values.draw(kind, rng, evaluation)) for kind in kinds)
     turns = tuple(Turn(f"What is the {kind.lower()}?", (value,)) for kind, value in lines)

@@ -8,11 +8,12 @@ import dataclasses
 import zlib
 
 import numpy as np
+from PIL import Image
 
 from alignvlm_jax.data import contents, fonts, pages, scan
 from alignvlm_jax.data.contents import Content, Table
 from alignvlm_jax.data.pages import Style
-from alignvlm_jax.data.schema import Record
+from alignvlm_jax.data.schema import Record, Word
 
 VERSION = 2
 """Raised with every change that changes records, so that `prepare` writes them anew."""
@@ -39,6 +40,8 @@ TITLES = {
     "table": ("DATA", "TABLE 1"),
 }
 MAX_ATTEMPTS = 1000
+
+Drawn = tuple[Image.Image, tuple[tuple[Word, ...], ...]]
 
 
 def render(seed: int, split: str, index: int, tables: tuple[Table, ...], noise: float = 0.0) -> Record:
@@ -72,7 +75,7 @@ def _content(rng: np.random.Generator, spec: Split, num_lines: int, tables: tupl
     return content
 
 
-def _draw(rng: np.random.Generator, spec: Split, content: Content, height: int):
+def _draw(rng: np.random.Generator, spec: Split, content: Content, height: int) -> Drawn | None:
     """Draws the content in a random style, smaller where it does not fit; None where even the smallest does not."""
     style = _style(rng, spec, content, height)
     num_rows = height // style.pitch

@@ -75,6 +75,7 @@ class Tokenizer:
         return tokenizer
 
     def encode(self, text: str) -> list[int]:
+        """Returns the ids of `text`, without `<s>`; a character that is not printable ASCII is the unknown token."""
         return self._model.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -79,7 +79,9 @@ def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path):
         prepare.main(arguments(tmp_path / "file" / "demo"))
 
 
-@pytest.mark.parametrize("flag", ["--num_train=0", "--format=slides", "--nosuch=1"])
+@pytest.mark.parametrize(
+    "flag", ["--num_train=0", "--seed=-1", "--noise=nan", "--num_eval=x", "--format=slides", "--nosuch=1"]
+)
 def test_wrong_usage_exits_with_status_2(flag):
     with pytest.raises(SystemExit) as stopped:
         prepare.main([flag])
