@@ -36,7 +36,6 @@ LAYOUT_VERSION = 1
 
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 FOLDER = "checkpoints"
-ITEMS = ("state", "data", "metadata")
 
 
 class BrokenCheckpoint(Exception):
@@ -60,7 +59,13 @@ class Checkpoints:
             preservation_policy=kept, best_fn=_quality, read_only=read_only, cleanup_tmp_directories=not read_only
         )
         self.folder = folder
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_names=ITEMS)
+        # Named at once: a manager that has not saved yet could not read the shapes of a stored state otherwise.
+        handlers = {
+            "state": ocp.PyTreeCheckpointHandler(),
+            "data": ocp.JsonCheckpointHandler(),
+            "metadata": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
         self._saving: int | None = None
 
     def __enter__(self) -> "Checkpoints":

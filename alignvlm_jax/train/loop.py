@@ -89,7 +89,8 @@ def train(configs: tuple[Config, ...], folder: Path, console: Console) -> None:
             try:
                 _train_stage(run, stage, newest)
             except BrokenCheckpoint as err:
-                progress.say(f"{err}; moved to {checkpoints.set_aside(newest)}, going on from the one before")
+                moved = checkpoints.set_aside(newest)
+                progress.say(f"{err}; moved to {moved}, going on from step {checkpoints.latest() or 0}")
         progress.say(f"done: {total} steps, {checkpoints.folder / str(total)}")
 
 

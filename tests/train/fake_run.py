@@ -1,0 +1,124 @@
+"""Whole runs of a tiny model over random batches: what the tests of loop and checkpoint share.
+
+As a program, `python -m tests.train.fake_run WORKDIR STEP` is a run that kills itself before that step.
+"""
+
+import dataclasses
+import io
+import os
+import signal
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from rich.console import Console
+
+from alignvlm_jax.config import Config, MeshConfig, TrainConfig
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.train import loop, step
+from tests.conftest import random_batch, tiny_config
+
+NUM_STEPS = 4
+TOTAL = 2 * NUM_STEPS
+
+
+def stages(mesh: MeshConfig | None = None, **changes) -> tuple[Config, ...]:
+    """A text-only stage, then one with pixels whose vision tower is frozen; `changes` are of `TrainConfig`."""
+    train = TrainConfig(
+        num_steps=NUM_STEPS,
+        batch_size=8,
+        log_every=1,
+        validate_every=2,
+        validation_rows=8,
+        checkpoint_every=2,
+        keep_checkpoints=1,
+        max_skipped_steps=1,
+    )
+    train = dataclasses.replace(train, **changes)
+    text = dataclasses.replace(train, visual_input="labels", trainable=("llm/.*",))
+    pixels = dataclasses.replace(train, trainable=("connector/.*", "llm/.*"), load=("llm/.*",))
+    mesh = mesh or MeshConfig(data=2, fsdp=2, tensor=2)
+    return tiny_config(stage="text", train=text, mesh=mesh), tiny_config(stage="pixels", train=pixels, mesh=mesh)
+
+
+class Batches:
+    """Stands in for `pipeline.train_batches`: batch i of a stage is a pure function of the stage and i.
+
+    `hook(step, batch)` is called before a batch is handed out, with the step of the run that it is for.
+    """
+
+    def __init__(self, hook: Callable[[int, dict], None] = lambda step, batch: None):
+        self._hook = hook
+        self.served: list[int] = []
+
+    def __call__(self, config: Config, *, start_row: int, process_index: int, process_count: int) -> "Batches":
+        assert (process_index, process_count) == (0, 1)
+        self._config, self.next_row = config, start_row
+        return self
+
+    def __next__(self) -> dict:
+        index = self.next_row // self._config.train.batch_size
+        now = index + 1 + (0 if self._config.stage == "text" else NUM_STEPS)
+        batch = random_batch(self._config, seed=zlib.crc32(f"{self._config.stage}/{index}".encode()))
+        self._hook(now, batch)
+        self.served.append(now)
+        self.next_row += self._config.train.batch_size
+        return batch
+
+
+def send(number: signal.Signals, at: int) -> Callable[[int, dict], None]:
+    """Returns a hook that sends this process a signal while the batch of step `at` is fetched."""
+    return lambda now, batch: os.kill(os.getpid(), number) if now == at else None
+
+
+def train(
+    workdir: Path,
+    batches: Batches | None = None,
+    configs: tuple[Config, ...] | None = None,
+    validation: Callable[..., list] = lambda config, size, num_rows: [random_batch(config, seed=7)],
+) -> str:
+    """Runs `loop.train` on random batches; returns what it printed. UserErrors have that in `printed`."""
+    console = Console(file=io.StringIO(), soft_wrap=True, width=200)
+    with (
+        mock.patch.object(loop.pipeline, "train_batches", batches or Batches()),
+        mock.patch.object(loop.pipeline, "validation_batches", validation),
+        mock.patch.object(step, "compile_train_step", _remembered(_COMPILE_TRAIN)),
+        mock.patch.object(step, "compile_eval_step", _remembered(_COMPILE_EVAL)),
+    ):
+        try:
+            loop.train(configs or stages(), workdir, console)
+        except UserError as err:
+            err.printed = console.file.getvalue()
+            raise
+    return console.file.getvalue()
+
+
+def stored(workdir: Path, step: int = TOTAL) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint's state by name."""
+    tree = ocp.PyTreeCheckpointer().restore(workdir.absolute() / "checkpoints" / str(step) / "state")
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+_COMPILE_TRAIN, _COMPILE_EVAL = step.compile_train_step, step.compile_eval_step
+_COMPILED: dict[tuple, Callable] = {}
+
+
+def _remembered(compile_step: Callable) -> Callable:
+    """Runs of one process share their compiled steps, which are nearly all that such a run costs."""
+
+    def compile_once(model, config: Config, *args) -> Callable:
+        key = (compile_step, repr(config))
+        if key not in _COMPILED:
+            _COMPILED[key] = compile_step(model, config, *args)
+        return _COMPILED[key]
+
+    return compile_once
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]), Batches(send(signal.SIGKILL, int(sys.argv[2]))))

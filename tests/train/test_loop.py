@@ -1,0 +1,182 @@
+"""Whole runs: two stages of four steps on the 2 x 2 x 2 mesh."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from alignvlm_jax.config import MeshConfig
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.train import loop, step
+from tests.conftest import random_batch
+from tests.train import fake_run
+from tests.train.fake_run import TOTAL, Batches
+
+TIMES = ("steps_per_second", "data_wait_fraction", "train_seconds")
+
+
+def lines(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(workdir: Path) -> list[dict]:
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines(workdir)]
+
+
+def assert_same_run(workdir: Path, straight: Path) -> None:
+    """Parameters and optimizer state bit for bit, and every logged number."""
+    ours, theirs = fake_run.stored(workdir), fake_run.stored(straight)
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    assert without_times(workdir) == without_times(straight)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    """The uninterrupted run. Every step function is traced once a stage."""
+    traces = {"train": 0, "eval": 0}
+    make_train_step, make_eval_step = step.make_train_step, step.make_eval_step
+
+    def counted(name, make):
+        def make_counted(*args):
+            inner = make(*args)
+
+            def traced(*inputs):
+                traces[name] += 1
+                return inner(*inputs)
+
+            return traced
+
+        return make_counted
+
+    workdir = tmp_path_factory.mktemp("straight")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "make_train_step", counted("train", make_train_step))
+        patch.setattr(step, "make_eval_step", counted("eval", make_eval_step))
+        printed = fake_run.train(workdir)
+    assert traces == {"train": 2, "eval": 2}
+    (workdir / "printed.txt").write_text(printed)
+    return workdir
+
+
+def test_what_a_run_leaves_behind(straight):
+    logged = lines(straight)
+    training = [line for line in logged if "loss" in line]
+    assert [line["step"] for line in training] == list(range(1, TOTAL + 1))
+    assert [line["stage"] for line in training] == ["text"] * 4 + ["pixels"] * 4
+    assert [line["step"] for line in logged if "validation/answer_loss" in line] == [2, 4, 6, 8]
+    assert all({*TIMES, "answer_loss", "token_accuracy", "learning_rate", "grad_norm", "skipped_steps"} <= set(line)
+               for line in training)  # fmt: skip
+    assert ["patch_loss" in line for line in training] == [False] * 4 + [True] * 4
+    seconds = [line["train_seconds"] for line in training]
+    assert seconds == sorted(seconds)
+    # Stage ends for good, the newest, and step 6 or 8, whichever validated better.
+    assert {"4", "8"} <= set(os.listdir(straight / "checkpoints"))
+    assert any((straight / "tensorboard").iterdir())
+    assert json.loads((straight / "config.json").read_text())[1]["stage"] == "pixels"
+
+
+def test_a_stage_starts_from_the_one_before(straight):
+    begin, end = fake_run.stored(straight, 4), fake_run.stored(straight, 8)
+    embedding = next(name for name in begin if "params" in name and "'embed'" in name)
+    assert np.abs(end[embedding] - begin[embedding]).max() < 0.05
+    printed = (straight / "printed.txt").read_text()
+    assert "│ llm       │ 11 / 5,200 │ -           │ -" in printed
+    assert "│ vision    │ -          │ 21 / 5,392  │ 21 / 5,392" in printed
+
+
+def test_killed_and_resumed_equals_uninterrupted(straight, tmp_path):
+    command = [sys.executable, "-m", "tests.train.fake_run", str(tmp_path), "8"]
+    killed = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    batches = Batches()
+    printed = fake_run.train(tmp_path, batches)
+    # The save of step 6 may or may not have been whole when the kill came.
+    assert batches.served in ([7, 8], [5, 6, 7, 8])
+    assert f"going on from {tmp_path}/checkpoints/6" in printed or batches.served[0] == 5
+    assert_same_run(tmp_path, straight)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(straight, tmp_path, number):
+    with pytest.raises(loop.Stopped, match="stopped at step 3 of 8"):
+        fake_run.train(tmp_path, Batches(fake_run.send(number, at=3)))
+    assert (tmp_path / "checkpoints" / "3").is_dir()
+    batches = Batches()
+    fake_run.train(tmp_path, batches)
+    assert batches.served == [4, 5, 6, 7, 8]
+    assert_same_run(tmp_path, straight)
+
+
+def test_a_signal_while_validating_is_honoured_at_once(tmp_path):
+    asked = []
+
+    class Validation(list):
+        def __iter__(self):
+            for batch in list.__iter__(self):
+                asked.append(len(asked))
+                os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+
+    with pytest.raises(loop.Stopped, match="stopped at step 2 of 8"):
+        fake_run.train(tmp_path, validation=lambda config, *_: Validation([random_batch(config), random_batch(config)]))
+    assert asked == [0]
+    assert (tmp_path / "checkpoints" / "2").is_dir()
+    assert not any("validation/answer_loss" in line for line in lines(tmp_path))
+
+
+def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(straight, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(straight, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "8" / "state" / "d")
+    for other in (5, 6, 7):
+        shutil.rmtree(workdir / "checkpoints" / str(other), ignore_errors=True)
+    # A run that is complete would not look at its parameters: make it seem to end later.
+    os.rename(workdir / "checkpoints" / "8", workdir / "checkpoints" / "7")
+    batches = Batches()
+    printed = fake_run.train(workdir, batches)
+    assert "checkpoints/7 cannot be read" in printed and "7.broken, going on from step 4" in printed
+    assert batches.served == [5, 6, 7, 8]
+    assert_same_run(workdir, straight)
+
+
+def test_another_config_is_refused(straight):
+    with pytest.raises(UserError, match=r"config.train.batch_size is 8 there and 16 here"):
+        fake_run.train(straight, configs=fake_run.stages(batch_size=16))
+
+
+def test_a_finished_run_has_nothing_to_do(straight):
+    before = (straight / "metrics.jsonl").read_text()
+    assert "done: 8 steps" in fake_run.train(straight)
+    assert (straight / "metrics.jsonl").read_text() == before
+
+
+def test_too_many_steps_without_finite_gradient_stop_the_run(tmp_path):
+    def poison(now: int, batch: dict) -> None:
+        if now in (2, 3):
+            batch["patch_label_weights"][:] = np.nan
+
+    with pytest.raises(UserError, match=r"2 steps of stage 'text' .* last of them step 3; .*max_skipped_steps is 1"):
+        fake_run.train(tmp_path, Batches(poison))
+    assert [line["skipped_steps"] for line in lines(tmp_path) if "loss" in line] == [0, 1]
+    assert lines(tmp_path)[1]["grad_norm"] is None
+
+
+def test_goes_on_with_another_mesh_in_another_run(straight, tmp_path):
+    """`init_from` a workdir that was trained on 2 x 2 x 2, on a mesh of 8 x 1 x 1."""
+    first = fake_run.stages(MeshConfig(data=8, fsdp=1, tensor=1))[0]
+    first = loop.dataclasses.replace(first, init_from=str(straight))
+    with pytest.raises(loop.Stopped):
+        fake_run.train(tmp_path, Batches(fake_run.send(signal.SIGTERM, at=1)), configs=(first,))
+    # The first update has a learning rate of 0: the parameters are still those that were loaded.
+    ours, theirs = fake_run.stored(tmp_path, 1), fake_run.stored(straight, 8)
+    for name in ours:
+        if "params" in name:
+            np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)

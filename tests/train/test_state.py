@@ -1,0 +1,59 @@
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.models import vlm
+from alignvlm_jax.train import optim, state
+from tests.conftest import tiny_config
+
+PATHS = ("vision/blocks/attn/q/kernel", "connector/w1/kernel", "llm/embed/table", "llm/blocks/attn_norm/scale")
+
+
+def test_patterns_match_whole_paths():
+    assert state.match_paths(("llm/.*", "connector/w1/kernel"), PATHS, "train.trainable") == set(PATHS[1:])
+    with pytest.raises(UserError, match=r"'llm' matches no parameter"):
+        state.match_paths(("llm",), PATHS, "train.trainable")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "hint"),
+    [
+        ("lm/.*", r"did you mean 'llm/\.\*'"),
+        ("connector/w1/kernal", "did you mean 'connector/w1/kernel'"),
+        ("x(", "regular"),
+    ],
+)
+def test_a_pattern_without_a_match_is_an_error_that_names_the_nearest(pattern, hint):
+    with pytest.raises(UserError, match=hint):
+        state.match_paths((pattern,), PATHS, "train.load")
+
+
+def test_split_and_merge_are_inverse():
+    params = state.unflatten({path: np.full(2, i) for i, path in enumerate(PATHS)})
+    chosen = set(PATHS[:2])
+    first, second = state.split(params, chosen)
+    assert set(state.flatten(first)) == chosen
+    assert set(state.flatten(second)) == set(PATHS[2:])
+    merged = state.flatten(state.merge(first, second))
+    assert {path: x[0] for path, x in merged.items()} == {path: i for i, path in enumerate(PATHS)}
+
+
+def test_abstract_state_is_sharded_and_has_optimizer_state_for_trainable_parameters_only(config, mesh):
+    config = tiny_config(train=config.train.__class__(batch_size=8, trainable=("connector/.*", "llm/embed/table")))
+    abstract = state.abstract_state(vlm.VLM(config.model), config, optim.make_optimizer(config), mesh)
+    trained = set(state.flatten(state.split(abstract.params, state.trainable_paths(config, abstract.params))[0]))
+    assert trained and all(path.startswith(("connector/", "llm/embed/")) for path in trained)
+    moments = [x for x in jax.tree.leaves(abstract.opt_state) if x.ndim]
+    assert len(moments) == 2 * len(trained)
+    w2 = abstract.params["connector"]["w2"]["kernel"]
+    assert w2.sharding.spec == PartitionSpec("fsdp", "tensor")
+    same_shape = [x for x in moments if x.shape == w2.shape]
+    assert same_shape and all(x.sharding == w2.sharding for x in same_shape)
+
+
+def test_no_trainable_parameter_is_an_error():
+    config = tiny_config(train=tiny_config().train.__class__(trainable=()))
+    with pytest.raises(UserError, match="nothing would be trained"):
+        state.trainable_paths(config, {"a": {"kernel": np.zeros(1)}})

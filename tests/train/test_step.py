@@ -1,0 +1,143 @@
+"""On the 2 x 2 x 2 mesh; one compiled step serves all tests of a config."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from alignvlm_jax.models import vlm
+from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.parallel import sharding
+from alignvlm_jax.train import optim, state, step
+from tests.conftest import random_batch, random_params, tiny_config
+
+FROZEN = "vision/"
+
+
+def make(tx=None, **train_changes):
+    """A config, its mesh, a function that makes equal fresh states, and the compiled step."""
+    config = tiny_config()
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **train_changes))
+    model, mesh = vlm.VLM(config.model), mesh_lib.make_mesh(config)
+    tx = tx or optim.make_optimizer(config)
+    with mesh_lib.use(mesh):
+        abstract = state.abstract_state(model, config, tx, mesh)
+        compiled = step.compile_train_step(model, config, tx, abstract, mesh)
+        drawn = random_params(model, random_batch(config))
+        put = lambda x, like: jax.device_put(x, like.sharding)  # noqa: E731
+
+        def fresh() -> state.TrainState:
+            params = jax.tree.map(put, drawn, abstract.params)
+            return state.TrainState(
+                put(np.int32(0), abstract.step), params, state.init_opt_state(tx, config, abstract, params)
+            )
+
+    def run(live, batch):
+        with mesh_lib.use(mesh):
+            return compiled(live, sharding.put_batch(step.train_inputs(config, batch), mesh))
+
+    return config, fresh, run
+
+
+@pytest.fixture(scope="module")
+def frozen_vision():
+    return make(trainable=("connector/.*", "llm/.*"), patch_token_weight=0.5)
+
+
+def snapshot(live: state.TrainState) -> dict[str, np.ndarray]:
+    return {path: np.asarray(x) for path, x in state.flatten(live.params).items()}
+
+
+def test_frozen_parameters_stay_bit_identical_and_the_others_move(frozen_vision):
+    config, fresh, run = frozen_vision
+    live = fresh()
+    before = snapshot(live)
+    for seed in range(3):  # The first update has a learning rate of 0.
+        live, metrics = run(live, random_batch(config, seed))
+    after = snapshot(live)
+    assert int(live.step) == 3
+    for path in before:
+        if path.startswith(FROZEN):
+            np.testing.assert_array_equal(after[path], before[path], err_msg=path)
+        else:
+            assert not np.array_equal(after[path], before[path]), path
+    assert int(metrics["num_updates"]) == 3
+
+
+def test_no_optimizer_state_is_allocated_for_frozen_parameters(frozen_vision):
+    _, fresh, _ = frozen_vision
+    live = fresh()
+    trained = sum(x.size for path, x in state.flatten(live.params).items() if not path.startswith(FROZEN))
+    assert sum(x.size for x in jax.tree.leaves(live.opt_state) if x.ndim) == 2 * trained
+
+
+def test_loss_is_answer_loss_plus_weighted_patch_loss(frozen_vision):
+    config, fresh, run = frozen_vision
+    _, metrics = run(fresh(), random_batch(config))
+    assert float(metrics["patch_loss"]) > 0.1
+    assert float(metrics["loss"]) == pytest.approx(
+        float(metrics["answer_loss"]) + 0.5 * float(metrics["patch_loss"]), rel=1e-6
+    )
+
+
+def test_a_step_without_finite_gradient_changes_nothing_but_the_step(frozen_vision):
+    config, fresh, run = frozen_vision
+    live, _ = run(fresh(), random_batch(config))
+    before, opt_before = snapshot(live), [np.asarray(x) for x in jax.tree.leaves(live.opt_state)]
+    bad = random_batch(config, seed=1)
+    bad["loss_weights"][0, np.argmax(bad["loss_weights"][0])] = np.inf
+    live, metrics = run(live, bad)
+    assert not np.isfinite(metrics["grad_norm"])
+    assert int(live.step) == 2 and int(metrics["num_updates"]) == 1
+    for path, value in snapshot(live).items():
+        np.testing.assert_array_equal(value, before[path], err_msg=path)
+    for new, old in zip(jax.tree.leaves(live.opt_state), opt_before, strict=True):
+        np.testing.assert_array_equal(new, old)
+
+
+def test_another_shape_is_an_error_and_not_a_second_trace(frozen_vision):
+    config, fresh, run = frozen_vision
+    longer = dataclasses.replace(config, data=dataclasses.replace(config.data, row_length=config.data.row_length + 1))
+    with pytest.raises(TypeError):
+        run(fresh(), random_batch(longer))
+
+
+def test_four_parts_equal_the_large_batch():
+    # Rows with few and with many answer tokens: a mean of the parts' means would differ.
+    sgd = optax.sgd(optax.constant_schedule(1.0))
+    results = []
+    for accumulation in (1, 4):
+        config, fresh, run = make(tx=sgd, batch_size=16, accumulation=accumulation)
+        batch = random_batch(config)
+        batch["loss_weights"][::4] *= np.arange(batch["loss_weights"].shape[1]) % 5 == 0
+        batch["patch_loss_weights"][1::4] = 0.2
+        live, metrics = run(fresh(), batch)
+        results.append((snapshot(live), {name: float(value) for name, value in metrics.items()}))
+    (whole, whole_metrics), (parts, parts_metrics) = results
+    assert parts_metrics == pytest.approx(whole_metrics, rel=1e-5)
+    # With SGD at rate 1 the parameters differ by the gradients.
+    for path in whole:
+        np.testing.assert_allclose(parts[path], whole[path], atol=1e-5, rtol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("visual_input", "weight", "left_out"),
+    [
+        ("labels", 1.0, {"tiles", "tile_mask", "patch_loss_weights"}),
+        ("pixels", 1.0, {"tile_mask"}),
+        ("pixels", 0.0, {"tile_mask", "patch_label_ids", "patch_label_weights", "patch_loss_weights"}),
+    ],
+)
+def test_only_the_arrays_that_a_stage_needs_are_sent(visual_input, weight, left_out):
+    config = tiny_config()
+    train = dataclasses.replace(config.train, visual_input=visual_input, patch_token_weight=weight)
+    batch = random_batch(config)
+    sent = step.train_inputs(dataclasses.replace(config, train=train), batch)
+    assert set(batch) - set(sent) == left_out
+
+
+def test_means_divide_once_and_survive_no_weight():
+    sums = {"answer_sum": 6.0, "correct_sum": 1.0, "answer_weight": 4.0, "patch_sum": 0.0, "patch_weight": 0.0}
+    assert step.means(sums) == {"answer_loss": 1.5, "token_accuracy": 0.25, "patch_loss": 0.0}
