@@ -216,9 +216,11 @@ def from_config_dict(config_dict: Mapping[str, Any]) -> tuple[Config, ...]:
     """
     base = _plain(config_dict)
     stages = base.pop("stages", {}) or {"train": {}}
+    for name, changes in stages.items():
+        if not isinstance(changes, Mapping):
+            raise UserError(f"config.stages.{name} is {changes!r}; it must be a group of fields")
     return tuple(
-        check(_build(Config, _merge(base, {**changes, "stage": name}, f"stages.{name}."), ""))
-        for name, changes in stages.items()
+        check(_build(Config, _merge(base, {**changes, "stage": name}), "")) for name, changes in stages.items()
     )
 
 
@@ -239,16 +241,22 @@ def check(config: Config) -> Config:
         if value not in choices:
             raise UserError(f"config.{path} is {value!r}{nearest(str(value), choices)}")
     vision, llm, data, train = config.model.vision, config.model.llm, config.data, config.train
+    sizes = [
+        f"model.{part}.{field.name}"
+        for part in ("vision", "llm")
+        for field in dataclasses.fields(getattr(config.model, part))
+        if field.type is int
+    ]
+    for path in (*sizes, "model.scan_unroll", "train.num_steps", "train.batch_size", "train.log_every",
+                 "train.checkpoint_every", "train.validate_every", "train.keep_checkpoints", "data.max_tiles",
+                 "data.max_patch_labels", "eval.num_questions", "eval.batch_size", "eval.max_new_tokens"):  # fmt: skip
+        if _get(config, path) < 1:
+            raise UserError(f"config.{path} is {_get(config, path)}; it must be at least 1")
     _check_divides("model.vision.tile_height", vision.tile_height, "patch_height", vision.patch_height)
     _check_divides("model.vision.tile_width", vision.tile_width, "patch_width", vision.patch_width)
     _check_divides("model.vision.width", vision.width, "num_heads", vision.num_heads)
     _check_divides("model.llm.num_heads", llm.num_heads, "num_kv_heads", llm.num_kv_heads)
     _check_divides("train.batch_size", train.batch_size, "accumulation", train.accumulation)
-    for path in ("train.num_steps", "train.log_every", "train.checkpoint_every", "train.validate_every",
-                 "train.keep_checkpoints", "data.max_tiles", "eval.num_questions", "eval.batch_size",
-                 "eval.max_new_tokens", "model.vision.num_layers", "model.llm.num_layers"):  # fmt: skip
-        if _get(config, path) < 1:
-            raise UserError(f"config.{path} is {_get(config, path)}; it must be at least 1")
     if llm.head_dim % 2:
         raise UserError(f"config.model.llm.head_dim is {llm.head_dim}; rotary embedding needs an even number")
     slots = data.max_tiles * config.model.slots_per_tile
@@ -283,12 +291,12 @@ def _plain(value: Any) -> Any:
     return {key: _plain(inner) for key, inner in value.items()} if isinstance(value, Mapping) else value
 
 
-def _merge(base: dict, changes: dict, path: str) -> dict:
+def _merge(base: dict, changes: dict) -> dict:
     """`base` with `changes` laid over it; mappings below merge, but a task mixture is replaced whole."""
     merged = dict(base)
     for key, value in changes.items():
         deeper = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key != "tasks"
-        merged[key] = _merge(merged[key], value, f"{path}{key}.") if deeper else value
+        merged[key] = _merge(merged[key], value) if deeper else value
     return merged
 
 
@@ -308,12 +316,13 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if not isinstance(value, Mapping):
             raise UserError(f"config.{path} is {value!r}; it must be a group of fields")
         return _build(hint, value, f"{path}.")
-    origin = typing.get_origin(hint)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple and isinstance(value, (tuple, list)):
-        return tuple(value)
+        return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if origin is Mapping and isinstance(value, Mapping):
+        return {key: _convert(args[1], item, f"{path}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    expected = {tuple: tuple, None: hint}.get(origin, Mapping)
-    if not isinstance(value, expected) or (isinstance(value, bool) and hint is not bool):
-        raise UserError(f"config.{path} is {value!r} of type {type(value).__name__}; it must be {hint}")
-    return dict(value) if isinstance(value, Mapping) else value
+    if origin or not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise UserError(f"config.{path} is {value!r} of type {type(value).__name__}; it must be {hint.__name__}")
+    return value

@@ -1,0 +1,223 @@
+"""Configuration: one clear line for every wrong field, stages, and the way to config.json and back."""
+
+import dataclasses
+import json
+import pathlib
+import runpy
+
+import ml_collections
+import pytest
+
+from alignvlm_jax import config as config_lib
+from alignvlm_jax import presets
+from alignvlm_jax.errors import UserError
+
+CONFIG_FILES = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+def read(**fields) -> config_lib.Config:
+    """The only stage of the default config with `a__b=value` laid over it."""
+    config_dict = config_lib.default_config_dict()
+    for path, value in fields.items():
+        config_dict.update_from_flattened_dict({path.replace("__", "."): value})
+    [stage] = config_lib.from_config_dict(config_dict)
+    return stage
+
+
+def test_defaults():
+    assert read() == config_lib.Config(stage="train")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modle": {}}, r"unknown config field config\.modle; did you mean 'model'\?"),
+        (
+            {"optim": {"learning_rte": 1.0}},
+            r"unknown config field config\.optim\.learning_rte; did you mean 'learning_rate'\?",
+        ),
+        (
+            {"model": {"llm": {"rope_scaling": {"faktor": 2.0}}}},
+            r"unknown config field config\.model\.llm\.rope_scaling\.faktor; did you mean 'factor'\?",
+        ),
+        ({"mesh": {"qqq": 1}}, r"config\.mesh\.qqq; known: data, fsdp, tensor"),
+        ({"stages": {"one": {"train": {"num_stepz": 1}}}}, r"config\.train\.num_stepz; did you mean 'num_steps'\?"),
+    ],
+)
+def test_unknown_field_names_the_nearest(changes, message):
+    with pytest.raises(UserError, match=message):
+        config_lib.from_config_dict(changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": "0"}, r"config\.seed is '0' of type str; it must be .*int"),
+        ({"seed": 1.5}, r"config\.seed is 1\.5 of type float; it must be .*int"),
+        ({"seed": True}, r"config\.seed is True of type bool; it must be .*int"),
+        ({"seed": None}, r"config\.seed is None"),
+        ({"data": {"use_overview": 1}}, r"config\.data\.use_overview is 1 of type int; it must be .*bool"),
+        ({"optim": {"b1": "0.9"}}, r"config\.optim\.b1 is '0\.9' of type str; it must be .*float"),
+        ({"optim": {"b1": True}}, r"config\.optim\.b1 is True of type bool"),
+        ({"optim": 3}, r"config\.optim is 3; it must be a group of fields"),
+        ({"name": 3}, r"config\.name is 3 of type int; it must be .*str"),
+        ({"train": {"trainable": "llm/.*"}}, r"config\.train\.trainable is 'llm/\.\*' of type str"),
+        ({"train": {"load": ("llm/.*", 3)}}, r"config\.train\.load\[1\] is 3 of type int; it must be .*str"),
+        ({"data": {"tasks": "answer"}}, r"config\.data\.tasks is 'answer' of type str"),
+        ({"data": {"tasks": {"answer": "all"}}}, r"config\.data\.tasks\.answer is 'all' of type str; .*float"),
+        ({"stages": {"one": 5}}, r"config\.stages\.one is 5; it must be a group of fields"),
+    ],
+)
+def test_wrong_type_names_field_and_value(changes, message):
+    with pytest.raises(UserError, match=message):
+        config_lib.from_config_dict(changes)
+
+
+def test_numbers_and_lists_are_taken_as_meant():
+    """A whole number for a float, a list (all that JSON and the command line have) for a tuple."""
+    [stage] = config_lib.from_config_dict(
+        {"optim": {"learning_rate": 1}, "train": {"trainable": ["llm/.*"]}, "data": {"tasks": {"answer": 1}}}
+    )
+    assert stage.optim.learning_rate == 1.0 and isinstance(stage.optim.learning_rate, float)
+    assert stage.train.trainable == ("llm/.*",)
+    assert stage.data.tasks == {"answer": 1.0} and isinstance(stage.data.tasks["answer"], float)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("model.dtype", "float31", r"config\.model\.dtype is 'float31'; did you mean 'float32'\?"),
+        ("model.remat", "ful", r"config\.model\.remat is 'ful'; did you mean 'full'\?"),
+        ("model.connector.w2_init", "lmhead", r"config\.model\.connector\.w2_init is 'lmhead'; did you mean 'lm_head'"),
+        ("model.connector.embed_grad", "stopped", r"config\.model\.connector\.embed_grad .*did you mean 'stop'"),
+        ("train.visual_input", "pixel", r"config\.train\.visual_input is 'pixel'; did you mean 'pixels'\?"),
+        ("model.vision.tile_height", 30, r"model\.vision\.tile_height 30 is not a multiple of patch_height 16; .*15$"),
+        ("model.vision.tile_width", 100, r"model\.vision\.tile_width 100 is not a multiple of patch_width 8; .* 10$"),
+        ("model.vision.num_heads", 3, r"model\.vision\.width 128 is not a multiple of num_heads 3; .*: (2|4)$"),
+        ("model.llm.num_kv_heads", 3, r"model\.llm\.num_heads 4 is not a multiple of num_kv_heads 3; .*: (2|4)$"),
+        ("train.accumulation", 5, r"train\.batch_size 32 is not a multiple of accumulation 5; .*: 4$"),
+        ("train.accumulation", 0, r"train\.batch_size 32 is not a multiple of accumulation 0; .*: 1$"),
+        ("train.batch_size", 0, r"config\.train\.batch_size is 0; it must be at least 1"),
+        ("train.num_steps", 0, r"config\.train\.num_steps is 0; it must be at least 1"),
+        ("train.log_every", 0, r"config\.train\.log_every is 0; it must be at least 1"),
+        ("train.checkpoint_every", -1, r"config\.train\.checkpoint_every is -1; it must be at least 1"),
+        ("train.validate_every", 0, r"config\.train\.validate_every is 0; it must be at least 1"),
+        ("train.keep_checkpoints", 0, r"config\.train\.keep_checkpoints is 0; it must be at least 1"),
+        ("data.max_tiles", 0, r"config\.data\.max_tiles is 0; it must be at least 1"),
+        ("data.max_patch_labels", 0, r"config\.data\.max_patch_labels is 0; it must be at least 1"),
+        ("eval.num_questions", 0, r"config\.eval\.num_questions is 0; it must be at least 1"),
+        ("eval.batch_size", 0, r"config\.eval\.batch_size is 0; it must be at least 1"),
+        ("eval.max_new_tokens", 0, r"config\.eval\.max_new_tokens is 0; it must be at least 1"),
+        ("model.vision.num_layers", 0, r"config\.model\.vision\.num_layers is 0; it must be at least 1"),
+        ("model.llm.num_layers", 0, r"config\.model\.llm\.num_layers is 0; it must be at least 1"),
+        ("model.llm.vocab_size", 0, r"config\.model\.llm\.vocab_size is 0; it must be at least 1"),
+        ("model.vision.width", -4, r"config\.model\.vision\.width is -4; it must be at least 1"),
+        ("model.scan_unroll", 0, r"config\.model\.scan_unroll is 0; it must be at least 1"),
+        ("model.llm.head_dim", 5, r"config\.model\.llm\.head_dim is 5; rotary embedding needs an even number"),
+        ("data.row_length", 64, r"config\.data\.row_length 64 leaves no room for text: 2 tiles take 64 slots"),
+        ("data.max_tiles", 7, r"config\.data\.row_length 192 leaves no room for text: 7 tiles take 224 slots"),
+        ("data.tasks", {}, r"config\.data\.tasks \{\} has no positive weight"),
+        ("data.tasks", {"answer": 0.0}, r"config\.data\.tasks \{'answer': 0\.0\} has no positive weight"),
+        ("data.tasks", {"answer": 1.0, "transcribe": -0.5}, r"config\.data\.tasks .*-0\.5.* has no positive weight"),
+    ],
+)
+def test_impossible_fields(path, value, message):
+    changes = value
+    for name in reversed(path.split(".")):
+        changes = {name: changes}
+    with pytest.raises(UserError, match=message) as error:
+        config_lib.from_config_dict(changes)
+    assert "\n" not in str(error.value)
+
+
+def test_smallest_row_that_leaves_room():
+    assert read(data__row_length=65).data.row_length == 65
+
+
+def test_patches_of_a_tile():
+    vision = config_lib.VisionConfig(tile_height=32, tile_width=128, patch_height=16, patch_width=8)
+    assert vision.patch_grid == (2, 16) and vision.num_patches == 32
+    assert config_lib.ModelConfig(vision=vision).slots_per_tile == 32
+
+
+# Stages.
+
+
+def test_stages_are_differences_from_the_base():
+    config_dict = config_lib.default_config_dict()
+    config_dict.seed = 7
+    config_dict.optim.learning_rate = 1e-3
+    config_dict.stages = ml_collections.ConfigDict(
+        {"align": {"train": {"num_steps": 5}}, "finetune": {"optim": {"weight_decay": 0.5}, "seed": 8}}
+    )
+    align, finetune = config_lib.from_config_dict(config_dict)
+    assert (align.stage, finetune.stage) == ("align", "finetune")
+    assert (align.seed, finetune.seed) == (7, 8)
+    assert align.train == dataclasses.replace(finetune.train, num_steps=5)
+    assert align.optim == config_lib.OptimConfig(learning_rate=1e-3)
+    assert finetune.optim == config_lib.OptimConfig(learning_rate=1e-3, weight_decay=0.5)
+
+
+def test_a_task_mixture_is_replaced_whole():
+    base = {"data": {"tasks": {"transcribe": 1.0}, "dir": "d"}, "stages": {"a": {"data": {"tasks": {"answer": 2.0}}}}}
+    [stage] = config_lib.from_config_dict(base)
+    assert stage.data.tasks == {"answer": 2.0} and stage.data.dir == "d"
+
+
+def test_every_stage_is_checked():
+    with pytest.raises(UserError, match=r"config\.train\.num_steps is 0"):
+        config_lib.from_config_dict({"stages": {"a": {}, "b": {"train": {"num_steps": 0}}}})
+
+
+def test_reading_leaves_the_config_dict_as_it_is():
+    config_dict = config_lib.default_config_dict()
+    config_dict.stages = ml_collections.ConfigDict({"a": {"seed": 3}})
+    before = config_dict.to_json()
+    config_lib.from_config_dict(config_dict)
+    assert config_dict.to_json() == before
+
+
+def test_references_follow_an_override():
+    config_dict = config_lib.default_config_dict()
+    config_dict.train.log_every = config_dict.train.get_ref("num_steps")
+    config_dict.train.num_steps = 17
+    [stage] = config_lib.from_config_dict(config_dict)
+    assert stage.train.log_every == 17
+
+
+# Files.
+
+
+def test_json_round_trip():
+    stages = config_lib.from_config_dict(
+        {
+            "model": {"llm": {"rope_scaling": {"factor": 8.0}}},
+            "mesh": {"tensor": 2},
+            "stages": {"a": {"train": {"trainable": ("llm/.*", "connector/.*")}}, "b": {"data": {"tasks": {"x": 1.0}}}},
+        }
+    )
+    text = json.dumps(config_lib.to_json(stages))
+    assert config_lib.from_json(json.loads(text)) == stages
+
+
+def test_json_of_another_version_names_the_field():
+    [fields] = config_lib.to_json((config_lib.Config(),))
+    fields["train"]["gone"] = 1
+    with pytest.raises(UserError, match=r"unknown config field config\.train\.gone"):
+        config_lib.from_json([fields])
+
+
+@pytest.mark.parametrize("part", ["vision", "llm"])
+def test_presets(part):
+    for preset in {"vision": presets.VISION, "llm": presets.LLM}[part].values():
+        config_dict = config_lib.default_config_dict()
+        config_dict.data.row_length = 2**20  # room for tiles of any size
+        config_lib.set_preset(config_dict.model[part], preset)
+        [stage] = config_lib.from_config_dict(config_dict)
+        assert getattr(stage.model, part) == preset
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.stem)
+def test_config_files_load(path):
+    stages = config_lib.from_config_dict(runpy.run_path(str(path))["get_config"]())
+    assert len({stage.stage for stage in stages}) == len(stages) >= 1

@@ -1,0 +1,134 @@
+"""Imports run one way. Read from the source, so that an import inside a function counts as well."""
+
+import ast
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parent.parent / "alignvlm_jax"
+
+# A part may import from itself and from what stands in a line above its own.
+LEVELS = (
+    ("errors", "shapes"),
+    ("config",),
+    ("presets",),
+    ("parallel", "ops", "data"),
+    ("models",),
+    ("train",),
+    ("infer",),
+    ("eval",),
+    ("train.loop",),
+    ("commands",),
+    ("__init__", "__main__"),
+)
+LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
+
+# What only some files may import.
+READERS_OF_FLAGS = ("commands/", "__main__.py")
+ALLOWED = {
+    "orbax": ("train/checkpoint.py",),
+    "argparse": READERS_OF_FLAGS,
+    "absl.flags": READERS_OF_FLAGS,
+    "absl.app": READERS_OF_FLAGS,
+    "configs": (),
+}
+ONLY_IN_PARALLEL = {"NamedSharding", "PositionalSharding", "GSPMDSharding"}
+NOT_IN_DATA = {"jax", "jaxlib", "jaxtyping", "flax", "optax", "orbax"}
+
+FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+def imports(source: str) -> set[str]:
+    """Dotted names of what is imported, `from a import b` as a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            dots = "." * node.level
+            found |= {f"{dots}{node.module or ''}.{alias.name}" for alias in node.names}
+    return found
+
+
+def part_of(module: str) -> str:
+    """The part of the package that a dotted name, without the package's own, belongs to."""
+    return "train.loop" if f"{module}.".startswith("train.loop.") else module.split(".")[0]
+
+
+def is_in(file: str, places: tuple[str, ...]) -> bool:
+    return any(file == place or (place.endswith("/") and file.startswith(place)) for place in places)
+
+
+def violations(file: str, source: str) -> list[str]:
+    """What `file` (relative to the package) must not do."""
+    wrong = []
+    part = part_of(file.removesuffix(".py").replace("/", "."))
+    for name in sorted(imports(source)):
+        if name.startswith("."):
+            wrong.append(f"relative import {name}")
+        elif name.startswith("alignvlm_jax."):
+            other = part_of(name.removeprefix("alignvlm_jax."))
+            if other != part and LEVEL[other] >= LEVEL[part]:
+                wrong.append(f"{part} imports {other}")
+        wrong += [
+            f"imports {library}"
+            for library, places in ALLOWED.items()
+            if f"{name}.".startswith(f"{library}.") and not is_in(file, places)
+        ]
+    for node in ast.walk(ast.parse(source)):
+        name = getattr(node, "id", getattr(node, "attr", getattr(node, "name", None)))
+        if name in ONLY_IN_PARALLEL and part != "parallel":
+            wrong.append(f"names {name}")
+    return wrong
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_arrows(file):
+    assert violations(file, (PACKAGE / file).read_text()) == []
+
+
+def test_data_needs_no_jax():
+    """Nor does any file of the package that data imports, directly or not: its processes start without it."""
+    reached, waiting = set(), [file for file in FILES if file.startswith("data/")]
+    assert waiting
+    while waiting:
+        file = waiting.pop()
+        reached.add(file)
+        names = imports((PACKAGE / file).read_text())
+        assert not {name.split(".")[0] for name in names} & NOT_IN_DATA, file
+        for name in names:
+            path = name.removeprefix("alignvlm_jax.").replace(".", "/")
+            candidates = {f"{path}.py", f"{path.rpartition('/')[0]}.py", f"{path}/__init__.py"}
+            waiting += (candidates & set(FILES)) - reached if name.startswith("alignvlm_jax.") else ()
+    assert "errors.py" in reached
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "complaint"),
+    [
+        ("ops/attention.py", "from alignvlm_jax.models import llama", "ops imports models"),
+        ("models/vlm.py", "import alignvlm_jax.train.state", "models imports train"),
+        ("models/vlm.py", "def f():\n    from alignvlm_jax.train.state import split", "models imports train"),
+        ("data/rows.py", "from alignvlm_jax import models", "data imports models"),
+        ("data/rows.py", "from alignvlm_jax.parallel.mesh import use", "data imports parallel"),
+        ("train/step.py", "from alignvlm_jax.train import loop", "train imports train.loop"),
+        ("eval/runner.py", "from alignvlm_jax.train.loop import run", "eval imports train.loop"),
+        ("train/loop.py", "from alignvlm_jax.commands import train", "train.loop imports commands"),
+        ("eval/runner.py", "from . import scores", "relative import ..scores"),
+        ("train/loop.py", "import orbax.checkpoint as ocp", "imports orbax"),
+        ("train/loop.py", "from orbax import checkpoint", "imports orbax"),
+        ("eval/report.py", "import argparse", "imports argparse"),
+        ("eval/report.py", "from absl import flags", "imports absl.flags"),
+        ("commands/train.py", "from configs import demo", "imports configs"),
+        ("train/step.py", "from jax.sharding import NamedSharding", "names NamedSharding"),
+        ("train/step.py", "import jax\nx = jax.sharding.NamedSharding(mesh, spec)", "names NamedSharding"),
+    ],
+)
+def test_violations_are_seen(file, source, complaint):
+    assert violations(file, source) == [complaint]
+
+
+def test_allowed_imports_are_not_violations():
+    assert violations("commands/train.py", "import argparse\nfrom alignvlm_jax.train import loop") == []
+    assert violations("train/checkpoint.py", "import orbax.checkpoint\nfrom alignvlm_jax.models import vlm") == []
+    assert violations("parallel/mesh.py", "from jax.sharding import NamedSharding") == []
