@@ -26,14 +26,14 @@ TABLE = RNG.standard_normal((V, D)).astype(np.float32)
 LABELS = PatchLabels(RNG.integers(0, V, (N, K)).astype(np.int32), RNG.random((N, K)).astype(np.float32))
 
 
-def make(**options) -> Align:
+def make(dtype: str = "float32", **options) -> Align:
     return Align(
         config_lib.ModelConfig(
             vision=config_lib.VisionConfig(width=E, num_heads=1),
             llm=config_lib.LLMConfig(vocab_size=V, width=D, norm_eps=EPS),
             connector=config_lib.ConnectorConfig(**options),
         ),
-        jnp.dtype("float32"),
+        jnp.dtype(dtype),
     )
 
 
@@ -78,6 +78,14 @@ def test_tokens_lie_in_the_hull_of_the_table(mesh):
     np.testing.assert_allclose(weights.sum(-1, dtype=np.float64), 1, atol=1e-5)
     tokens = run(align)[1](params, FEATURES, TABLE, None).tokens
     np.testing.assert_allclose(tokens, weights @ TABLE, atol=1e-5)
+
+
+def test_distribution_is_float32_under_bfloat16(mesh):
+    params, probabilities = run(make(dtype="bfloat16"), Align.probabilities)
+    weights = np.asarray(probabilities(params, FEATURES))
+    assert weights.dtype == np.float32
+    np.testing.assert_allclose(weights.sum(-1, dtype=np.float64), 1, atol=1e-5)
+    np.testing.assert_allclose(weights, reference(params), atol=0.1 * weights.max())
 
 
 def test_without_labels_there_is_no_patch_loss(mesh):
@@ -170,12 +178,13 @@ def test_w2_random(mesh, config):
 
 def test_copy_head_again(config):
     """At the start of a stage the head may have come from a checkpoint: W2 follows it, in a buffer of its own."""
-    model = vlm.VLM(config.model)
+    llm = dataclasses.replace(config.model.llm, tie_embeddings=False)
+    model = vlm.VLM(dataclasses.replace(config.model, llm=llm))
     params = jax.tree.map(jnp.asarray, random_params(model, vlm.abstract_batch(config)))
     copied = vlm.copy_head(params)
-    table, w2 = params["llm"]["embed"]["table"], copied["connector"]["w2"]["kernel"]
-    np.testing.assert_array_equal(w2, table.T)
-    assert w2.unsafe_buffer_pointer() != table.unsafe_buffer_pointer()
+    head, w2 = params["llm"]["head"]["kernel"], copied["connector"]["w2"]["kernel"]
+    np.testing.assert_array_equal(w2, head)
+    assert w2.unsafe_buffer_pointer() != head.unsafe_buffer_pointer()
     others = {**copied, "connector": {**copied["connector"], "w2": params["connector"]["w2"]}}
     assert jax.tree.all(jax.tree.map(lambda a, b: a is b, params, others))
 

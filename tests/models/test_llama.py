@@ -118,7 +118,7 @@ def test_equals_float64_reference(mesh, tied, llm):
     params, logits_of = tied if llm is TIED else make(llm)
     tokens, positions, segment_ids = random_rows()
     segment_ids[1, 9:], positions[1, 9:] = 2, np.arange(LENGTH - 9)
-    positions[2] += 100  # three times the original length of the scaling
+    positions[2] *= 9  # distances of six times the original length of the scaling
     logits = logits_of(params, tokens, positions, segment_ids)
     assert logits.dtype == jnp.float32
     for row in range(ROWS):

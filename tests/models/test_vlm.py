@@ -237,6 +237,13 @@ def test_unused_tiles_change_nothing(mesh, params, run, visual_input):
     assert np.abs(logits - other)[used].max((1, 2)).min() > 1e-3
 
 
+def test_positions_are_those_of_the_batch(mesh, params, run):
+    """A shift of a whole segment would not show: rotary positions are relative."""
+    stretched = {**MIXED, "positions": 3 * MIXED["positions"]}
+    logits, other = (np.asarray(run(params, batch, "pixels")[0].logits) for batch in (MIXED, stretched))
+    assert np.abs(logits - other)[MIXED["positions"] > 1].max(-1).min() > 1e-3
+
+
 def test_labels_look_at_no_pixels(mesh, params, run):
     """The language model's own stage costs no vision tower: without tiles in the batch the result is the same."""
     without = {name: array for name, array in MIXED.items() if name != "tiles"}
@@ -317,7 +324,23 @@ def test_bfloat16_computes_in_it_and_ends_in_float32(mesh, params, run):
         assert 1e-4 < error < 0.05
 
 
-# Shapes.
+# Shapes and the start.
+
+
+def test_fresh_layers_differ_and_keep_the_scale():
+    """Layers are drawn one by one, with the variance that their number of inputs asks for."""
+    model = vlm.VLM(dataclasses.replace(MODEL, llm=dataclasses.replace(MODEL.llm, num_heads=16)))
+
+    @jax.jit
+    def kernels(rng):
+        params = sharding.unbox(vlm.init_params(model, rng, vlm.abstract_batch(CONFIG)))
+        return params["llm"]["blocks"]["attn"]["o"]["kernel"], params["vision"]["blocks"]["mlp"]["up"]["kernel"]
+
+    for kernel, num_inputs in zip(
+        kernels(jax.random.key(0)), (16 * MODEL.llm.head_dim, MODEL.vision.width), strict=True
+    ):
+        assert abs(np.corrcoef(np.ravel(kernel[0]), np.ravel(kernel[1]))[0, 1]) < 0.3
+        assert np.std(kernel) == pytest.approx(num_inputs**-0.5, rel=0.1)
 
 
 def test_abstract_batch_is_the_schema():
