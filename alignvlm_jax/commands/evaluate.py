@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from alignvlm_jax.data import pipeline
+from alignvlm_jax.errors import UserError
 from alignvlm_jax.eval import loading, predictions, runner, summary
 from alignvlm_jax.eval.predictions import Predictions
 
@@ -26,9 +27,12 @@ def main(argv: list[str]) -> None:
         pipeline.eval_records(config, split)  # A misspelt split should not wait for the model.
     loaded = loading.load(args.checkpoint, trained)
     asker = runner.Runner(loaded, config)
-    for split in asked.splits:
-        for blind in (False, True):
-            asker.evaluate(split, blind)
+    try:
+        for split in asked.splits:
+            for blind in (False, True):
+                asker.evaluate(split, blind)
+    except KeyboardInterrupt as err:
+        raise UserError("stopped; the same command goes on with the questions that are left") from err
     workdir = loading.workdir_of(args.checkpoint)
     # An earlier evaluation of other splits still counts, if it was of this very checkpoint.
     results = {

@@ -1,6 +1,7 @@
 """A trained model from its checkpoint, on the devices of this machine, ready to be asked."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ def load(path: Path, config: Config) -> Loaded:
 
 def workdir_of(path: Path) -> Path:
     """Returns the workdir that a workdir or a checkpoint folder of it names."""
-    return path if (path / checkpoint.FOLDER).is_dir() else path.parent.parent
+    # Not path.parent.parent: of "7", from inside the folder of checkpoints, that would be ".".
+    return path if (path / checkpoint.FOLDER).is_dir() else Path(os.path.normpath(path / ".." / ".."))
 
 
 def _mesh(config: Config) -> Mesh:

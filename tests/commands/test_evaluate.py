@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import pytest
 
@@ -64,3 +65,13 @@ def test_bad_input_is_one_line(trained_workdir, flags, message, monkeypatch):
 def test_no_checkpoint_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no checkpoint at"):
         evaluate.main([f"--checkpoint={tmp_path}"])
+
+
+def test_a_stop_says_how_to_go_on(trained_workdir, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate.loading, "load", lambda *_: None)
+    monkeypatch.setattr(evaluate.runner, "Runner", lambda *_: types.SimpleNamespace(evaluate=stop))
+    with pytest.raises(UserError, match="the same command goes on"):
+        evaluate.main([f"--checkpoint={trained_workdir}"])

@@ -1,0 +1,45 @@
+"""A checkpoint on devices that are not those it was trained on, and the workdir that a path names."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from alignvlm_jax import config as config_lib
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.eval import loading
+
+
+def test_parameters_are_those_saved_whatever_the_mesh(trained_workdir):
+    config = loading.load_config(trained_workdir)
+    as_trained = loading.load(trained_workdir, config)
+    assert (as_trained.step, as_trained.batch_ways) == (7, 4)
+    assert as_trained.path == trained_workdir / "checkpoints" / "7"
+    assert as_trained.metadata["train_seconds"] == 12.5
+
+    # Three ways do not fit eight devices; neither would a training batch of eight rows, which nobody needs here.
+    elsewhere = dataclasses.replace(
+        config,
+        mesh=config_lib.MeshConfig(data=3, fsdp=1, tensor=1),
+        train=dataclasses.replace(config.train, batch_size=9),
+    )
+    spread = loading.load(as_trained.path, elsewhere)
+    assert dict(spread.mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    jax.tree.map(np.testing.assert_array_equal, as_trained.params, spread.params)
+
+
+def test_the_data_folder_can_have_moved(trained_workdir):
+    original, config = loading.load_config(trained_workdir), loading.load_config(trained_workdir, "elsewhere")
+    assert config.data.dir == "elsewhere"
+    assert dataclasses.replace(config, data=original.data) == original
+    with pytest.raises(UserError, match=r"cannot read tokenizer elsewhere/tokenizer\.model"):
+        loading.load(trained_workdir, config)
+
+
+def test_workdir_of_a_workdir_and_of_a_checkpoint(trained_workdir, monkeypatch):
+    assert loading.workdir_of(trained_workdir) == trained_workdir
+    assert loading.workdir_of(trained_workdir / "checkpoints" / "7") == trained_workdir
+    monkeypatch.chdir(trained_workdir / "checkpoints")
+    assert loading.workdir_of(Path("7")).resolve() == trained_workdir.resolve()
