@@ -104,6 +104,8 @@ class DataConfig:
     """What a row is made of. `dir` holds what `prepare` wrote: shards by split and `tokenizer.model`."""
 
     dir: str = "data/demo"
+    split: str = "train"
+    validation_split: str = "validation"
     row_length: int = 192
     max_tiles: int = 2
     use_overview: bool = False

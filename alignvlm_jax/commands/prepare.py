@@ -48,6 +48,8 @@ def main(argv: list[str]) -> None:
         _prepare(out, wanted, args.num_workers)
     except OSError as err:
         raise UserError(f"cannot write {out}: {err.strerror or err}") from err
+    except KeyboardInterrupt as err:
+        raise UserError("interrupted; the same command goes on with what is done") from err
     print(
         f"{out}: {args.num_train} training documents, {args.num_eval} in each of "
         f"{len(documents.SPLITS) - 1} other splits, {time.monotonic() - started:.0f} s"
@@ -113,7 +115,13 @@ def _write_shards(staging: Path, wanted: dict, num_workers: int) -> None:
     # Spawned, not forked: a caller may hold threads (jax, grain) that do not survive a fork.
     context = multiprocessing.get_context("spawn")
     settings = (wanted["seed"], wanted["noise"], tables.load())
-    with context.Pool(min(num_workers, len(shards)), _start_worker, settings) as pool:
+    # Ctrl-C reaches the whole process group. Workers inherit that it is ignored: the parent alone speaks and ends them.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        workers = context.Pool(min(num_workers, len(shards)), _start_worker, settings)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    with workers as pool:
         for _ in track(pool.imap_unordered(_write_shard, shards), "Rendering documents", total=len(shards)):
             pass
 
@@ -121,7 +129,7 @@ def _write_shards(staging: Path, wanted: dict, num_workers: int) -> None:
 def _plan(staging: Path, wanted: dict) -> list[Shard]:
     shards = []
     for split in documents.SPLITS:
-        size = wanted["num_train"] if split == "train" else wanted["num_eval"]
+        size = wanted["num_eval"] if documents.SPLITS[split].evaluation else wanted["num_train"]
         bounds = [*range(0, size, SHARD_SIZE), size]
         for index, (start, stop) in enumerate(itertools.pairwise(bounds)):
             name = sources.shard_name(split, index, len(bounds) - 1)
@@ -133,8 +141,6 @@ _settings: tuple[int, float, tuple[Table, ...]]
 
 
 def _start_worker(seed: int, noise: float, tables: tuple[Table, ...]) -> None:
-    # Ctrl-C reaches the whole process group: the parent alone is to speak, and ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     global _settings
     _settings = seed, noise, tables
 

@@ -15,7 +15,7 @@ from alignvlm_jax.data.contents import Content, Table
 from alignvlm_jax.data.pages import Style
 from alignvlm_jax.data.schema import Record, Word
 
-VERSION = 2
+VERSION = 3
 """Raised with every change that changes records, so that `prepare` writes them anew."""
 
 
@@ -25,11 +25,15 @@ class Split:
 
     evaluation: bool
     unseen_style: bool = False
+    small_share: float = 0.0
+    """Of pages half as high, one tile with two lines."""
 
 
 SPLITS = {
-    "train": Split(evaluation=False),
+    "train": Split(evaluation=False, small_share=0.1),
+    "train_small": Split(evaluation=False, small_share=1.0),
     "validation": Split(evaluation=True),
+    "validation_small": Split(evaluation=True, small_share=1.0),
     "seen_fonts": Split(evaluation=True),
     "unseen_fonts": Split(evaluation=True, unseen_style=True),
 }
@@ -49,7 +53,7 @@ def render(seed: int, split: str, index: int, tables: tuple[Table, ...], noise: 
     rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
     spec = SPLITS[split]
     for _ in range(MAX_ATTEMPTS):
-        small = not spec.evaluation and rng.random() < 0.1
+        small = rng.random() < spec.small_share
         content = _content(rng, spec, 2 if small else int(rng.integers(3, 5)), tables)
         drawn = _draw(rng, spec, content, 32 if small else 64)
         if drawn is not None:

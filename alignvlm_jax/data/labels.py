@@ -25,8 +25,9 @@ def patch_labels(
 
     Returns:
       Token ids int32 [n, P, k] and their weights float32 [n, P, k], the largest overlaps first, which sum to 1 on every
-      patch; and the patches' weights in the loss, float32 [n, P]: 1 where there is text, `blank_weight` where not. A
-      blank patch has the space alone; slots without a token hold the space at weight 0.
+      patch; and the patches' weights in the loss, float32 [n, P]: 1 where there is text, `blank_weight` where not. The
+      ground that a line leaves blank counts as a space, and a patch without text is a space alone; slots without a
+      token hold the space at weight 0.
     """
     ids, boxes = token_boxes(lines, tokenizer)
     order = np.argsort(ids, kind="stable")
@@ -71,8 +72,12 @@ def _tile_labels(ids, boxes, crop, scale, space_id: int, vision: VisionConfig, k
         # A token that stands twice in a patch is one label. The ids are sorted, so equal ones are neighbours.
         starts = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]]))
         areas, ids = np.add.reduceat(areas, starts, axis=0), ids[starts]
-        has_text = areas.sum(0) >= MIN_COVERED * vision.patch_height * vision.patch_width
-        areas *= has_text
+        covered = areas.sum(0)
+        has_text = covered >= MIN_COVERED * vision.patch_height * vision.patch_width
+        # What a line leaves free of its patch is space, so that the labels tell how far a glyph reaches.
+        line = np.repeat(height.max(0) * vision.patch_width, columns)
+        blank = np.where(has_text, np.maximum(line - covered, 0), 1)
+        ids, areas = np.append(ids, space_id), np.vstack([areas * has_text, blank])
         # Rounds of argmax, as k is small: cheaper than a sort, and of equals the smallest id is always first.
         every_patch = np.arange(vision.num_patches)
         for rank in range(min(k, len(ids))):
@@ -80,7 +85,8 @@ def _tile_labels(ids, boxes, crop, scale, space_id: int, vision: VisionConfig, k
             top_areas[rank] = areas[largest, every_patch]
             top_ids[rank] = np.where(top_areas[rank] > 0, ids[largest], space_id)
             areas[largest, every_patch] = 0
-    top_areas[0] += ~has_text
+    else:
+        top_areas[0] = 1
     return top_ids.T, top_areas.T, has_text
 
 

@@ -19,7 +19,7 @@ from alignvlm_jax.errors import UserError, nearest
 class TrainRows:
     """All rows of a stage, by global index: epoch by epoch through the records, each epoch in its own order."""
 
-    def __init__(self, config: Config, split: str = "train"):
+    def __init__(self, config: Config, split: str):
         self._config = config
         self._tokenizer = load_tokenizer(config)
         self._records = RecordSource(config.data.dir, split)
@@ -57,7 +57,7 @@ class TrainBatches(Iterator[Batch]):
         if start_row % global_size:
             raise UserError(f"data position {start_row} is not a multiple of config.train.batch_size {global_size}")
         local_size = global_size // process_count
-        all_rows = TrainRows(config)
+        all_rows = TrainRows(config, config.data.split)
         local_rows = _Block(all_rows, start_row, global_size, process_index * local_size, local_size)
         options = grain.ReadOptions(num_threads=config.data.num_threads, prefetch_buffer_size=config.data.prefetch)
         self._batches = iter(grain.MapDataset.source(local_rows).to_iter_dataset(options).batch(local_size))
@@ -109,7 +109,7 @@ def train_batches(
 def validation_batches(config: Config, batch_size: int, num_rows: int) -> list[Batch]:
     """Returns the first `num_rows` rows of the validation split, the same ones at every call. `num_rows` is rounded
     down to whole batches, but to no less than one."""
-    validation = TrainRows(config, "validation")
+    validation = TrainRows(config, config.data.validation_split)
     return [
         stack([validation[start + i] for i in range(batch_size)])
         for start in range(0, max(1, num_rows // batch_size) * batch_size, batch_size)

@@ -27,9 +27,16 @@ def _answer(record: Record, rng: np.random.Generator) -> list[tuple[str, str]]:
     return [(turn.question, turn.answers[0]) for turn in turns]
 
 
+def _answer_and_transcribe(record: Record, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Both on one page: more to learn for each page that is encoded. What comes second can also look back at the first."""
+    parts = [_answer(record, rng), _transcribe(record, rng)]
+    return sum(parts if rng.random() < 0.5 else parts[::-1], [])
+
+
 TASKS: dict[str, Callable[[Record, np.random.Generator], list[tuple[str, str]]]] = {
     "transcribe": _transcribe,
     "answer": _answer,
+    "answer_and_transcribe": _answer_and_transcribe,
 }
 """What a row asks of its record, by the names of `data.tasks`: (question, answer) turns, possibly none."""
 

@@ -22,6 +22,7 @@ def reference(lines, tiles, tokenizer, vision, k, blank_weight):
         page_x, page_y = x / s / scale[0] + crop[0], y / s / scale[1] + crop[1]
         on_page = (page_x < crop[2]) & (page_y < crop[3])
         counts = np.zeros((tokenizer.vocab_size, rows, columns))
+        line_heights = np.zeros(rows)
         for word in (word for line in lines for word in line):
             edges = word.edges or np.linspace(word.box[0], word.box[2], len(word.text) + 1)
             for token, start, end in tokenizer.token_offsets(word.text):
@@ -29,13 +30,19 @@ def reference(lines, tiles, tokenizer, vision, k, blank_weight):
                 inside &= (page_y >= word.box[1]) & (page_y < word.box[3])
                 shape = rows, vision.patch_height * s, columns, vision.patch_width * s
                 counts[token] += inside.reshape(shape).sum((1, 3))
+                heights = inside.any(1).reshape(rows, -1).sum(1) / s
+                line_heights = np.maximum(line_heights, heights)
         areas = counts.reshape(tokenizer.vocab_size, -1) / s**2
         for patch in range(rows * columns):
             column = areas[:, patch]
             if column.sum() < vision.patch_height * vision.patch_width / 8:
                 weights[n, patch, 0], loss_weights[n, patch] = 1, blank_weight
                 continue
-            top = sorted(np.flatnonzero(column), key=lambda token: (-column[token], token))[:k]
+            blank = line_heights[patch // columns] * vision.patch_width - column.sum()
+            column[tokenizer.space_id] = max(blank, 0)
+            top = sorted(
+                np.flatnonzero(column), key=lambda token: (-column[token], token == tokenizer.space_id, token)
+            )[:k]
             ids[n, patch, : len(top)] = top
             weights[n, patch, : len(top)] = column[top] / column[top].sum()
             loss_weights[n, patch] = 1

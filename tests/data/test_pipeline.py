@@ -19,7 +19,7 @@ def assert_equal(a, b):
 
 
 def test_batches_are_the_stacked_rows_in_order(demo_config):
-    rows = pipeline.TrainRows(demo_config)
+    rows = pipeline.TrainRows(demo_config, "train")
     batches = pipeline.train_batches(demo_config)
     for start in (0, 8):
         assert_equal(next(batches), pipeline.stack([rows[start + i] for i in range(8)]))
@@ -61,7 +61,7 @@ def test_the_global_batch_is_the_same_for_any_number_of_processes(demo_config, c
 
 
 def test_an_epoch_visits_every_record_once_and_the_next_in_another_order(demo_config):
-    rows = pipeline.TrainRows(demo_config)
+    rows = pipeline.TrainRows(demo_config, "train")
     size = len(rows._records)
     epochs = [[rows._order[epoch * size + i] for i in range(size)] for epoch in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(size))
@@ -76,7 +76,7 @@ def test_seed_and_stage_change_the_rows(demo_config):
 
 def test_tasks_are_drawn_by_their_weights(demo_config):
     def share(tasks):
-        rows = pipeline.TrainRows(change(demo_config, "data", tasks=tasks))
+        rows = pipeline.TrainRows(change(demo_config, "data", tasks=tasks), "train")
         read = rows._tokenizer.encode("Read the page.")[0]
         return np.mean([(rows[i]["tokens"] == read).any() for i in range(120)])
 
