@@ -49,7 +49,7 @@ def test_shards_of_an_interrupted_run_are_kept_and_workers_change_nothing(prepar
     monkeypatch.setattr(prepare, "SHARD_SIZE", 3)
     train = prepare.Tokenizer.train
     monkeypatch.setattr(prepare.Tokenizer, "train", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(UserError, match="goes on"):
         prepare.main(arguments(tmp_path / "demo"))
     assert not (tmp_path / "demo" / "prepare.json").exists()
     (staging,) = (tmp_path / "demo").glob(".partial-*")
