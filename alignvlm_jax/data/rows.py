@@ -28,9 +28,9 @@ def _answer(record: Record, rng: np.random.Generator) -> list[tuple[str, str]]:
 
 
 def _answer_and_transcribe(record: Record, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Both on one page: more to learn for each page that is encoded. What comes second can also look back at the first."""
-    parts = [_answer(record, rng), _transcribe(record, rng)]
-    return sum(parts if rng.random() < 0.5 else parts[::-1], [])
+    """Both, in either order: more to learn from each page. What comes second can look back at what came first."""
+    answers, text = _answer(record, rng), _transcribe(record, rng)
+    return answers + text if rng.random() < 0.5 else text + answers
 
 
 TASKS: dict[str, Callable[[Record, np.random.Generator], list[tuple[str, str]]]] = {

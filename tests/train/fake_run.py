@@ -14,13 +14,14 @@ from pathlib import Path
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from rich.console import Console
 
 from alignvlm_jax.config import Config, MeshConfig, TrainConfig
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.train import loop, step
+from alignvlm_jax.train import loop, state, step
 from tests.conftest import random_batch, tiny_config
 
 NUM_STEPS = 4
@@ -89,6 +90,7 @@ def train(
         mock.patch.object(loop.pipeline, "validation_batches", validation),
         mock.patch.object(step, "compile_train_step", _remembered(_COMPILE_TRAIN)),
         mock.patch.object(step, "compile_eval_step", _remembered(_COMPILE_EVAL)),
+        mock.patch.object(state, "init_params", _init_params),
     ):
         try:
             loop.train(configs or stages(), workdir, console)
@@ -104,13 +106,13 @@ def stored(workdir: Path, step: int = TOTAL) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-_COMPILE_TRAIN, _COMPILE_EVAL = step.compile_train_step, step.compile_eval_step
+# Runs of one process share what they compile, and the first draw of parameters: nearly all that such a run costs.
+_COMPILE_TRAIN, _COMPILE_EVAL, _INIT_PARAMS = step.compile_train_step, step.compile_eval_step, state.init_params
 _COMPILED: dict[tuple, Callable] = {}
+_DRAWN: dict[tuple, dict] = {}
 
 
 def _remembered(compile_step: Callable) -> Callable:
-    """Runs of one process share their compiled steps, which are nearly all that such a run costs."""
-
     def compile_once(model, config: Config, *args) -> Callable:
         key = (compile_step, repr(config))
         if key not in _COMPILED:
@@ -118,6 +120,13 @@ def _remembered(compile_step: Callable) -> Callable:
         return _COMPILED[key]
 
     return compile_once
+
+
+def _init_params(model, config: Config, abstract, paths: set[str], rng) -> dict:
+    key = (repr(config), *sorted(paths), int(jax.random.bits(rng)))
+    if key not in _DRAWN:
+        _DRAWN[key] = _INIT_PARAMS(model, config, abstract, paths, rng)
+    return jax.tree.map(jnp.copy, _DRAWN[key])  # The step will be given these for good.
 
 
 if __name__ == "__main__":
