@@ -111,11 +111,13 @@ def _draw_run(axes: Axes, curve: Curve, lines: Sequence[dict[str, Any]], color: 
 
 
 def _smooth(values: np.ndarray, log: bool) -> np.ndarray:
-    """A centred mean that shrinks its window at the ends; of a logarithmic metric, the geometric mean."""
+    """A centred mean over SMOOTHING points, fewer near the ends and where there are few; geometric for a logarithmic
+    metric. The window stays symmetric: a one-sided one would hide how a stage begins."""
     values = np.log(values) if log else values
-    half = SMOOTHING // 2
-    means = [values[max(i - half, 0) : i + half + 1].mean() for i in range(len(values))]
-    return np.exp(means) if log else np.asarray(means)
+    widest = min(SMOOTHING // 2, len(values) // 10)
+    half = [min(widest, i, len(values) - 1 - i) for i in range(len(values))]
+    means = np.array([values[i - h : i + h + 1].mean() for i, h in enumerate(half)])
+    return np.exp(means) if log else means
 
 
 def _draw_stages(axes: Axes, spans: list[tuple[str, float, float]]) -> None:

@@ -30,12 +30,14 @@ def test_stages_begin_where_the_one_before_ends():
     assert figures.stage_spans([]) == []
 
 
-def test_smoothing_keeps_a_constant_and_the_length():
-    for log in (True, False):
-        np.testing.assert_allclose(figures._smooth(np.full(40, 0.3), log), 0.3)
-    # A geometric mean follows a straight line on a logarithmic axis.
-    line = np.exp(-np.arange(40) / 5)
-    np.testing.assert_allclose(figures._smooth(line, True)[7:-7], line[7:-7])
+def test_smoothing_follows_straight_lines_and_flattens_noise():
+    # A geometric mean follows what is a straight line on a logarithmic axis, to both ends.
+    for line, log in ((np.exp(-np.arange(200) / 50), True), (np.arange(200.0), False)):
+        np.testing.assert_allclose(figures._smooth(line, log), line)
+    noise = np.random.default_rng(0).normal(size=200)
+    assert figures._smooth(noise, log=False)[10:-10].std() < 0.5 * noise.std()
+    few = noise[:9]
+    np.testing.assert_array_equal(figures._smooth(few, log=False), few)
 
 
 def test_one_panel_for_each_metric_that_has_values():
