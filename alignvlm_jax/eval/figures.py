@@ -107,7 +107,7 @@ def _draw_run(axes: Axes, curve: Curve, lines: Sequence[dict[str, Any]], color: 
         axes.plot(stage[:, 0], _smooth(stage[:, 1], curve.log), color=color, linewidth=1.6)
         checked = points(lines, curve.validation, curve.log)
         checked = checked[(checked[:, 0] > start) & (checked[:, 0] <= end)]
-        axes.plot(*checked.T, color=color, linewidth=0.9, linestyle="--", marker="o", markersize=3.2)
+        axes.plot(*checked.T, color=color, linewidth=0.9, linestyle="--", marker="o", markersize=3.2, clip_on=False)
 
 
 def _smooth(values: np.ndarray, log: bool) -> np.ndarray:
