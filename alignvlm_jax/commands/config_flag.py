@@ -63,10 +63,10 @@ def _load(file_and_arg: str) -> ml_collections.ConfigDict:
     if not Path(path).is_file():
         raise UserError(f"no config file {path!r}")
     values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file(
-        "config", file_and_arg, flag_values=values, lock_config=False, sys_argv=[""]
-    )
     try:
+        holder = config_flags.DEFINE_config_file(
+            "config", file_and_arg, flag_values=values, lock_config=False, sys_argv=[""]
+        )
         values([""])
         return holder.value
     except Exception as err:
@@ -99,7 +99,9 @@ def _stage_field(config: ml_collections.ConfigDict, path: str, names: list[str])
     changes = config.stages[names[1]]
     if not _has(changes, names[2:]):
         for name in names[2:-1]:
-            changes = changes.setdefault(name, ml_collections.ConfigDict())
+            if name not in changes:
+                changes[name] = ml_collections.ConfigDict()
+            changes = changes[name]
         changes[names[-1]] = value
 
 

@@ -105,13 +105,15 @@ def _train_stage(run: Run, stage: Stage, newest: int) -> None:
     config = stage.config
     model, tx = vlm.VLM(config.model), optim.make_optimizer(config)
     with mesh_lib.use(mesh_lib.make_mesh(config)) as mesh:
+        # Read before anything is compiled: data that is missing should be told at once.
+        validation = _local_batches(config)
         abstract = state.abstract_state(model, config, tx, mesh)
         live, next_row = _start(run, stage, newest, model, tx, abstract)
         _announce(run, stage, newest, mesh, abstract)
         with Writer(run.folder, newest) as writer:
             train_step = step.compile_train_step(model, config, tx, abstract, mesh)
             eval_step = step.compile_eval_step(model, config, abstract, mesh)
-            _StageLoop(run, stage, mesh, writer, train_step, eval_step).run_steps(live, newest, next_row)
+            _StageLoop(run, stage, mesh, writer, train_step, eval_step, validation).run_steps(live, newest, next_row)
 
 
 def _start(
@@ -192,11 +194,18 @@ class _StageLoop:
     """The steps of one stage. Metrics of a step are read once the next step has been sent off."""
 
     def __init__(
-        self, run: Run, stage: Stage, mesh: Mesh, writer: Writer, train_step: step.TrainStep, eval_step: step.EvalStep
+        self,
+        run: Run,
+        stage: Stage,
+        mesh: Mesh,
+        writer: Writer,
+        train_step: step.TrainStep,
+        eval_step: step.EvalStep,
+        validation: list[Batch],
     ):
         self.run, self.stage, self.config, self.mesh, self.writer = run, stage, stage.config, mesh, writer
         self.train_step, self.eval_step = train_step, eval_step
-        self.validation = _local_batches(stage.config)
+        self.validation = validation
         self.interval = _Interval()
         self.unread: tuple[int, step.Metrics] | None = None
 

@@ -35,7 +35,7 @@ def test_what_differs_in_all_stages_is_named_once(tmp_path):
 
 def test_other_stages_are_refused(tmp_path):
     workdir.claim(tmp_path, STAGES)
-    with pytest.raises(UserError, match="config.stages is align, read there and align here"):
+    with pytest.raises(UserError, match=r"config.stages is align, read there and align here"):
         workdir.claim(tmp_path, STAGES[:1])
 
 
@@ -43,5 +43,5 @@ def test_many_differences_are_counted(tmp_path):
     workdir.claim(tmp_path, STAGES)
     vision = dataclasses.replace(STAGES[0].model.vision, width=32, mlp_width=1, num_layers=3, num_heads=4, norm_eps=1.0)
     model = dataclasses.replace(STAGES[0].model, vision=vision)
-    with pytest.raises(UserError, match="and 1 more; take"):
+    with pytest.raises(UserError, match=r"and 1 more; take"):
         workdir.claim(tmp_path, tuple(dataclasses.replace(stage, model=model, seed=1) for stage in STAGES))

@@ -1,0 +1,96 @@
+import pytest
+
+from alignvlm_jax.commands import config_flag
+from alignvlm_jax.errors import UserError
+
+CONFIG = """
+from alignvlm_jax import config as config_lib
+
+def get_config(connector="align"):
+    config = config_lib.default_config_dict()
+    config.model.connector.name = connector
+    config.stages = {
+        "align": {"train": {"num_steps": 3, "batch_size": 4}},
+        "read": {"train": {"num_steps": 5}},
+    }
+    return config
+"""
+
+
+@pytest.fixture
+def flag(tmp_path) -> str:
+    (tmp_path / "config.py").write_text(CONFIG)
+    return f"--config={tmp_path}/config.py"
+
+
+def test_overrides_reach_the_stages_that_do_not_set_the_field(flag):
+    stages, rest = config_flag.parse(
+        [flag + ":mlp", "--config.train.batch_size=64", "--config.optim.eps=1", "--workdir=x"]
+    )
+    assert rest == ["--workdir=x"]
+    assert [stage.stage for stage in stages] == ["align", "read"]
+    assert [stage.train.batch_size for stage in stages] == [4, 64]
+    assert all(stage.optim.eps == 1.0 and stage.model.connector.name == "mlp" for stage in stages)
+
+
+def test_one_stage_can_be_changed_in_a_field_that_it_does_not_set(flag):
+    stages, _ = config_flag.parse(
+        [flag, "--config.stages.read.optim.learning_rate=1", "--config.stages.read.train.trainable=('llm/.*',)"]
+    )
+    assert [stage.optim.learning_rate for stage in stages] == [2e-3, 1.0]
+    assert [stage.train.trainable for stage in stages] == [(".*",), ("llm/.*",)]
+
+
+def test_a_value_may_follow_after_a_space(flag):
+    argv = ["--config", flag.split("=")[1], "--config.seed", "3", "--workdir", "x"]
+    stages, rest = config_flag.parse(argv)
+    assert stages[0].seed == 3
+    assert rest == ["--workdir", "x"]
+
+
+def test_a_mixture_is_replaced_whole(flag):
+    stages, _ = config_flag.parse([flag, "--config.data.tasks={'answer': 2.0}"])
+    assert stages[0].data.tasks == {"answer": 2.0}
+
+
+def test_without_a_config_there_are_no_stages():
+    assert config_flag.parse(["--workdir=x"]) == (None, ["--workdir=x"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "--config.optim.learning_rat=1",
+            r"unknown config field config.optim.learning_rat; did you mean 'learning_rate'",
+        ),
+        ("--config.optm.eps=1", r"unknown config field config.optm.eps; did you mean 'optim'"),
+        ("--config.stages.read.train.num_step=1", r"stages.read.train.num_step; did you mean 'num_steps'"),
+        ("--config.stages.reed.train.num_steps=1", r"stages: align, read"),
+        ("--config.seed.more=1", r"unknown config field config.seed.more"),
+        (
+            "--config.train.num_steps=9",
+            r"config.train.num_steps changes nothing, .* config.stages.align.train.num_steps",
+        ),
+        ("--config.train.batch_size=many", r"config.train.batch_size=many: invalid literal"),
+        ("--config.train.batch_size=0", r"config.train.batch_size"),
+        ("--config.model.connector.w2_init=lmhead", r"did you mean 'lm_head'"),
+    ],
+)
+def test_wrong_overrides_are_errors_of_one_line(flag, override, message):
+    with pytest.raises(UserError, match=message) as error:
+        config_flag.parse([flag, override])
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_file_that_is_missing_or_fails_is_an_error_of_one_line(flag, tmp_path):
+    with pytest.raises(UserError, match=r"no config file 'nowhere.py'"):
+        config_flag.parse(["--config=nowhere.py"])
+    with pytest.raises(UserError, match=r"no config file ''"):
+        config_flag.parse(["--config="])
+    (tmp_path / "other.py").write_text("def get_config():\n    return unknown_name\n")
+    with pytest.raises(UserError, match=r"other.py failed: name 'unknown_name' is not defined"):
+        config_flag.parse([f"--config={tmp_path}/other.py"])
+    with pytest.raises(UserError, match=r"failed: .*positional argument") as error:
+        config_flag.parse([f"--config={tmp_path}/other.py:argument"])
+    assert "\n" not in str(error.value)

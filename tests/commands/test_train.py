@@ -1,0 +1,101 @@
+"""The command as a user calls it, in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from alignvlm_jax import __main__ as main_lib
+
+REPOSITORY = Path(__file__).parents[2]
+CONFIG = """
+from alignvlm_jax import config as config_lib
+
+def get_config():
+    config = config_lib.default_config_dict()
+    config.model.vision.update(width=16, mlp_width=16, num_layers=1, num_heads=2)
+    config.model.llm.update(width=16, mlp_width=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8)
+    config.train.update(num_steps=40, batch_size=4, log_every=1, validate_every=1000, checkpoint_every=1000)
+    config.train.validation_rows = 4
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory) -> list[str]:
+    """A config of one small stage, and data for it."""
+    root = tmp_path_factory.mktemp("train")
+    (root / "config.py").write_text(CONFIG)
+    prepare = run("prepare", f"--out={root}/data", "--num_train=32", "--num_eval=16")
+    assert prepare.returncode == 0, prepare.stderr
+    return [f"--config={root}/config.py", f"--config.data.dir={root}/data"]
+
+
+def run(*argv: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*argv), capture_output=True, text=True, cwd=REPOSITORY, env=environment())
+
+
+def command(*argv: str) -> list[str]:
+    return [sys.executable, "-m", "alignvlm_jax", *argv]
+
+
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+
+
+def test_sigterm_saves_says_how_to_go_on_and_the_same_command_does(flags, tmp_path):
+    workdir = tmp_path / "run"
+    argv = command("train", *flags, f"--workdir={workdir}", "--config.seed=3")
+    process = subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment()
+    )
+    metrics = workdir / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert errors.count("\n") == 1
+    assert errors.startswith("alignvlm_jax: error: stopped at step ")
+    assert errors.strip().endswith(f"go on with: python -m alignvlm_jax {' '.join(argv[3:])}")
+    stopped = int(errors.split("step ")[1].split()[0])
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == [str(stopped)]
+
+    resumed = run(*argv[3:])
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stderr == ""
+    assert f"going on from {workdir}/checkpoints/{stopped}" in resumed.stdout
+    steps = [line["step"] for line in map(json.loads, metrics.read_text().splitlines()) if "loss" in line]
+    assert steps == list(range(1, 41))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--config.optim.learning_rat=1"], "did you mean 'learning_rate'?"),
+        (["--config.mesh.tensor=3"], "does not fit"),
+        (["--config.data.dir=nowhere"], "nowhere"),
+        (["--config.train.trainable=('lm/.*',)"], "config.train.trainable 'lm/.*' matches no parameter"),
+        (["--workdir=/proc/nowhere"], "/proc/nowhere"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_1(flags, tmp_path, capsys, argv, message):
+    assert main_lib.main(["train", *flags, "--config.train.batch_size=8", f"--workdir={tmp_path}/run", *argv]) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("alignvlm_jax: error: ") and errors.count("\n") == 1
+    assert message in errors
+
+
+@pytest.mark.parametrize(
+    "argv", [["--workdir=x"], ["--config=FILE"], ["--config=FILE", "--workdir=x", "--no_such_flag=1"]]
+)
+def test_wrong_usage_is_status_2(flags, argv):
+    argv = [flags[0] if arg == "--config=FILE" else arg for arg in argv]
+    with pytest.raises(SystemExit) as exited:
+        main_lib.main(["train", *argv])
+    assert exited.value.code == 2

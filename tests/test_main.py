@@ -1,0 +1,65 @@
+import errno
+import sys
+
+import pytest
+
+from alignvlm_jax import __main__ as main_lib
+from alignvlm_jax.errors import UserError
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Puts a function in the place of `train`."""
+
+    def install(function) -> None:
+        module = type(sys)("alignvlm_jax.commands.train")
+        module.main = function
+        monkeypatch.setitem(sys.modules, "alignvlm_jax.commands.train", module)
+
+    return install
+
+
+def fail_with(error: BaseException):
+    def main(argv: list[str]) -> None:
+        raise error
+
+    return main
+
+
+def test_arguments_are_handed_on_and_success_is_0(command):
+    seen = []
+    command(seen.extend)
+    assert main_lib.main(["train", "--workdir=x", "y"]) == 0
+    assert seen == ["--workdir=x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (UserError("batch 3 does not divide"), "batch 3 does not divide"),
+        (PermissionError(errno.EACCES, "Permission denied", "/root/run"), "/root/run: Permission denied"),
+        (OSError(errno.ENOSPC, "No space left on device"), "[Errno 28] No space left on device"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_status_1(command, capsys, error, message):
+    command(fail_with(error))
+    assert main_lib.main(["train"]) == 1
+    assert capsys.readouterr().err == f"alignvlm_jax: error: {message}\n"
+
+
+def test_a_fault_of_ours_is_not_hidden(command):
+    command(fail_with(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        main_lib.main(["train"])
+
+
+def test_an_unknown_command_names_the_nearest_and_is_wrong_usage(capsys):
+    assert main_lib.main(["trian"]) == 2
+    assert capsys.readouterr().err == "alignvlm_jax: error: unknown command 'trian'; did you mean 'train'?\n"
+
+
+def test_no_command_is_wrong_usage_and_help_is_not(capsys):
+    assert main_lib.main([]) == 2
+    assert main_lib.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in main_lib.COMMANDS)
