@@ -81,10 +81,10 @@ class Siglip(nn.Module):
 
     @nn.compact
     def __call__(self, tiles: UInt8[Array, "B Y X C"]) -> Float[Array, "B P E"]:
-        """Returns the last hidden states, normalised. Pixels 0..255 are mapped to -1..1."""
+        """Returns the last hidden states, normalised."""
         c = self.config
         rows, columns = c.patch_grid
-        pixels = tiles.astype(self.dtype) / 127.5 - 1.0
+        pixels = (tiles.astype(self.dtype) / 255 - c.pixel_mean) / c.pixel_std
         # A convolution whose stride is its kernel is a matrix product over patches.
         patches = pixels.reshape(-1, rows, c.patch_height, columns, c.patch_width, tiles.shape[-1])
         patches = patches.swapaxes(2, 3).reshape(-1, c.num_patches, c.patch_height, c.patch_width, tiles.shape[-1])

@@ -59,7 +59,8 @@ def reference(params: dict, pixels: np.ndarray) -> np.ndarray:
     patches = []
     for top in range(0, CONFIG.tile_height, CONFIG.patch_height):
         for left in range(0, CONFIG.tile_width, CONFIG.patch_width):
-            patch = pixels[top : top + CONFIG.patch_height, left : left + CONFIG.patch_width] / 255 * 2 - 1
+            patch = pixels[top : top + CONFIG.patch_height, left : left + CONFIG.patch_width] / 255
+            patch = (patch - CONFIG.pixel_mean) / CONFIG.pixel_std
             patches.append((patch[..., None] * kernel).sum((0, 1, 2)) + bias)
     x = np.stack(patches) + params["positions"]
     for layer in range(CONFIG.num_layers):
