@@ -1,7 +1,8 @@
 """Typed configuration: frozen dataclasses, the one reader of ConfigDict, and every check between fields.
 
 A config file gives a ConfigDict (`default_config_dict()` plus changes). `from_config_dict` turns it into a tuple of
-`Config`, one for each stage: a curriculum is a base and, under `stages`, named differences from it.
+`Config`, one for each stage: a curriculum is a base and, under `stages`, named differences from it. Stages run in the
+order of their names: a ConfigDict keeps its keys sorted and knows no other.
 """
 
 import dataclasses
@@ -228,7 +229,7 @@ def from_config_dict(config_dict: Mapping[str, Any]) -> tuple[Config, ...]:
         if not isinstance(changes, Mapping):
             raise UserError(f"config.stages.{name} is {changes!r}; it must be a group of fields")
     return tuple(
-        check(_build(Config, _merge(base, {**changes, "stage": name}), "")) for name, changes in stages.items()
+        check(_build(Config, _merge(base, {**changes, "stage": name}), "")) for name, changes in sorted(stages.items())
     )
 
 

@@ -1,10 +1,12 @@
 """The demonstration: a model of one million parameters learns to read forms, receipts and tables, on a laptop.
 
-    stage0  the language model alone learns to transcribe and to look up, from the text of documents laid out on the
-            patch grid: it stands in for a pretrained LLM, which brings this along
-    stage1  alignment: the whole model transcribes pages
-    stage2  the whole model transcribes and answers
-    stage3  answers only; the vision encoder is frozen
+    stage0_lines  the language model alone learns to copy and to look up, from the text of small pages laid out on the
+                  patch grid: it stands in for a pretrained LLM, which brings this along. Pages of two lines come
+                  first: what they teach in a minute takes several on whole pages
+    stage0_pages  the same on whole pages
+    stage1        alignment: the whole model transcribes small pages
+    stage2        the whole model transcribes whole pages and answers questions about them
+    stage3        answers only; the vision encoder is frozen
 
 `configs/demo.py:mlp` is the same with the MLP connector.
 """
@@ -14,9 +16,12 @@ import ml_collections
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import presets
 
+SMALL_PAGES = {"split": "train_small", "validation_split": "validation_small", "max_tiles": 1}
+ANSWER_AND_TRANSCRIBE = {"answer_and_transcribe": 1.0}
+
 
 def get_config(connector: str = "align") -> ml_collections.ConfigDict:
-    """Returns the four stages with the given connector."""
+    """Returns the stages with the given connector."""
     config = config_lib.default_config_dict()
     config.name = "demo"
     config_lib.set_preset(config.model.vision, presets.VISION["tiny"])
@@ -24,24 +29,31 @@ def get_config(connector: str = "align") -> ml_collections.ConfigDict:
     config.model.connector.name = connector
     config.model.scan_unroll = 3
     config.data.dir = "data/demo"
-    config.data.row_length = 144
+    config.data.row_length = 160
     config.data.max_tiles = 2
-    config.train.batch_size = 32
-    transcribe = {"transcribe": 1.0}
-    both = {"transcribe": 0.4, "answer": 0.6}
-    answer = {"answer": 1.0}
+    config.data.tasks = ANSWER_AND_TRANSCRIBE
+    # Twice as many steps of half the rows: what is learnt here is a matter of steps.
+    config.train.batch_size = 16
+    config.optim.warmup_steps = 50
+    language_model = {"visual_input": "labels", "trainable": ("llm/.*",)}
     config.stages = ml_collections.ConfigDict(
         {
-            "stage0": {
-                "data": {"tasks": both},
-                "train": {"num_steps": 600, "visual_input": "labels", "trainable": ("llm/.*",)},
+            "stage0_lines": {
+                "data": {**SMALL_PAGES, "row_length": 96},
+                "train": {"num_steps": 800, **language_model},
+                "optim": {"learning_rate": 4e-3},
             },
-            "stage1": {"data": {"tasks": transcribe}, "train": {"num_steps": 400, "load": ("llm/.*",)}},
-            "stage2": {"data": {"tasks": both}, "train": {"num_steps": 600}},
+            "stage0_pages": {"train": {"num_steps": 300, **language_model}},
+            "stage1": {
+                "data": {**SMALL_PAGES, "row_length": 80, "tasks": {"transcribe": 1.0}},
+                "train": {"num_steps": 900, "load": ("llm/.*",)},
+                "optim": {"learning_rate": 4e-3},
+            },
+            "stage2": {"train": {"num_steps": 1000}},
             "stage3": {
-                "data": {"tasks": answer},
-                "train": {"num_steps": 200, "trainable": ("connector/.*", "llm/.*")},
-                "optim": {"learning_rate": 5e-4},
+                "data": {"row_length": 128, "tasks": {"answer": 1.0}},
+                "train": {"num_steps": 300, "trainable": ("connector/.*", "llm/.*")},
+                "optim": {"learning_rate": 1e-3},
             },
         }
     )
