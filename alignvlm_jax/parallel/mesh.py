@@ -20,7 +20,8 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
     """Returns the mesh that `config.mesh` asks for, over all devices by default.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices, or the batch does not divide over data x fsdp.
+      UserError: the sizes do not multiply to the number of devices, the batch does not divide over data x fsdp, or
+        these not over the processes.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
@@ -40,6 +41,11 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
             f"batch of {rows} rows (train.batch_size {config.train.batch_size} / accumulation "
             f"{config.train.accumulation}) does not divide over data x fsdp = {ways}; nearest that does: "
             f"{max(round(rows / ways), 1) * ways * config.train.accumulation}"
+        )
+    if ways % jax.process_count():
+        raise UserError(
+            f"config.mesh: data x fsdp = {ways} does not divide over {jax.process_count()} processes, each of which "
+            f"reads its own rows; lower config.mesh.tensor {sizes[2]}"
         )
     # Linen's logical constraints need Auto axes; jax.make_mesh would give Explicit ones.
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)

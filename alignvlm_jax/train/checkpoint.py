@@ -6,6 +6,7 @@ STEP counts over all stages. A folder appears under its final name only when it 
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import logging
 import shutil
@@ -25,7 +26,6 @@ from alignvlm_jax.config import Config
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import distributed
-from alignvlm_jax.parallel.mesh import make_mesh
 from alignvlm_jax.train import state
 from alignvlm_jax.train.state import Params, TrainState
 
@@ -237,12 +237,12 @@ def load_config(path: Path) -> Config:
     return read_newest(path, lambda checkpoints, step: _stage_config(checkpoints.metadata(step)))
 
 
-def load_model(path: Path, mesh: Mesh | None = None) -> tuple[Config, vlm.VLM, Params, int]:
+def load_model(path: Path, mesh: Mesh) -> tuple[Config, vlm.VLM, Params, int]:
     """Loads a trained model for use.
 
     Args:
       path: a workdir, whose newest readable checkpoint is taken, or one checkpoint folder `checkpoints/STEP`.
-      mesh: where the parameters go; by default the mesh of the stage that wrote it.
+      mesh: where the parameters go; need not be the one that they were trained on.
 
     Returns:
       The config of that stage, the model, its parameters, the step.
@@ -254,7 +254,7 @@ def load_model(path: Path, mesh: Mesh | None = None) -> tuple[Config, vlm.VLM, P
     def read(checkpoints: Checkpoints, step: int) -> tuple[Config, vlm.VLM, Params, int]:
         config = _stage_config(checkpoints.metadata(step))
         model = vlm.VLM(config.model)
-        abstract = state.abstract_params(model, config, mesh or make_mesh(config))
+        abstract = state.abstract_params(model, config, mesh)
         return config, model, checkpoints.restore_params(step, abstract), step
 
     return read_newest(path, read)
@@ -279,6 +279,7 @@ def _first_line(err: Exception) -> str:
     return (str(err).splitlines() or [type(err).__name__])[0]
 
 
+@functools.cache
 def _git_hash() -> str:
     """The commit of the code that runs, or "unknown" outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]

@@ -4,11 +4,9 @@ A stage always starts from a saved checkpoint, that of the stage before or its o
 was not take the same path.
 """
 
-import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -23,11 +21,11 @@ from alignvlm_jax.data import pipeline
 from alignvlm_jax.data.schema import Batch
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
+from alignvlm_jax.parallel import distributed, sharding
 from alignvlm_jax.parallel import mesh as mesh_lib
-from alignvlm_jax.parallel import sharding
 from alignvlm_jax.train import checkpoint, optim, state, step, warm_start, workdir
 from alignvlm_jax.train.checkpoint import BrokenCheckpoint, Checkpoints
-from alignvlm_jax.train.metrics import Progress, Writer
+from alignvlm_jax.train.metrics import NullWriter, Progress, Writer
 from alignvlm_jax.train.signals import StopSignal
 from alignvlm_jax.train.state import TrainState
 
@@ -74,11 +72,11 @@ def train(configs: tuple[Config, ...], folder: Path, console: Console) -> None:
         skipped.
     """
     began = time.monotonic()
-    workdir.claim(folder, configs)
     stages = lay_out(configs)
     total = stages[-1].end
     keep, ends = max(config.train.keep_checkpoints for config in configs), tuple(stage.end for stage in stages)
     with (
+        workdir.claim(folder, configs),
         StopSignal() as stop,
         Checkpoints(folder / checkpoint.FOLDER, keep=keep, stage_ends=ends) as checkpoints,
         Progress(console, total) as progress,
@@ -110,7 +108,7 @@ def _train_stage(run: Run, stage: Stage, newest: int) -> None:
         abstract = state.abstract_state(model, config, tx, mesh)
         live, next_row = _start(run, stage, newest, model, tx, abstract)
         _announce(run, stage, newest, mesh, abstract)
-        with Writer(run.folder, newest) as writer:
+        with Writer(run.folder, newest) if distributed.is_main() else NullWriter() as writer:
             train_step = step.compile_train_step(model, config, tx, abstract, mesh)
             eval_step = step.compile_eval_step(model, config, abstract, mesh)
             _StageLoop(run, stage, mesh, writer, train_step, eval_step, validation).run_steps(live, newest, next_row)
@@ -153,84 +151,47 @@ def _announce(run: Run, stage: Stage, newest: int, mesh: Mesh, abstract: TrainSt
     trained = sum(sizes[path] for path in state.trainable_paths(stage.config, abstract.params))
     run.progress.say(
         f"stage {stage.config.stage!r}: steps {newest + 1} to {stage.end}, "
-        f"trains {trained:,} of {sum(sizes.values()):,} parameters"
+        f"trains {trained:,} of {sum(sizes.values()):,} parameters; compiling"
     )
 
 
-class _Interval:
-    """Training values since the last logged line, and the time they took."""
-
-    def __init__(self) -> None:
-        self._values: list[dict[str, float]] = []
-        self._began = time.monotonic()
-        self._waited = 0.0
-
-    def next_batch(self, batches: Iterator[Batch]) -> Batch:
-        began = time.monotonic()
-        batch = next(batches)
-        self._waited += time.monotonic() - began
-        return batch
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Leaves out what is not training, such as validation."""
-        began = time.monotonic()
-        yield
-        self._began += time.monotonic() - began
-
-    def add(self, values: dict[str, float]) -> None:
-        self._values.append(values)
-
-    def take(self) -> dict[str, float]:
-        """Returns means over the steps since the last call; a skipped step counts for its time only."""
-        seconds = time.monotonic() - self._began
-        means = {name: _finite_mean(values[name] for values in self._values) for name in self._values[-1]}
-        rates = {"steps_per_second": len(self._values) / seconds, "data_wait_fraction": self._waited / seconds}
-        self.__init__()
-        return means | rates
-
-
+@dataclasses.dataclass
 class _StageLoop:
     """The steps of one stage. Metrics of a step are read once the next step has been sent off."""
 
-    def __init__(
-        self,
-        run: Run,
-        stage: Stage,
-        mesh: Mesh,
-        writer: Writer,
-        train_step: step.TrainStep,
-        eval_step: step.EvalStep,
-        validation: list[Batch],
-    ):
-        self.run, self.stage, self.config, self.mesh, self.writer = run, stage, stage.config, mesh, writer
-        self.train_step, self.eval_step = train_step, eval_step
-        self.validation = validation
-        self.interval = _Interval()
-        self.unread: tuple[int, step.Metrics] | None = None
+    run: Run
+    stage: Stage
+    mesh: Mesh
+    writer: Writer | None
+    train_step: step.TrainStep
+    eval_step: step.EvalStep
+    validation: list[Batch]
+    interval: Interval = dataclasses.field(default_factory=Interval)
+    unread: tuple[int, step.Metrics] | None = None
 
     def run_steps(self, live: TrainState, newest: int, next_row: int) -> None:
         """Trains from step `newest` to the stage's end, where a checkpoint stands in any case."""
-        train, saved = self.config.train, newest
+        config, saved = self.stage.config, newest
         batches = pipeline.train_batches(
-            self.config, start_row=next_row, process_index=jax.process_index(), process_count=jax.process_count()
+            config, start_row=next_row, process_index=jax.process_index(), process_count=jax.process_count()
         )
-        self.interval = _Interval()
+        self.interval = Interval()
         for now in range(newest + 1, self.stage.end + 1):
             if self._must_stop(now):
                 self._read()
+                self.run.progress.say(f"stopping at step {now - 1}")
                 if now - 1 > saved:
                     self._save(live, now - 1, batches.next_row, None)
                 self.run.checkpoints.wait()
                 raise Stopped(f"stopped at step {now - 1} of {self.run.total}")
             with jax.transfer_guard("disallow"):
-                batch = step.train_inputs(self.config, self.interval.next_batch(batches))
+                batch = step.train_inputs(config, self.interval.next_batch(batches))
                 live, metrics = self.train_step(live, sharding.put_batch(batch, self.mesh))
             self._read()
             self.unread = now, metrics
             self.run.checkpoints.check()
-            answer_loss = self._validate(live, now) if self._is_due(now, train.validate_every) else None
-            if self._is_due(now, train.checkpoint_every):
+            answer_loss = self._validate(live, now) if self._is_due(now, config.train.validate_every) else None
+            if self._is_due(now, config.train.checkpoint_every):
                 self._save(live, now, batches.next_row, answer_loss)
                 saved = now
         self.run.checkpoints.wait()
@@ -240,29 +201,30 @@ class _StageLoop:
 
     def _must_stop(self, now: int) -> bool:
         """Several processes have to agree, which costs a round trip: they ask less often."""
-        return (
-            jax.process_count() == 1 or self._is_due(now, self.config.train.log_every)
-        ) and self.run.stop.requested()
+        may_ask = jax.process_count() == 1 or self._is_due(now, self.stage.config.train.log_every)
+        return may_ask and self.run.stop.requested()
 
     def _read(self) -> None:
         """Reads the metrics of the step before, waiting for it, and logs them where due."""
         if self.unread is None:
             return
         (now, metrics), self.unread = self.unread, None
+        config = self.stage.config
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         skipped = now - self.stage.begin - int(values.pop("num_updates"))
-        if skipped > self.config.train.max_skipped_steps:
+        if skipped > config.train.max_skipped_steps:
             raise UserError(
-                f"{skipped} steps of stage {self.config.stage!r} had no finite gradient, the last of them step {now}; "
-                f"config.train.max_skipped_steps is {self.config.train.max_skipped_steps}: lower "
-                f"config.optim.learning_rate {self.config.optim.learning_rate}"
+                f"{skipped} steps of stage {config.stage!r} had no finite gradient, the last of them step {now}; "
+                f"config.train.max_skipped_steps is {config.train.max_skipped_steps}: lower "
+                f"config.optim.learning_rate {config.optim.learning_rate}"
             )
         self.interval.add(values)
-        if self._is_due(now, self.config.train.log_every):
-            line = self.interval.take() | {"learning_rate": values["learning_rate"]}
+        if self._is_due(now, config.train.log_every):
+            line = self.interval.means() | {"learning_rate": values["learning_rate"]}
             line |= {"train_seconds": self.run.train_seconds(), "skipped_steps": skipped}
-            self.writer.write(now, self.config.stage, line)
-            self.run.progress.update(now, self.config.stage, line)
+            self.interval = Interval()
+            self._write(now, line)
+            self.run.progress.update(now, config.stage, line)
 
     def _validate(self, live: TrainState, now: int) -> float | None:
         """Measures and logs the validation losses; returns the answer loss, or None when told to stop meanwhile."""
@@ -272,26 +234,27 @@ class _StageLoop:
             for batch in self.validation:
                 if self.run.stop.requested():
                     return None
-                inputs = step.eval_inputs(self.config, batch)
+                inputs = step.eval_inputs(self.stage.config, batch)
                 sums.append(jax.device_get(self.eval_step(live.params, sharding.put_batch(inputs, self.mesh))))
             totals = {name: float(sum(part[name] for part in sums)) for name in sums[0]}
             values = step.means(totals)
-            self.writer.write(now, self.config.stage, {f"validation/{name}": value for name, value in values.items()})
+            self._write(now, {f"validation/{name}": value for name, value in values.items()})
             return values["answer_loss"]
 
     def _save(self, live: TrainState, now: int, next_row: int, answer_loss: float | None) -> None:
         self._read()
         with self.interval.pause():
-            is_comparable = answer_loss is not None and math.isfinite(answer_loss)
-            self.run.checkpoints.save(
-                now,
-                live,
-                next_row=next_row,
-                metadata=checkpoint.describe(
-                    self.run.stages, self.config, train_seconds=self.run.train_seconds(), answer_loss=answer_loss
-                ),
-                metrics={"stage": self.stage.index, "answer_loss": answer_loss} if is_comparable else None,
+            seconds = self.run.train_seconds()
+            metadata = checkpoint.describe(
+                self.run.stages, self.stage.config, train_seconds=seconds, answer_loss=answer_loss
             )
+            is_comparable = answer_loss is not None and math.isfinite(answer_loss)
+            metrics = {"stage": self.stage.index, "answer_loss": answer_loss} if is_comparable else None
+            self.run.checkpoints.save(now, live, next_row=next_row, metadata=metadata, metrics=metrics)
+
+    def _write(self, now: int, values: dict[str, float]) -> None:
+        if self.writer is not None:
+            self.writer.write(now, self.stage.config.stage, values)
 
 
 def _local_batches(config: Config) -> list[Batch]:
@@ -300,8 +263,3 @@ def _local_batches(config: Config) -> list[Batch]:
     mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
     batches = pipeline.validation_batches(config, step.eval_rows(config), config.train.validation_rows)
     return [{name: array[mine] for name, array in batch.items()} for batch in batches]
-
-
-def _finite_mean(values: Iterable[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else math.nan

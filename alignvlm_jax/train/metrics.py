@@ -4,7 +4,8 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import tensorboardX
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from alignvlm_jax.data.schema import Batch
 from alignvlm_jax.errors import UserError
 
 FILE = "metrics.jsonl"
@@ -49,6 +51,19 @@ class Writer:
                 self._board.add_scalar(name, value, step)
 
 
+class NullWriter:
+    """Writes nothing: of several processes one writes."""
+
+    def __enter__(self) -> "NullWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def write(self, step: int, stage: str, values: Mapping[str, float]) -> None:
+        pass
+
+
 def cut(path: Path, step: int) -> None:
     """Drops lines beyond `step`, and a last line that a kill left unfinished."""
     if not path.exists():
@@ -64,6 +79,44 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"] if line.endswith("\n") else math.inf
     except ValueError:
         return math.inf
+
+
+class Interval:
+    """Training values since the last logged line, and the time they took."""
+
+    def __init__(self) -> None:
+        self._values: list[dict[str, float]] = []
+        self._began = time.monotonic()
+        self._waited = 0.0
+
+    def next_batch(self, batches: Iterator[Batch]) -> Batch:
+        """Takes the next batch, measuring the wait for it."""
+        began = time.monotonic()
+        batch = next(batches)
+        self._waited += time.monotonic() - began
+        return batch
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leaves out what is not training, such as validation."""
+        began = time.monotonic()
+        yield
+        self._began += time.monotonic() - began
+
+    def add(self, values: dict[str, float]) -> None:
+        """Adds the values of one step."""
+        self._values.append(values)
+
+    def means(self) -> dict[str, float]:
+        """Returns means over the steps, of finite numbers only: a skipped step counts for its time. With them the
+        rate, and the share of the time in which the loop waited for data."""
+        seconds = time.monotonic() - self._began
+        means = {}
+        for name in self._values[-1]:
+            finite = [values[name] for values in self._values if math.isfinite(values[name])]
+            means[name] = sum(finite) / len(finite) if finite else math.nan
+        rates = {"steps_per_second": len(self._values) / seconds, "data_wait_fraction": self._waited / seconds}
+        return means | rates
 
 
 class Progress:
@@ -86,7 +139,8 @@ class Progress:
 
     def say(self, message: object) -> None:
         """Prints above the live line."""
-        self._console.print(message)
+        # Markup would swallow whatever a message has in brackets.
+        self._console.print(message, markup=False)
 
     def update(self, step: int, stage: str, values: Mapping[str, float]) -> None:
         """Shows where the run stands: `step` over all stages, and the newest training values."""

@@ -1,5 +1,7 @@
 """A workdir belongs to one config, which it holds as `config.json`."""
 
+import contextlib
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -12,15 +14,17 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import distributed
 
 CONFIG_FILE = "config.json"
+LOCK_FILE = ".lock"
 MAX_DIFFERENCES = 5
 """Named in the message; the rest is counted."""
 
 
-def claim(workdir: Path, stages: tuple[Config, ...]) -> None:
-    """Creates the workdir for `stages`, or checks that it is theirs.
+@contextlib.contextmanager
+def claim(workdir: Path, stages: tuple[Config, ...]) -> Iterator[None]:
+    """Creates the workdir for `stages`, or checks that it is theirs; while entered, no other process can claim it.
 
     Raises:
-      UserError: it belongs to another config; the message names the fields with both values.
+      UserError: it belongs to another config (the message names the fields with both values), or is in use.
       OSError: it cannot be written.
     """
     path = workdir / CONFIG_FILE
@@ -28,12 +32,27 @@ def claim(workdir: Path, stages: tuple[Config, ...]) -> None:
     ours = json.loads(json.dumps(config_lib.to_json(stages)))
     if path.exists():
         _check_same(path, ours)
-    elif distributed.is_main():
-        workdir.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".tmp")
-        beside.write_text(json.dumps(ours, indent=2) + "\n")
-        os.replace(beside, path)
-    distributed.barrier("claim_workdir")
+    with _lock(workdir) if distributed.is_main() else contextlib.nullcontext():
+        if distributed.is_main() and not path.exists():
+            beside = path.with_suffix(".tmp")
+            beside.write_text(json.dumps(ours, indent=2) + "\n")
+            os.replace(beside, path)
+        distributed.barrier("claim_workdir")
+        yield
+
+
+@contextlib.contextmanager
+def _lock(workdir: Path) -> Iterator[None]:
+    """Two runs in one workdir would clear away each other's checkpoints. The lock goes with the process."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            raise UserError(
+                f"another process is training in {workdir}; wait for it, or take another --workdir"
+            ) from err
+        yield
 
 
 def differences(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> list[tuple[str, str, str]]:

@@ -44,6 +44,14 @@ def test_devices_do_not_fit(config, asked):
         mesh_lib.make_mesh(with_mesh(config, *asked))
 
 
+def test_every_process_needs_rows_of_its_own(config, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    with pytest.raises(UserError, match="data x fsdp = 4 does not divide over 3 processes"):
+        mesh_lib.make_mesh(config)
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    mesh_lib.make_mesh(config)
+
+
 @pytest.mark.parametrize("asked", [(-1, -1, 2), (0, 2, 2), (-2, 2, 2)])
 def test_impossible_sizes(config, asked):
     data, fsdp, tensor = asked
