@@ -25,7 +25,7 @@ from alignvlm_jax.parallel import distributed, sharding
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.train import checkpoint, optim, state, step, warm_start, workdir
 from alignvlm_jax.train.checkpoint import BrokenCheckpoint, Checkpoints
-from alignvlm_jax.train.metrics import NullWriter, Progress, Writer
+from alignvlm_jax.train.metrics import Interval, NullWriter, Progress, Writer
 from alignvlm_jax.train.signals import StopSignal
 from alignvlm_jax.train.state import TrainState
 
@@ -162,7 +162,7 @@ class _StageLoop:
     run: Run
     stage: Stage
     mesh: Mesh
-    writer: Writer | None
+    writer: Writer | NullWriter
     train_step: step.TrainStep
     eval_step: step.EvalStep
     validation: list[Batch]
@@ -223,7 +223,7 @@ class _StageLoop:
             line = self.interval.means() | {"learning_rate": values["learning_rate"]}
             line |= {"train_seconds": self.run.train_seconds(), "skipped_steps": skipped}
             self.interval = Interval()
-            self._write(now, line)
+            self.writer.write(now, config.stage, line)
             self.run.progress.update(now, config.stage, line)
 
     def _validate(self, live: TrainState, now: int) -> float | None:
@@ -238,7 +238,8 @@ class _StageLoop:
                 sums.append(jax.device_get(self.eval_step(live.params, sharding.put_batch(inputs, self.mesh))))
             totals = {name: float(sum(part[name] for part in sums)) for name in sums[0]}
             values = step.means(totals)
-            self._write(now, {f"validation/{name}": value for name, value in values.items()})
+            line = {f"validation/{name}": value for name, value in values.items()}
+            self.writer.write(now, self.stage.config.stage, line)
             return values["answer_loss"]
 
     def _save(self, live: TrainState, now: int, next_row: int, answer_loss: float | None) -> None:
@@ -251,10 +252,6 @@ class _StageLoop:
             is_comparable = answer_loss is not None and math.isfinite(answer_loss)
             metrics = {"stage": self.stage.index, "answer_loss": answer_loss} if is_comparable else None
             self.run.checkpoints.save(now, live, next_row=next_row, metadata=metadata, metrics=metrics)
-
-    def _write(self, now: int, values: dict[str, float]) -> None:
-        if self.writer is not None:
-            self.writer.write(now, self.stage.config.stage, values)
 
 
 def _local_batches(config: Config) -> list[Batch]:

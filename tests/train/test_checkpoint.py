@@ -185,7 +185,7 @@ def test_another_layout_is_refused(tmp_path):
 
 def test_a_model_is_loaded_from_workdir_and_from_step(trained_workdir):
     for path in (trained_workdir, trained_workdir / checkpoint.FOLDER / "7"):
-        config, model, params, step = checkpoint.load_model(path)
+        config, model, params, step = checkpoint.load_model(path, make_mesh(8, 1, 1))
         assert (step, model.config) == (7, config.model)
         assert {"vision", "connector", "llm"} == params.keys()
         assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(params))
@@ -195,7 +195,7 @@ def test_a_model_is_loaded_from_workdir_and_from_step(trained_workdir):
 @pytest.mark.parametrize("path", ["", "checkpoints/6", "nowhere"])
 def test_a_path_without_a_checkpoint_is_an_error_that_says_what_is_wanted(tmp_path, path):
     with pytest.raises(UserError, match="it must be a workdir with checkpoints/ in it, or one checkpoints/STEP"):
-        checkpoint.load_model(tmp_path / path)
+        checkpoint.load_model(tmp_path / path, make_mesh(8, 1, 1))
 
 
 def test_a_broken_newest_checkpoint_is_passed_over_when_a_model_is_loaded(trained_workdir, tmp_path, capsys):
@@ -203,12 +203,12 @@ def test_a_broken_newest_checkpoint_is_passed_over_when_a_model_is_loaded(traine
     shutil.copytree(trained_workdir / checkpoint.FOLDER, workdir / checkpoint.FOLDER)
     shutil.copytree(workdir / checkpoint.FOLDER / "7", workdir / checkpoint.FOLDER / "8")
     shutil.rmtree(workdir / checkpoint.FOLDER / "8" / "state" / "d")
-    assert checkpoint.load_model(workdir)[-1] == 7
+    assert checkpoint.load_model(workdir, make_mesh(8, 1, 1))[-1] == 7
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "/8 cannot be read" in message
     shutil.rmtree(workdir / checkpoint.FOLDER / "7" / "state")
     with pytest.raises(UserError, match="/7 cannot be read"):
-        checkpoint.load_model(workdir)
+        checkpoint.load_model(workdir, make_mesh(8, 1, 1))
 
 
 def test_metadata_tells_where_a_checkpoint_came_from():

@@ -39,7 +39,8 @@ def start(trained_workdir):
 
 @pytest.fixture
 def stored(trained_workdir):
-    return state.flatten(jax.tree.map(np.asarray, checkpoint.load_model(trained_workdir)[2]))
+    mesh = mesh_lib.make_mesh(checkpoint.load_config(trained_workdir))
+    return state.flatten(jax.tree.map(np.asarray, checkpoint.load_model(trained_workdir, mesh)[2]))
 
 
 def printed(table) -> dict[str, list[str]]:

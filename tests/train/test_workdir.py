@@ -11,37 +11,48 @@ from tests.conftest import tiny_config
 STAGES = (tiny_config(stage="align"), tiny_config(stage="read"))
 
 
+def claim(folder, stages) -> None:
+    with workdir.claim(folder, stages):
+        pass
+
+
 def test_a_workdir_takes_the_same_config_again(tmp_path):
-    workdir.claim(tmp_path / "new" / "run", STAGES)
+    claim(tmp_path / "new" / "run", STAGES)
     before = (tmp_path / "new" / "run" / "config.json").read_text()
     assert config_lib.from_json(json.loads(before)) == STAGES
-    workdir.claim(tmp_path / "new" / "run", STAGES)
+    claim(tmp_path / "new" / "run", STAGES)
     assert (tmp_path / "new" / "run" / "config.json").read_text() == before
 
 
 def test_another_config_is_refused_with_both_values(tmp_path):
-    workdir.claim(tmp_path, STAGES)
+    claim(tmp_path, STAGES)
     other = dataclasses.replace(STAGES[1], train=dataclasses.replace(STAGES[1].train, num_steps=9))
     with pytest.raises(UserError, match=r"config.stages.read.train.num_steps is 4 there and 9 here; take another"):
-        workdir.claim(tmp_path, (STAGES[0], other))
+        claim(tmp_path, (STAGES[0], other))
 
 
 def test_what_differs_in_all_stages_is_named_once(tmp_path):
-    workdir.claim(tmp_path, STAGES)
+    claim(tmp_path, STAGES)
     with pytest.raises(UserError) as error:
-        workdir.claim(tmp_path, tuple(dataclasses.replace(stage, seed=5) for stage in STAGES))
+        claim(tmp_path, tuple(dataclasses.replace(stage, seed=5) for stage in STAGES))
     assert str(error.value).endswith("another config: config.seed is 0 there and 5 here; take another --workdir")
 
 
 def test_other_stages_are_refused(tmp_path):
-    workdir.claim(tmp_path, STAGES)
+    claim(tmp_path, STAGES)
     with pytest.raises(UserError, match=r"config.stages is align, read there and align here"):
-        workdir.claim(tmp_path, STAGES[:1])
+        claim(tmp_path, STAGES[:1])
 
 
 def test_many_differences_are_counted(tmp_path):
-    workdir.claim(tmp_path, STAGES)
+    claim(tmp_path, STAGES)
     vision = dataclasses.replace(STAGES[0].model.vision, width=32, mlp_width=1, num_layers=3, num_heads=4, norm_eps=1.0)
     model = dataclasses.replace(STAGES[0].model, vision=vision)
     with pytest.raises(UserError, match=r"and 1 more; take"):
-        workdir.claim(tmp_path, tuple(dataclasses.replace(stage, model=model, seed=1) for stage in STAGES))
+        claim(tmp_path, tuple(dataclasses.replace(stage, model=model, seed=1) for stage in STAGES))
+
+
+def test_two_runs_cannot_share_a_workdir(tmp_path):
+    with workdir.claim(tmp_path, STAGES), pytest.raises(UserError, match=r"another process is training in"):
+        claim(tmp_path, STAGES)
+    claim(tmp_path, STAGES)
