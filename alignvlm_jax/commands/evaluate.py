@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from alignvlm_jax.data import pipeline
+from alignvlm_jax.data import pipeline, sources
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.eval import loading, predictions, runner, summary
 from alignvlm_jax.eval.predictions import Predictions
@@ -34,11 +34,12 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt as err:
         raise UserError("stopped; the same command goes on with the questions that are left") from err
     workdir = loading.workdir_of(args.checkpoint)
-    # An earlier evaluation of other splits still counts, if it was of this very checkpoint.
+    # An earlier evaluation of other splits still counts, if it was of this very checkpoint on these very documents.
+    ours = loaded.metadata["train_seconds"], sources.fingerprint(config.data.dir)
     results = {
         key: result
         for key, result in predictions.read_all(workdir).items()
-        if result.header["train_seconds"] == loaded.metadata["train_seconds"]
+        if (result.header["train_seconds"], result.header.get("data")) == ours
     }
     summary.write(workdir, summary.summarize(loaded, trained.eval.splits, results))
     console = Console(highlight=False)

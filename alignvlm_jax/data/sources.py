@@ -1,6 +1,7 @@
 """Records on disk: ArrayRecord shards, written one by one, read at random."""
 
 import os
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -34,6 +35,16 @@ def write_shard(path: str | Path, records: Iterable[Record]) -> None:
         raise UserError(f"cannot write {path}: {err}") from err
     finally:
         beside.unlink(missing_ok=True)
+
+
+def fingerprint(directory: str | Path) -> str:
+    """Returns a checksum of what `prepare` was asked for and of the tokenizer: other data have another one. A folder
+    that holds neither has the checksum of nothing."""
+    crc = 0
+    for name in ("prepare.json", "tokenizer.model"):
+        path = Path(directory, name)
+        crc = zlib.crc32(path.read_bytes() if path.exists() else b"", crc)
+    return f"{crc:08x}"
 
 
 class RecordSource:

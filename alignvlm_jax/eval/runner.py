@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from alignvlm_jax.config import Config
-from alignvlm_jax.data import chat, images, pages, pipeline, rows
+from alignvlm_jax.data import chat, images, pages, pipeline, rows, sources
 from alignvlm_jax.data.schema import Record, Turn
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.eval import loading, predictions, scores
@@ -106,6 +106,7 @@ class Runner:
             "prompt": "".join(map(tokenizer.piece, prompt)),
             "decoding": {"method": "greedy", "max_new_tokens": self._config.eval.max_new_tokens},
             "scorer_version": scores.SCORER_VERSION,
+            "data": sources.fingerprint(self._config.data.dir),
             "split": split,
             "blind": blind,
             "seed": self._config.seed,

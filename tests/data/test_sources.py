@@ -48,3 +48,13 @@ def test_missing_splits_and_shards_are_user_errors(shards, tmp_path_factory):
         sources.RecordSource(shards, "train")
     with pytest.raises(UserError, match="run `prepare` first"):
         sources.RecordSource(tmp_path_factory.mktemp("empty"), "train")
+
+
+def test_fingerprint_tells_data_apart(tmp_path):
+    seen = {sources.fingerprint(tmp_path)}
+    for name, text in (("tokenizer.model", "a"), ("prepare.json", "{}"), ("prepare.json", '{"seed": 1}')):
+        (tmp_path / name).write_text(text)
+        seen.add(sources.fingerprint(tmp_path))
+    assert len(seen) == 4
+    (tmp_path / "train-00000-of-00001.array_record").write_text("")
+    assert sources.fingerprint(tmp_path) in seen

@@ -117,3 +117,15 @@ def test_another_checkpoint_is_asked_anew(make_runner, change):
     asker, sampler = make_runner("Bob", **change)
     assert {row["prediction"] for row in asker.evaluate("unseen_fonts", blind=False).rows} == {"Bob"}
     assert len(sampler.batches) == 2
+
+
+def test_other_pages_are_asked_anew(make_runner, trained_workdir):
+    """The same questions, drawn otherwise: only `prepare`'s arguments tell."""
+    make_runner("Ann")[0].evaluate("unseen_fonts", blind=False)
+    (trained_workdir / "prepare.json").write_text('{"noise": 1.0}')
+    try:
+        asker, sampler = make_runner("Bob")
+        assert {row["prediction"] for row in asker.evaluate("unseen_fonts", blind=False).rows} == {"Bob"}
+    finally:
+        (trained_workdir / "prepare.json").unlink()
+    assert len(sampler.batches) == 2
