@@ -266,6 +266,8 @@ def check(config: Config) -> Config:
     _check_divides("model.vision.width", vision.width, "num_heads", vision.num_heads)
     _check_divides("model.llm.num_heads", llm.num_heads, "num_kv_heads", llm.num_kv_heads)
     _check_divides("train.batch_size", train.batch_size, "accumulation", train.accumulation)
+    if vision.pixel_std <= 0:
+        raise UserError(f"config.model.vision.pixel_std is {vision.pixel_std}; it must be above 0")
     if llm.head_dim % 2:
         raise UserError(f"config.model.llm.head_dim is {llm.head_dim}; rotary embedding needs an even number")
     slots = data.max_tiles * config.model.slots_per_tile

@@ -113,6 +113,7 @@ def test_numbers_and_lists_are_taken_as_meant():
         ("model.llm.vocab_size", 0, r"config\.model\.llm\.vocab_size is 0; it must be at least 1"),
         ("model.vision.width", -4, r"config\.model\.vision\.width is -4; it must be at least 1"),
         ("model.scan_unroll", 0, r"config\.model\.scan_unroll is 0; it must be at least 1"),
+        ("model.vision.pixel_std", 0.0, r"config\.model\.vision\.pixel_std is 0\.0; it must be above 0"),
         ("model.llm.head_dim", 5, r"config\.model\.llm\.head_dim is 5; rotary embedding needs an even number"),
         ("data.row_length", 64, r"config\.data\.row_length 64 leaves no room for text: 2 tiles take 64 slots"),
         ("data.max_tiles", 7, r"config\.data\.row_length 192 leaves no room for text: 7 tiles take 224 slots"),
@@ -156,6 +157,12 @@ def test_stages_are_differences_from_the_base():
     assert align.train == dataclasses.replace(finetune.train, num_steps=5)
     assert align.optim == config_lib.OptimConfig(learning_rate=1e-3)
     assert finetune.optim == config_lib.OptimConfig(learning_rate=1e-3, weight_decay=0.5)
+
+
+def test_stages_run_in_the_order_of_their_names():
+    """A ConfigDict sorts its keys; a plain mapping must not mean something else."""
+    stages = config_lib.from_config_dict({"stages": {"b": {}, "a": {}}})
+    assert [stage.stage for stage in stages] == ["a", "b"]
 
 
 def test_a_task_mixture_is_replaced_whole():

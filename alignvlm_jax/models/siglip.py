@@ -84,7 +84,8 @@ class Siglip(nn.Module):
         """Returns the last hidden states, normalised."""
         c = self.config
         rows, columns = c.patch_grid
-        pixels = (tiles.astype(self.dtype) / 255 - c.pixel_mean) / c.pixel_std
+        # In float32: the difference to a mean near white would lose most of bfloat16's bits.
+        pixels = (tiles.astype(jnp.float32) / 255 - c.pixel_mean) / c.pixel_std
         # A convolution whose stride is its kernel is a matrix product over patches.
         patches = pixels.reshape(-1, rows, c.patch_height, columns, c.patch_width, tiles.shape[-1])
         patches = patches.swapaxes(2, 3).reshape(-1, c.num_patches, c.patch_height, c.patch_width, tiles.shape[-1])

@@ -7,8 +7,8 @@ from alignvlm_jax.shapes import Array, Float, Int
 
 
 def pick(logits: Float[Array, "... V"], ids: Int[Array, "..."]) -> Float[Array, "..."]:
-    """Returns logits[..., ids]. A gather along a sharded vocabulary would collect it whole on every device; a masked
-    sum stays where the logits are, and fuses."""
+    """Returns logits[..., ids]. A masked sum stays where the logits are and fuses with their other sums; what a gather
+    along a sharded vocabulary costs is left to the partitioner."""
     vocabulary = jax.lax.broadcasted_iota(ids.dtype, logits.shape, logits.ndim - 1)
     return jnp.sum(jnp.where(vocabulary == ids[..., None], logits, 0.0), axis=-1)
 

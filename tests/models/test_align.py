@@ -116,7 +116,7 @@ def gradients():
             boxed = jax.eval_shape(align.init, jax.random.key(0), FEATURES, TABLE, LABELS)["params"]
             params = jax.device_put(random_params(align, FEATURES, TABLE, LABELS), sharding.tree_sharding(boxed, mesh))
             args = params, jax.device_put(FEATURES, sharding.batch_sharding(mesh)), TABLE
-            return args, jax.jit(jax.grad(loss, argnums=(0, 2))).lower(*args).compile()
+            return args, jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*args).compile()
 
     return {embed_grad: compile(embed_grad) for embed_grad in ("live", "stop")}
 
@@ -134,11 +134,11 @@ def test_no_device_holds_all_patches_by_all_words(gradients, embed_grad):
 def test_embed_grad(gradients):
     """ "stop" keeps the connector's gradient from the text table, and nothing else."""
     (args, live), (_, stop) = gradients["live"], gradients["stop"]
-    (live_params, live_table), (stop_params, stop_table) = live(*args), stop(*args)
+    (*live_others, live_table), (*stop_others, stop_table) = live(*args), stop(*args)
     assert np.abs(live_table).max(-1).min() > 1e-3  # every row has a share in every token
     np.testing.assert_array_equal(stop_table, np.zeros_like(TABLE))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), live_params, stop_params)
-    assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(stop_params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), live_others, stop_others)
+    assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(stop_others))
 
 
 def init_w2_and_head(mesh, config: config_lib.Config) -> tuple[jax.Array, jax.Array]:

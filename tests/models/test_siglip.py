@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from alignvlm_jax.config import VisionConfig
 from alignvlm_jax.models.siglip import Siglip
@@ -91,3 +92,30 @@ def test_tiles_are_independent(mesh, params):
     strength = strength.swapaxes(1, 2)
     assert (strength[~own] == 0).all()
     assert strength[own].min() > 1e-6
+
+
+def test_near_white_stays_distinct_under_bfloat16(params):
+    """The difference to a mean near white, taken in bfloat16, would leave a few levels of grey."""
+    siglip = Siglip(CONFIG, jnp.dtype("bfloat16"), "none")
+
+    @jax.jit
+    def patches(pixels):
+        read = []
+
+        def intercept(method, args, kwargs, context):
+            if context.module.name == "patch_embed":
+                read.append(args[0])
+            return method(*args, **kwargs)
+
+        with nn.intercept_methods(intercept):
+            siglip.apply({"params": params}, pixels)
+        return read[0].astype(jnp.bfloat16).astype(jnp.float32)
+
+    grey = np.arange(256, dtype=np.uint8)
+    pixels = np.resize(grey, PIXELS.shape)
+    normalised = np.unique(np.asarray(patches(pixels)))
+    expected = (grey / 255 - CONFIG.pixel_mean) / CONFIG.pixel_std
+    near_white = expected[np.abs(expected) < 0.2]
+    assert len(near_white) > 10
+    for value in near_white:
+        assert np.abs(normalised - value).min() < 2**-7 * np.abs(value)
