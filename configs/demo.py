@@ -40,7 +40,7 @@ def get_config(connector: str = "align") -> ml_collections.ConfigDict:
         {
             "stage0_lines": {
                 "data": {**SMALL_PAGES, "row_length": 96},
-                "train": {"num_steps": 800, **language_model},
+                "train": {"num_steps": 1500, **language_model},
                 "optim": {"learning_rate": 4e-3},
             },
             "stage0_pages": {"train": {"num_steps": 300, **language_model}},
@@ -49,10 +49,10 @@ def get_config(connector: str = "align") -> ml_collections.ConfigDict:
                 "train": {"num_steps": 900, "load": ("llm/.*",)},
                 "optim": {"learning_rate": 4e-3},
             },
-            "stage2": {"train": {"num_steps": 1000}},
+            "stage2": {"train": {"num_steps": 1100}, "optim": {"learning_rate": 3e-3}},
             "stage3": {
                 "data": {"row_length": 128, "tasks": {"answer": 1.0}},
-                "train": {"num_steps": 300, "trainable": ("connector/.*", "llm/.*")},
+                "train": {"num_steps": 400, "trainable": ("connector/.*", "llm/.*")},
                 "optim": {"learning_rate": 1e-3},
             },
         }
