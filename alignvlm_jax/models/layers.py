@@ -27,6 +27,8 @@ class Einsum(nn.Module):
       shape: of the kernel.
       axes: logical axis of each kernel dimension.
       use_bias: adds a bias over the kernel dimensions that the output keeps.
+      dtype: of the computation.
+      out_dtype: of the outputs, if another: float32 logits must not have been rounded to bfloat16 on their way.
     """
 
     equation: str
@@ -34,6 +36,7 @@ class Einsum(nn.Module):
     axes: tuple[str | None, ...]
     use_bias: bool = False
     dtype: jnp.dtype = jnp.float32
+    out_dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, inputs: Array) -> Array:
@@ -42,11 +45,12 @@ class Einsum(nn.Module):
         summed = [i for i in range(len(letters)) if i not in kept]
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=summed, out_axis=kept)
         kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), self.shape, jnp.float32)
-        outputs = jnp.einsum(self.equation, inputs.astype(self.dtype), kernel.astype(self.dtype))
+        operands = inputs.astype(self.dtype), kernel.astype(self.dtype)
+        outputs = jnp.einsum(self.equation, *operands, preferred_element_type=self.out_dtype)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.axes[i] for i in kept))
             bias = self.param("bias", zeros, tuple(self.shape[i] for i in kept), jnp.float32)
-            outputs += bias.astype(self.dtype)
+            outputs += bias.astype(outputs.dtype)
         return outputs
 
 

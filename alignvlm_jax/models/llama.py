@@ -91,7 +91,7 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Module):
-    """The text table: tokens to vectors, and with a tied head hidden states to logits."""
+    """Holds the text table."""
 
     config: LLMConfig
 
@@ -123,7 +123,8 @@ class Llama(nn.Module):
         self.blocks = scan_blocks(Block, c.num_layers, self.remat, self.unroll, in_axes=axes)(c, self.dtype)
         self.final_norm = RMSNorm(c.norm_eps)
         if not c.tie_embeddings:
-            self.head = Einsum("BTD,DV->BTV", (c.width, c.vocab_size), ("embed", "vocab"), dtype=self.dtype)
+            shape, axes = (c.width, c.vocab_size), ("embed", "vocab")
+            self.head = Einsum("BTD,DV->BTV", shape, axes, dtype=self.dtype, out_dtype=jnp.float32)
 
     @property
     def table(self) -> Float[Array, "V D"]:
@@ -154,10 +155,11 @@ class Llama(nn.Module):
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Returns float32 logits over the vocabulary, sharded like it."""
         if self.config.tie_embeddings:
-            logits_BTV = jnp.einsum("BTD,VD->BTV", hidden, self.table.astype(self.dtype))
+            table_VD = self.table.astype(self.dtype)
+            logits_BTV = jnp.einsum("BTD,VD->BTV", hidden, table_VD, preferred_element_type=jnp.float32)
         else:
             logits_BTV = self.head(hidden)
-        return nn.with_logical_constraint(logits_BTV.astype(jnp.float32), ("act_batch", "act_len", "act_vocab"))
+        return nn.with_logical_constraint(logits_BTV, ("act_batch", "act_len", "act_vocab"))
 
     def empty_cache(self, batch_size: int, length: int) -> Cache:
         """Returns a cache of zeros with `length` slots."""

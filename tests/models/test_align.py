@@ -88,6 +88,20 @@ def test_distribution_is_float32_under_bfloat16(mesh):
     np.testing.assert_allclose(weights, reference(params), atol=0.1 * weights.max())
 
 
+def test_logits_are_not_rounded_under_bfloat16():
+    """They are what float64 makes of the same bfloat16 operands. Not compiled: XLA may drop a rounding by itself."""
+
+    def operand_and_logits(align: Align, features):
+        return align.ln1(align.w1(features)), align.vocabulary_logits(features)
+
+    align = make(dtype="bfloat16", use_ln2=False)
+    params = random_params(align, FEATURES, TABLE, LABELS)
+    operand, logits = align.apply({"params": params}, FEATURES, method=operand_and_logits)
+    assert operand.dtype == jnp.bfloat16
+    expected = np.float64(operand) @ np.float64(params["w2"]["kernel"].astype(jnp.bfloat16))
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 def test_without_labels_there_is_no_patch_loss(mesh):
     params, align = run(make())
     np.testing.assert_array_equal(align(params, FEATURES, TABLE, None).patch_nll, np.zeros(N, np.float32))

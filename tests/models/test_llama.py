@@ -143,6 +143,18 @@ def test_rope_is_float32_under_bfloat16():
     assert np.abs(np.float32(turned[0, 0] - turned[0, 1])).max() > 0.1
 
 
+@pytest.mark.parametrize("llm", [TIED, UNTIED], ids=["tied", "untied"])
+def test_logits_are_not_rounded_under_bfloat16(llm):
+    """They are what float64 makes of the same bfloat16 operands. Not compiled: XLA may drop a rounding by itself."""
+    llama = Llama(llm, jnp.bfloat16, "none")
+    hidden = np.random.default_rng(0).standard_normal((1, LENGTH, llm.width)).astype(jnp.bfloat16)
+    params = random_params(llama, hidden, method=Llama.logits)
+    head = params["embed"]["table"].T if llm.tie_embeddings else params["head"]["kernel"]
+    expected = np.float64(hidden) @ np.float64(head.astype(jnp.bfloat16))
+    logits = llama.apply({"params": params}, hidden, method=Llama.logits)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 def test_packed_segments_equal_rows_of_their_own(mesh, tied):
     params, logits_of = tied
     tokens, positions, segment_ids = random_rows(1)

@@ -28,13 +28,13 @@ class Align(nn.Module):
         width, vocab = c.llm.width, c.llm.vocab_size
         self.w1 = Einsum("NE,ED->ND", (c.vision.width, width), ("vis_embed", "embed"), dtype=self.dtype)
         self.ln1 = LayerNorm(eps)
-        self.w2 = Einsum("ND,DV->NV", (width, vocab), ("embed", "vocab"), dtype=self.dtype)
+        self.w2 = Einsum("ND,DV->NV", (width, vocab), ("embed", "vocab"), dtype=self.dtype, out_dtype=jnp.float32)
         if c.connector.use_ln2:
             self.ln2 = LayerNorm(eps, scale_init=c.connector.ln2_gain_init, axes=("vocab",))
 
     def vocabulary_logits(self, features: Float[Array, "N E"]) -> Float[Array, "N V"]:
         """Returns z in float32: the softmax over a large vocabulary needs more than bfloat16's 8 bits."""
-        logits_NV = self.w2(self.ln1(self.w1(features))).astype(jnp.float32)
+        logits_NV = self.w2(self.ln1(self.w1(features)))
         logits_NV = nn.with_logical_constraint(logits_NV, ("act_batch", "act_vocab"))
         return self.ln2(logits_NV) if self.config.connector.use_ln2 else logits_NV
 

@@ -6,7 +6,8 @@ from alignvlm_jax.shapes import Array, Float, Int
 
 
 class PatchLabels(NamedTuple):
-    """The tokens that each patch shows, and their shares of it (patch-token supervision, DESIGN section 4)."""
+    """The tokens that each patch shows, and their shares of it. Patch-token supervision: README, "Two ideas beyond the
+    paper"."""
 
     ids: Int[Array, "N k"]
     weights: Float[Array, "N k"]
