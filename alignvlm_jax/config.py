@@ -6,6 +6,8 @@ order of their names: a ConfigDict keeps its keys sorted and knows no other.
 """
 
 import dataclasses
+import math
+import operator
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -19,8 +21,7 @@ from alignvlm_jax.errors import UserError, nearest
 class VisionConfig:
     """The SigLIP encoder. Sizes in pixels; the pixels of a tile are encoded independently of other tiles.
 
-    Pixels of 0..1 are normalised by `pixel_mean` and `pixel_std`: 0.5 and 0.5 for SigLIP's own weights. White pages
-    with thin strokes are learnt from faster with their own, which the defaults are.
+    Pixels of 0..1 are normalised by `pixel_mean` and `pixel_std`; the defaults are those of SigLIP's own weights.
     """
 
     tile_height: int = 32
@@ -32,8 +33,8 @@ class VisionConfig:
     num_layers: int = 3
     num_heads: int = 4
     norm_eps: float = 1e-6
-    pixel_mean: float = 0.94
-    pixel_std: float = 0.19
+    pixel_mean: float = 0.5
+    pixel_std: float = 0.5
 
     @property
     def patch_grid(self) -> tuple[int, int]:
@@ -68,14 +69,14 @@ class LLMConfig:
     num_kv_heads: int = 2
     head_dim: int = 32
     norm_eps: float = 1e-5
-    rope_theta: float = 1000.0
+    rope_theta: float = 10000.0
     rope_scaling: RopeScaling = RopeScaling()
     tie_embeddings: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConnectorConfig:
-    """The connector, by its name in `models.connectors`. Fields below `name` belong to ALIGN (DESIGN section 4)."""
+    """The connector, by its name in `models.connectors`. Fields below `name` belong to ALIGN (arXiv 2502.01341)."""
 
     name: str = "align"
     use_ln2: bool = True
@@ -204,6 +205,53 @@ CHOICES = {
     "train.visual_input": ("pixels", "labels"),
 }
 
+AT_LEAST: dict[str, int] = {
+    "seed": 0,
+    **{
+        f"model.{part}.{field.name}": 1
+        for part, cls in (("vision", VisionConfig), ("llm", LLMConfig))
+        for field in dataclasses.fields(cls)
+        if field.type is int
+    },
+    "model.scan_unroll": 1,
+    "model.llm.rope_scaling.original_length": 1,
+    "data.max_tiles": 1,
+    "data.max_patch_labels": 1,
+    "data.blank_weight": 0,
+    "data.max_unsupervised": 0,
+    "data.num_threads": 1,
+    "data.prefetch": 1,
+    "optim.warmup_steps": 0,
+    "optim.final_fraction": 0,
+    "optim.b1": 0,
+    "optim.b2": 0,
+    "optim.weight_decay": 0,
+    "train.num_steps": 1,
+    "train.batch_size": 1,
+    "train.patch_token_weight": 0,
+    "train.log_every": 1,
+    "train.validate_every": 1,
+    "train.validation_rows": 1,
+    "train.checkpoint_every": 1,
+    "train.keep_checkpoints": 1,
+    "train.max_skipped_steps": 0,
+    "eval.num_questions": 1,
+    "eval.batch_size": 1,
+    "eval.max_new_tokens": 1,
+}
+ABOVE = {
+    "model.vision.norm_eps": 0,
+    "model.vision.pixel_std": 0,
+    "model.llm.norm_eps": 0,
+    "model.llm.rope_theta": 0,
+    "model.llm.rope_scaling.factor": 0,
+    "optim.learning_rate": 0,
+    "optim.eps": 0,
+    "optim.clip_norm": 0,
+}
+BELOW = {"optim.b1": 1, "optim.b2": 1}
+BOUNDS = (("at least", operator.ge, AT_LEAST), ("above", operator.gt, ABOVE), ("below", operator.lt, BELOW))
+
 
 def default_config_dict() -> ml_collections.ConfigDict:
     """Returns every field with its default, and an empty `stages`, for config files to change."""
@@ -249,25 +297,16 @@ def check(config: Config) -> Config:
         value = _get(config, path)
         if value not in choices:
             raise UserError(f"config.{path} is {value!r}{nearest(str(value), choices)}")
+    for words, holds, bounds in BOUNDS:
+        for path, bound in bounds.items():
+            if not holds(_get(config, path), bound):
+                raise UserError(f"config.{path} is {_get(config, path)}; it must be {words} {bound}")
     vision, llm, data, train = config.model.vision, config.model.llm, config.data, config.train
-    sizes = [
-        f"model.{part}.{field.name}"
-        for part in ("vision", "llm")
-        for field in dataclasses.fields(getattr(config.model, part))
-        if field.type is int
-    ]
-    for path in (*sizes, "model.scan_unroll", "train.num_steps", "train.batch_size", "train.log_every",
-                 "train.checkpoint_every", "train.validate_every", "train.keep_checkpoints", "data.max_tiles",
-                 "data.max_patch_labels", "eval.num_questions", "eval.batch_size", "eval.max_new_tokens"):  # fmt: skip
-        if _get(config, path) < 1:
-            raise UserError(f"config.{path} is {_get(config, path)}; it must be at least 1")
     _check_divides("model.vision.tile_height", vision.tile_height, "patch_height", vision.patch_height)
     _check_divides("model.vision.tile_width", vision.tile_width, "patch_width", vision.patch_width)
     _check_divides("model.vision.width", vision.width, "num_heads", vision.num_heads)
     _check_divides("model.llm.num_heads", llm.num_heads, "num_kv_heads", llm.num_kv_heads)
     _check_divides("train.batch_size", train.batch_size, "accumulation", train.accumulation)
-    if vision.pixel_std <= 0:
-        raise UserError(f"config.model.vision.pixel_std is {vision.pixel_std}; it must be above 0")
     if llm.head_dim % 2:
         raise UserError(f"config.model.llm.head_dim is {llm.head_dim}; rotary embedding needs an even number")
     slots = data.max_tiles * config.model.slots_per_tile
@@ -278,6 +317,8 @@ def check(config: Config) -> Config:
         )
     if not data.tasks or min(data.tasks.values()) < 0 or sum(data.tasks.values()) <= 0:
         raise UserError(f"config.data.tasks {dict(data.tasks)} has no positive weight")
+    if not config.eval.splits:
+        raise UserError("config.eval.splits is empty; name at least one split")
     return config
 
 
@@ -334,6 +375,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return {key: _convert(args[1], item, f"{path}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"config.{path} is {value}; it must be a finite number")
     if origin or not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise UserError(f"config.{path} is {value!r} of type {type(value).__name__}; it must be {hint.__name__}")
     return value

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import runpy
 
@@ -117,6 +118,22 @@ def test_numbers_and_lists_are_taken_as_meant():
         ("model.llm.head_dim", 5, r"config\.model\.llm\.head_dim is 5; rotary embedding needs an even number"),
         ("data.row_length", 64, r"config\.data\.row_length 64 leaves no room for text: 2 tiles take 64 slots"),
         ("data.max_tiles", 7, r"config\.data\.row_length 192 leaves no room for text: 7 tiles take 224 slots"),
+        ("seed", -1, r"config\.seed is -1; it must be at least 0"),
+        ("optim.learning_rate", 0.0, r"config\.optim\.learning_rate is 0\.0; it must be above 0"),
+        ("optim.learning_rate", math.nan, r"config\.optim\.learning_rate is nan; it must be a finite number"),
+        ("optim.learning_rate", math.inf, r"config\.optim\.learning_rate is inf; it must be a finite number"),
+        ("optim.weight_decay", -0.1, r"config\.optim\.weight_decay is -0\.1; it must be at least 0"),
+        ("optim.b1", 1.0, r"config\.optim\.b1 is 1\.0; it must be below 1"),
+        ("optim.b2", -0.1, r"config\.optim\.b2 is -0\.1; it must be at least 0"),
+        ("optim.clip_norm", 0.0, r"config\.optim\.clip_norm is 0\.0; it must be above 0"),
+        ("model.llm.rope_scaling.factor", 0.0, r"config\.model\.llm\.rope_scaling\.factor is 0\.0; it must be above 0"),
+        ("data.num_threads", 0, r"config\.data\.num_threads is 0; it must be at least 1"),
+        ("data.prefetch", 0, r"config\.data\.prefetch is 0; it must be at least 1"),
+        ("data.blank_weight", -1.0, r"config\.data\.blank_weight is -1\.0; it must be at least 0"),
+        ("train.validation_rows", 0, r"config\.train\.validation_rows is 0; it must be at least 1"),
+        ("train.patch_token_weight", -1.0, r"config\.train\.patch_token_weight is -1\.0; it must be at least 0"),
+        ("eval.splits", (), r"config\.eval\.splits is empty; name at least one split"),
+        ("data.tasks", {"answer": math.nan}, r"config\.data\.tasks\.answer is nan; it must be a finite number"),
         ("data.tasks", {}, r"config\.data\.tasks \{\} has no positive weight"),
         ("data.tasks", {"answer": 0.0}, r"config\.data\.tasks \{'answer': 0\.0\} has no positive weight"),
         ("data.tasks", {"answer": 1.0, "transcribe": -0.5}, r"config\.data\.tasks .*-0\.5.* has no positive weight"),

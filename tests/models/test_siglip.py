@@ -24,6 +24,8 @@ CONFIG = VisionConfig(
     num_layers=2,
     num_heads=2,
     norm_eps=0.05,
+    pixel_mean=0.94,
+    pixel_std=0.19,
 )
 SIGLIP = Siglip(CONFIG, jnp.dtype("float32"), "none")
 PIXELS = np.random.default_rng(0).integers(0, 256, (TILES, 8, 9, 3), dtype=np.uint8)
