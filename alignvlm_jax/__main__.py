@@ -32,10 +32,7 @@ def main(argv: list[str]) -> int:
     except OSError as err:
         return _fail(f"{err.filename}: {err.strerror}" if err.filename and err.strerror else str(err))
     except KeyboardInterrupt:
-        _fail("interrupted")
-        # Threads that are still writing a checkpoint would hold up a normal exit.
-        sys.stdout.flush()
-        os._exit(1)
+        return _fail("interrupted")
     return 0
 
 
@@ -45,4 +42,10 @@ def _fail(message: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    if status == 1:
+        # At an orderly exit threads that still write would be waited for, and libraries' exit hooks that fail for the
+        # same reason as we did would add their tracebacks to our one line.
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

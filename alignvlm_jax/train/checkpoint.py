@@ -67,8 +67,10 @@ class Checkpoints:
         }
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
         self._saving: int | None = None
+        self._unraisable_hook = sys.unraisablehook
 
     def __enter__(self) -> "Checkpoints":
+        sys.unraisablehook = self._report_unraisable
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
@@ -78,6 +80,7 @@ class Checkpoints:
         with contextlib.nullcontext() if kind is None else contextlib.suppress(Exception):
             self.wait()
             self._manager.close()
+        sys.unraisablehook = self._unraisable_hook
 
     def latest(self) -> int | None:
         """Returns the newest step that is whole, or None."""
@@ -181,9 +184,14 @@ class Checkpoints:
     def _broken(self, step: int, err: Exception) -> BrokenCheckpoint:
         return BrokenCheckpoint(f"checkpoint {self.folder / str(step)} cannot be read ({_first_line(err)})")
 
+    def _report_unraisable(self, problem: "sys.UnraisableHookArgs") -> None:
+        """When one array cannot be written, orbax closes its event loop under the others, and each complains."""
+        if str(problem.exc_value) != "Event loop is closed":
+            self._unraisable_hook(problem)
+
     def _check_space(self, live: TrainState) -> None:
-        """Orbax would find out half-way, and pour out tracebacks of its threads."""
-        needed = sum(array.nbytes for array in jax.tree.leaves(live))
+        """Told before half of it is written; an array takes at most a block more than its size, for its metadata."""
+        needed = sum(array.nbytes + 4096 for array in jax.tree.leaves(live))
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise self._save_error(OSError(f"it takes {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free"))

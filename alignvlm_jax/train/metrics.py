@@ -8,10 +8,12 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import tensorboardX
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from alignvlm_jax.data.schema import Batch
 from alignvlm_jax.errors import UserError
@@ -22,13 +24,19 @@ PLAIN_EVERY = 10
 
 
 class Writer:
-    """Appends lines to metrics.jsonl and scalars to TensorBoard; what was written beyond `step` is cut off first."""
+    """Appends lines to metrics.jsonl and scalars to TensorBoard; what was written beyond `step` is cut off first.
+
+    Not tensorboardX.SummaryWriter: it writes from a thread, and once that has died of a full disk the run hangs.
+    """
 
     def __init__(self, workdir: Path, step: int):
         self._path = workdir / FILE
         cut(self._path, step)
+        (workdir / "tensorboard").mkdir(exist_ok=True)
         self._file = self._path.open("a")
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        # The file's name holds the time in seconds only; two stages may begin in one.
+        self._board = EventsWriter(str(workdir / "tensorboard" / "events"), f".{step}")
+        self._board.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def __enter__(self) -> "Writer":
         return self
@@ -41,14 +49,15 @@ class Writer:
 
     def write(self, step: int, stage: str, values: Mapping[str, float]) -> None:
         """Writes one line; numbers that JSON cannot hold become null. UserError where it cannot be written."""
-        values = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        line = {"step": step, "stage": stage} | dict.fromkeys(values) | finite
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in finite.items()]
         try:
-            print(json.dumps({"step": step, "stage": stage} | values), file=self._file, flush=True)
+            print(json.dumps(line), file=self._file, flush=True)
+            self._board.write_event(Event(step=step, wall_time=time.time(), summary=Summary(value=scalars)))
+            self._board.flush()
         except OSError as err:
             raise UserError(f"cannot write {self._path} at step {step}: {err.strerror}") from err
-        for name, value in values.items():
-            if value is not None:
-                self._board.add_scalar(name, value, step)
 
 
 class NullWriter:

@@ -1,9 +1,11 @@
 import io
 import json
 import math
+import struct
 
 import pytest
 from rich.console import Console
+from tensorboardX.proto.event_pb2 import Event
 
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.train import metrics
@@ -25,6 +27,30 @@ def test_writer_appends_and_cuts_what_lies_beyond_the_step(tmp_path):
         (2, "align", 1.25),
         (3, "read", None),
     ]
+
+
+def test_tensorboard_gets_the_same_numbers_and_forgets_what_was_cut(tmp_path):
+    for step in (0, 2):
+        with metrics.Writer(tmp_path, step) as writer:
+            writer.write(step + 1, "align", {"loss": step + 0.5, "grad_norm": math.inf})
+    events = {}
+    for path in sorted((tmp_path / "tensorboard").iterdir()):
+        for record in read_records(path.read_bytes()):
+            event = Event.FromString(record)
+            events.setdefault(path.suffix, []).append(event)
+    assert [event.step for event in events[".2"] if event.HasField("session_log")] == [3]
+    scalars = [
+        (e.step, value.tag, value.simple_value) for e in events[".0"] + events[".2"] for value in e.summary.value
+    ]
+    assert scalars == [(1, "loss", 0.5), (3, "loss", 2.5)]
+
+
+def read_records(data: bytes):
+    """Yields the records of a TFRecord file: length (8 bytes), its checksum (4), bytes, their checksum (4)."""
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        yield data[12 : 12 + length]
+        data = data[16 + length :]
 
 
 def test_a_file_that_cannot_be_written_is_a_user_error(tmp_path):
