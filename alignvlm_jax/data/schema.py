@@ -81,7 +81,7 @@ def decode_record(data: bytes) -> Record:
         header["lines"] = tuple(tuple(tuple(_word(word) for word in line) for line in page) for page in header["lines"])
         return Record(**header)
     except (ValueError, KeyError, TypeError) as err:
-        raise UserError(f"not a record of this project ({err}); run `prepare` again") from err
+        raise UserError(f"not a record of this project ({err})") from err
 
 
 def _word(fields: dict[str, Any]) -> Word:

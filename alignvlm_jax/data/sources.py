@@ -11,6 +11,8 @@ from array_record.python import array_record_module
 from alignvlm_jax.data.schema import Record, decode_record, encode_record
 from alignvlm_jax.errors import UserError, nearest
 
+AGAIN = "delete the folder and run `prepare` again"  # which finds nothing to do while `prepare.json` stands
+
 
 def shard_name(split: str, index: int, count: int) -> str:
     """Returns the file name of a shard."""
@@ -53,7 +55,7 @@ class RecordSource:
     def __init__(self, directory: str | Path, split: str):
         """
         Raises:
-          UserError: the split is not there, or some of its shards are missing.
+          UserError: the split is not there, or some of its shards are missing or damaged.
         """
         paths = sorted(Path(directory).glob(f"{split}-*-of-*.array_record"))
         if not paths:
@@ -62,13 +64,22 @@ class RecordSource:
             raise UserError(f"no shards of split {split!r} in {directory}{hint}")
         expected = int(paths[0].stem.rsplit("-", 1)[1])
         if len(paths) != expected:
-            raise UserError(
-                f"{directory} holds {len(paths)} of {expected} shards of split {split!r}; run `prepare` again"
-            )
-        self._source = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
+            raise UserError(f"{directory} holds {len(paths)} of {expected} shards of split {split!r}; {AGAIN}")
+        self._name = f"split {split!r} in {directory}"
+        try:
+            self._source = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
+        except RuntimeError as err:  # all that the reader knows
+            raise UserError(f"cannot read {self._name} ({err}); {AGAIN}") from err
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Record:
-        return decode_record(self._source[index])
+        """
+        Raises:
+          UserError: the record is damaged.
+        """
+        try:
+            return decode_record(self._source[index])
+        except (RuntimeError, UserError) as err:
+            raise UserError(f"cannot read record {index} of {self._name} ({err}); {AGAIN}") from err

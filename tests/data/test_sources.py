@@ -58,3 +58,25 @@ def test_fingerprint_tells_data_apart(tmp_path):
     assert len(seen) == 4
     (tmp_path / "train-00000-of-00001.array_record").write_text("")
     assert sources.fingerprint(tmp_path) in seen
+
+
+def test_a_damaged_shard_is_a_user_error(shards):
+    path = shards / sources.shard_name("train", 1, 3)
+    whole = path.read_bytes()
+    at = whole.index(b"image 1-1")
+    path.write_bytes(whole[:at] + b"?" + whole[at + 1 :])
+    source = sources.RecordSource(shards, "train")
+    assert source[1].id == "1-0"
+    with pytest.raises(UserError, match=f"cannot read record 2 of split 'train' in {shards} .*prepare") as error:
+        source[2]
+    assert "\n" not in str(error.value)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=f"cannot read split 'train' in {shards} .*prepare"):
+        sources.RecordSource(shards, "train")
+
+
+def test_a_record_of_another_project_is_a_user_error(shards, monkeypatch):
+    monkeypatch.setattr(sources, "encode_record", lambda _: b"other")
+    sources.write_shard(shards / sources.shard_name("other", 0, 1), [record("a")])
+    with pytest.raises(UserError, match="cannot read record 0 of split 'other'.*not a record"):
+        sources.RecordSource(shards, "other")[0]
