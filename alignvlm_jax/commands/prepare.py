@@ -50,18 +50,16 @@ def main(argv: list[str]) -> None:
         raise UserError(f"cannot write {out}: {err.strerror or err}") from err
     except KeyboardInterrupt as err:
         raise UserError("interrupted; the same command goes on with what is done") from err
-    print(
-        f"{out}: {args.num_train} training documents, {args.num_eval} in each of "
-        f"{len(documents.SPLITS) - 1} other splits, {time.monotonic() - started:.0f} s"
-    )
+    sizes = ", ".join(f"{split} {_size(split, wanted)}" for split in documents.SPLITS)
+    print(f"{out}: documents by split: {sizes}; {time.monotonic() - started:.0f} s")
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m alignvlm_jax prepare", description=__doc__)
     parser.add_argument("--format", default="documents", choices=["documents"], help="kind of data")
     parser.add_argument("--out", default="data/demo", help="folder to write")
-    parser.add_argument("--num_train", type=_at_least(int, 1), default=20_000, help="training documents")
-    parser.add_argument("--num_eval", type=_at_least(int, 1), default=512, help="documents of each other split")
+    parser.add_argument("--num_train", type=_at_least(int, 1), default=16_000, help="documents of each training split")
+    parser.add_argument("--num_eval", type=_at_least(int, 1), default=512, help="documents of each evaluation split")
     parser.add_argument("--seed", type=_at_least(int, 0), default=0)
     parser.add_argument(
         "--noise", type=_at_least(float, 0), default=0.0, help="strength of scan noise; 1 is a bad scan"
@@ -95,8 +93,9 @@ def _prepare(out: Path, wanted: dict, num_workers: int) -> None:
         (text for index in range(min(TOKENIZER_DOCUMENTS, len(records))) for text in _texts(records[index])),
     )
     (out / "prepare.json").unlink(missing_ok=True)
-    for old in out.glob("*.array_record"):
-        old.unlink()
+    for split in documents.SPLITS:  # Shards of other splits are somebody else's.
+        for old in sources.shard_paths(out, split):
+            old.unlink()
     for new in staging.iterdir():
         os.replace(new, out / new.name)
     for leftover in out.glob(".partial-*"):
@@ -129,12 +128,15 @@ def _write_shards(staging: Path, wanted: dict, num_workers: int) -> None:
 def _plan(staging: Path, wanted: dict) -> list[Shard]:
     shards = []
     for split in documents.SPLITS:
-        size = wanted["num_eval"] if documents.SPLITS[split].evaluation else wanted["num_train"]
-        bounds = [*range(0, size, SHARD_SIZE), size]
+        bounds = [*range(0, _size(split, wanted), SHARD_SIZE), _size(split, wanted)]
         for index, (start, stop) in enumerate(itertools.pairwise(bounds)):
             name = sources.shard_name(split, index, len(bounds) - 1)
             shards.append(Shard(str(staging / name), split, start, stop))
     return shards
+
+
+def _size(split: str, wanted: dict) -> int:
+    return wanted["num_eval"] if documents.SPLITS[split].evaluation else wanted["num_train"]
 
 
 _settings: tuple[int, float, tuple[Table, ...]]

@@ -19,6 +19,11 @@ def shard_name(split: str, index: int, count: int) -> str:
     return f"{split}-{index:05d}-of-{count:05d}.array_record"
 
 
+def shard_paths(directory: str | Path, split: str) -> list[Path]:
+    """Returns the shards of a split that are there, in order."""
+    return sorted(Path(directory).glob(f"{split}-[0-9]*-of-[0-9]*.array_record"))
+
+
 def write_shard(path: str | Path, records: Iterable[Record]) -> None:
     """Writes records to one shard, beside `path` first: a file of that name is always whole.
 
@@ -57,7 +62,7 @@ class RecordSource:
         Raises:
           UserError: the split is not there, or some of its shards are missing or damaged.
         """
-        paths = sorted(Path(directory).glob(f"{split}-*-of-*.array_record"))
+        paths = shard_paths(directory, split)
         if not paths:
             known = {path.name.split("-")[0] for path in Path(directory).glob("*-of-*.array_record")}
             hint = nearest(split, known) if known else "; run `prepare` first"

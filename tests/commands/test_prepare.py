@@ -64,12 +64,18 @@ def test_shards_of_an_interrupted_run_are_kept_and_workers_change_nothing(prepar
         assert records(tmp_path / "demo", split) == records(prepared, split)
 
 
-def test_other_arguments_replace_the_data(prepared, tmp_path, monkeypatch):
+def test_other_arguments_replace_the_data_and_no_other_files(prepared, tmp_path, monkeypatch, capsys):
     out = tmp_path / "demo"
     monkeypatch.setattr(prepare, "SHARD_SIZE", 3)
     prepare.main(arguments(out))
+    others = {out / sources.shard_name(split, 0, 1) for split in ("mine", "train-mine")}
+    for other in others:
+        other.write_text("of somebody else")
+    capsys.readouterr()
     prepare.main(arguments(out, seed=1, num_train=2))
     assert len(records(out)) == 2
+    assert all(other.exists() for other in others)
+    assert "train 2, train_small 2, validation 3, validation_small 3, seen_fonts 3, unse" in capsys.readouterr().out
     assert records(out)[0].images != records(prepared)[0].images
 
 

@@ -78,5 +78,5 @@ def test_a_damaged_shard_is_a_user_error(shards):
 def test_a_record_of_another_project_is_a_user_error(shards, monkeypatch):
     monkeypatch.setattr(sources, "encode_record", lambda _: b"other")
     sources.write_shard(shards / sources.shard_name("other", 0, 1), [record("a")])
-    with pytest.raises(UserError, match="cannot read record 0 of split 'other'.*not a record"):
+    with pytest.raises(UserError, match=r"cannot read record 0 of split 'other'.*not a record"):
         sources.RecordSource(shards, "other")[0]
