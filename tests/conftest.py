@@ -78,7 +78,6 @@ def random_batch(config: config_lib.Config, seed: int = 0) -> dict[str, np.ndarr
         "positions": np.where(is_token, index, 0).astype(np.int32),
         "segment_ids": is_token.astype(np.int32),
         "tiles": rng.integers(0, 256, (size, data.max_tiles, vision.tile_height, vision.tile_width, 3), dtype=np.uint8),
-        "tile_mask": np.ones((size, data.max_tiles), bool),
         "patch_label_ids": rng.integers(
             8, config.model.llm.vocab_size, (size, data.max_tiles, patches, data.max_patch_labels)
         ).astype(np.int32),

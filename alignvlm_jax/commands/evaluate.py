@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from alignvlm_jax.data import pipeline, sources
+from alignvlm_jax.data import sources
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.eval import loading, predictions, runner, summary
 from alignvlm_jax.eval.predictions import Predictions
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     )
     config = dataclasses.replace(trained, eval=asked)
     for split in asked.splits:
-        pipeline.eval_records(config, split)  # A misspelt split should not wait for the model.
+        sources.RecordSource(config.data.dir, split)  # A misspelt split should not wait for the model.
     loaded = loading.load(args.checkpoint, trained)
     asker = runner.Runner(loaded, config)
     try:

@@ -15,7 +15,8 @@ def main(argv: list[str]) -> None:
     config = loading.load_config(args.checkpoint, args.data)
     prompt = rows.build_prompt(page, args.question, config, pipeline.load_tokenizer(config))
     loaded = loading.load(args.checkpoint, config)
-    print(f"{loaded.path}: {page.width} x {page.height} pixels, {prompt['tile_mask'].sum()} tiles", file=sys.stderr)
+    num_tiles = (prompt["tokens"] == config.model.image_token_id).sum() // config.model.slots_per_tile
+    print(f"{loaded.path}: {page.width} x {page.height} pixels, {num_tiles} tiles", file=sys.stderr)
     # Every device that rows are spread over needs one.
     batch = pipeline.stack([prompt] * loaded.batch_ways)
     tokens_BT = loaded.sampler().generate(batch, config.eval.max_new_tokens)

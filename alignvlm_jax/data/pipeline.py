@@ -44,13 +44,13 @@ class TrainRows:
 
 
 class TrainBatches(Iterator[Batch]):
-    """This process's batches of a stage, from `start_row` (a global count of rows) on.
+    """This process's share of a stage's batches, from `start_row` (a global count of rows) to the stage's end.
 
     Attributes:
       next_row: global rows handed out so far: what a checkpoint has to hold.
     """
 
-    def __init__(self, config: Config, start_row: int, process_index: int, process_count: int):
+    def __init__(self, config: Config, *, start_row: int = 0, process_index: int = 0, process_count: int = 1):
         global_size = config.train.batch_size
         if global_size % process_count:
             raise UserError(f"config.train.batch_size {global_size} is not a multiple of {process_count} processes")
@@ -99,13 +99,6 @@ class _Block:
         return self._rows[self._start + batch * self._global_size + self._offset + row]
 
 
-def train_batches(
-    config: Config, *, start_row: int = 0, process_index: int = 0, process_count: int = 1
-) -> TrainBatches:
-    """Returns this process's share of the stage's batches from global row `start_row` to the stage's end."""
-    return TrainBatches(config, start_row, process_index, process_count)
-
-
 def validation_batches(config: Config, batch_size: int, num_rows: int) -> list[Batch]:
     """Returns the first `num_rows` rows of the validation split, the same ones at every call. `num_rows` is rounded
     down to whole batches, but to no less than one."""
@@ -140,8 +133,3 @@ def load_tokenizer(config: Config) -> Tokenizer:
             f"{config.model.image_token_id}; make them equal"
         )
     return tokenizer
-
-
-def eval_records(config: Config, split: str) -> RecordSource:
-    """Returns the records of an evaluation split."""
-    return RecordSource(config.data.dir, split)

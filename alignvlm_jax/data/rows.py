@@ -53,22 +53,22 @@ def build_row(record: Record, task: str, rng: np.random.Generator, config: Confi
     pages = _tile_pages(record, config)
     turns = TASKS[task](record, rng)
     tokens, is_answer = chat.encode_chat(tokenizer, turns, _num_slots(pages, config), config.data.row_length)
-    return _text_arrays(tokens, is_answer, config, tokenizer) | _image_arrays(record, pages, config, tokenizer)
+    text = _text_arrays(tokens, is_answer, config, tokenizer)
+    return text | {"tiles": _tiles(pages, config)} | _label_arrays(record, pages, config, tokenizer)
 
 
 def build_prompt(page: Record | Image.Image, question: str, config: Config, tokenizer: Tokenizer) -> Row:
-    """Builds the row of a question to be answered: it ends with `<assistant>` and has no loss.
+    """Builds the row of a question to be answered: it ends with `<assistant>`, and has no loss and no patch labels.
 
     Raises:
       UserError: the prompt is longer than `data.row_length`.
     """
     if isinstance(page, Image.Image):
-        record = Record("prompt", "prompt", (), ())
         pages = [
             images.tile_image(page.convert("RGB"), config.model.vision, config.data.max_tiles, config.data.use_overview)
         ]
     else:
-        record, pages = page, _tile_pages(page, config)
+        pages = _tile_pages(page, config)
     num_slots = _num_slots(pages, config)
     tokens = chat.encode_prompt(tokenizer, question, num_slots)
     if len(tokens) > config.data.row_length:
@@ -76,8 +76,7 @@ def build_prompt(page: Record | Image.Image, question: str, config: Config, toke
             f"the prompt has {len(tokens)} tokens ({num_slots} of the image) and config.data.row_length is "
             f"{config.data.row_length}; shorten the question by {len(tokens) - config.data.row_length} tokens"
         )
-    text = _text_arrays(tokens, np.zeros(len(tokens), bool), config, tokenizer)
-    return text | _image_arrays(record, pages, config, tokenizer)
+    return _text_arrays(tokens, np.zeros(len(tokens), bool), config, tokenizer) | {"tiles": _tiles(pages, config)}
 
 
 def _tile_pages(record: Record, config: Config) -> list[Tiles]:
@@ -119,11 +118,19 @@ def _text_arrays(tokens: np.ndarray, is_answer: np.ndarray, config: Config, toke
     }
 
 
-def _image_arrays(record: Record, pages: list[Tiles], config: Config, tokenizer: Tokenizer) -> Row:
-    """Tiles and labels, padded to `data.max_tiles`. Where a record does not know its words the labels carry no loss."""
+def _tiles(pages: list[Tiles], config: Config) -> np.ndarray:
+    """All pages' tiles, padded to `data.max_tiles`."""
+    vision = config.model.vision
+    tiles = np.zeros((config.data.max_tiles, vision.tile_height, vision.tile_width, 3), np.uint8)
+    for slot, tile in enumerate(tile for page in pages for tile in page.pixels):
+        tiles[slot] = tile
+    return tiles
+
+
+def _label_arrays(record: Record, pages: list[Tiles], config: Config, tokenizer: Tokenizer) -> Row:
+    """The tiles' labels, padded like them. Where a record does not know its words they carry no loss."""
     vision, data = config.model.vision, config.data
     slots, patches, k = data.max_tiles, vision.num_patches, data.max_patch_labels
-    tiles = np.zeros((slots, vision.tile_height, vision.tile_width, 3), np.uint8)
     ids = np.full((slots, patches, k), tokenizer.space_id, np.int32)
     weights = np.zeros((slots, patches, k), np.float32)
     loss_weights = np.zeros((slots, patches), np.float32)
@@ -131,14 +138,7 @@ def _image_arrays(record: Record, pages: list[Tiles], config: Config, tokenizer:
     for index, page in enumerate(pages):
         used = slice(start, start := start + len(page.pixels))
         lines = record.lines[index] if record.lines else ()
-        tiles[used] = page.pixels
         ids[used], weights[used], loss_weights[used] = labels.patch_labels(
             lines, page, tokenizer, vision, k, data.blank_weight if record.lines else 0.0
         )
-    return {
-        "tiles": tiles,
-        "tile_mask": np.arange(slots) < start,
-        "patch_label_ids": ids,
-        "patch_label_weights": weights,
-        "patch_loss_weights": loss_weights,
-    }
+    return {"patch_label_ids": ids, "patch_label_weights": weights, "patch_loss_weights": loss_weights}

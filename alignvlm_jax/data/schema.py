@@ -54,7 +54,6 @@ class Batch(TypedDict):
     positions: np.ndarray  # int32 [B, T], from 0 within a segment
     segment_ids: np.ndarray  # int32 [B, T], 0 is padding; tokens see their own segment only
     tiles: np.ndarray  # uint8 [B, I, Y, X, C], zeros in unused slots
-    tile_mask: np.ndarray  # bool [B, I]
     patch_label_ids: np.ndarray  # int32 [B, I, P, k]
     patch_label_weights: np.ndarray  # float32 [B, I, P, k], sums to 1 over k on every patch of a used tile
     patch_loss_weights: np.ndarray  # float32 [B, I, P], 0 where the record does not know its words

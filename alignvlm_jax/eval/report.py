@@ -13,8 +13,8 @@ import jinja2
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.config import Config
-from alignvlm_jax.data import pipeline
 from alignvlm_jax.data.schema import Record
+from alignvlm_jax.data.sources import RecordSource
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.eval import figures, gallery, lens, loading, predictions, summary
 from alignvlm_jax.eval.gallery import Example
@@ -156,7 +156,7 @@ def _records(run: Run, examples: Sequence[Example]) -> dict[str, Record]:
     config = run.loaded.config if run.loaded else run.stages[-1]
     for split in {example.split for example in examples}:
         try:
-            source = pipeline.eval_records(config, split)
+            source = RecordSource(config.data.dir, split)
         except UserError:
             continue
         for example in examples:

@@ -47,7 +47,7 @@ class Runner:
         Raises:
           UserError: the split is missing or has no questions, or a question does not fit `data.row_length`.
         """
-        records = pipeline.eval_records(self._config, split)
+        records = sources.RecordSource(self._config.data.dir, split)
         questions = choose_questions(records, self._config.eval.num_questions)
         if not questions:
             raise UserError(f"split {split!r} in {self._config.data.dir} has no questions")

@@ -132,7 +132,6 @@ def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
         "positions": ((batch, length), np.int32),
         "segment_ids": ((batch, length), np.int32),
         "tiles": (tiles, np.uint8),
-        "tile_mask": ((batch, data.max_tiles), np.bool_),
         "patch_label_ids": ((*patches, data.max_patch_labels), np.int32),
         "patch_label_weights": ((*patches, data.max_patch_labels), np.float32),
         "patch_loss_weights": (patches, np.float32),

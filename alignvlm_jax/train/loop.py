@@ -172,7 +172,7 @@ class _StageLoop:
     def run_steps(self, live: TrainState, newest: int, next_row: int) -> None:
         """Trains from step `newest` to the stage's end, where a checkpoint stands in any case."""
         config, saved = self.stage.config, newest
-        batches = pipeline.train_batches(
+        batches = pipeline.TrainBatches(
             config, start_row=next_row, process_index=jax.process_index(), process_count=jax.process_count()
         )
         self.interval = Interval()

@@ -26,7 +26,7 @@ def select(config: Config, batch: Mapping[str, Array], *, measure_patches: bool)
 
     With visual_input "labels" the labels are the input and no pixel is; with pixels, labels serve the patch loss alone.
     """
-    unused = {"tile_mask"}
+    unused: set[str] = set()
     if config.train.visual_input == "labels":
         unused |= {"tiles", "patch_loss_weights"}
     elif not measure_patches:

@@ -36,7 +36,9 @@ def test_prints_the_answer_alone(trained_workdir, page, capsys, monkeypatch):
 
     monkeypatch.setattr(generate.loading, "load", load)
     generate.main([f"--checkpoint={trained_workdir}", f"--image={page}", "--question=Who?"])
-    assert capsys.readouterr().out == "4 2\n"
+    printed = capsys.readouterr()
+    assert printed.out == "4 2\n"
+    assert "16 x 16 pixels, 2 tiles" in printed.err
     assert batches[0]["tokens"].shape == (4, 48)
     # <s>, two tiles of eight patches, <user>, the four letters of the question, <assistant>.
     assert (batches[0]["segment_ids"].sum(1) == 1 + 16 + 1 + 4 + 1).all()

@@ -20,21 +20,21 @@ def assert_equal(a, b):
 
 def test_batches_are_the_stacked_rows_in_order(demo_config):
     rows = pipeline.TrainRows(demo_config, "train")
-    batches = pipeline.train_batches(demo_config)
+    batches = pipeline.TrainBatches(demo_config)
     for start in (0, 8):
         assert_equal(next(batches), pipeline.stack([rows[start + i] for i in range(8)]))
     assert batches.next_row == 16
 
 
 def test_a_stage_ends_after_its_steps(demo_config):
-    assert len(list(pipeline.train_batches(change(demo_config, "train", num_steps=3)))) == 3
+    assert len(list(pipeline.TrainBatches(change(demo_config, "train", num_steps=3)))) == 3
 
 
 def test_resuming_continues_exactly(demo_config):
-    batches = pipeline.train_batches(demo_config)
+    batches = pipeline.TrainBatches(demo_config)
     for _ in range(3):
         next(batches)
-    resumed = pipeline.train_batches(demo_config, start_row=batches.next_row)
+    resumed = pipeline.TrainBatches(demo_config, start_row=batches.next_row)
     for _ in range(2):
         assert_equal(next(resumed), next(batches))
 
@@ -42,17 +42,15 @@ def test_resuming_continues_exactly(demo_config):
 @pytest.mark.parametrize("num_threads, prefetch", [(1, 1), (4, 64)])
 def test_threads_change_nothing(demo_config, num_threads, prefetch):
     other = change(demo_config, "data", num_threads=num_threads, prefetch=prefetch)
-    for a, b in itertools.islice(
-        zip(pipeline.train_batches(demo_config), pipeline.train_batches(other), strict=True), 4
-    ):
+    for a, b in itertools.islice(zip(pipeline.TrainBatches(demo_config), pipeline.TrainBatches(other), strict=True), 4):
         assert_equal(a, b)
 
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_the_global_batch_is_the_same_for_any_number_of_processes(demo_config, count):
-    whole = pipeline.train_batches(demo_config, start_row=8)
+    whole = pipeline.TrainBatches(demo_config, start_row=8)
     parts = [
-        pipeline.train_batches(demo_config, start_row=8, process_index=p, process_count=count) for p in range(count)
+        pipeline.TrainBatches(demo_config, start_row=8, process_index=p, process_count=count) for p in range(count)
     ]
     for _ in range(2):
         local = [next(part) for part in parts]
@@ -69,9 +67,9 @@ def test_an_epoch_visits_every_record_once_and_the_next_in_another_order(demo_co
 
 
 def test_seed_and_stage_change_the_rows(demo_config):
-    first = next(pipeline.train_batches(demo_config))
+    first = next(pipeline.TrainBatches(demo_config))
     for other in (dataclasses.replace(demo_config, seed=1), dataclasses.replace(demo_config, stage="other")):
-        assert not np.array_equal(next(pipeline.train_batches(other))["tokens"], first["tokens"])
+        assert not np.array_equal(next(pipeline.TrainBatches(other))["tokens"], first["tokens"])
 
 
 def test_tasks_are_drawn_by_their_weights(demo_config):
@@ -89,8 +87,8 @@ def test_tasks_are_drawn_by_their_weights(demo_config):
 def test_too_many_rows_without_an_answer_are_an_error(demo_config):
     short = change(demo_config, "data", row_length=68)
     with pytest.raises(UserError, match=r"8 of 8 rows .*max_unsupervised is 0\.01"):
-        next(pipeline.train_batches(short))
-    next(pipeline.train_batches(change(short, "data", max_unsupervised=1.0)))
+        next(pipeline.TrainBatches(short))
+    next(pipeline.TrainBatches(change(short, "data", max_unsupervised=1.0)))
 
 
 def test_validation_is_the_same_at_every_call(demo_config):
@@ -104,9 +102,9 @@ def test_validation_is_the_same_at_every_call(demo_config):
 
 def test_positions_and_processes_that_do_not_divide_are_errors(demo_config):
     with pytest.raises(UserError, match="3 processes"):
-        pipeline.train_batches(demo_config, process_count=3)
+        pipeline.TrainBatches(demo_config, process_count=3)
     with pytest.raises(UserError, match="position 5"):
-        pipeline.train_batches(demo_config, start_row=5)
+        pipeline.TrainBatches(demo_config, start_row=5)
 
 
 def test_the_tokenizer_must_fit_the_model(demo_config):

@@ -73,12 +73,11 @@ def test_only_whole_turns_that_fit_are_kept(demo_config, tokenizer):
 
 
 @pytest.mark.parametrize("size, num_tiles", [((128, 64), 2), ((128, 32), 1)])
-def test_image_slots_tiles_and_mask_agree(demo_config, tokenizer, size, num_tiles):
+def test_image_slots_and_tiles_agree(demo_config, tokenizer, size, num_tiles):
     row = build(page_record(*size), "answer", demo_config, tokenizer)
     slots = num_tiles * demo_config.model.slots_per_tile
     assert (row["tokens"][1 : 1 + slots] == tokenizer.image_id).all()
     assert (row["tokens"] == tokenizer.image_id).sum() == slots
-    assert row["tile_mask"].tolist() == [True] * num_tiles + [False] * (2 - num_tiles)
     assert (row["tiles"][:num_tiles] == 7).all() and not row["tiles"][num_tiles:].any()
     np.testing.assert_allclose(row["patch_label_weights"][:num_tiles].sum(-1), 1, atol=1e-6)
     assert not row["patch_loss_weights"][num_tiles:].any()
@@ -86,7 +85,7 @@ def test_image_slots_tiles_and_mask_agree(demo_config, tokenizer, size, num_tile
 
 def test_several_images_share_the_tiles(demo_config, tokenizer):
     row = build(page_record(128, 32, num_images=2), "transcribe", demo_config, tokenizer)
-    assert row["tile_mask"].all()
+    assert (row["tiles"] == 7).all()
     assert answers(row, tokenizer) == ["ab cd\nef\nab cd\nef"]
     larger = build(page_record(128, 64, num_images=2), "answer", demo_config, tokenizer)
     assert (larger["tiles"][:, :, :64] == 7).all() and (larger["tiles"][:, :, 64:] == 255).all()
@@ -112,8 +111,9 @@ def test_prompt_is_the_beginning_of_the_training_row(demo_config, tokenizer):
     np.testing.assert_array_equal(prompt["tiles"], row["tiles"])
     image = images.decode_image(record.images[0], "x")
     from_image = rows.build_prompt(image, TURNS[0].question, demo_config, tokenizer)
-    for name in ("tokens", "tiles", "tile_mask"):
+    for name in ("tokens", "tiles"):
         np.testing.assert_array_equal(from_image[name], prompt[name])
+    assert not [name for name in prompt if "patch" in name]
 
 
 def test_a_prompt_that_is_too_long_is_a_user_error(demo_config, tokenizer):

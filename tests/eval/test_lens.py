@@ -23,7 +23,7 @@ def with_page(record, width: int, height: int):
 
 
 def test_boxes_cover_the_page_once_and_probabilities_are_those_of_its_tiles(loaded):
-    source = runner.pipeline.eval_records(loaded.config, "seen_fonts")
+    source = runner.sources.RecordSource(loaded.config.data.dir, "seen_fonts")
     # Two tiles that fit; a page that is scaled and leaves a part of its tiles empty.
     records = [source[0], with_page(source[1], 45, 39)]
     looks = lens.look(loaded.model, loaded.params, loaded.mesh, loaded.config, records)

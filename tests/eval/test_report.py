@@ -8,9 +8,10 @@ import shutil
 import pytest
 
 from alignvlm_jax import config as config_lib
+from alignvlm_jax.data.sources import RecordSource
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.eval import loading, predictions, report, scores
-from alignvlm_jax.eval.runner import choose_questions, pipeline
+from alignvlm_jax.eval.runner import choose_questions
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def add_predictions(workdir, trained_workdir, prediction: str) -> None:
     """Every second answer is right, the others are `prediction`; blind answers are all wrong."""
     config = loading.load_config(trained_workdir)
     for split in config.eval.splits:
-        records = pipeline.eval_records(config, split)
+        records = RecordSource(config.data.dir, split)
         for blind in (False, True):
             writer = predictions.Writer(
                 predictions.path_of(workdir, split, blind), {"split": split, "blind": blind, "step": 7}

@@ -48,7 +48,7 @@ def stages(mesh: MeshConfig | None = None, **changes) -> tuple[Config, ...]:
 
 
 class Batches:
-    """Stands in for `pipeline.train_batches`: batch i of a stage is a pure function of the stage and i.
+    """Stands in for `pipeline.TrainBatches`: batch i of a stage is a pure function of the stage and i.
 
     `hook(step, batch)` is called before a batch is handed out, with the step of the run that it is for.
     """
@@ -86,7 +86,7 @@ def train(
     """Runs `loop.train` on random batches; returns what it printed. UserErrors have that in `printed`."""
     console = Console(file=io.StringIO(), soft_wrap=True, width=200)
     with (
-        mock.patch.object(loop.pipeline, "train_batches", batches or Batches()),
+        mock.patch.object(loop.pipeline, "TrainBatches", batches or Batches()),
         mock.patch.object(loop.pipeline, "validation_batches", validation),
         mock.patch.object(step, "compile_train_step", _remembered(_COMPILE_TRAIN)),
         mock.patch.object(step, "compile_eval_step", _remembered(_COMPILE_EVAL)),

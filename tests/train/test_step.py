@@ -125,9 +125,9 @@ def test_four_parts_equal_the_large_batch():
 @pytest.mark.parametrize(
     ("visual_input", "weight", "left_out"),
     [
-        ("labels", 1.0, {"tiles", "tile_mask", "patch_loss_weights"}),
-        ("pixels", 1.0, {"tile_mask"}),
-        ("pixels", 0.0, {"tile_mask", "patch_label_ids", "patch_label_weights", "patch_loss_weights"}),
+        ("labels", 1.0, {"tiles", "patch_loss_weights"}),
+        ("pixels", 1.0, set()),
+        ("pixels", 0.0, {"patch_label_ids", "patch_label_weights", "patch_loss_weights"}),
     ],
 )
 def test_only_the_arrays_that_a_stage_needs_are_sent(visual_input, weight, left_out):
