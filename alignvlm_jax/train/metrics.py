@@ -136,6 +136,7 @@ class Progress:
         self._total = total_steps
         self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
         self._num_updates = 0
+        self._rate = ("", 0.0)
 
     def __enter__(self) -> "Progress":
         if self._live:
@@ -153,17 +154,25 @@ class Progress:
 
     def update(self, step: int, stage: str, values: Mapping[str, float]) -> None:
         """Shows where the run stands: `step` over all stages, and the newest training values."""
-        rate = values["steps_per_second"]
-        left = (self._total - step) / rate if rate else 0.0
+        rate = self._smooth_rate(stage, values["steps_per_second"])
         line = (
             f"{stage}  step {step}/{self._total}  loss {values['loss']:.3f}  "
-            f"token accuracy {values['token_accuracy']:.3f}  {rate:.2f} steps/s  {duration(left)} left"
+            f"token accuracy {values['token_accuracy']:.3f}  {rate:.2f} steps/s  "
+            f"{duration((self._total - step) / rate)} left"
         )
         self._num_updates += 1
         if self._live:
             self._live.update(Text(line, overflow="ellipsis", no_wrap=True))
         elif self._num_updates % PLAIN_EVERY == 0 or step == self._total:
             self.say(line)
+
+    def _smooth_rate(self, stage: str, rate: float) -> float:
+        """Averages seconds a step over some ten updates, anew in every stage, since stages differ in speed."""
+        last_stage, last_rate = self._rate
+        if last_stage == stage:
+            rate = 1 / (0.9 / last_rate + 0.1 / rate)
+        self._rate = stage, rate
+        return rate
 
 
 def duration(seconds: float) -> str:

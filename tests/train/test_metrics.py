@@ -70,6 +70,16 @@ def test_without_a_terminal_the_progress_is_a_plain_line_now_and_then():
     assert lines[0] == "align  step 20/100  loss 1.250  token accuracy 0.500  4.00 steps/s  20 s left"
 
 
+def test_the_time_left_is_smoothed_within_a_stage_and_starts_anew_in_the_next():
+    console = Console(file=io.StringIO(), soft_wrap=True)
+    rates = [4.0] * 9 + [1.0] + [2.0] * 10
+    with metrics.Progress(console, 1020) as progress:
+        for step, rate in enumerate(rates, 1):
+            progress.update(step, "align" if step <= 10 else "read", VALUES | {"steps_per_second": rate})
+    lines = console.file.getvalue().splitlines()
+    assert "3.08 steps/s" in lines[0] and lines[1].endswith("2.00 steps/s  8 min 20 s left")
+
+
 def test_on_a_terminal_the_newest_values_show():
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
     with metrics.Progress(console, 100) as progress:
