@@ -5,13 +5,14 @@
 #   launch/local.sh 2 2 train --config=configs/demo.py --workdir=runs/two --config.mesh.fsdp=2
 #
 # COMMAND is what follows `python -m alignvlm_jax`. The output of process 0 is shown, that of all is kept in
-# ${LOGS:-runs/local}/process-N.log. When one process fails the others are stopped, and its status is returned.
+# ${LOGS:-runs/local}/process-N.log. Ctrl-C and SIGTERM are handed on once, and all processes save together. When one
+# fails the others are stopped, after ${GRACE:-30} seconds for good. Returned is the first status that is not 0.
 set -euo pipefail
 
 dry_run=false
 if [[ "${1:-}" == --dry_run ]]; then dry_run=true; shift; fi
 if [[ $# -lt 3 || ! "$1" =~ ^[1-9][0-9]*$ || ! "$2" =~ ^[1-9][0-9]*$ ]]; then
-    sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 count=$1 devices=$2
@@ -25,30 +26,57 @@ settings=(
     "XLA_FLAGS=--xla_force_host_platform_device_count=$devices"
     "ALIGNVLM_COORDINATOR=127.0.0.1:$port"
     "ALIGNVLM_NUM_PROCESSES=$count"
+    "ALIGNVLM_LAUNCHER=$0 $count $devices"
 )
 
 if $dry_run; then
     for ((i = 0; i < count; i++)); do
-        echo env "${settings[@]}" "ALIGNVLM_PROCESS_ID=$i" "$python" -m alignvlm_jax "$@"
+        echo "env$(printf ' %q' "${settings[@]}")" "ALIGNVLM_PROCESS_ID=$i" "$python" -m alignvlm_jax "$@"
     done
     exit 0
 fi
 
 mkdir -p "$logs"
-pids=()
-# An interrupt reaches every process, so that all of them save together.
-trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
+running=()  # By process id.
+stopping=false
+stop() {
+    stopping=true
+    kill -TERM "${!running[@]}" 2>/dev/null || true
+}
+trap stop HUP INT TERM
+# With job control each process has a group of its own: Ctrl-C of a terminal would reach it beside the signal that we
+# hand on, and the second one kills without saving.
+set -m
 for ((i = 0; i < count; i++)); do
     env "${settings[@]}" "ALIGNVLM_PROCESS_ID=$i" "$python" -m alignvlm_jax "$@" >"$logs/process-$i.log" 2>&1 &
-    pids+=($!)
+    running[$!]=$i
+    if ((i == 0)); then first=$!; fi
 done
-tail --pid="${pids[0]}" -n +1 -f "$logs/process-0.log" &
-status=0
-for ((i = 0; i < count; i++)); do
-    wait -n "${pids[@]}" || { status=$?; kill -TERM "${pids[@]}" 2>/dev/null || true; break; }
+tail --pid="$first" -n +1 -f "$logs/process-0.log" &
+shown=$!
+set +m
+
+status=0 deadline=
+while ((${#running[@]})); do
+    sleep 0.2 || true  # Not `wait -n`: it may miss a process that ended before, and then complains.
+    for pid in "${!running[@]}"; do
+        if kill -0 "$pid" 2>/dev/null; then continue; fi
+        code=0
+        wait "$pid" 2>/dev/null || code=$?
+        unset "running[$pid]"
+        if ((status == 0)); then status=$code; fi
+    done
+    if ((status == 0)); then continue; fi
+    if [[ -z "$deadline" ]]; then
+        if ! $stopping; then kill -TERM "${!running[@]}" 2>/dev/null || true; fi
+        deadline=$((SECONDS + ${GRACE:-30}))
+    elif ((SECONDS >= deadline)); then
+        # What waits in the midst of a step for a process that is gone never comes to look at a signal.
+        kill -KILL "${!running[@]}" 2>/dev/null || true
+    fi
 done
-wait || true
-if [[ $status -ne 0 ]]; then
+wait "$shown" || true
+if ((status)); then
     echo "a process ended with status $status; the last lines of each:" >&2
     tail -n 3 "$logs"/process-*.log >&2
 fi

@@ -1,5 +1,8 @@
+import os
 import pathlib
+import signal
 import subprocess
+import time
 
 import pytest
 
@@ -40,11 +43,44 @@ def test_a_failing_process_ends_the_others_and_its_status_is_returned(tmp_path):
     assert "status 7" in done.stderr and "broken" in done.stderr
 
 
+def test_a_process_that_hears_no_signal_is_killed(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\n[ "$ALIGNVLM_PROCESS_ID" = 1 ] && exit 7\ntrap "" TERM\nfor i in $(seq 100); do sleep 0.1; done\n'
+    )
+    python.chmod(0o755)
+    began = time.monotonic()
+    assert run("2", "1", "train", cwd=tmp_path, PYTHON=str(python), GRACE="1").returncode == 7
+    assert time.monotonic() - began < 8
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_reaches_every_process_once_and_is_waited_for(tmp_path, number):
+    """As a terminal does it: the signal goes to the launcher's whole process group."""
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\ntrap 'echo signal; stop=1' INT TERM\necho ready\nwhile [ -z \"$stop\" ]; do sleep 0.1; done\n"
+        "sleep 0.7\necho saved\nexit 1\n"
+    )
+    python.chmod(0o755)
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(python)}
+    command = [SCRIPT, "2", "1", "train"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as launcher:
+        logs = [tmp_path / f"runs/local/process-{i}.log" for i in range(2)]
+        while not all(log.exists() and log.read_text() for log in logs):
+            time.sleep(0.02)
+        os.killpg(launcher.pid, number)
+        assert launcher.wait(30) == 1
+    assert [log.read_text().split() for log in logs] == [["ready", "signal", "saved"]] * 2
+
+
 def test_every_process_gets_its_own_log_and_all_must_succeed(tmp_path):
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "process $ALIGNVLM_PROCESS_ID runs $*"\n')
     python.chmod(0o755)
     done = run("2", "1", "train", cwd=tmp_path, PYTHON=str(python))
-    assert done.returncode == 0 and "process 0 runs -m alignvlm_jax train" in done.stdout
+    assert done.returncode == 0 and done.stderr == "" and "process 0 runs -m alignvlm_jax train" in done.stdout
     assert "process 1 runs" not in done.stdout
     assert "process 1 runs" in (tmp_path / "runs/local/process-1.log").read_text()
