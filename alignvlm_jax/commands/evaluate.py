@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from alignvlm_jax.config import Config
 from alignvlm_jax.data import sources
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.eval import loading, predictions, runner, summary
@@ -16,19 +17,14 @@ from alignvlm_jax.eval.predictions import Predictions
 
 def main(argv: list[str]) -> None:
     args = _parse(argv)
-    trained = loading.load_config(args.checkpoint, args.data)
-    asked = dataclasses.replace(
-        trained.eval,
-        splits=tuple(args.splits.split(",")) if args.splits else trained.eval.splits,
-        num_questions=args.num_questions or trained.eval.num_questions,
-    )
-    config = dataclasses.replace(trained, eval=asked)
-    for split in asked.splits:
+    config = _asked(loading.load_config(args.checkpoint, args.data), args)
+    for split in config.eval.splits:
         sources.RecordSource(config.data.dir, split)  # A misspelt split should not wait for the model.
-    loaded = loading.load(args.checkpoint, trained)
+    loaded = loading.load(args.checkpoint, config)
+    config = _asked(loaded.config, args)
     asker = runner.Runner(loaded, config)
     try:
-        for split in asked.splits:
+        for split in config.eval.splits:
             for blind in (False, True):
                 asker.evaluate(split, blind)
     except KeyboardInterrupt as err:
@@ -41,10 +37,10 @@ def main(argv: list[str]) -> None:
         for key, result in predictions.read_all(workdir).items()
         if (result.header["train_seconds"], result.header.get("data")) == ours
     }
-    summary.write(workdir, summary.summarize(loaded, trained.eval.splits, results))
+    summary.write(workdir, summary.summarize(loaded, loaded.config.eval.splits, results))
     console = Console(highlight=False)
-    console.print(f"{loaded.path}: connector {trained.model.connector.name}")
-    console.print(_table(asked.splits, results))
+    console.print(f"{loaded.path}: connector {config.model.connector.name}")
+    console.print(_table(config.eval.splits, results))
     console.print(f"Written to {workdir / predictions.DIRECTORY} and {workdir / summary.FILE}", soft_wrap=True)
 
 
@@ -61,6 +57,14 @@ def _positive(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return int(text)
+
+
+def _asked(config: Config, args: argparse.Namespace) -> Config:
+    """`config` with what the flags ask for."""
+    splits = tuple(args.splits.split(",")) if args.splits else config.eval.splits
+    num_questions = args.num_questions or config.eval.num_questions
+    asked = dataclasses.replace(config.eval, splits=splits, num_questions=num_questions)
+    return dataclasses.replace(config, eval=asked)
 
 
 def _table(splits: Sequence[str], results: Mapping[tuple[str, bool], Predictions]) -> Table:

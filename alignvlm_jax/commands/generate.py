@@ -13,8 +13,10 @@ def main(argv: list[str]) -> None:
     # Whatever can be wrong with the input is found before the model is loaded.
     page = images.load_page(args.image, args.page)
     config = loading.load_config(args.checkpoint, args.data)
-    prompt = rows.build_prompt(page, args.question, config, pipeline.load_tokenizer(config))
+    rows.build_prompt(page, args.question, config, pipeline.load_tokenizer(config))
     loaded = loading.load(args.checkpoint, config)
+    config = loaded.config
+    prompt = rows.build_prompt(page, args.question, config, loaded.tokenizer)
     num_tiles = (prompt["tokens"] == config.model.image_token_id).sum() // config.model.slots_per_tile
     print(f"{loaded.path}: {page.width} x {page.height} pixels, {num_tiles} tiles", file=sys.stderr)
     # Every device that rows are spread over needs one.

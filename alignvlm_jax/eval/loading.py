@@ -46,9 +46,7 @@ class Loaded:
 def load_config(path: Path, data_dir: str | None = None) -> Config:
     """Returns the config of the stage that wrote a checkpoint; `data_dir` replaces where it looked for its data."""
     config = checkpoint.load_config(path)
-    return (
-        config if data_dir is None else dataclasses.replace(config, data=dataclasses.replace(config.data, dir=data_dir))
-    )
+    return config if data_dir is None else _with_data_dir(config, data_dir)
 
 
 def load(path: Path, config: Config) -> Loaded:
@@ -56,23 +54,28 @@ def load(path: Path, config: Config) -> Loaded:
 
     Args:
       path: a workdir, whose newest checkpoint is taken, or one checkpoint folder `checkpoints/STEP`.
-      config: of `load_config`.
+      config: of `load_config`, for its mesh and `data.dir`. The rest of `Loaded.config` is that of the checkpoint whose
+        parameters were read: another one, where those of the newest are damaged.
 
     Raises:
       UserError: there is no readable checkpoint, or its tokenizer is missing.
     """
     tokenizer = pipeline.load_tokenizer(config)
     mesh = _mesh(config)
-    _, model, params, step = checkpoint.load_model(path, mesh)
+    trained, model, params, step = checkpoint.load_model(path, mesh)
     path = workdir_of(path) / checkpoint.FOLDER / str(step)
     metadata = checkpoint.read_newest(path, lambda checkpoints, step: checkpoints.metadata(step))
-    return Loaded(path, step, metadata, config, tokenizer, mesh, model, params)
+    return Loaded(path, step, metadata, _with_data_dir(trained, config.data.dir), tokenizer, mesh, model, params)
 
 
 def workdir_of(path: Path) -> Path:
     """Returns the workdir that a workdir or a checkpoint folder of it names."""
     # Not path.parent.parent: of "7", from inside the folder of checkpoints, that would be ".".
     return path if (path / checkpoint.FOLDER).is_dir() else Path(os.path.normpath(path / ".." / ".."))
+
+
+def _with_data_dir(config: Config, data_dir: str) -> Config:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, dir=data_dir))
 
 
 def _mesh(config: Config) -> Mesh:

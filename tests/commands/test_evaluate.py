@@ -71,7 +71,7 @@ def test_a_stop_says_how_to_go_on(trained_workdir, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate.loading, "load", lambda *_: None)
+    monkeypatch.setattr(evaluate.loading, "load", lambda _, config: types.SimpleNamespace(config=config))
     monkeypatch.setattr(evaluate.runner, "Runner", lambda *_: types.SimpleNamespace(evaluate=stop))
     with pytest.raises(UserError, match="the same command goes on"):
         evaluate.main([f"--checkpoint={trained_workdir}"])

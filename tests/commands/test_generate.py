@@ -32,7 +32,8 @@ def test_prints_the_answer_alone(trained_workdir, page, capsys, monkeypatch):
             return np.array([[*tokenizer.encode("4 2"), tokenizer.end_id, tokenizer.pad_id]] * 4, np.int32)
 
         sampler = types.SimpleNamespace(generate=answer)
-        return types.SimpleNamespace(path=path, batch_ways=4, tokenizer=tokenizer, sampler=lambda: sampler)
+        fields = {"path": path, "config": config, "batch_ways": 4, "tokenizer": tokenizer}
+        return types.SimpleNamespace(**fields, sampler=lambda: sampler)
 
     monkeypatch.setattr(generate.loading, "load", load)
     generate.main([f"--checkpoint={trained_workdir}", f"--image={page}", "--question=Who?"])

@@ -1,6 +1,8 @@
 """A checkpoint on devices that are not those it was trained on, and the workdir that a path names."""
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -36,6 +38,23 @@ def test_the_data_folder_can_have_moved(trained_workdir):
     assert dataclasses.replace(config, data=original.data) == original
     with pytest.raises(UserError, match=r"cannot read tokenizer elsewhere/tokenizer\.model"):
         loading.load(trained_workdir, config)
+
+
+def test_the_config_is_that_of_the_parameters(trained_workdir, tmp_path):
+    """The newest checkpoint still tells its config, of longer rows, but its parameters are gone."""
+    older, newer = (tmp_path / "checkpoints" / step for step in ("7", "8"))
+    for folder in (older, newer):
+        shutil.copytree(trained_workdir / "checkpoints" / "7", folder)
+    shutil.rmtree(newer / "state" / "d")
+    metadata = newer / "metadata" / "metadata"
+    fields = json.loads(metadata.read_text())
+    fields["config"][0]["data"]["row_length"] = 64
+    metadata.write_text(json.dumps(fields))
+    config = loading.load_config(tmp_path, str(trained_workdir))
+    assert config.data.row_length == 64
+    loaded = loading.load(tmp_path, config)
+    assert (loaded.step, loaded.config.data.row_length) == (7, 48)
+    assert loaded.config.data.dir == str(trained_workdir)
 
 
 def test_workdir_of_a_workdir_and_of_a_checkpoint(trained_workdir, monkeypatch):
