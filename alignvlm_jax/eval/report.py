@@ -51,7 +51,8 @@ def build(folder: Path, other: Path | None = None, data_dir: str | None = None) 
       data_dir: where the documents are, if no longer where the config says.
 
     Raises:
-      UserError: a folder is no workdir. Anything else that is missing leaves a sentence in the report.
+      UserError: a folder is no workdir, or a file in it is damaged. Anything else that is missing leaves a sentence in
+        the report.
     """
     run = read(folder, data_dir)
     path = folder / FILE
@@ -66,7 +67,7 @@ def read(folder: Path, data_dir: str | None = None, with_model: bool = True) -> 
     config_file = folder / workdir.CONFIG_FILE
     if not config_file.exists():
         raise UserError(f"{folder} is no workdir: it has no {workdir.CONFIG_FILE}")
-    stages = config_lib.from_json(json.loads(config_file.read_text()))
+    stages = config_lib.from_json(_parse(config_file, config_file.read_text()))
     loaded, problem = None, ""
     if with_model:
         try:
@@ -80,7 +81,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Returns the whole lines of a metrics.jsonl, which may still be growing; none where there is no file."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    return [_parse(path, line) for line in path.read_text().split("\n")[:-1]]
+
+
+def _parse(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as err:
+        raise UserError(f"{path} is damaged: it is not JSON ({err})") from err
 
 
 def render(run: Run, other: Run | None = None) -> str:
@@ -261,7 +269,7 @@ def _facts(run: Run) -> dict[str, str]:
     facts["This machine"] = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
     summary_file = run.folder / summary.FILE
     if summary_file.exists():
-        fields = json.loads(summary_file.read_text())
+        fields = _parse(summary_file, summary_file.read_text())
         facts["Evaluation's memory"] = f"{fields['peak_memory_gib']:.2f} GiB at most"
     return facts
 

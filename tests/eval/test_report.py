@@ -72,6 +72,14 @@ def test_what_is_no_workdir_is_refused(tmp_path):
         report.build(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "summary.json"])
+def test_a_damaged_file_is_named(workdir, name):
+    (workdir / name).write_text('{"step": 1,\n')
+    with pytest.raises(UserError, match=rf"{name} is damaged") as error:
+        report.build(workdir)
+    assert "\n" not in str(error.value)
+
+
 def test_a_whole_report(workdir, trained_workdir):
     shutil.copytree(trained_workdir / "checkpoints", workdir / "checkpoints")
     add_metrics(workdir)
