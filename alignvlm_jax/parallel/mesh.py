@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator, Sequence
 
 import jax
-import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh
 
@@ -47,8 +46,8 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
             f"config.mesh: data x fsdp = {ways} does not divide over {jax.process_count()} processes, each of which "
             f"reads its own rows; lower config.mesh.tensor {sizes[2]}"
         )
-    # Linen's logical constraints need Auto axes; jax.make_mesh would give Explicit ones.
-    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    # Lays the axes along a pod's links. Linen's logical constraints need Auto axes; the default is Explicit.
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import UserError, nearest
 
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     # Activations.
@@ -39,9 +39,12 @@ def tree_sharding(boxed: Any, mesh: Mesh) -> Any:
     Leaves without a box are replicated. The result has the structure of the unboxed tree.
 
     Raises:
-      UserError: a sharded dimension does not divide; jax never pads.
+      UserError: a sharded dimension does not divide, jax never pads; or an axis is not in RULES, which linen would
+        replicate without a word.
     """
-    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+    logical = nn.get_partition_spec(boxed)
+    jax.tree_util.tree_map_with_path(_check_names, logical, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    shardings = nn.logical_to_mesh_sharding(logical, mesh, RULES)
     jax.tree_util.tree_map_with_path(_check_divides, unbox(boxed), shardings)
     return shardings
 
@@ -50,6 +53,13 @@ def unbox(boxed: Any) -> Any:
     """Returns the tree without its boxes of logical axes. nn.meta.unbox would also constrain each array to the mesh
     entered, which abstract arrays do not bear."""
     return nn.meta.map_axis_meta(lambda box: box.unbox(apply_constraint=False), boxed)
+
+
+def _check_names(path: tuple, logical: PartitionSpec) -> None:
+    known = [name for name, _ in RULES]
+    for name in logical:
+        if name is not None and name not in known:
+            raise UserError(f"{path_name(path)} has the unknown logical axis {name!r}{nearest(name, known)}")
 
 
 def _check_divides(path: tuple, array: jax.ShapeDtypeStruct, sharding: NamedSharding) -> None:
@@ -81,7 +91,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Returns global arrays made of every process's own rows."""
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    # The one transfer that the training loop's guard means to allow; with several processes jax takes it for implicit.
+    with jax.transfer_guard_host_to_device("allow"):
+        return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
 def table(abstract: Any, shardings: Any) -> str:

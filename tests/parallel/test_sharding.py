@@ -61,6 +61,11 @@ def test_indivisible_dimension_over_two_axes(mesh):
         sharding.tree_sharding({"x": boxed((6,), "act_batch")}, mesh)
 
 
+def test_unknown_logical_axis_names_parameter_and_nearest(mesh):
+    with pytest.raises(UserError, match=r"llm/kernel has the unknown logical axis 'vocabb'; did you mean 'vocab'"):
+        sharding.tree_sharding({"llm": {"kernel": boxed((8, 4), "vocabb", "embed")}}, mesh)
+
+
 def test_put_batch_round_trip(mesh, batch):
     arrays = sharding.put_batch(batch, mesh)
     assert arrays.keys() == batch.keys()
