@@ -2,8 +2,6 @@
 
 import json
 import os
-import resource
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import jax
 
 from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.eval.predictions import Predictions
+from alignvlm_jax.train import metrics
 
 FILE = "summary.json"
 
@@ -39,7 +38,7 @@ def summarize(loaded: Loaded, splits: Sequence[str], results: Mapping[tuple[str,
         "connector": loaded.config.model.connector.name,
         "seed": loaded.config.seed,
         "step": loaded.step,
-        "peak_memory_gib": peak_memory_gib(),
+        "peak_memory_gib": metrics.peak_memory_gib(),
     }
 
 
@@ -48,9 +47,3 @@ def write(workdir: Path, fields: Mapping[str, Any]) -> None:
     beside = workdir / f"{FILE}.tmp"
     beside.write_text(json.dumps(fields, indent=2) + "\n")
     os.replace(beside, workdir / FILE)
-
-
-def peak_memory_gib() -> float:
-    """Returns the most memory that this process has held so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # Bytes there, KiB elsewhere.

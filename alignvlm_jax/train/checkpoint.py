@@ -8,6 +8,7 @@ STEP counts over all stages. A folder appears under its final name only when it 
 import contextlib
 import functools
 import importlib.metadata
+import itertools
 import logging
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from jax.sharding import Mesh
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.config import Config
+from alignvlm_jax.data import sources
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import distributed
@@ -167,8 +169,10 @@ class Checkpoints:
             raise self._broken(step, err) from err
 
     def set_aside(self, step: int) -> Path:
-        """Renames a broken checkpoint to STEP.broken, so that its step can be written again; returns the new path."""
-        broken = self.folder / f"{step}.broken"
+        """Renames a broken checkpoint, so that its step can be written again, to STEP.broken, or to STEP.broken.N where
+        that is taken; returns the new path."""
+        names = (f"{step}.broken{number}" for number in itertools.chain([""], (f".{n}" for n in itertools.count(2))))
+        broken = next(self.folder / name for name in names if not (self.folder / name).exists())
         if distributed.is_main():
             (self.folder / str(step)).rename(broken)
         distributed.barrier(f"set_aside_{step}")
@@ -178,6 +182,8 @@ class Checkpoints:
     def _restore(self, step: int, **items: Any) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise  # That of the machine or a device: the checkpoint may well be whole.
         except Exception as err:
             raise self._broken(step, err) from err
 
@@ -212,6 +218,7 @@ def describe(
         "layout_version": LAYOUT_VERSION,
         "config": config_lib.to_json(stages),
         "stage": stage.stage,
+        "data": sources.fingerprint(stage.data.dir),
         "train_seconds": train_seconds,
         "validation_answer_loss": answer_loss,
         "git": _git_hash(),
@@ -236,7 +243,8 @@ def read_newest(path: Path, read: Callable[["Checkpoints", int], T]) -> T:
                 return read(checkpoints, candidate)
             except BrokenCheckpoint as err:
                 problem = str(err)
-                print(f"{problem}; trying the one before", file=sys.stderr)
+                if candidate != steps[0]:
+                    print(f"{problem}; trying the one before", file=sys.stderr)
     raise UserError(problem)
 
 
@@ -289,8 +297,9 @@ def _first_line(err: Exception) -> str:
 
 @functools.cache
 def _git_hash() -> str:
-    """The commit of the code that runs, or "unknown" outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """The commit of the code that runs, with "-dirty" where it was changed since; "unknown" outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "--no-optional-locks"]
+    command += ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

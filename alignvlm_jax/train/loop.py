@@ -7,7 +7,9 @@ was not take the same path.
 import dataclasses
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,15 +19,15 @@ from rich.console import Console
 from rich.table import Table
 
 from alignvlm_jax.config import Config
-from alignvlm_jax.data import pipeline
+from alignvlm_jax.data import pipeline, sources
 from alignvlm_jax.data.schema import Batch
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import distributed, sharding
 from alignvlm_jax.parallel import mesh as mesh_lib
-from alignvlm_jax.train import checkpoint, optim, state, step, warm_start, workdir
+from alignvlm_jax.train import checkpoint, optim, preflight, state, step, warm_start, workdir
 from alignvlm_jax.train.checkpoint import BrokenCheckpoint, Checkpoints
-from alignvlm_jax.train.metrics import Interval, NullWriter, Progress, Writer
+from alignvlm_jax.train.metrics import Interval, NullWriter, Progress, Writer, peak_memory_gib
 from alignvlm_jax.train.signals import StopSignal
 from alignvlm_jax.train.state import TrainState
 
@@ -57,6 +59,11 @@ class Run:
     began: float
     earlier_seconds: float | None = None
     announced: bool = False
+    broken: tuple[int, BrokenCheckpoint] | None = None
+
+    def newest(self) -> int:
+        """The newest step whose checkpoint is not known to be broken; 0 without one."""
+        return max((step for step in self.checkpoints.steps() if not self.broken or step != self.broken[0]), default=0)
 
     def train_seconds(self) -> float:
         """Seconds of training over stages and resumes: everything that the user waits for."""
@@ -72,6 +79,7 @@ def train(configs: tuple[Config, ...], folder: Path, console: Console) -> None:
         skipped.
     """
     began = time.monotonic()
+    preflight.check(configs)
     stages = lay_out(configs)
     total = stages[-1].end
     keep, ends = max(config.train.keep_checkpoints for config in configs), tuple(stage.end for stage in stages)
@@ -82,13 +90,15 @@ def train(configs: tuple[Config, ...], folder: Path, console: Console) -> None:
         Progress(console, total) as progress,
     ):
         run = Run(configs, total, folder, checkpoints, progress, stop, began)
-        while (newest := checkpoints.latest() or 0) < total:
+        while (newest := run.newest()) < total:
             stage = next(stage for stage in stages if newest < stage.end)
             try:
                 _train_stage(run, stage, newest)
             except BrokenCheckpoint as err:
-                moved = checkpoints.set_aside(newest)
-                progress.say(f"{err}; moved to {moved}, going on from step {checkpoints.latest() or 0}")
+                if run.broken:
+                    # Two in a row are more likely the storage's fault, or ours, than two accidents.
+                    raise UserError(f"{run.broken[1]}, and {err}; move them away to do without them") from err
+                run.broken = newest, err
         progress.say(f"done: {total} steps, {checkpoints.folder / str(total)}")
 
 
@@ -107,6 +117,7 @@ def _train_stage(run: Run, stage: Stage, newest: int) -> None:
         validation = _local_batches(config)
         abstract = state.abstract_state(model, config, tx, mesh)
         live, next_row = _start(run, stage, newest, model, tx, abstract)
+        _set_broken_aside(run, newest)
         _announce(run, stage, newest, mesh, abstract)
         with Writer(run.folder, newest) if distributed.is_main() else NullWriter() as writer:
             train_step = step.compile_train_step(model, config, tx, abstract, mesh)
@@ -120,7 +131,9 @@ def _start(
     """Returns the state to go on from, and the next row of the stage's data."""
     config, checkpoints = stage.config, run.checkpoints
     if run.earlier_seconds is None:
-        run.earlier_seconds = checkpoints.metadata(newest)["train_seconds"] if newest else 0.0
+        metadata = checkpoints.metadata(newest) if newest else {"train_seconds": 0.0}
+        _check_data(run, metadata)
+        run.earlier_seconds = metadata["train_seconds"]
     if newest > stage.begin:
         run.progress.say(f"going on from {checkpoints.folder / str(newest)}")
         return checkpoints.restore(newest, abstract)
@@ -139,6 +152,26 @@ def _start(
     opt_state = state.init_opt_state(tx, config, abstract, params)
     first = jax.device_put(np.asarray(stage.begin, np.int32), abstract.step.sharding)
     return TrainState(first, params, opt_state), 0
+
+
+def _check_data(run: Run, metadata: Mapping[str, Any]) -> None:
+    """The position in the data means nothing in other data."""
+    if "data" not in metadata:  # Without a checkpoint, or with one from before data had fingerprints.
+        return
+    folder = next(config.data.dir for config in run.stages if config.stage == metadata["stage"])
+    here = sources.fingerprint(folder)
+    if metadata["data"] != here:
+        raise UserError(
+            f"{run.folder} was trained on data of fingerprint {metadata['data']}, that of {folder} is {here}; "
+            "take the data that it was trained on, or another --workdir"
+        )
+
+
+def _set_broken_aside(run: Run, newest: int) -> None:
+    """Only once the one before has been read: until then nothing is changed."""
+    if run.broken:
+        (step, err), run.broken = run.broken, None
+        run.progress.say(f"{err}; moved to {run.checkpoints.set_aside(step)}, going on from step {newest}")
 
 
 def _announce(run: Run, stage: Stage, newest: int, mesh: Mesh, abstract: TrainState) -> None:
@@ -183,7 +216,7 @@ class _StageLoop:
                 if now - 1 > saved:
                     self._save(live, now - 1, batches.next_row, None)
                 self.run.checkpoints.wait()
-                raise Stopped(f"stopped at step {now - 1} of {self.run.total}")
+                raise self._stopped(now - 1)
             with jax.transfer_guard("disallow"):
                 batch = step.train_inputs(config, self.interval.next_batch(batches))
                 live, metrics = self.train_step(live, sharding.put_batch(batch, self.mesh))
@@ -195,6 +228,12 @@ class _StageLoop:
                 self._save(live, now, batches.next_row, answer_loss)
                 saved = now
         self.run.checkpoints.wait()
+        # The next stage would compile before it asks.
+        if self.stage.end < self.run.total and self.run.stop.requested():
+            raise self._stopped(self.stage.end)
+
+    def _stopped(self, now: int) -> Stopped:
+        return Stopped(f"stopped at step {now} of {self.run.total}")
 
     def _is_due(self, now: int, every: int) -> bool:
         return (now - self.stage.begin) % every == 0 or now == self.stage.end
@@ -222,6 +261,7 @@ class _StageLoop:
         if self._is_due(now, config.train.log_every):
             line = self.interval.means() | {"learning_rate": values["learning_rate"]}
             line |= {"train_seconds": self.run.train_seconds(), "skipped_steps": skipped}
+            line["peak_memory_gib"] = peak_memory_gib()
             self.interval = Interval()
             self.writer.write(now, config.stage, line)
             self.run.progress.update(now, config.stage, line)

@@ -4,6 +4,8 @@ import contextlib
 import json
 import math
 import os
+import resource
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -74,20 +76,27 @@ class NullWriter:
 
 
 def cut(path: Path, step: int) -> None:
-    """Drops lines beyond `step`, and a last line that a kill left unfinished."""
+    """Drops lines beyond `step`, and a last line that a kill left unfinished; UserError for another damaged line."""
     if not path.exists():
         return
-    lines = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
+    numbered = enumerate(path.read_text(errors="replace").splitlines(keepends=True), start=1)
+    lines = [line for number, line in numbered if _step_of(path, number, line) <= step]
     beside = path.with_suffix(".tmp")
     beside.write_text("".join(lines))
     os.replace(beside, path)
 
 
-def _step_of(line: str) -> float:
+def _step_of(path: Path, number: int, line: str) -> float:
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
-    except ValueError:
-        return math.inf
+        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, TypeError, KeyError) as err:
+        raise UserError(f"{path} is damaged: line {number} is no object with a step; mend it or delete it") from err
+
+
+def peak_memory_gib() -> float:
+    """Returns the most memory that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # Bytes there, KiB elsewhere.
 
 
 class Interval:

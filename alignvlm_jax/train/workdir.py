@@ -1,4 +1,8 @@
-"""A workdir belongs to one config, which it holds as `config.json`."""
+"""A workdir belongs to one config, which it holds as `config.json`.
+
+`FREE` names the fields, and the groups of them, that may differ when a run goes on: they decide where and how fast it
+runs and what is reported, not what is learnt. Data are known by their fingerprint (`train.loop`), not by `data.dir`.
+"""
 
 import contextlib
 import fcntl
@@ -12,9 +16,20 @@ from alignvlm_jax import config as config_lib
 from alignvlm_jax.config import Config
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import distributed
+from alignvlm_jax.train.checkpoint import FOLDER
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = ".lock"
+FREE = (
+    "mesh.",
+    "data.dir",
+    "data.num_threads",
+    "data.prefetch",
+    "train.log_every",
+    "train.keep_checkpoints",
+    "train.checkpoint_every",
+    "eval.",
+)
 MAX_DIFFERENCES = 5
 """Named in the message; the rest is counted."""
 
@@ -23,17 +38,20 @@ MAX_DIFFERENCES = 5
 def claim(workdir: Path, stages: tuple[Config, ...]) -> Iterator[None]:
     """Creates the workdir for `stages`, or checks that it is theirs; while entered, no other process can claim it.
 
+    Without a checkpoint it belongs to nobody yet. `config.json` is that of the newest run.
+
     Raises:
-      UserError: it belongs to another config (the message names the fields with both values), or is in use.
+      UserError: it belongs to another config (the message names the fields with both values), its config.json cannot
+        be read, or it is in use.
       OSError: it cannot be written.
     """
     path = workdir / CONFIG_FILE
     # Through JSON, so that tuples compare with the lists that a file holds.
     ours = json.loads(json.dumps(config_lib.to_json(stages)))
-    if path.exists():
+    if path.exists() and any(step.name.isdigit() for step in (workdir / FOLDER).glob("*")):
         _check_same(path, ours)
     with _lock(workdir) if distributed.is_main() else contextlib.nullcontext():
-        if distributed.is_main() and not path.exists():
+        if distributed.is_main():
             beside = path.with_suffix(".tmp")
             beside.write_text(json.dumps(ours, indent=2) + "\n")
             os.replace(beside, path)
@@ -78,13 +96,20 @@ def differences(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> lis
 
 
 def _check_same(path: Path, ours: list[dict[str, Any]]) -> None:
-    differing = differences(json.loads(path.read_text()), ours)
+    try:
+        differing = differences(*(_without_free(stages) for stages in (json.loads(path.read_text()), ours)))
+    except (ValueError, TypeError, KeyError, AttributeError) as err:
+        raise UserError(f"{path} is damaged ({err}); mend it, or take another --workdir") from err
     if differing:
         shown = ", ".join(
             f"{field} is {there} there and {here} here" for field, there, here in differing[:MAX_DIFFERENCES]
         )
         more = f" and {len(differing) - MAX_DIFFERENCES} more" if len(differing) > MAX_DIFFERENCES else ""
         raise UserError(f"{path.parent} belongs to another config: {shown}{more}; take another --workdir")
+
+
+def _without_free(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in _leaves(stage, "") if not name.startswith(FREE)} for stage in stages]
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:

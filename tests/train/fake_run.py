@@ -88,6 +88,7 @@ def train(
     with (
         mock.patch.object(loop.pipeline, "TrainBatches", batches or Batches()),
         mock.patch.object(loop.pipeline, "validation_batches", validation),
+        mock.patch.object(loop.pipeline, "TrainRows"),
         mock.patch.object(step, "compile_train_step", _remembered(_COMPILE_TRAIN)),
         mock.patch.object(step, "compile_eval_step", _remembered(_COMPILE_EVAL)),
         mock.patch.object(state, "init_params", _init_params),

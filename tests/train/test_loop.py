@@ -18,7 +18,7 @@ from tests.conftest import random_batch
 from tests.train import fake_run
 from tests.train.fake_run import TOTAL, Batches
 
-TIMES = ("steps_per_second", "data_wait_fraction", "train_seconds")
+TIMES = ("steps_per_second", "data_wait_fraction", "train_seconds", "peak_memory_gib")
 
 
 def lines(workdir: Path) -> list[dict]:
@@ -145,6 +145,49 @@ def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(straight, tmp_p
     assert "checkpoints/7 cannot be read" in printed and "7.broken, going on from step 4" in printed
     assert batches.served == [5, 6, 7, 8]
     assert_same_run(workdir, straight)
+
+
+def test_two_broken_checkpoints_in_a_row_are_named_and_nothing_is_changed(straight, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(straight, workdir)
+    for other in (5, 6, 7):
+        shutil.rmtree(workdir / "checkpoints" / str(other), ignore_errors=True)
+    os.rename(workdir / "checkpoints" / "8", workdir / "checkpoints" / "7")
+    for broken in ("4", "7"):
+        shutil.rmtree(workdir / "checkpoints" / broken / "state" / "d")
+    with pytest.raises(UserError, match=r"checkpoints/7 cannot be read [^\n]*checkpoints/4 cannot be read [^\n]*$"):
+        fake_run.train(workdir)
+    assert {"4", "7"} <= set(os.listdir(workdir / "checkpoints"))
+
+
+def test_other_data_are_refused(straight, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    shutil.copytree(straight, workdir)
+    for other in (5, 6, 7, 8):
+        shutil.rmtree(workdir / "checkpoints" / str(other), ignore_errors=True)
+    monkeypatch.setattr(loop.sources, "fingerprint", lambda directory: "other")
+    with pytest.raises(UserError, match=r"was trained on data of fingerprint \w{8}, that of data/demo is other"):
+        fake_run.train(workdir)
+
+
+def test_a_stop_at_the_end_of_a_stage_is_honoured_before_the_next_compiles(straight, tmp_path, monkeypatch):
+    compiled, compile_once = [], fake_run._COMPILE_TRAIN
+    monkeypatch.setattr(fake_run, "_COMPILE_TRAIN", lambda *args: compiled.append(args) or compile_once(*args))
+    with pytest.raises(loop.Stopped, match="stopped at step 4 of 8"):
+        fake_run.train(tmp_path, Batches(fake_run.send(signal.SIGTERM, at=4)))
+    assert len(compiled) <= 1
+
+
+def test_a_fault_in_a_later_stage_is_told_before_the_workdir_is_touched(tmp_path):
+    first, second = fake_run.stages()
+    for change, message in (
+        ({"train": loop.dataclasses.replace(second.train, trainable=("lm/.*",))}, "'lm/.*' matches no parameter"),
+        ({"train": loop.dataclasses.replace(second.train, load=("lm/.*",))}, "config.train.load 'lm/.*' matches no"),
+        ({"mesh": MeshConfig(data=3, fsdp=1, tensor=1)}, "does not fit 8 devices"),
+    ):
+        with pytest.raises(UserError, match=message):
+            fake_run.train(tmp_path / "run", configs=(first, loop.dataclasses.replace(second, **change)))
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_config_is_refused(straight):

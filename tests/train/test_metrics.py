@@ -53,6 +53,16 @@ def read_records(data: bytes):
         data = data[16 + length :]
 
 
+@pytest.mark.parametrize("line", ['{"step": 1', '"text"', '{"loss": 1}', '{"step": null}', "\x00\x00"])
+def test_a_damaged_line_is_named(tmp_path, line):
+    path = tmp_path / metrics.FILE
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    before = path.read_text()
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged: line 2 "):
+        metrics.Writer(tmp_path, 5)
+    assert path.read_text() == before
+
+
 def test_a_file_that_cannot_be_written_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl at step 5: No space left"):  # noqa: SIM117
         with metrics.Writer(tmp_path, 0) as writer:

@@ -12,8 +12,9 @@ STAGES = (tiny_config(stage="align"), tiny_config(stage="read"))
 
 
 def claim(folder, stages) -> None:
+    """Claims a workdir, and leaves a checkpoint in it."""
     with workdir.claim(folder, stages):
-        pass
+        (folder / "checkpoints" / "3").mkdir(parents=True, exist_ok=True)
 
 
 def test_a_workdir_takes_the_same_config_again(tmp_path):
@@ -29,6 +30,37 @@ def test_another_config_is_refused_with_both_values(tmp_path):
     other = dataclasses.replace(STAGES[1], train=dataclasses.replace(STAGES[1].train, num_steps=9))
     with pytest.raises(UserError, match=r"config.stages.read.train.num_steps is 4 there and 9 here; take another"):
         claim(tmp_path, (STAGES[0], other))
+
+
+def test_without_a_checkpoint_it_belongs_to_nobody(tmp_path):
+    with workdir.claim(tmp_path, STAGES):
+        (tmp_path / "checkpoints" / "3.broken").mkdir(parents=True)
+    claim(tmp_path, STAGES[:1])
+    assert config_lib.from_json(json.loads((tmp_path / "config.json").read_text())) == STAGES[:1]
+    with pytest.raises(UserError, match="belongs to another config"):
+        claim(tmp_path, STAGES)
+
+
+def test_what_changes_no_result_may_change(tmp_path):
+    claim(tmp_path, STAGES)
+    stage = STAGES[0]
+    other = dataclasses.replace(
+        stage,
+        mesh=dataclasses.replace(stage.mesh, data=8, fsdp=1, tensor=1),
+        data=dataclasses.replace(stage.data, dir="moved", num_threads=7, prefetch=3),
+        train=dataclasses.replace(stage.train, log_every=3, checkpoint_every=9, keep_checkpoints=5),
+        eval=dataclasses.replace(stage.eval, num_questions=3),
+    )
+    claim(tmp_path, (other, STAGES[1]))
+    assert json.loads((tmp_path / "config.json").read_text())[0]["data"]["dir"] == "moved"
+
+
+@pytest.mark.parametrize("text", ["[{", "5", "[5]", '[{"seed": 1}]'])
+def test_a_damaged_config_is_named(tmp_path, text):
+    claim(tmp_path, STAGES)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json is damaged \("):
+        claim(tmp_path, STAGES)
 
 
 def test_what_differs_in_all_stages_is_named_once(tmp_path):

@@ -1,0 +1,28 @@
+"""What is wrong with any stage of a run, told before a workdir is touched or anything is compiled."""
+
+from alignvlm_jax.config import Config
+from alignvlm_jax.data import pipeline
+from alignvlm_jax.models import connectors, vlm
+from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.train import state
+from alignvlm_jax.train.state import Params
+
+
+def check(stages: tuple[Config, ...]) -> None:
+    """Raises UserError where a stage asks for what is not there: a connector, a mesh for its batch, sizes that divide
+    over it, data and tasks, parameters to train or to load from the stage before."""
+    shapes: dict[tuple, Params] = {}
+    before: Params | None = None
+    for config in stages:
+        connectors.get(config.model.connector.name)
+        mesh = mesh_lib.make_mesh(config)
+        for split in (config.data.split, config.data.validation_split):
+            pipeline.TrainRows(config, split)
+        # Stages mostly share a model, and tracing it takes most of a second.
+        key = config.model, config.mesh
+        if key not in shapes:
+            shapes[key] = state.abstract_params(vlm.VLM(config.model), config, mesh)
+        state.trainable_paths(config, shapes[key])
+        if before is not None:
+            state.match_paths(config.train.load, state.flatten(before), "train.load")
+        before = shapes[key]
