@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import traceback
 
 from alignvlm_jax.errors import UserError, nearest
 
@@ -24,6 +25,8 @@ def main(argv: list[str]) -> int:
     if argv[0] not in COMMANDS:
         print(f"alignvlm_jax: error: unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}", file=sys.stderr)
         return 2
+    if argv[0] != "train" and os.environ.get("ALIGNVLM_NUM_PROCESSES", "1") != "1":
+        return _fail(f"{argv[0]} runs as one process, and ALIGNVLM_NUM_PROCESSES is set: only train joins several")
     try:
         # Imported late: `--help` of a command that needs no jax should not wait for it.
         importlib.import_module(f"alignvlm_jax.commands.{argv[0]}").main(argv[1:])
@@ -42,10 +45,15 @@ def _fail(message: str) -> int:
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
+    try:
+        status = main(sys.argv[1:])
+    except Exception:
+        traceback.print_exc()
+        status = 1
     if status == 1:
         # At an orderly exit threads that still write would be waited for, and libraries' exit hooks that fail for the
-        # same reason as we did would add their tracebacks to our one line.
+        # same reason as we did would add their tracebacks to our one line. Of several processes, one that failed would
+        # wait for the others, and they, in the midst of a step, for it.
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)

@@ -1,4 +1,7 @@
 import errno
+import os
+import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -56,6 +59,34 @@ def test_a_fault_of_ours_is_not_hidden(command):
 def test_an_unknown_command_names_the_nearest_and_is_wrong_usage(capsys):
     assert main_lib.main(["trian"]) == 2
     assert capsys.readouterr().err == "alignvlm_jax: error: unknown command 'trian'; did you mean 'train'?\n"
+
+
+def test_only_train_runs_as_several_processes(command, monkeypatch, capsys):
+    command(lambda argv: None)
+    monkeypatch.setenv("ALIGNVLM_NUM_PROCESSES", "2")
+    assert main_lib.main(["train"]) == 0
+    assert main_lib.main(["evaluate", "--checkpoint=x"]) == 1
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and "evaluate runs as one process" in errors and "only train joins" in errors
+
+
+@pytest.mark.parametrize("error", ["UserError('ours')", "ZeroDivisionError('a fault')"])
+def test_a_failing_process_waits_for_nobody(tmp_path, error):
+    """Exit hooks, such as the barrier of jax.distributed, would wait for processes that wait for this one."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import atexit, runpy, sys, types\n"
+        "from alignvlm_jax.errors import UserError\n"
+        f"def fail(argv): raise {error}\n"
+        "sys.modules['alignvlm_jax.commands.train'] = types.SimpleNamespace(main=fail)\n"
+        "atexit.register(print, 'waited', file=sys.stderr)\n"
+        "sys.argv[1:] = ['train']\n"
+        "runpy.run_module('alignvlm_jax', run_name='__main__')\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert "waited" not in done.stderr and error.split("'")[1] in done.stderr
 
 
 def test_no_command_is_wrong_usage_and_help_is_not(capsys):

@@ -1,7 +1,9 @@
 """`train`: trains the stages of a config, or goes on with them."""
 
 import argparse
+import os
 import shlex
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -31,4 +33,6 @@ def main(argv: list[str]) -> None:
     try:
         loop.train(stages, args.workdir, console)
     except loop.Stopped as err:
-        raise UserError(f"{err}; go on with: python -m alignvlm_jax train {shlex.join(argv)}") from err
+        distributed.leave()
+        launcher = os.environ.get("ALIGNVLM_LAUNCHER") or f"{shlex.quote(sys.executable)} -m alignvlm_jax"
+        raise UserError(f"{err}; go on with: {launcher} {shlex.join(['train', *argv])}") from err

@@ -37,6 +37,11 @@ def initialize() -> None:
         ) from err
 
 
+def leave() -> None:
+    """Waits until every process leaves: process 0, where it ended first, would take the others with it."""
+    jax.distributed.shutdown()
+
+
 def _number(name: str, text: str) -> int:
     if not text.isdecimal():
         raise UserError(f"{name} is {text!r}; it must be a whole number from 0")
