@@ -28,7 +28,7 @@ lint: setup  ## formatter and linter, checking only
 test: lint  ## lint, then the unit tests on an 8-device CPU mesh
 	$(BIN)/pytest -n 2 --dist worksteal
 
-demo: setup  ## draw documents, train the four stages, evaluate, write the report
+demo: setup  ## draw documents, train, evaluate, write the report
 	$(BIN)/python -m alignvlm_jax prepare --format=documents --out=$(DATA)
 	$(BIN)/python -m alignvlm_jax train --config=configs/demo.py --workdir=$(RUN) --config.data.dir=$(DATA) --config.seed=$(SEED)
 	$(BIN)/python -m alignvlm_jax evaluate --checkpoint=$(RUN)
