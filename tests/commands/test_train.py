@@ -20,7 +20,7 @@ def get_config():
     config = config_lib.default_config_dict()
     config.model.vision.update(width=16, mlp_width=16, num_layers=1, num_heads=2)
     config.model.llm.update(width=16, mlp_width=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8)
-    config.train.update(num_steps=40, batch_size=4, log_every=1, validate_every=1000, checkpoint_every=1000)
+    config.train.update(num_steps=200, batch_size=4, log_every=1, validate_every=1000, checkpoint_every=1000)
     config.train.validation_rows = 4
     return config
 """
@@ -71,7 +71,7 @@ def test_sigterm_saves_says_how_to_go_on_and_the_same_command_does(flags, tmp_pa
     assert resumed.stderr == ""
     assert f"going on from {workdir}/checkpoints/{stopped}" in resumed.stdout
     steps = [line["step"] for line in map(json.loads, metrics.read_text().splitlines()) if "loss" in line]
-    assert steps == list(range(1, 41))
+    assert steps == list(range(1, 201))
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,8 @@ def test_a_signal_while_validating_is_honoured_before_the_next_batch(tmp_path, m
     def measure(config, batch):
         if isinstance(batch["tokens"], np.ndarray):  # Not the shapes that are compiled for.
             measured.append(batch)
-            os.kill(os.getpid(), signal.SIGTERM)
+            if len(measured) == 1:  # A second signal would end the tests.
+                os.kill(os.getpid(), signal.SIGTERM)
         return eval_inputs(config, batch)
 
     monkeypatch.setattr(step, "eval_inputs", measure)
