@@ -40,23 +40,23 @@ def get_config(connector: str = "align") -> ml_collections.ConfigDict:
         {
             "stage0_lines": {
                 "data": {**SMALL_PAGES, "row_length": 96},
-                "train": {"num_steps": 1200, **language_model},
+                "train": {"num_steps": 1500, **language_model},
                 "optim": {"learning_rate": 4e-3},
             },
-            "stage0_pages": {"train": {"num_steps": 250, **language_model}},
+            "stage0_pages": {"train": {"num_steps": 400, **language_model}},
             "stage1": {
                 "data": {**SMALL_PAGES, "row_length": 80, "tasks": {"transcribe": 1.0}},
-                "train": {"num_steps": 800, "load": ("llm/.*",)},
+                "train": {"num_steps": 1200, "load": ("llm/.*",)},
                 "optim": {"learning_rate": 4e-3},
             },
             "stage2": {
                 "data": {"row_length": 144, "tasks": {"transcribe": 0.4, "answer": 0.6}},
-                "train": {"num_steps": 850},
+                "train": {"num_steps": 1400},
                 "optim": {"learning_rate": 3e-3},
             },
             "stage3": {
                 "data": {"row_length": 128, "tasks": {"answer": 1.0}},
-                "train": {"num_steps": 350, "trainable": ("connector/.*", "llm/.*")},
+                "train": {"num_steps": 450, "trainable": ("connector/.*", "llm/.*")},
                 "optim": {"learning_rate": 1e-3},
             },
         }
