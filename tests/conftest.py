@@ -14,6 +14,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backen
 import dataclasses
 import functools
 import pathlib
+import signal
 
 import jax
 import numpy as np
@@ -29,6 +30,9 @@ from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.train import checkpoint
 from alignvlm_jax.train import state as train_state
+
+# A shell starts background jobs with SIGINT ignored, which every process below would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def tiny_config(**changes) -> config_lib.Config:

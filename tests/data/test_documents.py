@@ -26,7 +26,10 @@ def test_a_document_depends_on_seed_split_and_index_alone(all_tables, records):
 def test_pages_are_legible(records):
     for split, drawn in records.items():
         heights = {gray(record).shape for record in drawn}
-        assert heights <= ({(64, 128), (32, 128)} if split == "train" else {(64, 128)})
+        # One tile or two; what is evaluated has three lines or more, so never one.
+        small = documents.SPLITS[split].small_share
+        assert heights <= ({(64, 128), (32, 128)} if 0 < small < 1 else {(32, 128) if small else (64, 128)})
+        assert split not in ("seen_fonts", "unseen_fonts", "validation") or heights == {(64, 128)}
         for record in drawn:
             assert len(record.lines[0]) in ((2, 3, 4) if gray(record).shape[0] == 32 else (3, 4))
             assert gray(record).max() == 255 and gray(record).min() < 120

@@ -69,10 +69,13 @@ def test_ctrl_c_reaches_every_process_once_and_is_waited_for(tmp_path, number):
         command, cwd=tmp_path, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as launcher:
         logs = [tmp_path / f"runs/local/process-{i}.log" for i in range(2)]
-        while not all(log.exists() and log.read_text() for log in logs):
-            time.sleep(0.02)
-        os.killpg(launcher.pid, number)
-        assert launcher.wait(30) == 1
+        try:
+            while not all(log.exists() and log.read_text() for log in logs):
+                time.sleep(0.02)
+            os.killpg(launcher.pid, number)
+            assert launcher.wait(30) == 1
+        finally:
+            launcher.kill()
     assert [log.read_text().split() for log in logs] == [["ready", "signal", "saved"]] * 2
 
 
