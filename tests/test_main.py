@@ -40,7 +40,7 @@ def test_arguments_are_handed_on_and_success_is_0(command):
     ("error", "message"),
     [
         (UserError("batch 3 does not divide"), "batch 3 does not divide"),
-        (PermissionError(errno.EACCES, "Permission denied", "/root/run"), "/root/run: Permission denied"),
+        (PermissionError(errno.EACCES, "Permission denied", "runs/mine"), "runs/mine: Permission denied"),
         (OSError(errno.ENOSPC, "No space left on device"), "[Errno 28] No space left on device"),
     ],
 )
