@@ -109,7 +109,10 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What a row is made of. `dir` holds what `prepare` wrote: shards by split and `tokenizer.model`."""
+    """What a row is made of. `dir` holds what `prepare` wrote: shards by split and `tokenizer.model`.
+
+    `num_threads` threads of each process keep `prefetch` of its batches ready.
+    """
 
     dir: str = "data/demo"
     split: str = "train"
@@ -122,7 +125,7 @@ class DataConfig:
     blank_weight: float = 0.2
     max_unsupervised: float = 0.01
     num_threads: int = 2
-    prefetch: int = 32
+    prefetch: int = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

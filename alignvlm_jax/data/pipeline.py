@@ -60,7 +60,8 @@ class TrainBatches(Iterator[Batch]):
         all_rows = TrainRows(config, config.data.split)
         local_rows = _Block(all_rows, start_row, global_size, process_index * local_size, local_size)
         options = grain.ReadOptions(num_threads=config.data.num_threads, prefetch_buffer_size=config.data.prefetch)
-        self._batches = iter(grain.MapDataset.source(local_rows).to_iter_dataset(options).batch(local_size))
+        # Batched before the threads' buffer: whole batches wait in it, and nothing is stacked while a step waits.
+        self._batches = iter(grain.MapDataset.source(local_rows).batch(local_size).to_iter_dataset(options))
         self._global_size = global_size
         self._max_unsupervised = config.data.max_unsupervised
         self._num_rows = self._num_unsupervised = 0

@@ -120,8 +120,7 @@ def _train_stage(run: Run, stage: Stage, newest: int) -> None:
         _set_broken_aside(run, newest)
         _announce(run, stage, newest, mesh, abstract)
         with Writer(run.folder, newest) if distributed.is_main() else NullWriter() as writer:
-            train_step = step.compile_train_step(model, config, tx, abstract, mesh)
-            eval_step = step.compile_eval_step(model, config, abstract, mesh)
+            train_step, eval_step = step.compile_steps(model, config, tx, abstract, mesh)
             _StageLoop(run, stage, mesh, writer, train_step, eval_step, validation).run_steps(live, newest, next_row)
 
 

@@ -1,6 +1,7 @@
 """One training step and one validation step: pure functions, compiled once for the shapes of a stage."""
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -96,33 +97,19 @@ def make_eval_step(model: vlm.VLM, config: Config) -> EvalStep:
     return eval_step
 
 
-def compile_train_step(
+def compile_steps(
     model: vlm.VLM, config: Config, tx: optax.GradientTransformation, abstract: TrainState, mesh: Mesh
-) -> TrainStep:
-    """Compiles the training step ahead of time; its first argument is donated.
+) -> tuple[TrainStep, EvalStep]:
+    """Compiles both steps ahead of time, side by side; the training step's first argument is donated.
 
-    What comes back cannot be traced again: a batch or state of other shapes or dtypes is an error, not a slow step.
+    What comes back cannot be traced again: a batch or state of other shapes or dtypes is an error, not a slow step. The
+    validation step takes `eval_rows` rows.
     """
-    batch = _abstract_batch(train_inputs(config, vlm.abstract_batch(config)), config.train.batch_size, mesh)
-    shardings = state.shardings_of(abstract)
-    step = jax.jit(
-        make_train_step(model, config, tx),
-        in_shardings=(shardings, sharding.batch_sharding(mesh)),
-        out_shardings=(shardings, sharding.replicated(mesh)),
-        donate_argnums=0,
-    )
-    return step.lower(abstract, batch).compile()
-
-
-def compile_eval_step(model: vlm.VLM, config: Config, abstract: TrainState, mesh: Mesh) -> EvalStep:
-    """Compiles the validation step ahead of time for batches of `eval_rows` rows."""
-    batch = _abstract_batch(eval_inputs(config, vlm.abstract_batch(config)), eval_rows(config), mesh)
-    step = jax.jit(
-        make_eval_step(model, config),
-        in_shardings=(state.shardings_of(abstract.params), sharding.batch_sharding(mesh)),
-        out_shardings=sharding.replicated(mesh),
-    )
-    return step.lower(abstract.params, batch).compile()
+    lowered = _lower_train_step(model, config, tx, abstract, mesh), _lower_eval_step(model, config, abstract, mesh)
+    # Tracing needs the mesh, which is this thread's; XLA's work, most of the time, does not.
+    with ThreadPoolExecutor(len(lowered)) as pool:
+        train_step, eval_step = pool.map(jax.stages.Lowered.compile, lowered)
+    return train_step, eval_step
 
 
 def eval_rows(config: Config) -> int:
@@ -179,6 +166,30 @@ def _split_rows(batch: Mapping[str, Array], num_parts: int) -> dict[str, Array]:
         return nn.with_logical_constraint(x, (None, "act_batch", *(None,) * (x.ndim - 2)))
 
     return {name: split(x) for name, x in batch.items()}
+
+
+def _lower_train_step(
+    model: vlm.VLM, config: Config, tx: optax.GradientTransformation, abstract: TrainState, mesh: Mesh
+) -> jax.stages.Lowered:
+    batch = _abstract_batch(train_inputs(config, vlm.abstract_batch(config)), config.train.batch_size, mesh)
+    shardings = state.shardings_of(abstract)
+    step = jax.jit(
+        make_train_step(model, config, tx),
+        in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+    return step.lower(abstract, batch)
+
+
+def _lower_eval_step(model: vlm.VLM, config: Config, abstract: TrainState, mesh: Mesh) -> jax.stages.Lowered:
+    batch = _abstract_batch(eval_inputs(config, vlm.abstract_batch(config)), eval_rows(config), mesh)
+    step = jax.jit(
+        make_eval_step(model, config),
+        in_shardings=(state.shardings_of(abstract.params), sharding.batch_sharding(mesh)),
+        out_shardings=sharding.replicated(mesh),
+    )
+    return step.lower(abstract.params, batch)
 
 
 def _abstract_batch(

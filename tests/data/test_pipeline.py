@@ -39,7 +39,7 @@ def test_resuming_continues_exactly(demo_config):
         assert_equal(next(resumed), next(batches))
 
 
-@pytest.mark.parametrize("num_threads, prefetch", [(1, 1), (4, 64)])
+@pytest.mark.parametrize("num_threads, prefetch", [(1, 1), (4, 8)])
 def test_threads_change_nothing(demo_config, num_threads, prefetch):
     other = change(demo_config, "data", num_threads=num_threads, prefetch=prefetch)
     for a, b in itertools.islice(zip(pipeline.TrainBatches(demo_config), pipeline.TrainBatches(other), strict=True), 4):

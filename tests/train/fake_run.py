@@ -89,8 +89,7 @@ def train(
         mock.patch.object(loop.pipeline, "TrainBatches", batches or Batches()),
         mock.patch.object(loop.pipeline, "validation_batches", validation),
         mock.patch.object(loop.pipeline, "TrainRows"),
-        mock.patch.object(step, "compile_train_step", _remembered(_COMPILE_TRAIN)),
-        mock.patch.object(step, "compile_eval_step", _remembered(_COMPILE_EVAL)),
+        mock.patch.object(step, "compile_steps", _compile_steps),
         mock.patch.object(state, "init_params", _init_params),
     ):
         try:
@@ -108,19 +107,16 @@ def stored(workdir: Path, step: int = TOTAL) -> dict[str, np.ndarray]:
 
 
 # Runs of one process share what they compile, and the first draw of parameters: nearly all that such a run costs.
-_COMPILE_TRAIN, _COMPILE_EVAL, _INIT_PARAMS = step.compile_train_step, step.compile_eval_step, state.init_params
-_COMPILED: dict[tuple, Callable] = {}
+_COMPILE_STEPS, _INIT_PARAMS = step.compile_steps, state.init_params
+_COMPILED: dict[str, tuple] = {}
 _DRAWN: dict[tuple, dict] = {}
 
 
-def _remembered(compile_step: Callable) -> Callable:
-    def compile_once(model, config: Config, *args) -> Callable:
-        key = (compile_step, repr(config))
-        if key not in _COMPILED:
-            _COMPILED[key] = compile_step(model, config, *args)
-        return _COMPILED[key]
-
-    return compile_once
+def _compile_steps(model, config: Config, *args) -> tuple:
+    key = repr(config)
+    if key not in _COMPILED:
+        _COMPILED[key] = _COMPILE_STEPS(model, config, *args)
+    return _COMPILED[key]
 
 
 def _init_params(model, config: Config, abstract, paths: set[str], rng) -> dict:

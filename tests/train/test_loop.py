@@ -172,8 +172,8 @@ def test_other_data_are_refused(straight, tmp_path, monkeypatch):
 
 
 def test_a_stop_at_the_end_of_a_stage_is_honoured_before_the_next_compiles(straight, tmp_path, monkeypatch):
-    compiled, compile_once = [], fake_run._COMPILE_TRAIN
-    monkeypatch.setattr(fake_run, "_COMPILE_TRAIN", lambda *args: compiled.append(args) or compile_once(*args))
+    compiled, compile_once = [], fake_run._COMPILE_STEPS
+    monkeypatch.setattr(fake_run, "_COMPILE_STEPS", lambda *args: compiled.append(args) or compile_once(*args))
     with pytest.raises(loop.Stopped, match="stopped at step 4 of 8"):
         fake_run.train(tmp_path, Batches(fake_run.send(signal.SIGTERM, at=4)))
     assert len(compiled) <= 1

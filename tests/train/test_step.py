@@ -24,7 +24,7 @@ def make(tx=None, **train_changes):
     tx = tx or optim.make_optimizer(config)
     with mesh_lib.use(mesh):
         abstract = state.abstract_state(model, config, tx, mesh)
-        compiled = step.compile_train_step(model, config, tx, abstract, mesh)
+        compiled, _ = step.compile_steps(model, config, tx, abstract, mesh)
         drawn = random_params(model, random_batch(config))
         put = lambda x, like: jax.device_put(x, like.sharding)  # noqa: E731
 
