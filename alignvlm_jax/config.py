@@ -19,9 +19,10 @@ from alignvlm_jax.errors import UserError, nearest
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """The SigLIP encoder. Sizes in pixels; the pixels of a tile are encoded independently of other tiles.
+    """The SigLIP encoder, or one of its shape. Sizes in pixels; each tile is encoded independently of the others.
 
-    Pixels of 0..1 are normalised by `pixel_mean` and `pixel_std`; the defaults are those of SigLIP's own weights.
+    Pixels of 0..1 are normalised by `pixel_mean` and `pixel_std` of red, green and blue; the defaults are those of
+    SigLIP's own weights, as is "tanh", the approximation of GELU ("exact": DINOv2's).
     """
 
     tile_height: int = 32
@@ -33,8 +34,9 @@ class VisionConfig:
     num_layers: int = 3
     num_heads: int = 4
     norm_eps: float = 1e-6
-    pixel_mean: float = 0.5
-    pixel_std: float = 0.5
+    gelu: str = "tanh"
+    pixel_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    pixel_std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     @property
     def patch_grid(self) -> tuple[int, int]:
@@ -201,6 +203,7 @@ class Config:
 
 
 CHOICES = {
+    "model.vision.gelu": ("tanh", "exact"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "full", "dots"),
     "model.connector.w2_init": ("lm_head", "random"),
@@ -244,7 +247,6 @@ AT_LEAST: dict[str, int] = {
 }
 ABOVE = {
     "model.vision.norm_eps": 0,
-    "model.vision.pixel_std": 0,
     "model.llm.norm_eps": 0,
     "model.llm.rope_theta": 0,
     "model.llm.rope_scaling.factor": 0,
@@ -310,6 +312,16 @@ def check(config: Config) -> Config:
     _check_divides("model.vision.width", vision.width, "num_heads", vision.num_heads)
     _check_divides("model.llm.num_heads", llm.num_heads, "num_kv_heads", llm.num_kv_heads)
     _check_divides("train.batch_size", train.batch_size, "accumulation", train.accumulation)
+    for name in ("pixel_mean", "pixel_std"):
+        values = getattr(vision, name)
+        if len(values) != 3 or (name == "pixel_std" and min(values) <= 0):
+            above = " above 0" if name == "pixel_std" else ""
+            raise UserError(f"config.model.vision.{name} is {values}; it must be three numbers{above}")
+    if llm.rope_scaling.low_freq_factor >= llm.rope_scaling.high_freq_factor:
+        raise UserError(
+            f"config.model.llm.rope_scaling.low_freq_factor {llm.rope_scaling.low_freq_factor} must be below "
+            f"high_freq_factor {llm.rope_scaling.high_freq_factor}"
+        )
     if llm.head_dim % 2:
         raise UserError(f"config.model.llm.head_dim is {llm.head_dim}; rotary embedding needs an even number")
     slots = data.max_tiles * config.model.slots_per_tile

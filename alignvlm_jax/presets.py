@@ -13,8 +13,8 @@ VISION = {
         num_layers=3,
         num_heads=4,
         # Of the demonstration's pages: white with thin strokes is learnt from faster when normalised by its own.
-        pixel_mean=0.94,
-        pixel_std=0.19,
+        pixel_mean=(0.94, 0.94, 0.94),
+        pixel_std=(0.19, 0.19, 0.19),
     ),
 }
 

@@ -14,6 +14,7 @@ LEVELS = (
     ("presets",),
     ("parallel", "ops", "data"),
     ("models",),
+    ("weights",),
     ("train",),
     ("infer",),
     ("eval",),

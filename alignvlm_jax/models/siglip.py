@@ -36,7 +36,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers with the tanh approximation of GELU."""
+    """Two layers with GELU, exact or by its tanh approximation."""
 
     config: VisionConfig
     dtype: jnp.dtype
@@ -47,7 +47,7 @@ class MLP(nn.Module):
         up = Einsum("BPE,EF->BPF", (c.width, c.mlp_width), ("vis_embed", "vis_mlp"), True, self.dtype, name="up")
         down = Einsum("BPF,FE->BPE", (c.mlp_width, c.width), ("vis_mlp", "vis_embed"), True, self.dtype, name="down")
         hidden_BPF = nn.with_logical_constraint(up(x_BPE), ("act_batch", "act_len", "act_mlp"))
-        return down(nn.gelu(hidden_BPF, approximate=True))
+        return down(nn.gelu(hidden_BPF, approximate=c.gelu == "tanh"))
 
 
 class Block(nn.Module):
@@ -85,7 +85,8 @@ class Siglip(nn.Module):
         c = self.config
         rows, columns = c.patch_grid
         # In float32: the difference to a mean near white would lose most of bfloat16's bits.
-        pixels = (tiles.astype(jnp.float32) / 255 - c.pixel_mean) / c.pixel_std
+        mean, std = jnp.array(c.pixel_mean, jnp.float32), jnp.array(c.pixel_std, jnp.float32)
+        pixels = (tiles.astype(jnp.float32) / 255 - mean) / std
         # A convolution whose stride is its kernel is a matrix product over patches.
         patches = pixels.reshape(-1, rows, c.patch_height, columns, c.patch_width, tiles.shape[-1])
         patches = patches.swapaxes(2, 3).reshape(-1, c.num_patches, c.patch_height, c.patch_width, tiles.shape[-1])

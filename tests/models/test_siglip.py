@@ -1,5 +1,6 @@
 """The vision encoder against an implementation of its own in NumPy float64, and tiles that do not see each other."""
 
+import dataclasses
 import math
 
 import jax
@@ -24,8 +25,8 @@ CONFIG = VisionConfig(
     num_layers=2,
     num_heads=2,
     norm_eps=0.05,
-    pixel_mean=0.94,
-    pixel_std=0.19,
+    pixel_mean=(0.94, 0.9, 0.81),
+    pixel_std=(0.19, 0.3, 0.25),
 )
 SIGLIP = Siglip(CONFIG, jnp.dtype("float32"), "none")
 PIXELS = np.random.default_rng(0).integers(0, 256, (TILES, 8, 9, 3), dtype=np.uint8)
@@ -36,7 +37,7 @@ def params():
     return random_params(SIGLIP, PIXELS)
 
 
-def reference(params: dict, pixels: np.ndarray) -> np.ndarray:
+def reference(params: dict, pixels: np.ndarray, config: VisionConfig = CONFIG) -> np.ndarray:
     """One tile, patch by patch and head by head, in float64."""
     params = jax.tree.map(np.float64, params)
 
@@ -55,7 +56,10 @@ def reference(params: dict, pixels: np.ndarray) -> np.ndarray:
 
     def mlp(x, weights):
         up = x @ weights["up"]["kernel"] + weights["up"]["bias"]
-        gelu = 0.5 * up * (1 + np.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
+        if config.gelu == "exact":
+            gelu = 0.5 * up * (1 + np.vectorize(math.erf)(up / math.sqrt(2)))
+        else:
+            gelu = 0.5 * up * (1 + np.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
         return gelu @ weights["down"]["kernel"] + weights["down"]["bias"]
 
     kernel, bias = params["patch_embed"]["kernel"], params["patch_embed"]["bias"]
@@ -73,10 +77,13 @@ def reference(params: dict, pixels: np.ndarray) -> np.ndarray:
     return norm(x, params["final_norm"])
 
 
-def test_equals_float64_reference(mesh, params):
-    features = jax.jit(lambda params, pixels: SIGLIP.apply({"params": params}, pixels))(params, PIXELS)
+@pytest.mark.parametrize("gelu", ["tanh", "exact"])
+def test_equals_float64_reference(mesh, params, gelu):
+    config = dataclasses.replace(CONFIG, gelu=gelu)
+    siglip = Siglip(config, jnp.dtype("float32"), "none")
+    features = jax.jit(lambda params, pixels: siglip.apply({"params": params}, pixels))(params, PIXELS)
     assert features.shape == (TILES, CONFIG.num_patches, CONFIG.width) and features.dtype == jnp.float32
-    expected = np.stack([reference(params, pixels) for pixels in PIXELS])
+    expected = np.stack([reference(params, pixels, config) for pixels in PIXELS])
     np.testing.assert_allclose(features, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
@@ -114,9 +121,9 @@ def test_near_white_stays_distinct_under_bfloat16(params):
         return read[0].astype(jnp.bfloat16).astype(jnp.float32)
 
     grey = np.arange(256, dtype=np.uint8)
-    pixels = np.resize(grey, PIXELS.shape)
+    pixels = np.resize(np.repeat(grey, 3), PIXELS.shape)
     normalised = np.unique(np.asarray(patches(pixels)))
-    expected = (grey / 255 - CONFIG.pixel_mean) / CONFIG.pixel_std
+    expected = ((grey[:, None] / 255 - CONFIG.pixel_mean) / CONFIG.pixel_std).ravel()
     near_white = expected[np.abs(expected) < 0.2]
     assert len(near_white) > 10
     for value in near_white:
