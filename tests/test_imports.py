@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "alignvlm_jax"
 # A part may import from itself and from what stands in a line above its own.
 LEVELS = (
     ("errors", "shapes"),
-    ("config",),
+    ("config", "files"),
     ("presets",),
     ("parallel", "ops", "data"),
     ("models",),

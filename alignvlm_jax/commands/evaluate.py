@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from alignvlm_jax.commands.arguments import positive
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import sources
 from alignvlm_jax.errors import UserError
@@ -48,15 +49,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m alignvlm_jax evaluate", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="workdir, or one of its checkpoints/STEP")
     parser.add_argument("--splits", help="separated by commas; default: those of the config")
-    parser.add_argument("--num_questions", type=_positive, help="questions a split; default: that of the config")
+    parser.add_argument("--num_questions", type=positive, help="questions a split; default: that of the config")
     parser.add_argument("--data", help="folder that `prepare` wrote; default: the one trained on")
     return parser.parse_args(argv)
-
-
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return int(text)
 
 
 def _asked(config: Config, args: argparse.Namespace) -> Config:

@@ -57,13 +57,16 @@ def build_row(record: Record, task: str, rng: np.random.Generator, config: Confi
     return text | {"tiles": _tiles(pages, config)} | _label_arrays(record, pages, config, tokenizer)
 
 
-def build_prompt(page: Record | Image.Image, question: str, config: Config, tokenizer: Tokenizer) -> Row:
-    """Builds the row of a question to be answered: it ends with `<assistant>`, and has no loss and no patch labels.
+def build_prompt(page: Record | Image.Image | None, question: str, config: Config, tokenizer: Tokenizer) -> Row:
+    """Builds the row of a question to be answered: it ends where the answer begins, and has no loss and no patch
+    labels. Without a page it has no tiles either.
 
     Raises:
       UserError: the prompt is longer than `data.row_length`.
     """
-    if isinstance(page, Image.Image):
+    if page is None:
+        pages = []
+    elif isinstance(page, Image.Image):
         pages = [
             images.tile_image(page.convert("RGB"), config.model.vision, config.data.max_tiles, config.data.use_overview)
         ]
@@ -76,7 +79,19 @@ def build_prompt(page: Record | Image.Image, question: str, config: Config, toke
             f"the prompt has {len(tokens)} tokens ({num_slots} of the image) and config.data.row_length is "
             f"{config.data.row_length}; shorten the question by {len(tokens) - config.data.row_length} tokens"
         )
-    return _text_arrays(tokens, np.zeros(len(tokens), bool), config, tokenizer) | {"tiles": _tiles(pages, config)}
+    row = _text_arrays(tokens, np.zeros(len(tokens), bool), config, tokenizer)
+    return row | {"tiles": _tiles(pages, config)} if pages else row
+
+
+def trim_prompt(row: Row, config: Config, multiple: int = 64) -> Row:
+    """Returns a prompt without the tile slots that it does not use and without its padding beyond a `multiple`: with
+    room for nine tiles, one should not cost nine."""
+    length = -(-int(row["segment_ids"].sum()) // multiple) * multiple
+    trimmed = {name: array if name == "tiles" else array[:length] for name, array in row.items()}
+    if "tiles" in row:
+        num_tiles = (row["tokens"] == config.model.image_token_id).sum() // config.model.slots_per_tile
+        trimmed["tiles"] = row["tiles"][:num_tiles]
+    return trimmed
 
 
 def _tile_pages(record: Record, config: Config) -> list[Tiles]:

@@ -35,10 +35,12 @@ class Sampler:
         """Returns int32 [B, max_new_tokens]: each row's answer up to and with the end token, then padding.
 
         Args:
-          batch: one prompt a row, as `data.rows.build_prompt` makes it; this process's rows of the global batch.
+          batch: one prompt a row, as `data.rows.build_prompt` makes it; this process's rows of the global batch. A
+            batch without "tiles" has no image slots.
           max_new_tokens: static; another value or batch shape compiles anew.
         """
-        prompts = sharding.put_batch({name: batch[name] for name in PROMPT_FIELDS}, self._mesh)
+        prompts = {name: batch[name] for name in PROMPT_FIELDS if name in batch}
+        prompts = sharding.put_batch(prompts, self._mesh)
         with mesh_lib.use(self._mesh):
             return np.asarray(self._generate(self._params, prompts, num_new=max_new_tokens))
 

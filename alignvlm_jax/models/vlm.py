@@ -68,7 +68,7 @@ class VLM(nn.Module):
         return probabilities_NV.reshape(*features.shape[:-1], -1)
 
     def prefill(self, batch: Mapping[str, Array], num_new: int) -> tuple[Float[Array, "B V"], Cache]:
-        """Reads one prompt a row (segment 1, then padding) from pixels.
+        """Reads one prompt a row (segment 1, then padding) from pixels; from text alone without "tiles" in the batch.
 
         Returns:
           The logits of each row's first new token, and a cache with room for `num_new` tokens after the T slots of
@@ -77,8 +77,11 @@ class VLM(nn.Module):
         segment_ids = batch["segment_ids"]
         size, length = segment_ids.shape
         mask = jnp.pad(causal_mask(segment_ids), ((0, 0), (0, 0), (0, num_new)))
-        visual_BND, _ = self._visual_tokens(batch, "pixels")
-        x_BTD = self._merge(batch["tokens"], visual_BND)
+        if "tiles" in batch:
+            visual_BND, _ = self._visual_tokens(batch, "pixels")
+            x_BTD = self._merge(batch["tokens"], visual_BND)
+        else:
+            x_BTD = self.llm.embed(batch["tokens"])
         cache = self.llm.empty_cache(size, length + num_new)
         hidden_BTD, cache = self.llm(x_BTD, batch["positions"], mask, cache)
         last_B = (segment_ids > 0).sum(-1) - 1
@@ -156,12 +159,16 @@ def has_head_copy(config: ModelConfig) -> bool:
 
 
 def copy_head(params: dict[str, Any]) -> dict[str, Any]:
-    """Returns params with ALIGN's W2 [D, V] set to the LM head: its own kernel, or the tied table transposed."""
-    llm, connector = params["llm"], params["connector"]
-    head = nn.meta.unbox(llm["head"]["kernel"]) if "head" in llm else nn.meta.unbox(llm["embed"]["table"]).T
-    old = connector["w2"]["kernel"]
+    """Returns params with ALIGN's W2 [D, V] set to a copy of the LM head."""
+    head, old = lm_head(params["llm"]), params["connector"]["w2"]["kernel"]
     if nn.meta.unbox(old).shape != head.shape:
         raise UserError(f"W2 is {nn.meta.unbox(old).shape} but the LM head is {head.shape}: they must be equal")
-    # A copy, not a second name for the same buffer: donating one must not take the other away.
-    new = nn.meta.replace_boxed({"w2": old}, {"w2": jnp.copy(head)})["w2"]
-    return {**params, "connector": {**connector, "w2": {"kernel": new}}}
+    new = nn.meta.replace_boxed({"w2": old}, {"w2": head})["w2"]
+    return {**params, "connector": {**params["connector"], "w2": {"kernel": new}}}
+
+
+def lm_head(llm: dict[str, Any]) -> Float[Array, "D V"]:
+    """Returns a copy of the head of the LLM's parameters: its own kernel, or the tied table transposed."""
+    head = nn.meta.unbox(llm["head"]["kernel"]) if "head" in llm else nn.meta.unbox(llm["embed"]["table"]).T
+    # Not a second name for the same buffer: donating one must not take the other away.
+    return jnp.copy(head)

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from flax import linen as nn
@@ -46,8 +46,33 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
             f"config.mesh: data x fsdp = {ways} does not divide over {jax.process_count()} processes, each of which "
             f"reads its own rows; lower config.mesh.tensor {sizes[2]}"
         )
+    return _mesh(sizes, devices)
+
+
+def _mesh(sizes: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
     # Lays the axes along a pod's links. Linen's logical constraints need Auto axes; the default is Explicit.
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def single_device() -> Mesh:
+    """Returns a mesh of one device of this process."""
+    return _mesh((1, 1, 1), jax.local_devices()[:1])
+
+
+def widest(fits: Callable[[Mesh], object]) -> Mesh:
+    """Returns the mesh of as many devices as possible, all along fsdp, on which `fits` raises no UserError.
+
+    Raises:
+      UserError: that of a single device.
+    """
+    for count in range(jax.device_count(), 1, -1):
+        mesh = _mesh((1, count, 1), jax.devices()[:count])
+        with contextlib.suppress(UserError):
+            fits(mesh)
+            return mesh
+    mesh = single_device()
+    fits(mesh)
+    return mesh
 
 
 @contextlib.contextmanager

@@ -160,11 +160,19 @@ class Checkpoints:
             )
         return metadata
 
-    def param_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
-        """Returns the shape of every stored parameter by path."""
+    def config(self, step: int) -> Config:
+        """Returns the config of the stage that wrote a checkpoint."""
+        metadata = self.metadata(step)
+        stages = config_lib.from_json(metadata["config"])
+        return next(stage for stage in stages if stage.stage == metadata["stage"])
+
+    def stored_params(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shape and dtype of every stored parameter by path."""
         try:
             tree = self._manager.item_metadata(step).state.tree
-            return {path: tuple(x.shape) for path, x in state.flatten(tree["params"]).items()}
+            return {
+                path: jax.ShapeDtypeStruct(tuple(x.shape), x.dtype) for path, x in state.flatten(tree["params"]).items()
+            }
         except Exception as err:
             raise self._broken(step, err) from err
 
@@ -250,7 +258,7 @@ def read_newest(path: Path, read: Callable[["Checkpoints", int], T]) -> T:
 
 def load_config(path: Path) -> Config:
     """Returns the stage that wrote the newest checkpoint of a workdir, or the one checkpoint `path`."""
-    return read_newest(path, lambda checkpoints, step: _stage_config(checkpoints.metadata(step)))
+    return read_newest(path, lambda checkpoints, step: checkpoints.config(step))
 
 
 def load_model(path: Path, mesh: Mesh) -> tuple[Config, vlm.VLM, Params, int]:
@@ -268,17 +276,12 @@ def load_model(path: Path, mesh: Mesh) -> tuple[Config, vlm.VLM, Params, int]:
     """
 
     def read(checkpoints: Checkpoints, step: int) -> tuple[Config, vlm.VLM, Params, int]:
-        config = _stage_config(checkpoints.metadata(step))
+        config = checkpoints.config(step)
         model = vlm.VLM(config.model)
         abstract = state.abstract_params(model, config, mesh)
         return config, model, checkpoints.restore_params(step, abstract), step
 
     return read_newest(path, read)
-
-
-def _stage_config(metadata: Mapping[str, Any]) -> Config:
-    stages = config_lib.from_json(metadata["config"])
-    return next(stage for stage in stages if stage.stage == metadata["stage"])
 
 
 def _pytree_restore(abstract: Any, *, partial: bool = False) -> ocp.args.PyTreeRestore:

@@ -1,7 +1,5 @@
 """The parameters that a stage starts with: loaded from a checkpoint where it has them, drawn anew elsewhere."""
 
-from collections.abc import Iterable
-
 import jax
 import numpy as np
 from rich.table import Table
@@ -29,7 +27,7 @@ def start_params(
       BrokenCheckpoint: the checkpoint cannot be read.
     """
     wanted = {path: x.shape for path, x in state.flatten(abstract.params).items()}
-    stored = {} if source is None else source.param_shapes(step)
+    stored = {} if source is None else {path: x.shape for path, x in source.stored_params(step).items()}
     chosen = set() if source is None else state.match_paths(config.train.load, stored, "train.load")
     loaded = chosen & wanted.keys()
     for path in sorted(loaded):
@@ -43,26 +41,32 @@ def start_params(
     if loaded:
         params = source.restore_params(step, state.split(abstract.params, loaded)[0])
     if initialised:
-        params = state.merge(params, state.init_params(model, config, abstract, initialised, rng))
+        params = state.merge(params, state.init_params(model, config, abstract.params, initialised, rng))
     if loaded and W2 in initialised and vlm.has_head_copy(config.model):
-        params = jax.jit(vlm.copy_head, out_shardings=state.shardings_of(abstract.params))(params)
-    return params, _table(stored, wanted, loaded)
-
-
-def _table(stored: dict[str, tuple], wanted: dict[str, tuple], loaded: set[str]) -> Table:
-    """One row a top-level part; cells are "arrays / parameters"."""
+        params = with_head_copy(params, abstract.params)
     groups = {
         "loaded": {path: wanted[path] for path in loaded},
         "initialised": {path: wanted[path] for path in wanted if path not in loaded},
         "ignored in the checkpoint": {path: stored[path] for path in stored if path not in loaded},
     }
-    table = Table("part", *groups, title="parameters: arrays / numbers", title_justify="left")
-    for part in dict.fromkeys(path.split("/")[0] for path in [*wanted, *stored]):
-        table.add_row(part, *(_count(shape for path, shape in group.items() if path.split("/")[0] == part)
-                              for group in groups.values()))  # fmt: skip
-    return table
+    return params, table(groups)
 
 
-def _count(shapes: Iterable[tuple]) -> str:
+def with_head_copy(params: Params, abstract: Params) -> Params:
+    """Returns params with ALIGN's W2 a copy of the LM head, on the sharding of `abstract`; the rest is untouched."""
+    w2 = jax.jit(vlm.lm_head, out_shardings=state.flatten(abstract)[W2].sharding)(params["llm"])
+    return state.unflatten(state.flatten(params) | {W2: w2})
+
+
+def table(groups: dict[str, dict[str, tuple]]) -> Table:
+    """Returns a table of groups of shapes by path, a row for each top-level part; cells are "arrays / numbers"."""
+    result = Table("part", *groups, title="parameters: arrays / numbers", title_justify="left")
+    for part in dict.fromkeys(path.split("/")[0] for group in groups.values() for path in group):
+        shapes = ([shape for path, shape in group.items() if path.split("/")[0] == part] for group in groups.values())
+        result.add_row(part, *map(_count, shapes))
+    return result
+
+
+def _count(shapes: list[tuple]) -> str:
     sizes = [int(np.prod(shape)) for shape in shapes]
     return f"{len(sizes)} / {sum(sizes):,}" if sizes else "-"

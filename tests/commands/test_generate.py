@@ -45,6 +45,17 @@ def test_prints_the_answer_alone(trained_workdir, page, capsys, monkeypatch):
     assert (batches[0]["segment_ids"].sum(1) == 1 + 16 + 1 + 4 + 1).all()
 
 
+def test_answers_without_an_image(trained_workdir, capsys):
+    """Through the whole model: the language model alone, as many tokens as asked for at most."""
+    answers = []
+    for count in (1, 3):
+        generate.main([f"--checkpoint={trained_workdir}", "--question=Who?", f"--max_new_tokens={count}"])
+        printed = capsys.readouterr()
+        assert "no image" in printed.err
+        answers.append(printed.out.removesuffix("\n"))
+    assert len(answers[0]) < len(answers[1]) and answers[1].startswith(answers[0])
+
+
 def test_takes_any_page_of_a_pdf(trained_workdir, tmp_path, no_model):
     pages = [Image.new("RGB", (40, 20), "white")] * 2
     pages[0].save(tmp_path / "pages.pdf", save_all=True, append_images=pages[1:])

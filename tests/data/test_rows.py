@@ -119,3 +119,20 @@ def test_prompt_is_the_beginning_of_the_training_row(demo_config, tokenizer):
 def test_a_prompt_that_is_too_long_is_a_user_error(demo_config, tokenizer):
     with pytest.raises(UserError, match=r"67 tokens|row_length is 144"):
         rows.build_prompt(page_record(), "x" * 200, demo_config, tokenizer)
+
+
+def test_a_trimmed_prompt_keeps_its_tokens_and_used_tiles(demo_config, tokenizer):
+    page = Image.new("RGB", (16, 16))  # Black: a used tile may be all zeros.
+    prompt = rows.build_prompt(page, "Who?", demo_config, tokenizer)
+    trimmed = rows.trim_prompt(prompt, demo_config, multiple=16)
+    used = int(prompt["segment_ids"].sum())
+    assert len(prompt["tokens"]) > len(trimmed["tokens"]) == -(-used // 16) * 16
+    for name in ("tokens", "positions", "segment_ids"):
+        np.testing.assert_array_equal(trimmed[name], prompt[name][: len(trimmed[name])])
+    assert len(prompt["tiles"]) == 2 and len(trimmed["tiles"]) == 1
+
+
+def test_a_prompt_without_a_page_has_no_image_slots_and_no_tiles(demo_config, tokenizer):
+    prompt = rows.build_prompt(None, "Who?", demo_config, tokenizer)
+    assert "tiles" not in prompt and not (prompt["tokens"] == demo_config.model.image_token_id).any()
+    assert "tiles" not in rows.trim_prompt(prompt, demo_config)

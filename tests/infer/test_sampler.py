@@ -130,3 +130,13 @@ def test_sharded_equals_single_device(params, end_id, expected):
     config = dataclasses.replace(CONFIG, mesh=config_lib.MeshConfig(data=1, fsdp=1, tensor=1))
     mesh = mesh_lib.make_mesh(config, jax.devices()[:1])
     np.testing.assert_array_equal(make_sampler(mesh, params, end_id).generate(PROMPTS, NUM_NEW), expected)
+
+
+def test_without_tiles_the_language_model_answers_as_to_rows_without_image_slots(mesh, params):
+    texts = dict(PROMPTS)
+    texts["tokens"] = np.where(PROMPTS["tokens"] == CONFIG.model.image_token_id, 9, PROMPTS["tokens"])
+    ours = sampler.Sampler(MODEL, params, mesh, end_id=VOCAB, pad_id=PAD)
+    with_tiles = ours.generate(texts, NUM_NEW)
+    del texts["tiles"]
+    np.testing.assert_array_equal(ours.generate(texts, NUM_NEW), with_tiles)
+    assert len(np.unique(with_tiles)) > 2
