@@ -9,6 +9,7 @@ from alignvlm_jax.errors import UserError, nearest
 
 COMMANDS = {
     "prepare": "renders the demonstration's documents and trains its tokenizer",
+    "convert": "makes a checkpoint to start from out of published weights, and exports one back",
     "train": "trains the stages of a config, or goes on with them",
     "evaluate": "asks a trained model the evaluation questions and scores its answers",
     "generate": "answers a question about an image or a PDF page",

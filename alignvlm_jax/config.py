@@ -113,10 +113,12 @@ class ModelConfig:
 class DataConfig:
     """What a row is made of. `dir` holds what `prepare` wrote: shards by split and `tokenizer.model`.
 
-    `num_threads` threads of each process keep `prefetch` of its batches ready.
+    `tokenizer` is the file or folder of another tokenizer, as `convert` leaves it. `num_threads` threads of a process
+    keep `prefetch` of its batches ready.
     """
 
     dir: str = "data/demo"
+    tokenizer: str = ""
     split: str = "train"
     validation_split: str = "validation"
     row_length: int = 192

@@ -24,7 +24,7 @@ from PIL import Image
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.data import pages, schema, sources
-from alignvlm_jax.data.tokenizer import Tokenizer
+from alignvlm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer as Tokenizer
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding

@@ -17,8 +17,8 @@ from rich.progress import track
 
 from alignvlm_jax.data import documents, sources
 from alignvlm_jax.data.contents import Table
+from alignvlm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from alignvlm_jax.data.sources import RecordSource
-from alignvlm_jax.data.tokenizer import Tokenizer
 from alignvlm_jax.errors import UserError
 
 SHARD_SIZE = 1000
@@ -88,7 +88,7 @@ def _prepare(out: Path, wanted: dict, num_workers: int) -> None:
     staging.mkdir(parents=True, exist_ok=True)
     _write_shards(staging, wanted, num_workers)
     records = RecordSource(staging, "train")
-    Tokenizer.train(
+    SentencePieceTokenizer.train(
         staging / "tokenizer.model",
         (text for index in range(min(TOKENIZER_DOCUMENTS, len(records))) for text in _texts(records[index])),
     )

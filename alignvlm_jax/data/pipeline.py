@@ -8,7 +8,7 @@ import grain
 import numpy as np
 
 from alignvlm_jax.config import Config
-from alignvlm_jax.data import rows
+from alignvlm_jax.data import rows, tokenizer_files
 from alignvlm_jax.data.rows import Row
 from alignvlm_jax.data.schema import Batch
 from alignvlm_jax.data.sources import RecordSource
@@ -116,21 +116,33 @@ def stack(batch_rows: list[Row]) -> Batch:
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
-    """Reads the tokenizer of `data.dir`.
+    """Reads the tokenizer of `data.tokenizer`, or that of `data.dir`.
 
     Raises:
-      UserError: it has more tokens than `model.llm.vocab_size`, or another image token than the model.
+      UserError: it has more tokens than `model.llm.vocab_size`, or takes the model's image token for text.
     """
-    path = Path(config.data.dir) / "tokenizer.model"
-    tokenizer = Tokenizer.load(path)
+    path = tokenizer_path(config)
+    tokenizer = tokenizer_files.load(path)
     if tokenizer.vocab_size > config.model.llm.vocab_size:
         raise UserError(
             f"tokenizer {path} has {tokenizer.vocab_size} tokens, config.model.llm.vocab_size is "
             f"{config.model.llm.vocab_size}; make it at least {tokenizer.vocab_size}"
         )
-    if tokenizer.image_id != config.model.image_token_id:
+    image_id = config.model.image_token_id
+    own_image_id = tokenizer.specials.get("<image>", image_id)
+    if image_id != own_image_id:
         raise UserError(
-            f"tokenizer {path} marks image slots by token {tokenizer.image_id}, config.model.image_token_id is "
-            f"{config.model.image_token_id}; make them equal"
+            f"tokenizer {path} marks image slots by token {own_image_id}, config.model.image_token_id is {image_id}; "
+            "make them equal"
+        )
+    if tokenizer.is_text(image_id):
+        raise UserError(
+            f"config.model.image_token_id {image_id} is {tokenizer.piece(image_id)!r} in tokenizer {path}; take one "
+            f"that no text makes, as {tokenizer.vocab_size}"
         )
     return tokenizer
+
+
+def tokenizer_path(config: Config) -> Path:
+    """Returns the file or folder of the tokenizer."""
+    return Path(config.data.tokenizer or config.data.dir)

@@ -52,7 +52,8 @@ def build_row(record: Record, task: str, rng: np.random.Generator, config: Confi
     """
     pages = _tile_pages(record, config)
     turns = TASKS[task](record, rng)
-    tokens, is_answer = chat.encode_chat(tokenizer, turns, _num_slots(pages, config), config.data.row_length)
+    num_slots, image_id = _num_slots(pages, config), config.model.image_token_id
+    tokens, is_answer = chat.encode_chat(tokenizer, turns, num_slots, image_id, config.data.row_length)
     text = _text_arrays(tokens, is_answer, config, tokenizer)
     return text | {"tiles": _tiles(pages, config)} | _label_arrays(record, pages, config, tokenizer)
 
@@ -73,7 +74,7 @@ def build_prompt(page: Record | Image.Image | None, question: str, config: Confi
     else:
         pages = _tile_pages(page, config)
     num_slots = _num_slots(pages, config)
-    tokens = chat.encode_prompt(tokenizer, question, num_slots)
+    tokens = chat.encode_prompt(tokenizer, question, num_slots, config.model.image_token_id)
     if len(tokens) > config.data.row_length:
         raise UserError(
             f"the prompt has {len(tokens)} tokens ({num_slots} of the image) and config.data.row_length is "

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from alignvlm_jax.config import Config, MeshConfig
-from alignvlm_jax.data import pipeline
+from alignvlm_jax.data import chat, pipeline
 from alignvlm_jax.data.tokenizer import Tokenizer
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.infer.sampler import Sampler
@@ -34,8 +34,8 @@ class Loaded:
 
     def sampler(self) -> Sampler:
         """Returns a generator of answers; it compiles once for each shape of batch."""
-        end_id, pad_id = self.tokenizer.end_id, self.tokenizer.pad_id
-        return Sampler(self.model, self.params, self.mesh, end_id=end_id, pad_id=pad_id)
+        end_ids, pad_id = chat.stop_ids(self.tokenizer), self.tokenizer.pad_id
+        return Sampler(self.model, self.params, self.mesh, end_ids=end_ids, pad_id=pad_id)
 
     @property
     def batch_ways(self) -> int:

@@ -96,7 +96,7 @@ class Runner:
     def _header(self, split: str, blind: bool, questions: Sequence[Question]) -> dict[str, Any]:
         """All that the predictions depend on, and what is needed to repeat them."""
         tokenizer = self._loaded.tokenizer
-        prompt = chat.encode_prompt(tokenizer, "QUESTION", num_image_slots=1)
+        prompt = chat.encode_prompt(tokenizer, "QUESTION", 1, self._config.model.image_token_id)
         asked = json.dumps([(question.id, question.turn.question, question.turn.answers) for question in questions])
         return {
             "checkpoint": str(self._loaded.path),

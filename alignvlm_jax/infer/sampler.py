@@ -21,14 +21,14 @@ class Sampler:
 
     Args:
       model: the model, and `params` its parameters, sharded over `mesh`.
-      end_id: the token that ends an answer.
+      end_ids: the tokens that end an answer.
       pad_id: what the rest of a row is filled with.
     """
 
-    def __init__(self, model: VLM, params: Mapping, mesh: Mesh, *, end_id: int, pad_id: int) -> None:
+    def __init__(self, model: VLM, params: Mapping, mesh: Mesh, *, end_ids: tuple[int, ...], pad_id: int) -> None:
         self._params = params
         self._mesh = mesh
-        generate = functools.partial(_generate, model, end_id=end_id, pad_id=pad_id)
+        generate = functools.partial(_generate, model, end_ids=end_ids, pad_id=pad_id)
         self._generate = jax.jit(generate, static_argnames="num_new", out_shardings=sharding.replicated(mesh))
 
     def generate(self, batch: Mapping[str, np.ndarray], max_new_tokens: int) -> np.ndarray:
@@ -45,7 +45,9 @@ class Sampler:
             return np.asarray(self._generate(self._params, prompts, num_new=max_new_tokens))
 
 
-def _generate(model: VLM, params: Mapping, batch: Mapping[str, Array], *, num_new: int, end_id: int, pad_id: int):
+def _generate(
+    model: VLM, params: Mapping, batch: Mapping[str, Array], *, num_new: int, end_ids: tuple[int, ...], pad_id: int
+):
     variables = {"params": params}
     segment_ids = batch["segment_ids"]
     size, length = segment_ids.shape
@@ -61,7 +63,7 @@ def _generate(model: VLM, params: Mapping, batch: Mapping[str, Array], *, num_ne
         step, logits_BV, finished_B, tokens_BT, cache = carry
         token_B = jnp.where(finished_B, pad_id, logits_BV.argmax(-1).astype(jnp.int32))
         tokens_BT = tokens_BT.at[:, step].set(token_B)
-        finished_B |= token_B == end_id
+        finished_B |= jnp.isin(token_B, jnp.array(end_ids))
         # New tokens stand after the padding of the longest prompt, but are counted from the end of their own.
         mask_BS = is_prompt_BS | ((slots_S >= length) & (slots_S <= length + step))
         logits_BV, cache = model.apply(variables, token_B, prompt_lengths_B + step, mask_BS, cache, method="decode")

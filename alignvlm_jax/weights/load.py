@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from alignvlm_jax.errors import UserError
@@ -35,6 +36,10 @@ def check_tower(tower: Tower, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> lis
                 raise UserError(
                     f"{tower.source.name}: tensor {name} is {tensors[name].shape}; by the sizes that the file gives "
                     f"({entry.path} {shape}) it must be {entry.published_shape(shape)}"
+                )
+            elif not jnp.issubdtype(tensors[name].dtype, jnp.floating):
+                raise UserError(
+                    f"{tower.source.name}: tensor {name} is of a type that is not read; save it as bfloat16"
                 )
     if missing:
         raise UserError(f"{tower.source.name} lacks {_listed(missing)}")

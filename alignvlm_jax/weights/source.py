@@ -40,6 +40,19 @@ class Source(Protocol):
         ...
 
 
+class Arrays:
+    """Tensors in memory."""
+
+    def __init__(self, name: str, arrays: dict[str, np.ndarray]):
+        self.name = name
+        self.tensors = {name: Tensor(array.shape, array.dtype) for name, array in arrays.items()}
+        self._arrays = arrays
+
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        """See Source."""
+        return split_rows(self._arrays[name])
+
+
 class Made(NamedTuple):
     """A tensor that is computed from others when it is read: make(*arrays of `uses`)."""
 

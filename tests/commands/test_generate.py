@@ -29,7 +29,7 @@ def test_prints_the_answer_alone(trained_workdir, page, capsys, monkeypatch):
 
         def answer(batch, max_new_tokens):
             batches.append(batch)
-            return np.array([[*tokenizer.encode("4 2"), tokenizer.end_id, tokenizer.pad_id]] * 4, np.int32)
+            return np.array([[*tokenizer.encode("4 2"), tokenizer.specials["<end>"], tokenizer.pad_id]] * 4, np.int32)
 
         sampler = types.SimpleNamespace(generate=answer)
         fields = {"path": path, "config": config, "batch_ways": 4, "tokenizer": tokenizer}

@@ -3,9 +3,8 @@ import json
 import pytest
 
 from alignvlm_jax.commands import prepare
-from alignvlm_jax.data import sources
+from alignvlm_jax.data import sources, tokenizer_files
 from alignvlm_jax.data.sources import RecordSource
-from alignvlm_jax.data.tokenizer import Tokenizer
 from alignvlm_jax.errors import UserError
 
 
@@ -33,7 +32,7 @@ def test_writes_every_split_and_a_tokenizer(prepared):
         3,
         3,
     ]
-    assert Tokenizer.load(prepared / "tokenizer.model").vocab_size <= 128
+    assert tokenizer_files.load(prepared / "tokenizer.model").vocab_size <= 128
     assert json.loads((prepared / "prepare.json").read_text())["num_train"] == 6
     assert not [path.name for path in prepared.iterdir() if "partial" in path.name or path.suffix == ".tmp"]
 
@@ -47,8 +46,8 @@ def test_the_second_time_nothing_is_written(prepared, monkeypatch, capsys):
 def test_shards_of_an_interrupted_run_are_kept_and_workers_change_nothing(prepared, tmp_path, monkeypatch):
     """Stops a run on three shards after the first, and lets two workers finish it."""
     monkeypatch.setattr(prepare, "SHARD_SIZE", 3)
-    train = prepare.Tokenizer.train
-    monkeypatch.setattr(prepare.Tokenizer, "train", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    train = prepare.SentencePieceTokenizer.train
+    monkeypatch.setattr(prepare.SentencePieceTokenizer, "train", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(UserError, match="goes on"):
         prepare.main(arguments(tmp_path / "demo"))
     assert not (tmp_path / "demo" / "prepare.json").exists()
@@ -57,7 +56,7 @@ def test_shards_of_an_interrupted_run_are_kept_and_workers_change_nothing(prepar
     before = kept.stat().st_mtime_ns
     (staging / sources.shard_name("train", 1, 2)).unlink()
     (staging / sources.shard_name("validation", 0, 1)).unlink()
-    monkeypatch.setattr(prepare.Tokenizer, "train", train)
+    monkeypatch.setattr(prepare.SentencePieceTokenizer, "train", train)
     prepare.main(arguments(tmp_path / "demo", num_workers=2))
     assert (tmp_path / "demo" / kept.name).stat().st_mtime_ns == before
     for split in ("train", "validation"):

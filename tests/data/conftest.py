@@ -8,7 +8,7 @@ import pytest
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.data import documents, sources, tables
 from alignvlm_jax.data.contents import Table
-from alignvlm_jax.data.tokenizer import Tokenizer
+from alignvlm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer as Tokenizer
 
 NUM_DOCUMENTS = 48
 

@@ -6,38 +6,46 @@ TURNS = [("What is the total?", "12.50"), ("What is the city?", "Ames\nIowa")]
 
 
 def test_mask_covers_exactly_the_answers(tokenizer):
-    tokens, is_answer = chat.encode_chat(tokenizer, TURNS, 5)
-    said = np.split(tokens[is_answer], np.flatnonzero(tokens[is_answer] == tokenizer.end_id) + 1)
+    tokens, is_answer = chat.encode_chat(tokenizer, TURNS, 5, 4)
+    said = np.split(tokens[is_answer], np.flatnonzero(tokens[is_answer] == tokenizer.specials["<end>"]) + 1)
     assert [tokenizer.decode(part) for part in said] == ["12.50", "Ames\nIowa", ""]
-    assert (is_answer & (tokens == tokenizer.end_id)).sum() == 2
+    assert (is_answer & (tokens == tokenizer.specials["<end>"])).sum() == 2
     given = tokenizer.decode(tokens[~is_answer])
     assert given == "What is the total?What is the city?"
 
 
 def test_layout_of_a_chat(tokenizer):
-    tokens, _ = chat.encode_chat(tokenizer, TURNS[:1], 3)
+    tokens, _ = chat.encode_chat(tokenizer, TURNS[:1], 3, 4)
     question, answer = (tokenizer.encode(text) for text in TURNS[0])
     t = tokenizer
-    image = [t.image_id] * 3
-    assert tokens.tolist() == [t.bos_id, *image, t.user_id, *question, t.assistant_id, *answer, t.end_id]
+    image = [t.specials["<image>"]] * 3
+    assert tokens.tolist() == [
+        t.specials["<s>"],
+        *image,
+        t.specials["<user>"],
+        *question,
+        t.specials["<assistant>"],
+        *answer,
+        t.specials["<end>"],
+    ]
 
 
 def test_prompt_is_the_beginning_of_the_chat(tokenizer):
-    tokens, is_answer = chat.encode_chat(tokenizer, TURNS[:1], 4)
-    prompt = chat.encode_prompt(tokenizer, TURNS[0][0], 4)
+    tokens, is_answer = chat.encode_chat(tokenizer, TURNS[:1], 4, 4)
+    prompt = chat.encode_prompt(tokenizer, TURNS[0][0], 4, 4)
     np.testing.assert_array_equal(prompt, tokens[: np.flatnonzero(is_answer)[0]])
-    assert prompt[-1] == tokenizer.assistant_id
+    assert prompt[-1] == tokenizer.specials["<assistant>"]
 
 
 def test_turns_that_do_not_fit_are_left_out_whole(tokenizer):
-    whole, _ = chat.encode_chat(tokenizer, TURNS, 4)
-    only_second, _ = chat.encode_chat(tokenizer, TURNS[1:], 4)
+    whole, _ = chat.encode_chat(tokenizer, TURNS, 4, 4)
+    only_second, _ = chat.encode_chat(tokenizer, TURNS[1:], 4, 4)
     long = ("What is the page?", "x" * 100)
     for turns, limit, expected in (
         (TURNS, len(whole), whole),
         (TURNS[::-1], len(whole) - 1, only_second),
         ([long, TURNS[1]], len(only_second), only_second),
     ):
-        tokens, is_answer = chat.encode_chat(tokenizer, turns, 4, max_length=limit)
+        tokens, is_answer = chat.encode_chat(tokenizer, turns, 4, 4, max_length=limit)
         np.testing.assert_array_equal(tokens, expected)
         assert len(is_answer) == len(tokens)

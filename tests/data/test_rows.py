@@ -22,8 +22,8 @@ def page_record(width=128, height=64, turns=TURNS, num_images=1, with_words=True
 def answers(row, tokenizer) -> list[str]:
     """What the row teaches: the targets that carry loss, answer by answer."""
     taught = row["targets"][row["loss_weights"] > 0]
-    parts = np.split(taught, np.flatnonzero(taught == tokenizer.end_id) + 1)
-    assert all(part[-1] == tokenizer.end_id for part in parts[:-1]) and len(parts[-1]) == 0
+    parts = np.split(taught, np.flatnonzero(taught == tokenizer.specials["<end>"]) + 1)
+    assert all(part[-1] == tokenizer.specials["<end>"] for part in parts[:-1]) and len(parts[-1]) == 0
     return [tokenizer.decode(part) for part in parts[:-1]]
 
 
@@ -69,15 +69,15 @@ def test_only_whole_turns_that_fit_are_kept(demo_config, tokenizer):
     long = (Turn("What is it?", ("x" * 200,)),)
     row = build(page_record(turns=long), "answer", config, tokenizer)
     assert not row["loss_weights"].any()
-    assert (row["tokens"] == tokenizer.image_id).sum() == 64
+    assert (row["tokens"] == tokenizer.specials["<image>"]).sum() == 64
 
 
 @pytest.mark.parametrize("size, num_tiles", [((128, 64), 2), ((128, 32), 1)])
 def test_image_slots_and_tiles_agree(demo_config, tokenizer, size, num_tiles):
     row = build(page_record(*size), "answer", demo_config, tokenizer)
     slots = num_tiles * demo_config.model.slots_per_tile
-    assert (row["tokens"][1 : 1 + slots] == tokenizer.image_id).all()
-    assert (row["tokens"] == tokenizer.image_id).sum() == slots
+    assert (row["tokens"][1 : 1 + slots] == tokenizer.specials["<image>"]).all()
+    assert (row["tokens"] == tokenizer.specials["<image>"]).sum() == slots
     assert (row["tiles"][:num_tiles] == 7).all() and not row["tiles"][num_tiles:].any()
     np.testing.assert_allclose(row["patch_label_weights"][:num_tiles].sum(-1), 1, atol=1e-6)
     assert not row["patch_loss_weights"][num_tiles:].any()
@@ -106,7 +106,7 @@ def test_prompt_is_the_beginning_of_the_training_row(demo_config, tokenizer):
     prompt = rows.build_prompt(record, TURNS[0].question, demo_config, tokenizer)
     used = int(prompt["segment_ids"].sum())
     np.testing.assert_array_equal(prompt["tokens"][:used], row["tokens"][:used])
-    assert prompt["tokens"][used - 1] == tokenizer.assistant_id and row["loss_weights"][used - 1] > 0
+    assert prompt["tokens"][used - 1] == tokenizer.specials["<assistant>"] and row["loss_weights"][used - 1] > 0
     assert not prompt["loss_weights"].any()
     np.testing.assert_array_equal(prompt["tiles"], row["tiles"])
     image = images.decode_image(record.images[0], "x")

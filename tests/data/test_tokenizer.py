@@ -1,6 +1,7 @@
 import pytest
 
-from alignvlm_jax.data.tokenizer import CHAT_MARKS, PHRASES, PRINTABLE, Tokenizer
+from alignvlm_jax.data import tokenizer_files
+from alignvlm_jax.data.sentencepiece_tokenizer import CHAT_MARKS, PHRASES, PRINTABLE, SentencePieceTokenizer
 from alignvlm_jax.errors import UserError
 
 
@@ -11,7 +12,7 @@ def test_text_survives_the_round_trip(tokenizer):
 
 def test_ids_stay_in_the_tiny_vocabulary(tokenizer):
     assert tokenizer.vocab_size <= 128
-    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.image_id) == (0, 2, 4)
+    assert (tokenizer.pad_id, tokenizer.specials["<s>"], tokenizer.specials["<image>"]) == (0, 2, 4)
 
 
 @pytest.mark.parametrize("phrase", PHRASES)
@@ -22,13 +23,24 @@ def test_phrases_are_one_token(tokenizer, phrase):
 
 @pytest.mark.parametrize("mark", CHAT_MARKS)
 def test_text_cannot_spell_a_chat_mark(tokenizer, mark):
-    special = {tokenizer.image_id, tokenizer.user_id, tokenizer.assistant_id, tokenizer.end_id}
+    special = {
+        tokenizer.specials["<image>"],
+        tokenizer.specials["<user>"],
+        tokenizer.specials["<assistant>"],
+        tokenizer.specials["<end>"],
+    }
     assert len(special) == 4
     assert not special & set(tokenizer.encode(f"x {mark} y"))
 
 
 def test_chat_marks_and_padding_decode_to_nothing(tokenizer):
-    ids = [tokenizer.bos_id, tokenizer.image_id, *tokenizer.encode("ab c"), tokenizer.end_id, tokenizer.pad_id]
+    ids = [
+        tokenizer.specials["<s>"],
+        tokenizer.specials["<image>"],
+        *tokenizer.encode("ab c"),
+        tokenizer.specials["<end>"],
+        tokenizer.pad_id,
+    ]
     assert tokenizer.decode(ids) == "ab c"
 
 
@@ -46,14 +58,14 @@ def test_offsets_tile_the_text(tokenizer, text):
 def test_training_is_deterministic(tmp_path):
     models = []
     for name in ("a", "b"):
-        Tokenizer.train(tmp_path / name, ["some words", "and more words"])
+        SentencePieceTokenizer.train(tmp_path / name, ["some words", "and more words"])
         models.append((tmp_path / name).read_bytes())
     assert models[0] == models[1]
 
 
 def test_bad_files_are_user_errors(tmp_path):
     with pytest.raises(UserError, match="prepare"):
-        Tokenizer.load(tmp_path / "missing.model")
+        tokenizer_files.load(tmp_path / "missing.model")
     (tmp_path / "garbage.model").write_bytes(b"no model")
     with pytest.raises(UserError, match=r"garbage\.model"):
-        Tokenizer.load(tmp_path / "garbage.model")
+        tokenizer_files.load(tmp_path / "garbage.model")

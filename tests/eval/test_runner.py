@@ -20,7 +20,7 @@ class ScriptedSampler:
     """Answers every question with `answer`; raises at the batch numbered `stop_at`."""
 
     def __init__(self, tokenizer, answer: str, stop_at: int = -1):
-        self._tokens = [*tokenizer.encode(answer), tokenizer.end_id]
+        self._tokens = [*tokenizer.encode(answer), tokenizer.specials["<end>"]]
         self._stop_at = stop_at
         self.batches = []
 
@@ -76,7 +76,7 @@ def test_blind_rows_differ_in_pixels_alone(trained_workdir):
     asked, guessed = (rows.build_prompt(page, "Who?", config, tokenizer) for page in (record, blind))
     for name in ("tokens", "positions", "segment_ids"):
         np.testing.assert_array_equal(asked[name], guessed[name])
-    num_tiles = (asked["tokens"] == tokenizer.image_id).sum() // config.model.slots_per_tile
+    num_tiles = (asked["tokens"] == tokenizer.specials["<image>"]).sum() // config.model.slots_per_tile
     assert (guessed["tiles"][:num_tiles] == 255).all()
     assert not (asked["tiles"][:num_tiles] == 255).all()
 

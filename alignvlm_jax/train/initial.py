@@ -1,0 +1,100 @@
+"""The checkpoint that a run starts from: published towers, a fresh connector, and the tokenizer."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.table import Table
+
+from alignvlm_jax import config as config_lib
+from alignvlm_jax.config import Config, ConnectorConfig, DataConfig, ModelConfig
+from alignvlm_jax.data import chat, pipeline
+from alignvlm_jax.files import whole_folder
+from alignvlm_jax.models import connectors, vlm
+from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.train import checkpoint, state, warm_start
+from alignvlm_jax.train.checkpoint import Checkpoints
+from alignvlm_jax.train.state import Params, TrainState
+from alignvlm_jax.weights import load
+from alignvlm_jax.weights.source import Tower
+
+TOKENIZER = "tokenizer"
+"""Folder of the tokenizer's files in what `write` writes."""
+
+ROW_LENGTH, MAX_TILES = 4096, 9
+
+
+def make_config(llm: Tower, vision: Tower, connector: str, out: Path) -> Config:
+    """Returns the config of a checkpoint in `out`: the towers' sizes, and rows that hold a page of up to nine tiles."""
+    connectors.get(connector)
+    model = ModelConfig(
+        vision=vision.config,
+        llm=llm.config,
+        connector=ConnectorConfig(name=connector),
+        # One beyond the table: a placeholder that no tokenizer knows, so that no text can make an image slot.
+        image_token_id=llm.config.vocab_size,
+    )
+    max_tiles = max(1, min(MAX_TILES, ROW_LENGTH * 3 // 4 // model.slots_per_tile))
+    row_length = max(ROW_LENGTH, max_tiles * model.slots_per_tile * 4 // 3)
+    data = DataConfig(
+        tokenizer=str(out / TOKENIZER), row_length=row_length, max_tiles=max_tiles, use_overview=max_tiles > 1
+    )
+    return config_lib.check(Config(name=out.name, stage="convert", model=model, data=data))
+
+
+def write(llm: Tower, vision: Tower, config: Config, write_tokenizer: Callable[[Path], None], out: Path) -> Table:
+    """Writes the checkpoint of step 0 of the workdir `out`, which appears whole or not at all.
+
+    Parameters keep the dtypes of their files; the connector's are float32, and ALIGN's W2 a copy of the LM head.
+
+    Args:
+      write_tokenizer: writes the tokenizer's files into a folder that is not there yet.
+
+    Returns:
+      The table of what was loaded, initialised and ignored.
+
+    Raises:
+      UserError: `out` exists, a tensor is missing, unexplained or damaged, or the tokenizer does not fit the model.
+    """
+    with whole_folder(out) as staging:
+        write_tokenizer(staging / TOKENIZER)
+        chat.format_of(pipeline.load_tokenizer(_with_tokenizer(config, staging / TOKENIZER)))
+        model = vlm.VLM(config.model)
+        mesh = mesh_lib.widest(lambda mesh: state.abstract_params(model, config, mesh))
+        with mesh_lib.use(mesh):
+            params, table = _params(llm, vision, config, state.abstract_params(model, config, mesh))
+        (staging / "config.json").write_text(json.dumps(config_lib.to_json((config,)), indent=2) + "\n")
+        with Checkpoints(staging / checkpoint.FOLDER) as checkpoints:
+            metadata = checkpoint.describe((config,), config, train_seconds=0.0, answer_loss=None)
+            checkpoints.save(0, TrainState(np.int32(0), params, ()), next_row=0, metadata=metadata, metrics=None)
+    return table
+
+
+def _params(llm: Tower, vision: Tower, config: Config, abstract: Params) -> tuple[Params, Table]:
+    wanted = state.flatten(abstract)
+    ignored = {
+        f"{part}/{name}": tower.source.tensors[name].shape
+        for part, tower in (("vision", vision), ("llm", llm))
+        for name in load.check_tower(tower, wanted)
+    }
+    leaves = load.load_tower(vision, wanted) | load.load_tower(llm, wanted)
+    drawn = wanted.keys() - leaves.keys()
+    rng = jax.random.key(config.seed)
+    fresh = state.init_params(vlm.VLM(config.model), config, abstract, drawn, rng)
+    params = state.merge(state.unflatten(leaves), fresh)
+    if vlm.has_head_copy(config.model):
+        params = warm_start.with_head_copy(params, abstract)
+    shapes = {path: x.shape for path, x in wanted.items()}
+    groups = {
+        "loaded": {path: shapes[path] for path in shapes if path in leaves},
+        "initialised": {path: shapes[path] for path in shapes if path in drawn},
+        "ignored in the files": ignored,
+    }
+    return params, warm_start.table(groups)
+
+
+def _with_tokenizer(config: Config, path: Path) -> Config:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(path)))

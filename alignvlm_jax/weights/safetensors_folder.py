@@ -1,0 +1,104 @@
+"""A folder of safetensors shards as a source of tensors."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.weights.source import Tensor, rows_per_block
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class SafetensorsFolder:
+    """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` lists.
+
+    Raises:
+      UserError: files are missing, damaged, or hold other tensors than the index says.
+    """
+
+    def __init__(self, folder: Path):
+        self.name = str(folder)
+        self.tensors: dict[str, Tensor] = {}
+        self._files: dict[str, Path] = {}
+        for path, names in _shards(folder).items():
+            with _opened(path) as shard:
+                held = set(shard.keys())
+                missing = sorted(held ^ names) if names is not None else []
+                if missing:
+                    raise UserError(f"{path} and {folder / INDEX} do not agree on tensor {missing[0]}")
+                for name in held:
+                    self.tensors[name] = _describe(shard.get_slice(name))
+                    self._files[name] = path
+
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        """See `source.Source`."""
+        tensor = self.tensors[name]
+        # Opened for each tensor anew: pages that were mapped and read count as ours until the file is closed.
+        with _opened(self._files[name]) as shard:
+            if len(tensor.shape) < 2:
+                yield shard.get_tensor(name)
+                return
+            rows, step = shard.get_slice(name), rows_per_block(tensor)
+            for start in range(0, tensor.shape[0], step):
+                yield rows[start : start + step]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except OSError as err:
+        raise UserError(f"cannot read {path}: {err.strerror}") from err
+    except ValueError as err:
+        raise UserError(f"{path} is damaged: {err}") from err
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: it holds no object")
+    return value
+
+
+def _shards(folder: Path) -> dict[Path, set[str] | None]:
+    """Files, with the names of the tensors that the index expects in each; None without an index."""
+    if (folder / INDEX).exists():
+        shards: dict[Path, set[str] | None] = {}
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{folder / INDEX} is damaged: it has no weight_map")
+        for name, file in weight_map.items():
+            shards.setdefault(folder / file, set()).add(name)
+        absent = [path.name for path in sorted(shards) if not path.exists()]
+        if absent:
+            raise UserError(f"{folder} lacks {len(absent)} of {len(shards)} shards: {', '.join(absent[:4])}")
+        return shards
+    if (folder / SINGLE).exists():
+        return {folder / SINGLE: None}
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    hint = f"; {pickled[0]} is pickled and is not read: save it as safetensors" if pickled else ""
+    raise UserError(f"{folder} holds neither {SINGLE} nor {INDEX}{hint}")
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="np")
+    except (SafetensorError, OSError) as err:
+        raise UserError(f"{path} is damaged or cut short: {err}") from err
+
+
+def _describe(rows: Any) -> Tensor:
+    # Others, such as indices, may stand there to be ignored; the loader refuses to load them.
+    return Tensor(tuple(rows.get_shape()), DTYPES.get(rows.get_dtype(), np.dtype(np.void)))

