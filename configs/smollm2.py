@@ -1,0 +1,15 @@
+"""SmolLM2-135M-Instruct and DINOv2 ViT-S/14, joined by ALIGN: `make weights` puts them into weights/smollm2.
+
+For one accelerator, or a few; on a laptop a step takes tens of seconds.
+"""
+
+import ml_collections
+
+from configs import finetune
+
+
+def get_config(folder: str = "weights/smollm2") -> ml_collections.ConfigDict:
+    """Returns the stages that start from what `make weights` wrote."""
+    config = finetune.get_config(folder)
+    config.name = "smollm2"
+    return config

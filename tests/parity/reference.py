@@ -1,0 +1,58 @@
+"""The reference implementations, in float32 on CPU; only the venv of `make test-parity` has them."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from tests.weights import folders
+
+SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
+DINOV2_MEAN, DINOV2_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@torch.no_grad()
+def llama_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    """Logits [B, T, V]."""
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model(torch.tensor(tokens)).logits.numpy()
+
+
+@torch.no_grad()
+def siglip_features(folder: Path, pixels: np.ndarray) -> np.ndarray:
+    """Last hidden states [B, P, E] of uint8 pixels [B, Y, X, 3], of any SigLIP."""
+    scaled = _scaled(pixels, SIGLIP_MEAN, SIGLIP_STD)
+    fields = (folder / "config.json").read_text()
+    if "siglip2" in fields:
+        model = transformers.Siglip2VisionModel.from_pretrained(folder, dtype=torch.float32).eval()
+        patch, side = folders.SIGLIP2["patch_size"], pixels.shape[1] // folders.SIGLIP2["patch_size"]
+        patches = (
+            scaled.reshape(-1, 3, side, patch, side, patch)
+            .transpose(0, 2, 4, 3, 5, 1)
+            .reshape(len(pixels), side**2, -1)
+        )
+        mask = torch.ones(patches.shape[:2], dtype=torch.int32)
+        shapes = torch.tensor([[side, side]] * len(pixels))
+        return model(torch.tensor(patches), pixel_attention_mask=mask, spatial_shapes=shapes).last_hidden_state.numpy()
+    model = transformers.SiglipVisionModel.from_pretrained(folder, dtype=torch.float32).eval()
+    return model(torch.tensor(scaled)).last_hidden_state.numpy()
+
+
+@torch.no_grad()
+def dinov2_features(folder: Path, pixels: np.ndarray) -> np.ndarray:
+    """Last hidden states [B, P, E] of a Dinov2Model that has no class token."""
+    model = transformers.Dinov2Model.from_pretrained(folder, dtype=torch.float32).eval()
+    return _without_class_token(model, pixels)
+
+
+def _without_class_token(model: torch.nn.Module, pixels: np.ndarray) -> np.ndarray:
+    scaled = torch.tensor(_scaled(pixels, DINOV2_MEAN, DINOV2_STD))
+    embedded = model.embeddings(scaled)[:, 1:]
+    states = model.encoder(embedded)
+    states = getattr(states, "last_hidden_state", states)
+    return model.layernorm(states).numpy()
+
+
+def _scaled(pixels: np.ndarray, mean: tuple, std: tuple) -> np.ndarray:
+    return ((pixels.astype(np.float32) / 255 - np.float32(mean)) / np.float32(std)).transpose(0, 3, 1, 2)

@@ -1,0 +1,58 @@
+"""A tower from a folder, imported and applied as the model applies it."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alignvlm_jax.models.llama import Llama
+from alignvlm_jax.models.siglip import Siglip
+from alignvlm_jax.ops.attention import causal_mask
+from alignvlm_jax.parallel import sharding
+from alignvlm_jax.train import state
+from alignvlm_jax.weights import load
+from alignvlm_jax.weights.source import Tower
+
+FLOAT32 = jnp.dtype("float32")
+
+
+def run_llm(tower: Tower, tokens: np.ndarray) -> np.ndarray:
+    """Logits float32 [B, T, V] of tokens [B, T]."""
+    module = Llama(tower.config, FLOAT32, "none")
+
+    def call(llm: Llama, tokens: jax.Array) -> jax.Array:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        hidden, _ = llm(llm.embed(tokens), positions, causal_mask(jnp.ones_like(tokens)))
+        return llm.logits(hidden)
+
+    return _run(tower, module, "llm", tokens.astype(np.int32), method=call)
+
+
+def run_vision(tower: Tower, pixels: np.ndarray) -> np.ndarray:
+    """Last hidden states float32 [B, P, E] of uint8 pixels [B, Y, X, 3]."""
+    return _run(tower, Siglip(tower.config, FLOAT32, "none"), "vision", pixels)
+
+
+def normalised(tower: Tower, pixels: np.ndarray) -> np.ndarray:
+    """Pixels as a reference takes them: float32 [B, 3, Y, X]."""
+    config = tower.config
+    scaled = (pixels.astype(np.float32) / 255 - np.float32(config.pixel_mean)) / np.float32(config.pixel_std)
+    return scaled.transpose(0, 3, 1, 2)
+
+
+def _run(tower: Tower, module, part: str, inputs: np.ndarray, **kwargs) -> np.ndarray:
+    boxed = jax.eval_shape(functools.partial(module.init, **kwargs), jax.random.key(0), inputs)["params"]
+    shapes = state.flatten({part: sharding.unbox(boxed)})
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one) for path, x in shapes.items()}
+    load.check_tower(tower, wanted)
+    params = state.unflatten({path: x.astype(jnp.float32) for path, x in load.load_tower(tower, wanted).items()})[part]
+    return np.asarray(jax.jit(functools.partial(module.apply, **kwargs))({"params": params}, inputs))
+
+
+def without_scaling(tower: Tower) -> Tower:
+    """The same weights with plain rotary positions, to see that scaling matters."""
+    scaling = dataclasses.replace(tower.config.rope_scaling, factor=1.0)
+    return dataclasses.replace(tower, config=dataclasses.replace(tower.config, rope_scaling=scaling))
