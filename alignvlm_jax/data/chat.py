@@ -64,8 +64,9 @@ FAMILIES = {
         after="\n",
         stops=("<|im_end|>", "<|endoftext|>"),
     ),
+    # Without the template's spaces: its tokenizers put one before every stretch of text.
     "llama2": ChatFormat(
-        start="<s>", user="[INST] ", assistant=" [/INST] ", end="</s>", stops=("</s>",), is_stripped=True
+        start="<s>", user="[INST]", assistant="[/INST]", end="</s>", stops=("</s>",), is_stripped=True
     ),
 }
 """By the special tokens that they need; the first that fits a tokenizer is taken."""

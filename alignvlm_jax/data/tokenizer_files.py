@@ -18,7 +18,7 @@ def load(path: str | Path) -> Tokenizer:
       UserError: it is missing or no tokenizer.
     """
     path = Path(path)
-    if path.is_dir() or path.suffix not in (".json", ".model"):
+    if path.is_dir() or not (path.is_file() or path.suffix in (".json", ".model")):
         path = next((path / name for name in NAMES if (path / name).exists()), path / NAMES[-1])
     try:
         content = path.read_bytes()
