@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -65,9 +64,11 @@ DINOV2 = {
 }
 
 
-def write_llama(folder: Path, variant: str, seed: int = 0, dtype: Any = np.float32, num_shards: int = 1) -> Path:
+def write_llama(
+    folder: Path, variant: str, seed: int = 0, dtype: Any = np.float32, num_shards: int = 1, **changes: Any
+) -> Path:
     """Writes a LlamaForCausalLM, in shards with an index where there are several."""
-    fields = LLAMA | LLAMAS[variant]
+    fields = LLAMA | LLAMAS[variant] | changes
     width, mlp, heads = fields["hidden_size"], fields["intermediate_size"], fields["num_attention_heads"]
     kv, head = fields["num_key_value_heads"] * fields["head_dim"], heads * fields["head_dim"]
     shapes = {"model.embed_tokens.weight": (fields["vocab_size"], width), "model.norm.weight": (width,)}
@@ -181,6 +182,3 @@ def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.nda
     if len(shape) == 1 and "bias" not in name:
         return 1 + 0.3 * noise
     return noise * 0.3 if len(shape) == 1 else noise / np.sqrt(shape[-1] if len(shape) == 2 else np.prod(shape[1:]))
-
-
-BFLOAT16 = ml_dtypes.bfloat16

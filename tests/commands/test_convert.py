@@ -1,0 +1,158 @@
+"""Published weights in, and out again bit for bit; whatever is wrong is one line, and leaves nothing behind."""
+
+import json
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from alignvlm_jax.commands import convert, generate
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.train import checkpoint
+from alignvlm_jax.weights import export
+from tests.weights import folders
+from tests.weights.tokenizers import write_chatml
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A language model in bfloat16, an encoder, a tokenizer that fits."""
+    root = tmp_path_factory.mktemp("published")
+    scaled = {"rope_scaling": folders.LLAMA3_SCALING, "vocab_size": 320}
+    folders.write_llama(root / "llm", "untied", dtype=ml_dtypes.bfloat16, num_shards=2, **scaled)
+    folders.write_siglip(root / "vision", is_whole=True)
+    write_chatml(root / "llm")
+    return root
+
+
+def convert_to(out, published, *flags):
+    convert.main([f"--llm={published / 'llm'}", f"--vision={published / 'vision'}", f"--out={out}", *flags])
+
+
+@pytest.fixture(scope="module")
+def converted(published, tmp_path_factory):
+    out = tmp_path_factory.mktemp("converted") / "start"
+    convert_to(out, published)
+    return out
+
+
+def tensors_of(folder) -> dict[str, np.ndarray]:
+    return {name: x for path in sorted(folder.glob("*.safetensors")) for name, x in load_file(path).items()}
+
+
+def test_counts_are_printed(published, tmp_path, capsys):
+    convert_to(tmp_path / "start", published, "--connector=mlp")
+    printed = capsys.readouterr().out
+    # Arrays of the encoder, the LLM, the connector; ignored are the pooling head's 11, the text tower, two numbers.
+    assert all(f"{count} / " in printed for count in (21, 12, 4, 14))
+
+
+def test_import_and_export_give_back_every_tensor_bit_for_bit(published, converted, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "SHARD_BYTES", 30_000)
+    convert.main(["--export", f"--checkpoint={converted / 'checkpoints' / '0'}", f"--out={tmp_path / 'out'}"])
+    before, after = tensors_of(published / "llm"), tensors_of(tmp_path / "out" / "llm")
+    assert before.keys() == after.keys() and len(list((tmp_path / "out" / "llm").glob("*.safetensors"))) > 2
+    for name, array in before.items():
+        assert array.dtype == after[name].dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(array.view(np.uint16), after[name].view(np.uint16))
+    index = json.loads((tmp_path / "out" / "llm" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == after.keys()
+    seen = {name: x for name, x in tensors_of(published / "vision").items() if name.startswith("vision_model.")}
+    seen = {name: x for name, x in seen.items() if ".head." not in name}
+    written = tensors_of(tmp_path / "out" / "vision")
+    assert written.keys() == seen.keys()
+    for name, array in seen.items():
+        np.testing.assert_array_equal(array, written[name])
+    assert (tmp_path / "out" / "llm" / "tokenizer.json").exists()
+    connector = tensors_of(tmp_path / "out" / "connector")
+    np.testing.assert_array_equal(connector["w2.kernel"], before["lm_head.weight"].T)
+    # What was written is read again as the same model.
+    shutil.copytree(tmp_path / "out", tmp_path / "again")
+    convert.main(
+        [f"--llm={tmp_path / 'again' / 'llm'}", f"--vision={tmp_path / 'again' / 'vision'}", f"--out={tmp_path / 'b'}"]
+    )
+    configs = [checkpoint.load_config(path).model for path in (converted, tmp_path / "b")]
+    assert configs[0] == configs[1]
+
+
+def test_what_was_converted_answers(converted, capsys):
+    generate.main([f"--checkpoint={converted}", "--question=Who?", "--max_new_tokens=3"])
+    assert capsys.readouterr().out
+
+
+def test_the_image_token_is_one_that_no_text_makes(converted):
+    config = checkpoint.load_config(converted)
+    assert config.model.image_token_id == config.model.llm.vocab_size == 320
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: (d / "llm" / "config.json").write_text("{"), r"config\.json is damaged"),
+        (lambda d: change_config(d, model_type="gpt2"), r"model_type is 'gpt2'; read are: 'llama'"),
+        (lambda d: change_config(d, attention_bias=True), r"attention_bias is True; read are: False"),
+        (lambda d: change_config(d, num_hidden_layers=None), r"does not say num_hidden_layers"),
+        (lambda d: change_config(d, intermediate_size=48), r"gate_proj\.weight is \(40, 24\); .* must be \(48, 24\)"),
+        (lambda d: change_config(d, num_hidden_layers=6), r"no parameter of ours is: 9 tensors: model\.layers\.6"),
+        (lambda d: next((d / "llm").glob("*00001*.safetensors")).unlink(), r"lacks 1 of 2 shards: model-00001"),
+        (
+            lambda d: cut(next((d / "llm").glob("*-00002-of*"))),
+            r"00002-of-00002\.safetensors is damaged or cut",
+        ),
+        (lambda d: shutil.rmtree(d / "llm"), r"llm does not exist, and is no package of weights that is known"),
+        (lambda d: (d / "llm" / "tokenizer.json").unlink(), r"llm holds no tokenizer\.json or tokenizer\.model"),
+        (lambda d: write_chatml(d / "llm", vocab_size=400), r"tokenizer .* has 3\d\d tokens, .*vocab_size is 320"),
+        (lambda d: write_chatml(d / "llm", specials=("<pad>",)), r"special tokens of no chat format"),
+        (lambda d: spoil_tensor(d / "vision" / "model.safetensors", np.nan), r"post_layernorm\.weight holds numbers"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(published, tmp_path, spoil, message):
+    folder = shutil.copytree(published, tmp_path / "published")
+    spoil(folder)
+    with pytest.raises(UserError, match=message) as error:
+        convert_to(tmp_path / "out", folder)
+    assert "\n" not in str(error.value) and not list(tmp_path.glob("out*"))
+
+
+def change_config(folder, **fields):
+    path = folder / "llm" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def spoil_tensor(path, value):
+    tensors = load_file(path)
+    tensors["vision_model.post_layernorm.weight"][3] = value
+    save_file(tensors, path)
+
+
+def test_an_output_that_exists_is_refused(published, converted):
+    with pytest.raises(UserError, match=r"start exists; take another --out"):
+        convert_to(converted, published)
+    with pytest.raises(UserError, match=r"start exists; take another --out"):
+        convert.main(["--export", f"--checkpoint={converted}", f"--out={converted}"])
+
+
+def test_an_unknown_connector_or_part(published, converted, tmp_path):
+    with pytest.raises(UserError, match=r"'alin'; did you mean 'align'"):
+        convert_to(tmp_path / "out", published, "--connector=alin")
+    with pytest.raises(UserError, match=r"'visoin' in --parts; did you mean 'vision'"):
+        convert.main(["--export", f"--checkpoint={converted}", f"--out={tmp_path / 'out'}", "--parts=llm,visoin"])
+
+
+def test_tiles_that_are_not_square_cannot_be_exported(trained_workdir, tmp_path):
+    with pytest.raises(UserError, match=r"tile_height is 8 and tile_width 16; leave it out by --parts=llm,connector"):
+        convert.main(["--export", f"--checkpoint={trained_workdir}", f"--out={tmp_path / 'out'}"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", [["--out=x"], ["--export", "--out=x"], ["--llm=a", "--vision=b"]])
+def test_missing_flags_are_wrong_usage(flags):
+    with pytest.raises(SystemExit) as exit_info:
+        convert.main(flags)
+    assert exit_info.value.code == 2
