@@ -50,7 +50,16 @@ class Checkpoints:
     Kept: the newest `keep`, the one with the least validation loss of the newest stage, and those at `stage_ends`.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 1, stage_ends: tuple[int, ...] = (), read_only: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 1,
+        stage_ends: tuple[int, ...] = (),
+        read_only: bool = False,
+        host_gb: float | None = None,
+    ):
+        """`host_gb` bounds what a save copies and writes at once, and makes its caller wait; it must hold any array."""
         # Orbax logs every step of every save, and a traceback where we print one line.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         policies = ocp.checkpoint_managers
@@ -63,7 +72,7 @@ class Checkpoints:
         self.folder = folder
         # Named at once: a manager that has not saved yet could not read the shapes of a stored state otherwise.
         handlers = {
-            "state": ocp.PyTreeCheckpointHandler(),
+            "state": ocp.PyTreeCheckpointHandler(save_concurrent_gb=host_gb, save_device_host_concurrent_gb=host_gb),
             "data": ocp.JsonCheckpointHandler(),
             "metadata": ocp.JsonCheckpointHandler(),
         }

@@ -18,7 +18,7 @@ from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.train import checkpoint, state, warm_start
 from alignvlm_jax.train.checkpoint import Checkpoints
 from alignvlm_jax.train.state import Params, TrainState
-from alignvlm_jax.weights import load
+from alignvlm_jax.weights import load, mapping
 from alignvlm_jax.weights.source import Tower
 
 TOKENIZER = "tokenizer"
@@ -67,7 +67,8 @@ def write(llm: Tower, vision: Tower, config: Config, write_tokenizer: Callable[[
         with mesh_lib.use(mesh):
             params, table = _params(llm, vision, config, state.abstract_params(model, config, mesh))
         (staging / "config.json").write_text(json.dumps(config_lib.to_json((config,)), indent=2) + "\n")
-        with Checkpoints(staging / checkpoint.FOLDER) as checkpoints:
+        largest = max(x.nbytes for x in jax.tree.leaves(params))
+        with Checkpoints(staging / checkpoint.FOLDER, host_gb=1.1 * largest / 1e9) as checkpoints:
             metadata = checkpoint.describe((config,), config, train_seconds=0.0, answer_loss=None)
             checkpoints.save(0, TrainState(np.int32(0), params, ()), next_row=0, metadata=metadata, metrics=None)
     return table
@@ -80,17 +81,18 @@ def _params(llm: Tower, vision: Tower, config: Config, abstract: Params) -> tupl
         for part, tower in (("vision", vision), ("llm", llm))
         for name in load.check_tower(tower, wanted)
     }
+    if vlm.has_head_copy(config.model):
+        # Read once more, not copied on the devices: it needs no more memory than any other parameter.
+        llm = dataclasses.replace(llm, entries=(*llm.entries, mapping.head_copy(config.model.llm)))
     leaves = load.load_tower(vision, wanted) | load.load_tower(llm, wanted)
     drawn = wanted.keys() - leaves.keys()
     rng = jax.random.key(config.seed)
     fresh = state.init_params(vlm.VLM(config.model), config, abstract, drawn, rng)
     params = state.merge(state.unflatten(leaves), fresh)
-    if vlm.has_head_copy(config.model):
-        params = warm_start.with_head_copy(params, abstract)
     shapes = {path: x.shape for path, x in wanted.items()}
     groups = {
-        "loaded": {path: shapes[path] for path in shapes if path in leaves},
-        "initialised": {path: shapes[path] for path in shapes if path in drawn},
+        "loaded": {path: shapes[path] for path in shapes if not path.startswith("connector/")},
+        "initialised": {path: shapes[path] for path in shapes if path.startswith("connector/")},
         "ignored in the files": ignored,
     }
     return params, warm_start.table(groups)

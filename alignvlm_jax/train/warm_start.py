@@ -54,7 +54,9 @@ def start_params(
 
 def with_head_copy(params: Params, abstract: Params) -> Params:
     """Returns params with ALIGN's W2 a copy of the LM head, on the sharding of `abstract`; the rest is untouched."""
-    w2 = jax.jit(vlm.lm_head, out_shardings=state.flatten(abstract)[W2].sharding)(params["llm"])
+    part = "head" if "head" in params["llm"] else "embed"
+    copy = jax.jit(vlm.lm_head, out_shardings=state.flatten(abstract)[W2].sharding)
+    w2 = copy({part: params["llm"][part]})
     return state.unflatten(state.flatten(params) | {W2: w2})
 
 
