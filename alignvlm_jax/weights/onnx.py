@@ -51,6 +51,11 @@ def open_vision(path: Path, tile_size: int | None = None) -> Tower:
     return dinov2.tower(source, config)
 
 
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Returns the backbone's tensors by the names of Dinov2Model; the class token's position is zero."""
+    return _arrays(path, _read(path))
+
+
 def _read(path: Path) -> Any:
     try:
         import onnx

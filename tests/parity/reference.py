@@ -43,10 +43,11 @@ def siglip_features(folder: Path, pixels: np.ndarray) -> np.ndarray:
 def dinov2_features(folder: Path, pixels: np.ndarray) -> np.ndarray:
     """Last hidden states [B, P, E] of a Dinov2Model that has no class token."""
     model = transformers.Dinov2Model.from_pretrained(folder, dtype=torch.float32).eval()
-    return _without_class_token(model, pixels)
+    return features_without_class_token(model, pixels)
 
 
-def _without_class_token(model: torch.nn.Module, pixels: np.ndarray) -> np.ndarray:
+def features_without_class_token(model: torch.nn.Module, pixels: np.ndarray) -> np.ndarray:
+    """Last hidden states [B, P, E]: patches and their positions alone go through the encoder."""
     scaled = torch.tensor(_scaled(pixels, DINOV2_MEAN, DINOV2_STD))
     embedded = model.embeddings(scaled)[:, 1:]
     states = model.encoder(embedded)
