@@ -28,26 +28,29 @@ class NpzFile:
         self.name = str(path)
         self.tensors: dict[str, Tensor] = {}
         self._members: dict[str, str] = {}
+        where = str(path)
         try:
             with zipfile.ZipFile(path) as archive:
                 for member in archive.namelist():
-                    with archive.open(member) as file:
-                        shape, dtype = _header(file, f"{path}: tensor {member.removesuffix('.npy')}")
                     name = member.removesuffix(".npy")
+                    where = f"{path}: tensor {name}"
+                    with archive.open(member) as file:
+                        shape, dtype = _header(file, where)
                     for root in ROOTS:
                         name = name.removeprefix(root)
                     self._members[name] = member
                     self.tensors[name] = Tensor(shape, dtype)
         except BAD_ZIP as err:
-            raise UserError(f"{path} is damaged or cut short: {err}") from err
+            raise UserError(f"{where} is damaged or cut short: {err}") from err
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
         """See `source.Source`."""
-        tensor, where = self.tensors[name], f"{self.name}: tensor {name}"
+        member = self._members[name]
+        tensor, where = self.tensors[name], f"{self.name}: tensor {member.removesuffix('.npy')}"
         rows = rows_per_block(tensor) if len(tensor.shape) > 1 else math.prod(tensor.shape[:1])
         row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
         try:
-            with zipfile.ZipFile(self.name) as archive, archive.open(self._members[name]) as file:
+            with zipfile.ZipFile(self.name) as archive, archive.open(member) as file:
                 _header(file, where)
                 left = tensor.shape[0] if tensor.shape else 1
                 while left:
