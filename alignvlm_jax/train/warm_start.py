@@ -1,5 +1,8 @@
 """The parameters that a stage starts with: loaded from a checkpoint where it has them, drawn anew elsewhere."""
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import jax
 import numpy as np
 from rich.table import Table
@@ -28,14 +31,7 @@ def start_params(
     """
     wanted = {path: x.shape for path, x in state.flatten(abstract.params).items()}
     stored = {} if source is None else {path: x.shape for path, x in source.stored_params(step).items()}
-    chosen = set() if source is None else state.match_paths(config.train.load, stored, "train.load")
-    loaded = chosen & wanted.keys()
-    for path in sorted(loaded):
-        if stored[path] != wanted[path]:
-            raise UserError(
-                f"{path} is {stored[path]} in checkpoint {source.folder / str(step)} and "
-                f"{wanted[path]} in config.model; leave it out of config.train.load, or change the model"
-            )
+    loaded = set() if source is None else loadable(config, stored, wanted, source.folder / str(step))
     initialised = wanted.keys() - loaded
     params: Params = {}
     if loaded:
@@ -50,6 +46,24 @@ def start_params(
         "ignored in the checkpoint": {path: stored[path] for path in stored if path not in loaded},
     }
     return params, table(groups)
+
+
+def loadable(
+    config: Config, stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], name: Path
+) -> set[str]:
+    """Returns the paths of `wanted` that a checkpoint of the shapes `stored` gives under `config.train.load`.
+
+    Raises:
+      UserError: a pattern matches nothing, or shapes differ; `name` is the checkpoint's.
+    """
+    chosen = state.match_paths(config.train.load, stored, "train.load") & wanted.keys()
+    for path in sorted(chosen):
+        if stored[path] != wanted[path]:
+            raise UserError(
+                f"{path} is {stored[path]} in checkpoint {name} and {wanted[path]} in config.model; leave it out of "
+                "config.train.load, or change the model"
+            )
+    return chosen
 
 
 def with_head_copy(params: Params, abstract: Params) -> Params:
