@@ -17,8 +17,9 @@ import transformers
 from alignvlm_jax.commands import convert, generate
 from alignvlm_jax.data import chat, tokenizer_files
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.eval import loading
 from alignvlm_jax.infer.sampler import Sampler
+from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.train import checkpoint
 from alignvlm_jax.weights import onnx, source, towers
 from tests.parity import reference
 from tests.parity.table import record
@@ -69,20 +70,27 @@ def test_logits(smollm2, converted):
 
 
 def test_greedy_continuations(smollm2, converted):
-    """Sixty-four tokens, whatever they are: nothing stops them."""
-    loaded = loading.load(converted, loading.load_config(converted))
-    sampler = Sampler(loaded.model, loaded.params, loaded.mesh, end_ids=(-1,), pad_id=0)
-    for question in QUESTIONS:
-        prompt = chat.encode_prompt(loaded.tokenizer, question, 0, image_id=-1)
+    """Sixty-four tokens, whatever they are: nothing stops them. Prompts of different lengths are one batch of ours."""
+    mesh = mesh_lib.single_device()
+    _, model, params, _ = checkpoint.load_model(converted, mesh)
+    tokenizer = tokenizer_files.load(converted / "tokenizer")
+    prompts = [chat.encode_prompt(tokenizer, question, 0, image_id=-1) for question in QUESTIONS]
+    length = max(map(len, prompts))
+    pad = lambda rows: np.stack([np.pad(row, (0, length - len(row))) for row in rows]).astype(np.int32)  # noqa: E731
+    batch = {
+        "tokens": pad(prompts),
+        "positions": pad([np.arange(len(prompt)) for prompt in prompts]),
+        "segment_ids": pad([np.ones(len(prompt)) for prompt in prompts]),
+    }
+    answers = Sampler(model, params, mesh, end_ids=(-1,), pad_id=0).generate(batch, 64)
+    for prompt, answer in zip(prompts, answers, strict=True):
         ids = torch.tensor(prompt[None], dtype=torch.long)
         with torch.no_grad():
             expected = smollm2.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, min_new_tokens=64, do_sample=False,
                 pad_token_id=2, eos_token_id=None,
             )[0, len(prompt) :].numpy()  # fmt: skip
-        row = {"tokens": prompt, "positions": np.arange(len(prompt)), "segment_ids": np.ones(len(prompt))}
-        batch = {name: np.stack([x.astype(np.int32)] * loaded.batch_ways) for name, x in row.items()}
-        np.testing.assert_array_equal(sampler.generate(batch, 64)[0], expected)
+        np.testing.assert_array_equal(answer, expected)
 
 
 def test_generate_answers_as_the_language_model(converted, capsys):
