@@ -19,7 +19,10 @@ def get_config(folder: str) -> ml_collections.ConfigDict:
     config = config_lib.default_config_dict()
     config.name = "finetune"
     config.init_from = folder
-    (*_, last) = json.loads(pathlib.Path(folder, "config.json").read_text())
+    path = pathlib.Path(folder, "config.json")
+    if not path.exists():
+        raise ValueError(f"{folder} holds no config.json: run `make weights` or `convert` first")
+    (*_, last) = json.loads(path.read_text())
     config.model.update(last["model"])
     config.model.remat = "full"
     config.data.tokenizer = last["data"]["tokenizer"]

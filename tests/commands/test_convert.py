@@ -1,6 +1,8 @@
 """Published weights in, and out again bit for bit; whatever is wrong is one line, and leaves nothing behind."""
 
+import dataclasses
 import json
+import pathlib
 import shutil
 
 import ml_dtypes
@@ -8,9 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from alignvlm_jax.commands import convert, generate
+from alignvlm_jax.commands import config_flag, convert, generate
+from alignvlm_jax.data import chat, pipeline
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.train import checkpoint
+from alignvlm_jax.models import vlm
+from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.train import checkpoint, state
 from alignvlm_jax.weights import export
 from tests.weights import folders
 from tests.weights.tokenizers import write_chatml
@@ -85,6 +90,34 @@ def test_what_was_converted_answers(converted, capsys):
 def test_the_image_token_is_one_that_no_text_makes(converted):
     config = checkpoint.load_config(converted)
     assert config.model.image_token_id == config.model.llm.vocab_size == 320
+
+
+@pytest.mark.parametrize("name", ["finetune", "smollm2"])
+def test_a_run_starts_from_what_was_converted(converted, name):
+    """On the 2 x 2 x 2 mesh; what the preflight finds wrong it would raise."""
+    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+    stages, _ = config_flag.parse([f"--config=configs/{name}.py:{converted}", *mesh])
+    assert stages[0].model.llm == checkpoint.load_config(converted).model.llm
+    tokenizer = pipeline.load_tokenizer(stages[0])
+    assert chat.stop_ids(tokenizer)
+    stage = stages[0]
+    read = checkpoint.read_newest(pathlib.Path(stage.init_from), lambda source, step: source.stored_params(step))
+    model = vlm.VLM(stage.model)
+    with pytest.raises(UserError, match=r"3 does not divide over mesh axis tensor of 2"):
+        state.abstract_params(model, stage, mesh_lib.make_mesh(stage))
+    narrow = dataclasses.replace(stage, mesh=dataclasses.replace(stage.mesh, data=4, fsdp=2, tensor=1))
+    mesh = mesh_lib.make_mesh(narrow)
+    abstract = state.abstract_params(model, narrow, mesh)
+    wanted = {path: x.shape for path, x in state.flatten(abstract).items()}
+    assert {path: x.shape for path, x in read.items()} == wanted
+    _, _, params, _ = checkpoint.load_model(converted, mesh)
+    for path, x in state.flatten(params).items():
+        assert x.dtype == np.float32 and x.sharding == state.flatten(abstract)[path].sharding
+
+
+def test_config_files_say_what_to_run_first(tmp_path):
+    with pytest.raises(UserError, match=r"holds no config\.json: run `make weights` or `convert` first"):
+        config_flag.parse([f"--config=configs/finetune.py:{tmp_path}"])
 
 
 @pytest.mark.parametrize(
