@@ -15,7 +15,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.infer.sampler import Sampler
 from alignvlm_jax.models.vlm import VLM
 from alignvlm_jax.parallel import mesh as mesh_lib
-from alignvlm_jax.train import checkpoint
+from alignvlm_jax.train import checkpoint, initial
 from alignvlm_jax.train.state import Params
 
 
@@ -44,8 +44,12 @@ class Loaded:
 
 
 def load_config(path: Path, data_dir: str | None = None) -> Config:
-    """Returns the config of the stage that wrote a checkpoint; `data_dir` replaces where it looked for its data."""
+    """Returns the config of the stage that wrote a checkpoint; `data_dir` replaces where it looked for its data. What
+    `convert` wrote has its tokenizer with it, wherever it was moved."""
     config = checkpoint.load_config(path)
+    beside = workdir_of(path) / initial.TOKENIZER
+    if beside.is_dir():
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(beside)))
     return config if data_dir is None else _with_data_dir(config, data_dir)
 
 

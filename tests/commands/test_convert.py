@@ -82,8 +82,13 @@ def test_import_and_export_give_back_every_tensor_bit_for_bit(published, convert
     assert configs[0] == configs[1]
 
 
-def test_what_was_converted_answers(converted, capsys):
-    generate.main([f"--checkpoint={converted}", "--question=Who?", "--max_new_tokens=3"])
+def test_what_was_converted_answers_wherever_it_was_moved(converted, tmp_path, capsys):
+    moved = shutil.copytree(converted, tmp_path / "moved")
+    converted.rename(converted.with_name("away"))
+    try:
+        generate.main([f"--checkpoint={moved}", "--question=Who?", "--max_new_tokens=3"])
+    finally:
+        converted.with_name("away").rename(converted)
     assert capsys.readouterr().out
 
 
