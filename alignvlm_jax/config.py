@@ -61,7 +61,10 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LLMConfig:
-    """The Llama decoder."""
+    """The Llama decoder.
+
+    The last `padded_rows` of its tables are no words; with them `vocab_size` divides over a mesh.
+    """
 
     vocab_size: int = 128
     width: int = 128
@@ -74,6 +77,12 @@ class LLMConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling = RopeScaling()
     tie_embeddings: bool = True
+    padded_rows: int = 0
+
+    @property
+    def num_words(self) -> int:
+        """Rows of the tables that are words."""
+        return self.vocab_size - self.padded_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +101,9 @@ class ModelConfig:
     """The whole model. `dtype` is that of the computation; parameters are float32.
 
     `image_token_id` marks the image slots in a row of tokens; it must be the tokenizer's. `scan_unroll` layers of a
-    tower are compiled in a row: 1 for large models; all of them make a small one a third faster on CPU.
+    tower are compiled in a row: 1 for large models; all of them make a small one a third faster on CPU. What lies over
+    the vocabulary, ALIGN and the loss, is computed whole (`vocab_form` "plain"), or a block of rows at a time
+    ("blockwise"), of at most `vocab_block_mib` MiB of logits on a device; "auto" is blockwise where they are more.
     """
 
     vision: VisionConfig = VisionConfig()
@@ -102,6 +113,8 @@ class ModelConfig:
     dtype: str = "float32"
     remat: str = "none"
     scan_unroll: int = 1
+    vocab_form: str = "auto"
+    vocab_block_mib: float = 64.0
 
     @property
     def slots_per_tile(self) -> int:
@@ -160,7 +173,8 @@ class TrainConfig:
     """One stage. `trainable` and `load` are regular expressions over whole parameter paths (`re.fullmatch`).
 
     `visual_input` is "pixels", or "labels": visual tokens are then the label-weighted average of text embeddings,
-    what a perfect ALIGN would hand on, and no image is looked at.
+    what a perfect ALIGN would hand on, and no image is looked at. `z_loss` weighs the squared log of the sum that
+    normalises a token's distribution, which keeps logits from drifting (PaLM, arXiv 2204.02311).
     """
 
     num_steps: int = 1000
@@ -170,6 +184,7 @@ class TrainConfig:
     load: tuple[str, ...] = (".*",)
     visual_input: str = "pixels"
     patch_token_weight: float = 1.0
+    z_loss: float = 0.0
     log_every: int = 10
     validate_every: int = 200
     validation_rows: int = 128
@@ -208,6 +223,7 @@ CHOICES = {
     "model.vision.gelu": ("tanh", "exact"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "full", "dots"),
+    "model.vocab_form": ("auto", "plain", "blockwise"),
     "model.connector.w2_init": ("lm_head", "random"),
     "model.connector.embed_grad": ("live", "stop"),
     "train.visual_input": ("pixels", "labels"),
@@ -221,6 +237,7 @@ AT_LEAST: dict[str, int] = {
         for field in dataclasses.fields(cls)
         if field.type is int
     },
+    "model.llm.padded_rows": 0,
     "model.scan_unroll": 1,
     "model.llm.rope_scaling.original_length": 1,
     "data.max_tiles": 1,
@@ -237,6 +254,7 @@ AT_LEAST: dict[str, int] = {
     "train.num_steps": 1,
     "train.batch_size": 1,
     "train.patch_token_weight": 0,
+    "train.z_loss": 0,
     "train.log_every": 1,
     "train.validate_every": 1,
     "train.validation_rows": 1,
@@ -249,6 +267,7 @@ AT_LEAST: dict[str, int] = {
 }
 ABOVE = {
     "model.vision.norm_eps": 0,
+    "model.vocab_block_mib": 0,
     "model.llm.norm_eps": 0,
     "model.llm.rope_theta": 0,
     "model.llm.rope_scaling.factor": 0,
@@ -326,6 +345,8 @@ def check(config: Config) -> Config:
         )
     if llm.head_dim % 2:
         raise UserError(f"config.model.llm.head_dim is {llm.head_dim}; rotary embedding needs an even number")
+    if llm.num_words < 1:
+        raise UserError(f"config.model.llm.padded_rows {llm.padded_rows} leaves no word of vocab_size {llm.vocab_size}")
     slots = data.max_tiles * config.model.slots_per_tile
     if slots >= data.row_length:
         raise UserError(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from alignvlm_jax.config import RopeScaling
+from alignvlm_jax.ops.layer_norm import layer_norm
 from alignvlm_jax.shapes import Array, Float, Int
 
 REMAT_POLICIES: dict[str, Callable | None] = {
@@ -38,39 +39,38 @@ class Einsum(nn.Module):
     dtype: jnp.dtype = jnp.float32
     out_dtype: jnp.dtype | None = None
 
-    @nn.compact
-    def __call__(self, inputs: Array) -> Array:
+    def setup(self) -> None:
         letters, out = self.equation.split(",")[1].split("->")
         kept = [i for i, letter in enumerate(letters) if letter in out]
         summed = [i for i in range(len(letters)) if i not in kept]
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=summed, out_axis=kept)
-        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), self.shape, jnp.float32)
-        operands = inputs.astype(self.dtype), kernel.astype(self.dtype)
-        outputs = jnp.einsum(self.equation, *operands, preferred_element_type=self.out_dtype)
+        self.kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), self.shape, jnp.float32)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.axes[i] for i in kept))
-            bias = self.param("bias", zeros, tuple(self.shape[i] for i in kept), jnp.float32)
-            outputs += bias.astype(outputs.dtype)
-        return outputs
+            self.bias = self.param("bias", zeros, tuple(self.shape[i] for i in kept), jnp.float32)
+
+    def __call__(self, inputs: Array) -> Array:
+        operands = inputs.astype(self.dtype), self.kernel.astype(self.dtype)
+        outputs = jnp.einsum(self.equation, *operands, preferred_element_type=self.out_dtype)
+        return outputs + self.bias.astype(outputs.dtype) if self.use_bias else outputs
 
 
 class LayerNorm(nn.Module):
     """Layer normalisation over the last axis, computed in float32, returned in the input's dtype."""
 
+    size: int
     eps: float
     scale_init: float = 1.0
     axes: tuple[str | None, ...] = (None,)
 
-    @nn.compact
+    def setup(self) -> None:
+        ones = nn.with_logical_partitioning(nn.initializers.constant(self.scale_init), self.axes)
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes)
+        self.scale = self.param("scale", ones, (self.size,), jnp.float32)
+        self.bias = self.param("bias", zeros, (self.size,), jnp.float32)
+
     def __call__(self, x: Array) -> Array:
-        size = (x.shape[-1],)
-        scale_init = nn.with_logical_partitioning(nn.initializers.constant(self.scale_init), self.axes)
-        scale = self.param("scale", scale_init, size, jnp.float32)
-        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.axes), size, jnp.float32)
-        x32 = x.astype(jnp.float32)
-        centred = x32 - x32.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        return (centred * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(x.dtype)
+        return layer_norm(x, self.scale, self.bias, self.eps).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):

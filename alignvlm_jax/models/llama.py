@@ -12,6 +12,8 @@ from flax import linen as nn
 from alignvlm_jax.config import LLMConfig
 from alignvlm_jax.models.layers import Einsum, RMSNorm, apply_rope, rope_frequencies, scan_blocks
 from alignvlm_jax.ops.attention import attention
+from alignvlm_jax.ops.blocks import Matrix, rows_per_block
+from alignvlm_jax.ops.cross_entropy import TokenLosses, token_losses
 from alignvlm_jax.shapes import Array, Bool, Float, Int
 
 
@@ -154,12 +156,30 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Returns float32 logits over the vocabulary, sharded like it."""
-        if self.config.tie_embeddings:
+        c = self.config
+        if c.tie_embeddings:
             table_VD = self.table.astype(self.dtype)
             logits_BTV = jnp.einsum("BTD,VD->BTV", hidden, table_VD, preferred_element_type=jnp.float32)
         else:
             logits_BTV = self.head(hidden)
+        if c.padded_rows:
+            logits_BTV = jnp.where(jnp.arange(c.vocab_size) < c.num_words, logits_BTV, -jnp.inf)
         return nn.with_logical_constraint(logits_BTV, ("act_batch", "act_len", "act_vocab"))
+
+    def token_losses(
+        self, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], vocab_form: str, vocab_block_mib: float
+    ) -> TokenLosses:
+        """Returns the losses of predicting `targets`, without logits of all tokens (`config.ModelConfig`)."""
+        c = self.config
+        master = self.table if c.tie_embeddings else self.head.kernel
+        return token_losses(
+            hidden,
+            Matrix.of(master, self.dtype),
+            targets,
+            is_table=c.tie_embeddings,
+            num_words=c.num_words,
+            block=rows_per_block(vocab_form, vocab_block_mib, targets.size, c.vocab_size),
+        )
 
     def empty_cache(self, batch_size: int, length: int) -> Cache:
         """Returns a cache of zeros with `length` slots."""

@@ -59,8 +59,10 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BPE: Array, _: None) -> tuple[Array, None]:
         eps = self.config.norm_eps
-        x_BPE += Attention(self.config, self.dtype, name="attn")(LayerNorm(eps, name="attn_norm")(x_BPE))
-        x_BPE += MLP(self.config, self.dtype, name="mlp")(LayerNorm(eps, name="mlp_norm")(x_BPE))
+        x_BPE += Attention(self.config, self.dtype, name="attn")(
+            LayerNorm(self.config.width, eps, name="attn_norm")(x_BPE)
+        )
+        x_BPE += MLP(self.config, self.dtype, name="mlp")(LayerNorm(self.config.width, eps, name="mlp_norm")(x_BPE))
         return nn.with_logical_constraint(x_BPE, ("act_batch", "act_len", "act_embed")), None
 
 
@@ -103,4 +105,4 @@ class Siglip(nn.Module):
         x_BPE = nn.with_logical_constraint(x_BPE + positions.astype(self.dtype), ("act_batch", "act_len", "act_embed"))
         blocks = scan_blocks(Block, c.num_layers, self.remat, self.unroll, in_axes=(nn.broadcast,))
         x_BPE, _ = blocks(c, self.dtype, name="blocks")(x_BPE, None)
-        return LayerNorm(c.norm_eps, name="final_norm")(x_BPE)
+        return LayerNorm(c.width, c.norm_eps, name="final_norm")(x_BPE)

@@ -18,6 +18,7 @@ from alignvlm_jax.models.connectors.base import PatchLabels
 from alignvlm_jax.models.llama import Cache, Llama
 from alignvlm_jax.models.siglip import Siglip
 from alignvlm_jax.ops.attention import causal_mask
+from alignvlm_jax.ops.cross_entropy import TokenLosses
 from alignvlm_jax.shapes import Array, Bool, Float, Int, UInt8
 
 NUM_CHANNELS = 3
@@ -27,6 +28,14 @@ class Output(NamedTuple):
     """Logits that predict each position's next token, and the connector's loss of each patch (zeros without labels)."""
 
     logits: Float[Array, "B T V"]
+    patch_nll: Float[Array, "B I P"]
+
+
+class Losses(NamedTuple):
+    """Of each position the losses of predicting its target, and the connector's loss of each patch (zeros without
+    labels)."""
+
+    tokens: TokenLosses
     patch_nll: Float[Array, "B I P"]
 
 
@@ -50,10 +59,14 @@ class VLM(nn.Module):
           visual_input: "pixels", or "labels": the average of text embeddings that the labels name stands in for what
             the connector would hand on, and no image is looked at.
         """
-        visual_BND, patch_nll = self._visual_tokens(batch, visual_input)
-        x_BTD = self._merge(batch["tokens"], visual_BND)
-        hidden_BTD, _ = self.llm(x_BTD, batch["positions"], causal_mask(batch["segment_ids"]))
+        hidden_BTD, patch_nll = self._hidden(batch, visual_input)
         return Output(self.llm.logits(hidden_BTD), patch_nll)
+
+    def losses(self, batch: Mapping[str, Array], visual_input: str = "pixels") -> Losses:
+        """Returns the losses of batch["targets"], and otherwise what `__call__` does, without making all logits."""
+        c = self.config
+        hidden_BTD, patch_nll = self._hidden(batch, visual_input)
+        return Losses(self.llm.token_losses(hidden_BTD, batch["targets"], c.vocab_form, c.vocab_block_mib), patch_nll)
 
     def encode_tiles(self, tiles: UInt8[Array, "B I Y X C"]) -> Float[Array, "B I P E"]:
         """Returns patch features; every tile is encoded by itself."""
@@ -95,6 +108,13 @@ class VLM(nn.Module):
         x_B1D = self.llm.embed(tokens[:, None])
         hidden_B1D, cache = self.llm(x_B1D, positions[:, None], mask[:, None], cache)
         return self.llm.logits(hidden_B1D)[:, 0], cache
+
+    def _hidden(self, batch: Mapping[str, Array], visual_input: str) -> tuple[Array, Array]:
+        """Last hidden states [B, T, D] and patch losses [B, I, P]."""
+        visual_BND, patch_nll = self._visual_tokens(batch, visual_input)
+        x_BTD = self._merge(batch["tokens"], visual_BND)
+        hidden_BTD, _ = self.llm(x_BTD, batch["positions"], causal_mask(batch["segment_ids"]))
+        return hidden_BTD, patch_nll
 
     def _visual_tokens(self, batch: Mapping[str, Array], visual_input: str) -> tuple[Array, Array]:
         """Visual tokens [B, I * P, D] and patch losses [B, I, P]."""

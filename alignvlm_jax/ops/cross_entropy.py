@@ -1,9 +1,22 @@
-"""Cross-entropy over a vocabulary that may be sharded, as (sum, weight)."""
+"""Cross-entropy over a vocabulary that may be sharded."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
-from alignvlm_jax.shapes import Array, Float, Int
+from alignvlm_jax.ops import blocks
+from alignvlm_jax.ops.blocks import Matrix
+from alignvlm_jax.shapes import Array, Bool, Float, Int
+
+
+class TokenLosses(NamedTuple):
+    """Of each token: -log P(target) in nats, the log of the sum that normalises P, and whether no word is likelier."""
+
+    nll: Float[Array, "B T"]
+    log_sum_exp: Float[Array, "B T"]
+    is_correct: Bool[Array, "B T"]
 
 
 def pick(logits: Float[Array, "... V"], ids: Int[Array, "..."]) -> Float[Array, "..."]:
@@ -13,25 +26,47 @@ def pick(logits: Float[Array, "... V"], ids: Int[Array, "..."]) -> Float[Array, 
     return jnp.sum(jnp.where(vocabulary == ids[..., None], logits, 0.0), axis=-1)
 
 
-def cross_entropy(
-    logits: Float[Array, "B T V"], targets: Int[Array, "B T"], weights: Float[Array, "B T"]
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Returns the weighted sum of -log softmax(logits)[targets], in nats, and the sum of the weights.
+def token_losses(
+    hidden: Float[Array, "B T D"],
+    head: Matrix,
+    targets: Int[Array, "B T"],
+    *,
+    is_table: bool,
+    num_words: int | None = None,
+    block: int | None = None,
+) -> TokenLosses:
+    """Returns the losses of predicting `targets` from hidden states, without logits [B, T, V].
 
-    The caller divides once, after adding up micro-batches and hosts: a mean of means would weigh short answers more.
+    The caller weighs and sums them, and divides once, after adding up micro-batches and hosts: a mean of means would
+    weigh short answers more.
+
+    Args:
+      hidden: last hidden states.
+      head: [D, V], or with `is_table` the tied table [V, D].
+      targets: a target that is no word picks a logit of 0; it should have no weight.
+      is_table: see `head`.
+      num_words: the words from here on only fill the table up and are never predicted.
+      block: rows of a shard at a time, see `blocks.rows_per_block`; None is the plain form.
     """
-    logits = logits.astype(jnp.float32)
-    losses = jax.nn.logsumexp(logits, axis=-1) - pick(logits, targets)
-    return jnp.sum(losses * weights), jnp.sum(weights)
+    equation, names = ("ND,VD->NV", ("vocab", "embed")) if is_table else ("ND,DV->NV", ("embed", "vocab"))
+
+    def losses(rows: tuple[Array, Array], head: Matrix, row_axis: str | None) -> TokenLosses:
+        hidden_ND, targets_N = rows
+        logits_NV = blocks.project(equation, hidden_ND, head)
+        logits_NV = nn.with_logical_constraint(logits_NV, (row_axis, "act_vocab"))
+        if num_words is not None and num_words < logits_NV.shape[-1]:
+            logits_NV = jnp.where(jnp.arange(logits_NV.shape[-1]) < num_words, logits_NV, -jnp.inf)
+        log_sum_exp_N, picked_N = jax.nn.logsumexp(logits_NV, axis=-1), pick(logits_NV, targets_N)
+        # Not argmax: along a sharded vocabulary a maximum is one small reduction.
+        return TokenLosses(log_sum_exp_N - picked_N, log_sum_exp_N, picked_N >= logits_NV.max(-1))
+
+    rows = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    result = blocks.map_rows(losses, rows, head, Matrix(names, names), block)
+    return jax.tree.map(lambda x: x.reshape(targets.shape), result)
 
 
 def soft_cross_entropy(
-    logits: Float[Array, "N V"], label_ids: Int[Array, "N k"], label_weights: Float[Array, "N k"]
+    label_logits: Float[Array, "N k"], log_sum_exp: Float[Array, "N"], label_weights: Float[Array, "N k"]
 ) -> Float[Array, "N"]:
-    """Returns -sum_k weight_k log softmax(logits)[id_k] of each row, in nats: the loss of patch-token supervision.
-
-    Takes k logits and one log-sum-exp a row, and makes nothing of size [N, V] but what is fused into those sums.
-    """
-    logits = logits.astype(jnp.float32)
-    picked = jnp.stack([pick(logits, label_ids[:, j]) for j in range(label_ids.shape[1])], axis=-1)
-    return jax.nn.logsumexp(logits, axis=-1) * label_weights.sum(-1) - (picked * label_weights).sum(-1)
+    """Returns -sum_k weight_k log P(label_k) of each row, in nats: the loss of patch-token supervision."""
+    return log_sum_exp * label_weights.sum(-1) - (label_logits * label_weights).sum(-1)

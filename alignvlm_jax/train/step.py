@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 
 from alignvlm_jax.config import Config
 from alignvlm_jax.models import vlm
-from alignvlm_jax.ops.cross_entropy import cross_entropy, pick
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.shapes import Array, Float
 from alignvlm_jax.train import optim, state
@@ -48,9 +47,10 @@ def eval_inputs(config: Config, batch: Mapping[str, Array]) -> dict[str, Array]:
 def make_train_step(model: vlm.VLM, config: Config, tx: optax.GradientTransformation) -> TrainStep:
     """Returns step(state, batch) -> (state, metrics).
 
-    Loss = answer_loss + patch_token_weight * patch_loss, each a sum divided once by its weight in the whole batch, so
-    that neither accumulation nor sharding changes it. Only the stage's trainable parameters get gradients. Where the
-    gradient's norm is not finite the step changes nothing but the step count.
+    Loss = answer_loss + patch_token_weight * patch_loss + z_loss * (mean of log_sum_exp squared), each a sum divided
+    once by its weight in the whole batch, so that neither accumulation nor sharding changes it. Only the stage's
+    trainable parameters get gradients. Where the gradient's norm is not finite the step changes nothing but the step
+    count.
     """
     schedule = optim.make_schedule(config)
 
@@ -129,25 +129,33 @@ def means(sums: Mapping[str, Array]) -> dict[str, Array]:
     }
     if "patch_sum" in sums:
         result["patch_loss"] = ratio("patch_sum", "patch_weight")
+    if "z_sum" in sums:
+        result["z_loss"] = ratio("z_sum", "answer_weight")
     return result
 
 
 def _total(config: Config, losses: Metrics) -> Array:
-    return losses["answer_loss"] + config.train.patch_token_weight * losses.get("patch_loss", 0.0)
+    return (
+        losses["answer_loss"]
+        + config.train.patch_token_weight * losses.get("patch_loss", 0.0)
+        + config.train.z_loss * losses.get("z_loss", 0.0)
+    )
 
 
 def _sums(model: vlm.VLM, config: Config, params: Params, batch: Mapping[str, Array]) -> Metrics:
     """Weighted sums over a batch: answer loss, right answer tokens, and the patch loss where it is measured."""
-    output = model.apply({"params": params}, batch, visual_input=config.train.visual_input)
-    targets, weights = batch["targets"], batch["loss_weights"]
-    # Not argmax: along a sharded vocabulary a maximum is one small reduction.
-    is_correct = pick(output.logits, targets) >= output.logits.max(-1)
+    tokens, patch_nll = model.apply(
+        {"params": params}, batch, visual_input=config.train.visual_input, method=vlm.VLM.losses
+    )
+    weights = batch["loss_weights"]
     sums = {
-        "answer_sum": cross_entropy(output.logits, targets, weights)[0],
-        "correct_sum": jnp.sum(is_correct * weights),
+        "answer_sum": jnp.sum(tokens.nll * weights),
+        "correct_sum": jnp.sum(tokens.is_correct * weights),
     }
+    if config.train.z_loss:
+        sums["z_sum"] = jnp.sum(jnp.square(tokens.log_sum_exp) * weights)
     if "patch_loss_weights" in batch:
-        sums["patch_sum"] = jnp.sum(output.patch_nll * batch["patch_loss_weights"])
+        sums["patch_sum"] = jnp.sum(patch_nll * batch["patch_loss_weights"])
     return sums
 
 

@@ -13,6 +13,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import connectors, vlm
 from alignvlm_jax.models.connectors.align import Align
 from alignvlm_jax.models.connectors.base import PatchLabels
+from alignvlm_jax.ops.vocab_average import vocab_logits
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
 from tests.conftest import random_params, tiny_config
@@ -92,7 +93,8 @@ def test_logits_are_not_rounded_under_bfloat16():
     """They are what float64 makes of the same bfloat16 operands. Not compiled: XLA may drop a rounding by itself."""
 
     def operand_and_logits(align: Align, features):
-        return align.ln1(align.w1(features)), align.vocabulary_logits(features)
+        x, head = align._rows_and_head(features)
+        return x, vocab_logits(x, head, None)
 
     align = make(dtype="bfloat16", use_ln2=False)
     params = random_params(align, FEATURES, TABLE, LABELS)

@@ -11,9 +11,10 @@ from tests.conftest import random_params
 X = (50 + np.random.default_rng(0).standard_normal((4, 512))).astype(jnp.bfloat16)
 
 
-@pytest.mark.parametrize("norm", [layers.LayerNorm, layers.RMSNorm])
-def test_norm_is_float32_under_bfloat16(norm):
-    module = norm(eps=1e-6)
+@pytest.mark.parametrize(
+    "module", [layers.LayerNorm(X.shape[-1], eps=1e-6), layers.RMSNorm(eps=1e-6)], ids=["LayerNorm", "RMSNorm"]
+)
+def test_norm_is_float32_under_bfloat16(module):
     params = random_params(module, X)
     normed = jax.jit(module.apply)({"params": params}, X)
     expected = jax.jit(module.apply)({"params": params}, X.astype(np.float32))

@@ -15,7 +15,6 @@ from alignvlm_jax import config as config_lib
 from alignvlm_jax.data.schema import Batch
 from alignvlm_jax.models import vlm
 from alignvlm_jax.models.llama import Llama
-from alignvlm_jax.ops.cross_entropy import cross_entropy
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
 from tests.conftest import random_batch, random_params, tiny_config
@@ -51,6 +50,10 @@ IMAGE = MODEL.image_token_id
 BATCH = random_batch(CONFIG)
 
 
+BLOCK_ROWS = 7
+BLOCKWISE = {"vocab_form": "blockwise", "vocab_block_mib": (BLOCK_ROWS + 0.5) * VOCAB / 2 * 4 / 2**20}
+
+
 def draw_params(model: config_lib.ModelConfig) -> dict:
     return random_params(vlm.VLM(model), vlm.abstract_batch(CONFIG))
 
@@ -61,20 +64,21 @@ def params():
 
 
 def gradient_step(model: config_lib.ModelConfig, grad_shardings=None):
-    """Compiles params, batch -> (loss, output), gradients: both losses, each divided by its weight."""
+    """Compiles params, batch -> (loss, losses), gradients: both losses, each divided by its weight."""
 
     def loss(params, batch):
-        output = vlm.VLM(model).apply({"params": params}, batch)
-        loss_sum, weight = cross_entropy(output.logits, batch["targets"], batch["loss_weights"])
-        patch_sum = (output.patch_nll * batch["patch_loss_weights"]).sum()
-        return loss_sum / weight + patch_sum / batch["patch_loss_weights"].sum(), output
+        losses = vlm.VLM(model).apply({"params": params}, batch, method=vlm.VLM.losses)
+        loss_sum = (losses.tokens.nll * batch["loss_weights"]).sum()
+        patch_sum = (losses.patch_nll * batch["patch_loss_weights"]).sum()
+        return loss_sum / batch["loss_weights"].sum() + patch_sum / batch["patch_loss_weights"].sum(), losses
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True), out_shardings=(None, grad_shardings))
 
 
 @functools.cache
 def single_step(model: config_lib.ModelConfig):
-    """(loss, output), gradients on one device."""
+    """(loss, losses), gradients on one device, in the plain form."""
+    model = dataclasses.replace(model, vocab_form="plain")
     return jax.device_get(gradient_step(model)(draw_params(model), BATCH))
 
 
@@ -95,7 +99,7 @@ class Sharded:
     """One compiled step on the mesh, its results, and the same step's on one device."""
 
     def __init__(self, model: config_lib.ModelConfig):
-        (self.single_loss, self.single_output), self.single_grads = single_step(model)
+        (self.single_loss, self.single_losses), self.single_grads = single_step(model)
         with mesh_lib.use(mesh_lib.make_mesh(CONFIG)) as mesh:
             abstract = vlm.abstract_batch(CONFIG)
             boxed = jax.eval_shape(lambda: vlm.init_params(vlm.VLM(model), jax.random.key(0), abstract))
@@ -104,19 +108,27 @@ class Sharded:
             batch = sharding.put_batch(BATCH, mesh)
             lowered = gradient_step(model, self.shardings).lower(params, batch)
             compiled = lowered.compile()
-            (self.loss, self.output), self.grads = compiled(params, batch)
+            (self.loss, self.losses), self.grads = compiled(params, batch)
         self.lowered_text, self.compiled_text = lowered.as_text(), compiled.as_text()
 
 
-@pytest.fixture(scope="module", params=[MODEL, MLP_UNTIED], ids=["align_tied", "mlp_untied"])
+SHARDED = {
+    "align_tied": MODEL,
+    "mlp_untied": MLP_UNTIED,
+    "align_untied_blockwise": dataclasses.replace(MLP_UNTIED, connector=MODEL.connector, **BLOCKWISE),
+    "align_tied_blockwise": dataclasses.replace(MODEL, **BLOCKWISE),
+}
+
+
+@pytest.fixture(scope="module", params=SHARDED.values(), ids=SHARDED)
 def sharded(request):
     return Sharded(request.param)
 
 
 def test_sharded_loss_equals_single_device(sharded):
     assert float(sharded.loss) == pytest.approx(float(sharded.single_loss), abs=1e-5)
-    np.testing.assert_allclose(sharded.output.logits, sharded.single_output.logits, atol=2e-5)
-    np.testing.assert_allclose(sharded.output.patch_nll, sharded.single_output.patch_nll, atol=2e-5)
+    for a, b in zip(jax.tree.leaves(sharded.losses), jax.tree.leaves(sharded.single_losses), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 def test_sharded_gradients_equal_single_device(sharded):
@@ -125,7 +137,6 @@ def test_sharded_gradients_equal_single_device(sharded):
 
 def test_shardings_are_live(sharded):
     assert sharded.lowered_text.count("sdy.sharding_constraint") > 0
-    assert sharded.output.logits.sharding.spec == PartitionSpec(("data", "fsdp"), None, "tensor")
 
 
 @pytest.mark.parametrize("sharded", [MODEL], ids=["align_tied"], indirect=True)
@@ -134,8 +145,18 @@ def test_no_device_holds_all_tokens_by_all_words(sharded):
     assert sharded.shardings["connector"]["w2"]["kernel"].spec == PartitionSpec("fsdp", "tensor")
     shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\w+\[([\d,]+)\]", sharded.compiled_text)}
     local_patches = ROWS // 4 * TILES * PATCHES
-    assert (local_patches, VOCAB // 2) in shapes and (ROWS // 4, LENGTH, VOCAB // 2) in shapes
+    assert (local_patches, VOCAB // 2) in shapes and (ROWS // 4 * LENGTH, VOCAB // 2) in shapes
     assert not [shape for shape in shapes if VOCAB in shape and np.prod(shape) // VOCAB >= local_patches]
+
+
+@pytest.mark.parametrize("sharded", [SHARDED["align_tied_blockwise"]], ids=["align_tied"], indirect=True)
+def test_blockwise_a_device_holds_no_more_than_a_block(sharded):
+    """Nothing has more rows by its share of the words than a block, but what the parameters themselves are."""
+    shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\w+\[([\d,]+)\]", sharded.compiled_text)}
+    with_words = {shape for shape in shapes if VOCAB // 2 in shape or VOCAB in shape}
+    assert (BLOCK_ROWS, VOCAB // 2) in with_words
+    widths = {1, BLOCK_ROWS, MODEL.llm.width, MODEL.llm.width // 2}
+    assert {int(np.prod(shape)) // (VOCAB if VOCAB in shape else VOCAB // 2) for shape in with_words} <= widths
 
 
 # Image slots.

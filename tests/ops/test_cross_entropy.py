@@ -1,22 +1,20 @@
-"""Losses against NumPy float64, also where the vocabulary is sharded."""
+"""Losses against NumPy float64, plain and blockwise, also where the vocabulary is sharded."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from alignvlm_jax.ops import cross_entropy
+from alignvlm_jax.ops.blocks import Matrix
 
 RNG = np.random.default_rng(0)
-LOGITS = (5 * RNG.standard_normal((4, 6, 10))).astype(np.float32)
-TARGETS = RNG.integers(0, 10, (4, 6)).astype(np.int32)
-WEIGHTS = (RNG.random((4, 6)) * (RNG.random((4, 6)) < 0.6)).astype(np.float32)
-
-
-def sharded(loss, *axes: str):
-    """`loss` compiled, its logits sharded by rows and by vocabulary."""
-    return jax.jit(lambda logits, *args: loss(nn.with_logical_constraint(logits, axes), *args))
+ROWS, LENGTH, WIDTH, WORDS = 4, 6, 8, 10
+HIDDEN = RNG.standard_normal((ROWS, LENGTH, WIDTH)).astype(np.float32)
+HEAD = (2 * RNG.standard_normal((WIDTH, WORDS))).astype(np.float32)
+TARGETS = RNG.integers(0, WORDS, (ROWS, LENGTH)).astype(np.int32)
+WEIGHTS = (RNG.random((ROWS, LENGTH)) * (RNG.random((ROWS, LENGTH)) < 0.6)).astype(np.float32)
+BLOCKS = pytest.mark.parametrize("block", [None, 1, 4, 6, 50])
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -24,45 +22,92 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def test_sum_and_weight(mesh):
-    loss_sum, weight_sum = sharded(cross_entropy.cross_entropy, "act_batch", "act_len", "act_vocab")(
-        LOGITS, TARGETS, WEIGHTS
-    )
-    picked = np.take_along_axis(log_softmax(LOGITS), TARGETS[..., None], -1)[..., 0]
-    assert loss_sum.shape == weight_sum.shape == ()
-    assert float(loss_sum) == pytest.approx(-(picked * WEIGHTS).sum(), rel=1e-5)
-    assert float(weight_sum) == pytest.approx(WEIGHTS.sum(dtype=np.float64), rel=1e-6)
+def losses(hidden, head, block=None, is_table=False, num_words=None, targets=TARGETS) -> cross_entropy.TokenLosses:
+    matrix = Matrix.of(head.T if is_table else head, hidden.dtype)
+    return cross_entropy.token_losses(hidden, matrix, targets, is_table=is_table, num_words=num_words, block=block)
+
+
+@BLOCKS
+@pytest.mark.parametrize("is_table", [False, True], ids=["head", "tied"])
+def test_losses(mesh, block, is_table):
+    result = jax.jit(lambda hidden, head: losses(hidden, head, block, is_table))(HIDDEN, HEAD)
+    logits = HIDDEN.astype(np.float64) @ HEAD
+    expected = -np.take_along_axis(log_softmax(logits), TARGETS[..., None], -1)[..., 0]
+    np.testing.assert_allclose(result.nll, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(result.log_sum_exp, np.log(np.exp(logits).sum(-1)), rtol=1e-5)
+    np.testing.assert_array_equal(result.is_correct, logits.argmax(-1) == TARGETS)
+    assert 0 < result.is_correct.sum() < TARGETS.size
+
+
+@BLOCKS
+@pytest.mark.parametrize("is_table", [False, True], ids=["head", "tied"])
+def test_gradients(mesh, block, is_table):
+    """Of the weighted sum and a z-loss: (P - target) weight, and 2 log_sum_exp P weight."""
+
+    def total(hidden, head):
+        result = losses(hidden, head, block, is_table)
+        return (result.nll * WEIGHTS).sum() + 0.1 * (result.log_sum_exp**2 * WEIGHTS).sum()
+
+    dhidden, dhead = jax.jit(jax.grad(total, argnums=(0, 1)))(HIDDEN, HEAD)
+    logits = HIDDEN.astype(np.float64) @ HEAD
+    shares, total = np.exp(log_softmax(logits)), np.log(np.exp(logits).sum(-1, keepdims=True))
+    dlogits = (shares - np.eye(WORDS)[TARGETS] + 0.2 * total * shares) * WEIGHTS[..., None]
+    np.testing.assert_allclose(dhidden, dlogits @ HEAD.T, rtol=0, atol=1e-5 * np.abs(dlogits @ HEAD.T).max())
+    expected = np.einsum("btd,btv->dv", HIDDEN.astype(np.float64), dlogits)
+    np.testing.assert_allclose(dhead, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("block", [None, 4])
+def test_padded_rows_are_never_predicted(mesh, block):
+    """As if the head had no such columns, however large they are."""
+    words = WORDS - 2
+    targets = TARGETS % words
+    large = HEAD.copy()
+    large[:, words:] += 100
+    padded = jax.jit(lambda head: losses(HIDDEN, head, block, num_words=words, targets=targets))(large)
+    cut = losses(HIDDEN, HEAD[:, :words], targets=targets)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), padded, cut)
+
+
+@pytest.mark.parametrize("block", [None, 4])
+def test_a_target_that_is_no_word_is_finite(block):
+    """Image slots have such targets, without weight."""
+    result = losses(HIDDEN, HEAD, block, targets=np.full_like(TARGETS, WORDS + 5))
+    assert np.isfinite(result.nll).all()
 
 
 def test_large_logits_stay_finite():
-    loss_sum, _ = cross_entropy.cross_entropy(1e4 * LOGITS, TARGETS, WEIGHTS)
-    picked = np.take_along_axis(LOGITS, TARGETS[..., None], -1)[..., 0]
-    assert float(loss_sum) == pytest.approx(float(1e4 * ((LOGITS.max(-1) - picked) * WEIGHTS).sum()), rel=1e-4)
+    result = losses(HIDDEN, 1e4 * HEAD)
+    logits = 1e4 * HIDDEN.astype(np.float64) @ HEAD
+    picked = np.take_along_axis(logits, TARGETS[..., None], -1)[..., 0]
+    np.testing.assert_allclose(result.nll, logits.max(-1) - picked, rtol=1e-4)
 
 
 def test_bfloat16_logits_are_summed_in_float32():
     """log(1024) is not a bfloat16 number, and 1024 ones do not add up to 1024 in it."""
-    zeros = jnp.zeros((1, 1, 1024), jnp.bfloat16)
-    loss_sum, _ = cross_entropy.cross_entropy(zeros, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1)))
-    assert loss_sum.dtype == jnp.float32
-    assert float(loss_sum) == pytest.approx(np.log(1024), rel=1e-6)
+    hidden, head = jnp.zeros((1, 1, 2), jnp.bfloat16), jnp.zeros((2, 1024))
+    result = losses(hidden, head, targets=jnp.zeros((1, 1), jnp.int32))
+    assert result.nll.dtype == jnp.float32
+    assert float(result.nll[0, 0]) == pytest.approx(np.log(1024), rel=1e-6)
 
 
 def test_pick():
+    logits = HIDDEN @ HEAD
     np.testing.assert_array_equal(
-        cross_entropy.pick(LOGITS, TARGETS), np.take_along_axis(LOGITS, TARGETS[..., None], -1)[..., 0]
+        cross_entropy.pick(logits, TARGETS), np.take_along_axis(logits, TARGETS[..., None], -1)[..., 0]
     )
 
 
-def test_soft_cross_entropy(mesh):
+def test_soft_cross_entropy():
     """Several labels a row, one id twice, and weights that do not sum to 1 (an unused patch has none)."""
-    logits, ids = LOGITS.reshape(24, 10), RNG.integers(0, 10, (24, 3)).astype(np.int32)
+    logits, ids = (HIDDEN @ HEAD).reshape(24, 10), RNG.integers(0, 10, (24, 3)).astype(np.int32)
     ids[0] = 4
     weights = RNG.random((24, 3)).astype(np.float32)
     weights[1] = 0
-    losses = sharded(cross_entropy.soft_cross_entropy, "act_batch", "act_vocab")(logits, ids, weights)
+    picked = np.take_along_axis(logits, ids, -1)
+    result = cross_entropy.soft_cross_entropy(picked, jax.nn.logsumexp(logits, axis=-1), weights)
     dense = np.zeros((24, 10))
     for row, label in np.ndindex(24, 3):
         dense[row, ids[row, label]] += weights[row, label]
-    np.testing.assert_allclose(losses, -(dense * log_softmax(logits)).sum(-1), rtol=1e-5, atol=1e-6)
-    assert losses[1] == 0
+    np.testing.assert_allclose(result, -(dense * log_softmax(logits)).sum(-1), rtol=1e-5, atol=1e-6)
+    assert result[1] == 0

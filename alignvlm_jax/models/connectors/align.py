@@ -3,7 +3,8 @@
     x = LN_1(F W1);  z = LN_2(x W2);  P = softmax_V(z);  out = P E_text
 
 W1 [E, D] and W2 [D, V] have no bias; W2 starts as a copy of the LM head (`vlm.copy_head`); LN_2 runs over the
-vocabulary. The vocabulary axis is sharded over the mesh axis `tensor`: no device holds a whole [N, V].
+vocabulary. The vocabulary axis is sharded over the mesh axis `tensor`, the patches over the others: no device holds a
+whole [N, V] (`ops.vocab_average`).
 """
 
 import jax
@@ -13,7 +14,9 @@ from flax import linen as nn
 from alignvlm_jax.config import ModelConfig
 from alignvlm_jax.models.connectors.base import ConnectorOutput, PatchLabels
 from alignvlm_jax.models.layers import Einsum, LayerNorm
+from alignvlm_jax.ops.blocks import Matrix, rows_per_block
 from alignvlm_jax.ops.cross_entropy import soft_cross_entropy
+from alignvlm_jax.ops.vocab_average import HEAD_AXES, Norm, vocab_average, vocab_logits
 from alignvlm_jax.shapes import Array, Float
 
 
@@ -27,31 +30,39 @@ class Align(nn.Module):
         c, eps = self.config, self.config.llm.norm_eps
         width, vocab = c.llm.width, c.llm.vocab_size
         self.w1 = Einsum("NE,ED->ND", (c.vision.width, width), ("vis_embed", "embed"), dtype=self.dtype)
-        self.ln1 = LayerNorm(eps)
-        self.w2 = Einsum("ND,DV->NV", (width, vocab), ("embed", "vocab"), dtype=self.dtype, out_dtype=jnp.float32)
+        self.ln1 = LayerNorm(width, eps)
+        self.w2 = Einsum("ND,DV->NV", (width, vocab), HEAD_AXES, dtype=self.dtype)
         if c.connector.use_ln2:
-            self.ln2 = LayerNorm(eps, scale_init=c.connector.ln2_gain_init, axes=("vocab",))
-
-    def vocabulary_logits(self, features: Float[Array, "N E"]) -> Float[Array, "N V"]:
-        """Returns z in float32: the softmax over a large vocabulary needs more than bfloat16's 8 bits."""
-        logits_NV = self.w2(self.ln1(self.w1(features)))
-        logits_NV = nn.with_logical_constraint(logits_NV, ("act_batch", "act_vocab"))
-        return self.ln2(logits_NV) if self.config.connector.use_ln2 else logits_NV
+            self.ln2 = LayerNorm(vocab, eps, scale_init=c.connector.ln2_gain_init, axes=("vocab",))
 
     def probabilities(self, features: Float[Array, "N E"]) -> Float[Array, "N V"]:
-        """Returns P, each patch's distribution over the vocabulary."""
-        return jax.nn.softmax(self.vocabulary_logits(features), axis=-1)
+        """Returns P, each patch's distribution over the vocabulary, whole: for a few pages, to look at."""
+        x_ND, head = self._rows_and_head(features)
+        return jax.nn.softmax(vocab_logits(x_ND, head, self._norm(), self.config.llm.num_words), axis=-1)
 
     def __call__(
         self, features: Float[Array, "N E"], text_table: Float[Array, "V D"], labels: PatchLabels | None
     ) -> ConnectorOutput:
         """Returns a visual token for each patch, and P's cross-entropy against the labels."""
-        if self.config.connector.embed_grad == "stop":
+        c = self.config
+        if c.connector.embed_grad == "stop":
             text_table = jax.lax.stop_gradient(text_table)
-        logits_NV = self.vocabulary_logits(features)
-        weights_NV = jax.nn.softmax(logits_NV, axis=-1).astype(self.dtype)
-        tokens_ND = jnp.einsum("NV,VD->ND", weights_NV, text_table.astype(self.dtype))
-        tokens_ND = nn.with_logical_constraint(tokens_ND, ("act_batch", "act_embed"))
+        x_ND, head = self._rows_and_head(features)
+        tokens, label_logits, log_sum_exp = vocab_average(
+            x_ND,
+            head,
+            Matrix.of(text_table, self.dtype),
+            self._norm(),
+            label_ids=labels and labels.ids,
+            num_words=c.llm.num_words,
+            block=rows_per_block(c.vocab_form, c.vocab_block_mib, x_ND.shape[0], c.llm.vocab_size),
+        )
         if labels is None:
-            return ConnectorOutput(tokens_ND, jnp.zeros(features.shape[0], jnp.float32))
-        return ConnectorOutput(tokens_ND, soft_cross_entropy(logits_NV, labels.ids, labels.weights))
+            return ConnectorOutput(tokens, jnp.zeros(features.shape[0], jnp.float32))
+        return ConnectorOutput(tokens, soft_cross_entropy(label_logits, log_sum_exp, labels.weights))
+
+    def _rows_and_head(self, features: Array) -> tuple[Array, Matrix]:
+        return self.ln1(self.w1(features)), Matrix.of(self.w2.kernel, self.dtype)
+
+    def _norm(self) -> Norm | None:
+        return Norm(self.ln2.scale, self.ln2.bias, self.ln2.eps) if self.config.connector.use_ln2 else None

@@ -1,0 +1,26 @@
+"""Layer normalisation in float32."""
+
+import jax
+import jax.numpy as jnp
+
+from alignvlm_jax.shapes import Array, Float
+
+
+def layer_norm(
+    x: Float[Array, "... n"],
+    scale: Float[Array, "n"],
+    bias: Float[Array, "n"],
+    eps: float,
+    num_valid: int | None = None,
+) -> Float[Array, "... n"]:
+    """Returns x normalised over its last axis, in float32; of the first `num_valid` entries the others are no part of
+    the statistics."""
+    x = x.astype(jnp.float32)
+    if num_valid is None or num_valid == x.shape[-1]:
+        centred = x - x.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+    else:
+        is_valid = jnp.arange(x.shape[-1]) < num_valid
+        centred = x - jnp.where(is_valid, x, 0.0).sum(-1, keepdims=True) / num_valid
+        variance = jnp.where(is_valid, jnp.square(centred), 0.0).sum(-1, keepdims=True) / num_valid
+    return centred * jax.lax.rsqrt(variance + eps) * scale + bias

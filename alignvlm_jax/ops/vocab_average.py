@@ -1,0 +1,106 @@
+"""The weighted average of the rows of a table over a vocabulary, weights by a softmax (arXiv 2502.01341, equation 1):
+
+    z = LN(x W);  P = softmax_V(z);  average = P E
+
+For the paper's model and one page, P alone takes 3.7 GB. The plain form computes it all at once, and lets the
+partitioner shard it; the blockwise form holds a few hundred of its rows at a time (`ops.blocks`). Letters: `shapes.py`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from alignvlm_jax.ops import blocks
+from alignvlm_jax.ops.blocks import Matrix
+from alignvlm_jax.ops.cross_entropy import pick
+from alignvlm_jax.ops.layer_norm import layer_norm
+from alignvlm_jax.shapes import Array, Bool, Float, Int
+
+HEAD_AXES = ("embed", "vocab")
+TABLE_AXES = ("vocab", "embed")
+
+
+class Norm(NamedTuple):
+    """LN's parameters over the vocabulary."""
+
+    scale: Float[Array, "V"]
+    bias: Float[Array, "V"]
+    eps: float
+
+
+class VocabAverage(NamedTuple):
+    """The averages; and of each row's distribution the logits of its labels and the log of the sum that normalises it,
+    which is all that a cross-entropy against the labels needs."""
+
+    average: Float[Array, "N D"]
+    label_logits: Float[Array, "N k"]
+    log_sum_exp: Float[Array, "N"]
+
+
+def vocab_logits(
+    x: Float[Array, "N D"],
+    head: Matrix,
+    norm: Norm | None,
+    num_words: int | None = None,
+    row_axis: str | None = "act_batch",
+) -> Float[Array, "N V"]:
+    """Returns z in float32; -inf at the columns from `num_words` on, which fill the table up and are no words."""
+    logits_NV = blocks.project("ND,DV->NV", x, head)
+    logits_NV = nn.with_logical_constraint(logits_NV, (row_axis, "act_vocab"))
+    if norm is not None:
+        logits_NV = layer_norm(logits_NV, norm.scale, norm.bias, norm.eps, num_words)
+    if num_words is None or num_words == logits_NV.shape[-1]:
+        return logits_NV
+    return jnp.where(jnp.arange(logits_NV.shape[-1]) < num_words, logits_NV, -jnp.inf)
+
+
+def vocab_average(
+    x: Float[Array, "N D"],
+    head: Matrix,
+    table: Matrix,
+    norm: Norm | None,
+    *,
+    label_ids: Int[Array, "N k"] | None = None,
+    num_words: int | None = None,
+    subset: Bool[Array, "V"] | None = None,
+    block: int | None = None,
+) -> VocabAverage:
+    """Returns the average of the table's rows for each row of x, in the dtype of x; sums and softmax are float32.
+
+    Args:
+      x: rows, whose width need not be the table's.
+      head: W [D, V] (any width of x for its first axis).
+      table: E [V, D].
+      norm: LN over the vocabulary; None leaves it out.
+      label_ids: words whose logits are asked for.
+      num_words: the columns from here on fill the table up; they take no part in LN or softmax.
+      subset: words that may have weight; the softmax is over them alone, LN over all.
+      block: rows of a shard at a time, see `blocks.rows_per_block`; None is the plain form.
+    """
+    shared = {"head": head, "table": table, "norm": norm and (norm.scale, norm.bias), "subset": subset}
+    axes = {
+        "head": Matrix(HEAD_AXES, HEAD_AXES),
+        "table": Matrix(TABLE_AXES, TABLE_AXES),
+        "norm": norm and (("vocab",), ("vocab",)),
+        "subset": None if subset is None else ("vocab",),
+    }
+
+    def average(rows: tuple, shared: dict, row_axis: str | None) -> VocabAverage:
+        x, label_ids = rows
+        norm_here = shared["norm"] and Norm(*shared["norm"], norm.eps)
+        logits_NV = vocab_logits(x, shared["head"], norm_here, num_words, row_axis)
+        if shared["subset"] is not None:
+            logits_NV = jnp.where(shared["subset"], logits_NV, -jnp.inf)
+        log_sum_exp_N = jax.nn.logsumexp(logits_NV, axis=-1)
+        weights_NV = jnp.exp(logits_NV - log_sum_exp_N[:, None]).astype(x.dtype)
+        average_ND = blocks.project("NV,VD->ND", weights_NV, shared["table"]).astype(x.dtype)
+        average_ND = nn.with_logical_constraint(average_ND, (row_axis, "act_embed"))
+        picked = [pick(logits_NV, label_ids[:, j]) for j in range(label_ids.shape[1])]
+        label_logits_Nk = jnp.stack(picked, axis=-1) if picked else jnp.zeros((x.shape[0], 0), jnp.float32)
+        return VocabAverage(average_ND, label_logits_Nk, log_sum_exp_N)
+
+    if label_ids is None:
+        label_ids = jnp.zeros((x.shape[0], 0), jnp.int32)
+    return blocks.map_rows(average, (x, label_ids), shared, axes, block)

@@ -1,0 +1,205 @@
+"""The average over a vocabulary, plain and blockwise, against NumPy float64 and against itself, on the mesh and off it.
+
+Gradients of all five inputs: within 1e-5 of the reference's largest entry in float32, within 2e-2 in bfloat16.
+"""
+
+import contextlib
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignvlm_jax.ops import blocks, vocab_average
+from alignvlm_jax.ops.blocks import Matrix
+from alignvlm_jax.ops.vocab_average import Norm
+from alignvlm_jax.parallel import mesh as mesh_lib
+from tests.conftest import tiny_config
+
+EPS = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sizes and options of one comparison; `block` is of a shard's rows."""
+
+    rows: int
+    width: int
+    words: int
+    block: int
+    table_width: int = 0
+    padding: int = 0
+    has_norm: bool = True
+    has_subset: bool = False
+    labels: int = 2
+
+
+# On the mesh 2 x 2 x 2 there are 4 shards of rows: 52 / 4 = 13 rows, and 50 rows do not divide.
+CASES = {
+    "block_divides": Case(52, 10, 34, 13),
+    "last_block_is_filled_up": Case(52, 10, 34, 5),
+    "one_row_a_block": Case(8, 6, 20, 1),
+    "block_larger_than_all": Case(12, 10, 34, 64),
+    "rows_do_not_divide_over_the_mesh": Case(50, 10, 34, 7),
+    "padded_table": Case(52, 10, 34, 5, padding=3),
+    "subset": Case(52, 10, 34, 5, has_subset=True),
+    "padded_subset": Case(24, 10, 34, 4, padding=5, has_subset=True),
+    "without_norm": Case(52, 10, 34, 5, has_norm=False),
+    "table_of_another_width": Case(52, 6, 34, 5, table_width=14, labels=0),  # Ovis: x are features, the table learned.
+}
+
+
+@pytest.fixture(params=["mesh", "single"])
+def devices(request):
+    """On the 2 x 2 x 2 mesh, and without one."""
+    config = tiny_config()
+    with mesh_lib.use(mesh_lib.make_mesh(config)) if request.param == "mesh" else contextlib.nullcontext():
+        yield request.param
+
+
+def draw(case: Case, seed: int = 0):
+    """x, head, table, scale, bias; labels and subset; and the gradients that come back."""
+    rng = np.random.default_rng(seed)
+    table_width = case.table_width or case.width
+    shapes = [
+        (case.rows, case.width),
+        (case.width, case.words),
+        (case.words, table_width),
+        (case.words,),
+        (case.words,),
+    ]
+    inputs = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    inputs[3] += 1
+    words = case.words - case.padding
+    labels = rng.integers(0, words, (case.rows, case.labels)).astype(np.int32)
+    subset = rng.random(case.words) < 0.4 if case.has_subset else None
+    if case.has_subset:
+        subset[labels] = True  # the logit of a word without weight is -inf
+    back = [rng.standard_normal(s).astype(np.float32) for s in ((case.rows, table_width), labels.shape, (case.rows,))]
+    return inputs, labels, subset, back
+
+
+def apply(case: Case, inputs, labels, subset, block: int | None, dtype=jnp.float32):
+    x, head, table, scale, bias = inputs
+    return vocab_average.vocab_average(
+        x.astype(dtype),
+        Matrix.of(head, dtype),
+        Matrix.of(table, dtype),
+        Norm(scale, bias, EPS) if case.has_norm else None,
+        label_ids=labels,
+        num_words=case.words - case.padding,
+        subset=subset,
+        block=block,
+    )
+
+
+def outputs_and_gradients(case: Case, block: int | None, dtype=jnp.float32):
+    inputs, labels, subset, back = draw(case)
+
+    @jax.jit
+    def run(*inputs):
+        outputs, pull = jax.vjp(lambda *inputs: apply(case, inputs, labels, subset, block, dtype), *inputs)
+        return outputs, pull(type(outputs)(back[0].astype(dtype), *back[1:]))
+
+    return run(*map(jnp.asarray, inputs))
+
+
+def reference(case: Case, x, head, table, scale, bias, labels, subset):
+    """The same in the dtype of its inputs, densely, one line an operation."""
+    is_word = np.arange(case.words) < case.words - case.padding
+    logits = x @ head
+    if case.has_norm:
+        mean = (logits * is_word).sum(-1, keepdims=True) / is_word.sum()
+        variance = (((logits - mean) * is_word) ** 2).sum(-1, keepdims=True) / is_word.sum()
+        logits = (logits - mean) / (variance + EPS) ** 0.5 * scale + bias
+    allowed = is_word if subset is None else is_word & subset
+    exponentials = jnp.where(allowed, jnp.exp(logits), 0.0)
+    total = exponentials.sum(-1)
+    return exponentials / total[:, None] @ table, jnp.take_along_axis(logits, labels, 1), jnp.log(total)
+
+
+def reference_gradients(case: Case):
+    """In float64: 1e-5 of float32's own rounding would be a tenth of what is tested."""
+    inputs, labels, subset, back = draw(case)
+    with jax.enable_x64(True):
+        inputs = [jnp.asarray(x, jnp.float64) for x in inputs]
+        outputs, pull = jax.vjp(lambda *inputs: reference(case, *inputs, labels, subset), *inputs)
+        gradients = pull(tuple(jnp.asarray(x, jnp.float64) for x in back))
+        return jax.tree.map(np.asarray, (outputs, gradients))
+
+
+def assert_close(actual, expected, tolerance: float) -> None:
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        scale = np.abs(b).max(initial=0)
+        np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_equals_float64(devices, case):
+    """Both forms, all outputs and the gradients of all five inputs."""
+    expected = reference_gradients(case)
+    for block in (None, case.block):
+        assert_close(outputs_and_gradients(case, block), expected, 1e-5)
+
+
+def test_drawn_shapes(devices):
+    """Shapes and blocks drawn at random."""
+    rng = np.random.default_rng(1)
+    for _ in range(4):
+        rows, width, words, block = (int(rng.integers(low, high)) for low, high in ((1, 60), (1, 9), (1, 20), (1, 70)))
+        case = Case(4 * rows, 2 * width, 2 * words, block, labels=int(rng.integers(0, 4)))
+        assert_close(outputs_and_gradients(case, block), reference_gradients(case), 1e-5)
+
+
+@pytest.mark.parametrize("block", [None, 5], ids=["plain", "blockwise"])
+def test_bfloat16(devices, block):
+    case = CASES["last_block_is_filled_up"]
+    outputs, gradients = outputs_and_gradients(case, block, jnp.bfloat16)
+    assert outputs.average.dtype == jnp.bfloat16
+    assert outputs.label_logits.dtype == outputs.log_sum_exp.dtype == jnp.float32
+    assert_close((outputs, gradients), reference_gradients(case), 2e-2)
+
+
+def test_gradients_are_summed_in_float32():
+    """Under bfloat16 a sum of 1,024 equal parts, one a block, stops growing at 256 of them."""
+    x = jnp.ones((1024, 1), jnp.bfloat16)
+
+    def total(head):
+        return blocks.map_rows(
+            lambda x, head, _: blocks.project("ND,DV->NV", x, head),
+            x,
+            Matrix.of(head, jnp.bfloat16),
+            Matrix(("embed", "vocab"), ("embed", "vocab")),
+            1,
+        ).sum()
+
+    gradient = jax.grad(total)(jnp.ones((1, 3), jnp.float32))
+    np.testing.assert_array_equal(gradient, np.full((1, 3), 1024.0))
+
+
+def test_padding_and_words_out_of_the_subset_have_no_weight(devices):
+    """Changing their rows of the table changes nothing."""
+    case = CASES["padded_subset"]
+    inputs, labels, subset, _ = draw(case)
+    out = ~subset | (np.arange(case.words) >= case.words - case.padding)
+    assert 0 < out.sum() < case.words
+    other = [x.copy() for x in inputs]
+    other[2][out] += 100.0
+    run = jax.jit(lambda inputs: apply(case, inputs, labels, subset, case.block).average)
+    averages = [run(x) for x in (inputs, other)]
+    np.testing.assert_array_equal(*averages)
+
+
+def test_rows_per_block(devices):
+    """On the mesh a device has a quarter of the rows and half of the columns."""
+    shards, halves = (4, 2) if devices == "mesh" else (1, 1)
+    mib = 2.0  # 2**19 float32
+    columns = 512 * halves
+    assert blocks.rows_per_block("plain", mib, 10**6, columns) is None
+    assert blocks.rows_per_block("auto", mib, 1024 * shards, columns) is None
+    assert blocks.rows_per_block("auto", mib, 1024 * shards + 1, columns) == 1024
+    assert blocks.rows_per_block("blockwise", mib, 100 * shards, columns) == 100
+    assert blocks.rows_per_block("auto", mib, 10**6, 1000 * halves) == 512  # of 524, a multiple of 128
+    assert blocks.rows_per_block("auto", mib, 10**6, 8192 * halves) == 64
+    assert blocks.rows_per_block("auto", mib, 10**6, 2**30 * halves) == 1
