@@ -7,7 +7,7 @@ was not take the same path.
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import distributed, sharding
 from alignvlm_jax.parallel import mesh as mesh_lib
-from alignvlm_jax.train import checkpoint, optim, preflight, state, step, warm_start, workdir
+from alignvlm_jax.train import checkpoint, flops, optim, preflight, state, step, warm_start, workdir
 from alignvlm_jax.train.checkpoint import BrokenCheckpoint, Checkpoints
 from alignvlm_jax.train.metrics import Interval, NullWriter, Progress, Writer, peak_memory_gib
 from alignvlm_jax.train.signals import StopSignal
@@ -121,7 +121,9 @@ def _train_stage(run: Run, stage: Stage, newest: int) -> None:
         _announce(run, stage, newest, mesh, abstract)
         with Writer(run.folder, newest) if distributed.is_main() else NullWriter() as writer:
             train_step, eval_step = step.compile_steps(model, config, tx, abstract, mesh)
-            _StageLoop(run, stage, mesh, writer, train_step, eval_step, validation).run_steps(live, newest, next_row)
+            mfu_of = flops.mfu_of(config, abstract.params, mesh.devices.flat)
+            loop = _StageLoop(run, stage, mesh, writer, train_step, eval_step, validation, mfu_of)
+            loop.run_steps(live, newest, next_row)
 
 
 def _start(
@@ -198,6 +200,7 @@ class _StageLoop:
     train_step: step.TrainStep
     eval_step: step.EvalStep
     validation: list[Batch]
+    mfu_of: Callable[[float], dict[str, float]]
     interval: Interval = dataclasses.field(default_factory=Interval)
     unread: tuple[int, step.Metrics] | None = None
 
@@ -260,6 +263,7 @@ class _StageLoop:
         if self._is_due(now, config.train.log_every):
             line = self.interval.means() | {"learning_rate": values["learning_rate"]}
             line |= {"train_seconds": self.run.train_seconds(), "skipped_steps": skipped}
+            line |= self.mfu_of(line["steps_per_second"])
             line["peak_memory_gib"] = peak_memory_gib()
             self.interval = Interval()
             self.writer.write(now, config.stage, line)

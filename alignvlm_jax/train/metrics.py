@@ -164,9 +164,10 @@ class Progress:
     def update(self, step: int, stage: str, values: Mapping[str, float]) -> None:
         """Shows where the run stands: `step` over all stages, and the newest training values."""
         rate = self._smooth_rate(stage, values["steps_per_second"])
+        mfu = f"  MFU {values['mfu']:.1%}" if "mfu" in values else ""
         line = (
             f"{stage}  step {step}/{self._total}  loss {values['loss']:.3f}  "
-            f"token accuracy {values['token_accuracy']:.3f}  {rate:.2f} steps/s  "
+            f"token accuracy {values['token_accuracy']:.3f}  {rate:.2f} steps/s{mfu}  "
             f"{duration((self._total - step) / rate)} left"
         )
         self._num_updates += 1

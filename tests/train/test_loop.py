@@ -13,12 +13,13 @@ import pytest
 
 from alignvlm_jax.config import MeshConfig
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.parallel import chips
 from alignvlm_jax.train import loop, step
 from tests.conftest import random_batch
 from tests.train import fake_run
 from tests.train.fake_run import TOTAL, Batches
 
-TIMES = ("steps_per_second", "data_wait_fraction", "train_seconds", "peak_memory_gib")
+TIMES = ("mfu", "steps_per_second", "data_wait_fraction", "train_seconds", "peak_memory_gib")
 
 
 def lines(workdir: Path) -> list[dict]:
@@ -60,6 +61,7 @@ def straight(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "make_train_step", counted("train", make_train_step))
         patch.setattr(step, "make_eval_step", counted("eval", make_eval_step))
+        patch.setitem(chips.KINDS, "cpu", "v5e")
         printed = fake_run.train(workdir)
     assert traces == {"train": 2, "eval": 2}
     (workdir / "printed.txt").write_text(printed)
@@ -75,6 +77,7 @@ def test_what_a_run_leaves_behind(straight):
     assert all({*TIMES, "answer_loss", "token_accuracy", "learning_rate", "grad_norm", "skipped_steps"} <= set(line)
                for line in training)  # fmt: skip
     assert ["patch_loss" in line for line in training] == [False] * 4 + [True] * 4
+    assert all(0 < line["mfu"] < 1e-3 for line in training)
     seconds = [line["train_seconds"] for line in training]
     assert seconds == sorted(seconds)
     # Stage ends for good, the newest, and step 6 or 8, whichever validated better.

@@ -93,8 +93,9 @@ def test_the_time_left_is_smoothed_within_a_stage_and_starts_anew_in_the_next():
 def test_on_a_terminal_the_newest_values_show():
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
     with metrics.Progress(console, 100) as progress:
-        progress.update(99, "align", VALUES)
+        progress.update(99, "align", VALUES | {"mfu": 0.4125})
     assert "align  step 99/100" in console.file.getvalue()
+    assert "4.00 steps/s  MFU 41.2%  " in console.file.getvalue()
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(6.6, "7 s"), (125, "2 min 05 s"), (3725, "1 h 02 min")])

@@ -7,12 +7,14 @@ vocabulary. The vocabulary axis is sharded over the mesh axis `tensor`, the patc
 whole [N, V] (`ops.vocab_average`).
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from alignvlm_jax.config import ModelConfig
-from alignvlm_jax.models.connectors.base import ConnectorOutput, PatchLabels
+from alignvlm_jax.models.connectors.base import ConnectorOutput, PatchLabels, Product
 from alignvlm_jax.models.layers import Einsum, LayerNorm
 from alignvlm_jax.ops.blocks import Matrix, rows_per_block
 from alignvlm_jax.ops.cross_entropy import soft_cross_entropy
@@ -60,6 +62,19 @@ class Align(nn.Module):
         if labels is None:
             return ConnectorOutput(tokens, jnp.zeros(features.shape[0], jnp.float32))
         return ConnectorOutput(tokens, soft_cross_entropy(label_logits, log_sum_exp, labels.weights))
+
+    @staticmethod
+    def products(config: ModelConfig, patches: int) -> list[Product]:
+        """Returns what `train.flops` counts."""
+        vision_width, width, vocab = config.vision.width, config.llm.width, config.llm.vocab_size
+        average = Product(2 * patches * vocab * width, "llm/embed/")
+        if config.connector.embed_grad == "stop":
+            average = dataclasses.replace(average, prefix="no parameter")
+        return [
+            Product(2 * patches * vision_width * width, "connector/w1/"),
+            Product(2 * patches * width * vocab, "connector/w2/"),
+            average,
+        ]
 
     def _rows_and_head(self, features: Array) -> tuple[Array, Matrix]:
         return self.ln1(self.w1(features)), Matrix.of(self.w2.kernel, self.dtype)

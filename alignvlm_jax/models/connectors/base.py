@@ -1,5 +1,6 @@
 """What every connector takes and gives."""
 
+import dataclasses
 from typing import NamedTuple
 
 from alignvlm_jax.shapes import Array, Float, Int
@@ -11,6 +12,15 @@ class PatchLabels(NamedTuple):
 
     ids: Int[Array, "N k"]
     weights: Float[Array, "N k"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """Forward FLOPs of matrix products: with the parameters whose path begins with `prefix`, or, without one, of
+    activations with each other."""
+
+    flops: float
+    prefix: str | None = None
 
 
 class ConnectorOutput(NamedTuple):

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from alignvlm_jax.config import ModelConfig
-from alignvlm_jax.models.connectors.base import ConnectorOutput, PatchLabels
+from alignvlm_jax.models.connectors.base import ConnectorOutput, PatchLabels, Product
 from alignvlm_jax.models.layers import Einsum
 from alignvlm_jax.shapes import Array, Float
 
@@ -28,3 +28,12 @@ class MLP(nn.Module):
         tokens_ND = down(nn.gelu(up(features), approximate=False))
         tokens_ND = nn.with_logical_constraint(tokens_ND, ("act_batch", "act_embed"))
         return ConnectorOutput(tokens_ND, jnp.zeros(features.shape[0], jnp.float32))
+
+    @staticmethod
+    def products(config: ModelConfig, patches: int) -> list[Product]:
+        """Returns what `train.flops` counts."""
+        vision_width, width = config.vision.width, config.llm.width
+        return [
+            Product(2 * patches * vision_width * width, "connector/fc1/"),
+            Product(2 * patches * width**2, "connector/fc2/"),
+        ]
