@@ -92,7 +92,8 @@ class ModelConfig:
     """The whole model. `dtype` is that of the computation; parameters are float32.
 
     `image_token_id` marks the image slots in a row of tokens; it must be the tokenizer's. `scan_unroll` layers of a
-    tower are compiled in a row: 1 for large models; all of them make a small one a third faster on CPU.
+    tower are compiled in a row: 1 for large models; all of them make a small one a third faster on CPU. `attention` is
+    the kernel of training and of the vision tower, "auto": splash on TPU, cudnn on GPU in bfloat16, else xla.
     """
 
     vision: VisionConfig = VisionConfig()
@@ -102,6 +103,7 @@ class ModelConfig:
     dtype: str = "float32"
     remat: str = "none"
     scan_unroll: int = 1
+    attention: str = "auto"
 
     @property
     def slots_per_tile(self) -> int:
@@ -208,6 +210,7 @@ CHOICES = {
     "model.vision.gelu": ("tanh", "exact"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "full", "dots"),
+    "model.attention": ("auto", "xla", "cudnn", "splash"),
     "model.connector.w2_init": ("lm_head", "random"),
     "model.connector.embed_grad": ("live", "stop"),
     "train.visual_input": ("pixels", "labels"),
