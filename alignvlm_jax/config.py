@@ -101,8 +101,9 @@ class ModelConfig:
     """The whole model. `dtype` is that of the computation; parameters are float32.
 
     `image_token_id` marks the image slots in a row of tokens; it must be the tokenizer's. `scan_unroll` layers of a
-    tower are compiled in a row: 1 for large models; all of them make a small one a third faster on CPU. What lies over
-    the vocabulary, ALIGN and the loss, is computed whole (`vocab_form` "plain"), or a block of rows at a time
+    tower are compiled in a row: 1 for large models; all of them make a small one a third faster on CPU. `attention` is
+    the kernel of training and of the vision tower, "auto": splash on TPU, cudnn on GPU in bfloat16, else xla. What lies
+    over the vocabulary, ALIGN and the loss, is computed whole (`vocab_form` "plain"), or a block of rows at a time
     ("blockwise"), of at most `vocab_block_mib` MiB of logits on a device; "auto" is blockwise where they are more.
     """
 
@@ -115,6 +116,7 @@ class ModelConfig:
     scan_unroll: int = 1
     vocab_form: str = "auto"
     vocab_block_mib: float = 64.0
+    attention: str = "auto"
 
     @property
     def slots_per_tile(self) -> int:
@@ -224,6 +226,7 @@ CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "full", "dots"),
     "model.vocab_form": ("auto", "plain", "blockwise"),
+    "model.attention": ("auto", "xla", "cudnn", "splash"),
     "model.connector.w2_init": ("lm_head", "random"),
     "model.connector.embed_grad": ("live", "stop"),
     "train.visual_input": ("pixels", "labels"),

@@ -87,6 +87,7 @@ def test_numbers_and_lists_are_taken_as_meant():
     ("path", "value", "message"),
     [
         ("model.dtype", "float31", r"config\.model\.dtype is 'float31'; did you mean 'float32'\?"),
+        ("model.attention", "splsh", r"config\.model\.attention is 'splsh'; did you mean 'splash'\?"),
         ("model.remat", "ful", r"config\.model\.remat is 'ful'; did you mean 'full'\?"),
         ("model.connector.w2_init", "lmhead", r"config\.model\.connector\.w2_init is 'lmhead'; did you mean 'lm_head'"),
         ("model.connector.embed_grad", "stopped", r"config\.model\.connector\.embed_grad .*did you mean 'stop'"),

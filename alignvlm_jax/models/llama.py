@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from alignvlm_jax.config import LLMConfig
 from alignvlm_jax.models.layers import Einsum, RMSNorm, apply_rope, rope_frequencies, scan_blocks
-from alignvlm_jax.ops.attention import attention
+from alignvlm_jax.ops.attention import attention, self_attention
 from alignvlm_jax.ops.blocks import Matrix, rows_per_block
 from alignvlm_jax.ops.cross_entropy import TokenLosses, token_losses
 from alignvlm_jax.shapes import Array, Bool, Float, Int
@@ -26,13 +26,16 @@ class Cache(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Causal self-attention; with a cache, over all its slots that `mask` admits."""
+    """Causal self-attention within segments; with a cache, over all its slots that `mask` admits."""
 
     config: LLMConfig
     dtype: jnp.dtype
+    kernel: str
 
     @nn.compact
-    def __call__(self, x_BTD: Array, positions: Array, mask: Array, keys_values, index) -> tuple[Array, tuple | None]:
+    def __call__(
+        self, x_BTD: Array, positions: Array, segment_ids, mask, keys_values, index
+    ) -> tuple[Array, tuple | None]:
         c = self.config
         frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
 
@@ -50,7 +53,9 @@ class Attention(nn.Module):
                 jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=1)
                 for old, new in zip(keys_values, (key_BTKh, value_BTKh), strict=True)
             )
-        mixed_BTHh = attention(query_BTHh, key_BTKh, value_BTKh, mask)
+            mixed_BTHh = attention(query_BTHh, key_BTKh, value_BTKh, mask)
+        else:
+            mixed_BTHh = self_attention(query_BTHh, key_BTKh, value_BTKh, segment_ids, causal=True, kernel=self.kernel)
         shape, axes = (c.num_heads, c.head_dim, c.width), ("heads", "head_dim", "embed")
         return Einsum("BTHh,HhD->BTD", shape, axes, dtype=self.dtype, name="o")(mixed_BTHh), keys_values
 
@@ -79,13 +84,16 @@ class Block(nn.Module):
 
     config: LLMConfig
     dtype: jnp.dtype
+    kernel: str
 
     @nn.compact
-    def __call__(self, x_BTD: Array, positions: Array, mask: Array, keys_values, index) -> tuple[Array, tuple | None]:
+    def __call__(
+        self, x_BTD: Array, positions: Array, segment_ids, mask, keys_values, index
+    ) -> tuple[Array, tuple | None]:
         eps = self.config.norm_eps
         normed_BTD = RMSNorm(eps, name="attn_norm")(x_BTD)
-        mixed_BTD, keys_values = Attention(self.config, self.dtype, name="attn")(
-            normed_BTD, positions, mask, keys_values, index
+        mixed_BTD, keys_values = Attention(self.config, self.dtype, self.kernel, name="attn")(
+            normed_BTD, positions, segment_ids, mask, keys_values, index
         )
         x_BTD += mixed_BTD
         x_BTD += MLP(self.config, self.dtype, name="mlp")(RMSNorm(eps, name="mlp_norm")(x_BTD))
@@ -111,18 +119,21 @@ class Llama(nn.Module):
       dtype: of the computation.
       remat: policy name, see `layers.REMAT_POLICIES`.
       unroll: layers compiled in a row.
+      attention: kernel name, see `ops.attention.self_attention`.
     """
 
     config: LLMConfig
     dtype: jnp.dtype
     remat: str
     unroll: int = 1
+    attention: str = "auto"
 
     def setup(self) -> None:
         c = self.config
         self.embedding = Embedding(c, name="embed")
-        axes = (nn.broadcast, nn.broadcast, 0, nn.broadcast)
-        self.blocks = scan_blocks(Block, c.num_layers, self.remat, self.unroll, in_axes=axes)(c, self.dtype)
+        axes = (nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast)
+        blocks = scan_blocks(Block, c.num_layers, self.remat, self.unroll, in_axes=axes)
+        self.blocks = blocks(c, self.dtype, self.attention)
         self.final_norm = RMSNorm(c.norm_eps)
         if not c.tie_embeddings:
             shape, axes = (c.width, c.vocab_size), ("embed", "vocab")
@@ -143,13 +154,22 @@ class Llama(nn.Module):
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T S"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
         cache: Cache | None = None,
+        mask: Bool[Array, "B T S"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Returns the last hidden states, normalised, and the cache with the T new tokens written at its index."""
+        """Returns the last hidden states, normalised, and the cache with the T new tokens written at its index.
+
+        Args:
+          segment_ids: without a cache, a token sees what stands at and before it in its own segment; None: in its row.
+          cache: what was read before. It comes with `mask`, which admits its slots, the new tokens' own included.
+        """
+        if (cache is None) != (mask is None):
+            raise ValueError("a cache comes with a mask, and a mask with a cache")
         keys_values = None if cache is None else (cache.keys, cache.values)
         index = None if cache is None else cache.index
-        x_BTD, keys_values = self.blocks(x.astype(self.dtype), positions, mask, keys_values, index)
+        x_BTD, keys_values = self.blocks(x.astype(self.dtype), positions, segment_ids, mask, keys_values, index)
         if cache is not None:
             cache = Cache(*keys_values, index=cache.index + x.shape[1])
         return self.final_norm(x_BTD), cache

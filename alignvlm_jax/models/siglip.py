@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from alignvlm_jax.config import VisionConfig
 from alignvlm_jax.models.layers import Einsum, LayerNorm, scan_blocks
-from alignvlm_jax.ops.attention import attention
+from alignvlm_jax.ops.attention import self_attention
 from alignvlm_jax.shapes import Array, Float, UInt8
 
 
@@ -17,6 +17,7 @@ class Attention(nn.Module):
 
     config: VisionConfig
     dtype: jnp.dtype
+    kernel: str
 
     @nn.compact
     def __call__(self, x_BPE: Array) -> Array:
@@ -30,7 +31,7 @@ class Attention(nn.Module):
             )
             for name in "qkv"
         )
-        mixed = attention(query, key, value)
+        mixed = self_attention(query, key, value, None, causal=False, kernel=self.kernel)
         shape, axes = (c.num_heads, head_dim, c.width), ("vis_heads", "head_dim", "vis_embed")
         return Einsum("BPHh,HhE->BPE", shape, axes, use_bias=True, dtype=self.dtype, name="o")(mixed)
 
@@ -55,14 +56,15 @@ class Block(nn.Module):
 
     config: VisionConfig
     dtype: jnp.dtype
+    kernel: str
 
     @nn.compact
     def __call__(self, x_BPE: Array, _: None) -> tuple[Array, None]:
-        eps = self.config.norm_eps
-        x_BPE += Attention(self.config, self.dtype, name="attn")(
-            LayerNorm(self.config.width, eps, name="attn_norm")(x_BPE)
+        c = self.config
+        x_BPE += Attention(c, self.dtype, self.kernel, name="attn")(
+            LayerNorm(c.width, c.norm_eps, name="attn_norm")(x_BPE)
         )
-        x_BPE += MLP(self.config, self.dtype, name="mlp")(LayerNorm(self.config.width, eps, name="mlp_norm")(x_BPE))
+        x_BPE += MLP(c, self.dtype, name="mlp")(LayerNorm(c.width, c.norm_eps, name="mlp_norm")(x_BPE))
         return nn.with_logical_constraint(x_BPE, ("act_batch", "act_len", "act_embed")), None
 
 
@@ -74,12 +76,14 @@ class Siglip(nn.Module):
       dtype: of the computation.
       remat: policy name, see `layers.REMAT_POLICIES`.
       unroll: layers compiled in a row.
+      attention: kernel name, see `ops.attention.self_attention`.
     """
 
     config: VisionConfig
     dtype: jnp.dtype
     remat: str
     unroll: int = 1
+    attention: str = "auto"
 
     @nn.compact
     def __call__(self, tiles: UInt8[Array, "B Y X C"]) -> Float[Array, "B P E"]:
@@ -104,5 +108,5 @@ class Siglip(nn.Module):
         positions = self.param("positions", init, (c.num_patches, c.width), jnp.float32)
         x_BPE = nn.with_logical_constraint(x_BPE + positions.astype(self.dtype), ("act_batch", "act_len", "act_embed"))
         blocks = scan_blocks(Block, c.num_layers, self.remat, self.unroll, in_axes=(nn.broadcast,))
-        x_BPE, _ = blocks(c, self.dtype, name="blocks")(x_BPE, None)
+        x_BPE, _ = blocks(c, self.dtype, self.attention, name="blocks")(x_BPE, None)
         return LayerNorm(c.width, c.norm_eps, name="final_norm")(x_BPE)

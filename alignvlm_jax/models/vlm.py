@@ -46,9 +46,9 @@ class VLM(nn.Module):
 
     def setup(self) -> None:
         c, dtype = self.config, jnp.dtype(self.config.dtype)
-        self.vision = Siglip(c.vision, dtype, c.remat, c.scan_unroll)
+        self.vision = Siglip(c.vision, dtype, c.remat, c.scan_unroll, c.attention)
         self.connector = connectors.get(c.connector.name)(c, dtype)
-        self.llm = Llama(c.llm, dtype, c.remat, c.scan_unroll)
+        self.llm = Llama(c.llm, dtype, c.remat, c.scan_unroll, c.attention)
 
     def __call__(self, batch: Mapping[str, Array], visual_input: str = "pixels") -> Output:
         """Returns the logits of every position, and the patch loss where the batch has labels.
@@ -96,7 +96,7 @@ class VLM(nn.Module):
         else:
             x_BTD = self.llm.embed(batch["tokens"])
         cache = self.llm.empty_cache(size, length + num_new)
-        hidden_BTD, cache = self.llm(x_BTD, batch["positions"], mask, cache)
+        hidden_BTD, cache = self.llm(x_BTD, batch["positions"], cache=cache, mask=mask)
         last_B = (segment_ids > 0).sum(-1) - 1
         hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
         return self.llm.logits(hidden_B1D)[:, 0], cache
@@ -106,14 +106,14 @@ class VLM(nn.Module):
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Reads one more token a row; `mask` admits cache slots, this token's own included."""
         x_B1D = self.llm.embed(tokens[:, None])
-        hidden_B1D, cache = self.llm(x_B1D, positions[:, None], mask[:, None], cache)
+        hidden_B1D, cache = self.llm(x_B1D, positions[:, None], cache=cache, mask=mask[:, None])
         return self.llm.logits(hidden_B1D)[:, 0], cache
 
     def _hidden(self, batch: Mapping[str, Array], visual_input: str) -> tuple[Array, Array]:
         """Last hidden states [B, T, D] and patch losses [B, I, P]."""
         visual_BND, patch_nll = self._visual_tokens(batch, visual_input)
         x_BTD = self._merge(batch["tokens"], visual_BND)
-        hidden_BTD, _ = self.llm(x_BTD, batch["positions"], causal_mask(batch["segment_ids"]))
+        hidden_BTD, _ = self.llm(x_BTD, batch["positions"], batch["segment_ids"])
         return hidden_BTD, patch_nll
 
     def _visual_tokens(self, batch: Mapping[str, Array], visual_input: str) -> tuple[Array, Array]:

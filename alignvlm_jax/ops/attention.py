@@ -1,8 +1,10 @@
-"""Masked attention with grouped key-value heads, and its masks."""
+"""Attention with grouped key-value heads: under a mask that the caller gives, or over packed rows by a kernel."""
 
 import jax
 import jax.numpy as jnp
 
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.ops.splash import splash_attention
 from alignvlm_jax.shapes import Array, Bool, Float, Int
 
 
@@ -16,6 +18,84 @@ def attention(
     return jax.nn.dot_product_attention(query, key, value, mask=None if mask is None else mask[:, None])
 
 
+def self_attention(
+    query: Float[Array, "B T H h"],
+    key: Float[Array, "B T K h"],
+    value: Float[Array, "B T K h"],
+    segment_ids: Int[Array, "B T"] | None,
+    *,
+    causal: bool,
+    kernel: str,
+) -> Float[Array, "B T H h"]:
+    """Returns what `attention` would under the mask of the segments, in the query's dtype.
+
+    Args:
+      segment_ids: a token sees its own segment only, padding (segment 0) being one of its own; None: a row is one.
+      causal: a token sees nothing after itself.
+      kernel: `config.model.attention`. "xla" makes [B, H, T, T] logits. "splash" is Pallas' for TPU (on CPU it is
+        interpreted, for tests), "cudnn" that of NVIDIA's library from Ampere on; neither makes them. "auto" takes the
+        one that the devices of the mesh have; on a GPU that cuDNN's does not run on, say "xla". All compute with XLA
+        where no mesh is entered: there only shapes are asked for, maybe on another machine.
+
+    Raises:
+      UserError: the mesh has no such kernel, or the kernel does not take these sizes.
+    """
+    kernel = _resolve(kernel, query, segment_ids)
+    if kernel == "splash":
+        return splash_attention(query, key, value, segment_ids, causal=causal, interpret=mesh_platform() == "cpu")
+    if kernel == "cudnn":
+        # It knows no segments: they come in as a bias [B, 1, T, T]. It does know what is causal, and skips the rest.
+        mask = None if segment_ids is None else same_segment(segment_ids)[:, None]
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal, implementation="cudnn")
+    if segment_ids is None:
+        return jax.nn.dot_product_attention(query, key, value, is_causal=causal)
+    return attention(query, key, value, causal_mask(segment_ids) if causal else same_segment(segment_ids))
+
+
+def mesh_platform() -> str | None:
+    """Returns "cpu", "gpu" or "tpu", what the mesh entered is made of; None without a mesh.
+
+    Not jax.default_backend(): a TPU's program may be compiled on a CPU host. The abstract mesh is all that is known
+    inside jit, and it is part of what jit's cache is keyed by.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return None if device is None else device.platform
+
+
+def _resolve(kernel: str, query: Array, segment_ids: Array | None) -> str:
+    platform = mesh_platform()
+    if platform is None or kernel == "xla":
+        return "xla"
+    if kernel == "auto":
+        if platform == "gpu":
+            return "xla" if _refused_by_cudnn(query, segment_ids) else "cudnn"
+        return "splash" if platform == "tpu" else "xla"
+    if kernel == "splash" and platform == "gpu":
+        raise UserError("config.model.attention 'splash' is for TPU and the mesh is of gpu; use 'cudnn' or 'auto'")
+    if kernel == "cudnn":
+        refused = _refused_by_cudnn(query, segment_ids) if platform == "gpu" else f"the mesh is of {platform}"
+        if refused:
+            raise UserError(f"config.model.attention 'cudnn' does not apply: {refused}; use 'auto'")
+    return kernel
+
+
+def _refused_by_cudnn(query: Array, segment_ids: Array | None) -> str:
+    """Why cuDNN's kernel does not take these arrays, "" if it does; jax would raise, and "auto" must not."""
+    length, head_dim = query.shape[1], query.shape[3]
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it computes in bfloat16 or float16, not in {query.dtype}"
+    if head_dim % 8 or head_dim > 128:
+        return f"head dimension {head_dim} must be a multiple of 8 up to 128"
+    if segment_ids is not None and length % 2:
+        return f"rows of {length} tokens must be even where they are packed"
+    return ""
+
+
+def same_segment(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
+    """Returns which tokens share a segment."""
+    return segment_ids[:, :, None] == segment_ids[:, None, :]
+
+
 def causal_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
     """Returns who sees whom: a token sees itself and what stands before it in its own segment.
 
@@ -26,6 +106,4 @@ def causal_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
     Image slots are tokens like any other: they see what stands before them and are seen by what follows. Padding
     (segment 0) is a segment of its own, so that no row of the mask is empty and its softmax stays finite.
     """
-    length = segment_ids.shape[1]
-    same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]
-    return same_segment & jnp.tri(length, dtype=bool)
+    return same_segment(segment_ids) & jnp.tri(segment_ids.shape[1], dtype=bool)

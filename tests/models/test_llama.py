@@ -11,7 +11,6 @@ import pytest
 from alignvlm_jax.config import LLMConfig, RopeScaling
 from alignvlm_jax.models import layers
 from alignvlm_jax.models.llama import Llama
-from alignvlm_jax.ops.attention import causal_mask
 from tests.conftest import random_params
 
 ROWS, LENGTH = 4, 24
@@ -32,7 +31,7 @@ UNTIED = dataclasses.replace(TIED, tie_embeddings=False, rope_scaling=RopeScalin
 
 
 def forward(llama: Llama, tokens, positions, segment_ids):
-    hidden, _ = llama(llama.embed(tokens), positions, causal_mask(segment_ids))
+    hidden, _ = llama(llama.embed(tokens), positions, segment_ids)
     return llama.logits(hidden)
 
 
@@ -192,7 +191,7 @@ def influence(tied):
     @jax.jit
     def measure(params, positions, segment_ids):
         def scores(x_BTD):
-            hidden, _ = llama.apply({"params": params}, x_BTD, positions, causal_mask(segment_ids))
+            hidden, _ = llama.apply({"params": params}, x_BTD, positions, segment_ids)
             return (hidden @ direction_D).sum(0)  # rows are independent: their gradients do not mix
 
         return jnp.linalg.norm(jax.jacrev(scores)(x_BTD), axis=-1).swapaxes(0, 1)
@@ -210,3 +209,10 @@ def test_who_influences_whom(mesh, influence):
     allowed = (segment_ids[:, :, None] == segment_ids[:, None, :]) & np.tri(LENGTH, dtype=bool)
     assert (strength[~allowed] == 0).all()
     assert strength[allowed].min() > 1e-6
+
+
+def test_a_cache_comes_with_its_mask(tied):
+    llama = Llama(TIED, jnp.dtype("float32"), "none")
+    tokens, positions, segment_ids = random_rows()
+    with pytest.raises(ValueError, match="a cache comes with a mask"):
+        llama.apply({"params": tied[0]}, tokens, positions, segment_ids, mask=np.ones((ROWS, LENGTH, LENGTH), bool))

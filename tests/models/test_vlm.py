@@ -325,6 +325,16 @@ def test_option_keeps_the_gradients(params, option):
     assert_same_gradients(grads, single_step(MODEL)[1])
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_splash_keeps_the_gradients(mesh, params, remat):
+    """On the mesh, in both towers, in their loops over layers and their rematerialisation; rows are packed."""
+    model = dataclasses.replace(MODEL, attention="splash", remat=remat)
+    (loss, _), grads = gradient_step(model)(params, MIXED)
+    (expected_loss, _), expected = gradient_step(MODEL)(params, MIXED)
+    assert float(loss) == pytest.approx(float(expected_loss), abs=1e-5)
+    assert_same_gradients(grads, expected)
+
+
 def test_remat_policies_recompute_more_and_more(params):
     """Matrix products in the gradient: "dots" keeps their results but attention's, "full" keeps none."""
     none, dots, full = (

@@ -1,9 +1,17 @@
-"""Masked grouped attention against a loop, and the causal mask against its docstring."""
+"""Attention of every kernel against loops and sums of our own; which kernel a mesh gets; the causal mask."""
 
+import functools
+import math
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from alignvlm_jax.ops import attention
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.ops import attention, splash
+from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.parallel import sharding
 
 
 def test_causal_mask():
@@ -36,3 +44,195 @@ def test_softmax_is_float32_under_bfloat16():
     mixed = attention.attention(ones[:, :1], ones, ones)
     assert mixed.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.float32(mixed), 1.0)
+
+
+# Kernels against a reference.
+
+ROWS, LENGTH = 4, 300
+# What a row may look like: one segment, packed, packed and padded, all padding. 128 is the end of a block.
+SEGMENTS = np.stack(
+    [
+        np.ones(LENGTH, np.int32),
+        np.repeat([1, 2, 3], [100, 157, 43]),
+        np.repeat([1, 2, 0], [128, 72, 100]),
+        np.zeros(LENGTH, np.int32),
+    ]
+).astype(np.int32)
+
+
+def draw(length: int, heads: int, kv_heads: int, head_dim: int, dtype=np.float32) -> list[np.ndarray]:
+    """Query, key, value, and the gradient at the output."""
+    rng = np.random.default_rng(0)
+    counts = (heads, kv_heads, kv_heads, heads)
+    return [rng.standard_normal((ROWS, length, n, head_dim)).astype(np.float32).astype(dtype) for n in counts]
+
+
+def reference(query, key, value, segment_ids, causal: bool):
+    """Every key head repeated, all logits made, and those of the unseen set to -inf."""
+    key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
+    logits = jnp.einsum("BTHh,BSHh->BHTS", query, key, precision="highest") / math.sqrt(query.shape[-1])
+    length = query.shape[1]
+    seen = np.ones((1, length, length), bool)
+    if segment_ids is not None:
+        seen = segment_ids[:, :, None] == segment_ids[:, None, :]
+    if causal:
+        seen = seen & np.tri(length, dtype=bool)
+    weights = jax.nn.softmax(jnp.where(seen[:, None], logits, -jnp.inf), axis=-1)
+    return jnp.einsum("BHTS,BSHh->BTHh", weights, value, precision="highest")
+
+
+def with_gradients(function, segment_ids):
+    """Compiles (query, key, value, gradient of the output) -> output and the gradients of the three."""
+
+    @jax.jit
+    def run(query, key, value, cotangent):
+        output, backward = jax.vjp(functools.partial(function, segment_ids=segment_ids), query, key, value)
+        return output, *backward(cotangent)
+
+    return run
+
+
+MESHES = {"one_device": (1, 1, 1), "2x2x2": (2, 2, 2)}
+
+
+@pytest.fixture(params=MESHES)
+def any_mesh(request):
+    sizes = MESHES[request.param]
+    with mesh_lib.use(mesh_lib._mesh(sizes, jax.devices()[: math.prod(sizes)])) as mesh:
+        yield mesh
+
+
+@pytest.mark.parametrize("kernel", ["xla", "splash"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize(
+    ("length", "packed", "heads", "kv_heads", "head_dim"),
+    [(LENGTH, True, 4, 2, 6), (LENGTH, False, 4, 4, 8), (256, True, 8, 2, 4), (9, False, 2, 2, 6)],
+)
+def test_equals_reference(any_mesh, monkeypatch, kernel, causal, length, packed, heads, kv_heads, head_dim):
+    """Outputs and gradients, over several blocks, the last of them padded, and in rows shorter than a block."""
+    monkeypatch.setattr(splash, "MAX_BLOCK", 128)
+    arrays = draw(length, heads, kv_heads, head_dim)
+    segment_ids = SEGMENTS[:, :length] if packed else None
+    ours = functools.partial(attention.self_attention, causal=causal, kernel=kernel)
+    expected = with_gradients(functools.partial(reference, causal=causal), segment_ids)(*arrays)
+    results = with_gradients(ours, segment_ids)(*arrays)
+    for result, wanted in zip(results, expected, strict=True):
+        assert result.dtype == jnp.float32
+        np.testing.assert_allclose(result, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
+
+
+def test_splash_keeps_bfloat16(any_mesh):
+    arrays = draw(40, 4, 2, 8, jnp.bfloat16)
+    segment_ids = SEGMENTS[:, 95:135]
+    ours = functools.partial(attention.self_attention, causal=True, kernel="splash")
+    expected = with_gradients(functools.partial(reference, causal=True), segment_ids)(*map(np.float32, arrays))
+    for result, wanted in zip(with_gradients(ours, segment_ids)(*arrays), expected, strict=True):
+        assert result.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.float32(result), wanted, rtol=0, atol=0.02 * np.abs(wanted).max())
+
+
+def test_splash_computes_each_device_its_own(mesh):
+    """Neither rows nor heads are gathered, forward or backward."""
+    rows, heads = sharding.batch_sharding(mesh), jax.sharding.PartitionSpec(("data", "fsdp"), None, "tensor")
+    ours = functools.partial(attention.self_attention, causal=True, kernel="splash")
+    arrays = [jax.device_put(x, heads) for x in draw(8, 4, 2, 4)]
+    run = with_gradients(ours, jax.device_put(SEGMENTS[:, :8], rows))
+    assert [x.sharding.spec for x in run(*arrays)] == [heads] * 4
+    text = run.lower(*arrays).compile().as_text()
+    assert "all-gather" not in text and "all-to-all" not in text
+
+
+@pytest.mark.parametrize("length", [1, 9, 127, 128, 129, 512, 513, 640, 729, 1024, 3000, 8320])
+def test_splash_blocks(length):
+    """They divide the padded row, and less than LANES tokens a block are padding."""
+    size, count = splash.block_size(length), splash.num_blocks(length)
+    assert size % splash.LANES == 0 and size <= splash.MAX_BLOCK
+    assert 0 <= size * count - length < splash.LANES * count
+    assert (splash.block_size(size * count), splash.num_blocks(size * count)) == (size, count)
+
+
+# Which kernel.
+
+
+def test_platform_is_that_of_the_mesh(mesh):
+    seen = []
+    jax.jit(lambda: seen.append(attention.mesh_platform()))()
+    assert seen == ["cpu"] and attention.mesh_platform() == "cpu"
+
+
+def test_without_a_mesh_there_is_no_platform(monkeypatch):
+    """And no kernel: only shapes are asked for."""
+    assert attention.mesh_platform() is None
+    query, key, value, _ = draw(6, 2, 2, 4)
+    for kernel in ("auto", "splash", "cudnn"):
+        attention.self_attention(query, key, value, None, causal=True, kernel=kernel)
+
+
+BF16, F32 = jnp.bfloat16, jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "length", "head_dim", "packed", "kernel"),
+    [
+        ("cpu", BF16, 8, 64, True, "xla"),
+        ("tpu", BF16, 8, 64, True, "splash"),
+        ("tpu", F32, 9, 72, False, "splash"),
+        ("gpu", BF16, 8, 64, True, "cudnn"),
+        ("gpu", F32, 8, 64, True, "xla"),
+        ("gpu", BF16, 729, 72, False, "cudnn"),
+        ("gpu", BF16, 729, 72, True, "xla"),
+        ("gpu", BF16, 8, 36, True, "xla"),
+        ("gpu", BF16, 8, 256, True, "xla"),
+    ],
+)
+def test_auto(monkeypatch, platform, dtype, length, head_dim, packed, kernel):
+    monkeypatch.setattr(attention, "mesh_platform", lambda: platform)
+    query = jax.ShapeDtypeStruct((2, length, 4, head_dim), dtype)
+    segment_ids = jax.ShapeDtypeStruct((2, length), jnp.int32) if packed else None
+    assert attention._resolve("auto", query, segment_ids) == kernel
+
+
+@pytest.mark.parametrize(
+    ("kernel", "platform", "dtype", "length", "head_dim", "message"),
+    [
+        ("splash", "gpu", BF16, 8, 64, "'splash' is for TPU and the mesh is of gpu; use 'cudnn' or 'auto'"),
+        ("cudnn", "cpu", BF16, 8, 64, "'cudnn' does not apply: the mesh is of cpu; use 'auto'"),
+        ("cudnn", "tpu", BF16, 8, 64, "the mesh is of tpu"),
+        ("cudnn", "gpu", F32, 8, 64, "it computes in bfloat16 or float16, not in float32"),
+        ("cudnn", "gpu", BF16, 8, 36, "head dimension 36 must be a multiple of 8 up to 128"),
+        ("cudnn", "gpu", BF16, 9, 64, "rows of 9 tokens must be even where they are packed"),
+    ],
+)
+def test_kernel_that_does_not_apply(monkeypatch, kernel, platform, dtype, length, head_dim, message):
+    monkeypatch.setattr(attention, "mesh_platform", lambda: platform)
+    query = jax.ShapeDtypeStruct((2, length, 4, head_dim), dtype)
+    with pytest.raises(UserError, match=message):
+        attention._resolve(kernel, query, jax.ShapeDtypeStruct((2, length), jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads", "kv_heads", "message"),
+    [
+        (6, 4, 2, "6 rows do not divide over mesh axis data x fsdp of 4"),
+        (4, 3, 1, "3 heads do not divide over mesh axis tensor of 2"),
+        (4, 4, 1, "1 key-value heads do not divide over mesh axis tensor of 2"),
+    ],
+)
+def test_splash_must_divide_over_the_mesh(mesh, rows, heads, kv_heads, message):
+    query, key = jnp.zeros((rows, 8, heads, 4)), jnp.zeros((rows, 8, kv_heads, 4))
+    with pytest.raises(UserError, match=message):
+        attention.self_attention(query, key, key, None, causal=True, kernel="splash")
+
+
+@pytest.mark.parametrize(("packed", "calls"), [(True, "ScaleBiasSoftmax"), (False, "Softmax")])
+def test_cudnn_lowers_to_its_kernel(monkeypatch, packed, calls):
+    """Forward and backward, for a GPU that is not here: its program has cuDNN's calls, and no logits of our own."""
+    library = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(library, "check_cudnn_version", lambda: 91200)
+    monkeypatch.setattr(attention, "mesh_platform", lambda: "gpu")
+    arrays = draw(66, 4, 2, 16, jnp.bfloat16)
+    ours = functools.partial(attention.self_attention, causal=True, kernel="auto")
+    run = with_gradients(ours, SEGMENTS[:, :66] if packed else None)
+    text = run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert f"__cudnn$fmha{calls}" in text and f"__cudnn$fmha{calls}Backward" in text
+    assert "x4x66x66x" not in text

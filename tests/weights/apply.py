@@ -9,7 +9,6 @@ import numpy as np
 
 from alignvlm_jax.models.llama import Llama
 from alignvlm_jax.models.siglip import Siglip
-from alignvlm_jax.ops.attention import causal_mask
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.train import state
 from alignvlm_jax.weights import load
@@ -24,7 +23,7 @@ def run_llm(tower: Tower, tokens: np.ndarray) -> np.ndarray:
 
     def call(llm: Llama, tokens: jax.Array) -> jax.Array:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        hidden, _ = llm(llm.embed(tokens), positions, causal_mask(jnp.ones_like(tokens)))
+        hidden, _ = llm(llm.embed(tokens), positions)
         return llm.logits(hidden)
 
     return _run(tower, module, "llm", tokens.astype(np.int32), method=call)

@@ -1,0 +1,115 @@
+"""Self-attention by jax's splash kernel for TPU, a device of the mesh computing its own rows and heads.
+
+The kernel: jax.experimental.pallas.ops.tpu.splash_attention, whose backward pass is its own as well.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import PartitionSpec
+
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.shapes import Array, Float, Int
+
+LANES = 128  # of a TPU's vector registers: blocks are multiples of it
+MAX_BLOCK = 512  # float32 logits of two such blocks are 1 MiB of the 16 MiB that a kernel has
+
+
+def splash_attention(
+    query: Float[Array, "B T H h"],
+    key: Float[Array, "B T K h"],
+    value: Float[Array, "B T K h"],
+    segment_ids: Int[Array, "B T"] | None,
+    *,
+    causal: bool,
+    interpret: bool,
+) -> Float[Array, "B T H h"]:
+    """Returns softmax(query key^T / sqrt(h)) value within segments, in the query's dtype; nothing is of size [T, T].
+
+    Args:
+      query, key, value: query head i reads key head i // (H / K).
+      segment_ids: None: every row is one segment.
+      causal: a token sees nothing after itself.
+      interpret: computes with jax what the kernel would on a TPU, for tests.
+
+    Raises:
+      UserError: rows or heads do not divide over the mesh.
+    """
+    batch, length, _, head_dim = query.shape
+    padding = block_size(length) * num_blocks(length) - length
+    if segment_ids is None and padding:
+        segment_ids = jnp.zeros((batch, length), jnp.int32)
+    # The kernel applies no scale.
+    scaled = (query.astype(jnp.float32) * head_dim**-0.5).astype(query.dtype)
+    arrays = [jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (scaled, key, value)]
+    if segment_ids is not None:
+        # A segment of its own: no token sees the padding, which sees itself, so that no softmax is over nothing.
+        arrays.append(jnp.pad(segment_ids, ((0, 0), (0, padding)), constant_values=-1))
+
+    def local(query: Array, key: Array, value: Array, segment_ids: Array | None = None) -> Array:
+        # Made here and not once: its arrays are constants of the trace that is under way, and no other may have them.
+        kernel = _make_kernel(query.shape[2], query.shape[1], causal, interpret)
+        ids = None if segment_ids is None else kernels.SegmentIds(segment_ids, segment_ids)
+        heads_first = (x.swapaxes(1, 2) for x in (query, key, value))
+        return jax.vmap(kernel)(*heads_first, ids).swapaxes(1, 2)
+
+    return _over_mesh(local, arrays)[:, :length]
+
+
+def num_blocks(length: int) -> int:
+    """Returns into how many blocks of at most MAX_BLOCK tokens a row is cut."""
+    return math.ceil(length / MAX_BLOCK)
+
+
+def block_size(length: int) -> int:
+    """Returns the tokens of a block: a multiple of LANES, blocks as equal as that allows, so that little is padded."""
+    return LANES * math.ceil(length / num_blocks(length) / LANES)
+
+
+def _make_kernel(num_heads: int, length: int, causal: bool, interpret: bool) -> kernels.SplashAttentionKernel:
+    # Lazy masks: whole blocks that nobody sees are skipped, and no mask of [T, T] is made of the others.
+    mask = (masks.CausalMask if causal else masks.FullMask)((length, length))
+    block = block_size(length)
+    return kernels.make_splash_mha(
+        masks.MultiHeadMask([mask] * num_heads),
+        block_sizes=kernels.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+
+
+def _over_mesh(local, arrays: list[Array]) -> Array:
+    """local(*arrays), each device with its own rows and heads: the partitioner cannot look into a kernel, and would
+    have every device compute the whole batch."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return local(*arrays)
+    spec = nn.logical_to_mesh_axes(("act_batch", "act_len", "act_heads", None))
+    query, key = arrays[:2]
+    for what, size, axes in (
+        ("rows", query.shape[0], spec[0]),
+        ("heads", query.shape[2], spec[2]),
+        ("key-value heads", key.shape[2], spec[2]),
+    ):
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        ways = math.prod(mesh.shape[axis] for axis in axes)
+        if size % ways:
+            raise UserError(
+                f"splash attention: {size} {what} do not divide over mesh axis {' x '.join(axes)} of {ways}; change "
+                f"config.mesh or set config.model.attention to 'xla'"
+            )
+    specs = tuple(spec if x.ndim == 4 else PartitionSpec(*spec[:2]) for x in arrays)
+    # Without the check of varying axes: a kernel's outputs do not say over which axes they differ.
+    return jax.shard_map(local, in_specs=specs, out_specs=spec, check_vma=False)(*arrays)

@@ -1,0 +1,109 @@
+"""Splash attention through the TPU's own compiler, for chips that are not here; needs libtpu, which only compiles."""
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+
+from alignvlm_jax import config as config_lib
+from alignvlm_jax.models import vlm
+from alignvlm_jax.ops import attention
+from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.parallel import sharding
+from alignvlm_jax.train import state
+from tests.conftest import tiny_config
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'jax[tpu]'"
+)
+
+# Two processes would otherwise abort over libtpu's lock file, and pytest-xdist starts several.
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+# Nor is there a cloud machine to ask what it has.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+MESH = config_lib.MeshConfig(data=1, fsdp=2, tensor=2)
+HEADS = jax.sharding.PartitionSpec(("data", "fsdp"), None, "tensor", None)
+
+
+@pytest.fixture
+def tpu():
+    """A mesh of four chips, entered."""
+    devices = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
+    with mesh_lib.use(mesh_lib.make_mesh(tiny_config(mesh=MESH), devices)) as mesh:
+        yield mesh
+
+
+def compile_gradients(mesh, kernel: str, length: int, heads: int, kv_heads: int, head_dim: int, causal: bool):
+    """The program of the output and its gradients; packed rows where causal."""
+    rows = 4
+    by_heads = jax.NamedSharding(mesh, HEADS)
+    query, key, value = (
+        jax.ShapeDtypeStruct((rows, length, n, head_dim), jnp.bfloat16, sharding=by_heads)
+        for n in (heads, kv_heads, kv_heads)
+    )
+    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=sharding.batch_sharding(mesh)) if causal else None
+
+    def run(query, key, value, ids):
+        mixed = functools.partial(attention.self_attention, segment_ids=ids, causal=causal, kernel=kernel)
+        output, backward = jax.vjp(mixed, query, key, value)
+        return output, *backward(output)
+
+    return jax.jit(run, out_shardings=by_heads).lower(query, key, value, ids).compile().as_text()
+
+
+def is_square(text: str, *lengths: int) -> bool:
+    """Whether an array of the program has two axes as long as a row."""
+    shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\w+\[([\d,]+)\]", text)}
+    return any(sum(size in lengths for size in shape) >= 2 for shape in shapes)
+
+
+SIZES = {
+    "head_dim_64": (1536, 8, 4, 64, True),
+    "head_dim_128": (1536, 8, 2, 128, True),
+    "so400m": (729, 16, 16, 72, False),
+}
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_splash_compiles(tpu, sizes):
+    """ "auto" takes it on this mesh: three kernels, no logits of T x T, and nothing is gathered."""
+    assert attention.mesh_platform() == "tpu"
+    length = sizes[0]
+    text = compile_gradients(tpu, "auto", *sizes)
+    assert text.count('custom_call_target="tpu_custom_call"') == 3
+    assert not is_square(text, length, 768)  # 768: 729, padded
+    assert "all-gather" not in text and "all-to-all" not in text
+
+
+def test_xla_makes_all_logits(tpu):
+    """What the test above would see."""
+    text = compile_gradients(tpu, "xla", *SIZES["head_dim_64"])
+    assert "tpu_custom_call" not in text and is_square(text, 1536)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_whole_model_compiles(tpu, remat):
+    """Both towers take the kernel under nn.scan and nn.remat, from their own "auto"."""
+    base = tiny_config(mesh=MESH, data=config_lib.DataConfig(row_length=256, max_tiles=2))
+    llm = dataclasses.replace(base.model.llm, head_dim=64)
+    model = dataclasses.replace(base.model, llm=llm, dtype="bfloat16", remat=remat)
+    config = dataclasses.replace(base, model=model)
+    params = state.abstract_params(vlm.VLM(model), config, tpu)
+    batch = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.batch_sharding(tpu))
+        for name, x in vlm.abstract_batch(config).items()
+    }
+
+    def loss(params, batch):
+        return vlm.VLM(model).apply({"params": params}, batch).logits.sum()
+
+    text = jax.jit(jax.grad(loss)).lower(params, batch).compile().as_text()
+    # A tower's layers are one loop forward and one backward, which computes the forward kernel again under remat.
+    assert text.count('custom_call_target="tpu_custom_call"') == 2 * {"none": 3, "full": 4}[remat]
