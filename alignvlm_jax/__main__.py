@@ -5,11 +5,12 @@ import os
 import sys
 import traceback
 
-from alignvlm_jax.errors import UserError, nearest
+from alignvlm_jax.errors import UsageError, UserError, nearest
 
 COMMANDS = {
     "prepare": "renders the demonstration's documents and trains its tokenizer",
     "convert": "makes a checkpoint to start from out of published weights, and exports one back",
+    "plan": "says what a stage needs on a TPU slice, without one: memory, FLOPs, collectives, days",
     "train": "trains the stages of a config, or goes on with them",
     "evaluate": "asks a trained model the evaluation questions and scores its answers",
     "generate": "answers a question about an image or a PDF page",
@@ -31,6 +32,8 @@ def main(argv: list[str]) -> int:
     try:
         # Imported late: `--help` of a command that needs no jax should not wait for it.
         importlib.import_module(f"alignvlm_jax.commands.{argv[0]}").main(argv[1:])
+    except UsageError as err:
+        return _fail(str(err), status=2)
     except UserError as err:
         return _fail(str(err))
     except OSError as err:
@@ -40,9 +43,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, status: int = 1) -> int:
     print(f"alignvlm_jax: error: {message}", file=sys.stderr, flush=True)
-    return 1
+    return status
 
 
 if __name__ == "__main__":

@@ -8,6 +8,10 @@ class UserError(Exception):
     """Wrong input. The message is one line with the names and numbers; commands print it and exit with status 1."""
 
 
+class UsageError(UserError):
+    """A command line that asks for what cannot be; exit status 2."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns `; did you mean 'X'?` for the known name closest to `name`, or a list of the known ones."""
     known = sorted(known)

@@ -2,8 +2,8 @@
 
 import dataclasses
 import importlib.util
+import math
 import os
-import re
 from collections.abc import Sequence
 
 import jax
@@ -16,11 +16,12 @@ from alignvlm_jax.errors import UserError, nearest
 class Chip:
     """A chip as it is rented: dense bfloat16 TFLOP/s as its maker states them, and the GiB of HBM that XLA may use.
 
-    `shapes` are the slices on offer, none for what is no TPU.
+    For TPUs also the GB/s that all its links send, and the slices on offer.
     """
 
     tflops: float
     hbm_gib: float
+    link_gb: float = math.nan
     shapes: tuple[str, ...] = ()
 
 
@@ -28,9 +29,9 @@ _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
 
 CHIPS = {
-    "v5e": Chip(197, 15.75, _FLAT),
-    "v5p": Chip(459, 95.74, _CUBES),
-    "v6e": Chip(918, 31.25, _FLAT),
+    "v5e": Chip(197, 15.75, 200, _FLAT),
+    "v5p": Chip(459, 95.74, 600, _CUBES),
+    "v6e": Chip(918, 31.25, 448, _FLAT),
     "a100": Chip(312, 80.0),
     "h100": Chip(989, 80.0),
     "h200": Chip(989, 141.0),
@@ -75,10 +76,7 @@ def parse_topology(name: str) -> Topology:
             hint = f"; {kind} slices: {', '.join(shape for shape in CHIPS[kind].shapes)}"
         raise UserError(f"unknown topology {name!r}{hint}")
     kind, shape = name.split(":")
-    count = 1
-    for size in re.findall(r"\d+", shape):
-        count *= int(size)
-    return Topology(name, CHIPS[kind], count)
+    return Topology(name, CHIPS[kind], math.prod(map(int, shape.split("x"))))
 
 
 def has_tpu_compiler() -> bool:

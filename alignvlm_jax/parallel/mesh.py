@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from flax import linen as nn
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from alignvlm_jax.config import Config
 from alignvlm_jax.errors import UserError
@@ -23,6 +23,22 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
         these not over the processes.
     """
     devices = jax.devices() if devices is None else devices
+    sizes = _sizes(config, len(devices))
+    ways, count = sizes[0] * sizes[1], jax.process_count()
+    if ways % count:
+        raise UserError(
+            f"config.mesh: data x fsdp = {ways} does not divide over {count} processes, each of which reads its own "
+            f"rows; lower config.mesh.tensor {sizes[2]}"
+        )
+    return _mesh(sizes, devices)
+
+
+def abstract(config: Config, num_devices: int) -> AbstractMesh:
+    """Returns the mesh that `config.mesh` asks for over devices that need not be there; UserError as `make_mesh`."""
+    return AbstractMesh(tuple(_sizes(config, num_devices)), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _sizes(config: Config, num_devices: int) -> list[int]:
     sizes = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
     asked = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
@@ -31,9 +47,9 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
         )
     if -1 in sizes:
         fixed = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = max(len(devices) // fixed, 1)
-    if math.prod(sizes) != len(devices):
-        raise UserError(f"config.mesh {asked} does not fit {len(devices)} devices; try data -1, fsdp 1, tensor 1")
+        sizes[sizes.index(-1)] = max(num_devices // fixed, 1)
+    if math.prod(sizes) != num_devices:
+        raise UserError(f"config.mesh {asked} does not fit {num_devices} devices; try data -1, fsdp 1, tensor 1")
     rows, ways = config.train.batch_size // config.train.accumulation, sizes[0] * sizes[1]
     if rows % ways:
         raise UserError(
@@ -41,12 +57,7 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
             f"{config.train.accumulation}) does not divide over data x fsdp = {ways}; nearest that does: "
             f"{max(round(rows / ways), 1) * ways * config.train.accumulation}"
         )
-    if ways % jax.process_count():
-        raise UserError(
-            f"config.mesh: data x fsdp = {ways} does not divide over {jax.process_count()} processes, each of which "
-            f"reads its own rows; lower config.mesh.tensor {sizes[2]}"
-        )
-    return _mesh(sizes, devices)
+    return sizes
 
 
 def _mesh(sizes: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:

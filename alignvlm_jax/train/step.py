@@ -105,7 +105,7 @@ def compile_steps(
     What comes back cannot be traced again: a batch or state of other shapes or dtypes is an error, not a slow step. The
     validation step takes `eval_rows` rows.
     """
-    lowered = _lower_train_step(model, config, tx, abstract, mesh), _lower_eval_step(model, config, abstract, mesh)
+    lowered = lower_train_step(model, config, tx, abstract, mesh), _lower_eval_step(model, config, abstract, mesh)
     # Tracing needs the mesh, which is this thread's; XLA's work, most of the time, does not.
     with ThreadPoolExecutor(len(lowered)) as pool:
         train_step, eval_step = pool.map(jax.stages.Lowered.compile, lowered)
@@ -176,9 +176,10 @@ def _split_rows(batch: Mapping[str, Array], num_parts: int) -> dict[str, Array]:
     return {name: split(x) for name, x in batch.items()}
 
 
-def _lower_train_step(
+def lower_train_step(
     model: vlm.VLM, config: Config, tx: optax.GradientTransformation, abstract: TrainState, mesh: Mesh
 ) -> jax.stages.Lowered:
+    """Traces the training step for the mesh entered; to be compiled, and for a machine that is not this one, too."""
     batch = _abstract_batch(train_inputs(config, vlm.abstract_batch(config)), config.train.batch_size, mesh)
     shardings = state.shardings_of(abstract)
     step = jax.jit(

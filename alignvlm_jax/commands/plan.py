@@ -1,0 +1,103 @@
+"""`plan`: what a stage needs on a TPU slice, by the TPU's own compiler and without a TPU."""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+import jax
+from rich.console import Console
+
+from alignvlm_jax.commands import config_flag
+from alignvlm_jax.config import Config, MeshConfig
+from alignvlm_jax.errors import UsageError, UserError, nearest
+from alignvlm_jax.parallel import chips
+from alignvlm_jax.parallel.chips import Topology
+from alignvlm_jax.train import layouts, plan_text, planning
+
+DOES_NOT_FIT = 3
+
+
+def main(argv: list[str]) -> None:
+    """Prints the plan; exit status 3 where it does not fit. Raises UsageError for what cannot be planned."""
+    parser = argparse.ArgumentParser(
+        prog="python -m alignvlm_jax plan",
+        description="Compiles a stage's training step for a TPU slice and says what it needs.",
+        usage="%(prog)s --config=FILE[:ARG] --topology=v5p:4x4x4 [--mesh=auto] [--json] [--config.a.b=VALUE ...]",
+        epilog=config_flag.HELP,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--topology", required=True, help="such as v5e:4x4; v5e:smallest looks for one that fits")
+    parser.add_argument("--mesh", default="", help="DATAxFSDPxTENSOR, or auto: tries those that divide")
+    parser.add_argument("--stage", default="", help="of several in the config")
+    parser.add_argument("--json", action="store_true", help="one object and nothing else on stdout")
+    try:
+        stages, rest = config_flag.parse(argv)
+        args = parser.parse_args(rest)
+        if stages is None:
+            parser.error("--config=FILE is required")
+        plan = _plan(_stage(stages, args.stage), args)
+    except UsageError:
+        raise
+    except UserError as err:
+        raise UsageError(str(err)) from err
+    print(json.dumps(plan.to_json(), indent=2) if args.json else plan_text.text(plan), flush=True)
+    if not plan.fits:
+        sys.exit(DOES_NOT_FIT)
+
+
+def _plan(config: Config, args: argparse.Namespace) -> planning.Plan:
+    # Compiling needs no accelerator, and this one may be at work.
+    jax.config.update("jax_platforms", "cpu")
+    say = Console(stderr=True, highlight=False, soft_wrap=True).print
+    kind, _, shape = args.topology.partition(":")
+    if shape == "smallest":
+        if not chips.CHIPS.get(kind, chips.CHIPS["h100"]).shapes:
+            raise UsageError(f"unknown kind of TPU {kind!r}{nearest(kind, _tpus())}")
+        if not chips.has_tpu_compiler():
+            raise UsageError(f"--topology={args.topology} needs libtpu: pip install --requirement requirements-tpu.txt")
+        return layouts.smallest(config, kind, chips.compile_only_devices, say)
+    topology = chips.parse_topology(args.topology)
+    if args.mesh and args.mesh != "auto":
+        config = dataclasses.replace(config, mesh=_mesh(args.mesh))
+    if args.mesh != "auto":
+        planning.check(config, topology.num_chips)
+    devices = _devices(topology)
+    if args.mesh == "auto":
+        return layouts.best(config, topology, devices, say)
+    say(plan_text.summary(config))
+    return planning.make(config, topology, devices)
+
+
+def _devices(topology: Topology) -> Sequence[jax.Device]:
+    if chips.has_tpu_compiler():
+        return chips.compile_only_devices(topology)
+    print(plan_text.ESTIMATE, file=sys.stderr, flush=True)
+    # Another number may be forced from outside, and the first to be asked for holds.
+    os.environ["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
+    jax.config.update("jax_num_cpu_devices", topology.num_chips)
+    return jax.devices()
+
+
+def _stage(stages: tuple[Config, ...], name: str) -> Config:
+    by_name = {stage.stage: stage for stage in stages}
+    if not name and len(stages) == 1:
+        return stages[0]
+    if name not in by_name:
+        raise UsageError(f"--stage is {name!r}{nearest(name, by_name)}" if name else
+                         f"the config has several stages: --stage=NAME, one of {', '.join(by_name)}")  # fmt: skip
+    return by_name[name]
+
+
+def _mesh(text: str) -> MeshConfig:
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", text):
+        raise UsageError(f"--mesh is {text!r}; it must be auto or DATAxFSDPxTENSOR, such as 1x16x4")
+    data, fsdp, tensor = map(int, text.split("x"))
+    return MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+
+
+def _tpus() -> list[str]:
+    return [kind for kind, chip in chips.CHIPS.items() if chip.shapes]

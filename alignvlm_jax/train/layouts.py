@@ -1,0 +1,144 @@
+"""Which mesh, micro-batch and rematerialisation a stage should have on a slice: tried with the compiler, best taken."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+
+from alignvlm_jax.config import Config, MeshConfig
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.parallel import chips
+from alignvlm_jax.parallel.chips import Topology
+from alignvlm_jax.train import planning
+from alignvlm_jax.train.planning import Plan
+
+Say = Callable[[str], None]
+SAFE = 0.95  # Of the memory: where the size of a program is foretold from that of another.
+MAX_TENSOR = 8  # Beyond it a chip's share of a product is too small to hide what it has to wait for.
+
+
+def best(config: Config, topology: Topology, devices: Sequence[jax.Device], say: Say) -> Plan:
+    """Returns the plan of the layout that should be fastest of those that fit; where none does, the one that misses by
+    the least.
+
+    Raises:
+      UserError: there is no mesh for this model and batch.
+    """
+    tried: list[Plan] = []
+    meshes = list(_meshes(config, topology.num_chips))
+    for mesh in meshes:
+        tried += _plans_of(config, mesh, topology, devices, say)
+    if not tried:
+        tried = [planning.make(_smallest_parts(config, meshes[-1]), topology, devices)]
+    fitting = [plan for plan in tried if plan.fits]
+    return min(fitting, key=seconds) if fitting else min(tried, key=lambda plan: plan.peak_hbm_gib or math.inf)
+
+
+def smallest(config: Config, kind: str, devices_of: Callable[[Topology], Sequence[jax.Device]], say: Say) -> Plan:
+    """Returns the plan of the smallest slice of a kind of chip on which the stage fits, a row a chip at a time.
+
+    Raises:
+      UserError: it fits on none.
+    """
+    for shape in chips.CHIPS[kind].shapes:
+        topology = chips.parse_topology(f"{kind}:{shape}")
+        for mesh in _meshes(config, topology.num_chips):
+            small = _smallest_parts(config, mesh)
+            if planning.state_gib(small, topology.num_chips) > topology.chip.hbm_gib:
+                continue
+            plan = planning.make(small, topology, devices_of(topology))
+            say(_line(plan))
+            if plan.fits:
+                return plan
+    raise UserError(f"{config.name} {config.stage} fits on no {kind} slice up to {topology.name}")
+
+
+def seconds(plan: Plan) -> float:
+    """Returns an estimate of a step's seconds, to compare layouts: the model's FLOPs and those made twice at half of
+    the peak, and then, as if nothing overlapped, what is sent over the links."""
+    chip = plan.topology.chip
+    again = {"none": 0.0, "dots": 0.1, "full": 1.0}[plan.config.model.remat]
+    forward = (plan.flops["vision"] + plan.flops["llm"]) / 3
+    sent = sum(traffic.bytes for traffic in plan.traffic.values())
+    return (sum(plan.flops.values()) + again * forward) / (chip.tflops * 1e12 * plan.topology.num_chips / 2) + sent / (
+        chip.link_gb * 1e9
+    )
+
+
+def _meshes(config: Config, num_chips: int) -> Iterator[MeshConfig]:
+    """Tensor 1, 2, 4, ...; the others along fsdp as far as the widths divide, what is left along data."""
+    model, found = config.model, False
+    tensor = 1
+    while tensor <= min(MAX_TENSOR, num_chips):
+        ways = num_chips // tensor
+        fsdp = math.gcd(ways, model.llm.width, model.vision.width)
+        mesh = MeshConfig(data=ways // fsdp, fsdp=fsdp, tensor=tensor)
+        if config.train.batch_size % ways == 0:
+            try:
+                planning.check(_smallest_parts(config, mesh), num_chips)
+            except UserError:
+                pass  # Heads or words that do not divide over tensor.
+            else:
+                found = True
+                yield mesh
+        tensor *= 2
+    if not found:
+        llm, rows = model.llm, config.train.batch_size
+        raise UserError(
+            f"no mesh of {num_chips} chips takes a batch of {rows} rows, {llm.num_heads} heads ({llm.num_kv_heads} of "
+            f"keys) and {llm.vocab_size} words; change config.train.batch_size"
+        )
+
+
+def _smallest_parts(config: Config, mesh: MeshConfig) -> Config:
+    """The layout that needs the least memory on a mesh: one row a chip at a time, everything computed twice."""
+    rows = config.train.batch_size // (mesh.data * mesh.fsdp)
+    return planning.with_layout(config, mesh, max(rows, 1), "full")
+
+
+def _plans_of(
+    config: Config, mesh: MeshConfig, topology: Topology, devices: Sequence[jax.Device], say: Say
+) -> Iterator[Plan]:
+    """From the layout that needs the least memory to ones that compute less twice and gather parameters less often."""
+    small = _smallest_parts(config, mesh)
+    held = planning.state_gib(small, topology.num_chips)
+    limit = topology.chip.hbm_gib
+    if held > limit:
+        say(f"{_name(mesh)}: {held:.1f} GiB of parameters, gradients and optimizer state of {limit} GiB")
+        return
+    plan = planning.make(small, topology, devices)
+    say(_line(plan))
+    yield plan
+    if not plan.fits:
+        return
+    rows = small.train.accumulation
+    a_row = max(plan.peak_hbm_gib - held, 1e-3)
+    at_once = max(size for size in _divisors(rows) if size * a_row <= max(SAFE * limit - held, a_row))
+    for remat in ("full", "dots", "none"):
+        layout = planning.with_layout(config, mesh, rows // at_once, remat)
+        if layout == small:
+            continue
+        plan = planning.make(layout, topology, devices)
+        say(_line(plan))
+        yield plan
+        if not plan.fits and remat != "full":
+            return
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _name(mesh: MeshConfig) -> str:
+    return f"data {mesh.data}, fsdp {mesh.fsdp}, tensor {mesh.tensor}"
+
+
+def _line(plan: Plan) -> str:
+    train = plan.config.train
+    rows = train.batch_size // train.accumulation // (plan.mesh["data"] * plan.mesh["fsdp"])
+    peak = "more than there is" if plan.peak_hbm_gib is None else f"{plan.peak_hbm_gib:.2f} GiB"
+    verdict = f"{seconds(plan):.1f} s a step" if plan.fits else "does not fit"
+    return (
+        f"{plan.topology.name}  {_name(plan.config.mesh)}, {rows} rows at a time, remat {plan.config.model.remat}: "
+        f"{peak}, {verdict}"
+    )

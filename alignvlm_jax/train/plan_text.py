@@ -1,0 +1,106 @@
+"""A plan as people read it."""
+
+from alignvlm_jax.config import Config
+from alignvlm_jax.parallel import chips
+from alignvlm_jax.train.planning import GIB, UTILISATIONS, Plan
+
+ESTIMATE = (
+    "ESTIMATE: libtpu is not installed, so CPU's compiler stood in for the TPU's. Its memory is an upper bound (no "
+    "flash attention) and its collectives are others; pip install --requirement requirements-tpu.txt"
+)
+
+
+def text(plan: Plan) -> str:
+    """Returns what is needed, part by part, and what to change where it does not fit."""
+    config, chip = plan.config, plan.topology.chip
+    train, data = config.train, config.data
+    mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    total = sum(plan.flops.values())
+    lines = [
+        f"{config.name} {config.stage} on {plan.topology.name}: {plan.topology.num_chips} chips, mesh {mesh}",
+        f"batch {train.batch_size} rows of {data.row_length} tokens and {data.max_tiles} tiles, "
+        f"in {train.accumulation} parts, remat {config.model.remat}",
+        "",
+        f"parameters         {plan.num_params:,}, of which {plan.num_trained:,} trained",
+        f"parameters a chip  {plan.param_gib:.2f} GiB, optimizer {plan.optimizer_gib:.2f} GiB",
+        f"peak HBM a chip    {_gib(plan.peak_hbm_gib)} of {chip.hbm_gib} GiB: {_verdict(plan)}",
+        "",
+        *_table(
+            [("FLOPs a step", "TFLOP", "share")]
+            + [(part, f"{value / 1e12:,.0f}", f"{value / total:.0%}") for part, value in plan.flops.items()]
+            + [("all", f"{total / 1e12:,.0f}", "")]
+        ),
+        "",
+        *_table(
+            [("collectives a step", "count", "GiB a chip")]
+            + [(kind, f"{traffic.count:,}", f"{traffic.bytes / GIB:.2f}") for kind, traffic in plan.traffic.items()]
+        ),
+        "",
+        *_table(
+            [("MFU", "s a step", f"days of {train.num_steps:,} steps", "chip-hours")]
+            + [
+                (
+                    f"{mfu:.0%}",
+                    f"{plan.step_seconds(mfu):.1f}",
+                    f"{plan.days(mfu):.1f}",
+                    f"{24 * plan.days(mfu) * plan.topology.num_chips:,.0f}",
+                )
+                for mfu in UTILISATIONS
+            ]
+        ),
+    ]
+    if not plan.fits:
+        lines += ["", f"does not fit: {advice(plan)}"]
+    if plan.is_estimate:
+        lines += ["", ESTIMATE]
+    return "\n".join(lines)
+
+
+def advice(plan: Plan) -> str:
+    """Returns what to change so that less memory is needed, the cheapest first."""
+    config = plan.config
+    ways = plan.mesh["data"] * plan.mesh["fsdp"]
+    rows = config.train.batch_size // config.train.accumulation // ways
+    changes = []
+    if config.model.remat != "full":
+        changes.append("--config.model.remat=full")
+    if rows > 1:
+        changes.append(f"--config.train.accumulation={config.train.batch_size // ways} (now {rows} rows at a time)")
+    changes.append("--mesh=auto, which tries others")
+    if larger := _larger(plan):
+        changes.append(f"--topology={larger}")
+    return "; ".join(changes)
+
+
+def summary(config: Config) -> str:
+    """Returns a line that says what is about to be compiled."""
+    return f"compiling {config.name} {config.stage}, batch {config.train.batch_size} x {config.data.row_length} tokens"
+
+
+def _verdict(plan: Plan) -> str:
+    limit = plan.topology.chip.hbm_gib
+    if plan.peak_hbm_gib is None:
+        return "too much"
+    if plan.fits:
+        return f"fits, {limit - plan.peak_hbm_gib:.2f} left"
+    return f"{plan.peak_hbm_gib - limit:.2f} too much"
+
+
+def _gib(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.2f} GiB"
+
+
+def _larger(plan: Plan) -> str:
+    kind = plan.topology.name.split(":")[0]
+    sizes = [chips.parse_topology(f"{kind}:{shape}") for shape in chips.CHIPS[kind].shapes]
+    return next((other.name for other in sizes if other.num_chips > plan.topology.num_chips), "")
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]

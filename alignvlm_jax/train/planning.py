@@ -1,0 +1,166 @@
+"""What a stage needs on a machine that is not there: its real training step, compiled for a TPU slice.
+
+Without the TPU's compiler the same step is compiled for as many CPU devices: parameters, optimizer state and FLOPs are
+exact then; memory and collectives are what the CPU's compiler makes of it, an estimate.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from alignvlm_jax.config import Config, MeshConfig
+from alignvlm_jax.models import vlm
+from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.parallel.chips import Topology
+from alignvlm_jax.train import collectives, flops, optim, state, step
+from alignvlm_jax.train.collectives import Traffic
+from alignvlm_jax.train.state import TrainState
+
+GIB = 2**30
+UTILISATIONS = (0.3, 0.4, 0.5)
+SECONDS_A_DAY = 24 * 60 * 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A stage on a slice. Bytes are those of one chip, FLOPs those of the whole batch.
+
+    `peak_hbm_gib` is None where the compiler gave up without a number; `is_estimate` where it was not the TPU's.
+    """
+
+    topology: Topology
+    config: Config
+    mesh: dict[str, int]
+    num_params: int
+    num_trained: int
+    param_gib: float
+    optimizer_gib: float
+    peak_hbm_gib: float | None
+    fits: bool
+    is_estimate: bool
+    flops: dict[str, float]
+    traffic: dict[str, Traffic]
+
+    def step_seconds(self, utilisation: float) -> float:
+        """Returns the seconds of a step of which the chips' peak is reached to that share (MFU)."""
+        peak = self.topology.chip.tflops * 1e12 * self.topology.num_chips
+        return sum(self.flops.values()) / (peak * utilisation)
+
+    def days(self, utilisation: float) -> float:
+        """Returns the days that the stage's steps take."""
+        return self.config.train.num_steps * self.step_seconds(utilisation) / SECONDS_A_DAY
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the plan as plain values."""
+        train, chip = self.config.train, self.topology.chip
+        return {
+            "config": self.config.name,
+            "stage": self.config.stage,
+            "topology": self.topology.name,
+            "num_chips": self.topology.num_chips,
+            "mesh": self.mesh,
+            "batch_size": train.batch_size,
+            "accumulation": train.accumulation,
+            "row_length": self.config.data.row_length,
+            "remat": self.config.model.remat,
+            "fits": self.fits,
+            "is_estimate": self.is_estimate,
+            "peak_hbm_gib": self.peak_hbm_gib,
+            "hbm_limit_gib": chip.hbm_gib,
+            "param_gib": self.param_gib,
+            "optimizer_gib": self.optimizer_gib,
+            "num_params": self.num_params,
+            "num_trained": self.num_trained,
+            "step_tflops": sum(self.flops.values()) / 1e12,
+            "step_tflops_by_part": {part: value / 1e12 for part, value in self.flops.items()},
+            "collectives": {
+                kind: {"count": traffic.count, "gib": traffic.bytes / GIB} for kind, traffic in self.traffic.items()
+            },
+            "num_steps": train.num_steps,
+            "at_mfu": {
+                f"{utilisation:.0%}": {
+                    "step_seconds": self.step_seconds(utilisation),
+                    "days": self.days(utilisation),
+                    "chip_hours": 24 * self.days(utilisation) * self.topology.num_chips,
+                }
+                for utilisation in UTILISATIONS
+            },
+        }
+
+
+def check(config: Config, num_chips: int) -> None:
+    """Raises UserError where the stage cannot be laid out on so many chips. Nothing is compiled."""
+    mesh = mesh_lib.abstract(config, num_chips)
+    state.trainable_paths(config, state.abstract_params(vlm.VLM(config.model), config, mesh))
+
+
+def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> Plan:
+    """Compiles the training step of `config` for the devices of a slice, or for as many of another kind.
+
+    Raises:
+      UserError: the mesh does not fit the devices, the batch or the model.
+    """
+    model, tx = vlm.VLM(config.model), optim.make_optimizer(config)
+    with mesh_lib.use(mesh_lib.make_mesh(config, devices)) as mesh:
+        abstract = state.abstract_state(model, config, tx, mesh)
+        lowered = step.lower_train_step(model, config, tx, abstract, mesh)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as err:
+            if "RESOURCE_EXHAUSTED" not in str(err):
+                raise
+            peak_gib, traffic = _asked_for(str(err)), {}
+        else:
+            peak_gib, traffic = _peak_gib(compiled), collectives.traffic(compiled.as_text())
+    sizes = {path: math.prod(x.shape) for path, x in state.flatten(abstract.params).items()}
+    return Plan(
+        topology=topology,
+        config=config,
+        mesh=dict(mesh.shape),
+        num_params=sum(sizes.values()),
+        num_trained=sum(sizes[path] for path in state.trainable_paths(config, abstract.params)),
+        param_gib=_gib_of_a_chip(abstract.params),
+        optimizer_gib=_gib_of_a_chip(abstract.opt_state),
+        peak_hbm_gib=peak_gib,
+        fits=peak_gib is not None and peak_gib <= topology.chip.hbm_gib,
+        is_estimate=devices[0].platform != "tpu",
+        flops=flops.step_flops(config, abstract.params),
+        traffic=traffic,
+    )
+
+
+def with_layout(config: Config, mesh: MeshConfig, accumulation: int, remat: str) -> Config:
+    """Returns the stage, laid out otherwise."""
+    return dataclasses.replace(
+        config,
+        mesh=mesh,
+        model=dataclasses.replace(config.model, remat=remat),
+        train=dataclasses.replace(config.train, accumulation=accumulation),
+    )
+
+
+def state_gib(config: Config, num_chips: int) -> float:
+    """Returns the GiB a chip of parameters, optimizer state and gradients: less than that is never enough."""
+    model, tx = vlm.VLM(config.model), optim.make_optimizer(config)
+    abstract: TrainState = state.abstract_state(model, config, tx, mesh_lib.abstract(config, num_chips))
+    trained, _ = state.split(abstract.params, state.trainable_paths(config, abstract.params))
+    return _gib_of_a_chip((abstract, trained))
+
+
+def _peak_gib(compiled: jax.stages.Compiled) -> float:
+    # Not arguments + temporaries + outputs: buffers that live at different times share memory.
+    return compiled.memory_analysis().peak_memory_in_bytes / GIB
+
+
+def _asked_for(message: str) -> float | None:
+    """The GiB that a program was refused, out of the compiler's words."""
+    found = re.search(r"Used ([\d.]+)G of|\(([\d.]+)G\) exceeds", message)
+    return float(found[1] or found[2]) if found else None
+
+
+def _gib_of_a_chip(abstract: Any) -> float:
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(abstract)) / GIB
