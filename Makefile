@@ -12,7 +12,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 WEIGHTS ?= weights/smollm2
 PARITY := .venv-parity
 
-.PHONY: help setup lint test test-parity demo weights clean
+.PHONY: help setup tpu-compiler lint test test-parity bench demo weights clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -25,6 +25,12 @@ $(VENV)/.done: requirements.txt
 	touch $@
 
 setup: $(VENV)/.done  ## install everything into .venv (seconds when it is there already)
+
+$(VENV)/.tpu: $(VENV)/.done requirements-tpu.txt
+	$(BIN)/pip install --quiet --requirement requirements-tpu.txt
+	touch $@
+
+tpu-compiler: $(VENV)/.tpu  ## add libtpu to .venv: plans and tests then compile for TPUs (690 MB)
 
 lint: setup  ## formatter and linter, checking only
 	$(BIN)/ruff format --check .
@@ -56,6 +62,9 @@ $(PARITY)/.done: requirements.txt requirements-parity.txt requirements-weights.t
 
 test-parity: $(PARITY)/.done  ## compare with PyTorch's implementations, in a venv of its own
 	$(PARITY)/bin/pytest tests/parity
+
+bench: tpu-compiler  ## memory and time of what lies over the vocabulary (minutes; docs/results.md)
+	$(BIN)/python -m tests.benchmarks.vocab
 
 clean:  ## remove the installed environments; data, weights and runs stay
 	rm -rf $(VENV) $(PARITY)

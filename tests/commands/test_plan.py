@@ -1,0 +1,148 @@
+"""`plan`: tables and JSON, exit status, bad input. The tiny model, on CPU devices where libtpu is absent."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from alignvlm_jax import __main__ as main
+from alignvlm_jax.parallel import chips
+
+needs_libtpu = pytest.mark.skipif(not chips.has_tpu_compiler(), reason="libtpu is not installed (requirements-tpu.txt)")
+KEYS = {"fits", "peak_hbm_gib", "hbm_limit_gib", "num_chips", "mesh", "num_params", "step_tflops", "collectives"}
+
+CONFIG = """
+import ml_collections
+from alignvlm_jax import config as config_lib
+
+def get_config(stages="one"):
+    config = config_lib.default_config_dict()
+    config.name = "planned"
+    config.model.dtype = "bfloat16"
+    config.model.remat = "full"
+    config.train.batch_size = 64
+    config.train.accumulation = 2
+    config.mesh.fsdp, config.mesh.data = -1, 1
+    if stages == "two":
+        config.stages = ml_collections.ConfigDict({"first": {}, "second": {"train": {"trainable": ("llm/.*",)}}})
+    return config
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "planned.py"
+    path.write_text(textwrap.dedent(CONFIG))
+    return path
+
+
+def run(*args: str, libtpu: bool = True) -> subprocess.CompletedProcess:
+    """In a process of its own: the number of CPU devices is fixed at the first use of jax."""
+    hide = (
+        "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'libtpu' else f(n, *a); "
+    )
+    code = f"{'' if libtpu else hide}from alignvlm_jax.__main__ import main; import sys; sys.exit(main(sys.argv[1:]))"
+    return subprocess.run(
+        [sys.executable, "-c", code, "plan", *args],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+
+
+def test_estimate_without_libtpu(config_file):
+    done = run(f"--config={config_file}", "--topology=v5e:2x4", "--json", libtpu=False)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan.keys() >= KEYS
+    assert plan["is_estimate"] and plan["fits"] is True
+    assert plan["num_chips"] == 8 and plan["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert plan["collectives"]["all-gather"]["count"] > 0
+    assert "ESTIMATE: libtpu is not installed" in done.stderr
+
+
+@needs_libtpu
+def test_tpu_plan_as_text_and_as_json(config_file):
+    done = run(f"--config={config_file}", "--topology=v5e:2x4", "--mesh=1x4x2", "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan.keys() >= KEYS
+    assert not plan["is_estimate"]
+    assert plan["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert 0 < plan["param_gib"] < plan["peak_hbm_gib"] < plan["hbm_limit_gib"] == 15.75
+    assert sum(plan["step_tflops_by_part"].values()) == pytest.approx(plan["step_tflops"])
+    at_40 = plan["at_mfu"]["40%"]
+    assert at_40["step_seconds"] == pytest.approx(plan["step_tflops"] / (0.4 * 8 * 197))
+    assert at_40["chip_hours"] == pytest.approx(8 * 24 * at_40["days"])
+
+
+@needs_libtpu
+def test_what_does_not_fit_has_status_3_and_says_what_to_change(config_file):
+    done = run(
+        f"--config={config_file}",
+        "--topology=v5e:2x2",
+        "--config.model.llm.vocab_size=4194304",
+        "--config.model.remat=none",
+    )
+    assert done.returncode == 3, done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith(
+        "does not fit: --config.model.remat=full; --config.train.accumulation=16 (now 8 rows at a time)"
+    )
+    assert "--topology=v5e:2x4" in last
+    assert "too much" in done.stdout
+
+
+@needs_libtpu
+def test_auto_tries_layouts_and_shows_the_best(config_file):
+    done = run(f"--config={config_file}", "--topology=v5e:2x2", "--mesh=auto", "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    tried = [line for line in done.stderr.splitlines() if line.startswith("v5e:2x2")]
+    assert {line.split("tensor ")[1][0] for line in tried} == {"1", "2"}  # 4 does not divide 2 key-value heads
+    assert {"remat full", "remat dots", "remat none"} == {line.split(", ")[4].split(":")[0] for line in tried}
+    # All of them fit: nothing is computed twice, and all rows at once.
+    assert plan["remat"] == "none" and plan["accumulation"] == 1
+
+
+@needs_libtpu
+def test_smallest(config_file):
+    done = run(f"--config={config_file}", "--topology=v6e:smallest", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["topology"] == "v6e:2x2"
+
+
+BAD = {
+    "heads": (["--mesh=1x2x4", "--topology=v5e:2x4"], r"llm/blocks/attn/k/kernel"),
+    "words": (["--mesh=1x4x2", "--topology=v5e:2x4", "--config.model.llm.vocab_size=129"], "129"),
+    "batch": (["--mesh=8x1x1", "--topology=v5e:2x4", "--config.train.batch_size=12"], "batch of 6 rows"),
+    "batch_below_data": (["--mesh=8x1x1", "--topology=v5e:2x4", "--config.train.batch_size=4"], "batch of 2 rows"),
+    "more_chips": (["--mesh=4x4x1", "--topology=v5e:2x4"], "does not fit 8 devices"),
+    "topology": (["--topology=v5e:3x3"], "unknown topology 'v5e:3x3'; v5e slices: 2x2, 2x4"),
+    "kind": (["--topology=v7:smallest"], "unknown kind of TPU 'v7'"),
+    "mesh_text": (["--topology=v5e:2x4", "--mesh=4x2"], "--mesh is '4x2'"),
+    "no_mesh_at_all": (["--topology=v5e:2x4", "--mesh=auto", "--config.train.batch_size=7",
+                        "--config.train.accumulation=1"], "no mesh of 8 chips takes a batch of 7 rows"),
+    "field": (["--topology=v5e:2x4", "--config.model.remta=full"], "did you mean 'remat'"),
+    "stage": (["--topology=v5e:2x4", "--stage=third"], "--stage is 'third'; known: first, second"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_has_status_2(config_file, capsys, name):
+    """Told before a compiler is asked, in seconds."""
+    args, message = BAD[name]
+    began = time.monotonic()
+    assert main.main(["plan", f"--config={config_file}{':two' if name == 'stage' else ''}", *args]) == 2
+    assert time.monotonic() - began < 5
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+
+
+def test_of_several_stages_one_is_named(config_file, capsys):
+    assert main.main(["plan", f"--config={config_file}:two", "--topology=v5e:2x4"]) == 2
+    assert "several stages: --stage=NAME, one of first, second" in capsys.readouterr().err
