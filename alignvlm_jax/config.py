@@ -149,9 +149,13 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW after gradient clipping; linear warm-up, then a cosine down to `final_fraction` of the peak."""
+    """AdamW after gradient clipping; linear warm-up, then a cosine down to `final_fraction` of the peak.
+
+    `learning_rate_scale` multiplies the rate of a part of the model, by its name: vision, connector or llm.
+    """
 
     learning_rate: float = 2e-3
+    learning_rate_scale: Mapping[str, float] = dataclasses.field(default_factory=dict)
     warmup_steps: int = 100
     final_fraction: float = 0.05
     b1: float = 0.9
@@ -220,6 +224,8 @@ class Config:
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
 
+
+PARTS = ("vision", "connector", "llm")
 
 CHOICES = {
     "model.vision.gelu": ("tanh", "exact"),
@@ -358,6 +364,11 @@ def check(config: Config) -> Config:
         )
     if not data.tasks or min(data.tasks.values()) < 0 or sum(data.tasks.values()) <= 0:
         raise UserError(f"config.data.tasks {dict(data.tasks)} has no positive weight")
+    for part, scale in config.optim.learning_rate_scale.items():
+        if part not in PARTS:
+            raise UserError(f"config.optim.learning_rate_scale.{part} is no part of the model{nearest(part, PARTS)}")
+        if scale < 0:
+            raise UserError(f"config.optim.learning_rate_scale.{part} is {scale}; it must be at least 0")
     if not config.eval.splits:
         raise UserError("config.eval.splits is empty; name at least one split")
     return config

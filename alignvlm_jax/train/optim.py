@@ -1,5 +1,7 @@
 """The optimizer of a stage: clipping, AdamW on a schedule, weight decay on matrices only."""
 
+from collections.abc import Mapping
+
 import optax
 
 from alignvlm_jax.config import Config
@@ -25,6 +27,7 @@ def make_schedule(config: Config) -> optax.Schedule:
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Returns the optax chain that `config.optim` describes."""
     optim = config.optim
+    scales = config.optim.learning_rate_scale
     return optax.chain(
         optax.clip_by_global_norm(optim.clip_norm),
         optax.adamw(
@@ -35,7 +38,18 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
             weight_decay=optim.weight_decay,
             mask=decay_mask,
         ),
+        *([_scale_parts(scales)] if scales else []),
     )
+
+
+def _scale_parts(scales: Mapping[str, float]) -> optax.GradientTransformation:
+    """Multiplies the updates of whole parts, which is to multiply their learning rate."""
+
+    def scaled(updates: state.Params, params: state.Params | None) -> state.Params:
+        del params
+        return {part: optax.tree_utils.tree_scale(scales.get(part, 1.0), tree) for part, tree in updates.items()}
+
+    return optax.stateless(scaled)
 
 
 def decay_mask(params: state.Params) -> state.Params:

@@ -47,7 +47,10 @@ def print_memory() -> None:
         print(f"ALIGN, D {WIDTH:,}, blocks of {BLOCK}; temporaries in GiB a chip, and outputs\n")
         print("| N | V | plain | blockwise | outputs |\n|---|---|---|---|---|")
         for rows, words in SIZES:
-            plain, (temporaries, outputs) = align_memory(mesh, rows, words, None), align_memory(mesh, rows, words, BLOCK)
+            plain, (temporaries, outputs) = (
+                align_memory(mesh, rows, words, None),
+                align_memory(mesh, rows, words, BLOCK),
+            )
             shown = "over 15.75" if plain is None else f"{plain[0]:.3f}"
             print(f"| {rows:,} | {words:,} | {shown} | {temporaries:.3f} | {outputs:.3f} |", flush=True)
         print("\nloss over 16,384 tokens, V 128,256: ", end="")

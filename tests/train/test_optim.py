@@ -58,3 +58,21 @@ def test_gradients_are_clipped_by_their_global_norm():
     _, opt_state = tx.update({"a": {"bias": jnp.array([30.0, 40.0])}}, tx.init(params), params)
     first_moment = opt_state[1][0].mu["a"]["bias"]
     np.testing.assert_allclose(first_moment, (1 - config.optim.b1) * jnp.array([0.6, 0.8]), rtol=1e-5)
+
+
+def test_parts_have_rates_of_their_own():
+    """Decay, too: it is scaled by the rate."""
+    plain = OptimConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.5)
+    params = {part: {"kernel": jnp.ones((2, 2))} for part in ("vision", "connector", "llm")}
+    grads = jax.tree.map(lambda x: 0.3 * x, params)
+
+    def updates(config: OptimConfig) -> dict:
+        tx = optim.make_optimizer(tiny_config(optim=config))
+        new, opt_state = tx.update(grads, tx.init(params), params)
+        assert int(optim.num_updates(opt_state)) == 1
+        return new
+
+    before, after = updates(plain), updates(dataclasses.replace(plain, learning_rate_scale={"vision": 0.2, "llm": 0.0}))
+    np.testing.assert_allclose(after["vision"]["kernel"], 0.2 * before["vision"]["kernel"], rtol=1e-6)
+    np.testing.assert_array_equal(after["connector"]["kernel"], before["connector"]["kernel"])
+    np.testing.assert_array_equal(after["llm"]["kernel"], 0.0)

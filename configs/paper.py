@@ -1,0 +1,93 @@
+"""What the paper's three stages share (arXiv 2502.01341, sections 3.3 and 4, table 6): `stage1.py` to `stage3.py`.
+
+Of the paper are: the encoder, the LLMs, at most 9 tiles, batch sizes, learning rates, text lengths, epochs and what is
+frozen. It states no optimizer, schedule, warm-up, weight decay, precision, or number of slots; those here are ours:
+
+    an overview tile beside the 9      as Ovis v1.6 does, whose tiling the paper cites
+    text length on top of the slots    the paper does not say whether its lengths count image tokens
+    rows a multiple of 128 long        attention kernels work on blocks of 128
+    AdamW 0.9, 0.95, decay 0.1, clip 1 usual for Llamas of this size
+    warm-up 3 %, cosine to 0           LLaVA's recipe, on which the paper's low-resource study is built
+    bfloat16 compute, float32 masters  what TPUs are made for
+    patch-token weight 0               the paper as it is; see README, "Two ideas beyond the paper"
+"""
+
+import dataclasses
+import math
+
+import ml_collections
+
+from alignvlm_jax import config as config_lib
+from alignvlm_jax import presets
+from alignvlm_jax.errors import nearest
+
+MAX_TILES = 9 + 1  # and the overview
+LLMS = ("llama32_1b", "llama32_3b", "llama31_8b")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A column of table 6; `batch_size` and `learning_rate` by LLM."""
+
+    name: str
+    num_records: int
+    epochs: int
+    text_length: int
+    batch_size: dict[str, int]
+    learning_rate: dict[str, float]
+    trainable: tuple[str, ...] = (".*",)
+
+
+def by_llm(*values: float) -> dict[str, float]:
+    """Returns a row of the table: values for 1B, 3B and 8B."""
+    return dict(zip(LLMS, values, strict=True))
+
+
+def make_config(stage: Stage, llm: str) -> ml_collections.ConfigDict:
+    """Returns the config of one stage with one of `LLMS`; ValueError with the nearest for another."""
+    if llm not in LLMS:
+        raise ValueError(f"{stage.name} is known for {', '.join(LLMS)}, not for {llm!r}{nearest(llm, LLMS)}")
+    config = config_lib.default_config_dict()
+    config.name = f"{stage.name}_{llm}"
+    set_model(config, llm)
+    config.data.dir = f"data/{stage.name}"
+    set_lengths(config, stage.text_length)
+    config.data.tasks = {"answer": 1.0}
+    config.train.batch_size = stage.batch_size[llm]
+    config.train.num_steps = stage.num_records * stage.epochs // stage.batch_size[llm]
+    config.train.trainable = stage.trainable
+    config.train.patch_token_weight = 0.0
+    config.train.log_every = 10
+    config.train.validate_every = config.train.checkpoint_every = 500
+    config.train.validation_rows = 4 * stage.batch_size[llm]
+    set_optimizer(config, stage.learning_rate[llm])
+    config.stages = {stage.name: {}}
+    return config
+
+
+def set_model(config: ml_collections.ConfigDict, llm: str) -> None:
+    """SigLIP-400M, ALIGN and a Llama 3, on as many chips as there are."""
+    config_lib.set_preset(config.model.vision, presets.VISION["siglip_so400m_14_384"])
+    config_lib.set_preset(config.model.llm, presets.LLM[llm])
+    # Beyond the table: no word of Llama's stands for an image slot.
+    config.model.image_token_id = config.model.llm.vocab_size
+    config.model.dtype = "bfloat16"
+    config.model.remat = "full"
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, -1, 1
+
+
+def set_lengths(config: ml_collections.ConfigDict, text_length: int) -> None:
+    """Rows that hold all tiles and a text."""
+    patches = presets.VISION["siglip_so400m_14_384"].num_patches
+    config.data.max_tiles = MAX_TILES
+    config.data.use_overview = True
+    config.data.row_length = math.ceil((MAX_TILES * patches + text_length) / 128) * 128
+
+
+def set_optimizer(config: ml_collections.ConfigDict, learning_rate: float) -> None:
+    """AdamW as said above."""
+    config.optim.learning_rate = learning_rate
+    config.optim.b2 = 0.95
+    config.optim.weight_decay = 0.1
+    config.optim.final_fraction = 0.0
+    config.optim.warmup_steps = math.ceil(0.03 * config.train.num_steps)

@@ -1,0 +1,22 @@
+"""The paper's stage 2, documents: the whole model, on the 7.5 M records of BigDocs, one epoch.
+
+`configs/stage2.py:llama32_1b` (or llama32_3b, llama31_8b). Start from stage 1: --config.init_from=runs/stage1
+"""
+
+import ml_collections
+
+from configs import paper
+
+STAGE = paper.Stage(
+    name="stage2",
+    num_records=7_500_000,
+    epochs=1,
+    text_length=2048,
+    batch_size=paper.by_llm(512, 256, 256),
+    learning_rate=paper.by_llm(5e-5, 5e-5, 1e-5),
+)
+
+
+def get_config(llm: str = "llama32_1b") -> ml_collections.ConfigDict:
+    """Returns the stage with one of the paper's LLMs."""
+    return paper.make_config(STAGE, llm)

@@ -1,0 +1,24 @@
+"""The paper's stage 3, questions: LLM and ALIGN, the encoder frozen, on DocDownstream's 570 K records, five epochs.
+
+`configs/stage3.py:llama32_1b` (or llama32_3b, llama31_8b). Start from stage 2: --config.init_from=runs/stage2. The
+number of records is that of DocDownstream-1.0's README; the paper states none.
+"""
+
+import ml_collections
+
+from configs import paper
+
+STAGE = paper.Stage(
+    name="stage3",
+    num_records=570_000,
+    epochs=5,
+    text_length=2048,
+    batch_size=paper.by_llm(512, 256, 256),
+    learning_rate=paper.by_llm(5e-5, 5e-5, 1e-5),
+    trainable=("connector/.*", "llm/.*"),
+)
+
+
+def get_config(llm: str = "llama32_1b") -> ml_collections.ConfigDict:
+    """Returns the stage with one of the paper's LLMs."""
+    return paper.make_config(STAGE, llm)

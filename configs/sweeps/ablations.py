@@ -1,0 +1,24 @@
+"""What each part of ALIGN is for: one change at a time from the paper's, and three seeds of that.
+
+configs/sweeps/ablations.py                        on the demonstration
+configs/sweeps/ablations.py:stage2.py:llama32_1b   on a stage of the paper
+"""
+
+from collections.abc import Iterator
+
+SEEDS = range(3)
+CHANGES = {
+    "align": {},
+    "without_ln2": {"model.connector.use_ln2": False},
+    "ln2_gain_4": {"model.connector.ln2_gain_init": 4.0},
+    "w2_random": {"model.connector.w2_init": "random"},
+    "embeddings_stopped": {"model.connector.embed_grad": "stop"},
+    "without_patch_loss": {"train.patch_token_weight": 0.0},
+}
+
+
+def sweep(base: str = "demo.py") -> Iterator[tuple[str, str, dict[str, object]]]:
+    """Yields name, config and changed fields of every run."""
+    for change, fields in CHANGES.items():
+        for seed in SEEDS:
+            yield f"{change}_seed{seed}", f"configs/{base}", {**fields, "seed": seed}

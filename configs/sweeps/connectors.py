@@ -1,0 +1,22 @@
+"""Connectors x LLMs x seeds, all else equal: the paper's tables 2 and 3.
+
+configs/sweeps/connectors.py              the demonstration with every connector, three seeds
+configs/sweeps/connectors.py:stage2.py    a stage of the paper with every LLM
+"""
+
+from collections.abc import Iterator
+
+from alignvlm_jax.models.connectors import REGISTRY
+from configs import paper
+
+SEEDS = range(3)
+
+
+def sweep(base: str = "demo.py") -> Iterator[tuple[str, str, dict[str, object]]]:
+    """Yields name, config and changed fields of every run."""
+    llms = [""] if base == "demo.py" else [f":{llm}" for llm in paper.LLMS]
+    for llm in llms:
+        for connector in REGISTRY:
+            for seed in SEEDS:
+                name = "_".join(filter(None, (connector, llm.removeprefix(":"), f"seed{seed}")))
+                yield name, f"configs/{base}{llm}", {"model.connector.name": connector, "seed": seed}

@@ -1,0 +1,32 @@
+"""Learning rates around the config's own, for each connector: a fair comparison needs the best of each.
+
+configs/sweeps/learning_rates.py                        the demonstration, in its last stages
+configs/sweeps/learning_rates.py:stage2.py:llama32_1b   a stage of the paper
+"""
+
+import runpy
+from collections.abc import Iterator
+
+from alignvlm_jax.models.connectors import REGISTRY
+
+FACTORS = (0.25, 0.5, 1.0, 2.0)
+DEMO_STAGES = ("stage1", "stage2")
+
+
+def sweep(base: str = "demo.py") -> Iterator[tuple[str, str, dict[str, object]]]:
+    """Yields name, config and changed fields of every run."""
+    own = _rates(base)
+    for connector in REGISTRY:
+        for factor in FACTORS:
+            rates = {field: factor * rate for field, rate in own.items()}
+            yield f"{connector}_x{factor:g}", f"configs/{base}", {"model.connector.name": connector, **rates}
+
+
+def _rates(base: str) -> dict[str, float]:
+    """The learning rates of a config, by field."""
+    file, *argument = base.split(":")
+    config = runpy.run_path(f"configs/{file}")["get_config"](*argument)
+    if file == "demo.py":
+        rates = {stage: config.stages[stage].optim.learning_rate for stage in DEMO_STAGES}
+        return {f"stages.{stage}.optim.learning_rate": rate for stage, rate in rates.items()}
+    return {"optim.learning_rate": config.optim.learning_rate}

@@ -1,0 +1,132 @@
+#!/usr/bin/env python3
+"""Lists, runs or submits the runs of a sweep; what is finished is skipped, what was stopped goes on.
+
+    launch/sweep.py configs/sweeps/connectors.py --workdir=runs/connectors              # lists
+    launch/sweep.py configs/sweeps/connectors.py --workdir=runs/connectors --run        # one after the other, here
+    launch/sweep.py configs/sweeps/connectors.py:stage2.py --workdir=runs/sweep \\
+        --submit='launch/slurm_gpu.sh --nodes=8 --'                                     # each by a command before it
+
+A sweep file has sweep(ARG), which yields (name, config file with its argument, changed fields).
+"""
+
+import argparse
+import runpy
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from alignvlm_jax.commands import config_flag
+from alignvlm_jax.config import Config
+from alignvlm_jax.errors import UsageError, UserError
+
+
+class Run(NamedTuple):
+    """One run: what follows `python -m alignvlm_jax`, its folder, and its length in steps."""
+
+    name: str
+    arguments: list[str]
+    workdir: str
+    num_steps: int
+
+    def last_step(self) -> int:
+        """The newest step that is saved; 0 without one. Orbax names a checkpoint by its step once it is whole."""
+        folder = Path(self.workdir, "checkpoints")
+        return max((int(path.name) for path in folder.glob("*") if path.name.isdecimal()), default=0)
+
+    def state(self) -> str:
+        """How far it is."""
+        step = self.last_step()
+        return (
+            "finished" if step >= self.num_steps else f"at step {step} of {self.num_steps}" if step else "not started"
+        )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit status: 0 done, 1 a run failed or cannot be, 2 wrong usage."""
+    parser = argparse.ArgumentParser(usage="launch/sweep.py SWEEP_FILE[:ARG] --workdir=DIR [--run | --submit=COMMAND]")
+    parser.add_argument("sweep")
+    parser.add_argument("--workdir", required=True, help="folder of the runs' folders")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--run", action="store_true", help="here, one after the other")
+    how.add_argument("--submit", default="", help="a launch command, to which each run is handed")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands only")
+    args = parser.parse_args(argv)
+    try:
+        runs = read(args.sweep, args.workdir)
+    except UserError as err:
+        print(f"sweep.py: error: {err}", file=sys.stderr)
+        return 2 if isinstance(err, UsageError) else 1
+    width = max(len(run.name) for run in runs)
+    for run in runs:
+        print(f"{run.name:{width}}  {run.state()}", flush=True)
+    prefix = shlex.split(args.submit) if args.submit else [sys.executable, "-m", "alignvlm_jax"] if args.run else None
+    if prefix is None:
+        return 0
+    return start([run for run in runs if run.state() != "finished"], prefix, args.dry_run)
+
+
+def read(sweep: str, workdir: str) -> list[Run]:
+    """Returns the runs of a sweep, each of them checked.
+
+    Raises:
+      UsageError: no such file, or no sweep in it.
+      UserError: a field that does not exist, or two runs of one name.
+    """
+    path, _, argument = sweep.partition(":")
+    if not Path(path).is_file():
+        raise UsageError(f"no sweep file {path!r}")
+    generate = runpy.run_path(path).get("sweep")
+    if generate is None:
+        raise UsageError(f"{path} has no sweep()")
+    runs: list[Run] = []
+    for name, config, fields in generate(*([argument] if argument else [])):
+        if any(run.name == name for run in runs):
+            raise UserError(f"{path} names two runs {name!r}")
+        arguments = [f"--config={config}", *(f"--config.{field}={value}" for field, value in fields.items())]
+        try:
+            stages, _ = config_flag.parse(arguments)
+        except UserError as err:
+            raise UserError(f"run {name}: {err}") from err
+        runs.append(_run(name, arguments, workdir, stages))
+    if not runs:
+        raise UserError(f"{sweep} has no runs")
+    return runs
+
+
+def start(runs: Sequence[Run], prefix: list[str], dry_run: bool) -> int:
+    """Hands every run to a command, one after the other; one that fails does not keep the others from starting."""
+    failed = []
+    for run in runs:
+        command = [*prefix, *run.arguments]
+        print(shlex.join(command), flush=True)
+        if dry_run:
+            continue
+        try:
+            status = subprocess.run(command, check=False).returncode
+        except KeyboardInterrupt:
+            # The run has had it, too, and has saved.
+            print("stopped; the same command goes on", file=sys.stderr)
+            return 1
+        except OSError as err:
+            print(f"sweep.py: error: {command[0]}: {err.strerror}", file=sys.stderr)
+            return 1
+        if status:
+            failed.append(run.name)
+    if failed:
+        print(f"sweep.py: error: {len(failed)} of {len(runs)} failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def _run(name: str, arguments: list[str], workdir: str, stages: tuple[Config, ...]) -> Run:
+    folder = f"{workdir.rstrip('/')}/{name}"
+    num_steps = sum(stage.train.num_steps for stage in stages)
+    return Run(name, ["train", *arguments, f"--workdir={folder}"], folder, num_steps)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

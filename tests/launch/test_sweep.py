@@ -1,0 +1,117 @@
+"""Sweeps: their runs, and the script that lists, runs and submits them."""
+
+import importlib.util
+import os
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from alignvlm_jax.models.connectors import REGISTRY
+
+ROOT = Path(__file__).parent.parent.parent
+SWEEPS = ROOT / "configs" / "sweeps"
+
+spec = importlib.util.spec_from_file_location("launch_sweep", ROOT / "launch" / "sweep.py")
+sweep = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = sweep
+spec.loader.exec_module(sweep)
+
+
+@pytest.fixture(autouse=True)
+def _in_the_checkout(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("connectors.py", 3 * len(REGISTRY)),
+        ("connectors.py:stage2.py", 9 * len(REGISTRY)),
+        ("learning_rates.py", 4 * len(REGISTRY)),
+        ("learning_rates.py:stage2.py:llama32_1b", 4 * len(REGISTRY)),
+        ("ablations.py", 18),
+        ("ablations.py:stage1.py:llama31_8b", 18),
+    ],
+)
+def test_every_run_is_a_valid_command(tmp_path, name, count):
+    runs = sweep.read(f"{SWEEPS}/{name}", str(tmp_path))
+    assert len(runs) == count
+    assert len({tuple(run.arguments[1:-1]) for run in runs}) == count  # no two runs are one
+    assert all(run.state() == "not started" and run.num_steps > 4000 for run in runs)
+
+
+TWO = """
+def sweep(field="seed"):
+    yield "first", "configs/demo.py", {field: 1}
+    yield "second", "configs/demo.py:mlp", {field: 2}
+"""
+
+
+@pytest.fixture
+def two(tmp_path):
+    path = tmp_path / "two.py"
+    path.write_text(TWO)
+    return path
+
+
+def steps(workdir: Path, *names: str) -> None:
+    for name in names:
+        (workdir / "checkpoints" / name).mkdir(parents=True)
+
+
+def test_lists_and_skips_what_is_finished(two, tmp_path, capsys):
+    total = sweep.read(str(two), "runs")[0].num_steps
+    steps(tmp_path / "runs" / "first", "100", str(total))
+    steps(tmp_path / "runs" / "second", "100", f"{total}.orbax-checkpoint-tmp")
+    arguments = [str(two), f"--workdir={tmp_path}/runs"]
+    assert sweep.main(arguments) == 0
+    assert capsys.readouterr().out.splitlines() == ["first   finished", f"second  at step 100 of {total}"]
+    assert sweep.main([*arguments, "--run", "--dry_run"]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        f"{sys.executable} -m alignvlm_jax train --config=configs/demo.py:mlp --config.seed=2 "
+        f"--workdir={tmp_path}/runs/second"
+    ]
+
+
+def command(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "launch.sh"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def test_a_run_that_fails_does_not_keep_the_others_from_starting(two, tmp_path, capfd):
+    script = command(tmp_path, f'echo "$@" >> {tmp_path}/started; case "$*" in *seed=1*) exit 3;; esac')
+    assert sweep.main([str(two), f"--workdir={tmp_path}/runs", f"--submit={script} --nodes=2 --"]) == 1
+    started = (tmp_path / "started").read_text().splitlines()
+    assert [line.split(" --workdir")[0] for line in started] == [
+        "--nodes=2 -- train --config=configs/demo.py --config.seed=1",
+        "--nodes=2 -- train --config=configs/demo.py:mlp --config.seed=2",
+    ]
+    assert "error: 1 of 2 failed: first" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["two.py:sede"], 1, "run first: unknown config field config.sede; did you mean 'seed'?"),
+        (["none.py"], 2, "no sweep file"),
+        (["empty.py"], 2, "has no sweep()"),
+        (["same.py"], 1, "names two runs 'a'"),
+    ],
+)
+def test_bad_input_is_told_before_anything_starts(two, tmp_path, capsys, arguments, status, message):
+    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "same.py").write_text("def sweep():\n    for _ in '12':\n        yield 'a', 'configs/demo.py', {}\n")
+    script = command(tmp_path, f"touch {tmp_path}/started")
+    path = f"{tmp_path}/{arguments[0]}"
+    assert sweep.main([path, f"--workdir={tmp_path}/runs", f"--submit={script}"]) == status
+    assert message in capsys.readouterr().err
+    assert not os.path.exists(tmp_path / "started")
+
+
+def test_a_launch_command_that_is_not_there(two, tmp_path, capsys):
+    assert sweep.main([str(two), f"--workdir={tmp_path}/runs", "--submit=launch/slrum.sh"]) == 1
+    assert "launch/slrum.sh: No such file" in capsys.readouterr().err
