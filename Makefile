@@ -35,6 +35,7 @@ tpu-compiler: $(VENV)/.tpu  ## add libtpu to .venv: plans and tests then compile
 lint: setup  ## formatter and linter, checking only
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/shellcheck launch/*.sh .ci/run
 
 test: lint  ## lint, then the unit tests on an 8-device CPU mesh
 	$(BIN)/pytest -n 2 --dist worksteal

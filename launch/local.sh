@@ -39,6 +39,7 @@ fi
 mkdir -p "$logs"
 running=()  # By process id.
 stopping=false
+# shellcheck disable=SC2329  # called by the trap
 stop() {
     stopping=true
     kill -TERM "${!running[@]}" 2>/dev/null || true

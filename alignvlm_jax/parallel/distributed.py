@@ -13,11 +13,21 @@ START_TIMEOUT_SECONDS = 60
 def initialize() -> None:
     """Joins the other processes, where the environment names them; does nothing for a single process.
 
-    ALIGNVLM_COORDINATOR (host:port), ALIGNVLM_NUM_PROCESSES and ALIGNVLM_PROCESS_ID are set by the launch scripts.
+    The launch scripts set ALIGNVLM_COORDINATOR (host:port), ALIGNVLM_NUM_PROCESSES and ALIGNVLM_PROCESS_ID; or, on the
+    hosts of a TPU slice, which know of each other, ALIGNVLM_AUTO_DISTRIBUTED=1.
 
     Raises:
       UserError: some are missing or no numbers, or the processes do not all arrive within START_TIMEOUT_SECONDS.
     """
+    if os.environ.get("ALIGNVLM_AUTO_DISTRIBUTED") == "1":
+        try:
+            jax.distributed.initialize()
+        except (RuntimeError, ValueError) as err:
+            raise UserError(
+                "ALIGNVLM_AUTO_DISTRIBUTED is 1, and this machine does not know the other hosts of a TPU slice "
+                f"({str(err).splitlines()[0]})"
+            ) from err
+        return
     names = ("ALIGNVLM_COORDINATOR", "ALIGNVLM_NUM_PROCESSES", "ALIGNVLM_PROCESS_ID")
     values = [os.environ.get(name) for name in names]
     if not any(values):

@@ -15,16 +15,17 @@ from tests.conftest import EVAL_QUESTION, random_record
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIG = """
-from alignvlm_jax import config as config_lib
+from configs import demo
 
 def get_config():
-    config = config_lib.default_config_dict()
-    config.model.vision.update(tile_height=8, tile_width=16, patch_height=4, patch_width=4)
-    config.model.vision.update(width=16, mlp_width=32, num_layers=1, num_heads=2)
-    config.model.llm.update(width=16, mlp_width=32, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=4)
-    config.data.update(row_length=64, max_unsupervised=1.0)
-    config.mesh.update(data=2, fsdp=2)
-    config.train.update(num_steps=4, batch_size=8, log_every=1, validation_rows=8)
+    config = demo.get_config()
+    # Loops compile in half of the time.
+    config.model.scan_unroll = 1
+    config.mesh.update(data=2, fsdp=4)
+    config.data.max_unsupervised = 1.0
+    config.train.update(log_every=1, validation_rows=16)
+    config.stages = {"stage2": config.stages.stage2.to_dict()}
+    config.stages.stage2.train.num_steps = 4
     return config
 """
 
@@ -33,7 +34,7 @@ def get_config():
 def flags(tmp_path) -> list[str]:
     rng = np.random.default_rng(0)
     for split in ("train", "validation"):
-        records = [random_record(rng, f"{split}-{i}", "form") for i in range(8)]
+        records = [random_record(rng, f"{split}-{i}", "form") for i in range(16)]
         sources.write_shard(tmp_path / sources.shard_name(split, 0, 1), records)
     Tokenizer.train(tmp_path / "tokenizer.model", [EVAL_QUESTION, "a b", "0123456789"])
     (tmp_path / "config.py").write_text(CONFIG)
@@ -51,13 +52,13 @@ def run(command: list[str], workdir: Path, **environment: str) -> list[dict]:
 
 
 def test_two_processes_train_as_one(flags, tmp_path):
-    """Each has two devices and reads half of every batch; one of them writes."""
-    launcher = [str(REPOSITORY / "launch" / "local.sh"), "2", "2"]
+    """The demonstration's stage 2. Each has four devices and reads half of every batch; one of them writes."""
+    launcher = [str(REPOSITORY / "launch" / "local.sh"), "2", "4"]
     two = run([*launcher, *flags], tmp_path / "two", PYTHON=sys.executable, LOGS=str(tmp_path / "logs"))
     one = run(
         [sys.executable, "-m", "alignvlm_jax", *flags],
         tmp_path / "one",
-        XLA_FLAGS="--xla_force_host_platform_device_count=4",
+        XLA_FLAGS="--xla_force_host_platform_device_count=8",
     )
     assert [line["step"] for line in two if "loss" in line] == [1, 2, 3, 4]
     assert len(two) == len(one)

@@ -16,7 +16,7 @@ COMPLETE = {
 @pytest.fixture
 def calls(monkeypatch):
     """What jax.distributed.initialize is called with, in an environment without our variables."""
-    for name in COMPLETE:
+    for name in (*COMPLETE, "ALIGNVLM_AUTO_DISTRIBUTED"):
         monkeypatch.delenv(name, raising=False)
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: calls.append(args))
@@ -63,4 +63,22 @@ def test_others_do_not_come(monkeypatch, calls):
     set_environment(monkeypatch, **COMPLETE)
     monkeypatch.setattr(jax.distributed, "initialize", too_late)
     with pytest.raises(UserError, match=r"process 0 of 2 waited 60 s at 127.0.0.1:1234 .*Barrier timed out\.\)$"):
+        distributed.initialize()
+
+
+def test_hosts_of_a_slice_find_each_other(calls, monkeypatch):
+    set_environment(monkeypatch, ALIGNVLM_AUTO_DISTRIBUTED="1")
+    distributed.initialize()
+    assert calls == [()]
+
+
+def test_no_slice(monkeypatch, calls):
+    def alone(*args, **kwargs):
+        raise ValueError("coordinator_address should be defined.\nmore")
+
+    set_environment(monkeypatch, ALIGNVLM_AUTO_DISTRIBUTED="1")
+    monkeypatch.setattr(jax.distributed, "initialize", alone)
+    with pytest.raises(
+        UserError, match=r"ALIGNVLM_AUTO_DISTRIBUTED is 1, .*coordinator_address should be defined\.\)$"
+    ):
         distributed.initialize()
