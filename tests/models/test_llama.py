@@ -216,3 +216,15 @@ def test_a_cache_comes_with_its_mask(tied):
     tokens, positions, segment_ids = random_rows()
     with pytest.raises(ValueError, match="a cache comes with a mask"):
         llama.apply({"params": tied[0]}, tokens, positions, segment_ids, mask=np.ones((ROWS, LENGTH, LENGTH), bool))
+
+
+def test_padded_rows_are_never_predicted():
+    """Logits of the last rows are -inf; the others are as without padding."""
+    padded = dataclasses.replace(TIED, padded_rows=3)
+    hidden = np.random.default_rng(0).standard_normal((1, LENGTH, TIED.width)).astype(np.float32)
+    params = random_params(Llama(TIED, jnp.float32, "none"), hidden, method=Llama.logits)
+    logits, all_logits = (
+        Llama(llm, jnp.float32, "none").apply({"params": params}, hidden, method=Llama.logits) for llm in (padded, TIED)
+    )
+    assert np.isneginf(logits[..., -3:]).all()
+    np.testing.assert_array_equal(logits[..., :-3], all_logits[..., :-3])

@@ -50,6 +50,10 @@ def snapshot(live: state.TrainState) -> dict[str, np.ndarray]:
     return {path: np.asarray(x) for path, x in state.flatten(live.params).items()}
 
 
+def snapshot_tree(live: state.TrainState) -> state.Params:
+    return state.unflatten(snapshot(live))
+
+
 def test_frozen_parameters_stay_bit_identical_and_the_others_move(frozen_vision):
     config, fresh, run = frozen_vision
     live = fresh()
@@ -80,6 +84,20 @@ def test_loss_is_answer_loss_plus_weighted_patch_loss(frozen_vision):
     assert float(metrics["loss"]) == pytest.approx(
         float(metrics["answer_loss"]) + 0.5 * float(metrics["patch_loss"]), rel=1e-6
     )
+
+
+def test_z_loss_is_measured_and_added():
+    """It is the mean square of log_sum_exp over the answer's tokens."""
+    config, fresh, run = make(z_loss=0.5, patch_token_weight=0.0)
+    batch = random_batch(config)
+    live = fresh()
+    inputs = step.train_inputs(config, batch)
+    logits = vlm.VLM(config.model).apply({"params": snapshot_tree(live)}, inputs).logits
+    squares = np.square(np.asarray(jax.nn.logsumexp(logits, axis=-1), np.float64))
+    expected = (squares * batch["loss_weights"]).sum() / batch["loss_weights"].sum()
+    _, metrics = run(live, batch)
+    assert float(metrics["z_loss"]) == pytest.approx(expected, rel=1e-4)
+    assert float(metrics["loss"]) == pytest.approx(float(metrics["answer_loss"]) + 0.5 * expected, rel=1e-4)
 
 
 def test_a_step_without_finite_gradient_changes_nothing_but_the_step(frozen_vision):
