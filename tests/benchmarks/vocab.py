@@ -22,8 +22,9 @@ from alignvlm_jax.ops.cross_entropy import token_losses
 from alignvlm_jax.ops.vocab_average import Norm, vocab_average
 from alignvlm_jax.parallel import chips, sharding
 from alignvlm_jax.parallel import mesh as mesh_lib
+from tests.benchmarks import memory
+from tests.benchmarks.memory import Memory
 
-GIB = 2**30
 CONFIG = Config(mesh=MeshConfig(data=1, fsdp=1, tensor=4), train=TrainConfig(batch_size=4))
 BLOCK = 512
 SIZES = [(rows, words) for words in (32_768, 128_256, 256_512) for rows in (2048, 8192, 32_768)]
@@ -54,11 +55,11 @@ def print_memory() -> None:
             shown = "over 15.75" if plain is None else f"{plain[0]:.3f}"
             print(f"| {rows:,} | {words:,} | {shown} | {temporaries:.3f} | {outputs:.3f} |", flush=True)
         print("\nloss over 16,384 tokens, V 128,256: ", end="")
-        plain, blockwise = (loss_memory(mesh, 128_256, block)[0] for block in (None, BLOCK))
-        print(f"plain {plain:.3f}, blockwise {blockwise:.3f} GiB of temporaries a chip\n", flush=True)
+        plain, blockwise = (memory.shown(loss_memory(mesh, 128_256, block)) for block in (None, BLOCK))
+        print(f"plain {plain}, blockwise {blockwise} GiB of temporaries a chip\n", flush=True)
 
 
-def align_memory(mesh: jax.sharding.Mesh, rows: int, words: int, block: int | None) -> tuple[float, float] | None:
+def align_memory(mesh: jax.sharding.Mesh, rows: int, words: int, block: int | None) -> Memory | None:
     """GiB of temporaries and of outputs a chip; None where the program does not fit."""
 
     def step(x, head, table, scale, bias, back):
@@ -76,10 +77,10 @@ def align_memory(mesh: jax.sharding.Mesh, rows: int, words: int, block: int | No
     table = jax.ShapeDtypeStruct((words, WIDTH), jnp.bfloat16, sharding=tall)
     scale = jax.ShapeDtypeStruct((words,), jnp.float32, sharding=words_only)
     out = by_rows, (by_rows, wide, tall, words_only, words_only)
-    return _memory(step, out, x, head, table, scale, scale, x)
+    return memory.of(step, out, x, head, table, scale, scale, x)
 
 
-def loss_memory(mesh: jax.sharding.Mesh, words: int, block: int | None) -> tuple[float, float] | None:
+def loss_memory(mesh: jax.sharding.Mesh, words: int, block: int | None) -> Memory | None:
     """GiB of temporaries and of outputs a chip for 2 rows of 8,192 tokens."""
 
     def step(hidden, head, targets):
@@ -93,7 +94,7 @@ def loss_memory(mesh: jax.sharding.Mesh, words: int, block: int | None) -> tuple
     hidden = jax.ShapeDtypeStruct((2, 8192, WIDTH), jnp.bfloat16, sharding=by_rows)
     head = jax.ShapeDtypeStruct((WIDTH, words), jnp.bfloat16, sharding=wide)
     targets = jax.ShapeDtypeStruct((2, 8192), jnp.int32, sharding=by_rows)
-    return _memory(step, (None, (by_rows, wide)), hidden, head, targets)
+    return memory.of(step, (None, (by_rows, wide)), hidden, head, targets)
 
 
 def print_time() -> None:
@@ -140,17 +141,6 @@ def _summed(form: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 def _shardings(mesh: jax.sharding.Mesh, *specs: tuple) -> list[jax.sharding.NamedSharding]:
     return [sharding.NamedSharding(mesh, PartitionSpec(*spec)) for spec in specs]
-
-
-def _memory(step: Callable, out_shardings, *args: jax.ShapeDtypeStruct) -> tuple[float, float] | None:
-    try:
-        compiled = jax.jit(step, out_shardings=out_shardings).lower(*args).compile()
-    except jax.errors.JaxRuntimeError as err:
-        if "RESOURCE_EXHAUSTED" in str(err):
-            return None
-        raise
-    analysis = compiled.memory_analysis()
-    return analysis.temp_size_in_bytes / GIB, analysis.output_size_in_bytes / GIB
 
 
 if __name__ == "__main__":
