@@ -11,6 +11,8 @@ from alignvlm_jax.config import Config, MeshConfig, TrainConfig
 from alignvlm_jax.ops.attention import self_attention
 from alignvlm_jax.parallel import chips, sharding
 from alignvlm_jax.parallel import mesh as mesh_lib
+from tests.benchmarks import memory
+from tests.benchmarks.memory import Memory
 
 CONFIG = Config(mesh=MeshConfig(data=1, fsdp=4, tensor=1), train=TrainConfig(batch_size=4))
 ROWS = 4  # one a chip
@@ -24,17 +26,17 @@ SHAPES = {
 def main() -> None:
     """Prints the table that docs/results.md shows."""
     devices = chips.compile_only_devices(chips.parse_topology("v5e:2x2"))
-    print("| forward and backward, bfloat16, v5e, MiB of temporaries a chip | xla | splash |\n|---|---|---|")
+    print("| forward and backward, bfloat16, v5e, GiB of temporaries a chip | xla | splash |\n|---|---|---|")
     with mesh_lib.use(mesh_lib.make_mesh(CONFIG, devices)) as mesh:
         for name, shape in SHAPES.items():
-            xla, splash = (temporaries_mib(mesh, kernel, *shape) for kernel in ("xla", "splash"))
-            print(f"| {name} | {xla:,.0f} | {splash:,.0f} |", flush=True)
+            xla, splash = (memory.shown(attention_memory(mesh, kernel, *shape)) for kernel in ("xla", "splash"))
+            print(f"| {name} | {xla} | {splash} |", flush=True)
 
 
-def temporaries_mib(
+def attention_memory(
     mesh: jax.sharding.Mesh, kernel: str, length: int, heads: int, kv_heads: int, head_dim: int, causal: bool
-) -> float:
-    """MiB of temporaries of attention and its gradients, one row a chip."""
+) -> Memory | None:
+    """Of attention and its gradients, one row a chip."""
 
     def run(query, key, value, segment_ids):
         mixed = self_attention(query, key, value, segment_ids if causal else None, causal=causal, kernel=kernel)
@@ -46,10 +48,7 @@ def temporaries_mib(
         for count in (heads, kv_heads, kv_heads)
     ]
     segments = jax.ShapeDtypeStruct((ROWS, length), jnp.int32, sharding=by_rows)
-    compiled = (
-        jax.jit(jax.grad(run, argnums=(0, 1, 2)), out_shardings=(by_rows,) * 3).lower(*arrays, segments).compile()
-    )
-    return compiled.memory_analysis().temp_size_in_bytes / 2**20
+    return memory.of(jax.grad(run, argnums=(0, 1, 2)), (by_rows,) * 3, *arrays, segments)
 
 
 if __name__ == "__main__":
