@@ -25,7 +25,7 @@ def count_vision(config: VisionConfig) -> int:
 
 def count_llm(config: LLMConfig) -> int:
     def use(llm: Llama, tokens):
-        hidden, _ = llm(llm.embed(tokens), tokens, jnp.ones((1, 1, 1), bool))
+        hidden, _ = llm(llm.embed(tokens), tokens)
         return llm.logits(hidden)
 
     module = Llama(config, jnp.dtype("float32"), "none")
