@@ -5,7 +5,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import numpy as np
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from alignvlm_jax.config import Config
@@ -61,8 +63,29 @@ def _sizes(config: Config, num_devices: int) -> list[int]:
 
 
 def _mesh(sizes: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
-    # Lays the axes along a pod's links. Linen's logical constraints need Auto axes; the default is Explicit.
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    # Linen's logical constraints need Auto axes; the default is Explicit.
+    return Mesh(_grid(sizes, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _grid(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices, the axes of the mesh along a TPU's links.
+
+    Not jax.make_mesh: it refuses two axes along one link, but on v5e, and devices of more than one slice, which is what
+    it takes the nodes of a GPU cluster for.
+    """
+    data, *inner = sizes
+    # Devices that are only compiled for have a slice only where there are several.
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices == 1:
+        return mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
+    if data % slices:
+        raise UserError(
+            f"config.mesh.data {data} does not divide over {slices} slices; parameters are not sharded across them, "
+            f"nearest that does: {max(round(data / slices), 1) * slices}"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *inner), (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
 
 
 def single_device() -> Mesh:
