@@ -18,8 +18,6 @@ from jax.sharding import PartitionSpec
 
 from alignvlm_jax.shapes import Array, Float
 
-Axes = tuple[str | None, ...]
-
 
 class Matrix(NamedTuple):
     """A matrix for `project`: its `value` in the dtype of the computation, and a float32 array for its gradient."""
@@ -80,13 +78,7 @@ def rows_per_block(form: str, block_mib: float, num_rows: int, num_columns: int)
     return min(rows, fits - fits % 128 if fits > 128 else fits)
 
 
-def map_rows(
-    fn: Callable[[Any, Any, str | None], Any],
-    rows: Any,
-    shared: Any,
-    axes: Any,
-    block: int | None,
-) -> Any:
+def map_rows(fn: Callable[[Any, Any, str | None], Any], rows: Any, shared: Any, block: int | None) -> Any:
     """Returns fn(rows, shared, row_axis), of a tree of arrays [N, ...] and for each of their rows.
 
     Args:
@@ -94,7 +86,6 @@ def map_rows(
         it is given, for its sharding constraints.
       rows: tree of arrays [N, ...], sharded by `act_batch`.
       shared: tree of arrays that all rows share.
-      axes: for each array of `shared`, its logical axes.
       block: rows of a shard that are computed at a time; None computes all at once, and saves what it needs.
     """
     if block is None:
@@ -103,20 +94,15 @@ def map_rows(
     num_rows = jax.tree.leaves(rows)[0].shape[0]
     if num_rows % _ways("act_batch") or not row_axes:
         return _map_blocks(fn, rows, shared, block)
-    leaves, tree = jax.tree.flatten(shared)
-    specs = [_keep(nn.logical_to_mesh_axes(names), row_axes) for names in tree.flatten_up_to(axes)]
-
-    def map_shard(rows: Any, leaves: list[Array]) -> Any:
-        whole = [_gather(leaf, spec) for leaf, spec in zip(leaves, specs, strict=True)]
-        return _map_blocks(fn, rows, tree.unflatten(whole), block)
-
+    # `shared` comes in whole along the axes of the rows, and stays split along `tensor`, which is left to the
+    # partitioner: an all_gather of our own, inside, would have it gathered along `tensor` too.
     return jax.shard_map(
-        map_shard,
-        in_specs=(PartitionSpec(row_axes), specs),
+        lambda rows, shared: _map_blocks(fn, rows, shared, block),
+        in_specs=(PartitionSpec(row_axes), PartitionSpec()),
         out_specs=PartitionSpec(row_axes),
         axis_names=set(row_axes),
         check_vma=False,
-    )(rows, leaves)
+    )(rows, shared)
 
 
 def _map_blocks(fn: Callable[[Any, Any, str | None], Any], rows: Any, shared: Any, block: int) -> Any:
@@ -132,20 +118,6 @@ def _map_blocks(fn: Callable[[Any, Any, str | None], Any], rows: Any, shared: An
     one_block = jax.checkpoint(lambda rows: fn(rows, shared, None), prevent_cse=False)
     outputs = jax.lax.map(one_block, jax.tree.map(split, rows))
     return jax.tree.map(lambda x: x.reshape(num_blocks * block, *x.shape[2:])[:num_rows], outputs)
-
-
-def _gather(x: Array, spec: PartitionSpec) -> Array:
-    """Undoes a sharding by the axes of the rows; backward, gradients are scattered as they are summed."""
-    for dim, axes in enumerate(spec):
-        if axes is not None:
-            x = jax.lax.all_gather(x, axes, axis=dim, tiled=True)
-    return x
-
-
-def _keep(spec: PartitionSpec, kept: tuple[str, ...]) -> PartitionSpec:
-    """The axes of `spec` that are in `kept`."""
-    every = [(axes,) if isinstance(axes, str) else axes or () for axes in spec]
-    return PartitionSpec(*[tuple(axis for axis in axes if axis in kept) or None for axes in every])
 
 
 def _mesh_axes(logical: str) -> tuple[str, ...]:

@@ -48,7 +48,7 @@ def token_losses(
       num_words: the words from here on only fill the table up and are never predicted.
       block: rows of a shard at a time, see `blocks.rows_per_block`; None is the plain form.
     """
-    equation, names = ("ND,VD->NV", ("vocab", "embed")) if is_table else ("ND,DV->NV", ("embed", "vocab"))
+    equation = "ND,VD->NV" if is_table else "ND,DV->NV"
 
     def losses(rows: tuple[Array, Array], head: Matrix, row_axis: str | None) -> TokenLosses:
         hidden_ND, targets_N = rows
@@ -61,7 +61,7 @@ def token_losses(
         return TokenLosses(log_sum_exp_N - picked_N, log_sum_exp_N, picked_N >= logits_NV.max(-1))
 
     rows = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    result = blocks.map_rows(losses, rows, head, Matrix(names, names), block)
+    result = blocks.map_rows(losses, rows, head, block)
     return jax.tree.map(lambda x: x.reshape(targets.shape), result)
 
 

@@ -18,9 +18,6 @@ from alignvlm_jax.ops.cross_entropy import pick
 from alignvlm_jax.ops.layer_norm import layer_norm
 from alignvlm_jax.shapes import Array, Bool, Float, Int
 
-HEAD_AXES = ("embed", "vocab")
-TABLE_AXES = ("vocab", "embed")
-
 
 class Norm(NamedTuple):
     """LN's parameters over the vocabulary."""
@@ -80,12 +77,6 @@ def vocab_average(
       block: rows of a shard at a time, see `blocks.rows_per_block`; None is the plain form.
     """
     shared = {"head": head, "table": table, "norm": norm and (norm.scale, norm.bias), "subset": subset}
-    axes = {
-        "head": Matrix(HEAD_AXES, HEAD_AXES),
-        "table": Matrix(TABLE_AXES, TABLE_AXES),
-        "norm": norm and (("vocab",), ("vocab",)),
-        "subset": None if subset is None else ("vocab",),
-    }
 
     def average(rows: tuple, shared: dict, row_axis: str | None) -> VocabAverage:
         x, label_ids = rows
@@ -103,4 +94,4 @@ def vocab_average(
 
     if label_ids is None:
         label_ids = jnp.zeros((x.shape[0], 0), jnp.int32)
-    return blocks.map_rows(average, (x, label_ids), shared, axes, block)
+    return blocks.map_rows(average, (x, label_ids), shared, block)

@@ -5,11 +5,13 @@ Gradients of all five inputs: within 1e-5 of the reference's largest entry in fl
 
 import contextlib
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from alignvlm_jax.ops import blocks, vocab_average
 from alignvlm_jax.ops.blocks import Matrix
@@ -170,12 +172,28 @@ def test_gradients_are_summed_in_float32():
             lambda x, head, _: blocks.project("ND,DV->NV", x, head),
             x,
             Matrix.of(head, jnp.bfloat16),
-            Matrix(("embed", "vocab"), ("embed", "vocab")),
             1,
         ).sum()
 
     gradient = jax.grad(total)(jnp.ones((1, 3), jnp.float32))
     np.testing.assert_array_equal(gradient, np.full((1, 3), 1024.0))
+
+
+def test_the_vocabulary_stays_split_over_tensor(mesh):
+    """No device gathers all words of a matrix, or of its gradient."""
+    case = Case(48, 10, 74, 5, labels=0)
+    columns, table = PartitionSpec("fsdp", "tensor"), PartitionSpec("tensor", "fsdp")
+    words = PartitionSpec("tensor")
+    specs = PartitionSpec(("data", "fsdp")), columns, table, words, words
+    inputs = [jax.device_put(x, spec) for x, spec in zip(draw(case)[0], specs, strict=True)]
+    labels = np.zeros((case.rows, 0), np.int32)
+
+    def total(*inputs):
+        return jnp.sin(apply(case, inputs, labels, None, case.block, jnp.bfloat16).average).sum()
+
+    text = jax.jit(jax.grad(total, argnums=range(5)), out_shardings=specs).lower(*inputs).compile().as_text()
+    sizes = {int(size) for dims in re.findall(r"\w+\[([\d,]+)\]", text) for size in dims.split(",")}
+    assert case.words // 2 in sizes and case.words not in sizes
 
 
 def test_padding_and_words_out_of_the_subset_have_no_weight(devices):

@@ -18,7 +18,7 @@ from alignvlm_jax.models.connectors.base import ConnectorOutput, PatchLabels, Pr
 from alignvlm_jax.models.layers import Einsum, LayerNorm
 from alignvlm_jax.ops.blocks import Matrix, rows_per_block
 from alignvlm_jax.ops.cross_entropy import soft_cross_entropy
-from alignvlm_jax.ops.vocab_average import HEAD_AXES, Norm, vocab_average, vocab_logits
+from alignvlm_jax.ops.vocab_average import Norm, vocab_average, vocab_logits
 from alignvlm_jax.shapes import Array, Float
 
 
@@ -33,7 +33,7 @@ class Align(nn.Module):
         width, vocab = c.llm.width, c.llm.vocab_size
         self.w1 = Einsum("NE,ED->ND", (c.vision.width, width), ("vis_embed", "embed"), dtype=self.dtype)
         self.ln1 = LayerNorm(width, eps)
-        self.w2 = Einsum("ND,DV->NV", (width, vocab), HEAD_AXES, dtype=self.dtype)
+        self.w2 = Einsum("ND,DV->NV", (width, vocab), ("embed", "vocab"), dtype=self.dtype)
         if c.connector.use_ln2:
             self.ln2 = LayerNorm(vocab, eps, scale_init=c.connector.ln2_gain_init, axes=("vocab",))
 
