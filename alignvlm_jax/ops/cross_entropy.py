@@ -43,7 +43,7 @@ def token_losses(
     Args:
       hidden: last hidden states.
       head: [D, V], or with `is_table` the tied table [V, D].
-      targets: a target that is no word picks a logit of 0; it should have no weight.
+      targets: a target that is no word has a finite loss; it should have no weight.
       is_table: see `head`.
       num_words: the words from here on only fill the table up and are never predicted.
       block: rows of a shard at a time, see `blocks.rows_per_block`; None is the plain form.
@@ -54,9 +54,11 @@ def token_losses(
         hidden_ND, targets_N = rows
         logits_NV = blocks.project(equation, hidden_ND, head)
         logits_NV = nn.with_logical_constraint(logits_NV, (row_axis, "act_vocab"))
+        # Before padding is masked: the id of image slots may lie there, and -inf times no weight is not 0.
+        picked_N = pick(logits_NV, targets_N)
         if num_words is not None and num_words < logits_NV.shape[-1]:
             logits_NV = jnp.where(jnp.arange(logits_NV.shape[-1]) < num_words, logits_NV, -jnp.inf)
-        log_sum_exp_N, picked_N = jax.nn.logsumexp(logits_NV, axis=-1), pick(logits_NV, targets_N)
+        log_sum_exp_N = jax.nn.logsumexp(logits_NV, axis=-1)
         # Not argmax: along a sharded vocabulary a maximum is one small reduction.
         return TokenLosses(log_sum_exp_N - picked_N, log_sum_exp_N, picked_N >= logits_NV.max(-1))
 
@@ -68,5 +70,9 @@ def token_losses(
 def soft_cross_entropy(
     label_logits: Float[Array, "N k"], log_sum_exp: Float[Array, "N"], label_weights: Float[Array, "N k"]
 ) -> Float[Array, "N"]:
-    """Returns -sum_k weight_k log P(label_k) of each row, in nats: the loss of patch-token supervision."""
-    return log_sum_exp * label_weights.sum(-1) - (label_logits * label_weights).sum(-1)
+    """Returns -sum_k weight_k log P(label_k) of each row, in nats: the loss of patch-token supervision.
+
+    A label without weight may have any logit, also the -inf of a word that is left out.
+    """
+    weighted_Nk = jnp.where(label_weights > 0, label_logits, 0.0) * label_weights
+    return log_sum_exp * label_weights.sum(-1) - weighted_Nk.sum(-1)

@@ -39,6 +39,15 @@ def test_losses(mesh, block, is_table):
     assert 0 < result.is_correct.sum() < TARGETS.size
 
 
+def test_rows_that_do_not_divide_over_the_mesh(mesh):
+    """15 over 4 shards."""
+    hidden, targets = HIDDEN[:3, :5], TARGETS[:3, :5]
+    blockwise, plain = (
+        jax.jit(lambda hidden, block=block: losses(hidden, HEAD, block, targets=targets))(hidden) for block in (4, None)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), blockwise, plain)
+
+
 @BLOCKS
 @pytest.mark.parametrize("is_table", [False, True], ids=["head", "tied"])
 def test_gradients(mesh, block, is_table):
@@ -72,8 +81,9 @@ def test_padded_rows_are_never_predicted(mesh, block):
 @pytest.mark.parametrize("block", [None, 4])
 def test_a_target_that_is_no_word_is_finite(block):
     """Image slots have such targets, without weight."""
-    result = losses(HIDDEN, HEAD, block, targets=np.full_like(TARGETS, WORDS + 5))
-    assert np.isfinite(result.nll).all()
+    for target in (WORDS - 1, WORDS + 5):  # in the padding of the table, and beyond it
+        result = losses(HIDDEN, HEAD, block, num_words=WORDS - 2, targets=np.full_like(TARGETS, target))
+        assert np.isfinite(result.nll).all()
 
 
 def test_large_logits_stay_finite():
@@ -111,3 +121,13 @@ def test_soft_cross_entropy():
         dense[row, ids[row, label]] += weights[row, label]
     np.testing.assert_allclose(result, -(dense * log_softmax(logits)).sum(-1), rtol=1e-5, atol=1e-6)
     assert result[1] == 0
+
+
+def test_a_label_without_weight_may_be_a_word_that_is_left_out():
+    """Labels that a patch does not have are id 0, which a subset may not hold."""
+    logits, weights = jnp.array([[-jnp.inf, 2.0]]), jnp.array([[0.0, 0.5]])
+    loss, gradient = jax.value_and_grad(lambda x: cross_entropy.soft_cross_entropy(x, jnp.ones(1), weights).sum())(
+        logits
+    )
+    assert float(loss) == pytest.approx(0.5 * (1 - 2))
+    np.testing.assert_array_equal(gradient, [[0.0, -0.5]])
