@@ -107,9 +107,8 @@ def start(runs: Sequence[Run], prefix: list[str], dry_run: bool) -> int:
         if dry_run:
             continue
         try:
-            status = subprocess.run(command, check=False).returncode
+            status = _status(command)
         except KeyboardInterrupt:
-            # The run has had it, too, and has saved.
             print("stopped; the same command goes on", file=sys.stderr)
             return 1
         except OSError as err:
@@ -120,6 +119,16 @@ def start(runs: Sequence[Run], prefix: list[str], dry_run: bool) -> int:
     if failed:
         print(f"sweep.py: error: {len(failed)} of {len(runs)} failed: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))
+
+
+def _status(command: list[str]) -> int:
+    """Runs a command. Of Ctrl-C the run has had its own, and saves before it ends; subprocess.run would kill it."""
+    with subprocess.Popen(command) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
 
 
 def _run(name: str, arguments: list[str], workdir: str, stages: tuple[Config, ...]) -> Run:

@@ -2,8 +2,11 @@
 
 import importlib.util
 import os
+import signal
 import stat
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -91,6 +94,25 @@ def test_a_run_that_fails_does_not_keep_the_others_from_starting(two, tmp_path, 
         "--nodes=2 -- train --config=configs/demo.py:mlp --config.seed=2",
     ]
     assert "error: 1 of 2 failed: first" in capfd.readouterr().err
+
+
+def test_ctrl_c_waits_for_the_run_to_save_and_starts_no_other(two, tmp_path):
+    """As a terminal does it: the signal goes to the whole process group."""
+    script = command(tmp_path, f"trap 'sleep 1; echo saved >> {tmp_path}/log; exit 1' INT; echo up >> {tmp_path}/log\n"
+                     "while true; do sleep 0.05; done")  # fmt: skip
+    sweeping = subprocess.Popen(
+        [sys.executable, ROOT / "launch" / "sweep.py", two, f"--workdir={tmp_path}/runs", f"--submit={script}"],
+        start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        while not (tmp_path / "log").exists():
+            time.sleep(0.05)
+        os.killpg(sweeping.pid, signal.SIGINT)
+        _, error = sweeping.communicate(timeout=30)
+    finally:
+        sweeping.kill()
+    assert sweeping.returncode == 1 and "the same command goes on" in error
+    assert (tmp_path / "log").read_text().split() == ["up", "saved"]
 
 
 @pytest.mark.parametrize(
