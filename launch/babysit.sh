@@ -6,7 +6,8 @@
 #       [--max_creates=20] [--max_failures=3] [--every=60] -- train --config=... --workdir=bucket/runs/NAME
 #
 # It gives up after max_creates slices, or when the command itself has failed max_failures times in a row. Every so many
-# seconds it looks. The slice is deleted when the run is done. --dry_run prints the commands of one round.
+# seconds it looks; a question that fails is asked again. The slice is deleted when the run is done. --dry_run prints the
+# commands of one round.
 set -euo pipefail
 here=$(dirname "$0")
 # shellcheck source-path=SCRIPTDIR source=common.sh
@@ -44,10 +45,20 @@ fi
 
 say() { echo "$(date +%FT%T) $1"; }
 
+why=$(mktemp)
+trap 'rm -f "$why"' EXIT
 creates=0 failures=0 started=false last=''
 while true; do
-    # Where there is no such resource the question itself fails.
-    state=$(tpu status 2>/dev/null) || state=NONE
+    # Where there is no such resource the question itself fails; for other reasons, too, and then the run may be at work.
+    if ! state=$(tpu status 2>"$why"); then
+        state=UNKNOWN
+        if grep -q NOT_FOUND "$why"; then
+            state=NONE
+        elif [[ -z "$last" ]]; then
+            cat "$why" >&2
+            exit 1
+        fi
+    fi
     if [[ "$state" != "$last" ]]; then say "$name is $state"; fi
     last=$state
     case "$state" in
@@ -83,7 +94,7 @@ while true; do
             if [[ "$state" != NONE ]]; then tpu delete || true; fi
             creates=$((creates + 1))
             tpu create "${rent[@]}" || say "cannot rent it now" ;;
-        *) ;;  # Waiting for its turn, or being made.
+        *) ;;  # Waiting for its turn, being made, or not to be reached now.
     esac
     sleep "$every"
 done

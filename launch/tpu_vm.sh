@@ -8,8 +8,8 @@
 #
 # setup copies the files that git knows, installs into .venv on every host, and mounts BUCKET as the folder `bucket`:
 # hosts share no disk, and the workdir must be one for all. run starts what follows `python -m alignvlm_jax`, and does
-# not wait; the same command goes on with a run that was stopped. health says done, running or failed. --dry_run prints
-# the commands.
+# not wait; one that is still at work is ended first. The same command goes on with a run that was stopped. health says
+# done, running or failed. --dry_run prints the commands.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "$0")/common.sh"
@@ -64,10 +64,13 @@ setup() {
 
 start() {
     require_command
-    local words
+    local words stop
     printf -v words '%q ' "${command[@]}"
+    # Where one host failed the others may still hold their chips, and hear no signal while they wait for it.
+    # shellcheck disable=SC2016  # for the host's shell
+    stop='if pid=$(cat run.pid) && kill "$pid"; then timeout 60 tail --pid="$pid" -f /dev/null || kill -KILL "$pid"; fi'
     # Detached: a connection that drops must not take the run with it.
-    on_hosts all "cd $folder && { ALIGNVLM_AUTO_DISTRIBUTED=1 setsid nohup .venv/bin/python -m alignvlm_jax ${words% } \
+    on_hosts all "cd $folder && { $stop; } 2>/dev/null; { ALIGNVLM_AUTO_DISTRIBUTED=1 setsid nohup .venv/bin/python -m alignvlm_jax ${words% } \
 >run.log 2>&1 </dev/null & echo \$! >run.pid; }"
 }
 

@@ -4,7 +4,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -69,6 +72,27 @@ def test_run_is_detached_on_all_hosts_and_keeps_words_whole():
     command = next(part for part in said.splitlines() if part.startswith("--command=")).removeprefix("--command=")
     assert "ALIGNVLM_AUTO_DISTRIBUTED=1 setsid nohup .venv/bin/python -m alignvlm_jax train " in command
     assert r"--workdir=bucket/runs/a\ b >run.log 2>&1 </dev/null &" in command
+
+
+def test_run_ends_what_is_still_at_work(tmp_path):
+    """The very text that the host's shell is given; the old process does not end of itself."""
+    (line,) = lines("tpu_vm.sh", "run", *WHERE, *TRAIN)
+    said = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True).stdout
+    command = next(part for part in said.split("\0") if part.startswith("--command=")).removeprefix("--command=")
+    folder = tmp_path / "alignvlm_jax"
+    python = folder / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    with subprocess.Popen(["sleep", "50"]) as old:
+        (folder / "run.pid").write_text(str(old.pid))
+        threading.Thread(target=old.wait).start()  # or it would stay a zombie
+        assert subprocess.run(["bash", "-c", command], cwd=tmp_path, timeout=30).returncode == 0
+        assert old.poll() == -signal.SIGTERM
+    while not (folder / "run.log").read_text():
+        time.sleep(0.02)
+    assert (folder / "run.log").read_text().endswith("--workdir=bucket/runs/a b\n")
+    assert (folder / "run.pid").read_text().strip() != str(old.pid)
 
 
 def test_status_logs_delete():
@@ -179,7 +203,12 @@ CLOUD = """#!/bin/sh
 echo "$*" | sed 's/--command=.*grep.*/HEALTH/; s/--command=.*nohup.*/START/; s/--command=.*make.*/INSTALL/' >> calls
 next() { head -n 1 "$1"; sed -i 1d "$1"; }
 case "$*" in
-    *describe*) state=$(next states); [ "$state" = NONE ] && exit 1; echo "$state" ;;
+    *describe*) state=$(next states)
+        case "$state" in
+            NONE) echo "ERROR: (gcloud) NOT_FOUND: no such resource" >&2; exit 1 ;;
+            BROKEN) echo "ERROR: (gcloud) token expired" >&2; exit 1 ;;
+        esac
+        echo "$state" ;;
     *run.pid*grep*|*grep*run.log*) next healths ;;
 esac
 exit 0
@@ -227,6 +256,19 @@ def test_a_command_that_fails_again_and_again_is_given_up(cloud):
     assert done.returncode == 1
     assert "the command failed 3 times" in done.stderr
     assert asked.count("start") == 3 and "delete" not in asked
+
+
+def test_a_question_that_fails_starts_nothing(cloud):
+    """The run may be at work: neither is another started beside it, nor another slice rented."""
+    done, asked = cloud("ACTIVE ACTIVE BROKEN BROKEN ACTIVE", "running done")
+    assert done.returncode == 0, done.stderr
+    assert asked == ["setup", "start", "health", "health", "delete"]
+
+
+def test_a_cloud_that_never_answered_is_given_up(cloud):
+    done, asked = cloud("BROKEN", "")
+    assert done.returncode == 1 and "token expired" in done.stderr
+    assert asked == []
 
 
 def test_no_more_slices_than_asked(cloud):
