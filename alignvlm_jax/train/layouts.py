@@ -35,14 +35,22 @@ def best(config: Config, topology: Topology, devices: Sequence[jax.Device], say:
 
 
 def smallest(config: Config, kind: str, devices_of: Callable[[Topology], Sequence[jax.Device]], say: Say) -> Plan:
-    """Returns the plan of the smallest slice of a kind of chip on which the stage fits, a row a chip at a time.
+    """Returns the plan of the smallest slice of a kind of chip on which the stage fits, a row a chip at a time; where
+    it fits on none, that of the largest slice that could be tried.
 
     Raises:
-      UserError: it fits on none.
+      UserError: there is no mesh for this model and batch, or no slice that holds its parameters.
     """
+    plan = None
     for shape in chips.CHIPS[kind].shapes:
         topology = chips.parse_topology(f"{kind}:{shape}")
-        for mesh in _meshes(config, topology.num_chips):
+        try:
+            meshes = list(_meshes(config, topology.num_chips))
+        except UserError:
+            if plan is None:
+                raise
+            return plan
+        for mesh in meshes:
             small = _smallest_parts(config, mesh)
             if planning.state_gib(small, topology.num_chips) > topology.chip.hbm_gib:
                 continue
@@ -50,7 +58,9 @@ def smallest(config: Config, kind: str, devices_of: Callable[[Topology], Sequenc
             say(_line(plan))
             if plan.fits:
                 return plan
-    raise UserError(f"{config.name} {config.stage} fits on no {kind} slice up to {topology.name}")
+    if plan is None:
+        raise UserError(f"no {kind} slice up to {topology.name} holds the parameters of {config.name} {config.stage}")
+    return plan
 
 
 def seconds(plan: Plan) -> float:
@@ -111,18 +121,26 @@ def _plans_of(
     yield plan
     if not plan.fits:
         return
-    rows = small.train.accumulation
-    a_row = max(plan.peak_hbm_gib - held, 1e-3)
-    at_once = max(size for size in _divisors(rows) if size * a_row <= max(SAFE * limit - held, a_row))
     for remat in ("full", "dots", "none"):
-        layout = planning.with_layout(config, mesh, rows // at_once, remat)
-        if layout == small:
-            continue
-        plan = planning.make(layout, topology, devices)
-        say(_line(plan))
-        yield plan
-        if not plan.fits and remat != "full":
+        for _ in range(2):  # A guess by what the plan before took, and where it was too bold another by its own plan.
+            layout = planning.with_layout(config, mesh, small.train.accumulation // _rows_at_once(plan, held), remat)
+            if layout == plan.config:
+                break
+            plan = planning.make(layout, topology, devices)
+            say(_line(plan))
+            yield plan
+            if plan.fits or plan.peak_hbm_gib is None:
+                break
+        if not plan.fits:
             return
+
+
+def _rows_at_once(plan: Plan, held: float) -> int:
+    """How many rows a chip could take at a time, if each needs what one of `plan` does."""
+    train, limit = plan.config.train, plan.topology.chip.hbm_gib
+    rows = train.batch_size // (plan.mesh["data"] * plan.mesh["fsdp"])
+    a_row = max(plan.peak_hbm_gib - held, 1e-3) * train.accumulation / rows
+    return max((size for size in _divisors(rows) if size * a_row <= SAFE * limit - held), default=1)
 
 
 def _divisors(number: int) -> list[int]:

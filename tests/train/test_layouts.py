@@ -1,0 +1,87 @@
+"""The search for a layout, by a compiler that is told how much memory a row takes."""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+
+from alignvlm_jax import config as config_lib
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.parallel import chips
+from alignvlm_jax.parallel.chips import Topology
+from alignvlm_jax.train import layouts, planning
+from alignvlm_jax.train.planning import Plan
+from tests.conftest import tiny_config
+
+CONFIG = tiny_config(train=config_lib.TrainConfig(batch_size=32))
+V5E = chips.parse_topology("v5e:2x2")
+HELD = 1.0  # GiB
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Sets the GiB of a row by remat policy; returns the plans that were made."""
+    made: list[Plan] = []
+
+    def set_up(a_row: Callable[[str], float]) -> list[Plan]:
+        def make(config: config_lib.Config, topology: Topology, devices: object) -> Plan:
+            mesh = dataclasses.asdict(config.mesh)
+            rows = config.train.batch_size // config.train.accumulation // (mesh["data"] * mesh["fsdp"])
+            peak = HELD + rows * a_row(config.model.remat)
+            made.append(
+                Plan(
+                    topology=topology, config=config, mesh=mesh, num_params=1, num_trained=1, param_gib=0.0,
+                    optimizer_gib=0.0, peak_hbm_gib=peak, fits=peak <= topology.chip.hbm_gib, is_estimate=False,
+                    flops={"vision": 1e15, "llm": 1e16}, traffic={},
+                )
+            )  # fmt: skip
+            return made[-1]
+
+        monkeypatch.setattr(planning, "make", make)
+        monkeypatch.setattr(planning, "state_gib", lambda config, num_chips: HELD)
+        return made
+
+    return set_up
+
+
+def best() -> Plan:
+    return layouts.best(CONFIG, V5E, (), lambda line: None)
+
+
+def test_all_rows_at_once_where_they_fit(compiler):
+    compiler(lambda remat: 0.1)
+    plan = best()
+    assert (plan.config.model.remat, plan.config.train.accumulation) == ("none", 1)
+
+
+def test_less_is_computed_twice_with_fewer_rows_at_a_time(compiler):
+    """8 rows a chip: "full" takes 4 at a time, "dots" 2, "none" not one."""
+    made = compiler({"full": 3.0, "dots": 6.0, "none": 20.0}.__getitem__)
+    plan = best()
+    assert (plan.config.model.remat, plan.config.train.accumulation * plan.config.mesh.fsdp) == ("dots", 16)
+    assert any(other.fits and other.config.train.accumulation * other.config.mesh.fsdp == 8 for other in made)
+
+
+def test_where_nothing_fits_the_nearest_miss_is_shown(compiler):
+    compiler(lambda remat: 30.0)
+    plan = best()
+    assert not plan.fits and plan.config.model.remat == "full"
+
+
+def test_smallest_slice(compiler):
+    compiler(lambda remat: 10.0)
+    assert layouts.smallest(CONFIG, "v5e", lambda topology: (), lambda line: None).topology == V5E
+
+
+def test_no_slice_is_large_enough(compiler):
+    """Nor can 32 rows be laid over 256 chips: the largest that was tried is shown."""
+    compiler(lambda remat: 30.0)
+    plan = layouts.smallest(CONFIG, "v5e", lambda topology: (), lambda line: None)
+    assert not plan.fits and plan.topology.name == "v5e:8x8"
+
+
+def test_no_slice_holds_the_parameters(compiler, monkeypatch):
+    compiler(lambda remat: 1.0)
+    monkeypatch.setattr(planning, "state_gib", lambda config, num_chips: 100.0)
+    with pytest.raises(UserError, match="no mesh of 128 chips takes a batch of 32 rows"):
+        layouts.smallest(CONFIG, "v5e", lambda topology: (), lambda line: None)
