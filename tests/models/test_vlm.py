@@ -149,6 +149,22 @@ def test_no_device_holds_all_tokens_by_all_words(sharded):
     assert not [shape for shape in shapes if VOCAB in shape and np.prod(shape) // VOCAB >= local_patches]
 
 
+def test_no_device_holds_the_activations_of_all_rows(sharded):
+    """As the partitioner would have it where it finds no better way from one sharding to the next: newer versions of
+    jax say so on stderr ("Involuntary full rematerialization"), this one does not."""
+    shapes = {
+        tuple(map(int, dims.split(","))) for dims in re.findall(r"\b(?:f32|bf16)\[([\d,]+)\]", sharded.compiled_text)
+    }
+    wide = {
+        shape for shape in shapes if np.prod(shape) % MODEL.llm.width == 0 or np.prod(shape) % MODEL.vision.width == 0
+    }
+    rows = ROWS // 4
+    assert (rows, LENGTH, MODEL.llm.width) in wide
+    assert not [
+        s for s in wide if s[:2] == (ROWS, LENGTH) or s[0] in (ROWS * LENGTH, ROWS * TILES * PATCHES, ROWS * TILES)
+    ]
+
+
 @pytest.mark.parametrize("sharded", [SHARDED["align_tied_blockwise"]], ids=["align_tied"], indirect=True)
 def test_blockwise_a_device_holds_no_more_than_a_block(sharded):
     """Nothing has more rows by its share of the words than a block, but what the parameters themselves are."""
