@@ -6,6 +6,7 @@
     launch/sweep.py configs/sweeps/connectors.py:stage2.py --workdir=runs/sweep \\
         --submit='launch/slurm_gpu.sh --nodes=8 --'                                     # each by a command before it
 
+What follows a `--` every run gets: -- --config.init_from=runs/stage1 --config.data.dir=data/stage2
 A sweep file has sweep(ARG), which yields (name, config file with its argument, changed fields).
 """
 
@@ -48,16 +49,19 @@ class Run(NamedTuple):
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status: 0 done, 1 a run failed or cannot be, 2 wrong usage."""
-    parser = argparse.ArgumentParser(usage="launch/sweep.py SWEEP_FILE[:ARG] --workdir=DIR [--run | --submit=COMMAND]")
+    parser = argparse.ArgumentParser(
+        usage="launch/sweep.py SWEEP_FILE[:ARG] --workdir=DIR [--run | --submit=COMMAND] [-- --config.a.b=VALUE ...]"
+    )
     parser.add_argument("sweep")
     parser.add_argument("--workdir", required=True, help="folder of the runs' folders")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--run", action="store_true", help="here, one after the other")
     how.add_argument("--submit", default="", help="a launch command, to which each run is handed")
     parser.add_argument("--dry_run", action="store_true", help="print the commands only")
-    args = parser.parse_args(argv)
+    end = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:end])
     try:
-        runs = read(args.sweep, args.workdir)
+        runs = read(args.sweep, args.workdir, argv[end + 1 :])
     except UserError as err:
         print(f"sweep.py: error: {err}", file=sys.stderr)
         return 2 if isinstance(err, UsageError) else 1
@@ -70,11 +74,11 @@ def main(argv: Sequence[str]) -> int:
     return start([run for run in runs if run.state() != "finished"], prefix, args.dry_run)
 
 
-def read(sweep: str, workdir: str) -> list[Run]:
-    """Returns the runs of a sweep, each of them checked.
+def read(sweep: str, workdir: str, common: Sequence[str] = ()) -> list[Run]:
+    """Returns the runs of a sweep, each of them checked; a run's own fields go before the `common` ones.
 
     Raises:
-      UsageError: no such file, or no sweep in it.
+      UsageError: no such file, or no sweep in it; something common that is no config field.
       UserError: a field that does not exist, or two runs of one name.
     """
     path, _, argument = sweep.partition(":")
@@ -87,11 +91,13 @@ def read(sweep: str, workdir: str) -> list[Run]:
     for name, config, fields in generate(*([argument] if argument else [])):
         if any(run.name == name for run in runs):
             raise UserError(f"{path} names two runs {name!r}")
-        arguments = [f"--config={config}", *(f"--config.{field}={value}" for field, value in fields.items())]
+        arguments = [f"--config={config}", *common, *(f"--config.{field}={value}" for field, value in fields.items())]
         try:
-            stages, _ = config_flag.parse(arguments)
+            stages, rest = config_flag.parse(arguments)
         except UserError as err:
             raise UserError(f"run {name}: {err}") from err
+        if rest:
+            raise UsageError(f"after -- come config fields, as --config.seed=1, not {rest[0]!r}")
         runs.append(_run(name, arguments, workdir, stages))
     if not runs:
         raise UserError(f"{sweep} has no runs")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shlex
 import signal
 import stat
 import subprocess
@@ -94,6 +95,18 @@ def test_a_run_that_fails_does_not_keep_the_others_from_starting(two, tmp_path, 
         "--nodes=2 -- train --config=configs/demo.py:mlp --config.seed=2",
     ]
     assert "error: 1 of 2 failed: first" in capfd.readouterr().err
+
+
+def test_every_run_gets_what_follows_the_dashes(two, tmp_path, capsys):
+    arguments = [str(two), f"--workdir={tmp_path}/runs", "--run", "--dry_run", "--"]
+    assert sweep.main([*arguments, "--config.init_from=runs/a b", "--config.seed=9"]) == 0
+    commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [command[5:-1] for command in commands] == [
+        ["--config.init_from=runs/a b", "--config.seed=9", f"--config.seed={seed}"] for seed in (1, 2)
+    ]
+    assert sweep.main([*arguments, "--config.sede=9"]) == 1
+    assert sweep.main([*arguments, "--seed=9"]) == 2
+    assert "config fields, as --config.seed=1, not '--seed=9'" in capsys.readouterr().err
 
 
 def test_ctrl_c_waits_for_the_run_to_save_and_starts_no_other(two, tmp_path):
