@@ -17,6 +17,10 @@ require nodes
 require_count nodes
 require_count gpus
 require_command
+for word in name partition account; do
+    # They stand in the job's #SBATCH lines, which know no quotes.
+    if [[ ! "${!word}" =~ ^[-A-Za-z0-9._,]*$ ]]; then wrong "--$word is '${!word}'; it takes letters, digits and . _ , -"; fi
+done
 if [[ ! "$time" =~ ^([0-9]+-)?[0-9]{1,3}:[0-9]{2}:[0-9]{2}$ ]]; then
     wrong "--time is '$time'; it must be HH:MM:SS or DAYS-HH:MM:SS"
 fi

@@ -307,6 +307,7 @@ def test_dry_run_of_a_round():
         ),
         ("xpk.sh", [], "launch/xpk.sh --cluster=CLUSTER"),
         ("slurm_gpu.sh", ["--nodes=0", *TRAIN], "--nodes is '0'; it must be a whole number of at least 1"),
+        ("slurm_gpu.sh", ["--nodes=1", "--name=a b", *TRAIN], "--name is 'a b'; it takes letters"),
         ("slurm_gpu.sh", ["--nodes=1", "--time=soon", *TRAIN], "--time is 'soon'"),
         ("babysit.sh", [*WHERE, "--type=v5p-8", "--every=never", *TRAIN], "--every is 'never'"),
     ],
