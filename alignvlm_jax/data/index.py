@@ -53,11 +53,13 @@ class Builder:
     def add(self, record: Record) -> None:
         """Counts one record; UserError where the size of an image cannot be read."""
         sizes = [images.image_size(image, f"{i} of record {record.id}") for i, image in enumerate(record.images)]
-        for task, length in _text_tokens(record, self._tokenizer).items():
+        lengths = _text_tokens(record, self._tokenizer)
+        self._hashes.append(content_hash(record))
+        # Nothing was added if one of these raised.
+        for task, length in lengths.items():
             self._text_tokens[task].append(length)
         self._image_sizes += sizes
         self._image_starts.append(len(self._image_sizes))
-        self._hashes.append(content_hash(record))
 
     def build(self) -> Index:
         """Returns the index of what was added."""
@@ -145,6 +147,18 @@ def concatenate(parts: list[Index]) -> Index:
         np.concatenate(starts),
         np.concatenate([part.content_hash for part in parts]),
         parts[0].tokenizer,
+    )
+
+
+def select(index: Index, records: np.ndarray) -> Index:
+    """Returns the entries of some records, by number."""
+    sizes = [index.image_sizes[index.image_starts[i] : index.image_starts[i + 1]] for i in records]
+    return Index(
+        {task: lengths[records] for task, lengths in index.text_tokens.items()},
+        np.concatenate([np.zeros((0, 2), np.int32), *sizes]),
+        np.cumsum([0, *map(len, sizes)], dtype=np.int64),
+        index.content_hash[records],
+        index.tokenizer,
     )
 
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from alignvlm_jax.commands import prepare
-from alignvlm_jax.data import sources, tokenizer_files
+from alignvlm_jax.data import demonstration, sources, tokenizer_files
 from alignvlm_jax.data.sources import RecordSource
 from alignvlm_jax.errors import UserError
 
@@ -38,16 +38,18 @@ def test_writes_every_split_and_a_tokenizer(prepared):
 
 
 def test_the_second_time_nothing_is_written(prepared, monkeypatch, capsys):
-    monkeypatch.setattr(prepare, "_prepare", lambda *args: pytest.fail("prepared again"))
+    monkeypatch.setattr(demonstration, "_write_shards", lambda *args: pytest.fail("prepared again"))
     prepare.main(arguments(prepared, num_workers=2))
     assert "ready" in capsys.readouterr().out
 
 
 def test_shards_of_an_interrupted_run_are_kept_and_workers_change_nothing(prepared, tmp_path, monkeypatch):
     """Stops a run on three shards after the first, and lets two workers finish it."""
-    monkeypatch.setattr(prepare, "SHARD_SIZE", 3)
-    train = prepare.SentencePieceTokenizer.train
-    monkeypatch.setattr(prepare.SentencePieceTokenizer, "train", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(demonstration, "SHARD_SIZE", 3)
+    train = demonstration.SentencePieceTokenizer.train
+    monkeypatch.setattr(
+        demonstration.SentencePieceTokenizer, "train", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(UserError, match="goes on"):
         prepare.main(arguments(tmp_path / "demo"))
     assert not (tmp_path / "demo" / "prepare.json").exists()
@@ -56,7 +58,7 @@ def test_shards_of_an_interrupted_run_are_kept_and_workers_change_nothing(prepar
     before = kept.stat().st_mtime_ns
     (staging / sources.shard_name("train", 1, 2)).unlink()
     (staging / sources.shard_name("validation", 0, 1)).unlink()
-    monkeypatch.setattr(prepare.SentencePieceTokenizer, "train", train)
+    monkeypatch.setattr(demonstration.SentencePieceTokenizer, "train", train)
     prepare.main(arguments(tmp_path / "demo", num_workers=2))
     assert (tmp_path / "demo" / kept.name).stat().st_mtime_ns == before
     for split in ("train", "validation"):
@@ -65,7 +67,7 @@ def test_shards_of_an_interrupted_run_are_kept_and_workers_change_nothing(prepar
 
 def test_other_arguments_replace_the_data_and_no_other_files(prepared, tmp_path, monkeypatch, capsys):
     out = tmp_path / "demo"
-    monkeypatch.setattr(prepare, "SHARD_SIZE", 3)
+    monkeypatch.setattr(demonstration, "SHARD_SIZE", 3)
     prepare.main(arguments(out))
     others = {out / sources.shard_name(split, 0, 1) for split in ("mine", "train-mine")}
     for other in others:
