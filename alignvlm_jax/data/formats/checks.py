@@ -78,7 +78,7 @@ def _check_text(text: str, name: str, max_bytes: int) -> None:
 def _check_image(data: bytes, number: int) -> None:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # Pillow has one for every odd tag
             with Image.open(io.BytesIO(data)) as image:
                 file_format, (width, height) = image.format, image.size
             if file_format not in FILE_FORMATS:
@@ -90,8 +90,10 @@ def _check_image(data: bytes, number: int) -> None:
         raise
     except UnidentifiedImageError as err:
         raise Reject(f"an image is of no known format (image {number})") from err
+    except Image.DecompressionBombError as err:
+        raise Reject(f"an image is too large (image {number}: {_one_line(err)})") from err
     except Exception as err:  # decoders raise anything on damaged files
-        raise Reject(f"an image cannot be decoded ({_one_line(err) or type(err).__name__})") from err
+        raise Reject(f"an image cannot be decoded (image {number}: {_one_line(err) or type(err).__name__})") from err
 
 
 def _one_line(err: Exception) -> str:
