@@ -20,6 +20,8 @@ from alignvlm_jax.errors import UserError
 
 SPLITS = ("train", "validation")
 REPORT_EVERY = 20  # records
+BESIDE = "writing-"
+"""How folders of parts in work are called."""
 
 
 class Progress(NamedTuple):
@@ -75,7 +77,7 @@ class PartWriter:
         """Writes part `task[0]` out of a unit; UserError where it cannot be written or a bucket does not answer."""
         number, unit = task
         # In a folder of its own: where a scheduler tries twice, another process may be at the same part.
-        with tempfile.TemporaryDirectory(prefix="writing-", dir=self.folder) as beside:
+        with tempfile.TemporaryDirectory(prefix=BESIDE, dir=self.folder) as beside:
             part, place = Part(Path(beside), number), Part(Path(self.folder), number)
             yield from self._write(part, unit)
             for name in sorted(os.listdir(beside), key=lambda name: name == part.rejected.name):

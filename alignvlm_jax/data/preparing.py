@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import shutil
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -133,6 +134,8 @@ def _wanted(request: Request, units: Sequence[Unit]) -> dict[str, Any]:
 def _write_parts(request: Request, units: Sequence[Unit], folder: Path, run: Runner) -> list[Part]:
     place = folder / "parts"
     place.mkdir(exist_ok=True)
+    for leftover in place.glob(f"{parts.BESIDE}*"):  # of workers that were ended
+        shutil.rmtree(leftover)
     all_parts = [Part(place, number) for number in range(len(units))]
     tasks = [(part.number, unit) for part, unit in zip(all_parts, units, strict=True) if not part.is_done()]
     if tasks:
