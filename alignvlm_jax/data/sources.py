@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ from array_record.python import array_record_module
 
 from alignvlm_jax.data.schema import Record, decode_record, encode_record
 from alignvlm_jax.errors import UserError, nearest
+
+SPARE_FILES = 512
+"""Open files that everything but the shards may need."""
 
 AGAIN = "delete the folder and run `prepare` again"  # which finds nothing to do while `prepare.json` stands
 
@@ -95,6 +99,16 @@ def fingerprint(directory: str | Path) -> str:
     return f"{crc:08x}"
 
 
+def _allow_open_files(count: int) -> None:
+    """Raises this process's limit on open files: the reader keeps one open for each shard."""
+    needed = count + SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < needed:
+        if hard < needed:
+            raise UserError(f"{count} shards, and a process may open {hard} files; `ulimit -Hn {needed}` allows more")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 class RecordSource:
     """The records of a split, by index."""
 
@@ -111,6 +125,7 @@ class RecordSource:
         expected = int(paths[0].stem.rsplit("-", 1)[1])
         if len(paths) != expected:
             raise UserError(f"{directory} holds {len(paths)} of {expected} shards of split {split!r}; {AGAIN}")
+        _allow_open_files(len(paths))
         self._name = f"split {split!r} in {directory}"
         try:
             self._source = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
