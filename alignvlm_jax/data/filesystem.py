@@ -10,7 +10,7 @@ from pyarrow import fs
 
 from alignvlm_jax.errors import UserError, nearest
 
-RETRY_SECONDS = 30  # pyarrow's own is 15 minutes, of silence
+RETRY_SECONDS = 15  # pyarrow's own is 15 minutes, of silence
 BUFFER_BYTES = 1 << 20
 
 
@@ -129,4 +129,4 @@ def _similar(source: str) -> str:
 
 
 def _reason(err: Exception) -> str:
-    return " ".join(str(err).split())[:300]
+    return " ".join(str(err).split())[:200]

@@ -60,16 +60,20 @@ class Parquet:
     document_column: str = option("", "column of the document, which is held out whole; default: equal images are one")
 
     def units(self, source: str) -> list[Unit]:
-        """See Format. UserError where the first file that can be read has other columns."""
-        found, columns = [], None
+        """See Format. UserError where no file that can be read has the columns."""
+        found, usable, wrong = [], 0, None
         for path in filesystem.list_files(source, (".parquet",)):
             try:
                 with filesystem.open_file(path) as file:
                     reader = parquet.ParquetFile(file)
-                    columns = columns or self._columns(reader.schema_arrow.names, path)
+                    self._columns(reader.schema_arrow.names, path)
                     found += _units(path, reader.metadata)
-            except BROKEN:
+                    usable += 1
+            except (UserError, *BROKEN) as err:
                 found.append(Unit(path))  # `raws` says why
+                wrong = wrong or (err if isinstance(err, UserError) else None)
+        if wrong and not usable:
+            raise wrong
         return found
 
     def raws(self, unit: Unit) -> Iterator[Raw | Rejection]:

@@ -74,6 +74,8 @@ def test_columns_by_flag(tmp_path, prepare, png):
         Parquet().units(str(path))
     with pytest.raises(UserError, match="no column 'scann'; did you mean 'scan'"):
         Parquet(image_column="scann").units(str(path))
+    write(tmp_path, {"image": [png()], "query": ["Why?"], "label": ["So."]}, "b.parquet")
+    assert [type(item) for item in raws(Parquet(), tmp_path)] == [Raw, Rejection]  # one that is known is enough
     form = Parquet("scan", "q", "a", "key", "file")
     assert raws(form, path)[0].document == "f"
     assert prepare(form, path).records()[0].id == "4"
