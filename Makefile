@@ -11,8 +11,9 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 WEIGHTS ?= weights/smollm2
 PARITY := .venv-parity
+BEAM := .venv-beam
 
-.PHONY: help setup tpu-compiler lint test test-parity bench bench-plans demo weights clean
+.PHONY: help setup tpu-compiler lint test test-parity beam test-beam bench bench-plans demo weights clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -64,6 +65,18 @@ $(PARITY)/.done: requirements.txt requirements-parity.txt requirements-weights.t
 test-parity: $(PARITY)/.done  ## compare with PyTorch's implementations, in a venv of its own
 	$(PARITY)/bin/pytest tests/parity
 
+$(BEAM)/.done: requirements-beam.txt
+	$(PYTHON) -m venv $(BEAM)
+	$(BEAM)/bin/pip install --quiet --upgrade pip
+	$(BEAM)/bin/pip install --quiet --requirement requirements-beam.txt
+	touch $@
+
+beam: $(BEAM)/.done  ## install Apache Beam into .venv-beam, for `prepare --beam_runner` (580 MB)
+
+# Its own conftest alone: that of all tests needs jax.
+test-beam: beam  ## compare prepare under Apache Beam with prepare on processes
+	$(BEAM)/bin/pytest --confcutdir=tests/beam tests/beam
+
 bench: tpu-compiler  ## memory on a TPU and time on CPU of the large operations (minutes; docs/results.md)
 	$(BIN)/python -m tests.benchmarks.vocab
 	$(BIN)/python -m tests.benchmarks.attention
@@ -72,4 +85,4 @@ bench-plans: tpu-compiler  ## the smallest TPU slice for every stage of the pape
 	$(BIN)/python -m tests.benchmarks.plans
 
 clean:  ## remove the installed environments; data, weights and runs stay
-	rm -rf $(VENV) $(PARITY)
+	rm -rf $(VENV) $(PARITY) $(BEAM)

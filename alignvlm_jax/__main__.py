@@ -8,7 +8,7 @@ import traceback
 from alignvlm_jax.errors import UsageError, UserError, nearest
 
 COMMANDS = {
-    "prepare": "renders the demonstration's documents and trains its tokenizer",
+    "prepare": "makes training shards of data sets, of your own documents, or of rendered ones",
     "convert": "makes a checkpoint to start from out of published weights, and exports one back",
     "plan": "says what a stage needs on a TPU slice, without one: memory, FLOPs, collectives, days",
     "train": "trains the stages of a config, or goes on with them",

@@ -1,167 +1,138 @@
-"""`prepare`: renders the demonstration's documents and trains its tokenizer."""
+"""`prepare`: data sets, your own documents or rendered ones to shards that training reads."""
 
 import argparse
 import dataclasses
-import itertools
-import json
-import multiprocessing
-import os
-import shutil
-import signal
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.progress import track
+from alignvlm_jax.commands.arguments import positive
+from alignvlm_jax.data import demonstration, documents, preparing
+from alignvlm_jax.data.formats import REGISTRY
+from alignvlm_jax.errors import UsageError, UserError
 
-from alignvlm_jax.data import documents, sources
-from alignvlm_jax.data.contents import Table
-from alignvlm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from alignvlm_jax.data.sources import RecordSource
-from alignvlm_jax.errors import UserError
-
-SHARD_SIZE = 1000
-TOKENIZER_DOCUMENTS = 2000
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """A run of documents of one split, and the file that they go to."""
-
-    path: str
-    split: str
-    start: int
-    stop: int
+TOKENIZER_HINT = "`make weights` gives weights/smollm2/tokenizer; the demonstration's is data/demo/tokenizer.model"
 
 
 def main(argv: list[str]) -> None:
+    argv, beam_flags = _split(argv)
     args = _parse(argv)
-    out = Path(args.out)
-    wanted = {name: value for name, value in vars(args).items() if name not in ("out", "num_workers")}
-    wanted["version"] = documents.VERSION
-    if _read_json(out / "prepare.json") == wanted:
-        print(f"{out} is ready: prepared with these arguments before")
-        return
+    if beam_flags and not getattr(args, "beam_runner", ""):
+        raise UsageError(f"{beam_flags[0]} comes after --, where flags of Apache Beam stand: name a --beam_runner")
     started = time.monotonic()
     try:
-        _prepare(out, wanted, args.num_workers)
+        if args.recount:
+            _recount(args)
+        elif args.format == "documents":
+            _prepare_documents(args, started)
+        else:
+            _prepare_source(args, beam_flags, started)
     except OSError as err:
-        raise UserError(f"cannot write {out}: {err.strerror or err}") from err
+        raise UserError(f"cannot write {args.out}: {err.strerror or err}; the same command goes on") from err
     except KeyboardInterrupt as err:
         raise UserError("interrupted; the same command goes on with what is done") from err
-    sizes = ", ".join(f"{split} {_size(split, wanted)}" for split in documents.SPLITS)
-    print(f"{out}: documents by split: {sizes}; {time.monotonic() - started:.0f} s")
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Our own flags, and those of Apache Beam after `--`."""
+    at = argv.index("--") if "--" in argv else len(argv)
+    return argv[:at], argv[at + 1 :]
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m alignvlm_jax prepare", description=__doc__)
-    parser.add_argument("--format", default="documents", choices=["documents"], help="kind of data")
+    """Flags depend on --format: those of the others are wrong usage."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m alignvlm_jax prepare",
+        description=f"{__doc__} Flags depend on --format; `--format=NAME --help` shows them.",
+        allow_abbrev=False,
+    )
+    for one in (first, parser):
+        one.add_argument("--format", default="documents", choices=["documents", *REGISTRY], help="kind of data")
+        one.add_argument("--recount", action="store_true", help="only count the tokens of --out anew, by --tokenizer")
+    chosen, _ = first.parse_known_args(argv)
     parser.add_argument("--out", default="data/demo", help="folder to write")
-    parser.add_argument("--num_train", type=_at_least(int, 1), default=16_000, help="documents of each training split")
-    parser.add_argument("--num_eval", type=_at_least(int, 1), default=512, help="documents of each evaluation split")
-    parser.add_argument("--seed", type=_at_least(int, 0), default=0)
-    parser.add_argument(
-        "--noise", type=_at_least(float, 0), default=0.0, help="strength of scan noise; 1 is a bad scan"
-    )
-    parser.add_argument(
-        "--num_workers", type=_at_least(int, 1), default=2, help="processes; changes no byte of the data"
-    )
+    if chosen.recount:
+        parser.add_argument("--tokenizer", help="file, or folder that holds it")
+        return parser.parse_args(argv)
+    parser.add_argument("--num_workers", type=positive, default=2, help="processes; changes no byte of the data")
+    if chosen.format == "documents":
+        _add_document_flags(parser)
+    else:
+        _add_source_flags(parser, chosen.format)
     return parser.parse_args(argv)
 
 
-def _at_least(kind: type, minimum: int) -> Callable[[str], float]:
+def _add_document_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num_train", type=positive, default=16_000, help="documents of each training split")
+    parser.add_argument("--num_eval", type=positive, default=512, help="documents of each evaluation split")
+    parser.add_argument("--seed", type=_within(int, 0), default=0)
+    parser.add_argument("--noise", type=_within(float, 0), default=0.0, help="strength of scan noise; 1 is a bad scan")
+
+
+def _add_source_flags(parser: argparse.ArgumentParser, name: str) -> None:
+    parser.add_argument("--source", required=True, help="file or folder, on this machine or gs://")
+    parser.add_argument("--tokenizer", help=f"file or folder; it is copied to --out. {TOKENIZER_HINT}")
+    parser.add_argument(
+        "--holdout", type=_within(float, 0, 1), default=0.02, help="share of documents for the validation split"
+    )
+    parser.add_argument(
+        "--beam_runner",
+        default="",
+        help="run under Apache Beam (requirements-beam.txt), with --out on a disk that all workers see; Beam's own "
+        "flags follow after --",
+    )
+    for field in dataclasses.fields(REGISTRY[name]):
+        flag = {"action": argparse.BooleanOptionalAction} if isinstance(field.default, bool) else {}
+        flag = flag or {"type": type(field.default)}
+        parser.add_argument(f"--{field.name}", default=field.default, help=field.metadata["help"], **flag)
+
+
+def _within(kind: type, minimum: float, maximum: float = float("inf")) -> Callable[[str], float]:
     def number(text: str) -> float:
         value = kind(text)
-        if not value >= minimum:
-            raise argparse.ArgumentTypeError(f"{text} is below {minimum}")
+        if not minimum <= value <= maximum:
+            raise argparse.ArgumentTypeError(f"{text} is not from {minimum} to {maximum}")
         return value
 
     number.__name__ = kind.__name__  # argparse shows it for what is no number
     return number
 
 
-def _prepare(out: Path, wanted: dict, num_workers: int) -> None:
-    """Writes all into a folder named after the arguments, where an interrupted run finds its shards again, then moves
-    it into place. `prepare.json`, which says that the data is whole, comes last."""
-    staging = out / f".partial-{zlib.crc32(json.dumps(wanted, sort_keys=True).encode()):08x}"
-    staging.mkdir(parents=True, exist_ok=True)
-    _write_shards(staging, wanted, num_workers)
-    records = RecordSource(staging, "train")
-    SentencePieceTokenizer.train(
-        staging / "tokenizer.model",
-        (text for index in range(min(TOKENIZER_DOCUMENTS, len(records))) for text in _texts(records[index])),
-    )
-    (out / "prepare.json").unlink(missing_ok=True)
-    for split in documents.SPLITS:  # Shards of other splits are somebody else's.
-        for old in sources.shard_paths(out, split):
-            old.unlink()
-    for new in staging.iterdir():
-        os.replace(new, out / new.name)
-    for leftover in out.glob(".partial-*"):
-        shutil.rmtree(leftover)
-    beside = out / "prepare.json.tmp"
-    beside.write_text(json.dumps(wanted, indent=2) + "\n")
-    os.replace(beside, out / "prepare.json")
-
-
-def _write_shards(staging: Path, wanted: dict, num_workers: int) -> None:
-    shards = [shard for shard in _plan(staging, wanted) if not Path(shard.path).exists()]
-    if not shards:
+def _prepare_documents(args: argparse.Namespace, started: float) -> None:
+    arguments = {name: value for name, value in vars(args).items() if name not in ("out", "num_workers", "recount")}
+    if not demonstration.prepare(Path(args.out), arguments, args.num_workers):
+        print(f"{args.out} is ready: prepared with these arguments before")
         return
-    from alignvlm_jax.data import tables  # pandas takes seconds to import, and the workers do not need it
-
-    # Spawned, not forked: a caller may hold threads (jax, grain) that do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    settings = (wanted["seed"], wanted["noise"], tables.load())
-    # Ctrl-C reaches the whole process group. Workers inherit that it is ignored: the parent alone speaks and ends them.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        workers = context.Pool(min(num_workers, len(shards)), _start_worker, settings)
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    with workers as pool:
-        for _ in track(pool.imap_unordered(_write_shard, shards), "Rendering documents", total=len(shards)):
-            pass
+    sizes = ", ".join(f"{split} {demonstration.size(split, arguments)}" for split in documents.SPLITS)
+    print(f"{args.out}: documents by split: {sizes}; {time.monotonic() - started:.0f} s")
 
 
-def _plan(staging: Path, wanted: dict) -> list[Shard]:
-    shards = []
-    for split in documents.SPLITS:
-        bounds = [*range(0, _size(split, wanted), SHARD_SIZE), _size(split, wanted)]
-        for index, (start, stop) in enumerate(itertools.pairwise(bounds)):
-            name = sources.shard_name(split, index, len(bounds) - 1)
-            shards.append(Shard(str(staging / name), split, start, stop))
-    return shards
+def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: float) -> None:
+    kind = REGISTRY[args.format]
+    options = {field.name: getattr(args, field.name) for field in dataclasses.fields(kind)}
+    request = preparing.Request(args.format, kind(**options), args.source, _tokenizer(args), args.holdout)
+    if args.beam_runner:
+        from alignvlm_jax.data import beam  # takes seconds to import, and most machines do not have it
+
+        run = beam.on_runner(args.beam_runner, beam_flags)
+    else:
+        run = preparing.on_processes(args.num_workers)
+    is_new = preparing.prepare(request, Path(args.out), run)
+    print(preparing.summary(Path(args.out)))
+    if is_new:
+        print(f"{args.out}: {time.monotonic() - started:.0f} s")
+    else:
+        print(f"{args.out} is ready: prepared with these arguments before")
 
 
-def _size(split: str, wanted: dict) -> int:
-    return wanted["num_eval"] if documents.SPLITS[split].evaluation else wanted["num_train"]
+def _recount(args: argparse.Namespace) -> None:
+    counts = preparing.recount(Path(args.out), _tokenizer(args))
+    sizes = ", ".join(f"{split} {count:,}" for split, count in counts.items())
+    print(f"{args.out}: counted {sizes} records")
 
 
-_settings: tuple[int, float, tuple[Table, ...]]
-
-
-def _start_worker(seed: int, noise: float, tables: tuple[Table, ...]) -> None:
-    global _settings
-    _settings = seed, noise, tables
-
-
-def _write_shard(shard: Shard) -> None:
-    seed, noise, tables = _settings
-    sources.write_shard(
-        shard.path,
-        (documents.render(seed, shard.split, index, tables, noise) for index in range(shard.start, shard.stop)),
-    )
-
-
-def _texts(record) -> list[str]:
-    lines = [" ".join(word.text for word in line) for page in record.lines for line in page]
-    return lines + [turn.question for turn in record.turns]
-
-
-def _read_json(path: Path) -> dict | None:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
+def _tokenizer(args: argparse.Namespace) -> str:
+    if not args.tokenizer:
+        raise UsageError(f"--tokenizer=FILE_OR_FOLDER is needed; {TOKENIZER_HINT}")
+    return args.tokenizer

@@ -1,8 +1,10 @@
 """Records on disk: ArrayRecord shards, written one by one, read at random."""
 
+import contextlib
 import os
+import resource
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import grain
@@ -10,6 +12,9 @@ from array_record.python import array_record_module
 
 from alignvlm_jax.data.schema import Record, decode_record, encode_record
 from alignvlm_jax.errors import UserError, nearest
+
+SPARE_FILES = 512
+"""Open files that everything but the shards may need."""
 
 AGAIN = "delete the folder and run `prepare` again"  # which finds nothing to do while `prepare.json` stands
 
@@ -24,24 +29,64 @@ def shard_paths(directory: str | Path, split: str) -> list[Path]:
     return sorted(Path(directory).glob(f"{split}-[0-9]*-of-[0-9]*.array_record"))
 
 
+class ShardWriter:
+    """Writes one shard, beside `path` first: a file of that name is always whole. For a `with` statement; what raises
+    within leaves no shard."""
+
+    def __init__(self, path: str | Path):
+        """
+        Raises:
+          UserError: the file cannot be written; so do all methods, as on a full disk.
+        """
+        self._path, self._beside = path, Path(f"{path}.tmp")
+        with self._errors():
+            # One record a group: a larger group is decompressed whole for every random read.
+            self._writer = array_record_module.ArrayRecordWriter(str(self._beside), "group_size:1")
+
+    def write(self, record: Record | bytes) -> None:
+        """Adds a record, or one that is encoded."""
+        with self._errors():
+            self._writer.write(record if isinstance(record, bytes) else encode_record(record))
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        try:
+            with self._errors():
+                self._writer.close()
+                if kind is None:
+                    os.replace(self._beside, self._path)
+        finally:
+            self._beside.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, OSError) as err:  # the writer knows RuntimeError alone
+            raise UserError(f"cannot write {self._path}: {err}") from err
+
+
 def write_shard(path: str | Path, records: Iterable[Record]) -> None:
-    """Writes records to one shard, beside `path` first: a file of that name is always whole.
+    """Writes records to one shard, as `ShardWriter` does."""
+    with ShardWriter(path) as shard:
+        for record in records:
+            shard.write(record)
+
+
+def read_shard(path: str | Path) -> Iterator[bytes]:
+    """Reads the encoded records of one shard in order.
 
     Raises:
-      UserError: the file cannot be written, as on a full disk.
+      UserError: it is damaged.
     """
-    beside = Path(f"{path}.tmp")
     try:
-        # One record a group: a larger group is decompressed whole for every random read.
-        writer = array_record_module.ArrayRecordWriter(str(beside), "group_size:1")
-        for record in records:
-            writer.write(encode_record(record))
-        writer.close()
-        os.replace(beside, path)
-    except (RuntimeError, OSError) as err:  # the writer knows RuntimeError alone
-        raise UserError(f"cannot write {path}: {err}") from err
-    finally:
-        beside.unlink(missing_ok=True)
+        reader = array_record_module.ArrayRecordReader(str(path))
+        for index in range(reader.num_records()):
+            yield reader.read([index])[0]
+    except RuntimeError as err:
+        raise UserError(f"cannot read {path} ({err}); {AGAIN}") from err
 
 
 def fingerprint(directory: str | Path) -> str:
@@ -52,6 +97,16 @@ def fingerprint(directory: str | Path) -> str:
         path = Path(directory, name)
         crc = zlib.crc32(path.read_bytes() if path.exists() else b"", crc)
     return f"{crc:08x}"
+
+
+def _allow_open_files(count: int) -> None:
+    """Raises this process's limit on open files: the reader keeps one open for each shard."""
+    needed = count + SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < needed:
+        if hard < needed:
+            raise UserError(f"{count} shards, and a process may open {hard} files; `ulimit -Hn {needed}` allows more")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 class RecordSource:
@@ -70,6 +125,7 @@ class RecordSource:
         expected = int(paths[0].stem.rsplit("-", 1)[1])
         if len(paths) != expected:
             raise UserError(f"{directory} holds {len(paths)} of {expected} shards of split {split!r}; {AGAIN}")
+        _allow_open_files(len(paths))
         self._name = f"split {split!r} in {directory}"
         try:
             self._source = grain.sources.ArrayRecordDataSource([str(path) for path in paths])

@@ -1,11 +1,12 @@
+import importlib.util
 import json
 
 import pytest
 
 from alignvlm_jax.commands import prepare
-from alignvlm_jax.data import sources, tokenizer_files
+from alignvlm_jax.data import demonstration, sources, tokenizer_files
 from alignvlm_jax.data.sources import RecordSource
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import UsageError, UserError
 
 
 def arguments(out, **changes) -> list[str]:
@@ -38,16 +39,18 @@ def test_writes_every_split_and_a_tokenizer(prepared):
 
 
 def test_the_second_time_nothing_is_written(prepared, monkeypatch, capsys):
-    monkeypatch.setattr(prepare, "_prepare", lambda *args: pytest.fail("prepared again"))
+    monkeypatch.setattr(demonstration, "_write_shards", lambda *args: pytest.fail("prepared again"))
     prepare.main(arguments(prepared, num_workers=2))
     assert "ready" in capsys.readouterr().out
 
 
 def test_shards_of_an_interrupted_run_are_kept_and_workers_change_nothing(prepared, tmp_path, monkeypatch):
     """Stops a run on three shards after the first, and lets two workers finish it."""
-    monkeypatch.setattr(prepare, "SHARD_SIZE", 3)
-    train = prepare.SentencePieceTokenizer.train
-    monkeypatch.setattr(prepare.SentencePieceTokenizer, "train", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(demonstration, "SHARD_SIZE", 3)
+    train = demonstration.SentencePieceTokenizer.train
+    monkeypatch.setattr(
+        demonstration.SentencePieceTokenizer, "train", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(UserError, match="goes on"):
         prepare.main(arguments(tmp_path / "demo"))
     assert not (tmp_path / "demo" / "prepare.json").exists()
@@ -56,7 +59,7 @@ def test_shards_of_an_interrupted_run_are_kept_and_workers_change_nothing(prepar
     before = kept.stat().st_mtime_ns
     (staging / sources.shard_name("train", 1, 2)).unlink()
     (staging / sources.shard_name("validation", 0, 1)).unlink()
-    monkeypatch.setattr(prepare.SentencePieceTokenizer, "train", train)
+    monkeypatch.setattr(demonstration.SentencePieceTokenizer, "train", train)
     prepare.main(arguments(tmp_path / "demo", num_workers=2))
     assert (tmp_path / "demo" / kept.name).stat().st_mtime_ns == before
     for split in ("train", "validation"):
@@ -65,7 +68,7 @@ def test_shards_of_an_interrupted_run_are_kept_and_workers_change_nothing(prepar
 
 def test_other_arguments_replace_the_data_and_no_other_files(prepared, tmp_path, monkeypatch, capsys):
     out = tmp_path / "demo"
-    monkeypatch.setattr(prepare, "SHARD_SIZE", 3)
+    monkeypatch.setattr(demonstration, "SHARD_SIZE", 3)
     prepare.main(arguments(out))
     others = {out / sources.shard_name(split, 0, 1) for split in ("mine", "train-mine")}
     for other in others:
@@ -91,3 +94,63 @@ def test_wrong_usage_exits_with_status_2(flag):
     with pytest.raises(SystemExit) as stopped:
         prepare.main([flag])
     assert stopped.value.code == 2
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Flags that prepare two records of one's own."""
+    records = [{"id": str(i), "turns": [{"question": "What?", "answers": [str(i)]}]} for i in range(2)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + "{\n")
+    demonstration.SentencePieceTokenizer.train(tmp_path / "tokenizer.model", ["What?"])
+    return ["--format=jsonl", f"--source={tmp_path}/mine.jsonl", f"--tokenizer={tmp_path}", f"--out={tmp_path}/out"]
+
+
+def test_ones_own_data_and_what_is_said_about_it(source, tmp_path, capsys):
+    prepare.main([*source, "--num_workers=1", "--holdout=0"])
+    assert [record.id for record in records(tmp_path / "out")] == ["0", "1"]
+    printed = capsys.readouterr().out
+    assert "train: 2 records, 0 images" in printed and "answer: 2 records, tokens mean" in printed
+    assert f"rejected: 1 (see {tmp_path}/out/rejected.jsonl)\n  1: no JSON" in printed
+    prepare.main([*source, "--holdout=0"])
+    assert "ready" in capsys.readouterr().out
+    prepare.main(["--recount", f"--out={tmp_path}/out", f"--tokenizer={tmp_path}"])
+    assert "counted train 2 records" in capsys.readouterr().out
+
+
+def test_a_tokenizer_is_needed(source, capsys):
+    with pytest.raises(UsageError, match="--tokenizer=FILE_OR_FOLDER is needed; `make weights`"):
+        prepare.main([flag for flag in source if not flag.startswith("--tokenizer")])
+    with pytest.raises(UsageError, match="--tokenizer"):
+        prepare.main(["--recount"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--format=jsonl"],
+        ["--format=jsonl", "--source=x", "--num_train=3"],
+        ["--format=jsonl", "--source=x", "--image_column=a"],
+        ["--format=parquet", "--source=x", "--holdout=1.5"],
+        ["--format=webdataset", "--source=x", "--holdout=nan"],
+        ["--source=x"],
+        ["--recount", "--source=x"],
+    ],
+)
+def test_flags_of_other_formats_are_wrong_usage(flags):
+    with pytest.raises(SystemExit) as stopped:
+        prepare.main(flags)
+    assert stopped.value.code == 2
+
+
+def test_flags_of_a_format_are_shown(capsys):
+    with pytest.raises(SystemExit):
+        prepare.main(["--format=parquet", "--help"])
+    assert "--image_column" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(bool(importlib.util.find_spec("apache_beam")), reason="Apache Beam is there")
+def test_beam_that_is_absent_is_a_user_error(source):
+    with pytest.raises(UserError, match=r"Apache Beam is not installed; `make beam`"):
+        prepare.main([*source, "--beam_runner=DirectRunner"])
+    with pytest.raises(UsageError, match="name a --beam_runner"):
+        prepare.main([*source, "--", "--direct_num_workers=2"])

@@ -1,13 +1,19 @@
-"""A small prepared data set, rendered once for all tests of a process."""
+"""A small prepared data set, rendered once for all tests of a process; and what `prepare` makes of other sources."""
 
 import dataclasses
+import io
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from alignvlm_jax import config as config_lib
-from alignvlm_jax.data import documents, sources, tables
+from alignvlm_jax.data import documents, preparing, sources, tables
 from alignvlm_jax.data.contents import Table
+from alignvlm_jax.data.formats.base import Format
+from alignvlm_jax.data.schema import Record
 from alignvlm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer as Tokenizer
 
 NUM_DOCUMENTS = 48
@@ -45,3 +51,45 @@ def demo_config(data_dir) -> config_lib.Config:
         data=config_lib.DataConfig(dir=str(data_dir), row_length=144),
         train=dataclasses.replace(config_lib.TrainConfig(), num_steps=20, batch_size=8),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A folder that `prepare` wrote."""
+
+    folder: Path
+
+    def records(self, split: str = "train") -> list[Record]:
+        if not sources.shard_paths(self.folder, split):
+            return []
+        source = sources.RecordSource(self.folder, split)
+        return [source[i] for i in range(len(source))]
+
+    def rejected(self) -> list[dict[str, str]]:
+        return [json.loads(line) for line in (self.folder / "rejected.jsonl").read_text().splitlines()]
+
+    def reasons(self) -> dict[str, str]:
+        return {line["id"]: line["reason"] for line in self.rejected()}
+
+    def files(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in self.folder.iterdir()}
+
+
+@pytest.fixture
+def prepare(tmp_path, tokenizer) -> Callable[..., Prepared]:
+    def run(form: Format, source: Path, out: str = "out", *, holdout: float = 0.0, num_workers: int = 1) -> Prepared:
+        request = preparing.Request("test", form, str(source), tokenizer.name, holdout)
+        preparing.prepare(request, tmp_path / out, preparing.on_processes(num_workers))
+        return Prepared(tmp_path / out)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def png() -> Callable[..., bytes]:
+    def encode(width: int = 3, height: int = 2, shade: int = 255, file_format: str = "PNG") -> bytes:
+        file = io.BytesIO()
+        Image.new("L", (width, height), shade).save(file, file_format)
+        return file.getvalue()
+
+    return encode

@@ -1,3 +1,5 @@
+import resource
+
 import pytest
 
 from alignvlm_jax.data import sources
@@ -80,3 +82,21 @@ def test_a_record_of_another_project_is_a_user_error(shards, monkeypatch):
     sources.write_shard(shards / sources.shard_name("other", 0, 1), [record("a")])
     with pytest.raises(UserError, match=r"cannot read record 0 of split 'other'.*not a record"):
         sources.RecordSource(shards, "other")[0]
+
+
+def test_more_shards_than_files_that_may_be_open(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for shard in range(80):
+        sources.write_shard(tmp_path / sources.shard_name("train", shard, 80), [record(str(shard))])
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, limits[1]))
+        source = sources.RecordSource(tmp_path, "train")
+        assert [source[i].id for i in range(80)] == [str(i) for i in range(80)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_more_shards_than_files_that_may_ever_be_open_is_a_user_error(shards, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 100))
+    with pytest.raises(UserError, match="3 shards, and a process may open 100 files; `ulimit -Hn 515`"):
+        sources.RecordSource(shards, "train")

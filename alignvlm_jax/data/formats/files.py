@@ -1,0 +1,42 @@
+"""Images that a record names or holds."""
+
+import base64
+import binascii
+
+from alignvlm_jax.data import filesystem
+from alignvlm_jax.data.formats.base import Reject
+from alignvlm_jax.errors import UserError
+
+MAX_BYTES = 256 << 20
+MAX_PATH = 4096
+"""Characters; a longer text is base64."""
+
+
+def image(folder: str, name: str) -> bytes:
+    """Returns the bytes of an image by its path from `folder`, or of its base64: a data URI, or a text that is too
+    long for a path.
+
+    Raises:
+      Reject: there is no such file, or no such base64.
+      UserError: a bucket does not answer. That is no fault of the record, and the run may go on later.
+    """
+    if name.startswith("data:") or len(name) > MAX_PATH:
+        return _decode(name.partition("base64,")[2] if name.startswith("data:") else name)
+    path = filesystem.join(folder, name)
+    try:
+        return filesystem.read(path, MAX_BYTES)
+    except FileNotFoundError as err:
+        raise Reject(f"an image is missing ({name})") from err
+    except ValueError as err:
+        raise Reject(f"an image file cannot be read ({name}: {err})") from err
+    except OSError as err:
+        if filesystem.is_remote(path):
+            raise UserError(f"cannot read {path}: {err}; the same command goes on") from err
+        raise Reject(f"an image file cannot be read ({name}: {err.strerror or err})") from err
+
+
+def _decode(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as err:
+        raise Reject(f"an image is no base64 ({err})") from err

@@ -1,0 +1,102 @@
+"""`webdataset`: tar files of images with captions, as CC-12M is kept: members NAME.jpg and NAME.txt (or NAME.json with
+`caption`) follow one another. Nothing is unpacked to disk."""
+
+import dataclasses
+import json
+import posixpath
+import tarfile
+import zlib
+from collections.abc import Iterator
+
+from alignvlm_jax.data import filesystem
+from alignvlm_jax.data.formats import checks, files
+from alignvlm_jax.data.formats.base import Raw, Reject, Rejection, Unit, option
+from alignvlm_jax.data.schema import Record, Turn
+
+SUFFIXES = (".tar", ".tar.gz", ".tgz")
+IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+TEXTS = ("txt", "caption", "json")
+BROKEN = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError)
+
+
+@dataclasses.dataclass(frozen=True)
+class WebDataset:
+    """A tar file, or a folder of them."""
+
+    prompt: str = option("Describe the image.", "question that every caption answers")
+
+    def units(self, source: str) -> list[Unit]:
+        """See Format."""
+        return [Unit(path) for path in filesystem.list_files(source, SUFFIXES)]
+
+    def raws(self, unit: Unit) -> Iterator[Raw | Rejection]:
+        """See Format. Members of a name, the endings apart, are a record where they follow one another."""
+        name, parts = "", {}
+        for item in _members(unit.path):
+            if isinstance(item, Rejection):
+                yield item
+                continue
+            stem, ending, data = item
+            if stem != name and parts:
+                yield _raw(unit, name, parts)
+                parts = {}
+            name, parts[ending] = stem, data
+        if parts:
+            yield _raw(unit, name, parts)
+
+    def record(self, raw: Raw) -> Record:
+        """See Format."""
+        image = next((raw.fields[ending] for ending in IMAGES if ending in raw.fields), None)
+        if image is None:
+            raise Reject("a caption without an image")
+        return Record(raw.id, "webdataset", (image,), (Turn(self.prompt, checks.answers_of(_caption(raw.fields))),))
+
+
+def _raw(unit: Unit, name: str, parts: dict[str, bytes]) -> Raw:
+    # Names begin anew in every tar of some sets.
+    identity = f"{filesystem.stem(unit.path)}/{name}"
+    return Raw(identity, identity, parts)
+
+
+def _members(path: str) -> Iterator[tuple[str, str, bytes] | Rejection]:
+    """Reads the members that make records, one by one, as (name, ending, bytes)."""
+    at = filesystem.stem(path)
+    try:
+        with filesystem.open_buffered(path) as file, tarfile.open(fileobj=file, mode="r|*") as tar:
+            for member in tar:
+                at = member.name
+                if not member.isfile():
+                    continue
+                folder, _, name = member.name.rpartition("/")
+                stem, _, ending = name.partition(".")
+                ending = ending.lower()
+                if ending not in (*IMAGES, *TEXTS):
+                    continue
+                if reason := _reason_against(member):
+                    yield Rejection(member.name, reason)
+                else:
+                    yield posixpath.join(folder, stem), ending, tar.extractfile(member).read()
+    except BROKEN as err:
+        yield Rejection(at, f"the tar file is broken from here on ({' '.join(str(err).split()) or type(err).__name__})")
+
+
+def _reason_against(member: tarfile.TarInfo) -> str:
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        return "a member outside the tar file's folder"
+    return f"a member is too large (at most {files.MAX_BYTES:,} bytes)" if member.size > files.MAX_BYTES else ""
+
+
+def _caption(fields: dict[str, bytes]) -> object:
+    ending = next((ending for ending in TEXTS if ending in fields), None)
+    if ending is None:
+        raise Reject("an image without a caption")
+    try:
+        text = fields[ending].decode()
+        if ending != "json":
+            return text.strip()
+        value = json.loads(text)
+    except UnicodeDecodeError as err:
+        raise Reject(f"invalid UTF-8 ({err.reason} at byte {err.start})") from err
+    except (ValueError, RecursionError) as err:
+        raise Reject(f"no JSON ({err})") from err
+    return value.get("caption") if isinstance(value, dict) else None

@@ -1,0 +1,145 @@
+"""Parts: what becomes of one unit of a source. Each is written by one process, and is whole or not there."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from alignvlm_jax.data import index, tokenizer_files
+from alignvlm_jax.data.formats import checks
+from alignvlm_jax.data.formats.base import Format, Raw, Reject, Rejection, Unit
+from alignvlm_jax.data.schema import Record
+from alignvlm_jax.data.sources import ShardWriter
+from alignvlm_jax.errors import UserError
+
+SPLITS = ("train", "validation")
+REPORT_EVERY = 20  # records
+BESIDE = "writing-"
+"""How folders of parts in work are called."""
+
+
+class Progress(NamedTuple):
+    """What a worker did since it last said so."""
+
+    records: int
+    parts: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The files of a part."""
+
+    folder: Path
+    number: int
+
+    def shard(self, split: str) -> Path:
+        """Records of a split, with their index beside; neither is there where it has none."""
+        return self.folder / f"{self.number:06d}-{split}.array_record"
+
+    @property
+    def ids(self) -> Path:
+        """JSON lines, of the records in the order of the source: [id, split]."""
+        return self.folder / f"{self.number:06d}.ids.jsonl"
+
+    @property
+    def rejected(self) -> Path:
+        """JSON lines, of the records that were left out: [id, reason]. It comes last: where it is, all files are."""
+        return self.folder / f"{self.number:06d}.rejected.jsonl"
+
+    def is_done(self) -> bool:
+        """Whether the part has been written."""
+        return self.rejected.exists()
+
+
+@dataclasses.dataclass(frozen=True)
+class PartWriter:
+    """Writes parts, in worker processes or under Apache Beam.
+
+    Attributes:
+      folder: where parts lie.
+      format: of the source.
+      tokenizer: path of the one that counts.
+      holdout: share of the documents that go to the validation split.
+    """
+
+    folder: str
+    format: Format
+    tokenizer: str
+    holdout: float
+
+    def __call__(self, task: tuple[int, Unit]) -> Iterator[Progress]:
+        """Writes part `task[0]` out of a unit; UserError where it cannot be written or a bucket does not answer."""
+        number, unit = task
+        # In a folder of its own: where a scheduler tries twice, another process may be at the same part.
+        with tempfile.TemporaryDirectory(prefix=BESIDE, dir=self.folder) as beside:
+            part, place = Part(Path(beside), number), Part(Path(self.folder), number)
+            yield from self._write(part, unit)
+            for name in sorted(os.listdir(beside), key=lambda name: name == part.rejected.name):
+                os.replace(Path(beside, name), Path(self.folder, name))
+            assert place.is_done()
+        yield Progress(0, 1)
+
+    def _write(self, part: Part, unit: Unit) -> Iterator[Progress]:
+        ids, rejected, splits, count = [], [], {}, 0
+        with contextlib.ExitStack() as stack:
+            for item in self.format.raws(unit):
+                try:
+                    record, split = self._record(item)
+                    if split not in splits:
+                        shard = stack.enter_context(ShardWriter(part.shard(split)))
+                        splits[split] = shard, index.Builder(*_tokenizer(self.tokenizer))
+                    shard, builder = splits[split]
+                    builder.add(record)
+                except Reject as err:
+                    rejected.append((item.id, str(err)))
+                else:
+                    shard.write(record)
+                    ids.append((record.id, split))
+                count += 1
+                if count % REPORT_EVERY == 0:
+                    yield Progress(REPORT_EVERY)
+        for split, (_, builder) in splits.items():
+            index.write(index.index_path(part.shard(split)), builder.build())
+        write_lines(part.ids, ids)
+        write_lines(part.rejected, rejected)
+        yield Progress(count % REPORT_EVERY)
+
+    def _record(self, item: Raw | Rejection) -> tuple[Record, str]:
+        """The record and its split; Reject where it cannot be used."""
+        if isinstance(item, Rejection):
+            raise Reject(item.reason)
+        try:
+            return checks.check(self.format.record(item)), split_of(item.document, self.holdout)
+        except (Reject, UserError):
+            raise
+        except Exception as err:  # a fault of ours must not end a run over millions of records; the summary shows it
+            raise Reject(f"unforeseen {type(err).__name__} ({' '.join(str(err).split())[:200]})") from err
+
+
+def split_of(document: str, holdout: float) -> str:
+    """Returns the split of a document: a pure function, so that all its records go together, wherever they lie."""
+    digest = hashlib.blake2b(document.encode(errors="surrogatepass"), digest_size=8).digest()
+    return SPLITS[int.from_bytes(digest, "big") < holdout * 2**64]
+
+
+def write_lines(path: Path, values: Iterable[Any]) -> None:
+    """Writes values as JSON lines."""
+    with open(path, "w") as file:
+        file.writelines(json.dumps(value) + "\n" for value in values)
+
+
+def read_lines(path: Path) -> Iterator[Any]:
+    """Reads JSON lines."""
+    with open(path) as file:
+        yield from map(json.loads, file)
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(path: str) -> tuple[tokenizer_files.Tokenizer, str]:
+    return tokenizer_files.load(path), index.tokenizer_fingerprint(path)

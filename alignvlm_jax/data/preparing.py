@@ -1,0 +1,158 @@
+"""Data sets to training shards: units of a source on several processes, parts, shards."""
+
+import collections
+import dataclasses
+import json
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
+
+from alignvlm_jax.data import chat, finishing, index, parts, schema, sources, staging, tokenizer_files, workers
+from alignvlm_jax.data.formats.base import Format, Unit
+from alignvlm_jax.data.parts import Part, PartWriter
+from alignvlm_jax.errors import UserError
+
+VERSION = 1
+"""Raised with every change that changes records, so that `prepare` writes them anew."""
+
+Runner = Callable[[PartWriter, list[tuple[int, Unit]]], None]
+"""Calls the writer for all tasks, somewhere."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to prepare. `name` is that of the format; `holdout` the share of documents of the validation split."""
+
+    name: str
+    format: Format
+    source: str
+    tokenizer: str
+    holdout: float
+
+
+def prepare(request: Request, out: Path, run: Runner) -> bool:
+    """Writes the folder `out`, or goes on with a run that was interrupted; returns False where it was whole before.
+
+    Raises:
+      UserError: there is no such source or tokenizer, or what is made cannot be written.
+    """
+    tokenizer = tokenizer_files.load(request.tokenizer)
+    chat.format_of(tokenizer)  # raises before anything is read
+    units = request.format.units(request.source)
+    wanted = _wanted(request, units)
+    if staging.is_ready(out, wanted):
+        return False
+    folder = staging.partial_folder(out, wanted)
+    names = folder / "finished.json"
+    if not names.exists():
+        written = _write_parts(request, units, folder, run)
+        tokenizer_name = _copy_tokenizer(request.tokenizer, folder)
+        all_names = [*finishing.finish(written, units, folder), tokenizer_name]
+        if len(all_names) == 2:
+            raise UserError(f"{request.source} has no record that can be used; {folder / staging.REJECTED} says why")
+        names.write_text(json.dumps(all_names))
+    staging.publish(out, folder, json.loads(names.read_text()), parts.SPLITS, wanted)
+    return True
+
+
+def on_processes(num_workers: int) -> Runner:
+    """Returns what runs a writer on processes of this machine, with a progress bar."""
+
+    def run(writer: PartWriter, tasks: list[tuple[int, Unit]]) -> None:
+        columns = (TextColumn("Preparing"), BarColumn(), MofNCompleteColumn(), TextColumn("pieces"))
+        columns += (TextColumn("{task.fields[records]:,} records, {task.fields[rate]:.0f}/s"), TimeRemainingColumn())
+        started, records = time.monotonic(), 0
+        with Progress(*columns) as progress:
+            bar = progress.add_task("", total=len(tasks), records=0, rate=0.0)
+            for done in workers.run(writer, tasks, num_workers):
+                records += done.records
+                rate = records / max(time.monotonic() - started, 1e-9)
+                progress.update(bar, advance=done.parts, records=records, rate=rate)
+
+    return run
+
+
+def recount(out: Path, tokenizer_path: str) -> dict[str, int]:
+    """Writes the index files of a prepared folder anew, as another tokenizer counts, and nothing else. It goes on
+    where it was interrupted. Returns the records by split.
+
+    Raises:
+      UserError: there are no shards, or one is damaged.
+    """
+    tokenizer, fingerprint = tokenizer_files.load(tokenizer_path), index.tokenizer_fingerprint(tokenizer_path)
+    chat.format_of(tokenizer)
+    shards = sorted(out.glob("*-[0-9]*-of-[0-9]*.array_record"))
+    if not shards:
+        raise UserError(f"no shards in {out}; run `prepare` first")
+    counts: collections.Counter[str] = collections.Counter()
+    for shard in track(shards, "Counting tokens"):
+        path = index.index_path(shard)
+        if not _is_counted(path, fingerprint):
+            records = map(schema.decode_record, sources.read_shard(shard))
+            index.write(path, index.of_records(records, tokenizer, fingerprint))
+        counts[shard.name.split("-")[0]] += len(index.read(path))
+    return dict(counts)
+
+
+def summary(out: Path) -> str:
+    """Describes a prepared folder in a few lines: records and images by split, tokens by task, rejected by reason."""
+    text = []
+    for split in parts.SPLITS:
+        if not sources.shard_paths(out, split):
+            continue
+        counted = index.load(out, split)
+        text.append(f"{split}: {len(counted):,} records, {len(counted.image_sizes):,} images")
+        for task, lengths in counted.text_tokens.items():
+            used = lengths[lengths > 0]
+            if len(used):
+                text.append(f"  {task}: {len(used):,} records, tokens mean {used.mean():.0f}, max {used.max():,}")
+    # What stands in parentheses is of one record.
+    reasons = collections.Counter(line["reason"].split(" (")[0] for line in parts.read_lines(out / staging.REJECTED))
+    text.append(f"rejected: {reasons.total():,}" + (f" (see {out / staging.REJECTED})" if reasons else ""))
+    return "\n".join([*text, *(f"  {count:,}: {reason}" for reason, count in reasons.most_common())])
+
+
+def _wanted(request: Request, units: Sequence[Unit]) -> dict[str, Any]:
+    """What tells the data apart. The listing of the source is part of it: another file makes other data."""
+    listing = json.dumps([dataclasses.astuple(unit) for unit in units]).encode()
+    return {
+        "format": request.name,
+        "source": request.source,
+        **dataclasses.asdict(request.format),
+        "holdout": request.holdout,
+        "tokenizer": index.tokenizer_fingerprint(request.tokenizer),
+        "listing": f"{zlib.crc32(listing):08x}",
+        "version": VERSION,
+    }
+
+
+def _write_parts(request: Request, units: Sequence[Unit], folder: Path, run: Runner) -> list[Part]:
+    place = folder / "parts"
+    place.mkdir(exist_ok=True)
+    for leftover in place.glob(f"{parts.BESIDE}*"):  # of workers that were ended
+        shutil.rmtree(leftover)
+    all_parts = [Part(place, number) for number in range(len(units))]
+    tasks = [(part.number, unit) for part, unit in zip(all_parts, units, strict=True) if not part.is_done()]
+    if tasks:
+        run(PartWriter(str(place), request.format, request.tokenizer, request.holdout), tasks)
+    return all_parts
+
+
+def _copy_tokenizer(path: str, folder: Path) -> str:
+    """Copies the tokenizer's file beside the data, which is then complete, and returns its name there."""
+    content = tokenizer_files.read(path)[1]
+    name = tokenizer_files.NAMES[content.lstrip()[:1] != b"{"]
+    (folder / name).write_bytes(content)
+    return name
+
+
+def _is_counted(path: Path, fingerprint: str) -> bool:
+    try:
+        return index.read(path).tokenizer == fingerprint
+    except UserError:
+        return False

@@ -1,0 +1,45 @@
+import io
+import json
+
+import pytest
+from PIL import Image
+
+from alignvlm_jax.commands import prepare
+from alignvlm_jax.data import finishing
+from alignvlm_jax.data.formats import lines
+from alignvlm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from alignvlm_jax.errors import UserError
+
+
+@pytest.fixture
+def arguments(tmp_path, monkeypatch):
+    """Flags for a source of six pieces, with duplicates, records that cannot be used, and held-out documents."""
+    monkeypatch.setattr(lines, "UNIT_RECORDS", 8)
+    monkeypatch.setattr(finishing, "MIN_SHARD_RECORDS", 10)
+    image = io.BytesIO()
+    Image.new("L", (20, 10), 255).save(image, "PNG")
+    (tmp_path / "a.png").write_bytes(image.getvalue())
+    with open(tmp_path / "data.jsonl", "w") as file:
+        for number in range(48):
+            turns = [{"question": f"What is {number}?", "answers": [str(number)]}]
+            name = "none.png" if number % 11 == 5 else "a.png"
+            record = {"id": str(number % 45), "images": [name], "turns": turns, "document": str(number // 2)}
+            file.write(json.dumps(record) + "\n")
+    SentencePieceTokenizer.train(tmp_path / "tokenizer.model", ["What is 1?"])
+    flags = {"format": "jsonl", "source": tmp_path / "data.jsonl", "tokenizer": tmp_path / "tokenizer.model"}
+    return [f"--{name}={value}" for name, value in flags.items()] + ["--holdout=0.3"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--direct_num_workers=2", "--direct_running_mode=multi_threading"]])
+def test_the_direct_runner_makes_the_same_bytes_as_worker_processes(arguments, tmp_path, flags):
+    prepare.main([*arguments, f"--out={tmp_path}/here", "--num_workers=1"])
+    prepare.main([*arguments, f"--out={tmp_path}/beam", "--beam_runner=DirectRunner", "--", *flags])
+    here, beam = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("here", "beam"))
+    assert here == beam
+    assert {name.split("-")[0] for name in beam} >= {"train", "validation", "rejected.jsonl", "prepare.json"}
+    assert len(beam["rejected.jsonl"].splitlines()) > 4
+
+
+def test_a_runner_that_is_not_known(arguments, tmp_path):
+    with pytest.raises(UserError, match="no runner 'NoRunner'"):
+        prepare.main([*arguments, f"--out={tmp_path}/out", "--beam_runner=NoRunner"])
