@@ -17,6 +17,7 @@ from alignvlm_jax.config.fields import (
     ModelConfig,
     OptimConfig,
     RopeScaling,
+    SourceConfig,
     TrainConfig,
     VisionConfig,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "RopeScaling",
+    "SourceConfig",
     "TrainConfig",
     "VisionConfig",
     "check",

@@ -2,9 +2,10 @@
 
 import dataclasses
 import operator
+import re
 from typing import Any
 
-from alignvlm_jax.config.fields import Config, LLMConfig, VisionConfig
+from alignvlm_jax.config.fields import Config, LLMConfig, SourceConfig, VisionConfig
 from alignvlm_jax.errors import UserError, nearest
 
 PARTS = ("vision", "connector", "llm")
@@ -17,6 +18,8 @@ CHOICES = {
     "model.attention": ("auto", "xla", "cudnn", "splash"),
     "model.connector.w2_init": ("lm_head", "random"),
     "model.connector.embed_grad": ("live", "stop"),
+    "data.packing": ("none", "plan"),
+    "data.loss_by": ("token", "record"),
     "train.visual_input": ("pixels", "labels"),
 }
 
@@ -32,6 +35,7 @@ AT_LEAST: dict[str, int] = {
     "model.scan_unroll": 1,
     "model.llm.rope_scaling.original_length": 1,
     "data.max_tiles": 1,
+    "data.record_tiles": 0,
     "data.max_patch_labels": 1,
     "data.blank_weight": 0,
     "data.max_unsupervised": 0,
@@ -62,6 +66,7 @@ ABOVE = {
     "model.llm.norm_eps": 0,
     "model.llm.rope_theta": 0,
     "model.llm.rope_scaling.factor": 0,
+    "data.temperature": 0,
     "optim.learning_rate": 0,
     "optim.eps": 0,
     "optim.clip_norm": 0,
@@ -128,6 +133,27 @@ def _check_data(config: Config) -> None:
         )
     if not data.tasks or min(data.tasks.values()) < 0 or sum(data.tasks.values()) <= 0:
         raise UserError(f"config.data.tasks {dict(data.tasks)} has no positive weight")
+    if data.record_tiles > data.max_tiles:
+        raise UserError(
+            f"config.data.record_tiles is {data.record_tiles}; a row has config.data.max_tiles {data.max_tiles} of them"
+        )
+    for name, source in data.sources.items():
+        _check_source(f"config.data.sources.{name}", name, source)
+    if data.sources and not any(source.weight for source in data.sources.values()):
+        raise UserError(f"config.data.sources {', '.join(data.sources)}: one of them needs a weight above 0")
+
+
+def _check_source(path: str, name: str, source: SourceConfig) -> None:
+    if not re.fullmatch(r"\w+", name):  # It becomes part of the names of flags and metrics.
+        raise UserError(f"{path}: a source's name is made of letters, digits and underscores")
+    if not source.dir:
+        raise UserError(f"{path}.dir is empty; name the folder that `prepare` wrote")
+    if source.weight < 0:
+        raise UserError(f"{path}.weight is {source.weight}; it must be at least 0")
+    if source.repeat <= 0:
+        raise UserError(f"{path}.repeat is {source.repeat}; it must be above 0")
+    if source.cap < 0:
+        raise UserError(f"{path}.cap is {source.cap}; it must be at least 0")
 
 
 def _check_divides(path: str, size: int, part_name: str, part: int) -> None:

@@ -112,26 +112,62 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What a row is made of. `dir` holds what `prepare` wrote: shards by split and `tokenizer.model`.
+class SourceConfig:
+    """A source of a mixture. Its share of an epoch's records goes as weight * (size * repeat) ** (1 / temperature).
 
-    `tokenizer` is the file or folder of another tokenizer, as `convert` leaves it. `num_threads` threads of a process
-    keep `prefetch` of its batches ready.
+    `dir` holds what `prepare` wrote. A `repeat` of 2 counts every record twice, of 0.5 every second one. `cap` bounds
+    the records that an epoch takes of it, 0: nothing does; what it takes away is given to no other source.
+    """
+
+    dir: str = ""
+    weight: float = 1.0
+    repeat: float = 1.0
+    cap: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What a row is made of. `dir` holds what `prepare` wrote: shards by split and the tokenizer.
+
+    With `sources`, by name, training and validation read their folders instead, and `dir` is left to evaluation. A
+    stage that names sources has these alone. `tokenizer` is the file or folder of another tokenizer than that in `dir`.
+
+    `packing` "none" puts one record into a row; "plan" puts as many as fit, and needs the index that `prepare` leaves.
+    A row has `max_tiles` tile slots, a record at most `record_tiles` of them, 0: all. `loss_by` "token" gives each
+    answer token the weight 1; "record" gives it to all those of a record together.
+
+    Of the planned records, a share of `max_unsupervised` may be unreadable or without an answer that fits.
+    `num_threads` threads of a process keep `prefetch` of its batches ready.
     """
 
     dir: str = "data/demo"
+    sources: Mapping[str, SourceConfig] = dataclasses.field(default_factory=dict)
+    temperature: float = 1.0
     tokenizer: str = ""
     split: str = "train"
     validation_split: str = "validation"
+    packing: str = "none"
     row_length: int = 192
     max_tiles: int = 2
+    record_tiles: int = 0
     use_overview: bool = False
     tasks: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"transcribe": 0.5, "answer": 0.5})
+    loss_by: str = "token"
     max_patch_labels: int = 3
     blank_weight: float = 0.2
     max_unsupervised: float = 0.01
     num_threads: int = 2
     prefetch: int = 4
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Where the records of training are, in the order of the sources' names."""
+        return tuple(self.sources[name].dir for name in sorted(self.sources)) or (self.dir,)
+
+    @property
+    def tiles_of_a_record(self) -> int:
+        """Tiles that all images of a record have together at most."""
+        return self.record_tiles or self.max_tiles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

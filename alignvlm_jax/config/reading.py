@@ -12,6 +12,9 @@ from alignvlm_jax.config.checks import check
 from alignvlm_jax.config.fields import Config
 from alignvlm_jax.errors import UserError, nearest
 
+MIXTURES = ("tasks", "sources")
+"""Fields of `data` that hold what belongs together, by name."""
+
 
 def default_config_dict() -> ml_collections.ConfigDict:
     """Returns every field with its default, and an empty `stages`, for config files to change."""
@@ -59,10 +62,10 @@ def _plain(value: Any) -> Any:
 
 
 def _merge(base: dict, changes: dict) -> dict:
-    """`base` with `changes` laid over it; mappings below merge, but a task mixture is replaced whole."""
+    """`base` with `changes` laid over it; mappings below merge, but mixtures are replaced whole."""
     merged = dict(base)
     for key, value in changes.items():
-        deeper = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key != "tasks"
+        deeper = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key not in MIXTURES
         merged[key] = _merge(merged[key], value) if deeper else value
     return merged
 
