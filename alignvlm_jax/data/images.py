@@ -16,6 +16,9 @@ MIN_COVERAGE = 0.9
 PDF_SCALE = 2.0
 """Pixels a point at which a PDF page is drawn: 144 dpi."""
 
+ORIENTATION = 0x0112
+"""EXIF's tag; at 5 to 8 the sides change places."""
+
 BAD_IMAGE = (Image.DecompressionBombError, OSError, SyntaxError, ValueError)
 
 
@@ -41,6 +44,22 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         raise UserError(f"cannot read image {name}: no known image format") from err
     except BAD_IMAGE as err:
         raise UserError(f"cannot read image {name}: {' '.join(str(err).split()) or type(err).__name__}") from err
+
+
+def image_size(data: bytes, name: str) -> tuple[int, int]:
+    """Returns the height and width that `decode_image` gives, from the file's header alone.
+
+    Raises:
+      UserError: it cannot be read; the message holds `name`.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            # Pillow has turned the size of a TIFF already.
+            is_turned = image.format != "TIFF" and 5 <= image.getexif().get(ORIENTATION, 1) <= 8
+    except BAD_IMAGE as err:
+        raise UserError(f"cannot read image {name}: {' '.join(str(err).split()) or type(err).__name__}") from err
+    return (width, height) if is_turned else (height, width)
 
 
 def load_page(path: str | Path, page: int = 1) -> Image.Image:

@@ -11,19 +11,28 @@ from alignvlm_jax.errors import UserError
 NAMES = ("tokenizer.json", "tokenizer.model")
 
 
-def load(path: str | Path) -> Tokenizer:
-    """Reads a tokenizer's file, or the one in a folder: a tokenizer.json before a tokenizer.model.
+def read(path: str | Path) -> tuple[Path, bytes]:
+    """Returns a tokenizer's file, or the one in a folder (a tokenizer.json before a tokenizer.model), and its bytes.
 
     Raises:
-      UserError: it is missing or no tokenizer.
+      UserError: it is missing.
     """
     path = Path(path)
     if path.is_dir() or not (path.is_file() or path.suffix in (".json", ".model")):
         path = next((path / name for name in NAMES if (path / name).exists()), path / NAMES[-1])
     try:
-        content = path.read_bytes()
+        return path, path.read_bytes()
     except OSError as err:
         raise UserError(f"cannot read tokenizer {path} ({err.strerror}); run `prepare` or `convert` first") from err
+
+
+def load(path: str | Path) -> Tokenizer:
+    """Reads a tokenizer's file, or the one in a folder, by what it holds.
+
+    Raises:
+      UserError: it is missing or no tokenizer.
+    """
+    path, content = read(path)
     if content.lstrip()[:1] == b"{":
         return HuggingFaceTokenizer(content, str(path))
     # Ranks are lines of printable base64; a SentencePiece model is binary from its second byte on.

@@ -162,3 +162,18 @@ def test_page_points_are_found_in_their_tiles(size):
         if crop[0] <= x < crop[2] and crop[1] <= y < crop[3]:
             at = ((np.array([x, y]) + 0.5 - crop[:2]) * scale).astype(int)
             assert pixels[at[1], at[0]].max() < 140
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_image_size_is_that_of_the_decoded_image(file_format, orientation):
+    exif = Image.Exif()
+    exif[images.ORIENTATION] = orientation
+    data = encode(random_page(30, 20), file_format, exif=exif)
+    decoded = images.decode_image(data, "x")
+    assert images.image_size(data, "x") == (decoded.height, decoded.width)
+
+
+def test_image_size_of_no_image_is_a_user_error():
+    with pytest.raises(UserError, match="cannot read image x"):
+        images.image_size(b"no image", "x")

@@ -1,0 +1,92 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from alignvlm_jax.data import chat, index, rows, sources, tokenizer_files
+from alignvlm_jax.data.schema import Record, Turn, Word
+from alignvlm_jax.errors import UserError
+
+
+def png(width: int, height: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (width, height), 255).save(file, "PNG")
+    return file.getvalue()
+
+
+def records() -> list[Record]:
+    word = Word("Total", (0, 0, 5, 5))
+    turns = (Turn("Why?", ("So.", "Thus.")), Turn("How <end> much?", ("4",)))
+    return [
+        Record("a", "test", (png(3, 2),), turns, (((word, word),),)),
+        Record("b", "test", (), turns),
+        Record("c", "test", (png(4, 4), png(1, 9)), (), (((word,),), ())),
+    ]
+
+
+def test_text_tokens_are_the_length_of_the_encoded_chat(tokenizer):
+    made = index.of_records(records(), tokenizer, "f")
+    for number, record in enumerate(records()):
+        for task, turns_of in rows.TASKS.items():
+            turns = turns_of(record, np.random.default_rng(5))
+            length = len(chat.encode_chat(tokenizer, turns, 0, 0)[0]) if turns else 0
+            assert made.text_tokens[task][number] == length
+    assert (made.text_tokens["transcribe"] > 0).tolist() == [True, False, True]
+    assert (made.text_tokens["answer"] > 0).tolist() == [True, True, False]
+
+
+def test_image_sizes_belong_to_their_records(tokenizer):
+    made = index.of_records(records(), tokenizer, "f")
+    assert made.image_starts.tolist() == [0, 1, 1, 3]
+    assert made.image_sizes.tolist() == [[2, 3], [4, 4], [9, 1]]
+
+
+def test_the_hash_is_of_images_and_turns_and_not_of_the_id():
+    first, second, _ = records()
+    assert index.content_hash(first) == index.content_hash(Record("z", "other", first.images, first.turns))
+    assert index.content_hash(second) != index.content_hash(Record("b", "test", (png(1, 1),), second.turns))
+    assert index.content_hash(second) != index.content_hash(Record("b", "test", (), second.turns[:1]))
+
+
+def test_shards_are_read_back_one_after_another(tmp_path, tokenizer):
+    for shard, part in enumerate((records()[:1], records()[1:])):
+        path = tmp_path / sources.shard_name("train", shard, 2)
+        sources.write_shard(path, part)
+        index.write(index.index_path(path), index.of_records(part, tokenizer, "f"))
+    loaded, whole = index.load(tmp_path, "train"), index.of_records(records(), tokenizer, "f")
+    assert len(loaded) == 3 and loaded.tokenizer == "f"
+    for task in rows.TASKS:
+        assert np.array_equal(loaded.text_tokens[task], whole.text_tokens[task])
+    for name in ("image_sizes", "image_starts", "content_hash"):
+        assert np.array_equal(getattr(loaded, name), getattr(whole, name))
+        assert getattr(loaded, name).dtype == getattr(whole, name).dtype
+
+
+def test_what_cannot_be_loaded_says_what_to_call(tmp_path, tokenizer):
+    with pytest.raises(UserError, match="run `prepare` first"):
+        index.load(tmp_path, "train")
+    paths = [tmp_path / sources.shard_name("train", shard, 2) for shard in range(2)]
+    for path in paths:
+        sources.write_shard(path, records())
+    again = rf"prepare --recount --out={tmp_path} --tokenizer="
+    with pytest.raises(UserError, match=f"is missing.*{again}"):
+        index.load(tmp_path, "train")
+    for fingerprint, path in zip("fg", paths, strict=True):
+        index.write(index.index_path(path), index.of_records(records(), tokenizer, fingerprint))
+    with pytest.raises(UserError, match=f"several tokenizers.*{again}"):
+        index.load(tmp_path, "train")
+    whole = index.index_path(paths[0]).read_bytes()
+    for broken in (b"", whole[: len(whole) // 2], whole.replace(b"text_tokens.answer.npy", b"text_tokens.answex.npy")):
+        index.index_path(paths[0]).write_bytes(broken)
+        with pytest.raises(UserError, match=again):
+            index.load(tmp_path, "train")
+
+
+def test_the_fingerprint_is_of_the_file_that_is_loaded(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"one")
+    of_model = index.tokenizer_fingerprint(tmp_path)
+    assert of_model == index.tokenizer_fingerprint(tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer.json").write_bytes(b"{}")
+    assert index.tokenizer_fingerprint(tmp_path) == index.tokenizer_fingerprint(tmp_path / "tokenizer.json") != of_model
+    assert tokenizer_files.read(tmp_path) == (tmp_path / "tokenizer.json", b"{}")
