@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Iterable
 
@@ -98,9 +99,11 @@ def encode_chat(
     num_image_slots: int,
     image_id: int,
     max_length: int | None = None,
+    cuts_answers: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Encodes (question, answer) turns with the image slots, each of them the token `image_id`. Turns that would not
-    fit `max_length` are left out whole.
+    fit `max_length` are left out whole; with `cuts_answers`, the first whose answer begins within it is cut there
+    instead, and has no end.
 
     Returns:
       int32 tokens, and bools of the same length that are true on the answers' tokens and the end of each: what the
@@ -118,11 +121,12 @@ def encode_chat(
     for question, answer in turns:
         prompt = _encode_question(tokenizer, question, waiting)
         reply = tokenizer.encode(answer.strip() if chat_format.is_stripped else answer) + end
-        if max_length is None or len(tokens) + len(prompt) + len(reply) <= max_length:
+        room = math.inf if max_length is None else max_length - len(tokens) - len(prompt)
+        if len(reply) <= room or (cuts_answers and room > 0):
             tokens += prompt + reply + after
             is_answer += [False] * len(prompt) + [True] * len(reply) + [False] * len(after)
             waiting = []
-    # What follows the last answer may be cut off: nothing comes after it.
+    # What follows the last answer may be cut off: nothing comes after it. An answer that is cut is the last.
     return np.array(tokens[:max_length], np.int32), np.array(is_answer[:max_length], bool)
 
 
