@@ -87,7 +87,7 @@ def _best_fit(
 
 
 def _least_room(rooms: list[int], length: int, num_tiles: int) -> tuple[int, int]:
-    """The fewest tokens left in a row that a record fits into, and the tiles left there; 0 tokens without such a row."""
+    """The fewest tokens left in a row that a record fits, and the tiles left there; 0 tokens where there is none."""
     best = 0, 0
     for tiles_left in range(num_tiles, len(rooms)):
         fitting = rooms[tiles_left] >> length
