@@ -19,8 +19,11 @@ def counts(sizes: Mapping[str, int], sources: Mapping[str, SourceConfig], temper
     repeated = np.array([sizes[name] * sources[name].repeat for name in names])
     logs = np.log(weights) + np.log(repeated) / temperature
     shares = np.exp(logs - logs.max(initial=-np.inf))  # Less the largest: at a low temperature powers overflow.
-    wanted = dict(zip(names, repeated.sum() * shares / shares.sum(), strict=True))
-    return {name: _whole(wanted.get(name, 0.0), sources[name].cap) for name in sizes}
+    wanted = dict.fromkeys(sizes, 0)
+    for name, share in zip(names, shares / shares.sum(), strict=True):
+        count = max(1, round(repeated.sum() * share))
+        wanted[name] = min(count, sources[name].cap or count)
+    return wanted
 
 
 def epoch_of(size: int, count: int, name: str, seed: Sequence[int], epoch: int) -> np.ndarray:
@@ -37,8 +40,3 @@ def epoch_of(size: int, count: int, name: str, seed: Sequence[int], epoch: int) 
     rounds = range(begin // size, -(-end // size))
     stream = np.concatenate([np.random.default_rng([*seed, number]).permutation(size) for number in rounds])
     return stream[begin % size : begin % size + count]
-
-
-def _whole(wanted: float, cap: int) -> int:
-    count = max(1, round(wanted)) if wanted else 0
-    return min(count, cap) if cap else count

@@ -44,7 +44,7 @@ TASKS: dict[str, Callable[[Record, np.random.Generator], list[tuple[str, str]]]]
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What a record brings into a row: n tokens, the image slots among them, and its t tiles."""
+    """What a record brings into a row: n tokens, the image slots among them, and t tiles."""
 
     tokens: np.ndarray  # int32 [n]
     loss_weights: np.ndarray  # float32 [n], of predicting the next token
@@ -54,11 +54,12 @@ class Part:
 def build_part(record: Record, task: str, rng: np.random.Generator, config: Config, tokenizer: Tokenizer) -> Part:
     """Builds a record's part of a training row.
 
-    Turns that do not fit `data.row_length` are left out; a planned row cuts the answer of `transcribe` there instead. A
-    record whose answers do not fit, or that lacks what the task needs, has loss weights of 0 throughout.
+    Turns that do not fit `data.row_length` are left out; a planned row cuts the answer of `transcribe` there instead.
+    Where no answer fits, or the record lacks what the task needs, loss weights are 0 throughout; a planned row has no
+    place for that.
 
     Raises:
-      UserError: an unreadable image, or more images than the record may have tiles.
+      UserError: an unreadable image, more images than the record may have tiles, or no answer for a planned row.
     """
     data = config.data
     pages = _tile_pages(record, config)
@@ -66,6 +67,8 @@ def build_part(record: Record, task: str, rng: np.random.Generator, config: Conf
     num_slots, image_id = _num_slots(pages, config), config.model.image_token_id
     is_cut = data.packing == "plan" and task == "transcribe"
     tokens, is_answer = chat.encode_chat(tokenizer, turns, num_slots, image_id, data.row_length, is_cut)
+    if data.packing == "plan" and not is_answer.any():
+        raise UserError(f"record {record.id} has no answer that fits config.data.row_length {data.row_length}")
     loss_weights = np.zeros(len(tokens), np.float32)
     loss_weights[:-1] = is_answer[1:]
     if data.loss_by == "record" and is_answer.any():
