@@ -39,7 +39,7 @@ def packed(tmp_path_factory):
         rows.build_part(record(number, size), "answer", np.random.default_rng(0), config, tokenizer)
         for number, size in enumerate(SIZES, start=1)
     ]
-    params = random_params(vlm.VLM(config.model), vlm.abstract_batch(config))
+    params = jax.device_put(random_params(vlm.VLM(config.model), vlm.abstract_batch(config)))
     return config, params, parts, rows.join(parts, config, tokenizer), tokenizer
 
 
