@@ -129,8 +129,8 @@ class SourceConfig:
 class DataConfig:
     """What a row is made of. `dir` holds what `prepare` wrote: shards by split and the tokenizer.
 
-    With `sources`, by name, training and validation read their folders instead, and `dir` is left to evaluation. A
-    stage that names sources has these alone. `tokenizer` is the file or folder of another tokenizer than that in `dir`.
+    With `sources`, by name, training and validation read their folders instead, and `dir` is left to evaluation and the
+    tokenizer. A stage that names sources has these alone. `tokenizer` is the file or folder of another one.
 
     `packing` "none" puts one record into a row; "plan" puts as many as fit, and needs the index that `prepare` leaves.
     A row has `max_tiles` tile slots, a record at most `record_tiles` of them, 0: all. `loss_by` "token" gives each

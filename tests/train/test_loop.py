@@ -78,6 +78,9 @@ def test_what_a_run_leaves_behind(straight):
                for line in training)  # fmt: skip
     assert ["patch_loss" in line for line in training] == [False] * 4 + [True] * 4
     assert all(0 < line["mfu"] < 1e-3 for line in training)
+    # Of the step itself, though the batch of the next has been fetched by then.
+    assert [line["records"] for line in training] == [8, 16, 24, 32] * 2
+    assert [line["unsupervised_records"] for line in training] == list(range(1, TOTAL + 1))
     seconds = [line["train_seconds"] for line in training]
     assert seconds == sorted(seconds)
     # Stage ends for good, the newest, and step 6 or 8, whichever validated better.
@@ -169,7 +172,7 @@ def test_other_data_are_refused(straight, tmp_path, monkeypatch):
     shutil.copytree(straight, workdir)
     for other in (5, 6, 7, 8):
         shutil.rmtree(workdir / "checkpoints" / str(other), ignore_errors=True)
-    monkeypatch.setattr(loop.sources, "fingerprint", lambda directory: "other")
+    monkeypatch.setattr(loop.sources, "fingerprint", lambda *directories: "other")
     with pytest.raises(UserError, match=r"was trained on data of fingerprint \w{8}, that of data/demo is other"):
         fake_run.train(workdir)
 
