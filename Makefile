@@ -64,9 +64,10 @@ $(PARITY)/.done: requirements.txt requirements-parity.txt requirements-weights.t
 test-parity: $(PARITY)/.done  ## compare with PyTorch's implementations, in a venv of its own
 	$(PARITY)/bin/pytest tests/parity
 
-bench: tpu-compiler  ## memory on a TPU and time on CPU of the large operations (minutes; docs/results.md)
+bench: tpu-compiler  ## memory on a TPU, time on CPU of the large operations, plans (minutes; docs/results.md)
 	$(BIN)/python -m tests.benchmarks.vocab
 	$(BIN)/python -m tests.benchmarks.attention
+	$(BIN)/python -m tests.benchmarks.packing
 
 clean:  ## remove the installed environments; data, weights and runs stay
 	rm -rf $(VENV) $(PARITY)
