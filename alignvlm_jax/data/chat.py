@@ -110,7 +110,7 @@ def encode_chat(
       model has to say itself. The mask is built with the tokens, never by searching the text.
     """
     chat_format = format_of(tokenizer)
-    tokens = _encode_marked(tokenizer, chat_format.start)
+    tokens = [*_encode_marked(tokenizer, chat_format.start)]
     slots = [image_id] * num_image_slots
     waiting = slots if chat_format.image_in_turn else []
     if not waiting:
@@ -123,7 +123,7 @@ def encode_chat(
         reply = tokenizer.encode(answer.strip() if chat_format.is_stripped else answer) + end
         room = math.inf if max_length is None else max_length - len(tokens) - len(prompt)
         if len(reply) <= room or (cuts_answers and room > 0):
-            tokens += prompt + reply + after
+            tokens += [*prompt, *reply, *after]
             is_answer += [False] * len(prompt) + [True] * len(reply) + [False] * len(after)
             waiting = []
     # What follows the last answer may be cut off: nothing comes after it. An answer that is cut is the last.
@@ -133,7 +133,7 @@ def encode_chat(
 def encode_prompt(tokenizer: Tokenizer, question: str, num_image_slots: int, image_id: int) -> np.ndarray:
     """Returns int32 tokens that end where the answer is to begin."""
     chat_format = format_of(tokenizer)
-    head, slots = _encode_marked(tokenizer, chat_format.start), [image_id] * num_image_slots
+    head, slots = [*_encode_marked(tokenizer, chat_format.start)], [image_id] * num_image_slots
     if chat_format.image_in_turn:
         return np.array(head + _encode_question(tokenizer, question, slots), np.int32)
     return np.array(head + slots + _encode_question(tokenizer, question, []), np.int32)
@@ -144,15 +144,16 @@ def _encode_question(tokenizer: Tokenizer, question: str, slots: list[int]) -> l
     if chat_format.is_stripped:
         question = question.strip()
     before, after = (_encode_marked(tokenizer, text) for text in (chat_format.user, chat_format.assistant))
-    return before + slots + tokenizer.encode(question) + after
+    return [*before, *slots, *tokenizer.encode(question), *after]
 
 
-def _encode_marked(tokenizer: Tokenizer, text: str) -> list[int]:
+@functools.lru_cache(maxsize=64)  # They stand around every question.
+def _encode_marked(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     """Encodes a text of our own, in which special tokens stand by their names."""
-    ids = []
+    ids: list[int] = []
     for part in re.split(f"({MARK})", text):
         if part in tokenizer.specials:
             ids.append(tokenizer.specials[part])
         elif part:
             ids += tokenizer.encode(part)
-    return ids
+    return tuple(ids)

@@ -1,6 +1,7 @@
 """Images: decoding anything to RGB, and cutting a page into the encoder's tiles."""
 
 import dataclasses
+import functools
 import io
 from collections.abc import Iterable
 from pathlib import Path
@@ -120,6 +121,7 @@ def choose_grids(sizes: np.ndarray, vision: VisionConfig, max_tiles: int, use_ov
     return chosen
 
 
+@functools.lru_cache(maxsize=4096)  # Pages of a data set have few different sizes.
 def choose_grid(
     height: int, width: int, vision: VisionConfig, max_tiles: int, use_overview: bool = False
 ) -> tuple[int, int]:
