@@ -6,8 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -87,6 +89,22 @@ def test_what_a_run_leaves_behind(straight):
     assert {"4", "8"} <= set(os.listdir(straight / "checkpoints"))
     assert any((straight / "tensorboard").iterdir())
     assert json.loads((straight / "config.json").read_text())[1]["stage"] == "pixels"
+
+
+def test_a_batch_that_comes_after_the_step_before_has_ended_is_waited_for(tmp_path):
+    def late(now: int, batch: dict) -> None:
+        if now == 2:
+            jax.block_until_ready(jax.live_arrays())
+            time.sleep(0.5)
+
+    fake_run.train(tmp_path, Batches(late), configs=fake_run.stages()[:1])
+    # The metrics of step 1 are read once step 2 has been sent off.
+    waited = {
+        line["step"]: line["data_wait_fraction"] / line["steps_per_second"]
+        for line in lines(tmp_path)
+        if "loss" in line
+    }
+    assert waited[1] >= 0.5 > waited[2] + waited[3] + waited[4]
 
 
 def test_a_stage_starts_from_the_one_before(straight):
