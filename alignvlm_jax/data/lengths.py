@@ -27,8 +27,7 @@ def load(config: Config, split: str, tasks: Sequence[str], sizes: Sequence[int],
       tokenizer: that of training, file or folder.
 
     Raises:
-      UserError: a folder has no index, or not that of its records and this tokenizer, and what to call; or more than
-        `data.max_unsupervised` of the records are of no use.
+      UserError: a folder has no index, or not that of its records and this tokenizer, and what to call.
     """
     data, ours = config.data, index.tokenizer_fingerprint(tokenizer)
     parts = []
@@ -41,16 +40,9 @@ def load(config: Config, split: str, tasks: Sequence[str], sizes: Sequence[int],
                 f"split {split!r} in {folder} has {size} records and an index of {len(loaded)}; {index.recount(folder)}"
             )
         parts.append(measure(loaded, tasks, config))
-    lengths = Lengths(
+    return Lengths(
         np.concatenate([part.tokens for part in parts], axis=1), np.concatenate([part.tiles for part in parts])
     )
-    total, useless = len(lengths.tiles), int((~lengths.tokens.any(axis=0)).sum())
-    if useless > data.max_unsupervised * total or useless == total:
-        raise UserError(
-            f"{useless} of {total} records of split {split!r} have no text for config.data.tasks {', '.join(tasks)} "
-            f"or more than {data.tiles_of_a_record} images; config.data.max_unsupervised is {data.max_unsupervised}"
-        )
-    return lengths
 
 
 def measure(index: Index, tasks: Sequence[str], config: Config) -> Lengths:

@@ -74,6 +74,9 @@ class TrainBatches(Iterator[Batch]):
 
     Attributes:
       next_row: global rows handed out so far: what a checkpoint has to hold.
+      num_unused: records that are in no row; see `schedule.Schedule`.
+      num_unsupervised: records that this process handed out since `start_row` and that taught nothing: they could not
+        be read, or had no answer that fits.
     """
 
     def __init__(self, config: Config, *, start_row: int = 0, process_index: int = 0, process_count: int = 1):
@@ -91,7 +94,8 @@ class TrainBatches(Iterator[Batch]):
         self._batches = iter(grain.MapDataset.source(local_rows).batch(local_size).to_iter_dataset(options))
         self._global_size, self._local_size, self._offset = global_size, local_size, process_index * local_size
         self._max_unsupervised = config.data.max_unsupervised
-        self._num_records = self._num_unsupervised = 0
+        self._num_records = self.num_unsupervised = 0
+        self.num_unused = self._rows.schedule.num_unused
         self.next_row = start_row
 
     def __next__(self) -> Batch:
@@ -105,21 +109,15 @@ class TrainBatches(Iterator[Batch]):
         config, so that a run that was stopped counts as one that was not."""
         return self._rows.schedule.counters(next_row)
 
-    @property
-    def num_unsupervised(self) -> int:
-        """Records that this process was to hand out since `start_row`, and that taught nothing: they could not be read,
-        or had no answer that fits."""
-        return self._num_unsupervised
-
     def _count_unsupervised(self, batch: Batch) -> None:
         begin = self.next_row + self._offset
         planned = sum(self._rows.schedule.num_records(row) for row in range(begin, begin + self._local_size))
         self._num_records += planned
-        self._num_unsupervised += planned - count_supervised(batch)
+        self.num_unsupervised += planned - count_supervised(batch)
         # At the start of a run one bad record would be a large share: no share is taken of less than 100.
-        if self._num_unsupervised > self._max_unsupervised * max(self._num_records, 100):
+        if self.num_unsupervised > self._max_unsupervised * max(self._num_records, 100):
             raise UserError(
-                f"{self._num_unsupervised} of {self._num_records} records cannot be read or have no answer that fits "
+                f"{self.num_unsupervised} of {self._num_records} records cannot be read or have no answer that fits "
                 f"config.data.row_length; config.data.max_unsupervised is {self._max_unsupervised}"
                 + (f"; the first: {self._rows.problem}" if self._rows.problem else "")
             )

@@ -32,7 +32,13 @@ class Pick(NamedTuple):
 
 
 class Schedule(Protocol):
-    """The rows of a stage. Several threads may ask."""
+    """The rows of a stage. Several threads may ask.
+
+    Attributes:
+      num_unused: records that are in no row: they lack what the tasks need, or have more images than tiles.
+    """
+
+    num_unused: int
 
     def picks(self, row: int) -> list[Pick]:
         """Returns the records of a row."""
@@ -58,6 +64,8 @@ def make(config: Config, split: str, sizes: Sequence[int], seed: Sequence[int], 
 
 class Shuffled:
     """A record a row, each of a folder's once an epoch."""
+
+    num_unused = 0
 
     def __init__(self, config: Config, size: int, seed: Sequence[int]):
         self._size, self._seed = size, seed
@@ -131,8 +139,12 @@ class Mixed:
         }
         usable_sizes = {name: len(records) for name, records in self._usable.items()}
         self._counts = mixture.counts(usable_sizes, self._sources, data.temperature)
+        self.num_unused = sum(sizes) - sum(usable_sizes.values())
         if not any(self._counts.values()):
-            raise UserError(f"no source of config.data.sources that has a weight has records: {usable_sizes}")
+            raise UserError(
+                f"none of {sum(sizes)} records in {', '.join(data.folders)} has text for config.data.tasks "
+                f"{', '.join(self._tasks)}, at most {data.tiles_of_a_record} images, and a source with a weight"
+            )
         self._lock = threading.Lock()
         self._begins = [0]
         self._epochs: dict[int, Epoch] = {}
@@ -174,7 +186,7 @@ class Mixed:
         told = {"epoch": progress} | self._by_source("records", records)
         if self._lengths is None:
             return told
-        return told | self._by_source("tokens", tokens) | {"fill": tokens.sum() / max(row * self._row_length, 1)}
+        return told | self._by_source("tokens", tokens) | {"fill": float(tokens.sum() / max(row * self._row_length, 1))}
 
     def epoch_at(self, row: int) -> Epoch:
         """Returns the epoch that holds a row. Where it begins only the epochs before it know."""

@@ -213,6 +213,8 @@ class _StageLoop:
         self.batches = pipeline.TrainBatches(
             config, start_row=next_row, process_index=jax.process_index(), process_count=jax.process_count()
         )
+        if self.batches.num_unused:
+            self.run.progress.say(f"{self.batches.num_unused:,} records are in no row: of no use to the stage's tasks")
         self.interval = Interval()
         for now in range(newest + 1, self.stage.end + 1):
             if self._must_stop(now):

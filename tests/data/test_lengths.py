@@ -67,11 +67,3 @@ def test_an_index_that_does_not_fit_says_what_to_call(demo_config, tokenizer, tm
     index_lib.index_path(shard).unlink()
     with pytest.raises(UserError, match=f"is missing.*{again}"):
         lengths.load(config, "train", TASKS, [3], tokenizer.name)
-
-
-def test_too_many_records_of_no_use_are_an_error(demo_config, tokenizer, tmp_path):
-    config = change(demo_config, "data", dir=str(tmp_path), tokenizer=tokenizer.name, max_unsupervised=0.5)
-    records = [record(answer=""), record(answer=""), record()]
-    write_shard(tmp_path / "train-00000-of-00001.array_record", records, tokenizer)
-    with pytest.raises(UserError, match=r"2 of 3 records of split 'train' have no text for .* answer or more than 2"):
-        lengths.load(config, "train", ["answer"], [3], tokenizer.name)

@@ -112,8 +112,15 @@ def test_tasks_are_drawn_by_weight_of_those_that_a_record_has():
     assert np.mean(task_of[10_000:] == 0) == pytest.approx(0.75, abs=0.02)
 
 
+def test_records_of_no_use_are_counted():
+    assert planned().num_unused == (~known_lengths().tokens.any(axis=0)).sum() > 0
+    assert Mixed(config(packing="none"), SIZES, None, [0, 1]).num_unused == 0
+
+
 def test_sources_without_records_are_an_error():
-    with pytest.raises(UserError, match=r"has records: \{'a': 0, 'b': 0, 'c': 0\}"):
+    with pytest.raises(
+        UserError, match=r"none of 0 records in a, b, c has text for config.data.tasks answer, transcribe"
+    ):
         Mixed(config(packing="none"), [0, 0, 0], None, [0, 1])
 
 

@@ -60,7 +60,7 @@ class Batches:
     def __call__(self, config: Config, *, start_row: int, process_index: int, process_count: int) -> "Batches":
         assert (process_index, process_count) == (0, 1)
         self._config, self.next_row = config, start_row
-        self.num_unsupervised = 0
+        self.num_unsupervised = self.num_unused = 0
         return self
 
     def counters(self, next_row: int) -> dict[str, float]:
