@@ -77,9 +77,10 @@ beam: $(BEAM)/.done  ## install Apache Beam into .venv-beam, for `prepare --beam
 test-beam: beam  ## compare prepare under Apache Beam with prepare on processes
 	$(BEAM)/bin/pytest --confcutdir=tests/beam tests/beam
 
-bench: tpu-compiler  ## memory on a TPU and time on CPU of the large operations (minutes; docs/results.md)
+bench: tpu-compiler  ## memory on a TPU, time on CPU of the large operations, plans (minutes; docs/results.md)
 	$(BIN)/python -m tests.benchmarks.vocab
 	$(BIN)/python -m tests.benchmarks.attention
+	$(BIN)/python -m tests.benchmarks.packing
 
 bench-plans: tpu-compiler  ## the smallest TPU slice for every stage of the paper (an hour)
 	$(BIN)/python -m tests.benchmarks.plans

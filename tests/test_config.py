@@ -149,6 +149,19 @@ def test_numbers_and_lists_are_taken_as_meant():
         ("data.tasks", {"answer": math.nan}, r"config\.data\.tasks\.answer is nan; it must be a finite number"),
         ("data.tasks", {}, r"config\.data\.tasks \{\} has no positive weight"),
         ("data.tasks", {"answer": 0.0}, r"config\.data\.tasks \{'answer': 0\.0\} has no positive weight"),
+        ("data.packing", "planned", r"config\.data\.packing is 'planned'; did you mean 'plan'\?"),
+        ("data.loss_by", "tokens", r"config\.data\.loss_by is 'tokens'; did you mean 'token'\?"),
+        ("data.temperature", 0.0, r"config\.data\.temperature is 0\.0; it must be above 0"),
+        ("data.record_tiles", 3, r"config\.data\.record_tiles is 3; a row has config\.data\.max_tiles 2 of them"),
+        ("data.record_tiles", -1, r"config\.data\.record_tiles is -1; it must be at least 0"),
+        ("data.sources", {"a": {}}, r"config\.data\.sources\.a\.dir is empty"),
+        ("data.sources", {"a": {"dir": "d", "wait": 1.0}}, r"config\.data\.sources\.a\.wait; did you mean 'weight'\?"),
+        ("data.sources", {"a": {"dir": "d", "weight": -1.0}}, r"sources\.a\.weight is -1\.0; it must be at least 0"),
+        ("data.sources", {"a": {"dir": "d", "weight": 0}}, r"config\.data\.sources a: .* a weight above 0"),
+        ("data.sources", {"a": {"dir": "d", "repeat": 0.0}}, r"sources\.a\.repeat is 0\.0; it must be above 0"),
+        ("data.sources", {"a": {"dir": "d", "cap": -1}}, r"sources\.a\.cap is -1; it must be at least 0"),
+        ("data.sources", {"a/b": {"dir": "d"}}, r"sources\.a/b: a source's name is made of letters"),
+        ("data.sources", {"a": "d"}, r"config\.data\.sources\.a is 'd'; it must be a group of fields"),
         ("data.tasks", {"answer": 1.0, "transcribe": -0.5}, r"config\.data\.tasks .*-0\.5.* has no positive weight"),
     ],
 )
@@ -202,6 +215,16 @@ def test_a_task_mixture_is_replaced_whole():
     assert stage.data.tasks == {"answer": 2.0} and stage.data.dir == "d"
 
 
+def test_sources_of_a_stage_replace_those_of_the_base():
+    base = {"data": {"sources": {"a": {"dir": "x", "weight": 2}, "c": {"dir": "z"}}}}
+    first, second = config_lib.from_config_dict(
+        base | {"stages": {"1": {}, "2": {"data": {"sources": {"b": {"dir": "y"}}}}}}
+    )
+    assert first.data.sources["a"] == config_lib.SourceConfig(dir="x", weight=2.0)
+    assert first.data.folders == ("x", "z") and second.data.folders == ("y",)
+    assert config_lib.DataConfig(dir="d").folders == ("d",)
+
+
 def test_every_stage_is_checked():
     with pytest.raises(UserError, match=r"config\.train\.num_steps is 0"):
         config_lib.from_config_dict({"stages": {"a": {}, "b": {"train": {"num_steps": 0}}}})
@@ -231,6 +254,7 @@ def test_json_round_trip():
         {
             "model": {"llm": {"rope_scaling": {"factor": 8.0}}},
             "mesh": {"tensor": 2},
+            "data": {"sources": {"pages": {"dir": "data/pages", "repeat": 1.5, "cap": 9}}},
             "stages": {"a": {"train": {"trainable": ("llm/.*", "connector/.*")}}, "b": {"data": {"tasks": {"x": 1.0}}}},
         }
     )

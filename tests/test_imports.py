@@ -99,7 +99,8 @@ def test_data_needs_no_jax():
         assert not {name.split(".")[0] for name in names} & NOT_IN_DATA, file
         for name in names:
             path = name.removeprefix("alignvlm_jax.").replace(".", "/")
-            candidates = {f"{path}.py", f"{path.rpartition('/')[0]}.py", f"{path}/__init__.py"}
+            parent = path.rpartition("/")[0]
+            candidates = {f"{path}.py", f"{parent}.py", f"{path}/__init__.py", f"{parent}/__init__.py"}
             waiting += (candidates & set(FILES)) - reached if name.startswith("alignvlm_jax.") else ()
     assert "errors.py" in reached
 

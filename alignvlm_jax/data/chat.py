@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Iterable
 
@@ -98,16 +99,18 @@ def encode_chat(
     num_image_slots: int,
     image_id: int,
     max_length: int | None = None,
+    cuts_answers: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Encodes (question, answer) turns with the image slots, each of them the token `image_id`. Turns that would not
-    fit `max_length` are left out whole.
+    fit `max_length` are left out whole; with `cuts_answers`, the first whose answer begins within it is cut there
+    instead, and has no end.
 
     Returns:
       int32 tokens, and bools of the same length that are true on the answers' tokens and the end of each: what the
       model has to say itself. The mask is built with the tokens, never by searching the text.
     """
     chat_format = format_of(tokenizer)
-    tokens = _encode_marked(tokenizer, chat_format.start)
+    tokens = [*_encode_marked(tokenizer, chat_format.start)]
     slots = [image_id] * num_image_slots
     waiting = slots if chat_format.image_in_turn else []
     if not waiting:
@@ -118,18 +121,19 @@ def encode_chat(
     for question, answer in turns:
         prompt = _encode_question(tokenizer, question, waiting)
         reply = tokenizer.encode(answer.strip() if chat_format.is_stripped else answer) + end
-        if max_length is None or len(tokens) + len(prompt) + len(reply) <= max_length:
-            tokens += prompt + reply + after
+        room = math.inf if max_length is None else max_length - len(tokens) - len(prompt)
+        if len(reply) <= room or (cuts_answers and room > 0):
+            tokens += [*prompt, *reply, *after]
             is_answer += [False] * len(prompt) + [True] * len(reply) + [False] * len(after)
             waiting = []
-    # What follows the last answer may be cut off: nothing comes after it.
+    # What follows the last answer may be cut off: nothing comes after it. An answer that is cut is the last.
     return np.array(tokens[:max_length], np.int32), np.array(is_answer[:max_length], bool)
 
 
 def encode_prompt(tokenizer: Tokenizer, question: str, num_image_slots: int, image_id: int) -> np.ndarray:
     """Returns int32 tokens that end where the answer is to begin."""
     chat_format = format_of(tokenizer)
-    head, slots = _encode_marked(tokenizer, chat_format.start), [image_id] * num_image_slots
+    head, slots = [*_encode_marked(tokenizer, chat_format.start)], [image_id] * num_image_slots
     if chat_format.image_in_turn:
         return np.array(head + _encode_question(tokenizer, question, slots), np.int32)
     return np.array(head + slots + _encode_question(tokenizer, question, []), np.int32)
@@ -140,15 +144,16 @@ def _encode_question(tokenizer: Tokenizer, question: str, slots: list[int]) -> l
     if chat_format.is_stripped:
         question = question.strip()
     before, after = (_encode_marked(tokenizer, text) for text in (chat_format.user, chat_format.assistant))
-    return before + slots + tokenizer.encode(question) + after
+    return [*before, *slots, *tokenizer.encode(question), *after]
 
 
-def _encode_marked(tokenizer: Tokenizer, text: str) -> list[int]:
+@functools.lru_cache(maxsize=64)  # They stand around every question.
+def _encode_marked(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     """Encodes a text of our own, in which special tokens stand by their names."""
-    ids = []
+    ids: list[int] = []
     for part in re.split(f"({MARK})", text):
         if part in tokenizer.specials:
             ids.append(tokenizer.specials[part])
         elif part:
             ids += tokenizer.encode(part)
-    return ids
+    return tuple(ids)

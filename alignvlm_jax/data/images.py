@@ -1,6 +1,7 @@
 """Images: decoding anything to RGB, and cutting a page into the encoder's tiles."""
 
 import dataclasses
+import functools
 import io
 from collections.abc import Iterable
 from pathlib import Path
@@ -92,27 +93,49 @@ def _draw_pdf_page(data: bytes, name: str, page: int) -> Image.Image:
         raise UserError(f"cannot read PDF {name}: {err}") from err
 
 
-def choose_grid(
-    height: int, width: int, vision: VisionConfig, max_tiles: int, use_overview: bool = False
-) -> tuple[int, int]:
-    """Returns the rows and columns of cells that a page is cut into, as Ovis v1.6 does, for tiles of any shape.
+def choose_grids(sizes: np.ndarray, vision: VisionConfig, max_tiles: int, use_overview: bool = False) -> np.ndarray:
+    """Returns the rows and columns of cells that pages are cut into, as Ovis v1.6 does, for tiles of any shape.
 
     A grid covers the share of the page's pixels that is left after its cells shrank to the tile. Of the grids that
     cover more than 0.9 the one with the fewest cells is taken; else the best covering of all, of equals the one with
     fewer cells. The overview takes one of `max_tiles` where there is more than one cell.
+
+    Args:
+      sizes: int [M, 2], height and width of each page.
+
+    Returns:
+      int32 [M, 2].
     """
     grids = [(r, c) for r in range(1, max_tiles + 1) for c in range(1, max_tiles // r + 1)]
     grids = [(r, c) for r, c in grids if r * c == 1 or r * c + use_overview <= max_tiles]
-
-    def coverage(grid: tuple[int, int]) -> float:
-        shrink = min(1.0, vision.tile_height * grid[0] / height, vision.tile_width * grid[1] / width)
-        return shrink * shrink
-
-    covering = [grid for grid in grids if coverage(grid) > MIN_COVERAGE]
-    if covering:
+    chosen = np.ones((len(sizes), 2), np.int32)
+    best = np.zeros(len(sizes))
+    height, width = np.transpose(sizes)
+    for rows, columns in sorted(grids, key=lambda grid: grid[0] * grid[1]):
+        shrink = np.minimum(1.0, np.minimum(vision.tile_height * rows / height, vision.tile_width * columns / width))
+        coverage = shrink * shrink
         # No tie to break: where two grids of as many cells cover, so does one of fewer.
-        return min(covering, key=lambda grid: grid[0] * grid[1])
-    return min(grids, key=lambda grid: (-coverage(grid), grid[0] * grid[1]))
+        better = (coverage > best) & (best <= MIN_COVERAGE)
+        chosen[better] = rows, columns
+        best[better] = coverage[better]
+    return chosen
+
+
+@functools.lru_cache(maxsize=4096)  # Pages of a data set have few different sizes.
+def choose_grid(
+    height: int, width: int, vision: VisionConfig, max_tiles: int, use_overview: bool = False
+) -> tuple[int, int]:
+    """Returns the rows and columns of `choose_grids` for one page."""
+    [(rows, columns)] = choose_grids(np.array([[height, width]]), vision, max_tiles, use_overview).tolist()
+    return rows, columns
+
+
+def count_tiles(sizes: np.ndarray, vision: VisionConfig, max_tiles: int, use_overview: bool) -> np.ndarray:
+    """Returns the number of tiles, int32 [M], that `tile_image` makes of pages of these sizes, int [M, 2]."""
+    grids = choose_grids(sizes, vision, max_tiles, use_overview)
+    # A page with fewer pixels than cells has empty ones, which are no tiles.
+    cells = np.minimum(grids, sizes).prod(axis=1)
+    return (cells + (use_overview & (grids.prod(axis=1) > 1))).astype(np.int32)
 
 
 def tile_image(image: Image.Image, vision: VisionConfig, max_tiles: int, use_overview: bool) -> Tiles:

@@ -1,5 +1,6 @@
 """Batches. Row i of a stage is a pure function of (seed, stage, i), so a position in the data is one number."""
 
+import bisect
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,39 +9,64 @@ import grain
 import numpy as np
 
 from alignvlm_jax.config import Config
-from alignvlm_jax.data import rows, tokenizer_files
-from alignvlm_jax.data.rows import Row
-from alignvlm_jax.data.schema import Batch
+from alignvlm_jax.data import rows, schedule, tokenizer_files
+from alignvlm_jax.data.rows import Part, Row
+from alignvlm_jax.data.schedule import Schedule
+from alignvlm_jax.data.schema import Batch, Record
 from alignvlm_jax.data.sources import RecordSource
 from alignvlm_jax.data.tokenizer import Tokenizer
 from alignvlm_jax.errors import UserError, nearest
 
 
 class TrainRows:
-    """All rows of a stage, by global index: epoch by epoch through the records, each epoch in its own order."""
+    """All rows of a stage, by global index.
+
+    Attributes:
+      schedule: says what stands in each.
+      problem: why the first record was left out that could not be read, or did not fit; None while there is none.
+    """
 
     def __init__(self, config: Config, split: str):
         self._config = config
         self._tokenizer = load_tokenizer(config)
-        self._records = RecordSource(config.data.dir, split)
-        self._seed = [config.seed, zlib.crc32(f"{config.stage}/{split}".encode())]
-        shuffle_seed = int(np.random.default_rng(self._seed).integers(2**32))
-        self._order = grain.MapDataset.range(len(self._records)).shuffle(shuffle_seed).repeat()
-        # Sorted: the order of the config's mapping must not decide which record gets which task.
-        self._tasks = sorted(config.data.tasks)
-        for task in self._tasks:
+        for task in config.data.tasks:
             if task not in rows.TASKS:
                 raise UserError(f"unknown task {task!r} in config.data.tasks{nearest(task, rows.TASKS)}")
-        weights = np.array([config.data.tasks[task] for task in self._tasks])
-        self._task_weights = weights / weights.sum()
+        self._sources = [RecordSource(folder, split) for folder in config.data.folders]
+        sizes = [len(source) for source in self._sources]
+        self._starts = np.cumsum([0, *sizes]).tolist()
+        seed = [config.seed, zlib.crc32(f"{config.stage}/{split}".encode())]
+        self.schedule: Schedule = schedule.make(config, split, sizes, seed, tokenizer_path(config))
+        self.problem: str | None = None
 
     def __len__(self) -> int:
         return self._config.train.num_steps * self._config.train.batch_size
 
     def __getitem__(self, index: int) -> Row:
-        rng = np.random.default_rng([*self._seed, index])
-        task = self._tasks[rng.choice(len(self._tasks), p=self._task_weights)]
-        return rows.build_row(self._records[self._order[index]], task, rng, self._config, self._tokenizer)
+        """A record that cannot be read, or has no answer that fits, is left out; the others are what they would be."""
+        parts: list[Part] = []
+        for pick in self.schedule.picks(index):
+            try:
+                record = self._record(pick.record)
+                part = rows.build_part(record, pick.task, pick.rng, self._config, self._tokenizer)
+                self._check_fits(record, [*parts, part])
+            except UserError as err:
+                self.problem = self.problem or str(err)
+            else:
+                parts.append(part)
+        return rows.join(parts, self._config, self._tokenizer)
+
+    def _check_fits(self, record: Record, parts: list[Part]) -> None:
+        """It does, unless the index from which the row was planned is wrong."""
+        data = self._config.data
+        num_tokens = sum(len(part.tokens) for part in parts)
+        num_tiles = sum(len(part.tile_arrays["tiles"]) for part in parts)
+        if num_tokens > data.row_length or num_tiles > data.max_tiles:
+            raise UserError(f"record {record.id} takes more of a row than its index says; `prepare --recount` mends it")
+
+    def _record(self, index: int) -> Record:
+        source = bisect.bisect_right(self._starts, index) - 1
+        return self._sources[source][index - self._starts[source]]
 
 
 class TrainBatches(Iterator[Batch]):
@@ -48,6 +74,9 @@ class TrainBatches(Iterator[Batch]):
 
     Attributes:
       next_row: global rows handed out so far: what a checkpoint has to hold.
+      num_unused: records that are in no row; see `schedule.Schedule`.
+      num_unsupervised: records that this process handed out since `start_row` and that taught nothing: they could not
+        be read, or had no answer that fits.
     """
 
     def __init__(self, config: Config, *, start_row: int = 0, process_index: int = 0, process_count: int = 1):
@@ -57,14 +86,16 @@ class TrainBatches(Iterator[Batch]):
         if start_row % global_size:
             raise UserError(f"data position {start_row} is not a multiple of config.train.batch_size {global_size}")
         local_size = global_size // process_count
-        all_rows = TrainRows(config, config.data.split)
-        local_rows = _Block(all_rows, start_row, global_size, process_index * local_size, local_size)
+        self._rows = TrainRows(config, config.data.split)
+        self.counters(start_row)  # Plans the epochs so far in their order; any other would plan some of them twice.
+        local_rows = _Block(self._rows, start_row, global_size, process_index * local_size, local_size)
         options = grain.ReadOptions(num_threads=config.data.num_threads, prefetch_buffer_size=config.data.prefetch)
         # Batched before the threads' buffer: whole batches wait in it, and nothing is stacked while a step waits.
         self._batches = iter(grain.MapDataset.source(local_rows).batch(local_size).to_iter_dataset(options))
-        self._global_size = global_size
+        self._global_size, self._local_size, self._offset = global_size, local_size, process_index * local_size
         self._max_unsupervised = config.data.max_unsupervised
-        self._num_rows = self._num_unsupervised = 0
+        self._num_records = self.num_unsupervised = 0
+        self.num_unused = self._rows.schedule.num_unused
         self.next_row = start_row
 
     def __next__(self) -> Batch:
@@ -73,16 +104,32 @@ class TrainBatches(Iterator[Batch]):
         self.next_row += self._global_size
         return batch
 
+    def counters(self, next_row: int) -> dict[str, float]:
+        """Returns what all processes had in the rows before `next_row`; see `schedule.Schedule`. It follows from the
+        config, so that a run that was stopped counts as one that was not."""
+        return self._rows.schedule.counters(next_row)
+
     def _count_unsupervised(self, batch: Batch) -> None:
-        supervised = batch["loss_weights"].any(axis=1)
-        self._num_rows += len(supervised)
-        self._num_unsupervised += int((~supervised).sum())
-        # At the start of a run one bad row would be a large share: no share is taken of less than 100 rows.
-        if self._num_unsupervised > self._max_unsupervised * max(self._num_rows, 100):
+        begin = self.next_row + self._offset
+        planned = sum(self._rows.schedule.num_records(row) for row in range(begin, begin + self._local_size))
+        self._num_records += planned
+        self.num_unsupervised += planned - count_supervised(batch)
+        # At the start of a run one bad record would be a large share: no share is taken of less than 100.
+        if self.num_unsupervised > self._max_unsupervised * max(self._num_records, 100):
             raise UserError(
-                f"{self._num_unsupervised} of {self._num_rows} rows have no answer that fits config.data.row_length; "
-                f"config.data.max_unsupervised is {self._max_unsupervised}"
+                f"{self.num_unsupervised} of {self._num_records} records cannot be read or have no answer that fits "
+                f"config.data.row_length; config.data.max_unsupervised is {self._max_unsupervised}"
+                + (f"; the first: {self._rows.problem}" if self._rows.problem else "")
             )
+
+
+def count_supervised(batch: Batch) -> int:
+    """Returns how many records of a batch have a token with loss."""
+    row, column = np.nonzero(batch["loss_weights"])
+    size, length = batch["segment_ids"].shape
+    is_supervised = np.zeros((size, length + 1), bool)
+    is_supervised[row, batch["segment_ids"][row, column]] = True
+    return int(is_supervised.sum())
 
 
 class _Block:

@@ -1,6 +1,7 @@
-"""A record to one row of a batch: image slots, chat tokens, loss weights, tiles and patch labels."""
+"""Records to one row of a batch: image slots, chat tokens, loss weights, tiles and patch labels."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -38,24 +39,67 @@ TASKS: dict[str, Callable[[Record, np.random.Generator], list[tuple[str, str]]]]
     "answer": _answer,
     "answer_and_transcribe": _answer_and_transcribe,
 }
-"""What a row asks of its record, by the names of `data.tasks`: (question, answer) turns, possibly none."""
+"""What a row asks of a record, by the names of `data.tasks`: (question, answer) turns, possibly none."""
 
 
-def build_row(record: Record, task: str, rng: np.random.Generator, config: Config, tokenizer: Tokenizer) -> Row:
-    """Builds a training row.
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a record brings into a row: n tokens, the image slots among them, and t tiles."""
 
-    A row whose answers do not fit `data.row_length`, or whose record lacks what the task needs, has loss weights of 0
-    throughout; the pipeline counts these.
+    tokens: np.ndarray  # int32 [n]
+    loss_weights: np.ndarray  # float32 [n], of predicting the next token
+    tile_arrays: Row  # "tiles" and the patch labels of `schema.Batch`, each [t, ...]
+
+
+def build_part(record: Record, task: str, rng: np.random.Generator, config: Config, tokenizer: Tokenizer) -> Part:
+    """Builds a record's part of a training row.
+
+    Turns that do not fit `data.row_length` are left out; a planned row cuts the answer of `transcribe` there instead.
+    Where no answer fits, or the record lacks what the task needs, loss weights are 0 throughout; a planned row has no
+    place for that.
 
     Raises:
-      UserError: an unreadable image, or more images than tile slots.
+      UserError: an unreadable image, more images than the record may have tiles, or no answer for a planned row.
     """
+    data = config.data
     pages = _tile_pages(record, config)
     turns = TASKS[task](record, rng)
     num_slots, image_id = _num_slots(pages, config), config.model.image_token_id
-    tokens, is_answer = chat.encode_chat(tokenizer, turns, num_slots, image_id, config.data.row_length)
-    text = _text_arrays(tokens, is_answer, config, tokenizer)
-    return text | {"tiles": _tiles(pages, config)} | _label_arrays(record, pages, config, tokenizer)
+    is_cut = data.packing == "plan" and task == "transcribe"
+    tokens, is_answer = chat.encode_chat(tokenizer, turns, num_slots, image_id, data.row_length, is_cut)
+    if data.packing == "plan" and not is_answer.any():
+        raise UserError(f"record {record.id} has no answer that fits config.data.row_length {data.row_length}")
+    loss_weights = np.zeros(len(tokens), np.float32)
+    loss_weights[:-1] = is_answer[1:]
+    if data.loss_by == "record" and is_answer.any():
+        loss_weights /= loss_weights.sum()
+    return Part(
+        tokens, loss_weights, {"tiles": _stack_tiles(pages, config)} | _labels(record, pages, config, tokenizer)
+    )
+
+
+def join(parts: Sequence[Part], config: Config, tokenizer: Tokenizer) -> Row:
+    """Returns the row of parts that fit it together: a segment each, one after another, their tiles likewise."""
+    vision, data = config.model.vision, config.data
+    slots, labels_shape = data.max_tiles, (vision.num_patches, data.max_patch_labels)
+    row = _text_arrays([(part.tokens, part.loss_weights) for part in parts], data.row_length, tokenizer) | {
+        "tiles": np.zeros((slots, vision.tile_height, vision.tile_width, 3), np.uint8),
+        "patch_label_ids": np.full((slots, *labels_shape), tokenizer.space_id, np.int32),
+        "patch_label_weights": np.zeros((slots, *labels_shape), np.float32),
+        "patch_loss_weights": np.zeros((slots, vision.num_patches), np.float32),
+    }
+    start = 0
+    for part in parts:
+        end = start + len(part.tile_arrays["tiles"])
+        for name, array in part.tile_arrays.items():
+            row[name][start:end] = array
+        start = end
+    return row
+
+
+def build_row(record: Record, task: str, rng: np.random.Generator, config: Config, tokenizer: Tokenizer) -> Row:
+    """Returns the training row of one record; see `build_part`."""
+    return join([build_part(record, task, rng, config, tokenizer)], config, tokenizer)
 
 
 def build_prompt(page: Record | Image.Image | None, question: str, config: Config, tokenizer: Tokenizer) -> Row:
@@ -65,23 +109,26 @@ def build_prompt(page: Record | Image.Image | None, question: str, config: Confi
     Raises:
       UserError: the prompt is longer than `data.row_length`.
     """
+    data, vision = config.data, config.model.vision
     if page is None:
         pages = []
     elif isinstance(page, Image.Image):
-        pages = [
-            images.tile_image(page.convert("RGB"), config.model.vision, config.data.max_tiles, config.data.use_overview)
-        ]
+        pages = [images.tile_image(page.convert("RGB"), vision, data.tiles_of_a_record, data.use_overview)]
     else:
         pages = _tile_pages(page, config)
     num_slots = _num_slots(pages, config)
     tokens = chat.encode_prompt(tokenizer, question, num_slots, config.model.image_token_id)
-    if len(tokens) > config.data.row_length:
+    if len(tokens) > data.row_length:
         raise UserError(
             f"the prompt has {len(tokens)} tokens ({num_slots} of the image) and config.data.row_length is "
-            f"{config.data.row_length}; shorten the question by {len(tokens) - config.data.row_length} tokens"
+            f"{data.row_length}; shorten the question by {len(tokens) - data.row_length} tokens"
         )
-    row = _text_arrays(tokens, np.zeros(len(tokens), bool), config, tokenizer)
-    return row | {"tiles": _tiles(pages, config)} if pages else row
+    row = _text_arrays([(tokens, np.zeros(len(tokens), np.float32))], data.row_length, tokenizer)
+    if not pages:
+        return row
+    tiles = _stack_tiles(pages, config)
+    unused = np.zeros((data.tiles_of_a_record - len(tiles), *tiles.shape[1:]), np.uint8)
+    return row | {"tiles": np.concatenate([tiles, unused])}
 
 
 def trim_prompt(row: Row, config: Config, multiple: int = 64) -> Row:
@@ -96,17 +143,17 @@ def trim_prompt(row: Row, config: Config, multiple: int = 64) -> Row:
 
 
 def _tile_pages(record: Record, config: Config) -> list[Tiles]:
-    """The tiles of a record's images, which share `data.max_tiles` evenly."""
+    """The tiles of a record's images, which share those that it may have evenly."""
     data = config.data
-    if len(record.images) > data.max_tiles:
-        raise UserError(
-            f"record {record.id} has {len(record.images)} images; config.data.max_tiles is {data.max_tiles}"
-        )
+    most = data.tiles_of_a_record
+    if len(record.images) > most:
+        field = "record_tiles" if data.record_tiles else "max_tiles"
+        raise UserError(f"record {record.id} has {len(record.images)} images; config.data.{field} is {most}")
     return [
         images.tile_image(
             images.decode_image(image, f"{i} of record {record.id}"),
             config.model.vision,
-            data.max_tiles // len(record.images),
+            most // len(record.images),
             data.use_overview,
         )
         for i, image in enumerate(record.images)
@@ -117,44 +164,48 @@ def _num_slots(pages: list[Tiles], config: Config) -> int:
     return sum(len(page.pixels) for page in pages) * config.model.slots_per_tile
 
 
-def _text_arrays(tokens: np.ndarray, is_answer: np.ndarray, config: Config, tokenizer: Tokenizer) -> Row:
-    length = config.data.row_length
-    used = len(tokens)
-    row_tokens = np.full(length, tokenizer.pad_id, np.int32)
-    row_tokens[:used] = tokens
-    loss_weights = np.zeros(length, np.float32)
-    loss_weights[: used - 1] = is_answer[1:]
-    in_use = np.arange(length) < used
-    return {
-        "tokens": row_tokens,
-        "targets": np.append(row_tokens[1:], np.int32(tokenizer.pad_id)),
-        "loss_weights": loss_weights,
-        "positions": np.arange(length, dtype=np.int32) * in_use,
-        "segment_ids": in_use.astype(np.int32),
+def _text_arrays(segments: Sequence[tuple[np.ndarray, np.ndarray]], length: int, tokenizer: Tokenizer) -> Row:
+    """The arrays of segments, each its tokens and their loss weights. No position predicts the next segment."""
+    row = {
+        "tokens": np.full(length, tokenizer.pad_id, np.int32),
+        "targets": np.full(length, tokenizer.pad_id, np.int32),
+        "loss_weights": np.zeros(length, np.float32),
+        "positions": np.zeros(length, np.int32),
+        "segment_ids": np.zeros(length, np.int32),
     }
-
-
-def _tiles(pages: list[Tiles], config: Config) -> np.ndarray:
-    """All pages' tiles, padded to `data.max_tiles`."""
-    vision = config.model.vision
-    tiles = np.zeros((config.data.max_tiles, vision.tile_height, vision.tile_width, 3), np.uint8)
-    for slot, tile in enumerate(tile for page in pages for tile in page.pixels):
-        tiles[slot] = tile
-    return tiles
-
-
-def _label_arrays(record: Record, pages: list[Tiles], config: Config, tokenizer: Tokenizer) -> Row:
-    """The tiles' labels, padded like them. Where a record does not know its words they carry no loss."""
-    vision, data = config.model.vision, config.data
-    slots, patches, k = data.max_tiles, vision.num_patches, data.max_patch_labels
-    ids = np.full((slots, patches, k), tokenizer.space_id, np.int32)
-    weights = np.zeros((slots, patches, k), np.float32)
-    loss_weights = np.zeros((slots, patches), np.float32)
     start = 0
+    for number, (tokens, loss_weights) in enumerate(segments, start=1):
+        end = start + len(tokens)
+        row["tokens"][start:end] = tokens
+        row["targets"][start : end - 1] = tokens[1:]
+        row["loss_weights"][start:end] = loss_weights
+        row["positions"][start:end] = np.arange(len(tokens))
+        row["segment_ids"][start:end] = number
+        start = end
+    return row
+
+
+def _stack_tiles(pages: list[Tiles], config: Config) -> np.ndarray:
+    """All pages' tiles, uint8 [t, Y, X, C]."""
+    vision = config.model.vision
+    none = np.zeros((0, vision.tile_height, vision.tile_width, 3), np.uint8)
+    return np.concatenate([none, *(page.pixels for page in pages)])
+
+
+def _labels(record: Record, pages: list[Tiles], config: Config, tokenizer: Tokenizer) -> Row:
+    """The tiles' labels. Where a record does not know its words they carry no loss."""
+    vision, k = config.model.vision, config.data.max_patch_labels
+    ids = [np.zeros((0, vision.num_patches, k), np.int32)]
+    weights = [np.zeros((0, vision.num_patches, k), np.float32)]
+    loss_weights = [np.zeros((0, vision.num_patches), np.float32)]
     for index, page in enumerate(pages):
-        used = slice(start, start := start + len(page.pixels))
         lines = record.lines[index] if record.lines else ()
-        ids[used], weights[used], loss_weights[used] = labels.patch_labels(
-            lines, page, tokenizer, vision, k, data.blank_weight if record.lines else 0.0
-        )
-    return {"patch_label_ids": ids, "patch_label_weights": weights, "patch_loss_weights": loss_weights}
+        blank_weight = config.data.blank_weight if record.lines else 0.0
+        of_page = labels.patch_labels(lines, page, tokenizer, vision, k, blank_weight)
+        for found, array in zip((ids, weights, loss_weights), of_page, strict=True):
+            found.append(array)
+    return {
+        "patch_label_ids": np.concatenate(ids),
+        "patch_label_weights": np.concatenate(weights),
+        "patch_loss_weights": np.concatenate(loss_weights),
+    }

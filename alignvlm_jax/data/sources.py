@@ -89,12 +89,11 @@ def read_shard(path: str | Path) -> Iterator[bytes]:
         raise UserError(f"cannot read {path} ({err}); {AGAIN}") from err
 
 
-def fingerprint(directory: str | Path) -> str:
-    """Returns a checksum of what `prepare` was asked for and of the tokenizer: other data have another one. A folder
-    that holds neither has the checksum of nothing."""
+def fingerprint(*directories: str | Path) -> str:
+    """Returns a checksum of what `prepare` was asked for and of the tokenizer, in every folder: other data have another
+    one. Where there is neither it is that of nothing."""
     crc = 0
-    for name in ("prepare.json", "tokenizer.model"):
-        path = Path(directory, name)
+    for path in (Path(directory, name) for directory in directories for name in ("prepare.json", "tokenizer.model")):
         crc = zlib.crc32(path.read_bytes() if path.exists() else b"", crc)
     return f"{crc:08x}"
 

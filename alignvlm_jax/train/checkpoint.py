@@ -235,7 +235,7 @@ def describe(
         "layout_version": LAYOUT_VERSION,
         "config": config_lib.to_json(stages),
         "stage": stage.stage,
-        "data": sources.fingerprint(stage.data.dir),
+        "data": sources.fingerprint(*stage.data.folders),
         "train_seconds": train_seconds,
         "validation_answer_loss": answer_loss,
         "git": _git_hash(),

@@ -159,11 +159,12 @@ def _check_data(run: Run, metadata: Mapping[str, Any]) -> None:
     """The position in the data means nothing in other data."""
     if "data" not in metadata:  # Without a checkpoint, or with one from before data had fingerprints.
         return
-    folder = next(config.data.dir for config in run.stages if config.stage == metadata["stage"])
-    here = sources.fingerprint(folder)
+    folders = next(config.data.folders for config in run.stages if config.stage == metadata["stage"])
+    here = sources.fingerprint(*folders)
     if metadata["data"] != here:
         raise UserError(
-            f"{run.folder} was trained on data of fingerprint {metadata['data']}, that of {folder} is {here}; "
+            f"{run.folder} was trained on data of fingerprint {metadata['data']}, "
+            f"that of {', '.join(folders)} is {here}; "
             "take the data that it was trained on, or another --workdir"
         )
 
@@ -202,32 +203,36 @@ class _StageLoop:
     validation: list[Batch]
     mfu_of: Callable[[float], dict[str, float]]
     interval: Interval = dataclasses.field(default_factory=Interval)
-    unread: tuple[int, step.Metrics] | None = None
+    batches: pipeline.TrainBatches = dataclasses.field(init=False)
+    unread: tuple[int, step.Metrics, int] | None = None  # the last, batches.num_unsupervised
+    unsupervised_told: int = 0
 
     def run_steps(self, live: TrainState, newest: int, next_row: int) -> None:
         """Trains from step `newest` to the stage's end, where a checkpoint stands in any case."""
         config, saved = self.stage.config, newest
-        batches = pipeline.TrainBatches(
+        self.batches = pipeline.TrainBatches(
             config, start_row=next_row, process_index=jax.process_index(), process_count=jax.process_count()
         )
+        if self.batches.num_unused:
+            self.run.progress.say(f"{self.batches.num_unused:,} records are in no row: of no use to the stage's tasks")
         self.interval = Interval()
         for now in range(newest + 1, self.stage.end + 1):
             if self._must_stop(now):
                 self._read()
                 self.run.progress.say(f"stopping at step {now - 1}")
                 if now - 1 > saved:
-                    self._save(live, now - 1, batches.next_row, None)
+                    self._save(live, now - 1, None)
                 self.run.checkpoints.wait()
                 raise self._stopped(now - 1)
             with jax.transfer_guard("disallow"):
-                batch = step.train_inputs(config, self.interval.next_batch(batches))
+                batch = step.train_inputs(config, self.interval.next_batch(self.batches, self._is_device_busy))
                 live, metrics = self.train_step(live, sharding.put_batch(batch, self.mesh))
             self._read()
-            self.unread = now, metrics
+            self.unread = now, metrics, self.batches.num_unsupervised
             self.run.checkpoints.check()
             answer_loss = self._validate(live, now) if self._is_due(now, config.train.validate_every) else None
             if self._is_due(now, config.train.checkpoint_every):
-                self._save(live, now, batches.next_row, answer_loss)
+                self._save(live, now, answer_loss)
                 saved = now
         self.run.checkpoints.wait()
         # The next stage would compile before it asks.
@@ -245,11 +250,15 @@ class _StageLoop:
         may_ask = jax.process_count() == 1 or self._is_due(now, self.stage.config.train.log_every)
         return may_ask and self.run.stop.requested()
 
+    def _is_device_busy(self) -> bool:
+        """Whether a step that was sent off is not finished yet."""
+        return self.unread is not None and not self.unread[1]["loss"].is_ready()
+
     def _read(self) -> None:
         """Reads the metrics of the step before, waiting for it, and logs them where due."""
         if self.unread is None:
             return
-        (now, metrics), self.unread = self.unread, None
+        (now, metrics, unsupervised), self.unread = self.unread, None
         config = self.stage.config
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         skipped = now - self.stage.begin - int(values.pop("num_updates"))
@@ -264,6 +273,11 @@ class _StageLoop:
             line = self.interval.means() | {"learning_rate": values["learning_rate"]}
             line |= {"train_seconds": self.run.train_seconds(), "skipped_steps": skipped}
             line |= self.mfu_of(line["steps_per_second"])
+            # Of the rows up to this step: those of the next have been read already.
+            line |= self.batches.counters((now - self.stage.begin) * config.train.batch_size)
+            # Not known from the plan, so of this process alone, and since the line before: lines add up after a resume.
+            line["unsupervised_records"] = unsupervised - self.unsupervised_told
+            self.unsupervised_told = unsupervised
             line["peak_memory_gib"] = peak_memory_gib()
             self.interval = Interval()
             self.writer.write(now, config.stage, line)
@@ -285,7 +299,7 @@ class _StageLoop:
             self.writer.write(now, self.stage.config.stage, line)
             return values["answer_loss"]
 
-    def _save(self, live: TrainState, now: int, next_row: int, answer_loss: float | None) -> None:
+    def _save(self, live: TrainState, now: int, answer_loss: float | None) -> None:
         self._read()
         with self.interval.pause():
             seconds = self.run.train_seconds()
@@ -294,7 +308,7 @@ class _StageLoop:
             )
             is_comparable = answer_loss is not None and math.isfinite(answer_loss)
             metrics = {"stage": self.stage.index, "answer_loss": answer_loss} if is_comparable else None
-            self.run.checkpoints.save(now, live, next_row=next_row, metadata=metadata, metrics=metrics)
+            self.run.checkpoints.save(now, live, next_row=self.batches.next_row, metadata=metadata, metrics=metrics)
 
 
 def _local_batches(config: Config) -> list[Batch]:

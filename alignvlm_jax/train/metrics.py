@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -107,11 +107,16 @@ class Interval:
         self._began = time.monotonic()
         self._waited = 0.0
 
-    def next_batch(self, batches: Iterator[Batch]) -> Batch:
-        """Takes the next batch, measuring the wait for it."""
+    def next_batch(self, batches: Iterator[Batch], is_device_busy: Callable[[], bool]) -> Batch:
+        """Takes the next batch, measuring how long the device had nothing to do because of it.
+
+        While the step before is still running the device waits for nothing, however long the host does. If it has ended
+        by the time the batch is there, the whole wait counts: an upper bound, since it may have ended at any moment.
+        """
         began = time.monotonic()
         batch = next(batches)
-        self._waited += time.monotonic() - began
+        if not is_device_busy():
+            self._waited += time.monotonic() - began
         return batch
 
     @contextlib.contextmanager
@@ -127,7 +132,7 @@ class Interval:
 
     def means(self) -> dict[str, float]:
         """Returns means over the steps, of finite numbers only: a skipped step counts for its time. With them the
-        rate, and the share of the time in which the loop waited for data."""
+        rate, and the share of the time in which the device waited for data, or less (`next_batch`)."""
         seconds = time.monotonic() - self._began
         means = {}
         for name in self._values[-1]:

@@ -1,11 +1,12 @@
 """A workdir belongs to one config, which it holds as `config.json`.
 
 `FREE` names the fields, and the groups of them, that may differ when a run goes on: they decide where and how fast it
-runs and what is reported, not what is learnt. Data are known by their fingerprint (`train.loop`), not by `data.dir`.
+runs and what is reported, not what is learnt. Data are known by their fingerprint (`train.loop`), not by folders.
 """
 
 import contextlib
 import fcntl
+import fnmatch
 import json
 import os
 from collections.abc import Iterator
@@ -21,14 +22,15 @@ from alignvlm_jax.train.checkpoint import FOLDER
 CONFIG_FILE = "config.json"
 LOCK_FILE = ".lock"
 FREE = (
-    "mesh.",
+    "mesh.*",
     "data.dir",
+    "data.sources.*.dir",
     "data.num_threads",
     "data.prefetch",
     "train.log_every",
     "train.keep_checkpoints",
     "train.checkpoint_every",
-    "eval.",
+    "eval.*",
 )
 MAX_DIFFERENCES = 5
 """Named in the message; the rest is counted."""
@@ -109,7 +111,10 @@ def _check_same(path: Path, ours: list[dict[str, Any]]) -> None:
 
 
 def _without_free(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in _leaves(stage, "") if not name.startswith(FREE)} for stage in stages]
+    def is_free(name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in FREE)
+
+    return [{name: value for name, value in _leaves(stage, "") if not is_free(name)} for stage in stages]
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:

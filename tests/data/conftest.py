@@ -11,6 +11,7 @@ from PIL import Image
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.data import documents, preparing, sources, tables
+from alignvlm_jax.data import index as index_lib
 from alignvlm_jax.data.contents import Table
 from alignvlm_jax.data.formats.base import Format
 from alignvlm_jax.data.schema import Record
@@ -32,16 +33,23 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory, all_tables) -> Path:
-    """Two shards of training documents, one of every other split, and a tokenizer."""
+    """Two shards of training documents, one of every other split, their indexes, and a tokenizer."""
     path = tmp_path_factory.mktemp("data")
+    tokenizer = Tokenizer.train(path / "tokenizer.model", ["Total: 123.45", "What is the total?"])
     for split in documents.SPLITS:
         count = 2 if split == "train" else 1
         for shard in range(count):
             indices = range(shard * NUM_DOCUMENTS // count, (shard + 1) * NUM_DOCUMENTS // count)
-            records = (documents.render(0, split, index, all_tables) for index in indices)
-            sources.write_shard(path / sources.shard_name(split, shard, count), records)
-    Tokenizer.train(path / "tokenizer.model", ["Total: 123.45", "What is the total?"])
+            records = [documents.render(0, split, index, all_tables) for index in indices]
+            write_shard(path / sources.shard_name(split, shard, count), records, tokenizer)
     return path
+
+
+def write_shard(path: Path, records: list[Record], tokenizer: Tokenizer) -> None:
+    """A shard and its index."""
+    sources.write_shard(path, records)
+    fingerprint = index_lib.tokenizer_fingerprint(tokenizer.name)
+    index_lib.write(index_lib.index_path(path), index_lib.of_records(records, tokenizer, fingerprint))
 
 
 @pytest.fixture

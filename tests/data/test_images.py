@@ -164,6 +164,18 @@ def test_page_points_are_found_in_their_tiles(size):
             assert pixels[at[1], at[0]].max() < 140
 
 
+@pytest.mark.parametrize("use_overview", [False, True])
+@pytest.mark.parametrize("max_tiles", [1, 2, 9, 10])
+def test_tiles_are_counted_without_making_them(use_overview, max_tiles):
+    rng = np.random.default_rng(0)
+    sizes = np.concatenate([rng.integers(1, 12, (40, 2)), rng.integers(1, 400, (40, 2)), [[1, 3000], [3000, 1]]])
+    made = [
+        len(images.tile_image(Image.new("RGB", (width, height)), DEMO, max_tiles, use_overview).pixels)
+        for height, width in sizes.tolist()
+    ]
+    assert images.count_tiles(sizes, DEMO, max_tiles, use_overview).tolist() == made
+
+
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(10))
 def test_image_size_is_that_of_the_decoded_image(file_format, orientation):

@@ -1,11 +1,21 @@
+import collections
 import dataclasses
 import itertools
+import pathlib
+import shutil
+import zlib
 
 import numpy as np
 import pytest
 
-from alignvlm_jax.data import pipeline
+from alignvlm_jax.config import SourceConfig
+from alignvlm_jax.data import index as index_lib
+from alignvlm_jax.data import pipeline, rows, sources
+from alignvlm_jax.data.rows import Part
 from alignvlm_jax.errors import UserError
+from tests.data.conftest import NUM_DOCUMENTS
+
+OTHER_ROWS = {"tasks": {"answer_and_transcribe": 1.0}, "use_overview": True, "row_length": 160}
 
 
 def change(config, part, **fields):
@@ -16,6 +26,45 @@ def assert_equal(a, b):
     assert set(a) == set(b)
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+KINDS = {
+    "none": {},
+    "plan": {"packing": "plan", "row_length": 400, "max_tiles": 9, "record_tiles": 2},
+    "mixture": {"sources": {"a": {"weight": 2.0}, "b": {"repeat": 0.3}}},
+    "mixture, plan": {
+        "sources": {"a": {}, "b": {"repeat": 1.6}}, "temperature": 2.0,
+        "packing": "plan", "row_length": 300, "max_tiles": 4, "loss_by": "record",
+    },
+}  # fmt: skip
+
+
+def of_kind(config, kind: str):
+    fields = dict(KINDS[kind])
+    if "sources" in fields:
+        fields["sources"] = {
+            name: SourceConfig(dir=config.data.dir, **source) for name, source in fields["sources"].items()
+        }
+    return change(config, "data", **fields)
+
+
+@pytest.fixture(params=KINDS)
+def any_config(request, demo_config):
+    """Eight rows of 48 documents or more a step: epochs end within batches."""
+    return of_kind(demo_config, request.param)
+
+
+def checksum(config, split="train") -> str:
+    rows = pipeline.TrainRows(config, split)
+    arrays = [row[name] for row in (rows[i] for i in [*range(32), 100]) for name in sorted(row)]
+    return f"{zlib.crc32(b''.join(array.tobytes() for array in arrays)):08x}"
+
+
+def test_rows_of_one_record_are_what_they_ever_were(demo_config):
+    """Published numbers of the demonstration depend on every byte. Should a change be meant, measure them anew."""
+    assert checksum(demo_config) == "a28426d9" and checksum(demo_config, "validation") == "90a0f2e8"
+    other = dataclasses.replace(change(demo_config, "data", **OTHER_ROWS), seed=3, stage="stage2")
+    assert checksum(other) == "6a8d43ad"
 
 
 def test_batches_are_the_stacked_rows_in_order(demo_config):
@@ -30,13 +79,14 @@ def test_a_stage_ends_after_its_steps(demo_config):
     assert len(list(pipeline.TrainBatches(change(demo_config, "train", num_steps=3)))) == 3
 
 
-def test_resuming_continues_exactly(demo_config):
-    batches = pipeline.TrainBatches(demo_config)
-    for _ in range(3):
-        next(batches)
-    resumed = pipeline.TrainBatches(demo_config, start_row=batches.next_row)
-    for _ in range(2):
-        assert_equal(next(resumed), next(batches))
+def test_resuming_after_any_step_continues_exactly(any_config):
+    config = change(any_config, "train", num_steps=5)
+    straight = list(pipeline.TrainBatches(config))
+    for step in range(5):
+        resumed = pipeline.TrainBatches(config, start_row=8 * step)
+        for batch, expected in zip(resumed, straight[step:], strict=True):
+            assert_equal(batch, expected)
+        assert resumed.next_row == 40
 
 
 @pytest.mark.parametrize("num_threads, prefetch", [(1, 1), (4, 8)])
@@ -47,21 +97,118 @@ def test_threads_change_nothing(demo_config, num_threads, prefetch):
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_the_global_batch_is_the_same_for_any_number_of_processes(demo_config, count):
-    whole = pipeline.TrainBatches(demo_config, start_row=8)
-    parts = [
-        pipeline.TrainBatches(demo_config, start_row=8, process_index=p, process_count=count) for p in range(count)
-    ]
+def test_the_global_batch_is_the_same_for_any_number_of_processes(any_config, count):
+    whole = pipeline.TrainBatches(any_config, start_row=8)
+    parts = [pipeline.TrainBatches(any_config, start_row=8, process_index=p, process_count=count) for p in range(count)]
     for _ in range(2):
         local = [next(part) for part in parts]
         assert_equal(next(whole), {name: np.concatenate([part[name] for part in local]) for name in local[0]})
     assert {part.next_row for part in parts} == {whole.next_row}
 
 
+def numbered_parts(monkeypatch) -> None:
+    """Every record becomes three tokens that are its number."""
+
+    def build_part(record, task, rng, config, tokenizer):
+        number = int(record.id.rsplit("-", 1)[1])
+        return Part(np.full(3, number, np.int32), np.ones(3, np.float32), {"tiles": np.zeros((0, 32, 128, 3))})
+
+    monkeypatch.setattr(pipeline.rows, "build_part", build_part)
+
+
+def test_every_record_is_seen_as_often_as_planned_whatever_the_number_of_processes(any_config, monkeypatch):
+    numbered_parts(monkeypatch)
+    config = change(any_config, "train", num_steps=24)
+    seen, next_row = collections.Counter(), 0
+    # Goes on twelve times, after one or several steps, with another number of processes.
+    for count, steps in zip((1, 2, 4, 8, 4, 2) * 2, (1, 3, 2, 1, 2, 3) * 2, strict=True):
+        parts = [
+            pipeline.TrainBatches(config, start_row=next_row, process_index=p, process_count=count)
+            for p in range(count)
+        ]
+        for part, _ in itertools.product(parts, range(steps)):
+            batch = next(part)
+            starts = (batch["segment_ids"] > 0) & (batch["positions"] == 0)
+            seen.update(batch["tokens"][starts].tolist())
+        assert len({part.next_row for part in parts}) == 1
+        next_row = parts[0].next_row
+    rows = pipeline.TrainRows(config, "train")
+    planned = collections.Counter(
+        pick.record % NUM_DOCUMENTS for row in range(next_row) for pick in rows.schedule.picks(row)
+    )
+    assert next_row == 192 and seen == planned and set(seen) == set(range(NUM_DOCUMENTS))
+
+
+def spoil(folder: pathlib.Path, indices: range) -> None:
+    """Cuts the images of some training documents off, below the header that tells their size."""
+    for shard, path in enumerate(sources.shard_paths(folder, "train")):
+        source = sources.RecordSource(folder, "train")
+        half = range(shard * NUM_DOCUMENTS // 2, (shard + 1) * NUM_DOCUMENTS // 2)
+        records = [
+            dataclasses.replace(source[i], images=(source[i].images[0][:100],)) if i in indices else source[i]
+            for i in half
+        ]
+        sources.write_shard(path, records)  # The index stays.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_record_that_cannot_be_decoded_is_left_out_of_its_row_alone(demo_config, kind, tmp_path, tokenizer):
+    shutil.copytree(demo_config.data.dir, tmp_path, dirs_exist_ok=True)
+    spoil(tmp_path, range(7, 8))
+    config = of_kind(change(demo_config, "data", dir=str(tmp_path)), kind)
+    good, bad = pipeline.TrainRows(of_kind(demo_config, kind), "train"), pipeline.TrainRows(config, "train")
+    left_out = 0
+    for row in range(80):
+        picks = good.schedule.picks(row)
+        if not any(pick.record % NUM_DOCUMENTS == 7 for pick in picks):
+            assert_equal(bad[row], good[row])
+            continue
+        parts = [
+            rows.build_part(good._record(pick.record), pick.task, pick.rng, config, tokenizer)
+            for pick in picks
+            if pick.record % NUM_DOCUMENTS != 7
+        ]
+        left_out += len(picks) - len(parts)
+        assert_equal(bad[row], rows.join(parts, config, tokenizer))
+    batches = pipeline.TrainBatches(change(config, "data", max_unsupervised=1.0))
+    for _ in range(10):
+        next(batches)
+    assert batches.num_unsupervised >= left_out > 0 and "record train-000007" in bad.problem
+
+
+def test_too_many_unreadable_records_are_an_error_that_names_the_first(demo_config, tmp_path):
+    shutil.copytree(demo_config.data.dir, tmp_path, dirs_exist_ok=True)
+    spoil(tmp_path, range(10, 40))
+    config = of_kind(change(demo_config, "data", dir=str(tmp_path)), "plan")
+    with pytest.raises(
+        UserError, match=r"\d+ of \d+ records cannot be read .*; the first: .* of record train-0000\d\d"
+    ):
+        list(pipeline.TrainBatches(config))
+
+
+def test_an_index_of_other_records_is_found_out(demo_config, tmp_path):
+    shutil.copytree(demo_config.data.dir, tmp_path, dirs_exist_ok=True)
+    for path in sources.shard_paths(tmp_path, "train"):
+        index = index_lib.read(index_lib.index_path(path))
+        fewer = {task: np.minimum(tokens, 9) for task, tokens in index.text_tokens.items()}
+        index_lib.write(index_lib.index_path(path), dataclasses.replace(index, text_tokens=fewer))
+    config = of_kind(change(demo_config, "data", dir=str(tmp_path)), "plan")
+    with pytest.raises(UserError, match=r"takes more of a row than its index says; `prepare --recount` mends it"):
+        list(pipeline.TrainBatches(config))
+
+
+def test_planned_rows_are_full(demo_config):
+    rows = pipeline.TrainRows(of_kind(demo_config, "plan"), "train")
+    end = rows.schedule.epoch_at(0).end
+    used = sum((rows[row]["segment_ids"] > 0).sum() for row in range(end))
+    assert used / (400 * end) == rows.schedule.counters(end)["fill"] > 0.9
+    assert sum(rows[row]["segment_ids"].max() for row in range(end)) == NUM_DOCUMENTS
+
+
 def test_an_epoch_visits_every_record_once_and_the_next_in_another_order(demo_config):
     rows = pipeline.TrainRows(demo_config, "train")
-    size = len(rows._records)
-    epochs = [[rows._order[epoch * size + i] for i in range(size)] for epoch in range(2)]
+    size = NUM_DOCUMENTS
+    epochs = [[rows.schedule.order[epoch * size + i] for i in range(size)] for epoch in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(size))
     assert epochs[0] != epochs[1] != list(range(size))
 
@@ -86,7 +233,7 @@ def test_tasks_are_drawn_by_their_weights(demo_config):
 
 def test_too_many_rows_without_an_answer_are_an_error(demo_config):
     short = change(demo_config, "data", row_length=68)
-    with pytest.raises(UserError, match=r"8 of 8 rows .*max_unsupervised is 0\.01"):
+    with pytest.raises(UserError, match=r"8 of 8 records .*max_unsupervised is 0\.01"):
         next(pipeline.TrainBatches(short))
     next(pipeline.TrainBatches(change(short, "data", max_unsupervised=1.0)))
 

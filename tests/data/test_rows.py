@@ -136,3 +136,87 @@ def test_a_prompt_without_a_page_has_no_image_slots_and_no_tiles(demo_config, to
     prompt = rows.build_prompt(None, "Who?", demo_config, tokenizer)
     assert "tiles" not in prompt and not (prompt["tokens"] == demo_config.model.image_token_id).any()
     assert "tiles" not in rows.trim_prompt(prompt, demo_config)
+
+
+def planned(config, **fields):
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, packing="plan", **fields))
+
+
+def build_parts(config, tokenizer):
+    records = [page_record(128, 64), page_record(128, 32, TURNS[:1]), page_record(128, 32, num_images=2)]
+    return [
+        rows.build_part(record, task, np.random.default_rng(0), config, tokenizer)
+        for record, task in zip(records, ("answer", "answer", "transcribe"), strict=True)
+    ]
+
+
+def test_parts_stand_in_a_row_as_they_would_alone(demo_config, tokenizer):
+    config = planned(demo_config, row_length=400, max_tiles=6, record_tiles=2)
+    parts = build_parts(config, tokenizer)
+    row = rows.join(parts, config, tokenizer)
+    assert {name: (array.shape, array.dtype) for name, array in row.items()} == {
+        name: (array.shape, array.dtype) for name, array in rows.join([], config, tokenizer).items()
+    }
+    tile = 0
+    for number, part in enumerate(parts, start=1):
+        alone, here = rows.join([part], config, tokenizer), row["segment_ids"] == number
+        used = alone["segment_ids"] == 1
+        assert np.ptp(np.flatnonzero(here)) == here.sum() - 1 == used.sum() - 1
+        for name in ("tokens", "targets", "loss_weights", "positions"):
+            np.testing.assert_array_equal(row[name][here], alone[name][used], err_msg=name)
+        num_tiles = (part.tokens == config.model.image_token_id).sum() // config.model.slots_per_tile
+        for name, array in part.tile_arrays.items():
+            assert len(array) == num_tiles > 0
+            np.testing.assert_array_equal(row[name][tile : tile + num_tiles], array, err_msg=name)
+            np.testing.assert_array_equal(alone[name][:num_tiles], array, err_msg=name)
+        tile += num_tiles
+    assert tile == 5 and not row["tiles"][5:].any() and not row["patch_loss_weights"][5:].any()
+    padding = row["segment_ids"] == 0
+    assert padding.any() and not any(row[name][padding].any() for name in ("tokens", "positions", "loss_weights"))
+
+
+def test_a_row_of_nothing_is_padding(demo_config, tokenizer):
+    row = rows.join([], demo_config, tokenizer)
+    assert not any(row[name].any() for name in row if name != "patch_label_ids")
+
+
+def test_loss_by_record_weighs_records_alike(demo_config, tokenizer):
+    by_token = build_parts(planned(demo_config, row_length=400), tokenizer)
+    by_record = build_parts(planned(demo_config, row_length=400, loss_by="record"), tokenizer)
+    for tokens, record in zip(by_token, by_record, strict=True):
+        np.testing.assert_array_equal(tokens.loss_weights > 0, record.loss_weights > 0)
+        assert set(tokens.loss_weights) == {0, 1} and record.loss_weights.sum() == pytest.approx(1)
+        assert len(set(record.loss_weights)) == 2
+    assert len({part.loss_weights.sum() for part in by_token}) == 3
+
+
+def test_a_transcription_is_cut_at_the_end_of_a_planned_row(demo_config, tokenizer):
+    record = page_record(num_images=2)
+    whole = build(record, "transcribe", demo_config, tokenizer)
+    length = int(whole["segment_ids"].sum())
+    for shorter in (1, 2, 9):
+        config = planned(demo_config, row_length=length - shorter)
+        part = rows.build_part(record, "transcribe", np.random.default_rng(0), config, tokenizer)
+        np.testing.assert_array_equal(part.tokens, whole["tokens"][: length - shorter])
+        taught = tokenizer.decode(part.tokens[1:][part.loss_weights[:-1] > 0])
+        assert "ab cd\nef\nab cd\nef".startswith(taught) and len(taught) == 17 - (shorter - 1)
+        assert tokenizer.specials["<end>"] not in part.tokens
+    # As ever without a plan: what does not fit is left out.
+    short = dataclasses.replace(demo_config, data=dataclasses.replace(demo_config.data, row_length=length - 1))
+    assert not build(record, "transcribe", short, tokenizer)["loss_weights"].any()
+
+
+def test_a_planned_row_has_no_place_for_a_record_without_an_answer(demo_config, tokenizer):
+    config = planned(demo_config, row_length=68)
+    for task in ("answer", "transcribe"):  # Of 68 tokens, 64 are the image's: no answer begins.
+        with pytest.raises(UserError, match=r"record r has no answer that fits config.data.row_length 68"):
+            build(page_record(), task, config, tokenizer)
+
+
+def test_a_record_may_have_fewer_tiles_than_a_row(demo_config, tokenizer):
+    config = planned(demo_config, row_length=400, max_tiles=6, record_tiles=1)
+    part = rows.build_part(page_record(128, 64), "answer", np.random.default_rng(0), config, tokenizer)
+    assert len(part.tile_arrays["tiles"]) == 1
+    assert len(rows.build_prompt(page_record(128, 64), "Who?", config, tokenizer)["tiles"]) == 1
+    with pytest.raises(UserError, match=r"record r has 2 images; config.data.record_tiles is 1"):
+        build(page_record(num_images=2), "answer", config, tokenizer)

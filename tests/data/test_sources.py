@@ -58,6 +58,7 @@ def test_fingerprint_tells_data_apart(tmp_path):
         (tmp_path / name).write_text(text)
         seen.add(sources.fingerprint(tmp_path))
     assert len(seen) == 4
+    assert sources.fingerprint(tmp_path, tmp_path) not in seen
     (tmp_path / "train-00000-of-00001.array_record").write_text("")
     assert sources.fingerprint(tmp_path) in seen
 

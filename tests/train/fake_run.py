@@ -60,13 +60,18 @@ class Batches:
     def __call__(self, config: Config, *, start_row: int, process_index: int, process_count: int) -> "Batches":
         assert (process_index, process_count) == (0, 1)
         self._config, self.next_row = config, start_row
+        self.num_unsupervised = self.num_unused = 0
         return self
+
+    def counters(self, next_row: int) -> dict[str, float]:
+        return {"records": next_row}
 
     def __next__(self) -> dict:
         index = self.next_row // self._config.train.batch_size
         now = index + 1 + (0 if self._config.stage == "text" else NUM_STEPS)
         batch = random_batch(self._config, seed=zlib.crc32(f"{self._config.stage}/{index}".encode()))
         self._hook(now, batch)
+        self.num_unsupervised += now
         self.served.append(now)
         self.next_row += self._config.train.batch_size
         return batch

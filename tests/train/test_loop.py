@@ -6,8 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -78,12 +80,31 @@ def test_what_a_run_leaves_behind(straight):
                for line in training)  # fmt: skip
     assert ["patch_loss" in line for line in training] == [False] * 4 + [True] * 4
     assert all(0 < line["mfu"] < 1e-3 for line in training)
+    # Of the step itself, though the batch of the next has been fetched by then.
+    assert [line["records"] for line in training] == [8, 16, 24, 32] * 2
+    assert [line["unsupervised_records"] for line in training] == list(range(1, TOTAL + 1))
     seconds = [line["train_seconds"] for line in training]
     assert seconds == sorted(seconds)
     # Stage ends for good, the newest, and step 6 or 8, whichever validated better.
     assert {"4", "8"} <= set(os.listdir(straight / "checkpoints"))
     assert any((straight / "tensorboard").iterdir())
     assert json.loads((straight / "config.json").read_text())[1]["stage"] == "pixels"
+
+
+def test_a_batch_that_comes_after_the_step_before_has_ended_is_waited_for(tmp_path):
+    def late(now: int, batch: dict) -> None:
+        if now == 2:
+            jax.block_until_ready(jax.live_arrays())
+            time.sleep(0.5)
+
+    fake_run.train(tmp_path, Batches(late), configs=fake_run.stages()[:1])
+    # The metrics of step 1 are read once step 2 has been sent off.
+    waited = {
+        line["step"]: line["data_wait_fraction"] / line["steps_per_second"]
+        for line in lines(tmp_path)
+        if "loss" in line
+    }
+    assert waited[1] >= 0.5 > waited[2] + waited[3] + waited[4]
 
 
 def test_a_stage_starts_from_the_one_before(straight):
@@ -169,7 +190,7 @@ def test_other_data_are_refused(straight, tmp_path, monkeypatch):
     shutil.copytree(straight, workdir)
     for other in (5, 6, 7, 8):
         shutil.rmtree(workdir / "checkpoints" / str(other), ignore_errors=True)
-    monkeypatch.setattr(loop.sources, "fingerprint", lambda directory: "other")
+    monkeypatch.setattr(loop.sources, "fingerprint", lambda *directories: "other")
     with pytest.raises(UserError, match=r"was trained on data of fingerprint \w{8}, that of data/demo is other"):
         fake_run.train(workdir)
 

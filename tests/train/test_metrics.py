@@ -53,6 +53,23 @@ def read_records(data: bytes):
         data = data[16 + length :]
 
 
+def test_only_waits_that_leave_the_device_idle_count(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
+    interval = metrics.Interval()
+
+    def batches(seconds):
+        nonlocal now
+        now += seconds
+        yield {}
+
+    for seconds, is_busy in ((0.5, True), (0.25, False), (3.25, True)):
+        assert interval.next_batch(batches(seconds), lambda is_busy=is_busy: is_busy) == {}
+        interval.add({"loss": 1.0})
+    now += 6.0
+    assert interval.means() == {"loss": 1.0, "steps_per_second": 0.3, "data_wait_fraction": 0.025}
+
+
 @pytest.mark.parametrize("line", ['{"step": 1', '"text"', '{"loss": 1}', '{"step": null}', "\x00\x00"])
 def test_a_damaged_line_is_named(tmp_path, line):
     path = tmp_path / metrics.FILE

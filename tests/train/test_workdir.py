@@ -55,6 +55,17 @@ def test_what_changes_no_result_may_change(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())[0]["data"]["dir"] == "moved"
 
 
+def test_sources_may_move_but_not_change(tmp_path):
+    def mixed(**source):
+        sources = {"a": config_lib.SourceConfig(**{"dir": "x", **source})}
+        return (dataclasses.replace(STAGES[0], data=dataclasses.replace(STAGES[0].data, sources=sources)),)
+
+    claim(tmp_path, mixed())
+    claim(tmp_path, mixed(dir="moved"))
+    with pytest.raises(UserError, match=r"config.data.sources.a.weight is 1.0 there and 2.0 here"):
+        claim(tmp_path, mixed(weight=2.0))
+
+
 @pytest.mark.parametrize("text", ["[{", "5", "[5]", '[{"seed": 1}]'])
 def test_a_damaged_config_is_named(tmp_path, text):
     claim(tmp_path, STAGES)

@@ -1,0 +1,170 @@
+"""What fields may hold: choices, bounds, and every check between fields, with the numbers in the message."""
+
+import dataclasses
+import operator
+import re
+from typing import Any
+
+from alignvlm_jax.config.fields import Config, LLMConfig, SourceConfig, VisionConfig
+from alignvlm_jax.errors import UserError, nearest
+
+PARTS = ("vision", "connector", "llm")
+
+CHOICES = {
+    "model.vision.gelu": ("tanh", "exact"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "full", "dots"),
+    "model.vocab_form": ("auto", "plain", "blockwise"),
+    "model.attention": ("auto", "xla", "cudnn", "splash"),
+    "model.connector.w2_init": ("lm_head", "random"),
+    "model.connector.embed_grad": ("live", "stop"),
+    "data.packing": ("none", "plan"),
+    "data.loss_by": ("token", "record"),
+    "train.visual_input": ("pixels", "labels"),
+}
+
+AT_LEAST: dict[str, int] = {
+    "seed": 0,
+    **{
+        f"model.{part}.{field.name}": 1
+        for part, cls in (("vision", VisionConfig), ("llm", LLMConfig))
+        for field in dataclasses.fields(cls)
+        if field.type is int
+    },
+    "model.llm.padded_rows": 0,
+    "model.scan_unroll": 1,
+    "model.llm.rope_scaling.original_length": 1,
+    "data.max_tiles": 1,
+    "data.record_tiles": 0,
+    "data.max_patch_labels": 1,
+    "data.blank_weight": 0,
+    "data.max_unsupervised": 0,
+    "data.num_threads": 1,
+    "data.prefetch": 1,
+    "optim.warmup_steps": 0,
+    "optim.final_fraction": 0,
+    "optim.b1": 0,
+    "optim.b2": 0,
+    "optim.weight_decay": 0,
+    "train.num_steps": 1,
+    "train.batch_size": 1,
+    "train.patch_token_weight": 0,
+    "train.z_loss": 0,
+    "train.log_every": 1,
+    "train.validate_every": 1,
+    "train.validation_rows": 1,
+    "train.checkpoint_every": 1,
+    "train.keep_checkpoints": 1,
+    "train.max_skipped_steps": 0,
+    "eval.num_questions": 1,
+    "eval.batch_size": 1,
+    "eval.max_new_tokens": 1,
+}
+ABOVE = {
+    "model.vision.norm_eps": 0,
+    "model.vocab_block_mib": 0,
+    "model.llm.norm_eps": 0,
+    "model.llm.rope_theta": 0,
+    "model.llm.rope_scaling.factor": 0,
+    "data.temperature": 0,
+    "optim.learning_rate": 0,
+    "optim.eps": 0,
+    "optim.clip_norm": 0,
+}
+BELOW = {"optim.b1": 1, "optim.b2": 1}
+BOUNDS = (("at least", operator.ge, AT_LEAST), ("above", operator.gt, ABOVE), ("below", operator.lt, BELOW))
+
+
+def check(config: Config) -> Config:
+    """Returns `config`, or raises UserError for fields that are impossible, alone or together."""
+    for path, choices in CHOICES.items():
+        value = _get(config, path)
+        if value not in choices:
+            raise UserError(f"config.{path} is {value!r}{nearest(str(value), choices)}")
+    for words, holds, bounds in BOUNDS:
+        for path, bound in bounds.items():
+            if not holds(_get(config, path), bound):
+                raise UserError(f"config.{path} is {_get(config, path)}; it must be {words} {bound}")
+    _check_vision(config.model.vision)
+    _check_llm(config.model.llm)
+    _check_data(config)
+    _check_divides("train.batch_size", config.train.batch_size, "accumulation", config.train.accumulation)
+    for part, scale in config.optim.learning_rate_scale.items():
+        if part not in PARTS:
+            raise UserError(f"config.optim.learning_rate_scale.{part} is no part of the model{nearest(part, PARTS)}")
+        if scale < 0:
+            raise UserError(f"config.optim.learning_rate_scale.{part} is {scale}; it must be at least 0")
+    if not config.eval.splits:
+        raise UserError("config.eval.splits is empty; name at least one split")
+    return config
+
+
+def _check_vision(vision: VisionConfig) -> None:
+    _check_divides("model.vision.tile_height", vision.tile_height, "patch_height", vision.patch_height)
+    _check_divides("model.vision.tile_width", vision.tile_width, "patch_width", vision.patch_width)
+    _check_divides("model.vision.width", vision.width, "num_heads", vision.num_heads)
+    for name in ("pixel_mean", "pixel_std"):
+        values = getattr(vision, name)
+        if len(values) != 3 or (name == "pixel_std" and min(values) <= 0):
+            above = " above 0" if name == "pixel_std" else ""
+            raise UserError(f"config.model.vision.{name} is {values}; it must be three numbers{above}")
+
+
+def _check_llm(llm: LLMConfig) -> None:
+    _check_divides("model.llm.num_heads", llm.num_heads, "num_kv_heads", llm.num_kv_heads)
+    if llm.rope_scaling.low_freq_factor >= llm.rope_scaling.high_freq_factor:
+        raise UserError(
+            f"config.model.llm.rope_scaling.low_freq_factor {llm.rope_scaling.low_freq_factor} must be below "
+            f"high_freq_factor {llm.rope_scaling.high_freq_factor}"
+        )
+    if llm.head_dim % 2:
+        raise UserError(f"config.model.llm.head_dim is {llm.head_dim}; rotary embedding needs an even number")
+    if llm.num_words < 1:
+        raise UserError(f"config.model.llm.padded_rows {llm.padded_rows} leaves no word of vocab_size {llm.vocab_size}")
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    slots = data.max_tiles * config.model.slots_per_tile
+    if slots >= data.row_length:
+        raise UserError(
+            f"config.data.row_length {data.row_length} leaves no room for text: {data.max_tiles} tiles take "
+            f"{slots} slots; make it larger than {slots} or lower data.max_tiles"
+        )
+    if not data.tasks or min(data.tasks.values()) < 0 or sum(data.tasks.values()) <= 0:
+        raise UserError(f"config.data.tasks {dict(data.tasks)} has no positive weight")
+    if data.record_tiles > data.max_tiles:
+        raise UserError(
+            f"config.data.record_tiles is {data.record_tiles}; a row has config.data.max_tiles {data.max_tiles} of them"
+        )
+    for name, source in data.sources.items():
+        _check_source(f"config.data.sources.{name}", name, source)
+    if data.sources and not any(source.weight for source in data.sources.values()):
+        raise UserError(f"config.data.sources {', '.join(data.sources)}: one of them needs a weight above 0")
+
+
+def _check_source(path: str, name: str, source: SourceConfig) -> None:
+    if not re.fullmatch(r"\w+", name):  # It becomes part of the names of flags and metrics.
+        raise UserError(f"{path}: a source's name is made of letters, digits and underscores")
+    if not source.dir:
+        raise UserError(f"{path}.dir is empty; name the folder that `prepare` wrote")
+    if source.weight < 0:
+        raise UserError(f"{path}.weight is {source.weight}; it must be at least 0")
+    if source.repeat <= 0:
+        raise UserError(f"{path}.repeat is {source.repeat}; it must be above 0")
+    if source.cap < 0:
+        raise UserError(f"{path}.cap is {source.cap}; it must be at least 0")
+
+
+def _check_divides(path: str, size: int, part_name: str, part: int) -> None:
+    if part < 1 or size % part:
+        divisors = [d for d in range(1, size + 1) if size % d == 0]
+        best = min(divisors, key=lambda d: abs(d - part), default=1)
+        raise UserError(f"config.{path} {size} is not a multiple of {part_name} {part}; nearest that divides: {best}")
+
+
+def _get(config: Config, path: str) -> Any:
+    value: Any = config
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value

@@ -1,0 +1,61 @@
+import numpy as np
+import pytest
+
+from alignvlm_jax.data import fitting
+from alignvlm_jax.data.fitting import Sizes
+
+
+def pages(count: int, row_length: int) -> Sizes:
+    """Texts of little different lengths behind one tile."""
+    lengths = np.random.default_rng(0).normal(0.08 * row_length, 0.004 * row_length, count).astype(int)
+    return sizes(lengths, np.ones(count, int))
+
+
+def texts(count: int, row_length: int) -> Sizes:
+    lengths = np.random.default_rng(0).lognormal(np.log(row_length / 10), 1.0, count).astype(int)
+    return sizes(lengths.clip(1, row_length), np.zeros(count, int))
+
+
+def mixed(count: int, row_length: int) -> Sizes:
+    rng = np.random.default_rng(0)
+    tiles = rng.integers(0, 5, count)
+    return sizes(rng.integers(1, row_length // 5, count) + tiles * (row_length // 6), tiles)
+
+
+def sizes(lengths, tiles) -> Sizes:
+    different, counts = np.unique(np.stack([lengths, tiles]), axis=1, return_counts=True)
+    return Sizes(*different.tolist(), counts.tolist())
+
+
+@pytest.mark.parametrize("way", [fitting.best_fit, fitting.even_fit, fitting.fit])
+@pytest.mark.parametrize("make", [pages, texts, mixed])
+@pytest.mark.parametrize("count, row_length, row_tiles", [(1, 100, 5), (50, 100, 5), (5000, 1000, 13), (300, 2000, 4)])
+def test_all_records_are_in_rows_that_hold_them(way, make, count, row_length, row_tiles):
+    given = make(count, row_length)
+    held = np.zeros(len(given.counts), int)
+    for rows in way(given, row_length, row_tiles):
+        assert rows.count > 0 and min(rows.contents.values()) > 0
+        assert sum(given.lengths[size] * each for size, each in rows.contents.items()) <= row_length
+        assert sum(given.tiles[size] * each for size, each in rows.contents.items()) <= row_tiles
+        for size, each in rows.contents.items():
+            held[size] += rows.count * each
+    assert held.tolist() == given.counts
+
+
+def num_rows(way, given: Sizes, row_length: int) -> int:
+    return sum(rows.count for rows in way(given, row_length, 16))
+
+
+def test_the_better_way_is_taken():
+    for make, better, worse in (
+        (texts, fitting.best_fit, fitting.even_fit),
+        (pages, fitting.even_fit, fitting.best_fit),
+    ):
+        given = make(20_000, 4096)
+        least = sum(length * count for length, count in zip(given.lengths, given.counts, strict=True)) / 4096
+        assert num_rows(worse, given, 4096) > num_rows(better, given, 4096) == num_rows(fitting.fit, given, 4096)
+        assert least / num_rows(better, given, 4096) > 0.98
+
+
+def test_no_records_need_no_rows():
+    assert fitting.fit(Sizes([], [], []), 100, 1) == []

@@ -1,0 +1,69 @@
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from alignvlm_jax.data import index as index_lib
+from alignvlm_jax.data import lengths, rows
+from alignvlm_jax.data.schema import Record, Turn, Word
+from alignvlm_jax.errors import UserError
+from tests.data.conftest import write_shard
+from tests.data.test_pipeline import change
+
+TASKS = ("answer", "transcribe")
+
+
+def record(*sizes: tuple[int, int], answer: str = "4", words: int = 0) -> Record:
+    pages = []
+    for width, height in sizes:
+        file = io.BytesIO()
+        Image.new("L", (width, height)).save(file, "PNG")
+        pages.append(file.getvalue())
+    line = (Word("ab", (0, 0, 9, 9)),) * words
+    turns = (Turn("How much?", (answer,)),) if answer else ()
+    return Record("r", "test", tuple(pages), turns, ((line,),) * len(pages) if words else ())
+
+
+def test_they_are_those_of_the_parts_that_rows_are_made_of(demo_config, tokenizer):
+    config = change(demo_config, "data", max_tiles=6, row_length=400, record_tiles=3, use_overview=True)
+    records = [
+        record(),
+        record((128, 32)),
+        record((128, 64), answer="1234", words=9),
+        record((300, 70), (4, 200), words=2),
+        record((128, 96), (10, 10), (600, 9)),
+    ]
+    found = lengths.measure(index_lib.of_records(records, tokenizer, "f"), TASKS, config)
+    for number, one in enumerate(records):
+        for task, name in enumerate(TASKS):
+            if name == "transcribe" and not one.lines:
+                assert found.tokens[task, number] == 0
+                continue
+            part = rows.build_part(one, name, np.random.default_rng(0), config, tokenizer)
+            assert found.tokens[task, number] == len(part.tokens)
+            assert found.tiles[number] == len(part.tile_arrays["tiles"])
+
+
+def test_records_of_no_use_and_longer_than_a_row(demo_config, tokenizer):
+    records = [record((9, 9), answer=""), record((9, 9), answer="x" * 500), record(*[(9, 9)] * 3)]
+    found = lengths.measure(index_lib.of_records(records, tokenizer, "f"), TASKS, demo_config)
+    assert found.tokens.tolist() == [[0, demo_config.data.row_length, 0], [0, 0, 0]]
+
+
+def test_an_index_that_does_not_fit_says_what_to_call(demo_config, tokenizer, tmp_path):
+    config = change(demo_config, "data", dir=str(tmp_path), tokenizer=tokenizer.name)
+    shard = tmp_path / "train-00000-of-00001.array_record"
+    write_shard(shard, [record()] * 3, tokenizer)
+    assert lengths.load(config, "train", TASKS, [3], tokenizer.name).tokens.shape == (2, 3)
+    again = f"prepare --recount --out={tmp_path} --tokenizer="
+    with pytest.raises(UserError, match=f"has 4 records and an index of 3.*{again}"):
+        lengths.load(config, "train", TASKS, [4], tokenizer.name)
+    whole = index_lib.load(tmp_path, "train")
+    index_lib.write(index_lib.index_path(shard), dataclasses.replace(whole, tokenizer="other"))
+    with pytest.raises(UserError, match=f"counted by another tokenizer.*{again}"):
+        lengths.load(config, "train", TASKS, [3], tokenizer.name)
+    index_lib.index_path(shard).unlink()
+    with pytest.raises(UserError, match=f"is missing.*{again}"):
+        lengths.load(config, "train", TASKS, [3], tokenizer.name)
