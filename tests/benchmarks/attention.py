@@ -19,7 +19,6 @@ ROWS = 4  # one a chip
 SHAPES = {
     "Llama 3.2 1B, a row of stage 1, causal, packed": (8320, 32, 8, 64, True),
     "Llama 3.1 8B, a row of stage 2, causal, packed": (9344, 32, 8, 128, True),
-    "SigLIP-400M, a tile": (729, 16, 16, 72, False),
 }
 
 
