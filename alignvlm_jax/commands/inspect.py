@@ -39,15 +39,62 @@ def main(argv: list[str]) -> None:
     config = _default(args.data) if stages is None else _stage(stages, args.stage)
     if args.data:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=args.data, sources={}))
-    rows = TrainRows(config, args.split)
-    first = rows.schedule.epoch_end() if config.data.packing == "plan" else 0
-    fill = rows.schedule.counters(first)["fill"] if first else None
+    all_rows = TrainRows(config, args.split)
+    fill = _fill(all_rows) if config.data.packing == "plan" else None
     found = [statistics.collect(config, folder, args.split, fill) for folder in config.data.folders]
-    console = Console(highlight=False, width=None if Console().is_terminal else 140)
+    console = Console(highlight=False, soft_wrap=True)
     for one in found:
-        _print(console, one)
+        _print(one, console)
     views = [
-        rows_page.view(rows[i], i, rows.names(i), config, rows.tokenizer) for i in range(min(args.num_rows, len(rows)))
+        rows_page.view(i, all_rows.parts(i), config, all_rows.tokenizer)
+        for i in range(min(args.num_rows, len(all_rows)))
     ]
     out = args.out or Path(config.data.folders[0], rows_page.FILE)
-    print(f"Written: {rows_page.build(views, found[0], out)}")
+    console.print(f"Written: {rows_page.build(views, found[0], out)}")
+
+
+def _fill(all_rows: TrainRows) -> float:
+    """Of the first epoch."""
+    return all_rows.schedule.counters(all_rows.schedule.epoch_at(0).end)["fill"]
+
+
+def _stage(stages: tuple[Config, ...], name: str) -> Config:
+    by_name = {stage.stage: stage for stage in stages}
+    if name and name not in by_name:
+        raise UserError(f"--stage is {name!r}{nearest(name, by_name)}")
+    return by_name.get(name, stages[0])
+
+
+def _default(folder: str) -> Config:
+    """Rows to look at where no model is named: the paper's encoder, pages of up to six tiles and the overview."""
+    tokenizer = tokenizer_files.load(folder)
+    image_id = tokenizer.specials.get("<image>", tokenizer.vocab_size)
+    llm = LLMConfig(vocab_size=tokenizer.vocab_size)
+    return Config(
+        model=ModelConfig(vision=presets.VISION["siglip_so400m_14_384"], llm=llm, image_token_id=image_id),
+        data=DataConfig(
+            dir=folder,
+            packing="plan",
+            row_length=16_384,
+            max_tiles=16_384 // presets.VISION["siglip_so400m_14_384"].num_patches,
+            record_tiles=7,
+            use_overview=True,
+            tasks={"transcribe": 0.5, "answer": 0.5},
+            max_unsupervised=1.0,
+        ),
+    )
+
+
+def _print(one: Statistics, console: Console) -> None:
+    fill = "" if one.fill is None else f", rows {one.fill:.1%} full"
+    console.print(f"{one.directory}, split {one.name}: {one.num_records:,} records{fill}", markup=False)
+    table = Table("", box=None)
+    for column in Statistics.COLUMNS:
+        table.add_column(column, justify="right")
+    for name, values in one.distributions.items():
+        table.add_row(name, *(f"{value:,}" for value in values))
+    console.print(table)
+    for name, value in one.facts.items():
+        console.print(f"{name}: {value}", markup=False)
+    for reason, count in one.rejected.items():
+        console.print(f"rejected {count:,}: {reason}", markup=False)

@@ -53,9 +53,7 @@ def collect(config: Config, directory: str, split: str, fill: float | None) -> S
         "image width, pixels": known.image_sizes[:, 1],
         "tiles a record": measured.tiles,
     }
-    counted |= {
-        f"row tokens, {task}": tokens for task, tokens in zip(rows.TASKS, measured.tokens, strict=True)
-    }
+    counted |= {f"row tokens, {task}": tokens for task, tokens in zip(rows.TASKS, measured.tokens, strict=True)}
     return Statistics(
         name=split,
         directory=directory,
@@ -76,7 +74,7 @@ def rejected(directory: str | Path) -> dict[str, int]:
     reasons: collections.Counter[str] = collections.Counter()
     with path.open(encoding="utf-8") as lines:
         reasons.update(_kind(json.loads(line)["reason"]) for line in lines)
-    *listed, = reasons.most_common(MAX_REASONS)
+    (*listed,) = reasons.most_common(MAX_REASONS)
     rest = reasons.total() - sum(count for _, count in listed)
     return dict(listed) | ({"other reasons": rest} if rest else {})
 

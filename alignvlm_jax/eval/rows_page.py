@@ -2,19 +2,17 @@
 
 import dataclasses
 import itertools
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import jinja2
 import numpy as np
 from PIL import Image
 
 from alignvlm_jax.config import Config
-from alignvlm_jax.data.rows import Row
+from alignvlm_jax.data.rows import Part
 from alignvlm_jax.data.statistics import Statistics
 from alignvlm_jax.data.tokenizer import Tokenizer
-from alignvlm_jax.eval import gallery
+from alignvlm_jax.eval import gallery, html
 
 FILE = "rows.html"
 THUMBNAIL = 220
@@ -59,40 +57,29 @@ class View:
         return sum(segment.num_tokens for segment in self.segments) / self.length
 
 
-def view(row: Row, index: int, names: Sequence[str], config: Config, tokenizer: Tokenizer) -> View:
-    """Returns row number `index` of a stage to be looked at.
-
-    Args:
-      names: of its records, in the order of their segments.
-    """
-    segments, start = [], 0
-    for number, name in enumerate(names, start=1):
-        here = np.flatnonzero(row["segment_ids"] == number)
-        if not len(here):  # A record that could not be read.
-            continue
-        begin, end = here[0], here[-1] + 1
-        tokens, weights = row["tokens"][begin:end], row["loss_weights"][begin:end]
+def view(index: int, parts: Sequence[tuple[str, Part]], config: Config, tokenizer: Tokenizer) -> View:
+    """Returns row number `index` of a stage to be looked at, made of `parts`, each with its record's id."""
+    segments = []
+    for number, (name, part) in enumerate(parts):
         # The weight at t is of predicting t + 1, and the first token of a record is predicted by none.
-        is_taught = np.append(False, weights[:-1] > 0)
-        count = int((tokens == config.model.image_token_id).sum()) // config.model.slots_per_tile
-        tiles = [_thumbnail(tile) for tile in row["tiles"][start : start + count]]
-        start += count
-        spans = list(_spans(tokens, is_taught, config.model.image_token_id, tokenizer))
+        is_taught = np.append(False, part.loss_weights[:-1] > 0)
         segments.append(
-            Segment(number, name, spans, tiles, len(tokens), int(is_taught.sum()), float(weights.sum()))
+            Segment(
+                number=number,
+                name=name,
+                spans=list(_spans(part.tokens, is_taught, config.model.image_token_id, tokenizer)),
+                tiles=[_thumbnail(tile) for tile in part.tile_arrays["tiles"]],
+                num_tokens=len(part.tokens),
+                num_taught=int(is_taught.sum()),
+                loss_weight=float(part.loss_weights.sum()),
+            )
         )
-    return View(index, len(row["tokens"]), len(row["tiles"]), segments)
+    return View(index, config.data.row_length, config.data.max_tiles, segments)
 
 
 def build(views: Iterable[View], statistics: Statistics, path: Path) -> Path:
     """Writes the page and returns its path."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("alignvlm_jax.eval", ""), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    beside = path.with_suffix(".tmp")
-    beside.write_text(environment.get_template(FILE).render(views=list(views), statistics=statistics), encoding="utf-8")
-    os.replace(beside, path)
+    html.write(path, html.render(FILE, views=list(views), statistics=statistics))
     return path
 
 

@@ -29,7 +29,7 @@ from alignvlm_jax.data.schema import Record, Turn
 
 NUM_PAGES, BATCH, WORKERS, ROUNDS = 192, 8, 2, 3
 PAGE = (1170, 827)  # A4 at 100 dpi
-WORDS = "invoice total amount of the customer number address date paid on delivery by order".split()
+WORDS = ["invoice", "total", "amount", "of", "the", "customer", "number", "address", "date", "paid", "on", "delivery"]
 QUESTION = "Read the page."
 VISION = presets.VISION["siglip_so400m_14_384"]
 MAX_TILES = 10
@@ -44,7 +44,10 @@ def main() -> None:
         for _ in range(ROUNDS):
             for name, start in forms.items():
                 rates[name].append(rate(start()))
-    print(f"{NUM_PAGES} pages of {PAGE[1]} x {PAGE[0]}, batches of {BATCH}, {WORKERS} threads or workers, median of {ROUNDS}\n")
+    print(
+        f"{NUM_PAGES} pages of {PAGE[1]} x {PAGE[0]}, batches of {BATCH}, {WORKERS} threads or workers; "
+        f"median of {ROUNDS}\n"
+    )
     print("| | pages a second | of torch's |\n|---|---|---|")
     medians = {name: statistics.median(values) for name, values in rates.items()}
     for name, median in medians.items():
