@@ -12,7 +12,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 WEIGHTS ?= weights/smollm2
 PARITY := .venv-parity
 
-.PHONY: help setup tpu-compiler lint test test-parity bench bench-plans demo weights clean
+.PHONY: help setup tpu-compiler lint test test-parity bench bench-data bench-plans demo weights clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -67,6 +67,9 @@ test-parity: $(PARITY)/.done  ## compare with PyTorch's implementations, in a ve
 bench: tpu-compiler  ## memory on a TPU and time on CPU of the large operations (minutes; docs/results.md)
 	$(BIN)/python -m tests.benchmarks.vocab
 	$(BIN)/python -m tests.benchmarks.attention
+
+bench-data: $(PARITY)/.done  ## pages a second against torch's DataLoader, in the venv of test-parity
+	$(PARITY)/bin/python -m tests.benchmarks.throughput
 
 bench-plans: tpu-compiler  ## the smallest TPU slice for every stage of the paper (an hour)
 	$(BIN)/python -m tests.benchmarks.plans

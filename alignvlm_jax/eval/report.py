@@ -256,7 +256,7 @@ def _facts(run: Run) -> dict[str, str]:
         facts["Checkpoint"] = str(run.loaded.path)
         facts["Code"] = described["git"]
         facts["Libraries"] = ", ".join(f"{name} {version}" for name, version in described["libraries"].items())
-    facts["This machine"] = f"{os.cpuhtml.count()} cores, {platform.machine()}, Python {platform.python_version()}"
+    facts["This machine"] = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
     summary_file = run.folder / summary.FILE
     if summary_file.exists():
         fields = _parse(summary_file, summary_file.read_text())
