@@ -13,7 +13,7 @@ WEIGHTS ?= weights/smollm2
 PARITY := .venv-parity
 BEAM := .venv-beam
 
-.PHONY: help setup tpu-compiler lint test test-parity beam test-beam bench bench-plans demo weights clean
+.PHONY: help setup tpu-compiler lint test test-parity beam test-beam bench bench-data bench-plans demo weights clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -81,6 +81,9 @@ bench: tpu-compiler  ## memory on a TPU, time on CPU of the large operations, pl
 	$(BIN)/python -m tests.benchmarks.vocab
 	$(BIN)/python -m tests.benchmarks.attention
 	$(BIN)/python -m tests.benchmarks.packing
+
+bench-data: $(PARITY)/.done  ## pages a second against torch's DataLoader, in the venv of test-parity
+	$(PARITY)/bin/python -m tests.benchmarks.throughput
 
 bench-plans: tpu-compiler  ## the smallest TPU slice for every stage of the paper (an hour)
 	$(BIN)/python -m tests.benchmarks.plans

@@ -22,13 +22,14 @@ class TrainRows:
     """All rows of a stage, by global index.
 
     Attributes:
+      tokenizer: of their text.
       schedule: says what stands in each.
       problem: why the first record was left out that could not be read, or did not fit; None while there is none.
     """
 
     def __init__(self, config: Config, split: str):
         self._config = config
-        self._tokenizer = load_tokenizer(config)
+        self.tokenizer = load_tokenizer(config)
         for task in config.data.tasks:
             if task not in rows.TASKS:
                 raise UserError(f"unknown task {task!r} in config.data.tasks{nearest(task, rows.TASKS)}")
@@ -43,18 +44,22 @@ class TrainRows:
         return self._config.train.num_steps * self._config.train.batch_size
 
     def __getitem__(self, index: int) -> Row:
-        """A record that cannot be read, or has no answer that fits, is left out; the others are what they would be."""
-        parts: list[Part] = []
+        return rows.join([part for _, part in self.parts(index)], self._config, self.tokenizer)
+
+    def parts(self, index: int) -> list[tuple[str, Part]]:
+        """Returns the records' ids and what each brings into a row. A record that cannot be read, or has no answer that
+        fits, is left out; the others are what they would be."""
+        parts: list[tuple[str, Part]] = []
         for pick in self.schedule.picks(index):
             try:
                 record = self._record(pick.record)
-                part = rows.build_part(record, pick.task, pick.rng, self._config, self._tokenizer)
-                self._check_fits(record, [*parts, part])
+                part = rows.build_part(record, pick.task, pick.rng, self._config, self.tokenizer)
+                self._check_fits(record, [*(part for _, part in parts), part])
             except UserError as err:
                 self.problem = self.problem or str(err)
             else:
-                parts.append(part)
-        return rows.join(parts, self._config, self._tokenizer)
+                parts.append((record.id, part))
+        return parts
 
     def _check_fits(self, record: Record, parts: list[Part]) -> None:
         """It does, unless the index from which the row was planned is wrong."""

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jinja2
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.config import Config
 from alignvlm_jax.data.schema import Record
 from alignvlm_jax.data.sources import RecordSource
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.eval import figures, gallery, lens, loading, predictions, summary
+from alignvlm_jax.eval import figures, gallery, html, lens, loading, predictions, summary
 from alignvlm_jax.eval.gallery import Example
 from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.eval.predictions import Predictions
@@ -56,9 +55,7 @@ def build(folder: Path, other: Path | None = None, data_dir: str | None = None) 
     """
     run = read(folder, data_dir)
     path = folder / FILE
-    beside = path.with_suffix(".tmp")
-    beside.write_text(render(run, None if other is None else read(other, data_dir, with_model=False)), encoding="utf-8")
-    os.replace(beside, path)
+    html.write(path, render(run, None if other is None else read(other, data_dir, with_model=False)))
     return path
 
 
@@ -97,15 +94,8 @@ def render(run: Run, other: Run | None = None) -> str:
     examples = gallery.choose({split: run.results[split, False] for split in splits})
     records = _records(run, examples)
     lenses, lens_problem = _lenses(run, examples, records)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("alignvlm_jax.eval", ""),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": _percent, "duration": metrics.duration, "count": _count}
-    return environment.get_template(FILE).render(
+    return html.render(
+        FILE,
         run=run,
         config=run.stages[-1],
         other=other,
@@ -262,7 +252,7 @@ def _facts(run: Run) -> dict[str, str]:
     }
     if run.loaded:
         described = run.loaded.metadata
-        facts["Parameters"] = ", ".join(f"{part} {_count(size)}" for part, size in _num_params(run.loaded).items())
+        facts["Parameters"] = ", ".join(f"{part} {html.count(size)}" for part, size in _num_params(run.loaded).items())
         facts["Checkpoint"] = str(run.loaded.path)
         facts["Code"] = described["git"]
         facts["Libraries"] = ", ".join(f"{name} {version}" for name, version in described["libraries"].items())
@@ -272,15 +262,3 @@ def _facts(run: Run) -> dict[str, str]:
         fields = _parse(summary_file, summary_file.read_text())
         facts["Evaluation's memory"] = f"{fields['peak_memory_gib']:.2f} GiB at most"
     return facts
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
-
-
-def _count(number: int) -> str:
-    """1.03 M, 128 K, 7."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return str(number)

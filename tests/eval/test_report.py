@@ -10,6 +10,7 @@ import pytest
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.data.sources import RecordSource
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.eval import html as pages
 from alignvlm_jax.eval import loading, predictions, report, scores
 from alignvlm_jax.eval.runner import choose_questions
 
@@ -133,4 +134,4 @@ def test_documents_that_changed_are_not_shown_under_old_answers(workdir, trained
 
 @pytest.mark.parametrize(("number", "text"), [(7, "7"), (1_040_000, "1.04 M"), (128_256, "128 K"), (8e9, "8 G")])
 def test_counts_are_short(number, text):
-    assert report._count(number) == text
+    assert pages.count(number) == text

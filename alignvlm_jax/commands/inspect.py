@@ -1,0 +1,100 @@
+"""`inspect`: what a prepared folder holds, in numbers and as a page of the rows that a model would get."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from alignvlm_jax import presets
+from alignvlm_jax.commands import config_flag
+from alignvlm_jax.commands.arguments import positive
+from alignvlm_jax.config import Config, DataConfig, LLMConfig, ModelConfig
+from alignvlm_jax.data import statistics, tokenizer_files
+from alignvlm_jax.data.pipeline import TrainRows
+from alignvlm_jax.data.statistics import Statistics
+from alignvlm_jax.errors import UserError, nearest
+from alignvlm_jax.eval import rows_page
+
+
+def main(argv: list[str]) -> None:
+    """Prints the statistics and writes the page."""
+    parser = argparse.ArgumentParser(
+        prog="python -m alignvlm_jax inspect",
+        description=__doc__,
+        epilog=f"Without --config rows are those of SigLIP-400M with tiles of 384 pixels, 16,384 tokens long. "
+        f"{config_flag.HELP}",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--data", help="folder that `prepare` wrote; default: that of the config")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--stage", default="", help="of several in the config; default: the first")
+    parser.add_argument("--num_rows", type=positive, default=8, help="rows on the page")
+    parser.add_argument("--out", type=Path, help="the page; default: rows.html in the folder")
+    stages, rest = config_flag.parse(argv)
+    args = parser.parse_args(rest)
+    if stages is None and not args.data:
+        parser.error("--data=DIR or --config=FILE is required")
+    config = _default(args.data) if stages is None else _stage(stages, args.stage)
+    if args.data:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=args.data, sources={}))
+    all_rows = TrainRows(config, args.split)
+    fill = _fill(all_rows) if config.data.packing == "plan" else None
+    found = [statistics.collect(config, folder, args.split, fill) for folder in config.data.folders]
+    console = Console(highlight=False, soft_wrap=True)
+    for one in found:
+        _print(one, console)
+    views = [
+        rows_page.view(i, all_rows.parts(i), config, all_rows.tokenizer)
+        for i in range(min(args.num_rows, len(all_rows)))
+    ]
+    out = args.out or Path(config.data.folders[0], rows_page.FILE)
+    console.print(f"Written: {rows_page.build(views, found[0], out)}")
+
+
+def _fill(all_rows: TrainRows) -> float:
+    """Of the first epoch."""
+    return all_rows.schedule.counters(all_rows.schedule.epoch_at(0).end)["fill"]
+
+
+def _stage(stages: tuple[Config, ...], name: str) -> Config:
+    by_name = {stage.stage: stage for stage in stages}
+    if name and name not in by_name:
+        raise UserError(f"--stage is {name!r}{nearest(name, by_name)}")
+    return by_name.get(name, stages[0])
+
+
+def _default(folder: str) -> Config:
+    """Rows to look at where no model is named: the paper's encoder, pages of up to six tiles and the overview."""
+    tokenizer = tokenizer_files.load(folder)
+    image_id = tokenizer.specials.get("<image>", tokenizer.vocab_size)
+    llm = LLMConfig(vocab_size=tokenizer.vocab_size)
+    return Config(
+        model=ModelConfig(vision=presets.VISION["siglip_so400m_14_384"], llm=llm, image_token_id=image_id),
+        data=DataConfig(
+            dir=folder,
+            packing="plan",
+            row_length=16_384,
+            max_tiles=16_384 // presets.VISION["siglip_so400m_14_384"].num_patches,
+            record_tiles=7,
+            use_overview=True,
+            tasks={"transcribe": 0.5, "answer": 0.5},
+            max_unsupervised=1.0,
+        ),
+    )
+
+
+def _print(one: Statistics, console: Console) -> None:
+    fill = "" if one.fill is None else f", rows {one.fill:.1%} full"
+    console.print(f"{one.directory}, split {one.name}: {one.num_records:,} records{fill}", markup=False)
+    table = Table("", box=None)
+    for column in Statistics.COLUMNS:
+        table.add_column(column, justify="right")
+    for name, values in one.distributions.items():
+        table.add_row(name, *(f"{value:,}" for value in values))
+    console.print(table)
+    for name, value in one.facts.items():
+        console.print(f"{name}: {value}", markup=False)
+    for reason, count in one.rejected.items():
+        console.print(f"rejected {count:,}: {reason}", markup=False)

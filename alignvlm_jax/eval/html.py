@@ -1,0 +1,41 @@
+"""Pages of HTML from templates beside this file; each is one file that needs no other."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from alignvlm_jax.train import metrics
+
+
+def render(template: str, **values: Any) -> str:
+    """Returns the page; a value that the template lacks, or that lacks a template, is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("alignvlm_jax.eval", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "duration": metrics.duration, "count": count}
+    return environment.get_template(template).render(**values)
+
+
+def write(path: Path, page: str) -> None:
+    """Writes a page, beside `path` first."""
+    beside = path.with_suffix(".tmp")
+    beside.write_text(page, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def count(number: int) -> str:
+    """Returns 1.03 M, 128 K, 7."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"

@@ -1,0 +1,49 @@
+"""`inspect`: numbers on stdout, a page in the folder, one line for what is wrong."""
+
+import shutil
+
+import pytest
+
+from alignvlm_jax import __main__ as main
+from tests.data import conftest as data_fixtures
+
+all_tables, tokenizer, data_dir = data_fixtures.all_tables, data_fixtures.tokenizer, data_fixtures.data_dir
+
+
+@pytest.fixture
+def folder(data_dir, tmp_path):
+    return shutil.copytree(data_dir, tmp_path / "data")
+
+
+def test_numbers_and_page_without_a_config(folder, capsys):
+    assert main.main(["inspect", f"--data={folder}", "--num_rows=2"]) == 0
+    printed = capsys.readouterr().out
+    assert "48 records, rows " in printed and "text tokens, transcribe" in printed
+    assert (folder / "rows.html").read_text().count('<section class="row">') == 2
+
+
+def test_rows_of_a_config(folder, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    flags = ["--config=configs/demo.py", f"--data={folder}", "--stage=stage2", "--split=validation", f"--out={out}"]
+    assert main.main(["inspect", *flags]) == 0
+    assert "48 records\n" in capsys.readouterr().out  # Not planned: nothing is said of their fill.
+    assert "row 7" in out.read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        (["--data={folder}", "--split=trian"], 1, "did you mean 'train'?"),
+        (["--data=nowhere"], 1, "cannot read tokenizer nowhere"),
+        (["--config=configs/demo.py", "--stage=stage9"], 1, "--stage is 'stage9'; did you mean"),
+        (["--data={folder}", "--num_rows=0"], 2, "0 is not a positive number"),
+        ([], 2, "--data=DIR or --config=FILE is required"),
+    ],
+)
+def test_bad_input(folder, capsys, flags, status, message):
+    try:
+        returned = main.main(["inspect", *(flag.format(folder=folder) for flag in flags)])
+    except SystemExit as stop:
+        returned = stop.code
+    assert returned == status
+    assert message in capsys.readouterr().err
