@@ -12,7 +12,18 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 
-from alignvlm_jax.data import chat, finishing, index, parts, schema, sources, staging, tokenizer_files, workers
+from alignvlm_jax.data import (
+    chat,
+    finishing,
+    index,
+    parts,
+    schema,
+    sources,
+    staging,
+    statistics,
+    tokenizer_files,
+    workers,
+)
 from alignvlm_jax.data.formats.base import Format, Unit
 from alignvlm_jax.data.parts import Part, PartWriter
 from alignvlm_jax.errors import UserError
@@ -111,10 +122,9 @@ def summary(out: Path) -> str:
             used = lengths[lengths > 0]
             if len(used):
                 text.append(f"  {task}: {len(used):,} records, tokens mean {used.mean():.0f}, max {used.max():,}")
-    # What stands in parentheses is of one record.
-    reasons = collections.Counter(line["reason"].split(" (")[0] for line in parts.read_lines(out / staging.REJECTED))
-    text.append(f"rejected: {reasons.total():,}" + (f" (see {out / staging.REJECTED})" if reasons else ""))
-    return "\n".join([*text, *(f"  {count:,}: {reason}" for reason, count in reasons.most_common())])
+    reasons = statistics.rejected(out)
+    text.append(f"rejected: {sum(reasons.values()):,}" + (f" (see {out / staging.REJECTED})" if reasons else ""))
+    return "\n".join([*text, *(f"  {count:,}: {reason}" for reason, count in reasons.items())])
 
 
 def _wanted(request: Request, units: Sequence[Unit]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -10,10 +9,9 @@ from typing import ClassVar
 import numpy as np
 
 from alignvlm_jax.config import Config
-from alignvlm_jax.data import index, lengths, rows
+from alignvlm_jax.data import index, lengths, parts, rows, staging
 from alignvlm_jax.data.index import Index
 
-REJECTED = "rejected.jsonl"
 MAX_REASONS = 30
 
 
@@ -66,23 +64,15 @@ def collect(config: Config, directory: str, split: str, fill: float | None) -> S
 
 
 def rejected(directory: str | Path) -> dict[str, int]:
-    """Returns how many records `prepare` rejected by reason, the most frequent first; numbers in a reason are left out,
-    so that what is too long in a thousand ways is one line. Without a list of them none."""
-    path = Path(directory, REJECTED)
+    """Returns how many records `prepare` rejected by reason, the most frequent first. Without a list of them none."""
+    path = Path(directory, staging.REJECTED)
     if not path.exists():
         return {}
-    reasons: collections.Counter[str] = collections.Counter()
-    with path.open(encoding="utf-8") as lines:
-        reasons.update(_kind(json.loads(line)["reason"]) for line in lines)
-    (*listed,) = reasons.most_common(MAX_REASONS)
-    rest = reasons.total() - sum(count for _, count in listed)
-    return dict(listed) | ({"other reasons": rest} if rest else {})
-
-
-def _kind(reason: str) -> str:
-    """A reason without what is of one record alone: numbers and quoted names."""
-    words = ["N" if any(letter.isdigit() for letter in word) else word for word in reason.split()]
-    return " ".join(word for word in words if not word.startswith(("'", '"')))
+    # What stands in parentheses is of one record.
+    reasons = collections.Counter(line["reason"].split(" (")[0] for line in parts.read_lines(path))
+    listed = dict(reasons.most_common(MAX_REASONS))
+    rest = reasons.total() - sum(listed.values())
+    return listed | ({"other reasons": rest} if rest else {})
 
 
 def _distribution(values: np.ndarray) -> tuple[float, ...]:
