@@ -154,12 +154,19 @@ class _Block:
 
 def validation_batches(config: Config, batch_size: int, num_rows: int) -> list[Batch]:
     """Returns the first `num_rows` rows of the validation split, the same ones at every call. `num_rows` is rounded
-    down to whole batches, but to no less than one."""
+    down to whole batches, but to no less than one.
+
+    Raises:
+      UserError: no record of them can be read.
+    """
     validation = TrainRows(config, config.data.validation_split)
-    return [
+    batches = [
         stack([validation[start + i] for i in range(batch_size)])
         for start in range(0, max(1, num_rows // batch_size) * batch_size, batch_size)
     ]
+    if validation.problem and not any(count_supervised(batch) for batch in batches):
+        raise UserError(f"nothing to validate on in split {config.data.validation_split!r}: {validation.problem}")
+    return batches
 
 
 def stack(batch_rows: list[Row]) -> Batch:

@@ -139,14 +139,13 @@ def test_every_record_is_seen_as_often_as_planned_whatever_the_number_of_process
     assert next_row == 192 and seen == planned and set(seen) == set(range(NUM_DOCUMENTS))
 
 
-def spoil(folder: pathlib.Path, indices: range) -> None:
-    """Cuts the images of some training documents off, below the header that tells their size."""
-    for shard, path in enumerate(sources.shard_paths(folder, "train")):
-        source = sources.RecordSource(folder, "train")
-        half = range(shard * NUM_DOCUMENTS // 2, (shard + 1) * NUM_DOCUMENTS // 2)
+def spoil(folder: pathlib.Path, indices: range, split: str = "train") -> None:
+    """Cuts the images of some documents off, below the header that tells their size."""
+    source, paths = sources.RecordSource(folder, split), sources.shard_paths(folder, split)
+    for shard, path in enumerate(paths):
         records = [
             dataclasses.replace(source[i], images=(source[i].images[0][:100],)) if i in indices else source[i]
-            for i in half
+            for i in range(shard * NUM_DOCUMENTS // len(paths), (shard + 1) * NUM_DOCUMENTS // len(paths))
         ]
         sources.write_shard(path, records)  # The index stays.
 
@@ -184,6 +183,13 @@ def test_too_many_unreadable_records_are_an_error_that_names_the_first(demo_conf
         UserError, match=r"\d+ of \d+ records cannot be read .*; the first: .* of record train-0000\d\d"
     ):
         list(pipeline.TrainBatches(config))
+
+
+def test_a_validation_split_that_cannot_be_read_is_an_error(demo_config, tmp_path):
+    shutil.copytree(demo_config.data.dir, tmp_path, dirs_exist_ok=True)
+    spoil(tmp_path, range(NUM_DOCUMENTS), "validation")
+    with pytest.raises(UserError, match=r"nothing to validate on in split 'validation': cannot read image 0 of record"):
+        pipeline.validation_batches(change(demo_config, "data", dir=str(tmp_path)), 4, 8)
 
 
 def test_an_index_of_other_records_is_found_out(demo_config, tmp_path):
