@@ -228,7 +228,7 @@ def test_seed_and_stage_change_the_rows(demo_config):
 def test_tasks_are_drawn_by_their_weights(demo_config):
     def share(tasks):
         rows = pipeline.TrainRows(change(demo_config, "data", tasks=tasks), "train")
-        read = rows._tokenizer.encode("Read the page.")[0]
+        read = rows.tokenizer.encode("Read the page.")[0]
         return np.mean([(rows[i]["tokens"] == read).any() for i in range(120)])
 
     assert share({"transcribe": 1.0}) == 1 and share({"answer": 2.0, "transcribe": 0.0}) == 0
