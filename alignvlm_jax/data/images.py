@@ -40,7 +40,10 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return _to_rgb(ImageOps.exif_transpose(image))
+            image.load()
+            # In place: a page that stands upright already is not copied.
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
     except UnidentifiedImageError as err:
         raise UserError(f"cannot read image {name}: no known image format") from err
     except BAD_IMAGE as err:
@@ -190,4 +193,4 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which copies
