@@ -1,8 +1,11 @@
 """The words of a PDF page as a person sees them, with their boxes in pixels of the drawn page."""
 
 import functools
+import itertools
+import re
+import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from ctypes import c_double
 from typing import NamedTuple
 
@@ -10,7 +13,7 @@ import numpy as np
 import pypdfium2
 from pypdfium2 import raw as pdfium
 
-from alignvlm_jax.data.schema import Word
+from alignvlm_jax.data.schema import Box, Word
 
 MAX_SLANT = 0.09
 """Tangent of 5 degrees. Text that leans further off the page's axes is left out: its box is mostly other things."""
@@ -18,6 +21,8 @@ ASCENT, DESCENT = 0.75, 0.25
 """How far letters reach from the baseline, in ems. Fonts claim more, with room for what they hardly ever draw."""
 MIN_CONTRAST = 16
 """Gray levels of 255 that a word's box must span; in less nobody sees a word."""
+MIN_INK = 0.1
+"""Square pixels of a glyph. For what they cannot draw, as control characters, fonts have a glyph of a hundredth."""
 MAX_GAP = 0.6
 """In ems, between the characters of a word."""
 
@@ -52,8 +57,8 @@ def read_words(page: pypdfium2.PdfPage, to_pixels: np.ndarray, gray: np.ndarray)
     text = _Text(page, to_pixels, gray.shape)
     visible, hidden, num_unreadable = [], [], 0
     for span in text.spans():
-        left, top, right, bottom = _union(text.ink[span]).clip(0)
-        ink = gray[int(top) : int(bottom) + 1, int(left) : int(right) + 1]
+        left, top, right, bottom = (max(0, int(side)) for side in _union(text.ink[span]))
+        ink = gray[top : bottom + 1, left : right + 1]
         if not ink.size or int(ink.max()) - int(ink.min()) < MIN_CONTRAST:
             continue
         spelled = text.spell(span)
@@ -68,37 +73,38 @@ def read_words(page: pypdfium2.PdfPage, to_pixels: np.ndarray, gray: np.ndarray)
 
 
 class _Text:
-    """The n characters of a page in pdfium's order. Boxes are left, top, right, bottom in pixels: `ink` [n, 4] is what
-    is drawn, `cell` [n, 4] reaches to the next character, is as high as the font, and holds `ink`."""
+    """The n characters of a page in pdfium's order, and their boxes: left, top, right, bottom in pixels. Those of `ink`
+    hold what is drawn; those of `cells` hold that too, reach to the next character and are as high as the font."""
 
     def __init__(self, page: pypdfium2.PdfPage, to_pixels: np.ndarray, shape: tuple[int, int]):
-        self._page, self._to_pixels, self._size = page.get_textpage(), to_pixels, np.array(shape[::-1], float)
+        self._page, self._to_pixels, self._size = page.get_textpage(), to_pixels, shape[::-1]
         count = self._page.count_chars()
-        self.text = "".join(_character(pdfium.FPDFText_GetUnicode(self._page, i)) for i in range(count))
-        ink, cell = np.zeros((count, 4)), np.zeros((count, 4))
+        self.text = _decode([pdfium.FPDFText_GetUnicode(self._page, i) for i in range(count)])
+        ink, cells = np.zeros((count, 4)), np.zeros((count, 4))
         left, right, bottom, top, loose = c_double(), c_double(), c_double(), c_double(), pdfium.FS_RECTF()
         for i, character in enumerate(self.text):
             if not character.isspace():
                 pdfium.FPDFText_GetCharBox(self._page, i, left, right, bottom, top)
                 ink[i] = left.value, bottom.value, right.value, top.value
                 pdfium.FPDFText_GetLooseCharBox(self._page, i, loose)
-                cell[i] = loose.left, loose.bottom, loose.right, loose.top
-        cell = np.hstack([np.minimum(ink, cell)[:, :2], np.maximum(ink, cell)[:, 2:]])
-        self.ink, self.cell = _map_boxes(ink, to_pixels), _map_boxes(cell, to_pixels)
+                cells[i] = loose.left, loose.bottom, loose.right, loose.top
+        cells = np.hstack([np.minimum(ink, cells)[:, :2], np.maximum(ink, cells)[:, 2:]])
+        ink, cells = _map_boxes(ink, to_pixels), _map_boxes(cells, to_pixels)
+        centres = (ink[:, :2] + ink[:, 2:]) / 2
+        self._is_on_page = ((centres >= 0) & (centres < self._size)).all(1).tolist()
+        low, high = cells[:, :2], cells[:, 2:]
+        gaps = np.maximum(low[1:] - high[:-1], low[:-1] - high[1:]).max(1)
+        ems = (high - low).max(1)
+        self._is_jump = [True, *(gaps > MAX_GAP * np.maximum(ems[1:], ems[:-1])).tolist()]
+        self.ink, self.cells = ink.tolist(), cells.tolist()
 
     def spans(self) -> Iterator[slice]:
         """Words: runs of characters on the page, without white space and without a jump, as after a hyphen at the end
         of a line."""
-        centres = (self.ink[:, :2] + self.ink[:, 2:]) / 2
-        is_on_page = ((centres >= 0) & (centres < self._size)).all(1)
-        low, high = self.cell[:, :2], self.cell[:, 2:]
-        gaps = np.maximum(low[1:] - high[:-1], low[:-1] - high[1:]).max(1)
-        ems = (high - low).max(1)
-        is_jump = np.concatenate([[True], gaps > MAX_GAP * np.maximum(ems[1:], ems[:-1])])
         start = None
         for i, character in enumerate(self.text):
-            is_part = is_on_page[i] and not character.isspace()
-            if start is not None and (not is_part or is_jump[i]):
+            is_part = self._is_on_page[i] and not character.isspace()
+            if start is not None and (not is_part or self._is_jump[i]):
                 yield slice(start, i)
                 start = None
             if is_part and start is None:
@@ -112,14 +118,14 @@ class _Text:
         glyphs: list[list] = []  # text, left, right
         for i in range(span.start, span.stop):
             left, top, right, bottom = self.ink[i]
-            seen = _seen(self.text[i], bool((right - left) * (bottom - top) > 0.1))
+            seen = _seen(self.text[i], (right - left) * (bottom - top) > MIN_INK)
             if seen is None:
                 return None
-            is_same_glyph = i > span.start and (self.cell[i] == self.cell[i - 1]).all()
+            is_same_glyph = i > span.start and self.cells[i] == self.cells[i - 1]
             if glyphs and seen and (is_same_glyph or unicodedata.combining(seen[0])):
                 glyphs[-1][0] += seen
             elif seen:
-                glyphs.append([LONE_ACCENTS.get(seen, seen), self.cell[i, 0], self.cell[i, 2]])
+                glyphs.append([LONE_ACCENTS.get(seen, seen), self.cells[i][0], self.cells[i][2]])
         text, lefts = "", []
         for glyph, left, right in glyphs:
             composed = unicodedata.normalize("NFC", glyph)
@@ -133,10 +139,9 @@ class _Text:
         pdfium.FPDFText_GetMatrix(self._page, span.start, matrix)
         along = self._to_pixels[:, :2] @ (matrix.a, matrix.b)
         up = self._to_pixels[:, :2] @ (matrix.c, matrix.d)
-        ink, cell = _union(self.ink[span]), _union(self.cell[span])
-        limit = np.tile(self._size, 2)
+        ink, cell = _union(self.ink[span]), _union(self.cells[span])
         if abs(along[0]) <= MAX_SLANT * abs(along[1]):
-            return PlacedWord(Word(text, _numbers(ink.clip(0, limit))), is_vertical=True)
+            return PlacedWord(Word(text, self._cut(ink)), is_vertical=True)
         if along[0] <= 0 or up[1] >= 0 or abs(along[1]) > MAX_SLANT * along[0]:
             return None
         em = -up[1] * pdfium.FPDFText_GetFontSize(self._page, span.start)
@@ -144,12 +149,21 @@ class _Text:
         baseline = self._to_pixels[1] @ (x.value, y.value, 1)
         top = min(ink[1], max(baseline - ASCENT * em, cell[1]))
         bottom = max(ink[3], min(baseline + DESCENT * em, cell[3]))
-        box = np.array([cell[0], top, cell[2], bottom]).clip(0, limit)
-        edges = np.array([*lefts, cell[2]]).clip(0, self._size[0])
-        if edges[0] > edges[-2]:  # from right to left: the schema has no such edges
-            return PlacedWord(Word(text, _numbers(box)), is_vertical=False)
-        edges = np.maximum.accumulate(edges)  # kerning may pull a letter back over the one before
-        return PlacedWord(Word(text, _numbers(box), _numbers(edges)), is_vertical=False)
+        box = self._cut((cell[0], top, cell[2], bottom))
+        if lefts[0] > lefts[-1]:  # from right to left: the schema has no such edges
+            return PlacedWord(Word(text, box), is_vertical=False)
+        # Kerning may pull a letter back over the one before it.
+        edges = itertools.accumulate((*lefts, cell[2]), max)
+        return PlacedWord(
+            Word(text, box, tuple(round(min(max(edge, box[0]), box[2]), 2) for edge in edges)), is_vertical=False
+        )
+
+    def _cut(self, box: Sequence[float]) -> Box:
+        """A box cut at the page's border, in hundredths of a pixel."""
+        left, top, right, bottom = (
+            round(min(max(float(side), 0.0), limit), 2) for side, limit in zip(box, self._size * 2, strict=True)
+        )
+        return left, top, right, bottom
 
     def is_hidden(self, span: slice) -> bool:
         """Whether a word is marked as invisible."""
@@ -170,9 +184,16 @@ def _seen(character: str, has_ink: bool) -> str | None:
     return unicodedata.normalize("NFKC", character) if "\ufb00" <= character <= "\ufb06" else character
 
 
-def _character(code: int) -> str:
-    """Half a surrogate pair is no character, and no encoder takes it."""
-    return chr(code) if code <= 0x10FFFF and not 0xD800 <= code < 0xE000 else "\ufffd"
+def _decode(codes: list[int]) -> str:
+    """A character for each code. pdfium has two for what lies beyond 16 bits; the second becomes a joiner, which shows
+    nothing. Half a pair alone is no character, and no encoder takes it."""
+    text = "".join(chr(code) if code <= sys.maxunicode else "\ufffd" for code in codes)
+    text = re.sub("[\ud800-\udbff][\udc00-\udfff]", lambda pair: _joined(pair[0]) + "\u2060", text)
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+def _joined(pair: str) -> str:
+    return pair.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
 
 
 def _map_boxes(boxes: np.ndarray, matrix: np.ndarray) -> np.ndarray:
@@ -180,13 +201,10 @@ def _map_boxes(boxes: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return np.hstack([corners.min(1), corners.max(1)])
 
 
-def _union(boxes: np.ndarray) -> np.ndarray:
-    return np.concatenate([boxes[:, :2].min(0), boxes[:, 2:].max(0)])
+def _union(boxes: Sequence[Sequence[float]]) -> Box:
+    lefts, tops, rights, bottoms = zip(*boxes, strict=True)
+    return min(lefts), min(tops), max(rights), max(bottoms)
 
 
-def _overlaps(boxes: np.ndarray, box: tuple[float, ...]) -> bool:
+def _overlaps(boxes: np.ndarray, box: Box) -> bool:
     return bool(((boxes[:, :2] < box[2:]) & (boxes[:, 2:] > box[:2])).all(1).any())
-
-
-def _numbers(values: np.ndarray) -> tuple[float, ...]:
-    return tuple(values.round(2).tolist())

@@ -1,0 +1,75 @@
+"""Small PDFs by hand, so that everything about a page is known: Helvetica at known places, rules, boxes, rotation."""
+
+import itertools
+from collections.abc import Iterable
+
+
+def text(x: float, y: float, string: str, size: float = 12, matrix: str = "1 0 0 1", operators: str = "") -> str:
+    """Content that shows a string with its baseline at (x, y); `operators` such as `3 Tr` come before it."""
+    escaped = string.replace("\\", "\\\\").replace("(", "\\(").replace(")", "\\)")
+    return f"q BT /F1 {size} Tf {operators} {matrix} {x} {y} Tm ({escaped}) Tj ET Q\n"
+
+
+def rule(x0: float, y0: float, x1: float, y1: float) -> str:
+    """Content that draws a line of half a point, in a gray that no text has."""
+    return f"0.5 w 0.7 G {x0} {y0} m {x1} {y1} l S\n"
+
+
+def table(left: float, top: float, widths: list[float], rows: list[list[str]], height: float = 20) -> str:
+    """A table ruled as publishers do it: horizontal rules cell by cell, vertical ones between the columns alone."""
+    lefts = [left + sum(widths[:i]) for i in range(len(widths) + 1)]
+    tops = [top - height * i for i in range(len(rows) + 1)]
+    content = "".join(rule(a, y, b, y) for y in tops for a, b in itertools.pairwise(lefts))
+    content += "".join(rule(x, y, x, y - height) for y in tops[:-1] for x in lefts[1:-1])
+    for y, row in zip(tops, rows, strict=False):
+        for x, cell in zip(lefts, row, strict=False):
+            content += "".join(text(x + 4, y - 9 - 9 * i, line, 8) for i, line in enumerate(cell.split("\n")))
+    return content
+
+
+def pdf(
+    contents: Iterable[str],
+    size: tuple[float, float] = (300, 200),
+    page: str = "",
+    font: str = "/Encoding /WinAnsiEncoding",
+    meanings: dict[str, str] | None = None,
+) -> bytes:
+    """A PDF of one page for each content.
+
+    `page` and `font` hold more entries of every page and of the font, as `/Rotate 90`; `meanings` says, in hexadecimal
+    UTF-16, what characters of the font are that are not what they look like.
+    """
+    entries = "".join(f"<{ord(code):02x}> <{meaning}>\n" for code, meaning in (meanings or {}).items())
+    to_unicode = (
+        "/CIDInit /ProcSet findresource begin 12 dict begin begincmap 1 begincodespacerange <00> <ff>"
+        f" endcodespacerange {len(meanings or {})} beginbfchar\n{entries}endbfchar endcmap end end"
+    )
+    font += " /ToUnicode 4 0 R" if meanings else ""
+    objects = [
+        "<< /Type /Catalog /Pages 2 0 R >>",
+        "",
+        f"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica {font} >>",
+        _stream(to_unicode),
+    ]
+    kids = []
+    for content in contents:
+        objects.append(_stream(content))
+        objects.append(
+            f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 {size[0]} {size[1]}] /Contents {len(objects)} 0 R"
+            f" /Resources << /Font << /F1 3 0 R >> >> {page} >>"
+        )
+        kids.append(f"{len(objects)} 0 R")
+    objects[1] = f"<< /Type /Pages /Count {len(kids)} /Kids [{' '.join(kids)}] >>"
+    data, offsets = b"%PDF-1.7\n", []
+    for number, body in enumerate(objects, 1):
+        offsets.append(len(data))
+        data += f"{number} 0 obj\n{body}\nendobj\n".encode("latin-1")
+    xref = "".join(f"{offset:010d} 00000 n \n" for offset in offsets)
+    tail = (
+        f"xref\n0 {len(objects) + 1}\n0000000000 65535 f \n{xref}trailer\n<< /Size {len(objects) + 1} /Root 1 0 R >>\n"
+    )
+    return data + f"{tail}startxref\n{len(data)}\n%%EOF\n".encode("latin-1")
+
+
+def _stream(content: str) -> str:
+    return f"<< /Length {len(content.encode('latin-1'))} >>\nstream\n{content}\nendstream"
