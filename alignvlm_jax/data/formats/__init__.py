@@ -5,6 +5,7 @@ from alignvlm_jax.data.formats.docdownstream import DocDownstream
 from alignvlm_jax.data.formats.jsonl import Jsonl
 from alignvlm_jax.data.formats.llava import Llava
 from alignvlm_jax.data.formats.parquet import Parquet
+from alignvlm_jax.data.formats.pdf import Pdf
 from alignvlm_jax.data.formats.webdataset import WebDataset
 
 REGISTRY: dict[str, type[Format]] = {
@@ -13,4 +14,5 @@ REGISTRY: dict[str, type[Format]] = {
     "llava": Llava,
     "parquet": Parquet,
     "webdataset": WebDataset,
+    "pdf": Pdf,
 }

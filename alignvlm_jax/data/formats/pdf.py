@@ -79,8 +79,6 @@ class Pdf:
         try:
             with _pdfium:
                 stop = len(_open(unit.path)) if unit.stop < 0 else unit.stop
-            if not stop:
-                raise Reject("a PDF without pages")
         except Reject as err:
             yield Rejection(unit.name, str(err))
             return
@@ -95,10 +93,9 @@ class Pdf:
             drawn = pdf_drawing.draw(page, self.dpi)
             words, num_unreadable = pdf_words.read_words(page, drawn.to_pixels, np.asarray(drawn.image.convert("L")))
             tables = pdf_tables.find_tables(page, drawn.to_pixels, drawn.scale)
-        if num_unreadable > MAX_UNREADABLE * (len(words) + num_unreadable):
-            raise Reject(f"{num_unreadable} of {len(words) + num_unreadable} words have no Unicode")
-        if not words:
-            raise Reject("no words and no questions")
+        num_words = len(words) + num_unreadable
+        if num_unreadable > MAX_UNREADABLE * num_words:
+            raise Reject(f"words without Unicode ({num_unreadable:,} of {num_words:,})")
         lines = pdf_lines.read_lines(words, tables)
         turns = _turns(words, tables)
         return Record(raw.id, "pdf", (pdf_drawing.encode(drawn.image),), turns, (lines,))
@@ -108,15 +105,13 @@ class Pdf:
 def _open(path: str) -> pypdfium2.PdfDocument:
     """Opens a file once for all of its pages; Reject where it is none that can be read."""
     try:
-        document = pypdfium2.PdfDocument(filesystem.read(path, MAX_FILE_BYTES))
-        len(document)
-        return document
-    except (OSError, ValueError) as err:
-        raise Reject(f"cannot read the file: {err}") from err
+        return pypdfium2.PdfDocument(filesystem.read(path, MAX_FILE_BYTES))
     except pypdfium2.PdfiumError as err:
         if err.err_code == pdfium.FPDF_ERR_PASSWORD:
-            raise Reject("protected by a password") from err
-        raise Reject(f"damaged, or no PDF: {err}") from err
+            raise Reject("a PDF that a password protects") from err
+        raise Reject(f"no PDF, or a damaged one ({err})") from err
+    except (OSError, ValueError) as err:
+        raise Reject(f"a file that cannot be read ({err})") from err
 
 
 def _num_pages(path: str) -> int:

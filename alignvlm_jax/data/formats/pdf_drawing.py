@@ -44,7 +44,7 @@ def open_page(document: pypdfium2.PdfDocument, index: int) -> Iterator[pypdfium2
             page.close()
             page = document[index]
     except (pypdfium2.PdfiumError, IndexError) as err:
-        raise Reject(f"cannot read page {index + 1}: {err}") from err
+        raise Reject(f"a page that cannot be read ({err})") from err
     try:
         yield page
     finally:
@@ -59,13 +59,13 @@ def draw(page: pypdfium2.PdfPage, dpi: float) -> Drawn:
     """
     width, height = (side * dpi / POINTS_PER_INCH for side in page.get_size())
     if not 0 < width * height <= MAX_PIXELS:
-        raise Reject(f"a page of {width:.0f} x {height:.0f} pixels at {dpi} dpi; at most {MAX_PIXELS:,} are drawn")
+        raise Reject(f"a page is too large ({width:.0f} x {height:.0f} pixels at {dpi} dpi; at most {MAX_PIXELS:,})")
     for drawn, kind, _ in objects(page, np.eye(2, 3)):
         if kind == pdfium.FPDF_PAGEOBJ_IMAGE:
             columns, rows = ctypes.c_uint(), ctypes.c_uint()
             pdfium.FPDFImageObj_GetImagePixelSize(drawn, columns, rows)
             if columns.value * rows.value > MAX_PIXELS:
-                raise Reject(f"an image of {columns.value} x {rows.value} pixels; at most {MAX_PIXELS:,} are read")
+                raise Reject(f"an image on a page is too large ({columns.value} x {rows.value} pixels)")
     image = page.render(scale=dpi / POINTS_PER_INCH, may_draw_forms=False, draw_annots=False).to_pil()
     if all(np.array_equal(image.getchannel(0), image.getchannel(i)) for i in (1, 2)):
         image = image.getchannel(0)

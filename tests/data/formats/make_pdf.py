@@ -1,4 +1,4 @@
-"""Small PDFs by hand, so that everything about a page is known: Helvetica at known places, rules, boxes, rotation."""
+"""Small PDFs by hand, so that everything about a page is known: Helvetica at known places, rules, images, rotation."""
 
 import itertools
 from collections.abc import Iterable
@@ -27,49 +27,78 @@ def table(left: float, top: float, widths: list[float], rows: list[list[str]], h
     return content
 
 
+IMAGE = "q 200 0 0 150 50 25 cm /X1 Do Q\n"
+"""Content that draws the `image` of a PDF over 200 x 150 points."""
+
+
 def pdf(
     contents: Iterable[str],
     size: tuple[float, float] = (300, 200),
     page: str = "",
     font: str = "/Encoding /WinAnsiEncoding",
     meanings: dict[str, str] | None = None,
+    field: str = "",
+    image: tuple[int, int, bytes] = (1, 1, b"\0\0\0"),
 ) -> bytes:
     """A PDF of one page for each content.
 
-    `page` and `font` hold more entries of every page and of the font, as `/Rotate 90`; `meanings` says, in hexadecimal
-    UTF-16, what characters of the font are that are not what they look like.
+    `page` and `font` hold more entries of every page and of the font, as `/Rotate 90`. `meanings` says, in hexadecimal
+    UTF-16, what characters of the font are that are not what they look like. `field` is what a form field, 100 points
+    from the left and bottom, was filled in with; `image` is the width, height and RGB of what IMAGE draws.
     """
-    entries = "".join(f"<{ord(code):02x}> <{meaning}>\n" for code, meaning in (meanings or {}).items())
-    to_unicode = (
-        "/CIDInit /ProcSet findresource begin 12 dict begin begincmap 1 begincodespacerange <00> <ff>"
-        f" endcodespacerange {len(meanings or {})} beginbfchar\n{entries}endbfchar endcmap end end"
-    )
     font += " /ToUnicode 4 0 R" if meanings else ""
+    page += " /Annots [5 0 R]" if field else ""
+    resources = "/Resources << /Font << /F1 3 0 R >> /XObject << /X1 7 0 R >> >>"
     objects = [
-        "<< /Type /Catalog /Pages 2 0 R >>",
+        "<< /Type /Catalog /Pages 2 0 R /AcroForm << /Fields [5 0 R] >> >>",
         "",
         f"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica {font} >>",
-        _stream(to_unicode),
+        _stream(_meanings(meanings or {})),
+        f"<< /Type /Annot /Subtype /Widget /FT /Tx /T (name) /V ({field}) /Rect [100 100 200 120] /F 4"
+        " /AP << /N 6 0 R >> >>",
+        _stream(text(0, 0, field), f"/Type /XObject /Subtype /Form /BBox [0 -5 100 15] {resources}"),
+        _stream(
+            image[2].decode("latin-1"),
+            f"/Type /XObject /Subtype /Image /Width {image[0]} /Height {image[1]} /ColorSpace /DeviceRGB"
+            " /BitsPerComponent 8",
+        ),
     ]
     kids = []
     for content in contents:
         objects.append(_stream(content))
         objects.append(
             f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 {size[0]} {size[1]}] /Contents {len(objects)} 0 R"
-            f" /Resources << /Font << /F1 3 0 R >> >> {page} >>"
+            f" {resources} {page} >>"
         )
         kids.append(f"{len(objects)} 0 R")
     objects[1] = f"<< /Type /Pages /Count {len(kids)} /Kids [{' '.join(kids)}] >>"
+    return _assemble(objects)
+
+
+def encrypted() -> bytes:
+    """A PDF that no password opens, least of all the empty one."""
+    locked = "/ID [<00> <00>] /Encrypt << /Filter /Standard /V 1 /R 2 /P -4 /O <{0}> /U <{0}> >>".format("ab" * 32)
+    return pdf([text(20, 100, "secret")]).replace(b"/Root", f"{locked} /Root".encode())
+
+
+def _assemble(objects: list[str]) -> bytes:
     data, offsets = b"%PDF-1.7\n", []
     for number, body in enumerate(objects, 1):
         offsets.append(len(data))
         data += f"{number} 0 obj\n{body}\nendobj\n".encode("latin-1")
     xref = "".join(f"{offset:010d} 00000 n \n" for offset in offsets)
-    tail = (
-        f"xref\n0 {len(objects) + 1}\n0000000000 65535 f \n{xref}trailer\n<< /Size {len(objects) + 1} /Root 1 0 R >>\n"
+    tail = f"xref\n0 {len(objects) + 1}\n0000000000 65535 f \n{xref}"
+    tail += f"trailer\n<< /Size {len(objects) + 1} /Root 1 0 R >>\nstartxref\n{len(data)}\n%%EOF\n"
+    return data + tail.encode("latin-1")
+
+
+def _stream(content: str, entries: str = "") -> str:
+    return f"<< /Length {len(content.encode('latin-1'))} {entries} >>\nstream\n{content}\nendstream"
+
+
+def _meanings(meanings: dict[str, str]) -> str:
+    entries = "".join(f"<{ord(code):02x}> <{meaning}>\n" for code, meaning in meanings.items())
+    return (
+        "/CIDInit /ProcSet findresource begin 12 dict begin begincmap 1 begincodespacerange <00> <ff>"
+        f" endcodespacerange {len(meanings)} beginbfchar\n{entries}endbfchar endcmap end end"
     )
-    return data + f"{tail}startxref\n{len(data)}\n%%EOF\n".encode("latin-1")
-
-
-def _stream(content: str) -> str:
-    return f"<< /Length {len(content.encode('latin-1'))} >>\nstream\n{content}\nendstream"

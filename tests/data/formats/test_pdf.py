@@ -1,162 +1,187 @@
+import concurrent.futures
 import io
+import pickle
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from alignvlm_jax.data.formats.base import Raw, Reject, Rejection
+from alignvlm_jax.config import VisionConfig
+from alignvlm_jax.data import images, labels
+from alignvlm_jax.data.formats import pdf
+from alignvlm_jax.data.formats.base import Raw, Rejection
 from alignvlm_jax.data.formats.pdf import Pdf
+from alignvlm_jax.data.schema import decode_record, encode_record
+from alignvlm_jax.errors import UserError
 from tests.data.formats import make_pdf
 from tests.data.formats.make_pdf import table, text
-
-TABLE = [["name", "size", "colour"], ["apple", "12 cm", "red"], ["pear", "9 cm", ""], ["plum", "4 cm", "deep\nblue"]]
-
-
-@pytest.fixture
-def read(tmp_path):
-    """Writes a PDF and reads its pages; rejections are returned, too."""
-
-    def read(contents, dpi=100, **options):
-        path = tmp_path / f"file-{len(list(tmp_path.iterdir()))}.pdf"
-        path.write_bytes(contents if isinstance(contents, bytes) else make_pdf.pdf(contents, **options))
-        return records(Pdf(dpi=dpi, holdout_by="page"), path)
-
-    return read
+from tests.data.formats.read_pdf import gray, read_all, texts, words
 
 
-def records(form, source):
-    found = []
-    for unit in form.units(str(source)):
-        for raw in form.raws(unit):
-            try:
-                found.append(form.record(raw) if isinstance(raw, Raw) else raw)
-            except Reject as err:
-                found.append(Rejection(raw.id, str(err)))
-    return found
+def write(path, num_pages=1, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(make_pdf.pdf([text(20, 100, f"page {i}") for i in range(1, num_pages + 1)], **options))
 
 
-def page_text(record):
-    return [" ".join(word.text for word in line) for line in record.lines[0]]
+def test_a_page_is_a_record_and_a_file_a_document(tmp_path):
+    write(tmp_path / "b" / "report.v2.PDF", 2)
+    write(tmp_path / "a" / "report.pdf")
+    (tmp_path / "notes.txt").write_text("no PDF")
+    form = Pdf()
+    raws = [raw for unit in form.units(str(tmp_path)) for raw in form.raws(unit)]
+    assert [(raw.id, raw.document) for raw in raws] == [
+        ("a/report-0001", "a/report"),
+        ("b/report.v2-0001", "b/report.v2"),
+        ("b/report.v2-0002", "b/report.v2"),
+    ]
+    record = form.record(pickle.loads(pickle.dumps(raws[2])))
+    assert (record.id, record.source, texts(record)) == ("b/report.v2-0002", "pdf", ["page 2"])
+    assert decode_record(encode_record(record)) == record
+    assert form.record(raws[2]) == record
 
 
-def gray(record):
-    return np.asarray(Image.open(io.BytesIO(record.images[0])).convert("L"))
+def test_one_file_is_held_out_by_pages_only(tmp_path):
+    write(tmp_path / "only.pdf", 2)
+    for source in (tmp_path, tmp_path / "only.pdf"):
+        with pytest.raises(UserError, match="--holdout_by=page"):
+            Pdf().units(str(source))
+        form = Pdf(holdout_by="page")
+        assert [r.document for unit in form.units(str(source)) for r in form.raws(unit)] == ["only-0001", "only-0002"]
 
 
-def words(record):
-    return [word for line in record.lines[0] for word in line]
+def test_a_large_file_is_cut_into_ranges_of_pages(tmp_path, monkeypatch):
+    monkeypatch.setattr(pdf, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(pdf, "PAGES_PER_UNIT", 2)
+    write(tmp_path / "large.pdf", 5)
+    (tmp_path / "zzz.pdf").write_bytes(b"x" * 2000)
+    form = Pdf()
+    units = form.units(str(tmp_path))
+    assert [(unit.start, unit.stop) for unit in units] == [(0, 2), (2, 4), (4, 5), (0, -1)]
+    found = read_all(form, tmp_path)
+    assert [texts(record) for record in found[:5]] == [[f"page {i}"] for i in range(1, 6)]
+    assert found[5].id == "zzz" and "no PDF" in found[5].reason
 
 
-ROTATED = "".join(text(x, 30, string, matrix="0 1 -1 0") for x, string in ((60, "First line"), (90, "second, below")))
-PAGES = {
-    "plain": ({}, text(20, 150, "Total: 12 gyp") + text(20, 100, "large", 40) + text(20, 60, "f\xe9e \xc5ngstr\xf6m")),
-    "rotated": ({"page": "/Rotate 90"}, ROTATED),
-    "upside_down": ({"page": "/Rotate 180"}, text(250, 100, "upright again", matrix="-1 0 0 -1")),
-    "three_quarters": ({"page": "/Rotate 270"}, text(100, 150, "third turn", matrix="0 -1 1 0")),
-    "cropped": ({"page": "/CropBox [30.5 20 250 180]"}, text(60, 150, "inside") + text(260, 100, "outside")),
-    "scaled": ({}, text(20, 100, "wide", 1, "30 0 0 15") + text(20, 50, "tall", 1, "10 0 0 30")),
-    "sideways": ({}, text(50, 20, "upwards", matrix="0 1 -1 0") + text(90, 150, "downwards", matrix="0 -1 1 0")),
-    "table": ({}, table(20, 180, [80, 80, 80], TABLE)),
-    "coloured": ({}, "1 0 0 rg " + text(20, 100, "red") + "0 0 1 rg " + text(80, 100, "blue")),
+@pytest.mark.parametrize("options", [{"dpi": 0}, {"dpi": 601}, {"holdout_by": "pages"}])
+def test_wrong_options(options):
+    with pytest.raises(UserError):
+        Pdf(**options)
+
+
+def test_no_source(tmp_path):
+    with pytest.raises(UserError, match="no source"):
+        Pdf().units(str(tmp_path / "none"))
+
+
+GOOD = make_pdf.pdf([text(20, 100, "good")])
+BAD = {
+    "empty": (b"", "no PDF"),
+    "no PDF": (b"%PDF-1.7\n" + b"\0" * 100, "no PDF"),
+    "an image": (b"\x89PNG\r\n\x1a\n", "no PDF"),
+    "truncated": (GOOD[:200], "no PDF"),
+    "no pages": (make_pdf.pdf([]), "no PDF"),
+    "a page of 60,000 x 60,000": (make_pdf.pdf([text(20, 100, "x")], size=(60_000, 60_000)), "page is too large"),
+    "a page of no size": (make_pdf.pdf([text(20, 100, "x")], page="/CropBox [10 10 10 10]"), None),
+    "a strip": (make_pdf.pdf([text(20, 100, "x")], size=(1, 10_000)), None),
+    "a bomb": (make_pdf.pdf([make_pdf.IMAGE], image=(60_000, 60_000, b"")), "image on a page is too large"),
+    "a password": (make_pdf.encrypted(), "password"),
+    "pages in a circle": (GOOD.replace(b"/Kids [9 0 R]", b"/Kids [2 0 R]"), None),
+    "a page that is none": (GOOD.replace(b"/Type /Page ", b"/Type /Font "), None),
 }
 
 
-@pytest.mark.parametrize("name", PAGES)
-@pytest.mark.parametrize("dpi", [72, 100, 150])
-def test_words_lie_on_the_ink_and_all_ink_is_in_words(read, name, dpi):
-    options, content = PAGES[name]
-    (record,) = read([content], dpi, **options)
-    dark = gray(record) < 160
-    assert words(record)
-    rest = dark.copy()
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_rejected_and_the_others_go_on(tmp_path, name):
+    content, reason = BAD[name]
+    (tmp_path / "a.pdf").write_bytes(content)
+    (tmp_path / "b.pdf").write_bytes(GOOD)
+    *bad, good = read_all(Pdf(), tmp_path)
+    assert texts(good) == ["good"]
+    if reason:
+        assert len(bad) == 1 and isinstance(bad[0], Rejection)
+        assert bad[0].id.startswith("a") and reason in bad[0].reason
+
+
+def test_damaged_bytes_raise_nothing_but_rejections(read):
+    rng = np.random.default_rng(0)
+    good = np.frombuffer(make_pdf.pdf([table(20, 180, [80, 80, 80], [["name", "size", "colour"]] * 3)]), np.uint8)
+    num_read = 0
+    for _ in range(100):
+        damaged = good.copy()
+        damaged[rng.integers(0, len(good), 5)] ^= 1 << rng.integers(0, 8, 5).astype(np.uint8)
+        num_read += sum(not isinstance(item, Rejection) for item in read(damaged.tobytes()))
+    assert 0 < num_read < 100
+
+
+def test_a_page_that_cannot_be_told_is_rejected(read):
+    (few,) = read([text(20, 100, "* " + "words " * 9, 8)], meanings={"*": "FFFD"})
+    (many,) = read([text(20, 100, "* " * 2 + "words " * 9, 8)], meanings={"*": "FFFD"})
+    assert texts(few) == ["words " * 8 + "words"]
+    assert many.reason == "words without Unicode (2 of 11)"
+
+
+def test_a_blank_page_has_no_words(read):
+    (record,) = read(["0 0 1 rg 20 20 50 50 re f\n"])
+    assert (record.turns, record.lines) == ((), ((),))
+
+
+def test_text_is_kept_without_loss_and_photos_are_not(read):
+    (drawn,) = read([text(20, 100, "drawn")])
+    assert drawn.images[0].startswith(b"\x89PNG") and Image.open(io.BytesIO(drawn.images[0])).mode == "L"
+    rng, (y, x, _) = np.random.default_rng(0), np.mgrid[:150, :200, :1]
+    photo = (128 + 90 * np.sin(x / 20 + [0, 1, 2]) * np.cos(y / 30) + rng.normal(0, 4, (150, 200, 3))).astype(np.uint8)
+    (scanned,) = read([make_pdf.IMAGE + text(20, 100, "over it")], image=(200, 150, photo.tobytes()))
+    assert scanned.images[0].startswith(b"\xff\xd8") and Image.open(io.BytesIO(scanned.images[0])).mode == "RGB"
+
+
+def test_what_a_form_holds_is_part_of_the_page(read):
+    (record,) = read([text(20, 100, "Name:")], field="Ada Lovelace")
+    assert texts(record) == ["Name: Ada Lovelace"]
+    name = words(record)[1]
+    assert (gray(record)[int(name.box[1]) : int(name.box[3]), int(name.box[0]) : int(name.box[2])] < 128).any()
+
+
+def test_threads_share_a_file(tmp_path):
+    write(tmp_path / "shared.pdf", 12)
+    form = Pdf(holdout_by="page")
+    raws = [raw for unit in form.units(str(tmp_path)) for raw in form.raws(unit)] * 4
+    assert all(isinstance(raw, Raw) for raw in raws)
+    expected = [form.record(raw) for raw in raws[:12]]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(form.record, raws)) == expected * 4
+
+
+@pytest.mark.parametrize("size", [224, 384])
+@pytest.mark.parametrize("page", ["", "/Rotate 90"])
+def test_patches_are_labelled_with_the_words_that_they_show(read, tokenizer, size, page):
+    """Over a page that is cut, resized and padded: what is dark is labelled as text, what is far from ink as blank, and
+    the middle of every token lies in a patch that has it among its labels."""
+    strings = ("Total 123.45", "What is it", "5.4 and 3.2")
+    matrix, at = (
+        ("0 1 -1 0", [(70 + 60 * i, 20) for i in range(3)]) if page else ("1 0 0 1", [(20, y) for y in (150, 100, 50)])
+    )
+    content = "".join(text(*place, string, 20, matrix) for place, string in zip(at, strings, strict=True))
+    (record,) = read([content], 150, page=page)
+    vision = VisionConfig(tile_height=size, tile_width=size, patch_height=14, patch_width=14)
+    tiles = images.tile_image(images.decode_image(record.images[0], ""), vision, 10, use_overview=True)
+    assert len(tiles.pixels) > 2 and not (tiles.scales == 1).any()
+    ids, _, loss_weights = labels.patch_labels(record.lines[0], tiles, tokenizer, vision, 3, 0.2)
+    rows, columns = vision.patch_grid
+    is_text = (loss_weights == 1).reshape(-1, rows, columns)
+    cut = tiles.pixels[:, : rows * 14, : columns * 14, 0].reshape(-1, rows, 14, columns, 14)
+    assert is_text[(cut < 128).sum((2, 4)) > 14 * 14 / 4].all()
+    is_inked = np.pad(cut.min((2, 4)) < 200, ((0, 0), (1, 1), (1, 1)))
+    is_near_ink = np.lib.stride_tricks.sliding_window_view(is_inked, (3, 3), axis=(1, 2)).any((3, 4))
+    assert not is_text[~is_near_ink].any()
+    found = []  # (in the overview, has the label)
     for word in words(record):
-        left, top, right, bottom = word.box
-        inside = slice(int(top), int(bottom) + 1), slice(int(left), int(right) + 1)
-        assert dark[inside].any(), word
-        # The box is no larger than the letters: ink reaches its sides, and it is a line high.
-        columns = np.flatnonzero(dark[inside].any(0))
-        assert columns[0] <= 0.1 * (bottom - top) + 2 and columns[-1] >= right - left - 0.1 * (bottom - top) - 3
-        rest[inside] = False
-    assert not rest.any()
-
-
-@pytest.mark.parametrize("name", ["plain", "rotated", "three_quarters", "scaled", "cropped"])
-def test_edges_part_the_letters(read, name):
-    options, content = PAGES[name]
-    (record,) = read([content], 150, **options)
-    dark = gray(record) < 100
-    num_gaps = 0
-    for word in words(record):
-        assert len(word.edges) == len(word.text) + 1
-        assert list(word.edges) == sorted(word.edges)
-        assert (word.edges[0], word.edges[-1]) == pytest.approx((word.box[0], word.box[2]), abs=0.02)
-        rows = slice(int(word.box[1]), int(word.box[3]) + 1)
-        for start, stop in zip(word.edges, word.edges[1:], strict=False):
-            assert dark[rows, int(start) : int(stop) + 1].any()
-            num_gaps += not dark[rows, round(stop)].any()
-    assert num_gaps > 0.6 * sum(len(word.text) for word in words(record))
-
-
-def test_what_is_not_seen_is_not_read(read):
-    content = (
-        text(20, 150, "seen")
-        + "1 g " + text(20, 120, "white") + "0 g "
-        + text(20, 90, "covered") + "0 0 0 rg 10 80 100 30 re f\n"
-        + text(150, 120, "invisible", operators="3 Tr")
-        + text(280, 150, "cut off")
-        + text(20, 40, "slanted", matrix="0.7 0.7 -0.7 0.7")
-        + text(250, 60, "overturned", matrix="-1 0 0 -1")
-    )  # fmt: skip
-    (record,) = read([content])
-    # A letter is read where its middle is on the page.
-    assert page_text(record) == ["seen cut"]
-
-
-def test_recognised_text_counts_where_only_the_scan_shows_it(read):
-    """The word of the scan is drawn as boxes; its text is invisible, as is a second one on top of visible text."""
-    scan = "".join(f"{x} 100 4 9 re f\n" for x in range(50, 80, 6))
-    (record,) = read([scan + text(48, 100, "scan", 14, operators="3 Tr") + text(150, 100, "text")
-                      + text(150, 100, "hidden", operators="3 Tr")])  # fmt: skip
-    assert page_text(record) == ["scan text"]
-
-
-@pytest.mark.parametrize(
-    ("codes", "differences", "expected"),
-    [
-        ("of\x1fce", "31 /ffi", "offfice"),
-        ("\x1fne", "31 /fi", "fine"),
-        ("cafe\x1f", "31 /acute", "cafe´"),
-        ("a\x01b", "", "ab"),
-        ("a\xa0b", "", "a b"),
-    ],
-)
-def test_characters_become_what_is_seen(read, codes, differences, expected):
-    font = f"/Encoding << /Type /Encoding /BaseEncoding /WinAnsiEncoding /Differences [{differences}] >>"
-    (record,) = read([text(20, 100, codes)], font=font)
-    assert page_text(record) == [expected]
-    for word in words(record):
-        assert len(word.edges) == len(word.text) + 1
-
-
-@pytest.mark.parametrize(
-    ("meaning", "expected"),
-    [
-        ("FB03", ["affib"]),  # a ligature of Unicode
-        ("00660066", ["affb"]),  # one that its font takes apart
-        ("00650301", ["aéb"]),  # a letter and its accent
-        ("00AD", ["a-b"]),
-        ("200B", ["ab"]),  # no width, and no meaning
-        ("202E", ["ab"]),
-        ("FFFD", None),
-        ("E000", None),  # for private use
-        ("D83D", None),  # half of a pair
-        ("D83DDE00", ["a\U0001f600b"]),
-        ("0003", None),  # a control character that is drawn
-    ],
-)
-def test_unicode_of_a_glyph(read, meaning, expected):
-    (found,) = read([text(20, 100, "a*b") + text(20, 50, "more that can be read " * 3)], meanings={"*": meaning})
-    if expected is None:
-        assert "*" not in "".join(page_text(found))
-    else:
-        assert page_text(found)[:1] == expected
+        for token, start, end in tokenizer.token_offsets(word.text):
+            middle = np.array([word.edges[start] + word.edges[end], word.box[1] + word.box[3]]) / 2
+            for tile, (crop, scale) in enumerate(zip(tiles.crops, tiles.scales, strict=True)):
+                if (crop[:2] <= middle).all() and (middle < crop[2:]).all():
+                    column, row = ((middle - crop[:2]) * scale // 14).astype(int)
+                    found.append((tile == 0, token in ids[tile, row * columns + column]))
+    assert len(found) == 2 * sum(len(tokenizer.token_offsets(word.text)) for word in words(record))
+    assert all(has_label for is_overview, has_label in found if not is_overview)
+    # A patch of the overview may show more tokens than it has labels for.
+    assert np.mean([has_label for is_overview, has_label in found if is_overview]) > 0.9
