@@ -7,6 +7,9 @@ from alignvlm_jax.data.formats.pdf_tables import Table
 from alignvlm_jax.data.formats.pdf_words import PlacedWord
 from alignvlm_jax.data.schema import Box, Word
 
+Line = list[PlacedWord]
+Block = list[Line]
+
 MAX_BLOCKS = 500
 """More are not put in order: the time grows by the square."""
 
@@ -18,7 +21,7 @@ def read_lines(words: list[PlacedWord], tables: list[Table]) -> tuple[tuple[Word
     after the other, as nearly all PDFs have them. Tables are read by rows, across all cells. What comes late but stands
     above, as a header that is written last, is moved up.
     """
-    lines: list[list[PlacedWord]] = []
+    lines: list[Line] = []
     for placed in _by_rows(words, tables):
         if lines and _is_beside(lines[-1], placed):
             lines[-1].append(placed)
@@ -63,7 +66,7 @@ def _by_rows(words: list[PlacedWord], tables: list[Table]) -> list[PlacedWord]:
 
 def _by_baselines(words: list[PlacedWord]) -> list[PlacedWord]:
     """Sorts words into lines by where they stand alone, from the top, and each line from left to right."""
-    lines: list[list[PlacedWord]] = []
+    lines: list[Line] = []
     for placed in sorted(words, key=lambda placed: _centre(placed.word.box)[1]):
         if lines and _shares_baseline(lines[-1][0].word.box, placed.word.box, across=1):
             lines[-1].append(placed)
@@ -76,7 +79,7 @@ def _centre(box: Box) -> tuple[float, float]:
     return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
 
 
-def _is_beside(line: list[PlacedWord], placed: PlacedWord) -> bool:
+def _is_beside(line: Line, placed: PlacedWord) -> bool:
     """Whether a word goes on with a line, at either end of it: Arabic grows to the left."""
     across = 0 if placed.is_vertical else 1
     last, box = line[-1].word.box, placed.word.box
@@ -93,7 +96,7 @@ def _shares_baseline(a: Box, b: Box, across: int) -> bool:
     return overlap >= 0.5 * min(a[across + 2] - a[across], b[across + 2] - b[across])
 
 
-def _in_order(line: list[PlacedWord]) -> list[PlacedWord]:
+def _in_order(line: Line) -> Line:
     """From left to right, but for lines up or down the page and those of a script from right to left."""
     keeps_order = any(
         placed.is_vertical or unicodedata.bidirectional(placed.word.text[0]) in ("R", "AL") for placed in line
@@ -101,10 +104,10 @@ def _in_order(line: list[PlacedWord]) -> list[PlacedWord]:
     return line if keeps_order else sorted(line, key=lambda placed: placed.word.box[0])
 
 
-def _from_the_top(lines: list[list[PlacedWord]]) -> list[list[list[PlacedWord]]]:
+def _from_the_top(lines: list[Line]) -> list[Block]:
     """Splits lines into blocks where the page goes on further up, and lets no block come before one that stands wholly
     above it; else they stay in order."""
-    blocks: list[list[list[PlacedWord]]] = []
+    blocks: list[Block] = []
     for line in lines:
         if blocks and line[0].word.box[1] >= blocks[-1][-1][0].word.box[1]:
             blocks[-1].append(line)
@@ -112,19 +115,21 @@ def _from_the_top(lines: list[list[PlacedWord]]) -> list[list[list[PlacedWord]]]
             blocks.append([line])
     if len(blocks) > MAX_BLOCKS:
         return blocks
-    waiting = [(block, _bounds(block)) for block in blocks]
+    waiting = [(_bounds(block), block) for block in blocks]
     ordered = []
     while waiting:
-        first = next(i for i, (_, box) in enumerate(waiting) if not any(_is_above(other, box) for _, other in waiting))
-        ordered.append(waiting.pop(first)[0])
+        first = next(i for i, one in enumerate(waiting) if not any(_is_above(*other, *one) for other in waiting))
+        ordered.append(waiting.pop(first)[1])
     return ordered
 
 
-def _bounds(block: list[list[PlacedWord]]) -> Box:
+def _bounds(block: Block) -> Box:
     lefts, tops, rights, bottoms = zip(*(placed.word.box for line in block for placed in line), strict=True)
     return min(lefts), min(tops), max(rights), max(bottoms)
 
 
-def _is_above(box: Box, other: Box) -> bool:
-    """Whether a box ends above the other, in a column that they share."""
-    return box[3] <= other[1] and box[0] < other[2] and other[0] < box[2] and box != other
+def _is_above(box: Box, block: Block, other_box: Box, other: Block) -> bool:
+    """Whether a block ends above another in a column that they share; a line alone, as a page's number between two
+    columns, has its place among all."""
+    shares_column = box[0] < other_box[2] and other_box[0] < box[2]
+    return box[3] <= other_box[1] and (shares_column or len(block) == 1 or len(other) == 1)
