@@ -13,6 +13,7 @@ import numpy as np
 import pypdfium2
 from pypdfium2 import raw as pdfium
 
+from alignvlm_jax.data.formats.base import Reject
 from alignvlm_jax.data.schema import Box, Word
 
 MAX_SLANT = 0.09
@@ -23,6 +24,8 @@ MIN_CONTRAST = 16
 """Gray levels of 255 that a word's box must span; in less nobody sees a word."""
 MIN_INK = 0.1
 """Square pixels of a glyph. For what they cannot draw, as control characters, fonts have a glyph of a hundredth."""
+MAX_CHARACTERS = 100_000
+"""Of a page, with the spaces that pdfium puts between words."""
 MAX_GAP = 0.6
 """In ems, between the characters of a word."""
 
@@ -53,6 +56,9 @@ def read_words(page: pypdfium2.PdfPage, to_pixels: np.ndarray, gray: np.ndarray)
 
     Returns:
       The words, and how many more can be seen but not told: the PDF has no Unicode for their characters.
+
+    Raises:
+      Reject: there is too much text.
     """
     text = _Text(page, to_pixels, gray.shape)
     visible, hidden, num_unreadable = [], [], 0
@@ -79,6 +85,8 @@ class _Text:
     def __init__(self, page: pypdfium2.PdfPage, to_pixels: np.ndarray, shape: tuple[int, int]):
         self._page, self._to_pixels, self._size = page.get_textpage(), to_pixels, shape[::-1]
         count = self._page.count_chars()
+        if count > MAX_CHARACTERS:
+            raise Reject(f"a page has too much text ({count:,} characters; at most {MAX_CHARACTERS:,})")
         self.text = _decode([pdfium.FPDFText_GetUnicode(self._page, i) for i in range(count)])
         ink, cells = np.zeros((count, 4)), np.zeros((count, 4))
         left, right, bottom, top, loose = c_double(), c_double(), c_double(), c_double(), pdfium.FS_RECTF()
