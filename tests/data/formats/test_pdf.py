@@ -114,6 +114,20 @@ def test_damaged_bytes_raise_nothing_but_rejections(read):
     assert 0 < num_read < 100
 
 
+def test_pages_go_to_both_splits_and_each_that_cannot_be_used_has_its_reason(tmp_path, prepare):
+    write(tmp_path / "in" / "a.pdf", 20)
+    (tmp_path / "in" / "b.pdf").write_bytes(make_pdf.pdf(["", text(20, 100, "not blank")]))
+    (tmp_path / "in" / "c.pdf").write_bytes(make_pdf.encrypted())
+    prepared = prepare(Pdf(holdout_by="page"), tmp_path / "in", holdout=0.5)
+    train, validation = ({record.id for record in prepared.records(split)} for split in ("train", "validation"))
+    assert len(train) > 3 < len(validation)
+    assert train | validation == {"b-0002", *(f"a-{page:04d}" for page in range(1, 21))}
+    assert prepared.reasons() == {
+        "b-0001": "nothing to learn: no answer and no words",
+        "c": "a PDF that a password protects",
+    }
+
+
 def test_a_page_that_cannot_be_told_is_rejected(read):
     (few,) = read([text(20, 100, "* " + "words " * 9, 8)], meanings={"*": "FFFD"})
     (many,) = read([text(20, 100, "* " * 2 + "words " * 9, 8)], meanings={"*": "FFFD"})
