@@ -24,7 +24,8 @@ MAX_DPI = 600
 PAGES_PER_UNIT = 64
 WHOLE_BYTES = 1 << 20
 """A file that is smaller is one unit; only a larger one has to be opened to be cut."""
-MAX_FILE_BYTES = 1 << 29
+MAX_REMOTE_BYTES = 1 << 29
+"""Of a file in a bucket, which is held in memory."""
 MAX_UNREADABLE = 0.1
 """Share of a page's words that may be drawn but have no Unicode."""
 HOLDOUTS = ("document", "page")
@@ -105,7 +106,9 @@ class Pdf:
 def _open(path: str) -> pypdfium2.PdfDocument:
     """Opens a file once for all of its pages; Reject where it is none that can be read."""
     try:
-        return pypdfium2.PdfDocument(filesystem.read(path, MAX_FILE_BYTES))
+        if filesystem.is_remote(path):
+            return pypdfium2.PdfDocument(filesystem.read(path, MAX_REMOTE_BYTES))
+        return pypdfium2.PdfDocument(path)  # which reads what it needs, of a file of any size
     except pypdfium2.PdfiumError as err:
         if err.err_code == pdfium.FPDF_ERR_PASSWORD:
             raise Reject("a PDF that a password protects") from err

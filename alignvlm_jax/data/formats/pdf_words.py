@@ -150,7 +150,7 @@ class _Text:
         ink, cell = _union(self.ink[span]), _union(self.cells[span])
         if abs(along[0]) <= MAX_SLANT * abs(along[1]):
             return PlacedWord(Word(text, self._cut(ink)), is_vertical=True)
-        if along[0] <= 0 or up[1] >= 0 or abs(along[1]) > MAX_SLANT * along[0]:
+        if up[1] >= 0 or abs(along[1]) > MAX_SLANT * along[0]:
             return None
         em = -up[1] * pdfium.FPDFText_GetFontSize(self._page, span.start)
         pdfium.FPDFText_GetCharOrigin(self._page, span.start, x, y)
@@ -187,9 +187,7 @@ def _seen(character: str, has_ink: bool) -> str | None:
     category = unicodedata.category(character)
     if character == "\ufffd" or category in ("Co", "Cn") or (category == "Cc" and has_ink):
         return None
-    if category in ("Cc", "Cf"):
-        return ""
-    return unicodedata.normalize("NFKC", character) if "\ufb00" <= character <= "\ufb06" else character
+    return "" if category in ("Cc", "Cf") else character
 
 
 def _decode(codes: list[int]) -> str:

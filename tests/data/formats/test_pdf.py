@@ -62,6 +62,18 @@ def test_a_large_file_is_cut_into_ranges_of_pages(tmp_path, monkeypatch):
     assert found[5].id == "zzz" and "no PDF" in found[5].reason
 
 
+def test_a_file_in_a_bucket_is_held_in_memory(tmp_path, monkeypatch):
+    write(tmp_path / "here.pdf")
+    monkeypatch.setattr(pdf.filesystem, "is_remote", lambda path: True)
+    pages = pdf.Pages(str(tmp_path / "here.pdf"), name="here")
+    (raw,) = Pdf().raws(pages)
+    assert texts(Pdf().record(raw)) == ["page 1"]
+    pdf._open.cache_clear()
+    monkeypatch.setattr(pdf, "MAX_REMOTE_BYTES", 100)
+    (rejected,) = Pdf().raws(pages)
+    assert rejected.reason.startswith("a file that cannot be read (")
+
+
 @pytest.mark.parametrize("options", [{"dpi": 0}, {"dpi": 601}, {"holdout_by": "pages"}])
 def test_wrong_options(options):
     with pytest.raises(UserError):

@@ -66,6 +66,7 @@ def test_what_is_not_seen_is_not_read(read):
         + text(280, 150, "cut off")
         + text(20, 40, "slanted", matrix="0.7 0.7 -0.7 0.7")
         + text(250, 60, "overturned", matrix="-1 0 0 -1")
+        + text(150, 30, "mirrored", matrix="1 0 0 -1")
     )  # fmt: skip
     (record,) = read([content])
     # A letter is read where its middle is on the page.
@@ -101,7 +102,8 @@ def test_characters_become_what_is_seen(read, codes, differences, expected):
 @pytest.mark.parametrize(
     ("meaning", "expected"),
     [
-        ("FB03", ["affib"]),  # a ligature of Unicode
+        ("FB03", ["affib"]),  # a ligature of Unicode: pdfium takes it apart
+        ("FB06", ["astb"]),
         ("00660066", ["affb"]),  # one that its font takes apart
         ("00650301", ["aéb"]),  # a letter and its accent
         ("00AD", ["a-b"]),
@@ -116,7 +118,18 @@ def test_characters_become_what_is_seen(read, codes, differences, expected):
 )
 def test_unicode_of_a_glyph(read, meaning, expected):
     (found,) = read([text(20, 100, "a*b") + text(20, 50, "more that can be read " * 3)], meanings={"*": meaning})
-    if expected is None:
-        assert "*" not in "".join(texts(found))
-    else:
-        assert texts(found)[:1] == expected
+    assert texts(found)[: -1 if expected is None else 1] == (expected or [])
+
+
+def test_accents_join_their_letter_or_stand_alone(read):
+    (record,) = read([text(20, 100, "ae*b * b")], meanings={"*": "0300"})
+    assert texts(record) == ["aèb ` b"]
+    assert [len(word.edges) for word in words(record)] == [4, 2, 2]
+
+
+def test_what_one_glyph_shows_shares_its_width(read):
+    (record,) = read([text(20, 100, "a*b", 40)], meanings={"*": "006600660069"})
+    (word,) = words(record)
+    assert word.text == "affib"
+    widths = np.diff(word.edges)
+    assert widths[1:4] == pytest.approx([widths[1]] * 3, abs=0.02) and widths[1] > 1
