@@ -133,3 +133,14 @@ def test_what_one_glyph_shows_shares_its_width(read):
     assert word.text == "affib"
     widths = np.diff(word.edges)
     assert widths[1:4] == pytest.approx([widths[1]] * 3, abs=0.02) and widths[1] > 1
+
+
+@pytest.mark.parametrize(("pulled", "has_edges"), [("[(a) 700 (b) 0 (c)]", True), ("[(a) 1150 (b) 1150 (c)]", False)])
+def test_letters_that_go_back(read, pulled, has_edges):
+    """Kerning may put a letter left of the one before it; a script from right to left has no edges that rise."""
+    (record,) = read([f"BT /F1 40 Tf 100 100 Td {pulled} TJ ET"])
+    (word,) = words(record)
+    assert sorted(word.text) == ["a", "b", "c"]
+    assert (word.edges is not None) == has_edges
+    if has_edges:
+        assert list(word.edges) == sorted(word.edges)
