@@ -85,9 +85,8 @@ def _is_beside(line: Line, placed: PlacedWord) -> bool:
     last, box = line[-1].word.box, placed.word.box
     if line[-1].is_vertical != placed.is_vertical or not _shares_baseline(last, box, across):
         return False
-    along, slack = 1 - across, (box[across + 2] - box[across]) / 2
-    start = min(other.word.box[along] for other in line)
-    stop = max(other.word.box[along + 2] for other in line)
+    first, along, slack = line[0].word.box, 1 - across, (box[across + 2] - box[across]) / 2
+    start, stop = min(first[along], last[along]), max(first[along + 2], last[along + 2])
     return box[along] >= stop - slack or box[along + 2] <= start + slack
 
 
@@ -118,7 +117,9 @@ def _from_the_top(lines: list[Line]) -> list[Block]:
     waiting = [(_bounds(block), block) for block in blocks]
     ordered = []
     while waiting:
-        first = next(i for i, one in enumerate(waiting) if not any(_is_above(*other, *one) for other in waiting))
+        is_first = (not any(_is_above(*other, *one) for other in waiting) for one in waiting)
+        # A box of no height, at the page's border, may stand above itself.
+        first = next((i for i, found in enumerate(is_first) if found), 0)
         ordered.append(waiting.pop(first)[1])
     return ordered
 

@@ -3,6 +3,7 @@
 import bisect
 import ctypes
 import itertools
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -55,16 +56,12 @@ def find_tables(page: pypdfium2.PdfPage, to_pixels: np.ndarray, scale: float) ->
       scale: pixels a point.
     """
     horizontal, vertical = _read_rules(page, to_pixels, scale)
-    groups: list[list[Rule]] = []  # of equal ends
-    for rule in _joined(horizontal, scale):
-        if rule.stop - rule.start > MIN_TABLE_WIDTH * scale:
-            for group in groups:
-                if max(abs(rule.start - group[0].start), abs(rule.stop - group[0].stop)) < SLACK * scale:
-                    group.append(rule)
-                    break
-            else:
-                groups.append([rule])
-    tables = [table for group in groups for table in _grids(group, vertical, scale)]
+    long = [rule for rule in _joined(horizontal, scale) if rule.stop - rule.start > MIN_TABLE_WIDTH * scale]
+    starts, stops = _distinct([rule.start for rule in long], scale), _distinct([rule.stop for rule in long], scale)
+    by_ends = defaultdict(list)
+    for rule in long:
+        by_ends[bisect.bisect(starts, rule.start), bisect.bisect(stops, rule.stop)].append(rule)
+    tables = [table for group in by_ends.values() for table in _grids(group, vertical, scale)]
     return sorted(tables, key=lambda table: (table.ys[0], table.xs[0]))
 
 

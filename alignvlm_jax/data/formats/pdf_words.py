@@ -99,7 +99,8 @@ class _Text:
         cells = np.hstack([np.minimum(ink, cells)[:, :2], np.maximum(ink, cells)[:, 2:]])
         ink, cells = _map_boxes(ink, to_pixels), _map_boxes(cells, to_pixels)
         centres = (ink[:, :2] + ink[:, 2:]) / 2
-        self._is_on_page = ((centres >= 0) & (centres < self._size)).all(1).tolist()
+        is_on_page = ((centres >= 0) & (centres < self._size)).all(1) & np.isfinite(cells).all(1)
+        self._is_on_page = is_on_page.tolist()
         low, high = cells[:, :2], cells[:, 2:]
         gaps = np.maximum(low[1:] - high[:-1], low[:-1] - high[1:]).max(1)
         ems = (high - low).max(1)

@@ -31,6 +31,9 @@ IMAGE = "q 200 0 0 150 50 25 cm /X1 Do Q\n"
 """Content that draws the `image` of a PDF over 200 x 150 points."""
 
 
+FORM = "/X2 Do\n"
+
+
 def pdf(
     contents: Iterable[str],
     size: tuple[float, float] = (300, 200),
@@ -39,16 +42,18 @@ def pdf(
     meanings: dict[str, str] | None = None,
     field: str = "",
     image: tuple[int, int, bytes] = (1, 1, b"\0\0\0"),
+    form: str = "",
 ) -> bytes:
     """A PDF of one page for each content.
 
     `page` and `font` hold more entries of every page and of the font, as `/Rotate 90`. `meanings` says, in hexadecimal
     UTF-16, what characters of the font are that are not what they look like. `field` is what a form field, 100 points
-    from the left and bottom, was filled in with; `image` is the width, height and RGB of what IMAGE draws.
+    from the left and bottom, was filled in with; `image` is the width, height and RGB of what IMAGE draws; `form`
+    is content that FORM draws, half as large and 50 points further up.
     """
     font += " /ToUnicode 4 0 R" if meanings else ""
     page += " /Annots [5 0 R]" if field else ""
-    resources = "/Resources << /Font << /F1 3 0 R >> /XObject << /X1 7 0 R >> >>"
+    resources = "/Resources << /Font << /F1 3 0 R >> /XObject << /X1 7 0 R /X2 8 0 R >> >>"
     objects = [
         "<< /Type /Catalog /Pages 2 0 R /AcroForm << /Fields [5 0 R] >> >>",
         "",
@@ -61,6 +66,11 @@ def pdf(
             image[2].decode("latin-1"),
             f"/Type /XObject /Subtype /Image /Width {image[0]} /Height {image[1]} /ColorSpace /DeviceRGB"
             " /BitsPerComponent 8",
+        ),
+        _stream(
+            form,
+            "/Type /XObject /Subtype /Form /BBox [0 0 600 400] /Matrix [0.5 0 0 0.5 0 50] /Resources"
+            " << /Font << /F1 3 0 R >> >>",
         ),
     ]
     kids = []

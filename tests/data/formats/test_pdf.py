@@ -98,7 +98,7 @@ BAD = {
     "a bomb": (make_pdf.pdf([make_pdf.IMAGE], image=(60_000, 60_000, b"")), "image on a page is too large"),
     "a password": (make_pdf.encrypted(), "password"),
     "much text": (make_pdf.pdf(["BT /F1 12 Tf 20 100 Td" + " (word word) Tj" * 12_000 + " ET"]), "too much text"),
-    "pages in a circle": (GOOD.replace(b"/Kids [9 0 R]", b"/Kids [2 0 R]"), None),
+    "pages in a circle": (GOOD.replace(b"/Kids [10 0 R]", b"/Kids [2 0 R]"), None),
     "a page that is none": (GOOD.replace(b"/Type /Page ", b"/Type /Font "), None),
 }
 

@@ -4,6 +4,7 @@ import pytest
 
 from alignvlm_jax.data.formats.pdf_tables import questions
 from alignvlm_jax.data.schema import Turn
+from tests.data.formats import make_pdf
 from tests.data.formats.make_pdf import rule, table, text
 from tests.data.formats.read_pdf import texts
 
@@ -59,6 +60,12 @@ RULES = {
 @pytest.mark.parametrize("dpi", [72, 100, 150])
 def test_a_table_is_found_however_its_rules_are_drawn(read, rules, dpi):
     (record,) = read([RULES[rules]], dpi)
+    assert asked(record) == ASKED
+
+
+def test_a_table_in_a_form(read):
+    """Content that is used as one object, as programs wrap what they place."""
+    (record,) = read([make_pdf.FORM], form=table(40, 280, [160, 160, 160], FRUIT, 40))
     assert asked(record) == ASKED
 
 
