@@ -1,5 +1,3 @@
-import itertools
-
 import pytest
 
 from alignvlm_jax.data.formats.pdf_tables import questions
@@ -21,13 +19,6 @@ ASKED = {
 def asked(record):
     assert all(len(turn.answers) == 1 for turn in record.turns)
     return {turn.question: turn.answers[0] for turn in record.turns}
-
-
-def boxes(left, top, widths, heights):
-    """Frames of cells, as (x, y, width, height)."""
-    for y, height in zip(itertools.accumulate(heights, initial=top), heights, strict=False):
-        for x, width in zip(itertools.accumulate(widths, initial=left), widths, strict=False):
-            yield x, y - height, width, height
 
 
 def cell_texts():
@@ -92,18 +83,22 @@ def test_a_table_is_read_by_rows_and_what_stands_around_it_in_order(read):
     assert asked(record) == ASKED
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "".join(rule(20, y, 260, y) for y in (180, 160, 140, 120)),  # no columns
-        "".join(rule(x, 100, x, 180) for x in (20, 100, 180)),  # no rows
-        table(20, 180, [80, 80], [["a", "b"], ["1", "2"]]),  # a box of two rows
-        "".join(f"{x} {y} {w} {h} re f " for x, y, w, h in boxes(20, 180, [80, 80], [20] * 4)),  # a chart's areas
-    ],
-)
-def test_what_is_no_table_is_not_asked_about(read, content):
-    (record,) = read([content + text(24, 171, "a", 8) + text(104, 171, "b", 8)])
-    assert record.turns == ()
+NO_TABLES = {
+    "no columns": "".join(rule(20, y, 260, y) for y in (180, 160, 140, 120, 100)),
+    "no rows": "".join(rule(x, 100, x, 180) for x in (20, 100, 180, 260)),
+    "a box": "".join(rule(20, y, 260, y) for y in (180, 160, 140)) + "".join(rule(x, 140, x, 180) for x in (100, 180)),
+    "areas": "0.7 g " + "".join(f"{x} {y} 80 20 re f " for x, y in GRID),
+    "other columns in every row": "".join(rule(20, y, 260, y) for y in (180, 160, 140, 120, 100))
+    + "".join(
+        rule(20 + x + 9 * row, 180 - 20 * row, 20 + x + 9 * row, 160 - 20 * row) for row in range(4) for x in (70, 140)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_TABLES)
+def test_what_is_no_table_is_not_asked_about(read, name):
+    (record,) = read([NO_TABLES[name] + "0 g " + cell_texts()])
+    assert len(texts(record)) > 3 and record.turns == ()
 
 
 def test_tables_of_a_page_that_answer_differently_are_not_asked(read):
