@@ -88,6 +88,7 @@ NO_TABLES = {
     "no rows": "".join(rule(x, 100, x, 180) for x in (20, 100, 180, 260)),
     "a box": "".join(rule(20, y, 260, y) for y in (180, 160, 140)) + "".join(rule(x, 140, x, 180) for x in (100, 180)),
     "areas": "0.7 g " + "".join(f"{x} {y} 80 20 re f " for x, y in GRID),
+    "a drawing": RULES["cell by cell"] + "10 10 m 11 11 l " * 20_000 + "S\n",
     "other columns in every row": "".join(rule(20, y, 260, y) for y in (180, 160, 140, 120, 100))
     + "".join(
         rule(20 + x + 9 * row, 180 - 20 * row, 20 + x + 9 * row, 160 - 20 * row) for row in range(4) for x in (70, 140)
