@@ -19,7 +19,7 @@ COLUMNS = [line for _, _, line in LEFT + RIGHT]
         # The page's number and head come first or last in many files.
         ([(150, 10, "7"), *LEFT, *RIGHT, (20, 185, "a head")], ["a head", *COLUMNS, "7"]),
         # A note that is written first stays in its column.
-        ([(20, 60, "a note"), (20, 45, "of two"), *LEFT, *RIGHT[:2]], [*COLUMNS[:4], "a note", "of two", *COLUMNS[4:6]]),
+        ([(20, 60, "note"), (20, 45, "in two"), *LEFT, *RIGHT[:2]], [*COLUMNS[:4], "note", "in two", *COLUMNS[4:6]]),
         # Pieces of a line, also those that come from right to left.
         ([(20, 150, "one"), (60, 151, "line"), (100, 150, "here")], ["one line here"]),
         ([(100, 150, "here"), (20, 150, "one")], ["one here"]),
