@@ -279,7 +279,7 @@ def test_presets(part):
         assert getattr(stage.model, part) == preset
 
 
-NEED_WEIGHTS = ("finetune", "smollm2")
+NEED_WEIGHTS = ("finetune", "smollm2", "documents")
 """Tested with a converted model, in tests/commands/test_convert.py."""
 
 
