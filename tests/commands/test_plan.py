@@ -88,7 +88,7 @@ def test_what_does_not_fit_has_status_3_and_says_what_to_change(config_file):
     done = run(
         f"--config={config_file}",
         "--topology=v5e:2x2",
-        "--config.model.llm.vocab_size=4194304",
+        "--config.model.llm.vocab_size=8388608",
         "--config.model.remat=none",
     )
     assert done.returncode == 3, done.stderr
