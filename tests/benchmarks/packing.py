@@ -5,12 +5,16 @@ python -m tests.benchmarks.packing            (make bench; a minute)
 
 import multiprocessing
 import time
+from pathlib import Path
 
 import numpy as np
 
+from alignvlm_jax.commands import config_flag
 from alignvlm_jax.config import Config, DataConfig, ModelConfig
-from alignvlm_jax.data import packing
+from alignvlm_jax.data import lengths as lengths_lib
+from alignvlm_jax.data import packing, pipeline, sources
 from alignvlm_jax.data.lengths import Lengths
+from alignvlm_jax.data.pipeline import TrainRows
 from alignvlm_jax.data.schedule import Mixed
 from alignvlm_jax.presets import LLM, VISION
 from alignvlm_jax.train.metrics import peak_memory_gib
@@ -18,20 +22,12 @@ from alignvlm_jax.train.metrics import peak_memory_gib
 NUM_RECORDS = 8_100_000  # CC-12M, as the paper's first stage has it
 ROW_LENGTH, ROW_TILES, PATCHES = 8192, 11, 729
 BATCH_SIZE = 32
+NUM_EPOCHS = 5
 
 
 def texts(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Log-normal lengths without images: half of them below 245 tokens, one in a hundred above 2,500."""
-    lengths = (
-        rng.lognormal(
-            5.5,
-            1.0,
-            count,
-        )
-        .astype(np.int32)
-        .clip(1, ROW_LENGTH)
-    )
-    return lengths, np.zeros(count, np.int16)
+    return rng.lognormal(5.5, 1.0, count).astype(np.int32).clip(1, ROW_LENGTH), np.zeros(count, np.int16)
 
 
 def captions(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -58,7 +54,9 @@ def main() -> None:
         lengths, tiles = make(1_000_000, np.random.default_rng(0))
         plan = packing.plan(lengths, tiles, ROW_LENGTH, ROW_TILES, [0], 0)
         planned = lengths.sum() / (ROW_LENGTH * (len(plan.offsets) - 1))
-        print(f"| {name} | {planned:.1%} | {in_order(lengths, tiles):.1%} | {padded(lengths):.1%} |", flush=True)
+        beside = in_order(lengths, tiles, ROW_LENGTH, ROW_TILES), padded(lengths)
+        print(f"| {name} | {planned:.1%} | {beside[0]:.1%} | {beside[1]:.1%} |", flush=True)
+    print_real()
     print(f"\n| {NUM_RECORDS:,} records | seconds | peak memory of the process, GiB |\n|---|---|---|")
     context = multiprocessing.get_context("spawn")
     for name, measure in (("the plan alone", measure_plan), ("an epoch: mixture, tasks, plan", measure_epoch)):
@@ -67,14 +65,41 @@ def main() -> None:
         print(f"| {name} | {seconds:.1f} | {gib:.2f} |", flush=True)
 
 
-def in_order(lengths: np.ndarray, tiles: np.ndarray) -> float:
+def print_real() -> None:
+    """The stages of configs/documents.py on Debian's manual, where `make data` has been called."""
+    if not Path("data/debian/prepare.json").exists():
+        print("\nno table of real pages: `make data` makes them")
+        return
+    stages, _ = config_flag.parse(["--config=configs/documents.py"])
+    print(f"\n| Debian's manual, the first {NUM_EPOCHS} epochs: fill | rows of | plan | in order | padded |")
+    print("|---|---|---|---|---|")
+    for config in stages:
+        data = config.data
+        rows = TrainRows(config, "train").schedule
+        tokenizer = pipeline.tokenizer_path(config)
+        known = lengths_lib.load(
+            config, "train", list(data.tasks), [len(sources.RecordSource(data.dir, "train"))], tokenizer
+        )
+        epochs = [rows.epoch_at(0)]
+        while len(epochs) < NUM_EPOCHS:
+            epochs.append(rows.epoch_at(epochs[-1].end))
+        lengths = np.concatenate([epoch.tokens for epoch in epochs])
+        tiles = np.concatenate([known.tiles[epoch.records] for epoch in epochs])
+        fills = rows.counters(epochs[-1].end)["fill"], in_order(lengths, tiles, data.row_length, data.max_tiles)
+        tasks = ", ".join(data.tasks)
+        print(
+            f"| {config.stage}: {tasks} | {data.row_length:,} | {fills[0]:.1%} | {fills[1]:.1%} | {padded(lengths):.1%} |"
+        )
+
+
+def in_order(lengths: np.ndarray, tiles: np.ndarray, row_length: int, row_tiles: int) -> float:
     """Fill of rows that are closed by the first record that does not fit."""
-    rows, room, tiles_left = 1, ROW_LENGTH, ROW_TILES
+    rows, room, tiles_left = 1, row_length, row_tiles
     for length, num_tiles in zip(lengths.tolist(), tiles.tolist(), strict=True):
         if length > room or num_tiles > tiles_left:
-            rows, room, tiles_left = rows + 1, ROW_LENGTH, ROW_TILES
+            rows, room, tiles_left = rows + 1, row_length, row_tiles
         room, tiles_left = room - length, tiles_left - num_tiles
-    return lengths.sum() / (rows * ROW_LENGTH)
+    return lengths.sum() / (rows * row_length)
 
 
 def padded(lengths: np.ndarray) -> float:
