@@ -86,10 +86,8 @@ def print_real() -> None:
         lengths = np.concatenate([epoch.tokens for epoch in epochs])
         tiles = np.concatenate([known.tiles[epoch.records] for epoch in epochs])
         fills = rows.counters(epochs[-1].end)["fill"], in_order(lengths, tiles, data.row_length, data.max_tiles)
-        tasks = ", ".join(data.tasks)
-        print(
-            f"| {config.stage}: {tasks} | {data.row_length:,} | {fills[0]:.1%} | {fills[1]:.1%} | {padded(lengths):.1%} |"
-        )
+        shown = [f"{fill:.1%}" for fill in (*fills, padded(lengths))]
+        print(f"| {config.stage}: {', '.join(data.tasks)} | {data.row_length:,} | {' | '.join(shown)} |")
 
 
 def in_order(lengths: np.ndarray, tiles: np.ndarray, row_length: int, row_tiles: int) -> float:
