@@ -27,7 +27,7 @@ from alignvlm_jax.config import Config, DataConfig, LLMConfig, ModelConfig, Trai
 from alignvlm_jax.data import images, pipeline, sources, tokenizer_files
 from alignvlm_jax.data.schema import Record, Turn
 
-NUM_PAGES, BATCH, WORKERS, ROUNDS = 192, 8, 2, 3
+NUM_PAGES, BATCH, WORKERS, ROUNDS = 128, 8, 2, 3
 PAGE = (1170, 827)  # A4 at 100 dpi
 WORDS = ["invoice", "total", "amount", "of", "the", "customer", "number", "address", "date", "paid", "on", "delivery"]
 QUESTION = "Read the page."

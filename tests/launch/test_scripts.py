@@ -89,9 +89,10 @@ def test_run_ends_what_is_still_at_work(tmp_path):
         threading.Thread(target=old.wait).start()  # or it would stay a zombie
         assert subprocess.run(["bash", "-c", command], cwd=tmp_path, timeout=30).returncode == 0
         assert old.poll() == -signal.SIGTERM
-    while not (folder / "run.log").read_text():
+    log = folder / "run.log"
+    while not (log.exists() and log.read_text()):
         time.sleep(0.02)
-    assert (folder / "run.log").read_text().endswith("--workdir=bucket/runs/a b\n")
+    assert log.read_text().endswith("--workdir=bucket/runs/a b\n")
     assert (folder / "run.pid").read_text().strip() != str(old.pid)
 
 
