@@ -1,8 +1,10 @@
-"""`evaluate`: asks a trained model about documents that it never saw, with their pages and with blank ones."""
+"""`evaluate`: asks a trained model about documents that it never saw, with their pages and with blank ones; or the
+questions of benchmarks."""
 
 import argparse
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -11,47 +13,124 @@ from rich.table import Table
 from alignvlm_jax.commands.arguments import positive
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import sources
-from alignvlm_jax.errors import UserError
-from alignvlm_jax.eval import loading, predictions, runner, summary
+from alignvlm_jax.errors import UsageError, UserError
+from alignvlm_jax.eval import loading, predictions, questions, runner, score_table, submission, summary, tasks
+from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.eval.predictions import Predictions
+
+BENCHMARKS = Path("data")
+"""Where --tasks are looked for: what `make demo` and `make data` prepare lies there."""
 
 
 def main(argv: list[str]) -> None:
     args = _parse(argv)
+    if args.tasks and args.splits:
+        raise UsageError("--tasks and --splits exclude each other: the demonstration's splits are tasks too")
+    if args.tasks:
+        _evaluate_tasks(args)
+    else:
+        _evaluate_splits(args)
+
+
+def _evaluate_splits(args: argparse.Namespace) -> None:
     config = _asked(loading.load_config(args.checkpoint, args.data), args)
     for split in config.eval.splits:
         sources.RecordSource(config.data.dir, split)  # A misspelt split should not wait for the model.
     loaded = loading.load(args.checkpoint, config)
     config = _asked(loaded.config, args)
     asker = runner.Runner(loaded, config)
-    try:
+    with _stoppable():
         for split in config.eval.splits:
             for blind in (False, True):
                 asker.evaluate(split, blind)
-    except KeyboardInterrupt as err:
-        raise UserError("stopped; the same command goes on with the questions that are left") from err
-    workdir = loading.workdir_of(args.checkpoint)
-    # An earlier evaluation of other splits still counts, if it was of this very checkpoint on these very documents.
-    ours = loaded.metadata["train_seconds"], sources.fingerprint(config.data.dir)
-    results = {
-        key: result
-        for key, result in predictions.read_all(workdir).items()
-        if (result.header["train_seconds"], result.header.get("data")) == ours
-    }
-    summary.write(workdir, summary.summarize(loaded, loaded.config.eval.splits, results))
+    results = _summarize(loaded, config)
     console = Console(highlight=False)
     console.print(f"{loaded.path}: connector {config.model.connector.name}")
     console.print(_table(config.eval.splits, results))
-    console.print(f"Written to {workdir / predictions.DIRECTORY} and {workdir / summary.FILE}", soft_wrap=True)
+    _print_written(console, args.checkpoint)
+
+
+def _evaluate_tasks(args: argparse.Namespace) -> None:
+    asked = tasks.find(args.tasks.split(","))
+    # Of all tasks before the model, and before the first task is asked.
+    data = BENCHMARKS if args.data is None else Path(args.data)
+    benchmarks = [questions.open_benchmark(task, data, args.num_questions) for task in asked]
+    config = loading.load_config(args.checkpoint)
+    loaded = loading.load(args.checkpoint, config)
+    asker = runner.Runner(loaded, loaded.config)
+    with _stoppable():
+        results = {benchmark.task.name: asker.evaluate_task(benchmark) for benchmark in benchmarks}
+    _summarize(loaded, loaded.config)
+    console = Console(highlight=False)
+    for task in asked:
+        _hand_in(console, args.checkpoint, task, results[task.name])
+    console.print(score_table.task_table(asked, results))
+    console.print()
+    console.print(score_table.paper_table(str(loaded.path), results))
+    _print_written(console, args.checkpoint)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m alignvlm_jax evaluate", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="workdir, or one of its checkpoints/STEP")
     parser.add_argument("--splits", help="separated by commas; default: those of the config")
-    parser.add_argument("--num_questions", type=positive, help="questions a split; default: that of the config")
-    parser.add_argument("--data", help="folder that `prepare` wrote; default: the one trained on")
+    names = ", ".join([*tasks.TASKS, *tasks.GROUPS])
+    parser.add_argument("--tasks", help=f"benchmarks, separated by commas, in the place of splits: {names}")
+    parser.add_argument(
+        "--num_questions", type=positive, help="questions a split or task; default: the config's, and all of a task"
+    )
+    parser.add_argument(
+        "--data",
+        help="folder that `prepare` wrote; default: the one trained on. With --tasks, the folder that holds one of them "
+        f"for each task, by its name; default: {BENCHMARKS}",
+    )
     return parser.parse_args(argv)
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as err:
+        raise UserError("stopped; the same command goes on with the questions that are left") from err
+
+
+def _summarize(loaded: Loaded, config: Config) -> dict[tuple[str, bool], Predictions]:
+    """Writes summary.json; returns the predictions on splits that it is of. An earlier evaluation of other splits or
+    tasks still counts, if it was of this very checkpoint and, of splits, on these very documents."""
+    workdir = loading.workdir_of(loaded.path)
+    trained, data = loaded.metadata["train_seconds"], sources.fingerprint(config.data.dir)
+    results = {
+        key: result
+        for key, result in predictions.read_all(workdir).items()
+        if (result.header["train_seconds"], result.header.get("data")) == (trained, data)
+    }
+    of_tasks = {
+        name: result
+        for name, result in predictions.read_tasks(workdir).items()
+        if result.header["train_seconds"] == trained
+    }
+    summary.write(workdir, summary.summarize(loaded, loaded.config.eval.splits, results, of_tasks))
+    return results
+
+
+def _hand_in(console: Console, checkpoint: Path, task: tasks.Task, result: Predictions) -> None:
+    """Says which questions could not be asked, and writes the submission where answers are not known."""
+    if problems := result.problems():
+        console.print(
+            f"{task.name}: {len(problems):,} of {len(result.rows):,} questions cannot be asked and score 0; the first: "
+            f"{problems[0]}",
+            soft_wrap=True,
+        )
+    if not all(row["answers"] for row in result.rows):
+        path = predictions.task_path(loading.workdir_of(checkpoint), task.name).with_suffix(".submission.json")
+        submission.write(path, result, task)
+        console.print(f"{task.name}: answers are not known; {path} can be handed in", soft_wrap=True)
+
+
+def _print_written(console: Console, checkpoint: Path) -> None:
+    workdir = loading.workdir_of(checkpoint)
+    console.print(f"Written to {workdir / predictions.DIRECTORY} and {workdir / summary.FILE}", soft_wrap=True)
 
 
 def _asked(config: Config, args: argparse.Namespace) -> Config:

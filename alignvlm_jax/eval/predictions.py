@@ -12,13 +12,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.eval import statistics
+from alignvlm_jax.eval.statistics import Statistics
 
 DIRECTORY = "predictions"
+TASKS = "tasks"
+"""Folder within, of benchmarks."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """One file. Every row has at least id, record, question, answers, prediction, score (ANLS), exact and kind."""
+    """One file. Every row has at least id, record, kind, question, answers and prediction; those of a split have score
+    (ANLS) and exact, those of a task scores (by name, the sum and the weight of `Statistics`), known_as, and problem
+    where the question could not be asked."""
 
     header: dict[str, Any]
     rows: list[dict[str, Any]]
@@ -35,6 +41,14 @@ class Predictions:
         """Returns the mean of a score over the rows."""
         return sum(row[field] for row in self.rows) / len(self.rows)
 
+    def statistics(self) -> Statistics:
+        """Returns what the scores of a task are made of."""
+        return statistics.total(row["scores"] for row in self.rows)
+
+    def problems(self) -> list[str]:
+        """Returns why questions of a task could not be asked, one a question."""
+        return [row["problem"] for row in self.rows if "problem" in row]
+
     def margin(self, field: str) -> float:
         """Returns half the width of the 95 % interval of `mean`, taking questions as independent."""
         mean = self.mean(field)
@@ -45,6 +59,11 @@ class Predictions:
 def path_of(workdir: str | os.PathLike, split: str, blind: bool) -> pathlib.Path:
     """Returns where a split's predictions stand in a workdir."""
     return pathlib.Path(workdir, DIRECTORY, f"{split}{'_blind' if blind else ''}.jsonl")
+
+
+def task_path(workdir: str | os.PathLike, task: str) -> pathlib.Path:
+    """Returns where a task's predictions stand in a workdir."""
+    return pathlib.Path(workdir, DIRECTORY, TASKS, f"{task}.jsonl")
 
 
 def read(path: pathlib.Path) -> Predictions | None:
@@ -69,6 +88,12 @@ def read_all(workdir: str | os.PathLike) -> dict[tuple[str, bool], Predictions]:
     """Returns the finished predictions of a workdir by split and whether the pages were blank."""
     found = [read(path) for path in sorted(pathlib.Path(workdir, DIRECTORY).glob("*.jsonl"))]
     return {(one.header["split"], one.header["blind"]): one for one in found if one is not None and one.rows}
+
+
+def read_tasks(workdir: str | os.PathLike) -> dict[str, Predictions]:
+    """Returns the finished predictions of a workdir by task."""
+    found = [read(path) for path in sorted(pathlib.Path(workdir, DIRECTORY, TASKS).glob("*.jsonl"))]
+    return {one.header["task"]: one for one in found if one is not None and one.rows}
 
 
 class Writer:

@@ -1,9 +1,10 @@
-"""Asks a model the questions of a split, on the page or on a blank one, and writes down what it says."""
+"""Asks a model the questions of a benchmark, or of a split, there on blank pages too, and writes down what it says."""
 
 import dataclasses
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -13,20 +14,12 @@ from rich.text import Text
 
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import chat, images, pages, pipeline, rows, sources
-from alignvlm_jax.data.schema import Record, Turn
+from alignvlm_jax.data.schema import Record
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.eval import loading, predictions, scores
+from alignvlm_jax.eval import loading, predictions, scores, tasks
 from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.eval.predictions import Predictions
-
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """A turn of a record: `record` is the record's index in its split, `id` names both."""
-
-    id: str
-    record: int
-    turn: Turn
+from alignvlm_jax.eval.questions import Benchmark, Question, choose_questions
 
 
 class Runner:
@@ -52,51 +45,114 @@ class Runner:
         if not questions:
             raise UserError(f"split {split!r} in {self._config.data.dir} has no questions")
         path = predictions.path_of(loading.workdir_of(self._loaded.path), split, blind)
-        header = self._header(split, blind, questions)
+        what = {"scorer_version": scores.SCORER_VERSION, "split": split, "blind": blind}
+        header = self._header(self._config.data.dir, questions, "QUESTION", self._config.eval.max_new_tokens, what)
+        name = f"{split}, blank pages" if blind else split
+        return self._ask(path, header, name, questions, lambda asked: self._answer(records, asked, blind))
+
+    def evaluate_task(self, benchmark: Benchmark) -> Predictions:
+        """Returns the predictions on a benchmark, as `evaluate` does on a split.
+
+        A question that cannot be asked, for its image is damaged or its prompt too long, has an empty prediction and a
+        `problem` in its row.
+
+        Raises:
+          UserError: no question can be asked.
+        """
+        task, questions = benchmark.task, benchmark.questions
+        max_new_tokens = task.max_new_tokens or self._config.eval.max_new_tokens
+        what = {"scorer_version": tasks.SCORER_VERSION, "task": task.name, "split": task.split}
+        prompt = task.prompt.format(question="QUESTION")
+        header = self._header(benchmark.directory, questions, prompt, max_new_tokens, what)
+        path = predictions.task_path(loading.workdir_of(self._loaded.path), task.name)
+        result = self._ask(
+            path, header, task.name, questions, lambda asked: self._answer_task(benchmark, asked, max_new_tokens)
+        )
+        if len(problems := result.problems()) == len(result.rows):
+            raise UserError(f"task {task.name}: no question can be asked; the first: {problems[0]}")
+        return result
+
+    def _ask(
+        self,
+        path: Path,
+        header: dict[str, Any],
+        name: str,
+        questions: Sequence[Question],
+        answer: Callable[[Sequence[Question]], list[dict[str, Any]]],
+    ) -> Predictions:
+        """What is at `path`, if it was made in this very way; else the rows that `answer` gives for each batch of the
+        questions that are left."""
         finished = predictions.read(path)
         if finished is not None and finished.header == header:
             return finished
         writer = predictions.Writer(path, header)
-        name = f"{split}, blank pages" if blind else split
         done = len(writer.predictions.rows)
         with _progress_bar() as bar:
             task = bar.add_task(name, total=len(questions), completed=done)
             for start in range(done, len(questions), self._batch_size):
                 asked = questions[start : start + self._batch_size]
-                writer.append(list(self._answer(records, asked, blind)))
+                writer.append(answer(asked))
                 bar.advance(task, len(asked))
         return writer.publish()
 
-    def _answer(
-        self, records: Sequence[Record], questions: Sequence[Question], blind: bool
-    ) -> Iterator[dict[str, Any]]:
+    def _answer(self, records: Sequence[Record], questions: Sequence[Question], blind: bool) -> list[dict[str, Any]]:
         seen = [records[question.record] for question in questions]
         prompts = [
-            rows.build_prompt(
-                blank(record) if blind else record, question.turn.question, self._config, self._loaded.tokenizer
-            )
+            self._prompt(blank(record) if blind else record, question.turn.question)
             for record, question in zip(seen, questions, strict=True)
         ]
-        # A short batch repeats its last row: it ends generation no later than the rows that count.
-        prompts += prompts[-1:] * (self._batch_size - len(prompts))
-        tokens_BT = self._sampler.generate(pipeline.stack(prompts), self._config.eval.max_new_tokens)
-        for record, question, tokens_T in zip(seen, questions, tokens_BT, strict=False):
-            answers, prediction = question.turn.answers, self._loaded.tokenizer.decode(tokens_T)
-            yield {
-                "id": question.id,
-                "record": question.record,
-                "kind": record.source,
-                "question": question.turn.question,
-                "answers": list(answers),
-                "prediction": prediction,
-                "score": scores.anls(prediction, answers),
-                "exact": scores.exact_match(prediction, answers),
+        said = self._generate(prompts, self._config.eval.max_new_tokens)
+        return [
+            _row(question, record, prediction)
+            | {
+                "score": scores.anls(prediction, question.turn.answers),
+                "exact": scores.exact_match(prediction, question.turn.answers),
             }
+            for record, question, prediction in zip(seen, questions, said, strict=True)
+        ]
 
-    def _header(self, split: str, blind: bool, questions: Sequence[Question]) -> dict[str, Any]:
-        """All that the predictions depend on, and what is needed to repeat them."""
+    def _answer_task(
+        self, benchmark: Benchmark, questions: Sequence[Question], max_new_tokens: int
+    ) -> list[dict[str, Any]]:
+        seen = [benchmark.records[question.record] for question in questions]
+        prompts, problems = [], []
+        for record, question in zip(seen, questions, strict=True):
+            try:
+                prompts.append(self._prompt(record, benchmark.task.prompt.format(question=question.turn.question)))
+                problems.append({})
+            except UserError as err:
+                problems.append({"problem": str(err)})
+        said = iter(self._generate(prompts, max_new_tokens))
+        found = []
+        for record, question, problem in zip(seen, questions, problems, strict=True):
+            row = _row(question, record, "" if problem else next(said)) | problem
+            rated = benchmark.task.rate(row["prediction"], question.turn.answers)
+            found.append(row | {"known_as": question.known_as, "scores": rated})
+        return found
+
+    def _prompt(self, record: Record, question: str) -> rows.Row:
+        return rows.build_prompt(record, question, self._config, self._loaded.tokenizer)
+
+    def _generate(self, prompts: list[rows.Row], max_new_tokens: int) -> list[str]:
+        """What the model says to at most a batch of prompts."""
+        if not prompts:
+            return []
+        # A short batch repeats its last row: it ends generation no later than the rows that count.
+        batch = prompts + prompts[-1:] * (self._batch_size - len(prompts))
+        tokens_BT = self._sampler.generate(pipeline.stack(batch), max_new_tokens)
+        return [self._loaded.tokenizer.decode(tokens_T) for tokens_T in tokens_BT[: len(prompts)]]
+
+    def _header(
+        self,
+        directory: str | Path,
+        questions: Sequence[Question],
+        question: str,
+        max_new_tokens: int,
+        what: dict[str, Any],
+    ) -> dict[str, Any]:
+        """All that the predictions depend on, and what is needed to repeat them; `question` is how one is put."""
         tokenizer = self._loaded.tokenizer
-        prompt = chat.encode_prompt(tokenizer, "QUESTION", 1, self._config.model.image_token_id)
+        prompt = chat.encode_prompt(tokenizer, question, 1, self._config.model.image_token_id)
         asked = json.dumps([(question.id, question.turn.question, question.turn.answers) for question in questions])
         return {
             "checkpoint": str(self._loaded.path),
@@ -104,33 +160,24 @@ class Runner:
             # To the microsecond, this tells two runs apart that were written to the same workdir.
             "train_seconds": self._loaded.metadata["train_seconds"],
             "prompt": "".join(map(tokenizer.piece, prompt)),
-            "decoding": {"method": "greedy", "max_new_tokens": self._config.eval.max_new_tokens},
-            "scorer_version": scores.SCORER_VERSION,
-            "data": sources.fingerprint(self._config.data.dir),
-            "split": split,
-            "blind": blind,
+            "decoding": {"method": "greedy", "max_new_tokens": max_new_tokens},
+            "data": sources.fingerprint(directory),
+            **what,
             "seed": self._config.seed,
             "num_questions": len(questions),
             "questions_crc32": zlib.crc32(asked.encode()),
         }
 
 
-def choose_questions(records: Sequence[Record], count: int) -> list[Question]:
-    """Returns at most `count` questions: one a document, then a second of each where they are too few, and so on.
-
-    Documents are spread evenly over the split, and a hash of its id says which question of a document comes first, so
-    that the choice depends on the data alone.
-    """
-    num_documents = min(count, len(records))
-    indices = [i * len(records) // num_documents for i in range(num_documents)]
-    ids_and_turns = [(records[i].id, records[i].turns) for i in indices]
-    questions = []
-    for round_number in range(max((len(turns) for _, turns in ids_and_turns), default=0)):
-        for index, (record_id, turns) in zip(indices, ids_and_turns, strict=True):
-            if round_number < len(turns):
-                turn = (zlib.crc32(record_id.encode()) + round_number) % len(turns)
-                questions.append(Question(f"{record_id}/{turn}", index, turns[turn]))
-    return questions[:count]
+def _row(question: Question, record: Record, prediction: str) -> dict[str, Any]:
+    return {
+        "id": question.id,
+        "record": question.record,
+        "kind": record.source,
+        "question": question.turn.question,
+        "answers": list(question.turn.answers),
+        "prediction": prediction,
+    }
 
 
 def blank(record: Record) -> Record:

@@ -1,11 +1,8 @@
-"""Scores of one answer against the accepted ones. Every score is between 0 and 1."""
+"""ANLS and exact match: an answer as a string."""
 
 from collections.abc import Sequence
 
 from rapidfuzz.distance import Levenshtein
-
-SCORER_VERSION = "anls-keep-0.5/1"
-"""Stands in the header of every predictions file; raise the number when any score of any answer changes."""
 
 THRESHOLD = 0.5
 

@@ -1,0 +1,50 @@
+"""Scores of benchmarks as tables to print."""
+
+from collections.abc import Mapping, Sequence
+
+from rich.table import Table
+
+from alignvlm_jax.eval.predictions import Predictions
+from alignvlm_jax.eval.tasks import COLUMNS, TASKS, Task
+
+NONE = "-"
+
+
+def paper_table(name: str, results: Mapping[str, Predictions]) -> Table:
+    """Returns the paper's table 1 with one row, in percent. What was not asked, or has no known answers, is a dash; so
+    is the mean, which compares only if it is of all nine."""
+    found = columns(results)
+    mean = None if None in found.values() else sum(found.values()) / len(found)
+    table = Table("model", box=None)
+    for column in (*found, "mean"):
+        table.add_column(column, justify="right")
+    table.add_row(name, *(_percent(score) for score in (*found.values(), mean)))
+    return table
+
+
+def columns(results: Mapping[str, Predictions]) -> dict[str, float | None]:
+    """Returns by column of the paper's table the mean of its tasks' own scores, None where one of them is missing."""
+    found: dict[str, float | None] = {}
+    for column in COLUMNS:
+        members = [task for task in TASKS.values() if task.column == column]
+        scores = [results[task.name].statistics().score(task.main_score) for task in members if task.name in results]
+        is_whole = len(scores) == len(members) and None not in scores
+        found[column] = sum(scores) / len(scores) if is_whole else None
+    return found
+
+
+def task_table(tasks: Sequence[Task], results: Mapping[str, Predictions]) -> Table:
+    """Returns a row a task: its own score by name, the others, and how many questions were asked."""
+    table = Table("task", "score", box=None)
+    for title in ("%", "questions", "not asked"):
+        table.add_column(title, justify="right")
+    for task in tasks:
+        result, totals = results[task.name], results[task.name].statistics()
+        for number, name in enumerate(task.scores):
+            counts = ("", "") if number else (f"{len(result.rows):,}", f"{len(result.problems()):,}")
+            table.add_row("" if number else task.name, name, _percent(totals.score(name)), *counts)
+    return table
+
+
+def _percent(score: float | None) -> str:
+    return NONE if score is None else f"{100 * score:.2f}"
