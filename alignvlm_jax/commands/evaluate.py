@@ -81,8 +81,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--data",
-        help="folder that `prepare` wrote; default: the one trained on. With --tasks, the folder that holds one of them "
-        f"for each task, by its name; default: {BENCHMARKS}",
+        help="folder that `prepare` wrote; default: the one trained on. With --tasks, the folder that holds such a "
+        f"folder for each task; default: {BENCHMARKS}",
     )
     return parser.parse_args(argv)
 
