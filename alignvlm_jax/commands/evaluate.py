@@ -64,9 +64,9 @@ def _evaluate_tasks(args: argparse.Namespace) -> None:
     console = Console(highlight=False)
     for task in asked:
         _hand_in(console, args.checkpoint, task, results[task.name])
+    console.print(f"{loaded.path}: connector {loaded.config.model.connector.name}", soft_wrap=True)
     console.print(score_table.task_table(asked, results))
-    console.print()
-    console.print(score_table.paper_table(str(loaded.path), results))
+    console.print(score_table.paper_table(results))
     _print_written(console, args.checkpoint)
 
 

@@ -69,6 +69,7 @@ class Runner:
             path, header, task.name, questions, lambda asked: self._answer_task(benchmark, asked, max_new_tokens)
         )
         if len(problems := result.problems()) == len(result.rows):
+            path.unlink()
             raise UserError(f"task {task.name}: no question can be asked; the first: {problems[0]}")
         return result
 

@@ -10,15 +10,15 @@ from alignvlm_jax.eval.tasks import COLUMNS, TASKS, Task
 NONE = "-"
 
 
-def paper_table(name: str, results: Mapping[str, Predictions]) -> Table:
-    """Returns the paper's table 1 with one row, in percent. What was not asked, or has no known answers, is a dash; so
-    is the mean, which compares only if it is of all nine."""
+def paper_table(results: Mapping[str, Predictions]) -> Table:
+    """Returns a row of the paper's table 1, in percent; it fits 80 characters. What was not asked, or has no known
+    answers, is a dash; so is the mean, which compares only if it is of all nine."""
     found = columns(results)
     mean = None if None in found.values() else sum(found.values()) / len(found)
-    table = Table("model", box=None)
+    table = Table(box=None, padding=(0, 1, 0, 0))
     for column in (*found, "mean"):
-        table.add_column(column, justify="right")
-    table.add_row(name, *(_percent(score) for score in (*found.values(), mean)))
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_row(*(_percent(score) for score in (*found.values(), mean)))
     return table
 
 

@@ -1,15 +1,19 @@
 """The command from a checkpoint to scores, on the 2 x 2 x 2 mesh, with real generation."""
 
+import dataclasses
 import json
 import shutil
 import types
 
+import numpy as np
 import pytest
 
 from alignvlm_jax.commands import evaluate
-from alignvlm_jax.errors import UserError
-from alignvlm_jax.eval import predictions
+from alignvlm_jax.data import pipeline, schema, sources
+from alignvlm_jax.errors import UsageError, UserError
+from alignvlm_jax.eval import predictions, tasks
 from alignvlm_jax.infer import sampler
+from tests.conftest import random_record
 
 
 def test_evaluate_writes_predictions_and_a_summary_with_one_trace(trained_workdir, tmp_path, capsys, monkeypatch):
@@ -75,3 +79,127 @@ def test_a_stop_says_how_to_go_on(trained_workdir, monkeypatch):
     monkeypatch.setattr(evaluate.runner, "Runner", lambda *_: types.SimpleNamespace(evaluate=stop))
     with pytest.raises(UserError, match="the same command goes on"):
         evaluate.main([f"--checkpoint={trained_workdir}"])
+
+
+@pytest.fixture
+def benchmarks(tmp_path):
+    """DocVQA with an image that cannot be read, ChartQA, and DocVQA's test set without answers."""
+    rng = np.random.default_rng(3)
+
+    def write(task: str, split: str, count: int, change) -> None:
+        records = [change(i, random_record(rng, str(100 + i), task)) for i in range(count)]
+        (tmp_path / "benchmarks" / task).mkdir(parents=True)
+        sources.write_shard(tmp_path / "benchmarks" / task / sources.shard_name(split, 0, 1), records)
+
+    def with_one_turn(i, record):
+        turn = schema.Turn("Who?", ("Ann", "Anna"))
+        return dataclasses.replace(record, turns=(turn,), images=(b"none",) if i == 2 else record.images)
+
+    def without_answers(i, record):
+        return dataclasses.replace(record, turns=(schema.Turn("Who?", ()),))
+
+    write("docvqa", "validation", 5, with_one_turn)
+    write("chartqa", "test", 3, lambda i, record: record)
+    write("docvqa_test", "test", 2, without_answers)
+    return tmp_path / "benchmarks"
+
+
+@pytest.fixture
+def own_workdir(trained_workdir, tmp_path):
+    shutil.copytree(trained_workdir / "checkpoints", tmp_path / "run" / "checkpoints")
+    return tmp_path / "run"
+
+
+def scripted(monkeypatch, tokenizer_of, says):
+    """Instead of generating, `says` gives the answer of the batch of a number."""
+    batches = []
+
+    def generate(self, batch, max_new_tokens):
+        batches.append(batch)
+        tokens = tokenizer_of.encode(says(len(batches)))
+        return np.array([[*tokens, tokenizer_of.specials["<end>"]]] * len(batch["tokens"]), np.int32)
+
+    monkeypatch.setattr(sampler.Sampler, "generate", generate)
+    return batches
+
+
+def test_tasks_are_scored_resumed_and_handed_in(own_workdir, benchmarks, trained_workdir, capsys, monkeypatch):
+    tokenizer = pipeline.load_tokenizer(evaluate.loading.load_config(trained_workdir))
+
+    def stop(number):
+        if number == 2:
+            raise KeyboardInterrupt
+        return "Ann"
+
+    flags = [f"--checkpoint={own_workdir}", f"--data={benchmarks}", "--tasks=docvqa,chartqa,docvqa_test"]
+    monkeypatch.setitem(tasks.TASKS, "docvqa", dataclasses.replace(tasks.TASKS["docvqa"], prompt="{question}"))
+    monkeypatch.setitem(tasks.TASKS, "chartqa", dataclasses.replace(tasks.TASKS["chartqa"], prompt="{question}"))
+    monkeypatch.setitem(
+        tasks.TASKS, "docvqa_test", dataclasses.replace(tasks.TASKS["docvqa_test"], prompt="{question}")
+    )
+    scripted(monkeypatch, tokenizer, stop)
+    with pytest.raises(UserError, match="the same command goes on"):
+        evaluate.main(flags)
+
+    batches = scripted(monkeypatch, tokenizer, lambda number: "Ann")
+    evaluate.main(flags)
+    # Of five questions four were answered, two more batches are of ChartQA's six, one of the test set.
+    assert len(batches) == 4
+    results = predictions.read_tasks(own_workdir)
+    docvqa = results["docvqa"]
+    assert (docvqa.header["task"], docvqa.header["split"], len(docvqa.rows)) == ("docvqa", "validation", 5)
+    (problem,) = docvqa.problems()
+    assert "cannot read image" in problem
+    assert [row["prediction"] for row in docvqa.rows] == ["Ann", "Ann", "", "Ann", "Ann"]
+    assert docvqa.statistics().score("anls") == 0.8
+
+    of_tasks = json.loads((own_workdir / "summary.json").read_text())["tasks"]
+    assert of_tasks["docvqa"] == {"anls": 0.8, "exact_match": 0.8, "num_eval": 5, "num_problems": 1}
+    assert of_tasks["chartqa"]["relaxed_accuracy"] == 0.5
+    assert of_tasks["docvqa_test"] == {"num_eval": 2, "num_problems": 0}
+    handed_in = own_workdir / "predictions" / "tasks" / "docvqa_test.submission.json"
+    assert json.loads(handed_in.read_text()) == [{"questionId": 100 + i, "answer": "Ann"} for i in range(2)]
+
+    printed = capsys.readouterr().out
+    assert "1 of 5 questions cannot be asked" in printed
+    assert "docvqa_test: answers are not known" in printed
+    (line,) = [line for line in printed.splitlines() if line.endswith("- ")]
+    assert line.split() == ["80.00", "-", "-", "-", "-", "-", "50.00", "-", "-", "-"]
+
+    evaluate.main(flags)
+    assert len(batches) == 4
+
+
+def test_a_model_answers_a_task_and_splits_keep_their_fields(own_workdir, benchmarks):
+    """Real generation, and prompts of which those with the benchmark's suffix are too long for rows of 48 tokens."""
+    flags = [f"--checkpoint={own_workdir}", f"--data={benchmarks}"]
+    with pytest.raises(UserError, match="task docvqa: no question can be asked; the first: the prompt has"):
+        evaluate.main([*flags, "--tasks=docvqa", "--num_questions=1"])
+    evaluate.main([f"--checkpoint={own_workdir}", "--splits=seen_fonts", "--num_questions=2"])
+    before = json.loads((own_workdir / "summary.json").read_text())
+    assert "tasks" not in before
+    demo = benchmarks / "demo"
+    demo.symlink_to(evaluate.loading.load_config(own_workdir).data.dir)
+    evaluate.main([*flags, "--tasks=seen_fonts", "--num_questions=2"])
+    after = json.loads((own_workdir / "summary.json").read_text())
+    assert after["tasks"]["seen_fonts"]["anls"] == before["anls"]
+    same = set(before) - {"peak_memory_gib"}
+    assert {name: after[name] for name in same} == {name: before[name] for name in same}
+    split = predictions.read_all(own_workdir)["seen_fonts", False].rows
+    task = predictions.read_tasks(own_workdir)["seen_fonts"].rows
+    assert [row["prediction"] for row in split] == [row["prediction"] for row in task]
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "message"),
+    [
+        (["--tasks=docvqa,chartqs"], UserError, "unknown task 'chartqs'; did you mean 'chartqa'"),
+        (["--tasks=infovqa"], UserError, "no shards of split 'validation' in .*infovqa"),
+        (["--tasks=docvqa", "--splits=seen_fonts"], UsageError, "exclude each other"),
+    ],
+)
+def test_bad_tasks_are_one_line_at_once(trained_workdir, benchmarks, flags, error, message, monkeypatch):
+    monkeypatch.setattr(evaluate.loading, "load", lambda *_: pytest.fail("the model was loaded first"))
+    with pytest.raises(error, match=message) as raised:
+        evaluate.main([f"--checkpoint={trained_workdir}", f"--data={benchmarks}", *flags])
+    assert "\n" not in str(raised.value)

@@ -1,4 +1,4 @@
-"""Which questions are asked, what blind means, and going on after a stop; a script answers, not a model."""
+"""What blind means, and going on after a stop; a script answers, not a model."""
 
 import dataclasses
 import types
@@ -7,13 +7,7 @@ import numpy as np
 import pytest
 
 from alignvlm_jax.data import images, pipeline, rows, sources
-from alignvlm_jax.data.schema import Record, Turn
 from alignvlm_jax.eval import predictions, runner
-
-
-def documents(num_turns: list[int]) -> list[Record]:
-    turns = [tuple(Turn(f"{i}-{j}?", ("1",)) for j in range(count)) for i, count in enumerate(num_turns)]
-    return [Record(f"d{i}", "form", (), document) for i, document in enumerate(turns)]
 
 
 class ScriptedSampler:
@@ -46,24 +40,6 @@ def make_runner(trained_workdir, tmp_path):
         return runner.Runner(types.SimpleNamespace(**fields), config), sampler
 
     return make
-
-
-def test_one_question_a_document_before_second_ones():
-    chosen = runner.choose_questions(documents([3, 1, 0, 2]), 5)
-    assert [question.record for question in chosen] == [0, 1, 3, 0, 3]
-    assert len({question.id for question in chosen}) == 5
-    for question in chosen:
-        assert question.turn.question == f"{question.record}-{question.id.split('/')[1]}?"
-    assert len(runner.choose_questions(documents([3, 1, 0, 2]), 100)) == 6
-    assert runner.choose_questions(documents([0]), 5) == runner.choose_questions([], 5) == []
-
-
-def test_the_choice_is_spread_over_documents_and_turns():
-    chosen = runner.choose_questions(documents([4] * 1000), 250)
-    assert [question.record for question in chosen] == list(range(0, 1000, 4))
-    first_turns = [question.turn.question.split("-")[1] for question in chosen]
-    assert all(40 < first_turns.count(f"{turn}?") < 85 for turn in range(4))
-    assert chosen == runner.choose_questions(documents([4] * 1000), 250)
 
 
 def test_blind_rows_differ_in_pixels_alone(trained_workdir):

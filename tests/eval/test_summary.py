@@ -55,3 +55,14 @@ def test_what_was_not_asked_has_no_field(loaded):
     fields = summary.summarize(loaded, ("seen_fonts", "unseen_fonts"), {("unseen_fonts", False): result((1, 1))})
     assert fields["anls_unseen_fonts"] == 1
     assert not {"anls", "exact_match", "anls_blind", "anls_blind_unseen_fonts"} & set(fields)
+
+
+def test_tasks_have_a_field_of_their_own(loaded):
+    row = {"answers": ["1"], "scores": {"f1": [2.0, 2.0]}}
+    rows = [row, row | {"scores": {"f1": [0.0, 1.0]}, "problem": "cannot read image"}]
+    of_tasks = {"klc": Predictions({}, rows), "docvqa_test": Predictions({}, [{"answers": [], "scores": {}}])}
+    fields = summary.summarize(loaded, ("seen_fonts",), {}, of_tasks)
+    assert fields["tasks"] == {
+        "klc": {"f1": 2 / 3, "num_eval": 2, "num_problems": 1},
+        "docvqa_test": {"num_eval": 1, "num_problems": 0},
+    }

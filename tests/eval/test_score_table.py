@@ -1,0 +1,41 @@
+"""The paper's table: what is missing is a dash."""
+
+import io
+
+from rich.console import Console
+
+from alignvlm_jax.eval import score_table, tasks
+from alignvlm_jax.eval.predictions import Predictions
+
+
+def result(name: str, score: float) -> Predictions:
+    return Predictions({}, [{"scores": {tasks.TASKS[name].main_score: [score, 1.0]}, "answers": ["1"]}])
+
+
+def printed(results) -> list[str]:
+    file = io.StringIO()
+    Console(file=file, width=80).print(score_table.paper_table(results))
+    assert all(column in file.getvalue() for column in tasks.COLUMNS)
+    return file.getvalue().split()
+
+
+def test_a_column_of_several_tasks_needs_them_all():
+    results = {
+        name: result(name, score) for name, score in zip(tasks.GROUPS["tablevqa"], (1, 0, 0.5, 0.5), strict=True)
+    }
+    assert score_table.columns(results)["TableVQA"] == 0.5
+    del results["vwtq"]
+    assert score_table.columns(results)["TableVQA"] is None
+
+
+def test_what_was_not_asked_is_a_dash_and_so_is_the_mean():
+    cells = printed({"docvqa": result("docvqa", 0.7963), "chartqa": result("chartqa", 0.25)})
+    assert cells[-10:] == ["79.63", "-", "-", "-", "-", "-", "25.00", "-", "-", "-"]
+
+
+def test_the_mean_is_of_all_nine():
+    results = {task.name: result(task.name, 0.5) for task in tasks.TASKS.values() if task.column}
+    results["docvqa"] = result("docvqa", 0.95)
+    assert printed(results)[-1] == "55.00"
+    results["klc"] = Predictions({}, [{"scores": {}, "answers": []}])
+    assert printed(results)[-1] == "-"
