@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,12 @@ def _add_source_flags(parser: argparse.ArgumentParser, name: str) -> None:
         "--holdout", type=_within(float, 0, 1), default=0.02, help="share of documents for the validation split"
     )
     parser.add_argument(
+        "--split",
+        default="",
+        type=_split_name,
+        help="put all into a split of this name, for `evaluate --tasks`; questions without an answer then stay",
+    )
+    parser.add_argument(
         "--beam_runner",
         default="",
         help="run under Apache Beam (requirements-beam.txt), with --out on a disk that all workers see; Beam's own "
@@ -99,6 +106,12 @@ def _within(kind: type, minimum: float, maximum: float = float("inf")) -> Callab
     return number
 
 
+def _split_name(text: str) -> str:
+    if not re.fullmatch(r"\w*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of letters, digits and _")
+    return text
+
+
 def _prepare_documents(args: argparse.Namespace, started: float) -> None:
     arguments = {name: value for name, value in vars(args).items() if name not in ("out", "num_workers", "recount")}
     if not demonstration.prepare(Path(args.out), arguments, args.num_workers):
@@ -111,7 +124,7 @@ def _prepare_documents(args: argparse.Namespace, started: float) -> None:
 def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: float) -> None:
     kind = REGISTRY[args.format]
     options = {field.name: getattr(args, field.name) for field in dataclasses.fields(kind)}
-    request = preparing.Request(args.format, kind(**options), args.source, _tokenizer(args), args.holdout)
+    request = preparing.Request(args.format, kind(**options), args.source, _tokenizer(args), args.holdout, args.split)
     if args.beam_runner:
         from alignvlm_jax.data import beam  # takes seconds to import, and most machines do not have it
 
@@ -119,7 +132,7 @@ def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: fl
     else:
         run = preparing.on_processes(args.num_workers)
     is_new = preparing.prepare(request, Path(args.out), run)
-    print(preparing.summary(Path(args.out)))
+    print(preparing.summary(Path(args.out), request.splits))
     if is_new:
         print(f"{args.out}: {time.monotonic() - started:.0f} s")
     else:

@@ -10,7 +10,7 @@ import numpy as np
 
 from alignvlm_jax.data import index, sources, staging
 from alignvlm_jax.data.formats.base import Unit
-from alignvlm_jax.data.parts import SPLITS, Part, read_lines, write_lines
+from alignvlm_jax.data.parts import Part, read_lines, write_lines
 from alignvlm_jax.data.sources import ShardWriter
 
 MIN_SHARD_RECORDS = 1000
@@ -20,13 +20,13 @@ Dropped = dict[int, dict[int, str]]
 """By part, by line of its `ids`: why a record does not stay."""
 
 
-def finish(parts: Sequence[Part], units: Sequence[Unit], folder: Path) -> list[str]:
+def finish(parts: Sequence[Part], units: Sequence[Unit], splits: Sequence[str], folder: Path) -> list[str]:
     """Makes shards, their indexes and `rejected.jsonl` in `folder` out of all parts, in the order of the source.
     Returns their names. It may be interrupted and called again: the lines of parts, which decide, stay as they are."""
     dropped = _duplicates(parts, units)
     names = [staging.REJECTED]
     write_lines(folder / staging.REJECTED, _rejected(parts, units, dropped))
-    for split in SPLITS:
+    for split in splits:
         kept = {number: _kept(part, split, dropped[number]) for number, part in enumerate(parts)}
         groups = _groups({number: len(lines) for number, lines in kept.items()})
         for shard, group in enumerate(groups):

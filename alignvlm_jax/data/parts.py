@@ -66,12 +66,14 @@ class PartWriter:
       format: of the source.
       tokenizer: path of the one that counts.
       holdout: share of the documents that go to the validation split.
+      split: where all documents go instead, if it has a name; their questions need no answers then.
     """
 
     folder: str
     format: Format
     tokenizer: str
     holdout: float
+    split: str = ""
 
     def __call__(self, task: tuple[int, Unit]) -> Iterator[Progress]:
         """Writes part `task[0]` out of a unit; UserError where it cannot be written or a bucket does not answer."""
@@ -115,7 +117,8 @@ class PartWriter:
         if isinstance(item, Rejection):
             raise Reject(item.reason)
         try:
-            return checks.check(self.format.record(item)), split_of(item.document, self.holdout)
+            record = checks.check(self.format.record(item), needs_answers=not self.split)
+            return record, self.split or split_of(item.document, self.holdout)
         except (Reject, UserError):
             raise
         except Exception as err:  # a fault of ours must not end a run over millions of records; the summary shows it

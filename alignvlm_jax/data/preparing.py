@@ -28,7 +28,7 @@ from alignvlm_jax.data.formats.base import Format, Unit
 from alignvlm_jax.data.parts import Part, PartWriter
 from alignvlm_jax.errors import UserError
 
-VERSION = 1
+VERSION = 2
 """Raised with every change that changes records, so that `prepare` writes them anew."""
 
 Runner = Callable[[PartWriter, list[tuple[int, Unit]]], None]
@@ -37,13 +37,20 @@ Runner = Callable[[PartWriter, list[tuple[int, Unit]]], None]
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to prepare. `name` is that of the format; `holdout` the share of documents of the validation split."""
+    """What to prepare. `name` is that of the format; `holdout` the share of documents of the validation split; with a
+    `split` all go there, to be asked, not learnt."""
 
     name: str
     format: Format
     source: str
     tokenizer: str
     holdout: float
+    split: str = ""
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that there can be."""
+        return (self.split,) if self.split else parts.SPLITS
 
 
 def prepare(request: Request, out: Path, run: Runner) -> bool:
@@ -63,11 +70,11 @@ def prepare(request: Request, out: Path, run: Runner) -> bool:
     if not names.exists():
         written = _write_parts(request, units, folder, run)
         tokenizer_name = _copy_tokenizer(request.tokenizer, folder)
-        all_names = [*finishing.finish(written, units, folder), tokenizer_name]
+        all_names = [*finishing.finish(written, units, request.splits, folder), tokenizer_name]
         if len(all_names) == 2:
             raise UserError(f"{request.source} has no record that can be used; {folder / staging.REJECTED} says why")
         names.write_text(json.dumps(all_names))
-    staging.publish(out, folder, json.loads(names.read_text()), parts.SPLITS, wanted)
+    staging.publish(out, folder, json.loads(names.read_text()), request.splits, wanted)
     return True
 
 
@@ -110,10 +117,10 @@ def recount(out: Path, tokenizer_path: str) -> dict[str, int]:
     return dict(counts)
 
 
-def summary(out: Path) -> str:
+def summary(out: Path, splits: Sequence[str] = parts.SPLITS) -> str:
     """Describes a prepared folder in a few lines: records and images by split, tokens by task, rejected by reason."""
     text = []
-    for split in parts.SPLITS:
+    for split in splits:
         if not sources.shard_paths(out, split):
             continue
         counted = index.load(out, split)
@@ -135,6 +142,7 @@ def _wanted(request: Request, units: Sequence[Unit]) -> dict[str, Any]:
         "source": request.source,
         **dataclasses.asdict(request.format),
         "holdout": request.holdout,
+        "split": request.split,
         "tokenizer": index.tokenizer_fingerprint(request.tokenizer),
         "listing": f"{zlib.crc32(listing):08x}",
         "version": VERSION,
@@ -149,7 +157,7 @@ def _write_parts(request: Request, units: Sequence[Unit], folder: Path, run: Run
     all_parts = [Part(place, number) for number in range(len(units))]
     tasks = [(part.number, unit) for part, unit in zip(all_parts, units, strict=True) if not part.is_done()]
     if tasks:
-        run(PartWriter(str(place), request.format, request.tokenizer, request.holdout), tasks)
+        run(PartWriter(str(place), request.format, request.tokenizer, request.holdout, request.split), tasks)
     return all_parts
 
 

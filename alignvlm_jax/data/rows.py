@@ -25,7 +25,7 @@ def _transcribe(record: Record, rng: np.random.Generator) -> list[tuple[str, str
 
 def _answer(record: Record, rng: np.random.Generator) -> list[tuple[str, str]]:
     turns = [record.turns[i] for i in rng.permutation(len(record.turns))]
-    return [(turn.question, turn.answers[0]) for turn in turns]
+    return [(turn.question, turn.answers[0]) for turn in turns if turn.answers]
 
 
 def _answer_and_transcribe(record: Record, rng: np.random.Generator) -> list[tuple[str, str]]:

@@ -154,3 +154,17 @@ def test_beam_that_is_absent_is_a_user_error(source):
         prepare.main([*source, "--beam_runner=DirectRunner"])
     with pytest.raises(UsageError, match="name a --beam_runner"):
         prepare.main([*source, "--", "--direct_num_workers=2"])
+
+
+def test_a_benchmark_is_one_split_and_keeps_questions_without_answers(tmp_path, prepared):
+    source = tmp_path / "test.jsonl"
+    lines = [{"id": str(i), "turns": [{"question": f"{i}?", "answers": ["1"] * (i % 2)}]} for i in range(20)]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = [f"--source={source}", f"--out={tmp_path / 'out'}", f"--tokenizer={prepared / 'tokenizer.model'}"]
+    prepare.main(["--format=jsonl", *flags, "--split=test", "--num_workers=1"])
+    found = records(tmp_path / "out", "test")
+    assert [record.id for record in found] == [line["id"] for line in lines]
+    assert [len(record.turns[0].answers) for record in found] == [0, 1] * 10
+    assert sources.shard_paths(tmp_path / "out", "train") == sources.shard_paths(tmp_path / "out", "validation") == []
+    with pytest.raises(SystemExit):
+        prepare.main(["--format=jsonl", *flags, "--split=a-b"])

@@ -20,8 +20,9 @@ FILE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "
 """Pillow knows others, some of which call programs (EPS)."""
 
 
-def check(record: Record) -> Record:
-    """Returns the record with the answers and turns that can be used.
+def check(record: Record, needs_answers: bool = True) -> Record:
+    """Returns the record with the answers and turns that can be used: those with an answer, unless it is to be asked
+    only, as of a test set that does not tell its answers.
 
     Raises:
       Reject: an image that cannot be decoded, a text that is too long or no Unicode, or nothing to learn.
@@ -29,7 +30,7 @@ def check(record: Record) -> Record:
     _check_text(record.id, "id", MAX_ID_BYTES)
     if not record.id:
         raise Reject("the id is empty")
-    turns = tuple(turn for turn in map(_usable, record.turns) if turn.answers)
+    turns = tuple(turn for turn in map(_usable, record.turns) if turn.answers or not needs_answers)
     for turn in turns:
         for text in (turn.question, *turn.answers):
             _check_text(text, "question or answer", MAX_TEXT_BYTES)

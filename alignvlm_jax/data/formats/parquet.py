@@ -170,9 +170,9 @@ def _turns(fields: Any) -> tuple[Turn, ...]:
 
 
 def _by_frequency(answers: tuple[str, ...]) -> tuple[str, ...]:
-    """The commonest first, which is taught: TextVQA has those of ten people."""
+    """The commonest first, which is taught: TextVQA has those of ten people, and its score counts who agrees."""
     counts = collections.Counter(answers)
-    return tuple(sorted(counts, key=lambda answer: -counts[answer]))
+    return tuple(sorted(answers, key=lambda answer: -counts[answer]))
 
 
 def _one_line(err: Exception) -> str:
