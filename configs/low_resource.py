@@ -3,7 +3,7 @@
     stage1_connector  LLaVA-558K captions: the connector alone, 1e-3, batch 32, one epoch
     stage2_all        LLaVA-NeXT-779K: LLM and connector at 1e-5, the encoder at 2e-6, batch 8, one epoch
 
-`configs/low_resource.py:align` (or mlp). The paper does not say whether its batches are of a device or of all: here
+`configs/low_resource.py:align` (or another). The paper does not say whether its batches are of a device or of all: here
 they are of all. It uses LLaVA's grids of up to 6 x 6 tiles within nine; here they are those of `data.images`. Optimizer
 and row length: as in `paper.py`. Start from published weights: --config.init_from=weights/mine
 """

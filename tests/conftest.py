@@ -61,11 +61,18 @@ def tiny_config(**changes) -> config_lib.Config:
     return dataclasses.replace(base, **changes)
 
 
+def tiny_connector(name: str) -> config_lib.ConnectorConfig:
+    """Any of the connectors, small enough for tiles of 2 x 4 patches, and to be split over the 2 x 2 x 2 mesh."""
+    return config_lib.ConnectorConfig(
+        name=name, num_latents=5, num_layers=2, visual_vocab_size=22, pooled_rows=1, pooled_columns=3, num_blocks=2
+    )
+
+
 def random_batch(config: config_lib.Config, seed: int = 0) -> dict[str, np.ndarray]:
     """Rows of random pixels and tokens: the image slots first, then a question, an answer and padding."""
     rng = np.random.default_rng(seed)
     vision, data, size = config.model.vision, config.data, config.train.batch_size
-    slots, patches = data.max_tiles * config.model.slots_per_tile, vision.num_patches
+    slots, patches = data.max_tiles * config.slots_per_tile, vision.num_patches
     tokens = rng.integers(8, config.model.llm.vocab_size, (size, data.row_length)).astype(np.int32)
     lengths = rng.integers(slots + 8, data.row_length + 1, size)
     index = np.arange(data.row_length)

@@ -1,5 +1,6 @@
 """Configuration: one clear line for every wrong field, stages, and the way to config.json and back."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -91,6 +92,8 @@ def test_numbers_and_lists_are_taken_as_meant():
         ("model.remat", "ful", r"config\.model\.remat is 'ful'; did you mean 'full'\?"),
         ("model.connector.w2_init", "lmhead", r"config\.model\.connector\.w2_init is 'lmhead'; did you mean 'lm_head'"),
         ("model.connector.embed_grad", "stopped", r"config\.model\.connector\.embed_grad .*did you mean 'stop'"),
+        ("model.connector.num_latents", 0, r"config\.model\.connector\.num_latents is 0; it must be at least 1"),
+        ("model.connector.merged_columns", 0, r"config\.model\.connector\.merged_columns is 0; .* at least 1"),
         ("train.visual_input", "pixel", r"config\.train\.visual_input is 'pixel'; did you mean 'pixels'\?"),
         ("model.vision.tile_height", 30, r"model\.vision\.tile_height 30 is not a multiple of patch_height 16; .*15$"),
         ("model.vision.tile_width", 100, r"model\.vision\.tile_width 100 is not a multiple of patch_width 8; .* 10$"),
@@ -182,6 +185,53 @@ def test_patches_of_a_tile():
     vision = config_lib.VisionConfig(tile_height=32, tile_width=128, patch_height=16, patch_width=8)
     assert vision.patch_grid == (2, 16) and vision.num_patches == 32
     assert config_lib.ModelConfig(vision=vision).slots_per_tile == 32
+
+
+# Connectors.
+
+
+def connector(name: str, **options) -> config_lib.Config:
+    """Of the default tile of 2 x 16 patches."""
+    return read(**{f"model__connector__{field}": value for field, value in {"name": name, **options}.items()})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "slots"),
+    [
+        ("align", {}, 32),
+        ("mlp", {}, 32),
+        ("ovis", {}, 32),
+        ("perceiver", {"num_latents": 7}, 7),
+        ("h_reducer", {}, 8),
+        ("h_reducer", {"merged_columns": 8}, 4),
+        ("c_abstractor", {"pooled_rows": 1, "pooled_columns": 5}, 5),
+    ],
+)
+def test_slots_follow_from_the_connector(name, options, slots):
+    config = connector(name, **options)
+    assert config.model.slots_per_tile == config.slots_per_tile == slots
+    # From labels comes one token for each patch, whatever the connector would make of them.
+    train = dataclasses.replace(config.train, visual_input="labels")
+    assert dataclasses.replace(config, train=train).slots_per_tile == 32
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("h_reducer", {"merged_columns": 5}, r"tile_width 128 has 16 columns of patches, no multiple of \S+ 5; "
+         r"nearest that fit: tile_width 120, or merged_columns 4$"),
+        ("c_abstractor", {}, r"pooled_rows is 12 and a tile has 2 rows of patches; at most 2$"),
+        ("c_abstractor", {"pooled_rows": 2, "pooled_columns": 17}, r"pooled_columns is 17 and a tile has 16 columns"),
+        ("perceiver", {"num_latents": 96}, r"row_length 192 leaves no room for text: 2 tiles take 192 slots"),
+    ],
+)  # fmt: skip
+def test_a_connector_that_does_not_fit_the_tile(name, options, message):
+    with pytest.raises(UserError, match=message):
+        connector(name, **options)
+
+
+def test_fields_of_other_connectors_are_not_looked_at():
+    assert connector("mlp", merged_columns=5, pooled_rows=99).model.slots_per_tile == 32
 
 
 # Stages.

@@ -5,7 +5,7 @@ import operator
 import re
 from typing import Any
 
-from alignvlm_jax.config.fields import Config, LLMConfig, SourceConfig, VisionConfig
+from alignvlm_jax.config.fields import Config, ConnectorConfig, LLMConfig, ModelConfig, SourceConfig, VisionConfig
 from alignvlm_jax.errors import UserError, nearest
 
 PARTS = ("vision", "connector", "llm")
@@ -27,7 +27,7 @@ AT_LEAST: dict[str, int] = {
     "seed": 0,
     **{
         f"model.{part}.{field.name}": 1
-        for part, cls in (("vision", VisionConfig), ("llm", LLMConfig))
+        for part, cls in (("vision", VisionConfig), ("llm", LLMConfig), ("connector", ConnectorConfig))
         for field in dataclasses.fields(cls)
         if field.type is int
     },
@@ -87,6 +87,7 @@ def check(config: Config) -> Config:
                 raise UserError(f"config.{path} is {_get(config, path)}; it must be {words} {bound}")
     _check_vision(config.model.vision)
     _check_llm(config.model.llm)
+    _check_connector(config.model)
     _check_data(config)
     _check_divides("train.batch_size", config.train.batch_size, "accumulation", config.train.accumulation)
     for part, scale in config.optim.learning_rate_scale.items():
@@ -123,9 +124,29 @@ def _check_llm(llm: LLMConfig) -> None:
         raise UserError(f"config.model.llm.padded_rows {llm.padded_rows} leaves no word of vocab_size {llm.vocab_size}")
 
 
+def _check_connector(model: ModelConfig) -> None:
+    connector, (rows, columns) = model.connector, model.vision.patch_grid
+    merged, vision = connector.merged_columns, model.vision
+    if connector.name == "h_reducer" and columns % merged:
+        width = max(round(columns / merged), 1) * merged * vision.patch_width
+        raise UserError(
+            f"config.model.vision.tile_width {vision.tile_width} has {columns} columns of patches, no multiple of "
+            f"config.model.connector.merged_columns {merged}; nearest that fit: tile_width {width}, or merged_columns "
+            f"{_nearest_divisor(columns, merged)}"
+        )
+    if connector.name == "c_abstractor":
+        for name, size in (("rows", rows), ("columns", columns)):
+            pooled = getattr(connector, f"pooled_{name}")
+            if pooled > size:
+                raise UserError(
+                    f"config.model.connector.pooled_{name} is {pooled} and a tile has {size} {name} of patches; "
+                    f"at most {size}"
+                )
+
+
 def _check_data(config: Config) -> None:
     data = config.data
-    slots = data.max_tiles * config.model.slots_per_tile
+    slots = data.max_tiles * config.slots_per_tile
     if slots >= data.row_length:
         raise UserError(
             f"config.data.row_length {data.row_length} leaves no room for text: {data.max_tiles} tiles take "
@@ -158,9 +179,13 @@ def _check_source(path: str, name: str, source: SourceConfig) -> None:
 
 def _check_divides(path: str, size: int, part_name: str, part: int) -> None:
     if part < 1 or size % part:
-        divisors = [d for d in range(1, size + 1) if size % d == 0]
-        best = min(divisors, key=lambda d: abs(d - part), default=1)
+        best = _nearest_divisor(size, part)
         raise UserError(f"config.{path} {size} is not a multiple of {part_name} {part}; nearest that divides: {best}")
+
+
+def _nearest_divisor(size: int, part: int) -> int:
+    divisors = [d for d in range(1, size + 1) if size % d == 0]
+    return min(divisors, key=lambda d: abs(d - part), default=1)
 
 
 def _get(config: Config, path: str) -> Any:

@@ -1,7 +1,7 @@
 """The fields of a stage: frozen dataclasses with their defaults."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,13 +74,35 @@ class LLMConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConnectorConfig:
-    """The connector, by its name in `models.connectors`. Fields below `name` belong to ALIGN (arXiv 2502.01341)."""
+    """The connector, by its name in `models.connectors`. Only its own fields are looked at; their defaults are those of
+    the models released.
+
+    align: `use_ln2` to `embed_grad`. perceiver: `num_latents` of a tile, `num_layers`. ovis: `visual_vocab_size`.
+    h_reducer: `merged_columns`, patches side by side that become one token. c_abstractor: the grid of tokens of a tile,
+    `pooled_rows` x `pooled_columns`, and `num_blocks` before the pooling and as many after it.
+    """
 
     name: str = "align"
     use_ln2: bool = True
     ln2_gain_init: float = 1.0
     w2_init: str = "lm_head"
     embed_grad: str = "live"
+    num_latents: int = 64
+    num_layers: int = 6
+    visual_vocab_size: int = 131072
+    merged_columns: int = 4
+    pooled_rows: int = 12
+    pooled_columns: int = 12
+    num_blocks: int = 3
+
+
+SLOTS_PER_TILE: Mapping[str, Callable[[VisionConfig, ConnectorConfig], int]] = {
+    "perceiver": lambda vision, connector: connector.num_latents,
+    "h_reducer": lambda vision, connector: vision.num_patches // connector.merged_columns,
+    "c_abstractor": lambda vision, connector: connector.pooled_rows * connector.pooled_columns,
+}
+"""Tokens that a connector makes of a tile, where they are not one for each patch. Here and not beside the module of the
+connector, since data must know them and imports no model."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +130,8 @@ class ModelConfig:
     @property
     def slots_per_tile(self) -> int:
         """Image slots that one tile takes in a row of tokens: the count that data and model share."""
-        return self.vision.num_patches
+        count = SLOTS_PER_TILE.get(self.connector.name)
+        return count(self.vision, self.connector) if count else self.vision.num_patches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -246,3 +269,9 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+
+    @property
+    def slots_per_tile(self) -> int:
+        """Image slots of a tile in the stage's training rows: the model's, or where labels stand in for the connector,
+        one for each patch."""
+        return self.model.slots_per_tile if self.train.visual_input == "pixels" else self.model.vision.num_patches

@@ -49,7 +49,7 @@ def measure(index: Index, tasks: Sequence[str], config: Config) -> Lengths:
     """Returns the lengths of an index's records for some of `rows.TASKS`. A record with more images than it may have
     tiles is of no use to any."""
     tiles = _count_tiles(index, config)
-    slots = tiles.astype(np.int32) * config.model.slots_per_tile
+    slots = tiles.astype(np.int32) * config.slots_per_tile
     tokens = np.stack([index.text_tokens[task] for task in tasks])
     is_usable = (tokens > 0) & (np.diff(index.image_starts) <= config.data.tiles_of_a_record)
     return Lengths(np.where(is_usable, np.minimum(tokens + slots, config.data.row_length), 0), tiles)

@@ -64,7 +64,7 @@ def build_part(record: Record, task: str, rng: np.random.Generator, config: Conf
     data = config.data
     pages = _tile_pages(record, config)
     turns = TASKS[task](record, rng)
-    num_slots, image_id = _num_slots(pages, config), config.model.image_token_id
+    num_slots, image_id = _num_slots(pages, config.slots_per_tile), config.model.image_token_id
     is_cut = data.packing == "plan" and task == "transcribe"
     tokens, is_answer = chat.encode_chat(tokenizer, turns, num_slots, image_id, data.row_length, is_cut)
     if data.packing == "plan" and not is_answer.any():
@@ -104,7 +104,7 @@ def build_row(record: Record, task: str, rng: np.random.Generator, config: Confi
 
 def build_prompt(page: Record | Image.Image | None, question: str, config: Config, tokenizer: Tokenizer) -> Row:
     """Builds the row of a question to be answered: it ends where the answer begins, and has no loss and no patch
-    labels. Without a page it has no tiles either.
+    labels. Without a page it has no tiles either; with one, it is read from pixels, whatever the stage was trained on.
 
     Raises:
       UserError: the prompt is longer than `data.row_length`.
@@ -116,7 +116,7 @@ def build_prompt(page: Record | Image.Image | None, question: str, config: Confi
         pages = [images.tile_image(page.convert("RGB"), vision, data.tiles_of_a_record, data.use_overview)]
     else:
         pages = _tile_pages(page, config)
-    num_slots = _num_slots(pages, config)
+    num_slots = _num_slots(pages, config.model.slots_per_tile)
     tokens = chat.encode_prompt(tokenizer, question, num_slots, config.model.image_token_id)
     if len(tokens) > data.row_length:
         raise UserError(
@@ -160,8 +160,8 @@ def _tile_pages(record: Record, config: Config) -> list[Tiles]:
     ]
 
 
-def _num_slots(pages: list[Tiles], config: Config) -> int:
-    return sum(len(page.pixels) for page in pages) * config.model.slots_per_tile
+def _num_slots(pages: list[Tiles], slots_per_tile: int) -> int:
+    return sum(len(page.pixels) for page in pages) * slots_per_tile
 
 
 def _text_arrays(segments: Sequence[tuple[np.ndarray, np.ndarray]], length: int, tokenizer: Tokenizer) -> Row:

@@ -93,7 +93,7 @@ def _facts(known: Index, config: Config) -> dict[str, str]:
     doubles = len(known.content_hash) - len(np.unique(known.content_hash))
     return {
         "Rows": f"{data.row_length:,} tokens, {data.max_tiles} tiles of {vision.tile_width} × {vision.tile_height} "
-        f"pixels with {config.model.slots_per_tile} slots each",
+        f"pixels with {config.slots_per_tile} slots each",
         "Tiles of a record": f"at most {data.tiles_of_a_record}{', the overview first' if data.use_overview else ''}",
         "Tokens counted by": f"tokenizer {known.tokenizer}",
         "Same content twice": f"{doubles:,} records",

@@ -247,7 +247,7 @@ def _facts(run: Run) -> dict[str, str]:
         "Language model": f"{llm.num_layers} layers of {llm.width}, vocabulary {llm.vocab_size}",
         "Connector": config.model.connector.name,
         "Rows": f"{config.train.batch_size} a step, {config.data.row_length} tokens each, "
-        f"{config.data.max_tiles * config.model.slots_per_tile} of them image slots",
+        f"{config.data.max_tiles * config.slots_per_tile} of them image slots",
         "Seed": str(config.seed),
     }
     if run.loaded:

@@ -117,7 +117,7 @@ class VLM(nn.Module):
         return hidden_BTD, patch_nll
 
     def _visual_tokens(self, batch: Mapping[str, Array], visual_input: str) -> tuple[Array, Array]:
-        """Visual tokens [B, I * P, D] and patch losses [B, I, P]."""
+        """Visual tokens, those of a row's tiles one after another, and patch losses [B, I, P]."""
         labels = None
         if "patch_label_ids" in batch:
             size, slots, patches, k = batch["patch_label_ids"].shape
@@ -129,7 +129,9 @@ class VLM(nn.Module):
         features = self.encode_tiles(batch["tiles"])
         size, slots, patches, width = features.shape
         output = self.connector(features.reshape(-1, width), self.llm.table, labels)
-        return output.tokens.reshape(size, slots * patches, -1), output.patch_nll.reshape(size, slots, patches)
+        return output.tokens.reshape(size, slots * self.config.slots_per_tile, -1), output.patch_nll.reshape(
+            size, slots, patches
+        )
 
     def _merge(self, tokens_BT: Array, visual_BND: Array) -> Array:
         """Text embeddings with a row's n-th visual token at its n-th image slot. Used tiles come first in a row, so

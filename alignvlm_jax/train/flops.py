@@ -48,7 +48,7 @@ def _forward(config: Config) -> dict[str, list[Product]]:
     visual = config.train.visual_input == "pixels"
     return {
         "vision": _vision(model, tiles) if visual else [],
-        "connector": connectors.get(model.connector.name).products(model, tiles * model.slots_per_tile)
+        "connector": connectors.get(model.connector.name).products(model, tiles * model.vision.num_patches)
         if visual
         else [],
         "llm": _llm(model, tokens, config.data.row_length),

@@ -6,6 +6,7 @@ from alignvlm_jax import config as config_lib
 from alignvlm_jax.commands import config_flag
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
+from alignvlm_jax.models.connectors import REGISTRY
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.train import state
 
@@ -63,7 +64,7 @@ def test_another_llm_names_the_nearest():
         load("stage2.py:llama31_7b")
 
 
-@pytest.mark.parametrize("connector", ["align", "mlp"])
+@pytest.mark.parametrize("connector", REGISTRY)
 def test_low_resource(connector):
     first, second = load(f"low_resource.py:{connector}")
     assert first.model.connector.name == connector

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from alignvlm_jax.config import ConnectorConfig
 from alignvlm_jax.data import images, rows
 from alignvlm_jax.data.pages import encode_png
 from alignvlm_jax.data.schema import Batch, Record, Turn, Word
@@ -81,6 +82,18 @@ def test_image_slots_and_tiles_agree(demo_config, tokenizer, size, num_tiles):
     assert (row["tiles"][:num_tiles] == 7).all() and not row["tiles"][num_tiles:].any()
     np.testing.assert_allclose(row["patch_label_weights"][:num_tiles].sum(-1), 1, atol=1e-6)
     assert not row["patch_loss_weights"][num_tiles:].any()
+
+
+def test_labels_stand_one_for_each_patch_and_prompts_as_the_connector_does(demo_config, tokenizer):
+    model = dataclasses.replace(demo_config.model, connector=ConnectorConfig(name="h_reducer"))
+    pixels = dataclasses.replace(demo_config, model=model)
+    labels = dataclasses.replace(pixels, train=dataclasses.replace(pixels.train, visual_input="labels"))
+    for config, in_row in ((pixels, 2 * 8), (labels, 2 * 32)):
+        prompt = rows.build_prompt(page_record(128, 64), "What is it?", config, tokenizer)
+        assert (prompt["tokens"] == tokenizer.specials["<image>"]).sum() == 2 * 8
+        row = build(page_record(128, 64), "answer", config, tokenizer)
+        assert (row["tokens"] == tokenizer.specials["<image>"]).sum() == in_row
+        assert row["patch_label_ids"].shape == (2, 32, 3)
 
 
 def test_several_images_share_the_tiles(demo_config, tokenizer):

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from alignvlm_jax.config.fields import SLOTS_PER_TILE
 from alignvlm_jax.data import pipeline, rows
 from alignvlm_jax.data.schema import Record, Turn, Word
 from alignvlm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from alignvlm_jax.models import vlm
-from tests.conftest import random_params, tiny_config
+from tests.conftest import random_params, tiny_config, tiny_connector
 
 SIZES = ((16, 8), (16, 16), (32, 8))
 
@@ -27,14 +28,15 @@ def record(number: int, size: tuple[int, int]) -> Record:
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory):
-    """A config, parameters, three parts and the one row that they share."""
+def packed(request, tmp_path_factory):
+    """A config, ALIGN's or of the connector asked for, parameters, three parts and the one row that they share."""
     tokenizer = SentencePieceTokenizer.train(tmp_path_factory.mktemp("t") / "tokenizer.model", ["Who is it?"])
     config = tiny_config()
     llm = dataclasses.replace(config.model.llm, vocab_size=tokenizer.vocab_size)
+    model = dataclasses.replace(config.model, llm=llm, connector=tiny_connector(getattr(request, "param", "align")))
     data = dataclasses.replace(config.data, packing="plan", row_length=128, max_tiles=6, record_tiles=2)
     train = dataclasses.replace(config.train, batch_size=1)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, llm=llm), data=data, train=train)
+    config = dataclasses.replace(config, model=model, data=data, train=train)
     parts = [
         rows.build_part(record(number, size), "answer", np.random.default_rng(0), config, tokenizer)
         for number, size in enumerate(SIZES, start=1)
@@ -53,11 +55,14 @@ def gradients(loss, x, batch) -> np.ndarray:
     return np.abs(jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(x, np.stack(of_record)))
 
 
+@pytest.mark.parametrize("packed", ["align", *SLOTS_PER_TILE], indirect=True)
 def test_losses_are_those_of_each_record_in_a_row_of_its_own(packed):
     config, params, parts, row, tokenizer = packed
     alone = pipeline.stack([rows.join([part], config, tokenizer) for part in parts])
     run = jax.jit(functools.partial(losses, config, params))
     together, apart = run(pipeline.stack([row])), run(alone)
+    slots = config.model.slots_per_tile
+    assert (row["tokens"] == config.model.image_token_id).sum() == 5 * slots
     tile = 0
     for number, part in enumerate(parts):
         here, length = row["segment_ids"] == number + 1, len(part.tokens)

@@ -13,11 +13,11 @@ from jax.sharding import PartitionSpec
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.data.schema import Batch
-from alignvlm_jax.models import vlm
+from alignvlm_jax.models import connectors, vlm
 from alignvlm_jax.models.llama import Llama
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
-from tests.conftest import random_batch, random_params, tiny_config
+from tests.conftest import random_batch, random_params, tiny_config, tiny_connector
 
 # Sizes that no two axes share, whole or divided by the mesh, so that a shape in the compiled program names its axes.
 CONFIG = tiny_config(
@@ -47,8 +47,15 @@ MLP_UNTIED = dataclasses.replace(
 ROWS, LENGTH, TILES, PATCHES = CONFIG.train.batch_size, CONFIG.data.row_length, CONFIG.data.max_tiles, 8
 VOCAB = MODEL.llm.vocab_size
 IMAGE = MODEL.image_token_id
-BATCH = random_batch(CONFIG)
 
+
+@functools.cache
+def batch_of(model: config_lib.ModelConfig) -> dict[str, np.ndarray]:
+    """Its rows have the image slots of the model's connector."""
+    return random_batch(dataclasses.replace(CONFIG, model=model))
+
+
+BATCH = batch_of(MODEL)
 
 BLOCK_ROWS = 7
 BLOCKWISE = {"vocab_form": "blockwise", "vocab_block_mib": (BLOCK_ROWS + 0.5) * VOCAB / 2 * 4 / 2**20}
@@ -79,7 +86,7 @@ def gradient_step(model: config_lib.ModelConfig, grad_shardings=None):
 def single_step(model: config_lib.ModelConfig):
     """(loss, losses), gradients on one device, in the plain form."""
     model = dataclasses.replace(model, vocab_form="plain")
-    return jax.device_get(gradient_step(model)(draw_params(model), BATCH))
+    return jax.device_get(gradient_step(model)(draw_params(model), batch_of(model)))
 
 
 def assert_same_gradients(grads, expected) -> None:
@@ -105,7 +112,7 @@ class Sharded:
             boxed = jax.eval_shape(lambda: vlm.init_params(vlm.VLM(model), jax.random.key(0), abstract))
             self.shardings = sharding.tree_sharding(boxed, mesh)
             params = jax.device_put(draw_params(model), self.shardings)
-            batch = sharding.put_batch(BATCH, mesh)
+            batch = sharding.put_batch(batch_of(model), mesh)
             lowered = gradient_step(model, self.shardings).lower(params, batch)
             compiled = lowered.compile()
             (self.loss, self.losses), self.grads = compiled(params, batch)
@@ -117,6 +124,12 @@ SHARDED = {
     "mlp_untied": MLP_UNTIED,
     "align_untied_blockwise": dataclasses.replace(MLP_UNTIED, connector=MODEL.connector, **BLOCKWISE),
     "align_tied_blockwise": dataclasses.replace(MODEL, **BLOCKWISE),
+    "ovis_blockwise": dataclasses.replace(MODEL, connector=tiny_connector("ovis"), **BLOCKWISE),
+    **{
+        name: dataclasses.replace(MODEL, connector=tiny_connector(name))
+        for name in connectors.REGISTRY
+        if name not in ("align", "mlp")
+    },
 }
 
 

@@ -3,11 +3,12 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from alignvlm_jax import config as config_lib
-from alignvlm_jax.models import vlm
+from alignvlm_jax.models import connectors, vlm
 from alignvlm_jax.parallel import chips, sharding
 from alignvlm_jax.train import flops, state
 from tests.conftest import random_batch, tiny_config
@@ -40,6 +41,10 @@ CASES = {
     "align": BASE,
     "untied": change("llm", tie_embeddings=False),
     "mlp": change("connector", name="mlp"),
+    "perceiver": change("connector", name="perceiver", num_latents=8, num_layers=2),
+    "ovis": change("connector", name="ovis", visual_vocab_size=1024),
+    "h_reducer": change("connector", name="h_reducer"),
+    "c_abstractor": change("connector", name="c_abstractor", pooled_rows=2, pooled_columns=2, num_blocks=2),
     "embeddings_stopped": change("connector", embed_grad="stop"),
     "vision_frozen": change("train", trainable=("connector/.*", "llm/.*")),
     "connector_only": change("train", trainable=("connector/.*",)),
@@ -75,6 +80,25 @@ def test_within_three_percent_of_the_compiler(config):
     params = abstract_params(config)
     total = sum(flops.step_flops(config, params).values())
     assert total == pytest.approx(counted(config, params), rel=0.03)
+
+
+@pytest.mark.parametrize("name", connectors.REGISTRY)
+def test_a_connector_alone_is_within_three_percent(name):
+    """Forward: in the whole step above it is a small part."""
+    options = {"num_latents": 8, "num_layers": 2, "pooled_rows": 2, "pooled_columns": 3, "num_blocks": 2}
+    connector = config_lib.ConnectorConfig(name=name, visual_vocab_size=1024, **options)
+    # As wide as a real encoder: of what is no matrix product there is more, the narrower.
+    vision = dataclasses.replace(VISION, width=1024)
+    model = dataclasses.replace(BASE.model, connector=connector, vision=vision)
+    module = connectors.get(name)(model, jnp.dtype("float32"))
+    patches = 8 * vision.num_patches
+    features, table = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((patches, 1024), (2048, 256)))
+    variables = sharding.unbox(
+        jax.eval_shape(lambda *args: module.init(jax.random.key(0), *args, None), features, table)
+    )
+    compiled = jax.jit(lambda *args: module.apply(*args, None)).lower(variables, features, table).compile()
+    total = sum(product.flops for product in module.products(model, patches))
+    assert total == pytest.approx(compiled.cost_analysis()["flops"], rel=0.03)
 
 
 def test_parts_of_a_known_model():

@@ -7,19 +7,20 @@ import numpy as np
 import optax
 import pytest
 
-from alignvlm_jax.models import vlm
+from alignvlm_jax.models import connectors, vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.train import optim, state, step
-from tests.conftest import random_batch, random_params, tiny_config
+from tests.conftest import random_batch, random_params, tiny_config, tiny_connector
 
 FROZEN = "vision/"
 
 
-def make(tx=None, **train_changes):
+def make(tx=None, connector: str = "align", **train_changes):
     """A config, its mesh, a function that makes equal fresh states, and the compiled step."""
     config = tiny_config()
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **train_changes))
+    model = dataclasses.replace(config.model, connector=tiny_connector(connector))
+    config = dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, **train_changes))
     model, mesh = vlm.VLM(config.model), mesh_lib.make_mesh(config)
     tx = tx or optim.make_optimizer(config)
     with mesh_lib.use(mesh):
@@ -68,6 +69,20 @@ def test_frozen_parameters_stay_bit_identical_and_the_others_move(frozen_vision)
         else:
             assert not np.array_equal(after[path], before[path]), path
     assert int(metrics["num_updates"]) == 3
+
+
+@pytest.mark.parametrize("name", [name for name in connectors.REGISTRY if name != "align"])
+def test_every_connector_is_trained(name):
+    """Without a distribution over words there is no patch loss, and all else is as with ALIGN."""
+    config, fresh, run = make(tx=optax.sgd(optax.constant_schedule(1e-2)), connector=name)
+    live = fresh()
+    before = snapshot(live)
+    live, metrics = run(live, random_batch(config))
+    after = snapshot(live)
+    assert float(metrics["patch_loss"]) == 0 and float(metrics["loss"]) == float(metrics["answer_loss"]) > 1
+    for path in before:
+        # A bias of all keys moves no softmax.
+        assert path.endswith("k/bias") or not np.array_equal(after[path], before[path]), path
 
 
 def test_no_optimizer_state_is_allocated_for_frozen_parameters(frozen_vision):

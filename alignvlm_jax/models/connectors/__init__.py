@@ -1,16 +1,27 @@
-"""Connectors by name. Adding one is a file here and a line in `REGISTRY`."""
+"""Connectors by name. Adding one is a file here and a line in `REGISTRY`; and, where it makes another number of tokens
+than one for each patch, a line in `config.fields.SLOTS_PER_TILE`, which data reads."""
+
+from flax import linen as nn
 
 from alignvlm_jax.errors import UserError, nearest
 from alignvlm_jax.models.connectors.align import Align
+from alignvlm_jax.models.connectors.c_abstractor import CAbstractor
+from alignvlm_jax.models.connectors.h_reducer import HReducer
 from alignvlm_jax.models.connectors.mlp import MLP
+from alignvlm_jax.models.connectors.ovis import Ovis
+from alignvlm_jax.models.connectors.perceiver import Perceiver
 
-REGISTRY = {
+REGISTRY: dict[str, type[nn.Module]] = {
     "align": Align,
     "mlp": MLP,
+    "perceiver": Perceiver,
+    "ovis": Ovis,
+    "h_reducer": HReducer,
+    "c_abstractor": CAbstractor,
 }
 
 
-def get(name: str) -> type[Align] | type[MLP]:
+def get(name: str) -> type[nn.Module]:
     """Returns the module class of a connector; UserError with the nearest name where there is none."""
     if name not in REGISTRY:
         raise UserError(f"config.model.connector.name is {name!r}{nearest(name, REGISTRY)}")

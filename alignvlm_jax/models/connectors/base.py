@@ -24,11 +24,11 @@ class Product:
 
 
 class ConnectorOutput(NamedTuple):
-    """Visual tokens in the LLM's embedding space.
+    """Visual tokens in the LLM's embedding space: `config.ModelConfig.slots_per_tile` of each tile, tile after tile.
 
     `patch_nll` is the cross-entropy of each patch's distribution over the vocabulary against its labels, in nats; zeros
     where no labels were given or the connector has no such distribution.
     """
 
-    tokens: Float[Array, "N D"]
+    tokens: Float[Array, "tokens D"]
     patch_nll: Float[Array, "N"]

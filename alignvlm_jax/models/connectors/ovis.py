@@ -1,0 +1,57 @@
+"""The connector of Ovis (arXiv 2405.20797, section 3): each patch becomes a weighted average of a learned table.
+
+    z = LN(F W);  P = softmax_K(z);  out = P E_visual
+
+W [E, K] has no bias; E_visual [K, D] is a table of the connector's own, over a visual vocabulary of K words. From the
+release (AIDC-AI/Ovis v1.5, `SiglipVisualTokenizer.head` and `VisualEmbedding`) come LN on the logits, a table drawn
+from N(0, 1), and K = 131,072, about as many as its LLMs have words. Left out are its words that mark where an image
+begins and ends, its merging of patches, and its hard choices of a word (gumbel, straight-through).
+"""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from alignvlm_jax.config import ModelConfig
+from alignvlm_jax.models.connectors.base import ConnectorOutput, PatchLabels, Product
+from alignvlm_jax.models.layers import Einsum, LayerNorm
+from alignvlm_jax.ops.blocks import Matrix, rows_per_block
+from alignvlm_jax.ops.vocab_average import Norm, vocab_average
+from alignvlm_jax.shapes import Array, Float
+
+
+class Ovis(nn.Module):
+    """Its distribution is over no words that could be read. Attributes: the model's `config`, the `dtype`."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+
+    def setup(self) -> None:
+        c, size = self.config, self.config.connector.visual_vocab_size
+        self.head = Einsum("NE,EV->NV", (c.vision.width, size), ("vis_embed", "vocab"), dtype=self.dtype)
+        self.norm = LayerNorm(size, c.llm.norm_eps, axes=("vocab",))
+        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed"))
+        self.table = self.param("table", init, (size, c.llm.width), jnp.float32)
+
+    def __call__(
+        self, features: Float[Array, "N E"], text_table: Float[Array, "V D"], labels: PatchLabels | None
+    ) -> ConnectorOutput:
+        """Returns a visual token for each patch; the text table and the labels are not looked at."""
+        del text_table, labels
+        c, size = self.config, self.config.connector.visual_vocab_size
+        tokens_ND, _, _ = vocab_average(
+            features.astype(self.dtype),
+            Matrix.of(self.head.kernel, self.dtype),
+            Matrix.of(self.table, self.dtype),
+            Norm(self.norm.scale, self.norm.bias, self.norm.eps),
+            block=rows_per_block(c.vocab_form, c.vocab_block_mib, features.shape[0], size),
+        )
+        return ConnectorOutput(tokens_ND, jnp.zeros(features.shape[0], jnp.float32))
+
+    @staticmethod
+    def products(config: ModelConfig, patches: int) -> list[Product]:
+        """Returns what `train.flops` counts."""
+        size = config.connector.visual_vocab_size
+        return [
+            Product(2 * patches * config.vision.width * size, "connector/head/"),
+            Product(2 * patches * size * config.llm.width, "connector/table"),
+        ]

@@ -1,0 +1,116 @@
+"""The Perceiver Resampler of Flamingo (arXiv 2204.14198, section 2.1 and appendix A.1): learned latents read a tile.
+
+In each layer the latents attend to the tile's patches and to themselves, then pass an MLP with a squared ReLU. Flamingo
+was not released: where its text is silent this follows OpenFlamingo (`PerceiverResampler`), which has a norm before all
+that is read and after the last layer, no bias, latents from N(0, 1), and GELU for the squared ReLU. Heads are those of
+the encoder. A linear map takes the latents to the LLM's width, where Flamingo has cross-attention read them; an
+embedding of time is left out, since a tile is no frame. Flamingo takes 64 latents and 6 layers.
+
+Letters: `shapes.py`; B here counts tiles, M their latents, S what a latent reads.
+"""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from alignvlm_jax.config import ModelConfig, VisionConfig
+from alignvlm_jax.models.connectors.base import ConnectorOutput, PatchLabels, Product
+from alignvlm_jax.models.layers import Einsum, LayerNorm, scan_blocks
+from alignvlm_jax.ops.attention import attention
+from alignvlm_jax.shapes import Array, Float
+
+MLP_FACTOR = 4
+
+
+class Attention(nn.Module):
+    """Latents attend to patches and latents, each normalised on its own."""
+
+    config: VisionConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, latents_BME: Array, patches_BPE: Array) -> Array:
+        c = self.config
+        latents_BME = LayerNorm(c.width, c.norm_eps, name="latents_norm")(latents_BME)
+        patches_BPE = LayerNorm(c.width, c.norm_eps, name="patches_norm")(patches_BPE)
+        both_BSE = jnp.concatenate([patches_BPE, latents_BME], axis=1)
+        head_dim = c.width // c.num_heads
+        shape, axes = (c.width, c.num_heads, head_dim), ("vis_embed", "vis_heads", "head_dim")
+        query, key, value = (
+            nn.with_logical_constraint(
+                Einsum("BSE,EHh->BSHh", shape, axes, dtype=self.dtype, name=name)(inputs),
+                ("act_batch", "act_len", "act_heads", None),
+            )
+            for name, inputs in (("q", latents_BME), ("k", both_BSE), ("v", both_BSE))
+        )
+        shape, axes = (c.num_heads, head_dim, c.width), ("vis_heads", "head_dim", "vis_embed")
+        return Einsum("BMHh,HhE->BME", shape, axes, dtype=self.dtype, name="o")(attention(query, key, value))
+
+
+class MLP(nn.Module):
+    """Two layers with a squared ReLU."""
+
+    config: VisionConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BME: Array) -> Array:
+        width, hidden = self.config.width, MLP_FACTOR * self.config.width
+        x_BME = LayerNorm(width, self.config.norm_eps, name="norm")(x_BME)
+        up = Einsum("BME,EF->BMF", (width, hidden), ("vis_embed", "vis_mlp"), dtype=self.dtype, name="up")
+        down = Einsum("BMF,FE->BME", (hidden, width), ("vis_mlp", "vis_embed"), dtype=self.dtype, name="down")
+        hidden_BMF = nn.with_logical_constraint(up(x_BME), ("act_batch", "act_len", "act_mlp"))
+        return down(jnp.square(nn.relu(hidden_BMF)))
+
+
+class Layer(nn.Module):
+    """latents + attention(latents, patches), then x + mlp(x)."""
+
+    config: VisionConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, latents_BME: Array, patches_BPE: Array) -> tuple[Array, None]:
+        latents_BME += Attention(self.config, self.dtype, name="attn")(latents_BME, patches_BPE)
+        latents_BME += MLP(self.config, self.dtype, name="mlp")(latents_BME)
+        return nn.with_logical_constraint(latents_BME, ("act_batch", "act_len", "act_embed")), None
+
+
+class Perceiver(nn.Module):
+    """Has no distribution over words. Attributes: the model's `config`, the computation's `dtype`."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, features: Float[Array, "N E"], text_table: Float[Array, "V D"], labels: PatchLabels | None
+    ) -> ConnectorOutput:
+        """Returns `num_latents` visual tokens for each tile; the text table and the labels are not looked at."""
+        del text_table, labels
+        c, vision, options = self.config, self.config.vision, self.config.connector
+        patches_BPE = features.astype(self.dtype).reshape(-1, vision.num_patches, vision.width)
+        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("patch", "vis_embed"))
+        latents_ME = self.param("latents", init, (options.num_latents, vision.width), jnp.float32)
+        latents_BME = jnp.broadcast_to(latents_ME.astype(self.dtype), (len(patches_BPE), *latents_ME.shape))
+        latents_BME = nn.with_logical_constraint(latents_BME, ("act_batch", "act_len", "act_embed"))
+        layers = scan_blocks(Layer, options.num_layers, c.remat, c.scan_unroll, in_axes=(nn.broadcast,))
+        latents_BME, _ = layers(vision, self.dtype, name="layers")(latents_BME, patches_BPE)
+        latents_BME = LayerNorm(vision.width, vision.norm_eps, name="final_norm")(latents_BME)
+        shape, axes = (vision.width, c.llm.width), ("vis_embed", "embed")
+        tokens_BMD = Einsum("BME,ED->BMD", shape, axes, dtype=self.dtype, name="proj")(latents_BME)
+        tokens_BMD = nn.with_logical_constraint(tokens_BMD, ("act_batch", "act_len", "act_embed"))
+        return ConnectorOutput(tokens_BMD.reshape(-1, c.llm.width), jnp.zeros(features.shape[0], jnp.float32))
+
+    @staticmethod
+    def products(config: ModelConfig, patches: int) -> list[Product]:
+        """Returns what `train.flops` counts."""
+        width, options = config.vision.width, config.connector
+        latents = patches // config.vision.num_patches * options.num_latents
+        layer = [
+            Product(2 * latents * width**2, "connector/layers/attn/"),
+            Product(2 * 2 * (patches + latents) * width**2, "connector/layers/attn/"),
+            Product(2 * 2 * latents * (config.vision.num_patches + options.num_latents) * width),
+            Product(2 * latents * width**2, "connector/layers/attn/"),
+            Product(2 * 2 * latents * MLP_FACTOR * width**2, "connector/layers/mlp/"),
+        ]
+        return [*layer * options.num_layers, Product(2 * latents * width * config.llm.width, "connector/proj/")]
