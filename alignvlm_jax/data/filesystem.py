@@ -10,6 +10,7 @@ from pyarrow import fs
 
 from alignvlm_jax.errors import UserError, nearest
 
+SCHEMES = ("gs", "gcs")
 RETRY_SECONDS = 15  # pyarrow's own is 15 minutes, of silence
 BUFFER_BYTES = 1 << 20
 
@@ -17,6 +18,11 @@ BUFFER_BYTES = 1 << 20
 def is_remote(path: str) -> bool:
     """Whether a path is a URI of a bucket."""
     return "://" in path
+
+
+def is_readable(path: str) -> bool:
+    """Whether a path is local or on a bucket of a kind that is read."""
+    return not is_remote(path) or path.partition("://")[0] in SCHEMES
 
 
 def list_files(source: str, suffixes: tuple[str, ...]) -> list[str]:
@@ -104,7 +110,7 @@ def stem(path: str) -> str:
 def _filesystem(scheme: str) -> fs.FileSystem:
     if not scheme:
         return fs.LocalFileSystem()
-    if scheme not in ("gs", "gcs"):
+    if scheme not in SCHEMES:
         raise UserError(f"cannot read {scheme}:// paths; known: local paths and gs://")
     return fs.FileSystem.from_uri(f"{scheme}://bucket/?retry_limit_seconds={RETRY_SECONDS}")[0]
 

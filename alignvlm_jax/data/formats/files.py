@@ -2,29 +2,47 @@
 
 import base64
 import binascii
+from collections.abc import Iterable
 
 from alignvlm_jax.data import filesystem
 from alignvlm_jax.data.formats.base import Reject
 from alignvlm_jax.errors import UserError
 
 MAX_BYTES = 256 << 20
+"""Of an image, and of all images of a record together, which are in memory several times."""
+
 MAX_PATH = 4096
 """Characters; a longer text is base64."""
 
 
-def image(folder: str, name: str) -> bytes:
+def images(folder: str, names: Iterable[str]) -> tuple[bytes, ...]:
+    """Returns the bytes of the images of a record; see `image`.
+
+    Raises:
+      Reject: also where they are too large together.
+    """
+    found, room = [], MAX_BYTES
+    for name in names:
+        found.append(image(folder, name, room))
+        room -= len(found[-1])
+    return tuple(found)
+
+
+def image(folder: str, name: str, max_bytes: int = MAX_BYTES) -> bytes:
     """Returns the bytes of an image by its path from `folder`, or of its base64: a data URI, or a text that is too
     long for a path.
 
     Raises:
-      Reject: there is no such file, or no such base64.
+      Reject: there is no such file, or no such base64, or it is too large.
       UserError: a bucket does not answer. That is no fault of the record, and the run may go on later.
     """
     if name.startswith("data:") or len(name) > MAX_PATH:
         return _decode(name.partition("base64,")[2] if name.startswith("data:") else name)
     path = filesystem.join(folder, name)
+    if not filesystem.is_readable(path):
+        raise Reject(f"an image is neither local nor on gs:// ({name})")
     try:
-        return filesystem.read(path, MAX_BYTES)
+        return filesystem.read(path, max_bytes)
     except FileNotFoundError as err:
         raise Reject(f"an image is missing ({name})") from err
     except ValueError as err:

@@ -44,7 +44,7 @@ class Jsonl:
         return Record(
             raw.id,
             "jsonl",
-            tuple(files.image(fields["folder"], name) for name in images),
+            files.images(fields["folder"], images),
             tuple(_turn(turn) for turn in _list(fields.get("turns"), "turns", dict)),
             _pages(fields["lines"]) if fields.get("lines") else (),
         )

@@ -69,7 +69,7 @@ class Messages:
         """See Format."""
         turns = _turns(raw.fields.get(self.keys.messages), self.keys)
         source = raw.fields.get(self.keys.source) or type(self).__name__.lower()
-        images = tuple(files.image(raw.fields["folder"], name) for name in _image_names(raw.fields))
+        images = files.images(raw.fields["folder"], _image_names(raw.fields))
         return Record(raw.id, checks.text_of(source, "the data set's name"), images, turns)
 
 
