@@ -16,6 +16,16 @@ from alignvlm_jax.data.schema import Record, Turn
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 TEXTS = ("txt", "caption", "json")
+MAX_TEXT_BYTES = 1 << 20
+"""Of a member, and of a header, which tarfile reads whole: in a compressed file it may say any size."""
+
+LONG_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 BROKEN = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError)
 
 
@@ -40,6 +50,10 @@ class WebDataset:
             if stem != name and parts:
                 yield _raw(unit, name, parts)
                 parts = {}
+            if sum(map(len, parts.values())) + len(data) > files.MAX_BYTES:
+                reason = f"members of a name are too large together (at most {files.MAX_BYTES:,} bytes)"
+                yield Rejection(f"{stem}.{ending}", reason)
+                continue
             name, parts[ending] = stem, data
         if parts:
             yield _raw(unit, name, parts)
@@ -52,6 +66,23 @@ class WebDataset:
         return Record(raw.id, "webdataset", (image,), (Turn(self.prompt, checks.answers_of(_caption(raw.fields))),))
 
 
+class _Header(tarfile.TarInfo):
+    """A header that says where a tar file is broken. To tarfile the first one that it cannot read is the end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        """See TarInfo."""
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as err:
+            if buf.count(0) == tarfile.BLOCKSIZE:  # the end mark
+                raise
+            raise tarfile.ReadError(str(err) if buf else "no end mark: it may be cut off") from err
+        if header.size < 0 or (header.type in LONG_HEADERS and header.size > MAX_TEXT_BYTES):
+            raise tarfile.ReadError(f"a header of {header.size:,} bytes")
+        return header
+
+
 def _raw(unit: Unit, name: str, parts: dict[str, bytes]) -> Raw:
     # Names begin anew in every tar of some sets.
     identity = f"{filesystem.stem(unit.path)}/{name}"
@@ -62,7 +93,7 @@ def _members(path: str) -> Iterator[tuple[str, str, bytes] | Rejection]:
     """Reads the members that make records, one by one, as (name, ending, bytes)."""
     at = filesystem.stem(path)
     try:
-        with filesystem.open_buffered(path) as file, tarfile.open(fileobj=file, mode="r|*") as tar:
+        with filesystem.open_buffered(path) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=_Header) as tar:
             for member in tar:
                 at = member.name
                 if not member.isfile():
@@ -72,7 +103,7 @@ def _members(path: str) -> Iterator[tuple[str, str, bytes] | Rejection]:
                 ending = ending.lower()
                 if ending not in (*IMAGES, *TEXTS):
                     continue
-                if reason := _reason_against(member):
+                if reason := _reason_against(member, files.MAX_BYTES if ending in IMAGES else MAX_TEXT_BYTES):
                     yield Rejection(member.name, reason)
                 else:
                     yield posixpath.join(folder, stem), ending, tar.extractfile(member).read()
@@ -80,10 +111,10 @@ def _members(path: str) -> Iterator[tuple[str, str, bytes] | Rejection]:
         yield Rejection(at, f"the tar file is broken from here on ({' '.join(str(err).split()) or type(err).__name__})")
 
 
-def _reason_against(member: tarfile.TarInfo) -> str:
+def _reason_against(member: tarfile.TarInfo, max_bytes: int) -> str:
     if member.name.startswith("/") or ".." in member.name.split("/"):
         return "a member outside the tar file's folder"
-    return f"a member is too large (at most {files.MAX_BYTES:,} bytes)" if member.size > files.MAX_BYTES else ""
+    return f"a member is too large (at most {max_bytes:,} bytes)" if member.size > max_bytes else ""
 
 
 def _caption(fields: dict[str, bytes]) -> object:

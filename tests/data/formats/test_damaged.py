@@ -104,5 +104,7 @@ def test_damaged_files(tmp_path, name):
         (tmp_path / name).write_bytes(damage(whole, rng))
         good, reasons = read(name, tmp_path)
         assert good <= COUNT and all(reason and "\n" not in reason for reason in reasons)
+        # Of lines and of an array that is cut off between two records nobody can tell.
+        assert good == COUNT or reasons or name.endswith((".json", ".jsonl"))
         total, rejected = total + good, rejected + len(reasons)
     assert rejected and total > 40 * COUNT / 4

@@ -4,6 +4,7 @@ import tarfile
 
 import pytest
 
+from alignvlm_jax.data.formats import files
 from alignvlm_jax.data.formats.webdataset import WebDataset
 from alignvlm_jax.data.schema import Turn
 
@@ -91,3 +92,22 @@ def test_a_truncated_file_gives_what_is_whole(tmp_path, keep, png):
     form = WebDataset()
     items = [item for unit in form.units(str(tmp_path / "a.tar")) for item in form.raws(unit)]
     assert len(items) - 1 >= int(20 * keep) - 1 and "broken" in next(i.reason for i in items if hasattr(i, "reason"))
+
+
+@pytest.mark.parametrize("keep", [6 * 1024, 6 * 1024 + 100, "bad checksum"])
+def test_where_a_header_cannot_be_read_the_rest_is_missed(tmp_path, keep, png):
+    members = [(f"{i}.{ending}", data) for i in range(20) for ending, data in (("png", png()), ("txt", b"x"))]
+    path = write(tmp_path / "a.tar", members)
+    data = path.read_bytes()
+    path.write_bytes(data[: 6 * 1024] + b"?" + data[6 * 1024 + 1 :] if keep == "bad checksum" else data[:keep])
+    *records, last = WebDataset().raws(*WebDataset().units(str(path)))
+    assert [record.id for record in records[:2]] == ["a/0", "a/1"] and len(records) == 3
+    assert any(hasattr(item, "reason") and "broken from here on" in item.reason for item in (*records, last))
+
+
+def test_members_of_a_name_have_a_size_together(tmp_path, prepare, png, monkeypatch):
+    monkeypatch.setattr(files, "MAX_BYTES", 300)
+    members = [("0.png", png()), ("0.jpg", bytes(250)), ("0.txt", b"x"), ("1.png", png()), ("1.txt", b"y")]
+    prepared = prepare(WebDataset(), write(tmp_path / "a.tar", members))
+    assert [record.images for record in prepared.records()] == [(png(),)] * 2
+    assert prepared.reasons() == {"0.jpg": "members of a name are too large together (at most 300 bytes)"}
