@@ -13,7 +13,9 @@ UNIT_RECORDS = 1000
 MAX_UNITS = 500
 """Of a file, so that eight million records do not become thousands of shards."""
 
-MAX_LINE_BYTES = 256 << 20
+MAX_LINE_BYTES = 48 << 20
+"""Parsed, a line of nothing but brackets takes thirty times as much."""
+
 SAMPLE_BYTES = 1 << 20
 
 
