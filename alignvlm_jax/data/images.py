@@ -20,7 +20,8 @@ PDF_SCALE = 2.0
 ORIENTATION = 0x0112
 """EXIF's tag; at 5 to 8 the sides change places."""
 
-BAD_IMAGE = (Image.DecompressionBombError, OSError, SyntaxError, ValueError)
+BAD_IMAGE = (Image.DecompressionBombError, OSError, RuntimeError, SyntaxError, ValueError)
+"""What Pillow raises for damaged files; RuntimeError for AVIF."""
 
 
 @dataclasses.dataclass(frozen=True)

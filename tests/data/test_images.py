@@ -2,7 +2,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from alignvlm_jax.config import VisionConfig
 from alignvlm_jax.data import images
@@ -189,3 +189,13 @@ def test_image_size_is_that_of_the_decoded_image(file_format, orientation):
 def test_image_size_of_no_image_is_a_user_error():
     with pytest.raises(UserError, match="cannot read image x"):
         images.image_size(b"no image", "x")
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_a_damaged_avif_is_a_user_error():
+    whole = encode(random_page(40, 30), "AVIF")
+    for at in range(0, len(whole), 5):
+        try:
+            images.decode_image(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :], "a.avif")
+        except UserError as error:
+            assert "cannot read image a.avif" in str(error)
