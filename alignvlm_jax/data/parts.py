@@ -97,7 +97,8 @@ class PartWriter:
                         shard = stack.enter_context(ShardWriter(part.shard(split)))
                         splits[split] = shard, index.Builder(*_tokenizer(self.tokenizer))
                     shard, builder = splits[split]
-                    builder.add(record)
+                    with _no_fault_ends_all():
+                        builder.add(record)
                 except Reject as err:
                     rejected.append((item.id, str(err)))
                 else:
@@ -116,13 +117,20 @@ class PartWriter:
         """The record and its split; Reject where it cannot be used."""
         if isinstance(item, Rejection):
             raise Reject(item.reason)
-        try:
+        with _no_fault_ends_all():
             record = checks.check(self.format.record(item), needs_answers=not self.split)
             return record, self.split or split_of(item.document, self.holdout)
-        except (Reject, UserError):
-            raise
-        except Exception as err:  # a fault of ours must not end a run over millions of records; the summary shows it
-            raise Reject(f"unforeseen {type(err).__name__} ({' '.join(str(err).split())[:200]})") from err
+
+
+@contextlib.contextmanager
+def _no_fault_ends_all() -> Iterator[None]:
+    """One of ours, in a run over millions of records, rejects the record; the summary shows it."""
+    try:
+        yield
+    except (Reject, UserError):
+        raise
+    except Exception as err:
+        raise Reject(f"unforeseen {type(err).__name__} ({' '.join(str(err).split())[:200]})") from err
 
 
 def split_of(document: str, holdout: float) -> str:

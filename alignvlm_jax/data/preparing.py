@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import os
 import shutil
 import time
 import zlib
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from alignvlm_jax.data import (
     chat,
+    filesystem,
     finishing,
     index,
     parts,
@@ -57,11 +59,11 @@ def prepare(request: Request, out: Path, run: Runner) -> bool:
     """Writes the folder `out`, or goes on with a run that was interrupted; returns False where it was whole before.
 
     Raises:
-      UserError: there is no such source or tokenizer, or what is made cannot be written.
+      UserError: there is no such source or tokenizer, `out` is the source, or what is made cannot be written.
     """
     tokenizer = tokenizer_files.load(request.tokenizer)
     chat.format_of(tokenizer)  # raises before anything is read
-    units = request.format.units(request.source)
+    units = _units(request, out)
     wanted = _wanted(request, units)
     if staging.is_ready(out, wanted):
         return False
@@ -73,7 +75,7 @@ def prepare(request: Request, out: Path, run: Runner) -> bool:
         all_names = [*finishing.finish(written, units, request.splits, folder), tokenizer_name]
         if len(all_names) == 2:
             raise UserError(f"{request.source} has no record that can be used; {folder / staging.REJECTED} says why")
-        names.write_text(json.dumps(all_names))
+        staging.write_json(names, all_names)
     staging.publish(out, folder, json.loads(names.read_text()), request.splits, wanted)
     return True
 
@@ -134,9 +136,26 @@ def summary(out: Path, splits: Sequence[str] = parts.SPLITS) -> str:
     return "\n".join([*text, *(f"  {count:,}: {reason}" for reason, count in reasons.items())])
 
 
+def _units(request: Request, out: Path) -> list[Unit]:
+    """The pieces of the source. An `out` within it is no part of it: what one run wrote the next would read."""
+    units, source = request.format.units(request.source), Path(request.source)
+    if filesystem.is_remote(request.source) or not source.is_dir():
+        return units
+    if out.resolve() == source.resolve():
+        raise UserError(
+            f"--out={out} is --source itself, all of which is read; name another folder, beside it or within"
+        )
+    if not out.resolve().is_relative_to(source.resolve()):
+        return units
+    within = f"{source.absolute() / out.resolve().relative_to(source.resolve())}{os.sep}"
+    return [unit for unit in units if not os.path.abspath(unit.path).startswith(within)]
+
+
 def _wanted(request: Request, units: Sequence[Unit]) -> dict[str, Any]:
-    """What tells the data apart. The listing of the source is part of it: another file makes other data."""
-    listing = json.dumps([dataclasses.astuple(unit) for unit in units]).encode()
+    """What tells the data apart. The listing of the source is part of it: another file, or one that has grown, makes
+    other data."""
+    paths = dict.fromkeys(unit.path for unit in units)
+    listing = [[dataclasses.astuple(unit) for unit in units], [filesystem.size(path) for path in paths]]
     return {
         "format": request.name,
         "source": request.source,
@@ -144,7 +163,7 @@ def _wanted(request: Request, units: Sequence[Unit]) -> dict[str, Any]:
         "holdout": request.holdout,
         "split": request.split,
         "tokenizer": index.tokenizer_fingerprint(request.tokenizer),
-        "listing": f"{zlib.crc32(listing):08x}",
+        "listing": f"{zlib.crc32(json.dumps(listing).encode()):08x}",
         "version": VERSION,
     }
 

@@ -29,9 +29,9 @@ def partial_folder(out: Path, wanted: dict[str, Any]) -> Path:
 
 
 def publish(out: Path, ready: Path, names: Collection[str], splits: Collection[str], wanted: dict[str, Any]) -> None:
-    """Moves the files `names` from `ready` into `out`, in the place of what was prepared there before. `prepare.json`,
-    which says that the data is whole, comes last. It may be interrupted and called again: what is not in `ready` any
-    more has moved already. Shards of other splits are somebody else's, and stay."""
+    """Moves the files `names` from `ready` into `out`, in the place of what was prepared there before; then comes
+    `prepare.json`, which says that the data is whole. It may be interrupted and called again: what is not in `ready`
+    any more has moved already. Shards of other splits are somebody else's, and stay."""
     (out / "prepare.json").unlink(missing_ok=True)
     shards = [path for split in splits for path in sources.shard_paths(out, split)]
     others = [out / name for name in (REJECTED, *tokenizer_files.NAMES)]
@@ -41,8 +41,14 @@ def publish(out: Path, ready: Path, names: Collection[str], splits: Collection[s
     for name in names:
         if (ready / name).exists():
             os.replace(ready / name, out / name)
+    write_json(out / "prepare.json", wanted)
+    # After all: of work that is deleted in part nothing could go on.
     for leftover in out.glob(".partial-*"):
         shutil.rmtree(leftover)
-    beside = out / "prepare.json.tmp"
-    beside.write_text(json.dumps(wanted, indent=2) + "\n")
-    os.replace(beside, out / "prepare.json")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file, beside `path` first: a file of that name is always whole."""
+    beside = Path(f"{path}.tmp")
+    beside.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(beside, path)

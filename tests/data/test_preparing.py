@@ -1,15 +1,20 @@
+import dataclasses
+import errno
 import itertools
 import json
 import os
 import resource
+import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
 
-from alignvlm_jax.data import finishing, index, parts, preparing, sources, tokenizer_files
+from alignvlm_jax.data import finishing, index, parts, preparing, sources, staging, tokenizer_files
 from alignvlm_jax.data.formats import lines
+from alignvlm_jax.data.formats.base import Unit
 from alignvlm_jax.data.formats.jsonl import Jsonl
 from alignvlm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from alignvlm_jax.errors import UserError
@@ -115,6 +120,41 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(source, prepare
     assert prepare(Jsonl(), source, "out", holdout=0.3).files() == whole.files()
 
 
+def test_a_list_of_finished_files_that_was_not_written_whole_is_written_again(source, prepare, monkeypatch):
+    whole = prepare(Jsonl(), source, "whole")
+    original = Path.write_text
+
+    def stop(path, text):
+        original(path, text[:10] if "finished" in path.name else text)
+        if "finished" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", stop)
+    with pytest.raises(OSError, match="No space"):
+        prepare(Jsonl(), source)
+    monkeypatch.setattr(Path, "write_text", original)
+    assert prepare(Jsonl(), source).files() == whole.files()
+
+
+def test_a_run_that_is_interrupted_while_it_tidies_up_is_done(source, prepare, monkeypatch):
+    whole, original = prepare(Jsonl(), source, "whole"), shutil.rmtree
+
+    def stop(folder, **options):
+        if ".partial-" in Path(folder).name:
+            Path(folder, "finished.json").unlink()
+            raise KeyboardInterrupt
+        original(folder, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging.shutil, "rmtree", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(Jsonl(), source)
+    prepared = prepare(Jsonl(), source)
+    for leftover in prepared.folder.glob(".partial-*"):
+        shutil.rmtree(leftover)
+    assert prepared.files() == whole.files()
+
+
 def test_parts_that_are_done_are_not_done_again(source, prepare, monkeypatch):
     monkeypatch.setattr(finishing, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -188,6 +228,41 @@ def test_a_source_that_changed_is_prepared_anew(source, prepare):
     before = prepare(Jsonl(), source)
     write(source.parent, [one(number) for number in range(5)])
     assert len(prepare(Jsonl(), source).records()) == 5 < len(before.reasons()) + COUNT
+
+
+def test_a_file_that_has_grown_is_another_source_though_its_pieces_are_the_same(source, prepare, monkeypatch):
+    monkeypatch.setattr(Jsonl, "units", lambda *args: [Unit(str(source))])
+    read = lines.objects
+    monkeypatch.setattr(lines, "objects", lambda unit: read(dataclasses.replace(unit, stop=1 << 30)))
+    assert len(prepare(Jsonl(), source).records()) == COUNT - 3
+    write(source.parent, [one(number) for number in range(COUNT + 1)])
+    assert len(prepare(Jsonl(), source).records()) == COUNT + 1
+
+
+@pytest.mark.parametrize("is_linked", [False, True])
+def test_a_folder_in_the_source_is_no_part_of_it(source, tmp_path_factory, tokenizer, is_linked):
+    folder = source.parent
+    if is_linked:
+        folder = tmp_path_factory.mktemp("other") / "link"
+        folder.symlink_to(source.parent)
+    request = preparing.Request("test", Jsonl(), str(folder), tokenizer.name, 0.0)
+    run, out = preparing.on_processes(1), source.parent / "a" / ".." / "b"
+    assert preparing.prepare(request, out, run)
+    assert len((out / "rejected.jsonl").read_text().splitlines()) == 3
+    assert not preparing.prepare(request, out, run)
+    with pytest.raises(UserError, match=r"--out=.* is --source itself"):
+        preparing.prepare(request, source.parent, run)
+
+
+def test_a_fault_of_ours_in_counting_is_a_reason_as_well(source, prepare, monkeypatch):
+    def content_hash(record):
+        return 1 / 0 if record.id == "r020" else original(record)
+
+    original = index.content_hash
+    monkeypatch.setattr(index, "content_hash", content_hash)
+    prepared = prepare(Jsonl(), source)
+    assert prepared.reasons()["r020"] == "unforeseen ZeroDivisionError (division by zero)"
+    assert len(index.load(prepared.folder, "train")) == len(prepared.records()) == COUNT - 4
 
 
 def test_what_lay_there_before_goes(source, prepare, tmp_path):
