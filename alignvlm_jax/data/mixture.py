@@ -17,8 +17,11 @@ def counts(sizes: Mapping[str, int], sources: Mapping[str, SourceConfig], temper
     names = [name for name in sizes if sizes[name] and sources[name].weight]
     weights = np.array([sources[name].weight for name in names])
     repeated = np.array([sizes[name] * sources[name].repeat for name in names])
-    logs = np.log(weights) + np.log(repeated) / temperature
-    shares = np.exp(logs - logs.max(initial=-np.inf))  # Less the largest: at a low temperature powers overflow.
+    # Less the largest, twice: at a low temperature powers overflow.
+    logs = np.log(repeated)
+    with np.errstate(over="ignore"):
+        logs = np.log(weights) + (logs - logs.max(initial=-np.inf)) / temperature
+    shares = np.exp(logs - logs.max(initial=-np.inf))
     wanted = dict.fromkeys(sizes, 0)
     for name, share in zip(names, shares / shares.sum(), strict=True):
         count = max(1, round(repeated.sum() * share))

@@ -55,3 +55,8 @@ def test_the_stream_is_of_seed_and_name_alone():
     for other in (("b", [3], 5), ("a", [4], 5), ("a", [3], 6)):
         assert not np.array_equal(first, mixture.epoch_of(100, 60, *other))
     assert len(mixture.epoch_of(100, 0, "a", [3], 5)) == 0
+
+
+def test_next_to_no_temperature_the_largest_source_is_all_but_alone():
+    for temperature in (1e-3, 5e-324):
+        assert counts({"a": 10, "b": 1000, "c": 0}, temperature) == {"a": 1, "b": 1010, "c": 0}
