@@ -104,7 +104,8 @@ def build_row(record: Record, task: str, rng: np.random.Generator, config: Confi
 
 def build_prompt(page: Record | Image.Image | None, question: str, config: Config, tokenizer: Tokenizer) -> Row:
     """Builds the row of a question to be answered: it ends where the answer begins, and has no loss and no patch
-    labels. Without a page it has no tiles either; with one, it is read from pixels, whatever the stage was trained on.
+    labels. Without a page it has no tiles either, and of a record without images they are all unused; a page is read
+    from pixels, whatever the stage was trained on.
 
     Raises:
       UserError: the prompt is longer than `data.row_length`.
@@ -124,7 +125,7 @@ def build_prompt(page: Record | Image.Image | None, question: str, config: Confi
             f"{data.row_length}; shorten the question by {len(tokens) - data.row_length} tokens"
         )
     row = _text_arrays([(tokens, np.zeros(len(tokens), np.float32))], data.row_length, tokenizer)
-    if not pages:
+    if page is None:
         return row
     tiles = _stack_tiles(pages, config)
     unused = np.zeros((data.tiles_of_a_record - len(tiles), *tiles.shape[1:]), np.uint8)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from alignvlm_jax.eval import loading, predictions, scores, tasks
 from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.eval.predictions import Predictions
 from alignvlm_jax.eval.questions import Benchmark, Question, choose_questions
+
+PROMPT_MULTIPLE = 64  # tokens
 
 
 class Runner:
@@ -48,7 +50,8 @@ class Runner:
         what = {"scorer_version": scores.SCORER_VERSION, "split": split, "blind": blind}
         header = self._header(self._config.data.dir, questions, "QUESTION", self._config.eval.max_new_tokens, what)
         name = f"{split}, blank pages" if blind else split
-        return self._ask(path, header, name, questions, lambda asked: self._answer(records, asked, blind))
+        config = self._for_prompts(question.turn.question for question in questions)
+        return self._ask(path, header, name, questions, lambda asked: self._answer(records, asked, blind, config))
 
     def evaluate_task(self, benchmark: Benchmark) -> Predictions:
         """Returns the predictions on a benchmark, as `evaluate` does on a split.
@@ -65,8 +68,13 @@ class Runner:
         prompt = task.prompt.format(question="QUESTION")
         header = self._header(benchmark.directory, questions, prompt, max_new_tokens, what)
         path = predictions.task_path(loading.workdir_of(self._loaded.path), task.name)
+        config = self._for_prompts(task.prompt.format(question=question.turn.question) for question in questions)
         result = self._ask(
-            path, header, task.name, questions, lambda asked: self._answer_task(benchmark, asked, max_new_tokens)
+            path,
+            header,
+            task.name,
+            questions,
+            lambda asked: self._answer_task(benchmark, asked, max_new_tokens, config),
         )
         if len(problems := result.problems()) == len(result.rows):
             path.unlink()
@@ -96,10 +104,25 @@ class Runner:
                 bar.advance(task, len(asked))
         return writer.publish()
 
-    def _answer(self, records: Sequence[Record], questions: Sequence[Question], blind: bool) -> list[dict[str, Any]]:
+    def _for_prompts(self, texts: Iterable[str]) -> Config:
+        """The config with rows that hold the longest of the prompts. A planned row has room for many records: padded to
+        it, a prompt would cost as much as all of them."""
+        config, tokenizer = self._config, self._loaded.tokenizer
+        if config.data.packing == "none":  # Little to gain; and in another shape sums are rounded in another way.
+            return config
+        num_slots, image_id = config.data.tiles_of_a_record * config.model.slots_per_tile, config.model.image_token_id
+        longest = max(len(chat.encode_prompt(tokenizer, text, num_slots, image_id)) for text in set(texts))
+        length = min(-(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE, config.data.row_length)
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, row_length=length))
+
+    def _answer(
+        self, records: Sequence[Record], questions: Sequence[Question], blind: bool, config: Config
+    ) -> list[dict[str, Any]]:
         seen = [records[question.record] for question in questions]
         prompts = [
-            self._prompt(blank(record) if blind else record, question.turn.question)
+            rows.build_prompt(
+                blank(record) if blind else record, question.turn.question, config, self._loaded.tokenizer
+            )
             for record, question in zip(seen, questions, strict=True)
         ]
         said = self._generate(prompts, self._config.eval.max_new_tokens)
@@ -113,13 +136,14 @@ class Runner:
         ]
 
     def _answer_task(
-        self, benchmark: Benchmark, questions: Sequence[Question], max_new_tokens: int
+        self, benchmark: Benchmark, questions: Sequence[Question], max_new_tokens: int, config: Config
     ) -> list[dict[str, Any]]:
         seen = [benchmark.records[question.record] for question in questions]
         prompts, problems = [], []
         for record, question in zip(seen, questions, strict=True):
             try:
-                prompts.append(self._prompt(record, benchmark.task.prompt.format(question=question.turn.question)))
+                text = benchmark.task.prompt.format(question=question.turn.question)
+                prompts.append(rows.build_prompt(record, text, config, self._loaded.tokenizer))
                 problems.append({})
             except UserError as err:
                 problems.append({"problem": str(err)})
@@ -130,9 +154,6 @@ class Runner:
             rated = benchmark.task.rate(row["prediction"], question.turn.answers)
             found.append(row | {"known_as": question.known_as, "scores": rated})
         return found
-
-    def _prompt(self, record: Record, question: str) -> rows.Row:
-        return rows.build_prompt(record, question, self._config, self._loaded.tokenizer)
 
     def _generate(self, prompts: list[rows.Row], max_new_tokens: int) -> list[str]:
         """What the model says to at most a batch of prompts."""

@@ -145,6 +145,17 @@ def test_a_trimmed_prompt_keeps_its_tokens_and_used_tiles(demo_config, tokenizer
     assert len(prompt["tiles"]) == 2 and len(trimmed["tiles"]) == 1
 
 
+def test_a_prompt_of_a_record_without_images_goes_into_one_batch_with_others(demo_config, tokenizer):
+    with_image, without = (
+        rows.build_prompt(record, "Who?", demo_config, tokenizer)
+        for record in (page_record(), dataclasses.replace(page_record(), images=(), lines=()))
+    )
+    assert {name: array.shape for name, array in with_image.items()} == {
+        name: array.shape for name, array in without.items()
+    }
+    assert not without["tiles"].any() and not (without["tokens"] == demo_config.model.image_token_id).any()
+
+
 def test_a_prompt_without_a_page_has_no_image_slots_and_no_tiles(demo_config, tokenizer):
     prompt = rows.build_prompt(None, "Who?", demo_config, tokenizer)
     assert "tiles" not in prompt and not (prompt["tokens"] == demo_config.model.image_token_id).any()

@@ -72,6 +72,20 @@ def test_rows_are_scored_and_every_batch_has_one_shape(make_runner, tmp_path):
     assert (result.header["split"], result.header["blind"], result.header["step"]) == ("seen_fonts", False, 7)
 
 
+def test_prompts_are_not_padded_to_rows_of_many_records(make_runner):
+    asker, sampler = make_runner("Anna")
+    asker.evaluate("seen_fonts", blind=False)
+    packed = {"packing": "plan", "row_length": 11_520, "max_tiles": 35, "record_tiles": 2}
+    config = dataclasses.replace(asker._config, data=dataclasses.replace(asker._config.data, **packed))
+    other, other_sampler = make_runner("Anna", step=8)
+    other._config = config
+    other.evaluate("seen_fonts", blind=False)
+    assert [batch["tokens"].shape for batch in other_sampler.batches] == [(4, 64)] * 2
+    for ours, batch in zip(sampler.batches, other_sampler.batches, strict=True):
+        np.testing.assert_array_equal(batch["tokens"][:, :48], ours["tokens"])
+        np.testing.assert_array_equal(batch["tiles"], ours["tiles"])
+
+
 def test_a_stopped_evaluation_goes_on_and_a_finished_one_is_kept(make_runner, tmp_path):
     whole = make_runner()[0].evaluate("seen_fonts", blind=True)
     (tmp_path / "predictions" / "seen_fonts_blind.jsonl").unlink()
