@@ -68,9 +68,7 @@ def look(model: VLM, params: Mapping, mesh: Mesh, config: Config, records: Seque
     Raises:
       UserError: the model's connector has no distribution over the vocabulary, or an image cannot be read.
     """
-    name = config.model.connector.name
-    if not hasattr(connectors.get(name), "probabilities"):
-        raise UserError(f"connector {name!r} gives patches no distribution over words: there is nothing to read")
+    check_readable(config)
     pages = [images.decode_image(record.images[0], record.id) for record in records]
     vision, data = config.model.vision, config.data
     tiles = [images.tile_image(page, vision, data.max_tiles, data.use_overview) for page in pages]
@@ -86,6 +84,13 @@ def look(model: VLM, params: Mapping, mesh: Mesh, config: Config, records: Seque
         _lens(page, page_tiles, config, p_IPV)
         for page, page_tiles, p_IPV in zip(pages, tiles, probabilities, strict=False)
     ]
+
+
+def check_readable(config: Config) -> None:
+    """Raises UserError where the connector has no distribution over the vocabulary."""
+    name = config.model.connector.name
+    if not hasattr(connectors.get(name), "probabilities"):
+        raise UserError(f"connector {name!r} gives patches no distribution over words: there is nothing to read")
 
 
 def picture(lens: Lens, tokenizer: Tokenizer) -> bytes:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,23 @@ from alignvlm_jax.eval.questions import Benchmark, Question, choose_questions
 PROMPT_MULTIPLE = 64  # tokens
 
 
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A way to ask the questions of a split.
+
+    Attributes:
+      path: of its predictions.
+      header: what was done to the model or to what it sees.
+      page: of a record, the one that is shown in its place.
+      inputs: of a question, arrays that join its prompt.
+    """
+
+    path: Path
+    header: Mapping[str, Any]
+    page: Callable[[Record], Record] = lambda record: record
+    inputs: Callable[[Question], rows.Row] = lambda question: {}
+
+
 class Runner:
     """Evaluates one model; every split has the same batch shape, so that generation is compiled once."""
 
@@ -42,16 +59,21 @@ class Runner:
         Raises:
           UserError: the split is missing or has no questions, or a question does not fit `data.row_length`.
         """
+        path = predictions.path_of(loading.workdir_of(self._loaded.path), split, blind)
+        name = f"{split}, blank pages" if blind else split
+        trial = Trial(path, {"blind": blind})
+        return self.evaluate_trial(split, dataclasses.replace(trial, page=blank) if blind else trial, name)
+
+    def evaluate_trial(self, split: str, trial: Trial, name: str) -> Predictions:
+        """Returns the predictions on a split, as `evaluate` does, asked in any way; `name` is shown meanwhile."""
         records = sources.RecordSource(self._config.data.dir, split)
         questions = choose_questions(records, self._config.eval.num_questions)
         if not questions:
             raise UserError(f"split {split!r} in {self._config.data.dir} has no questions")
-        path = predictions.path_of(loading.workdir_of(self._loaded.path), split, blind)
-        what = {"scorer_version": scores.SCORER_VERSION, "split": split, "blind": blind}
+        what = {"scorer_version": scores.SCORER_VERSION, "split": split, **trial.header}
         header = self._header(self._config.data.dir, questions, "QUESTION", self._config.eval.max_new_tokens, what)
-        name = f"{split}, blank pages" if blind else split
         config = self._for_prompts(question.turn.question for question in questions)
-        return self._ask(path, header, name, questions, lambda asked: self._answer(records, asked, blind, config))
+        return self._ask(trial.path, header, name, questions, lambda asked: self._answer(records, asked, trial, config))
 
     def evaluate_task(self, benchmark: Benchmark) -> Predictions:
         """Returns the predictions on a benchmark, as `evaluate` does on a split.
@@ -116,13 +138,12 @@ class Runner:
         return dataclasses.replace(config, data=dataclasses.replace(config.data, row_length=length))
 
     def _answer(
-        self, records: Sequence[Record], questions: Sequence[Question], blind: bool, config: Config
+        self, records: Sequence[Record], questions: Sequence[Question], trial: Trial, config: Config
     ) -> list[dict[str, Any]]:
         seen = [records[question.record] for question in questions]
         prompts = [
-            rows.build_prompt(
-                blank(record) if blind else record, question.turn.question, config, self._loaded.tokenizer
-            )
+            rows.build_prompt(trial.page(record), question.turn.question, config, self._loaded.tokenizer)
+            | trial.inputs(question)
             for record, question in zip(seen, questions, strict=True)
         ]
         said = self._generate(prompts, self._config.eval.max_new_tokens)

@@ -14,19 +14,20 @@ from alignvlm_jax.parallel import sharding
 from alignvlm_jax.shapes import Array
 
 PROMPT_FIELDS = ("tokens", "positions", "segment_ids", "tiles")
+NOISE_FIELDS = ("noise_sigma", "noise_seed")
 
 
 class Sampler:
     """Generates answers on a mesh.
 
     Args:
-      model: the model, and `params` its parameters, sharded over `mesh`.
+      model: the model, and `variables` what it is applied to: "params", sharded over `mesh`, and whatever else.
       end_ids: the tokens that end an answer.
       pad_id: what the rest of a row is filled with.
     """
 
-    def __init__(self, model: VLM, params: Mapping, mesh: Mesh, *, end_ids: tuple[int, ...], pad_id: int) -> None:
-        self._params = params
+    def __init__(self, model: VLM, variables: Mapping, mesh: Mesh, *, end_ids: tuple[int, ...], pad_id: int) -> None:
+        self._variables = variables
         self._mesh = mesh
         generate = functools.partial(_generate, model, end_ids=end_ids, pad_id=pad_id)
         self._generate = jax.jit(generate, static_argnames="num_new", out_shardings=sharding.replicated(mesh))
@@ -36,19 +37,18 @@ class Sampler:
 
         Args:
           batch: one prompt a row, as `data.rows.build_prompt` makes it; this process's rows of the global batch. A
-            batch without "tiles" has no image slots.
+            batch without "tiles" has no image slots. One with NOISE_FIELDS is seen through noise: `VLM.features`.
           max_new_tokens: static; another value or batch shape compiles anew.
         """
-        prompts = {name: batch[name] for name in PROMPT_FIELDS if name in batch}
+        prompts = {name: batch[name] for name in (*PROMPT_FIELDS, *NOISE_FIELDS) if name in batch}
         prompts = sharding.put_batch(prompts, self._mesh)
         with mesh_lib.use(self._mesh):
-            return np.asarray(self._generate(self._params, prompts, num_new=max_new_tokens))
+            return np.asarray(self._generate(self._variables, prompts, num_new=max_new_tokens))
 
 
 def _generate(
-    model: VLM, params: Mapping, batch: Mapping[str, Array], *, num_new: int, end_ids: tuple[int, ...], pad_id: int
+    model: VLM, variables: Mapping, batch: Mapping[str, Array], *, num_new: int, end_ids: tuple[int, ...], pad_id: int
 ):
-    variables = {"params": params}
     segment_ids = batch["segment_ids"]
     size, length = segment_ids.shape
     prompt_lengths_B = (segment_ids > 0).sum(-1)

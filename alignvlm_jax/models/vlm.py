@@ -14,6 +14,7 @@ from flax import linen as nn
 from alignvlm_jax.config import Config, ModelConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import connectors
+from alignvlm_jax.models.connectors.align import KEPT_WORDS
 from alignvlm_jax.models.connectors.base import PatchLabels
 from alignvlm_jax.models.llama import Cache, Llama
 from alignvlm_jax.models.siglip import Siglip
@@ -74,9 +75,26 @@ class VLM(nn.Module):
         features = self.vision(tiles.reshape(batch * slots, *tiles.shape[2:]))
         return features.reshape(batch, slots, *features.shape[1:])
 
+    def features(self, batch: Mapping[str, Array]) -> Float[Array, "B I P E"]:
+        """Returns what the connector is given: the patch features; with Gaussian noise where the batch has noise_sigma,
+        float32 [B], and noise_seed, uint32 [B]. A row's noise follows from its seed alone and grows with its sigma."""
+        features = self.encode_tiles(batch["tiles"])
+        if "noise_sigma" not in batch:
+            return features
+
+        def draw(seed: Array, sigma: Array) -> Array:
+            return sigma * jax.random.normal(jax.random.key(seed), features.shape[1:], jnp.float32)
+
+        noise = jax.vmap(draw)(batch["noise_seed"], batch["noise_sigma"])
+        return (features.astype(jnp.float32) + noise).astype(features.dtype)
+
+    def visual_tokens(self, batch: Mapping[str, Array]) -> Float[Array, "B N D"]:
+        """Returns what the connector hands on, the tokens of a row's tiles one after another."""
+        return self._visual_tokens(batch, "pixels")[0]
+
     def patch_probabilities(self, batch: Mapping[str, Array]) -> Float[Array, "B I P V"]:
         """Returns each patch's distribution over the vocabulary; only for connectors that have one (ALIGN)."""
-        features = self.encode_tiles(batch["tiles"])
+        features = self.features(batch)
         probabilities_NV = self.connector.probabilities(features.reshape(-1, features.shape[-1]))
         return probabilities_NV.reshape(*features.shape[:-1], -1)
 
@@ -126,7 +144,7 @@ class VLM(nn.Module):
             vectors_NkD = self.llm.embed(labels.ids)
             tokens_ND = jnp.einsum("NkD,Nk->ND", vectors_NkD, labels.weights.astype(vectors_NkD.dtype))
             return tokens_ND.reshape(size, slots * patches, -1), jnp.zeros((size, slots, patches), jnp.float32)
-        features = self.encode_tiles(batch["tiles"])
+        features = self.features(batch)
         size, slots, patches, width = features.shape
         output = self.connector(features.reshape(-1, width), self.llm.table, labels)
         return output.tokens.reshape(size, slots * self.config.slots_per_tile, -1), output.patch_nll.reshape(
@@ -173,6 +191,12 @@ def init_params(model: VLM, rng: jax.Array, batch: Mapping[str, jax.ShapeDtypeSt
     zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in batch.items()}
     params = model.init(rng, zeros)["params"]
     return copy_head(params) if has_head_copy(model.config) else params
+
+
+def pruning(words: Bool[Array, "V"]) -> dict[str, Any]:
+    """Returns the variables that, beside the parameters, leave ALIGN's patches only these words."""
+    collection, name = KEPT_WORDS
+    return {collection: {"connector": {name: words}}}
 
 
 def has_head_copy(config: ModelConfig) -> bool:

@@ -82,7 +82,7 @@ def expected(greedy, end_id):
 def make_sampler(mesh, params, end_id: int) -> sampler.Sampler:
     boxed = jax.eval_shape(lambda: vlm.init_params(MODEL, jax.random.key(0), vlm.abstract_batch(CONFIG)))
     params = jax.device_put(params, sharding.tree_sharding(boxed, mesh))
-    return sampler.Sampler(MODEL, params, mesh, end_ids=(end_id, VOCAB + 1), pad_id=PAD)
+    return sampler.Sampler(MODEL, {"params": params}, mesh, end_ids=(end_id, VOCAB + 1), pad_id=PAD)
 
 
 def test_prompts_and_answers_differ(greedy, end_id):
@@ -135,7 +135,7 @@ def test_sharded_equals_single_device(params, end_id, expected):
 def test_without_tiles_the_language_model_answers_as_to_rows_without_image_slots(mesh, params):
     texts = dict(PROMPTS)
     texts["tokens"] = np.where(PROMPTS["tokens"] == CONFIG.model.image_token_id, 9, PROMPTS["tokens"])
-    ours = sampler.Sampler(MODEL, params, mesh, end_ids=(VOCAB,), pad_id=PAD)
+    ours = sampler.Sampler(MODEL, {"params": params}, mesh, end_ids=(VOCAB,), pad_id=PAD)
     with_tiles = ours.generate(texts, NUM_NEW)
     del texts["tiles"]
     np.testing.assert_array_equal(ours.generate(texts, NUM_NEW), with_tiles)

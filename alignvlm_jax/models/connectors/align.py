@@ -21,6 +21,9 @@ from alignvlm_jax.ops.cross_entropy import soft_cross_entropy
 from alignvlm_jax.ops.vocab_average import Norm, vocab_average, vocab_logits
 from alignvlm_jax.shapes import Array, Float
 
+KEPT_WORDS = ("pruning", "kept_words")
+"""Collection and name of the words that may have weight, bool [V]; the softmax is over them alone, LN_2 over all."""
+
 
 class Align(nn.Module):
     """The ALIGN connector. Attributes: the model's `config`, the computation's `dtype`."""
@@ -40,7 +43,9 @@ class Align(nn.Module):
     def probabilities(self, features: Float[Array, "N E"]) -> Float[Array, "N V"]:
         """Returns P, each patch's distribution over the vocabulary, whole: for a few pages, to look at."""
         x_ND, head = self._rows_and_head(features)
-        return jax.nn.softmax(vocab_logits(x_ND, head, self._norm(), self.config.llm.num_words), axis=-1)
+        logits_NV = vocab_logits(x_ND, head, self._norm(), self.config.llm.num_words)
+        kept_V = self._kept_words()
+        return jax.nn.softmax(logits_NV if kept_V is None else jnp.where(kept_V, logits_NV, -jnp.inf), axis=-1)
 
     def __call__(
         self, features: Float[Array, "N E"], text_table: Float[Array, "V D"], labels: PatchLabels | None
@@ -57,6 +62,7 @@ class Align(nn.Module):
             self._norm(),
             label_ids=labels and labels.ids,
             num_words=c.llm.num_words,
+            subset=self._kept_words(),
             block=rows_per_block(c.vocab_form, c.vocab_block_mib, x_ND.shape[0], c.llm.vocab_size),
         )
         if labels is None:
@@ -78,6 +84,10 @@ class Align(nn.Module):
 
     def _rows_and_head(self, features: Array) -> tuple[Array, Matrix]:
         return self.ln1(self.w1(features)), Matrix.of(self.w2.kernel, self.dtype)
+
+    def _kept_words(self) -> Array | None:
+        """Bool [V], of who prunes a trained model: the only variable that is no parameter, and absent by default."""
+        return self.get_variable(*KEPT_WORDS)
 
     def _norm(self) -> Norm | None:
         return Norm(self.ln2.scale, self.ln2.bias, self.ln2.eps) if self.config.connector.use_ln2 else None

@@ -1,0 +1,92 @@
+"""What the analyses of a trained model share: the tiles they look at, and the file that they leave."""
+
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from alignvlm_jax.data import rows
+from alignvlm_jax.data.schema import Record
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.eval import loading
+from alignvlm_jax.eval.loading import Loaded
+from alignvlm_jax.models.vlm import VLM
+from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.parallel import sharding
+
+FOLDER = "analysis"
+
+
+def folder(loaded: Loaded) -> Path:
+    """Returns where analyses of a checkpoint are written."""
+    return loading.workdir_of(loaded.path) / FOLDER
+
+
+def write(loaded: Loaded, name: str, settings: Mapping[str, Any], results: Mapping[str, Any]) -> Path:
+    """Writes analysis/NAME.json: what was looked at, how (with the seed), and what was found. Returns its path."""
+    fields = {
+        "analysis": name,
+        "checkpoint": str(loaded.path),
+        "step": loaded.step,
+        "train_seconds": loaded.metadata["train_seconds"],
+        "connector": loaded.config.model.connector.name,
+        "settings": dict(settings),
+        **results,
+    }
+    path = folder(loaded) / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    beside = path.with_name(f"{path.name}.tmp")
+    beside.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+    return path
+
+
+def tiles_of(loaded: Loaded, records: Sequence[Record]) -> np.ndarray:
+    """Returns all tiles that a question about each of the records would show, uint8 [n, Y, X, C].
+
+    Raises:
+      UserError: an image cannot be read, or there is none.
+    """
+    prompts = [rows.build_prompt(record, "", loaded.config, loaded.tokenizer) for record in records]
+    tiles = np.concatenate([rows.trim_prompt(prompt, loaded.config)["tiles"] for prompt in prompts])
+    if not len(tiles):
+        raise UserError("the chosen records have no images")
+    return tiles
+
+
+def map_tiles(
+    loaded: Loaded, fn: Callable[[VLM, Mapping, Mapping[str, jax.Array]], Any], rows_of_one: Mapping[str, np.ndarray]
+) -> Iterator[Any]:
+    """Yields fn(model, variables, batch) of a few rows after a few: a tree of arrays with an entry for each of them.
+
+    Args:
+      loaded: a batch has as many rows as its mesh spreads them over, so that `fn` may make all distributions of one.
+      fn: a function of a module; compiled once.
+      rows_of_one: "tiles", uint8 [n, Y, X, C], each a row by itself, and further arrays of the batch [n, ...].
+    """
+    every = {**rows_of_one, "tiles": rows_of_one["tiles"][:, None]}
+    size = loaded.batch_ways
+    for start in range(0, len(every["tiles"]), size):
+        part = {name: array[start : start + size] for name, array in every.items()}
+        count = len(part["tiles"])
+        # Every batch has one shape: the last one repeats its last row.
+        full = {name: np.concatenate([x, np.repeat(x[-1:], size - count, axis=0)]) for name, x in part.items()}
+        with mesh_lib.use(loaded.mesh):
+            output = _apply(fn, loaded.model, loaded.variables, sharding.put_batch(full, loaded.mesh))
+        yield jax.tree.map(lambda x, count=count: np.asarray(x)[:count], output)
+
+
+def quantiles(values: np.ndarray) -> dict[str, float]:
+    """Returns the mean of values and what 5, 50 and 95 % of them lie below."""
+    cuts = dict(zip(("p5", "p50", "p95"), np.percentile(values, (5, 50, 95)).tolist(), strict=True))
+    return {"mean": float(values.mean()), **cuts}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _apply(fn: Callable, model: VLM, variables: Mapping, batch: Mapping[str, jax.Array]) -> Any:
+    return fn(model, variables, batch)
