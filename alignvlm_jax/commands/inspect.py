@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from alignvlm_jax import presets
-from alignvlm_jax.commands import config_flag
+from alignvlm_jax.commands import analyse, config_flag
 from alignvlm_jax.commands.arguments import positive
 from alignvlm_jax.config import Config, DataConfig, LLMConfig, ModelConfig
 from alignvlm_jax.data import statistics, tokenizer_files
@@ -19,12 +19,15 @@ from alignvlm_jax.eval import rows_page
 
 
 def main(argv: list[str]) -> None:
-    """Prints the statistics and writes the page."""
+    """Prints the statistics and writes the page; or what `analyse` prints and writes, where a checkpoint is named."""
+    if any(flag.split("=")[0] in analyse.FLAGS for flag in argv):
+        return analyse.main(argv)
     parser = argparse.ArgumentParser(
         prog="python -m alignvlm_jax inspect",
         description=__doc__,
         epilog=f"Without --config rows are those of SigLIP-400M with tiles of 384 pixels, 16,384 tokens long. "
-        f"{config_flag.HELP}",
+        f"{config_flag.HELP} With --checkpoint=DIR --analysis=NAME a trained model is inspected instead; then, "
+        "--help says how.",
         allow_abbrev=False,
     )
     parser.add_argument("--data", help="folder that `prepare` wrote; default: that of the config")

@@ -1,5 +1,6 @@
-"""`inspect`: numbers on stdout, a page in the folder, one line for what is wrong."""
+"""`inspect`: numbers on stdout, a page in the folder or a file in the workdir, one line for what is wrong."""
 
+import json
 import shutil
 
 import pytest
@@ -30,6 +31,54 @@ def test_rows_of_a_config(folder, tmp_path, capsys):
     assert "row 7" in out.read_text()
 
 
+@pytest.fixture
+def workdir(trained_workdir, tmp_path):
+    return shutil.copytree(trained_workdir, tmp_path / "run")
+
+
+def test_noise(workdir, capsys):
+    flags = [f"--checkpoint={workdir}", "--analysis=noise", "--sigmas=3,9", "--relative_sigmas=", "--num_questions=4"]
+    assert main.main(["inspect", *flags, "--seed=5"]) == 0
+    printed = capsys.readouterr().out
+    assert "Between different visual tokens" in printed and f"Written: {workdir / 'analysis' / 'noise.json'}" in printed
+    written = json.loads((workdir / "analysis" / "noise.json").read_text())
+    assert [point["sigma"] for point in written["points"]] == [0, 3, 9]
+    assert [point["num_eval"] for point in written["points"]] == [4, 4, 4]
+    assert (written["step"], written["connector"]) == (7, "align")
+    assert written["settings"].items() >= {"seed": 5, "split": "seen_fonts", "num_questions": 4}.items()
+    assert not (workdir / "predictions").exists()  # These are no evaluation of the checkpoint.
+
+
+def test_vocabulary(workdir, capsys):
+    flags = [f"--checkpoint={workdir}", "--analysis=vocabulary", "--split=unseen_fonts", "--pages=seen_fonts"]
+    assert main.main(["inspect", *flags, "--threshold=0.01", "--num_questions=4"]) == 0
+    printed = capsys.readouterr().out
+    assert "perplexity, words" in printed and "words kept" in printed
+    written = json.loads((workdir / "analysis" / "vocabulary.json").read_text())
+    assert written["settings"].items() >= {"pages": "seen_fonts", "threshold": 0.01, "num_pages": 100}.items()
+    assert [trial["words"] for trial in written["pruning"]] == ["all", "mean", "highest"]
+    assert len(written["top_words"]) == 20
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        (["--checkpoint={workdir}"], 2, "--checkpoint=DIR and --analysis=NAME belong together"),
+        (["--analysis=noise"], 2, "--checkpoint=DIR and --analysis=NAME belong together"),
+        (["--checkpoint={workdir}", "--analysis=nosie"], 2, "invalid choice: 'nosie'"),
+        (["--checkpoint={workdir}", "--analysis=noise", "--threshold=0.1"], 2, "unrecognized arguments: --threshold"),
+        (["--checkpoint={workdir}", "--analysis=noise", "--config=x.py"], 2, "unrecognized arguments: --config"),
+        (["--checkpoint={workdir}", "--analysis=noise", "--sigmas=1,-2"], 2, "1,-2 has a sigma that is not above 0"),
+        (["--checkpoint={workdir}", "--analysis=vocabulary", "--threshold=1"], 2, "1 is no probability"),
+        (["--checkpoint={workdir}", "--analysis=noise", "--split=seen_font"], 1, "did you mean 'seen_fonts'?"),
+        (["--checkpoint={workdir}", "--analysis=vocabulary", "--pages=nowhere"], 1, "'nowhere'"),
+        (["--checkpoint=nowhere", "--analysis=noise"], 1, "nowhere"),
+    ],
+)
+def test_wrong_analyses(trained_workdir, capsys, flags, status, message):
+    _assert_fails([flag.format(workdir=trained_workdir) for flag in flags], status, message, capsys)
+
+
 @pytest.mark.parametrize(
     ("flags", "status", "message"),
     [
@@ -41,8 +90,12 @@ def test_rows_of_a_config(folder, tmp_path, capsys):
     ],
 )
 def test_bad_input(folder, capsys, flags, status, message):
+    _assert_fails([flag.format(folder=folder) for flag in flags], status, message, capsys)
+
+
+def _assert_fails(flags: list[str], status: int, message: str, capsys) -> None:
     try:
-        returned = main.main(["inspect", *(flag.format(folder=folder) for flag in flags)])
+        returned = main.main(["inspect", *flags])
     except SystemExit as stop:
         returned = stop.code
     assert returned == status

@@ -1,0 +1,136 @@
+"""`inspect --checkpoint`: what a trained model makes of its pages, one analysis at a time."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from alignvlm_jax.commands.arguments import positive
+from alignvlm_jax.data import sources
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.eval import analysis, analysis_tables, lens, loading, noise, vocabulary
+from alignvlm_jax.eval.loading import Loaded
+
+FLAGS = ("--checkpoint", "--analysis")
+"""Any of them makes `inspect` this."""
+
+
+class Analysis(NamedTuple):
+    """An analysis: its `help`, its flags, what it measures of a model, and how that is printed."""
+
+    help: str
+    add_flags: Callable[[argparse.ArgumentParser], None]
+    measure: Callable[[Loaded, argparse.Namespace], Mapping[str, Any]]
+    show: Callable[[Console, Mapping[str, Any]], None]
+
+
+def main(argv: list[str]) -> None:
+    """Prints the results as a table and writes analysis/NAME.json in the workdir."""
+    args = _parse(argv)
+    config = loading.load_config(args.checkpoint, args.data)
+    # What can be wrong should not wait for the model.
+    split = args.split or config.eval.splits[0]
+    sources.RecordSource(config.data.dir, split)
+    if args.analysis == "vocabulary":
+        lens.check_readable(config)
+        args.pages = args.pages or config.data.validation_split
+        sources.RecordSource(config.data.dir, args.pages)
+    loaded = loading.load(args.checkpoint, config)
+    num_questions = args.num_questions or loaded.config.eval.num_questions
+    asked = dataclasses.replace(loaded.config.eval, num_questions=num_questions)
+    loaded = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, eval=asked))
+    args.split, args.num_questions = split, num_questions
+    chosen = ANALYSES[args.analysis]
+    try:
+        found = chosen.measure(loaded, args)
+    except KeyboardInterrupt as err:
+        raise UserError("stopped; the same command goes on with the questions that are left") from err
+    settings = {name: value for name, value in vars(args).items() if name not in ("checkpoint", "analysis", "data")}
+    path = analysis.write(loaded, args.analysis, settings | {"data": loaded.config.data.dir}, found)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{loaded.path}: connector {loaded.config.model.connector.name}", markup=False)
+    chosen.show(console, found)
+    console.print(f"Written: {path}", markup=False)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """Flags of all analyses, then those of the one that is asked for: another's are wrong usage."""
+    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    common.add_argument("--analysis", choices=ANALYSES)
+    name = common.parse_known_args(argv)[0].analysis
+    parser = argparse.ArgumentParser(
+        prog="python -m alignvlm_jax inspect", description=__doc__, parents=[common], allow_abbrev=False
+    )
+    parser.epilog = "Analyses: " + "; ".join(f"{name}: {one.help}" for name, one in ANALYSES.items())
+    parser.add_argument("--checkpoint", type=Path, help="workdir, or one of its checkpoints/STEP")
+    parser.add_argument("--data", help="folder that `prepare` wrote; default: the one trained on")
+    parser.add_argument("--split", help="whose questions are asked; default: the first of the config")
+    parser.add_argument("--num_questions", type=positive, help="default: the config's")
+    if name:
+        ANALYSES[name].add_flags(parser)
+    args = parser.parse_args(argv)
+    if args.checkpoint is None or args.analysis is None:
+        parser.error("--checkpoint=DIR and --analysis=NAME belong together")
+    return args
+
+
+def _sigmas(text: str) -> list[float]:
+    """Numbers above 0, separated by commas; there may be none."""
+    values = [float(part) for part in text.split(",") if part]
+    if not all(0 < value < float("inf") for value in values):
+        raise argparse.ArgumentTypeError(
+            f"{text} has a sigma that is not above 0 (it is always measured without noise)"
+        )
+    return values
+
+
+def _threshold(text: str) -> float:
+    """A probability."""
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no probability: from 0 to below 1")
+    return float(text)
+
+
+def _add_noise_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sigmas", type=_sigmas, default=[3.0], help="in the unit of the features; default: 3")
+    parser.add_argument(
+        "--relative_sigmas",
+        type=_sigmas,
+        default=[0.25, 0.5, 1.0, 2.0, 4.0],
+        help="in units of the features' standard deviation; default: 0.25,0.5,1,2,4",
+    )
+    parser.add_argument("--num_pages", type=positive, default=32, help="whose visual tokens are compared; default: 32")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _add_vocabulary_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threshold", type=_threshold, default=1e-6, help="a word is kept above it; default: 1e-6")
+    parser.add_argument("--pages", help="split whose pages choose the words; default: the config's validation split")
+    parser.add_argument("--num_pages", type=positive, default=100, help="of it; default: 100")
+
+
+def _measure_noise(loaded: Loaded, args: argparse.Namespace) -> Mapping[str, Any]:
+    return noise.measure(loaded, args.split, args.sigmas, args.relative_sigmas, args.num_pages, args.seed)
+
+
+def _measure_vocabulary(loaded: Loaded, args: argparse.Namespace) -> Mapping[str, Any]:
+    return vocabulary.measure(loaded, args.split, args.pages, args.num_pages, args.threshold)
+
+
+ANALYSES = {
+    "noise": Analysis(
+        "scores and movement of visual tokens under Gaussian noise on the vision features",
+        _add_noise_flags,
+        _measure_noise,
+        analysis_tables.show_noise,
+    ),
+    "vocabulary": Analysis(
+        "which words ALIGN's patches use, and the scores with these alone",
+        _add_vocabulary_flags,
+        _measure_vocabulary,
+        analysis_tables.show_vocabulary,
+    ),
+}

@@ -1,0 +1,57 @@
+"""Results of analyses as tables to print."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+def show_noise(console: Console, found: Mapping[str, Any]) -> None:
+    """Prints what `noise.measure` returns: a row a sigma, and what distances are to be compared with."""
+    std = found["feature_std"]
+    console.print(f"The features' standard deviation over patches is {std:.3f}.")
+    table = _table("sigma", "in its units", "ANLS", "exact match", "cos. distance", "mean removed")
+    for point in found["points"]:
+        table.add_row(
+            f"{point['sigma']:.3f}",
+            f"{point['relative_sigma']:.2f}",
+            f"{point['anls']:.3f}",
+            f"{point['exact_match']:.3f}",
+            f"{point['distance']:.4f}",
+            f"{point['centred_distance']:.4f}",
+        )
+    console.print(table)
+    console.print(
+        f"Between different visual tokens, without noise: cosine distance {found['between_distance']:.4f}, with "
+        f"the mean removed {found['centred_between_distance']:.4f}."
+    )
+
+
+def show_vocabulary(console: Console, found: Mapping[str, Any]) -> None:
+    """Prints what `vocabulary.measure` returns: how sharp patches are, their words, the scores with these alone."""
+    table = _table(f"{found['num_patches']:,} patches", "mean", "5 %", "50 %", "95 %")
+    for name, unit in (("entropy", "bits"), ("perplexity", "words")):
+        table.add_row(f"{name}, {unit}", *(f"{value:.2f}" for value in found[name].values()))
+    console.print(table)
+    console.print(
+        f"Their mean distribution: perplexity {found['mean_perplexity']:.1f} words, peak {found['mean_peak']:.4f}\n"
+    )
+    table = _table("word", "mean", "likeliest in")
+    for word in found["top_words"]:
+        table.add_row(escape(word["token"]), f"{word['mean']:.4f}", f"{word['share_of_patches']:.1%}")
+    console.print(table)
+    table = _table("words kept", "number", "ANLS", "exact match", "questions")
+    for trial in found["pruning"]:
+        scores = f"{trial['anls']:.4f}", f"{trial['exact_match']:.4f}"
+        table.add_row(trial["words"], f"{trial['num_words']:,}", *scores, f"{trial['num_eval']:,}")
+    console.print()
+    console.print(table)
+
+
+def _table(first: str, *titles: str) -> Table:
+    table = Table(first, box=None)
+    for title in titles:
+        table.add_column(title, justify="right")
+    return table
