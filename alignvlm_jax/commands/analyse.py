@@ -9,13 +9,17 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from alignvlm_jax.commands.arguments import positive
+from alignvlm_jax.config import Config
 from alignvlm_jax.data import sources
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.eval import analysis, analysis_tables, lens, loading, noise, vocabulary
+from alignvlm_jax.eval import analysis, analysis_tables, cost, lens, loading, noise, vocabulary
 from alignvlm_jax.eval.loading import Loaded
+from alignvlm_jax.models import connectors
 
 FLAGS = ("--checkpoint", "--analysis")
 """Any of them makes `inspect` this."""
+NEED_WORDS = ("vocabulary",)
+"""Analyses of connectors with a distribution over words."""
 
 
 class Analysis(NamedTuple):
@@ -31,18 +35,12 @@ def main(argv: list[str]) -> None:
     """Prints the results as a table and writes analysis/NAME.json in the workdir."""
     args = _parse(argv)
     config = loading.load_config(args.checkpoint, args.data)
-    # What can be wrong should not wait for the model.
-    split = args.split or config.eval.splits[0]
-    sources.RecordSource(config.data.dir, split)
-    if args.analysis == "vocabulary":
-        lens.check_readable(config)
-        args.pages = args.pages or config.data.validation_split
-        sources.RecordSource(config.data.dir, args.pages)
+    _check(config, args)
     loaded = loading.load(args.checkpoint, config)
-    num_questions = args.num_questions or loaded.config.eval.num_questions
-    asked = dataclasses.replace(loaded.config.eval, num_questions=num_questions)
-    loaded = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, eval=asked))
-    args.split, args.num_questions = split, num_questions
+    if "num_questions" in args:
+        args.num_questions = args.num_questions or loaded.config.eval.num_questions
+        asked = dataclasses.replace(loaded.config.eval, num_questions=args.num_questions)
+        loaded = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, eval=asked))
     chosen = ANALYSES[args.analysis]
     try:
         found = chosen.measure(loaded, args)
@@ -56,6 +54,19 @@ def main(argv: list[str]) -> None:
     console.print(f"Written: {path}", markup=False)
 
 
+def _check(config: Config, args: argparse.Namespace) -> None:
+    """Fills in the splits that the config names. What can be wrong should not wait for the model."""
+    for flag, default in (("split", config.eval.splits[0]), ("pages", config.data.validation_split)):
+        if flag in args:
+            setattr(args, flag, getattr(args, flag) or default)
+            sources.RecordSource(config.data.dir, getattr(args, flag))
+    if args.analysis in NEED_WORDS:
+        lens.check_readable(config)
+    for name in getattr(args, "connectors", ()):
+        connectors.get(name)
+        cost.with_connector(config, name)
+
+
 def _parse(argv: list[str]) -> argparse.Namespace:
     """Flags of all analyses, then those of the one that is asked for: another's are wrong usage."""
     common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -67,14 +78,17 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.epilog = "Analyses: " + "; ".join(f"{name}: {one.help}" for name, one in ANALYSES.items())
     parser.add_argument("--checkpoint", type=Path, help="workdir, or one of its checkpoints/STEP")
     parser.add_argument("--data", help="folder that `prepare` wrote; default: the one trained on")
-    parser.add_argument("--split", help="whose questions are asked; default: the first of the config")
-    parser.add_argument("--num_questions", type=positive, help="default: the config's")
     if name:
         ANALYSES[name].add_flags(parser)
     args = parser.parse_args(argv)
     if args.checkpoint is None or args.analysis is None:
         parser.error("--checkpoint=DIR and --analysis=NAME belong together")
     return args
+
+
+def _names(text: str) -> list[str]:
+    """Separated by commas."""
+    return text.split(",")
 
 
 def _sigmas(text: str) -> list[float]:
@@ -94,7 +108,13 @@ def _threshold(text: str) -> float:
     return float(text)
 
 
+def _add_question_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--split", help="whose questions are asked; default: the first of the config")
+    parser.add_argument("--num_questions", type=positive, help="default: the config's")
+
+
 def _add_noise_flags(parser: argparse.ArgumentParser) -> None:
+    _add_question_flags(parser)
     parser.add_argument("--sigmas", type=_sigmas, default=[3.0], help="in the unit of the features; default: 3")
     parser.add_argument(
         "--relative_sigmas",
@@ -107,9 +127,16 @@ def _add_noise_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_vocabulary_flags(parser: argparse.ArgumentParser) -> None:
+    _add_question_flags(parser)
     parser.add_argument("--threshold", type=_threshold, default=1e-6, help="a word is kept above it; default: 1e-6")
     parser.add_argument("--pages", help="split whose pages choose the words; default: the config's validation split")
     parser.add_argument("--num_pages", type=positive, default=100, help="of it; default: 100")
+
+
+def _add_cost_flags(parser: argparse.ArgumentParser) -> None:
+    names = ", ".join(connectors.REGISTRY)
+    parser.add_argument("--connectors", type=_names, default=[], help=f"of {names}; default: all that fit")
+    parser.add_argument("--repeats", type=positive, default=5, help="of each timing; default: 5")
 
 
 def _measure_noise(loaded: Loaded, args: argparse.Namespace) -> Mapping[str, Any]:
@@ -118,6 +145,10 @@ def _measure_noise(loaded: Loaded, args: argparse.Namespace) -> Mapping[str, Any
 
 def _measure_vocabulary(loaded: Loaded, args: argparse.Namespace) -> Mapping[str, Any]:
     return vocabulary.measure(loaded, args.split, args.pages, args.num_pages, args.threshold)
+
+
+def _measure_cost(loaded: Loaded, args: argparse.Namespace) -> Mapping[str, Any]:
+    return cost.measure(loaded, args.connectors, args.repeats)
 
 
 ANALYSES = {
@@ -132,5 +163,11 @@ ANALYSES = {
         _add_vocabulary_flags,
         _measure_vocabulary,
         analysis_tables.show_vocabulary,
+    ),
+    "cost": Analysis(
+        "parameters, FLOPs, memory and time of connectors beside the checkpoint's encoder and LLM",
+        _add_cost_flags,
+        _measure_cost,
+        analysis_tables.show_cost,
     ),
 }

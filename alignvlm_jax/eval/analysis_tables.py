@@ -50,6 +50,30 @@ def show_vocabulary(console: Console, found: Mapping[str, Any]) -> None:
     console.print(table)
 
 
+def show_cost(console: Console, found: Mapping[str, Any]) -> None:
+    """Prints what `cost.measure` returns: a row a connector."""
+    console.print(
+        f"{found['device']}, {found['batch_size']} pages at once of {found['tiles_per_page']} tiles, answers of "
+        f"{found['answer_tokens']} tokens; vision encoder and LLM: {found['num_tower_params']:,} parameters"
+    )
+    titles = ("tokens", "parameters", "GFLOP", "encode ms", "answer ms", "tokens/s", "temp. MiB")
+    table = _table("connector", *titles)
+    for cost in found["costs"]:
+        table.add_row(
+            cost["connector"],
+            f"{cost['tokens_per_page']:,}",
+            f"{cost['num_params']:,}",
+            f"{cost['gflops']:.3g}",
+            f"{1e3 * cost['encode_seconds']:.2f}",
+            f"{1e3 * cost['answer_seconds']:.2f}",
+            f"{cost['tokens_per_second']:.1f}",
+            f"{cost['temporary_mib']:.1f}",
+        )
+    console.print(table)
+    for name, reason in found["left_out"].items():
+        console.print(f"{name} is left out: {reason}", markup=False)
+
+
 def _table(first: str, *titles: str) -> Table:
     table = Table(first, box=None)
     for title in titles:

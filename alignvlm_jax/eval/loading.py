@@ -41,9 +41,10 @@ class Loaded:
         """What `model.apply` takes."""
         return {"params": self.params} | ({} if self.kept_words is None else vlm.pruning(self.kept_words))
 
-    def sampler(self) -> Sampler:
-        """Returns a generator of answers; it compiles once for each shape of batch."""
-        end_ids, pad_id = chat.stop_ids(self.tokenizer), self.tokenizer.pad_id
+    def sampler(self, end_ids: tuple[int, ...] | None = None) -> Sampler:
+        """Returns a generator of answers, by default to the tokens that end one; it compiles once for each shape of
+        batch."""
+        end_ids, pad_id = end_ids or chat.stop_ids(self.tokenizer), self.tokenizer.pad_id
         return Sampler(self.model, self.variables, self.mesh, end_ids=end_ids, pad_id=pad_id)
 
     @property

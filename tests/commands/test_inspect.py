@@ -60,6 +60,15 @@ def test_vocabulary(workdir, capsys):
     assert len(written["top_words"]) == 20
 
 
+def test_cost(workdir, capsys):
+    flags = [f"--checkpoint={workdir}", "--analysis=cost", "--connectors=align", "--repeats=1"]
+    assert main.main(["inspect", *flags]) == 0
+    assert "tokens/s" in capsys.readouterr().out
+    written = json.loads((workdir / "analysis" / "cost.json").read_text())
+    assert [one["connector"] for one in written["costs"]] == ["align"]
+    assert written["settings"].items() >= {"connectors": ["align"], "repeats": 1}.items()
+
+
 @pytest.mark.parametrize(
     ("flags", "status", "message"),
     [
@@ -72,6 +81,8 @@ def test_vocabulary(workdir, capsys):
         (["--checkpoint={workdir}", "--analysis=vocabulary", "--threshold=1"], 2, "1 is no probability"),
         (["--checkpoint={workdir}", "--analysis=noise", "--split=seen_font"], 1, "did you mean 'seen_fonts'?"),
         (["--checkpoint={workdir}", "--analysis=vocabulary", "--pages=nowhere"], 1, "'nowhere'"),
+        (["--checkpoint={workdir}", "--analysis=cost", "--connectors=aling"], 1, "did you mean 'align'?"),
+        (["--checkpoint={workdir}", "--analysis=cost", "--split=seen_fonts"], 2, "unrecognized arguments: --split"),
         (["--checkpoint=nowhere", "--analysis=noise"], 1, "nowhere"),
     ],
 )
