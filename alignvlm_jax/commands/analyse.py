@@ -12,13 +12,13 @@ from alignvlm_jax.commands.arguments import positive
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import sources
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.eval import analysis, analysis_tables, cost, lens, loading, noise, vocabulary
+from alignvlm_jax.eval import analysis, analysis_tables, cost, lens, loading, noise, pca, vocabulary
 from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.models import connectors
 
 FLAGS = ("--checkpoint", "--analysis")
 """Any of them makes `inspect` this."""
-NEED_WORDS = ("vocabulary",)
+NEED_WORDS = ("vocabulary", "pca")
 """Analyses of connectors with a distribution over words."""
 
 
@@ -126,11 +126,20 @@ def _add_noise_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
 
-def _add_vocabulary_flags(parser: argparse.ArgumentParser) -> None:
-    _add_question_flags(parser)
+def _add_word_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threshold", type=_threshold, default=1e-6, help="a word is kept above it; default: 1e-6")
     parser.add_argument("--pages", help="split whose pages choose the words; default: the config's validation split")
     parser.add_argument("--num_pages", type=positive, default=100, help="of it; default: 100")
+
+
+def _add_vocabulary_flags(parser: argparse.ArgumentParser) -> None:
+    _add_question_flags(parser)
+    _add_word_flags(parser)
+
+
+def _add_pca_flags(parser: argparse.ArgumentParser) -> None:
+    _add_word_flags(parser)
+    parser.add_argument("--seed", type=int, default=0)
 
 
 def _add_cost_flags(parser: argparse.ArgumentParser) -> None:
@@ -151,6 +160,10 @@ def _measure_cost(loaded: Loaded, args: argparse.Namespace) -> Mapping[str, Any]
     return cost.measure(loaded, args.connectors, args.repeats)
 
 
+def _measure_pca(loaded: Loaded, args: argparse.Namespace) -> Mapping[str, Any]:
+    return pca.measure(loaded, args.pages, args.num_pages, args.threshold, args.seed)
+
+
 ANALYSES = {
     "noise": Analysis(
         "scores and movement of visual tokens under Gaussian noise on the vision features",
@@ -163,6 +176,12 @@ ANALYSES = {
         _add_vocabulary_flags,
         _measure_vocabulary,
         analysis_tables.show_vocabulary,
+    ),
+    "pca": Analysis(
+        "how well the words that ALIGN's patches use cover the space of text embeddings",
+        _add_pca_flags,
+        _measure_pca,
+        analysis_tables.show_pca,
     ),
     "cost": Analysis(
         "parameters, FLOPs, memory and time of connectors beside the checkpoint's encoder and LLM",

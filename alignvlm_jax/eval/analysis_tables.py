@@ -74,6 +74,20 @@ def show_cost(console: Console, found: Mapping[str, Any]) -> None:
         console.print(f"{name} is left out: {reason}", markup=False)
 
 
+def show_pca(console: Console, found: Mapping[str, Any]) -> None:
+    """Prints what `pca.measure` returns: a row a set of words."""
+    console.print(
+        f"{found['num_chosen']:,} of {found['num_words']:,} words chosen. The first {found['num_components']} "
+        f"principal components of all explain {sum(found['shares']):.1%} of their variance, the first two "
+        f"{sum(found['shares'][:2]):.1%}."
+    )
+    table = _table("words", "its components explain", "distance to those outside")
+    for name, one in found["sets"].items():
+        nearest = "-" if one["nearest"] is None else f"{one['nearest']:.3f}"
+        table.add_row(name, f"{one['explained']:.1%}", nearest)
+    console.print(table)
+
+
 def _table(first: str, *titles: str) -> Table:
     table = Table(first, box=None)
     for title in titles:

@@ -60,6 +60,15 @@ def test_vocabulary(workdir, capsys):
     assert len(written["top_words"]) == 20
 
 
+def test_pca(workdir, capsys):
+    flags = [f"--checkpoint={workdir}", "--analysis=pca", "--pages=seen_fonts", "--threshold=0.05"]
+    assert main.main(["inspect", *flags]) == 0
+    assert "most frequent" in capsys.readouterr().out
+    written = json.loads((workdir / "analysis" / "pca.json").read_text())
+    assert list(written["sets"]) == ["chosen", "random", "most frequent"]
+    assert written["num_chosen"] == len(written["points"]["random"]) < written["num_words"]
+
+
 def test_cost(workdir, capsys):
     flags = [f"--checkpoint={workdir}", "--analysis=cost", "--connectors=align", "--repeats=1"]
     assert main.main(["inspect", *flags]) == 0
