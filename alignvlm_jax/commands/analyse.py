@@ -12,7 +12,7 @@ from alignvlm_jax.commands.arguments import positive
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import sources
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.eval import analysis, analysis_tables, cost, lens, loading, noise, pca, vocabulary
+from alignvlm_jax.eval import analysis, analysis_tables, cost, lens, loading, noise, noise_figure, pca, vocabulary
 from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.models import connectors
 
@@ -23,12 +23,14 @@ NEED_WORDS = ("vocabulary", "pca")
 
 
 class Analysis(NamedTuple):
-    """An analysis: its `help`, its flags, what it measures of a model, and how that is printed."""
+    """An analysis: its `help`, its flags, what it measures of a model, how that is printed, and
+    the picture of results by name, if there is one."""
 
     help: str
     add_flags: Callable[[argparse.ArgumentParser], None]
     measure: Callable[[Loaded, argparse.Namespace], Mapping[str, Any]]
     show: Callable[[Console, Mapping[str, Any]], None]
+    picture: Callable[[Mapping[str, Mapping[str, Any]]], bytes] | None = None
 
 
 def main(argv: list[str]) -> None:
@@ -45,13 +47,17 @@ def main(argv: list[str]) -> None:
     try:
         found = chosen.measure(loaded, args)
     except KeyboardInterrupt as err:
-        raise UserError("stopped; the same command goes on with the questions that are left") from err
+        raise UserError("stopped; the same command goes on, and asks no question again") from err
     settings = {name: value for name, value in vars(args).items() if name not in ("checkpoint", "analysis", "data")}
     path = analysis.write(loaded, args.analysis, settings | {"data": loaded.config.data.dir}, found)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{loaded.path}: connector {loaded.config.model.connector.name}", markup=False)
     chosen.show(console, found)
     console.print(f"Written: {path}", markup=False)
+    if chosen.picture is not None:
+        path = path.with_suffix(".png")
+        path.write_bytes(chosen.picture({loaded.config.model.connector.name: found}))
+        console.print(f"Written: {path}", markup=False)
 
 
 def _check(config: Config, args: argparse.Namespace) -> None:
@@ -170,6 +176,7 @@ ANALYSES = {
         _add_noise_flags,
         _measure_noise,
         analysis_tables.show_noise,
+        noise_figure.picture,
     ),
     "vocabulary": Analysis(
         "which words ALIGN's patches use, and the scores with these alone",

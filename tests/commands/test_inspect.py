@@ -46,6 +46,7 @@ def test_noise(workdir, capsys):
     assert [point["num_eval"] for point in written["points"]] == [4, 4, 4]
     assert (written["step"], written["connector"]) == (7, "align")
     assert written["settings"].items() >= {"seed": 5, "split": "seen_fonts", "num_questions": 4}.items()
+    assert (workdir / "analysis" / "noise.png").read_bytes().startswith(b"\x89PNG")
     assert not (workdir / "predictions").exists()  # These are no evaluation of the checkpoint.
 
 
