@@ -3,12 +3,14 @@
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from rich import progress
+from rich.console import Console
 
 from alignvlm_jax.data import rows
 from alignvlm_jax.data.schema import Record
@@ -71,7 +73,7 @@ def map_tiles(
     """
     every = {**rows_of_one, "tiles": rows_of_one["tiles"][:, None]}
     size = loaded.batch_ways
-    for start in range(0, len(every["tiles"]), size):
+    for start in track(range(0, len(every["tiles"]), size), "tiles"):
         part = {name: array[start : start + size] for name, array in every.items()}
         count = len(part["tiles"])
         # Every batch has one shape: the last one repeats its last row.
@@ -79,6 +81,11 @@ def map_tiles(
         with mesh_lib.use(loaded.mesh):
             output = _apply(fn, loaded.model, loaded.variables, sharding.put_batch(full, loaded.mesh))
         yield jax.tree.map(lambda x, count=count: np.asarray(x)[:count], output)
+
+
+def track(parts: Sequence[Any], name: str) -> Iterable[Any]:
+    """Returns the parts of a work, and shows on stderr how many are done and the time left."""
+    return progress.track(parts, name, console=Console(stderr=True), transient=True)
 
 
 def quantiles(values: np.ndarray) -> dict[str, float]:

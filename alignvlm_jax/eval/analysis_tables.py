@@ -89,7 +89,7 @@ def show_pca(console: Console, found: Mapping[str, Any]) -> None:
 
 
 def _table(first: str, *titles: str) -> Table:
-    table = Table(first, box=None)
-    for title in titles:
-        table.add_column(title, justify="right")
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for number, title in enumerate((first, *titles)):
+        table.add_column(title, justify="right" if number else "left", no_wrap=True)
     return table

@@ -19,6 +19,7 @@ import numpy as np
 from alignvlm_jax.config import Config, check
 from alignvlm_jax.data import chat, pipeline, rows
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.eval import analysis
 from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.models import connectors, vlm
 from alignvlm_jax.models.vlm import VLM
@@ -70,7 +71,7 @@ def measure(loaded: Loaded, names: Sequence[str], repeats: int) -> dict[str, Any
     for name in names:
         connectors.get(name)
     costs, left_out = [], {}
-    for name in names or connectors.REGISTRY:
+    for name in analysis.track(tuple(names or connectors.REGISTRY), "connectors"):
         try:
             config = with_connector(loaded.config, name)
         except UserError as err:

@@ -124,7 +124,7 @@ def signal_std(features: np.ndarray) -> float:
 
 def cosine_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Returns 1 - cos of each row of a [n, D] and the same row of b, float64 [n]; 1 where a row is zero."""
-    return 1 - (_unit(a) * _unit(b)).sum(-1)
+    return np.maximum(1 - (_unit(a) * _unit(b)).sum(-1), 0)  # Rounding leaves equal rows a little below 0.
 
 
 def between_distance(tokens: np.ndarray) -> float:
