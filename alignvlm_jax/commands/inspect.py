@@ -87,7 +87,7 @@ def _lens(args: argparse.Namespace) -> None:
     looking.check(config)
     look = Assistant(loading.load(args.checkpoint, config)).lens(page)
     print(look, file=sys.stderr)
-    print(f"Written: {look.save(out)}")
+    print(f"Written: {look.save(out, f'What the patches of {args.image.name} say')}")
 
 
 ANALYSES = {"lens": _lens}

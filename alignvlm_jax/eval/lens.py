@@ -22,6 +22,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.eval import gallery, html
 
 FILE = "lens.html"
+TITLE = "What the patches say"
 MAX_SIDE = 2400
 """Pixels of a page's longer side in the HTML."""
 
@@ -82,12 +83,12 @@ class Lens:
         names = ("boxes", "tokens", "probabilities", "entropies", "is_overview")
         return dataclasses.replace(self, **{name: getattr(self, name)[kept] for name in names})
 
-    def html(self, title: str = "What the patches say") -> str:
+    def html(self, title: str = TITLE) -> str:
         """Returns a page of HTML to hover over, which needs no other file."""
         return html.render(FILE, title=title, lens=self, data=_page_data(self), page=_page_uri(self.page))
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the page to hover over (.html), or the still picture (.png); returns the path.
+    def save(self, path: str | os.PathLike[str], title: str = TITLE) -> Path:
+        """Writes the page to hover over (.html), which has a title, or the still picture (.png); returns the path.
 
         Raises:
           UserError: another suffix.
@@ -99,7 +100,7 @@ class Lens:
             beside.write_bytes(picture(self))
             os.replace(beside, path)
         else:
-            html.write(path, self.html(path.stem))
+            html.write(path, self.html(title))
         return path
 
 

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from PIL import Image
 
 from alignvlm_jax import __main__ as main
 from tests.data import conftest as data_fixtures
@@ -38,6 +39,15 @@ def test_rows_of_a_config(folder, tmp_path, capsys):
         (["--config=configs/demo.py", "--stage=stage9"], 1, "--stage is 'stage9'; did you mean"),
         (["--data={folder}", "--num_rows=0"], 2, "0 is not a positive number"),
         ([], 2, "--data=DIR or --config=FILE is required"),
+        (["--analysis=lenz", "--checkpoint=nowhere"], 2, "invalid choice: 'lenz'"),
+        (["--analysis=lens"], 2, "--analysis=lens needs --checkpoint=DIR"),
+        (["--analysis=lens", "--checkpoint=nowhere"], 2, "--analysis=lens needs --image=FILE"),
+        (["--analysis=lens", "--checkpoint=nowhere", "--image=none.png"], 1, "cannot read none.png"),
+        (
+            ["--analysis=lens", "--checkpoint=nowhere", "--image=none.png", "--out=a.pdf"],
+            1,
+            "cannot save a lens as a.pdf",
+        ),
     ],
 )
 def test_bad_input(folder, capsys, flags, status, message):
@@ -47,3 +57,15 @@ def test_bad_input(folder, capsys, flags, status, message):
         returned = stop.code
     assert returned == status
     assert message in capsys.readouterr().err
+
+
+def test_the_lens_of_an_image(trained_workdir, tmp_path, capsys):
+    Image.new("RGB", (16, 16), "white").save(tmp_path / "page.png")
+    flags = ["inspect", f"--checkpoint={trained_workdir}", "--analysis=lens", f"--image={tmp_path / 'page.png'}"]
+    assert main.main(flags) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"Written: {trained_workdir / 'lens.html'}\n"
+    assert "Lens(16 x 16 pixels, 16 patches, " in printed.err
+    assert "What the patches of page.png say" in (trained_workdir / "lens.html").read_text()
+    assert main.main([*flags, f"--out={tmp_path / 'still.png'}"]) == 0
+    assert Image.open(tmp_path / "still.png").format == "PNG"
