@@ -48,7 +48,8 @@ class Assistant:
           max_new_tokens: the longest answer; by default that of the config.
 
         Returns:
-          The answer; a list of them, in order, if either was a sequence. They do not depend on each other.
+          The answer; a list of them, in order, if either was a sequence: the same as one at a time. Every page is read
+          before the first question is asked, so that one that cannot be read costs no answers.
 
         Raises:
           UserError: a page cannot be read, a prompt is longer than `data.row_length`, or there are not as many pages
