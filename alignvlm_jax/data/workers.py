@@ -85,7 +85,7 @@ def _work(function: Callable, line: connection.Connection) -> None:
             for value in function(line.recv()):
                 line.send(("value", value))
             line.send(("done", None))
-    except EOFError:
+    except (EOFError, BrokenPipeError):
         return  # The parent is gone.
     except UserError as err:
         line.send(("failed", err))
