@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import subprocess
@@ -20,6 +21,8 @@ def misbehave(how):
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "wrong input":
         raise UserError("wrong input, in one line")
+    if how == "a full disk":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if how == "a fault":
         raise ZeroDivisionError
     time.sleep(60)
@@ -36,6 +39,7 @@ def test_all_that_is_yielded_comes(num_workers):
     [
         ("killed", UserError, "killed by SIGKILL .*fewer --num_workers.*goes on"),
         ("wrong input", UserError, "^wrong input, in one line$"),
+        ("a full disk", OSError, "No space left on device"),
         ("a fault", RuntimeError, "(?s)in a worker:.*misbehave.*ZeroDivisionError"),
     ],
 )
