@@ -11,7 +11,7 @@ COMMANDS = {
     "prepare": "makes training shards of data sets, of your own documents, or of rendered ones",
     "convert": "makes a checkpoint to start from out of published weights, and exports one back",
     "plan": "says what a stage needs on a TPU slice, without one: memory, FLOPs, collectives, days",
-    "inspect": "shows what a prepared folder holds; or analyses a trained model: noise, words, cost",
+    "inspect": "shows what a prepared folder holds, the rows that a model would get, and analyses a trained one",
     "train": "trains the stages of a config, or goes on with them",
     "evaluate": "asks a trained model the evaluation questions and scores its answers",
     "generate": "answers a question about an image or a PDF page",

@@ -1,4 +1,4 @@
-"""`inspect --checkpoint`: what a trained model makes of its pages, one analysis at a time."""
+"""`inspect --analysis`: what a trained model makes of the pages of a split."""
 
 import argparse
 import dataclasses
@@ -12,12 +12,10 @@ from alignvlm_jax.commands.arguments import positive
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import sources
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.eval import analysis, analysis_tables, cost, lens, loading, noise, noise_figure, pca, vocabulary
+from alignvlm_jax.eval import analysis, analysis_tables, cost, loading, looking, noise, noise_figure, pca, vocabulary
 from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.models import connectors
 
-FLAGS = ("--checkpoint", "--analysis")
-"""Any of them makes `inspect` this."""
 NEED_WORDS = ("vocabulary", "pca")
 """Analyses of connectors with a distribution over words."""
 
@@ -31,6 +29,11 @@ class Analysis(NamedTuple):
     measure: Callable[[Loaded, argparse.Namespace], Mapping[str, Any]]
     show: Callable[[Console, Mapping[str, Any]], None]
     picture: Callable[[Mapping[str, Mapping[str, Any]]], bytes] | None = None
+
+
+def is_asked(argv: list[str]) -> bool:
+    """Returns whether the flags of `inspect` name one of `ANALYSES`."""
+    return _peek(argv) in ANALYSES
 
 
 def main(argv: list[str]) -> None:
@@ -67,28 +70,31 @@ def _check(config: Config, args: argparse.Namespace) -> None:
             setattr(args, flag, getattr(args, flag) or default)
             sources.RecordSource(config.data.dir, getattr(args, flag))
     if args.analysis in NEED_WORDS:
-        lens.check_readable(config)
+        looking.check(config)
     for name in getattr(args, "connectors", ()):
         connectors.get(name)
         cost.with_connector(config, name)
 
 
+def _peek(argv: list[str]) -> str | None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--analysis", nargs="?")
+    return parser.parse_known_args(argv)[0].analysis
+
+
 def _parse(argv: list[str]) -> argparse.Namespace:
-    """Flags of all analyses, then those of the one that is asked for: another's are wrong usage."""
-    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    common.add_argument("--analysis", choices=ANALYSES)
-    name = common.parse_known_args(argv)[0].analysis
+    """Flags of all analyses, and those of the one that is asked for: another's are wrong usage."""
+    chosen = ANALYSES[_peek(argv)]
     parser = argparse.ArgumentParser(
-        prog="python -m alignvlm_jax inspect", description=__doc__, parents=[common], allow_abbrev=False
+        prog="python -m alignvlm_jax inspect", description=f"Analysis: {chosen.help}.", allow_abbrev=False
     )
-    parser.epilog = "Analyses: " + "; ".join(f"{name}: {one.help}" for name, one in ANALYSES.items())
+    parser.add_argument("--analysis", choices=ANALYSES)
     parser.add_argument("--checkpoint", type=Path, help="workdir, or one of its checkpoints/STEP")
     parser.add_argument("--data", help="folder that `prepare` wrote; default: the one trained on")
-    if name:
-        ANALYSES[name].add_flags(parser)
+    chosen.add_flags(parser)
     args = parser.parse_args(argv)
-    if args.checkpoint is None or args.analysis is None:
-        parser.error("--checkpoint=DIR and --analysis=NAME belong together")
+    if args.checkpoint is None:
+        parser.error(f"--analysis={args.analysis} needs --checkpoint=DIR")
     return args
 
 

@@ -7,9 +7,14 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from alignvlm_jax.commands.arguments import positive
+from alignvlm_jax.config import Config
 from alignvlm_jax.data import images, pipeline, rows
 from alignvlm_jax.eval import loading
+from alignvlm_jax.eval.assistant import Assistant
 
 
 def main(argv: list[str]) -> None:
@@ -19,14 +24,14 @@ def main(argv: list[str]) -> None:
     config = loading.load_config(args.checkpoint, args.data)
     rows.build_prompt(page, args.question, config, pipeline.load_tokenizer(config))
     loaded = loading.load(args.checkpoint, config)
-    config = loaded.config
-    prompt = rows.trim_prompt(rows.build_prompt(page, args.question, config, loaded.tokenizer), config)
-    seen = f"{page.width} x {page.height} pixels, {len(prompt['tiles'])} tiles" if page else "no image"
+    seen = f"{page.width} x {page.height} pixels, {_count_tiles(page, config)} tiles" if page else "no image"
     print(f"{loaded.path}: {seen}", file=sys.stderr)
-    # Every device that rows are spread over needs one.
-    batch = pipeline.stack([prompt] * loaded.batch_ways)
-    tokens_BT = loaded.sampler().generate(batch, args.max_new_tokens or config.eval.max_new_tokens)
-    print(loaded.tokenizer.decode(tokens_BT[0]))
+    print(Assistant(loaded).answer(page, args.question, max_new_tokens=args.max_new_tokens))
+
+
+def _count_tiles(page: Image.Image, config: Config) -> int:
+    data, size = config.data, np.array([[page.height, page.width]])
+    return images.count_tiles(size, config.model.vision, data.tiles_of_a_record, data.use_overview).item()
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

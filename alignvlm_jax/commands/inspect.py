@@ -1,7 +1,9 @@
-"""`inspect`: what a prepared folder holds, in numbers and as a page of the rows that a model would get."""
+"""`inspect`: what a prepared folder holds, in numbers and as a page of the rows that a model would get; or what the
+patches of an image say to a trained model."""
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -11,23 +13,24 @@ from alignvlm_jax import presets
 from alignvlm_jax.commands import analyse, config_flag
 from alignvlm_jax.commands.arguments import positive
 from alignvlm_jax.config import Config, DataConfig, LLMConfig, ModelConfig
-from alignvlm_jax.data import statistics, tokenizer_files
+from alignvlm_jax.data import images, statistics, tokenizer_files
 from alignvlm_jax.data.pipeline import TrainRows
 from alignvlm_jax.data.statistics import Statistics
-from alignvlm_jax.errors import UserError, nearest
-from alignvlm_jax.eval import rows_page
+from alignvlm_jax.errors import UsageError, UserError, nearest
+from alignvlm_jax.eval import lens, loading, looking, rows_page
+from alignvlm_jax.eval.assistant import Assistant
 
 
 def main(argv: list[str]) -> None:
-    """Prints the statistics and writes the page; or what `analyse` prints and writes, where a checkpoint is named."""
-    if any(flag.split("=")[0] in analyse.FLAGS for flag in argv):
-        return analyse.main(argv)
+    """Prints the statistics and writes the page; with --analysis, that of the analysis."""
+    if analyse.is_asked(argv):
+        analyse.main(argv)
+        return
     parser = argparse.ArgumentParser(
         prog="python -m alignvlm_jax inspect",
         description=__doc__,
         epilog=f"Without --config rows are those of SigLIP-400M with tiles of 384 pixels, 16,384 tokens long. "
-        f"{config_flag.HELP} With --checkpoint=DIR --analysis=NAME a trained model is inspected instead; then, "
-        "--help says how.",
+        f"{config_flag.HELP}",
         allow_abbrev=False,
     )
     parser.add_argument("--data", help="folder that `prepare` wrote; default: that of the config")
@@ -35,8 +38,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--stage", default="", help="of several in the config; default: the first")
     parser.add_argument("--num_rows", type=positive, default=8, help="rows on the page")
     parser.add_argument("--out", type=Path, help="the page; default: rows.html in the folder")
+    _add_analysis_flags(parser)
     stages, rest = config_flag.parse(argv)
     args = parser.parse_args(rest)
+    if args.analysis:
+        _analyze(args)
+        return
+    if args.checkpoint:
+        parser.error("--checkpoint=DIR needs --analysis=NAME")
     if stages is None and not args.data:
         parser.error("--data=DIR or --config=FILE is required")
     config = _default(args.data) if stages is None else _stage(stages, args.stage)
@@ -54,6 +63,44 @@ def main(argv: list[str]) -> None:
     ]
     out = args.out or Path(config.data.folders[0], rows_page.FILE)
     console.print(f"Written: {rows_page.build(views, found[0], out)}")
+
+
+def _add_analysis_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("analyses of a trained model")
+    of_data = "; ".join(f"{name}: {one.help}" for name, one in analyse.ANALYSES.items())
+    group.add_argument(
+        "--analysis",
+        choices=sorted({*ANALYSES, *analyse.ANALYSES}),
+        help=f"lens: what the patches of an image say; {of_data}. Each has a --help of its own",
+    )
+    group.add_argument("--checkpoint", type=Path, help="workdir, or one of its checkpoints/STEP")
+    group.add_argument(
+        "--image", type=Path, help="lens: a PNG, JPEG, ... or PDF file; --out is lens.html in the workdir, or a .png"
+    )
+    group.add_argument("--page", type=int, default=1, help="lens: page of a PDF, from 1")
+
+
+def _analyze(args: argparse.Namespace) -> None:
+    if not args.checkpoint:
+        raise UsageError(f"--analysis={args.analysis} needs --checkpoint=DIR")
+    ANALYSES[args.analysis](args)
+
+
+def _lens(args: argparse.Namespace) -> None:
+    """Writes what the patches of a page say; whatever can be wrong is found before the model is loaded."""
+    if not args.image:
+        raise UsageError("--analysis=lens needs --image=FILE")
+    out = args.out or loading.workdir_of(args.checkpoint) / lens.FILE
+    lens.check_suffix(out)
+    page = images.load_page(args.image, args.page)
+    config = loading.load_config(args.checkpoint, args.data)
+    looking.check(config)
+    look = Assistant(loading.load(args.checkpoint, config)).lens(page)
+    print(look, file=sys.stderr)
+    print(f"Written: {look.save(out, f'What the patches of {args.image.name} say')}")
+
+
+ANALYSES = {"lens": _lens}
 
 
 def _fill(all_rows: TrainRows) -> float:

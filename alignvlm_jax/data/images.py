@@ -84,6 +84,29 @@ def load_page(path: str | Path, page: int = 1) -> Image.Image:
     return decode_image(data, str(path))
 
 
+def open_page(source: str | Path | Image.Image | np.ndarray, page: int = 1) -> Image.Image:
+    """Returns a page as RGB: of a file, as `load_page`; of an image in memory, Pillow's or uint8 [Y, X] or [Y, X, C],
+    where C is 1, 3 or 4.
+
+    Raises:
+      UserError: the file cannot be read, there is no such page, or an array is no image.
+    """
+    if isinstance(source, str | Path):
+        return load_page(source, page)
+    if page != 1:
+        raise UserError(f"an image in memory has no page {page}")
+    if isinstance(source, np.ndarray):
+        channels = source.shape[2:] or (1,)
+        if source.dtype != np.uint8 or source.ndim not in (2, 3) or channels[0] not in (1, 3, 4) or not source.size:
+            raise UserError(
+                f"an array of {source.dtype} {list(source.shape)} is no image: uint8 [Y, X] or [Y, X, 1, 3 or 4] is"
+            )
+        source = Image.fromarray(source[..., 0] if source.ndim == 3 and channels == (1,) else source)
+    if not isinstance(source, Image.Image):
+        raise UserError(f"a {type(source).__name__} is no image: a path, a PIL image or a NumPy array is")
+    return _to_rgb(ImageOps.exif_transpose(source))
+
+
 def _draw_pdf_page(data: bytes, name: str, page: int) -> Image.Image:
     try:
         document = pypdfium2.PdfDocument(data)

@@ -1,6 +1,7 @@
 """Batches. Row i of a stage is a pure function of (seed, stage, i), so a position in the data is one number."""
 
 import bisect
+import dataclasses
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from alignvlm_jax.data import rows, schedule, tokenizer_files
 from alignvlm_jax.data.rows import Part, Row
 from alignvlm_jax.data.schedule import Schedule
 from alignvlm_jax.data.schema import Batch, Record
-from alignvlm_jax.data.sources import RecordSource
+from alignvlm_jax.data.sources import RecordSource, shard_paths
 from alignvlm_jax.data.tokenizer import Tokenizer
 from alignvlm_jax.errors import UserError, nearest
 
@@ -152,14 +153,24 @@ class _Block:
         return self._rows[self._start + batch * self._global_size + self._offset + row]
 
 
+def validation_rows(config: Config) -> TrainRows:
+    """Returns the rows of the validation split, out of the sources that have one: of a small one nothing may have been
+    held out. UserError where none has."""
+    split, sources = config.data.validation_split, config.data.sources
+    held = {name: source for name, source in sources.items() if shard_paths(source.dir, split)}
+    if held:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=held))
+    return TrainRows(config, split)
+
+
 def validation_batches(config: Config, batch_size: int, num_rows: int) -> list[Batch]:
-    """Returns the first `num_rows` rows of the validation split, the same ones at every call. `num_rows` is rounded
-    down to whole batches, but to no less than one.
+    """Returns the first `num_rows` of `validation_rows`, the same ones at every call. `num_rows` is rounded down to
+    whole batches, but to no less than one.
 
     Raises:
       UserError: no record of them can be read.
     """
-    validation = TrainRows(config, config.data.validation_split)
+    validation = validation_rows(config)
     batches = [
         stack([validation[start + i] for i in range(batch_size)])
         for start in range(0, max(1, num_rows // batch_size) * batch_size, batch_size)

@@ -132,15 +132,13 @@ def build_prompt(page: Record | Image.Image | None, question: str, config: Confi
     return row | {"tiles": np.concatenate([tiles, unused])}
 
 
-def trim_prompt(row: Row, config: Config, multiple: int = 64) -> Row:
-    """Returns a prompt without the tile slots that it does not use and without its padding beyond a `multiple`: with
-    room for nine tiles, one should not cost nine."""
-    length = -(-int(row["segment_ids"].sum()) // multiple) * multiple
-    trimmed = {name: array if name == "tiles" else array[:length] for name, array in row.items()}
-    if "tiles" in row:
-        num_tiles = (row["tokens"] == config.model.image_token_id).sum() // config.model.slots_per_tile
-        trimmed["tiles"] = row["tiles"][:num_tiles]
-    return trimmed
+def trim_prompts(prompts: Sequence[Row], config: Config, multiple: int = 64) -> list[Row]:
+    """Returns prompts, still of one shape, without the tile slots that none of them uses and without the padding beyond
+    a `multiple` that all have: with room for nine tiles, one should not cost nine."""
+    length = -(-max(int(row["segment_ids"].sum()) for row in prompts) // multiple) * multiple
+    num_slots = max(int((row["tokens"] == config.model.image_token_id).sum()) for row in prompts)
+    ends = {"tiles": num_slots // config.model.slots_per_tile}
+    return [{name: array[: ends.get(name, length)] for name, array in row.items()} for row in prompts]
 
 
 def _tile_pages(record: Record, config: Config) -> list[Tiles]:

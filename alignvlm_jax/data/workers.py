@@ -17,6 +17,7 @@ def run(function: Callable[[Any], Iterator[Any]], tasks: Iterable[Any], num_work
 
     Raises:
       UserError: one that `function` raised, or a worker was killed.
+      OSError: one that `function` raised, as of a full disk.
     """
     waiting = collections.deque(tasks)
     num_workers = min(num_workers, len(waiting))
@@ -85,9 +86,9 @@ def _work(function: Callable, line: connection.Connection) -> None:
             for value in function(line.recv()):
                 line.send(("value", value))
             line.send(("done", None))
-    except EOFError:
+    except (EOFError, BrokenPipeError):
         return  # The parent is gone.
-    except UserError as err:
+    except (UserError, OSError) as err:
         line.send(("failed", err))
     except Exception:
         line.send(("failed", RuntimeError(f"in a worker:\n{traceback.format_exc()}")))

@@ -55,7 +55,7 @@ def tiles_of(loaded: Loaded, records: Sequence[Record]) -> np.ndarray:
       UserError: an image cannot be read, or there is none.
     """
     prompts = [rows.build_prompt(record, "", loaded.config, loaded.tokenizer) for record in records]
-    tiles = np.concatenate([rows.trim_prompt(prompt, loaded.config)["tiles"] for prompt in prompts])
+    tiles = np.concatenate([rows.trim_prompts([prompt], loaded.config)[0]["tiles"] for prompt in prompts])
     if not len(tiles):
         raise UserError("the chosen records have no images")
     return tiles

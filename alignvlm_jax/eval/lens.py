@@ -1,14 +1,14 @@
-"""What patches say: ALIGN's distribution over the vocabulary, read on the page it was computed from."""
+"""What patches say: ALIGN's distribution over the vocabulary, on the page it was computed from, to be looked at."""
 
 import dataclasses
-import functools
+import html as html_lib
 import io
-from collections.abc import Mapping, Sequence
+import os
+from pathlib import Path
+from typing import Any
 
-import jax
 import matplotlib as mpl
 import numpy as np
-from jax.sharding import Mesh
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
@@ -16,17 +16,18 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from PIL import Image
 
-from alignvlm_jax.config import Config
-from alignvlm_jax.data import images
-from alignvlm_jax.data.images import Tiles
-from alignvlm_jax.data.schema import Box, Record
+from alignvlm_jax.data.schema import Box
 from alignvlm_jax.data.tokenizer import Tokenizer
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.models import connectors
-from alignvlm_jax.models.vlm import VLM
-from alignvlm_jax.parallel import mesh as mesh_lib
-from alignvlm_jax.parallel import sharding
-from alignvlm_jax.shapes import Array, Float
+from alignvlm_jax.eval import gallery, html
+
+FILE = "lens.html"
+TITLE = "What the patches say"
+MAX_SIDE = 2400
+"""Pixels of a page's longer side in the HTML."""
+
+FRAME_HEIGHT = 820
+"""Pixels, in a notebook."""
 
 PICTURE_INCHES = 9.0
 DPI = 110
@@ -37,20 +38,70 @@ TINT = 0.45
 class Lens:
     """A page and what its patches say; patches that lie wholly in a tile's padding are left out.
 
+    In a notebook it shows itself; `save` writes it to a file.
+
     Attributes:
       page: the page, RGB.
       boxes: float [N, 4], left, top, right, bottom of patches in pixels of the page.
-      probabilities: float [N, V].
+      tokens: int32 [N, K], each patch's likeliest tokens, the likeliest first.
+      probabilities: float32 [N, K], theirs.
+      entropies: float32 [N], of the whole distributions in bits: 0 for one certain token, log2(V) for all alike.
+      is_overview: bool [N], patches of the overview tile, which covers the page once more.
+      tokenizer: what spells the tokens.
+      num_words: V.
     """
 
     page: Image.Image
     boxes: np.ndarray
+    tokens: np.ndarray
     probabilities: np.ndarray
+    entropies: np.ndarray
+    is_overview: np.ndarray
+    tokenizer: Tokenizer
+    num_words: int
 
-    def entropies(self) -> np.ndarray:
-        """Returns the entropy of each patch in bits: 0 for one certain token, log2(V) for all alike."""
-        p = self.probabilities
-        return -(p * np.log2(np.where(p > 0, p, 1.0))).sum(-1)
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __repr__(self) -> str:
+        size = f"{self.page.width} x {self.page.height} pixels"
+        return f"Lens({size}, {len(self)} patches, {self.entropies.mean():.2f} bits on average)"
+
+    def _repr_html_(self) -> str:
+        # A frame of its own: neither its styles nor its script meet the notebook's.
+        page = html_lib.escape(self.html())
+        return f'<iframe srcdoc="{page}" style="width: 100%; height: {FRAME_HEIGHT}px; border: 0"></iframe>'
+
+    def top(self, index: int) -> list[tuple[str, float]]:
+        """Returns a patch's likeliest tokens, readable, with their probabilities."""
+        found = zip(self.tokens[index], self.probabilities[index], strict=True)
+        return [(self.tokenizer.piece(int(token)), float(p)) for token, p in found]
+
+    def detail(self) -> "Lens":
+        """Returns the patches that cover the page once: those of the overview are left out."""
+        kept = ~self.is_overview
+        names = ("boxes", "tokens", "probabilities", "entropies", "is_overview")
+        return dataclasses.replace(self, **{name: getattr(self, name)[kept] for name in names})
+
+    def html(self, title: str = TITLE) -> str:
+        """Returns a page of HTML to hover over, which needs no other file."""
+        return html.render(FILE, title=title, lens=self, data=_page_data(self), page=_page_uri(self.page))
+
+    def save(self, path: str | os.PathLike[str], title: str = TITLE) -> Path:
+        """Writes the page to hover over (.html), which has a title, or the still picture (.png); returns the path.
+
+        Raises:
+          UserError: another suffix.
+        """
+        path = Path(path)
+        check_suffix(path)
+        if path.suffix == ".png":
+            beside = path.with_suffix(".tmp")
+            beside.write_bytes(picture(self))
+            os.replace(beside, path)
+        else:
+            html.write(path, self.html(title))
+        return path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,40 +113,15 @@ class Reading:
     tokens: tuple[tuple[str, float], ...]
 
 
-def look(model: VLM, params: Mapping, mesh: Mesh, config: Config, records: Sequence[Record]) -> list[Lens]:
-    """Returns a lens for the first image of each record.
-
-    Raises:
-      UserError: the model's connector has no distribution over the vocabulary, or an image cannot be read.
-    """
-    check_readable(config)
-    pages = [images.decode_image(record.images[0], record.id) for record in records]
-    vision, data = config.model.vision, config.data
-    tiles = [images.tile_image(page, vision, data.max_tiles, data.use_overview) for page in pages]
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    shape = (-(-len(pages) // ways) * ways, data.max_tiles, vision.tile_height, vision.tile_width, 3)
-    pixels = np.zeros(shape, np.uint8)
-    for row, page_tiles in zip(pixels, tiles, strict=False):
-        row[: len(page_tiles.pixels)] = page_tiles.pixels
-    with mesh_lib.use(mesh):
-        batch = sharding.put_batch({"tiles": pixels}, mesh)
-        probabilities = np.asarray(jax.jit(functools.partial(_probabilities, model))(params, batch), np.float64)
-    return [
-        _lens(page, page_tiles, config, p_IPV)
-        for page, page_tiles, p_IPV in zip(pages, tiles, probabilities, strict=False)
-    ]
+def check_suffix(path: Path) -> None:
+    """Raises UserError if a lens is not saved in files of that name."""
+    if path.suffix not in (".html", ".png"):
+        raise UserError(f"cannot save a lens as {path.name}: a name ends in .html, to hover over, or in .png")
 
 
-def check_readable(config: Config) -> None:
-    """Raises UserError where the connector has no distribution over the vocabulary."""
-    name = config.model.connector.name
-    if not hasattr(connectors.get(name), "probabilities"):
-        raise UserError(f"connector {name!r} gives patches no distribution over words: there is nothing to read")
-
-
-def picture(lens: Lens, tokenizer: Tokenizer) -> bytes:
+def picture(lens: Lens) -> bytes:
     """Returns a PNG: the page, every patch framed, tinted by its entropy, its likeliest token at its foot."""
-    vocab_bits = np.log2(lens.probabilities.shape[-1])
+    lens, vocab_bits = lens.detail(), np.log2(lens.num_words)
     # Patches of a trained model differ below one bit: the square root keeps them apart.
     norm, colors = PowerNorm(0.5, 0, vocab_bits), mpl.colormaps["plasma_r"]
     height = PICTURE_INCHES * lens.page.height / lens.page.width
@@ -103,9 +129,9 @@ def picture(lens: Lens, tokenizer: Tokenizer) -> bytes:
     axes = figure.add_subplot()
     axes.imshow(lens.page, extent=(0, lens.page.width, lens.page.height, 0), interpolation="lanczos")
     points = 72 * PICTURE_INCHES / lens.page.width
-    top, entropies = lens.probabilities.argmax(-1), lens.entropies()
-    for box, token, entropy in zip(lens.boxes, top, entropies, strict=True):
-        _draw_patch(axes, box, tokenizer.piece(token), token == tokenizer.space_id, colors(norm(entropy)), points)
+    space, piece = lens.tokenizer.space_id, lens.tokenizer.piece
+    for box, token, entropy in zip(lens.boxes, lens.tokens[:, 0], lens.entropies, strict=True):
+        _draw_patch(axes, box, piece(int(token)), token == space, colors(norm(entropy)), points)
     axes.set(xlim=(0, lens.page.width), ylim=(lens.page.height, 0))
     axes.set_axis_off()
     scale = mpl.cm.ScalarMappable(norm, colors)
@@ -118,32 +144,37 @@ def picture(lens: Lens, tokenizer: Tokenizer) -> bytes:
     return buffer.getvalue()
 
 
-def readings(lens: Lens, tokenizer: Tokenizer, count: int, num_tokens: int = 3) -> list[Reading]:
+def readings(lens: Lens, count: int, num_tokens: int = 3) -> list[Reading]:
     """Returns `count` patches spread evenly from the most to the least certain of those that do not say a space."""
-    top, entropies = lens.probabilities.argmax(-1), lens.entropies()
-    (inked,) = np.nonzero(top != tokenizer.space_id)
-    ordered = inked[np.argsort(entropies[inked], kind="stable")]
+    lens = lens.detail()
+    (inked,) = np.nonzero(lens.tokens[:, 0] != lens.tokenizer.space_id)
+    ordered = inked[np.argsort(lens.entropies[inked], kind="stable")]
     chosen = ordered[np.unique(np.linspace(0, len(ordered) - 1, min(count, len(ordered))).round().astype(int))]
-    return [_reading(lens, tokenizer, index, entropies[index], num_tokens) for index in chosen]
+    return [_reading(lens, index, num_tokens) for index in chosen]
 
 
-def _probabilities(model: VLM, params: Mapping, batch: Mapping[str, Array]) -> Float[Array, "B I P V"]:
-    return model.apply({"params": params}, batch, method="patch_probabilities")
+def _page_data(lens: Lens) -> dict[str, Any]:
+    """What the page's script reads; boxes in shares of the page, a token by its place among `pieces`."""
+    used, places = np.unique(lens.tokens, return_inverse=True)
+    size = np.array([lens.page.width, lens.page.height] * 2)
+    return {
+        "pieces": [lens.tokenizer.piece(int(token)) for token in used],
+        "space": int(np.searchsorted(used, lens.tokenizer.space_id)) if lens.tokenizer.space_id in used else -1,
+        "boxes": (lens.boxes / size).round(5).tolist(),
+        "tokens": places.reshape(lens.tokens.shape).tolist(),
+        "probabilities": lens.probabilities.astype(float).round(5).tolist(),
+        "entropies": lens.entropies.astype(float).round(3).tolist(),
+        "overview": np.flatnonzero(lens.is_overview).tolist(),
+        "bits": float(np.log2(lens.num_words)),
+        "width": lens.page.width,
+        "height": lens.page.height,
+    }
 
 
-def _lens(page: Image.Image, tiles: Tiles, config: Config, p_IPV: np.ndarray) -> Lens:
-    vision = config.model.vision
-    rows, columns = vision.patch_grid
-    size = np.array([vision.patch_width, vision.patch_height])
-    corners = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), -1).reshape(-1, 2) * size
-    boxes, kept = [], []
-    for crop, scale, p_PV in zip(tiles.crops, tiles.scales, p_IPV, strict=False):
-        left_top = crop[:2] + corners / scale
-        right_bottom = np.minimum(crop[:2] + (corners + size) / scale, crop[2:])
-        drawn = (right_bottom > left_top).all(-1)
-        boxes.append(np.concatenate([left_top, right_bottom], -1)[drawn])
-        kept.append(p_PV[drawn])
-    return Lens(page, np.concatenate(boxes), np.concatenate(kept))
+def _page_uri(page: Image.Image) -> str:
+    shown = page.copy()
+    shown.thumbnail((MAX_SIDE, MAX_SIDE))
+    return gallery.image_uri(shown)
 
 
 def _draw_patch(axes: Axes, box: Box, token: str, is_space: bool, color: tuple[float, ...], points: float) -> None:
@@ -160,8 +191,6 @@ def _draw_patch(axes: Axes, box: Box, token: str, is_space: bool, color: tuple[f
     )  # fmt: skip
 
 
-def _reading(lens: Lens, tokenizer: Tokenizer, index: int, entropy: float, num_tokens: int) -> Reading:
-    p = lens.probabilities[index]
-    likeliest = np.argsort(-p, kind="stable")[:num_tokens]
+def _reading(lens: Lens, index: int, num_tokens: int) -> Reading:
     crop = lens.page.crop(tuple(int(edge) for edge in np.round(lens.boxes[index])))
-    return Reading(crop, float(entropy), tuple((tokenizer.piece(token), float(p[token])) for token in likeliest))
+    return Reading(crop, float(lens.entropies[index]), tuple(lens.top(index)[:num_tokens]))

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from alignvlm_jax.data import sources
-from alignvlm_jax.eval import lens, vocabulary
+from alignvlm_jax.eval import looking, vocabulary
 from alignvlm_jax.eval.loading import Loaded
 
 NUM_COMPONENTS = 10
@@ -48,7 +48,7 @@ def measure(loaded: Loaded, pages: str, num_pages: int, threshold: float, seed: 
     Raises:
       UserError: the connector has no distribution over words, the split is missing, or no word is chosen.
     """
-    lens.check_readable(loaded.config)
+    looking.check(loaded.config)
     used = vocabulary.usage(loaded, pages, num_pages)
     num_words = loaded.config.model.llm.num_words
     table = np.float64(jax.device_get(loaded.params["llm"]["embed"]["table"]))[:num_words]

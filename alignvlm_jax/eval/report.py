@@ -12,10 +12,11 @@ import jax
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.config import Config
+from alignvlm_jax.data import images
 from alignvlm_jax.data.schema import Record
 from alignvlm_jax.data.sources import RecordSource
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.eval import figures, gallery, html, lens, loading, predictions, summary
+from alignvlm_jax.eval import figures, gallery, html, lens, loading, looking, predictions, summary
 from alignvlm_jax.eval.gallery import Example
 from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.eval.predictions import Predictions
@@ -184,20 +185,19 @@ def _lenses(run: Run, examples: Sequence[Example], records: Mapping[str, Record]
     chosen = gallery.one_of_each([example for example in examples if example.record_id in records], NUM_LENSES)
     if not chosen:
         return [], "There are no answered questions with their pages yet: run `evaluate` first."
-    loaded = run.loaded
     try:
-        pages = [records[example.record_id] for example in chosen]
-        looks = lens.look(loaded.model, loaded.params, loaded.mesh, loaded.config, pages)
+        asked = [records[example.record_id] for example in chosen]
+        looks = looking.look(run.loaded, [images.decode_image(record.images[0], record.id) for record in asked])
     except UserError as err:
         return [], str(err)
     shown = [
         {
-            "picture": gallery.png_uri(lens.picture(look, loaded.tokenizer)),
-            "entropy": float(look.entropies().mean()),
+            "picture": gallery.png_uri(lens.picture(look)),
+            "entropy": float(look.entropies.mean()),
             "example": _shown(example, None),
             "readings": [
                 {"image": gallery.image_uri(one.image), "entropy": one.entropy, "tokens": one.tokens}
-                for one in lens.readings(look, loaded.tokenizer, NUM_READINGS)
+                for one in lens.readings(look, NUM_READINGS)
             ],
         }
         for example, look in zip(chosen, looks, strict=True)

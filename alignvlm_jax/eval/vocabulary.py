@@ -17,7 +17,7 @@ import numpy as np
 from alignvlm_jax.data import sources
 from alignvlm_jax.data.tokenizer import Tokenizer
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.eval import analysis, lens
+from alignvlm_jax.eval import analysis, looking
 from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.eval.runner import Runner, Trial
 from alignvlm_jax.models.vlm import VLM
@@ -102,7 +102,7 @@ def measure(loaded: Loaded, split: str, pages: str, num_pages: int, threshold: f
     Raises:
       UserError: the connector has no distribution over words, a split is missing, or no word is kept.
     """
-    lens.check_readable(loaded.config)
+    looking.check(loaded.config)
     found = usage(loaded, pages, num_pages)
     kept = {by: found.kept(by, threshold) for by in ("mean", "highest")}
     everything = np.ones_like(kept["mean"])

@@ -19,8 +19,8 @@ def check(stages: tuple[Config, ...]) -> None:
     for config in stages:
         connectors.get(config.model.connector.name)
         mesh = mesh_lib.make_mesh(config)
-        for split in (config.data.split, config.data.validation_split):
-            pipeline.TrainRows(config, split)
+        pipeline.TrainRows(config, config.data.split)
+        pipeline.validation_rows(config)
         # Stages mostly share a model, and tracing it takes most of a second.
         key = config.model, config.mesh
         if key not in shapes:

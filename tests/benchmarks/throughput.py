@@ -39,7 +39,9 @@ def main() -> None:
     """Prints the table that docs/results.md shows."""
     with tempfile.TemporaryDirectory() as folder:
         records = write_data(Path(folder))
-        forms = {"torch DataLoader, SiglipImageProcessor": theirs(Path(folder), records), "this pipeline": ours(folder)}
+        # Its name says which of two it is: without torchvision transformers takes the one of PIL.
+        processor = transformers.SiglipImageProcessor.__name__
+        forms = {f"torch DataLoader, {processor}": theirs(Path(folder), records), "this pipeline": ours(folder)}
         rates: dict[str, list[float]] = {name: [] for name in forms}
         for _ in range(ROUNDS):
             for name, start in forms.items():

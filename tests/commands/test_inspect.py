@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from PIL import Image
 
 from alignvlm_jax import __main__ as main
 from tests.data import conftest as data_fixtures
@@ -82,8 +83,8 @@ def test_cost(workdir, capsys):
 @pytest.mark.parametrize(
     ("flags", "status", "message"),
     [
-        (["--checkpoint={workdir}"], 2, "--checkpoint=DIR and --analysis=NAME belong together"),
-        (["--analysis=noise"], 2, "--checkpoint=DIR and --analysis=NAME belong together"),
+        (["--checkpoint={workdir}"], 2, "--checkpoint=DIR needs --analysis=NAME"),
+        (["--analysis=noise"], 2, "--analysis=noise needs --checkpoint=DIR"),
         (["--checkpoint={workdir}", "--analysis=nosie"], 2, "invalid choice: 'nosie'"),
         (["--checkpoint={workdir}", "--analysis=noise", "--threshold=0.1"], 2, "unrecognized arguments: --threshold"),
         (["--checkpoint={workdir}", "--analysis=noise", "--config=x.py"], 2, "unrecognized arguments: --config"),
@@ -108,6 +109,15 @@ def test_wrong_analyses(trained_workdir, capsys, flags, status, message):
         (["--config=configs/demo.py", "--stage=stage9"], 1, "--stage is 'stage9'; did you mean"),
         (["--data={folder}", "--num_rows=0"], 2, "0 is not a positive number"),
         ([], 2, "--data=DIR or --config=FILE is required"),
+        (["--analysis=lenz", "--checkpoint=nowhere"], 2, "invalid choice: 'lenz'"),
+        (["--analysis=lens"], 2, "--analysis=lens needs --checkpoint=DIR"),
+        (["--analysis=lens", "--checkpoint=nowhere"], 2, "--analysis=lens needs --image=FILE"),
+        (["--analysis=lens", "--checkpoint=nowhere", "--image=none.png"], 1, "cannot read none.png"),
+        (
+            ["--analysis=lens", "--checkpoint=nowhere", "--image=none.png", "--out=a.pdf"],
+            1,
+            "cannot save a lens as a.pdf",
+        ),
     ],
 )
 def test_bad_input(folder, capsys, flags, status, message):
@@ -121,3 +131,15 @@ def _assert_fails(flags: list[str], status: int, message: str, capsys) -> None:
         returned = stop.code
     assert returned == status
     assert message in capsys.readouterr().err
+
+
+def test_the_lens_of_an_image(trained_workdir, tmp_path, capsys):
+    Image.new("RGB", (16, 16), "white").save(tmp_path / "page.png")
+    flags = ["inspect", f"--checkpoint={trained_workdir}", "--analysis=lens", f"--image={tmp_path / 'page.png'}"]
+    assert main.main(flags) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"Written: {trained_workdir / 'lens.html'}\n"
+    assert "Lens(16 x 16 pixels, 16 patches, " in printed.err
+    assert "What the patches of page.png say" in (trained_workdir / "lens.html").read_text()
+    assert main.main([*flags, f"--out={tmp_path / 'still.png'}"]) == 0
+    assert Image.open(tmp_path / "still.png").format == "PNG"

@@ -199,3 +199,21 @@ def test_a_damaged_avif_is_a_user_error():
             images.decode_image(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :], "a.avif")
         except UserError as error:
             assert "cannot read image a.avif" in str(error)
+
+
+def test_images_in_memory_are_pages_as_files_are(tmp_path):
+    rgb = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
+    Image.fromarray(rgb).save(tmp_path / "page.png")
+    for source in (rgb, Image.fromarray(rgb), tmp_path / "page.png", str(tmp_path / "page.png")):
+        np.testing.assert_array_equal(np.asarray(images.open_page(source)), rgb)
+    gray = rgb[..., 0]
+    for source in (gray, gray[..., None], Image.fromarray(gray)):
+        np.testing.assert_array_equal(np.asarray(images.open_page(source)), np.stack([gray] * 3, -1))
+    # Transparency is white, as in files.
+    clear = np.concatenate([rgb, np.zeros((6, 4, 1), np.uint8)], -1)
+    assert (np.asarray(images.open_page(clear)) == 255).all()
+    with pytest.raises(UserError, match="in memory has no page 2"):
+        images.open_page(rgb, 2)
+    for wrong in (rgb.astype(np.float32), rgb[:0], rgb[0, 0], rgb[None]):
+        with pytest.raises(UserError, match="is no image"):
+            images.open_page(wrong)

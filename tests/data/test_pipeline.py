@@ -192,6 +192,23 @@ def test_a_validation_split_that_cannot_be_read_is_an_error(demo_config, tmp_pat
         pipeline.validation_batches(change(demo_config, "data", dir=str(tmp_path)), 4, 8)
 
 
+def test_a_source_of_which_nothing_was_held_out_is_no_part_of_validation(demo_config, tmp_path):
+    shutil.copytree(demo_config.data.dir, tmp_path, dirs_exist_ok=True)
+    for path in tmp_path.glob("validation-*"):
+        path.unlink()
+    held = {"a": SourceConfig(dir=demo_config.data.dir)}
+    mixed = held | {"b": SourceConfig(dir=str(tmp_path))}
+    both, alone = (
+        pipeline.validation_batches(change(demo_config, "data", packing="plan", sources=sources), 4, 8)
+        for sources in (mixed, held)
+    )
+    for batch, expected in zip(both, alone, strict=True):
+        assert_equal(batch, expected)
+    nowhere = change(demo_config, "data", sources={"b": mixed["b"]})
+    with pytest.raises(UserError, match="no shards of split 'validation'"):
+        pipeline.validation_batches(nowhere, 4, 8)
+
+
 def test_an_index_of_other_records_is_found_out(demo_config, tmp_path):
     shutil.copytree(demo_config.data.dir, tmp_path, dirs_exist_ok=True)
     for path in sources.shard_paths(tmp_path, "train"):

@@ -134,15 +134,17 @@ def test_a_prompt_that_is_too_long_is_a_user_error(demo_config, tokenizer):
         rows.build_prompt(page_record(), "x" * 200, demo_config, tokenizer)
 
 
-def test_a_trimmed_prompt_keeps_its_tokens_and_used_tiles(demo_config, tokenizer):
+def test_trimmed_prompts_keep_their_tokens_and_used_tiles(demo_config, tokenizer):
     page = Image.new("RGB", (16, 16))  # Black: a used tile may be all zeros.
-    prompt = rows.build_prompt(page, "Who?", demo_config, tokenizer)
-    trimmed = rows.trim_prompt(prompt, demo_config, multiple=16)
-    used = int(prompt["segment_ids"].sum())
-    assert len(prompt["tokens"]) > len(trimmed["tokens"]) == -(-used // 16) * 16
-    for name in ("tokens", "positions", "segment_ids"):
-        np.testing.assert_array_equal(trimmed[name], prompt[name][: len(trimmed[name])])
-    assert len(prompt["tiles"]) == 2 and len(trimmed["tiles"]) == 1
+    prompts = [rows.build_prompt(page, question, demo_config, tokenizer) for question in ("Who?", "Who" * 9)]
+    trimmed = rows.trim_prompts(prompts, demo_config, multiple=16)
+    lengths = [int(prompt["segment_ids"].sum()) for prompt in prompts]
+    assert lengths[0] < lengths[1] and len(prompts[0]["tiles"]) == 2
+    for before, after in zip(prompts, trimmed, strict=True):
+        assert len(before["tokens"]) > len(after["tokens"]) == -(-lengths[1] // 16) * 16
+        assert len(after["tiles"]) == 1
+        for name in ("tokens", "positions", "segment_ids", "tiles"):
+            np.testing.assert_array_equal(after[name], before[name][: len(after[name])])
 
 
 def test_a_prompt_of_a_record_without_images_goes_into_one_batch_with_others(demo_config, tokenizer):
@@ -159,7 +161,7 @@ def test_a_prompt_of_a_record_without_images_goes_into_one_batch_with_others(dem
 def test_a_prompt_without_a_page_has_no_image_slots_and_no_tiles(demo_config, tokenizer):
     prompt = rows.build_prompt(None, "Who?", demo_config, tokenizer)
     assert "tiles" not in prompt and not (prompt["tokens"] == demo_config.model.image_token_id).any()
-    assert "tiles" not in rows.trim_prompt(prompt, demo_config)
+    assert "tiles" not in rows.trim_prompts([prompt], demo_config)[0]
 
 
 def planned(config, **fields):

@@ -1,5 +1,8 @@
+import errno
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -18,6 +21,8 @@ def misbehave(how):
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "wrong input":
         raise UserError("wrong input, in one line")
+    if how == "a full disk":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if how == "a fault":
         raise ZeroDivisionError
     time.sleep(60)
@@ -34,6 +39,7 @@ def test_all_that_is_yielded_comes(num_workers):
     [
         ("killed", UserError, "killed by SIGKILL .*fewer --num_workers.*goes on"),
         ("wrong input", UserError, "^wrong input, in one line$"),
+        ("a full disk", OSError, "No space left on device"),
         ("a fault", RuntimeError, "(?s)in a worker:.*misbehave.*ZeroDivisionError"),
     ],
 )
@@ -50,3 +56,32 @@ def test_workers_end_with_the_iteration():
     started = time.monotonic()
     running.close()
     assert time.monotonic() - started < 30
+
+
+ORPHANS = """
+import os
+from tests.data.test_workers import talk
+from alignvlm_jax.data import workers
+if __name__ == "__main__":
+    running = workers.run(talk, range(2), 2)
+    next(running)
+    os._exit(0)  # as a parent that is killed: it ends none of them
+"""
+
+
+def talk(_):
+    while True:
+        time.sleep(0.05)
+        yield "still here"
+
+
+def test_workers_whose_parent_is_gone_end_without_a_word(tmp_path):
+    (tmp_path / "orphans.py").write_text(ORPHANS)
+    run = subprocess.run(
+        [sys.executable, tmp_path / "orphans.py"],
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+        capture_output=True,  # until the last of them has ended
+        text=True,
+        timeout=60,
+    )
+    assert (run.returncode, run.stderr) == (0, "")

@@ -1,86 +1,60 @@
-"""What patches say: boxes that cover the page, probabilities of the model, entropies in bits."""
+"""A lens shows itself: readings, the still picture, the page to hover over."""
 
 import dataclasses
+import html
 import io
+import json
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from alignvlm_jax.data import images, pages
+from alignvlm_jax.data import pipeline
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.eval import lens, loading, runner
+from alignvlm_jax.eval import lens, loading
+
+VOCAB = 64
 
 
 @pytest.fixture(scope="module")
-def loaded(trained_workdir):
-    return loading.load(trained_workdir, loading.load_config(trained_workdir))
-
-
-def with_page(record, width: int, height: int):
-    noise = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return dataclasses.replace(record, images=(pages.encode_png(Image.fromarray(noise)),))
-
-
-def test_boxes_cover_the_page_once_and_probabilities_are_those_of_its_tiles(loaded):
-    source = runner.sources.RecordSource(loaded.config.data.dir, "seen_fonts")
-    # Two tiles that fit; a page that is scaled and leaves a part of its tiles empty.
-    records = [source[0], with_page(source[1], 45, 39)]
-    looks = lens.look(loaded.model, loaded.params, loaded.mesh, loaded.config, records)
-    assert len(looks) == 2
-    for look, record in zip(looks, records, strict=True):
-        assert look.page.size == images.decode_image(record.images[0], "").size
-        covered = np.zeros((look.page.height, look.page.width), int)
-        for x, y in np.ndindex(look.page.width, look.page.height):
-            left, top, right, bottom = look.boxes.T
-            covered[y, x] = ((left <= x + 0.5) & (x + 0.5 < right) & (top <= y + 0.5) & (y + 0.5 < bottom)).sum()
-        assert (covered == 1).all()
-        np.testing.assert_allclose(look.probabilities.sum(-1), 1, atol=1e-5)
-        assert look.probabilities.shape == (len(look.boxes), loaded.config.model.llm.vocab_size)
-    # Patches of noise differ, and so do those of the two pages.
-    assert len(np.unique(looks[0].probabilities.round(6), axis=0)) == len(looks[0].boxes)
-    assert not np.allclose(looks[0].probabilities[0], looks[1].probabilities[0], atol=1e-3)
-
-
-def test_a_connector_without_a_distribution_says_so(loaded):
-    connector = dataclasses.replace(loaded.config.model.connector, name="mlp")
-    model = dataclasses.replace(loaded.config.model, connector=connector)
-    with pytest.raises(UserError, match="'mlp' gives patches no distribution"):
-        lens.look(loaded.model, loaded.params, loaded.mesh, dataclasses.replace(loaded.config, model=model), [])
+def tokenizer(trained_workdir):
+    return pipeline.load_tokenizer(loading.load_config(trained_workdir))
 
 
 @pytest.fixture
-def drawn(loaded):
-    """Three patches: certain of "7", wavering between "1" and "l", ignorant; and a blank one."""
-    vocab = loaded.tokenizer.vocab_size
-    seven, one, small_l = (loaded.tokenizer.encode(text)[0] for text in "71l")
-    p = np.zeros((4, vocab))
-    p[0, one] = p[0, small_l] = 0.5
-    p[1, seven] = 1
-    p[2] = 1 / vocab
-    p[3, loaded.tokenizer.space_id] = 1
-    boxes = np.array([[0, 0, 8, 8], [8, 0, 16, 8], [0, 8, 8, 16], [8, 8, 16, 16]], float)
-    return lens.Lens(Image.new("RGB", (16, 16), "white"), boxes, p)
+def drawn(tokenizer):
+    """Four patches: wavering between "1" and "l", certain of "7", ignorant, and blank; and one of the overview."""
+    seven, one, small_l = (tokenizer.encode(text)[0] for text in "71l")
+    space = tokenizer.space_id
+    return lens.Lens(
+        page=Image.new("RGB", (16, 16), "white"),
+        boxes=np.array([[0, 0, 8, 8], [8, 0, 16, 8], [0, 8, 8, 16], [8, 8, 16, 16], [0, 0, 16, 16]], float),
+        tokens=np.array([[one, small_l], [seven, one], [one, seven], [space, one], [small_l, one]]),
+        probabilities=np.array([[0.5, 0.5], [1, 0], [1 / VOCAB, 1 / VOCAB], [1, 0], [0.75, 0.25]], np.float32),
+        entropies=np.array([1, 0, np.log2(VOCAB), 0, 0.81], np.float32),
+        is_overview=np.array([False] * 4 + [True]),
+        tokenizer=tokenizer,
+        num_words=VOCAB,
+    )
 
 
-def test_entropy_is_in_bits(drawn, loaded):
-    np.testing.assert_allclose(drawn.entropies(), [1, 0, np.log2(loaded.tokenizer.vocab_size), 0], atol=1e-12)
+def data_of(page: str) -> dict:
+    """What the page's script reads."""
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
 
 
-def test_readings_run_from_certain_to_ignorant_and_skip_spaces(drawn, loaded):
-    found = lens.readings(drawn, loaded.tokenizer, count=6)
-    assert [round(reading.entropy, 3) for reading in found] == [0, 1, round(np.log2(loaded.tokenizer.vocab_size), 3)]
+def test_readings_run_from_certain_to_ignorant_and_skip_spaces(drawn):
+    found = lens.readings(drawn, count=6)
+    assert [round(reading.entropy, 3) for reading in found] == [0, 1, 6]
     assert found[0].tokens[0] == ("7", 1.0)
     assert {found[1].tokens[0][0], found[1].tokens[1][0]} == {"1", "l"}
     assert [reading.image.size for reading in found] == [(8, 8)] * 3
-    assert [reading.entropy for reading in lens.readings(drawn, loaded.tokenizer, count=2)] == [
-        found[0].entropy,
-        found[2].entropy,
-    ]
+    assert [reading.entropy for reading in lens.readings(drawn, count=2)] == [found[0].entropy, found[2].entropy]
 
 
-def test_the_picture_tints_by_entropy(drawn, loaded):
-    picture = Image.open(io.BytesIO(lens.picture(drawn, loaded.tokenizer))).convert("RGB")
+def test_the_picture_tints_by_entropy(drawn):
+    picture = Image.open(io.BytesIO(lens.picture(drawn))).convert("RGB")
     assert picture.width == pytest.approx(lens.PICTURE_INCHES * lens.DPI, abs=2)
 
     def color(x: float, y: float) -> np.ndarray:
@@ -89,3 +63,51 @@ def test_the_picture_tints_by_entropy(drawn, loaded):
     certain, ignorant, blank = color(0.7, 0.1), color(0.3, 0.6), color(0.7, 0.6)
     np.testing.assert_array_equal(certain, blank)
     assert np.abs(certain - ignorant).max() > 40
+
+
+def test_the_page_holds_what_every_patch_says(drawn):
+    data = data_of(drawn.html())
+    assert len(data["boxes"]) == len(data["entropies"]) == len(drawn) == 5
+    np.testing.assert_allclose(np.array(data["boxes"]) * 16, drawn.boxes)
+    for i in range(len(drawn)):
+        said = [
+            (data["pieces"][token], p) for token, p in zip(data["tokens"][i], data["probabilities"][i], strict=True)
+        ]
+        assert [piece for piece, _ in said] == [piece for piece, _ in drawn.top(i)]
+        np.testing.assert_allclose([p for _, p in said], drawn.probabilities[i], atol=1e-5)
+    assert data["pieces"][data["space"]] == "␣" and data["overview"] == [4] and data["bits"] == 6
+
+
+def test_the_page_needs_no_other_file_and_runs_nothing_that_a_token_spells(drawn, tokenizer, monkeypatch):
+    monkeypatch.setattr(type(tokenizer), "piece", lambda self, token: "</script><script>alert(1)</script>")
+    page = drawn.html(title="<b>page</b>")
+    # Its own two scripts; the title is text.
+    assert page.count("<script") == page.count("</script>") == 2 and "<b>page" not in page
+    assert data_of(page)["pieces"][0] == "</script><script>alert(1)</script>"
+    assert [source[:22] for source in re.findall(r'(?:src|href)="([^"]*)', page)] == ["data:image/png;base64,"]
+    assert set(re.findall(r"https?://[^\s\"]*", page)) == {
+        "http://www.w3.org/2000/svg"
+    }  # A name, which nothing fetches.
+
+
+def test_the_switch_to_the_overview_is_there_only_with_one(drawn):
+    assert 'id="overview"' in drawn.html()
+    assert 'id="overview"' not in drawn.detail().html() and len(drawn.detail()) == 4
+
+
+def test_a_notebook_shows_the_page_in_a_frame(drawn):
+    frame = drawn._repr_html_()
+    assert html.unescape(re.fullmatch(r'<iframe srcdoc="([^"]*)" style="[^"]*"></iframe>', frame)[1]) == drawn.html()
+
+
+def test_saves_the_page_or_the_picture(drawn, tmp_path):
+    assert data_of(drawn.save(tmp_path / "a.html").read_text())["width"] == 16
+    assert Image.open(drawn.save(str(tmp_path / "a.png"))).format == "PNG"
+    with pytest.raises(UserError, match=r"cannot save a lens as a\.pdf: .* \.html"):
+        drawn.save(tmp_path / "a.pdf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "a.png"]
+
+
+def test_a_tokenizer_without_a_space_shows_all_words(drawn):
+    other = dataclasses.replace(drawn, tokens=np.where(drawn.tokens == drawn.tokenizer.space_id, 9, drawn.tokens))
+    assert data_of(other.html())["space"] == -1

@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from alignvlm_jax.data import images
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.eval import analysis, lens, loading, runner, vocabulary
+from alignvlm_jax.eval import analysis, loading, looking, runner, vocabulary
 
 SPLIT = "seen_fonts"
 
@@ -23,8 +24,14 @@ def loaded(trained_workdir, tmp_path_factory):
 def probabilities(loaded, count: int) -> np.ndarray:
     """Of the patches of the first documents, one tile each that nothing pads."""
     records = runner.sources.RecordSource(loaded.config.data.dir, SPLIT)
-    looks = lens.look(loaded.model, loaded.params, loaded.mesh, loaded.config, [records[i] for i in range(count)])
-    return np.concatenate([look.probabilities for look in looks])
+    pages = [images.decode_image(records[i].images[0], "") for i in range(count)]
+    num_words = loaded.config.model.llm.num_words
+    looks = looking.look(loaded, pages, num_words)
+    p = np.zeros((sum(map(len, looks)), loaded.config.model.llm.vocab_size))
+    np.put_along_axis(
+        p, np.concatenate([look.tokens for look in looks]), np.concatenate([look.probabilities for look in looks]), -1
+    )
+    return p
 
 
 def test_usage_is_that_of_the_patches(loaded):

@@ -20,6 +20,10 @@ UNIT_ROWS = 1000
 BATCH_ROWS = 16
 """Rows in memory at a time, each with its images."""
 
+MAX_UNPACKED = 768 << 20
+MAX_RATIO = 20
+"""A row group above both is no pictures, which do not compress. pyarrow unpacks it in one piece, in twice its size."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
@@ -122,6 +126,10 @@ def _units(path: str, metadata: parquet.FileMetaData) -> list[Unit]:
 def _rows(reader: parquet.ParquetFile, group: int, row: int, columns: Columns, path: str) -> Iterator[Raw | Rejection]:
     """Reads a row group, whose first row is number `row`."""
     name = filesystem.stem(path)
+    packed, unpacked = _sizes(reader.metadata.row_group(group))
+    if unpacked > max(MAX_UNPACKED, MAX_RATIO * packed):
+        yield Rejection(f"{name}-{row}", f"rows are too large unpacked (row group {group}: {unpacked:,} bytes)")
+        return
     try:
         for batch in reader.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns.names(), use_threads=False):
             for number in range(batch.num_rows):
@@ -129,6 +137,12 @@ def _rows(reader: parquet.ParquetFile, group: int, row: int, columns: Columns, p
                 row += 1
     except BROKEN as err:
         yield Rejection(f"{name}-{row}", f"rows cannot be read (row group {group} from here on: {_one_line(err)})")
+
+
+def _sizes(group: parquet.RowGroupMetaData) -> tuple[int, int]:
+    """The bytes of a row group, compressed and not."""
+    columns = [group.column(number) for number in range(group.num_columns)]
+    return sum(one.total_compressed_size for one in columns), sum(one.total_uncompressed_size for one in columns)
 
 
 def _raw(where: str, batch: pa.RecordBatch, number: int, columns: Columns, folder: str) -> Raw | Rejection:

@@ -121,3 +121,13 @@ def test_damaged_files_end_nothing_but_themselves(tmp_path, png):
     good = [item.id for item in items if isinstance(item, Raw)]
     assert good[:8] == [f"a-{i}" for i in range(8)] and good[-1] == "d-7"
     assert {item.id[0] for item in items if isinstance(item, Rejection)} == {"b", "c", "d"}
+
+
+def test_rows_that_are_small_only_while_they_are_packed(tmp_path, prepare, png, monkeypatch):
+    monkeypatch.setattr(parquet, "MAX_UNPACKED", 100_000)
+    images = [png(), bytes(200_000), png(), png()]
+    columns = {"image": images, "query": ["Why?"] * 4, "label": [["So."]] * 4}
+    path = write(tmp_path, columns, row_group_size=2, compression="zstd", use_dictionary=False)
+    prepared = prepare(Parquet(), path)
+    assert [record.id for record in prepared.records()] == ["train-0-2", "train-0-3"]
+    assert "rows are too large unpacked (row group 0: 200," in prepared.reasons()["train-0-0"]
