@@ -63,8 +63,8 @@ def _plan(config: Config, args: argparse.Namespace) -> planning.Plan:
     topology = chips.parse_topology(args.topology)
     if args.mesh and args.mesh != "auto":
         config = dataclasses.replace(config, mesh=_mesh(args.mesh))
-    if args.mesh != "auto":
-        planning.check(config, topology.num_chips)
+    check = layouts.check if args.mesh == "auto" else planning.check
+    check(config, topology.num_chips)  # before any device is made
     devices = _devices(topology)
     if args.mesh == "auto":
         return layouts.best(config, topology, devices, say)

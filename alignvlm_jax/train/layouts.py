@@ -34,6 +34,11 @@ def best(config: Config, topology: Topology, devices: Sequence[jax.Device], say:
     return min(fitting, key=seconds) if fitting else min(tried, key=lambda plan: plan.peak_hbm_gib or math.inf)
 
 
+def check(config: Config, num_chips: int) -> None:
+    """Raises UserError where no mesh of so many chips is for this model and batch. Nothing is compiled."""
+    next(_meshes(config, num_chips))
+
+
 def smallest(config: Config, kind: str, devices_of: Callable[[Topology], Sequence[jax.Device]], say: Say) -> Plan:
     """Returns the plan of the smallest slice of a kind of chip on which the stage fits, a row a chip at a time; where
     it fits on none, that of the largest slice that could be tried.
