@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 import contextlib
 import os
@@ -7,6 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from alignvlm_jax.errors import UserError
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file, text as UTF-8, beside `path` first: what has that name is always whole."""
+    beside = path.with_name(f"{path.name}.tmp")
+    beside.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(beside, path)
 
 
 def refuse_existing(out: Path) -> None:

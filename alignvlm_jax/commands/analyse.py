@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from alignvlm_jax import files
 from alignvlm_jax.commands.arguments import positive
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import sources
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> None:
     console.print(f"Written: {path}", markup=False)
     if chosen.picture is not None:
         path = path.with_suffix(".png")
-        path.write_bytes(chosen.picture({loaded.config.model.connector.name: found}))
+        files.write_whole(path, chosen.picture({loaded.config.model.connector.name: found}))
         console.print(f"Written: {path}", markup=False)
 
 

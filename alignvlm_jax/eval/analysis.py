@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from rich import progress
 from rich.console import Console
 
+from alignvlm_jax import files
 from alignvlm_jax.data import rows
 from alignvlm_jax.data.schema import Record
 from alignvlm_jax.errors import UserError
@@ -42,9 +42,7 @@ def write(loaded: Loaded, name: str, settings: Mapping[str, Any], results: Mappi
     }
     path = folder(loaded) / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    beside = path.with_name(f"{path.name}.tmp")
-    beside.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    files.write_whole(path, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
     return path
 
 

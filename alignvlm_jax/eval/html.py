@@ -1,7 +1,5 @@
 """Pages of HTML from templates beside this file; each is one file that needs no other."""
 
-import os
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -20,13 +18,6 @@ def render(template: str, **values: Any) -> str:
     )
     environment.filters |= {"percent": _percent, "duration": metrics.duration, "count": count}
     return environment.get_template(template).render(**values)
-
-
-def write(path: Path, page: str) -> None:
-    """Writes a page, beside `path` first."""
-    beside = path.with_suffix(".tmp")
-    beside.write_text(page, encoding="utf-8")
-    os.replace(beside, path)
 
 
 def count(number: int) -> str:

@@ -16,6 +16,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from PIL import Image
 
+from alignvlm_jax import files
 from alignvlm_jax.data.schema import Box
 from alignvlm_jax.data.tokenizer import Tokenizer
 from alignvlm_jax.errors import UserError
@@ -96,11 +97,9 @@ class Lens:
         path = Path(path)
         check_suffix(path)
         if path.suffix == ".png":
-            beside = path.with_suffix(".tmp")
-            beside.write_bytes(picture(self))
-            os.replace(beside, path)
+            files.write_whole(path, picture(self))
         else:
-            html.write(path, self.html(title))
+            files.write_whole(path, self.html(title))
         return path
 
 

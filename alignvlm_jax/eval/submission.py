@@ -1,9 +1,9 @@
 """The file of answers that is handed in to the server of a benchmark, which alone knows the right ones."""
 
 import json
-import os
 from pathlib import Path
 
+from alignvlm_jax import files
 from alignvlm_jax.eval.predictions import Predictions
 from alignvlm_jax.eval.tasks import Task
 
@@ -18,6 +18,4 @@ def write(path: Path, result: Predictions, task: Task) -> None:
         }
         for row in result.rows
     ]
-    beside = path.with_name(f"{path.name}.tmp")
-    beside.write_text(json.dumps(entries, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    files.write_whole(path, json.dumps(entries, ensure_ascii=False, indent=1) + "\n")

@@ -1,13 +1,13 @@
 """The scores of a checkpoint in a few numbers: `summary.json`."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from alignvlm_jax import files
 from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.eval.predictions import Predictions
 from alignvlm_jax.train import metrics
@@ -59,6 +59,4 @@ def _of_task(result: Predictions) -> dict[str, Any]:
 
 def write(workdir: Path, fields: Mapping[str, Any]) -> None:
     """Writes summary.json, beside it first."""
-    beside = workdir / f"{FILE}.tmp"
-    beside.write_text(json.dumps(fields, indent=2) + "\n")
-    os.replace(beside, workdir / FILE)
+    files.write_whole(workdir / FILE, json.dumps(fields, indent=2) + "\n")

@@ -122,17 +122,17 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(source, prepare
 
 def test_a_list_of_finished_files_that_was_not_written_whole_is_written_again(source, prepare, monkeypatch):
     whole = prepare(Jsonl(), source, "whole")
-    original = Path.write_text
+    original = Path.write_bytes
 
-    def stop(path, text):
-        original(path, text[:10] if "finished" in path.name else text)
+    def stop(path, content):
+        original(path, content[:10] if "finished" in path.name else content)
         if "finished" in path.name:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", stop)
+    monkeypatch.setattr(Path, "write_bytes", stop)
     with pytest.raises(OSError, match="No space"):
         prepare(Jsonl(), source)
-    monkeypatch.setattr(Path, "write_text", original)
+    monkeypatch.setattr(Path, "write_bytes", original)
     assert prepare(Jsonl(), source).files() == whole.files()
 
 
