@@ -1,7 +1,7 @@
 """Asks a model what the patches of pages say."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -12,12 +12,11 @@ from alignvlm_jax.config import Config
 from alignvlm_jax.data import images
 from alignvlm_jax.data.images import Tiles
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.eval import analysis
 from alignvlm_jax.eval.lens import Lens
 from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.models import connectors
 from alignvlm_jax.models.vlm import VLM
-from alignvlm_jax.parallel import mesh as mesh_lib
-from alignvlm_jax.parallel import sharding
 from alignvlm_jax.shapes import Array, Float, Int
 
 NUM_TOKENS = 8
@@ -40,32 +39,22 @@ def look(loaded: Loaded, pages: Sequence[Image.Image], num_tokens: int = NUM_TOK
     check(config)
     data = config.data
     cut = [images.tile_image(page, config.model.vision, data.tiles_of_a_record, data.use_overview) for page in pages]
-    read = functools.partial(_read, loaded.model, count=min(num_tokens, config.model.llm.num_words))
-    seen = _in_batches(jax.jit(read), loaded, np.concatenate([tiles.pixels for tiles in cut]))
+    read = functools.partial(_read, count=min(num_tokens, config.model.llm.num_words))
+    # A tile a device at a time: a page's distributions over 128 K words take 3.7 GB.
+    parts = analysis.map_tiles(loaded, read, {"tiles": np.concatenate([tiles.pixels for tiles in cut])})
+    seen = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
     ends = np.cumsum([len(tiles.pixels) for tiles in cut])[:-1]
     by_page = zip(*(np.split(array, ends) for array in seen), strict=True)
     return [_lens(page, tiles, loaded, *arrays) for page, tiles, arrays in zip(pages, cut, by_page, strict=True)]
 
 
 def _read(
-    model: VLM, params: Mapping, batch: Mapping[str, Array], *, count: int
+    model: VLM, variables: Mapping, batch: Mapping[str, Array], *, count: int
 ) -> tuple[Int[Array, "B P K"], Float[Array, "B P K"], Float[Array, "B P"]]:
     """The likeliest tokens [B, P, K] of one tile a row, their probabilities, and entropies in bits."""
-    probabilities_BPV = model.apply({"params": params}, batch, method="patch_probabilities")[:, 0]
+    probabilities_BPV = model.apply(variables, batch, method="patch_probabilities")[:, 0]
     likeliest, tokens = jax.lax.top_k(probabilities_BPV, count)
     return tokens, likeliest, jax.scipy.special.entr(probabilities_BPV).sum(-1) / jnp.log(2.0)
-
-
-def _in_batches(read: Callable[..., tuple[Array, ...]], loaded: Loaded, tiles: np.ndarray) -> tuple[np.ndarray, ...]:
-    """What `read` gives for tiles, [T, ...] each. A tile a device at a time: a page's distributions over 128 K words
-    take 3.7 GB."""
-    ways, parts = loaded.batch_ways, []
-    with mesh_lib.use(loaded.mesh):
-        for start in range(0, len(tiles), ways):
-            rows = np.take(tiles, range(start, start + ways), axis=0, mode="clip")[:, None]
-            read_rows = read(loaded.params, sharding.put_batch({"tiles": rows}, loaded.mesh))
-            parts.append([np.asarray(array) for array in read_rows])
-    return tuple(np.concatenate(arrays)[: len(tiles)] for arrays in zip(*parts, strict=True))
 
 
 def _lens(

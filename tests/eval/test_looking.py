@@ -11,6 +11,7 @@ from alignvlm_jax import config as config_lib
 from alignvlm_jax.data import images
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.eval import loading, looking
+from alignvlm_jax.parallel import mesh as mesh_lib
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def test_boxes_cover_the_page_once_and_probabilities_are_those_of_its_tiles(load
     tiles = [images.tile_image(page, loaded.config.model.vision, 2, False).pixels for page in PAGES]
     pixels = np.concatenate(tiles)
     whole = jax.jit(lambda params, batch: loaded.model.apply({"params": params}, batch, method="patch_probabilities"))
-    with looking.mesh_lib.use(loaded.mesh):
+    with mesh_lib.use(loaded.mesh):
         expected = np.split(
             np.asarray(whole(loaded.params, {"tiles": pixels[:, None]}))[:, 0], np.cumsum([len(t) for t in tiles])[:-1]
         )
