@@ -18,6 +18,7 @@ CHOICES = {
     "model.attention": ("auto", "xla", "cudnn", "splash"),
     "model.connector.w2_init": ("lm_head", "random"),
     "model.connector.embed_grad": ("live", "stop"),
+    "model.connector.weights": ("softmax", "linear"),
     "data.packing": ("none", "plan"),
     "data.loss_by": ("token", "record"),
     "train.visual_input": ("pixels", "labels"),
@@ -38,6 +39,7 @@ AT_LEAST: dict[str, int] = {
     "data.record_tiles": 0,
     "data.max_patch_labels": 1,
     "data.blank_weight": 0,
+    "data.labelled_share": 0,
     "data.max_unsupervised": 0,
     "data.num_threads": 1,
     "data.prefetch": 1,
@@ -95,6 +97,8 @@ def check(config: Config) -> Config:
             raise UserError(f"config.optim.learning_rate_scale.{part} is no part of the model{nearest(part, PARTS)}")
         if scale < 0:
             raise UserError(f"config.optim.learning_rate_scale.{part} is {scale}; it must be at least 0")
+    if config.data.labelled_share > 1:
+        raise UserError(f"config.data.labelled_share is {config.data.labelled_share}; it must be at most 1")
     if not config.eval.splits:
         raise UserError("config.eval.splits is empty; name at least one split")
     return config

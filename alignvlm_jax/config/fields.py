@@ -77,7 +77,9 @@ class ConnectorConfig:
     """The connector, by its name in `models.connectors`. Only its own fields are looked at; their defaults are those of
     the models released.
 
-    align: `use_ln2` to `embed_grad`. perceiver: `num_latents` of a tile, `num_layers`. ovis: `visual_vocab_size`.
+    align: `use_ln2` to `weights`, which are "softmax", or "linear": the linear span of the text embeddings in the place
+    of their convex hull, to see what the hull is for. perceiver: `num_latents` of a tile, `num_layers`. ovis:
+    `visual_vocab_size`.
     h_reducer: `merged_columns`, patches side by side that become one token. c_abstractor: the grid of tokens of a tile,
     `pooled_rows` x `pooled_columns`, and `num_blocks` before the pooling and as many after it.
     """
@@ -87,6 +89,7 @@ class ConnectorConfig:
     ln2_gain_init: float = 1.0
     w2_init: str = "lm_head"
     embed_grad: str = "live"
+    weights: str = "softmax"
     num_latents: int = 64
     num_layers: int = 6
     visual_vocab_size: int = 131072
@@ -159,6 +162,9 @@ class DataConfig:
     A row has `max_tiles` tile slots, a record at most `record_tiles` of them, 0: all. `loss_by` "token" gives each
     answer token the weight 1; "record" gives it to all those of a record together.
 
+    The patch loss looks at `max_patch_labels` tokens of a patch, and at the patches of a `labelled_share` of all
+    records, chosen by their ids; blank patches weigh `blank_weight`.
+
     Of the planned records, a share of `max_unsupervised` may be unreadable or without an answer that fits.
     `num_threads` threads of a process keep `prefetch` of its batches ready.
     """
@@ -177,6 +183,7 @@ class DataConfig:
     tasks: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"transcribe": 0.5, "answer": 0.5})
     loss_by: str = "token"
     max_patch_labels: int = 3
+    labelled_share: float = 1.0
     blank_weight: float = 0.2
     max_unsupervised: float = 0.01
     num_threads: int = 2

@@ -158,9 +158,8 @@ def validation_rows(config: Config) -> TrainRows:
     held out. UserError where none has."""
     split, sources = config.data.validation_split, config.data.sources
     held = {name: source for name, source in sources.items() if shard_paths(source.dir, split)}
-    if held:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=held))
-    return TrainRows(config, split)
+    data = dataclasses.replace(config.data, sources=held or sources, labelled_share=1.0)
+    return TrainRows(dataclasses.replace(config, data=data), split)
 
 
 def validation_batches(config: Config, batch_size: int, num_rows: int) -> list[Batch]:

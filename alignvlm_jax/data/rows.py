@@ -1,6 +1,7 @@
 """Records to one row of a batch: image slots, chat tokens, loss weights, tiles and patch labels."""
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -192,8 +193,9 @@ def _stack_tiles(pages: list[Tiles], config: Config) -> np.ndarray:
 
 
 def _labels(record: Record, pages: list[Tiles], config: Config, tokenizer: Tokenizer) -> Row:
-    """The tiles' labels. Where a record does not know its words they carry no loss."""
+    """The tiles' labels. Where a record does not know its words, or is not labelled, they carry no loss."""
     vision, k = config.model.vision, config.data.max_patch_labels
+    is_labelled = zlib.crc32(record.id.encode()) < config.data.labelled_share * 2**32
     ids = [np.zeros((0, vision.num_patches, k), np.int32)]
     weights = [np.zeros((0, vision.num_patches, k), np.float32)]
     loss_weights = [np.zeros((0, vision.num_patches), np.float32)]
@@ -206,5 +208,5 @@ def _labels(record: Record, pages: list[Tiles], config: Config, tokenizer: Token
     return {
         "patch_label_ids": np.concatenate(ids),
         "patch_label_weights": np.concatenate(weights),
-        "patch_loss_weights": np.concatenate(loss_weights),
+        "patch_loss_weights": np.concatenate(loss_weights) * np.float32(is_labelled),
     }

@@ -27,6 +27,10 @@ def check(config: Config) -> None:
     name = config.model.connector.name
     if not hasattr(connectors.get(name), "probabilities"):
         raise UserError(f"connector {name!r} gives patches no distribution over words: there is nothing to read")
+    if config.model.connector.weights != "softmax":
+        raise UserError(
+            f"config.model.connector.weights {config.model.connector.weights!r} are no distribution to read"
+        )
 
 
 def look(loaded: Loaded, pages: Sequence[Image.Image], num_tokens: int = NUM_TOKENS) -> list[Lens]:

@@ -62,6 +62,7 @@ def vocab_average(
     label_ids: Int[Array, "N k"] | None = None,
     num_words: int | None = None,
     subset: Bool[Array, "V"] | None = None,
+    linear: bool = False,
     block: int | None = None,
 ) -> VocabAverage:
     """Returns the average of the table's rows for each row of x, in the dtype of x; sums and softmax are float32.
@@ -74,6 +75,8 @@ def vocab_average(
       label_ids: words whose logits are asked for.
       num_words: the columns from here on fill the table up; they take no part in LN or softmax.
       subset: words that may have weight; the softmax is over them alone, LN over all.
+      linear: the weights are z / sqrt(words) themselves, of any sign: for the linear span in the place of the hull. So
+        scaled, averages are about as long as the table's rows, as LN makes z of variance 1.
       block: rows of a shard at a time, see `blocks.rows_per_block`; None is the plain form.
     """
     shared = {"head": head, "table": table, "norm": norm and (norm.scale, norm.bias), "subset": subset}
@@ -85,8 +88,12 @@ def vocab_average(
         if shared["subset"] is not None:
             logits_NV = jnp.where(shared["subset"], logits_NV, -jnp.inf)
         log_sum_exp_N = jax.nn.logsumexp(logits_NV, axis=-1)
-        weights_NV = jnp.exp(logits_NV - log_sum_exp_N[:, None]).astype(x.dtype)
-        average_ND = blocks.project("NV,VD->ND", weights_NV, shared["table"]).astype(x.dtype)
+        if linear:
+            is_word_NV = jnp.isfinite(logits_NV)
+            weights_NV = jnp.where(is_word_NV, logits_NV, 0.0) / jnp.sqrt(is_word_NV.sum(-1, keepdims=True))
+        else:
+            weights_NV = jnp.exp(logits_NV - log_sum_exp_N[:, None])
+        average_ND = blocks.project("NV,VD->ND", weights_NV.astype(x.dtype), shared["table"]).astype(x.dtype)
         average_ND = nn.with_logical_constraint(average_ND, (row_axis, "act_embed"))
         picked = [pick(logits_NV, label_ids[:, j]) for j in range(label_ids.shape[1])]
         label_logits_Nk = jnp.stack(picked, axis=-1) if picked else jnp.zeros((x.shape[0], 0), jnp.float32)

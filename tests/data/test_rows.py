@@ -113,6 +113,23 @@ def test_unknown_words_carry_no_patch_loss(demo_config, tokenizer):
     assert not build(page_record(with_words=False), "transcribe", demo_config, tokenizer)["loss_weights"].any()
 
 
+def test_a_share_of_the_records_is_labelled(demo_config, tokenizer):
+    """Those of a smaller share are among those of a larger; nothing else of a row changes."""
+
+    def labelled(share: float) -> set[str]:
+        config = dataclasses.replace(demo_config, data=dataclasses.replace(demo_config.data, labelled_share=share))
+        built = {record.id: build(record, "answer", config, tokenizer) for record in records}
+        for name, row in built.items():
+            assert all(np.array_equal(row[field], whole[name][field]) for field in row if field != "patch_loss_weights")
+        return {name for name, row in built.items() if row["patch_loss_weights"].any()}
+
+    records = [dataclasses.replace(page_record(), id=f"record {i}") for i in range(100)]
+    whole = {record.id: build(record, "answer", demo_config, tokenizer) for record in records}
+    few, many = labelled(0.1), labelled(0.5)
+    assert not labelled(0.0) and len(labelled(1.0)) == 100
+    assert few < many and 3 <= len(few) <= 20 and 35 <= len(many) <= 65
+
+
 def test_prompt_is_the_beginning_of_the_training_row(demo_config, tokenizer):
     record = page_record(turns=TURNS[:1])
     row = build(record, "answer", demo_config, tokenizer)

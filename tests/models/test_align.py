@@ -71,6 +71,15 @@ def test_equals_float64_reference(mesh, use_ln2):
     np.testing.assert_allclose(output.patch_nll, -(dense * np.log(weights)).sum(-1), rtol=1e-5)
 
 
+def test_linear_weights_are_the_logits(mesh):
+    params, align = run(make(weights="linear"))
+    logits = layer_norm(
+        layer_norm(FEATURES @ params["w1"]["kernel"], params["ln1"]) @ params["w2"]["kernel"], params["ln2"]
+    )
+    tokens = align(params, FEATURES, TABLE, None).tokens
+    np.testing.assert_allclose(tokens, logits / np.sqrt(V) @ TABLE, atol=1e-5)
+
+
 def test_tokens_lie_in_the_hull_of_the_table(mesh):
     align = make()
     params, probabilities = run(align, Align.probabilities)

@@ -35,6 +35,7 @@ class Case:
     has_norm: bool = True
     has_subset: bool = False
     labels: int = 2
+    linear: bool = False
 
 
 # On the mesh 2 x 2 x 2 there are 4 shards of rows: 52 / 4 = 13 rows, and 50 rows do not divide.
@@ -49,6 +50,8 @@ CASES = {
     "padded_subset": Case(24, 10, 34, 4, padding=5, has_subset=True),
     "without_norm": Case(52, 10, 34, 5, has_norm=False),
     "table_of_another_width": Case(52, 6, 34, 5, table_width=14, labels=0),  # Ovis: x are features, the table learned.
+    "linear": Case(52, 10, 34, 5, linear=True),
+    "linear_padded_subset": Case(24, 10, 34, 4, padding=5, has_subset=True, linear=True),
 }
 
 
@@ -92,6 +95,7 @@ def apply(case: Case, inputs, labels, subset, block: int | None, dtype=jnp.float
         label_ids=labels,
         num_words=case.words - case.padding,
         subset=subset,
+        linear=case.linear,
         block=block,
     )
 
@@ -118,7 +122,8 @@ def reference(case: Case, x, head, table, scale, bias, labels, subset):
     allowed = is_word if subset is None else is_word & subset
     exponentials = jnp.where(allowed, jnp.exp(logits), 0.0)
     total = exponentials.sum(-1)
-    return exponentials / total[:, None] @ table, jnp.take_along_axis(logits, labels, 1), jnp.log(total)
+    weights = jnp.where(allowed, logits, 0.0) / allowed.sum() ** 0.5 if case.linear else exponentials / total[:, None]
+    return weights @ table, jnp.take_along_axis(logits, labels, 1), jnp.log(total)
 
 
 def reference_gradients(case: Case):

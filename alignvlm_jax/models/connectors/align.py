@@ -63,6 +63,7 @@ class Align(nn.Module):
             label_ids=labels and labels.ids,
             num_words=c.llm.num_words,
             subset=self._kept_words(),
+            linear=c.connector.weights == "linear",
             block=rows_per_block(c.vocab_form, c.vocab_block_mib, x_ND.shape[0], c.llm.vocab_size),
         )
         if labels is None:
