@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from alignvlm_jax.data import images, pipeline, rows
+from alignvlm_jax.data import images, rows
 from alignvlm_jax.data.rows import Row
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.eval import loading, looking
+from alignvlm_jax.eval import answering, loading, looking
 from alignvlm_jax.eval.lens import Lens
 from alignvlm_jax.eval.loading import Loaded
 
@@ -76,27 +76,16 @@ class Assistant:
 
     def _generate(self, prompts: Sequence[Row], max_new_tokens: int) -> list[str]:
         """Answers prompts with tiles, then those without, which are rows of other arrays."""
-        config, answers = self.loaded.config, {}
+        loaded, config, answers = self.loaded, self.loaded.config, {}
         for has_tiles in (True, False):
             indices = [i for i, prompt in enumerate(prompts) if ("tiles" in prompt) == has_tiles]
             if not indices:
                 continue
-            size = self._batch_size(len(indices))
+            size = answering.batch_size(len(indices), config.eval.batch_size, loaded.batch_ways)
             trimmed = rows.trim_prompts([prompts[i] for i in indices], config)
-            for start in range(0, len(indices), size):
-                batch = trimmed[start : start + size]
-                # A row that is repeated ends when its twin does.
-                tokens_BT = self._sampler.generate(
-                    pipeline.stack(batch + batch[-1:] * (size - len(batch))), max_new_tokens
-                )
-                said = map(self.loaded.tokenizer.decode, tokens_BT)
-                answers |= dict(zip(indices[start : start + size], said, strict=False))
+            said = answering.answer(self._sampler, loaded.variables, loaded.tokenizer, trimmed, size, max_new_tokens)
+            answers |= dict(zip(indices, said, strict=True))
         return [answers[i] for i in range(len(prompts))]
-
-    def _batch_size(self, count: int) -> int:
-        """Of `count` prompts: every device that rows are spread over needs one."""
-        ways = self.loaded.batch_ways
-        return -(-min(count, max(self.loaded.config.eval.batch_size, ways)) // ways) * ways
 
 
 def _is_many(value: object) -> bool:

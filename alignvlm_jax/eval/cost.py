@@ -114,7 +114,7 @@ def cost_of(loaded: Loaded, repeats: int) -> Cost:
         encode = jax.jit(_visual_tokens, static_argnums=0).lower(loaded.model, loaded.variables, tiles).compile()
         encode_seconds = _median_seconds(lambda: jax.block_until_ready(encode(loaded.variables, tiles)), repeats)
     sampler = loaded.sampler(end_ids=NO_END)
-    answer_seconds = _median_seconds(lambda: sampler.generate(prompts, num_new), repeats)
+    answer_seconds = _median_seconds(lambda: sampler.generate(loaded.variables, prompts, num_new), repeats)
     patches = config.data.tiles_of_a_record * config.model.vision.num_patches
     products = connectors.get(config.model.connector.name).products(config.model, patches)
     return Cost(

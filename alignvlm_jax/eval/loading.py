@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from alignvlm_jax.config import Config, MeshConfig
@@ -14,7 +13,6 @@ from alignvlm_jax.data import chat, pipeline
 from alignvlm_jax.data.tokenizer import Tokenizer
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.infer.sampler import Sampler
-from alignvlm_jax.models import vlm
 from alignvlm_jax.models.vlm import VLM
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.train import checkpoint, initial
@@ -23,8 +21,7 @@ from alignvlm_jax.train.state import Params
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model and what belongs to it. `path` is its checkpoint folder, `metadata` that of `checkpoint.describe`;
-    `kept_words`, bool [V], are those that ALIGN's patches may have, None: all."""
+    """A model and what belongs to it. `path` is its checkpoint folder, `metadata` that of `checkpoint.describe`."""
 
     path: Path
     step: int
@@ -34,18 +31,17 @@ class Loaded:
     mesh: Mesh
     model: VLM
     params: Params
-    kept_words: np.ndarray | None = None
 
     @property
     def variables(self) -> dict[str, Any]:
         """What `model.apply` takes."""
-        return {"params": self.params} | ({} if self.kept_words is None else vlm.pruning(self.kept_words))
+        return {"params": self.params}
 
     def sampler(self, end_ids: tuple[int, ...] | None = None) -> Sampler:
         """Returns a generator of answers, by default to the tokens that end one; it compiles once for each shape of
         batch."""
         end_ids, pad_id = end_ids or chat.stop_ids(self.tokenizer), self.tokenizer.pad_id
-        return Sampler(self.model, self.variables, self.mesh, end_ids=end_ids, pad_id=pad_id)
+        return Sampler(self.model, self.mesh, end_ids=end_ids, pad_id=pad_id)
 
     @property
     def batch_ways(self) -> int:

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.text import Text
 
 from alignvlm_jax.config import Config
-from alignvlm_jax.data import chat, images, pages, pipeline, rows, sources
+from alignvlm_jax.data import chat, images, pages, rows, sources
 from alignvlm_jax.data.schema import Record
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.eval import loading, predictions, scores, tasks
+from alignvlm_jax.eval import answering, loading, predictions, scores, tasks
 from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.eval.predictions import Predictions
 from alignvlm_jax.eval.questions import Benchmark, Question, choose_questions
@@ -33,12 +33,14 @@ class Trial:
       header: what was done to the model or to what it sees.
       page: of a record, the one that is shown in its place.
       inputs: of a question, arrays that join its prompt.
+      variables: join the parameters.
     """
 
     path: Path
     header: Mapping[str, Any]
     page: Callable[[Record], Record] = lambda record: record
     inputs: Callable[[Question], rows.Row] = lambda question: {}
+    variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Runner:
@@ -49,8 +51,8 @@ class Runner:
         self._loaded = loaded
         self._config = config
         self._sampler = loaded.sampler()
-        ways = loaded.batch_ways
-        self._batch_size = -(-config.eval.batch_size // ways) * ways
+        most = config.eval.batch_size
+        self._batch_size = answering.batch_size(most, most, loaded.batch_ways)
 
     def evaluate(self, split: str, blind: bool) -> Predictions:
         """Returns the predictions on a split, and leaves them in the workdir; questions already answered by this very
@@ -146,7 +148,7 @@ class Runner:
             | trial.inputs(question)
             for record, question in zip(seen, questions, strict=True)
         ]
-        said = self._generate(prompts, self._config.eval.max_new_tokens)
+        said = self._generate(prompts, self._config.eval.max_new_tokens, trial.variables)
         return [
             _row(question, record, prediction)
             | {
@@ -168,7 +170,7 @@ class Runner:
                 problems.append({})
             except UserError as err:
                 problems.append({"problem": str(err)})
-        said = iter(self._generate(prompts, max_new_tokens))
+        said = iter(self._generate(prompts, max_new_tokens, {}))
         found = []
         for record, question, problem in zip(seen, questions, problems, strict=True):
             row = _row(question, record, "" if problem else next(said)) | problem
@@ -176,14 +178,10 @@ class Runner:
             found.append(row | {"known_as": question.known_as, "scores": rated})
         return found
 
-    def _generate(self, prompts: list[rows.Row], max_new_tokens: int) -> list[str]:
-        """What the model says to at most a batch of prompts."""
-        if not prompts:
-            return []
-        # A short batch repeats its last row: it ends generation no later than the rows that count.
-        batch = prompts + prompts[-1:] * (self._batch_size - len(prompts))
-        tokens_BT = self._sampler.generate(pipeline.stack(batch), max_new_tokens)
-        return [self._loaded.tokenizer.decode(tokens_T) for tokens_T in tokens_BT[: len(prompts)]]
+    def _generate(self, prompts: list[rows.Row], max_new_tokens: int, variables: Mapping[str, Any]) -> list[str]:
+        """What the model says to prompts."""
+        variables, tokenizer = {**self._loaded.variables, **variables}, self._loaded.tokenizer
+        return answering.answer(self._sampler, variables, tokenizer, prompts, self._batch_size, max_new_tokens)
 
     def _header(
         self,

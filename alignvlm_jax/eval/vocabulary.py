@@ -20,6 +20,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.eval import analysis, looking
 from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.eval.runner import Runner, Trial
+from alignvlm_jax.models import vlm
 from alignvlm_jax.models.vlm import VLM
 from alignvlm_jax.shapes import Array, Float, Int
 
@@ -107,10 +108,11 @@ def measure(loaded: Loaded, split: str, pages: str, num_pages: int, threshold: f
     kept = {by: found.kept(by, threshold) for by in ("mean", "highest")}
     everything = np.ones_like(kept["mean"])
     trials = {"all": everything} | kept
+    asker = Runner(loaded, loaded.config)
     return {
         **found.facts(),
         "top_words": found.top_words(loaded.tokenizer),
-        "pruning": [{"words": name} | ask(loaded, split, words) for name, words in trials.items()],
+        "pruning": [{"words": name} | ask(asker, loaded, split, words) for name, words in trials.items()],
     }
 
 
@@ -131,14 +133,14 @@ def usage(loaded: Loaded, split: str, num_pages: int) -> Usage:
     return Usage(total / len(entropies), highest, entropies, top_counts)
 
 
-def ask(loaded: Loaded, split: str, words: np.ndarray) -> dict[str, Any]:
+def ask(asker: Runner, loaded: Loaded, split: str, words: np.ndarray) -> dict[str, Any]:
     """Returns the scores on a split of the model whose patches have only these words, bool [V]; the softmax is over
     them alone. The answers stay in analysis/vocabulary/ of the workdir."""
     code = zlib.crc32(np.packbits(words).tobytes())
     path = analysis.folder(loaded) / "vocabulary" / f"{split}_{words.sum()}_words_{code:08x}.jsonl"
-    pruned = dataclasses.replace(loaded, kept_words=words)
-    trial = Trial(path, {"kept_words": int(words.sum()), "kept_words_crc32": code})
-    result = Runner(pruned, pruned.config).evaluate_trial(split, trial, f"{split}, {words.sum():,} words")
+    header = {"kept_words": int(words.sum()), "kept_words_crc32": code}
+    trial = Trial(path, header, variables=vlm.pruning(words))
+    result = asker.evaluate_trial(split, trial, f"{split}, {words.sum():,} words")
     return {
         "num_words": int(words.sum()),
         "anls": result.mean("score"),

@@ -21,21 +21,22 @@ class Sampler:
     """Generates answers on a mesh.
 
     Args:
-      model: the model, and `variables` what it is applied to: "params", sharded over `mesh`, and whatever else.
+      model: the model.
+      mesh: over which rows are spread.
       end_ids: the tokens that end an answer.
       pad_id: what the rest of a row is filled with.
     """
 
-    def __init__(self, model: VLM, variables: Mapping, mesh: Mesh, *, end_ids: tuple[int, ...], pad_id: int) -> None:
-        self._variables = variables
+    def __init__(self, model: VLM, mesh: Mesh, *, end_ids: tuple[int, ...], pad_id: int) -> None:
         self._mesh = mesh
         generate = functools.partial(_generate, model, end_ids=end_ids, pad_id=pad_id)
         self._generate = jax.jit(generate, static_argnames="num_new", out_shardings=sharding.replicated(mesh))
 
-    def generate(self, batch: Mapping[str, np.ndarray], max_new_tokens: int) -> np.ndarray:
+    def generate(self, variables: Mapping, batch: Mapping[str, np.ndarray], max_new_tokens: int) -> np.ndarray:
         """Returns int32 [B, max_new_tokens]: each row's answer up to and with the end token, then padding.
 
         Args:
+          variables: what the model is applied to: "params", sharded over the mesh, and whatever else.
           batch: one prompt a row, as `data.rows.build_prompt` makes it; this process's rows of the global batch. A
             batch without "tiles" has no image slots. One with NOISE_FIELDS is seen through noise: `VLM.features`.
           max_new_tokens: static; another value or batch shape compiles anew.
@@ -43,7 +44,7 @@ class Sampler:
         prompts = {name: batch[name] for name in (*PROMPT_FIELDS, *NOISE_FIELDS) if name in batch}
         prompts = sharding.put_batch(prompts, self._mesh)
         with mesh_lib.use(self._mesh):
-            return np.asarray(self._generate(self._variables, prompts, num_new=max_new_tokens))
+            return np.asarray(self._generate(variables, prompts, num_new=max_new_tokens))
 
 
 def _generate(

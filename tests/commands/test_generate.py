@@ -27,12 +27,12 @@ def test_prints_the_answer_alone(trained_workdir, page, capsys, monkeypatch):
     def load(path, config):
         tokenizer = generate.pipeline.load_tokenizer(config)
 
-        def answer(batch, max_new_tokens):
+        def answer(variables, batch, max_new_tokens):
             batches.append(batch)
             return np.array([[*tokenizer.encode("4 2"), tokenizer.specials["<end>"], tokenizer.pad_id]] * 4, np.int32)
 
         sampler = types.SimpleNamespace(generate=answer)
-        fields = {"path": path, "config": config, "batch_ways": 4, "tokenizer": tokenizer}
+        fields = {"path": path, "config": config, "batch_ways": 4, "tokenizer": tokenizer, "variables": {}}
         return types.SimpleNamespace(**fields, sampler=lambda: sampler)
 
     monkeypatch.setattr(generate.loading, "load", load)

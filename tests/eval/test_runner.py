@@ -18,7 +18,7 @@ class ScriptedSampler:
         self._stop_at = stop_at
         self.batches = []
 
-    def generate(self, batch, max_new_tokens):
+    def generate(self, variables, batch, max_new_tokens):
         if len(self.batches) == self._stop_at:
             raise KeyboardInterrupt
         self.batches.append(batch)
@@ -35,7 +35,7 @@ def make_runner(trained_workdir, tmp_path):
     def make(answer: str = "Ann", stop_at: int = -1, **changes):
         sampler = ScriptedSampler(tokenizer, answer, stop_at)
         fields = {"path": tmp_path / "checkpoints" / "7", "step": 7, "metadata": {"train_seconds": 12.5}}
-        fields |= {"batch_ways": 4, "tokenizer": tokenizer, "sampler": lambda: sampler} | changes
+        fields |= {"batch_ways": 4, "tokenizer": tokenizer, "sampler": lambda: sampler, "variables": {}} | changes
         fields["path"].mkdir(parents=True, exist_ok=True)
         return runner.Runner(types.SimpleNamespace(**fields), config), sampler
 

@@ -8,6 +8,8 @@ import pytest
 from alignvlm_jax.data import images
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.eval import analysis, loading, looking, runner, vocabulary
+from alignvlm_jax.infer import sampler
+from alignvlm_jax.models import vlm
 
 SPLIT = "seen_fonts"
 
@@ -64,23 +66,22 @@ def test_what_is_kept():
 def test_the_rest_is_shared_among_the_words_that_are_kept(loaded):
     p = probabilities(loaded, 2)
     words = np.arange(p.shape[1]) % 3 == 0
-    pruned = dataclasses.replace(loaded, kept_words=words)
     records = runner.sources.RecordSource(loaded.config.data.dir, SPLIT)
     tiles = analysis.tiles_of(loaded, [records[0], records[1]])
 
     def whole(model, variables, batch):
-        return model.apply(variables, batch, method="patch_probabilities")
+        return model.apply({**variables, **vlm.pruning(words)}, batch, method="patch_probabilities")
 
-    kept = np.concatenate(list(analysis.map_tiles(pruned, whole, {"tiles": tiles}))).reshape(p.shape)
+    kept = np.concatenate(list(analysis.map_tiles(loaded, whole, {"tiles": tiles}))).reshape(p.shape)
     np.testing.assert_allclose(kept.sum(-1), 1, atol=1e-6)
     assert (kept[:, ~words] == 0).all()
     np.testing.assert_allclose(kept[:, words], p[:, words] / p[:, words].sum(-1, keepdims=True), atol=1e-5)
 
     def tokens(model, variables, batch):
-        return model.apply(variables, batch, method="visual_tokens")
+        return model.apply({**variables, **vlm.pruning(words)}, batch, method="visual_tokens")
 
     table = np.asarray(loaded.params["llm"]["embed"]["table"])
-    found = np.concatenate(list(analysis.map_tiles(pruned, tokens, {"tiles": tiles}))).reshape(len(p), -1)
+    found = np.concatenate(list(analysis.map_tiles(loaded, tokens, {"tiles": tiles}))).reshape(len(p), -1)
     np.testing.assert_allclose(found, kept @ table, atol=1e-4)
 
 
@@ -88,17 +89,21 @@ def test_all_words_are_no_pruning(loaded):
     asker = runner.Runner(loaded, loaded.config)
     clean = asker.evaluate(SPLIT, blind=False)
     vocab_size = loaded.config.model.llm.vocab_size
-    scores = vocabulary.ask(loaded, SPLIT, np.ones(vocab_size, bool))
+    scores = vocabulary.ask(asker, loaded, SPLIT, np.ones(vocab_size, bool))
     (path,) = (analysis.folder(loaded) / "vocabulary").glob(f"*_{vocab_size}_words_*.jsonl")
     assert runner.predictions.read(path).rows == clean.rows
     assert (scores["anls"], scores["num_eval"]) == (clean.mean("score"), 6)
 
 
-def test_scores_with_and_without(loaded):
+def test_scores_with_and_without_in_one_trace(loaded, monkeypatch):
+    traces = []
+    generate = sampler._generate
+    monkeypatch.setattr(sampler, "_generate", lambda *args, **kwargs: traces.append(1) or generate(*args, **kwargs))
     found = vocabulary.measure(loaded, SPLIT, pages="unseen_fonts", num_pages=2, threshold=0.02)
     sizes = [trial["num_words"] for trial in found["pruning"]]
     assert [trial["words"] for trial in found["pruning"]] == ["all", "mean", "highest"]
     assert sizes[0] == loaded.config.model.llm.vocab_size and sizes[1] <= sizes[2] < sizes[0]
+    assert len(traces) == 1
 
 
 def test_another_connector_has_no_words(loaded):

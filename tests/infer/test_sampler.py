@@ -1,6 +1,7 @@
 """Generation from the cache against the whole forward pass repeated for every token."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -79,10 +80,12 @@ def expected(greedy, end_id):
     return np.where(before_end, greedy, PAD)
 
 
-def make_sampler(mesh, params, end_id: int) -> sampler.Sampler:
+def make_sampler(mesh, params, end_id: int):
+    """Its `generate`, of these parameters."""
     boxed = jax.eval_shape(lambda: vlm.init_params(MODEL, jax.random.key(0), vlm.abstract_batch(CONFIG)))
     params = jax.device_put(params, sharding.tree_sharding(boxed, mesh))
-    return sampler.Sampler(MODEL, {"params": params}, mesh, end_ids=(end_id, VOCAB + 1), pad_id=PAD)
+    ours = sampler.Sampler(MODEL, mesh, end_ids=(end_id, VOCAB + 1), pad_id=PAD)
+    return functools.partial(ours.generate, {"params": params})
 
 
 def test_prompts_and_answers_differ(greedy, end_id):
@@ -118,25 +121,25 @@ def test_generates_up_to_the_end_token_then_pads_in_one_trace(mesh, params, gree
     generate = sampler._generate
     monkeypatch.setattr(sampler, "_generate", lambda *args, **kwargs: traces.append(1) or generate(*args, **kwargs))
     ours = make_sampler(mesh, params, end_id)
-    tokens = ours.generate(PROMPTS, NUM_NEW)
+    tokens = ours(PROMPTS, NUM_NEW)
     assert tokens.shape == (ROWS, NUM_NEW) and tokens.dtype == np.int32
     np.testing.assert_array_equal(tokens, expected)
     other = {name: array[::-1] for name, array in PROMPTS.items()}
-    np.testing.assert_array_equal(ours.generate(other, NUM_NEW), expected[::-1])
+    np.testing.assert_array_equal(ours(other, NUM_NEW), expected[::-1])
     assert len(traces) == 1
 
 
 def test_sharded_equals_single_device(params, end_id, expected):
     config = dataclasses.replace(CONFIG, mesh=config_lib.MeshConfig(data=1, fsdp=1, tensor=1))
     mesh = mesh_lib.make_mesh(config, jax.devices()[:1])
-    np.testing.assert_array_equal(make_sampler(mesh, params, end_id).generate(PROMPTS, NUM_NEW), expected)
+    np.testing.assert_array_equal(make_sampler(mesh, params, end_id)(PROMPTS, NUM_NEW), expected)
 
 
 def test_without_tiles_the_language_model_answers_as_to_rows_without_image_slots(mesh, params):
     texts = dict(PROMPTS)
     texts["tokens"] = np.where(PROMPTS["tokens"] == CONFIG.model.image_token_id, 9, PROMPTS["tokens"])
-    ours = sampler.Sampler(MODEL, {"params": params}, mesh, end_ids=(VOCAB,), pad_id=PAD)
-    with_tiles = ours.generate(texts, NUM_NEW)
+    ours = sampler.Sampler(MODEL, mesh, end_ids=(VOCAB,), pad_id=PAD)
+    with_tiles = ours.generate({"params": params}, texts, NUM_NEW)
     del texts["tiles"]
-    np.testing.assert_array_equal(ours.generate(texts, NUM_NEW), with_tiles)
+    np.testing.assert_array_equal(ours.generate({"params": params}, texts, NUM_NEW), with_tiles)
     assert len(np.unique(with_tiles)) > 2

@@ -82,7 +82,7 @@ def test_greedy_continuations(smollm2, converted):
         "positions": pad([np.arange(len(prompt)) for prompt in prompts]),
         "segment_ids": pad([np.ones(len(prompt)) for prompt in prompts]),
     }
-    answers = Sampler(model, {"params": params}, mesh, end_ids=(-1,), pad_id=0).generate(batch, 64)
+    answers = Sampler(model, mesh, end_ids=(-1,), pad_id=0).generate({"params": params}, batch, 64)
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = torch.tensor(prompt[None], dtype=torch.long)
         with torch.no_grad():
