@@ -55,6 +55,8 @@ AT_LEAST: dict[str, int] = {
     "train.log_every": 1,
     "train.validate_every": 1,
     "train.validation_rows": 1,
+    "train.generate_every": 0,
+    "train.generate_questions": 1,
     "train.checkpoint_every": 1,
     "train.keep_checkpoints": 1,
     "train.max_skipped_steps": 0,

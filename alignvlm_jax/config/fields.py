@@ -234,6 +234,10 @@ class TrainConfig:
     `visual_input` is "pixels", or "labels": visual tokens are then the label-weighted average of text embeddings,
     what a perfect ALIGN would hand on, and no image is looked at. `z_loss` weighs the squared log of the sum that
     normalises a token's distribution, which keeps logits from drifting (PaLM, arXiv 2204.02311).
+
+    Every `validate_every` steps the losses are measured on `validation_rows`, shared evenly by the sources; every
+    `generate_every`, where that is not 0 and pixels are looked at, `generate_questions` of each source's validation
+    split are answered and scored.
     """
 
     num_steps: int = 1000
@@ -247,6 +251,8 @@ class TrainConfig:
     log_every: int = 10
     validate_every: int = 200
     validation_rows: int = 128
+    generate_every: int = 0
+    generate_questions: int = 64
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
     max_skipped_steps: int = 10

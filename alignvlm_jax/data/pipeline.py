@@ -9,7 +9,7 @@ from pathlib import Path
 import grain
 import numpy as np
 
-from alignvlm_jax.config import Config
+from alignvlm_jax.config import Config, SourceConfig
 from alignvlm_jax.data import rows, schedule, tokenizer_files
 from alignvlm_jax.data.rows import Part, Row
 from alignvlm_jax.data.schedule import Schedule
@@ -153,23 +153,35 @@ class _Block:
         return self._rows[self._start + batch * self._global_size + self._offset + row]
 
 
-def validation_rows(config: Config) -> TrainRows:
-    """Returns the rows of the validation split, out of the sources that have one: of a small one nothing may have been
-    held out. UserError where none has."""
-    split, sources = config.data.validation_split, config.data.sources
-    held = {name: source for name, source in sources.items() if shard_paths(source.dir, split)}
-    data = dataclasses.replace(config.data, sources=held or sources, labelled_share=1.0)
-    return TrainRows(dataclasses.replace(config, data=data), split)
+def by_source(config: Config) -> dict[str, Config]:
+    """Returns the config of validation on each source, by its name, or "" where there is but `data.dir`. Sources
+    without the split are left out, as of a small one nothing may have been held out; all patches count as labelled.
+
+    Raises:
+      UserError: no source has the split.
+    """
+    data, split = dataclasses.replace(config.data, labelled_share=1.0), config.data.validation_split
+    folders = {name: source.dir for name, source in data.sources.items()} or {"": data.dir}
+    held = {name: folder for name, folder in folders.items() if shard_paths(folder, split)}
+    if not held:
+        raise UserError(f"there are no shards of split {split!r} in {', '.join(folders.values())}")
+    return {
+        # Whatever its share of training is, all of it counts here.
+        name: dataclasses.replace(
+            config, data=dataclasses.replace(data, sources={name: SourceConfig(dir=folder)} if name else {})
+        )
+        for name, folder in held.items()
+    }
 
 
 def validation_batches(config: Config, batch_size: int, num_rows: int) -> list[Batch]:
-    """Returns the first `num_rows` of `validation_rows`, the same ones at every call. `num_rows` is rounded down to
+    """Returns the first `num_rows` of the validation split, the same ones at every call. `num_rows` is rounded down to
     whole batches, but to no less than one.
 
     Raises:
       UserError: no record of them can be read.
     """
-    validation = validation_rows(config)
+    validation = TrainRows(config, config.data.validation_split)
     batches = [
         stack([validation[start + i] for i in range(batch_size)])
         for start in range(0, max(1, num_rows // batch_size) * batch_size, batch_size)

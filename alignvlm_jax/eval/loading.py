@@ -46,7 +46,7 @@ class Loaded:
     @property
     def batch_ways(self) -> int:
         """Over how many devices the rows of a batch are spread: it must divide the batch."""
-        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return mesh_lib.batch_ways(self.mesh)
 
 
 def load_config(path: Path, data_dir: str | None = None) -> Config:

@@ -1,6 +1,8 @@
 """Several processes as one: start-up and named barriers."""
 
 import os
+from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 from jax.experimental import multihost_utils
@@ -8,6 +10,7 @@ from jax.experimental import multihost_utils
 from alignvlm_jax.errors import UserError
 
 START_TIMEOUT_SECONDS = 60
+T = TypeVar("T")
 
 
 def initialize() -> None:
@@ -61,6 +64,12 @@ def _number(name: str, text: str) -> int:
 def is_main() -> bool:
     """Whether this process is the one that writes logs and reports."""
     return jax.process_index() == 0
+
+
+def own_rows(batch: Sequence[T]) -> Sequence[T]:
+    """Returns this process's share of the rows of a global batch: a contiguous block, in the order of processes."""
+    size = len(batch) // jax.process_count()
+    return batch[jax.process_index() * size : (jax.process_index() + 1) * size]
 
 
 def barrier(name: str) -> None:

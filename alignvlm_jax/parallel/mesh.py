@@ -88,6 +88,11 @@ def _grid(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
     )
 
 
+def batch_ways(mesh: Mesh) -> int:
+    """Returns over how many devices the rows of a batch are spread: it must divide the batch."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def single_device() -> Mesh:
     """Returns a mesh of one device of this process."""
     return _mesh((1, 1, 1), jax.local_devices()[:1])

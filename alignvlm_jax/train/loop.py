@@ -20,8 +20,8 @@ from rich.table import Table
 
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import pipeline, sources
-from alignvlm_jax.data.schema import Batch
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.eval.spot_check import SpotCheck
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import distributed, sharding
 from alignvlm_jax.parallel import mesh as mesh_lib
@@ -30,6 +30,7 @@ from alignvlm_jax.train.checkpoint import BrokenCheckpoint, Checkpoints
 from alignvlm_jax.train.metrics import Interval, NullWriter, Progress, Writer, peak_memory_gib
 from alignvlm_jax.train.signals import StopSignal
 from alignvlm_jax.train.state import TrainState
+from alignvlm_jax.train.validation import Validation
 
 
 class Stopped(UserError):
@@ -114,7 +115,9 @@ def _train_stage(run: Run, stage: Stage, newest: int) -> None:
     model, tx = vlm.VLM(config.model), optim.make_optimizer(config)
     with mesh_lib.use(mesh_lib.make_mesh(config)) as mesh:
         # Read before anything is compiled: data that is missing should be told at once.
-        validation = _local_batches(config)
+        validation = Validation(config)
+        asks = config.train.generate_every and config.train.visual_input == "pixels"
+        spot_check = SpotCheck(model, config, mesh) if asks else None
         abstract = state.abstract_state(model, config, tx, mesh)
         live, next_row = _start(run, stage, newest, model, tx, abstract)
         _set_broken_aside(run, newest)
@@ -122,7 +125,7 @@ def _train_stage(run: Run, stage: Stage, newest: int) -> None:
         with Writer(run.folder, newest) if distributed.is_main() else NullWriter() as writer:
             train_step, eval_step = step.compile_steps(model, config, tx, abstract, mesh)
             mfu_of = flops.mfu_of(config, abstract.params, mesh.devices.flat)
-            loop = _StageLoop(run, stage, mesh, writer, train_step, eval_step, validation, mfu_of)
+            loop = _StageLoop(run, stage, mesh, writer, train_step, eval_step, validation, spot_check, mfu_of)
             loop.run_steps(live, newest, next_row)
 
 
@@ -200,7 +203,8 @@ class _StageLoop:
     writer: Writer | NullWriter
     train_step: step.TrainStep
     eval_step: step.EvalStep
-    validation: list[Batch]
+    validation: Validation
+    spot_check: SpotCheck | None
     mfu_of: Callable[[float], dict[str, float]]
     interval: Interval = dataclasses.field(default_factory=Interval)
     batches: pipeline.TrainBatches = dataclasses.field(init=False)
@@ -231,6 +235,8 @@ class _StageLoop:
             self.unread = now, metrics, self.batches.num_unsupervised
             self.run.checkpoints.check()
             answer_loss = self._validate(live, now) if self._is_due(now, config.train.validate_every) else None
+            if self.spot_check and self._is_due(now, config.train.generate_every):
+                self._ask(live, now)
             if self._is_due(now, config.train.checkpoint_every):
                 self._save(live, now, answer_loss)
                 saved = now
@@ -287,17 +293,18 @@ class _StageLoop:
         """Measures and logs the validation losses; returns the answer loss, or None when told to stop meanwhile."""
         self._read()
         with self.interval.pause():
-            sums: list[step.Metrics] = []
-            for batch in self.validation:
-                if self.run.stop.requested():
-                    return None
-                inputs = step.eval_inputs(self.stage.config, batch)
-                sums.append(jax.device_get(self.eval_step(live.params, sharding.put_batch(inputs, self.mesh))))
-            totals = {name: float(sum(part[name] for part in sums)) for name in sums[0]}
-            values = step.means(totals)
-            line = {f"validation/{name}": value for name, value in values.items()}
-            self.writer.write(now, self.stage.config.stage, line)
-            return values["answer_loss"]
+            values = self.validation.measure(self.eval_step, live.params, self.mesh, self.run.stop.requested)
+            if values is None:
+                return None
+            self.writer.write(now, self.stage.config.stage, values)
+            return values["validation/answer_loss"]
+
+    def _ask(self, live: TrainState, now: int) -> None:
+        """Logs the scores of generated answers; nothing when told to stop meanwhile."""
+        self._read()
+        with self.interval.pause():
+            if values := self.spot_check.scores(live.params, self.run.stop.requested):
+                self.writer.write(now, self.stage.config.stage, values)
 
     def _save(self, live: TrainState, now: int, answer_loss: float | None) -> None:
         self._read()
@@ -309,11 +316,3 @@ class _StageLoop:
             is_comparable = answer_loss is not None and math.isfinite(answer_loss)
             metrics = {"stage": self.stage.index, "answer_loss": answer_loss} if is_comparable else None
             self.run.checkpoints.save(now, live, next_row=self.batches.next_row, metadata=metadata, metrics=metrics)
-
-
-def _local_batches(config: Config) -> list[Batch]:
-    """This process's rows of the validation batches, which all processes read whole."""
-    rows = step.eval_rows(config) // jax.process_count()
-    mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
-    batches = pipeline.validation_batches(config, step.eval_rows(config), config.train.validation_rows)
-    return [{name: array[mine] for name, array in batch.items()} for batch in batches]

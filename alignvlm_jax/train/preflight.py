@@ -20,7 +20,8 @@ def check(stages: tuple[Config, ...]) -> None:
         connectors.get(config.model.connector.name)
         mesh = mesh_lib.make_mesh(config)
         pipeline.TrainRows(config, config.data.split)
-        pipeline.validation_rows(config)
+        for validated in pipeline.by_source(config).values():
+            pipeline.TrainRows(validated, config.data.validation_split)
         # Stages mostly share a model, and tracing it takes most of a second.
         key = config.model, config.mesh
         if key not in shapes:

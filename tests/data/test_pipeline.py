@@ -199,14 +199,19 @@ def test_a_source_of_which_nothing_was_held_out_is_no_part_of_validation(demo_co
     held = {"a": SourceConfig(dir=demo_config.data.dir)}
     mixed = held | {"b": SourceConfig(dir=str(tmp_path))}
     both, alone = (
-        pipeline.validation_batches(change(demo_config, "data", packing="plan", sources=sources), 4, 8)
-        for sources in (mixed, held)
+        pipeline.by_source(change(demo_config, "data", packing="plan", sources=sources)) for sources in (mixed, held)
     )
-    for batch, expected in zip(both, alone, strict=True):
-        assert_equal(batch, expected)
+    assert both == alone and list(both) == ["a"] and both["a"].data.folders == (demo_config.data.dir,)
     nowhere = change(demo_config, "data", sources={"b": mixed["b"]})
     with pytest.raises(UserError, match="no shards of split 'validation'"):
-        pipeline.validation_batches(nowhere, 4, 8)
+        pipeline.by_source(nowhere)
+
+
+def test_validation_counts_every_patch_and_all_of_a_source(demo_config):
+    few = SourceConfig(dir=demo_config.data.dir, weight=0.0, cap=1)
+    config = change(demo_config, "data", packing="plan", labelled_share=0.0, sources={"a": few})
+    whole = change(demo_config, "data", packing="plan", sources={"a": SourceConfig(dir=demo_config.data.dir)})
+    assert pipeline.by_source(config) == pipeline.by_source(whole)
 
 
 def test_an_index_of_other_records_is_found_out(demo_config, tmp_path):

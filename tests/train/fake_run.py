@@ -92,6 +92,7 @@ def train(
     console = Console(file=io.StringIO(), soft_wrap=True, width=200)
     with (
         mock.patch.object(loop.pipeline, "TrainBatches", batches or Batches()),
+        mock.patch.object(loop.pipeline, "by_source", lambda config: {"": config}),
         mock.patch.object(loop.pipeline, "validation_batches", validation),
         mock.patch.object(loop.pipeline, "TrainRows"),
         mock.patch.object(step, "compile_steps", _compile_steps),

@@ -12,10 +12,13 @@ import pytest
 from rich.console import Console
 
 from alignvlm_jax.config import Config, SourceConfig, TrainConfig
+from alignvlm_jax.data import images, pipeline, sources
 from alignvlm_jax.data import index as index_lib
-from alignvlm_jax.data import pipeline, sources
 from alignvlm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.eval import assistant, scores, spot_check
+from alignvlm_jax.eval.questions import choose_questions
+from alignvlm_jax.infer import sampler
 from alignvlm_jax.train import loop, step
 from tests.conftest import EVAL_QUESTION, random_record, tiny_config
 from tests.train import fake_run
@@ -48,7 +51,16 @@ def config(tmp_path_factory) -> Config:
     data = dataclasses.replace(
         base.data, dir=str(root), sources=mixture, packing="plan", row_length=128, max_tiles=6, record_tiles=2
     )
-    train = TrainConfig(num_steps=6, batch_size=8, log_every=1, validation_rows=8, checkpoint_every=2)
+    train = TrainConfig(
+        num_steps=6,
+        batch_size=8,
+        log_every=1,
+        validation_rows=16,
+        checkpoint_every=2,
+        validate_every=3,
+        generate_every=3,
+        generate_questions=4,
+    )
     return dataclasses.replace(
         base, stage="planned", data=data, train=train, model=dataclasses.replace(base.model, llm=llm)
     )
@@ -70,8 +82,11 @@ def train(config: Config, workdir: Path, monkeypatch, stop_at: int | None = None
             loop.train((config,), workdir, Console(file=io.StringIO()))
         except loop.Stopped:
             assert stop_at
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line]
+    return [line for line in lines(workdir) if "loss" in line]
+
+
+def lines(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_stopped_run_counts_and_learns_as_one_that_was_not(config, tmp_path, monkeypatch):
@@ -92,6 +107,39 @@ def test_a_stopped_run_counts_and_learns_as_one_that_was_not(config, tmp_path, m
     )
     assert last["epoch"] > 1 and 0.7 < last["fill"] <= 1 and last["unsupervised_records"] == 0
     assert last["fill"] == pytest.approx((last["tokens/a"] + last["tokens/b"]) / (48 * 128))
+
+
+def test_losses_and_generated_scores_by_source(config, tmp_path, monkeypatch):
+    """Of generation: one trace a stage, and the scores are those of the checkpoint's own answers."""
+    traces = []
+    generate = sampler._generate
+    monkeypatch.setattr(sampler, "_generate", lambda *args, **kwargs: traces.append(1) or generate(*args, **kwargs))
+    monkeypatch.setattr(scores, "anls", lambda said, answers: len(said) / 8)  # A model of six steps has no other.
+    train(config, tmp_path, monkeypatch)
+    assert len(traces) == 1
+    losses = [line for line in lines(tmp_path) if "validation/answer_loss" in line]
+    asked = [line for line in lines(tmp_path) if "generated/anls" in line]
+    assert [line["step"] for line in losses] == [line["step"] for line in asked] == [3, 6]
+    for line in losses:
+        of_sources = sorted(line[f"validation/{name}/answer_loss"] for name in "ab")
+        assert of_sources[0] < line["validation/answer_loss"] < of_sources[1]
+    model = assistant.load(tmp_path)
+    means = {}
+    for name in "ab":
+        records = sources.RecordSource(config.data.sources[name].dir, "validation")
+        questions = choose_questions(records, 4)
+        pages = [images.decode_image(records[question.record].images[0], "") for question in questions]
+        said = model.answer(pages, [question.turn.question for question in questions])
+        assert any(said)
+        means[name] = sum(map(len, said)) / 8 / 4
+        assert asked[-1][f"generated/{name}/anls"] == pytest.approx(means[name])
+    assert asked[-1]["generated/anls"] == pytest.approx((means["a"] + means["b"]) / 2)
+
+
+def test_a_source_without_questions_is_told_before_the_first_step(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(spot_check.questions, "choose_questions", lambda records, count: [])
+    with pytest.raises(UserError, match=r"split 'validation' in .* has no questions .*generate_every=0 asks none"):
+        train(config, tmp_path, monkeypatch)
 
 
 def test_other_data_in_any_source_are_refused(config, tmp_path, monkeypatch):

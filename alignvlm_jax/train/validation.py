@@ -1,0 +1,56 @@
+"""The losses of a model in training on what was held out, by source."""
+
+from collections.abc import Callable
+
+import jax
+from jax.sharding import Mesh
+
+from alignvlm_jax.config import Config
+from alignvlm_jax.data import pipeline
+from alignvlm_jax.data.schema import Batch
+from alignvlm_jax.parallel import distributed, sharding
+from alignvlm_jax.train import step
+from alignvlm_jax.train.state import Params
+
+
+class Validation:
+    """Batches of the validation split of every source, the same ones each time."""
+
+    def __init__(self, config: Config):
+        """Raises UserError where nothing was held out, or nothing of it can be read."""
+        self._config = config
+        rows = step.eval_rows(config)
+        sources = pipeline.by_source(config)
+        num_rows = config.train.validation_rows // len(sources)
+        self._batches = {
+            name: [_local(batch) for batch in pipeline.validation_batches(source, rows, num_rows)]
+            for name, source in sources.items()
+        }
+
+    def measure(
+        self, eval_step: step.EvalStep, params: Params, mesh: Mesh, should_stop: Callable[[], bool]
+    ) -> dict[str, float] | None:
+        """Returns `validation/answer_loss` and so on over all sources, and with several `validation/SOURCE/...` of
+        each; or None when told to stop meanwhile."""
+        sums: dict[str, list[step.Metrics]] = {name: [] for name in self._batches}
+        for name, batches in self._batches.items():
+            for batch in batches:
+                if should_stop():
+                    return None
+                inputs = step.eval_inputs(self._config, batch)
+                sums[name].append(jax.device_get(eval_step(params, sharding.put_batch(inputs, mesh))))
+        values = _means("validation", [part for parts in sums.values() for part in parts])
+        if len(sums) > 1:
+            for name, parts in sums.items():
+                values |= _means(f"validation/{name}", parts)
+        return values
+
+
+def _local(batch: Batch) -> Batch:
+    """This process's rows of a batch that all processes read whole."""
+    return {name: distributed.own_rows(array) for name, array in batch.items()}
+
+
+def _means(prefix: str, parts: list[step.Metrics]) -> dict[str, float]:
+    totals = {name: float(sum(part[name] for part in parts)) for name in parts[0]}
+    return {f"{prefix}/{name}": value for name, value in step.means(totals).items()}
