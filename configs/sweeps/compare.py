@@ -1,0 +1,44 @@
+"""What `make compare` trains, three seeds each, as TABLE/ROW_seedN: connectors; parts of ALIGN, changed one at a time;
+and what patch labels are worth to a vision encoder that knows nothing yet."""
+
+from collections.abc import Iterator
+
+SEEDS = range(3)
+CONNECTORS = {
+    "align": {},
+    "align_supervised": {"train.patch_token_weight": 1.0},
+    "mlp": {"model.connector.name": "mlp"},
+    "perceiver": {"model.connector.name": "perceiver"},
+    "ovis": {"model.connector.name": "ovis"},
+    "h_reducer": {"model.connector.name": "h_reducer"},
+    "c_abstractor": {"model.connector.name": "c_abstractor"},
+}
+ALIGN = {
+    "without_ln2": {"model.connector.use_ln2": False},
+    "ln2_gain_4": {"model.connector.ln2_gain_init": 4.0},
+    "w2_random": {"model.connector.w2_init": "random"},
+    "embeddings_stopped": {"model.connector.embed_grad": "stop"},
+    "linear_span": {"model.connector.weights": "linear"},
+}
+SUPERVISION = {
+    "weight_0": {},
+    "weight_0.3": {"train.patch_token_weight": 0.3},
+    "weight_1": {"train.patch_token_weight": 1.0},
+    "weight_3": {"train.patch_token_weight": 3.0},
+    "weight_1_labels_of_1_percent": {"train.patch_token_weight": 1.0, "data.labelled_share": 0.01},
+    "weight_1_labels_of_10_percent": {"train.patch_token_weight": 1.0, "data.labelled_share": 0.1},
+}
+TABLES = {
+    "connectors": ("connectors", CONNECTORS),
+    "parts_of_align": ("connectors", ALIGN),
+    "supervision": ("supervision", SUPERVISION),
+}
+
+
+def sweep(tables: str = ",".join(TABLES)) -> Iterator[tuple[str, str, dict[str, object]]]:
+    """Yields name, config and changed fields of every run, of all tables or of those named."""
+    for seed in SEEDS:
+        for table in tables.split(","):
+            part, changes = TABLES[table]
+            for name, fields in changes.items():
+                yield f"{table}/{name}_seed{seed}", f"configs/compare.py:{part}", {**fields, "seed": seed}

@@ -1,0 +1,121 @@
+"""Runs of several seeds: found, measured once, and written down."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+from alignvlm_jax import config as config_lib
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.eval import comparison, comparison_report, comparison_tables
+from alignvlm_jax.eval.comparison import Row, Run
+from tests.conftest import tiny_config
+
+
+def make_run(seed: int, anls: float, curve=(), connector: str = "align", **summary) -> Run:
+    """A run whose noise takes `anls` down to a half of it at sigma 1."""
+    config = tiny_config(seed=seed)
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, connector=config_lib.ConnectorConfig(name=connector))
+    )
+    lines = [{"step": 50 * (i + 1), "generated/anls": value} for i, value in enumerate(curve)]
+    points = [
+        {"relative_sigma": sigma, "anls": anls * factor, "centred_distance": sigma / 10}
+        for sigma, factor in ((0.0, 1.0), (1.0, 0.5))
+    ]
+    words = {"perplexity": {"p50": 3.0 + seed}}
+    words["pruning"] = [{"words": name, "num_words": 9 - i, "anls": anls} for i, name in enumerate(("all", "mean"))]
+    analyses = {"noise": {"centred_between_distance": 0.5, "points": points}}
+    fields = {"anls": anls, "exact_match": anls / 2, "anls_blind": 0.01, "train_seconds": 60.0 + seed}
+    fields |= {"anls_unseen_fonts": anls / 4} | summary
+    return Run(None, seed, config, lines, fields, analyses | ({"vocabulary": words} if connector == "align" else {}))
+
+
+ALIGN = Row("align", tuple(make_run(seed, anls, (0.1, 0.5, 0.6)) for seed, anls in enumerate((0.6, 0.5, 0.7))))
+MLP = Row("mlp", tuple(make_run(seed, anls, (0.1, 0.3, anls), "mlp") for seed, anls in enumerate((0.4, 0.5, 0.3))))
+TABLES = {"connectors": [ALIGN, MLP]}
+
+
+def cells(text: str, name: str) -> list[list[str]]:
+    """The lines of this name."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.split("\n") if line.startswith("|")]
+    return [row[1:] for row in rows if row[0] == name]
+
+
+def test_tables_give_means_and_spread_over_seeds():
+    text = comparison_tables.markdown(TABLES)
+    scores, noise, words = cells(text, "align")
+    assert scores[:4] == ["0.600 (0.500 to 0.700)", "0.300", "0.010", "0.150"]
+    assert scores[4] == "100" and scores[-1] == "61"
+    assert noise == ["0.600", "0.300", "30.0 (25.0 to 35.0)", "0.200"]
+    assert words == ["4.0", "0.600 (9 words)", "0.600 (8 words)"]
+    scores, noise = cells(text, "mlp")
+    assert scores[4] == "150, 1 of 3 seeds"
+    assert int(scores[5].replace(",", "")) == MLP.num_connector_params()
+
+
+def test_steps_are_counted_to_the_first_score_that_is_enough():
+    assert ALIGN.steps_to_read() == [100, 100, 100] and MLP.steps_to_read() == [None, 150, None]
+
+
+def test_tables_stand_in_the_place_that_is_marked(tmp_path):
+    document = tmp_path / "results.md"
+    document.write_text(f"before\n{comparison_tables.BEGIN}\nold\n{comparison_tables.END}\nafter\n")
+    for text in ("new", "newer"):
+        comparison_tables.put(document, text)
+    assert document.read_text() == (f"before\n{comparison_tables.BEGIN}\n\nnewer\n\n{comparison_tables.END}\nafter\n")
+    document.write_text("no place")
+    with pytest.raises(UserError, match=r"needs a line <!-- make compare -->"):
+        comparison_tables.put(document, "text")
+    assert document.read_text() == "no place"
+
+
+def test_the_report_holds_all_pictures_and_tables(tmp_path):
+    page = comparison_report.build(TABLES, tmp_path).read_text()
+    assert page.count("data:image/png;base64,") == 3 and "0.600 (0.500 to 0.700)" in page
+    for kind in ("scores", "learning", "noise"):
+        assert (tmp_path / f"connectors_{kind}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def compared(trained_workdir, tmp_path):
+    """Two finished runs of one row."""
+    for seed in range(2):
+        run = tmp_path / "connectors" / f"align_seed{seed}"
+        shutil.copytree(trained_workdir / "checkpoints", run / "checkpoints")
+        config = comparison.checkpoint.load_config(trained_workdir)
+        config = dataclasses.replace(
+            config,
+            train=dataclasses.replace(config.train, num_steps=7),
+            data=dataclasses.replace(config.data, validation_split="unseen_fonts"),
+        )
+        (run / "config.json").write_text(json.dumps(config_lib.to_json((config,))))
+        metadata = next((run / "checkpoints" / "7").rglob("metadata/metadata"))
+        stored = json.loads(metadata.read_text())
+        stored["config"] = config_lib.to_json((config,))
+        metadata.write_text(json.dumps(stored))
+    return tmp_path
+
+
+def test_runs_are_measured_once(compared, monkeypatch):
+    runs = comparison.find(compared)
+    assert [run.name for run in runs] == ["align_seed0", "align_seed1"]
+    assert not comparison.is_measured(runs[0])
+    monkeypatch.setattr(comparison, "THRESHOLD", 0.0)
+    comparison.measure(runs[0])
+    assert comparison.is_measured(runs[0])
+    monkeypatch.setattr(comparison, "NUM_PAGES", 1)
+    assert not comparison.is_measured(runs[0])
+    [row] = comparison.read(runs[:1])["connectors"]
+    [found] = row.analysis("noise")
+    assert [round(point["relative_sigma"], 2) for point in found["points"]] == [0.0, *comparison.RELATIVE_SIGMAS]
+    assert len(row.values("anls")) == 1 and row.analysis("vocabulary")
+
+
+def test_a_run_that_is_not_finished_is_named(compared):
+    (compared / "connectors" / "align_seed1" / "checkpoints" / "7").rename(compared / "elsewhere")
+    with pytest.raises(UserError, match="align_seed1 is not finished: it has no checkpoint of step 7"):
+        comparison.find(compared)
+    with pytest.raises(UserError, match="has no runs named TABLE/ROW_seedN"):
+        comparison.find(compared / "connectors")
