@@ -45,7 +45,7 @@ def _towers(stages: ml_collections.ConfigDict) -> dict:
 
 def _connectors(stages: ml_collections.ConfigDict) -> dict:
     data = stages.stage2.data
-    return {"read": {"data": data, "train": {"num_steps": 600, "load": ("vision/.*", "llm/.*"), "generate_every": 100}}}
+    return {"read": {"data": data, "train": {"num_steps": 500, "load": ("vision/.*", "llm/.*"), "generate_every": 100}}}
 
 
 def _supervision(stages: ml_collections.ConfigDict) -> dict:
@@ -53,7 +53,7 @@ def _supervision(stages: ml_collections.ConfigDict) -> dict:
     return {
         "read": {
             "data": data,
-            "train": {"num_steps": 700, "load": ("llm/.*",), "generate_every": 50},
+            "train": {"num_steps": 600, "load": ("llm/.*",), "generate_every": 50},
             "optim": {"learning_rate": 2e-3},
         }
     }
