@@ -52,12 +52,12 @@ def get_config(connector: str = "align") -> ml_collections.ConfigDict:
             },
             "stage2": {
                 "data": {"row_length": 144, "tasks": {"transcribe": 0.4, "answer": 0.6}},
-                "train": {"num_steps": 1400},
+                "train": {"num_steps": 1400, "generate_every": 200},
                 "optim": {"learning_rate": 3e-3},
             },
             "stage3": {
                 "data": {"row_length": 128, "tasks": {"answer": 1.0}},
-                "train": {"num_steps": 450, "trainable": ("connector/.*", "llm/.*")},
+                "train": {"num_steps": 450, "trainable": ("connector/.*", "llm/.*"), "generate_every": 150},
                 "optim": {"learning_rate": 1e-3},
             },
         }

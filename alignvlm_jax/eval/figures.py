@@ -33,7 +33,7 @@ STYLE = {
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """One panel: a metric of training lines, and one of validation lines, against the step."""
+    """One panel: a metric of training lines, "" for none, and one of validation lines, against the step."""
 
     title: str
     training: str
@@ -45,6 +45,7 @@ CURVES = (
     Curve("Answer loss, nats a token", "answer_loss", "validation/answer_loss", log=True),
     Curve("Patch-token loss, nats a patch", "patch_loss", "validation/patch_loss", log=True),
     Curve("Token accuracy on answers", "token_accuracy", "validation/token_accuracy", log=False),
+    Curve("ANLS of generated answers", "", "generated/anls", log=False),
 )
 
 

@@ -15,6 +15,7 @@ def lines(patch_loss: bool = True) -> list[dict]:
         found.append({"step": step, "stage": stage, "answer_loss": 3.0 / step, "token_accuracy": step / 310})
         found[-1] |= {"patch_loss": 2.0 / step} if patch_loss else {}
     found.append({"step": 200, "stage": "read", "validation/answer_loss": 0.1, "validation/token_accuracy": 0.4})
+    found.append({"step": 300, "stage": "answer", "generated/anls": 0.3})
     return found
 
 
@@ -43,7 +44,7 @@ def test_smoothing_follows_straight_lines_and_flattens_noise():
 def test_one_panel_for_each_metric_that_has_values():
     panels = figures.curves(lines())
     assert [re.search('aria-label="([^"]*)"', svg)[1] for svg in panels] == [curve.title for curve in figures.CURVES]
-    assert len(figures.curves(lines(patch_loss=False))) == 2
+    assert len(figures.curves(lines(patch_loss=False))) == 3
     assert figures.curves([]) == []
 
 
