@@ -19,6 +19,9 @@ COMMANDS = {
     "compare": "measures runs of several connectors or settings and seeds, and writes their tables and pictures",
 }
 
+JOINING = ("train", "evaluate")
+"""Commands that several processes run as one."""
+
 
 def main(argv: list[str]) -> int:
     """Runs one command; returns the exit status."""
@@ -29,8 +32,9 @@ def main(argv: list[str]) -> int:
     if argv[0] not in COMMANDS:
         print(f"alignvlm_jax: error: unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}", file=sys.stderr)
         return 2
-    if argv[0] != "train" and os.environ.get("ALIGNVLM_NUM_PROCESSES", "1") != "1":
-        return _fail(f"{argv[0]} runs as one process, and ALIGNVLM_NUM_PROCESSES is set: only train joins several")
+    if argv[0] not in JOINING and os.environ.get("ALIGNVLM_NUM_PROCESSES", "1") != "1":
+        several = " and ".join(JOINING)
+        return _fail(f"{argv[0]} runs as one process, and ALIGNVLM_NUM_PROCESSES is set: only {several} join several")
     try:
         # Imported late: `--help` of a command that needs no jax should not wait for it.
         importlib.import_module(f"alignvlm_jax.commands.{argv[0]}").main(argv[1:])

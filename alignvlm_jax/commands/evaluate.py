@@ -17,6 +17,7 @@ from alignvlm_jax.errors import UsageError, UserError
 from alignvlm_jax.eval import loading, predictions, questions, runner, score_table, submission, summary, tasks
 from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.eval.predictions import Predictions
+from alignvlm_jax.parallel import distributed
 
 BENCHMARKS = Path("data")
 """Where --tasks are looked for: what `make demo` and `make data` prepare lies there."""
@@ -26,6 +27,7 @@ def main(argv: list[str]) -> None:
     args = _parse(argv)
     if args.tasks and args.splits:
         raise UsageError("--tasks and --splits exclude each other: the demonstration's splits are tasks too")
+    distributed.initialize()
     if args.tasks:
         _evaluate_tasks(args)
     else:
@@ -43,6 +45,8 @@ def _evaluate_splits(args: argparse.Namespace) -> None:
         for split in config.eval.splits:
             for blind in (False, True):
                 asker.evaluate(split, blind)
+    if not distributed.is_main():
+        return
     results = _summarize(loaded, config)
     console = Console(highlight=False)
     console.print(f"{loaded.path}: connector {config.model.connector.name}")
@@ -60,6 +64,8 @@ def _evaluate_tasks(args: argparse.Namespace) -> None:
     asker = runner.Runner(loaded, loaded.config)
     with _stoppable():
         results = {benchmark.task.name: asker.evaluate_task(benchmark) for benchmark in benchmarks}
+    if not distributed.is_main():
+        return
     _summarize(loaded, loaded.config)
     console = Console(highlight=False)
     for task in asked:

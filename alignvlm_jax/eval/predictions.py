@@ -128,5 +128,24 @@ class Writer:
         return self.predictions
 
 
+class Collector:
+    """Stands in for a `Writer` on processes that write nothing.
+
+    Attributes:
+      predictions: what was appended.
+    """
+
+    def __init__(self, header: dict[str, Any]) -> None:
+        self.predictions = Predictions(header, [])
+
+    def append(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Adds rows."""
+        self.predictions.rows.extend(rows)
+
+    def publish(self) -> Predictions:
+        """Returns what was appended."""
+        return self.predictions
+
+
 def _lines(values: Sequence[dict[str, Any]]) -> str:
     return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)

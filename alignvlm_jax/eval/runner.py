@@ -20,6 +20,7 @@ from alignvlm_jax.eval import answering, loading, predictions, scores, tasks
 from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.eval.predictions import Predictions
 from alignvlm_jax.eval.questions import Benchmark, Question, choose_questions
+from alignvlm_jax.parallel import distributed
 
 PROMPT_MULTIPLE = 64  # tokens
 
@@ -101,7 +102,8 @@ class Runner:
             lambda asked: self._answer_task(benchmark, asked, max_new_tokens, config),
         )
         if len(problems := result.problems()) == len(result.rows):
-            path.unlink()
+            if distributed.is_main():
+                path.unlink()
             raise UserError(f"task {task.name}: no question can be asked; the first: {problems[0]}")
         return result
 
@@ -114,11 +116,13 @@ class Runner:
         answer: Callable[[Sequence[Question]], list[dict[str, Any]]],
     ) -> Predictions:
         """What is at `path`, if it was made in this very way; else the rows that `answer` gives for each batch of the
-        questions that are left."""
-        finished = predictions.read(path)
-        if finished is not None and finished.header == header:
-            return finished
-        writer = predictions.Writer(path, header)
+        questions that are left. Of several processes the main one reads and writes files, and tells the others."""
+        finished = predictions.read(path) if distributed.is_main() else None
+        rows = finished.rows if finished is not None and finished.header == header else None
+        if (rows := distributed.from_main(rows)) is not None:
+            return Predictions(header, rows)
+        writer = predictions.Writer(path, header) if distributed.is_main() else predictions.Collector(header)
+        writer.predictions.rows[:] = distributed.from_main(writer.predictions.rows)
         done = len(writer.predictions.rows)
         with _progress_bar() as bar:
             task = bar.add_task(name, total=len(questions), completed=done)
@@ -243,4 +247,5 @@ def _progress_bar() -> progress.Progress:
         _Rate(),
         progress.TimeRemainingColumn(),
         console=Console(stderr=True),
+        disable=not distributed.is_main(),
     )

@@ -1,10 +1,12 @@
 """Several processes as one: start-up and named barriers."""
 
+import json
 import os
 from collections.abc import Sequence
 from typing import TypeVar
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from alignvlm_jax.errors import UserError
@@ -64,6 +66,17 @@ def _number(name: str, text: str) -> int:
 def is_main() -> bool:
     """Whether this process is the one that writes logs and reports."""
     return jax.process_index() == 0
+
+
+def from_main(value: T) -> T:
+    """Returns the main process's value, as JSON gives it back, on every process."""
+    if jax.process_count() == 1:
+        return value
+    # int32: the sum that a broadcast is made of would widen bytes.
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8).astype(np.int32)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    told = multihost_utils.broadcast_one_to_all(data if is_main() else np.zeros(size, np.int32))
+    return json.loads(np.asarray(told).astype(np.uint8).tobytes())
 
 
 def own_rows(batch: Sequence[T]) -> Sequence[T]:

@@ -114,7 +114,7 @@ def scripted(monkeypatch, tokenizer_of, says):
     """Instead of generating, `says` gives the answer of the batch of a number."""
     batches = []
 
-    def generate(self, batch, max_new_tokens):
+    def generate(self, variables, batch, max_new_tokens):
         batches.append(batch)
         tokens = tokenizer_of.encode(says(len(batches)))
         return np.array([[*tokens, tokenizer_of.specials["<end>"]]] * len(batch["tokens"]), np.int32)
