@@ -20,6 +20,9 @@ from alignvlm_jax.models import connectors
 NEED_WORDS = ("vocabulary", "pca")
 """Analyses of connectors with a distribution over words."""
 
+DEFAULT_KIND = "features"
+"""Of noise; its results are those without a kind in their name."""
+
 
 class Analysis(NamedTuple):
     """An analysis: its `help`, its flags, what it measures of a model, how that is printed, and
@@ -47,13 +50,15 @@ def main(argv: list[str]) -> None:
         args.num_questions = args.num_questions or loaded.config.eval.num_questions
         asked = dataclasses.replace(loaded.config.eval, num_questions=args.num_questions)
         loaded = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, eval=asked))
-    chosen = ANALYSES[args.analysis]
+    chosen = _chosen(argv)
     try:
         found = chosen.measure(loaded, args)
     except KeyboardInterrupt as err:
         raise UserError("stopped; the same command goes on, and asks no question again") from err
     settings = {name: value for name, value in vars(args).items() if name not in ("checkpoint", "analysis", "data")}
-    path = analysis.write(loaded, args.analysis, settings | {"data": loaded.config.data.dir}, found)
+    kind = getattr(args, "kind", DEFAULT_KIND)
+    name = args.analysis if kind == DEFAULT_KIND else f"{args.analysis}_{kind}"
+    path = analysis.write(loaded, name, settings | {"data": loaded.config.data.dir}, found)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{loaded.path}: connector {loaded.config.model.connector.name}", markup=False)
     chosen.show(console, found)
@@ -77,15 +82,23 @@ def _check(config: Config, args: argparse.Namespace) -> None:
         cost.with_connector(config, name)
 
 
-def _peek(argv: list[str]) -> str | None:
+def _chosen(argv: list[str]) -> Analysis:
+    """The analysis that the flags name. A kind of noise has flags of its own."""
+    name = _peek(argv)
+    if name != "noise":
+        return ANALYSES[name]
+    return NOISES.get(_peek(argv, "--kind"), ANALYSES[name])  # Of a misspelt kind argparse will tell.
+
+
+def _peek(argv: list[str], flag: str = "--analysis") -> str | None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--analysis", nargs="?")
-    return parser.parse_known_args(argv)[0].analysis
+    parser.add_argument(flag, nargs="?", dest="value")
+    return parser.parse_known_args(argv)[0].value
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     """Flags of all analyses, and those of the one that is asked for: another's are wrong usage."""
-    chosen = ANALYSES[_peek(argv)]
+    chosen = _chosen(argv)
     parser = argparse.ArgumentParser(
         prog="python -m alignvlm_jax inspect", description=f"Analysis: {chosen.help}.", allow_abbrev=False
     )
@@ -104,14 +117,17 @@ def _names(text: str) -> list[str]:
     return text.split(",")
 
 
-def _sigmas(text: str) -> list[float]:
+def _sizes(text: str) -> list[float]:
     """Numbers above 0, separated by commas; there may be none."""
     values = [float(part) for part in text.split(",") if part]
     if not all(0 < value < float("inf") for value in values):
-        raise argparse.ArgumentTypeError(
-            f"{text} has a sigma that is not above 0 (it is always measured without noise)"
-        )
+        raise argparse.ArgumentTypeError(f"{text} has a size that is not above 0 (0 is always measured)")
     return values
+
+
+def _pixels(text: str) -> list[int]:
+    """Whole numbers above 0, separated by commas; there may be none."""
+    return [positive(part) for part in text.split(",") if part]
 
 
 def _threshold(text: str) -> float:
@@ -127,16 +143,51 @@ def _add_question_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_noise_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of every kind."""
+    kinds = "; ".join(f"{name}: {one.help}" for name, one in NOISES.items())
+    parser.add_argument(
+        "--kind", choices=NOISES, default=DEFAULT_KIND, help=f"{kinds}. Each has a --help; default: {DEFAULT_KIND}"
+    )
     _add_question_flags(parser)
-    parser.add_argument("--sigmas", type=_sigmas, default=[3.0], help="in the unit of the features; default: 3")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _add_feature_noise_flags(parser: argparse.ArgumentParser) -> None:
+    _add_noise_flags(parser)
+    _add_compared_pages_flag(parser)
+    parser.add_argument("--sigmas", type=_sizes, default=[3.0], help="in the unit of the features; default: 3")
     parser.add_argument(
         "--relative_sigmas",
-        type=_sigmas,
+        type=_sizes,
         default=[0.25, 0.5, 1.0, 2.0, 4.0],
         help="in units of the features' standard deviation; default: 0.25,0.5,1,2,4",
     )
+
+
+def _add_pixel_noise_flags(parser: argparse.ArgumentParser) -> None:
+    _add_noise_flags(parser)
+    _add_compared_pages_flag(parser)
+    parser.add_argument(
+        "--sigmas",
+        type=_sizes,
+        default=[0.05, 0.1, 0.2, 0.4],
+        help="where black is 0 and white is 1; default: 0.05,0.1,0.2,0.4",
+    )
+
+
+def _add_compared_pages_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_pages", type=positive, default=32, help="whose visual tokens are compared; default: 32")
-    parser.add_argument("--seed", type=int, default=0)
+
+
+def _add_layout_flags(parser: argparse.ArgumentParser) -> None:
+    _add_noise_flags(parser)
+    parser.add_argument("--shifts", type=_pixels, default=[], help="most pixels of the page; default: none")
+    parser.add_argument(
+        "--relative_shifts",
+        type=_sizes,
+        default=[0.125, 0.25, 0.5, 1.0],
+        help="most, in units of a patch's shorter side on the page; default: 0.125,0.25,0.5,1",
+    )
 
 
 def _add_word_flags(parser: argparse.ArgumentParser) -> None:
@@ -161,8 +212,16 @@ def _add_cost_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=positive, default=5, help="of each timing; default: 5")
 
 
-def _measure_noise(loaded: Loaded, args: argparse.Namespace) -> Mapping[str, Any]:
+def _measure_feature_noise(loaded: Loaded, args: argparse.Namespace) -> Mapping[str, Any]:
     return noise.measure(loaded, args.split, args.sigmas, args.relative_sigmas, args.num_pages, args.seed)
+
+
+def _measure_pixel_noise(loaded: Loaded, args: argparse.Namespace) -> Mapping[str, Any]:
+    return noise.measure_pixels(loaded, args.split, args.sigmas, args.num_pages, args.seed)
+
+
+def _measure_layout(loaded: Loaded, args: argparse.Namespace) -> Mapping[str, Any]:
+    return noise.measure_layout(loaded, args.split, args.shifts, args.relative_shifts, args.seed)
 
 
 def _measure_vocabulary(loaded: Loaded, args: argparse.Namespace) -> Mapping[str, Any]:
@@ -177,14 +236,33 @@ def _measure_pca(loaded: Loaded, args: argparse.Namespace) -> Mapping[str, Any]:
     return pca.measure(loaded, args.pages, args.num_pages, args.threshold, args.seed)
 
 
-ANALYSES = {
-    "noise": Analysis(
+NOISES = {
+    DEFAULT_KIND: Analysis(
         "scores and movement of visual tokens under Gaussian noise on the vision features",
-        _add_noise_flags,
-        _measure_noise,
+        _add_feature_noise_flags,
+        _measure_feature_noise,
         analysis_tables.show_noise,
         noise_figure.picture,
     ),
+    "pixels": Analysis(
+        "the same under Gaussian noise on the page's pixels",
+        _add_pixel_noise_flags,
+        _measure_pixel_noise,
+        analysis_tables.show_noise,
+        noise_figure.picture,
+    ),
+    "layout": Analysis(
+        "scores where the page's content is moved",
+        _add_layout_flags,
+        _measure_layout,
+        analysis_tables.show_noise,
+        noise_figure.picture,
+    ),
+}
+"""Kinds of noise."""
+
+ANALYSES = {
+    "noise": NOISES[DEFAULT_KIND],
     "vocabulary": Analysis(
         "which words ALIGN's patches use, and the scores with these alone",
         _add_vocabulary_flags,

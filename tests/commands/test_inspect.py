@@ -51,6 +51,25 @@ def test_noise(workdir, capsys):
     assert not (workdir / "predictions").exists()  # These are no evaluation of the checkpoint.
 
 
+def test_other_kinds_of_noise_stand_beside(workdir, capsys):
+    flags = ["inspect", f"--checkpoint={workdir}", "--analysis=noise", "--num_questions=4"]
+    assert main.main([*flags, "--kind=features", "--sigmas=3", "--relative_sigmas="]) == 0
+    assert main.main([*flags, "--kind=pixels", "--sigmas=0.1"]) == 0
+    assert main.main([*flags, "--kind=layout", "--shifts=2,1", "--relative_shifts="]) == 0
+    printed = capsys.readouterr().out
+    assert "The shorter side of a patch is 4 pixels of the page" in printed
+    folder = workdir / "analysis"
+    assert {path.name for path in folder.iterdir()} == {
+        *(f"noise{kind}.{end}" for kind in ("", "_pixels", "_layout") for end in ("json", "png")),
+        "noise",
+    }
+    sizes = {
+        name: [point[field] for point in json.loads((folder / f"{name}.json").read_text())["points"]]
+        for name, field in (("noise", "sigma"), ("noise_pixels", "sigma"), ("noise_layout", "shift"))
+    }
+    assert sizes == {"noise": [0, 3], "noise_pixels": [0, 0.1], "noise_layout": [0, 1, 2]}
+
+
 def test_vocabulary(workdir, capsys):
     flags = [f"--checkpoint={workdir}", "--analysis=vocabulary", "--split=unseen_fonts", "--pages=seen_fonts"]
     assert main.main(["inspect", *flags, "--threshold=0.01", "--num_questions=4"]) == 0
@@ -88,7 +107,12 @@ def test_cost(workdir, capsys):
         (["--checkpoint={workdir}", "--analysis=nosie"], 2, "invalid choice: 'nosie'"),
         (["--checkpoint={workdir}", "--analysis=noise", "--threshold=0.1"], 2, "unrecognized arguments: --threshold"),
         (["--checkpoint={workdir}", "--analysis=noise", "--config=x.py"], 2, "unrecognized arguments: --config"),
-        (["--checkpoint={workdir}", "--analysis=noise", "--sigmas=1,-2"], 2, "1,-2 has a sigma that is not above 0"),
+        (["--checkpoint={workdir}", "--analysis=noise", "--sigmas=1,-2"], 2, "1,-2 has a size that is not above 0"),
+        (["--checkpoint={workdir}", "--analysis=noise", "--shifts=1"], 2, "unrecognized arguments: --shifts"),
+        (["--checkpoint={workdir}", "--analysis=noise", "--kind=pixel"], 2, "invalid choice: 'pixel'"),
+        (["--checkpoint={workdir}", "--analysis=noise", "--kind=layout", "--sigmas=3"], 2, "unrecognized arguments"),
+        (["--checkpoint={workdir}", "--analysis=noise", "--kind=layout", "--shifts=1.5"], 2, "'1.5'"),
+        (["--checkpoint={workdir}", "--analysis=pca", "--kind=layout"], 2, "unrecognized arguments: --kind"),
         (["--checkpoint={workdir}", "--analysis=vocabulary", "--threshold=1"], 2, "1 is no probability"),
         (["--checkpoint={workdir}", "--analysis=noise", "--split=seen_font"], 1, "did you mean 'seen_fonts'?"),
         (["--checkpoint={workdir}", "--analysis=vocabulary", "--pages=nowhere"], 1, "'nowhere'"),
