@@ -4,6 +4,7 @@ import io
 from collections.abc import Callable, Sequence
 
 import matplotlib as mpl
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -14,6 +15,7 @@ QUIET = "#c3cad1"
 """Of what others are compared with."""
 
 DPI = 130
+MAX_LETTERS = 20
 LOOK = {
     "font.family": "sans-serif",
     "font.size": 10,
@@ -58,6 +60,13 @@ def to_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def legible(word: str) -> str:
+    """Returns a word with what the font cannot draw spelled as code points, cut after MAX_LETTERS."""
+    font = font_manager.get_font(font_manager.findfont("monospace"))
+    spelled = "".join(c if font.get_char_index(ord(c)) else f"⟨{ord(c):X}⟩" for c in word)
+    return spelled if len(spelled) <= MAX_LETTERS else f"{spelled[: MAX_LETTERS - 1]}…"
 
 
 def bars(

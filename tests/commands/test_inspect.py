@@ -37,6 +37,10 @@ def workdir(trained_workdir, tmp_path):
     return shutil.copytree(trained_workdir, tmp_path / "run")
 
 
+def assert_picture(path) -> None:
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
 def test_noise(workdir, capsys):
     flags = [f"--checkpoint={workdir}", "--analysis=noise", "--sigmas=3,9", "--relative_sigmas=", "--num_questions=4"]
     assert main.main(["inspect", *flags, "--seed=5"]) == 0
@@ -47,7 +51,7 @@ def test_noise(workdir, capsys):
     assert [point["num_eval"] for point in written["points"]] == [4, 4, 4]
     assert (written["step"], written["connector"]) == (7, "align")
     assert written["settings"].items() >= {"seed": 5, "split": "seen_fonts", "num_questions": 4}.items()
-    assert (workdir / "analysis" / "noise.png").read_bytes().startswith(b"\x89PNG")
+    assert_picture(workdir / "analysis" / "noise.png")
     assert not (workdir / "predictions").exists()  # These are no evaluation of the checkpoint.
 
 
@@ -79,6 +83,7 @@ def test_vocabulary(workdir, capsys):
     assert written["settings"].items() >= {"pages": "seen_fonts", "threshold": 0.01, "num_pages": 100}.items()
     assert [trial["words"] for trial in written["pruning"]] == ["all", "mean", "highest"]
     assert len(written["top_words"]) == 20
+    assert_picture(workdir / "analysis" / "vocabulary.png")
 
 
 def test_pca(workdir, capsys):
@@ -88,6 +93,7 @@ def test_pca(workdir, capsys):
     written = json.loads((workdir / "analysis" / "pca.json").read_text())
     assert list(written["sets"]) == ["chosen", "random", "most frequent"]
     assert written["num_chosen"] == len(written["points"]["random"]) < written["num_words"]
+    assert_picture(workdir / "analysis" / "pca.png")
 
 
 def test_cost(workdir, capsys):
@@ -97,6 +103,7 @@ def test_cost(workdir, capsys):
     written = json.loads((workdir / "analysis" / "cost.json").read_text())
     assert [one["connector"] for one in written["costs"]] == ["align"]
     assert written["settings"].items() >= {"connectors": ["align"], "repeats": 1}.items()
+    assert_picture(workdir / "analysis" / "cost.png")
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,9 @@
 """The picture has the curves that it was given."""
 
-import io
-
 import numpy as np
-from PIL import Image, ImageColor
 
 from alignvlm_jax.eval import noise_figure, plotting
+from tests.eval.pictures import decode, has
 
 
 def found(scores: list[float]) -> dict:
@@ -14,12 +12,12 @@ def found(scores: list[float]) -> dict:
 
 
 def pixels(results: dict) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(noise_figure.picture(results))).convert("RGB"), int)
+    return decode(noise_figure.picture(results))
 
 
 def rows(image: np.ndarray, color: str) -> np.ndarray:
     """Where curves of this color are."""
-    return np.nonzero((np.abs(image - ImageColor.getrgb(color)).max(-1) < 8).any(1))[0]
+    return np.nonzero(has(image, color).any(1))[0]
 
 
 def test_curves_are_told_apart_and_follow_the_scores():
