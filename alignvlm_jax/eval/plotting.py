@@ -8,7 +8,9 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-COLORS = ("#2f7fd6", "#d9822b", "#1f8a5b", "#b3508f", "#7a6ad8", "#8a6d3b", "#5d6772")
+COLORS = (
+    "#2f7fd6", "#d9822b", "#1f8a5b", "#c8453b", "#7a6ad8", "#8a6d3b", "#d06bb0", "#5d6772", "#9aa82e", "#2ba8b4"
+)  # fmt: skip
 """Of series, in their order."""
 
 QUIET = "#c3cad1"
