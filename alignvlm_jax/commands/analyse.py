@@ -9,11 +9,24 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from alignvlm_jax import files
-from alignvlm_jax.commands.arguments import positive
+from alignvlm_jax.commands import analysis_flags
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import sources
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.eval import analysis, analysis_tables, cost, loading, looking, noise, noise_figure, pca, vocabulary
+from alignvlm_jax.eval import (
+    analysis,
+    analysis_tables,
+    cost,
+    cost_figure,
+    loading,
+    looking,
+    noise,
+    noise_figure,
+    pca,
+    pca_figure,
+    vocabulary,
+    vocabulary_figure,
+)
 from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.models import connectors
 
@@ -22,14 +35,14 @@ NEED_WORDS = ("vocabulary", "pca")
 
 
 class Analysis(NamedTuple):
-    """An analysis: its `help`, its flags, what it measures of a model, how that is printed, and
-    the picture of results by name, if there is one."""
+    """An analysis: its `help`, its flags, what it measures of a model, and how that is printed and, with the name of
+    the connector, pictured."""
 
     help: str
     add_flags: Callable[[argparse.ArgumentParser], None]
     measure: Callable[[Loaded, argparse.Namespace], Mapping[str, Any]]
     show: Callable[[Console, Mapping[str, Any]], None]
-    picture: Callable[[Mapping[str, Mapping[str, Any]]], bytes] | None = None
+    picture: Callable[[str, Mapping[str, Any]], bytes]
 
 
 def is_asked(argv: list[str]) -> bool:
@@ -47,21 +60,23 @@ def main(argv: list[str]) -> None:
         args.num_questions = args.num_questions or loaded.config.eval.num_questions
         asked = dataclasses.replace(loaded.config.eval, num_questions=args.num_questions)
         loaded = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, eval=asked))
-    chosen = ANALYSES[args.analysis]
+    chosen = _chosen(argv)
     try:
         found = chosen.measure(loaded, args)
     except KeyboardInterrupt as err:
         raise UserError("stopped; the same command goes on, and asks no question again") from err
     settings = {name: value for name, value in vars(args).items() if name not in ("checkpoint", "analysis", "data")}
-    path = analysis.write(loaded, args.analysis, settings | {"data": loaded.config.data.dir}, found)
+    kind = getattr(args, "kind", analysis_flags.KINDS[0])
+    name = args.analysis if kind == analysis_flags.KINDS[0] else f"{args.analysis}_{kind}"
+    path = analysis.write(loaded, name, settings | {"data": loaded.config.data.dir}, found)
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"{loaded.path}: connector {loaded.config.model.connector.name}", markup=False)
+    connector = loaded.config.model.connector.name
+    console.print(f"{loaded.path}: connector {connector}", markup=False)
     chosen.show(console, found)
     console.print(f"Written: {path}", markup=False)
-    if chosen.picture is not None:
-        path = path.with_suffix(".png")
-        files.write_whole(path, chosen.picture({loaded.config.model.connector.name: found}))
-        console.print(f"Written: {path}", markup=False)
+    path = path.with_suffix(".png")
+    files.write_whole(path, chosen.picture(connector, found))
+    console.print(f"Written: {path}", markup=False)
 
 
 def _check(config: Config, args: argparse.Namespace) -> None:
@@ -77,15 +92,23 @@ def _check(config: Config, args: argparse.Namespace) -> None:
         cost.with_connector(config, name)
 
 
-def _peek(argv: list[str]) -> str | None:
+def _chosen(argv: list[str]) -> Analysis:
+    """The analysis that the flags name. A kind of noise has flags of its own."""
+    name = _peek(argv)
+    if name != "noise":
+        return ANALYSES[name]
+    return NOISES.get(_peek(argv, "--kind"), ANALYSES[name])  # Of a misspelt kind argparse will tell.
+
+
+def _peek(argv: list[str], flag: str = "--analysis") -> str | None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--analysis", nargs="?")
-    return parser.parse_known_args(argv)[0].analysis
+    parser.add_argument(flag, nargs="?", dest="value")
+    return parser.parse_known_args(argv)[0].value
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     """Flags of all analyses, and those of the one that is asked for: another's are wrong usage."""
-    chosen = ANALYSES[_peek(argv)]
+    chosen = _chosen(argv)
     parser = argparse.ArgumentParser(
         prog="python -m alignvlm_jax inspect", description=f"Analysis: {chosen.help}.", allow_abbrev=False
     )
@@ -99,70 +122,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def _names(text: str) -> list[str]:
-    """Separated by commas."""
-    return text.split(",")
-
-
-def _sigmas(text: str) -> list[float]:
-    """Numbers above 0, separated by commas; there may be none."""
-    values = [float(part) for part in text.split(",") if part]
-    if not all(0 < value < float("inf") for value in values):
-        raise argparse.ArgumentTypeError(
-            f"{text} has a sigma that is not above 0 (it is always measured without noise)"
-        )
-    return values
-
-
-def _threshold(text: str) -> float:
-    """A probability."""
-    if not 0 <= float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no probability: from 0 to below 1")
-    return float(text)
-
-
-def _add_question_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--split", help="whose questions are asked; default: the first of the config")
-    parser.add_argument("--num_questions", type=positive, help="default: the config's")
-
-
-def _add_noise_flags(parser: argparse.ArgumentParser) -> None:
-    _add_question_flags(parser)
-    parser.add_argument("--sigmas", type=_sigmas, default=[3.0], help="in the unit of the features; default: 3")
-    parser.add_argument(
-        "--relative_sigmas",
-        type=_sigmas,
-        default=[0.25, 0.5, 1.0, 2.0, 4.0],
-        help="in units of the features' standard deviation; default: 0.25,0.5,1,2,4",
-    )
-    parser.add_argument("--num_pages", type=positive, default=32, help="whose visual tokens are compared; default: 32")
-    parser.add_argument("--seed", type=int, default=0)
-
-
-def _add_word_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threshold", type=_threshold, default=1e-6, help="a word is kept above it; default: 1e-6")
-    parser.add_argument("--pages", help="split whose pages choose the words; default: the config's validation split")
-    parser.add_argument("--num_pages", type=positive, default=100, help="of it; default: 100")
-
-
-def _add_vocabulary_flags(parser: argparse.ArgumentParser) -> None:
-    _add_question_flags(parser)
-    _add_word_flags(parser)
-
-
-def _add_pca_flags(parser: argparse.ArgumentParser) -> None:
-    _add_word_flags(parser)
-    parser.add_argument("--seed", type=int, default=0)
-
-
-def _add_cost_flags(parser: argparse.ArgumentParser) -> None:
-    names = ", ".join(connectors.REGISTRY)
-    parser.add_argument("--connectors", type=_names, default=[], help=f"of {names}; default: all that fit")
-    parser.add_argument("--repeats", type=positive, default=5, help="of each timing; default: 5")
-
-
-def _measure_noise(loaded: Loaded, args: argparse.Namespace) -> Mapping[str, Any]:
+def _measure_feature_noise(loaded: Loaded, args: argparse.Namespace) -> Mapping[str, Any]:
     return noise.measure(loaded, args.split, args.sigmas, args.relative_sigmas, args.num_pages, args.seed)
+
+
+def _measure_pixel_noise(loaded: Loaded, args: argparse.Namespace) -> Mapping[str, Any]:
+    return noise.measure_pixels(loaded, args.split, args.sigmas, args.num_pages, args.seed)
+
+
+def _measure_layout(loaded: Loaded, args: argparse.Namespace) -> Mapping[str, Any]:
+    return noise.measure_layout(loaded, args.split, args.shifts, args.relative_shifts, args.seed)
 
 
 def _measure_vocabulary(loaded: Loaded, args: argparse.Namespace) -> Mapping[str, Any]:
@@ -177,30 +146,56 @@ def _measure_pca(loaded: Loaded, args: argparse.Namespace) -> Mapping[str, Any]:
     return pca.measure(loaded, args.pages, args.num_pages, args.threshold, args.seed)
 
 
-ANALYSES = {
-    "noise": Analysis(
+def _picture_noise(connector: str, found: Mapping[str, Any]) -> bytes:
+    return noise_figure.picture({connector: found})
+
+
+NOISES = {
+    "features": Analysis(
         "scores and movement of visual tokens under Gaussian noise on the vision features",
-        _add_noise_flags,
-        _measure_noise,
+        analysis_flags.add_feature_noise,
+        _measure_feature_noise,
         analysis_tables.show_noise,
-        noise_figure.picture,
+        _picture_noise,
     ),
+    "pixels": Analysis(
+        "scores and movement of visual tokens under Gaussian noise on the page's pixels",
+        analysis_flags.add_pixel_noise,
+        _measure_pixel_noise,
+        analysis_tables.show_noise,
+        _picture_noise,
+    ),
+    "layout": Analysis(
+        "scores where the content of pages is moved",
+        analysis_flags.add_layout,
+        _measure_layout,
+        analysis_tables.show_noise,
+        _picture_noise,
+    ),
+}
+"""Kinds of noise."""
+
+ANALYSES = {
+    "noise": NOISES["features"],
     "vocabulary": Analysis(
         "which words ALIGN's patches use, and the scores with these alone",
-        _add_vocabulary_flags,
+        analysis_flags.add_vocabulary,
         _measure_vocabulary,
         analysis_tables.show_vocabulary,
+        lambda connector, found: vocabulary_figure.picture(found),
     ),
     "pca": Analysis(
         "how well the words that ALIGN's patches use cover the space of text embeddings",
-        _add_pca_flags,
+        analysis_flags.add_pca,
         _measure_pca,
         analysis_tables.show_pca,
+        lambda connector, found: pca_figure.picture(found),
     ),
     "cost": Analysis(
         "parameters, FLOPs, memory and time of connectors beside the checkpoint's encoder and LLM",
-        _add_cost_flags,
+        analysis_flags.add_cost,
         _measure_cost,
         analysis_tables.show_cost,
+        cost_figure.picture,
     ),
 }

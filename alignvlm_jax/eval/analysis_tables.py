@@ -7,26 +7,35 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+NOISE_COLUMNS = {
+    "sigma": ("sigma", ".3f"),
+    "relative_sigma": ("in its units", ".2f"),
+    "shift": ("pixels at most", "d"),
+    "relative_shift": ("patches", ".2f"),
+    "anls": ("ANLS", ".3f"),
+    "exact_match": ("exact match", ".3f"),
+    "distance": ("cos. distance", ".4f"),
+    "centred_distance": ("mean removed", ".4f"),
+}
+"""By field of a point: the title of its column, and its format."""
+
 
 def show_noise(console: Console, found: Mapping[str, Any]) -> None:
-    """Prints what `noise.measure` returns: a row a sigma, and what distances are to be compared with."""
-    std = found["feature_std"]
-    console.print(f"The features' standard deviation over patches is {std:.3f}.")
-    table = _table("sigma", "in its units", "ANLS", "exact match", "cos. distance", "mean removed")
+    """Prints what a function of `noise` returns: a row a size, and what distances are to be compared with."""
+    if "feature_std" in found:
+        console.print(f"The features' standard deviation over patches is {found['feature_std']:.3f}.")
+    if "patch_pixels" in found:
+        console.print(f"The shorter side of a patch is {found['patch_pixels']:.3g} pixels of the page.")
+    columns = {name: column for name, column in NOISE_COLUMNS.items() if name in found["points"][0]}
+    table = _table(*(title for title, _ in columns.values()))
     for point in found["points"]:
-        table.add_row(
-            f"{point['sigma']:.3f}",
-            f"{point['relative_sigma']:.2f}",
-            f"{point['anls']:.3f}",
-            f"{point['exact_match']:.3f}",
-            f"{point['distance']:.4f}",
-            f"{point['centred_distance']:.4f}",
-        )
+        table.add_row(*(format(point[name], spec) for name, (_, spec) in columns.items()))
     console.print(table)
-    console.print(
-        f"Between different visual tokens, without noise: cosine distance {found['between_distance']:.4f}, with "
-        f"the mean removed {found['centred_between_distance']:.4f}."
-    )
+    if "between_distance" in found:
+        console.print(
+            f"Between different visual tokens, without noise: cosine distance {found['between_distance']:.4f}, with "
+            f"the mean removed {found['centred_between_distance']:.4f}."
+        )
 
 
 def show_vocabulary(console: Console, found: Mapping[str, Any]) -> None:

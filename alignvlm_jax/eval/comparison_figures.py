@@ -1,24 +1,43 @@
 """A comparison as pictures: scores of every seed, curves of learning, and what noise does. PNG files."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from alignvlm_jax.eval import noise_figure
+from alignvlm_jax.eval import noise_figure, plotting
 from alignvlm_jax.eval.comparison import REACHED, Row
 
-DPI = 130
-BAR, DOT, BLANK = "#2f7fd6", "#12345a", "#d9822b"
+BAR, BLANK = plotting.COLORS[:2]
+DOT = "#12345a"
 
 
 def scores(rows: Sequence[Row]) -> bytes:
     """Returns the ANLS of every row: a bar for the mean, a dot for each seed, and the score on blank pages."""
-    figure = Figure(figsize=(7.6, 0.7 + 0.42 * len(rows)), dpi=DPI, layout="constrained", facecolor="white")
-    axes = figure.add_subplot()
+
+    def draw(figure: Figure) -> None:
+        _draw_scores(figure.add_subplot(), rows)
+
+    return plotting.png((7.6, 0.7 + 0.42 * len(rows)), draw)
+
+
+def learning(rows: Sequence[Row]) -> bytes:
+    """Returns the ANLS of generated answers over the steps of training: the mean over seeds, and their span."""
+
+    def draw(figure: Figure) -> None:
+        _draw_learning(figure.add_subplot(), rows)
+
+    return plotting.png((7.6, 3.6), draw)
+
+
+def noise(rows: Sequence[Row]) -> bytes:
+    """Returns `noise_figure.picture` of all rows, means over their seeds."""
+    return noise_figure.picture({row.name.replace("_", " "): _mean(row.analysis("noise")) for row in rows})
+
+
+def _draw_scores(axes: Axes, rows: Sequence[Row]) -> None:
     for place, row in enumerate(rows):
         values = row.values("anls")
         axes.barh(place, values.mean(), color=BAR, height=0.6, alpha=0.85, label="mean" if not place else None)
@@ -30,22 +49,16 @@ def scores(rows: Sequence[Row]) -> bytes:
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel("ANLS")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="x", color="#00000022", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.legend(frameon=False, loc="lower right")
-    return _png(figure)
+    axes.grid(axis="x")
+    axes.legend(loc="lower right")
 
 
-def learning(rows: Sequence[Row]) -> bytes:
-    """Returns the ANLS of generated answers over the steps of training: the mean over seeds, and their span."""
-    figure = Figure(figsize=(7.6, 3.6), dpi=DPI, layout="constrained", facecolor="white")
-    axes = figure.add_subplot()
+def _draw_learning(axes: Axes, rows: Sequence[Row]) -> None:
     for number, row in enumerate(rows):
         asked = [[line for line in run.lines if "generated/anls" in line] for run in row.runs]
         steps = [line["step"] for line in asked[0]]
         values = np.array([[line["generated/anls"] for line in lines] for lines in asked])
-        color = colormaps["tab10"](number)
+        color = plotting.COLORS[number]
         axes.plot(steps, values.mean(0), color=color, linewidth=1.6, label=row.name.replace("_", " "))
         axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
     axes.axhline(REACHED, color="#00000066", linewidth=0.8, linestyle=":")
@@ -53,15 +66,8 @@ def learning(rows: Sequence[Row]) -> bytes:
     axes.set_xlim(left=0)
     axes.set_ylabel("ANLS while training")
     axes.set_xlabel("steps")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#00000022", linewidth=0.6)
-    axes.legend(frameon=False, fontsize=8.5)
-    return _png(figure)
-
-
-def noise(rows: Sequence[Row]) -> bytes:
-    """Returns `noise_figure.picture` of all rows, means over their seeds."""
-    return noise_figure.picture({row.name.replace("_", " "): _mean(row.analysis("noise")) for row in rows})
+    axes.grid(axis="y")
+    axes.legend(fontsize=8.5)
 
 
 def _mean(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -72,9 +78,3 @@ def _mean(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "centred_between_distance": float(np.mean([run["centred_between_distance"] for run in runs])),
         "points": [{name: float(np.mean([point[name] for point in same])) for name in names} for same in points],
     }
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()

@@ -11,23 +11,22 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from alignvlm_jax.eval import plotting
+
 TEXT = "#010203"  # Stands for the page's text colour until the SVG is written.
 GRID = "#010204"
-THIS, OTHER = "#2f7fd6", "#d9822b"
+THIS, OTHER = plotting.COLORS[:2]
 SMOOTHING = 15  # Points of training metrics that a line averages over.
 
-STYLE = {
+STYLE = plotting.LOOK | {
     "svg.fonttype": "none",
     "svg.hashsalt": "alignvlm_jax",
-    "font.family": "sans-serif",
-    "font.size": 10,
     "text.color": TEXT,
     "axes.edgecolor": GRID,
     "axes.labelcolor": TEXT,
     "xtick.color": TEXT,
     "ytick.color": TEXT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
+    "grid.color": GRID,
 }
 
 
@@ -82,7 +81,7 @@ def _panel(curve: Curve, lines: Sequence[dict[str, Any]], other: Sequence[dict[s
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.0, 2.9), layout="constrained")
         axes = figure.add_subplot()
-        axes.set_title(curve.title, loc="left", fontsize=10.5, fontweight="bold", pad=19)
+        axes.set_title(curve.title, pad=19)
         if curve.log:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
@@ -93,9 +92,7 @@ def _panel(curve: Curve, lines: Sequence[dict[str, Any]], other: Sequence[dict[s
         if not curve.log:
             axes.set_ylim(0, 1.02)
         _draw_stages(axes, stage_spans(lines))
-        axes.grid(axis="y", color=GRID, linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.tick_params(length=0, which="both")
+        axes.grid(axis="y")
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5))
         return _inline_svg(figure, curve.title)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import html as html_lib
-import io
 import os
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from alignvlm_jax import files
 from alignvlm_jax.data.schema import Box
 from alignvlm_jax.data.tokenizer import Tokenizer
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.eval import gallery, html
+from alignvlm_jax.eval import gallery, html, plotting
 
 FILE = "lens.html"
 TITLE = "What the patches say"
@@ -138,9 +137,7 @@ def picture(lens: Lens) -> bytes:
     bar.set_ticks([0, 0.25, 1, 2, 4, vocab_bits], labels=["0 bits", "¼", "1", "2", "4", f"{vocab_bits:.3g}"])
     bar.ax.tick_params(labelsize=12, length=3)
     bar.outline.set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return plotting.to_png(figure)
 
 
 def readings(lens: Lens, count: int, num_tokens: int = 3) -> list[Reading]:

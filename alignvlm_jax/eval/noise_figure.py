@@ -1,43 +1,63 @@
-"""What `noise.measure` found, as a picture: one connector, or several to compare."""
+"""What a function of `noise` found, as a picture: one connector, or several to compare."""
 
-import io
 from collections.abc import Mapping
 from typing import Any
 
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-INCHES = (10.0, 3.8)
-DPI = 130
+from alignvlm_jax.eval import plotting
+
+INCHES = (5.0, 3.8)
+"""Of a panel."""
+
+AXES = {
+    "features": ("relative_sigma", "noise, standard deviations of the features"),
+    "pixels": ("sigma", "noise on pixels, share of the range from black to white"),
+    "layout": ("relative_shift", "content moved by at most, patches of {patch_pixels:.3g} pixels"),
+}
+"""By kind of disturbance: the field of a point that the curves are over, and what it is; braces name results."""
 
 
 def picture(results: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """Returns a PNG of results by name, two panels over sigma in units of the features' standard deviation: ANLS, and
-    how far visual tokens move with the mean removed, as a share of the distance between different ones."""
-    figure = Figure(figsize=INCHES, dpi=DPI, layout="constrained", facecolor="white")
-    scores, distances = figure.subplots(1, 2)
+    """Returns a PNG of results of one kind by name, over the size of the disturbance: ANLS, and, of kinds with
+    distances, how far visual tokens move with the mean removed, as a share of the distance between different ones."""
+    first = next(iter(results.values()))
+    field, label = AXES[first.get("kind", "features")]
+    with_distances = "centred_between_distance" in first
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(1, 1 + with_distances, squeeze=False)[0]
+        _draw_scores(panels[0], results, field)
+        if with_distances:
+            _draw_distances(panels[1], results, field)
+        for axes in panels:
+            axes.set_xlabel(label.format(**first))
+            axes.grid(axis="y")
+
+    return plotting.png((INCHES[0] * (1 + with_distances), INCHES[1]), draw)
+
+
+def _draw_scores(axes: Axes, results: Mapping[str, Mapping[str, Any]], field: str) -> None:
     for number, (name, found) in enumerate(results.items()):
-        style = {"color": colormaps["tab10"](number), "marker": "o", "markersize": 4, "linewidth": 1.6, "label": name}
-        sigmas = [point["relative_sigma"] for point in found["points"]]
-        scores.plot(sigmas, [point["anls"] for point in found["points"]], **style)
+        _draw_curve(axes, number, name, found, field, [point["anls"] for point in found["points"]])
+    axes.set_title("ANLS")
+    axes.set_ylim(0, 1.02)
+    axes.legend()
+
+
+def _draw_distances(axes: Axes, results: Mapping[str, Mapping[str, Any]], field: str) -> None:
+    for number, (name, found) in enumerate(results.items()):
         between = found["centred_between_distance"]
-        distances.plot(sigmas, [point["centred_distance"] / between for point in found["points"]], **style)
-    scores.set_ylim(0, 1.02)
+        _draw_curve(
+            axes, number, name, found, field, [point["centred_distance"] / between for point in found["points"]]
+        )
+    axes.set_title("Movement of visual tokens / distance between them")
     # At 1 a token is as far from itself as it is from any other.
-    distances.axhline(1, color="#00000066", linewidth=0.8, linestyle=":")
-    distances.set_ylim(bottom=0)
-    _label(scores, "ANLS")
-    _label(distances, "Movement of visual tokens / distance between them")
-    scores.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    axes.axhline(1, color="#00000066", linewidth=0.8, linestyle=":")
+    axes.set_ylim(bottom=0)
 
 
-def _label(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold")
-    axes.set_xlabel("noise, standard deviations of the features")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#00000022", linewidth=0.6)
-    axes.set_axisbelow(True)
+def _draw_curve(axes: Axes, number: int, name: str, found: Mapping[str, Any], field: str, values: list[float]) -> None:
+    sizes = [point[field] for point in found["points"]]
+    axes.plot(sizes, values, color=plotting.COLORS[number], marker="o", markersize=4, linewidth=1.6, label=name)

@@ -17,7 +17,18 @@ from alignvlm_jax.data import images
 from alignvlm_jax.data.schema import Record
 from alignvlm_jax.data.sources import RecordSource
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.eval import figures, gallery, html, lens, loading, looking, predictions, summary
+from alignvlm_jax.eval import (
+    analysis,
+    figures,
+    gallery,
+    html,
+    lens,
+    loading,
+    looking,
+    predictions,
+    report_analyses,
+    summary,
+)
 from alignvlm_jax.eval.gallery import Example
 from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.eval.predictions import Predictions
@@ -39,6 +50,7 @@ class Run:
     stages: tuple[Config, ...]
     lines: Lines
     results: Results
+    analyses: Mapping[str, Mapping[str, Any]]
     loaded: Loaded | None
     problem: str
 
@@ -73,7 +85,9 @@ def read(folder: Path, data_dir: str | None = None, with_model: bool = True) -> 
             loaded = loading.load(folder, loading.load_config(folder, data_dir))
         except UserError as err:
             problem = str(err)
-    return Run(folder, stages, read_metrics(folder / metrics.FILE), predictions.read_all(folder), loaded, problem)
+    lines, results = read_metrics(folder / metrics.FILE), predictions.read_all(folder)
+    analyses = {path.stem: _parse(path, path.read_text()) for path in (folder / analysis.FOLDER).glob("*.json")}
+    return Run(folder, stages, lines, results, analyses, loaded, problem)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -116,6 +130,7 @@ def render(run: Run, other: Run | None = None) -> str:
         examples=[_shown(example, records.get(example.record_id)) for example in examples],
         lenses=lenses,
         lens_problem=lens_problem,
+        analyses=report_analyses.sections(run.folder / analysis.FOLDER, run.analyses),
         facts=_facts(run),
         config_json=json.dumps(config_lib.to_json(run.stages), indent=2),
     )

@@ -25,6 +25,7 @@ from alignvlm_jax.models.vlm import VLM
 from alignvlm_jax.shapes import Array, Float, Int
 
 NUM_TOP = 20
+NUM_BINS = 40
 
 
 class TileWords(NamedTuple):
@@ -68,9 +69,12 @@ class Usage:
 
     def facts(self) -> dict[str, Any]:
         """Returns the numbers that describe it; entropies in bits, perplexities in words."""
+        most = np.log2(len(self.mean))
+        counts, edges = np.histogram(self.entropies.clip(0, most), NUM_BINS, (0, most))
         return {
             "num_patches": len(self.entropies),
             "entropy": analysis.quantiles(self.entropies),
+            "entropy_histogram": {"edges": edges.round(4).tolist(), "patches": counts.tolist()},
             "perplexity": analysis.quantiles(2**self.entropies),
             "mean_perplexity": float(2 ** entropy(self.mean)),
             "mean_peak": float(self.mean.max()),

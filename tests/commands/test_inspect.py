@@ -37,6 +37,10 @@ def workdir(trained_workdir, tmp_path):
     return shutil.copytree(trained_workdir, tmp_path / "run")
 
 
+def assert_picture(path) -> None:
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
 def test_noise(workdir, capsys):
     flags = [f"--checkpoint={workdir}", "--analysis=noise", "--sigmas=3,9", "--relative_sigmas=", "--num_questions=4"]
     assert main.main(["inspect", *flags, "--seed=5"]) == 0
@@ -47,8 +51,27 @@ def test_noise(workdir, capsys):
     assert [point["num_eval"] for point in written["points"]] == [4, 4, 4]
     assert (written["step"], written["connector"]) == (7, "align")
     assert written["settings"].items() >= {"seed": 5, "split": "seen_fonts", "num_questions": 4}.items()
-    assert (workdir / "analysis" / "noise.png").read_bytes().startswith(b"\x89PNG")
+    assert_picture(workdir / "analysis" / "noise.png")
     assert not (workdir / "predictions").exists()  # These are no evaluation of the checkpoint.
+
+
+def test_other_kinds_of_noise_stand_beside(workdir, capsys):
+    flags = ["inspect", f"--checkpoint={workdir}", "--analysis=noise", "--num_questions=4"]
+    assert main.main([*flags, "--kind=features", "--sigmas=3", "--relative_sigmas="]) == 0
+    assert main.main([*flags, "--kind=pixels", "--sigmas=0.1"]) == 0
+    assert main.main([*flags, "--kind=layout", "--shifts=2,1", "--relative_shifts="]) == 0
+    printed = capsys.readouterr().out
+    assert "The shorter side of a patch is 4 pixels of the page" in printed
+    folder = workdir / "analysis"
+    assert {path.name for path in folder.iterdir()} == {
+        *(f"noise{kind}.{end}" for kind in ("", "_pixels", "_layout") for end in ("json", "png")),
+        "noise",
+    }
+    sizes = {
+        name: [point[field] for point in json.loads((folder / f"{name}.json").read_text())["points"]]
+        for name, field in (("noise", "sigma"), ("noise_pixels", "sigma"), ("noise_layout", "shift"))
+    }
+    assert sizes == {"noise": [0, 3], "noise_pixels": [0, 0.1], "noise_layout": [0, 1, 2]}
 
 
 def test_vocabulary(workdir, capsys):
@@ -60,6 +83,7 @@ def test_vocabulary(workdir, capsys):
     assert written["settings"].items() >= {"pages": "seen_fonts", "threshold": 0.01, "num_pages": 100}.items()
     assert [trial["words"] for trial in written["pruning"]] == ["all", "mean", "highest"]
     assert len(written["top_words"]) == 20
+    assert_picture(workdir / "analysis" / "vocabulary.png")
 
 
 def test_pca(workdir, capsys):
@@ -69,6 +93,7 @@ def test_pca(workdir, capsys):
     written = json.loads((workdir / "analysis" / "pca.json").read_text())
     assert list(written["sets"]) == ["chosen", "random", "most frequent"]
     assert written["num_chosen"] == len(written["points"]["random"]) < written["num_words"]
+    assert_picture(workdir / "analysis" / "pca.png")
 
 
 def test_cost(workdir, capsys):
@@ -78,6 +103,7 @@ def test_cost(workdir, capsys):
     written = json.loads((workdir / "analysis" / "cost.json").read_text())
     assert [one["connector"] for one in written["costs"]] == ["align"]
     assert written["settings"].items() >= {"connectors": ["align"], "repeats": 1}.items()
+    assert_picture(workdir / "analysis" / "cost.png")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +114,12 @@ def test_cost(workdir, capsys):
         (["--checkpoint={workdir}", "--analysis=nosie"], 2, "invalid choice: 'nosie'"),
         (["--checkpoint={workdir}", "--analysis=noise", "--threshold=0.1"], 2, "unrecognized arguments: --threshold"),
         (["--checkpoint={workdir}", "--analysis=noise", "--config=x.py"], 2, "unrecognized arguments: --config"),
-        (["--checkpoint={workdir}", "--analysis=noise", "--sigmas=1,-2"], 2, "1,-2 has a sigma that is not above 0"),
+        (["--checkpoint={workdir}", "--analysis=noise", "--sigmas=1,-2"], 2, "1,-2 has a size that is not above 0"),
+        (["--checkpoint={workdir}", "--analysis=noise", "--shifts=1"], 2, "unrecognized arguments: --shifts"),
+        (["--checkpoint={workdir}", "--analysis=noise", "--kind=pixel"], 2, "invalid choice: 'pixel'"),
+        (["--checkpoint={workdir}", "--analysis=noise", "--kind=layout", "--sigmas=3"], 2, "unrecognized arguments"),
+        (["--checkpoint={workdir}", "--analysis=noise", "--kind=layout", "--shifts=1.5"], 2, "'1.5'"),
+        (["--checkpoint={workdir}", "--analysis=pca", "--kind=layout"], 2, "unrecognized arguments: --kind"),
         (["--checkpoint={workdir}", "--analysis=vocabulary", "--threshold=1"], 2, "1 is no probability"),
         (["--checkpoint={workdir}", "--analysis=noise", "--split=seen_font"], 1, "did you mean 'seen_fonts'?"),
         (["--checkpoint={workdir}", "--analysis=vocabulary", "--pages=nowhere"], 1, "'nowhere'"),

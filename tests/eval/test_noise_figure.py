@@ -1,11 +1,9 @@
 """The picture has the curves that it was given."""
 
-import io
-
 import numpy as np
-from PIL import Image
 
-from alignvlm_jax.eval import noise_figure
+from alignvlm_jax.eval import noise_figure, plotting
+from tests.eval.pictures import decode, has
 
 
 def found(scores: list[float]) -> dict:
@@ -14,20 +12,26 @@ def found(scores: list[float]) -> dict:
 
 
 def pixels(results: dict) -> np.ndarray:
-    image = Image.open(io.BytesIO(noise_figure.picture(results))).convert("RGB")
-    assert image.width == noise_figure.INCHES[0] * noise_figure.DPI
-    return np.asarray(image, int)
+    return decode(noise_figure.picture(results))
+
+
+def rows(image: np.ndarray, color: str) -> np.ndarray:
+    """Where curves of this color are."""
+    return np.nonzero(has(image, color).any(1))[0]
 
 
 def test_curves_are_told_apart_and_follow_the_scores():
     one, both = pixels({"align": found([0.9, 0.8])}), pixels({"align": found([0.9, 0.8]), "mlp": found([0.9, 0.1])})
-    blue, orange = (31, 119, 180), (255, 127, 14)
-
-    def rows(image: np.ndarray, color: tuple[int, ...]) -> np.ndarray:
-        """Of the left panel, where curves of this color are."""
-        half = image[:, : image.shape[1] // 2]
-        return np.nonzero((np.abs(half - color).max(-1) < 8).any(1))[0]
-
-    assert len(rows(one, blue)) and not len(rows(one, orange))
+    assert one.shape[1] == 2 * noise_figure.INCHES[0] * plotting.DPI
+    left, left_of_both = (image[:, : image.shape[1] // 2] for image in (one, both))
+    blue, orange = plotting.COLORS[:2]
+    assert len(rows(left, blue)) and not len(rows(left, orange))
     # The steeper curve covers more rows.
-    assert np.ptp(rows(both, orange)) > 2 * np.ptp(rows(one, blue))
+    assert np.ptp(rows(left_of_both, orange)) > 2 * np.ptp(rows(left, blue))
+
+
+def test_without_distances_there_is_one_panel():
+    points = [{"relative_shift": i, "anls": score} for i, score in enumerate((0.9, 0.1))]
+    image = pixels({"align": {"kind": "layout", "patch_pixels": 8.0, "points": points}})
+    assert image.shape[1] == noise_figure.INCHES[0] * plotting.DPI
+    assert np.ptp(rows(image, plotting.COLORS[0])) > image.shape[0] / 2

@@ -73,8 +73,9 @@ def test_what_is_no_workdir_is_refused(tmp_path):
         report.build(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "summary.json"])
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "summary.json", "analysis/noise.json"])
 def test_a_damaged_file_is_named(workdir, name):
+    (workdir / "analysis").mkdir()
     (workdir / name).write_text('{"step": 1,\n')
     with pytest.raises(UserError, match=rf"{name} is damaged") as error:
         report.build(workdir)
@@ -102,6 +103,18 @@ def test_a_whole_report(workdir, trained_workdir):
     assert "<script" not in page
     assert "<script>alert(1)</script>" in text.replace(" ", "")
     assert "http" not in re.sub(r'xmlns(?::\w+)?="[^"]*"', "", page)
+
+
+def test_analyses_of_the_workdir_are_shown(workdir):
+    assert 'id="analyses"' not in report.build(workdir).read_text()
+    (workdir / "analysis").mkdir()
+    point = {"relative_sigma": 0, "anls": 0.5}
+    fields = {"step": 7, "settings": {"split": "seen_fonts", "num_questions": 6}, "points": [point]}
+    (workdir / "analysis" / "noise.json").write_text(json.dumps(fields))
+    (workdir / "analysis" / "noise.png").write_bytes(b"PNG")
+    page = report.build(workdir).read_text()
+    assert "the answers score ANLS 0.500. (6 questions of seen fonts, step 7)" in text_of(page)
+    assert page.count('<img src="data:image/png;base64,UE5H"') == 1
 
 
 def test_other_runs_stand_beside(workdir, trained_workdir, tmp_path):

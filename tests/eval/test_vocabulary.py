@@ -48,6 +48,11 @@ def test_usage_is_that_of_the_patches(loaded):
     facts = found.facts()
     assert facts["perplexity"]["p50"] == pytest.approx(2 ** np.median(vocabulary.entropy(p)), rel=1e-3)
     assert facts["mean_perplexity"] == pytest.approx(2 ** vocabulary.entropy(p.mean(0)), rel=1e-3)
+    histogram = facts["entropy_histogram"]
+    assert sum(histogram["patches"]) == len(p) == facts["num_patches"]
+    middles = np.add(histogram["edges"][1:], histogram["edges"][:-1]) / 2
+    width = histogram["edges"][1]
+    assert np.average(middles, weights=histogram["patches"]) == pytest.approx(facts["entropy"]["mean"], abs=width / 2)
     first = found.top_words(loaded.tokenizer)[0]
     assert first["id"] == p.mean(0).argmax()
     assert first["share_of_patches"] == pytest.approx((p.argmax(-1) == first["id"]).mean())

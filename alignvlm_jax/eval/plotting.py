@@ -1,0 +1,85 @@
+"""The one look of all plots, and pictures of them that need no page around."""
+
+import io
+from collections.abc import Callable, Sequence
+
+import matplotlib as mpl
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLORS = (
+    "#2f7fd6", "#d9822b", "#1f8a5b", "#c8453b", "#7a6ad8", "#8a6d3b", "#d06bb0", "#5d6772", "#9aa82e", "#2ba8b4"
+)  # fmt: skip
+"""Of series, in their order."""
+
+QUIET = "#c3cad1"
+"""Of what others are compared with."""
+
+DPI = 130
+MAX_LETTERS = 20
+LOOK = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "xtick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+    "text.parse_math": False,  # Of words some have dollar signs.
+}
+ON_WHITE = {
+    "figure.facecolor": "white",
+    "figure.constrained_layout.w_pad": 0.12,
+    "figure.constrained_layout.h_pad": 0.1,
+    "text.color": "#1c2127",
+    "axes.labelcolor": "#1c2127",
+    "xtick.color": "#1c2127",
+    "ytick.color": "#1c2127",
+    "axes.edgecolor": "#b4bbc2",
+    "grid.color": "#dfe3e6",
+}
+
+
+def png(inches: tuple[float, float], draw: Callable[[Figure], None]) -> bytes:
+    """Returns a PNG, on white, of the figure that `draw` fills."""
+    with mpl.rc_context(LOOK | ON_WHITE):
+        figure = Figure(figsize=inches, dpi=DPI, layout="constrained")
+        draw(figure)
+        return to_png(figure)
+
+
+def to_png(figure: Figure) -> bytes:
+    """Returns a figure as a PNG, the same bytes each time."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def legible(word: str) -> str:
+    """Returns a word with what the font cannot draw spelled as code points, cut after MAX_LETTERS."""
+    font = font_manager.get_font(font_manager.findfont("monospace"))
+    spelled = "".join(c if font.get_char_index(ord(c)) else f"⟨{ord(c):X}⟩" for c in word)
+    return spelled if len(spelled) <= MAX_LETTERS else f"{spelled[: MAX_LETTERS - 1]}…"
+
+
+def bars(
+    axes: Axes, names: Sequence[str], values: Sequence[float], texts: Sequence[str], colors: Sequence[str]
+) -> None:
+    """Draws horizontal bars from the top down, each with its text at its end; the axis needs no numbers then."""
+    drawn = axes.barh(range(len(names)), values, color=colors, height=0.66)
+    axes.bar_label(drawn, texts, padding=4, fontsize=9)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.45, -0.55)
+    axes.margins(x=0.2)  # Room for the texts.
+    axes.set_xlim(left=0)
+    axes.set_xticks([])
+    axes.spines["bottom"].set_visible(False)
