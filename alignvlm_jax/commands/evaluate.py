@@ -1,5 +1,5 @@
 """`evaluate`: asks a trained model about documents that it never saw, with their pages and with blank ones; or the
-questions of benchmarks."""
+questions of benchmarks, or how well its language model alone predicts text."""
 
 import argparse
 import contextlib
@@ -14,7 +14,7 @@ from alignvlm_jax.commands.arguments import positive
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import sources
 from alignvlm_jax.errors import UsageError, UserError
-from alignvlm_jax.eval import loading, predictions, questions, runner, score_table, submission, summary, tasks
+from alignvlm_jax.eval import loading, predictions, questions, runner, score_table, submission, summary, tasks, texts
 from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.eval.predictions import Predictions
 from alignvlm_jax.parallel import distributed
@@ -58,21 +58,28 @@ def _evaluate_tasks(args: argparse.Namespace) -> None:
     asked = tasks.find(args.tasks.split(","))
     # Of all tasks before the model, and before the first task is asked.
     data = BENCHMARKS if args.data is None else Path(args.data)
-    benchmarks = [questions.open_benchmark(task, data, args.num_questions) for task in asked]
+    opened = [_open(task, data, args.num_questions) for task in asked]
     config = loading.load_config(args.checkpoint)
     loaded = loading.load(args.checkpoint, config)
-    asker = runner.Runner(loaded, loaded.config)
+    asker, reader = runner.Runner(loaded, loaded.config), texts.Reader(loaded)
+    results = {}
     with _stoppable():
-        results = {benchmark.task.name: asker.evaluate_task(benchmark) for benchmark in benchmarks}
+        for one in opened:
+            measure = reader.measure if isinstance(one, texts.HeldOut) else asker.evaluate_task
+            results[one.task.name] = measure(one)
     if not distributed.is_main():
         return
     _summarize(loaded, loaded.config)
     console = Console(highlight=False)
     for task in asked:
-        _hand_in(console, args.checkpoint, task, results[task.name])
+        if isinstance(task, tasks.TextTask):
+            _say_what_was_read(console, task, results[task.name])
+        else:
+            _hand_in(console, args.checkpoint, task, results[task.name])
     console.print(f"{loaded.path}: connector {loaded.config.model.connector.name}", soft_wrap=True)
     console.print(score_table.task_table(asked, results))
-    console.print(score_table.paper_table(results))
+    if not all(isinstance(task, tasks.TextTask) for task in asked):
+        console.print(score_table.paper_table(results))
     _print_written(console, args.checkpoint)
 
 
@@ -80,10 +87,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m alignvlm_jax evaluate", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="workdir, or one of its checkpoints/STEP")
     parser.add_argument("--splits", help="separated by commas; default: those of the config")
-    names = ", ".join([*tasks.TASKS, *tasks.GROUPS])
+    names = ", ".join(tasks.NAMES)
     parser.add_argument("--tasks", help=f"benchmarks, separated by commas, in the place of splits: {names}")
     parser.add_argument(
-        "--num_questions", type=positive, help="questions a split or task; default: the config's, and all of a task"
+        "--num_questions",
+        type=positive,
+        help="questions a split or task, or records of a text; default: the config's, and all of a task",
     )
     parser.add_argument(
         "--data",
@@ -98,7 +107,7 @@ def _stoppable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as err:
-        raise UserError("stopped; the same command goes on with the questions that are left") from err
+        raise UserError("stopped; the same command goes on with what is left") from err
 
 
 def _summarize(loaded: Loaded, config: Config) -> dict[tuple[str, bool], Predictions]:
@@ -118,6 +127,27 @@ def _summarize(loaded: Loaded, config: Config) -> dict[tuple[str, bool], Predict
     }
     summary.write(workdir, summary.summarize(loaded, loaded.config.eval.splits, results, of_tasks))
     return results
+
+
+def _open(task: tasks.Task | tasks.TextTask, data: Path, count: int | None) -> questions.Benchmark | texts.HeldOut:
+    open_task = texts.open_text if isinstance(task, tasks.TextTask) else questions.open_benchmark
+    return open_task(task, data, count)
+
+
+def _say_what_was_read(console: Console, task: tasks.TextTask, result: Predictions) -> None:
+    """Says which records have no text, and whether the value is of other windows than usual."""
+    if problems := result.problems():
+        console.print(
+            f"{task.name}: {len(problems):,} of {len(result.rows):,} records have no text and are left out; the first: "
+            f"{problems[0]}",
+            soft_wrap=True,
+        )
+    if (window := result.header["window"]) < task.window:
+        console.print(
+            f"{task.name}: the model's rows hold {window:,} tokens, so that windows are shorter than the usual "
+            f"{task.window:,}: a value to compare with those of such windows only",
+            soft_wrap=True,
+        )
 
 
 def _hand_in(console: Console, checkpoint: Path, task: tasks.Task, result: Predictions) -> None:

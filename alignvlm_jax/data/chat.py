@@ -93,6 +93,13 @@ def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(tokenizer.specials[name] for name in stops if name in tokenizer.specials)
 
 
+def begin_ids(tokenizer: Tokenizer) -> list[int]:
+    """Returns the token that begins every text, where the family has one: a chat then starts with it and nothing else.
+    The mark that opens a turn (`chatml`) begins no text."""
+    start = format_of(tokenizer).start
+    return [tokenizer.specials[start]] if start in tokenizer.specials else []
+
+
 def encode_chat(
     tokenizer: Tokenizer,
     turns: Iterable[tuple[str, str]],

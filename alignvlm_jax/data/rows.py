@@ -19,8 +19,13 @@ Row = dict[str, np.ndarray]
 """The arrays of `schema.Batch` without the axis B."""
 
 
+def transcription(record: Record) -> str:
+    """Returns the words of a record, those of a drawn line on one line; "" where it does not know them."""
+    return "\n".join(" ".join(word.text for word in line) for page in record.lines for line in page)
+
+
 def _transcribe(record: Record, rng: np.random.Generator) -> list[tuple[str, str]]:
-    text = "\n".join(" ".join(word.text for word in line) for page in record.lines for line in page)
+    text = transcription(record)
     return [(TRANSCRIBE_QUESTION, text)] if text else []
 
 
@@ -131,6 +136,14 @@ def build_prompt(page: Record | Image.Image | None, question: str, config: Confi
     tiles = _stack_tiles(pages, config)
     unused = np.zeros((data.tiles_of_a_record - len(tiles), *tiles.shape[1:]), np.uint8)
     return row | {"tiles": np.concatenate([tiles, unused])}
+
+
+def build_text(tokens: np.ndarray, length: int, tokenizer: Tokenizer) -> Row:
+    """Builds the row of at most `length` tokens of plain text, without tiles: every token but the first is to be
+    predicted, with a loss weight of 1."""
+    loss_weights = np.ones(len(tokens), np.float32)
+    loss_weights[-1:] = 0
+    return _text_arrays([(tokens, loss_weights)], length, tokenizer)
 
 
 def trim_prompts(prompts: Sequence[Row], config: Config, multiple: int = 64) -> list[Row]:

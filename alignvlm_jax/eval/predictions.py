@@ -22,9 +22,9 @@ TASKS = "tasks"
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """One file. Every row has at least id, record, kind, question, answers and prediction; those of a split have score
-    (ANLS) and exact, those of a task scores (by name, the sum and the weight of `Statistics`), known_as, and problem
-    where the question could not be asked."""
+    """One file. Every row has at least id, record and kind, and where something was asked question, answers and
+    prediction; those of a split have score (ANLS) and exact, those of a task scores (by name, the sum and the weight of
+    `Statistics`), known_as, and problem where the question could not be asked, or there was no text to read."""
 
     header: dict[str, Any]
     rows: list[dict[str, Any]]

@@ -3,20 +3,17 @@
 import dataclasses
 import json
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from rich import progress
-from rich.console import Console
-from rich.text import Text
 
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import chat, images, pages, rows, sources
 from alignvlm_jax.data.schema import Record
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.eval import answering, loading, predictions, scores, tasks
+from alignvlm_jax.eval import answering, collecting, loading, predictions, scores, tasks
 from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.eval.predictions import Predictions
 from alignvlm_jax.eval.questions import Benchmark, Question, choose_questions
@@ -115,22 +112,13 @@ class Runner:
         questions: Sequence[Question],
         answer: Callable[[Sequence[Question]], list[dict[str, Any]]],
     ) -> Predictions:
-        """What is at `path`, if it was made in this very way; else the rows that `answer` gives for each batch of the
-        questions that are left. Of several processes the main one reads and writes files, and tells the others."""
-        finished = predictions.read(path) if distributed.is_main() else None
-        rows = finished.rows if finished is not None and finished.header == header else None
-        if (rows := distributed.from_main(rows)) is not None:
-            return Predictions(header, rows)
-        writer = predictions.Writer(path, header) if distributed.is_main() else predictions.Collector(header)
-        writer.predictions.rows[:] = distributed.from_main(writer.predictions.rows)
-        done = len(writer.predictions.rows)
-        with _progress_bar() as bar:
-            task = bar.add_task(name, total=len(questions), completed=done)
+        """The rows that `answer` gives for each batch of the questions, as `collecting.collect` has them."""
+
+        def batches(done: int) -> Iterator[list[dict[str, Any]]]:
             for start in range(done, len(questions), self._batch_size):
-                asked = questions[start : start + self._batch_size]
-                writer.append(answer(asked))
-                bar.advance(task, len(asked))
-        return writer.publish()
+                yield answer(questions[start : start + self._batch_size])
+
+        return collecting.collect(path, header, batches, name=name, count=len(questions), things="questions")
 
     def _for_prompts(self, texts: Iterable[str]) -> Config:
         """The config with rows that hold the longest of the prompts. A planned row has room for many records: padded to
@@ -230,22 +218,3 @@ def blank(record: Record) -> Record:
     sizes = [images.decode_image(image, record.id).size for image in record.images]
     white = tuple(pages.encode_png(Image.new("RGB", size, "white")) for size in sizes)
     return dataclasses.replace(record, images=white, lines=())
-
-
-class _Rate(progress.ProgressColumn):
-    """Questions a second, once there are any."""
-
-    def render(self, task: progress.Task) -> Text:
-        return Text(f"{task.speed:.1f} questions/s" if task.speed else "")
-
-
-def _progress_bar() -> progress.Progress:
-    return progress.Progress(
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        _Rate(),
-        progress.TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not distributed.is_main(),
-    )

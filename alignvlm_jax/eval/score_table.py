@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 
 from alignvlm_jax.eval.predictions import Predictions
-from alignvlm_jax.eval.tasks import COLUMNS, TASKS, Task
+from alignvlm_jax.eval.tasks import COLUMNS, TASKS, Task, TextTask
 
 NONE = "-"
 
@@ -33,16 +33,20 @@ def columns(results: Mapping[str, Predictions]) -> dict[str, float | None]:
     return found
 
 
-def task_table(tasks: Sequence[Task], results: Mapping[str, Predictions]) -> Table:
-    """Returns a row a task: its own score by name, the others, and how many questions were asked."""
+def task_table(tasks: Sequence[Task | TextTask], results: Mapping[str, Predictions]) -> Table:
+    """Returns a row a task: its own score by name, the others, and how many questions were asked, or texts read."""
     table = Table("task", "score", box=None)
-    for title in ("%", "questions", "not asked"):
+    for title in ("", "asked", "not asked"):
         table.add_column(title, justify="right")
     for task in tasks:
         result, totals = results[task.name], results[task.name].statistics()
-        for number, name in enumerate(task.scores):
+        if isinstance(task, TextTask):
+            lines = [(f"{task.score}, less is better", f"{totals.score(task.score):.3f}  ")]
+        else:
+            lines = [(name, f"{_percent(totals.score(name))} %") for name in task.scores]
+        for number, line in enumerate(lines):
             counts = ("", "") if number else (f"{len(result.rows):,}", f"{len(result.problems()):,}")
-            table.add_row("" if number else task.name, name, _percent(totals.score(name)), *counts)
+            table.add_row("" if number else task.name, *line, *counts)
     return table
 
 

@@ -1,7 +1,9 @@
-"""The benchmarks, an entry each: what is asked, of which split, and how answers are scored and handed in."""
+"""The benchmarks, an entry each: what is asked, of which split, and how answers are scored and handed in. Beside them
+held-out texts, of which nothing is asked."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import ClassVar
 
 from alignvlm_jax.errors import UserError, nearest
 from alignvlm_jax.eval import prompts, scores
@@ -66,6 +68,27 @@ class Task:
         return rated if answer else {name: (0.0, weight) for name, (_, weight) in rated.items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class TextTask:
+    """Held-out text that the LLM, without any image, is to find likely: `eval.text` measures it.
+
+    Attributes:
+      name: how it is asked for.
+      split: of the shards that are read.
+      folder: under the folder of all benchmarks, what `prepare` wrote; default: the name.
+      window: tokens that the LLM sees at once, or the row length of its stage where that is less. Values of different
+        windows do not compare: hence not the row length of whichever stage there was, but what real ones have room for.
+    """
+
+    name: str
+    split: str
+    folder: str = ""
+    window: int = 512
+
+    score: ClassVar[str] = "bits_per_byte"
+    """The name of its one score, of which less is better."""
+
+
 def _bars(text: str) -> str:
     """Several answers as the denotation accuracy parts them."""
     return text.strip().replace("||", "|")
@@ -110,14 +133,18 @@ _ENTRIES = (
     Task("unseen_fonts", "unseen_fonts", ANLS, folder="demo"),
 )
 TASKS = {task.name: task for task in _ENTRIES}
+TEXTS = {task.name: task for task in (TextTask("text_bpb", "validation", folder="debian"),)}
 COLUMNS = tuple(dict.fromkeys(task.column for task in _ENTRIES if task.column))
 """Of the paper's table, in its order."""
 
 GROUPS = {"tablevqa": ("fintabnetqa", "vtabfact", "vwtq", "vwtq_syn")}
 """Names that stand for several tasks."""
 
+NAMES = (*TASKS, *TEXTS, *GROUPS)
+"""All that can be asked for."""
 
-def find(names: Iterable[str]) -> list[Task]:
+
+def find(names: Iterable[str]) -> list[Task | TextTask]:
     """Returns the tasks of these names, each once.
 
     Raises:
@@ -126,7 +153,8 @@ def find(names: Iterable[str]) -> list[Task]:
     found = {}
     for name in names:
         for member in GROUPS.get(name, (name,)):
-            if member not in TASKS:
-                raise UserError(f"unknown task {name!r}{nearest(name, [*TASKS, *GROUPS])}")
-            found[member] = TASKS[member]
+            task = TASKS.get(member) or TEXTS.get(member)
+            if task is None:
+                raise UserError(f"unknown task {name!r}{nearest(name, NAMES)}")
+            found[member] = task
     return list(found.values())

@@ -56,7 +56,8 @@ class VLM(nn.Module):
 
         Args:
           batch: tokens, positions, segment_ids; tiles for "pixels"; patch_label_ids and patch_label_weights for
-            "labels", and for the patch loss.
+            "labels", and for the patch loss. One with neither tiles nor labels is text alone: it has no image slots,
+            the tower and the connector do not enter, and I is 0.
           visual_input: "pixels", or "labels": the average of text embeddings that the labels name stands in for what
             the connector would hand on, and no image is looked at.
         """
@@ -108,11 +109,7 @@ class VLM(nn.Module):
         segment_ids = batch["segment_ids"]
         size, length = segment_ids.shape
         mask = jnp.pad(causal_mask(segment_ids), ((0, 0), (0, 0), (0, num_new)))
-        if "tiles" in batch:
-            visual_BND, _ = self._visual_tokens(batch, "pixels")
-            x_BTD = self._merge(batch["tokens"], visual_BND)
-        else:
-            x_BTD = self.llm.embed(batch["tokens"])
+        x_BTD, _ = self._read(batch, "pixels")
         cache = self.llm.empty_cache(size, length + num_new)
         hidden_BTD, cache = self.llm(x_BTD, batch["positions"], cache=cache, mask=mask)
         last_B = (segment_ids > 0).sum(-1) - 1
@@ -129,10 +126,17 @@ class VLM(nn.Module):
 
     def _hidden(self, batch: Mapping[str, Array], visual_input: str) -> tuple[Array, Array]:
         """Last hidden states [B, T, D] and patch losses [B, I, P]."""
-        visual_BND, patch_nll = self._visual_tokens(batch, visual_input)
-        x_BTD = self._merge(batch["tokens"], visual_BND)
+        x_BTD, patch_nll = self._read(batch, visual_input)
         hidden_BTD, _ = self.llm(x_BTD, batch["positions"], batch["segment_ids"])
         return hidden_BTD, patch_nll
+
+    def _read(self, batch: Mapping[str, Array], visual_input: str) -> tuple[Array, Array]:
+        """What the decoder reads [B, T, D], and patch losses [B, I, P]."""
+        if "tiles" not in batch and "patch_label_ids" not in batch:
+            no_patches = (len(batch["tokens"]), 0, self.config.vision.num_patches)
+            return self.llm.embed(batch["tokens"]), jnp.zeros(no_patches, jnp.float32)
+        visual_BND, patch_nll = self._visual_tokens(batch, visual_input)
+        return self._merge(batch["tokens"], visual_BND), patch_nll
 
     def _visual_tokens(self, batch: Mapping[str, Array], visual_input: str) -> tuple[Array, Array]:
         """Visual tokens, those of a row's tiles one after another, and patch losses [B, I, P]."""

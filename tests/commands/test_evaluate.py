@@ -190,10 +190,61 @@ def test_a_model_answers_a_task_and_splits_keep_their_fields(own_workdir, benchm
     assert [row["prediction"] for row in split] == [row["prediction"] for row in task]
 
 
+@pytest.fixture
+def held_out(benchmarks):
+    """A folder `debian` as `text_bpb` and `debian_tables` take it, in which a record knows no words."""
+    rng = np.random.default_rng(5)
+    records = [random_record(rng, f"page-{i}", "pdf") for i in range(3)]
+    records[1] = dataclasses.replace(records[1], lines=())
+    (benchmarks / "debian").mkdir()
+    sources.write_shard(benchmarks / "debian" / sources.shard_name("validation", 0, 1), records)
+    return benchmarks
+
+
+def test_text_is_read_beside_a_benchmark(own_workdir, held_out, capsys, monkeypatch):
+    monkeypatch.setitem(tasks.TEXTS, "text_bpb", dataclasses.replace(tasks.TEXTS["text_bpb"], window=50))
+    flags = [f"--checkpoint={own_workdir}", f"--data={held_out}"]
+    evaluate.main([*flags, "--tasks=text_bpb,debian_tables", "--num_questions=3"])
+    printed = capsys.readouterr().out
+    result = predictions.read_tasks(own_workdir)["text_bpb"]
+    value = result.statistics().score("bits_per_byte")
+    # Three digits and a byte of each, which random weights find about as likely as anything.
+    assert [row["scores"]["bits_per_byte"][1] for row in result.rows if row["scores"]] == [3, 3]
+    assert 0 < value < 20
+    (line,) = [line for line in printed.splitlines() if "bits_per_byte" in line]
+    assert line.split() == ["text_bpb", "bits_per_byte,", "less", "is", "better", f"{value:.3f}", "3", "1"]
+    assert "1 of 3 records have no text and are left out; the first: record page-1 has no text" in printed
+    assert "rows hold 48 tokens, so that windows are shorter than the usual 50" in printed
+    assert "debian_tables" in printed and "DocVQA" in printed
+    of_tasks = json.loads((own_workdir / "summary.json").read_text())["tasks"]
+    assert of_tasks["text_bpb"] == {"bits_per_byte": value, "num_eval": 3, "num_problems": 1}
+    assert of_tasks["debian_tables"]["num_eval"] == 3
+    folder = own_workdir / "predictions" / "tasks"
+    assert sorted(path.name for path in folder.iterdir()) == ["debian_tables.jsonl", "text_bpb.jsonl"]
+
+    # All of it is read already, and what is not of the paper's benchmarks does not show their table.
+    monkeypatch.setattr(evaluate.texts, "_nll", lambda *_: pytest.fail("a text was read again"))
+    evaluate.main([*flags, "--tasks=text_bpb"])
+    assert predictions.read_tasks(own_workdir)["text_bpb"] == result
+    assert "DocVQA" not in capsys.readouterr().out
+
+
+def test_no_text_at_all_is_one_line_at_once(trained_workdir, held_out, monkeypatch):
+    monkeypatch.setattr(evaluate.loading, "load", lambda *_: pytest.fail("the model was loaded first"))
+    monkeypatch.setitem(tasks.TEXTS, "text_bpb", dataclasses.replace(tasks.TEXTS["text_bpb"], folder="none"))
+    record = dataclasses.replace(random_record(np.random.default_rng(6), "page", "pdf"), lines=())
+    (held_out / "none").mkdir()
+    sources.write_shard(held_out / "none" / sources.shard_name("validation", 0, 1), [record])
+    with pytest.raises(UserError, match="none of 1 records has text") as raised:
+        evaluate.main([f"--checkpoint={trained_workdir}", f"--data={held_out}", "--tasks=docvqa,text_bpb"])
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("flags", "error", "message"),
     [
         (["--tasks=docvqa,chartqs"], UserError, "unknown task 'chartqs'; did you mean 'chartqa'"),
+        (["--tasks=docvqa,text_bpp"], UserError, "unknown task 'text_bpp'; did you mean 'text_bpb'"),
         (["--tasks=infovqa"], UserError, "no shards of split 'validation' in .*infovqa"),
         (["--tasks=docvqa", "--splits=seen_fonts"], UsageError, "exclude each other"),
     ],

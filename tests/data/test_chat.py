@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 
 from alignvlm_jax.data import chat
 
@@ -49,3 +50,18 @@ def test_turns_that_do_not_fit_are_left_out_whole(tokenizer):
         tokens, is_answer = chat.encode_chat(tokenizer, turns, 4, 4, max_length=limit)
         np.testing.assert_array_equal(tokens, expected)
         assert len(is_answer) == len(tokens)
+
+
+class Named:
+    """A tokenizer of which only the special tokens are known."""
+
+    def __init__(self, names):
+        self.specials = {name: 10 + i for i, name in enumerate(sorted(names))}
+
+
+@pytest.mark.parametrize(
+    ("family", "begin"), [("marks", "<s>"), ("llama3", "<|begin_of_text|>"), ("chatml", None), ("llama2", "<s>")]
+)
+def test_a_text_begins_with_what_a_chat_begins_with_unless_that_opens_a_turn(family, begin):
+    tokenizer = Named(chat.FAMILIES[family].names())
+    assert chat.begin_ids(tokenizer) == ([] if begin is None else [tokenizer.specials[begin]])

@@ -57,6 +57,20 @@ def test_transcription_teaches_the_lines(demo_config, tokenizer):
     assert answers(row, tokenizer) == ["ab cd\nef"]
 
 
+def test_plain_text_is_predicted_from_its_second_token_on(tokenizer):
+    tokens = np.array([5, 9, 7], np.int32)
+    row = rows.build_text(tokens, 5, tokenizer)
+    pad = tokenizer.pad_id
+    assert {name: array.tolist() for name, array in row.items()} == {
+        "tokens": [5, 9, 7, pad, pad],
+        "targets": [9, 7, pad, pad, pad],
+        "loss_weights": [1, 1, 0, 0, 0],
+        "positions": [0, 1, 2, 0, 0],
+        "segment_ids": [1, 1, 1, 0, 0],
+    }
+    assert rows.build_text(tokens, 3, tokenizer)["loss_weights"].tolist() == [1, 1, 0]
+
+
 def test_answers_come_in_random_order_and_teach_the_first(demo_config, tokenizer):
     orders = {tuple(answers(build(page_record(), "answer", demo_config, tokenizer, s), tokenizer)) for s in range(20)}
     assert len(orders) > 2

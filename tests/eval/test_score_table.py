@@ -12,11 +12,16 @@ def result(name: str, score: float) -> Predictions:
     return Predictions({}, [{"scores": {tasks.TASKS[name].main_score: [score, 1.0]}, "answers": ["1"]}])
 
 
-def printed(results) -> list[str]:
+def text(table) -> str:
     file = io.StringIO()
-    Console(file=file, width=80).print(score_table.paper_table(results))
-    assert all(column in file.getvalue() for column in tasks.COLUMNS)
-    return file.getvalue().split()
+    Console(file=file, width=80).print(table)
+    return file.getvalue()
+
+
+def printed(results) -> list[str]:
+    shown = text(score_table.paper_table(results))
+    assert all(column in shown for column in tasks.COLUMNS)
+    return shown.split()
 
 
 def test_a_column_of_several_tasks_needs_them_all():
@@ -39,3 +44,16 @@ def test_the_mean_is_of_all_nine():
     assert printed(results)[-1] == "55.00"
     results["klc"] = Predictions({}, [{"scores": {}, "answers": []}])
     assert printed(results)[-1] == "-"
+
+
+def test_bits_stand_beside_percent_and_in_no_column_of_the_paper():
+    row = {"scores": {"bits_per_byte": [11.0, 8]}}
+    bits = Predictions({}, [row, {"scores": {}, "problem": "record d1 has no text"}])
+    results = {"text_bpb": bits, "docvqa": result("docvqa", 0.25)}
+    lines = text(score_table.task_table(tasks.find(results), results)).splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["text_bpb", "bits_per_byte,", "less", "is", "better", "1.375", "2", "1"],
+        ["docvqa", "anls", "25.00", "%", "1", "0"],
+        ["exact_match", "-", "%"],
+    ]
+    assert printed(results)[-10:] == ["25.00", *"-" * 9]

@@ -61,8 +61,11 @@ def test_tasks_have_a_field_of_their_own(loaded):
     row = {"answers": ["1"], "scores": {"f1": [2.0, 2.0]}}
     rows = [row, row | {"scores": {"f1": [0.0, 1.0]}, "problem": "cannot read image"}]
     of_tasks = {"klc": Predictions({}, rows), "docvqa_test": Predictions({}, [{"answers": [], "scores": {}}])}
+    read = [{"scores": {"bits_per_byte": [30.0, 20]}}, {"scores": {}, "problem": "no text"}]
+    of_tasks["text_bpb"] = Predictions({}, [*read, {"scores": {"bits_per_byte": [10.0, 5]}}])
     fields = summary.summarize(loaded, ("seen_fonts",), {}, of_tasks)
     assert fields["tasks"] == {
         "klc": {"f1": 2 / 3, "num_eval": 2, "num_problems": 1},
         "docvqa_test": {"num_eval": 1, "num_problems": 0},
+        "text_bpb": {"bits_per_byte": 1.6, "num_eval": 3, "num_problems": 1},
     }

@@ -43,7 +43,19 @@ def test_several_answers_are_parted_as_the_prompt_asks():
 def test_names_are_found_once_and_typos_have_a_hint():
     assert [task.name for task in tasks.find(["vwtq", "docvqa", "tablevqa"])][:2] == ["vwtq", "docvqa"]
     assert len(tasks.find(["vwtq", "docvqa", "tablevqa"])) == 5
+    assert [task.name for task in tasks.find(["text_bpb", "debian_tables", "text_bpb"])] == [
+        "text_bpb",
+        "debian_tables",
+    ]
+    with pytest.raises(UserError, match="unknown task 'text_bpd'; did you mean 'text_bpb'"):
+        tasks.find(["text_bpd"])
+    with pytest.raises(UserError, match=r"known: .*, text_bpb, "):
+        tasks.find(["?"])
     with pytest.raises(UserError, match="unknown task 'docvqs'; did you mean 'docvqa'"):
         tasks.find(["chartqa", "docvqs"])
     with pytest.raises(UserError, match="did you mean 'tablevqa'"):
         tasks.find(["tablevq"])
+
+
+def test_names_are_of_one_thing_each():
+    assert len(set(tasks.NAMES)) == len(tasks.NAMES) == len(tasks.TASKS) + len(tasks.TEXTS) + len(tasks.GROUPS)

@@ -309,6 +309,18 @@ def test_without_labels_there_is_no_patch_loss(mesh, params, run):
     np.testing.assert_allclose(output.logits, run(params, MIXED, "pixels")[0].logits, atol=1e-5)
 
 
+def test_text_alone_is_read_by_the_decoder_alone(mesh, params, run):
+    """As where there are tiles that no slot asks for."""
+    with_tiles = {name: array for name, array in MIXED.items() if not name.startswith("patch")}
+    with_tiles["tokens"] = np.where(MIXED["tokens"] == IMAGE, 9, MIXED["tokens"])
+    text = {name: array for name, array in with_tiles.items() if name != "tiles"}
+    losses = jax.jit(lambda llm: vlm.VLM(MODEL).apply({"params": {"llm": llm}}, text, method="losses"))(params["llm"])
+    log_p = jax.nn.log_softmax(run(params, with_tiles, "pixels")[0].logits)
+    expected = -np.take_along_axis(log_p, text["targets"][..., None], -1)[..., 0]
+    np.testing.assert_allclose(losses.tokens.nll, expected, atol=2e-5)
+    assert losses.patch_nll.shape == (ROWS, 0, PATCHES)
+
+
 def test_patch_probabilities_agree_with_the_patch_loss(mesh, params, run, probabilities):
     weights = np.asarray(probabilities(params, BATCH), np.float64)
     assert weights.shape == (ROWS, TILES, PATCHES, VOCAB)
