@@ -1,4 +1,5 @@
-"""Scores of one answer against the accepted ones, a file a family. Every score is between 0 and 1."""
+"""Scores of one answer against the accepted ones, a file a family. Every score is between 0 and 1. TEDS is not
+among them: no benchmark here asks for a table as HTML."""
 
 from alignvlm_jax.eval.scores.text import anls, exact_match, normalize
 

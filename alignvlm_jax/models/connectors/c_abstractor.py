@@ -1,4 +1,4 @@
-"""The C-Abstractor of HoneyBee (arXiv 2312.06742, section 3): convolutions that abstract and keep what is where.
+"""The C-Abstractor of HoneyBee (arXiv 2312.06742): convolutions that abstract and keep what is where.
 
     learned positions, ResNet blocks, adaptive average pooling to fewer tokens, ResNet blocks, Linear-SiLU-Linear
 

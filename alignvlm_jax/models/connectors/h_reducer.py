@@ -1,4 +1,4 @@
-"""The H-Reducer of mPLUG-DocOwl 1.5 (arXiv 2403.12895, section 3.1): neighbours in a line become one visual token.
+"""The H-Reducer of mPLUG-DocOwl 1.5 (arXiv 2403.12895): neighbours in a line become one visual token.
 
 Text runs from left to right, so `merged_columns` patches side by side are merged, 1 x 4 in the paper. As the release
 has it (X-PLUG/mPLUG-DocOwl, `MplugDocOwlHReducerModel`), two convolutions whose stride is their kernel, with a GELU

@@ -1,4 +1,4 @@
-"""The connector of Ovis (arXiv 2405.20797, section 3): each patch becomes a weighted average of a learned table.
+"""The connector of Ovis (arXiv 2405.20797): each patch becomes a weighted average of a learned table.
 
     z = LN(F W);  P = softmax_K(z);  out = P E_visual
 

@@ -1,4 +1,4 @@
-"""The Perceiver Resampler of Flamingo (arXiv 2204.14198, section 2.1 and appendix A.1): learned latents read a tile.
+"""The Perceiver Resampler of Flamingo (arXiv 2204.14198): learned latents read a tile.
 
 In each layer the latents attend to the tile's patches and to themselves, then pass an MLP with a squared ReLU. Flamingo
 was not released: where its text is silent this follows OpenFlamingo (`PerceiverResampler`), which has a norm before all
