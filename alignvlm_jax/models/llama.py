@@ -18,11 +18,31 @@ from alignvlm_jax.shapes import Array, Bool, Float, Int
 
 
 class Cache(NamedTuple):
-    """Keys (rotated) and values of all layers, and the slot where the next token is written."""
+    """Keys (rotated) and values of all layers, and the slot where the next token is written.
 
-    keys: Float[Array, "L B S K h"]
-    values: Float[Array, "L B S K h"]
+    The slots are last: so both products of attention take a layer as it lies, where XLA on CPU would turn it first.
+    """
+
+    keys: Float[Array, "L B K h S"]
+    values: Float[Array, "L B K h S"]
     index: Int[Array, ""]
+
+    def write(self, layer: Int[Array, ""], key: Float[Array, "B T K h"], value: Float[Array, "B T K h"]) -> "Cache":
+        """Returns the cache with T tokens of a layer written at the index, which stays."""
+
+        def put(old: Array, new_BTKh: Array) -> Array:
+            new = new_BTKh.transpose(0, 2, 3, 1)[None].astype(old.dtype)
+            return jax.lax.dynamic_update_slice(old, new, (layer, 0, 0, 0, self.index))
+
+        return self._replace(keys=put(self.keys, key), values=put(self.values, value))
+
+    def read(self, layer: Int[Array, ""]) -> tuple[Float[Array, "B S K h"], Float[Array, "B S K h"]]:
+        """Returns the keys and values of a layer."""
+
+        def get(array: Array) -> Array:
+            return jax.lax.dynamic_index_in_dim(array, layer, keepdims=False).transpose(0, 3, 1, 2)
+
+        return get(self.keys), get(self.values)
 
 
 class Attention(nn.Module):
@@ -34,8 +54,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, positions: Array, segment_ids, mask, keys_values, index
-    ) -> tuple[Array, tuple | None]:
+        self, x_BTD: Array, cache: Cache | None, layer: Array, positions: Array, segment_ids, mask
+    ) -> tuple[Array, Cache | None]:
         c = self.config
         frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
 
@@ -48,16 +68,13 @@ class Attention(nn.Module):
         query_BTHh = apply_rope(project("q", c.num_heads, "heads"), positions, frequencies)
         key_BTKh = apply_rope(project("k", c.num_kv_heads, "kv_heads"), positions, frequencies)
         value_BTKh = project("v", c.num_kv_heads, "kv_heads")
-        if keys_values is not None:
-            key_BTKh, value_BTKh = keys_values = tuple(
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=1)
-                for old, new in zip(keys_values, (key_BTKh, value_BTKh), strict=True)
-            )
-            mixed_BTHh = attention(query_BTHh, key_BTKh, value_BTKh, mask)
+        if cache is not None:
+            cache = cache.write(layer, key_BTKh, value_BTKh)
+            mixed_BTHh = attention(query_BTHh, *cache.read(layer), mask)
         else:
             mixed_BTHh = self_attention(query_BTHh, key_BTKh, value_BTKh, segment_ids, causal=True, kernel=self.kernel)
         shape, axes = (c.num_heads, c.head_dim, c.width), ("heads", "head_dim", "embed")
-        return Einsum("BTHh,HhD->BTD", shape, axes, dtype=self.dtype, name="o")(mixed_BTHh), keys_values
+        return Einsum("BTHh,HhD->BTD", shape, axes, dtype=self.dtype, name="o")(mixed_BTHh), cache
 
 
 class MLP(nn.Module):
@@ -80,7 +97,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); hands back the layer's updated keys and values."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); with a cache, hands on the one that this layer wrote to."""
 
     config: LLMConfig
     dtype: jnp.dtype
@@ -88,16 +105,18 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, positions: Array, segment_ids, mask, keys_values, index
-    ) -> tuple[Array, tuple | None]:
+        self, carry: tuple[Array, Cache | None], layer: Array, positions: Array, segment_ids, mask
+    ) -> tuple[tuple[Array, Cache | None], None]:
+        x_BTD, cache = carry
         eps = self.config.norm_eps
         normed_BTD = RMSNorm(eps, name="attn_norm")(x_BTD)
-        mixed_BTD, keys_values = Attention(self.config, self.dtype, self.kernel, name="attn")(
-            normed_BTD, positions, segment_ids, mask, keys_values, index
+        mixed_BTD, cache = Attention(self.config, self.dtype, self.kernel, name="attn")(
+            normed_BTD, cache, layer, positions, segment_ids, mask
         )
         x_BTD += mixed_BTD
         x_BTD += MLP(self.config, self.dtype, name="mlp")(RMSNorm(eps, name="mlp_norm")(x_BTD))
-        return nn.with_logical_constraint(x_BTD, ("act_batch", "act_len", "act_embed")), keys_values
+        x_BTD = nn.with_logical_constraint(x_BTD, ("act_batch", "act_len", "act_embed"))
+        return (x_BTD, cache), None
 
 
 class Embedding(nn.Module):
@@ -131,7 +150,7 @@ class Llama(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.embedding = Embedding(c, name="embed")
-        axes = (nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast)
+        axes = (0, nn.broadcast, nn.broadcast, nn.broadcast)
         blocks = scan_blocks(Block, c.num_layers, self.remat, self.unroll, in_axes=axes)
         self.blocks = blocks(c, self.dtype, self.attention)
         self.final_norm = RMSNorm(c.norm_eps)
@@ -167,11 +186,11 @@ class Llama(nn.Module):
         """
         if (cache is None) != (mask is None):
             raise ValueError("a cache comes with a mask, and a mask with a cache")
-        keys_values = None if cache is None else (cache.keys, cache.values)
-        index = None if cache is None else cache.index
-        x_BTD, keys_values = self.blocks(x.astype(self.dtype), positions, segment_ids, mask, keys_values, index)
+        # The scan carries the whole cache: were each layer given its own and handed it back, all of it would be copied.
+        layers = jnp.arange(self.config.num_layers)
+        (x_BTD, cache), _ = self.blocks((x.astype(self.dtype), cache), layers, positions, segment_ids, mask)
         if cache is not None:
-            cache = Cache(*keys_values, index=cache.index + x.shape[1])
+            cache = cache._replace(index=cache.index + x.shape[1])
         return self.final_norm(x_BTD), cache
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -204,6 +223,6 @@ class Llama(nn.Module):
     def empty_cache(self, batch_size: int, length: int) -> Cache:
         """Returns a cache of zeros with `length` slots."""
         c = self.config
-        zeros = jnp.zeros((c.num_layers, batch_size, length, c.num_kv_heads, c.head_dim), self.dtype)
-        zeros = nn.with_logical_constraint(zeros, ("layers", "act_batch", "act_len", "act_heads", None))
+        zeros = jnp.zeros((c.num_layers, batch_size, c.num_kv_heads, c.head_dim, length), self.dtype)
+        zeros = nn.with_logical_constraint(zeros, ("layers", "act_batch", "act_heads", None, "act_len"))
         return Cache(zeros, zeros, jnp.zeros((), jnp.int32))
