@@ -14,7 +14,7 @@ WEIGHTS ?= weights/smollm2
 PARITY := .venv-parity
 BEAM := .venv-beam
 
-.PHONY: help setup tpu-compiler lint test test-parity beam test-beam bench bench-data bench-plans demo compare weights data clean
+.PHONY: help setup tpu-compiler lint test test-parity beam test-beam bench bench-data bench-generate bench-plans demo compare weights data clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -112,6 +112,9 @@ bench: tpu-compiler  ## memory on a TPU, time on CPU of the large operations, pl
 
 bench-data: $(PARITY)/.done  ## pages a second against torch's DataLoader, in the venv of test-parity
 	$(PARITY)/bin/python -m tests.benchmarks.throughput
+
+bench-generate: $(PARITY)/.done  ## generated tokens a second against transformers' generate, in the venv of test-parity
+	$(PARITY)/bin/python -m tests.benchmarks.generation
 
 bench-plans: tpu-compiler  ## the smallest TPU slice for every stage of the paper (an hour)
 	$(BIN)/python -m tests.benchmarks.plans
