@@ -86,7 +86,9 @@ def our_generate(folder: Path) -> Callable:
 
 
 def our_run(generate: Callable, prompts: list[np.ndarray]) -> Callable[[], np.ndarray]:
-    pad = lambda rows: np.stack([np.pad(row, (0, PROMPT_LENGTH - len(row))) for row in rows]).astype(np.int32)  # noqa: E731
+    def pad(rows: list[np.ndarray]) -> np.ndarray:
+        return np.stack([np.pad(row, (0, PROMPT_LENGTH - len(row))) for row in rows]).astype(np.int32)
+
     batch = {
         "tokens": pad(prompts),
         "positions": pad([np.arange(len(prompt)) for prompt in prompts]),
@@ -96,7 +98,9 @@ def our_run(generate: Callable, prompts: list[np.ndarray]) -> Callable[[], np.nd
 
 
 def transformers_run(theirs: torch.nn.Module, prompts: list[np.ndarray]) -> Callable[[], np.ndarray]:
-    pad = lambda rows: torch.tensor(np.stack([np.pad(row, (PROMPT_LENGTH - len(row), 0)) for row in rows]))  # noqa: E731
+    def pad(rows: list[np.ndarray]) -> torch.Tensor:
+        return torch.tensor(np.stack([np.pad(row, (PROMPT_LENGTH - len(row), 0)) for row in rows]))
+
     tokens, mask = pad(prompts).long(), pad([np.ones(len(prompt), np.int64) for prompt in prompts])
 
     @torch.inference_mode()
