@@ -6,15 +6,9 @@ configs/sweeps/ablations.py:stage2.py:llama32_1b   on a stage of the paper
 
 from collections.abc import Iterator
 
-SEEDS = range(3)
-CHANGES = {
-    "align": {},
-    "without_ln2": {"model.connector.use_ln2": False},
-    "ln2_gain_4": {"model.connector.ln2_gain_init": 4.0},
-    "w2_random": {"model.connector.w2_init": "random"},
-    "embeddings_stopped": {"model.connector.embed_grad": "stop"},
-    "without_patch_loss": {"train.patch_token_weight": 0.0},
-}
+from configs.sweeps.compare import ALIGN, SEEDS
+
+CHANGES = {"align": {}, **ALIGN, "without_patch_loss": {"train.patch_token_weight": 0.0}}
 
 
 def sweep(base: str = "demo.py") -> Iterator[tuple[str, str, dict[str, object]]]:
