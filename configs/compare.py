@@ -11,13 +11,16 @@ Only ALIGN can be told what a patch shows; without `patch_token_weight`, which r
 
 import ml_collections
 
+from alignvlm_jax.errors import nearest
 from configs import demo
 
 TOWERS = "runs/compare/towers"
 
 
 def get_config(part: str = "connectors") -> ml_collections.ConfigDict:
-    """Returns the stages of a part of the comparison."""
+    """Returns the stages of a part of the comparison; ValueError with the nearest for another."""
+    if part not in STAGES:
+        raise ValueError(f"there is no part {part!r} of the comparison{nearest(part, STAGES)}")
     config = demo.get_config()
     config.name = "compare"
     config.stages = ml_collections.ConfigDict(STAGES[part](config.stages))

@@ -6,6 +6,8 @@ Of the learning rates 1e-3, the config's, and 2e-3 each connector has the one th
 
 from collections.abc import Iterator
 
+from alignvlm_jax.errors import UserError, nearest
+
 SEEDS = range(3)
 CONNECTORS = {
     "align": {},
@@ -39,7 +41,14 @@ TABLES = {
 
 
 def sweep(tables: str = ",".join(TABLES)) -> Iterator[tuple[str, str, dict[str, object]]]:
-    """Yields name, config and changed fields of every run, of all tables or of those named."""
+    """Yields name, config and changed fields of every run, of all tables or of those named.
+
+    Raises:
+      UserError: there is no table of a name.
+    """
+    for table in tables.split(","):
+        if table not in TABLES:
+            raise UserError(f"there is no table {table!r} of the comparison{nearest(table, TABLES)}")
     for seed in SEEDS:
         for table in tables.split(","):
             part, changes = TABLES[table]

@@ -48,6 +48,11 @@ def test_every_run_is_a_valid_command(tmp_path, name, count):
     assert all(run.state() == "not started" and run.num_steps >= 500 for run in runs)
 
 
+def test_a_table_that_is_none_names_the_nearest(tmp_path, capsys):
+    assert sweep.main([f"{SWEEPS}/compare.py:conectors", f"--workdir={tmp_path}"]) == 1
+    assert "no table 'conectors' of the comparison; did you mean 'connectors'?" in capsys.readouterr().err
+
+
 TWO = """
 def sweep(field="seed"):
     yield "first", "configs/demo.py", {field: 1}
