@@ -8,7 +8,7 @@ import pytest
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.eval import comparison, comparison_report, comparison_tables
+from alignvlm_jax.eval import comparison, comparison_figures, comparison_report, comparison_tables, plotting
 from alignvlm_jax.eval.comparison import Row, Run
 from tests.conftest import tiny_config
 
@@ -78,6 +78,13 @@ def test_the_report_holds_all_pictures_and_tables(tmp_path):
         assert (tmp_path / f"connectors_{kind}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_pictures_of_many_rows_and_of_a_run_that_lacks_a_point():
+    lacking = (make_run(0, 0.6, (0.1, 0.5, 0.6)), make_run(1, 0.5, (0.1, 0.5)))
+    rows = [Row(f"row_{number}", lacking) for number in range(len(plotting.COLORS) + 1)]
+    for draw in (comparison_figures.learning, comparison_figures.noise):
+        assert draw(rows).startswith(b"\x89PNG")
+
+
 @pytest.fixture
 def compared(trained_workdir, tmp_path):
     """Two finished runs of one row."""
@@ -111,6 +118,25 @@ def test_runs_are_measured_once(compared, monkeypatch):
     [found] = row.analysis("noise")
     assert [round(point["relative_sigma"], 2) for point in found["points"]] == [0.0, *comparison.RELATIVE_SIGMAS]
     assert len(row.values("anls")) == 1 and row.analysis("vocabulary")
+    # What other commands leave is not taken for a measurement.
+    (runs[0] / "summary.json").write_text('{"anls": 9.0}')
+    (runs[0] / "analysis" / "noise.json").write_text("{}")
+    assert comparison.read(runs[:1])["connectors"] == [row]
+
+
+def test_questions_are_asked_anew_of_other_documents(compared, monkeypatch):
+    [run, _] = comparison.find(compared)
+    monkeypatch.setattr(comparison, "THRESHOLD", 0.0)
+    comparison.measure(run)
+    monkeypatch.setattr(comparison.sources, "fingerprint", lambda *folders: "other")
+    assert not comparison.is_measured(run)
+
+
+def test_runs_of_a_table_are_asked_the_same(compared):
+    path = compared / "connectors" / "align_seed1" / "config.json"
+    path.write_text(path.read_text().replace('"num_questions": ', '"num_questions": 1'))
+    with pytest.raises(UserError, match=r"align_seed1 is asked 1\d+ questions of .*align_seed0 \d+ questions of"):
+        comparison.find(compared)
 
 
 def test_a_run_that_is_not_finished_is_named(compared):
