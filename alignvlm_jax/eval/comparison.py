@@ -108,7 +108,7 @@ def find(folder: Path) -> list[Path]:
 def is_measured(run: Path) -> bool:
     """Whether `measure` is done with a run, in the same way."""
     path = run / FILE
-    return path.exists() and json.loads(path.read_text())["way"] == _way(run)
+    return path.exists() and _read_json(path)["way"] == _way(run)
 
 
 def measure(run: Path) -> None:
@@ -131,7 +131,7 @@ def read(runs: Sequence[Path]) -> dict[str, list[Row]]:
     tables: dict[str, dict[str, list[Run]]] = {}
     for path in runs:
         name, seed = _name(path)
-        measured = json.loads((path / FILE).read_text())
+        measured = _read_json(path / FILE)
         lines = report.read_metrics(path / metrics.FILE)
         run = Run(path, seed, _stages(path)[-1], lines, measured["summary"], measured["analyses"])
         tables.setdefault(path.parent.name, {}).setdefault(name, []).append(run)
@@ -164,6 +164,10 @@ def _asked(config: Config) -> str:
     return f"{config.eval.num_questions} questions of {', '.join(config.eval.splits)} in {config.data.dir}"
 
 
+def _read_json(path: Path) -> Any:
+    return report.parse(path, path.read_text())
+
+
 def _name(run: Path) -> tuple[str, int] | None:
     """Row and seed."""
     match = re.fullmatch(r"(.+)_seed(\d+)", run.name)
@@ -171,4 +175,4 @@ def _name(run: Path) -> tuple[str, int] | None:
 
 
 def _stages(run: Path) -> tuple[Config, ...]:
-    return config_lib.from_json(json.loads((run / workdir.CONFIG_FILE).read_text()))
+    return config_lib.from_json(_read_json(run / workdir.CONFIG_FILE))

@@ -55,6 +55,11 @@ def test_tables_give_means_and_spread_over_seeds():
     assert int(scores[5].replace(",", "")) == MLP.num_connector_params()
 
 
+def test_a_mean_of_fewer_seeds_says_so():
+    text = comparison_tables.markdown({"connectors": [ALIGN, Row("mlp", MLP.runs[:1])]})
+    assert len(cells(text, "mlp (1 of 3 seeds)")) == 2 and len(cells(text, "align")) == 3
+
+
 def test_steps_are_counted_to_the_first_score_that_is_enough():
     assert ALIGN.steps_to_read() == [100, 100, 100] and MLP.steps_to_read() == [None, 150, None]
 
@@ -145,3 +150,9 @@ def test_a_run_that_is_not_finished_is_named(compared):
         comparison.find(compared)
     with pytest.raises(UserError, match="has no runs named TABLE/ROW_seedN"):
         comparison.find(compared / "connectors")
+
+
+def test_a_damaged_config_is_named(compared):
+    (compared / "connectors" / "align_seed1" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"align_seed1/config.json is damaged: it is not JSON"):
+        comparison.find(compared)
