@@ -16,7 +16,10 @@ def _names(text: str) -> list[str]:
 
 def _sizes(text: str) -> list[float]:
     """Numbers above 0, separated by commas; there may be none."""
-    values = [float(part) for part in text.split(",") if part]
+    try:
+        values = [float(part) for part in text.split(",") if part]
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(f"{text} is not made of numbers with commas between them") from err
     if not all(0 < value < float("inf") for value in values):
         raise argparse.ArgumentTypeError(f"{text} has a size that is not above 0 (0 is always measured)")
     return values

@@ -12,7 +12,8 @@ from alignvlm_jax.eval import comparison, comparison_report, comparison_tables
 
 
 def main(argv: list[str]) -> None:
-    """Raises UserError where a run is missing or not finished, before anything is measured."""
+    """Raises UserError where a run is not finished or two of a table are asked other questions, before
+    anything is measured."""
     parser = argparse.ArgumentParser(
         prog="python -m alignvlm_jax compare",
         description="Evaluates runs named TABLE/ROW_seedN, asks them through noise and with fewer words, and compares. "

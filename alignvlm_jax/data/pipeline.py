@@ -155,23 +155,32 @@ class _Block:
 
 def by_source(config: Config) -> dict[str, Config]:
     """Returns the config of validation on each source, by its name, or "" where there is but `data.dir`. Sources
-    without the split are left out, as of a small one nothing may have been held out; all patches count as labelled.
+    without the split are left out, as of a small one nothing may have been held out, and those of no use to the stage's
+    tasks; all patches count as labelled.
 
     Raises:
-      UserError: no source has the split.
+      UserError: no source has the split, none is of use, or one cannot be read.
     """
     data, split = dataclasses.replace(config.data, labelled_share=1.0), config.data.validation_split
     folders = {name: source.dir for name, source in data.sources.items()} or {"": data.dir}
     held = {name: folder for name, folder in folders.items() if shard_paths(folder, split)}
     if not held:
         raise UserError(f"there are no shards of split {split!r} in {', '.join(folders.values())}")
-    return {
+    useful: dict[str, Config] = {}
+    problem: UserError | None = None
+    for name, folder in held.items():
         # Whatever its share of training is, all of it counts here.
-        name: dataclasses.replace(
-            config, data=dataclasses.replace(data, sources={name: SourceConfig(dir=folder)} if name else {})
-        )
-        for name, folder in held.items()
-    }
+        alone = dataclasses.replace(data, sources={name: SourceConfig(dir=folder)} if name else {})
+        validated = dataclasses.replace(config, data=alone)
+        try:
+            TrainRows(validated, split)
+        except schedule.NothingToDraw as err:
+            problem = problem or err
+        else:
+            useful[name] = validated
+    if not useful:
+        raise problem
+    return useful
 
 
 def validation_batches(config: Config, batch_size: int, num_rows: int) -> list[Batch]:

@@ -50,11 +50,16 @@ class Schedule(Protocol):
         """Returns what the rows before `next_row` held, for metrics."""
 
 
+class NothingToDraw(UserError):
+    """No record is of use to any task."""
+
+
 def make(config: Config, split: str, sizes: Sequence[int], seed: Sequence[int], tokenizer: Path) -> Schedule:
     """Returns the rows of a split of so many records in each of `config.data.folders`.
 
     Raises:
       UserError: rows are planned, and there is no index for it; see `lengths.load`.
+      NothingToDraw: the index knows no record of use to any task.
     """
     if config.data.packing == "none":
         return Mixed(config, sizes, None, seed) if config.data.sources else Shuffled(config, sizes[0], seed)
@@ -123,7 +128,7 @@ class Mixed:
         """`sizes` and `known` lengths are of the sources' records in the order of `config.data.folders`.
 
         Raises:
-          UserError: there are no records to draw from.
+          NothingToDraw: there are no records to draw from.
         """
         data = config.data
         self._sources = {name: data.sources[name] for name in sorted(data.sources)} or {"": SourceConfig()}
@@ -141,7 +146,7 @@ class Mixed:
         self._counts = mixture.counts(usable_sizes, self._sources, data.temperature)
         self.num_unused = sum(sizes) - sum(usable_sizes.values())
         if not any(self._counts.values()):
-            raise UserError(
+            raise NothingToDraw(
                 f"none of {sum(sizes)} records in {', '.join(data.folders)} has text for config.data.tasks "
                 f"{', '.join(self._tasks)}, at most {data.tiles_of_a_record} images, and a source with a weight"
             )

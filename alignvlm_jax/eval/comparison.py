@@ -1,5 +1,9 @@
 """Runs that are compared: TABLE/ROW_seedN in a folder. Runs of a row differ in the seed alone, rows of a table in what
-the table is about."""
+the table is about; all of a table are asked the same questions.
+
+What was measured of a run stands in its comparison.json, and nowhere else: `evaluate` and `inspect`, called for a run
+with other flags, would otherwise put other questions, or other noise, into the tables.
+"""
 
 import dataclasses
 import json
@@ -12,12 +16,16 @@ import jax
 import numpy as np
 
 from alignvlm_jax import config as config_lib
+from alignvlm_jax import files
 from alignvlm_jax.config import Config
+from alignvlm_jax.data import sources
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.eval import analysis, loading, looking, noise, report, summary, vocabulary
+from alignvlm_jax.eval import loading, looking, noise, report, scores, summary, vocabulary
 from alignvlm_jax.eval.runner import Runner
 from alignvlm_jax.models import vlm
 from alignvlm_jax.train import checkpoint, metrics, workdir
+
+FILE = "comparison.json"
 
 RELATIVE_SIGMAS = (0.5, 1.0, 1.5, 2.0)
 """Of the noise, in standard deviations of the features."""
@@ -34,7 +42,8 @@ REACHED = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a finished run left: its `config`, its metrics' lines, summary.json, and analyses by name."""
+    """What a finished run left: its `config`, its metrics' lines, the fields of `summary.summarize`, and analyses by
+    name."""
 
     folder: Path
     seed: int
@@ -52,7 +61,7 @@ class Row:
     runs: tuple[Run, ...]
 
     def values(self, field: str) -> np.ndarray:
-        """Returns a field of summary.json, of every run."""
+        """Returns a field of the summary, of every run."""
         return np.array([run.summary[field] for run in self.runs])
 
     def steps_to_read(self) -> list[int | None]:
@@ -79,22 +88,27 @@ def find(folder: Path) -> list[Path]:
     """Returns the workdirs of the runs, sorted.
 
     Raises:
-      UserError: there are none, or one is not finished.
+      UserError: there are none, one is not finished, or two of a table are not to be asked the same.
     """
     found = sorted(path.parent for path in folder.glob(f"*/*/{workdir.CONFIG_FILE}") if _name(path.parent))
     if not found:
         raise UserError(f"{folder} has no runs named TABLE/ROW_seedN")
+    firsts: dict[str, Path] = {}
     for run in found:
-        steps = sum(stage.train.num_steps for stage in _stages(run))
+        stages = _stages(run)
+        steps = sum(stage.train.num_steps for stage in stages)
         if not (run / checkpoint.FOLDER / str(steps)).is_dir():
             raise UserError(f"{run} is not finished: it has no checkpoint of step {steps}")
+        first = firsts.setdefault(run.parent.name, run)
+        if (ours := _asked(stages[-1])) != (theirs := _asked(_stages(first)[-1])):
+            raise UserError(f"{run} is asked {ours}, {first} {theirs}: scores of a table are of the same questions")
     return found
 
 
 def is_measured(run: Path) -> bool:
     """Whether `measure` is done with a run, in the same way."""
-    path = _way_path(run)
-    return path.exists() and json.loads(path.read_text()) == _way(run)
+    path = run / FILE
+    return path.exists() and _read_json(path)["way"] == _way(run)
 
 
 def measure(run: Path) -> None:
@@ -104,30 +118,22 @@ def measure(run: Path) -> None:
     config = loaded.config
     asker, splits = Runner(loaded, config), config.eval.splits
     results = {(split, blind): asker.evaluate(split, blind) for split in splits for blind in (False, True)}
-    summary.write(run, summary.summarize(loaded, splits, results))
-    found = noise.measure(loaded, splits[0], (), RELATIVE_SIGMAS, NUM_PAGES, seed=0)
-    analysis.write(loaded, "noise", {"split": splits[0], "relative_sigmas": RELATIVE_SIGMAS}, found)
+    analyses = {"noise": noise.measure(loaded, splits[0], (), RELATIVE_SIGMAS, NUM_PAGES, seed=0)}
     if looking.has_words(config):
         pages = config.data.validation_split
-        found = vocabulary.measure(loaded, splits[0], pages, NUM_PAGES, THRESHOLD)
-        analysis.write(loaded, "vocabulary", {"split": splits[0], "pages": pages, "threshold": THRESHOLD}, found)
-    _way_path(run).write_text(json.dumps(_way(run)))
+        analyses["vocabulary"] = vocabulary.measure(loaded, splits[0], pages, NUM_PAGES, THRESHOLD)
+    fields = {"way": _way(run), "summary": summary.summarize(loaded, splits, results), "analyses": analyses}
+    files.write_whole(run / FILE, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
 
 
 def read(runs: Sequence[Path]) -> dict[str, list[Row]]:
-    """Returns the rows of every table, the best first."""
+    """Returns the rows of every table, the best first; all runs are measured."""
     tables: dict[str, dict[str, list[Run]]] = {}
     for path in runs:
         name, seed = _name(path)
-        analyses = {file.stem: json.loads(file.read_text()) for file in (path / analysis.FOLDER).glob("*.json")}
-        run = Run(
-            path,
-            seed,
-            _stages(path)[-1],
-            report.read_metrics(path / metrics.FILE),
-            json.loads((path / summary.FILE).read_text()),
-            analyses,
-        )
+        measured = _read_json(path / FILE)
+        lines = report.read_metrics(path / metrics.FILE)
+        run = Run(path, seed, _stages(path)[-1], lines, measured["summary"], measured["analyses"])
         tables.setdefault(path.parent.name, {}).setdefault(name, []).append(run)
     return {
         table: sorted(
@@ -149,11 +155,17 @@ def _way(run: Path) -> dict[str, Any]:
         "threshold": THRESHOLD,
         "num_questions": found.eval.num_questions,
         "splits": list(found.eval.splits),
+        "data": sources.fingerprint(found.data.dir),
+        "scorer_version": scores.SCORER_VERSION,
     }
 
 
-def _way_path(run: Path) -> Path:
-    return run / analysis.FOLDER / "measured.json"
+def _asked(config: Config) -> str:
+    return f"{config.eval.num_questions} questions of {', '.join(config.eval.splits)} in {config.data.dir}"
+
+
+def _read_json(path: Path) -> Any:
+    return report.parse(path, path.read_text())
 
 
 def _name(run: Path) -> tuple[str, int] | None:
@@ -163,4 +175,4 @@ def _name(run: Path) -> tuple[str, int] | None:
 
 
 def _stages(run: Path) -> tuple[Config, ...]:
-    return config_lib.from_json(json.loads((run / workdir.CONFIG_FILE).read_text()))
+    return config_lib.from_json(_read_json(run / workdir.CONFIG_FILE))

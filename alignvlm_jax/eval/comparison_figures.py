@@ -55,10 +55,13 @@ def _draw_scores(axes: Axes, rows: Sequence[Row]) -> None:
 
 def _draw_learning(axes: Axes, rows: Sequence[Row]) -> None:
     for number, row in enumerate(rows):
-        asked = [[line for line in run.lines if "generated/anls" in line] for run in row.runs]
-        steps = [line["step"] for line in asked[0]]
-        values = np.array([[line["generated/anls"] for line in lines] for lines in asked])
-        color = plotting.COLORS[number]
+        curves = [
+            {line["step"]: line["generated/anls"] for line in run.lines if "generated/anls" in line} for run in row.runs
+        ]
+        # A run that was stopped while it was asked lacks a point.
+        steps = sorted(set.intersection(*map(set, curves)))
+        values = np.array([[curve[step] for step in steps] for curve in curves])
+        color = plotting.color(number)
         axes.plot(steps, values.mean(0), color=color, linewidth=1.6, label=row.name.replace("_", " "))
         axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
     axes.axhline(REACHED, color="#00000066", linewidth=0.8, linestyle=":")

@@ -49,7 +49,7 @@ def scores(title: str, rows: Sequence[Row]) -> Grid:
     splits = rows[0].runs[0].config.eval.splits
     columns = ["", f"ANLS, {_words(splits[0])}", "exact", "blank page", *(f"ANLS, {_words(s)}" for s in splits[1:])]
     columns += [f"steps to ANLS {REACHED}", "connector's parameters", "tokens a tile", "training, s"]
-    return Grid(title, columns, [[_words(row.name), *_scores(row, splits[1:])] for row in rows])
+    return Grid(title, columns, [[_name(row, rows), *_scores(row, splits[1:])] for row in rows])
 
 
 def _scores(row: Row, other_splits: Iterable[str]) -> list[str]:
@@ -77,7 +77,7 @@ def noise(title: str, rows: Sequence[Row]) -> Grid:
         moved = [run["points"][one]["centred_distance"] / run["centred_between_distance"] for run in runs]
         lost = 100 * (anls[:, 0] - anls[:, one])
         span = f"{lost.mean():.1f} ({lost.min():.1f} to {lost.max():.1f})"
-        lines.append([_words(row.name), *(f"{value:.3f}" for value in anls.mean(0)), span, f"{np.mean(moved):.3f}"])
+        lines.append([_name(row, rows), *(f"{value:.3f}" for value in anls.mean(0)), span, f"{np.mean(moved):.3f}"])
     return Grid(title, ["ANLS at sigma", *(f"{s:g}" for s in sigmas), "points lost at 1", "tokens move at 1"], lines)
 
 
@@ -130,6 +130,12 @@ def _steps(steps: Sequence[int | None]) -> str:
         return "not reached"
     span = f"{reached[0]}" if reached[0] == reached[-1] else f"{reached[0]} to {reached[-1]}"
     return span if len(reached) == len(steps) else f"{span}, {len(reached)} of {len(steps)} seeds"
+
+
+def _name(row: Row, rows: Sequence[Row]) -> str:
+    """What a row is called; a mean of fewer seeds than those beside it says so."""
+    count, most = len(row.runs), max(len(other.runs) for other in rows)
+    return _words(row.name) + (f" ({count} of {most} seeds)" if count < most else "")
 
 
 def _words(name: str) -> str:

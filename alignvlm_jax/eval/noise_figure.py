@@ -60,4 +60,4 @@ def _draw_distances(axes: Axes, results: Mapping[str, Mapping[str, Any]], field:
 
 def _draw_curve(axes: Axes, number: int, name: str, found: Mapping[str, Any], field: str, values: list[float]) -> None:
     sizes = [point[field] for point in found["points"]]
-    axes.plot(sizes, values, color=plotting.COLORS[number], marker="o", markersize=4, linewidth=1.6, label=name)
+    axes.plot(sizes, values, color=plotting.color(number), marker="o", markersize=4, linewidth=1.6, label=name)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 COLORS = (
     "#2f7fd6", "#d9822b", "#1f8a5b", "#c8453b", "#7a6ad8", "#8a6d3b", "#d06bb0", "#5d6772", "#9aa82e", "#2ba8b4"
 )  # fmt: skip
-"""Of series, in their order."""
+"""Of series, in their order; `color` begins again after the last."""
 
 QUIET = "#c3cad1"
 """Of what others are compared with."""
@@ -47,6 +47,11 @@ ON_WHITE = {
     "axes.edgecolor": "#b4bbc2",
     "grid.color": "#dfe3e6",
 }
+
+
+def color(number: int) -> str:
+    """Returns the colour of a series, counted from 0."""
+    return COLORS[number % len(COLORS)]
 
 
 def png(inches: tuple[float, float], draw: Callable[[Figure], None]) -> bytes:

@@ -78,7 +78,7 @@ def read(folder: Path, data_dir: str | None = None, with_model: bool = True) -> 
     config_file = folder / workdir.CONFIG_FILE
     if not config_file.exists():
         raise UserError(f"{folder} is no workdir: it has no {workdir.CONFIG_FILE}")
-    stages = config_lib.from_json(_parse(config_file, config_file.read_text()))
+    stages = config_lib.from_json(parse(config_file, config_file.read_text()))
     loaded, problem = None, ""
     if with_model:
         try:
@@ -86,7 +86,7 @@ def read(folder: Path, data_dir: str | None = None, with_model: bool = True) -> 
         except UserError as err:
             problem = str(err)
     lines, results = read_metrics(folder / metrics.FILE), predictions.read_all(folder)
-    analyses = {path.stem: _parse(path, path.read_text()) for path in (folder / analysis.FOLDER).glob("*.json")}
+    analyses = {path.stem: parse(path, path.read_text()) for path in (folder / analysis.FOLDER).glob("*.json")}
     return Run(folder, stages, lines, results, analyses, loaded, problem)
 
 
@@ -94,10 +94,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Returns the whole lines of a metrics.jsonl, which may still be growing; none where there is no file."""
     if not path.exists():
         return []
-    return [_parse(path, line) for line in path.read_text().split("\n")[:-1]]
+    return [parse(path, line) for line in path.read_text().split("\n")[:-1]]
 
 
-def _parse(path: Path, text: str) -> Any:
+def parse(path: Path, text: str) -> Any:
+    """Returns what the text of a file holds; UserError where it is not JSON."""
     try:
         return json.loads(text)
     except ValueError as err:
@@ -275,6 +276,6 @@ def _facts(run: Run) -> dict[str, str]:
     facts["This machine"] = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
     summary_file = run.folder / summary.FILE
     if summary_file.exists():
-        fields = _parse(summary_file, summary_file.read_text())
+        fields = parse(summary_file, summary_file.read_text())
         facts["Evaluation's memory"] = f"{fields['peak_memory_gib']:.2f} GiB at most"
     return facts

@@ -1,11 +1,12 @@
 """Questions that a model is asked now and then while it is trained."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from jax.sharding import Mesh
 
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import chat, pipeline, rows, sources
+from alignvlm_jax.data.tokenizer import Tokenizer
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.eval import answering, questions, scores
 from alignvlm_jax.eval.questions import Question
@@ -20,27 +21,12 @@ class SpotCheck:
     one shape, so that generation is compiled once a stage, and the training step not again."""
 
     def __init__(self, model: VLM, config: Config, mesh: Mesh):
-        """Raises UserError where a split has no questions, a page cannot be read, or a prompt does not fit."""
+        """Raises UserError as `check` does."""
         self._tokenizer = pipeline.load_tokenizer(config)
         self._sampler = Sampler(model, mesh, end_ids=chat.stop_ids(self._tokenizer), pad_id=self._tokenizer.pad_id)
         self._max_new_tokens = config.eval.max_new_tokens
-        self._asked: dict[str, list[Question]] = {}
-        prompts: list[rows.Row] = []
-        for name, source in pipeline.by_source(config).items():
-            (folder,) = source.data.folders
-            records = sources.RecordSource(folder, config.data.validation_split)
-            self._asked[name] = questions.choose_questions(records, config.train.generate_questions)
-            if not self._asked[name]:
-                raise UserError(
-                    f"split {config.data.validation_split!r} in {folder} has no questions to generate answers to; "
-                    "config.train.generate_every=0 asks none"
-                )
-            prompts += [
-                rows.build_prompt(records[question.record], question.turn.question, config, self._tokenizer)
-                for question in self._asked[name]
-            ]
-        self._prompts: Sequence[rows.Row] = rows.trim_prompts(prompts, config)
-        self._batch_size = answering.batch_size(len(prompts), config.eval.batch_size, mesh_lib.batch_ways(mesh))
+        self._asked, self._prompts = _choose(config, self._tokenizer)
+        self._batch_size = answering.batch_size(len(self._prompts), config.eval.batch_size, mesh_lib.batch_ways(mesh))
 
     def scores(self, params: Params, should_stop: Callable[[], bool]) -> dict[str, float]:
         """Returns `generated/anls` and `generated/exact_match` over all questions, and with several sources
@@ -62,6 +48,38 @@ class SpotCheck:
             for name, pairs in rated.items():
                 values |= _means(f"generated/{name}", pairs)
         return values
+
+
+def is_asked(config: Config) -> bool:
+    """Returns whether a stage asks questions: it may not, and one that sees no pixels cannot."""
+    return config.train.generate_every > 0 and config.train.visual_input == "pixels"
+
+
+def check(stages: Iterable[Config]) -> None:
+    """Raises UserError where a stage cannot ask: no source has questions in its split, a page cannot be read, or a
+    prompt does not fit. The last stage of a long run is too late to be told so."""
+    for config in stages:
+        if is_asked(config):
+            _choose(config, pipeline.load_tokenizer(config))
+
+
+def _choose(config: Config, tokenizer: Tokenizer) -> tuple[dict[str, list[Question]], list[rows.Row]]:
+    """The questions by source, without sources that have none; and the prompts of all of them in that order."""
+    split, asked, prompts = config.data.validation_split, {}, []
+    validated = pipeline.by_source(config)
+    for name, source in validated.items():
+        (folder,) = source.data.folders
+        records = sources.RecordSource(folder, split)
+        if found := questions.choose_questions(records, config.train.generate_questions):
+            asked[name] = found
+            prompts += [rows.build_prompt(records[q.record], q.turn.question, config, tokenizer) for q in found]
+    if not asked:
+        folders = ", ".join(folder for source in validated.values() for folder in source.data.folders)
+        raise UserError(
+            f"split {split!r} in {folders} has no questions to generate answers to; "
+            "config.train.generate_every=0 asks none"
+        )
+    return asked, rows.trim_prompts(prompts, config)
 
 
 def _means(prefix: str, pairs: Sequence[tuple[str, Sequence[str]]]) -> dict[str, float]:

@@ -70,7 +70,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class TextTask:
-    """Held-out text that the LLM, without any image, is to find likely: `eval.text` measures it.
+    """Held-out text that the LLM, without any image, is to find likely: `eval.texts` measures it.
 
     Attributes:
       name: how it is asked for.

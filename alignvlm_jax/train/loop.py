@@ -21,6 +21,7 @@ from rich.table import Table
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import pipeline, sources
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.eval import spot_check
 from alignvlm_jax.eval.spot_check import SpotCheck
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import distributed, sharding
@@ -81,6 +82,7 @@ def train(configs: tuple[Config, ...], folder: Path, console: Console) -> None:
     """
     began = time.monotonic()
     preflight.check(configs)
+    spot_check.check(configs)
     stages = lay_out(configs)
     total = stages[-1].end
     keep, ends = max(config.train.keep_checkpoints for config in configs), tuple(stage.end for stage in stages)
@@ -116,8 +118,7 @@ def _train_stage(run: Run, stage: Stage, newest: int) -> None:
     with mesh_lib.use(mesh_lib.make_mesh(config)) as mesh:
         # Read before anything is compiled: data that is missing should be told at once.
         validation = Validation(config)
-        asks = config.train.generate_every and config.train.visual_input == "pixels"
-        spot_check = SpotCheck(model, config, mesh) if asks else None
+        asker = SpotCheck(model, config, mesh) if spot_check.is_asked(config) else None
         abstract = state.abstract_state(model, config, tx, mesh)
         live, next_row = _start(run, stage, newest, model, tx, abstract)
         _set_broken_aside(run, newest)
@@ -125,7 +126,7 @@ def _train_stage(run: Run, stage: Stage, newest: int) -> None:
         with Writer(run.folder, newest) if distributed.is_main() else NullWriter() as writer:
             train_step, eval_step = step.compile_steps(model, config, tx, abstract, mesh)
             mfu_of = flops.mfu_of(config, abstract.params, mesh.devices.flat)
-            loop = _StageLoop(run, stage, mesh, writer, train_step, eval_step, validation, spot_check, mfu_of)
+            loop = _StageLoop(run, stage, mesh, writer, train_step, eval_step, validation, asker, mfu_of)
             loop.run_steps(live, newest, next_row)
 
 
@@ -290,14 +291,15 @@ class _StageLoop:
             self.run.progress.update(now, config.stage, line)
 
     def _validate(self, live: TrainState, now: int) -> float | None:
-        """Measures and logs the validation losses; returns the answer loss, or None when told to stop meanwhile."""
+        """Measures and logs the validation losses; returns the answer loss, or None where there is none or when
+        told to stop meanwhile."""
         self._read()
         with self.interval.pause():
             values = self.validation.measure(self.eval_step, live.params, self.mesh, self.run.stop.requested)
             if values is None:
                 return None
             self.writer.write(now, self.stage.config.stage, values)
-            return values["validation/answer_loss"]
+            return values.get("validation/answer_loss")
 
     def _ask(self, live: TrainState, now: int) -> None:
         """Logs the scores of generated answers; nothing when told to stop meanwhile."""

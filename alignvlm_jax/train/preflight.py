@@ -20,8 +20,7 @@ def check(stages: tuple[Config, ...]) -> None:
         connectors.get(config.model.connector.name)
         mesh = mesh_lib.make_mesh(config)
         pipeline.TrainRows(config, config.data.split)
-        for validated in pipeline.by_source(config).values():
-            pipeline.TrainRows(validated, config.data.validation_split)
+        pipeline.by_source(config)
         # Stages mostly share a model, and tracing it takes most of a second.
         key = config.model, config.mesh
         if key not in shapes:

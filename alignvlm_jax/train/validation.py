@@ -31,7 +31,7 @@ class Validation:
         self, eval_step: step.EvalStep, params: Params, mesh: Mesh, should_stop: Callable[[], bool]
     ) -> dict[str, float] | None:
         """Returns `validation/answer_loss` and so on over all sources, and with several `validation/SOURCE/...` of
-        each; or None when told to stop meanwhile."""
+        each, without those of which nothing was seen; or None when told to stop meanwhile."""
         sums: dict[str, list[step.Metrics]] = {name: [] for name in self._batches}
         for name, batches in self._batches.items():
             for batch in batches:
@@ -53,4 +53,9 @@ def _local(batch: Batch) -> Batch:
 
 def _means(prefix: str, parts: list[step.Metrics]) -> dict[str, float]:
     totals = {name: float(sum(part[name] for part in parts)) for name in parts[0]}
-    return {f"{prefix}/{name}": value for name, value in step.means(totals).items()}
+    weights = {"patch_loss": totals.get("patch_weight")}
+    return {
+        f"{prefix}/{name}": value
+        for name, value in step.means(totals).items()
+        if weights.get(name, totals["answer_weight"])  # Of no page with known words a loss of 0 would look perfect.
+    }

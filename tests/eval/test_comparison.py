@@ -8,7 +8,7 @@ import pytest
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.eval import comparison, comparison_report, comparison_tables
+from alignvlm_jax.eval import comparison, comparison_figures, comparison_report, comparison_tables, plotting
 from alignvlm_jax.eval.comparison import Row, Run
 from tests.conftest import tiny_config
 
@@ -55,6 +55,11 @@ def test_tables_give_means_and_spread_over_seeds():
     assert int(scores[5].replace(",", "")) == MLP.num_connector_params()
 
 
+def test_a_mean_of_fewer_seeds_says_so():
+    text = comparison_tables.markdown({"connectors": [ALIGN, Row("mlp", MLP.runs[:1])]})
+    assert len(cells(text, "mlp (1 of 3 seeds)")) == 2 and len(cells(text, "align")) == 3
+
+
 def test_steps_are_counted_to_the_first_score_that_is_enough():
     assert ALIGN.steps_to_read() == [100, 100, 100] and MLP.steps_to_read() == [None, 150, None]
 
@@ -76,6 +81,13 @@ def test_the_report_holds_all_pictures_and_tables(tmp_path):
     assert page.count("data:image/png;base64,") == 3 and "0.600 (0.500 to 0.700)" in page
     for kind in ("scores", "learning", "noise"):
         assert (tmp_path / f"connectors_{kind}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_of_many_rows_and_of_a_run_that_lacks_a_point():
+    lacking = (make_run(0, 0.6, (0.1, 0.5, 0.6)), make_run(1, 0.5, (0.1, 0.5)))
+    rows = [Row(f"row_{number}", lacking) for number in range(len(plotting.COLORS) + 1)]
+    for draw in (comparison_figures.learning, comparison_figures.noise):
+        assert draw(rows).startswith(b"\x89PNG")
 
 
 @pytest.fixture
@@ -111,6 +123,25 @@ def test_runs_are_measured_once(compared, monkeypatch):
     [found] = row.analysis("noise")
     assert [round(point["relative_sigma"], 2) for point in found["points"]] == [0.0, *comparison.RELATIVE_SIGMAS]
     assert len(row.values("anls")) == 1 and row.analysis("vocabulary")
+    # What other commands leave is not taken for a measurement.
+    (runs[0] / "summary.json").write_text('{"anls": 9.0}')
+    (runs[0] / "analysis" / "noise.json").write_text("{}")
+    assert comparison.read(runs[:1])["connectors"] == [row]
+
+
+def test_questions_are_asked_anew_of_other_documents(compared, monkeypatch):
+    [run, _] = comparison.find(compared)
+    monkeypatch.setattr(comparison, "THRESHOLD", 0.0)
+    comparison.measure(run)
+    monkeypatch.setattr(comparison.sources, "fingerprint", lambda *folders: "other")
+    assert not comparison.is_measured(run)
+
+
+def test_runs_of_a_table_are_asked_the_same(compared):
+    path = compared / "connectors" / "align_seed1" / "config.json"
+    path.write_text(path.read_text().replace('"num_questions": ', '"num_questions": 1'))
+    with pytest.raises(UserError, match=r"align_seed1 is asked 1\d+ questions of .*align_seed0 \d+ questions of"):
+        comparison.find(compared)
 
 
 def test_a_run_that_is_not_finished_is_named(compared):
@@ -119,3 +150,9 @@ def test_a_run_that_is_not_finished_is_named(compared):
         comparison.find(compared)
     with pytest.raises(UserError, match="has no runs named TABLE/ROW_seedN"):
         comparison.find(compared / "connectors")
+
+
+def test_a_damaged_config_is_named(compared):
+    (compared / "connectors" / "align_seed1" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"align_seed1/config.json is damaged: it is not JSON"):
+        comparison.find(compared)

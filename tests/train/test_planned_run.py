@@ -136,10 +136,45 @@ def test_losses_and_generated_scores_by_source(config, tmp_path, monkeypatch):
     assert asked[-1]["generated/anls"] == pytest.approx((means["a"] + means["b"]) / 2)
 
 
-def test_a_source_without_questions_is_told_before_the_first_step(config, tmp_path, monkeypatch):
+def test_stages_without_questions_are_told_before_the_first_step(config, tmp_path, monkeypatch):
+    """Of all stages, also of a later one."""
     monkeypatch.setattr(spot_check.questions, "choose_questions", lambda records, count: [])
+    mute = dataclasses.replace(config, stage="mute", train=dataclasses.replace(config.train, generate_every=0))
     with pytest.raises(UserError, match=r"split 'validation' in .* has no questions .*generate_every=0 asks none"):
-        train(config, tmp_path, monkeypatch)
+        loop.train((mute, config), tmp_path / "run", Console(file=io.StringIO()))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def with_pages_alone(config, tmp_path) -> Config:
+    """The config where source "b" has no questions, and pages whose words are not known; the task is to answer."""
+    for split in ("train", "validation"):
+        path = tmp_path / sources.shard_name(split, 0, 1)
+        source = sources.RecordSource(config.data.sources["b"].dir, split)
+        records = [dataclasses.replace(source[i], turns=(), lines=()) for i in range(len(source))]
+        sources.write_shard(path, records)
+        tokenizer = pipeline.load_tokenizer(config)
+        fingerprint = index_lib.tokenizer_fingerprint(config.data.dir)
+        index_lib.write(index_lib.index_path(path), index_lib.of_records(records, tokenizer, fingerprint))
+    mixture = {"a": config.data.sources["a"], "b": SourceConfig(dir=str(tmp_path))}
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, sources=mixture, tasks={"answer": 1.0}))
+
+
+def test_a_source_of_no_use_to_the_tasks_is_no_part_of_validation(with_pages_alone):
+    assert list(pipeline.by_source(with_pages_alone)) == ["a"]
+    data = dataclasses.replace(
+        with_pages_alone.data, tasks={"transcribe": 1.0}, sources={"b": with_pages_alone.data.sources["b"]}
+    )
+    with pytest.raises(UserError, match=r"none of 24 records in .* has text for config.data.tasks transcribe"):
+        pipeline.by_source(dataclasses.replace(with_pages_alone, data=data))
+
+
+def test_what_was_not_seen_has_no_loss_and_is_not_asked(with_pages_alone, tmp_path, monkeypatch):
+    """Without a plan the records of no use take rows: a loss of 0 there would look perfect."""
+    data = dataclasses.replace(with_pages_alone.data, packing="none", max_tiles=2, max_unsupervised=1.0)
+    train(dataclasses.replace(with_pages_alone, data=data), tmp_path / "run", monkeypatch)
+    of_sources = {name for line in lines(tmp_path / "run") for name in line if name.count("/") == 2}
+    assert of_sources == {f"validation/a/{name}" for name in ("answer_loss", "token_accuracy", "patch_loss")}
 
 
 def test_other_data_in_any_source_are_refused(config, tmp_path, monkeypatch):
