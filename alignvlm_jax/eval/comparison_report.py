@@ -22,7 +22,7 @@ def build(tables: Tables, folder: Path) -> Path:
         for kind, picture in pictures.items():
             files.write_whole(folder / f"{name}_{kind}.png", picture)
         uris = {kind: gallery.png_uri(picture) for kind, picture in pictures.items()}
-        parts.append({"grids": grids, "pictures": uris, "best": rows[0], "num_seeds": len(rows[0].runs)})
+        parts.append({"grids": grids, "pictures": uris})
     path = folder / FILE
     files.write_whole(path, html.render("comparison.html", parts=parts, folder=folder))
     return path

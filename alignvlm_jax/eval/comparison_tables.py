@@ -9,7 +9,7 @@ import numpy as np
 
 from alignvlm_jax import files
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.eval.comparison import REACHED, THRESHOLD, Row, Tables
+from alignvlm_jax.eval.comparison import REACHED, Row, Tables
 
 BEGIN, END = "<!-- make compare -->", "<!-- end of make compare -->"
 
@@ -45,10 +45,11 @@ def markdown(tables: Tables) -> str:
 
 
 def scores(title: str, rows: Sequence[Row]) -> Grid:
-    """Returns the scores, a line a row: means over seeds, and in brackets the least and the most."""
+    """Returns the scores, a line a row: means over seeds, and in brackets the least and the most. Steps are to the
+    first check of generated answers that reached it; a run's seconds have compiling and all checks in them."""
     splits = rows[0].runs[0].config.eval.splits
     columns = ["", f"ANLS, {_words(splits[0])}", "exact", "blank page", *(f"ANLS, {_words(s)}" for s in splits[1:])]
-    columns += [f"steps to ANLS {REACHED}", "connector's parameters", "tokens a tile", "training, s"]
+    columns += [f"steps to ANLS {REACHED}", "connector's parameters", "tokens a tile", "run, s"]
     return Grid(title, columns, [[_name(row, rows), *_scores(row, splits[1:])] for row in rows])
 
 
@@ -66,8 +67,8 @@ def _scores(row: Row, other_splits: Iterable[str]) -> list[str]:
 
 
 def noise(title: str, rows: Sequence[Row]) -> Grid:
-    """Returns the ANLS through noise, sigma in standard deviations of the features; how much of it is lost at one; and
-    how far visual tokens move there, as a share of the distance between different ones."""
+    """Returns the ANLS through noise, sigma in standard deviations of the features; at one, how many points are lost,
+    the share that is kept, and how far visual tokens move, as a share of the distance between different ones."""
     lines = []
     for row in rows:
         runs = row.analysis("noise")
@@ -76,9 +77,12 @@ def noise(title: str, rows: Sequence[Row]) -> Grid:
         one = sigmas.index(1.0)
         moved = [run["points"][one]["centred_distance"] / run["centred_between_distance"] for run in runs]
         lost = 100 * (anls[:, 0] - anls[:, one])
+        mean = anls.mean(0)
+        kept = f"{mean[one] / mean[0]:.0%}" if mean[0] else "–"
         span = f"{lost.mean():.1f} ({lost.min():.1f} to {lost.max():.1f})"
-        lines.append([_name(row, rows), *(f"{value:.3f}" for value in anls.mean(0)), span, f"{np.mean(moved):.3f}"])
-    return Grid(title, ["ANLS at sigma", *(f"{s:g}" for s in sigmas), "points lost at 1", "tokens move at 1"], lines)
+        lines.append([_name(row, rows), *(f"{value:.3f}" for value in mean), span, kept, f"{np.mean(moved):.3f}"])
+    columns = ("ANLS at sigma", *(f"{s:g}" for s in sigmas), "points lost at 1", "kept at 1", "tokens move at 1")
+    return Grid(title, columns, lines)
 
 
 def pruning(title: str, rows: Sequence[Row]) -> Grid:
@@ -89,7 +93,7 @@ def pruning(title: str, rows: Sequence[Row]) -> Grid:
             trials = zip(*(run["pruning"] for run in runs), strict=True)
             perplexity = np.mean([run["perplexity"]["p50"] for run in runs])
             lines.append([_words(row.name), f"{perplexity:.1f}", *map(_trial, trials)])
-    chosen = (f"of {which} probability above {THRESHOLD:g}" for which in ("mean", "largest"))
+    chosen = (f"{which} probability above an even share" for which in ("mean", "largest"))
     columns = ("", "median perplexity of a patch", "ANLS, all words", *chosen)
     return Grid(title, columns, lines)
 
@@ -127,7 +131,7 @@ def _spread(values: np.ndarray) -> str:
 def _steps(steps: Sequence[int | None]) -> str:
     reached = sorted(step for step in steps if step is not None)
     if not reached:
-        return "not reached"
+        return "not reached" if steps else "–"
     span = f"{reached[0]}" if reached[0] == reached[-1] else f"{reached[0]} to {reached[-1]}"
     return span if len(reached) == len(steps) else f"{span}, {len(reached)} of {len(steps)} seeds"
 

@@ -89,7 +89,7 @@ def vocab_average(
             logits_NV = jnp.where(shared["subset"], logits_NV, -jnp.inf)
         log_sum_exp_N = jax.nn.logsumexp(logits_NV, axis=-1)
         if linear:
-            is_word_NV = jnp.isfinite(logits_NV)
+            is_word_NV = logits_NV != -jnp.inf  # NaN is none, and should show.
             weights_NV = jnp.where(is_word_NV, logits_NV, 0.0) / jnp.sqrt(is_word_NV.sum(-1, keepdims=True))
         else:
             weights_NV = jnp.exp(logits_NV - log_sum_exp_N[:, None])

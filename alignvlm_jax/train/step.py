@@ -77,8 +77,12 @@ def make_train_step(model: vlm.VLM, config: Config, tx: optax.GradientTransforma
             lambda new, kept: jnp.where(jnp.isfinite(grad_norm), new, kept), updated, (trainable, old.opt_state)
         )
         metrics = means(sums | weights)
+        loss = _total(config, metrics)
+        if "patch_loss" in metrics:
+            # Of a batch without a labelled patch it is unknown: a 0 would enter the means that are logged.
+            metrics["patch_loss"] = jnp.where(weights["patch_weight"] > 0, metrics["patch_loss"], jnp.nan)
         metrics |= {
-            "loss": _total(config, metrics),
+            "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": schedule(optim.num_updates(old.opt_state)),
             "num_updates": optim.num_updates(opt_state),

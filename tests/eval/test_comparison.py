@@ -48,7 +48,7 @@ def test_tables_give_means_and_spread_over_seeds():
     scores, noise, words = cells(text, "align")
     assert scores[:4] == ["0.600 (0.500 to 0.700)", "0.300", "0.010", "0.150"]
     assert scores[4] == "100" and scores[-1] == "61"
-    assert noise == ["0.600", "0.300", "30.0 (25.0 to 35.0)", "0.200"]
+    assert noise == ["0.600", "0.300", "30.0 (25.0 to 35.0)", "50%", "0.200"]
     assert words == ["4.0", "0.600 (9 words)", "0.600 (8 words)"]
     scores, noise = cells(text, "mlp")
     assert scores[4] == "150, 1 of 3 seeds"
@@ -62,6 +62,13 @@ def test_a_mean_of_fewer_seeds_says_so():
 
 def test_steps_are_counted_to_the_first_score_that_is_enough():
     assert ALIGN.steps_to_read() == [100, 100, 100] and MLP.steps_to_read() == [None, 150, None]
+
+
+def test_a_baseline_joins_the_tables_that_are_asked_the_same():
+    other = dataclasses.replace(MLP.runs[0].config, eval=config_lib.EvalConfig(splits=("elsewhere",)))
+    elsewhere = Row("x", (dataclasses.replace(MLP.runs[0], config=other),))
+    tables = comparison.with_baseline(TABLES | {"parts": [MLP], "elsewhere": [elsewhere]}, "connectors/align")
+    assert tables == TABLES | {"parts": [ALIGN, MLP], "elsewhere": [elsewhere]}
 
 
 def test_tables_stand_in_the_place_that_is_marked(tmp_path):
@@ -114,7 +121,6 @@ def test_runs_are_measured_once(compared, monkeypatch):
     runs = comparison.find(compared)
     assert [run.name for run in runs] == ["align_seed0", "align_seed1"]
     assert not comparison.is_measured(runs[0])
-    monkeypatch.setattr(comparison, "THRESHOLD", 0.0)
     comparison.measure(runs[0])
     assert comparison.is_measured(runs[0])
     monkeypatch.setattr(comparison, "NUM_PAGES", 1)
@@ -131,7 +137,6 @@ def test_runs_are_measured_once(compared, monkeypatch):
 
 def test_questions_are_asked_anew_of_other_documents(compared, monkeypatch):
     [run, _] = comparison.find(compared)
-    monkeypatch.setattr(comparison, "THRESHOLD", 0.0)
     comparison.measure(run)
     monkeypatch.setattr(comparison.sources, "fingerprint", lambda *folders: "other")
     assert not comparison.is_measured(run)

@@ -101,6 +101,13 @@ def test_loss_is_answer_loss_plus_weighted_patch_loss(frozen_vision):
     )
 
 
+def test_patch_loss_of_a_batch_without_labels_is_unknown_and_adds_nothing(frozen_vision):
+    config, fresh, run = frozen_vision
+    batch = random_batch(config)
+    _, metrics = run(fresh(), batch | {"patch_loss_weights": np.zeros_like(batch["patch_loss_weights"])})
+    assert np.isnan(metrics["patch_loss"]) and float(metrics["loss"]) == float(metrics["answer_loss"])
+
+
 def test_z_loss_is_measured_and_added():
     """It is the mean square of log_sum_exp over the answer's tokens."""
     config, fresh, run = make(z_loss=0.5, patch_token_weight=0.0)
