@@ -50,7 +50,7 @@ demo: setup  ## draw documents, train, evaluate, write the report
 
 # Runs of other seeds are the same programs: they are compiled once.
 compare: export JAX_COMPILATION_CACHE_DIR = $(COMPARE)/.compiled
-compare: setup  ## every connector and part of ALIGN, three seeds each, into docs/results.md (an hour and a half)
+compare: setup  ## every connector and part of ALIGN, three seeds each, into docs/results.md (an hour, an hour and a half beside other work)
 	$(BIN)/python -m alignvlm_jax prepare --format=documents --out=$(DATA)
 	$(BIN)/python -m alignvlm_jax train --config=configs/compare.py:towers --workdir=$(COMPARE)/towers \
 	  --config.data.dir=$(DATA)

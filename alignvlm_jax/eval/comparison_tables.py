@@ -76,7 +76,7 @@ def noise(title: str, rows: Sequence[Row]) -> Grid:
         anls = np.array([[point["anls"] for point in run["points"]] for run in runs])
         one = sigmas.index(1.0)
         moved = [run["points"][one]["centred_distance"] / run["centred_between_distance"] for run in runs]
-        lost = 100 * (anls[:, 0] - anls[:, one])
+        lost = np.round(100 * (anls[:, 0] - anls[:, one]), 1) + 0.0  # No -0.0.
         mean = anls.mean(0)
         kept = f"{mean[one] / mean[0]:.0%}" if mean[0] else "–"
         span = f"{lost.mean():.1f} ({lost.min():.1f} to {lost.max():.1f})"
