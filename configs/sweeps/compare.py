@@ -1,7 +1,8 @@
 """What `make compare` trains, three seeds each, as TABLE/ROW_seedN: connectors; parts of ALIGN, changed one at a time;
 and what patch labels are worth to a vision encoder that knows nothing yet.
 
-Of the learning rates 1e-3, the config's, and 2e-3 each connector has the one that was better with seed 0.
+Of the learning rates 1e-3, the config's, and 2e-3 each connector has the one that was better with seed 0
+(docs/results.md); ALIGN's parts have ALIGN's.
 """
 
 from collections.abc import Iterator
