@@ -13,6 +13,7 @@ from alignvlm_jax.eval.questions import Question
 from alignvlm_jax.infer.sampler import Sampler
 from alignvlm_jax.models.vlm import VLM
 from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.train import metrics
 from alignvlm_jax.train.state import Params
 
 
@@ -43,11 +44,7 @@ class SpotCheck:
         rated = {
             name: [(next(answers), question.turn.answers) for question in asked] for name, asked in self._asked.items()
         }
-        values = _means("generated", [pair for pairs in rated.values() for pair in pairs])
-        if len(rated) > 1:
-            for name, pairs in rated.items():
-                values |= _means(f"generated/{name}", pairs)
-        return values
+        return metrics.with_sources("generated", rated, _means)
 
 
 def is_asked(config: Config) -> bool:
@@ -82,8 +79,8 @@ def _choose(config: Config, tokenizer: Tokenizer) -> tuple[dict[str, list[Questi
     return asked, rows.trim_prompts(prompts, config)
 
 
-def _means(prefix: str, pairs: Sequence[tuple[str, Sequence[str]]]) -> dict[str, float]:
+def _means(pairs: Sequence[tuple[str, Sequence[str]]]) -> dict[str, float]:
     return {
-        f"{prefix}/anls": sum(scores.anls(*pair) for pair in pairs) / len(pairs),
-        f"{prefix}/exact_match": sum(scores.exact_match(*pair) for pair in pairs) / len(pairs),
+        "anls": sum(scores.anls(*pair) for pair in pairs) / len(pairs),
+        "exact_match": sum(scores.exact_match(*pair) for pair in pairs) / len(pairs),
     }

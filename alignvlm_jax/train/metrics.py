@@ -7,8 +7,9 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.live import Live
@@ -19,6 +20,8 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from alignvlm_jax.data.schema import Batch
 from alignvlm_jax.errors import UserError
+
+T = TypeVar("T")
 
 FILE = "metrics.jsonl"
 PLAIN_EVERY = 10
@@ -91,6 +94,16 @@ def _step_of(path: Path, number: int, line: str) -> float:
         return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
     except (ValueError, TypeError, KeyError) as err:
         raise UserError(f"{path} is damaged: line {number} is no object with a step; mend it or delete it") from err
+
+
+def with_sources(
+    what: str, parts: Mapping[str, Sequence[T]], means: Callable[[Sequence[T]], Mapping[str, float]]
+) -> dict[str, float]:
+    """Returns the means of all parts as `WHAT/NAME`, and with several sources as `WHAT/SOURCE/NAME` those of each."""
+    groups = {what: [part for of_source in parts.values() for part in of_source]}
+    if len(parts) > 1:
+        groups |= {f"{what}/{source}": of_source for source, of_source in parts.items()}
+    return {f"{prefix}/{name}": value for prefix, group in groups.items() for name, value in means(group).items()}
 
 
 def peak_memory_gib() -> float:

@@ -1,6 +1,6 @@
 """The losses of a model in training on what was held out, by source."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -9,7 +9,7 @@ from alignvlm_jax.config import Config
 from alignvlm_jax.data import pipeline
 from alignvlm_jax.data.schema import Batch
 from alignvlm_jax.parallel import distributed, sharding
-from alignvlm_jax.train import step
+from alignvlm_jax.train import metrics, step
 from alignvlm_jax.train.state import Params
 
 
@@ -39,11 +39,7 @@ class Validation:
                     return None
                 inputs = step.eval_inputs(self._config, batch)
                 sums[name].append(jax.device_get(eval_step(params, sharding.put_batch(inputs, mesh))))
-        values = _means("validation", [part for parts in sums.values() for part in parts])
-        if len(sums) > 1:
-            for name, parts in sums.items():
-                values |= _means(f"validation/{name}", parts)
-        return values
+        return metrics.with_sources("validation", sums, _means)
 
 
 def _local(batch: Batch) -> Batch:
@@ -51,11 +47,11 @@ def _local(batch: Batch) -> Batch:
     return {name: distributed.own_rows(array) for name, array in batch.items()}
 
 
-def _means(prefix: str, parts: list[step.Metrics]) -> dict[str, float]:
+def _means(parts: Sequence[step.Metrics]) -> dict[str, float]:
     totals = {name: float(sum(part[name] for part in parts)) for name in parts[0]}
     weights = {"patch_loss": totals.get("patch_weight")}
     return {
-        f"{prefix}/{name}": value
+        name: value
         for name, value in step.means(totals).items()
         if weights.get(name, totals["answer_weight"])  # Of no page with known words a loss of 0 would look perfect.
     }

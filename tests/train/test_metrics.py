@@ -118,3 +118,15 @@ def test_on_a_terminal_the_newest_values_show():
 @pytest.mark.parametrize(("seconds", "text"), [(6.6, "7 s"), (125, "2 min 05 s"), (3725, "1 h 02 min")])
 def test_duration(seconds, text):
     assert metrics.duration(seconds) == text
+
+
+def test_means_of_all_parts_and_with_several_sources_of_each():
+    def means(parts):
+        return {"loss": sum(parts) / len(parts)}
+
+    assert metrics.with_sources("validation", {"": [1.0, 3.0]}, means) == {"validation/loss": 2.0}
+    assert metrics.with_sources("validation", {"a": [1.0, 3.0], "b": [8.0]}, means) == {
+        "validation/loss": 4.0,
+        "validation/a/loss": 2.0,
+        "validation/b/loss": 8.0,
+    }
