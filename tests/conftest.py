@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import pathlib
 import signal
+import zlib
 
 import jax
 import numpy as np
@@ -23,6 +24,7 @@ from flax import linen as nn
 from PIL import Image
 
 from alignvlm_jax import config as config_lib
+from alignvlm_jax import storage
 from alignvlm_jax.data import pages, schema, sources
 from alignvlm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer as Tokenizer
 from alignvlm_jax.models import vlm
@@ -30,6 +32,7 @@ from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.train import checkpoint
 from alignvlm_jax.train import state as train_state
+from tests.fake_bucket import FakeBucket
 
 # A shell starts background jobs with SIGINT ignored, which every process below would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -125,6 +128,27 @@ def mesh(config):
     """The 2 x 2 x 2 mesh, entered."""
     with mesh_lib.use(mesh_lib.make_mesh(config)) as mesh:
         yield mesh
+
+
+@pytest.fixture(scope="session")
+def bucket():
+    """A fake Cloud Storage server for this worker; all clients in this process and those it starts go there."""
+    with FakeBucket() as bucket, pytest.MonkeyPatch.context() as patch:
+        for name, value in bucket.environment().items():
+            patch.setenv(name, value)
+        yield bucket
+
+
+@pytest.fixture
+def bucket_folder(bucket, request):
+    """A folder of the test's own in the bucket."""
+    return storage.path(f"{bucket.url}/{zlib.crc32(request.node.nodeid.encode()):08x}")
+
+
+@pytest.fixture(params=["local", "bucket"])
+def folder(request, tmp_path):
+    """A folder on this machine, and one in a bucket."""
+    return tmp_path if request.param == "local" else request.getfixturevalue("bucket_folder")
 
 
 EVAL_QUESTION = "What is the total?"

@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "alignvlm_jax"
 # A part may import from itself and from what stands in a line above its own.
 LEVELS = (
     ("errors", "shapes"),
-    ("config", "files"),
+    ("config", "storage"),
     ("presets",),
     ("parallel", "ops", "data"),
     ("models",),
@@ -32,6 +32,9 @@ ALLOWED = {
     "absl.flags": READERS_OF_FLAGS,
     "absl.app": READERS_OF_FLAGS,
     "configs": (),
+    "etils": ("storage/",),
+    "fsspec": ("storage/",),
+    "gcsfs": ("storage/",),
 }
 ONLY_IN_PARALLEL = {"NamedSharding", "PositionalSharding", "GSPMDSharding"}
 NOT_IN_DATA = {"jax", "jaxlib", "jaxtyping", "flax", "optax", "orbax"}

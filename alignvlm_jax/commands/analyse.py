@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from alignvlm_jax import files
+from alignvlm_jax import storage
 from alignvlm_jax.commands import analysis_flags
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import sources
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
     chosen.show(console, found)
     console.print(f"Written: {path}", markup=False)
     path = path.with_suffix(".png")
-    files.write_whole(path, chosen.picture(connector, found))
+    storage.write_whole(path, chosen.picture(connector, found))
     console.print(f"Written: {path}", markup=False)
 
 

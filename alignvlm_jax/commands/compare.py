@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from alignvlm_jax import files
+from alignvlm_jax import storage
 from alignvlm_jax.errors import UserError, nearest
 from alignvlm_jax.eval import comparison, comparison_report, comparison_tables
 
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     text = comparison_tables.markdown(tables)
     console = Console(highlight=False, soft_wrap=True)
     console.print(text, markup=False)
-    files.write_whole(args.workdir / "comparison.md", text + "\n")
+    storage.write_whole(args.workdir / "comparison.md", text + "\n")
     if args.document:
         comparison_tables.put(args.document, text)
         console.print(f"Written: {args.document}", markup=False)

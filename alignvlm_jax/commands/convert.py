@@ -8,7 +8,7 @@ from rich.console import Console
 
 from alignvlm_jax.commands.arguments import positive
 from alignvlm_jax.errors import UserError, nearest
-from alignvlm_jax.files import refuse_existing
+from alignvlm_jax.storage import refuse_existing
 from alignvlm_jax.train import exporting, initial
 from alignvlm_jax.weights import export, tokenizers, towers
 

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from alignvlm_jax import files
+from alignvlm_jax import storage
 from alignvlm_jax.data import index, sources, tokenizer_files
 
 REJECTED = "rejected.jsonl"
@@ -50,4 +50,4 @@ def publish(out: Path, ready: Path, names: Collection[str], splits: Collection[s
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file, beside `path` first: a file of that name is always whole."""
-    files.write_whole(path, json.dumps(value, indent=2) + "\n")
+    storage.write_whole(path, json.dumps(value, indent=2) + "\n")

@@ -11,7 +11,7 @@ import numpy as np
 from rich import progress
 from rich.console import Console
 
-from alignvlm_jax import files
+from alignvlm_jax import storage
 from alignvlm_jax.data import rows
 from alignvlm_jax.data.schema import Record
 from alignvlm_jax.errors import UserError
@@ -42,7 +42,7 @@ def write(loaded: Loaded, name: str, settings: Mapping[str, Any], results: Mappi
     }
     path = folder(loaded) / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    files.write_whole(path, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
+    storage.write_whole(path, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
     return path
 
 

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from alignvlm_jax import config as config_lib
-from alignvlm_jax import files
+from alignvlm_jax import storage
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import sources
 from alignvlm_jax.errors import UserError
@@ -132,7 +132,7 @@ def measure(run: Path) -> None:
         threshold = 1 / config.model.llm.num_words
         analyses["vocabulary"] = vocabulary.measure(loaded, splits[0], pages, NUM_PAGES, threshold)
     fields = {"way": _way(run), "summary": summary.summarize(loaded, splits, results), "analyses": analyses}
-    files.write_whole(run / FILE, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
+    storage.write_whole(run / FILE, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
 
 
 def read(runs: Sequence[Path]) -> dict[str, list[Row]]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from alignvlm_jax import files
+from alignvlm_jax import storage
 from alignvlm_jax.eval import comparison_figures, comparison_tables, gallery, html
 from alignvlm_jax.eval.comparison import Tables
 
@@ -20,9 +20,9 @@ def build(tables: Tables, folder: Path) -> Path:
             "noise": comparison_figures.noise(rows),
         }
         for kind, picture in pictures.items():
-            files.write_whole(folder / f"{name}_{kind}.png", picture)
+            storage.write_whole(folder / f"{name}_{kind}.png", picture)
         uris = {kind: gallery.png_uri(picture) for kind, picture in pictures.items()}
         parts.append({"grids": grids, "pictures": uris})
     path = folder / FILE
-    files.write_whole(path, html.render("comparison.html", parts=parts, folder=folder))
+    storage.write_whole(path, html.render("comparison.html", parts=parts, folder=folder))
     return path

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from alignvlm_jax import files
+from alignvlm_jax import storage
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.eval.comparison import REACHED, Row, Tables
 
@@ -105,7 +105,7 @@ def put(document: Path, text: str) -> None:
       UserError: it has no such place.
     """
     before, after = split(document)
-    files.write_whole(document, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+    storage.write_whole(document, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
 
 
 def split(document: Path) -> tuple[str, str]:

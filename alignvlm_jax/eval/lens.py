@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from PIL import Image
 
-from alignvlm_jax import files
+from alignvlm_jax import storage
 from alignvlm_jax.data.schema import Box
 from alignvlm_jax.data.tokenizer import Tokenizer
 from alignvlm_jax.errors import UserError
@@ -96,9 +96,9 @@ class Lens:
         path = Path(path)
         check_suffix(path)
         if path.suffix == ".png":
-            files.write_whole(path, picture(self))
+            storage.write_whole(path, picture(self))
         else:
-            files.write_whole(path, self.html(title))
+            storage.write_whole(path, self.html(title))
         return path
 
 

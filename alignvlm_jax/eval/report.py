@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from alignvlm_jax import config as config_lib
-from alignvlm_jax import files
+from alignvlm_jax import storage
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import images
 from alignvlm_jax.data.schema import Record
@@ -69,7 +69,7 @@ def build(folder: Path, other: Path | None = None, data_dir: str | None = None) 
     """
     run = read(folder, data_dir)
     path = folder / FILE
-    files.write_whole(path, render(run, None if other is None else read(other, data_dir, with_model=False)))
+    storage.write_whole(path, render(run, None if other is None else read(other, data_dir, with_model=False)))
     return path
 
 

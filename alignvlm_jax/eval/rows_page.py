@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from alignvlm_jax import files
+from alignvlm_jax import storage
 from alignvlm_jax.config import Config
 from alignvlm_jax.data.rows import Part
 from alignvlm_jax.data.statistics import Statistics
@@ -80,7 +80,7 @@ def view(index: int, parts: Sequence[tuple[str, Part]], config: Config, tokenize
 
 def build(views: Iterable[View], statistics: Statistics, path: Path) -> Path:
     """Writes the page and returns its path."""
-    files.write_whole(path, html.render(FILE, views=list(views), statistics=statistics))
+    storage.write_whole(path, html.render(FILE, views=list(views), statistics=statistics))
     return path
 
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from alignvlm_jax import files
+from alignvlm_jax import storage
 from alignvlm_jax.eval.predictions import Predictions
 from alignvlm_jax.eval.tasks import Task
 
@@ -18,4 +18,4 @@ def write(path: Path, result: Predictions, task: Task) -> None:
         }
         for row in result.rows
     ]
-    files.write_whole(path, json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
+    storage.write_whole(path, json.dumps(entries, ensure_ascii=False, indent=1) + "\n")

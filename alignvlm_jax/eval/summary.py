@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from alignvlm_jax import files
+from alignvlm_jax import storage
 from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.eval.predictions import Predictions
 from alignvlm_jax.train import metrics
@@ -59,4 +59,4 @@ def _of_task(result: Predictions) -> dict[str, Any]:
 
 def write(workdir: Path, fields: Mapping[str, Any]) -> None:
     """Writes summary.json, beside it first."""
-    files.write_whole(workdir / FILE, json.dumps(fields, indent=2) + "\n")
+    storage.write_whole(workdir / FILE, json.dumps(fields, indent=2) + "\n")

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 
 from alignvlm_jax.data import pipeline
-from alignvlm_jax.files import refuse_existing, whole_folder
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.storage import refuse_existing, whole_folder
 from alignvlm_jax.train import checkpoint, state
 from alignvlm_jax.train.checkpoint import Checkpoints
 from alignvlm_jax.weights import export

@@ -12,9 +12,9 @@ from rich.table import Table
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.config import Config, ConnectorConfig, DataConfig, ModelConfig
 from alignvlm_jax.data import chat, pipeline
-from alignvlm_jax.files import whole_folder
 from alignvlm_jax.models import connectors, vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.storage import whole_folder
 from alignvlm_jax.train import checkpoint, state, warm_start
 from alignvlm_jax.train.checkpoint import Checkpoints
 from alignvlm_jax.train.state import Params, TrainState
