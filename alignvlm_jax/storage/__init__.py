@@ -17,12 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.storage import bucket
-from alignvlm_jax.storage.bucket import RUN_PATIENCE, patience
+from alignvlm_jax.storage import appending, bucket
+from alignvlm_jax.storage.appending import Appender
+from alignvlm_jax.storage.bucket import RUN_PATIENCE, SCHEME, is_bucket, name_of, patience
 
-__all__ = ["RUN_PATIENCE", "Path", "patience"]
+__all__ = ["RUN_PATIENCE", "Appender", "Path", "is_bucket", "patience"]
 
-SCHEME = "gs://"
 INCOMPLETE = "INCOMPLETE"
 """Stands in a folder that cannot be renamed when it is whole, from before its first file until after its last."""
 CANNOT_RENAME = {errno.EMFILE, errno.ENOTSUP, errno.EXDEV, errno.ENOSYS, errno.EPERM, errno.EIO, errno.EINVAL}
@@ -51,11 +51,6 @@ def path(text: str | os.PathLike[str]) -> Path:
     return epath.Path(SCHEME + name)
 
 
-def is_bucket(where: str | os.PathLike[str]) -> bool:
-    """Whether a path is in a bucket."""
-    return os.fspath(where).startswith((SCHEME, "gcs://"))
-
-
 def absolute(where: Path) -> Path:
     """Returns a path that means the same from any folder."""
     return where if is_bucket(where) else where.absolute()
@@ -65,7 +60,7 @@ def write_whole(where: Path, content: str | bytes) -> None:
     """Writes a file, text as UTF-8; what has that name is whole at any moment, and stays after a crash."""
     content = content.encode() if isinstance(content, str) else content
     if is_bucket(where):
-        bucket.put(_name(where), content)
+        bucket.put(name_of(where), content)
         return
     beside = where.with_name(f"{where.name}.tmp")
     with beside.open("wb") as file:
@@ -78,8 +73,8 @@ def write_whole(where: Path, content: str | bytes) -> None:
 def move(source: Path, target: Path) -> None:
     """Gives a file another name in its kind of storage, replacing what had it."""
     if is_bucket(source):
-        bucket.filesystem().cp_file(_name(source), _name(target))
-        bucket.filesystem().rm_file(_name(source))
+        bucket.filesystem().cp_file(name_of(source), name_of(target))
+        bucket.filesystem().rm_file(name_of(source))
     else:
         os.replace(source, target)
 
@@ -196,18 +191,16 @@ def whole_folder(out: Path) -> Iterator[Path]:
 def check_held(where: Path) -> None:
     """Raises UserError where a lease on a folder around `where` was lost."""
     if is_bucket(where):
-        bucket.check_guards(_name(where))
+        bucket.check_guards(name_of(where))
 
 
-def _name(where: Path) -> str:
-    """Returns "BUCKET/NAME"."""
-    return os.fspath(where).removeprefix(SCHEME)
+def sync_all() -> None:
+    """Returns when all that was appended to files is safe from a kill; OSError or UserError where it cannot be."""
+    appending.sync_all()
 
 
 def close_all() -> None:
     """Writes out what is kept back of all files that are appended to."""
-    from alignvlm_jax.storage import appending
-
     appending.close_all()
 
 

@@ -8,7 +8,6 @@ import weakref
 from pathlib import Path
 from typing import BinaryIO
 
-from alignvlm_jax import storage
 from alignvlm_jax.storage import bucket
 
 EVERY_SECONDS = 30.0
@@ -26,7 +25,7 @@ class Appender:
     """
 
     def __init__(self, where: Path, every: float = EVERY_SECONDS):
-        self._sink = _Object(where) if storage.is_bucket(where) else _File(where)
+        self._sink = _Object(where) if bucket.is_bucket(where) else _File(where)
         self._every = every
         self._lock = threading.RLock()
         self._kept = bytearray()
@@ -66,7 +65,7 @@ class Appender:
             finally:
                 self._sink.close()
 
-    def sync_if_due(self) -> None:
+    def _sync_if_due(self) -> None:
         """Of the thread: an error is told at the next call from outside."""
         with self._lock:
             if self._closed or self._error or self._since is None:
@@ -100,7 +99,7 @@ class _File:
 class _Object:
     def __init__(self, where: Path):
         self._path = where
-        self._name = os.fspath(where).removeprefix(storage.SCHEME)
+        self._name = bucket.name_of(where)
         found = bucket.stored(self._name)
         self._generation, self._size = (found.generation, found.size) if found else ("0", 0)
 
@@ -131,8 +130,14 @@ def _sync_often(of: "weakref.ref[Appender]", wake: threading.Event, every: float
         appender = of()
         if appender is None:
             return
-        appender.sync_if_due()
+        appender._sync_if_due()
         del appender
+
+
+def sync_all() -> None:
+    """Syncs all that are open; OSError or UserError where one cannot be written."""
+    for appender in list(_open):
+        appender.sync()
 
 
 def close_all() -> None:

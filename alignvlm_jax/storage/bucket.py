@@ -5,13 +5,17 @@ gcsfs takes two thirds of a second, so both are late.
 """
 
 import asyncio
+import calendar
 import contextlib
+import contextvars
 import dataclasses
 import email.utils
 import errno
 import functools
+import itertools
 import json
 import logging
+import os
 import random
 import re
 import time
@@ -22,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import gcsfs
 
+SCHEME = "gs://"
 START_PATIENCE = 8.0
 """Seconds in which a request that fails for a passing reason is begun again; with the last one's time-out below 15."""
 RUN_PATIENCE = 120.0
@@ -31,6 +36,7 @@ READ_SECONDS = 10
 MAX_PAUSE = 8.0
 
 _patience = START_PATIENCE
+_guard_patience: contextvars.ContextVar[float | None] = contextvars.ContextVar("guard_patience", default=None)
 _guards: dict[str, Callable[[], None]] = {}
 
 
@@ -46,8 +52,21 @@ def patience(seconds: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def as_guard(seconds: float) -> Iterator[None]:
+    """Gives requests of this thread a patience of their own, and asks no guard about them."""
+    token = _guard_patience.set(seconds)
+    try:
+        yield
+    finally:
+        _guard_patience.reset(token)
+
+
+@contextlib.contextmanager
 def guarded(prefix: str, check: Callable[[], None]) -> Iterator[None]:
-    """Calls `check` before every change of an object whose "BUCKET/NAME" begins with `prefix`; it may raise."""
+    """Calls `check` before every change of an object whose "BUCKET/NAME" begins with `prefix`.
+
+    It may raise a TimeoutError, to be asked again after a while, or a UserError.
+    """
     _guards[prefix] = check
     try:
         yield
@@ -57,8 +76,10 @@ def guarded(prefix: str, check: Callable[[], None]) -> Iterator[None]:
 
 def check_guards(name: str) -> None:
     """Raises what the guards of an object or a folder raise."""
+    if _guard_patience.get() is not None:
+        return
     for prefix, check in list(_guards.items()):
-        if name.startswith(prefix):
+        if f"{name}/".startswith(prefix):
             check()
 
 
@@ -69,6 +90,16 @@ class Stored:
     generation: str
     size: int
     age: float
+
+
+def is_bucket(where: str | os.PathLike[str]) -> bool:
+    """Whether a path is in a bucket."""
+    return os.fspath(where).startswith(SCHEME)
+
+
+def name_of(where: os.PathLike[str]) -> str:
+    """Returns the "BUCKET/NAME" of a path."""
+    return os.fspath(where).removeprefix(SCHEME)
 
 
 def register() -> None:
@@ -103,7 +134,7 @@ def stored(name: str) -> Stored | None:
     except FileNotFoundError:
         return None
     fields = json.loads(content)
-    updated = time.mktime(time.strptime(fields["updated"][:19], "%Y-%m-%dT%H:%M:%S")) - time.timezone
+    updated = calendar.timegm(time.strptime(fields["updated"][:19], "%Y-%m-%dT%H:%M:%S"))
     now = email.utils.parsedate_to_datetime(headers["Date"]).timestamp()
     return Stored(fields["generation"], int(fields["size"]), now - updated)
 
@@ -198,11 +229,13 @@ def _bucket_class() -> type:
 
         async def _request(self, method: str, path: str, *args: Any, **kwargs: Any) -> Any:
             name = _object_of(path, args, kwargs)
-            if method.upper() != "GET":
-                check_guards(name)
-            deadline, pause = time.monotonic() + _patience, 0.2
-            for attempt in range(1, 1_000_000):
+            own = _guard_patience.get()
+            deadline = time.monotonic() + (_patience if own is None else own)
+            pause = 0.2
+            for attempt in itertools.count(1):
                 try:
+                    if method.upper() != "GET":
+                        check_guards(name)
                     return await core.GCSFileSystem._request.__wrapped__(self, method, path, *args, **kwargs)
                 except FileNotFoundError as err:
                     if method.upper() == "DELETE" and attempt > 1:
@@ -215,6 +248,12 @@ def _bucket_class() -> type:
                         raise _os_error(err, name) from err
                 await asyncio.sleep(pause * random.uniform(0.5, 1))
                 pause = min(2 * pause, MAX_PAUSE)
+
+        async def _rm_files(self, paths: list[str]) -> Any:
+            """Many in one request, which does not say which."""
+            for path in paths:
+                check_guards(self._strip_protocol(path))
+            return await super()._rm_files(paths)
 
         # Of the base class they would answer no where they do not know.
         async def _isdir(self, path: str) -> bool:

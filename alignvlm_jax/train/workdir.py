@@ -5,18 +5,18 @@ runs and what is reported, not what is learnt. Data are known by their fingerpri
 """
 
 import contextlib
-import fcntl
 import fnmatch
 import json
-import os
+import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from alignvlm_jax import config as config_lib
+from alignvlm_jax import storage
 from alignvlm_jax.config import Config
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import distributed
+from alignvlm_jax.storage import Path, lease
 from alignvlm_jax.train.checkpoint import FOLDER
 
 CONFIG_FILE = "config.json"
@@ -40,7 +40,8 @@ MAX_DIFFERENCES = 5
 def claim(workdir: Path, stages: tuple[Config, ...]) -> Iterator[None]:
     """Creates the workdir for `stages`, or checks that it is theirs; while entered, no other process can claim it.
 
-    Without a checkpoint it belongs to nobody yet. `config.json` is that of the newest run.
+    Without a checkpoint it belongs to nobody yet. `config.json` is that of the newest run. A workdir in a bucket whose
+    run was killed can be claimed once that run's lease has expired: this waits for it, and says so.
 
     Raises:
       UserError: it belongs to another config (the message names the fields with both values), its config.json cannot
@@ -50,29 +51,22 @@ def claim(workdir: Path, stages: tuple[Config, ...]) -> Iterator[None]:
     path = workdir / CONFIG_FILE
     # Through JSON, so that tuples compare with the lists that a file holds.
     ours = json.loads(json.dumps(config_lib.to_json(stages)))
-    if path.exists() and any(step.name.isdigit() for step in (workdir / FOLDER).glob("*")):
-        _check_same(path, ours)
-    with _lock(workdir) if distributed.is_main() else contextlib.nullcontext():
+    _check_same(path, ours)
+    with contextlib.ExitStack() as held:
         if distributed.is_main():
-            beside = path.with_suffix(".tmp")
-            beside.write_text(json.dumps(ours, indent=2) + "\n")
-            os.replace(beside, path)
+            # Two runs in one workdir would clear away each other's checkpoints.
+            workdir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(lease.hold(workdir / LOCK_FILE, "is training in", _say))
+            _check_same(path, ours)  # Again: to get it may have taken a while.
+            storage.write_whole(path, json.dumps(ours, indent=2) + "\n")
         distributed.barrier("claim_workdir")
+        # From here on the storage is known to work: what fails now passes, more likely than not.
+        held.enter_context(storage.patience(storage.RUN_PATIENCE))
         yield
 
 
-@contextlib.contextmanager
-def _lock(workdir: Path) -> Iterator[None]:
-    """Two runs in one workdir would clear away each other's checkpoints. The lock goes with the process."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / LOCK_FILE).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            raise UserError(
-                f"another process is training in {workdir}; wait for it, or take another --workdir"
-            ) from err
-        yield
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def differences(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
@@ -98,6 +92,8 @@ def differences(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> lis
 
 
 def _check_same(path: Path, ours: list[dict[str, Any]]) -> None:
+    if not path.exists() or not any(step.name.isdigit() for step in (path.parent / FOLDER).glob("*")):
+        return
     try:
         differing = differences(*(_without_free(stages) for stages in (json.loads(path.read_text()), ours)))
     except (ValueError, TypeError, KeyError, AttributeError) as err:

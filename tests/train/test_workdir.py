@@ -4,7 +4,9 @@ import json
 import pytest
 
 from alignvlm_jax import config as config_lib
+from alignvlm_jax import storage
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.storage import lease
 from alignvlm_jax.train import workdir
 from tests.conftest import tiny_config
 
@@ -15,34 +17,36 @@ def claim(folder, stages) -> None:
     """Claims a workdir, and leaves a checkpoint in it."""
     with workdir.claim(folder, stages):
         (folder / "checkpoints" / "3").mkdir(parents=True, exist_ok=True)
+        storage.write_whole(folder / "checkpoints" / "3" / "file", "")
 
 
-def test_a_workdir_takes_the_same_config_again(tmp_path):
-    claim(tmp_path / "new" / "run", STAGES)
-    before = (tmp_path / "new" / "run" / "config.json").read_text()
+def test_a_workdir_takes_the_same_config_again(folder):
+    claim(folder / "new" / "run", STAGES)
+    before = (folder / "new" / "run" / "config.json").read_text()
     assert config_lib.from_json(json.loads(before)) == STAGES
-    claim(tmp_path / "new" / "run", STAGES)
-    assert (tmp_path / "new" / "run" / "config.json").read_text() == before
+    claim(folder / "new" / "run", STAGES)
+    assert (folder / "new" / "run" / "config.json").read_text() == before
 
 
-def test_another_config_is_refused_with_both_values(tmp_path):
-    claim(tmp_path, STAGES)
+def test_another_config_is_refused_with_both_values(folder):
+    claim(folder, STAGES)
     other = dataclasses.replace(STAGES[1], train=dataclasses.replace(STAGES[1].train, num_steps=9))
     with pytest.raises(UserError, match=r"config.stages.read.train.num_steps is 4 there and 9 here; take another"):
-        claim(tmp_path, (STAGES[0], other))
+        claim(folder, (STAGES[0], other))
 
 
-def test_without_a_checkpoint_it_belongs_to_nobody(tmp_path):
-    with workdir.claim(tmp_path, STAGES):
-        (tmp_path / "checkpoints" / "3.broken").mkdir(parents=True)
-    claim(tmp_path, STAGES[:1])
-    assert config_lib.from_json(json.loads((tmp_path / "config.json").read_text())) == STAGES[:1]
+def test_without_a_checkpoint_it_belongs_to_nobody(folder):
+    with workdir.claim(folder, STAGES):
+        (folder / "checkpoints" / "3.broken").mkdir(parents=True)
+        storage.write_whole(folder / "checkpoints" / "3.broken" / "file", "")
+    claim(folder, STAGES[:1])
+    assert config_lib.from_json(json.loads((folder / "config.json").read_text())) == STAGES[:1]
     with pytest.raises(UserError, match="belongs to another config"):
-        claim(tmp_path, STAGES)
+        claim(folder, STAGES)
 
 
-def test_what_changes_no_result_may_change(tmp_path):
-    claim(tmp_path, STAGES)
+def test_what_changes_no_result_may_change(folder):
+    claim(folder, STAGES)
     stage = STAGES[0]
     other = dataclasses.replace(
         stage,
@@ -51,51 +55,53 @@ def test_what_changes_no_result_may_change(tmp_path):
         train=dataclasses.replace(stage.train, log_every=3, checkpoint_every=9, keep_checkpoints=5),
         eval=dataclasses.replace(stage.eval, num_questions=3),
     )
-    claim(tmp_path, (other, STAGES[1]))
-    assert json.loads((tmp_path / "config.json").read_text())[0]["data"]["dir"] == "moved"
+    claim(folder, (other, STAGES[1]))
+    assert json.loads((folder / "config.json").read_text())[0]["data"]["dir"] == "moved"
 
 
-def test_sources_may_move_but_not_change(tmp_path):
+def test_sources_may_move_but_not_change(folder):
     def mixed(**source):
         sources = {"a": config_lib.SourceConfig(**{"dir": "x", **source})}
         return (dataclasses.replace(STAGES[0], data=dataclasses.replace(STAGES[0].data, sources=sources)),)
 
-    claim(tmp_path, mixed())
-    claim(tmp_path, mixed(dir="moved"))
+    claim(folder, mixed())
+    claim(folder, mixed(dir="moved"))
     with pytest.raises(UserError, match=r"config.data.sources.a.weight is 1.0 there and 2.0 here"):
-        claim(tmp_path, mixed(weight=2.0))
+        claim(folder, mixed(weight=2.0))
 
 
 @pytest.mark.parametrize("text", ["[{", "5", "[5]", '[{"seed": 1}]'])
-def test_a_damaged_config_is_named(tmp_path, text):
-    claim(tmp_path, STAGES)
-    (tmp_path / "config.json").write_text(text)
+def test_a_damaged_config_is_named(folder, text):
+    claim(folder, STAGES)
+    (folder / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"config\.json is damaged \("):
-        claim(tmp_path, STAGES)
+        claim(folder, STAGES)
 
 
-def test_what_differs_in_all_stages_is_named_once(tmp_path):
-    claim(tmp_path, STAGES)
+def test_what_differs_in_all_stages_is_named_once(folder):
+    claim(folder, STAGES)
     with pytest.raises(UserError) as error:
-        claim(tmp_path, tuple(dataclasses.replace(stage, seed=5) for stage in STAGES))
+        claim(folder, tuple(dataclasses.replace(stage, seed=5) for stage in STAGES))
     assert str(error.value).endswith("another config: config.seed is 0 there and 5 here; take another --workdir")
 
 
-def test_other_stages_are_refused(tmp_path):
-    claim(tmp_path, STAGES)
+def test_other_stages_are_refused(folder):
+    claim(folder, STAGES)
     with pytest.raises(UserError, match=r"config.stages is align, read there and align here"):
-        claim(tmp_path, STAGES[:1])
+        claim(folder, STAGES[:1])
 
 
-def test_many_differences_are_counted(tmp_path):
-    claim(tmp_path, STAGES)
+def test_many_differences_are_counted(folder):
+    claim(folder, STAGES)
     vision = dataclasses.replace(STAGES[0].model.vision, width=32, mlp_width=1, num_layers=3, num_heads=4, norm_eps=1.0)
     model = dataclasses.replace(STAGES[0].model, vision=vision)
     with pytest.raises(UserError, match=r"and 1 more; take"):
-        claim(tmp_path, tuple(dataclasses.replace(stage, model=model, seed=1) for stage in STAGES))
+        claim(folder, tuple(dataclasses.replace(stage, model=model, seed=1) for stage in STAGES))
 
 
-def test_two_runs_cannot_share_a_workdir(tmp_path):
-    with workdir.claim(tmp_path, STAGES), pytest.raises(UserError, match=r"another process is training in"):
-        claim(tmp_path, STAGES)
-    claim(tmp_path, STAGES)
+def test_two_runs_cannot_share_a_workdir(folder, monkeypatch):
+    monkeypatch.setattr(lease, "TTL_SECONDS", 6.0)  # The second waits for a renewal.
+    expected = r"process \d+ on .* is training in .*; wait for it, or take another --workdir"
+    with workdir.claim(folder, STAGES), pytest.raises(UserError, match=expected):
+        claim(folder, STAGES)
+    claim(folder, STAGES)
