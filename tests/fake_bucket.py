@@ -1,7 +1,8 @@
 """A Cloud Storage server on loopback, with a proxy before it that can be slow, fail and cut connections.
 
 The server is fake-gcs-server, in memory. Everything goes through the proxy, which also holds what the server does not:
-generation preconditions of uploads of every kind and of removals, checked and applied as one.
+generation preconditions of uploads of every kind and of removals, checked and applied as one, and
+that an object that was composed has a new generation.
 
     with FakeBucket() as bucket:
         (storage.path(bucket.url) / "x.txt").write_text("hello")
@@ -175,7 +176,23 @@ class FakeBucket:
         with self._lock:
             if self._generation(target, query, body) != wanted[0]:
                 return 412, [("Content-Type", "application/json")], _error(412)
+            if "/compose" in target:
+                return self._compose(target, json.loads(body))
             return self._ask(method, target, body, headers)
+
+    def _compose(self, target: str, request: dict) -> tuple[int, list, bytes]:
+        bucket, name = re.search(r"/b/([^/]+)/o/([^/]+)/compose", target).groups()
+        content = b""
+        for source in request["sourceObjects"]:
+            path = f"/storage/v1/b/{bucket}/o/{urllib.parse.quote(source['name'], safe='')}"
+            status, _, found = self._ask("GET", path)
+            if (
+                status != 200
+                or source.get("generation", json.loads(found)["generation"]) != json.loads(found)["generation"]
+            ):
+                return 404, [("Content-Type", "application/json")], _error(404)
+            content += self._ask("GET", f"{path}?alt=media")[2]
+        return self._ask("POST", f"/upload/storage/v1/b/{bucket}/o?uploadType=media&name={name}", content)
 
     def _generation(self, target: str, query: dict[str, list[str]], body: bytes) -> str:
         """Of the object that a request would write or remove; "0" where there is none."""

@@ -96,6 +96,34 @@ def remove_tree(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def move_folder(source: Path, target: Path, last: str) -> None:
+    """Gives a folder another name beside its own, which must be free.
+
+    Where folders cannot be renamed all files are copied before the first is removed; `last`, of those in the folder
+    itself, is the last that is copied and the first that is removed: what has it is whole.
+    """
+    if can_rename_folders(source.parent):
+        source.rename(target)
+        return
+    names = [name for name in _files_below(source) if name != last]
+    for name in (*names, last) if (source / last).exists() else names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        if is_bucket(source):
+            bucket.filesystem().cp_file(name_of(source / name), name_of(target / name))
+        else:
+            shutil.copyfile(source / name, target / name)
+    (source / last).unlink(missing_ok=True)
+    remove_tree(source)
+
+
+def _files_below(folder: Path) -> list[str]:
+    """Returns the names, from `folder` on, of all files below it, sorted."""
+    if is_bucket(folder):
+        found = bucket.filesystem().find(name_of(folder))
+        return sorted(name.removeprefix(f"{name_of(folder)}/") for name in found)
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
 def upload_tree(source: Path, target: Path) -> None:
     """Copies the files below a local folder to below `target`."""
     for file in sorted(source.rglob("*")):

@@ -1,8 +1,10 @@
 """Checkpoints of a run: orbax composites of state, data position and metadata. The only file that knows orbax.
 
-    workdir/checkpoints/STEP/{state, data, metadata, metrics}
+    workdir/checkpoints/STEP/{state, data, metadata, metrics, commit_success.txt}
 
-STEP counts over all stages. A folder appears under its final name only when it is whole.
+STEP counts over all stages. It is whole when `commit_success.txt` stands in it, which is written
+last. Where folders can be renamed, one appears under its final name only then. Nothing is deleted
+but what is superseded or was not finished.
 """
 
 import contextlib
@@ -10,11 +12,12 @@ import functools
 import importlib.metadata
 import itertools
 import logging
-import shutil
+import pathlib
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -23,12 +26,15 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from alignvlm_jax import config as config_lib
+from alignvlm_jax import storage
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import sources
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import distributed
-from alignvlm_jax.train import state
+from alignvlm_jax.storage import Path
+from alignvlm_jax.train import damage, state
+from alignvlm_jax.train.damage import Kind
 from alignvlm_jax.train.state import Params, TrainState
 
 T = TypeVar("T")
@@ -38,6 +44,14 @@ LAYOUT_VERSION = 1
 
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 FOLDER = "checkpoints"
+COMMITTED = "commit_success.txt"
+"""Orbax's; the last file of a checkpoint that is written."""
+UNFINISHED = ".orbax-checkpoint-tmp"
+"""Orbax's, in the name of a folder that is not finished."""
+MAX_DIFFERENCES = 3
+"""Named in the message; the rest is counted."""
+PAUSES = (1.0, 2.0, 4.0, 8.0)
+"""Seconds between the tries to read what the storage does not give."""
 
 
 class BrokenCheckpoint(Exception):
@@ -60,24 +74,32 @@ class Checkpoints:
         host_gb: float | None = None,
     ):
         """`host_gb` bounds what a save copies and writes at once, and makes its caller wait; it must hold any array."""
-        # Orbax logs every step of every save, and a traceback where we print one line.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        _quiet_terminal()
         policies = ocp.checkpoint_managers
         best = policies.BestN(get_metric_fn=_quality, n=1, keep_checkpoints_without_metrics=False)
         kept = policies.AnyPreservationPolicy([policies.LatestN(keep), policies.CustomSteps(stage_ends), best])
+        self.folder = storage.absolute(folder)
+        renames = read_only or self._prepare()
+        # Of a bucket orbax knows by itself that folders cannot be renamed, of a mount it does not.
+        mode = "auto" if renames or storage.is_bucket(folder) else "commit_file"
         # Without a best_fn no metrics are written, and the policy would have nothing to compare after a resume.
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=kept, best_fn=_quality, read_only=read_only, cleanup_tmp_directories=not read_only
+            preservation_policy=kept,
+            best_fn=_quality,
+            read_only=read_only,
+            atomicity_options=ocp.options.AtomicityOptions(ocp.options.AtomicityMode(mode)),
         )
-        self.folder = folder
         # Named at once: a manager that has not saved yet could not read the shapes of a stored state otherwise.
-        handlers = {
+        self._handlers = {
             "state": ocp.PyTreeCheckpointHandler(save_concurrent_gb=host_gb, save_device_host_concurrent_gb=host_gb),
             "data": ocp.JsonCheckpointHandler(),
             "metadata": ocp.JsonCheckpointHandler(),
         }
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=self._handlers)
+        # Its own removes a checkpoint file by file: one that a kill left half removed would look whole.
+        self._manager._checkpoint_deleter = _Deleter(self.folder, renames)
         self._saving: int | None = None
+        self._run_id: str | None = None
         self._unraisable_hook = sys.unraisablehook
 
     def __enter__(self) -> "Checkpoints":
@@ -85,21 +107,39 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        if kind is KeyboardInterrupt:  # The second Ctrl-C means now: do not wait for a save.
-            return
-        # An error on its way out is the one to report, not what it does to the save under way.
-        with contextlib.nullcontext() if kind is None else contextlib.suppress(Exception):
-            self.wait()
-            self._manager.close()
-        sys.unraisablehook = self._unraisable_hook
+        try:
+            if kind is KeyboardInterrupt:  # The second Ctrl-C means now: do not wait for a save.
+                return
+            # An error on its way out is the one to report, not what it does to the save under way.
+            with contextlib.nullcontext() if kind is None else contextlib.suppress(Exception):
+                self.wait()
+                self._manager.close()
+        finally:
+            sys.unraisablehook = self._unraisable_hook
+
+    def _prepare(self) -> bool:
+        """Makes the folder, clears what earlier runs did not finish, and returns whether its folders can be renamed."""
+        renames = None
+        if distributed.is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            renames = storage.can_rename_folders(self.folder)
+            for child in list(self.folder.iterdir()):
+                # A folder is no checkpoint until it is whole, so where it lies in place it may be half of one.
+                in_place = not renames and child.name.isdigit() and not (child / COMMITTED).exists()
+                if UNFINISHED in child.name or in_place:
+                    storage.remove_tree(child)
+        return distributed.from_main(renames)
 
     def latest(self) -> int | None:
         """Returns the newest step that is whole, or None."""
-        return self._manager.latest_step()
+        return max(self.steps(), default=None)
 
     def steps(self) -> list[int]:
         """Returns the steps that are whole, oldest first."""
-        return sorted(self._manager.all_steps())
+        if not self.folder.is_dir():
+            return []
+        numbered = [child for child in self.folder.iterdir() if child.name.isdigit()]
+        return sorted(int(child.name) for child in numbered if (child / COMMITTED).exists())
 
     def save(
         self, step: int, live: TrainState, *, next_row: int, metadata: Mapping[str, Any], metrics: Mapping | None
@@ -117,13 +157,19 @@ class Checkpoints:
           UserError: this save, or the one before, could not be written.
         """
         self.wait()
+        self._saving = step
+        storage.check_held(self.folder)
+        try:
+            # What was logged up to here is not to be lost when the run goes on from here.
+            storage.sync_all()
+        except OSError as err:
+            raise self._save_error(err) from err
+        self._check_space(live)
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(live),
             data=ocp.args.JsonSave({"next_row": next_row}),
-            metadata=ocp.args.JsonSave(dict(metadata)),
+            metadata=ocp.args.JsonSave({**metadata, "run_id": self._id_of_run()}),
         )
-        self._saving = step
-        self._check_space(live)
         try:
             written = self._manager.save(step, args=args, metrics=metrics)
         except Exception as err:
@@ -132,7 +178,8 @@ class Checkpoints:
             raise UserError(f"checkpoint {self.folder / str(step)} was not written: the step exists already")
 
     def check(self) -> None:
-        """Raises UserError if a save under way has failed; does not wait."""
+        """Raises UserError if a save under way has failed, or the workdir is no longer ours; does not wait."""
+        storage.check_held(self.folder)
         try:
             self._manager.check_for_errors()
         except Exception as err:
@@ -148,20 +195,34 @@ class Checkpoints:
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, int]:
         """Returns the state on the shardings of `abstract`, whatever mesh wrote it, and the next row.
 
+        This process reads by itself, as in all that follows: it waits for no other, so that one that fails can tell.
+
         Raises:
-          BrokenCheckpoint: it cannot be read.
+          BrokenCheckpoint: its files are damaged, or not all there.
+          UserError: the storage does not give it now, or it holds another model; the checkpoint may well be whole.
         """
-        restored = self._restore(step, state=_pytree_restore(abstract), data=ocp.args.JsonRestore())
-        return restored.state, restored.data["next_row"]
+
+        def read(folder: Path) -> tuple[TrainState, int]:
+            restored = self._handlers["state"].restore(folder / "state", args=_pytree_restore(abstract))
+            return restored, self._handlers["data"].restore(folder / "data", args=ocp.args.JsonRestore())["next_row"]
+
+        return self._read(step, read, abstract)
 
     def restore_params(self, step: int, abstract: Params) -> Params:
         """Returns the parameters that `abstract` names, on its shardings; other parts are not read."""
-        restored = self._restore(step, state=_pytree_restore({"params": abstract}, partial=True))
-        return restored.state["params"]
+        wanted = {"params": abstract}
+
+        def read(folder: Path) -> Params:
+            args = _pytree_restore(wanted, partial=True)
+            return self._handlers["state"].restore(folder / "state", args=args)["params"]
+
+        return self._read(step, read, wanted)
 
     def metadata(self, step: int) -> dict[str, Any]:
         """Returns what `describe` gave; UserError for a layout that this version cannot read."""
-        metadata = self._restore(step, metadata=ocp.args.JsonRestore()).metadata
+        metadata = self._read(
+            step, lambda folder: self._handlers["metadata"].restore(folder / "metadata", args=ocp.args.JsonRestore())
+        )
         if metadata["layout_version"] != LAYOUT_VERSION:
             raise UserError(
                 f"checkpoint {self.folder / str(step)} has layout {metadata['layout_version']}; "
@@ -177,35 +238,66 @@ class Checkpoints:
 
     def stored_params(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the shape and dtype of every stored parameter by path."""
-        try:
-            tree = self._manager.item_metadata(step).state.tree
-            return {
-                path: jax.ShapeDtypeStruct(tuple(x.shape), x.dtype) for path, x in state.flatten(tree["params"]).items()
-            }
-        except Exception as err:
-            raise self._broken(step, err) from err
+        return self._read(
+            step, lambda folder: _shapes(self._handlers["state"].metadata(folder / "state").tree["params"])
+        )
 
     def set_aside(self, step: int) -> Path:
-        """Renames a broken checkpoint, so that its step can be written again, to STEP.broken, or to STEP.broken.N where
-        that is taken; returns the new path."""
+        """Moves a broken checkpoint, so that its step can be written again, to STEP.broken, or to STEP.broken.N where
+        that is taken; returns the new path. All of its files stay: where folders cannot be renamed they are copied
+        first."""
         names = (f"{step}.broken{number}" for number in itertools.chain([""], (f".{n}" for n in itertools.count(2))))
         broken = next(self.folder / name for name in names if not (self.folder / name).exists())
         if distributed.is_main():
-            (self.folder / str(step)).rename(broken)
+            storage.move_folder(self.folder / str(step), broken, last=COMMITTED)
         distributed.barrier(f"set_aside_{step}")
         self._manager.reload()
         return broken
 
-    def _restore(self, step: int, **items: Any) -> Any:
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (MemoryError, jax.errors.JaxRuntimeError):
-            raise  # That of the machine or a device: the checkpoint may well be whole.
-        except Exception as err:
-            raise self._broken(step, err) from err
+    def _read(self, step: int, read: Callable[[Path], T], wanted: Any = None) -> T:
+        """Returns read(folder of the step), tried again while the storage does not answer."""
+        name = f"checkpoint {self.folder / str(step)}"
+        for pause in (*PAUSES, None):
+            try:
+                return read(self.folder / str(step))
+            except Exception as err:
+                kind = damage.kind_of(err)
+                if kind is Kind.MACHINE:
+                    raise  # The checkpoint may well be whole.
+                if kind is Kind.DAMAGE:
+                    if wanted is not None and (differing := self._differences(step, wanted)):
+                        raise UserError(f"{name} holds another model: {differing}") from err
+                    raise BrokenCheckpoint(f"{name} cannot be read ({_first_line(err)})") from err
+                if kind is Kind.REFUSED or pause is None:
+                    reason = f"could not be read now ({_first_line(err)})"
+                    raise UserError(
+                        f"{name} {reason}; it stays as it is: call again when its storage gives it"
+                    ) from err
+            time.sleep(pause)
+        raise AssertionError("the last try returns or raises")
 
-    def _broken(self, step: int, err: Exception) -> BrokenCheckpoint:
-        return BrokenCheckpoint(f"checkpoint {self.folder / str(step)} cannot be read ({_first_line(err)})")
+    def _differences(self, step: int, wanted: Any) -> str:
+        """Returns how a checkpoint's arrays differ from those wanted of it; "" where they do not, or nobody knows."""
+        try:
+            stored = _shapes(self._handlers["state"].metadata(self.folder / str(step) / "state").tree)
+        except Exception:
+            return ""
+        lines = []
+        for path, array in _shapes(wanted).items():
+            if path not in stored:
+                lines.append(f"it has no {path}")
+            elif stored[path].shape != array.shape:
+                lines.append(f"{path} is {list(stored[path].shape)} there and {list(array.shape)} here")
+        more = f" and {len(lines) - MAX_DIFFERENCES} more" if len(lines) > MAX_DIFFERENCES else ""
+        return ", ".join(lines[:MAX_DIFFERENCES]) + more
+
+    def _id_of_run(self) -> str:
+        """Returns what tells this run from others, over all its resumes."""
+        for step in [] if self._run_id else reversed(self.steps()):
+            with contextlib.suppress(BrokenCheckpoint, UserError):
+                self._run_id = self._run_id or self.metadata(step).get("run_id")
+        self._run_id = self._run_id or uuid.uuid4().hex
+        return self._run_id
 
     def _report_unraisable(self, problem: "sys.UnraisableHookArgs") -> None:
         """When one array cannot be written, orbax closes its event loop under the others, and each complains."""
@@ -215,8 +307,8 @@ class Checkpoints:
     def _check_space(self, live: TrainState) -> None:
         """Told before half of it is written; an array takes at most a block more than its size, for its metadata."""
         needed = sum(array.nbytes + 4096 for array in jax.tree.leaves(live))
-        free = shutil.disk_usage(self.folder).free
-        if needed > free:
+        free = storage.free_bytes(self.folder)
+        if free is not None and needed > free:
             raise self._save_error(OSError(f"it takes {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free"))
 
     def _save_error(self, err: Exception) -> UserError:
@@ -225,6 +317,36 @@ class Checkpoints:
         whole = self.latest()
         rest = "there is no earlier one" if whole is None else f"step {whole} stands"
         return UserError(f"could not write checkpoint {self.folder / str(self._saving)}: {_first_line(err)}; {rest}")
+
+
+class _Deleter:
+    """Removes checkpoints that are superseded: each at once no longer a checkpoint, then file by file."""
+
+    def __init__(self, folder: Path, renames: bool):
+        self._folder = folder
+        self._renames = renames
+
+    def delete(self, step: int) -> None:
+        """Removes one."""
+        if not distributed.is_main():
+            return
+        old = self._folder / str(step)
+        if self._renames:
+            doomed = self._folder / f"{step}{UNFINISHED}-removed"
+            storage.remove_tree(doomed)
+            old.rename(doomed)
+            old = doomed
+        else:
+            (old / COMMITTED).unlink(missing_ok=True)
+        storage.remove_tree(old)
+
+    def delete_steps(self, steps: Sequence[int]) -> None:
+        """Removes several."""
+        for step in steps:
+            self.delete(step)
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def describe(
@@ -249,6 +371,7 @@ def read_newest(path: Path, read: Callable[["Checkpoints", int], T]) -> T:
     Raises:
       UserError: `path` is neither, or nothing there can be read.
     """
+    storage.check_whole(path)
     folder, step = (path / FOLDER, None) if (path / FOLDER).is_dir() else (path.parent, path.name)
     if step is not None and not (path.is_dir() and step.isdigit()):
         raise UserError(f"no checkpoint at {path}: it must be a workdir with {FOLDER}/ in it, or one {FOLDER}/STEP")
@@ -298,6 +421,32 @@ def _pytree_restore(abstract: Any, *, partial: bool = False) -> ocp.args.PyTreeR
     return ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=partial)
 
 
+def _shapes(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shape and dtype of every array of a tree, or of what orbax says of one, by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {_path_of(keys): jax.ShapeDtypeStruct(tuple(x.shape), x.dtype) for keys, x in leaves if hasattr(x, "shape")}
+
+
+def _path_of(keys: Sequence[Any]) -> str:
+    return "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in keys)
+
+
+class _NotOfOrbax(logging.Filter):
+    """Of a terminal: orbax logs every step of every save, and a traceback where we print one line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.name != "absl" or "/orbax/" not in record.pathname
+
+
+def _quiet_terminal() -> None:
+    """Leaves orbax's lines to log files."""
+    for handler in (*logging.root.handlers, *logging.getLogger("absl").handlers, logging.lastResort):
+        stream = getattr(getattr(handler, "python_handler", handler), "stream", None)
+        is_quiet = any(isinstance(one, _NotOfOrbax) for one in handler.filters)
+        if stream in (sys.stderr, sys.stdout, sys.__stderr__) and not is_quiet:
+            handler.addFilter(_NotOfOrbax())
+
+
 def _quality(metrics: Mapping[str, float]) -> tuple[float, float]:
     """Larger is better. Losses of two stages do not compare: a later stage always wins."""
     return metrics["stage"], -metrics["answer_loss"]
@@ -310,7 +459,7 @@ def _first_line(err: Exception) -> str:
 @functools.cache
 def _git_hash() -> str:
     """The commit of the code that runs, with "-dirty" where it was changed since; "unknown" outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "--no-optional-locks"]
+    command = ["git", "-C", str(pathlib.Path(__file__).parent), "--no-optional-locks"]
     command += ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -3,23 +3,25 @@
 import contextlib
 import json
 import math
-import os
 import resource
+import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
 
+from alignvlm_jax import storage
 from alignvlm_jax.data.schema import Batch
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.storage import Path
 
 T = TypeVar("T")
 
@@ -31,6 +33,8 @@ PLAIN_EVERY = 10
 class Writer:
     """Appends lines to metrics.jsonl and scalars to TensorBoard; what was written beyond `step` is cut off first.
 
+    A kill takes less than the last minute of either, also in a bucket, and what is there is whole lines and events.
+
     Not tensorboardX.SummaryWriter: it writes from a thread, and once that has died of a full disk the run hangs.
     """
 
@@ -38,17 +42,19 @@ class Writer:
         self._path = workdir / FILE
         cut(self._path, step)
         (workdir / "tensorboard").mkdir(exist_ok=True)
-        self._file = self._path.open("a")
+        self._file = storage.Appender(self._path)
         # The file's name holds the time in seconds only; two stages may begin in one.
-        self._board = EventsWriter(str(workdir / "tensorboard" / "events"), f".{step}")
-        self._board.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{step}"
+        self._board = storage.Appender(workdir / "tensorboard" / name)
+        self._board.append(_record(Event(wall_time=time.time(), file_version="brain.Event:2")))
+        self._board.append(_record(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))))
 
     def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # On a full disk closing fails as writing did; the first error is the one to report.
-        with contextlib.nullcontext() if kind is None else contextlib.suppress(OSError):
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(OSError, UserError):
             self._file.close()
             self._board.close()
 
@@ -58,11 +64,17 @@ class Writer:
         line = {"step": step, "stage": stage} | dict.fromkeys(values) | finite
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in finite.items()]
         try:
-            print(json.dumps(line), file=self._file, flush=True)
-            self._board.write_event(Event(step=step, wall_time=time.time(), summary=Summary(value=scalars)))
-            self._board.flush()
+            self._file.append(f"{json.dumps(line)}\n".encode())
+            self._board.append(_record(Event(step=step, wall_time=time.time(), summary=Summary(value=scalars))))
         except OSError as err:
             raise UserError(f"cannot write {self._path} at step {step}: {err.strerror}") from err
+
+
+def _record(event: Event) -> bytes:
+    """Returns an event as TensorBoard's files hold it: its length, a checksum of that, itself, and one of it."""
+    data = event.SerializeToString()
+    length = struct.pack("<Q", len(data))
+    return length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))
 
 
 class NullWriter:
@@ -82,11 +94,9 @@ def cut(path: Path, step: int) -> None:
     """Drops lines beyond `step`, and a last line that a kill left unfinished; UserError for another damaged line."""
     if not path.exists():
         return
-    numbered = enumerate(path.read_text(errors="replace").splitlines(keepends=True), start=1)
+    numbered = enumerate(path.read_bytes().decode(errors="replace").splitlines(keepends=True), start=1)
     lines = [line for number, line in numbered if _step_of(path, number, line) <= step]
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(lines))
-    os.replace(beside, path)
+    storage.write_whole(path, "".join(lines))
 
 
 def _step_of(path: Path, number: int, line: str) -> float:

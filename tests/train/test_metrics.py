@@ -2,26 +2,28 @@ import io
 import json
 import math
 import struct
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
+from alignvlm_jax import storage
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.train import metrics
 
 VALUES = {"loss": 1.25, "token_accuracy": 0.5, "steps_per_second": 4.0}
 
 
-def test_writer_appends_and_cuts_what_lies_beyond_the_step(tmp_path):
-    with metrics.Writer(tmp_path, 0) as writer:
+def test_writer_appends_and_cuts_what_lies_beyond_the_step(folder):
+    with metrics.Writer(folder, 0) as writer:
         for step in (1, 2, 3):
             writer.write(step, "align", VALUES)
-    with (tmp_path / metrics.FILE).open("a") as file:
-        file.write('{"step": 2, "stage": "al')  # A kill in the middle of a line.
-    with metrics.Writer(tmp_path, 2) as writer:
+    path = folder / metrics.FILE
+    storage.write_whole(path, path.read_text() + '{"step": 2, "stage": "al')  # A kill in the middle of a line.
+    with metrics.Writer(folder, 2) as writer:
         writer.write(3, "read", {"loss": math.nan})
-    lines = [json.loads(line) for line in (tmp_path / metrics.FILE).read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / metrics.FILE).read_text().splitlines()]
     assert [(line["step"], line["stage"], line["loss"]) for line in lines] == [
         (1, "align", 1.25),
         (2, "align", 1.25),
@@ -29,12 +31,12 @@ def test_writer_appends_and_cuts_what_lies_beyond_the_step(tmp_path):
     ]
 
 
-def test_tensorboard_gets_the_same_numbers_and_forgets_what_was_cut(tmp_path):
+def test_tensorboard_gets_the_same_numbers_and_forgets_what_was_cut(folder):
     for step in (0, 2):
-        with metrics.Writer(tmp_path, step) as writer:
+        with metrics.Writer(folder, step) as writer:
             writer.write(step + 1, "align", {"loss": step + 0.5, "grad_norm": math.inf})
     events = {}
-    for path in sorted((tmp_path / "tensorboard").iterdir()):
+    for path in sorted((folder / "tensorboard").iterdir()):
         for record in read_records(path.read_bytes()):
             event = Event.FromString(record)
             events.setdefault(path.suffix, []).append(event)
@@ -83,7 +85,7 @@ def test_a_damaged_line_is_named(tmp_path, line):
 def test_a_file_that_cannot_be_written_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl at step 5: No space left"):  # noqa: SIM117
         with metrics.Writer(tmp_path, 0) as writer:
-            writer._file = open("/dev/full", "a")  # noqa: SIM115
+            writer._file = storage.Appender(Path("/dev/full"))
             writer.write(5, "align", VALUES)
 
 

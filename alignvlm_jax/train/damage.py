@@ -1,0 +1,98 @@
+"""What an error of reading a checkpoint is about: its files, the storage now, or this machine.
+
+It decides what happens to the checkpoint. Only what its files themselves show sets it aside; a
+storage that does not answer, or refuses, says nothing about them, and shall not cost a run its
+newest state.
+"""
+
+import enum
+import errno
+import re
+from collections.abc import Iterator
+
+import jax
+
+
+class Kind(enum.Enum):
+    """Of an error."""
+
+    PASSING = "passing"
+    """Of the storage, and may be gone at the next try."""
+    REFUSED = "refused"
+    """Of the storage, and will not pass by itself: no permission."""
+    MACHINE = "machine"
+    """Of this machine: no memory, no file descriptors, a device."""
+    DAMAGE = "damage"
+    """Of the files."""
+
+
+_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_MACHINE = {errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT}
+
+# Of tensorstore's messages, which are ValueErrors whatever happened. A status stands at the beginning of one, and again
+# where it is passed on; the numbers are of the system's errors and of HTTP.
+_SYSTEM = re.compile(r"OS error (\d+)")
+_HTTP = re.compile(r"(?:HTTP response code:?|status code|HTTP/[\d.]+|HTTP) (\d{3})\b")
+_STATUSES = (
+    ("PERMISSION_DENIED", Kind.REFUSED),
+    ("UNAUTHENTICATED", Kind.REFUSED),
+    ("RESOURCE_EXHAUSTED", Kind.PASSING),
+    ("UNAVAILABLE", Kind.PASSING),
+    ("DEADLINE_EXCEEDED", Kind.PASSING),
+    ("ABORTED", Kind.PASSING),
+    ("CANCELLED", Kind.PASSING),
+)
+_PASSING_WORDS = re.compile(
+    r"timed? ?out|connection (?:reset|refused|closed|aborted)|could ?n.t (?:resolve|connect)|temporarily unavailable|"
+    r"input/output error|stale file handle|transport endpoint|CURL error|does not answer|broken pipe",
+    re.IGNORECASE,
+)
+
+
+def kind_of(err: BaseException) -> Kind:
+    """Returns what an error says, also one that others were raised from: what came first is the reason."""
+    kinds = [_kind_of_one(one) for one in _chain(err)]
+    return next((kind for kind in reversed(kinds) if kind is not Kind.DAMAGE), Kind.DAMAGE)
+
+
+def _chain(err: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    waiting = [err]
+    while waiting:
+        one = waiting.pop(0)
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one
+        waiting += [*getattr(one, "exceptions", ()), one.__cause__ or one.__context__]
+
+
+def _kind_of_one(err: BaseException) -> Kind:
+    if isinstance(err, MemoryError | jax.errors.JaxRuntimeError):
+        return Kind.MACHINE
+    if isinstance(err, TimeoutError | ConnectionError):
+        return Kind.PASSING
+    if isinstance(err, OSError) and err.errno is not None:
+        return _kind_of_number(err.errno)
+    text = str(err)
+    if found := _SYSTEM.search(text):
+        return _kind_of_number(int(found.group(1)))
+    if found := _HTTP.search(text):
+        status = int(found.group(1))
+        if status in (401, 403):
+            return Kind.REFUSED
+        if status in (408, 429) or status >= 500:
+            return Kind.PASSING
+    for status, kind in _STATUSES:
+        if status in text:
+            return kind
+    return Kind.PASSING if _PASSING_WORDS.search(text) else Kind.DAMAGE
+
+
+def _kind_of_number(number: int) -> Kind:
+    if number in _DAMAGE:
+        return Kind.DAMAGE
+    if number in _REFUSED:
+        return Kind.REFUSED
+    return Kind.MACHINE if number in _MACHINE else Kind.PASSING
