@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 
+from alignvlm_jax import storage
 from alignvlm_jax.errors import UsageError, UserError, nearest
 
 COMMANDS = {
@@ -65,5 +66,6 @@ if __name__ == "__main__":
         # same reason as we did would add their tracebacks to our one line. Of several processes, one that failed would
         # wait for the others, and they, in the midst of a step, for it.
         sys.stdout.flush()
+        storage.close_all()
         os._exit(status)
     sys.exit(status)

@@ -12,6 +12,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backen
 )
 
 import dataclasses
+import errno
 import functools
 import pathlib
 import signal
@@ -149,6 +150,22 @@ def bucket_folder(bucket, request):
 def folder(request, tmp_path):
     """A folder on this machine, and one in a bucket."""
     return tmp_path if request.param == "local" else request.getfixturevalue("bucket_folder")
+
+
+@pytest.fixture(params=[errno.EMFILE, errno.EXDEV, errno.ENOTSUP], ids=lambda number: errno.errorcode[number])
+def unrenamed(request, monkeypatch):
+    """A disk like a mounted bucket: files can be renamed, folders not."""
+
+    def refusing(rename):
+        def act(source, target, **kwargs):
+            if os.path.isdir(source):
+                raise OSError(request.param, os.strerror(request.param), os.fspath(source))
+            return rename(source, target, **kwargs)
+
+        return act
+
+    monkeypatch.setattr(os, "rename", refusing(os.rename))
+    monkeypatch.setattr(os, "replace", refusing(os.replace))
 
 
 EVAL_QUESTION = "What is the total?"

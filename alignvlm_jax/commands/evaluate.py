@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from alignvlm_jax import storage
 from alignvlm_jax.commands.arguments import positive
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import sources
@@ -57,7 +58,7 @@ def _evaluate_splits(args: argparse.Namespace) -> None:
 def _evaluate_tasks(args: argparse.Namespace) -> None:
     asked = tasks.find(args.tasks.split(","))
     # Of all tasks before the model, and before the first task is asked.
-    data = BENCHMARKS if args.data is None else Path(args.data)
+    data = BENCHMARKS if args.data is None else storage.path(args.data)
     opened = [_open(task, data, args.num_questions) for task in asked]
     config = loading.load_config(args.checkpoint)
     loaded = loading.load(args.checkpoint, config)
@@ -85,7 +86,9 @@ def _evaluate_tasks(args: argparse.Namespace) -> None:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m alignvlm_jax evaluate", description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="workdir, or one of its checkpoints/STEP")
+    parser.add_argument(
+        "--checkpoint", type=storage.path, required=True, help="workdir, or one of its checkpoints/STEP"
+    )
     parser.add_argument("--splits", help="separated by commas; default: those of the config")
     names = ", ".join(tasks.NAMES)
     parser.add_argument("--tasks", help=f"benchmarks, separated by commas, in the place of splits: {names}")

@@ -5,11 +5,11 @@ The answer alone goes to standard output.
 
 import argparse
 import sys
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from alignvlm_jax import storage
 from alignvlm_jax.commands.arguments import positive
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import images, pipeline, rows
@@ -36,9 +36,11 @@ def _count_tiles(page: Image.Image, config: Config) -> int:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m alignvlm_jax generate", description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="workdir, or one of its checkpoints/STEP")
     parser.add_argument(
-        "--image", type=Path, help="a PNG, JPEG, ... or PDF file; without one the language model answers"
+        "--checkpoint", type=storage.path, required=True, help="workdir, or one of its checkpoints/STEP"
+    )
+    parser.add_argument(
+        "--image", type=storage.path, help="a PNG, JPEG, ... or PDF file; without one the language model answers"
     )
     parser.add_argument("--page", type=int, default=1, help="page of a PDF, from 1")
     parser.add_argument("--question", required=True, help='for instance "What is the total?"')

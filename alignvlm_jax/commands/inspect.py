@@ -4,12 +4,11 @@ patches of an image say to a trained model."""
 import argparse
 import dataclasses
 import sys
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from alignvlm_jax import presets
+from alignvlm_jax import presets, storage
 from alignvlm_jax.commands import analyse, config_flag
 from alignvlm_jax.commands.arguments import positive
 from alignvlm_jax.config import Config, DataConfig, LLMConfig, ModelConfig
@@ -37,7 +36,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--split", default="train")
     parser.add_argument("--stage", default="", help="of several in the config; default: the first")
     parser.add_argument("--num_rows", type=positive, default=8, help="rows on the page")
-    parser.add_argument("--out", type=Path, help="the page; default: rows.html in the folder")
+    parser.add_argument("--out", type=storage.path, help="the page; default: rows.html in the folder")
     _add_analysis_flags(parser)
     stages, rest = config_flag.parse(argv)
     args = parser.parse_args(rest)
@@ -61,7 +60,7 @@ def main(argv: list[str]) -> None:
         rows_page.view(i, all_rows.parts(i), config, all_rows.tokenizer)
         for i in range(min(args.num_rows, len(all_rows)))
     ]
-    out = args.out or Path(config.data.folders[0], rows_page.FILE)
+    out = args.out or storage.path(config.data.folders[0]) / rows_page.FILE
     console.print(f"Written: {rows_page.build(views, found[0], out)}")
 
 
@@ -73,9 +72,11 @@ def _add_analysis_flags(parser: argparse.ArgumentParser) -> None:
         choices=sorted({*ANALYSES, *analyse.ANALYSES}),
         help=f"lens: what the patches of an image say; {of_data}. Each has a --help of its own",
     )
-    group.add_argument("--checkpoint", type=Path, help="workdir, or one of its checkpoints/STEP")
+    group.add_argument("--checkpoint", type=storage.path, help="workdir, or one of its checkpoints/STEP")
     group.add_argument(
-        "--image", type=Path, help="lens: a PNG, JPEG, ... or PDF file; --out is lens.html in the workdir, or a .png"
+        "--image",
+        type=storage.path,
+        help="lens: a PNG, JPEG, ... or PDF file; --out is lens.html in the workdir, or a .png",
     )
     group.add_argument("--page", type=int, default=1, help="lens: page of a PDF, from 1")
 

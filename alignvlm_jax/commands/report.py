@@ -1,15 +1,15 @@
 """`report`: writes report.html of a run, one file to look at in a browser."""
 
 import argparse
-from pathlib import Path
 
+from alignvlm_jax import storage
 from alignvlm_jax.eval import report
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m alignvlm_jax report", description=__doc__)
-    parser.add_argument("--workdir", type=Path, required=True, help="of the run; the report is written into it")
-    parser.add_argument("--compare", type=Path, help="another run's workdir, to stand beside it")
+    parser.add_argument("--workdir", type=storage.path, required=True, help="of the run; the report is written into it")
+    parser.add_argument("--compare", type=storage.path, help="another run's workdir, to stand beside it")
     parser.add_argument("--data", help="folder that `prepare` wrote; default: the one trained on")
     args = parser.parse_args(argv)
     print(f"Written: {report.build(args.workdir, args.compare, args.data)}")

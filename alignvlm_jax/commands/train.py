@@ -4,10 +4,10 @@ import argparse
 import os
 import shlex
 import sys
-from pathlib import Path
 
 from rich.console import Console
 
+from alignvlm_jax import storage
 from alignvlm_jax.commands import config_flag
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import distributed
@@ -23,7 +23,9 @@ def main(argv: list[str]) -> None:
         epilog=config_flag.HELP,
         allow_abbrev=False,
     )
-    parser.add_argument("--workdir", required=True, type=Path, help="folder of checkpoints, metrics and the report")
+    parser.add_argument(
+        "--workdir", required=True, type=storage.path, help="folder of checkpoints, metrics and the report"
+    )
     stages, rest = config_flag.parse(argv)
     args = parser.parse_args(rest)
     if stages is None:

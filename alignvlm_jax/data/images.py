@@ -10,6 +10,7 @@ import numpy as np
 import pypdfium2
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from alignvlm_jax import storage
 from alignvlm_jax.config import VisionConfig
 from alignvlm_jax.errors import UserError
 
@@ -74,7 +75,7 @@ def load_page(path: str | Path, page: int = 1) -> Image.Image:
       UserError: the file is missing or unreadable, or has no such page.
     """
     try:
-        data = Path(path).read_bytes()
+        data = storage.path(path).read_bytes()
     except OSError as err:
         raise UserError(f"cannot read {path}: {err.strerror}") from err
     if data.startswith(b"%PDF"):
@@ -91,7 +92,7 @@ def open_page(source: str | Path | Image.Image | np.ndarray, page: int = 1) -> I
     Raises:
       UserError: the file cannot be read, there is no such page, or an array is no image.
     """
-    if isinstance(source, str | Path):
+    if isinstance(source, str | os.PathLike):
         return load_page(source, page)
     if page != 1:
         raise UserError(f"an image in memory has no page {page}")

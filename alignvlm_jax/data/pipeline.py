@@ -9,6 +9,7 @@ from pathlib import Path
 import grain
 import numpy as np
 
+from alignvlm_jax import storage
 from alignvlm_jax.config import Config, SourceConfig
 from alignvlm_jax.data import rows, schedule, tokenizer_files
 from alignvlm_jax.data.rows import Part, Row
@@ -235,4 +236,4 @@ def load_tokenizer(config: Config) -> Tokenizer:
 
 def tokenizer_path(config: Config) -> Path:
     """Returns the file or folder of the tokenizer."""
-    return Path(config.data.tokenizer or config.data.dir)
+    return storage.path(config.data.tokenizer or config.data.dir)

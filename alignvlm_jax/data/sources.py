@@ -10,6 +10,7 @@ from pathlib import Path
 import grain
 from array_record.python import array_record_module
 
+from alignvlm_jax import storage
 from alignvlm_jax.data.schema import Record, decode_record, encode_record
 from alignvlm_jax.errors import UserError, nearest
 
@@ -93,7 +94,8 @@ def fingerprint(*directories: str | Path) -> str:
     """Returns a checksum of what `prepare` was asked for and of the tokenizer, in every folder: other data have another
     one. Where there is neither it is that of nothing."""
     crc = 0
-    for path in (Path(directory, name) for directory in directories for name in ("prepare.json", "tokenizer.model")):
+    names = ("prepare.json", "tokenizer.model")
+    for path in (storage.path(directory) / name for directory in directories for name in names):
         crc = zlib.crc32(path.read_bytes() if path.exists() else b"", crc)
     return f"{crc:08x}"
 

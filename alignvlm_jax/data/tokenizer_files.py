@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from alignvlm_jax import storage
 from alignvlm_jax.data.huggingface_tokenizer import HuggingFaceTokenizer
 from alignvlm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from alignvlm_jax.data.tiktoken_tokenizer import TiktokenTokenizer
@@ -17,7 +18,7 @@ def read(path: str | Path) -> tuple[Path, bytes]:
     Raises:
       UserError: it is missing.
     """
-    path = Path(path)
+    path = storage.path(path)
     if path.is_dir() or not (path.is_file() or path.suffix in (".json", ".model")):
         path = next((path / name for name in NAMES if (path / name).exists()), path / NAMES[-1])
     try:

@@ -2,11 +2,11 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from alignvlm_jax import storage
 from alignvlm_jax.data import images, rows
 from alignvlm_jax.data.rows import Row
 from alignvlm_jax.errors import UserError
@@ -14,14 +14,14 @@ from alignvlm_jax.eval import answering, loading, looking
 from alignvlm_jax.eval.lens import Lens
 from alignvlm_jax.eval.loading import Loaded
 
-Page = str | Path | Image.Image | np.ndarray
+Page = str | os.PathLike | Image.Image | np.ndarray
 """A path of an image or a PDF, or an image in memory."""
 
 
 def load(checkpoint: str | os.PathLike[str], data: str | os.PathLike[str] | None = None) -> "Assistant":
     """See `alignvlm_jax.load`."""
-    path = Path(checkpoint)
-    return Assistant(loading.load(path, loading.load_config(path, None if data is None else str(data))))
+    path = storage.path(checkpoint)
+    return Assistant(loading.load(path, loading.load_config(path, None if data is None else os.fspath(data))))
 
 
 class Assistant:

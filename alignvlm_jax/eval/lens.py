@@ -93,7 +93,7 @@ class Lens:
         Raises:
           UserError: another suffix.
         """
-        path = Path(path)
+        path = storage.path(path)
         check_suffix(path)
         if path.suffix == ".png":
             storage.write_whole(path, picture(self))

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from alignvlm_jax import storage
 from alignvlm_jax.config import Config, MeshConfig
 from alignvlm_jax.data import chat, pipeline
 from alignvlm_jax.data.tokenizer import Tokenizer
@@ -81,7 +82,9 @@ def load(path: Path, config: Config) -> Loaded:
 def workdir_of(path: Path) -> Path:
     """Returns the workdir that a workdir or a checkpoint folder of it names."""
     # Not path.parent.parent: of "7", from inside the folder of checkpoints, that would be ".".
-    return path if (path / checkpoint.FOLDER).is_dir() else Path(os.path.normpath(path / ".." / ".."))
+    if (path / checkpoint.FOLDER).is_dir():
+        return path
+    return path.parent.parent if storage.is_bucket(path) else Path(os.path.normpath(path / ".." / ".."))
 
 
 def _with_data_dir(config: Config, data_dir: str) -> Config:

@@ -7,17 +7,20 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from alignvlm_jax import storage
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.eval import statistics
 from alignvlm_jax.eval.statistics import Statistics
+from alignvlm_jax.storage import Path
 
 DIRECTORY = "predictions"
 TASKS = "tasks"
 """Folder within, of benchmarks."""
+EVERY_SECONDS = 10.0
+"""Answers reach a bucket by then."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,17 +59,17 @@ class Predictions:
         return 1.96 * math.sqrt(variance / len(self.rows))
 
 
-def path_of(workdir: str | os.PathLike, split: str, blind: bool) -> pathlib.Path:
+def path_of(workdir: str | os.PathLike, split: str, blind: bool) -> Path:
     """Returns where a split's predictions stand in a workdir."""
-    return pathlib.Path(workdir, DIRECTORY, f"{split}{'_blind' if blind else ''}.jsonl")
+    return storage.path(workdir) / DIRECTORY / f"{split}{'_blind' if blind else ''}.jsonl"
 
 
-def task_path(workdir: str | os.PathLike, task: str) -> pathlib.Path:
+def task_path(workdir: str | os.PathLike, task: str) -> Path:
     """Returns where a task's predictions stand in a workdir."""
-    return pathlib.Path(workdir, DIRECTORY, TASKS, f"{task}.jsonl")
+    return storage.path(workdir) / DIRECTORY / TASKS / f"{task}.jsonl"
 
 
-def read(path: pathlib.Path) -> Predictions | None:
+def read(path: Path) -> Predictions | None:
     """Returns the predictions in a file, or None where there is no header to read.
 
     What follows the last newline is left out: a line half written when its process was stopped.
@@ -76,7 +79,7 @@ def read(path: pathlib.Path) -> Predictions | None:
     """
     if not path.exists():
         return None
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    lines = path.read_bytes().decode().split("\n")[:-1]
     try:
         values = [json.loads(line) for line in lines]
     except ValueError as err:
@@ -86,13 +89,13 @@ def read(path: pathlib.Path) -> Predictions | None:
 
 def read_all(workdir: str | os.PathLike) -> dict[tuple[str, bool], Predictions]:
     """Returns the finished predictions of a workdir by split and whether the pages were blank."""
-    found = [read(path) for path in sorted(pathlib.Path(workdir, DIRECTORY).glob("*.jsonl"))]
+    found = [read(path) for path in sorted((storage.path(workdir) / DIRECTORY).glob("*.jsonl"))]
     return {(one.header["split"], one.header["blind"]): one for one in found if one is not None and one.rows}
 
 
 def read_tasks(workdir: str | os.PathLike) -> dict[str, Predictions]:
     """Returns the finished predictions of a workdir by task."""
-    found = [read(path) for path in sorted(pathlib.Path(workdir, DIRECTORY, TASKS).glob("*.jsonl"))]
+    found = [read(path) for path in sorted((storage.path(workdir) / DIRECTORY / TASKS).glob("*.jsonl"))]
     return {one.header["task"]: one for one in found if one is not None and one.rows}
 
 
@@ -103,7 +106,7 @@ class Writer:
       predictions: what is in the file so far.
     """
 
-    def __init__(self, path: pathlib.Path, header: dict[str, Any]) -> None:
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
         self._path = path
         self._partial = path.with_name(path.name + ".partial")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,19 +115,20 @@ class Writer:
         self.predictions = Predictions(header, list(earlier.rows) if same else [])
         if same:
             whole = self._partial.read_bytes()
-            os.truncate(self._partial, whole.rindex(b"\n") + 1)
+            storage.write_whole(self._partial, whole[: whole.rindex(b"\n") + 1])
         else:
-            self._partial.write_text(_lines([header]), encoding="utf-8")
+            storage.write_whole(self._partial, _lines([header]))
+        self._file = storage.Appender(self._partial, every=EVERY_SECONDS)
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Adds rows; the file is closed again when this returns, so a stop between calls loses none."""
+        """Adds rows; a stop between calls loses none, in a bucket those of the last seconds."""
         self.predictions.rows.extend(rows)
-        with self._partial.open("a", encoding="utf-8") as file:
-            file.write(_lines(rows))
+        self._file.append(_lines(rows).encode())
 
     def publish(self) -> Predictions:
         """Gives the whole file its name."""
-        os.replace(self._partial, self._path)
+        self._file.close()
+        storage.move(self._partial, self._path)
         return self.predictions
 
 

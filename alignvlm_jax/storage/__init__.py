@@ -81,8 +81,12 @@ def move(source: Path, target: Path) -> None:
 
 def copy_file(source: Path, target: Path) -> None:
     """Copies a file between any two kinds of storage."""
-    if is_bucket(source) or is_bucket(target):
-        write_whole(target, source.read_bytes())
+    if is_bucket(source) and is_bucket(target):
+        bucket.filesystem().cp_file(name_of(source), name_of(target))
+    elif is_bucket(source):
+        bucket.filesystem().get_file(name_of(source), os.fspath(target))
+    elif is_bucket(target):
+        bucket.filesystem().put_file(os.fspath(source), name_of(target))
     else:
         shutil.copyfile(source, target)
 
@@ -105,18 +109,23 @@ def move_folder(source: Path, target: Path, last: str) -> None:
     if can_rename_folders(source.parent):
         source.rename(target)
         return
-    names = [name for name in _files_below(source) if name != last]
+    names = [name for name in files_below(source) if name != last]
     for name in (*names, last) if (source / last).exists() else names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        if is_bucket(source):
-            bucket.filesystem().cp_file(name_of(source / name), name_of(target / name))
-        else:
-            shutil.copyfile(source / name, target / name)
+        copy_file(source / name, target / name)
     (source / last).unlink(missing_ok=True)
     remove_tree(source)
 
 
-def _files_below(folder: Path) -> list[str]:
+def children(folder: Path) -> list[Path]:
+    """Returns what stands in a folder; nothing where it is not there, as one without files never is in a bucket."""
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def files_below(folder: Path) -> list[str]:
     """Returns the names, from `folder` on, of all files below it, sorted."""
     if is_bucket(folder):
         found = bucket.filesystem().find(name_of(folder))
@@ -124,25 +133,16 @@ def _files_below(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def upload_tree(source: Path, target: Path) -> None:
-    """Copies the files below a local folder to below `target`."""
-    for file in sorted(source.rglob("*")):
-        if file.is_file():
-            beside = target / file.relative_to(source).as_posix()
-            beside.parent.mkdir(parents=True, exist_ok=True)
-            copy_file(file, beside)
-
-
 @contextlib.contextmanager
-def local_copy(where: Path) -> Iterator[Path]:
-    """Gives a file as one on this machine, for libraries that open only those."""
-    if not is_bucket(where):
-        yield where
+def local_folder(target: Path) -> Iterator[Path]:
+    """Gives a folder on this machine, for libraries that write only there; what it holds then goes to `target`."""
+    if not is_bucket(target):
+        yield target
         return
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder, where.name)
-        copy.write_bytes(where.read_bytes())
-        yield copy
+        yield Path(folder)
+        for name in files_below(Path(folder)):
+            copy_file(Path(folder, name), target / name)
 
 
 def free_bytes(folder: Path) -> int | None:

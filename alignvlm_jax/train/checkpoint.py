@@ -123,7 +123,7 @@ class Checkpoints:
         if distributed.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
             renames = storage.can_rename_folders(self.folder)
-            for child in list(self.folder.iterdir()):
+            for child in storage.children(self.folder):
                 # A folder is no checkpoint until it is whole, so where it lies in place it may be half of one.
                 in_place = not renames and child.name.isdigit() and not (child / COMMITTED).exists()
                 if UNFINISHED in child.name or in_place:
@@ -136,9 +136,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the steps that are whole, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        numbered = [child for child in self.folder.iterdir() if child.name.isdigit()]
+        numbered = [child for child in storage.children(self.folder) if child.name.isdigit()]
         return sorted(int(child.name) for child in numbered if (child / COMMITTED).exists())
 
     def save(

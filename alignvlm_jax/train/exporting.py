@@ -5,10 +5,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from alignvlm_jax import storage
 from alignvlm_jax.data import pipeline
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
-from alignvlm_jax.storage import refuse_existing, whole_folder
 from alignvlm_jax.train import checkpoint, state
 from alignvlm_jax.train.checkpoint import Checkpoints
 from alignvlm_jax.weights import export
@@ -26,7 +26,7 @@ def write(path: Path, out: Path, parts: tuple[str, ...]) -> dict[str, int]:
     Raises:
       UserError: `out` exists, there is no readable checkpoint, its tokenizer is missing, or a part cannot be expressed.
     """
-    refuse_existing(out)
+    storage.refuse_existing(out)
     return checkpoint.read_newest(path, lambda checkpoints, step: _write(checkpoints, step, out, parts))
 
 
@@ -41,7 +41,7 @@ def _write(checkpoints: Checkpoints, step: int, out: Path, parts: tuple[str, ...
         wanted = jax.ShapeDtypeStruct(stored[path].shape, stored[path].dtype, sharding=abstract[path].sharding)
         return np.asarray(state.flatten(checkpoints.restore_params(step, state.unflatten({path: wanted})))[path])
 
-    with whole_folder(out) as staging:
+    with storage.whole_folder(out) as target, storage.local_folder(target) as staging:
         counts = export.write(config.model, stored, read, staging, parts)
         if "llm" in parts:
             export.copy_tokenizer(pipeline.tokenizer_path(config), staging / "llm")

@@ -10,11 +10,11 @@ import numpy as np
 from rich.table import Table
 
 from alignvlm_jax import config as config_lib
+from alignvlm_jax import storage
 from alignvlm_jax.config import Config, ConnectorConfig, DataConfig, ModelConfig
 from alignvlm_jax.data import chat, pipeline
 from alignvlm_jax.models import connectors, vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
-from alignvlm_jax.storage import whole_folder
 from alignvlm_jax.train import checkpoint, state, warm_start
 from alignvlm_jax.train.checkpoint import Checkpoints
 from alignvlm_jax.train.state import Params, TrainState
@@ -59,14 +59,15 @@ def write(llm: Tower, vision: Tower, config: Config, write_tokenizer: Callable[[
     Raises:
       UserError: `out` exists, a tensor is missing, unexplained or damaged, or the tokenizer does not fit the model.
     """
-    with whole_folder(out) as staging:
-        write_tokenizer(staging / TOKENIZER)
+    with storage.whole_folder(out) as staging:
+        with storage.local_folder(staging) as folder:
+            write_tokenizer(folder / TOKENIZER)
         chat.format_of(pipeline.load_tokenizer(_with_tokenizer(config, staging / TOKENIZER)))
         model = vlm.VLM(config.model)
         mesh = mesh_lib.widest(lambda mesh: state.abstract_params(model, config, mesh))
         with mesh_lib.use(mesh):
             params, table = _params(llm, vision, config, state.abstract_params(model, config, mesh))
-        (staging / "config.json").write_text(json.dumps(config_lib.to_json((config,)), indent=2) + "\n")
+        storage.write_whole(staging / "config.json", json.dumps(config_lib.to_json((config,)), indent=2) + "\n")
         largest = max(x.nbytes for x in jax.tree.leaves(params))
         with Checkpoints(staging / checkpoint.FOLDER, host_gb=1.1 * largest / 1e9) as checkpoints:
             metadata = checkpoint.describe((config,), config, train_seconds=0.0, answer_loss=None)

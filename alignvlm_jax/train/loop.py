@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
+from alignvlm_jax import storage
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import pipeline, sources
 from alignvlm_jax.errors import UserError
@@ -150,7 +151,7 @@ def _start(
     if newest:
         params, table = start_params(checkpoints, newest)
     elif config.init_from:
-        params, table = checkpoint.read_newest(Path(config.init_from), start_params)
+        params, table = checkpoint.read_newest(storage.path(config.init_from), start_params)
     else:
         params, table = start_params(None, 0)
     run.progress.say(table)

@@ -1,7 +1,6 @@
 """What is wrong with any stage of a run, told before a workdir is touched or anything is compiled."""
 
-from pathlib import Path
-
+from alignvlm_jax import storage
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import pipeline
 from alignvlm_jax.models import connectors, vlm
@@ -40,4 +39,4 @@ def _check_init_from(config: Config, abstract: Params) -> None:
         stored = {path: x.shape for path, x in checkpoints.stored_params(step).items()}
         warm_start.loadable(config, stored, wanted, checkpoints.folder / str(step))
 
-    checkpoint.read_newest(Path(config.init_from), check)
+    checkpoint.read_newest(storage.path(config.init_from), check)

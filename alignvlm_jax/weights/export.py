@@ -8,7 +8,6 @@ Every number is written as it is stored. What those classes cannot express is an
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from alignvlm_jax import storage
 from alignvlm_jax.config import LLMConfig, ModelConfig, VisionConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.weights import mapping
@@ -75,7 +75,7 @@ def write(
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copies a tokenizer's file, or all files of its folder."""
     for path in [source] if source.is_file() else sorted(source.iterdir()):
-        shutil.copy(path, folder / path.name)
+        storage.copy_file(path, folder / path.name)
 
 
 def _published(entries: Iterable[Entry], read: Read) -> Iterator[tuple[str, np.ndarray]]:

@@ -1,6 +1,7 @@
 """Every way to write and read, on this machine and in a bucket."""
 
 import errno
+import itertools
 import os
 import subprocess
 import sys
@@ -86,35 +87,35 @@ def test_folders_are_listed_moved_copied_and_removed(folder):
     assert not (folder / "a").exists()
 
 
-def test_a_tree_is_uploaded_and_a_file_brought_here(tmp_path, bucket_folder):
-    (tmp_path / "tree" / "below").mkdir(parents=True)
-    (tmp_path / "tree" / "below" / "file").write_bytes(b"x")
-    storage.upload_tree(tmp_path / "tree", bucket_folder)
-    with storage.local_copy(bucket_folder / "below" / "file") as path:
-        assert isinstance(path, Path) and path.read_bytes() == b"x"
-    assert not path.exists()
+def test_what_is_written_on_this_machine_goes_to_its_place(folder):
+    with storage.local_folder(folder) as here:
+        assert isinstance(here, Path)
+        (here / "below").mkdir()
+        (here / "below" / "file").write_bytes(b"x")
+    assert (folder / "below" / "file").read_bytes() == b"x"
+    assert storage.files_below(folder) == ["below/file"]
+
+
+def test_files_go_from_anywhere_to_anywhere(tmp_path, bucket_folder):
+    (tmp_path / "0").write_bytes(b"x" * 7)
+    way = [tmp_path / "0", bucket_folder / "1", bucket_folder / "2", tmp_path / "3"]
+    for source, target in itertools.pairwise(way):
+        storage.copy_file(source, target)
+        assert target.read_bytes() == b"x" * 7
+
+
+@pytest.mark.parametrize("last", ["b", "none"])
+def test_a_folder_is_moved(folder, last):
+    for name in ("a", "b", "c/d"):
+        (folder / "from" / name).parent.mkdir(parents=True, exist_ok=True)
+        storage.write_whole(folder / "from" / name, name)
+    storage.move_folder(folder / "from", folder / "to", last=last)
+    assert storage.files_below(folder) == ["to/a", "to/b", "to/c/d"]
 
 
 def test_nobody_knows_the_space_in_a_bucket(tmp_path, bucket_folder):
     assert storage.free_bytes(bucket_folder) is None
     assert storage.free_bytes(tmp_path) > 0
-
-
-@pytest.fixture
-def unrenamed(monkeypatch):
-    """A disk like a mounted bucket: files can be renamed, folders not."""
-    original = os.rename, os.replace
-
-    def refusing(rename):
-        def act(source, target, **kwargs):
-            if os.path.isdir(source):
-                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), os.fspath(source))
-            return rename(source, target, **kwargs)
-
-        return act
-
-    monkeypatch.setattr(os, "rename", refusing(original[0]))
-    monkeypatch.setattr(os, "replace", refusing(original[1]))
 
 
 def test_whether_folders_can_be_renamed_is_tried(tmp_path, bucket_folder):

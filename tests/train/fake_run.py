@@ -19,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from rich.console import Console
 
+from alignvlm_jax import storage
 from alignvlm_jax.config import Config, MeshConfig, TrainConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.train import loop, state, step
@@ -108,7 +109,7 @@ def train(
 
 def stored(workdir: Path, step: int = TOTAL) -> dict[str, np.ndarray]:
     """Every array of a checkpoint's state by name."""
-    tree = ocp.PyTreeCheckpointer().restore(workdir.absolute() / "checkpoints" / str(step) / "state")
+    tree = ocp.PyTreeCheckpointer().restore(storage.absolute(workdir) / "checkpoints" / str(step) / "state")
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -133,4 +134,4 @@ def _init_params(model, config: Config, abstract, paths: set[str], rng) -> dict:
 
 
 if __name__ == "__main__":
-    train(Path(sys.argv[1]), Batches(send(signal.SIGKILL, int(sys.argv[2]))))
+    train(storage.path(sys.argv[1]), Batches(send(signal.SIGKILL, int(sys.argv[2]))))

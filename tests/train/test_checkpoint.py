@@ -1,16 +1,22 @@
 """Checkpoints of small arrays; nothing is compiled."""
 
+import errno
+import itertools
 import json
+import os
 import re
 import resource
 import shutil
-from pathlib import Path
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alignvlm_jax import storage
 from alignvlm_jax.config import MeshConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import mesh as mesh_lib
@@ -49,11 +55,11 @@ def assert_equal(ours: state.TrainState, theirs: state.TrainState) -> None:
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-def test_saved_on_one_mesh_and_restored_on_another(tmp_path):
+def test_saved_on_one_mesh_and_restored_on_another(folder):
     live, elsewhere = make_state(make_mesh(2, 2, 2)), make_state(make_mesh(8, 1, 1), seed=1)
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(folder) as checkpoints:
         save(checkpoints, 3, live)
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(folder) as checkpoints:
         restored, next_row = checkpoints.restore(3, abstract(elsewhere))
         metadata = checkpoints.metadata(3)
         assert len(metadata.pop("run_id")) == 32 and metadata == METADATA
@@ -75,67 +81,82 @@ def test_the_saved_value_is_that_of_the_call_though_the_state_is_donated(tmp_pat
         assert_equal(checkpoints.restore(1, abstract(make_state(make_mesh(2, 2, 2))))[0], before)
 
 
-def test_kept_are_the_newest_the_best_of_the_newest_stage_and_stage_ends(tmp_path):
+def test_kept_are_the_newest_the_best_of_the_newest_stage_and_stage_ends(folder):
     live = make_state(make_mesh(8, 1, 1))
     losses = {1: (0, 0.5), 2: (0, 0.1), 3: (0, 0.4), 4: (1, 0.9), 5: (1, 0.7), 6: None, 7: (1, 0.8), 8: (1, 0.75)}
     # Resumed after every save: which one was best has to be found on the disk.
     kept = []
     for step, loss in losses.items():
-        with Checkpoints(tmp_path, keep=2, stage_ends=(3,)) as checkpoints:
+        with Checkpoints(folder, keep=2, stage_ends=(3,)) as checkpoints:
             save(checkpoints, step, live, loss and {"stage": loss[0], "answer_loss": loss[1]})
             kept.append(checkpoints.steps())
     assert kept == [[1], [1, 2], [2, 3], [3, 4], [3, 4, 5], [3, 5, 6], [3, 5, 6, 7], [3, 5, 7, 8]]
 
 
-def test_a_step_that_exists_is_not_overwritten(tmp_path):
+def test_a_step_that_exists_is_not_overwritten(folder):
     first, second = make_state(make_mesh(8, 1, 1)), make_state(make_mesh(8, 1, 1), seed=1)
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(folder) as checkpoints:
         save(checkpoints, 3, first)
         with pytest.raises(UserError, match="exists already"):
             save(checkpoints, 3, second)
         assert_equal(checkpoints.restore(3, abstract(first))[0], first)
 
 
-def cut_in_half(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+def cut_in_half(path: storage.Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def largest(folder: storage.Path) -> storage.Path:
+    """The file with most of the arrays."""
+    names = [name for name in storage.files_below(folder) if "/d/" in name]
+    return max((folder / name for name in names), key=lambda path: len(path.read_bytes()))
 
 
 DAMAGES = {
-    "no arrays": lambda folder: shutil.rmtree(folder / "state" / "d"),
-    "half an array": lambda folder: cut_in_half(max(folder.glob("state/**/d/*"), key=lambda path: path.stat().st_size)),
+    "no arrays": lambda folder: storage.remove_tree(folder / "state" / "d"),
+    "half an array": lambda folder: cut_in_half(largest(folder)),
     "half a manifest": lambda folder: cut_in_half(folder / "state" / "manifest.ocdbt"),
     "no tree": lambda folder: (folder / "state" / "_METADATA").unlink(),
-    "no data position": lambda folder: shutil.rmtree(folder / "data"),
+    "half a tree": lambda folder: cut_in_half(folder / "state" / "_METADATA"),
+    "no data position": lambda folder: storage.remove_tree(folder / "data"),
     "half a data position": lambda folder: cut_in_half(folder / "data" / "metadata"),
-    "no state": lambda folder: shutil.rmtree(folder / "state"),
+    "no state": lambda folder: storage.remove_tree(folder / "state"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_broken_and_said_in_one_line(tmp_path, damage):
+def test_a_damaged_checkpoint_is_broken_and_said_in_one_line(folder, damage):
     live = make_state(make_mesh(8, 1, 1))
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(folder) as checkpoints:
         save(checkpoints, 1, live)
         save(checkpoints, 2, live)
-    DAMAGES[damage](tmp_path / "2")
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    DAMAGES[damage](folder / "2")
+    damaged = {name: (folder / "2" / name).read_bytes() for name in storage.files_below(folder / "2")}
+    with Checkpoints(folder, keep=2) as checkpoints:
         assert checkpoints.latest() == 2
         with pytest.raises(BrokenCheckpoint, match=r"checkpoint .*/2 cannot be read \([^\n]*\)$"):
             checkpoints.restore(2, abstract(live))
-        assert checkpoints.set_aside(2) == tmp_path / "2.broken"
+        assert checkpoints.set_aside(2) == folder / "2.broken"
         assert checkpoints.latest() is None or checkpoints.latest() == 1
         save(checkpoints, 2, live)
         assert_equal(checkpoints.restore(2, abstract(live))[0], live)
-    assert (tmp_path / "2.broken").is_dir()
+    # Also after the next start, which clears what was not finished.
+    with Checkpoints(folder, keep=2) as checkpoints:
+        assert checkpoints.latest() == 2
+    assert damaged == {
+        name: (folder / "2.broken" / name).read_bytes() for name in storage.files_below(folder / "2.broken")
+    }
 
 
-def test_a_broken_checkpoint_is_set_aside_under_a_name_that_is_free(tmp_path):
-    (tmp_path / "2.broken" / "old").mkdir(parents=True)
-    with Checkpoints(tmp_path) as checkpoints:
+def test_a_broken_checkpoint_is_set_aside_under_a_name_that_is_free(folder):
+    (folder / "2.broken").mkdir(parents=True)
+    storage.write_whole(folder / "2.broken" / "old", "")
+    with Checkpoints(folder) as checkpoints:
         save(checkpoints, 2, make_state(make_mesh(8, 1, 1)))
-        assert checkpoints.set_aside(2) == tmp_path / "2.broken.2"
+        assert checkpoints.set_aside(2) == folder / "2.broken.2"
         assert checkpoints.latest() is None
-    assert (tmp_path / "2.broken" / "old").is_dir()
+    assert (folder / "2.broken" / "old").exists()
 
 
 def test_too_little_memory_is_no_fault_of_the_checkpoint(tmp_path, monkeypatch):
@@ -143,7 +164,7 @@ def test_too_little_memory_is_no_fault_of_the_checkpoint(tmp_path, monkeypatch):
         raise MemoryError
 
     with Checkpoints(tmp_path) as checkpoints:
-        monkeypatch.setattr(checkpoints._manager, "restore", exhausted)
+        monkeypatch.setattr(checkpoints._handlers["metadata"], "restore", exhausted)
         with pytest.raises(MemoryError):
             checkpoints.metadata(1)
 
@@ -242,3 +263,234 @@ def test_metadata_tells_where_a_checkpoint_came_from():
     assert json.loads(json.dumps(metadata))["config"][0]["stage"] == metadata["stage"] == "align"
     assert metadata["libraries"]["jax"] == jax.__version__
     assert re.fullmatch("unknown|[0-9a-f]{40}(-dirty)?", metadata["git"])
+
+
+def test_where_folders_cannot_be_renamed_checkpoints_commit_by_a_file(tmp_path, unrenamed):
+    live = make_state(make_mesh(8, 1, 1))
+    for step in (1, 2, 3):
+        with Checkpoints(tmp_path, keep=2) as checkpoints:
+            save(checkpoints, step, live)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
+    # A kill while one is written, or removed: it lies in its place, and is none.
+    (tmp_path / "3" / "commit_success.txt").unlink()
+    (tmp_path / "notes").mkdir()
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [2]
+    assert (tmp_path / "3").exists()
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.latest() == 2
+        assert not (tmp_path / "3").exists() and (tmp_path / "notes").exists()
+        save(checkpoints, 3, live)
+        assert_equal(checkpoints.restore(3, abstract(live))[0], live)
+        cut_in_half(tmp_path / "3" / "data" / "metadata")
+        with pytest.raises(BrokenCheckpoint):
+            checkpoints.restore(3, abstract(live))
+        assert checkpoints.set_aside(3) == tmp_path / "3.broken"
+        assert checkpoints.steps() == [2]
+        save(checkpoints, 3, live)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [2, 3]
+    assert (tmp_path / "3.broken" / "state" / "_METADATA").exists()
+
+
+def test_where_folders_can_be_renamed_nothing_of_the_users_is_cleared(tmp_path):
+    (tmp_path / "7").mkdir(parents=True)
+    (tmp_path / "7" / "mine").write_text("x")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == []
+    assert (tmp_path / "7" / "mine").exists()
+
+
+EIO = OSError(errno.EIO, os.strerror(errno.EIO), "/mount/x")
+STORAGE_FAULTS = [
+    EIO,
+    TimeoutError("timed out"),
+    ValueError('UNAVAILABLE: Error reading "checkpoints/2/d/x": HTTP response code: 503'),
+    ValueError('INTERNAL: Error reading local file "/x": [OS error 5: EIO Input/output error]'),
+]
+
+
+@pytest.mark.parametrize("fault", STORAGE_FAULTS, ids=[str(fault)[:20] for fault in STORAGE_FAULTS])
+def test_a_fault_of_the_storage_is_tried_again(tmp_path, monkeypatch, fault):
+    live = make_state(make_mesh(8, 1, 1))
+    monkeypatch.setattr(checkpoint, "PAUSES", (0.0, 0.0))
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 2, live)
+        faults = [fault, fault]
+        original = checkpoints._handlers["state"].restore
+
+        def failing(*args, **kwargs):
+            if faults:
+                raise ValueError("cannot restore") from faults.pop()
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(checkpoints._handlers["state"], "restore", failing)
+        assert_equal(checkpoints.restore(2, abstract(live))[0], live)
+        faults += [fault] * 3
+        with pytest.raises(UserError, match=r"/2 could not be read now \([^\n]*\); it stays as it is: call again when"):
+            checkpoints.restore(2, abstract(live))
+        assert checkpoints.steps() == [2]
+
+
+def test_no_permission_is_no_damage(bucket, bucket_folder):
+    live = make_state(make_mesh(8, 1, 1))
+    with Checkpoints(bucket_folder) as checkpoints:
+        save(checkpoints, 2, live)
+        with bucket.faulty(status=403, names="/d/"), pytest.raises(UserError, match="/2 could not be read now"):
+            checkpoints.restore(2, abstract(live))
+        assert_equal(checkpoints.restore(2, abstract(live))[0], live)
+
+
+def test_another_model_is_no_damage(folder):
+    live = make_state(make_mesh(8, 1, 1))
+    with Checkpoints(folder) as checkpoints:
+        save(checkpoints, 2, live)
+        wider = abstract(live)
+        kernel = wider.params["llm"]["kernel"]
+        wider.params["llm"]["kernel"] = jax.ShapeDtypeStruct((16, 128), kernel.dtype, sharding=kernel.sharding)
+        expected = r"/2 holds another model: params/llm/kernel is \[16, 64\] there and \[16, 128\] here"
+        with pytest.raises(UserError, match=expected):
+            checkpoints.restore(2, wider)
+        wider.params["llm"]["extra"] = wider.params["llm"].pop("kernel")
+        for restore in (lambda: checkpoints.restore(2, wider), lambda: checkpoints.restore_params(2, wider.params)):
+            with pytest.raises(UserError, match="/2 holds another model: it has no params/llm/extra"):
+                restore()
+        assert checkpoints.steps() == [2]
+
+
+def test_the_run_is_known_over_its_resumes(folder):
+    ids = []
+    for step in (1, 2):
+        with Checkpoints(folder, keep=2) as checkpoints:
+            save(checkpoints, step, make_state(make_mesh(8, 1, 1)))
+            ids.append(checkpoints.metadata(step)["run_id"])
+    assert ids[0] == ids[1]
+
+
+def test_an_interrupt_leaves_no_hook_behind(tmp_path):
+    before = sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt), Checkpoints(tmp_path):
+        raise KeyboardInterrupt
+    assert sys.unraisablehook is before
+
+
+LOGGING = """
+import logging, sys
+import numpy as np
+from alignvlm_jax.train.checkpoint import Checkpoints
+from alignvlm_jax.train.state import TrainState
+from alignvlm_jax import storage
+logging.getLogger("absl").addHandler(logging.FileHandler(sys.argv[1] + "/log"))
+logging.getLogger("absl").setLevel(logging.INFO)
+with Checkpoints(storage.path(sys.argv[1]) / "checkpoints") as checkpoints:
+    state = TrainState(np.int32(1), {"llm": {"kernel": np.ones(3, np.float32)}}, ())
+    checkpoints.save(1, state, next_row=0, metadata={"layout_version": 1}, metrics=None)
+logging.getLogger("absl").warning("ours")
+"""
+
+
+def test_orbax_logs_to_files_and_not_to_the_terminal(tmp_path):
+    done = subprocess.run([sys.executable, "-c", LOGGING, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "log").read_text().count("\n") > 10
+    assert [line for line in done.stderr.splitlines() if "ours" not in line] == [] and "ours" in done.stderr
+
+
+SAVING = """
+import os, sys
+import numpy as np
+from alignvlm_jax import storage
+from alignvlm_jax.train.checkpoint import Checkpoints
+from alignvlm_jax.train.state import TrainState
+with Checkpoints(storage.path(sys.argv[1]), keep=1) as checkpoints:
+    for step in (1, 2, 3):
+        params = {"llm": {"kernel": np.full((256, 256), step, np.float32), "scale": np.full(9, step, np.float32)}}
+        state = TrainState(np.int32(step), params, ())
+        checkpoints.save(step, state, next_row=step, metadata={"layout_version": 1}, metrics=None)
+        checkpoints.wait()
+        print(step, flush=True)
+"""
+
+
+def wholeness(folder) -> list[int]:
+    """The steps that are there, each read and found right."""
+    shapes = {
+        "llm": {"kernel": jax.ShapeDtypeStruct((256, 256), np.float32), "scale": jax.ShapeDtypeStruct((9,), np.float32)}
+    }
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+    with Checkpoints(folder) as checkpoints:
+        for step in checkpoints.steps():
+            params = checkpoints.restore_params(step, shapes)
+            assert all((np.asarray(x) == step).all() for x in jax.tree.leaves(params))
+            assert checkpoints.metadata(step)["layout_version"] == 1
+        return checkpoints.steps()
+
+
+@pytest.mark.parametrize("moment", [1, 4, 9, 13, 16, 19, 22, 25, 30])
+def test_a_kill_in_a_save_on_a_bucket_leaves_it_whole_or_absent(bucket, bucket_folder, moment):
+    """Killed before the change number `moment` of those that follow the first checkpoint."""
+    process = subprocess.Popen([sys.executable, "-c", SAVING, str(bucket_folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "1\n"
+    changes = itertools.count(1)
+
+    def kill(method: str, names: str) -> None:
+        if method in ("POST", "DELETE") and next(changes) == moment:
+            process.kill()
+            process.wait()
+
+    bucket.hook = kill
+    try:
+        process.wait(timeout=60)
+    finally:
+        bucket.hook = lambda method, names: None
+        process.kill()
+    steps = wholeness(bucket_folder)
+    assert steps in ([1], [1, 2], [2], [2, 3], [3])
+
+
+ALONE = """
+import os, sys
+import jax, numpy as np
+jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
+from alignvlm_jax import storage
+from alignvlm_jax.train import checkpoint
+from alignvlm_jax.train.checkpoint import BrokenCheckpoint, Checkpoints
+checkpoint.PAUSES = ()
+with Checkpoints(storage.path(sys.argv[1]), read_only=True) as checkpoints:
+    if sys.argv[3] == "1":
+        def failing(*args, **kwargs):
+            raise OSError(5, "Input/output error", "/mount")
+        checkpoints._handlers["state"].restore = failing
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = {"llm": {"scale": jax.ShapeDtypeStruct((9,), np.float32, sharding=device)}}
+    try:
+        print("read", np.asarray(checkpoints.restore_params(3, wanted)["llm"]["scale"])[0], flush=True)
+    except Exception as err:
+        print(type(err).__name__, flush=True)
+    os._exit(0)
+"""
+
+
+def test_a_process_that_cannot_read_does_not_hold_up_the_others(tmp_path):
+    """Each is told, and tells; nobody waits at a barrier for one that has failed."""
+    subprocess.run([sys.executable, "-c", SAVING, str(tmp_path)], check=True, timeout=120, stdout=subprocess.DEVNULL)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", ALONE, str(tmp_path), address, str(i)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for i in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=60)[0].strip() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert said == ["read 3.0", "UserError"]

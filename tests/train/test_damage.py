@@ -1,0 +1,56 @@
+"""What errors say, by the words of those that were seen."""
+
+import errno
+import json
+import os
+
+import pytest
+
+from alignvlm_jax.train import damage
+from alignvlm_jax.train.damage import Kind
+
+
+def number(code: int) -> OSError:
+    return OSError(code, os.strerror(code), "/x")
+
+
+SEEN = [
+    (number(errno.EIO), Kind.PASSING),
+    (number(errno.ETIMEDOUT), Kind.PASSING),
+    (number(errno.ESTALE), Kind.PASSING),
+    (number(errno.ENOTCONN), Kind.PASSING),
+    (number(errno.EACCES), Kind.REFUSED),
+    (number(errno.EMFILE), Kind.MACHINE),
+    (number(errno.ENOENT), Kind.DAMAGE),
+    (MemoryError(), Kind.MACHINE),
+    (TimeoutError("the lease"), Kind.PASSING),
+    (ConnectionResetError("reset"), Kind.PASSING),
+    (json.JSONDecodeError("Expecting value", "", 0), Kind.DAMAGE),
+    (KeyError("next_row"), Kind.DAMAGE),
+    (ValueError('UNAVAILABLE: Error reading "x": [HTTP response code: 503]'), Kind.PASSING),
+    (ValueError("DEADLINE_EXCEEDED: CURL error 28: Timeout was reached"), Kind.PASSING),
+    (ValueError("PERMISSION_DENIED: HTTP response code: 403"), Kind.REFUSED),
+    (ValueError('NOT_FOUND: Error opening "zarr" driver: Metadata at "gs://b/x/.zarray" does not exist'), Kind.DAMAGE),
+    (ValueError("DATA_LOSS: Error reading manifest: CRC-32C checksum verification failed"), Kind.DAMAGE),
+    (ValueError('INTERNAL: Error reading "/x": [OS error 5: EIO Input/output error]'), Kind.PASSING),
+    (ValueError('NOT_FOUND: Error opening "/x": [OS error 2: ENOENT No such file or directory]'), Kind.DAMAGE),
+    (ValueError("FAILED_PRECONDITION: Error parsing object property"), Kind.DAMAGE),
+]
+
+
+@pytest.mark.parametrize(("err", "kind"), SEEN, ids=[str(err)[:40] for err, _ in SEEN])
+def test_kinds(err, kind):
+    assert damage.kind_of(err) is kind
+
+
+@pytest.mark.parametrize("join", ["from", "context", "group"])
+def test_what_came_first_is_the_reason(join):
+    """Orbax wraps what it meets in errors of its own."""
+    first, outer = number(errno.EIO), ValueError("cannot restore")
+    if join == "group":
+        outer = ExceptionGroup("several", [ValueError("x"), first])
+    elif join == "from":
+        outer.__cause__ = first
+    else:
+        outer.__context__ = first
+    assert damage.kind_of(outer) is Kind.PASSING
