@@ -212,7 +212,11 @@ class Checkpoints:
 
         def read(folder: Path) -> Params:
             args = _pytree_restore(wanted, partial=True)
-            return self._handlers["state"].restore(folder / "state", args=args)["params"]
+            found = self._handlers["state"].restore(folder / "state", args=args)["params"]
+            # Of what is not there orbax gives back, without a word, what it was asked for.
+            if not all(isinstance(x, jax.Array) for x in jax.tree.leaves(found)):
+                raise ValueError("arrays are missing")
+            return found
 
         return self._read(step, read, wanted)
 

@@ -427,7 +427,7 @@ def wholeness(folder) -> list[int]:
         return checkpoints.steps()
 
 
-@pytest.mark.parametrize("moment", [1, 4, 9, 13, 16, 19, 22, 25, 30])
+@pytest.mark.parametrize("moment", [1, 9, 16, 22, 30])
 def test_a_kill_in_a_save_on_a_bucket_leaves_it_whole_or_absent(bucket, bucket_folder, moment):
     """Killed before the change number `moment` of those that follow the first checkpoint."""
     process = subprocess.Popen([sys.executable, "-c", SAVING, str(bucket_folder)], stdout=subprocess.PIPE, text=True)
@@ -493,4 +493,4 @@ def test_a_process_that_cannot_read_does_not_hold_up_the_others(tmp_path):
     finally:
         for process in processes:
             process.kill()
-    assert said == ["read 3.0", "UserError"]
+    assert [lines.splitlines()[-1] for lines in said] == ["read 3.0", "UserError"]
