@@ -11,12 +11,14 @@ import contextlib
 import functools
 import importlib.metadata
 import itertools
+import json
 import logging
 import pathlib
 import subprocess
 import sys
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
@@ -24,6 +26,7 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import storage
@@ -46,6 +49,8 @@ LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 FOLDER = "checkpoints"
 COMMITTED = "commit_success.txt"
 """Orbax's; the last file of a checkpoint that is written."""
+CHECKSUM = "crc32"
+"""Of the other fields of a JSON file."""
 UNFINISHED = ".orbax-checkpoint-tmp"
 """Orbax's, in the name of a folder that is not finished."""
 MAX_DIFFERENCES = 3
@@ -75,32 +80,40 @@ class Checkpoints:
     ):
         """`host_gb` bounds what a save copies and writes at once, and makes its caller wait; it must hold any array."""
         _quiet_terminal()
+        self.folder = storage.absolute(folder)
+        self._handlers = {
+            "state": ocp.PyTreeCheckpointHandler(
+                # Of the two formats this one can have checksums (`_codecs_with_checksums`).
+                use_zarr3=True,
+                save_concurrent_gb=host_gb,
+                save_device_host_concurrent_gb=host_gb,
+            ),
+            "data": ocp.JsonCheckpointHandler(),
+            "metadata": ocp.JsonCheckpointHandler(),
+        }
+        # Of several processes one that only reads waits for no other: the manager would, at its barriers.
+        self._manager = None if read_only else self._make_manager(keep, stage_ends)
+        self._saving: int | None = None
+        self._run_id: str | None = None
+        self._unraisable_hook = sys.unraisablehook
+
+    def _make_manager(self, keep: int, stage_ends: tuple[int, ...]) -> ocp.CheckpointManager:
         policies = ocp.checkpoint_managers
         best = policies.BestN(get_metric_fn=_quality, n=1, keep_checkpoints_without_metrics=False)
         kept = policies.AnyPreservationPolicy([policies.LatestN(keep), policies.CustomSteps(stage_ends), best])
-        self.folder = storage.absolute(folder)
-        renames = read_only or self._prepare()
+        renames = self._prepare()
         # Of a bucket orbax knows by itself that folders cannot be renamed, of a mount it does not.
-        mode = "auto" if renames or storage.is_bucket(folder) else "commit_file"
+        mode = "auto" if renames or storage.is_bucket(self.folder) else "commit_file"
         # Without a best_fn no metrics are written, and the policy would have nothing to compare after a resume.
         options = ocp.CheckpointManagerOptions(
             preservation_policy=kept,
             best_fn=_quality,
-            read_only=read_only,
             atomicity_options=ocp.options.AtomicityOptions(ocp.options.AtomicityMode(mode)),
         )
-        # Named at once: a manager that has not saved yet could not read the shapes of a stored state otherwise.
-        self._handlers = {
-            "state": ocp.PyTreeCheckpointHandler(save_concurrent_gb=host_gb, save_device_host_concurrent_gb=host_gb),
-            "data": ocp.JsonCheckpointHandler(),
-            "metadata": ocp.JsonCheckpointHandler(),
-        }
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=self._handlers)
+        manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=self._handlers)
         # Its own removes a checkpoint file by file: one that a kill left half removed would look whole.
-        self._manager._checkpoint_deleter = _Deleter(self.folder, renames)
-        self._saving: int | None = None
-        self._run_id: str | None = None
-        self._unraisable_hook = sys.unraisablehook
+        manager._checkpoint_deleter = _Deleter(self.folder, renames)
+        return manager
 
     def __enter__(self) -> "Checkpoints":
         sys.unraisablehook = self._report_unraisable
@@ -108,7 +121,8 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         try:
-            if kind is KeyboardInterrupt:  # The second Ctrl-C means now: do not wait for a save.
+            # The second Ctrl-C means now: do not wait for a save.
+            if kind is KeyboardInterrupt or self._manager is None:
                 return
             # An error on its way out is the one to report, not what it does to the save under way.
             with contextlib.nullcontext() if kind is None else contextlib.suppress(Exception):
@@ -165,8 +179,8 @@ class Checkpoints:
         self._check_space(live)
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(live),
-            data=ocp.args.JsonSave({"next_row": next_row}),
-            metadata=ocp.args.JsonSave({**metadata, "run_id": self._id_of_run()}),
+            data=ocp.args.JsonSave(_with_checksum({"next_row": next_row})),
+            metadata=ocp.args.JsonSave(_with_checksum({**metadata, "run_id": self._id_of_run()})),
         )
         try:
             written = self._manager.save(step, args=args, metrics=metrics)
@@ -202,7 +216,7 @@ class Checkpoints:
 
         def read(folder: Path) -> tuple[TrainState, int]:
             restored = self._handlers["state"].restore(folder / "state", args=_pytree_restore(abstract))
-            return restored, self._handlers["data"].restore(folder / "data", args=ocp.args.JsonRestore())["next_row"]
+            return restored, self._read_json(folder, "data")["next_row"]
 
         return self._read(step, read, abstract)
 
@@ -222,13 +236,10 @@ class Checkpoints:
 
     def metadata(self, step: int) -> dict[str, Any]:
         """Returns what `describe` gave; UserError for a layout that this version cannot read."""
-        metadata = self._read(
-            step, lambda folder: self._handlers["metadata"].restore(folder / "metadata", args=ocp.args.JsonRestore())
-        )
-        if metadata["layout_version"] != LAYOUT_VERSION:
+        metadata, layout = self._read(step, lambda folder: _with_layout(self._read_json(folder, "metadata")))
+        if layout != LAYOUT_VERSION:
             raise UserError(
-                f"checkpoint {self.folder / str(step)} has layout {metadata['layout_version']}; "
-                f"this version reads layout {LAYOUT_VERSION}"
+                f"checkpoint {self.folder / str(step)} has layout {layout}; this version reads layout {LAYOUT_VERSION}"
             )
         return metadata
 
@@ -278,6 +289,9 @@ class Checkpoints:
             time.sleep(pause)
         raise AssertionError("the last try returns or raises")
 
+    def _read_json(self, folder: Path, item: str) -> dict[str, Any]:
+        return _without_checksum(self._handlers[item].restore(folder / item, args=ocp.args.JsonRestore()))
+
     def _differences(self, step: int, wanted: Any) -> str:
         """Returns how a checkpoint's arrays differ from those wanted of it; "" where they do not, or nobody knows."""
         try:
@@ -302,8 +316,8 @@ class Checkpoints:
         return self._run_id
 
     def _report_unraisable(self, problem: "sys.UnraisableHookArgs") -> None:
-        """When one array cannot be written, orbax closes its event loop under the others, and each complains."""
-        if str(problem.exc_value) != "Event loop is closed":
+        """When one array cannot be written or read, orbax closes its event loop under the others; each complains."""
+        if not str(problem.exc_value).startswith(("Event loop is closed", "Encountered error while reading array")):
             self._unraisable_hook(problem)
 
     def _check_space(self, live: TrainState) -> None:
@@ -373,8 +387,8 @@ def read_newest(path: Path, read: Callable[["Checkpoints", int], T]) -> T:
     Raises:
       UserError: `path` is neither, or nothing there can be read.
     """
-    storage.check_whole(path)
     folder, step = (path / FOLDER, None) if (path / FOLDER).is_dir() else (path.parent, path.name)
+    storage.check_whole(storage.absolute(folder).parent)
     if step is not None and not (path.is_dir() and step.isdigit()):
         raise UserError(f"no checkpoint at {path}: it must be a workdir with {FOLDER}/ in it, or one {FOLDER}/STEP")
     with Checkpoints(folder, read_only=True) as checkpoints:
@@ -431,6 +445,46 @@ def _shapes(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
 
 def _path_of(keys: Sequence[Any]) -> str:
     return "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in keys)
+
+
+def _with_checksum(fields: dict[str, Any]) -> dict[str, Any]:
+    """A bit that flips in a number leaves it a number."""
+    return {**fields, CHECKSUM: _checksum(fields)}
+
+
+def _without_checksum(fields: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError where it is another one; checkpoints from before have none."""
+    fields = dict(fields)
+    if CHECKSUM in fields and (stored := fields.pop(CHECKSUM)) != (found := _checksum(fields)):
+        raise ValueError(f"its checksum is {found}, and {stored} was written")
+    return fields
+
+
+def _checksum(fields: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
+
+
+def _with_layout(metadata: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    return metadata, metadata["layout_version"]
+
+
+def _codecs_with_checksums(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Returns orbax's description of an array's files, with a checksum behind every chunk.
+
+    Orbax has none for them, nor a switch: a bit that flips in a chunk is read as other numbers. It stands in the
+    description, so that every reader finds it.
+    """
+    described = _orbax_codecs(*args, **kwargs)
+    codecs = described["codecs"][0]["configuration"]["codecs"]
+    for codec in codecs:
+        if codec["name"] == "zstd":
+            codec["configuration"]["level"] = 1  # As in the other format: weights hardly shrink at any.
+    codecs.append({"name": "crc32c"})
+    return described
+
+
+_orbax_codecs = tensorstore_utils._build_zarr3_metadata
+tensorstore_utils._build_zarr3_metadata = _codecs_with_checksums
 
 
 class _NotOfOrbax(logging.Filter):

@@ -53,13 +53,20 @@ def claim(workdir: Path, stages: tuple[Config, ...]) -> Iterator[None]:
     ours = json.loads(json.dumps(config_lib.to_json(stages)))
     _check_same(path, ours)
     with contextlib.ExitStack() as held:
+        problem = None
         if distributed.is_main():
-            # Two runs in one workdir would clear away each other's checkpoints.
-            workdir.mkdir(parents=True, exist_ok=True)
-            held.enter_context(lease.hold(workdir / LOCK_FILE, "is training in", _say))
-            _check_same(path, ours)  # Again: to get it may have taken a while.
-            storage.write_whole(path, json.dumps(ours, indent=2) + "\n")
-        distributed.barrier("claim_workdir")
+            try:
+                # Two runs in one workdir would clear away each other's checkpoints.
+                workdir.mkdir(parents=True, exist_ok=True)
+                held.enter_context(lease.hold(workdir / LOCK_FILE, "is training in", _say))
+                _check_same(path, ours)  # Again: to get it may have taken a while.
+                storage.write_whole(path, json.dumps(ours, indent=2) + "\n")
+            except (OSError, UserError) as err:
+                problem = err
+        # Told to all, who would wait for the main process otherwise.
+        told = distributed.from_main(problem and str(problem))
+        if told is not None:
+            raise problem or UserError(told)
         # From here on the storage is known to work: what fails now passes, more likely than not.
         held.enter_context(storage.patience(storage.RUN_PATIENCE))
         yield

@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+import random
 import re
 import resource
 import shutil
@@ -147,6 +148,31 @@ def test_a_damaged_checkpoint_is_broken_and_said_in_one_line(folder, damage):
     assert damaged == {
         name: (folder / "2.broken" / name).read_bytes() for name in storage.files_below(folder / "2.broken")
     }
+
+
+def test_a_flipped_bit_is_never_read_as_other_values(tmp_path):
+    """In every file of a checkpoint: it is read as it was written, or found broken."""
+    live = make_state(make_mesh(8, 1, 1))
+    with Checkpoints(tmp_path / "right") as checkpoints:
+        save(checkpoints, 1, live)
+    rng, broken = random.Random(0), set()
+    for name in storage.files_below(tmp_path / "right"):
+        for _ in range(2):
+            shutil.copytree(tmp_path / "right", tmp_path / "wrong", dirs_exist_ok=True)
+            content = bytearray((tmp_path / "wrong" / name).read_bytes())
+            if content:
+                content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+                (tmp_path / "wrong" / name).write_bytes(content)
+            with Checkpoints(tmp_path / "wrong", read_only=True) as checkpoints:
+                try:
+                    restored, next_row = checkpoints.restore(1, abstract(live))
+                    metadata = checkpoints.metadata(1)
+                except BrokenCheckpoint:
+                    broken.add(name.split("/")[1])
+                    continue
+            assert_equal(restored, live)
+            assert (next_row, metadata["train_seconds"]) == (8, METADATA["train_seconds"]), name
+    assert broken >= {"data", "metadata", "state"}
 
 
 def test_a_broken_checkpoint_is_set_aside_under_a_name_that_is_free(folder):
