@@ -81,7 +81,8 @@ def test_faults_of_the_storage_change_nothing(straight, bucket, bucket_folder, m
 
 
 def test_two_runs_in_one_workdir_are_refused(bucket_folder, monkeypatch):
-    monkeypatch.setattr(lease, "TTL_SECONDS", 6.0)
+    monkeypatch.setattr(lease, "TTL_SECONDS", 8.0)
+    monkeypatch.setattr(lease, "MARGIN_SECONDS", 1.0)
     refused = []
 
     def second(step: int, batch: dict) -> None:
