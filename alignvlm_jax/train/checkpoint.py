@@ -508,7 +508,9 @@ def _quality(metrics: Mapping[str, float]) -> tuple[float, float]:
     return metrics["stage"], -metrics["answer_loss"]
 
 
-def _first_line(err: Exception) -> str:
+def _first_line(err: BaseException) -> str:
+    if "See full TensorStore details" in str(err) and err.__cause__:
+        return _first_line(err.__cause__)  # It prints how the array is opened; the cause says what is wrong.
     return (str(err).splitlines() or [type(err).__name__])[0]
 
 
