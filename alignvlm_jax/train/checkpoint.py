@@ -27,7 +27,7 @@ from alignvlm_jax.config import Config
 from alignvlm_jax.data import sources
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
-from alignvlm_jax.parallel import distributed
+from alignvlm_jax.parallel import distributed, exchange
 from alignvlm_jax.train import state
 from alignvlm_jax.train.state import Params, TrainState
 
@@ -192,7 +192,7 @@ class Checkpoints:
         broken = next(self.folder / name for name in names if not (self.folder / name).exists())
         if distributed.is_main():
             (self.folder / str(step)).rename(broken)
-        distributed.barrier(f"set_aside_{step}")
+        exchange.barrier()
         self._manager.reload()
         return broken
 
@@ -243,6 +243,24 @@ def describe(
     }
 
 
+def agreed(read: Callable[[], T]) -> T:
+    """Returns what reading a checkpoint gives, which all processes do together.
+
+    Raises:
+      BrokenCheckpoint: on all of them, where one could not read it. Each for itself, some would go on from this
+        checkpoint and others from the one before.
+    """
+    result, problem = None, None
+    try:
+        result = read()
+    except BrokenCheckpoint as err:
+        problem = str(err)
+    problems = [told for told in exchange.gather(problem) if told is not None]
+    if problems:
+        raise BrokenCheckpoint(problems[0])
+    return result
+
+
 def read_newest(path: Path, read: Callable[["Checkpoints", int], T]) -> T:
     """Returns read(checkpoints, step) of the newest readable checkpoint of a workdir, or of the one checkpoint `path`.
 
@@ -253,11 +271,11 @@ def read_newest(path: Path, read: Callable[["Checkpoints", int], T]) -> T:
     if step is not None and not (path.is_dir() and step.isdigit()):
         raise UserError(f"no checkpoint at {path}: it must be a workdir with {FOLDER}/ in it, or one {FOLDER}/STEP")
     with Checkpoints(folder, read_only=True) as checkpoints:
-        steps = checkpoints.steps() if step is None else [int(step)]
+        steps = exchange.from_main(checkpoints.steps()) if step is None else [int(step)]
         problem = f"no checkpoint in {folder}"
         for candidate in reversed(steps):
             try:
-                return read(checkpoints, candidate)
+                return agreed(functools.partial(read, checkpoints, candidate))
             except BrokenCheckpoint as err:
                 problem = str(err)
                 if candidate != steps[0]:

@@ -16,7 +16,7 @@ from typing import Any
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.config import Config
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.parallel import distributed
+from alignvlm_jax.parallel import distributed, exchange
 from alignvlm_jax.train.checkpoint import FOLDER
 
 CONFIG_FILE = "config.json"
@@ -30,6 +30,7 @@ FREE = (
     "train.log_every",
     "train.keep_checkpoints",
     "train.checkpoint_every",
+    "train.checkpoint_minutes",
     "eval.*",
 )
 MAX_DIFFERENCES = 5
@@ -57,7 +58,7 @@ def claim(workdir: Path, stages: tuple[Config, ...]) -> Iterator[None]:
             beside = path.with_suffix(".tmp")
             beside.write_text(json.dumps(ours, indent=2) + "\n")
             os.replace(beside, path)
-        distributed.barrier("claim_workdir")
+        exchange.barrier()
         yield
 
 
