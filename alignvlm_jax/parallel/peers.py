@@ -98,9 +98,12 @@ class Watch:
     def _wait_for_others(self) -> None:
         """The coordination service ends with the main process, and would take them with it in its own way."""
         exchange.say(f"left/{self._index}", True)
+        if self._index:
+            return
         deadline = time.monotonic() + LEAVE_SECONDS
-        while self._index == 0 and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
             gone = exchange.said("left").keys() | exchange.said("failed").keys()
             if len(gone) == self._count:
                 break
             time.sleep(0.1)
+        time.sleep(1)  # They have said so, and still have to do so.
