@@ -61,14 +61,14 @@ def test_an_unknown_command_names_the_nearest_and_is_wrong_usage(capsys):
     assert capsys.readouterr().err == "alignvlm_jax: error: unknown command 'trian'; did you mean 'train'?\n"
 
 
-def test_only_train_and_evaluate_run_as_several_processes(command, monkeypatch, capsys):
+def test_only_some_commands_run_as_several_processes(command, monkeypatch, capsys):
     command(lambda argv: None)
     monkeypatch.setenv("ALIGNVLM_NUM_PROCESSES", "2")
     assert main_lib.main(["train"]) == 0
     assert main_lib.main(["generate", "--checkpoint=x"]) == 1
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1 and "generate runs as one process" in errors
-    assert "only train and evaluate join several" in errors
+    assert "only train, evaluate, inspect --analysis join several" in errors
 
 
 @pytest.mark.parametrize("error", ["UserError('ours')", "ZeroDivisionError('a fault')"])

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     args = _parse(argv)
     if args.tasks and args.splits:
         raise UsageError("--tasks and --splits exclude each other: the demonstration's splits are tasks too")
-    distributed.initialize()
+    distributed.initialize(argv)
     if args.tasks:
         _evaluate_tasks(args)
     else:

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(rest)
     if stages is None:
         parser.error("--config=FILE is required")
-    distributed.initialize()
+    distributed.initialize(argv)
     console = Console(highlight=False, soft_wrap=True, quiet=not distributed.is_main())
     try:
         loop.train(stages, args.workdir, console)

@@ -58,6 +58,7 @@ AT_LEAST: dict[str, int] = {
     "train.generate_every": 0,
     "train.generate_questions": 1,
     "train.checkpoint_every": 1,
+    "train.checkpoint_minutes": 0,
     "train.keep_checkpoints": 1,
     "train.max_skipped_steps": 0,
     "eval.num_questions": 1,

@@ -238,7 +238,8 @@ class TrainConfig:
 
     Every `validate_every` steps the losses are measured on `validation_rows`, shared evenly by the sources; every
     `generate_every`, where that is not 0 and pixels are looked at, `generate_questions` of each source's validation
-    split are answered and scored.
+    split are answered and scored. The state is saved every `checkpoint_every` steps and, where that takes longer, every
+    `checkpoint_minutes` (0: by steps alone).
     """
 
     num_steps: int = 1000
@@ -255,6 +256,7 @@ class TrainConfig:
     generate_every: int = 0
     generate_questions: int = 64
     checkpoint_every: int = 200
+    checkpoint_minutes: float = 15.0
     keep_checkpoints: int = 2
     max_skipped_steps: int = 10
 

@@ -34,7 +34,7 @@ from alignvlm_jax.config import Config
 from alignvlm_jax.data import sources
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
-from alignvlm_jax.parallel import distributed
+from alignvlm_jax.parallel import distributed, exchange
 from alignvlm_jax.storage import Path
 from alignvlm_jax.train import damage, state
 from alignvlm_jax.train.damage import Kind
@@ -142,7 +142,7 @@ class Checkpoints:
                 in_place = not renames and child.name.isdigit() and not (child / COMMITTED).exists()
                 if UNFINISHED in child.name or in_place:
                     storage.remove_tree(child)
-        return distributed.from_main(renames)
+        return exchange.from_main(renames)
 
     def latest(self) -> int | None:
         """Returns the newest step that is whole, or None."""
@@ -263,7 +263,7 @@ class Checkpoints:
         broken = next(self.folder / name for name in names if not (self.folder / name).exists())
         if distributed.is_main():
             storage.move_folder(self.folder / str(step), broken, last=COMMITTED)
-        distributed.barrier(f"set_aside_{step}")
+        exchange.barrier()
         self._manager.reload()
         return broken
 
@@ -381,6 +381,24 @@ def describe(
     }
 
 
+def agreed(read: Callable[[], T]) -> T:
+    """Returns what reading a checkpoint gives, which all processes do together.
+
+    Raises:
+      BrokenCheckpoint: on all of them, where one could not read it. Each for itself, some would go on from this
+        checkpoint and others from the one before.
+    """
+    result, problem = None, None
+    try:
+        result = read()
+    except BrokenCheckpoint as err:
+        problem = str(err)
+    problems = [told for told in exchange.gather(problem) if told is not None]
+    if problems:
+        raise BrokenCheckpoint(problems[0])
+    return result
+
+
 def read_newest(path: Path, read: Callable[["Checkpoints", int], T]) -> T:
     """Returns read(checkpoints, step) of the newest readable checkpoint of a workdir, or of the one checkpoint `path`.
 
@@ -392,11 +410,11 @@ def read_newest(path: Path, read: Callable[["Checkpoints", int], T]) -> T:
     if step is not None and not (path.is_dir() and step.isdigit()):
         raise UserError(f"no checkpoint at {path}: it must be a workdir with {FOLDER}/ in it, or one {FOLDER}/STEP")
     with Checkpoints(folder, read_only=True) as checkpoints:
-        steps = checkpoints.steps() if step is None else [int(step)]
+        steps = exchange.from_main(checkpoints.steps()) if step is None else [int(step)]
         problem = f"no checkpoint in {folder}"
         for candidate in reversed(steps):
             try:
-                return read(checkpoints, candidate)
+                return agreed(functools.partial(read, checkpoints, candidate))
             except BrokenCheckpoint as err:
                 problem = str(err)
                 if candidate != steps[0]:

@@ -25,7 +25,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.eval import spot_check
 from alignvlm_jax.eval.spot_check import SpotCheck
 from alignvlm_jax.models import vlm
-from alignvlm_jax.parallel import distributed, sharding
+from alignvlm_jax.parallel import distributed, exchange, sharding
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.train import checkpoint, flops, optim, preflight, state, step, warm_start, workdir
 from alignvlm_jax.train.checkpoint import BrokenCheckpoint, Checkpoints
@@ -33,6 +33,9 @@ from alignvlm_jax.train.metrics import Interval, NullWriter, Progress, Writer, p
 from alignvlm_jax.train.signals import StopSignal
 from alignvlm_jax.train.state import TrainState
 from alignvlm_jax.train.validation import Validation
+
+SLOW_STEP_SECONDS = 1.0
+"""Beyond it a device that waits a millisecond for its next step loses nothing worth having."""
 
 
 class Stopped(UserError):
@@ -94,7 +97,8 @@ def train(configs: tuple[Config, ...], folder: Path, console: Console) -> None:
         Progress(console, total) as progress,
     ):
         run = Run(configs, total, folder, checkpoints, progress, stop, began)
-        while (newest := run.newest()) < total:
+        # What is listed may differ between hosts for a moment, as on a bucket: one of them says what is there.
+        while (newest := exchange.from_main(run.newest())) < total:
             stage = next(stage for stage in stages if newest < stage.end)
             try:
                 _train_stage(run, stage, newest)
@@ -118,7 +122,7 @@ def _train_stage(run: Run, stage: Stage, newest: int) -> None:
     model, tx = vlm.VLM(config.model), optim.make_optimizer(config)
     with mesh_lib.use(mesh_lib.make_mesh(config)) as mesh:
         # Read before anything is compiled: data that is missing should be told at once.
-        validation = Validation(config)
+        validation = Validation(config, mesh)
         asker = SpotCheck(model, config, mesh) if spot_check.is_asked(config) else None
         abstract = state.abstract_state(model, config, tx, mesh)
         live, next_row = _start(run, stage, newest, model, tx, abstract)
@@ -137,19 +141,19 @@ def _start(
     """Returns the state to go on from, and the next row of the stage's data."""
     config, checkpoints = stage.config, run.checkpoints
     if run.earlier_seconds is None:
-        metadata = checkpoints.metadata(newest) if newest else {"train_seconds": 0.0}
+        metadata = checkpoint.agreed(lambda: checkpoints.metadata(newest)) if newest else {"train_seconds": 0.0}
         _check_data(run, metadata)
         run.earlier_seconds = metadata["train_seconds"]
     if newest > stage.begin:
         run.progress.say(f"going on from {checkpoints.folder / str(newest)}")
-        return checkpoints.restore(newest, abstract)
+        return checkpoint.agreed(lambda: checkpoints.restore(newest, abstract))
 
     def start_params(source: Checkpoints | None, source_step: int) -> tuple[state.Params, Table]:
         rng = jax.random.fold_in(jax.random.key(config.seed), stage.index)
         return warm_start.start_params(model, config, abstract, source, source_step, rng)
 
     if newest:
-        params, table = start_params(checkpoints, newest)
+        params, table = checkpoint.agreed(lambda: start_params(checkpoints, newest))
     elif config.init_from:
         params, table = checkpoint.read_newest(storage.path(config.init_from), start_params)
     else:
@@ -197,7 +201,7 @@ def _announce(run: Run, stage: Stage, newest: int, mesh: Mesh, abstract: TrainSt
 
 @dataclasses.dataclass
 class _StageLoop:
-    """The steps of one stage. Metrics of a step are read once the next step has been sent off."""
+    """The steps of one stage. Metrics of a step are read once the next step has been sent off, or is about to be."""
 
     run: Run
     stage: Stage
@@ -212,27 +216,32 @@ class _StageLoop:
     batches: pipeline.TrainBatches = dataclasses.field(init=False)
     unread: tuple[int, step.Metrics, int] | None = None  # the last, batches.num_unsupervised
     unsupervised_told: int = 0
+    last_read: float | None = None
+    step_seconds: float = 0.0
+    saved: int = 0
+    saved_at: float = 0.0
 
     def run_steps(self, live: TrainState, newest: int, next_row: int) -> None:
         """Trains from step `newest` to the stage's end, where a checkpoint stands in any case."""
-        config, saved = self.stage.config, newest
-        self.batches = pipeline.TrainBatches(
-            config, start_row=next_row, process_index=jax.process_index(), process_count=jax.process_count()
-        )
+        config = self.stage.config
+        self.saved, self.saved_at = newest, time.monotonic()
+        local_rows = sharding.rows_of_process(self.mesh, config.train.batch_size).tolist()
+        self.batches = pipeline.TrainBatches(config, start_row=next_row, local_rows=local_rows)
         if self.batches.num_unused:
             self.run.progress.say(f"{self.batches.num_unused:,} records are in no row: of no use to the stage's tasks")
         self.interval = Interval()
         for now in range(newest + 1, self.stage.end + 1):
-            if self._must_stop(now):
+            batch = self._next_batch()
+            if self.step_seconds > SLOW_STEP_SECONDS:
+                # So that no step is sent off that a stop would have to wait for.
                 self._read()
-                self.run.progress.say(f"stopping at step {now - 1}")
-                if now - 1 > saved:
-                    self._save(live, now - 1, None)
-                self.run.checkpoints.wait()
-                raise self._stopped(now - 1)
+            must_stop, must_save = self._decide()
+            if must_stop:
+                self._stop(live, now - 1)
+            if must_save and now - 1 > self.saved:
+                self._save(live, now - 1, None)
             with jax.transfer_guard("disallow"):
-                batch = step.train_inputs(config, self.interval.next_batch(self.batches, self._is_device_busy))
-                live, metrics = self.train_step(live, sharding.put_batch(batch, self.mesh))
+                live, metrics = self.train_step(live, batch)
             self._read()
             self.unread = now, metrics, self.batches.num_unsupervised
             self.run.checkpoints.check()
@@ -241,22 +250,36 @@ class _StageLoop:
                 self._ask(live, now)
             if self._is_due(now, config.train.checkpoint_every):
                 self._save(live, now, answer_loss)
-                saved = now
         self.run.checkpoints.wait()
         # The next stage would compile before it asks.
         if self.stage.end < self.run.total and self.run.stop.requested():
             raise self._stopped(self.stage.end)
+
+    def _next_batch(self) -> dict[str, jax.Array]:
+        """The next batch on the devices, while the step before is at work on them."""
+        with jax.transfer_guard("disallow"):
+            batch = self.interval.next_batch(self.batches, self._is_device_busy)
+            return sharding.put_batch(step.train_inputs(self.stage.config, batch), self.mesh)
+
+    def _decide(self) -> tuple[bool, bool]:
+        """Whether to stop, and whether to save for the time that has passed: the same on all processes."""
+        minutes = self.stage.config.train.checkpoint_minutes
+        is_late = minutes > 0 and time.monotonic() - self.saved_at > 60 * minutes
+        return tuple(exchange.from_main((self.run.stop.seen(), is_late)))
+
+    def _stop(self, live: TrainState, now: int) -> None:
+        self._read()
+        self.run.progress.say(f"stopping at step {now}")
+        if now > self.saved:
+            self._save(live, now, None)
+        self.run.checkpoints.wait()
+        raise self._stopped(now)
 
     def _stopped(self, now: int) -> Stopped:
         return Stopped(f"stopped at step {now} of {self.run.total}")
 
     def _is_due(self, now: int, every: int) -> bool:
         return (now - self.stage.begin) % every == 0 or now == self.stage.end
-
-    def _must_stop(self, now: int) -> bool:
-        """Several processes have to agree, which costs a round trip: they ask less often."""
-        may_ask = jax.process_count() == 1 or self._is_due(now, self.stage.config.train.log_every)
-        return may_ask and self.run.stop.requested()
 
     def _is_device_busy(self) -> bool:
         """Whether a step that was sent off is not finished yet."""
@@ -269,6 +292,9 @@ class _StageLoop:
         (now, metrics, unsupervised), self.unread = self.unread, None
         config = self.stage.config
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        began, self.last_read = self.last_read, time.monotonic()
+        if began is not None:
+            self.step_seconds = self.last_read - began
         skipped = now - self.stage.begin - int(values.pop("num_updates"))
         if skipped > config.train.max_skipped_steps:
             raise UserError(
@@ -296,7 +322,7 @@ class _StageLoop:
         told to stop meanwhile."""
         self._read()
         with self.interval.pause():
-            values = self.validation.measure(self.eval_step, live.params, self.mesh, self.run.stop.requested)
+            values = self.validation.measure(self.eval_step, live.params, self.run.stop.requested)
             if values is None:
                 return None
             self.writer.write(now, self.stage.config.stage, values)
@@ -318,4 +344,7 @@ class _StageLoop:
             )
             is_comparable = answer_loss is not None and math.isfinite(answer_loss)
             metrics = {"stage": self.stage.index, "answer_loss": answer_loss} if is_comparable else None
-            self.run.checkpoints.save(now, live, next_row=self.batches.next_row, metadata=metadata, metrics=metrics)
+            # Not of the batches: one more than was trained on may have been fetched.
+            next_row = (now - self.stage.begin) * self.stage.config.train.batch_size
+            self.run.checkpoints.save(now, live, next_row=next_row, metadata=metadata, metrics=metrics)
+            self.saved, self.saved_at = now, time.monotonic()

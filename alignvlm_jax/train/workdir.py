@@ -15,7 +15,7 @@ from alignvlm_jax import config as config_lib
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.parallel import distributed
+from alignvlm_jax.parallel import distributed, exchange
 from alignvlm_jax.storage import Path, lease
 from alignvlm_jax.train.checkpoint import FOLDER
 
@@ -30,6 +30,7 @@ FREE = (
     "train.log_every",
     "train.keep_checkpoints",
     "train.checkpoint_every",
+    "train.checkpoint_minutes",
     "eval.*",
 )
 MAX_DIFFERENCES = 5
@@ -53,20 +54,13 @@ def claim(workdir: Path, stages: tuple[Config, ...]) -> Iterator[None]:
     ours = json.loads(json.dumps(config_lib.to_json(stages)))
     _check_same(path, ours)
     with contextlib.ExitStack() as held:
-        problem = None
         if distributed.is_main():
-            try:
-                # Two runs in one workdir would clear away each other's checkpoints.
-                workdir.mkdir(parents=True, exist_ok=True)
-                held.enter_context(lease.hold(workdir / LOCK_FILE, "is training in", _say))
-                _check_same(path, ours)  # Again: to get it may have taken a while.
-                storage.write_whole(path, json.dumps(ours, indent=2) + "\n")
-            except (OSError, UserError) as err:
-                problem = err
-        # Told to all, who would wait for the main process otherwise.
-        told = distributed.from_main(problem and str(problem))
-        if told is not None:
-            raise problem or UserError(told)
+            # Two runs in one workdir would clear away each other's checkpoints.
+            workdir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(lease.hold(workdir / LOCK_FILE, "is training in", _say))
+            _check_same(path, ours)  # Again: to get it may have taken a while.
+            storage.write_whole(path, json.dumps(ours, indent=2) + "\n")
+        exchange.barrier()
         # From here on the storage is known to work: what fails now passes, more likely than not.
         held.enter_context(storage.patience(storage.RUN_PATIENCE))
         yield

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.parallel import distributed
+from alignvlm_jax.parallel import distributed, exchange
 
 COMPLETE = {
     "ALIGNVLM_COORDINATOR": "127.0.0.1:1234",
@@ -30,7 +30,7 @@ def set_environment(monkeypatch, **values: str) -> None:
 
 def test_one_process_needs_nothing(calls):
     distributed.initialize()
-    distributed.barrier("nobody to wait for")
+    exchange.barrier()
     assert calls == [] and distributed.is_main()
 
 
