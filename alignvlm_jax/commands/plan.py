@@ -64,12 +64,15 @@ def _plan(config: Config, args: argparse.Namespace) -> planning.Plan:
             raise UsageError(f"--topology={args.topology} needs libtpu: pip install --requirement requirements-tpu.txt")
         if args.num_slices != 1:
             raise UsageError("--topology=KIND:smallest looks for one slice; leave --num_slices out")
-        return layouts.smallest(config, kind, _devices, say)
+        say(xla_flags.set_flags(kind, several_slices=False))  # as a run there would be compiled
+        return layouts.smallest(config, kind, chips.compile_only_devices, say)
     topology = chips.parse_topology(args.topology, args.num_slices)
     if args.mesh and args.mesh != "auto":
         config = dataclasses.replace(config, mesh=_mesh(args.mesh))
     check = layouts.check if args.mesh == "auto" else planning.check
     check(config, topology)  # before any device is made
+    if chips.has_tpu_compiler():
+        say(xla_flags.set_flags(kind, args.num_slices > 1))
     devices = _devices(topology)
     if args.mesh == "auto":
         return layouts.best(config, topology, devices, say)
@@ -79,8 +82,6 @@ def _plan(config: Config, args: argparse.Namespace) -> planning.Plan:
 
 def _devices(topology: Topology) -> Sequence[jax.Device]:
     if chips.has_tpu_compiler():
-        # As a run there would be compiled.
-        print(xla_flags.set_flags(topology.kind, topology.num_slices > 1), file=sys.stderr, flush=True)
         return chips.compile_only_devices(topology)
     print(plan_text.ESTIMATE, file=sys.stderr, flush=True)
     # Another number may be forced from outside, and the first to be asked for holds.

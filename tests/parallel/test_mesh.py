@@ -123,6 +123,17 @@ def test_widest_on_any_slice(config, monkeypatch, kind, shape, num_slices):
             assert len({device.slice_index for device in part}) == 1
 
 
+@pytest.mark.parametrize(("kind", "shape", "num_slices"), SLICES)
+def test_open_axes_lie_on_any_slice(config, kind, shape, num_slices):
+    """A batch of 256 rows: on 512 chips tensor takes part."""
+    devices = fake_slice(kind, shape, num_slices)
+    heads = dataclasses.replace(config.model.llm, num_heads=8, num_kv_heads=8)
+    wide = dataclasses.replace(config, model=dataclasses.replace(config.model, llm=heads))
+    mesh = mesh_lib.make_mesh(with_mesh(with_widths(wide, 4096, 1152), -1, -1, -1, batch_size=256), devices)
+    assert set(mesh.devices.flat) == set(devices)
+    assert mesh.shape["tensor"] == max(len(devices) // 256, 1)
+
+
 @pytest.mark.parametrize(("count", "fsdp"), [(1, 1), (3, 2), (6, 4), (8, 8)])
 def test_widest_leaves_out_devices_that_would_hold_copies(config, monkeypatch, count, fsdp):
     """Off TPUs, where any few of them form a mesh; with several processes each needs its own."""
