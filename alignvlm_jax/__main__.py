@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from alignvlm_jax import storage
 from alignvlm_jax.errors import UsageError, UserError, nearest
+from alignvlm_jax.parallel import xla_flags
 
 COMMANDS = {
     "prepare": "makes training shards of data sets, of your own documents, or of rendered ones",
@@ -25,6 +26,9 @@ COMMANDS = {
 JOINING = {"train": "", "evaluate": "", "inspect": "--analysis"}
 """Commands that several processes run as one, and the flag without which they do not."""
 
+COMPUTING = (*JOINING, "convert", "generate", "compare")
+"""Commands that compile for this machine's devices."""
+
 
 def main(argv: list[str]) -> int:
     """Runs one command; returns the exit status."""
@@ -38,6 +42,8 @@ def main(argv: list[str]) -> int:
     if not _joins(argv) and (name := _asks_for_several()):
         joining = ", ".join(f"{command} {flag}".strip() for command, flag in JOINING.items())
         return _fail(f"{argv[0]} runs as one process, and {name} is set: only {joining} join several")
+    if argv[0] in COMPUTING and (line := xla_flags.apply_preset()):
+        print(line, file=sys.stderr, flush=True)
     try:
         # Imported late: `--help` of a command that needs no jax should not wait for it.
         importlib.import_module(f"alignvlm_jax.commands.{argv[0]}").main(argv[1:])

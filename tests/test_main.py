@@ -3,6 +3,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -69,6 +70,18 @@ def test_only_some_commands_run_as_several_processes(command, monkeypatch, capsy
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1 and "generate runs as one process" in errors
     assert "only train, evaluate, inspect --analysis join several" in errors
+
+
+@pytest.mark.parametrize(("name", "lines"), [("train", 1), ("convert", 1), ("prepare", 0), ("plan", 0)])
+def test_flags_of_the_tpu_are_set_before_a_command_that_computes(name, lines, monkeypatch, capsys):
+    set_by_then = []
+    fake = types.SimpleNamespace(main=lambda argv: set_by_then.append(os.environ["LIBTPU_INIT_ARGS"]))
+    monkeypatch.setitem(sys.modules, f"alignvlm_jax.commands.{name}", fake)
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "")
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5p-128")
+    assert main_lib.main([name]) == 0
+    assert capsys.readouterr().err.count("XLA flags: LIBTPU_INIT_ARGS gets --xla") == lines
+    assert ("--xla_tpu_overlap_compute_collective_tc=true" in set_by_then[0]) == lines
 
 
 @pytest.mark.parametrize("error", ["UserError('ours')", "ZeroDivisionError('a fault')"])

@@ -221,7 +221,11 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1: all that is left."""
+    """Devices along each mesh axis.
+
+    -1 leaves a size open: `tensor` is then as small as fits, `fsdp` as large as divides the
+    parameters, and `data` all that is left (`parallel.mesh_sizes`).
+    """
 
     data: int = -1
     fsdp: int = 1

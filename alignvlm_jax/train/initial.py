@@ -64,7 +64,7 @@ def write(llm: Tower, vision: Tower, config: Config, write_tokenizer: Callable[[
             write_tokenizer(folder / TOKENIZER)
         chat.format_of(pipeline.load_tokenizer(_with_tokenizer(config, staging / TOKENIZER)))
         model = vlm.VLM(config.model)
-        mesh = mesh_lib.widest(lambda mesh: state.abstract_params(model, config, mesh))
+        mesh = mesh_lib.widest(config)
         with mesh_lib.use(mesh):
             params, table = _params(llm, vision, config, state.abstract_params(model, config, mesh))
         storage.write_whole(staging / "config.json", json.dumps(config_lib.to_json((config,)), indent=2) + "\n")
