@@ -1,4 +1,9 @@
-"""`python -m alignvlm_jax COMMAND ...`. Exit status: 0 done, 1 failed (one line on stderr), 2 wrong usage."""
+"""`python -m alignvlm_jax COMMAND ...`.
+
+Exit status: 0 done; 1 wrong input (one line on stderr), which would only fail again; 2 wrong usage. The launch scripts
+start again what ends otherwise: 70 an exception that nobody expected, as where another host is lost; 75 stalled, or a
+host that came too late; 143 told to stop, and saved.
+"""
 
 import importlib
 import os
@@ -7,7 +12,7 @@ import traceback
 from types import ModuleType
 from typing import NoReturn
 
-from alignvlm_jax.errors import UsageError, UserError, nearest
+from alignvlm_jax.errors import StoppedError, TryAgainError, UsageError, UserError, nearest
 
 COMMANDS = {
     "prepare": "makes training shards of data sets, of your own documents, or of rendered ones",
@@ -42,6 +47,10 @@ def main(argv: list[str]) -> int:
         importlib.import_module(f"alignvlm_jax.commands.{argv[0]}").main(argv[1:])
     except UsageError as err:
         return _fail(str(err), status=2)
+    except TryAgainError as err:
+        return _fail(str(err), status=75)
+    except StoppedError as err:
+        return _fail(str(err), status=143)
     except UserError as err:
         return _fail(str(err))
     except OSError as err:
@@ -93,5 +102,5 @@ if __name__ == "__main__":
         status = main(sys.argv[1:])
     except Exception as err:
         traceback.print_exc()
-        status = _fail(f"unforeseen: {type(err).__name__}: {err}")
+        status = _fail(f"unforeseen: {type(err).__name__}: {err}", status=70)
     leave_with(status)
