@@ -85,6 +85,12 @@ def test_started_again_beside_a_run_that_is_at_work_it_joins_it(cloud):
     assert "at work already" in done.stdout
 
 
+def test_a_run_that_it_joined_and_whose_input_is_wrong_is_not_started_again(cloud):
+    done, asked = cloud("ACTIVE+", f"{RUNNING} status-1,status-1")
+    assert done.returncode == 1 and "its input is wrong" in done.stderr
+    assert asked == ["health", "health"]
+
+
 def test_another_command_on_the_slice_is_let_alone(cloud):
     done, asked = cloud("ACTIVE+", "other,other")
     assert done.returncode == 1 and "another command is at work on reader" in done.stderr

@@ -3,6 +3,7 @@
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -183,6 +184,15 @@ def test_run_lets_what_is_at_work_save_first(host):
     tell("exit 0", "run", *WHERE, "--grace=20", *TRAIN)
     assert (folder / "saved").read_text() == "saved\n"
     assert wait_for(folder / "run.status") == "0"
+
+
+def test_a_run_that_the_machine_stops_says_so(host):
+    """The signal reaches the whole group: the shell that writes the status down, too."""
+    tell, folder = host
+    tell('trap "exit 143" TERM; echo up >up; while true; do sleep 0.1; done', "run", *WHERE, *TRAIN)
+    wait_for(folder / "up")
+    os.killpg(int(wait_for(folder / "run.pid")), signal.SIGTERM)
+    assert wait_for(folder / "run.status") == "143"
 
 
 def test_run_ends_what_does_not_end_of_itself(host):
