@@ -13,8 +13,9 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 WEIGHTS ?= weights/smollm2
 PARITY := .venv-parity
 BEAM := .venv-beam
+LAUNCH := .venv-launch
 
-.PHONY: help setup tpu-compiler lint test test-parity beam test-beam bench bench-data bench-generate bench-plans demo compare weights data clean
+.PHONY: help setup tpu-compiler lint test test-parity beam test-beam test-launch bench bench-data bench-generate bench-plans demo compare weights data clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -105,6 +106,16 @@ beam: $(BEAM)/.done  ## install Apache Beam into .venv-beam, for `prepare --beam
 test-beam: beam  ## compare prepare under Apache Beam with prepare on processes
 	$(BEAM)/bin/pytest --confcutdir=tests/beam tests/beam
 
+$(LAUNCH)/.done: requirements-launch.txt
+	$(PYTHON) -m venv $(LAUNCH)
+	$(LAUNCH)/bin/pip install --quiet --upgrade pip
+	$(LAUNCH)/bin/pip install --quiet --requirement requirements-launch.txt
+	touch $@
+
+# Its own conftest alone, as above.
+test-launch: $(LAUNCH)/.done  ## hold what the launch scripts print against xpk's parser and Kubernetes' schemas (400 MB)
+	$(LAUNCH)/bin/pytest --confcutdir=tests/launch/tools tests/launch/tools
+
 bench: tpu-compiler  ## memory on a TPU, time on CPU of the large operations, plans (minutes; docs/results.md)
 	$(BIN)/python -m tests.benchmarks.vocab
 	$(BIN)/python -m tests.benchmarks.attention
@@ -120,4 +131,4 @@ bench-plans: tpu-compiler  ## the smallest TPU slice for every stage of the pape
 	$(BIN)/python -m tests.benchmarks.plans
 
 clean:  ## remove the installed environments; data, weights and runs stay
-	rm -rf $(VENV) $(PARITY) $(BEAM)
+	rm -rf $(VENV) $(PARITY) $(BEAM) $(LAUNCH)

@@ -1,4 +1,9 @@
-"""`python -m alignvlm_jax COMMAND ...`. Exit status: 0 done, 1 failed (one line on stderr), 2 wrong usage."""
+"""`python -m alignvlm_jax COMMAND ...`.
+
+Exit status: 0 done; 1 wrong input (one line on stderr), which would only fail again; 2 wrong usage. The launch scripts
+start again what ends otherwise: 70 an exception that nobody expected, as where another host is lost; 75 stalled, or a
+host that came too late; 143 told to stop, and saved.
+"""
 
 import importlib
 import os
@@ -8,7 +13,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from alignvlm_jax import storage
-from alignvlm_jax.errors import UsageError, UserError, nearest
+from alignvlm_jax.errors import StoppedError, TryAgainError, UsageError, UserError, nearest
 from alignvlm_jax.parallel import xla_flags
 
 COMMANDS = {
@@ -49,6 +54,10 @@ def main(argv: list[str]) -> int:
         importlib.import_module(f"alignvlm_jax.commands.{argv[0]}").main(argv[1:])
     except UsageError as err:
         return _fail(str(err), status=2)
+    except TryAgainError as err:
+        return _fail(str(err), status=75)
+    except StoppedError as err:
+        return _fail(str(err), status=143)
     except UserError as err:
         return _fail(str(err))
     except OSError as err:
@@ -101,5 +110,5 @@ if __name__ == "__main__":
         status = main(sys.argv[1:])
     except Exception as err:
         traceback.print_exc()
-        status = _fail(f"unforeseen: {type(err).__name__}: {err}")
+        status = _fail(f"unforeseen: {type(err).__name__}: {err}", status=70)
     leave_with(status)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import TryAgainError, UserError
 from alignvlm_jax.parallel import exchange
 from alignvlm_jax.parallel.peers import Watch
 
@@ -31,8 +31,9 @@ def initialize(arguments: list[str] | None = None) -> None:
       arguments: of the command, which must be the same everywhere.
 
     Raises:
-      UserError: some are missing or no numbers, the processes do not all arrive within START_TIMEOUT_SECONDS, or their
-        versions, arguments or clocks differ.
+      UserError: some are missing or no numbers, this is no host of a TPU slice, or their versions, arguments or clocks
+        differ.
+      TryAgainError: the processes do not all arrive within START_TIMEOUT_SECONDS.
     """
     global _watch
     if exchange.client() is None:
@@ -46,7 +47,9 @@ def _join() -> None:
     if os.environ.get("ALIGNVLM_AUTO_DISTRIBUTED") == "1":
         try:
             jax.distributed.initialize()
-        except (RuntimeError, ValueError) as err:
+        except RuntimeError as err:
+            raise TryAgainError(f"the hosts of the slice did not all come ({str(err).splitlines()[0]})") from err
+        except ValueError as err:
             raise UserError(
                 "ALIGNVLM_AUTO_DISTRIBUTED is 1, and this machine does not know the other hosts of a TPU slice "
                 f"({str(err).splitlines()[0]})"
@@ -65,7 +68,7 @@ def _join() -> None:
     try:
         jax.distributed.initialize(address, count, index, initialization_timeout=START_TIMEOUT_SECONDS)
     except RuntimeError as err:
-        raise UserError(
+        raise TryAgainError(
             f"process {index} of {count} waited {START_TIMEOUT_SECONDS} s at {address} for the others: start all "
             f"{count} within a minute of each other ({str(err).splitlines()[0]})"
         ) from err
