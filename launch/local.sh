@@ -49,7 +49,8 @@ trap stop HUP INT TERM
 # hand on, and the second one kills without saving.
 set -m
 for ((i = 0; i < count; i++)); do
-    env "${settings[@]}" "ALIGNVLM_PROCESS_ID=$i" "$python" -m alignvlm_jax "$@" >"$logs/process-$i.log" 2>&1 &
+    : >"$logs/process-$i.log"  # Here: `tail` may come before the process has made it.
+    env "${settings[@]}" "ALIGNVLM_PROCESS_ID=$i" "$python" -m alignvlm_jax "$@" >>"$logs/process-$i.log" 2>&1 &
     running[$!]=$i
     if ((i == 0)); then first=$!; fi
 done
