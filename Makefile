@@ -1,6 +1,9 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`. Only Python 3.11 or newer is needed.
+# Beside it, on another: make test PYTHON=python3.13 VENV=.venv-3.13
 PYTHON ?= python3
 VENV := .venv
+# What is set on make's command line would reach the recipes, and launch/local.sh reads a PYTHON of its own.
+unexport PYTHON VENV
 BIN := $(VENV)/bin
 DATA ?= data/demo
 RUN ?= runs/demo
@@ -15,13 +18,21 @@ PARITY := .venv-parity
 BEAM := .venv-beam
 LAUNCH := .venv-launch
 
-.PHONY: help setup tpu-compiler lint test test-parity beam test-beam test-launch bench bench-data bench-generate bench-plans demo compare weights data clean
+.PHONY: help python setup tpu-compiler lint test test-parity beam test-beam test-launch bench bench-data bench-generate bench-plans demo compare weights data clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
 
-$(VENV)/.done: requirements.txt
+# A venv keeps the Python that it was made with: one that is asked for must be that one.
+python:
 	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}") if sys.version_info < (3, 11) else None'
+ifneq ($(origin PYTHON),file)
+	@version='import sys; print("%d.%d" % sys.version_info[:2])'; asked=$$($(PYTHON) -c "$$version"); \
+	  has=$$($(BIN)/python -c "$$version" 2>/dev/null || echo $$asked); test $$has = $$asked || { \
+	  echo "$(VENV) is of Python $$has, and PYTHON=$(PYTHON) is $$asked: add VENV=.venv-$$asked" >&2; exit 1; }
+endif
+
+$(VENV)/.done: requirements.txt | python
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --requirement requirements.txt
@@ -38,7 +49,7 @@ tpu-compiler: $(VENV)/.tpu  ## add libtpu to .venv: plans and tests then compile
 lint: setup  ## formatter and linter, checking only
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/shellcheck launch/*.sh .ci/run
+	$(BIN)/shellcheck launch/*.sh .ci/*
 
 test: lint  ## lint, then the unit tests on an 8-device CPU mesh
 	$(BIN)/pytest -n 2 --dist worksteal
@@ -131,4 +142,4 @@ bench-plans: tpu-compiler  ## the smallest TPU slice for every stage of the pape
 	$(BIN)/python -m tests.benchmarks.plans
 
 clean:  ## remove the installed environments; data, weights and runs stay
-	rm -rf $(VENV) $(PARITY) $(BEAM) $(LAUNCH)
+	rm -rf $(VENV) .venv-*

@@ -61,8 +61,8 @@ trap stop HUP INT TERM
 # hand on, and the second one kills without saving.
 set -m
 for ((i = 0; i < count; i++)); do
-    : >"$logs/process-$i.log"  # Here: the one in the background may come later than the `tail` that shows it.
-    env "${settings[@]}" "ALIGNVLM_PROCESS_ID=$i" "$python" -m alignvlm_jax "$@" >"$logs/process-$i.log" 2>&1 &
+    : >"$logs/process-$i.log"  # Here: `tail` may come before the process has made it.
+    env "${settings[@]}" "ALIGNVLM_PROCESS_ID=$i" "$python" -m alignvlm_jax "$@" >>"$logs/process-$i.log" 2>&1 &
     running[$!]=$i
     if ((i == 0)); then first=$!; fi
 done
