@@ -15,7 +15,7 @@ from alignvlm_jax.data import rows, schedule, tokenizer_files
 from alignvlm_jax.data.rows import Part, Row
 from alignvlm_jax.data.schedule import Schedule
 from alignvlm_jax.data.schema import Batch, Record
-from alignvlm_jax.data.sources import RecordSource, shard_paths
+from alignvlm_jax.data.sources import RecordSource, shard_names
 from alignvlm_jax.data.tokenizer import Tokenizer
 from alignvlm_jax.errors import UserError, nearest
 
@@ -164,7 +164,7 @@ def by_source(config: Config) -> dict[str, Config]:
     """
     data, split = dataclasses.replace(config.data, labelled_share=1.0), config.data.validation_split
     folders = {name: source.dir for name, source in data.sources.items()} or {"": data.dir}
-    held = {name: folder for name, folder in folders.items() if shard_paths(folder, split)}
+    held = {name: folder for name, folder in folders.items() if shard_names(folder, split)}
     if not held:
         raise UserError(f"there are no shards of split {split!r} in {', '.join(folders.values())}")
     useful: dict[str, Config] = {}
