@@ -120,8 +120,8 @@ def read(path: str, max_bytes: int) -> bytes:
 
 
 def listing(folder: str | os.PathLike) -> Mapping[str, Entry]:
-    """Returns the files of a folder by name, without those of folders in it; none where there is no such folder. That of
-    a folder in a bucket may be `LISTING_SECONDS` old.
+    """Returns the files of a folder by name, without those of folders in it; none where there is no such folder. What
+    it says of a bucket may be `LISTING_SECONDS` old.
 
     Raises:
       UserError: its bucket cannot be reached, or is not there.
@@ -204,7 +204,7 @@ def _remote_listing(folder: str, time_slot: int) -> Mapping[str, Entry]:
     try:
         found = _bucket(folder).ls(folder, detail=True)
     except FileNotFoundError as err:
-        if "bucket" in str(err):
+        if err.strerror == "no such bucket":  # a folder is only a beginning of names
             raise UserError(f"cannot list {folder}: {err.strerror}") from err
         return {}
     except OSError as err:

@@ -12,6 +12,7 @@ import numpy as np
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config, SourceConfig
 from alignvlm_jax.data import rows, schedule, tokenizer_files
+from alignvlm_jax.data.read_ahead import ReadAhead
 from alignvlm_jax.data.rows import Part, Row
 from alignvlm_jax.data.schedule import Schedule
 from alignvlm_jax.data.schema import Batch, Record
@@ -41,6 +42,7 @@ class TrainRows:
         seed = [config.seed, zlib.crc32(f"{config.stage}/{split}".encode())]
         self.schedule: Schedule = schedule.make(config, split, sizes, seed, tokenizer_path(config))
         self.problem: str | None = None
+        self.is_remote = any(source.is_remote for source in self._sources)
 
     def __len__(self) -> int:
         return self._config.train.num_steps * self._config.train.batch_size
@@ -62,6 +64,14 @@ class TrainRows:
             else:
                 parts.append((record.id, part))
         return parts
+
+    def prefetch(self, index: int) -> int:
+        """Begins to read the records of a row from a bucket; returns how many there are."""
+        records = self.schedule.records(index)
+        for record in records:
+            source = bisect.bisect_right(self._starts, record) - 1
+            self._sources[source].prefetch(record - self._starts[source])
+        return len(records)
 
     def _check_fits(self, record: Record, parts: list[Part]) -> None:
         """It does, unless the index from which the row was planned is wrong."""
@@ -145,13 +155,19 @@ class _Block:
     def __init__(self, all_rows: TrainRows, start_row: int, global_size: int, offset: int, local_size: int):
         self._rows = all_rows
         self._start, self._global_size, self._offset, self._local_size = start_row, global_size, offset, local_size
+        self._ahead = ReadAhead(all_rows, len(self), self._row) if all_rows.is_remote else None
 
     def __len__(self) -> int:
         return (len(self._rows) - self._start) // self._global_size * self._local_size
 
     def __getitem__(self, index: int) -> Row:
+        if self._ahead:
+            self._ahead.go_on(index)
+        return self._rows[self._row(index)]
+
+    def _row(self, index: int) -> int:
         batch, row = divmod(index, self._local_size)
-        return self._rows[self._start + batch * self._global_size + self._offset + row]
+        return self._start + batch * self._global_size + self._offset + row
 
 
 def by_source(config: Config) -> dict[str, Config]:

@@ -23,7 +23,8 @@ BLOCK, BLOCK_HEADER = 1 << 16, 24
 CHUNK_HEADER = struct.Struct("<QQQQQ")  # hash, bytes, their hash, type and number of records, decoded bytes
 CODECS = {0: "", ord("b"): "brotli", ord("z"): "zstd"}
 FOOTER_BYTES = 2 * BLOCK
-"""Read with the postscript: the footers of some 8,000 records."""
+"""Read with the postscript: the footers of some 20,000 records."""
+MAX_FOOTER_BYTES = 1 << 30
 FIELDS = (8, 16, 24)
 """The tags of a footer's offset, decoded size and number of records."""
 SIGNATURE = bytes.fromhex(
@@ -173,7 +174,12 @@ def _decompress(codec: str, content: bytes) -> bytes:
     if not codec:
         return content
     size, start = _varint(content, 0)
-    return pa.Codec(codec).decompress(content[start:], size).to_pybytes()
+    if size > MAX_FOOTER_BYTES:
+        raise ValueError(f"footers of {size} bytes")
+    try:
+        return pa.Codec(codec).decompress(content[start:], size).to_pybytes()
+    except OSError as err:  # also where nothing is wrong but the content
+        raise ValueError(err) from err
 
 
 def _varint(content: bytes, at: int) -> tuple[int, int]:
