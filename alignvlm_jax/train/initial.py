@@ -71,7 +71,9 @@ def write(llm: Tower, vision: Tower, config: Config, write_tokenizer: Callable[[
         largest = max(x.nbytes for x in jax.tree.leaves(params))
         with Checkpoints(staging / checkpoint.FOLDER, host_gb=1.1 * largest / 1e9) as checkpoints:
             metadata = checkpoint.describe((config,), config, train_seconds=0.0, answer_loss=None)
-            checkpoints.save(0, TrainState(np.int32(0), params, ()), next_row=0, metadata=metadata, metrics=None)
+            checkpoints.save(
+                0, TrainState(np.int32(0), params, ()), position={"next_row": 0}, metadata=metadata, metrics=None
+            )
     return table
 
 

@@ -125,20 +125,20 @@ def _train_stage(run: Run, stage: Stage, newest: int) -> None:
         validation = Validation(config, mesh)
         asker = SpotCheck(model, config, mesh) if spot_check.is_asked(config) else None
         abstract = state.abstract_state(model, config, tx, mesh)
-        live, next_row = _start(run, stage, newest, model, tx, abstract)
+        live, position = _start(run, stage, newest, model, tx, abstract)
         _set_broken_aside(run, newest)
         _announce(run, stage, newest, mesh, abstract)
         with Writer(run.folder, newest) if distributed.is_main() else NullWriter() as writer:
             train_step, eval_step = step.compile_steps(model, config, tx, abstract, mesh)
             mfu_of = flops.mfu_of(config, abstract.params, mesh.devices.flat)
             loop = _StageLoop(run, stage, mesh, writer, train_step, eval_step, validation, asker, mfu_of)
-            loop.run_steps(live, newest, next_row)
+            loop.run_steps(live, newest, position)
 
 
 def _start(
     run: Run, stage: Stage, newest: int, model: vlm.VLM, tx: optax.GradientTransformation, abstract: TrainState
-) -> tuple[TrainState, int]:
-    """Returns the state to go on from, and the next row of the stage's data."""
+) -> tuple[TrainState, dict[str, Any]]:
+    """Returns the state to go on from, and the position in the stage's data."""
     config, checkpoints = stage.config, run.checkpoints
     if run.earlier_seconds is None:
         metadata = checkpoint.agreed(lambda: checkpoints.metadata(newest)) if newest else {"train_seconds": 0.0}
@@ -161,7 +161,7 @@ def _start(
     run.progress.say(table)
     opt_state = state.init_opt_state(tx, config, abstract, params)
     first = jax.device_put(np.asarray(stage.begin, np.int32), abstract.step.sharding)
-    return TrainState(first, params, opt_state), 0
+    return TrainState(first, params, opt_state), {"next_row": 0}
 
 
 def _check_data(run: Run, metadata: Mapping[str, Any]) -> None:
@@ -221,12 +221,17 @@ class _StageLoop:
     saved: int = 0
     saved_at: float = 0.0
 
-    def run_steps(self, live: TrainState, newest: int, next_row: int) -> None:
+    def run_steps(self, live: TrainState, newest: int, position: Mapping[str, Any]) -> None:
         """Trains from step `newest` to the stage's end, where a checkpoint stands in any case."""
         config = self.stage.config
         self.saved, self.saved_at = newest, time.monotonic()
         local_rows = sharding.rows_of_process(self.mesh, config.train.batch_size).tolist()
-        self.batches = pipeline.TrainBatches(config, start_row=next_row, local_rows=local_rows)
+        self.batches = pipeline.TrainBatches(
+            config,
+            start_row=position["next_row"],
+            local_rows=local_rows,
+            schedule_state=position.get("schedule"),
+        )
         if self.batches.num_unused:
             self.run.progress.say(f"{self.batches.num_unused:,} records are in no row: of no use to the stage's tasks")
         self.interval = Interval()
@@ -346,5 +351,6 @@ class _StageLoop:
             metrics = {"stage": self.stage.index, "answer_loss": answer_loss} if is_comparable else None
             # Not of the batches: one more than was trained on may have been fetched.
             next_row = (now - self.stage.begin) * self.stage.config.train.batch_size
-            self.run.checkpoints.save(now, live, next_row=next_row, metadata=metadata, metrics=metrics)
+            position = {"next_row": next_row, "schedule": self.batches.schedule_state()}
+            self.run.checkpoints.save(now, live, position=position, metadata=metadata, metrics=metrics)
             self.saved, self.saved_at = now, time.monotonic()
