@@ -239,6 +239,9 @@ class TrainConfig:
     Every `validate_every` steps the losses are measured on `validation_rows`, shared evenly by the sources; every
     `generate_every`, where that is not 0 and pixels are looked at, `generate_questions` of each source's validation
     split are answered and scored.
+
+    `profile` "100:105" traces the steps from 100 up to and not including 105, counted over the run. A process that has
+    not moved for `stall_minutes` ends itself; 0: never (docs/pods.md).
     """
 
     num_steps: int = 1000
@@ -257,6 +260,8 @@ class TrainConfig:
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
     max_skipped_steps: int = 10
+    profile: str = ""
+    stall_minutes: float = 10.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
-
 CATEGORY_OF = {
     "starting": "other",
     "restoring": "other",
@@ -60,10 +58,14 @@ class Phases:
         """When a phase began or ended, a step ended, or `progress` was called last."""
 
     def __enter__(self) -> "Phases":
+        import jax  # Not above: who only reads phases should not wait for it.
+
         jax.monitoring.register_event_duration_secs_listener(self._note_compile)
         return self
 
     def __exit__(self, *_: object) -> None:
+        import jax
+
         jax.monitoring.unregister_event_duration_listener(self._note_compile)
 
     @property
@@ -76,6 +78,8 @@ class Phases:
         """Counts the time inside as that of `phase`, a name of CATEGORY_OF; phases nest."""
         if phase not in CATEGORY_OF:
             raise KeyError(phase)
+        if phase == "compiling":  # Of another step function, whose steps may be slower.
+            self._step_seconds.clear()
         self._add()
         self._stack.append(phase)
         try:
@@ -129,6 +133,11 @@ class Phases:
     def run_seconds(self) -> float:
         """Returns the wall time of the run so far, over all its processes one after the other."""
         return sum(self._carried.values()) + time.monotonic() - self._began
+
+    def data_wait_fraction(self) -> float:
+        """Returns the fraction of this process's own time in which it waited for data."""
+        spent = sum(self._seconds.values())
+        return self._seconds["data_wait"] / spent if spent else 0.0
 
     def metrics(self) -> dict[str, float]:
         """Returns `goodput/CATEGORY`, the fraction of the run's wall time, and `goodput/seconds`."""

@@ -30,6 +30,8 @@ FREE = (
     "train.log_every",
     "train.keep_checkpoints",
     "train.checkpoint_every",
+    "train.profile",
+    "train.stall_minutes",
     "eval.*",
 )
 MAX_DIFFERENCES = 5
