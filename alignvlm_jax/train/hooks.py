@@ -65,7 +65,7 @@ class Profiler:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._local:
-            self._stop(f"the run ended in step {self._newest}")
+            self._stop(f"the run ended after step {self._newest}")
 
     def resume(self, newest: int) -> None:
         """Says what of the steps is no longer to come, where a run goes on after step `newest`."""
@@ -113,10 +113,14 @@ class Profiler:
                 for source in Path(local.name).rglob("*"):
                     if source.is_file():
                         target.mkdir(parents=True, exist_ok=True)
-                        ending = next((e for e in ENDINGS if source.name.endswith(e)), source.suffix)
-                        storage.copy_file(source, target / f"host-{self._process}{ending}")
+                        storage.copy_file(source, target / f"host-{self._process}{ending(source.name)}")
             except (OSError, RuntimeError) as err:
                 self._say(f"the profile of steps {self._first} to {self._newest} cannot be written: {err}")
                 return
         because = f" ({early})" if early else ""
         self._say(f"profile of steps {self._first} to {self._newest}{because}: {self._folder}")
+
+
+def ending(name: str) -> str:
+    """Returns what follows the host in the name of a file of a trace."""
+    return next((known for known in ENDINGS if name.endswith(known)), Path(name).suffix)
