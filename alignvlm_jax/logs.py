@@ -17,7 +17,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -120,10 +120,12 @@ class HostLog:
         """Raises OSError where the file cannot be written."""
         if storage.is_bucket(self.path):
             self.file: TextIO = self._stack.enter_context(tempfile.NamedTemporaryFile("a", buffering=1, suffix=".log"))
-            self._shipper = self._stack.enter_context(Shipper(Path(self.file.name), self.path, self._ship_seconds))
+            self._shipper = Shipper(Path(self.file.name), self.path)
         else:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = self._stack.enter_context(self.path.open("a", buffering=1))
+        problem = f"cannot write {self.path} now"
+        self._stack.enter_context(Repeated(self.ship, self._ship_seconds, problem))
         handler = logging.StreamHandler(self.file)
         handler.setFormatter(absl_logging.PythonFormatter())
         self._stack.enter_context(_handling(handler))
@@ -145,38 +147,28 @@ class HostLog:
                 absl_logging.error("ended by %s: %s", kind.__name__, err, exc_info=err)
 
     def ship(self) -> None:
-        """Sends what is new; for whoever ends the process without leaving the log."""
+        """Has the storage take what is new; for whoever ends the process without leaving the log."""
         if self._shipper:
             self._shipper.ship()
+        else:
+            os.fsync(self.file.fileno())  # A mounted bucket takes it only then.
 
 
 class Shipper:
-    """Appends what is new of a file on this machine to an object, in a thread of its own."""
+    """Appends what is new of a file on this machine to an object."""
 
-    def __init__(self, source: Path, target: Path, every: float):
+    def __init__(self, source: Path, target: Path):
         self._source = source
         self._target = target
-        self._every = every
         self._sent = 0
         self._appender: appending.Appender | None = None
         self._lock = threading.Lock()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="log shipper", daemon=True)
-
-    def __enter__(self) -> "Shipper":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Storage that does not answer is not waited for."""
-        self._ended.set()
-        self._thread.join(LAST_SECONDS)
 
     def ship(self) -> None:
         """Sends what is new; OSError or UserError where that fails: it is sent with the next."""
         with self._lock:
             if self._appender is None:
-                # Its own clock would meet errors that nobody hears of; this one asks it to sync.
+                # Its own clock would meet errors that nobody hears of; `Repeated` asks it to sync.
                 self._appender = appending.Appender(self._target, every=NEVER)
             with self._source.open("rb") as file:
                 file.seek(self._sent)
@@ -185,17 +177,38 @@ class Shipper:
             self._sent += len(new)
             self._appender.sync()
 
+
+class Repeated:
+    """Does something every so many seconds in a thread of its own while entered, and once at the end.
+
+    What fails is told once, and tried again. Storage that does not answer at the end is not waited for.
+    """
+
+    def __init__(self, action: Callable[[], None], every: float, problem: str):
+        self._action = action
+        self._every = every
+        self._problem = problem
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+
+    def __enter__(self) -> "Repeated":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join(LAST_SECONDS)
+
     def _run(self) -> None:
-        told = False
-        ended = False
+        told = ended = False
         while not ended:
             ended = self._ended.wait(self._every)
             try:
-                self.ship()
+                self._action()
                 told = False
             except Exception as err:
                 if not told:
-                    absl_logging.warning("cannot write %s now: %s", self._target, err)
+                    absl_logging.warning("%s: %s", self._problem, err)
                 told = True
 
 

@@ -362,7 +362,7 @@ def describe(
         "data": sources.fingerprint(*stage.data.folders),
         "train_seconds": train_seconds,
         "validation_answer_loss": answer_loss,
-        "git": _git_hash(),
+        "git": git_hash(),
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
 
@@ -459,8 +459,8 @@ def _first_line(err: Exception) -> str:
 
 
 @functools.cache
-def _git_hash() -> str:
-    """The commit of the code that runs, with "-dirty" where it was changed since; "unknown" outside a checkout."""
+def git_hash() -> str:
+    """Returns the commit of the code, with "-dirty" where it was changed since; "unknown" outside a checkout."""
     command = ["git", "-C", str(pathlib.Path(__file__).parent), "--no-optional-locks"]
     command += ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

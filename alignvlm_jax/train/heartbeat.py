@@ -64,8 +64,11 @@ class Heartbeat:
         self._others = Others()
         self._looked = time.monotonic()
         self._problem = ""
+        self.earlier: dict[str, Any] = {}
+        """The last heartbeat of the process before this one; empty where there is none."""
 
     def __enter__(self) -> "Heartbeat":
+        self.earlier = read(self._folder, self._process)
         self._try(self._clear)
         self._beat()
         self._thread.start()

@@ -4,6 +4,7 @@ A stage always starts from a saved checkpoint, that of the stage before or its o
 was not take the same path.
 """
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -21,14 +22,32 @@ from rich.table import Table
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import pipeline, sources
+from alignvlm_jax.data.schema import Batch
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.eval import spot_check
 from alignvlm_jax.eval.spot_check import SpotCheck
+from alignvlm_jax.logs import HostLog
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import distributed, sharding
 from alignvlm_jax.parallel import mesh as mesh_lib
-from alignvlm_jax.train import checkpoint, flops, optim, preflight, state, step, warm_start, workdir
+from alignvlm_jax.train import (
+    checkpoint,
+    flops,
+    goodput,
+    hooks,
+    optim,
+    preflight,
+    state,
+    step,
+    warm_start,
+    watch,
+    workdir,
+)
 from alignvlm_jax.train.checkpoint import BrokenCheckpoint, Checkpoints
+from alignvlm_jax.train.goodput import Phases
+from alignvlm_jax.train.heartbeat import Heartbeat
+from alignvlm_jax.train.hooks import Profiler
+from alignvlm_jax.train.metrics import FILE as METRICS_FILE
 from alignvlm_jax.train.metrics import Interval, NullWriter, Progress, Writer, peak_memory_gib
 from alignvlm_jax.train.signals import StopSignal
 from alignvlm_jax.train.state import TrainState
@@ -59,6 +78,9 @@ class Run:
     checkpoints: Checkpoints
     progress: Progress
     stop: StopSignal
+    phases: Phases
+    heartbeat: Heartbeat
+    profiler: Profiler
     began: float
     earlier_seconds: float | None = None
     announced: bool = False
@@ -73,8 +95,10 @@ class Run:
         return (self.earlier_seconds or 0.0) + time.monotonic() - self.began
 
 
-def train(configs: tuple[Config, ...], folder: Path, console: Console) -> None:
+def train(configs: tuple[Config, ...], folder: Path, console: Console, process_began: float | None = None) -> None:
     """Trains the stages in order in the workdir `folder`, going on from its newest readable checkpoint.
+
+    `process_began` is when the process began, on the clock of `time.monotonic`; default: now.
 
     Raises:
       Stopped: after SIGINT or SIGTERM; the state is saved.
@@ -86,14 +110,29 @@ def train(configs: tuple[Config, ...], folder: Path, console: Console) -> None:
     spot_check.check(configs)
     stages = lay_out(configs)
     total = stages[-1].end
+    profiled = hooks.profile_range(configs)
+    process, num_processes = jax.process_index(), jax.process_count()
     keep, ends = max(config.train.keep_checkpoints for config in configs), tuple(stage.end for stage in stages)
     with (
         workdir.claim(folder, configs),
+        HostLog(folder, process=process, num_processes=num_processes, commit=checkpoint.git_hash()) as log,
+        Phases(process_began) as phases,
+        watch.watched(
+            folder,
+            phases,
+            process=process,
+            num_processes=num_processes,
+            total=total,
+            stall_minutes=watch.stall_minutes(configs),
+            log=log,
+            stopped=(Stopped,),
+        ) as heartbeat,
         StopSignal() as stop,
         Checkpoints(folder / checkpoint.FOLDER, keep=keep, stage_ends=ends) as checkpoints,
         Progress(console, total) as progress,
+        Profiler(folder, profiled, process, progress.say) as profiler,
     ):
-        run = Run(configs, total, folder, checkpoints, progress, stop, began)
+        run = Run(configs, total, folder, checkpoints, progress, stop, phases, heartbeat, profiler, began)
         while (newest := run.newest()) < total:
             stage = next(stage for stage in stages if newest < stage.end)
             try:
@@ -121,8 +160,11 @@ def _train_stage(run: Run, stage: Stage, newest: int) -> None:
         validation = Validation(config)
         asker = SpotCheck(model, config, mesh) if spot_check.is_asked(config) else None
         abstract = state.abstract_state(model, config, tx, mesh)
-        live, next_row = _start(run, stage, newest, model, tx, abstract)
+        with run.phases.enter("restoring"):
+            live, next_row = _start(run, stage, newest, model, tx, abstract)
         _set_broken_aside(run, newest)
+        if not run.announced:
+            _watch_from(run, newest)
         _announce(run, stage, newest, mesh, abstract)
         with Writer(run.folder, newest) if distributed.is_main() else NullWriter() as writer:
             train_step, eval_step = step.compile_steps(model, config, tx, abstract, mesh)
@@ -181,6 +223,15 @@ def _set_broken_aside(run: Run, newest: int) -> None:
         run.progress.say(f"{err}; moved to {run.checkpoints.set_aside(step)}, going on from step {newest}")
 
 
+def _watch_from(run: Run, newest: int) -> None:
+    """Goes on with the sums of where time went, before the lines beyond `newest` are cut off."""
+    carried = goodput.carried(goodput.logged(run.folder / METRICS_FILE), newest)
+    before = run.heartbeat.earlier.get("run_seconds", 0.0)
+    if newest or before:
+        run.phases.resume(newest, carried, before)
+    run.profiler.resume(newest)
+
+
 def _announce(run: Run, stage: Stage, newest: int, mesh: Mesh, abstract: TrainState) -> None:
     """Says what is about to be trained, and once a run on what."""
     sizes = {path: math.prod(x.shape) for path, x in state.flatten(abstract.params).items()}
@@ -215,26 +266,37 @@ class _StageLoop:
 
     def run_steps(self, live: TrainState, newest: int, next_row: int) -> None:
         """Trains from step `newest` to the stage's end, where a checkpoint stands in any case."""
-        config, saved = self.stage.config, newest
+        config = self.stage.config
         self.batches = pipeline.TrainBatches(
             config, start_row=next_row, process_index=jax.process_index(), process_count=jax.process_count()
         )
         if self.batches.num_unused:
             self.run.progress.say(f"{self.batches.num_unused:,} records are in no row: of no use to the stage's tasks")
         self.interval = Interval()
+        with self.run.phases.enter("training"):
+            self._run_steps(live, newest)
+        # The next stage would compile before it asks.
+        if self.stage.end < self.run.total and self.run.stop.requested():
+            raise self._stopped(self.stage.end)
+
+    def _run_steps(self, live: TrainState, newest: int) -> None:
+        config, saved, phases = self.stage.config, newest, self.run.phases
         for now in range(newest + 1, self.stage.end + 1):
             if self._must_stop(now):
                 self._read()
                 self.run.progress.say(f"stopping at step {now - 1}")
                 if now - 1 > saved:
                     self._save(live, now - 1, None)
-                self.run.checkpoints.wait()
+                self._wait_for_save()
                 raise self._stopped(now - 1)
+            compiles = phases.enter("compiling") if now == newest + 1 else contextlib.nullcontext()
             with jax.transfer_guard("disallow"):
-                batch = step.train_inputs(config, self.interval.next_batch(self.batches, self._is_device_busy))
-                live, metrics = self.train_step(live, sharding.put_batch(batch, self.mesh))
+                batch = sharding.put_batch(step.train_inputs(config, self._next_batch()), self.mesh)
+                with compiles, self.run.profiler.step(now, self._wait_for_step):
+                    live, metrics = self.train_step(live, batch)
             self._read()
             self.unread = now, metrics, self.batches.num_unsupervised
+            self.run.profiler.after_step(now, self._wait_for_step)
             self.run.checkpoints.check()
             answer_loss = self._validate(live, now) if self._is_due(now, config.train.validate_every) else None
             if self.spot_check and self._is_due(now, config.train.generate_every):
@@ -242,10 +304,28 @@ class _StageLoop:
             if self._is_due(now, config.train.checkpoint_every):
                 self._save(live, now, answer_loss)
                 saved = now
-        self.run.checkpoints.wait()
-        # The next stage would compile before it asks.
-        if self.stage.end < self.run.total and self.run.stop.requested():
-            raise self._stopped(self.stage.end)
+        self._wait_for_save()
+
+    def _next_batch(self) -> Batch:
+        """What the host waits for while the device is at work counts as training."""
+        phases, began = self.run.phases, time.monotonic()
+        with phases.enter("waiting"):
+            batch = self.interval.next_batch(self.batches, self._is_device_busy)
+        if self._is_device_busy():
+            phases.move("waiting", "training", time.monotonic() - began)
+        return batch
+
+    def _wait_for_step(self) -> None:
+        jax.block_until_ready(self.unread and self.unread[1])
+
+    def _wait_for_save(self) -> None:
+        with self.run.phases.enter("saving"):
+            self.run.checkpoints.wait()
+
+    def _should_stop(self) -> bool:
+        """Asked between the batches of validation and generation."""
+        self.run.phases.progress()
+        return self.run.stop.requested()
 
     def _stopped(self, now: int) -> Stopped:
         return Stopped(f"stopped at step {now} of {self.run.total}")
@@ -269,6 +349,7 @@ class _StageLoop:
         (now, metrics, unsupervised), self.unread = self.unread, None
         config = self.stage.config
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.run.phases.step(now)
         skipped = now - self.stage.begin - int(values.pop("num_updates"))
         if skipped > config.train.max_skipped_steps:
             raise UserError(
@@ -287,6 +368,7 @@ class _StageLoop:
             line["unsupervised_records"] = unsupervised - self.unsupervised_told
             self.unsupervised_told = unsupervised
             line["peak_memory_gib"] = peak_memory_gib()
+            line |= self.run.phases.metrics()
             self.interval = Interval()
             self.writer.write(now, config.stage, line)
             self.run.progress.update(now, config.stage, line)
@@ -295,23 +377,23 @@ class _StageLoop:
         """Measures and logs the validation losses; returns the answer loss, or None where there is none or when
         told to stop meanwhile."""
         self._read()
-        with self.interval.pause():
-            values = self.validation.measure(self.eval_step, live.params, self.mesh, self.run.stop.requested)
+        with self.interval.pause(), self.run.phases.enter("validating"):
+            values = self.validation.measure(self.eval_step, live.params, self.mesh, self._should_stop)
             if values is None:
                 return None
-            self.writer.write(now, self.stage.config.stage, values)
+            self.writer.write(now, self.stage.config.stage, values | self.run.phases.metrics())
             return values.get("validation/answer_loss")
 
     def _ask(self, live: TrainState, now: int) -> None:
         """Logs the scores of generated answers; nothing when told to stop meanwhile."""
         self._read()
-        with self.interval.pause():
-            if values := self.spot_check.scores(live.params, self.run.stop.requested):
-                self.writer.write(now, self.stage.config.stage, values)
+        with self.interval.pause(), self.run.phases.enter("generating"):
+            if values := self.spot_check.scores(live.params, self._should_stop):
+                self.writer.write(now, self.stage.config.stage, values | self.run.phases.metrics())
 
     def _save(self, live: TrainState, now: int, answer_loss: float | None) -> None:
         self._read()
-        with self.interval.pause():
+        with self.interval.pause(), self.run.phases.enter("saving"):
             seconds = self.run.train_seconds()
             metadata = checkpoint.describe(
                 self.run.stages, self.stage.config, train_seconds=seconds, answer_loss=answer_loss

@@ -7,12 +7,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
 from absl import logging
 
+from alignvlm_jax.config import Config
+from alignvlm_jax.logs import HostLog
 from alignvlm_jax.train.exit_timer import ExitTimer
 from alignvlm_jax.train.goodput import Phases
 from alignvlm_jax.train.heartbeat import FINAL_SECONDS, Heartbeat, within
@@ -148,10 +150,9 @@ def watched(
     num_processes: int,
     total: int,
     stall_minutes: float,
-    log: TextIO,
-    ship_log: Callable[[], None],
+    log: HostLog,
     stopped: tuple[type[BaseException], ...] = (),
-) -> Iterator[None]:
+) -> Iterator[Heartbeat]:
     """Heartbeat and watchdog of a process while it trains.
 
     Args:
@@ -159,16 +160,15 @@ def watched(
       phases: what the process does.
       process, num_processes, total: of the heartbeat.
       stall_minutes: of the watchdog.
-      log: the host's log, where stacks go.
-      ship_log: sends it on, before the watchdog ends the process.
+      log: where stacks go.
       stopped: exceptions of a run that was told to stop.
     """
 
     def before_exit() -> None:
         heartbeat.end("stalled")
-        ship_log()
+        log.ship()
 
-    watchdog = Watchdog(phases, stall_minutes, log, before_exit)
+    watchdog = Watchdog(phases, stall_minutes, log.file, before_exit)
     heartbeat = Heartbeat(
         folder,
         phases,
@@ -179,7 +179,13 @@ def watched(
         stopped=stopped,
     )
     with heartbeat, watchdog:
-        yield
+        yield heartbeat
+
+
+def stall_minutes(stages: Sequence[Config]) -> float:
+    """Returns the longest of all stages; 0, which is for ever, where one says so."""
+    minutes = [stage.train.stall_minutes for stage in stages]
+    return max(minutes) if all(minutes) else 0.0
 
 
 def _exit_timer() -> ExitTimer | None:
