@@ -259,10 +259,13 @@ def _warnings_logged() -> Iterator[None]:
 @contextlib.contextmanager
 def _crashes_dumped(file: TextIO) -> Iterator[None]:
     """A crash in C, and `kill -USR1 PID`, leave the stacks of all threads in the file."""
+    was_enabled = faulthandler.is_enabled()
     faulthandler.enable(file=file)
     faulthandler.register(signal.SIGUSR1, file=file)
     try:
         yield
     finally:
         faulthandler.unregister(signal.SIGUSR1)
-        faulthandler.enable()
+        faulthandler.disable()
+        if was_enabled:
+            faulthandler.enable(file=sys.__stderr__)
