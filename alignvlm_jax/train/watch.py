@@ -13,6 +13,7 @@ from typing import TextIO
 
 from absl import logging
 
+from alignvlm_jax import storage
 from alignvlm_jax.config import Config
 from alignvlm_jax.logs import HostLog
 from alignvlm_jax.train.exit_timer import ExitTimer
@@ -165,6 +166,7 @@ def watched(
     """
 
     def before_exit() -> None:
+        storage.close_all()
         heartbeat.end("stalled")
         log.ship()
 
