@@ -50,6 +50,24 @@ def test_what_the_user_can_mend_is_one_line_and_status_1(command, capsys, error,
     assert capsys.readouterr().err == f"alignvlm_jax: error: {message}\n"
 
 
+@pytest.mark.parametrize("error", [UserError("ours"), PermissionError(errno.EACCES, "Permission denied", "runs/mine")])
+@pytest.mark.parametrize(("flags", "value"), [(["--debug"], ""), ([], "1")])
+def test_debugging_shows_the_traceback_before_the_line(command, capsys, monkeypatch, error, flags, value):
+    seen = []
+
+    def a_function_that_fails(argv: list[str]) -> None:
+        seen.extend(argv)
+        raise error
+
+    command(a_function_that_fails)
+    monkeypatch.setenv("ALIGNVLM_DEBUG", value)
+    assert main_lib.main(["train", *flags, "--workdir=x"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert any("in a_function_that_fails" in line for line in lines)
+    assert lines[-1].startswith("alignvlm_jax: error: ")
+    assert seen == ["--workdir=x"]
+
+
 def test_a_fault_of_ours_is_not_hidden(command):
     command(fail_with(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):

@@ -55,6 +55,16 @@ def test_the_steps_asked_for_are_traced_and_no_others(folder, tmp_path):
     assert said == [f"profile of steps 3 to 5: {folder / 'profile'}"]
 
 
+def test_steps_before_and_the_last_one_are_waited_for(tmp_path):
+    waited = []
+    with Profiler(tmp_path, range(2, 4), 0, lambda text: None) as profiler:
+        for number in range(1, 6):
+            with profiler.step(number, lambda number=number: waited.append(f"before {number}")):
+                pass
+            profiler.after_step(number, lambda number=number: waited.append(f"after {number}"))
+    assert waited == ["before 2", "after 3"]
+
+
 def test_every_process_has_a_file_of_its_own(tmp_path):
     for process in (0, 1):
         run_steps(tmp_path, range(2, 3), range(1, 4), process)

@@ -148,6 +148,7 @@ def test_a_process_that_was_stopped_is_not_stuck(tmp_path):
         time.sleep(4)
         process.send_signal(signal.SIGCONT)
         assert process.wait(30) == 0
+    assert "no progress" not in (tmp_path / "host-0.log").read_text()
     os.close(primary)
     os.close(secondary)
 
