@@ -147,7 +147,7 @@ class HostLog:
                 absl_logging.error("ended by %s: %s", kind.__name__, err, exc_info=err)
 
     def ship(self) -> None:
-        """Has the storage take what is new; for whoever ends the process without leaving the log."""
+        """Has the storage take what is new."""
         if self._shipper:
             self._shipper.ship()
         else:
@@ -210,6 +210,12 @@ class Repeated:
                 if not told:
                     absl_logging.warning("%s: %s", self._problem, err)
                 told = True
+
+
+def ship_all() -> None:
+    """Has the storage take what is new of the logs, for whoever ends the process without leaving them."""
+    for log in list(_open_logs):
+        log.ship()
 
 
 def is_debugging(argv: list[str]) -> bool:

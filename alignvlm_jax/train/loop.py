@@ -124,7 +124,7 @@ def train(configs: tuple[Config, ...], folder: Path, console: Console, process_b
             num_processes=num_processes,
             total=total,
             stall_minutes=watch.stall_minutes(configs),
-            log=log,
+            log=log.file,
             stopped=(Stopped,),
         ) as heartbeat,
         StopSignal() as stop,

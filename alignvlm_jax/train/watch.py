@@ -13,9 +13,8 @@ from typing import TextIO
 
 from absl import logging
 
-from alignvlm_jax import storage
+from alignvlm_jax import logs, storage
 from alignvlm_jax.config import Config
-from alignvlm_jax.logs import HostLog
 from alignvlm_jax.train.exit_timer import ExitTimer
 from alignvlm_jax.train.goodput import Phases
 from alignvlm_jax.train.heartbeat import FINAL_SECONDS, Heartbeat, within
@@ -151,7 +150,7 @@ def watched(
     num_processes: int,
     total: int,
     stall_minutes: float,
-    log: HostLog,
+    log: TextIO,
     stopped: tuple[type[BaseException], ...] = (),
 ) -> Iterator[Heartbeat]:
     """Heartbeat and watchdog of a process while it trains.
@@ -161,16 +160,16 @@ def watched(
       phases: what the process does.
       process, num_processes, total: of the heartbeat.
       stall_minutes: of the watchdog.
-      log: where stacks go.
+      log: the host's log, where stacks go.
       stopped: exceptions of a run that was told to stop.
     """
 
     def before_exit() -> None:
         storage.close_all()
         heartbeat.end("stalled")
-        log.ship()
+        logs.ship_all()
 
-    watchdog = Watchdog(phases, stall_minutes, log.file, before_exit)
+    watchdog = Watchdog(phases, stall_minutes, log, before_exit)
     heartbeat = Heartbeat(
         folder,
         phases,

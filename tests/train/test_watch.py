@@ -139,11 +139,12 @@ def test_a_run_that_moves_on_while_stacks_are_dumped_is_left_alone(tmp_path):
 def test_a_process_that_was_stopped_is_not_stuck(tmp_path):
     """As by Ctrl-Z: here it has a terminal, so no timer in C runs on."""
     primary, secondary = os.openpty()
-    program = textwrap.dedent(STEPS).replace("{stuck}", "time.sleep(0.5)")
+    program = textwrap.dedent(STEPS).replace("{stuck}", "for _ in range(7): time.sleep(0.1)")
     with subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)], text=True, stdin=secondary, stdout=subprocess.PIPE
     ) as process:
         assert process.stdout.readline() == "steps done\n"
+        time.sleep(0.2)  # The watchdog has seen the last step.
         process.send_signal(signal.SIGSTOP)
         time.sleep(4)
         process.send_signal(signal.SIGCONT)
