@@ -12,7 +12,7 @@ import traceback
 from types import ModuleType
 from typing import NoReturn
 
-from alignvlm_jax import storage
+from alignvlm_jax import logs, storage
 from alignvlm_jax.errors import StoppedError, TryAgainError, UsageError, UserError, nearest
 from alignvlm_jax.parallel import xla_flags
 
@@ -37,9 +37,19 @@ COMPUTING = (*JOINING, "convert", "generate", "compare")
 
 def main(argv: list[str]) -> int:
     """Runs one command; returns the exit status."""
+    debug = logs.is_debugging(argv)
+    argv = [argument for argument in argv if argument != "--debug"]
+    with logs.collected(debug):
+        return _run(argv, debug)
+
+
+def _run(argv: list[str], debug: bool) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: python -m alignvlm_jax COMMAND [--help] ...\n")
+        print("usage: python -m alignvlm_jax COMMAND [--help] [--debug] ...\n")
         print("\n".join(f"  {name:10}{help_text}" for name, help_text in COMMANDS.items()))
+        print(
+            "\n--debug, or ALIGNVLM_DEBUG=1: the traceback of an error, and all messages of libraries on the terminal"
+        )
         return 0 if argv else 2
     if argv[0] not in COMMANDS:
         print(f"alignvlm_jax: error: unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}", file=sys.stderr)
@@ -59,12 +69,20 @@ def main(argv: list[str]) -> int:
     except StoppedError as err:
         return _fail(str(err), status=143)
     except UserError as err:
+        _show_traceback(debug)
         return _fail(str(err))
     except OSError as err:
+        _show_traceback(debug)
         return _fail(f"{err.filename}: {err.strerror}" if err.filename and err.strerror else str(err))
     except KeyboardInterrupt:
         return _fail("interrupted")
     return 0
+
+
+def _show_traceback(debug: bool) -> None:
+    """The log of a host has it in any case."""
+    if debug:
+        traceback.print_exc()
 
 
 def _joins(argv: list[str]) -> bool:

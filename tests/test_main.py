@@ -60,6 +60,24 @@ def test_what_launchers_start_again_has_a_status_of_its_own(command, capsys, err
     assert capsys.readouterr().err == "alignvlm_jax: error: a\n"
 
 
+@pytest.mark.parametrize("error", [UserError("ours"), PermissionError(errno.EACCES, "Permission denied", "runs/mine")])
+@pytest.mark.parametrize(("flags", "value"), [(["--debug"], ""), ([], "1")])
+def test_debugging_shows_the_traceback_before_the_line(command, capsys, monkeypatch, error, flags, value):
+    seen = []
+
+    def a_function_that_fails(argv: list[str]) -> None:
+        seen.extend(argv)
+        raise error
+
+    command(a_function_that_fails)
+    monkeypatch.setenv("ALIGNVLM_DEBUG", value)
+    assert main_lib.main(["train", *flags, "--workdir=x"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert any("in a_function_that_fails" in line for line in lines)
+    assert lines[-1].startswith("alignvlm_jax: error: ")
+    assert seen == ["--workdir=x"]
+
+
 def test_a_fault_of_ours_is_not_hidden(command):
     command(fail_with(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):

@@ -11,7 +11,7 @@ from alignvlm_jax import storage
 from alignvlm_jax.commands import config_flag
 from alignvlm_jax.errors import StoppedError
 from alignvlm_jax.parallel import distributed
-from alignvlm_jax.train import loop
+from alignvlm_jax.train import goodput, loop
 
 
 def main(argv: list[str]) -> None:
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     distributed.initialize(argv)
     console = Console(highlight=False, soft_wrap=True, quiet=not distributed.is_main())
     try:
-        loop.train(stages, args.workdir, console)
+        loop.train(stages, args.workdir, console, goodput.process_began())
     except loop.Stopped as err:
         distributed.leave()
         launcher = os.environ.get("ALIGNVLM_LAUNCHER") or f"{shlex.quote(sys.executable)} -m alignvlm_jax"

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -40,7 +41,9 @@ def initialize(arguments: list[str] | None = None) -> None:
         _join()
     if exchange.client() is not None and jax.process_count() > 1:
         _watch = _watch or Watch()
-        _check_alike(arguments or [])
+        versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+        check_alike({"Python": platform.python_version(), **versions, "arguments": " ".join(arguments or [])})
+        _check_clocks()
 
 
 def _join() -> None:
@@ -90,17 +93,19 @@ def fail(message: str, status: int) -> None:
         _watch.fail(message, status)
 
 
-def _check_alike(arguments: list[str]) -> None:
-    """What differs between hosts would part them at some later point, in a hang or in wrong numbers."""
-    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    facts = {"Python": platform.python_version(), **versions, "arguments": arguments}
+def check_alike(facts: Mapping[str, Any]) -> None:
+    """Raises UserError on all processes where facts are not the same on all of them. What differs between hosts would
+    part them at some later point, in a hang or in wrong numbers."""
     if found := exchange.differing(facts):
         name, values = next(iter(found.items()))
         other = next(i for i, value in enumerate(values) if value != values[0])
         raise UserError(
-            f"the processes differ in {', '.join(found)}: {name} is {_shown(values[0])} on process 0 and "
-            f"{_shown(values[other])} on process {other}; start all of them with the same"
+            f"the processes differ in {', '.join(found)}: {name} is {values[0]!r} on process 0 and {values[other]!r} on "
+            f"process {other}; start all of them with the same"
         )
+
+
+def _check_clocks() -> None:
     exchange.barrier()
     times = exchange.gather(time.time())
     spread = max(times) - min(times)
@@ -110,10 +115,6 @@ def _check_alike(arguments: list[str]) -> None:
             f"the clocks of the processes differ by {spread:.0f} s, and at most {MAX_CLOCK_SECONDS} s will do; that of "
             f"process {behind} is the furthest behind: set it right (chrony, NTP)"
         )
-
-
-def _shown(value: Any) -> str:
-    return " ".join(value) or "none" if isinstance(value, list) else str(value)
 
 
 def _number(name: str, text: str) -> int:

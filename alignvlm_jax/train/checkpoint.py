@@ -386,7 +386,7 @@ def describe(
         "data": sources.fingerprint(*stage.data.folders),
         "train_seconds": train_seconds,
         "validation_answer_loss": answer_loss,
-        "git": _git_hash(),
+        "git": git_hash(),
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
 
@@ -543,8 +543,8 @@ def _first_line(err: BaseException) -> str:
 
 
 @functools.cache
-def _git_hash() -> str:
-    """The commit of the code that runs, with "-dirty" where it was changed since; "unknown" outside a checkout.
+def git_hash() -> str:
+    """Returns the commit of the code that runs, with "-dirty" where it was changed since; "unknown" outside a checkout.
 
     The launch scripts name it where there is no .git: in ALIGNVLM_COMMIT, or in the file COMMIT of an image or a host.
     """

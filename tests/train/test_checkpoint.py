@@ -531,7 +531,7 @@ def test_where_there_is_no_git_the_launch_scripts_name_the_commit(tmp_path, monk
     config = tiny_config(stage="align")
 
     def commit() -> str:
-        checkpoint._git_hash.cache_clear()
+        checkpoint.git_hash.cache_clear()
         return checkpoint.describe((config,), config, train_seconds=2.0, answer_loss=0.5)["git"]
 
     assert commit() == "unknown"
@@ -539,4 +539,4 @@ def test_where_there_is_no_git_the_launch_scripts_name_the_commit(tmp_path, monk
     assert commit() == "abc-dirty"
     monkeypatch.setenv("ALIGNVLM_COMMIT", "def")
     assert commit() == "def"
-    checkpoint._git_hash.cache_clear()
+    checkpoint.git_hash.cache_clear()
