@@ -98,10 +98,10 @@ def check_alike(facts: Mapping[str, Any]) -> None:
     part them at some later point, in a hang or in wrong numbers."""
     if found := exchange.differing(facts):
         name, values = next(iter(found.items()))
-        other = next(i for i, value in enumerate(values) if value != values[0])
+        process = next(i for i, value in enumerate(values) if value != values[0])
         raise UserError(
-            f"the processes differ in {', '.join(found)}: {name} is {values[0]!r} on process 0 and {values[other]!r} on "
-            f"process {other}; start all of them with the same"
+            f"the processes differ in {', '.join(found)}: {name} is {values[0]!r} on process 0 and "
+            f"{values[process]!r} on process {process}; start all of them with the same"
         )
 
 
