@@ -104,6 +104,14 @@ def test_the_clock_of_the_host_does_not_matter(bucket_folder, holder, monkeypatc
             hold(bucket_folder).__enter__()
 
 
+def test_it_is_given_back_by_a_process_that_ends_at_once(bucket_folder):
+    held = hold(bucket_folder)
+    held.__enter__()
+    storage.close_all()
+    assert not (bucket_folder / ".lock").exists()
+    held.__exit__(None, None, None)
+
+
 def test_it_is_renewed(bucket_folder):
     with hold(bucket_folder):
         for _ in range(7):
