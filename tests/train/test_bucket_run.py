@@ -53,7 +53,7 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(straight, bucket, bucket_folder):
 
 def test_it_goes_on_after_a_stop(straight, bucket_folder):
     with pytest.raises(loop.Stopped, match="stopped at step 3"):
-        fake_run.train(bucket_folder, Batches(send(signal.SIGTERM, at=3)))
+        fake_run.train(bucket_folder, Batches(send(signal.SIGTERM, at=4)))
     batches = Batches()
     assert "going on from" in fake_run.train(bucket_folder, batches)
     assert batches.served[0] == 4
