@@ -1,4 +1,9 @@
-"""`python -m alignvlm_jax COMMAND ...`. Exit status: 0 done, 1 failed (one line on stderr), 2 wrong usage."""
+"""`python -m alignvlm_jax COMMAND ...`.
+
+Exit status: 0 done; 1 wrong input (one line on stderr), which would only fail again; 2 wrong usage. The launch scripts
+start again what ends otherwise: 70 an exception that nobody expected, as where another host is lost; 75 stalled, or a
+host that came too late; 143 told to stop, and saved.
+"""
 
 import importlib
 import os
@@ -7,8 +12,9 @@ import traceback
 from types import ModuleType
 from typing import NoReturn
 
-from alignvlm_jax import storage
-from alignvlm_jax.errors import UsageError, UserError, nearest
+from alignvlm_jax import logs, storage
+from alignvlm_jax.errors import StoppedError, TryAgainError, UsageError, UserError, nearest
+from alignvlm_jax.parallel import xla_flags
 
 COMMANDS = {
     "prepare": "makes training shards of data sets, of your own documents, or of rendered ones",
@@ -25,12 +31,25 @@ COMMANDS = {
 JOINING = {"train": "", "evaluate": "", "inspect": "--analysis"}
 """Commands that several processes run as one, and the flag without which they do not."""
 
+COMPUTING = (*JOINING, "convert", "generate", "compare")
+"""Commands that compile for this machine's devices."""
+
 
 def main(argv: list[str]) -> int:
     """Runs one command; returns the exit status."""
+    debug = logs.is_debugging(argv)
+    argv = [argument for argument in argv if argument != "--debug"]
+    with logs.collected(debug):
+        return _run(argv, debug)
+
+
+def _run(argv: list[str], debug: bool) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: python -m alignvlm_jax COMMAND [--help] ...\n")
+        print("usage: python -m alignvlm_jax COMMAND [--help] [--debug] ...\n")
         print("\n".join(f"  {name:10}{help_text}" for name, help_text in COMMANDS.items()))
+        print(
+            "\n--debug, or ALIGNVLM_DEBUG=1: the traceback of an error, and all messages of libraries on the terminal"
+        )
         return 0 if argv else 2
     if argv[0] not in COMMANDS:
         print(f"alignvlm_jax: error: unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}", file=sys.stderr)
@@ -38,18 +57,32 @@ def main(argv: list[str]) -> int:
     if not _joins(argv) and (name := _asks_for_several()):
         joining = ", ".join(f"{command} {flag}".strip() for command, flag in JOINING.items())
         return _fail(f"{argv[0]} runs as one process, and {name} is set: only {joining} join several")
+    if argv[0] in COMPUTING and (line := xla_flags.apply_preset()):
+        print(line, file=sys.stderr, flush=True)
     try:
         # Imported late: `--help` of a command that needs no jax should not wait for it.
         importlib.import_module(f"alignvlm_jax.commands.{argv[0]}").main(argv[1:])
     except UsageError as err:
         return _fail(str(err), status=2)
+    except TryAgainError as err:
+        return _fail(str(err), status=75)
+    except StoppedError as err:
+        return _fail(str(err), status=143)
     except UserError as err:
+        _show_traceback(debug)
         return _fail(str(err))
     except OSError as err:
+        _show_traceback(debug)
         return _fail(f"{err.filename}: {err.strerror}" if err.filename and err.strerror else str(err))
     except KeyboardInterrupt:
         return _fail("interrupted")
     return 0
+
+
+def _show_traceback(debug: bool) -> None:
+    """The log of a host has it in any case."""
+    if debug:
+        traceback.print_exc()
 
 
 def _joins(argv: list[str]) -> bool:
@@ -95,5 +128,5 @@ if __name__ == "__main__":
         status = main(sys.argv[1:])
     except Exception as err:
         traceback.print_exc()
-        status = _fail(f"unforeseen: {type(err).__name__}: {err}")
+        status = _fail(f"unforeseen: {type(err).__name__}: {err}", status=70)
     leave_with(status)

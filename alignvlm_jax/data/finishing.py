@@ -21,8 +21,9 @@ Dropped = dict[int, dict[int, str]]
 
 
 def finish(parts: Sequence[Part], units: Sequence[Unit], splits: Sequence[str], folder: Path) -> list[str]:
-    """Makes shards, their indexes and `rejected.jsonl` in `folder` out of all parts, in the order of the source.
-    Returns their names. It may be interrupted and called again: the lines of parts, which decide, stay as they are."""
+    """Makes shards, an index of each split and `rejected.jsonl` in `folder` out of all parts, in the order of the
+    source. Returns their names. It may be interrupted and called again: the lines of parts, which decide, stay as they
+    are."""
     dropped = _duplicates(parts, units)
     names = [staging.REJECTED]
     write_lines(folder / staging.REJECTED, _rejected(parts, units, dropped))
@@ -33,7 +34,9 @@ def finish(parts: Sequence[Part], units: Sequence[Unit], splits: Sequence[str], 
             path = folder / sources.shard_name(split, shard, len(groups))
             if not path.exists():
                 _join({parts[number]: kept[number] for number in group}, split, path)
-            names += [path.name, index.index_path(path).name]
+            names.append(path.name)
+        if groups:
+            names += index.merge(folder, split)
     return names
 
 

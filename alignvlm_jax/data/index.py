@@ -1,25 +1,28 @@
-"""What planning has to know of records without reading them: lengths and image sizes, in a file beside each shard."""
+"""What planning has to know of records without reading them: lengths and image sizes, in a file for each split.
+
+`prepare` counts each shard into a file of its own, and merges them when all are there.
+"""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
-import zipfile
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from alignvlm_jax.data import chat, images, rows, sources, tokenizer_files
+from alignvlm_jax.data import arrays, chat, filesystem, images, rows, sources, tokenizer_files
+from alignvlm_jax.data.filesystem import Entry
 from alignvlm_jax.data.schema import Record
 from alignvlm_jax.data.tokenizer import Tokenizer
 from alignvlm_jax.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Index:
-    """An entry for each of R records, in the order of `sources.RecordSource`.
+    """An entry for each of R records, in the order of `sources.RecordSource`. Equal to itself alone.
 
     Attributes:
       text_tokens: int32 [R] by task of `rows.TASKS`: tokens of the chat without image slots, all turns in it; 0 where
@@ -85,55 +88,116 @@ def index_path(shard: str | Path) -> Path:
     return Path(str(shard).removesuffix(".array_record") + ".index.npz")
 
 
+def merged_name(split: str) -> str:
+    """Returns the name of the index file of a whole split."""
+    return f"index-{split}.npz"
+
+
 def write(path: str | Path, index: Index) -> None:
     """Writes an index file, beside `path` first.
 
     Raises:
       UserError: it cannot be written, as on a full disk.
     """
-    fields = {name: value for name, value in vars(index).items() if name != "text_tokens"}
-    beside = Path(f"{path}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            np.savez(file, **fields, **{f"text_tokens.{task}": array for task, array in index.text_tokens.items()})
-        os.replace(beside, path)
-    except OSError as err:
-        raise UserError(f"cannot write {path}: {err.strerror or err}") from err
-    finally:
-        beside.unlink(missing_ok=True)
+    arrays.write(path, _fields(index))
 
 
 def read(path: str | Path) -> Index:
-    """Reads an index file.
+    """Reads an index file of this machine.
 
     Raises:
       UserError: it is missing, damaged, or lacks a task that rows now have; the message says how to count anew.
     """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            fields = dict(arrays)
-        text_tokens = {task: fields.pop(f"text_tokens.{task}") for task in rows.TASKS}
-        names = [field.name for field in dataclasses.fields(Index) if field.name != "text_tokens"]
-        tokenizer = str(fields["tokenizer"])
-        return Index(text_tokens, **{name: fields[name] for name in names} | {"tokenizer": tokenizer})
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as err:
-        reason = "is missing" if isinstance(err, FileNotFoundError) else f"cannot be read ({err})"
-        raise UserError(f"index {path} {reason}; {recount(Path(path).parent)}") from err
+    return _index(_read(os.fspath(path), 0))
 
 
-def load(directory: str | Path, split: str) -> Index:
-    """Reads the index of a split, all its shards one after another.
+def merge(directory: Path, split: str) -> list[str]:
+    """Writes the one index of a split, out of those of all its shards, and where the shards' records lie. Returns the
+    names of both files. The shards' own are left where they are.
+
+    Raises:
+      UserError: a shard has no index, it is damaged, or a file cannot be written.
+    """
+    entries, names = filesystem.listing(directory), sources.shard_names(directory, split)
+    whole = concatenate([read(index_path(directory / name)) for name in names])
+    sources.write_table(directory, split)
+    sizes = np.array([entries[name].size for name in names], np.int64)
+    arrays.write(directory / merged_name(split), _fields(whole) | {"shard_sizes": sizes})
+    return [merged_name(split), sources.table_name(split)]
+
+
+def load(directory: str | os.PathLike, split: str) -> Index:
+    """Returns the index of a split, all its shards one after another. It is shared by all of a process, and nobody may
+    write to it.
 
     Raises:
       UserError: a shard has none, or they were counted by several tokenizers; the message says what to call.
     """
-    shards = sources.shard_paths(directory, split)
-    if not shards:
+    directory = os.fspath(directory)
+    place = directory if filesystem.is_remote(directory) else os.path.abspath(directory)
+    entries, names = filesystem.listing(place), sources.shard_names(place, split)
+    if not names:
         sources.RecordSource(directory, split)  # says which splits there are
-    parts = [read(index_path(shard)) for shard in shards]
+    merged = entries.get(merged_name(split))
+    if merged:
+        return _merged(place, split, merged, tuple(entries[name].size for name in names))
+    indexes = [index_path(name).name for name in names]
+    return _of_shards(place, tuple((name, entries.get(name)) for name in indexes))
+
+
+@functools.lru_cache(maxsize=64)
+def _merged(place: str, split: str, entry: Entry, shard_sizes: tuple[int, ...]) -> Index:
+    path = filesystem.join(place, merged_name(split))
+    fields = _read(path, entry.size)
+    if fields["shard_sizes"].tolist() != list(shard_sizes):
+        raise UserError(f"{path} is of other shards; {recount(place)}")
+    return _index(fields)
+
+
+@functools.lru_cache(maxsize=64)
+def _of_shards(place: str, indexes: tuple[tuple[str, Entry | None], ...]) -> Index:
+    """Of a folder from before indexes were merged."""
+
+    def part(item: tuple[str, Entry | None]) -> Index:
+        path = filesystem.join(place, item[0])
+        if item[1] is None:
+            raise UserError(f"index {path} is missing; {recount(place)}")
+        return _index(_read(path, item[1].size))
+
+    parts = filesystem.in_threads(part, indexes)
     if len({part.tokenizer for part in parts}) > 1:
-        raise UserError(f"{directory} was counted by several tokenizers; {recount(directory)}")
-    return concatenate(parts)
+        raise UserError(f"{place} was counted by several tokenizers; {recount(place)}")
+    whole = concatenate(parts)
+    for array in (*whole.text_tokens.values(), whole.image_sizes, whole.image_starts, whole.content_hash):
+        array.setflags(write=False)
+    return whole
+
+
+def _index_fields() -> list[str]:
+    return [field.name for field in dataclasses.fields(Index) if field.name != "text_tokens"]
+
+
+def _fields(index: Index) -> dict[str, np.ndarray | str]:
+    fields = {name: value for name, value in vars(index).items() if name != "text_tokens"}
+    return fields | {f"text_tokens.{task}": array for task, array in index.text_tokens.items()}
+
+
+def _read(path: str, size: int) -> dict[str, np.ndarray]:
+    try:
+        fields = arrays.read(path, size)
+        names = [*_index_fields(), *(f"text_tokens.{task}" for task in rows.TASKS)]
+        missing = [name for name in names if name not in fields]
+        if missing:
+            raise UserError(f"{path} lacks {', '.join(missing)}")
+    except UserError as err:
+        raise UserError(f"index {err}; {recount(filesystem.parent(path))}") from err
+    return fields
+
+
+def _index(fields: dict[str, np.ndarray]) -> Index:
+    text_tokens = {task: fields[f"text_tokens.{task}"] for task in rows.TASKS}
+    others = {name: fields[name] for name in _index_fields()}
+    return Index(text_tokens, **others | {"tokenizer": str(fields["tokenizer"])})
 
 
 def concatenate(parts: list[Index]) -> Index:
@@ -167,7 +231,7 @@ def recount(directory: str | Path) -> str:
     return f"call `python -m alignvlm_jax prepare --recount --out={directory} --tokenizer=FOLDER`"
 
 
-def tokenizer_fingerprint(path: str | Path) -> str:
+def tokenizer_fingerprint(path: str | os.PathLike) -> str:
     """Returns a checksum of the tokenizer's file, or of the one in a folder, as `tokenizer_files.load` takes it."""
     return hashlib.blake2b(tokenizer_files.read(path)[1], digest_size=8).hexdigest()
 

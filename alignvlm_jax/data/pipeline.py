@@ -3,8 +3,9 @@
 import bisect
 import dataclasses
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -12,10 +13,11 @@ import numpy as np
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config, SourceConfig
 from alignvlm_jax.data import rows, schedule, tokenizer_files
+from alignvlm_jax.data.read_ahead import ReadAhead
 from alignvlm_jax.data.rows import Part, Row
 from alignvlm_jax.data.schedule import Schedule
 from alignvlm_jax.data.schema import Batch, Record
-from alignvlm_jax.data.sources import RecordSource, shard_paths
+from alignvlm_jax.data.sources import RecordSource, shard_names
 from alignvlm_jax.data.tokenizer import Tokenizer
 from alignvlm_jax.errors import UserError, nearest
 
@@ -41,6 +43,7 @@ class TrainRows:
         seed = [config.seed, zlib.crc32(f"{config.stage}/{split}".encode())]
         self.schedule: Schedule = schedule.make(config, split, sizes, seed, tokenizer_path(config))
         self.problem: str | None = None
+        self.is_remote = any(source.is_remote for source in self._sources)
 
     def __len__(self) -> int:
         return self._config.train.num_steps * self._config.train.batch_size
@@ -62,6 +65,14 @@ class TrainRows:
             else:
                 parts.append((record.id, part))
         return parts
+
+    def prefetch(self, index: int) -> int:
+        """Begins to read the records of a row from a bucket; returns how many there are."""
+        records = self.schedule.records(index)
+        for record in records:
+            source = bisect.bisect_right(self._starts, record) - 1
+            self._sources[source].prefetch(record - self._starts[source])
+        return len(records)
 
     def _check_fits(self, record: Record, parts: list[Part]) -> None:
         """It does, unless the index from which the row was planned is wrong."""
@@ -86,12 +97,26 @@ class TrainBatches(Iterator[Batch]):
         be read, or had no answer that fits.
     """
 
-    def __init__(self, config: Config, *, start_row: int = 0, local_rows: Sequence[int] | None = None):
-        """`local_rows` are those of each global batch that this process feeds, ascending; by default all of them."""
+    def __init__(
+        self,
+        config: Config,
+        *,
+        start_row: int = 0,
+        local_rows: Sequence[int] | None = None,
+        schedule_state: Mapping[str, Any] | None = None,
+    ):
+        """
+        Args:
+          start_row: global rows of the stage that have been trained on.
+          local_rows: those of each global batch that this process feeds, ascending; by default all of them.
+          schedule_state: what `schedule_state` gave there. Without it, or where it is of other data, the epochs before
+            are planned again to know where this one begins.
+        """
         global_size = config.train.batch_size
         if start_row % global_size:
             raise UserError(f"data position {start_row} is not a multiple of config.train.batch_size {global_size}")
         self._rows = TrainRows(config, config.data.split)
+        self._rows.schedule.restore(schedule_state or {})
         self.counters(start_row)  # Plans the epochs so far in their order; any other would plan some of them twice.
         self._local_rows = list(range(global_size) if local_rows is None else local_rows)
         self._batches = _read_ahead(
@@ -112,6 +137,10 @@ class TrainBatches(Iterator[Batch]):
         """Returns what all processes had in the rows before `next_row`; see `schedule.Schedule`. It follows from the
         config, so that a run that was stopped counts as one that was not."""
         return self._rows.schedule.counters(next_row)
+
+    def schedule_state(self) -> dict[str, Any]:
+        """Returns what spares a resumed run the planning of epochs that are over: a dict for JSON."""
+        return self._rows.schedule.state()
 
     def _count_unsupervised(self, batch: Batch) -> None:
         planned = sum(self._rows.schedule.num_records(self.next_row + row) for row in self._local_rows)
@@ -140,13 +169,19 @@ class _LocalRows:
 
     def __init__(self, all_rows: TrainRows, starts: Sequence[int], local_rows: Sequence[int]):
         self._rows, self._starts, self._local_rows = all_rows, starts, local_rows
+        self._ahead = ReadAhead(all_rows, len(self), self._row) if all_rows.is_remote else None
 
     def __len__(self) -> int:
         return len(self._starts) * len(self._local_rows)
 
     def __getitem__(self, index: int) -> Row:
+        if self._ahead:
+            self._ahead.go_on(index)
+        return self._rows[self._row(index)]
+
+    def _row(self, index: int) -> int:
         batch, place = divmod(index, len(self._local_rows))
-        return self._rows[self._starts[batch] + self._local_rows[place]]
+        return self._starts[batch] + self._local_rows[place]
 
 
 def _read_ahead(
@@ -169,7 +204,7 @@ def by_source(config: Config) -> dict[str, Config]:
     """
     data, split = dataclasses.replace(config.data, labelled_share=1.0), config.data.validation_split
     folders = {name: source.dir for name, source in data.sources.items()} or {"": data.dir}
-    held = {name: folder for name, folder in folders.items() if shard_paths(folder, split)}
+    held = {name: folder for name, folder in folders.items() if shard_names(folder, split)}
     if not held:
         raise UserError(f"there are no shards of split {split!r} in {', '.join(folders.values())}")
     useful: dict[str, Config] = {}

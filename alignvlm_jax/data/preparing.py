@@ -1,6 +1,5 @@
 """Data sets to training shards: units of a source on several processes, parts, shards."""
 
-import collections
 import dataclasses
 import json
 import os
@@ -98,8 +97,8 @@ def on_processes(num_workers: int) -> Runner:
 
 
 def recount(out: Path, tokenizer_path: str) -> dict[str, int]:
-    """Writes the index files of a prepared folder anew, as another tokenizer counts, and nothing else. It goes on
-    where it was interrupted. Returns the records by split.
+    """Writes the index files of a prepared folder anew, as another tokenizer counts, and nothing else; where each shard
+    has one of its own that fits, merges them. It goes on where it was interrupted. Returns the records by split.
 
     Raises:
       UserError: there are no shards, or one is damaged.
@@ -109,14 +108,20 @@ def recount(out: Path, tokenizer_path: str) -> dict[str, int]:
     shards = sorted(out.glob("*-[0-9]*-of-[0-9]*.array_record"))
     if not shards:
         raise UserError(f"no shards in {out}; run `prepare` first")
-    counts: collections.Counter[str] = collections.Counter()
-    for shard in track(shards, "Counting tokens"):
+    splits: dict[str, list[Path]] = {}
+    for shard in shards:
+        splits.setdefault(shard.name.rpartition("-of-")[0].rpartition("-")[0], []).append(shard)
+    uncounted = {split: of for split, of in splits.items() if not _is_merged(out, split, fingerprint)}
+    for shard in track([shard for of in uncounted.values() for shard in of], "Counting tokens"):
         path = index.index_path(shard)
         if not _is_counted(path, fingerprint):
             records = map(schema.decode_record, sources.read_shard(shard))
             index.write(path, index.of_records(records, tokenizer, fingerprint))
-        counts[shard.name.split("-")[0]] += len(index.read(path))
-    return dict(counts)
+    for split, of in uncounted.items():
+        index.merge(out, split)
+        for shard in of:
+            index.index_path(shard).unlink(missing_ok=True)
+    return {split: len(index.load(out, split)) for split in splits}
 
 
 def summary(out: Path, splits: Sequence[str] = parts.SPLITS) -> str:
@@ -186,6 +191,14 @@ def _copy_tokenizer(path: str, folder: Path) -> str:
     name = tokenizer_files.NAMES[content.lstrip()[:1] != b"{"]
     (folder / name).write_bytes(content)
     return name
+
+
+def _is_merged(out: Path, split: str, fingerprint: str) -> bool:
+    try:
+        is_ours = (out / index.merged_name(split)).exists() and index.load(out, split).tokenizer == fingerprint
+        return is_ours and (out / sources.table_name(split)).exists() and len(sources.RecordSource(out, split)) > 0
+    except UserError:
+        return False
 
 
 def _is_counted(path: Path, fingerprint: str) -> bool:

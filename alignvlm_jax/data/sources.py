@@ -1,21 +1,32 @@
-"""Records on disk: ArrayRecord shards, written one by one, read at random."""
+"""Records of ArrayRecord shards, on disk or in a bucket: written one by one, read at random."""
 
 import contextlib
+import functools
 import os
+import re
 import resource
+import threading
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent import futures
 from pathlib import Path
+from typing import NamedTuple
 
 import grain
+import numpy as np
 from array_record.python import array_record_module
 
-from alignvlm_jax import storage
+from alignvlm_jax.data import arrays, filesystem, shards
+from alignvlm_jax.data.filesystem import Entry
 from alignvlm_jax.data.schema import Record, decode_record, encode_record
+from alignvlm_jax.data.shards import Table
 from alignvlm_jax.errors import UserError, nearest
 
 SPARE_FILES = 512
 """Open files that everything but the shards may need."""
+
+MAX_COMING = 1024
+"""Records that were begun and not yet asked for, of a split."""
 
 AGAIN = "delete the folder and run `prepare` again"  # which finds nothing to do while `prepare.json` stands
 
@@ -25,9 +36,31 @@ def shard_name(split: str, index: int, count: int) -> str:
     return f"{split}-{index:05d}-of-{count:05d}.array_record"
 
 
+def shard_names(directory: str | os.PathLike, split: str) -> list[str]:
+    """Returns the names of a split's shards that are there, in order."""
+    is_shard = re.compile(rf"{re.escape(split)}-\d+-of-\d+\.array_record").fullmatch
+    return sorted(filter(is_shard, filesystem.listing(directory)))
+
+
 def shard_paths(directory: str | Path, split: str) -> list[Path]:
-    """Returns the shards of a split that are there, in order."""
-    return sorted(Path(directory).glob(f"{split}-[0-9]*-of-[0-9]*.array_record"))
+    """Returns the shards of a split that are there, in order, of a folder of this machine."""
+    return [Path(directory, name) for name in shard_names(directory, split)]
+
+
+def table_name(split: str) -> str:
+    """Returns the name of the file that says where the records of all shards of a split lie; see `shards.Table`."""
+    return f"shards-{split}.npz"
+
+
+def write_table(directory: Path, split: str) -> None:
+    """Writes that file.
+
+    Raises:
+      UserError: a shard is damaged, or the file cannot be written.
+    """
+    entries, names = filesystem.listing(directory), shard_names(directory, split)
+    ends = filesystem.in_threads(lambda name: shards.read_ends(directory / name, entries[name].size), names)
+    arrays.write(directory / table_name(split), shards.table(ends)._asdict())
 
 
 class ShardWriter:
@@ -90,13 +123,25 @@ def read_shard(path: str | Path) -> Iterator[bytes]:
         raise UserError(f"cannot read {path} ({err}); {AGAIN}") from err
 
 
-def fingerprint(*directories: str | Path) -> str:
+def fingerprint(*directories: str | os.PathLike) -> str:
     """Returns a checksum of what `prepare` was asked for and of the tokenizer, in every folder: other data have another
     one. Where there is neither it is that of nothing."""
+    return _fingerprint(directories, ("prepare.json", "tokenizer.model", "tokenizer.json"))
+
+
+def has_fingerprint(saved: str, *directories: str | os.PathLike) -> bool:
+    """Whether `saved` is the fingerprint of these folders, or the one of before a tokenizer.json counted."""
+    return saved in (fingerprint(*directories), _fingerprint(directories, ("prepare.json", "tokenizer.model")))
+
+
+def _fingerprint(directories: Sequence[str | os.PathLike], names: Sequence[str]) -> str:
     crc = 0
-    names = ("prepare.json", "tokenizer.model")
-    for path in (storage.path(directory) / name for directory in directories for name in names):
-        crc = zlib.crc32(path.read_bytes() if path.exists() else b"", crc)
+    for directory in directories:
+        entries = filesystem.listing(directory)
+        for name in names:
+            if name in entries:
+                content = filesystem.read_whole(filesystem.join(os.fspath(directory), name), entries[name].size)
+                crc = zlib.crc32(content, crc)
     return f"{crc:08x}"
 
 
@@ -111,37 +156,126 @@ def _allow_open_files(count: int) -> None:
 
 
 class RecordSource:
-    """The records of a split, by index."""
+    """The records of a split, by index. Several threads may ask. What is opened once, and has not changed since, is
+    shared by all of a process."""
 
-    def __init__(self, directory: str | Path, split: str):
+    def __init__(self, directory: str | os.PathLike, split: str):
         """
         Raises:
           UserError: the split is not there, or some of its shards are missing or damaged.
         """
-        paths = shard_paths(directory, split)
-        if not paths:
-            known = {path.name.split("-")[0] for path in Path(directory).glob("*-of-*.array_record")}
-            hint = nearest(split, known) if known else "; run `prepare` first"
-            raise UserError(f"no shards of split {split!r} in {directory}{hint}")
-        expected = int(paths[0].stem.rsplit("-", 1)[1])
-        if len(paths) != expected:
-            raise UserError(f"{directory} holds {len(paths)} of {expected} shards of split {split!r}; {AGAIN}")
-        _allow_open_files(len(paths))
+        directory = os.fspath(directory)
         self._name = f"split {split!r} in {directory}"
-        try:
-            self._source = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
-        except RuntimeError as err:  # all that the reader knows
-            raise UserError(f"cannot read {self._name} ({err}); {AGAIN}") from err
+        self.is_remote = filesystem.is_remote(directory)
+        self._records = _open(directory if self.is_remote else os.path.abspath(directory), directory, split)
+        self._lock = threading.Lock()
+        self._coming: dict[int, futures.Future[bytes]] = {}
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._records)
 
     def __getitem__(self, index: int) -> Record:
         """
         Raises:
           UserError: the record is damaged.
+          OSError: the bucket does not give it.
         """
+        with self._lock:
+            coming = self._coming.pop(index, None)
         try:
-            return decode_record(self._source[index])
+            return decode_record(coming.result() if coming else self._records[index])
         except (RuntimeError, UserError) as err:
             raise UserError(f"cannot read record {index} of {self._name} ({err}); {AGAIN}") from err
+
+    def prefetch(self, index: int) -> None:
+        """Begins to read a record of a bucket that will be asked for; of a disk it is read when it is."""
+        if not self.is_remote:
+            return
+        with self._lock:
+            if index not in self._coming:
+                self._coming[index] = _pool().submit(self._records.__getitem__, index)
+            while len(self._coming) > MAX_COMING:  # Nobody asked for the oldest.
+                self._coming.pop(next(iter(self._coming))).cancel()
+
+
+@functools.lru_cache(maxsize=1)
+def _pool() -> futures.ThreadPoolExecutor:
+    return futures.ThreadPoolExecutor(filesystem.THREADS, "records")
+
+
+class _Instruction(NamedTuple):
+    """What grain calls a FileInstruction: a file that need not be opened to be counted."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+
+class _Ranges:
+    """Records of shards in a bucket."""
+
+    def __init__(self, paths: Sequence[str], known: Table):
+        self._paths, self._table = paths, known
+        self._starts = np.append(0, np.cumsum(known.counts))
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> bytes:
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        ends, place = self._table.ends(shard), index - int(self._starts[shard])
+        content = filesystem.read_range(self._paths[shard], int(ends.begins[place]), int(ends.begins[place + 1]))
+        return shards.decode(ends, place, content)
+
+
+def _open(place: str, directory: str, split: str) -> grain.sources.ArrayRecordDataSource | _Ranges:
+    entries = filesystem.listing(place)
+    names = shard_names(place, split)
+    if not names:
+        known = {name.split("-")[0] for name in entries if name.endswith(".array_record")}
+        hint = nearest(split, known) if known else "; run `prepare` first"
+        raise UserError(f"no shards of split {split!r} in {directory}{hint}")
+    expected = int(names[0].removesuffix(".array_record").rsplit("-", 1)[1])
+    if len(names) != expected:
+        raise UserError(f"{directory} holds {len(names)} of {expected} shards of split {split!r}; {AGAIN}")
+    if not filesystem.is_remote(place):
+        _allow_open_files(len(names))
+    versions = tuple((name, entries[name]) for name in names)
+    try:
+        return _reader(place, split, versions, entries.get(table_name(split)))
+    except (RuntimeError, OSError, UserError) as err:  # RuntimeError is all that the reader knows
+        raise UserError(f"cannot read split {split!r} in {directory} ({err}); {AGAIN}") from err
+
+
+@functools.lru_cache(maxsize=64)
+def _reader(
+    place: str, split: str, versions: tuple[tuple[str, Entry], ...], table: Entry | None
+) -> grain.sources.ArrayRecordDataSource | _Ranges:
+    """One for each state of a folder: `versions` of the shards and of the file of their ends, where there is one."""
+    paths = [filesystem.join(place, name) for name, _ in versions]
+    known = _read_table(filesystem.join(place, table_name(split)), table, versions) if table else None
+    if filesystem.is_remote(place):
+        if known is None:
+            ends = filesystem.in_threads(lambda i: shards.read_ends(paths[i], versions[i][1].size), range(len(paths)))
+            known = shards.table(ends)
+        return _Ranges(paths, known)
+    options = {"footer_prefetch_bytes": str(shards.BLOCK + shards.FOOTER_BYTES)}
+    files = (
+        paths
+        if known is None
+        else [_Instruction(path, 0, count, count) for path, count in zip(paths, known.counts.tolist(), strict=True)]
+    )
+    return grain.sources.ArrayRecordDataSource(files, options)
+
+
+def _read_table(path: str, entry: Entry, versions: tuple[tuple[str, Entry], ...]) -> Table:
+    """Raises UserError where it is of other shards."""
+    known = arrays.read(path, entry.size, Table._fields)
+    sizes = [version.size for _, version in versions]
+    if known["sizes"].tolist() != sizes:
+        different = next((i for i, size in enumerate(known["sizes"].tolist()) if [size] != sizes[i : i + 1]), 0)
+        raise UserError(
+            f"{path} is of other shards: {versions[different][0]} has {versions[different][1].size:,} bytes"
+        )
+    return Table(**known)

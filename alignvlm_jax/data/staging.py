@@ -36,6 +36,7 @@ def publish(out: Path, ready: Path, names: Collection[str], splits: Collection[s
     (out / "prepare.json").unlink(missing_ok=True)
     shards = [path for split in splits for path in sources.shard_paths(out, split)]
     others = [out / name for name in (REJECTED, *tokenizer_files.NAMES)]
+    others += [out / name for split in splits for name in (index.merged_name(split), sources.table_name(split))]
     for old in (*shards, *map(index.index_path, shards), *others):
         if old.name not in names:
             old.unlink(missing_ok=True)

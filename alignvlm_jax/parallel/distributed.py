@@ -4,11 +4,12 @@ import importlib.metadata
 import os
 import platform
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import TryAgainError, UserError
 from alignvlm_jax.parallel import exchange
 from alignvlm_jax.parallel.peers import Watch
 
@@ -31,22 +32,27 @@ def initialize(arguments: list[str] | None = None) -> None:
       arguments: of the command, which must be the same everywhere.
 
     Raises:
-      UserError: some are missing or no numbers, the processes do not all arrive within START_TIMEOUT_SECONDS, or their
-        versions, arguments or clocks differ.
+      UserError: some are missing or no numbers, this is no host of a TPU slice, or their versions, arguments or clocks
+        differ.
+      TryAgainError: the processes do not all arrive within START_TIMEOUT_SECONDS.
     """
     global _watch
     if exchange.client() is None:
         _join()
     if exchange.client() is not None and jax.process_count() > 1:
         _watch = _watch or Watch()
-        _check_alike(arguments or [])
+        versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+        check_alike({"Python": platform.python_version(), **versions, "arguments": " ".join(arguments or [])})
+        _check_clocks()
 
 
 def _join() -> None:
     if os.environ.get("ALIGNVLM_AUTO_DISTRIBUTED") == "1":
         try:
             jax.distributed.initialize()
-        except (RuntimeError, ValueError) as err:
+        except RuntimeError as err:
+            raise TryAgainError(f"the hosts of the slice did not all come ({str(err).splitlines()[0]})") from err
+        except ValueError as err:
             raise UserError(
                 "ALIGNVLM_AUTO_DISTRIBUTED is 1, and this machine does not know the other hosts of a TPU slice "
                 f"({str(err).splitlines()[0]})"
@@ -65,7 +71,7 @@ def _join() -> None:
     try:
         jax.distributed.initialize(address, count, index, initialization_timeout=START_TIMEOUT_SECONDS)
     except RuntimeError as err:
-        raise UserError(
+        raise TryAgainError(
             f"process {index} of {count} waited {START_TIMEOUT_SECONDS} s at {address} for the others: start all "
             f"{count} within a minute of each other ({str(err).splitlines()[0]})"
         ) from err
@@ -87,17 +93,19 @@ def fail(message: str, status: int) -> None:
         _watch.fail(message, status)
 
 
-def _check_alike(arguments: list[str]) -> None:
-    """What differs between hosts would part them at some later point, in a hang or in wrong numbers."""
-    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    facts = {"Python": platform.python_version(), **versions, "arguments": arguments}
+def check_alike(facts: Mapping[str, Any]) -> None:
+    """Raises UserError on all processes where facts are not the same on all of them. What differs between hosts would
+    part them at some later point, in a hang or in wrong numbers."""
     if found := exchange.differing(facts):
         name, values = next(iter(found.items()))
-        other = next(i for i, value in enumerate(values) if value != values[0])
+        process = next(i for i, value in enumerate(values) if value != values[0])
         raise UserError(
-            f"the processes differ in {', '.join(found)}: {name} is {_shown(values[0])} on process 0 and "
-            f"{_shown(values[other])} on process {other}; start all of them with the same"
+            f"the processes differ in {', '.join(found)}: {name} is {values[0]!r} on process 0 and "
+            f"{values[process]!r} on process {process}; start all of them with the same"
         )
+
+
+def _check_clocks() -> None:
     exchange.barrier()
     times = exchange.gather(time.time())
     spread = max(times) - min(times)
@@ -107,10 +115,6 @@ def _check_alike(arguments: list[str]) -> None:
             f"the clocks of the processes differ by {spread:.0f} s, and at most {MAX_CLOCK_SECONDS} s will do; that of "
             f"process {behind} is the furthest behind: set it right (chrony, NTP)"
         )
-
-
-def _shown(value: Any) -> str:
-    return " ".join(value) or "none" if isinstance(value, list) else str(value)
 
 
 def _number(name: str, text: str) -> int:

@@ -13,6 +13,7 @@ import importlib.metadata
 import itertools
 import json
 import logging
+import os
 import pathlib
 import subprocess
 import sys
@@ -154,14 +155,21 @@ class Checkpoints:
         return sorted(int(child.name) for child in numbered if (child / COMMITTED).exists())
 
     def save(
-        self, step: int, live: TrainState, *, next_row: int, metadata: Mapping[str, Any], metrics: Mapping | None
+        self,
+        step: int,
+        live: TrainState,
+        *,
+        position: Mapping[str, Any],
+        metadata: Mapping[str, Any],
+        metrics: Mapping | None,
     ) -> None:
         """Starts to write a checkpoint; `live` may be donated at once.
 
         Args:
           step: over all stages; must be new.
           live: the state.
-          next_row: rows of this stage consumed so far, over all processes.
+          position: in the stage's data: `next_row`, the rows that all processes have trained on, and what else spares
+            a resumed run work; for JSON.
           metadata: of `describe`.
           metrics: {"stage": index, "answer_loss": of validation at this very step}, or None without validation.
 
@@ -179,7 +187,7 @@ class Checkpoints:
         self._check_space(live)
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(live),
-            data=ocp.args.JsonSave(_with_checksum({"next_row": next_row})),
+            data=ocp.args.JsonSave(_with_checksum(dict(position))),
             metadata=ocp.args.JsonSave(_with_checksum({**metadata, "run_id": self._id_of_run()})),
         )
         try:
@@ -204,8 +212,8 @@ class Checkpoints:
         except Exception as err:
             raise self._save_error(err) from err
 
-    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, int]:
-        """Returns the state on the shardings of `abstract`, whatever mesh wrote it, and the next row.
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Returns the state on the shardings of `abstract`, whatever mesh wrote it, and the position in the data.
 
         This process reads by itself, as in all that follows: it waits for no other, so that one that fails can tell.
 
@@ -214,9 +222,11 @@ class Checkpoints:
           UserError: the storage does not give it now, or it holds another model; the checkpoint may well be whole.
         """
 
-        def read(folder: Path) -> tuple[TrainState, int]:
+        def read(folder: Path) -> tuple[TrainState, dict[str, Any]]:
             restored = self._handlers["state"].restore(folder / "state", args=_pytree_restore(abstract))
-            return restored, self._read_json(folder, "data")["next_row"]
+            position = self._read_json(folder, "data")
+            position["next_row"]  # Without it this is no position: KeyError says so.
+            return restored, position
 
         return self._read(step, read, abstract)
 
@@ -376,7 +386,7 @@ def describe(
         "data": sources.fingerprint(*stage.data.folders),
         "train_seconds": train_seconds,
         "validation_answer_loss": answer_loss,
-        "git": _git_hash(),
+        "git": git_hash(),
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
 
@@ -533,8 +543,16 @@ def _first_line(err: BaseException) -> str:
 
 
 @functools.cache
-def _git_hash() -> str:
-    """The commit of the code that runs, with "-dirty" where it was changed since; "unknown" outside a checkout."""
+def git_hash() -> str:
+    """Returns the commit of the code that runs, with "-dirty" where it was changed since; "unknown" outside a checkout.
+
+    The launch scripts name it where there is no .git: in ALIGNVLM_COMMIT, or in the file COMMIT of an image or a host.
+    """
+    noted = pathlib.Path(__file__).parents[2] / "COMMIT"
+    if commit := os.environ.get("ALIGNVLM_COMMIT"):
+        return commit
+    if noted.is_file():
+        return noted.read_text().strip()
     command = ["git", "-C", str(pathlib.Path(__file__).parent), "--no-optional-locks"]
     command += ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

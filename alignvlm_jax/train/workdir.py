@@ -31,6 +31,8 @@ FREE = (
     "train.keep_checkpoints",
     "train.checkpoint_every",
     "train.checkpoint_minutes",
+    "train.profile",
+    "train.stall_minutes",
     "eval.*",
 )
 MAX_DIFFERENCES = 5
@@ -112,6 +114,13 @@ def _without_free(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in FREE)
 
     return [{name: value for name, value in _leaves(stage, "") if not is_free(name)} for stage in stages]
+
+
+def leaves(stages: tuple[Config, ...]) -> Iterator[tuple[str, Any]]:
+    """Yields the name, such as config.stages.STAGE.a.b, and the value of every field of all stages."""
+    for stage in config_lib.to_json(stages):
+        for name, value in _leaves(stage, ""):
+            yield f"config.stages.{stage['stage']}.{name}", value
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:

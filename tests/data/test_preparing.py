@@ -60,8 +60,9 @@ def test_the_folder(source, prepare, tokenizer):
         "reason": "an image is missing (none.png)",
     }
     assert json.loads((prepared.folder / "prepare.json").read_text())["holdout"] == 0.3
-    names = {path.name.split("-")[0] for path in prepared.folder.iterdir()}
-    assert names == {"train", "validation", "rejected.jsonl", "prepare.json", "tokenizer.model"}
+    names = {path.name for path in prepared.folder.iterdir() if path.suffix != ".array_record"}
+    merged = {f"{kind}-{split}.npz" for kind in ("index", "shards") for split in ("train", "validation")}
+    assert names == merged | {"rejected.jsonl", "prepare.json", "tokenizer.model"}
     copied = tokenizer_files.load(prepared.folder)
     assert copied.encode("total 1") == tokenizer.encode("total 1")
     text = preparing.summary(prepared.folder)
@@ -312,7 +313,7 @@ def test_recount_writes_indexes_and_nothing_else(source, prepare, tmp_path):
     counts = preparing.recount(prepared.folder, str(tmp_path / "other.model"))
     assert sum(counts.values()) == COUNT - 3 and counts["train"] == len(prepared.records())
     changed = {name for name, content in prepared.files().items() if content != before[name]}
-    assert changed == {name for name in before if name.endswith(".npz")}
+    assert changed == {"index-train.npz", "index-validation.npz"} and prepared.files().keys() == before.keys()
     assert index.load(prepared.folder, "train").tokenizer == index.tokenizer_fingerprint(tmp_path / "other.model")
     made = index.of_records(prepared.records(), other, "")
     assert np.array_equal(index.load(prepared.folder, "train").text_tokens["answer"], made.text_tokens["answer"])

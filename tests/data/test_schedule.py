@@ -1,6 +1,10 @@
 import collections
 import dataclasses
 import itertools
+import json
+import threading
+import time
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -128,3 +132,127 @@ def test_one_folder_shuffled_needs_no_lengths():
     rows = schedule.make(config(sources={}, packing="none"), "train", [10], [0, 1], "nowhere")
     assert isinstance(rows, Shuffled) and rows.counters(25) == {"epoch": 2.5, "records": 25}
     assert sorted(rows.picks(row)[0].record for row in range(10)) == list(range(10))
+
+
+@pytest.mark.parametrize("known", [None, known_lengths()])
+def test_a_restored_state_gives_the_same_rows_and_counters_and_plans_no_epoch_before(known, monkeypatch):
+    rows = Mixed(config(packing="plan" if known is not None else "none"), SIZES, known, [0, 1])
+    row = rows.epoch_at(0).end
+    for _ in range(2):
+        row = rows.epoch_at(row).end
+    row += 2  # in the fourth epoch
+    expected = rows.counters(row)
+    state = json.loads(json.dumps(rows.state()))
+
+    made = []
+    make = Mixed._make
+    monkeypatch.setattr(Mixed, "_make", lambda self, number: made.append(number) or make(self, number))
+    fresh = Mixed(config(packing="plan" if known is not None else "none"), SIZES, known, [0, 1])
+    assert fresh.restore(state)
+    assert fresh.counters(row) == expected
+    assert [pick[:2] for at in range(row, row + 9) for pick in fresh.picks(at)] == [
+        pick[:2] for at in range(row, row + 9) for pick in rows.picks(at)
+    ]
+    assert [pick.rng.random() for pick in fresh.picks(row)] == [pick.rng.random() for pick in rows.picks(row)]
+    assert fresh.counters(row + 9) == rows.counters(row + 9)
+    assert min(made) == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state | {"begins": [0, *(begin + 1 for begin in state["begins"][1:])]},
+        lambda state: state | {"row": state["row"] - 1},
+        lambda state: state | {"tokens": [0, 0, 0]},
+        lambda state: state | {"digest": "0"},
+        lambda state: {},
+    ],
+)
+def test_a_damaged_state_is_not_taken(change):
+    rows = planned()
+    row = rows.epoch_at(rows.epoch_at(0).end).end + 1
+    expected = rows.counters(row)
+    fresh = planned()
+    assert not fresh.restore(change(rows.state()))
+    assert fresh.counters(row) == expected
+
+
+def test_a_state_of_other_rows_is_not_taken(monkeypatch):
+    rows = planned()
+    rows.counters(rows.epoch_at(0).end + 1)
+    state = rows.state()
+    known = known_lengths()
+    fewer = Lengths(known.tokens.copy(), known.tiles)
+    fewer.tokens[:, 7] = np.maximum(fewer.tokens[:, 7] - 1, 1)
+    others = [
+        Mixed(config(), SIZES, fewer, [0, 1]),
+        Mixed(config(), SIZES, known, [0, 2]),
+        Mixed(config(row_length=ROW_LENGTH + 1), SIZES, known, [0, 1]),
+        Mixed(config(tasks={"answer": 1.0, "transcribe": 2.0}), SIZES, known, [0, 1]),
+        Mixed(config(packing="none"), SIZES, None, [0, 1]),
+    ]
+    assert not any(other.restore(state) for other in others)
+    assert planned().restore(state)
+    monkeypatch.setattr(schedule, "_probe", lambda: "planned in another way")
+    assert not planned().restore(state)
+
+
+def test_an_epoch_that_is_planned_otherwise_than_before_is_an_error():
+    rows = planned()
+    rows.epoch_at(rows.epoch_at(0).end)
+    rows._begins[1] -= 1
+    rows._epochs.clear()
+    with pytest.raises(RuntimeError, match="epoch 0 was planned to row"):
+        rows.epoch_at(0)
+
+
+def test_the_next_epoch_is_planned_before_it_is_asked_for(monkeypatch):
+    made = {}
+    make = Mixed._make
+
+    def slow(self, number):
+        made[number] = threading.current_thread().name
+        return make(self, number)
+
+    monkeypatch.setattr(Mixed, "_make", slow)
+    rows = planned()
+    rows.picks(0)
+    for _ in range(200):
+        if 1 in rows._epochs and rows._epochs[1].done():
+            break
+        time.sleep(0.01)
+    assert rows._epochs[1].done() and threading.main_thread().name not in made.values()
+    rows.picks(rows.epoch_at(0).end)
+    assert sorted(made)[:3] == [0, 1, 2]
+    # Where the stage ends before, nobody will need it.
+    made.clear()
+    short = config()
+    short = dataclasses.replace(short, train=dataclasses.replace(short.train, num_steps=1, batch_size=1))
+    Mixed(short, SIZES, known_lengths(), [0, 1]).picks(0)
+    time.sleep(0.1)
+    assert list(made) == [0]
+
+
+def test_many_threads_plan_each_epoch_once(monkeypatch):
+    made = collections.Counter()
+    make = Mixed._make
+    monkeypatch.setattr(Mixed, "_make", lambda self, number: made.update([number]) or make(self, number))
+    rows, expected = planned(), planned()
+    end = expected.epoch_at(expected.epoch_at(0).end).end
+    made.clear()
+    with futures.ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(rows.records, range(end + 5)))
+    assert found == [expected.records(row) for row in range(end + 5)]
+    assert found == [[pick.record for pick in rows.picks(row)] for row in range(end + 5)]
+
+
+def test_mixtures_without_lengths_plan_only_the_epoch_that_is_read(monkeypatch):
+    rows = Mixed(config(packing="none"), SIZES, None, [0, 1])
+    size = rows.epoch_at(0).end
+    slow = [rows.counters(row) for row in (size - 1, size, 5 * size, 7 * size + 3)]
+    made = []
+    make = Mixed._make
+    monkeypatch.setattr(Mixed, "_make", lambda self, number: made.append(number) or make(self, number))
+    fresh = Mixed(config(packing="none"), SIZES, None, [0, 1])
+    assert fresh.counters(7 * size + 3) == slow[-1] and min(made) == 7
+    assert [fresh.counters(row) for row in (5 * size, size, size - 1)] == slow[2::-1]

@@ -69,7 +69,9 @@ def _write_start(config: Path, workdir: Path) -> None:
     params = random_params(vlm.VLM(stage.model), vlm.abstract_batch(stage))
     metadata = checkpoint.describe((stage,), stage, train_seconds=0.0, answer_loss=None)
     with checkpoint.Checkpoints(workdir / checkpoint.FOLDER) as checkpoints:
-        checkpoints.save(1, TrainState(np.int32(1), params, ()), next_row=0, metadata=metadata, metrics=None)
+        checkpoints.save(
+            1, TrainState(np.int32(1), params, ()), position={"next_row": 0}, metadata=metadata, metrics=None
+        )
 
 
 def train(config: Path, workdir: str | Path, mesh: tuple[int, int, int], *flags: str) -> list[str]:

@@ -58,11 +58,17 @@ class Batches:
         self._hook = hook
         self.served: list[int] = []
 
-    def __call__(self, config: Config, *, start_row: int, local_rows: list[int]) -> "Batches":
+    def __call__(
+        self, config: Config, *, start_row: int, local_rows: list[int], schedule_state: dict | None
+    ) -> "Batches":
+        assert not schedule_state
         assert local_rows == list(range(config.train.batch_size))
         self._config, self.next_row = config, start_row
         self.num_unsupervised = self.num_unused = 0
         return self
+
+    def schedule_state(self) -> dict:
+        return {}
 
     def counters(self, next_row: int) -> dict[str, float]:
         return {"records": next_row}

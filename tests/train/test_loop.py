@@ -16,7 +16,7 @@ import pytest
 from alignvlm_jax.config import MeshConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import chips
-from alignvlm_jax.train import loop, step
+from alignvlm_jax.train import goodput, loop, step
 from tests.conftest import random_batch
 from tests.train import fake_run
 from tests.train.fake_run import TOTAL, Batches
@@ -29,7 +29,10 @@ def lines(workdir: Path) -> list[dict]:
 
 
 def without_times(workdir: Path) -> list[dict]:
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines(workdir)]
+    return [
+        {name: value for name, value in line.items() if name not in TIMES and not name.startswith(goodput.PREFIX)}
+        for line in lines(workdir)
+    ]
 
 
 def assert_same_run(workdir: Path, straight: Path) -> None:
@@ -190,7 +193,7 @@ def test_other_data_are_refused(straight, tmp_path, monkeypatch):
     shutil.copytree(straight, workdir)
     for other in (5, 6, 7, 8):
         shutil.rmtree(workdir / "checkpoints" / str(other), ignore_errors=True)
-    monkeypatch.setattr(loop.sources, "fingerprint", lambda *directories: "other")
+    monkeypatch.setattr(loop.sources, "_fingerprint", lambda *_: "other")
     with pytest.raises(UserError, match=r"was trained on data of fingerprint \w{8}, that of data/demo is other"):
         fake_run.train(workdir)
 

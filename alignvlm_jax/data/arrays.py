@@ -1,0 +1,50 @@
+"""Named arrays in one .npz file, on this machine or in a bucket."""
+
+import io
+import os
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from alignvlm_jax.data import filesystem
+from alignvlm_jax.errors import UserError
+
+
+def write(path: str | Path, named: Mapping[str, np.ndarray | str]) -> None:
+    """Writes a file, beside `path` first.
+
+    Raises:
+      UserError: it cannot be written, as on a full disk.
+    """
+    beside = Path(f"{path}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            np.savez(file, **named)
+        os.replace(beside, path)
+    except OSError as err:
+        raise UserError(f"cannot write {path}: {err.strerror or err}") from err
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read(path: str, size: int, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+    """Reads arrays of a file of so many bytes, those of some names or all; nobody may write to them.
+
+    Raises:
+      UserError: it is missing, damaged, or lacks one of the names.
+    """
+    try:
+        # Of a bucket whole, in pieces: an array is read by many small reads, which would be a request each.
+        file = io.BytesIO(filesystem.read_whole(path, size)) if filesystem.is_remote(path) else path
+        with np.load(file, allow_pickle=False) as stored:
+            found = {name: stored[name] for name in (stored if names is None else names)}
+    except FileNotFoundError as err:
+        raise UserError(f"{path} is missing") from err
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as err:
+        raise UserError(f"{path} cannot be read ({err})") from err
+    for array in found.values():
+        array.setflags(write=False)
+    return found

@@ -1,0 +1,156 @@
+"""Data in a bucket give what the same data on a disk give."""
+
+import dataclasses
+import shutil
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from alignvlm_jax.data import filesystem, index, lengths, pipeline, preparing, sources, tokenizer_files
+from alignvlm_jax.errors import UserError
+from tests.data.test_pipeline import change
+
+
+@pytest.fixture(params=["merged", "of each shard"])
+def prepared(request, data_dir, tmp_path):
+    """The folder on this machine, with one index a split or with one a shard."""
+    shutil.copytree(data_dir, tmp_path / "data")
+    if request.param == "merged":
+        preparing.recount(tmp_path / "data", str(data_dir / "tokenizer.model"))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def remote(prepared, bucket, bucket_folder):
+    """The same in a bucket."""
+    upload(prepared, bucket, bucket_folder)
+    yield str(bucket_folder)
+    filesystem._remote_listing.cache_clear()
+
+
+def upload(folder, bucket, bucket_folder) -> None:
+    filesystem._remote_listing.cache_clear()
+    prefix = str(bucket_folder).removeprefix(f"{bucket.url}/")
+    for path in folder.iterdir():
+        bucket.put(f"{prefix}/{path.name}", path.read_bytes())
+
+
+def test_records_are_those_of_the_disk(prepared, remote):
+    here, there = sources.RecordSource(prepared, "train"), sources.RecordSource(remote, "train")
+    assert len(here) == len(there) == 48
+    order = np.random.default_rng(0).permutation(48).tolist()
+    for number in order[:24]:
+        there.prefetch(number)
+    assert [there[i] for i in order] == [here[i] for i in order]
+
+
+def test_a_record_is_one_request_and_opening_is_few(remote, bucket):
+    bucket.requests.clear()
+    source = sources.RecordSource(remote, "validation")
+    assert bucket.requests["GET"] <= 3
+    bucket.requests.clear()
+    for number in range(10):
+        source[number]
+    assert bucket.requests == {"GET": 10}
+    sources.RecordSource(remote, "validation")
+    assert bucket.requests == {"GET": 10}  # it is shared
+
+
+def test_rows_and_the_index_are_those_of_the_disk(prepared, remote, demo_config):
+    def rows(folder):
+        return pipeline.TrainRows(change(demo_config, "data", dir=str(folder), packing="plan"), "train")
+
+    here, there = rows(prepared), rows(remote)
+    for row in range(0, 40, 3):
+        for name, array in here[row].items():
+            assert np.array_equal(array, there[row][name])
+    assert here.problem is None and there.problem is None
+    assert sources.fingerprint(prepared) == sources.fingerprint(remote)
+    assert tokenizer_files.read(remote)[1] == tokenizer_files.read(prepared)[1]
+    assert tokenizer_files.read(f"{remote}/tokenizer.model")[1] == tokenizer_files.read(prepared)[1]
+
+
+def test_batches_are_read_ahead(prepared, remote, demo_config, bucket):
+    """Each record by one request, and many of them at a time."""
+
+    def batches(folder):
+        config = change(demo_config, "data", dir=str(folder), packing="plan")
+        return pipeline.TrainBatches(dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=8)))
+
+    expected, found = list(batches(prepared)), batches(remote)
+    bucket.requests.clear()
+    most, at_once, lock = 0, 0, threading.Lock()
+
+    def hook(method, names):
+        nonlocal most, at_once
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+        time.sleep(0.05)
+        with lock:
+            at_once -= 1
+
+    bucket.hook = hook
+    try:
+        for here, there in zip(expected, found, strict=True):
+            assert all(np.array_equal(here[name], there[name]) for name in here)
+    finally:
+        bucket.hook = lambda method, names: None
+    records = sum(len(expected_batch["tokens"]) for expected_batch in expected)
+    assert most > 16
+    planned = pipeline.TrainRows(change(demo_config, "data", dir=str(prepared), packing="plan"), "train").schedule
+    assert bucket.requests["GET"] <= sum(planned.num_records(row) for row in range(records)) + 2
+
+
+def test_what_is_missing_or_damaged_is_told(remote, prepared, bucket, bucket_folder):
+    with pytest.raises(UserError, match=f"no shards of split 'trian' in {remote}; did you mean 'train'"):
+        sources.RecordSource(remote, "trian")
+    with pytest.raises(UserError, match=r"no shards of split 'train' in gs://.*/nowhere; run `prepare` first"):
+        sources.RecordSource(f"{remote}/nowhere", "train")
+    with pytest.raises(UserError, match="cannot list gs://nowhere/data: no such bucket"):
+        sources.RecordSource("gs://nowhere/data", "train")
+    with pytest.raises(UserError, match=f"cannot read tokenizer {remote}/deep/tokenizer.model"):
+        tokenizer_files.read(f"{remote}/deep")
+    name = sources.shard_names(prepared, "train")[1]
+    whole = (prepared / name).read_bytes()
+    at = whole.index(b'{"id"') + 40
+    damaged = whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :]
+    for content, message in ((damaged, "cannot read record 24 of split 'train' in gs://"), (whole[:-100], "train")):
+        (prepared / name).write_bytes(content)
+        upload(prepared, bucket, bucket_folder)
+        with pytest.raises(UserError, match=rf"{message}.*prepare") as error:
+            source = sources.RecordSource(remote, "train")
+            assert source[0] and source[23]
+            source[24]
+        assert "\n" not in str(error.value)
+    bucket.remove(f"{remote.removeprefix(bucket.url + '/')}/{name}")
+    filesystem._remote_listing.cache_clear()
+    with pytest.raises(UserError, match="holds 1 of 2 shards"):
+        sources.RecordSource(remote, "train")
+
+
+def test_faults_that_pass_lose_no_record_and_others_are_no_damage(remote, bucket, monkeypatch):
+    source = sources.RecordSource(remote, "train")
+    with bucket.faulty(error_rate=0.2, cut_rate=0.1, lost_rate=0.1, seed=3):
+        for number in range(48):
+            source.prefetch(number)
+        assert len({source[number].id for number in range(48)}) == 48
+    assert bucket.requests["faults"] > 5
+    # A record that the bucket does not give is not one that training may leave out.
+    with bucket.faulty(status=403, names="array_record"), pytest.raises(OSError, match="no permission"):
+        source[3]
+
+
+def test_the_index_is_that_of_the_disk(prepared, remote, demo_config):
+    here, there = index.load(prepared, "train"), index.load(remote, "train")
+    assert np.array_equal(here.content_hash, there.content_hash) and here.tokenizer == there.tokenizer
+    assert index.load(remote, "train") is there
+    config = change(demo_config, "data", dir=remote)
+    arguments = config, "train", ["answer"], [48], remote
+    assert lengths.load(*arguments) is lengths.load(*arguments)
+    with pytest.raises(ValueError, match="read-only"):
+        lengths.load(*arguments).tokens[0, 0] = 1
+    with pytest.raises(ValueError, match="read-only"):
+        there.content_hash[0] = 1
