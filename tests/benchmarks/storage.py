@@ -40,7 +40,7 @@ def main() -> None:
 
             def save(step: int) -> None:
                 state = TrainState(np.int32(step), params, ())
-                checkpoints.save(step, state, next_row=step, metadata={"layout_version": 1}, metrics=None)
+                checkpoints.save(step, state, position={"next_row": step}, metadata={"layout_version": 1}, metrics=None)
 
             save(1)
             checkpoints.wait()
