@@ -1,5 +1,6 @@
 """Greedy generation: prefill once, then a token at a time from the KV cache, all rows of a batch together."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from alignvlm_jax.models.vlm import VLM
+from alignvlm_jax.config import Config
+from alignvlm_jax.models.vlm import VLM, abstract_batch
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.shapes import Array
@@ -51,6 +53,12 @@ class Sampler:
         with mesh_lib.use(self._mesh):
             return np.asarray(self._generate(variables, prompts, num_new=max_new_tokens))
 
+    def lower(self, variables: Mapping, prompts: Mapping, max_new_tokens: int) -> jax.stages.Lowered:
+        """Returns the program that `generate` runs, of abstract arrays with shardings; the mesh may be one that is not
+        there."""
+        with mesh_lib.use(self._mesh):
+            return self._generate.lower(variables, prompts, num_new=max_new_tokens)
+
 
 def _generate(
     model: VLM, variables: Mapping, batch: Mapping[str, Array], *, num_new: int, end_ids: tuple[int, ...], pad_id: int
@@ -84,3 +92,19 @@ def _generate(
     first = choose(logits_BV, jnp.zeros((), jnp.int32), *nothing_yet)
     _, (_, _, tokens_BT), _ = jax.lax.while_loop(unfinished, advance, (jnp.ones((), jnp.int32), first, cache))
     return tokens_BT
+
+
+def abstract_prompts(config: Config, batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shapes, dtypes and shardings of a batch of the longest prompts that a stage's rows hold."""
+    train, data = config.train, config.data
+    config = dataclasses.replace(
+        config,
+        train=dataclasses.replace(train, batch_size=batch_size),
+        data=dataclasses.replace(data, max_tiles=data.tiles_of_a_record),
+    )
+    shapes, rows = abstract_batch(config), sharding.batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
+        for name, x in shapes.items()
+        if name in PROMPT_FIELDS
+    }
