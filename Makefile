@@ -1,6 +1,9 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`. Only Python 3.11 or newer is needed.
+# Beside it, on another: make test PYTHON=python3.13 VENV=.venv-3.13
 PYTHON ?= python3
 VENV := .venv
+# What is set on make's command line would reach the recipes, and launch/local.sh reads a PYTHON of its own.
+unexport PYTHON VENV
 BIN := $(VENV)/bin
 DATA ?= data/demo
 RUN ?= runs/demo
@@ -13,14 +16,23 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 WEIGHTS ?= weights/smollm2
 PARITY := .venv-parity
 BEAM := .venv-beam
+LAUNCH := .venv-launch
 
-.PHONY: help setup tpu-compiler lint test test-parity beam test-beam bench bench-data bench-generate bench-plans demo compare weights data clean
+.PHONY: help python setup tpu-compiler lint test test-parity beam test-beam test-launch bench bench-data bench-generate bench-plans demo compare weights data clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
 
-$(VENV)/.done: requirements.txt
+# A venv keeps the Python that it was made with: one that is asked for must be that one.
+python:
 	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}") if sys.version_info < (3, 11) else None'
+ifneq ($(origin PYTHON),file)
+	@version='import sys; print("%d.%d" % sys.version_info[:2])'; asked=$$($(PYTHON) -c "$$version"); \
+	  has=$$($(BIN)/python -c "$$version" 2>/dev/null || echo $$asked); test $$has = $$asked || { \
+	  echo "$(VENV) is of Python $$has, and PYTHON=$(PYTHON) is $$asked: add VENV=.venv-$$asked" >&2; exit 1; }
+endif
+
+$(VENV)/.done: requirements.txt | python
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --requirement requirements.txt
@@ -37,7 +49,7 @@ tpu-compiler: $(VENV)/.tpu  ## add libtpu to .venv: plans and tests then compile
 lint: setup  ## formatter and linter, checking only
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/shellcheck launch/*.sh .ci/run
+	$(BIN)/shellcheck launch/*.sh .ci/*
 
 test: lint  ## lint, then the unit tests on an 8-device CPU mesh
 	$(BIN)/pytest -n 2 --dist worksteal
@@ -105,6 +117,16 @@ beam: $(BEAM)/.done  ## install Apache Beam into .venv-beam, for `prepare --beam
 test-beam: beam  ## compare prepare under Apache Beam with prepare on processes
 	$(BEAM)/bin/pytest --confcutdir=tests/beam tests/beam
 
+$(LAUNCH)/.done: requirements-launch.txt
+	$(PYTHON) -m venv $(LAUNCH)
+	$(LAUNCH)/bin/pip install --quiet --upgrade pip
+	$(LAUNCH)/bin/pip install --quiet --requirement requirements-launch.txt
+	touch $@
+
+# Its own conftest alone, as above.
+test-launch: $(LAUNCH)/.done  ## hold what the launch scripts print against xpk's parser and Kubernetes' schemas (400 MB)
+	$(LAUNCH)/bin/pytest --confcutdir=tests/launch/tools tests/launch/tools
+
 bench: tpu-compiler  ## memory on a TPU, time on CPU of the large operations, plans (minutes; docs/results.md)
 	$(BIN)/python -m tests.benchmarks.vocab
 	$(BIN)/python -m tests.benchmarks.attention
@@ -120,4 +142,4 @@ bench-plans: tpu-compiler  ## the smallest TPU slice for every stage of the pape
 	$(BIN)/python -m tests.benchmarks.plans
 
 clean:  ## remove the installed environments; data, weights and runs stay
-	rm -rf $(VENV) $(PARITY) $(BEAM)
+	rm -rf $(VENV) .venv-*

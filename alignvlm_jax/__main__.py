@@ -1,12 +1,20 @@
-"""`python -m alignvlm_jax COMMAND ...`. Exit status: 0 done, 1 failed (one line on stderr), 2 wrong usage."""
+"""`python -m alignvlm_jax COMMAND ...`.
+
+Exit status: 0 done; 1 wrong input (one line on stderr), which would only fail again; 2 wrong usage. The launch scripts
+start again what ends otherwise: 70 an exception that nobody expected, as where another host is lost; 75 stalled, or a
+host that came too late; 143 told to stop, and saved.
+"""
 
 import importlib
 import os
 import sys
 import traceback
+from types import ModuleType
+from typing import NoReturn
 
-from alignvlm_jax import storage
-from alignvlm_jax.errors import UsageError, UserError, nearest
+from alignvlm_jax import logs, storage
+from alignvlm_jax.errors import StoppedError, TryAgainError, UsageError, UserError, nearest
+from alignvlm_jax.parallel import xla_flags
 
 COMMANDS = {
     "prepare": "makes training shards of data sets, of your own documents, or of rendered ones",
@@ -20,52 +28,105 @@ COMMANDS = {
     "compare": "measures runs of several connectors or settings and seeds, and writes their tables and pictures",
 }
 
-JOINING = ("train", "evaluate")
-"""Commands that several processes run as one."""
+JOINING = {"train": "", "evaluate": "", "inspect": "--analysis"}
+"""Commands that several processes run as one, and the flag without which they do not."""
+
+COMPUTING = (*JOINING, "convert", "generate", "compare")
+"""Commands that compile for this machine's devices."""
 
 
 def main(argv: list[str]) -> int:
     """Runs one command; returns the exit status."""
+    debug = logs.is_debugging(argv)
+    argv = [argument for argument in argv if argument != "--debug"]
+    with logs.collected(debug):
+        return _run(argv, debug)
+
+
+def _run(argv: list[str], debug: bool) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: python -m alignvlm_jax COMMAND [--help] ...\n")
+        print("usage: python -m alignvlm_jax COMMAND [--help] [--debug] ...\n")
         print("\n".join(f"  {name:10}{help_text}" for name, help_text in COMMANDS.items()))
+        print(
+            "\n--debug, or ALIGNVLM_DEBUG=1: the traceback of an error, and all messages of libraries on the terminal"
+        )
         return 0 if argv else 2
     if argv[0] not in COMMANDS:
         print(f"alignvlm_jax: error: unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}", file=sys.stderr)
         return 2
-    if argv[0] not in JOINING and os.environ.get("ALIGNVLM_NUM_PROCESSES", "1") != "1":
-        several = " and ".join(JOINING)
-        return _fail(f"{argv[0]} runs as one process, and ALIGNVLM_NUM_PROCESSES is set: only {several} join several")
+    if not _joins(argv) and (name := _asks_for_several()):
+        joining = ", ".join(f"{command} {flag}".strip() for command, flag in JOINING.items())
+        return _fail(f"{argv[0]} runs as one process, and {name} is set: only {joining} join several")
+    if argv[0] in COMPUTING and (line := xla_flags.apply_preset()):
+        print(line, file=sys.stderr, flush=True)
     try:
         # Imported late: `--help` of a command that needs no jax should not wait for it.
         importlib.import_module(f"alignvlm_jax.commands.{argv[0]}").main(argv[1:])
     except UsageError as err:
         return _fail(str(err), status=2)
+    except TryAgainError as err:
+        return _fail(str(err), status=75)
+    except StoppedError as err:
+        return _fail(str(err), status=143)
     except UserError as err:
+        _show_traceback(debug)
         return _fail(str(err))
     except OSError as err:
+        _show_traceback(debug)
         return _fail(f"{err.filename}: {err.strerror}" if err.filename and err.strerror else str(err))
     except KeyboardInterrupt:
         return _fail("interrupted")
     return 0
 
 
+def _show_traceback(debug: bool) -> None:
+    """The log of a host has it in any case."""
+    if debug:
+        traceback.print_exc()
+
+
+def _joins(argv: list[str]) -> bool:
+    flag = JOINING.get(argv[0])
+    return flag is not None and any(argument.startswith(flag) for argument in argv)
+
+
+def _asks_for_several() -> str | None:
+    """The name of the variable that says that this is one process of several."""
+    if os.environ.get("ALIGNVLM_NUM_PROCESSES", "1") != "1":
+        return "ALIGNVLM_NUM_PROCESSES"
+    return "ALIGNVLM_AUTO_DISTRIBUTED" if os.environ.get("ALIGNVLM_AUTO_DISTRIBUTED") == "1" else None
+
+
 def _fail(message: str, status: int = 1) -> int:
     print(f"alignvlm_jax: error: {message}", file=sys.stderr, flush=True)
+    if distributed := _distributed():
+        distributed.fail(message, status)
     return status
+
+
+def leave_with(status: int) -> NoReturn:
+    """Ends the process, and where it failed all others of the run."""
+    sys.stdout.flush()
+    if status in (0, 2):
+        if distributed := _distributed():
+            distributed.leave()
+        sys.exit(status)
+    # At an orderly exit threads that still write would be waited for, and libraries' exit hooks that fail for the same
+    # reason as we did would add their tracebacks to our one line. Of several processes, one that failed would wait for
+    # the others, and they, in the midst of a step, for it.
+    storage.close_all()
+    os._exit(status)
+
+
+def _distributed() -> ModuleType | None:
+    """The module, where a command has joined processes; one that has not need not wait for jax."""
+    return sys.modules.get("alignvlm_jax.parallel.distributed")
 
 
 if __name__ == "__main__":
     try:
         status = main(sys.argv[1:])
-    except Exception:
+    except Exception as err:
         traceback.print_exc()
-        status = 1
-    if status == 1:
-        # At an orderly exit threads that still write would be waited for, and libraries' exit hooks that fail for the
-        # same reason as we did would add their tracebacks to our one line. Of several processes, one that failed would
-        # wait for the others, and they, in the midst of a step, for it.
-        sys.stdout.flush()
-        storage.close_all()
-        os._exit(status)
-    sys.exit(status)
+        status = _fail(f"unforeseen: {type(err).__name__}: {err}", status=70)
+    leave_with(status)

@@ -1,4 +1,4 @@
-"""The one exception that speaks to the user."""
+"""The exceptions that speak to the user."""
 
 import difflib
 from collections.abc import Iterable
@@ -10,6 +10,14 @@ class UserError(Exception):
 
 class UsageError(UserError):
     """A command line that asks for what cannot be; exit status 2."""
+
+
+class TryAgainError(UserError):
+    """What may go well when the same command is started again, as a launcher does; exit status 75."""
+
+
+class StoppedError(UserError):
+    """The command was told to stop and has saved; exit status 143, as of a process that SIGTERM ended."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

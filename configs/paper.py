@@ -75,7 +75,7 @@ def set_model(config: ml_collections.ConfigDict, llm: str) -> None:
     config.model.image_token_id = config.model.llm.vocab_size
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
-    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, -1, 1
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = -1, -1, -1
 
 
 def set_lengths(config: ml_collections.ConfigDict, text_length: int) -> None:

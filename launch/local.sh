@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs one command as several processes on this machine, over loopback: what a pod does, small.
 #
-#   launch/local.sh [--dry_run] NUM_PROCESSES DEVICES_EACH COMMAND...
+#   launch/local.sh [--dry_run] [--env=NAME=VALUE ...] NUM_PROCESSES DEVICES_EACH COMMAND...
 #   launch/local.sh 2 2 train --config=configs/demo.py --workdir=runs/two --config.mesh.fsdp=2
 #
 # COMMAND is what follows `python -m alignvlm_jax`. The output of process 0 is shown, that of all is kept in
@@ -9,8 +9,19 @@
 # fails the others are stopped, after ${GRACE:-30} seconds for good. Returned is the first status that is not 0.
 set -euo pipefail
 
-dry_run=false
-if [[ "${1:-}" == --dry_run ]]; then dry_run=true; shift; fi
+dry_run=false env=() flags=() xla_flags=''
+while [[ "${1:-}" == --* ]]; do
+    case "$1" in
+        --dry_run) dry_run=true; shift; continue ;;
+        --env=XLA_FLAGS=*) xla_flags+=" ${1#--env=XLA_FLAGS=}" ;;  # beside the one below
+        --env=[A-Za-z_]*=*) env+=("${1#--env=}") ;;
+        *)
+            echo "local.sh: error: unknown flag $1; flags: --env=NAME=VALUE --dry_run" >&2
+            exit 2 ;;
+    esac
+    flags+=("$1")
+    shift
+done
 if [[ $# -lt 3 || ! "$1" =~ ^[1-9][0-9]*$ || ! "$2" =~ ^[1-9][0-9]*$ ]]; then
     sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
     exit 2
@@ -23,10 +34,11 @@ port=${PORT:-$((20000 + RANDOM % 20000))}
 
 settings=(
     "JAX_PLATFORMS=cpu"
-    "XLA_FLAGS=--xla_force_host_platform_device_count=$devices"
+    "XLA_FLAGS=--xla_force_host_platform_device_count=$devices$xla_flags"
     "ALIGNVLM_COORDINATOR=127.0.0.1:$port"
     "ALIGNVLM_NUM_PROCESSES=$count"
-    "ALIGNVLM_LAUNCHER=$0 $count $devices"
+    "ALIGNVLM_LAUNCHER=$0${flags[0]+$(printf ' %q' "${flags[@]}")} $count $devices"
+    "${env[@]}"
 )
 
 if $dry_run; then
@@ -49,7 +61,8 @@ trap stop HUP INT TERM
 # hand on, and the second one kills without saving.
 set -m
 for ((i = 0; i < count; i++)); do
-    env "${settings[@]}" "ALIGNVLM_PROCESS_ID=$i" "$python" -m alignvlm_jax "$@" >"$logs/process-$i.log" 2>&1 &
+    : >"$logs/process-$i.log"  # Here: `tail` may come before the process has made it.
+    env "${settings[@]}" "ALIGNVLM_PROCESS_ID=$i" "$python" -m alignvlm_jax "$@" >>"$logs/process-$i.log" 2>&1 &
     running[$!]=$i
     if ((i == 0)); then first=$!; fi
 done

@@ -192,7 +192,7 @@ def trained_workdir(tmp_path_factory) -> pathlib.Path:
         checkpoints.save(
             7,
             train_state.TrainState(np.int32(7), params, ()),
-            next_row=56,
+            position={"next_row": 56},
             metadata=checkpoint.describe((config,), config, train_seconds=12.5, answer_loss=None),
             metrics=None,
         )

@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "alignvlm_jax"
 LEVELS = (
     ("errors", "shapes"),
     ("config", "storage"),
-    ("presets",),
+    ("presets", "logs"),
     ("parallel", "ops", "data"),
     ("models",),
     ("weights",),

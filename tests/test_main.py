@@ -3,11 +3,12 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 
 from alignvlm_jax import __main__ as main_lib
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import StoppedError, TryAgainError, UsageError, UserError
 
 
 @pytest.fixture
@@ -50,6 +51,33 @@ def test_what_the_user_can_mend_is_one_line_and_status_1(command, capsys, error,
     assert capsys.readouterr().err == f"alignvlm_jax: error: {message}\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "status"), [(UsageError("a"), 2), (TryAgainError("a"), 75), (StoppedError("a"), 143)]
+)
+def test_what_launchers_start_again_has_a_status_of_its_own(command, capsys, error, status):
+    command(fail_with(error))
+    assert main_lib.main(["train"]) == status
+    assert capsys.readouterr().err == "alignvlm_jax: error: a\n"
+
+
+@pytest.mark.parametrize("error", [UserError("ours"), PermissionError(errno.EACCES, "Permission denied", "runs/mine")])
+@pytest.mark.parametrize(("flags", "value"), [(["--debug"], ""), ([], "1")])
+def test_debugging_shows_the_traceback_before_the_line(command, capsys, monkeypatch, error, flags, value):
+    seen = []
+
+    def a_function_that_fails(argv: list[str]) -> None:
+        seen.extend(argv)
+        raise error
+
+    command(a_function_that_fails)
+    monkeypatch.setenv("ALIGNVLM_DEBUG", value)
+    assert main_lib.main(["train", *flags, "--workdir=x"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert any("in a_function_that_fails" in line for line in lines)
+    assert lines[-1].startswith("alignvlm_jax: error: ")
+    assert seen == ["--workdir=x"]
+
+
 def test_a_fault_of_ours_is_not_hidden(command):
     command(fail_with(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
@@ -61,18 +89,38 @@ def test_an_unknown_command_names_the_nearest_and_is_wrong_usage(capsys):
     assert capsys.readouterr().err == "alignvlm_jax: error: unknown command 'trian'; did you mean 'train'?\n"
 
 
-def test_only_train_and_evaluate_run_as_several_processes(command, monkeypatch, capsys):
+def test_only_some_commands_run_as_several_processes(command, monkeypatch, capsys):
     command(lambda argv: None)
     monkeypatch.setenv("ALIGNVLM_NUM_PROCESSES", "2")
     assert main_lib.main(["train"]) == 0
     assert main_lib.main(["generate", "--checkpoint=x"]) == 1
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1 and "generate runs as one process" in errors
-    assert "only train and evaluate join several" in errors
+    assert "only train, evaluate, inspect --analysis join several" in errors
 
 
-@pytest.mark.parametrize("error", ["UserError('ours')", "ZeroDivisionError('a fault')"])
-def test_a_failing_process_waits_for_nobody(tmp_path, error):
+@pytest.mark.parametrize(("name", "lines"), [("train", 1), ("convert", 1), ("prepare", 0), ("plan", 0)])
+def test_flags_of_the_tpu_are_set_before_a_command_that_computes(name, lines, monkeypatch, capsys):
+    set_by_then = []
+    fake = types.SimpleNamespace(main=lambda argv: set_by_then.append(os.environ["LIBTPU_INIT_ARGS"]))
+    monkeypatch.setitem(sys.modules, f"alignvlm_jax.commands.{name}", fake)
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "")
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5p-128")
+    assert main_lib.main([name]) == 0
+    assert capsys.readouterr().err.count("XLA flags: LIBTPU_INIT_ARGS gets --xla") == lines
+    assert ("--xla_tpu_overlap_compute_collective_tc=true" in set_by_then[0]) == lines
+
+
+def test_on_every_host_of_a_slice_report_would_write_the_same_files(command, monkeypatch, capsys):
+    command(lambda argv: None)
+    monkeypatch.setenv("ALIGNVLM_AUTO_DISTRIBUTED", "1")
+    assert main_lib.main(["train"]) == 0
+    assert main_lib.main(["report", "--workdir=x"]) == 1
+    assert "report runs as one process, and ALIGNVLM_AUTO_DISTRIBUTED is set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "status"), [("UserError('ours')", 1), ("ZeroDivisionError('a fault')", 70)])
+def test_a_failing_process_waits_for_nobody(tmp_path, error, status):
     """Exit hooks, such as the barrier of jax.distributed, would wait for processes that wait for this one."""
     program = tmp_path / "program.py"
     program.write_text(
@@ -86,7 +134,7 @@ def test_a_failing_process_waits_for_nobody(tmp_path, error):
     )
     environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, program], capture_output=True, text=True, env=environment)
-    assert done.returncode == 1
+    assert done.returncode == status
     assert "waited" not in done.stderr and error.split("'")[1] in done.stderr
 
 

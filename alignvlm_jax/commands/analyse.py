@@ -28,6 +28,7 @@ from alignvlm_jax.eval import (
 )
 from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.models import connectors
+from alignvlm_jax.parallel import distributed
 
 NEED_WORDS = ("vocabulary", "pca")
 """Analyses of connectors with a distribution over words."""
@@ -52,6 +53,7 @@ def is_asked(argv: list[str]) -> bool:
 def main(argv: list[str]) -> None:
     """Prints the results as a table and writes analysis/NAME.json in the workdir."""
     args = _parse(argv)
+    distributed.initialize(argv)
     config = loading.load_config(args.checkpoint, args.data)
     _check(config, args)
     loaded = loading.load(args.checkpoint, config)
@@ -64,6 +66,8 @@ def main(argv: list[str]) -> None:
         found = chosen.measure(loaded, args)
     except KeyboardInterrupt as err:
         raise UserError("stopped; the same command goes on, and asks no question again") from err
+    if not distributed.is_main():
+        return
     settings = {name: value for name, value in vars(args).items() if name not in ("checkpoint", "analysis", "data")}
     kind = getattr(args, "kind", analysis_flags.KINDS[0])
     name = args.analysis if kind == analysis_flags.KINDS[0] else f"{args.analysis}_{kind}"

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import jax
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +19,9 @@ from alignvlm_jax.errors import UsageError, UserError
 from alignvlm_jax.eval import loading, predictions, questions, runner, score_table, submission, summary, tasks, texts
 from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.eval.predictions import Predictions
+from alignvlm_jax.logs import HostLog
 from alignvlm_jax.parallel import distributed
+from alignvlm_jax.train import checkpoint
 
 BENCHMARKS = Path("data")
 """Where --tasks are looked for: what `make demo` and `make data` prepare lies there."""
@@ -28,11 +31,12 @@ def main(argv: list[str]) -> None:
     args = _parse(argv)
     if args.tasks and args.splits:
         raise UsageError("--tasks and --splits exclude each other: the demonstration's splits are tasks too")
-    distributed.initialize()
-    if args.tasks:
-        _evaluate_tasks(args)
-    else:
-        _evaluate_splits(args)
+    distributed.initialize(argv)
+    with _logged(loading.workdir_of(args.checkpoint)):
+        if args.tasks:
+            _evaluate_tasks(args)
+        else:
+            _evaluate_splits(args)
 
 
 def _evaluate_splits(args: argparse.Namespace) -> None:
@@ -103,6 +107,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         f"folder for each task; default: {BENCHMARKS}",
     )
     return parser.parse_args(argv)
+
+
+def _logged(workdir: Path) -> contextlib.AbstractContextManager:
+    """The host's log, where there is a workdir for it: a name that is misspelt makes none."""
+    if not (workdir / checkpoint.FOLDER).is_dir():
+        return contextlib.nullcontext()
+    ranks = {"process": jax.process_index(), "num_processes": jax.process_count()}
+    return HostLog(workdir, **ranks, commit=checkpoint.git_hash())
 
 
 @contextlib.contextmanager

@@ -12,9 +12,10 @@ import jax
 from rich.console import Console
 
 from alignvlm_jax.commands import config_flag
+from alignvlm_jax.commands.arguments import positive
 from alignvlm_jax.config import Config, MeshConfig
 from alignvlm_jax.errors import UsageError, UserError, nearest
-from alignvlm_jax.parallel import chips
+from alignvlm_jax.parallel import chips, xla_flags
 from alignvlm_jax.parallel.chips import Topology
 from alignvlm_jax.train import layouts, plan_text, planning
 
@@ -26,11 +27,13 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m alignvlm_jax plan",
         description="Compiles a stage's training step for a TPU slice and says what it needs.",
-        usage="%(prog)s --config=FILE[:ARG] --topology=v5p:4x4x4 [--mesh=auto] [--json] [--config.a.b=VALUE ...]",
+        usage="%(prog)s --config=FILE[:ARG] --topology=v5p:4x4x4 [--num_slices=2] [--mesh=auto] [--json] "
+        "[--config.a.b=VALUE ...]",
         epilog=config_flag.HELP,
         allow_abbrev=False,
     )
     parser.add_argument("--topology", required=True, help="such as v5e:4x4; v5e:smallest looks for one that fits")
+    parser.add_argument("--num_slices", type=positive, default=1, help="of that shape, joined by the network")
     parser.add_argument("--mesh", default="", help="DATAxFSDPxTENSOR, or auto: tries those that divide")
     parser.add_argument("--stage", default="", help="of several in the config")
     parser.add_argument("--json", action="store_true", help="one object and nothing else on stdout")
@@ -59,12 +62,17 @@ def _plan(config: Config, args: argparse.Namespace) -> planning.Plan:
             raise UsageError(f"unknown kind of TPU {kind!r}{nearest(kind, _tpus())}")
         if not chips.has_tpu_compiler():
             raise UsageError(f"--topology={args.topology} needs libtpu: pip install --requirement requirements-tpu.txt")
+        if args.num_slices != 1:
+            raise UsageError("--topology=KIND:smallest looks for one slice; leave --num_slices out")
+        say(xla_flags.set_flags(kind, several_slices=False))  # as a run there would be compiled
         return layouts.smallest(config, kind, chips.compile_only_devices, say)
-    topology = chips.parse_topology(args.topology)
+    topology = chips.parse_topology(args.topology, args.num_slices)
     if args.mesh and args.mesh != "auto":
         config = dataclasses.replace(config, mesh=_mesh(args.mesh))
     check = layouts.check if args.mesh == "auto" else planning.check
-    check(config, topology.num_chips)  # before any device is made
+    check(config, topology)  # before any device is made
+    if chips.has_tpu_compiler():
+        say(xla_flags.set_flags(kind, args.num_slices > 1))
     devices = _devices(topology)
     if args.mesh == "auto":
         return layouts.best(config, topology, devices, say)
@@ -78,7 +86,7 @@ def _devices(topology: Topology) -> Sequence[jax.Device]:
     print(plan_text.ESTIMATE, file=sys.stderr, flush=True)
     # Another number may be forced from outside, and the first to be asked for holds.
     os.environ["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
-    jax.config.update("jax_num_cpu_devices", topology.num_chips)
+    jax.config.update("jax_num_cpu_devices", topology.num_devices)
     return jax.devices()
 
 

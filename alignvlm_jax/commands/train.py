@@ -9,13 +9,13 @@ from rich.console import Console
 
 from alignvlm_jax import storage
 from alignvlm_jax.commands import config_flag
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import StoppedError
 from alignvlm_jax.parallel import distributed
-from alignvlm_jax.train import loop
+from alignvlm_jax.train import goodput, loop
 
 
 def main(argv: list[str]) -> None:
-    """Raises UserError for wrong input, and when the run was told to stop."""
+    """Raises UserError for wrong input, and StoppedError when the run was told to stop."""
     parser = argparse.ArgumentParser(
         prog="python -m alignvlm_jax train",
         description="Trains the stages of a config. The same command goes on with a run that was stopped.",
@@ -30,11 +30,11 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(rest)
     if stages is None:
         parser.error("--config=FILE is required")
-    distributed.initialize()
+    distributed.initialize(argv)
     console = Console(highlight=False, soft_wrap=True, quiet=not distributed.is_main())
     try:
-        loop.train(stages, args.workdir, console)
+        loop.train(stages, args.workdir, console, goodput.process_began())
     except loop.Stopped as err:
         distributed.leave()
         launcher = os.environ.get("ALIGNVLM_LAUNCHER") or f"{shlex.quote(sys.executable)} -m alignvlm_jax"
-        raise UserError(f"{err}; go on with: {launcher} {shlex.join(['train', *argv])}") from err
+        raise StoppedError(f"{err}; go on with: {launcher} {shlex.join(['train', *argv])}") from err

@@ -58,8 +58,10 @@ AT_LEAST: dict[str, int] = {
     "train.generate_every": 0,
     "train.generate_questions": 1,
     "train.checkpoint_every": 1,
+    "train.checkpoint_minutes": 0,
     "train.keep_checkpoints": 1,
     "train.max_skipped_steps": 0,
+    "train.stall_minutes": 0,
     "eval.num_questions": 1,
     "eval.batch_size": 1,
     "eval.max_new_tokens": 1,
@@ -101,6 +103,7 @@ def check(config: Config) -> Config:
             raise UserError(f"config.optim.learning_rate_scale.{part} is {scale}; it must be at least 0")
     if config.data.labelled_share > 1:
         raise UserError(f"config.data.labelled_share is {config.data.labelled_share}; it must be at most 1")
+    _check_profile(config.train.profile)
     if not config.eval.splits:
         raise UserError("config.eval.splits is empty; name at least one split")
     return config
@@ -181,6 +184,17 @@ def _check_source(path: str, name: str, source: SourceConfig) -> None:
         raise UserError(f"{path}.repeat is {source.repeat}; it must be above 0")
     if source.cap < 0:
         raise UserError(f"{path}.cap is {source.cap}; it must be at least 0")
+
+
+def _check_profile(profile: str) -> None:
+    if not profile:
+        return
+    found = re.fullmatch(r"(\d+):(\d+)", profile)
+    if not found or int(found[1]) >= int(found[2]):
+        raise UserError(
+            f"config.train.profile is {profile!r}; it must be FIRST:END, steps from FIRST up to and not including END, "
+            "such as '100:105'"
+        )
 
 
 def _check_divides(path: str, size: int, part_name: str, part: int) -> None:

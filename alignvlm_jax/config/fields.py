@@ -221,7 +221,11 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1: all that is left."""
+    """Devices along each mesh axis.
+
+    -1 leaves a size open: `tensor` is then as small as fits, `fsdp` as large as divides the
+    parameters, and `data` all that is left (`parallel.mesh_sizes`).
+    """
 
     data: int = -1
     fsdp: int = 1
@@ -238,7 +242,11 @@ class TrainConfig:
 
     Every `validate_every` steps the losses are measured on `validation_rows`, shared evenly by the sources; every
     `generate_every`, where that is not 0 and pixels are looked at, `generate_questions` of each source's validation
-    split are answered and scored.
+    split are answered and scored. The state is saved every `checkpoint_every` steps and, where that takes longer, every
+    `checkpoint_minutes` (0: by steps alone).
+
+    `profile` "100:105" traces the steps from 100 up to and not including 105, counted over the run. A process that has
+    not moved for `stall_minutes` ends itself; 0: never (docs/pods.md).
     """
 
     num_steps: int = 1000
@@ -255,8 +263,11 @@ class TrainConfig:
     generate_every: int = 0
     generate_questions: int = 64
     checkpoint_every: int = 200
+    checkpoint_minutes: float = 15.0
     keep_checkpoints: int = 2
     max_skipped_steps: int = 10
+    profile: str = ""
+    stall_minutes: float = 10.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

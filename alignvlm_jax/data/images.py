@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import io
+import os
 from collections.abc import Iterable
 from pathlib import Path
 

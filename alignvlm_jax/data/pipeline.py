@@ -3,8 +3,9 @@
 import bisect
 import dataclasses
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -87,33 +88,44 @@ class TrainRows:
 
 
 class TrainBatches(Iterator[Batch]):
-    """This process's share of a stage's batches, from `start_row` (a global count of rows) to the stage's end.
+    """A process's rows of a stage's batches, from `start_row` (a global count of rows) to the stage's end.
 
     Attributes:
-      next_row: global rows handed out so far: what a checkpoint has to hold.
+      next_row: global rows handed out so far.
       num_unused: records that are in no row; see `schedule.Schedule`.
       num_unsupervised: records that this process handed out since `start_row` and that taught nothing: they could not
         be read, or had no answer that fits.
     """
 
-    def __init__(self, config: Config, *, start_row: int = 0, process_index: int = 0, process_count: int = 1):
+    def __init__(
+        self,
+        config: Config,
+        *,
+        start_row: int = 0,
+        local_rows: Sequence[int] | None = None,
+        schedule_state: Mapping[str, Any] | None = None,
+    ):
+        """
+        Args:
+          start_row: global rows of the stage that have been trained on.
+          local_rows: those of each global batch that this process feeds, ascending; by default all of them.
+          schedule_state: what `schedule_state` gave there. Without it, or where it is of other data, the epochs before
+            are planned again to know where this one begins.
+        """
         global_size = config.train.batch_size
-        if global_size % process_count:
-            raise UserError(f"config.train.batch_size {global_size} is not a multiple of {process_count} processes")
         if start_row % global_size:
             raise UserError(f"data position {start_row} is not a multiple of config.train.batch_size {global_size}")
-        local_size = global_size // process_count
         self._rows = TrainRows(config, config.data.split)
+        self._rows.schedule.restore(schedule_state or {})
         self.counters(start_row)  # Plans the epochs so far in their order; any other would plan some of them twice.
-        local_rows = _Block(self._rows, start_row, global_size, process_index * local_size, local_size)
-        options = grain.ReadOptions(num_threads=config.data.num_threads, prefetch_buffer_size=config.data.prefetch)
-        # Batched before the threads' buffer: whole batches wait in it, and nothing is stacked while a step waits.
-        self._batches = iter(grain.MapDataset.source(local_rows).batch(local_size).to_iter_dataset(options))
-        self._global_size, self._local_size, self._offset = global_size, local_size, process_index * local_size
+        self._local_rows = list(range(global_size) if local_rows is None else local_rows)
+        self._batches = _read_ahead(
+            self._rows, range(start_row, len(self._rows), global_size), self._local_rows, config
+        )
+        self._global_size, self.next_row = global_size, start_row
         self._max_unsupervised = config.data.max_unsupervised
         self._num_records = self.num_unsupervised = 0
         self.num_unused = self._rows.schedule.num_unused
-        self.next_row = start_row
 
     def __next__(self) -> Batch:
         batch = next(self._batches)
@@ -126,9 +138,12 @@ class TrainBatches(Iterator[Batch]):
         config, so that a run that was stopped counts as one that was not."""
         return self._rows.schedule.counters(next_row)
 
+    def schedule_state(self) -> dict[str, Any]:
+        """Returns what spares a resumed run the planning of epochs that are over: a dict for JSON."""
+        return self._rows.schedule.state()
+
     def _count_unsupervised(self, batch: Batch) -> None:
-        begin = self.next_row + self._offset
-        planned = sum(self._rows.schedule.num_records(row) for row in range(begin, begin + self._local_size))
+        planned = sum(self._rows.schedule.num_records(self.next_row + row) for row in self._local_rows)
         self._num_records += planned
         self.num_unsupervised += planned - count_supervised(batch)
         # At the start of a run one bad record would be a large share: no share is taken of less than 100.
@@ -149,16 +164,15 @@ def count_supervised(batch: Batch) -> int:
     return int(is_supervised.sum())
 
 
-class _Block:
-    """The rows of one process: a contiguous block of every global batch, whatever the number of processes."""
+class _LocalRows:
+    """A process's rows of batches that begin at `starts`, batch after batch."""
 
-    def __init__(self, all_rows: TrainRows, start_row: int, global_size: int, offset: int, local_size: int):
-        self._rows = all_rows
-        self._start, self._global_size, self._offset, self._local_size = start_row, global_size, offset, local_size
+    def __init__(self, all_rows: TrainRows, starts: Sequence[int], local_rows: Sequence[int]):
+        self._rows, self._starts, self._local_rows = all_rows, starts, local_rows
         self._ahead = ReadAhead(all_rows, len(self), self._row) if all_rows.is_remote else None
 
     def __len__(self) -> int:
-        return (len(self._rows) - self._start) // self._global_size * self._local_size
+        return len(self._starts) * len(self._local_rows)
 
     def __getitem__(self, index: int) -> Row:
         if self._ahead:
@@ -166,8 +180,18 @@ class _Block:
         return self._rows[self._row(index)]
 
     def _row(self, index: int) -> int:
-        batch, row = divmod(index, self._local_size)
-        return self._start + batch * self._global_size + self._offset + row
+        batch, place = divmod(index, len(self._local_rows))
+        return self._starts[batch] + self._local_rows[place]
+
+
+def _read_ahead(
+    all_rows: TrainRows, starts: Sequence[int], local_rows: Sequence[int], config: Config
+) -> Iterator[Batch]:
+    """The batches that begin at `starts`, of the local rows alone, made by the config's reading threads."""
+    options = grain.ReadOptions(num_threads=config.data.num_threads, prefetch_buffer_size=config.data.prefetch)
+    rows_here = grain.MapDataset.source(_LocalRows(all_rows, starts, local_rows))
+    # Batched before the threads' buffer: whole batches wait in it, and nothing is stacked while a step waits.
+    return iter(rows_here.batch(len(local_rows)).to_iter_dataset(options))
 
 
 def by_source(config: Config) -> dict[str, Config]:
@@ -200,21 +224,35 @@ def by_source(config: Config) -> dict[str, Config]:
     return useful
 
 
-def validation_batches(config: Config, batch_size: int, num_rows: int) -> list[Batch]:
-    """Returns the first `num_rows` of the validation split, the same ones at every call. `num_rows` is rounded down to
-    whole batches, but to no less than one.
+class ValidationBatches:
+    """A process's rows of the batches of the validation split, the same ones at every pass, read anew in each: kept,
+    those of the paper's stages would take gigabytes of every host."""
 
-    Raises:
-      UserError: no record of them can be read.
-    """
-    validation = TrainRows(config, config.data.validation_split)
-    batches = [
-        stack([validation[start + i] for i in range(batch_size)])
-        for start in range(0, max(1, num_rows // batch_size) * batch_size, batch_size)
-    ]
-    if validation.problem and not any(count_supervised(batch) for batch in batches):
-        raise UserError(f"nothing to validate on in split {config.data.validation_split!r}: {validation.problem}")
-    return batches
+    def __init__(self, config: Config, batch_size: int, num_rows: int, local_rows: Sequence[int] | None = None):
+        """
+        Args:
+          batch_size: rows of a global batch.
+          num_rows: of all processes; rounded down to whole batches, but to no less than one.
+          local_rows: as of `TrainBatches`.
+
+        Raises:
+          UserError: no record of this process's rows can be read.
+        """
+        self._config = config
+        self._rows = TrainRows(config, config.data.validation_split)
+        self._starts = range(0, max(1, num_rows // batch_size) * batch_size, batch_size)
+        self._local_rows = list(range(batch_size) if local_rows is None else local_rows)
+        self._check()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _read_ahead(self._rows, self._starts, self._local_rows, self._config)
+
+    def _check(self) -> None:
+        """Mostly reads one row."""
+        here = _LocalRows(self._rows, self._starts, self._local_rows)
+        if not any(here[i]["loss_weights"].any() for i in range(len(here))) and self._rows.problem:
+            split = self._config.data.validation_split
+            raise UserError(f"nothing to validate on in split {split!r}: {self._rows.problem}")
 
 
 def stack(batch_rows: list[Row]) -> Batch:

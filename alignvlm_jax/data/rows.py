@@ -146,13 +146,26 @@ def build_text(tokens: np.ndarray, length: int, tokenizer: Tokenizer) -> Row:
     return _text_arrays([(tokens, loss_weights)], length, tokenizer)
 
 
-def trim_prompts(prompts: Sequence[Row], config: Config, multiple: int = 64) -> list[Row]:
-    """Returns prompts, still of one shape, without the tile slots that none of them uses and without the padding beyond
-    a `multiple` that all have: with room for nine tiles, one should not cost nine."""
+def trim_prompts(prompts: Sequence[Row], config: Config) -> list[Row]:
+    """Returns prompts, still of one shape, without the tile slots that none of them uses and without the padding that
+    all have: with room for nine tiles, one should not cost nine."""
+    length, num_tiles = extent(prompts, config)
+    return [trim(row, length, num_tiles) for row in prompts]
+
+
+def extent(prompts: Sequence[Row], config: Config, multiple: int = 64) -> tuple[int, int] | None:
+    """Returns how many tokens, rounded up to a `multiple`, and tiles the largest of some prompts have; None of none."""
+    if not prompts:
+        return None
     length = -(-max(int(row["segment_ids"].sum()) for row in prompts) // multiple) * multiple
     num_slots = max(int((row["tokens"] == config.model.image_token_id).sum()) for row in prompts)
-    ends = {"tiles": num_slots // config.model.slots_per_tile}
-    return [{name: array[: ends.get(name, length)] for name, array in row.items()} for row in prompts]
+    return length, num_slots // config.model.slots_per_tile
+
+
+def trim(prompt: Row, length: int, num_tiles: int) -> Row:
+    """Returns a prompt of at most so many tokens and tiles."""
+    ends = {"tiles": num_tiles}
+    return {name: array[: ends.get(name, length)] for name, array in prompt.items()}
 
 
 def _tile_pages(record: Record, config: Config) -> list[Tiles]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich import progress
 from rich.console import Console
 
@@ -18,8 +19,8 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.eval import loading
 from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.models.vlm import VLM
+from alignvlm_jax.parallel import distributed, sharding
 from alignvlm_jax.parallel import mesh as mesh_lib
-from alignvlm_jax.parallel import sharding
 
 FOLDER = "analysis"
 
@@ -62,7 +63,8 @@ def tiles_of(loaded: Loaded, records: Sequence[Record]) -> np.ndarray:
 def map_tiles(
     loaded: Loaded, fn: Callable[[VLM, Mapping, Mapping[str, jax.Array]], Any], rows_of_one: Mapping[str, np.ndarray]
 ) -> Iterator[Any]:
-    """Yields fn(model, variables, batch) of a few rows after a few: a tree of arrays with an entry for each of them.
+    """Yields fn(model, variables, batch) of a few rows after a few: a tree of arrays with an entry for each of them. Of
+    several processes all call this with the same rows, each feeds its own, and all get what comes out.
 
     Args:
       loaded: a batch has as many rows as its mesh spreads them over, so that `fn` may make all distributions of one.
@@ -70,20 +72,23 @@ def map_tiles(
       rows_of_one: "tiles", uint8 [n, Y, X, C], each a row by itself, and further arrays of the batch [n, ...].
     """
     every = {**rows_of_one, "tiles": rows_of_one["tiles"][:, None]}
-    size = loaded.batch_ways
-    for start in track(range(0, len(every["tiles"]), size), "tiles"):
-        part = {name: array[start : start + size] for name, array in every.items()}
-        count = len(part["tiles"])
+    total, size = len(every["tiles"]), loaded.batch_ways
+    local_rows = sharding.rows_of_process(loaded.mesh, size)
+    apply = _jitted(fn, loaded.model, loaded.mesh)
+    for start in track(range(0, total, size), "tiles"):
         # Every batch has one shape: the last one repeats its last row.
-        full = {name: np.concatenate([x, np.repeat(x[-1:], size - count, axis=0)]) for name, x in part.items()}
+        here = np.minimum(start + local_rows, total - 1)
         with mesh_lib.use(loaded.mesh):
-            output = _apply(fn, loaded.model, loaded.variables, sharding.put_batch(full, loaded.mesh))
+            batch = sharding.put_batch({name: array[here] for name, array in every.items()}, loaded.mesh)
+            output = apply(loaded.variables, batch)
+        count = min(size, total - start)
         yield jax.tree.map(lambda x, count=count: np.asarray(x)[:count], output)
 
 
 def track(parts: Sequence[Any], name: str) -> Iterable[Any]:
     """Returns the parts of a work, and shows on stderr how many are done and the time left."""
-    return progress.track(parts, name, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return progress.track(parts, name, console=console, transient=True, disable=not distributed.is_main())
 
 
 def quantiles(values: np.ndarray) -> dict[str, float]:
@@ -92,6 +97,7 @@ def quantiles(values: np.ndarray) -> dict[str, float]:
     return {"mean": float(values.mean()), **cuts}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _apply(fn: Callable, model: VLM, variables: Mapping, batch: Mapping[str, jax.Array]) -> Any:
-    return fn(model, variables, batch)
+@functools.lru_cache(maxsize=8)
+def _jitted(fn: Callable, model: VLM, mesh: Mesh) -> Callable[[Mapping, Mapping[str, jax.Array]], Any]:
+    # Replicated: of an output that stays where its rows are a process could read only its own part.
+    return jax.jit(functools.partial(fn, model), out_shardings=sharding.replicated(mesh))

@@ -11,6 +11,7 @@ from alignvlm_jax.data import images, rows
 from alignvlm_jax.data.rows import Row
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.eval import answering, loading, looking
+from alignvlm_jax.eval.answering import Prompts
 from alignvlm_jax.eval.lens import Lens
 from alignvlm_jax.eval.loading import Loaded
 
@@ -83,8 +84,9 @@ class Assistant:
                 continue
             size = answering.batch_size(len(indices), config.eval.batch_size, loaded.batch_ways)
             trimmed = rows.trim_prompts([prompts[i] for i in indices], config)
-            said = answering.answer(self._sampler, loaded.variables, loaded.tokenizer, trimmed, size, max_new_tokens)
-            answers |= dict(zip(indices, said, strict=True))
+            asked = Prompts(len(trimmed), trimmed.__getitem__)
+            said = answering.answer(self._sampler, loaded.variables, loaded.tokenizer, asked, size, max_new_tokens)
+            answers |= {i: text for i, (text, _) in zip(indices, said, strict=True)}
         return [answers[i] for i in range(len(prompts))]
 
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from alignvlm_jax.eval import predictions
 from alignvlm_jax.eval.predictions import Predictions
-from alignvlm_jax.parallel import distributed
+from alignvlm_jax.parallel import distributed, exchange
 
 Rows = list[dict[str, Any]]
 
@@ -32,10 +32,10 @@ def collect(
     """
     finished = predictions.read(path) if distributed.is_main() else None
     rows = finished.rows if finished is not None and finished.header == header else None
-    if (rows := distributed.from_main(rows)) is not None:
+    if (rows := exchange.from_main(rows)) is not None:
         return Predictions(header, rows)
     writer = predictions.Writer(path, header) if distributed.is_main() else predictions.Collector(header)
-    writer.predictions.rows[:] = distributed.from_main(writer.predictions.rows)
+    writer.predictions.rows[:] = exchange.from_main(writer.predictions.rows)
     done = len(writer.predictions.rows)
     with _progress_bar(things) as bar:
         shown = bar.add_task(name, total=count, completed=done)

@@ -108,7 +108,7 @@ def with_connector(config: Config, name: str) -> Config:
 def cost_of(loaded: Loaded, repeats: int) -> Cost:
     """Returns what the connector of a model costs."""
     config, ways, num_new = loaded.config, loaded.batch_ways, loaded.config.eval.max_new_tokens
-    prompts = pipeline.stack([full_prompt(loaded)] * ways)
+    prompts = pipeline.stack([full_prompt(loaded)] * len(sharding.rows_of_process(loaded.mesh, ways)))
     with mesh_lib.use(loaded.mesh):
         tiles = sharding.put_batch({"tiles": prompts["tiles"]}, loaded.mesh)
         encode = jax.jit(_visual_tokens, static_argnums=0).lower(loaded.model, loaded.variables, tiles).compile()

@@ -5,14 +5,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from alignvlm_jax import storage
-from alignvlm_jax.config import Config, MeshConfig
+from alignvlm_jax.config import Config
 from alignvlm_jax.data import chat, pipeline
 from alignvlm_jax.data.tokenizer import Tokenizer
-from alignvlm_jax.errors import UserError
 from alignvlm_jax.infer.sampler import Sampler
 from alignvlm_jax.models.vlm import VLM
 from alignvlm_jax.parallel import mesh as mesh_lib
@@ -72,7 +70,7 @@ def load(path: Path, config: Config) -> Loaded:
       UserError: there is no readable checkpoint, or its tokenizer is missing.
     """
     tokenizer = pipeline.load_tokenizer(config)
-    mesh = _mesh(config)
+    mesh = mesh_lib.for_inference(config)
     trained, model, params, step = checkpoint.load_model(path, mesh)
     path = workdir_of(path) / checkpoint.FOLDER / str(step)
     metadata = checkpoint.read_newest(path, lambda checkpoints, step: checkpoints.metadata(step))
@@ -89,14 +87,3 @@ def workdir_of(path: Path) -> Path:
 
 def _with_data_dir(config: Config, data_dir: str) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, dir=data_dir))
-
-
-def _mesh(config: Config) -> Mesh:
-    """The mesh of training where it fits this machine; else every device holds a part of each parameter."""
-    # The rows of a training batch, which make_mesh checks as well, mean nothing here.
-    train = dataclasses.replace(config.train, batch_size=jax.device_count(), accumulation=1)
-    try:
-        return mesh_lib.make_mesh(dataclasses.replace(config, train=train))
-    except UserError:
-        mesh = MeshConfig(data=1, fsdp=-1, tensor=1)
-        return mesh_lib.make_mesh(dataclasses.replace(config, train=train, mesh=mesh))

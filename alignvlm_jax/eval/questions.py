@@ -10,6 +10,7 @@ from alignvlm_jax.data.schema import Record, Turn
 from alignvlm_jax.data.sources import RecordSource
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.eval.tasks import Task
+from alignvlm_jax.parallel import distributed, exchange
 
 MAX_SHOWN = 5
 """Ids in a message."""
@@ -17,11 +18,13 @@ MAX_SHOWN = 5
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A turn of a record: `record` is the record's index in its split, `id` names both. `known_as` is the record's id
-    where it has no other turn: what the benchmark, and the server that scores it, call the question."""
+    """A turn of a record: `record` is the record's index in its split, `id` names both, `kind` is the record's source.
+    `known_as` is the record's id where it has no other turn: what the benchmark, and the server that scores it, call
+    the question."""
 
     id: str
     record: int
+    kind: str
     turn: Turn
     known_as: str
 
@@ -31,18 +34,30 @@ def choose_questions(records: Sequence[Record], count: int | None) -> list[Quest
     on.
 
     Documents are spread evenly over the split, and a hash of its id says which question of a document comes first, so
-    that the choice depends on the data alone.
+    that the choice depends on the data alone. Of several processes all call this, and the main one reads the records
+    for all.
     """
+    chosen = _choose(records, count) if distributed.is_main() else []
+    told = exchange.from_main([dataclasses.asdict(question) for question in chosen])
+    return [
+        Question(**fields | {"turn": Turn(fields["turn"]["question"], tuple(fields["turn"]["answers"]))})
+        for fields in told
+    ]
+
+
+def _choose(records: Sequence[Record], count: int | None) -> list[Question]:
     num_documents = len(records) if count is None else min(count, len(records))
     indices = [i * len(records) // num_documents for i in range(num_documents)]
-    ids_and_turns = [(record.id, record.turns) for record in map(records.__getitem__, indices)]
+    # Without their images, which would be held all at once.
+    known = [(record.id, record.source, record.turns) for record in map(records.__getitem__, indices)]
     questions = []
-    for round_number in range(max((len(turns) for _, turns in ids_and_turns), default=0)):
-        for index, (record_id, turns) in zip(indices, ids_and_turns, strict=True):
+    for round_number in range(max((len(turns) for _, _, turns in known), default=0)):
+        for index, (record_id, kind, turns) in zip(indices, known, strict=True):
             if round_number < len(turns):
                 turn = (zlib.crc32(record_id.encode()) + round_number) % len(turns)
                 name = f"{record_id}/{turn}"
-                questions.append(Question(name, index, turns[turn], record_id if len(turns) == 1 else name))
+                known_as = record_id if len(turns) == 1 else name
+                questions.append(Question(name, index, kind, turns[turn], known_as))
     return questions[:count]
 
 

@@ -25,6 +25,7 @@ from alignvlm_jax.eval import (
     lens,
     loading,
     looking,
+    plotting,
     predictions,
     report_analyses,
     summary,
@@ -32,11 +33,21 @@ from alignvlm_jax.eval import (
 from alignvlm_jax.eval.gallery import Example
 from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.eval.predictions import Predictions
-from alignvlm_jax.train import metrics, workdir
+from alignvlm_jax.train import goodput, metrics, workdir
 
 FILE = "report.html"
 NUM_LENSES = 3
 NUM_READINGS = 6
+GOODPUT = (
+    ("steps", "Steps", "training proper"),
+    ("data_wait", "Data wait", "no step to run, since its batch was not there"),
+    ("save", "Saves", "what of checkpoints training waited for"),
+    ("restart", "Restarts", "from the start of a process that goes on to its first step, and what was done in vain"),
+    ("evaluation", "Evaluation", "validation, and answers generated in training"),
+    ("compile", "Compiling", "of a run's first process; later ones count it as restart until their first step"),
+    ("other", "Other", "starting, reading data and weights"),
+)
+"""Categories of `goodput` in the order and words of the report."""
 
 Results = Mapping[tuple[str, bool], Predictions]
 Lines = Sequence[dict[str, Any]]
@@ -128,6 +139,7 @@ def render(run: Run, other: Run | None = None) -> str:
         curves=figures.curves(run.lines, other.lines if other else ()),
         curve_colors=(figures.THIS, figures.OTHER),
         stages=[_stage(stage, run.lines) for stage in run.stages],
+        goodput=_goodput(run.lines),
         examples=[_shown(example, records.get(example.record_id)) for example in examples],
         lenses=lenses,
         lens_problem=lens_problem,
@@ -243,6 +255,23 @@ def _stage(stage: Config, lines: Lines) -> dict[str, Any]:
         "loss": _last(ours, "validation/answer_loss"),
         "accuracy": _last(ours, "validation/token_accuracy"),
     }
+
+
+def _goodput(lines: Lines) -> list[dict[str, Any]]:
+    """Where the run's wall time went, as its newest line says; empty where none says."""
+    newest = next((line for line in reversed(lines) if line.get(goodput.TOTAL)), None)
+    if newest is None:
+        return []
+    return [
+        {
+            "name": name,
+            "what": what,
+            "share": newest[goodput.PREFIX + category],
+            "seconds": newest[goodput.PREFIX + category] * newest[goodput.TOTAL],
+            "color": color,
+        }
+        for (category, name, what), color in zip(GOODPUT, plotting.COLORS, strict=False)
+    ]
 
 
 def _last(lines: Lines, name: str) -> float | None:

@@ -14,6 +14,7 @@ from alignvlm_jax.data import chat, images, pages, rows, sources
 from alignvlm_jax.data.schema import Record
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.eval import answering, collecting, loading, predictions, scores, tasks
+from alignvlm_jax.eval.answering import Answer, Prompts
 from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.eval.predictions import Predictions
 from alignvlm_jax.eval.questions import Benchmark, Question, choose_questions
@@ -134,43 +135,45 @@ class Runner:
     def _answer(
         self, records: Sequence[Record], questions: Sequence[Question], trial: Trial, config: Config
     ) -> list[dict[str, Any]]:
-        seen = [records[question.record] for question in questions]
-        prompts = [
-            rows.build_prompt(trial.page(record), question.turn.question, config, self._loaded.tokenizer)
-            | trial.inputs(question)
-            for record, question in zip(seen, questions, strict=True)
-        ]
-        said = self._generate(prompts, self._config.eval.max_new_tokens, trial.variables)
+        def build(number: int) -> rows.Row:
+            question = questions[number]
+            page = trial.page(records[question.record])
+            prompt = rows.build_prompt(page, question.turn.question, config, self._loaded.tokenizer)
+            return prompt | trial.inputs(question)
+
+        prompts = Prompts(len(questions), build)
+        answers = self._generate(prompts, self._config.eval.max_new_tokens, trial.variables)
         return [
-            _row(question, record, prediction)
+            _row(question, prediction)
             | {
                 "score": scores.anls(prediction, question.turn.answers),
                 "exact": scores.exact_match(prediction, question.turn.answers),
             }
-            for record, question, prediction in zip(seen, questions, said, strict=True)
+            for question, (prediction, _) in zip(questions, answers, strict=True)
         ]
 
     def _answer_task(
         self, benchmark: Benchmark, questions: Sequence[Question], max_new_tokens: int, config: Config
     ) -> list[dict[str, Any]]:
-        seen = [benchmark.records[question.record] for question in questions]
-        prompts, problems = [], []
-        for record, question in zip(seen, questions, strict=True):
-            try:
-                text = benchmark.task.prompt.format(question=question.turn.question)
-                prompts.append(rows.build_prompt(record, text, config, self._loaded.tokenizer))
-                problems.append({})
-            except UserError as err:
-                problems.append({"problem": str(err)})
-        said = iter(self._generate(prompts, max_new_tokens, {}))
+        tokenizer = self._loaded.tokenizer
+
+        def build(number: int) -> rows.Row:
+            question = questions[number]
+            text = benchmark.task.prompt.format(question=question.turn.question)
+            return rows.build_prompt(benchmark.records[question.record], text, config, tokenizer)
+
+        def stand_in() -> rows.Row:
+            return rows.build_prompt(Image.new("RGB", (1, 1), "white"), "", config, tokenizer)
+
         found = []
-        for record, question, problem in zip(seen, questions, problems, strict=True):
-            row = _row(question, record, "" if problem else next(said)) | problem
-            rated = benchmark.task.rate(row["prediction"], question.turn.answers)
+        answers = self._generate(Prompts(len(questions), build, stand_in), max_new_tokens, {})
+        for question, (prediction, problem) in zip(questions, answers, strict=True):
+            row = _row(question, prediction) | ({} if problem is None else {"problem": problem})
+            rated = benchmark.task.rate(prediction, question.turn.answers)
             found.append(row | {"known_as": question.known_as, "scores": rated})
         return found
 
-    def _generate(self, prompts: list[rows.Row], max_new_tokens: int, variables: Mapping[str, Any]) -> list[str]:
+    def _generate(self, prompts: Prompts, max_new_tokens: int, variables: Mapping[str, Any]) -> list[Answer]:
         """What the model says to prompts."""
         variables, tokenizer = {**self._loaded.variables, **variables}, self._loaded.tokenizer
         return answering.answer(self._sampler, variables, tokenizer, prompts, self._batch_size, max_new_tokens)
@@ -202,11 +205,11 @@ class Runner:
         }
 
 
-def _row(question: Question, record: Record, prediction: str) -> dict[str, Any]:
+def _row(question: Question, prediction: str) -> dict[str, Any]:
     return {
         "id": question.id,
         "record": question.record,
-        "kind": record.source,
+        "kind": question.kind,
         "question": question.turn.question,
         "answers": list(question.turn.answers),
         "prediction": prediction,

@@ -1,7 +1,9 @@
 """Questions that a model is asked now and then while it is trained."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
+import jax
 from jax.sharding import Mesh
 
 from alignvlm_jax.config import Config
@@ -9,9 +11,11 @@ from alignvlm_jax.data import chat, pipeline, rows, sources
 from alignvlm_jax.data.tokenizer import Tokenizer
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.eval import answering, questions, scores
+from alignvlm_jax.eval.answering import Prompts
 from alignvlm_jax.eval.questions import Question
 from alignvlm_jax.infer.sampler import Sampler
 from alignvlm_jax.models.vlm import VLM
+from alignvlm_jax.parallel import exchange, sharding
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.train import metrics
 from alignvlm_jax.train.state import Params
@@ -26,25 +30,47 @@ class SpotCheck:
         self._tokenizer = pipeline.load_tokenizer(config)
         self._sampler = Sampler(model, mesh, end_ids=chat.stop_ids(self._tokenizer), pad_id=self._tokenizer.pad_id)
         self._max_new_tokens = config.eval.max_new_tokens
-        self._asked, self._prompts = _choose(config, self._tokenizer)
-        self._batch_size = answering.batch_size(len(self._prompts), config.eval.batch_size, mesh_lib.batch_ways(mesh))
+        self._asked = _choose(config)
+        count = len(self._asked.places)
+        self._batch_size = answering.batch_size(count, config.eval.batch_size, mesh_lib.batch_ways(mesh))
+        local_rows = sharding.rows_of_process(mesh, self._batch_size).tolist()
+        mine = [start + row for start in range(0, count, self._batch_size) for row in local_rows]
+        own = [_build(config, self._tokenizer, self._asked, number) for number in mine if number < count]
+        # Of all processes: their prompts are rows of one array.
+        extents = [extent for extent in exchange.gather(rows.extent(own, config)) if extent is not None]
+        self._trimmed = max(length for length, _ in extents), max(tiles for _, tiles in extents)
+        self._config = config
 
     def scores(self, params: Params, should_stop: Callable[[], bool]) -> dict[str, float]:
         """Returns `generated/anls` and `generated/exact_match` over all questions, and with several sources
         `generated/SOURCE/...` of each; nothing when told to stop meanwhile."""
         said: list[str] = []
-        for start in range(0, len(self._prompts), self._batch_size):
+        for start in range(0, len(self._asked.places), self._batch_size):
             if should_stop():
                 return {}
-            batch = self._prompts[start : start + self._batch_size]
-            said += answering.answer(
-                self._sampler, {"params": params}, self._tokenizer, batch, self._batch_size, self._max_new_tokens
+            count = min(self._batch_size, len(self._asked.places) - start)
+            prompts = Prompts(count, lambda number, start=start: self._prompt(start + number))
+            answers = answering.answer(
+                self._sampler, {"params": params}, self._tokenizer, prompts, self._batch_size, self._max_new_tokens
             )
+            said += [text for text, _ in answers]
         answers = iter(said)
         rated = {
-            name: [(next(answers), question.turn.answers) for question in asked] for name, asked in self._asked.items()
+            name: [(next(answers), question.turn.answers) for question in asked]
+            for name, asked in self._asked.by_source.items()
         }
         return metrics.with_sources("generated", rated, _means)
+
+    def _prompt(self, number: int) -> rows.Row:
+        return rows.trim(_build(self._config, self._tokenizer, self._asked, number), *self._trimmed)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """The questions by source, and each by number over all of them, with the records that it is of."""
+
+    by_source: dict[str, list[Question]]
+    places: list[tuple[sources.RecordSource, Question]]
 
 
 def is_asked(config: Config) -> bool:
@@ -57,26 +83,33 @@ def check(stages: Iterable[Config]) -> None:
     prompt does not fit. The last stage of a long run is too late to be told so."""
     for config in stages:
         if is_asked(config):
-            _choose(config, pipeline.load_tokenizer(config))
+            asked, tokenizer = _choose(config), pipeline.load_tokenizer(config)
+            for number in range(jax.process_index(), len(asked.places), jax.process_count()):
+                _build(config, tokenizer, asked, number)
 
 
-def _choose(config: Config, tokenizer: Tokenizer) -> tuple[dict[str, list[Question]], list[rows.Row]]:
-    """The questions by source, without sources that have none; and the prompts of all of them in that order."""
-    split, asked, prompts = config.data.validation_split, {}, []
+def _choose(config: Config) -> _Asked:
+    """The questions, without sources that have none."""
+    split, by_source, places = config.data.validation_split, {}, []
     validated = pipeline.by_source(config)
     for name, source in validated.items():
         (folder,) = source.data.folders
         records = sources.RecordSource(folder, split)
         if found := questions.choose_questions(records, config.train.generate_questions):
-            asked[name] = found
-            prompts += [rows.build_prompt(records[q.record], q.turn.question, config, tokenizer) for q in found]
-    if not asked:
+            by_source[name] = found
+            places += [(records, question) for question in found]
+    if not places:
         folders = ", ".join(folder for source in validated.values() for folder in source.data.folders)
         raise UserError(
             f"split {split!r} in {folders} has no questions to generate answers to; "
             "config.train.generate_every=0 asks none"
         )
-    return asked, rows.trim_prompts(prompts, config)
+    return _Asked(by_source, places)
+
+
+def _build(config: Config, tokenizer: Tokenizer, asked: _Asked, number: int) -> rows.Row:
+    records, question = asked.places[number]
+    return rows.build_prompt(records[question.record], question.turn.question, config, tokenizer)
 
 
 def _means(pairs: Sequence[tuple[str, Sequence[str]]]) -> dict[str, float]:

@@ -28,8 +28,8 @@ from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.eval.predictions import Predictions
 from alignvlm_jax.eval.tasks import TextTask
 from alignvlm_jax.models.vlm import VLM
-from alignvlm_jax.parallel import distributed, sharding
 from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.parallel import sharding
 from alignvlm_jax.shapes import Array, Float
 
 SCORER_VERSION = "bits_per_byte/1"
@@ -134,8 +134,8 @@ class Reader:
 
     def _nats(self, batch: Sequence[Row], size: int) -> np.ndarray:
         """float64 [n]: what the tokens of each row take, the first one's nothing; n is at most `size`."""
-        full = [*batch, *[batch[-1]] * (size - len(batch))]
-        arrays = pipeline.stack(distributed.own_rows(full))
+        local_rows = sharding.rows_of_process(self._loaded.mesh, size)
+        arrays = pipeline.stack([batch[min(row, len(batch) - 1)] for row in local_rows.tolist()])
         weights = np.stack([row["loss_weights"] for row in batch])
         with mesh_lib.use(self._loaded.mesh):
             nll = np.asarray(self._nll(self._loaded.variables, sharding.put_batch(arrays, self._loaded.mesh)))

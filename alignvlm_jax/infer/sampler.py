@@ -32,13 +32,18 @@ class Sampler:
         generate = functools.partial(_generate, model, end_ids=end_ids, pad_id=pad_id)
         self._generate = jax.jit(generate, static_argnames="num_new", out_shardings=sharding.replicated(mesh))
 
+    def rows_of_process(self, size: int) -> np.ndarray:
+        """Returns the rows of a batch of `size` that this process hands in: int64 [n], ascending."""
+        return sharding.rows_of_process(self._mesh, size)
+
     def generate(self, variables: Mapping, batch: Mapping[str, np.ndarray], max_new_tokens: int) -> np.ndarray:
         """Returns int32 [B, max_new_tokens]: each row's answer up to and with the end token, then padding.
 
         Args:
           variables: what the model is applied to: "params", sharded over the mesh, and whatever else.
-          batch: one prompt a row, as `data.rows.build_prompt` makes it; this process's rows of the global batch. A
-            batch without "tiles" has no image slots. One with NOISE_FIELDS is seen through noise: `VLM.features`.
+          batch: one prompt a row, as `data.rows.build_prompt` makes it; those of `rows_of_process` of the global
+            batch. A batch without "tiles" has no image slots. One with NOISE_FIELDS is seen through noise:
+            `VLM.features`.
           max_new_tokens: static; another value or batch shape compiles anew.
         """
         prompts = {name: batch[name] for name in (*PROMPT_FIELDS, *NOISE_FIELDS) if name in batch}

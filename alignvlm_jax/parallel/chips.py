@@ -14,15 +14,17 @@ from alignvlm_jax.errors import UserError, nearest
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A chip as it is rented: dense bfloat16 TFLOP/s as its maker states them, and the GiB of HBM that XLA may use.
+    """A chip as it is rented, in the numbers of one of its devices, of which jax and the compiler speak.
 
-    For TPUs also the GB/s that all its links send, and the slices on offer.
+    Dense bfloat16 TFLOP/s as its maker states them, and the GiB of HBM that XLA may use. For TPUs also the GB/s that
+    all its links send, and the slices on offer.
     """
 
     tflops: float
     hbm_gib: float
     link_gb: float = math.nan
     shapes: tuple[str, ...] = ()
+    num_devices: int = 1
 
 
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -32,6 +34,9 @@ CHIPS = {
     "v5e": Chip(197, 15.75, 200, _FLAT),
     "v5p": Chip(459, 95.74, 600, _CUBES),
     "v6e": Chip(918, 31.25, 448, _FLAT),
+    # Each of its two chiplets is a device of jax. Per chip 2,307 TFLOP/s, 192 GiB, and 1,200 GB/s in both directions
+    # of its links (cloud.google.com/tpu/docs/tpu7x), so 600 one way; the faster link between the two is not counted.
+    "tpu7x": Chip(2307 / 2, 94.75, 600 / 2, _CUBES, num_devices=2),
     "a100": Chip(312, 80.0),
     "h100": Chip(989, 80.0),
     "h200": Chip(989, 141.0),
@@ -44,29 +49,54 @@ KINDS = {
     "TPU v5p": "v5p",
     "TPU v6 lite": "v6e",
     "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
     "NVIDIA A100-SXM4-80GB": "a100",
     "NVIDIA H100 80GB HBM3": "h100",
     "NVIDIA H200": "h200",
 }
-"""Chips by jax's `device_kind`. Of all of them one device is one chip."""
+"""Chips by jax's `device_kind`."""
+
+CHIPS_A_HOST = 4  # Of slices of several hosts, of every kind; a single host of v5e or v6e may have 8.
 
 
 def chip_of(device: jax.Device) -> Chip | None:
-    """Returns the chip that a device is; None where it is not known, and no peak should be claimed."""
+    """Returns the chip that a device is, or is a part of; None where it is not known, and no peak should be claimed."""
     return CHIPS.get(KINDS.get(device.device_kind, ""))
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A TPU slice by name, such as v5p:4x4x4."""
+    """One or several TPU slices of a shape, such as v5p:4x4x4; all counts are of all slices together."""
 
-    name: str
+    shape: str
     chip: Chip
     num_chips: int
+    num_slices: int = 1
+
+    @property
+    def name(self) -> str:
+        return self.shape if self.num_slices == 1 else f"{self.num_slices} x {self.shape}"
+
+    @property
+    def kind(self) -> str:
+        return self.shape.split(":")[0]
+
+    @property
+    def num_devices(self) -> int:
+        return self.num_chips * self.chip.num_devices
+
+    @property
+    def num_hosts(self) -> int:
+        return self.num_chips // CHIPS_A_HOST
+
+    @property
+    def peak_flops(self) -> float:
+        """bfloat16 FLOP/s of all chips."""
+        return self.num_devices * self.chip.tflops * 1e12
 
 
-def parse_topology(name: str) -> Topology:
-    """Returns the slice that `name` means; UserError with the nearest where there is none."""
+def parse_topology(name: str, num_slices: int = 1) -> Topology:
+    """Returns as many slices as `name` means; UserError with the nearest where there is none."""
     known = {f"{kind}:{shape}" for kind, chip in CHIPS.items() for shape in chip.shapes}
     if name not in known:
         kind = name.split(":")[0]
@@ -76,7 +106,7 @@ def parse_topology(name: str) -> Topology:
             hint = f"; {kind} slices: {', '.join(shape for shape in CHIPS[kind].shapes)}"
         raise UserError(f"unknown topology {name!r}{hint}")
     kind, shape = name.split(":")
-    return Topology(name, CHIPS[kind], math.prod(map(int, shape.split("x"))))
+    return Topology(name, CHIPS[kind], num_slices * math.prod(map(int, shape.split("x"))), num_slices)
 
 
 def has_tpu_compiler() -> bool:
@@ -85,7 +115,7 @@ def has_tpu_compiler() -> bool:
 
 
 def compile_only_devices(topology: Topology) -> Sequence[jax.Device]:
-    """Returns the devices of a slice that is not there: programs can be compiled for them and not be run.
+    """Returns the devices of slices that are not there: programs can be compiled for them and not be run.
 
     Raises:
       UserError: libtpu is not installed, or does not know the slice.
@@ -97,6 +127,8 @@ def compile_only_devices(topology: Topology) -> Sequence[jax.Device]:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
-        return topologies.get_topology_desc(topology.name, platform="tpu").devices
+        # libtpu takes it for slices of a multi-slice job, with a slice_index, where a number is named.
+        slices = {} if topology.num_slices == 1 else {"num_slices": topology.num_slices}
+        return topologies.get_topology_desc(topology.shape, platform="tpu", **slices).devices
     except RuntimeError as err:
         raise UserError(f"libtpu does not know {topology.name}: {str(err).splitlines()[0]}") from err

@@ -1,33 +1,58 @@
-"""Several processes as one: start-up and named barriers."""
+"""Several processes as one: how they start, what they must have in common, and how they end."""
 
-import json
+import importlib.metadata
 import os
-from collections.abc import Sequence
-from typing import TypeVar
+import platform
+import time
+from collections.abc import Mapping
+from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import TryAgainError, UserError
+from alignvlm_jax.parallel import exchange
+from alignvlm_jax.parallel.peers import Watch
 
 START_TIMEOUT_SECONDS = 60
-T = TypeVar("T")
+MAX_CLOCK_SECONDS = 60
+"""By how much the clocks of hosts may differ: logs and leases are compared by them."""
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+_watch: Watch | None = None
 
 
-def initialize() -> None:
-    """Joins the other processes, where the environment names them; does nothing for a single process.
+def initialize(arguments: list[str] | None = None) -> None:
+    """Joins the other processes, where the environment names them; does nothing for a single process, or one that has
+    joined before.
 
     The launch scripts set ALIGNVLM_COORDINATOR (host:port), ALIGNVLM_NUM_PROCESSES and ALIGNVLM_PROCESS_ID; or, on the
     hosts of a TPU slice, which know of each other, ALIGNVLM_AUTO_DISTRIBUTED=1.
 
+    Args:
+      arguments: of the command, which must be the same everywhere.
+
     Raises:
-      UserError: some are missing or no numbers, or the processes do not all arrive within START_TIMEOUT_SECONDS.
+      UserError: some are missing or no numbers, this is no host of a TPU slice, or their versions, arguments or clocks
+        differ.
+      TryAgainError: the processes do not all arrive within START_TIMEOUT_SECONDS.
     """
+    global _watch
+    if exchange.client() is None:
+        _join()
+    if exchange.client() is not None and jax.process_count() > 1:
+        _watch = _watch or Watch()
+        versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+        check_alike({"Python": platform.python_version(), **versions, "arguments": " ".join(arguments or [])})
+        _check_clocks()
+
+
+def _join() -> None:
     if os.environ.get("ALIGNVLM_AUTO_DISTRIBUTED") == "1":
         try:
             jax.distributed.initialize()
-        except (RuntimeError, ValueError) as err:
+        except RuntimeError as err:
+            raise TryAgainError(f"the hosts of the slice did not all come ({str(err).splitlines()[0]})") from err
+        except ValueError as err:
             raise UserError(
                 "ALIGNVLM_AUTO_DISTRIBUTED is 1, and this machine does not know the other hosts of a TPU slice "
                 f"({str(err).splitlines()[0]})"
@@ -46,7 +71,7 @@ def initialize() -> None:
     try:
         jax.distributed.initialize(address, count, index, initialization_timeout=START_TIMEOUT_SECONDS)
     except RuntimeError as err:
-        raise UserError(
+        raise TryAgainError(
             f"process {index} of {count} waited {START_TIMEOUT_SECONDS} s at {address} for the others: start all "
             f"{count} within a minute of each other ({str(err).splitlines()[0]})"
         ) from err
@@ -54,7 +79,42 @@ def initialize() -> None:
 
 def leave() -> None:
     """Waits until every process leaves: process 0, where it ended first, would take the others with it."""
+    global _watch
+    if _watch is not None:
+        exchange.barrier()  # Nobody is lost who has left.
+        _watch.stop()
+        _watch = None
     jax.distributed.shutdown()
+
+
+def fail(message: str, status: int) -> None:
+    """Tells the others that this process ends, and why; does nothing for a single process."""
+    if _watch is not None:
+        _watch.fail(message, status)
+
+
+def check_alike(facts: Mapping[str, Any]) -> None:
+    """Raises UserError on all processes where facts are not the same on all of them. What differs between hosts would
+    part them at some later point, in a hang or in wrong numbers."""
+    if found := exchange.differing(facts):
+        name, values = next(iter(found.items()))
+        process = next(i for i, value in enumerate(values) if value != values[0])
+        raise UserError(
+            f"the processes differ in {', '.join(found)}: {name} is {values[0]!r} on process 0 and "
+            f"{values[process]!r} on process {process}; start all of them with the same"
+        )
+
+
+def _check_clocks() -> None:
+    exchange.barrier()
+    times = exchange.gather(time.time())
+    spread = max(times) - min(times)
+    if spread > MAX_CLOCK_SECONDS:
+        behind = times.index(min(times))
+        raise UserError(
+            f"the clocks of the processes differ by {spread:.0f} s, and at most {MAX_CLOCK_SECONDS} s will do; that of "
+            f"process {behind} is the furthest behind: set it right (chrony, NTP)"
+        )
 
 
 def _number(name: str, text: str) -> int:
@@ -66,26 +126,3 @@ def _number(name: str, text: str) -> int:
 def is_main() -> bool:
     """Whether this process is the one that writes logs and reports."""
     return jax.process_index() == 0
-
-
-def from_main(value: T) -> T:
-    """Returns the main process's value, as JSON gives it back, on every process."""
-    if jax.process_count() == 1:
-        return value
-    # int32: the sum that a broadcast is made of would widen bytes.
-    data = np.frombuffer(json.dumps(value).encode(), np.uint8).astype(np.int32)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-    told = multihost_utils.broadcast_one_to_all(data if is_main() else np.zeros(size, np.int32))
-    return json.loads(np.asarray(told).astype(np.uint8).tobytes())
-
-
-def own_rows(batch: Sequence[T]) -> Sequence[T]:
-    """Returns this process's share of the rows of a global batch: a contiguous block, in the order of processes."""
-    size = len(batch) // jax.process_count()
-    return batch[jax.process_index() * size : (jax.process_index() + 1) * size]
-
-
-def barrier(name: str) -> None:
-    """Waits until every process has reached the barrier of this name."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

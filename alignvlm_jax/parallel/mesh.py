@@ -1,8 +1,8 @@
 """The device mesh (data, fsdp, tensor)."""
 
 import contextlib
-import math
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -10,56 +10,29 @@ from flax import linen as nn
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from alignvlm_jax.config import Config
+from alignvlm_jax.config import Config, MeshConfig
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.parallel import mesh_sizes
+from alignvlm_jax.parallel.mesh_sizes import Sizes
 from alignvlm_jax.parallel.sharding import RULES
 
-AXES = ("data", "fsdp", "tensor")
+AXES = Sizes._fields
 
 
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh that `config.mesh` asks for, over all devices by default.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices, the batch does not divide over data x fsdp, or
-        these not over the processes.
+      UserError: none fits the devices, the batch and the model (`mesh_sizes.resolve`).
     """
     devices = jax.devices() if devices is None else devices
-    sizes = _sizes(config, len(devices))
-    ways, count = sizes[0] * sizes[1], jax.process_count()
-    if ways % count:
-        raise UserError(
-            f"config.mesh: data x fsdp = {ways} does not divide over {count} processes, each of which reads its own "
-            f"rows; lower config.mesh.tensor {sizes[2]}"
-        )
-    return _mesh(sizes, devices)
+    return _mesh(mesh_sizes.resolve(config, len(devices), _num_slices(devices)), devices)
 
 
-def abstract(config: Config, num_devices: int) -> AbstractMesh:
+def abstract(config: Config, num_devices: int, num_slices: int = 1) -> AbstractMesh:
     """Returns the mesh that `config.mesh` asks for over devices that need not be there; UserError as `make_mesh`."""
-    return AbstractMesh(tuple(_sizes(config, num_devices)), AXES, axis_types=(AxisType.Auto,) * 3)
-
-
-def _sizes(config: Config, num_devices: int) -> list[int]:
-    sizes = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
-    asked = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(
-            f"config.mesh {asked}: each axis is at least 1, and at most one of them is -1 (all that is left)"
-        )
-    if -1 in sizes:
-        fixed = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = max(num_devices // fixed, 1)
-    if math.prod(sizes) != num_devices:
-        raise UserError(f"config.mesh {asked} does not fit {num_devices} devices; try data -1, fsdp 1, tensor 1")
-    rows, ways = config.train.batch_size // config.train.accumulation, sizes[0] * sizes[1]
-    if rows % ways:
-        raise UserError(
-            f"batch of {rows} rows (train.batch_size {config.train.batch_size} / accumulation "
-            f"{config.train.accumulation}) does not divide over data x fsdp = {ways}; nearest that does: "
-            f"{max(round(rows / ways), 1) * ways * config.train.accumulation}"
-        )
-    return sizes
+    sizes = mesh_sizes.resolve(config, num_devices, num_slices)
+    return AbstractMesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def _mesh(sizes: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
@@ -74,18 +47,20 @@ def _grid(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
     it takes the nodes of a GPU cluster for.
     """
     data, *inner = sizes
-    # Devices that are only compiled for have a slice only where there are several.
-    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
-    if slices == 1:
+    num_slices = _num_slices(devices)
+    if num_slices == 1:
         return mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
-    if data % slices:
-        raise UserError(
-            f"config.mesh.data {data} does not divide over {slices} slices; parameters are not sharded across them, "
-            f"nearest that does: {max(round(data / slices), 1) * slices}"
-        )
     return mesh_utils.create_hybrid_device_mesh(
-        (data // slices, *inner), (slices, 1, 1), devices, allow_split_physical_axes=True
+        (data // num_slices, *inner), (num_slices, 1, 1), devices, allow_split_physical_axes=True
     )
+
+
+def _num_slices(devices: Sequence[jax.Device]) -> int:
+    """Slices of TPUs; jax gives the nodes of GPUs a `slice_index`, too, across which fsdp may lie."""
+    if devices[0].platform != "tpu":
+        return 1
+    # Devices that are only compiled for have a slice only where there are several.
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def batch_ways(mesh: Mesh) -> int:
@@ -98,20 +73,30 @@ def single_device() -> Mesh:
     return _mesh((1, 1, 1), jax.local_devices()[:1])
 
 
-def widest(fits: Callable[[Mesh], object]) -> Mesh:
-    """Returns the mesh of as many devices as possible, all along fsdp, on which `fits` raises no UserError.
+def widest(config: Config) -> Mesh:
+    """Returns the mesh that spreads each parameter as far as it divides, and holds what is left over as copies.
 
-    Raises:
-      UserError: that of a single device.
+    A batch may have any number of rows. All devices take part, since a part of a TPU slice forms no mesh and every
+    process needs its own; only a single process off TPUs leaves out those that would hold nothing but copies.
     """
-    for count in range(jax.device_count(), 1, -1):
-        mesh = _mesh((1, count, 1), jax.devices()[:count])
-        with contextlib.suppress(UserError):
-            fits(mesh)
-            return mesh
-    mesh = single_device()
-    fits(mesh)
-    return mesh
+    devices = jax.devices()
+    if devices[0].platform != "tpu" and jax.process_count() == 1:
+        devices = devices[: mesh_sizes.largest_fsdp(config, len(devices))]
+    return make_mesh(_for_any_rows(config, MeshConfig(data=-1, fsdp=-1, tensor=1), len(devices)), devices)
+
+
+def for_inference(config: Config) -> Mesh:
+    """Returns the mesh of training where it fits these devices, else the widest; rows of a batch do not count."""
+    try:
+        return make_mesh(_for_any_rows(config, config.mesh, jax.device_count()))
+    except UserError:
+        return widest(config)
+
+
+def _for_any_rows(config: Config, mesh: MeshConfig, rows: int) -> Config:
+    """The config with a batch of as many rows as there are devices, which divides over any mesh of them."""
+    train = dataclasses.replace(config.train, batch_size=rows, accumulation=1)
+    return dataclasses.replace(config, mesh=mesh, train=train)
 
 
 @contextlib.contextmanager

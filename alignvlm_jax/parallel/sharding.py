@@ -1,5 +1,6 @@
 """Logical axes to mesh axes: shardings of parameters, state and batches. The only file that builds NamedSharding."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,9 +11,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from alignvlm_jax.errors import UserError, nearest
 
+BATCH_AXES = ("data", "fsdp")
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     # Activations.
-    ("act_batch", ("data", "fsdp")),
+    ("act_batch", BATCH_AXES),
     ("act_len", None),
     ("act_embed", None),
     ("act_heads", "tensor"),
@@ -80,7 +82,7 @@ def path_name(path: tuple) -> str:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of batch arrays: rows over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -88,12 +90,36 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def rows_of_process(mesh: Mesh, size: int) -> np.ndarray:
+    """Returns the rows of a batch of `size` that the devices of this process hold: int64 [n], ascending.
+
+    They need not follow each other. On a real slice the mesh's axes lie along the links between chips, so that hosts
+    stand in it as 0 1 2 3 0 1 2 3, say; and where the tensor axis crosses hosts, several of them hold the same rows.
+    """
+    indices = batch_sharding(mesh).addressable_devices_indices_map((size,))
+    return np.unique(np.concatenate([np.arange(size)[rows] for (rows,) in indices.values()]))
+
+
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Returns global arrays made of every process's own rows."""
-    sharding = batch_sharding(mesh)
+    """Returns global arrays, made of `rows_of_process` on every process, in that order."""
+    sharding, ways = batch_sharding(mesh), math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    # Of a batch of one row a device; each of the real batch has as many more.
+    num_local = len(rows_of_process(mesh, ways))
+
+    def put(local: np.ndarray) -> jax.Array:
+        size = len(local) * ways // num_local
+        rows = rows_of_process(mesh, size)
+
+        def of_device(index: tuple[slice, ...]) -> np.ndarray:
+            begin, end, _ = index[0].indices(size)
+            start = np.searchsorted(rows, begin)
+            return local[start : start + end - begin]
+
+        return jax.make_array_from_callback((size, *local.shape[1:]), sharding, of_device)
+
     # The one transfer that the training loop's guard means to allow; with several processes jax takes it for implicit.
     with jax.transfer_guard_host_to_device("allow"):
-        return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+        return {name: put(array) for name, array in batch.items()}
 
 
 def table(abstract: Any, shardings: Any) -> str:

@@ -4,7 +4,6 @@ import contextlib
 import os
 import threading
 import time
-import weakref
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,7 +12,8 @@ from alignvlm_jax.storage import bucket
 EVERY_SECONDS = 30.0
 """What was appended is on the disk, or in the bucket, by then."""
 
-_open: "weakref.WeakSet[Appender]" = weakref.WeakSet()
+_open: "set[Appender]" = set()
+"""Held here too: one that is dropped on the way of an error still has pieces to write."""
 
 
 class Appender:
@@ -34,7 +34,7 @@ class Appender:
         self._wake = threading.Event()
         self._closed = False
         _open.add(self)
-        threading.Thread(target=_sync_often, args=(weakref.ref(self), self._wake, every), daemon=True).start()
+        threading.Thread(target=self._sync_often, daemon=True).start()
 
     def append(self, piece: bytes) -> None:
         """Adds a piece; OSError or UserError where this one, or one before, cannot be written."""
@@ -65,16 +65,17 @@ class Appender:
             finally:
                 self._sink.close()
 
-    def _sync_if_due(self) -> None:
-        """Of the thread: an error is told at the next call from outside."""
-        with self._lock:
-            if self._closed or self._error or self._since is None:
-                return
-            if time.monotonic() - self._since >= self._every / 2:
-                try:
-                    self.sync()
-                except BaseException as err:
-                    self._error = err
+    def _sync_often(self) -> None:
+        """Of a thread: an error is told at the next call from outside."""
+        while not self._wake.wait(self._every / 2):
+            with self._lock:
+                if self._closed or self._error:
+                    return
+                if self._since is not None and time.monotonic() - self._since >= self._every / 2:
+                    try:
+                        self.sync()
+                    except BaseException as err:
+                        self._error = err
 
     def _raise(self) -> None:
         if self._error:
@@ -125,15 +126,6 @@ class _Object:
         pass
 
 
-def _sync_often(of: "weakref.ref[Appender]", wake: threading.Event, every: float) -> None:
-    while not wake.wait(every / 2):
-        appender = of()
-        if appender is None:
-            return
-        appender._sync_if_due()
-        del appender
-
-
 def sync_all() -> None:
     """Syncs all that are open; OSError or UserError where one cannot be written."""
     for appender in list(_open):
@@ -141,7 +133,7 @@ def sync_all() -> None:
 
 
 def close_all() -> None:
-    """Closes all that are open; what cannot be written any more was told before."""
+    """Closes all that are open, at the end of a program: what cannot be written soon is not written any more."""
     for appender in list(_open):
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception), bucket.own_patience(bucket.START_PATIENCE):
             appender.close()

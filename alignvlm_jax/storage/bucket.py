@@ -32,11 +32,13 @@ START_PATIENCE = 8.0
 RUN_PATIENCE = 120.0
 """The same within a run, whose storage is known to work."""
 CONNECT_SECONDS = 4
+SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 READ_SECONDS = 10
 MAX_PAUSE = 8.0
 
 _patience = START_PATIENCE
-_guard_patience: contextvars.ContextVar[float | None] = contextvars.ContextVar("guard_patience", default=None)
+_own_patience: contextvars.ContextVar[float | None] = contextvars.ContextVar("own_patience", default=None)
+_is_guard: contextvars.ContextVar[bool] = contextvars.ContextVar("is_guard", default=False)
 _guards: dict[str, Callable[[], None]] = {}
 
 
@@ -52,13 +54,24 @@ def patience(seconds: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def as_guard(seconds: float) -> Iterator[None]:
-    """Gives requests of this thread a patience of their own, and asks no guard about them."""
-    token = _guard_patience.set(seconds)
+def own_patience(seconds: float) -> Iterator[None]:
+    """The same for requests of this thread alone."""
+    token = _own_patience.set(seconds)
     try:
         yield
     finally:
-        _guard_patience.reset(token)
+        _own_patience.reset(token)
+
+
+@contextlib.contextmanager
+def as_guard(seconds: float) -> Iterator[None]:
+    """Gives requests of this thread a patience of their own, and asks no guard about them."""
+    token = _is_guard.set(True)
+    try:
+        with own_patience(seconds):
+            yield
+    finally:
+        _is_guard.reset(token)
 
 
 @contextlib.contextmanager
@@ -76,7 +89,7 @@ def guarded(prefix: str, check: Callable[[], None]) -> Iterator[None]:
 
 def check_guards(name: str) -> None:
     """Raises what the guards of an object or a folder raise."""
-    if _guard_patience.get() is not None:
+    if _is_guard.get():
         return
     for prefix, check in list(_guards.items()):
         if f"{name}/".startswith(prefix):
@@ -222,14 +235,14 @@ def _bucket_class() -> type:
 
         def __init__(self, *args: Any, **kwargs: Any):
             # Other processes write too: a listing is true only now.
-            super().__init__(*args, **(kwargs | {"use_listings_cache": False}))
+            super().__init__(*args, **(kwargs | {"use_listings_cache": False, "token": _credentials()}))
             self.requests_timeout = aiohttp.ClientTimeout(
                 total=None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS
             )
 
         async def _request(self, method: str, path: str, *args: Any, **kwargs: Any) -> Any:
             name = _object_of(path, args, kwargs)
-            own = _guard_patience.get()
+            own = _own_patience.get()
             deadline = time.monotonic() + (_patience if own is None else own)
             pause = 0.2
             for attempt in itertools.count(1):
@@ -278,6 +291,24 @@ def _bucket_class() -> type:
         makedirs = asyn.sync_wrapper(_makedirs)
 
     return Bucket
+
+
+def _credentials() -> Any:
+    """Returns Google's default credentials, or "anon" where there are none, as for public buckets.
+
+    Not gcsfs's search, which asks the machine's metadata server twice over: half a minute where there is none.
+    """
+    import google.auth
+    import google.auth.exceptions
+
+    if os.environ.get("STORAGE_EMULATOR_HOST"):
+        return "anon"
+    # Which of the places that it looks at have none is no warning.
+    logging.getLogger("google.auth").setLevel(logging.ERROR)
+    try:
+        return google.auth.default(scopes=[SCOPE])[0]
+    except google.auth.exceptions.GoogleAuthError:
+        return "anon"
 
 
 def _is_passing(err: Exception, passing: tuple[type, ...]) -> bool:

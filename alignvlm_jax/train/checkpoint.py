@@ -11,12 +11,15 @@ import contextlib
 import functools
 import importlib.metadata
 import itertools
+import json
 import logging
+import os
 import pathlib
 import subprocess
 import sys
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
@@ -24,6 +27,7 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import storage
@@ -31,7 +35,7 @@ from alignvlm_jax.config import Config
 from alignvlm_jax.data import sources
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
-from alignvlm_jax.parallel import distributed
+from alignvlm_jax.parallel import distributed, exchange
 from alignvlm_jax.storage import Path
 from alignvlm_jax.train import damage, state
 from alignvlm_jax.train.damage import Kind
@@ -46,6 +50,8 @@ LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 FOLDER = "checkpoints"
 COMMITTED = "commit_success.txt"
 """Orbax's; the last file of a checkpoint that is written."""
+CHECKSUM = "crc32"
+"""Of the other fields of a JSON file."""
 UNFINISHED = ".orbax-checkpoint-tmp"
 """Orbax's, in the name of a folder that is not finished."""
 MAX_DIFFERENCES = 3
@@ -75,32 +81,40 @@ class Checkpoints:
     ):
         """`host_gb` bounds what a save copies and writes at once, and makes its caller wait; it must hold any array."""
         _quiet_terminal()
+        self.folder = storage.absolute(folder)
+        self._handlers = {
+            "state": ocp.PyTreeCheckpointHandler(
+                # Of the two formats this one can have checksums (`_codecs_with_checksums`).
+                use_zarr3=True,
+                save_concurrent_gb=host_gb,
+                save_device_host_concurrent_gb=host_gb,
+            ),
+            "data": ocp.JsonCheckpointHandler(),
+            "metadata": ocp.JsonCheckpointHandler(),
+        }
+        # Of several processes one that only reads waits for no other: the manager would, at its barriers.
+        self._manager = None if read_only else self._make_manager(keep, stage_ends)
+        self._saving: int | None = None
+        self._run_id: str | None = None
+        self._unraisable_hook = sys.unraisablehook
+
+    def _make_manager(self, keep: int, stage_ends: tuple[int, ...]) -> ocp.CheckpointManager:
         policies = ocp.checkpoint_managers
         best = policies.BestN(get_metric_fn=_quality, n=1, keep_checkpoints_without_metrics=False)
         kept = policies.AnyPreservationPolicy([policies.LatestN(keep), policies.CustomSteps(stage_ends), best])
-        self.folder = storage.absolute(folder)
-        renames = read_only or self._prepare()
+        renames = self._prepare()
         # Of a bucket orbax knows by itself that folders cannot be renamed, of a mount it does not.
-        mode = "auto" if renames or storage.is_bucket(folder) else "commit_file"
+        mode = "auto" if renames or storage.is_bucket(self.folder) else "commit_file"
         # Without a best_fn no metrics are written, and the policy would have nothing to compare after a resume.
         options = ocp.CheckpointManagerOptions(
             preservation_policy=kept,
             best_fn=_quality,
-            read_only=read_only,
             atomicity_options=ocp.options.AtomicityOptions(ocp.options.AtomicityMode(mode)),
         )
-        # Named at once: a manager that has not saved yet could not read the shapes of a stored state otherwise.
-        self._handlers = {
-            "state": ocp.PyTreeCheckpointHandler(save_concurrent_gb=host_gb, save_device_host_concurrent_gb=host_gb),
-            "data": ocp.JsonCheckpointHandler(),
-            "metadata": ocp.JsonCheckpointHandler(),
-        }
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=self._handlers)
+        manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=self._handlers)
         # Its own removes a checkpoint file by file: one that a kill left half removed would look whole.
-        self._manager._checkpoint_deleter = _Deleter(self.folder, renames)
-        self._saving: int | None = None
-        self._run_id: str | None = None
-        self._unraisable_hook = sys.unraisablehook
+        manager._checkpoint_deleter = _Deleter(self.folder, renames)
+        return manager
 
     def __enter__(self) -> "Checkpoints":
         sys.unraisablehook = self._report_unraisable
@@ -108,7 +122,8 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         try:
-            if kind is KeyboardInterrupt:  # The second Ctrl-C means now: do not wait for a save.
+            # The second Ctrl-C means now: do not wait for a save.
+            if kind is KeyboardInterrupt or self._manager is None:
                 return
             # An error on its way out is the one to report, not what it does to the save under way.
             with contextlib.nullcontext() if kind is None else contextlib.suppress(Exception):
@@ -128,7 +143,7 @@ class Checkpoints:
                 in_place = not renames and child.name.isdigit() and not (child / COMMITTED).exists()
                 if UNFINISHED in child.name or in_place:
                     storage.remove_tree(child)
-        return distributed.from_main(renames)
+        return exchange.from_main(renames)
 
     def latest(self) -> int | None:
         """Returns the newest step that is whole, or None."""
@@ -140,14 +155,21 @@ class Checkpoints:
         return sorted(int(child.name) for child in numbered if (child / COMMITTED).exists())
 
     def save(
-        self, step: int, live: TrainState, *, next_row: int, metadata: Mapping[str, Any], metrics: Mapping | None
+        self,
+        step: int,
+        live: TrainState,
+        *,
+        position: Mapping[str, Any],
+        metadata: Mapping[str, Any],
+        metrics: Mapping | None,
     ) -> None:
         """Starts to write a checkpoint; `live` may be donated at once.
 
         Args:
           step: over all stages; must be new.
           live: the state.
-          next_row: rows of this stage consumed so far, over all processes.
+          position: in the stage's data: `next_row`, the rows that all processes have trained on, and what else spares
+            a resumed run work; for JSON.
           metadata: of `describe`.
           metrics: {"stage": index, "answer_loss": of validation at this very step}, or None without validation.
 
@@ -165,8 +187,8 @@ class Checkpoints:
         self._check_space(live)
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(live),
-            data=ocp.args.JsonSave({"next_row": next_row}),
-            metadata=ocp.args.JsonSave({**metadata, "run_id": self._id_of_run()}),
+            data=ocp.args.JsonSave(_with_checksum(dict(position))),
+            metadata=ocp.args.JsonSave(_with_checksum({**metadata, "run_id": self._id_of_run()})),
         )
         try:
             written = self._manager.save(step, args=args, metrics=metrics)
@@ -190,8 +212,8 @@ class Checkpoints:
         except Exception as err:
             raise self._save_error(err) from err
 
-    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, int]:
-        """Returns the state on the shardings of `abstract`, whatever mesh wrote it, and the next row.
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Returns the state on the shardings of `abstract`, whatever mesh wrote it, and the position in the data.
 
         This process reads by itself, as in all that follows: it waits for no other, so that one that fails can tell.
 
@@ -200,9 +222,11 @@ class Checkpoints:
           UserError: the storage does not give it now, or it holds another model; the checkpoint may well be whole.
         """
 
-        def read(folder: Path) -> tuple[TrainState, int]:
+        def read(folder: Path) -> tuple[TrainState, dict[str, Any]]:
             restored = self._handlers["state"].restore(folder / "state", args=_pytree_restore(abstract))
-            return restored, self._handlers["data"].restore(folder / "data", args=ocp.args.JsonRestore())["next_row"]
+            position = self._read_json(folder, "data")
+            position["next_row"]  # Without it this is no position: KeyError says so.
+            return restored, position
 
         return self._read(step, read, abstract)
 
@@ -212,19 +236,20 @@ class Checkpoints:
 
         def read(folder: Path) -> Params:
             args = _pytree_restore(wanted, partial=True)
-            return self._handlers["state"].restore(folder / "state", args=args)["params"]
+            found = self._handlers["state"].restore(folder / "state", args=args)["params"]
+            # Of what is not there orbax gives back, without a word, what it was asked for.
+            if not all(isinstance(x, jax.Array) for x in jax.tree.leaves(found)):
+                raise ValueError("arrays are missing")
+            return found
 
         return self._read(step, read, wanted)
 
     def metadata(self, step: int) -> dict[str, Any]:
         """Returns what `describe` gave; UserError for a layout that this version cannot read."""
-        metadata = self._read(
-            step, lambda folder: self._handlers["metadata"].restore(folder / "metadata", args=ocp.args.JsonRestore())
-        )
-        if metadata["layout_version"] != LAYOUT_VERSION:
+        metadata, layout = self._read(step, lambda folder: _with_layout(self._read_json(folder, "metadata")))
+        if layout != LAYOUT_VERSION:
             raise UserError(
-                f"checkpoint {self.folder / str(step)} has layout {metadata['layout_version']}; "
-                f"this version reads layout {LAYOUT_VERSION}"
+                f"checkpoint {self.folder / str(step)} has layout {layout}; this version reads layout {LAYOUT_VERSION}"
             )
         return metadata
 
@@ -248,7 +273,7 @@ class Checkpoints:
         broken = next(self.folder / name for name in names if not (self.folder / name).exists())
         if distributed.is_main():
             storage.move_folder(self.folder / str(step), broken, last=COMMITTED)
-        distributed.barrier(f"set_aside_{step}")
+        exchange.barrier()
         self._manager.reload()
         return broken
 
@@ -274,6 +299,9 @@ class Checkpoints:
             time.sleep(pause)
         raise AssertionError("the last try returns or raises")
 
+    def _read_json(self, folder: Path, item: str) -> dict[str, Any]:
+        return _without_checksum(self._handlers[item].restore(folder / item, args=ocp.args.JsonRestore()))
+
     def _differences(self, step: int, wanted: Any) -> str:
         """Returns how a checkpoint's arrays differ from those wanted of it; "" where they do not, or nobody knows."""
         try:
@@ -298,8 +326,8 @@ class Checkpoints:
         return self._run_id
 
     def _report_unraisable(self, problem: "sys.UnraisableHookArgs") -> None:
-        """When one array cannot be written, orbax closes its event loop under the others, and each complains."""
-        if str(problem.exc_value) != "Event loop is closed":
+        """When one array cannot be written or read, orbax closes its event loop under the others; each complains."""
+        if not str(problem.exc_value).startswith(("Event loop is closed", "Encountered error while reading array")):
             self._unraisable_hook(problem)
 
     def _check_space(self, live: TrainState) -> None:
@@ -358,9 +386,27 @@ def describe(
         "data": sources.fingerprint(*stage.data.folders),
         "train_seconds": train_seconds,
         "validation_answer_loss": answer_loss,
-        "git": _git_hash(),
+        "git": git_hash(),
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
+
+
+def agreed(read: Callable[[], T]) -> T:
+    """Returns what reading a checkpoint gives, which all processes do together.
+
+    Raises:
+      BrokenCheckpoint: on all of them, where one could not read it. Each for itself, some would go on from this
+        checkpoint and others from the one before.
+    """
+    result, problem = None, None
+    try:
+        result = read()
+    except BrokenCheckpoint as err:
+        problem = str(err)
+    problems = [told for told in exchange.gather(problem) if told is not None]
+    if problems:
+        raise BrokenCheckpoint(problems[0])
+    return result
 
 
 def read_newest(path: Path, read: Callable[["Checkpoints", int], T]) -> T:
@@ -369,16 +415,16 @@ def read_newest(path: Path, read: Callable[["Checkpoints", int], T]) -> T:
     Raises:
       UserError: `path` is neither, or nothing there can be read.
     """
-    storage.check_whole(path)
     folder, step = (path / FOLDER, None) if (path / FOLDER).is_dir() else (path.parent, path.name)
+    storage.check_whole(storage.absolute(folder).parent)
     if step is not None and not (path.is_dir() and step.isdigit()):
         raise UserError(f"no checkpoint at {path}: it must be a workdir with {FOLDER}/ in it, or one {FOLDER}/STEP")
     with Checkpoints(folder, read_only=True) as checkpoints:
-        steps = checkpoints.steps() if step is None else [int(step)]
+        steps = exchange.from_main(checkpoints.steps()) if step is None else [int(step)]
         problem = f"no checkpoint in {folder}"
         for candidate in reversed(steps):
             try:
-                return read(checkpoints, candidate)
+                return agreed(functools.partial(read, checkpoints, candidate))
             except BrokenCheckpoint as err:
                 problem = str(err)
                 if candidate != steps[0]:
@@ -429,6 +475,46 @@ def _path_of(keys: Sequence[Any]) -> str:
     return "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in keys)
 
 
+def _with_checksum(fields: dict[str, Any]) -> dict[str, Any]:
+    """A bit that flips in a number leaves it a number."""
+    return {**fields, CHECKSUM: _checksum(fields)}
+
+
+def _without_checksum(fields: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError where it is another one; checkpoints from before have none."""
+    fields = dict(fields)
+    if CHECKSUM in fields and (stored := fields.pop(CHECKSUM)) != (found := _checksum(fields)):
+        raise ValueError(f"its checksum is {found}, and {stored} was written")
+    return fields
+
+
+def _checksum(fields: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
+
+
+def _with_layout(metadata: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    return metadata, metadata["layout_version"]
+
+
+def _codecs_with_checksums(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Returns orbax's description of an array's files, with a checksum behind every chunk.
+
+    Orbax has none for them, nor a switch: a bit that flips in a chunk is read as other numbers. It stands in the
+    description, so that every reader finds it.
+    """
+    described = _orbax_codecs(*args, **kwargs)
+    codecs = described["codecs"][0]["configuration"]["codecs"]
+    for codec in codecs:
+        if codec["name"] == "zstd":
+            codec["configuration"]["level"] = 1  # As in the other format: weights hardly shrink at any.
+    codecs.append({"name": "crc32c"})
+    return described
+
+
+_orbax_codecs = tensorstore_utils._build_zarr3_metadata
+tensorstore_utils._build_zarr3_metadata = _codecs_with_checksums
+
+
 class _NotOfOrbax(logging.Filter):
     """Of a terminal: orbax logs every step of every save, and a traceback where we print one line."""
 
@@ -450,13 +536,23 @@ def _quality(metrics: Mapping[str, float]) -> tuple[float, float]:
     return metrics["stage"], -metrics["answer_loss"]
 
 
-def _first_line(err: Exception) -> str:
+def _first_line(err: BaseException) -> str:
+    if "See full TensorStore details" in str(err) and err.__cause__:
+        return _first_line(err.__cause__)  # It prints how the array is opened; the cause says what is wrong.
     return (str(err).splitlines() or [type(err).__name__])[0]
 
 
 @functools.cache
-def _git_hash() -> str:
-    """The commit of the code that runs, with "-dirty" where it was changed since; "unknown" outside a checkout."""
+def git_hash() -> str:
+    """Returns the commit of the code that runs, with "-dirty" where it was changed since; "unknown" outside a checkout.
+
+    The launch scripts name it where there is no .git: in ALIGNVLM_COMMIT, or in the file COMMIT of an image or a host.
+    """
+    noted = pathlib.Path(__file__).parents[2] / "COMMIT"
+    if commit := os.environ.get("ALIGNVLM_COMMIT"):
+        return commit
+    if noted.is_file():
+        return noted.read_text().strip()
     command = ["git", "-C", str(pathlib.Path(__file__).parent), "--no-optional-locks"]
     command += ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

@@ -1,7 +1,9 @@
 """What a compiled program sends between devices: collectives by kind, read from its text.
 
 A collective in a loop counts as often as the loop runs: layers, parts of a batch and blocks are loops. The TPU's
-compiler also makes loops of permutes out of a gather and the product that it feeds, to overlap them.
+compiler also makes loops of permutes out of a gather and the product that it feeds, to overlap them. Of a collective
+across slices it leaves the part within each slice to the links, and sends the rest over the data-centre network, by
+transfers of the host, which are told apart as BETWEEN_SLICES.
 """
 
 import math
@@ -9,6 +11,7 @@ import re
 from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
+BETWEEN_SLICES = "between slices"
 BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
 
 
@@ -41,8 +44,8 @@ def traffic(hlo: str) -> dict[str, Traffic]:
     def walk(name: str, times: int) -> None:
         ops = computations.get(name, {})
         for op in ops.values():
-            kind = op.opcode.removesuffix("-start")
-            if kind in KINDS:
+            kind = BETWEEN_SLICES if _is_between_slices(op) else op.opcode.removesuffix("-start")
+            if kind in (*KINDS, BETWEEN_SLICES):
                 chain = re.search(r'chain_id="(\d+)"', op.rest)
                 key = kind, chain[0] if chain else f"{name} {op.name} {len(found)}"
                 once = Traffic(times, times * _bytes(op, ops))
@@ -55,7 +58,9 @@ def traffic(hlo: str) -> dict[str, Traffic]:
                     walk(called, times)
 
     walk(entry, 1)
-    totals = {kind: [part for (its_kind, _), part in found.items() if its_kind == kind] for kind in KINDS}
+    totals = {
+        kind: [part for (its_kind, _), part in found.items() if its_kind == kind] for kind in (*KINDS, BETWEEN_SLICES)
+    }
     return {
         kind: Traffic(sum(part.count for part in parts), sum(part.bytes for part in parts))
         for kind, parts in totals.items()
@@ -106,6 +111,10 @@ def _step(body: dict[str, _Op], index: str) -> int:
     return steps[0] if steps and counters & set(names) else 1
 
 
+def _is_between_slices(op: _Op) -> bool:
+    return op.opcode == "send" and '"xla_megascale_runtime"' in op.rest
+
+
 def _is_number(op: _Op) -> bool:
     return op.opcode == "constant" and re.match(r"-?\d+\)", op.rest) is not None
 
@@ -115,6 +124,8 @@ def _bytes(op: _Op, ops: dict[str, _Op]) -> int:
     if op.opcode.endswith("-start") and op.opcode != "all-reduce-start":
         # (operands, results, and what only the runtime looks at)
         return max(_sizes(op.type), default=0)
+    if op.opcode == "send":
+        return max(_sizes(op.type), default=0)  # (what is sent, and what only the runtime looks at)
     operands = re.findall(r"%([\w.\-]+)", op.rest.split(")")[0])
     return max(sum(_sizes(op.type)), sum(sum(_sizes(ops[name].type)) for name in operands if name in ops))
 

@@ -64,14 +64,16 @@ def write(llm: Tower, vision: Tower, config: Config, write_tokenizer: Callable[[
             write_tokenizer(folder / TOKENIZER)
         chat.format_of(pipeline.load_tokenizer(_with_tokenizer(config, staging / TOKENIZER)))
         model = vlm.VLM(config.model)
-        mesh = mesh_lib.widest(lambda mesh: state.abstract_params(model, config, mesh))
+        mesh = mesh_lib.widest(config)
         with mesh_lib.use(mesh):
             params, table = _params(llm, vision, config, state.abstract_params(model, config, mesh))
         storage.write_whole(staging / "config.json", json.dumps(config_lib.to_json((config,)), indent=2) + "\n")
         largest = max(x.nbytes for x in jax.tree.leaves(params))
         with Checkpoints(staging / checkpoint.FOLDER, host_gb=1.1 * largest / 1e9) as checkpoints:
             metadata = checkpoint.describe((config,), config, train_seconds=0.0, answer_loss=None)
-            checkpoints.save(0, TrainState(np.int32(0), params, ()), next_row=0, metadata=metadata, metrics=None)
+            checkpoints.save(
+                0, TrainState(np.int32(0), params, ()), position={"next_row": 0}, metadata=metadata, metrics=None
+            )
     return table
 
 

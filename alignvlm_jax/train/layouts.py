@@ -7,13 +7,15 @@ import jax
 
 from alignvlm_jax.config import Config, MeshConfig
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.parallel import chips
+from alignvlm_jax.parallel import chips, mesh_sizes
 from alignvlm_jax.parallel.chips import Topology
-from alignvlm_jax.train import planning
+from alignvlm_jax.train import collectives, planning
 from alignvlm_jax.train.planning import Plan
 
 Say = Callable[[str], None]
 SAFE = 0.95  # Of the memory: where the size of a program is foretold from that of another.
+NARROW = 16  # An fsdp axis that leaves widths at least a tile of the chip's registers wide; copies along data.
+NETWORK_GB = 6.25  # A device sends over the data-centre network: 50 Gbit/s a chip of v5p (cloud.google.com/tpu/docs).
 MAX_TENSOR = 8  # Beyond it a chip's share of a product is too small to hide what it has to wait for.
 
 
@@ -25,7 +27,7 @@ def best(config: Config, topology: Topology, devices: Sequence[jax.Device], say:
       UserError: there is no mesh for this model and batch.
     """
     tried: list[Plan] = []
-    meshes = list(_meshes(config, topology.num_chips))
+    meshes = list(_meshes(config, topology))
     for mesh in meshes:
         tried += _plans_of(config, mesh, topology, devices, say)
     if not tried:
@@ -34,9 +36,9 @@ def best(config: Config, topology: Topology, devices: Sequence[jax.Device], say:
     return min(fitting, key=seconds) if fitting else min(tried, key=lambda plan: plan.peak_hbm_gib or math.inf)
 
 
-def check(config: Config, num_chips: int) -> None:
-    """Raises UserError where no mesh of so many chips is for this model and batch. Nothing is compiled."""
-    next(_meshes(config, num_chips))
+def check(config: Config, topology: Topology) -> None:
+    """Raises UserError where no mesh of these slices is for this model and batch. Nothing is compiled."""
+    next(_meshes(config, topology))
 
 
 def smallest(config: Config, kind: str, devices_of: Callable[[Topology], Sequence[jax.Device]], say: Say) -> Plan:
@@ -50,14 +52,14 @@ def smallest(config: Config, kind: str, devices_of: Callable[[Topology], Sequenc
     for shape in chips.CHIPS[kind].shapes:
         topology = chips.parse_topology(f"{kind}:{shape}")
         try:
-            meshes = list(_meshes(config, topology.num_chips))
+            meshes = list(_meshes(config, topology, fsdp_sizes=(-1,)))
         except UserError:
             if plan is None:
                 raise
             return plan
         for mesh in meshes:
             small = _smallest_parts(config, mesh)
-            if planning.state_gib(small, topology.num_chips) > topology.chip.hbm_gib:
+            if planning.state_gib(small, topology) > topology.chip.hbm_gib:
                 continue
             plan = planning.make(small, topology, devices_of(topology))
             say(_line(plan))
@@ -71,38 +73,49 @@ def smallest(config: Config, kind: str, devices_of: Callable[[Topology], Sequenc
 def seconds(plan: Plan) -> float:
     """Returns an estimate of a step's seconds, to compare layouts: the model's FLOPs and those made twice at half of
     the peak, and then, as if nothing overlapped, what is sent over the links."""
-    chip = plan.topology.chip
     again = {"none": 0.0, "dots": 0.1, "full": 1.0}[plan.config.model.remat]
     forward = (plan.flops["vision"] + plan.flops["llm"]) / 3
-    sent = sum(traffic.bytes for traffic in plan.traffic.values())
-    return (sum(plan.flops.values()) + again * forward) / (chip.tflops * 1e12 * plan.topology.num_chips / 2) + sent / (
-        chip.link_gb * 1e9
-    )
+    computing = (sum(plan.flops.values()) + again * forward) / (plan.topology.peak_flops / 2)
+    return computing + sum(_wire_seconds(plan, kind) for kind in plan.traffic)
 
 
-def _meshes(config: Config, num_chips: int) -> Iterator[MeshConfig]:
-    """Tensor 1, 2, 4, ...; the others along fsdp as far as the widths divide, what is left along data."""
-    model, found = config.model, False
+def _wire_seconds(plan: Plan, kind: str) -> float:
+    sent = plan.traffic[kind].bytes
+    if kind == collectives.BETWEEN_SLICES:
+        return sent / (NETWORK_GB * 1e9)
+    # A ring passes every byte of a sum on twice: once to add it up, once to hand it round.
+    return sent * (2 if kind == "all-reduce" else 1) / (plan.topology.chip.link_gb * 1e9)
+
+
+def _meshes(config: Config, topology: Topology, fsdp_sizes: Sequence[int] = (-1, NARROW)) -> Iterator[MeshConfig]:
+    """Tensor 1, 2, 4, ...; fsdp as far as the widths divide, or only NARROW, the rest along data."""
+    found: list[MeshConfig] = []
     tensor = 1
-    while tensor <= min(MAX_TENSOR, num_chips):
-        ways = num_chips // tensor
-        fsdp = math.gcd(ways, model.llm.width, model.vision.width)
-        mesh = MeshConfig(data=ways // fsdp, fsdp=fsdp, tensor=tensor)
-        if config.train.batch_size % ways == 0:
-            try:
-                planning.check(_smallest_parts(config, mesh), num_chips)
-            except UserError:
-                pass  # Heads or words that do not divide over tensor.
-            else:
-                found = True
+    while tensor <= min(MAX_TENSOR, topology.num_devices):
+        for fsdp in fsdp_sizes:
+            asked = MeshConfig(data=-1, fsdp=fsdp, tensor=tensor)
+            if (mesh := _resolved(config, asked, topology)) and mesh not in found:
+                found.append(mesh)
                 yield mesh
         tensor *= 2
     if not found:
-        llm, rows = model.llm, config.train.batch_size
+        llm, rows = config.model.llm, config.train.batch_size
         raise UserError(
-            f"no mesh of {num_chips} chips takes a batch of {rows} rows, {llm.num_heads} heads ({llm.num_kv_heads} of "
-            f"keys) and {llm.vocab_size} words; change config.train.batch_size"
+            f"no mesh of {topology.num_chips} chips takes a batch of {rows} rows, {llm.num_heads} heads "
+            f"({llm.num_kv_heads} of keys) and {llm.vocab_size} words; change config.train.batch_size"
         )
+
+
+def _resolved(config: Config, asked: MeshConfig, topology: Topology) -> MeshConfig | None:
+    """The mesh with all its sizes, where there is one."""
+    whole = planning.with_layout(config, asked, 1, "full")
+    try:
+        sizes = mesh_sizes.resolve(whole, topology.num_devices, topology.num_slices)
+        mesh = MeshConfig(**sizes._asdict())
+        planning.check(_smallest_parts(config, mesh), topology)
+    except UserError:  # Heads or words that do not divide over tensor, or the batch over the rest.
+        return None
+    return mesh
 
 
 def _smallest_parts(config: Config, mesh: MeshConfig) -> Config:
@@ -116,7 +129,7 @@ def _plans_of(
 ) -> Iterator[Plan]:
     """From the layout that needs the least memory to ones that compute less twice and gather parameters less often."""
     small = _smallest_parts(config, mesh)
-    held = planning.state_gib(small, topology.num_chips)
+    held = planning.state_gib(small, topology)
     limit = topology.chip.hbm_gib
     if held > limit:
         say(f"{_name(mesh)}: {held:.1f} GiB of parameters, gradients and optimizer state of {limit} GiB")

@@ -4,6 +4,7 @@ A stage always starts from a saved checkpoint, that of the stage before or its o
 was not take the same path.
 """
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -24,15 +25,35 @@ from alignvlm_jax.data import pipeline, sources
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.eval import spot_check
 from alignvlm_jax.eval.spot_check import SpotCheck
+from alignvlm_jax.logs import HostLog
 from alignvlm_jax.models import vlm
-from alignvlm_jax.parallel import distributed, sharding
+from alignvlm_jax.parallel import distributed, exchange, sharding
 from alignvlm_jax.parallel import mesh as mesh_lib
-from alignvlm_jax.train import checkpoint, flops, optim, preflight, state, step, warm_start, workdir
+from alignvlm_jax.train import (
+    checkpoint,
+    flops,
+    goodput,
+    hooks,
+    optim,
+    preflight,
+    state,
+    step,
+    warm_start,
+    watch,
+    workdir,
+)
 from alignvlm_jax.train.checkpoint import BrokenCheckpoint, Checkpoints
+from alignvlm_jax.train.goodput import Phases
+from alignvlm_jax.train.heartbeat import Heartbeat
+from alignvlm_jax.train.hooks import Profiler
+from alignvlm_jax.train.metrics import FILE as METRICS_FILE
 from alignvlm_jax.train.metrics import Interval, NullWriter, Progress, Writer, peak_memory_gib
 from alignvlm_jax.train.signals import StopSignal
 from alignvlm_jax.train.state import TrainState
 from alignvlm_jax.train.validation import Validation
+
+SLOW_STEP_SECONDS = 1.0
+"""Beyond it a device that waits a millisecond for its next step loses nothing worth having."""
 
 
 class Stopped(UserError):
@@ -59,6 +80,9 @@ class Run:
     checkpoints: Checkpoints
     progress: Progress
     stop: StopSignal
+    phases: Phases
+    heartbeat: Heartbeat
+    profiler: Profiler
     began: float
     earlier_seconds: float | None = None
     announced: bool = False
@@ -73,8 +97,10 @@ class Run:
         return (self.earlier_seconds or 0.0) + time.monotonic() - self.began
 
 
-def train(configs: tuple[Config, ...], folder: Path, console: Console) -> None:
+def train(configs: tuple[Config, ...], folder: Path, console: Console, process_began: float | None = None) -> None:
     """Trains the stages in order in the workdir `folder`, going on from its newest readable checkpoint.
+
+    `process_began` is when the process began, on the clock of `time.monotonic`; default: now.
 
     Raises:
       Stopped: after SIGINT or SIGTERM; the state is saved.
@@ -82,19 +108,40 @@ def train(configs: tuple[Config, ...], folder: Path, console: Console) -> None:
         skipped.
     """
     began = time.monotonic()
+    # Before anything else: from here on processes wait for each other.
+    distributed.check_alike(dict(workdir.leaves(configs)))
     preflight.check(configs)
+    distributed.check_alike(
+        {f"the data of stage {one.stage}": sources.fingerprint(*one.data.folders) for one in configs}
+    )
     spot_check.check(configs)
     stages = lay_out(configs)
     total = stages[-1].end
+    profiled = hooks.profile_range(configs)
+    process, num_processes = jax.process_index(), jax.process_count()
     keep, ends = max(config.train.keep_checkpoints for config in configs), tuple(stage.end for stage in stages)
     with (
         workdir.claim(folder, configs),
+        HostLog(folder, process=process, num_processes=num_processes, commit=checkpoint.git_hash()) as log,
+        Phases(process_began) as phases,
+        watch.watched(
+            folder,
+            phases,
+            process=process,
+            num_processes=num_processes,
+            total=total,
+            stall_minutes=watch.stall_minutes(configs),
+            log=log.file,
+            stopped=(Stopped,),
+        ) as heartbeat,
         StopSignal() as stop,
         Checkpoints(folder / checkpoint.FOLDER, keep=keep, stage_ends=ends) as checkpoints,
         Progress(console, total) as progress,
+        Profiler(folder, profiled, process, progress.say) as profiler,
     ):
-        run = Run(configs, total, folder, checkpoints, progress, stop, began)
-        while (newest := run.newest()) < total:
+        run = Run(configs, total, folder, checkpoints, progress, stop, phases, heartbeat, profiler, began)
+        # What is listed may differ between hosts for a moment, as on a bucket: one of them says what is there.
+        while (newest := exchange.from_main(run.newest())) < total:
             stage = next(stage for stage in stages if newest < stage.end)
             try:
                 _train_stage(run, stage, newest)
@@ -118,38 +165,41 @@ def _train_stage(run: Run, stage: Stage, newest: int) -> None:
     model, tx = vlm.VLM(config.model), optim.make_optimizer(config)
     with mesh_lib.use(mesh_lib.make_mesh(config)) as mesh:
         # Read before anything is compiled: data that is missing should be told at once.
-        validation = Validation(config)
+        validation = Validation(config, mesh)
         asker = SpotCheck(model, config, mesh) if spot_check.is_asked(config) else None
         abstract = state.abstract_state(model, config, tx, mesh)
-        live, next_row = _start(run, stage, newest, model, tx, abstract)
+        with run.phases.enter("restoring"):
+            live, position = _start(run, stage, newest, model, tx, abstract)
         _set_broken_aside(run, newest)
+        if not run.announced:
+            _watch_from(run, newest)
         _announce(run, stage, newest, mesh, abstract)
         with Writer(run.folder, newest) if distributed.is_main() else NullWriter() as writer:
             train_step, eval_step = step.compile_steps(model, config, tx, abstract, mesh)
             mfu_of = flops.mfu_of(config, abstract.params, mesh.devices.flat)
             loop = _StageLoop(run, stage, mesh, writer, train_step, eval_step, validation, asker, mfu_of)
-            loop.run_steps(live, newest, next_row)
+            loop.run_steps(live, newest, position)
 
 
 def _start(
     run: Run, stage: Stage, newest: int, model: vlm.VLM, tx: optax.GradientTransformation, abstract: TrainState
-) -> tuple[TrainState, int]:
-    """Returns the state to go on from, and the next row of the stage's data."""
+) -> tuple[TrainState, dict[str, Any]]:
+    """Returns the state to go on from, and the position in the stage's data."""
     config, checkpoints = stage.config, run.checkpoints
     if run.earlier_seconds is None:
-        metadata = checkpoints.metadata(newest) if newest else {"train_seconds": 0.0}
+        metadata = checkpoint.agreed(lambda: checkpoints.metadata(newest)) if newest else {"train_seconds": 0.0}
         _check_data(run, metadata)
         run.earlier_seconds = metadata["train_seconds"]
     if newest > stage.begin:
         run.progress.say(f"going on from {checkpoints.folder / str(newest)}")
-        return checkpoints.restore(newest, abstract)
+        return checkpoint.agreed(lambda: checkpoints.restore(newest, abstract))
 
     def start_params(source: Checkpoints | None, source_step: int) -> tuple[state.Params, Table]:
         rng = jax.random.fold_in(jax.random.key(config.seed), stage.index)
         return warm_start.start_params(model, config, abstract, source, source_step, rng)
 
     if newest:
-        params, table = start_params(checkpoints, newest)
+        params, table = checkpoint.agreed(lambda: start_params(checkpoints, newest))
     elif config.init_from:
         params, table = checkpoint.read_newest(storage.path(config.init_from), start_params)
     else:
@@ -157,7 +207,7 @@ def _start(
     run.progress.say(table)
     opt_state = state.init_opt_state(tx, config, abstract, params)
     first = jax.device_put(np.asarray(stage.begin, np.int32), abstract.step.sharding)
-    return TrainState(first, params, opt_state), 0
+    return TrainState(first, params, opt_state), {"next_row": 0}
 
 
 def _check_data(run: Run, metadata: Mapping[str, Any]) -> None:
@@ -166,7 +216,7 @@ def _check_data(run: Run, metadata: Mapping[str, Any]) -> None:
         return
     folders = next(config.data.folders for config in run.stages if config.stage == metadata["stage"])
     here = sources.fingerprint(*folders)
-    if metadata["data"] != here:
+    if not sources.has_fingerprint(metadata["data"], *folders):
         raise UserError(
             f"{run.folder} was trained on data of fingerprint {metadata['data']}, "
             f"that of {', '.join(folders)} is {here}; "
@@ -179,6 +229,15 @@ def _set_broken_aside(run: Run, newest: int) -> None:
     if run.broken:
         (step, err), run.broken = run.broken, None
         run.progress.say(f"{err}; moved to {run.checkpoints.set_aside(step)}, going on from step {newest}")
+
+
+def _watch_from(run: Run, newest: int) -> None:
+    """Goes on with the sums of where time went, before the lines beyond `newest` are cut off."""
+    carried = goodput.carried(goodput.logged(run.folder / METRICS_FILE), newest)
+    before = run.heartbeat.earlier.get("run_seconds", 0.0)
+    if newest or before:
+        run.phases.resume(newest, carried, before)
+    run.profiler.resume(newest)
 
 
 def _announce(run: Run, stage: Stage, newest: int, mesh: Mesh, abstract: TrainState) -> None:
@@ -197,7 +256,7 @@ def _announce(run: Run, stage: Stage, newest: int, mesh: Mesh, abstract: TrainSt
 
 @dataclasses.dataclass
 class _StageLoop:
-    """The steps of one stage. Metrics of a step are read once the next step has been sent off."""
+    """The steps of one stage. Metrics of a step are read once the next step has been sent off, or is about to be."""
 
     run: Run
     stage: Stage
@@ -212,51 +271,99 @@ class _StageLoop:
     batches: pipeline.TrainBatches = dataclasses.field(init=False)
     unread: tuple[int, step.Metrics, int] | None = None  # the last, batches.num_unsupervised
     unsupervised_told: int = 0
+    last_read: float | None = None
+    step_seconds: float = 0.0
+    saved: int = 0
+    saved_at: float = 0.0
 
-    def run_steps(self, live: TrainState, newest: int, next_row: int) -> None:
+    def run_steps(self, live: TrainState, newest: int, position: Mapping[str, Any]) -> None:
         """Trains from step `newest` to the stage's end, where a checkpoint stands in any case."""
-        config, saved = self.stage.config, newest
+        config = self.stage.config
+        self.saved, self.saved_at = newest, time.monotonic()
+        local_rows = sharding.rows_of_process(self.mesh, config.train.batch_size).tolist()
         self.batches = pipeline.TrainBatches(
-            config, start_row=next_row, process_index=jax.process_index(), process_count=jax.process_count()
+            config,
+            start_row=position["next_row"],
+            local_rows=local_rows,
+            schedule_state=position.get("schedule"),
         )
         if self.batches.num_unused:
             self.run.progress.say(f"{self.batches.num_unused:,} records are in no row: of no use to the stage's tasks")
         self.interval = Interval()
+        with self.run.phases.enter("training"):
+            self._run_steps(live, newest)
+        # The next stage would compile before it asks.
+        if self.stage.end < self.run.total and self.run.stop.requested():
+            raise self._stopped(self.stage.end)
+
+    def _run_steps(self, live: TrainState, newest: int) -> None:
+        config, phases = self.stage.config, self.run.phases
         for now in range(newest + 1, self.stage.end + 1):
-            if self._must_stop(now):
+            batch = self._next_batch()
+            if self.step_seconds > SLOW_STEP_SECONDS:
+                # So that no step is sent off that a stop would have to wait for.
                 self._read()
-                self.run.progress.say(f"stopping at step {now - 1}")
-                if now - 1 > saved:
-                    self._save(live, now - 1, None)
-                self.run.checkpoints.wait()
-                raise self._stopped(now - 1)
-            with jax.transfer_guard("disallow"):
-                batch = step.train_inputs(config, self.interval.next_batch(self.batches, self._is_device_busy))
-                live, metrics = self.train_step(live, sharding.put_batch(batch, self.mesh))
+            must_stop, must_save = self._decide()
+            if must_stop:
+                self._stop(live, now - 1)
+            if must_save and now - 1 > self.saved:
+                self._save(live, now - 1, None)
+            compiles = phases.enter("compiling") if now == newest + 1 else contextlib.nullcontext()
+            with jax.transfer_guard("disallow"), compiles, self.run.profiler.step(now, self._wait_for_step):
+                live, metrics = self.train_step(live, batch)
             self._read()
             self.unread = now, metrics, self.batches.num_unsupervised
+            self.run.profiler.after_step(now, self._wait_for_step)
             self.run.checkpoints.check()
             answer_loss = self._validate(live, now) if self._is_due(now, config.train.validate_every) else None
             if self.spot_check and self._is_due(now, config.train.generate_every):
                 self._ask(live, now)
             if self._is_due(now, config.train.checkpoint_every):
                 self._save(live, now, answer_loss)
-                saved = now
-        self.run.checkpoints.wait()
-        # The next stage would compile before it asks.
-        if self.stage.end < self.run.total and self.run.stop.requested():
-            raise self._stopped(self.stage.end)
+        self._wait_for_save()
+
+    def _next_batch(self) -> dict[str, jax.Array]:
+        """The next batch on the devices, while the step before is at work on them: what the host waits for meanwhile
+        counts as training."""
+        phases, began = self.run.phases, time.monotonic()
+        with phases.enter("waiting"):
+            batch = self.interval.next_batch(self.batches, self._is_device_busy)
+        if self._is_device_busy():
+            phases.move("waiting", "training", time.monotonic() - began)
+        with jax.transfer_guard("disallow"):
+            return sharding.put_batch(step.train_inputs(self.stage.config, batch), self.mesh)
+
+    def _wait_for_step(self) -> None:
+        jax.block_until_ready(self.unread and self.unread[1])
+
+    def _wait_for_save(self) -> None:
+        with self.run.phases.enter("saving"):
+            self.run.checkpoints.wait()
+
+    def _should_stop(self) -> bool:
+        """Asked between the batches of validation and generation."""
+        self.run.phases.progress()
+        return self.run.stop.requested()
+
+    def _decide(self) -> tuple[bool, bool]:
+        """Whether to stop, and whether to save for the time that has passed: the same on all processes."""
+        minutes = self.stage.config.train.checkpoint_minutes
+        is_late = minutes > 0 and time.monotonic() - self.saved_at > 60 * minutes
+        return tuple(exchange.from_main((self.run.stop.seen(), is_late)))
+
+    def _stop(self, live: TrainState, now: int) -> None:
+        self._read()
+        self.run.progress.say(f"stopping at step {now}")
+        if now > self.saved:
+            self._save(live, now, None)
+        self._wait_for_save()
+        raise self._stopped(now)
 
     def _stopped(self, now: int) -> Stopped:
         return Stopped(f"stopped at step {now} of {self.run.total}")
 
     def _is_due(self, now: int, every: int) -> bool:
         return (now - self.stage.begin) % every == 0 or now == self.stage.end
-
-    def _must_stop(self, now: int) -> bool:
-        """Several processes have to agree, which costs a round trip: they ask less often."""
-        may_ask = jax.process_count() == 1 or self._is_due(now, self.stage.config.train.log_every)
-        return may_ask and self.run.stop.requested()
 
     def _is_device_busy(self) -> bool:
         """Whether a step that was sent off is not finished yet."""
@@ -269,6 +376,10 @@ class _StageLoop:
         (now, metrics, unsupervised), self.unread = self.unread, None
         config = self.stage.config
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        began, self.last_read = self.last_read, time.monotonic()
+        if began is not None:
+            self.step_seconds = self.last_read - began
+        self.run.phases.step(now)
         skipped = now - self.stage.begin - int(values.pop("num_updates"))
         if skipped > config.train.max_skipped_steps:
             raise UserError(
@@ -287,6 +398,7 @@ class _StageLoop:
             line["unsupervised_records"] = unsupervised - self.unsupervised_told
             self.unsupervised_told = unsupervised
             line["peak_memory_gib"] = peak_memory_gib()
+            line |= self.run.phases.metrics()
             self.interval = Interval()
             self.writer.write(now, config.stage, line)
             self.run.progress.update(now, config.stage, line)
@@ -295,27 +407,31 @@ class _StageLoop:
         """Measures and logs the validation losses; returns the answer loss, or None where there is none or when
         told to stop meanwhile."""
         self._read()
-        with self.interval.pause():
-            values = self.validation.measure(self.eval_step, live.params, self.mesh, self.run.stop.requested)
+        with self.interval.pause(), self.run.phases.enter("validating"):
+            values = self.validation.measure(self.eval_step, live.params, self._should_stop)
             if values is None:
                 return None
-            self.writer.write(now, self.stage.config.stage, values)
+            self.writer.write(now, self.stage.config.stage, values | self.run.phases.metrics())
             return values.get("validation/answer_loss")
 
     def _ask(self, live: TrainState, now: int) -> None:
         """Logs the scores of generated answers; nothing when told to stop meanwhile."""
         self._read()
-        with self.interval.pause():
-            if values := self.spot_check.scores(live.params, self.run.stop.requested):
-                self.writer.write(now, self.stage.config.stage, values)
+        with self.interval.pause(), self.run.phases.enter("generating"):
+            if values := self.spot_check.scores(live.params, self._should_stop):
+                self.writer.write(now, self.stage.config.stage, values | self.run.phases.metrics())
 
     def _save(self, live: TrainState, now: int, answer_loss: float | None) -> None:
         self._read()
-        with self.interval.pause():
+        with self.interval.pause(), self.run.phases.enter("saving"):
             seconds = self.run.train_seconds()
             metadata = checkpoint.describe(
                 self.run.stages, self.stage.config, train_seconds=seconds, answer_loss=answer_loss
             )
             is_comparable = answer_loss is not None and math.isfinite(answer_loss)
             metrics = {"stage": self.stage.index, "answer_loss": answer_loss} if is_comparable else None
-            self.run.checkpoints.save(now, live, next_row=self.batches.next_row, metadata=metadata, metrics=metrics)
+            # Not of the batches: one more than was trained on may have been fetched.
+            next_row = (now - self.stage.begin) * self.stage.config.train.batch_size
+            position = {"next_row": next_row, "schedule": self.batches.schedule_state()}
+            self.run.checkpoints.save(now, live, position=position, metadata=metadata, metrics=metrics)
+            self.saved, self.saved_at = now, time.monotonic()

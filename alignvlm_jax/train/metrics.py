@@ -1,6 +1,7 @@
 """Where numbers go: metrics.jsonl, TensorBoard, and the progress line."""
 
 import contextlib
+import io
 import json
 import math
 import resource
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
+from absl import logging
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
@@ -185,9 +187,12 @@ class Progress:
             self._live.stop()
 
     def say(self, message: object) -> None:
-        """Prints above the live line."""
+        """Prints above the live line, and logs: of all processes the main one alone has a console."""
         # Markup would swallow whatever a message has in brackets.
         self._console.print(message, markup=False)
+        plain = Console(file=io.StringIO(), width=160)
+        plain.print(message, markup=False)
+        logging.info("%s", plain.file.getvalue().rstrip())
 
     def update(self, step: int, stage: str, values: Mapping[str, float]) -> None:
         """Shows where the run stands: `step` over all stages, and the newest training values."""

@@ -2,6 +2,7 @@
 
 from alignvlm_jax.config import Config
 from alignvlm_jax.parallel import chips
+from alignvlm_jax.train import stopping
 from alignvlm_jax.train.planning import GIB, UTILISATIONS, Plan
 
 ESTIMATE = (
@@ -16,14 +17,17 @@ def text(plan: Plan) -> str:
     train, data = config.train, config.data
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     total = sum(plan.flops.values())
+    # Of TPU7x a device is half a chip, and what follows "a chip" would be twice too large.
+    one = "chip" if chip.num_devices == 1 else "device"
+    devices = "" if chip.num_devices == 1 else f" of {chip.num_devices} devices"
     lines = [
-        f"{config.name} {config.stage} on {plan.topology.name}: {plan.topology.num_chips} chips, mesh {mesh}",
+        f"{config.name} {config.stage} on {plan.topology.name}: {plan.topology.num_chips} chips{devices}, mesh {mesh}",
         f"batch {train.batch_size} rows of {data.row_length} tokens and {data.max_tiles} tiles, "
         f"in {train.accumulation} parts, remat {config.model.remat}",
         "",
         f"parameters         {plan.num_params:,}, of which {plan.num_trained:,} trained",
-        f"parameters a chip  {plan.param_gib:.2f} GiB, optimizer {plan.optimizer_gib:.2f} GiB",
-        f"peak HBM a chip    {_gib(plan.peak_hbm_gib)} of {chip.hbm_gib} GiB: {_verdict(plan)}",
+        f"{f'parameters a {one}':18} {plan.param_gib:.2f} GiB, optimizer {plan.optimizer_gib:.2f} GiB",
+        f"{f'peak HBM a {one}':18} {_gib(plan.peak_hbm_gib)} of {chip.hbm_gib} GiB: {_verdict(plan)}",
         "",
         *_table(
             [("FLOPs a step", "TFLOP", "share")]
@@ -32,7 +36,7 @@ def text(plan: Plan) -> str:
         ),
         "",
         *_table(
-            [("collectives a step", "count", "GiB a chip")]
+            [("collectives a step", "count", f"GiB a {one}")]
             + [(kind, f"{traffic.count:,}", f"{traffic.bytes / GIB:.2f}") for kind, traffic in plan.traffic.items()]
         ),
         "",
@@ -48,6 +52,8 @@ def text(plan: Plan) -> str:
                 for mfu in UTILISATIONS
             ]
         ),
+        "",
+        *stopping.lines(plan.stopping()),
     ]
     if not plan.fits:
         lines += ["", f"does not fit: {advice(plan)}"]
@@ -91,9 +97,9 @@ def _gib(value: float | None) -> str:
 
 
 def _larger(plan: Plan) -> str:
-    kind = plan.topology.name.split(":")[0]
-    sizes = [chips.parse_topology(f"{kind}:{shape}") for shape in chips.CHIPS[kind].shapes]
-    return next((other.name for other in sizes if other.num_chips > plan.topology.num_chips), "")
+    kind, slices = plan.topology.kind, plan.topology.num_slices
+    sizes = [chips.parse_topology(f"{kind}:{shape}", slices) for shape in chips.CHIPS[kind].shapes]
+    return next((other.shape for other in sizes if other.num_chips > plan.topology.num_chips), "")
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:

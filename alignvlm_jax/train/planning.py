@@ -15,10 +15,12 @@ import jax
 from alignvlm_jax.config import Config, MeshConfig
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.parallel import mesh_sizes
 from alignvlm_jax.parallel.chips import Topology
-from alignvlm_jax.train import collectives, flops, optim, state, step
+from alignvlm_jax.train import collectives, flops, optim, state, step, stopping
 from alignvlm_jax.train.collectives import Traffic
 from alignvlm_jax.train.state import TrainState
+from alignvlm_jax.train.stopping import Stopping
 
 GIB = 2**30
 UTILISATIONS = (0.3, 0.4, 0.5)
@@ -27,9 +29,10 @@ SECONDS_A_DAY = 24 * 60 * 60
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A stage on a slice. Bytes are those of one chip, FLOPs those of the whole batch.
+    """A stage on one slice or several. Bytes are those of one device, FLOPs those of the whole batch.
 
-    `peak_hbm_gib` is None where the compiler gave up without a number; `is_estimate` where it was not the TPU's.
+    `state_gib` is all that a checkpoint holds. `peak_hbm_gib` is None where the compiler gave up without
+    a number; `is_estimate` where it was not the TPU's.
     """
 
     topology: Topology
@@ -39,6 +42,7 @@ class Plan:
     num_trained: int
     param_gib: float
     optimizer_gib: float
+    state_gib: float
     peak_hbm_gib: float | None
     fits: bool
     is_estimate: bool
@@ -47,21 +51,27 @@ class Plan:
 
     def step_seconds(self, utilisation: float) -> float:
         """Returns the seconds of a step of which the chips' peak is reached to that share (MFU)."""
-        peak = self.topology.chip.tflops * 1e12 * self.topology.num_chips
-        return sum(self.flops.values()) / (peak * utilisation)
+        return sum(self.flops.values()) / (self.topology.peak_flops * utilisation)
 
     def days(self, utilisation: float) -> float:
         """Returns the days that the stage's steps take."""
         return self.config.train.num_steps * self.step_seconds(utilisation) / SECONDS_A_DAY
 
+    def stopping(self) -> Stopping:
+        """Returns what checkpoints and stops cost, at the middle of UTILISATIONS."""
+        step_seconds = self.step_seconds(UTILISATIONS[1])
+        return stopping.make(self.config.train, self.state_gib, self.topology.num_hosts, step_seconds)
+
     def to_json(self) -> dict[str, Any]:
         """Returns the plan as plain values."""
-        train, chip = self.config.train, self.topology.chip
+        train, chip, stop = self.config.train, self.topology.chip, self.stopping()
         return {
             "config": self.config.name,
             "stage": self.config.stage,
             "topology": self.topology.name,
+            "num_slices": self.topology.num_slices,
             "num_chips": self.topology.num_chips,
+            "num_devices": self.topology.num_devices,
             "mesh": self.mesh,
             "batch_size": train.batch_size,
             "accumulation": train.accumulation,
@@ -89,12 +99,21 @@ class Plan:
                 }
                 for utilisation in UTILISATIONS
             },
+            "checkpoint": {
+                "gib": self.state_gib,
+                "gib_a_host": stop.gib_a_host,
+                "seconds": stop.save,
+                "assumed_gb_per_second_a_host": stopping.HOST_WRITE_GB,
+            },
+            "stop_seconds": stop.needed,
+            "stops_in_time": stop.in_time,
+            "minutes_lost": {"average": stop.lost_on_average / 60, "most": stop.lost_at_most / 60},
         }
 
 
-def check(config: Config, num_chips: int) -> None:
-    """Raises UserError where the stage cannot be laid out on so many chips. Nothing is compiled."""
-    mesh = mesh_lib.abstract(config, num_chips)
+def check(config: Config, topology: Topology) -> None:
+    """Raises UserError where the stage cannot be laid out on slices. Nothing is compiled."""
+    mesh = mesh_lib.abstract(config, topology.num_devices, topology.num_slices)
     state.trainable_paths(config, state.abstract_params(vlm.VLM(config.model), config, mesh))
 
 
@@ -104,6 +123,9 @@ def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> P
     Raises:
       UserError: the mesh does not fit the devices, the batch or the model.
     """
+    # By the slices planned for: devices that stand in for them know of none.
+    sizes = mesh_sizes.resolve(config, topology.num_devices, topology.num_slices)
+    config = dataclasses.replace(config, mesh=MeshConfig(**sizes._asdict()))
     model, tx = vlm.VLM(config.model), optim.make_optimizer(config)
     is_estimate = devices[0].platform != "tpu"
     with mesh_lib.use(mesh_lib.make_mesh(config, devices)) as mesh:
@@ -124,8 +146,9 @@ def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> P
         mesh=dict(mesh.shape),
         num_params=sum(sizes.values()),
         num_trained=sum(sizes[path] for path in state.trainable_paths(config, abstract.params)),
-        param_gib=_gib_of_a_chip(abstract.params),
-        optimizer_gib=_gib_of_a_chip(abstract.opt_state),
+        param_gib=_gib_of_a_device(abstract.params),
+        optimizer_gib=_gib_of_a_device(abstract.opt_state),
+        state_gib=sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(abstract)) / GIB,
         peak_hbm_gib=peak_gib,
         fits=peak_gib is not None and peak_gib <= topology.chip.hbm_gib,
         is_estimate=is_estimate,
@@ -144,12 +167,14 @@ def with_layout(config: Config, mesh: MeshConfig, accumulation: int, remat: str)
     )
 
 
-def state_gib(config: Config, num_chips: int) -> float:
-    """Returns the GiB a chip of parameters, optimizer state and gradients: less than that is never enough."""
+def state_gib(config: Config, topology: Topology) -> float:
+    """Returns the GiB a device of parameters, optimizer state and gradients: less than that is never enough."""
     model, tx = vlm.VLM(config.model), optim.make_optimizer(config)
-    abstract: TrainState = state.abstract_state(model, config, tx, mesh_lib.abstract(config, num_chips))
+    abstract: TrainState = state.abstract_state(
+        model, config, tx, mesh_lib.abstract(config, topology.num_devices, topology.num_slices)
+    )
     trained, _ = state.split(abstract.params, state.trainable_paths(config, abstract.params))
-    return _gib_of_a_chip((abstract, trained))
+    return _gib_of_a_device((abstract, trained))
 
 
 def _peak_gib(compiled: jax.stages.Compiled, is_estimate: bool) -> float:
@@ -167,5 +192,5 @@ def _asked_for(message: str) -> float | None:
     return float(found[1] or found[2]) if found else None
 
 
-def _gib_of_a_chip(abstract: Any) -> float:
+def _gib_of_a_device(abstract: Any) -> float:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(abstract)) / GIB

@@ -7,8 +7,7 @@ from jax.sharding import Mesh
 
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import pipeline
-from alignvlm_jax.data.schema import Batch
-from alignvlm_jax.parallel import distributed, sharding
+from alignvlm_jax.parallel import sharding
 from alignvlm_jax.train import metrics, step
 from alignvlm_jax.train.state import Params
 
@@ -16,19 +15,19 @@ from alignvlm_jax.train.state import Params
 class Validation:
     """Batches of the validation split of every source, the same ones each time."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, mesh: Mesh):
         """Raises UserError where nothing was held out, or nothing of it can be read."""
-        self._config = config
-        rows = step.eval_rows(config)
+        self._config, self._mesh = config, mesh
+        size = step.eval_rows(config)
+        local_rows = sharding.rows_of_process(mesh, size).tolist()
         sources = pipeline.by_source(config)
         num_rows = config.train.validation_rows // len(sources)
         self._batches = {
-            name: [_local(batch) for batch in pipeline.validation_batches(source, rows, num_rows)]
-            for name, source in sources.items()
+            name: pipeline.ValidationBatches(source, size, num_rows, local_rows) for name, source in sources.items()
         }
 
     def measure(
-        self, eval_step: step.EvalStep, params: Params, mesh: Mesh, should_stop: Callable[[], bool]
+        self, eval_step: step.EvalStep, params: Params, should_stop: Callable[[], bool]
     ) -> dict[str, float] | None:
         """Returns `validation/answer_loss` and so on over all sources, and with several `validation/SOURCE/...` of
         each, without those of which nothing was seen; or None when told to stop meanwhile."""
@@ -38,13 +37,8 @@ class Validation:
                 if should_stop():
                     return None
                 inputs = step.eval_inputs(self._config, batch)
-                sums[name].append(jax.device_get(eval_step(params, sharding.put_batch(inputs, mesh))))
+                sums[name].append(jax.device_get(eval_step(params, sharding.put_batch(inputs, self._mesh))))
         return metrics.with_sources("validation", sums, _means)
-
-
-def _local(batch: Batch) -> Batch:
-    """This process's rows of a batch that all processes read whole."""
-    return {name: distributed.own_rows(array) for name, array in batch.items()}
 
 
 def _means(parts: Sequence[step.Metrics]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from alignvlm_jax import config as config_lib
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.parallel import distributed
+from alignvlm_jax.parallel import distributed, exchange
 from alignvlm_jax.storage import Path, lease
 from alignvlm_jax.train.checkpoint import FOLDER
 
@@ -30,6 +30,9 @@ FREE = (
     "train.log_every",
     "train.keep_checkpoints",
     "train.checkpoint_every",
+    "train.checkpoint_minutes",
+    "train.profile",
+    "train.stall_minutes",
     "eval.*",
 )
 MAX_DIFFERENCES = 5
@@ -59,7 +62,7 @@ def claim(workdir: Path, stages: tuple[Config, ...]) -> Iterator[None]:
             held.enter_context(lease.hold(workdir / LOCK_FILE, "is training in", _say))
             _check_same(path, ours)  # Again: to get it may have taken a while.
             storage.write_whole(path, json.dumps(ours, indent=2) + "\n")
-        distributed.barrier("claim_workdir")
+        exchange.barrier()
         # From here on the storage is known to work: what fails now passes, more likely than not.
         held.enter_context(storage.patience(storage.RUN_PATIENCE))
         yield
@@ -111,6 +114,13 @@ def _without_free(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in FREE)
 
     return [{name: value for name, value in _leaves(stage, "") if not is_free(name)} for stage in stages]
+
+
+def leaves(stages: tuple[Config, ...]) -> Iterator[tuple[str, Any]]:
+    """Yields the name, such as config.stages.STAGE.a.b, and the value of every field of all stages."""
+    for stage in config_lib.to_json(stages):
+        for name, value in _leaves(stage, ""):
+            yield f"config.stages.{stage['stage']}.{name}", value
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -31,7 +31,7 @@ def test_prints_the_answer_alone(trained_workdir, page, capsys, monkeypatch):
             batches.append(batch)
             return np.array([[*tokenizer.encode("4 2"), tokenizer.specials["<end>"], tokenizer.pad_id]] * 4, np.int32)
 
-        sampler = types.SimpleNamespace(generate=answer)
+        sampler = types.SimpleNamespace(generate=answer, rows_of_process=np.arange)
         fields = {"path": path, "config": config, "batch_ways": 4, "tokenizer": tokenizer, "variables": {}}
         return types.SimpleNamespace(**fields, sampler=lambda: sampler)
 

@@ -13,7 +13,22 @@ from alignvlm_jax import __main__ as main
 from alignvlm_jax.parallel import chips
 
 needs_libtpu = pytest.mark.skipif(not chips.has_tpu_compiler(), reason="libtpu is not installed (requirements-tpu.txt)")
-KEYS = {"fits", "peak_hbm_gib", "hbm_limit_gib", "num_chips", "mesh", "num_params", "step_tflops", "collectives"}
+KEYS = {
+    "checkpoint",
+    "stop_seconds",
+    "stops_in_time",
+    "minutes_lost",
+    "num_slices",
+    "num_devices",
+    "fits",
+    "peak_hbm_gib",
+    "hbm_limit_gib",
+    "num_chips",
+    "mesh",
+    "num_params",
+    "step_tflops",
+    "collectives",
+}
 
 CONFIG = """
 import ml_collections
@@ -26,7 +41,7 @@ def get_config(stages="one"):
     config.model.remat = "full"
     config.train.batch_size = 64
     config.train.accumulation = 2
-    config.mesh.fsdp, config.mesh.data = -1, 1
+    config.mesh.fsdp, config.mesh.data = -1, -1
     if stages == "two":
         config.stages = ml_collections.ConfigDict({"first": {}, "second": {"train": {"trainable": ("llm/.*",)}}})
     return config
@@ -84,6 +99,31 @@ def test_tpu_plan_as_text_and_as_json(config_file):
 
 
 @needs_libtpu
+def test_two_slices(config_file):
+    done = run(f"--config={config_file}", "--topology=v5e:2x2", "--num_slices=2", "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["topology"] == "2 x v5e:2x2" and plan["num_chips"] == 8
+    assert plan["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
+    at_40 = plan["at_mfu"]["40%"]
+    assert at_40["step_seconds"] == pytest.approx(plan["step_tflops"] / (0.4 * 8 * 197))
+    assert at_40["chip_hours"] == pytest.approx(8 * 24 * at_40["days"])
+    # Gradients, once a step in float32, each device the part that is its own.
+    between = plan["collectives"]["between slices"]["gib"]
+    assert plan["num_params"] * 4 / 4 / 2**30 < between < 2.5 * plan["num_params"] * 4 / 4 / 2**30
+    assert "xla_tpu_enable_data_parallel_all_reduce_opt" in done.stderr
+
+
+@needs_libtpu
+def test_tpu7x_has_two_devices_a_chip(config_file):
+    done = run(f"--config={config_file}", "--topology=tpu7x:2x2x1")
+    assert done.returncode == 0, done.stderr
+    assert "on tpu7x:2x2x1: 4 chips of 2 devices, mesh data 1, fsdp 8, tensor 1" in done.stdout
+    assert "peak HBM a device" in done.stdout and "of 94.75 GiB: fits" in done.stdout
+    assert "in time for GKE JobSet" in done.stdout
+
+
+@needs_libtpu
 def test_what_does_not_fit_has_status_3_and_says_what_to_change(config_file):
     done = run(
         f"--config={config_file}",
@@ -124,10 +164,12 @@ def test_smallest(config_file):
 BAD = {
     "heads": (["--mesh=1x2x4", "--topology=v5e:2x4"], r"llm/blocks/attn/k/kernel"),
     "words": (["--mesh=1x4x2", "--topology=v5e:2x4", "--config.model.llm.vocab_size=129"], "129"),
-    "batch": (["--mesh=8x1x1", "--topology=v5e:2x4", "--config.train.batch_size=12"], "batch of 6 rows"),
-    "batch_below_data": (["--mesh=8x1x1", "--topology=v5e:2x4", "--config.train.batch_size=4"], "batch of 2 rows"),
+    "batch": (["--mesh=8x1x1", "--topology=v5e:2x4", "--config.train.batch_size=12"], "a batch of 6 rows"),
+    "batch_below_data": (["--mesh=8x1x1", "--topology=v5e:2x4", "--config.train.batch_size=4"], "a batch of 2 rows"),
     "more_chips": (["--mesh=4x4x1", "--topology=v5e:2x4"], "does not fit 8 devices"),
     "topology": (["--topology=v5e:3x3"], "unknown topology 'v5e:3x3'; v5e slices: 2x2, 2x4"),
+    "slices": (["--topology=v5e:2x4", "--num_slices=2", "--mesh=1x16x1"], "data 1 does not divide over 2 slices"),
+    "no_slices": (["--topology=v5e:smallest", "--num_slices=2"], "looks for one slice; leave --num_slices out"),
     "kind": (["--topology=v7:smallest"], "unknown kind of TPU 'v7'"),
     "mesh_text": (["--topology=v5e:2x4", "--mesh=4x2"], "--mesh is '4x2'"),
     "no_mesh_at_all": (["--topology=v5e:2x4", "--mesh=auto", "--config.train.batch_size=7",

@@ -50,6 +50,26 @@ def test_table_6(stage, llm):
     assert config.model.connector.name == "align" and config.train.patch_token_weight == 0
 
 
+@pytest.mark.parametrize("llm", LLMS)
+@pytest.mark.parametrize(
+    ("num_devices", "num_slices", "of_512", "of_256"),
+    [
+        (16, 1, (1, 16, 1), (1, 16, 1)),
+        (256, 1, (2, 128, 1), (2, 128, 1)),
+        (512, 1, (4, 128, 1), (2, 128, 2)),
+        (512, 2, (4, 128, 1), (2, 128, 2)),
+        (1024, 1, (4, 128, 2), (2, 128, 4)),
+    ],
+)
+def test_every_stage_starts_on_any_number_of_chips(llm, num_devices, num_slices, of_512, of_256):
+    """By the rows of its batch: where they are fewer than the chips, `tensor` takes part."""
+    for stage in ("stage1", "stage2", "stage3"):
+        (config,) = load(f"{stage}.py:{llm}")
+        mesh = mesh_lib.abstract(config, num_devices, num_slices)
+        assert mesh.axis_sizes == {512: of_512, 256: of_256}[config.train.batch_size]
+    state.abstract_params(vlm.VLM(config.model), config, mesh)
+
+
 @pytest.mark.parametrize("stage", ["stage1", "stage2", "stage3"])
 def test_what_is_frozen(stage):
     (config,) = load(f"{stage}.py:llama31_8b")

@@ -96,13 +96,19 @@ def test_threads_change_nothing(demo_config, num_threads, prefetch):
         assert_equal(a, b)
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_the_global_batch_is_the_same_for_any_number_of_processes(any_config, count):
+def shares(count: int) -> list[range]:
+    """The rows of a batch of 8 that each of `count` processes feeds: every count-th, as hosts stand in a real mesh."""
+    return [range(process, 8, count) for process in range(count)]
+
+
+@pytest.mark.parametrize("rows_of", [shares(2), shares(4), [[0, 1, 6, 7], [2, 3, 4, 5], [0, 1, 6, 7]]])
+def test_the_global_batch_is_the_same_whatever_rows_a_process_feeds(any_config, rows_of):
     whole = pipeline.TrainBatches(any_config, start_row=8)
-    parts = [pipeline.TrainBatches(any_config, start_row=8, process_index=p, process_count=count) for p in range(count)]
+    parts = [pipeline.TrainBatches(any_config, start_row=8, local_rows=own) for own in rows_of]
     for _ in range(2):
-        local = [next(part) for part in parts]
-        assert_equal(next(whole), {name: np.concatenate([part[name] for part in local]) for name in local[0]})
+        batch = next(whole)
+        for own, part in zip(rows_of, parts, strict=True):
+            assert_equal(next(part), {name: array[list(own)] for name, array in batch.items()})
     assert {part.next_row for part in parts} == {whole.next_row}
 
 
@@ -122,10 +128,7 @@ def test_every_record_is_seen_as_often_as_planned_whatever_the_number_of_process
     seen, next_row = collections.Counter(), 0
     # Goes on twelve times, after one or several steps, with another number of processes.
     for count, steps in zip((1, 2, 4, 8, 4, 2) * 2, (1, 3, 2, 1, 2, 3) * 2, strict=True):
-        parts = [
-            pipeline.TrainBatches(config, start_row=next_row, process_index=p, process_count=count)
-            for p in range(count)
-        ]
+        parts = [pipeline.TrainBatches(config, start_row=next_row, local_rows=own) for own in shares(count)]
         for part, _ in itertools.product(parts, range(steps)):
             batch = next(part)
             starts = (batch["segment_ids"] > 0) & (batch["positions"] == 0)
@@ -189,7 +192,7 @@ def test_a_validation_split_that_cannot_be_read_is_an_error(demo_config, tmp_pat
     shutil.copytree(demo_config.data.dir, tmp_path, dirs_exist_ok=True)
     spoil(tmp_path, range(NUM_DOCUMENTS), "validation")
     with pytest.raises(UserError, match=r"nothing to validate on in split 'validation': cannot read image 0 of record"):
-        pipeline.validation_batches(change(demo_config, "data", dir=str(tmp_path)), 4, 8)
+        pipeline.ValidationBatches(change(demo_config, "data", dir=str(tmp_path)), 4, 8)
 
 
 def test_a_source_of_which_nothing_was_held_out_is_no_part_of_validation(demo_config, tmp_path):
@@ -266,18 +269,29 @@ def test_too_many_rows_without_an_answer_are_an_error(demo_config):
     next(pipeline.TrainBatches(change(short, "data", max_unsupervised=1.0)))
 
 
-def test_validation_is_the_same_at_every_call(demo_config):
-    first, second = (pipeline.validation_batches(demo_config, 4, 10) for _ in range(2))
+def test_validation_is_the_same_at_every_pass(demo_config):
+    validation = pipeline.ValidationBatches(demo_config, 4, 10)
+    first, second = list(validation), list(validation)
     assert len(first) == len(second) == 2
     for a, b in zip(first, second, strict=True):
         assert a["tokens"].shape == (4, 144)
         assert_equal(a, b)
-    assert len(pipeline.validation_batches(demo_config, 4, 1)) == 1
+    assert len(list(pipeline.ValidationBatches(demo_config, 4, 1))) == 1
 
 
-def test_positions_and_processes_that_do_not_divide_are_errors(demo_config):
-    with pytest.raises(UserError, match="3 processes"):
-        pipeline.TrainBatches(demo_config, process_count=3)
+def test_a_process_decodes_its_own_rows_of_validation_alone(demo_config, monkeypatch):
+    whole = list(pipeline.ValidationBatches(demo_config, 4, 10))
+    read, row_of = [], pipeline.TrainRows.__getitem__
+    monkeypatch.setattr(pipeline.TrainRows, "__getitem__", lambda rows, i: read.append(i) or row_of(rows, i))
+    own = pipeline.ValidationBatches(demo_config, 4, 10, local_rows=[1, 3])
+    assert read == [1]  # To see that there is something to validate on.
+    read.clear()
+    for mine, all_rows in zip(own, whole, strict=True):
+        assert_equal(mine, {name: array[[1, 3]] for name, array in all_rows.items()})
+    assert sorted(read) == [1, 3, 5, 7]
+
+
+def test_a_position_that_does_not_divide_is_an_error(demo_config):
     with pytest.raises(UserError, match="position 5"):
         pipeline.TrainBatches(demo_config, start_row=5)
 

@@ -13,6 +13,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.eval import html as pages
 from alignvlm_jax.eval import loading, predictions, report, scores
 from alignvlm_jax.eval.runner import choose_questions
+from alignvlm_jax.train import goodput
 
 
 @pytest.fixture
@@ -103,6 +104,21 @@ def test_a_whole_report(workdir, trained_workdir):
     assert "<script" not in page
     assert "<script>alert(1)</script>" in text.replace(" ", "")
     assert "http" not in re.sub(r'xmlns(?::\w+)?="[^"]*"', "", page)
+
+
+def test_where_the_time_went_is_shown(workdir):
+    add_metrics(workdir)
+    assert "Where the time went" not in report.build(workdir).read_text()
+    seconds = {"steps": 70, "data_wait": 5, "save": 10, "restart": 600, "evaluation": 12, "compile": 2, "other": 1}
+    line = {f"goodput/{name}": value / 700 for name, value in seconds.items()} | {"goodput/seconds": 700.0}
+    text = (workdir / "metrics.jsonl").read_text().rpartition("\n")[0]
+    (workdir / "metrics.jsonl").write_text(f"{text}\n{json.dumps({'step': 4, 'stage': 'train'} | line)}\n")
+    page = report.build(workdir).read_text()
+    assert "Of 11 min 40 s of wall time" in text_of(page) and "10.0 % were steps" in text_of(page)
+    assert re.search(r"Steps 10\.0 % 1 min 10 s .* Data wait 0\.7 % 5 s .* Restarts 85\.7 % 10 min 00 s", text_of(page))
+    widths = re.findall(r'<i style="width: ([\d.]+)%; --tone', page)
+    assert len(widths) == 7 and sum(map(float, widths)) == pytest.approx(100, abs=0.01)
+    assert {category for category, *_ in report.GOODPUT} == set(goodput.CATEGORIES)
 
 
 def test_analyses_of_the_workdir_are_shown(workdir):

@@ -28,10 +28,31 @@ def test_dry_run_prints_one_command_a_process_and_starts_none(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_environment_reaches_every_process_and_stands_in_how_to_go_on(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$A|$XLA_FLAGS|$ALIGNVLM_LAUNCHER"\n')
+    python.chmod(0o755)
+    odd = 'b "c" $HOME'
+    done = run(f"--env=A={odd}", "--env=XLA_FLAGS=--more=1", "2", "3", "train", cwd=tmp_path, PYTHON=str(python))
+    assert done.returncode == 0, done.stderr
+    for index in range(2):
+        said, flags, launcher = (tmp_path / f"runs/local/process-{index}.log").read_text().strip().split("|")
+        # Devices are asked for by the same variable.
+        assert said == odd and flags == "--xla_force_host_platform_device_count=3 --more=1"
+        again = subprocess.run(["bash", "-c", f"printf '%s\\0' {launcher}"], capture_output=True, text=True).stdout
+        assert again.split("\0")[1:-1] == [f"--env=A={odd}", "--env=XLA_FLAGS=--more=1", "2", "3"]
+
+
 @pytest.mark.parametrize("args", [(), ("2",), ("2", "x", "train"), ("0", "1", "train")])
 def test_wrong_usage_is_status_2_and_says_how(args, tmp_path):
     done = run(*args, cwd=tmp_path)
     assert done.returncode == 2 and "NUM_PROCESSES DEVICES_EACH COMMAND" in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--env=A", "--env=1A=b", "--evn=A=b"])
+def test_a_flag_that_is_none_is_named(flag, tmp_path):
+    done = run(flag, "1", "1", "train", cwd=tmp_path)
+    assert done.returncode == 2 and f"unknown flag {flag}" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_failing_process_ends_the_others_and_its_status_is_returned(tmp_path):

@@ -12,6 +12,19 @@ def test_parse_topology():
     assert chips.parse_topology("v6e:2x4").chip is chips.CHIPS["v6e"]
 
 
+def test_slices_are_counted_together():
+    one, two = chips.parse_topology("v5p:2x2x4"), chips.parse_topology("v5p:2x2x4", num_slices=2)
+    assert (two.num_chips, two.num_hosts, two.name) == (32, 8, "2 x v5p:2x2x4")
+    assert two.peak_flops == 2 * one.peak_flops == 32 * 459e12
+
+
+def test_a_tpu7x_chip_is_two_devices():
+    """Per chip 2,307 TFLOP/s: the numbers of a device are half of that."""
+    slice_of_4 = chips.parse_topology("tpu7x:2x2x1")
+    assert (slice_of_4.num_chips, slice_of_4.num_devices, slice_of_4.num_hosts) == (4, 8, 1)
+    assert slice_of_4.peak_flops == pytest.approx(4 * 2307e12)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -32,11 +45,18 @@ def test_without_libtpu(monkeypatch):
 
 
 @pytest.mark.skipif(not chips.has_tpu_compiler(), reason="libtpu is not installed (requirements-tpu.txt)")
-@pytest.mark.parametrize("kind", ["v5e", "v5p", "v6e"])
+@pytest.mark.parametrize("kind", ["v5e", "v5p", "v6e", "tpu7x"])
 def test_devices_are_chips_of_their_kind(kind):
-    """What libtpu calls them is in our table, one device a chip, for the smallest slice and the largest."""
+    """What libtpu calls them is in our table, with its devices a chip, for the smallest slice and the largest."""
     for shape in (chips.CHIPS[kind].shapes[0], chips.CHIPS[kind].shapes[-1]):
         topology = chips.parse_topology(f"{kind}:{shape}")
         devices = chips.compile_only_devices(topology)
-        assert len(devices) == topology.num_chips
+        assert len(devices) == topology.num_devices
         assert {chips.chip_of(device) for device in devices} == {chips.CHIPS[kind]}
+        assert topology.num_hosts == len({device.process_index for device in devices})
+
+
+@pytest.mark.skipif(not chips.has_tpu_compiler(), reason="libtpu is not installed (requirements-tpu.txt)")
+def test_devices_of_slices():
+    devices = chips.compile_only_devices(chips.parse_topology("v5e:2x2", num_slices=2))
+    assert [device.slice_index for device in devices] == [0] * 4 + [1] * 4

@@ -3,8 +3,8 @@
 import jax
 import pytest
 
-from alignvlm_jax.errors import UserError
-from alignvlm_jax.parallel import distributed
+from alignvlm_jax.errors import TryAgainError, UserError
+from alignvlm_jax.parallel import distributed, exchange
 
 COMPLETE = {
     "ALIGNVLM_COORDINATOR": "127.0.0.1:1234",
@@ -30,7 +30,7 @@ def set_environment(monkeypatch, **values: str) -> None:
 
 def test_one_process_needs_nothing(calls):
     distributed.initialize()
-    distributed.barrier("nobody to wait for")
+    exchange.barrier()
     assert calls == [] and distributed.is_main()
 
 
@@ -62,7 +62,7 @@ def test_others_do_not_come(monkeypatch, calls):
 
     set_environment(monkeypatch, **COMPLETE)
     monkeypatch.setattr(jax.distributed, "initialize", too_late)
-    with pytest.raises(UserError, match=r"process 0 of 2 waited 60 s at 127.0.0.1:1234 .*Barrier timed out\.\)$"):
+    with pytest.raises(TryAgainError, match=r"process 0 of 2 waited 60 s at 127.0.0.1:1234 .*Barrier timed out\.\)$"):
         distributed.initialize()
 
 
@@ -81,4 +81,14 @@ def test_no_slice(monkeypatch, calls):
     with pytest.raises(
         UserError, match=r"ALIGNVLM_AUTO_DISTRIBUTED is 1, .*coordinator_address should be defined\.\)$"
     ):
+        distributed.initialize()
+
+
+def test_hosts_of_a_slice_that_do_not_all_come_may_come_the_next_time(monkeypatch, calls):
+    def too_late(*args, **kwargs):
+        raise RuntimeError("DEADLINE_EXCEEDED: Barrier timed out.\nmore")
+
+    set_environment(monkeypatch, ALIGNVLM_AUTO_DISTRIBUTED="1")
+    monkeypatch.setattr(jax.distributed, "initialize", too_late)
+    with pytest.raises(TryAgainError, match=r"did not all come \(DEADLINE_EXCEEDED: Barrier timed out\.\)$"):
         distributed.initialize()

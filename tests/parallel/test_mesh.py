@@ -1,7 +1,6 @@
 """The mesh that a config asks for, and what is said where it cannot be had."""
 
 import dataclasses
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from alignvlm_jax import config as config_lib
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import chips
 from alignvlm_jax.parallel import mesh as mesh_lib
+from tests.parallel.fake_slices import FakeDevice, fake_slice
 
 
 def with_mesh(config: config_lib.Config, data: int, fsdp: int, tensor: int, **train) -> config_lib.Config:
@@ -26,7 +26,14 @@ def with_mesh(config: config_lib.Config, data: int, fsdp: int, tensor: int, **tr
 
 @pytest.mark.parametrize(
     ("asked", "shape"),
-    [((2, 2, 2), (2, 2, 2)), ((-1, 2, 2), (2, 2, 2)), ((1, -1, 2), (1, 4, 2)), ((1, 1, -1), (1, 1, 8))],
+    [
+        ((2, 2, 2), (2, 2, 2)),
+        ((-1, 2, 2), (2, 2, 2)),
+        ((1, -1, 2), (1, 4, 2)),
+        ((1, 4, -1), (1, 4, 2)),
+        ((-1, -1, 2), (1, 4, 2)),
+        ((-1, -1, -1), (1, 8, 1)),
+    ],
 )
 def test_sizes(config, asked, shape):
     mesh = mesh_lib.make_mesh(with_mesh(config, *asked))
@@ -40,22 +47,13 @@ def test_given_devices(config):
     assert list(mesh.devices.flat) == jax.devices()[3:5]
 
 
-@dataclasses.dataclass(frozen=True)
-class FakeDevice:
-    """A chip of a machine that is not here."""
-
-    platform: str
-    id: int
-    slice_index: int
-    coords: tuple[int, int, int]
-    device_kind: str = "a chip"
-    core_on_chip: int = 0
-
-
-def chips_of(platform: str, count: int, width: int, height: int) -> list[FakeDevice]:
-    """Slices, or nodes, of width x height chips each."""
-    places = itertools.product(range(count), range(height), range(width))
-    return [FakeDevice(platform, i, piece, (x, y, 0)) for i, (piece, y, x) in enumerate(places)]
+def with_widths(config: config_lib.Config, llm: int, vision: int) -> config_lib.Config:
+    model = config.model
+    parts = {
+        "llm": dataclasses.replace(model.llm, width=llm),
+        "vision": dataclasses.replace(model.vision, width=vision),
+    }
+    return dataclasses.replace(config, model=dataclasses.replace(model, **parts))
 
 
 def grid(config: config_lib.Config, asked: tuple[int, int, int], devices: list[FakeDevice]) -> np.ndarray:
@@ -68,7 +66,7 @@ def grid(config: config_lib.Config, asked: tuple[int, int, int], devices: list[F
 @pytest.mark.parametrize("asked", [(1, 8, 2), (2, 2, 4), (1, 2, 8)])
 def test_two_axes_may_lie_along_one_link(config, asked):
     """Of 4 x 4 chips."""
-    grid(config, asked, chips_of("tpu", 1, 4, 4))
+    grid(config, asked, fake_slice("v5e", (4, 4, 1)))
 
 
 @pytest.mark.skipif(not chips.has_tpu_compiler(), reason="libtpu is not installed (requirements-tpu.txt)")
@@ -80,16 +78,79 @@ def test_devices_that_are_compiled_for(config, name):
 
 
 def test_only_data_crosses_slices(config):
-    found = grid(config, (4, 2, 2), chips_of("tpu", 2, 4, 2))
+    devices = fake_slice("v5e", (4, 2, 1), num_slices=2)
+    found = grid(config, (4, 2, 2), devices)
     assert [{device.slice_index for device in part.flat} for part in found] == [{0}, {0}, {1}, {1}]
-    with pytest.raises(UserError, match=r"mesh\.data 1 does not divide over 2 slices.*nearest that does: 2"):
-        grid(config, (1, 8, 2), chips_of("tpu", 2, 4, 2))
+    with pytest.raises(UserError, match=r"data 1 does not divide over 2 slices.*--config.mesh.data=2 .*fsdp=4"):
+        grid(config, (1, 8, 2), devices)
 
 
 def test_fsdp_crosses_the_nodes_of_gpus(config):
     """jax takes each of them for a slice."""
-    found = grid(config, (1, 8, 2), chips_of("gpu", 2, 8, 1))
+    nodes = fake_slice("v5e", (8, 1, 1), num_slices=2, host=(8, 1, 1))
+    found = grid(config, (1, 8, 2), [dataclasses.replace(device, platform="gpu") for device in nodes])
     assert [device.id for device in found.flat] == list(range(16))
+
+
+SLICES = [
+    *(("v5e", shape, 1) for shape in [(4, 4, 1), (4, 8, 1), (8, 8, 1), (8, 16, 1), (16, 16, 1)]),
+    *(("v5p", shape, 1) for shape in [(2, 2, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8)]),
+    *(("v6e", shape, 1) for shape in [(4, 4, 1), (16, 16, 1)]),
+    *(("tpu7x", shape, 1) for shape in [(2, 2, 1), (2, 2, 4), (4, 4, 8)]),
+    ("v5e", (4, 4, 1), 2),
+    ("v5e", (16, 16, 1), 2),
+]
+
+
+@pytest.mark.parametrize(("kind", "shape", "num_slices"), SLICES)
+def test_widest_on_any_slice(config, monkeypatch, kind, shape, num_slices):
+    """All of its devices, since a part of a slice forms no mesh; width 128 takes an fsdp of at most 128."""
+    devices = fake_slice(kind, shape, num_slices)
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    monkeypatch.setattr(jax, "device_count", lambda: len(devices))
+    wide = with_widths(config, llm=384, vision=1152)
+    fsdp = min(128, len(devices) // num_slices)
+    trained_elsewhere = with_mesh(wide, 3, 1, 1)
+    trained_open = with_mesh(wide, -1, -1, -1)
+    for mesh in (
+        mesh_lib.widest(wide),
+        mesh_lib.for_inference(trained_elsewhere),
+        mesh_lib.for_inference(trained_open),
+    ):
+        assert set(mesh.devices.flat) == set(devices)
+        assert dict(mesh.shape) == {"data": len(devices) // fsdp, "fsdp": fsdp, "tensor": 1}
+        for part in mesh.devices.reshape(num_slices, -1):
+            assert len({device.slice_index for device in part}) == 1
+
+
+@pytest.mark.parametrize(("kind", "shape", "num_slices"), SLICES)
+def test_open_axes_lie_on_any_slice(config, kind, shape, num_slices):
+    """A batch of 256 rows: on 512 chips tensor takes part."""
+    devices = fake_slice(kind, shape, num_slices)
+    heads = dataclasses.replace(config.model.llm, num_heads=8, num_kv_heads=8)
+    wide = dataclasses.replace(config, model=dataclasses.replace(config.model, llm=heads))
+    mesh = mesh_lib.make_mesh(with_mesh(with_widths(wide, 4096, 1152), -1, -1, -1, batch_size=256), devices)
+    assert set(mesh.devices.flat) == set(devices)
+    assert mesh.shape["tensor"] == max(len(devices) // 256, 1)
+
+
+@pytest.mark.parametrize(("count", "fsdp"), [(1, 1), (3, 2), (6, 4), (8, 8)])
+def test_widest_leaves_out_devices_that_would_hold_copies(config, monkeypatch, count, fsdp):
+    """Off TPUs, where any few of them form a mesh; with several processes each needs its own."""
+    devices = jax.devices()[:count]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    assert dict(mesh_lib.widest(config).shape) == {"data": 1, "fsdp": fsdp, "tensor": 1}
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert mesh_lib.widest(config).devices.size == count
+
+
+def test_tensor_may_cross_hosts(config, monkeypatch):
+    """Rows follow the sharding: hosts that share some feed the same ones."""
+    monkeypatch.setattr(jax, "process_count", lambda: 16)
+    devices = fake_slice("v5p", (4, 4, 4))
+    mesh = mesh_lib.make_mesh(with_mesh(config, 1, 8, 8, batch_size=64), devices)
+    hosts = np.vectorize(lambda device: device.process_index)(mesh.devices)[0]
+    assert any(len(set(row)) > 1 for row in hosts.tolist())
 
 
 @pytest.mark.parametrize("asked", [(3, 1, 2), (2, 2, 4), (-1, 3, 1), (-1, 16, 1)])
@@ -99,15 +160,7 @@ def test_devices_do_not_fit(config, asked):
         mesh_lib.make_mesh(with_mesh(config, *asked))
 
 
-def test_every_process_needs_rows_of_its_own(config, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 3)
-    with pytest.raises(UserError, match="data x fsdp = 4 does not divide over 3 processes"):
-        mesh_lib.make_mesh(config)
-    monkeypatch.setattr(jax, "process_count", lambda: 4)
-    mesh_lib.make_mesh(config)
-
-
-@pytest.mark.parametrize("asked", [(-1, -1, 2), (0, 2, 2), (-2, 2, 2)])
+@pytest.mark.parametrize("asked", [(-3, -1, 2), (0, 2, 2), (-2, 2, 2)])
 def test_impossible_sizes(config, asked):
     data, fsdp, tensor = asked
     with pytest.raises(UserError, match=f"data {data} x fsdp {fsdp} x tensor {tensor}: each axis is at least 1"):
@@ -117,10 +170,10 @@ def test_impossible_sizes(config, asked):
 @pytest.mark.parametrize(
     ("rows", "accumulation", "message"),
     [
-        (6, 1, r"batch of 6 rows .*batch_size 6 / accumulation 1\).*data x fsdp = 4; nearest that does: (4|8)$"),
-        (9, 1, r"batch of 9 rows .*data x fsdp = 4; nearest that does: 8$"),
-        (12, 2, r"batch of 6 rows .*batch_size 12 / accumulation 2\).*data x fsdp = 4; nearest that does: (8|16)$"),
-        (1, 1, r"batch of 1 rows .*nearest that does: 4$"),
+        (6, 1, r"a batch of 6 rows .*batch_size 6 / accumulation 1\).*data x fsdp = 4; .*batch_size=(4|8)$"),
+        (9, 1, r"a batch of 9 rows .*data x fsdp = 4; nearest that does: --config.train.batch_size=8$"),
+        (12, 2, r"a batch of 6 rows .*batch_size 12 / accumulation 2\).*--config.train.accumulation=1 or "),
+        (1, 1, r"a batch of 1 rows .*nearest that does: --config.train.batch_size=4$"),
     ],
 )
 def test_batch_does_not_divide(config, rows, accumulation, message):

@@ -58,11 +58,17 @@ class Batches:
         self._hook = hook
         self.served: list[int] = []
 
-    def __call__(self, config: Config, *, start_row: int, process_index: int, process_count: int) -> "Batches":
-        assert (process_index, process_count) == (0, 1)
+    def __call__(
+        self, config: Config, *, start_row: int, local_rows: list[int], schedule_state: dict | None
+    ) -> "Batches":
+        assert not schedule_state
+        assert local_rows == list(range(config.train.batch_size))
         self._config, self.next_row = config, start_row
         self.num_unsupervised = self.num_unused = 0
         return self
+
+    def schedule_state(self) -> dict:
+        return {}
 
     def counters(self, next_row: int) -> dict[str, float]:
         return {"records": next_row}
@@ -87,14 +93,14 @@ def train(
     workdir: Path,
     batches: Batches | None = None,
     configs: tuple[Config, ...] | None = None,
-    validation: Callable[..., list] = lambda config, size, num_rows: [random_batch(config, seed=7)],
+    validation: Callable[..., list] = lambda config, size, num_rows, local_rows: [random_batch(config, seed=7)],
 ) -> str:
     """Runs `loop.train` on random batches; returns what it printed. UserErrors have that in `printed`."""
     console = Console(file=io.StringIO(), soft_wrap=True, width=200)
     with (
         mock.patch.object(loop.pipeline, "TrainBatches", batches or Batches()),
         mock.patch.object(loop.pipeline, "by_source", lambda config: {"": config}),
-        mock.patch.object(loop.pipeline, "validation_batches", validation),
+        mock.patch.object(loop.pipeline, "ValidationBatches", validation),
         mock.patch.object(loop.pipeline, "TrainRows"),
         mock.patch.object(step, "compile_steps", _compile_steps),
         mock.patch.object(state, "init_params", _init_params),

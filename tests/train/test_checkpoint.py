@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+import random
 import re
 import resource
 import shutil
@@ -46,7 +47,7 @@ def abstract(live: state.TrainState) -> state.TrainState:
 
 
 def save(checkpoints: Checkpoints, step: int, live: state.TrainState, metrics: dict | None = None) -> None:
-    checkpoints.save(step, live, next_row=8 * step, metadata=METADATA, metrics=metrics)
+    checkpoints.save(step, live, position={"next_row": 8 * step}, metadata=METADATA, metrics=metrics)
     checkpoints.wait()
 
 
@@ -60,10 +61,10 @@ def test_saved_on_one_mesh_and_restored_on_another(folder):
     with Checkpoints(folder) as checkpoints:
         save(checkpoints, 3, live)
     with Checkpoints(folder) as checkpoints:
-        restored, next_row = checkpoints.restore(3, abstract(elsewhere))
+        restored, position = checkpoints.restore(3, abstract(elsewhere))
         metadata = checkpoints.metadata(3)
         assert len(metadata.pop("run_id")) == 32 and metadata == METADATA
-    assert next_row == 24
+    assert position["next_row"] == 24
     assert_equal(restored, live)
     for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(elsewhere), strict=True):
         assert ours.sharding == theirs.sharding
@@ -75,7 +76,7 @@ def test_the_saved_value_is_that_of_the_call_though_the_state_is_donated(tmp_pat
     step = jax.jit(lambda live: jax.tree.map(lambda x: x + 1, live), donate_argnums=0)
     step.lower(live).compile()
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, live, next_row=8, metadata=METADATA, metrics=None)
+        checkpoints.save(1, live, position={"next_row": 8}, metadata=METADATA, metrics=None)
         step(live)
     with Checkpoints(tmp_path) as checkpoints:
         assert_equal(checkpoints.restore(1, abstract(make_state(make_mesh(2, 2, 2))))[0], before)
@@ -149,6 +150,31 @@ def test_a_damaged_checkpoint_is_broken_and_said_in_one_line(folder, damage):
     }
 
 
+def test_a_flipped_bit_is_never_read_as_other_values(tmp_path):
+    """In every file of a checkpoint: it is read as it was written, or found broken."""
+    live = make_state(make_mesh(8, 1, 1))
+    with Checkpoints(tmp_path / "right") as checkpoints:
+        save(checkpoints, 1, live)
+    rng, broken = random.Random(0), set()
+    for name in storage.files_below(tmp_path / "right"):
+        for _ in range(2):
+            shutil.copytree(tmp_path / "right", tmp_path / "wrong", dirs_exist_ok=True)
+            content = bytearray((tmp_path / "wrong" / name).read_bytes())
+            if content:
+                content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+                (tmp_path / "wrong" / name).write_bytes(content)
+            with Checkpoints(tmp_path / "wrong", read_only=True) as checkpoints:
+                try:
+                    restored, position = checkpoints.restore(1, abstract(live))
+                    metadata = checkpoints.metadata(1)
+                except BrokenCheckpoint:
+                    broken.add(name.split("/")[1])
+                    continue
+            assert_equal(restored, live)
+            assert (position["next_row"], metadata["train_seconds"]) == (8, METADATA["train_seconds"]), name
+    assert broken >= {"data", "metadata", "state"}
+
+
 def test_a_broken_checkpoint_is_set_aside_under_a_name_that_is_free(folder):
     (folder / "2.broken").mkdir(parents=True)
     storage.write_whole(folder / "2.broken" / "old", "")
@@ -209,7 +235,7 @@ def test_a_save_that_fails_in_the_background_is_surfaced(tmp_path):
             with Checkpoints(tmp_path) as checkpoints:
                 save(checkpoints, 1, small)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
-                checkpoints.save(2, large, next_row=16, metadata=METADATA, metrics=None)
+                checkpoints.save(2, large, position={"next_row": 16}, metadata=METADATA, metrics=None)
                 checkpoints.wait()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -219,7 +245,9 @@ def test_a_save_that_fails_in_the_background_is_surfaced(tmp_path):
 
 def test_another_layout_is_refused(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, make_state(make_mesh(8, 1, 1)), next_row=0, metadata={"layout_version": 99}, metrics=None)
+        checkpoints.save(
+            1, make_state(make_mesh(8, 1, 1)), position={"next_row": 0}, metadata={"layout_version": 99}, metrics=None
+        )
         checkpoints.wait()
         with pytest.raises(UserError, match="layout 99; this version reads layout 1"):
             checkpoints.metadata(1)
@@ -384,7 +412,7 @@ logging.getLogger("absl").addHandler(logging.FileHandler(sys.argv[1] + "/log"))
 logging.getLogger("absl").setLevel(logging.INFO)
 with Checkpoints(storage.path(sys.argv[1]) / "checkpoints") as checkpoints:
     state = TrainState(np.int32(1), {"llm": {"kernel": np.ones(3, np.float32)}}, ())
-    checkpoints.save(1, state, next_row=0, metadata={"layout_version": 1}, metrics=None)
+    checkpoints.save(1, state, position={"next_row": 0}, metadata={"layout_version": 1}, metrics=None)
 logging.getLogger("absl").warning("ours")
 """
 
@@ -406,7 +434,7 @@ with Checkpoints(storage.path(sys.argv[1]), keep=1) as checkpoints:
     for step in (1, 2, 3):
         params = {"llm": {"kernel": np.full((256, 256), step, np.float32), "scale": np.full(9, step, np.float32)}}
         state = TrainState(np.int32(step), params, ())
-        checkpoints.save(step, state, next_row=step, metadata={"layout_version": 1}, metrics=None)
+        checkpoints.save(step, state, position={"next_row": step}, metadata={"layout_version": 1}, metrics=None)
         checkpoints.wait()
         print(step, flush=True)
 """
@@ -427,7 +455,7 @@ def wholeness(folder) -> list[int]:
         return checkpoints.steps()
 
 
-@pytest.mark.parametrize("moment", [1, 4, 9, 13, 16, 19, 22, 25, 30])
+@pytest.mark.parametrize("moment", [1, 9, 16, 22, 30])
 def test_a_kill_in_a_save_on_a_bucket_leaves_it_whole_or_absent(bucket, bucket_folder, moment):
     """Killed before the change number `moment` of those that follow the first checkpoint."""
     process = subprocess.Popen([sys.executable, "-c", SAVING, str(bucket_folder)], stdout=subprocess.PIPE, text=True)
@@ -493,4 +521,22 @@ def test_a_process_that_cannot_read_does_not_hold_up_the_others(tmp_path):
     finally:
         for process in processes:
             process.kill()
-    assert said == ["read 3.0", "UserError"]
+    assert [lines.splitlines()[-1] for lines in said] == ["read 3.0", "UserError"]
+
+
+def test_where_there_is_no_git_the_launch_scripts_name_the_commit(tmp_path, monkeypatch):
+    """In an image and on a rented host the metadata said "unknown", of the very runs that matter."""
+    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "alignvlm_jax" / "train" / "checkpoint.py"))
+    (tmp_path / "alignvlm_jax" / "train").mkdir(parents=True)
+    config = tiny_config(stage="align")
+
+    def commit() -> str:
+        checkpoint.git_hash.cache_clear()
+        return checkpoint.describe((config,), config, train_seconds=2.0, answer_loss=0.5)["git"]
+
+    assert commit() == "unknown"
+    (tmp_path / "COMMIT").write_text("abc-dirty\n")
+    assert commit() == "abc-dirty"
+    monkeypatch.setenv("ALIGNVLM_COMMIT", "def")
+    assert commit() == "def"
+    checkpoint.git_hash.cache_clear()

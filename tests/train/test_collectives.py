@@ -52,6 +52,8 @@ ENTRY %main (a: bf16[8,16], b: f32[4], c: f32[64]) -> f32[16] {
   %f = f32[16]{0} fusion(%b), kind=kCustom, calls=%fused
   %rs = f32[16]{0} reduce-scatter(%c), dimensions={0}, to_apply=%add
   %ar = (f32[16]{0}, f32[2]{0}) all-reduce(%f, %g), to_apply=%add
+  %s = (f32[2]{0}, u32[], token[]) send(%x), frontend_attributes={_handler_name="xla_megascale_runtime"}
+  %other = (f32[2]{0}, u32[], token[]) send(%x), is_host_transfer=true
   ROOT %f.2 = f32[16]{0} fusion(%b), kind=kCustom, calls=%fused.2
 }
 """
@@ -63,6 +65,7 @@ def test_tpu_text():
         "all-reduce": Traffic(1, 72),
         "reduce-scatter": Traffic(1, 256),  # what goes in is larger
         "collective-permute": Traffic(4, 4 * 256),  # up to 8 by steps of 2
+        "between slices": Traffic(1, 8),
     }
 
 

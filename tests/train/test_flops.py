@@ -123,6 +123,7 @@ class Device:
 
 def test_peak():
     assert flops.peak_flops([Device("TPU v5p")] * 4) == 4 * chips.CHIPS["v5p"].tflops * 1e12
+    assert flops.peak_flops([Device("TPU7x")] * 8) == pytest.approx(4 * 2307e12)
     assert flops.peak_flops([Device("TPU v5p"), Device("abacus")]) is None
     assert flops.peak_flops(jax.devices()) is None
     assert set(chips.KINDS.values()) == set(chips.CHIPS)

@@ -10,10 +10,19 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import chips
 from alignvlm_jax.parallel.chips import Topology
 from alignvlm_jax.train import layouts, planning
+from alignvlm_jax.train.collectives import BETWEEN_SLICES, Traffic
 from alignvlm_jax.train.planning import Plan
 from tests.conftest import tiny_config
 
 CONFIG = tiny_config(train=config_lib.TrainConfig(batch_size=32))
+PAPER = tiny_config(
+    model=dataclasses.replace(
+        tiny_config().model,
+        llm=dataclasses.replace(tiny_config().model.llm, width=4096, num_heads=8, num_kv_heads=8),
+        vision=dataclasses.replace(tiny_config().model.vision, width=1152, num_heads=16),
+    ),
+    train=config_lib.TrainConfig(batch_size=256),
+)
 V5E = chips.parse_topology("v5e:2x2")
 HELD = 1.0  # GiB
 
@@ -31,14 +40,14 @@ def compiler(monkeypatch):
             made.append(
                 Plan(
                     topology=topology, config=config, mesh=mesh, num_params=1, num_trained=1, param_gib=0.0,
-                    optimizer_gib=0.0, peak_hbm_gib=peak, fits=peak <= topology.chip.hbm_gib, is_estimate=False,
-                    flops={"vision": 1e15, "llm": 1e16}, traffic={},
+                    optimizer_gib=0.0, state_gib=0.0, peak_hbm_gib=peak, fits=peak <= topology.chip.hbm_gib,
+                    is_estimate=False, flops={"vision": 1e15, "llm": 1e16}, traffic={},
                 )
             )  # fmt: skip
             return made[-1]
 
         monkeypatch.setattr(planning, "make", make)
-        monkeypatch.setattr(planning, "state_gib", lambda config, num_chips: HELD)
+        monkeypatch.setattr(planning, "state_gib", lambda config, topology: HELD)
         return made
 
     return set_up
@@ -82,6 +91,29 @@ def test_no_slice_is_large_enough(compiler):
 
 def test_no_slice_holds_the_parameters(compiler, monkeypatch):
     compiler(lambda remat: 1.0)
-    monkeypatch.setattr(planning, "state_gib", lambda config, num_chips: 100.0)
+    monkeypatch.setattr(planning, "state_gib", lambda config, topology: 100.0)
     with pytest.raises(UserError, match="no mesh of 128 chips takes a batch of 32 rows"):
         layouts.smallest(CONFIG, "v5e", lambda topology: (), lambda line: None)
+
+
+def test_meshes_tried_are_the_most_sharded_and_a_narrow_one(compiler):
+    """A batch of 256 rows on 512 chips: no mesh without tensor; widths of 4,096 and 1,152 take 128."""
+    found = [dataclasses.astuple(mesh) for mesh in layouts._meshes(PAPER, chips.parse_topology("v5p:8x8x8"))]
+    assert found == [(2, 128, 2), (16, 16, 2), (1, 128, 4), (8, 16, 4), (1, 64, 8), (4, 16, 8)]
+
+
+def test_data_lies_across_slices(compiler):
+    made = compiler(lambda remat: 0.1)
+    layouts.best(PAPER, chips.parse_topology("v5e:4x4", num_slices=2), (), lambda line: None)
+    assert {plan.mesh["data"] % 2 for plan in made} == {0} and len({plan.mesh["fsdp"] for plan in made}) > 1
+
+
+def test_what_is_sent_between_slices_costs_more(compiler):
+    compiler(lambda remat: 0.1)
+    plan = best()
+    seconds = [
+        layouts.seconds(dataclasses.replace(plan, traffic={kind: Traffic(1, 10**12)}))
+        for kind in ("all-gather", "all-reduce", BETWEEN_SLICES)
+    ]
+    one_way, summed, between = (value - layouts.seconds(plan) for value in seconds)
+    assert summed == pytest.approx(2 * one_way) and between > 10 * summed

@@ -16,7 +16,7 @@ import pytest
 from alignvlm_jax.config import MeshConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import chips
-from alignvlm_jax.train import loop, step
+from alignvlm_jax.train import goodput, loop, step
 from tests.conftest import random_batch
 from tests.train import fake_run
 from tests.train.fake_run import TOTAL, Batches
@@ -29,7 +29,10 @@ def lines(workdir: Path) -> list[dict]:
 
 
 def without_times(workdir: Path) -> list[dict]:
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines(workdir)]
+    return [
+        {name: value for name, value in line.items() if name not in TIMES and not name.startswith(goodput.PREFIX)}
+        for line in lines(workdir)
+    ]
 
 
 def assert_same_run(workdir: Path, straight: Path) -> None:
@@ -131,7 +134,7 @@ def test_killed_and_resumed_equals_uninterrupted(straight, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(straight, tmp_path, number):
     with pytest.raises(loop.Stopped, match="stopped at step 3 of 8"):
-        fake_run.train(tmp_path, Batches(fake_run.send(number, at=3)))
+        fake_run.train(tmp_path, Batches(fake_run.send(number, at=4)))
     assert (tmp_path / "checkpoints" / "3").is_dir()
     batches = Batches()
     fake_run.train(tmp_path, batches)
@@ -151,7 +154,7 @@ def test_a_signal_while_validating_is_honoured_before_the_next_batch(tmp_path, m
 
     monkeypatch.setattr(step, "eval_inputs", measure)
     with pytest.raises(loop.Stopped, match="stopped at step 2 of 8"):
-        fake_run.train(tmp_path, validation=lambda config, *_: [random_batch(config)] * 2)
+        fake_run.train(tmp_path, validation=lambda config, *_, **__: [random_batch(config)] * 2)
     assert len(measured) == 1
     assert (tmp_path / "checkpoints" / "2").is_dir()
     assert not any("validation/answer_loss" in line for line in lines(tmp_path))
@@ -190,7 +193,7 @@ def test_other_data_are_refused(straight, tmp_path, monkeypatch):
     shutil.copytree(straight, workdir)
     for other in (5, 6, 7, 8):
         shutil.rmtree(workdir / "checkpoints" / str(other), ignore_errors=True)
-    monkeypatch.setattr(loop.sources, "fingerprint", lambda *directories: "other")
+    monkeypatch.setattr(loop.sources, "_fingerprint", lambda *_: "other")
     with pytest.raises(UserError, match=r"was trained on data of fingerprint \w{8}, that of data/demo is other"):
         fake_run.train(workdir)
 
@@ -198,8 +201,20 @@ def test_other_data_are_refused(straight, tmp_path, monkeypatch):
 def test_a_stop_at_the_end_of_a_stage_is_honoured_before_the_next_compiles(straight, tmp_path, monkeypatch):
     compiled, compile_once = [], fake_run._COMPILE_STEPS
     monkeypatch.setattr(fake_run, "_COMPILE_STEPS", lambda *args: compiled.append(args) or compile_once(*args))
+
+    class Stopping(list):
+        """Batches whose second pass, that of step 4, brings a signal."""
+
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            if self.passes == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__iter__()
+
     with pytest.raises(loop.Stopped, match="stopped at step 4 of 8"):
-        fake_run.train(tmp_path, Batches(fake_run.send(signal.SIGTERM, at=4)))
+        fake_run.train(tmp_path, validation=lambda config, *_, **__: Stopping([random_batch(config)]))
     assert len(compiled) <= 1
 
 
@@ -242,7 +257,7 @@ def test_goes_on_with_another_mesh_in_another_run(straight, tmp_path):
     first = fake_run.stages(MeshConfig(data=8, fsdp=1, tensor=1))[0]
     first = loop.dataclasses.replace(first, init_from=str(straight))
     with pytest.raises(loop.Stopped):
-        fake_run.train(tmp_path, Batches(fake_run.send(signal.SIGTERM, at=1)), configs=(first,))
+        fake_run.train(tmp_path, Batches(fake_run.send(signal.SIGTERM, at=2)), configs=(first,))
     # The first update has a learning rate of 0: the parameters are still those that were loaded.
     ours, theirs = fake_run.stored(tmp_path, 1), fake_run.stored(straight, 8)
     for name in ours:

@@ -67,11 +67,11 @@ def config(tmp_path_factory) -> Config:
 
 
 def train(config: Config, workdir: Path, monkeypatch, stop_at: int | None = None) -> list[dict]:
-    """The lines of training that a run, stopped while it fetches the batch of a step, leaves."""
+    """The lines of training that a run leaves, stopped after a step, while it fetches the batch of the next."""
     fetch = pipeline.TrainBatches.__next__
 
     def fetch_or_stop(batches):
-        if stop_at and batches.next_row == 8 * (stop_at - 1):
+        if stop_at and batches.next_row == 8 * stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
         return fetch(batches)
 

@@ -100,7 +100,8 @@ def test_many_differences_are_counted(folder):
 
 
 def test_two_runs_cannot_share_a_workdir(folder, monkeypatch):
-    monkeypatch.setattr(lease, "TTL_SECONDS", 6.0)  # The second waits for a renewal.
+    monkeypatch.setattr(lease, "TTL_SECONDS", 8.0)  # The second waits for a renewal.
+    monkeypatch.setattr(lease, "MARGIN_SECONDS", 1.0)
     expected = r"process \d+ on .* is training in .*; wait for it, or take another --workdir"
     with workdir.claim(folder, STAGES), pytest.raises(UserError, match=expected):
         claim(folder, STAGES)

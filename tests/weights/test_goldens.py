@@ -18,7 +18,7 @@ def difference(ours: np.ndarray, golden: np.ndarray) -> float:
     return np.abs(ours - golden).max()
 
 
-@pytest.mark.parametrize("number, variant", enumerate(folders.LLAMAS))
+@pytest.mark.parametrize("number, variant", list(enumerate(folders.LLAMAS)))
 def test_llama(tmp_path, number, variant):
     golden = np.load(GOLDEN / f"llama_{number}.npz")
     # In three shards: how a model is cut up must not matter.

@@ -1,0 +1,277 @@
+"""What a process says of itself: to a file a host, WORKDIR/logs/host-N.log, and to the terminal.
+
+The file gets everything: our own messages, those of libraries (through absl and Python's logging),
+Python's warnings, stacks of crashes, tracebacks of errors. The terminal gets our own lines alone;
+with --debug, or ALIGNVLM_DEBUG=1, everything.
+"""
+
+import contextlib
+import faulthandler
+import importlib.metadata
+import logging
+import os
+import platform
+import shlex
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+from absl import logging as absl_logging
+
+from alignvlm_jax import storage
+from alignvlm_jax.storage import appending
+
+FOLDER = "logs"
+PACKAGE = Path(__file__).parent
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "libtpu")
+ENVIRONMENT = ("XLA_", "LIBTPU_", "JAX_", "TPU_", "ALIGNVLM_", "GRPC_", "NCCL_")
+"""Prefixes of the variables that are logged."""
+
+SHIP_SECONDS = 60.0
+LAST_SECONDS = 20.0
+"""What storage does not take in this time, at the end, is given up."""
+
+NEVER = 1e6
+MAX_KEPT = 10_000
+
+
+class Kept(logging.Handler):
+    """Messages from before there was a file for them; the first MAX_KEPT."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if len(self.records) < MAX_KEPT:
+            self.records.append(record)
+
+    def hand_over(self, handler: logging.Handler) -> None:
+        """Gives the messages to another handler, once."""
+        for record in self.records:
+            handler.handle(record)
+        self.records.clear()
+
+
+class Terminal(logging.StreamHandler):
+    """Messages on stderr: all of them for debugging, else warnings while there is no file for them.
+
+    Those that others log through absl are left out then: orbax does it, with tracebacks, of what we
+    tell in one line.
+    """
+
+    def __init__(self, debug: bool):
+        super().__init__(sys.stderr)
+        self.setFormatter(absl_logging.PythonFormatter() if debug else logging.Formatter("%(message)s"))
+        self._debug = debug
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        is_ours = Path(record.pathname).is_relative_to(PACKAGE)
+        is_told = record.levelno >= logging.WARNING and (is_ours or record.name != "absl")
+        return self._debug or (is_told and not _open_logs)
+
+
+_open_logs: list["HostLog"] = []
+_kept: list[Kept] = []
+
+
+@contextlib.contextmanager
+def collected(debug: bool) -> Iterator[None]:
+    """While entered, messages of libraries wait for the host's log, and go to the terminal as
+    `Terminal` says."""
+    kept, terminal = Kept(), Terminal(debug)
+    with _handling(kept), _handling(terminal):
+        _kept.append(kept)
+        try:
+            yield
+        finally:
+            _kept.remove(kept)
+
+
+class HostLog:
+    """The log of this process, which grows while entered.
+
+    A log in a bucket is written on this machine first, where stacks can go even if nothing else
+    works any more, and what is new of it is sent every `ship_seconds`, and at the end.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        process: int,
+        num_processes: int,
+        commit: str,
+        ship_seconds: float = SHIP_SECONDS,
+    ):
+        self.path = workdir / FOLDER / f"host-{process}.log"
+        self._rank = f"process {process} of {num_processes}"
+        self._commit = commit
+        self._ship_seconds = ship_seconds
+        self._shipper: Shipper | None = None
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "HostLog":
+        """Raises OSError where the file cannot be written."""
+        if storage.is_bucket(self.path):
+            self.file: TextIO = self._stack.enter_context(tempfile.NamedTemporaryFile("a", buffering=1, suffix=".log"))
+            self._shipper = Shipper(Path(self.file.name), self.path)
+        else:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = self._stack.enter_context(self.path.open("a", buffering=1))
+        problem = f"cannot write {self.path} now"
+        self._stack.enter_context(Repeated(self.ship, self._ship_seconds, problem))
+        handler = logging.StreamHandler(self.file)
+        handler.setFormatter(absl_logging.PythonFormatter())
+        self._stack.enter_context(_handling(handler))
+        self._stack.enter_context(_warnings_logged())
+        self._stack.enter_context(_crashes_dumped(self.file))
+        _open_logs.append(self)
+        self._stack.callback(_open_logs.remove, self)
+        for kept in _kept:
+            kept.hand_over(handler)
+        for line in _facts(self._rank, self._commit):
+            absl_logging.info("%s", line)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, *_: object) -> None:
+        with self._stack:
+            if kind is None:
+                absl_logging.info("ended")
+            else:
+                absl_logging.error("ended by %s: %s", kind.__name__, err, exc_info=err)
+
+    def ship(self) -> None:
+        """Has the storage take what is new."""
+        if self._shipper:
+            self._shipper.ship()
+        else:
+            os.fsync(self.file.fileno())  # A mounted bucket takes it only then.
+
+
+class Shipper:
+    """Appends what is new of a file on this machine to an object."""
+
+    def __init__(self, source: Path, target: Path):
+        self._source = source
+        self._target = target
+        self._sent = 0
+        self._appender: appending.Appender | None = None
+        self._lock = threading.Lock()
+
+    def ship(self) -> None:
+        """Sends what is new; OSError or UserError where that fails: it is sent with the next."""
+        with self._lock:
+            if self._appender is None:
+                # Its own clock would meet errors that nobody hears of; `Repeated` asks it to sync.
+                self._appender = appending.Appender(self._target, every=NEVER)
+            with self._source.open("rb") as file:
+                file.seek(self._sent)
+                new = file.read()
+            self._appender.append(new)
+            self._sent += len(new)
+            self._appender.sync()
+
+
+class Repeated:
+    """Does something every so many seconds in a thread of its own while entered, and once at the end.
+
+    What fails is told once, and tried again. Storage that does not answer at the end is not waited for.
+    """
+
+    def __init__(self, action: Callable[[], None], every: float, problem: str):
+        self._action = action
+        self._every = every
+        self._problem = problem
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+
+    def __enter__(self) -> "Repeated":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join(LAST_SECONDS)
+
+    def _run(self) -> None:
+        told = ended = False
+        while not ended:
+            ended = self._ended.wait(self._every)
+            try:
+                self._action()
+                told = False
+            except Exception as err:
+                if not told:
+                    absl_logging.warning("%s: %s", self._problem, err)
+                told = True
+
+
+def ship_all() -> None:
+    """Has the storage take what is new of the logs, for whoever ends the process without leaving them."""
+    for log in list(_open_logs):
+        log.ship()
+
+
+def is_debugging(argv: list[str]) -> bool:
+    """Returns whether the command line or the environment asks for tracebacks and all messages."""
+    return "--debug" in argv or os.environ.get("ALIGNVLM_DEBUG", "") not in ("", "0")
+
+
+def _facts(rank: str, commit: str) -> Iterator[str]:
+    """What one asks first about a process of a pod."""
+    yield f"{rank}: host {socket.gethostname()}, pid {os.getpid()}, {os.cpu_count()} cores, {platform.platform()}"
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    yield "versions: " + ", ".join(f"{name} {version}" for name, version in versions.items())
+    yield f"commit: {commit}"
+    yield f"command: {shlex.join(sys.orig_argv)}"
+    yield f"folder: {os.getcwd()}"
+    for name in sorted(os.environ):
+        if name.startswith(ENVIRONMENT):
+            yield f"environment: {name}={os.environ[name]}"
+
+
+@contextlib.contextmanager
+def _handling(handler: logging.Handler) -> Iterator[None]:
+    """Without any handler absl would make one of its own for the terminal."""
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+
+
+@contextlib.contextmanager
+def _warnings_logged() -> Iterator[None]:
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+
+
+@contextlib.contextmanager
+def _crashes_dumped(file: TextIO) -> Iterator[None]:
+    """A crash in C, and `kill -USR1 PID`, leave the stacks of all threads in the file."""
+    was_enabled = faulthandler.is_enabled()
+    faulthandler.enable(file=file)
+    faulthandler.register(signal.SIGUSR1, file=file)
+    try:
+        yield
+    finally:
+        faulthandler.unregister(signal.SIGUSR1)
+        faulthandler.disable()
+        if was_enabled:
+            faulthandler.enable(file=sys.__stderr__)

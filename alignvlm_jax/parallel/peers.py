@@ -1,0 +1,109 @@
+"""Processes of a run that look after each other: one that fails or is lost ends all, soon and with a reason.
+
+Without it the others would wait in their next collective until the coordination service misses heartbeats, minutes
+later, and then abort with its words instead of ours.
+"""
+
+import os
+import platform
+import sys
+import threading
+import time
+
+import jax
+
+from alignvlm_jax.parallel import exchange
+
+LOST_SECONDS = 60
+"""A process that has not been heard of for so long is taken for dead."""
+BEAT_SECONDS = 2
+LEAVE_SECONDS = 15
+"""The longest that one which ends waits for others to have heard of it."""
+FAILED = 1
+LOST = 75
+"""Exit status of a run that is to be started again: that of EX_TEMPFAIL, which launchers know."""
+
+
+class Watch:
+    """A thread that tells the others that this process lives, and ends it when one of them fails or is lost."""
+
+    def __init__(self) -> None:
+        self._index, self._count = jax.process_index(), jax.process_count()
+        self._ending = threading.Lock()  # of two reasons to end only the first is told
+        self._stopped = threading.Event()
+        self._heard: dict[str, tuple[int, float]] = {}
+        exchange.say(f"host/{self._index}", platform.node())
+        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread; nobody is watched from then on."""
+        self._stopped.set()
+        self._thread.join()
+
+    def fail(self, message: str, status: int) -> None:
+        """Tells the others why this process ends, and waits until they have heard; they end with the same status."""
+        if not self._ending.acquire(blocking=False):
+            threading.Event().wait()  # The thread is about to end this process.
+        exchange.say(f"failed/{self._index}", {"message": message, "status": status})
+        self._wait_for_others()
+
+    def _watch(self) -> None:
+        beat = 0
+        while not self._stopped.wait(BEAT_SECONDS):
+            beat += 1
+            try:
+                exchange.say(f"alive/{self._index}", beat)
+                failed = exchange.said("failed")
+                lost = self._lost() if self._index == 0 else None
+            except jax.errors.JaxRuntimeError:
+                if not self._stopped.is_set():
+                    self._end("the main process is gone, and with it the run", LOST)
+                continue
+            if failed:
+                process, told = next(iter(failed.items()))
+                # It may have failed everywhere for the same reason: then each says so itself.
+                time.sleep(BEAT_SECONDS)
+                self._end(f"{self._name(process)}: {told['message']}", told["status"])
+            elif lost is not None:
+                self._end(
+                    f"{self._name(lost)} has not been heard of for {LOST_SECONDS} s: it died, or is cut off", LOST
+                )
+
+    def _lost(self) -> str | None:
+        """The process from which no new beat has come for too long."""
+        now, beats = time.monotonic(), exchange.said("alive")
+        for process in map(str, range(self._count)):
+            beat = beats.get(process, 0)
+            if self._heard.get(process, (-1, 0.0))[0] != beat:
+                self._heard[process] = beat, now
+            elif now - self._heard[process][1] > LOST_SECONDS:
+                return process
+        return None
+
+    def _name(self, process: str) -> str:
+        return f"process {process} of {self._count} ({exchange.said('host').get(process, 'an unknown host')})"
+
+    def _end(self, message: str, status: int) -> None:
+        if self._stopped.is_set() or not self._ending.acquire(blocking=False):
+            return  # The main thread is on its way out by itself.
+        if self._index == 0:
+            print(f"alignvlm_jax: error: {message}", file=sys.stderr, flush=True)
+            exchange.say("failed/0", {"message": message, "status": status})
+            self._wait_for_others()
+        else:
+            exchange.say(f"left/{self._index}", True)
+        os._exit(status)
+
+    def _wait_for_others(self) -> None:
+        """The coordination service ends with the main process, and would take them with it in its own way."""
+        exchange.say(f"left/{self._index}", True)
+        if self._index:
+            return
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while time.monotonic() < deadline:
+            gone = exchange.said("left").keys() | exchange.said("failed").keys()
+            if len(gone) == self._count:
+                break
+            time.sleep(0.1)
+        time.sleep(1)  # They have said so, and still have to do so.

@@ -1,0 +1,126 @@
+"""What happens beside the steps of a run without changing them: an xprof trace of some of them."""
+
+import contextlib
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from alignvlm_jax import storage
+from alignvlm_jax.config import Config
+from alignvlm_jax.errors import UserError
+
+FOLDER = "profile"
+ENDINGS = (".xplane.pb", ".trace.json.gz")
+
+
+def profile_range(stages: Sequence[Config]) -> range | None:
+    """Returns the steps to trace, counted over the run; None for none.
+
+    Raises:
+      UserError: stages name different steps, or steps that the run does not have.
+    """
+    asked = sorted({stage.train.profile for stage in stages} - {""})
+    if not asked:
+        return None
+    if len(asked) > 1:
+        raise UserError(
+            f"config.train.profile is {' and '.join(map(repr, asked))} in different stages: steps are counted over "
+            "the run, and one part of them is traced; set it once"
+        )
+    begin, end = map(int, re.fullmatch(r"(\d+):(\d+)", asked[0]).groups())
+    total = sum(stage.train.num_steps for stage in stages)
+    if not 1 <= begin < end <= total + 1:
+        best = max(1, min(begin, total))
+        raise UserError(
+            f"config.train.profile is {asked[0]!r}, and the run has steps 1 to {total}: FIRST:END traces from FIRST up "
+            f"to and not including END; nearest: '{best}:{min(max(end, best + 1), total + 1)}'"
+        )
+    return range(begin, end)
+
+
+class Profiler:
+    """Traces some steps of a run into WORKDIR/profile, every process into a file of its own:
+
+        profile/plugins/profile/steps-BEGIN-END/host-N.xplane.pb
+
+    which is where xprof and TensorBoard look. A trace that cannot be written is told, and the run goes
+    on: nothing depends on it.
+    """
+
+    def __init__(self, folder: Path, steps: range | None, process: int, say: Callable[[str], None]):
+        """`folder` is the workdir, `steps` of `profile_range`."""
+        self._folder = folder / FOLDER
+        self._steps = steps or range(0)
+        self._process = process
+        self._say = say
+        self._local: tempfile.TemporaryDirectory | None = None
+        self._first = self._newest = 0
+
+    def __enter__(self) -> "Profiler":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._local:
+            self._stop(f"the run ended after step {self._newest}")
+
+    def resume(self, newest: int) -> None:
+        """Says what of the steps is no longer to come, where a run goes on after step `newest`."""
+        if self._steps and newest >= self._steps.start:
+            left = f"steps {newest + 1} to {self._steps[-1]}" if newest < self._steps[-1] else "nothing"
+            self._say(f"config.train.profile: steps up to {newest} are done already; traces {left}")
+
+    @contextlib.contextmanager
+    def step(self, number: int, wait: Callable[[], Any]) -> Iterator[None]:
+        """Names a step in the trace, while it is sent off; starts the trace before the first.
+
+        Args:
+          number: over the run.
+          wait: returns once all steps sent off so far have ended.
+        """
+        if number not in self._steps:
+            yield
+            return
+        if self._local is None:
+            wait()  # The steps before are no part of it.
+            self._start(number)
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            yield
+        self._newest = number
+
+    def after_step(self, number: int, wait: Callable[[], Any]) -> None:
+        """Ends and writes the trace once its last step has been sent off, and `wait` has seen it end."""
+        if self._local and number == self._steps[-1]:
+            wait()
+            self._stop("")
+
+    def _start(self, number: int) -> None:
+        """In a folder of this machine: jax cannot write to a bucket, and names files by host alone."""
+        self._local = tempfile.TemporaryDirectory(prefix="profile-")
+        self._first = self._newest = number
+        jax.profiler.start_trace(self._local.name)
+
+    def _stop(self, early: str) -> None:
+        local, self._local = self._local, None
+        self._steps = range(0)
+        target = self._folder / "plugins" / "profile" / f"steps-{self._first}-{self._newest + 1}"
+        with local:
+            try:
+                jax.profiler.stop_trace()
+                for source in Path(local.name).rglob("*"):
+                    if source.is_file():
+                        target.mkdir(parents=True, exist_ok=True)
+                        storage.copy_file(source, target / f"host-{self._process}{ending(source.name)}")
+            except (OSError, RuntimeError) as err:
+                self._say(f"the profile of steps {self._first} to {self._newest} cannot be written: {err}")
+                return
+        because = f" ({early})" if early else ""
+        self._say(f"profile of steps {self._first} to {self._newest}{because}: {self._folder}")
+
+
+def ending(name: str) -> str:
+    """Returns what follows the host in the name of a file of a trace."""
+    return next((known for known in ENDINGS if name.endswith(known)), Path(name).suffix)

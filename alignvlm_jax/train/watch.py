@@ -1,0 +1,203 @@
+"""A watchdog ends a process that hangs: in a collective that another host never joins, or in a read
+that never returns. It looks at `goodput.Phases` from a thread of its own."""
+
+import contextlib
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from absl import logging
+
+from alignvlm_jax import logs, storage
+from alignvlm_jax.config import Config
+from alignvlm_jax.train.exit_timer import ExitTimer
+from alignvlm_jax.train.goodput import Phases
+from alignvlm_jax.train.heartbeat import FINAL_SECONDS, Heartbeat, within
+
+STALLED_STATUS = 75
+"""Exit status of a process that its watchdog has ended: the same command goes on from the newest
+checkpoint. EX_TEMPFAIL of sysexits.h."""
+
+LIMITS = {
+    "training": 1,
+    "waiting": 1,
+    "saving": 3,
+    "validating": 3,
+    "generating": 3,
+    "compiling": 6,
+    "starting": 6,
+    "restoring": 6,
+}
+"""How many times `train.stall_minutes` a phase may last without moving."""
+
+SLOW_STEPS = 20
+"""Nor is a run ended before it has not moved for the time of so many steps."""
+
+
+class Watchdog:
+    """Ends a process that has not moved for too long, with status 75, once all stacks are dumped.
+
+    `log` is a real file: what is written there and on stderr names the function that is stuck in
+    every thread. Where even this thread cannot run, because a C call keeps Python's lock, stacks
+    are dumped and the process is ended by timers in C.
+    """
+
+    def __init__(
+        self,
+        phases: Phases,
+        stall_minutes: float,
+        log: TextIO,
+        before_exit: Callable[[], None] = lambda: None,
+        grace: float = 10.0,
+    ):
+        """With 0 `stall_minutes` it does nothing. `grace` seconds pass between dump and end: others
+        that are stuck with this process dump theirs, and what moves on after all is let be."""
+        self._phases = phases
+        self._base = 60 * stall_minutes
+        self._log = log
+        self._before_exit = before_exit
+        self._grace = grace
+        self._tick = min(5.0, self._base / 20)
+        self._ended = threading.Event()
+        # A terminal may stop a process (Ctrl-Z) while timers in C run on: they would then end it.
+        self._is_alone = not _has_terminal()
+        self._exit_timer = _exit_timer() if stall_minutes and self._is_alone else None
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        if self._base:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._base:
+            self._ended.set()
+            self._thread.join()
+
+    def limit(self) -> float | None:
+        """Returns the seconds without moving after which the process is ended now; None: never."""
+        if not self._base:
+            return None
+        median = self._phases.median_step_seconds()
+        if median is None:  # Nobody knows yet what a step takes.
+            return self._base * max(LIMITS.values())
+        return max(self._base, SLOW_STEPS * median) * LIMITS[self._phases.now]
+
+    def _watch(self) -> None:
+        still, seen, last = 0.0, self._phases.moved, time.monotonic()
+        try:
+            while not self._ended.wait(self._tick):
+                now, moved = time.monotonic(), self._phases.moved
+                # A process that was itself stopped (Ctrl-Z), or got no time, has not been stuck.
+                still = still + min(now - last, 2 * self._tick) if moved == seen else 0.0
+                seen, last = moved, now
+                limit = self.limit()
+                self._arm_last_resort(max(0.0, limit - still))
+                if still >= limit and self._is_stuck(seen, still, limit):
+                    self._end()
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            if self._exit_timer:
+                self._exit_timer.close()
+
+    def _is_stuck(self, seen: float, still: float, limit: float) -> bool:
+        """Dumps all stacks, and returns whether it has not moved meanwhile either."""
+        message = (
+            f"no progress for {still:.0f} s while {self._phases.now}, after step "
+            f"{self._phases.num_steps}; the limit is {limit:.0f} s (config.train.stall_minutes)"
+        )
+        logging.error("%s; the stacks of all threads:", message)
+        for file in (self._log, sys.__stderr__):
+            with contextlib.suppress(OSError, ValueError):
+                print(f"alignvlm_jax: {message}; the stacks of all threads:", file=file, flush=True)
+                faulthandler.dump_traceback(file=file, all_threads=True)
+        if self._ended.wait(self._grace):
+            return False
+        if self._phases.moved != seen:
+            logging.warning("it moves again")
+            return False
+        return True
+
+    def _end(self) -> None:
+        message = f"ended with status {STALLED_STATUS}: the same command goes on from the newest checkpoint"
+        logging.error("%s", message)
+        with contextlib.suppress(OSError, ValueError):
+            print(f"alignvlm_jax: error: {message}", file=sys.__stderr__, flush=True)
+        within(FINAL_SECONDS, self._before_exit)
+        # The loop's thread would be waited for at an orderly exit.
+        os._exit(STALLED_STATUS)
+
+    def _arm_last_resort(self, seconds: float) -> None:
+        """Timers in C, which go off unless this thread comes to set them anew."""
+        seconds += 2 * (self._tick + self._grace) + FINAL_SECONDS
+        exits = self._is_alone and self._exit_timer is None  # With status 1.
+        faulthandler.dump_traceback_later(seconds, file=self._log, exit=exits)
+        if self._exit_timer:
+            self._exit_timer.set(seconds + 1)
+
+
+@contextlib.contextmanager
+def watched(
+    folder: Path,
+    phases: Phases,
+    *,
+    process: int,
+    num_processes: int,
+    total: int,
+    stall_minutes: float,
+    log: TextIO,
+    stopped: tuple[type[BaseException], ...] = (),
+) -> Iterator[Heartbeat]:
+    """Heartbeat and watchdog of a process while it trains.
+
+    Args:
+      folder: the workdir.
+      phases: what the process does.
+      process, num_processes, total: of the heartbeat.
+      stall_minutes: of the watchdog.
+      log: the host's log, where stacks go.
+      stopped: exceptions of a run that was told to stop.
+    """
+
+    def before_exit() -> None:
+        storage.close_all()
+        heartbeat.end("stalled")
+        logs.ship_all()
+
+    watchdog = Watchdog(phases, stall_minutes, log, before_exit)
+    heartbeat = Heartbeat(
+        folder,
+        phases,
+        process=process,
+        num_processes=num_processes,
+        total=total,
+        limit=watchdog.limit,
+        stopped=stopped,
+    )
+    with heartbeat, watchdog:
+        yield heartbeat
+
+
+def stall_minutes(stages: Sequence[Config]) -> float:
+    """Returns the longest of all stages; 0, which is for ever, where one says so."""
+    minutes = [stage.train.stall_minutes for stage in stages]
+    return max(minutes) if all(minutes) else 0.0
+
+
+def _exit_timer() -> ExitTimer | None:
+    try:
+        return ExitTimer(STALLED_STATUS)
+    except OSError:
+        return None
+
+
+def _has_terminal() -> bool:
+    try:
+        return os.isatty(0)
+    except OSError:  # There is no standard input.
+        return False

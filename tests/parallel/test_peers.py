@@ -1,0 +1,123 @@
+"""Processes that fail, are lost, or differ: all end, soon, and the main one says why."""
+
+import signal
+import time
+
+import pytest
+
+from tests.parallel import joined
+
+# As the program does it, with a command that the tests make up.
+COMMAND = """
+import types
+from alignvlm_jax import __main__ as program
+from alignvlm_jax.errors import UserError
+peers.LOST_SECONDS, peers.BEAT_SECONDS = 6, 0.5
+
+def command(argv):
+    distributed.initialize(argv)
+    print("joined", flush=True)
+    act()
+    exchange.barrier()
+
+sys.modules["alignvlm_jax.commands.train"] = types.SimpleNamespace(main=command)
+program.leave_with(program.main(["train"]))
+"""
+
+
+def ours(text: str) -> list[str]:
+    """The lines on stderr that are the program's own."""
+    return [line for line in text.splitlines() if line.startswith("alignvlm_jax: error")]
+
+
+def test_all_leave_together(tmp_path):
+    done = joined.run("def act(): time.sleep(2 * index)\n" + COMMAND, 3, tmp_path)
+    assert [one.returncode for one in done] == [0, 0, 0], done
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_an_error_of_one_process_ends_all_and_is_told_by_the_main_one(tmp_path, failing):
+    act = f"""
+def act():
+    if index == {failing}:
+        raise UserError("page 7 cannot be read")
+    time.sleep(100)
+"""
+    began = time.monotonic()
+    done = joined.run(act + COMMAND, 3, tmp_path)
+    assert time.monotonic() - began < 60
+    assert [one.returncode for one in done] == [1, 1, 1], done
+    name = "" if failing == 0 else r"process 2 of 3 (HOST): "
+    [line] = ours(done[0].stderr)
+    assert line.endswith("page 7 cannot be read") and ("process 2 of 3 (" in line) == bool(name)
+
+
+def test_a_process_that_is_killed_is_missed(tmp_path):
+    act = """
+def act():
+    if index == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(100)
+"""
+    done = joined.run(act + COMMAND, 3, tmp_path)
+    assert [one.returncode for one in done] == [75, -signal.SIGKILL, 75], done
+    [line] = ours(done[0].stderr)
+    assert "process 1 of 3 (" in line and "has not been heard of for 6 s" in line
+
+
+def test_without_the_main_process_the_others_end(tmp_path):
+    act = """
+def act():
+    if index == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(100)
+"""
+    began = time.monotonic()
+    done = joined.run(act + COMMAND, 3, tmp_path)
+    assert time.monotonic() - began < 60
+    assert all(one.returncode != 0 for one in done), done
+
+
+@pytest.mark.parametrize(
+    ("difference", "told"),
+    [
+        (
+            "import importlib.metadata as m; version = m.version\n"
+            "m.version = lambda name: '0.1' if (index, name) == (1, 'optax') else version(name)\n",
+            "the processes differ in optax: optax is ",
+        ),
+        (
+            "now = time.time\ntime.time = lambda: now() - 300 * (index == 2)\n",
+            "that of process 2 is the furthest behind",
+        ),
+    ],
+)
+def test_processes_that_differ_are_refused(tmp_path, difference, told):
+    done = joined.run("def act(): pass\n" + difference + COMMAND, 3, tmp_path)
+    assert [one.returncode for one in done] == [1, 1, 1], done
+    assert told in ours(done[0].stderr)[0]
+
+
+def test_a_signal_at_one_process_stops_all_at_the_same_point(tmp_path):
+    """Also while its main thread waits in C, where Python calls no handler."""
+    code = """
+    import threading
+    from alignvlm_jax.train.signals import StopSignal
+    distributed.initialize()
+    with StopSignal() as stop:
+        if index == 1:
+            threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+        seen = None
+        for step in range(100000):
+            if stop.requested():
+                break
+            if index == 1 and step == 3:
+                jax.jit(lambda x: jax.pure_callback(lambda x: (time.sleep(4), x)[1], x, x))(1.0).block_until_ready()
+            time.sleep(0.01)
+        told = exchange.gather(step)
+        assert len(set(told)) == 1, told
+        print(step, flush=True)
+    distributed.leave()
+    """
+    done = joined.run(code, 3, tmp_path)
+    assert [one.returncode for one in done] == [0, 0, 0], done
