@@ -12,12 +12,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 
 from alignvlm_jax.data import arrays, chat, filesystem, images, rows, sources, tokenizer_files
 from alignvlm_jax.data.filesystem import Entry
 from alignvlm_jax.data.schema import Record
 from alignvlm_jax.data.tokenizer import Tokenizer
 from alignvlm_jax.errors import UserError
+
+MANY = 64
+"""So many shards take a while to open where each has an index of its own."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -157,6 +161,10 @@ def _merged(place: str, split: str, entry: Entry, shard_sizes: tuple[int, ...]) 
 @functools.lru_cache(maxsize=64)
 def _of_shards(place: str, indexes: tuple[tuple[str, Entry | None], ...]) -> Index:
     """Of a folder from before indexes were merged."""
+    if len(indexes) >= MANY or filesystem.is_remote(place):
+        logging.warning(
+            "%s has an index for each of %d shards: to open it faster, %s", place, len(indexes), recount(place)
+        )
 
     def part(item: tuple[str, Entry | None]) -> Index:
         path = filesystem.join(place, item[0])
@@ -228,7 +236,8 @@ def select(index: Index, records: np.ndarray) -> Index:
 
 def recount(directory: str | Path) -> str:
     """Returns what to tell the user whose index does not fit."""
-    return f"call `python -m alignvlm_jax prepare --recount --out={directory} --tokenizer=FOLDER`"
+    where = "where the folder was written, and upload it again: " if filesystem.is_remote(directory) else ""
+    return f"call {where}`python -m alignvlm_jax prepare --recount --out={directory} --tokenizer=FOLDER`"
 
 
 def tokenizer_fingerprint(path: str | os.PathLike) -> str:

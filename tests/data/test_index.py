@@ -90,3 +90,26 @@ def test_the_fingerprint_is_of_the_file_that_is_loaded(tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(b"{}")
     assert index.tokenizer_fingerprint(tmp_path) == index.tokenizer_fingerprint(tmp_path / "tokenizer.json") != of_model
     assert tokenizer_files.read(tmp_path) == (tmp_path / "tokenizer.json", b"{}")
+
+
+def test_a_merged_index_is_that_of_the_shards(tmp_path, tokenizer, monkeypatch):
+    paths = [tmp_path / sources.shard_name("train", shard, 2) for shard in range(2)]
+    for path, part in zip(paths, (records()[:1], records()[1:]), strict=True):
+        sources.write_shard(path, part)
+        index.write(index.index_path(path), index.of_records(part, tokenizer, "f"))
+    apart = index.load(tmp_path, "train")
+    assert index.merge(tmp_path, "train") == ["index-train.npz", "shards-train.npz"]
+    for path in paths:
+        index.index_path(path).unlink()
+    merged = index.load(tmp_path, "train")
+    assert merged is not apart and merged is index.load(tmp_path, "train") and merged.tokenizer == "f"
+    for name in ("image_sizes", "image_starts", "content_hash"):
+        assert np.array_equal(getattr(merged, name), getattr(apart, name))
+        assert getattr(merged, name).dtype == getattr(apart, name).dtype
+    for task in rows.TASKS:
+        assert np.array_equal(merged.text_tokens[task], apart.text_tokens[task])
+        with pytest.raises(ValueError, match="read-only"):
+            merged.text_tokens[task][0] = 1
+    sources.write_shard(paths[1], records() * 2000)
+    with pytest.raises(UserError, match=rf"index-train.npz is of other shards; .*prepare --recount --out={tmp_path}"):
+        index.load(tmp_path, "train")

@@ -319,3 +319,30 @@ def test_recount_writes_indexes_and_nothing_else(source, prepare, tmp_path):
     assert np.array_equal(index.load(prepared.folder, "train").text_tokens["answer"], made.text_tokens["answer"])
     with pytest.raises(UserError, match="run `prepare` first"):
         preparing.recount(tmp_path / "nowhere", str(tmp_path / "other.model"))
+
+
+def test_recount_merges_the_indexes_of_a_folder_from_before(source, prepare, tokenizer, tmp_path, monkeypatch):
+    """It counts nothing anew, and where it is interrupted what there was can be read."""
+    prepared = prepare(Jsonl(), source, holdout=0.3)
+    before = prepared.files()
+    for split in ("train", "validation"):
+        whole, start = index.load(prepared.folder, split), 0
+        for path in sources.shard_paths(prepared.folder, split):
+            count = len(list(sources.read_shard(path)))
+            index.write(index.index_path(path), index.select(whole, np.arange(start, start + count)))
+            start += count
+        (prepared.folder / f"index-{split}.npz").unlink()
+        (prepared.folder / f"shards-{split}.npz").unlink()
+    apart = prepared.files()
+    assert len(index.load(prepared.folder, "train")) == len(prepared.records())
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "of_records", lambda *_: pytest.fail("counted anew"))
+        patch.setattr(sources, "write_table", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            preparing.recount(prepared.folder, tokenizer.name)
+        assert prepared.files() == apart
+    monkeypatch.setattr(index, "of_records", lambda *_: pytest.fail("counted anew"))
+    preparing.recount(prepared.folder, tokenizer.name)
+    assert prepared.files() == before
+    assert preparing.recount(prepared.folder, tokenizer.name)["train"] == len(prepared.records())
+    assert prepared.files() == before

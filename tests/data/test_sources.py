@@ -1,7 +1,10 @@
 import os
 import resource
+import zlib
 
+import grain
 import pytest
+from array_record.python import array_record_module
 
 from alignvlm_jax.data import sources
 from alignvlm_jax.data.schema import Record
@@ -103,3 +106,57 @@ def test_more_shards_than_files_that_may_ever_be_open_is_a_user_error(shards, mo
     monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 100))
     with pytest.raises(UserError, match="3 shards, and a process may open 100 files; `ulimit -Hn 515`"):
         sources.RecordSource(shards, "train")
+
+
+def test_the_fingerprint_knows_a_tokenizer_json_and_takes_the_one_from_before(tmp_path):
+    (tmp_path / "prepare.json").write_text("{}")
+    (tmp_path / "tokenizer.model").write_text("a")
+    before = sources.fingerprint(tmp_path)
+    assert before == f"{zlib.crc32(b'{}a'):08x}"  # as it always was
+    (tmp_path / "tokenizer.json").write_text("{}")
+    now = sources.fingerprint(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{} ")
+    other = sources.fingerprint(tmp_path)
+    assert len({before, now, other}) == 3
+    assert sources.has_fingerprint(before, tmp_path) and sources.has_fingerprint(other, tmp_path)
+    assert not sources.has_fingerprint(now, tmp_path)
+
+
+def test_what_is_opened_is_shared_until_it_changes(shards, monkeypatch):
+    opened = []
+    make = grain.sources.ArrayRecordDataSource
+    monkeypatch.setattr(grain.sources, "ArrayRecordDataSource", lambda *args: opened.append(1) or make(*args))
+    sources.RecordSource(shards, "train")
+    sources.RecordSource(str(shards), "train")
+    monkeypatch.chdir(shards)
+    assert sources.RecordSource(".", "train")[0].id == "0-0" and len(opened) == 1
+    sources.write_shard(shards / sources.shard_name("train", 0, 3), [record("new")])
+    assert sources.RecordSource(shards, "train")[0].id == "new" and len(opened) == 2
+
+
+def test_with_a_table_no_shard_is_read_to_open(shards, monkeypatch):
+    read = [source_record.id for source_record in map(sources.RecordSource(shards, "train").__getitem__, range(6))]
+    sources.write_table(shards, "train")
+    opened = []
+    make = array_record_module.ArrayRecordReader
+    monkeypatch.setattr(array_record_module, "ArrayRecordReader", lambda *a, **k: opened.append(a) or make(*a, **k))
+    source = sources.RecordSource(shards, "train")
+    assert len(source) == 6 and not opened
+    assert [source[i].id for i in range(6)] == read and len(opened) == 3
+
+
+def test_a_table_of_other_shards_is_a_user_error(shards):
+    sources.write_table(shards, "train")
+    path = shards / sources.shard_name("train", 1, 3)
+    path.write_bytes(path.read_bytes() + b"more")
+    with pytest.raises(UserError, match=r"shards-train.npz is of other shards: train-00001-of-00003.*131,076 bytes"):
+        sources.RecordSource(shards, "train")
+    (shards / "shards-train.npz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"shards-train.npz cannot be read"):
+        sources.RecordSource(shards, "train")
+
+
+def test_a_name_that_begins_with_another_splits_is_not_of_it(shards):
+    sources.write_shard(shards / sources.shard_name("train-b", 0, 1), [record("b")])
+    assert len(sources.shard_names(shards, "train")) == 3
+    assert sources.shard_names(shards, "train-b") == ["train-b-00000-of-00001.array_record"]

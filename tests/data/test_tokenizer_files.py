@@ -7,6 +7,7 @@ import sentencepiece
 import tiktoken.load
 
 from alignvlm_jax.data import chat, tokenizer_files
+from alignvlm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from alignvlm_jax.data.tiktoken_tokenizer import PATTERN, SPECIALS
 from alignvlm_jax.errors import UserError
 from tests.weights.tokenizers import AWKWARD, CORPUS, write_chatml, write_tiktoken
@@ -143,3 +144,12 @@ def test_a_tokenizer_without_a_chat_format_is_one_line(tmp_path):
     write_chatml(tmp_path, specials=("<pad>",))
     with pytest.raises(UserError, match=r"special tokens of no chat format .*chatml: <\|im_end\|> <\|im_start\|>"):
         chat.format_of(tokenizer_files.load(tmp_path))
+
+
+def test_a_tokenizer_is_made_once_until_its_file_changes(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    SentencePieceTokenizer.train(path, ["some text"])
+    first = tokenizer_files.load(tmp_path)
+    assert tokenizer_files.load(tmp_path) is first and tokenizer_files.load(str(path)) is first
+    SentencePieceTokenizer.train(path, ["other é text"])
+    assert tokenizer_files.load(tmp_path) is not first
