@@ -114,9 +114,9 @@ class ModelConfig:
 
     `image_token_id` marks the image slots in a row of tokens; it must be the tokenizer's. `scan_unroll` layers of a
     tower are compiled in a row: 1 for large models; all of them make a small one a third faster on CPU. `attention` is
-    the kernel of training and of the vision tower, "auto": splash on TPU, cudnn on GPU in bfloat16, else xla. What lies
-    over the vocabulary, ALIGN and the loss, is computed whole (`vocab_form` "plain"), or a block of rows at a time
-    ("blockwise"), of at most `vocab_block_mib` MiB of logits on a device; "auto" is blockwise where they are more.
+    the kernel of training, prefill and the vision tower, "auto": splash on TPU, cudnn on GPU in bfloat16, else xla.
+    What lies over the vocabulary, ALIGN and the loss, is computed whole (`vocab_form` "plain"), or a block of rows at a
+    time ("blockwise"), of at most `vocab_block_mib` MiB of logits on a device; "auto" is blockwise where they are more.
     """
 
     vision: VisionConfig = VisionConfig()
