@@ -107,6 +107,7 @@ def _fail(message: str, status: int = 1) -> int:
 def leave_with(status: int) -> NoReturn:
     """Ends the process, and where it failed all others of the run."""
     sys.stdout.flush()
+    storage.close_all()
     if status in (0, 2):
         if distributed := _distributed():
             distributed.leave()
@@ -114,7 +115,6 @@ def leave_with(status: int) -> NoReturn:
     # At an orderly exit threads that still write would be waited for, and libraries' exit hooks that fail for the same
     # reason as we did would add their tracebacks to our one line. Of several processes, one that failed would wait for
     # the others, and they, in the midst of a step, for it.
-    storage.close_all()
     os._exit(status)
 
 

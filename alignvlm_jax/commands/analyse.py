@@ -28,7 +28,7 @@ from alignvlm_jax.eval import (
 )
 from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.models import connectors
-from alignvlm_jax.parallel import distributed
+from alignvlm_jax.parallel import compile_cache, distributed
 
 NEED_WORDS = ("vocabulary", "pca")
 """Analyses of connectors with a distribution over words."""
@@ -63,7 +63,8 @@ def main(argv: list[str]) -> None:
         loaded = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, eval=asked))
     chosen = _chosen(argv)
     try:
-        found = chosen.measure(loaded, args)
+        with compile_cache.kept_in(loading.workdir_of(args.checkpoint)):
+            found = chosen.measure(loaded, args)
     except KeyboardInterrupt as err:
         raise UserError("stopped; the same command goes on, and asks no question again") from err
     if not distributed.is_main():

@@ -20,7 +20,7 @@ from alignvlm_jax.eval import loading, predictions, questions, runner, score_tab
 from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.eval.predictions import Predictions
 from alignvlm_jax.logs import HostLog
-from alignvlm_jax.parallel import distributed
+from alignvlm_jax.parallel import compile_cache, distributed
 from alignvlm_jax.train import checkpoint
 
 BENCHMARKS = Path("data")
@@ -32,7 +32,8 @@ def main(argv: list[str]) -> None:
     if args.tasks and args.splits:
         raise UsageError("--tasks and --splits exclude each other: the demonstration's splits are tasks too")
     distributed.initialize(argv)
-    with _logged(loading.workdir_of(args.checkpoint)):
+    workdir = loading.workdir_of(args.checkpoint)
+    with _logged(workdir), compile_cache.kept_in(workdir):
         if args.tasks:
             _evaluate_tasks(args)
         else:

@@ -15,6 +15,7 @@ from alignvlm_jax.config import Config
 from alignvlm_jax.data import images, pipeline, rows
 from alignvlm_jax.eval import loading
 from alignvlm_jax.eval.assistant import Assistant
+from alignvlm_jax.parallel import compile_cache
 
 
 def main(argv: list[str]) -> None:
@@ -26,7 +27,8 @@ def main(argv: list[str]) -> None:
     loaded = loading.load(args.checkpoint, config)
     seen = f"{page.width} x {page.height} pixels, {_count_tiles(page, config)} tiles" if page else "no image"
     print(f"{loaded.path}: {seen}", file=sys.stderr)
-    print(Assistant(loaded).answer(page, args.question, max_new_tokens=args.max_new_tokens))
+    with compile_cache.kept_in(loading.workdir_of(args.checkpoint)):
+        print(Assistant(loaded).answer(page, args.question, max_new_tokens=args.max_new_tokens))
 
 
 def _count_tiles(page: Image.Image, config: Config) -> int:

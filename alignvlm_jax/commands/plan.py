@@ -15,6 +15,8 @@ from alignvlm_jax.commands import config_flag
 from alignvlm_jax.commands.arguments import positive
 from alignvlm_jax.config import Config, MeshConfig
 from alignvlm_jax.errors import UsageError, UserError, nearest
+from alignvlm_jax.eval import generation_plan
+from alignvlm_jax.eval.generation_plan import GenerationPlan
 from alignvlm_jax.parallel import chips, xla_flags
 from alignvlm_jax.parallel.chips import Topology
 from alignvlm_jax.train import layouts, plan_text, planning
@@ -26,8 +28,8 @@ def main(argv: list[str]) -> None:
     """Prints the plan; exit status 3 where it does not fit. Raises UsageError for what cannot be planned."""
     parser = argparse.ArgumentParser(
         prog="python -m alignvlm_jax plan",
-        description="Compiles a stage's training step for a TPU slice and says what it needs.",
-        usage="%(prog)s --config=FILE[:ARG] --topology=v5p:4x4x4 [--num_slices=2] [--mesh=auto] [--json] "
+        description="Compiles a stage's training step, or its generation, for a TPU slice and says what it needs.",
+        usage="%(prog)s --config=FILE[:ARG] --topology=v5p:4x4x4 [--num_slices=2] [--mesh=auto | --generate] [--json] "
         "[--config.a.b=VALUE ...]",
         epilog=config_flag.HELP,
         allow_abbrev=False,
@@ -36,20 +38,44 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--num_slices", type=positive, default=1, help="of that shape, joined by the network")
     parser.add_argument("--mesh", default="", help="DATAxFSDPxTENSOR, or auto: tries those that divide")
     parser.add_argument("--stage", default="", help="of several in the config")
+    parser.add_argument("--generate", action="store_true", help="of evaluation: the longest prompts that fit a row")
     parser.add_argument("--json", action="store_true", help="one object and nothing else on stdout")
     try:
         stages, rest = config_flag.parse(argv)
         args = parser.parse_args(rest)
         if stages is None:
             parser.error("--config=FILE is required")
-        plan = _plan(_stage(stages, args.stage), args)
+        make = _generation_plan if args.generate else _plan
+        plan = make(_stage(stages, args.stage), args)
     except UsageError:
         raise
     except UserError as err:
         raise UsageError(str(err)) from err
-    print(json.dumps(plan.to_json(), indent=2) if args.json else plan_text.text(plan), flush=True)
+    print(json.dumps(plan.to_json(), indent=2) if args.json else _text(plan), flush=True)
     if not plan.fits:
         sys.exit(DOES_NOT_FIT)
+
+
+def _text(plan: planning.Plan | GenerationPlan) -> str:
+    return generation_plan.text(plan) if isinstance(plan, GenerationPlan) else plan_text.text(plan)
+
+
+def _generation_plan(config: Config, args: argparse.Namespace) -> GenerationPlan:
+    if args.mesh == "auto" or args.topology.endswith(":smallest"):
+        raise UsageError(
+            "--generate plans for one slice and mesh: say --topology=KIND:SHAPE and --mesh=DATAxFSDPxTENSOR"
+        )
+    jax.config.update("jax_platforms", "cpu")
+    topology = chips.parse_topology(args.topology, args.num_slices)
+    if args.mesh:
+        config = dataclasses.replace(config, mesh=_mesh(args.mesh))
+    config = generation_plan.on_mesh(config, topology)
+    say = Console(stderr=True, highlight=False, soft_wrap=True).print
+    if chips.has_tpu_compiler():
+        say(xla_flags.set_flags(topology.kind, args.num_slices > 1))
+    devices = _devices(topology)
+    say(generation_plan.summary(config))
+    return generation_plan.make(config, topology, devices)
 
 
 def _plan(config: Config, args: argparse.Namespace) -> planning.Plan:

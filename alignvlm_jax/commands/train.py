@@ -10,7 +10,7 @@ from rich.console import Console
 from alignvlm_jax import storage
 from alignvlm_jax.commands import config_flag
 from alignvlm_jax.errors import StoppedError
-from alignvlm_jax.parallel import distributed
+from alignvlm_jax.parallel import compile_cache, distributed
 from alignvlm_jax.train import goodput, loop
 
 
@@ -33,7 +33,8 @@ def main(argv: list[str]) -> None:
     distributed.initialize(argv)
     console = Console(highlight=False, soft_wrap=True, quiet=not distributed.is_main())
     try:
-        loop.train(stages, args.workdir, console, goodput.process_began())
+        with compile_cache.kept_in(args.workdir):
+            loop.train(stages, args.workdir, console, goodput.process_began())
     except loop.Stopped as err:
         distributed.leave()
         launcher = os.environ.get("ALIGNVLM_LAUNCHER") or f"{shlex.quote(sys.executable)} -m alignvlm_jax"

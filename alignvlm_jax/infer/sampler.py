@@ -1,5 +1,6 @@
 """Greedy generation: prefill once, then a token at a time from the KV cache, all rows of a batch together."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from alignvlm_jax.models.vlm import VLM
+from alignvlm_jax.config import Config
+from alignvlm_jax.models.vlm import VLM, abstract_batch
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.shapes import Array
@@ -51,6 +53,12 @@ class Sampler:
         with mesh_lib.use(self._mesh):
             return np.asarray(self._generate(variables, prompts, num_new=max_new_tokens))
 
+    def lower(self, variables: Mapping, prompts: Mapping, max_new_tokens: int) -> jax.stages.Lowered:
+        """Returns the program that `generate` runs, of abstract arrays with shardings; the mesh may be one that is not
+        there."""
+        with mesh_lib.use(self._mesh):
+            return self._generate.lower(variables, prompts, num_new=max_new_tokens)
+
 
 def _generate(
     model: VLM, variables: Mapping, batch: Mapping[str, Array], *, num_new: int, end_ids: tuple[int, ...], pad_id: int
@@ -61,26 +69,42 @@ def _generate(
     is_prompt_BS = jnp.pad(segment_ids > 0, ((0, 0), (0, num_new)))
     slots_S = jnp.arange(length + num_new)
 
+    def choose(logits_BV: Array, step: Array, finished_B: Array, tokens_BT: Array) -> tuple[Array, Array, Array]:
+        """The token of a step, which rows have ended with it, and all tokens so far."""
+        token_B = jnp.where(finished_B, pad_id, logits_BV.argmax(-1).astype(jnp.int32))
+        return token_B, finished_B | jnp.isin(token_B, jnp.array(end_ids)), tokens_BT.at[:, step].set(token_B)
+
     def unfinished(carry) -> Array:
-        step, _, finished_B, _, _ = carry
+        step, (_, finished_B, _), _ = carry
         return (step < num_new) & ~finished_B.all()
 
     def advance(carry):
-        step, logits_BV, finished_B, tokens_BT, cache = carry
-        token_B = jnp.where(finished_B, pad_id, logits_BV.argmax(-1).astype(jnp.int32))
-        tokens_BT = tokens_BT.at[:, step].set(token_B)
-        finished_B |= jnp.isin(token_B, jnp.array(end_ids))
+        """Reads the token of the step before and chooses this one: the last token of an answer is never read."""
+        step, (token_B, finished_B, tokens_BT), cache = carry
         # New tokens stand after the padding of the longest prompt, but are counted from the end of their own.
-        mask_BS = is_prompt_BS | ((slots_S >= length) & (slots_S <= length + step))
-        logits_BV, cache = model.apply(variables, token_B, prompt_lengths_B + step, mask_BS, cache, method="decode")
-        return step + 1, logits_BV, finished_B, tokens_BT, cache
+        mask_BS = is_prompt_BS | ((slots_S >= length) & (slots_S < length + step))
+        positions_B = prompt_lengths_B + step - 1
+        logits_BV, cache = model.apply(variables, token_B, positions_B, mask_BS, cache, method="decode")
+        return step + 1, choose(logits_BV, step, finished_B, tokens_BT), cache
 
     logits_BV, cache = model.apply(variables, batch, num_new, method="prefill")
-    start = (
-        jnp.zeros((), jnp.int32),
-        logits_BV,
-        jnp.zeros(size, bool),
-        jnp.full((size, num_new), pad_id, jnp.int32),
-        cache,
+    nothing_yet = jnp.zeros(size, bool), jnp.full((size, num_new), pad_id, jnp.int32)
+    first = choose(logits_BV, jnp.zeros((), jnp.int32), *nothing_yet)
+    _, (_, _, tokens_BT), _ = jax.lax.while_loop(unfinished, advance, (jnp.ones((), jnp.int32), first, cache))
+    return tokens_BT
+
+
+def abstract_prompts(config: Config, batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shapes, dtypes and shardings of a batch of the longest prompts that a stage's rows hold."""
+    train, data = config.train, config.data
+    config = dataclasses.replace(
+        config,
+        train=dataclasses.replace(train, batch_size=batch_size),
+        data=dataclasses.replace(data, max_tiles=data.tiles_of_a_record),
     )
-    return jax.lax.while_loop(unfinished, advance, start)[3]
+    shapes, rows = abstract_batch(config), sharding.batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
+        for name, x in shapes.items()
+        if name in PROMPT_FIELDS
+    }

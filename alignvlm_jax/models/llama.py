@@ -46,7 +46,7 @@ class Cache(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Causal self-attention within segments; with a cache, over all its slots that `mask` admits."""
+    """Causal self-attention within segments; with a `mask`, over all slots of the cache that it admits."""
 
     config: LLMConfig
     dtype: jnp.dtype
@@ -70,6 +70,7 @@ class Attention(nn.Module):
         value_BTKh = project("v", c.num_kv_heads, "kv_heads")
         if cache is not None:
             cache = cache.write(layer, key_BTKh, value_BTKh)
+        if mask is not None:
             mixed_BTHh = attention(query_BTHh, *cache.read(layer), mask)
         else:
             mixed_BTHh = self_attention(query_BTHh, key_BTKh, value_BTKh, segment_ids, causal=True, kernel=self.kernel)
@@ -181,11 +182,13 @@ class Llama(nn.Module):
         """Returns the last hidden states, normalised, and the cache with the T new tokens written at its index.
 
         Args:
-          segment_ids: without a cache, a token sees what stands at and before it in its own segment; None: in its row.
-          cache: what was read before. It comes with `mask`, which admits its slots, the new tokens' own included.
+          segment_ids: without a mask, a token sees what stands at and before it in its own segment; None: in its row.
+          cache: where the new tokens are written. Without a mask it is an empty one, and only the new tokens are seen.
+          mask: admits slots of the cache, those of the new tokens included; for a few tokens at a time, since their
+            logits over all slots are made.
         """
-        if (cache is None) != (mask is None):
-            raise ValueError("a cache comes with a mask, and a mask with a cache")
+        if mask is not None and (cache is None or segment_ids is not None):
+            raise ValueError("a mask comes with the cache whose slots it admits, and without segments")
         # The scan carries the whole cache: were each layer given its own and handed it back, all of it would be copied.
         layers = jnp.arange(self.config.num_layers)
         (x_BTD, cache), _ = self.blocks((x.astype(self.dtype), cache), layers, positions, segment_ids, mask)

@@ -18,7 +18,6 @@ from alignvlm_jax.models.connectors.align import KEPT_WORDS
 from alignvlm_jax.models.connectors.base import PatchLabels
 from alignvlm_jax.models.llama import Cache, Llama
 from alignvlm_jax.models.siglip import Siglip
-from alignvlm_jax.ops.attention import causal_mask
 from alignvlm_jax.ops.cross_entropy import TokenLosses
 from alignvlm_jax.shapes import Array, Bool, Float, Int, UInt8
 
@@ -108,10 +107,11 @@ class VLM(nn.Module):
         """
         segment_ids = batch["segment_ids"]
         size, length = segment_ids.shape
-        mask = jnp.pad(causal_mask(segment_ids), ((0, 0), (0, 0), (0, num_new)))
         x_BTD, _ = self._read(batch, "pixels")
         cache = self.llm.empty_cache(size, length + num_new)
-        hidden_BTD, cache = self.llm(x_BTD, batch["positions"], cache=cache, mask=mask)
+        # Without the segments, which cuDNN's kernel takes as a bias [B, 1, T, T]: what stands before the padding does
+        # not see it, and nobody reads what the padding sees.
+        hidden_BTD, cache = self.llm(x_BTD, batch["positions"], cache=cache)
         last_B = (segment_ids > 0).sum(-1) - 1
         hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
         return self.llm.logits(hidden_B1D)[:, 0], cache

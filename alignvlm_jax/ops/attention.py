@@ -1,11 +1,19 @@
 """Attention with grouped key-value heads: under a mask that the caller gives, or over packed rows by a kernel."""
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.ops import blocks
 from alignvlm_jax.ops.splash import splash_attention
 from alignvlm_jax.shapes import Array, Bool, Float, Int
+
+CHUNK_SIZE_MIB = 64.0
+"""Float32 logits of XLA's attention on one device: where all of them are more, they are made for a chunk of the queries
+at a time."""
 
 
 def attention(
@@ -32,10 +40,11 @@ def self_attention(
     Args:
       segment_ids: a token sees its own segment only, padding (segment 0) being one of its own; None: a row is one.
       causal: a token sees nothing after itself.
-      kernel: `config.model.attention`. "xla" makes [B, H, T, T] logits. "splash" is Pallas' for TPU (on CPU it is
-        interpreted, for tests), "cudnn" that of NVIDIA's library from Ampere on; neither makes them. "auto" takes the
-        one that the devices of the mesh have; on a GPU that cuDNN's does not run on, say "xla". All compute with XLA
-        where no mesh is entered: there only shapes are asked for, maybe on another machine.
+      kernel: `config.model.attention`. "xla" makes [B, H, T, T] logits where they are at most CHUNK_SIZE_MIB on a
+        device, and else those of a chunk of queries at a time. "splash" is Pallas' for TPU (on CPU it is interpreted,
+        for tests), "cudnn" that of NVIDIA's library from Ampere on; neither makes any. "auto" takes the one that the
+        devices of the mesh have; on a GPU that cuDNN's does not run on, say "xla". All compute with XLA where no mesh
+        is entered: there only shapes are asked for, maybe on another machine.
 
     Raises:
       UserError: the mesh has no such kernel, or the kernel does not take these sizes.
@@ -47,9 +56,49 @@ def self_attention(
         # It knows no segments: they come in as a bias [B, 1, T, T]. It does know what is causal, and skips the rest.
         mask = None if segment_ids is None else same_segment(segment_ids)[:, None]
         return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal, implementation="cudnn")
+    if chunk := _queries_per_chunk(*query.shape[:3]):
+        return _chunked(query, key, value, segment_ids, causal, chunk)
     if segment_ids is None:
         return jax.nn.dot_product_attention(query, key, value, is_causal=causal)
     return attention(query, key, value, causal_mask(segment_ids) if causal else same_segment(segment_ids))
+
+
+def _queries_per_chunk(batch: int, length: int, heads: int) -> int | None:
+    """How many queries of every row have CHUNK_SIZE_MIB of logits on a device; None where all of them have."""
+    rows, heads = (math.ceil(n / blocks.ways(axis)) for n, axis in ((batch, "act_batch"), (heads, "act_heads")))
+    fits = int(CHUNK_SIZE_MIB * 2**20 / (4 * rows * heads * length))
+    return None if length <= fits else max(fits, 1)
+
+
+def _chunked(
+    query: Array, key: Array, value: Array, segment_ids: Array | None, causal: bool, chunk: int
+) -> Float[Array, "B T H h"]:
+    """`attention` under the mask of the segments, `chunk` queries at a time, each with all keys: the same sums as of
+    all at once. The backward pass makes the logits of a chunk again. Rows and heads stay sharded as they are."""
+    length = query.shape[1]
+    count = math.ceil(length / chunk)
+    index_T = jnp.arange(length)
+
+    def split(x: Array, mode: str) -> Array:
+        """[B, T, ...] to [chunks, B, chunk, ...]."""
+        x = jnp.pad(x, ((0, 0), (0, count * chunk - length), *((0, 0),) * (x.ndim - 2)), mode=mode)
+        return x.reshape(x.shape[0], count, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    def mix(one: tuple[Array, Array, Array | None]) -> Array:
+        query, index, ids = one
+        seen = [] if ids is None else [ids[:, :, None] == segment_ids[:, None, :]]
+        if causal:
+            seen.append(jnp.broadcast_to(index[:, :, None] >= index_T, (len(query), chunk, length)))
+        return attention(query, key, value, functools.reduce(jnp.logical_and, seen) if seen else None)
+
+    # The queries that fill up the last chunk look like the last one, so that each sees a key.
+    parts = (
+        split(query, "constant"),
+        split(index_T[None], "edge"),
+        None if segment_ids is None else split(segment_ids, "edge"),
+    )
+    mixed = jax.lax.map(jax.checkpoint(mix, prevent_cse=False), parts)
+    return mixed.swapaxes(0, 1).reshape(query.shape[0], count * chunk, *query.shape[2:])[:, :length]
 
 
 def mesh_platform() -> str | None:

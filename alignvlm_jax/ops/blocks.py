@@ -70,8 +70,8 @@ def rows_per_block(form: str, block_mib: float, num_rows: int, num_columns: int)
     """
     if form == "plain":
         return None
-    rows = math.ceil(num_rows / _ways("act_batch"))
-    fits = max(int(block_mib * 2**20 / (4 * num_columns / _ways("act_vocab"))), 1)
+    rows = math.ceil(num_rows / ways("act_batch"))
+    fits = max(int(block_mib * 2**20 / (4 * num_columns / ways("act_vocab"))), 1)
     if form == "auto" and rows <= fits:
         return None
     # Whole tiles of the matrix unit.
@@ -92,7 +92,7 @@ def map_rows(fn: Callable[[Any, Any, str | None], Any], rows: Any, shared: Any, 
         return fn(rows, shared, "act_batch")
     row_axes = _mesh_axes("act_batch")
     num_rows = jax.tree.leaves(rows)[0].shape[0]
-    if num_rows % _ways("act_batch") or not row_axes:
+    if num_rows % ways("act_batch") or not row_axes:
         return _map_blocks(fn, rows, shared, block)
     # `shared` comes in whole along the axes of the rows, and stays split along `tensor`, which is left to the
     # partitioner: an all_gather of our own, inside, would have it gathered along `tensor` too.
@@ -128,6 +128,7 @@ def _mesh_axes(logical: str) -> tuple[str, ...]:
     return tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
 
 
-def _ways(logical: str) -> int:
+def ways(logical: str) -> int:
+    """Returns into how many shards the mesh entered splits an axis of the name `logical`; 1 without a mesh."""
     sizes = jax.sharding.get_abstract_mesh().shape
     return math.prod(sizes[axis] for axis in _mesh_axes(logical))

@@ -12,6 +12,7 @@ import time
 
 import jax
 
+from alignvlm_jax import logs
 from alignvlm_jax.parallel import exchange
 
 LOST_SECONDS = 60
@@ -93,6 +94,7 @@ class Watch:
             self._wait_for_others()
         else:
             exchange.say(f"left/{self._index}", True)
+        logs.ship_all()
         os._exit(status)
 
     def _wait_for_others(self) -> None:

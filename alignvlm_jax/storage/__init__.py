@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.storage import appending, bucket
+from alignvlm_jax.storage import appending, bucket, lease
 from alignvlm_jax.storage.appending import Appender
 from alignvlm_jax.storage.bucket import RUN_PATIENCE, SCHEME, is_bucket, name_of, patience
 
@@ -229,8 +229,9 @@ def sync_all() -> None:
 
 
 def close_all() -> None:
-    """Writes out what is kept back of all files that are appended to."""
+    """Writes out what is kept back of files that grow, and releases leases: for a process that ends at once."""
     appending.close_all()
+    lease.release_all()
 
 
 atexit.register(close_all)

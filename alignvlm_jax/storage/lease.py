@@ -29,6 +29,15 @@ MARGIN_SECONDS = 5.0
 """Nothing is begun to be written so shortly before the lease expires."""
 
 
+_held: "set[_Lease]" = set()
+
+
+def release_all() -> None:
+    """Releases what this process holds in buckets: it is about to end without leaving what it has entered."""
+    for one in list(_held):
+        one.release()
+
+
 @contextlib.contextmanager
 def hold(lock: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
     """Holds the folder of the file `lock` while entered; nobody else does.
@@ -85,8 +94,16 @@ class _Lease:
         self._exit.enter_context(bucket.guarded(f"{folder}/", self._check))
         self._thread = threading.Thread(target=self._renew, daemon=True)
         self._thread.start()
+        _held.add(self)
 
     def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Gives it back."""
+        if self not in _held:
+            return
+        _held.discard(self)
         self._stop.set()
         self._thread.join()
         self._exit.close()

@@ -4,7 +4,6 @@ A stage always starts from a saved checkpoint, that of the stage before or its o
 was not take the same path.
 """
 
-import contextlib
 import dataclasses
 import math
 import time
@@ -175,7 +174,8 @@ def _train_stage(run: Run, stage: Stage, newest: int) -> None:
             _watch_from(run, newest)
         _announce(run, stage, newest, mesh, abstract)
         with Writer(run.folder, newest) if distributed.is_main() else NullWriter() as writer:
-            train_step, eval_step = step.compile_steps(model, config, tx, abstract, mesh)
+            with run.phases.enter("compiling"):
+                train_step, eval_step = step.compile_steps(model, config, tx, abstract, mesh)
             mfu_of = flops.mfu_of(config, abstract.params, mesh.devices.flat)
             loop = _StageLoop(run, stage, mesh, writer, train_step, eval_step, validation, asker, mfu_of)
             loop.run_steps(live, newest, position)
@@ -297,7 +297,7 @@ class _StageLoop:
             raise self._stopped(self.stage.end)
 
     def _run_steps(self, live: TrainState, newest: int) -> None:
-        config, phases = self.stage.config, self.run.phases
+        config = self.stage.config
         for now in range(newest + 1, self.stage.end + 1):
             batch = self._next_batch()
             if self.step_seconds > SLOW_STEP_SECONDS:
@@ -308,8 +308,7 @@ class _StageLoop:
                 self._stop(live, now - 1)
             if must_save and now - 1 > self.saved:
                 self._save(live, now - 1, None)
-            compiles = phases.enter("compiling") if now == newest + 1 else contextlib.nullcontext()
-            with jax.transfer_guard("disallow"), compiles, self.run.profiler.step(now, self._wait_for_step):
+            with jax.transfer_guard("disallow"), self.run.profiler.step(now, self._wait_for_step):
                 live, metrics = self.train_step(live, batch)
             self._read()
             self.unread = now, metrics, self.batches.num_unsupervised

@@ -2,6 +2,7 @@
 
 from alignvlm_jax.config import Config
 from alignvlm_jax.parallel import chips
+from alignvlm_jax.parallel.chips import Topology
 from alignvlm_jax.train import stopping
 from alignvlm_jax.train.planning import GIB, UTILISATIONS, Plan
 
@@ -27,7 +28,7 @@ def text(plan: Plan) -> str:
         "",
         f"parameters         {plan.num_params:,}, of which {plan.num_trained:,} trained",
         f"{f'parameters a {one}':18} {plan.param_gib:.2f} GiB, optimizer {plan.optimizer_gib:.2f} GiB",
-        f"{f'peak HBM a {one}':18} {_gib(plan.peak_hbm_gib)} of {chip.hbm_gib} GiB: {_verdict(plan)}",
+        f"{f'peak HBM a {one}':18} {gib(plan.peak_hbm_gib)} of {chip.hbm_gib} GiB: {verdict(plan)}",
         "",
         *_table(
             [("FLOPs a step", "TFLOP", "share")]
@@ -73,8 +74,8 @@ def advice(plan: Plan) -> str:
     if rows > 1:
         changes.append(f"--config.train.accumulation={config.train.batch_size // ways} (now {rows} rows at a time)")
     changes.append("--mesh=auto, which tries others")
-    if larger := _larger(plan):
-        changes.append(f"--topology={larger}")
+    if name := larger(plan.topology):
+        changes.append(f"--topology={name}")
     return "; ".join(changes)
 
 
@@ -83,7 +84,8 @@ def summary(config: Config) -> str:
     return f"compiling {config.name} {config.stage}, batch {config.train.batch_size} x {config.data.row_length} tokens"
 
 
-def _verdict(plan: Plan) -> str:
+def verdict(plan: Plan) -> str:
+    """Returns whether a plan fits, and by how much."""
     limit = plan.topology.chip.hbm_gib
     if plan.peak_hbm_gib is None:
         return "too much"
@@ -92,14 +94,16 @@ def _verdict(plan: Plan) -> str:
     return f"{plan.peak_hbm_gib - limit:.2f} too much"
 
 
-def _gib(value: float | None) -> str:
+def gib(value: float | None) -> str:
+    """Returns a size as it is shown."""
     return "unknown" if value is None else f"{value:.2f} GiB"
 
 
-def _larger(plan: Plan) -> str:
-    kind, slices = plan.topology.kind, plan.topology.num_slices
+def larger(topology: Topology) -> str:
+    """Returns the next larger slice of the kind, "" for the largest."""
+    kind, slices = topology.kind, topology.num_slices
     sizes = [chips.parse_topology(f"{kind}:{shape}", slices) for shape in chips.CHIPS[kind].shapes]
-    return next((other.shape for other in sizes if other.num_chips > plan.topology.num_chips), "")
+    return next((other.shape for other in sizes if other.num_chips > topology.num_chips), "")
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:

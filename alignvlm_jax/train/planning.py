@@ -130,15 +130,8 @@ def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> P
     is_estimate = devices[0].platform != "tpu"
     with mesh_lib.use(mesh_lib.make_mesh(config, devices)) as mesh:
         abstract = state.abstract_state(model, config, tx, mesh)
-        lowered = step.lower_train_step(model, config, tx, abstract, mesh)
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as err:
-            if "RESOURCE_EXHAUSTED" not in str(err):
-                raise
-            peak_gib, traffic = _asked_for(str(err)), {}
-        else:
-            peak_gib, traffic = _peak_gib(compiled, is_estimate), collectives.traffic(compiled.as_text())
+        compiled, peak_gib = compile_program(step.lower_train_step(model, config, tx, abstract, mesh), is_estimate)
+        traffic = collectives.traffic(compiled.as_text()) if compiled else {}
     sizes = {path: math.prod(x.shape) for path, x in state.flatten(abstract.params).items()}
     return Plan(
         topology=topology,
@@ -146,8 +139,8 @@ def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> P
         mesh=dict(mesh.shape),
         num_params=sum(sizes.values()),
         num_trained=sum(sizes[path] for path in state.trainable_paths(config, abstract.params)),
-        param_gib=_gib_of_a_device(abstract.params),
-        optimizer_gib=_gib_of_a_device(abstract.opt_state),
+        param_gib=gib_of_a_device(abstract.params),
+        optimizer_gib=gib_of_a_device(abstract.opt_state),
         state_gib=sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(abstract)) / GIB,
         peak_hbm_gib=peak_gib,
         fits=peak_gib is not None and peak_gib <= topology.chip.hbm_gib,
@@ -174,7 +167,19 @@ def state_gib(config: Config, topology: Topology) -> float:
         model, config, tx, mesh_lib.abstract(config, topology.num_devices, topology.num_slices)
     )
     trained, _ = state.split(abstract.params, state.trainable_paths(config, abstract.params))
-    return _gib_of_a_device((abstract, trained))
+    return gib_of_a_device((abstract, trained))
+
+
+def compile_program(lowered: jax.stages.Lowered, is_estimate: bool) -> tuple[jax.stages.Compiled | None, float | None]:
+    """Returns the program and the GiB that it needs on a device; where that is more than there is, no program and what
+    the compiler says that it would need, if it does."""
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as err:
+        if "RESOURCE_EXHAUSTED" not in str(err):
+            raise
+        return None, _asked_for(str(err))
+    return compiled, _peak_gib(compiled, is_estimate)
 
 
 def _peak_gib(compiled: jax.stages.Compiled, is_estimate: bool) -> float:
@@ -192,5 +197,6 @@ def _asked_for(message: str) -> float | None:
     return float(found[1] or found[2]) if found else None
 
 
-def _gib_of_a_device(abstract: Any) -> float:
+def gib_of_a_device(abstract: Any) -> float:
+    """Returns what a device holds of a tree of abstract arrays with shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(abstract)) / GIB

@@ -161,7 +161,34 @@ def test_smallest(config_file):
     assert json.loads(done.stdout)["topology"] == "v6e:2x2"
 
 
+@needs_libtpu
+def test_generation(config_file):
+    """The batch is rounded up to the mesh; the cache holds keys and values of every slot in bfloat16."""
+    args = (f"--config={config_file}", "--topology=v5e:2x4", "--mesh=1x4x2", "--generate", "--config.eval.batch_size=6")
+    done = run(*args, "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["batch_size"] == 8 and plan["prompt_length"] == 192 and plan["max_new_tokens"] == 32
+    layers, rows, heads, head_dim = 3, 2, 1, 32  # on a chip
+    assert plan["cache_gib"] == pytest.approx(2 * 2 * layers * rows * heads * head_dim * (192 + 32) / 2**30, rel=1e-4)
+    assert plan["param_gib"] + plan["cache_gib"] < plan["peak_hbm_gib"] < plan["hbm_limit_gib"] == 15.75
+    assert plan["fits"] is True and plan["is_estimate"] is False
+
+
+@needs_libtpu
+def test_generation_that_does_not_fit_has_status_3_and_says_what_to_change(config_file):
+    done = run(f"--config={config_file}", "--topology=v5e:2x2", "--generate", "--config.eval.batch_size=100000")
+    assert done.returncode == 3, done.stderr
+    assert "batch 100000 prompts of 192 tokens and 2 tiles, 25000 a device; 32 new tokens" in done.stdout
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("does not fit: --config.eval.batch_size=50000 (now 25000 prompts a device); --mesh=")
+    assert last.endswith("--topology=v5e:2x4")
+
+
 BAD = {
+    "generate_auto": (["--topology=v5e:2x4", "--generate", "--mesh=auto"], "--generate plans for one slice and mesh"),
+    "generate_smallest": (["--topology=v5e:smallest", "--generate"], "--generate plans for one slice and mesh"),
+    "generate_heads": (["--mesh=1x2x4", "--topology=v5e:2x4", "--generate"], "llm/blocks/attn/k/kernel"),
     "heads": (["--mesh=1x2x4", "--topology=v5e:2x4"], r"llm/blocks/attn/k/kernel"),
     "words": (["--mesh=1x4x2", "--topology=v5e:2x4", "--config.model.llm.vocab_size=129"], "129"),
     "batch": (["--mesh=8x1x1", "--topology=v5e:2x4", "--config.train.batch_size=12"], "a batch of 6 rows"),

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.infer import sampler
 from alignvlm_jax.models import vlm
+from alignvlm_jax.ops import attention
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
 from tests.conftest import random_batch, random_params, tiny_config
@@ -99,12 +102,47 @@ def test_prompts_and_answers_differ(greedy, end_id):
     assert len(set(ends)) >= 3 and NUM_NEW in ends
 
 
-def test_prefill_and_decode_equal_the_whole_forward_pass(mesh, params, uncached):
+def with_texts_among(prompts: dict) -> dict:
+    """Every second row without image slots, its tiles unused."""
+    is_text = np.arange(ROWS)[:, None] % 2 == 1
+    is_slot = prompts["tokens"] == CONFIG.model.image_token_id
+    return prompts | {"tokens": np.where(is_text & is_slot, 9, prompts["tokens"])}
+
+
+def with_any_padding(prompts: dict) -> dict:
+    """What stands after a prompt is nothing that anybody may see."""
+    is_padding = prompts["segment_ids"] == 0
+    return prompts | {
+        "tokens": np.where(is_padding, 11, prompts["tokens"]),
+        "positions": np.where(is_padding, 5, prompts["positions"]),
+    }
+
+
+def model_with(kernel: str) -> vlm.VLM:
+    return vlm.VLM(dataclasses.replace(MODEL.config, attention=kernel))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "chunk_size_mib", "change"),
+    [
+        ("auto", attention.CHUNK_SIZE_MIB, lambda prompts: prompts),
+        ("auto", attention.CHUNK_SIZE_MIB, with_texts_among),
+        ("auto", attention.CHUNK_SIZE_MIB, with_any_padding),
+        ("auto", 5 * 2 * 2 * 4 * LENGTH / 2**20, with_texts_among),  # 5 queries of 2 rows and 2 heads a device
+        ("splash", attention.CHUNK_SIZE_MIB, with_texts_among),
+    ],
+    ids=["xla", "xla_texts", "xla_padding", "xla_chunks", "splash"],
+)
+def test_prefill_and_decode_equal_the_whole_forward_pass(
+    mesh, params, uncached, monkeypatch, kernel, chunk_size_mib, change
+):
     tokens = np.random.default_rng(1).integers(8, VOCAB, (ROWS, NUM_NEW)).astype(np.int32)
-    expected = uncached(PROMPTS, tokens)
-    prefill = jax.jit(lambda params, batch: MODEL.apply({"params": params}, batch, NUM_NEW, method="prefill"))
-    decode = jax.jit(lambda params, *args: MODEL.apply({"params": params}, *args, method="decode"))
-    prompts = {name: PROMPTS[name] for name in sampler.PROMPT_FIELDS}
+    prompts = change({name: PROMPTS[name] for name in sampler.PROMPT_FIELDS})
+    expected = uncached(with_texts_among(PROMPTS) if change is with_texts_among else PROMPTS, tokens)
+    monkeypatch.setattr(attention, "CHUNK_SIZE_MIB", chunk_size_mib)
+    model = model_with(kernel)
+    prefill = jax.jit(lambda params, batch: model.apply({"params": params}, batch, NUM_NEW, method="prefill"))
+    decode = jax.jit(lambda params, *args: model.apply({"params": params}, *args, method="decode"))
     logits, cache = prefill(params, prompts)
     steps = [logits]
     slots = np.arange(LENGTH + NUM_NEW)
@@ -143,3 +181,53 @@ def test_without_tiles_the_language_model_answers_as_to_rows_without_image_slots
     del texts["tiles"]
     np.testing.assert_array_equal(ours.generate({"params": params}, texts, NUM_NEW), with_tiles)
     assert len(np.unique(with_tiles)) > 2
+
+
+def test_the_last_token_is_not_read(params, end_id, expected, monkeypatch):
+    """Of NUM_NEW tokens the prompt gives the first and every one but the last is read; and none once all rows ended."""
+    reads = []
+    decode = vlm.VLM.decode
+
+    def counted(self, tokens, *args):
+        jax.debug.callback(lambda: reads.append(1))
+        return decode(self, tokens, *args)
+
+    monkeypatch.setattr(vlm.VLM, "decode", counted)
+    with mesh_lib.use(mesh_lib.single_device()) as mesh:
+        np.testing.assert_array_equal(make_sampler(mesh, params, end_id)(PROMPTS, NUM_NEW), expected)
+        jax.effects_barrier()
+        assert len(reads) == NUM_NEW - 1
+        ends = (expected == end_id).argmax(-1) * (expected == end_id).any(-1)
+        row = np.flatnonzero((ends > 0) & (ends < NUM_NEW - 1))[0]
+        same = {name: np.repeat(array[row : row + 1], ROWS, axis=0) for name, array in PROMPTS.items()}
+        reads.clear()
+        np.testing.assert_array_equal(make_sampler(mesh, params, end_id)(same, NUM_NEW)[0], expected[row])
+        jax.effects_barrier()
+        assert len(reads) == ends[row]
+
+
+def arrays_of(jaxpr) -> Iterator[tuple[int, ...]]:
+    """Shapes of all that a program makes, its loops' bodies and what they call included."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval.shape for variable in equation.outvars if hasattr(variable.aval, "shape"))
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            yield from arrays_of(inner)
+
+
+def test_a_long_prompt_has_no_logits_of_all_pairs():
+    """On CPU, where no kernel makes them apart: neither for all heads, nor a mask of one."""
+    length, batch = 4096, 2
+    config = dataclasses.replace(
+        CONFIG,
+        train=dataclasses.replace(CONFIG.train, batch_size=batch),
+        data=dataclasses.replace(CONFIG.data, row_length=length),
+    )
+    boxed = jax.eval_shape(lambda: vlm.init_params(MODEL, jax.random.key(0), vlm.abstract_batch(CONFIG)))
+    with mesh_lib.use(mesh_lib.single_device()) as mesh:
+        prompts = sampler.abstract_prompts(config, batch, mesh)
+        generate = functools.partial(sampler._generate, MODEL, num_new=NUM_NEW, end_ids=(1,), pad_id=PAD)
+        program = jax.make_jaxpr(generate)({"params": sharding.unbox(boxed)}, prompts)
+    shapes = set(arrays_of(program.jaxpr))
+    assert any(length + NUM_NEW in shape for shape in shapes)  # the cache: loops were looked into
+    assert not [shape for shape in shapes if sum(size in (length, length + NUM_NEW) for size in shape) > 1]
+    assert max(map(math.prod, shapes)) * 4 <= attention.CHUNK_SIZE_MIB * 2**20

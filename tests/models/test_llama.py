@@ -211,11 +211,13 @@ def test_who_influences_whom(mesh, influence):
     assert strength[allowed].min() > 1e-6
 
 
-def test_a_cache_comes_with_its_mask(tied):
+def test_a_mask_comes_with_its_cache(tied):
     llama = Llama(TIED, jnp.dtype("float32"), "none")
     tokens, positions, segment_ids = random_rows()
-    with pytest.raises(ValueError, match="a cache comes with a mask"):
-        llama.apply({"params": tied[0]}, tokens, positions, segment_ids, mask=np.ones((ROWS, LENGTH, LENGTH), bool))
+    mask = np.ones((ROWS, LENGTH, LENGTH), bool)
+    for arguments in ((None,), (segment_ids,)):
+        with pytest.raises(ValueError, match="a mask comes with the cache"):
+            llama.apply({"params": tied[0]}, tokens, positions, *arguments, mask=mask)
 
 
 def test_padded_rows_are_never_predicted():

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +93,15 @@ def with_gradients(function, segment_ids):
     return run
 
 
+def set_chunk(monkeypatch, queries: int, heads: int, length: int) -> None:
+    """Has XLA's attention take so many queries at a time, on the mesh entered."""
+    mesh = jax.sharding.get_abstract_mesh().shape
+    rows = ROWS // (mesh["data"] * mesh["fsdp"])
+    size = 4 * rows * heads // mesh["tensor"] * queries * length
+    monkeypatch.setattr(attention, "CHUNK_SIZE_MIB", size / 2**20)
+    assert attention._queries_per_chunk(ROWS, length, heads) == queries
+
+
 MESHES = {"one_device": (1, 1, 1), "2x2x2": (2, 2, 2)}
 
 
@@ -102,7 +112,7 @@ def any_mesh(request):
         yield mesh
 
 
-@pytest.mark.parametrize("kernel", ["xla", "splash"])
+@pytest.mark.parametrize("kernel", ["xla", "xla_chunks", "splash"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize(
     ("length", "packed", "heads", "kv_heads", "head_dim"),
@@ -111,9 +121,11 @@ def any_mesh(request):
 def test_equals_reference(any_mesh, monkeypatch, kernel, causal, length, packed, heads, kv_heads, head_dim):
     """Outputs and gradients, over several blocks, the last of them padded, and in rows shorter than a block."""
     monkeypatch.setattr(splash, "MAX_BLOCK", 128)
+    if kernel == "xla_chunks":
+        set_chunk(monkeypatch, min(37, length - 1), heads, length)
     arrays = draw(length, heads, kv_heads, head_dim)
     segment_ids = SEGMENTS[:, :length] if packed else None
-    ours = functools.partial(attention.self_attention, causal=causal, kernel=kernel)
+    ours = functools.partial(attention.self_attention, causal=causal, kernel=kernel.removesuffix("_chunks"))
     expected = with_gradients(functools.partial(reference, causal=causal), segment_ids)(*arrays)
     results = with_gradients(ours, segment_ids)(*arrays)
     for result, wanted in zip(results, expected, strict=True):
@@ -140,6 +152,33 @@ def test_splash_computes_each_device_its_own(mesh):
     assert [x.sharding.spec for x in run(*arrays)] == [heads] * 4
     text = run.lower(*arrays).compile().as_text()
     assert "all-gather" not in text and "all-to-all" not in text
+
+
+def test_chunks_are_bounded_and_sharded(mesh, monkeypatch):
+    """No logits of all queries, forward or backward, and neither rows nor heads are gathered."""
+    length, heads = 96, 4
+    set_chunk(monkeypatch, 7, heads, length)
+    rows, by_heads = sharding.batch_sharding(mesh), jax.sharding.PartitionSpec(("data", "fsdp"), None, "tensor")
+    ours = functools.partial(attention.self_attention, causal=True, kernel="xla")
+    arrays = [jax.device_put(x, by_heads) for x in draw(length, heads, 2, 4)]
+    text = with_gradients(ours, jax.device_put(SEGMENTS[:, :length], rows)).lower(*arrays).compile().as_text()
+    sizes = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"\w+\[([\d,]+)\]", text)]
+    assert max(sizes) == 2 * 7 * length  # on a device: 2 heads, 7 queries of a row
+    assert "all-gather" not in text and "all-to-all" not in text
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "queries"),
+    [
+        (1, 2048, 4, None),  # 64 MiB, all of it
+        (1, 2049, 4, 2047),
+        (100, 192, 4, None),  # an evaluation of the demonstration
+        (1, 9344, 32, 56),
+        (1000, 9344, 32, 1),
+    ],
+)
+def test_queries_per_chunk(batch, length, heads, queries):
+    assert attention._queries_per_chunk(batch, length, heads) == queries
 
 
 @pytest.mark.parametrize("length", [1, 9, 127, 128, 129, 512, 513, 640, 729, 1024, 3000, 8320])

@@ -12,6 +12,7 @@ import pytest
 from jax.experimental import topologies
 
 from alignvlm_jax import config as config_lib
+from alignvlm_jax.infer import sampler
 from alignvlm_jax.models import vlm
 from alignvlm_jax.ops import attention
 from alignvlm_jax.parallel import mesh as mesh_lib
@@ -88,13 +89,18 @@ def test_xla_makes_all_logits(tpu):
     assert "tpu_custom_call" not in text and is_square(text, 1536)
 
 
+def small_config(length: int, **changes) -> config_lib.Config:
+    """A model that splash takes, in bfloat16; `changes` are of `config.model`."""
+    base = tiny_config(mesh=MESH, data=config_lib.DataConfig(row_length=length, max_tiles=2))
+    llm = dataclasses.replace(base.model.llm, head_dim=64)
+    return dataclasses.replace(base, model=dataclasses.replace(base.model, llm=llm, dtype="bfloat16", **changes))
+
+
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_whole_model_compiles(tpu, remat):
     """Both towers take the kernel under nn.scan and nn.remat, from their own "auto"."""
-    base = tiny_config(mesh=MESH, data=config_lib.DataConfig(row_length=256, max_tiles=2))
-    llm = dataclasses.replace(base.model.llm, head_dim=64)
-    model = dataclasses.replace(base.model, llm=llm, dtype="bfloat16", remat=remat)
-    config = dataclasses.replace(base, model=model)
+    config = small_config(256, remat=remat)
+    model = config.model
     params = state.abstract_params(vlm.VLM(model), config, tpu)
     batch = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.batch_sharding(tpu))
@@ -107,3 +113,24 @@ def test_whole_model_compiles(tpu, remat):
     text = jax.jit(jax.grad(loss)).lower(params, batch).compile().as_text()
     # A tower's layers are one loop forward and one backward, which computes the forward kernel again under remat.
     assert text.count('custom_call_target="tpu_custom_call"') == 2 * {"none": 3, "full": 4}[remat]
+
+
+def compile_generation(mesh, length: int, num_new: int, kernel: str):
+    config = small_config(length, attention=kernel)
+    model = vlm.VLM(config.model)
+    params = state.abstract_params(model, config, mesh)
+    prompts = sampler.abstract_prompts(config, 4, mesh)
+    ours = sampler.Sampler(model, mesh, end_ids=(1,), pad_id=0)
+    return ours.lower({"params": params}, prompts, num_new).compile()
+
+
+def test_generation_has_no_logits_of_a_prompt(tpu):
+    """Both towers take the kernel in prefill, which has no backward pass; XLA's attention would make all logits."""
+    length, num_new = 1536, 5
+    ours, dense = (compile_generation(tpu, length, num_new, kernel) for kernel in ("auto", "xla"))
+    assert ours.as_text().count('custom_call_target="tpu_custom_call"') == 2
+    assert not is_square(ours.as_text(), length, length + num_new)
+    assert is_square(dense.as_text(), length, length + num_new)
+    peaks = [program.memory_analysis().peak_memory_in_bytes for program in (ours, dense)]
+    logits = 4 * (4 // 2) * (4 // 2) * length**2  # bytes on a device: half of the rows and half of the heads
+    assert peaks[1] - peaks[0] > logits / 2

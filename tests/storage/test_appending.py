@@ -136,6 +136,6 @@ def test_a_kill_takes_the_last_moment_and_leaves_whole_lines(folder, seconds):
     assert text == "" or text.endswith("\n")
     assert [int(line.split()[0]) for line in lines] == list(range(len(lines)))
     if lines:
-        assert killed - float(lines[-1].split()[1]) < 1.5
+        assert killed - float(lines[-1].split()[1]) < 5
     else:
-        assert seconds < 1.5
+        assert seconds < 2.5

@@ -71,7 +71,7 @@ def test_another_process_is_named_and_refused(folder, holder):
     began = time.monotonic()
     with pytest.raises(UserError, match=rf"process {other.pid} on .* is training in .*; wait for it, or take another"):
         hold(folder).__enter__()
-    assert time.monotonic() - began < lease.TTL_SECONDS
+    assert time.monotonic() - began < 20
 
 
 def test_after_a_kill_on_this_machine_it_is_free_at_once(folder, holder):
@@ -89,7 +89,7 @@ def test_after_a_kill_elsewhere_it_is_waited_for(bucket_folder, holder):
     other.wait()
     said, began = [], time.monotonic()
     with hold(bucket_folder, said.append):
-        assert 1 < time.monotonic() - began < lease.TTL_SECONDS + 3
+        assert 1 < time.monotonic() - began < lease.TTL_SECONDS + 15
         (bucket_folder / "x").write_text("x")
     assert len(said) == 1 and f"process {other.pid} on" in said[0] and "waiting until its lease expires" in said[0]
 
@@ -102,6 +102,14 @@ def test_the_clock_of_the_host_does_not_matter(bucket_folder, holder, monkeypatc
         monkeypatch.setattr(time, "time", lambda offset=offset: now() + offset)
         with pytest.raises(UserError, match="has renewed its lease just now"):
             hold(bucket_folder).__enter__()
+
+
+def test_it_is_given_back_by_a_process_that_ends_at_once(bucket_folder):
+    held = hold(bucket_folder)
+    held.__enter__()
+    storage.close_all()
+    assert not (bucket_folder / ".lock").exists()
+    held.__exit__(None, None, None)
 
 
 def test_it_is_renewed(bucket_folder):

@@ -202,7 +202,7 @@ def test_what_cannot_be_done_is_told_in_a_line_and_soon(bucket, bucket_folder, m
     began = time.monotonic()
     with bucket.faulty(**changes), pytest.raises(kind, match=message) as caught:
         REQUESTS[request_name](bucket_folder / "x")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
     assert "\n" not in caught.value.strerror and caught.value.filename.startswith("gs://bucket")
 
 

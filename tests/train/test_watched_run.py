@@ -57,7 +57,10 @@ def slow(now: int, batch: dict) -> None:
         time.sleep(0.5)
 
 
-def test_a_run_from_end_to_end(tmp_path):
+def test_a_run_from_end_to_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        fake_run, "_compile_steps", lambda *args, inner=fake_run._compile_steps: (time.sleep(0.3), inner(*args))[1]
+    )
     printed = fake_run.train(tmp_path, Batches(slow), configs=one_stage(profile="2:4"))
     beat = heartbeat.read(tmp_path / heartbeat.FOLDER, 0)
     assert (beat["phase"], beat["step"], beat["total"]) == ("done", 4, 4)
@@ -70,7 +73,7 @@ def test_a_run_from_end_to_end(tmp_path):
     assert f"profile of steps 2 to 3: {tmp_path}/profile" in printed
     sums = goodputs(tmp_path)
     assert len(sums) == 6  # Four steps, two validations.
-    assert sums[-1]["data_wait"] >= 0.5
+    assert sums[-1]["data_wait"] >= 0.5 and sums[0]["compile"] >= 0.3
     assert sums[-1]["steps"] > 0 and sums[-1]["evaluation"] > 0 and sums[-1]["other"] > 0
     assert sums[-1]["restart"] == 0
     for before, after in itertools.pairwise(sums):

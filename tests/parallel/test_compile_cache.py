@@ -1,0 +1,56 @@
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from alignvlm_jax.parallel import compile_cache
+from tests.pod.slices import REPOSITORY
+
+PROGRAM = """
+import sys, time
+import jax, jax.numpy as jnp
+from alignvlm_jax import storage
+from alignvlm_jax.parallel import compile_cache
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
+
+def layer(x, _):
+    return jnp.tanh(x @ x) + jnp.sin(x).cumsum(0), None
+
+with compile_cache.kept_in(storage.path(sys.argv[1])):
+    print(jax.jit(lambda x: jax.lax.scan(layer, x, None, length=30)[0].sum())(jnp.ones((64, 64))))
+print(sum(event == "/jax/compilation_cache/cache_hits" for event in hits))
+"""
+
+
+def run(workdir, **environment: str) -> tuple[str, int]:
+    """What the program computes, and how many programs it did not compile itself."""
+    settings = {"PATH": "", "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", PROGRAM, str(workdir)]
+    done = subprocess.run(command, capture_output=True, text=True, env=settings | environment)
+    assert done.returncode == 0, done.stderr
+    value, hits = done.stdout.split()
+    return value, int(hits)
+
+
+def test_a_second_process_does_not_compile_again(tmp_path):
+    first = run(tmp_path)
+    assert first[1] == 0 and any((tmp_path / "compiled").iterdir())
+    assert run(tmp_path) == (first[0], pytest.approx(1, abs=1)) and run(tmp_path)[1] >= 1
+
+
+def test_the_environment_names_another_place_or_none(tmp_path):
+    other = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "other")}
+    run(tmp_path, **other, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
+    assert any((tmp_path / "other").iterdir()) and not (tmp_path / "compiled").exists()
+    run(tmp_path, JAX_ENABLE_COMPILATION_CACHE="0")
+    assert not (tmp_path / "compiled").exists()
+
+
+def test_the_settings_are_put_back(tmp_path):
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    with compile_cache.kept_in(tmp_path):
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "compiled")
+    assert jax.config.jax_compilation_cache_dir is None
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == before
