@@ -20,6 +20,7 @@ from alignvlm_jax.data.schema import Record
 from alignvlm_jax.data.tokenizer import Tokenizer
 from alignvlm_jax.errors import UserError
 
+RECOUNT = "`python -m alignvlm_jax prepare --recount --out={} --tokenizer=FOLDER`"
 MANY = 64
 """So many shards take a while to open where each has an index of its own."""
 
@@ -236,8 +237,9 @@ def select(index: Index, records: np.ndarray) -> Index:
 
 def recount(directory: str | Path) -> str:
     """Returns what to tell the user whose index does not fit."""
-    where = "where the folder was written, and upload it again: " if filesystem.is_remote(directory) else ""
-    return f"call {where}`python -m alignvlm_jax prepare --recount --out={directory} --tokenizer=FOLDER`"
+    if filesystem.is_remote(directory):
+        return f"call {RECOUNT.format('FOLDER')} where {directory} was written, and upload it again"
+    return f"call {RECOUNT.format(directory)}"
 
 
 def tokenizer_fingerprint(path: str | os.PathLike) -> str:

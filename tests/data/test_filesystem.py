@@ -66,3 +66,13 @@ def test_names_in_a_folder():
     assert filesystem.join("data", "gs://b/1.png") == "gs://b/1.png"
     assert filesystem.parent("gs://b/data/train.jsonl") == "gs://b/data"
     assert filesystem.stem("gs://b/data/train-0.tar.gz") == "train-0"
+
+
+def test_a_range_that_is_not_all_there_is_an_error(tmp_path, bucket, bucket_folder):
+    (tmp_path / "a").write_bytes(b"0123456789")
+    bucket.put(str(bucket_folder).removeprefix(f"{bucket.url}/") + "/a", b"0123456789")
+    for path in (tmp_path / "a", f"{bucket_folder}/a"):
+        assert filesystem.read_range(path, 3, 7) == b"3456" and filesystem.read_range(path, 4, 4) == b""
+        assert filesystem.read_whole(path, 10) == b"0123456789"
+        with pytest.raises(OSError, match="a: it ends 2 bytes before byte 12"):
+            filesystem.read_range(path, 5, 12)
