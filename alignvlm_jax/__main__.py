@@ -5,6 +5,7 @@ start again what ends otherwise: 70 an exception that nobody expected, as where 
 host that came too late; 143 told to stop, and saved.
 """
 
+import errno
 import importlib
 import os
 import sys
@@ -73,7 +74,8 @@ def _run(argv: list[str], debug: bool) -> int:
         return _fail(str(err))
     except OSError as err:
         _show_traceback(debug)
-        return _fail(f"{err.filename}: {err.strerror}" if err.filename and err.strerror else str(err))
+        message = f"{err.filename}: {err.strerror}" if err.filename and err.strerror else str(err)
+        return _fail(message, status=75 if _may_pass(err) else 1)
     except KeyboardInterrupt:
         return _fail("interrupted")
     return 0
@@ -83,6 +85,11 @@ def _show_traceback(debug: bool) -> None:
     """The log of a host has it in any case."""
     if debug:
         traceback.print_exc()
+
+
+def _may_pass(err: OSError) -> bool:
+    """Whether it is of a network or a storage that may answer again, and not of what was asked for."""
+    return isinstance(err, TimeoutError | ConnectionError) or err.errno in (errno.EIO, errno.ESTALE)
 
 
 def _joins(argv: list[str]) -> bool:

@@ -52,7 +52,15 @@ def test_what_the_user_can_mend_is_one_line_and_status_1(command, capsys, error,
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(UsageError("a"), 2), (TryAgainError("a"), 75), (StoppedError("a"), 143)]
+    ("error", "status"),
+    [
+        (UsageError("a"), 2),
+        (TryAgainError("a"), 75),
+        (StoppedError("a"), 143),
+        (TimeoutError("a"), 75),
+        (ConnectionResetError("a"), 75),
+        (OSError("a"), 1),
+    ],
 )
 def test_what_launchers_start_again_has_a_status_of_its_own(command, capsys, error, status):
     command(fail_with(error))

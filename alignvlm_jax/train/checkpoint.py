@@ -33,7 +33,7 @@ from alignvlm_jax import config as config_lib
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import sources
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import TryAgainError, UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import distributed, exchange
 from alignvlm_jax.storage import Path
@@ -292,10 +292,10 @@ class Checkpoints:
                         raise UserError(f"{name} holds another model: {differing}") from err
                     raise BrokenCheckpoint(f"{name} cannot be read ({_first_line(err)})") from err
                 if kind is Kind.REFUSED or pause is None:
+                    # What the storage refuses it will refuse again.
+                    error = UserError if kind is Kind.REFUSED else TryAgainError
                     reason = f"could not be read now ({_first_line(err)})"
-                    raise UserError(
-                        f"{name} {reason}; it stays as it is: call again when its storage gives it"
-                    ) from err
+                    raise error(f"{name} {reason}; it stays as it is: call again when its storage gives it") from err
             time.sleep(pause)
         raise AssertionError("the last try returns or raises")
 
