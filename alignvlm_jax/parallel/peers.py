@@ -12,7 +12,7 @@ import time
 
 import jax
 
-from alignvlm_jax import logs
+from alignvlm_jax import logs, storage
 from alignvlm_jax.parallel import exchange
 
 LOST_SECONDS = 60
@@ -94,7 +94,9 @@ class Watch:
             self._wait_for_others()
         else:
             exchange.say(f"left/{self._index}", True)
-        logs.ship_all()
+        writing = threading.Thread(target=_write_out, daemon=True)
+        writing.start()
+        writing.join(LEAVE_SECONDS)
         os._exit(status)
 
     def _wait_for_others(self) -> None:
@@ -109,3 +111,9 @@ class Watch:
                 break
             time.sleep(0.1)
         time.sleep(1)  # They have said so, and still have to do so.
+
+
+def _write_out() -> None:
+    """What would be lost: metrics that wait to be written, the end of the log, the claim on the workdir."""
+    storage.close_all()
+    logs.ship_all()
