@@ -93,13 +93,15 @@ def single_step(model: config_lib.ModelConfig):
 
 
 def assert_same_gradients(grads, expected) -> None:
-    """Equal to 1e-5 of each array's largest entry."""
+    """Equal to 3e-5 of each array's largest entry: sums in another order are rounded otherwise, by up to 0.6e-5 on a CPU
+    with AVX-512 and 2e-5 on one with AVX2 alone, whose sums are of other lengths. A row, head or part that is left out
+    or counted twice changes the first digits."""
     for (path, a), b in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected), strict=True):
         scale = np.abs(b).max()
         if sharding.path_name(path).endswith("k/bias"):
             scale = max(scale, 1e-2)  # a bias of all keys moves no softmax: this gradient is rounding
         assert scale > 0, path
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale, err_msg=sharding.path_name(path))
+        np.testing.assert_allclose(a, b, rtol=0, atol=3e-5 * scale, err_msg=sharding.path_name(path))
 
 
 # Sharded against single-device.
@@ -309,7 +311,8 @@ def test_without_labels_there_is_no_patch_loss(mesh, params, run):
     without = {name: array for name, array in MIXED.items() if not name.startswith("patch")}
     output, _ = run(params, without, "pixels")
     np.testing.assert_array_equal(output.patch_nll, np.zeros((ROWS, TILES, PATCHES)))
-    np.testing.assert_allclose(output.logits, run(params, MIXED, "pixels")[0].logits, atol=1e-5)
+    # Another program, which sums in another order: 1.2e-5 apart on a CPU with AVX2 alone.
+    np.testing.assert_allclose(output.logits, run(params, MIXED, "pixels")[0].logits, atol=3e-5)
 
 
 def test_text_alone_is_read_by_the_decoder_alone(mesh, params, run):
