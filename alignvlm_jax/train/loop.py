@@ -16,7 +16,6 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.table import Table
 
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config
@@ -194,16 +193,16 @@ def _start(
         run.progress.say(f"going on from {checkpoints.folder / str(newest)}")
         return checkpoint.agreed(lambda: checkpoints.restore(newest, abstract))
 
-    def start_params(source: Checkpoints | None, source_step: int) -> tuple[state.Params, Table]:
-        rng = jax.random.fold_in(jax.random.key(config.seed), stage.index)
-        return warm_start.start_params(model, config, abstract, source, source_step, rng)
+    def read(source: Checkpoints, source_step: int) -> warm_start.Found:
+        return warm_start.read(config, abstract, source, source_step)
 
+    found = None
     if newest:
-        params, table = checkpoint.agreed(lambda: start_params(checkpoints, newest))
+        found = checkpoint.agreed(lambda: read(checkpoints, newest))
     elif config.init_from:
-        params, table = checkpoint.read_newest(storage.path(config.init_from), start_params)
-    else:
-        params, table = start_params(None, 0)
+        found = checkpoint.read_newest(storage.path(config.init_from), read)
+    rng = jax.random.fold_in(jax.random.key(config.seed), stage.index)
+    params, table = warm_start.start_params(model, config, abstract, found, rng)
     run.progress.say(table)
     opt_state = state.init_opt_state(tx, config, abstract, params)
     first = jax.device_put(np.asarray(stage.begin, np.int32), abstract.step.sharding)
