@@ -29,6 +29,7 @@ from alignvlm_jax.parallel import distributed, exchange, sharding
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.train import (
     checkpoint,
+    commit,
     flops,
     goodput,
     hooks,
@@ -120,7 +121,7 @@ def train(configs: tuple[Config, ...], folder: Path, console: Console, process_b
     keep, ends = max(config.train.keep_checkpoints for config in configs), tuple(stage.end for stage in stages)
     with (
         workdir.claim(folder, configs),
-        HostLog(folder, process=process, num_processes=num_processes, commit=checkpoint.git_hash()) as log,
+        HostLog(folder, process=process, num_processes=num_processes, commit=commit.git_hash()) as log,
         Phases(process_began) as phases,
         watch.watched(
             folder,
