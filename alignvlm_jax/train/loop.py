@@ -270,6 +270,7 @@ class _StageLoop:
     interval: Interval = dataclasses.field(default_factory=Interval)
     batches: pipeline.TrainBatches = dataclasses.field(init=False)
     unread: tuple[int, step.Metrics, int] | None = None  # the last, batches.num_unsupervised
+    unsupervised_read: int = 0
     unsupervised_told: int = 0
     last_read: float | None = None
     step_seconds: float = 0.0
@@ -289,7 +290,8 @@ class _StageLoop:
         )
         if self.batches.num_unused:
             self.run.progress.say(f"{self.batches.num_unused:,} records are in no row: of no use to the stage's tasks")
-        self.interval = Interval()
+        self.interval = Interval(position.get("interval", ()))
+        self.unsupervised_told = -position.get("unsupervised_records", 0)
         with self.run.phases.enter("training"):
             self._run_steps(live, newest)
         # The next stage would compile before it asks.
@@ -372,7 +374,7 @@ class _StageLoop:
         """Reads the metrics of the step before, waiting for it, and logs them where due."""
         if self.unread is None:
             return
-        (now, metrics, unsupervised), self.unread = self.unread, None
+        (now, metrics, self.unsupervised_read), self.unread = self.unread, None
         config = self.stage.config
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         began, self.last_read = self.last_read, time.monotonic()
@@ -394,8 +396,8 @@ class _StageLoop:
             # Of the rows up to this step: those of the next have been read already.
             line |= self.batches.counters((now - self.stage.begin) * config.train.batch_size)
             # Not known from the plan, so of this process alone, and since the line before: lines add up after a resume.
-            line["unsupervised_records"] = unsupervised - self.unsupervised_told
-            self.unsupervised_told = unsupervised
+            line["unsupervised_records"] = self.unsupervised_read - self.unsupervised_told
+            self.unsupervised_told = self.unsupervised_read
             line["peak_memory_gib"] = peak_memory_gib()
             line |= self.run.phases.metrics()
             self.interval = Interval()
@@ -431,6 +433,12 @@ class _StageLoop:
             metrics = {"stage": self.stage.index, "answer_loss": answer_loss} if is_comparable else None
             # Not of the batches: one more than was trained on may have been fetched.
             next_row = (now - self.stage.begin) * self.stage.config.train.batch_size
-            position = {"next_row": next_row, "schedule": self.batches.schedule_state()}
+            position = {
+                "next_row": next_row,
+                "schedule": self.batches.schedule_state(),
+                # Since the last line, of which the next one tells too.
+                "interval": list(self.interval.values),  # It is written while further steps are added.
+                "unsupervised_records": self.unsupervised_read - self.unsupervised_told,
+            }
             self.run.checkpoints.save(now, live, position=position, metadata=metadata, metrics=metrics)
             self.saved, self.saved_at = now, time.monotonic()
