@@ -107,7 +107,7 @@ def _asks_for_several() -> str | None:
 def _fail(message: str, status: int = 1) -> int:
     print(f"alignvlm_jax: error: {message}", file=sys.stderr, flush=True)
     if distributed := _distributed():
-        distributed.fail(message, status)
+        return distributed.fail(message, status)
     return status
 
 

@@ -21,7 +21,7 @@ from alignvlm_jax.eval.loading import Loaded
 from alignvlm_jax.eval.predictions import Predictions
 from alignvlm_jax.logs import HostLog
 from alignvlm_jax.parallel import compile_cache, distributed
-from alignvlm_jax.train import checkpoint
+from alignvlm_jax.train import checkpoint, commit
 
 BENCHMARKS = Path("data")
 """Where --tasks are looked for: what `make demo` and `make data` prepare lies there."""
@@ -115,7 +115,7 @@ def _logged(workdir: Path) -> contextlib.AbstractContextManager:
     if not (workdir / checkpoint.FOLDER).is_dir():
         return contextlib.nullcontext()
     ranks = {"process": jax.process_index(), "num_processes": jax.process_count()}
-    return HostLog(workdir, **ranks, commit=checkpoint.git_hash())
+    return HostLog(workdir, **ranks, commit=commit.git_hash())
 
 
 @contextlib.contextmanager

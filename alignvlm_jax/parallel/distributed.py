@@ -87,10 +87,10 @@ def leave() -> None:
     jax.distributed.shutdown()
 
 
-def fail(message: str, status: int) -> None:
-    """Tells the others that this process ends, and why; does nothing for a single process."""
-    if _watch is not None:
-        _watch.fail(message, status)
+def fail(message: str, status: int) -> int:
+    """Tells the others that this process ends, and why; does nothing for a single process. Returns the status to end
+    with: another's, where that one's failure is the reason."""
+    return status if _watch is None else _watch.fail(message, status)
 
 
 def check_alike(facts: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ Without it the others would wait in their next collective until the coordination
 later, and then abort with its words instead of ours.
 """
 
+import contextlib
 import os
 import platform
 import sys
@@ -20,7 +21,8 @@ LOST_SECONDS = 60
 BEAT_SECONDS = 2
 LEAVE_SECONDS = 15
 """The longest that one which ends waits for others to have heard of it."""
-FAILED = 1
+UNFORESEEN = 70
+"""Exit status of an exception that nobody expected."""
 LOST = 75
 """Exit status of a run that is to be started again: that of EX_TEMPFAIL, which launchers know."""
 
@@ -42,12 +44,24 @@ class Watch:
         self._stopped.set()
         self._thread.join()
 
-    def fail(self, message: str, status: int) -> None:
-        """Tells the others why this process ends, and waits until they have heard; they end with the same status."""
+    def fail(self, message: str, status: int) -> int:
+        """Tells the others why this process ends, and waits until they have heard; they end with the same status.
+
+        Returns the status to end with. An unforeseen error is mostly what another's end did to this process: then it
+        is that one's, whose reason is told in the place of this.
+        """
         if not self._ending.acquire(blocking=False):
             threading.Event().wait()  # The thread is about to end this process.
-        exchange.say(f"failed/{self._index}", {"message": message, "status": status})
-        self._wait_for_others()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # Nobody can be told.
+            others = {process: told for process, told in exchange.said("failed").items() if process != str(self._index)}
+            if status == UNFORESEEN and others:
+                process, told = next(iter(others.items()))
+                message, status = f"{self._name(process)}: {told['message']}", told["status"]
+                if self._index == 0:
+                    print(f"alignvlm_jax: error: {message}", file=sys.stderr, flush=True)
+            exchange.say(f"failed/{self._index}", {"message": message, "status": status})
+            self._wait_for_others()
+        return status
 
     def _watch(self) -> None:
         beat = 0
@@ -83,17 +97,19 @@ class Watch:
         return None
 
     def _name(self, process: str) -> str:
-        return f"process {process} of {self._count} ({exchange.said('host').get(process, 'an unknown host')})"
+        hosts: dict[str, str] = {}
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # The service may go meanwhile.
+            hosts = exchange.said("host")
+        return f"process {process} of {self._count} ({hosts.get(process, 'an unknown host')})"
 
     def _end(self, message: str, status: int) -> None:
         if self._stopped.is_set() or not self._ending.acquire(blocking=False):
             return  # The main thread is on its way out by itself.
-        if self._index == 0:
-            print(f"alignvlm_jax: error: {message}", file=sys.stderr, flush=True)
-            exchange.say("failed/0", {"message": message, "status": status})
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            if self._index == 0:
+                print(f"alignvlm_jax: error: {message}", file=sys.stderr, flush=True)
+                exchange.say("failed/0", {"message": message, "status": status})
             self._wait_for_others()
-        else:
-            exchange.say(f"left/{self._index}", True)
         writing = threading.Thread(target=_write_out, daemon=True)
         writing.start()
         writing.join(LEAVE_SECONDS)

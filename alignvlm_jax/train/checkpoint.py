@@ -1,4 +1,5 @@
-"""Checkpoints of a run: orbax composites of state, data position and metadata. The only file that knows orbax.
+"""Checkpoints of a run: orbax composites of state, data position and metadata. With `checkpoint_files` the only file
+that knows orbax.
 
     workdir/checkpoints/STEP/{state, data, metadata, metrics, commit_success.txt}
 
@@ -11,23 +12,16 @@ import contextlib
 import functools
 import importlib.metadata
 import itertools
-import json
-import logging
-import os
-import pathlib
-import subprocess
 import sys
 import time
 import uuid
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
-from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import storage
@@ -37,7 +31,7 @@ from alignvlm_jax.errors import TryAgainError, UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import distributed, exchange
 from alignvlm_jax.storage import Path
-from alignvlm_jax.train import damage, state
+from alignvlm_jax.train import checkpoint_files, commit, damage, state
 from alignvlm_jax.train.damage import Kind
 from alignvlm_jax.train.state import Params, TrainState
 
@@ -48,12 +42,6 @@ LAYOUT_VERSION = 1
 
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 FOLDER = "checkpoints"
-COMMITTED = "commit_success.txt"
-"""Orbax's; the last file of a checkpoint that is written."""
-CHECKSUM = "crc32"
-"""Of the other fields of a JSON file."""
-UNFINISHED = ".orbax-checkpoint-tmp"
-"""Orbax's, in the name of a folder that is not finished."""
 MAX_DIFFERENCES = 3
 """Named in the message; the rest is counted."""
 PAUSES = (1.0, 2.0, 4.0, 8.0)
@@ -80,18 +68,9 @@ class Checkpoints:
         host_gb: float | None = None,
     ):
         """`host_gb` bounds what a save copies and writes at once, and makes its caller wait; it must hold any array."""
-        _quiet_terminal()
+        checkpoint_files.quiet_terminal()
         self.folder = storage.absolute(folder)
-        self._handlers = {
-            "state": ocp.PyTreeCheckpointHandler(
-                # Of the two formats this one can have checksums (`_codecs_with_checksums`).
-                use_zarr3=True,
-                save_concurrent_gb=host_gb,
-                save_device_host_concurrent_gb=host_gb,
-            ),
-            "data": ocp.JsonCheckpointHandler(),
-            "metadata": ocp.JsonCheckpointHandler(),
-        }
+        self._handlers = checkpoint_files.handlers(host_gb)
         # Of several processes one that only reads waits for no other: the manager would, at its barriers.
         self._manager = None if read_only else self._make_manager(keep, stage_ends)
         self._saving: int | None = None
@@ -113,7 +92,7 @@ class Checkpoints:
         )
         manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=self._handlers)
         # Its own removes a checkpoint file by file: one that a kill left half removed would look whole.
-        manager._checkpoint_deleter = _Deleter(self.folder, renames)
+        manager._checkpoint_deleter = checkpoint_files.Deleter(self.folder, renames)
         return manager
 
     def __enter__(self) -> "Checkpoints":
@@ -140,8 +119,8 @@ class Checkpoints:
             renames = storage.can_rename_folders(self.folder)
             for child in storage.children(self.folder):
                 # A folder is no checkpoint until it is whole, so where it lies in place it may be half of one.
-                in_place = not renames and child.name.isdigit() and not (child / COMMITTED).exists()
-                if UNFINISHED in child.name or in_place:
+                in_place = not renames and child.name.isdigit() and not (child / checkpoint_files.COMMITTED).exists()
+                if checkpoint_files.UNFINISHED in child.name or in_place:
                     storage.remove_tree(child)
         return exchange.from_main(renames)
 
@@ -152,7 +131,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Returns the steps that are whole, oldest first."""
         numbered = [child for child in storage.children(self.folder) if child.name.isdigit()]
-        return sorted(int(child.name) for child in numbered if (child / COMMITTED).exists())
+        return sorted(int(child.name) for child in numbered if (child / checkpoint_files.COMMITTED).exists())
 
     def save(
         self,
@@ -187,8 +166,8 @@ class Checkpoints:
         self._check_space(live)
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(live),
-            data=ocp.args.JsonSave(_with_checksum(dict(position))),
-            metadata=ocp.args.JsonSave(_with_checksum({**metadata, "run_id": self._id_of_run()})),
+            data=ocp.args.JsonSave(checkpoint_files.with_checksum(dict(position))),
+            metadata=ocp.args.JsonSave(checkpoint_files.with_checksum({**metadata, "run_id": self._id_of_run()})),
         )
         try:
             written = self._manager.save(step, args=args, metrics=metrics)
@@ -223,7 +202,7 @@ class Checkpoints:
         """
 
         def read(folder: Path) -> tuple[TrainState, dict[str, Any]]:
-            restored = self._handlers["state"].restore(folder / "state", args=_pytree_restore(abstract))
+            restored = self._handlers["state"].restore(folder / "state", args=checkpoint_files.pytree_restore(abstract))
             position = self._read_json(folder, "data")
             position["next_row"]  # Without it this is no position: KeyError says so.
             return restored, position
@@ -235,7 +214,7 @@ class Checkpoints:
         wanted = {"params": abstract}
 
         def read(folder: Path) -> Params:
-            args = _pytree_restore(wanted, partial=True)
+            args = checkpoint_files.pytree_restore(wanted, partial=True)
             found = self._handlers["state"].restore(folder / "state", args=args)["params"]
             # Of what is not there orbax gives back, without a word, what it was asked for.
             if not all(isinstance(x, jax.Array) for x in jax.tree.leaves(found)):
@@ -262,7 +241,8 @@ class Checkpoints:
     def stored_params(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the shape and dtype of every stored parameter by path."""
         return self._read(
-            step, lambda folder: _shapes(self._handlers["state"].metadata(folder / "state").tree["params"])
+            step,
+            lambda folder: checkpoint_files.shapes(self._handlers["state"].metadata(folder / "state").tree["params"]),
         )
 
     def set_aside(self, step: int) -> Path:
@@ -272,7 +252,7 @@ class Checkpoints:
         names = (f"{step}.broken{number}" for number in itertools.chain([""], (f".{n}" for n in itertools.count(2))))
         broken = next(self.folder / name for name in names if not (self.folder / name).exists())
         if distributed.is_main():
-            storage.move_folder(self.folder / str(step), broken, last=COMMITTED)
+            storage.move_folder(self.folder / str(step), broken, last=checkpoint_files.COMMITTED)
         exchange.barrier()
         self._manager.reload()
         return broken
@@ -290,26 +270,28 @@ class Checkpoints:
                 if kind is Kind.DAMAGE:
                     if wanted is not None and (differing := self._differences(step, wanted)):
                         raise UserError(f"{name} holds another model: {differing}") from err
-                    raise BrokenCheckpoint(f"{name} cannot be read ({_first_line(err)})") from err
+                    raise BrokenCheckpoint(f"{name} cannot be read ({checkpoint_files.first_line(err)})") from err
                 if kind is Kind.REFUSED or pause is None:
                     # What the storage refuses it will refuse again.
                     error = UserError if kind is Kind.REFUSED else TryAgainError
-                    reason = f"could not be read now ({_first_line(err)})"
+                    reason = f"could not be read now ({checkpoint_files.first_line(err)})"
                     raise error(f"{name} {reason}; it stays as it is: call again when its storage gives it") from err
             time.sleep(pause)
         raise AssertionError("the last try returns or raises")
 
     def _read_json(self, folder: Path, item: str) -> dict[str, Any]:
-        return _without_checksum(self._handlers[item].restore(folder / item, args=ocp.args.JsonRestore()))
+        return checkpoint_files.without_checksum(
+            self._handlers[item].restore(folder / item, args=ocp.args.JsonRestore())
+        )
 
     def _differences(self, step: int, wanted: Any) -> str:
         """Returns how a checkpoint's arrays differ from those wanted of it; "" where they do not, or nobody knows."""
         try:
-            stored = _shapes(self._handlers["state"].metadata(self.folder / str(step) / "state").tree)
+            stored = checkpoint_files.shapes(self._handlers["state"].metadata(self.folder / str(step) / "state").tree)
         except Exception:
             return ""
         lines = []
-        for path, array in _shapes(wanted).items():
+        for path, array in checkpoint_files.shapes(wanted).items():
             if path not in stored:
                 lines.append(f"it has no {path}")
             elif stored[path].shape != array.shape:
@@ -342,37 +324,9 @@ class Checkpoints:
         self._manager.reload()
         whole = self.latest()
         rest = "there is no earlier one" if whole is None else f"step {whole} stands"
-        return UserError(f"could not write checkpoint {self.folder / str(self._saving)}: {_first_line(err)}; {rest}")
-
-
-class _Deleter:
-    """Removes checkpoints that are superseded: each at once no longer a checkpoint, then file by file."""
-
-    def __init__(self, folder: Path, renames: bool):
-        self._folder = folder
-        self._renames = renames
-
-    def delete(self, step: int) -> None:
-        """Removes one."""
-        if not distributed.is_main():
-            return
-        old = self._folder / str(step)
-        if self._renames:
-            doomed = self._folder / f"{step}{UNFINISHED}-removed"
-            storage.remove_tree(doomed)
-            old.rename(doomed)
-            old = doomed
-        else:
-            (old / COMMITTED).unlink(missing_ok=True)
-        storage.remove_tree(old)
-
-    def delete_steps(self, steps: Sequence[int]) -> None:
-        """Removes several."""
-        for step in steps:
-            self.delete(step)
-
-    def close(self) -> None:
-        """Nothing is open."""
+        return UserError(
+            f"could not write checkpoint {self.folder / str(self._saving)}: {checkpoint_files.first_line(err)}; {rest}"
+        )
 
 
 def describe(
@@ -386,7 +340,7 @@ def describe(
         "data": sources.fingerprint(*stage.data.folders),
         "train_seconds": train_seconds,
         "validation_answer_loss": answer_loss,
-        "git": git_hash(),
+        "git": commit.git_hash(),
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
 
@@ -460,102 +414,10 @@ def load_model(path: Path, mesh: Mesh) -> tuple[Config, vlm.VLM, Params, int]:
     return read_newest(path, read)
 
 
-def _pytree_restore(abstract: Any, *, partial: bool = False) -> ocp.args.PyTreeRestore:
-    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-    return ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=partial)
-
-
-def _shapes(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shape and dtype of every array of a tree, or of what orbax says of one, by path."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-    return {_path_of(keys): jax.ShapeDtypeStruct(tuple(x.shape), x.dtype) for keys, x in leaves if hasattr(x, "shape")}
-
-
-def _path_of(keys: Sequence[Any]) -> str:
-    return "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in keys)
-
-
-def _with_checksum(fields: dict[str, Any]) -> dict[str, Any]:
-    """A bit that flips in a number leaves it a number."""
-    return {**fields, CHECKSUM: _checksum(fields)}
-
-
-def _without_checksum(fields: dict[str, Any]) -> dict[str, Any]:
-    """Raises ValueError where it is another one; checkpoints from before have none."""
-    fields = dict(fields)
-    if CHECKSUM in fields and (stored := fields.pop(CHECKSUM)) != (found := _checksum(fields)):
-        raise ValueError(f"its checksum is {found}, and {stored} was written")
-    return fields
-
-
-def _checksum(fields: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
-
-
 def _with_layout(metadata: dict[str, Any]) -> tuple[dict[str, Any], int]:
     return metadata, metadata["layout_version"]
-
-
-def _codecs_with_checksums(*args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Returns orbax's description of an array's files, with a checksum behind every chunk.
-
-    Orbax has none for them, nor a switch: a bit that flips in a chunk is read as other numbers. It stands in the
-    description, so that every reader finds it.
-    """
-    described = _orbax_codecs(*args, **kwargs)
-    codecs = described["codecs"][0]["configuration"]["codecs"]
-    for codec in codecs:
-        if codec["name"] == "zstd":
-            codec["configuration"]["level"] = 1  # As in the other format: weights hardly shrink at any.
-    codecs.append({"name": "crc32c"})
-    return described
-
-
-_orbax_codecs = tensorstore_utils._build_zarr3_metadata
-tensorstore_utils._build_zarr3_metadata = _codecs_with_checksums
-
-
-class _NotOfOrbax(logging.Filter):
-    """Of a terminal: orbax logs every step of every save, and a traceback where we print one line."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return record.name != "absl" or "/orbax/" not in record.pathname
-
-
-def _quiet_terminal() -> None:
-    """Leaves orbax's lines to log files."""
-    for handler in (*logging.root.handlers, *logging.getLogger("absl").handlers, logging.lastResort):
-        stream = getattr(getattr(handler, "python_handler", handler), "stream", None)
-        is_quiet = any(isinstance(one, _NotOfOrbax) for one in handler.filters)
-        if stream in (sys.stderr, sys.stdout, sys.__stderr__) and not is_quiet:
-            handler.addFilter(_NotOfOrbax())
 
 
 def _quality(metrics: Mapping[str, float]) -> tuple[float, float]:
     """Larger is better. Losses of two stages do not compare: a later stage always wins."""
     return metrics["stage"], -metrics["answer_loss"]
-
-
-def _first_line(err: BaseException) -> str:
-    if "See full TensorStore details" in str(err) and err.__cause__:
-        return _first_line(err.__cause__)  # It prints how the array is opened; the cause says what is wrong.
-    return (str(err).splitlines() or [type(err).__name__])[0]
-
-
-@functools.cache
-def git_hash() -> str:
-    """Returns the commit of the code that runs, with "-dirty" where it was changed since; "unknown" outside a checkout.
-
-    The launch scripts name it where there is no .git: in ALIGNVLM_COMMIT, or in the file COMMIT of an image or a host.
-    """
-    noted = pathlib.Path(__file__).parents[2] / "COMMIT"
-    if commit := os.environ.get("ALIGNVLM_COMMIT"):
-        return commit
-    if noted.is_file():
-        return noted.read_text().strip()
-    command = ["git", "-C", str(pathlib.Path(__file__).parent), "--no-optional-locks"]
-    command += ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -16,7 +16,6 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.table import Table
 
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config
@@ -30,6 +29,7 @@ from alignvlm_jax.parallel import distributed, exchange, sharding
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.train import (
     checkpoint,
+    commit,
     flops,
     goodput,
     hooks,
@@ -121,7 +121,7 @@ def train(configs: tuple[Config, ...], folder: Path, console: Console, process_b
     keep, ends = max(config.train.keep_checkpoints for config in configs), tuple(stage.end for stage in stages)
     with (
         workdir.claim(folder, configs),
-        HostLog(folder, process=process, num_processes=num_processes, commit=checkpoint.git_hash()) as log,
+        HostLog(folder, process=process, num_processes=num_processes, commit=commit.git_hash()) as log,
         Phases(process_began) as phases,
         watch.watched(
             folder,
@@ -194,16 +194,16 @@ def _start(
         run.progress.say(f"going on from {checkpoints.folder / str(newest)}")
         return checkpoint.agreed(lambda: checkpoints.restore(newest, abstract))
 
-    def start_params(source: Checkpoints | None, source_step: int) -> tuple[state.Params, Table]:
-        rng = jax.random.fold_in(jax.random.key(config.seed), stage.index)
-        return warm_start.start_params(model, config, abstract, source, source_step, rng)
+    def read(source: Checkpoints, source_step: int) -> warm_start.Found:
+        return warm_start.read(config, abstract, source, source_step)
 
+    found = None
     if newest:
-        params, table = checkpoint.agreed(lambda: start_params(checkpoints, newest))
+        found = checkpoint.agreed(lambda: read(checkpoints, newest))
     elif config.init_from:
-        params, table = checkpoint.read_newest(storage.path(config.init_from), start_params)
-    else:
-        params, table = start_params(None, 0)
+        found = checkpoint.read_newest(storage.path(config.init_from), read)
+    rng = jax.random.fold_in(jax.random.key(config.seed), stage.index)
+    params, table = warm_start.start_params(model, config, abstract, found, rng)
     run.progress.say(table)
     opt_state = state.init_opt_state(tx, config, abstract, params)
     first = jax.device_put(np.asarray(stage.begin, np.int32), abstract.step.sharding)
@@ -270,6 +270,7 @@ class _StageLoop:
     interval: Interval = dataclasses.field(default_factory=Interval)
     batches: pipeline.TrainBatches = dataclasses.field(init=False)
     unread: tuple[int, step.Metrics, int] | None = None  # the last, batches.num_unsupervised
+    unsupervised_read: int = 0
     unsupervised_told: int = 0
     last_read: float | None = None
     step_seconds: float = 0.0
@@ -289,7 +290,8 @@ class _StageLoop:
         )
         if self.batches.num_unused:
             self.run.progress.say(f"{self.batches.num_unused:,} records are in no row: of no use to the stage's tasks")
-        self.interval = Interval()
+        self.interval = Interval(position.get("interval", ()))
+        self.unsupervised_told = -position.get("unsupervised_records", 0)
         with self.run.phases.enter("training"):
             self._run_steps(live, newest)
         # The next stage would compile before it asks.
@@ -372,7 +374,7 @@ class _StageLoop:
         """Reads the metrics of the step before, waiting for it, and logs them where due."""
         if self.unread is None:
             return
-        (now, metrics, unsupervised), self.unread = self.unread, None
+        (now, metrics, self.unsupervised_read), self.unread = self.unread, None
         config = self.stage.config
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         began, self.last_read = self.last_read, time.monotonic()
@@ -394,8 +396,8 @@ class _StageLoop:
             # Of the rows up to this step: those of the next have been read already.
             line |= self.batches.counters((now - self.stage.begin) * config.train.batch_size)
             # Not known from the plan, so of this process alone, and since the line before: lines add up after a resume.
-            line["unsupervised_records"] = unsupervised - self.unsupervised_told
-            self.unsupervised_told = unsupervised
+            line["unsupervised_records"] = self.unsupervised_read - self.unsupervised_told
+            self.unsupervised_told = self.unsupervised_read
             line["peak_memory_gib"] = peak_memory_gib()
             line |= self.run.phases.metrics()
             self.interval = Interval()
@@ -431,6 +433,12 @@ class _StageLoop:
             metrics = {"stage": self.stage.index, "answer_loss": answer_loss} if is_comparable else None
             # Not of the batches: one more than was trained on may have been fetched.
             next_row = (now - self.stage.begin) * self.stage.config.train.batch_size
-            position = {"next_row": next_row, "schedule": self.batches.schedule_state()}
+            position = {
+                "next_row": next_row,
+                "schedule": self.batches.schedule_state(),
+                # Since the last line, of which the next one tells too.
+                "interval": list(self.interval.values),  # It is written while further steps are added.
+                "unsupervised_records": self.unsupervised_read - self.unsupervised_told,
+            }
             self.run.checkpoints.save(now, live, position=position, metadata=metadata, metrics=metrics)
             self.saved, self.saved_at = now, time.monotonic()

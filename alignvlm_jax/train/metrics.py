@@ -127,8 +127,11 @@ def peak_memory_gib() -> float:
 class Interval:
     """Training values since the last logged line, and the time they took."""
 
-    def __init__(self) -> None:
-        self._values: list[dict[str, float]] = []
+    def __init__(self, earlier: Sequence[Mapping[str, float]] = ()) -> None:
+        """`earlier` are the `values` of the run before, where one goes on between two lines: a line is then what it
+        would be without the stop."""
+        self.values: list[dict[str, float]] = [dict(values) for values in earlier]
+        self._num_earlier = len(self.values)
         self._began = time.monotonic()
         self._waited = 0.0
 
@@ -153,17 +156,18 @@ class Interval:
 
     def add(self, values: dict[str, float]) -> None:
         """Adds the values of one step."""
-        self._values.append(values)
+        self.values.append(values)
 
     def means(self) -> dict[str, float]:
         """Returns means over the steps, of finite numbers only: a skipped step counts for its time. With them the
         rate, and the share of the time in which the device waited for data, or less (`next_batch`)."""
         seconds = time.monotonic() - self._began
         means = {}
-        for name in self._values[-1]:
-            finite = [values[name] for values in self._values if math.isfinite(values[name])]
+        for name in self.values[-1]:
+            finite = [values[name] for values in self.values if math.isfinite(values[name])]
             means[name] = sum(finite) / len(finite) if finite else math.nan
-        rates = {"steps_per_second": len(self._values) / seconds, "data_wait_fraction": self._waited / seconds}
+        num_steps = len(self.values) - self._num_earlier
+        rates = {"steps_per_second": num_steps / seconds, "data_wait_fraction": self._waited / seconds}
         return means | rates
 
 

@@ -38,8 +38,11 @@ class StopSignal:
         self._teller.close()
 
     def seen(self) -> bool:
-        """Whether this process knows of a signal. Others may not know of it yet: see `requested`."""
-        return self._requested or (jax.process_count() > 1 and bool(exchange.said(FOLDER)))
+        """Whether this process knows of a signal: of another's only the main one, which decides for all. See
+        `requested`."""
+        if self._requested or jax.process_count() == 1 or jax.process_index() != 0:
+            return self._requested
+        return bool(exchange.said(FOLDER))
 
     def requested(self) -> bool:
         """Whether any process was told to stop, as the main process has it. All must ask at the same point: they leave

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -17,35 +18,55 @@ from alignvlm_jax.train.state import Params, TrainState
 W2 = "connector/w2/kernel"
 
 
-def start_params(
-    model: vlm.VLM, config: Config, abstract: TrainState, source: Checkpoints | None, step: int, rng: jax.Array
-) -> tuple[Params, Table]:
-    """Returns the parameters, and the table of what was loaded, initialised and ignored.
+class Found(NamedTuple):
+    """What a checkpoint gives: the shapes of all its parameters, and of those asked for the arrays."""
 
-    Loaded is what matches `config.train.load` and is in checkpoint `step` of `source`, where there is one; the rest is
-    drawn from `rng`. ALIGN's W2, where drawn, becomes a copy of the LM head as loaded.
+    stored: dict[str, tuple[int, ...]]
+    params: Params
+
+
+def read(config: Config, abstract: TrainState, source: Checkpoints, step: int) -> Found:
+    """Returns what matches `config.train.load` and is in checkpoint `step` of `source`.
+
+    Nothing is computed: where one of several processes cannot read it, all do without, and none has begun a program
+    that this one will not join.
 
     Raises:
       UserError: a pattern of `train.load` matches nothing in the checkpoint, or shapes differ.
       BrokenCheckpoint: the checkpoint cannot be read.
     """
-    wanted = {path: x.shape for path, x in state.flatten(abstract.params).items()}
-    stored = {} if source is None else {path: x.shape for path, x in source.stored_params(step).items()}
-    loaded = set() if source is None else loadable(config, stored, wanted, source.folder / str(step))
+    wanted = _shapes(abstract.params)
+    stored = {path: x.shape for path, x in source.stored_params(step).items()}
+    loaded = loadable(config, stored, wanted, source.folder / str(step))
+    chosen = state.split(abstract.params, loaded)[0]
+    return Found(stored, source.restore_params(step, chosen) if loaded else {})
+
+
+def start_params(
+    model: vlm.VLM, config: Config, abstract: TrainState, found: Found | None, rng: jax.Array
+) -> tuple[Params, Table]:
+    """Returns the parameters, and the table of what was loaded, initialised and ignored.
+
+    Loaded is what was `found`, where there is a checkpoint; the rest is drawn from `rng`. ALIGN's W2, where drawn,
+    becomes a copy of the LM head as loaded.
+    """
+    stored, params = found or Found({}, {})
+    wanted, loaded = _shapes(abstract.params), state.flatten(params).keys()
     initialised = wanted.keys() - loaded
-    params: Params = {}
-    if loaded:
-        params = source.restore_params(step, state.split(abstract.params, loaded)[0])
     if initialised:
         params = state.merge(params, state.init_params(model, config, abstract.params, initialised, rng))
     if loaded and W2 in initialised and vlm.has_head_copy(config.model):
         params = with_head_copy(params, abstract.params)
     groups = {
-        "loaded": {path: wanted[path] for path in loaded},
+        "loaded": {path: wanted[path] for path in wanted if path in loaded},
         "initialised": {path: wanted[path] for path in wanted if path not in loaded},
         "ignored in the checkpoint": {path: stored[path] for path in stored if path not in loaded},
     }
     return params, table(groups)
+
+
+def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
+    return {path: x.shape for path, x in state.flatten(params).items()}
 
 
 def loadable(

@@ -12,7 +12,7 @@ import pytest
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.eval import loading
-from alignvlm_jax.train import checkpoint
+from alignvlm_jax.train import checkpoint_files
 
 
 def test_parameters_are_those_saved_whatever_the_mesh(trained_workdir):
@@ -50,7 +50,7 @@ def test_the_config_is_that_of_the_parameters(trained_workdir, tmp_path):
     metadata = newer / "metadata" / "metadata"
     fields = json.loads(metadata.read_text())
     fields["config"][0]["data"]["row_length"] = 64
-    del fields[checkpoint.CHECKSUM]  # As in one from before there were any.
+    del fields[checkpoint_files.CHECKSUM]  # As in one from before there were any.
     metadata.write_text(json.dumps(fields))
     config = loading.load_config(tmp_path, str(trained_workdir))
     assert config.data.row_length == 64

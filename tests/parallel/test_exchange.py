@@ -37,3 +37,29 @@ def test_values_arrive_whole_and_in_order(tmp_path):
         tmp_path,
     )
     assert [one.returncode for one in done] == [0, 0, 0], done
+
+
+def test_little_is_told_and_nothing_is_kept_for_good(tmp_path):
+    """A run asks the main process at every step; and most that hosts compare is the same everywhere."""
+    done = joined.run(
+        """
+        from alignvlm_jax.train.signals import StopSignal
+        distributed.initialize()
+        exchange.FORGET_EVERY = 20
+        with StopSignal() as stop:
+            if index:
+                exchange.said = None  # Not to be asked by hundreds of hosts.
+            for step in range(101):
+                assert not stop.requested()
+                assert len(exchange._keys) < 25, (step, len(exchange._keys))
+        assert len(exchange.client().key_value_dir_get(exchange.PREFIX + "/main/")) < 25
+        lengths, put = [], exchange._put
+        exchange._put = lambda key, value: (lengths.append(len(str(value))), put(key, value))
+        assert exchange.differing({"a": "x" * 10000}) == {}
+        assert max(lengths) < 300, lengths
+        distributed.leave()
+        """,
+        3,
+        tmp_path,
+    )
+    assert [one.returncode for one in done] == [0, 0, 0], done

@@ -1,10 +1,13 @@
 """Processes that fail, are lost, or differ: all end, soon, and the main one says why."""
 
 import signal
+import sys
 import time
 
+import jax
 import pytest
 
+from alignvlm_jax.parallel import exchange, peers
 from tests.parallel import joined
 
 # As the program does it, with a command that the tests make up.
@@ -23,6 +26,16 @@ def command(argv):
 sys.modules["alignvlm_jax.commands.train"] = types.SimpleNamespace(main=command)
 program.leave_with(program.main(["train"]))
 """
+
+# With what the program does about an exception that nobody expected.
+PROGRAM = COMMAND.replace(
+    'program.leave_with(program.main(["train"]))',
+    """
+import runpy
+sys.argv = ["alignvlm_jax", "train"]
+runpy.run_module("alignvlm_jax", run_name="__main__")
+""",
+)
 
 
 def ours(text: str) -> list[str]:
@@ -121,3 +134,51 @@ def test_a_signal_at_one_process_stops_all_at_the_same_point(tmp_path):
     """
     done = joined.run(code, 3, tmp_path)
     assert [one.returncode for one in done] == [0, 0, 0], done
+
+
+def test_what_one_failure_does_to_the_others_is_not_the_reason(tmp_path):
+    """A collective fails at once where a process has gone, before the message about it was read."""
+    act = """
+def act():
+    from jax.experimental import multihost_utils
+    multihost_utils.process_allgather(index)
+    if index == 2:
+        raise UserError("page 7 cannot be read")
+    multihost_utils.process_allgather(index)
+"""
+    done = joined.run(act + PROGRAM, 3, tmp_path)
+    assert [one.returncode for one in done] == [1, 1, 1], done
+    assert "process 2 of 3 (" in ours(done[0].stderr)[-1] and "page 7" in ours(done[0].stderr)[-1]
+
+
+def test_one_that_fails_ends_with_its_own_status_also_where_nobody_can_be_told(monkeypatch):
+    def say(name, value):
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE: failed to connect to all addresses")
+
+    monkeypatch.setattr(exchange, "say", lambda name, value: None)
+    monkeypatch.setattr(peers.Watch, "_watch", lambda self: None)
+    watch = peers.Watch()
+    monkeypatch.setattr(exchange, "say", say)
+    monkeypatch.setattr(exchange, "said", lambda folder: say(folder, None))
+    assert watch.fail("no space", 1) == 1
+
+
+def test_one_that_another_ends_ends_also_where_the_service_goes_meanwhile(monkeypatch):
+    """The main process leaves after a while, whether or not all have heard it."""
+    told = {"failed": {"0": {"message": "no space", "status": 1}}}
+    ended = []
+
+    def said(folder):
+        if folder == "host":
+            raise jax.errors.JaxRuntimeError("UNAVAILABLE: failed to connect to all addresses")
+        return told.get(folder, {})
+
+    monkeypatch.setattr(exchange, "say", lambda name, value: None)
+    monkeypatch.setattr(exchange, "said", said)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(peers, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(peers, "_write_out", lambda: None)
+    monkeypatch.setattr(peers.os, "_exit", lambda status: (ended.append(status), sys.exit()))
+    watch = peers.Watch()
+    watch._thread.join(5)
+    assert ended == [1]

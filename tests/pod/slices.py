@@ -18,38 +18,17 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.parallel.fake_slices import FakeDevice, fake_slice
+
 REPOSITORY = Path(__file__).parents[2]
 THEN = "--then"
-HOST = (2, 2, 1)
-KINDS = {"v5e": "TPU v5 lite", "v6e": "TPU v6 lite", "v5p": "TPU v5"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What `mesh_utils` asks of a TPU device."""
-
-    id: int
-    coords: tuple[int, int, int]
-    process_index: int
-    device_kind: str
-    slice_index: int
-    platform: str = "tpu"
-    core_on_chip: int = 0
-
-
-def chips(name: str) -> list[Chip]:
+def chips(name: str) -> list[FakeDevice]:
     """Returns the chips of a slice such as v5p:2x2x4, or of several as 2xv5e:4x4, in jax's order: host after host."""
     count, kind, shape = re.fullmatch(r"(?:(\d)x)?(v\w+):([\dx]+)", name).groups()
-    sizes = [int(size) for size in f"{shape}x1".split("x")][:3]
-    found: list[Chip] = []
-    for number in range(int(count or 1)):
-        for corner in np.ndindex(*(size // part for size, part in zip(sizes[::-1], HOST[::-1], strict=True))):
-            process = len(found) // int(np.prod(HOST))
-            for inner in np.ndindex(*HOST[::-1]):
-                places = zip(corner[::-1], inner[::-1], HOST, strict=True)
-                coords = tuple(int(block * part + rest) for block, rest, part in places)
-                found.append(Chip(len(found), coords, process, KINDS[kind], number))
-    return found
+    x, y, z = [int(size) for size in f"{shape}x1".split("x")][:3]
+    return fake_slice(kind, (x, y, z), int(count or 1))
 
 
 def run(

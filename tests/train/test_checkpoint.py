@@ -522,21 +522,3 @@ def test_a_process_that_cannot_read_does_not_hold_up_the_others(tmp_path):
         for process in processes:
             process.kill()
     assert [lines.splitlines()[-1] for lines in said] == ["read 3.0", "UserError"]
-
-
-def test_where_there_is_no_git_the_launch_scripts_name_the_commit(tmp_path, monkeypatch):
-    """In an image and on a rented host the metadata said "unknown", of the very runs that matter."""
-    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "alignvlm_jax" / "train" / "checkpoint.py"))
-    (tmp_path / "alignvlm_jax" / "train").mkdir(parents=True)
-    config = tiny_config(stage="align")
-
-    def commit() -> str:
-        checkpoint.git_hash.cache_clear()
-        return checkpoint.describe((config,), config, train_seconds=2.0, answer_loss=0.5)["git"]
-
-    assert commit() == "unknown"
-    (tmp_path / "COMMIT").write_text("abc-dirty\n")
-    assert commit() == "abc-dirty"
-    monkeypatch.setenv("ALIGNVLM_COMMIT", "def")
-    assert commit() == "def"
-    checkpoint.git_hash.cache_clear()

@@ -142,6 +142,17 @@ def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(straight, tmp_path
     assert_same_run(tmp_path, straight)
 
 
+def test_a_run_that_goes_on_between_two_lines_logs_what_the_uninterrupted_one_does(tmp_path):
+    configs = fake_run.stages(log_every=3)[:1]
+    fake_run.train(tmp_path / "straight", configs=configs)
+    for step_number in (2, 3):  # Before a line is due, and before its step.
+        with pytest.raises(loop.Stopped, match=f"stopped at step {step_number - 1} of 4"):
+            fake_run.train(tmp_path / "run", Batches(fake_run.send(signal.SIGTERM, at=step_number)), configs=configs)
+    fake_run.train(tmp_path / "run", configs=configs)
+    assert without_times(tmp_path / "run") == without_times(tmp_path / "straight")
+    assert all(line["steps_per_second"] > 0 for line in lines(tmp_path / "run") if "loss" in line)
+
+
 def test_a_signal_while_validating_is_honoured_before_the_next_batch(tmp_path, monkeypatch):
     measured, eval_inputs = [], step.eval_inputs
 

@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import types
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from alignvlm_jax.config import ConnectorConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
-from alignvlm_jax.train import checkpoint, optim, state, warm_start
+from alignvlm_jax.train import checkpoint, loop, optim, state, warm_start
 from alignvlm_jax.train.checkpoint import Checkpoints
 
 STEP = 7
@@ -28,8 +29,8 @@ def start(trained_workdir):
         folder = trained_workdir / checkpoint.FOLDER
         with mesh_lib.use(mesh_lib.make_mesh(config)) as mesh, Checkpoints(folder, read_only=True) as checkpoints:
             abstract = state.abstract_state(model, config, tx, mesh)
-            source = checkpoints if source else None
-            params, table = warm_start.start_params(model, config, abstract, source, STEP, jax.random.key(1))
+            found = warm_start.read(config, abstract, checkpoints, STEP) if source else None
+            params, table = warm_start.start_params(model, config, abstract, found, jax.random.key(1))
         assert jax.tree.map(lambda x: x.sharding, params) == state.shardings_of(abstract.params)
         assert all(x.dtype == np.float32 and not x.weak_type for x in jax.tree.leaves(params))
         return state.flatten(jax.tree.map(np.asarray, params)), printed(table)
@@ -98,4 +99,33 @@ def test_other_shapes_are_an_error_that_names_both(trained_workdir):
         with pytest.raises(
             UserError, match=r"mlp/down/kernel is \(2, 32, 16\) in .*/7 and \(2, 64, 16\) in config.model"
         ):
-            warm_start.start_params(model, config, abstract, checkpoints, STEP, jax.random.key(0))
+            warm_start.read(config, abstract, checkpoints, STEP)
+
+
+def test_what_one_process_may_fail_to_read_is_agreed_on_before_anything_is_computed(trained_workdir, monkeypatch):
+    """Else the others would have begun a program across all devices that this one never joins."""
+    config = checkpoint.load_config(trained_workdir)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, load=("llm/.*",)))
+    model, tx = vlm.VLM(config.model), optim.make_optimizer(config)
+    order: list[str] = []
+    for name in ("init_params", "init_opt_state"):
+        monkeypatch.setattr(state, name, noting(order, name, getattr(state, name)))
+    monkeypatch.setattr(warm_start, "with_head_copy", noting(order, "copy", warm_start.with_head_copy))
+    monkeypatch.setattr(checkpoint, "agreed", lambda read: (read(), order.append("agreed"))[0])
+    with (
+        mesh_lib.use(mesh_lib.make_mesh(config)) as mesh,
+        Checkpoints(trained_workdir / checkpoint.FOLDER, read_only=True) as checkpoints,
+    ):
+        abstract = state.abstract_state(model, config, tx, mesh)
+        progress = types.SimpleNamespace(say=lambda _: None)
+        run = types.SimpleNamespace(checkpoints=checkpoints, earlier_seconds=0.0, progress=progress)
+        loop._start(run, loop.Stage(0, config, STEP, STEP + 1), STEP, model, tx, abstract)
+    assert order == ["agreed", "init_params", "copy", "init_opt_state"]
+
+
+def noting(order: list[str], name: str, function):
+    def noted(*args, **kwargs):
+        order.append(name)
+        return function(*args, **kwargs)
+
+    return noted
