@@ -8,7 +8,9 @@ Finished trials stand in OUT/trials.jsonl and are not run again.
 import argparse
 import functools
 import json
+import os
 import random
+import resource
 import shutil
 import sys
 import threading
@@ -20,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.stress import kills, report, runs
+from tests.stress import bits, disk, faults, kills, memory, meshes, report, runs, twice
 from tests.stress.runs import Hang
 from tests.stress.setting import Setting
 from tests.stress.workdirs import Wrong
@@ -46,6 +48,16 @@ def cases() -> dict[str, Case]:
             act = functools.partial(kills.stop, num_processes=count, of_bucket=count == 2, name=name)
             sentence = f"{name} at random moments of all phases{', half to one process alone' * (count == 2)}"
             found[f"{name}/{count}"] = Case(3, sentence, act)
+    found["meshes"] = Case(
+        5, "a run in three places of 1, 2 and 4 processes, meshes and orders of devices", meshes.chain
+    )
+    found["full disk"] = Case(10, "the disk is full at a random moment", disk.full)
+    for place in ("local", "bucket"):
+        act = functools.partial(twice.second, of_bucket=place == "bucket")
+        found[f"two runs/{place}"] = Case(3, "a second run in the workdir of a first", act)
+    found["flipped bit"] = Case(bits.NUM_FILES, "a bit of each file of a checkpoint", bits.flip)
+    found["faults"] = Case(len(faults.FAULTS), "bad input as whole commands", faults.meet)
+    found["memory"] = Case(1, f"memory, threads and files of {memory.NUM_STEPS:,} steps", memory.flat)
     return found
 
 
@@ -71,6 +83,8 @@ class Stress:
             self.setting.prepare()
             with ThreadPoolExecutor(jobs) as pool:
                 list(pool.map(lambda one: self._run(*one), missing))
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        print(f"{used.ru_utime + used.ru_stime:.0f} s of CPU in all processes")
         print(self.write_report())
         return not any(trial["wrong"] for trial in self.trials if trial["case"] in self.wanted)
 
@@ -129,7 +143,8 @@ def main(argv: list[str]) -> int:
         parser.error(f"no case begins with {args.only!r}; there are {', '.join(cases())}")
     if args.trials is not None:
         wanted = {name: min(number, args.trials) for name, number in wanted.items()}
-    runs.restore_interrupt()
+    runs.handle_signals()
+    os.environ["JAX_PLATFORMS"] = "cpu"
     out = args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     return 0 if Stress(out, wanted).run(args.jobs) else 1

@@ -8,7 +8,8 @@ from tests.stress import setting, workdirs, workload
 from tests.stress.setting import Setting
 from tests.stress.workdirs import Wrong
 
-STEP, BEFORE = 22, 20
+STEP, BEFORE = 22, 18
+NUM_FILES = 24
 """The checkpoint that is damaged, and the one before."""
 
 

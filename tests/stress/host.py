@@ -7,10 +7,16 @@ row, the records in it, and a checksum of its arrays.
     STRESS_SLICE         devices stand in the mesh as on this slice (tests.pod.slices)
     STRESS_SETTINGS      JSON, {"module.NAME": value}: times that would make the tests long
     STRESS_CLOCK         seconds by which the clock of this host is ahead
+    STRESS_VERSION       of optax, as this host says it
+    STRESS_CWD           the folder of the command
+    STRESS_DELAY         seconds before it begins
+    STRESS_SLOW          seconds before each batch
+    STRESS_QUIET         1: no events
 """
 
 import contextlib
 import importlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -40,6 +46,11 @@ class Events:
 def main(arguments: list[str]) -> int:
     """Runs the command; returns its status."""
     events = Events(os.environ["STRESS_EVENTS"])
+    time.sleep(float(os.environ.get("STRESS_DELAY", "0")))
+    os.chdir(os.environ.get("STRESS_CWD", "."))
+    if said := os.environ.get("STRESS_VERSION"):
+        version = importlib.metadata.version
+        importlib.metadata.version = lambda name: said if name == "optax" else version(name)
     if ahead := float(os.environ.get("STRESS_CLOCK", "0")):
         now = time.time
         time.time = lambda: now() + ahead
@@ -56,8 +67,9 @@ def main(arguments: list[str]) -> int:
         from tests.pod import slices
 
         slices.lay_out_as(of_slice)
-    _tell_phases(events)
-    _tell_batches(events)
+    if os.environ.get("STRESS_QUIET") != "1":
+        _tell_phases(events)
+        _tell_batches(events)
     logging.getLogger().removeHandler(quiet)
     return program.main(arguments)
 
@@ -86,6 +98,8 @@ def _tell_batches(events: Events) -> None:
         pipeline.TrainBatches.__next__,
     )
 
+    slow = float(os.environ.get("STRESS_SLOW", "0"))
+
     def kept(self: pipeline.TrainRows, index: int) -> list:
         found = parts(self, index)
         ids = self.__dict__.setdefault("ids", {})
@@ -97,6 +111,7 @@ def _tell_batches(events: Events) -> None:
         self.stage = config.stage
 
     def next_batch(self: pipeline.TrainBatches):
+        time.sleep(slow)
         row = self.next_row
         batch = following(self)
         # Rows are read ahead by other threads, but never after the batch that they are in.

@@ -4,7 +4,7 @@ import random
 import time
 from pathlib import Path
 
-from tests.stress import runs, setting, workdirs, workload
+from tests.stress import setting, workdirs, workload
 from tests.stress.setting import Setting
 from tests.stress.workdirs import Wrong
 
@@ -12,7 +12,7 @@ NUM_STEPS = 20_000
 FIRST = 2_000
 MORE_MIB = 8
 FLAGS = (
-    "--config.data.packing=none", "--config.train.log_every=50", "--config.train.checkpoint_every=500",
+    "--config.train.log_every=50", "--config.train.checkpoint_every=500",
     "--config.train.validate_every=1000", "--config.train.generate_every=2000", "--config.train.batch_size=2",
     "--config.train.validation_rows=4", "--config.train.generate_questions=2",
 )  # fmt: skip
@@ -23,7 +23,7 @@ def flat(shared: Setting, number: int, rng: random.Random, scratch: Path) -> dic
     config = workload.write_one_stage(scratch / "config.py", str(shared.out / "data"), NUM_STEPS)
     with setting.local(shared, scratch) as trial:
         trial.config = config
-        attempt = shared.train(trial, 1, *FLAGS[1:], STRESS_QUIET="1")
+        attempt = shared.train(trial, 1, *FLAGS, STRESS_QUIET="1")
         samples: list[tuple[int, float, int, int]] = []
         try:
             while attempt.is_running():
@@ -52,6 +52,3 @@ def held(pid: int) -> tuple[float, int, int]:
     process = Path("/proc") / str(pid)
     status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
     return int(status["VmRSS"].split()[0]) / 1024, int(status["Threads"]), len(list((process / "fd").iterdir()))
-
-
-__all__ = ["flat", "held", "runs"]

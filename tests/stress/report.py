@@ -1,6 +1,7 @@
 """What was tried and what came of it: a line a trial in trials.jsonl, and report.md."""
 
 import json
+import os
 import platform
 import time
 from collections import Counter
@@ -37,7 +38,8 @@ def write(path: Path, trials: list[dict], wanted: Mapping[str, int], sentences: 
         rows.append(f"| {case} | {counts} | {seconds:.0f} | {said.replace('|', '/')} |")
         details += [f"**{case}**: {sentences[case]}", "", *_details(of_case), ""]
     when = time.strftime("%Y-%m-%d")
-    head = f"# Stress\n\nPython {platform.python_version()}, {when}. Seconds are summed over trials: several run at once.\n"
+    machine = f"{os.cpu_count()} cores, Python {platform.python_version()}, {when}"
+    head = f"# Stress\n\n{machine}. Seconds are summed over trials, several of which run at once.\n"
     path.write_text("\n".join([head, *rows, "", *details]) + "\n")
     return "\n".join(rows)
 

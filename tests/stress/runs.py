@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.pod.slices import REPOSITORY, chips, free_port
@@ -17,6 +17,7 @@ OPTIMISATION = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters
 PATIENCE = 600.0
 """Seconds after which a command that has not ended hangs, on a machine with other work."""
 TICK = 0.005
+_at_work: "set[Attempt]" = set()
 NUM_DEVICES = 2
 """Of a run, whatever the number of its processes: sums of two are the same in either order."""
 
@@ -25,7 +26,7 @@ class Hang(Exception):
     """A command did not end, or not do what was waited for."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Attempt:
     """The processes of one command at work, what they tell in their events, and what they printed."""
 
@@ -92,6 +93,7 @@ class Attempt:
         for process in self.processes:
             process.kill()
             process.wait()
+        _at_work.discard(self)
 
     def printed(self, process: int = 0) -> str:
         return self.logs[process].read_text(errors="replace")
@@ -102,10 +104,15 @@ class Attempt:
 
 
 def start(
-    folder: Path, arguments: Sequence[str], num_processes: int = 1, of_slice: str = "", **environment: str
+    folder: Path,
+    arguments: Sequence[str],
+    num_processes: int = 1,
+    of_slice: str = "",
+    each: Sequence[Mapping[str, str]] = (),
+    **environment: str,
 ) -> Attempt:
     """Starts a command as so many processes; events and output are files in `folder`, of the next free number.
-    Variables that are "" are not set."""
+    Variables that are "" are not set; those of `each` are of one process."""
     folder.mkdir(parents=True, exist_ok=True)
     number = len(list(folder.glob("*-0.log")))
     num_devices = len(chips(of_slice)) if of_slice else NUM_DEVICES
@@ -121,6 +128,7 @@ def start(
         own = {"STRESS_EVENTS": str(events[index])}
         if num_processes > 1:
             own["ALIGNVLM_PROCESS_ID"] = str(index)
+        variables = os.environ | settings | own | environment | dict(each[index] if each else {})
         with logs[index].open("w") as out:
             processes.append(
                 subprocess.Popen(
@@ -129,10 +137,12 @@ def start(
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     cwd=REPOSITORY,
-                    env={name: text for name, text in (os.environ | settings | own | environment).items() if text},
+                    env={name: text for name, text in variables.items() if text},
                 )
             )
-    return Attempt(processes, events, logs, began)
+    attempt = Attempt(processes, events, logs, began)
+    _at_work.add(attempt)
+    return attempt
 
 
 def victims(rng: random.Random, num_processes: int) -> list[int]:
@@ -141,6 +151,15 @@ def victims(rng: random.Random, num_processes: int) -> list[int]:
     return everyone if num_processes == 1 or rng.random() < 0.5 else [rng.choice(everyone)]
 
 
-def restore_interrupt() -> None:
-    """A shell starts background jobs with SIGINT ignored, which every process below would inherit."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+def handle_signals() -> None:
+    """From now on commands under way end with this process, when it is told to end."""
+
+    def end(number: int, frame: object) -> None:
+        for attempt in list(_at_work):
+            for process in attempt.processes:
+                process.kill()
+        os._exit(128 + number)
+
+    # Commands below inherit nothing of it; a shell's background jobs would have them ignore SIGINT.
+    signal.signal(signal.SIGINT, end)
+    signal.signal(signal.SIGTERM, end)

@@ -8,7 +8,7 @@ import random
 import shutil
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,11 +59,19 @@ class Setting:
         with _making:
             return _reference(self, num_processes)
 
-    def train(self, trial: "Trial", num_processes: int, *flags: str, of_slice: str = "", **environment: str) -> Attempt:
-        """Starts the training of a trial, or goes on with it."""
+    def train(
+        self,
+        trial: "Trial",
+        num_processes: int,
+        *flags: str,
+        of_slice: str = "",
+        each: Sequence[Mapping[str, str]] = (),
+        **environment: str,
+    ) -> Attempt:
+        """Starts the training of a trial, or goes on with it; `each` are variables of one process."""
         arguments = ["train", f"--config={trial.config}", f"--workdir={trial.workdir.argument}", *flags]
         settings = self.environment() | trial.environment | environment
-        return runs.start(trial.scratch / "attempts", arguments, num_processes, of_slice, **settings)
+        return runs.start(trial.scratch / "attempts", arguments, num_processes, of_slice, each, **settings)
 
 
 @functools.cache

@@ -118,12 +118,15 @@ def check_lines(found: Sequence[dict], expected: Sequence[dict], least_step: int
 
 
 def arrays(folder: Path, step: int = workload.TOTAL) -> dict[str, np.ndarray]:
-    """Returns every array of a checkpoint's state by name."""
+    """Returns every array of a checkpoint's state by name, on whatever devices it was written."""
     import jax
     import orbax.checkpoint as ocp
 
+    state = folder.absolute() / "checkpoints" / str(step) / "state"
     with _reading:
-        tree = ocp.PyTreeCheckpointer().restore(folder.absolute() / "checkpoints" / str(step) / "state")
+        handler = ocp.PyTreeCheckpointHandler()
+        wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(state).tree)
+        tree = handler.restore(state, args=ocp.args.PyTreeRestore(restore_args=wanted))
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 

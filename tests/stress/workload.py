@@ -54,6 +54,14 @@ def write(folder: Path) -> Path:
     return write_config(folder.with_suffix(".py"), str(folder))
 
 
+def write_one_stage(path: Path, folder: str, num_steps: int) -> Path:
+    """Writes a config of a single stage, which reads pixels and answers; returns its path."""
+    text = CONFIG.format(folder=folder, steps=NUM_STEPS, batch=BATCH_SIZE)
+    head, _, _ = text.partition("    config.stages")
+    path.write_text(f"{head}    config.train.num_steps = {num_steps}\n    return config\n")
+    return path
+
+
 def write_config(path: Path, folder: str) -> Path:
     """Writes the config for data in `folder`, which may be in a bucket; returns its path."""
     path.write_text(CONFIG.format(folder=folder, steps=NUM_STEPS, batch=BATCH_SIZE))
