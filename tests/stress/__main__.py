@@ -47,7 +47,7 @@ def cases() -> dict[str, Case]:
         for count in (1, 2):
             act = functools.partial(kills.stop, num_processes=count, of_bucket=count == 2, name=name)
             sentence = f"{name} at random moments of all phases{', half to one process alone' * (count == 2)}"
-            found[f"{name}/{count}"] = Case(3, sentence, act)
+            found[f"{name}/{count}"] = Case(4, sentence, act)
     found["meshes"] = Case(
         5, "a run in three places of 1, 2 and 4 processes, meshes and orders of devices", meshes.chain
     )

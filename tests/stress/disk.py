@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from tests.stress import setting, workdirs
 from tests.stress.setting import Setting
 from tests.stress.workdirs import Local, Wrong
 
+FULL = re.compile("[Nn]o space left|MB are free")
 MIB = 32
 """Of the file system; a whole run takes less."""
 
@@ -50,7 +52,7 @@ def full(shared: Setting, number: int, rng: random.Random, scratch: Path) -> dic
                 break
             errors = attempt.errors()
             text = attempt.printed()
-            if status != 1 or len(errors) != 1 or "space" not in errors[0] or "Traceback" in text:
+            if status != 1 or len(errors) != 1 or not FULL.search(errors[0]) or "Traceback" in text:
                 raise Wrong(f"with {room} bytes free it ended with {status}: {errors or text[-300:]}")
             told[f"full at step {workdirs.newest(trial.workdir)}"] = 1
             if attempts == 0 and rng.random() < 0.3:
