@@ -1,6 +1,7 @@
 """What a workdir holds, on a disk or in a fake bucket, and whether two of them hold the same."""
 
 import json
+import os
 import re
 import threading
 from collections.abc import Sequence
@@ -30,9 +31,11 @@ class Local:
 
     def names(self) -> list[str]:
         """Returns the files in it, by their path from it."""
-        if not self.folder.exists():
-            return []
-        return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file())
+        # Not by rglob: a run that is at work may remove a folder meanwhile.
+        walked = os.walk(self.folder)
+        return sorted(
+            os.path.relpath(os.path.join(top, name), self.folder) for top, _, files in walked for name in files
+        )
 
     def read(self, name: str) -> bytes:
         return (self.folder / name).read_bytes()
