@@ -18,7 +18,7 @@ PARITY := .venv-parity
 BEAM := .venv-beam
 LAUNCH := .venv-launch
 
-.PHONY: help python setup tpu-compiler lint test test-parity beam test-beam test-launch bench bench-data bench-generate bench-plans demo compare weights data clean
+.PHONY: help python setup tpu-compiler lint test test-parity beam test-beam test-launch stress bench bench-data bench-generate bench-plans demo compare weights data clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -126,6 +126,11 @@ $(LAUNCH)/.done: requirements-launch.txt
 # Its own conftest alone, as above.
 test-launch: $(LAUNCH)/.done  ## hold what the launch scripts print against xpk's parser and Kubernetes' schemas (400 MB)
 	$(LAUNCH)/bin/pytest --confcutdir=tests/launch/tools tests/launch/tools
+
+STRESS ?= runs/stress
+
+stress: setup  ## kill, stop, starve and lie to small runs by the hundred; goes on where it stopped (an hour; docs/pods.md)
+	$(BIN)/python -m tests.stress --out=$(STRESS)
 
 bench: tpu-compiler  ## memory on a TPU, time on CPU of the large operations, plans (minutes; docs/results.md)
 	$(BIN)/python -m tests.benchmarks.vocab

@@ -1,19 +1,24 @@
 """Several processes as one: how they start, what they must have in common, and how they end."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
+import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
 from alignvlm_jax.errors import TryAgainError, UserError
-from alignvlm_jax.parallel import exchange
+from alignvlm_jax.parallel import exchange, peers
 from alignvlm_jax.parallel.peers import Watch
 
 START_TIMEOUT_SECONDS = 60
+SLICE_TIMEOUT_SECONDS = 270
+"""For the hosts of a TPU slice to come: less than jax's own 300."""
 MAX_CLOCK_SECONDS = 60
 """By how much the clocks of hosts may differ: logs and leases are compared by them."""
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -48,10 +53,12 @@ def initialize(arguments: list[str] | None = None) -> None:
 
 def _join() -> None:
     if os.environ.get("ALIGNVLM_AUTO_DISTRIBUTED") == "1":
+        message = "the hosts of the slice did not all come"
         try:
-            jax.distributed.initialize()
+            with _ended_after(SLICE_TIMEOUT_SECONDS, f"{message} within {SLICE_TIMEOUT_SECONDS} s"):
+                jax.distributed.initialize()
         except RuntimeError as err:
-            raise TryAgainError(f"the hosts of the slice did not all come ({str(err).splitlines()[0]})") from err
+            raise TryAgainError(f"{message} ({str(err).splitlines()[0]})") from err
         except ValueError as err:
             raise UserError(
                 "ALIGNVLM_AUTO_DISTRIBUTED is 1, and this machine does not know the other hosts of a TPU slice "
@@ -68,13 +75,34 @@ def _join() -> None:
     address, count, index = values[0], _number(names[1], values[1]), _number(names[2], values[2])
     if index >= count:
         raise UserError(f"{names[2]} is {index}; with {names[1]} {count} it is one of 0 to {count - 1}")
+    message = (
+        f"process {index} of {count} waited {START_TIMEOUT_SECONDS} s at {address} for the others: start all "
+        f"{count} within a minute of each other"
+    )
     try:
-        jax.distributed.initialize(address, count, index, initialization_timeout=START_TIMEOUT_SECONDS)
+        with _ended_after(START_TIMEOUT_SECONDS, message):
+            timeout = 2 * START_TIMEOUT_SECONDS
+            jax.distributed.initialize(address, count, index, initialization_timeout=timeout)
     except RuntimeError as err:
-        raise TryAgainError(
-            f"process {index} of {count} waited {START_TIMEOUT_SECONDS} s at {address} for the others: start all "
-            f"{count} within a minute of each other ({str(err).splitlines()[0]})"
-        ) from err
+        raise TryAgainError(f"{message} ({str(err).splitlines()[0]})") from err
+
+
+@contextlib.contextmanager
+def _ended_after(seconds: float, message: str) -> Iterator[None]:
+    """While entered, this process ends with the message and status 75 after so many seconds: at its own time-out jax
+    aborts the process, with a stack of C instead of an error."""
+
+    def end() -> None:
+        print(f"alignvlm_jax: error: {message}", file=sys.stderr, flush=True)
+        os._exit(peers.LOST)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def leave() -> None:

@@ -78,6 +78,16 @@ def act():
     assert "process 1 of 3 (" in line and "has not been heard of for 6 s" in line
 
 
+def test_one_that_does_not_come_is_waited_for_and_told(tmp_path):
+    """By each of the others in one line: jax itself would abort them, with a stack of C."""
+    late = "distributed.START_TIMEOUT_SECONDS = 6\nif index == 2:\n    sys.exit()\ndef act(): pass\n"
+    done = joined.run(late + COMMAND, 3, tmp_path)
+    assert [one.returncode for one in done] == [75, 75, 0], done
+    for index in (0, 1):
+        assert done[index].stderr.count("\n") == 1
+        assert f"process {index} of 3 waited 6 s at 127.0.0.1:" in done[index].stderr
+
+
 def test_without_the_main_process_the_others_end(tmp_path):
     act = """
 def act():
