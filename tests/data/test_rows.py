@@ -168,7 +168,8 @@ def test_a_prompt_that_is_too_long_is_a_user_error(demo_config, tokenizer):
 def test_trimmed_prompts_keep_their_tokens_and_used_tiles(demo_config, tokenizer):
     page = Image.new("RGB", (16, 16))  # Black: a used tile may be all zeros.
     prompts = [rows.build_prompt(page, question, demo_config, tokenizer) for question in ("Who?", "Who" * 9)]
-    trimmed = rows.trim_prompts(prompts, demo_config, multiple=16)
+    extent = rows.extent(prompts, demo_config, multiple=16)
+    trimmed = [rows.trim(prompt, *extent) for prompt in prompts]
     lengths = [int(prompt["segment_ids"].sum()) for prompt in prompts]
     assert lengths[0] < lengths[1] and len(prompts[0]["tiles"]) == 2
     for before, after in zip(prompts, trimmed, strict=True):

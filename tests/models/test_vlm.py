@@ -93,9 +93,9 @@ def single_step(model: config_lib.ModelConfig):
 
 
 def assert_same_gradients(grads, expected) -> None:
-    """Equal to 3e-5 of each array's largest entry: sums in another order are rounded otherwise, by up to 0.6e-5 on a CPU
-    with AVX-512 and 2e-5 on one with AVX2 alone, whose sums are of other lengths. A row, head or part that is left out
-    or counted twice changes the first digits."""
+    """Equal to 3e-5 of each array's largest entry: sums in another order are rounded otherwise, by less than 1e-5 on a
+    CPU with AVX-512 and by 2e-5 on one with AVX2 alone. A row or head that is left out or counted twice changes the
+    first digits."""
     for (path, a), b in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected), strict=True):
         scale = np.abs(b).max()
         if sharding.path_name(path).endswith("k/bias"):
