@@ -113,6 +113,7 @@ def compared(trained_workdir, tmp_path):
         metadata = next((run / "checkpoints" / "7").rglob("metadata/metadata"))
         stored = json.loads(metadata.read_text())
         stored["config"] = config_lib.to_json((config,))
+        del stored["crc32"]  # Of what was there before.
         metadata.write_text(json.dumps(stored))
     return tmp_path
 

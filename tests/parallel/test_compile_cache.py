@@ -2,7 +2,6 @@ import subprocess
 import sys
 
 import jax
-import pytest
 
 from alignvlm_jax.parallel import compile_cache
 from tests.pod.slices import REPOSITORY
@@ -38,7 +37,8 @@ def run(workdir, **environment: str) -> tuple[str, int]:
 def test_a_second_process_does_not_compile_again(tmp_path):
     first = run(tmp_path)
     assert first[1] == 0 and any((tmp_path / "compiled").iterdir())
-    assert run(tmp_path) == (first[0], pytest.approx(1, abs=1)) and run(tmp_path)[1] >= 1
+    second = run(tmp_path)
+    assert second[0] == first[0] and second[1] >= 1
 
 
 def test_the_environment_names_another_place_or_none(tmp_path):
