@@ -3,7 +3,7 @@
 import bisect
 import dataclasses
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -228,31 +228,41 @@ class ValidationBatches:
     """A process's rows of the batches of the validation split, the same ones at every pass, read anew in each: kept,
     those of the paper's stages would take gigabytes of every host."""
 
-    def __init__(self, config: Config, batch_size: int, num_rows: int, local_rows: Sequence[int] | None = None):
+    def __init__(
+        self,
+        config: Config,
+        batch_size: int,
+        num_rows: int,
+        local_rows: Sequence[int] | None = None,
+        gather: Callable[[str | None], list[str | None]] = lambda problem: [problem],
+    ):
         """
         Args:
           batch_size: rows of a global batch.
           num_rows: of all processes; rounded down to whole batches, but to no less than one.
           local_rows: as of `TrainBatches`.
+          gather: gives what all processes pass to it; by default there is one. One of hundreds may have a single row,
+            and that be damaged.
 
         Raises:
-          UserError: no record of this process's rows can be read.
+          UserError: no record of any process's rows can be read.
         """
         self._config = config
         self._rows = TrainRows(config, config.data.validation_split)
         self._starts = range(0, max(1, num_rows // batch_size) * batch_size, batch_size)
         self._local_rows = list(range(batch_size) if local_rows is None else local_rows)
-        self._check()
+        self._check(gather)
 
     def __iter__(self) -> Iterator[Batch]:
         return _read_ahead(self._rows, self._starts, self._local_rows, self._config)
 
-    def _check(self) -> None:
+    def _check(self, gather: Callable[[str | None], list[str | None]]) -> None:
         """Mostly reads one row."""
         here = _LocalRows(self._rows, self._starts, self._local_rows)
-        if not any(here[i]["loss_weights"].any() for i in range(len(here))) and self._rows.problem:
-            split = self._config.data.validation_split
-            raise UserError(f"nothing to validate on in split {split!r}: {self._rows.problem}")
+        is_useful = any(here[i]["loss_weights"].any() for i in range(len(here)))
+        problems = gather(None if is_useful else self._rows.problem)
+        if all(problems):
+            raise UserError(f"nothing to validate on in split {self._config.data.validation_split!r}: {problems[0]}")
 
 
 def stack(batch_rows: list[Row]) -> Batch:

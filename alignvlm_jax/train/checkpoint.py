@@ -44,6 +44,7 @@ LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 FOLDER = "checkpoints"
 MAX_DIFFERENCES = 3
 """Named in the message; the rest is counted."""
+POLL_SECONDS = 0.05
 PAUSES = (1.0, 2.0, 4.0, 8.0)
 """Seconds between the tries to read what the storage does not give."""
 
@@ -74,6 +75,8 @@ class Checkpoints:
         # Of several processes one that only reads waits for no other: the manager would, at its barriers.
         self._manager = None if read_only else self._make_manager(keep, stage_ends)
         self._saving: int | None = None
+        self._failed = False
+        self._problem: BaseException | None = None
         self._run_id: str | None = None
         self._unraisable_hook = sys.unraisablehook
 
@@ -93,6 +96,18 @@ class Checkpoints:
         manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=self._handlers)
         # Its own removes a checkpoint file by file: one that a kill left half removed would look whole.
         manager._checkpoint_deleter = checkpoint_files.Deleter(self.folder, renames)
+        # A thread of its own takes an error from where `check_for_errors` looks, and waits then for other processes,
+        # which wait for this one's part.
+        wait_for_writers = manager._wait_for_checkpointers
+
+        def noting() -> None:
+            try:
+                wait_for_writers()
+            except BaseException as err:
+                self._problem = err
+                raise
+
+        manager._wait_for_checkpointers = noting
         return manager
 
     def __enter__(self) -> "Checkpoints":
@@ -103,6 +118,10 @@ class Checkpoints:
         try:
             # The second Ctrl-C means now: do not wait for a save.
             if kind is KeyboardInterrupt or self._manager is None:
+                return
+            # Of several processes the others wait for this one's part, at barriers where it would wait for them: until
+            # it ends nobody tells them that there will be none.
+            if self._failed and jax.process_count() > 1:
                 return
             # An error on its way out is the one to report, not what it does to the save under way.
             with contextlib.nullcontext() if kind is None else contextlib.suppress(Exception):
@@ -179,13 +198,15 @@ class Checkpoints:
     def check(self) -> None:
         """Raises UserError if a save under way has failed, or the workdir is no longer ours; does not wait."""
         storage.check_held(self.folder)
-        try:
-            self._manager.check_for_errors()
-        except Exception as err:
-            raise self._save_error(err) from err
+        if self._problem:
+            raise self._save_error(self._problem) from self._problem
 
     def wait(self) -> None:
         """Waits until the last save is whole; UserError if it failed."""
+        while jax.process_count() > 1 and self._manager.is_saving_in_progress():
+            if self._problem:
+                raise self._save_error(self._problem) from self._problem
+            time.sleep(POLL_SECONDS)
         try:
             self._manager.wait_until_finished()
         except Exception as err:
@@ -321,6 +342,7 @@ class Checkpoints:
 
     def _save_error(self, err: Exception) -> UserError:
         """The failed step is told from those that stand; orbax's message may run over many lines."""
+        self._failed = True
         self._manager.reload()
         whole = self.latest()
         rest = "there is no earlier one" if whole is None else f"step {whole} stands"

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import pipeline
-from alignvlm_jax.parallel import sharding
+from alignvlm_jax.parallel import exchange, sharding
 from alignvlm_jax.train import metrics, step
 from alignvlm_jax.train.state import Params
 
@@ -23,7 +23,8 @@ class Validation:
         sources = pipeline.by_source(config)
         num_rows = config.train.validation_rows // len(sources)
         self._batches = {
-            name: pipeline.ValidationBatches(source, size, num_rows, local_rows) for name, source in sources.items()
+            name: pipeline.ValidationBatches(source, size, num_rows, local_rows, exchange.gather)
+            for name, source in sources.items()
         }
 
     def measure(

@@ -193,6 +193,16 @@ def test_a_validation_split_that_cannot_be_read_is_an_error(demo_config, tmp_pat
     spoil(tmp_path, range(NUM_DOCUMENTS), "validation")
     with pytest.raises(UserError, match=r"nothing to validate on in split 'validation': cannot read image 0 of record"):
         pipeline.ValidationBatches(change(demo_config, "data", dir=str(tmp_path)), 4, 8)
+    # Of several processes one that has nothing is no reason to end.
+    told = []
+    pipeline.ValidationBatches(
+        change(demo_config, "data", dir=str(tmp_path)),
+        4,
+        8,
+        [2],
+        lambda problem: told.append(problem) or [None, problem],
+    )
+    assert "cannot read image 0 of record" in told[0]
 
 
 def test_a_source_of_which_nothing_was_held_out_is_no_part_of_validation(demo_config, tmp_path):

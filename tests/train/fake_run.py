@@ -93,7 +93,7 @@ def train(
     workdir: Path,
     batches: Batches | None = None,
     configs: tuple[Config, ...] | None = None,
-    validation: Callable[..., list] = lambda config, size, num_rows, local_rows: [random_batch(config, seed=7)],
+    validation: Callable[..., list] = lambda config, *_: [random_batch(config, seed=7)],
 ) -> str:
     """Runs `loop.train` on random batches; returns what it printed. UserErrors have that in `printed`."""
     console = Console(file=io.StringIO(), soft_wrap=True, width=200)

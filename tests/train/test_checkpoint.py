@@ -25,6 +25,7 @@ from alignvlm_jax.parallel import sharding
 from alignvlm_jax.train import checkpoint, state
 from alignvlm_jax.train.checkpoint import BrokenCheckpoint, Checkpoints
 from tests.conftest import tiny_config
+from tests.parallel import joined
 
 METADATA = {"layout_version": checkpoint.LAYOUT_VERSION, "train_seconds": 1.5}
 
@@ -521,4 +522,38 @@ def test_a_process_that_cannot_read_does_not_hold_up_the_others(tmp_path):
     finally:
         for process in processes:
             process.kill()
-    assert [lines.splitlines()[-1] for lines in said] == ["read 3.0", "UserError"]
+    assert [lines.splitlines()[-1] for lines in said] == ["read 3.0", "TryAgainError"]
+
+
+FAILING_SAVE = """
+import resource, types
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from alignvlm_jax import __main__ as program, storage
+from alignvlm_jax.train.checkpoint import Checkpoints
+from alignvlm_jax.train.state import TrainState
+
+def command(argv):
+    distributed.initialize(argv)
+    rows = NamedSharding(Mesh(np.array(jax.devices()), ("x",)), PartitionSpec("x"))
+    noise = jax.jit(lambda: jax.random.normal(jax.random.key(0), (2, 1 << 20)), out_shardings=rows)()
+    with Checkpoints(storage.path(os.environ["FOLDER"])) as checkpoints:
+        if index == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+        state, metadata = TrainState(np.int32(1), {"x": noise}, ()), {"layout_version": 1}
+        checkpoints.save(1, state, position={"next_row": 0}, metadata=metadata, metrics=None)
+        while True:
+            checkpoints.check()
+            exchange.from_main(0)
+            time.sleep(0.1)
+
+sys.modules["alignvlm_jax.commands.train"] = types.SimpleNamespace(main=command)
+program.leave_with(program.main(["train"]))
+"""
+
+
+def test_a_host_that_cannot_write_its_part_ends_all_soon(tmp_path):
+    """The others wait at orbax's barriers for its part, for minutes, and it waited there for them."""
+    done = joined.run(FAILING_SAVE, 2, tmp_path, FOLDER=str(tmp_path / "checkpoints"))
+    assert [one.returncode for one in done] == [1, 1], done
+    assert "process 1 of 2 (" in done[0].stderr and "could not write checkpoint" in done[0].stderr
