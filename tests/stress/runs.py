@@ -17,7 +17,8 @@ OPTIMISATION = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters
 PATIENCE = 600.0
 """Seconds after which a command that has not ended hangs, on a machine with other work."""
 TICK = 0.005
-_at_work: "set[Attempt]" = set()
+at_work: set[subprocess.Popen] = set()
+"""All processes that end with this one, when it is told to end."""
 NUM_DEVICES = 2
 """Of a run, whatever the number of its processes: sums of two are the same in either order."""
 
@@ -93,7 +94,7 @@ class Attempt:
         for process in self.processes:
             process.kill()
             process.wait()
-        _at_work.discard(self)
+        at_work.difference_update(self.processes)
 
     def printed(self, process: int = 0) -> str:
         return self.logs[process].read_text(errors="replace")
@@ -140,9 +141,8 @@ def start(
                     env={name: text for name, text in variables.items() if text},
                 )
             )
-    attempt = Attempt(processes, events, logs, began)
-    _at_work.add(attempt)
-    return attempt
+    at_work.update(processes)
+    return Attempt(processes, events, logs, began)
 
 
 def victims(rng: random.Random, num_processes: int) -> list[int]:
@@ -155,9 +155,8 @@ def handle_signals() -> None:
     """From now on commands under way end with this process, when it is told to end."""
 
     def end(number: int, frame: object) -> None:
-        for attempt in list(_at_work):
-            for process in attempt.processes:
-                process.kill()
+        for process in list(at_work):
+            process.kill()
         os._exit(128 + number)
 
     # Commands below inherit nothing of it; a shell's background jobs would have them ignore SIGINT.
