@@ -2,10 +2,15 @@
 
 import contextlib
 import os
+import platform
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+
+# jax has no public name for what reads its own files.
+from jax._src.compilation_cache import decompress_executable
 from jax.experimental.compilation_cache import compilation_cache
 
 from alignvlm_jax import storage
@@ -26,7 +31,13 @@ def kept_in(workdir: Path) -> Iterator[None]:
         yield
         return
     least = jax.config.jax_persistent_cache_min_compile_time_secs
-    _use(str(storage.absolute(workdir) / FOLDER), LEAST_SECONDS)
+    folder = storage.absolute(workdir) / FOLDER
+    if jax.default_backend() == "cpu":
+        # jax does not ask whether this processor has the instructions that a program was compiled for.
+        folder /= _processor()
+    if jax.process_index() == 0:
+        _remove_cut_programs(folder)
+    _use(str(folder), LEAST_SECONDS)
     try:
         yield
     finally:
@@ -38,6 +49,26 @@ def _use(folder: str | None, least_seconds: float) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", least_seconds)
     # The place is looked up once, when the first program is compiled.
     compilation_cache.reset_cache()
+
+
+def _processor() -> str:
+    """What this machine's processor can do, in short."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    able = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    return f"{platform.machine()}-{zlib.crc32(able.encode()):08x}"
+
+
+def _remove_cut_programs(folder: Path) -> None:
+    """A kill or a full disk may cut a file short; jax would find it unreadable at every start, and never replace it."""
+    if storage.is_bucket(folder) or not folder.is_dir():  # An object appears whole.
+        return
+    for program in folder.glob("*-cache"):
+        try:
+            decompress_executable(program.read_bytes())
+        except Exception:  # Of whichever library compresses.
+            with contextlib.suppress(OSError):
+                program.unlink()
 
 
 def _is_writable(workdir: Path) -> bool:
