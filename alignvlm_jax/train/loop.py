@@ -411,6 +411,7 @@ class _StageLoop:
         with self.interval.pause(), self.run.phases.enter("validating"):
             values = self.validation.measure(self.eval_step, live.params, self._should_stop)
             if values is None:
+                self.run.progress.say(f"no validation at step {now}: the run is told to stop")
                 return None
             self.writer.write(now, self.stage.config.stage, values | self.run.phases.metrics())
             return values.get("validation/answer_loss")
@@ -421,6 +422,8 @@ class _StageLoop:
         with self.interval.pause(), self.run.phases.enter("generating"):
             if values := self.spot_check.scores(live.params, self._should_stop):
                 self.writer.write(now, self.stage.config.stage, values | self.run.phases.metrics())
+            else:
+                self.run.progress.say(f"no generated answers at step {now}: the run is told to stop")
 
     def _save(self, live: TrainState, now: int, answer_loss: float | None) -> None:
         self._read()

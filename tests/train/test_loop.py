@@ -63,6 +63,7 @@ def straight(tmp_path_factory) -> Path:
         return make_counted
 
     workdir = tmp_path_factory.mktemp("straight")
+    fake_run._COMPILED.clear()  # Of other files' runs: here the traces are counted.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "make_train_step", counted("train", make_train_step))
         patch.setattr(step, "make_eval_step", counted("eval", make_eval_step))
