@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from alignvlm_jax import logs, storage
-from alignvlm_jax.errors import StoppedError, TryAgainError, UsageError, UserError, nearest
+from alignvlm_jax.errors import TRY_AGAIN_STATUS, StoppedError, TryAgainError, UsageError, UserError, nearest
 from alignvlm_jax.parallel import xla_flags
 
 COMMANDS = {
@@ -66,7 +66,7 @@ def _run(argv: list[str], debug: bool) -> int:
     except UsageError as err:
         return _fail(str(err), status=2)
     except TryAgainError as err:
-        return _fail(str(err), status=75)
+        return _fail(str(err), status=TRY_AGAIN_STATUS)
     except StoppedError as err:
         return _fail(str(err), status=143)
     except UserError as err:
@@ -75,7 +75,7 @@ def _run(argv: list[str], debug: bool) -> int:
     except OSError as err:
         _show_traceback(debug)
         message = f"{err.filename}: {err.strerror}" if err.filename and err.strerror else str(err)
-        return _fail(message, status=75 if _may_pass(err) else 1)
+        return _fail(message, status=TRY_AGAIN_STATUS if _may_pass(err) else 1)
     except KeyboardInterrupt:
         return _fail("interrupted")
     return 0

@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+TRY_AGAIN_STATUS = 75
+"""Exit status of what may go well when it is started again: EX_TEMPFAIL of sysexits.h, which launchers know."""
+
 
 class UserError(Exception):
     """Wrong input. The message is one line with the names and numbers; commands print it and exit with status 1."""

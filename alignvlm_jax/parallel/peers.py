@@ -14,6 +14,7 @@ import time
 import jax
 
 from alignvlm_jax import logs, storage
+from alignvlm_jax.errors import TRY_AGAIN_STATUS
 from alignvlm_jax.parallel import exchange
 
 LOST_SECONDS = 60
@@ -23,8 +24,7 @@ LEAVE_SECONDS = 15
 """The longest that one which ends waits for others to have heard of it."""
 UNFORESEEN = 70
 """Exit status of an exception that nobody expected."""
-LOST = 75
-"""Exit status of a run that is to be started again: that of EX_TEMPFAIL, which launchers know."""
+LOST = TRY_AGAIN_STATUS
 
 
 class Watch:

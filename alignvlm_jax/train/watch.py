@@ -15,13 +15,14 @@ from absl import logging
 
 from alignvlm_jax import logs, storage
 from alignvlm_jax.config import Config
+from alignvlm_jax.errors import TRY_AGAIN_STATUS
 from alignvlm_jax.train.exit_timer import ExitTimer
 from alignvlm_jax.train.goodput import Phases
 from alignvlm_jax.train.heartbeat import FINAL_SECONDS, Heartbeat, within
 
-STALLED_STATUS = 75
+STALLED_STATUS = TRY_AGAIN_STATUS
 """Exit status of a process that its watchdog has ended: the same command goes on from the newest
-checkpoint. EX_TEMPFAIL of sysexits.h."""
+checkpoint."""
 
 LIMITS = {
     "training": 1,
