@@ -86,10 +86,10 @@ def _plan(config: Config, args: argparse.Namespace) -> planning.Plan:
     if shape == "smallest":
         if not chips.CHIPS.get(kind, chips.CHIPS["h100"]).shapes:
             raise UsageError(f"unknown kind of TPU {kind!r}{nearest(kind, _tpus())}")
-        if not chips.has_tpu_compiler():
-            raise UsageError(f"--topology={args.topology} needs libtpu: pip install --requirement requirements-tpu.txt")
         if args.num_slices != 1:
             raise UsageError("--topology=KIND:smallest looks for one slice; leave --num_slices out")
+        if not chips.has_tpu_compiler():
+            raise UsageError(f"--topology={args.topology} needs libtpu: pip install --requirement requirements-tpu.txt")
         say(xla_flags.set_flags(kind, several_slices=False))  # as a run there would be compiled
         return layouts.smallest(config, kind, chips.compile_only_devices, say)
     topology = chips.parse_topology(args.topology, args.num_slices)

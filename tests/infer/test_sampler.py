@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.infer import sampler
@@ -210,7 +211,7 @@ def arrays_of(jaxpr) -> Iterator[tuple[int, ...]]:
     """Shapes of all that a program makes, its loops' bodies and what they call included."""
     for equation in jaxpr.eqns:
         yield from (variable.aval.shape for variable in equation.outvars if hasattr(variable.aval, "shape"))
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             yield from arrays_of(inner)
 
 
