@@ -18,6 +18,7 @@ LEVELS = (
     ("train",),
     ("infer",),
     ("eval",),
+    ("train.stage_loop",),
     ("train.loop",),
     ("commands",),
     ("__init__", "__main__"),
@@ -56,7 +57,8 @@ def imports(source: str) -> set[str]:
 
 def part_of(module: str) -> str:
     """The part of the package that a dotted name, without the package's own, belongs to."""
-    return "train.loop" if f"{module}.".startswith("train.loop.") else module.split(".")[0]
+    loop = ".".join(module.split(".")[:2])
+    return loop if loop in LEVEL else module.split(".")[0]
 
 
 def is_in(file: str, places: tuple[str, ...]) -> bool:

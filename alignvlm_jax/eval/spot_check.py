@@ -41,13 +41,13 @@ class SpotCheck:
         self._trimmed = max(length for length, _ in extents), max(tiles for _, tiles in extents)
         self._config = config
 
-    def scores(self, params: Params, should_stop: Callable[[], bool]) -> dict[str, float]:
+    def scores(self, params: Params, should_stop: Callable[[], bool]) -> dict[str, float] | None:
         """Returns `generated/anls` and `generated/exact_match` over all questions, and with several sources
-        `generated/SOURCE/...` of each; nothing when told to stop meanwhile."""
+        `generated/SOURCE/...` of each; None when told to stop meanwhile."""
         said: list[str] = []
         for start in range(0, len(self._asked.places), self._batch_size):
             if should_stop():
-                return {}
+                return None
             count = min(self._batch_size, len(self._asked.places) - start)
             prompts = Prompts(count, lambda number, start=start: self._prompt(start + number))
             answers = answering.answer(

@@ -101,6 +101,14 @@ def cut(path: Path, step: int) -> None:
     storage.write_whole(path, "".join(lines))
 
 
+def num_evaluations(path: Path, step: int) -> int | None:
+    """Returns how many lines of `step` are of evaluations, not of training; None where nothing was ever logged."""
+    if not path.exists():
+        return None
+    numbered = enumerate(path.read_bytes().decode(errors="replace").splitlines(keepends=True), start=1)
+    return sum(_step_of(path, number, line) == step and "loss" not in json.loads(line) for number, line in numbered)
+
+
 def _step_of(path: Path, number: int, line: str) -> float:
     try:
         return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf

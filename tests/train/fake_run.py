@@ -21,6 +21,7 @@ from rich.console import Console
 
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config, MeshConfig, TrainConfig
+from alignvlm_jax.data import pipeline
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.train import loop, state, step
 from tests.conftest import random_batch, tiny_config
@@ -98,10 +99,10 @@ def train(
     """Runs `loop.train` on random batches; returns what it printed. UserErrors have that in `printed`."""
     console = Console(file=io.StringIO(), soft_wrap=True, width=200)
     with (
-        mock.patch.object(loop.pipeline, "TrainBatches", batches or Batches()),
-        mock.patch.object(loop.pipeline, "by_source", lambda config: {"": config}),
-        mock.patch.object(loop.pipeline, "ValidationBatches", validation),
-        mock.patch.object(loop.pipeline, "TrainRows"),
+        mock.patch.object(pipeline, "TrainBatches", batches or Batches()),
+        mock.patch.object(pipeline, "by_source", lambda config: {"": config}),
+        mock.patch.object(pipeline, "ValidationBatches", validation),
+        mock.patch.object(pipeline, "TrainRows"),
         mock.patch.object(step, "compile_steps", _compile_steps),
         mock.patch.object(state, "init_params", _init_params),
     ):

@@ -1,5 +1,6 @@
 """Whole runs: two stages of four steps on the 2 x 2 x 2 mesh."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -154,22 +155,74 @@ def test_a_run_that_goes_on_between_two_lines_logs_what_the_uninterrupted_one_do
     assert all(line["steps_per_second"] > 0 for line in lines(tmp_path / "run") if "loss" in line)
 
 
-def test_a_signal_while_validating_is_honoured_before_the_next_batch(tmp_path, monkeypatch):
-    measured, eval_inputs = [], step.eval_inputs
+class Stopping(list):
+    """Validation batches of which one pass, counted from 1, brings a signal before its second batch."""
 
-    def measure(config, batch):
-        if isinstance(batch["tokens"], np.ndarray):  # Not the shapes that are compiled for.
-            measured.append(batch)
-            if len(measured) == 1:  # A second signal would end the tests.
+    def __init__(self, batches: list, which: int):
+        super().__init__(batches)
+        self._which, self.passes, self.given = which, 0, 0
+
+    def __iter__(self):
+        self.passes += 1
+        for number, batch in enumerate(super().__iter__()):
+            if self.passes == self._which and number == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-        return eval_inputs(config, batch)
+            self.given += 1
+            yield batch
 
-    monkeypatch.setattr(step, "eval_inputs", measure)
-    with pytest.raises(loop.Stopped, match="stopped at step 2 of 8"):
-        fake_run.train(tmp_path, validation=lambda config, *_, **__: [random_batch(config)] * 2)
-    assert len(measured) == 1
-    assert (tmp_path / "checkpoints" / "2").is_dir()
-    assert not any("validation/answer_loss" in line for line in lines(tmp_path))
+
+@pytest.mark.parametrize("when", [2, 4, 8])  # within a stage, at its end, at that of the run
+def test_a_signal_while_validating_is_honoured_at_once_and_what_it_cut_short_comes_later(tmp_path, when):
+    def validation(which: int):
+        batches = Stopping([random_batch(fake_run.stages()[0], seed=seed) for seed in range(3)], which)
+        return batches, lambda config, *_: batches
+
+    _, straight = validation(0)
+    fake_run.train(tmp_path / "straight", validation=straight)
+    batches, stopped = validation(when // 2)
+    with pytest.raises(loop.Stopped, match=f"stopped at step {when} of 8"):
+        fake_run.train(tmp_path / "run", validation=stopped)
+    assert batches.given == 3 * (when // 2 - 1) + 2  # The signal is seen before the batch that follows it.
+    assert (tmp_path / "run" / "checkpoints" / str(when)).is_dir()
+    assert when not in [line["step"] for line in lines(tmp_path / "run") if "validation/answer_loss" in line]
+    # A second stop at the same place changes nothing.
+    with pytest.raises(loop.Stopped, match=f"stopped at step {when} of 8"):
+        fake_run.train(tmp_path / "run", validation=validation(1)[1])
+    assert "done: 8 steps" in fake_run.train(tmp_path / "run", validation=straight)
+    assert_same_run(tmp_path / "run", tmp_path / "straight")
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    fake_run.train(tmp_path / "run", validation=straight)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_answers_that_a_stop_cut_short_come_after_the_validation_that_was_logged(tmp_path, monkeypatch):
+    stopping = {"at": 0}
+
+    class Asker:
+        """Stands in for `spot_check.SpotCheck`; the score tells which parameters answered."""
+
+        def __init__(self, *_):
+            pass
+
+        def scores(self, params, should_stop) -> dict[str, float] | None:
+            stopping["at"] -= 1
+            if stopping["at"] == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            total = sum(float(jax.numpy.abs(x).sum()) for x in jax.tree.leaves(params))
+            return None if should_stop() else {"generated/anls": total}
+
+    monkeypatch.setattr(loop, "SpotCheck", Asker)
+    monkeypatch.setattr(loop.spot_check, "check", lambda configs: None)
+    first, second = fake_run.stages()
+    configs = first, dataclasses.replace(second, train=dataclasses.replace(second.train, generate_every=2))
+    fake_run.train(tmp_path / "straight", configs=configs)
+    stopping["at"] = 1
+    with pytest.raises(loop.Stopped, match="stopped at step 6 of 8"):
+        fake_run.train(tmp_path / "run", configs=configs)
+    assert lines(tmp_path / "run")[-1].keys() & {"validation/answer_loss"}
+    fake_run.train(tmp_path / "run", configs=configs)
+    assert_same_run(tmp_path / "run", tmp_path / "straight")
+    assert sum("generated/anls" in line for line in lines(tmp_path / "run")) == 2
 
 
 def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(straight, tmp_path):
@@ -214,31 +267,23 @@ def test_a_stop_at_the_end_of_a_stage_is_honoured_before_the_next_compiles(strai
     compiled, compile_once = [], fake_run._COMPILE_STEPS
     monkeypatch.setattr(fake_run, "_COMPILE_STEPS", lambda *args: compiled.append(args) or compile_once(*args))
 
-    class Stopping(list):
-        """Batches whose second pass, that of step 4, brings a signal."""
-
-        passes = 0
-
-        def __iter__(self):
-            self.passes += 1
-            if self.passes == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return super().__iter__()
+    def validation(config, *_):
+        return Stopping([random_batch(config)] * 2, which=2)  # that of step 4
 
     with pytest.raises(loop.Stopped, match="stopped at step 4 of 8"):
-        fake_run.train(tmp_path, validation=lambda config, *_, **__: Stopping([random_batch(config)]))
+        fake_run.train(tmp_path, validation=validation)
     assert len(compiled) <= 1
 
 
 def test_a_fault_in_a_later_stage_is_told_before_the_workdir_is_touched(tmp_path):
     first, second = fake_run.stages()
     for change, message in (
-        ({"train": loop.dataclasses.replace(second.train, trainable=("lm/.*",))}, "'lm/.*' matches no parameter"),
-        ({"train": loop.dataclasses.replace(second.train, load=("lm/.*",))}, "config.train.load 'lm/.*' matches no"),
+        ({"train": dataclasses.replace(second.train, trainable=("lm/.*",))}, "'lm/.*' matches no parameter"),
+        ({"train": dataclasses.replace(second.train, load=("lm/.*",))}, "config.train.load 'lm/.*' matches no"),
         ({"mesh": MeshConfig(data=3, fsdp=1, tensor=1)}, "does not fit 8 devices"),
     ):
         with pytest.raises(UserError, match=message):
-            fake_run.train(tmp_path / "run", configs=(first, loop.dataclasses.replace(second, **change)))
+            fake_run.train(tmp_path / "run", configs=(first, dataclasses.replace(second, **change)))
     assert not (tmp_path / "run").exists()
 
 
@@ -267,7 +312,7 @@ def test_too_many_steps_without_finite_gradient_stop_the_run(tmp_path):
 def test_goes_on_with_another_mesh_in_another_run(straight, tmp_path):
     """`init_from` a workdir that was trained on 2 x 2 x 2, on a mesh of 8 x 1 x 1."""
     first = fake_run.stages(MeshConfig(data=8, fsdp=1, tensor=1))[0]
-    first = loop.dataclasses.replace(first, init_from=str(straight))
+    first = dataclasses.replace(first, init_from=str(straight))
     with pytest.raises(loop.Stopped):
         fake_run.train(tmp_path, Batches(fake_run.send(signal.SIGTERM, at=2)), configs=(first,))
     # The first update has a learning rate of 0: the parameters are still those that were loaded.
