@@ -23,9 +23,8 @@ T = TypeVar("T")
 
 PREFIX = "alignvlm_jax"
 PATIENCE_SECONDS = 2
-"""A wait is made of waits of this length: Python handles signals between them."""
-BARRIER_SECONDS = 24 * 60 * 60
-"""Long: that a process is lost is for `peers` to notice."""
+"""A wait is made of waits of this length: Python handles signals between them. It has no end: that a process is lost is
+for `peers` to notice."""
 FORGET_EVERY = 256
 """Values of the main process that the service holds at most, where nothing is gathered meanwhile: a run asks at every
 step, for months."""
@@ -77,9 +76,8 @@ def gather(value: T) -> list[T]:
 
 
 def barrier() -> None:
-    """Waits until every process is here."""
-    if jax.process_count() > 1:
-        client().wait_at_barrier(_next_key("barrier"), 1000 * BARRIER_SECONDS)
+    """Waits until every process is here. Not the service's own barrier: no signal would be handled while it lasts."""
+    gather(None)
 
 
 def differing(values: Mapping[str, Any]) -> dict[str, list[Any]]:

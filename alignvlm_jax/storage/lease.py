@@ -169,8 +169,9 @@ class _Lease:
                 # Short: a renewal counts from when it was sent at the earliest.
                 with bucket.as_guard(TTL_SECONDS / 12):
                     self._renew_at(began)
-            except OSError:
-                continue  # Tried again; meanwhile nothing is written once it has expired.
+            except Exception:
+                # Of the storage, or of its client. Tried again; meanwhile nothing is written once it has expired.
+                continue
             if self._lost:
                 return
 

@@ -343,8 +343,15 @@ class Checkpoints:
     def _save_error(self, err: Exception) -> UserError:
         """The failed step is told from those that stand; orbax's message may run over many lines."""
         self._failed = True
-        self._manager.reload()
-        whole = self.latest()
+        # What cannot be written can often not be listed either: the first error is the one to report.
+        try:
+            self._manager.reload()
+            whole = self.latest()
+        except Exception:
+            return UserError(
+                f"could not write checkpoint {self.folder / str(self._saving)}: {checkpoint_files.first_line(err)}; "
+                "which earlier ones stand cannot be seen now"
+            )
         rest = "there is no earlier one" if whole is None else f"step {whole} stands"
         return UserError(
             f"could not write checkpoint {self.folder / str(self._saving)}: {checkpoint_files.first_line(err)}; {rest}"
@@ -403,7 +410,7 @@ def read_newest(path: Path, read: Callable[["Checkpoints", int], T]) -> T:
                 return agreed(functools.partial(read, checkpoints, candidate))
             except BrokenCheckpoint as err:
                 problem = str(err)
-                if candidate != steps[0]:
+                if candidate != steps[0] and distributed.is_main():
                     print(f"{problem}; trying the one before", file=sys.stderr)
     raise UserError(problem)
 
