@@ -1,15 +1,12 @@
 """Eight CPU devices, and the smallest model that still has every part."""
 
-import importlib.metadata
 import os
 
+from tests import fast_xla
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Forced here, not in each test: the number of devices is fixed at the first use of jax. Compiling is most of the tests'
-# time: LLVM's optimisations are half of it, and jaxlib 0.10's older code generator, which 0.12 no longer has, takes a
-# fifth of what is left. XLA's own passes, the partitioner among them, run as ever.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0" + (
-    " --xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else ""
-)
+# Forced here, not in each test: the number of devices is fixed at the first use of jax.
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {fast_xla.FLAGS}"
 
 import dataclasses
 import errno

@@ -98,7 +98,8 @@ def act():
     began = time.monotonic()
     done = joined.run(act + COMMAND, 3, tmp_path)
     assert time.monotonic() - began < 60
-    assert all(one.returncode != 0 for one in done), done
+    # 75 where our own thread saw it first; mostly jax aborts them before.
+    assert all(one.returncode in (75, -signal.SIGABRT) for one in done[1:]), done
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tests import fast_xla
 from tests.parallel.fake_slices import FakeDevice, fake_slice
 
 REPOSITORY = Path(__file__).parents[2]
@@ -65,7 +66,7 @@ def start(slice_name: str, num_processes: int, commands: Sequence[Sequence[str]]
     """Starts the processes of a pod, the hosts of a slice shared evenly by them; of one process too."""
     arguments = [argument for command in commands for argument in (THEN, *command)][1:]
     num_devices = len(chips(slice_name)) // num_processes
-    flags = f"--xla_force_host_platform_device_count={num_devices} --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count={num_devices} {fast_xla.FLAGS}"
     settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(REPOSITORY)}
     if num_processes > 1:
         settings |= {"ALIGNVLM_COORDINATOR": f"127.0.0.1:{free_port()}", "ALIGNVLM_NUM_PROCESSES": str(num_processes)}

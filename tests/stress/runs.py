@@ -11,9 +11,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tests import fast_xla
 from tests.pod.slices import REPOSITORY, chips, free_port
 
-OPTIMISATION = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 PATIENCE = 600.0
 """Seconds after which a command that has not ended hangs, on a machine with other work."""
 TICK = 0.005
@@ -117,7 +117,7 @@ def start(
     folder.mkdir(parents=True, exist_ok=True)
     number = len(list(folder.glob("*-0.log")))
     num_devices = len(chips(of_slice)) if of_slice else NUM_DEVICES
-    flags = f"--xla_force_host_platform_device_count={num_devices // num_processes} {OPTIMISATION}"
+    flags = f"--xla_force_host_platform_device_count={num_devices // num_processes} {fast_xla.FLAGS}"
     settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(REPOSITORY), "STRESS_SLICE": of_slice}
     if num_processes > 1:
         settings |= {"ALIGNVLM_COORDINATOR": f"127.0.0.1:{free_port()}", "ALIGNVLM_NUM_PROCESSES": str(num_processes)}
