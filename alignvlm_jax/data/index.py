@@ -21,8 +21,8 @@ from alignvlm_jax.data.tokenizer import Tokenizer
 from alignvlm_jax.errors import UserError
 
 RECOUNT = "`python -m alignvlm_jax prepare --recount --out={} --tokenizer=FOLDER`"
-MANY = 64
-"""So many shards take a while to open where each has an index of its own."""
+MANY, FEW = 64, 4
+"""So many shards take a while to open where each has an index of its own: on a disk, and in a bucket."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -162,7 +162,7 @@ def _merged(place: str, split: str, entry: Entry, shard_sizes: tuple[int, ...]) 
 @functools.lru_cache(maxsize=64)
 def _of_shards(place: str, indexes: tuple[tuple[str, Entry | None], ...]) -> Index:
     """Of a folder from before indexes were merged."""
-    if len(indexes) >= MANY or filesystem.is_remote(place):
+    if len(indexes) >= (FEW if filesystem.is_remote(place) else MANY):
         logging.warning(
             "%s has an index for each of %d shards: to open it faster, %s", place, len(indexes), recount(place)
         )

@@ -172,7 +172,7 @@ class Checkpoints:
           metrics: {"stage": index, "answer_loss": of validation at this very step}, or None without validation.
 
         Raises:
-          UserError: this save, or the one before, could not be written.
+          UserError: this save, or the one before, could not be written: TryAgainError where it may be the next time.
         """
         self.wait()
         self._saving = step
@@ -338,22 +338,24 @@ class Checkpoints:
         needed = sum(array.nbytes + 4096 for array in jax.tree.leaves(live))
         free = storage.free_bytes(self.folder)
         if free is not None and needed > free:
-            raise self._save_error(OSError(f"it takes {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free"))
+            said = f"it takes {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free"
+            raise self._save_error(OSError(said), may_pass=False)
 
-    def _save_error(self, err: Exception) -> UserError:
+    def _save_error(self, err: Exception, may_pass: bool | None = None) -> UserError:
         """The failed step is told from those that stand; orbax's message may run over many lines."""
         self._failed = True
+        error = TryAgainError if (damage.may_pass(err) if may_pass is None else may_pass) else UserError
         # What cannot be written can often not be listed either: the first error is the one to report.
         try:
             self._manager.reload()
             whole = self.latest()
         except Exception:
-            return UserError(
+            return error(
                 f"could not write checkpoint {self.folder / str(self._saving)}: {checkpoint_files.first_line(err)}; "
                 "which earlier ones stand cannot be seen now"
             )
         rest = "there is no earlier one" if whole is None else f"step {whole} stands"
-        return UserError(
+        return error(
             f"could not write checkpoint {self.folder / str(self._saving)}: {checkpoint_files.first_line(err)}; {rest}"
         )
 

@@ -1,4 +1,4 @@
-"""What an error of reading a checkpoint is about: its files, the storage now, or this machine.
+"""What an error of a checkpoint is about: its files, the storage now, or this machine.
 
 It decides what happens to the checkpoint. Only what its files themselves show sets it aside; a
 storage that does not answer, or refuses, says nothing about them, and shall not cost a run its
@@ -28,11 +28,11 @@ class Kind(enum.Enum):
 
 _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
-_MACHINE = {errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT}
+_MACHINE = {errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 # Of tensorstore's messages, which are ValueErrors whatever happened. A status stands at the beginning of one, and again
 # where it is passed on; the numbers are of the system's errors and of HTTP.
-_SYSTEM = re.compile(r"OS error (\d+)")
+_SYSTEM = re.compile(r"OS error (\d+)|os_error_code='(\d+)'")
 _HTTP = re.compile(r"(?:HTTP response code:?|status code|HTTP/[\d.]+|HTTP) (\d{3})\b")
 _STATUSES = (
     ("PERMISSION_DENIED", Kind.REFUSED),
@@ -56,6 +56,13 @@ def kind_of(err: BaseException) -> Kind:
     return next((kind for kind in reversed(kinds) if kind is not Kind.DAMAGE), Kind.DAMAGE)
 
 
+def may_pass(err: BaseException) -> bool:
+    """Whether what failed to be written may be written when the command is started again. Not where there is no room
+    or no permission; but where another process was lost, with which this one wrote."""
+    is_of_device = any(isinstance(one, jax.errors.JaxRuntimeError) for one in _chain(err))
+    return is_of_device or kind_of(err) not in (Kind.REFUSED, Kind.MACHINE)
+
+
 def _chain(err: BaseException) -> Iterator[BaseException]:
     seen: set[int] = set()
     waiting = [err]
@@ -77,7 +84,7 @@ def _kind_of_one(err: BaseException) -> Kind:
         return _kind_of_number(err.errno)
     text = str(err)
     if found := _SYSTEM.search(text):
-        return _kind_of_number(int(found.group(1)))
+        return _kind_of_number(int(found.group(1) or found.group(2)))
     if found := _HTTP.search(text):
         status = int(found.group(1))
         if status in (401, 403):

@@ -65,7 +65,8 @@ def run(*args: str, libtpu: bool = True) -> subprocess.CompletedProcess:
         [sys.executable, "-c", code, "plan", *args],
         capture_output=True,
         text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        # A fifth faster, and nothing of what is asked here depends on the programs' speed.
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1"},
     )
 
 
@@ -144,11 +145,13 @@ def test_what_does_not_fit_has_status_3_and_says_what_to_change(config_file):
 def test_auto_tries_layouts_and_shows_the_best(config_file):
     # A row a chip: the layout that needs the least memory is that of all rows at once, and one compilation less.
     rows = ["--config.train.batch_size=4", "--config.train.accumulation=1"]
-    done = run(f"--config={config_file}", "--topology=v5e:2x2", "--mesh=auto", "--json", *rows)
+    # One key-value head, which no tensor axis divides: tests/train/test_layouts.py tries other meshes, uncompiled.
+    heads = "--config.model.llm.num_kv_heads=1"
+    done = run(f"--config={config_file}", "--topology=v5e:2x2", "--mesh=auto", "--json", heads, *rows)
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     tried = [line for line in done.stderr.splitlines() if line.startswith("v5e:2x2")]
-    assert {line.split("tensor ")[1][0] for line in tried} == {"1", "2"}  # 4 does not divide 2 key-value heads
+    assert {line.split("tensor ")[1][0] for line in tried} == {"1"}
     assert {"remat full", "remat dots", "remat none"} == {line.split(", ")[4].split(":")[0] for line in tried}
     # All of them fit: nothing is computed twice, and all rows at once.
     assert plan["remat"] == "none" and plan["accumulation"] == 1

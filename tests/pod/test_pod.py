@@ -1,5 +1,6 @@
 """The commands of a run on pods of the shapes of real slices, held against one process prediction by prediction."""
 
+import contextlib
 import fcntl
 import json
 import shutil
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fake_bucket import FakeBucket
 from tests.pod import slices, workload
 
 NUMBERS = ("loss", "answer_loss", "patch_loss", "grad_norm", "token_accuracy", "generated/anls", "fill")
@@ -28,7 +30,7 @@ def reference(tmp_path_factory) -> Path:
     return root
 
 
-def asking(root: Path, workdir: Path) -> list[list[str]]:
+def asking(root: Path, workdir: Path | str) -> list[list[str]]:
     """The commands that ask a run's questions and read its texts."""
     evaluate = ["evaluate", f"--checkpoint={workdir}"]
     return [evaluate, [*evaluate, "--tasks=text_bpb", f"--data={root}/tasks"]]
@@ -55,28 +57,51 @@ def assert_same_numbers(workdir: Path, reference: Path, begin: int) -> None:
     assert compared > 10
 
 
-# Hosts along fsdp; slices along data, fsdp and tensor; across the tensor axis.
+# Hosts along fsdp; slices along data, fsdp and tensor; across the tensor axis, with all that is read and written in a
+# bucket.
 CASES = [
-    ("v5p:2x2x4", 4, (1, 16, 1), 0),
-    ("2xv5e:4x4", 2, (2, 8, 2), 2),
-    ("v5e:4x4", 4, (1, 4, 4), 2),
+    ("v5p:2x2x4", 4, (1, 16, 1), 0, False),
+    ("2xv5e:4x4", 2, (2, 8, 2), 2, False),
+    ("v5e:4x4", 4, (1, 4, 4), 2, True),
 ]
 
 
-@pytest.mark.parametrize(("slice_name", "num_processes", "mesh", "begin"), CASES)
-def test_a_pod_trains_and_answers_as_one_process(reference, tmp_path, slice_name, num_processes, mesh, begin):
+@pytest.mark.parametrize(("slice_name", "num_processes", "mesh", "begin", "is_in_bucket"), CASES)
+def test_a_pod_trains_and_answers_as_one_process(
+    reference, tmp_path, slice_name, num_processes, mesh, begin, is_in_bucket
+):
     """From the start, or going on with the one process's run on another mesh and number of processes."""
     workdir = tmp_path / "run"
     if begin:
-        shutil.copytree(reference / "one", workdir, ignore=shutil.ignore_patterns("predictions", "4"))
-    config = reference / "config.py"
-    commands = [workload.train(config, workdir, mesh), *asking(reference, workdir)]
-    slices.run(slice_name, num_processes, commands, tmp_path / "logs")
+        shutil.copytree(reference / "one", workdir, ignore=shutil.ignore_patterns("predictions", "4", "compiled"))
+    with contextlib.ExitStack() as stack:
+        config, where, environment = reference / "config.py", workdir, {}
+        if is_in_bucket:
+            bucket = stack.enter_context(FakeBucket())
+            config, where, environment = move(reference, workdir, bucket, tmp_path)
+        start = f"--config.init_from={reference / workload.START}"  # as its path was when the run began
+        commands = [workload.train(config, where, mesh, start), *asking(reference, where)]
+        slices.run(slice_name, num_processes, commands, tmp_path / "logs", **environment)
+        if is_in_bucket:
+            bucket.get_folder("run", workdir)
     assert_same_numbers(workdir, reference / "one", begin)
-    expected = sorted((reference / "one" / "predictions").rglob("*.jsonl"))
+    assert_same_predictions(workdir / "predictions", reference / "one" / "predictions")
+
+
+def move(reference: Path, workdir: Path, bucket: FakeBucket, scratch: Path) -> tuple[Path, str, dict[str, str]]:
+    """Puts the data, and a run, into a bucket; returns a config for them, where the run is, and variables."""
+    shutil.copytree(reference, scratch / "data", ignore=shutil.ignore_patterns("one", "logs", "tasks"))
+    config = workload.write_config(scratch / "config.py", bucket.put_folder(scratch / "data", "data"))
+    url = bucket.put_folder(workdir, "run")
+    shutil.rmtree(workdir)
+    return config, url, bucket.environment()
+
+
+def assert_same_predictions(folder: Path, reference: Path) -> None:
+    expected = sorted(reference.rglob("*.jsonl"))
     assert [path.name for path in expected] == ["text_bpb.jsonl", "validation.jsonl", "validation_blind.jsonl"]
     for path in expected:
-        ours, theirs = lines(workdir / path.relative_to(reference / "one"))[1:], lines(path)[1:]
+        ours, theirs = lines(folder / path.relative_to(reference))[1:], lines(path)[1:]
         assert [row["id"] for row in ours] == [row["id"] for row in theirs]
         if "prediction" not in theirs[0]:
             for mine, other in zip(ours, theirs, strict=True):

@@ -15,7 +15,8 @@ from tests.conftest import EVAL_QUESTION, random_params, random_record
 BATCH_SIZE = 32
 NUM_STEPS = 4
 START = "start"
-CONFIG = """
+HEAD = """
+import ml_collections
 from alignvlm_jax import config as config_lib
 
 def get_config():
@@ -32,7 +33,11 @@ def get_config():
         tasks={{"answer": 1.0}},
     )
     config.data.sources = {{"a": {{"dir": {folder!r}, "weight": 2.0}}, "b": {{"dir": {folder!r} + "/b"}}}}
-    config.train.update(
+"""
+"""Of a config: the model, and the data in a folder."""
+CONFIG = (
+    HEAD
+    + """    config.train.update(
         num_steps={steps}, batch_size={batch}, log_every=1, validate_every=2, validation_rows=64, generate_every=4,
         generate_questions=9, checkpoint_every=2,
     )
@@ -40,6 +45,7 @@ def get_config():
     config.eval.update(splits=("validation",), num_questions=23, batch_size=16, max_new_tokens=6)
     return config
 """
+)
 
 
 def write(folder: Path) -> Path:
@@ -57,10 +63,15 @@ def write(folder: Path) -> Path:
             index.write(index.index_path(shard), index.of_records(records, tokenizer, fingerprint))
     (folder / "tasks").mkdir()
     (folder / "tasks" / "debian").symlink_to(folder)
-    config = folder / "config.py"
-    config.write_text(CONFIG.format(folder=str(folder), steps=NUM_STEPS, batch=BATCH_SIZE))
+    config = write_config(folder / "config.py", str(folder))
     _write_start(config, folder / START)
     return config
+
+
+def write_config(path: Path, folder: str) -> Path:
+    """Writes the config for data in `folder`, which may be in a bucket; returns its path."""
+    path.write_text(CONFIG.format(folder=folder, steps=NUM_STEPS, batch=BATCH_SIZE))
+    return path
 
 
 def _write_start(config: Path, workdir: Path) -> None:

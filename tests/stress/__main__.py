@@ -97,6 +97,7 @@ class Stress:
 
     def _run(self, case: str, number: int) -> None:
         scratch = self.out / "trials" / f"{case.replace('/', '-')}-{number}"
+        disk.unmount(scratch)
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         rng = random.Random(zlib.crc32(f"{case}/{number}".encode()))

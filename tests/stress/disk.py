@@ -29,6 +29,15 @@ def small_disk(folder: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
+def unmount(folder: Path) -> None:
+    """Takes away what trials that were cut short have left mounted below a folder."""
+    for line in Path("/proc/mounts").read_text().splitlines():
+        # Spaces are written as \\040 there.
+        mounted = Path(line.split()[1].replace("\\040", " "))
+        if mounted.is_relative_to(folder):
+            subprocess.run(["umount", "--lazy", mounted], check=True)
+
+
 def full(shared: Setting, number: int, rng: random.Random, scratch: Path) -> dict:
     """One run that finds the disk full, ends with one line, and goes on once there is room."""
     reference = shared.reference(1)

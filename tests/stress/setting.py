@@ -151,7 +151,7 @@ def in_bucket(setting: Setting, scratch: Path, seed: int, **faults: float | str)
     """A trial whose workdir and data are in a bucket of its own with faults."""
     with FakeBucket() as bucket:
         runs.at_work.add(bucket._process)
-        folder = workdirs.put_folder(bucket, setting.out / "data", "data")
+        folder = bucket.put_folder(setting.out / "data", "data")
         config = workload.write_config(scratch / "config.py", folder)
         with bucket.faulty(seed=seed, **(faults or FAULTS)):
             yield Trial(scratch, config, InBucket(bucket, "run"), bucket.environment(), bucket)

@@ -66,22 +66,10 @@ class InBucket:
 
     def local_copy(self, scratch: Path) -> Path:
         """Returns a folder with everything in it."""
-        for name in self.names():
-            target = scratch / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(self.read(name))
-        return scratch
+        return self._bucket.get_folder(self._name, scratch)
 
 
 Workdir = Local | InBucket
-
-
-def put_folder(bucket: FakeBucket, folder: Path, name: str) -> str:
-    """Copies a folder into a bucket; returns its URL."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            bucket.put(f"{name}/{path.relative_to(folder)}", path.read_bytes())
-    return f"{bucket.url}/{name}"
 
 
 def newest(workdir: Workdir) -> int:

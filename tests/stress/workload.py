@@ -11,25 +11,9 @@ TOTAL = sum(NUM_STEPS)
 BATCH_SIZE = 8
 ENDS = tuple(sum(NUM_STEPS[: i + 1]) for i in range(len(NUM_STEPS)))
 
-CONFIG = """
-import ml_collections
-from alignvlm_jax import config as config_lib
-
-def get_config():
-    config = config_lib.default_config_dict()
-    config.init_from = {folder!r} + "/start"
-    config.model.vision.update(
-        tile_height=8, tile_width=16, patch_height=4, patch_width=4, width=16, mlp_width=32, num_layers=2, num_heads=4
-    )
-    config.model.llm.update(
-        vocab_size=112, width=16, mlp_width=32, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=4
-    )
-    config.data.update(
-        dir={folder!r}, packing="plan", row_length=80, max_tiles=4, record_tiles=2, max_unsupervised=1.0,
-        tasks={{"answer": 1.0}},
-    )
-    config.data.sources = {{"a": {{"dir": {folder!r}, "weight": 2.0}}, "b": {{"dir": {folder!r} + "/b"}}}}
-    config.train.update(
+CONFIG = (
+    pod_workload.HEAD
+    + """    config.train.update(
         batch_size={batch}, log_every=1, validate_every=3, validation_rows=16, generate_questions=4,
         checkpoint_every=2, keep_checkpoints=2,
     )
@@ -44,6 +28,7 @@ def get_config():
     ))
     return config
 """
+)
 
 
 def write(folder: Path) -> Path:

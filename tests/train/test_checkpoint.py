@@ -8,7 +8,6 @@ import random
 import re
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -26,6 +25,7 @@ from alignvlm_jax.train import checkpoint, state
 from alignvlm_jax.train.checkpoint import BrokenCheckpoint, Checkpoints
 from tests.conftest import tiny_config
 from tests.parallel import joined
+from tests.pod import slices
 
 METADATA = {"layout_version": checkpoint.LAYOUT_VERSION, "train_seconds": 1.5}
 
@@ -504,9 +504,7 @@ with Checkpoints(storage.path(sys.argv[1]), read_only=True) as checkpoints:
 def test_a_process_that_cannot_read_does_not_hold_up_the_others(tmp_path):
     """Each is told, and tells; nobody waits at a barrier for one that has failed."""
     subprocess.run([sys.executable, "-c", SAVING, str(tmp_path)], check=True, timeout=120, stdout=subprocess.DEVNULL)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{slices.free_port()}"
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     processes = [
         subprocess.Popen(

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 
+import jax
 import pytest
 
 from alignvlm_jax.train import damage
@@ -54,3 +55,26 @@ def test_what_came_first_is_the_reason(join):
     else:
         outer.__context__ = first
     assert damage.kind_of(outer) is Kind.PASSING
+
+
+@pytest.mark.parametrize(
+    ("err", "expected"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (ValueError("Error writing file [OS error 28: No space left on device]"), False),
+        (ValueError("UNKNOWN: Failed to write 3676515 bytes: File too large [os_error_code='27']"), False),
+        (PermissionError(errno.EACCES, "Permission denied"), False),
+        (MemoryError(), False),
+        (TimeoutError("the storage does not answer"), True),
+        (ValueError("HTTP response code: 503"), True),
+        (ValueError("nobody knows"), True),
+        # A lost process closes its connections, in the midst of another's save.
+        (jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"), True),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: Failed to send RPC to coordination service"), True),
+    ],
+)
+def test_a_save_that_may_go_well_the_next_time(err, expected):
+    assert damage.may_pass(err) is expected
+    wrapped = RuntimeError("the save failed")
+    wrapped.__cause__ = err
+    assert damage.may_pass(wrapped) is expected
