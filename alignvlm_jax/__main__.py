@@ -5,7 +5,6 @@ start again what ends otherwise: 70 an exception that nobody expected, as where 
 host that came too late; 143 told to stop, and saved.
 """
 
-import errno
 import importlib
 import os
 import sys
@@ -16,6 +15,8 @@ from typing import NoReturn
 from alignvlm_jax import logs, storage
 from alignvlm_jax.errors import TRY_AGAIN_STATUS, StoppedError, TryAgainError, UsageError, UserError, nearest
 from alignvlm_jax.parallel import xla_flags
+from alignvlm_jax.storage import faults
+from alignvlm_jax.storage.faults import Kind
 
 COMMANDS = {
     "prepare": "makes training shards of data sets, of your own documents, or of rendered ones",
@@ -75,7 +76,7 @@ def _run(argv: list[str], debug: bool) -> int:
     except OSError as err:
         _show_traceback(debug)
         message = f"{err.filename}: {err.strerror}" if err.filename and err.strerror else str(err)
-        return _fail(message, status=TRY_AGAIN_STATUS if _may_pass(err) else 1)
+        return _fail(message, status=TRY_AGAIN_STATUS if faults.kind_of(err) is Kind.PASSING else 1)
     except KeyboardInterrupt:
         return _fail("interrupted")
     return 0
@@ -85,11 +86,6 @@ def _show_traceback(debug: bool) -> None:
     """The log of a host has it in any case."""
     if debug:
         traceback.print_exc()
-
-
-def _may_pass(err: OSError) -> bool:
-    """Whether it is of a network or a storage that may answer again, and not of what was asked for."""
-    return isinstance(err, TimeoutError | ConnectionError) or err.errno in (errno.EIO, errno.ESTALE)
 
 
 def _joins(argv: list[str]) -> bool:

@@ -11,6 +11,7 @@ from alignvlm_jax.commands.arguments import positive
 from alignvlm_jax.data import demonstration, documents, preparing
 from alignvlm_jax.data.formats import REGISTRY
 from alignvlm_jax.errors import UsageError, UserError
+from alignvlm_jax.storage import faults
 
 TOKENIZER_HINT = "`make weights` gives weights/smollm2/tokenizer; the demonstration's is data/demo/tokenizer.model"
 
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> None:
         else:
             _prepare_source(args, beam_flags, started)
     except OSError as err:
-        raise UserError(f"cannot write {args.out}: {err.strerror or err}; the same command goes on") from err
+        raise faults.failure(f"cannot write {args.out}: {err.strerror or err}; the same command goes on", err) from err
     except KeyboardInterrupt as err:
         raise UserError("interrupted; the same command goes on with what is done") from err
 

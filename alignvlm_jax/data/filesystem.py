@@ -20,7 +20,7 @@ from pyarrow import fs
 
 from alignvlm_jax import storage
 from alignvlm_jax.errors import UserError, nearest
-from alignvlm_jax.storage import bucket
+from alignvlm_jax.storage import bucket, faults
 
 SCHEMES = ("gs", "gcs")
 RETRY_SECONDS = 15  # pyarrow's own is 15 minutes, of silence
@@ -68,7 +68,7 @@ def list_files(source: str, suffixes: tuple[str, ...]) -> list[str]:
     try:
         found = files.get_file_info(fs.FileSelector(path, recursive=True))
     except OSError as err:
-        raise UserError(f"cannot list {source}: {_reason(err)}") from err
+        raise faults.failure(f"cannot list {source}: {_reason(err)}", err) from err
     prefix = source.partition("://")[0] + "://" if is_remote(source) else ""
     names = [prefix + item.path for item in found if item.type == fs.FileType.File]
     wanted = sorted(name for name in names if name.lower().endswith(suffixes))
@@ -91,7 +91,7 @@ def open_file(path: str) -> pa.NativeFile:
     try:
         return files.open_input_file(inner)
     except (OSError, pa.ArrowInvalid) as err:
-        raise UserError(f"cannot open {path}: {_reason(err)}") from err
+        raise faults.failure(f"cannot open {path}: {_reason(err)}", err) from err
 
 
 def open_buffered(path: str, start: int = 0) -> io.BufferedReader:
@@ -208,7 +208,7 @@ def _remote_listing(folder: str, time_slot: int) -> Mapping[str, Entry]:
             raise UserError(f"cannot list {folder}: {err.strerror}") from err
         return {}
     except OSError as err:
-        raise UserError(f"cannot list {folder}: {err.strerror or err}") from err
+        raise faults.failure(f"cannot list {folder}: {err.strerror or err}", err) from err
     files = [item for item in found if item["type"] == "file"]
     return {posixpath.basename(item["name"]): Entry(item["size"], str(item["generation"])) for item in files}
 
@@ -228,7 +228,7 @@ def _info(path: str) -> fs.FileInfo:
     try:
         return files.get_file_info(inner)
     except (OSError, pa.ArrowInvalid) as err:
-        raise UserError(f"cannot reach {path}: {_reason(err)}") from err
+        raise faults.failure(f"cannot reach {path}: {_reason(err)}", err) from err
 
 
 def _similar(source: str) -> str:

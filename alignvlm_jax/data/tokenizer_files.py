@@ -12,6 +12,7 @@ from alignvlm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from alignvlm_jax.data.tiktoken_tokenizer import TiktokenTokenizer
 from alignvlm_jax.data.tokenizer import Tokenizer
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.storage import faults
 
 NAMES = ("tokenizer.json", "tokenizer.model")
 FIRST = "run `prepare` or `convert` first"
@@ -71,4 +72,4 @@ def _content(path: str, entry: Entry) -> bytes:
     try:
         return filesystem.read_whole(path, entry.size)
     except OSError as err:
-        raise UserError(f"cannot read tokenizer {path} ({err})") from err
+        raise faults.failure(f"cannot read tokenizer {path} ({err})", err) from err

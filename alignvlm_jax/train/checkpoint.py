@@ -30,9 +30,9 @@ from alignvlm_jax.data import sources
 from alignvlm_jax.errors import TryAgainError, UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import distributed, exchange
-from alignvlm_jax.storage import Path
-from alignvlm_jax.train import checkpoint_files, commit, damage, state
-from alignvlm_jax.train.damage import Kind
+from alignvlm_jax.storage import Path, faults
+from alignvlm_jax.storage.faults import Kind
+from alignvlm_jax.train import checkpoint_files, commit, state
 from alignvlm_jax.train.state import Params, TrainState
 
 T = TypeVar("T")
@@ -285,8 +285,8 @@ class Checkpoints:
             try:
                 return read(self.folder / str(step))
             except Exception as err:
-                kind = damage.kind_of(err)
-                if kind is Kind.MACHINE:
+                kind = faults.kind_of(err)
+                if kind is Kind.MACHINE or _is_of_device(err):
                     raise  # The checkpoint may well be whole.
                 if kind is Kind.DAMAGE:
                     if wanted is not None and (differing := self._differences(step, wanted)):
@@ -344,7 +344,7 @@ class Checkpoints:
     def _save_error(self, err: Exception, may_pass: bool | None = None) -> UserError:
         """The failed step is told from those that stand; orbax's message may run over many lines."""
         self._failed = True
-        error = TryAgainError if (damage.may_pass(err) if may_pass is None else may_pass) else UserError
+        error = TryAgainError if (_may_pass(err) if may_pass is None else may_pass) else UserError
         # What cannot be written can often not be listed either: the first error is the one to report.
         try:
             self._manager.reload()
@@ -443,6 +443,16 @@ def load_model(path: Path, mesh: Mesh) -> tuple[Config, vlm.VLM, Params, int]:
         return config, model, checkpoints.restore_params(step, abstract), step
 
     return read_newest(path, read)
+
+
+def _may_pass(err: BaseException) -> bool:
+    """Whether what was not saved may be saved when the run is started again. Not where there is no room or no
+    permission; but where another process was lost, with which this one wrote."""
+    return _is_of_device(err) or faults.kind_of(err) not in (Kind.REFUSED, Kind.MACHINE)
+
+
+def _is_of_device(err: BaseException) -> bool:
+    return any(isinstance(one, jax.errors.JaxRuntimeError) for one in faults.chain(err))
 
 
 def _with_layout(metadata: dict[str, Any]) -> tuple[dict[str, Any], int]:

@@ -23,7 +23,7 @@ from tensorboardX.record_writer import masked_crc32c
 from alignvlm_jax import storage
 from alignvlm_jax.data.schema import Batch
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.storage import Path
+from alignvlm_jax.storage import Path, faults
 
 T = TypeVar("T")
 
@@ -69,7 +69,7 @@ class Writer:
             self._file.append(f"{json.dumps(line)}\n".encode())
             self._board.append(_record(Event(step=step, wall_time=time.time(), summary=Summary(value=scalars))))
         except OSError as err:
-            raise UserError(f"cannot write {self._path} at step {step}: {err.strerror}") from err
+            raise faults.failure(f"cannot write {self._path} at step {step}: {err.strerror}", err) from err
 
 
 def _record(event: Event) -> bytes:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from alignvlm_jax.data import filesystem
 from alignvlm_jax.data.formats.base import Reject
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.storage import faults
 
 MAX_BYTES = 256 << 20
 """Of an image, and of all images of a record together, which are in memory several times."""
@@ -49,7 +49,7 @@ def image(folder: str, name: str, max_bytes: int = MAX_BYTES) -> bytes:
         raise Reject(f"an image file cannot be read ({name}: {err})") from err
     except OSError as err:
         if filesystem.is_remote(path):
-            raise UserError(f"cannot read {path}: {err}; the same command goes on") from err
+            raise faults.failure(f"cannot read {path}: {err}; the same command goes on", err) from err
         raise Reject(f"an image file cannot be read ({name}: {err.strerror or err})") from err
 
 

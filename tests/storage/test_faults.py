@@ -7,8 +7,10 @@ import os
 import jax
 import pytest
 
-from alignvlm_jax.train import damage
-from alignvlm_jax.train.damage import Kind
+from alignvlm_jax.errors import TryAgainError, UserError
+from alignvlm_jax.storage import faults
+from alignvlm_jax.storage.faults import Kind
+from alignvlm_jax.train import checkpoint
 
 
 def number(code: int) -> OSError:
@@ -22,6 +24,8 @@ SEEN = [
     (number(errno.ENOTCONN), Kind.PASSING),
     (number(errno.EACCES), Kind.REFUSED),
     (number(errno.EMFILE), Kind.MACHINE),
+    (number(errno.ENAMETOOLONG), Kind.REFUSED),
+    (OSError("google::cloud::Status(UNAVAILABLE: Retry policy exhausted in ReadObjectNotWrapped)"), Kind.PASSING),
     (number(errno.ENOENT), Kind.DAMAGE),
     (MemoryError(), Kind.MACHINE),
     (TimeoutError("the lease"), Kind.PASSING),
@@ -41,7 +45,23 @@ SEEN = [
 
 @pytest.mark.parametrize(("err", "kind"), SEEN, ids=[str(err)[:40] for err, _ in SEEN])
 def test_kinds(err, kind):
-    assert damage.kind_of(err) is kind
+    assert faults.kind_of(err) is kind
+
+
+@pytest.mark.parametrize(
+    ("err", "raised"),
+    [
+        (TimeoutError("the storage does not answer"), TryAgainError),
+        (OSError("Could not resolve host storage.googleapis.com: [CURL error 6]"), TryAgainError),
+        (number(errno.ENOENT), UserError),
+        (number(errno.ENOSPC), UserError),
+        (number(errno.ENAMETOOLONG), UserError),
+        (PermissionError(errno.EACCES, "Permission denied"), UserError),
+    ],
+)
+def test_what_is_raised_says_whether_the_command_may_be_started_again(err, raised):
+    failure = faults.failure("cannot open x", err)
+    assert type(failure) is raised and str(failure) == "cannot open x"
 
 
 @pytest.mark.parametrize("join", ["from", "context", "group"])
@@ -54,7 +74,7 @@ def test_what_came_first_is_the_reason(join):
         outer.__cause__ = first
     else:
         outer.__context__ = first
-    assert damage.kind_of(outer) is Kind.PASSING
+    assert faults.kind_of(outer) is Kind.PASSING
 
 
 @pytest.mark.parametrize(
@@ -74,7 +94,7 @@ def test_what_came_first_is_the_reason(join):
     ],
 )
 def test_a_save_that_may_go_well_the_next_time(err, expected):
-    assert damage.may_pass(err) is expected
+    assert checkpoint._may_pass(err) is expected
     wrapped = RuntimeError("the save failed")
     wrapped.__cause__ = err
-    assert damage.may_pass(wrapped) is expected
+    assert checkpoint._may_pass(wrapped) is expected

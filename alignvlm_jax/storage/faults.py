@@ -1,8 +1,8 @@
-"""What an error of a checkpoint is about: its files, the storage now, or this machine.
+"""What an error of reading or writing is about: the files, the storage now, or this machine.
 
-It decides what happens to the checkpoint. Only what its files themselves show sets it aside; a
-storage that does not answer, or refuses, says nothing about them, and shall not cost a run its
-newest state.
+It decides whether a command may be started again, and what happens to a checkpoint. Only what its
+files themselves show sets it aside; a storage that does not answer, or refuses, says nothing about
+them, and shall not cost a run its newest state.
 """
 
 import enum
@@ -10,7 +10,7 @@ import errno
 import re
 from collections.abc import Iterator
 
-import jax
+from alignvlm_jax.errors import TryAgainError, UserError
 
 
 class Kind(enum.Enum):
@@ -19,7 +19,7 @@ class Kind(enum.Enum):
     PASSING = "passing"
     """Of the storage, and may be gone at the next try."""
     REFUSED = "refused"
-    """Of the storage, and will not pass by itself: no permission."""
+    """Of the storage, and will not pass by itself: no permission, or it cannot do that."""
     MACHINE = "machine"
     """Of this machine: no memory, no file descriptors, a device."""
     DAMAGE = "damage"
@@ -27,7 +27,8 @@ class Kind(enum.Enum):
 
 
 _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ}
-_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENOTSUP,
+            errno.ENOSYS, errno.EEXIST, errno.ENOTEMPTY, errno.EXDEV}  # fmt: skip
 _MACHINE = {errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 # Of tensorstore's messages, which are ValueErrors whatever happened. A status stands at the beginning of one, and again
@@ -52,18 +53,17 @@ _PASSING_WORDS = re.compile(
 
 def kind_of(err: BaseException) -> Kind:
     """Returns what an error says, also one that others were raised from: what came first is the reason."""
-    kinds = [_kind_of_one(one) for one in _chain(err)]
+    kinds = [_kind_of_one(one) for one in chain(err)]
     return next((kind for kind in reversed(kinds) if kind is not Kind.DAMAGE), Kind.DAMAGE)
 
 
-def may_pass(err: BaseException) -> bool:
-    """Whether what failed to be written may be written when the command is started again. Not where there is no room
-    or no permission; but where another process was lost, with which this one wrote."""
-    is_of_device = any(isinstance(one, jax.errors.JaxRuntimeError) for one in _chain(err))
-    return is_of_device or kind_of(err) not in (Kind.REFUSED, Kind.MACHINE)
+def failure(message: str, err: BaseException) -> UserError:
+    """Returns what to raise, with this message, for an error of the storage: TryAgainError where it may pass."""
+    return (TryAgainError if kind_of(err) is Kind.PASSING else UserError)(message)
 
 
-def _chain(err: BaseException) -> Iterator[BaseException]:
+def chain(err: BaseException) -> Iterator[BaseException]:
+    """Goes through an error and all that it was raised from."""
     seen: set[int] = set()
     waiting = [err]
     while waiting:
@@ -76,7 +76,7 @@ def _chain(err: BaseException) -> Iterator[BaseException]:
 
 
 def _kind_of_one(err: BaseException) -> Kind:
-    if isinstance(err, MemoryError | jax.errors.JaxRuntimeError):
+    if isinstance(err, MemoryError):
         return Kind.MACHINE
     if isinstance(err, TimeoutError | ConnectionError):
         return Kind.PASSING
