@@ -1,8 +1,8 @@
 """`python -m alignvlm_jax COMMAND ...`.
 
 Exit status: 0 done; 1 wrong input (one line on stderr), which would only fail again; 2 wrong usage. The launch scripts
-start again what ends otherwise: 70 an exception that nobody expected, as where another host is lost; 75 stalled, or a
-host that came too late; 143 told to stop, and saved.
+start again what ends otherwise: 70 an exception that nobody expected; 75 stalled, another host lost or late, a storage
+that does not answer; 143 told to stop, and saved.
 """
 
 import importlib

@@ -11,7 +11,7 @@ default_grace=600
 status_wrong=1    # input that is wrong stays wrong
 status_usage=2
 status_fault=70   # an exception that nobody expected, such as the loss of another host
-status_stalled=75 # no step for too long, or a host that did not come in time
+status_stalled=75 # no step for too long, another host lost or late, a storage that does not answer
 status_stopped=143 # was told to stop, and has saved
 
 # Commands that several processes run as one, and the flag without which they do not.

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
         else:
             _prepare_source(args, beam_flags, started)
     except OSError as err:
-        raise faults.failure(f"cannot write {args.out}: {err.strerror or err}; the same command goes on", err) from err
+        raise faults.as_error(f"cannot write {args.out}: {err.strerror or err}; the same command goes on", err) from err
     except KeyboardInterrupt as err:
         raise UserError("interrupted; the same command goes on with what is done") from err
 

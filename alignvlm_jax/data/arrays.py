@@ -26,7 +26,7 @@ def write(path: str | Path, named: Mapping[str, np.ndarray | str]) -> None:
             np.savez(file, **named)
         os.replace(beside, path)
     except OSError as err:
-        raise faults.failure(f"cannot write {path}: {err.strerror or err}", err) from err
+        raise faults.as_error(f"cannot write {path}: {err.strerror or err}", err) from err
     finally:
         beside.unlink(missing_ok=True)
 
@@ -45,7 +45,7 @@ def read(path: str, size: int, names: Iterable[str] | None = None) -> dict[str, 
     except FileNotFoundError as err:
         raise UserError(f"{path} is missing") from err
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as err:
-        raise faults.failure(f"{path} cannot be read ({err})", err) from err
+        raise faults.as_error(f"{path} cannot be read ({err})", err) from err
     for array in found.values():
         array.setflags(write=False)
     return found

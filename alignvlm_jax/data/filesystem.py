@@ -21,6 +21,7 @@ from pyarrow import fs
 from alignvlm_jax import storage
 from alignvlm_jax.errors import UserError, nearest
 from alignvlm_jax.storage import bucket, faults
+from alignvlm_jax.storage.faults import Kind
 
 SCHEMES = ("gs", "gcs")
 RETRY_SECONDS = 15  # pyarrow's own is 15 minutes, of silence
@@ -68,13 +69,20 @@ def list_files(source: str, suffixes: tuple[str, ...]) -> list[str]:
     try:
         found = files.get_file_info(fs.FileSelector(path, recursive=True))
     except OSError as err:
-        raise faults.failure(f"cannot list {source}: {_reason(err)}", err) from err
+        raise faults.as_error(f"cannot list {source}: {_reason(err)}", err) from err
     prefix = source.partition("://")[0] + "://" if is_remote(source) else ""
     names = [prefix + item.path for item in found if item.type == fs.FileType.File]
     wanted = sorted(name for name in names if name.lower().endswith(suffixes))
     if not wanted:
         raise UserError(f"{source} holds no file that ends in {' or '.join(suffixes)} ({len(names)} others)")
     return wanted
+
+
+def raise_if_passing(path: str, err: Exception) -> None:
+    """Raises TryAgainError where an error of reading a file is one of a bucket that does not answer: it says nothing
+    about the file, the rest of which would be left out for good."""
+    if is_remote(path) and faults.kind_of(err) is Kind.PASSING:
+        raise faults.as_error(f"cannot read {path} ({_reason(err)}); the same command goes on", err) from err
 
 
 def size(path: str) -> int:
@@ -91,7 +99,7 @@ def open_file(path: str) -> pa.NativeFile:
     try:
         return files.open_input_file(inner)
     except (OSError, pa.ArrowInvalid) as err:
-        raise faults.failure(f"cannot open {path}: {_reason(err)}", err) from err
+        raise faults.as_error(f"cannot open {path}: {_reason(err)}", err) from err
 
 
 def open_buffered(path: str, start: int = 0) -> io.BufferedReader:
@@ -208,7 +216,7 @@ def _remote_listing(folder: str, time_slot: int) -> Mapping[str, Entry]:
             raise UserError(f"cannot list {folder}: {err.strerror}") from err
         return {}
     except OSError as err:
-        raise faults.failure(f"cannot list {folder}: {err.strerror or err}", err) from err
+        raise faults.as_error(f"cannot list {folder}: {err.strerror or err}", err) from err
     files = [item for item in found if item["type"] == "file"]
     return {posixpath.basename(item["name"]): Entry(item["size"], str(item["generation"])) for item in files}
 
@@ -228,7 +236,7 @@ def _info(path: str) -> fs.FileInfo:
     try:
         return files.get_file_info(inner)
     except (OSError, pa.ArrowInvalid) as err:
-        raise faults.failure(f"cannot reach {path}: {_reason(err)}", err) from err
+        raise faults.as_error(f"cannot reach {path}: {_reason(err)}", err) from err
 
 
 def _similar(source: str) -> str:

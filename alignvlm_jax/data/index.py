@@ -18,7 +18,7 @@ from alignvlm_jax.data import arrays, chat, filesystem, images, rows, sources, t
 from alignvlm_jax.data.filesystem import Entry
 from alignvlm_jax.data.schema import Record
 from alignvlm_jax.data.tokenizer import Tokenizer
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import TryAgainError, UserError
 
 RECOUNT = "`python -m alignvlm_jax prepare --recount --out={} --tokenizer=FOLDER`"
 MANY, FEW = 64, 4
@@ -198,6 +198,8 @@ def _read(path: str, size: int) -> dict[str, np.ndarray]:
         missing = [name for name in names if name not in fields]
         if missing:
             raise UserError(f"{path} lacks {', '.join(missing)}")
+    except TryAgainError:
+        raise
     except UserError as err:
         raise UserError(f"index {err}; {recount(filesystem.parent(path))}") from err
     return fields

@@ -21,6 +21,8 @@ from alignvlm_jax.data.filesystem import Entry
 from alignvlm_jax.data.schema import Record, decode_record, encode_record
 from alignvlm_jax.data.shards import Table
 from alignvlm_jax.errors import UserError, nearest
+from alignvlm_jax.storage import faults
+from alignvlm_jax.storage.faults import Kind
 
 SPARE_FILES = 512
 """Open files that everything but the shards may need."""
@@ -245,7 +247,10 @@ def _open(place: str, directory: str, split: str) -> grain.sources.ArrayRecordDa
     try:
         return _reader(place, split, versions, entries.get(table_name(split)))
     except (RuntimeError, OSError, UserError) as err:  # RuntimeError is all that the reader knows
-        raise UserError(f"cannot read split {split!r} in {directory} ({err}); {AGAIN}") from err
+        message = f"cannot read split {split!r} in {directory} ({err})"
+        # What storage does not give, or refuses, is not to be deleted.
+        is_damage = faults.kind_of(err) is Kind.DAMAGE
+        raise faults.as_error(f"{message}; {AGAIN}" if is_damage else message, err) from err
 
 
 @functools.lru_cache(maxsize=64)

@@ -72,4 +72,4 @@ def _content(path: str, entry: Entry) -> bytes:
     try:
         return filesystem.read_whole(path, entry.size)
     except OSError as err:
-        raise faults.failure(f"cannot read tokenizer {path} ({err})", err) from err
+        raise faults.as_error(f"cannot read tokenizer {path} ({err})", err) from err

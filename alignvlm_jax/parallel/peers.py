@@ -25,6 +25,8 @@ LEAVE_SECONDS = 15
 UNFORESEEN = 70
 """Exit status of an exception that nobody expected."""
 LOST = TRY_AGAIN_STATUS
+VAGUE = (UNFORESEEN, LOST)
+"""Statuses of a process that may have failed for another's end."""
 
 
 class Watch:
@@ -47,15 +49,15 @@ class Watch:
     def fail(self, message: str, status: int) -> int:
         """Tells the others why this process ends, and waits until they have heard; they end with the same status.
 
-        Returns the status to end with. An unforeseen error is mostly what another's end did to this process: then it
-        is that one's, whose reason is told in the place of this.
+        Returns the status to end with. An unforeseen error, and one that may pass, is mostly what another's end did to
+        this process: then it is that one's, whose reason is told in the place of this.
         """
         if not self._ending.acquire(blocking=False):
             threading.Event().wait()  # The thread is about to end this process.
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # Nobody can be told.
             others = {process: told for process, told in exchange.said("failed").items() if process != str(self._index)}
-            if status == UNFORESEEN and others:
-                process, told = next(iter(others.items()))
+            if status in VAGUE and others:
+                process, told = min(others.items(), key=lambda one: one[1]["status"] in VAGUE)
                 message, status = f"{self._name(process)}: {told['message']}", told["status"]
                 if self._index == 0:
                     print(f"alignvlm_jax: error: {message}", file=sys.stderr, flush=True)

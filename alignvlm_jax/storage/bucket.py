@@ -350,4 +350,7 @@ def _os_error(err: Exception, name: str) -> OSError:
     if text.startswith("Forbidden") or code in ("401", "403"):
         reason = text.split(" ", 2)[-1] if text.startswith("Forbidden") else text
         return PermissionError(errno.EACCES, f"no permission ({reason})", f"gs://{name}")
+    if re.fullmatch(r"4\d\d", code) and code not in ("408", "429"):
+        # A wrong name, a range beyond the end, a bucket whose requester pays: the same answer would come again.
+        return OSError(errno.EINVAL, f"Cloud Storage refuses ({text})", f"gs://{name}")
     return OSError(errno.EIO, f"Cloud Storage does not answer ({text})", f"gs://{name}")

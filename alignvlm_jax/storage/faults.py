@@ -27,12 +27,18 @@ class Kind(enum.Enum):
 
 
 _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ}
-_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENOTSUP,
-            errno.ENOSYS, errno.EEXIST, errno.ENOTEMPTY, errno.EXDEV}  # fmt: skip
 _MACHINE = {errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_PASSING = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.EPIPE, errno.ECONNRESET,
+    errno.ECONNREFUSED, errno.ECONNABORTED, errno.ENOTCONN, errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET,
+    errno.EHOSTUNREACH, errno.ESHUTDOWN,
+}  # fmt: skip
+# All others are of what was asked for, such as EACCES, EROFS, ENAMETOOLONG, EINVAL.
 
 # Of tensorstore's messages, which are ValueErrors whatever happened. A status stands at the beginning of one, and again
 # where it is passed on; the numbers are of the system's errors and of HTTP.
+_PATH = re.compile(r"(?<![\w.])(?!HTTP/|input/output)(?:\w+:/)?[\w.=-]*(?:/[^\s/'\"\],;:]*)+", re.IGNORECASE)
+"""What a path is called says nothing: gs://bucket/lr-timeout/7."""
 _SYSTEM = re.compile(r"OS error (\d+)|os_error_code='(\d+)'")
 _HTTP = re.compile(r"(?:HTTP response code:?|status code|HTTP/[\d.]+|HTTP) (\d{3})\b")
 _STATUSES = (
@@ -57,7 +63,7 @@ def kind_of(err: BaseException) -> Kind:
     return next((kind for kind in reversed(kinds) if kind is not Kind.DAMAGE), Kind.DAMAGE)
 
 
-def failure(message: str, err: BaseException) -> UserError:
+def as_error(message: str, err: BaseException) -> UserError:
     """Returns what to raise, with this message, for an error of the storage: TryAgainError where it may pass."""
     return (TryAgainError if kind_of(err) is Kind.PASSING else UserError)(message)
 
@@ -78,11 +84,16 @@ def chain(err: BaseException) -> Iterator[BaseException]:
 def _kind_of_one(err: BaseException) -> Kind:
     if isinstance(err, MemoryError):
         return Kind.MACHINE
-    if isinstance(err, TimeoutError | ConnectionError):
+    # TLS numbers its errors as it likes: 1, which is EPERM, among them.
+    if isinstance(err, TimeoutError | ConnectionError) or type(err).__module__.split(".")[0] in ("ssl", "aiohttp"):
         return Kind.PASSING
     if isinstance(err, OSError) and err.errno is not None:
         return _kind_of_number(err.errno)
-    text = str(err)
+    if isinstance(err, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        return Kind.DAMAGE
+    if isinstance(err, PermissionError | FileExistsError):
+        return Kind.REFUSED
+    text = _PATH.sub(" ", str(err))
     if found := _SYSTEM.search(text):
         return _kind_of_number(int(found.group(1) or found.group(2)))
     if found := _HTTP.search(text):
@@ -92,14 +103,13 @@ def _kind_of_one(err: BaseException) -> Kind:
         if status in (408, 429) or status >= 500:
             return Kind.PASSING
     for status, kind in _STATUSES:
-        if status in text:
+        if re.search(rf"\b{status}\b", text):
             return kind
     return Kind.PASSING if _PASSING_WORDS.search(text) else Kind.DAMAGE
 
 
 def _kind_of_number(number: int) -> Kind:
-    if number in _DAMAGE:
-        return Kind.DAMAGE
-    if number in _REFUSED:
-        return Kind.REFUSED
-    return Kind.MACHINE if number in _MACHINE else Kind.PASSING
+    for numbers, kind in ((_DAMAGE, Kind.DAMAGE), (_MACHINE, Kind.MACHINE), (_PASSING, Kind.PASSING)):
+        if number in numbers:
+            return kind
+    return Kind.REFUSED

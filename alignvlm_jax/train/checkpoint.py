@@ -447,7 +447,12 @@ def load_model(path: Path, mesh: Mesh) -> tuple[Config, vlm.VLM, Params, int]:
 
 def _may_pass(err: BaseException) -> bool:
     """Whether what was not saved may be saved when the run is started again. Not where there is no room or no
-    permission; but where another process was lost, with which this one wrote."""
+    permission, or the folder is gone; but where another process was lost, with which this one wrote."""
+    for one in faults.chain(err):
+        if isinstance(one, UserError):
+            return isinstance(one, TryAgainError)
+        if isinstance(one, FileNotFoundError):
+            return False
     return _is_of_device(err) or faults.kind_of(err) not in (Kind.REFUSED, Kind.MACHINE)
 
 

@@ -69,7 +69,7 @@ class Writer:
             self._file.append(f"{json.dumps(line)}\n".encode())
             self._board.append(_record(Event(step=step, wall_time=time.time(), summary=Summary(value=scalars))))
         except OSError as err:
-            raise faults.failure(f"cannot write {self._path} at step {step}: {err.strerror}", err) from err
+            raise faults.as_error(f"cannot write {self._path} at step {step}: {err.strerror or err}", err) from err
 
 
 def _record(event: Event) -> bytes:
@@ -102,7 +102,8 @@ def cut(path: Path, step: int) -> None:
 
 
 def num_evaluations(path: Path, step: int) -> int | None:
-    """Returns how many lines of `step` are of evaluations, not of training; None where nothing was ever logged."""
+    """Returns how many lines of `step` are of evaluations, not of training; None where nothing was ever logged. A line
+    of an evaluation that found nothing holds no name of its own, so they are counted."""
     if not path.exists():
         return None
     numbered = enumerate(path.read_bytes().decode(errors="replace").splitlines(keepends=True), start=1)

@@ -121,10 +121,10 @@ class StageLoop:
         """Trains from step `newest` to the stage's end, where a checkpoint stands in any case; before that does the
         evaluations of step `newest` that a stop left out."""
         self.saved, self.saved_at = newest, time.monotonic()
-        with self.run.phases.enter("training"):
-            self._evaluate(live, newest, lacking)
-            if newest < self.stage.end:
-                self._open_batches(position)
+        self._evaluate(live, newest, lacking)
+        if newest < self.stage.end:
+            self._open_batches(position)
+            with self.run.phases.enter("training"):
                 self._run_steps(live, newest)
         # The next stage would compile before it asks.
         if (self.stage.end < self.run.total or self.was_cut_short) and self.run.stop.requested():

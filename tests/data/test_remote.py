@@ -8,8 +8,9 @@ import time
 import numpy as np
 import pytest
 
+from alignvlm_jax import storage
 from alignvlm_jax.data import filesystem, index, lengths, pipeline, preparing, sources, tokenizer_files
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import TryAgainError, UserError
 from tests.data.test_pipeline import change
 
 
@@ -141,6 +142,25 @@ def test_faults_that_pass_lose_no_record_and_others_are_no_damage(remote, bucket
     # A record that the bucket does not give is not one that training may leave out.
     with bucket.faulty(status=403, names="array_record"), pytest.raises(OSError, match="no permission"):
         source[3]
+
+
+def test_a_bucket_that_is_silent_is_no_reason_to_delete_anything(remote, bucket, monkeypatch):
+    """Of the shards, of the index and of the tokenizer: the command is started again later."""
+    opened = [
+        lambda: sources.RecordSource(remote, "train"),
+        lambda: index.load(remote, "train"),
+        lambda: tokenizer_files.load(f"{remote}/tokenizer.model"),
+    ]
+    filesystem.listing(remote)  # Else nothing would be asked but this.
+    monkeypatch.setattr(storage.bucket, "_patience", 0.2)
+    monkeypatch.setattr(storage.bucket, "MAX_PAUSE", 0.1)
+    with bucket.faulty(error_rate=1.0):
+        for read in opened:
+            with pytest.raises(TryAgainError) as error:
+                read()
+            assert "delete" not in str(error.value) and "recount" not in str(error.value)
+    for read in opened:
+        read()
 
 
 def test_the_index_is_that_of_the_disk(prepared, remote, demo_config):

@@ -65,6 +65,23 @@ def act():
     assert line.endswith("page 7 cannot be read") and ("process 2 of 3 (" in line) == bool(name)
 
 
+def test_what_another_process_ends_by_is_the_reason_of_one_that_lost_it(tmp_path):
+    """A save breaks where another process has ended: that one's error is told, with its status, which is not to be
+    tried again."""
+    act = """
+from alignvlm_jax.errors import TryAgainError
+def act():
+    if index == 2:
+        raise UserError("page 7 cannot be read")
+    while not exchange.said("failed"):
+        time.sleep(0.01)
+    raise TryAgainError("could not write checkpoint 4: connection reset by peer")
+"""
+    done = joined.run(act + COMMAND, 3, tmp_path)
+    assert [one.returncode for one in done] == [1, 1, 1], done
+    assert ours(done[0].stderr)[-1].endswith("page 7 cannot be read")
+
+
 def test_a_process_that_is_killed_is_missed(tmp_path):
     act = """
 def act():

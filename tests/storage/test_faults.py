@@ -3,12 +3,14 @@
 import errno
 import json
 import os
+import ssl
 
+import aiohttp
 import jax
 import pytest
 
 from alignvlm_jax.errors import TryAgainError, UserError
-from alignvlm_jax.storage import faults
+from alignvlm_jax.storage import bucket, faults
 from alignvlm_jax.storage.faults import Kind
 from alignvlm_jax.train import checkpoint
 
@@ -28,6 +30,14 @@ SEEN = [
     (OSError("google::cloud::Status(UNAVAILABLE: Retry policy exhausted in ReadObjectNotWrapped)"), Kind.PASSING),
     (number(errno.ENOENT), Kind.DAMAGE),
     (MemoryError(), Kind.MACHINE),
+    (number(errno.ENXIO), Kind.REFUSED),
+    (number(errno.ETIMEDOUT), Kind.PASSING),
+    (ssl.SSLError(1, "[SSL: APPLICATION_DATA_AFTER_CLOSE_NOTIFY]"), Kind.PASSING),
+    (aiohttp.ClientOSError(1, "[SSL: APPLICATION_DATA_AFTER_CLOSE_NOTIFY]"), Kind.PASSING),
+    (FileNotFoundError("gs://bucket/lr-timeout/checkpoints/7"), Kind.DAMAGE),
+    (ValueError("bad magic in '/runs/lr-timeout/ABORTED/7'"), Kind.DAMAGE),
+    (ValueError("bad magic in runs/lr-timeout/UNAVAILABLE"), Kind.DAMAGE),
+    (ValueError('reading "gs://b/lr-timeout/x": HTTP/1.1 503'), Kind.PASSING),
     (TimeoutError("the lease"), Kind.PASSING),
     (ConnectionResetError("reset"), Kind.PASSING),
     (json.JSONDecodeError("Expecting value", "", 0), Kind.DAMAGE),
@@ -60,8 +70,21 @@ def test_kinds(err, kind):
     ],
 )
 def test_what_is_raised_says_whether_the_command_may_be_started_again(err, raised):
-    failure = faults.failure("cannot open x", err)
+    failure = faults.as_error("cannot open x", err)
     assert type(failure) is raised and str(failure) == "cannot open x"
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [(400, Kind.REFUSED), (403, Kind.REFUSED), (408, Kind.PASSING), (416, Kind.REFUSED), (503, Kind.PASSING)],
+)
+def test_answers_of_the_bucket(code, kind):
+    """With what they were raised from."""
+    inner = OSError(f"Error in gs://bucket/lr-timeout: {code}")
+    inner.code = code
+    err = bucket._os_error(inner, "bucket/lr-timeout")
+    err.__cause__ = inner
+    assert faults.kind_of(err) is kind
 
 
 @pytest.mark.parametrize("join", ["from", "context", "group"])
@@ -85,6 +108,9 @@ def test_what_came_first_is_the_reason(join):
         (ValueError("UNKNOWN: Failed to write 3676515 bytes: File too large [os_error_code='27']"), False),
         (PermissionError(errno.EACCES, "Permission denied"), False),
         (MemoryError(), False),
+        (UserError("the lease on gs://bucket/run was lost"), False),
+        (TryAgainError("the storage is silent"), True),
+        (number(errno.ENOENT), False),
         (TimeoutError("the storage does not answer"), True),
         (ValueError("HTTP response code: 503"), True),
         (ValueError("nobody knows"), True),

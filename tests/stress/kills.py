@@ -59,8 +59,8 @@ def kill(shared: Setting, number: int, rng: random.Random, scratch: Path, num_pr
 
 
 def _check_survivors(attempt: Attempt, statuses: list[int], told: Counter[str]) -> None:
-    # The coordination service goes with the main process, and jax then aborts the others.
-    allowed = (*AGAIN, -signal.SIGABRT) if statuses[0] == -signal.SIGKILL else AGAIN
+    # The coordination service goes with the main process, and jax then aborts the others, from a thread of its own.
+    allowed = (*AGAIN, -signal.SIGABRT, -signal.SIGSEGV) if statuses[0] == -signal.SIGKILL else AGAIN
     for process, status in enumerate(statuses):
         if status == -signal.SIGKILL:
             continue

@@ -49,7 +49,7 @@ def image(folder: str, name: str, max_bytes: int = MAX_BYTES) -> bytes:
         raise Reject(f"an image file cannot be read ({name}: {err})") from err
     except OSError as err:
         if filesystem.is_remote(path):
-            raise faults.failure(f"cannot read {path}: {err}; the same command goes on", err) from err
+            raise faults.as_error(f"cannot read {path}: {err}; the same command goes on", err) from err
         raise Reject(f"an image file cannot be read ({name}: {err.strerror or err})") from err
 
 

@@ -74,6 +74,7 @@ class Parquet:
                     found += _units(path, reader.metadata)
                     usable += 1
             except (UserError, *BROKEN) as err:
+                filesystem.raise_if_passing(path, err)
                 found.append(Unit(path))  # `raws` says why
                 wrong = wrong or (err if isinstance(err, UserError) else None)
         if wrong and not usable:
@@ -92,6 +93,7 @@ class Parquet:
                     yield from _rows(reader, group, row, columns, unit.path)
                     row += reader.metadata.row_group(group).num_rows
         except (UserError, *BROKEN) as err:
+            filesystem.raise_if_passing(unit.path, err)
             yield Rejection(name, f"the parquet file cannot be read ({_one_line(err)})")
 
     def record(self, raw: Raw) -> Record:
@@ -136,6 +138,7 @@ def _rows(reader: parquet.ParquetFile, group: int, row: int, columns: Columns, p
                 yield _raw(f"{name}-{row}", batch, number, columns, filesystem.parent(path))
                 row += 1
     except BROKEN as err:
+        filesystem.raise_if_passing(path, err)
         yield Rejection(f"{name}-{row}", f"rows cannot be read (row group {group} from here on: {_one_line(err)})")
 
 

@@ -108,6 +108,7 @@ def _members(path: str) -> Iterator[tuple[str, str, bytes] | Rejection]:
                 else:
                     yield posixpath.join(folder, stem), ending, tar.extractfile(member).read()
     except BROKEN as err:
+        filesystem.raise_if_passing(path, err)
         yield Rejection(at, f"the tar file is broken from here on ({' '.join(str(err).split()) or type(err).__name__})")
 
 

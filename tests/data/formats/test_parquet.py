@@ -2,11 +2,12 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet as pq
 
+from alignvlm_jax.data import filesystem
 from alignvlm_jax.data.formats import parquet
 from alignvlm_jax.data.formats.base import Raw, Rejection
 from alignvlm_jax.data.formats.parquet import KNOWN, Parquet
 from alignvlm_jax.data.schema import Turn
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import TryAgainError, UserError
 
 
 def write(folder, columns, name="train-0.parquet", **options):
@@ -121,6 +122,24 @@ def test_damaged_files_end_nothing_but_themselves(tmp_path, png):
     good = [item.id for item in items if isinstance(item, Raw)]
     assert good[:8] == [f"a-{i}" for i in range(8)] and good[-1] == "d-7"
     assert {item.id[0] for item in items if isinstance(item, Rejection)} == {"b", "c", "d"}
+
+
+@pytest.mark.parametrize("where", ["opening", "reading"])
+def test_a_bucket_that_does_not_answer_is_no_damaged_file(tmp_path, png, monkeypatch, where):
+    write(tmp_path, {"image": [png()] * 8, "query": ["?"] * 8, "label": [["."]] * 8}, "a.parquet")
+    [unit] = Parquet().units(str(tmp_path))
+    err = OSError("google::cloud::Status(UNAVAILABLE: Retry policy exhausted)")
+
+    def silent(*_, **__):
+        raise err
+
+    monkeypatch.setattr(filesystem, "is_remote", lambda path: True)
+    if where == "opening":
+        monkeypatch.setattr(filesystem, "open_file", lambda path: silent())
+    else:
+        monkeypatch.setattr(pq.ParquetFile, "iter_batches", silent)
+    with pytest.raises(TryAgainError, match=r"cannot read .*UNAVAILABLE.*; the same command goes on"):
+        list(Parquet().raws(unit))
 
 
 def test_rows_that_are_small_only_while_they_are_packed(tmp_path, prepare, png, monkeypatch):
