@@ -89,6 +89,8 @@ def _check(config: Config, args: argparse.Namespace) -> None:
         if flag in args:
             setattr(args, flag, getattr(args, flag) or default)
             sources.RecordSource(config.data.dir, getattr(args, flag))
+    if "split" in args or "pages" in args:
+        distributed.check_alike({f"the data in {config.data.dir}": sources.contents(config.data.dir)})
     if args.analysis in NEED_WORDS:
         looking.check(config)
     for name in getattr(args, "connectors", ()):

@@ -30,6 +30,7 @@ SPARE_FILES = 512
 MAX_COMING = 1024
 """Records that were begun and not yet asked for, of a split."""
 
+ENDINGS = (".array_record", ".npz")
 AGAIN = "delete the folder and run `prepare` again"  # which finds nothing to do while `prepare.json` stands
 
 
@@ -129,6 +130,17 @@ def fingerprint(*directories: str | os.PathLike) -> str:
     """Returns a checksum of what `prepare` was asked for and of the tokenizer, in every folder: other data have another
     one. Where there is neither it is that of nothing."""
     return _fingerprint(directories, ("prepare.json", "tokenizer.model", "tokenizer.json"))
+
+
+def contents(*directories: str | os.PathLike) -> str:
+    """Returns what tells folders from copies that are not whole, or are older, in words: the number and bytes of their
+    shards and indexes, and a checksum of the names, sizes and fingerprint. Nothing of the shards is read."""
+    found = []
+    for directory in directories:
+        entries = filesystem.listing(directory)
+        found += sorted((name, entry.size) for name, entry in entries.items() if name.endswith(ENDINGS))
+    digest = zlib.crc32(repr((found, fingerprint(*directories))).encode())
+    return f"{len(found):,} files of {sum(size for _, size in found):,} bytes, checksum {digest:08x}"
 
 
 def has_fingerprint(saved: str, *directories: str | os.PathLike) -> bool:

@@ -1,5 +1,6 @@
 import os
 import resource
+import shutil
 import zlib
 
 import grain
@@ -65,6 +66,23 @@ def test_fingerprint_tells_data_apart(tmp_path):
     assert sources.fingerprint(tmp_path, tmp_path) not in seen
     (tmp_path / "train-00000-of-00001.array_record").write_text("")
     assert sources.fingerprint(tmp_path) in seen
+
+
+def test_contents_tell_copies_apart(shards, tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("copies")
+    first, second = (shutil.copytree(shards, tmp_path / name) for name in "ab")
+    assert sources.contents(first) == sources.contents(second) != sources.contents(first, second)
+    shard = next(second.glob("train-*.array_record"))
+    for change in (
+        lambda: shard.with_name("validation-00000-of-00001.array_record").write_bytes(b"x"),  # one more
+        lambda: shard.write_bytes(shard.read_bytes()[:-1]),
+        shard.unlink,
+        lambda: (second / "prepare.json").write_text("{}"),
+    ):
+        before = sources.contents(second)
+        change()
+        assert sources.contents(second) not in (before, sources.contents(first))
+    assert sources.contents(tmp_path / "none").startswith("0 files of 0 bytes")
 
 
 def test_a_damaged_shard_is_a_user_error(shards):
