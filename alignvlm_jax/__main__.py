@@ -5,6 +5,7 @@ start again what ends otherwise: 70 an exception that nobody expected; 75 stalle
 that does not answer; 143 told to stop, and saved.
 """
 
+import contextlib
 import importlib
 import os
 import sys
@@ -101,7 +102,8 @@ def _asks_for_several() -> str | None:
 
 
 def _fail(message: str, status: int = 1) -> int:
-    print(f"alignvlm_jax: error: {message}", file=sys.stderr, flush=True)
+    # Whatever becomes of the line: the others wait to be told.
+    logs.say(f"alignvlm_jax: error: {message}")
     if distributed := _distributed():
         return distributed.fail(message, status)
     return status
@@ -109,7 +111,8 @@ def _fail(message: str, status: int = 1) -> int:
 
 def leave_with(status: int) -> NoReturn:
     """Ends the process, and where it failed all others of the run."""
-    sys.stdout.flush()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
     storage.close_all()
     if status in (0, 2):
         if distributed := _distributed():
@@ -130,6 +133,7 @@ if __name__ == "__main__":
     try:
         status = main(sys.argv[1:])
     except Exception as err:
-        traceback.print_exc()
+        with contextlib.suppress(OSError, ValueError):
+            traceback.print_exc()
         status = _fail(f"unforeseen: {type(err).__name__}: {err}", status=70)
     leave_with(status)

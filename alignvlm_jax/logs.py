@@ -76,6 +76,23 @@ class Terminal(logging.StreamHandler):
         return self._debug or (is_told and not _open_logs)
 
 
+class Lines(logging.StreamHandler):
+    """Messages in a file. That it cannot be written is told once, not with a traceback for each of them."""
+
+    _is_told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._is_told:
+            self._is_told = True
+            say(f"cannot write the log {self.stream.name}: {sys.exc_info()[1]}")
+
+
+def say(line: str) -> None:
+    """Prints a line on stderr, where that can be written: on a full disk the rest must go on all the same."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
+
+
 _open_logs: list["HostLog"] = []
 _kept: list[Kept] = []
 
@@ -126,7 +143,7 @@ class HostLog:
             self.file = self._stack.enter_context(self.path.open("a", buffering=1))
         problem = f"cannot write {self.path} now"
         self._stack.enter_context(Repeated(self.ship, self._ship_seconds, problem))
-        handler = logging.StreamHandler(self.file)
+        handler = Lines(self.file)
         handler.setFormatter(absl_logging.PythonFormatter())
         self._stack.enter_context(_handling(handler))
         self._stack.enter_context(_warnings_logged())
@@ -140,7 +157,8 @@ class HostLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, *_: object) -> None:
-        with self._stack:
+        # An error on its way out is the one to report, not that the log has no room for it.
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(OSError), self._stack:
             if kind is None:
                 absl_logging.info("ended")
             else:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -206,3 +207,20 @@ def test_stacks_can_be_asked_for(tmp_path):
 def test_how_one_asks_for_tracebacks(monkeypatch, argv, value, debugging):
     monkeypatch.setenv("ALIGNVLM_DEBUG", value)
     assert logs.is_debugging(argv) is debugging
+
+
+def test_a_full_disk_does_not_take_the_place_of_the_error(tmp_path, capfd):
+    """Nor does each line of the log have a traceback."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with pytest.raises(RuntimeError, match="checkpoint 7"):
+        try:
+            with logs.HostLog(tmp_path, process=0, num_processes=1, commit="x") as log:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size, limits[1]))
+                for _ in range(3):
+                    absl_logging.warning("a line")
+                raise RuntimeError("could not write checkpoint 7")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capfd.readouterr().err
+    assert said.count("cannot write the log") == 1 and "Logging error" not in said

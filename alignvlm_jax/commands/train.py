@@ -9,7 +9,7 @@ from rich.console import Console
 
 from alignvlm_jax import storage
 from alignvlm_jax.commands import config_flag
-from alignvlm_jax.errors import StoppedError
+from alignvlm_jax.errors import StoppedError, UserError
 from alignvlm_jax.parallel import compile_cache, distributed
 from alignvlm_jax.train import goodput, loop
 
@@ -26,7 +26,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--workdir", required=True, type=storage.path, help="folder of checkpoints, metrics and the report"
     )
-    stages, rest = config_flag.parse(argv)
+    try:
+        stages, rest = config_flag.parse(argv)
+    except UserError:
+        # It may be wrong here alone: the others would wait a minute for this process, and not know why.
+        distributed.initialize(argv)
+        raise
     args = parser.parse_args(rest)
     if stages is None:
         parser.error("--config=FILE is required")

@@ -4,7 +4,6 @@ import contextlib
 import importlib.metadata
 import os
 import platform
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 
 import jax
 
+from alignvlm_jax import logs
 from alignvlm_jax.errors import TryAgainError, UserError
 from alignvlm_jax.parallel import exchange, peers
 from alignvlm_jax.parallel.peers import Watch
@@ -93,7 +93,7 @@ def _ended_after(seconds: float, message: str) -> Iterator[None]:
     aborts the process, with a stack of C instead of an error."""
 
     def end() -> None:
-        print(f"alignvlm_jax: error: {message}", file=sys.stderr, flush=True)
+        logs.say(f"alignvlm_jax: error: {message}")
         os._exit(peers.LOST)
 
     timer = threading.Timer(seconds, end)

@@ -7,7 +7,6 @@ later, and then abort with its words instead of ours.
 import contextlib
 import os
 import platform
-import sys
 import threading
 import time
 
@@ -60,7 +59,7 @@ class Watch:
                 process, told = min(others.items(), key=lambda one: one[1]["status"] in VAGUE)
                 message, status = f"{self._name(process)}: {told['message']}", told["status"]
                 if self._index == 0:
-                    print(f"alignvlm_jax: error: {message}", file=sys.stderr, flush=True)
+                    logs.say(f"alignvlm_jax: error: {message}")
             exchange.say(f"failed/{self._index}", {"message": message, "status": status})
             self._wait_for_others()
         return status
@@ -109,7 +108,7 @@ class Watch:
             return  # The main thread is on its way out by itself.
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             if self._index == 0:
-                print(f"alignvlm_jax: error: {message}", file=sys.stderr, flush=True)
+                logs.say(f"alignvlm_jax: error: {message}")
                 exchange.say("failed/0", {"message": message, "status": status})
             self._wait_for_others()
         writing = threading.Thread(target=_write_out, daemon=True)

@@ -82,6 +82,43 @@ def act():
     assert ours(done[0].stderr)[-1].endswith("page 7 cannot be read")
 
 
+def test_a_config_that_is_wrong_on_one_host_is_told_by_the_main_one(tmp_path):
+    """Though it is read before the processes join."""
+    config = tmp_path / "config.py"
+    config.write_text("""
+import os
+from alignvlm_jax import config as config_lib
+
+def get_config():
+    config = config_lib.default_config_dict()
+    config.train.num_steps = -1 if os.environ["ALIGNVLM_PROCESS_ID"] == "1" else 1
+    return config
+""")
+    command = f"""
+from alignvlm_jax import __main__ as program
+program.leave_with(program.main(["train", "--config={config}", "--workdir={tmp_path}/run"]))
+"""
+    began = time.monotonic()
+    done = joined.run(command, 2, tmp_path)
+    assert [one.returncode for one in done] == [1, 1], done
+    assert "config.train.num_steps is -1" in ours(done[0].stderr)[-1] and time.monotonic() - began < 50
+
+
+def test_one_whose_output_cannot_be_written_tells_the_others_all_the_same(tmp_path):
+    """As where the disk is full that also holds its log."""
+    act = """
+def act():
+    if index == 1:
+        full = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(full, 1), os.dup2(full, 2)
+        raise UserError("page 7 cannot be read")
+    time.sleep(100)
+"""
+    done = joined.run(act + COMMAND, 2, tmp_path)
+    assert [one.returncode for one in done] == [1, 1], done
+    assert "process 1 of 2 (" in ours(done[0].stderr)[-1] and "page 7" in ours(done[0].stderr)[-1]
+
+
 def test_a_process_that_is_killed_is_missed(tmp_path):
     act = """
 def act():
