@@ -31,7 +31,6 @@ SEEN = [
     (number(errno.ENOENT), Kind.DAMAGE),
     (MemoryError(), Kind.MACHINE),
     (number(errno.ENXIO), Kind.REFUSED),
-    (number(errno.ETIMEDOUT), Kind.PASSING),
     (ssl.SSLError(1, "[SSL: APPLICATION_DATA_AFTER_CLOSE_NOTIFY]"), Kind.PASSING),
     (aiohttp.ClientOSError(1, "[SSL: APPLICATION_DATA_AFTER_CLOSE_NOTIFY]"), Kind.PASSING),
     (FileNotFoundError("gs://bucket/lr-timeout/checkpoints/7"), Kind.DAMAGE),
