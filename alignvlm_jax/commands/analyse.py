@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -90,7 +91,8 @@ def _check(config: Config, args: argparse.Namespace) -> None:
             setattr(args, flag, getattr(args, flag) or default)
             sources.RecordSource(config.data.dir, getattr(args, flag))
     if "split" in args or "pages" in args:
-        distributed.check_alike({f"the data in {config.data.dir}": sources.contents(config.data.dir)})
+        contents = functools.partial(sources.contents, config.data.dir)
+        distributed.check_alike({f"the data in {config.data.dir}": contents})
     if args.analysis in NEED_WORDS:
         looking.check(config)
     for name in getattr(args, "connectors", ()):

@@ -4,6 +4,7 @@ questions of benchmarks, or how well its language model alone predicts text."""
 import argparse
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def _evaluate_splits(args: argparse.Namespace) -> None:
     config = _asked(loading.load_config(args.checkpoint, args.data), args)
     for split in config.eval.splits:
         sources.RecordSource(config.data.dir, split)  # A misspelt split should not wait for the model.
-    distributed.check_alike({f"the data in {config.data.dir}": sources.contents(config.data.dir)})
+    distributed.check_alike({f"the data in {config.data.dir}": functools.partial(sources.contents, config.data.dir)})
     loaded = loading.load(args.checkpoint, config)
     config = _asked(loaded.config, args)
     asker = runner.Runner(loaded, config)
@@ -66,7 +67,9 @@ def _evaluate_tasks(args: argparse.Namespace) -> None:
     # Of all tasks before the model, and before the first task is asked.
     data = BENCHMARKS if args.data is None else storage.path(args.data)
     opened = [_open(task, data, args.num_questions) for task in asked]
-    distributed.check_alike({f"the data of {one.task.name}": sources.contents(one.directory) for one in opened})
+    distributed.check_alike(
+        {f"the data of {one.task.name}": functools.partial(sources.contents, one.directory) for one in opened}
+    )
     config = loading.load_config(args.checkpoint)
     loaded = loading.load(args.checkpoint, config)
     asker, reader = runner.Runner(loaded, loaded.config), texts.Reader(loaded)

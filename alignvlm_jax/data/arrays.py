@@ -13,6 +13,9 @@ from alignvlm_jax.data import filesystem
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.storage import faults
 
+DIRECTORY_BYTES = 1 << 16
+"""More than the list of a file's arrays takes."""
+
 
 def write(path: str | Path, named: Mapping[str, np.ndarray | str]) -> None:
     """Writes a file, beside `path` first.
@@ -29,6 +32,25 @@ def write(path: str | Path, named: Mapping[str, np.ndarray | str]) -> None:
         raise faults.as_error(f"cannot write {path}: {err.strerror or err}", err) from err
     finally:
         beside.unlink(missing_ok=True)
+
+
+def checksums(path: str, size: int) -> dict[str, int]:
+    """Returns the CRC-32 of every array of a file of so many bytes. They stand at its end, which alone is read; of a
+    file that is damaged there, that of its end.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        tail = filesystem.read_range(path, max(0, size - DIRECTORY_BYTES), size)
+    except OSError as err:
+        raise faults.as_error(f"{path} cannot be read ({err})", err) from err
+    try:
+        # A zip file's directory is its end, and where it begins is counted from there.
+        with zipfile.ZipFile(io.BytesIO(tail)) as stored:
+            return {member.filename: member.CRC for member in stored.infolist()}
+    except zipfile.BadZipFile:
+        return {"": zlib.crc32(tail)}
 
 
 def read(path: str, size: int, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:

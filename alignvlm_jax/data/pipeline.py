@@ -270,6 +270,16 @@ def stack(batch_rows: list[Row]) -> Batch:
     return Batch(**{name: np.stack([row[name] for row in batch_rows]) for name in batch_rows[0]})
 
 
+def tokenizer_contents(config: Config) -> str:
+    """Returns what tells one tokenizer from another, in words.
+
+    Raises:
+      UserError: it is missing.
+    """
+    _, content = tokenizer_files.read(tokenizer_path(config))
+    return f"{len(content):,} bytes, checksum {zlib.crc32(content):08x}"
+
+
 def load_tokenizer(config: Config) -> Tokenizer:
     """Reads the tokenizer of `data.tokenizer`, or that of `data.dir`.
 

@@ -1,6 +1,7 @@
 """A trained model from its checkpoint, on the devices of this machine, ready to be asked."""
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from alignvlm_jax.data import chat, pipeline
 from alignvlm_jax.data.tokenizer import Tokenizer
 from alignvlm_jax.infer.sampler import Sampler
 from alignvlm_jax.models.vlm import VLM
+from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.train import checkpoint, initial
 from alignvlm_jax.train.state import Params
@@ -69,6 +71,8 @@ def load(path: Path, config: Config) -> Loaded:
     Raises:
       UserError: there is no readable checkpoint, or its tokenizer is missing.
     """
+    path_of_tokenizer = pipeline.tokenizer_path(config)
+    distributed.check_alike({f"tokenizer {path_of_tokenizer}": functools.partial(pipeline.tokenizer_contents, config)})
     tokenizer = pipeline.load_tokenizer(config)
     mesh = mesh_lib.for_inference(config)
     trained, model, params, step = checkpoint.load_model(path, mesh)

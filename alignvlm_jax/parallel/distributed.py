@@ -6,7 +6,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -121,10 +121,13 @@ def fail(message: str, status: int) -> int:
     return status if _watch is None else _watch.fail(message, status)
 
 
-def check_alike(facts: Mapping[str, Any]) -> None:
+def check_alike(facts: Mapping[str, Any | Callable[[], Any]]) -> None:
     """Raises UserError on all processes where facts are not the same on all of them. What differs between hosts would
-    part them at some later point, in a hang or in wrong numbers."""
-    if found := exchange.differing(facts):
+    part them at some later point, in a hang or in wrong numbers. A fact that takes time to find is given as a function,
+    which a single process does not call."""
+    if jax.process_count() == 1:
+        return
+    if found := exchange.differing({name: fact() if callable(fact) else fact for name, fact in facts.items()}):
         name, values = next(iter(found.items()))
         process = next(i for i, value in enumerate(values) if value != values[0])
         raise UserError(

@@ -12,9 +12,11 @@ import contextlib
 import functools
 import importlib.metadata
 import itertools
+import json
 import sys
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, TypeVar
@@ -394,6 +396,21 @@ def agreed(read: Callable[[], T]) -> T:
     return result
 
 
+def agreed_metadata(checkpoints: Checkpoints, step: int) -> dict[str, Any]:
+    """Returns the metadata of a checkpoint that all processes are about to read.
+
+    Raises:
+      BrokenCheckpoint: on all of them, where one could not read it.
+      UserError: on all of them, where it is not the same: a folder on each host's own disk may hold another run on one
+        of them, and each would go on with its own part of the parameters.
+    """
+    metadata = agreed(lambda: checkpoints.metadata(step))
+    digest = zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
+    run = f"run {str(metadata.get('run_id'))[:8]}, metadata {digest:08x}"
+    distributed.check_alike({f"checkpoint {step} of {checkpoints.folder.parent.name}": run})
+    return metadata
+
+
 def read_newest(path: Path, read: Callable[["Checkpoints", int], T]) -> T:
     """Returns read(checkpoints, step) of the newest readable checkpoint of a workdir, or of the one checkpoint `path`.
 
@@ -409,6 +426,8 @@ def read_newest(path: Path, read: Callable[["Checkpoints", int], T]) -> T:
         problem = f"no checkpoint in {folder}"
         for candidate in reversed(steps):
             try:
+                if jax.process_count() > 1:
+                    agreed_metadata(checkpoints, candidate)
                 return agreed(functools.partial(read, checkpoints, candidate))
             except BrokenCheckpoint as err:
                 problem = str(err)

@@ -4,6 +4,7 @@ A stage always starts from a saved checkpoint, that of the stage before or its o
 was not take the same path.
 """
 
+import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from rich.console import Console
 
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config
-from alignvlm_jax.data import sources
+from alignvlm_jax.data import pipeline, sources
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.eval import spot_check
 from alignvlm_jax.eval.spot_check import SpotCheck
@@ -64,8 +65,14 @@ def train(configs: tuple[Config, ...], folder: Path, console: Console, process_b
     began = time.monotonic()
     # Before anything else: from here on processes wait for each other.
     distributed.check_alike(dict(workdir.leaves(configs)))
+    for one in configs:
+        distributed.check_alike(
+            {
+                f"the data of stage {one.stage}": functools.partial(sources.contents, *one.data.folders),
+                f"the tokenizer of stage {one.stage}": functools.partial(pipeline.tokenizer_contents, one),
+            }
+        )
     preflight.check(configs)
-    distributed.check_alike({f"the data of stage {one.stage}": sources.contents(*one.data.folders) for one in configs})
     spot_check.check(configs)
     stages = lay_out(configs)
     total = stages[-1].end
@@ -152,7 +159,7 @@ def _start(
     """Returns the state to go on from, and the position in the stage's data."""
     config, checkpoints = stage.config, run.checkpoints
     if run.earlier_seconds is None:
-        metadata = checkpoint.agreed(lambda: checkpoints.metadata(newest)) if newest else {"train_seconds": 0.0}
+        metadata = checkpoint.agreed_metadata(checkpoints, newest) if newest else {"train_seconds": 0.0}
         _check_data(run, metadata)
         run.earlier_seconds = metadata["train_seconds"]
     if newest > stage.begin:

@@ -4,10 +4,11 @@ import shutil
 import zlib
 
 import grain
+import numpy as np
 import pytest
 from array_record.python import array_record_module
 
-from alignvlm_jax.data import sources
+from alignvlm_jax.data import arrays, sources
 from alignvlm_jax.data.schema import Record
 from alignvlm_jax.errors import UserError
 
@@ -83,6 +84,18 @@ def test_contents_tell_copies_apart(shards, tmp_path_factory):
         change()
         assert sources.contents(second) not in (before, sources.contents(first))
     assert sources.contents(tmp_path / "none").startswith("0 files of 0 bytes")
+
+
+def test_contents_tell_records_apart_whose_shards_are_of_one_size(shards, tmp_path_factory):
+    other = shutil.copytree(shards, tmp_path_factory.mktemp("other") / "copy")
+    for folder, hashes in ((shards, [1, 2]), (other, [1, 3])):
+        arrays.write(folder / "index-train.npz", {"content_hash": np.array(hashes, np.uint64), "rest": np.zeros(99999)})
+    assert (shards / "index-train.npz").stat().st_size == (other / "index-train.npz").stat().st_size
+    assert sources.contents(shards) != sources.contents(other)
+    shutil.copy(shards / "index-train.npz", other)
+    assert sources.contents(shards) == sources.contents(other)
+    (other / "index-train.npz").write_bytes(b"damaged")
+    assert sources.contents(shards) != sources.contents(other)
 
 
 def test_a_damaged_shard_is_a_user_error(shards):

@@ -64,7 +64,7 @@ def write(folder: Path) -> Path:
     (folder / "tasks").mkdir()
     (folder / "tasks" / "debian").symlink_to(folder)
     config = write_config(folder / "config.py", str(folder))
-    _write_start(config, folder / START)
+    write_start(config, folder / START)
     return config
 
 
@@ -74,7 +74,7 @@ def write_config(path: Path, folder: str) -> Path:
     return path
 
 
-def _write_start(config: Path, workdir: Path) -> None:
+def write_start(config: Path, workdir: Path) -> None:
     """A checkpoint to start from, of a model that answers otherwise about every page: a swap of two would show."""
     [stage], _ = config_flag.parse([f"--config={config}"])
     params = random_params(vlm.VLM(stage.model), vlm.abstract_batch(stage))
