@@ -30,6 +30,8 @@ BENCHMARKS = Path("data")
 
 def main(argv: list[str]) -> None:
     args = _parse(argv)
+    if "" in (args.tasks, args.splits):
+        raise UsageError("--tasks and --splits need names, separated by commas")
     if args.tasks and args.splits:
         raise UsageError("--tasks and --splits exclude each other: the demonstration's splits are tasks too")
     distributed.initialize(argv)

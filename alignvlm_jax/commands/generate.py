@@ -13,6 +13,7 @@ from alignvlm_jax import storage
 from alignvlm_jax.commands.arguments import positive
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import images, pipeline, rows
+from alignvlm_jax.errors import UsageError
 from alignvlm_jax.eval import loading
 from alignvlm_jax.eval.assistant import Assistant
 from alignvlm_jax.parallel import compile_cache
@@ -20,6 +21,8 @@ from alignvlm_jax.parallel import compile_cache
 
 def main(argv: list[str]) -> None:
     args = _parse(argv)
+    if not args.question.strip():
+        raise UsageError("--question is empty")
     # Whatever can be wrong with the input is found before the model is loaded.
     page = images.load_page(args.image, args.page) if args.image else None
     config = loading.load_config(args.checkpoint, args.data)

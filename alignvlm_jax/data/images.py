@@ -209,12 +209,21 @@ def _stack(tiles: Iterable) -> Tiles:
     return Tiles(np.stack(pixels), np.array(crops, np.float32), np.array(scales, np.float32))
 
 
+def _gray_of_floats(image: Image.Image) -> np.ndarray:
+    """Levels from 0, black, to 1. There is no rule what the numbers of such a file mean."""
+    levels = np.asarray(image)
+    least, most = levels.min(), levels.max()
+    if not (least >= 0 and most <= 1):  # also where some are NaN
+        raise UserError(f"an image of floating-point numbers from {least:g} to {most:g}; they must be from 0 to 1")
+    return levels
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     """RGB of any mode. Pillow's own conversion clips 16-bit gray and drops transparency to black."""
     if image.mode.startswith("I;16") or image.mode == "I":
         image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
     elif image.mode == "F":
-        image = Image.fromarray((np.asarray(image).clip(0, 1) * 255).astype(np.uint8))
+        image = Image.fromarray((_gray_of_floats(image) * 255).astype(np.uint8))
     if image.mode == "RGBA" or "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))

@@ -1,6 +1,8 @@
 """The rows of a predictions file as they come: kept as they are made, and shown."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from rich.text import Text
 from alignvlm_jax.eval import predictions
 from alignvlm_jax.eval.predictions import Predictions
 from alignvlm_jax.parallel import distributed, exchange
+from alignvlm_jax.storage import lease
 
 Rows = list[dict[str, Any]]
 
@@ -30,19 +33,44 @@ def collect(
       count: of the rows.
       things: what rows are of, in the plural.
     """
-    finished = predictions.read(path) if distributed.is_main() else None
-    rows = finished.rows if finished is not None and finished.header == header else None
-    if (rows := exchange.from_main(rows)) is not None:
-        return Predictions(header, rows)
-    writer = predictions.Writer(path, header) if distributed.is_main() else predictions.Collector(header)
-    writer.predictions.rows[:] = exchange.from_main(writer.predictions.rows)
-    done = len(writer.predictions.rows)
-    with _progress_bar(things) as bar:
-        shown = bar.add_task(name, total=count, completed=done)
-        for made in make(done):
-            writer.append(made)
-            bar.advance(shown, len(made))
-    return writer.publish()
+    if finished := _finished(path, header, count):
+        return finished
+    with _claimed(path, name):
+        # Another process may have made it while this one waited.
+        if finished := _finished(path, header, count):
+            return finished
+        writer = predictions.Writer(path, header, count) if distributed.is_main() else predictions.Collector(header)
+        writer.predictions.rows[:] = exchange.from_main(writer.predictions.rows)
+        done = len(writer.predictions.rows)
+        with _progress_bar(things) as bar:
+            shown = bar.add_task(name, total=count, completed=done)
+            for made in make(done):
+                writer.append(made)
+                bar.advance(shown, len(made))
+        return writer.publish()
+
+
+def _finished(path: Path, header: dict[str, Any], count: int) -> Predictions | None:
+    """What is at `path`, if it was made in this way and is whole."""
+    found = predictions.read(path) if distributed.is_main() else None
+    is_same = found is not None and predictions.is_same(found.header, header)
+    if is_same and len(found.rows) != count:
+        print(f"{path} has {len(found.rows):,} of {count:,} rows, and is made anew", file=sys.stderr)
+        is_same = False
+    rows = exchange.from_main(found.rows if is_same else None)
+    return None if rows is None else Predictions(header, rows)
+
+
+@contextlib.contextmanager
+def _claimed(path: Path, name: str) -> Iterator[None]:
+    """While entered, nobody else makes what is to be at `path`: two would write each other's file."""
+    with contextlib.ExitStack() as held:
+        if distributed.is_main():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = path.with_name(f".{path.name}.lock")
+            held.enter_context(lease.hold(lock, f"is at {name} in", lambda line: print(line, file=sys.stderr)))
+        exchange.barrier()
+        yield
 
 
 class _Rate(progress.ProgressColumn):

@@ -87,16 +87,26 @@ def read(path: Path) -> Predictions | None:
     return Predictions(values[0], values[1:]) if values else None
 
 
+def is_same(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether predictions with these headers were made in the same way: where the checkpoint lay meanwhile does not
+    count, which other fields know by its step and its time of training."""
+    return {**first, "checkpoint": ""} == {**second, "checkpoint": ""}
+
+
 def read_all(workdir: str | os.PathLike) -> dict[tuple[str, bool], Predictions]:
     """Returns the finished predictions of a workdir by split and whether the pages were blank."""
-    found = [read(path) for path in sorted((storage.path(workdir) / DIRECTORY).glob("*.jsonl"))]
+    found = _read_folder(storage.path(workdir) / DIRECTORY)
     return {(one.header["split"], one.header["blind"]): one for one in found if one is not None and one.rows}
 
 
 def read_tasks(workdir: str | os.PathLike) -> dict[str, Predictions]:
     """Returns the finished predictions of a workdir by task."""
-    found = [read(path) for path in sorted((storage.path(workdir) / DIRECTORY / TASKS).glob("*.jsonl"))]
+    found = _read_folder(storage.path(workdir) / DIRECTORY / TASKS)
     return {one.header["task"]: one for one in found if one is not None and one.rows}
+
+
+def _read_folder(folder: Path) -> list[Predictions | None]:
+    return [read(path) for path in sorted(storage.children(folder)) if path.suffix == ".jsonl"]
 
 
 class Writer:
@@ -106,12 +116,15 @@ class Writer:
       predictions: what is in the file so far.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+    def __init__(self, path: Path, header: dict[str, Any], count: int | None = None) -> None:
+        """`count` is how many rows the whole has, where that is known: a partial form with more begins anew."""
         self._path = path
         self._partial = path.with_name(path.name + ".partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         earlier = read(self._partial)
-        same = earlier is not None and earlier.header == header
+        same = earlier is not None and is_same(earlier.header, header)
+        if same and count is not None and len(earlier.rows) > count:
+            same = False
         self.predictions = Predictions(header, list(earlier.rows) if same else [])
         if same:
             whole = self._partial.read_bytes()

@@ -97,7 +97,8 @@ def read(folder: Path, data_dir: str | None = None, with_model: bool = True) -> 
         except UserError as err:
             problem = str(err)
     lines, results = read_metrics(folder / metrics.FILE), predictions.read_all(folder)
-    analyses = {path.stem: parse(path, path.read_text()) for path in (folder / analysis.FOLDER).glob("*.json")}
+    written = [path for path in storage.children(folder / analysis.FOLDER) if path.suffix == ".json"]
+    analyses = {path.stem: parse(path, path.read_text()) for path in written}
     return Run(folder, stages, lines, results, analyses, loaded, problem)
 
 

@@ -4,15 +4,17 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import jax
 
 from alignvlm_jax import logs
-from alignvlm_jax.errors import TryAgainError, UserError
+from alignvlm_jax.errors import StoppedError, TryAgainError, UserError
 from alignvlm_jax.parallel import exchange, peers
 from alignvlm_jax.parallel.peers import Watch
 
@@ -46,6 +48,8 @@ def initialize(arguments: list[str] | None = None) -> None:
         _join()
     if exchange.client() is not None and jax.process_count() > 1:
         _watch = _watch or Watch()
+        # jax's coordination service has put a handler of its own there, which notes the signal and goes on.
+        signal.signal(signal.SIGTERM, _stop)
         versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
         check_alike({"Python": platform.python_version(), **versions, "arguments": " ".join(arguments or [])})
         _check_clocks()
@@ -85,6 +89,12 @@ def _join() -> None:
             jax.distributed.initialize(address, count, index, initialization_timeout=timeout)
     except RuntimeError as err:
         raise TryAgainError(f"{message} ({str(err).splitlines()[0]})") from err
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """SIGTERM where no command handles it; the second one kills."""
+    signal.signal(number, signal.SIG_DFL)
+    raise StoppedError("stopped by SIGTERM; the same command goes on with what is left")
 
 
 @contextlib.contextmanager

@@ -42,13 +42,24 @@ def path(text: str | os.PathLike[str]) -> Path:
         return Path(text)
     if not text.startswith((SCHEME, "gcs://")):
         raise UserError(f"cannot use {text}: known are local paths and {SCHEME}BUCKET/NAME")
-    name = "/".join(part for part in text.partition("://")[2].split("/") if part)
-    if not name:
+    rest = text.partition("://")[2]
+    name = "/".join(part for part in rest.split("/") if part)
+    if not name or rest.startswith("/"):
         raise UserError(f"{text} names no bucket; expected {SCHEME}BUCKET/NAME")
     from etils import epath
 
     bucket.register()
     return epath.Path(SCHEME + name)
+
+
+def check_name(where: Path) -> None:
+    """Raises UserError for a folder in whose name libraries that write below it see more than a name: orbax finds the
+    files of a checkpoint by a pattern that begins with it, and a URL ends at # or ?."""
+    name = os.fspath(absolute(where))
+    if wrong := sorted(set(name) & set("*?[]\\#" if is_bucket(where) else "*?[]\\")):
+        raise UserError(
+            f"{name} has {' '.join(wrong)} in it, which no checkpoint can be written below; take a name without"
+        )
 
 
 def absolute(where: Path) -> Path:

@@ -8,6 +8,8 @@ them, and shall not cost a run its newest state.
 import enum
 import errno
 import re
+import socket
+import urllib.parse
 from collections.abc import Iterator
 
 from alignvlm_jax.errors import TryAgainError, UserError
@@ -57,9 +59,10 @@ _PASSING_WORDS = re.compile(
 )
 
 
-def kind_of(err: BaseException) -> Kind:
-    """Returns what an error says, also one that others were raised from: what came first is the reason."""
-    kinds = [_kind_of_one(one) for one in chain(err)]
+def kind_of(err: BaseException, about: str = "") -> Kind:
+    """Returns what an error says, also one that others were raised from: what came first is the reason. `about` is the
+    path that messages may name, where it is known: with spaces in it nothing tells where it ends."""
+    kinds = [_kind_of_one(one, about) for one in chain(err)]
     return next((kind for kind in reversed(kinds) if kind is not Kind.DAMAGE), Kind.DAMAGE)
 
 
@@ -81,11 +84,12 @@ def chain(err: BaseException) -> Iterator[BaseException]:
         waiting += [*getattr(one, "exceptions", ()), one.__cause__ or one.__context__]
 
 
-def _kind_of_one(err: BaseException) -> Kind:
+def _kind_of_one(err: BaseException, about: str) -> Kind:
     if isinstance(err, MemoryError):
         return Kind.MACHINE
-    # TLS numbers its errors as it likes: 1, which is EPERM, among them.
-    if isinstance(err, TimeoutError | ConnectionError) or type(err).__module__.split(".")[0] in ("ssl", "aiohttp"):
+    # TLS numbers its errors as it likes: 1, which is EPERM, among them. So do resolvers of names.
+    is_of_network = isinstance(err, TimeoutError | ConnectionError | socket.gaierror)
+    if is_of_network or type(err).__module__.split(".")[0] in ("ssl", "aiohttp"):
         return Kind.PASSING
     if isinstance(err, OSError) and err.errno is not None:
         return _kind_of_number(err.errno)
@@ -93,7 +97,10 @@ def _kind_of_one(err: BaseException) -> Kind:
         return Kind.DAMAGE
     if isinstance(err, PermissionError | FileExistsError):
         return Kind.REFUSED
-    text = _PATH.sub(" ", str(err))
+    text = str(err)
+    for name in {about, urllib.parse.quote(about)} - {""}:
+        text = text.replace(name, " ")
+    text = _PATH.sub(" ", text)
     if found := _SYSTEM.search(text):
         return _kind_of_number(int(found.group(1) or found.group(2)))
     if found := _HTTP.search(text):

@@ -39,7 +39,7 @@ def release_all() -> None:
 
 
 @contextlib.contextmanager
-def hold(lock: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
+def hold(lock: Path, what: str, say: Callable[[str], None], way_out: str = "wait for it") -> Iterator[None]:
     """Holds the folder of the file `lock` while entered; nobody else does.
 
     In a bucket, any change below the folder is refused from the moment that the lease was lost.
@@ -48,28 +48,27 @@ def hold(lock: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
       lock: the file.
       what: is done there, for messages: "is training in".
       say: told why this waits, where it does.
+      way_out: what whoever is refused can do, for messages.
 
     Raises:
       UserError: another process holds it.
     """
     if bucket.is_bucket(lock):
-        with _Lease(lock, what, say):
+        with _Lease(lock, what, say, way_out):
             yield
     else:
-        with _flock(lock, what):
+        with _flock(lock, what, way_out):
             yield
 
 
 @contextlib.contextmanager
-def _flock(lock: Path, what: str) -> Iterator[None]:
+def _flock(lock: Path, what: str, way_out: str) -> Iterator[None]:
     with lock.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as err:
             file.seek(0)
-            raise UserError(
-                f"{_holder(_fields(file.read()))} {what} {lock.parent}; wait for it, or take another --workdir"
-            ) from err
+            raise UserError(f"{_holder(_fields(file.read()))} {what} {lock.parent}; {way_out}") from err
         file.truncate(0)
         file.write(json.dumps(_us()))
         file.flush()
@@ -77,11 +76,12 @@ def _flock(lock: Path, what: str) -> Iterator[None]:
 
 
 class _Lease:
-    def __init__(self, lock: Path, what: str, say: Callable[[str], None]):
+    def __init__(self, lock: Path, what: str, say: Callable[[str], None], way_out: str):
         self._lock = lock
         self._name = bucket.name_of(lock)
         self._what = what
         self._say = say
+        self._way_out = way_out
         self._us = _us()
         self._content = json.dumps(self._us).encode()
         self._lost: str | None = None
@@ -131,7 +131,7 @@ class _Lease:
             if seen is not None and seen != found.generation:
                 raise UserError(
                     f"{holder} {self._what} {self._lock.parent}, and has renewed its lease just now (it expires "
-                    f"{TTL_SECONDS:.0f} s after its last renewal); wait for it, or take another --workdir"
+                    f"{TTL_SECONDS:.0f} s after its last renewal); {self._way_out}"
                 )
             if not told:
                 self._say(

@@ -46,6 +46,8 @@ LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 FOLDER = "checkpoints"
 MAX_DIFFERENCES = 3
 """Named in the message; the rest is counted."""
+MAX_SUPERSEDED = 5
+"""Checkpoints that a run may remove under the hands of whoever reads them."""
 POLL_SECONDS = 0.05
 PAUSES = (1.0, 2.0, 4.0, 8.0)
 """Seconds between the tries to read what the storage does not give."""
@@ -73,6 +75,8 @@ class Checkpoints:
         """`host_gb` bounds what a save copies and writes at once, and makes its caller wait; it must hold any array."""
         checkpoint_files.quiet_terminal()
         self.folder = storage.absolute(folder)
+        if not read_only or storage.is_bucket(self.folder):
+            storage.check_name(self.folder)
         self._handlers = checkpoint_files.handlers(host_gb)
         # Of several processes one that only reads waits for no other: the manager would, at its barriers.
         self._manager = None if read_only else self._make_manager(keep, stage_ends)
@@ -140,9 +144,14 @@ class Checkpoints:
             renames = storage.can_rename_folders(self.folder)
             for child in storage.children(self.folder):
                 # A folder is no checkpoint until it is whole, so where it lies in place it may be half of one.
-                in_place = not renames and child.name.isdigit() and not (child / checkpoint_files.COMMITTED).exists()
-                if checkpoint_files.UNFINISHED in child.name or in_place:
+                is_whole = _is_step(child.name) and (child / checkpoint_files.COMMITTED).exists()
+                if checkpoint_files.UNFINISHED in child.name or (_is_step(child.name) and not is_whole and not renames):
                     storage.remove_tree(child)
+                elif child.name.isdigit() and not is_whole:
+                    # None of ours. Orbax would count it among those that are kept, and refuse to write that step.
+                    aside = self._broken_name(child.name)
+                    storage.move_folder(child, aside, last=checkpoint_files.COMMITTED)
+                    print(f"{child} is no whole checkpoint: moved to {aside}", file=sys.stderr, flush=True)
         return exchange.from_main(renames)
 
     def latest(self) -> int | None:
@@ -151,7 +160,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the steps that are whole, oldest first."""
-        numbered = [child for child in storage.children(self.folder) if child.name.isdigit()]
+        numbered = [child for child in storage.children(self.folder) if _is_step(child.name)]
         return sorted(int(child.name) for child in numbered if (child / checkpoint_files.COMMITTED).exists())
 
     def save(
@@ -188,7 +197,9 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(live),
             data=ocp.args.JsonSave(checkpoint_files.with_checksum(dict(position))),
-            metadata=ocp.args.JsonSave(checkpoint_files.with_checksum({**metadata, "run_id": self._id_of_run()})),
+            metadata=ocp.args.JsonSave(
+                checkpoint_files.with_checksum({**metadata, "step": step, "run_id": self._id_of_run()})
+            ),
         )
         try:
             written = self._manager.save(step, args=args, metrics=metrics)
@@ -247,11 +258,17 @@ class Checkpoints:
         return self._read(step, read, wanted)
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """Returns what `describe` gave; UserError for a layout that this version cannot read."""
+        """Returns what `describe` gave, with the step and an id of the run; UserError for a layout that this version
+        cannot read, and for a checkpoint under another step's name."""
         metadata, layout = self._read(step, lambda folder: _with_layout(self._read_json(folder, "metadata")))
         if layout != LAYOUT_VERSION:
             raise UserError(
                 f"checkpoint {self.folder / str(step)} has layout {layout}; this version reads layout {LAYOUT_VERSION}"
+            )
+        if metadata.get("step", step) != step:
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} is of step {metadata['step']}: it was copied or renamed; move "
+                "it away, or give it its name again"
             )
         return metadata
 
@@ -272,13 +289,17 @@ class Checkpoints:
         """Moves a broken checkpoint, so that its step can be written again, to STEP.broken, or to STEP.broken.N where
         that is taken; returns the new path. All of its files stay: where folders cannot be renamed they are copied
         first."""
-        names = (f"{step}.broken{number}" for number in itertools.chain([""], (f".{n}" for n in itertools.count(2))))
-        broken = next(self.folder / name for name in names if not (self.folder / name).exists())
+        broken = self._broken_name(str(step))
         if distributed.is_main():
             storage.move_folder(self.folder / str(step), broken, last=checkpoint_files.COMMITTED)
         exchange.barrier()
         self._manager.reload()
         return broken
+
+    def _broken_name(self, name: str) -> Path:
+        """A free name for what is moved out of the way."""
+        names = (f"{name}.broken{number}" for number in itertools.chain([""], (f".{n}" for n in itertools.count(2))))
+        return next(self.folder / free for free in names if not (self.folder / free).exists())
 
     def _read(self, step: int, read: Callable[[Path], T], wanted: Any = None) -> T:
         """Returns read(folder of the step), tried again while the storage does not answer."""
@@ -287,7 +308,7 @@ class Checkpoints:
             try:
                 return read(self.folder / str(step))
             except Exception as err:
-                kind = faults.kind_of(err)
+                kind = faults.kind_of(err, str(self.folder))
                 if kind is Kind.MACHINE or _is_of_device(err):
                     raise  # The checkpoint may well be whole.
                 if kind is Kind.DAMAGE:
@@ -417,23 +438,35 @@ def read_newest(path: Path, read: Callable[["Checkpoints", int], T]) -> T:
     Raises:
       UserError: `path` is neither, or nothing there can be read.
     """
-    folder, step = (path / FOLDER, None) if (path / FOLDER).is_dir() else (path.parent, path.name)
+    is_workdir = (path / FOLDER).is_dir()
+    one = storage.absolute(path)  # From inside a checkpoint's folder it may be called ".".
+    folder = path / FOLDER if is_workdir else path.parent if _is_step(path.name) else one.parent
     storage.check_whole(storage.absolute(folder).parent)
-    if step is not None and not (path.is_dir() and step.isdigit()):
+    if not is_workdir and not (path.is_dir() and _is_step(one.name)):
         raise UserError(f"no checkpoint at {path}: it must be a workdir with {FOLDER}/ in it, or one {FOLDER}/STEP")
+    step = None if is_workdir else int(one.name)
     with Checkpoints(folder, read_only=True) as checkpoints:
-        steps = exchange.from_main(checkpoints.steps()) if step is None else [int(step)]
-        problem = f"no checkpoint in {folder}"
-        for candidate in reversed(steps):
+        problem, superseded = f"no checkpoint in {folder}", 0
+        waiting = _steps(checkpoints, step)
+        while waiting:
+            candidate = waiting.pop()
             try:
-                if jax.process_count() > 1:
-                    agreed_metadata(checkpoints, candidate)
+                agreed_metadata(checkpoints, candidate)
                 return agreed(functools.partial(read, checkpoints, candidate))
             except BrokenCheckpoint as err:
                 problem = str(err)
-                if candidate != steps[0] and distributed.is_main():
-                    print(f"{problem}; trying the one before", file=sys.stderr)
+            # A run that goes on removes what it has superseded, also while it is read.
+            if exchange.from_main(not (folder / str(candidate)).exists()) and superseded < MAX_SUPERSEDED:
+                superseded += 1
+                waiting = [newer for newer in _steps(checkpoints, step) if newer != candidate]
+            elif waiting and distributed.is_main():
+                print(f"{problem}; trying the one before", file=sys.stderr)
     raise UserError(problem)
+
+
+def _steps(checkpoints: Checkpoints, step: int | None) -> list[int]:
+    """The steps that may be read, the newest last: what one process sees, for all."""
+    return exchange.from_main(checkpoints.steps()) if step is None else [step]
 
 
 def load_config(path: Path) -> Config:
@@ -462,6 +495,11 @@ def load_model(path: Path, mesh: Mesh) -> tuple[Config, vlm.VLM, Params, int]:
         return config, model, checkpoints.restore_params(step, abstract), step
 
     return read_newest(path, read)
+
+
+def _is_step(name: str) -> bool:
+    """Whether a folder's name is that of a step; 010 is none, nor are digits of other scripts."""
+    return name.isascii() and name.isdigit() and str(int(name)) == name
 
 
 def _may_pass(err: BaseException) -> bool:

@@ -4,6 +4,7 @@ A stage always starts from a saved checkpoint, that of the stage before or its o
 was not take the same path.
 """
 
+import contextlib
 import functools
 import math
 import time
@@ -33,6 +34,7 @@ from alignvlm_jax.train import (
     flops,
     goodput,
     hooks,
+    metrics,
     optim,
     preflight,
     state,
@@ -98,6 +100,7 @@ def train(configs: tuple[Config, ...], folder: Path, console: Console, process_b
         Progress(console, total) as progress,
         Profiler(folder, profiled, process, progress.say) as profiler,
     ):
+        _check_newest(checkpoints, total)
         run = Run(configs, total, folder, checkpoints, progress, stop, phases, heartbeat, profiler, began)
         # What is listed may differ between hosts for a moment, as on a bucket: one of them says what is there.
         while found := exchange.from_main(_next(run, stages) if distributed.is_main() else None):
@@ -110,6 +113,20 @@ def train(configs: tuple[Config, ...], folder: Path, console: Console, process_b
                     raise UserError(f"{run.broken[1]}, and {err}; move them away to do without them") from err
                 run.broken = newest, err
         progress.say(f"done: {total} steps, {checkpoints.folder / str(total)}")
+
+
+def _check_newest(checkpoints: Checkpoints, total: int) -> None:
+    """Also where nothing is left to do: a folder that has been given another name is not what it says."""
+    newest = exchange.from_main(checkpoints.latest())
+    if newest is None:
+        return
+    if newest > total:
+        raise UserError(
+            f"{checkpoints.folder} holds a checkpoint of step {newest}, and this run ends at step {total}: it is "
+            "another run's, or was renamed; move it away"
+        )
+    with contextlib.suppress(BrokenCheckpoint):  # For the loop to set aside.
+        checkpoint.agreed_metadata(checkpoints, newest)
 
 
 def _next(run: Run, stages: Sequence[Stage]) -> tuple[int, int, list[str]] | None:
@@ -143,7 +160,7 @@ def _train_stage(run: Run, stage: Stage, newest: int, lacking: Sequence[str]) ->
             live, position = _start(run, stage, newest, model, tx, abstract)
         _set_broken_aside(run, newest)
         if not run.announced:
-            _watch_from(run, newest)
+            _watch_from(run, stage, newest)
         _announce(run, stage, newest, mesh, abstract)
         with Writer(run.folder, newest) if distributed.is_main() else NullWriter() as writer:
             with run.phases.enter("compiling"):
@@ -203,13 +220,26 @@ def _set_broken_aside(run: Run, newest: int) -> None:
         run.progress.say(f"{err}; moved to {run.checkpoints.set_aside(step)}, going on from step {newest}")
 
 
-def _watch_from(run: Run, newest: int) -> None:
+def _watch_from(run: Run, stage: Stage, newest: int) -> None:
     """Goes on with the sums of where time went, before the lines beyond `newest` are cut off."""
+    _say_what_is_lost(run, stage, newest)
     carried = goodput.carried(goodput.logged(run.folder / METRICS_FILE), newest)
     before = run.heartbeat.earlier.get("run_seconds", 0.0)
     if newest or before:
         run.phases.resume(newest, carried, before)
     run.profiler.resume(newest)
+
+
+def _say_what_is_lost(run: Run, stage: Stage, newest: int) -> None:
+    """A save waits until the lines before it are safe: where they are not there, somebody has removed them."""
+    done, every = newest - stage.begin, stage.config.train.log_every
+    logged = newest if newest in (stage.begin, stage.end) else stage.begin + done // every * every
+    last = metrics.last_step(run.folder / METRICS_FILE)
+    if last < logged:
+        run.progress.say(
+            f"{run.folder / METRICS_FILE} ends at step {last}, and the newest checkpoint is of step {newest}: what was "
+            "logged between them is lost"
+        )
 
 
 def _announce(run: Run, stage: Stage, newest: int, mesh: Mesh, abstract: TrainState) -> None:

@@ -96,8 +96,7 @@ def cut(path: Path, step: int) -> None:
     """Drops lines beyond `step`, and a last line that a kill left unfinished; UserError for another damaged line."""
     if not path.exists():
         return
-    numbered = enumerate(path.read_bytes().decode(errors="replace").splitlines(keepends=True), start=1)
-    lines = [line for number, line in numbered if _step_of(path, number, line) <= step]
+    lines = [line for at, line in _numbered(path) if at <= step]
     storage.write_whole(path, "".join(lines))
 
 
@@ -106,8 +105,25 @@ def num_evaluations(path: Path, step: int) -> int | None:
     of an evaluation that found nothing holds no name of its own, so they are counted."""
     if not path.exists():
         return None
-    numbered = enumerate(path.read_bytes().decode(errors="replace").splitlines(keepends=True), start=1)
-    return sum(_step_of(path, number, line) == step and "loss" not in json.loads(line) for number, line in numbered)
+    return sum(_is_of_evaluation(json.loads(line)) for at, line in _numbered(path) if at == step)
+
+
+def last_step(path: Path) -> int:
+    """Returns the largest step of the lines, 0 where there are none."""
+    steps = [at for at, _ in _numbered(path)] if path.exists() else []
+    return int(max((at for at in steps if math.isfinite(at)), default=0))
+
+
+def _is_of_evaluation(fields: Mapping[str, object]) -> bool:
+    """Whether a line is of `Writer`, which names the stage, and not of training."""
+    return "stage" in fields and "loss" not in fields
+
+
+def _numbered(path: Path) -> Iterator[tuple[float, str]]:
+    """Yields each line's step, infinite for a last line that a kill left unfinished, and the line."""
+    lines = path.read_bytes().decode(errors="replace").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        yield _step_of(path, number, line), line
 
 
 def _step_of(path: Path, number: int, line: str) -> float:

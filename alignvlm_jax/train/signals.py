@@ -31,6 +31,8 @@ class StopSignal:
         if jax.process_count() > 1:
             self._teller.enter_context(_telling())
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        if jax.process_count() > 1:
+            self._before[signal.SIGTERM] = signal.SIG_DFL  # Not that of `distributed`, which would save once more.
         return self
 
     def __exit__(self, *_: object) -> None:

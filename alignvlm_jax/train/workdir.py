@@ -21,6 +21,7 @@ from alignvlm_jax.train.checkpoint import FOLDER
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = ".lock"
+WAY_OUT = "wait for it, or take another --workdir"
 FREE = (
     "mesh.*",
     "data.dir",
@@ -48,9 +49,10 @@ def claim(workdir: Path, stages: tuple[Config, ...]) -> Iterator[None]:
 
     Raises:
       UserError: it belongs to another config (the message names the fields with both values), its config.json cannot
-        be read, or it is in use.
+        be read, it is in use, or no checkpoint can be written below such a name.
       OSError: it cannot be written.
     """
+    storage.check_name(workdir)
     path = workdir / CONFIG_FILE
     # Through JSON, so that tuples compare with the lists that a file holds.
     ours = json.loads(json.dumps(config_lib.to_json(stages)))
@@ -59,7 +61,7 @@ def claim(workdir: Path, stages: tuple[Config, ...]) -> Iterator[None]:
         if distributed.is_main():
             # Two runs in one workdir would clear away each other's checkpoints.
             workdir.mkdir(parents=True, exist_ok=True)
-            held.enter_context(lease.hold(workdir / LOCK_FILE, "is training in", _say))
+            held.enter_context(lease.hold(workdir / LOCK_FILE, "is training in", _say, WAY_OUT))
             _check_same(path, ours)  # Again: to get it may have taken a while.
             storage.write_whole(path, json.dumps(ours, indent=2) + "\n")
         exchange.barrier()
@@ -95,7 +97,7 @@ def differences(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> lis
 
 
 def _check_same(path: Path, ours: list[dict[str, Any]]) -> None:
-    if not path.exists() or not any(step.name.isdigit() for step in (path.parent / FOLDER).glob("*")):
+    if not path.exists() or not any(step.name.isdigit() for step in storage.children(path.parent / FOLDER)):
         return
     try:
         differing = differences(*(_without_free(stages) for stages in (json.loads(path.read_text()), ours)))

@@ -220,7 +220,7 @@ def test_text_is_read_beside_a_benchmark(own_workdir, held_out, capsys, monkeypa
     assert of_tasks["text_bpb"] == {"bits_per_byte": value, "num_eval": 3, "num_problems": 1}
     assert of_tasks["debian_tables"]["num_eval"] == 3
     folder = own_workdir / "predictions" / "tasks"
-    assert sorted(path.name for path in folder.iterdir()) == ["debian_tables.jsonl", "text_bpb.jsonl"]
+    assert sorted(path.name for path in folder.glob("*.jsonl")) == ["debian_tables.jsonl", "text_bpb.jsonl"]
 
     # All of it is read already, and what is not of the paper's benchmarks does not show their table.
     monkeypatch.setattr(evaluate.texts, "_nll", lambda *_: pytest.fail("a text was read again"))

@@ -217,3 +217,15 @@ def test_images_in_memory_are_pages_as_files_are(tmp_path):
     for wrong in (rgb.astype(np.float32), rgb[:0], rgb[0, 0], rgb[None]):
         with pytest.raises(UserError, match="is no image"):
             images.open_page(wrong)
+
+
+@pytest.mark.parametrize(
+    ("levels", "told"), [([0, 255], "from 0 to 255"), ([-0.1, 1], "from -0.1"), ([0, np.nan], "nan")]
+)
+def test_floating_point_numbers_beyond_0_to_1_are_refused(tmp_path, levels, told):
+    """Clipped, a page of levels up to 255 would be nearly white."""
+    Image.fromarray(np.array([levels] * 2, np.float32)).save(tmp_path / "page.tiff")
+    with pytest.raises(UserError, match=told):
+        images.load_page(tmp_path / "page.tiff")
+    Image.fromarray(np.array([[0, 0.5, 1]] * 2, np.float32)).save(tmp_path / "page.tiff")
+    assert np.asarray(images.load_page(tmp_path / "page.tiff"))[0, :, 0].tolist() == [0, 127, 255]

@@ -2,6 +2,7 @@
 
 import pytest
 
+from alignvlm_jax.errors import UserError
 from alignvlm_jax.eval import collecting, predictions
 
 HEADER = {"step": 7}
@@ -36,6 +37,41 @@ def test_what_was_made_is_kept_and_not_made_again(tmp_path):
     collect(path, rest, {"step": 8})
     assert started == [2, 0]
     assert predictions.read(path).header == {"step": 8}
+
+
+def rows(done):
+    return [[{"id": i}] for i in range(done, 3)]
+
+
+def test_two_do_not_make_the_same_at_once(folder):
+    path = folder / "a.jsonl"
+
+    def make(done):
+        yield [{"id": 0}]
+        with pytest.raises(UserError, match=r"process \d+ on .* is at held_out in .*; wait for it$"):
+            collect(path, never)
+        yield [{"id": 1}, {"id": 2}]
+
+    assert len(collect(path, make).rows) == len(predictions.read(path).rows) == 3
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_file_of_other_rows_than_there_are_is_made_anew(tmp_path, capsys, count):
+    path = tmp_path / "a.jsonl"
+    for suffix in ("", ".partial"):
+        path.with_name(path.name + suffix).write_text(
+            "".join(f"{line}\n" for line in ['{"step": 7}', *['{"id": 9}'] * count])
+        )
+    if count < 3:
+        path.with_name("a.jsonl.partial").unlink()
+    assert collect(path, rows).rows == [{"id": 0}, {"id": 1}, {"id": 2}]
+    assert f"a.jsonl has {count} of 3 rows, and is made anew" in capsys.readouterr().err
+
+
+def test_a_workdir_may_move(tmp_path):
+    path, header = tmp_path / "a.jsonl", {"step": 7, "checkpoint": "runs/a/checkpoints/7"}
+    collect(path, rows, header)
+    assert len(collect(path, never, header | {"checkpoint": "/elsewhere/checkpoints/7"}).rows) == 3
 
 
 def test_the_rate_names_what_is_counted(tmp_path, capsys):

@@ -176,6 +176,21 @@ def test_processes_that_differ_are_refused(tmp_path, difference, told):
     assert told in ours(done[0].stderr)[0]
 
 
+def test_a_signal_that_no_command_handles_ends_all(tmp_path):
+    """jax's coordination service notes it, and goes on."""
+    act = """
+def act():
+    if index == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(100)
+"""
+    began = time.monotonic()
+    done = joined.run(act + COMMAND, 2, tmp_path)
+    assert time.monotonic() - began < 60
+    assert [one.returncode for one in done] == [143, 143], done
+    assert "process 1 of 2 (" in ours(done[0].stderr)[-1] and "stopped by SIGTERM" in ours(done[0].stderr)[-1]
+
+
 def test_a_signal_at_one_process_stops_all_at_the_same_point(tmp_path):
     """Also while its main thread waits in C, where Python calls no handler."""
     code = """

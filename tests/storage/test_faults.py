@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import socket
 import ssl
+import urllib.parse
 
 import aiohttp
 import jax
@@ -38,6 +40,8 @@ SEEN = [
     (ValueError("bad magic in runs/lr-timeout/UNAVAILABLE"), Kind.DAMAGE),
     (ValueError('reading "gs://b/lr-timeout/x": HTTP/1.1 503'), Kind.PASSING),
     (TimeoutError("the lease"), Kind.PASSING),
+    (socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"), Kind.PASSING),
+    (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), Kind.PASSING),
     (ConnectionResetError("reset"), Kind.PASSING),
     (json.JSONDecodeError("Expecting value", "", 0), Kind.DAMAGE),
     (KeyError("next_row"), Kind.DAMAGE),
@@ -55,6 +59,15 @@ SEEN = [
 @pytest.mark.parametrize(("err", "kind"), SEEN, ids=[str(err)[:40] for err, _ in SEEN])
 def test_kinds(err, kind):
     assert faults.kind_of(err) is kind
+
+
+@pytest.mark.parametrize(
+    "name", ["/runs/a timed out x", "/runs/a HTTP 503 b", "gs://b/job UNAVAILABLE x", "/status code 403 x"]
+)
+def test_a_name_with_spaces_says_nothing_either(name):
+    for text in (f"bad magic in {name}/checkpoints/7", f"bad magic in file://{urllib.parse.quote(name)}/7"):
+        assert faults.kind_of(ValueError(text), name) is Kind.DAMAGE
+    assert faults.kind_of(ValueError(f"{name}/7: HTTP response code: 503"), name) is Kind.PASSING
 
 
 @pytest.mark.parametrize(

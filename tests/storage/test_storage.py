@@ -64,6 +64,7 @@ def test_paths_of_both_kinds(text, expected):
         ("gs:/bucket/x", "one slash after gs:; did you mean gs://bucket/x"),
         ("s3://bucket/x", "known are local paths and gs://BUCKET/NAME"),
         ("gs://", "names no bucket"),
+        ("gs:///x", "names no bucket"),
     ],
 )
 def test_paths_of_no_kind_are_refused(text, message):

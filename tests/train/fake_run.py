@@ -5,6 +5,7 @@ As a program, `python -m tests.train.fake_run WORKDIR STEP` is a run that kills 
 
 import dataclasses
 import io
+import json
 import os
 import signal
 import sys
@@ -23,7 +24,7 @@ from alignvlm_jax import storage
 from alignvlm_jax.config import Config, MeshConfig, TrainConfig
 from alignvlm_jax.data import pipeline
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.train import loop, state, step
+from alignvlm_jax.train import checkpoint_files, loop, state, step
 from tests.conftest import random_batch, tiny_config
 
 NUM_STEPS = 4
@@ -118,6 +119,15 @@ def stored(workdir: Path, step: int = TOTAL) -> dict[str, np.ndarray]:
     """Every array of a checkpoint's state by name."""
     tree = ocp.PyTreeCheckpointer().restore(storage.absolute(workdir) / "checkpoints" / str(step) / "state")
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def rename(folder: Path, old: int, new: int) -> None:
+    """Makes a checkpoint that of another step."""
+    (folder / str(old)).rename(folder / str(new))
+    path = folder / str(new) / "metadata" / "metadata"
+    fields = json.loads(path.read_text())
+    del fields[checkpoint_files.CHECKSUM]
+    path.write_text(json.dumps(checkpoint_files.with_checksum(fields | {"step": new})))
 
 
 # Runs of one process share what they compile, and the first draw of parameters: nearly all that such a run costs.

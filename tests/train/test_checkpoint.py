@@ -26,6 +26,7 @@ from alignvlm_jax.train.checkpoint import BrokenCheckpoint, Checkpoints
 from tests.conftest import tiny_config
 from tests.parallel import joined
 from tests.pod import slices
+from tests.train import fake_run
 
 METADATA = {"layout_version": checkpoint.LAYOUT_VERSION, "train_seconds": 1.5}
 
@@ -64,7 +65,7 @@ def test_saved_on_one_mesh_and_restored_on_another(folder):
     with Checkpoints(folder) as checkpoints:
         restored, position = checkpoints.restore(3, abstract(elsewhere))
         metadata = checkpoints.metadata(3)
-        assert len(metadata.pop("run_id")) == 32 and metadata == METADATA
+        assert len(metadata.pop("run_id")) == 32 and metadata == METADATA | {"step": 3}
     assert position["next_row"] == 24
     assert_equal(restored, live)
     for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(elsewhere), strict=True):
@@ -149,6 +150,55 @@ def test_a_damaged_checkpoint_is_broken_and_said_in_one_line(folder, damage):
     assert damaged == {
         name: (folder / "2.broken" / name).read_bytes() for name in storage.files_below(folder / "2.broken")
     }
+
+
+@pytest.mark.parametrize("name", ["run[1]", "run*", "run?", "a\\b"])
+def test_a_name_that_orbax_takes_for_a_pattern_is_refused(tmp_path, bucket_folder, name):
+    for folder in (tmp_path / name, bucket_folder / name):
+        with pytest.raises(UserError, match=r"has .* in it, which no checkpoint can be written below"):
+            Checkpoints(folder)
+    Checkpoints(tmp_path / name, read_only=True)  # As where a folder was renamed since.
+
+
+def test_what_follows_a_hash_is_no_part_of_a_url(tmp_path, bucket_folder):
+    for read_only in (False, True):
+        with pytest.raises(UserError, match="has # in it"):
+            Checkpoints(bucket_folder / "lr#1", read_only=read_only)
+    with Checkpoints(tmp_path / "lr#1") as checkpoints:
+        save(checkpoints, 1, make_state(make_mesh(8, 1, 1)))
+        assert checkpoints.restore(1, abstract(make_state(make_mesh(8, 1, 1))))[1]["next_row"] == 8
+
+
+def test_a_checkpoint_under_another_name_is_refused(folder):
+    with Checkpoints(folder) as checkpoints:
+        save(checkpoints, 4, make_state(make_mesh(8, 1, 1)))
+    for name in storage.files_below(folder / "4"):
+        (folder / "6" / name).parent.mkdir(parents=True, exist_ok=True)
+        storage.copy_file(folder / "4" / name, folder / "6" / name)
+    with Checkpoints(folder, keep=2) as checkpoints:
+        assert checkpoints.steps() == [4, 6] and checkpoints.metadata(4)["step"] == 4
+        with pytest.raises(UserError, match="/6 is of step 4: it was copied or renamed"):
+            checkpoints.metadata(6)
+
+
+def test_a_numbered_folder_that_is_no_checkpoint_is_moved_away(tmp_path, capfd):
+    live = make_state(make_mesh(8, 1, 1))
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        save(checkpoints, 1, live)
+        save(checkpoints, 2, live)
+    (tmp_path / "2" / "commit_success.txt").unlink()
+    for name in ("7", "007", "１２"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("mine")
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.steps() == [1]
+        for step in (2, 3):
+            save(checkpoints, step, live)
+        assert checkpoints.steps() == [2, 3]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"2", "3", "2.broken", "7.broken", "007.broken", "１２.broken"}
+    assert (tmp_path / "7.broken" / "mine").read_text() == "mine"
+    assert "2 is no whole checkpoint: moved to " in capfd.readouterr().err
 
 
 def test_a_flipped_bit_is_never_read_as_other_values(tmp_path):
@@ -272,7 +322,8 @@ def test_a_path_without_a_checkpoint_is_an_error_that_says_what_is_wanted(tmp_pa
 def test_a_broken_newest_checkpoint_is_passed_over_when_a_model_is_loaded(trained_workdir, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(trained_workdir / checkpoint.FOLDER, workdir / checkpoint.FOLDER)
-    shutil.copytree(workdir / checkpoint.FOLDER / "7", workdir / checkpoint.FOLDER / "8")
+    fake_run.rename(workdir / checkpoint.FOLDER, 7, 8)
+    shutil.copytree(trained_workdir / checkpoint.FOLDER, workdir / checkpoint.FOLDER, dirs_exist_ok=True)
     shutil.rmtree(workdir / checkpoint.FOLDER / "8" / "state" / "d")
     assert checkpoint.load_model(workdir, make_mesh(8, 1, 1))[-1] == 7
     message = capsys.readouterr().err
@@ -284,6 +335,30 @@ def test_a_broken_newest_checkpoint_is_passed_over_when_a_model_is_loaded(traine
     with pytest.raises(UserError, match="/8 cannot be read"):
         checkpoint.load_model(workdir / checkpoint.FOLDER / "8", make_mesh(8, 1, 1))
     assert capsys.readouterr().err == ""
+
+
+def test_a_checkpoint_that_a_run_removes_meanwhile_is_not_older_than_its_newest(trained_workdir, tmp_path, capsys):
+    """A run that goes on has superseded what was the newest when it was looked for."""
+    shutil.copytree(trained_workdir, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    (step,) = Checkpoints(folder, read_only=True).steps()
+    tried = []
+
+    def read(checkpoints: Checkpoints, candidate: int) -> int:
+        tried.append(candidate)
+        if candidate == step:
+            fake_run.rename(folder, step, step + 2)
+            raise BrokenCheckpoint("no such file")
+        return candidate
+
+    assert checkpoint.read_newest(tmp_path / "run", read) == step + 2
+    assert tried == [step, step + 2] and capsys.readouterr().err == ""
+
+
+def test_a_checkpoint_is_named_from_inside_its_folder(trained_workdir, monkeypatch):
+    (step,) = Checkpoints(trained_workdir / "checkpoints", read_only=True).steps()
+    monkeypatch.chdir(trained_workdir / "checkpoints" / str(step))
+    assert checkpoint.read_newest(storage.path("."), lambda checkpoints, found: found) == step
 
 
 def test_metadata_tells_where_a_checkpoint_came_from():
@@ -327,7 +402,7 @@ def test_where_folders_can_be_renamed_nothing_of_the_users_is_cleared(tmp_path):
     (tmp_path / "7" / "mine").write_text("x")
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps() == []
-    assert (tmp_path / "7" / "mine").exists()
+    assert (tmp_path / "7.broken" / "mine").exists()
 
 
 EIO = OSError(errno.EIO, os.strerror(errno.EIO), "/mount/x")

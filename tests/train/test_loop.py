@@ -232,7 +232,7 @@ def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(straight, tmp_p
     for other in (5, 6, 7):
         shutil.rmtree(workdir / "checkpoints" / str(other), ignore_errors=True)
     # A run that is complete would not look at its parameters: make it seem to end later.
-    os.rename(workdir / "checkpoints" / "8", workdir / "checkpoints" / "7")
+    fake_run.rename(workdir / "checkpoints", 8, 7)
     batches = Batches()
     printed = fake_run.train(workdir, batches)
     assert "checkpoints/7 cannot be read" in printed and "7.broken, going on from step 4" in printed
@@ -240,12 +240,37 @@ def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(straight, tmp_p
     assert_same_run(workdir, straight)
 
 
+def test_a_checkpoint_under_another_name_is_not_gone_on_from(straight, tmp_path):
+    for number, told in (
+        (TOTAL + 3, f"of step {TOTAL + 3}, and this run ends at step {TOTAL}"),
+        (TOTAL, "is of step 4: it"),
+    ):
+        workdir = tmp_path / str(number)
+        shutil.copytree(straight, workdir)
+        folder = workdir / "checkpoints"
+        shutil.rmtree(folder / str(TOTAL))
+        shutil.copytree(folder / "4", folder / str(number))
+        with pytest.raises(UserError, match=told):
+            fake_run.train(workdir)
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_lines_that_are_gone_are_told(straight, tmp_path, kept):
+    shutil.copytree(straight, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(TOTAL))
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines(straight) if line["step"] <= kept))
+    newest = max(int(one.name) for one in (tmp_path / "run" / "checkpoints").iterdir())
+    assert f"ends at step {kept}, and the newest checkpoint is of step {newest}" in fake_run.train(tmp_path / "run")
+    assert "is lost" not in (straight / "printed.txt").read_text()
+
+
 def test_two_broken_checkpoints_in_a_row_are_named_and_nothing_is_changed(straight, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(straight, workdir)
     for other in (5, 6, 7):
         shutil.rmtree(workdir / "checkpoints" / str(other), ignore_errors=True)
-    os.rename(workdir / "checkpoints" / "8", workdir / "checkpoints" / "7")
+    fake_run.rename(workdir / "checkpoints", 8, 7)
     for broken in ("4", "7"):
         shutil.rmtree(workdir / "checkpoints" / broken / "state" / "d")
     with pytest.raises(UserError, match=r"checkpoints/7 cannot be read [^\n]*checkpoints/4 cannot be read [^\n]*$"):

@@ -55,6 +55,17 @@ def read_records(data: bytes):
         data = data[16 + length :]
 
 
+def test_lines_of_others_are_no_evaluations(tmp_path):
+    path = tmp_path / metrics.FILE
+    assert metrics.num_evaluations(path, 4) is None and metrics.last_step(path) == 0
+    with metrics.Writer(tmp_path, 0) as writer:
+        writer.write(4, "a", {"loss": 1.0})
+        writer.write(4, "a", {"validation/answer_loss": 1.0})
+        writer.write(4, "a", {})  # of an evaluation that found nothing
+    path.write_text(path.read_text() + '{"step": 4, "note": "mine"}\n{"step": 3}\n{"step": 9')
+    assert metrics.num_evaluations(path, 4) == 2 and metrics.last_step(path) == 4
+
+
 def test_only_waits_that_leave_the_device_idle_count(monkeypatch):
     now = 100.0
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
