@@ -4,6 +4,7 @@ import pytest
 
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.eval import collecting, predictions
+from alignvlm_jax.storage import lease
 
 HEADER = {"step": 7}
 
@@ -43,7 +44,9 @@ def rows(done):
     return [[{"id": i}] for i in range(done, 3)]
 
 
-def test_two_do_not_make_the_same_at_once(folder):
+def test_two_do_not_make_the_same_at_once(folder, monkeypatch):
+    for name, seconds in (("TTL_SECONDS", 4.0), ("MARGIN_SECONDS", 1.0), ("POLL_SECONDS", 0.2)):
+        monkeypatch.setattr(lease, name, seconds)
     path = folder / "a.jsonl"
 
     def make(done):

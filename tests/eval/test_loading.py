@@ -49,7 +49,7 @@ def test_the_config_is_that_of_the_parameters(trained_workdir, tmp_path):
     shutil.rmtree(newer / "state" / "d")
     metadata = newer / "metadata" / "metadata"
     fields = json.loads(metadata.read_text())
-    fields["config"][0]["data"]["row_length"] = 64
+    fields["config"][0]["data"]["row_length"], fields["step"] = 64, 8
     del fields[checkpoint_files.CHECKSUM]  # As in one from before there were any.
     metadata.write_text(json.dumps(fields))
     config = loading.load_config(tmp_path, str(trained_workdir))
