@@ -133,18 +133,18 @@ stress: setup  ## kill, stop, starve and lie to small runs by the hundred; goes 
 	$(BIN)/python -m tests.stress --out=$(STRESS)
 
 bench: tpu-compiler  ## memory on a TPU, time on CPU of the large operations, plans (minutes; docs/results.md)
-	$(BIN)/python -m tests.benchmarks.vocab
-	$(BIN)/python -m tests.benchmarks.attention
-	$(BIN)/python -m tests.benchmarks.packing
+	$(BIN)/python -m tests.bench.vocab
+	$(BIN)/python -m tests.bench.attention
+	$(BIN)/python -m tests.bench.packing
 
 bench-data: $(PARITY)/.done  ## pages a second against torch's DataLoader, in the venv of test-parity
-	$(PARITY)/bin/python -m tests.benchmarks.throughput
+	$(PARITY)/bin/python -m tests.bench.throughput
 
 bench-generate: $(PARITY)/.done  ## generated tokens a second against transformers' generate, in the venv of test-parity
-	$(PARITY)/bin/python -m tests.benchmarks.generation
+	$(PARITY)/bin/python -m tests.bench.generation
 
 bench-plans: tpu-compiler  ## the smallest TPU slice for every stage of the paper (an hour)
-	$(BIN)/python -m tests.benchmarks.plans
+	$(BIN)/python -m tests.bench.plans
 
 clean:  ## remove the installed environments; data, weights and runs stay
 	rm -rf $(VENV) .venv-*

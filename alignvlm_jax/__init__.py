@@ -6,7 +6,7 @@ import os
 import typing
 
 if typing.TYPE_CHECKING:
-    from alignvlm_jax.eval.assistant import Assistant
+    from alignvlm_jax.inference.assistant import Assistant
 
 __version__ = "0.1.0"
 
@@ -22,6 +22,6 @@ def load(checkpoint: str | os.PathLike[str], data: str | os.PathLike[str] | None
       UserError: there is no readable checkpoint, or its tokenizer is missing.
     """
     # Late: whoever needs the data alone has no need of jax, and no time for it.
-    from alignvlm_jax.eval import assistant
+    from alignvlm_jax.inference import assistant
 
     return assistant.load(checkpoint, data)

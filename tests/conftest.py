@@ -23,14 +23,16 @@ from PIL import Image
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import storage
-from alignvlm_jax.data import pages, schema, sources
-from alignvlm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer as Tokenizer
+from alignvlm_jax.data import images, record, shards
+from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer as Tokenizer
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.train import checkpoint
 from alignvlm_jax.train import state as train_state
 from tests.fake_bucket import FakeBucket
+
+pytest_plugins = ["tests.prepared"]
 
 # A shell starts background jobs with SIGINT ignored, which every process below would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -175,7 +177,7 @@ def trained_workdir(tmp_path_factory) -> pathlib.Path:
     rng = np.random.default_rng(0)
     for split, count in (("seen_fonts", 5), ("unseen_fonts", 3)):
         records = [random_record(rng, f"{split}-{i}", ("form", "table")[i % 2]) for i in range(count)]
-        sources.write_shard(root / sources.shard_name(split, 0, 1), records)
+        shards.write_shard(root / shards.shard_name(split, 0, 1), records)
     tokenizer = Tokenizer.train(root / "tokenizer.model", [EVAL_QUESTION, "a b"])
     config = tiny_config(
         data=config_lib.DataConfig(dir=str(root), row_length=48, max_tiles=2),
@@ -196,10 +198,10 @@ def trained_workdir(tmp_path_factory) -> pathlib.Path:
     return root
 
 
-def random_record(rng: np.random.Generator, name: str, source: str) -> schema.Record:
+def random_record(rng: np.random.Generator, name: str, source: str) -> record.Record:
     """A page of 16 x 16 random pixels that is said to show one word."""
     page = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
     amount = str(rng.integers(100, 1000))
-    turns = (schema.Turn(EVAL_QUESTION, (amount,)), schema.Turn("Who?", ("Ann", "Anna")))
-    word = schema.Word(amount, (0.0, 0.0, 8.0, 4.0))
-    return schema.Record(name, source, (pages.encode_png(page),), turns, (((word,),),))
+    turns = (record.Turn(EVAL_QUESTION, (amount,)), record.Turn("Who?", ("Ann", "Anna")))
+    word = record.Word(amount, (0.0, 0.0, 8.0, 4.0))
+    return record.Record(name, source, (images.encode_png(page),), turns, (((word,),),))

@@ -8,8 +8,8 @@ import pytest
 
 from alignvlm_jax import presets
 from alignvlm_jax.config import LLMConfig, VisionConfig
-from alignvlm_jax.models.llama import Llama
-from alignvlm_jax.models.siglip import Siglip
+from alignvlm_jax.models.decoder import Llama
+from alignvlm_jax.models.vit import Siglip
 
 
 def count(module, *args) -> int:

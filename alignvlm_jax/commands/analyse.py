@@ -9,25 +9,13 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from alignvlm_jax import storage
+from alignvlm_jax.analysis import base, cost, noise, pca, tables, vocabulary
 from alignvlm_jax.commands import analysis_flags
 from alignvlm_jax.config import Config
-from alignvlm_jax.data import sources
+from alignvlm_jax.data import shards
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.eval import (
-    analysis,
-    analysis_tables,
-    cost,
-    cost_figure,
-    loading,
-    looking,
-    noise,
-    noise_figure,
-    pca,
-    pca_figure,
-    vocabulary,
-    vocabulary_figure,
-)
-from alignvlm_jax.eval.loading import Loaded
+from alignvlm_jax.inference import loading, patch_tokens
+from alignvlm_jax.inference.loading import Loaded
 from alignvlm_jax.models import connectors
 from alignvlm_jax.parallel import compile_cache, distributed
 
@@ -73,7 +61,7 @@ def main(argv: list[str]) -> None:
     settings = {name: value for name, value in vars(args).items() if name not in ("checkpoint", "analysis", "data")}
     kind = getattr(args, "kind", analysis_flags.KINDS[0])
     name = args.analysis if kind == analysis_flags.KINDS[0] else f"{args.analysis}_{kind}"
-    path = analysis.write(loaded, name, settings | {"data": loaded.config.data.dir}, found)
+    path = base.write(loaded, name, settings | {"data": loaded.config.data.dir}, found)
     console = Console(highlight=False, soft_wrap=True)
     connector = loaded.config.model.connector.name
     console.print(f"{loaded.path}: connector {connector}", markup=False)
@@ -89,12 +77,12 @@ def _check(config: Config, args: argparse.Namespace) -> None:
     for flag, default in (("split", config.eval.splits[0]), ("pages", config.data.validation_split)):
         if flag in args:
             setattr(args, flag, getattr(args, flag) or default)
-            sources.RecordSource(config.data.dir, getattr(args, flag))
+            shards.RecordSource(config.data.dir, getattr(args, flag))
     if "split" in args or "pages" in args:
-        contents = functools.partial(sources.contents, config.data.dir)
+        contents = functools.partial(shards.contents, config.data.dir)
         distributed.check_alike({f"the data in {config.data.dir}": contents})
     if args.analysis in NEED_WORDS:
-        looking.check(config)
+        patch_tokens.check(config)
     for name in getattr(args, "connectors", ()):
         connectors.get(name)
         cost.with_connector(config, name)
@@ -155,7 +143,7 @@ def _measure_pca(loaded: Loaded, args: argparse.Namespace) -> Mapping[str, Any]:
 
 
 def _picture_noise(connector: str, found: Mapping[str, Any]) -> bytes:
-    return noise_figure.picture({connector: found})
+    return noise.picture({connector: found})
 
 
 NOISES = {
@@ -163,21 +151,21 @@ NOISES = {
         "scores and movement of visual tokens under Gaussian noise on the vision features",
         analysis_flags.add_feature_noise,
         _measure_feature_noise,
-        analysis_tables.show_noise,
+        tables.show_noise,
         _picture_noise,
     ),
     "pixels": Analysis(
         "scores and movement of visual tokens under Gaussian noise on the page's pixels",
         analysis_flags.add_pixel_noise,
         _measure_pixel_noise,
-        analysis_tables.show_noise,
+        tables.show_noise,
         _picture_noise,
     ),
     "layout": Analysis(
         "scores where the content of pages is moved",
         analysis_flags.add_layout,
         _measure_layout,
-        analysis_tables.show_noise,
+        tables.show_noise,
         _picture_noise,
     ),
 }
@@ -189,21 +177,21 @@ ANALYSES = {
         "which words ALIGN's patches use, and the scores with these alone",
         analysis_flags.add_vocabulary,
         _measure_vocabulary,
-        analysis_tables.show_vocabulary,
-        lambda connector, found: vocabulary_figure.picture(found),
+        tables.show_vocabulary,
+        lambda connector, found: vocabulary.picture(found),
     ),
     "pca": Analysis(
         "how well the words that ALIGN's patches use cover the space of text embeddings",
         analysis_flags.add_pca,
         _measure_pca,
-        analysis_tables.show_pca,
-        lambda connector, found: pca_figure.picture(found),
+        tables.show_pca,
+        lambda connector, found: pca.picture(found),
     ),
     "cost": Analysis(
         "parameters, FLOPs, memory and time of connectors beside the checkpoint's encoder and LLM",
         analysis_flags.add_cost,
         _measure_cost,
-        analysis_tables.show_cost,
-        cost_figure.picture,
+        tables.show_cost,
+        cost.picture,
     ),
 }

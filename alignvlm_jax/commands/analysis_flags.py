@@ -2,7 +2,7 @@
 
 import argparse
 
-from alignvlm_jax.commands.arguments import positive
+from alignvlm_jax.commands.config_flag import positive
 from alignvlm_jax.models import connectors
 
 KINDS = ("features", "pixels", "layout")

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from alignvlm_jax import storage
 from alignvlm_jax.errors import UserError, nearest
-from alignvlm_jax.eval import comparison, comparison_report, comparison_tables
+from alignvlm_jax.report import compare, compare_figures, compare_tables
 
 
 def main(argv: list[str]) -> None:
@@ -23,27 +23,27 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--document", type=storage.path, help="a Markdown file with a marked place for the tables")
     parser.add_argument("--baseline", help="TABLE/ROW that stands in other tables of the same questions, too")
     args = parser.parse_args(argv)
-    runs = comparison.find(args.workdir)
-    rows = {comparison.row_of(run) for run in runs}
+    runs = compare.find(args.workdir)
+    rows = {compare.row_of(run) for run in runs}
     if args.baseline and args.baseline not in rows:
         raise UserError(f"there is no row {args.baseline!r} in {args.workdir}{nearest(args.baseline, rows)}")
     if args.document:
-        comparison_tables.split(args.document)
+        compare_tables.split(args.document)
     try:
         for number, run in enumerate(runs, start=1):
-            if not comparison.is_measured(run):
+            if not compare.is_measured(run):
                 print(f"{number} of {len(runs)}: {run}", file=sys.stderr)
-                comparison.measure(run)
+                compare.measure(run)
     except KeyboardInterrupt as err:
         raise UserError("stopped; the same command goes on, and asks no question again") from err
-    tables = comparison.read(runs)
+    tables = compare.read(runs)
     if args.baseline:
-        tables = comparison.with_baseline(tables, args.baseline)
-    text = comparison_tables.markdown(tables)
+        tables = compare.with_baseline(tables, args.baseline)
+    text = compare_tables.markdown(tables)
     console = Console(highlight=False, soft_wrap=True)
     console.print(text, markup=False)
     storage.write_whole(args.workdir / "comparison.md", text + "\n")
     if args.document:
-        comparison_tables.put(args.document, text)
+        compare_tables.put(args.document, text)
         console.print(f"Written: {args.document}", markup=False)
-    console.print(f"Written: {comparison_report.build(tables, args.workdir)}", markup=False)
+    console.print(f"Written: {compare_figures.build(tables, args.workdir)}", markup=False)

@@ -6,10 +6,9 @@ import functools
 from rich.console import Console
 
 from alignvlm_jax import storage
-from alignvlm_jax.commands.arguments import positive
+from alignvlm_jax.commands.config_flag import positive
 from alignvlm_jax.errors import UserError, nearest
-from alignvlm_jax.train import exporting, initial
-from alignvlm_jax.weights import export, tokenizers, towers
+from alignvlm_jax.weights import export, initial, towers
 
 IMPORT = "convert --llm=PATH --vision=PATH --out=DIR [--connector=align] [--tokenizer=PATH] [--tile_size=PIXELS]"
 EXPORT = "convert --export --checkpoint=DIR --out=DIR [--parts=llm,vision,connector]"
@@ -23,14 +22,14 @@ def main(argv: list[str]) -> None:
         for part in parts:
             if part not in export.PARTS:
                 raise UserError(f"unknown part {part!r} in --parts{nearest(part, export.PARTS)}")
-        for part, count in exporting.write(args.checkpoint, args.out, parts).items():
+        for part, count in initial.write_export(args.checkpoint, args.out, parts).items():
             console.print(f"{args.out / part}: {count} tensors")
         return
     storage.refuse_existing(args.out)
     vision, llm = towers.open_vision(args.vision, args.tile_size), towers.open_llm(args.llm)
     config = initial.make_config(llm, vision, args.connector, args.out)
     console.print(f"{llm.source.name} and {vision.source.name}: connector {args.connector}")
-    write_tokenizer = functools.partial(tokenizers.write, args.tokenizer or args.llm)
+    write_tokenizer = functools.partial(towers.write, args.tokenizer or args.llm)
     console.print(initial.write(llm, vision, config, write_tokenizer, args.out))
     console.print(f"Written: {args.out}; start a run from it with --config.init_from={args.out}")
 

@@ -13,16 +13,18 @@ from rich.console import Console
 from rich.table import Table
 
 from alignvlm_jax import storage
-from alignvlm_jax.commands.arguments import positive
+from alignvlm_jax.benchmarks import predictions, questions, runner, summary, tasks, text_bpb
+from alignvlm_jax.benchmarks.predictions import Predictions
+from alignvlm_jax.commands.config_flag import positive
 from alignvlm_jax.config import Config
-from alignvlm_jax.data import sources
+from alignvlm_jax.data import shards
 from alignvlm_jax.errors import UsageError, UserError
-from alignvlm_jax.eval import loading, predictions, questions, runner, score_table, submission, summary, tasks, texts
-from alignvlm_jax.eval.loading import Loaded
-from alignvlm_jax.eval.predictions import Predictions
+from alignvlm_jax.inference import loading
+from alignvlm_jax.inference.loading import Loaded
 from alignvlm_jax.logs import HostLog
 from alignvlm_jax.parallel import compile_cache, distributed
-from alignvlm_jax.train import checkpoint, commit
+from alignvlm_jax.train import checkpoint as checkpoint_lib
+from alignvlm_jax.train import commit
 
 BENCHMARKS = Path("data")
 """Where --tasks are looked for: what `make demo` and `make data` prepare lies there."""
@@ -46,8 +48,8 @@ def main(argv: list[str]) -> None:
 def _evaluate_splits(args: argparse.Namespace) -> None:
     config = _asked(loading.load_config(args.checkpoint, args.data), args)
     for split in config.eval.splits:
-        sources.RecordSource(config.data.dir, split)  # A misspelt split should not wait for the model.
-    distributed.check_alike({f"the data in {config.data.dir}": functools.partial(sources.contents, config.data.dir)})
+        shards.RecordSource(config.data.dir, split)  # A misspelt split should not wait for the model.
+    distributed.check_alike({f"the data in {config.data.dir}": functools.partial(shards.contents, config.data.dir)})
     loaded = loading.load(args.checkpoint, config)
     config = _asked(loaded.config, args)
     asker = runner.Runner(loaded, config)
@@ -70,15 +72,15 @@ def _evaluate_tasks(args: argparse.Namespace) -> None:
     data = BENCHMARKS if args.data is None else storage.path(args.data)
     opened = [_open(task, data, args.num_questions) for task in asked]
     distributed.check_alike(
-        {f"the data of {one.task.name}": functools.partial(sources.contents, one.directory) for one in opened}
+        {f"the data of {one.task.name}": functools.partial(shards.contents, one.directory) for one in opened}
     )
     config = loading.load_config(args.checkpoint)
     loaded = loading.load(args.checkpoint, config)
-    asker, reader = runner.Runner(loaded, loaded.config), texts.Reader(loaded)
+    asker, reader = runner.Runner(loaded, loaded.config), text_bpb.Reader(loaded)
     results = {}
     with _stoppable():
         for one in opened:
-            measure = reader.measure if isinstance(one, texts.HeldOut) else asker.evaluate_task
+            measure = reader.measure if isinstance(one, text_bpb.HeldOut) else asker.evaluate_task
             results[one.task.name] = measure(one)
     if not distributed.is_main():
         return
@@ -90,9 +92,9 @@ def _evaluate_tasks(args: argparse.Namespace) -> None:
         else:
             _hand_in(console, args.checkpoint, task, results[task.name])
     console.print(f"{loaded.path}: connector {loaded.config.model.connector.name}", soft_wrap=True)
-    console.print(score_table.task_table(asked, results))
+    console.print(summary.task_table(asked, results))
     if not all(isinstance(task, tasks.TextTask) for task in asked):
-        console.print(score_table.paper_table(results))
+        console.print(summary.paper_table(results))
     _print_written(console, args.checkpoint)
 
 
@@ -119,7 +121,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _logged(workdir: Path) -> contextlib.AbstractContextManager:
     """The host's log, where there is a workdir for it: a name that is misspelt makes none."""
-    if not (workdir / checkpoint.FOLDER).is_dir():
+    if not (workdir / checkpoint_lib.FOLDER).is_dir():
         return contextlib.nullcontext()
     ranks = {"process": jax.process_index(), "num_processes": jax.process_count()}
     return HostLog(workdir, **ranks, commit=commit.git_hash())
@@ -137,7 +139,7 @@ def _summarize(loaded: Loaded, config: Config) -> dict[tuple[str, bool], Predict
     """Writes summary.json; returns the predictions on splits that it is of. An earlier evaluation of other splits or
     tasks still counts, if it was of this very checkpoint and, of splits, on these very documents."""
     workdir = loading.workdir_of(loaded.path)
-    trained, data = loaded.metadata["train_seconds"], sources.fingerprint(config.data.dir)
+    trained, data = loaded.metadata["train_seconds"], shards.fingerprint(config.data.dir)
     results = {
         key: result
         for key, result in predictions.read_all(workdir).items()
@@ -152,8 +154,8 @@ def _summarize(loaded: Loaded, config: Config) -> dict[tuple[str, bool], Predict
     return results
 
 
-def _open(task: tasks.Task | tasks.TextTask, data: Path, count: int | None) -> questions.Benchmark | texts.HeldOut:
-    open_task = texts.open_text if isinstance(task, tasks.TextTask) else questions.open_benchmark
+def _open(task: tasks.Task | tasks.TextTask, data: Path, count: int | None) -> questions.Benchmark | text_bpb.HeldOut:
+    open_task = text_bpb.open_text if isinstance(task, tasks.TextTask) else questions.open_benchmark
     return open_task(task, data, count)
 
 
@@ -183,7 +185,7 @@ def _hand_in(console: Console, checkpoint: Path, task: tasks.Task, result: Predi
         )
     if not all(row["answers"] for row in result.rows):
         path = predictions.task_path(loading.workdir_of(checkpoint), task.name).with_suffix(".submission.json")
-        submission.write(path, result, task)
+        predictions.write(path, result, task)
         console.print(f"{task.name}: answers are not known; {path} can be handed in", soft_wrap=True)
 
 

@@ -10,12 +10,12 @@ import numpy as np
 from PIL import Image
 
 from alignvlm_jax import storage
-from alignvlm_jax.commands.arguments import positive
+from alignvlm_jax.commands.config_flag import positive
 from alignvlm_jax.config import Config
-from alignvlm_jax.data import images, pipeline, rows
+from alignvlm_jax.data import examples, images, loader
 from alignvlm_jax.errors import UsageError
-from alignvlm_jax.eval import loading
-from alignvlm_jax.eval.assistant import Assistant
+from alignvlm_jax.inference import loading
+from alignvlm_jax.inference.assistant import Assistant
 from alignvlm_jax.parallel import compile_cache
 
 
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     # Whatever can be wrong with the input is found before the model is loaded.
     page = images.load_page(args.image, args.page) if args.image else None
     config = loading.load_config(args.checkpoint, args.data)
-    rows.build_prompt(page, args.question, config, pipeline.load_tokenizer(config))
+    examples.build_prompt(page, args.question, config, loader.load_tokenizer(config))
     loaded = loading.load(args.checkpoint, config)
     seen = f"{page.width} x {page.height} pixels, {_count_tiles(page, config)} tiles" if page else "no image"
     print(f"{loaded.path}: {seen}", file=sys.stderr)

@@ -10,14 +10,17 @@ from rich.table import Table
 
 from alignvlm_jax import presets, storage
 from alignvlm_jax.commands import analyse, config_flag
-from alignvlm_jax.commands.arguments import positive
+from alignvlm_jax.commands.config_flag import positive
 from alignvlm_jax.config import Config, DataConfig, LLMConfig, ModelConfig
-from alignvlm_jax.data import images, statistics, tokenizer_files
-from alignvlm_jax.data.pipeline import TrainRows
-from alignvlm_jax.data.statistics import Statistics
+from alignvlm_jax.data import images, tokenizers
+from alignvlm_jax.data.loader import TrainRows
 from alignvlm_jax.errors import UsageError, UserError, nearest
-from alignvlm_jax.eval import lens, loading, looking, rows_page
-from alignvlm_jax.eval.assistant import Assistant
+from alignvlm_jax.inference import loading, patch_tokens
+from alignvlm_jax.inference.assistant import Assistant
+from alignvlm_jax.ingest import statistics
+from alignvlm_jax.ingest.statistics import Statistics
+from alignvlm_jax.pictures import patch_map
+from alignvlm_jax.report import examples_page
 
 
 def main(argv: list[str]) -> None:
@@ -57,11 +60,11 @@ def main(argv: list[str]) -> None:
     for one in found:
         _print(one, console)
     views = [
-        rows_page.view(i, all_rows.parts(i), config, all_rows.tokenizer)
+        examples_page.view(i, all_rows.parts(i), config, all_rows.tokenizer)
         for i in range(min(args.num_rows, len(all_rows)))
     ]
-    out = args.out or storage.path(config.data.folders[0]) / rows_page.FILE
-    console.print(f"Written: {rows_page.build(views, found[0], out)}")
+    out = args.out or storage.path(config.data.folders[0]) / examples_page.FILE
+    console.print(f"Written: {examples_page.build(views, found[0], out)}")
 
 
 def _add_analysis_flags(parser: argparse.ArgumentParser) -> None:
@@ -91,11 +94,11 @@ def _lens(args: argparse.Namespace) -> None:
     """Writes what the patches of a page say; whatever can be wrong is found before the model is loaded."""
     if not args.image:
         raise UsageError("--analysis=lens needs --image=FILE")
-    out = args.out or loading.workdir_of(args.checkpoint) / lens.FILE
-    lens.check_suffix(out)
+    out = args.out or loading.workdir_of(args.checkpoint) / patch_map.FILE
+    patch_map.check_suffix(out)
     page = images.load_page(args.image, args.page)
     config = loading.load_config(args.checkpoint, args.data)
-    looking.check(config)
+    patch_tokens.check(config)
     look = Assistant(loading.load(args.checkpoint, config)).lens(page)
     print(look, file=sys.stderr)
     print(f"Written: {look.save(out, f'What the patches of {args.image.name} say')}")
@@ -118,7 +121,7 @@ def _stage(stages: tuple[Config, ...], name: str) -> Config:
 
 def _default(folder: str) -> Config:
     """Rows to look at where no model is named: the paper's encoder, pages of up to six tiles and the overview."""
-    tokenizer = tokenizer_files.load(folder)
+    tokenizer = tokenizers.load(folder)
     image_id = tokenizer.specials.get("<image>", tokenizer.vocab_size)
     llm = LLMConfig(vocab_size=tokenizer.vocab_size)
     return Config(

@@ -12,14 +12,13 @@ import jax
 from rich.console import Console
 
 from alignvlm_jax.commands import config_flag
-from alignvlm_jax.commands.arguments import positive
+from alignvlm_jax.commands.config_flag import positive
 from alignvlm_jax.config import Config, MeshConfig
 from alignvlm_jax.errors import UsageError, UserError, nearest
-from alignvlm_jax.eval import generation_plan
-from alignvlm_jax.eval.generation_plan import GenerationPlan
-from alignvlm_jax.parallel import chips, xla_flags
-from alignvlm_jax.parallel.chips import Topology
-from alignvlm_jax.train import layouts, plan_text, planning
+from alignvlm_jax.parallel import xla_flags
+from alignvlm_jax.plan import aot, generation, hardware, printing, search
+from alignvlm_jax.plan.generation import GenerationPlan
+from alignvlm_jax.plan.hardware import Topology
 
 DOES_NOT_FIT = 3
 
@@ -56,8 +55,8 @@ def main(argv: list[str]) -> None:
         sys.exit(DOES_NOT_FIT)
 
 
-def _text(plan: planning.Plan | GenerationPlan) -> str:
-    return generation_plan.text(plan) if isinstance(plan, GenerationPlan) else plan_text.text(plan)
+def _text(plan: aot.Plan | GenerationPlan) -> str:
+    return generation.text(plan) if isinstance(plan, GenerationPlan) else printing.text(plan)
 
 
 def _generation_plan(config: Config, args: argparse.Namespace) -> GenerationPlan:
@@ -66,50 +65,50 @@ def _generation_plan(config: Config, args: argparse.Namespace) -> GenerationPlan
             "--generate plans for one slice and mesh: say --topology=KIND:SHAPE and --mesh=DATAxFSDPxTENSOR"
         )
     jax.config.update("jax_platforms", "cpu")
-    topology = chips.parse_topology(args.topology, args.num_slices)
+    topology = hardware.parse_topology(args.topology, args.num_slices)
     if args.mesh:
         config = dataclasses.replace(config, mesh=_mesh(args.mesh))
-    config = generation_plan.on_mesh(config, topology)
+    config = generation.on_mesh(config, topology)
     say = Console(stderr=True, highlight=False, soft_wrap=True).print
-    if chips.has_tpu_compiler():
+    if hardware.has_tpu_compiler():
         say(xla_flags.set_flags(topology.kind, args.num_slices > 1))
     devices = _devices(topology)
-    say(generation_plan.summary(config))
-    return generation_plan.make(config, topology, devices)
+    say(generation.summary(config))
+    return generation.make(config, topology, devices)
 
 
-def _plan(config: Config, args: argparse.Namespace) -> planning.Plan:
+def _plan(config: Config, args: argparse.Namespace) -> aot.Plan:
     # Compiling needs no accelerator, and this one may be at work.
     jax.config.update("jax_platforms", "cpu")
     say = Console(stderr=True, highlight=False, soft_wrap=True).print
     kind, _, shape = args.topology.partition(":")
     if shape == "smallest":
-        if not chips.CHIPS.get(kind, chips.CHIPS["h100"]).shapes:
+        if not hardware.CHIPS.get(kind, hardware.CHIPS["h100"]).shapes:
             raise UsageError(f"unknown kind of TPU {kind!r}{nearest(kind, _tpus())}")
         if args.num_slices != 1:
             raise UsageError("--topology=KIND:smallest looks for one slice; leave --num_slices out")
-        if not chips.has_tpu_compiler():
+        if not hardware.has_tpu_compiler():
             raise UsageError(f"--topology={args.topology} needs libtpu: pip install --requirement requirements-tpu.txt")
         say(xla_flags.set_flags(kind, several_slices=False))  # as a run there would be compiled
-        return layouts.smallest(config, kind, chips.compile_only_devices, say)
-    topology = chips.parse_topology(args.topology, args.num_slices)
+        return search.smallest(config, kind, hardware.compile_only_devices, say)
+    topology = hardware.parse_topology(args.topology, args.num_slices)
     if args.mesh and args.mesh != "auto":
         config = dataclasses.replace(config, mesh=_mesh(args.mesh))
-    check = layouts.check if args.mesh == "auto" else planning.check
+    check = search.check if args.mesh == "auto" else aot.check
     check(config, topology)  # before any device is made
-    if chips.has_tpu_compiler():
+    if hardware.has_tpu_compiler():
         say(xla_flags.set_flags(kind, args.num_slices > 1))
     devices = _devices(topology)
     if args.mesh == "auto":
-        return layouts.best(config, topology, devices, say)
-    say(plan_text.summary(config))
-    return planning.make(config, topology, devices)
+        return search.best(config, topology, devices, say)
+    say(printing.summary(config))
+    return aot.make(config, topology, devices)
 
 
 def _devices(topology: Topology) -> Sequence[jax.Device]:
-    if chips.has_tpu_compiler():
-        return chips.compile_only_devices(topology)
-    print(plan_text.ESTIMATE, file=sys.stderr, flush=True)
+    if hardware.has_tpu_compiler():
+        return hardware.compile_only_devices(topology)
+    print(printing.ESTIMATE, file=sys.stderr, flush=True)
     # Another number may be forced from outside, and the first to be asked for holds.
     os.environ["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
     jax.config.update("jax_num_cpu_devices", topology.num_devices)
@@ -134,4 +133,4 @@ def _mesh(text: str) -> MeshConfig:
 
 
 def _tpus() -> list[str]:
-    return [kind for kind, chip in chips.CHIPS.items() if chip.shapes]
+    return [kind for kind, chip in hardware.CHIPS.items() if chip.shapes]

@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from alignvlm_jax.commands.arguments import positive
-from alignvlm_jax.data import demonstration, documents, preparing
-from alignvlm_jax.data.formats import REGISTRY
+from alignvlm_jax.commands.config_flag import positive
 from alignvlm_jax.errors import UsageError, UserError
+from alignvlm_jax.ingest import job
+from alignvlm_jax.ingest.formats import REGISTRY
 from alignvlm_jax.storage import faults
+from alignvlm_jax.synthetic import demonstration, documents
 
 TOKENIZER_HINT = "`make weights` gives weights/smollm2/tokenizer; the demonstration's is data/demo/tokenizer.model"
 
@@ -125,15 +126,15 @@ def _prepare_documents(args: argparse.Namespace, started: float) -> None:
 def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: float) -> None:
     kind = REGISTRY[args.format]
     options = {field.name: getattr(args, field.name) for field in dataclasses.fields(kind)}
-    request = preparing.Request(args.format, kind(**options), args.source, _tokenizer(args), args.holdout, args.split)
+    request = job.Request(args.format, kind(**options), args.source, _tokenizer(args), args.holdout, args.split)
     if args.beam_runner:
-        from alignvlm_jax.data import beam  # takes seconds to import, and most machines do not have it
+        from alignvlm_jax.ingest import beam  # takes seconds to import, and most machines do not have it
 
         run = beam.on_runner(args.beam_runner, beam_flags)
     else:
-        run = preparing.on_processes(args.num_workers)
-    is_new = preparing.prepare(request, Path(args.out), run)
-    print(preparing.summary(Path(args.out), request.splits))
+        run = job.on_processes(args.num_workers)
+    is_new = job.prepare(request, Path(args.out), run)
+    print(job.summary(Path(args.out), request.splits))
     if is_new:
         print(f"{args.out}: {time.monotonic() - started:.0f} s")
     else:
@@ -141,7 +142,7 @@ def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: fl
 
 
 def _recount(args: argparse.Namespace) -> None:
-    counts = preparing.recount(Path(args.out), _tokenizer(args))
+    counts = job.recount(Path(args.out), _tokenizer(args))
     sizes = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     print(f"{args.out}: counted {sizes} records")
 

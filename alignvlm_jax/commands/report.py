@@ -3,7 +3,7 @@
 import argparse
 
 from alignvlm_jax import storage
-from alignvlm_jax.eval import report
+from alignvlm_jax.report import run
 
 
 def main(argv: list[str]) -> None:
@@ -12,4 +12,4 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--compare", type=storage.path, help="another run's workdir, to stand beside it")
     parser.add_argument("--data", help="folder that `prepare` wrote; default: the one trained on")
     args = parser.parse_args(argv)
-    print(f"Written: {report.build(args.workdir, args.compare, args.data)}")
+    print(f"Written: {run.build(args.workdir, args.compare, args.data)}")

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from alignvlm_jax.data.tokenizer import Tokenizer
+from alignvlm_jax.data.tokenizers.base import Tokenizer
 from alignvlm_jax.errors import UserError
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from alignvlm_jax.data import arrays, chat, filesystem, images, rows, sources, tokenizer_files
+from alignvlm_jax.data import arrays, chat, examples, filesystem, images, shards, tokenizers
 from alignvlm_jax.data.filesystem import Entry
-from alignvlm_jax.data.schema import Record
-from alignvlm_jax.data.tokenizer import Tokenizer
+from alignvlm_jax.data.record import Record
+from alignvlm_jax.data.tokenizers.base import Tokenizer
 from alignvlm_jax.errors import TryAgainError, UserError
 
 RECOUNT = "`python -m alignvlm_jax prepare --recount --out={} --tokenizer=FOLDER`"
@@ -27,11 +27,11 @@ MANY, FEW = 64, 4
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Index:
-    """An entry for each of R records, in the order of `sources.RecordSource`. Equal to itself alone.
+    """An entry for each of R records, in the order of `shards.RecordSource`. Equal to itself alone.
 
     Attributes:
-      text_tokens: int32 [R] by task of `rows.TASKS`: tokens of the chat without image slots, all turns in it; 0 where
-        the record lacks what the task needs.
+      text_tokens: int32 [R] by task of `examples.TASKS`: tokens of the chat without image slots, all turns in it; 0
+        where the record lacks what the task needs.
       image_sizes: int32 [M, 2], height and width in pixels of all images, record after record.
       image_starts: int64 [R + 1]: record r has `image_sizes[image_starts[r]:image_starts[r + 1]]`.
       content_hash: uint64 [R], of the images and turns.
@@ -53,7 +53,7 @@ class Builder:
 
     def __init__(self, tokenizer: Tokenizer, fingerprint: str):
         self._tokenizer, self._fingerprint = tokenizer, fingerprint
-        self._text_tokens: dict[str, list[int]] = {task: [] for task in rows.TASKS}
+        self._text_tokens: dict[str, list[int]] = {task: [] for task in examples.TASKS}
         self._image_sizes: list[tuple[int, int]] = []
         self._image_starts = [0]
         self._hashes: list[int] = []
@@ -123,12 +123,12 @@ def merge(directory: Path, split: str) -> list[str]:
     Raises:
       UserError: a shard has no index, it is damaged, or a file cannot be written.
     """
-    entries, names = filesystem.listing(directory), sources.shard_names(directory, split)
+    entries, names = filesystem.listing(directory), shards.shard_names(directory, split)
     whole = concatenate([read(index_path(directory / name)) for name in names])
-    sources.write_table(directory, split)
+    shards.write_table(directory, split)
     sizes = np.array([entries[name].size for name in names], np.int64)
     arrays.write(directory / merged_name(split), _fields(whole) | {"shard_sizes": sizes})
-    return [merged_name(split), sources.table_name(split)]
+    return [merged_name(split), shards.table_name(split)]
 
 
 def load(directory: str | os.PathLike, split: str) -> Index:
@@ -140,9 +140,9 @@ def load(directory: str | os.PathLike, split: str) -> Index:
     """
     directory = os.fspath(directory)
     place = directory if filesystem.is_remote(directory) else os.path.abspath(directory)
-    entries, names = filesystem.listing(place), sources.shard_names(place, split)
+    entries, names = filesystem.listing(place), shards.shard_names(place, split)
     if not names:
-        sources.RecordSource(directory, split)  # says which splits there are
+        shards.RecordSource(directory, split)  # says which splits there are
     merged = entries.get(merged_name(split))
     if merged:
         return _merged(place, split, merged, tuple(entries[name].size for name in names))
@@ -194,7 +194,7 @@ def _fields(index: Index) -> dict[str, np.ndarray | str]:
 def _read(path: str, size: int) -> dict[str, np.ndarray]:
     try:
         fields = arrays.read(path, size)
-        names = [*_index_fields(), *(f"text_tokens.{task}" for task in rows.TASKS)]
+        names = [*_index_fields(), *(f"text_tokens.{task}" for task in examples.TASKS)]
         missing = [name for name in names if name not in fields]
         if missing:
             raise UserError(f"{path} lacks {', '.join(missing)}")
@@ -206,7 +206,7 @@ def _read(path: str, size: int) -> dict[str, np.ndarray]:
 
 
 def _index(fields: dict[str, np.ndarray]) -> Index:
-    text_tokens = {task: fields[f"text_tokens.{task}"] for task in rows.TASKS}
+    text_tokens = {task: fields[f"text_tokens.{task}"] for task in examples.TASKS}
     others = {name: fields[name] for name in _index_fields()}
     return Index(text_tokens, **others | {"tokenizer": str(fields["tokenizer"])})
 
@@ -217,7 +217,7 @@ def concatenate(parts: list[Index]) -> Index:
     for part in parts:
         starts.append(part.image_starts[1:] + starts[-1][-1])
     return Index(
-        {task: np.concatenate([part.text_tokens[task] for part in parts]) for task in rows.TASKS},
+        {task: np.concatenate([part.text_tokens[task] for part in parts]) for task in examples.TASKS},
         np.concatenate([part.image_sizes for part in parts]),
         np.concatenate(starts),
         np.concatenate([part.content_hash for part in parts]),
@@ -245,8 +245,8 @@ def recount(directory: str | Path) -> str:
 
 
 def tokenizer_fingerprint(path: str | os.PathLike) -> str:
-    """Returns a checksum of the tokenizer's file, or of the one in a folder, as `tokenizer_files.load` takes it."""
-    return hashlib.blake2b(tokenizer_files.read(path)[1], digest_size=8).hexdigest()
+    """Returns a checksum of the tokenizer's file, or of the one in a folder, as `tokenizers.load` takes it."""
+    return hashlib.blake2b(tokenizers.read(path)[1], digest_size=8).hexdigest()
 
 
 def content_hash(record: Record) -> int:
@@ -262,7 +262,7 @@ def content_hash(record: Record) -> int:
 def _text_tokens(record: Record, tokenizer: Tokenizer) -> dict[str, int]:
     counted: dict[tuple[tuple[str, str], ...], int] = {(): 0}
     lengths = {}
-    for task, turns_of in rows.TASKS.items():
+    for task, turns_of in examples.TASKS.items():
         # Sorted, since each turn is encoded on its own: no order of them changes the length.
         turns = tuple(sorted(turns_of(record, np.random.default_rng(0))))
         if turns not in counted:

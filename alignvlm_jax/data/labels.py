@@ -6,8 +6,8 @@ import numpy as np
 
 from alignvlm_jax.config import VisionConfig
 from alignvlm_jax.data.images import Tiles
-from alignvlm_jax.data.schema import Word
-from alignvlm_jax.data.tokenizer import Tokenizer
+from alignvlm_jax.data.record import Word
+from alignvlm_jax.data.tokenizers.base import Tokenizer
 
 MIN_COVERED = 1 / 8
 """Share of a patch that text must cover; below it the patch counts as blank."""

@@ -60,8 +60,8 @@ def load(
 
 
 def measure(index: Index, tasks: Sequence[str], config: Config) -> Lengths:
-    """Returns the lengths of an index's records for some of `rows.TASKS`. A record with more images than it may have
-    tiles is of no use to any."""
+    """Returns the lengths of an index's records for some of `examples.TASKS`. A record with more images than it may
+    have tiles is of no use to any."""
     return _measure(index, tasks, _limits(config))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from alignvlm_jax.config import SourceConfig
+from alignvlm_jax.config import Config, SourceConfig
 
 
 def counts(sizes: Mapping[str, int], sources: Mapping[str, SourceConfig], temperature: float) -> dict[str, int]:
@@ -43,3 +43,11 @@ def epoch_of(size: int, count: int, name: str, seed: Sequence[int], epoch: int) 
     rounds = range(begin // size, -(-end // size))
     stream = np.concatenate([np.random.default_rng([*seed, number]).permutation(size) for number in rounds])
     return stream[begin % size : begin % size + count]
+
+
+def task_shares(config: Config) -> tuple[list[str], np.ndarray]:
+    """Returns the tasks that have a weight, and their shares of all."""
+    # Sorted: the order of the config's mapping must not decide which record gets which task.
+    tasks = sorted(task for task, weight in config.data.tasks.items() if weight)
+    weights = np.array([config.data.tasks[task] for task in tasks])
+    return tasks, weights / weights.sum()

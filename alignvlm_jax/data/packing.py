@@ -1,12 +1,149 @@
-"""Which records share a row: a plan of a whole epoch, made before any record is read."""
+"""Offline packing: which records share a row, planned for a whole epoch before any record is read."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from alignvlm_jax.data import fitting
-from alignvlm_jax.data.fitting import Rows, Sizes
+
+class Sizes(NamedTuple):
+    """Different sizes of records."""
+
+    lengths: list[int]  # tokens, above 0
+    tiles: list[int]
+    counts: list[int]
+
+
+class Rows(NamedTuple):
+    """Rows that hold the same: so many records of each size, by its index."""
+
+    count: int
+    contents: dict[int, int]
+
+
+def fit(sizes: Sizes, row_length: int, row_tiles: int) -> list[Rows]:
+    """Returns rows that hold all records; each size must fit a row."""
+    ways = best_fit(sizes, row_length, row_tiles), even_fit(sizes, row_length, row_tiles)
+    return min(ways, key=lambda rows: sum(row.count for row in rows))
+
+
+def best_fit(sizes: Sizes, row_length: int, row_tiles: int) -> list[Rows]:
+    """Puts each record, the largest first, into the row with the least room for it."""
+    # groups[t][n]: rows that have t tiles and n tokens left; bit n of rooms[t] says whether there are any.
+    groups: list[dict[int, list[Rows]]] = [{} for _ in range(row_tiles + 1)]
+    rooms = [0] * (row_tiles + 1)
+
+    def leave(tiles_left: int, room: int, rows: Rows) -> None:
+        groups[tiles_left].setdefault(room, []).append(rows)
+        rooms[tiles_left] |= 1 << room
+
+    def take(tiles_left: int, room: int) -> Rows:
+        rows = groups[tiles_left][room].pop()
+        if not groups[tiles_left][room]:
+            rooms[tiles_left] ^= 1 << room
+        return rows
+
+    for size in _largest_first(sizes, row_length, row_tiles):
+        length, num_tiles, left = sizes.lengths[size], sizes.tiles[size], sizes.counts[size]
+        while left:
+            room, tiles_left = _least_room(rooms, length, num_tiles)
+            if room:
+                rows = take(tiles_left, room)
+            else:
+                room, tiles_left, rows = row_length, row_tiles, Rows(left, {})
+            # The row that took one has the least room for the next of its size too.
+            each = min(room // length, tiles_left // num_tiles if num_tiles else left, left)
+            used = min(rows.count, left // each)
+            if rows.contents and used < rows.count:
+                leave(tiles_left, room, Rows(rows.count - used, rows.contents))
+            leave(tiles_left - each * num_tiles, room - each * length, Rows(used, rows.contents | {size: each}))
+            left -= used * each
+    return [rows for by_room in groups for found in by_room.values() for rows in found]
+
+
+def _least_room(rooms: list[int], length: int, num_tiles: int) -> tuple[int, int]:
+    """The fewest tokens left in a row that a record fits, and the tiles left there; 0 tokens where there is none."""
+    best = 0, 0
+    for tiles_left in range(num_tiles, len(rooms)):
+        fitting = rooms[tiles_left] >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            if not best[0] or room < best[0]:
+                best = room, tiles_left
+    return best
+
+
+def even_fit(sizes: Sizes, row_length: int, row_tiles: int) -> list[Rows]:
+    """Fills row after row: to the largest record left come as many as bring their average closest to that of all
+    records left, each of them as close to it as there is one, and the last as long as fits."""
+    supply = _Supply(sizes, row_tiles)
+    shortest = min(sizes.lengths, default=0)
+    found = []
+    for size in _largest_first(sizes, row_length, row_tiles):
+        while supply.counts[size]:
+            average = supply.num_tokens / supply.num_records
+            supply.take(size, 1)
+            contents = {size: 1}
+            room, tiles_left = row_length - sizes.lengths[size], row_tiles - sizes.tiles[size]
+            while room >= shortest:
+                number = max(1, int(room / average))
+                number += abs(room / (number + 1) - average) < abs(room / number - average)
+                other = supply.nearest(room // number, room if number > 1 else room // number, tiles_left)
+                if other is None:
+                    break
+                supply.take(other, 1)
+                contents[other] = contents.get(other, 0) + 1
+                room, tiles_left = room - sizes.lengths[other], tiles_left - sizes.tiles[other]
+            # As many more rows of the kind as there are records for: every kind uses up a size.
+            more = min(supply.counts[other] // each for other, each in contents.items())
+            for other, each in contents.items():
+                supply.take(other, more * each)
+            found.append(Rows(1 + more, contents))
+    return found
+
+
+class _Supply:
+    """The records that are left, by size."""
+
+    def __init__(self, sizes: Sizes, row_tiles: int):
+        self._sizes = sizes
+        self._size_of = {key: size for size, key in enumerate(zip(sizes.tiles, sizes.lengths, strict=True))}
+        # Bit n of lengths[t] says whether a record of n tokens and t tiles is left.
+        self._lengths = [0] * (row_tiles + 1)
+        for num_tiles, length in self._size_of:
+            self._lengths[num_tiles] |= 1 << length
+        self.counts = list(sizes.counts)
+        self.num_records = sum(sizes.counts)
+        self.num_tokens = sum(length * count for length, count in zip(sizes.lengths, sizes.counts, strict=True))
+
+    def take(self, size: int, count: int) -> None:
+        self.counts[size] -= count
+        self.num_records -= count
+        self.num_tokens -= count * self._sizes.lengths[size]
+        if count and not self.counts[size]:
+            self._lengths[self._sizes.tiles[size]] ^= 1 << self._sizes.lengths[size]
+
+    def nearest(self, length: int, longest: int, tiles_left: int) -> int | None:
+        """The size closest to a length, of those of at most `longest` tokens and `tiles_left` tiles."""
+        best, distance = None, longest + 1
+        up_to_length = (2 << length) - 1
+        for num_tiles, lengths in enumerate(self._lengths[: tiles_left + 1]):
+            below = (lengths & up_to_length).bit_length() - 1
+            if below > 0 and length - below < distance:
+                best, distance = (num_tiles, below), length - below
+            above = lengths >> (length + 1)
+            if above:
+                steps = (above & -above).bit_length()
+                if length + steps <= longest and steps < distance:
+                    best, distance = (num_tiles, length + steps), steps
+        return None if best is None else self._size_of[best]
+
+
+def _largest_first(sizes: Sizes, row_length: int, row_tiles: int) -> list[int]:
+    """By the share of a row that a record needs, of tokens or of tiles."""
+    lengths, tiles = np.array(sizes.lengths), np.array(sizes.tiles)
+    need = np.maximum(lengths / row_length, tiles / row_tiles)
+    return np.lexsort((-lengths, -need)).tolist()
 
 
 class Plan(NamedTuple):
@@ -35,7 +172,7 @@ def plan(
     sizes = Sizes(*(array.tolist() for array in (*np.divmod(different, row_tiles + 1), counts)))
     shuffled = rng.permutation(len(keys)).astype(np.int32)
     by_size = shuffled[np.argsort(keys[shuffled], kind="stable")]
-    ordered = _fill(fitting.fit(sizes, row_length, row_tiles), by_size, np.cumsum(counts) - counts)
+    ordered = _fill(fit(sizes, row_length, row_tiles), by_size, np.cumsum(counts) - counts)
     return _shuffle_rows(ordered, rng)
 
 

@@ -1,205 +1,305 @@
-"""Where the records of ArrayRecord shards lie, so that one is one ranged read of a file that is never opened.
+"""Records of ArrayRecord shards, on disk or in a bucket: written one by one, read at random."""
 
-A shard is a Riegeli file: a chunk for each record (`group_size:1`), a chunk of footers with their offsets, and a last
-block of 64 KiB, the postscript, that says where the footers are. The library reads local files only. So a record's
-chunk is put where it belongs into an empty file in memory, with the ends of the shard, and the library reads that: it
-decodes and compares checksums as ever.
-"""
-
+import contextlib
+import functools
 import os
-import struct
-import tempfile
-from collections.abc import Sequence
+import re
+import resource
+import threading
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent import futures
+from pathlib import Path
 from typing import NamedTuple
 
+import grain
 import numpy as np
-import pyarrow as pa
 from array_record.python import array_record_module
 
-from alignvlm_jax.data import filesystem
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.data import arrays, filesystem, shard_ends
+from alignvlm_jax.data.filesystem import Entry
+from alignvlm_jax.data.record import Record, decode_record, encode_record
+from alignvlm_jax.data.shard_ends import Table
+from alignvlm_jax.errors import UserError, nearest
+from alignvlm_jax.storage import faults
+from alignvlm_jax.storage.faults import Kind
 
-BLOCK, BLOCK_HEADER = 1 << 16, 24
-CHUNK_HEADER = struct.Struct("<QQQQQ")  # hash, bytes, their hash, type and number of records, decoded bytes
-CODECS = {0: "", ord("b"): "brotli", ord("z"): "zstd"}
-FOOTER_BYTES = 2 * BLOCK
-"""Read with the postscript: the footers of some 20,000 records."""
-MAX_FOOTER_BYTES = 1 << 30
-FIELDS = (8, 16, 24)
-"""The tags of a footer's offset, decoded size and number of records."""
-SIGNATURE = bytes.fromhex(
-    "83af70d10d884a3f0000000000000000400000000000000091bac23c9287e1a90000000000000000e19f13c0e9b1c372"
-    "73000000000000000000000000000000"
-)
-"""The first bytes of every Riegeli file."""
-READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0,footer_prefetch_bytes:0"
+SPARE_FILES = 512
+"""Open files that everything but the shards may need."""
 
+MAX_COMING = 1024
+"""Records that were begun and not yet asked for, of a split."""
 
-class Ends(NamedTuple):
-    """What a shard has behind its records, without the zeros that fill it up."""
-
-    size: int  # of the whole shard, in bytes
-    begins: np.ndarray  # int64 [R + 1]: record r is in bytes begins[r] to begins[r + 1]; the footers come then
-    footers: bytes
-    postscript: bytes
+ENDINGS = (".array_record", ".npz")
+AGAIN = "delete the folder and run `prepare` again"  # which finds nothing to do while `prepare.json` stands
 
 
-class Table(NamedTuple):
-    """The ends of S shards with R records, one shard after another."""
-
-    sizes: np.ndarray  # int64 [S]
-    counts: np.ndarray  # int64 [S], records
-    begins: np.ndarray  # int64 [R + S], `Ends.begins`
-    footers: np.ndarray  # uint8, all of them
-    footer_starts: np.ndarray  # int64 [S + 1]
-    postscripts: np.ndarray  # uint8
-    postscript_starts: np.ndarray  # int64 [S + 1]
-
-    def ends(self, shard: int) -> Ends:
-        """Returns those of one shard."""
-        start = int(self.counts[:shard].sum()) + shard
-        return Ends(
-            int(self.sizes[shard]),
-            self.begins[start : start + int(self.counts[shard]) + 1],
-            self.footers[self.footer_starts[shard] : self.footer_starts[shard + 1]].tobytes(),
-            self.postscripts[self.postscript_starts[shard] : self.postscript_starts[shard + 1]].tobytes(),
-        )
+def shard_name(split: str, index: int, count: int) -> str:
+    """Returns the file name of a shard."""
+    return f"{split}-{index:05d}-of-{count:05d}.array_record"
 
 
-def table(ends: Sequence[Ends]) -> Table:
-    """Returns the table of shards in their order."""
-    footers, postscripts = [end.footers for end in ends], [end.postscript for end in ends]
-    return Table(
-        np.array([end.size for end in ends], np.int64),
-        np.array([len(end.begins) - 1 for end in ends], np.int64),
-        np.concatenate([np.zeros(0, np.int64), *(end.begins for end in ends)]),
-        np.frombuffer(b"".join(footers), np.uint8),
-        np.cumsum([0, *map(len, footers)], dtype=np.int64),
-        np.frombuffer(b"".join(postscripts), np.uint8),
-        np.cumsum([0, *map(len, postscripts)], dtype=np.int64),
-    )
+def shard_names(directory: str | os.PathLike, split: str) -> list[str]:
+    """Returns the names of a split's shards that are there, in order."""
+    is_shard = re.compile(rf"{re.escape(split)}-\d+-of-\d+\.array_record").fullmatch
+    return sorted(filter(is_shard, filesystem.listing(directory)))
 
 
-def read_ends(path: str | os.PathLike, size: int) -> Ends:
-    """Reads the ends of a shard of so many bytes, by one request or, of one with many records, two.
+def shard_paths(directory: str | Path, split: str) -> list[Path]:
+    """Returns the shards of a split that are there, in order, of a folder of this machine."""
+    return [Path(directory, name) for name in shard_names(directory, split)]
+
+
+def table_name(split: str) -> str:
+    """Returns the name of the file that says where the records of all shards of a split lie; see `shards.Table`."""
+    return f"shards-{split}.npz"
+
+
+def write_table(directory: Path, split: str) -> None:
+    """Writes that file.
 
     Raises:
-      UserError: they are damaged, or a chunk holds several records.
-      OSError: they cannot be read.
+      UserError: a shard is damaged, or the file cannot be written.
     """
-    begin = max(0, size - BLOCK - FOOTER_BYTES)
-    tail = filesystem.read_range(path, begin, size)
-    postscript = tail[-BLOCK:]
-    try:
-        values = _varints(_decode(postscript, size - BLOCK)[1])
-        footer = int(values[1])
-        if values[0] != FIELDS[0] or not 0 < footer < size - BLOCK:
-            raise ValueError(f"no footers at byte {footer}")
-        if footer < begin:
-            tail = filesystem.read_range(path, footer, begin) + tail
-            begin = footer
-        footers = tail[footer - begin : -BLOCK]
-        begins = np.append(_offsets(footers, footer), footer)
-        if (np.diff(begins) <= 0).any() or (len(begins) > 1 and begins[0] < len(SIGNATURE)):
-            raise ValueError("records overlap")
-    except (ValueError, IndexError, KeyError, struct.error, pa.ArrowException) as err:
-        raise UserError(f"cannot read {path} ({' '.join(str(err).split())})") from err
-    return Ends(size, begins, footers.rstrip(b"\0"), postscript.rstrip(b"\0"))
+    entries, names = filesystem.listing(directory), shard_names(directory, split)
+    ends = filesystem.in_threads(lambda name: shard_ends.read_ends(directory / name, entries[name].size), names)
+    arrays.write(directory / table_name(split), shard_ends.table(ends)._asdict())
 
 
-def decode(ends: Ends, index: int, content: bytes) -> bytes:
-    """Returns a record out of the bytes that `ends.begins` names; RuntimeError where they are damaged."""
-    file = _memory_file()
-    try:
-        os.ftruncate(file, ends.size)
-        parts = {
-            0: SIGNATURE,
-            int(ends.begins[index]): content,
-            int(ends.begins[-1]): ends.footers,
-            ends.size - BLOCK: ends.postscript,
-        }
-        for at, part in parts.items():
-            os.pwrite(file, part, at)
-        reader = array_record_module.ArrayRecordReader(f"/dev/fd/{file}", READER_OPTIONS)
+class ShardWriter:
+    """Writes one shard, beside `path` first: a file of that name is always whole. For a `with` statement; what raises
+    within leaves no shard."""
+
+    def __init__(self, path: str | Path):
+        """
+        Raises:
+          UserError: the file cannot be written; so do all methods, as on a full disk.
+        """
+        self._path, self._beside = path, Path(f"{path}.tmp")
+        with self._errors():
+            # One record a group: a larger group is decompressed whole for every random read.
+            self._writer = array_record_module.ArrayRecordWriter(str(self._beside), "group_size:1")
+
+    def write(self, record: Record | bytes) -> None:
+        """Adds a record, or one that is encoded."""
+        with self._errors():
+            self._writer.write(record if isinstance(record, bytes) else encode_record(record))
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
         try:
-            return reader.read([index])[0]
+            with self._errors():
+                self._writer.close()
+                if kind is None:
+                    os.replace(self._beside, self._path)
         finally:
-            reader.close()
-    finally:
-        os.close(file)
+            self._beside.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, OSError) as err:  # the writer knows RuntimeError alone
+            raise UserError(f"cannot write {self._path}: {err}") from err
 
 
-def _memory_file() -> int:
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("record")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
+def write_shard(path: str | Path, records: Iterable[Record]) -> None:
+    """Writes records to one shard, as `ShardWriter` does."""
+    with ShardWriter(path) as shard:
+        for record in records:
+            shard.write(record)
 
 
-def _offsets(footers: bytes, at: int) -> np.ndarray:
-    """The offsets in a chunk of footers, the first record of which says what kind they are."""
-    sizes, values = _decode(footers, at)
-    fields = _varints(values[int(sizes[0]) :]).reshape(-1, 2 * len(FIELDS))
-    if len(fields) != len(sizes) - 1 or (fields[:, ::2] != FIELDS).any():
-        raise ValueError("footers of another kind")
-    if (fields[:, 5] != 1).any():
-        raise ValueError(f"chunks of {fields[:, 5].max()} records; write one each (group_size:1)")
-    return fields[:, 1]
+def read_shard(path: str | Path) -> Iterator[bytes]:
+    """Reads the encoded records of one shard in order.
 
-
-def _decode(content: bytes, at: int) -> tuple[np.ndarray, bytes]:
-    """The sizes of the records of a simple chunk that begins at byte `at` of its file, and the records."""
-    chunk = _without_block_headers(content, at)
-    _, num_bytes, _, kind, decoded = CHUNK_HEADER.unpack_from(chunk)
-    data = chunk[CHUNK_HEADER.size : CHUNK_HEADER.size + num_bytes]
-    if kind & 0xFF != ord("r") or len(data) != num_bytes:
-        raise ValueError(f"no chunk of records at byte {at}")
-    codec = CODECS[data[0]]
-    num_sizes, start = _varint(data, 1)
-    sizes = _varints(_decompress(codec, data[start : start + num_sizes]))
-    values = _decompress(codec, data[start + num_sizes :])
-    if len(sizes) != kind >> 8 or len(values) != decoded or sizes.sum() != decoded:
-        raise ValueError(f"a damaged chunk at byte {at}")
-    return sizes, values
-
-
-def _without_block_headers(content: bytes, at: int) -> bytes:
-    """Each block begins with a header, which interrupts the chunk that stands there."""
-    first = -at % BLOCK
-    blocks = range(first, len(content), BLOCK)
-    return b"".join([content[:first], *(content[block + BLOCK_HEADER : block + BLOCK] for block in blocks)])
-
-
-def _decompress(codec: str, content: bytes) -> bytes:
-    if not codec:
-        return content
-    size, start = _varint(content, 0)
-    if size > MAX_FOOTER_BYTES:
-        raise ValueError(f"footers of {size} bytes")
+    Raises:
+      UserError: it is damaged.
+    """
     try:
-        return pa.Codec(codec).decompress(content[start:], size).to_pybytes()
-    except OSError as err:  # also where nothing is wrong but the content
-        raise ValueError(err) from err
+        reader = array_record_module.ArrayRecordReader(str(path))
+        for index in range(reader.num_records()):
+            yield reader.read([index])[0]
+    except RuntimeError as err:
+        raise UserError(f"cannot read {path} ({err}); {AGAIN}") from err
 
 
-def _varint(content: bytes, at: int) -> tuple[int, int]:
-    """The number that begins at a byte, and where it ends."""
-    value = shift = 0
-    while content[at] & 0x80:
-        value |= (content[at] & 0x7F) << shift
-        shift += 7
-        at += 1
-    return value | content[at] << shift, at + 1
+def fingerprint(*directories: str | os.PathLike) -> str:
+    """Returns a checksum of what `prepare` was asked for and of the tokenizer, in every folder: other data have another
+    one. Where there is neither it is that of nothing."""
+    return _fingerprint(directories, ("prepare.json", "tokenizer.model", "tokenizer.json"))
 
 
-def _varints(content: bytes) -> np.ndarray:
-    """Numbers of 7 bits a byte, the lowest first; the highest bit of a byte says that the number goes on."""
-    digits = np.frombuffer(content, np.uint8).astype(np.int64)
-    lasts = np.flatnonzero(digits < 0x80)
-    if not len(lasts):
-        return np.zeros(0, np.int64)
-    if lasts[-1] != len(digits) - 1:
-        raise ValueError("a number without an end")
-    firsts = np.append(0, lasts[:-1] + 1)
-    places = np.arange(len(digits)) - np.repeat(firsts, lasts - firsts + 1)
-    return np.add.reduceat((digits & 0x7F) << (7 * places), firsts)
+def contents(*directories: str | os.PathLike) -> str:
+    """Returns what tells folders from copies that are not whole, or are older, in words: the number and bytes of their
+    shards and indexes, and a checksum of the names, sizes, indexes and fingerprint. Nothing of the shards is read: the
+    sizes of small ones are alike, but an index holds a hash of every record."""
+    found: list[tuple[str, int]] = []
+    checksums: list[dict[str, int]] = []
+    for directory in directories:
+        entries = filesystem.listing(directory)
+        files = sorted((name, entry.size) for name, entry in entries.items() if name.endswith(ENDINGS))
+        indexes = [(filesystem.join(os.fspath(directory), name), size) for name, size in files if name.endswith(".npz")]
+        checksums += filesystem.in_threads(lambda one: arrays.checksums(*one), indexes)
+        found += files
+    digest = zlib.crc32(repr((found, checksums, fingerprint(*directories))).encode())
+    return f"{len(found):,} files of {sum(size for _, size in found):,} bytes, checksum {digest:08x}"
+
+
+def has_fingerprint(saved: str, *directories: str | os.PathLike) -> bool:
+    """Whether `saved` is the fingerprint of these folders, or the one of before a tokenizer.json counted."""
+    return saved in (fingerprint(*directories), _fingerprint(directories, ("prepare.json", "tokenizer.model")))
+
+
+def _fingerprint(directories: Sequence[str | os.PathLike], names: Sequence[str]) -> str:
+    crc = 0
+    for directory in directories:
+        entries = filesystem.listing(directory)
+        for name in names:
+            if name in entries:
+                content = filesystem.read_whole(filesystem.join(os.fspath(directory), name), entries[name].size)
+                crc = zlib.crc32(content, crc)
+    return f"{crc:08x}"
+
+
+def _allow_open_files(count: int) -> None:
+    """Raises this process's limit on open files: the reader keeps one open for each shard."""
+    needed = count + SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < needed:
+        if hard < needed:
+            raise UserError(f"{count} shards, and a process may open {hard} files; `ulimit -Hn {needed}` allows more")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+class RecordSource:
+    """The records of a split, by index. Several threads may ask. What is opened once, and has not changed since, is
+    shared by all of a process."""
+
+    def __init__(self, directory: str | os.PathLike, split: str):
+        """
+        Raises:
+          UserError: the split is not there, or some of its shards are missing or damaged.
+        """
+        directory = os.fspath(directory)
+        self._name = f"split {split!r} in {directory}"
+        self.is_remote = filesystem.is_remote(directory)
+        self._records = _open(directory if self.is_remote else os.path.abspath(directory), directory, split)
+        self._lock = threading.Lock()
+        self._coming: dict[int, futures.Future[bytes]] = {}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Record:
+        """
+        Raises:
+          UserError: the record is damaged.
+          OSError: the bucket does not give it.
+        """
+        with self._lock:
+            coming = self._coming.pop(index, None)
+        try:
+            return decode_record(coming.result() if coming else self._records[index])
+        except (RuntimeError, UserError) as err:
+            raise UserError(f"cannot read record {index} of {self._name} ({err}); {AGAIN}") from err
+
+    def prefetch(self, index: int) -> None:
+        """Begins to read a record of a bucket that will be asked for; of a disk it is read when it is."""
+        if not self.is_remote:
+            return
+        with self._lock:
+            if index not in self._coming:
+                self._coming[index] = _pool().submit(self._records.__getitem__, index)
+            while len(self._coming) > MAX_COMING:  # Nobody asked for the oldest.
+                self._coming.pop(next(iter(self._coming))).cancel()
+
+
+@functools.lru_cache(maxsize=1)
+def _pool() -> futures.ThreadPoolExecutor:
+    return futures.ThreadPoolExecutor(filesystem.THREADS, "records")
+
+
+class _Instruction(NamedTuple):
+    """What grain calls a FileInstruction: a file that need not be opened to be counted."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+
+class _Ranges:
+    """Records of shards in a bucket."""
+
+    def __init__(self, paths: Sequence[str], known: Table):
+        self._paths, self._table = paths, known
+        self._starts = np.append(0, np.cumsum(known.counts))
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> bytes:
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        ends, place = self._table.ends(shard), index - int(self._starts[shard])
+        content = filesystem.read_range(self._paths[shard], int(ends.begins[place]), int(ends.begins[place + 1]))
+        return shard_ends.decode(ends, place, content)
+
+
+def _open(place: str, directory: str, split: str) -> grain.sources.ArrayRecordDataSource | _Ranges:
+    entries = filesystem.listing(place)
+    names = shard_names(place, split)
+    if not names:
+        known = {name.split("-")[0] for name in entries if name.endswith(".array_record")}
+        hint = nearest(split, known) if known else "; run `prepare` first"
+        raise UserError(f"no shards of split {split!r} in {directory}{hint}")
+    expected = int(names[0].removesuffix(".array_record").rsplit("-", 1)[1])
+    if len(names) != expected:
+        raise UserError(f"{directory} holds {len(names)} of {expected} shards of split {split!r}; {AGAIN}")
+    if not filesystem.is_remote(place):
+        _allow_open_files(len(names))
+    versions = tuple((name, entries[name]) for name in names)
+    try:
+        return _reader(place, split, versions, entries.get(table_name(split)))
+    except (RuntimeError, OSError, UserError) as err:  # RuntimeError is all that the reader knows
+        message = f"cannot read split {split!r} in {directory} ({err})"
+        # What storage does not give, or refuses, is not to be deleted.
+        is_damage = faults.kind_of(err) is Kind.DAMAGE
+        raise faults.as_error(f"{message}; {AGAIN}" if is_damage else message, err) from err
+
+
+@functools.lru_cache(maxsize=64)
+def _reader(
+    place: str, split: str, versions: tuple[tuple[str, Entry], ...], table: Entry | None
+) -> grain.sources.ArrayRecordDataSource | _Ranges:
+    """One for each state of a folder: `versions` of the shards and of the file of their ends, where there is one."""
+    paths = [filesystem.join(place, name) for name, _ in versions]
+    known = _read_table(filesystem.join(place, table_name(split)), table, versions) if table else None
+    if filesystem.is_remote(place):
+        if known is None:
+            ends = filesystem.in_threads(
+                lambda i: shard_ends.read_ends(paths[i], versions[i][1].size), range(len(paths))
+            )
+            known = shard_ends.table(ends)
+        return _Ranges(paths, known)
+    options = {"footer_prefetch_bytes": str(shard_ends.BLOCK + shard_ends.FOOTER_BYTES)}
+    files = (
+        paths
+        if known is None
+        else [_Instruction(path, 0, count, count) for path, count in zip(paths, known.counts.tolist(), strict=True)]
+    )
+    return grain.sources.ArrayRecordDataSource(files, options)
+
+
+def _read_table(path: str, entry: Entry, versions: tuple[tuple[str, Entry], ...]) -> Table:
+    """Raises UserError where it is of other shards."""
+    known = arrays.read(path, entry.size, Table._fields)
+    sizes = [version.size for _, version in versions]
+    if known["sizes"].tolist() != sizes:
+        different = next((i for i, size in enumerate(known["sizes"].tolist()) if [size] != sizes[i : i + 1]), 0)
+        raise UserError(
+            f"{path} is of other shards: {versions[different][0]} has {versions[different][1].size:,} bytes"
+        )
+    return Table(**known)

@@ -16,8 +16,8 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import connectors
 from alignvlm_jax.models.connectors.align import KEPT_WORDS
 from alignvlm_jax.models.connectors.base import PatchLabels
-from alignvlm_jax.models.llama import Cache, Llama
-from alignvlm_jax.models.siglip import Siglip
+from alignvlm_jax.models.decoder import Cache, Llama
+from alignvlm_jax.models.vit import Siglip
 from alignvlm_jax.ops.cross_entropy import TokenLosses
 from alignvlm_jax.shapes import Array, Bool, Float, Int, UInt8
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.ops import blocks
+from alignvlm_jax.ops import chunked
 from alignvlm_jax.ops.splash import splash_attention
 from alignvlm_jax.shapes import Array, Bool, Float, Int
 
@@ -65,7 +65,7 @@ def self_attention(
 
 def _queries_per_chunk(batch: int, length: int, heads: int) -> int | None:
     """How many queries of every row have CHUNK_SIZE_MIB of logits on a device; None where all of them have."""
-    rows, heads = (math.ceil(n / blocks.ways(axis)) for n, axis in ((batch, "act_batch"), (heads, "act_heads")))
+    rows, heads = (math.ceil(n / chunked.ways(axis)) for n, axis in ((batch, "act_batch"), (heads, "act_heads")))
     fits = int(CHUNK_SIZE_MIB * 2**20 / (4 * rows * heads * length))
     return None if length <= fits else max(fits, 1)
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from alignvlm_jax.ops import blocks
-from alignvlm_jax.ops.blocks import Matrix
+from alignvlm_jax.ops import chunked
+from alignvlm_jax.ops.chunked import Matrix
 from alignvlm_jax.shapes import Array, Bool, Float, Int
 
 
@@ -46,13 +46,13 @@ def token_losses(
       targets: a target that is no word has a finite loss; it should have no weight.
       is_table: see `head`.
       num_words: the words from here on only fill the table up and are never predicted.
-      block: rows of a shard at a time, see `blocks.rows_per_block`; None is the plain form.
+      block: rows of a shard at a time, see `chunked.rows_per_block`; None is the plain form.
     """
     equation = "ND,VD->NV" if is_table else "ND,DV->NV"
 
     def losses(rows: tuple[Array, Array], head: Matrix, row_axis: str | None) -> TokenLosses:
         hidden_ND, targets_N = rows
-        logits_NV = blocks.project(equation, hidden_ND, head)
+        logits_NV = chunked.project(equation, hidden_ND, head)
         logits_NV = nn.with_logical_constraint(logits_NV, (row_axis, "act_vocab"))
         # Before padding is masked: the id of image slots may lie there, and -inf times no weight is not 0.
         picked_N = pick(logits_NV, targets_N)
@@ -63,7 +63,7 @@ def token_losses(
         return TokenLosses(log_sum_exp_N - picked_N, log_sum_exp_N, picked_N >= logits_NV.max(-1))
 
     rows = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    result = blocks.map_rows(losses, rows, head, block)
+    result = chunked.map_rows(losses, rows, head, block)
     return jax.tree.map(lambda x: x.reshape(targets.shape), result)
 
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from alignvlm_jax.ops import blocks
-from alignvlm_jax.ops.blocks import Matrix
+from alignvlm_jax.ops import chunked
+from alignvlm_jax.ops.chunked import Matrix
 from alignvlm_jax.ops.cross_entropy import pick
 from alignvlm_jax.ops.layer_norm import layer_norm
 from alignvlm_jax.shapes import Array, Bool, Float, Int
@@ -44,7 +44,7 @@ def vocab_logits(
     row_axis: str | None = "act_batch",
 ) -> Float[Array, "N V"]:
     """Returns z in float32; -inf at the columns from `num_words` on, which fill the table up and are no words."""
-    logits_NV = blocks.project("ND,DV->NV", x, head)
+    logits_NV = chunked.project("ND,DV->NV", x, head)
     logits_NV = nn.with_logical_constraint(logits_NV, (row_axis, "act_vocab"))
     if norm is not None:
         logits_NV = layer_norm(logits_NV, norm.scale, norm.bias, norm.eps, num_words)
@@ -77,7 +77,7 @@ def vocab_average(
       subset: words that may have weight; the softmax is over them alone, LN over all.
       linear: the weights are z / sqrt(words) themselves, of any sign: for the linear span in the place of the hull. So
         scaled, averages are about as long as the table's rows, as LN makes z of variance 1.
-      block: rows of a shard at a time, see `blocks.rows_per_block`; None is the plain form.
+      block: rows of a shard at a time, see `chunked.rows_per_block`; None is the plain form.
     """
     shared = {"head": head, "table": table, "norm": norm and (norm.scale, norm.bias), "subset": subset}
 
@@ -93,7 +93,7 @@ def vocab_average(
             weights_NV = jnp.where(is_word_NV, logits_NV, 0.0) / jnp.sqrt(is_word_NV.sum(-1, keepdims=True))
         else:
             weights_NV = jnp.exp(logits_NV - log_sum_exp_N[:, None])
-        average_ND = blocks.project("NV,VD->ND", weights_NV.astype(x.dtype), shared["table"]).astype(x.dtype)
+        average_ND = chunked.project("NV,VD->ND", weights_NV.astype(x.dtype), shared["table"]).astype(x.dtype)
         average_ND = nn.with_logical_constraint(average_ND, (row_axis, "act_embed"))
         picked = [pick(logits_NV, label_ids[:, j]) for j in range(label_ids.shape[1])]
         label_logits_Nk = jnp.stack(picked, axis=-1) if picked else jnp.zeros((x.shape[0], 0), jnp.float32)
@@ -101,4 +101,4 @@ def vocab_average(
 
     if label_ids is None:
         label_ids = jnp.zeros((x.shape[0], 0), jnp.int32)
-    return blocks.map_rows(average, (x, label_ids), shared, block)
+    return chunked.map_rows(average, (x, label_ids), shared, block)

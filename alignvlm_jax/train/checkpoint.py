@@ -9,32 +9,28 @@ but what is superseded or was not finished.
 """
 
 import contextlib
-import functools
 import importlib.metadata
 import itertools
-import json
 import sys
 import time
 import uuid
-import zlib
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config
-from alignvlm_jax.data import sources
+from alignvlm_jax.data import shards
 from alignvlm_jax.errors import TryAgainError, UserError
-from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import distributed, exchange
 from alignvlm_jax.storage import Path, faults
 from alignvlm_jax.storage.faults import Kind
-from alignvlm_jax.train import checkpoint_files, commit, state
+from alignvlm_jax.train import checkpoint_files, commit
+from alignvlm_jax.train.checkpoint_files import _is_of_device, _may_pass, is_step
 from alignvlm_jax.train.state import Params, TrainState
 
 T = TypeVar("T")
@@ -46,8 +42,6 @@ LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 FOLDER = "checkpoints"
 MAX_DIFFERENCES = 3
 """Named in the message; the rest is counted."""
-MAX_SUPERSEDED = 5
-"""Checkpoints that a run may remove under the hands of whoever reads them."""
 POLL_SECONDS = 0.05
 PAUSES = (1.0, 2.0, 4.0, 8.0)
 """Seconds between the tries to read what the storage does not give."""
@@ -144,8 +138,8 @@ class Checkpoints:
             renames = storage.can_rename_folders(self.folder)
             for child in storage.children(self.folder):
                 # A folder is no checkpoint until it is whole, so where it lies in place it may be half of one.
-                is_whole = _is_step(child.name) and (child / checkpoint_files.COMMITTED).exists()
-                if checkpoint_files.UNFINISHED in child.name or (_is_step(child.name) and not is_whole and not renames):
+                is_whole = is_step(child.name) and (child / checkpoint_files.COMMITTED).exists()
+                if checkpoint_files.UNFINISHED in child.name or (is_step(child.name) and not is_whole and not renames):
                     storage.remove_tree(child)
                 elif child.name.isdigit() and not is_whole:
                     # None of ours. Orbax would count it among those that are kept, and refuse to write that step.
@@ -160,7 +154,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the steps that are whole, oldest first."""
-        numbered = [child for child in storage.children(self.folder) if _is_step(child.name)]
+        numbered = [child for child in storage.children(self.folder) if is_step(child.name)]
         return sorted(int(child.name) for child in numbered if (child / checkpoint_files.COMMITTED).exists())
 
     def save(
@@ -391,130 +385,12 @@ def describe(
         "layout_version": LAYOUT_VERSION,
         "config": config_lib.to_json(stages),
         "stage": stage.stage,
-        "data": sources.fingerprint(*stage.data.folders),
+        "data": shards.fingerprint(*stage.data.folders),
         "train_seconds": train_seconds,
         "validation_answer_loss": answer_loss,
         "git": commit.git_hash(),
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
-
-
-def agreed(read: Callable[[], T]) -> T:
-    """Returns what reading a checkpoint gives, which all processes do together.
-
-    Raises:
-      BrokenCheckpoint: on all of them, where one could not read it. Each for itself, some would go on from this
-        checkpoint and others from the one before.
-    """
-    result, problem = None, None
-    try:
-        result = read()
-    except BrokenCheckpoint as err:
-        problem = str(err)
-    problems = [told for told in exchange.gather(problem) if told is not None]
-    if problems:
-        raise BrokenCheckpoint(problems[0])
-    return result
-
-
-def agreed_metadata(checkpoints: Checkpoints, step: int) -> dict[str, Any]:
-    """Returns the metadata of a checkpoint that all processes are about to read.
-
-    Raises:
-      BrokenCheckpoint: on all of them, where one could not read it.
-      UserError: on all of them, where it is not the same: a folder on each host's own disk may hold another run on one
-        of them, and each would go on with its own part of the parameters.
-    """
-    metadata = agreed(lambda: checkpoints.metadata(step))
-    digest = zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
-    run = f"run {str(metadata.get('run_id'))[:8]}, metadata {digest:08x}"
-    distributed.check_alike({f"checkpoint {step} of {checkpoints.folder.parent.name}": run})
-    return metadata
-
-
-def read_newest(path: Path, read: Callable[["Checkpoints", int], T]) -> T:
-    """Returns read(checkpoints, step) of the newest readable checkpoint of a workdir, or of the one checkpoint `path`.
-
-    Raises:
-      UserError: `path` is neither, or nothing there can be read.
-    """
-    is_workdir = (path / FOLDER).is_dir()
-    one = storage.absolute(path)  # From inside a checkpoint's folder it may be called ".".
-    folder = path / FOLDER if is_workdir else path.parent if _is_step(path.name) else one.parent
-    storage.check_whole(storage.absolute(folder).parent)
-    if not is_workdir and not (path.is_dir() and _is_step(one.name)):
-        raise UserError(f"no checkpoint at {path}: it must be a workdir with {FOLDER}/ in it, or one {FOLDER}/STEP")
-    step = None if is_workdir else int(one.name)
-    with Checkpoints(folder, read_only=True) as checkpoints:
-        problem, superseded = f"no checkpoint in {folder}", 0
-        waiting = _steps(checkpoints, step)
-        while waiting:
-            candidate = waiting.pop()
-            try:
-                agreed_metadata(checkpoints, candidate)
-                return agreed(functools.partial(read, checkpoints, candidate))
-            except BrokenCheckpoint as err:
-                problem = str(err)
-            # A run that goes on removes what it has superseded, also while it is read.
-            if exchange.from_main(not (folder / str(candidate)).exists()) and superseded < MAX_SUPERSEDED:
-                superseded += 1
-                waiting = [newer for newer in _steps(checkpoints, step) if newer != candidate]
-            elif waiting and distributed.is_main():
-                print(f"{problem}; trying the one before", file=sys.stderr)
-    raise UserError(problem)
-
-
-def _steps(checkpoints: Checkpoints, step: int | None) -> list[int]:
-    """The steps that may be read, the newest last: what one process sees, for all."""
-    return exchange.from_main(checkpoints.steps()) if step is None else [step]
-
-
-def load_config(path: Path) -> Config:
-    """Returns the stage that wrote the newest checkpoint of a workdir, or the one checkpoint `path`."""
-    return read_newest(path, lambda checkpoints, step: checkpoints.config(step))
-
-
-def load_model(path: Path, mesh: Mesh) -> tuple[Config, vlm.VLM, Params, int]:
-    """Loads a trained model for use.
-
-    Args:
-      path: a workdir, whose newest readable checkpoint is taken, or one checkpoint folder `checkpoints/STEP`.
-      mesh: where the parameters go; need not be the one that they were trained on.
-
-    Returns:
-      The config of that stage, the model, its parameters, the step.
-
-    Raises:
-      UserError: there is no readable checkpoint at `path`.
-    """
-
-    def read(checkpoints: Checkpoints, step: int) -> tuple[Config, vlm.VLM, Params, int]:
-        config = checkpoints.config(step)
-        model = vlm.VLM(config.model)
-        abstract = state.abstract_params(model, config, mesh)
-        return config, model, checkpoints.restore_params(step, abstract), step
-
-    return read_newest(path, read)
-
-
-def _is_step(name: str) -> bool:
-    """Whether a folder's name is that of a step; 010 is none, nor are digits of other scripts."""
-    return name.isascii() and name.isdigit() and str(int(name)) == name
-
-
-def _may_pass(err: BaseException) -> bool:
-    """Whether what was not saved may be saved when the run is started again. Not where there is no room or no
-    permission, or the folder is gone; but where another process was lost, with which this one wrote."""
-    for one in faults.chain(err):
-        if isinstance(one, UserError):
-            return isinstance(one, TryAgainError)
-        if isinstance(one, FileNotFoundError):
-            return False
-    return _is_of_device(err) or faults.kind_of(err) not in (Kind.REFUSED, Kind.MACHINE)
-
-
-def _is_of_device(err: BaseException) -> bool:
-    return any(isinstance(one, jax.errors.JaxRuntimeError) for one in faults.chain(err))
 
 
 def _with_layout(metadata: dict[str, Any]) -> tuple[dict[str, Any], int]:

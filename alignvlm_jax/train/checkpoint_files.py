@@ -13,8 +13,10 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from alignvlm_jax import storage
+from alignvlm_jax.errors import TryAgainError, UserError
 from alignvlm_jax.parallel import distributed
-from alignvlm_jax.storage import Path
+from alignvlm_jax.storage import Path, faults
+from alignvlm_jax.storage.faults import Kind
 
 COMMITTED = "commit_success.txt"
 """Orbax's; the last file of a checkpoint that is written."""
@@ -140,3 +142,23 @@ def quiet_terminal() -> None:
         is_quiet = any(isinstance(one, _NotOfOrbax) for one in handler.filters)
         if stream in (sys.stderr, sys.stdout, sys.__stderr__) and not is_quiet:
             handler.addFilter(_NotOfOrbax())
+
+
+def _may_pass(err: BaseException) -> bool:
+    """Whether what was not saved may be saved when the run is started again. Not where there is no room or no
+    permission, or the folder is gone; but where another process was lost, with which this one wrote."""
+    for one in faults.chain(err):
+        if isinstance(one, UserError):
+            return isinstance(one, TryAgainError)
+        if isinstance(one, FileNotFoundError):
+            return False
+    return _is_of_device(err) or faults.kind_of(err) not in (Kind.REFUSED, Kind.MACHINE)
+
+
+def _is_of_device(err: BaseException) -> bool:
+    return any(isinstance(one, jax.errors.JaxRuntimeError) for one in faults.chain(err))
+
+
+def is_step(name: str) -> bool:
+    """Whether a folder's name is that of a step; 010 is none, nor are digits of other scripts."""
+    return name.isascii() and name.isdigit() and str(int(name)) == name

@@ -1,10 +1,14 @@
-"""What happens beside the steps of a run without changing them: an xprof trace of some of them."""
+"""What happens beside the steps of a run: signals that stop it, and an xprof trace of some steps."""
 
 import contextlib
 import re
+import signal
+import socket
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import jax
@@ -12,8 +16,9 @@ import jax
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.parallel import exchange
 
-FOLDER = "profile"
+PROFILE_FOLDER = "profile"
 ENDINGS = (".xplane.pb", ".trace.json.gz")
 
 
@@ -53,7 +58,7 @@ class Profiler:
 
     def __init__(self, folder: Path, steps: range | None, process: int, say: Callable[[str], None]):
         """`folder` is the workdir, `steps` of `profile_range`."""
-        self._folder = folder / FOLDER
+        self._folder = folder / PROFILE_FOLDER
         self._steps = steps or range(0)
         self._process = process
         self._say = say
@@ -124,3 +129,77 @@ class Profiler:
 def ending(name: str) -> str:
     """Returns what follows the host in the name of a file of a trace."""
     return next((known for known in ENDINGS if name.endswith(known)), Path(name).suffix)
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_FOLDER = "stop"
+"""Of `exchange.say`, where processes leave that they were told to stop."""
+
+
+class StopSignal:
+    """While entered, the first signal is noted; the second acts as if nobody had caught it.
+
+    Of several processes each tells the others at once, also while it waits for a device: Python would call its handler
+    only after that, a whole training step later.
+    """
+
+    def __init__(self) -> None:
+        self._requested = False
+        self._before: dict[signal.Signals, object] = {}
+        self._teller: contextlib.ExitStack = contextlib.ExitStack()
+
+    def __enter__(self) -> "StopSignal":
+        if jax.process_count() > 1:
+            self._teller.enter_context(_telling())
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        if jax.process_count() > 1:
+            self._before[signal.SIGTERM] = signal.SIG_DFL  # Not that of `distributed`, which would save once more.
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+        self._teller.close()
+
+    def seen(self) -> bool:
+        """Whether this process knows of a signal: of another's only the main one, which decides for all. See
+        `requested`."""
+        if self._requested or jax.process_count() == 1 or jax.process_index() != 0:
+            return self._requested
+        return bool(exchange.said(STOP_FOLDER))
+
+    def requested(self) -> bool:
+        """Whether any process was told to stop, as the main process has it. All must ask at the same point: they leave
+        together."""
+        return exchange.from_main(self.seen())
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._requested = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _telling():
+    """While entered, a thread tells the other processes of a signal as soon as it comes."""
+    heard, written = socket.socketpair()
+    written.setblocking(False)
+
+    def tell() -> None:
+        while number := heard.recv(1):
+            if number[0] in SIGNALS:
+                exchange.say(f"{STOP_FOLDER}/{jax.process_index()}", number[0])
+
+    thread = threading.Thread(target=tell, name="stop", daemon=True)
+    thread.start()
+    # The C library's handler writes here, whatever the main thread is at.
+    before = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        written.close()
+        thread.join()
+        heard.close()

@@ -1,4 +1,4 @@
-"""The order of operations of a run: its stages, and within a stage data, step, metrics, validation, checkpoint.
+"""The order of operations of a run: what is checked first, its stages, and within a stage what it starts from.
 
 A stage always starts from a saved checkpoint, that of the stage before or its own: a run that was stopped and one that
 was not take the same path.
@@ -19,24 +19,24 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from alignvlm_jax import storage
+from alignvlm_jax.benchmarks import generation_eval
+from alignvlm_jax.benchmarks.generation_eval import SpotCheck
 from alignvlm_jax.config import Config
-from alignvlm_jax.data import pipeline, sources
+from alignvlm_jax.data import loader, shards
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.eval import spot_check
-from alignvlm_jax.eval.spot_check import SpotCheck
 from alignvlm_jax.logs import HostLog
-from alignvlm_jax.models import vlm
+from alignvlm_jax.models import connectors, vlm
 from alignvlm_jax.parallel import distributed, exchange, sharding
 from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.plan import flops
 from alignvlm_jax.train import (
     checkpoint,
     commit,
-    flops,
     goodput,
     hooks,
     metrics,
     optim,
-    preflight,
+    restore,
     state,
     step,
     warm_start,
@@ -45,13 +45,44 @@ from alignvlm_jax.train import (
 )
 from alignvlm_jax.train.checkpoint import BrokenCheckpoint, Checkpoints
 from alignvlm_jax.train.goodput import Phases
-from alignvlm_jax.train.hooks import Profiler
+from alignvlm_jax.train.hooks import Profiler, StopSignal
 from alignvlm_jax.train.metrics import FILE as METRICS_FILE
 from alignvlm_jax.train.metrics import NullWriter, Progress, Writer
-from alignvlm_jax.train.signals import StopSignal
 from alignvlm_jax.train.stage_loop import Run, Stage, StageLoop, Stopped
-from alignvlm_jax.train.state import TrainState
+from alignvlm_jax.train.state import Params, TrainState
 from alignvlm_jax.train.validation import Validation
+
+
+def check(stages: tuple[Config, ...]) -> None:
+    """Raises UserError where a stage asks for what is not there: a connector, a mesh for its batch, sizes that divide
+    over it, data and tasks, parameters to train, to load from the stage before or from `init_from`."""
+    shapes: dict[tuple, Params] = {}
+    before: Params | None = None
+    for config in stages:
+        connectors.get(config.model.connector.name)
+        mesh = mesh_lib.make_mesh(config)
+        loader.TrainRows(config, config.data.split)
+        loader.by_source(config)
+        # Stages mostly share a model, and tracing it takes most of a second.
+        key = config.model, config.mesh
+        if key not in shapes:
+            shapes[key] = state.abstract_params(vlm.VLM(config.model), config, mesh)
+        state.trainable_paths(config, shapes[key])
+        if before is None and config.init_from:
+            _check_init_from(config, shapes[key])
+        if before is not None:
+            state.match_paths(config.train.load, state.flatten(before), "train.load")
+        before = shapes[key]
+
+
+def _check_init_from(config: Config, abstract: Params) -> None:
+    wanted = {path: x.shape for path, x in state.flatten(abstract).items()}
+
+    def check(checkpoints: Checkpoints, step: int) -> None:
+        stored = {path: x.shape for path, x in checkpoints.stored_params(step).items()}
+        warm_start.loadable(config, stored, wanted, checkpoints.folder / str(step))
+
+    restore.read_newest(storage.path(config.init_from), check)
 
 
 def train(configs: tuple[Config, ...], folder: Path, console: Console, process_began: float | None = None) -> None:
@@ -70,12 +101,12 @@ def train(configs: tuple[Config, ...], folder: Path, console: Console, process_b
     for one in configs:
         distributed.check_alike(
             {
-                f"the data of stage {one.stage}": functools.partial(sources.contents, *one.data.folders),
-                f"the tokenizer of stage {one.stage}": functools.partial(pipeline.tokenizer_contents, one),
+                f"the data of stage {one.stage}": functools.partial(shards.contents, *one.data.folders),
+                f"the tokenizer of stage {one.stage}": functools.partial(loader.tokenizer_contents, one),
             }
         )
-    preflight.check(configs)
-    spot_check.check(configs)
+    check(configs)
+    generation_eval.check(configs)
     stages = lay_out(configs)
     total = stages[-1].end
     profiled = hooks.profile_range(configs)
@@ -126,7 +157,7 @@ def _check_newest(checkpoints: Checkpoints, total: int) -> None:
             "another run's, or was renamed; move it away"
         )
     with contextlib.suppress(BrokenCheckpoint):  # For the loop to set aside.
-        checkpoint.agreed_metadata(checkpoints, newest)
+        restore.agreed_metadata(checkpoints, newest)
 
 
 def _next(run: Run, stages: Sequence[Stage]) -> tuple[int, int, list[str]] | None:
@@ -154,7 +185,7 @@ def _train_stage(run: Run, stage: Stage, newest: int, lacking: Sequence[str]) ->
     with mesh_lib.use(mesh_lib.make_mesh(config)) as mesh:
         # Read before anything is compiled: data that is missing should be told at once.
         validation = Validation(config, mesh)
-        asker = SpotCheck(model, config, mesh) if spot_check.is_asked(config) else None
+        asker = SpotCheck(model, config, mesh) if generation_eval.is_asked(config) else None
         abstract = state.abstract_state(model, config, tx, mesh)
         with run.phases.enter("restoring"):
             live, position = _start(run, stage, newest, model, tx, abstract)
@@ -176,21 +207,21 @@ def _start(
     """Returns the state to go on from, and the position in the stage's data."""
     config, checkpoints = stage.config, run.checkpoints
     if run.earlier_seconds is None:
-        metadata = checkpoint.agreed_metadata(checkpoints, newest) if newest else {"train_seconds": 0.0}
+        metadata = restore.agreed_metadata(checkpoints, newest) if newest else {"train_seconds": 0.0}
         _check_data(run, metadata)
         run.earlier_seconds = metadata["train_seconds"]
     if newest > stage.begin:
         run.progress.say(f"going on from {checkpoints.folder / str(newest)}")
-        return checkpoint.agreed(lambda: checkpoints.restore(newest, abstract))
+        return restore.agreed(lambda: checkpoints.restore(newest, abstract))
 
     def read(source: Checkpoints, source_step: int) -> warm_start.Found:
         return warm_start.read(config, abstract, source, source_step)
 
     found = None
     if newest:
-        found = checkpoint.agreed(lambda: read(checkpoints, newest))
+        found = restore.agreed(lambda: read(checkpoints, newest))
     elif config.init_from:
-        found = checkpoint.read_newest(storage.path(config.init_from), read)
+        found = restore.read_newest(storage.path(config.init_from), read)
     rng = jax.random.fold_in(jax.random.key(config.seed), stage.index)
     params, table = warm_start.start_params(model, config, abstract, found, rng)
     run.progress.say(table)
@@ -204,8 +235,8 @@ def _check_data(run: Run, metadata: Mapping[str, Any]) -> None:
     if "data" not in metadata:  # Without a checkpoint, or with one from before data had fingerprints.
         return
     folders = next(config.data.folders for config in run.stages if config.stage == metadata["stage"])
-    here = sources.fingerprint(*folders)
-    if not sources.has_fingerprint(metadata["data"], *folders):
+    here = shards.fingerprint(*folders)
+    if not shards.has_fingerprint(metadata["data"], *folders):
         raise UserError(
             f"{run.folder} was trained on data of fingerprint {metadata['data']}, "
             f"that of {', '.join(folders)} is {here}; "

@@ -21,7 +21,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
 from alignvlm_jax import storage
-from alignvlm_jax.data.schema import Batch
+from alignvlm_jax.data.record import Batch
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.storage import Path, faults
 

@@ -10,19 +10,18 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from alignvlm_jax.benchmarks import generation_eval
+from alignvlm_jax.benchmarks.generation_eval import SpotCheck
 from alignvlm_jax.config import Config
-from alignvlm_jax.data import pipeline
+from alignvlm_jax.data import loader
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.eval import spot_check
-from alignvlm_jax.eval.spot_check import SpotCheck
 from alignvlm_jax.parallel import exchange, sharding
 from alignvlm_jax.train import checkpoint, metrics, step
 from alignvlm_jax.train.checkpoint import BrokenCheckpoint, Checkpoints
 from alignvlm_jax.train.goodput import Phases
 from alignvlm_jax.train.heartbeat import Heartbeat
-from alignvlm_jax.train.hooks import Profiler
+from alignvlm_jax.train.hooks import Profiler, StopSignal
 from alignvlm_jax.train.metrics import Interval, NullWriter, Progress, Writer, peak_memory_gib
-from alignvlm_jax.train.signals import StopSignal
 from alignvlm_jax.train.state import TrainState
 from alignvlm_jax.train.validation import Validation
 
@@ -54,7 +53,7 @@ class Stage:
         """What is measured at step `now`, in this order: VALIDATION, GENERATION. Each logs one line."""
         train = self.config.train
         due = [VALIDATION] * self.is_due(now, train.validate_every)
-        if spot_check.is_asked(self.config) and self.is_due(now, train.generate_every):
+        if generation_eval.is_asked(self.config) and self.is_due(now, train.generate_every):
             due.append(GENERATION)
         return due
 
@@ -105,7 +104,7 @@ class StageLoop:
     spot_check: SpotCheck | None
     mfu_of: Callable[[float], dict[str, float]]
     interval: Interval = dataclasses.field(default_factory=Interval)
-    batches: pipeline.TrainBatches = dataclasses.field(init=False)
+    batches: loader.TrainBatches = dataclasses.field(init=False)
     unread: tuple[int, step.Metrics, int] | None = None  # the last, batches.num_unsupervised
     unsupervised_read: int = 0
     unsupervised_told: int = 0
@@ -133,7 +132,7 @@ class StageLoop:
     def _open_batches(self, position: Mapping[str, Any]) -> None:
         config = self.stage.config
         local_rows = sharding.rows_of_process(self.mesh, config.train.batch_size).tolist()
-        self.batches = pipeline.TrainBatches(
+        self.batches = loader.TrainBatches(
             config,
             start_row=position["next_row"],
             local_rows=local_rows,

@@ -6,7 +6,7 @@ import jax
 from jax.sharding import Mesh
 
 from alignvlm_jax.config import Config
-from alignvlm_jax.data import pipeline
+from alignvlm_jax.data import loader
 from alignvlm_jax.parallel import exchange, sharding
 from alignvlm_jax.train import metrics, step
 from alignvlm_jax.train.state import Params
@@ -20,10 +20,10 @@ class Validation:
         self._config, self._mesh = config, mesh
         size = step.eval_rows(config)
         local_rows = sharding.rows_of_process(mesh, size).tolist()
-        sources = pipeline.by_source(config)
+        sources = loader.by_source(config)
         num_rows = config.train.validation_rows // len(sources)
         self._batches = {
-            name: pipeline.ValidationBatches(source, size, num_rows, local_rows, exchange.gather)
+            name: loader.ValidationBatches(source, size, num_rows, local_rows, exchange.gather)
             for name, source in sources.items()
         }
 

@@ -5,17 +5,17 @@ import pytest
 from PIL import Image
 
 from alignvlm_jax.commands import prepare
-from alignvlm_jax.data import finishing
-from alignvlm_jax.data.formats import lines
-from alignvlm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.ingest import finish
+from alignvlm_jax.ingest.formats import files
 
 
 @pytest.fixture
 def arguments(tmp_path, monkeypatch):
     """Flags for a source of six pieces, with duplicates, records that cannot be used, and held-out documents."""
-    monkeypatch.setattr(lines, "UNIT_RECORDS", 8)
-    monkeypatch.setattr(finishing, "MIN_SHARD_RECORDS", 10)
+    monkeypatch.setattr(files, "UNIT_RECORDS", 8)
+    monkeypatch.setattr(finish, "MIN_SHARD_RECORDS", 10)
     image = io.BytesIO()
     Image.new("L", (20, 10), 255).save(image, "PNG")
     (tmp_path / "a.png").write_bytes(image.getvalue())

@@ -15,11 +15,11 @@ import alignvlm_jax
 from alignvlm_jax import __main__ as program
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import storage
+from alignvlm_jax.benchmarks import predictions
 from alignvlm_jax.commands import convert, evaluate, generate, inspect, report
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.eval import predictions
 from alignvlm_jax.storage import bucket as bucket_lib
-from alignvlm_jax.train import checkpoint
+from alignvlm_jax.train import restore
 from tests.commands.test_convert import convert_to, published, tensors_of  # noqa: F401
 
 
@@ -29,7 +29,7 @@ def workdir(trained_workdir, bucket_folder):
     run = bucket_folder / "run"
     for name in storage.files_below(trained_workdir / "checkpoints"):
         storage.copy_file(trained_workdir / "checkpoints" / name, run / "checkpoints" / name)
-    config = checkpoint.load_config(trained_workdir)
+    config = restore.load_config(trained_workdir)
     storage.write_whole(run / "config.json", json.dumps(config_lib.to_json((config,))))
     storage.copy_file(trained_workdir / "tokenizer.model", bucket_folder / "tokenizer.model")
     return run

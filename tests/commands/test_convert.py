@@ -11,11 +11,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from alignvlm_jax.commands import config_flag, convert, generate
-from alignvlm_jax.data import chat, pipeline
+from alignvlm_jax.data import chat, loader
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
-from alignvlm_jax.train import checkpoint, state
+from alignvlm_jax.train import restore, state
 from alignvlm_jax.weights import export
 from tests.weights import folders
 from tests.weights.tokenizers import write_chatml
@@ -78,7 +78,7 @@ def test_import_and_export_give_back_every_tensor_bit_for_bit(published, convert
     convert.main(
         [f"--llm={tmp_path / 'again' / 'llm'}", f"--vision={tmp_path / 'again' / 'vision'}", f"--out={tmp_path / 'b'}"]
     )
-    configs = [checkpoint.load_config(path).model for path in (converted, tmp_path / "b")]
+    configs = [restore.load_config(path).model for path in (converted, tmp_path / "b")]
     assert configs[0] == configs[1]
 
 
@@ -93,7 +93,7 @@ def test_what_was_converted_answers_wherever_it_was_moved(converted, tmp_path, c
 
 
 def test_the_image_token_is_one_that_no_text_makes(converted):
-    config = checkpoint.load_config(converted)
+    config = restore.load_config(converted)
     assert config.model.image_token_id == config.model.llm.vocab_size == 320
 
 
@@ -102,11 +102,11 @@ def test_a_run_starts_from_what_was_converted(converted, name):
     """On the 2 x 2 x 2 mesh; what the preflight finds wrong it would raise."""
     mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
     stages, _ = config_flag.parse([f"--config=configs/{name}.py:{converted}", *mesh])
-    assert stages[0].model.llm == checkpoint.load_config(converted).model.llm
-    tokenizer = pipeline.load_tokenizer(stages[0])
+    assert stages[0].model.llm == restore.load_config(converted).model.llm
+    tokenizer = loader.load_tokenizer(stages[0])
     assert chat.stop_ids(tokenizer)
     stage = stages[0]
-    read = checkpoint.read_newest(pathlib.Path(stage.init_from), lambda source, step: source.stored_params(step))
+    read = restore.read_newest(pathlib.Path(stage.init_from), lambda source, step: source.stored_params(step))
     model = vlm.VLM(stage.model)
     with pytest.raises(UserError, match=r"3 does not divide over mesh axis tensor of 2"):
         state.abstract_params(model, stage, mesh_lib.make_mesh(stage))
@@ -115,7 +115,7 @@ def test_a_run_starts_from_what_was_converted(converted, name):
     abstract = state.abstract_params(model, narrow, mesh)
     wanted = {path: x.shape for path, x in state.flatten(abstract).items()}
     assert {path: x.shape for path, x in read.items()} == wanted
-    _, _, params, _ = checkpoint.load_model(converted, mesh)
+    _, _, params, _ = restore.load_model(converted, mesh)
     for path, x in state.flatten(params).items():
         assert x.dtype == np.float32 and x.sharding == state.flatten(abstract)[path].sharding
 

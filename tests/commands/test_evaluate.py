@@ -8,11 +8,12 @@ import types
 import numpy as np
 import pytest
 
+from alignvlm_jax.benchmarks import predictions, tasks
 from alignvlm_jax.commands import evaluate
-from alignvlm_jax.data import pipeline, schema, sources
+from alignvlm_jax.data import loader, shards
+from alignvlm_jax.data import record as record_lib
 from alignvlm_jax.errors import UsageError, UserError
-from alignvlm_jax.eval import predictions, tasks
-from alignvlm_jax.infer import sampler
+from alignvlm_jax.inference import sampler
 from tests.conftest import random_record
 
 
@@ -89,14 +90,14 @@ def benchmarks(tmp_path):
     def write(task: str, split: str, count: int, change) -> None:
         records = [change(i, random_record(rng, str(100 + i), task)) for i in range(count)]
         (tmp_path / "benchmarks" / task).mkdir(parents=True)
-        sources.write_shard(tmp_path / "benchmarks" / task / sources.shard_name(split, 0, 1), records)
+        shards.write_shard(tmp_path / "benchmarks" / task / shards.shard_name(split, 0, 1), records)
 
     def with_one_turn(i, record):
-        turn = schema.Turn("Who?", ("Ann", "Anna"))
+        turn = record_lib.Turn("Who?", ("Ann", "Anna"))
         return dataclasses.replace(record, turns=(turn,), images=(b"none",) if i == 2 else record.images)
 
     def without_answers(i, record):
-        return dataclasses.replace(record, turns=(schema.Turn("Who?", ()),))
+        return dataclasses.replace(record, turns=(record_lib.Turn("Who?", ()),))
 
     write("docvqa", "validation", 5, with_one_turn)
     write("chartqa", "test", 3, lambda i, record: record)
@@ -124,7 +125,7 @@ def scripted(monkeypatch, tokenizer_of, says):
 
 
 def test_tasks_are_scored_resumed_and_handed_in(own_workdir, benchmarks, trained_workdir, capsys, monkeypatch):
-    tokenizer = pipeline.load_tokenizer(evaluate.loading.load_config(trained_workdir))
+    tokenizer = loader.load_tokenizer(evaluate.loading.load_config(trained_workdir))
 
     def stop(number):
         if number == 2:
@@ -197,7 +198,7 @@ def held_out(benchmarks):
     records = [random_record(rng, f"page-{i}", "pdf") for i in range(3)]
     records[1] = dataclasses.replace(records[1], lines=())
     (benchmarks / "debian").mkdir()
-    sources.write_shard(benchmarks / "debian" / sources.shard_name("validation", 0, 1), records)
+    shards.write_shard(benchmarks / "debian" / shards.shard_name("validation", 0, 1), records)
     return benchmarks
 
 
@@ -234,7 +235,7 @@ def test_no_text_at_all_is_one_line_at_once(trained_workdir, held_out, monkeypat
     monkeypatch.setitem(tasks.TEXTS, "text_bpb", dataclasses.replace(tasks.TEXTS["text_bpb"], folder="none"))
     record = dataclasses.replace(random_record(np.random.default_rng(6), "page", "pdf"), lines=())
     (held_out / "none").mkdir()
-    sources.write_shard(held_out / "none" / sources.shard_name("validation", 0, 1), [record])
+    shards.write_shard(held_out / "none" / shards.shard_name("validation", 0, 1), [record])
     with pytest.raises(UserError, match="none of 1 records has text") as raised:
         evaluate.main([f"--checkpoint={trained_workdir}", f"--data={held_out}", "--tasks=docvqa,text_bpb"])
     assert "\n" not in str(raised.value)

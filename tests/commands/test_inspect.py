@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from alignvlm_jax import __main__ as main
-from tests.data import conftest as data_fixtures
+from tests import prepared as data_fixtures
 
 all_tables, tokenizer, data_dir = data_fixtures.all_tables, data_fixtures.tokenizer, data_fixtures.data_dir
 

@@ -10,9 +10,11 @@ import time
 import pytest
 
 from alignvlm_jax import __main__ as main
-from alignvlm_jax.parallel import chips
+from alignvlm_jax.plan import hardware
 
-needs_libtpu = pytest.mark.skipif(not chips.has_tpu_compiler(), reason="libtpu is not installed (requirements-tpu.txt)")
+needs_libtpu = pytest.mark.skipif(
+    not hardware.has_tpu_compiler(), reason="libtpu is not installed (requirements-tpu.txt)"
+)
 KEYS = {
     "checkpoint",
     "stop_seconds",
@@ -145,7 +147,7 @@ def test_what_does_not_fit_has_status_3_and_says_what_to_change(config_file):
 def test_auto_tries_layouts_and_shows_the_best(config_file):
     # A row a chip: the layout that needs the least memory is that of all rows at once, and one compilation less.
     rows = ["--config.train.batch_size=4", "--config.train.accumulation=1"]
-    # One key-value head, which no tensor axis divides: tests/train/test_layouts.py tries other meshes, uncompiled.
+    # One key-value head, which no tensor axis divides: tests/plan/test_search.py tries other meshes, uncompiled.
     heads = "--config.model.llm.num_kv_heads=1"
     done = run(f"--config={config_file}", "--topology=v5e:2x2", "--mesh=auto", "--json", heads, *rows)
     assert done.returncode == 0, done.stderr

@@ -4,9 +4,10 @@ import json
 import pytest
 
 from alignvlm_jax.commands import prepare
-from alignvlm_jax.data import demonstration, sources, tokenizer_files
-from alignvlm_jax.data.sources import RecordSource
+from alignvlm_jax.data import shards, tokenizers
+from alignvlm_jax.data.shards import RecordSource
 from alignvlm_jax.errors import UsageError, UserError
+from alignvlm_jax.synthetic import demonstration
 
 
 def arguments(out, **changes) -> list[str]:
@@ -33,7 +34,7 @@ def test_writes_every_split_and_a_tokenizer(prepared):
         3,
         3,
     ]
-    assert tokenizer_files.load(prepared / "tokenizer.model").vocab_size <= 128
+    assert tokenizers.load(prepared / "tokenizer.model").vocab_size <= 128
     assert json.loads((prepared / "prepare.json").read_text())["num_train"] == 6
     assert not [path.name for path in prepared.iterdir() if "partial" in path.name or path.suffix == ".tmp"]
 
@@ -55,10 +56,10 @@ def test_shards_of_an_interrupted_run_are_kept_and_workers_change_nothing(prepar
         prepare.main(arguments(tmp_path / "demo"))
     assert not (tmp_path / "demo" / "prepare.json").exists()
     (staging,) = (tmp_path / "demo").glob(".partial-*")
-    kept = staging / sources.shard_name("train", 0, 2)
+    kept = staging / shards.shard_name("train", 0, 2)
     before = kept.stat().st_mtime_ns
-    (staging / sources.shard_name("train", 1, 2)).unlink()
-    (staging / sources.shard_name("validation", 0, 1)).unlink()
+    (staging / shards.shard_name("train", 1, 2)).unlink()
+    (staging / shards.shard_name("validation", 0, 1)).unlink()
     monkeypatch.setattr(demonstration.SentencePieceTokenizer, "train", train)
     prepare.main(arguments(tmp_path / "demo", num_workers=2))
     assert (tmp_path / "demo" / kept.name).stat().st_mtime_ns == before
@@ -70,7 +71,7 @@ def test_other_arguments_replace_the_data_and_no_other_files(prepared, tmp_path,
     out = tmp_path / "demo"
     monkeypatch.setattr(demonstration, "SHARD_SIZE", 3)
     prepare.main(arguments(out))
-    others = {out / sources.shard_name(split, 0, 1) for split in ("mine", "train-mine")}
+    others = {out / shards.shard_name(split, 0, 1) for split in ("mine", "train-mine")}
     for other in others:
         other.write_text("of somebody else")
     capsys.readouterr()
@@ -165,6 +166,6 @@ def test_a_benchmark_is_one_split_and_keeps_questions_without_answers(tmp_path, 
     found = records(tmp_path / "out", "test")
     assert [record.id for record in found] == [line["id"] for line in lines]
     assert [len(record.turns[0].answers) for record in found] == [0, 1] * 10
-    assert sources.shard_paths(tmp_path / "out", "train") == sources.shard_paths(tmp_path / "out", "validation") == []
+    assert shards.shard_paths(tmp_path / "out", "train") == shards.shard_paths(tmp_path / "out", "validation") == []
     with pytest.raises(SystemExit):
         prepare.main(["--format=jsonl", *flags, "--split=a-b"])

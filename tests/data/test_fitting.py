@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from alignvlm_jax.data import fitting
-from alignvlm_jax.data.fitting import Sizes
+from alignvlm_jax.data import packing
+from alignvlm_jax.data.packing import Sizes
 
 
 def pages(count: int, row_length: int) -> Sizes:
@@ -27,7 +27,7 @@ def sizes(lengths, tiles) -> Sizes:
     return Sizes(*different.tolist(), counts.tolist())
 
 
-@pytest.mark.parametrize("way", [fitting.best_fit, fitting.even_fit, fitting.fit])
+@pytest.mark.parametrize("way", [packing.best_fit, packing.even_fit, packing.fit])
 @pytest.mark.parametrize("make", [pages, texts, mixed])
 @pytest.mark.parametrize("count, row_length, row_tiles", [(1, 100, 5), (50, 100, 5), (5000, 1000, 13), (300, 2000, 4)])
 def test_all_records_are_in_rows_that_hold_them(way, make, count, row_length, row_tiles):
@@ -48,14 +48,14 @@ def num_rows(way, given: Sizes, row_length: int) -> int:
 
 def test_the_better_way_is_taken():
     for make, better, worse in (
-        (texts, fitting.best_fit, fitting.even_fit),
-        (pages, fitting.even_fit, fitting.best_fit),
+        (texts, packing.best_fit, packing.even_fit),
+        (pages, packing.even_fit, packing.best_fit),
     ):
         given = make(20_000, 4096)
         least = sum(length * count for length, count in zip(given.lengths, given.counts, strict=True)) / 4096
-        assert num_rows(worse, given, 4096) > num_rows(better, given, 4096) == num_rows(fitting.fit, given, 4096)
+        assert num_rows(worse, given, 4096) > num_rows(better, given, 4096) == num_rows(packing.fit, given, 4096)
         assert least / num_rows(better, given, 4096) > 0.98
 
 
 def test_no_records_need_no_rows():
-    assert fitting.fit(Sizes([], [], []), 100, 1) == []
+    assert packing.fit(Sizes([], [], []), 100, 1) == []

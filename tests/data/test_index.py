@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alignvlm_jax.data import chat, index, rows, sources, tokenizer_files
-from alignvlm_jax.data.schema import Record, Turn, Word
+from alignvlm_jax.data import chat, examples, index, shards, tokenizers
+from alignvlm_jax.data.record import Record, Turn, Word
 from alignvlm_jax.errors import UserError
 
 
@@ -28,7 +28,7 @@ def records() -> list[Record]:
 def test_text_tokens_are_the_length_of_the_encoded_chat(tokenizer):
     made = index.of_records(records(), tokenizer, "f")
     for number, record in enumerate(records()):
-        for task, turns_of in rows.TASKS.items():
+        for task, turns_of in examples.TASKS.items():
             turns = turns_of(record, np.random.default_rng(5))
             length = len(chat.encode_chat(tokenizer, turns, 0, 0)[0]) if turns else 0
             assert made.text_tokens[task][number] == length
@@ -51,12 +51,12 @@ def test_the_hash_is_of_images_and_turns_and_not_of_the_id():
 
 def test_shards_are_read_back_one_after_another(tmp_path, tokenizer):
     for shard, part in enumerate((records()[:1], records()[1:])):
-        path = tmp_path / sources.shard_name("train", shard, 2)
-        sources.write_shard(path, part)
+        path = tmp_path / shards.shard_name("train", shard, 2)
+        shards.write_shard(path, part)
         index.write(index.index_path(path), index.of_records(part, tokenizer, "f"))
     loaded, whole = index.load(tmp_path, "train"), index.of_records(records(), tokenizer, "f")
     assert len(loaded) == 3 and loaded.tokenizer == "f"
-    for task in rows.TASKS:
+    for task in examples.TASKS:
         assert np.array_equal(loaded.text_tokens[task], whole.text_tokens[task])
     for name in ("image_sizes", "image_starts", "content_hash"):
         assert np.array_equal(getattr(loaded, name), getattr(whole, name))
@@ -66,9 +66,9 @@ def test_shards_are_read_back_one_after_another(tmp_path, tokenizer):
 def test_what_cannot_be_loaded_says_what_to_call(tmp_path, tokenizer):
     with pytest.raises(UserError, match="run `prepare` first"):
         index.load(tmp_path, "train")
-    paths = [tmp_path / sources.shard_name("train", shard, 2) for shard in range(2)]
+    paths = [tmp_path / shards.shard_name("train", shard, 2) for shard in range(2)]
     for path in paths:
-        sources.write_shard(path, records())
+        shards.write_shard(path, records())
     again = rf"prepare --recount --out={tmp_path} --tokenizer="
     with pytest.raises(UserError, match=f"is missing.*{again}"):
         index.load(tmp_path, "train")
@@ -89,13 +89,13 @@ def test_the_fingerprint_is_of_the_file_that_is_loaded(tmp_path):
     assert of_model == index.tokenizer_fingerprint(tmp_path / "tokenizer.model")
     (tmp_path / "tokenizer.json").write_bytes(b"{}")
     assert index.tokenizer_fingerprint(tmp_path) == index.tokenizer_fingerprint(tmp_path / "tokenizer.json") != of_model
-    assert tokenizer_files.read(tmp_path) == (tmp_path / "tokenizer.json", b"{}")
+    assert tokenizers.read(tmp_path) == (tmp_path / "tokenizer.json", b"{}")
 
 
 def test_a_merged_index_is_that_of_the_shards(tmp_path, tokenizer, monkeypatch):
-    paths = [tmp_path / sources.shard_name("train", shard, 2) for shard in range(2)]
+    paths = [tmp_path / shards.shard_name("train", shard, 2) for shard in range(2)]
     for path, part in zip(paths, (records()[:1], records()[1:]), strict=True):
-        sources.write_shard(path, part)
+        shards.write_shard(path, part)
         index.write(index.index_path(path), index.of_records(part, tokenizer, "f"))
     apart = index.load(tmp_path, "train")
     assert index.merge(tmp_path, "train") == ["index-train.npz", "shards-train.npz"]
@@ -106,10 +106,10 @@ def test_a_merged_index_is_that_of_the_shards(tmp_path, tokenizer, monkeypatch):
     for name in ("image_sizes", "image_starts", "content_hash"):
         assert np.array_equal(getattr(merged, name), getattr(apart, name))
         assert getattr(merged, name).dtype == getattr(apart, name).dtype
-    for task in rows.TASKS:
+    for task in examples.TASKS:
         assert np.array_equal(merged.text_tokens[task], apart.text_tokens[task])
         with pytest.raises(ValueError, match="read-only"):
             merged.text_tokens[task][0] = 1
-    sources.write_shard(paths[1], records() * 2000)
+    shards.write_shard(paths[1], records() * 2000)
     with pytest.raises(UserError, match=rf"index-train.npz is of other shards; .*prepare --recount --out={tmp_path}"):
         index.load(tmp_path, "train")

@@ -4,7 +4,7 @@ from PIL import Image
 
 from alignvlm_jax.config import VisionConfig
 from alignvlm_jax.data import images, labels
-from alignvlm_jax.data.schema import Word
+from alignvlm_jax.data.record import Word
 
 VISION = VisionConfig()
 SUPERSAMPLING = 4

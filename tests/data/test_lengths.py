@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from alignvlm_jax.data import examples, lengths
 from alignvlm_jax.data import index as index_lib
-from alignvlm_jax.data import lengths, rows
-from alignvlm_jax.data.schema import Record, Turn, Word
+from alignvlm_jax.data.record import Record, Turn, Word
 from alignvlm_jax.errors import UserError
-from tests.data.conftest import write_shard
-from tests.data.test_pipeline import change
+from tests.data.test_loader import change
+from tests.prepared import write_shard
 
 TASKS = ("answer", "transcribe")
 
@@ -41,7 +41,7 @@ def test_they_are_those_of_the_parts_that_rows_are_made_of(demo_config, tokenize
             if name == "transcribe" and not one.lines:
                 assert found.tokens[task, number] == 0
                 continue
-            part = rows.build_part(one, name, np.random.default_rng(0), config, tokenizer)
+            part = examples.build_part(one, name, np.random.default_rng(0), config, tokenizer)
             assert found.tokens[task, number] == len(part.tokens)
             assert found.tiles[number] == len(part.tile_arrays["tiles"])
 

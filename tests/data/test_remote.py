@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from alignvlm_jax import storage
-from alignvlm_jax.data import filesystem, index, lengths, pipeline, preparing, sources, tokenizer_files
+from alignvlm_jax.data import filesystem, index, lengths, loader, shards, tokenizers
 from alignvlm_jax.errors import TryAgainError, UserError
-from tests.data.test_pipeline import change
+from alignvlm_jax.ingest import job
+from tests.data.test_loader import change
 
 
 @pytest.fixture(params=["merged", "of each shard"])
@@ -19,7 +20,7 @@ def prepared(request, data_dir, tmp_path):
     """The folder on this machine, with one index a split or with one a shard."""
     shutil.copytree(data_dir, tmp_path / "data")
     if request.param == "merged":
-        preparing.recount(tmp_path / "data", str(data_dir / "tokenizer.model"))
+        job.recount(tmp_path / "data", str(data_dir / "tokenizer.model"))
     return tmp_path / "data"
 
 
@@ -39,7 +40,7 @@ def upload(folder, bucket, bucket_folder) -> None:
 
 
 def test_records_are_those_of_the_disk(prepared, remote):
-    here, there = sources.RecordSource(prepared, "train"), sources.RecordSource(remote, "train")
+    here, there = shards.RecordSource(prepared, "train"), shards.RecordSource(remote, "train")
     assert len(here) == len(there) == 48
     order = np.random.default_rng(0).permutation(48).tolist()
     for number in order[:24]:
@@ -49,28 +50,28 @@ def test_records_are_those_of_the_disk(prepared, remote):
 
 def test_a_record_is_one_request_and_opening_is_few(remote, bucket):
     bucket.requests.clear()
-    source = sources.RecordSource(remote, "validation")
+    source = shards.RecordSource(remote, "validation")
     assert bucket.requests["GET"] <= 3
     bucket.requests.clear()
     for number in range(10):
         source[number]
     assert bucket.requests == {"GET": 10}
-    sources.RecordSource(remote, "validation")
+    shards.RecordSource(remote, "validation")
     assert bucket.requests == {"GET": 10}  # it is shared
 
 
 def test_rows_and_the_index_are_those_of_the_disk(prepared, remote, demo_config):
     def rows(folder):
-        return pipeline.TrainRows(change(demo_config, "data", dir=str(folder), packing="plan"), "train")
+        return loader.TrainRows(change(demo_config, "data", dir=str(folder), packing="plan"), "train")
 
     here, there = rows(prepared), rows(remote)
     for row in range(0, 40, 3):
         for name, array in here[row].items():
             assert np.array_equal(array, there[row][name])
     assert here.problem is None and there.problem is None
-    assert sources.fingerprint(prepared) == sources.fingerprint(remote)
-    assert tokenizer_files.read(remote)[1] == tokenizer_files.read(prepared)[1]
-    assert tokenizer_files.read(f"{remote}/tokenizer.model")[1] == tokenizer_files.read(prepared)[1]
+    assert shards.fingerprint(prepared) == shards.fingerprint(remote)
+    assert tokenizers.read(remote)[1] == tokenizers.read(prepared)[1]
+    assert tokenizers.read(f"{remote}/tokenizer.model")[1] == tokenizers.read(prepared)[1]
 
 
 def test_batches_are_read_ahead(prepared, remote, demo_config, bucket):
@@ -78,7 +79,7 @@ def test_batches_are_read_ahead(prepared, remote, demo_config, bucket):
 
     def batches(folder):
         config = change(demo_config, "data", dir=str(folder), packing="plan")
-        return pipeline.TrainBatches(dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=8)))
+        return loader.TrainBatches(dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=8)))
 
     expected, found = list(batches(prepared)), batches(remote)
     bucket.requests.clear()
@@ -101,20 +102,20 @@ def test_batches_are_read_ahead(prepared, remote, demo_config, bucket):
         bucket.hook = lambda method, names: None
     records = sum(len(expected_batch["tokens"]) for expected_batch in expected)
     assert most > 16
-    planned = pipeline.TrainRows(change(demo_config, "data", dir=str(prepared), packing="plan"), "train").schedule
+    planned = loader.TrainRows(change(demo_config, "data", dir=str(prepared), packing="plan"), "train").schedule
     assert bucket.requests["GET"] <= sum(planned.num_records(row) for row in range(records)) + 2
 
 
 def test_what_is_missing_or_damaged_is_told(remote, prepared, bucket, bucket_folder):
     with pytest.raises(UserError, match=f"no shards of split 'trian' in {remote}; did you mean 'train'"):
-        sources.RecordSource(remote, "trian")
+        shards.RecordSource(remote, "trian")
     with pytest.raises(UserError, match=r"no shards of split 'train' in gs://.*/nowhere; run `prepare` first"):
-        sources.RecordSource(f"{remote}/nowhere", "train")
+        shards.RecordSource(f"{remote}/nowhere", "train")
     with pytest.raises(UserError, match="cannot list gs://nowhere/data: no such bucket"):
-        sources.RecordSource("gs://nowhere/data", "train")
+        shards.RecordSource("gs://nowhere/data", "train")
     with pytest.raises(UserError, match=f"cannot read tokenizer {remote}/deep/tokenizer.model"):
-        tokenizer_files.read(f"{remote}/deep")
-    name = sources.shard_names(prepared, "train")[1]
+        tokenizers.read(f"{remote}/deep")
+    name = shards.shard_names(prepared, "train")[1]
     whole = (prepared / name).read_bytes()
     at = whole.index(b'{"id"') + 40
     damaged = whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :]
@@ -122,18 +123,18 @@ def test_what_is_missing_or_damaged_is_told(remote, prepared, bucket, bucket_fol
         (prepared / name).write_bytes(content)
         upload(prepared, bucket, bucket_folder)
         with pytest.raises(UserError, match=rf"{message}.*prepare") as error:
-            source = sources.RecordSource(remote, "train")
+            source = shards.RecordSource(remote, "train")
             assert source[0] and source[23]
             source[24]
         assert "\n" not in str(error.value)
     bucket.remove(f"{remote.removeprefix(bucket.url + '/')}/{name}")
     filesystem._remote_listing.cache_clear()
     with pytest.raises(UserError, match="holds 1 of 2 shards"):
-        sources.RecordSource(remote, "train")
+        shards.RecordSource(remote, "train")
 
 
 def test_faults_that_pass_lose_no_record_and_others_are_no_damage(remote, bucket, monkeypatch):
-    source = sources.RecordSource(remote, "train")
+    source = shards.RecordSource(remote, "train")
     with bucket.faulty(error_rate=0.2, cut_rate=0.1, lost_rate=0.1, seed=3):
         for number in range(48):
             source.prefetch(number)
@@ -147,9 +148,9 @@ def test_faults_that_pass_lose_no_record_and_others_are_no_damage(remote, bucket
 def test_a_bucket_that_is_silent_is_no_reason_to_delete_anything(remote, bucket, monkeypatch):
     """Of the shards, of the index and of the tokenizer: the command is started again later."""
     opened = [
-        lambda: sources.RecordSource(remote, "train"),
+        lambda: shards.RecordSource(remote, "train"),
         lambda: index.load(remote, "train"),
-        lambda: tokenizer_files.load(f"{remote}/tokenizer.model"),
+        lambda: tokenizers.load(f"{remote}/tokenizer.model"),
     ]
     filesystem.listing(remote)  # Else nothing would be asked but this.
     monkeypatch.setattr(storage.bucket, "_patience", 0.2)

@@ -1,119 +1,194 @@
+import os
+import resource
+import shutil
+import zlib
+
+import grain
 import numpy as np
 import pytest
 from array_record.python import array_record_module
 
-from alignvlm_jax.data import filesystem, shards
+from alignvlm_jax.data import arrays
+from alignvlm_jax.data import shards as shards_lib
+from alignvlm_jax.data.record import Record
 from alignvlm_jax.errors import UserError
 
-BORDER = shards.BLOCK - shards.BLOCK_HEADER
+
+def record(name: str) -> Record:
+    return Record(name, "test", (b"image " + name.encode(),), ())
 
 
-def write(path, records, options="group_size:1") -> None:
-    writer = array_record_module.ArrayRecordWriter(str(path), options)
-    for record in records:
-        writer.write(record)
-    writer.close()
+@pytest.fixture
+def shards(tmp_path):
+    for shard in range(3):
+        records = (record(f"{shard}-{i}") for i in range(shard + 1))
+        shards_lib.write_shard(tmp_path / shards_lib.shard_name("train", shard, 3), records)
+    return tmp_path
 
 
-def read_all(path) -> list[bytes]:
-    ends = shards.read_ends(path, path.stat().st_size)
-    borders = ends.begins.tolist()
-    return [
-        shards.decode(ends, i, filesystem.read_range(path, borders[i], borders[i + 1])) for i in range(len(borders) - 1)
-    ]
+def test_records_are_read_at_random_across_shards(shards):
+    source = shards_lib.RecordSource(shards, "train")
+    assert len(source) == 6
+    assert [source[i].id for i in (5, 0, 3, 2)] == ["2-2", "0-0", "2-0", "1-1"]
+    assert source[1].images == (b"image 1-0",)
 
 
-def records_of(kind: str) -> list[bytes]:
-    rng = np.random.default_rng(0)
-    sizes = {
-        "small": rng.integers(0, 200, 1500),
-        "borders": BORDER - rng.integers(0, 120, 300),  # the next chunk begins around a block's header
-        "several blocks": rng.integers(0, 5 * shards.BLOCK, 200),
-        "exactly full": np.arange(BORDER - 150, BORDER + 30),
-    }[kind]
-    return [rng.bytes(size) for size in sizes.tolist()]
+def test_a_failed_write_leaves_no_shard(tmp_path):
+    def broken():
+        yield record("a")
+        raise ValueError("the source broke")
+
+    path = tmp_path / shards_lib.shard_name("train", 0, 1)
+    with pytest.raises(ValueError, match="broke"):
+        shards_lib.write_shard(path, broken())
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", ["small", "borders", "several blocks", "exactly full"])
-@pytest.mark.parametrize("codec", ["", ",brotli", ",zstd", ",uncompressed"])
-def test_records_are_those_of_the_library(tmp_path, kind, codec):
-    records = records_of(kind) + [b"text " * 5000, b""]
-    write(tmp_path / "a", records, f"group_size:1{codec}")
-    assert read_all(tmp_path / "a") == array_record_module.ArrayRecordReader(str(tmp_path / "a")).read_all() == records
+def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match=r"cannot write .*nowhere"):
+        shards_lib.write_shard(tmp_path / "nowhere" / "a.array_record", [record("a")])
 
 
-@pytest.mark.parametrize("count", [0, 1, 40_000])
-def test_footers_of_any_number(tmp_path, count):
-    """Of 40,000 they are longer than what is read with the postscript."""
-    rng = np.random.default_rng(0)
-    records = [rng.bytes(size) for size in rng.integers(0, 1000, count).tolist()]
-    write(tmp_path / "a", records)
-    ends = shards.read_ends(tmp_path / "a", (tmp_path / "a").stat().st_size)
-    assert len(ends.begins) == count + 1 and (count < 10_000 or len(ends.footers) > shards.FOOTER_BYTES)
-    for i in {0, count // 2, count - 1} & set(range(count)):
-        content = filesystem.read_range(tmp_path / "a", *ends.begins[i : i + 2].tolist())
-        assert shards.decode(ends, i, content) == records[i]
+def test_missing_splits_and_shards_are_user_errors(shards, tmp_path_factory):
+    with pytest.raises(UserError, match="did you mean 'train'"):
+        shards_lib.RecordSource(shards, "trian")
+    (shards / shards_lib.shard_name("train", 1, 3)).unlink()
+    with pytest.raises(UserError, match="2 of 3 shards"):
+        shards_lib.RecordSource(shards, "train")
+    with pytest.raises(UserError, match="run `prepare` first"):
+        shards_lib.RecordSource(tmp_path_factory.mktemp("empty"), "train")
 
 
-def test_any_flipped_bit_of_a_record_is_told(tmp_path):
-    rng = np.random.default_rng(0)
-    records = [rng.bytes(size) for size in (0, 5, 300, 70_000, 140_000)]
-    write(tmp_path / "a", records)
-    ends = shards.read_ends(tmp_path / "a", (tmp_path / "a").stat().st_size)
-    for _ in range(300):
-        index = int(rng.integers(len(records)))
-        content = bytearray(filesystem.read_range(tmp_path / "a", *ends.begins[index : index + 2].tolist()))
-        content[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
-        with pytest.raises(RuntimeError, match="Riegeli"):
-            shards.decode(ends, index, bytes(content))
-    shifted = ends._replace(begins=np.append(ends.begins[1:], ends.begins[-1]))  # the library has its own offsets
-    with pytest.raises(RuntimeError):
-        shards.decode(shifted, 3, filesystem.read_range(tmp_path / "a", *shifted.begins[3:5].tolist()))
+def test_fingerprint_tells_data_apart(tmp_path):
+    seen = {shards_lib.fingerprint(tmp_path)}
+    for name, text in (("tokenizer.model", "a"), ("prepare.json", "{}"), ("prepare.json", '{"seed": 1}')):
+        (tmp_path / name).write_text(text)
+        seen.add(shards_lib.fingerprint(tmp_path))
+    assert len(seen) == 4
+    assert shards_lib.fingerprint(tmp_path, tmp_path) not in seen
+    (tmp_path / "train-00000-of-00001.array_record").write_text("")
+    assert shards_lib.fingerprint(tmp_path) in seen
 
 
-def test_damaged_ends_are_a_user_error(tmp_path):
-    rng = np.random.default_rng(0)
-    write(tmp_path / "a", [rng.bytes(100) for _ in range(2000)])
-    whole = (tmp_path / "a").read_bytes()
-    ends = shards.read_ends(tmp_path / "a", len(whole))
-    record = filesystem.read_range(tmp_path / "a", *ends.begins[7:9].tolist())
-    told = {"at once": 0, "with a record": 0, "harmless": 0}
-    footers, postscript = int(ends.begins[-1]), len(whole) - shards.BLOCK
-    for at in [*rng.integers(footers, footers + len(ends.footers), 200), *range(postscript, postscript + 110)]:
-        damaged = bytearray(whole)
-        damaged[at] ^= 1 << int(rng.integers(8))
-        (tmp_path / "a").write_bytes(damaged)
-        try:
-            found = shards.read_ends(tmp_path / "a", len(whole))
-            # The library compares checksums of the ends with every record.
-            assert shards.decode(found, 7, record) == shards.decode(ends, 7, record)
-            told["harmless"] += 1
-        except UserError as err:
-            assert "cannot read" in str(err) and "\n" not in str(err)
-            told["at once"] += 1
-        except RuntimeError:
-            told["with a record"] += 1
-    assert min(told["at once"], told["with a record"]) > 20 and told["harmless"] <= shards.BLOCK_HEADER
-    for size in (0, 10, shards.BLOCK, len(whole) // 2):
-        (tmp_path / "a").write_bytes(whole[:size])
-        with pytest.raises(UserError, match="cannot read"):
-            shards.read_ends(tmp_path / "a", size)
+def test_contents_tell_copies_apart(shards, tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("copies")
+    first, second = (shutil.copytree(shards, tmp_path / name) for name in "ab")
+    assert shards_lib.contents(first) == shards_lib.contents(second) != shards_lib.contents(first, second)
+    shard = next(second.glob("train-*.array_record"))
+    for change in (
+        lambda: shard.with_name("validation-00000-of-00001.array_record").write_bytes(b"x"),  # one more
+        lambda: shard.write_bytes(shard.read_bytes()[:-1]),
+        shard.unlink,
+        lambda: (second / "prepare.json").write_text("{}"),
+    ):
+        before = shards_lib.contents(second)
+        change()
+        assert shards_lib.contents(second) not in (before, shards_lib.contents(first))
+    assert shards_lib.contents(tmp_path / "none").startswith("0 files of 0 bytes")
 
 
-def test_several_records_a_chunk_are_refused(tmp_path):
-    write(tmp_path / "a", [b"1", b"2", b"3"], "group_size:2")
-    with pytest.raises(UserError, match=r"chunks of 2 records; write one each"):
-        shards.read_ends(tmp_path / "a", (tmp_path / "a").stat().st_size)
+def test_contents_tell_records_apart_whose_shards_are_of_one_size(shards, tmp_path_factory):
+    other = shutil.copytree(shards, tmp_path_factory.mktemp("other") / "copy")
+    for folder, hashes in ((shards, [1, 2]), (other, [1, 3])):
+        arrays.write(folder / "index-train.npz", {"content_hash": np.array(hashes, np.uint64), "rest": np.zeros(99999)})
+    assert (shards / "index-train.npz").stat().st_size == (other / "index-train.npz").stat().st_size
+    assert shards_lib.contents(shards) != shards_lib.contents(other)
+    shutil.copy(shards / "index-train.npz", other)
+    assert shards_lib.contents(shards) == shards_lib.contents(other)
+    (other / "index-train.npz").write_bytes(b"damaged")
+    assert shards_lib.contents(shards) != shards_lib.contents(other)
 
 
-def test_a_table_gives_the_ends_of_each_shard(tmp_path):
-    ends = []
-    for name, count in (("a", 3), ("b", 0), ("c", 5)):
-        write(tmp_path / name, [bytes([i]) * 50 for i in range(count)])
-        ends.append(shards.read_ends(tmp_path / name, (tmp_path / name).stat().st_size))
-    table = shards.table(ends)
-    assert table.counts.tolist() == [3, 0, 5]
-    for number, end in enumerate(ends):
-        found = table.ends(number)
-        assert np.array_equal(found.begins, end.begins)
-        assert (found.size, found.footers, found.postscript) == (end.size, end.footers, end.postscript)
+def test_a_damaged_shard_is_a_user_error(shards):
+    path = shards / shards_lib.shard_name("train", 1, 3)
+    whole = path.read_bytes()
+    at = whole.index(b"image 1-1")
+    path.write_bytes(whole[:at] + b"?" + whole[at + 1 :])
+    source = shards_lib.RecordSource(shards, "train")
+    assert source[1].id == "1-0"
+    with pytest.raises(UserError, match=f"cannot read record 2 of split 'train' in {shards} .*prepare") as error:
+        source[2]
+    assert "\n" not in str(error.value)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=f"cannot read split 'train' in {shards} .*prepare"):
+        shards_lib.RecordSource(shards, "train")
+
+
+def test_a_record_of_another_project_is_a_user_error(shards, monkeypatch):
+    monkeypatch.setattr(shards_lib, "encode_record", lambda _: b"other")
+    shards_lib.write_shard(shards / shards_lib.shard_name("other", 0, 1), [record("a")])
+    with pytest.raises(UserError, match=r"cannot read record 0 of split 'other'.*not a record"):
+        shards_lib.RecordSource(shards, "other")[0]
+
+
+def test_more_shards_than_files_that_may_be_open(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for shard in range(80):
+        shards_lib.write_shard(tmp_path / shards_lib.shard_name("train", shard, 80), [record(str(shard))])
+    try:
+        highest = max(map(int, os.listdir("/dev/fd")))  # of what other tests of this process have open
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 40, limits[1]))
+        source = shards_lib.RecordSource(tmp_path, "train")
+        assert [source[i].id for i in range(80)] == [str(i) for i in range(80)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_more_shards_than_files_that_may_ever_be_open_is_a_user_error(shards, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 100))
+    with pytest.raises(UserError, match="3 shards, and a process may open 100 files; `ulimit -Hn 515`"):
+        shards_lib.RecordSource(shards, "train")
+
+
+def test_the_fingerprint_knows_a_tokenizer_json_and_takes_the_one_from_before(tmp_path):
+    (tmp_path / "prepare.json").write_text("{}")
+    (tmp_path / "tokenizer.model").write_text("a")
+    before = shards_lib.fingerprint(tmp_path)
+    assert before == f"{zlib.crc32(b'{}a'):08x}"  # as it always was
+    (tmp_path / "tokenizer.json").write_text("{}")
+    now = shards_lib.fingerprint(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{} ")
+    other = shards_lib.fingerprint(tmp_path)
+    assert len({before, now, other}) == 3
+    assert shards_lib.has_fingerprint(before, tmp_path) and shards_lib.has_fingerprint(other, tmp_path)
+    assert not shards_lib.has_fingerprint(now, tmp_path)
+
+
+def test_what_is_opened_is_shared_until_it_changes(shards, monkeypatch):
+    opened = []
+    make = grain.sources.ArrayRecordDataSource
+    monkeypatch.setattr(grain.sources, "ArrayRecordDataSource", lambda *args: opened.append(1) or make(*args))
+    shards_lib.RecordSource(shards, "train")
+    shards_lib.RecordSource(str(shards), "train")
+    monkeypatch.chdir(shards)
+    assert shards_lib.RecordSource(".", "train")[0].id == "0-0" and len(opened) == 1
+    shards_lib.write_shard(shards / shards_lib.shard_name("train", 0, 3), [record("new")])
+    assert shards_lib.RecordSource(shards, "train")[0].id == "new" and len(opened) == 2
+
+
+def test_with_a_table_no_shard_is_read_to_open(shards, monkeypatch):
+    read = [source_record.id for source_record in map(shards_lib.RecordSource(shards, "train").__getitem__, range(6))]
+    shards_lib.write_table(shards, "train")
+    opened = []
+    make = array_record_module.ArrayRecordReader
+    monkeypatch.setattr(array_record_module, "ArrayRecordReader", lambda *a, **k: opened.append(a) or make(*a, **k))
+    source = shards_lib.RecordSource(shards, "train")
+    assert len(source) == 6 and not opened
+    assert [source[i].id for i in range(6)] == read and len(opened) == 3
+
+
+def test_a_table_of_other_shards_is_a_user_error(shards):
+    shards_lib.write_table(shards, "train")
+    path = shards / shards_lib.shard_name("train", 1, 3)
+    path.write_bytes(path.read_bytes() + b"more")
+    with pytest.raises(UserError, match=r"shards-train.npz is of other shards: train-00001-of-00003.*131,076 bytes"):
+        shards_lib.RecordSource(shards, "train")
+    (shards / "shards-train.npz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"shards-train.npz cannot be read"):
+        shards_lib.RecordSource(shards, "train")
+
+
+def test_a_name_that_begins_with_another_splits_is_not_of_it(shards):
+    shards_lib.write_shard(shards / shards_lib.shard_name("train-b", 0, 1), [record("b")])
+    assert len(shards_lib.shard_names(shards, "train")) == 3
+    assert shards_lib.shard_names(shards, "train-b") == ["train-b-00000-of-00001.array_record"]

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from alignvlm_jax.config.fields import SLOTS_PER_TILE
-from alignvlm_jax.data import pipeline, rows
-from alignvlm_jax.data.schema import Record, Turn, Word
-from alignvlm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from alignvlm_jax.data import examples, loader
+from alignvlm_jax.data.record import Record, Turn, Word
+from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from alignvlm_jax.models import vlm
 from tests.conftest import random_params, tiny_config, tiny_connector
 
@@ -38,11 +38,11 @@ def packed(request, tmp_path_factory):
     train = dataclasses.replace(config.train, batch_size=1)
     config = dataclasses.replace(config, model=model, data=data, train=train)
     parts = [
-        rows.build_part(record(number, size), "answer", np.random.default_rng(0), config, tokenizer)
+        examples.build_part(record(number, size), "answer", np.random.default_rng(0), config, tokenizer)
         for number, size in enumerate(SIZES, start=1)
     ]
     params = jax.device_put(random_params(vlm.VLM(config.model), vlm.abstract_batch(config)))
-    return config, params, parts, rows.join(parts, config, tokenizer), tokenizer
+    return config, params, parts, examples.join(parts, config, tokenizer), tokenizer
 
 
 def losses(config, params, batch) -> vlm.Losses:
@@ -58,9 +58,9 @@ def gradients(loss, x, batch) -> np.ndarray:
 @pytest.mark.parametrize("packed", ["align", *SLOTS_PER_TILE], indirect=True)
 def test_losses_are_those_of_each_record_in_a_row_of_its_own(packed):
     config, params, parts, row, tokenizer = packed
-    alone = pipeline.stack([rows.join([part], config, tokenizer) for part in parts])
+    alone = loader.stack([examples.join([part], config, tokenizer) for part in parts])
     run = jax.jit(functools.partial(losses, config, params))
-    together, apart = run(pipeline.stack([row])), run(alone)
+    together, apart = run(loader.stack([row])), run(alone)
     slots = config.model.slots_per_tile
     assert (row["tokens"] == config.model.image_token_id).sum() == 5 * slots
     tile = 0
@@ -76,7 +76,7 @@ def test_losses_are_those_of_each_record_in_a_row_of_its_own(packed):
 
 def test_no_gradient_reaches_the_pixels_of_another_record(packed):
     config, params, parts, row, _ = packed
-    batch = pipeline.stack([row])
+    batch = loader.stack([row])
 
     def loss(tiles, weights):
         return (losses(config, params, batch | {"tiles": tiles}).tokens.nll * weights).sum()
@@ -90,7 +90,7 @@ def test_no_gradient_reaches_the_pixels_of_another_record(packed):
 
 def test_no_gradient_reaches_the_embeddings_of_another_record(packed):
     config, params, parts, row, _ = packed
-    batch = pipeline.stack([row])
+    batch = loader.stack([row])
 
     def nll(model: vlm.VLM, x):
         hidden, _ = model.llm(x, batch["positions"], batch["segment_ids"])

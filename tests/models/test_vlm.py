@@ -14,10 +14,10 @@ from jax.extend import core as extend_core
 from jax.sharding import PartitionSpec
 
 from alignvlm_jax import config as config_lib
-from alignvlm_jax.data.schema import Batch
-from alignvlm_jax.models import connectors, llama, siglip, vlm
+from alignvlm_jax.data.record import Batch
+from alignvlm_jax.models import connectors, decoder, vit, vlm
+from alignvlm_jax.models.decoder import Llama
 from alignvlm_jax.models.layers import Einsum, LayerNorm, RMSNorm
-from alignvlm_jax.models.llama import Llama
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
 from tests.conftest import random_batch, random_params, tiny_config, tiny_connector
@@ -410,7 +410,7 @@ def rounded_between_modules(params: dict, batch: dict[str, np.ndarray]) -> vlm.O
     def intercept(method, args, kwargs, context):
         output = method(*args, **kwargs)
         is_rounded = context.method_name == "__call__" and isinstance(
-            context.module, (Einsum, LayerNorm, RMSNorm, siglip.Block, llama.Block)
+            context.module, (Einsum, LayerNorm, RMSNorm, vit.Block, decoder.Block)
         )
         return jax.tree.map(rounded, output) if is_rounded else output
 

@@ -12,7 +12,7 @@ import pytest
 from jax.experimental import topologies
 
 from alignvlm_jax import config as config_lib
-from alignvlm_jax.infer import sampler
+from alignvlm_jax.inference import sampler
 from alignvlm_jax.models import vlm
 from alignvlm_jax.ops import attention
 from alignvlm_jax.parallel import mesh as mesh_lib

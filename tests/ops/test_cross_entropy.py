@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from alignvlm_jax.ops import cross_entropy
-from alignvlm_jax.ops.blocks import Matrix
+from alignvlm_jax.ops.chunked import Matrix
 
 RNG = np.random.default_rng(0)
 ROWS, LENGTH, WIDTH, WORDS = 4, 6, 8, 10

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from alignvlm_jax.ops import blocks, vocab_average
-from alignvlm_jax.ops.blocks import Matrix
+from alignvlm_jax.ops import chunked, vocab_average
+from alignvlm_jax.ops.chunked import Matrix
 from alignvlm_jax.ops.vocab_average import Norm
 from alignvlm_jax.parallel import mesh as mesh_lib
 from tests.conftest import tiny_config
@@ -175,8 +175,8 @@ def test_gradients_are_summed_in_float32():
     x = jnp.ones((1024, 1), jnp.bfloat16)
 
     def total(head):
-        return blocks.map_rows(
-            lambda x, head, _: blocks.project("ND,DV->NV", x, head),
+        return chunked.map_rows(
+            lambda x, head, _: chunked.project("ND,DV->NV", x, head),
             x,
             Matrix.of(head, jnp.bfloat16),
             1,
@@ -221,10 +221,10 @@ def test_rows_per_block(devices):
     shards, halves = (4, 2) if devices == "mesh" else (1, 1)
     mib = 2.0  # 2**19 float32
     columns = 512 * halves
-    assert blocks.rows_per_block("plain", mib, 10**6, columns) is None
-    assert blocks.rows_per_block("auto", mib, 1024 * shards, columns) is None
-    assert blocks.rows_per_block("auto", mib, 1024 * shards + 1, columns) == 1024
-    assert blocks.rows_per_block("blockwise", mib, 100 * shards, columns) == 100
-    assert blocks.rows_per_block("auto", mib, 10**6, 1000 * halves) == 512  # of 524, a multiple of 128
-    assert blocks.rows_per_block("auto", mib, 10**6, 8192 * halves) == 64
-    assert blocks.rows_per_block("auto", mib, 10**6, 2**30 * halves) == 1
+    assert chunked.rows_per_block("plain", mib, 10**6, columns) is None
+    assert chunked.rows_per_block("auto", mib, 1024 * shards, columns) is None
+    assert chunked.rows_per_block("auto", mib, 1024 * shards + 1, columns) == 1024
+    assert chunked.rows_per_block("blockwise", mib, 100 * shards, columns) == 100
+    assert chunked.rows_per_block("auto", mib, 10**6, 1000 * halves) == 512  # of 524, a multiple of 128
+    assert chunked.rows_per_block("auto", mib, 10**6, 8192 * halves) == 64
+    assert chunked.rows_per_block("auto", mib, 10**6, 2**30 * halves) == 1

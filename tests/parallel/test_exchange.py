@@ -43,7 +43,7 @@ def test_little_is_told_and_nothing_is_kept_for_good(tmp_path):
     """A run asks the main process at every step; and most that hosts compare is the same everywhere."""
     done = joined.run(
         """
-        from alignvlm_jax.train.signals import StopSignal
+        from alignvlm_jax.train.hooks import StopSignal
         distributed.initialize()
         exchange.FORGET_EVERY = 20
         with StopSignal() as stop:
@@ -58,7 +58,7 @@ def test_little_is_told_and_nothing_is_kept_for_good(tmp_path):
         assert exchange.differing({"a": "x" * 10000}) == {}
         assert max(lengths) < 300, lengths
         distributed.leave()
-        """,
+""",
         3,
         tmp_path,
     )

@@ -11,8 +11,8 @@ from jax.sharding import AxisType
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.parallel import chips
 from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.plan import hardware
 from tests.parallel.fake_slices import FakeDevice, fake_slice
 
 
@@ -69,10 +69,10 @@ def test_two_axes_may_lie_along_one_link(config, asked):
     grid(config, asked, fake_slice("v5e", (4, 4, 1)))
 
 
-@pytest.mark.skipif(not chips.has_tpu_compiler(), reason="libtpu is not installed (requirements-tpu.txt)")
+@pytest.mark.skipif(not hardware.has_tpu_compiler(), reason="libtpu is not installed (requirements-tpu.txt)")
 @pytest.mark.parametrize("name", ["v5e:4x4", "v5p:2x2x4", "v6e:4x4"])
 def test_devices_that_are_compiled_for(config, name):
-    devices = chips.compile_only_devices(chips.parse_topology(name))
+    devices = hardware.compile_only_devices(hardware.parse_topology(name))
     mesh = mesh_lib.make_mesh(with_mesh(config, 1, 8, 2, batch_size=64), devices)
     assert set(mesh.devices.flat) == set(devices)
 

@@ -11,7 +11,6 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.models.connectors import REGISTRY
 from alignvlm_jax.parallel import mesh as mesh_lib
-from alignvlm_jax.parallel import mesh_sizes
 from alignvlm_jax.train import state
 from tests.conftest import tiny_config, tiny_connector
 
@@ -46,12 +45,12 @@ def asked(data: int, fsdp: int, tensor: int, widths: tuple[int, int] = (4096, 11
     ],
 )
 def test_open_axes(mesh, num_devices, num_slices, found):
-    assert mesh_sizes.resolve(asked(*mesh), num_devices, num_slices) == found
+    assert mesh_lib.resolve_sizes(asked(*mesh), num_devices, num_slices) == found
 
 
 def test_rows_of_a_microbatch_count():
     """64 rows at a time on 128 devices."""
-    assert mesh_sizes.resolve(asked(-1, -1, -1, accumulation=4), 128) == (1, 64, 2)
+    assert mesh_lib.resolve_sizes(asked(-1, -1, -1, accumulation=4), 128) == (1, 64, 2)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +68,7 @@ def test_rows_of_a_microbatch_count():
 )  # fmt: skip
 def test_what_does_not_fit_names_what_does(mesh, num_devices, num_slices, message):
     with pytest.raises(UserError, match=message):
-        mesh_sizes.resolve(asked(*mesh), num_devices, num_slices)
+        mesh_lib.resolve_sizes(asked(*mesh), num_devices, num_slices)
 
 
 @pytest.mark.parametrize("name", REGISTRY)
@@ -82,7 +81,7 @@ def test_what_sizes_are_chosen_by_is_what_the_rules_shard(name):
     model = dataclasses.replace(base.model, llm=llm, vision=vision, connector=connector)
     config = dataclasses.replace(base, model=model)
     params = state.abstract_params(vlm.VLM(model), config, mesh_lib.abstract(config, 1))
-    along = {"fsdp": mesh_sizes._widths(config), "tensor": mesh_sizes._heads(config)}
+    along = {"fsdp": mesh_lib._widths(config), "tensor": mesh_lib._heads(config)}
     common = {axis: math.gcd(*dimensions.values()) for axis, dimensions in along.items()}
     assert common == {"fsdp": 32, "tensor": 4 if name == "ovis" else 8}
     for path, x in state.flatten(params).items():
@@ -92,4 +91,4 @@ def test_what_sizes_are_chosen_by_is_what_the_rules_shard(name):
 
 def test_largest_fsdp():
     config = asked(-1, -1, 1)
-    assert [mesh_sizes.largest_fsdp(config, count) for count in (1, 3, 100, 128, 512)] == [1, 2, 64, 128, 128]
+    assert [mesh_lib.largest_fsdp(config, count) for count in (1, 3, 100, 128, 512)] == [1, 2, 64, 128, 128]

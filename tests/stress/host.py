@@ -92,27 +92,27 @@ def _tell_phases(events: Events) -> None:
 
 
 def _tell_batches(events: Events) -> None:
-    from alignvlm_jax.data import pipeline
+    from alignvlm_jax.data import loader
 
     parts, init, following = (
-        pipeline.TrainRows.parts,
-        pipeline.TrainBatches.__init__,
-        pipeline.TrainBatches.__next__,
+        loader.TrainRows.parts,
+        loader.TrainBatches.__init__,
+        loader.TrainBatches.__next__,
     )
 
     slow = float(os.environ.get("STRESS_SLOW", "0"))
 
-    def kept(self: pipeline.TrainRows, index: int) -> list:
+    def kept(self: loader.TrainRows, index: int) -> list:
         found = parts(self, index)
         ids = self.__dict__.setdefault("ids", {})
         ids[index] = [name for name, _ in found]
         return found
 
-    def begin(self: pipeline.TrainBatches, config, **kwargs) -> None:
+    def begin(self: loader.TrainBatches, config, **kwargs) -> None:
         init(self, config, **kwargs)
         self.stage = config.stage
 
-    def next_batch(self: pipeline.TrainBatches):
+    def next_batch(self: loader.TrainBatches):
         time.sleep(slow)
         row = self.next_row
         batch = following(self)
@@ -124,9 +124,9 @@ def _tell_batches(events: Events) -> None:
         events.write(stage=self.stage, row=row, rows=list(self._local_rows), ids=ids, digest=digest)
         return batch
 
-    pipeline.TrainRows.parts = kept
-    pipeline.TrainBatches.__init__ = begin
-    pipeline.TrainBatches.__next__ = next_batch
+    loader.TrainRows.parts = kept
+    loader.TrainBatches.__init__ = begin
+    loader.TrainBatches.__next__ = next_batch
 
 
 if __name__ == "__main__":

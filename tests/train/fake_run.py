@@ -22,7 +22,7 @@ from rich.console import Console
 
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config, MeshConfig, TrainConfig
-from alignvlm_jax.data import pipeline
+from alignvlm_jax.data import loader
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.train import checkpoint_files, loop, state, step
 from tests.conftest import random_batch, tiny_config
@@ -51,7 +51,7 @@ def stages(mesh: MeshConfig | None = None, **changes) -> tuple[Config, ...]:
 
 
 class Batches:
-    """Stands in for `pipeline.TrainBatches`: batch i of a stage is a pure function of the stage and i.
+    """Stands in for `loader.TrainBatches`: batch i of a stage is a pure function of the stage and i.
 
     `hook(step, batch)` is called before a batch is handed out, with the step of the run that it is for.
     """
@@ -100,10 +100,10 @@ def train(
     """Runs `loop.train` on random batches; returns what it printed. UserErrors have that in `printed`."""
     console = Console(file=io.StringIO(), soft_wrap=True, width=200)
     with (
-        mock.patch.object(pipeline, "TrainBatches", batches or Batches()),
-        mock.patch.object(pipeline, "by_source", lambda config: {"": config}),
-        mock.patch.object(pipeline, "ValidationBatches", validation),
-        mock.patch.object(pipeline, "TrainRows"),
+        mock.patch.object(loader, "TrainBatches", batches or Batches()),
+        mock.patch.object(loader, "by_source", lambda config: {"": config}),
+        mock.patch.object(loader, "ValidationBatches", validation),
+        mock.patch.object(loader, "TrainRows"),
         mock.patch.object(step, "compile_steps", _compile_steps),
         mock.patch.object(state, "init_params", _init_params),
     ):

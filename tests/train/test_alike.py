@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alignvlm_jax.data import index, sources, tokenizer_files
-from alignvlm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from alignvlm_jax.data import index, shards, tokenizers
+from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from tests.conftest import random_record
 from tests.parallel import joined
 from tests.pod import workload
@@ -47,11 +47,11 @@ def other_shard(folder: Path) -> None:
     """As many records, in as many bytes."""
     rng = np.random.default_rng(7)
     records = [random_record(rng, f"form-train-{i}", "form") for i in range(150)]
-    shard = folder / sources.shard_name("train", 0, 1)
+    shard = folder / shards.shard_name("train", 0, 1)
     size = shard.stat().st_size
-    sources.write_shard(shard, records)
+    shards.write_shard(shard, records)
     assert shard.stat().st_size == size
-    tokenizer = tokenizer_files.load(folder / "tokenizer.model")
+    tokenizer = tokenizers.load(folder / "tokenizer.model")
     index.write(index.index_path(shard), index.of_records(records, tokenizer, index.tokenizer_fingerprint(folder)))
 
 

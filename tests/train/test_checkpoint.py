@@ -22,6 +22,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.train import checkpoint, state
+from alignvlm_jax.train import restore as restore_lib
 from alignvlm_jax.train.checkpoint import BrokenCheckpoint, Checkpoints
 from tests.conftest import tiny_config
 from tests.parallel import joined
@@ -306,17 +307,17 @@ def test_another_layout_is_refused(tmp_path):
 
 def test_a_model_is_loaded_from_workdir_and_from_step(trained_workdir):
     for path in (trained_workdir, trained_workdir / checkpoint.FOLDER / "7"):
-        config, model, params, step = checkpoint.load_model(path, make_mesh(8, 1, 1))
+        config, model, params, step = restore_lib.load_model(path, make_mesh(8, 1, 1))
         assert (step, model.config) == (7, config.model)
         assert {"vision", "connector", "llm"} == params.keys()
         assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(params))
-    assert checkpoint.load_config(trained_workdir) == config
+    assert restore_lib.load_config(trained_workdir) == config
 
 
 @pytest.mark.parametrize("path", ["", "checkpoints/6", "nowhere"])
 def test_a_path_without_a_checkpoint_is_an_error_that_says_what_is_wanted(tmp_path, path):
     with pytest.raises(UserError, match="it must be a workdir with checkpoints/ in it, or one checkpoints/STEP"):
-        checkpoint.load_model(tmp_path / path, make_mesh(8, 1, 1))
+        restore_lib.load_model(tmp_path / path, make_mesh(8, 1, 1))
 
 
 def test_a_broken_newest_checkpoint_is_passed_over_when_a_model_is_loaded(trained_workdir, tmp_path, capsys):
@@ -325,15 +326,15 @@ def test_a_broken_newest_checkpoint_is_passed_over_when_a_model_is_loaded(traine
     fake_run.rename(workdir / checkpoint.FOLDER, 7, 8)
     shutil.copytree(trained_workdir / checkpoint.FOLDER, workdir / checkpoint.FOLDER, dirs_exist_ok=True)
     shutil.rmtree(workdir / checkpoint.FOLDER / "8" / "state" / "d")
-    assert checkpoint.load_model(workdir, make_mesh(8, 1, 1))[-1] == 7
+    assert restore_lib.load_model(workdir, make_mesh(8, 1, 1))[-1] == 7
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "/8 cannot be read" in message
     shutil.rmtree(workdir / checkpoint.FOLDER / "7" / "state")
     with pytest.raises(UserError, match="/7 cannot be read"):
-        checkpoint.load_model(workdir, make_mesh(8, 1, 1))
+        restore_lib.load_model(workdir, make_mesh(8, 1, 1))
     assert "/7 cannot be read" not in capsys.readouterr().err  # There is none before it.
     with pytest.raises(UserError, match="/8 cannot be read"):
-        checkpoint.load_model(workdir / checkpoint.FOLDER / "8", make_mesh(8, 1, 1))
+        restore_lib.load_model(workdir / checkpoint.FOLDER / "8", make_mesh(8, 1, 1))
     assert capsys.readouterr().err == ""
 
 
@@ -351,14 +352,14 @@ def test_a_checkpoint_that_a_run_removes_meanwhile_is_not_older_than_its_newest(
             raise BrokenCheckpoint("no such file")
         return candidate
 
-    assert checkpoint.read_newest(tmp_path / "run", read) == step + 2
+    assert restore_lib.read_newest(tmp_path / "run", read) == step + 2
     assert tried == [step, step + 2] and capsys.readouterr().err == ""
 
 
 def test_a_checkpoint_is_named_from_inside_its_folder(trained_workdir, monkeypatch):
     (step,) = Checkpoints(trained_workdir / "checkpoints", read_only=True).steps()
     monkeypatch.chdir(trained_workdir / "checkpoints" / str(step))
-    assert checkpoint.read_newest(storage.path("."), lambda checkpoints, found: found) == step
+    assert restore_lib.read_newest(storage.path("."), lambda checkpoints, found: found) == step
 
 
 def test_metadata_tells_where_a_checkpoint_came_from():

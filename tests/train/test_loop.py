@@ -16,7 +16,7 @@ import pytest
 
 from alignvlm_jax.config import MeshConfig
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.parallel import chips
+from alignvlm_jax.plan import hardware
 from alignvlm_jax.train import goodput, loop, step
 from tests.conftest import random_batch
 from tests.train import fake_run
@@ -68,7 +68,7 @@ def straight(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "make_train_step", counted("train", make_train_step))
         patch.setattr(step, "make_eval_step", counted("eval", make_eval_step))
-        patch.setitem(chips.KINDS, "cpu", "v5e")
+        patch.setitem(hardware.KINDS, "cpu", "v5e")
         printed = fake_run.train(workdir)
     assert traces == {"train": 2, "eval": 2}
     (workdir / "printed.txt").write_text(printed)
@@ -199,7 +199,7 @@ def test_answers_that_a_stop_cut_short_come_after_the_validation_that_was_logged
     stopping = {"at": 0}
 
     class Asker:
-        """Stands in for `spot_check.SpotCheck`; the score tells which parameters answered."""
+        """Stands in for `generation_eval.SpotCheck`; the score tells which parameters answered."""
 
         def __init__(self, *_):
             pass
@@ -283,7 +283,7 @@ def test_other_data_are_refused(straight, tmp_path, monkeypatch):
     shutil.copytree(straight, workdir)
     for other in (5, 6, 7, 8):
         shutil.rmtree(workdir / "checkpoints" / str(other), ignore_errors=True)
-    monkeypatch.setattr(loop.sources, "_fingerprint", lambda *_: "other")
+    monkeypatch.setattr(loop.shards, "_fingerprint", lambda *_: "other")
     with pytest.raises(UserError, match=r"was trained on data of fingerprint \w{8}, that of data/demo is other"):
         fake_run.train(workdir)
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from alignvlm_jax.benchmarks import generation_eval, scores
+from alignvlm_jax.benchmarks.questions import choose_questions
 from alignvlm_jax.config import Config, SourceConfig, TrainConfig
-from alignvlm_jax.data import images, pipeline, sources
+from alignvlm_jax.data import images, loader, shards
 from alignvlm_jax.data import index as index_lib
-from alignvlm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.eval import assistant, scores, spot_check
-from alignvlm_jax.eval.questions import choose_questions
-from alignvlm_jax.infer import sampler
+from alignvlm_jax.inference import assistant, sampler
 from alignvlm_jax.train import loop, step
 from tests.conftest import EVAL_QUESTION, random_record, tiny_config
 from tests.train import fake_run
@@ -40,9 +40,9 @@ def config(tmp_path_factory) -> Config:
     for name, count in (("a", 40), ("b", 24)):
         for split in ("train", "validation"):
             records = [random_record(rng, f"{name}{split}-{i}", "form") for i in range(count)]
-            path = root / name / sources.shard_name(split, 0, 1)
+            path = root / name / shards.shard_name(split, 0, 1)
             path.parent.mkdir(exist_ok=True)
-            sources.write_shard(path, records)
+            shards.write_shard(path, records)
             index_lib.write(index_lib.index_path(path), index_lib.of_records(records, tokenizer, fingerprint))
         (root / name / "prepare.json").write_text(name)
     base = tiny_config()
@@ -68,7 +68,7 @@ def config(tmp_path_factory) -> Config:
 
 def train(config: Config, workdir: Path, monkeypatch, stop_at: int | None = None) -> list[dict]:
     """The lines of training that a run leaves, stopped after a step, while it fetches the batch of the next."""
-    fetch = pipeline.TrainBatches.__next__
+    fetch = loader.TrainBatches.__next__
 
     def fetch_or_stop(batches):
         if stop_at and batches.next_row == 8 * stop_at:
@@ -76,7 +76,7 @@ def train(config: Config, workdir: Path, monkeypatch, stop_at: int | None = None
         return fetch(batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.TrainBatches, "__next__", fetch_or_stop)
+        patch.setattr(loader.TrainBatches, "__next__", fetch_or_stop)
         patch.setattr(step, "compile_steps", fake_run._compile_steps)
         try:
             loop.train((config,), workdir, Console(file=io.StringIO()))
@@ -98,7 +98,7 @@ def test_a_stopped_run_counts_and_learns_as_one_that_was_not(config, tmp_path, m
     for ours, theirs in zip(resumed, straight, strict=True):
         for name in (*COUNTERS, "loss", "grad_norm"):
             assert ours[name] == theirs[name], name
-    schedule = pipeline.TrainRows(config, "train").schedule
+    schedule = loader.TrainRows(config, "train").schedule
     picks = [pick for row in range(48) for pick in schedule.picks(row)]
     last = straight[-1]
     assert (last["records/a"], last["records/b"]) == (
@@ -126,7 +126,7 @@ def test_losses_and_generated_scores_by_source(config, tmp_path, monkeypatch):
     model = assistant.load(tmp_path)
     means = {}
     for name in "ab":
-        records = sources.RecordSource(config.data.sources[name].dir, "validation")
+        records = shards.RecordSource(config.data.sources[name].dir, "validation")
         questions = choose_questions(records, 4)
         pages = [images.decode_image(records[question.record].images[0], "") for question in questions]
         said = model.answer(pages, [question.turn.question for question in questions])
@@ -138,7 +138,7 @@ def test_losses_and_generated_scores_by_source(config, tmp_path, monkeypatch):
 
 def test_stages_without_questions_are_told_before_the_first_step(config, tmp_path, monkeypatch):
     """Of all stages, also of a later one."""
-    monkeypatch.setattr(spot_check.questions, "choose_questions", lambda records, count: [])
+    monkeypatch.setattr(generation_eval.questions, "choose_questions", lambda records, count: [])
     mute = dataclasses.replace(config, stage="mute", train=dataclasses.replace(config.train, generate_every=0))
     with pytest.raises(UserError, match=r"split 'validation' in .* has no questions .*generate_every=0 asks none"):
         loop.train((mute, config), tmp_path / "run", Console(file=io.StringIO()))
@@ -149,11 +149,11 @@ def test_stages_without_questions_are_told_before_the_first_step(config, tmp_pat
 def with_pages_alone(config, tmp_path) -> Config:
     """The config where source "b" has no questions, and pages whose words are not known; the task is to answer."""
     for split in ("train", "validation"):
-        path = tmp_path / sources.shard_name(split, 0, 1)
-        source = sources.RecordSource(config.data.sources["b"].dir, split)
+        path = tmp_path / shards.shard_name(split, 0, 1)
+        source = shards.RecordSource(config.data.sources["b"].dir, split)
         records = [dataclasses.replace(source[i], turns=(), lines=()) for i in range(len(source))]
-        sources.write_shard(path, records)
-        tokenizer = pipeline.load_tokenizer(config)
+        shards.write_shard(path, records)
+        tokenizer = loader.load_tokenizer(config)
         fingerprint = index_lib.tokenizer_fingerprint(config.data.dir)
         index_lib.write(index_lib.index_path(path), index_lib.of_records(records, tokenizer, fingerprint))
     mixture = {"a": config.data.sources["a"], "b": SourceConfig(dir=str(tmp_path))}
@@ -161,12 +161,12 @@ def with_pages_alone(config, tmp_path) -> Config:
 
 
 def test_a_source_of_no_use_to_the_tasks_is_no_part_of_validation(with_pages_alone):
-    assert list(pipeline.by_source(with_pages_alone)) == ["a"]
+    assert list(loader.by_source(with_pages_alone)) == ["a"]
     data = dataclasses.replace(
         with_pages_alone.data, tasks={"transcribe": 1.0}, sources={"b": with_pages_alone.data.sources["b"]}
     )
     with pytest.raises(UserError, match=r"none of 24 records in .* has text for config.data.tasks transcribe"):
-        pipeline.by_source(dataclasses.replace(with_pages_alone, data=data))
+        loader.by_source(dataclasses.replace(with_pages_alone, data=data))
 
 
 def test_what_was_not_seen_has_no_loss_and_is_not_asked(with_pages_alone, tmp_path, monkeypatch):

@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from alignvlm_jax.train.signals import StopSignal
+from alignvlm_jax.train.hooks import StopSignal
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

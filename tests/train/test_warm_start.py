@@ -11,7 +11,7 @@ from alignvlm_jax.config import ConnectorConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
-from alignvlm_jax.train import checkpoint, loop, optim, state, warm_start
+from alignvlm_jax.train import checkpoint, loop, optim, restore, state, warm_start
 from alignvlm_jax.train.checkpoint import Checkpoints
 
 STEP = 7
@@ -20,7 +20,7 @@ STEP = 7
 @pytest.fixture
 def start(trained_workdir):
     """Starts a stage from the trained workdir, with changes to its `load` and its connector."""
-    base = checkpoint.load_config(trained_workdir)
+    base = restore.load_config(trained_workdir)
 
     def start_from(load=(".*",), source=True, **connector):
         model_config = dataclasses.replace(base.model, connector=ConnectorConfig(**connector))
@@ -40,8 +40,8 @@ def start(trained_workdir):
 
 @pytest.fixture
 def stored(trained_workdir):
-    mesh = mesh_lib.make_mesh(checkpoint.load_config(trained_workdir))
-    return state.flatten(jax.tree.map(np.asarray, checkpoint.load_model(trained_workdir, mesh)[2]))
+    mesh = mesh_lib.make_mesh(restore.load_config(trained_workdir))
+    return state.flatten(jax.tree.map(np.asarray, restore.load_model(trained_workdir, mesh)[2]))
 
 
 def printed(table) -> dict[str, list[str]]:
@@ -90,7 +90,7 @@ def test_a_pattern_that_is_not_in_the_checkpoint_is_an_error(start):
 
 
 def test_other_shapes_are_an_error_that_names_both(trained_workdir):
-    config = checkpoint.load_config(trained_workdir)
+    config = restore.load_config(trained_workdir)
     vision = dataclasses.replace(config.model.vision, mlp_width=64)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vision=vision))
     model, tx = vlm.VLM(config.model), optim.make_optimizer(config)
@@ -104,7 +104,7 @@ def test_other_shapes_are_an_error_that_names_both(trained_workdir):
 
 def test_what_one_process_may_fail_to_read_is_agreed_on_before_anything_is_computed(trained_workdir, monkeypatch):
     """Else the others would have begun a program across all devices that this one never joins."""
-    config = checkpoint.load_config(trained_workdir)
+    config = restore.load_config(trained_workdir)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, load=("llm/.*",)))
     model, tx = vlm.VLM(config.model), optim.make_optimizer(config)
     order: list[str] = []

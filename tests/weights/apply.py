@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from alignvlm_jax.models.llama import Llama
-from alignvlm_jax.models.siglip import Siglip
+from alignvlm_jax.models.decoder import Llama
+from alignvlm_jax.models.vit import Siglip
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.train import state
 from alignvlm_jax.weights import load

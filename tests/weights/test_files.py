@@ -13,11 +13,12 @@ import pytest
 import scipy.ndimage
 from safetensors.numpy import load_file, save_file
 
-from alignvlm_jax.data import tokenizer_files
+from alignvlm_jax.data import tokenizers
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.train import state
-from alignvlm_jax.weights import gguf, gguf_tokenizer, load, mapping, positions, source, towers
+from alignvlm_jax.weights import load, mapping, source, towers
+from alignvlm_jax.weights.formats import gguf, gguf_tokenizer
 from tests.conftest import random_batch, random_params, tiny_config
 from tests.weights import folders
 from tests.weights.apply import run_llm, run_vision
@@ -106,7 +107,7 @@ def test_the_tokenizer_of_a_gguf(tmp_path):
     }
     (tmp_path / "here").mkdir()
     gguf_tokenizer.write_gguf_tokenizer(fields, tmp_path / "here")
-    tokenizer = tokenizer_files.load(tmp_path / "here")
+    tokenizer = tokenizers.load(tmp_path / "here")
     reference.encode_special_tokens = True
     assert tokenizer.encode(AWKWARD) == reference.encode(AWKWARD, add_special_tokens=False).ids
     assert tokenizer.specials.keys() == set(CHATML)
@@ -169,10 +170,10 @@ def test_a_big_vision_table_at_another_resolution(tmp_path):
 
 def test_bicubic_keeps_what_is_even_and_hits_its_points():
     table = np.arange(16, dtype=np.float32).reshape(16, 1)
-    assert positions.resample(table, (4, 4), (4, 4), "bicubic") is table
-    np.testing.assert_allclose(positions.resample(np.ones((16, 2)), (4, 4), (7, 5), "bicubic"), 1, atol=1e-6)
+    assert source.resample(table, (4, 4), (4, 4), "bicubic") is table
+    np.testing.assert_allclose(source.resample(np.ones((16, 2)), (4, 4), (7, 5), "bicubic"), 1, atol=1e-6)
     # Three times as many: the middle of each three stands on an old point.
-    grid = positions.resample(table, (4, 4), (12, 12), "bicubic").reshape(12, 12)
+    grid = source.resample(table, (4, 4), (12, 12), "bicubic").reshape(12, 12)
     np.testing.assert_allclose(grid[1::3, 1::3], table.reshape(4, 4), atol=1e-5)
 
 

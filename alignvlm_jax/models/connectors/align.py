@@ -16,7 +16,7 @@ from flax import linen as nn
 from alignvlm_jax.config import ModelConfig
 from alignvlm_jax.models.connectors.base import ConnectorOutput, PatchLabels, Product
 from alignvlm_jax.models.layers import Einsum, LayerNorm
-from alignvlm_jax.ops.blocks import Matrix, rows_per_block
+from alignvlm_jax.ops.chunked import Matrix, rows_per_block
 from alignvlm_jax.ops.cross_entropy import soft_cross_entropy
 from alignvlm_jax.ops.vocab_average import Norm, vocab_average, vocab_logits
 from alignvlm_jax.shapes import Array, Float

@@ -151,7 +151,7 @@ def test_xpk_knows_the_types():
 def test_an_image_holds_the_code_and_nothing_large(tmp_path):
     """As docker's client, and xpk, read .dockerignore."""
     large = ["data/shard", "runs/a/checkpoints/1", "weights/a", ".venv/bin/python", ".venv-tpu/lib/a", ".git/objects/a"]
-    kept = ["alignvlm_jax/data/sources.py", "alignvlm_jax/weights/names.py", "configs/stage2.py", "launch/common.sh"]
+    kept = ["alignvlm_jax/data/shards.py", "alignvlm_jax/weights/names.py", "configs/stage2.py", "launch/common.sh"]
     kept += ["requirements.txt", "requirements-tpu.txt", "launch/Dockerfile"]
     for name in [*large, *kept, "alignvlm_jax/__pycache__/a.pyc"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,223 @@
+"""Asks a model the questions of a benchmark, or of a split, there on blank pages too, and writes down what it says."""
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from alignvlm_jax.benchmarks import predictions, scores, tasks
+from alignvlm_jax.benchmarks.predictions import Predictions
+from alignvlm_jax.benchmarks.questions import Benchmark, Question, choose_questions
+from alignvlm_jax.config import Config
+from alignvlm_jax.data import chat, examples, images, shards
+from alignvlm_jax.data.record import Record
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.inference import loading
+from alignvlm_jax.inference.loading import Answer, Loaded, Prompts
+from alignvlm_jax.parallel import distributed
+
+PROMPT_MULTIPLE = 64  # tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A way to ask the questions of a split.
+
+    Attributes:
+      path: of its predictions.
+      header: what was done to the model or to what it sees.
+      page: of a record, the one that is shown in its place.
+      inputs: of a question, arrays that join its prompt.
+      variables: join the parameters.
+    """
+
+    path: Path
+    header: Mapping[str, Any]
+    page: Callable[[Record], Record] = lambda record: record
+    inputs: Callable[[Question], examples.Row] = lambda question: {}
+    variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Runner:
+    """Evaluates one model; every split has the same batch shape, so that generation is compiled once."""
+
+    def __init__(self, loaded: Loaded, config: Config):
+        """`config` may differ from the model's own in `eval` and `data.dir`."""
+        self._loaded = loaded
+        self._config = config
+        self._sampler = loaded.sampler()
+        most = config.eval.batch_size
+        self._batch_size = loading.batch_size(most, most, loaded.batch_ways)
+
+    def evaluate(self, split: str, blind: bool) -> Predictions:
+        """Returns the predictions on a split, and leaves them in the workdir; questions already answered by this very
+        checkpoint, in this very way, are not asked again.
+
+        Raises:
+          UserError: the split is missing or has no questions, or a question does not fit `data.row_length`.
+        """
+        path = predictions.path_of(loading.workdir_of(self._loaded.path), split, blind)
+        name = f"{split}, blank pages" if blind else split
+        trial = Trial(path, {"blind": blind})
+        return self.evaluate_trial(split, dataclasses.replace(trial, page=blank) if blind else trial, name)
+
+    def evaluate_trial(self, split: str, trial: Trial, name: str) -> Predictions:
+        """Returns the predictions on a split, as `evaluate` does, asked in any way; `name` is shown meanwhile."""
+        records = shards.RecordSource(self._config.data.dir, split)
+        questions = choose_questions(records, self._config.eval.num_questions)
+        if not questions:
+            raise UserError(f"split {split!r} in {self._config.data.dir} has no questions")
+        what = {"scorer_version": scores.SCORER_VERSION, "split": split, **trial.header}
+        header = self._header(self._config.data.dir, questions, "QUESTION", self._config.eval.max_new_tokens, what)
+        config = self._for_prompts(question.turn.question for question in questions)
+        return self._ask(trial.path, header, name, questions, lambda asked: self._answer(records, asked, trial, config))
+
+    def evaluate_task(self, benchmark: Benchmark) -> Predictions:
+        """Returns the predictions on a benchmark, as `evaluate` does on a split.
+
+        A question that cannot be asked, for its image is damaged or its prompt too long, has an empty prediction and a
+        `problem` in its row.
+
+        Raises:
+          UserError: no question can be asked.
+        """
+        task, questions = benchmark.task, benchmark.questions
+        max_new_tokens = task.max_new_tokens or self._config.eval.max_new_tokens
+        what = {"scorer_version": tasks.SCORER_VERSION, "task": task.name, "split": task.split}
+        prompt = task.prompt.format(question="QUESTION")
+        header = self._header(benchmark.directory, questions, prompt, max_new_tokens, what)
+        path = predictions.task_path(loading.workdir_of(self._loaded.path), task.name)
+        config = self._for_prompts(task.prompt.format(question=question.turn.question) for question in questions)
+        result = self._ask(
+            path,
+            header,
+            task.name,
+            questions,
+            lambda asked: self._answer_task(benchmark, asked, max_new_tokens, config),
+        )
+        if len(problems := result.problems()) == len(result.rows):
+            if distributed.is_main():
+                path.unlink()
+            raise UserError(f"task {task.name}: no question can be asked; the first: {problems[0]}")
+        return result
+
+    def _ask(
+        self,
+        path: Path,
+        header: dict[str, Any],
+        name: str,
+        questions: Sequence[Question],
+        answer: Callable[[Sequence[Question]], list[dict[str, Any]]],
+    ) -> Predictions:
+        """The rows that `answer` gives for each batch of the questions, as `collect` has them."""
+
+        def batches(done: int) -> Iterator[list[dict[str, Any]]]:
+            for start in range(done, len(questions), self._batch_size):
+                yield answer(questions[start : start + self._batch_size])
+
+        return predictions.collect(path, header, batches, name=name, count=len(questions), things="questions")
+
+    def _for_prompts(self, texts: Iterable[str]) -> Config:
+        """The config with rows that hold the longest of the prompts. A planned row has room for many records: padded to
+        it, a prompt would cost as much as all of them."""
+        config, tokenizer = self._config, self._loaded.tokenizer
+        if config.data.packing == "none":  # Little to gain; and in another shape sums are rounded in another way.
+            return config
+        num_slots, image_id = config.data.tiles_of_a_record * config.model.slots_per_tile, config.model.image_token_id
+        longest = max(len(chat.encode_prompt(tokenizer, text, num_slots, image_id)) for text in set(texts))
+        length = min(-(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE, config.data.row_length)
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, row_length=length))
+
+    def _answer(
+        self, records: Sequence[Record], questions: Sequence[Question], trial: Trial, config: Config
+    ) -> list[dict[str, Any]]:
+        def build(number: int) -> examples.Row:
+            question = questions[number]
+            page = trial.page(records[question.record])
+            prompt = examples.build_prompt(page, question.turn.question, config, self._loaded.tokenizer)
+            return prompt | trial.inputs(question)
+
+        prompts = Prompts(len(questions), build)
+        answers = self._generate(prompts, self._config.eval.max_new_tokens, trial.variables)
+        return [
+            _row(question, prediction)
+            | {
+                "score": scores.anls(prediction, question.turn.answers),
+                "exact": scores.exact_match(prediction, question.turn.answers),
+            }
+            for question, (prediction, _) in zip(questions, answers, strict=True)
+        ]
+
+    def _answer_task(
+        self, benchmark: Benchmark, questions: Sequence[Question], max_new_tokens: int, config: Config
+    ) -> list[dict[str, Any]]:
+        tokenizer = self._loaded.tokenizer
+
+        def build(number: int) -> examples.Row:
+            question = questions[number]
+            text = benchmark.task.prompt.format(question=question.turn.question)
+            return examples.build_prompt(benchmark.records[question.record], text, config, tokenizer)
+
+        def stand_in() -> examples.Row:
+            return examples.build_prompt(Image.new("RGB", (1, 1), "white"), "", config, tokenizer)
+
+        found = []
+        answers = self._generate(Prompts(len(questions), build, stand_in), max_new_tokens, {})
+        for question, (prediction, problem) in zip(questions, answers, strict=True):
+            row = _row(question, prediction) | ({} if problem is None else {"problem": problem})
+            rated = benchmark.task.rate(prediction, question.turn.answers)
+            found.append(row | {"known_as": question.known_as, "scores": rated})
+        return found
+
+    def _generate(self, prompts: Prompts, max_new_tokens: int, variables: Mapping[str, Any]) -> list[Answer]:
+        """What the model says to prompts."""
+        variables, tokenizer = {**self._loaded.variables, **variables}, self._loaded.tokenizer
+        return loading.answer(self._sampler, variables, tokenizer, prompts, self._batch_size, max_new_tokens)
+
+    def _header(
+        self,
+        directory: str | Path,
+        questions: Sequence[Question],
+        question: str,
+        max_new_tokens: int,
+        what: dict[str, Any],
+    ) -> dict[str, Any]:
+        """All that the predictions depend on, and what is needed to repeat them; `question` is how one is put."""
+        tokenizer = self._loaded.tokenizer
+        prompt = chat.encode_prompt(tokenizer, question, 1, self._config.model.image_token_id)
+        asked = json.dumps([(question.id, question.turn.question, question.turn.answers) for question in questions])
+        return {
+            "checkpoint": str(self._loaded.path),
+            "step": self._loaded.step,
+            # To the microsecond, this tells two runs apart that were written to the same workdir.
+            "train_seconds": self._loaded.metadata["train_seconds"],
+            "prompt": "".join(map(tokenizer.piece, prompt)),
+            "decoding": {"method": "greedy", "max_new_tokens": max_new_tokens},
+            "data": shards.fingerprint(directory),
+            **what,
+            "seed": self._config.seed,
+            "num_questions": len(questions),
+            "questions_crc32": zlib.crc32(asked.encode()),
+        }
+
+
+def _row(question: Question, prediction: str) -> dict[str, Any]:
+    return {
+        "id": question.id,
+        "record": question.record,
+        "kind": question.kind,
+        "question": question.turn.question,
+        "answers": list(question.turn.answers),
+        "prediction": prediction,
+    }
+
+
+def blank(record: Record) -> Record:
+    """Returns the record with white images of the same sizes and no words: what is answered then was guessed."""
+    sizes = [images.decode_image(image, record.id).size for image in record.images]
+    white = tuple(images.encode_png(Image.new("RGB", size, "white")) for size in sizes)
+    return dataclasses.replace(record, images=white, lines=())

@@ -1,0 +1,111 @@
+"""The scores of a checkpoint: a few numbers in `summary.json`, and tables to print."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.table import Table
+
+from alignvlm_jax import storage
+from alignvlm_jax.benchmarks.predictions import Predictions
+from alignvlm_jax.benchmarks.tasks import COLUMNS, TASKS, Task, TextTask
+from alignvlm_jax.inference.loading import Loaded
+from alignvlm_jax.train import metrics
+
+FILE = "summary.json"
+
+
+def summarize(
+    loaded: Loaded,
+    splits: Sequence[str],
+    results: Mapping[tuple[str, bool], Predictions],
+    of_tasks: Mapping[str, Predictions] | None = None,
+) -> dict[str, Any]:
+    """Returns what summary.json holds.
+
+    Args:
+      loaded: the model.
+      splits: the first one's scores have plain names (`anls`), the others' end in the split (`anls_unseen_fonts`).
+      results: predictions by split and blind; those missing leave their fields out.
+      of_tasks: predictions by task, which make the field `tasks`; there is none where there are none.
+    """
+    fields: dict[str, Any] = {}
+    for split in splits:
+        end = "" if split == splits[0] else f"_{split}"
+        if (split, False) in results:
+            asked = results[split, False]
+            fields |= {f"anls{end}": asked.mean("score"), f"exact_match{end}": asked.mean("exact")}
+            fields[f"num_eval{end}"] = len(asked.rows)
+        if (split, True) in results:
+            fields[f"anls_blind{end}"] = results[split, True].mean("score")
+    if of_tasks:
+        fields["tasks"] = {name: _of_task(result) for name, result in of_tasks.items()}
+    return fields | {
+        "train_seconds": loaded.metadata["train_seconds"],
+        "num_params": sum(x.size for x in jax.tree.leaves(loaded.params)),
+        "connector": loaded.config.model.connector.name,
+        "seed": loaded.config.seed,
+        "step": loaded.step,
+        "peak_memory_gib": metrics.peak_memory_gib(),
+    }
+
+
+def _of_task(result: Predictions) -> dict[str, Any]:
+    """Scores of the questions whose answers are known; none where the split does not tell them."""
+    totals = result.statistics()
+    scores = {name: totals.score(name) for name in totals.weights}
+    return scores | {"num_eval": len(result.rows), "num_problems": len(result.problems())}
+
+
+def write(workdir: Path, fields: Mapping[str, Any]) -> None:
+    """Writes summary.json, beside it first."""
+    storage.write_whole(workdir / FILE, json.dumps(fields, indent=2) + "\n")
+
+
+NONE = "-"
+
+
+def paper_table(results: Mapping[str, Predictions]) -> Table:
+    """Returns a row of the paper's table 1, in percent; it fits 80 characters. What was not asked, or has no known
+    answers, is a dash; so is the mean, which compares only if it is of all nine."""
+    found = columns(results)
+    mean = None if None in found.values() else sum(found.values()) / len(found)
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for column in (*found, "mean"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_row(*(_percent(score) for score in (*found.values(), mean)))
+    return table
+
+
+def columns(results: Mapping[str, Predictions]) -> dict[str, float | None]:
+    """Returns by column of the paper's table the mean of its tasks' own scores, None where one of them is missing."""
+    found: dict[str, float | None] = {}
+    for column in COLUMNS:
+        members = [task for task in TASKS.values() if task.column == column]
+        scores = [results[task.name].statistics().score(task.main_score) for task in members if task.name in results]
+        is_whole = len(scores) == len(members) and None not in scores
+        found[column] = sum(scores) / len(scores) if is_whole else None
+    return found
+
+
+def task_table(tasks: Sequence[Task | TextTask], results: Mapping[str, Predictions]) -> Table:
+    """Returns a row a task: its own score by name, the others, and how many questions were asked, or texts read."""
+    table = Table("task", "score", box=None)
+    for title in ("", "asked", "not asked"):
+        table.add_column(title, justify="right")
+    for task in tasks:
+        result, totals = results[task.name], results[task.name].statistics()
+        if isinstance(task, TextTask):
+            lines = [(f"{task.score}, less is better", f"{totals.score(task.score):.3f}  ")]
+        else:
+            lines = [(name, f"{_percent(totals.score(name))} %") for name in task.scores]
+        for number, line in enumerate(lines):
+            counts = ("", "") if number else (f"{len(result.rows):,}", f"{len(result.problems()):,}")
+            table.add_row("" if number else task.name, *line, *counts)
+    return table
+
+
+def _percent(score: float | None) -> str:
+    return NONE if score is None else f"{100 * score:.2f}"

@@ -1,0 +1,207 @@
+"""The benchmarks, an entry each: what is asked, of which split, and how answers are scored and handed in. Beside them
+held-out texts, of which nothing is asked."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import ClassVar
+
+from alignvlm_jax.benchmarks import scores
+from alignvlm_jax.benchmarks.scores.denotation import denotation_accuracy
+from alignvlm_jax.benchmarks.scores.numbers import amount_accuracy, relaxed_accuracy
+from alignvlm_jax.benchmarks.scores.text import covered_exact_match, covered_jaccard, fact_accuracy, field_f1
+from alignvlm_jax.benchmarks.scores.vqa import vqa_accuracy
+from alignvlm_jax.errors import UserError, nearest
+
+PLAIN = "{question}"
+"""As DocDownstream, which models of this kind are trained on, asks."""
+
+SHORT = "{question}\nAnswer the question using a single word or phrase."
+
+# Its question is the same for every image.
+COVERED_PROMPT = (
+    "What is the covered texts in the image? Please restore the covered texts without outputting the explanations."
+)
+
+TABLE_QUESTION = (
+    "You are asked to answer questions asked on an image.\n"
+    "You should answer the question with a single word.\n"
+    "Example: \n"
+    "Question: what was the only year mr. wu competed in the olympic games?\n"
+    "Answer: 2004\n"
+    "Question: which township in pope county, arkansas has the least amount of water area?\n"
+    "Answer: Freeman\n"
+    "If you have multiple answers, please separate them with || marks. Example: Apple||Banana||Tomato\n\n"
+    "Question: {question}\n"
+    "Answer:"
+)
+
+TABLE_FACT = (
+    "You are asked to answer whether the statement is True or False based on given image\n"
+    "You should only answer True or False.\n"
+    "Example: \n"
+    "Statement: the milwaukee buck win 6 game in the 2010 - 11 season\n"
+    "Answer: True\n"
+    "Statement: only the top team score above the average of 8.8\n"
+    "Answer: False\n\n"
+    "Statement: {question}\n"
+    "Answer:"
+)
+
+TABLE_AMOUNT = (
+    "You are asked to answer questions asked on a image.\n"
+    "You should answer the question within a single word or few words.\n"
+    "If units can be known, the answer should include units such as $, %, million and etc.\n"
+    "Example: \n"
+    "Question: What were the total financing originations for the fiscal year ended October 31, 2004?\n"
+    "Answer: $3,852 million\n"
+    "Question: What is the time period represented in the table?\n"
+    "Answer: October 31\n"
+    "Question: What was the percentage of net sales for selling, general and administrative expenses in 2006?\n"
+    "Answer: 34.2%\n"
+    "Question: {question}\n"
+    "Answer:"
+)
+
+SCORER_VERSION = "tasks/1"
+"""Stands in the header of the predictions on a task: raise it when a score of any answer to any task changes."""
+
+Score = Callable[[str, Sequence[str]], tuple[float, float]]
+"""Of a prediction and the accepted answers: what they add to the score's sum and to its weight."""
+
+
+def each(score: Callable[[str, Sequence[str]], float]) -> Score:
+    """Returns the score of which questions have the plain mean."""
+    return lambda prediction, answers: (score(prediction, answers), 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A benchmark.
+
+    Attributes:
+      name: how it is asked for.
+      split: of the shards that are asked.
+      scores: by name; the first is the benchmark's own.
+      folder: under the folder of all benchmarks, what `prepare` wrote; default: the name.
+      prompt: template of `prompts`.
+      answer: makes the answer of what the model says.
+      max_new_tokens: length of the longest answer in tokens; None: that of the model's config.
+      column: of the paper's table that it belongs to, "" for none. Several tasks of a column are averaged.
+      submission: the names that the id and the answer have in a file that is handed in.
+    """
+
+    name: str
+    split: str
+    scores: Mapping[str, Score]
+    folder: str = ""
+    prompt: str = PLAIN
+    answer: Callable[[str], str] = str.strip
+    max_new_tokens: int | None = None
+    column: str = ""
+    submission: tuple[str, str] = ("id", "answer")
+
+    @property
+    def main_score(self) -> str:
+        """The name of the benchmark's own score."""
+        return next(iter(self.scores))
+
+    def rate(self, said: str, answers: Sequence[str]) -> dict[str, tuple[float, float]]:
+        """Returns what an answer adds to the sum and the weight of each score: nothing to any sum where it is empty,
+        whatever the normaliser of a score makes of that; and nothing at all where no answer is known."""
+        if not answers:
+            return {}
+        answer = self.answer(said)
+        rated = {name: score(answer, answers) for name, score in self.scores.items()}
+        return rated if answer else {name: (0.0, weight) for name, (_, weight) in rated.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTask:
+    """Held-out text that the LLM, without any image, is to find likely: `text_bpb` measures it.
+
+    Attributes:
+      name: how it is asked for.
+      split: of the shards that are read.
+      folder: under the folder of all benchmarks, what `prepare` wrote; default: the name.
+      window: tokens that the LLM sees at once, or the row length of its stage where that is less. Values of different
+        windows do not compare: hence not the row length of whichever stage there was, but what real ones have room for.
+    """
+
+    name: str
+    split: str
+    folder: str = ""
+    window: int = 512
+
+    score: ClassVar[str] = "bits_per_byte"
+    """The name of its one score, of which less is better."""
+
+
+def _bars(text: str) -> str:
+    """Several answers as the denotation accuracy parts them."""
+    return text.strip().replace("||", "|")
+
+
+ANLS = {"anls": each(scores.anls), "exact_match": each(scores.exact_match)}
+DENOTATION = {"denotation_accuracy": each(denotation_accuracy), "exact_match": each(scores.exact_match)}
+FACT = {"accuracy": each(fact_accuracy), "exact_match": each(scores.exact_match)}
+FIELDS = {"f1": field_f1, "exact_match": each(scores.exact_match)}
+VQA = {"vqa_accuracy": each(vqa_accuracy), "exact_match": each(scores.exact_match)}
+RELAXED = {"relaxed_accuracy": each(relaxed_accuracy), "exact_match": each(scores.exact_match)}
+AMOUNT = {"relieved_accuracy": each(amount_accuracy), "exact_match": each(scores.exact_match)}
+COVERED = {"exact_match": covered_exact_match, "jaccard": covered_jaccard}
+
+RRC = ("questionId", "answer")
+"""Of rrc.cvc.uab.es, which scores the test sets of DocVQA and InfographicVQA."""
+
+EVAL_AI = ("question_id", "answer")
+
+# DocVQA, InfographicVQA and TextVQA on validation, all others on test, as in the paper's table 1. VLMEvalKit, which the
+# paper used, has no DeepForm, KLC, WTQ and TabFact: they are scored as their data sets are elsewhere.
+_ENTRIES = (
+    Task("docvqa", "validation", ANLS, prompt=SHORT, column="DocVQA", submission=RRC),
+    Task("docvqa_test", "test", ANLS, prompt=SHORT, submission=RRC),
+    Task("infovqa", "validation", ANLS, prompt=SHORT, column="InfoVQA", submission=RRC),
+    Task("infovqa_test", "test", ANLS, prompt=SHORT, submission=RRC),
+    Task("deepform", "test", FIELDS, column="DeepForm"),
+    Task("klc", "test", FIELDS, column="KLC"),
+    Task("wtq", "test", DENOTATION, answer=_bars, column="WTQ"),
+    Task("tabfact", "test", FACT, column="TabFact"),
+    Task("chartqa", "test", RELAXED, prompt=SHORT, column="ChartQA"),
+    Task("textvqa", "validation", VQA, prompt=SHORT, column="TextVQA", submission=EVAL_AI),
+    Task("textvqa_test", "test", VQA, prompt=SHORT, submission=EVAL_AI),
+    Task("fintabnetqa", "test", AMOUNT, prompt=TABLE_AMOUNT, column="TableVQA"),
+    Task("vtabfact", "test", FACT, prompt=TABLE_FACT, column="TableVQA"),
+    Task("vwtq", "test", DENOTATION, prompt=TABLE_QUESTION, answer=_bars, column="TableVQA"),
+    Task("vwtq_syn", "test", DENOTATION, prompt=TABLE_QUESTION, answer=_bars, column="TableVQA"),
+    Task("vcr_en_easy", "test", COVERED, prompt=COVERED_PROMPT, max_new_tokens=120),
+    Task("vcr_en_hard", "test", COVERED, prompt=COVERED_PROMPT, max_new_tokens=120),
+    Task("debian_tables", "validation", ANLS, folder="debian"),
+    Task("seen_fonts", "seen_fonts", ANLS, folder="demo"),
+    Task("unseen_fonts", "unseen_fonts", ANLS, folder="demo"),
+)
+TASKS = {task.name: task for task in _ENTRIES}
+TEXTS = {task.name: task for task in (TextTask("text_bpb", "validation", folder="debian"),)}
+COLUMNS = tuple(dict.fromkeys(task.column for task in _ENTRIES if task.column))
+"""Of the paper's table, in its order."""
+
+GROUPS = {"tablevqa": ("fintabnetqa", "vtabfact", "vwtq", "vwtq_syn")}
+"""Names that stand for several tasks."""
+
+NAMES = (*TASKS, *TEXTS, *GROUPS)
+"""All that can be asked for."""
+
+
+def find(names: Iterable[str]) -> list[Task | TextTask]:
+    """Returns the tasks of these names, each once.
+
+    Raises:
+      UserError: there is no task of a name.
+    """
+    found = {}
+    for name in names:
+        for member in GROUPS.get(name, (name,)):
+            task = TASKS.get(member) or TEXTS.get(member)
+            if task is None:
+                raise UserError(f"unknown task {name!r}{nearest(name, NAMES)}")
+            found[member] = task
+    return list(found.values())

@@ -1,0 +1,185 @@
+"""How well a model's LLM, without an image, predicts held-out text: bits per byte, before training and after.
+
+The text of a record is encoded with the token that begins every text in front, where the LLM has one, and cut into
+windows that follow each other: each begins with the last token of the one before, which is given and not predicted
+again. So every token is predicted once, but the first of a text that nothing stands before. The bits that this takes,
+divided by the bytes of the text in UTF-8, do not depend on the tokenizer; the longer the window, the fewer they are.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from alignvlm_jax.benchmarks import predictions
+from alignvlm_jax.benchmarks.predictions import Predictions
+from alignvlm_jax.benchmarks.tasks import TextTask
+from alignvlm_jax.data import chat, examples, index, loader, shards
+from alignvlm_jax.data.examples import Row
+from alignvlm_jax.data.record import Record
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.inference import loading
+from alignvlm_jax.inference.loading import Loaded
+from alignvlm_jax.models.vlm import VLM
+from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.parallel import sharding
+from alignvlm_jax.shapes import Array, Float
+
+SCORER_VERSION = "bits_per_byte/1"
+"""Stands in the header of what was measured: raise it when the value of any text changes."""
+
+BATCH_TOKENS = 4096
+"""Of a batch, on each device that rows are spread over: enough to keep it busy, and seconds on a small one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """What a record says, "" where that is not known; `record` is the record's index in its split."""
+
+    id: str
+    record: int
+    kind: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """A task with its texts; `directory` holds them."""
+
+    task: TextTask
+    directory: Path
+    texts: tuple[Text, ...]
+
+
+def open_text(task: TextTask, data: Path, count: int | None) -> HeldOut:
+    """Returns a task with the texts of all records, or of `count` that are spread evenly over the split.
+
+    Raises:
+      UserError: the task's folder or its split is not there, or no record has text.
+    """
+    directory = data / (task.folder or task.name)
+    records = shards.RecordSource(directory, task.split)
+    count = len(records) if count is None else min(count, len(records))
+    chosen = ((number, records[number]) for number in (i * len(records) // count for i in range(count)))
+    texts = tuple(Text(record.id, number, record.source, text_of(record)) for number, record in chosen)
+    if not any(text.text for text in texts):
+        raise UserError(f"split {task.split!r} in {directory}: none of {count:,} records has text")
+    return HeldOut(task, directory, texts)
+
+
+def text_of(record: Record) -> str:
+    """Returns the transcription of a record; of one without images, questions and first answers, each on a line of its
+    own. "" where it has none, or nothing but white space."""
+    if record.lines or record.images:
+        text = examples.transcription(record)
+    else:
+        said = (part for turn in record.turns for part in (turn.question, *turn.answers[:1]))
+        text = "\n".join(part for part in said if part)
+    return text if text.strip() else ""
+
+
+def windows(tokens: np.ndarray, length: int) -> list[np.ndarray]:
+    """Returns what the model reads of n tokens: at most `length` at once, and in each all but the first are to be
+    predicted. Every token but the first of all is so once."""
+    return [tokens[start : start + length] for start in range(0, len(tokens) - 1, length - 1)]
+
+
+class Reader:
+    """Measures texts with one model."""
+
+    def __init__(self, loaded: Loaded):
+        self._loaded = loaded
+        self._nll = jax.jit(functools.partial(_nll, loaded.model), out_shardings=sharding.replicated(loaded.mesh))
+
+    def measure(self, held_out: HeldOut) -> Predictions:
+        """Returns a row a text, whose score is (bits, bytes), and leaves them in the workdir; texts that this very
+        checkpoint has read in this very way are not read again. One without text has no score, and a `problem`."""
+        header = self._header(held_out)
+        path = predictions.task_path(loading.workdir_of(self._loaded.path), held_out.task.name)
+        name, texts, window = held_out.task.name, held_out.texts, header["window"]
+        size = self._batch_size(len(texts), window)
+
+        def measured(done: int) -> Iterator[list[dict[str, Any]]]:
+            return self._measured(texts[done:], window, size)
+
+        return predictions.collect(path, header, measured, name=name, count=len(texts), things="texts")
+
+    def _measured(self, texts: Sequence[Text], window: int, size: int) -> Iterator[list[dict[str, Any]]]:
+        """The rows of texts, those together that a batch of `size` windows finished."""
+        nats, finished = np.zeros(len(texts)), 0
+        for batch in _batches(self._windows(texts, window), size):
+            owners = [owner for owner, _ in batch]
+            np.add.at(nats, owners, self._nats([row for _, row in batch], size))
+            # The last one may have more windows.
+            last = owners[-1]
+            yield [_row(texts[i], nats[i]) for i in range(finished, last)]
+            finished = last
+        yield [_row(texts[i], nats[i]) for i in range(finished, len(texts))]
+
+    def _windows(self, texts: Sequence[Text], window: int) -> Iterator[tuple[int, Row]]:
+        """The windows of all texts as rows of the model, each with the number of its text."""
+        tokenizer = self._loaded.tokenizer
+        begin = chat.begin_ids(tokenizer)
+        for number, text in enumerate(texts):
+            tokens = np.array(begin + tokenizer.encode(text.text), np.int32)
+            for part in windows(tokens, window):
+                yield number, examples.build_text(part, window, tokenizer)
+
+    def _nats(self, batch: Sequence[Row], size: int) -> np.ndarray:
+        """float64 [n]: what the tokens of each row take, the first one's nothing; n is at most `size`."""
+        local_rows = sharding.rows_of_process(self._loaded.mesh, size)
+        arrays = loader.stack([batch[min(row, len(batch) - 1)] for row in local_rows.tolist()])
+        weights = np.stack([row["loss_weights"] for row in batch])
+        with mesh_lib.use(self._loaded.mesh):
+            nll = np.asarray(self._nll(self._loaded.variables, sharding.put_batch(arrays, self._loaded.mesh)))
+        return (nll[: len(batch)] * weights).sum(-1, dtype=np.float64)
+
+    def _batch_size(self, count: int, window: int) -> int:
+        """The rows of a batch for texts that have a window or more each."""
+        ways = self._loaded.batch_ways
+        return loading.batch_size(count, ways * max(BATCH_TOKENS // window, 1), ways)
+
+    def _header(self, held_out: HeldOut) -> dict[str, Any]:
+        """All that the values depend on."""
+        task, loaded = held_out.task, self._loaded
+        read = json.dumps([(text.id, text.text) for text in held_out.texts])
+        return {
+            "checkpoint": str(loaded.path),
+            "step": loaded.step,
+            # To the microsecond, this tells two runs apart that were written to the same workdir.
+            "train_seconds": loaded.metadata["train_seconds"],
+            "tokenizer": index.tokenizer_fingerprint(loaded.tokenizer.name),
+            "window": min(task.window, loaded.config.data.row_length),
+            "scorer_version": SCORER_VERSION,
+            "task": task.name,
+            "split": task.split,
+            "data": shards.fingerprint(held_out.directory),
+            "num_texts": len(held_out.texts),
+            "texts_crc32": zlib.crc32(read.encode()),
+        }
+
+
+def _nll(model: VLM, variables: Mapping, batch: Mapping[str, Array]) -> Float[Array, "B T"]:
+    return model.apply(variables, batch, method="losses").tokens.nll
+
+
+def _row(text: Text, nats: float) -> dict[str, Any]:
+    row = {"id": text.id, "record": text.record, "kind": text.kind}
+    if not text.text:
+        return row | {"scores": {}, "problem": f"record {text.id} has no text"}
+    return row | {"scores": {TextTask.score: [float(nats) / math.log(2), len(text.text.encode())]}}
+
+
+def _batches(items: Iterable[tuple[int, Row]], size: int) -> Iterator[list[tuple[int, Row]]]:
+    """Items by the `size`; the last ones may be fewer."""
+    items = iter(items)
+    while batch := list(itertools.islice(items, size)):
+        yield batch

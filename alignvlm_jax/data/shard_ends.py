@@ -1,0 +1,205 @@
+"""Where the records of ArrayRecord shards lie, so that one is one ranged read of a file that is never opened.
+
+A shard is a Riegeli file: a chunk for each record (`group_size:1`), a chunk of footers with their offsets, and a last
+block of 64 KiB, the postscript, that says where the footers are. The library reads local files only. So a record's
+chunk is put where it belongs into an empty file in memory, with the ends of the shard, and the library reads that: it
+decodes and compares checksums as ever.
+"""
+
+import os
+import struct
+import tempfile
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from array_record.python import array_record_module
+
+from alignvlm_jax.data import filesystem
+from alignvlm_jax.errors import UserError
+
+BLOCK, BLOCK_HEADER = 1 << 16, 24
+CHUNK_HEADER = struct.Struct("<QQQQQ")  # hash, bytes, their hash, type and number of records, decoded bytes
+CODECS = {0: "", ord("b"): "brotli", ord("z"): "zstd"}
+FOOTER_BYTES = 2 * BLOCK
+"""Read with the postscript: the footers of some 20,000 records."""
+MAX_FOOTER_BYTES = 1 << 30
+FIELDS = (8, 16, 24)
+"""The tags of a footer's offset, decoded size and number of records."""
+SIGNATURE = bytes.fromhex(
+    "83af70d10d884a3f0000000000000000400000000000000091bac23c9287e1a90000000000000000e19f13c0e9b1c372"
+    "73000000000000000000000000000000"
+)
+"""The first bytes of every Riegeli file."""
+READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0,footer_prefetch_bytes:0"
+
+
+class Ends(NamedTuple):
+    """What a shard has behind its records, without the zeros that fill it up."""
+
+    size: int  # of the whole shard, in bytes
+    begins: np.ndarray  # int64 [R + 1]: record r is in bytes begins[r] to begins[r + 1]; the footers come then
+    footers: bytes
+    postscript: bytes
+
+
+class Table(NamedTuple):
+    """The ends of S shards with R records, one shard after another."""
+
+    sizes: np.ndarray  # int64 [S]
+    counts: np.ndarray  # int64 [S], records
+    begins: np.ndarray  # int64 [R + S], `Ends.begins`
+    footers: np.ndarray  # uint8, all of them
+    footer_starts: np.ndarray  # int64 [S + 1]
+    postscripts: np.ndarray  # uint8
+    postscript_starts: np.ndarray  # int64 [S + 1]
+
+    def ends(self, shard: int) -> Ends:
+        """Returns those of one shard."""
+        start = int(self.counts[:shard].sum()) + shard
+        return Ends(
+            int(self.sizes[shard]),
+            self.begins[start : start + int(self.counts[shard]) + 1],
+            self.footers[self.footer_starts[shard] : self.footer_starts[shard + 1]].tobytes(),
+            self.postscripts[self.postscript_starts[shard] : self.postscript_starts[shard + 1]].tobytes(),
+        )
+
+
+def table(ends: Sequence[Ends]) -> Table:
+    """Returns the table of shards in their order."""
+    footers, postscripts = [end.footers for end in ends], [end.postscript for end in ends]
+    return Table(
+        np.array([end.size for end in ends], np.int64),
+        np.array([len(end.begins) - 1 for end in ends], np.int64),
+        np.concatenate([np.zeros(0, np.int64), *(end.begins for end in ends)]),
+        np.frombuffer(b"".join(footers), np.uint8),
+        np.cumsum([0, *map(len, footers)], dtype=np.int64),
+        np.frombuffer(b"".join(postscripts), np.uint8),
+        np.cumsum([0, *map(len, postscripts)], dtype=np.int64),
+    )
+
+
+def read_ends(path: str | os.PathLike, size: int) -> Ends:
+    """Reads the ends of a shard of so many bytes, by one request or, of one with many records, two.
+
+    Raises:
+      UserError: they are damaged, or a chunk holds several records.
+      OSError: they cannot be read.
+    """
+    begin = max(0, size - BLOCK - FOOTER_BYTES)
+    tail = filesystem.read_range(path, begin, size)
+    postscript = tail[-BLOCK:]
+    try:
+        values = _varints(_decode(postscript, size - BLOCK)[1])
+        footer = int(values[1])
+        if values[0] != FIELDS[0] or not 0 < footer < size - BLOCK:
+            raise ValueError(f"no footers at byte {footer}")
+        if footer < begin:
+            tail = filesystem.read_range(path, footer, begin) + tail
+            begin = footer
+        footers = tail[footer - begin : -BLOCK]
+        begins = np.append(_offsets(footers, footer), footer)
+        if (np.diff(begins) <= 0).any() or (len(begins) > 1 and begins[0] < len(SIGNATURE)):
+            raise ValueError("records overlap")
+    except (ValueError, IndexError, KeyError, struct.error, pa.ArrowException) as err:
+        raise UserError(f"cannot read {path} ({' '.join(str(err).split())})") from err
+    return Ends(size, begins, footers.rstrip(b"\0"), postscript.rstrip(b"\0"))
+
+
+def decode(ends: Ends, index: int, content: bytes) -> bytes:
+    """Returns a record out of the bytes that `ends.begins` names; RuntimeError where they are damaged."""
+    file = _memory_file()
+    try:
+        os.ftruncate(file, ends.size)
+        parts = {
+            0: SIGNATURE,
+            int(ends.begins[index]): content,
+            int(ends.begins[-1]): ends.footers,
+            ends.size - BLOCK: ends.postscript,
+        }
+        for at, part in parts.items():
+            os.pwrite(file, part, at)
+        reader = array_record_module.ArrayRecordReader(f"/dev/fd/{file}", READER_OPTIONS)
+        try:
+            return reader.read([index])[0]
+        finally:
+            reader.close()
+    finally:
+        os.close(file)
+
+
+def _memory_file() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("record")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _offsets(footers: bytes, at: int) -> np.ndarray:
+    """The offsets in a chunk of footers, the first record of which says what kind they are."""
+    sizes, values = _decode(footers, at)
+    fields = _varints(values[int(sizes[0]) :]).reshape(-1, 2 * len(FIELDS))
+    if len(fields) != len(sizes) - 1 or (fields[:, ::2] != FIELDS).any():
+        raise ValueError("footers of another kind")
+    if (fields[:, 5] != 1).any():
+        raise ValueError(f"chunks of {fields[:, 5].max()} records; write one each (group_size:1)")
+    return fields[:, 1]
+
+
+def _decode(content: bytes, at: int) -> tuple[np.ndarray, bytes]:
+    """The sizes of the records of a simple chunk that begins at byte `at` of its file, and the records."""
+    chunk = _without_block_headers(content, at)
+    _, num_bytes, _, kind, decoded = CHUNK_HEADER.unpack_from(chunk)
+    data = chunk[CHUNK_HEADER.size : CHUNK_HEADER.size + num_bytes]
+    if kind & 0xFF != ord("r") or len(data) != num_bytes:
+        raise ValueError(f"no chunk of records at byte {at}")
+    codec = CODECS[data[0]]
+    num_sizes, start = _varint(data, 1)
+    sizes = _varints(_decompress(codec, data[start : start + num_sizes]))
+    values = _decompress(codec, data[start + num_sizes :])
+    if len(sizes) != kind >> 8 or len(values) != decoded or sizes.sum() != decoded:
+        raise ValueError(f"a damaged chunk at byte {at}")
+    return sizes, values
+
+
+def _without_block_headers(content: bytes, at: int) -> bytes:
+    """Each block begins with a header, which interrupts the chunk that stands there."""
+    first = -at % BLOCK
+    blocks = range(first, len(content), BLOCK)
+    return b"".join([content[:first], *(content[block + BLOCK_HEADER : block + BLOCK] for block in blocks)])
+
+
+def _decompress(codec: str, content: bytes) -> bytes:
+    if not codec:
+        return content
+    size, start = _varint(content, 0)
+    if size > MAX_FOOTER_BYTES:
+        raise ValueError(f"footers of {size} bytes")
+    try:
+        return pa.Codec(codec).decompress(content[start:], size).to_pybytes()
+    except OSError as err:  # also where nothing is wrong but the content
+        raise ValueError(err) from err
+
+
+def _varint(content: bytes, at: int) -> tuple[int, int]:
+    """The number that begins at a byte, and where it ends."""
+    value = shift = 0
+    while content[at] & 0x80:
+        value |= (content[at] & 0x7F) << shift
+        shift += 7
+        at += 1
+    return value | content[at] << shift, at + 1
+
+
+def _varints(content: bytes) -> np.ndarray:
+    """Numbers of 7 bits a byte, the lowest first; the highest bit of a byte says that the number goes on."""
+    digits = np.frombuffer(content, np.uint8).astype(np.int64)
+    lasts = np.flatnonzero(digits < 0x80)
+    if not len(lasts):
+        return np.zeros(0, np.int64)
+    if lasts[-1] != len(digits) - 1:
+        raise ValueError("a number without an end")
+    firsts = np.append(0, lasts[:-1] + 1)
+    places = np.arange(len(digits)) - np.repeat(firsts, lasts - firsts + 1)
+    return np.add.reduceat((digits & 0x7F) << (7 * places), firsts)

@@ -1,0 +1,160 @@
+"""A trained model from its checkpoint, on the devices of this machine, and its answers to prompts."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from alignvlm_jax import storage
+from alignvlm_jax.config import Config
+from alignvlm_jax.data import chat, loader
+from alignvlm_jax.data.examples import Row
+from alignvlm_jax.data.tokenizers.base import Tokenizer
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.inference.sampler import Sampler
+from alignvlm_jax.models.vlm import VLM
+from alignvlm_jax.parallel import distributed, exchange
+from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.train import checkpoint, restore
+from alignvlm_jax.train.state import Params
+from alignvlm_jax.weights import initial
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model and what belongs to it. `path` is its checkpoint folder, `metadata` that of `checkpoint.describe`."""
+
+    path: Path
+    step: int
+    metadata: dict[str, Any]
+    config: Config
+    tokenizer: Tokenizer
+    mesh: Mesh
+    model: VLM
+    params: Params
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What `model.apply` takes."""
+        return {"params": self.params}
+
+    def sampler(self, end_ids: tuple[int, ...] | None = None) -> Sampler:
+        """Returns a generator of answers, by default to the tokens that end one; it compiles once for each shape of
+        batch."""
+        end_ids, pad_id = end_ids or chat.stop_ids(self.tokenizer), self.tokenizer.pad_id
+        return Sampler(self.model, self.mesh, end_ids=end_ids, pad_id=pad_id)
+
+    @property
+    def batch_ways(self) -> int:
+        """Over how many devices the rows of a batch are spread: it must divide the batch."""
+        return mesh_lib.batch_ways(self.mesh)
+
+
+def load_config(path: Path, data_dir: str | None = None) -> Config:
+    """Returns the config of the stage that wrote a checkpoint; `data_dir` replaces where it looked for its data. What
+    `convert` wrote has its tokenizer with it, wherever it was moved."""
+    config = restore.load_config(path)
+    beside = workdir_of(path) / initial.TOKENIZER
+    if beside.is_dir():
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(beside)))
+    return config if data_dir is None else _with_data_dir(config, data_dir)
+
+
+def load(path: Path, config: Config) -> Loaded:
+    """Loads a model.
+
+    Args:
+      path: a workdir, whose newest checkpoint is taken, or one checkpoint folder `checkpoints/STEP`.
+      config: of `load_config`, for its mesh and `data.dir`. The rest of `Loaded.config` is that of the checkpoint whose
+        parameters were read: another one, where those of the newest are damaged.
+
+    Raises:
+      UserError: there is no readable checkpoint, or its tokenizer is missing.
+    """
+    path_of_tokenizer = loader.tokenizer_path(config)
+    distributed.check_alike({f"tokenizer {path_of_tokenizer}": functools.partial(loader.tokenizer_contents, config)})
+    tokenizer = loader.load_tokenizer(config)
+    mesh = mesh_lib.for_inference(config)
+    trained, model, params, step = restore.load_model(path, mesh)
+    path = workdir_of(path) / checkpoint.FOLDER / str(step)
+    metadata = restore.read_newest(path, lambda checkpoints, step: checkpoints.metadata(step))
+    return Loaded(path, step, metadata, _with_data_dir(trained, config.data.dir), tokenizer, mesh, model, params)
+
+
+def workdir_of(path: Path) -> Path:
+    """Returns the workdir that a workdir or a checkpoint folder of it names."""
+    # Not path.parent.parent: of "7", from inside the folder of checkpoints, that would be ".".
+    if (path / checkpoint.FOLDER).is_dir():
+        return path
+    return path.parent.parent if storage.is_bucket(path) else Path(os.path.normpath(path / ".." / ".."))
+
+
+def _with_data_dir(config: Config, data_dir: str) -> Config:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, dir=data_dir))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Prompts of one shape. Each is built when its turn comes, and only by the processes that feed its row: a page is
+    decoded on one host, not on all.
+
+    Attributes:
+      count: how many there are.
+      build: returns the prompt of a number from 0; UserError where it cannot be built.
+      stand_in: returns what is asked in the place of such a one; without it the error is raised.
+    """
+
+    count: int
+    build: Callable[[int], Row]
+    stand_in: Callable[[], Row] | None = None
+
+
+class Answer(NamedTuple):
+    """What the model says, or "" and why it could not be asked."""
+
+    text: str
+    problem: str | None = None
+
+
+def answer(
+    sampler: Sampler, variables: Mapping, tokenizer: Tokenizer, prompts: Prompts, size: int, max_new_tokens: int
+) -> list[Answer]:
+    """Returns the answers to all prompts, in batches of `size` rows. A short one repeats its last row, which ends when
+    its twin does, so that every batch has one shape and none takes longer for it. Of several processes all call this,
+    and each gets all answers."""
+    local_rows, answers = sampler.rows_of_process(size), []
+    for start in range(0, prompts.count, size):
+        rows, problems = _build(prompts, np.minimum(start + local_rows, prompts.count - 1).tolist())
+        # Where the tensor axis crosses hosts several of them report the same one.
+        problems = {int(number): why for told in exchange.gather(problems) for number, why in told.items()}
+        tokens_BT = sampler.generate(variables, loader.stack(rows), max_new_tokens)
+        for number, tokens_T in enumerate(tokens_BT[: prompts.count - start], start):
+            text = "" if number in problems else tokenizer.decode(tokens_T)
+            answers.append(Answer(text, problems.get(number)))
+    return answers
+
+
+def _build(prompts: Prompts, numbers: Sequence[int]) -> tuple[list[Row], dict[int, str]]:
+    """The prompts of these numbers, one of them repeated maybe, and why some could not be built."""
+    built: dict[int, Row] = {}
+    problems: dict[int, str] = {}
+    for number in dict.fromkeys(numbers):
+        try:
+            built[number] = prompts.build(number)
+        except UserError as err:
+            if prompts.stand_in is None:
+                raise
+            built[number] = prompts.stand_in()
+            problems[number] = str(err)
+    return [built[number] for number in numbers], problems
+
+
+def batch_size(count: int, most: int, ways: int) -> int:
+    """Returns the rows of a batch for `count` prompts, `most` or a few more: each of `ways` devices that rows are
+    spread over needs as many."""
+    return -(-min(count, max(most, ways)) // ways) * ways

@@ -1,0 +1,94 @@
+"""Asks a model what the patches of pages say."""
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from PIL import Image
+
+from alignvlm_jax.config import Config
+from alignvlm_jax.data import images
+from alignvlm_jax.data.images import Tiles
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.inference import tiles as tiles_lib
+from alignvlm_jax.inference.loading import Loaded
+from alignvlm_jax.models import connectors
+from alignvlm_jax.models.vlm import VLM
+from alignvlm_jax.pictures.patch_map import Lens
+from alignvlm_jax.shapes import Array, Float, Int
+
+NUM_TOKENS = 8
+
+
+def has_words(config: Config) -> bool:
+    """Returns whether the model's connector gives patches a distribution over the vocabulary."""
+    connector = config.model.connector
+    return hasattr(connectors.get(connector.name), "probabilities") and connector.weights == "softmax"
+
+
+def check(config: Config) -> None:
+    """Raises UserError if the model's connector has no distribution over the vocabulary."""
+    connector = config.model.connector
+    if not has_words(config):
+        name = f"{connector.name!r}" + (f" of {connector.weights} weights" if connector.weights != "softmax" else "")
+        raise UserError(f"connector {name} gives patches no distribution over words: there is nothing to read")
+
+
+def look(loaded: Loaded, pages: Sequence[Image.Image], num_tokens: int = NUM_TOKENS) -> list[Lens]:
+    """Returns a lens for each page, RGB: of the tiles that the model would be asked with.
+
+    Raises:
+      UserError: the model's connector has no distribution over the vocabulary.
+    """
+    config = loaded.config
+    check(config)
+    data = config.data
+    cut = [images.tile_image(page, config.model.vision, data.tiles_of_a_record, data.use_overview) for page in pages]
+    read = functools.partial(_read, count=min(num_tokens, config.model.llm.num_words))
+    # A tile a device at a time: a page's distributions over 128 K words take 3.7 GB.
+    parts = tiles_lib.map_tiles(loaded, read, {"tiles": np.concatenate([tiles.pixels for tiles in cut])})
+    seen = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+    ends = np.cumsum([len(tiles.pixels) for tiles in cut])[:-1]
+    by_page = zip(*(np.split(array, ends) for array in seen), strict=True)
+    return [_lens(page, tiles, loaded, *arrays) for page, tiles, arrays in zip(pages, cut, by_page, strict=True)]
+
+
+def _read(
+    model: VLM, variables: Mapping, batch: Mapping[str, Array], *, count: int
+) -> tuple[Int[Array, "B P K"], Float[Array, "B P K"], Float[Array, "B P"]]:
+    """The likeliest tokens [B, P, K] of one tile a row, their probabilities, and entropies in bits."""
+    probabilities_BPV = model.apply(variables, batch, method="patch_probabilities")[:, 0]
+    likeliest, tokens = jax.lax.top_k(probabilities_BPV, count)
+    return tokens, likeliest, jax.scipy.special.entr(probabilities_BPV).sum(-1) / jnp.log(2.0)
+
+
+def _lens(
+    page: Image.Image,
+    tiles: Tiles,
+    loaded: Loaded,
+    tokens_TPK: np.ndarray,
+    probabilities_TPK: np.ndarray,
+    entropies_TP: np.ndarray,
+) -> Lens:
+    vision, data = loaded.config.model.vision, loaded.config.data
+    rows, columns = vision.patch_grid
+    size = np.array([vision.patch_width, vision.patch_height])
+    corners = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), -1).reshape(-1, 2) * size
+    crops, scales = tiles.crops[:, None], tiles.scales[:, None]
+    left_top = crops[..., :2] + corners / scales
+    right_bottom = np.minimum(crops[..., :2] + (corners + size) / scales, crops[..., 2:])
+    drawn = (right_bottom > left_top).all(-1)
+    is_overview = np.zeros_like(drawn)
+    is_overview[0] = data.use_overview and len(drawn) > 1
+    return Lens(
+        page,
+        np.concatenate([left_top, right_bottom], -1)[drawn],
+        tokens_TPK[drawn],
+        probabilities_TPK[drawn],
+        entropies_TP[drawn],
+        is_overview[drawn],
+        loaded.tokenizer,
+        loaded.config.model.llm.num_words,
+    )

@@ -1,0 +1,39 @@
+"""`prepare` under Apache Beam, where one machine is too small: any runner, the same parts to the byte."""
+
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.ingest.formats.base import Unit
+from alignvlm_jax.ingest.job import Runner
+from alignvlm_jax.ingest.writer import PartWriter
+
+try:
+    import apache_beam
+    from apache_beam.options.pipeline_options import PipelineOptions
+except ImportError:
+    apache_beam = None
+
+
+def on_runner(name: str, flags: list[str]) -> Runner:
+    """Returns what runs a writer under Beam. All workers see the writer's folder: it lies on a shared disk or a mounted
+    bucket.
+
+    Args:
+      name: of Beam's runner, as DirectRunner or DataflowRunner.
+      flags: Beam's own.
+
+    Raises:
+      UserError: Beam is not installed, or knows no such runner or flag.
+    """
+    if apache_beam is None:
+        raise UserError("Apache Beam is not installed; `make beam` puts it into .venv-beam (requirements-beam.txt)")
+    try:
+        options = PipelineOptions([f"--runner={name}", *flags])
+        apache_beam.runners.create_runner(name)
+    except (ValueError, ImportError, AttributeError) as err:
+        raise UserError(f"Apache Beam has no runner {name!r} with flags {flags} ({err})") from err
+
+    def run(writer: PartWriter, tasks: list[tuple[int, Unit]]) -> None:
+        with apache_beam.Pipeline(options=options) as pipeline:
+            # Reshuffled: Create makes one bundle of its values, and one worker would do it all.
+            _ = pipeline | apache_beam.Create(tasks) | apache_beam.Reshuffle() | apache_beam.FlatMap(writer)
+
+    return run

@@ -1,0 +1,17 @@
+"""Formats of data sets by name. Adding one is a file here and a line in `REGISTRY`."""
+
+from alignvlm_jax.ingest.formats.base import Format
+from alignvlm_jax.ingest.formats.jsonl import Jsonl
+from alignvlm_jax.ingest.formats.messages import DocDownstream, Llava
+from alignvlm_jax.ingest.formats.parquet import Parquet
+from alignvlm_jax.ingest.formats.pdf.document import Pdf
+from alignvlm_jax.ingest.formats.webdataset import WebDataset
+
+REGISTRY: dict[str, type[Format]] = {
+    "jsonl": Jsonl,
+    "docdownstream": DocDownstream,
+    "llava": Llava,
+    "parquet": Parquet,
+    "webdataset": WebDataset,
+    "pdf": Pdf,
+}

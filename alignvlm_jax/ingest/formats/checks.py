@@ -1,0 +1,101 @@
+"""What every record has to pass, whatever its format: so that training meets nothing that it cannot use."""
+
+import dataclasses
+import io
+import warnings
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from alignvlm_jax.data import images
+from alignvlm_jax.data.record import Record, Turn
+from alignvlm_jax.ingest.formats.base import Reject
+
+MAX_PIXELS = 64_000_000
+"""A page of A2 at 300 dpi has 35 million. Decoding needs up to 28 bytes a pixel (32-bit gray)."""
+
+MAX_TEXT_BYTES = 65_536
+MAX_ID_BYTES = 1024
+FILE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+"""Pillow knows others, some of which call programs (EPS)."""
+
+
+def check(record: Record, needs_answers: bool = True) -> Record:
+    """Returns the record with the answers and turns that can be used: those with an answer, unless it is to be asked
+    only, as of a test set that does not tell its answers.
+
+    Raises:
+      Reject: an image that cannot be decoded, a text that is too long or no Unicode, or nothing to learn.
+    """
+    _check_text(record.id, "id", MAX_ID_BYTES)
+    if not record.id:
+        raise Reject("the id is empty")
+    turns = tuple(turn for turn in map(_usable, record.turns) if turn.answers or not needs_answers)
+    for turn in turns:
+        for text in (turn.question, *turn.answers):
+            _check_text(text, "question or answer", MAX_TEXT_BYTES)
+    pages = [" ".join(word.text for line in page for word in line) for page in record.lines]
+    for page in pages:
+        _check_text(page, "the words of a page", MAX_TEXT_BYTES)
+    if not turns and not any(page.strip() for page in pages):
+        raise Reject("nothing to learn: no answer and no words")
+    if record.lines and len(record.lines) != len(record.images):
+        raise Reject(f"words of another number of images ({len(record.lines)} for {len(record.images)})")
+    for number, image in enumerate(record.images):
+        _check_image(image, number)
+    return dataclasses.replace(record, turns=turns)
+
+
+def text_of(value: Any, name: str) -> str:
+    """Returns a text or number as text; Reject where it is neither."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    raise Reject(f"{name} is no text ({type(value).__name__})")
+
+
+def answers_of(value: Any) -> tuple[str, ...]:
+    """Returns the answers that a source gives as one text or number, as a list of them, or as null."""
+    if value is None:
+        return ()
+    values = value if isinstance(value, list | tuple) else [value]
+    return tuple(text_of(answer, "the answer") for answer in values if answer is not None)
+
+
+def _usable(turn: Turn) -> Turn:
+    return dataclasses.replace(turn, answers=tuple(answer for answer in turn.answers if answer.strip()))
+
+
+def _check_text(text: str, name: str, max_bytes: int) -> None:
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as err:  # half a surrogate pair, as JSON can spell
+        raise Reject(f"{name} is no valid Unicode") from err
+    if size > max_bytes:
+        raise Reject(f"{name} is too long ({size:,} bytes; at most {max_bytes:,})")
+
+
+def _check_image(data: bytes, number: int) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow has one for every odd tag
+            with Image.open(io.BytesIO(data)) as image:
+                file_format, (width, height) = image.format, image.size
+            if file_format not in FILE_FORMATS:
+                raise Reject(f"an image is of a kind that is not read (image {number}: {file_format})")
+            if width * height > MAX_PIXELS:
+                raise Reject(f"an image is too large (image {number}: {width:,} x {height:,} pixels)")
+            images.decode_image(data, str(number))
+    except Reject:
+        raise
+    except UnidentifiedImageError as err:
+        raise Reject(f"an image is of no known format (image {number})") from err
+    except Image.DecompressionBombError as err:
+        raise Reject(f"an image is too large (image {number}: {_one_line(err)})") from err
+    except Exception as err:  # decoders raise anything on damaged files
+        raise Reject(f"an image cannot be decoded (image {number}: {_one_line(err) or type(err).__name__})") from err
+
+
+def _one_line(err: Exception) -> str:
+    return " ".join(str(err).split())[:200]

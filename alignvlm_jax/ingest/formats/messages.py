@@ -1,0 +1,135 @@
+"""Chats about images as lists of messages, of one who asks and one who answers in turn: what the formats that other
+projects train on have in common."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from alignvlm_jax.data import filesystem
+from alignvlm_jax.data.record import Record, Turn
+from alignvlm_jax.ingest.formats import array, checks, files
+from alignvlm_jax.ingest.formats.base import Raw, Reject, Rejection, Unit, option
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """How a format names things.
+
+    Attributes:
+      messages: key of the messages of a record.
+      role, content: keys of a message.
+      asker, answerer: roles.
+      image_mark: what stands in a content for an image.
+      suffixes: endings of its files; a `.json` is one array, others have an object a line.
+      source: key of the data set that a record is from, where there is one.
+    """
+
+    messages: str
+    role: str
+    content: str
+    asker: str
+    answerer: str
+    image_mark: str
+    suffixes: tuple[str, ...]
+    source: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Messages:
+    """Base of formats whose records have `image`, a path or a list of them, and messages. Sources give no id that is
+    unique: a record is named by its file and the byte where it begins. Its document is its first image."""
+
+    keys: ClassVar[Keys]
+    images: str = option("", "folder that image paths start from; default: that of the file")
+
+    def units(self, source: str) -> list[Unit]:
+        """See Format. Reads JSON arrays through once, to find where their elements begin."""
+        found = []
+        for path in filesystem.list_files(source, self.keys.suffixes):
+            found += array.units(path, self.keys.messages) if _is_array(path) else files.line_units(path)
+        return found
+
+    def raws(self, unit: Unit) -> Iterator[Raw | Rejection]:
+        """See Format."""
+        folder = self.images or filesystem.parent(unit.path)
+        objects = array.objects(unit, self.keys.messages) if _is_array(unit.path) else files.json_objects(unit)
+        for item in objects:
+            if isinstance(item, Rejection):
+                yield item
+                continue
+            where, fields = item
+            try:
+                names = _image_names(fields)
+            except Reject as err:
+                yield Rejection(where, str(err))
+            else:
+                yield Raw(where, names[0] if names else where, fields | {"folder": folder})
+
+    def record(self, raw: Raw) -> Record:
+        """See Format."""
+        turns = _turns(raw.fields.get(self.keys.messages), self.keys)
+        source = raw.fields.get(self.keys.source) or type(self).__name__.lower()
+        images = files.images(raw.fields["folder"], _image_names(raw.fields))
+        return Record(raw.id, checks.text_of(source, "the data set's name"), images, turns)
+
+
+def _is_array(path: str) -> bool:
+    return path.lower().endswith(".json")
+
+
+def _image_names(fields: dict[str, Any]) -> list[str]:
+    names = fields.get("image") or []
+    names = names if isinstance(names, list) else [names]
+    if not all(isinstance(name, str) for name in names):
+        raise Reject("image is no path")
+    return names
+
+
+def _turns(messages: Any, keys: Keys) -> tuple[Turn, ...]:
+    """The turns, without marks of images, which stand before the text; a system message that opens is left out."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise Reject("no list of messages")
+    if messages and messages[0].get(keys.role) == "system":
+        messages = messages[1:]
+    texts = []
+    for number, message in enumerate(messages):
+        role = message.get(keys.role)
+        if role != (keys.answerer if number % 2 else keys.asker):
+            raise Reject(
+                f"messages are not of {keys.asker} and {keys.answerer} in turn (message {number}: {role!r:.50})"
+            )
+        text = message.get(keys.content)
+        texts.append("" if text is None else checks.text_of(text, "a message").replace(keys.image_mark, "").strip())
+    # A last question that nobody answers is left out.
+    return tuple(Turn(question, (answer,)) for question, answer in zip(texts[::2], texts[1::2], strict=False))
+
+
+@dataclasses.dataclass(frozen=True)
+class Llava(Messages):
+    """A JSON file, or a folder of them."""
+
+    keys: ClassVar[Keys] = Keys(
+        messages="conversations",
+        role="from",
+        content="value",
+        asker="human",
+        answerer="gpt",
+        image_mark="<image>",
+        suffixes=(".json", *files.SUFFIXES),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DocDownstream(Messages):
+    """A JSON lines file, or a folder of them."""
+
+    keys: ClassVar[Keys] = Keys(
+        messages="messages",
+        role="role",
+        content="content",
+        asker="user",
+        answerer="assistant",
+        image_mark="<|image|>",
+        suffixes=files.SUFFIXES,
+        source="dataset_name",
+    )

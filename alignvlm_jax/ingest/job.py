@@ -1,0 +1,201 @@
+"""Data sets to training shards: units of a source on several processes, parts, shards."""
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
+
+from alignvlm_jax.data import chat, filesystem, index, record, tokenizers
+from alignvlm_jax.data import shards as shards_lib
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.ingest import executors, finish, staging, statistics
+from alignvlm_jax.ingest import writer as writer_lib
+from alignvlm_jax.ingest.formats.base import Format, Unit
+from alignvlm_jax.ingest.writer import Part, PartWriter
+
+VERSION = 2
+"""Raised with every change that changes records, so that `prepare` writes them anew."""
+
+Runner = Callable[[PartWriter, list[tuple[int, Unit]]], None]
+"""Calls the writer for all tasks, somewhere."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to prepare. `name` is that of the format; `holdout` the share of documents of the validation split; with a
+    `split` all go there, to be asked, not learnt."""
+
+    name: str
+    format: Format
+    source: str
+    tokenizer: str
+    holdout: float
+    split: str = ""
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that there can be."""
+        return (self.split,) if self.split else writer_lib.SPLITS
+
+
+def prepare(request: Request, out: Path, run: Runner) -> bool:
+    """Writes the folder `out`, or goes on with a run that was interrupted; returns False where it was whole before.
+
+    Raises:
+      UserError: there is no such source or tokenizer, `out` is the source, or what is made cannot be written.
+    """
+    tokenizer = tokenizers.load(request.tokenizer)
+    chat.format_of(tokenizer)  # raises before anything is read
+    units = _units(request, out)
+    wanted = _wanted(request, units)
+    if staging.is_ready(out, wanted):
+        return False
+    folder = staging.partial_folder(out, wanted)
+    names = folder / "finished.json"
+    if not names.exists():
+        written = _write_parts(request, units, folder, run)
+        tokenizer_name = _copy_tokenizer(request.tokenizer, folder)
+        all_names = [*finish.finish(written, units, request.splits, folder), tokenizer_name]
+        if len(all_names) == 2:
+            raise UserError(f"{request.source} has no record that can be used; {folder / staging.REJECTED} says why")
+        staging.write_json(names, all_names)
+    staging.publish(out, folder, json.loads(names.read_text()), request.splits, wanted)
+    return True
+
+
+def on_processes(num_workers: int) -> Runner:
+    """Returns what runs a writer on processes of this machine, with a progress bar."""
+
+    def run(writer: PartWriter, tasks: list[tuple[int, Unit]]) -> None:
+        columns = (TextColumn("Preparing"), BarColumn(), MofNCompleteColumn(), TextColumn("pieces"))
+        columns += (TextColumn("{task.fields[records]:,} records, {task.fields[rate]:.0f}/s"), TimeRemainingColumn())
+        started, records = time.monotonic(), 0
+        with Progress(*columns) as progress:
+            bar = progress.add_task("", total=len(tasks), records=0, rate=0.0)
+            for done in executors.run(writer, tasks, num_workers):
+                records += done.records
+                rate = records / max(time.monotonic() - started, 1e-9)
+                progress.update(bar, advance=done.parts, records=records, rate=rate)
+
+    return run
+
+
+def recount(out: Path, tokenizer_path: str) -> dict[str, int]:
+    """Writes the index files of a prepared folder anew, as another tokenizer counts, and nothing else; where each shard
+    has one of its own that fits, merges them. It goes on where it was interrupted. Returns the records by split.
+
+    Raises:
+      UserError: there are no shards, or one is damaged.
+    """
+    tokenizer, fingerprint = tokenizers.load(tokenizer_path), index.tokenizer_fingerprint(tokenizer_path)
+    chat.format_of(tokenizer)
+    shards = sorted(out.glob("*-[0-9]*-of-[0-9]*.array_record"))
+    if not shards:
+        raise UserError(f"no shards in {out}; run `prepare` first")
+    splits: dict[str, list[Path]] = {}
+    for shard in shards:
+        splits.setdefault(shard.name.rpartition("-of-")[0].rpartition("-")[0], []).append(shard)
+    uncounted = {split: of for split, of in splits.items() if not _is_merged(out, split, fingerprint)}
+    for shard in track([shard for of in uncounted.values() for shard in of], "Counting tokens"):
+        path = index.index_path(shard)
+        if not _is_counted(path, fingerprint):
+            records = map(record.decode_record, shards_lib.read_shard(shard))
+            index.write(path, index.of_records(records, tokenizer, fingerprint))
+    for split, of in uncounted.items():
+        index.merge(out, split)
+        for shard in of:
+            index.index_path(shard).unlink(missing_ok=True)
+    return {split: len(index.load(out, split)) for split in splits}
+
+
+def summary(out: Path, splits: Sequence[str] = writer_lib.SPLITS) -> str:
+    """Describes a prepared folder in a few lines: records and images by split, tokens by task, rejected by reason."""
+    text = []
+    for split in splits:
+        if not shards_lib.shard_paths(out, split):
+            continue
+        counted = index.load(out, split)
+        text.append(f"{split}: {len(counted):,} records, {len(counted.image_sizes):,} images")
+        for task, lengths in counted.text_tokens.items():
+            used = lengths[lengths > 0]
+            if len(used):
+                text.append(f"  {task}: {len(used):,} records, tokens mean {used.mean():.0f}, max {used.max():,}")
+    reasons = statistics.rejected(out)
+    text.append(f"rejected: {sum(reasons.values()):,}" + (f" (see {out / staging.REJECTED})" if reasons else ""))
+    return "\n".join([*text, *(f"  {count:,}: {reason}" for reason, count in reasons.items())])
+
+
+def _units(request: Request, out: Path) -> list[Unit]:
+    """The pieces of the source. An `out` within it is no part of it: what one run wrote the next would read."""
+    units, source = request.format.units(request.source), Path(request.source)
+    if filesystem.is_remote(request.source) or not source.is_dir():
+        return units
+    if out.resolve() == source.resolve():
+        raise UserError(
+            f"--out={out} is --source itself, all of which is read; name another folder, beside it or within"
+        )
+    if not out.resolve().is_relative_to(source.resolve()):
+        return units
+    within = f"{source.absolute() / out.resolve().relative_to(source.resolve())}{os.sep}"
+    return [unit for unit in units if not os.path.abspath(unit.path).startswith(within)]
+
+
+def _wanted(request: Request, units: Sequence[Unit]) -> dict[str, Any]:
+    """What tells the data apart. The listing of the source is part of it: another file, or one that has grown, makes
+    other data."""
+    paths = dict.fromkeys(unit.path for unit in units)
+    listing = [[dataclasses.astuple(unit) for unit in units], [filesystem.size(path) for path in paths]]
+    return {
+        "format": request.name,
+        "source": request.source,
+        **dataclasses.asdict(request.format),
+        "holdout": request.holdout,
+        "split": request.split,
+        "tokenizer": index.tokenizer_fingerprint(request.tokenizer),
+        "listing": f"{zlib.crc32(json.dumps(listing).encode()):08x}",
+        "version": VERSION,
+    }
+
+
+def _write_parts(request: Request, units: Sequence[Unit], folder: Path, run: Runner) -> list[Part]:
+    place = folder / "parts"
+    place.mkdir(exist_ok=True)
+    for leftover in place.glob(f"{writer_lib.BESIDE}*"):  # of workers that were ended
+        shutil.rmtree(leftover)
+    all_parts = [Part(place, number) for number in range(len(units))]
+    tasks = [(part.number, unit) for part, unit in zip(all_parts, units, strict=True) if not part.is_done()]
+    if tasks:
+        run(PartWriter(str(place), request.format, request.tokenizer, request.holdout, request.split), tasks)
+    return all_parts
+
+
+def _copy_tokenizer(path: str, folder: Path) -> str:
+    """Copies the tokenizer's file beside the data, which is then complete, and returns its name there."""
+    content = tokenizers.read(path)[1]
+    name = tokenizers.NAMES[content.lstrip()[:1] != b"{"]
+    (folder / name).write_bytes(content)
+    return name
+
+
+def _is_merged(out: Path, split: str, fingerprint: str) -> bool:
+    try:
+        is_ours = (out / index.merged_name(split)).exists() and index.load(out, split).tokenizer == fingerprint
+        return (
+            is_ours and (out / shards_lib.table_name(split)).exists() and len(shards_lib.RecordSource(out, split)) > 0
+        )
+    except UserError:
+        return False
+
+
+def _is_counted(path: Path, fingerprint: str) -> bool:
+    try:
+        return index.read(path).tokenizer == fingerprint
+    except UserError:
+        return False

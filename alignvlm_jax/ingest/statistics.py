@@ -1,0 +1,101 @@
+"""What a prepared folder holds, in numbers: lengths, images, tiles, what was rejected and why."""
+
+import collections
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from alignvlm_jax.config import Config
+from alignvlm_jax.data import examples, index, lengths
+from alignvlm_jax.data.index import Index
+from alignvlm_jax.ingest import staging, writer
+
+MAX_REASONS = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Of one split of one folder.
+
+    Attributes:
+      distributions: by what is counted a value for each of `COLUMNS`.
+      facts: single numbers, in words.
+      rejected: records of the whole folder by reason, the most frequent first.
+      fill: share of the slots of an epoch's rows that hold tokens; None where rows are not planned.
+    """
+
+    COLUMNS: ClassVar = ("records", "mean", "median", "95 of 100", "most", "all")
+    name: str
+    directory: str
+    num_records: int
+    distributions: Mapping[str, tuple[float, ...]]
+    facts: Mapping[str, str]
+    rejected: Mapping[str, int]
+    fill: float | None
+
+
+def collect(config: Config, directory: str, split: str, fill: float | None) -> Statistics:
+    """Counts a split as rows of `config` would have it.
+
+    Raises:
+      UserError: there is no such split, or no index beside its shards; the message says what to call.
+    """
+    known = index.load(directory, split)
+    measured = lengths.measure(known, list(examples.TASKS), config)
+    counted = {f"text tokens, {task}": tokens for task, tokens in known.text_tokens.items()}
+    counted |= {
+        "images a record": np.diff(known.image_starts),
+        "image height, pixels": known.image_sizes[:, 0],
+        "image width, pixels": known.image_sizes[:, 1],
+        "tiles a record": measured.tiles,
+    }
+    counted |= {f"row tokens, {task}": tokens for task, tokens in zip(examples.TASKS, measured.tokens, strict=True)}
+    return Statistics(
+        name=split,
+        directory=directory,
+        num_records=len(known),
+        distributions={name: _distribution(values) for name, values in counted.items() if values.any()},
+        facts=_facts(known, config),
+        rejected=rejected(directory),
+        fill=fill,
+    )
+
+
+def rejected(directory: str | Path) -> dict[str, int]:
+    """Returns how many records `prepare` rejected by reason, the most frequent first. Without a list of them none."""
+    path = Path(directory, staging.REJECTED)
+    if not path.exists():
+        return {}
+    # What stands in parentheses is of one record.
+    reasons = collections.Counter(line["reason"].split(" (")[0] for line in writer.read_lines(path))
+    listed = dict(reasons.most_common(MAX_REASONS))
+    rest = reasons.total() - sum(listed.values())
+    return listed | ({"other reasons": rest} if rest else {})
+
+
+def _distribution(values: np.ndarray) -> tuple[float, ...]:
+    """Of those above 0: a record that lacks what a task needs is none of its records."""
+    present = values[values > 0]
+    return (
+        len(present),
+        round(float(present.mean()), 1),
+        round(float(np.median(present))),
+        round(float(np.percentile(present, 95))),
+        int(present.max()),
+        int(present.sum(dtype=np.int64)),
+    )
+
+
+def _facts(known: Index, config: Config) -> dict[str, str]:
+    vision, data = config.model.vision, config.data
+    doubles = len(known.content_hash) - len(np.unique(known.content_hash))
+    return {
+        "Rows": f"{data.row_length:,} tokens, {data.max_tiles} tiles of {vision.tile_width} × {vision.tile_height} "
+        f"pixels with {config.slots_per_tile} slots each",
+        "Tiles of a record": f"at most {data.tiles_of_a_record}{', the overview first' if data.use_overview else ''}",
+        "Tokens counted by": f"tokenizer {known.tokenizer}",
+        "Same content twice": f"{doubles:,} records",
+    }

@@ -1,0 +1,231 @@
+"""The Llama decoder: RMSNorm, grouped-query attention with rotary positions, SwiGLU, tied or untied head.
+
+Letters: `shapes.py`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from alignvlm_jax.config import LLMConfig
+from alignvlm_jax.models.layers import Einsum, RMSNorm, apply_rope, rope_frequencies, scan_blocks
+from alignvlm_jax.ops.attention import attention, self_attention
+from alignvlm_jax.ops.chunked import Matrix, rows_per_block
+from alignvlm_jax.ops.cross_entropy import TokenLosses, token_losses
+from alignvlm_jax.shapes import Array, Bool, Float, Int
+
+
+class Cache(NamedTuple):
+    """Keys (rotated) and values of all layers, and the slot where the next token is written.
+
+    The slots are last: so both products of attention take a layer as it lies, where XLA on CPU would turn it first.
+    """
+
+    keys: Float[Array, "L B K h S"]
+    values: Float[Array, "L B K h S"]
+    index: Int[Array, ""]
+
+    def write(self, layer: Int[Array, ""], key: Float[Array, "B T K h"], value: Float[Array, "B T K h"]) -> "Cache":
+        """Returns the cache with T tokens of a layer written at the index, which stays."""
+
+        def put(old: Array, new_BTKh: Array) -> Array:
+            new = new_BTKh.transpose(0, 2, 3, 1)[None].astype(old.dtype)
+            return jax.lax.dynamic_update_slice(old, new, (layer, 0, 0, 0, self.index))
+
+        return self._replace(keys=put(self.keys, key), values=put(self.values, value))
+
+    def read(self, layer: Int[Array, ""]) -> tuple[Float[Array, "B S K h"], Float[Array, "B S K h"]]:
+        """Returns the keys and values of a layer."""
+
+        def get(array: Array) -> Array:
+            return jax.lax.dynamic_index_in_dim(array, layer, keepdims=False).transpose(0, 3, 1, 2)
+
+        return get(self.keys), get(self.values)
+
+
+class Attention(nn.Module):
+    """Causal self-attention within segments; with a `mask`, over all slots of the cache that it admits."""
+
+    config: LLMConfig
+    dtype: jnp.dtype
+    kernel: str
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: Array, cache: Cache | None, layer: Array, positions: Array, segment_ids, mask
+    ) -> tuple[Array, Cache | None]:
+        c = self.config
+        frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+
+        def project(name: str, num_heads: int, axis: str) -> Array:
+            equation = "BTD,DHh->BTHh" if axis == "heads" else "BTD,DKh->BTKh"
+            shape, axes = (c.width, num_heads, c.head_dim), ("embed", axis, "head_dim")
+            y = Einsum(equation, shape, axes, dtype=self.dtype, name=name)(x_BTD)
+            return nn.with_logical_constraint(y, ("act_batch", "act_len", "act_heads", None))
+
+        query_BTHh = apply_rope(project("q", c.num_heads, "heads"), positions, frequencies)
+        key_BTKh = apply_rope(project("k", c.num_kv_heads, "kv_heads"), positions, frequencies)
+        value_BTKh = project("v", c.num_kv_heads, "kv_heads")
+        if cache is not None:
+            cache = cache.write(layer, key_BTKh, value_BTKh)
+        if mask is not None:
+            mixed_BTHh = attention(query_BTHh, *cache.read(layer), mask)
+        else:
+            mixed_BTHh = self_attention(query_BTHh, key_BTKh, value_BTKh, segment_ids, causal=True, kernel=self.kernel)
+        shape, axes = (c.num_heads, c.head_dim, c.width), ("heads", "head_dim", "embed")
+        return Einsum("BTHh,HhD->BTD", shape, axes, dtype=self.dtype, name="o")(mixed_BTHh), cache
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    config: LLMConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BTD: Array) -> Array:
+        c = self.config
+        gate_BTF, up_BTF = (
+            Einsum("BTD,DF->BTF", (c.width, c.mlp_width), ("embed", "mlp"), dtype=self.dtype, name=name)(x_BTD)
+            for name in ("gate", "up")
+        )
+        hidden_BTF = nn.with_logical_constraint(nn.silu(gate_BTF) * up_BTF, ("act_batch", "act_len", "act_mlp"))
+        return Einsum("BTF,FD->BTD", (c.mlp_width, c.width), ("mlp", "embed"), dtype=self.dtype, name="down")(
+            hidden_BTF
+        )
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); with a cache, hands on the one that this layer wrote to."""
+
+    config: LLMConfig
+    dtype: jnp.dtype
+    kernel: str
+
+    @nn.compact
+    def __call__(
+        self, carry: tuple[Array, Cache | None], layer: Array, positions: Array, segment_ids, mask
+    ) -> tuple[tuple[Array, Cache | None], None]:
+        x_BTD, cache = carry
+        eps = self.config.norm_eps
+        normed_BTD = RMSNorm(eps, name="attn_norm")(x_BTD)
+        mixed_BTD, cache = Attention(self.config, self.dtype, self.kernel, name="attn")(
+            normed_BTD, cache, layer, positions, segment_ids, mask
+        )
+        x_BTD += mixed_BTD
+        x_BTD += MLP(self.config, self.dtype, name="mlp")(RMSNorm(eps, name="mlp_norm")(x_BTD))
+        x_BTD = nn.with_logical_constraint(x_BTD, ("act_batch", "act_len", "act_embed"))
+        return (x_BTD, cache), None
+
+
+class Embedding(nn.Module):
+    """Holds the text table."""
+
+    config: LLMConfig
+
+    def setup(self) -> None:
+        c = self.config
+        init = nn.with_logical_partitioning(nn.initializers.normal(c.width**-0.5), ("vocab", "embed"))
+        self.table = self.param("table", init, (c.vocab_size, c.width), jnp.float32)
+
+
+class Llama(nn.Module):
+    """The decoder in three steps, since image vectors come in between: `embed`, `__call__`, `logits`.
+
+    Attributes:
+      config: sizes.
+      dtype: of the computation.
+      remat: policy name, see `layers.REMAT_POLICIES`.
+      unroll: layers compiled in a row.
+      attention: kernel name, see `ops.attention.self_attention`.
+    """
+
+    config: LLMConfig
+    dtype: jnp.dtype
+    remat: str
+    unroll: int = 1
+    attention: str = "auto"
+
+    def setup(self) -> None:
+        c = self.config
+        self.embedding = Embedding(c, name="embed")
+        axes = (0, nn.broadcast, nn.broadcast, nn.broadcast)
+        blocks = scan_blocks(Block, c.num_layers, self.remat, self.unroll, in_axes=axes)
+        self.blocks = blocks(c, self.dtype, self.attention)
+        self.final_norm = RMSNorm(c.norm_eps)
+        if not c.tie_embeddings:
+            shape, axes = (c.width, c.vocab_size), ("embed", "vocab")
+            self.head = Einsum("BTD,DV->BTV", shape, axes, dtype=self.dtype, out_dtype=jnp.float32)
+
+    @property
+    def table(self) -> Float[Array, "V D"]:
+        """The text embeddings, live: gradients flow into them."""
+        return self.embedding.table
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Returns the text embeddings of tokens."""
+        # Gathered over fsdp first: a lookup in a table sharded both ways makes XLA replicate the whole result.
+        table_VD = nn.with_logical_constraint(self.table.astype(self.dtype), ("vocab", "act_embed"))
+        return nn.with_logical_constraint(table_VD[tokens], ("act_batch", "act_len", "act_embed"))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        cache: Cache | None = None,
+        mask: Bool[Array, "B T S"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Returns the last hidden states, normalised, and the cache with the T new tokens written at its index.
+
+        Args:
+          segment_ids: without a mask, a token sees what stands at and before it in its own segment; None: in its row.
+          cache: where the new tokens are written. Without a mask it is an empty one, and only the new tokens are seen.
+          mask: admits slots of the cache, those of the new tokens included; for a few tokens at a time, since their
+            logits over all slots are made.
+        """
+        if mask is not None and (cache is None or segment_ids is not None):
+            raise ValueError("a mask comes with the cache whose slots it admits, and without segments")
+        # The scan carries the whole cache: were each layer given its own and handed it back, all of it would be copied.
+        layers = jnp.arange(self.config.num_layers)
+        (x_BTD, cache), _ = self.blocks((x.astype(self.dtype), cache), layers, positions, segment_ids, mask)
+        if cache is not None:
+            cache = cache._replace(index=cache.index + x.shape[1])
+        return self.final_norm(x_BTD), cache
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Returns float32 logits over the vocabulary, sharded like it."""
+        c = self.config
+        if c.tie_embeddings:
+            table_VD = self.table.astype(self.dtype)
+            logits_BTV = jnp.einsum("BTD,VD->BTV", hidden, table_VD, preferred_element_type=jnp.float32)
+        else:
+            logits_BTV = self.head(hidden)
+        if c.padded_rows:
+            logits_BTV = jnp.where(jnp.arange(c.vocab_size) < c.num_words, logits_BTV, -jnp.inf)
+        return nn.with_logical_constraint(logits_BTV, ("act_batch", "act_len", "act_vocab"))
+
+    def token_losses(
+        self, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], vocab_form: str, vocab_block_mib: float
+    ) -> TokenLosses:
+        """Returns the losses of predicting `targets`, without logits of all tokens (`config.ModelConfig`)."""
+        c = self.config
+        master = self.table if c.tie_embeddings else self.head.kernel
+        return token_losses(
+            hidden,
+            Matrix.of(master, self.dtype),
+            targets,
+            is_table=c.tie_embeddings,
+            num_words=c.num_words,
+            block=rows_per_block(vocab_form, vocab_block_mib, targets.size, c.vocab_size),
+        )
+
+    def empty_cache(self, batch_size: int, length: int) -> Cache:
+        """Returns a cache of zeros with `length` slots."""
+        c = self.config
+        zeros = jnp.zeros((c.num_layers, batch_size, c.num_kv_heads, c.head_dim, length), self.dtype)
+        zeros = nn.with_logical_constraint(zeros, ("layers", "act_batch", "act_heads", None, "act_len"))
+        return Cache(zeros, zeros, jnp.zeros((), jnp.int32))

@@ -1,0 +1,202 @@
+"""What a stage needs on a machine that is not there: its real training step, compiled for a TPU slice.
+
+Without the TPU's compiler the same step is compiled for as many CPU devices: parameters, optimizer state and FLOPs are
+exact then; memory and collectives are what the CPU's compiler makes of it, an estimate.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from alignvlm_jax.config import Config, MeshConfig
+from alignvlm_jax.models import vlm
+from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.plan import collectives, flops, stopping
+from alignvlm_jax.plan.collectives import Traffic
+from alignvlm_jax.plan.hardware import Topology
+from alignvlm_jax.plan.stopping import Stopping
+from alignvlm_jax.train import optim, state, step
+from alignvlm_jax.train.state import TrainState
+
+GIB = 2**30
+UTILISATIONS = (0.3, 0.4, 0.5)
+SECONDS_A_DAY = 24 * 60 * 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A stage on one slice or several. Bytes are those of one device, FLOPs those of the whole batch.
+
+    `state_gib` is all that a checkpoint holds. `peak_hbm_gib` is None where the compiler gave up without
+    a number; `is_estimate` where it was not the TPU's.
+    """
+
+    topology: Topology
+    config: Config
+    mesh: dict[str, int]
+    num_params: int
+    num_trained: int
+    param_gib: float
+    optimizer_gib: float
+    state_gib: float
+    peak_hbm_gib: float | None
+    fits: bool
+    is_estimate: bool
+    flops: dict[str, float]
+    traffic: dict[str, Traffic]
+
+    def step_seconds(self, utilisation: float) -> float:
+        """Returns the seconds of a step of which the chips' peak is reached to that share (MFU)."""
+        return sum(self.flops.values()) / (self.topology.peak_flops * utilisation)
+
+    def days(self, utilisation: float) -> float:
+        """Returns the days that the stage's steps take."""
+        return self.config.train.num_steps * self.step_seconds(utilisation) / SECONDS_A_DAY
+
+    def stopping(self) -> Stopping:
+        """Returns what checkpoints and stops cost, at the middle of UTILISATIONS."""
+        step_seconds = self.step_seconds(UTILISATIONS[1])
+        return stopping.make(self.config.train, self.state_gib, self.topology.num_hosts, step_seconds)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the plan as plain values."""
+        train, chip, stop = self.config.train, self.topology.chip, self.stopping()
+        return {
+            "config": self.config.name,
+            "stage": self.config.stage,
+            "topology": self.topology.name,
+            "num_slices": self.topology.num_slices,
+            "num_chips": self.topology.num_chips,
+            "num_devices": self.topology.num_devices,
+            "mesh": self.mesh,
+            "batch_size": train.batch_size,
+            "accumulation": train.accumulation,
+            "row_length": self.config.data.row_length,
+            "remat": self.config.model.remat,
+            "fits": self.fits,
+            "is_estimate": self.is_estimate,
+            "peak_hbm_gib": self.peak_hbm_gib,
+            "hbm_limit_gib": chip.hbm_gib,
+            "param_gib": self.param_gib,
+            "optimizer_gib": self.optimizer_gib,
+            "num_params": self.num_params,
+            "num_trained": self.num_trained,
+            "step_tflops": sum(self.flops.values()) / 1e12,
+            "step_tflops_by_part": {part: value / 1e12 for part, value in self.flops.items()},
+            "collectives": {
+                kind: {"count": traffic.count, "gib": traffic.bytes / GIB} for kind, traffic in self.traffic.items()
+            },
+            "num_steps": train.num_steps,
+            "at_mfu": {
+                f"{utilisation:.0%}": {
+                    "step_seconds": self.step_seconds(utilisation),
+                    "days": self.days(utilisation),
+                    "chip_hours": 24 * self.days(utilisation) * self.topology.num_chips,
+                }
+                for utilisation in UTILISATIONS
+            },
+            "checkpoint": {
+                "gib": self.state_gib,
+                "gib_a_host": stop.gib_a_host,
+                "seconds": stop.save,
+                "assumed_gb_per_second_a_host": stopping.HOST_WRITE_GB,
+            },
+            "stop_seconds": stop.needed,
+            "stops_in_time": stop.in_time,
+            "minutes_lost": {"average": stop.lost_on_average / 60, "most": stop.lost_at_most / 60},
+        }
+
+
+def check(config: Config, topology: Topology) -> None:
+    """Raises UserError where the stage cannot be laid out on slices. Nothing is compiled."""
+    mesh = mesh_lib.abstract(config, topology.num_devices, topology.num_slices)
+    state.trainable_paths(config, state.abstract_params(vlm.VLM(config.model), config, mesh))
+
+
+def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> Plan:
+    """Compiles the training step of `config` for the devices of a slice, or for as many of another kind.
+
+    Raises:
+      UserError: the mesh does not fit the devices, the batch or the model.
+    """
+    # By the slices planned for: devices that stand in for them know of none.
+    sizes = mesh_lib.resolve_sizes(config, topology.num_devices, topology.num_slices)
+    config = dataclasses.replace(config, mesh=MeshConfig(**sizes._asdict()))
+    model, tx = vlm.VLM(config.model), optim.make_optimizer(config)
+    is_estimate = devices[0].platform != "tpu"
+    with mesh_lib.use(mesh_lib.make_mesh(config, devices)) as mesh:
+        abstract = state.abstract_state(model, config, tx, mesh)
+        compiled, peak_gib = compile_program(step.lower_train_step(model, config, tx, abstract, mesh), is_estimate)
+        traffic = collectives.traffic(compiled.as_text()) if compiled else {}
+    sizes = {path: math.prod(x.shape) for path, x in state.flatten(abstract.params).items()}
+    return Plan(
+        topology=topology,
+        config=config,
+        mesh=dict(mesh.shape),
+        num_params=sum(sizes.values()),
+        num_trained=sum(sizes[path] for path in state.trainable_paths(config, abstract.params)),
+        param_gib=gib_of_a_device(abstract.params),
+        optimizer_gib=gib_of_a_device(abstract.opt_state),
+        state_gib=sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(abstract)) / GIB,
+        peak_hbm_gib=peak_gib,
+        fits=peak_gib is not None and peak_gib <= topology.chip.hbm_gib,
+        is_estimate=is_estimate,
+        flops=flops.step_flops(config, abstract.params),
+        traffic=traffic,
+    )
+
+
+def with_layout(config: Config, mesh: MeshConfig, accumulation: int, remat: str) -> Config:
+    """Returns the stage, laid out otherwise."""
+    return dataclasses.replace(
+        config,
+        mesh=mesh,
+        model=dataclasses.replace(config.model, remat=remat),
+        train=dataclasses.replace(config.train, accumulation=accumulation),
+    )
+
+
+def state_gib(config: Config, topology: Topology) -> float:
+    """Returns the GiB a device of parameters, optimizer state and gradients: less than that is never enough."""
+    model, tx = vlm.VLM(config.model), optim.make_optimizer(config)
+    abstract: TrainState = state.abstract_state(
+        model, config, tx, mesh_lib.abstract(config, topology.num_devices, topology.num_slices)
+    )
+    trained, _ = state.split(abstract.params, state.trainable_paths(config, abstract.params))
+    return gib_of_a_device((abstract, trained))
+
+
+def compile_program(lowered: jax.stages.Lowered, is_estimate: bool) -> tuple[jax.stages.Compiled | None, float | None]:
+    """Returns the program and the GiB that it needs on a device; where that is more than there is, no program and what
+    the compiler says that it would need, if it does."""
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as err:
+        if "RESOURCE_EXHAUSTED" not in str(err):
+            raise
+        return None, _asked_for(str(err))
+    return compiled, _peak_gib(compiled, is_estimate)
+
+
+def _peak_gib(compiled: jax.stages.Compiled, is_estimate: bool) -> float:
+    memory = compiled.memory_analysis()
+    if is_estimate:  # CPU's compiler counts no temporaries as part of the peak.
+        new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return (memory.argument_size_in_bytes + new + memory.temp_size_in_bytes) / GIB
+    # Not the sum: buffers that live at different times share memory.
+    return memory.peak_memory_in_bytes / GIB
+
+
+def _asked_for(message: str) -> float | None:
+    """The GiB that a program was refused, out of the compiler's words."""
+    found = re.search(r"Used ([\d.]+)G of|\(([\d.]+)G\) exceeds", message)
+    return float(found[1] or found[2]) if found else None
+
+
+def gib_of_a_device(abstract: Any) -> float:
+    """Returns what a device holds of a tree of abstract arrays with shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(abstract)) / GIB

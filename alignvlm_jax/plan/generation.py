@@ -1,0 +1,159 @@
+"""What answering the questions of an evaluation needs on a machine that is not there: the real generation program,
+prefill and decoding, compiled for a TPU slice, at the longest prompts that the stage has room for."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from alignvlm_jax.config import Config, MeshConfig
+from alignvlm_jax.inference import loading, sampler
+from alignvlm_jax.inference.sampler import Sampler
+from alignvlm_jax.models import vlm
+from alignvlm_jax.models.decoder import Llama
+from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.plan import aot, printing
+from alignvlm_jax.plan.hardware import Topology
+from alignvlm_jax.train import state
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationPlan:
+    """Generation on a slice: bytes are those of one device.
+
+    `batch_size` is `eval.batch_size`, rounded up to the mesh. `peak_hbm_gib` is None where the compiler gave up without
+    a number; `is_estimate` where it was not the TPU's.
+    """
+
+    topology: Topology
+    config: Config
+    mesh: dict[str, int]
+    batch_size: int
+    num_params: int
+    param_gib: float
+    cache_gib: float
+    peak_hbm_gib: float | None
+    fits: bool
+    is_estimate: bool
+
+    @property
+    def prompts_per_device(self) -> int:
+        """Prompts of a batch that one device answers, together with the others of its `tensor` axis."""
+        return self.batch_size // (self.mesh["data"] * self.mesh["fsdp"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the plan as plain values."""
+        config = self.config
+        return {
+            "config": config.name,
+            "stage": config.stage,
+            "topology": self.topology.name,
+            "num_slices": self.topology.num_slices,
+            "num_chips": self.topology.num_chips,
+            "num_devices": self.topology.num_devices,
+            "mesh": self.mesh,
+            "batch_size": self.batch_size,
+            "prompt_length": config.data.row_length,
+            "max_tiles": config.data.tiles_of_a_record,
+            "max_new_tokens": config.eval.max_new_tokens,
+            "fits": self.fits,
+            "is_estimate": self.is_estimate,
+            "peak_hbm_gib": self.peak_hbm_gib,
+            "hbm_limit_gib": self.topology.chip.hbm_gib,
+            "param_gib": self.param_gib,
+            "cache_gib": self.cache_gib,
+            "num_params": self.num_params,
+        }
+
+
+def on_mesh(config: Config, topology: Topology) -> Config:
+    """Returns the config with the sizes of its mesh on a slice; rows of a training batch mean nothing here.
+
+    Raises:
+      UserError: no mesh that the config asks for fits the devices and the model. Nothing is compiled.
+    """
+    train = dataclasses.replace(config.train, batch_size=topology.num_devices, accumulation=1)
+    config = dataclasses.replace(config, train=train)
+    # By the slices planned for: devices that stand in for them know of none.
+    sizes = mesh_lib.resolve_sizes(config, topology.num_devices, topology.num_slices)
+    config = dataclasses.replace(config, mesh=MeshConfig(**sizes._asdict()))
+    mesh = mesh_lib.abstract(config, topology.num_devices, topology.num_slices)
+    state.abstract_params(vlm.VLM(config.model), config, mesh)
+    return config
+
+
+def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> GenerationPlan:
+    """Compiles the generation of a config of `on_mesh` for the devices of a slice, or for as many of another kind."""
+    model, is_estimate = vlm.VLM(config.model), devices[0].platform != "tpu"
+    mesh = mesh_lib.make_mesh(config, devices)
+    most, num_new = config.eval.batch_size, config.eval.max_new_tokens
+    batch_size = loading.batch_size(most, most, mesh_lib.batch_ways(mesh))
+    params = state.abstract_params(model, config, mesh)
+    # Which tokens end an answer does not change what the program needs.
+    generating = Sampler(model, mesh, end_ids=(0,), pad_id=0)
+    prompts = sampler.abstract_prompts(config, batch_size, mesh)
+    _, peak_gib = aot.compile_program(generating.lower({"params": params}, prompts, num_new), is_estimate)
+    return GenerationPlan(
+        topology=topology,
+        config=config,
+        mesh=dict(mesh.shape),
+        batch_size=batch_size,
+        num_params=sum(math.prod(x.shape) for x in jax.tree.leaves(params)),
+        param_gib=aot.gib_of_a_device(params),
+        cache_gib=_cache_gib(config, batch_size, mesh),
+        peak_hbm_gib=peak_gib,
+        fits=peak_gib is not None and peak_gib <= topology.chip.hbm_gib,
+        is_estimate=is_estimate,
+    )
+
+
+def text(plan: GenerationPlan) -> str:
+    """Returns what is needed, part by part, and what to change where it does not fit."""
+    config, data, chip = plan.config, plan.config.data, plan.topology.chip
+    mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    lines = [
+        f"{config.name} {config.stage}, generation on {plan.topology.name}: {plan.topology.num_chips} chips, "
+        f"mesh {mesh}",
+        f"batch {plan.batch_size} prompts of {data.row_length} tokens and {data.tiles_of_a_record} tiles, "
+        f"{plan.prompts_per_device} a device; {config.eval.max_new_tokens} new tokens",
+        "",
+        f"parameters           {plan.num_params:,}, float32",
+        f"parameters a device  {plan.param_gib:.2f} GiB, keys and values {plan.cache_gib:.2f} GiB",
+        f"peak HBM a device    {printing.gib(plan.peak_hbm_gib)} of {chip.hbm_gib} GiB: {printing.verdict(plan)}",
+    ]
+    if not plan.fits:
+        lines += ["", f"does not fit: {advice(plan)}"]
+    if plan.is_estimate:
+        lines += ["", printing.ESTIMATE]
+    return "\n".join(lines)
+
+
+def advice(plan: GenerationPlan) -> str:
+    """Returns what to change so that less memory is needed, the cheapest first."""
+    changes = []
+    if plan.prompts_per_device > 1:
+        smaller = plan.batch_size // plan.prompts_per_device * (plan.prompts_per_device // 2)
+        changes.append(f"--config.eval.batch_size={smaller} (now {plan.prompts_per_device} prompts a device)")
+    changes.append("--mesh=DATAxFSDPxTENSOR with a larger FSDP or TENSOR")
+    if name := printing.larger(plan.topology):
+        changes.append(f"--topology={name}")
+    return "; ".join(changes)
+
+
+def summary(config: Config) -> str:
+    """Returns a line that says what is about to be compiled."""
+    return (
+        f"compiling generation of {config.name} {config.stage}, {config.eval.batch_size} prompts of "
+        f"{config.data.row_length} tokens"
+    )
+
+
+def _cache_gib(config: Config, batch_size: int, mesh: jax.sharding.Mesh) -> float:
+    """GiB a device of the cache of a batch."""
+    llm = Llama(config.model.llm, jnp.dtype(config.model.dtype), "none")
+    length = config.data.row_length + config.eval.max_new_tokens
+    cache = jax.eval_shape(lambda: llm.empty_cache(batch_size, length))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) / mesh.size / aot.GIB

@@ -1,0 +1,146 @@
+"""What a comparison found, as Markdown tables, and where they stand in a document."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alignvlm_jax import storage
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.report.compare import REACHED, Row, Tables
+
+BEGIN, END = "<!-- make compare -->", "<!-- end of make compare -->"
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """A table of text: a title, the names of the columns, and lines of as many cells."""
+
+    title: str
+    columns: Sequence[str]
+    lines: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """Returns it as Markdown, with the title as a heading."""
+        rows = [self.columns, ["---"] * len(self.columns), *self.lines]
+        return "\n".join([f"### {self.title}", "", *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def grids(tables: Tables) -> dict[str, list[Grid]]:
+    """Returns, of every table of runs, the tables of what was measured."""
+    found = {}
+    for name, rows in tables.items():
+        title = name.replace("_", " ").capitalize()
+        found[name] = [scores(title, rows), noise(f"{title}: noise on the vision features", rows)]
+        if any(row.analysis("vocabulary") for row in rows):
+            found[name].append(pruning(f"{title}: words at evaluation", rows))
+    return found
+
+
+def markdown(tables: Tables) -> str:
+    """Returns all of them as Markdown."""
+    return "\n\n".join(grid.markdown() for found in grids(tables).values() for grid in found)
+
+
+def scores(title: str, rows: Sequence[Row]) -> Grid:
+    """Returns the scores, a line a row: means over seeds, and in brackets the least and the most. Steps are to the
+    first check of generated answers that reached it; a run's seconds have compiling and all checks in them."""
+    splits = rows[0].runs[0].config.eval.splits
+    columns = ["", f"ANLS, {_words(splits[0])}", "exact", "blank page", *(f"ANLS, {_words(s)}" for s in splits[1:])]
+    columns += [f"steps to ANLS {REACHED}", "connector's parameters", "tokens a tile", "run, s"]
+    return Grid(title, columns, [[_name(row, rows), *_scores(row, splits[1:])] for row in rows])
+
+
+def _scores(row: Row, other_splits: Iterable[str]) -> list[str]:
+    return [
+        _spread(row.values("anls")),
+        f"{row.values('exact_match').mean():.3f}",
+        f"{row.values('anls_blind').mean():.3f}",
+        *(f"{row.values(f'anls_{split}').mean():.3f}" for split in other_splits),
+        _steps(row.steps_to_read()),
+        f"{row.num_connector_params():,}",
+        f"{row.runs[0].config.model.slots_per_tile}",
+        f"{row.values('train_seconds').mean():.0f}",
+    ]
+
+
+def noise(title: str, rows: Sequence[Row]) -> Grid:
+    """Returns the ANLS through noise, sigma in standard deviations of the features; at one, how many points are lost,
+    the share that is kept, and how far visual tokens move, as a share of the distance between different ones."""
+    lines = []
+    for row in rows:
+        runs = row.analysis("noise")
+        sigmas = [round(point["relative_sigma"], 2) for point in runs[0]["points"]]
+        anls = np.array([[point["anls"] for point in run["points"]] for run in runs])
+        one = sigmas.index(1.0)
+        moved = [run["points"][one]["centred_distance"] / run["centred_between_distance"] for run in runs]
+        lost = np.round(100 * (anls[:, 0] - anls[:, one]), 1) + 0.0  # No -0.0.
+        mean = anls.mean(0)
+        kept = f"{mean[one] / mean[0]:.0%}" if mean[0] else "–"
+        span = f"{lost.mean():.1f} ({lost.min():.1f} to {lost.max():.1f})"
+        lines.append([_name(row, rows), *(f"{value:.3f}" for value in mean), span, kept, f"{np.mean(moved):.3f}"])
+    columns = ("ANLS at sigma", *(f"{s:g}" for s in sigmas), "points lost at 1", "kept at 1", "tokens move at 1")
+    return Grid(title, columns, lines)
+
+
+def pruning(title: str, rows: Sequence[Row]) -> Grid:
+    """Returns how many words a patch mixes, and the ANLS with all words and with those alone that patches use."""
+    lines = []
+    for row in rows:
+        if runs := row.analysis("vocabulary"):
+            trials = zip(*(run["pruning"] for run in runs), strict=True)
+            perplexity = np.mean([run["perplexity"]["p50"] for run in runs])
+            lines.append([_words(row.name), f"{perplexity:.1f}", *map(_trial, trials)])
+    chosen = (f"{which} probability above an even share" for which in ("mean", "largest"))
+    columns = ("", "median perplexity of a patch", "ANLS, all words", *chosen)
+    return Grid(title, columns, lines)
+
+
+def put(document: Path, text: str) -> None:
+    """Replaces what stands between BEGIN and END in a document.
+
+    Raises:
+      UserError: it has no such place.
+    """
+    before, after = split(document)
+    storage.write_whole(document, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+
+
+def split(document: Path) -> tuple[str, str]:
+    """Returns what stands before BEGIN and after END; UserError where they are missing."""
+    if not document.is_file():
+        raise UserError(f"there is no document {document}")
+    whole = document.read_text()
+    if whole.count(BEGIN) != 1 or whole.count(END) != 1 or whole.index(BEGIN) > whole.index(END):
+        raise UserError(f"{document} needs a line {BEGIN} and after it a line {END}: tables go between them")
+    return whole[: whole.index(BEGIN)], whole[whole.index(END) + len(END) :]
+
+
+def _trial(runs: Sequence[Mapping[str, Any]]) -> str:
+    words = sorted({run["num_words"] for run in runs})
+    count = f"{words[0]}" if len(words) == 1 else f"{words[0]} to {words[-1]}"
+    return f"{np.mean([run['anls'] for run in runs]):.3f} ({count} words)"
+
+
+def _spread(values: np.ndarray) -> str:
+    return f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})"
+
+
+def _steps(steps: Sequence[int | None]) -> str:
+    reached = sorted(step for step in steps if step is not None)
+    if not reached:
+        return "not reached" if steps else "–"
+    span = f"{reached[0]}" if reached[0] == reached[-1] else f"{reached[0]} to {reached[-1]}"
+    return span if len(reached) == len(steps) else f"{span}, {len(reached)} of {len(steps)} seeds"
+
+
+def _name(row: Row, rows: Sequence[Row]) -> str:
+    """What a row is called; a mean of fewer seeds than those beside it says so."""
+    count, most = len(row.runs), max(len(other.runs) for other in rows)
+    return _words(row.name) + (f" ({count} of {most} seeds)" if count < most else "")
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")

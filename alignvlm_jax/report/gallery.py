@@ -1,0 +1,89 @@
+"""Which answers a report shows, on their pages."""
+
+import dataclasses
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rapidfuzz.distance import Levenshtein
+
+from alignvlm_jax.benchmarks.predictions import Predictions
+from alignvlm_jax.data import images
+from alignvlm_jax.data.record import Record
+from alignvlm_jax.pictures.html import image_uri
+
+QUOTA = {"right": 5, "near": 4, "wrong": 3}
+MAX_WIDTH = 800
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """An answered question. `row` is the line of the predictions file."""
+
+    split: str
+    verdict: str
+    row: Mapping[str, Any]
+
+    @property
+    def record_id(self) -> str:
+        return self.row["id"].rsplit("/", 1)[0]
+
+    def closest_answer(self) -> str:
+        """Returns the accepted answer that the prediction is nearest to."""
+        return min(self.row["answers"], key=lambda answer: Levenshtein.distance(self.row["prediction"], answer))
+
+    def spelled(self) -> list[tuple[str, bool]]:
+        """Returns the prediction in pieces, each with whether it agrees with the closest answer."""
+        prediction = self.row["prediction"]
+        opcodes = Levenshtein.opcodes(prediction, self.closest_answer())
+        pieces = [(prediction[op.src_start : op.src_end], op.tag == "equal") for op in opcodes]
+        return [(piece, same) for piece, same in pieces if piece]
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """Returns "right" for an exact match, "near" where ANLS gives points, else "wrong"."""
+    if row["exact"]:
+        return "right"
+    return "near" if row["score"] else "wrong"
+
+
+def shares(result: Predictions) -> dict[str, float]:
+    """Returns the share of each verdict."""
+    verdicts = [verdict(row) for row in result.rows]
+    return {name: verdicts.count(name) / len(verdicts) for name in QUOTA}
+
+
+def choose(results: Mapping[str, Predictions]) -> list[Example]:
+    """Returns examples by split in turn, `QUOTA` of each verdict, in the order of a hash of their ids: none is picked
+    by hand. Where a verdict is rarer than its quota, the others fill the room."""
+    found: dict[str, list[Example]] = {name: [] for name in QUOTA}
+    queues = [_by_hash(split, result) for split, result in results.items()]
+    for rank in range(max(map(len, queues), default=0)):
+        for queue in queues:
+            if rank < len(queue):
+                found[queue[rank].verdict].append(queue[rank])
+    room = sum(QUOTA.values()) - sum(min(len(found[name]), quota) for name, quota in QUOTA.items())
+    chosen = []
+    for name, quota in QUOTA.items():
+        take = min(len(found[name]), quota + room)
+        room -= max(take - quota, 0)
+        chosen += found[name][:take]
+    return chosen
+
+
+def one_of_each(examples: Sequence[Example], count: int) -> list[Example]:
+    """Returns `count` examples, as different in verdict as there are."""
+    ranks = {id(one): [other.verdict for other in examples[:i]].count(one.verdict) for i, one in enumerate(examples)}
+    return sorted(examples, key=lambda one: ranks[id(one)])[:count]
+
+
+def page_uri(record: Record) -> str:
+    """Returns the record's first image as a data URI, no wider than MAX_WIDTH."""
+    page = images.decode_image(record.images[0], record.id)
+    page.thumbnail((MAX_WIDTH, MAX_WIDTH * 4))
+    return image_uri(page)
+
+
+def _by_hash(split: str, result: Predictions) -> list[Example]:
+    rows = sorted(result.rows, key=lambda row: zlib.crc32(row["id"].encode()))
+    return [Example(split, verdict(row), row) for row in rows]

@@ -1,0 +1,303 @@
+"""`report.html` of a run: one file that needs no other, from whatever its workdir holds so far."""
+
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from alignvlm_jax import config as config_lib
+from alignvlm_jax import storage
+from alignvlm_jax.analysis import base
+from alignvlm_jax.benchmarks import predictions, summary
+from alignvlm_jax.benchmarks.predictions import Predictions
+from alignvlm_jax.config import Config
+from alignvlm_jax.data import images
+from alignvlm_jax.data.record import Record
+from alignvlm_jax.data.shards import RecordSource
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.inference import loading, patch_tokens
+from alignvlm_jax.inference.loading import Loaded
+from alignvlm_jax.pictures import html, patch_map, plotting
+from alignvlm_jax.report import analysis_sections, figures, gallery
+from alignvlm_jax.report.gallery import Example
+from alignvlm_jax.train import goodput, metrics, workdir
+
+FILE = "report.html"
+NUM_LENSES = 3
+NUM_READINGS = 6
+GOODPUT = (
+    ("steps", "Steps", "training proper"),
+    ("data_wait", "Data wait", "no step to run, since its batch was not there"),
+    ("save", "Saves", "what of checkpoints training waited for"),
+    ("restart", "Restarts", "from the start of a process that goes on to its first step, and what was done in vain"),
+    ("evaluation", "Evaluation", "validation, and answers generated in training"),
+    ("compile", "Compiling", "of a run's first process; later ones count it as restart until their first step"),
+    ("other", "Other", "starting, reading data and weights"),
+)
+"""Categories of `goodput` in the order and words of the report."""
+
+Results = Mapping[tuple[str, bool], Predictions]
+Lines = Sequence[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a workdir holds. `loaded` is None, and `problem` says why, where there is no model to load."""
+
+    folder: Path
+    stages: tuple[Config, ...]
+    lines: Lines
+    results: Results
+    analyses: Mapping[str, Mapping[str, Any]]
+    loaded: Loaded | None
+    problem: str
+
+
+def build(folder: Path, other: Path | None = None, data_dir: str | None = None) -> Path:
+    """Writes the report of the run in `folder` and returns its path.
+
+    Args:
+      folder: a workdir.
+      other: another run's workdir, whose curves and scores stand beside this one's.
+      data_dir: where the documents are, if no longer where the config says.
+
+    Raises:
+      UserError: a folder is no workdir, or a file in it is damaged. Anything else that is missing leaves a sentence in
+        the report.
+    """
+    run = read(folder, data_dir)
+    path = folder / FILE
+    storage.write_whole(path, render(run, None if other is None else read(other, data_dir, with_model=False)))
+    return path
+
+
+def read(folder: Path, data_dir: str | None = None, with_model: bool = True) -> Run:
+    """Reads a workdir."""
+    config_file = folder / workdir.CONFIG_FILE
+    if not config_file.exists():
+        raise UserError(f"{folder} is no workdir: it has no {workdir.CONFIG_FILE}")
+    stages = config_lib.from_json(parse(config_file, config_file.read_text()))
+    loaded, problem = None, ""
+    if with_model:
+        try:
+            loaded = loading.load(folder, loading.load_config(folder, data_dir))
+        except UserError as err:
+            problem = str(err)
+    lines, results = read_metrics(folder / metrics.FILE), predictions.read_all(folder)
+    written = [path for path in storage.children(folder / base.FOLDER) if path.suffix == ".json"]
+    analyses = {path.stem: parse(path, path.read_text()) for path in written}
+    return Run(folder, stages, lines, results, analyses, loaded, problem)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the whole lines of a metrics.jsonl, which may still be growing; none where there is no file."""
+    if not path.exists():
+        return []
+    return [parse(path, line) for line in path.read_text().split("\n")[:-1]]
+
+
+def parse(path: Path, text: str) -> Any:
+    """Returns what the text of a file holds; UserError where it is not JSON."""
+    try:
+        return json.loads(text)
+    except ValueError as err:
+        raise UserError(f"{path} is damaged: it is not JSON ({err})") from err
+
+
+def render(run: Run, other: Run | None = None) -> str:
+    """Returns the report's HTML."""
+    splits = _splits(run)
+    examples = gallery.choose({split: run.results[split, False] for split in splits})
+    records = _records(run, examples)
+    lenses, lens_problem = _lenses(run, examples, records)
+    return html.render(
+        FILE,
+        run=run,
+        config=run.stages[-1],
+        other=other,
+        differences=workdir.differences(config_lib.to_json(other.stages), config_lib.to_json(run.stages))
+        if other
+        else [],
+        num_params=_num_params(run.loaded),
+        last_step=_last(run.lines, "step") or 0,
+        train_seconds=_last(run.lines, "train_seconds"),
+        scores=[_score(run, split) for split in splits],
+        other_scores=[_score(other, split) for split in _splits(other)] if other else [],
+        tested_steps=sorted({result.header["step"] for result in run.results.values()}),
+        curves=figures.curves(run.lines, other.lines if other else ()),
+        curve_colors=(figures.THIS, figures.OTHER),
+        stages=[_stage(stage, run.lines) for stage in run.stages],
+        goodput=_goodput(run.lines),
+        examples=[_shown(example, records.get(example.record_id)) for example in examples],
+        lenses=lenses,
+        lens_problem=lens_problem,
+        analyses=analysis_sections.sections(run.folder / base.FOLDER, run.analyses),
+        facts=_facts(run),
+        config_json=json.dumps(config_lib.to_json(run.stages), indent=2),
+    )
+
+
+def _splits(run: Run) -> list[str]:
+    """The splits with predictions, those of the config first."""
+    found = [split for split, blind in run.results if not blind]
+    named = run.stages[-1].eval.splits
+    return sorted(found, key=lambda split: (named.index(split) if split in named else len(named), split))
+
+
+def _score(run: Run, split: str) -> dict[str, Any]:
+    """A split's row in the table of scores, and below it those of its kinds of documents."""
+    seen, blind = run.results[split, False], run.results.get((split, True))
+    rows = [_score_row(split, seen, blind)]
+    for kind in seen.kinds():
+        rows.append(_score_row(kind, seen.of_kind(kind), blind and blind.of_kind(kind)))
+    return rows[0] | {"kinds": rows[1:]}
+
+
+def _score_row(name: str, seen: Predictions, blind: Predictions | None) -> dict[str, Any]:
+    return {
+        "name": name.replace("_", " "),
+        "count": len(seen.rows),
+        "anls": seen.mean("score"),
+        "margin": seen.margin("score"),
+        "exact": seen.mean("exact"),
+        "exact_margin": seen.margin("exact"),
+        "blind": blind.mean("score") if blind and blind.rows else None,
+        "shares": gallery.shares(seen),
+    }
+
+
+def _records(run: Run, examples: Sequence[Example]) -> dict[str, Record]:
+    """The documents of examples by id; those that are gone, or are others by now, are left out."""
+    found = {}
+    config = run.loaded.config if run.loaded else run.stages[-1]
+    for split in {example.split for example in examples}:
+        try:
+            source = RecordSource(config.data.dir, split)
+        except UserError:
+            continue
+        for example in examples:
+            index = example.row["record"]
+            if example.split == split and index < len(source) and source[index].id == example.record_id:
+                found[example.record_id] = source[index]
+    return found
+
+
+def _shown(example: Example, record: Record | None) -> dict[str, Any]:
+    return {
+        "split": example.split.replace("_", " "),
+        "kind": example.row["kind"],
+        "verdict": example.verdict,
+        "question": example.row["question"],
+        "spelled": example.spelled(),
+        "truth": example.closest_answer(),
+        "score": example.row["score"],
+        "page": record and gallery.page_uri(record),
+    }
+
+
+def _lenses(run: Run, examples: Sequence[Example], records: Mapping[str, Record]) -> tuple[list[dict], str]:
+    """Pictures of what patches say on three of the pages shown, or why there are none."""
+    if run.loaded is None:
+        return [], run.problem
+    chosen = gallery.one_of_each([example for example in examples if example.record_id in records], NUM_LENSES)
+    if not chosen:
+        return [], "There are no answered questions with their pages yet: run `evaluate` first."
+    try:
+        asked = [records[example.record_id] for example in chosen]
+        looks = patch_tokens.look(run.loaded, [images.decode_image(record.images[0], record.id) for record in asked])
+    except UserError as err:
+        return [], str(err)
+    shown = [
+        {
+            "picture": html.png_uri(patch_map.picture(look)),
+            "entropy": float(look.entropies.mean()),
+            "example": _shown(example, None),
+            "readings": [
+                {"image": html.image_uri(one.image), "entropy": one.entropy, "tokens": one.tokens}
+                for one in patch_map.readings(look, NUM_READINGS)
+            ],
+        }
+        for example, look in zip(chosen, looks, strict=True)
+    ]
+    return shown, ""
+
+
+def _stage(stage: Config, lines: Lines) -> dict[str, Any]:
+    """A stage's row: what it was asked to do, and how it went so far."""
+    ours = [line for line in lines if line["stage"] == stage.stage]
+    began = lines.index(ours[0]) if ours else 0
+    rates = sorted(line["steps_per_second"] for line in ours if line.get("steps_per_second"))
+    waits = [line["data_wait_fraction"] for line in ours if line.get("data_wait_fraction") is not None]
+    seconds = _last(ours, "train_seconds")
+    return {
+        "name": stage.stage,
+        "steps": stage.train.num_steps,
+        "tasks": ", ".join(f"{task} {weight:g}" for task, weight in stage.data.tasks.items()),
+        "input": {"pixels": "pages", "labels": "text"}[stage.train.visual_input],
+        "trained": "all" if stage.train.trainable == (".*",) else ", ".join(stage.train.trainable),
+        "patch_weight": stage.train.patch_token_weight,
+        "learning_rate": stage.optim.learning_rate,
+        "seconds": seconds and seconds - (_last(lines[:began], "train_seconds") or 0.0),
+        "rate": rates[len(rates) // 2] if rates else None,
+        "wait": sum(waits) / len(waits) if waits else None,
+        "loss": _last(ours, "validation/answer_loss"),
+        "accuracy": _last(ours, "validation/token_accuracy"),
+    }
+
+
+def _goodput(lines: Lines) -> list[dict[str, Any]]:
+    """Where the run's wall time went, as its newest line says; empty where none says."""
+    newest = next((line for line in reversed(lines) if line.get(goodput.TOTAL)), None)
+    if newest is None:
+        return []
+    return [
+        {
+            "name": name,
+            "what": what,
+            "share": newest[goodput.PREFIX + category],
+            "seconds": newest[goodput.PREFIX + category] * newest[goodput.TOTAL],
+            "color": color,
+        }
+        for (category, name, what), color in zip(GOODPUT, plotting.COLORS, strict=False)
+    ]
+
+
+def _last(lines: Lines, name: str) -> float | None:
+    return next((line[name] for line in reversed(lines) if line.get(name) is not None), None)
+
+
+def _num_params(loaded: Loaded | None) -> dict[str, int]:
+    """Parameters by part of the model; empty without a model."""
+    parts = loaded.params if loaded else {}
+    return {part: sum(x.size for x in jax.tree.leaves(tree)) for part, tree in parts.items()}
+
+
+def _facts(run: Run) -> dict[str, str]:
+    """What else one needs to know to repeat the run, by name."""
+    config, vision, llm = run.stages[-1], run.stages[-1].model.vision, run.stages[-1].model.llm
+    facts = {
+        "Vision": f"{vision.num_layers} layers of {vision.width}; tiles of {vision.tile_width} × {vision.tile_height} "
+        f"pixels, patches of {vision.patch_width} × {vision.patch_height}",
+        "Language model": f"{llm.num_layers} layers of {llm.width}, vocabulary {llm.vocab_size}",
+        "Connector": config.model.connector.name,
+        "Rows": f"{config.train.batch_size} a step, {config.data.row_length} tokens each, "
+        f"{config.data.max_tiles * config.slots_per_tile} of them image slots",
+        "Seed": str(config.seed),
+    }
+    if run.loaded:
+        described = run.loaded.metadata
+        facts["Parameters"] = ", ".join(f"{part} {html.count(size)}" for part, size in _num_params(run.loaded).items())
+        facts["Checkpoint"] = str(run.loaded.path)
+        facts["Code"] = described["git"]
+        facts["Libraries"] = ", ".join(f"{name} {version}" for name, version in described["libraries"].items())
+    facts["This machine"] = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+    summary_file = run.folder / summary.FILE
+    if summary_file.exists():
+        fields = parse(summary_file, summary_file.read_text())
+        facts["Evaluation's memory"] = f"{fields['peak_memory_gib']:.2f} GiB at most"
+    return facts

@@ -1,0 +1,90 @@
+"""The demonstration's data set: rendered documents of every split, and the tokenizer that is trained on them."""
+
+import functools
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.progress import track
+
+from alignvlm_jax.data import record as record_lib
+from alignvlm_jax.data import shards as shards_lib
+from alignvlm_jax.data.shards import RecordSource
+from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from alignvlm_jax.ingest import executors, staging
+from alignvlm_jax.synthetic import documents
+from alignvlm_jax.synthetic.contents import Table
+
+SHARD_SIZE = 1000
+TOKENIZER_DOCUMENTS = 2000
+
+
+class Shard(NamedTuple):
+    """A run of documents of one split, and the file that they go to."""
+
+    path: str
+    split: str
+    start: int
+    stop: int
+
+
+def prepare(out: Path, arguments: dict[str, Any], num_workers: int) -> bool:
+    """Writes the folder `out`, or goes on with a run that was interrupted; returns False where it was whole before.
+    `arguments` are num_train and num_eval (documents of a split), seed and noise, and tell the data apart.
+
+    Raises:
+      UserError: a shard cannot be written.
+    """
+    wanted = arguments | {"version": documents.VERSION}
+    if staging.is_ready(out, wanted):
+        return False
+    folder = staging.partial_folder(out, wanted)
+    _write_shards(folder, wanted, num_workers)
+    records = RecordSource(folder, "train")
+    SentencePieceTokenizer.train(
+        folder / "tokenizer.model",
+        (text for index in range(min(TOKENIZER_DOCUMENTS, len(records))) for text in _texts(records[index])),
+    )
+    staging.publish(out, folder, os.listdir(folder), documents.SPLITS, wanted)
+    return True
+
+
+def size(split: str, arguments: dict[str, Any]) -> int:
+    """Returns the documents of a split."""
+    return arguments["num_eval"] if documents.SPLITS[split].evaluation else arguments["num_train"]
+
+
+def _write_shards(folder: Path, wanted: dict[str, Any], num_workers: int) -> None:
+    shards = [shard for shard in _plan(folder, wanted) if not Path(shard.path).exists()]
+    if not shards:
+        return
+    from alignvlm_jax.synthetic import tables  # pandas takes seconds to import, and the workers do not need it
+
+    write = functools.partial(_write_shard, wanted["seed"], wanted["noise"], tables.load())
+    for _ in track(executors.run(write, shards, num_workers), "Rendering documents", total=len(shards)):
+        pass
+
+
+def _plan(folder: Path, wanted: dict[str, Any]) -> list[Shard]:
+    shards = []
+    for split in documents.SPLITS:
+        bounds = [*range(0, size(split, wanted), SHARD_SIZE), size(split, wanted)]
+        for index, (start, stop) in enumerate(itertools.pairwise(bounds)):
+            name = shards_lib.shard_name(split, index, len(bounds) - 1)
+            shards.append(Shard(str(folder / name), split, start, stop))
+    return shards
+
+
+def _write_shard(seed: int, noise: float, tables: tuple[Table, ...], shard: Shard) -> Iterator[None]:
+    documents_of_shard = range(shard.start, shard.stop)
+    shards_lib.write_shard(
+        shard.path, (documents.render(seed, shard.split, index, tables, noise) for index in documents_of_shard)
+    )
+    yield
+
+
+def _texts(record: record_lib.Record) -> list[str]:
+    lines = [" ".join(word.text for word in line) for page in record.lines for line in page]
+    return lines + [turn.question for turn in record.turns]

@@ -1,0 +1,125 @@
+"""Checkpoints as all processes of a run read them: the newest one that all can read, and the model in it."""
+
+import functools
+import json
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jax.sharding import Mesh
+
+from alignvlm_jax import storage
+from alignvlm_jax.config import Config
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.models import vlm
+from alignvlm_jax.parallel import distributed, exchange
+from alignvlm_jax.train import state
+from alignvlm_jax.train.checkpoint import FOLDER, BrokenCheckpoint, Checkpoints
+from alignvlm_jax.train.checkpoint_files import is_step
+from alignvlm_jax.train.state import Params
+
+T = TypeVar("T")
+
+
+def agreed(read: Callable[[], T]) -> T:
+    """Returns what reading a checkpoint gives, which all processes do together.
+
+    Raises:
+      BrokenCheckpoint: on all of them, where one could not read it. Each for itself, some would go on from this
+        checkpoint and others from the one before.
+    """
+    result, problem = None, None
+    try:
+        result = read()
+    except BrokenCheckpoint as err:
+        problem = str(err)
+    problems = [told for told in exchange.gather(problem) if told is not None]
+    if problems:
+        raise BrokenCheckpoint(problems[0])
+    return result
+
+
+def agreed_metadata(checkpoints: Checkpoints, step: int) -> dict[str, Any]:
+    """Returns the metadata of a checkpoint that all processes are about to read.
+
+    Raises:
+      BrokenCheckpoint: on all of them, where one could not read it.
+      UserError: on all of them, where it is not the same: a folder on each host's own disk may hold another run on one
+        of them, and each would go on with its own part of the parameters.
+    """
+    metadata = agreed(lambda: checkpoints.metadata(step))
+    digest = zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
+    run = f"run {str(metadata.get('run_id'))[:8]}, metadata {digest:08x}"
+    distributed.check_alike({f"checkpoint {step} of {checkpoints.folder.parent.name}": run})
+    return metadata
+
+
+def read_newest(path: Path, read: Callable[[Checkpoints, int], T]) -> T:
+    """Returns read(checkpoints, step) of the newest readable checkpoint of a workdir, or of the one checkpoint `path`.
+
+    Raises:
+      UserError: `path` is neither, or nothing there can be read.
+    """
+    is_workdir = (path / FOLDER).is_dir()
+    one = storage.absolute(path)  # From inside a checkpoint's folder it may be called ".".
+    folder = path / FOLDER if is_workdir else path.parent if is_step(path.name) else one.parent
+    storage.check_whole(storage.absolute(folder).parent)
+    if not is_workdir and not (path.is_dir() and is_step(one.name)):
+        raise UserError(f"no checkpoint at {path}: it must be a workdir with {FOLDER}/ in it, or one {FOLDER}/STEP")
+    step = None if is_workdir else int(one.name)
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        problem, superseded = f"no checkpoint in {folder}", 0
+        waiting = _steps(checkpoints, step)
+        while waiting:
+            candidate = waiting.pop()
+            try:
+                agreed_metadata(checkpoints, candidate)
+                return agreed(functools.partial(read, checkpoints, candidate))
+            except BrokenCheckpoint as err:
+                problem = str(err)
+            # A run that goes on removes what it has superseded, also while it is read.
+            if exchange.from_main(not (folder / str(candidate)).exists()) and superseded < MAX_SUPERSEDED:
+                superseded += 1
+                waiting = [newer for newer in _steps(checkpoints, step) if newer != candidate]
+            elif waiting and distributed.is_main():
+                print(f"{problem}; trying the one before", file=sys.stderr)
+    raise UserError(problem)
+
+
+def load_config(path: Path) -> Config:
+    """Returns the stage that wrote the newest checkpoint of a workdir, or the one checkpoint `path`."""
+    return read_newest(path, lambda checkpoints, step: checkpoints.config(step))
+
+
+def load_model(path: Path, mesh: Mesh) -> tuple[Config, vlm.VLM, Params, int]:
+    """Loads a trained model for use.
+
+    Args:
+      path: a workdir, whose newest readable checkpoint is taken, or one checkpoint folder `checkpoints/STEP`.
+      mesh: where the parameters go; need not be the one that they were trained on.
+
+    Returns:
+      The config of that stage, the model, its parameters, the step.
+
+    Raises:
+      UserError: there is no readable checkpoint at `path`.
+    """
+
+    def read(checkpoints: Checkpoints, step: int) -> tuple[Config, vlm.VLM, Params, int]:
+        config = checkpoints.config(step)
+        model = vlm.VLM(config.model)
+        abstract = state.abstract_params(model, config, mesh)
+        return config, model, checkpoints.restore_params(step, abstract), step
+
+    return read_newest(path, read)
+
+
+def _steps(checkpoints: Checkpoints, step: int | None) -> list[int]:
+    """The steps that may be read, the newest last: what one process sees, for all."""
+    return exchange.from_main(checkpoints.steps()) if step is None else [step]
+
+
+MAX_SUPERSEDED = 5
+"""Checkpoints that a run may remove under the hands of whoever reads them."""

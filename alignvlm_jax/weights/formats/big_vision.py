@@ -1,0 +1,119 @@
+"""The image tower of a big_vision SigLIP checkpoint, an .npz of its flat parameter tree."""
+
+import math
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from alignvlm_jax.config import VisionConfig
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.weights import mapping
+from alignvlm_jax.weights.source import Derived, Made, Source, Tensor, Tower, resample, rows_per_block
+
+ROOTS = ("params/img/", "img/")
+POSITIONS = "pos_embedding"
+BLOCK, ATTENTION = "Transformer/encoderblock", "MultiHeadDotProductAttention_0"
+IGNORED = (r"MAPHead_0/.*", r"head/.*", r"(params/)?txt/.*", r"(params/)?[tb]", r"opt/.*")
+BAD_ZIP = (zipfile.BadZipFile, ValueError, OSError, EOFError, zipfile.zlib.error)
+
+
+class NpzFile:
+    """The arrays of an .npz, read by rows out of the zip, never unpickled. Names below `img/` lose what is above."""
+
+    def __init__(self, path: Path):
+        self.name = str(path)
+        self.tensors: dict[str, Tensor] = {}
+        self._members: dict[str, str] = {}
+        where = str(path)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                for member in archive.namelist():
+                    name = member.removesuffix(".npy")
+                    where = f"{path}: tensor {name}"
+                    with archive.open(member) as file:
+                        shape, dtype = _header(file, where)
+                    for root in ROOTS:
+                        name = name.removeprefix(root)
+                    self._members[name] = member
+                    self.tensors[name] = Tensor(shape, dtype)
+        except BAD_ZIP as err:
+            raise UserError(f"{where} is damaged or cut short: {err}") from err
+
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        """See `source.Source`."""
+        member = self._members[name]
+        tensor, where = self.tensors[name], f"{self.name}: tensor {member.removesuffix('.npy')}"
+        rows = rows_per_block(tensor) if len(tensor.shape) > 1 else math.prod(tensor.shape[:1])
+        row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+        try:
+            with zipfile.ZipFile(self.name) as archive, archive.open(member) as file:
+                _header(file, where)
+                left = tensor.shape[0] if tensor.shape else 1
+                while left:
+                    count = min(rows, left)
+                    data = file.read(count * row_bytes)
+                    yield np.frombuffer(data, tensor.dtype).reshape(count, *tensor.shape[1:])
+                    left -= count
+        except BAD_ZIP as err:
+            raise UserError(f"{where} is damaged or cut short: {err}") from err
+
+
+def open_vision(path: Path, tile_size: int | None = None) -> Tower:
+    """Opens the image tower; its sizes follow from its shapes.
+
+    Args:
+      tile_size: pixels a side; another than the checkpoint's own has its positions resampled.
+
+    Raises:
+      UserError: the file is damaged, or holds no ViT with an MLP and learned positions.
+    """
+    source = NpzFile(path)
+    is_scanned = f"{BLOCK}/LayerNorm_0/scale" in source.tensors
+    first = BLOCK if is_scanned else f"{BLOCK}_0"
+    skip = 1 if is_scanned else 0
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in source.tensors:
+            raise UserError(f"{path} lacks {name}: is it a big_vision SigLIP with {ROOTS[0]} in it?")
+        return source.tensors[name].shape
+
+    patch, _, _, width = shape("embedding/kernel")
+    num_heads = shape(f"{first}/{ATTENTION}/query/kernel")[skip + 1]
+    side = math.isqrt(shape(POSITIONS)[1])
+    size = tile_size or side * patch
+    if size % patch:
+        nearest_size = max(1, round(size / patch)) * patch
+        raise UserError(
+            f"--tile_size {size} is not a multiple of the patch of {path}, {patch}; nearest: {nearest_size}"
+        )
+    numbers = {name.split("/")[1] for name in source.tensors if name.startswith(f"{BLOCK}_")}
+    config = VisionConfig(
+        tile_height=size,
+        tile_width=size,
+        patch_height=patch,
+        patch_width=patch,
+        width=width,
+        mlp_width=shape(f"{first}/MlpBlock_0/Dense_0/kernel")[skip + 1],
+        num_layers=shape(f"{first}/LayerNorm_0/scale")[0] if is_scanned else len(numbers),
+        num_heads=num_heads,
+    )
+    tower_source: Source = source
+    if (side, side) != config.patch_grid:
+        tensor = Tensor((1, config.num_patches, width), np.dtype(np.float32))
+        make = lambda table: resample(table[0], (side, side), config.patch_grid, "linear")[None]  # noqa: E731
+        tower_source = Derived(source, {POSITIONS: Made(tensor, (POSITIONS,), make)})
+    return Tower(tower_source, config, mapping.big_vision(is_scanned), IGNORED)
+
+
+def _header(file: object, where: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of an .npy stream, which is left at its first number."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, is_fortran, dtype = read(file)
+    if dtype.hasobject or (is_fortran and len(shape) > 1):
+        raise UserError(f"{where} is {'pickled' if dtype.hasobject else 'in Fortran order'}, which is not read")
+    # Of bfloat16 numpy keeps the size alone.
+    return shape, np.dtype(ml_dtypes.bfloat16) if dtype == np.dtype("V2") else dtype

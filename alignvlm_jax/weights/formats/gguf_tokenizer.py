@@ -1,0 +1,83 @@
+"""The tokenizer inside a GGUF file, written as a file of its kind."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import sentencepiece.sentencepiece_model_pb2 as sentencepiece_model
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from alignvlm_jax.data.tokenizers.tiktoken import PATTERN
+from alignvlm_jax.errors import UserError, nearest
+
+CONTROL = 3
+"""Of `tokenizer.ggml.token_type`, which are those of SentencePiece: normal, unknown, control, user-defined, ..."""
+
+# What splits a text before bytes are merged, by `tokenizer.ggml.pre`.
+_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+_LLAMA3 = pre_tokenizers.Sequence(
+    [
+        pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+)
+PRE_TOKENIZERS = {
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _BYTES]),
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "gpt-2": _BYTES,
+}
+
+
+def write_gguf_tokenizer(fields: Mapping[str, Any], folder: Path) -> None:
+    """Writes the tokenizer that a GGUF's metadata describe into `folder`: a tokenizer.json, or for a SentencePiece one
+    a tokenizer.model.
+
+    Raises:
+      UserError: it is of a kind that is not known.
+    """
+    kind = fields.get("tokenizer.ggml.model")
+    if kind == "gpt2":
+        _byte_level(fields).save(str(folder / "tokenizer.json"))
+    elif kind == "llama":
+        (folder / "tokenizer.model").write_bytes(_sentencepiece(fields))
+    else:
+        raise UserError(f"tokenizer.ggml.model is {kind!r}{nearest(str(kind), ('gpt2', 'llama'))}")
+
+
+def _byte_level(fields: Mapping[str, Any]) -> Tokenizer:
+    pre = fields.get("tokenizer.ggml.pre", "gpt-2")
+    if pre not in PRE_TOKENIZERS:
+        raise UserError(f"tokenizer.ggml.pre is {pre!r}{nearest(str(pre), PRE_TOKENIZERS)}")
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+    # Llama 3 takes a word that is a token as it is, whatever the merges would make of it.
+    model = models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=pre.startswith("llama"))
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(token, special=True, normalized=False)
+            for token, kind in zip(tokens, types, strict=True)
+            if kind == CONTROL
+        ]
+    )
+    return tokenizer
+
+
+def _sentencepiece(fields: Mapping[str, Any]) -> bytes:
+    model = sentencepiece_model.ModelProto()
+    columns = (fields[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type"))
+    for token, score, kind in zip(*columns, strict=True):
+        model.pieces.add(piece=token, score=score, type=int(kind))
+    model.trainer_spec.model_type = model.trainer_spec.BPE
+    model.trainer_spec.byte_fallback = True
+    model.trainer_spec.unk_id = fields.get("tokenizer.ggml.unknown_token_id", 0)
+    model.trainer_spec.bos_id = fields.get("tokenizer.ggml.bos_token_id", 1)
+    model.trainer_spec.eos_id = fields.get("tokenizer.ggml.eos_token_id", 2)
+    model.trainer_spec.pad_id = -1
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix = bool(fields.get("tokenizer.ggml.add_space_prefix", True))
+    model.normalizer_spec.remove_extra_whitespaces = False
+    return model.SerializeToString()

@@ -1,0 +1,139 @@
+"""The checkpoint that a run starts from, made of published towers; and a checkpoint written as published formats."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.table import Table
+
+from alignvlm_jax import config as config_lib
+from alignvlm_jax import storage
+from alignvlm_jax.config import Config, ConnectorConfig, DataConfig, ModelConfig
+from alignvlm_jax.data import chat, loader
+from alignvlm_jax.models import connectors, vlm
+from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.train import checkpoint, restore, state, warm_start
+from alignvlm_jax.train.checkpoint import Checkpoints
+from alignvlm_jax.train.state import Params, TrainState
+from alignvlm_jax.weights import export, load, mapping
+from alignvlm_jax.weights.source import Tower
+
+TOKENIZER = "tokenizer"
+"""Folder of the tokenizer's files in what `write` writes."""
+
+ROW_LENGTH, MAX_TILES = 4096, 9
+
+
+def make_config(llm: Tower, vision: Tower, connector: str, out: Path) -> Config:
+    """Returns the config of a checkpoint in `out`: the towers' sizes, and rows that hold a page of up to nine tiles."""
+    connectors.get(connector)
+    model = ModelConfig(
+        vision=vision.config,
+        llm=llm.config,
+        connector=ConnectorConfig(name=connector),
+        # One beyond the table: a placeholder that no tokenizer knows, so that no text can make an image slot.
+        image_token_id=llm.config.vocab_size,
+    )
+    max_tiles = max(1, min(MAX_TILES, ROW_LENGTH * 3 // 4 // model.slots_per_tile))
+    row_length = max(ROW_LENGTH, max_tiles * model.slots_per_tile * 4 // 3)
+    data = DataConfig(
+        tokenizer=str(out / TOKENIZER), row_length=row_length, max_tiles=max_tiles, use_overview=max_tiles > 1
+    )
+    return config_lib.check(Config(name=out.name, stage="convert", model=model, data=data))
+
+
+def write(llm: Tower, vision: Tower, config: Config, write_tokenizer: Callable[[Path], None], out: Path) -> Table:
+    """Writes the checkpoint of step 0 of the workdir `out`, which appears whole or not at all.
+
+    Parameters keep the dtypes of their files; the connector's are float32, and ALIGN's W2 a copy of the LM head.
+
+    Args:
+      write_tokenizer: writes the tokenizer's files into a folder that is not there yet.
+
+    Returns:
+      The table of what was loaded, initialised and ignored.
+
+    Raises:
+      UserError: `out` exists, a tensor is missing, unexplained or damaged, or the tokenizer does not fit the model.
+    """
+    with storage.whole_folder(out) as staging:
+        with storage.local_folder(staging) as folder:
+            write_tokenizer(folder / TOKENIZER)
+        chat.format_of(loader.load_tokenizer(_with_tokenizer(config, staging / TOKENIZER)))
+        model = vlm.VLM(config.model)
+        mesh = mesh_lib.widest(config)
+        with mesh_lib.use(mesh):
+            params, table = _params(llm, vision, config, state.abstract_params(model, config, mesh))
+        storage.write_whole(staging / "config.json", json.dumps(config_lib.to_json((config,)), indent=2) + "\n")
+        largest = max(x.nbytes for x in jax.tree.leaves(params))
+        with Checkpoints(staging / checkpoint.FOLDER, host_gb=1.1 * largest / 1e9) as checkpoints:
+            metadata = checkpoint.describe((config,), config, train_seconds=0.0, answer_loss=None)
+            checkpoints.save(
+                0, TrainState(np.int32(0), params, ()), position={"next_row": 0}, metadata=metadata, metrics=None
+            )
+    return table
+
+
+def _params(llm: Tower, vision: Tower, config: Config, abstract: Params) -> tuple[Params, Table]:
+    wanted = state.flatten(abstract)
+    ignored = {
+        f"{part}/{name}": tower.source.tensors[name].shape
+        for part, tower in (("vision", vision), ("llm", llm))
+        for name in load.check_tower(tower, wanted)
+    }
+    if vlm.has_head_copy(config.model):
+        # Read once more, not copied on the devices: it needs no more memory than any other parameter.
+        llm = dataclasses.replace(llm, entries=(*llm.entries, mapping.head_copy(config.model.llm)))
+    leaves = load.load_tower(vision, wanted) | load.load_tower(llm, wanted)
+    drawn = wanted.keys() - leaves.keys()
+    rng = jax.random.key(config.seed)
+    fresh = state.init_params(vlm.VLM(config.model), config, abstract, drawn, rng)
+    params = state.merge(state.unflatten(leaves), fresh)
+    shapes = {path: x.shape for path, x in wanted.items()}
+    groups = {
+        "loaded": {path: shapes[path] for path in shapes if not path.startswith("connector/")},
+        "initialised": {path: shapes[path] for path in shapes if path.startswith("connector/")},
+        "ignored in the files": ignored,
+    }
+    return params, warm_start.table(groups)
+
+
+def _with_tokenizer(config: Config, path: Path) -> Config:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(path)))
+
+
+def write_export(path: Path, out: Path, parts: tuple[str, ...]) -> dict[str, int]:
+    """Writes `parts` of a checkpoint into the folder `out`, which appears whole or not at all.
+
+    Args:
+      path: a workdir, whose newest readable checkpoint is taken, or one checkpoint folder `checkpoints/STEP`.
+
+    Returns:
+      The number of tensors written, by part.
+
+    Raises:
+      UserError: `out` exists, there is no readable checkpoint, its tokenizer is missing, or a part cannot be expressed.
+    """
+    storage.refuse_existing(out)
+    return restore.read_newest(path, lambda checkpoints, step: _write(checkpoints, step, out, parts))
+
+
+def _write(checkpoints: Checkpoints, step: int, out: Path, parts: tuple[str, ...]) -> dict[str, int]:
+    config, stored = checkpoints.config(step), checkpoints.stored_params(step)
+    export.check(config.model, parts)
+    mesh = mesh_lib.single_device()
+    abstract = state.flatten(state.abstract_params(vlm.VLM(config.model), config, mesh))
+
+    def read(path: str) -> np.ndarray:
+        # In the dtype that is stored: what is not rounded on its way in must not be on its way out.
+        wanted = jax.ShapeDtypeStruct(stored[path].shape, stored[path].dtype, sharding=abstract[path].sharding)
+        return np.asarray(state.flatten(checkpoints.restore_params(step, state.unflatten({path: wanted})))[path])
+
+    with storage.whole_folder(out) as target, storage.local_folder(target) as staging:
+        counts = export.write(config.model, stored, read, staging, parts)
+        if "llm" in parts:
+            export.copy_tokenizer(loader.tokenizer_path(config), staging / "llm")
+    return counts

@@ -1,0 +1,121 @@
+"""Which words patches use, and the model that has only those."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from alignvlm_jax.analysis import base, vocabulary
+from alignvlm_jax.benchmarks import runner
+from alignvlm_jax.data import images
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.inference import loading, patch_tokens, sampler
+from alignvlm_jax.inference import tiles as tiles_lib
+from alignvlm_jax.models import vlm
+
+SPLIT = "seen_fonts"
+
+
+@pytest.fixture(scope="module")
+def loaded(trained_workdir, tmp_path_factory):
+    """The model, its results in a folder of their own."""
+    loaded = loading.load(trained_workdir, loading.load_config(trained_workdir))
+    path = tmp_path_factory.mktemp("vocabulary") / "checkpoints" / "7"
+    path.mkdir(parents=True)
+    return dataclasses.replace(loaded, path=path)
+
+
+def probabilities(loaded, count: int) -> np.ndarray:
+    """Of the patches of the first documents, one tile each that nothing pads."""
+    records = runner.sources.RecordSource(loaded.config.data.dir, SPLIT)
+    pages = [images.decode_image(records[i].images[0], "") for i in range(count)]
+    num_words = loaded.config.model.llm.num_words
+    looks = patch_tokens.look(loaded, pages, num_words)
+    p = np.zeros((sum(map(len, looks)), loaded.config.model.llm.vocab_size))
+    np.put_along_axis(
+        p, np.concatenate([look.tokens for look in looks]), np.concatenate([look.probabilities for look in looks]), -1
+    )
+    return p
+
+
+def test_usage_is_that_of_the_patches(loaded):
+    p = probabilities(loaded, 5)
+    found = vocabulary.usage(loaded, SPLIT, num_pages=100)
+    assert len(found.entropies) == len(p)
+    np.testing.assert_allclose(found.mean, p.mean(0), atol=1e-6)
+    np.testing.assert_allclose(found.highest, p.max(0), atol=1e-6)
+    np.testing.assert_allclose(found.entropies.mean(), vocabulary.entropy(p).mean(), rtol=1e-4)
+    np.testing.assert_array_equal(found.top_counts, np.bincount(p.argmax(-1), minlength=p.shape[1]))
+
+    facts = found.facts()
+    assert facts["perplexity"]["p50"] == pytest.approx(2 ** np.median(vocabulary.entropy(p)), rel=1e-3)
+    assert facts["mean_perplexity"] == pytest.approx(2 ** vocabulary.entropy(p.mean(0)), rel=1e-3)
+    histogram = facts["entropy_histogram"]
+    assert sum(histogram["patches"]) == len(p) == facts["num_patches"]
+    middles = np.add(histogram["edges"][1:], histogram["edges"][:-1]) / 2
+    width = histogram["edges"][1]
+    assert np.average(middles, weights=histogram["patches"]) == pytest.approx(facts["entropy"]["mean"], abs=width / 2)
+    first = found.top_words(loaded.tokenizer)[0]
+    assert first["id"] == p.mean(0).argmax()
+    assert first["share_of_patches"] == pytest.approx((p.argmax(-1) == first["id"]).mean())
+
+
+def test_what_is_kept():
+    used = vocabulary.Usage(
+        np.array([0.6, 0.4, 0, 0]), np.array([1, 0.9, 1e-3, 0]), np.zeros(3), np.array([2, 1, 0, 0])
+    )
+    assert used.kept("mean", 1e-6).tolist() == [True, True, False, False]
+    assert used.kept("highest", 1e-6).tolist() == [True, True, True, False]
+    with pytest.raises(UserError, match=r"leaves no word: the largest mean is 0\.6"):
+        used.kept("mean", 0.7)
+
+
+def test_the_rest_is_shared_among_the_words_that_are_kept(loaded):
+    p = probabilities(loaded, 2)
+    words = np.arange(p.shape[1]) % 3 == 0
+    records = runner.sources.RecordSource(loaded.config.data.dir, SPLIT)
+    tiles = tiles_lib.tiles_of(loaded, [records[0], records[1]])
+
+    def whole(model, variables, batch):
+        return model.apply({**variables, **vlm.pruning(words)}, batch, method="patch_probabilities")
+
+    kept = np.concatenate(list(tiles_lib.map_tiles(loaded, whole, {"tiles": tiles}))).reshape(p.shape)
+    np.testing.assert_allclose(kept.sum(-1), 1, atol=1e-6)
+    assert (kept[:, ~words] == 0).all()
+    np.testing.assert_allclose(kept[:, words], p[:, words] / p[:, words].sum(-1, keepdims=True), atol=1e-5)
+
+    def tokens(model, variables, batch):
+        return model.apply({**variables, **vlm.pruning(words)}, batch, method="visual_tokens")
+
+    table = np.asarray(loaded.params["llm"]["embed"]["table"])
+    found = np.concatenate(list(tiles_lib.map_tiles(loaded, tokens, {"tiles": tiles}))).reshape(len(p), -1)
+    np.testing.assert_allclose(found, kept @ table, atol=1e-4)
+
+
+def test_all_words_are_no_pruning(loaded):
+    asker = runner.Runner(loaded, loaded.config)
+    clean = asker.evaluate(SPLIT, blind=False)
+    vocab_size = loaded.config.model.llm.vocab_size
+    scores = vocabulary.ask(asker, loaded, SPLIT, np.ones(vocab_size, bool))
+    (path,) = (base.folder(loaded) / "vocabulary").glob(f"*_{vocab_size}_words_*.jsonl")
+    assert runner.predictions.read(path).rows == clean.rows
+    assert (scores["anls"], scores["num_eval"]) == (clean.mean("score"), 6)
+
+
+def test_scores_with_and_without_in_one_trace(loaded, monkeypatch):
+    traces = []
+    generate = sampler._generate
+    monkeypatch.setattr(sampler, "_generate", lambda *args, **kwargs: traces.append(1) or generate(*args, **kwargs))
+    found = vocabulary.measure(loaded, SPLIT, pages="unseen_fonts", num_pages=2, threshold=0.02)
+    sizes = [trial["num_words"] for trial in found["pruning"]]
+    assert [trial["words"] for trial in found["pruning"]] == ["all", "mean", "highest"]
+    assert sizes[0] == loaded.config.model.llm.vocab_size and sizes[1] <= sizes[2] < sizes[0]
+    assert len(traces) == 1
+
+
+def test_another_connector_has_no_words(loaded):
+    connector = dataclasses.replace(loaded.config.model.connector, name="mlp")
+    model = dataclasses.replace(loaded.config.model, connector=connector)
+    other = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, model=model))
+    with pytest.raises(UserError, match="'mlp' gives patches no distribution"):
+        vocabulary.measure(other, SPLIT, pages=SPLIT, num_pages=1, threshold=1e-6)

@@ -1,0 +1,86 @@
+"""Rows are kept as they come; what stands on stderr meanwhile."""
+
+import pytest
+
+from alignvlm_jax.benchmarks import predictions
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.storage import lease
+
+HEADER = {"step": 7}
+
+
+def collect(path, make, header=HEADER):
+    return predictions.collect(path, header, make, name="held_out", count=3, things="texts")
+
+
+def never(done):
+    pytest.fail(f"asked for rows from {done} on")
+
+
+def test_what_was_made_is_kept_and_not_made_again(tmp_path):
+    def stopped(done):
+        yield [{"id": done}]
+        yield [{"id": done + 1}]
+        raise KeyboardInterrupt
+
+    path, started = tmp_path / "a.jsonl", []
+
+    def rest(done):
+        started.append(done)
+        return [[{"id": i}] for i in range(done, 3)]
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(path, stopped)
+    assert not path.exists()
+    assert collect(path, rest).rows == [{"id": 0}, {"id": 1}, {"id": 2}]
+    assert started == [2]
+    assert collect(path, never) == predictions.read(path)
+    collect(path, rest, {"step": 8})
+    assert started == [2, 0]
+    assert predictions.read(path).header == {"step": 8}
+
+
+def rows(done):
+    return [[{"id": i}] for i in range(done, 3)]
+
+
+def test_two_do_not_make_the_same_at_once(folder, monkeypatch):
+    for name, seconds in (("TTL_SECONDS", 4.0), ("MARGIN_SECONDS", 1.0), ("POLL_SECONDS", 0.2)):
+        monkeypatch.setattr(lease, name, seconds)
+    path = folder / "a.jsonl"
+
+    def make(done):
+        yield [{"id": 0}]
+        with pytest.raises(UserError, match=r"process \d+ on .* is at held_out in .*; wait for it$"):
+            collect(path, never)
+        yield [{"id": 1}, {"id": 2}]
+
+    assert len(collect(path, make).rows) == len(predictions.read(path).rows) == 3
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_file_of_other_rows_than_there_are_is_made_anew(tmp_path, capsys, count):
+    path = tmp_path / "a.jsonl"
+    for suffix in ("", ".partial"):
+        path.with_name(path.name + suffix).write_text(
+            "".join(f"{line}\n" for line in ['{"step": 7}', *['{"id": 9}'] * count])
+        )
+    if count < 3:
+        path.with_name("a.jsonl.partial").unlink()
+    assert collect(path, rows).rows == [{"id": 0}, {"id": 1}, {"id": 2}]
+    assert f"a.jsonl has {count} of 3 rows, and is made anew" in capsys.readouterr().err
+
+
+def test_a_workdir_may_move(tmp_path):
+    path, header = tmp_path / "a.jsonl", {"step": 7, "checkpoint": "runs/a/checkpoints/7"}
+    collect(path, rows, header)
+    assert len(collect(path, never, header | {"checkpoint": "/elsewhere/checkpoints/7"}).rows) == 3
+
+
+def test_the_rate_names_what_is_counted(tmp_path, capsys):
+    collect(tmp_path / "a.jsonl", lambda done: [[{"id": 0}], [{"id": 1}, {"id": 2}]])
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "held_out" in captured.err
+    assert "3/3" in captured.err
+    assert " texts/s" in captured.err

@@ -1,0 +1,66 @@
+"""Which questions are asked, and that each has a name of its own."""
+
+import pytest
+
+from alignvlm_jax.benchmarks import questions, tasks
+from alignvlm_jax.data import shards
+from alignvlm_jax.data.record import Record, Turn
+from alignvlm_jax.errors import UserError
+
+
+def documents(num_turns: list[int]) -> list[Record]:
+    turns = [tuple(Turn(f"{i}-{j}?", ("1",)) for j in range(count)) for i, count in enumerate(num_turns)]
+    return [Record(f"d{i}", "form", (), document) for i, document in enumerate(turns)]
+
+
+def test_one_question_a_document_before_second_ones():
+    chosen = questions.choose_questions(documents([3, 1, 0, 2]), 5)
+    assert [question.record for question in chosen] == [0, 1, 3, 0, 3]
+    assert len({question.id for question in chosen}) == 5
+    for question in chosen:
+        assert question.turn.question == f"{question.record}-{question.id.split('/')[1]}?"
+    assert len(questions.choose_questions(documents([3, 1, 0, 2]), 100)) == 6
+    assert questions.choose_questions(documents([0]), 5) == questions.choose_questions([], 5) == []
+
+
+def test_the_choice_is_spread_over_documents_and_turns():
+    chosen = questions.choose_questions(documents([4] * 1000), 250)
+    assert [question.record for question in chosen] == list(range(0, 1000, 4))
+    first_turns = [question.turn.question.split("-")[1] for question in chosen]
+    assert all(40 < first_turns.count(f"{turn}?") < 85 for turn in range(4))
+    assert chosen == questions.choose_questions(documents([4] * 1000), 250)
+
+
+def test_all_questions_of_all_documents():
+    chosen = questions.choose_questions(documents([3, 1, 0, 2]), None)
+    assert len({question.id for question in chosen}) == len(chosen) == 6
+
+
+def write_task(folder, records) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    shards.write_shard(folder / shards.shard_name("validation", 0, 1), records)
+
+
+def test_a_benchmark_knows_its_questions_by_the_ids_of_its_source(tmp_path):
+    write_task(tmp_path / "docvqa", documents([1, 2]))
+    opened = questions.open_benchmark(tasks.TASKS["docvqa"], tmp_path, None)
+    assert {question.id: question.known_as for question in opened.questions} == {
+        "d0/0": "d0",
+        "d1/0": "d1/0",
+        "d1/1": "d1/1",
+    }
+    assert [opened.records[question.record].id for question in opened.questions] == ["d0", "d1", "d1"]
+    assert len(questions.open_benchmark(tasks.TASKS["docvqa"], tmp_path, 2).questions) == 2
+
+
+def test_bad_folders_are_named(tmp_path):
+    task = tasks.TASKS["docvqa"]
+    with pytest.raises(UserError, match=r"no shards of split 'validation' in .*docvqa"):
+        questions.open_benchmark(task, tmp_path, None)
+    write_task(tmp_path / "docvqa", documents([0]))
+    with pytest.raises(UserError, match="has no questions"):
+        questions.open_benchmark(task, tmp_path, None)
+    write_task(tmp_path / "docvqa", documents([2, 1]) + documents([2, 1]))
+    with pytest.raises(UserError, match="more than one question of the id") as error:
+        questions.open_benchmark(task, tmp_path, None)
+    assert all(repr(name) in str(error.value) for name in ("d0/0", "d0/1", "d1/0"))

@@ -1,0 +1,125 @@
+"""What blind means, and going on after a stop; a script answers, not a model."""
+
+import dataclasses
+import types
+
+import numpy as np
+import pytest
+
+from alignvlm_jax.benchmarks import predictions, runner
+from alignvlm_jax.data import examples, images, loader, shards
+
+
+class ScriptedSampler:
+    """Answers every question with `answer`; raises at the batch numbered `stop_at`."""
+
+    def __init__(self, tokenizer, answer: str, stop_at: int = -1):
+        self._tokens = [*tokenizer.encode(answer), tokenizer.specials["<end>"]]
+        self._stop_at = stop_at
+        self.batches = []
+
+    def rows_of_process(self, size):
+        return np.arange(size)
+
+    def generate(self, variables, batch, max_new_tokens):
+        if len(self.batches) == self._stop_at:
+            raise KeyboardInterrupt
+        self.batches.append(batch)
+        return np.array([self._tokens] * len(batch["tokens"]), np.int32)
+
+
+@pytest.fixture
+def make_runner(trained_workdir, tmp_path):
+    """A runner of 7 questions in batches of 4 in a new workdir, and its sampler."""
+    config = runner.loading.load_config(trained_workdir)
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, num_questions=7))
+    tokenizer = loader.load_tokenizer(config)
+
+    def make(answer: str = "Ann", stop_at: int = -1, **changes):
+        sampler = ScriptedSampler(tokenizer, answer, stop_at)
+        fields = {"path": tmp_path / "checkpoints" / "7", "step": 7, "metadata": {"train_seconds": 12.5}}
+        fields |= {"batch_ways": 4, "tokenizer": tokenizer, "sampler": lambda: sampler, "variables": {}} | changes
+        fields["path"].mkdir(parents=True, exist_ok=True)
+        return runner.Runner(types.SimpleNamespace(**fields), config), sampler
+
+    return make
+
+
+def test_blind_rows_differ_in_pixels_alone(trained_workdir):
+    config = runner.loading.load_config(trained_workdir)
+    tokenizer = loader.load_tokenizer(config)
+    record = shards.RecordSource(config.data.dir, "seen_fonts")[0]
+    blind = runner.blank(record)
+    assert images.decode_image(blind.images[0], "").getextrema() == ((255, 255),) * 3
+    assert not blind.lines
+    asked, guessed = (examples.build_prompt(page, "Who?", config, tokenizer) for page in (record, blind))
+    for name in ("tokens", "positions", "segment_ids"):
+        np.testing.assert_array_equal(asked[name], guessed[name])
+    num_tiles = (asked["tokens"] == tokenizer.specials["<image>"]).sum() // config.model.slots_per_tile
+    assert (guessed["tiles"][:num_tiles] == 255).all()
+    assert not (asked["tiles"][:num_tiles] == 255).all()
+
+
+def test_rows_are_scored_and_every_batch_has_one_shape(make_runner, tmp_path):
+    asker, sampler = make_runner("Anna")
+    result = asker.evaluate("seen_fonts", blind=False)
+    assert [batch["tokens"].shape for batch in sampler.batches] == [(4, 48)] * 2
+    assert len(result.rows) == 7
+    assert [row["record"] for row in result.rows] == [0, 1, 2, 3, 4, 0, 1]
+    assert {row["kind"] for row in result.rows} == {"form", "table"}
+    for row in result.rows:
+        assert row["prediction"] == "Anna"
+        assert (row["score"], row["exact"]) == ((1.0, 1.0) if row["question"] == "Who?" else (0.0, 0.0))
+    assert result == predictions.read(tmp_path / "predictions" / "seen_fonts.jsonl")
+    assert result.header["prompt"] == "<s><image><user>QUESTION<assistant>"
+    assert (result.header["split"], result.header["blind"], result.header["step"]) == ("seen_fonts", False, 7)
+
+
+def test_prompts_are_not_padded_to_rows_of_many_records(make_runner):
+    asker, sampler = make_runner("Anna")
+    asker.evaluate("seen_fonts", blind=False)
+    packed = {"packing": "plan", "row_length": 11_520, "max_tiles": 35, "record_tiles": 2}
+    config = dataclasses.replace(asker._config, data=dataclasses.replace(asker._config.data, **packed))
+    other, other_sampler = make_runner("Anna", step=8)
+    other._config = config
+    other.evaluate("seen_fonts", blind=False)
+    assert [batch["tokens"].shape for batch in other_sampler.batches] == [(4, 64)] * 2
+    for ours, batch in zip(sampler.batches, other_sampler.batches, strict=True):
+        np.testing.assert_array_equal(batch["tokens"][:, :48], ours["tokens"])
+        np.testing.assert_array_equal(batch["tiles"], ours["tiles"])
+
+
+def test_a_stopped_evaluation_goes_on_and_a_finished_one_is_kept(make_runner, tmp_path):
+    whole = make_runner()[0].evaluate("seen_fonts", blind=True)
+    (tmp_path / "predictions" / "seen_fonts_blind.jsonl").unlink()
+
+    asker, _ = make_runner(stop_at=1)
+    with pytest.raises(KeyboardInterrupt):
+        asker.evaluate("seen_fonts", blind=True)
+    assert not (tmp_path / "predictions" / "seen_fonts_blind.jsonl").exists()
+
+    asker, sampler = make_runner()
+    assert asker.evaluate("seen_fonts", blind=True) == whole
+    assert len(sampler.batches) == 1
+    assert asker.evaluate("seen_fonts", blind=True) == whole
+    assert len(sampler.batches) == 1
+
+
+@pytest.mark.parametrize("change", [{"step": 8}, {"metadata": {"train_seconds": 12.6}}])
+def test_another_checkpoint_is_asked_anew(make_runner, change):
+    make_runner("Ann")[0].evaluate("unseen_fonts", blind=False)
+    asker, sampler = make_runner("Bob", **change)
+    assert {row["prediction"] for row in asker.evaluate("unseen_fonts", blind=False).rows} == {"Bob"}
+    assert len(sampler.batches) == 2
+
+
+def test_other_pages_are_asked_anew(make_runner, trained_workdir):
+    """The same questions, drawn otherwise: only `prepare`'s arguments tell."""
+    make_runner("Ann")[0].evaluate("unseen_fonts", blind=False)
+    (trained_workdir / "prepare.json").write_text('{"noise": 1.0}')
+    try:
+        asker, sampler = make_runner("Bob")
+        assert {row["prediction"] for row in asker.evaluate("unseen_fonts", blind=False).rows} == {"Bob"}
+    finally:
+        (trained_workdir / "prepare.json").unlink()
+    assert len(sampler.batches) == 2

@@ -1,0 +1,314 @@
+import collections
+import dataclasses
+import itertools
+import pathlib
+import shutil
+import zlib
+
+import numpy as np
+import pytest
+
+from alignvlm_jax.config import SourceConfig
+from alignvlm_jax.data import examples, loader, shards
+from alignvlm_jax.data import index as index_lib
+from alignvlm_jax.data.examples import Part
+from alignvlm_jax.errors import UserError
+from tests.prepared import NUM_DOCUMENTS
+
+OTHER_ROWS = {"tasks": {"answer_and_transcribe": 1.0}, "use_overview": True, "row_length": 160}
+
+
+def change(config, part, **fields):
+    return dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **fields)})
+
+
+def assert_equal(a, b):
+    assert set(a) == set(b)
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+KINDS = {
+    "none": {},
+    "plan": {"packing": "plan", "row_length": 400, "max_tiles": 9, "record_tiles": 2},
+    "mixture": {"sources": {"a": {"weight": 2.0}, "b": {"repeat": 0.3}}},
+    "mixture, plan": {
+        "sources": {"a": {}, "b": {"repeat": 1.6}}, "temperature": 2.0,
+        "packing": "plan", "row_length": 300, "max_tiles": 4, "loss_by": "record",
+    },
+}  # fmt: skip
+
+
+def of_kind(config, kind: str):
+    fields = dict(KINDS[kind])
+    if "sources" in fields:
+        fields["sources"] = {
+            name: SourceConfig(dir=config.data.dir, **source) for name, source in fields["sources"].items()
+        }
+    return change(config, "data", **fields)
+
+
+@pytest.fixture(params=KINDS)
+def any_config(request, demo_config):
+    """Eight rows of 48 documents or more a step: epochs end within batches."""
+    return of_kind(demo_config, request.param)
+
+
+def checksum(config, split="train") -> str:
+    rows = loader.TrainRows(config, split)
+    arrays = [row[name] for row in (rows[i] for i in [*range(32), 100]) for name in sorted(row)]
+    return f"{zlib.crc32(b''.join(array.tobytes() for array in arrays)):08x}"
+
+
+def test_rows_of_one_record_are_what_they_ever_were(demo_config):
+    """Published numbers of the demonstration depend on every byte. Should a change be meant, measure them anew."""
+    assert checksum(demo_config) == "a28426d9" and checksum(demo_config, "validation") == "90a0f2e8"
+    other = dataclasses.replace(change(demo_config, "data", **OTHER_ROWS), seed=3, stage="stage2")
+    assert checksum(other) == "6a8d43ad"
+
+
+def test_batches_are_the_stacked_rows_in_order(demo_config):
+    rows = loader.TrainRows(demo_config, "train")
+    batches = loader.TrainBatches(demo_config)
+    for start in (0, 8):
+        assert_equal(next(batches), loader.stack([rows[start + i] for i in range(8)]))
+    assert batches.next_row == 16
+
+
+def test_a_stage_ends_after_its_steps(demo_config):
+    assert len(list(loader.TrainBatches(change(demo_config, "train", num_steps=3)))) == 3
+
+
+def test_resuming_after_any_step_continues_exactly(any_config):
+    config = change(any_config, "train", num_steps=5)
+    straight = list(loader.TrainBatches(config))
+    for step in range(5):
+        resumed = loader.TrainBatches(config, start_row=8 * step)
+        for batch, expected in zip(resumed, straight[step:], strict=True):
+            assert_equal(batch, expected)
+        assert resumed.next_row == 40
+
+
+@pytest.mark.parametrize("num_threads, prefetch", [(1, 1), (4, 8)])
+def test_threads_change_nothing(demo_config, num_threads, prefetch):
+    other = change(demo_config, "data", num_threads=num_threads, prefetch=prefetch)
+    for a, b in itertools.islice(zip(loader.TrainBatches(demo_config), loader.TrainBatches(other), strict=True), 4):
+        assert_equal(a, b)
+
+
+def shares(count: int) -> list[range]:
+    """The rows of a batch of 8 that each of `count` processes feeds: every count-th, as hosts stand in a real mesh."""
+    return [range(process, 8, count) for process in range(count)]
+
+
+@pytest.mark.parametrize("rows_of", [shares(2), shares(4), [[0, 1, 6, 7], [2, 3, 4, 5], [0, 1, 6, 7]]])
+def test_the_global_batch_is_the_same_whatever_rows_a_process_feeds(any_config, rows_of):
+    whole = loader.TrainBatches(any_config, start_row=8)
+    parts = [loader.TrainBatches(any_config, start_row=8, local_rows=own) for own in rows_of]
+    for _ in range(2):
+        batch = next(whole)
+        for own, part in zip(rows_of, parts, strict=True):
+            assert_equal(next(part), {name: array[list(own)] for name, array in batch.items()})
+    assert {part.next_row for part in parts} == {whole.next_row}
+
+
+def numbered_parts(monkeypatch) -> None:
+    """Every record becomes three tokens that are its number."""
+
+    def build_part(record, task, rng, config, tokenizer):
+        number = int(record.id.rsplit("-", 1)[1])
+        return Part(np.full(3, number, np.int32), np.ones(3, np.float32), {"tiles": np.zeros((0, 32, 128, 3))})
+
+    monkeypatch.setattr(loader.examples, "build_part", build_part)
+
+
+def test_every_record_is_seen_as_often_as_planned_whatever_the_number_of_processes(any_config, monkeypatch):
+    numbered_parts(monkeypatch)
+    config = change(any_config, "train", num_steps=24)
+    seen, next_row = collections.Counter(), 0
+    # Goes on twelve times, after one or several steps, with another number of processes.
+    for count, steps in zip((1, 2, 4, 8, 4, 2) * 2, (1, 3, 2, 1, 2, 3) * 2, strict=True):
+        parts = [loader.TrainBatches(config, start_row=next_row, local_rows=own) for own in shares(count)]
+        for part, _ in itertools.product(parts, range(steps)):
+            batch = next(part)
+            starts = (batch["segment_ids"] > 0) & (batch["positions"] == 0)
+            seen.update(batch["tokens"][starts].tolist())
+        assert len({part.next_row for part in parts}) == 1
+        next_row = parts[0].next_row
+    rows = loader.TrainRows(config, "train")
+    planned = collections.Counter(
+        pick.record % NUM_DOCUMENTS for row in range(next_row) for pick in rows.schedule.picks(row)
+    )
+    assert next_row == 192 and seen == planned and set(seen) == set(range(NUM_DOCUMENTS))
+
+
+def spoil(folder: pathlib.Path, indices: range, split: str = "train") -> None:
+    """Cuts the images of some documents off, below the header that tells their size."""
+    source, paths = shards.RecordSource(folder, split), shards.shard_paths(folder, split)
+    for shard, path in enumerate(paths):
+        records = [
+            dataclasses.replace(source[i], images=(source[i].images[0][:100],)) if i in indices else source[i]
+            for i in range(shard * NUM_DOCUMENTS // len(paths), (shard + 1) * NUM_DOCUMENTS // len(paths))
+        ]
+        shards.write_shard(path, records)  # The index stays.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_record_that_cannot_be_decoded_is_left_out_of_its_row_alone(demo_config, kind, tmp_path, tokenizer):
+    shutil.copytree(demo_config.data.dir, tmp_path, dirs_exist_ok=True)
+    spoil(tmp_path, range(7, 8))
+    config = of_kind(change(demo_config, "data", dir=str(tmp_path)), kind)
+    good, bad = loader.TrainRows(of_kind(demo_config, kind), "train"), loader.TrainRows(config, "train")
+    left_out = 0
+    for row in range(80):
+        picks = good.schedule.picks(row)
+        if not any(pick.record % NUM_DOCUMENTS == 7 for pick in picks):
+            assert_equal(bad[row], good[row])
+            continue
+        parts = [
+            examples.build_part(good._record(pick.record), pick.task, pick.rng, config, tokenizer)
+            for pick in picks
+            if pick.record % NUM_DOCUMENTS != 7
+        ]
+        left_out += len(picks) - len(parts)
+        assert_equal(bad[row], examples.join(parts, config, tokenizer))
+    batches = loader.TrainBatches(change(config, "data", max_unsupervised=1.0))
+    for _ in range(10):
+        next(batches)
+    assert batches.num_unsupervised >= left_out > 0 and "record train-000007" in bad.problem
+
+
+def test_too_many_unreadable_records_are_an_error_that_names_the_first(demo_config, tmp_path):
+    shutil.copytree(demo_config.data.dir, tmp_path, dirs_exist_ok=True)
+    spoil(tmp_path, range(10, 40))
+    config = of_kind(change(demo_config, "data", dir=str(tmp_path)), "plan")
+    with pytest.raises(
+        UserError, match=r"\d+ of \d+ records cannot be read .*; the first: .* of record train-0000\d\d"
+    ):
+        list(loader.TrainBatches(config))
+
+
+def test_a_validation_split_that_cannot_be_read_is_an_error(demo_config, tmp_path):
+    shutil.copytree(demo_config.data.dir, tmp_path, dirs_exist_ok=True)
+    spoil(tmp_path, range(NUM_DOCUMENTS), "validation")
+    with pytest.raises(UserError, match=r"nothing to validate on in split 'validation': cannot read image 0 of record"):
+        loader.ValidationBatches(change(demo_config, "data", dir=str(tmp_path)), 4, 8)
+    # Of several processes one that has nothing is no reason to end.
+    told = []
+    loader.ValidationBatches(
+        change(demo_config, "data", dir=str(tmp_path)),
+        4,
+        8,
+        [2],
+        lambda problem: told.append(problem) or [None, problem],
+    )
+    assert "cannot read image 0 of record" in told[0]
+
+
+def test_a_source_of_which_nothing_was_held_out_is_no_part_of_validation(demo_config, tmp_path):
+    shutil.copytree(demo_config.data.dir, tmp_path, dirs_exist_ok=True)
+    for path in tmp_path.glob("validation-*"):
+        path.unlink()
+    held = {"a": SourceConfig(dir=demo_config.data.dir)}
+    mixed = held | {"b": SourceConfig(dir=str(tmp_path))}
+    both, alone = (
+        loader.by_source(change(demo_config, "data", packing="plan", sources=sources)) for sources in (mixed, held)
+    )
+    assert both == alone and list(both) == ["a"] and both["a"].data.folders == (demo_config.data.dir,)
+    nowhere = change(demo_config, "data", sources={"b": mixed["b"]})
+    with pytest.raises(UserError, match="no shards of split 'validation'"):
+        loader.by_source(nowhere)
+
+
+def test_validation_counts_every_patch_and_all_of_a_source(demo_config):
+    few = SourceConfig(dir=demo_config.data.dir, weight=0.0, cap=1)
+    config = change(demo_config, "data", packing="plan", labelled_share=0.0, sources={"a": few})
+    whole = change(demo_config, "data", packing="plan", sources={"a": SourceConfig(dir=demo_config.data.dir)})
+    assert loader.by_source(config) == loader.by_source(whole)
+
+
+def test_an_index_of_other_records_is_found_out(demo_config, tmp_path):
+    shutil.copytree(demo_config.data.dir, tmp_path, dirs_exist_ok=True)
+    for path in shards.shard_paths(tmp_path, "train"):
+        index = index_lib.read(index_lib.index_path(path))
+        fewer = {task: np.minimum(tokens, 9) for task, tokens in index.text_tokens.items()}
+        index_lib.write(index_lib.index_path(path), dataclasses.replace(index, text_tokens=fewer))
+    config = of_kind(change(demo_config, "data", dir=str(tmp_path)), "plan")
+    with pytest.raises(UserError, match=r"takes more of a row than its index says; `prepare --recount` mends it"):
+        list(loader.TrainBatches(config))
+
+
+def test_planned_rows_are_full(demo_config):
+    rows = loader.TrainRows(of_kind(demo_config, "plan"), "train")
+    end = rows.schedule.epoch_at(0).end
+    used = sum((rows[row]["segment_ids"] > 0).sum() for row in range(end))
+    assert used / (400 * end) == rows.schedule.counters(end)["fill"] > 0.9
+    assert sum(rows[row]["segment_ids"].max() for row in range(end)) == NUM_DOCUMENTS
+
+
+def test_an_epoch_visits_every_record_once_and_the_next_in_another_order(demo_config):
+    rows = loader.TrainRows(demo_config, "train")
+    size = NUM_DOCUMENTS
+    epochs = [[rows.schedule.order[epoch * size + i] for i in range(size)] for epoch in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(size))
+    assert epochs[0] != epochs[1] != list(range(size))
+
+
+def test_seed_and_stage_change_the_rows(demo_config):
+    first = next(loader.TrainBatches(demo_config))
+    for other in (dataclasses.replace(demo_config, seed=1), dataclasses.replace(demo_config, stage="other")):
+        assert not np.array_equal(next(loader.TrainBatches(other))["tokens"], first["tokens"])
+
+
+def test_tasks_are_drawn_by_their_weights(demo_config):
+    def share(tasks):
+        rows = loader.TrainRows(change(demo_config, "data", tasks=tasks), "train")
+        read = rows.tokenizer.encode("Read the page.")[0]
+        return np.mean([(rows[i]["tokens"] == read).any() for i in range(120)])
+
+    assert share({"transcribe": 1.0}) == 1 and share({"answer": 2.0, "transcribe": 0.0}) == 0
+    assert 0.6 < share({"transcribe": 3.0, "answer": 1.0}) < 0.9
+    with pytest.raises(UserError, match="did you mean 'transcribe'"):
+        share({"transcrib": 1.0})
+
+
+def test_too_many_rows_without_an_answer_are_an_error(demo_config):
+    short = change(demo_config, "data", row_length=68)
+    with pytest.raises(UserError, match=r"8 of 8 records .*max_unsupervised is 0\.01"):
+        next(loader.TrainBatches(short))
+    next(loader.TrainBatches(change(short, "data", max_unsupervised=1.0)))
+
+
+def test_validation_is_the_same_at_every_pass(demo_config):
+    validation = loader.ValidationBatches(demo_config, 4, 10)
+    first, second = list(validation), list(validation)
+    assert len(first) == len(second) == 2
+    for a, b in zip(first, second, strict=True):
+        assert a["tokens"].shape == (4, 144)
+        assert_equal(a, b)
+    assert len(list(loader.ValidationBatches(demo_config, 4, 1))) == 1
+
+
+def test_a_process_decodes_its_own_rows_of_validation_alone(demo_config, monkeypatch):
+    whole = list(loader.ValidationBatches(demo_config, 4, 10))
+    read, row_of = [], loader.TrainRows.__getitem__
+    monkeypatch.setattr(loader.TrainRows, "__getitem__", lambda rows, i: read.append(i) or row_of(rows, i))
+    own = loader.ValidationBatches(demo_config, 4, 10, local_rows=[1, 3])
+    assert read == [1]  # To see that there is something to validate on.
+    read.clear()
+    for mine, all_rows in zip(own, whole, strict=True):
+        assert_equal(mine, {name: array[[1, 3]] for name, array in all_rows.items()})
+    assert sorted(read) == [1, 3, 5, 7]
+
+
+def test_a_position_that_does_not_divide_is_an_error(demo_config):
+    with pytest.raises(UserError, match="position 5"):
+        loader.TrainBatches(demo_config, start_row=5)
+
+
+def test_the_tokenizer_must_fit_the_model(demo_config):
+    small = dataclasses.replace(demo_config.model, llm=dataclasses.replace(demo_config.model.llm, vocab_size=64))
+    with pytest.raises(UserError, match=r"108 tokens.*vocab_size is 64"):
+        loader.load_tokenizer(dataclasses.replace(demo_config, model=small))
+    with pytest.raises(UserError, match="image_token_id is 9"):
+        loader.load_tokenizer(change(demo_config, "model", image_token_id=9))

@@ -1,0 +1,102 @@
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from alignvlm_jax.data.record import Record, Turn, Word
+from alignvlm_jax.ingest.formats import checks
+from alignvlm_jax.ingest.formats.base import Reject
+
+TURN = Turn("Why?", ("So.",))
+
+
+def record(*images: bytes, turns=(TURN,), lines=(), name="a") -> Record:
+    return Record(name, "test", images, turns, lines)
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG that declares a size, and holds nothing."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def test_a_record_without_fault_stays_as_it_is(png):
+    word = Word("Total", (0, 0, 1, 1))
+    good = record(png(), png(1, 9_999), lines=(((word,),), ()))
+    assert checks.check(good) == good
+    words_alone = record(png(), turns=(), lines=(((word,),),))
+    assert checks.check(words_alone) == words_alone
+
+
+def test_answers_and_turns_without_text_are_left_out():
+    mixed = record(turns=(Turn("a?", ("", "x", " ")), Turn("b?", ("\n",)), Turn("c?", ()), TURN))
+    assert checks.check(mixed).turns == (Turn("a?", ("x",)), TURN)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"turns": ()}, "nothing to learn"),
+        ({"turns": (Turn("a?", (" ",)),)}, "nothing to learn"),
+        ({"turns": (Turn("a?", ("x" * 100_000,)),)}, "too long"),
+        ({"turns": (Turn("é" * 40_000, ("x",)),)}, "too long"),
+        ({"turns": (Turn("a?", ("\ud800",)),)}, "no valid Unicode"),
+        ({"name": ""}, "id is empty"),
+        ({"name": "x" * 2000}, "id is too long"),
+        ({"name": "\udfff"}, "no valid Unicode"),
+    ],
+)
+def test_texts(changes, reason):
+    with pytest.raises(Reject, match=reason):
+        checks.check(record(**changes))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "no known format"),
+        (b"\0" * 1000, "no known format"),
+        (bomb(60_000, 60_000), "too large"),
+        (bomb(12_000, 8_000), "too large"),
+        (bomb(100, 100), "cannot be decoded"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "kind that is not read"),
+    ],
+)
+def test_images(data, reason, recwarn):
+    with pytest.raises(Reject, match=reason) as rejected:
+        checks.check(record(data))
+    assert "\n" not in str(rejected.value) and not recwarn
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"])
+def test_damaged_images_are_decoded_or_rejected(file_format):
+    """Truncated anywhere and with bytes flipped: no other exception, and a reason that says the same at every call."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40), np.uint8)).save(file, file_format)
+    whole = file.getvalue()
+    damaged = [whole[: len(whole) * i // 10] for i in range(10)]
+    for at in range(0, min(len(whole), 400), 7):
+        damaged.append(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+    reasons = []
+    for data in damaged * 2:
+        try:
+            checks.check(record(data))
+            reasons.append("")
+        except Reject as err:
+            reasons.append(str(err))
+    assert any(reasons) and reasons[: len(damaged)] == reasons[len(damaged) :]
+
+
+def test_answers_of_a_source():
+    assert checks.answers_of(["a", None, 3, 2.5]) == ("a", "3", "2.5")
+    assert checks.answers_of(None) == () and checks.answers_of("a") == ("a",)
+    for wrong in ({"a": 1}, [["a"]], True, b"a"):
+        with pytest.raises(Reject, match="answer is no text"):
+            checks.answers_of(wrong)

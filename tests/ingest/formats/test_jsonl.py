@@ -1,0 +1,128 @@
+import base64
+import json
+import re
+
+import pytest
+
+from alignvlm_jax.data import chat, index
+from alignvlm_jax.data.record import Turn, Word
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.ingest.formats import files
+from alignvlm_jax.ingest.formats.jsonl import Jsonl
+
+TURNS = [{"question": "Why?", "answers": ["So.", "Thus."]}]
+LINES = [[[{"text": "Total", "box": [0, 0, 2.5, 1]}]]]
+
+
+def write(folder, objects, name="data.jsonl"):
+    (folder / name).write_text("".join(json.dumps(one) + "\n" for one in objects))
+    return folder / name
+
+
+@pytest.fixture
+def images(tmp_path, png):
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans/a.png").write_bytes(png())
+    return tmp_path
+
+
+def test_all_that_the_schema_holds(images, prepare, png):
+    in_line = "data:image/png;base64," + base64.b64encode(png(5, 5)).decode()
+    long = base64.b64encode(png(2, 2) + b"\0" * 4096).decode()
+    source = write(
+        images,
+        [
+            {"id": "x", "images": ["scans/a.png"], "turns": TURNS, "lines": LINES},
+            {"id": 7, "images": ["./scans/../scans/a.png", in_line, long], "turns": TURNS},
+            {"turns": [{"question": "Text only?", "answers": "yes"}]},
+        ],
+    )
+    first, second, third = prepare(Jsonl(), source).records()
+    assert first.id == "x" and first.source == "jsonl" and first.images == (png(),)
+    assert first.turns == (Turn("Why?", ("So.", "Thus.")),)
+    assert first.lines == (((Word("Total", (0, 0, 2.5, 1)),),),)
+    assert second.id == "7" and second.images[:2] == (png(), png(5, 5)) and len(second.images) == 3
+    assert third.turns == (Turn("Text only?", ("yes",)),) and third.id.startswith("data-")
+
+
+def test_image_paths_may_start_elsewhere(images, prepare, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    source = write(tmp_path / "elsewhere", [{"images": ["a.png"], "turns": TURNS}])
+    assert len(prepare(Jsonl(images=str(images / "scans")), source).records()) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"images": ["scans/none.png"], "turns": TURNS}, "missing"),
+        ({"images": ["/dev/zero"], "turns": TURNS}, "missing"),
+        ({"images": ["scans"], "turns": TURNS}, "missing"),
+        ({"images": ["a\0b"], "turns": TURNS}, "image"),
+        ({"images": ["x" * 4000], "turns": TURNS}, "image"),
+        ({"images": ["data:image/png;base64,!"], "turns": TURNS}, "base64"),
+        ({"images": "scans/a.png", "turns": TURNS}, "no list of texts"),
+        ({"images": [3], "turns": TURNS}, "no list of texts|no text"),
+        ({"turns": "Why?"}, "no list of objects"),
+        ({"turns": [{"question": None, "answers": ["a"]}]}, "question is no text"),
+        ({"turns": [{"question": "q", "answers": {"a": 1}}]}, "answer is no text"),
+        ({"id": ["x"], "turns": TURNS}, "id is no text"),
+        ({"images": ["scans/a.png"], "lines": [[{"text": "x"}]]}, "lines"),
+        ({"images": ["scans/a.png"], "lines": [[[{"text": "x", "box": [0, 0, "nan", 1]}]]]}, "no box"),
+        ({"images": ["scans/a.png"], "lines": [[[{"text": "x", "box": [2, 0, 1, 1]}]]]}, "no box"),
+        ({"images": ["scans/a.png"], "lines": LINES * 2}, "another number of images"),
+    ],
+)
+def test_rejects(images, prepare, fields, reason):
+    prepared = prepare(Jsonl(), write(images, [fields, {"id": "good", "turns": TURNS}]))
+    assert [record.id for record in prepared.records()] == ["good"]
+    ((_, given),) = prepared.reasons().items()
+    assert re.search(reason, given) and "\n" not in given
+
+
+def test_lines_that_cannot_be_parsed_shift_no_other(tmp_path, prepare):
+    good = [json.dumps({"id": f"good{i}", "turns": TURNS}).encode() for i in range(4)]
+    bad = [b'{"id": "\xff", "turns": []}', b"{", b"[" * 100_000, b"[]", b"1" * 5000, b"\0\0"]
+    source = tmp_path / "data.jsonl"
+    source.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join([good[0], b"", *bad, *good[1:]]))
+    prepared = prepare(Jsonl(), source)
+    assert [record.id for record in prepared.records()] == ["good0", "good1", "good2", "good3"]
+    assert len(prepared.rejected()) == len(bad)
+    assert "invalid UTF-8" in prepared.rejected()[0]["reason"]
+
+
+@pytest.mark.parametrize("step", [1, 7, 50, 1000])
+def test_every_line_is_in_one_range(tmp_path, monkeypatch, step):
+    source = write(tmp_path, [{"n": "x" * (i % 40)} for i in range(30)])
+    monkeypatch.setattr(files, "UNIT_RECORDS", 0)
+    monkeypatch.setattr(files, "MAX_UNITS", source.stat().st_size // step or 1)
+    units = files.line_units(str(source))
+    read = [value for unit in units for _, value in files.json_objects(unit)]
+    assert read == [{"n": "x" * (i % 40)} for i in range(30)]
+    assert len(units) > 1 or step == 1000
+
+
+def test_a_line_that_is_too_long_is_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 100)
+    source = write(tmp_path, [{"n": "x" * 1000}, {"n": 1}])
+    first, second = files.json_objects(files.line_units(str(source))[0])
+    assert "too long" in first.reason and second[1] == {"n": 1}
+
+
+def test_special_tokens_in_a_text_stay_text(tmp_path, prepare, tokenizer):
+    hostile = "".join(tokenizer.specials)
+    prepared = prepare(Jsonl(), write(tmp_path, [{"turns": [{"question": hostile, "answers": [hostile]}]}]))
+    (record,) = prepared.records()
+    tokens, _ = chat.encode_chat(tokenizer, [(record.turns[0].question, record.turns[0].answers[0])], 0, 0)
+    harmless, _ = chat.encode_chat(tokenizer, [("q", "a")], 0, 0)
+    special = set(tokenizer.specials.values())
+    assert [token for token in tokens if token in special] == [token for token in harmless if token in special]
+    assert index.load(prepared.folder, "train").text_tokens["answer"].tolist() == [len(tokens)]
+
+
+def test_a_source_that_is_not_there(tmp_path):
+    write(tmp_path, [])
+    with pytest.raises(UserError, match=r"did you mean 'data\.jsonl'"):
+        Jsonl().units(str(tmp_path / "date.jsonl"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no file that ends in \.jsonl"):
+        Jsonl().units(str(tmp_path / "empty"))

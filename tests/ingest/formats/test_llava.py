@@ -1,0 +1,75 @@
+import json
+
+import pytest
+
+from alignvlm_jax.data.record import Turn
+from alignvlm_jax.ingest.formats import array, files
+from alignvlm_jax.ingest.formats.base import Rejection
+from alignvlm_jax.ingest.formats.messages import Llava
+
+
+def conversation(number: int, image: str | None = "1.png") -> dict:
+    said = [{"from": "human", "value": f"<image>\nWhat is {number}? é"}, {"from": "gpt", "value": f"It is {number}."}]
+    return {"id": "same", "conversations": said} | ({"image": image} if image else {})
+
+
+@pytest.fixture
+def folder(tmp_path, png):
+    (tmp_path / "1.png").write_bytes(png())
+    return tmp_path
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array_is_read_in_ranges(folder, prepare, monkeypatch, indent):
+    monkeypatch.setattr(files, "UNIT_RECORDS", 3)
+    path = folder / "llava.json"
+    path.write_text(json.dumps([conversation(i) for i in range(10)], indent=indent, ensure_ascii=False))
+    assert len(Llava().units(str(path))) == 4
+    records = prepare(Llava(), path).records()
+    assert [record.turns for record in records] == [(Turn(f"What is {i}? é", (f"It is {i}.",)),) for i in range(10)]
+
+
+def test_lines_and_records_without_image(folder, prepare):
+    path = folder / "llava.jsonl"
+    path.write_text("\n".join(json.dumps(conversation(i, "1.png" if i else None)) for i in range(2)))
+    assert [len(record.images) for record in prepare(Llava(), path).records()] == [0, 1]
+
+
+def test_only_a_window_of_an_array_is_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(array, "CHUNK_BYTES", 64)
+    largest = 0
+    grow = array._Window.grow
+
+    def watch(window, at):
+        nonlocal largest
+        largest = max(largest, len(window.text))
+        return grow(window, at)
+
+    monkeypatch.setattr(array._Window, "grow", watch)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"conversations": i, "text": "x" * 100} for i in range(500)]))
+    (unit,) = array.units(str(path), "conversations")
+    assert [value["conversations"] for _, value in array.objects(unit, "conversations")] == list(range(500))
+    assert largest < 1000
+
+
+@pytest.mark.parametrize("flipped", [b'"from"', b'"value"', b"}, {", b'"gpt"'])
+def test_what_is_broken_ends_at_the_next_record(folder, monkeypatch, flipped):
+    """The end of what is broken is found by the next record, not by the next message."""
+    monkeypatch.setattr(array, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(array, "MAX_ELEMENT_BYTES", 1000)
+    whole = [json.dumps(conversation(i)).encode() for i in range(6)]
+    at = whole[2].index(flipped)
+    whole[2] = whole[2][:at] + b"\x00" + whole[2][at + 1 :]
+    path = folder / "llava.json"
+    path.write_bytes(b"[" + b",\n".join(whole) + b"]")
+    items = [item for unit in Llava().units(str(path)) for item in Llava().raws(unit)]
+    assert [isinstance(item, Rejection) for item in items] == [False, False, True, False, False, False]
+
+
+@pytest.mark.parametrize("content", [b"", b"[", b"[]", b"{", b"null", b"[1, 2]", b"\xff\xfe", b"[" * 100_000])
+def test_what_is_no_array_of_objects_gives_no_records(folder, content):
+    path = folder / "llava.json"
+    path.write_bytes(content)
+    items = [item for unit in Llava().units(str(path)) for item in Llava().raws(unit)]
+    assert all(isinstance(item, Rejection) for item in items)

@@ -1,0 +1,232 @@
+"""The decoder against an implementation of its own in NumPy float64, and who influences whom, by gradient."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignvlm_jax.config import LLMConfig, RopeScaling
+from alignvlm_jax.models import layers
+from alignvlm_jax.models.decoder import Llama
+from tests.conftest import random_params
+
+ROWS, LENGTH = 4, 24
+# The head width is not width / heads, query heads share key heads, and eps is large enough to be missed.
+TIED = LLMConfig(
+    vocab_size=30,
+    width=12,
+    mlp_width=20,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=10,
+    norm_eps=0.05,
+    rope_theta=300.0,
+    rope_scaling=RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=32),
+)
+UNTIED = dataclasses.replace(TIED, tie_embeddings=False, rope_scaling=RopeScaling())
+
+
+def forward(llama: Llama, tokens, positions, segment_ids):
+    hidden, _ = llama(llama.embed(tokens), positions, segment_ids)
+    return llama.logits(hidden)
+
+
+def make(config: LLMConfig):
+    """Parameters, and a compiled params, tokens, positions, segment ids -> logits."""
+    llama = Llama(config, jnp.dtype("float32"), "none")
+    ids = np.zeros((ROWS, LENGTH), np.int32)
+    params = random_params(llama, ids, ids, ids, method=forward)
+    return params, jax.jit(lambda params, *args: llama.apply({"params": params}, *args, method=forward))
+
+
+@pytest.fixture(scope="module")
+def tied():
+    return make(TIED)
+
+
+def rope_reference(config: LLMConfig) -> np.ndarray:
+    """Angular frequencies, case by case on the wavelength as Llama 3.1's model card states them."""
+    scaling = config.rope_scaling
+    scaled = []
+    for i in range(0, config.head_dim, 2):
+        frequency = 1.0 / config.rope_theta ** (i / config.head_dim)
+        wavelength = 2 * math.pi / frequency
+        if scaling.factor == 1 or wavelength < scaling.original_length / scaling.high_freq_factor:
+            scaled.append(frequency)
+        elif wavelength > scaling.original_length / scaling.low_freq_factor:
+            scaled.append(frequency / scaling.factor)
+        else:
+            smooth = scaling.original_length / wavelength - scaling.low_freq_factor
+            smooth /= scaling.high_freq_factor - scaling.low_freq_factor
+            scaled.append((1 - smooth) * frequency / scaling.factor + smooth * frequency)
+    return np.array(scaled)
+
+
+def reference(params: dict, config: LLMConfig, tokens, positions, segment_ids) -> np.ndarray:
+    """One row, token by token and head by head, in float64."""
+    params = jax.tree.map(np.float64, params)
+    frequencies = rope_reference(config)
+
+    def norm(x, scale):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * scale
+
+    def rotate(vector, position):
+        half = config.head_dim // 2
+        turned = (vector[:half] + 1j * vector[half:]) * np.exp(1j * position * frequencies)
+        return np.concatenate([turned.real, turned.imag])
+
+    def attend(x, weights):
+        mixed = np.zeros_like(x)
+        for head in range(config.num_heads):
+            kv_head = head // (config.num_heads // config.num_kv_heads)
+            queries = [rotate(q, p) for q, p in zip(x @ weights["q"]["kernel"][:, head], positions, strict=True)]
+            keys = [rotate(k, p) for k, p in zip(x @ weights["k"]["kernel"][:, kv_head], positions, strict=True)]
+            values = x @ weights["v"]["kernel"][:, kv_head]
+            for t in range(len(x)):
+                seen = [s for s in range(t + 1) if segment_ids[s] == segment_ids[t]]
+                scores = np.array([queries[t] @ keys[s] for s in seen]) / math.sqrt(config.head_dim)
+                shares = np.exp(scores - scores.max())
+                mixed[t] += shares / shares.sum() @ values[seen] @ weights["o"]["kernel"][head]
+        return mixed
+
+    x = params["embed"]["table"][tokens]
+    for layer in range(config.num_layers):
+        block = jax.tree.map(lambda array, layer=layer: array[layer], params["blocks"])
+        x = x + attend(norm(x, block["attn_norm"]["scale"]), block["attn"])
+        normed = norm(x, block["mlp_norm"]["scale"])
+        gate = normed @ block["mlp"]["gate"]["kernel"]
+        swish = gate / (1 + np.exp(-gate))
+        x = x + (swish * (normed @ block["mlp"]["up"]["kernel"])) @ block["mlp"]["down"]["kernel"]
+    head = params["embed"]["table"].T if config.tie_embeddings else params["head"]["kernel"]
+    return norm(x, params["final_norm"]["scale"]) @ head
+
+
+def random_rows(seed: int = 0):
+    """Tokens, positions and segment ids: whole rows of one segment, without padding."""
+    tokens = np.random.default_rng(seed).integers(0, TIED.vocab_size, (ROWS, LENGTH)).astype(np.int32)
+    positions = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
+    return tokens, positions, np.ones_like(tokens)
+
+
+@pytest.mark.parametrize("llm", [TIED, UNTIED], ids=["tied_scaled", "untied_unscaled"])
+def test_equals_float64_reference(mesh, tied, llm):
+    params, logits_of = tied if llm is TIED else make(llm)
+    tokens, positions, segment_ids = random_rows()
+    segment_ids[1, 9:], positions[1, 9:] = 2, np.arange(LENGTH - 9)
+    positions[2] *= 9  # distances of six times the original length of the scaling
+    logits = logits_of(params, tokens, positions, segment_ids)
+    assert logits.dtype == jnp.float32
+    for row in range(ROWS):
+        expected = reference(params, llm, tokens[row], positions[row], segment_ids[row])
+        np.testing.assert_allclose(logits[row], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_rope_scaling_has_three_bands():
+    """The reference test above goes through each case of the scaling: kept, blended, stretched."""
+    unscaled = dataclasses.replace(TIED, rope_scaling=RopeScaling())
+    ratios = rope_reference(TIED) / rope_reference(unscaled)
+    assert ratios[0] == 1 and ratios[-1] == pytest.approx(1 / 8) and ((ratios > 1 / 8) & (ratios < 1)).any()
+    ours = layers.rope_frequencies(TIED.head_dim, TIED.rope_theta, TIED.rope_scaling)
+    np.testing.assert_allclose(ours, rope_reference(TIED), rtol=1e-6)
+
+
+def test_rope_is_float32_under_bfloat16():
+    """bfloat16 cannot tell position 256 from 257."""
+    x = jnp.ones((1, 2, 1, 4), jnp.bfloat16)
+    turned = layers.apply_rope(x, jnp.array([[256, 257]]), jnp.array([1.0, 0.1]))
+    assert turned.dtype == jnp.bfloat16
+    assert np.abs(np.float32(turned[0, 0] - turned[0, 1])).max() > 0.1
+
+
+@pytest.mark.parametrize("llm", [TIED, UNTIED], ids=["tied", "untied"])
+def test_logits_are_not_rounded_under_bfloat16(llm):
+    """They are what float64 makes of the same bfloat16 operands. Not compiled: XLA may drop a rounding by itself."""
+    llama = Llama(llm, jnp.bfloat16, "none")
+    hidden = np.random.default_rng(0).standard_normal((1, LENGTH, llm.width)).astype(jnp.bfloat16)
+    params = random_params(llama, hidden, method=Llama.logits)
+    head = params["embed"]["table"].T if llm.tie_embeddings else params["head"]["kernel"]
+    expected = np.float64(hidden) @ np.float64(head.astype(jnp.bfloat16))
+    logits = llama.apply({"params": params}, hidden, method=Llama.logits)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_packed_segments_equal_rows_of_their_own(mesh, tied):
+    params, logits_of = tied
+    tokens, positions, segment_ids = random_rows(1)
+    split = 10
+    tokens[1, : LENGTH - split] = tokens[0, split:]  # row 1: the second segment by itself, then padding
+    segment_ids[1, LENGTH - split :] = 0
+    segment_ids[0, split:], positions[0, split:] = 2, np.arange(LENGTH - split)
+    logits = logits_of(params, tokens, positions, segment_ids)
+    np.testing.assert_allclose(logits[0, split:], logits[1, : LENGTH - split], atol=1e-5)
+    unpacked = logits_of(params, tokens, positions, np.where(segment_ids == 2, 0, segment_ids))
+    np.testing.assert_allclose(logits[0, :split], unpacked[0, :split], atol=1e-5)
+
+
+def test_padding_changes_nothing(mesh, tied):
+    params, logits_of = tied
+    tokens, positions, segment_ids = random_rows(2)
+    used = np.arange(LENGTH) < np.array([[LENGTH], [17], [5], [1]])
+    segment_ids[~used] = 0
+    logits = logits_of(params, tokens, positions, segment_ids)
+    tokens[~used], positions[~used] = 7, 0
+    other = logits_of(params, tokens, positions, segment_ids)
+    np.testing.assert_array_equal(np.asarray(logits)[used], np.asarray(other)[used])
+    assert np.isfinite(other).all()
+    assert np.abs(np.asarray(logits - other)[~used]).max() > 0.1
+
+
+@pytest.fixture(scope="module")
+def influence(tied):
+    """params, positions, segment ids -> [B, T, S]: how strongly the input vector at S moves the output at T."""
+    llama = Llama(TIED, jnp.dtype("float32"), "none")
+    rng = np.random.default_rng(3)
+    x_BTD = rng.standard_normal((ROWS, LENGTH, TIED.width)).astype(np.float32)
+    direction_D = rng.standard_normal(TIED.width).astype(np.float32)
+
+    @jax.jit
+    def measure(params, positions, segment_ids):
+        def scores(x_BTD):
+            hidden, _ = llama.apply({"params": params}, x_BTD, positions, segment_ids)
+            return (hidden @ direction_D).sum(0)  # rows are independent: their gradients do not mix
+
+        return jnp.linalg.norm(jax.jacrev(scores)(x_BTD), axis=-1).swapaxes(0, 1)
+
+    return lambda *args: np.asarray(measure(tied[0], *args))
+
+
+def test_who_influences_whom(mesh, influence):
+    """Causal within a segment, and nothing across segments or between tokens and padding."""
+    _, positions, segment_ids = random_rows()
+    segment_ids[1, 10:] = 2
+    segment_ids[2, 15:] = 0
+    segment_ids[3] = np.repeat([1, 2, 3, 0], LENGTH // 4)
+    strength = influence(positions, segment_ids)
+    allowed = (segment_ids[:, :, None] == segment_ids[:, None, :]) & np.tri(LENGTH, dtype=bool)
+    assert (strength[~allowed] == 0).all()
+    assert strength[allowed].min() > 1e-6
+
+
+def test_a_mask_comes_with_its_cache(tied):
+    llama = Llama(TIED, jnp.dtype("float32"), "none")
+    tokens, positions, segment_ids = random_rows()
+    mask = np.ones((ROWS, LENGTH, LENGTH), bool)
+    for arguments in ((None,), (segment_ids,)):
+        with pytest.raises(ValueError, match="a mask comes with the cache"):
+            llama.apply({"params": tied[0]}, tokens, positions, *arguments, mask=mask)
+
+
+def test_padded_rows_are_never_predicted():
+    """Logits of the last rows are -inf; the others are as without padding."""
+    padded = dataclasses.replace(TIED, padded_rows=3)
+    hidden = np.random.default_rng(0).standard_normal((1, LENGTH, TIED.width)).astype(np.float32)
+    params = random_params(Llama(TIED, jnp.float32, "none"), hidden, method=Llama.logits)
+    logits, all_logits = (
+        Llama(llm, jnp.float32, "none").apply({"params": params}, hidden, method=Llama.logits) for llm in (padded, TIED)
+    )
+    assert np.isneginf(logits[..., -3:]).all()
+    np.testing.assert_array_equal(logits[..., :-3], all_logits[..., :-3])

@@ -1,0 +1,144 @@
+"""FLOPs by formula against what XLA counts, and what frozen parts save."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignvlm_jax import config as config_lib
+from alignvlm_jax.models import connectors, vlm
+from alignvlm_jax.parallel import sharding
+from alignvlm_jax.plan import flops, hardware
+from alignvlm_jax.train import state
+from tests.conftest import random_batch, tiny_config
+
+# Large enough for what is no matrix product to be under a hundredth; unrolled, since XLA counts a loop's body once.
+VISION = config_lib.VisionConfig(
+    tile_height=56, tile_width=56, patch_height=14, patch_width=14, width=256, mlp_width=1024, num_layers=2, num_heads=4
+)
+LLM = config_lib.LLMConfig(
+    vocab_size=2048, width=256, mlp_width=1024, num_layers=3, num_heads=8, num_kv_heads=4, head_dim=32
+)
+BASE = tiny_config(
+    model=config_lib.ModelConfig(vision=VISION, llm=LLM, vocab_form="plain", scan_unroll=3),
+    data=config_lib.DataConfig(row_length=128, max_tiles=2),
+    mesh=config_lib.MeshConfig(),
+    train=config_lib.TrainConfig(batch_size=4, patch_token_weight=0.0),
+)
+
+
+def change(part: str, **changes) -> config_lib.Config:
+    if part == "train":
+        return dataclasses.replace(BASE, train=dataclasses.replace(BASE.train, **changes))
+    model = BASE.model
+    if part != "model":
+        changes = {part: dataclasses.replace(getattr(model, part), **changes)}
+    return dataclasses.replace(BASE, model=dataclasses.replace(model, **changes))
+
+
+CASES = {
+    "align": BASE,
+    "untied": change("llm", tie_embeddings=False),
+    "mlp": change("connector", name="mlp"),
+    "perceiver": change("connector", name="perceiver", num_latents=8, num_layers=2),
+    "ovis": change("connector", name="ovis", visual_vocab_size=1024),
+    "h_reducer": change("connector", name="h_reducer"),
+    "c_abstractor": change("connector", name="c_abstractor", pooled_rows=2, pooled_columns=2, num_blocks=2),
+    "embeddings_stopped": change("connector", embed_grad="stop"),
+    "vision_frozen": change("train", trainable=("connector/.*", "llm/.*")),
+    "connector_only": change("train", trainable=("connector/.*",)),
+    "vision_only": change("train", trainable=("vision/.*",)),
+    "llm_blocks_only": change("train", trainable=("llm/blocks/.*",)),
+    "labels": change("train", visual_input="labels", trainable=("llm/.*",)),
+}
+
+
+def abstract_params(config: config_lib.Config) -> state.Params:
+    model = vlm.VLM(config.model)
+    return sharding.unbox(jax.eval_shape(lambda: vlm.init_params(model, jax.random.key(0), vlm.abstract_batch(config))))
+
+
+def counted(config: config_lib.Config, params: state.Params) -> float:
+    """XLA's count of the loss and its gradients, before optimisation."""
+    model = vlm.VLM(config.model)
+    trainable, frozen = state.split(params, state.trainable_paths(config, params))
+
+    def loss(trainable, frozen, batch):
+        merged = state.merge(trainable, frozen)
+        losses = model.apply({"params": merged}, batch, visual_input=config.train.visual_input, method=vlm.VLM.losses)
+        return losses.tokens.nll.sum()
+
+    batch = random_batch(config)
+    # Compiled: what no gradient needs is dropped only then.
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(trainable, frozen, batch).compile()
+    return compiled.cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("config", CASES.values(), ids=CASES)
+def test_within_three_percent_of_the_compiler(config):
+    params = abstract_params(config)
+    total = sum(flops.step_flops(config, params).values())
+    assert total == pytest.approx(counted(config, params), rel=0.03)
+
+
+@pytest.mark.parametrize("name", connectors.REGISTRY)
+def test_a_connector_alone_is_within_three_percent(name):
+    """Forward: in the whole step above it is a small part."""
+    options = {"num_latents": 8, "num_layers": 2, "pooled_rows": 2, "pooled_columns": 3, "num_blocks": 2}
+    connector = config_lib.ConnectorConfig(name=name, visual_vocab_size=1024, **options)
+    # As wide as a real encoder: of what is no matrix product there is more, the narrower.
+    vision = dataclasses.replace(VISION, width=1024)
+    model = dataclasses.replace(BASE.model, connector=connector, vision=vision)
+    module = connectors.get(name)(model, jnp.dtype("float32"))
+    patches = 8 * vision.num_patches
+    features, table = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((patches, 1024), (2048, 256)))
+    variables = sharding.unbox(
+        jax.eval_shape(lambda *args: module.init(jax.random.key(0), *args, None), features, table)
+    )
+    compiled = jax.jit(lambda *args: module.apply(*args, None)).lower(variables, features, table).compile()
+    total = sum(product.flops for product in module.products(model, patches))
+    assert total == pytest.approx(compiled.cost_analysis()["flops"], rel=0.03)
+
+
+def test_parts_of_a_known_model():
+    """Forward and backward of Llama 3.2 1B's head over 4 x 128 tokens, by hand: three products of 2 m n k."""
+    parts = flops.step_flops(BASE, abstract_params(BASE))
+    assert set(parts) == set(flops.PARTS)
+    assert parts["loss"] == 3 * 2 * (4 * 128) * 256 * 2048
+    assert parts["connector"] == 3 * 2 * (4 * 2 * 16) * (256 * 256 + 2 * 256 * 2048)
+
+
+def test_a_frozen_encoder_is_not_gone_back_through():
+    frozen = CASES["vision_frozen"]
+    whole, part = (flops.step_flops(config, abstract_params(config)) for config in (BASE, frozen))
+    assert part["vision"] == pytest.approx(whole["vision"] / 3, rel=0.1)
+    assert part["llm"] == whole["llm"]
+
+
+class Device:
+    def __init__(self, device_kind: str):
+        self.device_kind = device_kind
+
+
+def test_peak():
+    assert flops.peak_flops([Device("TPU v5p")] * 4) == 4 * hardware.CHIPS["v5p"].tflops * 1e12
+    assert flops.peak_flops([Device("TPU7x")] * 8) == pytest.approx(4 * 2307e12)
+    assert flops.peak_flops([Device("TPU v5p"), Device("abacus")]) is None
+    assert flops.peak_flops(jax.devices()) is None
+    assert set(hardware.KINDS.values()) == set(hardware.CHIPS)
+
+
+def test_parse_topology():
+    assert hardware.parse_topology("v5p:4x4x4").num_chips == 64
+    assert hardware.parse_topology("v5e:16x16").num_chips == 256
+    assert np.prod([2, 2, 4]) == hardware.parse_topology("v5p:2x2x4").num_chips
+
+
+def test_mfu(monkeypatch):
+    params = abstract_params(BASE)
+    assert flops.mfu_of(BASE, params, jax.devices())(3.0) == {}
+    total = sum(flops.step_flops(BASE, params).values())
+    values = flops.mfu_of(BASE, params, [Device("TPU v6e")] * 2)(3.0)
+    assert values == {"mfu": pytest.approx(3 * total / (2 * 918e12))}

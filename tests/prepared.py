@@ -1,0 +1,105 @@
+"""A small prepared data set, rendered once for all tests of a process; and what `prepare` makes of other sources."""
+
+import dataclasses
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from alignvlm_jax import config as config_lib
+from alignvlm_jax.data import index as index_lib
+from alignvlm_jax.data import shards
+from alignvlm_jax.data.record import Record
+from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer as Tokenizer
+from alignvlm_jax.ingest import job
+from alignvlm_jax.ingest.formats.base import Format
+from alignvlm_jax.synthetic import documents, tables
+from alignvlm_jax.synthetic.contents import Table
+
+NUM_DOCUMENTS = 48
+
+
+@pytest.fixture(scope="session")
+def all_tables() -> tuple[Table, ...]:
+    return tables.load()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    return Tokenizer.train(path, ["Total: 123.45", "What is the total?"])
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory, all_tables) -> Path:
+    """Two shards of training documents, one of every other split, their indexes, and a tokenizer."""
+    path = tmp_path_factory.mktemp("data")
+    tokenizer = Tokenizer.train(path / "tokenizer.model", ["Total: 123.45", "What is the total?"])
+    for split in documents.SPLITS:
+        count = 2 if split == "train" else 1
+        for shard in range(count):
+            indices = range(shard * NUM_DOCUMENTS // count, (shard + 1) * NUM_DOCUMENTS // count)
+            records = [documents.render(0, split, index, all_tables) for index in indices]
+            write_shard(path / shards.shard_name(split, shard, count), records, tokenizer)
+    return path
+
+
+def write_shard(path: Path, records: list[Record], tokenizer: Tokenizer) -> None:
+    """A shard and its index."""
+    shards.write_shard(path, records)
+    fingerprint = index_lib.tokenizer_fingerprint(tokenizer.name)
+    index_lib.write(index_lib.index_path(path), index_lib.of_records(records, tokenizer, fingerprint))
+
+
+@pytest.fixture
+def demo_config(data_dir) -> config_lib.Config:
+    """The tiny demonstration's config over `data_dir`."""
+    return config_lib.Config(
+        data=config_lib.DataConfig(dir=str(data_dir), row_length=144),
+        train=dataclasses.replace(config_lib.TrainConfig(), num_steps=20, batch_size=8),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A folder that `prepare` wrote."""
+
+    folder: Path
+
+    def records(self, split: str = "train") -> list[Record]:
+        if not shards.shard_paths(self.folder, split):
+            return []
+        source = shards.RecordSource(self.folder, split)
+        return [source[i] for i in range(len(source))]
+
+    def rejected(self) -> list[dict[str, str]]:
+        return [json.loads(line) for line in (self.folder / "rejected.jsonl").read_text().splitlines()]
+
+    def reasons(self) -> dict[str, str]:
+        return {line["id"]: line["reason"] for line in self.rejected()}
+
+    def files(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in self.folder.iterdir()}
+
+
+@pytest.fixture
+def prepare(tmp_path, tokenizer) -> Callable[..., Prepared]:
+    def run(form: Format, source: Path, out: str = "out", *, holdout: float = 0.0, num_workers: int = 1) -> Prepared:
+        request = job.Request("test", form, str(source), tokenizer.name, holdout)
+        job.prepare(request, tmp_path / out, job.on_processes(num_workers))
+        return Prepared(tmp_path / out)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def png() -> Callable[..., bytes]:
+    def encode(width: int = 3, height: int = 2, shade: int = 255, file_format: str = "PNG") -> bytes:
+        file = io.BytesIO()
+        Image.new("L", (width, height), shade).save(file, file_format)
+        return file.getvalue()
+
+    return encode

@@ -1,0 +1,165 @@
+"""Runs of several seeds: found, measured once, and written down."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+from alignvlm_jax import config as config_lib
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.pictures import plotting
+from alignvlm_jax.report import compare, compare_figures, compare_tables
+from alignvlm_jax.report.compare import Row, Run
+from tests.conftest import tiny_config
+
+
+def make_run(seed: int, anls: float, curve=(), connector: str = "align", **summary) -> Run:
+    """A run whose noise takes `anls` down to a half of it at sigma 1."""
+    config = tiny_config(seed=seed)
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, connector=config_lib.ConnectorConfig(name=connector))
+    )
+    lines = [{"step": 50 * (i + 1), "generated/anls": value} for i, value in enumerate(curve)]
+    points = [
+        {"relative_sigma": sigma, "anls": anls * factor, "centred_distance": sigma / 10}
+        for sigma, factor in ((0.0, 1.0), (1.0, 0.5))
+    ]
+    words = {"perplexity": {"p50": 3.0 + seed}}
+    words["pruning"] = [{"words": name, "num_words": 9 - i, "anls": anls} for i, name in enumerate(("all", "mean"))]
+    analyses = {"noise": {"centred_between_distance": 0.5, "points": points}}
+    fields = {"anls": anls, "exact_match": anls / 2, "anls_blind": 0.01, "train_seconds": 60.0 + seed}
+    fields |= {"anls_unseen_fonts": anls / 4} | summary
+    return Run(None, seed, config, lines, fields, analyses | ({"vocabulary": words} if connector == "align" else {}))
+
+
+ALIGN = Row("align", tuple(make_run(seed, anls, (0.1, 0.5, 0.6)) for seed, anls in enumerate((0.6, 0.5, 0.7))))
+MLP = Row("mlp", tuple(make_run(seed, anls, (0.1, 0.3, anls), "mlp") for seed, anls in enumerate((0.4, 0.5, 0.3))))
+TABLES = {"connectors": [ALIGN, MLP]}
+
+
+def cells(text: str, name: str) -> list[list[str]]:
+    """The lines of this name."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.split("\n") if line.startswith("|")]
+    return [row[1:] for row in rows if row[0] == name]
+
+
+def test_tables_give_means_and_spread_over_seeds():
+    text = compare_tables.markdown(TABLES)
+    scores, noise, words = cells(text, "align")
+    assert scores[:4] == ["0.600 (0.500 to 0.700)", "0.300", "0.010", "0.150"]
+    assert scores[4] == "100" and scores[-1] == "61"
+    assert noise == ["0.600", "0.300", "30.0 (25.0 to 35.0)", "50%", "0.200"]
+    assert words == ["4.0", "0.600 (9 words)", "0.600 (8 words)"]
+    scores, noise = cells(text, "mlp")
+    assert scores[4] == "150, 1 of 3 seeds"
+    assert int(scores[5].replace(",", "")) == MLP.num_connector_params()
+
+
+def test_a_mean_of_fewer_seeds_says_so():
+    text = compare_tables.markdown({"connectors": [ALIGN, Row("mlp", MLP.runs[:1])]})
+    assert len(cells(text, "mlp (1 of 3 seeds)")) == 2 and len(cells(text, "align")) == 3
+
+
+def test_steps_are_counted_to_the_first_score_that_is_enough():
+    assert ALIGN.steps_to_read() == [100, 100, 100] and MLP.steps_to_read() == [None, 150, None]
+
+
+def test_a_baseline_joins_the_tables_that_are_asked_the_same():
+    other = dataclasses.replace(MLP.runs[0].config, eval=config_lib.EvalConfig(splits=("elsewhere",)))
+    elsewhere = Row("x", (dataclasses.replace(MLP.runs[0], config=other),))
+    tables = compare.with_baseline(TABLES | {"parts": [MLP], "elsewhere": [elsewhere]}, "connectors/align")
+    assert tables == TABLES | {"parts": [ALIGN, MLP], "elsewhere": [elsewhere]}
+
+
+def test_tables_stand_in_the_place_that_is_marked(tmp_path):
+    document = tmp_path / "results.md"
+    document.write_text(f"before\n{compare_tables.BEGIN}\nold\n{compare_tables.END}\nafter\n")
+    for text in ("new", "newer"):
+        compare_tables.put(document, text)
+    assert document.read_text() == (f"before\n{compare_tables.BEGIN}\n\nnewer\n\n{compare_tables.END}\nafter\n")
+    document.write_text("no place")
+    with pytest.raises(UserError, match=r"needs a line <!-- make compare -->"):
+        compare_tables.put(document, "text")
+    assert document.read_text() == "no place"
+
+
+def test_the_report_holds_all_pictures_and_tables(tmp_path):
+    page = compare_figures.build(TABLES, tmp_path).read_text()
+    assert page.count("data:image/png;base64,") == 3 and "0.600 (0.500 to 0.700)" in page
+    for kind in ("scores", "learning", "noise"):
+        assert (tmp_path / f"connectors_{kind}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_of_many_rows_and_of_a_run_that_lacks_a_point():
+    lacking = (make_run(0, 0.6, (0.1, 0.5, 0.6)), make_run(1, 0.5, (0.1, 0.5)))
+    rows = [Row(f"row_{number}", lacking) for number in range(len(plotting.COLORS) + 1)]
+    for draw in (compare_figures.learning, compare_figures.noise):
+        assert draw(rows).startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def compared(trained_workdir, tmp_path):
+    """Two finished runs of one row."""
+    for seed in range(2):
+        run = tmp_path / "connectors" / f"align_seed{seed}"
+        shutil.copytree(trained_workdir / "checkpoints", run / "checkpoints")
+        config = compare.checkpoint.load_config(trained_workdir)
+        config = dataclasses.replace(
+            config,
+            train=dataclasses.replace(config.train, num_steps=7),
+            data=dataclasses.replace(config.data, validation_split="unseen_fonts"),
+        )
+        (run / "config.json").write_text(json.dumps(config_lib.to_json((config,))))
+        metadata = next((run / "checkpoints" / "7").rglob("metadata/metadata"))
+        stored = json.loads(metadata.read_text())
+        stored["config"] = config_lib.to_json((config,))
+        del stored["crc32"]  # Of what was there before.
+        metadata.write_text(json.dumps(stored))
+    return tmp_path
+
+
+def test_runs_are_measured_once(compared, monkeypatch):
+    runs = compare.find(compared)
+    assert [run.name for run in runs] == ["align_seed0", "align_seed1"]
+    assert not compare.is_measured(runs[0])
+    compare.measure(runs[0])
+    assert compare.is_measured(runs[0])
+    monkeypatch.setattr(compare, "NUM_PAGES", 1)
+    assert not compare.is_measured(runs[0])
+    [row] = compare.read(runs[:1])["connectors"]
+    [found] = row.analysis("noise")
+    assert [round(point["relative_sigma"], 2) for point in found["points"]] == [0.0, *compare.RELATIVE_SIGMAS]
+    assert len(row.values("anls")) == 1 and row.analysis("vocabulary")
+    # What other commands leave is not taken for a measurement.
+    (runs[0] / "summary.json").write_text('{"anls": 9.0}')
+    (runs[0] / "analysis" / "noise.json").write_text("{}")
+    assert compare.read(runs[:1])["connectors"] == [row]
+
+
+def test_questions_are_asked_anew_of_other_documents(compared, monkeypatch):
+    [run, _] = compare.find(compared)
+    compare.measure(run)
+    monkeypatch.setattr(compare.shards, "fingerprint", lambda *folders: "other")
+    assert not compare.is_measured(run)
+
+
+def test_runs_of_a_table_are_asked_the_same(compared):
+    path = compared / "connectors" / "align_seed1" / "config.json"
+    path.write_text(path.read_text().replace('"num_questions": ', '"num_questions": 1'))
+    with pytest.raises(UserError, match=r"align_seed1 is asked 1\d+ questions of .*align_seed0 \d+ questions of"):
+        compare.find(compared)
+
+
+def test_a_run_that_is_not_finished_is_named(compared):
+    (compared / "connectors" / "align_seed1" / "checkpoints" / "7").rename(compared / "elsewhere")
+    with pytest.raises(UserError, match="align_seed1 is not finished: it has no checkpoint of step 7"):
+        compare.find(compared)
+    with pytest.raises(UserError, match="has no runs named TABLE/ROW_seedN"):
+        compare.find(compared / "connectors")
+
+
+def test_a_damaged_config_is_named(compared):
+    (compared / "connectors" / "align_seed1" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"align_seed1/config.json is damaged: it is not JSON"):
+        compare.find(compared)
