@@ -32,10 +32,10 @@ ifneq ($(origin PYTHON),file)
 	  echo "$(VENV) is of Python $$has, and PYTHON=$(PYTHON) is $$asked: add VENV=.venv-$$asked" >&2; exit 1; }
 endif
 
-$(VENV)/.done: requirements.txt | python
+$(VENV)/.done: requirements.txt requirements-demo.txt | python
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --requirement requirements.txt
+	$(BIN)/pip install --quiet --requirement requirements.txt --requirement requirements-demo.txt
 	touch $@
 
 setup: $(VENV)/.done  ## install everything into .venv (seconds when it is there already)

@@ -16,7 +16,7 @@ from alignvlm_jax.data.record import Record
 from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer as Tokenizer
 from alignvlm_jax.ingest import job
 from alignvlm_jax.ingest.formats.base import Format
-from alignvlm_jax.synthetic import documents, tables
+from alignvlm_jax.synthetic import documents
 from alignvlm_jax.synthetic.contents import Table
 
 NUM_DOCUMENTS = 48
@@ -24,6 +24,8 @@ NUM_DOCUMENTS = 48
 
 @pytest.fixture(scope="session")
 def all_tables() -> tuple[Table, ...]:
+    from alignvlm_jax.synthetic import tables  # its packages are not in every environment of the tests
+
     return tables.load()
 
 

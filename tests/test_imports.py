@@ -35,6 +35,8 @@ ALLOWED = {
     "absl.flags": READERS_OF_FLAGS,
     "absl.app": READERS_OF_FLAGS,
     "configs": (),
+    # Its packages are no part of the base install.
+    "alignvlm_jax.synthetic": ("commands/prepare.py", "synthetic/"),
     "etils": ("storage/",),
     "fsspec": ("storage/",),
     "gcsfs": ("storage/",),

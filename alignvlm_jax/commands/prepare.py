@@ -12,7 +12,6 @@ from alignvlm_jax.errors import UsageError, UserError
 from alignvlm_jax.ingest import job
 from alignvlm_jax.ingest.formats import REGISTRY
 from alignvlm_jax.storage import faults
-from alignvlm_jax.synthetic import demonstration, documents
 
 TOKENIZER_HINT = "`make weights` gives weights/smollm2/tokenizer; the demonstration's is data/demo/tokenizer.model"
 
@@ -115,6 +114,9 @@ def _split_name(text: str) -> str:
 
 
 def _prepare_documents(args: argparse.Namespace, started: float) -> None:
+    # Nothing else needs its packages: they are no part of the base install.
+    from alignvlm_jax.synthetic import demonstration, documents
+
     arguments = {name: value for name, value in vars(args).items() if name not in ("out", "num_workers", "recount")}
     if not demonstration.prepare(Path(args.out), arguments, args.num_workers):
         print(f"{args.out} is ready: prepared with these arguments before")

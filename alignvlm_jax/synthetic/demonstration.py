@@ -1,6 +1,7 @@
 """The demonstration's data set: rendered documents of every split, and the tokenizer that is trained on them."""
 
 import functools
+import importlib.util
 import itertools
 import os
 from collections.abc import Iterator
@@ -13,8 +14,9 @@ from alignvlm_jax.data import record as record_lib
 from alignvlm_jax.data import shards as shards_lib
 from alignvlm_jax.data.shards import RecordSource
 from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from alignvlm_jax.errors import UserError
 from alignvlm_jax.ingest import executors, staging
-from alignvlm_jax.synthetic import documents
+from alignvlm_jax.synthetic import documents, pages
 from alignvlm_jax.synthetic.contents import Table
 
 SHARD_SIZE = 1000
@@ -60,11 +62,22 @@ def _write_shards(folder: Path, wanted: dict[str, Any], num_workers: int) -> Non
     shards = [shard for shard in _plan(folder, wanted) if not Path(shard.path).exists()]
     if not shards:
         return
-    from alignvlm_jax.synthetic import tables  # pandas takes seconds to import, and the workers do not need it
-
-    write = functools.partial(_write_shard, wanted["seed"], wanted["noise"], tables.load())
+    write = functools.partial(_write_shard, wanted["seed"], wanted["noise"], _tables())
     for _ in track(executors.run(write, shards, num_workers), "Rendering documents", total=len(shards)):
         pass
+
+
+def _tables() -> tuple[Table, ...]:
+    """The tables, once all is there that documents are made of: a font that is missing would be noticed by a worker."""
+    packages = ["pandas", "statsmodels", "vega_datasets", *sorted(pages.PACKAGES)]
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise UserError(
+            f"the demonstration's documents need package {', '.join(missing)}: "
+            "pip install --requirement requirements-demo.txt"
+        )
+    from alignvlm_jax.synthetic import tables  # pandas takes seconds to import, and the workers do not need it
+
+    return tables.load()
 
 
 def _plan(folder: Path, wanted: dict[str, Any]) -> list[Shard]:

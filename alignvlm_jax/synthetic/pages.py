@@ -29,6 +29,9 @@ UNSEEN = {
     "Caladea": ("font_caladea", "files", "Caladea-Regular.ttf"),
 }
 
+PACKAGES = {package for package, *_ in (SEEN | UNSEEN).values()}
+"""That hold the fonts."""
+
 
 @functools.lru_cache(maxsize=64)
 def load_font(family: str, size: int) -> ImageFont.FreeTypeFont:
@@ -43,7 +46,7 @@ def load_font(family: str, size: int) -> ImageFont.FreeTypeFont:
         # Basic layout: Raqm is there on some machines only, and shapes text a little differently.
         return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
     except (ModuleNotFoundError, OSError) as err:
-        raise UserError(f"font {family!r} needs package {package} ({err}); install requirements.txt") from err
+        raise UserError(f"font {family!r} needs package {package} ({err}); install requirements-demo.txt") from err
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,5 +1,8 @@
 import importlib.util
 import json
+import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -8,6 +11,8 @@ from alignvlm_jax.data import shards, tokenizers
 from alignvlm_jax.data.shards import RecordSource
 from alignvlm_jax.errors import UsageError, UserError
 from alignvlm_jax.synthetic import demonstration
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
 
 
 def arguments(out, **changes) -> list[str]:
@@ -37,6 +42,17 @@ def test_writes_every_split_and_a_tokenizer(prepared):
     assert tokenizers.load(prepared / "tokenizer.model").vocab_size <= 128
     assert json.loads((prepared / "prepare.json").read_text())["num_train"] == 6
     assert not [path.name for path in prepared.iterdir() if "partial" in path.name or path.suffix == ".tmp"]
+
+
+@pytest.mark.parametrize("package", ["pandas", "vega_datasets", "font_lato"])
+def test_without_the_demonstrations_packages_it_says_what_to_install(package, tmp_path):
+    """In a process of its own: another test may have imported them."""
+    hidden = f"import sys; sys.modules[{package!r}] = None; from alignvlm_jax.__main__ import main; "
+    call = f"sys.exit(main(['prepare', *{arguments(tmp_path / 'out')!r}]))"
+    done = subprocess.run([sys.executable, "-c", hidden + call], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 1
+    assert f"package {package}" in done.stderr
+    assert "pip install --requirement requirements-demo.txt" in done.stderr.splitlines()[-1]
 
 
 def test_the_second_time_nothing_is_written(prepared, monkeypatch, capsys):
