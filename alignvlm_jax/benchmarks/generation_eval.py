@@ -1,4 +1,4 @@
-"""Questions that a model is asked now and then while it is trained."""
+"""In-training generation eval: questions that a model answers now and then while it is trained."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -19,10 +19,12 @@ from alignvlm_jax.models.vlm import VLM
 from alignvlm_jax.parallel import exchange, sharding
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.train import metrics
+from alignvlm_jax.train.evaluator import Kind
 from alignvlm_jax.train.state import Params
+from alignvlm_jax.train.step import EvalStep
 
 
-class SpotCheck:
+class GenerationEval:
     """Questions of the validation split of every source, the same ones each time; answers are generated in batches of
     one shape, so that generation is compiled once a stage, and the training step not again."""
 
@@ -42,9 +44,9 @@ class SpotCheck:
         self._trimmed = max(length for length, _ in extents), max(tiles for _, tiles in extents)
         self._config = config
 
-    def scores(self, params: Params, should_stop: Callable[[], bool]) -> dict[str, float] | None:
-        """Returns `generated/anls` and `generated/exact_match` over all questions, and with several sources
-        `generated/SOURCE/...` of each; None when told to stop meanwhile."""
+    def run(self, params: Params, eval_step: EvalStep, should_stop: Callable[[], bool]) -> dict[str, float] | None:
+        """See `Evaluator`; the step is not used. Returns `generated/anls` and `generated/exact_match` over all
+        questions, and with several sources `generated/SOURCE/...` of each."""
         said: list[str] = []
         for start in range(0, len(self._asked.places), self._batch_size):
             if should_stop():
@@ -118,3 +120,12 @@ def _means(pairs: Sequence[tuple[str, Sequence[str]]]) -> dict[str, float]:
         "anls": sum(scores.anls(*pair) for pair in pairs) / len(pairs),
         "exact_match": sum(scores.exact_match(*pair) for pair in pairs) / len(pairs),
     }
+
+
+GENERATION = Kind(
+    name="generated answers",
+    phase="generating",
+    every=lambda config: config.train.generate_every if is_asked(config) else 0,
+    open=GenerationEval,
+    check=check,
+)

@@ -8,10 +8,14 @@ import sys
 from rich.console import Console
 
 from alignvlm_jax import storage
+from alignvlm_jax.benchmarks.generation_eval import GENERATION
 from alignvlm_jax.commands import config_flag
 from alignvlm_jax.errors import StoppedError, UserError
 from alignvlm_jax.parallel import compile_cache, distributed
 from alignvlm_jax.train import goodput, loop
+from alignvlm_jax.train.validation import VALIDATION
+
+EVALUATORS = (VALIDATION, GENERATION)
 
 
 def main(argv: list[str]) -> None:
@@ -39,7 +43,7 @@ def main(argv: list[str]) -> None:
     console = Console(highlight=False, soft_wrap=True, quiet=not distributed.is_main())
     try:
         with compile_cache.kept_in(args.workdir):
-            loop.train(stages, args.workdir, console, goodput.process_began())
+            loop.train(stages, args.workdir, console, EVALUATORS, goodput.process_began())
     except loop.Stopped as err:
         distributed.leave()
         launcher = os.environ.get("ALIGNVLM_LAUNCHER") or f"{shlex.quote(sys.executable)} -m alignvlm_jax"

@@ -19,8 +19,6 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from alignvlm_jax import storage
-from alignvlm_jax.benchmarks import generation_eval
-from alignvlm_jax.benchmarks.generation_eval import SpotCheck
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import loader, shards
 from alignvlm_jax.errors import UserError
@@ -44,16 +42,16 @@ from alignvlm_jax.train import (
     workdir,
 )
 from alignvlm_jax.train.checkpoint import BrokenCheckpoint, Checkpoints
+from alignvlm_jax.train.evaluator import Kind
 from alignvlm_jax.train.goodput import Phases
 from alignvlm_jax.train.hooks import Profiler, StopSignal
 from alignvlm_jax.train.metrics import FILE as METRICS_FILE
 from alignvlm_jax.train.metrics import NullWriter, Progress, Writer
 from alignvlm_jax.train.stage_loop import Run, Stage, StageLoop, Stopped
 from alignvlm_jax.train.state import Params, TrainState
-from alignvlm_jax.train.validation import Validation
 
 
-def check(stages: tuple[Config, ...]) -> None:
+def preflight(stages: tuple[Config, ...]) -> None:
     """Raises UserError where a stage asks for what is not there: a connector, a mesh for its batch, sizes that divide
     over it, data and tasks, parameters to train, to load from the stage before or from `init_from`."""
     shapes: dict[tuple, Params] = {}
@@ -85,10 +83,21 @@ def _check_init_from(config: Config, abstract: Params) -> None:
     restore.read_newest(storage.path(config.init_from), check)
 
 
-def train(configs: tuple[Config, ...], folder: Path, console: Console, process_began: float | None = None) -> None:
+def train(
+    configs: tuple[Config, ...],
+    folder: Path,
+    console: Console,
+    kinds: tuple[Kind, ...],
+    process_began: float | None = None,
+) -> None:
     """Trains the stages in order in the workdir `folder`, going on from its newest readable checkpoint.
 
-    `process_began` is when the process began, on the clock of `time.monotonic`; default: now.
+    Args:
+      configs: the stages.
+      folder: the workdir.
+      console: where progress is shown.
+      kinds: of evaluators, in the order in which those that are due at a step run.
+      process_began: on the clock of `time.monotonic`; default: now.
 
     Raises:
       Stopped: after SIGINT or SIGTERM; the state is saved.
@@ -105,8 +114,9 @@ def train(configs: tuple[Config, ...], folder: Path, console: Console, process_b
                 f"the tokenizer of stage {one.stage}": functools.partial(loader.tokenizer_contents, one),
             }
         )
-    check(configs)
-    generation_eval.check(configs)
+    preflight(configs)
+    for kind in kinds:
+        kind.check(configs)
     stages = lay_out(configs)
     total = stages[-1].end
     profiled = hooks.profile_range(configs)
@@ -132,7 +142,7 @@ def train(configs: tuple[Config, ...], folder: Path, console: Console, process_b
         Profiler(folder, profiled, process, progress.say) as profiler,
     ):
         _check_newest(checkpoints, total)
-        run = Run(configs, total, folder, checkpoints, progress, stop, phases, heartbeat, profiler, began)
+        run = Run(configs, kinds, total, folder, checkpoints, progress, stop, phases, heartbeat, profiler, began)
         # What is listed may differ between hosts for a moment, as on a bucket: one of them says what is there.
         while found := exchange.from_main(_next(run, stages) if distributed.is_main() else None):
             index, newest, lacking = found
@@ -184,8 +194,7 @@ def _train_stage(run: Run, stage: Stage, newest: int, lacking: Sequence[str]) ->
     model, tx = vlm.VLM(config.model), optim.make_optimizer(config)
     with mesh_lib.use(mesh_lib.make_mesh(config)) as mesh:
         # Read before anything is compiled: data that is missing should be told at once.
-        validation = Validation(config, mesh)
-        asker = SpotCheck(model, config, mesh) if generation_eval.is_asked(config) else None
+        evaluators = {kind.name: kind.open(model, config, mesh) for kind in run.kinds if kind.every(config)}
         abstract = state.abstract_state(model, config, tx, mesh)
         with run.phases.enter("restoring"):
             live, position = _start(run, stage, newest, model, tx, abstract)
@@ -197,7 +206,7 @@ def _train_stage(run: Run, stage: Stage, newest: int, lacking: Sequence[str]) ->
             with run.phases.enter("compiling"):
                 train_step, eval_step = step.compile_steps(model, config, tx, abstract, mesh)
             mfu_of = flops.mfu_of(config, abstract.params, mesh.devices.flat)
-            loop = StageLoop(run, stage, mesh, writer, train_step, eval_step, validation, asker, mfu_of)
+            loop = StageLoop(run, stage, mesh, writer, train_step, eval_step, evaluators, mfu_of)
             loop.run_steps(live, newest, position, lacking)
 
 

@@ -10,26 +10,21 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from alignvlm_jax.benchmarks import generation_eval
-from alignvlm_jax.benchmarks.generation_eval import SpotCheck
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import loader
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import exchange, sharding
 from alignvlm_jax.train import checkpoint, metrics, step
 from alignvlm_jax.train.checkpoint import BrokenCheckpoint, Checkpoints
+from alignvlm_jax.train.evaluator import Evaluator, Kind
 from alignvlm_jax.train.goodput import Phases
 from alignvlm_jax.train.heartbeat import Heartbeat
 from alignvlm_jax.train.hooks import Profiler, StopSignal
 from alignvlm_jax.train.metrics import Interval, NullWriter, Progress, Writer, peak_memory_gib
 from alignvlm_jax.train.state import TrainState
-from alignvlm_jax.train.validation import Validation
 
 SLOW_STEP_SECONDS = 1.0
 """Beyond it a device that waits a millisecond for its next step loses nothing worth having."""
-
-
-VALIDATION, GENERATION = "validation", "generated answers"
 
 
 class Stopped(UserError):
@@ -49,20 +44,13 @@ class Stage:
         """Whether what is done every so many steps, and at the end, is done at step `now`."""
         return (now - self.begin) % every == 0 or now == self.end
 
-    def evaluations(self, now: int) -> list[str]:
-        """What is measured at step `now`, in this order: VALIDATION, GENERATION. Each logs one line."""
-        train = self.config.train
-        due = [VALIDATION] * self.is_due(now, train.validate_every)
-        if generation_eval.is_asked(self.config) and self.is_due(now, train.generate_every):
-            due.append(GENERATION)
-        return due
-
 
 @dataclasses.dataclass
 class Run:
     """What all stages of a run share."""
 
     stages: tuple[Config, ...]
+    kinds: tuple[Kind, ...]
     total: int
     folder: Path
     checkpoints: Checkpoints
@@ -80,10 +68,15 @@ class Run:
         """The newest step whose checkpoint is not known to be broken; 0 without one."""
         return max((step for step in self.checkpoints.steps() if not self.broken or step != self.broken[0]), default=0)
 
+    def evaluations(self, stage: Stage, now: int) -> list[str]:
+        """The names of the evaluators that run at step `now`, in their order. Each logs one line."""
+        due = [(kind.name, kind.every(stage.config)) for kind in self.kinds]
+        return [name for name, every in due if every and stage.is_due(now, every)]
+
     def lacking(self, stage: Stage, step: int) -> list[str]:
-        """The evaluations of a step that a stop kept from being logged; they are logged in their order."""
+        """The evaluators of a step that a stop kept from being logged; they are logged in their order."""
         logged = metrics.num_evaluations(self.folder / metrics.FILE, step)
-        return [] if logged is None else stage.evaluations(step)[logged:]
+        return [] if logged is None else self.evaluations(stage, step)[logged:]
 
     def train_seconds(self) -> float:
         """Seconds of training over stages and resumes: everything that the user waits for."""
@@ -100,8 +93,7 @@ class StageLoop:
     writer: Writer | NullWriter
     train_step: step.TrainStep
     eval_step: step.EvalStep
-    validation: Validation
-    spot_check: SpotCheck | None
+    evaluators: Mapping[str, Evaluator]
     mfu_of: Callable[[float], dict[str, float]]
     interval: Interval = dataclasses.field(default_factory=Interval)
     batches: loader.TrainBatches = dataclasses.field(init=False)
@@ -161,7 +153,7 @@ class StageLoop:
             self.unread = now, values, self.batches.num_unsupervised
             self.run.profiler.after_step(now, self._wait_for_step)
             self.run.checkpoints.check()
-            answer_loss = self._evaluate(live, now, self.stage.evaluations(now))
+            answer_loss = self._evaluate(live, now, self.run.evaluations(self.stage, now))
             if self.stage.is_due(now, config.train.checkpoint_every):
                 self._save(live, now, answer_loss)
         self._wait_for_save()
@@ -248,10 +240,11 @@ class StageLoop:
         """Measures and logs; returns the answer loss of validation, or None where there is none. What a stop cuts
         short is logged when the run goes on from here."""
         answer_loss = None
+        phases = {kind.name: kind.phase for kind in self.run.kinds}
         for name in names:
             self._read()
-            with self.interval.pause(), self.run.phases.enter("validating" if name == VALIDATION else "generating"):
-                values = self._measure(live, name)
+            with self.interval.pause(), self.run.phases.enter(phases[name]):
+                values = self.evaluators[name].run(live.params, self.eval_step, self._should_stop)
                 if values is None:
                     self.was_cut_short = True
                     self.run.progress.say(f"{name} at step {now} cut short: they come when the run goes on from there")
@@ -259,12 +252,6 @@ class StageLoop:
                 self.writer.write(now, self.stage.config.stage, values | self.run.phases.metrics())
                 answer_loss = values.get("validation/answer_loss", answer_loss)
         return answer_loss
-
-    def _measure(self, live: TrainState, name: str) -> dict[str, float] | None:
-        """None when told to stop meanwhile."""
-        if name == VALIDATION:
-            return self.validation.measure(self.eval_step, live.params, self._should_stop)
-        return self.spot_check.scores(live.params, self._should_stop)
 
     def _save(self, live: TrainState, now: int, answer_loss: float | None) -> None:
         self._read()

@@ -9,6 +9,7 @@ from alignvlm_jax.config import Config
 from alignvlm_jax.data import loader
 from alignvlm_jax.parallel import exchange, sharding
 from alignvlm_jax.train import metrics, step
+from alignvlm_jax.train.evaluator import Kind
 from alignvlm_jax.train.state import Params
 
 
@@ -27,11 +28,9 @@ class Validation:
             for name, source in sources.items()
         }
 
-    def measure(
-        self, eval_step: step.EvalStep, params: Params, should_stop: Callable[[], bool]
-    ) -> dict[str, float] | None:
-        """Returns `validation/answer_loss` and so on over all sources, and with several `validation/SOURCE/...` of
-        each, without those of which nothing was seen; or None when told to stop meanwhile."""
+    def run(self, params: Params, eval_step: step.EvalStep, should_stop: Callable[[], bool]) -> dict[str, float] | None:
+        """See `Evaluator`. Returns `validation/answer_loss` and so on over all sources, and with several
+        `validation/SOURCE/...` of each, without those of which nothing was seen."""
         sums: dict[str, list[step.Metrics]] = {name: [] for name in self._batches}
         for name, batches in self._batches.items():
             for batch in batches:
@@ -50,3 +49,11 @@ def _means(parts: Sequence[step.Metrics]) -> dict[str, float]:
         for name, value in step.means(totals).items()
         if weights.get(name, totals["answer_weight"])  # Of no page with known words a loss of 0 would look perfect.
     }
+
+
+VALIDATION = Kind(
+    name="validation",
+    phase="validating",
+    every=lambda config: config.train.validate_every,
+    open=lambda model, config, mesh: Validation(config, mesh),
+)

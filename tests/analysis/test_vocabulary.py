@@ -27,7 +27,7 @@ def loaded(trained_workdir, tmp_path_factory):
 
 def probabilities(loaded, count: int) -> np.ndarray:
     """Of the patches of the first documents, one tile each that nothing pads."""
-    records = runner.sources.RecordSource(loaded.config.data.dir, SPLIT)
+    records = runner.shards.RecordSource(loaded.config.data.dir, SPLIT)
     pages = [images.decode_image(records[i].images[0], "") for i in range(count)]
     num_words = loaded.config.model.llm.num_words
     looks = patch_tokens.look(loaded, pages, num_words)
@@ -73,7 +73,7 @@ def test_what_is_kept():
 def test_the_rest_is_shared_among_the_words_that_are_kept(loaded):
     p = probabilities(loaded, 2)
     words = np.arange(p.shape[1]) % 3 == 0
-    records = runner.sources.RecordSource(loaded.config.data.dir, SPLIT)
+    records = runner.shards.RecordSource(loaded.config.data.dir, SPLIT)
     tiles = tiles_lib.tiles_of(loaded, [records[0], records[1]])
 
     def whole(model, variables, batch):

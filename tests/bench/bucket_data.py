@@ -107,7 +107,7 @@ def _serve(folder: str, connection: Connection) -> None:
 def _write(folder: Path) -> None:
     rng = np.random.default_rng(0)
     counted = index.Index(
-        {task: np.full(RECORDS, 50, np.int32) for task in index.rows.TASKS},
+        {task: np.full(RECORDS, 50, np.int32) for task in index.examples.TASKS},
         np.full((RECORDS, 2), 100, np.int32),
         np.arange(RECORDS + 1),
         np.zeros(RECORDS, np.uint64),

@@ -224,7 +224,7 @@ def test_text_is_read_beside_a_benchmark(own_workdir, held_out, capsys, monkeypa
     assert sorted(path.name for path in folder.glob("*.jsonl")) == ["debian_tables.jsonl", "text_bpb.jsonl"]
 
     # All of it is read already, and what is not of the paper's benchmarks does not show their table.
-    monkeypatch.setattr(evaluate.texts, "_nll", lambda *_: pytest.fail("a text was read again"))
+    monkeypatch.setattr(evaluate.text_bpb, "_nll", lambda *_: pytest.fail("a text was read again"))
     evaluate.main([*flags, "--tasks=text_bpb"])
     assert predictions.read_tasks(own_workdir)["text_bpb"] == result
     assert "DocVQA" not in capsys.readouterr().out

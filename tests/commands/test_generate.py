@@ -25,7 +25,7 @@ def test_prints_the_answer_alone(trained_workdir, page, capsys, monkeypatch):
     batches = []
 
     def load(path, config):
-        tokenizer = generate.pipeline.load_tokenizer(config)
+        tokenizer = generate.loader.load_tokenizer(config)
 
         def answer(variables, batch, max_new_tokens):
             batches.append(batch)

@@ -235,7 +235,7 @@ def test_a_source_that_changed_is_prepared_anew(source, prepare):
 def test_a_file_that_has_grown_is_another_source_though_its_pieces_are_the_same(source, prepare, monkeypatch):
     monkeypatch.setattr(Jsonl, "units", lambda *args: [Unit(str(source))])
     read = files.json_objects
-    monkeypatch.setattr(files, "objects", lambda unit: read(dataclasses.replace(unit, stop=1 << 30)))
+    monkeypatch.setattr(files, "json_objects", lambda unit: read(dataclasses.replace(unit, stop=1 << 30)))
     assert len(prepare(Jsonl(), source).records()) == COUNT - 3
     write(source.parent, [one(number) for number in range(COUNT + 1)])
     assert len(prepare(Jsonl(), source).records()) == COUNT + 1

@@ -25,6 +25,8 @@ from alignvlm_jax.config import Config, MeshConfig, TrainConfig
 from alignvlm_jax.data import loader
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.train import checkpoint_files, loop, state, step
+from alignvlm_jax.train.evaluator import Kind
+from alignvlm_jax.train.validation import VALIDATION
 from tests.conftest import random_batch, tiny_config
 
 NUM_STEPS = 4
@@ -96,6 +98,7 @@ def train(
     batches: Batches | None = None,
     configs: tuple[Config, ...] | None = None,
     validation: Callable[..., list] = lambda config, *_: [random_batch(config, seed=7)],
+    kinds: tuple[Kind, ...] = (VALIDATION,),
 ) -> str:
     """Runs `loop.train` on random batches; returns what it printed. UserErrors have that in `printed`."""
     console = Console(file=io.StringIO(), soft_wrap=True, width=200)
@@ -108,7 +111,7 @@ def train(
         mock.patch.object(state, "init_params", _init_params),
     ):
         try:
-            loop.train(configs or stages(), workdir, console)
+            loop.train(configs or stages(), workdir, console, kinds)
         except UserError as err:
             err.printed = console.file.getvalue()
             raise

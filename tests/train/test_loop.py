@@ -1,6 +1,7 @@
 """Whole runs: two stages of four steps on the 2 x 2 x 2 mesh."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -14,10 +15,12 @@ import jax
 import numpy as np
 import pytest
 
+from alignvlm_jax.benchmarks.generation_eval import GENERATION
 from alignvlm_jax.config import MeshConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.plan import hardware
 from alignvlm_jax.train import goodput, loop, step
+from alignvlm_jax.train.validation import VALIDATION
 from tests.conftest import random_batch
 from tests.train import fake_run
 from tests.train.fake_run import TOTAL, Batches
@@ -195,32 +198,29 @@ def test_a_signal_while_validating_is_honoured_at_once_and_what_it_cut_short_com
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
-def test_answers_that_a_stop_cut_short_come_after_the_validation_that_was_logged(tmp_path, monkeypatch):
+def test_answers_that_a_stop_cut_short_come_after_the_validation_that_was_logged(tmp_path):
     stopping = {"at": 0}
 
-    class Asker:
-        """Stands in for `generation_eval.SpotCheck`; the score tells which parameters answered."""
+    class Answers:
+        """Stands in for `GenerationEval`; the score tells which parameters answered."""
 
-        def __init__(self, *_):
-            pass
-
-        def scores(self, params, should_stop) -> dict[str, float] | None:
+        def run(self, params, eval_step, should_stop) -> dict[str, float] | None:
             stopping["at"] -= 1
             if stopping["at"] == 0:
                 os.kill(os.getpid(), signal.SIGTERM)
             total = sum(float(jax.numpy.abs(x).sum()) for x in jax.tree.leaves(params))
             return None if should_stop() else {"generated/anls": total}
 
-    monkeypatch.setattr(loop, "SpotCheck", Asker)
-    monkeypatch.setattr(loop.spot_check, "check", lambda configs: None)
+    answers = dataclasses.replace(GENERATION, open=lambda *_: Answers(), check=lambda stages: None)
+    train = functools.partial(fake_run.train, kinds=(VALIDATION, answers))
     first, second = fake_run.stages()
     configs = first, dataclasses.replace(second, train=dataclasses.replace(second.train, generate_every=2))
-    fake_run.train(tmp_path / "straight", configs=configs)
+    train(tmp_path / "straight", configs=configs)
     stopping["at"] = 1
     with pytest.raises(loop.Stopped, match="stopped at step 6 of 8"):
-        fake_run.train(tmp_path / "run", configs=configs)
+        train(tmp_path / "run", configs=configs)
     assert lines(tmp_path / "run")[-1].keys() & {"validation/answer_loss"}
-    fake_run.train(tmp_path / "run", configs=configs)
+    train(tmp_path / "run", configs=configs)
     assert_same_run(tmp_path / "run", tmp_path / "straight")
     assert sum("generated/anls" in line for line in lines(tmp_path / "run")) == 2
 

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from alignvlm_jax.benchmarks import generation_eval, scores
 from alignvlm_jax.benchmarks.questions import choose_questions
+from alignvlm_jax.commands.train import EVALUATORS
 from alignvlm_jax.config import Config, SourceConfig, TrainConfig
 from alignvlm_jax.data import images, loader, shards
 from alignvlm_jax.data import index as index_lib
@@ -79,7 +80,7 @@ def train(config: Config, workdir: Path, monkeypatch, stop_at: int | None = None
         patch.setattr(loader.TrainBatches, "__next__", fetch_or_stop)
         patch.setattr(step, "compile_steps", fake_run._compile_steps)
         try:
-            loop.train((config,), workdir, Console(file=io.StringIO()))
+            loop.train((config,), workdir, Console(file=io.StringIO()), EVALUATORS)
         except loop.Stopped:
             assert stop_at
     return [line for line in lines(workdir) if "loss" in line]
@@ -141,7 +142,7 @@ def test_stages_without_questions_are_told_before_the_first_step(config, tmp_pat
     monkeypatch.setattr(generation_eval.questions, "choose_questions", lambda records, count: [])
     mute = dataclasses.replace(config, stage="mute", train=dataclasses.replace(config.train, generate_every=0))
     with pytest.raises(UserError, match=r"split 'validation' in .* has no questions .*generate_every=0 asks none"):
-        loop.train((mute, config), tmp_path / "run", Console(file=io.StringIO()))
+        loop.train((mute, config), tmp_path / "run", Console(file=io.StringIO()), EVALUATORS)
     assert not (tmp_path / "run").exists()
 
 

@@ -111,7 +111,7 @@ def test_what_one_process_may_fail_to_read_is_agreed_on_before_anything_is_compu
     for name in ("init_params", "init_opt_state"):
         monkeypatch.setattr(state, name, noting(order, name, getattr(state, name)))
     monkeypatch.setattr(warm_start, "with_head_copy", noting(order, "copy", warm_start.with_head_copy))
-    monkeypatch.setattr(checkpoint, "agreed", lambda read: (read(), order.append("agreed"))[0])
+    monkeypatch.setattr(restore, "agreed", lambda read: (read(), order.append("agreed"))[0])
     with (
         mesh_lib.use(mesh_lib.make_mesh(config)) as mesh,
         Checkpoints(trained_workdir / checkpoint.FOLDER, read_only=True) as checkpoints,
