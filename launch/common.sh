@@ -20,8 +20,9 @@ joining=(train evaluate "inspect --analysis")
 # The comment at the head of the calling script is its usage.
 usage() {
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" >&2
-    exit 2
+    exit "${1:-2}"
 }
+if [[ "${1:-}" =~ ^(--help|-h)$ ]]; then usage 0; fi
 
 # Wrong usage: one line, and status 2.
 wrong() {

@@ -9,9 +9,15 @@
 # fails the others are stopped, after ${GRACE:-30} seconds for good. Returned is the first status that is not 0.
 set -euo pipefail
 
+usage() {
+    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+    exit "$1"
+}
+
 dry_run=false env=() flags=() xla_flags=''
 while [[ "${1:-}" == --* ]]; do
     case "$1" in
+        --help) usage 0 ;;
         --dry_run) dry_run=true; shift; continue ;;
         --env=XLA_FLAGS=*) xla_flags+=" ${1#--env=XLA_FLAGS=}" ;;  # beside the one below
         --env=[A-Za-z_]*=*) env+=("${1#--env=}") ;;
@@ -23,8 +29,7 @@ while [[ "${1:-}" == --* ]]; do
     shift
 done
 if [[ $# -lt 3 || ! "$1" =~ ^[1-9][0-9]*$ || ! "$2" =~ ^[1-9][0-9]*$ ]]; then
-    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
-    exit 2
+    usage 2
 fi
 count=$1 devices=$2
 shift 2

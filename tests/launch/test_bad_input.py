@@ -52,6 +52,12 @@ def test_bad_input_has_status_2(script, args, message):
     assert message in done.stderr
 
 
+@pytest.mark.parametrize("script", ["babysit.sh", "gke_jobset.sh", "local.sh", "slurm_gpu.sh", "tpu_vm.sh", "xpk.sh"])
+def test_help_is_no_error(script):
+    done = run(script, "--help")
+    assert done.returncode == 0 and f"launch/{script} " in done.stderr
+
+
 ON_HOSTS = {
     "tpu_vm.sh": ["run", *WHERE],
     "babysit.sh": [*WHERE, "--type=v5p-16"],
