@@ -27,6 +27,7 @@ from alignvlm_jax.models.vlm import VLM
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.pictures import html, plotting
+from alignvlm_jax.plan import flops
 from alignvlm_jax.shapes import Array
 from alignvlm_jax.train import state
 
@@ -117,13 +118,11 @@ def cost_of(loaded: Loaded, repeats: int) -> Cost:
         encode_seconds = _median_seconds(lambda: jax.block_until_ready(encode(loaded.variables, tiles)), repeats)
     sampler = loaded.sampler(end_ids=NO_END)
     answer_seconds = _median_seconds(lambda: sampler.generate(loaded.variables, prompts, num_new), repeats)
-    patches = config.data.tiles_of_a_record * config.model.vision.num_patches
-    products = connectors.get(config.model.connector.name).products(config.model, patches)
     return Cost(
         connector=config.model.connector.name,
         tokens_per_page=config.data.tiles_of_a_record * config.model.slots_per_tile,
         num_params=_num_params(loaded.params["connector"]),
-        gflops=sum(product.flops for product in products) / 1e9,
+        gflops=flops.connector_flops(config.model, config.data.tiles_of_a_record) / 1e9,
         encode_seconds=encode_seconds / ways,
         answer_seconds=answer_seconds / ways,
         tokens_per_second=ways * num_new / answer_seconds,

@@ -44,7 +44,8 @@ def self_attention(
         device, and else those of a chunk of queries at a time. "splash" is Pallas' for TPU (on CPU it is interpreted,
         for tests), "cudnn" that of NVIDIA's library from Ampere on; neither makes any. "auto" takes the one that the
         devices of the mesh have; on a GPU that cuDNN's does not run on, say "xla". All compute with XLA where no mesh
-        is entered: there only shapes are asked for, maybe on another machine.
+        is entered: there only shapes are asked for, maybe on another machine. "plain" is no choice of a config: all
+        [B, H, T, T] logits at once, whatever their size, for FLOPs to be counted by (`plan.flops`).
 
     Raises:
       UserError: the mesh has no such kernel, or the kernel does not take these sizes.
@@ -56,7 +57,7 @@ def self_attention(
         # It knows no segments: they come in as a bias [B, 1, T, T]. It does know what is causal, and skips the rest.
         mask = None if segment_ids is None else same_segment(segment_ids)[:, None]
         return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal, implementation="cudnn")
-    if chunk := _queries_per_chunk(*query.shape[:3]):
+    if kernel != "plain" and (chunk := _queries_per_chunk(*query.shape[:3])):
         return _chunked(query, key, value, segment_ids, causal, chunk)
     if segment_ids is None:
         return jax.nn.dot_product_attention(query, key, value, is_causal=causal)
@@ -113,6 +114,8 @@ def mesh_platform() -> str | None:
 
 def _resolve(kernel: str, query: Array, segment_ids: Array | None) -> str:
     platform = mesh_platform()
+    if kernel == "plain":
+        return kernel
     if platform is None or kernel == "xla":
         return "xla"
     if kernel == "auto":

@@ -1,94 +1,154 @@
-"""FLOPs of a training step by formula, by part of the model; what MFU is measured against.
+"""FLOPs of a training step, by component of the model, counted in the program itself; what MFU is measured against.
 
-Counted are the matrix products of the model: a multiplication and an addition are two. Attention counts all pairs of
-tokens of a row, as PaLM's MFU does (arXiv 2204.02311, appendix B), and every slot of the static shapes counts, padding
-too. What is computed a second time, for rematerialisation or in blocks, does not: MFU is of the work asked for.
+Counted are the matmuls (`dot_general`, and convolutions) in the jaxpr of the loss and of its gradient by the trained
+parameters: traced over shapes, nothing is computed, and no module lists what it multiplies. A multiplication and an
+addition are two. What frozen parameters save follows: no gradient of theirs stands in the jaxpr, and what only fed such
+a gradient is dead code, which is dropped as the compiler would.
+
+MFU is of the work asked for (PaLM, arXiv 2204.02311, appendix B), so the program counted is the plain one: attention
+over all pairs of tokens of a packed sequence, in the place of kernels whose matmuls no jaxpr shows, and the vocabulary
+whole. What is computed again in the backward pass does not count: JAX marks it by the name "rematted_computation",
+under whatever `jax.checkpoint` it stands, the model's by `remat` or a connector's own. Padding counts, as the shapes are
+static.
 """
 
-from collections.abc import Callable, Iterable
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
+import flax
 import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.interpreters import partial_eval
 
 from alignvlm_jax.config import Config, ModelConfig
-from alignvlm_jax.models import connectors
-from alignvlm_jax.models.connectors.base import Product
+from alignvlm_jax.models import connectors, vlm
+from alignvlm_jax.parallel import sharding
 from alignvlm_jax.plan import hardware
-from alignvlm_jax.train import state
+from alignvlm_jax.train import state, step
 from alignvlm_jax.train.state import Params
 
-PARTS = ("vision", "connector", "llm", "loss")
+COMPONENTS = ("vision", "connector", "llm", "loss")
+RECOMPUTED = "rematted_computation"
+# Components by the names that Flax gives to what their modules compute; the head's part of the loss is a method's.
+_NAME = re.compile(r"(?:^|[/(])(?:(llm\.token_losses)|(vision|connector|llm)(?:\.\w+)?)(?=[/)]|$)")
 
 
 def step_flops(config: Config, params: Params) -> dict[str, float]:
-    """Returns FLOPs of a training step by part, for `params` (or their shapes) of which the stage trains some.
+    """Returns FLOPs of a training step by component, for `params` (or their shapes) of which the stage trains some."""
+    config = dataclasses.replace(config, model=_plain(config.model))
+    model, batch = vlm.VLM(config.model), step.train_inputs(config, vlm.abstract_batch(config))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    trainable, frozen = state.split(shapes, state.trainable_paths(config, shapes))
 
-    A product is made once forward; backward once more for its parameters where they are trained, and once for its
-    inputs where something before it is.
+    def loss(trainable: Params, frozen: Params, batch: dict[str, Any]) -> jax.Array:
+        return step.whole_loss(model, config, state.merge(trainable, frozen), batch)
+
+    # With its value: else the forward pass of what is recomputed would be dead code.
+    return matmul_flops(jax.value_and_grad(loss), trainable, frozen, batch)
+
+
+def connector_flops(config: ModelConfig, num_tiles: int) -> float:
+    """Returns FLOPs of the connector alone, forward, over the patches of so many tiles."""
+    config = _plain(config)
+    module = connectors.get(config.connector.name)(config, jax.numpy.dtype(config.dtype))
+    features = jax.ShapeDtypeStruct((num_tiles * config.vision.num_patches, config.vision.width), config.dtype)
+    table = jax.ShapeDtypeStruct((config.llm.vocab_size, config.llm.width), "float32")
+    params = jax.eval_shape(lambda *args: module.init(jax.random.key(0), *args, None), features, table)
+    flops = matmul_flops(lambda *args: module.apply(*args, None).tokens, sharding.unbox(params), features, table)
+    return sum(flops.values())
+
+
+def _plain(config: ModelConfig) -> ModelConfig:
+    """The model that computes the same with nothing but plain matmuls; without padding in blocks of rows."""
+    return dataclasses.replace(config, attention="plain", vocab_form="plain")
+
+
+def matmul_flops(fn: Callable, *args: Any) -> dict[str, float]:
+    """Returns the FLOPs of the matmuls that a function of arrays (or their shapes) needs for its results, by component.
+
+    What stands in no module of a component counts as the connector's: visual tokens that are made without it.
     """
-    trained = state.trainable_paths(config, params)
-    flops = dict.fromkeys(PARTS, 0.0)
-    reached = False  # Something trainable lies before: gradients have to come this far.
-    for part, products in _forward(config).items():
-        for product in products:
-            is_trained = product.prefix is not None and any(path.startswith(product.prefix) for path in trained)
-            # Of two activations each gets a gradient.
-            backward = reached * (2 if product.prefix is None else 1) + is_trained
-            flops[part] += product.flops * (1 + backward)
-            reached |= is_trained
-        # Text embeddings come in between.
-        if part == "connector":
-            reached |= any(path.startswith("llm/embed/") for path in trained)
-    return flops
+    with flax.config.temp_flip_flag("profile", True):  # The names of modules.
+        closed = jax.make_jaxpr(fn)(*args)
+    live, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    found: Counter[str] = Counter()
+    for component, flops in _matmuls(live, "connector"):
+        found[component] += flops
+    return {component: float(found[component]) for component in COMPONENTS}
 
 
-def _forward(config: Config) -> dict[str, list[Product]]:
-    """The products of a step in the order in which the model makes them."""
-    model, rows = config.model, config.train.batch_size
-    tokens, tiles = rows * config.data.row_length, rows * config.data.max_tiles
-    visual = config.train.visual_input == "pixels"
-    return {
-        "vision": _vision(model, tiles) if visual else [],
-        "connector": connectors.get(model.connector.name).products(model, tiles * model.vision.num_patches)
-        if visual
-        else [],
-        "llm": _llm(model, tokens, config.data.row_length),
-        "loss": [Product(2 * tokens * model.llm.width * model.llm.vocab_size, _head(model))],
-    }
+def _matmuls(jaxpr: Jaxpr, component: str) -> Iterator[tuple[str, int]]:
+    """Component and FLOPs of every matmul below `jaxpr`, itself a part of `component`."""
+    for equation in jaxpr.eqns:
+        # Relative to what it stands in: an inner jaxpr begins with no name.
+        name = str(equation.source_info.name_stack)
+        if RECOMPUTED in name:
+            continue
+        named = _NAME.search(name)
+        here = (("loss" if named[1] else named[2]) if named else None) or component
+        if equation.primitive.name == "dot_general":
+            yield here, _of_dot(equation)
+        elif equation.primitive.name == "conv_general_dilated":
+            yield here, _of_convolution(equation)
+        elif equation.primitive.name == "cond":
+            yield from max(
+                (list(_matmuls(branch.jaxpr, here)) for branch in equation.params["branches"]),
+                key=lambda found: sum(flops for _, flops in found),
+            )
+        else:
+            times = _times(equation)
+            for inner in _inner(equation):
+                yield from ((part, times * flops) for part, flops in _matmuls(inner, here))
 
 
-def _head(model: ModelConfig) -> str:
-    return "llm/embed/" if model.llm.tie_embeddings else "llm/head/"
+def _of_dot(equation: JaxprEqn) -> int:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+    return 2 * math.prod(out) * math.prod(left[axis] for axis in contracted)
 
 
-def _vision(model: ModelConfig, tiles: int) -> list[Product]:
-    c = model.vision
-    patches = tiles * c.num_patches
-    pixels = c.patch_height * c.patch_width * len(c.pixel_mean)
-    block = [
-        Product(2 * patches * 3 * c.width**2, "vision/blocks/attn/"),
-        Product(2 * 2 * patches * c.num_patches * c.width),
-        Product(2 * patches * c.width**2, "vision/blocks/attn/"),
-        Product(2 * 2 * patches * c.width * c.mlp_width, "vision/blocks/mlp/"),
-    ]
-    return [Product(2 * patches * pixels * c.width, "vision/patch_embed/"), *block * c.num_layers]
+def _of_convolution(equation: JaxprEqn) -> int:
+    """Two for each weight that an output sees; zeros put between inputs, for the gradient of strides, are none."""
+    kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
+    out_features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+    dilation = math.prod(equation.params["lhs_dilation"])
+    return 2 * math.prod(out) * math.prod(kernel) // out_features // dilation
 
 
-def _llm(model: ModelConfig, tokens: int, length: int) -> list[Product]:
-    c = model.llm
-    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    block = [
-        Product(2 * tokens * c.width * (queries + 2 * keys), "llm/blocks/attn/"),
-        Product(2 * 2 * tokens * length * queries),
-        Product(2 * tokens * queries * c.width, "llm/blocks/attn/"),
-        Product(2 * 3 * tokens * c.width * c.mlp_width, "llm/blocks/mlp/"),
-    ]
-    return block * c.num_layers
+def _times(equation: JaxprEqn) -> int:
+    """How often an equation's inner jaxprs run. A `while`, whose trips no jaxpr knows, counts once; what a gradient goes
+    back through is a scan."""
+    if equation.primitive.name == "scan":
+        return equation.params["length"]
+    if equation.primitive.name == "shard_map":  # Its jaxpr is of one shard.
+        sizes = equation.params["mesh"].shape
+        # The first name is that of jax 0.10, the second that of others.
+        axes = equation.params.get("newly_manual_axes") or equation.params.get("manual_axes", ())
+        return math.prod(sizes[axis] for axis in axes)
+    return 1
+
+
+def _inner(equation: JaxprEqn) -> Iterator[Jaxpr]:
+    """The jaxprs that an equation holds: of jit, scan, while, remat, shard_map, custom derivatives."""
+    for value in equation.params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, Jaxpr):
+                yield item
 
 
 def mfu_of(config: Config, params: Params, devices: Iterable[jax.Device]) -> Callable[[float], dict[str, float]]:
-    """Returns steps a second -> {"mfu": share of what the devices could do}; -> {} where that is not known."""
-    total, peak = sum(step_flops(config, params).values()), peak_flops(devices)
-    return lambda steps_per_second: {} if peak is None else {"mfu": steps_per_second * total / peak}
+    """Returns steps a second -> {"mfu": fraction of what the devices could do}; -> {} where that is not known."""
+    peak = peak_flops(devices)
+    if peak is None:
+        return lambda steps_per_second: {}
+    total = sum(step_flops(config, params).values())
+    return lambda steps_per_second: {"mfu": steps_per_second * total / peak}
 
 
 def peak_flops(devices: Iterable[jax.Device]) -> float | None:

@@ -101,6 +101,11 @@ def make_eval_step(model: vlm.VLM, config: Config) -> EvalStep:
     return eval_step
 
 
+def whole_loss(model: vlm.VLM, config: Config, params: Params, batch: Mapping[str, Array]) -> Float[Array, ""]:
+    """Returns the loss of a batch without gradient accumulation: what a training step minimises."""
+    return _total(config, means(_sums(model, config, params, batch) | _weights(batch)))
+
+
 def compile_steps(
     model: vlm.VLM, config: Config, tx: optax.GradientTransformation, abstract: TrainState, mesh: Mesh
 ) -> tuple[TrainStep, EvalStep]:

@@ -1,4 +1,4 @@
-"""FLOPs by formula against what XLA counts, and what frozen parts save."""
+"""FLOPs by the jaxpr against what XLA counts, and what frozen parts save."""
 
 import dataclasses
 
@@ -98,14 +98,14 @@ def test_a_connector_alone_is_within_three_percent(name):
         jax.eval_shape(lambda *args: module.init(jax.random.key(0), *args, None), features, table)
     )
     compiled = jax.jit(lambda *args: module.apply(*args, None)).lower(variables, features, table).compile()
-    total = sum(product.flops for product in module.products(model, patches))
+    total = flops.connector_flops(model, num_tiles=8)
     assert total == pytest.approx(compiled.cost_analysis()["flops"], rel=0.03)
 
 
 def test_parts_of_a_known_model():
     """Forward and backward of Llama 3.2 1B's head over 4 x 128 tokens, by hand: three products of 2 m n k."""
     parts = flops.step_flops(BASE, abstract_params(BASE))
-    assert set(parts) == set(flops.PARTS)
+    assert set(parts) == set(flops.COMPONENTS)
     assert parts["loss"] == 3 * 2 * (4 * 128) * 256 * 2048
     assert parts["connector"] == 3 * 2 * (4 * 2 * 16) * (256 * 256 + 2 * 256 * 2048)
 
@@ -115,6 +115,55 @@ def test_a_frozen_encoder_is_not_gone_back_through():
     whole, part = (flops.step_flops(config, abstract_params(config)) for config in (BASE, frozen))
     assert part["vision"] == pytest.approx(whole["vision"] / 3, rel=0.1)
     assert part["llm"] == whole["llm"]
+
+
+FORMS = ({"remat": "full"}, {"remat": "dots"}, {"vocab_form": "blockwise"}, {"scan_unroll": 1})
+
+
+@pytest.mark.parametrize("changes", FORMS, ids=str)
+@pytest.mark.parametrize("case", ["align", "vision_frozen", "c_abstractor"])
+def test_how_it_is_computed_changes_no_count(case, changes):
+    """Neither what is computed again in the backward pass, nor blocks that padding fills up."""
+    config = CASES[case]
+    changed = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_block_mib=0.1, **changes))
+    params = abstract_params(config)
+    assert flops.step_flops(changed, params) == flops.step_flops(config, params)
+
+
+def shape(*sizes: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, np.float32)
+
+
+SQUARE = shape(4, 4)
+PRODUCT = 2 * 4**3
+FUNCTIONS = {
+    "twice": (lambda x: x @ x @ x, 2),
+    "dead": (lambda x: (x @ x, x)[1], 0),
+    "scan": (lambda x: jax.lax.scan(lambda y, _: (y @ x, None), x, None, length=5)[0], 5),
+    "jit_in_scan": (lambda x: jax.lax.map(jax.jit(lambda y: x @ y), jnp.stack([x, x, x])), 3),
+    "largest_branch": (lambda x: jax.lax.cond(x[0, 0] > 0, lambda: x @ x, lambda: x @ x @ x), 2),
+    "while_once": (lambda x: jax.lax.while_loop(lambda y: y[0, 0] < 1, lambda y: y @ x, x), 1),
+    "gradient": (jax.value_and_grad(lambda x: (x @ x).sum()), 3),
+    "recomputed": (jax.value_and_grad(jax.checkpoint(lambda x: jnp.sin(x @ x).sum())), 3),
+    "recomputed_in_scan": (
+        jax.value_and_grad(lambda x: jax.lax.map(jax.checkpoint(lambda y: jnp.sin(x @ y).sum()), x[None]).sum()), 3
+    ),
+    "convolution": (lambda x: jax.lax.conv(x[None, None], x[None, None, :3, :3], (1, 1), "SAME"), 2 * 16 * 9 / PRODUCT),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("fn", "products"), FUNCTIONS.values(), ids=FUNCTIONS)
+def test_what_is_counted_of_a_function(fn, products):
+    assert flops.matmul_flops(fn, SQUARE)["connector"] == products * PRODUCT
+
+
+def test_shards_are_counted_all(mesh):
+    def fn(x):
+        return jax.shard_map(
+            lambda x: x @ x.T, in_specs=jax.P("data"), out_specs=jax.P("data"), axis_names={"data"}, check_vma=False
+        )(x)
+
+    assert flops.matmul_flops(fn, shape(4, 4))["connector"] == 2 * (2 * 2 * 2 * 4)
 
 
 class Device:
