@@ -27,7 +27,7 @@ def get_config(connector: str = "align") -> ml_collections.ConfigDict:
     config_lib.set_preset(config.model.vision, presets.VISION["tiny"])
     config_lib.set_preset(config.model.llm, presets.LLM["tiny"])
     config.model.connector.name = connector
-    set_connectors(config.model.connector)
+    set_connectors(config.model.connectors)
     config.model.scan_unroll = 3
     config.data.dir = "data/demo"
     config.data.row_length = 160
@@ -65,16 +65,16 @@ def get_config(connector: str = "align") -> ml_collections.ConfigDict:
     return config
 
 
-def set_connectors(connector: ml_collections.ConfigDict) -> None:
+def set_connectors(connectors: ml_collections.ConfigDict) -> None:
     """Sizes for tiles of 2 x 16 patches, of all connectors: sweeps change the name alone.
 
     As in the models released, the visual vocabulary is as large as the LLM's, the H-Reducer makes a quarter of the
     patches, and no other loses more: a patch here shows two letters.
     """
-    connector.num_latents = 16
-    connector.num_layers = 3
-    connector.visual_vocab_size = 128
-    connector.merged_columns = 4
-    connector.pooled_rows = 2
-    connector.pooled_columns = 8
-    connector.num_blocks = 2
+    connectors.perceiver.num_latents = 16
+    connectors.perceiver.num_layers = 3
+    connectors.ovis.visual_vocab_size = 128
+    connectors.h_reducer.merged_columns = 4
+    connectors.c_abstractor.pooled_rows = 2
+    connectors.c_abstractor.pooled_columns = 8
+    connectors.c_abstractor.num_blocks = 2

@@ -23,7 +23,7 @@ def get_config(folder: str) -> ml_collections.ConfigDict:
     if not path.exists():
         raise ValueError(f"{folder} holds no config.json: run `make weights` or `convert` first")
     (*_, last) = json.loads(path.read_text())
-    config.model.update(last["model"])
+    config_lib.set_model(config.model, last["model"])
     config.model.remat = "full"
     config.data.tokenizer = last["data"]["tokenizer"]
     config.data.dir = "data/demo"

@@ -64,11 +64,16 @@ def tiny_config(**changes) -> config_lib.Config:
     return dataclasses.replace(base, **changes)
 
 
+TINY_CONNECTORS = {
+    "perceiver": {"num_latents": 5, "num_layers": 2},
+    "ovis": {"visual_vocab_size": 22},
+    "c_abstractor": {"pooled_rows": 1, "pooled_columns": 3, "num_blocks": 2},
+}
+
+
 def tiny_connector(name: str) -> config_lib.ConnectorConfig:
     """Any of the connectors, small enough for tiles of 2 x 4 patches, and to be split over the 2 x 2 x 2 mesh."""
-    return config_lib.ConnectorConfig(
-        name=name, num_latents=5, num_layers=2, visual_vocab_size=22, pooled_rows=1, pooled_columns=3, num_blocks=2
-    )
+    return config_lib.connector(name, **TINY_CONNECTORS.get(name, {}))
 
 
 def random_batch(config: config_lib.Config, seed: int = 0) -> dict[str, np.ndarray]:

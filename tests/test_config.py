@@ -92,8 +92,19 @@ def test_numbers_and_lists_are_taken_as_meant():
         ("model.remat", "ful", r"config\.model\.remat is 'ful'; did you mean 'full'\?"),
         ("model.connector.w2_init", "lmhead", r"config\.model\.connector\.w2_init is 'lmhead'; did you mean 'lm_head'"),
         ("model.connector.embed_grad", "stopped", r"config\.model\.connector\.embed_grad .*did you mean 'stop'"),
-        ("model.connector.num_latents", 0, r"config\.model\.connector\.num_latents is 0; it must be at least 1"),
-        ("model.connector.merged_columns", 0, r"config\.model\.connector\.merged_columns is 0; .* at least 1"),
+        ("model.connector", {"name": "ovis", "visual_vocab_size": 0}, r"\.visual_vocab_size is 0; .* at least 1"),
+        ("model.connector", {"name": "h_reducer", "merged_columns": 0}, r"\.merged_columns is 0; .* at least 1"),
+        ("model.connector.name", "algin", r"config\.model\.connector\.name is 'algin'; did you mean 'align'\?"),
+        ("model.connector.name", 3, r"config\.model\.connector\.name is 3; known: align, "),
+        ("model.connector.use_ln", True, r"config\.model\.connector\.use_ln; did you mean 'use_ln2'\?"),
+        ("model.connector.use_ln2", 1, r"config\.model\.connector\.use_ln2 is 1 of type int; it must be bool"),
+        ("model.connector.w2_init", 1, r"config\.model\.connector\.w2_init is 1 of type int; it must be str"),
+        ("model.connector", 3, r"config\.model\.connector is 3; it must be a group of fields"),
+        ("model.connectors", 3, r"config\.model\.connectors is 3; it must be a group of fields"),
+        ("model.connectors.ovis", 3, r"config\.model\.connectors\.ovis is 3; it must be a group of fields"),
+        ("model.connectors.ovid", {}, r"config\.model\.connector\.name is 'ovid'; did you mean 'ovis'\?"),
+        ("model.connectors.ovis.size", 3, r"config\.model\.connectors\.ovis\.size; .*visual_vocab_size"),
+        ("model.connectors.ovis.visual_vocab_size", "3", r"connectors\.ovis\.visual_vocab_size is '3' of type str"),
         ("train.visual_input", "pixel", r"config\.train\.visual_input is 'pixel'; did you mean 'pixels'\?"),
         ("model.vision.tile_height", 30, r"model\.vision\.tile_height 30 is not a multiple of patch_height 16; .*15$"),
         ("model.vision.tile_width", 100, r"model\.vision\.tile_width 100 is not a multiple of patch_width 8; .* 10$"),
@@ -230,8 +241,41 @@ def test_a_connector_that_does_not_fit_the_tile(name, options, message):
         connector(name, **options)
 
 
-def test_fields_of_other_connectors_are_not_looked_at():
-    assert connector("mlp", merged_columns=5, pooled_rows=99).model.slots_per_tile == 32
+def test_options_of_other_connectors_are_kept_for_them_and_not_looked_at():
+    """As a sweep has them that changes the name alone; also where they stand as older versions wrote them."""
+    config = connector("mlp", merged_columns=5, pooled_rows=99, num_blocks=3)
+    assert config.model.slots_per_tile == 32
+    assert config.model.connector == config_lib.connector("mlp")
+    assert config.model.connectors == {"h_reducer": {"merged_columns": 5}, "c_abstractor": {"pooled_rows": 99}}
+    assert config == connector("mlp") and hash(config.model) == hash(connector("mlp").model)
+    assert config.model.with_connector("h_reducer").connector == config_lib.connector("h_reducer", merged_columns=5)
+    assert config.model.with_connector("mlp") is config.model
+
+
+def test_an_option_of_the_connector_chosen_goes_before_the_same_by_name():
+    by_name = {"model__connectors__perceiver__num_latents": 7, "model__connectors__perceiver__num_layers": 2}
+    assert read(**by_name, model__connector__name="perceiver").model.connector == config_lib.connector(
+        "perceiver", num_latents=7, num_layers=2
+    )
+    both = read(**by_name, model__connector__name="perceiver", model__connector__num_latents=5)
+    assert both.model.connector == config_lib.connector("perceiver", num_latents=5, num_layers=2)
+    assert read(**by_name).model.connector == config_lib.connector("align")
+
+
+def test_another_connector_can_be_chosen_for_a_model_of_a_file():
+    stage = read(model__connector__name="perceiver", model__connector__num_latents=7, model__connector__num_layers=2)
+    [fields] = config_lib.to_json((stage,))
+    config_dict = config_lib.default_config_dict()
+    config_lib.set_model(config_dict.model, fields["model"])
+    assert config_lib.from_config_dict(config_dict)[0].model == stage.model
+    config_dict.model.connector.name = "ovis"
+    assert config_lib.from_config_dict(config_dict)[0].model.connector == config_lib.connector("ovis")
+
+
+def test_options_made_for_another_name_are_a_fault_of_the_program():
+    model = dataclasses.replace(read().model, connector=config_lib.ConnectorConfig(name="ovis"))
+    with pytest.raises(TypeError, match="not the options of"):
+        config_lib.check(dataclasses.replace(read(), model=model))
 
 
 # Stages.
@@ -310,6 +354,46 @@ def test_json_round_trip():
     )
     text = json.dumps(config_lib.to_json(stages))
     assert config_lib.from_json(json.loads(text)) == stages
+
+
+OLD_CONNECTOR = {
+    "name": "perceiver",
+    "use_ln2": True,
+    "ln2_gain_init": 1.0,
+    "w2_init": "lm_head",
+    "embed_grad": "live",
+    "weights": "linear",
+    "num_latents": 16,
+    "num_layers": 3,
+    "visual_vocab_size": 128,
+    "merged_columns": 4,
+    "pooled_rows": 12,
+    "pooled_columns": 12,
+    "num_blocks": 3,
+}
+"""As files have it that were written before connectors had options of their own."""
+
+
+def test_json_with_the_options_of_all_connectors_in_one():
+    [fields] = config_lib.to_json((config_lib.Config(),))
+    fields["model"]["connector"] = OLD_CONNECTOR
+    del fields["model"]["connectors"]
+    [config] = config_lib.from_json([fields])
+    assert config.model.connector == config_lib.connector("perceiver", num_latents=16, num_layers=3)
+    assert config.model.connectors == {"align": {"weights": "linear"}, "ovis": {"visual_vocab_size": 128}}
+    [current] = config_lib.current_form([fields])
+    assert [current] == config_lib.to_json((config,))
+    assert config_lib.current_form([current]) == [current]
+    fields["model"]["connector"] = OLD_CONNECTOR | {"num_latent": 3}
+    with pytest.raises(UserError, match=r"connector\.num_latent; did you mean 'num_latents'"):
+        config_lib.from_json([fields])
+
+
+def test_json_with_options_of_a_connector_that_is_not_registered_here():
+    [fields] = config_lib.to_json((config_lib.Config(),))
+    fields["model"]["connectors"] = {"seventh": {"width": 3}, "ovis": {"visual_vocab_size": 128}}
+    [config] = config_lib.from_json([fields])
+    assert config.model.connectors == {"ovis": {"visual_vocab_size": 128}}
 
 
 def test_json_of_another_version_names_the_field():

@@ -2,8 +2,12 @@
 
 import ast
 import pathlib
+import subprocess
+import sys
 
 import pytest
+
+from alignvlm_jax.models import connectors
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "alignvlm_jax"
 
@@ -113,6 +117,25 @@ def test_data_needs_no_jax():
             candidates = {f"{path}.py", f"{parent}.py", f"{path}/__init__.py", f"{parent}/__init__.py"}
             waiting += (candidates & set(FILES)) - reached if name.startswith("alignvlm_jax.") else ()
     assert "errors.py" in reached
+
+
+def test_what_prepares_data_starts_without_flax_and_models():
+    """The one import that the source above does not show is `config.options`'s, of a connector by its name: it is made
+    when a config is built. (jax itself comes with grain.)"""
+    rooms = [file.removesuffix(".py").replace("/", ".") for file in FILES if file.startswith(("data/", "synthetic/"))]
+    modules = [f"alignvlm_jax.{room}".removesuffix(".__init__") for room in [*rooms, "config.reading", "ingest.job"]]
+    code = f"import importlib, sys; [importlib.import_module(name) for name in {modules!r}]; print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
+    assert not [name for name in ran.stdout.split() if name.startswith(("flax", "alignvlm_jax.models"))]
+
+
+def test_no_connector_is_named_where_any_may_stand():
+    """What one connector does differently, it says itself; "mlp" is the name of other things as well."""
+    names, places = connectors.REGISTRY.keys() - {"mlp"}, ("models/connectors/", "config/options.py")
+    for file in FILES:
+        constants = {getattr(node, "value", None) for node in ast.walk(ast.parse((PACKAGE / file).read_text()))}
+        named = {value for value in constants if isinstance(value, str)} & names
+        assert not named or is_in(file, places), (file, named)
 
 
 @pytest.mark.parametrize(

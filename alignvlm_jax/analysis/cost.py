@@ -101,8 +101,7 @@ def with_connector(config: Config, name: str) -> Config:
     Raises:
       UserError: the connector does not fit the tiles.
     """
-    connector = dataclasses.replace(config.model.connector, name=name)
-    model = dataclasses.replace(config.model, connector=connector)
+    model = config.model.with_connector(name)
     length = config.data.row_length + config.data.tiles_of_a_record * model.slots_per_tile
     data = dataclasses.replace(config.data, row_length=length)
     return check(dataclasses.replace(config, model=model, data=data))

@@ -18,6 +18,9 @@ HELP = (
 )
 
 
+CONNECTOR_NAME = "--config.model.connector.name="
+
+
 def parse(argv: list[str]) -> tuple[tuple[Config, ...] | None, list[str]]:
     """Returns the stages that the config flags of `argv` describe (None without `--config`), and the other arguments.
 
@@ -28,6 +31,9 @@ def parse(argv: list[str]) -> tuple[tuple[Config, ...] | None, list[str]]:
     if not files:
         return None, rest
     config = _load(files[-1])
+    for flag in overrides:
+        if flag.startswith(CONNECTOR_NAME):  # First: it says which options there are.
+            config.model.connector.name = flag.removeprefix(CONNECTOR_NAME)
     for flag in overrides:
         _prepare_field(config, flag.lstrip("-").split("=", 1)[0].removeprefix("config."))
     arguments = ["", *overrides]
@@ -84,7 +90,9 @@ def _prepare_field(config: ml_collections.ConfigDict, path: str) -> None:
     if names[0] == "stages":
         _stage_field(config, path, names)
         return
-    _lookup(config, names, path)
+    value = _lookup(config, names, path)
+    if not _has(config, names):
+        config.model.connector[names[-1]] = value
     setting = [stage for stage, changes in config.stages.items() if _has(changes, names)]
     if setting and len(setting) == len(config.stages):
         raise UserError(
@@ -108,6 +116,8 @@ def _stage_field(config: ml_collections.ConfigDict, path: str, names: list[str])
 
 def _lookup(config: ml_collections.ConfigDict, names: list[str], path: str) -> Any:
     """The value of a field of all stages; UserError with the nearest name where a part of its path is unknown."""
+    if names[:2] == ["model", "connector"] and len(names) == 3 and not _has(config, names):
+        return _option(config.model, names[2], path)
     value: Any = config
     for name in names:
         known = value.keys() if isinstance(value, ml_collections.ConfigDict) else ()
@@ -115,6 +125,22 @@ def _lookup(config: ml_collections.ConfigDict, names: list[str], path: str) -> A
             raise UserError(f"unknown config field config.{path}{nearest(name, known)}")
         value = value[name]
     return value
+
+
+def _option(model: ml_collections.ConfigDict, option: str, path: str) -> Any:
+    """The value of an option of the connector chosen, which stands among those of all connectors."""
+    name = model.connector.name
+    config_lib.connector_class(name)
+    options = model.connectors.get(name, {})
+    if option in options:
+        return options[option]
+    for other, theirs in model.connectors.items():
+        if option in theirs:
+            raise UserError(
+                f"config.{path} is an option of {other}, and config.model.connector.name is {name!r}; leave it out, or "
+                f"set config.model.connectors.{other}.{option}"
+            )
+    raise UserError(f"unknown config field config.{path}{nearest(option, ['name', *options])}")
 
 
 def _has(changes: ml_collections.ConfigDict, names: list[str]) -> bool:

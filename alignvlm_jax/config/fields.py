@@ -1,7 +1,11 @@
 """The fields of a stage: frozen dataclasses with their defaults."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
+
+from alignvlm_jax.config import options as connectors
+from alignvlm_jax.config.options import ConnectorConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,44 +77,11 @@ class LLMConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ConnectorConfig:
-    """The connector, by its name in `models.connectors`. Only its own fields are looked at; their defaults are those of
-    the models released.
-
-    align: `use_ln2` to `weights`, which are "softmax", or "linear": the linear span of the text embeddings in the place
-    of their convex hull, to see what the hull is for. perceiver: `num_latents` of a tile, `num_layers`. ovis:
-    `visual_vocab_size`.
-    h_reducer: `merged_columns`, patches side by side that become one token. c_abstractor: the grid of tokens of a tile,
-    `pooled_rows` x `pooled_columns`, and `num_blocks` before the pooling and as many after it.
-    """
-
-    name: str = "align"
-    use_ln2: bool = True
-    ln2_gain_init: float = 1.0
-    w2_init: str = "lm_head"
-    embed_grad: str = "live"
-    weights: str = "softmax"
-    num_latents: int = 64
-    num_layers: int = 6
-    visual_vocab_size: int = 131072
-    merged_columns: int = 4
-    pooled_rows: int = 12
-    pooled_columns: int = 12
-    num_blocks: int = 3
-
-
-SLOTS_PER_TILE: Mapping[str, Callable[[VisionConfig, ConnectorConfig], int]] = {
-    "perceiver": lambda vision, connector: connector.num_latents,
-    "h_reducer": lambda vision, connector: vision.num_patches // connector.merged_columns,
-    "c_abstractor": lambda vision, connector: connector.pooled_rows * connector.pooled_columns,
-}
-"""Tokens that a connector makes of a tile, where they are not one for each patch. Here and not beside the module of the
-connector, since data must know them and imports no model."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The whole model. `dtype` is that of the computation; parameters are float32.
+    """The whole model. `connector` holds the options of the connector chosen; `connectors`, by name, those that others
+    would have, where they are not the defaults: `with_connector` takes them, and nothing else looks at them.
+
+    `dtype` is that of the computation; parameters are float32.
 
     `image_token_id` marks the image slots in a row of tokens; it must be the tokenizer's. `scan_unroll` layers of a
     tower are compiled in a row: 1 for large models; all of them make a small one a third faster on CPU. `attention` is
@@ -121,7 +92,8 @@ class ModelConfig:
 
     vision: VisionConfig = VisionConfig()
     llm: LLMConfig = LLMConfig()
-    connector: ConnectorConfig = ConnectorConfig()
+    connector: ConnectorConfig = dataclasses.field(default_factory=connectors.connector)
+    connectors: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, compare=False)
     image_token_id: int = 4
     dtype: str = "float32"
     remat: str = "none"
@@ -133,8 +105,13 @@ class ModelConfig:
     @property
     def slots_per_tile(self) -> int:
         """Image slots that one tile takes in a row of tokens: the count that data and model share."""
-        count = SLOTS_PER_TILE.get(self.connector.name)
-        return count(self.vision, self.connector) if count else self.vision.num_patches
+        return connectors.connector_class(self.connector.name).num_tokens(self.vision, self.connector)
+
+    def with_connector(self, name: str) -> "ModelConfig":
+        """Returns the model with another connector; UserError with the nearest name for none."""
+        if name == self.connector.name:
+            return self
+        return dataclasses.replace(self, connector=connectors.connector(name, **self.connectors.get(name, {})))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -288,7 +265,7 @@ class Config:
     stage: str = "train"
     seed: int = 0
     init_from: str = ""
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()

@@ -4,12 +4,14 @@ import dataclasses
 import math
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import ml_collections
 
+from alignvlm_jax.config import options as connectors
 from alignvlm_jax.config.checks import check
 from alignvlm_jax.config.fields import Config
+from alignvlm_jax.config.options import ConnectorConfig, connector_class, connector_names
 from alignvlm_jax.errors import UserError, nearest
 
 MIXTURES = ("tasks", "sources")
@@ -17,15 +19,29 @@ MIXTURES = ("tasks", "sources")
 
 
 def default_config_dict() -> ml_collections.ConfigDict:
-    """Returns every field with its default, and an empty `stages`, for config files to change."""
+    """Returns every field with its default, and an empty `stages`, for config files to change.
+
+    The options of all connectors stand in `model.connectors`, and none in `model.connector`: two connectors may have
+    an option of the same name, and which of them is chosen may yet be changed.
+    """
     fields = dataclasses.asdict(Config())
     del fields["stage"]
+    fields["model"]["connector"] = {"name": connectors.DEFAULT_CONNECTOR}
+    fields["model"]["connectors"] = {name: connectors.defaults(name) for name in connector_names()}
     return ml_collections.ConfigDict({**fields, "stages": {}})
 
 
 def set_preset(fields: ml_collections.ConfigDict, preset: Any) -> None:
     """Writes a preset's dataclass over the fields of a part of a ConfigDict."""
     fields.update(dataclasses.asdict(preset))
+
+
+def set_model(fields: ml_collections.ConfigDict, model: Mapping[str, Any]) -> None:
+    """Writes the model of a `config.json` over a ConfigDict's `model`, where another connector may then be chosen."""
+    model = _by_connector(model)
+    name = model["connector"].pop("name")
+    model["connectors"] |= {name: model["connector"]}
+    fields.update(model | {"connector": {"name": name}})
 
 
 def from_config_dict(config_dict: Mapping[str, Any]) -> tuple[Config, ...]:
@@ -39,9 +55,7 @@ def from_config_dict(config_dict: Mapping[str, Any]) -> tuple[Config, ...]:
     for name, changes in stages.items():
         if not isinstance(changes, Mapping):
             raise UserError(f"config.stages.{name} is {changes!r}; it must be a group of fields")
-    return tuple(
-        check(_build(Config, _merge(base, {**changes, "stage": name}), "")) for name, changes in sorted(stages.items())
-    )
+    return tuple(_stage(_merge(base, {**changes, "stage": name})) for name, changes in sorted(stages.items()))
 
 
 def to_json(stages: tuple[Config, ...]) -> list[dict[str, Any]]:
@@ -50,8 +64,79 @@ def to_json(stages: tuple[Config, ...]) -> list[dict[str, Any]]:
 
 
 def from_json(stages: list[dict[str, Any]]) -> tuple[Config, ...]:
-    """The inverse of `to_json`."""
-    return tuple(check(_build(Config, stage, "")) for stage in stages)
+    """The inverse of `to_json`; reads what older versions wrote as well."""
+    return tuple(_stage(stage) for stage in current_form(stages))
+
+
+def current_form(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the stages of a `config.json` as this version writes them; unchanged where they are damaged.
+
+    Before connectors had options of their own, `model.connector` held those of all of them.
+    """
+    return [
+        {**stage, "model": _by_connector(_of_known(stage["model"]))}
+        if isinstance(stage.get("model"), Mapping)
+        else stage
+        for stage in stages
+    ]
+
+
+def _of_known(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the options of connectors that are not registered here, none of which is the model's."""
+    groups, known = _group(model.get("connectors", {}), "model.connectors"), connector_names()
+    return {**model, "connectors": {name: options for name, options in groups.items() if name in known}}
+
+
+def _stage(fields: Mapping[str, Any]) -> Config:
+    model = _group(fields.get("model", {}), "model")
+    return check(_build(Config, {**fields, "model": _by_connector(model)}, ""))
+
+
+def _by_connector(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a model with all options of the connector chosen in `connector`, and in `connectors` those of the
+    others that are not the defaults.
+
+    An option in `connector` goes before the same in `connectors`. One that is another connector's is handed on to it.
+
+    Raises:
+      UserError: an option that no connector has, a connector that does not exist, or a value of another type.
+    """
+    flat = dict(_group(model.get("connector", {}), "model.connector"))
+    groups = _group(model.get("connectors", {}), "model.connectors")
+    by_name = {other: dict(_group(options, f"model.connectors.{other}")) for other, options in groups.items()}
+    name = flat.pop("name", connectors.DEFAULT_CONNECTOR)
+    own = connectors.defaults(name)
+    for option, value in flat.items():
+        owners = [name] if option in own else [n for n in connector_names() if option in connectors.defaults(n)]
+        if not owners:
+            known = ["name", *own]
+            raise UserError(f"unknown config field config.model.connector.{option}{nearest(option, known)}")
+        by_name.setdefault(owners[0], {})[option] = value
+    typed = {}
+    for other, options in by_name.items():
+        place = "connector" if other == name else f"connectors.{other}"
+        typed[other] = dataclasses.asdict(_options(other, options, f"model.{place}."))
+        del typed[other]["name"]
+    changed = {
+        other: {option: value for option, value in options.items() if value != connectors.defaults(other)[option]}
+        for other, options in typed.items()
+        if other != name
+    }
+    return {
+        **model,
+        "connector": {"name": name, **typed.get(name, own)},
+        "connectors": {other: options for other, options in changed.items() if options},
+    }
+
+
+def _group(value: Any, path: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UserError(f"config.{path} is {value!r}; it must be a group of fields")
+    return value
+
+
+def _options(name: str, options: Mapping[str, Any], path: str) -> ConnectorConfig:
+    return _build(connector_class(name).Options, {"name": name, **options}, path)
 
 
 def _plain(value: Any) -> Any:
@@ -82,11 +167,15 @@ def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
+    if hint is Any:
+        return value
+    if hint is ConnectorConfig and isinstance(value, Mapping):
+        return _options(value["name"], {name: inner for name, inner in value.items() if name != "name"}, f"{path}.")
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise UserError(f"config.{path} is {value!r}; it must be a group of fields")
-        return _build(hint, value, f"{path}.")
+        return _build(hint, _group(value, path), f"{path}.")
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        hint, origin = type(args[0]), None  # Which of them it is, `check` looks at.
     if origin is tuple and isinstance(value, (tuple, list)):
         return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if origin is Mapping and isinstance(value, Mapping):

@@ -1,5 +1,6 @@
 """Asks a model what the patches of pages say."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 
@@ -8,6 +9,7 @@ import numpy as np
 from jax import numpy as jnp
 from PIL import Image
 
+from alignvlm_jax import config as config_lib
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import images
 from alignvlm_jax.data.images import Tiles
@@ -25,15 +27,17 @@ NUM_TOKENS = 8
 def has_words(config: Config) -> bool:
     """Returns whether the model's connector gives patches a distribution over the vocabulary."""
     connector = config.model.connector
-    return hasattr(connectors.get(connector.name), "probabilities") and connector.weights == "softmax"
+    return connectors.get(connector.name).has_probabilities(connector)
 
 
 def check(config: Config) -> None:
     """Raises UserError if the model's connector has no distribution over the vocabulary."""
-    connector = config.model.connector
     if not has_words(config):
-        name = f"{connector.name!r}" + (f" of {connector.weights} weights" if connector.weights != "softmax" else "")
-        raise UserError(f"connector {name} gives patches no distribution over words: there is nothing to read")
+        options = dataclasses.asdict(config.model.connector)
+        name, plain = options.pop("name"), dataclasses.asdict(config_lib.connector(config.model.connector.name))
+        changed = ", ".join(f"{option} {value!r}" for option, value in options.items() if value != plain[option])
+        connector = f"{name!r} with {changed}" if changed else f"{name!r}"
+        raise UserError(f"connector {connector} gives patches no distribution over words: there is nothing to read")
 
 
 def look(loaded: Loaded, pages: Sequence[Image.Image], num_tokens: int = NUM_TOKENS) -> list[Lens]:

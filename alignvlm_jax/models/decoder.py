@@ -3,7 +3,7 @@
 Letters: `shapes.py`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -229,3 +229,10 @@ class Llama(nn.Module):
         zeros = jnp.zeros((c.num_layers, batch_size, c.num_kv_heads, c.head_dim, length), self.dtype)
         zeros = nn.with_logical_constraint(zeros, ("layers", "act_batch", "act_heads", None, "act_len"))
         return Cache(zeros, zeros, jnp.zeros((), jnp.int32))
+
+
+def lm_head(llm: dict[str, Any]) -> Float[Array, "D V"]:
+    """Returns a copy of the head of the LLM's parameters: its own kernel, or the tied table transposed."""
+    head = llm["head"]["kernel"] if "head" in llm else llm["embed"]["table"].T
+    # Not a second name for the same buffer: donating one must not take the other away.
+    return jnp.copy(head)

@@ -3,6 +3,7 @@
 Letters: `shapes.py`.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import traverse_util
 
 from alignvlm_jax.config import Config, ModelConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import connectors
-from alignvlm_jax.models.connectors.align import KEPT_WORDS
-from alignvlm_jax.models.connectors.base import PatchLabels
+from alignvlm_jax.models.connectors.base import VOCABULARY_SUBSET, PatchLabels
 from alignvlm_jax.models.decoder import Cache, Llama
 from alignvlm_jax.models.vit import Siglip
 from alignvlm_jax.ops.cross_entropy import TokenLosses
@@ -93,7 +94,7 @@ class VLM(nn.Module):
         return self._visual_tokens(batch, "pixels")[0]
 
     def patch_probabilities(self, batch: Mapping[str, Array]) -> Float[Array, "B I P V"]:
-        """Returns each patch's distribution over the vocabulary; only for connectors that have one (ALIGN)."""
+        """Returns each patch's distribution over the vocabulary; only for connectors that have one."""
         features = self.features(batch)
         probabilities_NV = self.connector.probabilities(features.reshape(-1, features.shape[-1]))
         return probabilities_NV.reshape(*features.shape[:-1], -1)
@@ -187,38 +188,39 @@ def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def init_params(model: VLM, rng: jax.Array, batch: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    """Returns fresh parameters, boxed with their logical axes, under "vision", "connector" and "llm"; with
-    `w2_init="lm_head"`, W2 is already a copy of the fresh head.
+    """Returns initialised parameters, boxed with their logical axes, under "vision", "connector" and "llm". What of the
+    connector starts from the LLM is that of the LLM as initialised.
 
     Call it inside `jax.eval_shape` or `jax.jit`: only shapes of `batch` matter.
     """
     zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in batch.items()}
-    params = model.init(rng, zeros)["params"]
-    return copy_head(params) if has_head_copy(model.config) else params
+    return init_from_llm(model.config, model.init(rng, zeros)["params"])
+
+
+def init_from_llm(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
+    """Returns params, boxed or not, with what of the connector starts from the LLM made of the LLM in them."""
+    leaves = traverse_util.flatten_dict(params, sep="/")
+    for path, new in from_llm(config, nn.meta.unbox(params["llm"])).items():
+        shape = nn.meta.unbox(leaves[path]).shape
+        if shape != new.shape:
+            raise UserError(f"{path} is {shape} and what it starts from in the LLM is {new.shape}: they must be equal")
+        leaves[path] = nn.meta.replace_boxed({"": leaves[path]}, {"": new})[""]
+    return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def from_llm(config: ModelConfig, llm: dict[str, Any]) -> dict[str, Array]:
+    """Returns by path those of the connector's parameters that start as a function of the LLM's, made of `llm`."""
+    made = connectors.get(config.connector.name).init_from_llm(llm, config.connector)
+    return traverse_util.flatten_dict({"connector": made}, sep="/") if made else {}
+
+
+def from_llm_paths(config: ModelConfig, llm: dict[str, Any]) -> set[str]:
+    """Returns the paths of what `from_llm` makes; nothing is computed."""
+    return set(jax.eval_shape(functools.partial(from_llm, config), llm))
 
 
 def pruning(words: Bool[Array, "V"]) -> dict[str, Any]:
-    """Returns the variables that, beside the parameters, leave ALIGN's patches only these words."""
-    collection, name = KEPT_WORDS
+    """Returns the variables that, beside the parameters, leave the patches only these vocabulary entries; of a
+    connector that gives them a distribution over the vocabulary."""
+    collection, name = VOCABULARY_SUBSET
     return {collection: {"connector": {name: words}}}
-
-
-def has_head_copy(config: ModelConfig) -> bool:
-    """Whether the connector has a W2 that starts as a copy of the LM head."""
-    return config.connector.name == "align" and config.connector.w2_init == "lm_head"
-
-
-def copy_head(params: dict[str, Any]) -> dict[str, Any]:
-    """Returns params with ALIGN's W2 [D, V] set to a copy of the LM head."""
-    head, old = lm_head(params["llm"]), params["connector"]["w2"]["kernel"]
-    if nn.meta.unbox(old).shape != head.shape:
-        raise UserError(f"W2 is {nn.meta.unbox(old).shape} but the LM head is {head.shape}: they must be equal")
-    new = nn.meta.replace_boxed({"w2": old}, {"w2": head})["w2"]
-    return {**params, "connector": {**params["connector"], "w2": {"kernel": new}}}
-
-
-def lm_head(llm: dict[str, Any]) -> Float[Array, "D V"]:
-    """Returns a copy of the head of the LLM's parameters: its own kernel, or the tied table transposed."""
-    head = nn.meta.unbox(llm["head"]["kernel"]) if "head" in llm else nn.meta.unbox(llm["embed"]["table"]).T
-    # Not a second name for the same buffer: donating one must not take the other away.
-    return jnp.copy(head)

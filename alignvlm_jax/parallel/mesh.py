@@ -137,7 +137,7 @@ def _widths(config: Config) -> dict[str, int]:
 
 
 def _heads(config: Config) -> dict[str, int]:
-    """The dimensions that they put on tensor. Those of connectors are multiples of these, but for ovis's table."""
+    """The dimensions that they put on tensor. Those of connectors are multiples of these, but for what they name."""
     llm, vision, connector = config.model.llm, config.model.vision, config.model.connector
     dimensions = {
         "model.llm.num_heads": llm.num_heads,
@@ -147,9 +147,7 @@ def _heads(config: Config) -> dict[str, int]:
         "model.vision.num_heads": vision.num_heads,
         "model.vision.mlp_width": vision.mlp_width,
     }
-    if connector.name == "ovis":
-        dimensions["model.connector.visual_vocab_size"] = connector.visual_vocab_size
-    return dimensions
+    return dimensions | {f"model.connector.{option}": size for option, size in connector.tensor_sizes().items()}
 
 
 def _divisors(number: int) -> list[int]:

@@ -8,7 +8,7 @@ a gradient is dead code, which is dropped as the compiler would.
 MFU is of the work asked for (PaLM, arXiv 2204.02311, appendix B), so the program counted is the plain one: attention
 over all pairs of tokens of a packed sequence, in the place of kernels whose matmuls no jaxpr shows, and the vocabulary
 whole. What is computed again in the backward pass does not count: JAX marks it by the name "rematted_computation",
-under whatever `jax.checkpoint` it stands, the model's by `remat` or a connector's own. Padding counts, as the shapes are
+under whatever `jax.checkpoint` it stands, the model's by `remat` or a connector's own. Padding counts: shapes are
 static.
 """
 
@@ -120,8 +120,8 @@ def _of_convolution(equation: JaxprEqn) -> int:
 
 
 def _times(equation: JaxprEqn) -> int:
-    """How often an equation's inner jaxprs run. A `while`, whose trips no jaxpr knows, counts once; what a gradient goes
-    back through is a scan."""
+    """How often an equation's inner jaxprs run. A `while`, whose trips no jaxpr knows, counts once; no gradient goes
+    back through one."""
     if equation.primitive.name == "scan":
         return equation.params["length"]
     if equation.primitive.name == "shard_map":  # Its jaxpr is of one shard.

@@ -23,7 +23,7 @@ from alignvlm_jax.config import Config
 from alignvlm_jax.data import loader, shards
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.logs import HostLog
-from alignvlm_jax.models import connectors, vlm
+from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import distributed, exchange, sharding
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.plan import flops
@@ -57,7 +57,6 @@ def preflight(stages: tuple[Config, ...]) -> None:
     shapes: dict[tuple, Params] = {}
     before: Params | None = None
     for config in stages:
-        connectors.get(config.model.connector.name)
         mesh = mesh_lib.make_mesh(config)
         loader.TrainRows(config, config.data.split)
         loader.by_source(config)

@@ -1,6 +1,6 @@
 """The parameters that a stage starts with: loaded from a checkpoint where it has them, drawn anew elsewhere."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,14 +8,13 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from alignvlm_jax.config import Config
+from alignvlm_jax.config import Config, ModelConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
+from alignvlm_jax.shapes import Array
 from alignvlm_jax.train import state
 from alignvlm_jax.train.checkpoint import Checkpoints
 from alignvlm_jax.train.state import Params, TrainState
-
-W2 = "connector/w2/kernel"
 
 
 class Found(NamedTuple):
@@ -47,16 +46,16 @@ def start_params(
 ) -> tuple[Params, Table]:
     """Returns the parameters, and the table of what was loaded, initialised and ignored.
 
-    Loaded is what was `found`, where there is a checkpoint; the rest is drawn from `rng`. ALIGN's W2, where drawn,
-    becomes a copy of the LM head as loaded.
+    Loaded is what was `found`, where there is a checkpoint; the rest is initialised from `rng`. What of the connector
+    starts from the LLM (ALIGN's W2), and is not loaded, is made of the LLM as loaded.
     """
     stored, params = found or Found({}, {})
     wanted, loaded = _shapes(abstract.params), state.flatten(params).keys()
     initialised = wanted.keys() - loaded
     if initialised:
         params = state.merge(params, state.init_params(model, config, abstract.params, initialised, rng))
-    if loaded and W2 in initialised and vlm.has_head_copy(config.model):
-        params = with_head_copy(params, abstract.params)
+    if loaded:
+        params = from_llm(config.model, params, abstract.params, initialised)
     groups = {
         "loaded": {path: wanted[path] for path in wanted if path in loaded},
         "initialised": {path: wanted[path] for path in wanted if path not in loaded},
@@ -87,12 +86,20 @@ def loadable(
     return chosen
 
 
-def with_head_copy(params: Params, abstract: Params) -> Params:
-    """Returns params with ALIGN's W2 a copy of the LM head, on the sharding of `abstract`; the rest is untouched."""
-    part = "head" if "head" in params["llm"] else "embed"
-    copy = jax.jit(vlm.lm_head, out_shardings=state.flatten(abstract)[W2].sharding)
-    w2 = copy({part: params["llm"][part]})
-    return state.unflatten(state.flatten(params) | {W2: w2})
+def from_llm(config: ModelConfig, params: Params, abstract: Params, paths: Collection[str]) -> Params:
+    """Returns params with those at `paths` that start from the LLM made of the LLM in them, on the shardings of
+    `abstract`; the rest is untouched."""
+    made = vlm.from_llm_paths(config, params["llm"]).intersection(paths)
+    if not made:
+        return params
+    wanted = state.flatten(abstract)
+
+    def make(llm: Params) -> dict[str, Array]:
+        return {path: x for path, x in vlm.from_llm(config, llm).items() if path in made}
+
+    # What it does not read of the LLM is not sent: jit drops unused arguments.
+    new = jax.jit(make, out_shardings={path: wanted[path].sharding for path in made})(params["llm"])
+    return state.unflatten(state.flatten(params) | new)
 
 
 def table(groups: dict[str, dict[str, tuple]]) -> Table:

@@ -24,6 +24,8 @@ LOCK_FILE = ".lock"
 WAY_OUT = "wait for it, or take another --workdir"
 FREE = (
     "mesh.*",
+    "model.connectors",
+    "model.connectors.*",
     "data.dir",
     "data.sources.*.dir",
     "data.num_threads",
@@ -100,7 +102,8 @@ def _check_same(path: Path, ours: list[dict[str, Any]]) -> None:
     if not path.exists() or not any(step.name.isdigit() for step in storage.children(path.parent / FOLDER)):
         return
     try:
-        differing = differences(*(_without_free(stages) for stages in (json.loads(path.read_text()), ours)))
+        theirs = config_lib.current_form(json.loads(path.read_text()))
+        differing = differences(*(_without_free(stages) for stages in (theirs, ours)))
     except (ValueError, TypeError, KeyError, AttributeError) as err:
         raise UserError(f"{path} is damaged ({err}); mend it, or take another --workdir") from err
     if differing:

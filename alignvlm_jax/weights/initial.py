@@ -11,14 +11,14 @@ from rich.table import Table
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import storage
-from alignvlm_jax.config import Config, ConnectorConfig, DataConfig, ModelConfig
+from alignvlm_jax.config import Config, DataConfig, ModelConfig
 from alignvlm_jax.data import chat, loader
-from alignvlm_jax.models import connectors, vlm
+from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.train import checkpoint, restore, state, warm_start
 from alignvlm_jax.train.checkpoint import Checkpoints
 from alignvlm_jax.train.state import Params, TrainState
-from alignvlm_jax.weights import export, load, mapping
+from alignvlm_jax.weights import export, load
 from alignvlm_jax.weights.source import Tower
 
 TOKENIZER = "tokenizer"
@@ -29,11 +29,10 @@ ROW_LENGTH, MAX_TILES = 4096, 9
 
 def make_config(llm: Tower, vision: Tower, connector: str, out: Path) -> Config:
     """Returns the config of a checkpoint in `out`: the towers' sizes, and rows that hold a page of up to nine tiles."""
-    connectors.get(connector)
     model = ModelConfig(
         vision=vision.config,
         llm=llm.config,
-        connector=ConnectorConfig(name=connector),
+        connector=config_lib.connector(connector),
         # One beyond the table: a placeholder that no tokenizer knows, so that no text can make an image slot.
         image_token_id=llm.config.vocab_size,
     )
@@ -48,7 +47,7 @@ def make_config(llm: Tower, vision: Tower, connector: str, out: Path) -> Config:
 def write(llm: Tower, vision: Tower, config: Config, write_tokenizer: Callable[[Path], None], out: Path) -> Table:
     """Writes the checkpoint of step 0 of the workdir `out`, which appears whole or not at all.
 
-    Parameters keep the dtypes of their files; the connector's are float32, and ALIGN's W2 a copy of the LM head.
+    Parameters keep the dtypes of their files; the connector's are float32, but for what starts from the LLM.
 
     Args:
       write_tokenizer: writes the tokenizer's files into a folder that is not there yet.
@@ -84,14 +83,13 @@ def _params(llm: Tower, vision: Tower, config: Config, abstract: Params) -> tupl
         for part, tower in (("vision", vision), ("llm", llm))
         for name in load.check_tower(tower, wanted)
     }
-    if vlm.has_head_copy(config.model):
-        # Read once more, not copied on the devices: it needs no more memory than any other parameter.
-        llm = dataclasses.replace(llm, entries=(*llm.entries, mapping.head_copy(config.model.llm)))
     leaves = load.load_tower(vision, wanted) | load.load_tower(llm, wanted)
     drawn = wanted.keys() - leaves.keys()
     rng = jax.random.key(config.seed)
-    fresh = state.init_params(vlm.VLM(config.model), config, abstract, drawn, rng)
+    from_llm = drawn & vlm.from_llm_paths(config.model, abstract["llm"])
+    fresh = state.init_params(vlm.VLM(config.model), config, abstract, drawn - from_llm, rng)
     params = state.merge(state.unflatten(leaves), fresh)
+    params = warm_start.from_llm(config.model, params, abstract, drawn)
     shapes = {path: x.shape for path, x in wanted.items()}
     groups = {
         "loaded": {path: shapes[path] for path in shapes if not path.startswith("connector/")},

@@ -83,12 +83,6 @@ def llama(config: LLMConfig) -> tuple[Entry, ...]:
     )
 
 
-def head_copy(config: LLMConfig) -> Entry:
-    """Returns the entry that makes ALIGN's W2 a copy of the LM head: of its own, or of the tied table."""
-    name = "model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
-    return Entry("connector/w2/kernel", name, "DV -> VD")
-
-
 def siglip(prefix: str = "vision_model.", patch_embedding: str = "yxCE -> ECyx") -> tuple[Entry, ...]:
     """Returns the table of SiglipVisionModel. NaFlex SigLIP 2 has a flat patch embedding: "yxCE -> E(yxC)"."""
     embeddings, layer = f"{prefix}embeddings", f"{prefix}encoder.layers.{{}}"

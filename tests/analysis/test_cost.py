@@ -11,7 +11,7 @@ from alignvlm_jax.analysis import cost
 from alignvlm_jax.data import examples
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading
-from tests.conftest import tiny_connector
+from tests.conftest import TINY_CONNECTORS
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def loaded(trained_workdir):
 
 
 def test_costs(loaded):
-    model = dataclasses.replace(loaded.config.model, connector=tiny_connector("align"))
+    model = dataclasses.replace(loaded.config.model, connectors=TINY_CONNECTORS)
     small = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, model=model))
     found = cost.measure(small, ["align", "perceiver"], repeats=1)
     align, perceiver = found["costs"]

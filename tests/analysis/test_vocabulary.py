@@ -114,8 +114,7 @@ def test_scores_with_and_without_in_one_trace(loaded, monkeypatch):
 
 
 def test_another_connector_has_no_words(loaded):
-    connector = dataclasses.replace(loaded.config.model.connector, name="mlp")
-    model = dataclasses.replace(loaded.config.model, connector=connector)
+    model = loaded.config.model.with_connector("mlp")
     other = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, model=model))
     with pytest.raises(UserError, match="'mlp' gives patches no distribution"):
         vocabulary.measure(other, SPLIT, pages=SPLIT, num_pages=1, threshold=1e-6)

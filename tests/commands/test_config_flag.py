@@ -1,5 +1,6 @@
 import pytest
 
+from alignvlm_jax import config as config_lib
 from alignvlm_jax.commands import config_flag
 from alignvlm_jax.errors import UserError
 
@@ -53,6 +54,27 @@ def test_a_mixture_is_replaced_whole(flag):
     assert stages[0].data.tasks == {"answer": 2.0}
 
 
+def test_options_of_the_connector_chosen(flag):
+    """Wherever the name stands, in the file or in a flag before or after."""
+    use = ["--config.model.connector.use_ln2=False", "--config.model.connector.ln2_gain_init=4"]
+    stages, _ = config_flag.parse([flag, *use])
+    assert stages[0].model.connector == config_lib.connector(use_ln2=False, ln2_gain_init=4.0)
+    latents = ["--config.model.connector.num_latents=3", "--config.model.connectors.perceiver.num_layers=2"]
+    for argv in (
+        [f"{flag}:perceiver", *latents],
+        [flag, "--config.model.connector.name=perceiver", *latents],
+        [flag, *latents, "--config.model.connector.name=perceiver"],
+    ):
+        stages, _ = config_flag.parse(argv)
+        wanted = config_lib.connector("perceiver", num_latents=3, num_layers=2)
+        assert [stage.model.connector for stage in stages] == [wanted, wanted]
+
+
+def test_an_option_of_the_connector_in_one_stage(flag):
+    stages, _ = config_flag.parse([flag, "--config.stages.read.model.connector.embed_grad=stop"])
+    assert [stage.model.connector.embed_grad for stage in stages] == ["live", "stop"]
+
+
 def test_without_a_config_there_are_no_stages():
     assert config_flag.parse(["--workdir=x"]) == (None, ["--workdir=x"])
 
@@ -75,6 +97,15 @@ def test_without_a_config_there_are_no_stages():
         ("--config.train.batch_size=many", r"config.train.batch_size=many: invalid literal"),
         ("--config.train.batch_size=0", r"config.train.batch_size"),
         ("--config.model.connector.w2_init=lmhead", r"did you mean 'lm_head'"),
+        ("--config.model.connector.w2_int=lm_head", r"config.model.connector.w2_int; did you mean 'w2_init'"),
+        ("--config.model.connector.use_ln2=2", r"config.model.connector.use_ln2"),
+        ("--config.model.connector.name=algin", r"connector.name is 'algin'; did you mean 'align'"),
+        (
+            "--config.model.connector.num_latents=3",
+            r"num_latents is an option of perceiver, and config.model.connector.name is 'align'; leave it out, or set "
+            r"config.model.connectors.perceiver.num_latents",
+        ),
+        ("--config.model.connectors.perceiver.num_latent=3", r"num_latent; did you mean 'num_latents'"),
     ],
 )
 def test_wrong_overrides_are_errors_of_one_line(flag, override, message):

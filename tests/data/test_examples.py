@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alignvlm_jax.config import ConnectorConfig
+from alignvlm_jax import config as config_lib
 from alignvlm_jax.data import examples, images
 from alignvlm_jax.data.images import encode_png
 from alignvlm_jax.data.record import Batch, Record, Turn, Word
@@ -99,7 +99,7 @@ def test_image_slots_and_tiles_agree(demo_config, tokenizer, size, num_tiles):
 
 
 def test_labels_stand_one_for_each_patch_and_prompts_as_the_connector_does(demo_config, tokenizer):
-    model = dataclasses.replace(demo_config.model, connector=ConnectorConfig(name="h_reducer"))
+    model = dataclasses.replace(demo_config.model, connector=config_lib.connector("h_reducer"))
     pixels = dataclasses.replace(demo_config, model=model)
     labels = dataclasses.replace(pixels, train=dataclasses.replace(pixels.train, visual_input="labels"))
     for config, in_row in ((pixels, 2 * 8), (labels, 2 * 32)):

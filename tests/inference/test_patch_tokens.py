@@ -81,7 +81,11 @@ def test_a_page_has_the_tiles_that_a_question_would_have(loaded):
 
 
 def test_a_connector_without_a_distribution_says_so(loaded):
-    model = dataclasses.replace(loaded.config.model, connector=config_lib.ConnectorConfig(name="mlp"))
+    model = dataclasses.replace(loaded.config.model, connector=config_lib.connector("mlp"))
     other = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, model=model))
     with pytest.raises(UserError, match="'mlp' gives patches no distribution"):
+        patch_tokens.look(other, [])
+    model = dataclasses.replace(loaded.config.model, connector=config_lib.connector(weights="linear"))
+    other = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, model=model))
+    with pytest.raises(UserError, match="'align' with weights 'linear' gives patches no distribution"):
         patch_tokens.look(other, [])

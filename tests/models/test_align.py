@@ -32,7 +32,7 @@ def make(dtype: str = "float32", **options) -> Align:
         config_lib.ModelConfig(
             vision=config_lib.VisionConfig(width=E, num_heads=1),
             llm=config_lib.LLMConfig(vocab_size=V, width=D, norm_eps=EPS),
-            connector=config_lib.ConnectorConfig(**options),
+            connector=config_lib.connector(**options),
         ),
         jnp.dtype(dtype),
     )
@@ -193,20 +193,20 @@ def test_w2_starts_as_the_lm_head(mesh, config, tie_embeddings):
 
 
 def test_w2_random(mesh, config):
-    connector = config_lib.ConnectorConfig(w2_init="random")
+    connector = config_lib.connector(w2_init="random")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, connector=connector))
     w2, head = init_w2_and_head(mesh, config)
-    assert not vlm.has_head_copy(config.model)
+    assert not vlm.from_llm_paths(config.model, {})
     assert abs(np.corrcoef(np.ravel(w2), np.ravel(head))[0, 1]) < 0.3
     assert np.std(w2) == pytest.approx(config.model.llm.width**-0.5, rel=0.2)
 
 
-def test_copy_head_again(config):
+def test_w2_is_copied_again(config):
     """At the start of a stage the head may have come from a checkpoint: W2 follows it, in a buffer of its own."""
     llm = dataclasses.replace(config.model.llm, tie_embeddings=False)
     model = vlm.VLM(dataclasses.replace(config.model, llm=llm))
     params = jax.tree.map(jnp.asarray, random_params(model, vlm.abstract_batch(config)))
-    copied = vlm.copy_head(params)
+    copied = vlm.init_from_llm(config.model, params)
     head, w2 = params["llm"]["head"]["kernel"], copied["connector"]["w2"]["kernel"]
     np.testing.assert_array_equal(w2, head)
     assert w2.unsafe_buffer_pointer() != head.unsafe_buffer_pointer()
@@ -214,11 +214,11 @@ def test_copy_head_again(config):
     assert jax.tree.all(jax.tree.map(lambda a, b: a is b, params, others))
 
 
-def test_copy_head_of_another_size(config):
+def test_a_head_of_another_size(config):
     params = random_params(vlm.VLM(config.model), vlm.abstract_batch(config))
     params["llm"]["embed"]["table"] = np.zeros((30, 16), np.float32)
     with pytest.raises(UserError, match=r"\(16, 32\).*\(16, 30\)"):
-        vlm.copy_head(params)
+        vlm.init_from_llm(config.model, params)
 
 
 def test_unknown_connector_names_the_nearest():

@@ -17,9 +17,7 @@ CONFIG = config_lib.ModelConfig(
         tile_height=ROWS * 2, tile_width=COLUMNS * 2, patch_height=2, patch_width=2, width=E, num_heads=1
     ),
     llm=config_lib.LLMConfig(vocab_size=74, width=D),
-    connector=config_lib.ConnectorConfig(
-        name="c_abstractor", pooled_rows=POOLED[0], pooled_columns=POOLED[1], num_blocks=BLOCKS
-    ),
+    connector=config_lib.connector("c_abstractor", pooled_rows=POOLED[0], pooled_columns=POOLED[1], num_blocks=BLOCKS),
 )
 ABSTRACTOR = connectors.get("c_abstractor")(CONFIG, jnp.dtype("float32"))
 

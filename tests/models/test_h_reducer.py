@@ -19,7 +19,7 @@ CONFIG = config_lib.ModelConfig(
         tile_height=ROWS * 2, tile_width=COLUMNS * 2, patch_height=2, patch_width=2, width=E, num_heads=1
     ),
     llm=config_lib.LLMConfig(vocab_size=74, width=D),
-    connector=config_lib.ConnectorConfig(name="h_reducer", merged_columns=MERGED),
+    connector=config_lib.connector("h_reducer", merged_columns=MERGED),
 )
 REDUCER = connectors.get("h_reducer")(CONFIG, jnp.dtype("float32"))
 

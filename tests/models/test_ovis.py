@@ -21,7 +21,7 @@ def make(**options):
     config = config_lib.ModelConfig(
         vision=config_lib.VisionConfig(width=E, num_heads=1),
         llm=config_lib.LLMConfig(vocab_size=V, width=D),
-        connector=config_lib.ConnectorConfig(name="ovis", visual_vocab_size=K),
+        connector=config_lib.connector("ovis", visual_vocab_size=K),
         **options,
     )
     return connectors.get("ovis")(config, jnp.dtype("float32"))

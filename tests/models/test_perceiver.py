@@ -18,7 +18,7 @@ CONFIG = config_lib.ModelConfig(
         tile_height=4, tile_width=8, patch_height=2, patch_width=2, width=E, num_heads=HEADS, norm_eps=EPS
     ),
     llm=config_lib.LLMConfig(vocab_size=74, width=D),
-    connector=config_lib.ConnectorConfig(name="perceiver", num_latents=M, num_layers=LAYERS),
+    connector=config_lib.connector("perceiver", num_latents=M, num_layers=LAYERS),
 )
 PERCEIVER = connectors.get("perceiver")(CONFIG, jnp.dtype("float32"))
 

@@ -44,7 +44,7 @@ CONFIG = tiny_config(
 MODEL = CONFIG.model
 MLP_UNTIED = dataclasses.replace(
     MODEL,
-    connector=config_lib.ConnectorConfig(name="mlp"),
+    connector=config_lib.connector("mlp"),
     llm=dataclasses.replace(MODEL.llm, tie_embeddings=False),
 )
 ROWS, LENGTH, TILES, PATCHES = CONFIG.train.batch_size, CONFIG.data.row_length, CONFIG.data.max_tiles, 8

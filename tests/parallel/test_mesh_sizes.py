@@ -77,7 +77,7 @@ def test_what_sizes_are_chosen_by_is_what_the_rules_shard(name):
     base = tiny_config(mesh=config_lib.MeshConfig(data=1, fsdp=1, tensor=1))
     llm = dataclasses.replace(base.model.llm, width=160, num_heads=32, num_kv_heads=8, vocab_size=96, mlp_width=224)
     vision = dataclasses.replace(base.model.vision, width=96, num_heads=32, mlp_width=352)
-    connector = dataclasses.replace(tiny_connector(name), visual_vocab_size=44)
+    connector = config_lib.connector("ovis", visual_vocab_size=44) if name == "ovis" else tiny_connector(name)
     model = dataclasses.replace(base.model, llm=llm, vision=vision, connector=connector)
     config = dataclasses.replace(base, model=model)
     params = state.abstract_params(vlm.VLM(model), config, mesh_lib.abstract(config, 1))

@@ -29,6 +29,18 @@ BASE = tiny_config(
 )
 
 
+SMALL = {
+    "perceiver": {"num_latents": 8, "num_layers": 2},
+    "ovis": {"visual_vocab_size": 1024},
+    "c_abstractor": {"pooled_rows": 2, "pooled_columns": 3, "num_blocks": 2},
+}
+
+
+def with_connector(name: str, **options) -> config_lib.Config:
+    model = dataclasses.replace(BASE.model, connector=config_lib.connector(name, **SMALL.get(name, {}) | options))
+    return dataclasses.replace(BASE, model=model)
+
+
 def change(part: str, **changes) -> config_lib.Config:
     if part == "train":
         return dataclasses.replace(BASE, train=dataclasses.replace(BASE.train, **changes))
@@ -41,12 +53,12 @@ def change(part: str, **changes) -> config_lib.Config:
 CASES = {
     "align": BASE,
     "untied": change("llm", tie_embeddings=False),
-    "mlp": change("connector", name="mlp"),
-    "perceiver": change("connector", name="perceiver", num_latents=8, num_layers=2),
-    "ovis": change("connector", name="ovis", visual_vocab_size=1024),
-    "h_reducer": change("connector", name="h_reducer"),
-    "c_abstractor": change("connector", name="c_abstractor", pooled_rows=2, pooled_columns=2, num_blocks=2),
-    "embeddings_stopped": change("connector", embed_grad="stop"),
+    "mlp": with_connector("mlp"),
+    "perceiver": with_connector("perceiver"),
+    "ovis": with_connector("ovis"),
+    "h_reducer": with_connector("h_reducer"),
+    "c_abstractor": with_connector("c_abstractor", pooled_columns=2),
+    "embeddings_stopped": with_connector("align", embed_grad="stop"),
     "vision_frozen": change("train", trainable=("connector/.*", "llm/.*")),
     "connector_only": change("train", trainable=("connector/.*",)),
     "vision_only": change("train", trainable=("vision/.*",)),
@@ -86,8 +98,7 @@ def test_within_three_percent_of_the_compiler(config):
 @pytest.mark.parametrize("name", connectors.REGISTRY)
 def test_a_connector_alone_is_within_three_percent(name):
     """Forward: in the whole step above it is a small part."""
-    options = {"num_latents": 8, "num_layers": 2, "pooled_rows": 2, "pooled_columns": 3, "num_blocks": 2}
-    connector = config_lib.ConnectorConfig(name=name, visual_vocab_size=1024, **options)
+    connector = config_lib.connector(name, **SMALL.get(name, {}))
     # As wide as a real encoder: of what is no matrix product there is more, the narrower.
     vision = dataclasses.replace(VISION, width=1024)
     model = dataclasses.replace(BASE.model, connector=connector, vision=vision)

@@ -18,7 +18,7 @@ def make_run(seed: int, anls: float, curve=(), connector: str = "align", **summa
     """A run whose noise takes `anls` down to a half of it at sigma 1."""
     config = tiny_config(seed=seed)
     config = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, connector=config_lib.ConnectorConfig(name=connector))
+        config, model=dataclasses.replace(config.model, connector=config_lib.connector(connector))
     )
     lines = [{"step": 50 * (i + 1), "generated/anls": value} for i, value in enumerate(curve)]
     points = [

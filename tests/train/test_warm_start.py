@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from alignvlm_jax.config import ConnectorConfig
+from alignvlm_jax import config as config_lib
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
@@ -23,7 +23,7 @@ def start(trained_workdir):
     base = restore.load_config(trained_workdir)
 
     def start_from(load=(".*",), source=True, **connector):
-        model_config = dataclasses.replace(base.model, connector=ConnectorConfig(**connector))
+        model_config = dataclasses.replace(base.model, connector=config_lib.connector(**connector))
         config = dataclasses.replace(base, model=model_config, train=dataclasses.replace(base.train, load=load))
         model, tx = vlm.VLM(config.model), optim.make_optimizer(config)
         folder = trained_workdir / checkpoint.FOLDER
@@ -110,7 +110,7 @@ def test_what_one_process_may_fail_to_read_is_agreed_on_before_anything_is_compu
     order: list[str] = []
     for name in ("init_params", "init_opt_state"):
         monkeypatch.setattr(state, name, noting(order, name, getattr(state, name)))
-    monkeypatch.setattr(warm_start, "with_head_copy", noting(order, "copy", warm_start.with_head_copy))
+    monkeypatch.setattr(warm_start, "from_llm", noting(order, "from_llm", warm_start.from_llm))
     monkeypatch.setattr(restore, "agreed", lambda read: (read(), order.append("agreed"))[0])
     with (
         mesh_lib.use(mesh_lib.make_mesh(config)) as mesh,
@@ -120,7 +120,7 @@ def test_what_one_process_may_fail_to_read_is_agreed_on_before_anything_is_compu
         progress = types.SimpleNamespace(say=lambda _: None)
         run = types.SimpleNamespace(checkpoints=checkpoints, earlier_seconds=0.0, progress=progress)
         loop._start(run, loop.Stage(0, config, STEP, STEP + 1), STEP, model, tx, abstract)
-    assert order == ["agreed", "init_params", "copy", "init_opt_state"]
+    assert order == ["agreed", "init_params", "from_llm", "init_opt_state"]
 
 
 def noting(order: list[str], name: str, function):

@@ -59,6 +59,23 @@ def test_what_changes_no_result_may_change(folder):
     assert json.loads((folder / "config.json").read_text())[0]["data"]["dir"] == "moved"
 
 
+def test_a_config_of_before_connectors_had_options_of_their_own_is_the_same(folder):
+    """And what another connector would have changes no result."""
+    claim(folder, STAGES)
+    path = folder / "config.json"
+    stages = json.loads(path.read_text())
+    for stage in stages:
+        del stage["model"]["connectors"]
+        stage["model"]["connector"] |= {"num_latents": 16, "num_layers": 6}
+    path.write_text(json.dumps(stages))
+    claim(folder, STAGES)
+    assert "num_latents" not in json.loads(path.read_text())[0]["model"]["connector"]
+    stages[0]["model"]["connector"]["use_ln2"] = False
+    path.write_text(json.dumps(stages))
+    with pytest.raises(UserError, match=r"connector.use_ln2 is False there and True here"):
+        claim(folder, STAGES)
+
+
 def test_sources_may_move_but_not_change(folder):
     def mixed(**source):
         sources = {"a": config_lib.SourceConfig(**{"dir": "x", **source})}

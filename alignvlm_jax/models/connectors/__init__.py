@@ -1,17 +1,15 @@
-"""Connectors by name. Adding one is a file here and a line in `REGISTRY`; and, where it makes another number of tokens
-than one for each patch, a line in `config.fields.SLOTS_PER_TILE`, which data reads."""
-
-from flax import linen as nn
+"""Connectors by name. Adding one is a file here and a line in `REGISTRY` (`base.Connector` says what it may define)."""
 
 from alignvlm_jax.errors import UserError, nearest
 from alignvlm_jax.models.connectors.align import Align
+from alignvlm_jax.models.connectors.base import Connector
 from alignvlm_jax.models.connectors.c_abstractor import CAbstractor
 from alignvlm_jax.models.connectors.h_reducer import HReducer
 from alignvlm_jax.models.connectors.mlp import MLP
 from alignvlm_jax.models.connectors.ovis import Ovis
 from alignvlm_jax.models.connectors.perceiver import Perceiver
 
-REGISTRY: dict[str, type[nn.Module]] = {
+REGISTRY: dict[str, type[Connector]] = {
     "align": Align,
     "mlp": MLP,
     "perceiver": Perceiver,
@@ -21,8 +19,8 @@ REGISTRY: dict[str, type[nn.Module]] = {
 }
 
 
-def get(name: str) -> type[nn.Module]:
-    """Returns the module class of a connector; UserError with the nearest name where there is none."""
+def get(name: str) -> type[Connector]:
+    """Returns the class of a connector; UserError with the nearest name where there is none."""
     if name not in REGISTRY:
-        raise UserError(f"config.model.connector.name is {name!r}{nearest(name, REGISTRY)}")
+        raise UserError(f"config.model.connector.name is {name!r}{nearest(str(name), REGISTRY)}")
     return REGISTRY[name]

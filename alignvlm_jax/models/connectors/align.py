@@ -2,34 +2,49 @@
 
     x = LN_1(F W1);  z = LN_2(x W2);  P = softmax_V(z);  out = P E_text
 
-W1 [E, D] and W2 [D, V] have no bias; W2 starts as a copy of the LM head (`vlm.copy_head`); LN_2 runs over the
+W1 [E, D] and W2 [D, V] have no bias; W2 starts as a copy of the LM head; LN_2 runs over the
 vocabulary. The vocabulary axis is sharded over the mesh axis `tensor`, the patches over the others: no device holds a
 whole [N, V] (`ops.vocab_average`).
 """
 
 import dataclasses
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
-from alignvlm_jax.config import ModelConfig
-from alignvlm_jax.models.connectors.base import ConnectorOutput, PatchLabels, Product
+from alignvlm_jax.config import ConnectorConfig
+from alignvlm_jax.models.connectors.base import Connector, ConnectorOutput, PatchLabels
+from alignvlm_jax.models.decoder import lm_head
 from alignvlm_jax.models.layers import Einsum, LayerNorm
 from alignvlm_jax.ops.chunked import Matrix, rows_per_block
 from alignvlm_jax.ops.cross_entropy import soft_cross_entropy
 from alignvlm_jax.ops.vocab_average import Norm, vocab_average, vocab_logits
 from alignvlm_jax.shapes import Array, Float
 
-KEPT_WORDS = ("pruning", "kept_words")
-"""Collection and name of the words that may have weight, bool [V]; the softmax is over them alone, LN_2 over all."""
 
+class Align(Connector):
+    """The ALIGN connector. Pruned to a vocabulary subset, its softmax is over that alone, and LN_2 over all."""
 
-class Align(nn.Module):
-    """The ALIGN connector. Attributes: the model's `config`, the computation's `dtype`."""
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Options(ConnectorConfig):
+        """Defaults are the paper's; the others are there to see what each of its parts is for."""
 
-    config: ModelConfig
-    dtype: jnp.dtype
+        use_ln2: bool = True  # LN_2, on the logits
+        ln2_gain_init: float = 1.0  # of LN_2's gain: 1 begins with almost flat distributions
+        w2_init: Literal["lm_head", "random"] = "lm_head"  # what W2 starts as
+        embed_grad: Literal["live", "stop"] = "live"  # whether the text table is trained through the visual tokens
+        weights: Literal["softmax", "linear"] = "softmax"  # "linear": the span of the text embeddings, not their hull
+
+    @staticmethod
+    def init_from_llm(llm: dict[str, Any], options: Options) -> dict[str, Any]:
+        """Returns W2 as a copy of the LM head."""
+        return {"w2": {"kernel": lm_head(llm)}} if options.w2_init == "lm_head" else {}
+
+    @classmethod
+    def has_probabilities(cls, options: Options) -> bool:
+        """Returns whether the weights are those of a softmax; of linear ones some are below 0."""
+        return options.weights == "softmax"
 
     def setup(self) -> None:
         c, eps = self.config, self.config.llm.norm_eps
@@ -37,14 +52,14 @@ class Align(nn.Module):
         self.w1 = Einsum("NE,ED->ND", (c.vision.width, width), ("vis_embed", "embed"), dtype=self.dtype)
         self.ln1 = LayerNorm(width, eps)
         self.w2 = Einsum("ND,DV->NV", (width, vocab), ("embed", "vocab"), dtype=self.dtype)
-        if c.connector.use_ln2:
-            self.ln2 = LayerNorm(vocab, eps, scale_init=c.connector.ln2_gain_init, axes=("vocab",))
+        if self.options.use_ln2:
+            self.ln2 = LayerNorm(vocab, eps, scale_init=self.options.ln2_gain_init, axes=("vocab",))
 
     def probabilities(self, features: Float[Array, "N E"]) -> Float[Array, "N V"]:
-        """Returns P, each patch's distribution over the vocabulary, whole: for a few pages, to look at."""
+        """Returns P, whole."""
         x_ND, head = self._rows_and_head(features)
         logits_NV = vocab_logits(x_ND, head, self._norm(), self.config.llm.num_words)
-        kept_V = self._kept_words()
+        kept_V = self.vocabulary_subset()
         return jax.nn.softmax(logits_NV if kept_V is None else jnp.where(kept_V, logits_NV, -jnp.inf), axis=-1)
 
     def __call__(
@@ -52,7 +67,7 @@ class Align(nn.Module):
     ) -> ConnectorOutput:
         """Returns a visual token for each patch, and P's cross-entropy against the labels."""
         c = self.config
-        if c.connector.embed_grad == "stop":
+        if self.options.embed_grad == "stop":
             text_table = jax.lax.stop_gradient(text_table)
         x_ND, head = self._rows_and_head(features)
         tokens, label_logits, log_sum_exp = vocab_average(
@@ -62,33 +77,16 @@ class Align(nn.Module):
             self._norm(),
             label_ids=labels and labels.ids,
             num_words=c.llm.num_words,
-            subset=self._kept_words(),
-            linear=c.connector.weights == "linear",
+            subset=self.vocabulary_subset(),
+            linear=self.options.weights == "linear",
             block=rows_per_block(c.vocab_form, c.vocab_block_mib, x_ND.shape[0], c.llm.vocab_size),
         )
         if labels is None:
-            return ConnectorOutput(tokens, jnp.zeros(features.shape[0], jnp.float32))
+            return ConnectorOutput(tokens, self.no_loss(features))
         return ConnectorOutput(tokens, soft_cross_entropy(label_logits, log_sum_exp, labels.weights))
-
-    @staticmethod
-    def products(config: ModelConfig, patches: int) -> list[Product]:
-        """Returns what `train.flops` counts."""
-        vision_width, width, vocab = config.vision.width, config.llm.width, config.llm.vocab_size
-        average = Product(2 * patches * vocab * width, "llm/embed/")
-        if config.connector.embed_grad == "stop":
-            average = dataclasses.replace(average, prefix="no parameter")
-        return [
-            Product(2 * patches * vision_width * width, "connector/w1/"),
-            Product(2 * patches * width * vocab, "connector/w2/"),
-            average,
-        ]
 
     def _rows_and_head(self, features: Array) -> tuple[Array, Matrix]:
         return self.ln1(self.w1(features)), Matrix.of(self.w2.kernel, self.dtype)
 
-    def _kept_words(self) -> Array | None:
-        """Bool [V], of who prunes a trained model: the only variable that is no parameter, and absent by default."""
-        return self.get_variable(*KEPT_WORDS)
-
     def _norm(self) -> Norm | None:
-        return Norm(self.ln2.scale, self.ln2.bias, self.ln2.eps) if self.config.connector.use_ln2 else None
+        return Norm(self.ln2.scale, self.ln2.bias, self.ln2.eps) if self.options.use_ln2 else None

@@ -10,12 +10,15 @@ kernels, there from N(0, 0.02), as all linear maps are here, which at its width 
 Letters: `shapes.py`; B here counts tiles, y and x rows and columns of patches or of pooled tokens.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from alignvlm_jax.config import ModelConfig
-from alignvlm_jax.models.connectors.base import ConnectorOutput, PatchLabels, Product
+from alignvlm_jax.config import ConnectorConfig, LLMConfig, VisionConfig
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.models.connectors.base import Connector
 from alignvlm_jax.models.layers import Einsum, LayerNorm, scan_blocks
 from alignvlm_jax.shapes import Array, Float
 
@@ -72,20 +75,37 @@ class Block(nn.Module):
         return nn.with_logical_constraint(x_ByxE, ("act_batch", None, None, "act_embed")), None
 
 
-class CAbstractor(nn.Module):
-    """Has no distribution over words. Attributes: the model's `config`, the computation's `dtype`."""
+class CAbstractor(Connector):
+    """Has no distribution over the vocabulary."""
 
-    config: ModelConfig
-    dtype: jnp.dtype
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Options(ConnectorConfig):
+        """Defaults are those of the release."""
+
+        pooled_rows: int = 12  # the grid of visual tokens of a tile
+        pooled_columns: int = 12
+        num_blocks: int = 3  # before the pooling, and as many after it
+
+    @staticmethod
+    def num_tokens(vision: VisionConfig, options: Options) -> int:
+        """Returns the size of the pooled grid."""
+        return options.pooled_rows * options.pooled_columns
+
+    @staticmethod
+    def check(vision: VisionConfig, llm: LLMConfig, options: Options) -> None:
+        """Raises UserError where the pooled grid is finer than that of the patches."""
+        for name, size in zip(("rows", "columns"), vision.patch_grid, strict=True):
+            pooled = getattr(options, f"pooled_{name}")
+            if pooled > size:
+                raise UserError(
+                    f"config.model.connector.pooled_{name} is {pooled} and a tile has {size} {name} of patches; "
+                    f"at most {size}"
+                )
 
     @nn.compact
-    def __call__(
-        self, features: Float[Array, "N E"], text_table: Float[Array, "V D"], labels: PatchLabels | None
-    ) -> ConnectorOutput:
-        """Returns `pooled_rows` x `pooled_columns` visual tokens for each tile, row after row; the text table and the
-        labels are not looked at."""
-        del text_table, labels
-        c, options, (rows, columns) = self.config, self.config.connector, self.config.vision.patch_grid
+    def encode(self, features: Float[Array, "N E"]) -> Float[Array, "tokens D"]:
+        """Returns `pooled_rows` x `pooled_columns` visual tokens for each tile, row after row."""
+        c, options, (rows, columns) = self.config, self.options, self.config.vision.patch_grid
         vision_width, width = c.vision.width, c.llm.width
         init = nn.with_logical_partitioning(nn.initializers.truncated_normal(0.02), ("patch", "vis_embed"))
         positions = self.param("positions", init, (c.vision.num_patches, vision_width), jnp.float32)
@@ -100,27 +120,7 @@ class CAbstractor(nn.Module):
         up = Einsum("ByxE,ED->ByxD", (vision_width, width), ("vis_embed", "embed"), True, self.dtype, name="fc1")
         down = Einsum("ByxD,Dd->Byxd", (width, width), ("embed", None), True, self.dtype, name="fc2")
         tokens = nn.with_logical_constraint(down(nn.silu(up(x_ByxE))), ("act_batch", None, None, "act_embed"))
-        return ConnectorOutput(tokens.reshape(-1, width), jnp.zeros(features.shape[0], jnp.float32))
-
-    @staticmethod
-    def products(config: ModelConfig, patches: int) -> list[Product]:
-        """Returns what `train.flops` counts. The depthwise convolutions are no matrix products."""
-        width, llm_width, options = config.vision.width, config.llm.width, config.connector
-        (rows, columns), tiles = config.vision.patch_grid, patches // config.vision.num_patches
-        tokens = tiles * options.pooled_rows * options.pooled_columns
-
-        def blocks(positions: int, prefix: str) -> list[Product]:
-            of_block = 2 * positions * 2 * width**2 + 2 * tiles * 2 * width * round(width / 4)
-            return [Product(options.num_blocks * of_block, prefix)]
-
-        pooled = tiles * rows * options.pooled_columns * columns + tokens * rows
-        return [
-            *blocks(patches, "connector/before/"),
-            Product(2 * pooled * width, "no parameter"),
-            *blocks(tokens, "connector/after/"),
-            Product(2 * tokens * width * llm_width, "connector/fc1/"),
-            Product(2 * tokens * llm_width**2, "connector/fc2/"),
-        ]
+        return tokens.reshape(-1, width)
 
 
 def _pooling(size: int, bins: int) -> np.ndarray:

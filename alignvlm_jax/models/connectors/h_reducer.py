@@ -7,28 +7,47 @@ into one, both seeing all four. Left out is the learned token that the release e
 no weights how they are drawn; here as all linear maps are.
 """
 
-import jax.numpy as jnp
+import dataclasses
+
 from flax import linen as nn
 
-from alignvlm_jax.config import ModelConfig
-from alignvlm_jax.models.connectors.base import ConnectorOutput, PatchLabels, Product
+from alignvlm_jax.config import ConnectorConfig, LLMConfig, VisionConfig, nearest_divisor
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.models.connectors.base import Connector
 from alignvlm_jax.models.layers import Einsum
 from alignvlm_jax.shapes import Array, Float
 
 
-class HReducer(nn.Module):
-    """Has no distribution over words. Attributes: the model's `config`, the computation's `dtype`."""
+class HReducer(Connector):
+    """Has no distribution over the vocabulary."""
 
-    config: ModelConfig
-    dtype: jnp.dtype
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Options(ConnectorConfig):
+        """Defaults are the paper's."""
+
+        merged_columns: int = 4  # patches side by side that become one token
+
+    @staticmethod
+    def num_tokens(vision: VisionConfig, options: Options) -> int:
+        """Returns one for each `merged_columns` patches."""
+        return vision.num_patches // options.merged_columns
+
+    @staticmethod
+    def check(vision: VisionConfig, llm: LLMConfig, options: Options) -> None:
+        """Raises UserError where patches would be left over."""
+        (_, columns), merged = vision.patch_grid, options.merged_columns
+        if columns % merged:
+            width = max(round(columns / merged), 1) * merged * vision.patch_width
+            raise UserError(
+                f"config.model.vision.tile_width {vision.tile_width} has {columns} columns of patches, no multiple of "
+                f"config.model.connector.merged_columns {merged}; nearest that fit: tile_width {width}, or "
+                f"merged_columns {nearest_divisor(columns, merged)}"
+            )
 
     @nn.compact
-    def __call__(
-        self, features: Float[Array, "N E"], text_table: Float[Array, "V D"], labels: PatchLabels | None
-    ) -> ConnectorOutput:
-        """Returns a visual token for each `merged_columns` patches; the text table and the labels are not looked at."""
-        del text_table, labels
-        c, merged = self.config, self.config.connector.merged_columns
+    def encode(self, features: Float[Array, "N E"]) -> Float[Array, "tokens D"]:
+        """Returns a visual token for each `merged_columns` patches."""
+        c, merged = self.config, self.options.merged_columns
         width = c.vision.width
         # Patches come row after row, and rows are multiples of what is merged: x and y number the merged patches.
         x_NxE = features.reshape(-1, merged, width)
@@ -40,15 +59,4 @@ class HReducer(nn.Module):
         x_NE = nn.with_logical_constraint(x_NE, ("act_batch", "act_embed"))
         tokens_ND = Einsum("NE,ED->ND", (width, c.llm.width), ("vis_embed", "embed"), True, self.dtype, name="fc")(x_NE)
         tokens_ND = nn.with_logical_constraint(tokens_ND, ("act_batch", "act_embed"))
-        return ConnectorOutput(tokens_ND, jnp.zeros(features.shape[0], jnp.float32))
-
-    @staticmethod
-    def products(config: ModelConfig, patches: int) -> list[Product]:
-        """Returns what `train.flops` counts."""
-        merged, width = config.connector.merged_columns, config.vision.width
-        tokens = patches // merged
-        return [
-            Product(2 * tokens * (merged * width) ** 2, "connector/conv1/"),
-            Product(2 * tokens * merged * width**2, "connector/conv2/"),
-            Product(2 * tokens * width * config.llm.width, "connector/fc/"),
-        ]
+        return tokens_ND

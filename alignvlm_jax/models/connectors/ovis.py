@@ -8,36 +8,43 @@ from N(0, 1), and K = 131,072, about as many as its LLMs have words. Left out ar
 begins and ends, its merging of patches, and its hard choices of a word (gumbel, straight-through).
 """
 
+import dataclasses
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 from flax import linen as nn
 
-from alignvlm_jax.config import ModelConfig
-from alignvlm_jax.models.connectors.base import ConnectorOutput, PatchLabels, Product
+from alignvlm_jax.config import ConnectorConfig
+from alignvlm_jax.models.connectors.base import Connector
 from alignvlm_jax.models.layers import Einsum, LayerNorm
 from alignvlm_jax.ops.chunked import Matrix, rows_per_block
 from alignvlm_jax.ops.vocab_average import Norm, vocab_average
 from alignvlm_jax.shapes import Array, Float
 
 
-class Ovis(nn.Module):
-    """Its distribution is over no words that could be read. Attributes: the model's `config`, the `dtype`."""
+class Ovis(Connector):
+    """Its distribution is over no vocabulary that could be read."""
 
-    config: ModelConfig
-    dtype: jnp.dtype
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Options(ConnectorConfig):
+        """Defaults are those of the release."""
+
+        visual_vocab_size: int = 131072  # rows of the learned table
+
+        def tensor_sizes(self) -> Mapping[str, int]:
+            """Returns the table's rows."""
+            return {"visual_vocab_size": self.visual_vocab_size}
 
     def setup(self) -> None:
-        c, size = self.config, self.config.connector.visual_vocab_size
+        c, size = self.config, self.options.visual_vocab_size
         self.head = Einsum("NE,EV->NV", (c.vision.width, size), ("vis_embed", "vocab"), dtype=self.dtype)
         self.norm = LayerNorm(size, c.llm.norm_eps, axes=("vocab",))
         init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed"))
         self.table = self.param("table", init, (size, c.llm.width), jnp.float32)
 
-    def __call__(
-        self, features: Float[Array, "N E"], text_table: Float[Array, "V D"], labels: PatchLabels | None
-    ) -> ConnectorOutput:
-        """Returns a visual token for each patch; the text table and the labels are not looked at."""
-        del text_table, labels
-        c, size = self.config, self.config.connector.visual_vocab_size
+    def encode(self, features: Float[Array, "N E"]) -> Float[Array, "tokens D"]:
+        """Returns a visual token for each patch."""
+        c, size = self.config, self.options.visual_vocab_size
         tokens_ND, _, _ = vocab_average(
             features.astype(self.dtype),
             Matrix.of(self.head.kernel, self.dtype),
@@ -45,13 +52,4 @@ class Ovis(nn.Module):
             Norm(self.norm.scale, self.norm.bias, self.norm.eps),
             block=rows_per_block(c.vocab_form, c.vocab_block_mib, features.shape[0], size),
         )
-        return ConnectorOutput(tokens_ND, jnp.zeros(features.shape[0], jnp.float32))
-
-    @staticmethod
-    def products(config: ModelConfig, patches: int) -> list[Product]:
-        """Returns what `train.flops` counts."""
-        size = config.connector.visual_vocab_size
-        return [
-            Product(2 * patches * config.vision.width * size, "connector/head/"),
-            Product(2 * patches * size * config.llm.width, "connector/table"),
-        ]
+        return tokens_ND

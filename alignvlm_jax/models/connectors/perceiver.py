@@ -9,11 +9,13 @@ embedding of time is left out, since a tile is no frame. Flamingo takes 64 laten
 Letters: `shapes.py`; B here counts tiles, M their latents, S what a latent reads.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 from flax import linen as nn
 
-from alignvlm_jax.config import ModelConfig, VisionConfig
-from alignvlm_jax.models.connectors.base import ConnectorOutput, PatchLabels, Product
+from alignvlm_jax.config import ConnectorConfig, VisionConfig
+from alignvlm_jax.models.connectors.base import Connector
 from alignvlm_jax.models.layers import Einsum, LayerNorm, scan_blocks
 from alignvlm_jax.ops.attention import attention
 from alignvlm_jax.shapes import Array, Float
@@ -75,19 +77,25 @@ class Layer(nn.Module):
         return nn.with_logical_constraint(latents_BME, ("act_batch", "act_len", "act_embed")), None
 
 
-class Perceiver(nn.Module):
-    """Has no distribution over words. Attributes: the model's `config`, the computation's `dtype`."""
+class Perceiver(Connector):
+    """Has no distribution over the vocabulary."""
 
-    config: ModelConfig
-    dtype: jnp.dtype
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Options(ConnectorConfig):
+        """Defaults are Flamingo's."""
+
+        num_latents: int = 64  # visual tokens of a tile
+        num_layers: int = 6
+
+    @staticmethod
+    def num_tokens(vision: VisionConfig, options: Options) -> int:
+        """Returns one for each latent."""
+        return options.num_latents
 
     @nn.compact
-    def __call__(
-        self, features: Float[Array, "N E"], text_table: Float[Array, "V D"], labels: PatchLabels | None
-    ) -> ConnectorOutput:
-        """Returns `num_latents` visual tokens for each tile; the text table and the labels are not looked at."""
-        del text_table, labels
-        c, vision, options = self.config, self.config.vision, self.config.connector
+    def encode(self, features: Float[Array, "N E"]) -> Float[Array, "tokens D"]:
+        """Returns `num_latents` visual tokens for each tile."""
+        c, vision, options = self.config, self.config.vision, self.options
         patches_BPE = features.astype(self.dtype).reshape(-1, vision.num_patches, vision.width)
         init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("patch", "vis_embed"))
         latents_ME = self.param("latents", init, (options.num_latents, vision.width), jnp.float32)
@@ -99,18 +107,4 @@ class Perceiver(nn.Module):
         shape, axes = (vision.width, c.llm.width), ("vis_embed", "embed")
         tokens_BMD = Einsum("BME,ED->BMD", shape, axes, dtype=self.dtype, name="proj")(latents_BME)
         tokens_BMD = nn.with_logical_constraint(tokens_BMD, ("act_batch", "act_len", "act_embed"))
-        return ConnectorOutput(tokens_BMD.reshape(-1, c.llm.width), jnp.zeros(features.shape[0], jnp.float32))
-
-    @staticmethod
-    def products(config: ModelConfig, patches: int) -> list[Product]:
-        """Returns what `train.flops` counts."""
-        width, options = config.vision.width, config.connector
-        latents = patches // config.vision.num_patches * options.num_latents
-        layer = [
-            Product(2 * latents * width**2, "connector/layers/attn/"),
-            Product(2 * 2 * (patches + latents) * width**2, "connector/layers/attn/"),
-            Product(2 * 2 * latents * (config.vision.num_patches + options.num_latents) * width),
-            Product(2 * latents * width**2, "connector/layers/attn/"),
-            Product(2 * 2 * latents * MLP_FACTOR * width**2, "connector/layers/mlp/"),
-        ]
-        return [*layer * options.num_layers, Product(2 * latents * width * config.llm.width, "connector/proj/")]
+        return tokens_BMD.reshape(-1, c.llm.width)
