@@ -101,32 +101,34 @@ def _by_connector(model: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: an option that no connector has, a connector that does not exist, or a value of another type.
     """
-    flat = dict(_group(model.get("connector", {}), "model.connector"))
+    name, given = _given_options(model)
+    whole = {}
+    for other, options in ({name: {}} | given).items():
+        place = "connector" if other == name else f"connectors.{other}"
+        whole[other] = dataclasses.asdict(_options(other, options, f"model.{place}."))
+    connector = whole.pop(name)
+    changed = {}
+    for other, options in whole.items():
+        defaults = connectors.defaults(other)
+        changed[other] = {option: options[option] for option in defaults if options[option] != defaults[option]}
+    others = {other: options for other, options in changed.items() if options}
+    return {**model, "connector": connector, "connectors": others}
+
+
+def _given_options(model: Mapping[str, Any]) -> tuple[str, dict[str, dict[str, Any]]]:
+    """The connector chosen, and the options that the fields of a model give to each connector."""
     groups = _group(model.get("connectors", {}), "model.connectors")
-    by_name = {other: dict(_group(options, f"model.connectors.{other}")) for other, options in groups.items()}
-    name = flat.pop("name", connectors.DEFAULT_CONNECTOR)
-    own = connectors.defaults(name)
+    given = {name: dict(_group(options, f"model.connectors.{name}")) for name, options in groups.items()}
+    flat = dict(_group(model.get("connector", {}), "model.connector"))
+    chosen = flat.pop("name", connectors.DEFAULT_CONNECTOR)
+    own = connectors.defaults(chosen)
     for option, value in flat.items():
-        owners = [name] if option in own else [n for n in connector_names() if option in connectors.defaults(n)]
+        owners = [name for name in (chosen, *connector_names()) if option in connectors.defaults(name)]
         if not owners:
             known = ["name", *own]
             raise UserError(f"unknown config field config.model.connector.{option}{nearest(option, known)}")
-        by_name.setdefault(owners[0], {})[option] = value
-    typed = {}
-    for other, options in by_name.items():
-        place = "connector" if other == name else f"connectors.{other}"
-        typed[other] = dataclasses.asdict(_options(other, options, f"model.{place}."))
-        del typed[other]["name"]
-    changed = {
-        other: {option: value for option, value in options.items() if value != connectors.defaults(other)[option]}
-        for other, options in typed.items()
-        if other != name
-    }
-    return {
-        **model,
-        "connector": {"name": name, **typed.get(name, own)},
-        "connectors": {other: options for other, options in changed.items() if options},
-    }
+        given.setdefault(owners[0], {})[option] = value
+    return chosen, given
 
 
 def _group(value: Any, path: str) -> Mapping[str, Any]:
