@@ -22,6 +22,7 @@ from alignvlm_jax.storage.faults import Kind
 COMMANDS = {
     "prepare": "makes training shards of data sets, of your own documents, or of rendered ones",
     "convert": "makes a checkpoint to start from out of published weights, and exports one back",
+    "config": "shows what the stages of a config come to, each field with its unit and meaning",
     "plan": "says what a stage needs on a TPU slice, without one: memory, FLOPs, collectives, days",
     "inspect": "shows what a prepared folder holds, the rows that a model would get, and analyses a trained one",
     "train": "trains the stages of a config, or goes on with them",

@@ -18,6 +18,9 @@ from alignvlm_jax import presets
 
 SMALL_PAGES = {"split": "train_small", "validation_split": "validation_small", "max_tiles": 1}
 ANSWER_AND_TRANSCRIBE = {"answer_and_transcribe": 1.0}
+DATA = "data/demo"
+SPLITS = ("seen_fonts", "unseen_fonts")
+"""Where `prepare --format=documents` writes, and what it holds out to be asked about."""
 
 
 def get_config(connector: str = "align") -> ml_collections.ConfigDict:
@@ -28,14 +31,17 @@ def get_config(connector: str = "align") -> ml_collections.ConfigDict:
     config_lib.set_preset(config.model.llm, presets.LLM["tiny"])
     config.model.connector.name = connector
     set_connectors(config.model.connectors)
+    config.model.image_token_id = 4  # <image> of the tokenizer that `prepare --format=documents` trains.
     config.model.scan_unroll = 3
-    config.data.dir = "data/demo"
+    config.data.dir = DATA
     config.data.row_length = 160
     config.data.max_tiles = 2
     config.data.tasks = ANSWER_AND_TRANSCRIBE
     # Twice as many steps of half the rows: what is learnt here is a matter of steps.
     config.train.batch_size = 16
+    config.optim.learning_rate = 2e-3
     config.optim.warmup_steps = 50
+    config.eval.splits = SPLITS
     language_model = {"visual_input": "labels", "trainable": ("llm/.*",)}
     config.stages = ml_collections.ConfigDict(
         {

@@ -3,7 +3,8 @@
     align   the paper's stage 1: all is trained, the connector finds its place
     answer  the paper's stage 3: the vision encoder is frozen
 
-The model is that of DIR, with its tokenizer; data and steps are for the user to set.
+The model is that of DIR, with its tokenizer; data and steps are for the user to set. Data are the demonstration's
+until then.
 """
 
 import json
@@ -12,6 +13,7 @@ import pathlib
 import ml_collections
 
 from alignvlm_jax import config as config_lib
+from configs import demo
 
 
 def get_config(folder: str) -> ml_collections.ConfigDict:
@@ -26,13 +28,14 @@ def get_config(folder: str) -> ml_collections.ConfigDict:
     config_lib.set_model(config.model, last["model"])
     config.model.remat = "full"
     config.data.tokenizer = last["data"]["tokenizer"]
-    config.data.dir = "data/demo"
+    config.data.dir = demo.DATA
     config.data.max_tiles = 1
     config.data.use_overview = False
     config.data.row_length = config_lib.from_json([last])[0].model.slots_per_tile + 256
     config.train.batch_size = 8
     config.optim.learning_rate = 1e-4
     config.optim.warmup_steps = 20
+    config.eval.splits = demo.SPLITS
     config.stages = ml_collections.ConfigDict(
         {
             "align": {"data": {"tasks": {"transcribe": 1.0}}, "train": {"num_steps": 500}},

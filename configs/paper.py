@@ -20,6 +20,7 @@ import ml_collections
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import presets
 from alignvlm_jax.errors import nearest
+from configs import demo
 
 MAX_TILES = 9 + 1  # and the overview
 LLMS = ("llama32_1b", "llama32_3b", "llama31_8b")
@@ -64,6 +65,7 @@ def make_config(stage: Stage, llm: str) -> ml_collections.ConfigDict:
     config.train.checkpoint_minutes = 8.0
     config.train.validation_rows = 4 * stage.batch_size[llm]
     set_optimizer(config, stage.learning_rate[llm])
+    config.optim.warmup_steps = math.ceil(0.03 * config.train.num_steps)
     config.stages = {stage.name: {}}
     return config
 
@@ -79,6 +81,7 @@ def set_model(config: ml_collections.ConfigDict, llm: str) -> None:
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = -1, -1, -1
+    config.eval.splits = demo.SPLITS  # The paper's benchmarks are tasks, which `evaluate --tasks` names.
 
 
 def set_lengths(config: ml_collections.ConfigDict, text_length: int) -> None:
@@ -90,9 +93,8 @@ def set_lengths(config: ml_collections.ConfigDict, text_length: int) -> None:
 
 
 def set_optimizer(config: ml_collections.ConfigDict, learning_rate: float) -> None:
-    """AdamW as said above."""
+    """AdamW as said above; the warm-up follows from the number of steps."""
     config.optim.learning_rate = learning_rate
     config.optim.b2 = 0.95
     config.optim.weight_decay = 0.1
     config.optim.final_fraction = 0.0
-    config.optim.warmup_steps = math.ceil(0.03 * config.train.num_steps)

@@ -54,12 +54,15 @@ def tiny_config(**changes) -> config_lib.Config:
         llm=config_lib.LLMConfig(
             vocab_size=32, width=16, mlp_width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4
         ),
+        image_token_id=4,
     )
     base = config_lib.Config(
         model=model,
-        data=config_lib.DataConfig(row_length=32, max_tiles=2),
+        data=config_lib.DataConfig(dir="data", row_length=32, max_tiles=2, tasks={"transcribe": 0.5, "answer": 0.5}),
+        optim=config_lib.OptimConfig(learning_rate=2e-3),
         mesh=config_lib.MeshConfig(data=2, fsdp=2, tensor=2),
         train=config_lib.TrainConfig(num_steps=4, batch_size=8),
+        eval=config_lib.EvalConfig(splits=("seen_fonts", "unseen_fonts")),
     )
     return dataclasses.replace(base, **changes)
 
@@ -186,7 +189,9 @@ def trained_workdir(tmp_path_factory) -> pathlib.Path:
     tokenizer = Tokenizer.train(root / "tokenizer.model", [EVAL_QUESTION, "a b"])
     config = tiny_config(
         data=config_lib.DataConfig(dir=str(root), row_length=48, max_tiles=2),
-        eval=config_lib.EvalConfig(num_questions=6, batch_size=4, max_new_tokens=4),
+        eval=config_lib.EvalConfig(
+            splits=("seen_fonts", "unseen_fonts"), num_questions=6, batch_size=4, max_new_tokens=4
+        ),
     )
     llm = dataclasses.replace(config.model.llm, vocab_size=tokenizer.vocab_size + 4 - tokenizer.vocab_size % 4)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, llm=llm))

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from alignvlm_jax import config as config_lib
+from alignvlm_jax import presets
 from alignvlm_jax.data import index as index_lib
 from alignvlm_jax.data import shards
 from alignvlm_jax.data.record import Record
@@ -60,8 +61,13 @@ def write_shard(path: Path, records: list[Record], tokenizer: Tokenizer) -> None
 def demo_config(data_dir) -> config_lib.Config:
     """The tiny demonstration's config over `data_dir`."""
     return config_lib.Config(
-        data=config_lib.DataConfig(dir=str(data_dir), row_length=144),
-        train=dataclasses.replace(config_lib.TrainConfig(), num_steps=20, batch_size=8),
+        model=config_lib.ModelConfig(vision=presets.VISION["tiny"], llm=presets.LLM["tiny"], image_token_id=4),
+        data=config_lib.DataConfig(
+            dir=str(data_dir), row_length=144, max_tiles=2, tasks={"transcribe": 0.5, "answer": 0.5}
+        ),
+        optim=config_lib.OptimConfig(learning_rate=2e-3),
+        train=config_lib.TrainConfig(num_steps=20, batch_size=8),
+        eval=config_lib.EvalConfig(splits=("seen_fonts", "unseen_fonts")),
     )
 
 

@@ -5,20 +5,56 @@ import json
 import math
 import pathlib
 import runpy
+from collections.abc import Iterator
 
 import ml_collections
 import pytest
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import presets
+from alignvlm_jax.config import checks, describing
 from alignvlm_jax.errors import UserError
 
 CONFIG_FILES = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 
 
-def read(**fields) -> config_lib.Config:
-    """The only stage of the default config with `a__b=value` laid over it."""
+GIVEN = {
+    "model": {
+        "vision": dataclasses.asdict(presets.VISION["tiny"]),
+        "llm": dataclasses.asdict(presets.LLM["tiny"]),
+        "image_token_id": 4,
+    },
+    "data": {"dir": "data/mine", "row_length": 192, "max_tiles": 2},
+    "optim": {"learning_rate": 2e-3},
+    "train": {"num_steps": 1000, "batch_size": 32},
+}
+"""What every config must give."""
+
+
+def complete(changes: dict | None = None) -> dict:
+    """`changes` laid over what must be given."""
+    return laid_over(GIVEN, changes or {})
+
+
+def laid_over(base: dict, changes: dict) -> dict:
+    deeper = {
+        name: laid_over(base[name], value)
+        for name, value in changes.items()
+        if isinstance(value, dict) and name in base
+    }
+    return base | changes | deeper
+
+
+def complete_config_dict() -> ml_collections.ConfigDict:
+    """The default config, with what must be given."""
     config_dict = config_lib.default_config_dict()
+    config_dict.update(complete())
+    return config_dict
+
+
+def read(**fields) -> config_lib.Config:
+    """The only stage of a complete config with `a__b=value` laid over it."""
+    config_dict = complete_config_dict()
     for path, value in fields.items():
         config_dict.update_from_flattened_dict({path.replace("__", "."): value})
     [stage] = config_lib.from_config_dict(config_dict)
@@ -26,7 +62,73 @@ def read(**fields) -> config_lib.Config:
 
 
 def test_defaults():
-    assert read() == config_lib.Config(stage="train")
+    defaults = config_lib.Config()
+    assert read() == config_lib.Config(
+        model=dataclasses.replace(
+            defaults.model, vision=presets.VISION["tiny"], llm=presets.LLM["tiny"], image_token_id=4
+        ),
+        data=config_lib.DataConfig(dir="data/mine", row_length=192, max_tiles=2),
+        optim=config_lib.OptimConfig(learning_rate=2e-3),
+        train=config_lib.TrainConfig(num_steps=1000, batch_size=32),
+    )
+
+
+def given_paths(fields: dict, path: str = "") -> Iterator[str]:
+    for name, value in fields.items():
+        yield from given_paths(value, f"{path}.{name}") if isinstance(value, dict) else [f"{path}.{name}"[1:]]
+
+
+MUST_BE_GIVEN = {path for path in given_paths(GIVEN) if describing.fields()[path].default is config_lib.MISSING}
+
+
+def test_what_must_be_given():
+    """The sizes of towers, and what no default can be right for."""
+    assert {path for path, field in describing.fields().items() if field.default is config_lib.MISSING} == MUST_BE_GIVEN
+    others = {path for path in MUST_BE_GIVEN if not path.startswith(("model.vision.", "model.llm."))}
+    assert others == {
+        "model.image_token_id",
+        "data.dir",
+        "data.row_length",
+        "data.max_tiles",
+        "optim.learning_rate",
+        "train.num_steps",
+        "train.batch_size",
+    }
+
+
+def test_all_that_is_missing_is_named_in_one_line():
+    with pytest.raises(UserError) as error:
+        config_lib.from_config_dict(config_lib.default_config_dict())
+    message = str(error.value)
+    assert "\n" not in message and message.startswith("stage 'train' lacks config.")
+    assert (
+        "config.model.llm.{vocab_size, width, mlp_width, num_layers, num_heads, num_kv_heads, head_dim} "
+        '(usually set_preset(config.model.llm, presets.LLM["..."]))' in message
+    )
+    assert "config.optim.learning_rate, config.train.{num_steps, batch_size};" in message
+    assert all(path.rpartition(".")[2] in message for path in MUST_BE_GIVEN)
+
+
+@pytest.mark.parametrize("path", sorted(MUST_BE_GIVEN))
+def test_each_field_that_must_be_given_is_missed(path):
+    config_dict = complete_config_dict()
+    config_dict.update_from_flattened_dict({path: None})
+    with pytest.raises(UserError, match=rf"^stage 'train' lacks config\.{path}( \(usually .*\))?; such fields"):
+        config_lib.from_config_dict(config_dict)
+
+
+def test_a_stage_may_give_what_all_lack():
+    changes = complete()
+    steps = changes.pop("train")
+    first, second = config_lib.from_config_dict({**changes, "stages": {"a": {"train": steps}, "b": {"train": steps}}})
+    assert first.train == second.train == config_lib.TrainConfig(**steps)
+    with pytest.raises(UserError, match=r"^stage 'b' lacks config\.train\.\{num_steps, batch_size\};"):
+        config_lib.from_config_dict({**changes, "stages": {"a": {"train": steps}, "b": {}}})
+
+
+def test_a_field_that_must_be_given_has_a_type_before_it_has_a_value():
+    with pytest.raises(TypeError, match=r"num_steps.*int"):
+        config_lib.default_config_dict().train.num_steps = "many"
 
 
 @pytest.mark.parametrize(
@@ -47,7 +149,7 @@ def test_defaults():
 )
 def test_unknown_field_names_the_nearest(changes, message):
     with pytest.raises(UserError, match=message):
-        config_lib.from_config_dict(changes)
+        config_lib.from_config_dict(complete(changes))
 
 
 @pytest.mark.parametrize(
@@ -71,13 +173,13 @@ def test_unknown_field_names_the_nearest(changes, message):
 )
 def test_wrong_type_names_field_and_value(changes, message):
     with pytest.raises(UserError, match=message):
-        config_lib.from_config_dict(changes)
+        config_lib.from_config_dict(complete(changes))
 
 
 def test_numbers_and_lists_are_taken_as_meant():
     """A whole number for a float, a list (all that JSON and the command line have) for a tuple."""
     [stage] = config_lib.from_config_dict(
-        {"optim": {"learning_rate": 1}, "train": {"trainable": ["llm/.*"]}, "data": {"tasks": {"answer": 1}}}
+        complete({"optim": {"learning_rate": 1}, "train": {"trainable": ["llm/.*"]}, "data": {"tasks": {"answer": 1}}})
     )
     assert stage.optim.learning_rate == 1.0 and isinstance(stage.optim.learning_rate, float)
     assert stage.train.trainable == ("llm/.*",)
@@ -184,7 +286,7 @@ def test_impossible_fields(path, value, message):
     for name in reversed(path.split(".")):
         changes = {name: changes}
     with pytest.raises(UserError, match=message) as error:
-        config_lib.from_config_dict(changes)
+        config_lib.from_config_dict(complete(changes))
     assert "\n" not in str(error.value)
 
 
@@ -196,6 +298,48 @@ def test_patches_of_a_tile():
     vision = config_lib.VisionConfig(tile_height=32, tile_width=128, patch_height=16, patch_width=8)
     assert vision.patch_grid == (2, 16) and vision.num_patches == 32
     assert config_lib.ModelConfig(vision=vision).slots_per_tile == 32
+
+
+# Comments.
+
+WITHOUT_COMMENTS = ("model.connector.",)
+
+
+def test_every_field_has_a_comment():
+    lacking = [field.path for field in describing.fields().values() if not field.comment]
+    assert [path for path in lacking if not path.startswith(WITHOUT_COMMENTS)] == []
+
+
+@pytest.mark.parametrize("path", [path for path in checks.CHOICES if not path.startswith(WITHOUT_COMMENTS)])
+def test_the_comment_names_every_choice(path):
+    comment = describing.fields()[path].comment
+    assert [choice for choice in checks.CHOICES[path] if f'"{choice}"' not in comment] == []
+
+
+def test_comments_are_those_of_the_source():
+    """On the field's line, or on the lines above it."""
+    fields = describing.fields()
+    assert fields["seed"].comment.startswith("Seed of the initialisation, the order")
+    assert fields["data.sources.NAME.cap"].comment == (
+        "Records that an epoch takes of it at most; no other source gets the rest. 0: no bound."
+    )
+    assert fields["train.z_loss"].comment == (
+        "Factor of the squared log-sum-exp of the logits, which keeps them from drifting (PaLM, arXiv 2204.02311)."
+    )
+    assert fields["data.record_tiles"].comment == "Tiles of a record at most; 0: as many as max_tiles."
+
+
+def test_leaves_are_all_fields_and_those_of_each_source():
+    sources = {"a": {"dir": "x"}, "b": {"dir": "y", "cap": 3}}
+    plain, mixed = describing.leaves(read()), describing.leaves(read(data__sources=sources))
+    fields = describing.fields()
+    own = {path for path in fields if not path.startswith("model.connectors.") and ".NAME." not in path}
+    of_align = {path for path in fields if path.startswith("model.connectors.align.")}
+    assert len(of_align) == 5
+    assert plain.keys() == own | {path.replace("connectors.align", "connector") for path in of_align}
+    assert plain["model.connector.use_ln2"][1] == fields["model.connectors.align.use_ln2"]
+    assert mixed["data.sources.b.cap"][0] == 3 and mixed["data.sources.a.cap"][0] == 0
+    assert mixed["data.sources.b.cap"][1] == describing.fields()["data.sources.NAME.cap"]
 
 
 # Connectors.
@@ -266,6 +410,8 @@ def test_another_connector_can_be_chosen_for_a_model_of_a_file():
     stage = read(model__connector__name="perceiver", model__connector__num_latents=7, model__connector__num_layers=2)
     [fields] = config_lib.to_json((stage,))
     config_dict = config_lib.default_config_dict()
+    for group in ("data", "optim", "train", "eval"):
+        config_dict[group].update(fields[group])
     config_lib.set_model(config_dict.model, fields["model"])
     assert config_lib.from_config_dict(config_dict)[0].model == stage.model
     config_dict.model.connector.name = "ovis"
@@ -282,7 +428,7 @@ def test_options_made_for_another_name_are_a_fault_of_the_program():
 
 
 def test_stages_are_differences_from_the_base():
-    config_dict = config_lib.default_config_dict()
+    config_dict = complete_config_dict()
     config_dict.seed = 7
     config_dict.optim.learning_rate = 1e-3
     config_dict.stages = ml_collections.ConfigDict(
@@ -291,28 +437,28 @@ def test_stages_are_differences_from_the_base():
     align, finetune = config_lib.from_config_dict(config_dict)
     assert (align.stage, finetune.stage) == ("align", "finetune")
     assert (align.seed, finetune.seed) == (7, 8)
-    assert align.train == config_lib.TrainConfig(num_steps=5)
-    assert finetune.train == config_lib.TrainConfig()
+    assert align.train == config_lib.TrainConfig(num_steps=5, batch_size=32)
+    assert finetune.train == config_lib.TrainConfig(num_steps=1000, batch_size=32)
     assert align.optim == config_lib.OptimConfig(learning_rate=1e-3)
     assert finetune.optim == config_lib.OptimConfig(learning_rate=1e-3, weight_decay=0.5)
 
 
 def test_stages_run_in_the_order_of_their_names():
     """A ConfigDict sorts its keys; a plain mapping must not mean something else."""
-    stages = config_lib.from_config_dict({"stages": {"b": {}, "a": {}}})
+    stages = config_lib.from_config_dict(complete({"stages": {"b": {}, "a": {}}}))
     assert [stage.stage for stage in stages] == ["a", "b"]
 
 
 def test_a_task_mixture_is_replaced_whole():
     base = {"data": {"tasks": {"transcribe": 1.0}, "dir": "d"}, "stages": {"a": {"data": {"tasks": {"answer": 2.0}}}}}
-    [stage] = config_lib.from_config_dict(base)
+    [stage] = config_lib.from_config_dict(complete(base))
     assert stage.data.tasks == {"answer": 2.0} and stage.data.dir == "d"
 
 
 def test_sources_of_a_stage_replace_those_of_the_base():
     base = {"data": {"sources": {"a": {"dir": "x", "weight": 2}, "c": {"dir": "z"}}}}
     first, second = config_lib.from_config_dict(
-        base | {"stages": {"1": {}, "2": {"data": {"sources": {"b": {"dir": "y"}}}}}}
+        complete(base | {"stages": {"1": {}, "2": {"data": {"sources": {"b": {"dir": "y"}}}}}})
     )
     assert first.data.sources["a"] == config_lib.SourceConfig(dir="x", weight=2.0)
     assert first.data.folders == ("x", "z") and second.data.folders == ("y",)
@@ -321,11 +467,11 @@ def test_sources_of_a_stage_replace_those_of_the_base():
 
 def test_every_stage_is_checked():
     with pytest.raises(UserError, match=r"config\.train\.num_steps is 0"):
-        config_lib.from_config_dict({"stages": {"a": {}, "b": {"train": {"num_steps": 0}}}})
+        config_lib.from_config_dict(complete({"stages": {"a": {}, "b": {"train": {"num_steps": 0}}}}))
 
 
 def test_reading_leaves_the_config_dict_as_it_is():
-    config_dict = config_lib.default_config_dict()
+    config_dict = complete_config_dict()
     config_dict.stages = ml_collections.ConfigDict({"a": {"seed": 3}})
     before = config_dict.to_json()
     config_lib.from_config_dict(config_dict)
@@ -333,7 +479,7 @@ def test_reading_leaves_the_config_dict_as_it_is():
 
 
 def test_references_follow_an_override():
-    config_dict = config_lib.default_config_dict()
+    config_dict = complete_config_dict()
     config_dict.train.log_every = config_dict.train.get_ref("num_steps")
     config_dict.train.num_steps = 17
     [stage] = config_lib.from_config_dict(config_dict)
@@ -345,12 +491,17 @@ def test_references_follow_an_override():
 
 def test_json_round_trip():
     stages = config_lib.from_config_dict(
-        {
-            "model": {"llm": {"rope_scaling": {"factor": 8.0}}},
-            "mesh": {"tensor": 2},
-            "data": {"sources": {"pages": {"dir": "data/pages", "repeat": 1.5, "cap": 9}}},
-            "stages": {"a": {"train": {"trainable": ("llm/.*", "connector/.*")}}, "b": {"data": {"tasks": {"x": 1.0}}}},
-        }
+        complete(
+            {
+                "model": {"llm": {"rope_scaling": {"factor": 8.0}}},
+                "mesh": {"tensor": 2},
+                "data": {"sources": {"pages": {"dir": "data/pages", "repeat": 1.5, "cap": 9}}},
+                "stages": {
+                    "a": {"train": {"trainable": ("llm/.*", "connector/.*")}},
+                    "b": {"data": {"tasks": {"x": 1.0}}},
+                },
+            }
+        )
     )
     text = json.dumps(config_lib.to_json(stages))
     assert config_lib.from_json(json.loads(text)) == stages
@@ -375,7 +526,7 @@ OLD_CONNECTOR = {
 
 
 def test_json_with_the_options_of_all_connectors_in_one():
-    [fields] = config_lib.to_json((config_lib.Config(),))
+    [fields] = config_lib.to_json((read(),))
     fields["model"]["connector"] = OLD_CONNECTOR
     del fields["model"]["connectors"]
     [config] = config_lib.from_json([fields])
@@ -390,14 +541,34 @@ def test_json_with_the_options_of_all_connectors_in_one():
 
 
 def test_json_with_options_of_a_connector_that_is_not_registered_here():
-    [fields] = config_lib.to_json((config_lib.Config(),))
+    [fields] = config_lib.to_json((read(),))
     fields["model"]["connectors"] = {"seventh": {"width": 3}, "ovis": {"visual_vocab_size": 128}}
     [config] = config_lib.from_json([fields])
     assert config.model.connectors == {"ovis": {"visual_vocab_size": 128}}
 
 
+def test_a_config_json_from_before_fields_had_to_be_given_is_read():
+    """The demonstration's second stage as it was written when every field had a default."""
+    [old] = json.loads((pathlib.Path(__file__).parent / "golden" / "config.json").read_text())
+    [stage] = config_lib.from_json([old])
+    assert stage.model.llm == presets.LLM["tiny"] and stage.train.num_steps == 1400
+    [new] = json.loads(json.dumps(config_lib.to_json((stage,))))
+    for fields in (old, new):
+        del fields["model"]["connector"]
+    del new["model"]["connectors"]
+    assert new == old
+
+
+def test_a_config_json_that_lacks_a_field_says_so():
+    [fields] = config_lib.to_json((read(),))
+    del fields["data"]["dir"]
+    fields["train"]["num_steps"] = None
+    with pytest.raises(UserError, match=r"lacks config\.data\.dir, config\.train\.num_steps;"):
+        config_lib.from_json([fields])
+
+
 def test_json_of_another_version_names_the_field():
-    [fields] = config_lib.to_json((config_lib.Config(),))
+    [fields] = config_lib.to_json((read(),))
     fields["train"]["gone"] = 1
     with pytest.raises(UserError, match=r"unknown config field config\.train\.gone"):
         config_lib.from_json([fields])
@@ -406,7 +577,7 @@ def test_json_of_another_version_names_the_field():
 @pytest.mark.parametrize("part", ["vision", "llm"])
 def test_presets(part):
     for preset in {"vision": presets.VISION, "llm": presets.LLM}[part].values():
-        config_dict = config_lib.default_config_dict()
+        config_dict = complete_config_dict()
         config_dict.data.row_length = 2**20  # room for tiles of any size
         config_lib.set_preset(config_dict.model[part], preset)
         [stage] = config_lib.from_config_dict(config_dict)

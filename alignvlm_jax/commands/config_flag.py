@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import config_dict, config_flags
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.config import Config
@@ -105,6 +105,8 @@ def _stage_field(config: ml_collections.ConfigDict, path: str, names: list[str])
         stages = ", ".join(config.stages) or "none"
         raise UserError(f"unknown config field config.{path}; a stage's field is stages.NAME.FIELD, stages: {stages}")
     value = _lookup(config, names[2:], path)
+    if value is None:  # It has no default; its placeholder knows the type.
+        value = config_dict.placeholder(_lookup(config, names[2:-1], path).get_type(names[-1]))
     changes = config.stages[names[1]]
     if not _has(changes, names[2:]):
         for name in names[2:-1]:

@@ -11,7 +11,7 @@ from rich.table import Table
 from alignvlm_jax import presets, storage
 from alignvlm_jax.commands import analyse, config_flag
 from alignvlm_jax.commands.config_flag import positive
-from alignvlm_jax.config import Config, DataConfig, LLMConfig, ModelConfig
+from alignvlm_jax.config import Config, DataConfig, LLMConfig, ModelConfig, TrainConfig
 from alignvlm_jax.data import images, tokenizers
 from alignvlm_jax.data.loader import TrainRows
 from alignvlm_jax.errors import UsageError, UserError, nearest
@@ -136,6 +136,7 @@ def _default(folder: str) -> Config:
             tasks={"transcribe": 0.5, "answer": 0.5},
             max_unsupervised=1.0,
         ),
+        train=TrainConfig(num_steps=1000, batch_size=32),
     )
 
 

@@ -3,7 +3,8 @@
 
 A config file gives a ConfigDict (`default_config_dict()` plus changes). `from_config_dict` turns it into a tuple of
 `Config`, one for each stage: a curriculum is a base and, under `stages`, named differences from it. Stages run in the
-order of their names: a ConfigDict keeps its keys sorted and knows no other.
+order of their names: a ConfigDict keeps its keys sorted and knows no other. `describing` reads the comments beside the
+fields.
 
 A ConfigDict holds the options of all connectors (`options`), as `model.connectors.NAME.OPTION`, so that choosing
 another is one field, `model.connector.name`. `model.connector.OPTION` is one of the connector chosen, and goes before.
@@ -11,6 +12,7 @@ another is one field, `model.connector.name`. `model.connector.OPTION` is one of
 
 from alignvlm_jax.config.checks import check, nearest_divisor
 from alignvlm_jax.config.fields import (
+    MISSING,
     Config,
     DataConfig,
     EvalConfig,
@@ -36,6 +38,7 @@ from alignvlm_jax.config.reading import (
 
 __all__ = [
     "DEFAULT_CONNECTOR",
+    "MISSING",
     "Config",
     "ConnectorConfig",
     "DataConfig",

@@ -4,9 +4,10 @@ import dataclasses
 import operator
 import re
 import typing
+from collections.abc import Iterator
 from typing import Any, Literal
 
-from alignvlm_jax.config.fields import Config, LLMConfig, ModelConfig, SourceConfig, VisionConfig
+from alignvlm_jax.config.fields import MISSING, Config, LLMConfig, ModelConfig, SourceConfig, VisionConfig
 from alignvlm_jax.config.options import ConnectorConfig, connector_class
 from alignvlm_jax.errors import UserError, nearest
 
@@ -77,11 +78,18 @@ ABOVE = {
     "optim.clip_norm": 0,
 }
 BELOW = {"optim.b1": 1, "optim.b2": 1}
+USUALLY = {
+    "model.vision": 'set_preset(config.model.vision, presets.VISION["..."])',
+    "model.llm": 'set_preset(config.model.llm, presets.LLM["..."])',
+    "model": "the tokenizer's <image>, or llm.vocab_size",
+}
+"""What usually gives the fields of a group that have no default."""
 BOUNDS = (("at least", operator.ge, AT_LEAST), ("above", operator.gt, ABOVE), ("below", operator.lt, BELOW))
 
 
 def check(config: Config) -> Config:
-    """Returns `config`, or raises UserError for fields that are impossible, alone or together."""
+    """Returns `config`, or raises UserError for fields that are missing, or impossible alone or together."""
+    _check_given(config)
     for path, choices in CHOICES.items():
         value = _get(config, path)
         if value not in choices:
@@ -106,6 +114,35 @@ def check(config: Config) -> Config:
     if not config.eval.splits:
         raise UserError("config.eval.splits is empty; name at least one split")
     return config
+
+
+def _check_given(config: Config) -> None:
+    """Refuses a config that lacks what has no default, all of it in one line."""
+    by_group: dict[str, list[str]] = {}
+    for path in _missing(config, ""):
+        group, _, name = path.rpartition(".")
+        by_group.setdefault(group, []).append(name)
+    if not by_group:
+        return
+    parts = []
+    for group, names in by_group.items():
+        fields = names[0] if len(names) == 1 else f"{{{', '.join(names)}}}"
+        usually = f" (usually {USUALLY[group]})" if group in USUALLY else ""
+        parts.append(f"config.{group}.{fields}{usually}")
+    raise UserError(
+        f"stage {config.stage!r} lacks {', '.join(parts)}; such fields have no default: set them in the config "
+        "file, or as --config.a.b=VALUE"
+    )
+
+
+def _missing(value: Any, path: str) -> Iterator[str]:
+    """Yields the paths of the fields below `value` that have no default and no value."""
+    for field in dataclasses.fields(value):
+        inner = getattr(value, field.name)
+        if dataclasses.is_dataclass(inner):
+            yield from _missing(inner, f"{path}{field.name}.")
+        elif field.default is MISSING and inner is MISSING:
+            yield f"{path}{field.name}"
 
 
 def _check_vision(vision: VisionConfig) -> None:

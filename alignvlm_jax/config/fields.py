@@ -1,4 +1,8 @@
-"""The fields of a stage: frozen dataclasses with their defaults."""
+"""The fields of a stage: frozen dataclasses.
+
+The comment beside a field, on its line or on the lines right above it, says its unit and meaning.
+It is the one description there is: the `config` command and docs/config.md show it (`describing`).
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,26 +11,29 @@ from typing import Any
 from alignvlm_jax.config import options as connectors
 from alignvlm_jax.config.options import ConnectorConfig
 
+MISSING: Any = None
+"""The default of a field that every config must give: `check` refuses it, and names the field. It
+is of type Any, so that such a field keeps a type of its own."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """The SigLIP encoder, or one of its shape. Sizes in pixels; each tile is encoded independently of the others.
+    """The vision encoder, a SigLIP or one of its shape, which encodes each tile by itself. Defaults
+    are those of SigLIP's own weights; sizes are usually a preset's."""
 
-    Pixels of 0..1 are normalised by `pixel_mean` and `pixel_std` of red, green and blue; the defaults are those of
-    SigLIP's own weights, as is "tanh", the approximation of GELU ("exact": DINOv2's).
-    """
-
-    tile_height: int = 32
-    tile_width: int = 128
-    patch_height: int = 16
-    patch_width: int = 8
-    width: int = 128
-    mlp_width: int = 384
-    num_layers: int = 3
-    num_heads: int = 4
-    norm_eps: float = 1e-6
-    gelu: str = "tanh"
+    tile_height: int = MISSING  # Pixels; a multiple of patch_height.
+    tile_width: int = MISSING  # Pixels; a multiple of patch_width.
+    patch_height: int = MISSING  # Pixels of a tile that make one patch.
+    patch_width: int = MISSING  # Pixels of a tile that make one patch.
+    width: int = MISSING  # Size of a patch feature; a multiple of num_heads.
+    mlp_width: int = MISSING  # Hidden size of each layer's MLP.
+    num_layers: int = MISSING  # Transformer layers.
+    num_heads: int = MISSING  # Attention heads of a layer.
+    norm_eps: float = 1e-6  # Added to the variance in each LayerNorm.
+    gelu: str = "tanh"  # GELU of the MLPs: "tanh", its approximation, SigLIP's; "exact", DINOv2's.
+    # Red, green and blue, subtracted from pixels that were scaled to 0..1.
     pixel_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    # Red, green and blue, by which pixels are divided after that.
     pixel_std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     @property
@@ -42,32 +49,35 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """Llama 3's frequency scaling; a factor of 1 is no scaling."""
+    """Llama 3's scaling of the rotary embedding's frequencies for long contexts."""
 
+    # Slow frequencies are divided by it; 1: no scaling.
     factor: float = 1.0
+    # Frequencies that turn fewer times than this within original_length are scaled in full.
     low_freq_factor: float = 1.0
+    # Frequencies that turn more times than this are kept; those between are blended.
     high_freq_factor: float = 4.0
+    # Tokens: the sequence length before the scaling.
     original_length: int = 8192
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LLMConfig:
-    """The Llama decoder.
+    """The language model, a Llama decoder. Sizes are usually a preset's, or those of the weights
+    that `convert` read."""
 
-    The last `padded_rows` of its tables are no words; with them `vocab_size` divides over a mesh.
-    """
-
-    vocab_size: int = 128
-    width: int = 128
-    mlp_width: int = 256
-    num_layers: int = 3
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 32
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
+    vocab_size: int = MISSING  # Rows of the embedding table, those of padding included.
+    width: int = MISSING  # Size of a token embedding.
+    mlp_width: int = MISSING  # Hidden size of each layer's gated MLP.
+    num_layers: int = MISSING  # Transformer layers.
+    num_heads: int = MISSING  # Query heads of a layer; a multiple of num_kv_heads.
+    num_kv_heads: int = MISSING  # Key and value heads of a layer.
+    head_dim: int = MISSING  # Size of a head; even, for the rotary embedding.
+    norm_eps: float = 1e-5  # Added to the mean square in each RMSNorm.
+    rope_theta: float = 10000.0  # Base of the rotary embedding's wavelengths.
     rope_scaling: RopeScaling = RopeScaling()
-    tie_embeddings: bool = True
+    tie_embeddings: bool = True  # The LM head is the embedding table.
+    # Rows at the end of the tables that are no token, so that vocab_size divides over a mesh.
     padded_rows: int = 0
 
     @property
@@ -78,28 +88,33 @@ class LLMConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The whole model. `connector` holds the options of the connector chosen; `connectors`, by name, those that others
-    would have, where they are not the defaults: `with_connector` takes them, and nothing else looks at them.
-
-    `dtype` is that of the computation; parameters are float32.
-
-    `image_token_id` marks the image slots in a row of tokens; it must be the tokenizer's. `scan_unroll` layers of a
-    tower are compiled in a row: 1 for large models; all of them make a small one a third faster on CPU. `attention` is
-    the kernel of training, prefill and the vision tower, "auto": splash on TPU, cudnn on GPU in bfloat16, else xla.
-    What lies over the vocabulary, ALIGN and the loss, is computed whole (`vocab_form` "plain"), or a block of rows at a
-    time ("blockwise"), of at most `vocab_block_mib` MiB of logits on a device; "auto" is blockwise where they are more.
-    """
+    """The whole model and how it is computed. Parameters are float32."""
 
     vision: VisionConfig = VisionConfig()
     llm: LLMConfig = LLMConfig()
+    # Options of the connector chosen.
     connector: ConnectorConfig = dataclasses.field(default_factory=connectors.connector)
+    # Options, by connector, that others would have where they are not the defaults: `with_connector`
+    # takes them, and nothing else looks at them.
     connectors: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, compare=False)
-    image_token_id: int = 4
+    # Token id that holds the place of an image token: the tokenizer's "<image>", or the first id
+    # beyond its vocabulary where it has none.
+    image_token_id: int = MISSING
+    # Type of the computation: "float32", or "bfloat16", in which accelerators are fast.
     dtype: str = "float32"
+    # Activations that the backward pass computes anew: "none", or "full", all within a layer, or
+    # "dots", all but the results of matmuls.
     remat: str = "none"
+    # Layers of a tower that are compiled in a row: 1 for large models; all of them make a small one
+    # a third faster on CPU.
     scan_unroll: int = 1
+    # How ALIGN and the loss go over the vocabulary: "plain", whole, or "blockwise", a block of rows
+    # at a time; "auto": blockwise where the logits are more than vocab_block_mib.
     vocab_form: str = "auto"
+    # MiB of logits that a block has on a device at most.
     vocab_block_mib: float = 64.0
+    # Kernel of training, prefill and the vision encoder: "xla", "cudnn" or "splash"; "auto": splash
+    # on TPU, cudnn on GPU in bfloat16, else xla.
     attention: str = "auto"
 
     @property
@@ -116,56 +131,54 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """A source of a mixture. Its share of an epoch's records goes as weight * (size * repeat) ** (1 / temperature).
+    """A source of a training mixture. Its fraction of an epoch's records is proportional to
+    weight * (size * repeat) ** (1 / data.temperature)."""
 
-    `dir` holds what `prepare` wrote. A `repeat` of 2 counts every record twice, of 0.5 every second one. `cap` bounds
-    the records that an epoch takes of it, 0: nothing does; what it takes away is given to no other source.
-    """
-
-    dir: str = ""
-    weight: float = 1.0
-    repeat: float = 1.0
+    dir: str = ""  # Folder that `prepare` wrote.
+    weight: float = 1.0  # Factor of its fraction; 0 leaves training without it.
+    repeat: float = 1.0  # Times that each record counts; 0.5: every second record.
+    # Records that an epoch takes of it at most; no other source gets the rest. 0: no bound.
     cap: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What a row is made of. `dir` holds what `prepare` wrote: shards by split and the tokenizer.
+    """What a packed sequence is made of."""
 
-    With `sources`, by name, training and validation read their folders instead, and `dir` is left to evaluation and the
-    tokenizer. A stage that names sources has these alone. `tokenizer` is the file or folder of another one.
-
-    `packing` "none" puts one record into a row; "plan" puts as many as fit, and needs the index that `prepare` leaves.
-    A row has `max_tiles` tile slots, a record at most `record_tiles` of them, 0: all. `loss_by` "token" gives each
-    answer token the weight 1; "record" gives it to all those of a record together.
-
-    The patch loss looks at `max_patch_labels` tokens of a patch, and at the patches of a `labelled_share` of all
-    records, chosen by their ids; blank patches weigh `blank_weight`. It is a mean over a batch's labelled patches, of
-    however few pages they are.
-
-    Of the planned records, a share of `max_unsupervised` may be unreadable or without an answer that fits.
-    `num_threads` threads of a process keep `prefetch` of its batches ready.
-    """
-
-    dir: str = "data/demo"
+    # Folder that `prepare` wrote: shards by split, and the tokenizer.
+    dir: str = MISSING
+    # Folders by name, which training and validation read in the place of dir; evaluation and the
+    # tokenizer stay with dir. A stage that names sources has these alone.
     sources: Mapping[str, SourceConfig] = dataclasses.field(default_factory=dict)
+    # Temperature of the mixture: 1 takes each source by its size, a larger one evens them out.
     temperature: float = 1.0
-    tokenizer: str = ""
-    split: str = "train"
-    validation_split: str = "validation"
+    tokenizer: str = ""  # File or folder of a tokenizer; empty: the one in dir.
+    split: str = "train"  # Split that is trained on.
+    validation_split: str = "validation"  # Split of the validation losses.
+    # "none": one record in a sequence; "plan": as many as fit, by the index that `prepare` leaves.
     packing: str = "none"
-    row_length: int = 192
-    max_tiles: int = 2
-    record_tiles: int = 0
-    use_overview: bool = False
-    tasks: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"transcribe": 0.5, "answer": 0.5})
+    # Tokens of a packed sequence, image tokens included.
+    row_length: int = MISSING
+    # Tiles of a packed sequence at most.
+    max_tiles: int = MISSING
+    record_tiles: int = 0  # Tiles of a record at most; 0: as many as max_tiles.
+    use_overview: bool = False  # An overview of the whole page precedes its tiles, if several.
+    # Tasks with their weights: "transcribe", a page's text; "answer", the questions about it;
+    # "answer_and_transcribe", both in one chat. A stage that names tasks has these alone.
+    tasks: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"answer": 1.0})
+    # Unit that has weight 1 in the loss: "token", each token of an answer; "record", all of a
+    # record's together.
     loss_by: str = "token"
+    # Tokens that a patch is labelled with at most.
     max_patch_labels: int = 3
+    # Fraction of the records, chosen by their ids, whose patches are labelled.
     labelled_share: float = 1.0
+    # Weight of a blank patch in the patch-token loss, where one that shows text has 1.
     blank_weight: float = 0.2
+    # Fraction of the planned records that may be unreadable, or without an answer that fits.
     max_unsupervised: float = 0.01
-    num_threads: int = 2
-    prefetch: int = 4
+    num_threads: int = 2  # Threads of a process that build sequences.
+    prefetch: int = 4  # Batches that a process keeps ready.
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -180,90 +193,89 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW after gradient clipping; linear warm-up, then a cosine down to `final_fraction` of the peak.
+    """AdamW after gradient clipping; the learning rate warms up linearly and decays by a cosine."""
 
-    `learning_rate_scale` multiplies the rate of a part of the model, by its name: vision, connector or llm.
-    """
-
-    learning_rate: float = 2e-3
+    learning_rate: float = MISSING  # Learning rate after the warm-up, at its peak.
+    # Factor of the learning rate, by component of the model: vision, connector, llm.
     learning_rate_scale: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    warmup_steps: int = 100
-    final_fraction: float = 0.05
-    b1: float = 0.9
-    b2: float = 0.98
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
+    warmup_steps: int = 100  # Steps of the linear warm-up.
+    final_fraction: float = 0.05  # Fraction of the peak learning rate that the last step has.
+    b1: float = 0.9  # Decay of the gradient's running mean.
+    b2: float = 0.98  # Decay of the squared gradient's running mean.
+    eps: float = 1e-8  # Added to the denominator of the update.
+    weight_decay: float = 0.01  # Fraction of a weight that a step takes away, times its rate.
+    clip_norm: float = 1.0  # Global norm above which gradients are scaled down.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each mesh axis.
+    """The device mesh. An axis size of -1 is open: tensor is then as small as fits, fsdp as large
+    as divides the parameters, and data takes what is left."""
 
-    -1 leaves a size open: `tensor` is then as small as fits, `fsdp` as large as divides the
-    parameters, and `data` all that is left (`parallel.mesh_sizes`).
-    """
-
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = -1  # Devices that split each batch and hold the same parameters.
+    fsdp: int = 1  # Devices that split each batch, and the parameters.
+    tensor: int = 1  # Devices that split heads, MLPs and the vocabulary.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One stage. `trainable` and `load` are regular expressions over whole parameter paths (`re.fullmatch`).
+    """How long a stage trains, what of the model, and how it is watched."""
 
-    `visual_input` is "pixels", or "labels": visual tokens are then the label-weighted average of text embeddings,
-    what a perfect ALIGN would hand on, and no image is looked at. `z_loss` weighs the squared log of the sum that
-    normalises a token's distribution, which keeps logits from drifting (PaLM, arXiv 2204.02311).
-
-    Every `validate_every` steps the losses are measured on `validation_rows`, shared evenly by the sources; every
-    `generate_every`, where that is not 0 and pixels are looked at, `generate_questions` of each source's validation
-    split are answered and scored. The state is saved every `checkpoint_every` steps and, where that takes longer, every
-    `checkpoint_minutes` (0: by steps alone).
-
-    `profile` "100:105" traces the steps from 100 up to and not including 105, counted over the run. A process that has
-    not moved for `stall_minutes` ends itself; 0: never (docs/pods.md).
-    """
-
-    num_steps: int = 1000
-    batch_size: int = 32
-    accumulation: int = 1
+    num_steps: int = MISSING  # Steps of the optimizer.
+    batch_size: int = MISSING  # Packed sequences of a step, over all devices.
+    accumulation: int = 1  # Microbatches that a step is computed in; divides batch_size.
+    # Regular expressions of parameter paths, matched whole: these are trained, the rest is frozen.
     trainable: tuple[str, ...] = (".*",)
+    # Regular expressions of parameter paths, matched whole: these are taken from the stage before,
+    # or from init_from; the rest is initialised.
     load: tuple[str, ...] = (".*",)
+    # Origin of the visual tokens: "pixels", the image; "labels", the label-weighted average of
+    # text embeddings, which a perfect ALIGN would hand on, and no image is read.
     visual_input: str = "pixels"
+    # Factor of the patch-token loss beside the language loss; 0: the paper.
     patch_token_weight: float = 1.0
+    # Factor of the squared log-sum-exp of the logits, which keeps them from drifting (PaLM, arXiv
+    # 2204.02311).
     z_loss: float = 0.0
-    log_every: int = 10
-    validate_every: int = 200
-    validation_rows: int = 128
+    log_every: int = 10  # Steps between lines of metrics.
+    validate_every: int = 200  # Steps between measurements of the validation losses.
+    validation_rows: int = 128  # Packed sequences of a measurement, shared evenly by the sources.
+    # Steps between in-training generation evals, where visual_input is "pixels"; 0: none.
     generate_every: int = 0
+    # Questions of each source's validation split that an in-training generation eval answers.
     generate_questions: int = 64
-    checkpoint_every: int = 200
+    checkpoint_every: int = 200  # Steps between checkpoints.
+    # Minutes after which one is written where that many steps take longer; 0: by steps alone.
     checkpoint_minutes: float = 15.0
+    # Newest checkpoints that stay, beside the best and those at the end of a stage.
     keep_checkpoints: int = 2
+    # Steps of the stage that may be skipped because their loss or gradients are not finite.
     max_skipped_steps: int = 10
+    # Steps of the run to trace, as FIRST:END, such as 100:105, the last of them 104; empty: none.
     profile: str = ""
+    # Minutes without a step after which a process ends itself; 0: never.
     stall_minutes: float = 10.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """How answers are generated and how many questions are asked of each evaluation split."""
+    """How `evaluate` generates answers."""
 
-    splits: tuple[str, ...] = ("seen_fonts", "unseen_fonts")
-    num_questions: int = 500
-    batch_size: int = 100
-    max_new_tokens: int = 32
+    # Splits of data.dir that are evaluated where no others are named.
+    splits: tuple[str, ...] = ("validation",)
+    num_questions: int = 500  # Questions of each split at most.
+    batch_size: int = 100  # Questions that are answered at a time, over all devices.
+    max_new_tokens: int = 32  # Tokens of an answer at most.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """One stage of a run, whole. `init_from` is another run's workdir or checkpoint to start the first stage from."""
+    """One stage of a run."""
 
-    name: str = "run"
-    stage: str = "train"
-    seed: int = 0
+    name: str = "run"  # The run's name in what is printed and reported.
+    stage: str = "train"  # The stage's name; stages run in the order of their names.
+    seed: int = 0  # Seed of the initialisation, the order of the data and all else that is random.
+    # Workdir or checkpoint of another run that the first stage starts from; empty: initialised.
     init_from: str = ""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = DataConfig()
@@ -274,6 +286,8 @@ class Config:
 
     @property
     def slots_per_tile(self) -> int:
-        """Image slots of a tile in the stage's training rows: the model's, or where labels stand in for the connector,
-        one for each patch."""
-        return self.model.slots_per_tile if self.train.visual_input == "pixels" else self.model.vision.num_patches
+        """Image slots of a tile in the stage's training rows: the model's, or where labels stand in
+        for the connector, one for each patch."""
+        if self.train.visual_input == "pixels":
+            return self.model.slots_per_tile
+        return self.model.vision.num_patches

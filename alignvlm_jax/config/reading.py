@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import ml_collections
+from ml_collections import config_dict
 
 from alignvlm_jax.config import options as connectors
 from alignvlm_jax.config.checks import check
-from alignvlm_jax.config.fields import Config
+from alignvlm_jax.config.fields import MISSING, Config
 from alignvlm_jax.config.options import ConnectorConfig, connector_class, connector_names
 from alignvlm_jax.errors import UserError, nearest
 
@@ -19,16 +20,31 @@ MIXTURES = ("tasks", "sources")
 
 
 def default_config_dict() -> ml_collections.ConfigDict:
-    """Returns every field with its default, and an empty `stages`, for config files to change.
+    """Returns every field with its default, and an empty `stages`, for config files to change. A field that has none
+    is a placeholder, which takes values of its type alone.
 
     The options of all connectors stand in `model.connectors`, and none in `model.connector`: two connectors may have
     an option of the same name, and which of them is chosen may yet be changed.
     """
-    fields = dataclasses.asdict(Config())
+    fields = _defaults(Config)
     del fields["stage"]
-    fields["model"]["connector"] = {"name": connectors.DEFAULT_CONNECTOR}
     fields["model"]["connectors"] = {name: connectors.defaults(name) for name in connector_names()}
     return ml_collections.ConfigDict({**fields, "stages": {}})
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    defaults = {}
+    for field in dataclasses.fields(cls):
+        if hints[field.name] is ConnectorConfig:
+            defaults[field.name] = {"name": connectors.DEFAULT_CONNECTOR}
+        elif dataclasses.is_dataclass(hints[field.name]):
+            defaults[field.name] = _defaults(hints[field.name])
+        elif field.default is MISSING:
+            defaults[field.name] = config_dict.placeholder(hints[field.name])
+        else:
+            defaults[field.name] = getattr(cls(), field.name)
+    return defaults
 
 
 def set_preset(fields: ml_collections.ConfigDict, preset: Any) -> None:
@@ -48,7 +64,7 @@ def from_config_dict(config_dict: Mapping[str, Any]) -> tuple[Config, ...]:
     """Returns the stages of a run, checked.
 
     Raises:
-      UserError: an unknown or ill-typed field, or fields that contradict each other.
+      UserError: an unknown, ill-typed or missing field, or fields that contradict each other.
     """
     base = _plain(config_dict)
     stages = base.pop("stages", {}) or {"train": {}}
@@ -160,11 +176,13 @@ def _merge(base: dict, changes: dict) -> dict:
 def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
     """Builds dataclass `cls` from a mapping; unknown keys and wrong types are errors that name the field."""
     hints = typing.get_type_hints(cls)
+    required = {field.name for field in dataclasses.fields(cls) if field.default is MISSING}
     fields = {}
     for key, value in values.items():
         if key not in hints:
             raise UserError(f"unknown config field config.{path}{key}{nearest(key, hints)}")
-        fields[key] = _convert(hints[key], value, f"{path}{key}")
+        if value is not MISSING or key not in required:  # `check` names all that are missing at once.
+            fields[key] = _convert(hints[key], value, f"{path}{key}")
     return cls(**fields)
 
 

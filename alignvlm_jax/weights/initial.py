@@ -11,7 +11,7 @@ from rich.table import Table
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import storage
-from alignvlm_jax.config import Config, DataConfig, ModelConfig
+from alignvlm_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from alignvlm_jax.data import chat, loader
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
@@ -39,9 +39,16 @@ def make_config(llm: Tower, vision: Tower, connector: str, out: Path) -> Config:
     max_tiles = max(1, min(MAX_TILES, ROW_LENGTH * 3 // 4 // model.slots_per_tile))
     row_length = max(ROW_LENGTH, max_tiles * model.slots_per_tile * 4 // 3)
     data = DataConfig(
-        tokenizer=str(out / TOKENIZER), row_length=row_length, max_tiles=max_tiles, use_overview=max_tiles > 1
+        # It is trained on nothing: what asks it about a split names the folder with --data.
+        dir="data",
+        tokenizer=str(out / TOKENIZER),
+        row_length=row_length,
+        max_tiles=max_tiles,
+        use_overview=max_tiles > 1,
     )
-    return config_lib.check(Config(name=out.name, stage="convert", model=model, data=data))
+    # Nothing is trained, but a config without these is none.
+    train, optim = TrainConfig(num_steps=1, batch_size=1), OptimConfig(learning_rate=1e-5)
+    return config_lib.check(Config(name=out.name, stage="convert", model=model, data=data, train=train, optim=optim))
 
 
 def write(llm: Tower, vision: Tower, config: Config, write_tokenizer: Callable[[Path], None], out: Path) -> Table:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from alignvlm_jax.config import Config, MeshConfig, TrainConfig
+from alignvlm_jax import presets
+from alignvlm_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from alignvlm_jax.ops.attention import self_attention
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
@@ -15,7 +16,11 @@ from alignvlm_jax.plan import hardware
 from tests.bench import memory
 from tests.bench.memory import Memory
 
-CONFIG = Config(mesh=MeshConfig(data=1, fsdp=4, tensor=1), train=TrainConfig(batch_size=4))
+CONFIG = Config(
+    model=ModelConfig(vision=presets.VISION["tiny"], llm=presets.LLM["tiny"]),
+    mesh=MeshConfig(data=1, fsdp=4, tensor=1),
+    train=TrainConfig(batch_size=4),
+)
 ROWS = 4  # one a chip
 SHAPES = {
     "Llama 3.2 1B, a row of stage 1, causal, packed": (8320, 32, 8, 64, True),

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import transformers
 
+from alignvlm_jax import presets
 from alignvlm_jax.config import ModelConfig
 from alignvlm_jax.inference.sampler import Sampler
 from alignvlm_jax.models.vlm import VLM
@@ -80,7 +81,9 @@ def random_prompts(size: int, vocab_size: int) -> list[np.ndarray]:
 
 def our_generate(folder: Path) -> Callable:
     tower = towers.open_llm(str(folder))
-    model = VLM(ModelConfig(llm=tower.config, image_token_id=tower.config.vocab_size))
+    model = VLM(
+        ModelConfig(vision=presets.VISION["dinov2_s14_224"], llm=tower.config, image_token_id=tower.config.vocab_size)
+    )
     ours = Sampler(model, mesh_lib.single_device(), end_ids=(-1,), pad_id=PAD)
     return functools.partial(ours.generate, {"params": {"llm": apply.read_llm(tower)}})
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from alignvlm_jax.commands import config_flag
-from alignvlm_jax.config import Config, DataConfig, ModelConfig
+from alignvlm_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from alignvlm_jax.data import lengths as lengths_lib
 from alignvlm_jax.data import loader, packing, shards
 from alignvlm_jax.data.lengths import Lengths
@@ -117,7 +117,10 @@ def measure_plan() -> tuple[float, float]:
 def measure_epoch() -> tuple[float, float]:
     """As a training process makes it, with two tasks to draw from."""
     model = ModelConfig(vision=VISION["siglip_so400m_14_384"], llm=LLM["llama32_1b"])
-    config = Config(model=model, data=DataConfig(packing="plan", row_length=ROW_LENGTH, max_tiles=ROW_TILES))
+    data = DataConfig(
+        packing="plan", row_length=ROW_LENGTH, max_tiles=ROW_TILES, tasks={"transcribe": 0.5, "answer": 0.5}
+    )
+    config = Config(model=model, data=data, train=TrainConfig(num_steps=1000, batch_size=32))
     lengths, tiles = documents(NUM_RECORDS, np.random.default_rng(0))
     known = Lengths(np.stack([lengths, lengths]), tiles)
     began = time.monotonic()

@@ -11,11 +11,13 @@ import time
 
 import numpy as np
 
-from alignvlm_jax.config import Config, DataConfig, TrainConfig
+from alignvlm_jax import presets
+from alignvlm_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from alignvlm_jax.data.lengths import Lengths
 from alignvlm_jax.data.sampler import Mixed
 
 CONFIG = Config(
+    model=ModelConfig(vision=presets.VISION["tiny"]),
     data=DataConfig(row_length=8320, max_tiles=24, packing="plan", tasks={"answer": 1.0}),
     train=TrainConfig(num_steps=10**9, batch_size=512),
 )

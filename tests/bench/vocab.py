@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from alignvlm_jax.config import Config, MeshConfig, TrainConfig
+from alignvlm_jax import presets
+from alignvlm_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from alignvlm_jax.ops.chunked import Matrix, rows_per_block
 from alignvlm_jax.ops.cross_entropy import token_losses
 from alignvlm_jax.ops.vocab_average import Norm, vocab_average
@@ -26,7 +27,11 @@ from alignvlm_jax.plan import hardware
 from tests.bench import memory
 from tests.bench.memory import Memory
 
-CONFIG = Config(mesh=MeshConfig(data=1, fsdp=1, tensor=4), train=TrainConfig(batch_size=4))
+CONFIG = Config(
+    model=ModelConfig(vision=presets.VISION["tiny"], llm=presets.LLM["tiny"]),
+    mesh=MeshConfig(data=1, fsdp=1, tensor=4),
+    train=TrainConfig(batch_size=4),
+)
 BLOCK = 512
 SIZES = [(rows, words) for words in (32_768, 128_256, 256_512) for rows in (2048, 8192, 32_768)]
 WIDTH = 2048

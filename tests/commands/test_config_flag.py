@@ -6,9 +6,17 @@ from alignvlm_jax.errors import UserError
 
 CONFIG = """
 from alignvlm_jax import config as config_lib
+from alignvlm_jax import presets
 
 def get_config(connector="align"):
     config = config_lib.default_config_dict()
+    config_lib.set_preset(config.model.vision, presets.VISION["tiny"])
+    config_lib.set_preset(config.model.llm, presets.LLM["tiny"])
+    config.model.image_token_id = 4
+    config.data.update(dir="data/mine", row_length=192, max_tiles=2)
+    config.train.batch_size = 32
+    if connector != "nothing":
+        config.optim.learning_rate = 2e-3
     config.model.connector.name = connector
     config.stages = {
         "align": {"train": {"num_steps": 3, "batch_size": 4}},
@@ -40,6 +48,16 @@ def test_one_stage_can_be_changed_in_a_field_that_it_does_not_set(flag):
     )
     assert [stage.optim.learning_rate for stage in stages] == [2e-3, 1.0]
     assert [stage.train.trainable for stage in stages] == [(".*",), ("llm/.*",)]
+
+
+def test_one_stage_can_be_given_what_the_base_lacks(flag):
+    with pytest.raises(UserError, match=r"stage 'align' lacks config\.optim\.learning_rate;"):
+        config_flag.parse([flag + ":nothing"])
+    rates = ["--config.stages.align.optim.learning_rate=1", "--config.stages.read.optim.learning_rate=0.5"]
+    stages, _ = config_flag.parse([flag + ":nothing", "--config.model.connector.name=align", *rates])
+    assert [stage.optim.learning_rate for stage in stages] == [1.0, 0.5]
+    with pytest.raises(UserError, match=r"stages\.align\.optim\.learning_rate=fast: could not convert"):
+        config_flag.parse([flag + ":nothing", "--config.stages.align.optim.learning_rate=fast"])
 
 
 def test_a_value_may_follow_after_a_space(flag):

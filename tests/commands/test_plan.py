@@ -35,9 +35,16 @@ KEYS = {
 CONFIG = """
 import ml_collections
 from alignvlm_jax import config as config_lib
+from alignvlm_jax import presets
 
 def get_config(stages="one"):
     config = config_lib.default_config_dict()
+    config_lib.set_preset(config.model.vision, presets.VISION["tiny"])
+    config_lib.set_preset(config.model.llm, presets.LLM["tiny"])
+    config.model.image_token_id = 4
+    config.data.update(dir="data", row_length=192, max_tiles=2)
+    config.optim.learning_rate = 2e-3
+    config.train.num_steps = 1000
     config.name = "planned"
     config.model.dtype = "bfloat16"
     config.model.remat = "full"

@@ -15,13 +15,19 @@ from alignvlm_jax import __main__ as main_lib
 REPOSITORY = Path(__file__).parents[2]
 CONFIG = """
 from alignvlm_jax import config as config_lib
+from alignvlm_jax import presets
 
 def get_config():
     config = config_lib.default_config_dict()
+    config_lib.set_preset(config.model.vision, presets.VISION["tiny"])
+    config_lib.set_preset(config.model.llm, presets.LLM["tiny"])
+    config.model.image_token_id = 4
     config.model.vision.update(width=16, mlp_width=16, num_layers=1, num_heads=2)
     config.model.llm.update(width=16, mlp_width=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8)
     config.train.update(num_steps=200, batch_size=4, log_every=1, validate_every=1000, checkpoint_every=1000)
     config.train.validation_rows = 4
+    config.data.update(dir="data", row_length=192, max_tiles=2, tasks={"transcribe": 0.5, "answer": 0.5})
+    config.optim.learning_rate = 2e-3
     return config
 """
 

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from alignvlm_jax import presets
 from alignvlm_jax.config import VisionConfig
 from alignvlm_jax.data import images
 from alignvlm_jax.errors import UserError
 
-DEMO = VisionConfig()
+DEMO = presets.VISION["tiny"]
 SQUARE = VisionConfig(tile_height=384, tile_width=384, patch_height=14, patch_width=14)
 
 

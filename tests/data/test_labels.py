@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alignvlm_jax.config import VisionConfig
+from alignvlm_jax import presets
 from alignvlm_jax.data import images, labels
 from alignvlm_jax.data.record import Word
 
-VISION = VisionConfig()
+VISION = presets.VISION["tiny"]
 SUPERSAMPLING = 4
 
 

@@ -9,7 +9,8 @@ from concurrent import futures
 import numpy as np
 import pytest
 
-from alignvlm_jax.config import Config, DataConfig, SourceConfig
+from alignvlm_jax import presets
+from alignvlm_jax.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig
 from alignvlm_jax.data import sampler
 from alignvlm_jax.data.lengths import Lengths
 from alignvlm_jax.data.sampler import Mixed, Shuffled
@@ -25,8 +26,19 @@ SOURCES = {
 
 
 def config(**changes) -> Config:
-    data = DataConfig(row_length=ROW_LENGTH, max_tiles=4, sources=SOURCES, packing="plan", temperature=1.3)
-    return Config(data=dataclasses.replace(data, **changes))
+    data = DataConfig(
+        row_length=ROW_LENGTH,
+        max_tiles=4,
+        sources=SOURCES,
+        packing="plan",
+        temperature=1.3,
+        tasks={"transcribe": 0.5, "answer": 0.5},
+    )
+    return Config(
+        model=ModelConfig(vision=presets.VISION["tiny"]),
+        data=dataclasses.replace(data, **changes),
+        train=TrainConfig(num_steps=1000, batch_size=32),
+    )
 
 
 def known_lengths() -> Lengths:

@@ -13,6 +13,7 @@ import pytest
 import tokenizers
 
 from alignvlm_jax import config as config_lib
+from alignvlm_jax import presets
 from alignvlm_jax.data import index, loader, shards
 from alignvlm_jax.data.record import decode_record
 from alignvlm_jax.errors import UserError
@@ -130,8 +131,8 @@ def test_special_tokens_in_a_users_text_are_text(tmp_path, tokenizer, kind):
     specials = loader.tokenizers.load(tmp_path / "out").specials
     llm = config_lib.LLMConfig(vocab_size=400)
     config = config_lib.Config(
-        model=config_lib.ModelConfig(llm=llm, image_token_id=specials["<image>"]),
-        data=config_lib.DataConfig(dir=str(tmp_path / "out"), tasks={"answer": 1.0}, row_length=1024),
+        model=config_lib.ModelConfig(vision=presets.VISION["tiny"], llm=llm, image_token_id=specials["<image>"]),
+        data=config_lib.DataConfig(dir=str(tmp_path / "out"), row_length=1024, max_tiles=2),
         train=config_lib.TrainConfig(num_steps=len(texts), batch_size=1),
     )
     rows = loader.TrainRows(config, "train")

@@ -38,6 +38,7 @@ CONFIG = tiny_config(
         llm=config_lib.LLMConfig(
             vocab_size=74, width=10, mlp_width=28, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6
         ),
+        image_token_id=4,
     ),
     data=config_lib.DataConfig(row_length=34, max_tiles=2),
 )

@@ -87,10 +87,11 @@ def test_a_config_that_is_wrong_on_one_host_is_told_by_the_main_one(tmp_path):
     config = tmp_path / "config.py"
     config.write_text("""
 import os
-from alignvlm_jax import config as config_lib
+from configs import demo
 
 def get_config():
-    config = config_lib.default_config_dict()
+    config = demo.get_config()
+    config.stages = {}
     config.train.num_steps = -1 if os.environ["ALIGNVLM_PROCESS_ID"] == "1" else 1
     return config
 """)

@@ -22,7 +22,7 @@ LLM = config_lib.LLMConfig(
     vocab_size=2048, width=256, mlp_width=1024, num_layers=3, num_heads=8, num_kv_heads=4, head_dim=32
 )
 BASE = tiny_config(
-    model=config_lib.ModelConfig(vision=VISION, llm=LLM, vocab_form="plain", scan_unroll=3),
+    model=config_lib.ModelConfig(vision=VISION, llm=LLM, image_token_id=4, vocab_form="plain", scan_unroll=3),
     data=config_lib.DataConfig(row_length=128, max_tiles=2),
     mesh=config_lib.MeshConfig(),
     train=config_lib.TrainConfig(batch_size=4, patch_token_weight=0.0),

@@ -28,6 +28,7 @@ def get_config():
     config.model.llm.update(
         vocab_size=112, width=16, mlp_width=32, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=4
     )
+    config.model.image_token_id = 4
     config.data.update(
         dir={folder!r}, packing="plan", row_length=80, max_tiles=4, record_tiles=2, max_unsupervised=1.0,
         tasks={{"answer": 1.0}},

@@ -52,7 +52,7 @@ def test_decay_reaches_the_update_and_norms_stay():
 
 
 def test_gradients_are_clipped_by_their_global_norm():
-    config = tiny_config(optim=OptimConfig(clip_norm=1.0, warmup_steps=0, weight_decay=0.0))
+    config = tiny_config(optim=OptimConfig(learning_rate=2e-3, clip_norm=1.0, warmup_steps=0, weight_decay=0.0))
     tx = optim.make_optimizer(config)
     params = {"a": {"bias": jnp.zeros(2)}}
     _, opt_state = tx.update({"a": {"bias": jnp.array([30.0, 40.0])}}, tx.init(params), params)

@@ -83,7 +83,7 @@ class CAbstractor(Connector):
         """Defaults are those of the release."""
 
         pooled_rows: int = 12  # the grid of visual tokens of a tile
-        pooled_columns: int = 12
+        pooled_columns: int = 12  # and the columns of it
         num_blocks: int = 3  # before the pooling, and as many after it
 
     @staticmethod

@@ -85,7 +85,7 @@ class Perceiver(Connector):
         """Defaults are Flamingo's."""
 
         num_latents: int = 64  # visual tokens of a tile
-        num_layers: int = 6
+        num_layers: int = 6  # of the resampler
 
     @staticmethod
     def num_tokens(vision: VisionConfig, options: Options) -> int:

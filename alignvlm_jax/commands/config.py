@@ -1,0 +1,112 @@
+"""`config`: shows the resolved config of every stage, each field with its meaning."""
+
+import argparse
+import textwrap
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from alignvlm_jax.commands import config_flag
+from alignvlm_jax.config import MISSING, Config, describing
+from alignvlm_jax.config.describing import Field
+
+Leaves = Mapping[str, tuple[Any, Field]]
+
+WIDEST = 44
+"""Columns that a field and its value may take before the comment moves to a line of its own."""
+WIDTH = 100
+HEAD = f"""# Every field of a config
+
+<!-- Generated from the comments in alignvlm_jax/config/fields.py; after a change there:
+python -m alignvlm_jax config --markdown > docs/config.md -->
+
+A config file starts from `config_lib.default_config_dict()` and sets `config.GROUP.FIELD`;
+`--config.GROUP.FIELD=VALUE` changes it on the command line. Where the default is **must be given**,
+there is none: a command that reads a config without such a field names it and ends.
+`python -m alignvlm_jax config --config=FILE` shows what the stages of a file come to.
+`{describing.NAME}` stands for a name of your own.
+"""
+
+
+def main(argv: list[str]) -> None:
+    """Prints the stages, or the reference of all fields."""
+    parser = argparse.ArgumentParser(
+        prog="python -m alignvlm_jax config",
+        description="Shows the resolved config of every stage, each field with its meaning.",
+        usage="%(prog)s --config=FILE[:ARG] [--config.a.b=VALUE ...] | --markdown",
+        epilog=config_flag.HELP,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--markdown", action="store_true", help="every field there is, as docs/config.md")
+    stages, rest = config_flag.parse(argv)
+    args = parser.parse_args(rest)
+    if args.markdown == (stages is not None):
+        parser.error("--config=FILE or --markdown is required, and not both")
+    if stages is None:
+        print(reference(), end="")
+    else:
+        print("\n".join(_text(stages)))
+
+
+def reference() -> str:
+    """Returns docs/config.md: a table for each group."""
+    parts = [HEAD]
+    for group in describing.groups():
+        parts.append(f"## {f'`{group.path}`' if group.path else 'The stage'}\n\n{group.text}\n")
+        rows = [
+            f"| `{field.path.removeprefix(f'{group.path}.')}` | {_default(field)} | {_cell(field.comment)} |"
+            for field in group.fields
+        ]
+        if rows:
+            parts.append("\n".join(["| field | default | unit and meaning |", "|---|---|---|", *rows]) + "\n")
+    return "\n".join(parts)
+
+
+def _default(field: Field) -> str:
+    return "**must be given**" if field.default is MISSING else f"`{field.default!r}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|").replace("<", "&lt;")
+
+
+def _text(stages: tuple[Config, ...]) -> Iterator[str]:
+    """What all stages share by group, then what each has of its own; a comment stands where its
+    field stands first."""
+    of_stages = {stage.stage: describing.leaves(stage) for stage in stages}
+    first, *others = of_stages.values()
+    common = {
+        path: leaf for path, leaf in first.items() if all(path in other and other[path] == leaf for other in others)
+    }
+    yield f"{len(stages)} {'stages' if others else 'stage'}: {', '.join(of_stages)}"
+    yield "* marks what is not the default"
+    by_group: dict[str, dict[str, tuple[Any, Field]]] = {}
+    for path, leaf in common.items():
+        by_group.setdefault(path.rpartition(".")[0], {})[path] = leaf
+    for group, leaves in by_group.items():
+        yield ""
+        yield f"config.{group}".rstrip(".")
+        yield from _lines(leaves, f"{group}.".lstrip("."))
+    explained: set[str] = set()
+    for name, leaves in of_stages.items() if others else ():
+        own = {path: leaf for path, leaf in leaves.items() if path not in common and path != "stage"}
+        yield ""
+        yield f"config.stages.{name}"
+        yield from _lines(own, "", explained)
+        explained |= own.keys()
+
+
+def _lines(leaves: Leaves, prefix: str, explained: Collection[str] = ()) -> Iterator[str]:
+    """A line for each field, or more where it does not fit; comments stand below each other."""
+    texts = {
+        path: f"{' ' if value == field.default else '*'} {path.removeprefix(prefix)} = {value!r}"
+        for path, (value, field) in leaves.items()
+    }
+    column = max((len(text) for text in texts.values() if len(text) <= WIDEST), default=0) + 2
+    for path, text in texts.items():
+        comment = [] if path in explained else textwrap.wrap(leaves[path][1].comment, WIDTH - column - 2)
+        if comment and len(text) > column - 2:
+            yield text
+            text = ""
+        for line in comment or [""]:
+            yield f"{text:{column}}# {line}" if line else text
+            text = ""
