@@ -15,7 +15,7 @@ from PIL import Image
 
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import images
-from alignvlm_jax.models import vlm
+from alignvlm_jax.models import decoder, vlm
 from alignvlm_jax.train import optim, state, step
 from tests.conftest import random_params, tiny_config
 
@@ -196,7 +196,7 @@ def test_initial_parameters_have_the_packages_names_and_shapes(nano, tie_embeddi
     config = make_config(tie_embeddings)
     ours = nano.init_params(0, nano_config(nano, config))
     assert jax.tree.map(np.shape, ours) == jax.tree.map(np.shape, make_params(config))
-    np.testing.assert_array_equal(ours["connector"]["w2"]["kernel"], vlm.lm_head(ours["llm"]))
+    np.testing.assert_array_equal(ours["connector"]["w2"]["kernel"], decoder.lm_head(ours["llm"]))
 
 
 def test_pages_are_cut_into_the_packages_grids_and_tiles(nano):
