@@ -16,9 +16,7 @@ HELP = (
     "--config=FILE[:ARG] is a Python file with get_config(ARG); --config.a.b=VALUE changes a field of all stages that "
     "do not set it, --config.stages.NAME.a.b=VALUE of one stage"
 )
-
-
-CONNECTOR_NAME = "--config.model.connector.name="
+CONNECTOR = ["model", "connector"]
 
 
 def parse(argv: list[str]) -> tuple[tuple[Config, ...] | None, list[str]]:
@@ -32,8 +30,9 @@ def parse(argv: list[str]) -> tuple[tuple[Config, ...] | None, list[str]]:
         return None, rest
     config = _load(files[-1])
     for flag in overrides:
-        if flag.startswith(CONNECTOR_NAME):  # First: it says which options there are.
-            config.model.connector.name = flag.removeprefix(CONNECTOR_NAME)
+        path, _, value = flag.partition("=")
+        if path == "--config.model.connector.name" and _has(config, [*CONNECTOR, "name"]):
+            config.model.connector.name = value  # Before the others: it says which options there are.
     for flag in overrides:
         _prepare_field(config, flag.lstrip("-").split("=", 1)[0].removeprefix("config."))
     arguments = ["", *overrides]
@@ -118,7 +117,7 @@ def _stage_field(config: ml_collections.ConfigDict, path: str, names: list[str])
 
 def _lookup(config: ml_collections.ConfigDict, names: list[str], path: str) -> Any:
     """The value of a field of all stages; UserError with the nearest name where a part of its path is unknown."""
-    if names[:2] == ["model", "connector"] and len(names) == 3 and not _has(config, names):
+    if names[:-1] == CONNECTOR and not _has(config, names) and _has(config, [*CONNECTOR, "name"]):
         return _option(config.model, names[2], path)
     value: Any = config
     for name in names:
@@ -131,12 +130,12 @@ def _lookup(config: ml_collections.ConfigDict, names: list[str], path: str) -> A
 
 def _option(model: ml_collections.ConfigDict, option: str, path: str) -> Any:
     """The value of an option of the connector chosen, which stands among those of all connectors."""
-    name = model.connector.name
+    name, by_name = model.connector.name, model.get("connectors", {})
     config_lib.connector_class(name)
-    options = model.connectors.get(name, {})
+    options = by_name.get(name, {})
     if option in options:
         return options[option]
-    for other, theirs in model.connectors.items():
+    for other, theirs in by_name.items():
         if option in theirs:
             raise UserError(
                 f"config.{path} is an option of {other}, and config.model.connector.name is {name!r}; leave it out, or "

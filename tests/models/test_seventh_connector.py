@@ -16,6 +16,7 @@ from alignvlm_jax import config as config_lib
 from alignvlm_jax.analysis import cost
 from alignvlm_jax.benchmarks.runner import Runner
 from alignvlm_jax.commands import config_flag
+from alignvlm_jax.commands.train import EVALUATORS
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading, patch_tokens
 from alignvlm_jax.models import connectors, vlm
@@ -108,7 +109,7 @@ def workdir(tmp_path_factory, flags) -> Path:
     """A run of two steps."""
     path = tmp_path_factory.mktemp("run")
     stages, _ = config_flag.parse([*flags, f"--config.model.connector.stride={STRIDE}"])
-    loop.train(stages, path, Console(file=io.StringIO()))
+    loop.train(stages, path, Console(file=io.StringIO()), EVALUATORS)
     return path
 
 
