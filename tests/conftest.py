@@ -188,7 +188,7 @@ def trained_workdir(tmp_path_factory) -> pathlib.Path:
         shards.write_shard(root / shards.shard_name(split, 0, 1), records)
     tokenizer = Tokenizer.train(root / "tokenizer.model", [EVAL_QUESTION, "a b"])
     config = tiny_config(
-        data=config_lib.DataConfig(dir=str(root), row_length=48, max_tiles=2),
+        data=config_lib.DataConfig(dir=str(root), row_length=48, max_tiles=2, tasks={"transcribe": 0.5, "answer": 0.5}),
         eval=config_lib.EvalConfig(
             splits=("seen_fonts", "unseen_fonts"), num_questions=6, batch_size=4, max_new_tokens=4
         ),
