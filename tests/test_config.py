@@ -302,15 +302,13 @@ def test_patches_of_a_tile():
 
 # Comments.
 
-WITHOUT_COMMENTS = ("model.connector.",)
 
 
 def test_every_field_has_a_comment():
-    lacking = [field.path for field in describing.fields().values() if not field.comment]
-    assert [path for path in lacking if not path.startswith(WITHOUT_COMMENTS)] == []
+    assert [field.path for field in describing.fields().values() if not field.comment] == []
 
 
-@pytest.mark.parametrize("path", [path for path in checks.CHOICES if not path.startswith(WITHOUT_COMMENTS)])
+@pytest.mark.parametrize("path", checks.CHOICES)
 def test_the_comment_names_every_choice(path):
     comment = describing.fields()[path].comment
     assert [choice for choice in checks.CHOICES[path] if f'"{choice}"' not in comment] == []

@@ -76,8 +76,17 @@ from alignvlm_jax import config as config_lib
 
 def get_config():
     config = config_lib.default_config_dict()
-    config.model.vision.update(width=16, mlp_width=32, num_layers=1, num_heads=2)
-    config.model.llm.update(width=16, mlp_width=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8)
+    config.model.vision.update(
+        tile_height=32, tile_width=128, patch_height=16, patch_width=8,
+        width=16, mlp_width=32, num_layers=1, num_heads=2,
+    )
+    config.model.llm.update(
+        vocab_size=128, width=16, mlp_width=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8
+    )
+    config.model.image_token_id = 4
+    config.data.update(row_length=192, max_tiles=2, tasks={"transcribe": 0.5, "answer": 0.5})
+    config.optim.learning_rate = 2e-3
+    config.eval.splits = ("seen_fonts", "unseen_fonts")
     config.train.update(num_steps=2, batch_size=8, log_every=1, validation_rows=8)
     config.optim.warmup_steps = 0
     config.eval.update(num_questions=4, batch_size=8, max_new_tokens=4)

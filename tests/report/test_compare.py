@@ -104,7 +104,7 @@ def compared(trained_workdir, tmp_path):
     for seed in range(2):
         run = tmp_path / "connectors" / f"align_seed{seed}"
         shutil.copytree(trained_workdir / "checkpoints", run / "checkpoints")
-        config = compare.checkpoint.load_config(trained_workdir)
+        config = compare.restore.load_config(trained_workdir)
         config = dataclasses.replace(
             config,
             train=dataclasses.replace(config.train, num_steps=7),

@@ -47,7 +47,10 @@ def test_the_map_names_every_room_and_nothing_that_is_not_there():
     for file, name in re.findall(r"`((?:\w+/)+\w+\.py)(?::([\w.]+))?`", text):
         [path] = [root / file for root in (REPOSITORY, measure.PACKAGE) if (root / file).exists()]
         leaf = name.rpartition(".")[2]
-        assert not leaf or re.search(rf"^\s*(?:def|class) {leaf}\b|^{leaf}(?::.*)? = ", path.read_text(), re.M), (file, name)
+        assert not leaf or re.search(rf"^\s*(?:def|class) {leaf}\b|^{leaf}(?::.*)? = ", path.read_text(), re.M), (
+            file,
+            name,
+        )
 
 
 def test_measures_see_what_they_count():
