@@ -303,7 +303,6 @@ def test_patches_of_a_tile():
 # Comments.
 
 
-
 def test_every_field_has_a_comment():
     assert [field.path for field in describing.fields().values() if not field.comment] == []
 

@@ -15,7 +15,9 @@ def get_config(connector="align"):
     config.model.image_token_id = 4
     config.data.update(dir="data/mine", row_length=192, max_tiles=2)
     config.train.batch_size = 32
-    if connector != "nothing":
+    if connector == "lacking":
+        connector = "align"
+    else:
         config.optim.learning_rate = 2e-3
     config.model.connector.name = connector
     config.stages = {
@@ -52,12 +54,12 @@ def test_one_stage_can_be_changed_in_a_field_that_it_does_not_set(flag):
 
 def test_one_stage_can_be_given_what_the_base_lacks(flag):
     with pytest.raises(UserError, match=r"stage 'align' lacks config\.optim\.learning_rate;"):
-        config_flag.parse([flag + ":nothing"])
+        config_flag.parse([flag + ":lacking"])
     rates = ["--config.stages.align.optim.learning_rate=1", "--config.stages.read.optim.learning_rate=0.5"]
-    stages, _ = config_flag.parse([flag + ":nothing", "--config.model.connector.name=align", *rates])
+    stages, _ = config_flag.parse([flag + ":lacking", *rates])
     assert [stage.optim.learning_rate for stage in stages] == [1.0, 0.5]
     with pytest.raises(UserError, match=r"stages\.align\.optim\.learning_rate=fast: could not convert"):
-        config_flag.parse([flag + ":nothing", "--config.stages.align.optim.learning_rate=fast"])
+        config_flag.parse([flag + ":lacking", "--config.stages.align.optim.learning_rate=fast"])
 
 
 def test_a_value_may_follow_after_a_space(flag):

@@ -284,7 +284,7 @@ def test_other_data_are_refused(straight, tmp_path, monkeypatch):
     for other in (5, 6, 7, 8):
         shutil.rmtree(workdir / "checkpoints" / str(other), ignore_errors=True)
     monkeypatch.setattr(loop.shards, "_fingerprint", lambda *_: "other")
-    with pytest.raises(UserError, match=r"was trained on data of fingerprint \w{8}, that of data/demo is other"):
+    with pytest.raises(UserError, match=r"was trained on data of fingerprint \w{8}, that of data is other"):
         fake_run.train(workdir)
 
 
