@@ -227,11 +227,11 @@ def collect(
       count: of the rows.
       things: what rows are of, in the plural.
     """
-    if finished := _finished(path, header, count):
+    if finished := _finished(path, header, count, is_claimed=False):
         return finished
     with _claimed(path, name):
         # Another process may have made it while this one waited.
-        if finished := _finished(path, header, count):
+        if finished := _finished(path, header, count, is_claimed=True):
             return finished
         writer = Writer(path, header, count) if distributed.is_main() else Collector(header)
         writer.predictions.rows[:] = exchange.from_main(writer.predictions.rows)
@@ -244,14 +244,14 @@ def collect(
         return writer.publish()
 
 
-def _finished(path: Path, header: dict[str, Any], count: int) -> Predictions | None:
-    """What is at `path`, if it was made in this way and is whole."""
+def _finished(path: Path, header: dict[str, Any], count: int, *, is_claimed: bool) -> Predictions | None:
+    """What is at `path`, if it was made in this way and is whole; where it is not, and is about to be made, says so."""
     found = read(path) if distributed.is_main() else None
     is_same = found is not None and made_alike(found.header, header)
-    if is_same and len(found.rows) != count:
+    is_whole = is_same and len(found.rows) == count
+    if is_same and not is_whole and is_claimed:
         print(f"{path} has {len(found.rows):,} of {count:,} rows, and is made anew", file=sys.stderr)
-        is_same = False
-    rows = exchange.from_main(found.rows if is_same else None)
+    rows = exchange.from_main(found.rows if is_whole else None)
     return None if rows is None else Predictions(header, rows)
 
 
@@ -290,7 +290,7 @@ def _progress_bar(things: str) -> progress.Progress:
     )
 
 
-def write(path: Path, result: Predictions, task: Task) -> None:
+def write_submission(path: Path, result: Predictions, task: Task) -> None:
     """Writes a JSON array of ids and answers, as the server of a benchmark takes it; ids that are numbers as such."""
     id_name, answer_name = task.submission
     entries = [

@@ -185,7 +185,7 @@ def _hand_in(console: Console, checkpoint: Path, task: tasks.Task, result: Predi
         )
     if not all(row["answers"] for row in result.rows):
         path = predictions.task_path(loading.workdir_of(checkpoint), task.name).with_suffix(".submission.json")
-        predictions.write(path, result, task)
+        predictions.write_submission(path, result, task)
         console.print(f"{task.name}: answers are not known; {path} can be handed in", soft_wrap=True)
 
 

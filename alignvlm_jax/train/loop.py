@@ -8,7 +8,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,16 @@ def preflight(stages: tuple[Config, ...]) -> None:
         before = shapes[key]
 
 
+def _files_of(configs: tuple[Config, ...]) -> dict[str, Callable[[], str]]:
+    """What the files of each stage hold. Stages mostly share their data, which are looked at once."""
+    contents = functools.cache(shards.contents)
+    data = {f"the data of stage {one.stage}": functools.partial(contents, *one.data.folders) for one in configs}
+    tokenizers = {
+        f"the tokenizer of stage {one.stage}": functools.partial(loader.tokenizer_contents, one) for one in configs
+    }
+    return data | tokenizers
+
+
 def _check_init_from(config: Config, abstract: Params) -> None:
     wanted = {path: x.shape for path, x in state.flatten(abstract).items()}
 
@@ -106,13 +116,7 @@ def train(
     began = time.monotonic()
     # Before anything else: from here on processes wait for each other.
     distributed.check_alike(dict(workdir.leaves(configs)))
-    for one in configs:
-        distributed.check_alike(
-            {
-                f"the data of stage {one.stage}": functools.partial(shards.contents, *one.data.folders),
-                f"the tokenizer of stage {one.stage}": functools.partial(loader.tokenizer_contents, one),
-            }
-        )
+    distributed.check_alike(_files_of(configs))
     preflight(configs)
     for kind in kinds:
         kind.check(configs)
@@ -271,6 +275,8 @@ def _watch_from(run: Run, stage: Stage, newest: int) -> None:
 
 def _say_what_is_lost(run: Run, stage: Stage, newest: int) -> None:
     """A save waits until the lines before it are safe: where they are not there, somebody has removed them."""
+    if not distributed.is_main():
+        return  # Of a bucket every host would read it, for one line.
     done, every = newest - stage.begin, stage.config.train.log_every
     logged = newest if newest in (stage.begin, stage.end) else stage.begin + done // every * every
     last = metrics.last_step(run.folder / METRICS_FILE)
