@@ -11,11 +11,15 @@ if typing.TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(checkpoint: str | os.PathLike[str], data: str | os.PathLike[str] | None = None) -> Assistant:
-    """Loads a trained model, to ask it about pages: `load("runs/demo").answer("page.png", "What is the total?")`.
+def load(
+    checkpoint: str | os.PathLike[str], data: str | os.PathLike[str] | None = None
+) -> Assistant:
+    """Loads a trained model, to ask it about pages: `load("runs/demo").answer("page.png", "What is
+    the total?")`.
 
     Args:
-      checkpoint: a workdir, whose newest checkpoint is taken, or one checkpoint folder `checkpoints/STEP`.
+      checkpoint: a workdir, whose newest checkpoint is taken, or one checkpoint folder
+        `checkpoints/STEP`.
       data: the folder with the tokenizer; by default the one trained on.
 
     Raises:

@@ -1,8 +1,8 @@
 """`python -m alignvlm_jax COMMAND ...`.
 
-Exit status: 0 done; 1 wrong input (one line on stderr), which would only fail again; 2 wrong usage. The launch scripts
-start again what ends otherwise: 70 an exception that nobody expected; 75 stalled, another host lost or late, a storage
-that does not answer; 143 told to stop, and saved.
+Exit status: 0 done; 1 wrong input (one line on stderr), which would only fail again; 2 wrong usage.
+The launch scripts start again what ends otherwise: 70 an exception that nobody expected; 75
+stalled, another host lost or late, a storage that does not answer; 143 told to stop, and saved.
 """
 
 import contextlib
@@ -14,7 +14,14 @@ from types import ModuleType
 from typing import NoReturn
 
 from alignvlm_jax import logs, storage
-from alignvlm_jax.errors import TRY_AGAIN_STATUS, StoppedError, TryAgainError, UsageError, UserError, nearest
+from alignvlm_jax.errors import (
+    TRY_AGAIN_STATUS,
+    StoppedError,
+    TryAgainError,
+    UsageError,
+    UserError,
+    nearest,
+)
 from alignvlm_jax.parallel import xla_flags
 from alignvlm_jax.storage import faults
 from alignvlm_jax.storage.faults import Kind
@@ -24,12 +31,14 @@ COMMANDS = {
     "convert": "makes a checkpoint to start from out of published weights, and exports one back",
     "config": "shows what the stages of a config come to, each field with its unit and meaning",
     "plan": "says what a stage needs on a TPU slice, without one: memory, FLOPs, collectives, days",
-    "inspect": "shows what a prepared folder holds, the rows that a model would get, and analyses a trained one",
+    "inspect": "shows what a prepared folder holds, the rows that a model would get, and analyses "
+    "a trained one",
     "train": "trains the stages of a config, or goes on with them",
     "evaluate": "asks a trained model the evaluation questions and scores its answers",
     "generate": "answers a question about an image or a PDF page",
     "report": "writes report.html of a run",
-    "compare": "measures runs of several connectors or settings and seeds, and writes their tables and pictures",
+    "compare": "measures runs of several connectors or settings and seeds, and writes their "
+    "tables and pictures",
 }
 
 JOINING = {"train": "", "evaluate": "", "inspect": "--analysis"}
@@ -52,15 +61,21 @@ def _run(argv: list[str], debug: bool) -> int:
         print("usage: python -m alignvlm_jax COMMAND [--help] [--debug] ...\n")
         print("\n".join(f"  {name:10}{help_text}" for name, help_text in COMMANDS.items()))
         print(
-            "\n--debug, or ALIGNVLM_DEBUG=1: the traceback of an error, and all messages of libraries on the terminal"
+            "\n--debug, or ALIGNVLM_DEBUG=1: the traceback of an error, and all messages of "
+            "libraries on the terminal"
         )
         return 0 if argv else 2
     if argv[0] not in COMMANDS:
-        print(f"alignvlm_jax: error: unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}", file=sys.stderr)
+        print(
+            f"alignvlm_jax: error: unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}",
+            file=sys.stderr,
+        )
         return 2
     if not _joins(argv) and (name := _asks_for_several()):
         joining = ", ".join(f"{command} {flag}".strip() for command, flag in JOINING.items())
-        return _fail(f"{argv[0]} runs as one process, and {name} is set: only {joining} join several")
+        return _fail(
+            f"{argv[0]} runs as one process, and {name} is set: only {joining} join several"
+        )
     if argv[0] in COMPUTING and (line := xla_flags.apply_preset()):
         print(line, file=sys.stderr, flush=True)
     try:
@@ -99,7 +114,9 @@ def _asks_for_several() -> str | None:
     """The name of the variable that says that this is one process of several."""
     if os.environ.get("ALIGNVLM_NUM_PROCESSES", "1") != "1":
         return "ALIGNVLM_NUM_PROCESSES"
-    return "ALIGNVLM_AUTO_DISTRIBUTED" if os.environ.get("ALIGNVLM_AUTO_DISTRIBUTED") == "1" else None
+    return (
+        "ALIGNVLM_AUTO_DISTRIBUTED" if os.environ.get("ALIGNVLM_AUTO_DISTRIBUTED") == "1" else None
+    )
 
 
 def _fail(message: str, status: int = 1) -> int:
@@ -119,9 +136,10 @@ def leave_with(status: int) -> NoReturn:
         if distributed := _distributed():
             distributed.leave()
         sys.exit(status)
-    # At an orderly exit threads that still write would be waited for, and libraries' exit hooks that fail for the same
-    # reason as we did would add their tracebacks to our one line. Of several processes, one that failed would wait for
-    # the others, and they, in the midst of a step, for it.
+    # At an orderly exit threads that still write would be waited for, and libraries' exit hooks
+    # that fail for the same reason as we did would add their tracebacks to our one line. Of several
+    # processes, one that failed would wait for the others, and they, in the midst of a step, for
+    # it.
     os._exit(status)
 
 

@@ -67,7 +67,9 @@ class Terminal(logging.StreamHandler):
 
     def __init__(self, debug: bool):
         super().__init__(sys.stderr)
-        self.setFormatter(absl_logging.PythonFormatter() if debug else logging.Formatter("%(message)s"))
+        self.setFormatter(
+            absl_logging.PythonFormatter() if debug else logging.Formatter("%(message)s")
+        )
         self._debug = debug
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -77,7 +79,10 @@ class Terminal(logging.StreamHandler):
 
 
 class Lines(logging.StreamHandler):
-    """Messages in a file. That it cannot be written is told once, not with a traceback for each of them."""
+    """Messages in a file.
+
+    That it cannot be written is told once, not with a traceback for each of them.
+    """
 
     _is_told = False
 
@@ -88,7 +93,8 @@ class Lines(logging.StreamHandler):
 
 
 def say(line: str) -> None:
-    """Prints a line on stderr, where that can be written: on a full disk the rest must go on all the same."""
+    """Prints a line on stderr, where that can be written: on a full disk the rest must go on all
+    the same."""
     with contextlib.suppress(OSError, ValueError):
         print(line, file=sys.stderr, flush=True)
 
@@ -101,7 +107,8 @@ _kept: list[Kept] = []
 def collected(debug: bool) -> Iterator[None]:
     """While entered, messages of libraries wait for the host's log, and go to the terminal as
     `Terminal` says."""
-    kept, terminal = Kept(), Terminal(debug)
+    kept = Kept()
+    terminal = Terminal(debug)
     with _handling(kept), _handling(terminal):
         _kept.append(kept)
         try:
@@ -136,7 +143,9 @@ class HostLog:
     def __enter__(self) -> "HostLog":
         """Raises OSError where the file cannot be written."""
         if storage.is_bucket(self.path):
-            self.file: TextIO = self._stack.enter_context(tempfile.NamedTemporaryFile("a", buffering=1, suffix=".log"))
+            self.file: TextIO = self._stack.enter_context(
+                tempfile.NamedTemporaryFile("a", buffering=1, suffix=".log")
+            )
             self._shipper = Shipper(Path(self.file.name), self.path)
         else:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,9 +165,14 @@ class HostLog:
             absl_logging.info("%s", line)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, *_: object
+    ) -> None:
         # An error on its way out is the one to report, not that the log has no room for it.
-        with contextlib.nullcontext() if kind is None else contextlib.suppress(OSError), self._stack:
+        with (
+            contextlib.nullcontext() if kind is None else contextlib.suppress(OSError),
+            self._stack,
+        ):
             if kind is None:
                 absl_logging.info("ended")
             else:
@@ -197,9 +211,11 @@ class Shipper:
 
 
 class Repeated:
-    """Does something every so many seconds in a thread of its own while entered, and once at the end.
+    """Does something every so many seconds in a thread of its own while entered, and once at the
+    end.
 
-    What fails is told once, and tried again. Storage that does not answer at the end is not waited for.
+    What fails is told once, and tried again. Storage that does not answer at the end is not waited
+    for.
     """
 
     def __init__(self, action: Callable[[], None], every: float, problem: str):
@@ -231,7 +247,8 @@ class Repeated:
 
 
 def ship_all() -> None:
-    """Has the storage take what is new of the logs, for whoever ends the process without leaving them."""
+    """Has the storage take what is new of the logs, for whoever ends the process without leaving
+    them."""
     for log in list(_open_logs):
         log.ship()
 
@@ -243,7 +260,10 @@ def is_debugging(argv: list[str]) -> bool:
 
 def _facts(rank: str, commit: str) -> Iterator[str]:
     """What one asks first about a process of a pod."""
-    yield f"{rank}: host {socket.gethostname()}, pid {os.getpid()}, {os.cpu_count()} cores, {platform.platform()}"
+    yield (
+        f"{rank}: host {socket.gethostname()}, pid {os.getpid()}, {os.cpu_count()} cores, "
+        f"{platform.platform()}"
+    )
     versions = {"python": platform.python_version()}
     for name in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

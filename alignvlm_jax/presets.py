@@ -47,7 +47,8 @@ VISION = {
         mlp_width=384,
         num_layers=3,
         num_heads=4,
-        # Of the demonstration's pages: white with thin strokes is learnt from faster when normalised by its own.
+        # Of the demonstration's pages: white with thin strokes is learnt from faster when
+        # normalised by its own.
         pixel_mean=(0.94, 0.94, 0.94),
         pixel_std=(0.19, 0.19, 0.19),
     ),
@@ -97,10 +98,18 @@ LLM = {
         _SMOLLM2, width=960, mlp_width=2560, num_layers=32, num_heads=15, num_kv_heads=5
     ),
     "smollm2_1.7b": dataclasses.replace(
-        _SMOLLM2, width=2048, mlp_width=8192, num_layers=24, num_heads=32, num_kv_heads=32, rope_theta=130000.0
+        _SMOLLM2,
+        width=2048,
+        mlp_width=8192,
+        num_layers=24,
+        num_heads=32,
+        num_kv_heads=32,
+        rope_theta=130000.0,
     ),
     "llama32_1b": _LLAMA3,
-    "llama32_3b": dataclasses.replace(_LLAMA3, width=3072, num_layers=28, num_heads=24, head_dim=128),
+    "llama32_3b": dataclasses.replace(
+        _LLAMA3, width=3072, num_layers=28, num_heads=24, head_dim=128
+    ),
     "llama31_8b": dataclasses.replace(
         _LLAMA3,
         width=4096,

@@ -1,12 +1,17 @@
-"""Connectors on an equal footing: towers as they are given, a connector drawn anew, equal steps on equal rows.
+"""Connectors on an equal footing: towers as they are given, a connector drawn anew, equal steps on
+equal rows.
 
-    compare.py:towers       what a connector is put between, made once: the demonstration's language model, then, with
-                            it frozen, a vision encoder that learns from patch labels what patches show
-    compare.py:connectors   whole pages; the towers' parameters and a new connector, and everything is trained
-    compare.py:supervision  small pages; the language model alone is given, the rest is drawn: what labels are worth
+    compare.py:towers       what a connector is put between, made once: the demonstration's language
+    model, then, with
+                            it frozen, a vision encoder that learns from patch labels what patches
+                            show
+    compare.py:connectors   whole pages; the towers' parameters and a new connector, and everything
+    is trained compare.py:supervision  small pages; the language model alone is given, the rest is
+    drawn: what labels are worth
 
-`make compare` trains all of `configs/sweeps/compare.py`. As in the paper, the towers are the same for every connector.
-Only ALIGN can be told what a patch shows; without `patch_token_weight`, which rows of the sweep set, it is not.
+`make compare` trains all of `configs/sweeps/compare.py`. As in the paper, the towers are the same
+for every connector. Only ALIGN can be told what a patch shows; without `patch_token_weight`, which
+rows of the sweep set, it is not.
 """
 
 import ml_collections
@@ -43,12 +48,21 @@ def _towers(stages: ml_collections.ConfigDict) -> dict:
     reading = stages.stage1.to_dict()
     reading["train"] |= {"num_steps": 1200, "trainable": ("vision/.*", "connector/.*")}
     reading["optim"] = {"learning_rate": 2e-3}
-    return {"stage0_lines": stages.stage0_lines, "stage0_pages": stages.stage0_pages, "stage1": reading}
+    return {
+        "stage0_lines": stages.stage0_lines,
+        "stage0_pages": stages.stage0_pages,
+        "stage1": reading,
+    }
 
 
 def _connectors(stages: ml_collections.ConfigDict) -> dict:
     data = stages.stage2.data
-    return {"read": {"data": data, "train": {"num_steps": 500, "load": ("vision/.*", "llm/.*"), "generate_every": 100}}}
+    return {
+        "read": {
+            "data": data,
+            "train": {"num_steps": 500, "load": ("vision/.*", "llm/.*"), "generate_every": 100},
+        }
+    }
 
 
 def _supervision(stages: ml_collections.ConfigDict) -> dict:

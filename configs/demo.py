@@ -1,14 +1,17 @@
-"""The demonstration: a model of one million parameters learns to read forms, receipts and tables, on a laptop.
+"""The demonstration: a model of one million parameters learns to read forms, receipts and tables,
+on a laptop.
 
-    stage0_lines  the language model alone learns to copy and to look up, from the text of small pages laid out on the
-                  patch grid: it stands in for a pretrained LLM, which brings this along. Pages of two lines come
-                  first: what they teach in a minute takes several on whole pages
+    stage0_lines  the language model alone learns to copy and to look up, from the text of small
+    pages laid out on the
+                  patch grid: it stands in for a pretrained LLM, which brings this along. Pages of
+                  two lines come first: what they teach in a minute takes several on whole pages
     stage0_pages  the same on whole pages
     stage1        alignment: the whole model transcribes small pages
     stage2        the whole model transcribes whole pages and answers questions about them
     stage3        answers only; the vision encoder is frozen
 
-`configs/demo.py:mlp` is the same with the MLP connector, and so for every other of `models.connectors`.
+`configs/demo.py:mlp` is the same with the MLP connector, and so for every other of
+`models.connectors`.
 """
 
 import ml_collections
@@ -31,7 +34,8 @@ def get_config(connector: str = "align") -> ml_collections.ConfigDict:
     config_lib.set_preset(config.model.llm, presets.LLM["tiny"])
     config.model.connector.name = connector
     set_connectors(config.model.connectors)
-    config.model.image_token_id = 4  # <image> of the tokenizer that `prepare --format=documents` trains.
+    # <image> of the tokenizer that `prepare --format=documents` trains.
+    config.model.image_token_id = 4
     config.model.scan_unroll = 3
     config.data.dir = DATA
     config.data.row_length = 160
@@ -63,7 +67,11 @@ def get_config(connector: str = "align") -> ml_collections.ConfigDict:
             },
             "stage3": {
                 "data": {"row_length": 128, "tasks": {"answer": 1.0}},
-                "train": {"num_steps": 450, "trainable": ("connector/.*", "llm/.*"), "generate_every": 150},
+                "train": {
+                    "num_steps": 450,
+                    "trainable": ("connector/.*", "llm/.*"),
+                    "generate_every": 150,
+                },
                 "optim": {"learning_rate": 1e-3},
             },
         }
@@ -74,8 +82,8 @@ def get_config(connector: str = "align") -> ml_collections.ConfigDict:
 def set_connectors(connectors: ml_collections.ConfigDict) -> None:
     """Sizes for tiles of 2 x 16 patches, of all connectors: sweeps change the name alone.
 
-    As in the models released, the visual vocabulary is as large as the LLM's, the H-Reducer makes a quarter of the
-    patches, and no other loses more: a patch here shows two letters.
+    As in the models released, the visual vocabulary is as large as the LLM's, the H-Reducer makes a
+    quarter of the patches, and no other loses more: a patch here shows two letters.
     """
     connectors.perceiver.num_latents = 16
     connectors.perceiver.num_layers = 3

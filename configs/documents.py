@@ -1,12 +1,13 @@
-"""SmolLM2-135M-Instruct and DINOv2 ViT-S/14 on real pages: `make data` puts both where this looks for them.
+"""SmolLM2-135M-Instruct and DINOv2 ViT-S/14 on real pages: `make data` puts both where this looks
+for them.
 
     align   all is trained to transcribe pages, and the connector finds its place
     answer  the vision encoder is frozen; pages are transcribed and asked about their tables
 
-A page has an overview and six tiles of 224 pixels: 1,792 visual tokens, beside 740 of its text in the mean. The length
-of rows was chosen for Debian's manual: two or three pages share one, or four or five, and 97 % and 99 % of it are in
-use. It may be more than what the LLM was trained on, as positions begin anew with every record. For an accelerator: on
-a laptop a step takes minutes.
+A page has an overview and six tiles of 224 pixels: 1,792 visual tokens, beside 740 of its text in
+the mean. The length of rows was chosen for Debian's manual: two or three pages share one, or four
+or five, and 97 % and 99 % of it are in use. It may be more than what the LLM was trained on, as
+positions begin anew with every record. For an accelerator: on a laptop a step takes minutes.
 """
 
 import ml_collections
@@ -25,5 +26,9 @@ def get_config(folder: str = "weights/smollm2") -> ml_collections.ConfigDict:
     config.data.record_tiles = 7
     config.data.max_tiles = 21
     config.data.row_length = 7_424
-    config.stages.answer.data = {"tasks": {"answer_and_transcribe": 1.0}, "max_tiles": 35, "row_length": 11_520}
+    config.stages.answer.data = {
+        "tasks": {"answer_and_transcribe": 1.0},
+        "max_tiles": 35,
+        "row_length": 11_520,
+    }
     return config

@@ -1,10 +1,11 @@
-"""Training from published weights, or from any checkpoint: `configs/finetune.py:DIR`, DIR of `convert` or a workdir.
+"""Training from published weights, or from any checkpoint: `configs/finetune.py:DIR`, DIR of
+`convert` or a workdir.
 
     align   the paper's stage 1: all is trained, the connector finds its place
     answer  the paper's stage 3: the vision encoder is frozen
 
-The model is that of DIR, with its tokenizer; data and steps are for the user to set. Data are the demonstration's
-until then.
+The model is that of DIR, with its tokenizer; data and steps are for the user to set. Data are the
+demonstration's until then.
 """
 
 import json

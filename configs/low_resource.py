@@ -1,11 +1,14 @@
-"""The paper's low-resource study (section 5.2.2, table 3): Llama 3.2 3B, LLaVA-NeXT's two stages, any connector.
+"""The paper's low-resource study (section 5.2.2, table 3): Llama 3.2 3B, LLaVA-NeXT's two stages,
+any connector.
 
     stage1_connector  LLaVA-558K captions: the connector alone, 1e-3, batch 32, one epoch
-    stage2_all        LLaVA-NeXT-779K: LLM and connector at 1e-5, the encoder at 2e-6, batch 8, one epoch
+    stage2_all        LLaVA-NeXT-779K: LLM and connector at 1e-5, the encoder at 2e-6, batch 8, one
+    epoch
 
-`configs/low_resource.py:align` (or another). The paper does not say whether its batches are of a device or of all: here
-they are of all. It uses LLaVA's grids of up to 6 x 6 tiles within nine; here they are those of `data.images`. Optimizer
-and row length: as in `paper.py`. Start from published weights: --config.init_from=weights/mine
+`configs/low_resource.py:align` (or another). The paper does not say whether its batches are of a
+device or of all: here they are of all. It uses LLaVA's grids of up to 6 x 6 tiles within nine; here
+they are those of `data.images`. Optimizer and row length: as in `paper.py`. Start from published
+weights: --config.init_from=weights/mine
 """
 
 import math
@@ -15,7 +18,8 @@ import ml_collections
 from alignvlm_jax import config as config_lib
 from configs import paper
 
-CAPTIONS, INSTRUCTIONS = 558_000, 779_000
+CAPTIONS = 558_000
+INSTRUCTIONS = 779_000
 
 
 def get_config(connector: str = "align") -> ml_collections.ConfigDict:
@@ -32,7 +36,11 @@ def get_config(connector: str = "align") -> ml_collections.ConfigDict:
     config.stages = {
         "stage1_connector": {
             "data": {"dir": "data/llava_558k"},
-            "train": {"num_steps": CAPTIONS // 32, "batch_size": 32, "trainable": ("connector/.*",)},
+            "train": {
+                "num_steps": CAPTIONS // 32,
+                "batch_size": 32,
+                "trainable": ("connector/.*",),
+            },
             "optim": {"learning_rate": 1e-3, "warmup_steps": math.ceil(0.03 * (CAPTIONS // 32))},
         },
         "stage2_all": {

@@ -1,14 +1,16 @@
-"""What the paper's three stages share (arXiv 2502.01341, sections 3.3 and 4, table 6): `stage1.py` to `stage3.py`.
+"""What the paper's three stages share (arXiv 2502.01341, sections 3.3 and 4, table 6): `stage1.py`
+to `stage3.py`.
 
-Of the paper are: the encoder, the LLMs, at most 9 tiles, batch sizes, learning rates, text lengths, epochs and what is
-frozen. It states no optimizer, schedule, warm-up, weight decay, precision, or number of slots; those here are ours:
+Of the paper are: the encoder, the LLMs, at most 9 tiles, batch sizes, learning rates, text lengths,
+epochs and what is frozen. It states no optimizer, schedule, warm-up, weight decay, precision, or
+number of slots; those here are ours:
 
     an overview tile beside the 9      as Ovis v1.6 does, whose tiling the paper cites
     text length on top of the slots    the paper does not say whether its lengths count image tokens
     rows a multiple of 128 long        attention kernels work on blocks of 128
     AdamW 0.9, 0.95, decay 0.1, clip 1 usual for Llamas of this size
-    warm-up 3 %, cosine to 0           LLaVA's recipe, on which the paper's low-resource study is built
-    bfloat16 compute, float32 masters  what TPUs are made for
+    warm-up 3 %, cosine to 0           LLaVA's recipe, on which the paper's low-resource study is
+    built bfloat16 compute, float32 masters  what TPUs are made for
     patch-token weight 0               the paper as it is; see README, "Two ideas beyond the paper"
 """
 
@@ -45,9 +47,12 @@ def by_llm(*values: float) -> dict[str, float]:
 
 
 def make_config(stage: Stage, llm: str) -> ml_collections.ConfigDict:
-    """Returns the config of one stage with one of `LLMS`; ValueError with the nearest for another."""
+    """Returns the config of one stage with one of `LLMS`; ValueError with the nearest for
+    another."""
     if llm not in LLMS:
-        raise ValueError(f"{stage.name} is known for {', '.join(LLMS)}, not for {llm!r}{nearest(llm, LLMS)}")
+        raise ValueError(
+            f"{stage.name} is known for {', '.join(LLMS)}, not for {llm!r}{nearest(llm, LLMS)}"
+        )
     config = config_lib.default_config_dict()
     config.name = f"{stage.name}_{llm}"
     set_model(config, llm)
@@ -60,8 +65,8 @@ def make_config(stage: Stage, llm: str) -> ml_collections.ConfigDict:
     config.train.patch_token_weight = 0.0
     config.train.log_every = 10
     config.train.validate_every = config.train.checkpoint_every = 500
-    # So that a host that is lost costs less than 10 minutes on average on the smallest slice, too, where a step of 8B
-    # takes 8.4 minutes. Saves are written while training goes on.
+    # So that a host that is lost costs less than 10 minutes on average on the smallest slice, too,
+    # where a step of 8B takes 8.4 minutes. Saves are written while training goes on.
     config.train.checkpoint_minutes = 8.0
     config.train.validation_rows = 4 * stage.batch_size[llm]
     set_optimizer(config, stage.learning_rate[llm])
@@ -80,8 +85,11 @@ def set_model(config: ml_collections.ConfigDict, llm: str) -> None:
     config.model.image_token_id = config.model.llm.vocab_size
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
-    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = -1, -1, -1
-    config.eval.splits = demo.SPLITS  # The paper's benchmarks are tasks, which `evaluate --tasks` names.
+    config.mesh.data = -1
+    config.mesh.fsdp = -1
+    config.mesh.tensor = -1
+    # The paper's benchmarks are tasks, which `evaluate --tasks` names.
+    config.eval.splits = demo.SPLITS
 
 
 def set_lengths(config: ml_collections.ConfigDict, text_length: int) -> None:

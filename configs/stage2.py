@@ -1,6 +1,7 @@
 """The paper's stage 2, documents: the whole model, on the 7.5 M records of BigDocs, one epoch.
 
-`configs/stage2.py:llama32_1b` (or llama32_3b, llama31_8b). Start from stage 1: --config.init_from=runs/stage1
+`configs/stage2.py:llama32_1b` (or llama32_3b, llama31_8b). Start from stage 1:
+--config.init_from=runs/stage1
 """
 
 import ml_collections

@@ -1,7 +1,9 @@
-"""The paper's stage 3, questions: LLM and ALIGN, the encoder frozen, on DocDownstream's 570 K records, five epochs.
+"""The paper's stage 3, questions: LLM and ALIGN, the encoder frozen, on DocDownstream's 570 K
+records, five epochs.
 
-`configs/stage3.py:llama32_1b` (or llama32_3b, llama31_8b). Start from stage 2: --config.init_from=runs/stage2. The
-number of records is that of DocDownstream-1.0's README; the paper states none.
+`configs/stage3.py:llama32_1b` (or llama32_3b, llama31_8b). Start from stage 2:
+--config.init_from=runs/stage2. The number of records is that of DocDownstream-1.0's README; the
+paper states none.
 """
 
 import ml_collections

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Lists, runs or submits the runs of a sweep; what is finished is skipped, what was stopped goes on.
+"""Lists, runs or submits the runs of a sweep; what is finished is skipped, what was stopped goes
+on.
 
     launch/sweep.py configs/sweeps/connectors.py --workdir=runs/connectors              # lists
-    launch/sweep.py configs/sweeps/connectors.py --workdir=runs/connectors --run        # one after the other, here
-    launch/sweep.py configs/sweeps/connectors.py:stage2.py --workdir=runs/sweep \\
-        --submit='launch/slurm_gpu.sh --nodes=8 --'                                     # each by a command before it
+    launch/sweep.py configs/sweeps/connectors.py --workdir=runs/connectors --run        # one after
+    the other, here launch/sweep.py configs/sweeps/connectors.py:stage2.py --workdir=runs/sweep \\
+        --submit='launch/slurm_gpu.sh --nodes=8 --'                                     # each by a
+        command before it
 
 What follows a `--` every run gets: -- --config.init_from=runs/stage1 --config.data.dir=data/stage2
 A sweep file has sweep(ARG), which yields (name, config file with its argument, changed fields).
@@ -35,22 +37,32 @@ class Run(NamedTuple):
     num_steps: int
 
     def last_step(self) -> int:
-        """The newest step that is saved; 0 without one. Orbax names a checkpoint by its step once it is whole."""
+        """The newest step that is saved; 0 without one.
+
+        Orbax names a checkpoint by its step once it is whole.
+        """
         folder = Path(self.workdir, "checkpoints")
-        return max((int(path.name) for path in folder.glob("*") if path.name.isdecimal()), default=0)
+        return max(
+            (int(path.name) for path in folder.glob("*") if path.name.isdecimal()), default=0
+        )
 
     def state(self) -> str:
         """How far it is."""
         step = self.last_step()
         return (
-            "finished" if step >= self.num_steps else f"at step {step} of {self.num_steps}" if step else "not started"
+            "finished"
+            if step >= self.num_steps
+            else f"at step {step} of {self.num_steps}"
+            if step
+            else "not started"
         )
 
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status: 0 done, 1 a run failed or cannot be, 2 wrong usage."""
     parser = argparse.ArgumentParser(
-        usage="launch/sweep.py SWEEP_FILE[:ARG] --workdir=DIR [--run | --submit=COMMAND] [-- --config.a.b=VALUE ...]"
+        usage="launch/sweep.py SWEEP_FILE[:ARG] --workdir=DIR [--run | --submit=COMMAND] [-- "
+        "--config.a.b=VALUE ...]"
     )
     parser.add_argument("sweep")
     parser.add_argument("--workdir", required=True, help="folder of the runs' folders")
@@ -68,14 +80,21 @@ def main(argv: Sequence[str]) -> int:
     width = max(len(run.name) for run in runs)
     for run in runs:
         print(f"{run.name:{width}}  {run.state()}", flush=True)
-    prefix = shlex.split(args.submit) if args.submit else [sys.executable, "-m", "alignvlm_jax"] if args.run else None
+    prefix = (
+        shlex.split(args.submit)
+        if args.submit
+        else [sys.executable, "-m", "alignvlm_jax"]
+        if args.run
+        else None
+    )
     if prefix is None:
         return 0
     return start([run for run in runs if run.state() != "finished"], prefix, args.dry_run)
 
 
 def read(sweep: str, workdir: str, common: Sequence[str] = ()) -> list[Run]:
-    """Returns the runs of a sweep, each of them checked; a run's own fields go before the `common` ones.
+    """Returns the runs of a sweep, each of them checked; a run's own fields go before the `common`
+    ones.
 
     Raises:
       UsageError: no such file, or no sweep in it; something common that is no config field.
@@ -91,7 +110,11 @@ def read(sweep: str, workdir: str, common: Sequence[str] = ()) -> list[Run]:
     for name, config, fields in generate(*([argument] if argument else [])):
         if any(run.name == name for run in runs):
             raise UserError(f"{path} names two runs {name!r}")
-        arguments = [f"--config={config}", *common, *(f"--config.{field}={value}" for field, value in fields.items())]
+        arguments = [
+            f"--config={config}",
+            *common,
+            *(f"--config.{field}={value}" for field, value in fields.items()),
+        ]
         try:
             stages, rest = config_flag.parse(arguments)
         except UserError as err:
@@ -105,7 +128,8 @@ def read(sweep: str, workdir: str, common: Sequence[str] = ()) -> list[Run]:
 
 
 def start(runs: Sequence[Run], prefix: list[str], dry_run: bool) -> int:
-    """Hands every run to a command, one after the other; one that fails does not keep the others from starting."""
+    """Hands every run to a command, one after the other; one that fails does not keep the others
+    from starting."""
     failed = []
     for run in runs:
         command = [*prefix, *run.arguments]
@@ -123,12 +147,18 @@ def start(runs: Sequence[Run], prefix: list[str], dry_run: bool) -> int:
         if status:
             failed.append(run.name)
     if failed:
-        print(f"sweep.py: error: {len(failed)} of {len(runs)} failed: {', '.join(failed)}", file=sys.stderr)
+        print(
+            f"sweep.py: error: {len(failed)} of {len(runs)} failed: {', '.join(failed)}",
+            file=sys.stderr,
+        )
     return int(bool(failed))
 
 
 def _status(command: list[str]) -> int:
-    """Runs a command. Of Ctrl-C the run has had its own, and saves before it ends; subprocess.run would kill it."""
+    """Runs a command.
+
+    Of Ctrl-C the run has had its own, and saves before it ends; subprocess.run would kill it.
+    """
     with subprocess.Popen(command) as process:
         try:
             return process.wait()

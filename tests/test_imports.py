@@ -70,7 +70,9 @@ def part_of(module: str) -> str:
 
 
 def is_in(file: str, places: tuple[str, ...]) -> bool:
-    return any(file == place or (place.endswith("/") and file.startswith(place)) for place in places)
+    return any(
+        file == place or (place.endswith("/") and file.startswith(place)) for place in places
+    )
 
 
 def violations(file: str, source: str) -> list[str]:
@@ -102,9 +104,11 @@ def test_arrows(file):
 
 
 def test_data_needs_no_jax():
-    """Nor does any file of the package that these import, directly or not: their processes start without it."""
+    """Nor does any file of the package that these import, directly or not: their processes start
+    without it."""
     rooms = ("data/", "ingest/", "synthetic/")
-    reached, waiting = set(), [file for file in FILES if file.startswith(rooms)]
+    reached = set()
+    waiting = [file for file in FILES if file.startswith(rooms)]
     assert waiting
     while waiting:
         file = waiting.pop()
@@ -114,26 +118,52 @@ def test_data_needs_no_jax():
         for name in names:
             path = name.removeprefix("alignvlm_jax.").replace(".", "/")
             parent = path.rpartition("/")[0]
-            candidates = {f"{path}.py", f"{parent}.py", f"{path}/__init__.py", f"{parent}/__init__.py"}
-            waiting += (candidates & set(FILES)) - reached if name.startswith("alignvlm_jax.") else ()
+            candidates = {
+                f"{path}.py",
+                f"{parent}.py",
+                f"{path}/__init__.py",
+                f"{parent}/__init__.py",
+            }
+            waiting += (
+                (candidates & set(FILES)) - reached if name.startswith("alignvlm_jax.") else ()
+            )
     assert "errors.py" in reached
 
 
 def test_what_prepares_data_starts_without_flax_and_models():
-    """The one import that the source above does not show is `config.options`'s, of a connector by its name: it is made
-    when a config is built. (jax itself comes with grain.)"""
-    rooms = [file.removesuffix(".py").replace("/", ".") for file in FILES if file.startswith(("data/", "synthetic/"))]
-    modules = [f"alignvlm_jax.{room}".removesuffix(".__init__") for room in [*rooms, "config.reading", "ingest.job"]]
-    code = f"import importlib, sys; [importlib.import_module(name) for name in {modules!r}]; print(*sys.modules)"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
-    assert not [name for name in ran.stdout.split() if name.startswith(("flax", "alignvlm_jax.models"))]
+    """The one import that the source above does not show is `config.options`'s, of a connector by
+    its name: it is made when a config is built. (jax itself comes with grain.)"""
+    rooms = [
+        file.removesuffix(".py").replace("/", ".")
+        for file in FILES
+        if file.startswith(("data/", "synthetic/"))
+    ]
+    modules = [
+        f"alignvlm_jax.{room}".removesuffix(".__init__")
+        for room in [*rooms, "config.reading", "ingest.job"]
+    ]
+    code = (
+        f"import importlib, sys; [importlib.import_module(name) for name in {modules!r}]; "
+        "print(*sys.modules)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True
+    )
+    assert not [
+        name for name in ran.stdout.split() if name.startswith(("flax", "alignvlm_jax.models"))
+    ]
 
 
 def test_no_connector_is_named_where_any_may_stand():
-    """What one connector does differently, it says itself; "mlp" is the name of other things as well."""
-    names, places = connectors.REGISTRY.keys() - {"mlp"}, ("models/connectors/", "config/options.py")
+    """What one connector does differently, it says itself; "mlp" is the name of other things as
+    well."""
+    names = connectors.REGISTRY.keys() - {"mlp"}
+    places = ("models/connectors/", "config/options.py")
     for file in FILES:
-        constants = {getattr(node, "value", None) for node in ast.walk(ast.parse((PACKAGE / file).read_text()))}
+        constants = {
+            getattr(node, "value", None)
+            for node in ast.walk(ast.parse((PACKAGE / file).read_text()))
+        }
         named = {value for value in constants if isinstance(value, str)} & names
         assert not named or is_in(file, places), (file, named)
 
@@ -143,10 +173,18 @@ def test_no_connector_is_named_where_any_may_stand():
     [
         ("ops/attention.py", "from alignvlm_jax.models import decoder", "ops imports models"),
         ("models/vlm.py", "import alignvlm_jax.train.state", "models imports train"),
-        ("models/vlm.py", "def f():\n    from alignvlm_jax.train.state import split", "models imports train"),
+        (
+            "models/vlm.py",
+            "def f():\n    from alignvlm_jax.train.state import split",
+            "models imports train",
+        ),
         ("data/examples.py", "from alignvlm_jax import models", "data imports models"),
         ("data/examples.py", "from alignvlm_jax.parallel.mesh import use", "data imports parallel"),
-        ("train/loop.py", "from alignvlm_jax.benchmarks import generation_eval", "train.loop imports benchmarks"),
+        (
+            "train/loop.py",
+            "from alignvlm_jax.benchmarks import generation_eval",
+            "train.loop imports benchmarks",
+        ),
         ("train/loop.py", "from alignvlm_jax.commands import train", "train.loop imports commands"),
         ("benchmarks/runner.py", "from . import scores", "relative import ..scores"),
         ("train/loop.py", "import orbax.checkpoint as ocp", "imports orbax"),
@@ -155,7 +193,11 @@ def test_no_connector_is_named_where_any_may_stand():
         ("report/run.py", "from absl import flags", "imports absl.flags"),
         ("commands/train.py", "from configs import demo", "imports configs"),
         ("train/step.py", "from jax.sharding import NamedSharding", "names NamedSharding"),
-        ("train/step.py", "import jax\nx = jax.sharding.NamedSharding(mesh, spec)", "names NamedSharding"),
+        (
+            "train/step.py",
+            "import jax\nx = jax.sharding.NamedSharding(mesh, spec)",
+            "names NamedSharding",
+        ),
     ],
 )
 def test_violations_are_seen(file, source, complaint):
@@ -163,6 +205,14 @@ def test_violations_are_seen(file, source, complaint):
 
 
 def test_allowed_imports_are_not_violations():
-    assert violations("commands/train.py", "import argparse\nfrom alignvlm_jax.train import loop") == []
-    assert violations("train/checkpoint.py", "import orbax.checkpoint\nfrom alignvlm_jax.models import vlm") == []
+    assert (
+        violations("commands/train.py", "import argparse\nfrom alignvlm_jax.train import loop")
+        == []
+    )
+    assert (
+        violations(
+            "train/checkpoint.py", "import orbax.checkpoint\nfrom alignvlm_jax.models import vlm"
+        )
+        == []
+    )
     assert violations("parallel/mesh.py", "from jax.sharding import NamedSharding") == []

@@ -24,7 +24,8 @@ def model(trained_workdir):
 @pytest.fixture
 def said(model, monkeypatch):
     """The token ids that were decoded, in the order of the batches."""
-    decoded, decode = [], type(model.loaded.tokenizer).decode
+    decoded = []
+    decode = type(model.loaded.tokenizer).decode
 
     def spy(self, ids):
         decoded.append(list(ids))
@@ -35,7 +36,9 @@ def said(model, monkeypatch):
 
 
 def noise(seed: int, width: int = 16, height: int = 16) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +67,9 @@ def test_pages_and_text_alone_may_be_mixed_and_keep_their_order(model, pages):
 
 
 def test_one_page_or_one_question_stands_for_all(model, pages):
-    assert model.answer(pages[0], QUESTIONS[:3]) == [model.answer(pages[0], text) for text in QUESTIONS[:3]]
+    assert model.answer(pages[0], QUESTIONS[:3]) == [
+        model.answer(pages[0], text) for text in QUESTIONS[:3]
+    ]
     assert model.answer(pages[:3], "Who?") == [model.answer(page, "Who?") for page in pages[:3]]
     assert model.answer(pages[:1], "Who?") == [model.answer(pages[0], "Who?")]
     assert model.answer([], []) == []
@@ -72,10 +77,16 @@ def test_one_page_or_one_question_stands_for_all(model, pages):
 
 def test_the_command_says_the_same(model, trained_workdir, pages, tmp_path, capsys):
     pages[1].save(tmp_path / "page.png")
-    generate.main([f"--checkpoint={trained_workdir}", f"--image={tmp_path / 'page.png'}", "--question=Who?"])
+    generate.main(
+        [f"--checkpoint={trained_workdir}", f"--image={tmp_path / 'page.png'}", "--question=Who?"]
+    )
     answer = capsys.readouterr().out.removesuffix("\n")
     assert answer == model.answer(tmp_path / "page.png", "Who?") == model.answer(pages[1], "Who?")
-    assert answer == model.answer(str(tmp_path / "page.png"), "Who?") == model.answer(np.asarray(pages[1]), "Who?")
+    assert (
+        answer
+        == model.answer(str(tmp_path / "page.png"), "Who?")
+        == model.answer(np.asarray(pages[1]), "Who?")
+    )
 
 
 def test_max_new_tokens(model, pages, said):
@@ -87,7 +98,9 @@ def test_takes_any_page_of_a_pdf(model, tmp_path, monkeypatch):
     pdf = tmp_path / "pages.pdf"
     noise(1).save(pdf, save_all=True, append_images=[noise(2, 32, 16)])
     asked = []
-    monkeypatch.setattr(model, "_generate", lambda prompts, _: asked.append(prompts[0]["tiles"]) or [""])
+    monkeypatch.setattr(
+        model, "_generate", lambda prompts, _: asked.append(prompts[0]["tiles"]) or [""]
+    )
     model.answer(pdf, "Who?", page=2)
     model.answer(images.load_page(pdf, 2), "Who?")
     np.testing.assert_array_equal(asked[0], asked[1])
@@ -123,7 +136,9 @@ def test_importing_the_package_and_its_data_needs_no_jax():
         "import sys, alignvlm_jax, alignvlm_jax.data.examples; "
         "assert alignvlm_jax.load; assert 'jax' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=pathlib.Path(__file__).parent.parent)
+    subprocess.run(
+        [sys.executable, "-c", program], check=True, cwd=pathlib.Path(__file__).parent.parent
+    )
 
 
 def test_a_folder_without_a_checkpoint_says_so(tmp_path):

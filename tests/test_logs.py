@@ -1,4 +1,5 @@
-"""A host's log holds what one asks first about a process that failed; the terminal only our own lines."""
+"""A host's log holds what one asks first about a process that failed; the terminal only our own
+lines."""
 
 import logging
 import os
@@ -65,16 +66,29 @@ def test_everything_goes_to_the_file_and_nothing_to_the_terminal(tmp_path, capfd
             logging.getLogger("other.library").error("of another")
             warnings.warn(f"a {'donated'} buffer", UserWarning, stacklevel=1)
     text = text_of(tmp_path)
-    for part in ("before the file 1", "ours", "of orbax", "of jax", "of another", "UserWarning: a donated buffer"):
+    for part in (
+        "before the file 1",
+        "ours",
+        "of orbax",
+        "of jax",
+        "of another",
+        "UserWarning: a donated buffer",
+    ):
         assert text.count(part) == 1, part
     assert capfd.readouterr() == ("", "")
 
 
-def test_without_a_file_warnings_are_told_but_not_what_orbax_says_of_what_we_tell(capfd, no_handlers):
+def test_without_a_file_warnings_are_told_but_not_what_orbax_says_of_what_we_tell(
+    capfd, no_handlers
+):
     with logs.collected(debug=False):
         absl_logging.info("chatter")
-        absl_logging._absl_logger.handle(record("absl", "/lib/orbax/checkpoint.py", "Traceback of orbax"))
-        absl_logging._absl_logger.handle(record("absl", str(logs.PACKAGE / "x.py"), "a warning of ours"))
+        absl_logging._absl_logger.handle(
+            record("absl", "/lib/orbax/checkpoint.py", "Traceback of orbax")
+        )
+        absl_logging._absl_logger.handle(
+            record("absl", str(logs.PACKAGE / "x.py"), "a warning of ours")
+        )
         logging.getLogger("jax").warning("of jax")
     assert capfd.readouterr() == ("", "a warning of ours\nof jax\n")
 
@@ -92,7 +106,9 @@ def test_debugging_shows_everything_on_the_terminal(tmp_path, capfd, no_handlers
     assert "chatter" in text_of(tmp_path)
 
 
-@pytest.mark.parametrize("error", [UserError("batch 3 does not divide"), PermissionError(13, "Permission denied", "x")])
+@pytest.mark.parametrize(
+    "error", [UserError("batch 3 does not divide"), PermissionError(13, "Permission denied", "x")]
+)
 def test_an_error_leaves_its_traceback(folder, error):
     def a_function_that_fails() -> None:
         raise error
@@ -182,7 +198,9 @@ CRASH = """
 
 def start(folder: Path, work: str) -> subprocess.Popen:
     program = textwrap.dedent(CRASH.replace("{work}", work))
-    return subprocess.Popen([sys.executable, "-c", program, str(folder)], text=True, stdout=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", program, str(folder)], text=True, stdout=subprocess.PIPE
+    )
 
 
 def test_a_crash_leaves_the_stacks(tmp_path):

@@ -41,7 +41,10 @@ def test_arguments_are_handed_on_and_success_is_0(command):
     ("error", "message"),
     [
         (UserError("batch 3 does not divide"), "batch 3 does not divide"),
-        (PermissionError(errno.EACCES, "Permission denied", "runs/mine"), "runs/mine: Permission denied"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "runs/mine"),
+            "runs/mine: Permission denied",
+        ),
         (OSError(errno.ENOSPC, "No space left on device"), "[Errno 28] No space left on device"),
     ],
 )
@@ -68,9 +71,13 @@ def test_what_launchers_start_again_has_a_status_of_its_own(command, capsys, err
     assert capsys.readouterr().err == "alignvlm_jax: error: a\n"
 
 
-@pytest.mark.parametrize("error", [UserError("ours"), PermissionError(errno.EACCES, "Permission denied", "runs/mine")])
+@pytest.mark.parametrize(
+    "error", [UserError("ours"), PermissionError(errno.EACCES, "Permission denied", "runs/mine")]
+)
 @pytest.mark.parametrize(("flags", "value"), [(["--debug"], ""), ([], "1")])
-def test_debugging_shows_the_traceback_before_the_line(command, capsys, monkeypatch, error, flags, value):
+def test_debugging_shows_the_traceback_before_the_line(
+    command, capsys, monkeypatch, error, flags, value
+):
     seen = []
 
     def a_function_that_fails(argv: list[str]) -> None:
@@ -94,7 +101,10 @@ def test_a_fault_of_ours_is_not_hidden(command):
 
 def test_an_unknown_command_names_the_nearest_and_is_wrong_usage(capsys):
     assert main_lib.main(["trian"]) == 2
-    assert capsys.readouterr().err == "alignvlm_jax: error: unknown command 'trian'; did you mean 'train'?\n"
+    assert (
+        capsys.readouterr().err
+        == "alignvlm_jax: error: unknown command 'trian'; did you mean 'train'?\n"
+    )
 
 
 def test_only_some_commands_run_as_several_processes(command, monkeypatch, capsys):
@@ -107,10 +117,14 @@ def test_only_some_commands_run_as_several_processes(command, monkeypatch, capsy
     assert "only train, evaluate, inspect --analysis join several" in errors
 
 
-@pytest.mark.parametrize(("name", "lines"), [("train", 1), ("convert", 1), ("prepare", 0), ("plan", 0)])
+@pytest.mark.parametrize(
+    ("name", "lines"), [("train", 1), ("convert", 1), ("prepare", 0), ("plan", 0)]
+)
 def test_flags_of_the_tpu_are_set_before_a_command_that_computes(name, lines, monkeypatch, capsys):
     set_by_then = []
-    fake = types.SimpleNamespace(main=lambda argv: set_by_then.append(os.environ["LIBTPU_INIT_ARGS"]))
+    fake = types.SimpleNamespace(
+        main=lambda argv: set_by_then.append(os.environ["LIBTPU_INIT_ARGS"])
+    )
     monkeypatch.setitem(sys.modules, f"alignvlm_jax.commands.{name}", fake)
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "")
     monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5p-128")
@@ -124,12 +138,18 @@ def test_on_every_host_of_a_slice_report_would_write_the_same_files(command, mon
     monkeypatch.setenv("ALIGNVLM_AUTO_DISTRIBUTED", "1")
     assert main_lib.main(["train"]) == 0
     assert main_lib.main(["report", "--workdir=x"]) == 1
-    assert "report runs as one process, and ALIGNVLM_AUTO_DISTRIBUTED is set" in capsys.readouterr().err
+    assert (
+        "report runs as one process, and ALIGNVLM_AUTO_DISTRIBUTED is set"
+        in capsys.readouterr().err
+    )
 
 
-@pytest.mark.parametrize(("error", "status"), [("UserError('ours')", 1), ("ZeroDivisionError('a fault')", 70)])
+@pytest.mark.parametrize(
+    ("error", "status"), [("UserError('ours')", 1), ("ZeroDivisionError('a fault')", 70)]
+)
 def test_a_failing_process_waits_for_nobody(tmp_path, error, status):
-    """Exit hooks, such as the barrier of jax.distributed, would wait for processes that wait for this one."""
+    """Exit hooks, such as the barrier of jax.distributed, would wait for processes that wait for
+    this one."""
     program = tmp_path / "program.py"
     program.write_text(
         "import atexit, runpy, sys, types\n"
@@ -141,7 +161,9 @@ def test_a_failing_process_waits_for_nobody(tmp_path, error, status):
         "runpy.run_module('alignvlm_jax', run_name='__main__')\n"
     )
     environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
-    done = subprocess.run([sys.executable, program], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, program], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == status
     assert "waited" not in done.stderr and error.split("'")[1] in done.stderr
 

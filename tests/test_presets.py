@@ -29,7 +29,9 @@ def count_llm(config: LLMConfig) -> int:
         return llm.logits(hidden)
 
     module = Llama(config, jnp.dtype("float32"), "none")
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32), method=use))
+    shapes = jax.eval_shape(
+        lambda: module.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32), method=use)
+    )
     return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
 
 
@@ -49,7 +51,8 @@ def pooling_head(width: int, mlp_width: int) -> int:
             "siglip2_so400m_16_384",
             428_225_600 - pooling_head(1152, 4304) + 1152 * (3 * (16**2 - 14**2) + 24**2 - 27**2),
         ),
-        # 37 x 37 positions and one of the class token become 16 x 16; no class token, no two layer scales a block.
+        # 37 x 37 positions and one of the class token become 16 x 16; no class token, no two layer
+        # scales a block.
         ("dinov2_s14_224", 22_056_192 - 384 * (1 + 37**2 - 16**2 + 1 + 2 * 12)),
     ],
 )
@@ -73,4 +76,7 @@ def test_language_models_have_their_published_number_of_parameters(name, publish
 
 
 def test_the_demonstrations_towers_are_small():
-    assert count_vision(presets.VISION["tiny"]) == 549_760 and count_llm(presets.LLM["tiny"]) == 459_648
+    assert (
+        count_vision(presets.VISION["tiny"]) == 549_760
+        and count_llm(presets.LLM["tiny"]) == 459_648
+    )

@@ -19,8 +19,13 @@ def folder(loaded: Loaded) -> Path:
     return loading.workdir_of(loaded.path) / FOLDER
 
 
-def write(loaded: Loaded, name: str, settings: Mapping[str, Any], results: Mapping[str, Any]) -> Path:
-    """Writes analysis/NAME.json: what was looked at, how (with the seed), and what was found. Returns its path."""
+def write(
+    loaded: Loaded, name: str, settings: Mapping[str, Any], results: Mapping[str, Any]
+) -> Path:
+    """Writes analysis/NAME.json: what was looked at, how (with the seed), and what was found.
+
+    Returns its path.
+    """
     fields = {
         "analysis": name,
         "checkpoint": str(loaded.path),

@@ -1,9 +1,10 @@
-"""What connectors cost beside the same vision encoder and LLM: parameters, FLOPs, memory, time (arXiv 2502.01341,
-table 7).
+"""What connectors cost beside the same vision encoder and LLM: parameters, FLOPs, memory, time
+(arXiv 2502.01341, table 7).
 
-Neither time nor memory depends on what parameters are, so connectors that the checkpoint does not have are drawn at
-random, in the settings of its config (for most, their defaults). A page is one that fills all tiles that a question may
-have; every answer is as long as it may be. Times are medians, after compiling; compare those of one table only.
+Neither time nor memory depends on what parameters are, so connectors that the checkpoint does not
+have are drawn at random, in the settings of its config (for most, their defaults). A page is one
+that fills all tiles that a question may have; every answer is as long as it may be. Times are
+medians, after compiling; compare those of one table only.
 """
 
 import dataclasses
@@ -61,7 +62,8 @@ class Cost:
 
 
 def measure(loaded: Loaded, names: Sequence[str], repeats: int) -> dict[str, Any]:
-    """Returns the cost of connectors, and which of the names do not fit the checkpoint's tiles, with the reason.
+    """Returns the cost of connectors, and which of the names do not fit the checkpoint's tiles,
+    with the reason.
 
     Args:
       loaded: whose towers are taken, and whose mesh.
@@ -73,7 +75,8 @@ def measure(loaded: Loaded, names: Sequence[str], repeats: int) -> dict[str, Any
     """
     for name in names:
         connectors.get(name)
-    costs, left_out = [], {}
+    costs = []
+    left_out = {}
     for name in tiles_lib.track(tuple(names or connectors.REGISTRY), "connectors"):
         try:
             config = with_connector(loaded.config, name)
@@ -96,7 +99,8 @@ def measure(loaded: Loaded, names: Sequence[str], repeats: int) -> dict[str, Any
 
 
 def with_connector(config: Config, name: str) -> Config:
-    """Returns the config with another connector, and rows in which a page of all its tiles and a question fit.
+    """Returns the config with another connector, and rows in which a page of all its tiles and a
+    question fit.
 
     Raises:
       UserError: the connector does not fit the tiles.
@@ -109,14 +113,24 @@ def with_connector(config: Config, name: str) -> Config:
 
 def cost_of(loaded: Loaded, repeats: int) -> Cost:
     """Returns what the connector of a model costs."""
-    config, ways, num_new = loaded.config, loaded.batch_ways, loaded.config.eval.max_new_tokens
+    config = loaded.config
+    ways = loaded.batch_ways
+    num_new = loaded.config.eval.max_new_tokens
     prompts = loader.stack([full_prompt(loaded)] * len(sharding.rows_of_process(loaded.mesh, ways)))
     with mesh_lib.use(loaded.mesh):
         tiles = sharding.put_batch({"tiles": prompts["tiles"]}, loaded.mesh)
-        encode = jax.jit(_visual_tokens, static_argnums=0).lower(loaded.model, loaded.variables, tiles).compile()
-        encode_seconds = _median_seconds(lambda: jax.block_until_ready(encode(loaded.variables, tiles)), repeats)
+        encode = (
+            jax.jit(_visual_tokens, static_argnums=0)
+            .lower(loaded.model, loaded.variables, tiles)
+            .compile()
+        )
+        encode_seconds = _median_seconds(
+            lambda: jax.block_until_ready(encode(loaded.variables, tiles)), repeats
+        )
     sampler = loaded.sampler(end_ids=NO_END)
-    answer_seconds = _median_seconds(lambda: sampler.generate(loaded.variables, prompts, num_new), repeats)
+    answer_seconds = _median_seconds(
+        lambda: sampler.generate(loaded.variables, prompts, num_new), repeats
+    )
     return Cost(
         connector=config.model.connector.name,
         tokens_per_page=config.data.tiles_of_a_record * config.model.slots_per_tile,
@@ -132,14 +146,17 @@ def cost_of(loaded: Loaded, repeats: int) -> Cost:
 def full_prompt(loaded: Loaded) -> examples.Row:
     """Returns the prompt of a question about a page that fills all its tiles, without padding."""
     config = loaded.config
-    vision, num_tiles = config.model.vision, config.data.tiles_of_a_record
+    vision = config.model.vision
+    num_tiles = config.data.tiles_of_a_record
     num_slots = num_tiles * config.model.slots_per_tile
     tokens = chat.encode_prompt(loaded.tokenizer, QUESTION, num_slots, config.model.image_token_id)
     return {
         "tokens": np.asarray(tokens, np.int32),
         "positions": np.arange(len(tokens), dtype=np.int32),
         "segment_ids": np.ones(len(tokens), np.int32),
-        "tiles": np.full((num_tiles, vision.tile_height, vision.tile_width, vlm.NUM_CHANNELS), 255, np.uint8),
+        "tiles": np.full(
+            (num_tiles, vision.tile_height, vision.tile_width, vlm.NUM_CHANNELS), 255, np.uint8
+        ),
     }
 
 
@@ -152,7 +169,9 @@ def _fitted(loaded: Loaded, config: Config) -> Loaded:
     paths = {path for path in state.flatten(abstract) if path.startswith("connector/")}
     with mesh_lib.use(loaded.mesh):
         drawn = state.init_params(model, config, abstract, paths, jax.random.key(config.seed))
-    return dataclasses.replace(loaded, config=config, model=model, params={**loaded.params, **drawn})
+    return dataclasses.replace(
+        loaded, config=config, model=model, params={**loaded.params, **drawn}
+    )
 
 
 def _median_seconds(fn: Callable[[], Any], repeats: int) -> float:
@@ -173,12 +192,15 @@ def _visual_tokens(model: VLM, variables: Mapping, batch: Mapping[str, Array]) -
     return model.apply(variables, batch, method="visual_tokens")
 
 
-WIDTH, BAR_HEIGHT, FRAME_HEIGHT = 10.0, 0.36, 0.75
+WIDTH = 10.0
+BAR_HEIGHT = 0.36
+FRAME_HEIGHT = 0.75
 """Inches."""
 
 
 def picture(connector: str, found: Mapping[str, Any]) -> bytes:
-    """Returns a PNG of parameters, time to encode a page and tokens a page by connector, the model's own coloured."""
+    """Returns a PNG of parameters, time to encode a page and tokens a page by connector, the
+    model's own coloured."""
     costs = found["costs"]
     names = [cost["connector"] for cost in costs]
     colors = [plotting.COLORS[0] if name == connector else plotting.QUIET for name in names]
@@ -187,11 +209,15 @@ def picture(connector: str, found: Mapping[str, Any]) -> bytes:
         "Pixels to visual tokens, ms a page": [
             (cost["encode_seconds"], f"{1e3 * cost['encode_seconds']:,.2f}") for cost in costs
         ],
-        "Tokens a page": [(cost["tokens_per_page"], f"{cost['tokens_per_page']:,}") for cost in costs],
+        "Tokens a page": [
+            (cost["tokens_per_page"], f"{cost['tokens_per_page']:,}") for cost in costs
+        ],
     }
 
     def draw(figure: Figure) -> None:
-        for axes, (title, bars) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
+        for axes, (title, bars) in zip(
+            figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True
+        ):
             values, texts = zip(*bars, strict=True)
             plotting.bars(axes, names, values, texts, colors)
             axes.set_title(title)

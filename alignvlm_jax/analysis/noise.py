@@ -1,14 +1,16 @@
 """How much disturbance a connector bears (arXiv 2502.01341, section 5.4).
 
-The paper adds Gaussian noise to the features just before the connector; here the page's pixels may be disturbed too, or
-its content moved. Two things are measured: the scores of the answers, and how far the connector's output moves, as a
-cosine distance. That distance alone deceives: where all patches share a large mean vector, which a flat softmax over a
-vocabulary gives, it is small because *every* distance is. So beside it stands the distance between different patches
-without noise, and both once more after that mean is taken off. Of content that moved there are no distances: a patch
+The paper adds Gaussian noise to the features just before the connector; here the page's pixels may
+be disturbed too, or its content moved. Two things are measured: the scores of the answers, and how
+far the connector's output moves, as a cosine distance. That distance alone deceives: where all
+patches share a large mean vector, which a flat softmax over a vocabulary gives, it is small because
+*every* distance is. So beside it stands the distance between different patches without noise, and
+both once more after that mean is taken off. Of content that moved there are no distances: a patch
 then shows something else.
 
-The paper's noise has sigma 3 on features whose scale it does not tell. Sigmas are therefore also given in units of the
-features' standard deviation, which compare between models; so are shifts in patches.
+The paper's noise has sigma 3 on features whose scale it does not tell. Sigmas are therefore also
+given in units of the features' standard deviation, which compare between models; so are shifts in
+patches.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,13 +33,18 @@ from alignvlm_jax.pictures import plotting
 
 
 def measure(
-    loaded: Loaded, split: str, sigmas: Sequence[float], relative_sigmas: Sequence[float], num_pages: int, seed: int
+    loaded: Loaded,
+    split: str,
+    sigmas: Sequence[float],
+    relative_sigmas: Sequence[float],
+    num_pages: int,
+    seed: int,
 ) -> dict[str, Any]:
-    """Returns what noise on the features does: points, the first without noise, in the order of their sigmas, and what
-    they are compared with.
+    """Returns what noise on the features does: points, the first without noise, in the order of
+    their sigmas, and what they are compared with.
 
-    A point has the scores, and the mean `distance` of visual tokens with and without noise; `centred_distance` with the
-    mean token of the clean pages taken off both.
+    A point has the scores, and the mean `distance` of visual tokens with and without noise;
+    `centred_distance` with the mean token of the clean pages taken off both.
 
     Args:
       loaded: the model; its config says where the split is and how many questions are asked.
@@ -64,8 +71,11 @@ def measure(
     }
 
 
-def measure_pixels(loaded: Loaded, split: str, sigmas: Sequence[float], num_pages: int, seed: int) -> dict[str, Any]:
-    """Returns what noise on the pixels does, as `measure` does; sigmas are in units of the range from black to white.
+def measure_pixels(
+    loaded: Loaded, split: str, sigmas: Sequence[float], num_pages: int, seed: int
+) -> dict[str, Any]:
+    """Returns what noise on the pixels does, as `measure` does; sigmas are in units of the range
+    from black to white.
 
     Raises:
       UserError: the split is missing, has no questions or no images.
@@ -78,21 +88,24 @@ def measure_pixels(loaded: Loaded, split: str, sigmas: Sequence[float], num_page
         "kind": "pixels",
         "num_pages": len(pages),
         **between,
-        "points": _merge([{"sigma": sigma} for sigma in sizes], _scores(loaded, split, trials), moved),
+        "points": _merge(
+            [{"sigma": sigma} for sigma in sizes], _scores(loaded, split, trials), moved
+        ),
     }
 
 
 def measure_layout(
     loaded: Loaded, split: str, shifts: Sequence[int], relative_shifts: Sequence[float], seed: int
 ) -> dict[str, Any]:
-    """Returns what moving the content of pages does: the scores at shifts of at most so many pixels, the first 0.
+    """Returns what moving the content of pages does: the scores at shifts of at most so many
+    pixels, the first 0.
 
     Args:
       loaded: as for `measure`.
       split: of the documents.
       shifts: in pixels of the page.
-      relative_shifts: in units of `patch_pixels`, the shorter side of a patch where it lies on the page; rounded to
-        pixels, 1 at least.
+      relative_shifts: in units of `patch_pixels`, the shorter side of a patch where it lies on the
+        page; rounded to pixels, 1 at least.
       seed: of the shifts.
 
     Raises:
@@ -102,7 +115,11 @@ def measure_layout(
     sizes = sorted({0, *shifts, *(max(1, round(relative * side)) for relative in relative_shifts)})
     trials = [_none(seed), *(Shift(shift, seed) for shift in sizes[1:])]
     points = [{"shift": shift, "relative_shift": shift / side} for shift in sizes]
-    return {"kind": "layout", "patch_pixels": side, "points": _merge(points, _scores(loaded, split, trials))}
+    return {
+        "kind": "layout",
+        "patch_pixels": side,
+        "points": _merge(points, _scores(loaded, split, trials)),
+    }
 
 
 def pages_asked_about(loaded: Loaded, split: str) -> list[Record]:
@@ -119,7 +136,8 @@ def pages_asked_about(loaded: Loaded, split: str) -> list[Record]:
 
 
 def ask(asker: Runner, loaded: Loaded, split: str, disturbance: Disturbance) -> Predictions:
-    """Returns the answers to a split's questions, disturbed; they stay in analysis/noise/ of the workdir."""
+    """Returns the answers to a split's questions, disturbed; they stay in analysis/noise/ of the
+    workdir."""
 
     def inputs(question: Question) -> dict[str, np.ndarray]:
         return disturbance.inputs(question.id)
@@ -135,12 +153,14 @@ def patch_side(loaded: Loaded, pages: Sequence[Record]) -> float:
     Raises:
       UserError: an image cannot be read, or there is none.
     """
-    vision, data = loaded.config.model.vision, loaded.config.data
+    vision = loaded.config.model.vision
+    data = loaded.config.data
     patch = np.array([vision.patch_width, vision.patch_height])
     sides = []
     for record in pages:
         for image in record.images:
-            page, most = images.decode_image(image, record.id), data.tiles_of_a_record // len(record.images)
+            page = images.decode_image(image, record.id)
+            most = data.tiles_of_a_record // len(record.images)
             scales = images.tile_image(page, vision, most, data.use_overview).scales
             sides.append((patch / scales[-1]).min())  # The overview, if any, is the first.
     if not sides:
@@ -157,14 +177,21 @@ def _scores(loaded: Loaded, split: str, trials: Sequence[Disturbance]) -> list[d
     asker = Runner(loaded, loaded.config)
     results = [ask(asker, loaded, split, trial) for trial in trials]
     return [
-        {"anls": result.mean("score"), "exact_match": result.mean("exact"), "num_eval": len(result.rows)}
+        {
+            "anls": result.mean("score"),
+            "exact_match": result.mean("exact"),
+            "num_eval": len(result.rows),
+        }
         for result in results
     ]
 
 
 def _merge(*parts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Points of which each part has some fields."""
-    return [{name: value for part in point for name, value in part.items()} for point in zip(*parts, strict=True)]
+    return [
+        {name: value for part in point for name, value in part.items()}
+        for point in zip(*parts, strict=True)
+    ]
 
 
 INCHES = (5.0, 3.8)
@@ -175,12 +202,14 @@ AXES = {
     "pixels": ("sigma", "noise on pixels, share of the range from black to white"),
     "layout": ("relative_shift", "content moved by at most, patches of {patch_pixels:.3g} pixels"),
 }
-"""By kind of disturbance: the field of a point that the curves are over, and what it is; braces name results."""
+"""By kind of disturbance: the field of a point that the curves are over, and what it is; braces
+name results."""
 
 
 def picture(results: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """Returns a PNG of results of one kind by name, over the size of the disturbance: ANLS, and, of kinds with
-    distances, how far visual tokens move with the mean removed, as a share of the distance between different ones."""
+    """Returns a PNG of results of one kind by name, over the size of the disturbance: ANLS, and, of
+    kinds with distances, how far visual tokens move with the mean removed, as a share of the
+    distance between different ones."""
     first = next(iter(results.values()))
     field, label = AXES[first.get("kind", "features")]
     with_distances = "centred_between_distance" in first
@@ -209,7 +238,12 @@ def _draw_distances(axes: Axes, results: Mapping[str, Mapping[str, Any]], field:
     for number, (name, found) in enumerate(results.items()):
         between = found["centred_between_distance"]
         _draw_curve(
-            axes, number, name, found, field, [point["centred_distance"] / between for point in found["points"]]
+            axes,
+            number,
+            name,
+            found,
+            field,
+            [point["centred_distance"] / between for point in found["points"]],
         )
     axes.set_title("Movement of visual tokens / distance between them")
     # At 1 a token is as far from itself as it is from any other.
@@ -217,6 +251,16 @@ def _draw_distances(axes: Axes, results: Mapping[str, Mapping[str, Any]], field:
     axes.set_ylim(bottom=0)
 
 
-def _draw_curve(axes: Axes, number: int, name: str, found: Mapping[str, Any], field: str, values: list[float]) -> None:
+def _draw_curve(
+    axes: Axes, number: int, name: str, found: Mapping[str, Any], field: str, values: list[float]
+) -> None:
     sizes = [point[field] for point in found["points"]]
-    axes.plot(sizes, values, color=plotting.color(number), marker="o", markersize=4, linewidth=1.6, label=name)
+    axes.plot(
+        sizes,
+        values,
+        color=plotting.color(number),
+        marker="o",
+        markersize=4,
+        linewidth=1.6,
+        label=name,
+    )

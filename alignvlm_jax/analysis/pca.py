@@ -1,9 +1,11 @@
-"""Whether the words that patches use span the space of text embeddings (arXiv 2502.01341, figure 4).
+"""Whether the words that patches use span the space of text embeddings (arXiv 2502.01341, figure
+4).
 
-The paper plots the first two principal components of the LLM's text embeddings and sees its 3.4K chosen words all over
-the plane. So would any words be: beside them stand as many random ones and the most frequent ones. How well each set
-covers is measured twice: what share of the variance of all embeddings the set's own principal directions explain, and
-how far the words left out are from their nearest word in the set.
+The paper plots the first two principal components of the LLM's text embeddings and sees its 3.4K
+chosen words all over the plane. So would any words be: beside them stand as many random ones and
+the most frequent ones. How well each set covers is measured twice: what share of the variance of
+all embeddings the set's own principal directions explain, and how far the words left out are from
+their nearest word in the set.
 """
 
 import dataclasses
@@ -28,8 +30,8 @@ MAX_SAMPLE = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Components:
-    """Principal components of vectors: their `mean` [D], the `directions` [k, D], largest variance first, and the
-    `shares` of the variance that they explain [k]."""
+    """Principal components of vectors: their `mean` [D], the `directions` [k, D], largest variance
+    first, and the `shares` of the variance that they explain [k]."""
 
     mean: np.ndarray
     directions: np.ndarray
@@ -40,7 +42,9 @@ class Components:
         return (vectors - self.mean) @ self.directions.T
 
 
-def measure(loaded: Loaded, pages: str, num_pages: int, threshold: float, seed: int) -> dict[str, Any]:
+def measure(
+    loaded: Loaded, pages: str, num_pages: int, threshold: float, seed: int
+) -> dict[str, Any]:
     """Returns what each set of words explains of the text embeddings, and coordinates to plot.
 
     Args:
@@ -51,7 +55,8 @@ def measure(loaded: Loaded, pages: str, num_pages: int, threshold: float, seed: 
       seed: of the random words.
 
     Raises:
-      UserError: the connector has no distribution over words, the split is missing, or no word is chosen.
+      UserError: the connector has no distribution over words, the split is missing, or no word is
+        chosen.
     """
     patch_tokens.check(loaded.config)
     used = vocabulary.usage(loaded, pages, num_pages)
@@ -75,8 +80,9 @@ def measure(loaded: Loaded, pages: str, num_pages: int, threshold: float, seed: 
 
 
 def word_sets(loaded: Loaded, chosen: np.ndarray, pages: str, seed: int) -> dict[str, np.ndarray]:
-    """Returns ids of the chosen words, bool [V], and of as many others: random ones, and those most frequent in the
-    documents of a split, in what they show, what they are asked and what is answered (ties: the lower id)."""
+    """Returns ids of the chosen words, bool [V], and of as many others: random ones, and those most
+    frequent in the documents of a split, in what they show, what they are asked and what is
+    answered (ties: the lower id)."""
     count = int(chosen.sum())
     counts = word_counts(loaded, pages, len(chosen))
     rng = np.random.default_rng(seed)
@@ -111,21 +117,27 @@ def components(vectors: np.ndarray, count: int) -> Components:
 
 
 def coverage(table: np.ndarray, words: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
-    """Returns how well a set of words, ids, covers the table [V, D]: `explained`, the share of the variance of all
-    rows along the set's own principal directions; `nearest`, the mean distance of rows outside to the nearest in the
-    set, in units of the rows' root mean square distance from their mean; None where no row is outside."""
+    """Returns how well a set of words, ids, covers the table [V, D]: `explained`, the share of the
+    variance of all rows along the set's own principal directions; `nearest`, the mean distance of
+    rows outside to the nearest in the set, in units of the rows' root mean square distance from
+    their mean; None where no row is outside."""
     centred = table - table.mean(0)
     own = components(table[words], NUM_COMPONENTS)
     explained = ((centred @ own.directions.T) ** 2).sum() / (centred**2).sum()
     outside = sample(np.setdiff1d(np.arange(len(table)), words), rng)
     distances = [np.linalg.norm(table[words] - table[word], axis=-1).min() for word in outside]
     scale = np.sqrt((centred**2).sum(-1).mean())
-    return {"explained": float(explained), "nearest": float(np.mean(distances) / scale) if distances else None}
+    return {
+        "explained": float(explained),
+        "nearest": float(np.mean(distances) / scale) if distances else None,
+    }
 
 
 def sample(words: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Returns the words, or MAX_SAMPLE of them."""
-    return words if len(words) <= MAX_SAMPLE else np.sort(rng.choice(words, MAX_SAMPLE, replace=False))
+    return (
+        words if len(words) <= MAX_SAMPLE else np.sort(rng.choice(words, MAX_SAMPLE, replace=False))
+    )
 
 
 INCHES = (10.0, 4.6)
@@ -133,8 +145,8 @@ CHOSEN = "chosen"
 
 
 def picture(found: Mapping[str, Any]) -> bytes:
-    """Returns a PNG: words on the first two principal components, the chosen ones highlighted, and how well they cover
-    all beside random and frequent ones."""
+    """Returns a PNG: words on the first two principal components, the chosen ones highlighted, and
+    how well they cover all beside random and frequent ones."""
 
     def draw(figure: Figure) -> None:
         points, right = figure.subfigures(1, 2, width_ratios=(1.15, 1))
@@ -151,16 +163,29 @@ def picture(found: Mapping[str, Any]) -> bytes:
 
 def _draw_points(axes: Axes, found: Mapping[str, Any]) -> None:
     every, chosen = (np.array(found["points"][name]) for name in ("all", CHOSEN))
-    axes.scatter(*every.T, s=11, color=plotting.QUIET, linewidths=0, label=f"all {found['num_words']:,} words")
     axes.scatter(
-        *chosen.T, s=15, color=plotting.COLORS[0], alpha=0.75, linewidths=0, label=f"{found['num_chosen']:,} chosen"
+        *every.T,
+        s=11,
+        color=plotting.QUIET,
+        linewidths=0,
+        label=f"all {found['num_words']:,} words",
+    )
+    axes.scatter(
+        *chosen.T,
+        s=15,
+        color=plotting.COLORS[0],
+        alpha=0.75,
+        linewidths=0,
+        label=f"{found['num_chosen']:,} chosen",
     )
     axes.set_title("Text embeddings")
     for share, name, label in zip(
         found["shares"], ("first", "second"), (axes.set_xlabel, axes.set_ylabel), strict=False
     ):
         label(f"{name} component, {share:.1%} of the variance")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, markerscale=1.8, handletextpad=0.1)
+    axes.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, markerscale=1.8, handletextpad=0.1
+    )
 
 
 def _draw_sets(axes: Axes, values: Mapping[str, float | None], form: str) -> None:

@@ -1,7 +1,8 @@
-"""What can be done to what a model sees: noise on its vision features, noise on the page's pixels, a page that moved.
+"""What can be done to what a model sees: noise on its vision features, noise on the page's pixels,
+a page that moved.
 
-A disturbance follows from its seed and from the id of the question or the page alone. It has the same direction at
-every size, so that a curve over sizes is smooth.
+A disturbance follows from its seed and from the id of the question or the page alone. It has the
+same direction at every size, so that a curve over sizes is smooth.
 """
 
 import dataclasses
@@ -55,7 +56,10 @@ class Disturbance:
 
 
 class FeatureNoise(Disturbance):
-    """Gaussian noise on the vision features, just before the connector. `size` is its standard deviation."""
+    """Gaussian noise on the vision features, just before the connector.
+
+    `size` is its standard deviation.
+    """
 
     @property
     def file(self) -> str:
@@ -71,9 +75,9 @@ class FeatureNoise(Disturbance):
 
 
 class PixelNoise(Disturbance):
-    """Gaussian noise on the page's pixels, on each channel for itself, clipped. `size` is its standard deviation, where
-    white is 1 and black is 0. It is there before the page is cut into tiles: what makes a large page smaller also
-    averages over the noise."""
+    """Gaussian noise on the page's pixels, on each channel for itself, clipped. `size` is its
+    standard deviation, where white is 1 and black is 0. It is there before the page is cut into
+    tiles: what makes a large page smaller also averages over the noise."""
 
     @property
     def file(self) -> str:
@@ -88,12 +92,14 @@ class PixelNoise(Disturbance):
     def _noisy(self, image: Image.Image, name: str) -> Image.Image:
         pixels = np.asarray(image)
         noise = np.random.default_rng(self._seed(name)).standard_normal(pixels.shape, np.float32)
-        return Image.fromarray(np.rint(pixels + 255 * self.size * noise).clip(0, 255).astype(np.uint8))
+        return Image.fromarray(
+            np.rint(pixels + 255 * self.size * noise).clip(0, 255).astype(np.uint8)
+        )
 
 
 class Shift(Disturbance):
-    """The page's content moved by whole pixels in x and in y, each at most `size` and uniform; white where nothing was.
-    What crosses the edge is lost."""
+    """The page's content moved by whole pixels in x and in y, each at most `size` and uniform;
+    white where nothing was. What crosses the edge is lost."""
 
     @property
     def file(self) -> str:
@@ -129,8 +135,9 @@ def _changed(record: Record, change: Callable[[Image.Image, str], Image.Image]) 
 def measure(
     loaded: Loaded, pages: Sequence[Record], trials: Sequence[Disturbance]
 ) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """Returns the mean distance of different visual tokens, undisturbed, and for each trial that of a token from itself
-    undisturbed; `centred` ones with the mean undisturbed token taken off both."""
+    """Returns the mean distance of different visual tokens, undisturbed, and for each trial that of
+    a token from itself undisturbed; `centred` ones with the mean undisturbed token taken off
+    both."""
     clean = visual_tokens(loaded, pages, Disturbance(0, seed=0))
     mean = clean.mean(0)
     between = {
@@ -164,21 +171,24 @@ def feature_std(loaded: Loaded, pages: Sequence[Record]) -> float:
 
 
 def signal_std(features: np.ndarray) -> float:
-    """Returns the standard deviation of features [n, E] over patches, the root of its mean square over channels: what
-    is the same in all patches is no signal."""
+    """Returns the standard deviation of features [n, E] over patches, the root of its mean square
+    over channels: what is the same in all patches is no signal."""
     return float(np.sqrt(np.float64(features).var(0).mean()))
 
 
 def cosine_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Returns 1 - cos of each row of a [n, D] and the same row of b, float64 [n]; 1 where a row is zero."""
-    return np.maximum(1 - (_unit(a) * _unit(b)).sum(-1), 0)  # Rounding leaves equal rows a little below 0.
+    """Returns 1 - cos of each row of a [n, D] and the same row of b, float64 [n]; 1 where a row is
+    zero."""
+    # Rounding leaves equal rows a little below 0.
+    return np.maximum(1 - (_unit(a) * _unit(b)).sum(-1), 0)
 
 
 def between_distance(tokens: np.ndarray) -> float:
-    """Returns the mean cosine distance of two different rows of tokens [n, D], over all pairs; 0 of a single row.
+    """Returns the mean cosine distance of two different rows of tokens [n, D], over all pairs; 0 of
+    a single row.
 
-    All pairs need no matrix of pairs: their cosines sum to the squared length of the sum of unit vectors, less the
-    rows with themselves.
+    All pairs need no matrix of pairs: their cosines sum to the squared length of the sum of unit
+    vectors, less the rows with themselves.
     """
     unit = _unit(tokens)
     pairs = len(unit) * (len(unit) - 1)
@@ -198,9 +208,13 @@ def _flat(parts: Iterable[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.float32(part).reshape(-1, part.shape[-1]) for part in parts])
 
 
-def _features(model: VLM, variables: Mapping, batch: Mapping[str, Array]) -> Float[Array, "B I P E"]:
+def _features(
+    model: VLM, variables: Mapping, batch: Mapping[str, Array]
+) -> Float[Array, "B I P E"]:
     return model.apply(variables, batch, method="features")
 
 
-def _visual_tokens(model: VLM, variables: Mapping, batch: Mapping[str, Array]) -> Float[Array, "B N D"]:
+def _visual_tokens(
+    model: VLM, variables: Mapping, batch: Mapping[str, Array]
+) -> Float[Array, "B N D"]:
     return model.apply(variables, batch, method="visual_tokens")

@@ -21,11 +21,16 @@ NOISE_COLUMNS = {
 
 
 def show_noise(console: Console, found: Mapping[str, Any]) -> None:
-    """Prints what a function of `noise` returns: a row a size, and what distances are to be compared with."""
+    """Prints what a function of `noise` returns: a row a size, and what distances are to be
+    compared with."""
     if "feature_std" in found:
-        console.print(f"The features' standard deviation over patches is {found['feature_std']:.3f}.")
+        console.print(
+            f"The features' standard deviation over patches is {found['feature_std']:.3f}."
+        )
     if "patch_pixels" in found:
-        console.print(f"The shorter side of a patch is {found['patch_pixels']:.3g} pixels of the page.")
+        console.print(
+            f"The shorter side of a patch is {found['patch_pixels']:.3g} pixels of the page."
+        )
     columns = {name: column for name, column in NOISE_COLUMNS.items() if name in found["points"][0]}
     table = _table(*(title for title, _ in columns.values()))
     for point in found["points"]:
@@ -33,23 +38,28 @@ def show_noise(console: Console, found: Mapping[str, Any]) -> None:
     console.print(table)
     if "between_distance" in found:
         console.print(
-            f"Between different visual tokens, without noise: cosine distance {found['between_distance']:.4f}, with "
-            f"the mean removed {found['centred_between_distance']:.4f}."
+            "Between different visual tokens, without noise: cosine distance "
+            f"{found['between_distance']:.4f}, with the mean removed "
+            f"{found['centred_between_distance']:.4f}."
         )
 
 
 def show_vocabulary(console: Console, found: Mapping[str, Any]) -> None:
-    """Prints what `vocabulary.measure` returns: how sharp patches are, their words, the scores with these alone."""
+    """Prints what `vocabulary.measure` returns: how sharp patches are, their words, the scores with
+    these alone."""
     table = _table(f"{found['num_patches']:,} patches", "mean", "5 %", "50 %", "95 %")
     for name, unit in (("entropy", "bits"), ("perplexity", "words")):
         table.add_row(f"{name}, {unit}", *(f"{value:.2f}" for value in found[name].values()))
     console.print(table)
     console.print(
-        f"Their mean distribution: perplexity {found['mean_perplexity']:.1f} words, peak {found['mean_peak']:.4f}\n"
+        f"Their mean distribution: perplexity {found['mean_perplexity']:.1f} words, peak "
+        f"{found['mean_peak']:.4f}\n"
     )
     table = _table("word", "mean", "likeliest in")
     for word in found["top_words"]:
-        table.add_row(escape(word["token"]), f"{word['mean']:.4f}", f"{word['share_of_patches']:.1%}")
+        table.add_row(
+            escape(word["token"]), f"{word['mean']:.4f}", f"{word['share_of_patches']:.1%}"
+        )
     console.print(table)
     table = _table("words kept", "number", "ANLS", "exact match", "questions")
     for trial in found["pruning"]:
@@ -62,8 +72,9 @@ def show_vocabulary(console: Console, found: Mapping[str, Any]) -> None:
 def show_cost(console: Console, found: Mapping[str, Any]) -> None:
     """Prints what `cost.measure` returns: a row a connector."""
     console.print(
-        f"{found['device']}, {found['batch_size']} pages at once of {found['tiles_per_page']} tiles, answers of "
-        f"{found['answer_tokens']} tokens; vision encoder and LLM: {found['num_tower_params']:,} parameters"
+        f"{found['device']}, {found['batch_size']} pages at once of {found['tiles_per_page']} "
+        f"tiles, answers of {found['answer_tokens']} tokens; vision encoder and LLM: "
+        f"{found['num_tower_params']:,} parameters"
     )
     titles = ("tokens", "parameters", "GFLOP", "encode ms", "answer ms", "tokens/s", "temp. MiB")
     table = _table("connector", *titles)
@@ -86,8 +97,9 @@ def show_cost(console: Console, found: Mapping[str, Any]) -> None:
 def show_pca(console: Console, found: Mapping[str, Any]) -> None:
     """Prints what `pca.measure` returns: a row a set of words."""
     console.print(
-        f"{found['num_chosen']:,} of {found['num_words']:,} words chosen. The first {found['num_components']} "
-        f"principal components of all explain {sum(found['shares']):.1%} of their variance, the first two "
+        f"{found['num_chosen']:,} of {found['num_words']:,} words chosen. The first "
+        f"{found['num_components']} principal components of all explain "
+        f"{sum(found['shares']):.1%} of their variance, the first two "
         f"{sum(found['shares'][:2]):.1%}."
     )
     table = _table("words", "its components explain", "distance to those outside")

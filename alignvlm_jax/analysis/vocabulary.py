@@ -1,9 +1,11 @@
-"""Which words ALIGN's patches use (arXiv 2502.01341, section 5.3): their mean distribution, how sharp each patch's own
-is, and what is left of the scores when the words that hardly any patch uses are taken away.
+"""Which words ALIGN's patches use (arXiv 2502.01341, section 5.3): their mean distribution, how
+sharp each patch's own is, and what is left of the scores when the words that hardly any patch uses
+are taken away.
 
-A dense mean says nothing of a patch: a thousand patches, each certain of another word, have a flat mean. So the entropy
-of each patch stands beside that of the mean. The paper names 3.4K words above 1e-6 without saying of what; here both
-the mean over patches and the largest of them choose. Patches of a tile's padding count: the LLM is given them too.
+A dense mean says nothing of a patch: a thousand patches, each certain of another word, have a flat
+mean. So the entropy of each patch stands beside that of the mean. The paper names 3.4K words above
+1e-6 without saying of what; here both the mean over patches and the largest of them choose. Patches
+of a tile's padding count: the LLM is given them too.
 """
 
 import dataclasses
@@ -35,8 +37,8 @@ NUM_BINS = 40
 
 
 class TileWords(NamedTuple):
-    """Of each tile's patches: the sum and the largest of their distributions, and of each patch the entropy in bits and
-    the likeliest word."""
+    """Of each tile's patches: the sum and the largest of their distributions, and of each patch the
+    entropy in bits and the likeliest word."""
 
     total: Float[Array, "B V"]
     highest: Float[Array, "B V"]
@@ -69,7 +71,8 @@ class Usage:
         kept = getattr(self, by) > threshold
         if not kept.any():
             raise UserError(
-                f"--threshold {threshold:g} leaves no word: the largest {by} is {getattr(self, by).max():g}"
+                f"--threshold {threshold:g} leaves no word: the largest {by} is "
+                f"{getattr(self, by).max():g}"
             )
         return kept
 
@@ -87,7 +90,8 @@ class Usage:
         }
 
     def top_words(self, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-        """Returns the words of the largest mean, each with the share of patches that it is the likeliest in."""
+        """Returns the words of the largest mean, each with the share of patches that it is the
+        likeliest in."""
         likeliest = np.argsort(-self.mean, kind="stable")[:NUM_TOP].tolist()
         return [
             {
@@ -100,18 +104,23 @@ class Usage:
         ]
 
 
-def measure(loaded: Loaded, split: str, pages: str, num_pages: int, threshold: float) -> dict[str, Any]:
-    """Returns how the pages use the vocabulary, and the scores on a split with all words and with those kept.
+def measure(
+    loaded: Loaded, split: str, pages: str, num_pages: int, threshold: float
+) -> dict[str, Any]:
+    """Returns how the pages use the vocabulary, and the scores on a split with all words and with
+    those kept.
 
     Args:
       loaded: the model; its config says where the splits are and how many questions are asked.
       split: whose questions are asked.
-      pages: split whose documents choose the words; another one than `split`, for a test that could fail.
+      pages: split whose documents choose the words; another one than `split`, for a test that could
+        fail.
       num_pages: documents of it, spread evenly.
       threshold: a word is kept above it.
 
     Raises:
-      UserError: the connector has no distribution over words, a split is missing, or no word is kept.
+      UserError: the connector has no distribution over words, a split is missing, or no word is
+        kept.
     """
     patch_tokens.check(loaded.config)
     found = usage(loaded, pages, num_pages)
@@ -122,7 +131,9 @@ def measure(loaded: Loaded, split: str, pages: str, num_pages: int, threshold: f
     return {
         **found.facts(),
         "top_words": found.top_words(loaded.tokenizer),
-        "pruning": [{"words": name} | ask(asker, loaded, split, words) for name, words in trials.items()],
+        "pruning": [
+            {"words": name} | ask(asker, loaded, split, words) for name, words in trials.items()
+        ],
     }
 
 
@@ -132,7 +143,9 @@ def usage(loaded: Loaded, split: str, num_pages: int) -> Usage:
     count = min(num_pages, len(records))
     tiles = tiles_lib.tiles_of(loaded, [records[i * len(records) // count] for i in range(count)])
     vocab_size = loaded.config.model.llm.vocab_size
-    total, highest, top_counts = np.zeros(vocab_size), np.zeros(vocab_size), np.zeros(vocab_size, int)
+    total = np.zeros(vocab_size)
+    highest = np.zeros(vocab_size)
+    top_counts = np.zeros(vocab_size, int)
     entropies = []
     for part in tiles_lib.map_tiles(loaded, _tile_words, {"tiles": tiles}):
         total += np.float64(part.total).sum(0)
@@ -144,8 +157,8 @@ def usage(loaded: Loaded, split: str, num_pages: int) -> Usage:
 
 
 def ask(asker: Runner, loaded: Loaded, split: str, words: np.ndarray) -> dict[str, Any]:
-    """Returns the scores on a split of the model whose patches have only these words, bool [V]; the softmax is over
-    them alone. The answers stay in analysis/vocabulary/ of the workdir."""
+    """Returns the scores on a split of the model whose patches have only these words, bool [V]; the
+    softmax is over them alone. The answers stay in analysis/vocabulary/ of the workdir."""
     code = zlib.crc32(np.packbits(words).tobytes())
     path = base.folder(loaded) / "vocabulary" / f"{split}_{words.sum()}_words_{code:08x}.jsonl"
     header = {"kept_words": int(words.sum()), "kept_words_crc32": code}
@@ -177,7 +190,8 @@ TRIALS = {"all": "all {:,} words", "mean": "{:,} by their mean", "highest": "{:,
 
 
 def picture(found: Mapping[str, Any]) -> bytes:
-    """Returns a PNG: the words of the largest mean, how sharp patches are, and the scores with some words alone."""
+    """Returns a PNG: the words of the largest mean, how sharp patches are, and the scores with some
+    words alone."""
 
     def draw(figure: Figure) -> None:
         words, right = figure.subfigures(1, 2, width_ratios=(1, 1.5))
@@ -193,7 +207,13 @@ def _draw_words(axes: Axes, found: Mapping[str, Any]) -> None:
     words = found["top_words"]
     means = [word["mean"] for word in words]
     colors = [plotting.COLORS[0]] * len(words)
-    plotting.bars(axes, [plotting.legible(word["token"]) for word in words], means, [f"{m:.2g}" for m in means], colors)
+    plotting.bars(
+        axes,
+        [plotting.legible(word["token"]) for word in words],
+        means,
+        [f"{m:.2g}" for m in means],
+        colors,
+    )
     axes.set_title("Mean probability of a word")
     for label in axes.get_yticklabels():
         label.set(fontfamily="monospace", fontsize=10)

@@ -25,28 +25,42 @@ from alignvlm_jax.train.step import EvalStep
 
 
 class GenerationEval:
-    """Questions of the validation split of every source, the same ones each time; answers are generated in batches of
-    one shape, so that generation is compiled once a stage, and the training step not again."""
+    """Questions of the validation split of every source, the same ones each time; answers are
+    generated in batches of one shape, so that generation is compiled once a stage, and the training
+    step not again."""
 
     def __init__(self, model: VLM, config: Config, mesh: Mesh):
         """Raises UserError as `check` does."""
         self._tokenizer = loader.load_tokenizer(config)
-        self._sampler = Sampler(model, mesh, end_ids=chat.stop_ids(self._tokenizer), pad_id=self._tokenizer.pad_id)
+        self._sampler = Sampler(
+            model, mesh, end_ids=chat.stop_ids(self._tokenizer), pad_id=self._tokenizer.pad_id
+        )
         self._max_new_tokens = config.eval.max_new_tokens
         self._asked = _choose(config)
         count = len(self._asked.places)
-        self._batch_size = loading.batch_size(count, config.eval.batch_size, mesh_lib.batch_ways(mesh))
+        self._batch_size = loading.batch_size(
+            count, config.eval.batch_size, mesh_lib.batch_ways(mesh)
+        )
         local_rows = sharding.rows_of_process(mesh, self._batch_size).tolist()
         mine = [start + row for start in range(0, count, self._batch_size) for row in local_rows]
-        own = [_build(config, self._tokenizer, self._asked, number) for number in mine if number < count]
+        own = [
+            _build(config, self._tokenizer, self._asked, number)
+            for number in mine
+            if number < count
+        ]
         # Of all processes: their prompts are rows of one array.
-        extents = [extent for extent in exchange.gather(examples.extent(own, config)) if extent is not None]
+        extents = [
+            extent for extent in exchange.gather(examples.extent(own, config)) if extent is not None
+        ]
         self._trimmed = max(length for length, _ in extents), max(tiles for _, tiles in extents)
         self._config = config
 
-    def run(self, params: Params, eval_step: EvalStep, should_stop: Callable[[], bool]) -> dict[str, float] | None:
-        """See `Evaluator`; the step is not used. Returns `generated/anls` and `generated/exact_match` over all
-        questions, and with several sources `generated/SOURCE/...` of each."""
+    def run(
+        self, params: Params, eval_step: EvalStep, should_stop: Callable[[], bool]
+    ) -> dict[str, float] | None:
+        """See `Evaluator`; the step is not used. Returns `generated/anls` and
+        `generated/exact_match` over all questions, and with several sources `generated/SOURCE/...`
+        of each."""
         said: list[str] = []
         for start in range(0, len(self._asked.places), self._batch_size):
             if should_stop():
@@ -54,7 +68,12 @@ class GenerationEval:
             count = min(self._batch_size, len(self._asked.places) - start)
             prompts = Prompts(count, lambda number, start=start: self._prompt(start + number))
             answers = loading.answer(
-                self._sampler, {"params": params}, self._tokenizer, prompts, self._batch_size, self._max_new_tokens
+                self._sampler,
+                {"params": params},
+                self._tokenizer,
+                prompts,
+                self._batch_size,
+                self._max_new_tokens,
             )
             said += [text for text, _ in answers]
         answers = iter(said)
@@ -65,12 +84,15 @@ class GenerationEval:
         return metrics.with_sources("generated", rated, _means)
 
     def _prompt(self, number: int) -> examples.Row:
-        return examples.trim(_build(self._config, self._tokenizer, self._asked, number), *self._trimmed)
+        return examples.trim(
+            _build(self._config, self._tokenizer, self._asked, number), *self._trimmed
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Asked:
-    """The questions by source, and each by number over all of them, with the records that it is of."""
+    """The questions by source, and each by number over all of them, with the records that it is
+    of."""
 
     by_source: dict[str, list[Question]]
     places: list[tuple[shards.RecordSource, Question]]
@@ -82,18 +104,22 @@ def is_asked(config: Config) -> bool:
 
 
 def check(stages: Iterable[Config]) -> None:
-    """Raises UserError where a stage cannot ask: no source has questions in its split, a page cannot be read, or a
-    prompt does not fit. The last stage of a long run is too late to be told so."""
+    """Raises UserError where a stage cannot ask: no source has questions in its split, a page
+    cannot be read, or a prompt does not fit. The last stage of a long run is too late to be told
+    so."""
     for config in stages:
         if is_asked(config):
-            asked, tokenizer = _choose(config), loader.load_tokenizer(config)
+            asked = _choose(config)
+            tokenizer = loader.load_tokenizer(config)
             for number in range(jax.process_index(), len(asked.places), jax.process_count()):
                 _build(config, tokenizer, asked, number)
 
 
 def _choose(config: Config) -> _Asked:
     """The questions, without sources that have none."""
-    split, by_source, places = config.data.validation_split, {}, []
+    split = config.data.validation_split
+    by_source = {}
+    places = []
     validated = loader.by_source(config)
     for name, source in validated.items():
         (folder,) = source.data.folders
@@ -102,7 +128,9 @@ def _choose(config: Config) -> _Asked:
             by_source[name] = found
             places += [(records, question) for question in found]
     if not places:
-        folders = ", ".join(folder for source in validated.values() for folder in source.data.folders)
+        folders = ", ".join(
+            folder for source in validated.values() for folder in source.data.folders
+        )
         raise UserError(
             f"split {split!r} in {folders} has no questions to generate answers to; "
             "config.train.generate_every=0 asks none"
@@ -112,7 +140,9 @@ def _choose(config: Config) -> _Asked:
 
 def _build(config: Config, tokenizer: Tokenizer, asked: _Asked, number: int) -> examples.Row:
     records, question = asked.places[number]
-    return examples.build_prompt(records[question.record], question.turn.question, config, tokenizer)
+    return examples.build_prompt(
+        records[question.record], question.turn.question, config, tokenizer
+    )
 
 
 def _means(pairs: Sequence[tuple[str, Sequence[str]]]) -> dict[str, float]:

@@ -1,6 +1,8 @@
-"""The file of predictions on one split: a header line that says how they were made, then a line a question.
+"""The file of predictions on one split: a header line that says how they were made, then a line a
+question.
 
-It grows under a `.partial` name and is renamed when it is whole, so a file without that suffix is always complete.
+It grows under a `.partial` name and is renamed when it is whole, so a file without that suffix is
+always complete.
 """
 
 import contextlib
@@ -25,10 +27,11 @@ from alignvlm_jax.storage import Path, lease
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """By score: a sum over questions, and the sum of their weights. Of two parts of a benchmark, as two hosts have
-    them, the sum is that of the whole.
+    """By score: a sum over questions, and the sum of their weights. Of two parts of a benchmark, as
+    two hosts have them, the sum is that of the whole.
 
-    A question usually adds its score and 1. F1 adds counts (`scores.fields`), VCR one for each covered text.
+    A question usually adds its score and 1. F1 adds counts (`scores.fields`), VCR one for each
+    covered text.
     """
 
     sums: Mapping[str, float]
@@ -43,7 +46,8 @@ class Statistics:
 
 
 def total(parts: Iterable[Mapping[str, tuple[float, float]]]) -> Statistics:
-    """Returns the statistics of questions, each given by its (sum, weight) of every score; none have an empty one."""
+    """Returns the statistics of questions, each given by its (sum, weight) of every score; none
+    have an empty one."""
     sums: dict[str, float] = {}
     weights: dict[str, float] = {}
     for part in parts:
@@ -66,9 +70,10 @@ EVERY_SECONDS = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """One file. Every row has at least id, record and kind, and where something was asked question, answers and
-    prediction; those of a split have score (ANLS) and exact, those of a task scores (by name, the sum and the weight of
-    `Statistics`), known_as, and problem where the question could not be asked, or there was no text to read."""
+    """One file. Every row has at least id, record and kind, and where something was asked question,
+    answers and prediction; those of a split have score (ANLS) and exact, those of a task scores (by
+    name, the sum and the weight of `Statistics`), known_as, and problem where the question could
+    not be asked, or there was no text to read."""
 
     header: dict[str, Any]
     rows: list[dict[str, Any]]
@@ -94,7 +99,8 @@ class Predictions:
         return [row["problem"] for row in self.rows if "problem" in row]
 
     def margin(self, field: str) -> float:
-        """Returns half the width of the 95 % interval of `mean`, taking questions as independent."""
+        """Returns half the width of the 95 % interval of `mean`, taking questions as
+        independent."""
         mean = self.mean(field)
         variance = sum((row[field] - mean) ** 2 for row in self.rows) / len(self.rows)
         return 1.96 * math.sqrt(variance / len(self.rows))
@@ -129,15 +135,19 @@ def read(path: Path) -> Predictions | None:
 
 
 def made_alike(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    """Whether predictions with these headers were made in the same way: where the checkpoint lay meanwhile does not
-    count, which other fields know by its step and its time of training."""
+    """Whether predictions with these headers were made in the same way: where the checkpoint lay
+    meanwhile does not count, which other fields know by its step and its time of training."""
     return {**first, "checkpoint": ""} == {**second, "checkpoint": ""}
 
 
 def read_all(workdir: str | os.PathLike) -> dict[tuple[str, bool], Predictions]:
     """Returns the finished predictions of a workdir by split and whether the pages were blank."""
     found = _read_folder(storage.path(workdir) / DIRECTORY)
-    return {(one.header["split"], one.header["blind"]): one for one in found if one is not None and one.rows}
+    return {
+        (one.header["split"], one.header["blind"]): one
+        for one in found
+        if one is not None and one.rows
+    }
 
 
 def read_tasks(workdir: str | os.PathLike) -> dict[str, Predictions]:
@@ -158,7 +168,8 @@ class Writer:
     """
 
     def __init__(self, path: Path, header: dict[str, Any], count: int | None = None) -> None:
-        """`count` is how many rows the whole has, where that is known: a partial form with more begins anew."""
+        """`count` is how many rows the whole has, where that is known: a partial form with more
+        begins anew."""
         self._path = path
         self._partial = path.with_name(path.name + ".partial")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -213,9 +224,16 @@ Rows = list[dict[str, Any]]
 
 
 def collect(
-    path: Path, header: dict[str, Any], make: Callable[[int], Iterable[Rows]], *, name: str, count: int, things: str
+    path: Path,
+    header: dict[str, Any],
+    make: Callable[[int], Iterable[Rows]],
+    *,
+    name: str,
+    count: int,
+    things: str,
 ) -> Predictions:
-    """Returns what is at `path`, if it was made in this very way; else makes the rows that are not there yet.
+    """Returns what is at `path`, if it was made in this very way; else makes the rows that are not
+    there yet.
 
     Of several processes all call this; the main one reads and writes files, and tells the others.
 
@@ -244,25 +262,33 @@ def collect(
         return writer.publish()
 
 
-def _finished(path: Path, header: dict[str, Any], count: int, *, is_claimed: bool) -> Predictions | None:
-    """What is at `path`, if it was made in this way and is whole; where it is not, and is about to be made, says so."""
+def _finished(
+    path: Path, header: dict[str, Any], count: int, *, is_claimed: bool
+) -> Predictions | None:
+    """What is at `path`, if it was made in this way and is whole; where it is not, and is about to
+    be made, says so."""
     found = read(path) if distributed.is_main() else None
     is_same = found is not None and made_alike(found.header, header)
     is_whole = is_same and len(found.rows) == count
     if is_same and not is_whole and is_claimed:
-        print(f"{path} has {len(found.rows):,} of {count:,} rows, and is made anew", file=sys.stderr)
+        print(
+            f"{path} has {len(found.rows):,} of {count:,} rows, and is made anew", file=sys.stderr
+        )
     rows = exchange.from_main(found.rows if is_whole else None)
     return None if rows is None else Predictions(header, rows)
 
 
 @contextlib.contextmanager
 def _claimed(path: Path, name: str) -> Iterator[None]:
-    """While entered, nobody else makes what is to be at `path`: two would write each other's file."""
+    """While entered, nobody else makes what is to be at `path`: two would write each other's
+    file."""
     with contextlib.ExitStack() as held:
         if distributed.is_main():
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = path.with_name(f".{path.name}.lock")
-            held.enter_context(lease.hold(lock, f"is at {name} in", lambda line: print(line, file=sys.stderr)))
+            held.enter_context(
+                lease.hold(lock, f"is at {name} in", lambda line: print(line, file=sys.stderr))
+            )
         exchange.barrier()
         yield
 
@@ -291,7 +317,8 @@ def _progress_bar(things: str) -> progress.Progress:
 
 
 def write_submission(path: Path, result: Predictions, task: Task) -> None:
-    """Writes a JSON array of ids and answers, as the server of a benchmark takes it; ids that are numbers as such."""
+    """Writes a JSON array of ids and answers, as the server of a benchmark takes it; ids that are
+    numbers as such."""
     id_name, answer_name = task.submission
     entries = [
         {

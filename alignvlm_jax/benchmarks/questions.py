@@ -18,9 +18,9 @@ MAX_SHOWN = 5
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A turn of a record: `record` is the record's index in its split, `id` names both, `kind` is the record's source.
-    `known_as` is the record's id where it has no other turn: what the benchmark, and the server that scores it, call
-    the question."""
+    """A turn of a record: `record` is the record's index in its split, `id` names both, `kind` is
+    the record's source. `known_as` is the record's id where it has no other turn: what the
+    benchmark, and the server that scores it, call the question."""
 
     id: str
     record: int
@@ -30,17 +30,19 @@ class Question:
 
 
 def choose_questions(records: Sequence[Record], count: int | None) -> list[Question]:
-    """Returns at most `count` questions, or all: one a document, then a second of each where they are too few, and so
-    on.
+    """Returns at most `count` questions, or all: one a document, then a second of each where they
+    are too few, and so on.
 
-    Documents are spread evenly over the split, and a hash of its id says which question of a document comes first, so
-    that the choice depends on the data alone. Of several processes all call this, and the main one reads the records
-    for all.
+    Documents are spread evenly over the split, and a hash of its id says which question of a
+    document comes first, so that the choice depends on the data alone. Of several processes all
+    call this, and the main one reads the records for all.
     """
     chosen = _choose(records, count) if distributed.is_main() else []
     told = exchange.from_main([dataclasses.asdict(question) for question in chosen])
     return [
-        Question(**fields | {"turn": Turn(fields["turn"]["question"], tuple(fields["turn"]["answers"]))})
+        Question(
+            **fields | {"turn": Turn(fields["turn"]["question"], tuple(fields["turn"]["answers"]))}
+        )
         for fields in told
     ]
 
@@ -49,7 +51,9 @@ def _choose(records: Sequence[Record], count: int | None) -> list[Question]:
     num_documents = len(records) if count is None else min(count, len(records))
     indices = [i * len(records) // num_documents for i in range(num_documents)]
     # Without their images, which would be held all at once.
-    known = [(record.id, record.source, record.turns) for record in map(records.__getitem__, indices)]
+    known = [
+        (record.id, record.source, record.turns) for record in map(records.__getitem__, indices)
+    ]
     questions = []
     for round_number in range(max((len(turns) for _, _, turns in known), default=0)):
         for index, (record_id, kind, turns) in zip(indices, known, strict=True):
@@ -75,7 +79,8 @@ def open_benchmark(task: Task, data: Path, count: int | None) -> Benchmark:
     """Returns a task with its questions, all of them or at most `count`.
 
     Raises:
-      UserError: the task's folder, its split or its questions are not there, or two questions have one id.
+      UserError: the task's folder, its split or its questions are not there, or two questions have
+        one id.
     """
     directory = data / (task.folder or task.name)
     records = RecordSource(directory, task.split)
@@ -84,6 +89,10 @@ def open_benchmark(task: Task, data: Path, count: int | None) -> Benchmark:
         raise UserError(f"split {task.split!r} in {directory} has no questions")
     counts = collections.Counter(question.id for question in questions)
     if twice := [repr(name) for name, number in counts.items() if number > 1]:
-        shown = ", ".join(twice[:MAX_SHOWN]) + (f" and {len(twice) - MAX_SHOWN} more" if len(twice) > MAX_SHOWN else "")
-        raise UserError(f"split {task.split!r} in {directory} has more than one question of the id {shown}")
+        shown = ", ".join(twice[:MAX_SHOWN]) + (
+            f" and {len(twice) - MAX_SHOWN} more" if len(twice) > MAX_SHOWN else ""
+        )
+        raise UserError(
+            f"split {task.split!r} in {directory} has more than one question of the id {shown}"
+        )
     return Benchmark(task, directory, records, questions)

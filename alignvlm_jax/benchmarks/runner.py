@@ -1,4 +1,5 @@
-"""Asks a model the questions of a benchmark, or of a split, there on blank pages too, and writes down what it says."""
+"""Asks a model the questions of a benchmark, or of a split, there on blank pages too, and writes
+down what it says."""
 
 import dataclasses
 import json
@@ -43,7 +44,8 @@ class Trial:
 
 
 class Runner:
-    """Evaluates one model; every split has the same batch shape, so that generation is compiled once."""
+    """Evaluates one model; every split has the same batch shape, so that generation is compiled
+    once."""
 
     def __init__(self, loaded: Loaded, config: Config):
         """`config` may differ from the model's own in `eval` and `data.dir`."""
@@ -54,44 +56,59 @@ class Runner:
         self._batch_size = loading.batch_size(most, most, loaded.batch_ways)
 
     def evaluate(self, split: str, blind: bool) -> Predictions:
-        """Returns the predictions on a split, and leaves them in the workdir; questions already answered by this very
-        checkpoint, in this very way, are not asked again.
+        """Returns the predictions on a split, and leaves them in the workdir; questions already
+        answered by this very checkpoint, in this very way, are not asked again.
 
         Raises:
-          UserError: the split is missing or has no questions, or a question does not fit `data.row_length`.
+          UserError: the split is missing or has no questions, or a question does not fit
+            `data.row_length`.
         """
         path = predictions.path_of(loading.workdir_of(self._loaded.path), split, blind)
         name = f"{split}, blank pages" if blind else split
         trial = Trial(path, {"blind": blind})
-        return self.evaluate_trial(split, dataclasses.replace(trial, page=blank) if blind else trial, name)
+        return self.evaluate_trial(
+            split, dataclasses.replace(trial, page=blank) if blind else trial, name
+        )
 
     def evaluate_trial(self, split: str, trial: Trial, name: str) -> Predictions:
-        """Returns the predictions on a split, as `evaluate` does, asked in any way; `name` is shown meanwhile."""
+        """Returns the predictions on a split, as `evaluate` does, asked in any way; `name` is shown
+        meanwhile."""
         records = shards.RecordSource(self._config.data.dir, split)
         questions = choose_questions(records, self._config.eval.num_questions)
         if not questions:
             raise UserError(f"split {split!r} in {self._config.data.dir} has no questions")
         what = {"scorer_version": scores.SCORER_VERSION, "split": split, **trial.header}
-        header = self._header(self._config.data.dir, questions, "QUESTION", self._config.eval.max_new_tokens, what)
+        header = self._header(
+            self._config.data.dir, questions, "QUESTION", self._config.eval.max_new_tokens, what
+        )
         config = self._for_prompts(question.turn.question for question in questions)
-        return self._ask(trial.path, header, name, questions, lambda asked: self._answer(records, asked, trial, config))
+        return self._ask(
+            trial.path,
+            header,
+            name,
+            questions,
+            lambda asked: self._answer(records, asked, trial, config),
+        )
 
     def evaluate_task(self, benchmark: Benchmark) -> Predictions:
         """Returns the predictions on a benchmark, as `evaluate` does on a split.
 
-        A question that cannot be asked, for its image is damaged or its prompt too long, has an empty prediction and a
-        `problem` in its row.
+        A question that cannot be asked, for its image is damaged or its prompt too long, has an
+        empty prediction and a `problem` in its row.
 
         Raises:
           UserError: no question can be asked.
         """
-        task, questions = benchmark.task, benchmark.questions
+        task = benchmark.task
+        questions = benchmark.questions
         max_new_tokens = task.max_new_tokens or self._config.eval.max_new_tokens
         what = {"scorer_version": tasks.SCORER_VERSION, "task": task.name, "split": task.split}
         prompt = task.prompt.format(question="QUESTION")
         header = self._header(benchmark.directory, questions, prompt, max_new_tokens, what)
         path = predictions.task_path(loading.workdir_of(self._loaded.path), task.name)
-        config = self._for_prompts(task.prompt.format(question=question.turn.question) for question in questions)
+        config = self._for_prompts(
+            task.prompt.format(question=question.turn.question) for question in questions
+        )
         result = self._ask(
             path,
             header,
@@ -119,16 +136,23 @@ class Runner:
             for start in range(done, len(questions), self._batch_size):
                 yield answer(questions[start : start + self._batch_size])
 
-        return predictions.collect(path, header, batches, name=name, count=len(questions), things="questions")
+        return predictions.collect(
+            path, header, batches, name=name, count=len(questions), things="questions"
+        )
 
     def _for_prompts(self, texts: Iterable[str]) -> Config:
-        """The config with rows that hold the longest of the prompts. A planned row has room for many records: padded to
-        it, a prompt would cost as much as all of them."""
-        config, tokenizer = self._config, self._loaded.tokenizer
-        if config.data.packing == "none":  # Little to gain; and in another shape sums are rounded in another way.
+        """The config with rows that hold the longest of the prompts. A planned row has room for
+        many records: padded to it, a prompt would cost as much as all of them."""
+        config = self._config
+        tokenizer = self._loaded.tokenizer
+        # Little to gain; and in another shape sums are rounded in another way.
+        if config.data.packing == "none":
             return config
-        num_slots, image_id = config.data.tiles_of_a_record * config.model.slots_per_tile, config.model.image_token_id
-        longest = max(len(chat.encode_prompt(tokenizer, text, num_slots, image_id)) for text in set(texts))
+        num_slots = config.data.tiles_of_a_record * config.model.slots_per_tile
+        image_id = config.model.image_token_id
+        longest = max(
+            len(chat.encode_prompt(tokenizer, text, num_slots, image_id)) for text in set(texts)
+        )
         length = min(-(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE, config.data.row_length)
         return dataclasses.replace(config, data=dataclasses.replace(config.data, row_length=length))
 
@@ -138,7 +162,9 @@ class Runner:
         def build(number: int) -> examples.Row:
             question = questions[number]
             page = trial.page(records[question.record])
-            prompt = examples.build_prompt(page, question.turn.question, config, self._loaded.tokenizer)
+            prompt = examples.build_prompt(
+                page, question.turn.question, config, self._loaded.tokenizer
+            )
             return prompt | trial.inputs(question)
 
         prompts = Prompts(len(questions), build)
@@ -153,14 +179,20 @@ class Runner:
         ]
 
     def _answer_task(
-        self, benchmark: Benchmark, questions: Sequence[Question], max_new_tokens: int, config: Config
+        self,
+        benchmark: Benchmark,
+        questions: Sequence[Question],
+        max_new_tokens: int,
+        config: Config,
     ) -> list[dict[str, Any]]:
         tokenizer = self._loaded.tokenizer
 
         def build(number: int) -> examples.Row:
             question = questions[number]
             text = benchmark.task.prompt.format(question=question.turn.question)
-            return examples.build_prompt(benchmark.records[question.record], text, config, tokenizer)
+            return examples.build_prompt(
+                benchmark.records[question.record], text, config, tokenizer
+            )
 
         def stand_in() -> examples.Row:
             return examples.build_prompt(Image.new("RGB", (1, 1), "white"), "", config, tokenizer)
@@ -173,10 +205,15 @@ class Runner:
             found.append(row | {"known_as": question.known_as, "scores": rated})
         return found
 
-    def _generate(self, prompts: Prompts, max_new_tokens: int, variables: Mapping[str, Any]) -> list[Answer]:
+    def _generate(
+        self, prompts: Prompts, max_new_tokens: int, variables: Mapping[str, Any]
+    ) -> list[Answer]:
         """What the model says to prompts."""
-        variables, tokenizer = {**self._loaded.variables, **variables}, self._loaded.tokenizer
-        return loading.answer(self._sampler, variables, tokenizer, prompts, self._batch_size, max_new_tokens)
+        variables = {**self._loaded.variables, **variables}
+        tokenizer = self._loaded.tokenizer
+        return loading.answer(
+            self._sampler, variables, tokenizer, prompts, self._batch_size, max_new_tokens
+        )
 
     def _header(
         self,
@@ -186,10 +223,13 @@ class Runner:
         max_new_tokens: int,
         what: dict[str, Any],
     ) -> dict[str, Any]:
-        """All that the predictions depend on, and what is needed to repeat them; `question` is how one is put."""
+        """All that the predictions depend on, and what is needed to repeat them; `question` is how
+        one is put."""
         tokenizer = self._loaded.tokenizer
         prompt = chat.encode_prompt(tokenizer, question, 1, self._config.model.image_token_id)
-        asked = json.dumps([(question.id, question.turn.question, question.turn.answers) for question in questions])
+        asked = json.dumps(
+            [(question.id, question.turn.question, question.turn.answers) for question in questions]
+        )
         return {
             "checkpoint": str(self._loaded.path),
             "step": self._loaded.step,
@@ -217,7 +257,8 @@ def _row(question: Question, prediction: str) -> dict[str, Any]:
 
 
 def blank(record: Record) -> Record:
-    """Returns the record with white images of the same sizes and no words: what is answered then was guessed."""
+    """Returns the record with white images of the same sizes and no words: what is answered then
+    was guessed."""
     sizes = [images.decode_image(image, record.id).size for image in record.images]
     white = tuple(images.encode_png(Image.new("RGB", size, "white")) for size in sizes)
     return dataclasses.replace(record, images=white, lines=())

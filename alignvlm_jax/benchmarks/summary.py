@@ -27,9 +27,11 @@ def summarize(
 
     Args:
       loaded: the model.
-      splits: the first one's scores have plain names (`anls`), the others' end in the split (`anls_unseen_fonts`).
+      splits: the first one's scores have plain names (`anls`), the others' end in the split
+        (`anls_unseen_fonts`).
       results: predictions by split and blind; those missing leave their fields out.
-      of_tasks: predictions by task, which make the field `tasks`; there is none where there are none.
+      of_tasks: predictions by task, which make the field `tasks`; there is none where there are
+        none.
     """
     fields: dict[str, Any] = {}
     for split in splits:
@@ -68,8 +70,8 @@ NONE = "-"
 
 
 def paper_table(results: Mapping[str, Predictions]) -> Table:
-    """Returns a row of the paper's table 1, in percent; it fits 80 characters. What was not asked, or has no known
-    answers, is a dash; so is the mean, which compares only if it is of all nine."""
+    """Returns a row of the paper's table 1, in percent; it fits 80 characters. What was not asked,
+    or has no known answers, is a dash; so is the mean, which compares only if it is of all nine."""
     found = columns(results)
     mean = None if None in found.values() else sum(found.values()) / len(found)
     table = Table(box=None, padding=(0, 1, 0, 0))
@@ -80,29 +82,38 @@ def paper_table(results: Mapping[str, Predictions]) -> Table:
 
 
 def columns(results: Mapping[str, Predictions]) -> dict[str, float | None]:
-    """Returns by column of the paper's table the mean of its tasks' own scores, None where one of them is missing."""
+    """Returns by column of the paper's table the mean of its tasks' own scores, None where one of
+    them is missing."""
     found: dict[str, float | None] = {}
     for column in COLUMNS:
         members = [task for task in TASKS.values() if task.column == column]
-        scores = [results[task.name].statistics().score(task.main_score) for task in members if task.name in results]
+        scores = [
+            results[task.name].statistics().score(task.main_score)
+            for task in members
+            if task.name in results
+        ]
         is_whole = len(scores) == len(members) and None not in scores
         found[column] = sum(scores) / len(scores) if is_whole else None
     return found
 
 
 def task_table(tasks: Sequence[Task | TextTask], results: Mapping[str, Predictions]) -> Table:
-    """Returns a row a task: its own score by name, the others, and how many questions were asked, or texts read."""
+    """Returns a row a task: its own score by name, the others, and how many questions were asked,
+    or texts read."""
     table = Table("task", "score", box=None)
     for title in ("", "asked", "not asked"):
         table.add_column(title, justify="right")
     for task in tasks:
-        result, totals = results[task.name], results[task.name].statistics()
+        result = results[task.name]
+        totals = results[task.name].statistics()
         if isinstance(task, TextTask):
             lines = [(f"{task.score}, less is better", f"{totals.score(task.score):.3f}  ")]
         else:
             lines = [(name, f"{_percent(totals.score(name))} %") for name in task.scores]
         for number, line in enumerate(lines):
-            counts = ("", "") if number else (f"{len(result.rows):,}", f"{len(result.problems()):,}")
+            counts = (
+                ("", "") if number else (f"{len(result.rows):,}", f"{len(result.problems()):,}")
+            )
             table.add_row("" if number else task.name, *line, *counts)
     return table
 

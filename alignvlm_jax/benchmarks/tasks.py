@@ -1,5 +1,5 @@
-"""The benchmarks, an entry each: what is asked, of which split, and how answers are scored and handed in. Beside them
-held-out texts, of which nothing is asked."""
+"""The benchmarks, an entry each: what is asked, of which split, and how answers are scored and
+handed in. Beside them held-out texts, of which nothing is asked."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -8,7 +8,12 @@ from typing import ClassVar
 from alignvlm_jax.benchmarks import scores
 from alignvlm_jax.benchmarks.scores.denotation import denotation_accuracy
 from alignvlm_jax.benchmarks.scores.numbers import amount_accuracy, relaxed_accuracy
-from alignvlm_jax.benchmarks.scores.text import covered_exact_match, covered_jaccard, fact_accuracy, field_f1
+from alignvlm_jax.benchmarks.scores.text import (
+    covered_exact_match,
+    covered_jaccard,
+    fact_accuracy,
+    field_f1,
+)
 from alignvlm_jax.benchmarks.scores.vqa import vqa_accuracy
 from alignvlm_jax.errors import UserError, nearest
 
@@ -19,7 +24,8 @@ SHORT = "{question}\nAnswer the question using a single word or phrase."
 
 # Its question is the same for every image.
 COVERED_PROMPT = (
-    "What is the covered texts in the image? Please restore the covered texts without outputting the explanations."
+    "What is the covered texts in the image? Please restore the covered texts "
+    "without outputting the explanations."
 )
 
 TABLE_QUESTION = (
@@ -30,7 +36,8 @@ TABLE_QUESTION = (
     "Answer: 2004\n"
     "Question: which township in pope county, arkansas has the least amount of water area?\n"
     "Answer: Freeman\n"
-    "If you have multiple answers, please separate them with || marks. Example: Apple||Banana||Tomato\n\n"
+    "If you have multiple answers, please separate them with || marks. Example: "
+    "Apple||Banana||Tomato\n\n"
     "Question: {question}\n"
     "Answer:"
 )
@@ -52,18 +59,21 @@ TABLE_AMOUNT = (
     "You should answer the question within a single word or few words.\n"
     "If units can be known, the answer should include units such as $, %, million and etc.\n"
     "Example: \n"
-    "Question: What were the total financing originations for the fiscal year ended October 31, 2004?\n"
+    "Question: What were the total financing originations for the fiscal year ended October 31, "
+    "2004?\n"
     "Answer: $3,852 million\n"
     "Question: What is the time period represented in the table?\n"
     "Answer: October 31\n"
-    "Question: What was the percentage of net sales for selling, general and administrative expenses in 2006?\n"
+    "Question: What was the percentage of net sales for selling, general and administrative "
+    "expenses in 2006?\n"
     "Answer: 34.2%\n"
     "Question: {question}\n"
     "Answer:"
 )
 
 SCORER_VERSION = "tasks/1"
-"""Stands in the header of the predictions on a task: raise it when a score of any answer to any task changes."""
+"""Stands in the header of the predictions on a task: raise it when a score of any answer to any
+task changes."""
 
 Score = Callable[[str, Sequence[str]], tuple[float, float]]
 """Of a prediction and the accepted answers: what they add to the score's sum and to its weight."""
@@ -86,7 +96,8 @@ class Task:
       prompt: template of `prompts`.
       answer: makes the answer of what the model says.
       max_new_tokens: length of the longest answer in tokens; None: that of the model's config.
-      column: of the paper's table that it belongs to, "" for none. Several tasks of a column are averaged.
+      column: of the paper's table that it belongs to, "" for none. Several tasks of a column are
+        averaged.
       submission: the names that the id and the answer have in a file that is handed in.
     """
 
@@ -106,8 +117,9 @@ class Task:
         return next(iter(self.scores))
 
     def rate(self, said: str, answers: Sequence[str]) -> dict[str, tuple[float, float]]:
-        """Returns what an answer adds to the sum and the weight of each score: nothing to any sum where it is empty,
-        whatever the normaliser of a score makes of that; and nothing at all where no answer is known."""
+        """Returns what an answer adds to the sum and the weight of each score: nothing to any sum
+        where it is empty, whatever the normaliser of a score makes of that; and nothing at all
+        where no answer is known."""
         if not answers:
             return {}
         answer = self.answer(said)
@@ -123,8 +135,9 @@ class TextTask:
       name: how it is asked for.
       split: of the shards that are read.
       folder: under the folder of all benchmarks, what `prepare` wrote; default: the name.
-      window: tokens that the LLM sees at once, or the row length of its stage where that is less. Values of different
-        windows do not compare: hence not the row length of whichever stage there was, but what real ones have room for.
+      window: tokens that the LLM sees at once, or the row length of its stage where that is less.
+        Values of different windows do not compare: hence not the row length of whichever stage
+        there was, but what real ones have room for.
     """
 
     name: str
@@ -142,7 +155,10 @@ def _bars(text: str) -> str:
 
 
 ANLS = {"anls": each(scores.anls), "exact_match": each(scores.exact_match)}
-DENOTATION = {"denotation_accuracy": each(denotation_accuracy), "exact_match": each(scores.exact_match)}
+DENOTATION = {
+    "denotation_accuracy": each(denotation_accuracy),
+    "exact_match": each(scores.exact_match),
+}
 FACT = {"accuracy": each(fact_accuracy), "exact_match": each(scores.exact_match)}
 FIELDS = {"f1": field_f1, "exact_match": each(scores.exact_match)}
 VQA = {"vqa_accuracy": each(vqa_accuracy), "exact_match": each(scores.exact_match)}
@@ -155,8 +171,9 @@ RRC = ("questionId", "answer")
 
 EVAL_AI = ("question_id", "answer")
 
-# DocVQA, InfographicVQA and TextVQA on validation, all others on test, as in the paper's table 1. VLMEvalKit, which the
-# paper used, has no DeepForm, KLC, WTQ and TabFact: they are scored as their data sets are elsewhere.
+# DocVQA, InfographicVQA and TextVQA on validation, all others on test, as in the paper's table 1.
+# VLMEvalKit, which the paper used, has no DeepForm, KLC, WTQ and TabFact: they are scored as their
+# data sets are elsewhere.
 _ENTRIES = (
     Task("docvqa", "validation", ANLS, prompt=SHORT, column="DocVQA", submission=RRC),
     Task("docvqa_test", "test", ANLS, prompt=SHORT, submission=RRC),

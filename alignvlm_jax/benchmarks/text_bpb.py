@@ -1,9 +1,11 @@
-"""How well a model's LLM, without an image, predicts held-out text: bits per byte, before training and after.
+"""How well a model's LLM, without an image, predicts held-out text: bits per byte, before training
+and after.
 
-The text of a record is encoded with the token that begins every text in front, where the LLM has one, and cut into
-windows that follow each other: each begins with the last token of the one before, which is given and not predicted
-again. So every token is predicted once, but the first of a text that nothing stands before. The bits that this takes,
-divided by the bytes of the text in UTF-8, do not depend on the tokenizer; the longer the window, the fewer they are.
+The text of a record is encoded with the token that begins every text in front, where the LLM has
+one, and cut into windows that follow each other: each begins with the last token of the one before,
+which is given and not predicted again. So every token is predicted once, but the first of a text
+that nothing stands before. The bits that this takes, divided by the bytes of the text in UTF-8, do
+not depend on the tokenizer; the longer the window, the fewer they are.
 """
 
 import dataclasses
@@ -37,12 +39,14 @@ SCORER_VERSION = "bits_per_byte/1"
 """Stands in the header of what was measured: raise it when the value of any text changes."""
 
 BATCH_TOKENS = 4096
-"""Of a batch, on each device that rows are spread over: enough to keep it busy, and seconds on a small one."""
+"""Of a batch, on each device that rows are spread over: enough to keep it busy, and seconds on a
+small one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """What a record says, "" where that is not known; `record` is the record's index in its split."""
+    """What a record says, "" where that is not known; `record` is the record's index in its
+    split."""
 
     id: str
     record: int
@@ -60,7 +64,8 @@ class HeldOut:
 
 
 def open_text(task: TextTask, data: Path, count: int | None) -> HeldOut:
-    """Returns a task with the texts of all records, or of `count` that are spread evenly over the split.
+    """Returns a task with the texts of all records, or of `count` that are spread evenly over the
+    split.
 
     Raises:
       UserError: the task's folder or its split is not there, or no record has text.
@@ -68,16 +73,20 @@ def open_text(task: TextTask, data: Path, count: int | None) -> HeldOut:
     directory = data / (task.folder or task.name)
     records = shards.RecordSource(directory, task.split)
     count = len(records) if count is None else min(count, len(records))
-    chosen = ((number, records[number]) for number in (i * len(records) // count for i in range(count)))
-    texts = tuple(Text(record.id, number, record.source, text_of(record)) for number, record in chosen)
+    chosen = (
+        (number, records[number]) for number in (i * len(records) // count for i in range(count))
+    )
+    texts = tuple(
+        Text(record.id, number, record.source, text_of(record)) for number, record in chosen
+    )
     if not any(text.text for text in texts):
         raise UserError(f"split {task.split!r} in {directory}: none of {count:,} records has text")
     return HeldOut(task, directory, texts)
 
 
 def text_of(record: Record) -> str:
-    """Returns the transcription of a record; of one without images, questions and first answers, each on a line of its
-    own. "" where it has none, or nothing but white space."""
+    """Returns the transcription of a record; of one without images, questions and first answers,
+    each on a line of its own. "" where it has none, or nothing but white space."""
     if record.lines or record.images:
         text = examples.transcription(record)
     else:
@@ -87,8 +96,8 @@ def text_of(record: Record) -> str:
 
 
 def windows(tokens: np.ndarray, length: int) -> list[np.ndarray]:
-    """Returns what the model reads of n tokens: at most `length` at once, and in each all but the first are to be
-    predicted. Every token but the first of all is so once."""
+    """Returns what the model reads of n tokens: at most `length` at once, and in each all but the
+    first are to be predicted. Every token but the first of all is so once."""
     return [tokens[start : start + length] for start in range(0, len(tokens) - 1, length - 1)]
 
 
@@ -97,24 +106,34 @@ class Reader:
 
     def __init__(self, loaded: Loaded):
         self._loaded = loaded
-        self._nll = jax.jit(functools.partial(_nll, loaded.model), out_shardings=sharding.replicated(loaded.mesh))
+        self._nll = jax.jit(
+            functools.partial(_nll, loaded.model), out_shardings=sharding.replicated(loaded.mesh)
+        )
 
     def measure(self, held_out: HeldOut) -> Predictions:
-        """Returns a row a text, whose score is (bits, bytes), and leaves them in the workdir; texts that this very
-        checkpoint has read in this very way are not read again. One without text has no score, and a `problem`."""
+        """Returns a row a text, whose score is (bits, bytes), and leaves them in the workdir; texts
+        that this very checkpoint has read in this very way are not read again. One without text has
+        no score, and a `problem`."""
         header = self._header(held_out)
         path = predictions.task_path(loading.workdir_of(self._loaded.path), held_out.task.name)
-        name, texts, window = held_out.task.name, held_out.texts, header["window"]
+        name = held_out.task.name
+        texts = held_out.texts
+        window = header["window"]
         size = self._batch_size(len(texts), window)
 
         def measured(done: int) -> Iterator[list[dict[str, Any]]]:
             return self._measured(texts[done:], window, size)
 
-        return predictions.collect(path, header, measured, name=name, count=len(texts), things="texts")
+        return predictions.collect(
+            path, header, measured, name=name, count=len(texts), things="texts"
+        )
 
-    def _measured(self, texts: Sequence[Text], window: int, size: int) -> Iterator[list[dict[str, Any]]]:
+    def _measured(
+        self, texts: Sequence[Text], window: int, size: int
+    ) -> Iterator[list[dict[str, Any]]]:
         """The rows of texts, those together that a batch of `size` windows finished."""
-        nats, finished = np.zeros(len(texts)), 0
+        nats = np.zeros(len(texts))
+        finished = 0
         for batch in _batches(self._windows(texts, window), size):
             owners = [owner for owner, _ in batch]
             np.add.at(nats, owners, self._nats([row for _, row in batch], size))
@@ -134,12 +153,15 @@ class Reader:
                 yield number, examples.build_text(part, window, tokenizer)
 
     def _nats(self, batch: Sequence[Row], size: int) -> np.ndarray:
-        """float64 [n]: what the tokens of each row take, the first one's nothing; n is at most `size`."""
+        """float64 [n]: what the tokens of each row take, the first one's nothing; n is at most
+        `size`."""
         local_rows = sharding.rows_of_process(self._loaded.mesh, size)
         arrays = loader.stack([batch[min(row, len(batch) - 1)] for row in local_rows.tolist()])
         weights = np.stack([row["loss_weights"] for row in batch])
         with mesh_lib.use(self._loaded.mesh):
-            nll = np.asarray(self._nll(self._loaded.variables, sharding.put_batch(arrays, self._loaded.mesh)))
+            nll = np.asarray(
+                self._nll(self._loaded.variables, sharding.put_batch(arrays, self._loaded.mesh))
+            )
         return (nll[: len(batch)] * weights).sum(-1, dtype=np.float64)
 
     def _batch_size(self, count: int, window: int) -> int:
@@ -149,7 +171,8 @@ class Reader:
 
     def _header(self, held_out: HeldOut) -> dict[str, Any]:
         """All that the values depend on."""
-        task, loaded = held_out.task, self._loaded
+        task = held_out.task
+        loaded = self._loaded
         read = json.dumps([(text.id, text.text) for text in held_out.texts])
         return {
             "checkpoint": str(loaded.path),

@@ -24,8 +24,8 @@ NEED_WORDS = ("vocabulary", "pca")
 
 
 class Analysis(NamedTuple):
-    """An analysis: its `help`, its flags, what it measures of a model, and how that is printed and, with the name of
-    the connector, pictured."""
+    """An analysis: its `help`, its flags, what it measures of a model, and how that is printed and,
+    with the name of the connector, pictured."""
 
     help: str
     add_flags: Callable[[argparse.ArgumentParser], None]
@@ -58,7 +58,11 @@ def main(argv: list[str]) -> None:
         raise UserError("stopped; the same command goes on, and asks no question again") from err
     if not distributed.is_main():
         return
-    settings = {name: value for name, value in vars(args).items() if name not in ("checkpoint", "analysis", "data")}
+    settings = {
+        name: value
+        for name, value in vars(args).items()
+        if name not in ("checkpoint", "analysis", "data")
+    }
     kind = getattr(args, "kind", analysis_flags.KINDS[0])
     name = args.analysis if kind == analysis_flags.KINDS[0] else f"{args.analysis}_{kind}"
     path = base.write(loaded, name, settings | {"data": loaded.config.data.dir}, found)
@@ -73,8 +77,14 @@ def main(argv: list[str]) -> None:
 
 
 def _check(config: Config, args: argparse.Namespace) -> None:
-    """Fills in the splits that the config names. What can be wrong should not wait for the model."""
-    for flag, default in (("split", config.eval.splits[0]), ("pages", config.data.validation_split)):
+    """Fills in the splits that the config names.
+
+    What can be wrong should not wait for the model.
+    """
+    for flag, default in (
+        ("split", config.eval.splits[0]),
+        ("pages", config.data.validation_split),
+    ):
         if flag in args:
             setattr(args, flag, getattr(args, flag) or default)
             shards.RecordSource(config.data.dir, getattr(args, flag))
@@ -93,7 +103,8 @@ def _chosen(argv: list[str]) -> Analysis:
     name = _peek(argv)
     if name != "noise":
         return ANALYSES[name]
-    return NOISES.get(_peek(argv, "--kind"), ANALYSES[name])  # Of a misspelt kind argparse will tell.
+    # Of a misspelt kind argparse will tell.
+    return NOISES.get(_peek(argv, "--kind"), ANALYSES[name])
 
 
 def _peek(argv: list[str], flag: str = "--analysis") -> str | None:
@@ -106,10 +117,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     """Flags of all analyses, and those of the one that is asked for: another's are wrong usage."""
     chosen = _chosen(argv)
     parser = argparse.ArgumentParser(
-        prog="python -m alignvlm_jax inspect", description=f"Analysis: {chosen.help}.", allow_abbrev=False
+        prog="python -m alignvlm_jax inspect",
+        description=f"Analysis: {chosen.help}.",
+        allow_abbrev=False,
     )
     parser.add_argument("--analysis", choices=ANALYSES)
-    parser.add_argument("--checkpoint", type=storage.path, help="workdir, or one of its checkpoints/STEP")
+    parser.add_argument(
+        "--checkpoint", type=storage.path, help="workdir, or one of its checkpoints/STEP"
+    )
     parser.add_argument("--data", help="folder that `prepare` wrote; default: the one trained on")
     chosen.add_flags(parser)
     args = parser.parse_args(argv)
@@ -119,7 +134,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _measure_feature_noise(loaded: Loaded, args: argparse.Namespace) -> Mapping[str, Any]:
-    return noise.measure(loaded, args.split, args.sigmas, args.relative_sigmas, args.num_pages, args.seed)
+    return noise.measure(
+        loaded, args.split, args.sigmas, args.relative_sigmas, args.num_pages, args.seed
+    )
 
 
 def _measure_pixel_noise(loaded: Loaded, args: argparse.Namespace) -> Mapping[str, Any]:

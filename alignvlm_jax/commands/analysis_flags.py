@@ -19,9 +19,13 @@ def _sizes(text: str) -> list[float]:
     try:
         values = [float(part) for part in text.split(",") if part]
     except ValueError as err:
-        raise argparse.ArgumentTypeError(f"{text} is not made of numbers with commas between them") from err
+        raise argparse.ArgumentTypeError(
+            f"{text} is not made of numbers with commas between them"
+        ) from err
     if not all(0 < value < float("inf") for value in values):
-        raise argparse.ArgumentTypeError(f"{text} has a size that is not above 0 (0 is always measured)")
+        raise argparse.ArgumentTypeError(
+            f"{text} has a size that is not above 0 (0 is always measured)"
+        )
     return values
 
 
@@ -38,7 +42,9 @@ def _threshold(text: str) -> float:
 
 
 def _add_question_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--split", help="whose questions are asked; default: the first of the config")
+    parser.add_argument(
+        "--split", help="whose questions are asked; default: the first of the config"
+    )
     parser.add_argument("--num_questions", type=positive, help="default: the config's")
 
 
@@ -48,21 +54,28 @@ def _add_noise_flags(parser: argparse.ArgumentParser) -> None:
         "--kind",
         choices=KINDS,
         default=KINDS[0],
-        help="where the disturbance enters: noise on the vision features (default) or on the page's pixels, or content "
-        "that is moved. Each has a --help of its own",
+        help="where the disturbance enters: noise on the vision features (default) or on the "
+        "page's pixels, or content that is moved. Each has a --help of its own",
     )
     _add_question_flags(parser)
     parser.add_argument("--seed", type=int, default=0)
 
 
 def _add_compared_pages_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num_pages", type=positive, default=32, help="whose visual tokens are compared; default: 32")
+    parser.add_argument(
+        "--num_pages",
+        type=positive,
+        default=32,
+        help="whose visual tokens are compared; default: 32",
+    )
 
 
 def add_feature_noise(parser: argparse.ArgumentParser) -> None:
     _add_noise_flags(parser)
     _add_compared_pages_flag(parser)
-    parser.add_argument("--sigmas", type=_sizes, default=[3.0], help="in the unit of the features; default: 3")
+    parser.add_argument(
+        "--sigmas", type=_sizes, default=[3.0], help="in the unit of the features; default: 3"
+    )
     parser.add_argument(
         "--relative_sigmas",
         type=_sizes,
@@ -84,7 +97,9 @@ def add_pixel_noise(parser: argparse.ArgumentParser) -> None:
 
 def add_layout(parser: argparse.ArgumentParser) -> None:
     _add_noise_flags(parser)
-    parser.add_argument("--shifts", type=_pixels, default=[], help="most pixels of the page; default: none")
+    parser.add_argument(
+        "--shifts", type=_pixels, default=[], help="most pixels of the page; default: none"
+    )
     parser.add_argument(
         "--relative_shifts",
         type=_sizes,
@@ -94,8 +109,12 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_word_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threshold", type=_threshold, default=1e-6, help="a word is kept above it; default: 1e-6")
-    parser.add_argument("--pages", help="split whose pages choose the words; default: the config's validation split")
+    parser.add_argument(
+        "--threshold", type=_threshold, default=1e-6, help="a word is kept above it; default: 1e-6"
+    )
+    parser.add_argument(
+        "--pages", help="split whose pages choose the words; default: the config's validation split"
+    )
     parser.add_argument("--num_pages", type=positive, default=100, help="of it; default: 100")
 
 
@@ -111,5 +130,7 @@ def add_pca(parser: argparse.ArgumentParser) -> None:
 
 def add_cost(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(connectors.REGISTRY)
-    parser.add_argument("--connectors", type=_names, default=[], help=f"of {names}; default: all that fit")
+    parser.add_argument(
+        "--connectors", type=_names, default=[], help=f"of {names}; default: all that fit"
+    )
     parser.add_argument("--repeats", type=positive, default=5, help="of each timing; default: 5")

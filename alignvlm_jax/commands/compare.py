@@ -11,22 +11,31 @@ from alignvlm_jax.report import compare, compare_figures, compare_tables
 
 
 def main(argv: list[str]) -> None:
-    """Raises UserError where a run is not finished or two of a table are asked other questions, before
-    anything is measured."""
+    """Raises UserError where a run is not finished or two of a table are asked other questions,
+    before anything is measured."""
     parser = argparse.ArgumentParser(
         prog="python -m alignvlm_jax compare",
-        description="Evaluates runs named TABLE/ROW_seedN, asks them through noise and with fewer words, and compares. "
-        "What is measured already stays; the same command goes on after Ctrl-C.",
+        description="Evaluates runs named TABLE/ROW_seedN, asks them through noise and with fewer "
+        "words, and compares. What is measured already stays; the same command goes on after "
+        "Ctrl-C.",
         allow_abbrev=False,
     )
-    parser.add_argument("--workdir", required=True, type=storage.path, help="folder of the runs' folders")
-    parser.add_argument("--document", type=storage.path, help="a Markdown file with a marked place for the tables")
-    parser.add_argument("--baseline", help="TABLE/ROW that stands in other tables of the same questions, too")
+    parser.add_argument(
+        "--workdir", required=True, type=storage.path, help="folder of the runs' folders"
+    )
+    parser.add_argument(
+        "--document", type=storage.path, help="a Markdown file with a marked place for the tables"
+    )
+    parser.add_argument(
+        "--baseline", help="TABLE/ROW that stands in other tables of the same questions, too"
+    )
     args = parser.parse_args(argv)
     runs = compare.find(args.workdir)
     rows = {compare.row_of(run) for run in runs}
     if args.baseline and args.baseline not in rows:
-        raise UserError(f"there is no row {args.baseline!r} in {args.workdir}{nearest(args.baseline, rows)}")
+        raise UserError(
+            f"there is no row {args.baseline!r} in {args.workdir}{nearest(args.baseline, rows)}"
+        )
     if args.document:
         compare_tables.split(args.document)
     try:

@@ -36,7 +36,9 @@ def main(argv: list[str]) -> None:
         epilog=config_flag.HELP,
         allow_abbrev=False,
     )
-    parser.add_argument("--markdown", action="store_true", help="every field there is, as docs/config.md")
+    parser.add_argument(
+        "--markdown", action="store_true", help="every field there is, as docs/config.md"
+    )
     stages, rest = config_flag.parse(argv)
     args = parser.parse_args(rest)
     if args.markdown == (stages is not None):
@@ -53,11 +55,14 @@ def reference() -> str:
     for group in describing.groups():
         parts.append(f"## {f'`{group.path}`' if group.path else 'The stage'}\n\n{group.text}\n")
         rows = [
-            f"| `{field.path.removeprefix(f'{group.path}.')}` | {_default(field)} | {_cell(field.comment)} |"
+            f"| `{field.path.removeprefix(f'{group.path}.')}` | {_default(field)} | "
+            f"{_cell(field.comment)} |"
             for field in group.fields
         ]
         if rows:
-            parts.append("\n".join(["| field | default | unit and meaning |", "|---|---|---|", *rows]) + "\n")
+            parts.append(
+                "\n".join(["| field | default | unit and meaning |", "|---|---|---|", *rows]) + "\n"
+            )
     return "\n".join(parts)
 
 
@@ -75,7 +80,9 @@ def _text(stages: tuple[Config, ...]) -> Iterator[str]:
     of_stages = {stage.stage: describing.leaves(stage) for stage in stages}
     first, *others = of_stages.values()
     common = {
-        path: leaf for path, leaf in first.items() if all(path in other and other[path] == leaf for other in others)
+        path: leaf
+        for path, leaf in first.items()
+        if all(path in other and other[path] == leaf for other in others)
     }
     yield f"{len(stages)} {'stages' if others else 'stage'}: {', '.join(of_stages)}"
     yield "* marks what is not the default"
@@ -88,7 +95,9 @@ def _text(stages: tuple[Config, ...]) -> Iterator[str]:
         yield from _lines(leaves, f"{group}.".lstrip("."))
     explained: set[str] = set()
     for name, leaves in of_stages.items() if others else ():
-        own = {path: leaf for path, leaf in leaves.items() if path not in common and path != "stage"}
+        own = {
+            path: leaf for path, leaf in leaves.items() if path not in common and path != "stage"
+        }
         yield ""
         yield f"config.stages.{name}"
         yield from _lines(own, "", explained)
@@ -103,7 +112,9 @@ def _lines(leaves: Leaves, prefix: str, explained: Collection[str] = ()) -> Iter
     }
     column = max((len(text) for text in texts.values() if len(text) <= WIDEST), default=0) + 2
     for path, text in texts.items():
-        comment = [] if path in explained else textwrap.wrap(leaves[path][1].comment, WIDTH - column - 2)
+        comment = (
+            [] if path in explained else textwrap.wrap(leaves[path][1].comment, WIDTH - column - 2)
+        )
         if comment and len(text) > column - 2:
             yield text
             text = ""

@@ -1,4 +1,5 @@
-"""`--config=FILE[:ARG]` and `--config.a.b=value` of a command line, as stages; and a type of flags."""
+"""`--config=FILE[:ARG]` and `--config.a.b=value` of a command line, as stages; and a type of
+flags."""
 
 import argparse
 from pathlib import Path
@@ -13,14 +14,15 @@ from alignvlm_jax.config import Config
 from alignvlm_jax.errors import UserError, nearest
 
 HELP = (
-    "--config=FILE[:ARG] is a Python file with get_config(ARG); --config.a.b=VALUE changes a field of all stages that "
-    "do not set it, --config.stages.NAME.a.b=VALUE of one stage"
+    "--config=FILE[:ARG] is a Python file with get_config(ARG); --config.a.b=VALUE changes a "
+    "field of all stages that do not set it, --config.stages.NAME.a.b=VALUE of one stage"
 )
 CONNECTOR = ["model", "connector"]
 
 
 def parse(argv: list[str]) -> tuple[tuple[Config, ...] | None, list[str]]:
-    """Returns the stages that the config flags of `argv` describe (None without `--config`), and the other arguments.
+    """Returns the stages that the config flags of `argv` describe (None without `--config`), and
+    the other arguments.
 
     Raises:
       UserError: no such file, an unknown field, a value of another type.
@@ -32,7 +34,8 @@ def parse(argv: list[str]) -> tuple[tuple[Config, ...] | None, list[str]]:
     for flag in overrides:
         path, _, value = flag.partition("=")
         if path == "--config.model.connector.name" and _has(config, [*CONNECTOR, "name"]):
-            config.model.connector.name = value  # Before the others: it says which options there are.
+            # Before the others: it says which options there are.
+            config.model.connector.name = value
     for flag in overrides:
         _prepare_field(config, flag.lstrip("-").split("=", 1)[0].removeprefix("config."))
     arguments = ["", *overrides]
@@ -46,8 +49,11 @@ def parse(argv: list[str]) -> tuple[tuple[Config, ...] | None, list[str]]:
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """Config files, config overrides as `--config.a.b=value`, and what is left; `--flag value` is read too."""
-    files, overrides, rest = [], [], []
+    """Config files, config overrides as `--config.a.b=value`, and what is left; `--flag value` is
+    read too."""
+    files = []
+    overrides = []
+    rest = []
     waiting = list(argv)
     while waiting:
         arg = waiting.pop(0)
@@ -80,7 +86,9 @@ def _load(file_and_arg: str) -> ml_collections.ConfigDict:
 
 
 def _prepare_field(config: ml_collections.ConfigDict, path: str) -> None:
-    """Checks that a field exists. In a stage that does not set it yet it gets the base's value, and so a type.
+    """Checks that a field exists.
+
+    In a stage that does not set it yet it gets the base's value, and so a type.
 
     Raises:
       UserError: no such field, or setting it would change nothing.
@@ -95,14 +103,18 @@ def _prepare_field(config: ml_collections.ConfigDict, path: str) -> None:
     setting = [stage for stage, changes in config.stages.items() if _has(changes, names)]
     if setting and len(setting) == len(config.stages):
         raise UserError(
-            f"config.{path} changes nothing, since every stage sets it: name one, as config.stages.{setting[0]}.{path}"
+            f"config.{path} changes nothing, since every stage sets it: name one, as "
+            f"config.stages.{setting[0]}.{path}"
         )
 
 
 def _stage_field(config: ml_collections.ConfigDict, path: str, names: list[str]) -> None:
     if len(names) < 3 or names[1] not in config.stages:
         stages = ", ".join(config.stages) or "none"
-        raise UserError(f"unknown config field config.{path}; a stage's field is stages.NAME.FIELD, stages: {stages}")
+        raise UserError(
+            f"unknown config field config.{path}; a stage's field is stages.NAME.FIELD, stages: "
+            f"{stages}"
+        )
     value = _lookup(config, names[2:], path)
     if value is None:  # It has no default; its placeholder knows the type.
         value = config_dict.placeholder(_lookup(config, names[2:-1], path).get_type(names[-1]))
@@ -116,7 +128,8 @@ def _stage_field(config: ml_collections.ConfigDict, path: str, names: list[str])
 
 
 def _lookup(config: ml_collections.ConfigDict, names: list[str], path: str) -> Any:
-    """The value of a field of all stages; UserError with the nearest name where a part of its path is unknown."""
+    """The value of a field of all stages; UserError with the nearest name where a part of its path
+    is unknown."""
     if names[:-1] == CONNECTOR and not _has(config, names) and _has(config, [*CONNECTOR, "name"]):
         return _option(config.model, names[2], path)
     value: Any = config
@@ -129,8 +142,10 @@ def _lookup(config: ml_collections.ConfigDict, names: list[str], path: str) -> A
 
 
 def _option(model: ml_collections.ConfigDict, option: str, path: str) -> Any:
-    """The value of an option of the connector chosen, which stands among those of all connectors."""
-    name, by_name = model.connector.name, model.get("connectors", {})
+    """The value of an option of the connector chosen, which stands among those of all
+    connectors."""
+    name = model.connector.name
+    by_name = model.get("connectors", {})
     config_lib.connector_class(name)
     options = by_name.get(name, {})
     if option in options:
@@ -138,8 +153,8 @@ def _option(model: ml_collections.ConfigDict, option: str, path: str) -> Any:
     for other, theirs in by_name.items():
         if option in theirs:
             raise UserError(
-                f"config.{path} is an option of {other}, and config.model.connector.name is {name!r}; leave it out, or "
-                f"set config.model.connectors.{other}.{option}"
+                f"config.{path} is an option of {other}, and config.model.connector.name is "
+                f"{name!r}; leave it out, or set config.model.connectors.{other}.{option}"
             )
     raise UserError(f"unknown config field config.{path}{nearest(option, ['name', *options])}")
 

@@ -1,4 +1,5 @@
-"""`convert`: published weights to an initial checkpoint, and with --export a checkpoint back to published formats."""
+"""`convert`: published weights to an initial checkpoint, and with --export a checkpoint back to
+published formats."""
 
 import argparse
 import functools
@@ -11,7 +12,10 @@ from alignvlm_jax.commands.config_flag import positive
 from alignvlm_jax.errors import UserError, nearest
 from alignvlm_jax.weights import export, initial, towers
 
-IMPORT = "convert --llm=PATH --vision=PATH --out=DIR [--connector=NAME] [--tokenizer=PATH] [--tile_size=PIXELS]"
+IMPORT = (
+    "convert --llm=PATH --vision=PATH --out=DIR [--connector=NAME] [--tokenizer=PATH] "
+    "[--tile_size=PIXELS]"
+)
 EXPORT = "convert --export --checkpoint=DIR --out=DIR [--parts=llm,vision,connector]"
 
 
@@ -27,7 +31,8 @@ def main(argv: list[str]) -> None:
             console.print(f"{args.out / part}: {count} tensors")
         return
     storage.refuse_existing(args.out)
-    vision, llm = towers.open_vision(args.vision, args.tile_size), towers.open_llm(args.llm)
+    vision = towers.open_vision(args.vision, args.tile_size)
+    llm = towers.open_llm(args.llm)
     config = initial.make_config(llm, vision, args.connector, args.out)
     console.print(f"{llm.source.name} and {vision.source.name}: connector {args.connector}")
     write_tokenizer = functools.partial(towers.write, args.tokenizer or args.llm)
@@ -50,12 +55,24 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         default=config_lib.DEFAULT_CONNECTOR,
         help="its name, %(default)s by default; its parameters are initialised",
     )
-    parser.add_argument("--tokenizer", help="folder or file of the tokenizer; default: that of --llm")
-    parser.add_argument("--tile_size", type=positive, help="pixels a side; default: what the encoder was trained on")
-    parser.add_argument("--export", action="store_true", help="writes a checkpoint as Hugging Face folders")
-    parser.add_argument("--checkpoint", type=storage.path, help="workdir, or one of its checkpoints/STEP")
-    parser.add_argument("--parts", default=",".join(export.PARTS), help="what to export; default: all")
-    parser.add_argument("--out", type=storage.path, required=True, help="folder to write; must not exist")
+    parser.add_argument(
+        "--tokenizer", help="folder or file of the tokenizer; default: that of --llm"
+    )
+    parser.add_argument(
+        "--tile_size", type=positive, help="pixels a side; default: what the encoder was trained on"
+    )
+    parser.add_argument(
+        "--export", action="store_true", help="writes a checkpoint as Hugging Face folders"
+    )
+    parser.add_argument(
+        "--checkpoint", type=storage.path, help="workdir, or one of its checkpoints/STEP"
+    )
+    parser.add_argument(
+        "--parts", default=",".join(export.PARTS), help="what to export; default: all"
+    )
+    parser.add_argument(
+        "--out", type=storage.path, required=True, help="folder to write; must not exist"
+    )
     args = parser.parse_args(argv)
     if args.export and not args.checkpoint:
         parser.error("--export needs --checkpoint=DIR")

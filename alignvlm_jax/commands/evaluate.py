@@ -1,5 +1,5 @@
-"""`evaluate`: asks a trained model about documents that it never saw, with their pages and with blank ones; or the
-questions of benchmarks, or how well its language model alone predicts text."""
+"""`evaluate`: asks a trained model about documents that it never saw, with their pages and with
+blank ones; or the questions of benchmarks, or how well its language model alone predicts text."""
 
 import argparse
 import contextlib
@@ -35,7 +35,9 @@ def main(argv: list[str]) -> None:
     if "" in (args.tasks, args.splits):
         raise UsageError("--tasks and --splits need names, separated by commas")
     if args.tasks and args.splits:
-        raise UsageError("--tasks and --splits exclude each other: the demonstration's splits are tasks too")
+        raise UsageError(
+            "--tasks and --splits exclude each other: the demonstration's splits are tasks too"
+        )
     distributed.initialize(argv)
     workdir = loading.workdir_of(args.checkpoint)
     with _logged(workdir), compile_cache.kept_in(workdir):
@@ -48,8 +50,11 @@ def main(argv: list[str]) -> None:
 def _evaluate_splits(args: argparse.Namespace) -> None:
     config = _asked(loading.load_config(args.checkpoint, args.data), args)
     for split in config.eval.splits:
-        shards.RecordSource(config.data.dir, split)  # A misspelt split should not wait for the model.
-    distributed.check_alike({f"the data in {config.data.dir}": functools.partial(shards.contents, config.data.dir)})
+        # A misspelt split should not wait for the model.
+        shards.RecordSource(config.data.dir, split)
+    distributed.check_alike(
+        {f"the data in {config.data.dir}": functools.partial(shards.contents, config.data.dir)}
+    )
     loaded = loading.load(args.checkpoint, config)
     config = _asked(loaded.config, args)
     asker = runner.Runner(loaded, config)
@@ -72,11 +77,15 @@ def _evaluate_tasks(args: argparse.Namespace) -> None:
     data = BENCHMARKS if args.data is None else storage.path(args.data)
     opened = [_open(task, data, args.num_questions) for task in asked]
     distributed.check_alike(
-        {f"the data of {one.task.name}": functools.partial(shards.contents, one.directory) for one in opened}
+        {
+            f"the data of {one.task.name}": functools.partial(shards.contents, one.directory)
+            for one in opened
+        }
     )
     config = loading.load_config(args.checkpoint)
     loaded = loading.load(args.checkpoint, config)
-    asker, reader = runner.Runner(loaded, loaded.config), text_bpb.Reader(loaded)
+    asker = runner.Runner(loaded, loaded.config)
+    reader = text_bpb.Reader(loaded)
     results = {}
     with _stoppable():
         for one in opened:
@@ -101,20 +110,26 @@ def _evaluate_tasks(args: argparse.Namespace) -> None:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m alignvlm_jax evaluate", description=__doc__)
     parser.add_argument(
-        "--checkpoint", type=storage.path, required=True, help="workdir, or one of its checkpoints/STEP"
+        "--checkpoint",
+        type=storage.path,
+        required=True,
+        help="workdir, or one of its checkpoints/STEP",
     )
     parser.add_argument("--splits", help="separated by commas; default: those of the config")
     names = ", ".join(tasks.NAMES)
-    parser.add_argument("--tasks", help=f"benchmarks, separated by commas, in the place of splits: {names}")
+    parser.add_argument(
+        "--tasks", help=f"benchmarks, separated by commas, in the place of splits: {names}"
+    )
     parser.add_argument(
         "--num_questions",
         type=positive,
-        help="questions a split or task, or records of a text; default: the config's, and all of a task",
+        help="questions a split or task, or records of a text; default: the config's, and all of "
+        "a task",
     )
     parser.add_argument(
         "--data",
-        help="folder that `prepare` wrote; default: the one trained on. With --tasks, the folder that holds such a "
-        f"folder for each task; default: {BENCHMARKS}",
+        help="folder that `prepare` wrote; default: the one trained on. With --tasks, the folder "
+        f"that holds such a folder for each task; default: {BENCHMARKS}",
     )
     return parser.parse_args(argv)
 
@@ -136,10 +151,12 @@ def _stoppable() -> Iterator[None]:
 
 
 def _summarize(loaded: Loaded, config: Config) -> dict[tuple[str, bool], Predictions]:
-    """Writes summary.json; returns the predictions on splits that it is of. An earlier evaluation of other splits or
-    tasks still counts, if it was of this very checkpoint and, of splits, on these very documents."""
+    """Writes summary.json; returns the predictions on splits that it is of. An earlier evaluation
+    of other splits or tasks still counts, if it was of this very checkpoint and, of splits, on
+    these very documents."""
     workdir = loading.workdir_of(loaded.path)
-    trained, data = loaded.metadata["train_seconds"], shards.fingerprint(config.data.dir)
+    trained = loaded.metadata["train_seconds"]
+    data = shards.fingerprint(config.data.dir)
     results = {
         key: result
         for key, result in predictions.read_all(workdir).items()
@@ -154,7 +171,9 @@ def _summarize(loaded: Loaded, config: Config) -> dict[tuple[str, bool], Predict
     return results
 
 
-def _open(task: tasks.Task | tasks.TextTask, data: Path, count: int | None) -> questions.Benchmark | text_bpb.HeldOut:
+def _open(
+    task: tasks.Task | tasks.TextTask, data: Path, count: int | None
+) -> questions.Benchmark | text_bpb.HeldOut:
     open_task = text_bpb.open_text if isinstance(task, tasks.TextTask) else questions.open_benchmark
     return open_task(task, data, count)
 
@@ -163,35 +182,42 @@ def _say_what_was_read(console: Console, task: tasks.TextTask, result: Predictio
     """Says which records have no text, and whether the value is of other windows than usual."""
     if problems := result.problems():
         console.print(
-            f"{task.name}: {len(problems):,} of {len(result.rows):,} records have no text and are left out; the first: "
-            f"{problems[0]}",
+            f"{task.name}: {len(problems):,} of {len(result.rows):,} records have no text and are "
+            f"left out; the first: {problems[0]}",
             soft_wrap=True,
         )
     if (window := result.header["window"]) < task.window:
         console.print(
-            f"{task.name}: the model's rows hold {window:,} tokens, so that windows are shorter than the usual "
-            f"{task.window:,}: a value to compare with those of such windows only",
+            f"{task.name}: the model's rows hold {window:,} tokens, so that windows are shorter "
+            f"than the usual {task.window:,}: a value to compare with those of such windows only",
             soft_wrap=True,
         )
 
 
 def _hand_in(console: Console, checkpoint: Path, task: tasks.Task, result: Predictions) -> None:
-    """Says which questions could not be asked, and writes the submission where answers are not known."""
+    """Says which questions could not be asked, and writes the submission where answers are not
+    known."""
     if problems := result.problems():
         console.print(
-            f"{task.name}: {len(problems):,} of {len(result.rows):,} questions cannot be asked and score 0; the first: "
-            f"{problems[0]}",
+            f"{task.name}: {len(problems):,} of {len(result.rows):,} questions cannot be asked "
+            f"and score 0; the first: {problems[0]}",
             soft_wrap=True,
         )
     if not all(row["answers"] for row in result.rows):
-        path = predictions.task_path(loading.workdir_of(checkpoint), task.name).with_suffix(".submission.json")
+        path = predictions.task_path(loading.workdir_of(checkpoint), task.name).with_suffix(
+            ".submission.json"
+        )
         predictions.write_submission(path, result, task)
-        console.print(f"{task.name}: answers are not known; {path} can be handed in", soft_wrap=True)
+        console.print(
+            f"{task.name}: answers are not known; {path} can be handed in", soft_wrap=True
+        )
 
 
 def _print_written(console: Console, checkpoint: Path) -> None:
     workdir = loading.workdir_of(checkpoint)
-    console.print(f"Written to {workdir / predictions.DIRECTORY} and {workdir / summary.FILE}", soft_wrap=True)
+    console.print(
+        f"Written to {workdir / predictions.DIRECTORY} and {workdir / summary.FILE}", soft_wrap=True
+    )
 
 
 def _asked(config: Config, args: argparse.Namespace) -> Config:
@@ -208,7 +234,8 @@ def _table(splits: Sequence[str], results: Mapping[tuple[str, bool], Predictions
     for title in ("questions", "ANLS", "exact match", "ANLS blind"):
         table.add_column(title, justify="right")
     for split in splits:
-        seen, blind = results[split, False], results[split, True]
+        seen = results[split, False]
+        blind = results[split, True]
         table.add_row(split, *_cells(seen, blind), style="bold")
         for kind in seen.kinds():
             table.add_row(f"  {kind}", *_cells(seen.of_kind(kind), blind.of_kind(kind)))

@@ -1,4 +1,5 @@
-"""`generate`: answers a question about an image or a page of a PDF, or with no image as the language model does.
+"""`generate`: answers a question about an image or a page of a PDF, or with no image as the
+language model does.
 
 The answer alone goes to standard output.
 """
@@ -28,27 +29,43 @@ def main(argv: list[str]) -> None:
     config = loading.load_config(args.checkpoint, args.data)
     examples.build_prompt(page, args.question, config, loader.load_tokenizer(config))
     loaded = loading.load(args.checkpoint, config)
-    seen = f"{page.width} x {page.height} pixels, {_count_tiles(page, config)} tiles" if page else "no image"
+    seen = (
+        f"{page.width} x {page.height} pixels, {_count_tiles(page, config)} tiles"
+        if page
+        else "no image"
+    )
     print(f"{loaded.path}: {seen}", file=sys.stderr)
     with compile_cache.kept_in(loading.workdir_of(args.checkpoint)):
         print(Assistant(loaded).answer(page, args.question, max_new_tokens=args.max_new_tokens))
 
 
 def _count_tiles(page: Image.Image, config: Config) -> int:
-    data, size = config.data, np.array([[page.height, page.width]])
-    return images.count_tiles(size, config.model.vision, data.tiles_of_a_record, data.use_overview).item()
+    data = config.data
+    size = np.array([[page.height, page.width]])
+    return images.count_tiles(
+        size, config.model.vision, data.tiles_of_a_record, data.use_overview
+    ).item()
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m alignvlm_jax generate", description=__doc__)
     parser.add_argument(
-        "--checkpoint", type=storage.path, required=True, help="workdir, or one of its checkpoints/STEP"
+        "--checkpoint",
+        type=storage.path,
+        required=True,
+        help="workdir, or one of its checkpoints/STEP",
     )
     parser.add_argument(
-        "--image", type=storage.path, help="a PNG, JPEG, ... or PDF file; without one the language model answers"
+        "--image",
+        type=storage.path,
+        help="a PNG, JPEG, ... or PDF file; without one the language model answers",
     )
     parser.add_argument("--page", type=int, default=1, help="page of a PDF, from 1")
     parser.add_argument("--question", required=True, help='for instance "What is the total?"')
-    parser.add_argument("--max_new_tokens", type=positive, help="longest answer; default: that of the config")
-    parser.add_argument("--data", help="folder with the tokenizer.model; default: the one trained on")
+    parser.add_argument(
+        "--max_new_tokens", type=positive, help="longest answer; default: that of the config"
+    )
+    parser.add_argument(
+        "--data", help="folder with the tokenizer.model; default: the one trained on"
+    )
     return parser.parse_args(argv)

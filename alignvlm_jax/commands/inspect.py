@@ -1,5 +1,5 @@
-"""`inspect`: what a prepared folder holds, in numbers and as a page of the rows that a model would get; or what the
-patches of an image say to a trained model."""
+"""`inspect`: what a prepared folder holds, in numbers and as a page of the rows that a model would
+get; or what the patches of an image say to a trained model."""
 
 import argparse
 import dataclasses
@@ -31,15 +31,17 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m alignvlm_jax inspect",
         description=__doc__,
-        epilog=f"Without --config rows are those of SigLIP-400M with tiles of 384 pixels, 16,384 tokens long. "
-        f"{config_flag.HELP}",
+        epilog="Without --config rows are those of SigLIP-400M with tiles of 384 pixels, 16,384 "
+        f"tokens long. {config_flag.HELP}",
         allow_abbrev=False,
     )
     parser.add_argument("--data", help="folder that `prepare` wrote; default: that of the config")
     parser.add_argument("--split", default="train")
     parser.add_argument("--stage", default="", help="of several in the config; default: the first")
     parser.add_argument("--num_rows", type=positive, default=8, help="rows on the page")
-    parser.add_argument("--out", type=storage.path, help="the page; default: rows.html in the folder")
+    parser.add_argument(
+        "--out", type=storage.path, help="the page; default: rows.html in the folder"
+    )
     _add_analysis_flags(parser)
     stages, rest = config_flag.parse(argv)
     args = parser.parse_args(rest)
@@ -52,7 +54,9 @@ def main(argv: list[str]) -> None:
         parser.error("--data=DIR or --config=FILE is required")
     config = _default(args.data) if stages is None else _stage(stages, args.stage)
     if args.data:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=args.data, sources={}))
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, dir=args.data, sources={})
+        )
     all_rows = TrainRows(config, args.split)
     fill = _fill(all_rows) if config.data.packing == "plan" else None
     found = [statistics.collect(config, folder, args.split, fill) for folder in config.data.folders]
@@ -75,7 +79,9 @@ def _add_analysis_flags(parser: argparse.ArgumentParser) -> None:
         choices=sorted({*ANALYSES, *analyse.ANALYSES}),
         help=f"lens: what the patches of an image say; {of_data}. Each has a --help of its own",
     )
-    group.add_argument("--checkpoint", type=storage.path, help="workdir, or one of its checkpoints/STEP")
+    group.add_argument(
+        "--checkpoint", type=storage.path, help="workdir, or one of its checkpoints/STEP"
+    )
     group.add_argument(
         "--image",
         type=storage.path,
@@ -91,7 +97,8 @@ def _analyze(args: argparse.Namespace) -> None:
 
 
 def _lens(args: argparse.Namespace) -> None:
-    """Writes what the patches of a page say; whatever can be wrong is found before the model is loaded."""
+    """Writes what the patches of a page say; whatever can be wrong is found before the model is
+    loaded."""
     if not args.image:
         raise UsageError("--analysis=lens needs --image=FILE")
     out = args.out or loading.workdir_of(args.checkpoint) / patch_map.FILE
@@ -120,12 +127,15 @@ def _stage(stages: tuple[Config, ...], name: str) -> Config:
 
 
 def _default(folder: str) -> Config:
-    """Rows to look at where no model is named: the paper's encoder, pages of up to six tiles and the overview."""
+    """Rows to look at where no model is named: the paper's encoder, pages of up to six tiles and
+    the overview."""
     tokenizer = tokenizers.load(folder)
     image_id = tokenizer.specials.get("<image>", tokenizer.vocab_size)
     llm = LLMConfig(vocab_size=tokenizer.vocab_size)
     return Config(
-        model=ModelConfig(vision=presets.VISION["siglip_so400m_14_384"], llm=llm, image_token_id=image_id),
+        model=ModelConfig(
+            vision=presets.VISION["siglip_so400m_14_384"], llm=llm, image_token_id=image_id
+        ),
         data=DataConfig(
             dir=folder,
             packing="plan",
@@ -142,7 +152,9 @@ def _default(folder: str) -> Config:
 
 def _print(one: Statistics, console: Console) -> None:
     fill = "" if one.fill is None else f", rows {one.fill:.1%} full"
-    console.print(f"{one.directory}, split {one.name}: {one.num_records:,} records{fill}", markup=False)
+    console.print(
+        f"{one.directory}, split {one.name}: {one.num_records:,} records{fill}", markup=False
+    )
     table = Table("", box=None)
     for column in Statistics.COLUMNS:
         table.add_column(column, justify="right")

@@ -24,20 +24,32 @@ DOES_NOT_FIT = 3
 
 
 def main(argv: list[str]) -> None:
-    """Prints the plan; exit status 3 where it does not fit. Raises UsageError for what cannot be planned."""
+    """Prints the plan; exit status 3 where it does not fit.
+
+    Raises UsageError for what cannot be planned.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m alignvlm_jax plan",
-        description="Compiles a stage's training step, or its generation, for a TPU slice and says what it needs.",
-        usage="%(prog)s --config=FILE[:ARG] --topology=v5p:4x4x4 [--num_slices=2] [--mesh=auto | --generate] [--json] "
-        "[--config.a.b=VALUE ...]",
+        description="Compiles a stage's training step, or its generation, for a TPU slice and "
+        "says what it needs.",
+        usage="%(prog)s --config=FILE[:ARG] --topology=v5p:4x4x4 [--num_slices=2] [--mesh=auto | "
+        "--generate] [--json] [--config.a.b=VALUE ...]",
         epilog=config_flag.HELP,
         allow_abbrev=False,
     )
-    parser.add_argument("--topology", required=True, help="such as v5e:4x4; v5e:smallest looks for one that fits")
-    parser.add_argument("--num_slices", type=positive, default=1, help="of that shape, joined by the network")
-    parser.add_argument("--mesh", default="", help="DATAxFSDPxTENSOR, or auto: tries those that divide")
+    parser.add_argument(
+        "--topology", required=True, help="such as v5e:4x4; v5e:smallest looks for one that fits"
+    )
+    parser.add_argument(
+        "--num_slices", type=positive, default=1, help="of that shape, joined by the network"
+    )
+    parser.add_argument(
+        "--mesh", default="", help="DATAxFSDPxTENSOR, or auto: tries those that divide"
+    )
     parser.add_argument("--stage", default="", help="of several in the config")
-    parser.add_argument("--generate", action="store_true", help="of evaluation: the longest prompts that fit a row")
+    parser.add_argument(
+        "--generate", action="store_true", help="of evaluation: the longest prompts that fit a row"
+    )
     parser.add_argument("--json", action="store_true", help="one object and nothing else on stdout")
     try:
         stages, rest = config_flag.parse(argv)
@@ -62,7 +74,8 @@ def _text(plan: aot.Plan | GenerationPlan) -> str:
 def _generation_plan(config: Config, args: argparse.Namespace) -> GenerationPlan:
     if args.mesh == "auto" or args.topology.endswith(":smallest"):
         raise UsageError(
-            "--generate plans for one slice and mesh: say --topology=KIND:SHAPE and --mesh=DATAxFSDPxTENSOR"
+            "--generate plans for one slice and mesh: say --topology=KIND:SHAPE and "
+            "--mesh=DATAxFSDPxTENSOR"
         )
     jax.config.update("jax_platforms", "cpu")
     topology = hardware.parse_topology(args.topology, args.num_slices)
@@ -88,7 +101,10 @@ def _plan(config: Config, args: argparse.Namespace) -> aot.Plan:
         if args.num_slices != 1:
             raise UsageError("--topology=KIND:smallest looks for one slice; leave --num_slices out")
         if not hardware.has_tpu_compiler():
-            raise UsageError(f"--topology={args.topology} needs libtpu: pip install --requirement requirements-tpu.txt")
+            raise UsageError(
+                f"--topology={args.topology} needs libtpu: pip install --requirement "
+                "requirements-tpu.txt"
+            )
         say(xla_flags.set_flags(kind, several_slices=False))  # as a run there would be compiled
         return search.smallest(config, kind, hardware.compile_only_devices, say)
     topology = hardware.parse_topology(args.topology, args.num_slices)
@@ -110,7 +126,9 @@ def _devices(topology: Topology) -> Sequence[jax.Device]:
         return hardware.compile_only_devices(topology)
     print(printing.ESTIMATE, file=sys.stderr, flush=True)
     # Another number may be forced from outside, and the first to be asked for holds.
-    os.environ["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
+    os.environ["XLA_FLAGS"] = re.sub(
+        r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", "")
+    )
     jax.config.update("jax_num_cpu_devices", topology.num_devices)
     return jax.devices()
 
@@ -120,8 +138,11 @@ def _stage(stages: tuple[Config, ...], name: str) -> Config:
     if not name and len(stages) == 1:
         return stages[0]
     if name not in by_name:
-        raise UsageError(f"--stage is {name!r}{nearest(name, by_name)}" if name else
-                         f"the config has several stages: --stage=NAME, one of {', '.join(by_name)}")  # fmt: skip
+        if name:
+            raise UsageError(f"--stage is {name!r}{nearest(name, by_name)}")
+        raise UsageError(
+            f"the config has several stages: --stage=NAME, one of {', '.join(by_name)}"
+        )
     return by_name[name]
 
 

@@ -13,14 +13,20 @@ from alignvlm_jax.ingest import job
 from alignvlm_jax.ingest.formats import REGISTRY
 from alignvlm_jax.storage import faults
 
-TOKENIZER_HINT = "`make weights` gives weights/smollm2/tokenizer; the demonstration's is data/demo/tokenizer.model"
+TOKENIZER_HINT = (
+    "`make weights` gives weights/smollm2/tokenizer; the demonstration's is "
+    "data/demo/tokenizer.model"
+)
 
 
 def main(argv: list[str]) -> None:
     argv, beam_flags = _split(argv)
     args = _parse(argv)
     if beam_flags and not getattr(args, "beam_runner", ""):
-        raise UsageError(f"{beam_flags[0]} comes after --, where flags of Apache Beam stand: name a --beam_runner")
+        raise UsageError(
+            f"{beam_flags[0]} comes after --, where flags of Apache Beam stand: name a "
+            "--beam_runner"
+        )
     started = time.monotonic()
     try:
         if args.recount:
@@ -30,7 +36,9 @@ def main(argv: list[str]) -> None:
         else:
             _prepare_source(args, beam_flags, started)
     except OSError as err:
-        raise faults.as_error(f"cannot write {args.out}: {err.strerror or err}; the same command goes on", err) from err
+        raise faults.as_error(
+            f"cannot write {args.out}: {err.strerror or err}; the same command goes on", err
+        ) from err
     except KeyboardInterrupt as err:
         raise UserError("interrupted; the same command goes on with what is done") from err
 
@@ -50,14 +58,22 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     for one in (first, parser):
-        one.add_argument("--format", default="documents", choices=["documents", *REGISTRY], help="kind of data")
-        one.add_argument("--recount", action="store_true", help="only count the tokens of --out anew, by --tokenizer")
+        one.add_argument(
+            "--format", default="documents", choices=["documents", *REGISTRY], help="kind of data"
+        )
+        one.add_argument(
+            "--recount",
+            action="store_true",
+            help="only count the tokens of --out anew, by --tokenizer",
+        )
     chosen, _ = first.parse_known_args(argv)
     parser.add_argument("--out", default="data/demo", help="folder to write")
     if chosen.recount:
         parser.add_argument("--tokenizer", help="file, or folder that holds it")
         return parser.parse_args(argv)
-    parser.add_argument("--num_workers", type=positive, default=2, help="processes; changes no byte of the data")
+    parser.add_argument(
+        "--num_workers", type=positive, default=2, help="processes; changes no byte of the data"
+    )
     if chosen.format == "documents":
         _add_document_flags(parser)
     else:
@@ -66,34 +82,51 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _add_document_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num_train", type=positive, default=16_000, help="documents of each training split")
-    parser.add_argument("--num_eval", type=positive, default=512, help="documents of each evaluation split")
+    parser.add_argument(
+        "--num_train", type=positive, default=16_000, help="documents of each training split"
+    )
+    parser.add_argument(
+        "--num_eval", type=positive, default=512, help="documents of each evaluation split"
+    )
     parser.add_argument("--seed", type=_within(int, 0), default=0)
-    parser.add_argument("--noise", type=_within(float, 0), default=0.0, help="strength of scan noise; 1 is a bad scan")
+    parser.add_argument(
+        "--noise",
+        type=_within(float, 0),
+        default=0.0,
+        help="strength of scan noise; 1 is a bad scan",
+    )
 
 
 def _add_source_flags(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--source", required=True, help="file or folder, on this machine or gs://")
-    parser.add_argument("--tokenizer", help=f"file or folder; it is copied to --out. {TOKENIZER_HINT}")
     parser.add_argument(
-        "--holdout", type=_within(float, 0, 1), default=0.02, help="share of documents for the validation split"
+        "--tokenizer", help=f"file or folder; it is copied to --out. {TOKENIZER_HINT}"
+    )
+    parser.add_argument(
+        "--holdout",
+        type=_within(float, 0, 1),
+        default=0.02,
+        help="share of documents for the validation split",
     )
     parser.add_argument(
         "--split",
         default="",
         type=_split_name,
-        help="put all into a split of this name, for `evaluate --tasks`; questions without an answer then stay",
+        help="put all into a split of this name, for `evaluate --tasks`; questions without an "
+        "answer then stay",
     )
     parser.add_argument(
         "--beam_runner",
         default="",
-        help="run under Apache Beam (requirements-beam.txt), with --out on a disk that all workers see; Beam's own "
-        "flags follow after --",
+        help="run under Apache Beam (requirements-beam.txt), with --out on a disk that all "
+        "workers see; Beam's own flags follow after --",
     )
     for field in dataclasses.fields(REGISTRY[name]):
         flag = {"action": argparse.BooleanOptionalAction} if isinstance(field.default, bool) else {}
         flag = flag or {"type": type(field.default)}
-        parser.add_argument(f"--{field.name}", default=field.default, help=field.metadata["help"], **flag)
+        parser.add_argument(
+            f"--{field.name}", default=field.default, help=field.metadata["help"], **flag
+        )
 
 
 def _within(kind: type, minimum: float, maximum: float = float("inf")) -> Callable[[str], float]:
@@ -117,20 +150,29 @@ def _prepare_documents(args: argparse.Namespace, started: float) -> None:
     # Nothing else needs its packages: they are no part of the base install.
     from alignvlm_jax.synthetic import demonstration, documents
 
-    arguments = {name: value for name, value in vars(args).items() if name not in ("out", "num_workers", "recount")}
+    arguments = {
+        name: value
+        for name, value in vars(args).items()
+        if name not in ("out", "num_workers", "recount")
+    }
     if not demonstration.prepare(Path(args.out), arguments, args.num_workers):
         print(f"{args.out} is ready: prepared with these arguments before")
         return
-    sizes = ", ".join(f"{split} {demonstration.size(split, arguments)}" for split in documents.SPLITS)
+    sizes = ", ".join(
+        f"{split} {demonstration.size(split, arguments)}" for split in documents.SPLITS
+    )
     print(f"{args.out}: documents by split: {sizes}; {time.monotonic() - started:.0f} s")
 
 
 def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: float) -> None:
     kind = REGISTRY[args.format]
     options = {field.name: getattr(args, field.name) for field in dataclasses.fields(kind)}
-    request = job.Request(args.format, kind(**options), args.source, _tokenizer(args), args.holdout, args.split)
+    request = job.Request(
+        args.format, kind(**options), args.source, _tokenizer(args), args.holdout, args.split
+    )
     if args.beam_runner:
-        from alignvlm_jax.ingest import beam  # takes seconds to import, and most machines do not have it
+        # takes seconds to import, and most machines do not have it
+        from alignvlm_jax.ingest import beam
 
         run = beam.on_runner(args.beam_runner, beam_flags)
     else:

@@ -8,8 +8,15 @@ from alignvlm_jax.report import run
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m alignvlm_jax report", description=__doc__)
-    parser.add_argument("--workdir", type=storage.path, required=True, help="of the run; the report is written into it")
-    parser.add_argument("--compare", type=storage.path, help="another run's workdir, to stand beside it")
+    parser.add_argument(
+        "--workdir",
+        type=storage.path,
+        required=True,
+        help="of the run; the report is written into it",
+    )
+    parser.add_argument(
+        "--compare", type=storage.path, help="another run's workdir, to stand beside it"
+    )
     parser.add_argument("--data", help="folder that `prepare` wrote; default: the one trained on")
     args = parser.parse_args(argv)
     print(f"Written: {run.build(args.workdir, args.compare, args.data)}")

@@ -22,18 +22,23 @@ def main(argv: list[str]) -> None:
     """Raises UserError for wrong input, and StoppedError when the run was told to stop."""
     parser = argparse.ArgumentParser(
         prog="python -m alignvlm_jax train",
-        description="Trains the stages of a config. The same command goes on with a run that was stopped.",
+        description="Trains the stages of a config. The same command goes on with a run that was "
+        "stopped.",
         usage="%(prog)s --config=FILE[:ARG] --workdir=DIR [--config.a.b=VALUE ...]",
         epilog=config_flag.HELP,
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--workdir", required=True, type=storage.path, help="folder of checkpoints, metrics and the report"
+        "--workdir",
+        required=True,
+        type=storage.path,
+        help="folder of checkpoints, metrics and the report",
     )
     try:
         stages, rest = config_flag.parse(argv)
     except UserError:
-        # It may be wrong here alone: the others would wait a minute for this process, and not know why.
+        # It may be wrong here alone: the others would wait a minute for this process, and not know
+        # why.
         distributed.initialize(argv)
         raise
     args = parser.parse_args(rest)
@@ -46,5 +51,7 @@ def main(argv: list[str]) -> None:
             loop.train(stages, args.workdir, console, EVALUATORS, goodput.process_began())
     except loop.Stopped as err:
         distributed.leave()
-        launcher = os.environ.get("ALIGNVLM_LAUNCHER") or f"{shlex.quote(sys.executable)} -m alignvlm_jax"
+        launcher = (
+            os.environ.get("ALIGNVLM_LAUNCHER") or f"{shlex.quote(sys.executable)} -m alignvlm_jax"
+        )
         raise StoppedError(f"{err}; go on with: {launcher} {shlex.join(['train', *argv])}") from err

@@ -1,13 +1,14 @@
-"""Typed configuration: frozen dataclasses (`fields`), what they may hold (`checks`), the one reader of ConfigDict
-(`reading`).
+"""Typed configuration: frozen dataclasses (`fields`), what they may hold (`checks`), the one reader
+of ConfigDict (`reading`).
 
-A config file gives a ConfigDict (`default_config_dict()` plus changes). `from_config_dict` turns it into a tuple of
-`Config`, one for each stage: a curriculum is a base and, under `stages`, named differences from it. Stages run in the
-order of their names: a ConfigDict keeps its keys sorted and knows no other. `describing` reads the comments beside the
-fields.
+A config file gives a ConfigDict (`default_config_dict()` plus changes). `from_config_dict` turns it
+into a tuple of `Config`, one for each stage: a curriculum is a base and, under `stages`, named
+differences from it. Stages run in the order of their names: a ConfigDict keeps its keys sorted and
+knows no other. `describing` reads the comments beside the fields.
 
-A ConfigDict holds the options of all connectors (`options`), as `model.connectors.NAME.OPTION`, so that choosing
-another is one field, `model.connector.name`. `model.connector.OPTION` is one of the connector chosen, and goes before.
+A ConfigDict holds the options of all connectors (`options`), as `model.connectors.NAME.OPTION`, so
+that choosing another is one field, `model.connector.name`. `model.connector.OPTION` is one of the
+connector chosen, and goes before.
 """
 
 from alignvlm_jax.config.checks import check, nearest_divisor
@@ -25,7 +26,13 @@ from alignvlm_jax.config.fields import (
     TrainConfig,
     VisionConfig,
 )
-from alignvlm_jax.config.options import DEFAULT_CONNECTOR, ConnectorConfig, connector, connector_class, connector_names
+from alignvlm_jax.config.options import (
+    DEFAULT_CONNECTOR,
+    ConnectorConfig,
+    connector,
+    connector_class,
+    connector_names,
+)
 from alignvlm_jax.config.reading import (
     current_form,
     default_config_dict,

@@ -1,4 +1,5 @@
-"""What fields may hold: choices, bounds, and every check between fields, with the numbers in the message."""
+"""What fields may hold: choices, bounds, and every check between fields, with the numbers in the
+message."""
 
 import dataclasses
 import operator
@@ -7,7 +8,14 @@ import typing
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from alignvlm_jax.config.fields import MISSING, Config, LLMConfig, ModelConfig, SourceConfig, VisionConfig
+from alignvlm_jax.config.fields import (
+    MISSING,
+    Config,
+    LLMConfig,
+    ModelConfig,
+    SourceConfig,
+    VisionConfig,
+)
 from alignvlm_jax.config.options import ConnectorConfig, connector_class
 from alignvlm_jax.errors import UserError, nearest
 
@@ -84,11 +92,16 @@ USUALLY = {
     "model": "the tokenizer's <image>, or llm.vocab_size",
 }
 """What usually gives the fields of a group that have no default."""
-BOUNDS = (("at least", operator.ge, AT_LEAST), ("above", operator.gt, ABOVE), ("below", operator.lt, BELOW))
+BOUNDS = (
+    ("at least", operator.ge, AT_LEAST),
+    ("above", operator.gt, ABOVE),
+    ("below", operator.lt, BELOW),
+)
 
 
 def check(config: Config) -> Config:
-    """Returns `config`, or raises UserError for fields that are missing, or impossible alone or together."""
+    """Returns `config`, or raises UserError for fields that are missing, or impossible alone or
+    together."""
     _check_given(config)
     for path, choices in CHOICES.items():
         value = _get(config, path)
@@ -97,19 +110,30 @@ def check(config: Config) -> Config:
     for words, holds, bounds in BOUNDS:
         for path, bound in bounds.items():
             if not holds(_get(config, path), bound):
-                raise UserError(f"config.{path} is {_get(config, path)}; it must be {words} {bound}")
+                raise UserError(
+                    f"config.{path} is {_get(config, path)}; it must be {words} {bound}"
+                )
     _check_vision(config.model.vision)
     _check_llm(config.model.llm)
     _check_connector(config.model)
     _check_data(config)
-    _check_divides("train.batch_size", config.train.batch_size, "accumulation", config.train.accumulation)
+    _check_divides(
+        "train.batch_size", config.train.batch_size, "accumulation", config.train.accumulation
+    )
     for part, scale in config.optim.learning_rate_scale.items():
         if part not in PARTS:
-            raise UserError(f"config.optim.learning_rate_scale.{part} is no part of the model{nearest(part, PARTS)}")
+            raise UserError(
+                f"config.optim.learning_rate_scale.{part} is no part of the "
+                f"model{nearest(part, PARTS)}"
+            )
         if scale < 0:
-            raise UserError(f"config.optim.learning_rate_scale.{part} is {scale}; it must be at least 0")
+            raise UserError(
+                f"config.optim.learning_rate_scale.{part} is {scale}; it must be at least 0"
+            )
     if config.data.labelled_share > 1:
-        raise UserError(f"config.data.labelled_share is {config.data.labelled_share}; it must be at most 1")
+        raise UserError(
+            f"config.data.labelled_share is {config.data.labelled_share}; it must be at most 1"
+        )
     _check_profile(config.train.profile)
     if not config.eval.splits:
         raise UserError("config.eval.splits is empty; name at least one split")
@@ -130,8 +154,8 @@ def _check_given(config: Config) -> None:
         usually = f" (usually {USUALLY[group]})" if group in USUALLY else ""
         parts.append(f"config.{group}.{fields}{usually}")
     raise UserError(
-        f"stage {config.stage!r} lacks {', '.join(parts)}; such fields have no default: set them in the config "
-        "file, or as --config.a.b=VALUE"
+        f"stage {config.stage!r} lacks {', '.join(parts)}; such fields have no default: set them "
+        "in the config file, or as --config.a.b=VALUE"
     )
 
 
@@ -146,34 +170,46 @@ def _missing(value: Any, path: str) -> Iterator[str]:
 
 
 def _check_vision(vision: VisionConfig) -> None:
-    _check_divides("model.vision.tile_height", vision.tile_height, "patch_height", vision.patch_height)
+    _check_divides(
+        "model.vision.tile_height", vision.tile_height, "patch_height", vision.patch_height
+    )
     _check_divides("model.vision.tile_width", vision.tile_width, "patch_width", vision.patch_width)
     _check_divides("model.vision.width", vision.width, "num_heads", vision.num_heads)
     for name in ("pixel_mean", "pixel_std"):
         values = getattr(vision, name)
         if len(values) != 3 or (name == "pixel_std" and min(values) <= 0):
             above = " above 0" if name == "pixel_std" else ""
-            raise UserError(f"config.model.vision.{name} is {values}; it must be three numbers{above}")
+            raise UserError(
+                f"config.model.vision.{name} is {values}; it must be three numbers{above}"
+            )
 
 
 def _check_llm(llm: LLMConfig) -> None:
     _check_divides("model.llm.num_heads", llm.num_heads, "num_kv_heads", llm.num_kv_heads)
     if llm.rope_scaling.low_freq_factor >= llm.rope_scaling.high_freq_factor:
         raise UserError(
-            f"config.model.llm.rope_scaling.low_freq_factor {llm.rope_scaling.low_freq_factor} must be below "
-            f"high_freq_factor {llm.rope_scaling.high_freq_factor}"
+            f"config.model.llm.rope_scaling.low_freq_factor {llm.rope_scaling.low_freq_factor} "
+            f"must be below high_freq_factor {llm.rope_scaling.high_freq_factor}"
         )
     if llm.head_dim % 2:
-        raise UserError(f"config.model.llm.head_dim is {llm.head_dim}; rotary embedding needs an even number")
+        raise UserError(
+            f"config.model.llm.head_dim is {llm.head_dim}; rotary embedding needs an even number"
+        )
     if llm.num_words < 1:
-        raise UserError(f"config.model.llm.padded_rows {llm.padded_rows} leaves no word of vocab_size {llm.vocab_size}")
+        raise UserError(
+            f"config.model.llm.padded_rows {llm.padded_rows} leaves no word of vocab_size "
+            f"{llm.vocab_size}"
+        )
 
 
 def _check_connector(model: ModelConfig) -> None:
     """What the options' types say, and then what the connector says itself."""
     connector = connector_class(model.connector.name)
     if type(model.connector) is not connector.Options:
-        raise TypeError(f"{model.connector} are not the options of {connector}: make them by config.connector(name)")
+        raise TypeError(
+            f"{model.connector} are not the options of {connector}: make them by "
+            "config.connector(name)"
+        )
     _check_options(model.connector)
     connector.check(model.vision, model.llm, model.connector)
 
@@ -181,7 +217,8 @@ def _check_connector(model: ModelConfig) -> None:
 def _check_options(options: ConnectorConfig) -> None:
     hints = typing.get_type_hints(type(options))
     for field in dataclasses.fields(options):
-        value, path = getattr(options, field.name), f"config.model.connector.{field.name}"
+        value = getattr(options, field.name)
+        path = f"config.model.connector.{field.name}"
         if typing.get_origin(hints[field.name]) is Literal:
             choices = typing.get_args(hints[field.name])
             if value not in choices:
@@ -197,19 +234,22 @@ def _check_data(config: Config) -> None:
     slots = data.max_tiles * config.slots_per_tile
     if slots >= data.row_length:
         raise UserError(
-            f"config.data.row_length {data.row_length} leaves no room for text: {data.max_tiles} tiles take "
-            f"{slots} slots; make it larger than {slots} or lower data.max_tiles"
+            f"config.data.row_length {data.row_length} leaves no room for text: {data.max_tiles} "
+            f"tiles take {slots} slots; make it larger than {slots} or lower data.max_tiles"
         )
     if not data.tasks or min(data.tasks.values()) < 0 or sum(data.tasks.values()) <= 0:
         raise UserError(f"config.data.tasks {dict(data.tasks)} has no positive weight")
     if data.record_tiles > data.max_tiles:
         raise UserError(
-            f"config.data.record_tiles is {data.record_tiles}; a row has config.data.max_tiles {data.max_tiles} of them"
+            f"config.data.record_tiles is {data.record_tiles}; a row has config.data.max_tiles "
+            f"{data.max_tiles} of them"
         )
     for name, source in data.sources.items():
         _check_source(f"config.data.sources.{name}", name, source)
     if data.sources and not any(source.weight for source in data.sources.values()):
-        raise UserError(f"config.data.sources {', '.join(data.sources)}: one of them needs a weight above 0")
+        raise UserError(
+            f"config.data.sources {', '.join(data.sources)}: one of them needs a weight above 0"
+        )
 
 
 def _check_source(path: str, name: str, source: SourceConfig) -> None:
@@ -231,15 +271,18 @@ def _check_profile(profile: str) -> None:
     found = re.fullmatch(r"(\d+):(\d+)", profile)
     if not found or int(found[1]) >= int(found[2]):
         raise UserError(
-            f"config.train.profile is {profile!r}; it must be FIRST:END, steps from FIRST up to and not including END, "
-            "such as '100:105'"
+            f"config.train.profile is {profile!r}; it must be FIRST:END, steps from FIRST up to "
+            "and not including END, such as '100:105'"
         )
 
 
 def _check_divides(path: str, size: int, part_name: str, part: int) -> None:
     if part < 1 or size % part:
         best = nearest_divisor(size, part)
-        raise UserError(f"config.{path} {size} is not a multiple of {part_name} {part}; nearest that divides: {best}")
+        raise UserError(
+            f"config.{path} {size} is not a multiple of {part_name} {part}; nearest that divides: "
+            f"{best}"
+        )
 
 
 def nearest_divisor(size: int, part: int) -> int:

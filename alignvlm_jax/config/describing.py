@@ -12,7 +12,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from alignvlm_jax.config.fields import Config
-from alignvlm_jax.config.options import DEFAULT_CONNECTOR, ConnectorConfig, connector_class, connector_names, defaults
+from alignvlm_jax.config.options import (
+    DEFAULT_CONNECTOR,
+    ConnectorConfig,
+    connector_class,
+    connector_names,
+    defaults,
+)
 
 NAME = "NAME"
 """Stands in paths for the names of a mapping's entries, as in data.sources.NAME.dir."""
@@ -35,7 +41,8 @@ class Field:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Fields that stand together, such as those of `train`; `text` is their dataclass's docstring."""
+    """Fields that stand together, such as those of `train`; `text` is their dataclass's
+    docstring."""
 
     path: str
     text: str
@@ -58,9 +65,13 @@ def leaves(config: Config) -> dict[str, tuple[Any, Field]]:
 
 
 def _groups(cls: type, path: str) -> Iterator[Group]:
-    comments, hints, own, inner = _comments(cls), typing.get_type_hints(cls), [], []
+    comments = _comments(cls)
+    hints = typing.get_type_hints(cls)
+    own = []
+    inner = []
     for field in dataclasses.fields(cls):
-        hint, place = hints[field.name], f"{path}.{field.name}".lstrip(".")
+        hint = hints[field.name]
+        place = f"{path}.{field.name}".lstrip(".")
         if hint is ConnectorConfig:
             inner += _connector_groups(place)
             continue
@@ -77,28 +88,41 @@ def _groups(cls: type, path: str) -> Iterator[Group]:
 def _connector_groups(path: str) -> Iterator[Group]:
     """The name at `path`, and of each connector the options that its file declares."""
     name = Field(f"{path}.name", DEFAULT_CONNECTOR, f"One of {', '.join(connector_names())}.")
-    text = "The connector: its name, and any of its options, which go before those under `model.connectors`."
+    text = (
+        "The connector: its name, and any of its options, which go before those under "
+        "`model.connectors`."
+    )
     yield Group(path, text, (name,))
     for connector in connector_names():
-        cls, place = connector_class(connector).Options, f"{path}s.{connector}"
+        cls = connector_class(connector).Options
+        place = f"{path}s.{connector}"
         known = defaults(connector)
         comments = _comments(cls)
-        own = [Field(f"{place}.{option}", value, comments.get(option, "")) for option, value in known.items()]
+        own = [
+            Field(f"{place}.{option}", value, comments.get(option, ""))
+            for option, value in known.items()
+        ]
         yield Group(place, " ".join((inspect.getdoc(cls) or "").split()), tuple(own))
 
 
-def _leaves(value: Any, path: str, pattern: str, known: Mapping[str, Field]) -> Iterator[tuple[str, tuple[Any, Field]]]:
+def _leaves(
+    value: Any, path: str, pattern: str, known: Mapping[str, Field]
+) -> Iterator[tuple[str, tuple[Any, Field]]]:
     """`pattern` is `path` with NAME in the place of names."""
-    hints, groups = typing.get_type_hints(type(value)), []
+    hints = typing.get_type_hints(type(value))
+    groups = []
     for field in dataclasses.fields(value):
         inner = getattr(value, field.name)
-        place, kind = f"{path}{field.name}", f"{pattern}{field.name}"
+        place = f"{path}{field.name}"
+        kind = f"{pattern}{field.name}"
         if isinstance(value, ConnectorConfig) and field.name != "name":
             kind = f"model.connectors.{value.name}.{field.name}"
         if dataclasses.is_dataclass(inner):
             groups.append((inner, f"{place}.", f"{kind}."))
         elif _entries(hints[field.name]) and inner:
-            groups += [(inner[name], f"{place}.{name}.", f"{kind}.{NAME}.") for name in sorted(inner)]
+            groups += [
+                (inner[name], f"{place}.{name}.", f"{kind}.{NAME}.") for name in sorted(inner)
+            ]
         else:
             yield place, (inner, known[kind])
     for group in groups:
@@ -108,11 +132,17 @@ def _leaves(value: Any, path: str, pattern: str, known: Mapping[str, Field]) -> 
 def _entries(hint: Any) -> type | None:
     """The dataclass that a mapping holds by name, if any."""
     args = typing.get_args(hint)
-    return args[1] if typing.get_origin(hint) is Mapping and dataclasses.is_dataclass(args[1]) else None
+    return (
+        args[1]
+        if typing.get_origin(hint) is Mapping and dataclasses.is_dataclass(args[1])
+        else None
+    )
 
 
 def _default(field: dataclasses.Field) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return (
+        field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    )
 
 
 @functools.cache
@@ -123,7 +153,10 @@ def _comments(cls: type) -> dict[str, str]:
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             # One alone on its line belongs to what follows, and one behind code to that.
-            by_line[token.start[0]] = (not token.line[: token.start[1]].strip(), token.string.lstrip("# "))
+            by_line[token.start[0]] = (
+                not token.line[: token.start[1]].strip(),
+                token.string.lstrip("# "),
+            )
     found = {}
     (definition,) = ast.parse(source).body
     for node in definition.body:
@@ -132,7 +165,8 @@ def _comments(cls: type) -> dict[str, str]:
         if node.end_lineno in by_line:
             found[node.target.id] = by_line[node.end_lineno][1]
             continue
-        above, line = [], node.lineno - 1
+        above = []
+        line = node.lineno - 1
         while by_line.get(line, (False,))[0]:
             above.insert(0, by_line[line][1])
             line -= 1

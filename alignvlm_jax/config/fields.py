@@ -94,9 +94,11 @@ class ModelConfig:
     llm: LLMConfig = LLMConfig()
     # Options of the connector chosen.
     connector: ConnectorConfig = dataclasses.field(default_factory=connectors.connector)
-    # Options, by connector, that others would have where they are not the defaults: `with_connector`
-    # takes them, and nothing else looks at them.
-    connectors: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, compare=False)
+    # Options, by connector, that others would have where they are not the defaults:
+    # `with_connector` takes them, and nothing else looks at them.
+    connectors: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+        default_factory=dict, compare=False
+    )
     # Token id that holds the place of an image token: the tokenizer's "<image>", or the first id
     # beyond its vocabulary where it has none.
     image_token_id: int = MISSING
@@ -119,14 +121,19 @@ class ModelConfig:
 
     @property
     def slots_per_tile(self) -> int:
-        """Image slots that one tile takes in a row of tokens: the count that data and model share."""
-        return connectors.connector_class(self.connector.name).num_tokens(self.vision, self.connector)
+        """Image slots that one tile takes in a row of tokens: the count that data and model
+        share."""
+        return connectors.connector_class(self.connector.name).num_tokens(
+            self.vision, self.connector
+        )
 
     def with_connector(self, name: str) -> "ModelConfig":
         """Returns the model with another connector; UserError with the nearest name for none."""
         if name == self.connector.name:
             return self
-        return dataclasses.replace(self, connector=connectors.connector(name, **self.connectors.get(name, {})))
+        return dataclasses.replace(
+            self, connector=connectors.connector(name, **self.connectors.get(name, {}))
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,12 @@
-"""The connector's part of a config: a name, and the options that the connector of this name declares in its own file.
+"""The connector's part of a config: a name, and the options that the connector of this name
+declares in its own file.
 
-A connector is one file of `models/connectors/`, its options beside its Flax module, so a config cannot be built without
-importing that file, and with it JAX and Flax: 1 s, which a command that reads a config pays for its model anyway. The
-import is by name, and made when a config is built, not with this module: the processes of `ingest` build none and start
-without Flax. This is the one place where `config` reaches up to `models`; what `data` must know of a connector is
-a number (`ModelConfig.slots_per_tile`).
+A connector is one file of `models/connectors/`, its options beside its Flax module, so a config
+cannot be built without importing that file, and with it JAX and Flax: 1 s, which a command that
+reads a config pays for its model anyway. The import is by name, and made when a config is built,
+not with this module: the processes of `ingest` build none and start without Flax. This is the one
+place where `config` reaches up to `models`; what `data` must know of a connector is a number
+(`ModelConfig.slots_per_tile`).
 """
 
 import dataclasses
@@ -20,14 +22,15 @@ DEFAULT_CONNECTOR = "align"
 class ConnectorConfig:
     """What the options of every connector have: each connector's `Options` derive from it.
 
-    Options are strings, numbers, booleans and `Literal` choices. Whole numbers are at least 1, or what a field's
-    metadata say as "at_least".
+    Options are strings, numbers, booleans and `Literal` choices. Whole numbers are at least 1, or
+    what a field's metadata say as "at_least".
     """
 
     name: str  # in the registry of `models.connectors`
 
     def tensor_sizes(self) -> Mapping[str, int]:
-        """Returns the options, by name, that are sizes along the mesh's `tensor` axis, so that one may be chosen."""
+        """Returns the options, by name, that are sizes along the mesh's `tensor` axis, so that one
+        may be chosen."""
         return {}
 
 
@@ -37,7 +40,8 @@ def connector_names() -> tuple[str, ...]:
 
 
 def connector_class(name: str) -> Any:
-    """Returns a connector's class (`models.connectors.base.Connector`); UserError with the nearest name for none."""
+    """Returns a connector's class (`models.connectors.base.Connector`); UserError with the nearest
+    name for none."""
     return importlib.import_module(REGISTRY_MODULE).get(name)
 
 

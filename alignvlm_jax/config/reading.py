@@ -20,11 +20,11 @@ MIXTURES = ("tasks", "sources")
 
 
 def default_config_dict() -> ml_collections.ConfigDict:
-    """Returns every field with its default, and an empty `stages`, for config files to change. A field that has none
-    is a placeholder, which takes values of its type alone.
+    """Returns every field with its default, and an empty `stages`, for config files to change. A
+    field that has none is a placeholder, which takes values of its type alone.
 
-    The options of all connectors stand in `model.connectors`, and none in `model.connector`: two connectors may have
-    an option of the same name, and which of them is chosen may yet be changed.
+    The options of all connectors stand in `model.connectors`, and none in `model.connector`: two
+    connectors may have an option of the same name, and which of them is chosen may yet be changed.
     """
     fields = _defaults(Config)
     del fields["stage"]
@@ -53,7 +53,8 @@ def set_preset(fields: ml_collections.ConfigDict, preset: Any) -> None:
 
 
 def set_model(fields: ml_collections.ConfigDict, model: Mapping[str, Any]) -> None:
-    """Writes the model of a `config.json` over a ConfigDict's `model`, where another connector may then be chosen."""
+    """Writes the model of a `config.json` over a ConfigDict's `model`, where another connector may
+    then be chosen."""
     model = _by_connector(model)
     name = model["connector"].pop("name")
     model["connectors"] |= {name: model["connector"]}
@@ -71,7 +72,9 @@ def from_config_dict(config_dict: Mapping[str, Any]) -> tuple[Config, ...]:
     for name, changes in stages.items():
         if not isinstance(changes, Mapping):
             raise UserError(f"config.stages.{name} is {changes!r}; it must be a group of fields")
-    return tuple(_stage(_merge(base, {**changes, "stage": name})) for name, changes in sorted(stages.items()))
+    return tuple(
+        _stage(_merge(base, {**changes, "stage": name})) for name, changes in sorted(stages.items())
+    )
 
 
 def to_json(stages: tuple[Config, ...]) -> list[dict[str, Any]]:
@@ -85,7 +88,8 @@ def from_json(stages: list[dict[str, Any]]) -> tuple[Config, ...]:
 
 
 def current_form(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the stages of a `config.json` as this version writes them; unchanged where they are damaged.
+    """Returns the stages of a `config.json` as this version writes them; unchanged where they are
+    damaged.
 
     Before connectors had options of their own, `model.connector` held those of all of them.
     """
@@ -98,9 +102,14 @@ def current_form(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _of_known(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the options of connectors that are not registered here, none of which is the model's."""
-    groups, known = _group(model.get("connectors", {}), "model.connectors"), connector_names()
-    return {**model, "connectors": {name: options for name, options in groups.items() if name in known}}
+    """Without the options of connectors that are not registered here, none of which is the
+    model's."""
+    groups = _group(model.get("connectors", {}), "model.connectors")
+    known = connector_names()
+    return {
+        **model,
+        "connectors": {name: options for name, options in groups.items() if name in known},
+    }
 
 
 def _stage(fields: Mapping[str, Any]) -> Config:
@@ -109,13 +118,15 @@ def _stage(fields: Mapping[str, Any]) -> Config:
 
 
 def _by_connector(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a model with all options of the connector chosen in `connector`, and in `connectors` those of the
-    others that are not the defaults.
+    """The fields of a model with all options of the connector chosen in `connector`, and in
+    `connectors` those of the others that are not the defaults.
 
-    An option in `connector` goes before the same in `connectors`. One that is another connector's is handed on to it.
+    An option in `connector` goes before the same in `connectors`. One that is another connector's
+    is handed on to it.
 
     Raises:
-      UserError: an option that no connector has, a connector that does not exist, or a value of another type.
+      UserError: an option that no connector has, a connector that does not exist, or a value of
+        another type.
     """
     name, given = _given_options(model)
     whole = {}
@@ -126,7 +137,9 @@ def _by_connector(model: Mapping[str, Any]) -> dict[str, Any]:
     changed = {}
     for other, options in whole.items():
         defaults = connectors.defaults(other)
-        changed[other] = {option: options[option] for option in defaults if options[option] != defaults[option]}
+        changed[other] = {
+            option: options[option] for option in defaults if options[option] != defaults[option]
+        }
     others = {other: options for other, options in changed.items() if options}
     return {**model, "connector": connector, "connectors": others}
 
@@ -134,15 +147,21 @@ def _by_connector(model: Mapping[str, Any]) -> dict[str, Any]:
 def _given_options(model: Mapping[str, Any]) -> tuple[str, dict[str, dict[str, Any]]]:
     """The connector chosen, and the options that the fields of a model give to each connector."""
     groups = _group(model.get("connectors", {}), "model.connectors")
-    given = {name: dict(_group(options, f"model.connectors.{name}")) for name, options in groups.items()}
+    given = {
+        name: dict(_group(options, f"model.connectors.{name}")) for name, options in groups.items()
+    }
     flat = dict(_group(model.get("connector", {}), "model.connector"))
     chosen = flat.pop("name", connectors.DEFAULT_CONNECTOR)
     own = connectors.defaults(chosen)
     for option, value in flat.items():
-        owners = [name for name in (chosen, *connector_names()) if option in connectors.defaults(name)]
+        owners = [
+            name for name in (chosen, *connector_names()) if option in connectors.defaults(name)
+        ]
         if not owners:
             known = ["name", *own]
-            raise UserError(f"unknown config field config.model.connector.{option}{nearest(option, known)}")
+            raise UserError(
+                f"unknown config field config.model.connector.{option}{nearest(option, known)}"
+            )
         given.setdefault(owners[0], {})[option] = value
     return chosen, given
 
@@ -161,27 +180,37 @@ def _plain(value: Any) -> Any:
     """ConfigDicts and FieldReferences to plain dicts, depth first."""
     if isinstance(value, ml_collections.ConfigDict):
         value = value.to_dict()
-    return {key: _plain(inner) for key, inner in value.items()} if isinstance(value, Mapping) else value
+    return (
+        {key: _plain(inner) for key, inner in value.items()}
+        if isinstance(value, Mapping)
+        else value
+    )
 
 
 def _merge(base: dict, changes: dict) -> dict:
     """`base` with `changes` laid over it; mappings below merge, but mixtures are replaced whole."""
     merged = dict(base)
     for key, value in changes.items():
-        deeper = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key not in MIXTURES
+        deeper = (
+            isinstance(value, Mapping)
+            and isinstance(merged.get(key), Mapping)
+            and key not in MIXTURES
+        )
         merged[key] = _merge(merged[key], value) if deeper else value
     return merged
 
 
 def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
-    """Builds dataclass `cls` from a mapping; unknown keys and wrong types are errors that name the field."""
+    """Builds dataclass `cls` from a mapping; unknown keys and wrong types are errors that name the
+    field."""
     hints = typing.get_type_hints(cls)
     required = {field.name for field in dataclasses.fields(cls) if field.default is MISSING}
     fields = {}
     for key, value in values.items():
         if key not in hints:
             raise UserError(f"unknown config field config.{path}{key}{nearest(key, hints)}")
-        if value is not MISSING or key not in required:  # `check` names all that are missing at once.
+        # `check` names all that are missing at once.
+        if value is not MISSING or key not in required:
             fields[key] = _convert(hints[key], value, f"{path}{key}")
     return cls(**fields)
 
@@ -190,12 +219,18 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if hint is Any:
         return value
     if hint is ConnectorConfig and isinstance(value, Mapping):
-        return _options(value["name"], {name: inner for name, inner in value.items() if name != "name"}, f"{path}.")
+        return _options(
+            value["name"],
+            {name: inner for name, inner in value.items() if name != "name"},
+            f"{path}.",
+        )
     if dataclasses.is_dataclass(hint):
         return _build(hint, _group(value, path), f"{path}.")
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    args = typing.get_args(hint)
     if origin is Literal:
-        hint, origin = type(args[0]), None  # Which of them it is, `check` looks at.
+        hint = type(args[0])  # Which of them it is, `check` looks at.
+        origin = None
     if origin is tuple and isinstance(value, (tuple, list)):
         return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if origin is Mapping and isinstance(value, Mapping):
@@ -205,5 +240,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if hint is float and isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"config.{path} is {value}; it must be a finite number")
     if origin or not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise UserError(f"config.{path} is {value!r} of type {type(value).__name__}; it must be {hint.__name__}")
+        raise UserError(
+            f"config.{path} is {value!r} of type {type(value).__name__}; it must be {hint.__name__}"
+        )
     return value

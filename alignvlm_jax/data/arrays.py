@@ -35,8 +35,8 @@ def write(path: str | Path, named: Mapping[str, np.ndarray | str]) -> None:
 
 
 def checksums(path: str, size: int) -> dict[str, int]:
-    """Returns the CRC-32 of every array of a file of so many bytes. They stand at its end, which alone is read; of a
-    file that is damaged there, that of its end.
+    """Returns the CRC-32 of every array of a file of so many bytes. They stand at its end, which
+    alone is read; of a file that is damaged there, that of its end.
 
     Raises:
       UserError: it cannot be read.
@@ -54,13 +54,15 @@ def checksums(path: str, size: int) -> dict[str, int]:
 
 
 def read(path: str, size: int, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-    """Reads arrays of a file of so many bytes, those of some names or all; nobody may write to them.
+    """Reads arrays of a file of so many bytes, those of some names or all; nobody may write to
+    them.
 
     Raises:
       UserError: it is missing, damaged, or lacks one of the names.
     """
     try:
-        # Of a bucket whole, in pieces: an array is read by many small reads, which would be a request each.
+        # Of a bucket whole, in pieces: an array is read by many small reads, which would be a
+        # request each.
         file = io.BytesIO(filesystem.read_whole(path, size)) if filesystem.is_remote(path) else path
         with np.load(file, allow_pickle=False) as stored:
             found = {name: stored[name] for name in (stored if names is None else names)}

@@ -1,4 +1,5 @@
-"""Chat formats by model family: what stands around questions and answers, and which tokens the model has to say."""
+"""Chat formats by model family: what stands around questions and answers, and which tokens the
+model has to say."""
 
 import dataclasses
 import functools
@@ -14,8 +15,9 @@ from alignvlm_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class ChatFormat:
-    """A family's template: `start IMAGE`, or `start user IMAGE` for the first turn, then for each turn
-    `user QUESTION assistant ANSWER end after`. Special tokens stand in these strings by their names.
+    """A family's template: `start IMAGE`, or `start user IMAGE` for the first turn, then for each
+    turn `user QUESTION assistant ANSWER end after`. Special tokens stand in these strings by their
+    names.
 
     Attributes:
       start: before the first turn.
@@ -24,7 +26,8 @@ class ChatFormat:
       end: the special token that ends an answer, which the model has to say.
       after: after the end of an answer.
       stops: special tokens at which generation stops; `end` is one of them.
-      image_in_turn: whether images stand inside the first turn, before its question, or before all turns.
+      image_in_turn: whether images stand inside the first turn, before its question, or before all
+        turns.
       is_stripped: whether the family's template strips white space off questions and answers.
     """
 
@@ -46,7 +49,12 @@ MARK = r"<[^<> ]+>"
 
 FAMILIES = {
     "marks": ChatFormat(
-        start="<s>", user="<user>", assistant="<assistant>", end="<end>", stops=("<end>",), image_in_turn=False
+        start="<s>",
+        user="<user>",
+        assistant="<assistant>",
+        end="<end>",
+        stops=("<end>",),
+        image_in_turn=False,
     ),
     "llama3": ChatFormat(
         start="<|begin_of_text|>",
@@ -58,7 +66,8 @@ FAMILIES = {
     ),
     # With the system prompt that the template of SmolLM2 puts where a conversation has none.
     "chatml": ChatFormat(
-        start="<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n",
+        start="<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by "
+        "Hugging Face<|im_end|>\n",
         user="<|im_start|>user\n",
         assistant="<|im_end|>\n<|im_start|>assistant\n",
         end="<|im_end|>",
@@ -67,7 +76,12 @@ FAMILIES = {
     ),
     # Without the template's spaces: its tokenizers put one before every stretch of text.
     "llama2": ChatFormat(
-        start="<s>", user="[INST]", assistant="[/INST]", end="</s>", stops=("</s>",), is_stripped=True
+        start="<s>",
+        user="[INST]",
+        assistant="[/INST]",
+        end="</s>",
+        stops=("</s>",),
+        is_stripped=True,
     ),
 }
 """By the special tokens that they need; the first that fits a tokenizer is taken."""
@@ -83,8 +97,13 @@ def format_of(tokenizer: Tokenizer) -> ChatFormat:
     for family in FAMILIES.values():
         if family.names() <= tokenizer.specials.keys():
             return family
-    needed = "; ".join(f"{name}: {' '.join(sorted(family.names()))}" for name, family in FAMILIES.items())
-    raise UserError(f"tokenizer {tokenizer.name} has the special tokens of no chat format that is known ({needed})")
+    needed = "; ".join(
+        f"{name}: {' '.join(sorted(family.names()))}" for name, family in FAMILIES.items()
+    )
+    raise UserError(
+        f"tokenizer {tokenizer.name} has the special tokens of no chat format that is known "
+        f"({needed})"
+    )
 
 
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -94,8 +113,8 @@ def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def begin_ids(tokenizer: Tokenizer) -> list[int]:
-    """Returns the token that begins every text, where the family has one: a chat then starts with it and nothing else.
-    The mark that opens a turn (`chatml`) begins no text."""
+    """Returns the token that begins every text, where the family has one: a chat then starts with
+    it and nothing else. The mark that opens a turn (`chatml`) begins no text."""
     start = format_of(tokenizer).start
     return [tokenizer.specials[start]] if start in tokenizer.specials else []
 
@@ -108,13 +127,14 @@ def encode_chat(
     max_length: int | None = None,
     cuts_answers: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Encodes (question, answer) turns with the image slots, each of them the token `image_id`. Turns that would not
-    fit `max_length` are left out whole; with `cuts_answers`, the first whose answer begins within it is cut there
-    instead, and has no end.
+    """Encodes (question, answer) turns with the image slots, each of them the token `image_id`.
+    Turns that would not fit `max_length` are left out whole; with `cuts_answers`, the first whose
+    answer begins within it is cut there instead, and has no end.
 
     Returns:
-      int32 tokens, and bools of the same length that are true on the answers' tokens and the end of each: what the
-      model has to say itself. The mask is built with the tokens, never by searching the text.
+      int32 tokens, and bools of the same length that are true on the answers' tokens and the end of
+      each: what the model has to say itself. The mask is built with the tokens, never by searching
+      the text.
     """
     chat_format = format_of(tokenizer)
     tokens = [*_encode_marked(tokenizer, chat_format.start)]
@@ -133,14 +153,18 @@ def encode_chat(
             tokens += [*prompt, *reply, *after]
             is_answer += [False] * len(prompt) + [True] * len(reply) + [False] * len(after)
             waiting = []
-    # What follows the last answer may be cut off: nothing comes after it. An answer that is cut is the last.
+    # What follows the last answer may be cut off: nothing comes after it. An answer that is cut is
+    # the last.
     return np.array(tokens[:max_length], np.int32), np.array(is_answer[:max_length], bool)
 
 
-def encode_prompt(tokenizer: Tokenizer, question: str, num_image_slots: int, image_id: int) -> np.ndarray:
+def encode_prompt(
+    tokenizer: Tokenizer, question: str, num_image_slots: int, image_id: int
+) -> np.ndarray:
     """Returns int32 tokens that end where the answer is to begin."""
     chat_format = format_of(tokenizer)
-    head, slots = [*_encode_marked(tokenizer, chat_format.start)], [image_id] * num_image_slots
+    head = [*_encode_marked(tokenizer, chat_format.start)]
+    slots = [image_id] * num_image_slots
     if chat_format.image_in_turn:
         return np.array(head + _encode_question(tokenizer, question, slots), np.int32)
     return np.array(head + slots + _encode_question(tokenizer, question, []), np.int32)
@@ -150,7 +174,9 @@ def _encode_question(tokenizer: Tokenizer, question: str, slots: list[int]) -> l
     chat_format = format_of(tokenizer)
     if chat_format.is_stripped:
         question = question.strip()
-    before, after = (_encode_marked(tokenizer, text) for text in (chat_format.user, chat_format.assistant))
+    before, after = (
+        _encode_marked(tokenizer, text) for text in (chat_format.user, chat_format.assistant)
+    )
     return [*before, *slots, *tokenizer.encode(question), *after]
 
 

@@ -20,7 +20,8 @@ Row = dict[str, np.ndarray]
 
 
 def transcription(record: Record) -> str:
-    """Returns the words of a record, those of a drawn line on one line; "" where it does not know them."""
+    """Returns the words of a record, those of a drawn line on one line; "" where it does not know
+    them."""
     return "\n".join(" ".join(word.text for word in line) for page in record.lines for line in page)
 
 
@@ -35,8 +36,12 @@ def _answer(record: Record, rng: np.random.Generator) -> list[tuple[str, str]]:
 
 
 def _answer_and_transcribe(record: Record, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Both, in either order: more to learn from each page. What comes second can look back at what came first."""
-    answers, text = _answer(record, rng), _transcribe(record, rng)
+    """Both, in either order: more to learn from each page.
+
+    What comes second can look back at what came first.
+    """
+    answers = _answer(record, rng)
+    text = _transcribe(record, rng)
     return answers + text if rng.random() < 0.5 else text + answers
 
 
@@ -45,7 +50,8 @@ TASKS: dict[str, Callable[[Record, np.random.Generator], list[tuple[str, str]]]]
     "answer": _answer,
     "answer_and_transcribe": _answer_and_transcribe,
 }
-"""What a row asks of a record, by the names of `data.tasks`: (question, answer) turns, possibly none."""
+"""What a row asks of a record, by the names of `data.tasks`: (question, answer) turns, possibly
+none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,38 +63,53 @@ class Part:
     tile_arrays: Row  # "tiles" and the patch labels of `record.Batch`, each [t, ...]
 
 
-def build_part(record: Record, task: str, rng: np.random.Generator, config: Config, tokenizer: Tokenizer) -> Part:
+def build_part(
+    record: Record, task: str, rng: np.random.Generator, config: Config, tokenizer: Tokenizer
+) -> Part:
     """Builds a record's part of a training row.
 
-    Turns that do not fit `data.row_length` are left out; a planned row cuts the answer of `transcribe` there instead.
-    Where no answer fits, or the record lacks what the task needs, loss weights are 0 throughout; a planned row has no
-    place for that.
+    Turns that do not fit `data.row_length` are left out; a planned row cuts the answer of
+    `transcribe` there instead. Where no answer fits, or the record lacks what the task needs, loss
+    weights are 0 throughout; a planned row has no place for that.
 
     Raises:
-      UserError: an unreadable image, more images than the record may have tiles, or no answer for a planned row.
+      UserError: an unreadable image, more images than the record may have tiles, or no answer for a
+        planned row.
     """
     data = config.data
     pages = _tile_pages(record, config)
     turns = TASKS[task](record, rng)
-    num_slots, image_id = _num_slots(pages, config.slots_per_tile), config.model.image_token_id
+    num_slots = _num_slots(pages, config.slots_per_tile)
+    image_id = config.model.image_token_id
     is_cut = data.packing == "plan" and task == "transcribe"
-    tokens, is_answer = chat.encode_chat(tokenizer, turns, num_slots, image_id, data.row_length, is_cut)
+    tokens, is_answer = chat.encode_chat(
+        tokenizer, turns, num_slots, image_id, data.row_length, is_cut
+    )
     if data.packing == "plan" and not is_answer.any():
-        raise UserError(f"record {record.id} has no answer that fits config.data.row_length {data.row_length}")
+        raise UserError(
+            f"record {record.id} has no answer that fits config.data.row_length {data.row_length}"
+        )
     loss_weights = np.zeros(len(tokens), np.float32)
     loss_weights[:-1] = is_answer[1:]
     if data.loss_by == "record" and is_answer.any():
         loss_weights /= loss_weights.sum()
     return Part(
-        tokens, loss_weights, {"tiles": _stack_tiles(pages, config)} | _labels(record, pages, config, tokenizer)
+        tokens,
+        loss_weights,
+        {"tiles": _stack_tiles(pages, config)} | _labels(record, pages, config, tokenizer),
     )
 
 
 def join(parts: Sequence[Part], config: Config, tokenizer: Tokenizer) -> Row:
-    """Returns the row of parts that fit it together: a segment each, one after another, their tiles likewise."""
-    vision, data = config.model.vision, config.data
-    slots, labels_shape = data.max_tiles, (vision.num_patches, data.max_patch_labels)
-    row = _text_arrays([(part.tokens, part.loss_weights) for part in parts], data.row_length, tokenizer) | {
+    """Returns the row of parts that fit it together: a segment each, one after another, their tiles
+    likewise."""
+    vision = config.model.vision
+    data = config.data
+    slots = data.max_tiles
+    labels_shape = (vision.num_patches, data.max_patch_labels)
+    row = _text_arrays(
+        [(part.tokens, part.loss_weights) for part in parts], data.row_length, tokenizer
+    ) | {
         "tiles": np.zeros((slots, vision.tile_height, vision.tile_width, 3), np.uint8),
         "patch_label_ids": np.full((slots, *labels_shape), tokenizer.space_id, np.int32),
         "patch_label_weights": np.zeros((slots, *labels_shape), np.float32),
@@ -103,32 +124,42 @@ def join(parts: Sequence[Part], config: Config, tokenizer: Tokenizer) -> Row:
     return row
 
 
-def build_row(record: Record, task: str, rng: np.random.Generator, config: Config, tokenizer: Tokenizer) -> Row:
+def build_row(
+    record: Record, task: str, rng: np.random.Generator, config: Config, tokenizer: Tokenizer
+) -> Row:
     """Returns the training row of one record; see `build_part`."""
     return join([build_part(record, task, rng, config, tokenizer)], config, tokenizer)
 
 
-def build_prompt(page: Record | Image.Image | None, question: str, config: Config, tokenizer: Tokenizer) -> Row:
-    """Builds the row of a question to be answered: it ends where the answer begins, and has no loss and no patch
-    labels. Without a page it has no tiles either, and of a record without images they are all unused; a page is read
-    from pixels, whatever the stage was trained on.
+def build_prompt(
+    page: Record | Image.Image | None, question: str, config: Config, tokenizer: Tokenizer
+) -> Row:
+    """Builds the row of a question to be answered: it ends where the answer begins, and has no loss
+    and no patch labels. Without a page it has no tiles either, and of a record without images they
+    are all unused; a page is read from pixels, whatever the stage was trained on.
 
     Raises:
       UserError: the prompt is longer than `data.row_length`.
     """
-    data, vision = config.data, config.model.vision
+    data = config.data
+    vision = config.model.vision
     if page is None:
         pages = []
     elif isinstance(page, Image.Image):
-        pages = [images.tile_image(page.convert("RGB"), vision, data.tiles_of_a_record, data.use_overview)]
+        pages = [
+            images.tile_image(
+                page.convert("RGB"), vision, data.tiles_of_a_record, data.use_overview
+            )
+        ]
     else:
         pages = _tile_pages(page, config)
     num_slots = _num_slots(pages, config.model.slots_per_tile)
     tokens = chat.encode_prompt(tokenizer, question, num_slots, config.model.image_token_id)
     if len(tokens) > data.row_length:
         raise UserError(
-            f"the prompt has {len(tokens)} tokens ({num_slots} of the image) and config.data.row_length is "
-            f"{data.row_length}; shorten the question by {len(tokens) - data.row_length} tokens"
+            f"the prompt has {len(tokens)} tokens ({num_slots} of the image) and "
+            f"config.data.row_length is {data.row_length}; shorten the question by "
+            f"{len(tokens) - data.row_length} tokens"
         )
     row = _text_arrays([(tokens, np.zeros(len(tokens), np.float32))], data.row_length, tokenizer)
     if page is None:
@@ -139,22 +170,23 @@ def build_prompt(page: Record | Image.Image | None, question: str, config: Confi
 
 
 def build_text(tokens: np.ndarray, length: int, tokenizer: Tokenizer) -> Row:
-    """Builds the row of at most `length` tokens of plain text, without tiles: every token but the first is to be
-    predicted, with a loss weight of 1."""
+    """Builds the row of at most `length` tokens of plain text, without tiles: every token but the
+    first is to be predicted, with a loss weight of 1."""
     loss_weights = np.ones(len(tokens), np.float32)
     loss_weights[-1:] = 0
     return _text_arrays([(tokens, loss_weights)], length, tokenizer)
 
 
 def trim_prompts(prompts: Sequence[Row], config: Config) -> list[Row]:
-    """Returns prompts, still of one shape, without the tile slots that none of them uses and without the padding that
-    all have: with room for nine tiles, one should not cost nine."""
+    """Returns prompts, still of one shape, without the tile slots that none of them uses and
+    without the padding that all have: with room for nine tiles, one should not cost nine."""
     length, num_tiles = extent(prompts, config)
     return [trim(row, length, num_tiles) for row in prompts]
 
 
 def extent(prompts: Sequence[Row], config: Config, multiple: int = 64) -> tuple[int, int] | None:
-    """Returns how many tokens, rounded up to a `multiple`, and tiles the largest of some prompts have; None of none."""
+    """Returns how many tokens, rounded up to a `multiple`, and tiles the largest of some prompts
+    have; None of none."""
     if not prompts:
         return None
     length = -(-max(int(row["segment_ids"].sum()) for row in prompts) // multiple) * multiple
@@ -174,7 +206,9 @@ def _tile_pages(record: Record, config: Config) -> list[Tiles]:
     most = data.tiles_of_a_record
     if len(record.images) > most:
         field = "record_tiles" if data.record_tiles else "max_tiles"
-        raise UserError(f"record {record.id} has {len(record.images)} images; config.data.{field} is {most}")
+        raise UserError(
+            f"record {record.id} has {len(record.images)} images; config.data.{field} is {most}"
+        )
     return [
         images.tile_image(
             images.decode_image(image, f"{i} of record {record.id}"),
@@ -190,8 +224,13 @@ def _num_slots(pages: list[Tiles], slots_per_tile: int) -> int:
     return sum(len(page.pixels) for page in pages) * slots_per_tile
 
 
-def _text_arrays(segments: Sequence[tuple[np.ndarray, np.ndarray]], length: int, tokenizer: Tokenizer) -> Row:
-    """The arrays of segments, each its tokens and their loss weights. No position predicts the next segment."""
+def _text_arrays(
+    segments: Sequence[tuple[np.ndarray, np.ndarray]], length: int, tokenizer: Tokenizer
+) -> Row:
+    """The arrays of segments, each its tokens and their loss weights.
+
+    No position predicts the next segment.
+    """
     row = {
         "tokens": np.full(length, tokenizer.pad_id, np.int32),
         "targets": np.full(length, tokenizer.pad_id, np.int32),
@@ -219,8 +258,12 @@ def _stack_tiles(pages: list[Tiles], config: Config) -> np.ndarray:
 
 
 def _labels(record: Record, pages: list[Tiles], config: Config, tokenizer: Tokenizer) -> Row:
-    """The tiles' labels. Where a record does not know its words, or is not labelled, they carry no loss."""
-    vision, k = config.model.vision, config.data.max_patch_labels
+    """The tiles' labels.
+
+    Where a record does not know its words, or is not labelled, they carry no loss.
+    """
+    vision = config.model.vision
+    k = config.data.max_patch_labels
     is_labelled = zlib.crc32(record.id.encode()) < config.data.labelled_share * 2**32
     ids = [np.zeros((0, vision.num_patches, k), np.int32)]
     weights = [np.zeros((0, vision.num_patches, k), np.float32)]

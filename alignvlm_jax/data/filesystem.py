@@ -1,8 +1,8 @@
 """Files of data, on this machine or in a bucket (gs://).
 
-Sources of `prepare` are read through pyarrow, from front to back. What training reads of a bucket are ranges, through
-`storage`: one request each and none to open. pyarrow asks for a file's metadata first, and a `seek` holds Python's lock
-while it begins to read the whole file.
+Sources of `prepare` are read through pyarrow, from front to back. What training reads of a bucket
+are ranges, through `storage`: one request each and none to open. pyarrow asks for a file's metadata
+first, and a `seek` holds Python's lock while it begins to read the whole file.
 """
 
 import functools
@@ -55,7 +55,8 @@ def is_readable(path: str) -> bool:
 
 
 def list_files(source: str, suffixes: tuple[str, ...]) -> list[str]:
-    """Returns `source` itself where it is a file, else the files below it with these endings (any case), sorted.
+    """Returns `source` itself where it is a file, else the files below it with these endings (any
+    case), sorted.
 
     Raises:
       UserError: it is not there, it has no such files, or its bucket cannot be reached.
@@ -74,15 +75,19 @@ def list_files(source: str, suffixes: tuple[str, ...]) -> list[str]:
     names = [prefix + item.path for item in found if item.type == fs.FileType.File]
     wanted = sorted(name for name in names if name.lower().endswith(suffixes))
     if not wanted:
-        raise UserError(f"{source} holds no file that ends in {' or '.join(suffixes)} ({len(names)} others)")
+        raise UserError(
+            f"{source} holds no file that ends in {' or '.join(suffixes)} ({len(names)} others)"
+        )
     return wanted
 
 
 def raise_if_passing(path: str, err: Exception) -> None:
-    """Raises TryAgainError where an error of reading a file is one of a bucket that does not answer: it says nothing
-    about the file, the rest of which would be left out for good."""
+    """Raises TryAgainError where an error of reading a file is one of a bucket that does not
+    answer: it says nothing about the file, the rest of which would be left out for good."""
     if is_remote(path) and faults.kind_of(err) is Kind.PASSING:
-        raise faults.as_error(f"cannot read {path} ({_reason(err)}); the same command goes on", err) from err
+        raise faults.as_error(
+            f"cannot read {path} ({_reason(err)}); the same command goes on", err
+        ) from err
 
 
 def size(path: str) -> int:
@@ -128,8 +133,8 @@ def read(path: str, max_bytes: int) -> bytes:
 
 
 def listing(folder: str | os.PathLike) -> Mapping[str, Entry]:
-    """Returns the files of a folder by name, without those of folders in it; none where there is no such folder. What
-    it says of a bucket may be `LISTING_SECONDS` old.
+    """Returns the files of a folder by name, without those of folders in it; none where there is no
+    such folder. What it says of a bucket may be `LISTING_SECONDS` old.
 
     Raises:
       UserError: its bucket cannot be reached, or is not there.
@@ -142,11 +147,16 @@ def listing(folder: str | os.PathLike) -> Mapping[str, Entry]:
             stats = {item.name: item.stat() for item in found if item.is_file()}
     except OSError:
         return {}
-    return {name: Entry(stat.st_size, f"{stat.st_mtime_ns}-{stat.st_ino}") for name, stat in stats.items()}
+    return {
+        name: Entry(stat.st_size, f"{stat.st_mtime_ns}-{stat.st_ino}")
+        for name, stat in stats.items()
+    }
 
 
 def read_range(path: str | os.PathLike, begin: int, end: int) -> bytes:
-    """Returns the bytes of a file from `begin` to before `end`, by one request. Faults that pass are tried again.
+    """Returns the bytes of a file from `begin` to before `end`, by one request.
+
+    Faults that pass are tried again.
 
     Raises:
       OSError: it cannot be read, or it is shorter.
@@ -158,7 +168,9 @@ def read_range(path: str | os.PathLike, begin: int, end: int) -> bytes:
         with open(path, "rb") as file:
             content = os.pread(file.fileno(), end - begin, begin)
     if len(content) != end - begin:
-        raise OSError(f"cannot read {path}: it ends {end - begin - len(content)} bytes before byte {end}")
+        raise OSError(
+            f"cannot read {path}: it ends {end - begin - len(content)} bytes before byte {end}"
+        )
     return content
 
 
@@ -167,7 +179,9 @@ def read_whole(path: str | os.PathLike, size: int) -> bytes:
     if not is_remote(path):
         return read_range(path, 0, size)
     begins = range(0, size, RANGE_BYTES)
-    return b"".join(in_threads(lambda begin: read_range(path, begin, min(begin + RANGE_BYTES, size)), begins))
+    return b"".join(
+        in_threads(lambda begin: read_range(path, begin, min(begin + RANGE_BYTES, size)), begins)
+    )
 
 
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
@@ -177,7 +191,8 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> lis
 
 
 def join(folder: str, name: str) -> str:
-    """Returns the path of a file in a folder; a `name` that is absolute or a URI stands for itself."""
+    """Returns the path of a file in a folder; a `name` that is absolute or a URI stands for
+    itself."""
     return name if is_remote(name) else posixpath.join(folder, posixpath.normpath(name))
 
 
@@ -204,7 +219,9 @@ def _filesystem(scheme: str) -> fs.FileSystem:
         raise UserError(f"cannot read {scheme}:// paths; known: local paths and gs://")
     # A server on this machine, of tests, knows no accounts.
     user = "anonymous@" if "CLOUD_STORAGE_EMULATOR_ENDPOINT" in os.environ else ""
-    return fs.FileSystem.from_uri(f"{scheme}://{user}bucket/?retry_limit_seconds={RETRY_SECONDS}")[0]
+    return fs.FileSystem.from_uri(f"{scheme}://{user}bucket/?retry_limit_seconds={RETRY_SECONDS}")[
+        0
+    ]
 
 
 @functools.lru_cache(maxsize=32)
@@ -218,7 +235,10 @@ def _remote_listing(folder: str, time_slot: int) -> Mapping[str, Entry]:
     except OSError as err:
         raise faults.as_error(f"cannot list {folder}: {err.strerror or err}", err) from err
     files = [item for item in found if item["type"] == "file"]
-    return {posixpath.basename(item["name"]): Entry(item["size"], str(item["generation"])) for item in files}
+    return {
+        posixpath.basename(item["name"]): Entry(item["size"], str(item["generation"]))
+        for item in files
+    }
 
 
 def _bucket(path: str) -> Any:

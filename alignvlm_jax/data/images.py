@@ -28,7 +28,10 @@ BAD_IMAGE = (Image.DecompressionBombError, OSError, RuntimeError, SyntaxError, V
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """The tiles of one page. Page point (x, y), if in `crops[n]`, is at `(x - left, y - top) * scales[n]` of tile n."""
+    """The tiles of one page.
+
+    Page point (x, y), if in `crops[n]`, is at `(x - left, y - top) * scales[n]` of tile n.
+    """
 
     pixels: np.ndarray  # uint8 [n, Y, X, 3], white where the crop does not reach
     crops: np.ndarray  # float32 [n, 4]: left, top, right, bottom in pixels of the page
@@ -36,7 +39,8 @@ class Tiles:
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
-    """Decodes an image file to RGB: turned upright, transparency laid on white, the first frame of several.
+    """Decodes an image file to RGB: turned upright, transparency laid on white, the first frame of
+    several.
 
     Raises:
       UserError: it cannot be read; the message holds `name`.
@@ -50,7 +54,9 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     except UnidentifiedImageError as err:
         raise UserError(f"cannot read image {name}: no known image format") from err
     except BAD_IMAGE as err:
-        raise UserError(f"cannot read image {name}: {' '.join(str(err).split()) or type(err).__name__}") from err
+        raise UserError(
+            f"cannot read image {name}: {' '.join(str(err).split()) or type(err).__name__}"
+        ) from err
 
 
 def image_size(data: bytes, name: str) -> tuple[int, int]:
@@ -65,7 +71,9 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
             # Pillow has turned the size of a TIFF already.
             is_turned = image.format != "TIFF" and 5 <= image.getexif().get(ORIENTATION, 1) <= 8
     except BAD_IMAGE as err:
-        raise UserError(f"cannot read image {name}: {' '.join(str(err).split()) or type(err).__name__}") from err
+        raise UserError(
+            f"cannot read image {name}: {' '.join(str(err).split()) or type(err).__name__}"
+        ) from err
     return (width, height) if is_turned else (height, width)
 
 
@@ -87,8 +95,8 @@ def load_page(path: str | Path, page: int = 1) -> Image.Image:
 
 
 def open_page(source: str | Path | Image.Image | np.ndarray, page: int = 1) -> Image.Image:
-    """Returns a page as RGB: of a file, as `load_page`; of an image in memory, Pillow's or uint8 [Y, X] or [Y, X, C],
-    where C is 1, 3 or 4.
+    """Returns a page as RGB: of a file, as `load_page`; of an image in memory, Pillow's or uint8
+    [Y, X] or [Y, X, C], where C is 1, 3 or 4.
 
     Raises:
       UserError: the file cannot be read, there is no such page, or an array is no image.
@@ -99,13 +107,23 @@ def open_page(source: str | Path | Image.Image | np.ndarray, page: int = 1) -> I
         raise UserError(f"an image in memory has no page {page}")
     if isinstance(source, np.ndarray):
         channels = source.shape[2:] or (1,)
-        if source.dtype != np.uint8 or source.ndim not in (2, 3) or channels[0] not in (1, 3, 4) or not source.size:
+        if (
+            source.dtype != np.uint8
+            or source.ndim not in (2, 3)
+            or channels[0] not in (1, 3, 4)
+            or not source.size
+        ):
             raise UserError(
-                f"an array of {source.dtype} {list(source.shape)} is no image: uint8 [Y, X] or [Y, X, 1, 3 or 4] is"
+                f"an array of {source.dtype} {list(source.shape)} is no image: uint8 [Y, X] or "
+                "[Y, X, 1, 3 or 4] is"
             )
-        source = Image.fromarray(source[..., 0] if source.ndim == 3 and channels == (1,) else source)
+        source = Image.fromarray(
+            source[..., 0] if source.ndim == 3 and channels == (1,) else source
+        )
     if not isinstance(source, Image.Image):
-        raise UserError(f"a {type(source).__name__} is no image: a path, a PIL image or a NumPy array is")
+        raise UserError(
+            f"a {type(source).__name__} is no image: a path, a PIL image or a NumPy array is"
+        )
     return _to_rgb(ImageOps.exif_transpose(source))
 
 
@@ -122,12 +140,16 @@ def _draw_pdf_page(data: bytes, name: str, page: int) -> Image.Image:
         raise UserError(f"cannot read PDF {name}: {err}") from err
 
 
-def choose_grids(sizes: np.ndarray, vision: VisionConfig, max_tiles: int, use_overview: bool = False) -> np.ndarray:
-    """Returns the rows and columns of cells that pages are cut into, as Ovis v1.6 does, for tiles of any shape.
+def choose_grids(
+    sizes: np.ndarray, vision: VisionConfig, max_tiles: int, use_overview: bool = False
+) -> np.ndarray:
+    """Returns the rows and columns of cells that pages are cut into, as Ovis v1.6 does, for tiles
+    of any shape.
 
-    A grid covers the share of the page's pixels that is left after its cells shrank to the tile. Of the grids that
-    cover more than 0.9 the one with the fewest cells is taken; else the best covering of all, of equals the one with
-    fewer cells. The overview takes one of `max_tiles` where there is more than one cell.
+    A grid covers the share of the page's pixels that is left after its cells shrank to the tile. Of
+    the grids that cover more than 0.9 the one with the fewest cells is taken; else the best
+    covering of all, of equals the one with fewer cells. The overview takes one of `max_tiles` where
+    there is more than one cell.
 
     Args:
       sizes: int [M, 2], height and width of each page.
@@ -141,7 +163,9 @@ def choose_grids(sizes: np.ndarray, vision: VisionConfig, max_tiles: int, use_ov
     best = np.zeros(len(sizes))
     height, width = np.transpose(sizes)
     for rows, columns in sorted(grids, key=lambda grid: grid[0] * grid[1]):
-        shrink = np.minimum(1.0, np.minimum(vision.tile_height * rows / height, vision.tile_width * columns / width))
+        shrink = np.minimum(
+            1.0, np.minimum(vision.tile_height * rows / height, vision.tile_width * columns / width)
+        )
         coverage = shrink * shrink
         # No tie to break: where two grids of as many cells cover, so does one of fewer.
         better = (coverage > best) & (best <= MIN_COVERAGE)
@@ -155,23 +179,30 @@ def choose_grid(
     height: int, width: int, vision: VisionConfig, max_tiles: int, use_overview: bool = False
 ) -> tuple[int, int]:
     """Returns the rows and columns of `choose_grids` for one page."""
-    [(rows, columns)] = choose_grids(np.array([[height, width]]), vision, max_tiles, use_overview).tolist()
+    [(rows, columns)] = choose_grids(
+        np.array([[height, width]]), vision, max_tiles, use_overview
+    ).tolist()
     return rows, columns
 
 
-def count_tiles(sizes: np.ndarray, vision: VisionConfig, max_tiles: int, use_overview: bool) -> np.ndarray:
-    """Returns the number of tiles, int32 [M], that `tile_image` makes of pages of these sizes, int [M, 2]."""
+def count_tiles(
+    sizes: np.ndarray, vision: VisionConfig, max_tiles: int, use_overview: bool
+) -> np.ndarray:
+    """Returns the number of tiles, int32 [M], that `tile_image` makes of pages of these sizes, int
+    [M, 2]."""
     grids = choose_grids(sizes, vision, max_tiles, use_overview)
     # A page with fewer pixels than cells has empty ones, which are no tiles.
     cells = np.minimum(grids, sizes).prod(axis=1)
     return (cells + (use_overview & (grids.prod(axis=1) > 1))).astype(np.int32)
 
 
-def tile_image(image: Image.Image, vision: VisionConfig, max_tiles: int, use_overview: bool) -> Tiles:
+def tile_image(
+    image: Image.Image, vision: VisionConfig, max_tiles: int, use_overview: bool
+) -> Tiles:
     """Cuts an RGB page into at most `max_tiles` tiles, the overview first, then cells by rows.
 
-    Cells keep their aspect: they are resized to fit the tile and lie at its top left. A page of exactly the grid's
-    size is cut without resampling.
+    Cells keep their aspect: they are resized to fit the tile and lie at its top left. A page of
+    exactly the grid's size is cut without resampling.
     """
     rows, columns = choose_grid(image.height, image.width, vision, max_tiles, use_overview)
     crops = [
@@ -193,7 +224,8 @@ def tile_image(image: Image.Image, vision: VisionConfig, max_tiles: int, use_ove
 
 def _fit(image: Image.Image, crop: tuple[int, int, int, int], vision: VisionConfig):
     """Returns a crop's tile as uint8 [Y, X, 3], the crop, and its scales along x and y."""
-    width, height = crop[2] - crop[0], crop[3] - crop[1]
+    width = crop[2] - crop[0]
+    height = crop[3] - crop[1]
     scale = min(vision.tile_width / width, vision.tile_height / height)
     size = max(1, round(width * scale)), max(1, round(height * scale))
     tile = np.full((vision.tile_height, vision.tile_width, 3), 255, np.uint8)
@@ -212,16 +244,25 @@ def _stack(tiles: Iterable) -> Tiles:
 def _gray_of_floats(image: Image.Image) -> np.ndarray:
     """Levels from 0, black, to 1. There is no rule what the numbers of such a file mean."""
     levels = np.asarray(image)
-    least, most = levels.min(), levels.max()
+    least = levels.min()
+    most = levels.max()
     if not (least >= 0 and most <= 1):  # also where some are NaN
-        raise UserError(f"an image of floating-point numbers from {least:g} to {most:g}; they must be from 0 to 1")
+        raise UserError(
+            f"an image of floating-point numbers from {least:g} to {most:g}; they must be from 0 "
+            "to 1"
+        )
     return levels
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of any mode. Pillow's own conversion clips 16-bit gray and drops transparency to black."""
+    """RGB of any mode.
+
+    Pillow's own conversion clips 16-bit gray and drops transparency to black.
+    """
     if image.mode.startswith("I;16") or image.mode == "I":
-        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+        image = Image.fromarray(
+            (np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)
+        )
     elif image.mode == "F":
         image = Image.fromarray((_gray_of_floats(image) * 255).astype(np.uint8))
     if image.mode == "RGBA" or "A" in image.getbands() or "transparency" in image.info:

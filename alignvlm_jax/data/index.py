@@ -1,4 +1,5 @@
-"""What planning has to know of records without reading them: lengths and image sizes, in a file for each split.
+"""What planning has to know of records without reading them: lengths and image sizes, in a file for
+each split.
 
 `prepare` counts each shard into a file of its own, and merges them when all are there.
 """
@@ -21,8 +22,10 @@ from alignvlm_jax.data.tokenizers.base import Tokenizer
 from alignvlm_jax.errors import TryAgainError, UserError
 
 RECOUNT = "`python -m alignvlm_jax prepare --recount --out={} --tokenizer=FOLDER`"
-MANY, FEW = 64, 4
-"""So many shards take a while to open where each has an index of its own: on a disk, and in a bucket."""
+MANY = 64
+FEW = 4
+"""So many shards take a while to open where each has an index of its own: on a disk, and in a
+bucket."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,8 +33,8 @@ class Index:
     """An entry for each of R records, in the order of `shards.RecordSource`. Equal to itself alone.
 
     Attributes:
-      text_tokens: int32 [R] by task of `examples.TASKS`: tokens of the chat without image slots, all turns in it; 0
-        where the record lacks what the task needs.
+      text_tokens: int32 [R] by task of `examples.TASKS`: tokens of the chat without image slots,
+        all turns in it; 0 where the record lacks what the task needs.
       image_sizes: int32 [M, 2], height and width in pixels of all images, record after record.
       image_starts: int64 [R + 1]: record r has `image_sizes[image_starts[r]:image_starts[r + 1]]`.
       content_hash: uint64 [R], of the images and turns.
@@ -52,7 +55,8 @@ class Builder:
     """Makes an index out of records that come one by one and are not kept."""
 
     def __init__(self, tokenizer: Tokenizer, fingerprint: str):
-        self._tokenizer, self._fingerprint = tokenizer, fingerprint
+        self._tokenizer = tokenizer
+        self._fingerprint = fingerprint
         self._text_tokens: dict[str, list[int]] = {task: [] for task in examples.TASKS}
         self._image_sizes: list[tuple[int, int]] = []
         self._image_starts = [0]
@@ -60,7 +64,10 @@ class Builder:
 
     def add(self, record: Record) -> None:
         """Counts one record; UserError where the size of an image cannot be read."""
-        sizes = [images.image_size(image, f"{i} of record {record.id}") for i, image in enumerate(record.images)]
+        sizes = [
+            images.image_size(image, f"{i} of record {record.id}")
+            for i, image in enumerate(record.images)
+        ]
         lengths = _text_tokens(record, self._tokenizer)
         self._hashes.append(content_hash(record))
         # Nothing was added if one of these raised.
@@ -111,19 +118,21 @@ def read(path: str | Path) -> Index:
     """Reads an index file of this machine.
 
     Raises:
-      UserError: it is missing, damaged, or lacks a task that rows now have; the message says how to count anew.
+      UserError: it is missing, damaged, or lacks a task that rows now have; the message says how to
+        count anew.
     """
     return _index(_read(os.fspath(path), 0))
 
 
 def merge(directory: Path, split: str) -> list[str]:
-    """Writes the one index of a split, out of those of all its shards, and where the shards' records lie. Returns the
-    names of both files. The shards' own are left where they are.
+    """Writes the one index of a split, out of those of all its shards, and where the shards'
+    records lie. Returns the names of both files. The shards' own are left where they are.
 
     Raises:
       UserError: a shard has no index, it is damaged, or a file cannot be written.
     """
-    entries, names = filesystem.listing(directory), shards.shard_names(directory, split)
+    entries = filesystem.listing(directory)
+    names = shards.shard_names(directory, split)
     whole = concatenate([read(index_path(directory / name)) for name in names])
     shards.write_table(directory, split)
     sizes = np.array([entries[name].size for name in names], np.int64)
@@ -132,15 +141,17 @@ def merge(directory: Path, split: str) -> list[str]:
 
 
 def load(directory: str | os.PathLike, split: str) -> Index:
-    """Returns the index of a split, all its shards one after another. It is shared by all of a process, and nobody may
-    write to it.
+    """Returns the index of a split, all its shards one after another. It is shared by all of a
+    process, and nobody may write to it.
 
     Raises:
-      UserError: a shard has none, or they were counted by several tokenizers; the message says what to call.
+      UserError: a shard has none, or they were counted by several tokenizers; the message says what
+        to call.
     """
     directory = os.fspath(directory)
     place = directory if filesystem.is_remote(directory) else os.path.abspath(directory)
-    entries, names = filesystem.listing(place), shards.shard_names(place, split)
+    entries = filesystem.listing(place)
+    names = shards.shard_names(place, split)
     if not names:
         shards.RecordSource(directory, split)  # says which splits there are
     merged = entries.get(merged_name(split))
@@ -164,7 +175,10 @@ def _of_shards(place: str, indexes: tuple[tuple[str, Entry | None], ...]) -> Ind
     """Of a folder from before indexes were merged."""
     if len(indexes) >= (FEW if filesystem.is_remote(place) else MANY):
         logging.warning(
-            "%s has an index for each of %d shards: to open it faster, %s", place, len(indexes), recount(place)
+            "%s has an index for each of %d shards: to open it faster, %s",
+            place,
+            len(indexes),
+            recount(place),
         )
 
     def part(item: tuple[str, Entry | None]) -> Index:
@@ -177,7 +191,12 @@ def _of_shards(place: str, indexes: tuple[tuple[str, Entry | None], ...]) -> Ind
     if len({part.tokenizer for part in parts}) > 1:
         raise UserError(f"{place} was counted by several tokenizers; {recount(place)}")
     whole = concatenate(parts)
-    for array in (*whole.text_tokens.values(), whole.image_sizes, whole.image_starts, whole.content_hash):
+    for array in (
+        *whole.text_tokens.values(),
+        whole.image_sizes,
+        whole.image_starts,
+        whole.content_hash,
+    ):
         array.setflags(write=False)
     return whole
 
@@ -217,7 +236,10 @@ def concatenate(parts: list[Index]) -> Index:
     for part in parts:
         starts.append(part.image_starts[1:] + starts[-1][-1])
     return Index(
-        {task: np.concatenate([part.text_tokens[task] for part in parts]) for task in examples.TASKS},
+        {
+            task: np.concatenate([part.text_tokens[task] for part in parts])
+            for task in examples.TASKS
+        },
         np.concatenate([part.image_sizes for part in parts]),
         np.concatenate(starts),
         np.concatenate([part.content_hash for part in parts]),
@@ -245,12 +267,14 @@ def recount(directory: str | Path) -> str:
 
 
 def tokenizer_fingerprint(path: str | os.PathLike) -> str:
-    """Returns a checksum of the tokenizer's file, or of the one in a folder, as `tokenizers.load` takes it."""
+    """Returns a checksum of the tokenizer's file, or of the one in a folder, as `tokenizers.load`
+    takes it."""
     return hashlib.blake2b(tokenizers.read(path)[1], digest_size=8).hexdigest()
 
 
 def content_hash(record: Record) -> int:
-    """Returns 64 bits of what the record holds: equal for the same images and turns, whatever the id."""
+    """Returns 64 bits of what the record holds: equal for the same images and turns, whatever the
+    id."""
     digest = hashlib.blake2b(digest_size=8)
     digest.update(json.dumps([len(image) for image in record.images]).encode())
     for image in record.images:

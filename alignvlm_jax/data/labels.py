@@ -24,14 +24,16 @@ def patch_labels(
     """Labels the patches of one page.
 
     Returns:
-      Token ids int32 [n, P, k] and their weights float32 [n, P, k], the largest overlaps first, which sum to 1 on every
-      patch; and the patches' weights in the loss, float32 [n, P]: 1 where there is text, `blank_weight` where not. The
-      ground that a line leaves blank counts as a space, and a patch without text is a space alone; slots without a
-      token hold the space at weight 0.
+      Token ids int32 [n, P, k] and their weights float32 [n, P, k], the largest overlaps first,
+      which sum to 1 on every patch; and the patches' weights in the loss, float32 [n, P]: 1 where
+      there is text, `blank_weight` where not. The ground that a line leaves blank counts as a
+      space, and a patch without text is a space alone; slots without a token hold the space at
+      weight 0.
     """
     ids, boxes = token_boxes(lines, tokenizer)
     order = np.argsort(ids, kind="stable")
-    ids, boxes = ids[order], boxes[order]
+    ids = ids[order]
+    boxes = boxes[order]
     labels = [
         _tile_labels(ids, boxes, crop, scale, tokenizer.space_id, vision, max_patch_labels)
         for crop, scale in zip(tiles.crops, tiles.scales, strict=True)
@@ -41,10 +43,13 @@ def patch_labels(
     return label_ids, weights, np.where(has_text, np.float32(1), np.float32(blank_weight))
 
 
-def token_boxes(lines: Iterable[Iterable[Word]], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the tokens of all words, int32 [M], and their boxes on the page, float32 [M, 4]. A token reaches from the
-    left edge of its first character to the right edge of its last."""
-    ids, boxes = [], []
+def token_boxes(
+    lines: Iterable[Iterable[Word]], tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the tokens of all words, int32 [M], and their boxes on the page, float32 [M, 4]. A
+    token reaches from the left edge of its first character to the right edge of its last."""
+    ids = []
+    boxes = []
     for line in lines:
         for word in line:
             left, top, right, bottom = word.box
@@ -69,16 +74,21 @@ def _tile_labels(ids, boxes, crop, scale, space_id: int, vision: VisionConfig, k
         width = _overlap(x[shown], vision.patch_width, columns)
         height = _overlap(y[shown], vision.patch_height, rows)
         areas = (height[:, :, None] * width[:, None, :]).reshape(len(ids), -1)
-        # A token that stands twice in a patch is one label. The ids are sorted, so equal ones are neighbours.
+        # A token that stands twice in a patch is one label. The ids are sorted, so equal ones are
+        # neighbours.
         starts = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]]))
-        areas, ids = np.add.reduceat(areas, starts, axis=0), ids[starts]
+        areas = np.add.reduceat(areas, starts, axis=0)
+        ids = ids[starts]
         covered = areas.sum(0)
         has_text = covered >= MIN_COVERED * vision.patch_height * vision.patch_width
-        # What a line leaves free of its patch is space, so that the labels tell how far a glyph reaches.
+        # What a line leaves free of its patch is space, so that the labels tell how far a glyph
+        # reaches.
         line = np.repeat(height.max(0) * vision.patch_width, columns)
         blank = np.where(has_text, np.maximum(line - covered, 0), 1)
-        ids, areas = np.append(ids, space_id), np.vstack([areas * has_text, blank])
-        # Rounds of argmax, as k is small: cheaper than a sort, and of equals the smallest id is always first.
+        ids = np.append(ids, space_id)
+        areas = np.vstack([areas * has_text, blank])
+        # Rounds of argmax, as k is small: cheaper than a sort, and of equals the smallest id is
+        # always first.
         every_patch = np.arange(vision.num_patches)
         for rank in range(min(k, len(ids))):
             largest = areas.argmax(0)

@@ -18,7 +18,8 @@ from alignvlm_jax.errors import UserError
 class Lengths:
     """Of R records. Equal to itself alone."""
 
-    tokens: np.ndarray  # int32 [tasks, R], with image slots, at most a row; 0 where the record is of no use to the task
+    # int32 [tasks, R], with image slots, at most a row; 0 where the record is of no use to the task
+    tokens: np.ndarray
     tiles: np.ndarray  # int16 [R]
 
 
@@ -33,42 +34,56 @@ class Limits(NamedTuple):
 
 
 def load(
-    config: Config, split: str, tasks: Sequence[str], sizes: Sequence[int], tokenizer: str | os.PathLike
+    config: Config,
+    split: str,
+    tasks: Sequence[str],
+    sizes: Sequence[int],
+    tokenizer: str | os.PathLike,
 ) -> Lengths:
-    """Returns the lengths of a split's records in all of `config.data.folders`, one folder after another. They are
-    shared by all of a process, and nobody may write to them.
+    """Returns the lengths of a split's records in all of `config.data.folders`, one folder after
+    another. They are shared by all of a process, and nobody may write to them.
 
     Args:
       sizes: how many records each folder has.
       tokenizer: that of training, file or folder.
 
     Raises:
-      UserError: a folder has no index, or not that of its records and this tokenizer, and what to call.
+      UserError: a folder has no index, or not that of its records and this tokenizer, and what to
+        call.
     """
-    data, ours = config.data, index.tokenizer_fingerprint(tokenizer)
+    data = config.data
+    ours = index.tokenizer_fingerprint(tokenizer)
     indexes = []
     for folder, size in zip(data.folders, sizes, strict=True):
         loaded = index.load(folder, split)
         if loaded.tokenizer != ours:
-            raise UserError(f"{folder} was counted by another tokenizer than {tokenizer}; {index.recount(folder)}")
+            raise UserError(
+                f"{folder} was counted by another tokenizer than {tokenizer}; "
+                f"{index.recount(folder)}"
+            )
         if len(loaded) != size:
             raise UserError(
-                f"split {split!r} in {folder} has {size} records and an index of {len(loaded)}; {index.recount(folder)}"
+                f"split {split!r} in {folder} has {size} records and an index of {len(loaded)}; "
+                f"{index.recount(folder)}"
             )
         indexes.append(loaded)
     return _measured(tuple(indexes), tuple(tasks), _limits(config))
 
 
 def measure(index: Index, tasks: Sequence[str], config: Config) -> Lengths:
-    """Returns the lengths of an index's records for some of `examples.TASKS`. A record with more images than it may
-    have tiles is of no use to any."""
+    """Returns the lengths of an index's records for some of `examples.TASKS`. A record with more
+    images than it may have tiles is of no use to any."""
     return _measure(index, tasks, _limits(config))
 
 
 def _limits(config: Config) -> Limits:
     data = config.data
     return Limits(
-        data.row_length, data.tiles_of_a_record, data.use_overview, config.slots_per_tile, config.model.vision
+        data.row_length,
+        data.tiles_of_a_record,
+        data.use_overview,
+        config.slots_per_tile,
+        config.model.vision,
     )
 
 
@@ -99,7 +114,7 @@ def _count_tiles(index: Index, limits: Limits) -> np.ndarray:
         # The images of a record share its tiles evenly.
         for image in range(count):
             sizes = index.image_sizes[index.image_starts[records] + image]
-            tiles[records] += images.count_tiles(sizes, limits.vision, most // count, limits.use_overview).astype(
-                np.int16
-            )
+            tiles[records] += images.count_tiles(
+                sizes, limits.vision, most // count, limits.use_overview
+            ).astype(np.int16)
     return tiles

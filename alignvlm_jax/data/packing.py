@@ -1,4 +1,5 @@
-"""Offline packing: which records share a row, planned for a whole epoch before any record is read."""
+"""Offline packing: which records share a row, planned for a whole epoch before any record is
+read."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -29,7 +30,8 @@ def fit(sizes: Sizes, row_length: int, row_tiles: int) -> list[Rows]:
 
 def best_fit(sizes: Sizes, row_length: int, row_tiles: int) -> list[Rows]:
     """Puts each record, the largest first, into the row with the least room for it."""
-    # groups[t][n]: rows that have t tiles and n tokens left; bit n of rooms[t] says whether there are any.
+    # groups[t][n]: rows that have t tiles and n tokens left; bit n of rooms[t] says whether there
+    # are any.
     groups: list[dict[int, list[Rows]]] = [{} for _ in range(row_tiles + 1)]
     rooms = [0] * (row_tiles + 1)
 
@@ -44,25 +46,34 @@ def best_fit(sizes: Sizes, row_length: int, row_tiles: int) -> list[Rows]:
         return rows
 
     for size in _largest_first(sizes, row_length, row_tiles):
-        length, num_tiles, left = sizes.lengths[size], sizes.tiles[size], sizes.counts[size]
+        length = sizes.lengths[size]
+        num_tiles = sizes.tiles[size]
+        left = sizes.counts[size]
         while left:
             room, tiles_left = _least_room(rooms, length, num_tiles)
             if room:
                 rows = take(tiles_left, room)
             else:
-                room, tiles_left, rows = row_length, row_tiles, Rows(left, {})
+                room = row_length
+                tiles_left = row_tiles
+                rows = Rows(left, {})
             # The row that took one has the least room for the next of its size too.
             each = min(room // length, tiles_left // num_tiles if num_tiles else left, left)
             used = min(rows.count, left // each)
             if rows.contents and used < rows.count:
                 leave(tiles_left, room, Rows(rows.count - used, rows.contents))
-            leave(tiles_left - each * num_tiles, room - each * length, Rows(used, rows.contents | {size: each}))
+            leave(
+                tiles_left - each * num_tiles,
+                room - each * length,
+                Rows(used, rows.contents | {size: each}),
+            )
             left -= used * each
     return [rows for by_room in groups for found in by_room.values() for rows in found]
 
 
 def _least_room(rooms: list[int], length: int, num_tiles: int) -> tuple[int, int]:
-    """The fewest tokens left in a row that a record fits, and the tiles left there; 0 tokens where there is none."""
+    """The fewest tokens left in a row that a record fits, and the tiles left there; 0 tokens where
+    there is none."""
     best = 0, 0
     for tiles_left in range(num_tiles, len(rooms)):
         fitting = rooms[tiles_left] >> length
@@ -74,8 +85,9 @@ def _least_room(rooms: list[int], length: int, num_tiles: int) -> tuple[int, int
 
 
 def even_fit(sizes: Sizes, row_length: int, row_tiles: int) -> list[Rows]:
-    """Fills row after row: to the largest record left come as many as bring their average closest to that of all
-    records left, each of them as close to it as there is one, and the last as long as fits."""
+    """Fills row after row: to the largest record left come as many as bring their average closest
+    to that of all records left, each of them as close to it as there is one, and the last as long
+    as fits."""
     supply = _Supply(sizes, row_tiles)
     shortest = min(sizes.lengths, default=0)
     found = []
@@ -84,16 +96,20 @@ def even_fit(sizes: Sizes, row_length: int, row_tiles: int) -> list[Rows]:
             average = supply.num_tokens / supply.num_records
             supply.take(size, 1)
             contents = {size: 1}
-            room, tiles_left = row_length - sizes.lengths[size], row_tiles - sizes.tiles[size]
+            room = row_length - sizes.lengths[size]
+            tiles_left = row_tiles - sizes.tiles[size]
             while room >= shortest:
                 number = max(1, int(room / average))
                 number += abs(room / (number + 1) - average) < abs(room / number - average)
-                other = supply.nearest(room // number, room if number > 1 else room // number, tiles_left)
+                other = supply.nearest(
+                    room // number, room if number > 1 else room // number, tiles_left
+                )
                 if other is None:
                     break
                 supply.take(other, 1)
                 contents[other] = contents.get(other, 0) + 1
-                room, tiles_left = room - sizes.lengths[other], tiles_left - sizes.tiles[other]
+                room = room - sizes.lengths[other]
+                tiles_left = tiles_left - sizes.tiles[other]
             # As many more rows of the kind as there are records for: every kind uses up a size.
             more = min(supply.counts[other] // each for other, each in contents.items())
             for other, each in contents.items():
@@ -107,14 +123,18 @@ class _Supply:
 
     def __init__(self, sizes: Sizes, row_tiles: int):
         self._sizes = sizes
-        self._size_of = {key: size for size, key in enumerate(zip(sizes.tiles, sizes.lengths, strict=True))}
+        self._size_of = {
+            key: size for size, key in enumerate(zip(sizes.tiles, sizes.lengths, strict=True))
+        }
         # Bit n of lengths[t] says whether a record of n tokens and t tiles is left.
         self._lengths = [0] * (row_tiles + 1)
         for num_tiles, length in self._size_of:
             self._lengths[num_tiles] |= 1 << length
         self.counts = list(sizes.counts)
         self.num_records = sum(sizes.counts)
-        self.num_tokens = sum(length * count for length, count in zip(sizes.lengths, sizes.counts, strict=True))
+        self.num_tokens = sum(
+            length * count for length, count in zip(sizes.lengths, sizes.counts, strict=True)
+        )
 
     def take(self, size: int, count: int) -> None:
         self.counts[size] -= count
@@ -124,42 +144,54 @@ class _Supply:
             self._lengths[self._sizes.tiles[size]] ^= 1 << self._sizes.lengths[size]
 
     def nearest(self, length: int, longest: int, tiles_left: int) -> int | None:
-        """The size closest to a length, of those of at most `longest` tokens and `tiles_left` tiles."""
-        best, distance = None, longest + 1
+        """The size closest to a length, of those of at most `longest` tokens and `tiles_left`
+        tiles."""
+        best = None
+        distance = longest + 1
         up_to_length = (2 << length) - 1
         for num_tiles, lengths in enumerate(self._lengths[: tiles_left + 1]):
             below = (lengths & up_to_length).bit_length() - 1
             if below > 0 and length - below < distance:
-                best, distance = (num_tiles, below), length - below
+                best = (num_tiles, below)
+                distance = length - below
             above = lengths >> (length + 1)
             if above:
                 steps = (above & -above).bit_length()
                 if length + steps <= longest and steps < distance:
-                    best, distance = (num_tiles, length + steps), steps
+                    best = (num_tiles, length + steps)
+                    distance = steps
         return None if best is None else self._size_of[best]
 
 
 def _largest_first(sizes: Sizes, row_length: int, row_tiles: int) -> list[int]:
     """By the share of a row that a record needs, of tokens or of tiles."""
-    lengths, tiles = np.array(sizes.lengths), np.array(sizes.tiles)
+    lengths = np.array(sizes.lengths)
+    tiles = np.array(sizes.tiles)
     need = np.maximum(lengths / row_length, tiles / row_tiles)
     return np.lexsort((-lengths, -need)).tolist()
 
 
 class Plan(NamedTuple):
-    """Row r holds the records `records[offsets[r]:offsets[r + 1]]`, by their index in what was planned."""
+    """Row r holds the records `records[offsets[r]:offsets[r + 1]]`, by their index in what was
+    planned."""
 
     offsets: np.ndarray  # int64 [rows + 1]
     records: np.ndarray  # int32 [records], each of them once
 
 
 def plan(
-    lengths: np.ndarray, tiles: np.ndarray, row_length: int, row_tiles: int, seed: Sequence[int], epoch: int
+    lengths: np.ndarray,
+    tiles: np.ndarray,
+    row_length: int,
+    row_tiles: int,
+    seed: Sequence[int],
+    epoch: int,
 ) -> Plan:
     """Plans the rows of an epoch, a pure function of the arguments.
 
     Args:
-      lengths: int [N], tokens of each record with its image slots, above 0. One that is longer than a row gets a row.
+      lengths: int [N], tokens of each record with its image slots, above 0. One that is longer than
+        a row gets a row.
       tiles: int [N], tiles of each, at most `row_tiles`.
       row_length: tokens of a row.
       row_tiles: tiles of a row.
@@ -183,7 +215,8 @@ def one_a_row(count: int, seed: Sequence[int], epoch: int) -> Plan:
 
 
 def _fill(groups: list[Rows], by_size: np.ndarray, starts: np.ndarray) -> Plan:
-    """Gives each place in the rows a record of its size, out of those of one size in their shuffled order."""
+    """Gives each place in the rows a record of its size, out of those of one size in their shuffled
+    order."""
     nexts = starts.tolist()
     records = np.empty(len(by_size), np.int32)
     row_sizes = [np.zeros(0, np.int64)]
@@ -191,7 +224,8 @@ def _fill(groups: list[Rows], by_size: np.ndarray, starts: np.ndarray) -> Plan:
     for rows, contents in groups:
         parts = []
         for size, each in contents.items():
-            start, nexts[size] = nexts[size], nexts[size] + rows * each
+            start = nexts[size]
+            nexts[size] = nexts[size] + rows * each
             parts.append(by_size[start : nexts[size]].reshape(rows, each))
         block = np.concatenate(parts, axis=1)
         records[end : end + block.size] = block.ravel()

@@ -16,7 +16,8 @@ Box = tuple[float, float, float, float]
 @dataclasses.dataclass(frozen=True)
 class Word:
     """A drawn word. `edges` are the x coordinates where its characters begin and the last one ends
-    (len(text) + 1 numbers), where the source knows them; else characters are taken as equally wide."""
+    (len(text) + 1 numbers), where the source knows them; else characters are taken as equally
+    wide."""
 
     text: str
     box: Box
@@ -25,7 +26,8 @@ class Word:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """A question about the images and the answers accepted for it; the first is the one that is taught."""
+    """A question about the images and the answers accepted for it; the first is the one that is
+    taught."""
 
     question: str
     answers: tuple[str, ...]
@@ -33,9 +35,11 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One document: encoded images (PNG, JPEG, ...), their words in reading order by lines, and turns.
+    """One document: encoded images (PNG, JPEG, ...), their words in reading order by lines, and
+    turns.
 
-    `lines[i]` are the lines of image i, each a tuple of words; empty where the source does not know its words.
+    `lines[i]` are the lines of image i, each a tuple of words; empty where the source does not know
+    its words.
     """
 
     id: str
@@ -46,16 +50,21 @@ class Record:
 
 
 class Batch(TypedDict):
-    """What the model trains on. Letters: `shapes.py`. Arrays of numpy on the host, of jax on the devices."""
+    """What the model trains on.
 
-    tokens: np.ndarray  # int32 [B, T], the image placeholder id at image slots, the pad id after the end
+    Letters: `shapes.py`. Arrays of numpy on the host, of jax on the devices.
+    """
+
+    # int32 [B, T], the image placeholder id at image slots, the pad id after the end
+    tokens: np.ndarray
     targets: np.ndarray  # int32 [B, T], the token that position t predicts
     loss_weights: np.ndarray  # float32 [B, T], above 0 where `targets` is part of an answer
     positions: np.ndarray  # int32 [B, T], from 0 within a segment
     segment_ids: np.ndarray  # int32 [B, T], 0 is padding; tokens see their own segment only
     tiles: np.ndarray  # uint8 [B, I, Y, X, C], zeros in unused slots
     patch_label_ids: np.ndarray  # int32 [B, I, P, k]
-    patch_label_weights: np.ndarray  # float32 [B, I, P, k], sums to 1 over k on every patch of a used tile
+    # float32 [B, I, P, k], sums to 1 over k on every patch of a used tile
+    patch_label_weights: np.ndarray
     patch_loss_weights: np.ndarray  # float32 [B, I, P], 0 where the record does not know its words
 
 
@@ -77,7 +86,9 @@ def decode_record(data: bytes) -> Record:
         ends = np.cumsum([0, *header["images"]])
         header["images"] = tuple(blob[a:b] for a, b in itertools.pairwise(ends))
         header["turns"] = tuple(Turn(t["question"], tuple(t["answers"])) for t in header["turns"])
-        header["lines"] = tuple(tuple(tuple(_word(word) for word in line) for line in page) for page in header["lines"])
+        header["lines"] = tuple(
+            tuple(tuple(_word(word) for word in line) for line in page) for page in header["lines"]
+        )
         return Record(**header)
     except (ValueError, KeyError, TypeError) as err:
         raise UserError(f"not a record of this project ({err})") from err

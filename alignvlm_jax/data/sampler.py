@@ -1,4 +1,5 @@
-"""What stands in row i of a stage: epoch after epoch, each a pure function of (records, config, stage, its number)."""
+"""What stands in row i of a stage: epoch after epoch, each a pure function of (records, config,
+stage, its number)."""
 
 import bisect
 import collections
@@ -26,11 +27,13 @@ from alignvlm_jax.errors import UserError
 MIXTURE, TASKS, PLAN, TURNS = range(1, 5)
 """What randomness is for: drawn from one seed, two of them would be the same numbers."""
 MAX_EPOCHS = 3
-"""Kept in memory: rows are read ahead, across the end of an epoch, and the next one is planned by then."""
+"""Kept in memory: rows are read ahead, across the end of an epoch, and the next one is planned by
+then."""
 
 
 class Pick(NamedTuple):
-    """A record of a row, by its index over all sources, what is asked of it, and the chance in that."""
+    """A record of a row, by its index over all sources, what is asked of it, and the chance in
+    that."""
 
     record: int
     task: str
@@ -41,7 +44,8 @@ class Schedule(Protocol):
     """The rows of a stage. Several threads may ask.
 
     Attributes:
-      num_unused: records that are in no row: they lack what the tasks need, or have more images than tiles.
+      num_unused: records that are in no row: they lack what the tasks need, or have more images
+        than tiles.
     """
 
     num_unused: int
@@ -59,11 +63,13 @@ class Schedule(Protocol):
         """Returns what the rows before `next_row` held, for metrics."""
 
     def state(self) -> dict[str, Any]:
-        """Returns what is known of rows by having planned them, for a checkpoint: a dict for JSON."""
+        """Returns what is known of rows by having planned them, for a checkpoint: a dict for
+        JSON."""
 
     def restore(self, state: Mapping[str, Any]) -> bool:
-        """Takes what `state` gave, so that epochs before are not planned again. Returns False, with nothing taken, of a
-        state that is damaged, or that other data, another config or another way of planning gave."""
+        """Takes what `state` gave, so that epochs before are not planned again. Returns False, with
+        nothing taken, of a state that is damaged, or that other data, another config or another way
+        of planning gave."""
 
 
 class NothingToDraw(UserError):
@@ -71,7 +77,11 @@ class NothingToDraw(UserError):
 
 
 def make(
-    config: Config, split: str, sizes: Sequence[int], seed: Sequence[int], tokenizer: str | os.PathLike
+    config: Config,
+    split: str,
+    sizes: Sequence[int],
+    seed: Sequence[int],
+    tokenizer: str | os.PathLike,
 ) -> Schedule:
     """Returns the rows of a split of so many records in each of `config.data.folders`.
 
@@ -80,7 +90,11 @@ def make(
       NothingToDraw: the index knows no record of use to any task.
     """
     if config.data.packing == "none":
-        return Mixed(config, sizes, None, seed) if config.data.sources else Shuffled(config, sizes[0], seed)
+        return (
+            Mixed(config, sizes, None, seed)
+            if config.data.sources
+            else Shuffled(config, sizes[0], seed)
+        )
     tasks, _ = task_shares(config)
     return Mixed(config, sizes, lengths.load(config, split, tasks, sizes, tokenizer), seed)
 
@@ -91,7 +105,8 @@ class Shuffled:
     num_unused = 0
 
     def __init__(self, config: Config, size: int, seed: Sequence[int]):
-        self._size, self._seed = size, seed
+        self._size = size
+        self._seed = seed
         shuffle_seed = int(np.random.default_rng(seed).integers(2**32))
         self.order = grain.MapDataset.range(size).shuffle(shuffle_seed).repeat()
         self._tasks, shares = task_shares(config)
@@ -156,23 +171,31 @@ class Told(NamedTuple):
 
 
 class Mixed:
-    """Records of one or more sources; where their lengths are known, as many a row as the plan puts into it.
+    """Records of one or more sources; where their lengths are known, as many a row as the plan puts
+    into it.
 
-    A record is asked a task that it has what is needed for, drawn by the tasks' shares. What is of no use to any is no
-    part of the mixture.
+    A record is asked a task that it has what is needed for, drawn by the tasks' shares. What is of
+    no use to any is no part of the mixture.
     """
 
-    def __init__(self, config: Config, sizes: Sequence[int], known: Lengths | None, seed: Sequence[int]):
-        """`sizes` and `known` lengths are of the sources' records in the order of `config.data.folders`.
+    def __init__(
+        self, config: Config, sizes: Sequence[int], known: Lengths | None, seed: Sequence[int]
+    ):
+        """`sizes` and `known` lengths are of the sources' records in the order of
+        `config.data.folders`.
 
         Raises:
           NothingToDraw: there are no records to draw from.
         """
         data = config.data
-        self._sources = {name: data.sources[name] for name in sorted(data.sources)} or {"": SourceConfig()}
+        self._sources = {name: data.sources[name] for name in sorted(data.sources)} or {
+            "": SourceConfig()
+        }
         self._starts = np.cumsum([0, *sizes])
-        self._lengths, self._seed = known, seed
-        self._row_length, self._max_tiles = data.row_length, data.max_tiles
+        self._lengths = known
+        self._seed = seed
+        self._row_length = data.row_length
+        self._max_tiles = data.max_tiles
         self._tasks, self._shares = task_shares(config)
         is_usable = np.ones(sum(sizes), bool) if known is None else known.tokens.any(axis=0)
         bounds = itertools.pairwise(self._starts)
@@ -185,8 +208,9 @@ class Mixed:
         self.num_unused = sum(sizes) - sum(usable_sizes.values())
         if not any(self._counts.values()):
             raise NothingToDraw(
-                f"none of {sum(sizes)} records in {', '.join(data.folders)} has text for config.data.tasks "
-                f"{', '.join(self._tasks)}, at most {data.tiles_of_a_record} images, and a source with a weight"
+                f"none of {sum(sizes)} records in {', '.join(data.folders)} has text for "
+                f"config.data.tasks {', '.join(self._tasks)}, at most {data.tiles_of_a_record} "
+                "images, and a source with a weight"
             )
         self._num_rows = config.train.num_steps * config.train.batch_size
         self._lock = threading.Lock()
@@ -217,7 +241,10 @@ class Mixed:
         return len(self.epoch_at(row).places(row, row + 1))
 
     def counters(self, next_row: int) -> dict[str, float]:
-        """See Schedule. They grow over epochs; `fill` is the share of all slots so far that were planned for tokens."""
+        """See Schedule.
+
+        They grow over epochs; `fill` is the share of all slots so far that were planned for tokens.
+        """
         nothing = np.zeros(len(self._sources), np.int64)
         told = self._told if self._told.row <= next_row else Told(0, nothing, nothing)
         while told.row < next_row:
@@ -232,8 +259,14 @@ class Mixed:
     def state(self) -> dict[str, Any]:
         """See Schedule."""
         with self._lock:
-            begins, told = list(self._begins), self._told
-        values = {"begins": begins, "row": told.row, "records": told.records.tolist(), "tokens": told.tokens.tolist()}
+            begins = list(self._begins)
+            told = self._told
+        values = {
+            "begins": begins,
+            "row": told.row,
+            "records": told.records.tolist(),
+            "tokens": told.tokens.tolist(),
+        }
         return values | {"digest": self._digest(values)}
 
     def restore(self, state: Mapping[str, Any]) -> bool:
@@ -244,16 +277,20 @@ class Mixed:
         with self._lock:
             if len(values["begins"]) > len(self._begins):
                 self._begins = list(values["begins"])
-            self._told = Told(values["row"], *(np.array(values[name], np.int64) for name in ("records", "tokens")))
+            self._told = Told(
+                values["row"], *(np.array(values[name], np.int64) for name in ("records", "tokens"))
+            )
         return True
 
     def epoch_at(self, row: int) -> Epoch:
         """Returns the epoch that holds a row. Where it begins only the epochs before it know."""
         while True:
             with self._lock:
-                while self._lengths is None and self._begins[-1] <= row:  # A row a record: no plan has to count them.
+                # A row a record: no plan has to count them.
+                while self._lengths is None and self._begins[-1] <= row:
                     self._begins.append(self._begins[-1] + sum(self._counts.values()))
-                known, number = self._begins[-1] > row, len(self._begins) - 1
+                known = self._begins[-1] > row
+                number = len(self._begins) - 1
                 if known:
                     number = bisect.bisect_right(self._begins, row) - 1
             epoch = self._epoch(number)
@@ -261,7 +298,8 @@ class Mixed:
                 return epoch
 
     def _tell(self, told: Told, next_row: int) -> Told:
-        """Adds the rows up to `next_row` or the end of an epoch; without lengths a whole one is what it always is."""
+        """Adds the rows up to `next_row` or the end of an epoch; without lengths a whole one is
+        what it always is."""
         row, records, tokens = told
         size = sum(self._counts.values())
         if self._lengths is None and row % size == 0 and row + size <= next_row:
@@ -290,8 +328,8 @@ class Mixed:
         return epoch.number + (row - epoch.begin) / (epoch.end - epoch.begin)
 
     def _epoch(self, number: int) -> Epoch:
-        """The plan of an epoch whose begin is known. That of the next is begun, where the stage gets there, so that
-        nobody has to wait for it."""
+        """The plan of an epoch whose begin is known. That of the next is begun, where the stage
+        gets there, so that nobody has to wait for it."""
         with self._lock:
             planned = self._planned(number)
         epoch = planned.result()
@@ -307,7 +345,9 @@ class Mixed:
             return self._epochs[number]
         planned = self._epochs[number] = Future()
         # A daemon: whoever stops does not wait for a plan that nobody will see.
-        threading.Thread(target=self._plan, args=(number, planned), name=f"plan-{number}", daemon=True).start()
+        threading.Thread(
+            target=self._plan, args=(number, planned), name=f"plan-{number}", daemon=True
+        ).start()
         if len(self._epochs) > MAX_EPOCHS:
             self._epochs.popitem(last=False)  # the one that nobody asked for the longest
         return planned
@@ -320,14 +360,19 @@ class Mixed:
                     self._begins.append(epoch.end)
                 expected = self._begins[number + 1]
             if epoch.end != expected:
-                raise RuntimeError(f"epoch {number} was planned to row {expected} before, and is now to {epoch.end}")
+                raise RuntimeError(
+                    f"epoch {number} was planned to row {expected} before, and is now to "
+                    f"{epoch.end}"
+                )
             planned.set_result(epoch)
         except BaseException as err:  # whoever waits has to know
             planned.set_exception(err)
 
     def _digest(self, values: Mapping[str, Any]) -> str:
         """A checksum of a state's values and of all that they follow from."""
-        return hashlib.blake2b(json.dumps([values, self._causes]).encode(), digest_size=8).hexdigest()
+        return hashlib.blake2b(
+            json.dumps([values, self._causes]).encode(), digest_size=8
+        ).hexdigest()
 
     @functools.cached_property
     def _causes(self) -> list[Any]:
@@ -336,7 +381,12 @@ class Mixed:
         if self._lengths is not None:
             digest.update(np.ascontiguousarray(self._lengths.tokens))
             digest.update(np.ascontiguousarray(self._lengths.tiles))
-        sizes = [self._starts.tolist(), self._row_length, self._max_tiles, list(self._counts.items())]
+        sizes = [
+            self._starts.tolist(),
+            self._row_length,
+            self._max_tiles,
+            list(self._counts.items()),
+        ]
         tasks = [self._tasks, self._shares.tolist()]
         return [digest.hexdigest(), list(map(int, self._seed)), sizes, tasks, _probe()]
 
@@ -347,11 +397,14 @@ class Mixed:
             for name, usable in self._usable.items()
         ]
         records = np.concatenate(parts)
-        tasks, seed = self._draw_tasks(records, number), [*self._seed, PLAN]
+        tasks = self._draw_tasks(records, number)
+        seed = [*self._seed, PLAN]
         if self._lengths is None:
-            plan, tokens = packing.one_a_row(len(records), seed, number), None
+            plan = packing.one_a_row(len(records), seed, number)
+            tokens = None
         else:
-            tokens, tiles = self._lengths.tokens[tasks, records], self._lengths.tiles[records]
+            tokens = self._lengths.tokens[tasks, records]
+            tiles = self._lengths.tiles[records]
             plan = packing.plan(tokens, tiles, self._row_length, self._max_tiles, seed, number)
         return Epoch(number, self._begins[number], plan, records, tasks, tokens)
 
@@ -360,7 +413,11 @@ class Mixed:
         drawn = np.random.default_rng([*self._seed, TASKS, number]).random(len(records), np.float32)
         bounds = np.zeros((len(self._tasks), len(records)), np.float32)
         for task, share in enumerate(self._shares):
-            bounds[task] = share if self._lengths is None else share * (self._lengths.tokens[task, records] > 0)
+            bounds[task] = (
+                share
+                if self._lengths is None
+                else share * (self._lengths.tokens[task, records] > 0)
+            )
         np.cumsum(bounds, axis=0, out=bounds)
         # Strictly below the last bound, whatever is rounded: a task of no use must not be drawn.
         drawn = np.minimum(drawn * bounds[-1], np.nextafter(bounds[-1], np.float32(0)))

@@ -1,9 +1,10 @@
-"""Where the records of ArrayRecord shards lie, so that one is one ranged read of a file that is never opened.
+"""Where the records of ArrayRecord shards lie, so that one is one ranged read of a file that is
+never opened.
 
-A shard is a Riegeli file: a chunk for each record (`group_size:1`), a chunk of footers with their offsets, and a last
-block of 64 KiB, the postscript, that says where the footers are. The library reads local files only. So a record's
-chunk is put where it belongs into an empty file in memory, with the ends of the shard, and the library reads that: it
-decodes and compares checksums as ever.
+A shard is a Riegeli file: a chunk for each record (`group_size:1`), a chunk of footers with their
+offsets, and a last block of 64 KiB, the postscript, that says where the footers are. The library
+reads local files only. So a record's chunk is put where it belongs into an empty file in memory,
+with the ends of the shard, and the library reads that: it decodes and compares checksums as ever.
 """
 
 import os
@@ -19,8 +20,10 @@ from array_record.python import array_record_module
 from alignvlm_jax.data import filesystem
 from alignvlm_jax.errors import UserError
 
-BLOCK, BLOCK_HEADER = 1 << 16, 24
-CHUNK_HEADER = struct.Struct("<QQQQQ")  # hash, bytes, their hash, type and number of records, decoded bytes
+BLOCK = 1 << 16
+BLOCK_HEADER = 24
+# hash, bytes, their hash, type and number of records, decoded bytes
+CHUNK_HEADER = struct.Struct("<QQQQQ")
 CODECS = {0: "", ord("b"): "brotli", ord("z"): "zstd"}
 FOOTER_BYTES = 2 * BLOCK
 """Read with the postscript: the footers of some 20,000 records."""
@@ -28,8 +31,8 @@ MAX_FOOTER_BYTES = 1 << 30
 FIELDS = (8, 16, 24)
 """The tags of a footer's offset, decoded size and number of records."""
 SIGNATURE = bytes.fromhex(
-    "83af70d10d884a3f0000000000000000400000000000000091bac23c9287e1a90000000000000000e19f13c0e9b1c372"
-    "73000000000000000000000000000000"
+    "83af70d10d884a3f0000000000000000400000000000000091bac23c9287e1a9"
+    "0000000000000000e19f13c0e9b1c37273000000000000000000000000000000"
 )
 """The first bytes of every Riegeli file."""
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0,footer_prefetch_bytes:0"
@@ -39,7 +42,8 @@ class Ends(NamedTuple):
     """What a shard has behind its records, without the zeros that fill it up."""
 
     size: int  # of the whole shard, in bytes
-    begins: np.ndarray  # int64 [R + 1]: record r is in bytes begins[r] to begins[r + 1]; the footers come then
+    # int64 [R + 1]: record r is in bytes begins[r] to begins[r + 1]; the footers come then
+    begins: np.ndarray
     footers: bytes
     postscript: bytes
 
@@ -62,13 +66,16 @@ class Table(NamedTuple):
             int(self.sizes[shard]),
             self.begins[start : start + int(self.counts[shard]) + 1],
             self.footers[self.footer_starts[shard] : self.footer_starts[shard + 1]].tobytes(),
-            self.postscripts[self.postscript_starts[shard] : self.postscript_starts[shard + 1]].tobytes(),
+            self.postscripts[
+                self.postscript_starts[shard] : self.postscript_starts[shard + 1]
+            ].tobytes(),
         )
 
 
 def table(ends: Sequence[Ends]) -> Table:
     """Returns the table of shards in their order."""
-    footers, postscripts = [end.footers for end in ends], [end.postscript for end in ends]
+    footers = [end.footers for end in ends]
+    postscripts = [end.postscript for end in ends]
     return Table(
         np.array([end.size for end in ends], np.int64),
         np.array([len(end.begins) - 1 for end in ends], np.int64),
@@ -108,7 +115,8 @@ def read_ends(path: str | os.PathLike, size: int) -> Ends:
 
 
 def decode(ends: Ends, index: int, content: bytes) -> bytes:
-    """Returns a record out of the bytes that `ends.begins` names; RuntimeError where they are damaged."""
+    """Returns a record out of the bytes that `ends.begins` names; RuntimeError where they are
+    damaged."""
     file = _memory_file()
     try:
         os.ftruncate(file, ends.size)
@@ -148,7 +156,8 @@ def _offsets(footers: bytes, at: int) -> np.ndarray:
 
 
 def _decode(content: bytes, at: int) -> tuple[np.ndarray, bytes]:
-    """The sizes of the records of a simple chunk that begins at byte `at` of its file, and the records."""
+    """The sizes of the records of a simple chunk that begins at byte `at` of its file, and the
+    records."""
     chunk = _without_block_headers(content, at)
     _, num_bytes, _, kind, decoded = CHUNK_HEADER.unpack_from(chunk)
     data = chunk[CHUNK_HEADER.size : CHUNK_HEADER.size + num_bytes]
@@ -167,7 +176,9 @@ def _without_block_headers(content: bytes, at: int) -> bytes:
     """Each block begins with a header, which interrupts the chunk that stands there."""
     first = -at % BLOCK
     blocks = range(first, len(content), BLOCK)
-    return b"".join([content[:first], *(content[block + BLOCK_HEADER : block + BLOCK] for block in blocks)])
+    return b"".join(
+        [content[:first], *(content[block + BLOCK_HEADER : block + BLOCK] for block in blocks)]
+    )
 
 
 def _decompress(codec: str, content: bytes) -> bytes:
@@ -193,7 +204,8 @@ def _varint(content: bytes, at: int) -> tuple[int, int]:
 
 
 def _varints(content: bytes) -> np.ndarray:
-    """Numbers of 7 bits a byte, the lowest first; the highest bit of a byte says that the number goes on."""
+    """Numbers of 7 bits a byte, the lowest first; the highest bit of a byte says that the number
+    goes on."""
     digits = np.frombuffer(content, np.uint8).astype(np.int64)
     lasts = np.flatnonzero(digits < 0x80)
     if not len(lasts):

@@ -31,7 +31,8 @@ MAX_COMING = 1024
 """Records that were begun and not yet asked for, of a split."""
 
 ENDINGS = (".array_record", ".npz")
-AGAIN = "delete the folder and run `prepare` again"  # which finds nothing to do while `prepare.json` stands
+# which finds nothing to do while `prepare.json` stands
+AGAIN = "delete the folder and run `prepare` again"
 
 
 def shard_name(split: str, index: int, count: int) -> str:
@@ -51,7 +52,8 @@ def shard_paths(directory: str | Path, split: str) -> list[Path]:
 
 
 def table_name(split: str) -> str:
-    """Returns the name of the file that says where the records of all shards of a split lie; see `shards.Table`."""
+    """Returns the name of the file that says where the records of all shards of a split lie; see
+    `shards.Table`."""
     return f"shards-{split}.npz"
 
 
@@ -61,21 +63,25 @@ def write_table(directory: Path, split: str) -> None:
     Raises:
       UserError: a shard is damaged, or the file cannot be written.
     """
-    entries, names = filesystem.listing(directory), shard_names(directory, split)
-    ends = filesystem.in_threads(lambda name: shard_ends.read_ends(directory / name, entries[name].size), names)
+    entries = filesystem.listing(directory)
+    names = shard_names(directory, split)
+    ends = filesystem.in_threads(
+        lambda name: shard_ends.read_ends(directory / name, entries[name].size), names
+    )
     arrays.write(directory / table_name(split), shard_ends.table(ends)._asdict())
 
 
 class ShardWriter:
-    """Writes one shard, beside `path` first: a file of that name is always whole. For a `with` statement; what raises
-    within leaves no shard."""
+    """Writes one shard, beside `path` first: a file of that name is always whole. For a `with`
+    statement; what raises within leaves no shard."""
 
     def __init__(self, path: str | Path):
         """
         Raises:
           UserError: the file cannot be written; so do all methods, as on a full disk.
         """
-        self._path, self._beside = path, Path(f"{path}.tmp")
+        self._path = path
+        self._beside = Path(f"{path}.tmp")
         with self._errors():
             # One record a group: a larger group is decompressed whole for every random read.
             self._writer = array_record_module.ArrayRecordWriter(str(self._beside), "group_size:1")
@@ -127,30 +133,43 @@ def read_shard(path: str | Path) -> Iterator[bytes]:
 
 
 def fingerprint(*directories: str | os.PathLike) -> str:
-    """Returns a checksum of what `prepare` was asked for and of the tokenizer, in every folder: other data have another
-    one. Where there is neither it is that of nothing."""
+    """Returns a checksum of what `prepare` was asked for and of the tokenizer, in every folder:
+    other data have another one. Where there is neither it is that of nothing."""
     return _fingerprint(directories, ("prepare.json", "tokenizer.model", "tokenizer.json"))
 
 
 def contents(*directories: str | os.PathLike) -> str:
-    """Returns what tells folders from copies that are not whole, or are older, in words: the number and bytes of their
-    shards and indexes, and a checksum of the names, sizes, indexes and fingerprint. Nothing of the shards is read: the
-    sizes of small ones are alike, but an index holds a hash of every record."""
+    """Returns what tells folders from copies that are not whole, or are older, in words: the number
+    and bytes of their shards and indexes, and a checksum of the names, sizes, indexes and
+    fingerprint. Nothing of the shards is read: the sizes of small ones are alike, but an index
+    holds a hash of every record."""
     found: list[tuple[str, int]] = []
     checksums: list[dict[str, int]] = []
     for directory in directories:
         entries = filesystem.listing(directory)
-        files = sorted((name, entry.size) for name, entry in entries.items() if name.endswith(ENDINGS))
-        indexes = [(filesystem.join(os.fspath(directory), name), size) for name, size in files if name.endswith(".npz")]
+        files = sorted(
+            (name, entry.size) for name, entry in entries.items() if name.endswith(ENDINGS)
+        )
+        indexes = [
+            (filesystem.join(os.fspath(directory), name), size)
+            for name, size in files
+            if name.endswith(".npz")
+        ]
         checksums += filesystem.in_threads(lambda one: arrays.checksums(*one), indexes)
         found += files
     digest = zlib.crc32(repr((found, checksums, fingerprint(*directories))).encode())
-    return f"{len(found):,} files of {sum(size for _, size in found):,} bytes, checksum {digest:08x}"
+    return (
+        f"{len(found):,} files of {sum(size for _, size in found):,} bytes, checksum {digest:08x}"
+    )
 
 
 def has_fingerprint(saved: str, *directories: str | os.PathLike) -> bool:
-    """Whether `saved` is the fingerprint of these folders, or the one of before a tokenizer.json counted."""
-    return saved in (fingerprint(*directories), _fingerprint(directories, ("prepare.json", "tokenizer.model")))
+    """Whether `saved` is the fingerprint of these folders, or the one of before a tokenizer.json
+    counted."""
+    return saved in (
+        fingerprint(*directories),
+        _fingerprint(directories, ("prepare.json", "tokenizer.model")),
+    )
 
 
 def _fingerprint(directories: Sequence[str | os.PathLike], names: Sequence[str]) -> str:
@@ -159,7 +178,9 @@ def _fingerprint(directories: Sequence[str | os.PathLike], names: Sequence[str])
         entries = filesystem.listing(directory)
         for name in names:
             if name in entries:
-                content = filesystem.read_whole(filesystem.join(os.fspath(directory), name), entries[name].size)
+                content = filesystem.read_whole(
+                    filesystem.join(os.fspath(directory), name), entries[name].size
+                )
                 crc = zlib.crc32(content, crc)
     return f"{crc:08x}"
 
@@ -170,13 +191,16 @@ def _allow_open_files(count: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < needed:
         if hard < needed:
-            raise UserError(f"{count} shards, and a process may open {hard} files; `ulimit -Hn {needed}` allows more")
+            raise UserError(
+                f"{count} shards, and a process may open {hard} files; `ulimit -Hn {needed}` "
+                "allows more"
+            )
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 class RecordSource:
-    """The records of a split, by index. Several threads may ask. What is opened once, and has not changed since, is
-    shared by all of a process."""
+    """The records of a split, by index. Several threads may ask. What is opened once, and has not
+    changed since, is shared by all of a process."""
 
     def __init__(self, directory: str | os.PathLike, split: str):
         """
@@ -186,7 +210,9 @@ class RecordSource:
         directory = os.fspath(directory)
         self._name = f"split {split!r} in {directory}"
         self.is_remote = filesystem.is_remote(directory)
-        self._records = _open(directory if self.is_remote else os.path.abspath(directory), directory, split)
+        self._records = _open(
+            directory if self.is_remote else os.path.abspath(directory), directory, split
+        )
         self._lock = threading.Lock()
         self._coming: dict[int, futures.Future[bytes]] = {}
 
@@ -207,7 +233,8 @@ class RecordSource:
             raise UserError(f"cannot read record {index} of {self._name} ({err}); {AGAIN}") from err
 
     def prefetch(self, index: int) -> None:
-        """Begins to read a record of a bucket that will be asked for; of a disk it is read when it is."""
+        """Begins to read a record of a bucket that will be asked for; of a disk it is read when it
+        is."""
         if not self.is_remote:
             return
         with self._lock:
@@ -235,7 +262,8 @@ class _Ranges:
     """Records of shards in a bucket."""
 
     def __init__(self, paths: Sequence[str], known: Table):
-        self._paths, self._table = paths, known
+        self._paths = paths
+        self._table = known
         self._starts = np.append(0, np.cumsum(known.counts))
 
     def __len__(self) -> int:
@@ -243,8 +271,11 @@ class _Ranges:
 
     def __getitem__(self, index: int) -> bytes:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        ends, place = self._table.ends(shard), index - int(self._starts[shard])
-        content = filesystem.read_range(self._paths[shard], int(ends.begins[place]), int(ends.begins[place + 1]))
+        ends = self._table.ends(shard)
+        place = index - int(self._starts[shard])
+        content = filesystem.read_range(
+            self._paths[shard], int(ends.begins[place]), int(ends.begins[place + 1])
+        )
         return shard_ends.decode(ends, place, content)
 
 
@@ -257,7 +288,9 @@ def _open(place: str, directory: str, split: str) -> grain.sources.ArrayRecordDa
         raise UserError(f"no shards of split {split!r} in {directory}{hint}")
     expected = int(names[0].removesuffix(".array_record").rsplit("-", 1)[1])
     if len(names) != expected:
-        raise UserError(f"{directory} holds {len(names)} of {expected} shards of split {split!r}; {AGAIN}")
+        raise UserError(
+            f"{directory} holds {len(names)} of {expected} shards of split {split!r}; {AGAIN}"
+        )
     if not filesystem.is_remote(place):
         _allow_open_files(len(names))
     versions = tuple((name, entries[name]) for name in names)
@@ -274,9 +307,12 @@ def _open(place: str, directory: str, split: str) -> grain.sources.ArrayRecordDa
 def _reader(
     place: str, split: str, versions: tuple[tuple[str, Entry], ...], table: Entry | None
 ) -> grain.sources.ArrayRecordDataSource | _Ranges:
-    """One for each state of a folder: `versions` of the shards and of the file of their ends, where there is one."""
+    """One for each state of a folder: `versions` of the shards and of the file of their ends, where
+    there is one."""
     paths = [filesystem.join(place, name) for name, _ in versions]
-    known = _read_table(filesystem.join(place, table_name(split)), table, versions) if table else None
+    known = (
+        _read_table(filesystem.join(place, table_name(split)), table, versions) if table else None
+    )
     if filesystem.is_remote(place):
         if known is None:
             ends = filesystem.in_threads(
@@ -288,7 +324,10 @@ def _reader(
     files = (
         paths
         if known is None
-        else [_Instruction(path, 0, count, count) for path, count in zip(paths, known.counts.tolist(), strict=True)]
+        else [
+            _Instruction(path, 0, count, count)
+            for path, count in zip(paths, known.counts.tolist(), strict=True)
+        ]
     )
     return grain.sources.ArrayRecordDataSource(files, options)
 
@@ -298,8 +337,11 @@ def _read_table(path: str, entry: Entry, versions: tuple[tuple[str, Entry], ...]
     known = arrays.read(path, entry.size, Table._fields)
     sizes = [version.size for _, version in versions]
     if known["sizes"].tolist() != sizes:
-        different = next((i for i, size in enumerate(known["sizes"].tolist()) if [size] != sizes[i : i + 1]), 0)
+        different = next(
+            (i for i, size in enumerate(known["sizes"].tolist()) if [size] != sizes[i : i + 1]), 0
+        )
         raise UserError(
-            f"{path} is of other shards: {versions[different][0]} has {versions[different][1].size:,} bytes"
+            f"{path} is of other shards: {versions[different][0]} has "
+            f"{versions[different][1].size:,} bytes"
         )
     return Table(**known)

@@ -18,10 +18,14 @@ Page = str | os.PathLike | Image.Image | np.ndarray
 """A path of an image or a PDF, or an image in memory."""
 
 
-def load(checkpoint: str | os.PathLike[str], data: str | os.PathLike[str] | None = None) -> "Assistant":
+def load(
+    checkpoint: str | os.PathLike[str], data: str | os.PathLike[str] | None = None
+) -> "Assistant":
     """See `alignvlm_jax.load`."""
     path = storage.path(checkpoint)
-    return Assistant(loading.load(path, loading.load_config(path, None if data is None else os.fspath(data))))
+    return Assistant(
+        loading.load(path, loading.load_config(path, None if data is None else os.fspath(data)))
+    )
 
 
 class Assistant:
@@ -39,7 +43,8 @@ class Assistant:
         page: int = 1,
         max_new_tokens: int | None = None,
     ) -> str | list[str]:
-        """Answers a question about a page, or with None for it as the language model does; or many, in batches.
+        """Answers a question about a page, or with None for it as the language model does; or many,
+        in batches.
 
         Args:
           image: one page, or a sequence of them, each for the question at its place.
@@ -48,15 +53,17 @@ class Assistant:
           max_new_tokens: the longest answer; by default that of the config.
 
         Returns:
-          The answer; a list of them, in order, if either was a sequence: the same as one at a time. Every page is read
-          before the first question is asked, so that one that cannot be read costs no answers.
+          The answer; a list of them, in order, if either was a sequence: the same as one at a time.
+          Every page is read before the first question is asked, so that one that cannot be read
+          costs no answers.
 
         Raises:
-          UserError: a page cannot be read, a prompt is longer than `data.row_length`, or there are not as many pages
-            as questions.
+          UserError: a page cannot be read, a prompt is longer than `data.row_length`, or there are
+            not as many pages as questions.
         """
         pages, questions = _pairs(image, question)
-        config, tokenizer = self.loaded.config, self.loaded.tokenizer
+        config = self.loaded.config
+        tokenizer = self.loaded.tokenizer
         opened = {id(one): None if one is None else images.open_page(one, page) for one in pages}
         prompts = [
             examples.build_prompt(opened[id(one)], text, config, tokenizer)
@@ -65,18 +72,24 @@ class Assistant:
         said = self._generate(prompts, max_new_tokens or config.eval.max_new_tokens)
         return said if _is_many(image) or _is_many(question) else said[0]
 
-    def lens(self, image: Page, *, page: int = 1, num_tokens: int = patch_tokens.NUM_TOKENS) -> Lens:
-        """Returns what the patches of a page say: their `num_tokens` likeliest tokens, and entropies.
+    def lens(
+        self, image: Page, *, page: int = 1, num_tokens: int = patch_tokens.NUM_TOKENS
+    ) -> Lens:
+        """Returns what the patches of a page say: their `num_tokens` likeliest tokens, and
+        entropies.
 
         Raises:
-          UserError: the page cannot be read, or the connector gives patches no distribution over words.
+          UserError: the page cannot be read, or the connector gives patches no distribution over
+            words.
         """
         [look] = patch_tokens.look(self.loaded, [images.open_page(image, page)], num_tokens)
         return look
 
     def _generate(self, prompts: Sequence[Row], max_new_tokens: int) -> list[str]:
         """Answers prompts with tiles, then those without, which are rows of other arrays."""
-        loaded, config, answers = self.loaded, self.loaded.config, {}
+        loaded = self.loaded
+        config = self.loaded.config
+        answers = {}
         for has_tiles in (True, False):
             indices = [i for i, prompt in enumerate(prompts) if ("tiles" in prompt) == has_tiles]
             if not indices:
@@ -84,7 +97,9 @@ class Assistant:
             size = loading.batch_size(len(indices), config.eval.batch_size, loaded.batch_ways)
             trimmed = examples.trim_prompts([prompts[i] for i in indices], config)
             asked = Prompts(len(trimmed), trimmed.__getitem__)
-            said = loading.answer(self._sampler, loaded.variables, loaded.tokenizer, asked, size, max_new_tokens)
+            said = loading.answer(
+                self._sampler, loaded.variables, loaded.tokenizer, asked, size, max_new_tokens
+            )
             answers |= {i: text for i, (text, _) in zip(indices, said, strict=True)}
         return [answers[i] for i in range(len(prompts))]
 
@@ -98,7 +113,10 @@ def _pairs(image: object, question: object) -> tuple[list, list[str]]:
     pages = list(image) if _is_many(image) else [image]
     questions = list(question) if _is_many(question) else [question]
     if _is_many(image) and _is_many(question) and len(pages) != len(questions):
-        raise UserError(f"there are {len(pages)} pages and {len(questions)} questions; as many, or one of either")
+        raise UserError(
+            f"there are {len(pages)} pages and {len(questions)} questions; as many, or one of "
+            "either"
+        )
     if not _is_many(image):
         pages *= len(questions)
     if not _is_many(question):

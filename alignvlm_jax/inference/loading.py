@@ -1,4 +1,5 @@
-"""A trained model from its checkpoint, on the devices of this machine, and its answers to prompts."""
+"""A trained model from its checkpoint, on the devices of this machine, and its answers to
+prompts."""
 
 import dataclasses
 import functools
@@ -27,7 +28,10 @@ from alignvlm_jax.weights import initial
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model and what belongs to it. `path` is its checkpoint folder, `metadata` that of `checkpoint.describe`."""
+    """A model and what belongs to it.
+
+    `path` is its checkpoint folder, `metadata` that of `checkpoint.describe`.
+    """
 
     path: Path
     step: int
@@ -44,9 +48,10 @@ class Loaded:
         return {"params": self.params}
 
     def sampler(self, end_ids: tuple[int, ...] | None = None) -> Sampler:
-        """Returns a generator of answers, by default to the tokens that end one; it compiles once for each shape of
-        batch."""
-        end_ids, pad_id = end_ids or chat.stop_ids(self.tokenizer), self.tokenizer.pad_id
+        """Returns a generator of answers, by default to the tokens that end one; it compiles once
+        for each shape of batch."""
+        end_ids = end_ids or chat.stop_ids(self.tokenizer)
+        pad_id = self.tokenizer.pad_id
         return Sampler(self.model, self.mesh, end_ids=end_ids, pad_id=pad_id)
 
     @property
@@ -56,12 +61,14 @@ class Loaded:
 
 
 def load_config(path: Path, data_dir: str | None = None) -> Config:
-    """Returns the config of the stage that wrote a checkpoint; `data_dir` replaces where it looked for its data. What
-    `convert` wrote has its tokenizer with it, wherever it was moved."""
+    """Returns the config of the stage that wrote a checkpoint; `data_dir` replaces where it looked
+    for its data. What `convert` wrote has its tokenizer with it, wherever it was moved."""
     config = restore.load_config(path)
     beside = workdir_of(path) / initial.TOKENIZER
     if beside.is_dir():
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(beside)))
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, tokenizer=str(beside))
+        )
     return config if data_dir is None else _with_data_dir(config, data_dir)
 
 
@@ -69,21 +76,34 @@ def load(path: Path, config: Config) -> Loaded:
     """Loads a model.
 
     Args:
-      path: a workdir, whose newest checkpoint is taken, or one checkpoint folder `checkpoints/STEP`.
-      config: of `load_config`, for its mesh and `data.dir`. The rest of `Loaded.config` is that of the checkpoint whose
-        parameters were read: another one, where those of the newest are damaged.
+      path: a workdir, whose newest checkpoint is taken, or one checkpoint folder
+        `checkpoints/STEP`.
+      config: of `load_config`, for its mesh and `data.dir`. The rest of `Loaded.config` is that of
+        the checkpoint whose parameters were read: another one, where those of the newest are
+        damaged.
 
     Raises:
       UserError: there is no readable checkpoint, or its tokenizer is missing.
     """
     path_of_tokenizer = loader.tokenizer_path(config)
-    distributed.check_alike({f"tokenizer {path_of_tokenizer}": functools.partial(loader.tokenizer_contents, config)})
+    distributed.check_alike(
+        {f"tokenizer {path_of_tokenizer}": functools.partial(loader.tokenizer_contents, config)}
+    )
     tokenizer = loader.load_tokenizer(config)
     mesh = mesh_lib.for_inference(config)
     trained, model, params, step = restore.load_model(path, mesh)
     path = workdir_of(path) / checkpoint.FOLDER / str(step)
     metadata = restore.read_newest(path, lambda checkpoints, step: checkpoints.metadata(step))
-    return Loaded(path, step, metadata, _with_data_dir(trained, config.data.dir), tokenizer, mesh, model, params)
+    return Loaded(
+        path,
+        step,
+        metadata,
+        _with_data_dir(trained, config.data.dir),
+        tokenizer,
+        mesh,
+        model,
+        params,
+    )
 
 
 def workdir_of(path: Path) -> Path:
@@ -91,7 +111,11 @@ def workdir_of(path: Path) -> Path:
     # Not path.parent.parent: of "7", from inside the folder of checkpoints, that would be ".".
     if (path / checkpoint.FOLDER).is_dir():
         return path
-    return path.parent.parent if storage.is_bucket(path) else Path(os.path.normpath(path / ".." / ".."))
+    return (
+        path.parent.parent
+        if storage.is_bucket(path)
+        else Path(os.path.normpath(path / ".." / ".."))
+    )
 
 
 def _with_data_dir(config: Config, data_dir: str) -> Config:
@@ -100,8 +124,8 @@ def _with_data_dir(config: Config, data_dir: str) -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Prompts of one shape. Each is built when its turn comes, and only by the processes that feed its row: a page is
-    decoded on one host, not on all.
+    """Prompts of one shape. Each is built when its turn comes, and only by the processes that feed
+    its row: a page is decoded on one host, not on all.
 
     Attributes:
       count: how many there are.
@@ -122,16 +146,24 @@ class Answer(NamedTuple):
 
 
 def answer(
-    sampler: Sampler, variables: Mapping, tokenizer: Tokenizer, prompts: Prompts, size: int, max_new_tokens: int
+    sampler: Sampler,
+    variables: Mapping,
+    tokenizer: Tokenizer,
+    prompts: Prompts,
+    size: int,
+    max_new_tokens: int,
 ) -> list[Answer]:
-    """Returns the answers to all prompts, in batches of `size` rows. A short one repeats its last row, which ends when
-    its twin does, so that every batch has one shape and none takes longer for it. Of several processes all call this,
-    and each gets all answers."""
-    local_rows, answers = sampler.rows_of_process(size), []
+    """Returns the answers to all prompts, in batches of `size` rows. A short one repeats its last
+    row, which ends when its twin does, so that every batch has one shape and none takes longer for
+    it. Of several processes all call this, and each gets all answers."""
+    local_rows = sampler.rows_of_process(size)
+    answers = []
     for start in range(0, prompts.count, size):
         rows, problems = _build(prompts, np.minimum(start + local_rows, prompts.count - 1).tolist())
         # Where the tensor axis crosses hosts several of them report the same one.
-        problems = {int(number): why for told in exchange.gather(problems) for number, why in told.items()}
+        problems = {
+            int(number): why for told in exchange.gather(problems) for number, why in told.items()
+        }
         tokens_BT = sampler.generate(variables, loader.stack(rows), max_new_tokens)
         for number, tokens_T in enumerate(tokens_BT[: prompts.count - start], start):
             text = "" if number in problems else tokenizer.decode(tokens_T)
@@ -155,6 +187,6 @@ def _build(prompts: Prompts, numbers: Sequence[int]) -> tuple[list[Row], dict[in
 
 
 def batch_size(count: int, most: int, ways: int) -> int:
-    """Returns the rows of a batch for `count` prompts, `most` or a few more: each of `ways` devices that rows are
-    spread over needs as many."""
+    """Returns the rows of a batch for `count` prompts, `most` or a few more: each of `ways` devices
+    that rows are spread over needs as many."""
     return -(-min(count, max(most, ways)) // ways) * ways

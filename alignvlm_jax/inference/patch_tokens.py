@@ -34,10 +34,16 @@ def check(config: Config) -> None:
     """Raises UserError if the model's connector has no distribution over the vocabulary."""
     if not has_words(config):
         options = dataclasses.asdict(config.model.connector)
-        name, plain = options.pop("name"), dataclasses.asdict(config_lib.connector(config.model.connector.name))
-        changed = ", ".join(f"{option} {value!r}" for option, value in options.items() if value != plain[option])
+        name = options.pop("name")
+        plain = dataclasses.asdict(config_lib.connector(config.model.connector.name))
+        changed = ", ".join(
+            f"{option} {value!r}" for option, value in options.items() if value != plain[option]
+        )
         connector = f"{name!r} with {changed}" if changed else f"{name!r}"
-        raise UserError(f"connector {connector} gives patches no distribution over words: there is nothing to read")
+        raise UserError(
+            f"connector {connector} gives patches no distribution over words: there is nothing to "
+            "read"
+        )
 
 
 def look(loaded: Loaded, pages: Sequence[Image.Image], num_tokens: int = NUM_TOKENS) -> list[Lens]:
@@ -49,20 +55,29 @@ def look(loaded: Loaded, pages: Sequence[Image.Image], num_tokens: int = NUM_TOK
     config = loaded.config
     check(config)
     data = config.data
-    cut = [images.tile_image(page, config.model.vision, data.tiles_of_a_record, data.use_overview) for page in pages]
+    cut = [
+        images.tile_image(page, config.model.vision, data.tiles_of_a_record, data.use_overview)
+        for page in pages
+    ]
     read = functools.partial(_read, count=min(num_tokens, config.model.llm.num_words))
     # A tile a device at a time: a page's distributions over 128 K words take 3.7 GB.
-    parts = tiles_lib.map_tiles(loaded, read, {"tiles": np.concatenate([tiles.pixels for tiles in cut])})
+    parts = tiles_lib.map_tiles(
+        loaded, read, {"tiles": np.concatenate([tiles.pixels for tiles in cut])}
+    )
     seen = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
     ends = np.cumsum([len(tiles.pixels) for tiles in cut])[:-1]
     by_page = zip(*(np.split(array, ends) for array in seen), strict=True)
-    return [_lens(page, tiles, loaded, *arrays) for page, tiles, arrays in zip(pages, cut, by_page, strict=True)]
+    return [
+        _lens(page, tiles, loaded, *arrays)
+        for page, tiles, arrays in zip(pages, cut, by_page, strict=True)
+    ]
 
 
 def _read(
     model: VLM, variables: Mapping, batch: Mapping[str, Array], *, count: int
 ) -> tuple[Int[Array, "B P K"], Float[Array, "B P K"], Float[Array, "B P"]]:
-    """The likeliest tokens [B, P, K] of one tile a row, their probabilities, and entropies in bits."""
+    """The likeliest tokens [B, P, K] of one tile a row, their probabilities, and entropies in
+    bits."""
     probabilities_BPV = model.apply(variables, batch, method="patch_probabilities")[:, 0]
     likeliest, tokens = jax.lax.top_k(probabilities_BPV, count)
     return tokens, likeliest, jax.scipy.special.entr(probabilities_BPV).sum(-1) / jnp.log(2.0)
@@ -76,11 +91,13 @@ def _lens(
     probabilities_TPK: np.ndarray,
     entropies_TP: np.ndarray,
 ) -> Lens:
-    vision, data = loaded.config.model.vision, loaded.config.data
+    vision = loaded.config.model.vision
+    data = loaded.config.data
     rows, columns = vision.patch_grid
     size = np.array([vision.patch_width, vision.patch_height])
     corners = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), -1).reshape(-1, 2) * size
-    crops, scales = tiles.crops[:, None], tiles.scales[:, None]
+    crops = tiles.crops[:, None]
+    scales = tiles.scales[:, None]
     left_top = crops[..., :2] + corners / scales
     right_bottom = np.minimum(crops[..., :2] + (corners + size) / scales, crops[..., 2:])
     drawn = (right_bottom > left_top).all(-1)

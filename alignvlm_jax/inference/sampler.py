@@ -1,4 +1,5 @@
-"""Greedy generation: prefill once, then a token at a time from the KV cache, all rows of a batch together."""
+"""Greedy generation: prefill once, then a token at a time from the KV cache, all rows of a batch
+together."""
 
 import dataclasses
 import functools
@@ -32,20 +33,27 @@ class Sampler:
     def __init__(self, model: VLM, mesh: Mesh, *, end_ids: tuple[int, ...], pad_id: int) -> None:
         self._mesh = mesh
         generate = functools.partial(_generate, model, end_ids=end_ids, pad_id=pad_id)
-        self._generate = jax.jit(generate, static_argnames="num_new", out_shardings=sharding.replicated(mesh))
+        self._generate = jax.jit(
+            generate, static_argnames="num_new", out_shardings=sharding.replicated(mesh)
+        )
 
     def rows_of_process(self, size: int) -> np.ndarray:
-        """Returns the rows of a batch of `size` that this process hands in: int64 [n], ascending."""
+        """Returns the rows of a batch of `size` that this process hands in: int64 [n],
+        ascending."""
         return sharding.rows_of_process(self._mesh, size)
 
-    def generate(self, variables: Mapping, batch: Mapping[str, np.ndarray], max_new_tokens: int) -> np.ndarray:
-        """Returns int32 [B, max_new_tokens]: each row's answer up to and with the end token, then padding.
+    def generate(
+        self, variables: Mapping, batch: Mapping[str, np.ndarray], max_new_tokens: int
+    ) -> np.ndarray:
+        """Returns int32 [B, max_new_tokens]: each row's answer up to and with the end token, then
+        padding.
 
         Args:
-          variables: what the model is applied to: "params", sharded over the mesh, and whatever else.
-          batch: one prompt a row, as `data.rows.build_prompt` makes it; those of `rows_of_process` of the global
-            batch. A batch without "tiles" has no image slots. One with NOISE_FIELDS is seen through noise:
-            `VLM.features`.
+          variables: what the model is applied to: "params", sharded over the mesh, and whatever
+            else.
+          batch: one prompt a row, as `data.rows.build_prompt` makes it; those of `rows_of_process`
+            of the global batch. A batch without "tiles" has no image slots. One with NOISE_FIELDS
+            is seen through noise: `VLM.features`.
           max_new_tokens: static; another value or batch shape compiles anew.
         """
         prompts = {name: batch[name] for name in (*PROMPT_FIELDS, *NOISE_FIELDS) if name in batch}
@@ -53,15 +61,23 @@ class Sampler:
         with mesh_lib.use(self._mesh):
             return np.asarray(self._generate(variables, prompts, num_new=max_new_tokens))
 
-    def lower(self, variables: Mapping, prompts: Mapping, max_new_tokens: int) -> jax.stages.Lowered:
-        """Returns the program that `generate` runs, of abstract arrays with shardings; the mesh may be one that is not
-        there."""
+    def lower(
+        self, variables: Mapping, prompts: Mapping, max_new_tokens: int
+    ) -> jax.stages.Lowered:
+        """Returns the program that `generate` runs, of abstract arrays with shardings; the mesh may
+        be one that is not there."""
         with mesh_lib.use(self._mesh):
             return self._generate.lower(variables, prompts, num_new=max_new_tokens)
 
 
 def _generate(
-    model: VLM, variables: Mapping, batch: Mapping[str, Array], *, num_new: int, end_ids: tuple[int, ...], pad_id: int
+    model: VLM,
+    variables: Mapping,
+    batch: Mapping[str, Array],
+    *,
+    num_new: int,
+    end_ids: tuple[int, ...],
+    pad_id: int,
 ):
     segment_ids = batch["segment_ids"]
     size, length = segment_ids.shape
@@ -69,40 +85,57 @@ def _generate(
     is_prompt_BS = jnp.pad(segment_ids > 0, ((0, 0), (0, num_new)))
     slots_S = jnp.arange(length + num_new)
 
-    def choose(logits_BV: Array, step: Array, finished_B: Array, tokens_BT: Array) -> tuple[Array, Array, Array]:
+    def choose(
+        logits_BV: Array, step: Array, finished_B: Array, tokens_BT: Array
+    ) -> tuple[Array, Array, Array]:
         """The token of a step, which rows have ended with it, and all tokens so far."""
         token_B = jnp.where(finished_B, pad_id, logits_BV.argmax(-1).astype(jnp.int32))
-        return token_B, finished_B | jnp.isin(token_B, jnp.array(end_ids)), tokens_BT.at[:, step].set(token_B)
+        return (
+            token_B,
+            finished_B | jnp.isin(token_B, jnp.array(end_ids)),
+            tokens_BT.at[:, step].set(token_B),
+        )
 
     def unfinished(carry) -> Array:
         step, (_, finished_B, _), _ = carry
         return (step < num_new) & ~finished_B.all()
 
     def advance(carry):
-        """Reads the token of the step before and chooses this one: the last token of an answer is never read."""
+        """Reads the token of the step before and chooses this one: the last token of an answer is
+        never read."""
         step, (token_B, finished_B, tokens_BT), cache = carry
-        # New tokens stand after the padding of the longest prompt, but are counted from the end of their own.
+        # New tokens stand after the padding of the longest prompt, but are counted from the end of
+        # their own.
         mask_BS = is_prompt_BS | ((slots_S >= length) & (slots_S < length + step))
         positions_B = prompt_lengths_B + step - 1
-        logits_BV, cache = model.apply(variables, token_B, positions_B, mask_BS, cache, method="decode")
+        logits_BV, cache = model.apply(
+            variables, token_B, positions_B, mask_BS, cache, method="decode"
+        )
         return step + 1, choose(logits_BV, step, finished_B, tokens_BT), cache
 
     logits_BV, cache = model.apply(variables, batch, num_new, method="prefill")
     nothing_yet = jnp.zeros(size, bool), jnp.full((size, num_new), pad_id, jnp.int32)
     first = choose(logits_BV, jnp.zeros((), jnp.int32), *nothing_yet)
-    _, (_, _, tokens_BT), _ = jax.lax.while_loop(unfinished, advance, (jnp.ones((), jnp.int32), first, cache))
+    _, (_, _, tokens_BT), _ = jax.lax.while_loop(
+        unfinished, advance, (jnp.ones((), jnp.int32), first, cache)
+    )
     return tokens_BT
 
 
-def abstract_prompts(config: Config, batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shapes, dtypes and shardings of a batch of the longest prompts that a stage's rows hold."""
-    train, data = config.train, config.data
+def abstract_prompts(
+    config: Config, batch_size: int, mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shapes, dtypes and shardings of a batch of the longest prompts that a stage's rows
+    hold."""
+    train = config.train
+    data = config.data
     config = dataclasses.replace(
         config,
         train=dataclasses.replace(train, batch_size=batch_size),
         data=dataclasses.replace(data, max_tiles=data.tiles_of_a_record),
     )
-    shapes, rows = abstract_batch(config), sharding.batch_sharding(mesh)
+    shapes = abstract_batch(config)
+    rows = sharding.batch_sharding(mesh)
     return {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
         for name, x in shapes.items()

@@ -25,33 +25,45 @@ def tiles_of(loaded: Loaded, records: Sequence[Record]) -> np.ndarray:
     Raises:
       UserError: an image cannot be read, or there is none.
     """
-    prompts = [examples.build_prompt(record, "", loaded.config, loaded.tokenizer) for record in records]
-    tiles = np.concatenate([examples.trim_prompts([prompt], loaded.config)[0]["tiles"] for prompt in prompts])
+    prompts = [
+        examples.build_prompt(record, "", loaded.config, loaded.tokenizer) for record in records
+    ]
+    tiles = np.concatenate(
+        [examples.trim_prompts([prompt], loaded.config)[0]["tiles"] for prompt in prompts]
+    )
     if not len(tiles):
         raise UserError("the chosen records have no images")
     return tiles
 
 
 def map_tiles(
-    loaded: Loaded, fn: Callable[[VLM, Mapping, Mapping[str, jax.Array]], Any], rows_of_one: Mapping[str, np.ndarray]
+    loaded: Loaded,
+    fn: Callable[[VLM, Mapping, Mapping[str, jax.Array]], Any],
+    rows_of_one: Mapping[str, np.ndarray],
 ) -> Iterator[Any]:
-    """Yields fn(model, variables, batch) of a few rows after a few: a tree of arrays with an entry for each of them. Of
-    several processes all call this with the same rows, each feeds its own, and all get what comes out.
+    """Yields fn(model, variables, batch) of a few rows after a few: a tree of arrays with an entry
+    for each of them. Of several processes all call this with the same rows, each feeds its own, and
+    all get what comes out.
 
     Args:
-      loaded: a batch has as many rows as its mesh spreads them over, so that `fn` may make all distributions of one.
+      loaded: a batch has as many rows as its mesh spreads them over, so that `fn` may make all
+        distributions of one.
       fn: a function of a module; compiled once.
-      rows_of_one: "tiles", uint8 [n, Y, X, C], each a row by itself, and further arrays of the batch [n, ...].
+      rows_of_one: "tiles", uint8 [n, Y, X, C], each a row by itself, and further arrays of the
+        batch [n, ...].
     """
     every = {**rows_of_one, "tiles": rows_of_one["tiles"][:, None]}
-    total, size = len(every["tiles"]), loaded.batch_ways
+    total = len(every["tiles"])
+    size = loaded.batch_ways
     local_rows = sharding.rows_of_process(loaded.mesh, size)
     apply = _jitted(fn, loaded.model, loaded.mesh)
     for start in track(range(0, total, size), "tiles"):
         # Every batch has one shape: the last one repeats its last row.
         here = np.minimum(start + local_rows, total - 1)
         with mesh_lib.use(loaded.mesh):
-            batch = sharding.put_batch({name: array[here] for name, array in every.items()}, loaded.mesh)
+            batch = sharding.put_batch(
+                {name: array[here] for name, array in every.items()}, loaded.mesh
+            )
             output = apply(loaded.variables, batch)
         count = min(size, total - start)
         yield jax.tree.map(lambda x, count=count: np.asarray(x)[:count], output)
@@ -60,10 +72,14 @@ def map_tiles(
 def track(parts: Sequence[Any], name: str) -> Iterable[Any]:
     """Returns the parts of a work, and shows on stderr how many are done and the time left."""
     console = Console(stderr=True)
-    return progress.track(parts, name, console=console, transient=True, disable=not distributed.is_main())
+    return progress.track(
+        parts, name, console=console, transient=True, disable=not distributed.is_main()
+    )
 
 
 @functools.lru_cache(maxsize=8)
-def _jitted(fn: Callable, model: VLM, mesh: Mesh) -> Callable[[Mapping, Mapping[str, jax.Array]], Any]:
+def _jitted(
+    fn: Callable, model: VLM, mesh: Mesh
+) -> Callable[[Mapping, Mapping[str, jax.Array]], Any]:
     # Replicated: of an output that stays where its rows are a process could read only its own part.
     return jax.jit(functools.partial(fn, model), out_shardings=sharding.replicated(mesh))

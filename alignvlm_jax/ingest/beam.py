@@ -1,4 +1,5 @@
-"""`prepare` under Apache Beam, where one machine is too small: any runner, the same parts to the byte."""
+"""`prepare` under Apache Beam, where one machine is too small: any runner, the same parts to the
+byte."""
 
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.ingest.formats.base import Unit
@@ -13,8 +14,8 @@ except ImportError:
 
 
 def on_runner(name: str, flags: list[str]) -> Runner:
-    """Returns what runs a writer under Beam. All workers see the writer's folder: it lies on a shared disk or a mounted
-    bucket.
+    """Returns what runs a writer under Beam. All workers see the writer's folder: it lies on a
+    shared disk or a mounted bucket.
 
     Args:
       name: of Beam's runner, as DirectRunner or DataflowRunner.
@@ -24,7 +25,10 @@ def on_runner(name: str, flags: list[str]) -> Runner:
       UserError: Beam is not installed, or knows no such runner or flag.
     """
     if apache_beam is None:
-        raise UserError("Apache Beam is not installed; `make beam` puts it into .venv-beam (requirements-beam.txt)")
+        raise UserError(
+            "Apache Beam is not installed; `make beam` puts it into .venv-beam "
+            "(requirements-beam.txt)"
+        )
     try:
         options = PipelineOptions([f"--runner={name}", *flags])
         apache_beam.runners.create_runner(name)
@@ -34,6 +38,11 @@ def on_runner(name: str, flags: list[str]) -> Runner:
     def run(writer: PartWriter, tasks: list[tuple[int, Unit]]) -> None:
         with apache_beam.Pipeline(options=options) as pipeline:
             # Reshuffled: Create makes one bundle of its values, and one worker would do it all.
-            _ = pipeline | apache_beam.Create(tasks) | apache_beam.Reshuffle() | apache_beam.FlatMap(writer)
+            _ = (
+                pipeline
+                | apache_beam.Create(tasks)
+                | apache_beam.Reshuffle()
+                | apache_beam.FlatMap(writer)
+            )
 
     return run

@@ -11,9 +11,12 @@ from typing import Any
 from alignvlm_jax.errors import UserError
 
 
-def run(function: Callable[[Any], Iterator[Any]], tasks: Iterable[Any], num_workers: int) -> Iterator[Any]:
-    """Calls `function(task)`, which is a generator, for all tasks, and yields what it yields, of all tasks mixed. One
-    worker is this process. The workers end with the iteration, also where it is left early.
+def run(
+    function: Callable[[Any], Iterator[Any]], tasks: Iterable[Any], num_workers: int
+) -> Iterator[Any]:
+    """Calls `function(task)`, which is a generator, for all tasks, and yields what it yields, of
+    all tasks mixed. One worker is this process. The workers end with the iteration, also where it
+    is left early.
 
     Raises:
       UserError: one that `function` raised, or a worker was killed.
@@ -46,11 +49,14 @@ def run(function: Callable[[Any], Iterator[Any]], tasks: Iterable[Any], num_work
             process.join()
 
 
-def _start(function: Callable, num_workers: int) -> dict[connection.Connection, multiprocessing.Process]:
+def _start(
+    function: Callable, num_workers: int
+) -> dict[connection.Connection, multiprocessing.Process]:
     # Spawned, not forked: a caller may hold threads (jax, grain) that do not survive a fork.
     context = multiprocessing.get_context("spawn")
     workers = {}
-    # Ctrl-C reaches the whole process group. Workers inherit that it is ignored: the parent alone speaks and ends them.
+    # Ctrl-C reaches the whole process group. Workers inherit that it is ignored: the parent alone
+    # speaks and ends them.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         for _ in range(num_workers):
@@ -73,7 +79,9 @@ def _receive(line: connection.Connection, process: multiprocessing.Process) -> t
         if process.exitcode < 0:
             name = signal.Signals(-process.exitcode).name
             hint = " (out of memory? fewer --num_workers need less)" if name == "SIGKILL" else ""
-            raise UserError(f"a worker was killed by {name}{hint}; the same command goes on") from err
+            raise UserError(
+                f"a worker was killed by {name}{hint}; the same command goes on"
+            ) from err
         raise RuntimeError(f"a worker ended with status {process.exitcode}") from err
     if kind == "failed":
         raise value

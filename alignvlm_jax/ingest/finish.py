@@ -22,10 +22,12 @@ Dropped = dict[int, dict[int, str]]
 """By part, by line of its `ids`: why a record does not stay."""
 
 
-def finish(parts: Sequence[Part], units: Sequence[Unit], splits: Sequence[str], folder: Path) -> list[str]:
-    """Makes shards, an index of each split and `rejected.jsonl` in `folder` out of all parts, in the order of the
-    source. Returns their names. It may be interrupted and called again: the lines of parts, which decide, stay as they
-    are."""
+def finish(
+    parts: Sequence[Part], units: Sequence[Unit], splits: Sequence[str], folder: Path
+) -> list[str]:
+    """Makes shards, an index of each split and `rejected.jsonl` in `folder` out of all parts, in
+    the order of the source. Returns their names. It may be interrupted and called again: the lines
+    of parts, which decide, stay as they are."""
     dropped = _duplicates(parts, units)
     names = [staging.REJECTED]
     write_lines(folder / staging.REJECTED, _rejected(parts, units, dropped))
@@ -43,9 +45,16 @@ def finish(parts: Sequence[Part], units: Sequence[Unit], splits: Sequence[str], 
 
 
 def _duplicates(parts: Sequence[Part], units: Sequence[Unit]) -> Dropped:
-    """Finds records whose id came before. By hashes first, 8 bytes a record: few ids are ever held at a time."""
-    hashes = [np.fromiter((_hash(name) for name, _ in read_lines(part.ids)), np.uint64) for part in parts]
-    values, counts = np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes]), return_counts=True)
+    """Finds records whose id came before.
+
+    By hashes first, 8 bytes a record: few ids are ever held at a time.
+    """
+    hashes = [
+        np.fromiter((_hash(name) for name, _ in read_lines(part.ids)), np.uint64) for part in parts
+    ]
+    values, counts = np.unique(
+        np.concatenate([np.zeros(0, np.uint64), *hashes]), return_counts=True
+    )
     repeated = values[counts > 1]
     first: dict[str, str] = {}
     dropped: Dropped = collections.defaultdict(dict)
@@ -59,7 +68,9 @@ def _duplicates(parts: Sequence[Part], units: Sequence[Unit]) -> Dropped:
     return dropped
 
 
-def _rejected(parts: Sequence[Part], units: Sequence[Unit], dropped: Dropped) -> Iterator[dict[str, str]]:
+def _rejected(
+    parts: Sequence[Part], units: Sequence[Unit], dropped: Dropped
+) -> Iterator[dict[str, str]]:
     for number, (part, unit) in enumerate(zip(parts, units, strict=True)):
         for name, reason in read_lines(part.rejected):
             yield {"source": unit.path, "id": name, "reason": reason}
@@ -71,7 +82,9 @@ def _rejected(parts: Sequence[Part], units: Sequence[Unit], dropped: Dropped) ->
 
 def _kept(part: Part, split: str, dropped: dict[int, str]) -> list[bool]:
     """For each record of a part's shard, whether it stays; nothing where none does."""
-    lines = [line not in dropped for line, (_, of) in enumerate(read_lines(part.ids)) if of == split]
+    lines = [
+        line not in dropped for line, (_, of) in enumerate(read_lines(part.ids)) if of == split
+    ]
     return lines if any(lines) else []
 
 
@@ -91,11 +104,14 @@ def _groups(sizes: dict[int, int]) -> list[list[int]]:
 
 
 def _join(kept: dict[Part, list[bool]], split: str, path: Path) -> None:
-    """Makes a shard and its index. The shard, which comes last, says that both are there; a part's is moved where it
-    stays whole, and else deleted after it was copied."""
+    """Makes a shard and its index. The shard, which comes last, says that both are there; a part's
+    is moved where it stays whole, and else deleted after it was copied."""
     shards = [part.shard(split) for part in kept]
     indexes = [index.read(index.index_path(shard)) for shard in shards]
-    chosen = [index.select(one, np.flatnonzero(lines)) for one, lines in zip(indexes, kept.values(), strict=True)]
+    chosen = [
+        index.select(one, np.flatnonzero(lines))
+        for one, lines in zip(indexes, kept.values(), strict=True)
+    ]
     index.write(index.index_path(path), index.concatenate(chosen))
     if len(shards) == 1 and all(*kept.values()):
         os.replace(shards[0], path)
@@ -110,4 +126,6 @@ def _join(kept: dict[Part, list[bool]], split: str, path: Path) -> None:
 
 
 def _hash(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest(), "big"
+    )

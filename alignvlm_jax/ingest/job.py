@@ -10,7 +10,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    track,
+)
 
 from alignvlm_jax.data import chat, filesystem, index, record, tokenizers
 from alignvlm_jax.data import shards as shards_lib
@@ -29,8 +36,8 @@ Runner = Callable[[PartWriter, list[tuple[int, Unit]]], None]
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to prepare. `name` is that of the format; `holdout` the share of documents of the validation split; with a
-    `split` all go there, to be asked, not learnt."""
+    """What to prepare. `name` is that of the format; `holdout` the share of documents of the
+    validation split; with a `split` all go there, to be asked, not learnt."""
 
     name: str
     format: Format
@@ -46,10 +53,12 @@ class Request:
 
 
 def prepare(request: Request, out: Path, run: Runner) -> bool:
-    """Writes the folder `out`, or goes on with a run that was interrupted; returns False where it was whole before.
+    """Writes the folder `out`, or goes on with a run that was interrupted; returns False where it
+    was whole before.
 
     Raises:
-      UserError: there is no such source or tokenizer, `out` is the source, or what is made cannot be written.
+      UserError: there is no such source or tokenizer, `out` is the source, or what is made cannot
+        be written.
     """
     tokenizer = tokenizers.load(request.tokenizer)
     chat.format_of(tokenizer)  # raises before anything is read
@@ -64,7 +73,10 @@ def prepare(request: Request, out: Path, run: Runner) -> bool:
         tokenizer_name = _copy_tokenizer(request.tokenizer, folder)
         all_names = [*finish.finish(written, units, request.splits, folder), tokenizer_name]
         if len(all_names) == 2:
-            raise UserError(f"{request.source} has no record that can be used; {folder / staging.REJECTED} says why")
+            raise UserError(
+                f"{request.source} has no record that can be used; {folder / staging.REJECTED} "
+                "says why"
+            )
         staging.write_json(names, all_names)
     staging.publish(out, folder, json.loads(names.read_text()), request.splits, wanted)
     return True
@@ -75,8 +87,12 @@ def on_processes(num_workers: int) -> Runner:
 
     def run(writer: PartWriter, tasks: list[tuple[int, Unit]]) -> None:
         columns = (TextColumn("Preparing"), BarColumn(), MofNCompleteColumn(), TextColumn("pieces"))
-        columns += (TextColumn("{task.fields[records]:,} records, {task.fields[rate]:.0f}/s"), TimeRemainingColumn())
-        started, records = time.monotonic(), 0
+        columns += (
+            TextColumn("{task.fields[records]:,} records, {task.fields[rate]:.0f}/s"),
+            TimeRemainingColumn(),
+        )
+        started = time.monotonic()
+        records = 0
         with Progress(*columns) as progress:
             bar = progress.add_task("", total=len(tasks), records=0, rate=0.0)
             for done in executors.run(writer, tasks, num_workers):
@@ -88,13 +104,15 @@ def on_processes(num_workers: int) -> Runner:
 
 
 def recount(out: Path, tokenizer_path: str) -> dict[str, int]:
-    """Writes the index files of a prepared folder anew, as another tokenizer counts, and nothing else; where each shard
-    has one of its own that fits, merges them. It goes on where it was interrupted. Returns the records by split.
+    """Writes the index files of a prepared folder anew, as another tokenizer counts, and nothing
+    else; where each shard has one of its own that fits, merges them. It goes on where it was
+    interrupted. Returns the records by split.
 
     Raises:
       UserError: there are no shards, or one is damaged.
     """
-    tokenizer, fingerprint = tokenizers.load(tokenizer_path), index.tokenizer_fingerprint(tokenizer_path)
+    tokenizer = tokenizers.load(tokenizer_path)
+    fingerprint = index.tokenizer_fingerprint(tokenizer_path)
     chat.format_of(tokenizer)
     shards = sorted(out.glob("*-[0-9]*-of-[0-9]*.array_record"))
     if not shards:
@@ -102,7 +120,9 @@ def recount(out: Path, tokenizer_path: str) -> dict[str, int]:
     splits: dict[str, list[Path]] = {}
     for shard in shards:
         splits.setdefault(shard.name.rpartition("-of-")[0].rpartition("-")[0], []).append(shard)
-    uncounted = {split: of for split, of in splits.items() if not _is_merged(out, split, fingerprint)}
+    uncounted = {
+        split: of for split, of in splits.items() if not _is_merged(out, split, fingerprint)
+    }
     for shard in track([shard for of in uncounted.values() for shard in of], "Counting tokens"):
         path = index.index_path(shard)
         if not _is_counted(path, fingerprint):
@@ -116,7 +136,8 @@ def recount(out: Path, tokenizer_path: str) -> dict[str, int]:
 
 
 def summary(out: Path, splits: Sequence[str] = writer_lib.SPLITS) -> str:
-    """Describes a prepared folder in a few lines: records and images by split, tokens by task, rejected by reason."""
+    """Describes a prepared folder in a few lines: records and images by split, tokens by task,
+    rejected by reason."""
     text = []
     for split in splits:
         if not shards_lib.shard_paths(out, split):
@@ -126,20 +147,31 @@ def summary(out: Path, splits: Sequence[str] = writer_lib.SPLITS) -> str:
         for task, lengths in counted.text_tokens.items():
             used = lengths[lengths > 0]
             if len(used):
-                text.append(f"  {task}: {len(used):,} records, tokens mean {used.mean():.0f}, max {used.max():,}")
+                text.append(
+                    f"  {task}: {len(used):,} records, tokens mean {used.mean():.0f}, max "
+                    f"{used.max():,}"
+                )
     reasons = statistics.rejected(out)
-    text.append(f"rejected: {sum(reasons.values()):,}" + (f" (see {out / staging.REJECTED})" if reasons else ""))
+    text.append(
+        f"rejected: {sum(reasons.values()):,}"
+        + (f" (see {out / staging.REJECTED})" if reasons else "")
+    )
     return "\n".join([*text, *(f"  {count:,}: {reason}" for reason, count in reasons.items())])
 
 
 def _units(request: Request, out: Path) -> list[Unit]:
-    """The pieces of the source. An `out` within it is no part of it: what one run wrote the next would read."""
-    units, source = request.format.units(request.source), Path(request.source)
+    """The pieces of the source.
+
+    An `out` within it is no part of it: what one run wrote the next would read.
+    """
+    units = request.format.units(request.source)
+    source = Path(request.source)
     if filesystem.is_remote(request.source) or not source.is_dir():
         return units
     if out.resolve() == source.resolve():
         raise UserError(
-            f"--out={out} is --source itself, all of which is read; name another folder, beside it or within"
+            f"--out={out} is --source itself, all of which is read; name another folder, beside "
+            "it or within"
         )
     if not out.resolve().is_relative_to(source.resolve()):
         return units
@@ -148,10 +180,13 @@ def _units(request: Request, out: Path) -> list[Unit]:
 
 
 def _wanted(request: Request, units: Sequence[Unit]) -> dict[str, Any]:
-    """What tells the data apart. The listing of the source is part of it: another file, or one that has grown, makes
-    other data."""
+    """What tells the data apart. The listing of the source is part of it: another file, or one that
+    has grown, makes other data."""
     paths = dict.fromkeys(unit.path for unit in units)
-    listing = [[dataclasses.astuple(unit) for unit in units], [filesystem.size(path) for path in paths]]
+    listing = [
+        [dataclasses.astuple(unit) for unit in units],
+        [filesystem.size(path) for path in paths],
+    ]
     return {
         "format": request.name,
         "source": request.source,
@@ -170,14 +205,24 @@ def _write_parts(request: Request, units: Sequence[Unit], folder: Path, run: Run
     for leftover in place.glob(f"{writer_lib.BESIDE}*"):  # of workers that were ended
         shutil.rmtree(leftover)
     all_parts = [Part(place, number) for number in range(len(units))]
-    tasks = [(part.number, unit) for part, unit in zip(all_parts, units, strict=True) if not part.is_done()]
+    tasks = [
+        (part.number, unit)
+        for part, unit in zip(all_parts, units, strict=True)
+        if not part.is_done()
+    ]
     if tasks:
-        run(PartWriter(str(place), request.format, request.tokenizer, request.holdout, request.split), tasks)
+        run(
+            PartWriter(
+                str(place), request.format, request.tokenizer, request.holdout, request.split
+            ),
+            tasks,
+        )
     return all_parts
 
 
 def _copy_tokenizer(path: str, folder: Path) -> str:
-    """Copies the tokenizer's file beside the data, which is then complete, and returns its name there."""
+    """Copies the tokenizer's file beside the data, which is then complete, and returns its name
+    there."""
     content = tokenizers.read(path)[1]
     name = tokenizers.NAMES[content.lstrip()[:1] != b"{"]
     (folder / name).write_bytes(content)
@@ -186,9 +231,13 @@ def _copy_tokenizer(path: str, folder: Path) -> str:
 
 def _is_merged(out: Path, split: str, fingerprint: str) -> bool:
     try:
-        is_ours = (out / index.merged_name(split)).exists() and index.load(out, split).tokenizer == fingerprint
+        is_ours = (out / index.merged_name(split)).exists() and index.load(
+            out, split
+        ).tokenizer == fingerprint
         return (
-            is_ours and (out / shards_lib.table_name(split)).exists() and len(shards_lib.RecordSource(out, split)) > 0
+            is_ours
+            and (out / shards_lib.table_name(split)).exists()
+            and len(shards_lib.RecordSource(out, split)) > 0
         )
     except UserError:
         return False

@@ -41,7 +41,8 @@ def collect(config: Config, directory: str, split: str, fill: float | None) -> S
     """Counts a split as rows of `config` would have it.
 
     Raises:
-      UserError: there is no such split, or no index beside its shards; the message says what to call.
+      UserError: there is no such split, or no index beside its shards; the message says what to
+        call.
     """
     known = index.load(directory, split)
     measured = lengths.measure(known, list(examples.TASKS), config)
@@ -52,12 +53,17 @@ def collect(config: Config, directory: str, split: str, fill: float | None) -> S
         "image width, pixels": known.image_sizes[:, 1],
         "tiles a record": measured.tiles,
     }
-    counted |= {f"row tokens, {task}": tokens for task, tokens in zip(examples.TASKS, measured.tokens, strict=True)}
+    counted |= {
+        f"row tokens, {task}": tokens
+        for task, tokens in zip(examples.TASKS, measured.tokens, strict=True)
+    }
     return Statistics(
         name=split,
         directory=directory,
         num_records=len(known),
-        distributions={name: _distribution(values) for name, values in counted.items() if values.any()},
+        distributions={
+            name: _distribution(values) for name, values in counted.items() if values.any()
+        },
         facts=_facts(known, config),
         rejected=rejected(directory),
         fill=fill,
@@ -65,7 +71,10 @@ def collect(config: Config, directory: str, split: str, fill: float | None) -> S
 
 
 def rejected(directory: str | Path) -> dict[str, int]:
-    """Returns how many records `prepare` rejected by reason, the most frequent first. Without a list of them none."""
+    """Returns how many records `prepare` rejected by reason, the most frequent first.
+
+    Without a list of them none.
+    """
     path = Path(directory, staging.REJECTED)
     if not path.exists():
         return {}
@@ -90,12 +99,14 @@ def _distribution(values: np.ndarray) -> tuple[float, ...]:
 
 
 def _facts(known: Index, config: Config) -> dict[str, str]:
-    vision, data = config.model.vision, config.data
+    vision = config.model.vision
+    data = config.data
     doubles = len(known.content_hash) - len(np.unique(known.content_hash))
     return {
-        "Rows": f"{data.row_length:,} tokens, {data.max_tiles} tiles of {vision.tile_width} × {vision.tile_height} "
-        f"pixels with {config.slots_per_tile} slots each",
-        "Tiles of a record": f"at most {data.tiles_of_a_record}{', the overview first' if data.use_overview else ''}",
+        "Rows": f"{data.row_length:,} tokens, {data.max_tiles} tiles of {vision.tile_width} × "
+        f"{vision.tile_height} pixels with {config.slots_per_tile} slots each",
+        "Tiles of a record": f"at most {data.tiles_of_a_record}"
+        f"{', the overview first' if data.use_overview else ''}",
         "Tokens counted by": f"tokenizer {known.tokenizer}",
         "Same content twice": f"{doubles:,} records",
     }

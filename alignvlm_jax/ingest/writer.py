@@ -1,4 +1,7 @@
-"""Parts: what becomes of one unit of a source. Each is written by one process, and is whole or not there."""
+"""Parts: what becomes of one unit of a source.
+
+Each is written by one process, and is whole or not there.
+"""
 
 import contextlib
 import dataclasses
@@ -49,7 +52,10 @@ class Part:
 
     @property
     def rejected(self) -> Path:
-        """JSON lines, of the records that were left out: [id, reason]. It comes last: where it is, all files are."""
+        """JSON lines, of the records that were left out: [id, reason].
+
+        It comes last: where it is, all files are.
+        """
         return self.folder / f"{self.number:06d}.rejected.jsonl"
 
     def is_done(self) -> bool:
@@ -76,11 +82,14 @@ class PartWriter:
     split: str = ""
 
     def __call__(self, task: tuple[int, Unit]) -> Iterator[Progress]:
-        """Writes part `task[0]` out of a unit; UserError where it cannot be written or a bucket does not answer."""
+        """Writes part `task[0]` out of a unit; UserError where it cannot be written or a bucket
+        does not answer."""
         number, unit = task
-        # In a folder of its own: where a scheduler tries twice, another process may be at the same part.
+        # In a folder of its own: where a scheduler tries twice, another process may be at the same
+        # part.
         with tempfile.TemporaryDirectory(prefix=BESIDE, dir=self.folder) as beside:
-            part, place = Part(Path(beside), number), Part(Path(self.folder), number)
+            part = Part(Path(beside), number)
+            place = Part(Path(self.folder), number)
             yield from self._write(part, unit)
             for name in sorted(os.listdir(beside), key=lambda name: name == part.rejected.name):
                 os.replace(Path(beside, name), Path(self.folder, name))
@@ -88,7 +97,10 @@ class PartWriter:
         yield Progress(0, 1)
 
     def _write(self, part: Part, unit: Unit) -> Iterator[Progress]:
-        ids, rejected, splits, count = [], [], {}, 0
+        ids = []
+        rejected = []
+        splits = {}
+        count = 0
         with contextlib.ExitStack() as stack:
             for item in self.format.raws(unit):
                 try:
@@ -130,11 +142,14 @@ def _no_fault_ends_all() -> Iterator[None]:
     except (Reject, UserError):
         raise
     except Exception as err:
-        raise Reject(f"unforeseen {type(err).__name__} ({' '.join(str(err).split())[:200]})") from err
+        raise Reject(
+            f"unforeseen {type(err).__name__} ({' '.join(str(err).split())[:200]})"
+        ) from err
 
 
 def split_of(document: str, holdout: float) -> str:
-    """Returns the split of a document: a pure function, so that all its records go together, wherever they lie."""
+    """Returns the split of a document: a pure function, so that all its records go together,
+    wherever they lie."""
     digest = hashlib.blake2b(document.encode(errors="surrogatepass"), digest_size=8).digest()
     return SPLITS[int.from_bytes(digest, "big") < holdout * 2**64]
 

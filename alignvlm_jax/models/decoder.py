@@ -1,4 +1,5 @@
-"""The Llama decoder: RMSNorm, grouped-query attention with rotary positions, SwiGLU, tied or untied head.
+"""The Llama decoder: RMSNorm, grouped-query attention with rotary positions, SwiGLU, tied or untied
+head.
 
 Letters: `shapes.py`.
 """
@@ -20,14 +21,17 @@ from alignvlm_jax.shapes import Array, Bool, Float, Int
 class Cache(NamedTuple):
     """Keys (rotated) and values of all layers, and the slot where the next token is written.
 
-    The slots are last: so both products of attention take a layer as it lies, where XLA on CPU would turn it first.
+    The slots are last: so both products of attention take a layer as it lies, where XLA on CPU
+    would turn it first.
     """
 
     keys: Float[Array, "L B K h S"]
     values: Float[Array, "L B K h S"]
     index: Int[Array, ""]
 
-    def write(self, layer: Int[Array, ""], key: Float[Array, "B T K h"], value: Float[Array, "B T K h"]) -> "Cache":
+    def write(
+        self, layer: Int[Array, ""], key: Float[Array, "B T K h"], value: Float[Array, "B T K h"]
+    ) -> "Cache":
         """Returns the cache with T tokens of a layer written at the index, which stays."""
 
         def put(old: Array, new_BTKh: Array) -> Array:
@@ -36,7 +40,9 @@ class Cache(NamedTuple):
 
         return self._replace(keys=put(self.keys, key), values=put(self.values, value))
 
-    def read(self, layer: Int[Array, ""]) -> tuple[Float[Array, "B S K h"], Float[Array, "B S K h"]]:
+    def read(
+        self, layer: Int[Array, ""]
+    ) -> tuple[Float[Array, "B S K h"], Float[Array, "B S K h"]]:
         """Returns the keys and values of a layer."""
 
         def get(array: Array) -> Array:
@@ -46,7 +52,8 @@ class Cache(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Causal self-attention within segments; with a `mask`, over all slots of the cache that it admits."""
+    """Causal self-attention within segments; with a `mask`, over all slots of the cache that it
+    admits."""
 
     config: LLMConfig
     dtype: jnp.dtype
@@ -61,7 +68,8 @@ class Attention(nn.Module):
 
         def project(name: str, num_heads: int, axis: str) -> Array:
             equation = "BTD,DHh->BTHh" if axis == "heads" else "BTD,DKh->BTKh"
-            shape, axes = (c.width, num_heads, c.head_dim), ("embed", axis, "head_dim")
+            shape = (c.width, num_heads, c.head_dim)
+            axes = ("embed", axis, "head_dim")
             y = Einsum(equation, shape, axes, dtype=self.dtype, name=name)(x_BTD)
             return nn.with_logical_constraint(y, ("act_batch", "act_len", "act_heads", None))
 
@@ -73,8 +81,11 @@ class Attention(nn.Module):
         if mask is not None:
             mixed_BTHh = attention(query_BTHh, *cache.read(layer), mask)
         else:
-            mixed_BTHh = self_attention(query_BTHh, key_BTKh, value_BTKh, segment_ids, causal=True, kernel=self.kernel)
-        shape, axes = (c.num_heads, c.head_dim, c.width), ("heads", "head_dim", "embed")
+            mixed_BTHh = self_attention(
+                query_BTHh, key_BTKh, value_BTKh, segment_ids, causal=True, kernel=self.kernel
+            )
+        shape = (c.num_heads, c.head_dim, c.width)
+        axes = ("heads", "head_dim", "embed")
         return Einsum("BTHh,HhD->BTD", shape, axes, dtype=self.dtype, name="o")(mixed_BTHh), cache
 
 
@@ -88,17 +99,22 @@ class MLP(nn.Module):
     def __call__(self, x_BTD: Array) -> Array:
         c = self.config
         gate_BTF, up_BTF = (
-            Einsum("BTD,DF->BTF", (c.width, c.mlp_width), ("embed", "mlp"), dtype=self.dtype, name=name)(x_BTD)
+            Einsum(
+                "BTD,DF->BTF", (c.width, c.mlp_width), ("embed", "mlp"), dtype=self.dtype, name=name
+            )(x_BTD)
             for name in ("gate", "up")
         )
-        hidden_BTF = nn.with_logical_constraint(nn.silu(gate_BTF) * up_BTF, ("act_batch", "act_len", "act_mlp"))
-        return Einsum("BTF,FD->BTD", (c.mlp_width, c.width), ("mlp", "embed"), dtype=self.dtype, name="down")(
-            hidden_BTF
+        hidden_BTF = nn.with_logical_constraint(
+            nn.silu(gate_BTF) * up_BTF, ("act_batch", "act_len", "act_mlp")
         )
+        return Einsum(
+            "BTF,FD->BTD", (c.mlp_width, c.width), ("mlp", "embed"), dtype=self.dtype, name="down"
+        )(hidden_BTF)
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); with a cache, hands on the one that this layer wrote to."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); with a cache, hands on the one that this layer
+    wrote to."""
 
     config: LLMConfig
     dtype: jnp.dtype
@@ -127,12 +143,15 @@ class Embedding(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        init = nn.with_logical_partitioning(nn.initializers.normal(c.width**-0.5), ("vocab", "embed"))
+        init = nn.with_logical_partitioning(
+            nn.initializers.normal(c.width**-0.5), ("vocab", "embed")
+        )
         self.table = self.param("table", init, (c.vocab_size, c.width), jnp.float32)
 
 
 class Llama(nn.Module):
-    """The decoder in three steps, since image vectors come in between: `embed`, `__call__`, `logits`.
+    """The decoder in three steps, since image vectors come in between: `embed`, `__call__`,
+    `logits`.
 
     Attributes:
       config: sizes.
@@ -156,7 +175,8 @@ class Llama(nn.Module):
         self.blocks = blocks(c, self.dtype, self.attention)
         self.final_norm = RMSNorm(c.norm_eps)
         if not c.tie_embeddings:
-            shape, axes = (c.width, c.vocab_size), ("embed", "vocab")
+            shape = (c.width, c.vocab_size)
+            axes = ("embed", "vocab")
             self.head = Einsum("BTD,DV->BTV", shape, axes, dtype=self.dtype, out_dtype=jnp.float32)
 
     @property
@@ -166,7 +186,8 @@ class Llama(nn.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Returns the text embeddings of tokens."""
-        # Gathered over fsdp first: a lookup in a table sharded both ways makes XLA replicate the whole result.
+        # Gathered over fsdp first: a lookup in a table sharded both ways makes XLA replicate the
+        # whole result.
         table_VD = nn.with_logical_constraint(self.table.astype(self.dtype), ("vocab", "act_embed"))
         return nn.with_logical_constraint(table_VD[tokens], ("act_batch", "act_len", "act_embed"))
 
@@ -179,19 +200,27 @@ class Llama(nn.Module):
         cache: Cache | None = None,
         mask: Bool[Array, "B T S"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Returns the last hidden states, normalised, and the cache with the T new tokens written at its index.
+        """Returns the last hidden states, normalised, and the cache with the T new tokens written
+        at its index.
 
         Args:
-          segment_ids: without a mask, a token sees what stands at and before it in its own segment; None: in its row.
-          cache: where the new tokens are written. Without a mask it is an empty one, and only the new tokens are seen.
-          mask: admits slots of the cache, those of the new tokens included; for a few tokens at a time, since their
-            logits over all slots are made.
+          segment_ids: without a mask, a token sees what stands at and before it in its own segment;
+            None: in its row.
+          cache: where the new tokens are written. Without a mask it is an empty one, and only the
+            new tokens are seen.
+          mask: admits slots of the cache, those of the new tokens included; for a few tokens at a
+            time, since their logits over all slots are made.
         """
         if mask is not None and (cache is None or segment_ids is not None):
-            raise ValueError("a mask comes with the cache whose slots it admits, and without segments")
-        # The scan carries the whole cache: were each layer given its own and handed it back, all of it would be copied.
+            raise ValueError(
+                "a mask comes with the cache whose slots it admits, and without segments"
+            )
+        # The scan carries the whole cache: were each layer given its own and handed it back, all of
+        # it would be copied.
         layers = jnp.arange(self.config.num_layers)
-        (x_BTD, cache), _ = self.blocks((x.astype(self.dtype), cache), layers, positions, segment_ids, mask)
+        (x_BTD, cache), _ = self.blocks(
+            (x.astype(self.dtype), cache), layers, positions, segment_ids, mask
+        )
         if cache is not None:
             cache = cache._replace(index=cache.index + x.shape[1])
         return self.final_norm(x_BTD), cache
@@ -201,7 +230,9 @@ class Llama(nn.Module):
         c = self.config
         if c.tie_embeddings:
             table_VD = self.table.astype(self.dtype)
-            logits_BTV = jnp.einsum("BTD,VD->BTV", hidden, table_VD, preferred_element_type=jnp.float32)
+            logits_BTV = jnp.einsum(
+                "BTD,VD->BTV", hidden, table_VD, preferred_element_type=jnp.float32
+            )
         else:
             logits_BTV = self.head(hidden)
         if c.padded_rows:
@@ -209,9 +240,14 @@ class Llama(nn.Module):
         return nn.with_logical_constraint(logits_BTV, ("act_batch", "act_len", "act_vocab"))
 
     def token_losses(
-        self, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], vocab_form: str, vocab_block_mib: float
+        self,
+        hidden: Float[Array, "B T D"],
+        targets: Int[Array, "B T"],
+        vocab_form: str,
+        vocab_block_mib: float,
     ) -> TokenLosses:
-        """Returns the losses of predicting `targets`, without logits of all tokens (`config.ModelConfig`)."""
+        """Returns the losses of predicting `targets`, without logits of all tokens
+        (`config.ModelConfig`)."""
         c = self.config
         master = self.table if c.tie_embeddings else self.head.kernel
         return token_losses(
@@ -226,13 +262,18 @@ class Llama(nn.Module):
     def empty_cache(self, batch_size: int, length: int) -> Cache:
         """Returns a cache of zeros with `length` slots."""
         c = self.config
-        zeros = jnp.zeros((c.num_layers, batch_size, c.num_kv_heads, c.head_dim, length), self.dtype)
-        zeros = nn.with_logical_constraint(zeros, ("layers", "act_batch", "act_heads", None, "act_len"))
+        zeros = jnp.zeros(
+            (c.num_layers, batch_size, c.num_kv_heads, c.head_dim, length), self.dtype
+        )
+        zeros = nn.with_logical_constraint(
+            zeros, ("layers", "act_batch", "act_heads", None, "act_len")
+        )
         return Cache(zeros, zeros, jnp.zeros((), jnp.int32))
 
 
 def lm_head(llm: dict[str, Any]) -> Float[Array, "D V"]:
-    """Returns a copy of the head of the LLM's parameters: its own kernel, or the tied table transposed."""
+    """Returns a copy of the head of the LLM's parameters: its own kernel, or the tied table
+    transposed."""
     head = llm["head"]["kernel"] if "head" in llm else llm["embed"]["table"].T
     # Not a second name for the same buffer: donating one must not take the other away.
     return jnp.copy(head)

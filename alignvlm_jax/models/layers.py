@@ -1,4 +1,7 @@
-"""Building blocks of both towers: projections, norms, rotary positions, remat policies. Letters: `shapes.py`."""
+"""Building blocks of both towers: projections, norms, rotary positions, remat policies.
+
+Letters: `shapes.py`.
+"""
 
 import math
 from collections.abc import Callable
@@ -21,7 +24,8 @@ REMAT_POLICIES: dict[str, Callable | None] = {
 class Einsum(nn.Module):
     """A linear map `inputs, kernel -> outputs`, its kernel kept at its final rank.
 
-    nn.DenseGeneral creates a flat kernel first, which a logical spec of higher rank rejects under jax.set_mesh.
+    nn.DenseGeneral creates a flat kernel first, which a logical spec of higher rank rejects under
+    jax.set_mesh.
 
     Attributes:
       equation: for example "BTD,DHh->BTHh".
@@ -29,7 +33,8 @@ class Einsum(nn.Module):
       axes: logical axis of each kernel dimension.
       use_bias: adds a bias over the kernel dimensions that the output keeps.
       dtype: of the computation.
-      out_dtype: of the outputs, if another: float32 logits must not have been rounded to bfloat16 on their way.
+      out_dtype: of the outputs, if another: float32 logits must not have been rounded to bfloat16
+        on their way.
     """
 
     equation: str
@@ -43,10 +48,16 @@ class Einsum(nn.Module):
         letters, out = self.equation.split(",")[1].split("->")
         kept = [i for i, letter in enumerate(letters) if letter in out]
         summed = [i for i in range(len(letters)) if i not in kept]
-        init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=summed, out_axis=kept)
-        self.kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), self.shape, jnp.float32)
+        init = nn.initializers.variance_scaling(
+            1.0, "fan_in", "truncated_normal", in_axis=summed, out_axis=kept
+        )
+        self.kernel = self.param(
+            "kernel", nn.with_logical_partitioning(init, self.axes), self.shape, jnp.float32
+        )
         if self.use_bias:
-            zeros = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.axes[i] for i in kept))
+            zeros = nn.with_logical_partitioning(
+                nn.initializers.zeros, tuple(self.axes[i] for i in kept)
+            )
             self.bias = self.param("bias", zeros, tuple(self.shape[i] for i in kept), jnp.float32)
 
     def __call__(self, inputs: Array) -> Array:
@@ -56,7 +67,8 @@ class Einsum(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation over the last axis, computed in float32, returned in the input's dtype."""
+    """Layer normalisation over the last axis, computed in float32, returned in the input's
+    dtype."""
 
     size: int
     eps: float
@@ -74,7 +86,8 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation over the last axis, computed in float32, returned in the input's dtype."""
+    """Root-mean-square normalisation over the last axis, computed in float32, returned in the
+    input's dtype."""
 
     eps: float
 
@@ -90,8 +103,9 @@ class RMSNorm(nn.Module):
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Float[Array, "h/2"]:
     """Returns the angular frequency of each pair of channels, in radians a position.
 
-    With a factor above 1, Llama 3's scaling: wavelengths beyond original_length / low_freq_factor are stretched by the
-    factor, those under original_length / high_freq_factor kept, those between blended.
+    With a factor above 1, Llama 3's scaling: wavelengths beyond original_length / low_freq_factor
+    are stretched by the factor, those under original_length / high_freq_factor kept, those between
+    blended.
     """
     frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling.factor == 1.0:
@@ -102,19 +116,28 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Float
     return frequencies * (keep + (1 - keep) / scaling.factor)
 
 
-def apply_rope(x: Float[Array, "B T H h"], positions: Int[Array, "B T"], frequencies: Float[Array, "h/2"]) -> Array:
-    """Rotates channel pairs (i, i + h/2) by position x frequency, in float32 (bfloat16 rounds position 257 to 256)."""
+def apply_rope(
+    x: Float[Array, "B T H h"], positions: Int[Array, "B T"], frequencies: Float[Array, "h/2"]
+) -> Array:
+    """Rotates channel pairs (i, i + h/2) by position x frequency, in float32 (bfloat16 rounds
+    position 257 to 256)."""
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    sin = jnp.sin(angles)
+    cos = jnp.cos(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    ).astype(x.dtype)
 
 
-def scan_blocks(block: type[nn.Module], num_layers: int, remat: str, unroll: int, in_axes: tuple) -> type[nn.Module]:
-    """Returns `block` stacked `num_layers` times over a leading "layers" axis, rematerialised by policy name.
+def scan_blocks(
+    block: type[nn.Module], num_layers: int, remat: str, unroll: int, in_axes: tuple
+) -> type[nn.Module]:
+    """Returns `block` stacked `num_layers` times over a leading "layers" axis, rematerialised by
+    policy name.
 
-    The block maps (x, *inputs) to (x, per-layer output); `in_axes` says for each input whether it is scanned (0) or
-    shared (nn.broadcast).
+    The block maps (x, *inputs) to (x, per-layer output); `in_axes` says for each input whether it
+    is scanned (0) or shared (nn.broadcast).
     """
     if REMAT_POLICIES[remat] is not None:
         block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[remat])

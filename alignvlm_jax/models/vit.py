@@ -1,4 +1,5 @@
-"""The SigLIP vision encoder (arXiv 2303.15343): patch convolution, learned positions, pre-norm blocks, final norm.
+"""The SigLIP vision encoder (arXiv 2303.15343): patch convolution, learned positions, pre-norm
+blocks, final norm.
 
 Letters: `shapes.py`; B here counts tiles (rows x tile slots).
 """
@@ -23,17 +24,23 @@ class Attention(nn.Module):
     def __call__(self, x_BPE: Array) -> Array:
         c = self.config
         head_dim = c.width // c.num_heads
-        shape, axes = (c.width, c.num_heads, head_dim), ("vis_embed", "vis_heads", "head_dim")
+        shape = (c.width, c.num_heads, head_dim)
+        axes = ("vis_embed", "vis_heads", "head_dim")
         query, key, value = (
             nn.with_logical_constraint(
-                Einsum("BPE,EHh->BPHh", shape, axes, use_bias=True, dtype=self.dtype, name=name)(x_BPE),
+                Einsum("BPE,EHh->BPHh", shape, axes, use_bias=True, dtype=self.dtype, name=name)(
+                    x_BPE
+                ),
                 ("act_batch", "act_len", "act_heads", None),
             )
             for name in "qkv"
         )
         mixed = self_attention(query, key, value, None, causal=False, kernel=self.kernel)
-        shape, axes = (c.num_heads, head_dim, c.width), ("vis_heads", "head_dim", "vis_embed")
-        return Einsum("BPHh,HhE->BPE", shape, axes, use_bias=True, dtype=self.dtype, name="o")(mixed)
+        shape = (c.num_heads, head_dim, c.width)
+        axes = ("vis_heads", "head_dim", "vis_embed")
+        return Einsum("BPHh,HhE->BPE", shape, axes, use_bias=True, dtype=self.dtype, name="o")(
+            mixed
+        )
 
 
 class MLP(nn.Module):
@@ -45,8 +52,22 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BPE: Array) -> Array:
         c = self.config
-        up = Einsum("BPE,EF->BPF", (c.width, c.mlp_width), ("vis_embed", "vis_mlp"), True, self.dtype, name="up")
-        down = Einsum("BPF,FE->BPE", (c.mlp_width, c.width), ("vis_mlp", "vis_embed"), True, self.dtype, name="down")
+        up = Einsum(
+            "BPE,EF->BPF",
+            (c.width, c.mlp_width),
+            ("vis_embed", "vis_mlp"),
+            True,
+            self.dtype,
+            name="up",
+        )
+        down = Einsum(
+            "BPF,FE->BPE",
+            (c.mlp_width, c.width),
+            ("vis_mlp", "vis_embed"),
+            True,
+            self.dtype,
+            name="down",
+        )
         hidden_BPF = nn.with_logical_constraint(up(x_BPE), ("act_batch", "act_len", "act_mlp"))
         return down(nn.gelu(hidden_BPF, approximate=c.gelu == "tanh"))
 
@@ -64,7 +85,9 @@ class Block(nn.Module):
         x_BPE += Attention(c, self.dtype, self.kernel, name="attn")(
             LayerNorm(c.width, c.norm_eps, name="attn_norm")(x_BPE)
         )
-        x_BPE += MLP(c, self.dtype, name="mlp")(LayerNorm(c.width, c.norm_eps, name="mlp_norm")(x_BPE))
+        x_BPE += MLP(c, self.dtype, name="mlp")(
+            LayerNorm(c.width, c.norm_eps, name="mlp_norm")(x_BPE)
+        )
         return nn.with_logical_constraint(x_BPE, ("act_batch", "act_len", "act_embed")), None
 
 
@@ -91,11 +114,14 @@ class Siglip(nn.Module):
         c = self.config
         rows, columns = c.patch_grid
         # In float32: the difference to a mean near white would lose most of bfloat16's bits.
-        mean, std = jnp.array(c.pixel_mean, jnp.float32), jnp.array(c.pixel_std, jnp.float32)
+        mean = jnp.array(c.pixel_mean, jnp.float32)
+        std = jnp.array(c.pixel_std, jnp.float32)
         pixels = (tiles.astype(jnp.float32) / 255 - mean) / std
         # A convolution whose stride is its kernel is a matrix product over patches.
         patches = pixels.reshape(-1, rows, c.patch_height, columns, c.patch_width, tiles.shape[-1])
-        patches = patches.swapaxes(2, 3).reshape(-1, c.num_patches, c.patch_height, c.patch_width, tiles.shape[-1])
+        patches = patches.swapaxes(2, 3).reshape(
+            -1, c.num_patches, c.patch_height, c.patch_width, tiles.shape[-1]
+        )
         x_BPE = Einsum(
             "BPyxC,yxCE->BPE",
             (c.patch_height, c.patch_width, tiles.shape[-1], c.width),
@@ -104,9 +130,13 @@ class Siglip(nn.Module):
             dtype=self.dtype,
             name="patch_embed",
         )(patches)
-        init = nn.with_logical_partitioning(nn.initializers.normal(c.width**-0.5), ("patch", "vis_embed"))
+        init = nn.with_logical_partitioning(
+            nn.initializers.normal(c.width**-0.5), ("patch", "vis_embed")
+        )
         positions = self.param("positions", init, (c.num_patches, c.width), jnp.float32)
-        x_BPE = nn.with_logical_constraint(x_BPE + positions.astype(self.dtype), ("act_batch", "act_len", "act_embed"))
+        x_BPE = nn.with_logical_constraint(
+            x_BPE + positions.astype(self.dtype), ("act_batch", "act_len", "act_embed")
+        )
         blocks = scan_blocks(Block, c.num_layers, self.remat, self.unroll, in_axes=(nn.broadcast,))
         x_BPE, _ = blocks(c, self.dtype, self.attention, name="blocks")(x_BPE, None)
         return LayerNorm(c.width, c.norm_eps, name="final_norm")(x_BPE)

@@ -1,4 +1,5 @@
-"""The composition: tiles -> SigLIP -> connector -> image slots among the text embeddings -> Llama -> logits.
+"""The composition: tiles -> SigLIP -> connector -> image slots among the text embeddings -> Llama
+-> logits.
 
 Letters: `shapes.py`.
 """
@@ -26,15 +27,16 @@ NUM_CHANNELS = 3
 
 
 class Output(NamedTuple):
-    """Logits that predict each position's next token, and the connector's loss of each patch (zeros without labels)."""
+    """Logits that predict each position's next token, and the connector's loss of each patch (zeros
+    without labels)."""
 
     logits: Float[Array, "B T V"]
     patch_nll: Float[Array, "B I P"]
 
 
 class Losses(NamedTuple):
-    """Of each position the losses of predicting its target, and the connector's loss of each patch (zeros without
-    labels)."""
+    """Of each position the losses of predicting its target, and the connector's loss of each patch
+    (zeros without labels)."""
 
     tokens: TokenLosses
     patch_nll: Float[Array, "B I P"]
@@ -46,7 +48,8 @@ class VLM(nn.Module):
     config: ModelConfig
 
     def setup(self) -> None:
-        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        c = self.config
+        dtype = jnp.dtype(self.config.dtype)
         self.vision = Siglip(c.vision, dtype, c.remat, c.scan_unroll, c.attention)
         self.connector = connectors.get(c.connector.name)(c, dtype)
         self.llm = Llama(c.llm, dtype, c.remat, c.scan_unroll, c.attention)
@@ -55,20 +58,25 @@ class VLM(nn.Module):
         """Returns the logits of every position, and the patch loss where the batch has labels.
 
         Args:
-          batch: tokens, positions, segment_ids; tiles for "pixels"; patch_label_ids and patch_label_weights for
-            "labels", and for the patch loss. One with neither tiles nor labels is text alone: it has no image slots,
-            the tower and the connector do not enter, and I is 0.
-          visual_input: "pixels", or "labels": the average of text embeddings that the labels name stands in for what
-            the connector would hand on, and no image is looked at.
+          batch: tokens, positions, segment_ids; tiles for "pixels"; patch_label_ids and
+            patch_label_weights for "labels", and for the patch loss. One with neither tiles nor
+            labels is text alone: it has no image slots, the tower and the connector do not enter,
+            and I is 0.
+          visual_input: "pixels", or "labels": the average of text embeddings that the labels name
+            stands in for what the connector would hand on, and no image is looked at.
         """
         hidden_BTD, patch_nll = self._hidden(batch, visual_input)
         return Output(self.llm.logits(hidden_BTD), patch_nll)
 
     def losses(self, batch: Mapping[str, Array], visual_input: str = "pixels") -> Losses:
-        """Returns the losses of batch["targets"], and otherwise what `__call__` does, without making all logits."""
+        """Returns the losses of batch["targets"], and otherwise what `__call__` does, without
+        making all logits."""
         c = self.config
         hidden_BTD, patch_nll = self._hidden(batch, visual_input)
-        return Losses(self.llm.token_losses(hidden_BTD, batch["targets"], c.vocab_form, c.vocab_block_mib), patch_nll)
+        return Losses(
+            self.llm.token_losses(hidden_BTD, batch["targets"], c.vocab_form, c.vocab_block_mib),
+            patch_nll,
+        )
 
     def encode_tiles(self, tiles: UInt8[Array, "B I Y X C"]) -> Float[Array, "B I P E"]:
         """Returns patch features; every tile is encoded by itself."""
@@ -77,8 +85,9 @@ class VLM(nn.Module):
         return features.reshape(batch, slots, *features.shape[1:])
 
     def features(self, batch: Mapping[str, Array]) -> Float[Array, "B I P E"]:
-        """Returns what the connector is given: the patch features; with Gaussian noise where the batch has noise_sigma,
-        float32 [B], and noise_seed, uint32 [B]. A row's noise follows from its seed alone and grows with its sigma."""
+        """Returns what the connector is given: the patch features; with Gaussian noise where the
+        batch has noise_sigma, float32 [B], and noise_seed, uint32 [B]. A row's noise follows from
+        its seed alone and grows with its sigma."""
         features = self.encode_tiles(batch["tiles"])
         if "noise_sigma" not in batch:
             return features
@@ -94,31 +103,39 @@ class VLM(nn.Module):
         return self._visual_tokens(batch, "pixels")[0]
 
     def patch_probabilities(self, batch: Mapping[str, Array]) -> Float[Array, "B I P V"]:
-        """Returns each patch's distribution over the vocabulary; only for connectors that have one."""
+        """Returns each patch's distribution over the vocabulary; only for connectors that have
+        one."""
         features = self.features(batch)
         probabilities_NV = self.connector.probabilities(features.reshape(-1, features.shape[-1]))
         return probabilities_NV.reshape(*features.shape[:-1], -1)
 
-    def prefill(self, batch: Mapping[str, Array], num_new: int) -> tuple[Float[Array, "B V"], Cache]:
-        """Reads one prompt a row (segment 1, then padding) from pixels; from text alone without "tiles" in the batch.
+    def prefill(
+        self, batch: Mapping[str, Array], num_new: int
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Reads one prompt a row (segment 1, then padding) from pixels; from text alone without
+        "tiles" in the batch.
 
         Returns:
-          The logits of each row's first new token, and a cache with room for `num_new` tokens after the T slots of
-          the prompt. Padding lies between; `decode`'s mask must keep it out.
+          The logits of each row's first new token, and a cache with room for `num_new` tokens after
+          the T slots of the prompt. Padding lies between; `decode`'s mask must keep it out.
         """
         segment_ids = batch["segment_ids"]
         size, length = segment_ids.shape
         x_BTD, _ = self._read(batch, "pixels")
         cache = self.llm.empty_cache(size, length + num_new)
-        # Without the segments, which cuDNN's kernel takes as a bias [B, 1, T, T]: what stands before the padding does
-        # not see it, and nobody reads what the padding sees.
+        # Without the segments, which cuDNN's kernel takes as a bias [B, 1, T, T]: what stands
+        # before the padding does not see it, and nobody reads what the padding sees.
         hidden_BTD, cache = self.llm(x_BTD, batch["positions"], cache=cache)
         last_B = (segment_ids > 0).sum(-1) - 1
         hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
         return self.llm.logits(hidden_B1D)[:, 0], cache
 
     def decode(
-        self, tokens: Int[Array, "B"], positions: Int[Array, "B"], mask: Bool[Array, "B S"], cache: Cache
+        self,
+        tokens: Int[Array, "B"],
+        positions: Int[Array, "B"],
+        mask: Bool[Array, "B S"],
+        cache: Cache,
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Reads one more token a row; `mask` admits cache slots, this token's own included."""
         x_B1D = self.llm.embed(tokens[:, None])
@@ -144,21 +161,27 @@ class VLM(nn.Module):
         labels = None
         if "patch_label_ids" in batch:
             size, slots, patches, k = batch["patch_label_ids"].shape
-            labels = PatchLabels(batch["patch_label_ids"].reshape(-1, k), batch["patch_label_weights"].reshape(-1, k))
+            labels = PatchLabels(
+                batch["patch_label_ids"].reshape(-1, k), batch["patch_label_weights"].reshape(-1, k)
+            )
         if visual_input == "labels":
             vectors_NkD = self.llm.embed(labels.ids)
-            tokens_ND = jnp.einsum("NkD,Nk->ND", vectors_NkD, labels.weights.astype(vectors_NkD.dtype))
-            return tokens_ND.reshape(size, slots * patches, -1), jnp.zeros((size, slots, patches), jnp.float32)
+            tokens_ND = jnp.einsum(
+                "NkD,Nk->ND", vectors_NkD, labels.weights.astype(vectors_NkD.dtype)
+            )
+            return tokens_ND.reshape(size, slots * patches, -1), jnp.zeros(
+                (size, slots, patches), jnp.float32
+            )
         features = self.features(batch)
         size, slots, patches, width = features.shape
         output = self.connector(features.reshape(-1, width), self.llm.table, labels)
-        return output.tokens.reshape(size, slots * self.config.slots_per_tile, -1), output.patch_nll.reshape(
-            size, slots, patches
-        )
+        return output.tokens.reshape(
+            size, slots * self.config.slots_per_tile, -1
+        ), output.patch_nll.reshape(size, slots, patches)
 
     def _merge(self, tokens_BT: Array, visual_BND: Array) -> Array:
-        """Text embeddings with a row's n-th visual token at its n-th image slot. Used tiles come first in a row, so
-        unused ones are never reached."""
+        """Text embeddings with a row's n-th visual token at its n-th image slot. Used tiles come
+        first in a row, so unused ones are never reached."""
         is_image_BT = tokens_BT == self.config.image_token_id
         # The placeholder may lie beyond the text table: look it up nowhere.
         text_BTD = self.llm.embed(jnp.where(is_image_BT, 0, tokens_BT))
@@ -170,8 +193,11 @@ class VLM(nn.Module):
 
 def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shapes and dtypes of the global batch of a training step."""
-    vision, data, batch = config.model.vision, config.data, config.train.batch_size
-    length, patches = data.row_length, (batch, data.max_tiles, vision.num_patches)
+    vision = config.model.vision
+    data = config.data
+    batch = config.train.batch_size
+    length = data.row_length
+    patches = (batch, data.max_tiles, vision.num_patches)
     tiles = (batch, data.max_tiles, vision.tile_height, vision.tile_width, NUM_CHANNELS)
     shapes = {
         "tokens": ((batch, length), np.int32),
@@ -187,9 +213,11 @@ def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
 
 
-def init_params(model: VLM, rng: jax.Array, batch: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    """Returns initialised parameters, boxed with their logical axes, under "vision", "connector" and "llm". What of the
-    connector starts from the LLM is that of the LLM as initialised.
+def init_params(
+    model: VLM, rng: jax.Array, batch: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, Any]:
+    """Returns initialised parameters, boxed with their logical axes, under "vision", "connector"
+    and "llm". What of the connector starts from the LLM is that of the LLM as initialised.
 
     Call it inside `jax.eval_shape` or `jax.jit`: only shapes of `batch` matter.
     """
@@ -198,18 +226,23 @@ def init_params(model: VLM, rng: jax.Array, batch: Mapping[str, jax.ShapeDtypeSt
 
 
 def init_from_llm(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
-    """Returns params, boxed or not, with what of the connector starts from the LLM made of the LLM in them."""
+    """Returns params, boxed or not, with what of the connector starts from the LLM made of the LLM
+    in them."""
     leaves = traverse_util.flatten_dict(params, sep="/")
     for path, new in from_llm(config, nn.meta.unbox(params["llm"])).items():
         shape = nn.meta.unbox(leaves[path]).shape
         if shape != new.shape:
-            raise UserError(f"{path} is {shape} and what it starts from in the LLM is {new.shape}: they must be equal")
+            raise UserError(
+                f"{path} is {shape} and what it starts from in the LLM is {new.shape}: they must "
+                "be equal"
+            )
         leaves[path] = nn.meta.replace_boxed({"": leaves[path]}, {"": new})[""]
     return traverse_util.unflatten_dict(leaves, sep="/")
 
 
 def from_llm(config: ModelConfig, llm: dict[str, Any]) -> dict[str, Array]:
-    """Returns by path those of the connector's parameters that start as a function of the LLM's, made of `llm`."""
+    """Returns by path those of the connector's parameters that start as a function of the LLM's,
+    made of `llm`."""
     made = connectors.get(config.connector.name).init_from_llm(llm, config.connector)
     return traverse_util.flatten_dict({"connector": made}, sep="/") if made else {}
 
@@ -220,7 +253,7 @@ def from_llm_paths(config: ModelConfig, llm: dict[str, Any]) -> set[str]:
 
 
 def pruning(words: Bool[Array, "V"]) -> dict[str, Any]:
-    """Returns the variables that, beside the parameters, leave the patches only these vocabulary entries; of a
-    connector that gives them a distribution over the vocabulary."""
+    """Returns the variables that, beside the parameters, leave the patches only these vocabulary
+    entries; of a connector that gives them a distribution over the vocabulary."""
     collection, name = VOCABULARY_SUBSET
     return {collection: {"connector": {name: words}}}

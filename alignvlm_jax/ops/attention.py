@@ -1,4 +1,5 @@
-"""Attention with grouped key-value heads: under a mask that the caller gives, or over packed rows by a kernel."""
+"""Attention with grouped key-value heads: under a mask that the caller gives, or over packed rows
+by a kernel."""
 
 import functools
 import math
@@ -12,8 +13,8 @@ from alignvlm_jax.ops.splash import splash_attention
 from alignvlm_jax.shapes import Array, Bool, Float, Int
 
 CHUNK_SIZE_MIB = 64.0
-"""Float32 logits of XLA's attention on one device: where all of them are more, they are made for a chunk of the queries
-at a time."""
+"""Float32 logits of XLA's attention on one device: where all of them are more, they are made for a
+chunk of the queries at a time."""
 
 
 def attention(
@@ -22,8 +23,11 @@ def attention(
     value: Float[Array, "B S K h"],
     mask: Bool[Array, "B T S"] | None = None,
 ) -> Float[Array, "B T H h"]:
-    """Returns softmax(query key^T / sqrt(h)) value, softmax in float32; query head i reads key head i // (H / K)."""
-    return jax.nn.dot_product_attention(query, key, value, mask=None if mask is None else mask[:, None])
+    """Returns softmax(query key^T / sqrt(h)) value, softmax in float32; query head i reads key head
+    i // (H / K)."""
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=None if mask is None else mask[:, None]
+    )
 
 
 def self_attention(
@@ -38,35 +42,49 @@ def self_attention(
     """Returns what `attention` would under the mask of the segments, in the query's dtype.
 
     Args:
-      segment_ids: a token sees its own segment only, padding (segment 0) being one of its own; None: a row is one.
+      segment_ids: a token sees its own segment only, padding (segment 0) being one of its own;
+        None: a row is one.
       causal: a token sees nothing after itself.
-      kernel: `config.model.attention`. "xla" makes [B, H, T, T] logits where they are at most CHUNK_SIZE_MIB on a
-        device, and else those of a chunk of queries at a time. "splash" is Pallas' for TPU (on CPU it is interpreted,
-        for tests), "cudnn" that of NVIDIA's library from Ampere on; neither makes any. "auto" takes the one that the
-        devices of the mesh have; on a GPU that cuDNN's does not run on, say "xla". All compute with XLA where no mesh
-        is entered: there only shapes are asked for, maybe on another machine. "plain" is no choice of a config: all
-        [B, H, T, T] logits at once, whatever their size, for FLOPs to be counted by (`plan.flops`).
+      kernel: `config.model.attention`. "xla" makes [B, H, T, T] logits where they are at most
+        CHUNK_SIZE_MIB on a device, and else those of a chunk of queries at a time. "splash" is
+        Pallas' for TPU (on CPU it is interpreted, for tests), "cudnn" that of NVIDIA's library from
+        Ampere on; neither makes any. "auto" takes the one that the devices of the mesh have; on a
+        GPU that cuDNN's does not run on, say "xla". All compute with XLA where no mesh is entered:
+        there only shapes are asked for, maybe on another machine. "plain" is no choice of a config:
+        all [B, H, T, T] logits at once, whatever their size, for FLOPs to be counted by
+        (`plan.flops`).
 
     Raises:
       UserError: the mesh has no such kernel, or the kernel does not take these sizes.
     """
     kernel = _resolve(kernel, query, segment_ids)
     if kernel == "splash":
-        return splash_attention(query, key, value, segment_ids, causal=causal, interpret=mesh_platform() == "cpu")
+        return splash_attention(
+            query, key, value, segment_ids, causal=causal, interpret=mesh_platform() == "cpu"
+        )
     if kernel == "cudnn":
-        # It knows no segments: they come in as a bias [B, 1, T, T]. It does know what is causal, and skips the rest.
+        # It knows no segments: they come in as a bias [B, 1, T, T]. It does know what is causal,
+        # and skips the rest.
         mask = None if segment_ids is None else same_segment(segment_ids)[:, None]
-        return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal, implementation="cudnn")
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=mask, is_causal=causal, implementation="cudnn"
+        )
     if kernel != "plain" and (chunk := _queries_per_chunk(*query.shape[:3])):
         return _chunked(query, key, value, segment_ids, causal, chunk)
     if segment_ids is None:
         return jax.nn.dot_product_attention(query, key, value, is_causal=causal)
-    return attention(query, key, value, causal_mask(segment_ids) if causal else same_segment(segment_ids))
+    return attention(
+        query, key, value, causal_mask(segment_ids) if causal else same_segment(segment_ids)
+    )
 
 
 def _queries_per_chunk(batch: int, length: int, heads: int) -> int | None:
-    """How many queries of every row have CHUNK_SIZE_MIB of logits on a device; None where all of them have."""
-    rows, heads = (math.ceil(n / chunked.ways(axis)) for n, axis in ((batch, "act_batch"), (heads, "act_heads")))
+    """How many queries of every row have CHUNK_SIZE_MIB of logits on a device; None where all of
+    them have."""
+    rows, heads = (
+        math.ceil(n / chunked.ways(axis))
+        for n, axis in ((batch, "act_batch"), (heads, "act_heads"))
+    )
     fits = int(CHUNK_SIZE_MIB * 2**20 / (4 * rows * heads * length))
     return None if length <= fits else max(fits, 1)
 
@@ -74,8 +92,9 @@ def _queries_per_chunk(batch: int, length: int, heads: int) -> int | None:
 def _chunked(
     query: Array, key: Array, value: Array, segment_ids: Array | None, causal: bool, chunk: int
 ) -> Float[Array, "B T H h"]:
-    """`attention` under the mask of the segments, `chunk` queries at a time, each with all keys: the same sums as of
-    all at once. The backward pass makes the logits of a chunk again. Rows and heads stay sharded as they are."""
+    """`attention` under the mask of the segments, `chunk` queries at a time, each with all keys:
+    the same sums as of all at once. The backward pass makes the logits of a chunk again. Rows and
+    heads stay sharded as they are."""
     length = query.shape[1]
     count = math.ceil(length / chunk)
     index_T = jnp.arange(length)
@@ -90,7 +109,9 @@ def _chunked(
         seen = [] if ids is None else [ids[:, :, None] == segment_ids[:, None, :]]
         if causal:
             seen.append(jnp.broadcast_to(index[:, :, None] >= index_T, (len(query), chunk, length)))
-        return attention(query, key, value, functools.reduce(jnp.logical_and, seen) if seen else None)
+        return attention(
+            query, key, value, functools.reduce(jnp.logical_and, seen) if seen else None
+        )
 
     # The queries that fill up the last chunk look like the last one, so that each sees a key.
     parts = (
@@ -105,8 +126,8 @@ def _chunked(
 def mesh_platform() -> str | None:
     """Returns "cpu", "gpu" or "tpu", what the mesh entered is made of; None without a mesh.
 
-    Not jax.default_backend(): a TPU's program may be compiled on a CPU host. The abstract mesh is all that is known
-    inside jit, and it is part of what jit's cache is keyed by.
+    Not jax.default_backend(): a TPU's program may be compiled on a CPU host. The abstract mesh is
+    all that is known inside jit, and it is part of what jit's cache is keyed by.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return None if device is None else device.platform
@@ -123,17 +144,26 @@ def _resolve(kernel: str, query: Array, segment_ids: Array | None) -> str:
             return "xla" if _refused_by_cudnn(query, segment_ids) else "cudnn"
         return "splash" if platform == "tpu" else "xla"
     if kernel == "splash" and platform == "gpu":
-        raise UserError("config.model.attention 'splash' is for TPU and the mesh is of gpu; use 'cudnn' or 'auto'")
+        raise UserError(
+            "config.model.attention 'splash' is for TPU and the mesh is of gpu; use 'cudnn' or "
+            "'auto'"
+        )
     if kernel == "cudnn":
-        refused = _refused_by_cudnn(query, segment_ids) if platform == "gpu" else f"the mesh is of {platform}"
+        refused = (
+            _refused_by_cudnn(query, segment_ids)
+            if platform == "gpu"
+            else f"the mesh is of {platform}"
+        )
         if refused:
             raise UserError(f"config.model.attention 'cudnn' does not apply: {refused}; use 'auto'")
     return kernel
 
 
 def _refused_by_cudnn(query: Array, segment_ids: Array | None) -> str:
-    """Why cuDNN's kernel does not take these arrays, "" if it does; jax would raise, and "auto" must not."""
-    length, head_dim = query.shape[1], query.shape[3]
+    """Why cuDNN's kernel does not take these arrays, "" if it does; jax would raise, and "auto"
+    must not."""
+    length = query.shape[1]
+    head_dim = query.shape[3]
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 or float16, not in {query.dtype}"
     if head_dim % 8 or head_dim > 128:
@@ -155,7 +185,8 @@ def causal_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
                                   1 1 0 0
                                   0 0 1 0
                                   0 0 1 1
-    Image slots are tokens like any other: they see what stands before them and are seen by what follows. Padding
-    (segment 0) is a segment of its own, so that no row of the mask is empty and its softmax stays finite.
+    Image slots are tokens like any other: they see what stands before them and are seen by what
+    follows. Padding (segment 0) is a segment of its own, so that no row of the mask is empty and
+    its softmax stays finite.
     """
     return same_segment(segment_ids) & jnp.tri(segment_ids.shape[1], dtype=bool)

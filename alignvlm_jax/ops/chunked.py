@@ -1,9 +1,10 @@
-"""Functions of rows whose intermediate [rows, V] is too large to exist: mapped over blocks of rows, each computed again
-in the backward pass.
+"""Functions of rows whose intermediate [rows, V] is too large to exist: mapped over blocks of rows,
+each computed again in the backward pass.
 
-The rows are split over the mesh axes of `act_batch`, and within a shard into blocks. What all rows share, the matrices,
-is gathered once, before the blocks; their gradients are summed over the blocks in float32 and over the shards once,
-after the blocks. Left to the partitioner, that sum would be made in every block.
+The rows are split over the mesh axes of `act_batch`, and within a shard into blocks. What all rows
+share, the matrices, is gathered once, before the blocks; their gradients are summed over the blocks
+in float32 and over the shards once, after the blocks. Left to the partitioner, that sum would be
+made in every block.
 """
 
 import functools
@@ -20,14 +21,16 @@ from alignvlm_jax.shapes import Array, Float
 
 
 class Matrix(NamedTuple):
-    """A matrix for `project`: its `value` in the dtype of the computation, and a float32 array for its gradient."""
+    """A matrix for `project`: its `value` in the dtype of the computation, and a float32 array for
+    its gradient."""
 
     value: Float[Array, "..."]
     gradient: Float[Array, "..."]
 
     @classmethod
     def of(cls, master: Float[Array, "..."], dtype: jnp.dtype) -> "Matrix":
-        """Casts once what every block would cast again; the gradient reaches `master` without being rounded."""
+        """Casts once what every block would cast again; the gradient reaches `master` without being
+        rounded."""
         return cls(jax.lax.stop_gradient(master.astype(dtype)), master.astype(jnp.float32))
 
 
@@ -37,15 +40,22 @@ def _project(equation: str, x: Array, value: Array, gradient: Array) -> Array:
     return jnp.einsum(equation, x, value, preferred_element_type=jnp.float32)
 
 
-def _project_forward(equation: str, x: Array, value: Array, gradient: Array) -> tuple[Array, tuple[Array, Array]]:
+def _project_forward(
+    equation: str, x: Array, value: Array, gradient: Array
+) -> tuple[Array, tuple[Array, Array]]:
     return _project(equation, x, value, gradient), (x, value)
 
 
-def _project_backward(equation: str, saved: tuple[Array, Array], dout: Array) -> tuple[Array, Array, Array]:
+def _project_backward(
+    equation: str, saved: tuple[Array, Array], dout: Array
+) -> tuple[Array, Array, Array]:
     x, value = saved
-    (rows, matrix), out = equation.split("->")[0].split(","), equation.split("->")[1]
+    (rows, matrix) = equation.split("->")[0].split(",")
+    out = equation.split("->")[1]
     dout = dout.astype(value.dtype)
-    dx = jnp.einsum(f"{out},{matrix}->{rows}", dout, value, preferred_element_type=jnp.float32).astype(x.dtype)
+    dx = jnp.einsum(
+        f"{out},{matrix}->{rows}", dout, value, preferred_element_type=jnp.float32
+    ).astype(x.dtype)
     dmatrix = jnp.einsum(f"{rows},{out}->{matrix}", x, dout, preferred_element_type=jnp.float32)
     return dx, jnp.zeros_like(value), dmatrix
 
@@ -54,13 +64,15 @@ _project.defvjp(_project_forward, _project_backward)
 
 
 def project(equation: str, x: Float[Array, "..."], matrix: Matrix) -> Float[Array, "..."]:
-    """Returns the einsum of x and the matrix in float32. Equal to jnp.einsum, gradients too, but that the matrix's is
-    float32 where the computation is bfloat16: a sum over hundreds of blocks would lose most of it."""
+    """Returns the einsum of x and the matrix in float32. Equal to jnp.einsum, gradients too, but
+    that the matrix's is float32 where the computation is bfloat16: a sum over hundreds of blocks
+    would lose most of it."""
     return _project(equation, x, *matrix)
 
 
 def rows_per_block(form: str, block_mib: float, num_rows: int, num_columns: int) -> int | None:
-    """Returns how many rows of a shard make a block of at most `block_mib` MiB of float32; None is the plain form.
+    """Returns how many rows of a shard make a block of at most `block_mib` MiB of float32; None is
+    the plain form.
 
     Args:
       form: "plain", "blockwise", or "auto": blockwise where a shard has more rows than a block.
@@ -78,15 +90,18 @@ def rows_per_block(form: str, block_mib: float, num_rows: int, num_columns: int)
     return min(rows, fits - fits % 128 if fits > 128 else fits)
 
 
-def map_rows(fn: Callable[[Any, Any, str | None], Any], rows: Any, shared: Any, block: int | None) -> Any:
+def map_rows(
+    fn: Callable[[Any, Any, str | None], Any], rows: Any, shared: Any, block: int | None
+) -> Any:
     """Returns fn(rows, shared, row_axis), of a tree of arrays [N, ...] and for each of their rows.
 
     Args:
-      fn: maps rows and shared to a tree of arrays with a row for each row. `row_axis` is the logical axis of the rows
-        it is given, for its sharding constraints.
+      fn: maps rows and shared to a tree of arrays with a row for each row. `row_axis` is the
+        logical axis of the rows it is given, for its sharding constraints.
       rows: tree of arrays [N, ...], sharded by `act_batch`.
       shared: tree of arrays that all rows share.
-      block: rows of a shard that are computed at a time; None computes all at once, and saves what it needs.
+      block: rows of a shard that are computed at a time; None computes all at once, and saves what
+        it needs.
     """
     if block is None:
         return fn(rows, shared, "act_batch")
@@ -94,8 +109,9 @@ def map_rows(fn: Callable[[Any, Any, str | None], Any], rows: Any, shared: Any, 
     num_rows = jax.tree.leaves(rows)[0].shape[0]
     if num_rows % ways("act_batch") or not row_axes:
         return _map_blocks(fn, rows, shared, block)
-    # `shared` comes in whole along the axes of the rows, and stays split along `tensor`, which is left to the
-    # partitioner: an all_gather of our own, inside, would have it gathered along `tensor` too.
+    # `shared` comes in whole along the axes of the rows, and stays split along `tensor`, which is
+    # left to the partitioner: an all_gather of our own, inside, would have it gathered along
+    # `tensor` too.
     return jax.shard_map(
         lambda rows, shared: _map_blocks(fn, rows, shared, block),
         in_specs=(PartitionSpec(row_axes), PartitionSpec()),
@@ -105,7 +121,9 @@ def map_rows(fn: Callable[[Any, Any, str | None], Any], rows: Any, shared: Any, 
     )(rows, shared)
 
 
-def _map_blocks(fn: Callable[[Any, Any, str | None], Any], rows: Any, shared: Any, block: int) -> Any:
+def _map_blocks(
+    fn: Callable[[Any, Any, str | None], Any], rows: Any, shared: Any, block: int
+) -> Any:
     """Over blocks of one shard's rows; the last block is filled up with zeros."""
     num_rows = jax.tree.leaves(rows)[0].shape[0]
     num_blocks = math.ceil(num_rows / block)
@@ -129,6 +147,7 @@ def _mesh_axes(logical: str) -> tuple[str, ...]:
 
 
 def ways(logical: str) -> int:
-    """Returns into how many shards the mesh entered splits an axis of the name `logical`; 1 without a mesh."""
+    """Returns into how many shards the mesh entered splits an axis of the name `logical`; 1 without
+    a mesh."""
     sizes = jax.sharding.get_abstract_mesh().shape
     return math.prod(sizes[axis] for axis in _mesh_axes(logical))

@@ -12,7 +12,8 @@ from alignvlm_jax.shapes import Array, Bool, Float, Int
 
 
 class TokenLosses(NamedTuple):
-    """Of each token: -log P(target) in nats, the log of the sum that normalises P, and whether no word is likelier."""
+    """Of each token: -log P(target) in nats, the log of the sum that normalises P, and whether no
+    word is likelier."""
 
     nll: Float[Array, "B T"]
     log_sum_exp: Float[Array, "B T"]
@@ -20,8 +21,8 @@ class TokenLosses(NamedTuple):
 
 
 def pick(logits: Float[Array, "... V"], ids: Int[Array, "..."]) -> Float[Array, "..."]:
-    """Returns logits[..., ids]. A masked sum stays where the logits are and fuses with their other sums; what a gather
-    along a sharded vocabulary costs is left to the partitioner."""
+    """Returns logits[..., ids]. A masked sum stays where the logits are and fuses with their other
+    sums; what a gather along a sharded vocabulary costs is left to the partitioner."""
     vocabulary = jax.lax.broadcasted_iota(ids.dtype, logits.shape, logits.ndim - 1)
     return jnp.sum(jnp.where(vocabulary == ids[..., None], logits, 0.0), axis=-1)
 
@@ -37,8 +38,8 @@ def token_losses(
 ) -> TokenLosses:
     """Returns the losses of predicting `targets` from hidden states, without logits [B, T, V].
 
-    The caller weighs and sums them, and divides once, after adding up micro-batches and hosts: a mean of means would
-    weigh short answers more.
+    The caller weighs and sums them, and divides once, after adding up micro-batches and hosts: a
+    mean of means would weigh short answers more.
 
     Args:
       hidden: last hidden states.
@@ -54,7 +55,8 @@ def token_losses(
         hidden_ND, targets_N = rows
         logits_NV = chunked.project(equation, hidden_ND, head)
         logits_NV = nn.with_logical_constraint(logits_NV, (row_axis, "act_vocab"))
-        # Before padding is masked: the id of image slots may lie there, and -inf times no weight is not 0.
+        # Before padding is masked: the id of image slots may lie there, and -inf times no weight is
+        # not 0.
         picked_N = pick(logits_NV, targets_N)
         if num_words is not None and num_words < logits_NV.shape[-1]:
             logits_NV = jnp.where(jnp.arange(logits_NV.shape[-1]) < num_words, logits_NV, -jnp.inf)
@@ -68,9 +70,12 @@ def token_losses(
 
 
 def soft_cross_entropy(
-    label_logits: Float[Array, "N k"], log_sum_exp: Float[Array, "N"], label_weights: Float[Array, "N k"]
+    label_logits: Float[Array, "N k"],
+    log_sum_exp: Float[Array, "N"],
+    label_weights: Float[Array, "N k"],
 ) -> Float[Array, "N"]:
-    """Returns -sum_k weight_k log P(label_k) of each row, in nats: the loss of patch-token supervision.
+    """Returns -sum_k weight_k log P(label_k) of each row, in nats: the loss of patch-token
+    supervision.
 
     A label without weight may have any logit, also the -inf of a word that is left out.
     """

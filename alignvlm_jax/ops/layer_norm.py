@@ -13,8 +13,8 @@ def layer_norm(
     eps: float,
     num_valid: int | None = None,
 ) -> Float[Array, "... n"]:
-    """Returns x normalised over its last axis, in float32; of the first `num_valid` entries the others are no part of
-    the statistics."""
+    """Returns x normalised over its last axis, in float32; of the first `num_valid` entries the
+    others are no part of the statistics."""
     x = x.astype(jnp.float32)
     if num_valid is None or num_valid == x.shape[-1]:
         centred = x - x.mean(-1, keepdims=True)

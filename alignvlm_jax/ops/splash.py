@@ -1,6 +1,8 @@
-"""Self-attention by jax's splash kernel for TPU, a device of the mesh computing its own rows and heads.
+"""Self-attention by jax's splash kernel for TPU, a device of the mesh computing its own rows and
+heads.
 
-The kernel: jax.experimental.pallas.ops.tpu.splash_attention, whose backward pass is its own as well.
+The kernel: jax.experimental.pallas.ops.tpu.splash_attention, whose backward pass is its own as
+well.
 """
 
 import math
@@ -28,7 +30,8 @@ def splash_attention(
     causal: bool,
     interpret: bool,
 ) -> Float[Array, "B T H h"]:
-    """Returns softmax(query key^T / sqrt(h)) value within segments, in the query's dtype; nothing is of size [T, T].
+    """Returns softmax(query key^T / sqrt(h)) value within segments, in the query's dtype; nothing
+    is of size [T, T].
 
     Args:
       query, key, value: query head i reads key head i // (H / K).
@@ -47,11 +50,13 @@ def splash_attention(
     scaled = (query.astype(jnp.float32) * head_dim**-0.5).astype(query.dtype)
     arrays = [jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (scaled, key, value)]
     if segment_ids is not None:
-        # A segment of its own: no token sees the padding, which sees itself, so that no softmax is over nothing.
+        # A segment of its own: no token sees the padding, which sees itself, so that no softmax is
+        # over nothing.
         arrays.append(jnp.pad(segment_ids, ((0, 0), (0, padding)), constant_values=-1))
 
     def local(query: Array, key: Array, value: Array, segment_ids: Array | None = None) -> Array:
-        # Made here and not once: its arrays are constants of the trace that is under way, and no other may have them.
+        # Made here and not once: its arrays are constants of the trace that is under way, and no
+        # other may have them.
         kernel = _make_kernel(query.shape[2], query.shape[1], causal, interpret)
         ids = None if segment_ids is None else kernels.SegmentIds(segment_ids, segment_ids)
         heads_first = (x.swapaxes(1, 2) for x in (query, key, value))
@@ -66,12 +71,16 @@ def num_blocks(length: int) -> int:
 
 
 def block_size(length: int) -> int:
-    """Returns the tokens of a block: a multiple of LANES, blocks as equal as that allows, so that little is padded."""
+    """Returns the tokens of a block: a multiple of LANES, blocks as equal as that allows, so that
+    little is padded."""
     return LANES * math.ceil(length / num_blocks(length) / LANES)
 
 
-def _make_kernel(num_heads: int, length: int, causal: bool, interpret: bool) -> kernels.SplashAttentionKernel:
-    # Lazy masks: whole blocks that nobody sees are skipped, and no mask of [T, T] is made of the others.
+def _make_kernel(
+    num_heads: int, length: int, causal: bool, interpret: bool
+) -> kernels.SplashAttentionKernel:
+    # Lazy masks: whole blocks that nobody sees are skipped, and no mask of [T, T] is made of the
+    # others.
     mask = (masks.CausalMask if causal else masks.FullMask)((length, length))
     block = block_size(length)
     return kernels.make_splash_mha(
@@ -91,8 +100,8 @@ def _make_kernel(num_heads: int, length: int, causal: bool, interpret: bool) -> 
 
 
 def _over_mesh(local, arrays: list[Array]) -> Array:
-    """local(*arrays), each device with its own rows and heads: the partitioner cannot look into a kernel, and would
-    have every device compute the whole batch."""
+    """local(*arrays), each device with its own rows and heads: the partitioner cannot look into a
+    kernel, and would have every device compute the whole batch."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return local(*arrays)
@@ -107,8 +116,8 @@ def _over_mesh(local, arrays: list[Array]) -> Array:
         ways = math.prod(mesh.shape[axis] for axis in axes)
         if size % ways:
             raise UserError(
-                f"splash attention: {size} {what} do not divide over mesh axis {' x '.join(axes)} of {ways}; change "
-                f"config.mesh or set config.model.attention to 'xla'"
+                f"splash attention: {size} {what} do not divide over mesh axis {' x '.join(axes)} "
+                f"of {ways}; change config.mesh or set config.model.attention to 'xla'"
             )
     specs = tuple(spec if x.ndim == 4 else PartitionSpec(*spec[:2]) for x in arrays)
     # Without the check of varying axes: a kernel's outputs do not say over which axes they differ.

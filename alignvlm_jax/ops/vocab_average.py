@@ -1,9 +1,11 @@
-"""The weighted average of the rows of a table over a vocabulary, weights by a softmax (arXiv 2502.01341, equation 1):
+"""The weighted average of the rows of a table over a vocabulary, weights by a softmax (arXiv
+2502.01341, equation 1):
 
     z = LN(x W);  P = softmax_V(z);  average = P E
 
-For the paper's model and one page, P alone takes 3.7 GB. The plain form computes it all at once, and lets the
-partitioner shard it; the blockwise form holds a few hundred of its rows at a time (`ops.blocks`). Letters: `shapes.py`.
+For the paper's model and one page, P alone takes 3.7 GB. The plain form computes it all at once,
+and lets the partitioner shard it; the blockwise form holds a few hundred of its rows at a time
+(`ops.blocks`). Letters: `shapes.py`.
 """
 
 from typing import NamedTuple
@@ -28,8 +30,8 @@ class Norm(NamedTuple):
 
 
 class VocabAverage(NamedTuple):
-    """The averages; and of each row's distribution the logits of its labels and the log of the sum that normalises it,
-    which is all that a cross-entropy against the labels needs."""
+    """The averages; and of each row's distribution the logits of its labels and the log of the sum
+    that normalises it, which is all that a cross-entropy against the labels needs."""
 
     average: Float[Array, "N D"]
     label_logits: Float[Array, "N k"]
@@ -43,7 +45,8 @@ def vocab_logits(
     num_words: int | None = None,
     row_axis: str | None = "act_batch",
 ) -> Float[Array, "N V"]:
-    """Returns z in float32; -inf at the columns from `num_words` on, which fill the table up and are no words."""
+    """Returns z in float32; -inf at the columns from `num_words` on, which fill the table up and
+    are no words."""
     logits_NV = chunked.project("ND,DV->NV", x, head)
     logits_NV = nn.with_logical_constraint(logits_NV, (row_axis, "act_vocab"))
     if norm is not None:
@@ -65,7 +68,8 @@ def vocab_average(
     linear: bool = False,
     block: int | None = None,
 ) -> VocabAverage:
-    """Returns the average of the table's rows for each row of x, in the dtype of x; sums and softmax are float32.
+    """Returns the average of the table's rows for each row of x, in the dtype of x; sums and
+    softmax are float32.
 
     Args:
       x: rows, whose width need not be the table's.
@@ -75,11 +79,17 @@ def vocab_average(
       label_ids: words whose logits are asked for.
       num_words: the columns from here on fill the table up; they take no part in LN or softmax.
       subset: words that may have weight; the softmax is over them alone, LN over all.
-      linear: the weights are z / sqrt(words) themselves, of any sign: for the linear span in the place of the hull. So
-        scaled, averages are about as long as the table's rows, as LN makes z of variance 1.
+      linear: the weights are z / sqrt(words) themselves, of any sign: for the linear span in the
+        place of the hull. So scaled, averages are about as long as the table's rows, as LN makes z
+        of variance 1.
       block: rows of a shard at a time, see `chunked.rows_per_block`; None is the plain form.
     """
-    shared = {"head": head, "table": table, "norm": norm and (norm.scale, norm.bias), "subset": subset}
+    shared = {
+        "head": head,
+        "table": table,
+        "norm": norm and (norm.scale, norm.bias),
+        "subset": subset,
+    }
 
     def average(rows: tuple, shared: dict, row_axis: str | None) -> VocabAverage:
         x, label_ids = rows
@@ -90,13 +100,19 @@ def vocab_average(
         log_sum_exp_N = jax.nn.logsumexp(logits_NV, axis=-1)
         if linear:
             is_word_NV = logits_NV != -jnp.inf  # NaN is none, and should show.
-            weights_NV = jnp.where(is_word_NV, logits_NV, 0.0) / jnp.sqrt(is_word_NV.sum(-1, keepdims=True))
+            weights_NV = jnp.where(is_word_NV, logits_NV, 0.0) / jnp.sqrt(
+                is_word_NV.sum(-1, keepdims=True)
+            )
         else:
             weights_NV = jnp.exp(logits_NV - log_sum_exp_N[:, None])
-        average_ND = chunked.project("NV,VD->ND", weights_NV.astype(x.dtype), shared["table"]).astype(x.dtype)
+        average_ND = chunked.project(
+            "NV,VD->ND", weights_NV.astype(x.dtype), shared["table"]
+        ).astype(x.dtype)
         average_ND = nn.with_logical_constraint(average_ND, (row_axis, "act_embed"))
         picked = [pick(logits_NV, label_ids[:, j]) for j in range(label_ids.shape[1])]
-        label_logits_Nk = jnp.stack(picked, axis=-1) if picked else jnp.zeros((x.shape[0], 0), jnp.float32)
+        label_logits_Nk = (
+            jnp.stack(picked, axis=-1) if picked else jnp.zeros((x.shape[0], 0), jnp.float32)
+        )
         return VocabAverage(average_ND, label_logits_Nk, log_sum_exp_N)
 
     if label_ids is None:

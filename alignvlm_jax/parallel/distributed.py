@@ -29,18 +29,19 @@ _watch: Watch | None = None
 
 
 def initialize(arguments: list[str] | None = None) -> None:
-    """Joins the other processes, where the environment names them; does nothing for a single process, or one that has
-    joined before.
+    """Joins the other processes, where the environment names them; does nothing for a single
+    process, or one that has joined before.
 
-    The launch scripts set ALIGNVLM_COORDINATOR (host:port), ALIGNVLM_NUM_PROCESSES and ALIGNVLM_PROCESS_ID; or, on the
-    hosts of a TPU slice, which know of each other, ALIGNVLM_AUTO_DISTRIBUTED=1.
+    The launch scripts set ALIGNVLM_COORDINATOR (host:port), ALIGNVLM_NUM_PROCESSES and
+    ALIGNVLM_PROCESS_ID; or, on the hosts of a TPU slice, which know of each other,
+    ALIGNVLM_AUTO_DISTRIBUTED=1.
 
     Args:
       arguments: of the command, which must be the same everywhere.
 
     Raises:
-      UserError: some are missing or no numbers, this is no host of a TPU slice, or their versions, arguments or clocks
-        differ.
+      UserError: some are missing or no numbers, this is no host of a TPU slice, or their versions,
+        arguments or clocks differ.
       TryAgainError: the processes do not all arrive within START_TIMEOUT_SECONDS.
     """
     global _watch
@@ -48,10 +49,17 @@ def initialize(arguments: list[str] | None = None) -> None:
         _join()
     if exchange.client() is not None and jax.process_count() > 1:
         _watch = _watch or Watch()
-        # jax's coordination service has put a handler of its own there, which notes the signal and goes on.
+        # jax's coordination service has put a handler of its own there, which notes the signal and
+        # goes on.
         signal.signal(signal.SIGTERM, _stop)
         versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-        check_alike({"Python": platform.python_version(), **versions, "arguments": " ".join(arguments or [])})
+        check_alike(
+            {
+                "Python": platform.python_version(),
+                **versions,
+                "arguments": " ".join(arguments or []),
+            }
+        )
         _check_clocks()
 
 
@@ -65,8 +73,8 @@ def _join() -> None:
             raise TryAgainError(f"{message} ({str(err).splitlines()[0]})") from err
         except ValueError as err:
             raise UserError(
-                "ALIGNVLM_AUTO_DISTRIBUTED is 1, and this machine does not know the other hosts of a TPU slice "
-                f"({str(err).splitlines()[0]})"
+                "ALIGNVLM_AUTO_DISTRIBUTED is 1, and this machine does not know the other hosts "
+                f"of a TPU slice ({str(err).splitlines()[0]})"
             ) from err
         return
     names = ("ALIGNVLM_COORDINATOR", "ALIGNVLM_NUM_PROCESSES", "ALIGNVLM_PROCESS_ID")
@@ -75,13 +83,19 @@ def _join() -> None:
         return
     if not all(values):
         missing = ", ".join(name for name, value in zip(names, values, strict=True) if not value)
-        raise UserError(f"{missing} not set: a run of several processes needs all of {', '.join(names)}")
-    address, count, index = values[0], _number(names[1], values[1]), _number(names[2], values[2])
+        raise UserError(
+            f"{missing} not set: a run of several processes needs all of {', '.join(names)}"
+        )
+    address = values[0]
+    count = _number(names[1], values[1])
+    index = _number(names[2], values[2])
     if index >= count:
-        raise UserError(f"{names[2]} is {index}; with {names[1]} {count} it is one of 0 to {count - 1}")
+        raise UserError(
+            f"{names[2]} is {index}; with {names[1]} {count} it is one of 0 to {count - 1}"
+        )
     message = (
-        f"process {index} of {count} waited {START_TIMEOUT_SECONDS} s at {address} for the others: start all "
-        f"{count} within a minute of each other"
+        f"process {index} of {count} waited {START_TIMEOUT_SECONDS} s at {address} for the "
+        f"others: start all {count} within a minute of each other"
     )
     try:
         with _ended_after(START_TIMEOUT_SECONDS, message):
@@ -99,8 +113,8 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def _ended_after(seconds: float, message: str) -> Iterator[None]:
-    """While entered, this process ends with the message and status 75 after so many seconds: at its own time-out jax
-    aborts the process, with a stack of C instead of an error."""
+    """While entered, this process ends with the message and status 75 after so many seconds: at its
+    own time-out jax aborts the process, with a stack of C instead of an error."""
 
     def end() -> None:
         logs.say(f"alignvlm_jax: error: {message}")
@@ -116,7 +130,8 @@ def _ended_after(seconds: float, message: str) -> Iterator[None]:
 
 
 def leave() -> None:
-    """Waits until every process leaves: process 0, where it ended first, would take the others with it."""
+    """Waits until every process leaves: process 0, where it ended first, would take the others with
+    it."""
     global _watch
     if _watch is not None:
         exchange.barrier()  # Nobody is lost who has left.
@@ -126,18 +141,20 @@ def leave() -> None:
 
 
 def fail(message: str, status: int) -> int:
-    """Tells the others that this process ends, and why; does nothing for a single process. Returns the status to end
-    with: another's, where that one's failure is the reason."""
+    """Tells the others that this process ends, and why; does nothing for a single process. Returns
+    the status to end with: another's, where that one's failure is the reason."""
     return status if _watch is None else _watch.fail(message, status)
 
 
 def check_alike(facts: Mapping[str, Any | Callable[[], Any]]) -> None:
-    """Raises UserError on all processes where facts are not the same on all of them. What differs between hosts would
-    part them at some later point, in a hang or in wrong numbers. A fact that takes time to find is given as a function,
-    which a single process does not call."""
+    """Raises UserError on all processes where facts are not the same on all of them. What differs
+    between hosts would part them at some later point, in a hang or in wrong numbers. A fact that
+    takes time to find is given as a function, which a single process does not call."""
     if jax.process_count() == 1:
         return
-    if found := exchange.differing({name: fact() if callable(fact) else fact for name, fact in facts.items()}):
+    if found := exchange.differing(
+        {name: fact() if callable(fact) else fact for name, fact in facts.items()}
+    ):
         name, values = next(iter(found.items()))
         process = next(i for i, value in enumerate(values) if value != values[0])
         raise UserError(
@@ -153,8 +170,9 @@ def _check_clocks() -> None:
     if spread > MAX_CLOCK_SECONDS:
         behind = times.index(min(times))
         raise UserError(
-            f"the clocks of the processes differ by {spread:.0f} s, and at most {MAX_CLOCK_SECONDS} s will do; that of "
-            f"process {behind} is the furthest behind: set it right (chrony, NTP)"
+            f"the clocks of the processes differ by {spread:.0f} s, and at most "
+            f"{MAX_CLOCK_SECONDS} s will do; that of process {behind} is the furthest behind: set "
+            "it right (chrony, NTP)"
         )
 
 

@@ -1,8 +1,8 @@
 """Values that processes tell each other, through the key-value store of jax's coordination service.
 
-Not through the devices, as `multihost_utils` does it: a collective waits for the training step that is under way, and
-makes every device wait for it in turn. This costs a fraction of a millisecond on the host, and can carry an error from
-one process to the others.
+Not through the devices, as `multihost_utils` does it: a collective waits for the training step that
+is under way, and makes every device wait for it in turn. This costs a fraction of a millisecond on
+the host, and can carry an error from one process to the others.
 
 Every process makes the same calls in the same order: a call's number is part of its key.
 """
@@ -23,11 +23,11 @@ T = TypeVar("T")
 
 PREFIX = "alignvlm_jax"
 PATIENCE_SECONDS = 2
-"""A wait is made of waits of this length: Python handles signals between them. It has no end: that a process is lost is
-for `peers` to notice."""
+"""A wait is made of waits of this length: Python handles signals between them. It has no end: that
+a process is lost is for `peers` to notice."""
 FORGET_EVERY = 256
-"""Values of the main process that the service holds at most, where nothing is gathered meanwhile: a run asks at every
-step, for months."""
+"""Values of the main process that the service holds at most, where nothing is gathered meanwhile: a
+run asks at every step, for months."""
 MAX_CHARACTERS = 2**20
 """Of one value: the service refuses messages of 4 MiB. Longer ones are told in pieces."""
 
@@ -59,12 +59,15 @@ def from_main(value: T) -> T:
 
 
 def gather(value: T) -> list[T]:
-    """Returns the values of all processes in their order, as JSON gives them back, on every process."""
+    """Returns the values of all processes in their order, as JSON gives them back, on every
+    process."""
     if jax.process_count() == 1:
         return [value]
-    finished, key = len(_keys), _next_key("all")
+    finished = len(_keys)
+    key = _next_key("all")
     _put(f"{key}/{jax.process_index()}", value)
-    # The main process collects: were all to ask for all, a pod of 512 hosts would ask 262,144 times.
+    # The main process collects: were all to ask for all, a pod of 512 hosts would ask 262,144
+    # times.
     if jax.process_index() == 0:
         _put(key, [_get(f"{key}/{process}") for process in range(jax.process_count())])
     values = _get(key)
@@ -76,31 +79,45 @@ def gather(value: T) -> list[T]:
 
 
 def barrier() -> None:
-    """Waits until every process is here. Not the service's own barrier: no signal would be handled while it lasts."""
+    """Waits until every process is here.
+
+    Not the service's own barrier: no signal would be handled while it lasts.
+    """
     gather(None)
 
 
 def differing(values: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Returns those of the values that are not the same on all processes, each in the order of processes."""
+    """Returns those of the values that are not the same on all processes, each in the order of
+    processes."""
     digest = hashlib.sha256(json.dumps(dict(values), sort_keys=True).encode()).hexdigest()
-    # Mostly they are the same. The values themselves, of 512 hosts and told to each of them, would be gigabytes.
+    # Mostly they are the same. The values themselves, of 512 hosts and told to each of them, would
+    # be gigabytes.
     if len(set(gather(digest))) == 1:
         return {}
     told = gather(dict(values))
     names = dict.fromkeys(name for one in told for name in one)
     columns = {name: [one.get(name) for one in told] for name in names}
-    return {name: column for name, column in columns.items() if any(one != column[0] for one in column)}
+    return {
+        name: column for name, column in columns.items() if any(one != column[0] for one in column)
+    }
 
 
 def say(name: str, value: Any) -> None:
-    """Leaves a value under a name, for whoever looks. Unlike the others this is a single process's own call."""
+    """Leaves a value under a name, for whoever looks.
+
+    Unlike the others this is a single process's own call.
+    """
     client().key_value_set(f"{PREFIX}/said/{name}", json.dumps(value), allow_overwrite=True)
 
 
 def said(folder: str) -> dict[str, Any]:
-    """Returns what was said under names in a folder, such as those of "stop/3" in "stop", by the rest of the name."""
+    """Returns what was said under names in a folder, such as those of "stop/3" in "stop", by the
+    rest of the name."""
     prefix = f"{PREFIX}/said/{folder}/"
-    return {key.removeprefix(prefix): json.loads(text) for key, text in client().key_value_dir_get(prefix)}
+    return {
+        key.removeprefix(prefix): json.loads(text)
+        for key, text in client().key_value_dir_get(prefix)
+    }
 
 
 def _next_key(kind: str) -> str:
@@ -131,7 +148,8 @@ def _wait(key: str) -> str:
         try:
             return client().blocking_key_value_get(key, 1000 * PATIENCE_SECONDS)
         except jax.errors.JaxRuntimeError as err:
-            # A service that is gone answers at once. Without a pause this would be a busy loop until it is noticed.
+            # A service that is gone answers at once. Without a pause this would be a busy loop
+            # until it is noticed.
             if "DEADLINE_EXCEEDED" not in str(err):
                 raise
             time.sleep(max(0.0, 0.01 - (time.monotonic() - began)))

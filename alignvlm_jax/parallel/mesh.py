@@ -66,7 +66,8 @@ def resolve_sizes(config: Config, num_devices: int, num_slices: int = 1) -> Size
 
 
 def largest_fsdp(config: Config, num_devices: int) -> int:
-    """Returns the largest fsdp axis, of at most so many devices, over which every parameter divides."""
+    """Returns the largest fsdp axis, of at most so many devices, over which every parameter
+    divides."""
     common = math.gcd(*_widths(config).values())
     return max(size for size in _divisors(common) if size <= num_devices)
 
@@ -99,20 +100,29 @@ def _undivided(config: Config, sizes: Sizes, num_slices: int) -> str:
 def _across_slices(config: Config, sizes: Sizes, num_slices: int) -> str:
     if sizes.data % num_slices == 0:
         return ""
-    return f"data {sizes.data} does not divide over {num_slices} slices; parameters are not sharded across them"
+    return (
+        f"data {sizes.data} does not divide over {num_slices} slices; parameters are not "
+        "sharded across them"
+    )
 
 
 def _rows_left_over(config: Config, sizes: Sizes, num_slices: int) -> str:
-    train, ways = config.train, sizes.data * sizes.fsdp
+    train = config.train
+    ways = sizes.data * sizes.fsdp
     rows = train.batch_size // train.accumulation
     if rows % ways == 0:
         return ""
-    fewer = [parts for parts in _divisors(train.accumulation) if train.batch_size % (parts * ways) == 0]
+    fewer = [
+        parts for parts in _divisors(train.accumulation) if train.batch_size % (parts * ways) == 0
+    ]
     changes = [f"--config.train.accumulation={fewer[-1]}"] if fewer else []
-    changes.append(f"--config.train.batch_size={max(round(rows / ways), 1) * ways * train.accumulation}")
+    changes.append(
+        f"--config.train.batch_size={max(round(rows / ways), 1) * ways * train.accumulation}"
+    )
     return (
-        f"a batch of {rows} rows (train.batch_size {train.batch_size} / accumulation {train.accumulation}) "
-        f"does not divide over data x fsdp = {ways}; nearest that does: {' or '.join(changes)}"
+        f"a batch of {rows} rows (train.batch_size {train.batch_size} / accumulation "
+        f"{train.accumulation}) does not divide over data x fsdp = {ways}; nearest that does: "
+        f"{' or '.join(changes)}"
     )
 
 
@@ -126,19 +136,31 @@ def _nearest(config: Config, num_devices: int, num_slices: int) -> str:
         opened = dataclasses.replace(config.mesh, **dict.fromkeys(axes, -1))
         for sizes in _candidates(_asked(opened), num_devices):
             if not any(check(strict, sizes, num_slices) for check in _CHECKS):
-                flags = [f"--config.mesh.{a}={getattr(sizes, a)}" for a in axes if getattr(config.mesh, a) != -1]
+                flags = [
+                    f"--config.mesh.{a}={getattr(sizes, a)}"
+                    for a in axes
+                    if getattr(config.mesh, a) != -1
+                ]
                 return f"; with {' '.join(flags)} the mesh is {sizes}"
     return ""
 
 
 def _widths(config: Config) -> dict[str, int]:
     """The dimensions that the sharding rules put on fsdp, with any connector."""
-    return {"model.llm.width": config.model.llm.width, "model.vision.width": config.model.vision.width}
+    return {
+        "model.llm.width": config.model.llm.width,
+        "model.vision.width": config.model.vision.width,
+    }
 
 
 def _heads(config: Config) -> dict[str, int]:
-    """The dimensions that they put on tensor. Those of connectors are multiples of these, but for what they name."""
-    llm, vision, connector = config.model.llm, config.model.vision, config.model.connector
+    """The dimensions that they put on tensor.
+
+    Those of connectors are multiples of these, but for what they name.
+    """
+    llm = config.model.llm
+    vision = config.model.vision
+    connector = config.model.connector
     dimensions = {
         "model.llm.num_heads": llm.num_heads,
         "model.llm.num_kv_heads": llm.num_kv_heads,
@@ -147,7 +169,9 @@ def _heads(config: Config) -> dict[str, int]:
         "model.vision.num_heads": vision.num_heads,
         "model.vision.mlp_width": vision.mlp_width,
     }
-    return dimensions | {f"model.connector.{option}": size for option, size in connector.tensor_sizes().items()}
+    return dimensions | {
+        f"model.connector.{option}": size for option, size in connector.tensor_sizes().items()
+    }
 
 
 def _divisors(number: int) -> list[int]:
@@ -168,7 +192,8 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
 
 
 def abstract(config: Config, num_devices: int, num_slices: int = 1) -> AbstractMesh:
-    """Returns the mesh that `config.mesh` asks for over devices that need not be there; UserError as `make_mesh`."""
+    """Returns the mesh that `config.mesh` asks for over devices that need not be there; UserError
+    as `make_mesh`."""
     sizes = resolve_sizes(config, num_devices, num_slices)
     return AbstractMesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
 
@@ -181,8 +206,8 @@ def _mesh(sizes: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
 def _grid(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
     """The devices, the axes of the mesh along a TPU's links.
 
-    Not jax.make_mesh: it refuses two axes along one link, but on v5e, and devices of more than one slice, which is what
-    it takes the nodes of a GPU cluster for.
+    Not jax.make_mesh: it refuses two axes along one link, but on v5e, and devices of more than one
+    slice, which is what it takes the nodes of a GPU cluster for.
     """
     data, *inner = sizes
     num_slices = _num_slices(devices)
@@ -194,7 +219,8 @@ def _grid(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
 
 
 def _num_slices(devices: Sequence[jax.Device]) -> int:
-    """Slices of TPUs; jax gives the nodes of GPUs a `slice_index`, too, across which fsdp may lie."""
+    """Slices of TPUs; jax gives the nodes of GPUs a `slice_index`, too, across which fsdp may
+    lie."""
     if devices[0].platform != "tpu":
         return 1
     # Devices that are only compiled for have a slice only where there are several.
@@ -212,19 +238,24 @@ def single_device() -> Mesh:
 
 
 def widest(config: Config) -> Mesh:
-    """Returns the mesh that spreads each parameter as far as it divides, and holds what is left over as copies.
+    """Returns the mesh that spreads each parameter as far as it divides, and holds what is left
+    over as copies.
 
-    A batch may have any number of rows. All devices take part, since a part of a TPU slice forms no mesh and every
-    process needs its own; only a single process off TPUs leaves out those that would hold nothing but copies.
+    A batch may have any number of rows. All devices take part, since a part of a TPU slice forms no
+    mesh and every process needs its own; only a single process off TPUs leaves out those that would
+    hold nothing but copies.
     """
     devices = jax.devices()
     if devices[0].platform != "tpu" and jax.process_count() == 1:
         devices = devices[: largest_fsdp(config, len(devices))]
-    return make_mesh(_for_any_rows(config, MeshConfig(data=-1, fsdp=-1, tensor=1), len(devices)), devices)
+    return make_mesh(
+        _for_any_rows(config, MeshConfig(data=-1, fsdp=-1, tensor=1), len(devices)), devices
+    )
 
 
 def for_inference(config: Config) -> Mesh:
-    """Returns the mesh of training where it fits these devices, else the widest; rows of a batch do not count."""
+    """Returns the mesh of training where it fits these devices, else the widest; rows of a batch do
+    not count."""
     try:
         return make_mesh(_for_any_rows(config, config.mesh, jax.device_count()))
     except UserError:
@@ -232,7 +263,8 @@ def for_inference(config: Config) -> Mesh:
 
 
 def _for_any_rows(config: Config, mesh: MeshConfig, rows: int) -> Config:
-    """The config with a batch of as many rows as there are devices, which divides over any mesh of them."""
+    """The config with a batch of as many rows as there are devices, which divides over any mesh of
+    them."""
     train = dataclasses.replace(config.train, batch_size=rows, accumulation=1)
     return dataclasses.replace(config, mesh=mesh, train=train)
 

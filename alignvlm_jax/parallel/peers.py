@@ -1,7 +1,8 @@
-"""Processes of a run that look after each other: one that fails or is lost ends all, soon and with a reason.
+"""Processes of a run that look after each other: one that fails or is lost ends all, soon and with
+a reason.
 
-Without it the others would wait in their next collective until the coordination service misses heartbeats, minutes
-later, and then abort with its words instead of ours.
+Without it the others would wait in their next collective until the coordination service misses
+heartbeats, minutes later, and then abort with its words instead of ours.
 """
 
 import contextlib
@@ -29,10 +30,12 @@ VAGUE = (UNFORESEEN, LOST)
 
 
 class Watch:
-    """A thread that tells the others that this process lives, and ends it when one of them fails or is lost."""
+    """A thread that tells the others that this process lives, and ends it when one of them fails or
+    is lost."""
 
     def __init__(self) -> None:
-        self._index, self._count = jax.process_index(), jax.process_count()
+        self._index = jax.process_index()
+        self._count = jax.process_count()
         self._ending = threading.Lock()  # of two reasons to end only the first is told
         self._stopped = threading.Event()
         self._heard: dict[str, tuple[int, float]] = {}
@@ -46,18 +49,25 @@ class Watch:
         self._thread.join()
 
     def fail(self, message: str, status: int) -> int:
-        """Tells the others why this process ends, and waits until they have heard; they end with the same status.
+        """Tells the others why this process ends, and waits until they have heard; they end with
+        the same status.
 
-        Returns the status to end with. An unforeseen error, and one that may pass, is mostly what another's end did to
-        this process: then it is that one's, whose reason is told in the place of this.
+        Returns the status to end with. An unforeseen error, and one that may pass, is mostly what
+        another's end did to this process: then it is that one's, whose reason is told in the place
+        of this.
         """
         if not self._ending.acquire(blocking=False):
             threading.Event().wait()  # The thread is about to end this process.
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # Nobody can be told.
-            others = {process: told for process, told in exchange.said("failed").items() if process != str(self._index)}
+            others = {
+                process: told
+                for process, told in exchange.said("failed").items()
+                if process != str(self._index)
+            }
             if status in VAGUE and others:
                 process, told = min(others.items(), key=lambda one: one[1]["status"] in VAGUE)
-                message, status = f"{self._name(process)}: {told['message']}", told["status"]
+                message = f"{self._name(process)}: {told['message']}"
+                status = told["status"]
                 if self._index == 0:
                     logs.say(f"alignvlm_jax: error: {message}")
             exchange.say(f"failed/{self._index}", {"message": message, "status": status})
@@ -83,12 +93,15 @@ class Watch:
                 self._end(f"{self._name(process)}: {told['message']}", told["status"])
             elif lost is not None:
                 self._end(
-                    f"{self._name(lost)} has not been heard of for {LOST_SECONDS} s: it died, or is cut off", LOST
+                    f"{self._name(lost)} has not been heard of for {LOST_SECONDS} s: it died, or "
+                    "is cut off",
+                    LOST,
                 )
 
     def _lost(self) -> str | None:
         """The process from which no new beat has come for too long."""
-        now, beats = time.monotonic(), exchange.said("alive")
+        now = time.monotonic()
+        beats = exchange.said("alive")
         for process in map(str, range(self._count)):
             beat = beats.get(process, 0)
             if self._heard.get(process, (-1, 0.0))[0] != beat:
@@ -117,7 +130,8 @@ class Watch:
         os._exit(status)
 
     def _wait_for_others(self) -> None:
-        """The coordination service ends with the main process, and would take them with it in its own way."""
+        """The coordination service ends with the main process, and would take them with it in its
+        own way."""
         exchange.say(f"left/{self._index}", True)
         if self._index:
             return
@@ -131,6 +145,7 @@ class Watch:
 
 
 def _write_out() -> None:
-    """What would be lost: metrics that wait to be written, the end of the log, the claim on the workdir."""
+    """What would be lost: metrics that wait to be written, the end of the log, the claim on the
+    workdir."""
     storage.close_all()
     logs.ship_all()

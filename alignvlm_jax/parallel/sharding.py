@@ -1,4 +1,7 @@
-"""Logical axes to mesh axes: shardings of parameters, state and batches. The only file that builds NamedSharding."""
+"""Logical axes to mesh axes: shardings of parameters, state and batches.
+
+The only file that builds NamedSharding.
+"""
 
 import math
 from collections.abc import Mapping
@@ -20,7 +23,8 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("act_heads", "tensor"),
     ("act_mlp", "tensor"),
     ("act_vocab", "tensor"),
-    # Parameters of both towers; where two axes of one array name the same mesh axis, the first takes it.
+    # Parameters of both towers; where two axes of one array name the same mesh axis, the first
+    # takes it.
     ("vocab", "tensor"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
@@ -36,24 +40,27 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 
 
 def tree_sharding(boxed: Any, mesh: Mesh) -> Any:
-    """Returns the NamedSharding of every leaf of an abstract tree whose arrays are boxed with their logical axes.
+    """Returns the NamedSharding of every leaf of an abstract tree whose arrays are boxed with their
+    logical axes.
 
     Leaves without a box are replicated. The result has the structure of the unboxed tree.
 
     Raises:
-      UserError: a sharded dimension does not divide, jax never pads; or an axis is not in RULES, which linen would
-        replicate without a word.
+      UserError: a sharded dimension does not divide, jax never pads; or an axis is not in RULES,
+        which linen would replicate without a word.
     """
     logical = nn.get_partition_spec(boxed)
-    jax.tree_util.tree_map_with_path(_check_names, logical, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    jax.tree_util.tree_map_with_path(
+        _check_names, logical, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
     shardings = nn.logical_to_mesh_sharding(logical, mesh, RULES)
     jax.tree_util.tree_map_with_path(_check_divides, unbox(boxed), shardings)
     return shardings
 
 
 def unbox(boxed: Any) -> Any:
-    """Returns the tree without its boxes of logical axes. nn.meta.unbox would also constrain each array to the mesh
-    entered, which abstract arrays do not bear."""
+    """Returns the tree without its boxes of logical axes. nn.meta.unbox would also constrain each
+    array to the mesh entered, which abstract arrays do not bear."""
     return nn.meta.map_axis_meta(lambda box: box.unbox(apply_constraint=False), boxed)
 
 
@@ -61,7 +68,9 @@ def _check_names(path: tuple, logical: PartitionSpec) -> None:
     known = [name for name, _ in RULES]
     for name in logical:
         if name is not None and name not in known:
-            raise UserError(f"{path_name(path)} has the unknown logical axis {name!r}{nearest(name, known)}")
+            raise UserError(
+                f"{path_name(path)} has the unknown logical axis {name!r}{nearest(name, known)}"
+            )
 
 
 def _check_divides(path: tuple, array: jax.ShapeDtypeStruct, sharding: NamedSharding) -> None:
@@ -71,7 +80,8 @@ def _check_divides(path: tuple, array: jax.ShapeDtypeStruct, sharding: NamedShar
         if size % ways:
             raise UserError(
                 f"{path_name(path)} {array.shape}: dimension {size} does not divide over mesh axis "
-                f"{' x '.join(axes)} of {ways}; lower config.mesh.{axes[0]} or change the model's size"
+                f"{' x '.join(axes)} of {ways}; lower config.mesh.{axes[0]} or change the model's "
+                "size"
             )
 
 
@@ -91,10 +101,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def rows_of_process(mesh: Mesh, size: int) -> np.ndarray:
-    """Returns the rows of a batch of `size` that the devices of this process hold: int64 [n], ascending.
+    """Returns the rows of a batch of `size` that the devices of this process hold: int64 [n],
+    ascending.
 
-    They need not follow each other. On a real slice the mesh's axes lie along the links between chips, so that hosts
-    stand in it as 0 1 2 3 0 1 2 3, say; and where the tensor axis crosses hosts, several of them hold the same rows.
+    They need not follow each other. On a real slice the mesh's axes lie along the links between
+    chips, so that hosts stand in it as 0 1 2 3 0 1 2 3, say; and where the tensor axis crosses
+    hosts, several of them hold the same rows.
     """
     indices = batch_sharding(mesh).addressable_devices_indices_map((size,))
     return np.unique(np.concatenate([np.arange(size)[rows] for (rows,) in indices.values()]))
@@ -102,7 +114,8 @@ def rows_of_process(mesh: Mesh, size: int) -> np.ndarray:
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Returns global arrays, made of `rows_of_process` on every process, in that order."""
-    sharding, ways = batch_sharding(mesh), math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    sharding = batch_sharding(mesh)
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     # Of a batch of one row a device; each of the real batch has as many more.
     num_local = len(rows_of_process(mesh, ways))
 
@@ -117,7 +130,8 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 
         return jax.make_array_from_callback((size, *local.shape[1:]), sharding, of_device)
 
-    # The one transfer that the training loop's guard means to allow; with several processes jax takes it for implicit.
+    # The one transfer that the training loop's guard means to allow; with several processes jax
+    # takes it for implicit.
     with jax.transfer_guard_host_to_device("allow"):
         return {name: put(array) for name, array in batch.items()}
 
@@ -127,8 +141,13 @@ def table(abstract: Any, shardings: Any) -> str:
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
     rows = [("parameter", "shape", "sharded over", "MiB a device")]
     for (path, array), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
-        spec = " ".join("-" if a is None else "+".join(a) if isinstance(a, tuple) else a for a in sharding.spec)
+        spec = " ".join(
+            "-" if a is None else "+".join(a) if isinstance(a, tuple) else a for a in sharding.spec
+        )
         local = np.prod(sharding.shard_shape(array.shape)) * array.dtype.itemsize / 2**20
         rows.append((path_name(path), "x".join(map(str, array.shape)), spec or "-", f"{local:.3f}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )

@@ -1,4 +1,7 @@
-"""Flags of the TPU's compiler, by kind of TPU. Imports no jax: they must be set before it loads the compiler."""
+"""Flags of the TPU's compiler, by kind of TPU.
+
+Imports no jax: they must be set before it loads the compiler.
+"""
 
 import os
 from collections.abc import Mapping, MutableMapping
@@ -23,8 +26,8 @@ _FUSION = {
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
 }
 
-# The same list's flags for gradients that are summed over the data-centre network: one layer's sum is under way while
-# the next is computed. Only of use where `data` lies across slices.
+# The same list's flags for gradients that are summed over the data-centre network: one layer's sum
+# is under way while the next is computed. Only of use where `data` lies across slices.
 _SLICES = {
     "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
     "xla_tpu_data_parallel_opt_different_sized_ops": "true",
@@ -33,12 +36,14 @@ _SLICES = {
 PRESETS: Mapping[str, Mapping[str, str]] = {
     "v5e": _OVERLAP | _FUSION,
     "v5p": _OVERLAP,
-    # A v6e core has 128 MiB of VMEM, of which a fusion gets 16 by default; 96 is MaxText's choice for dense models.
+    # A v6e core has 128 MiB of VMEM, of which a fusion gets 16 by default; 96 is MaxText's choice
+    # for dense models.
     "v6e": _OVERLAP | {"xla_tpu_scoped_vmem_limit_kib": "98304"},
     "tpu7x": _OVERLAP,
 }
 
-# As TPU_ACCELERATOR_TYPE begins (v5litepod-16, v5p-128, v6e-8, tpu7x-128), and the chips' ids on the PCI bus.
+# As TPU_ACCELERATOR_TYPE begins (v5litepod-16, v5p-128, v6e-8, tpu7x-128), and the chips' ids on
+# the PCI bus.
 _TYPES = {"v5litepod": "v5e", "v5e": "v5e", "v5p": "v5p", "v6e": "v6e", "tpu7x": "tpu7x"}
 _PCI_IDS = {"0x0062": "v5p", "0x0063": "v5e", "0x006f": "v6e", "0x0076": "tpu7x"}
 _PCI_VENDOR = "0x1ae0"
@@ -46,10 +51,11 @@ _PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 
 def apply_preset(environment: MutableMapping[str, str] = os.environ) -> str:
-    """Sets the flags of this machine's kind of TPU, and returns a line that says so; "" where there is no TPU.
+    """Sets the flags of this machine's kind of TPU, and returns a line that says so; "" where there
+    is no TPU.
 
-    What the environment sets already stays, flag by flag; ALIGNVLM_XLA_PRESET=0 leaves all as it is. To be called
-    before jax first looks for devices.
+    What the environment sets already stays, flag by flag; ALIGNVLM_XLA_PRESET=0 leaves all as it
+    is. To be called before jax first looks for devices.
     """
     kind = tpu_kind(environment)
     if kind is None:
@@ -60,7 +66,9 @@ def apply_preset(environment: MutableMapping[str, str] = os.environ) -> str:
     return set_flags(kind, slices not in ("", "1"), environment)
 
 
-def set_flags(kind: str, several_slices: bool, environment: MutableMapping[str, str] = os.environ) -> str:
+def set_flags(
+    kind: str, several_slices: bool, environment: MutableMapping[str, str] = os.environ
+) -> str:
     """Sets the flags of a kind of TPU, which need not be here: as `apply_preset`."""
     if environment.get(SWITCH) == "0":
         return f"XLA flags: preset of {kind} is off ({SWITCH}=0)"
@@ -69,13 +77,15 @@ def set_flags(kind: str, several_slices: bool, environment: MutableMapping[str, 
     ours = [f"--{name}={value}" for name, value in preset.items() if name not in theirs]
     environment[VARIABLE] = " ".join([environment.get(VARIABLE, ""), *ours]).strip()
     kept = sorted(theirs & preset.keys())
-    return f"XLA flags: {VARIABLE} gets {' '.join(ours) or 'nothing'} (preset of {kind}, {SWITCH}=0 leaves it out)" + (
-        f"; of the environment stay {', '.join(kept)}" if kept else ""
+    return (
+        f"XLA flags: {VARIABLE} gets {' '.join(ours) or 'nothing'} (preset of {kind}, {SWITCH}=0 "
+        "leaves it out)" + (f"; of the environment stay {', '.join(kept)}" if kept else "")
     )
 
 
 def tpu_kind(environment: Mapping[str, str] = os.environ) -> str | None:
-    """Returns the kind of this machine's TPU, by its environment (GKE) or the PCI bus; None where there is none."""
+    """Returns the kind of this machine's TPU, by its environment (GKE) or the PCI bus; None where
+    there is none."""
     if named := environment.get("TPU_ACCELERATOR_TYPE", "").lower():
         return _TYPES.get(named.split("-")[0], named)
     for path in sorted(_PCI_DEVICES.glob("*/vendor")):

@@ -1,4 +1,5 @@
-"""What patches say: ALIGN's distribution over the vocabulary, on the page it was computed from, to be looked at."""
+"""What patches say: ALIGN's distribution over the vocabulary, on the page it was computed from, to
+be looked at."""
 
 import dataclasses
 import html as html_lib
@@ -45,7 +46,8 @@ class Lens:
       boxes: float [N, 4], left, top, right, bottom of patches in pixels of the page.
       tokens: int32 [N, K], each patch's likeliest tokens, the likeliest first.
       probabilities: float32 [N, K], theirs.
-      entropies: float32 [N], of the whole distributions in bits: 0 for one certain token, log2(V) for all alike.
+      entropies: float32 [N], of the whole distributions in bits: 0 for one certain token, log2(V)
+        for all alike.
       is_overview: bool [N], patches of the overview tile, which covers the page once more.
       tokenizer: what spells the tokens.
       num_words: V.
@@ -70,7 +72,10 @@ class Lens:
     def _repr_html_(self) -> str:
         # A frame of its own: neither its styles nor its script meet the notebook's.
         page = html_lib.escape(self.html())
-        return f'<iframe srcdoc="{page}" style="width: 100%; height: {FRAME_HEIGHT}px; border: 0"></iframe>'
+        return (
+            f'<iframe srcdoc="{page}" style="width: 100%; height: {FRAME_HEIGHT}px; border: '
+            '0"></iframe>'
+        )
 
     def top(self, index: int) -> list[tuple[str, float]]:
         """Returns a patch's likeliest tokens, readable, with their probabilities."""
@@ -85,10 +90,13 @@ class Lens:
 
     def html(self, title: str = TITLE) -> str:
         """Returns a page of HTML to hover over, which needs no other file."""
-        return html.render(FILE, title=title, lens=self, data=_page_data(self), page=_page_uri(self.page))
+        return html.render(
+            FILE, title=title, lens=self, data=_page_data(self), page=_page_uri(self.page)
+        )
 
     def save(self, path: str | os.PathLike[str], title: str = TITLE) -> Path:
-        """Writes the page to hover over (.html), which has a title, or the still picture (.png); returns the path.
+        """Writes the page to hover over (.html), which has a title, or the still picture (.png);
+        returns the path.
 
         Raises:
           UserError: another suffix.
@@ -104,7 +112,8 @@ class Lens:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """One patch: its picture, its entropy in bits, its likeliest tokens (readable) with their probabilities."""
+    """One patch: its picture, its entropy in bits, its likeliest tokens (readable) with their
+    probabilities."""
 
     image: Image.Image
     entropy: float
@@ -114,48 +123,67 @@ class Reading:
 def check_suffix(path: Path) -> None:
     """Raises UserError if a lens is not saved in files of that name."""
     if path.suffix not in (".html", ".png"):
-        raise UserError(f"cannot save a lens as {path.name}: a name ends in .html, to hover over, or in .png")
+        raise UserError(
+            f"cannot save a lens as {path.name}: a name ends in .html, to hover over, or in .png"
+        )
 
 
 def picture(lens: Lens) -> bytes:
-    """Returns a PNG: the page, every patch framed, tinted by its entropy, its likeliest token at its foot."""
+    """Returns a PNG: the page, every patch framed, tinted by its entropy, its likeliest token at
+    its foot."""
     lens, vocab_bits = lens.detail(), np.log2(lens.num_words)
     # Patches of a trained model differ below one bit: the square root keeps them apart.
-    norm, colors = PowerNorm(0.5, 0, vocab_bits), mpl.colormaps["plasma_r"]
+    norm = PowerNorm(0.5, 0, vocab_bits)
+    colors = mpl.colormaps["plasma_r"]
     height = PICTURE_INCHES * lens.page.height / lens.page.width
-    figure = Figure(figsize=(PICTURE_INCHES, height + 0.55), dpi=DPI, layout="constrained", facecolor="white")
+    figure = Figure(
+        figsize=(PICTURE_INCHES, height + 0.55), dpi=DPI, layout="constrained", facecolor="white"
+    )
     axes = figure.add_subplot()
-    axes.imshow(lens.page, extent=(0, lens.page.width, lens.page.height, 0), interpolation="lanczos")
+    axes.imshow(
+        lens.page, extent=(0, lens.page.width, lens.page.height, 0), interpolation="lanczos"
+    )
     points = 72 * PICTURE_INCHES / lens.page.width
-    space, piece = lens.tokenizer.space_id, lens.tokenizer.piece
+    space = lens.tokenizer.space_id
+    piece = lens.tokenizer.piece
     for box, token, entropy in zip(lens.boxes, lens.tokens[:, 0], lens.entropies, strict=True):
         _draw_patch(axes, box, piece(int(token)), token == space, colors(norm(entropy)), points)
     axes.set(xlim=(0, lens.page.width), ylim=(lens.page.height, 0))
     axes.set_axis_off()
     scale = mpl.cm.ScalarMappable(norm, colors)
-    bar = figure.colorbar(scale, ax=axes, orientation="horizontal", aspect=60, pad=0.02, alpha=TINT + 0.25)
-    bar.set_ticks([0, 0.25, 1, 2, 4, vocab_bits], labels=["0 bits", "¼", "1", "2", "4", f"{vocab_bits:.3g}"])
+    bar = figure.colorbar(
+        scale, ax=axes, orientation="horizontal", aspect=60, pad=0.02, alpha=TINT + 0.25
+    )
+    bar.set_ticks(
+        [0, 0.25, 1, 2, 4, vocab_bits], labels=["0 bits", "¼", "1", "2", "4", f"{vocab_bits:.3g}"]
+    )
     bar.ax.tick_params(labelsize=12, length=3)
     bar.outline.set_visible(False)
     return plotting.to_png(figure)
 
 
 def readings(lens: Lens, count: int, num_tokens: int = 3) -> list[Reading]:
-    """Returns `count` patches spread evenly from the most to the least certain of those that do not say a space."""
+    """Returns `count` patches spread evenly from the most to the least certain of those that do not
+    say a space."""
     lens = lens.detail()
     (inked,) = np.nonzero(lens.tokens[:, 0] != lens.tokenizer.space_id)
     ordered = inked[np.argsort(lens.entropies[inked], kind="stable")]
-    chosen = ordered[np.unique(np.linspace(0, len(ordered) - 1, min(count, len(ordered))).round().astype(int))]
+    chosen = ordered[
+        np.unique(np.linspace(0, len(ordered) - 1, min(count, len(ordered))).round().astype(int))
+    ]
     return [_reading(lens, index, num_tokens) for index in chosen]
 
 
 def _page_data(lens: Lens) -> dict[str, Any]:
-    """What the page's script reads; boxes in shares of the page, a token by its place among `pieces`."""
+    """What the page's script reads; boxes in shares of the page, a token by its place among
+    `pieces`."""
     used, places = np.unique(lens.tokens, return_inverse=True)
     size = np.array([lens.page.width, lens.page.height] * 2)
     return {
         "pieces": [lens.tokenizer.piece(int(token)) for token in used],
-        "space": int(np.searchsorted(used, lens.tokenizer.space_id)) if lens.tokenizer.space_id in used else -1,
+        "space": int(np.searchsorted(used, lens.tokenizer.space_id))
+        if lens.tokenizer.space_id in used
+        else -1,
         "boxes": (lens.boxes / size).round(5).tolist(),
         "tokens": places.reshape(lens.tokens.shape).tolist(),
         "probabilities": lens.probabilities.astype(float).round(5).tolist(),
@@ -173,16 +201,21 @@ def _page_uri(page: Image.Image) -> str:
     return html.image_uri(shown)
 
 
-def _draw_patch(axes: Axes, box: Box, token: str, is_space: bool, color: tuple[float, ...], points: float) -> None:
+def _draw_patch(
+    axes: Axes, box: Box, token: str, is_space: bool, color: tuple[float, ...], points: float
+) -> None:
     """`points` is the size of a page pixel on paper, 1/72 inch."""
     left, top, right, bottom = box
     frame = (left, top), right - left, bottom - top
-    axes.add_patch(Rectangle(*frame, facecolor=(*color[:3], TINT), edgecolor="#00000022", linewidth=0.6))
-    # A monospaced character is 0.6 as wide as its size: the token fills the patch, or the lower third of it.
+    axes.add_patch(
+        Rectangle(*frame, facecolor=(*color[:3], TINT), edgecolor="#00000022", linewidth=0.6)
+    )
+    # A monospaced character is 0.6 as wide as its size: the token fills the patch, or the lower
+    # third of it.
     size = points * min((right - left) / (0.6 * len(token)), (bottom - top) / 3)
     axes.text(
-        (left + right) / 2, bottom, token, ha="center", va="bottom", fontsize=size, fontfamily="monospace",
-        fontweight="bold", color="#00000055" if is_space else "#b3005e",
+        (left + right) / 2, bottom, token, ha="center", va="bottom", fontsize=size,
+        fontfamily="monospace", fontweight="bold", color="#00000055" if is_space else "#b3005e",
         path_effects=[] if is_space else [withStroke(linewidth=size / 6, foreground="white")],
     )  # fmt: skip
 

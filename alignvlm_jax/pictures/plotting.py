@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 COLORS = (
-    "#2f7fd6", "#d9822b", "#1f8a5b", "#c8453b", "#7a6ad8", "#8a6d3b", "#d06bb0", "#5d6772", "#9aa82e", "#2ba8b4"
+    "#2f7fd6", "#d9822b", "#1f8a5b", "#c8453b", "#7a6ad8",
+    "#8a6d3b", "#d06bb0", "#5d6772", "#9aa82e", "#2ba8b4",
 )  # fmt: skip
 """Of series, in their order; `color` begins again after the last."""
 
@@ -70,16 +71,22 @@ def to_png(figure: Figure) -> bytes:
 
 
 def legible(word: str) -> str:
-    """Returns a word with what the font cannot draw spelled as code points, cut after MAX_LETTERS."""
+    """Returns a word with what the font cannot draw spelled as code points, cut after
+    MAX_LETTERS."""
     font = font_manager.get_font(font_manager.findfont("monospace"))
     spelled = "".join(c if font.get_char_index(ord(c)) else f"⟨{ord(c):X}⟩" for c in word)
     return spelled if len(spelled) <= MAX_LETTERS else f"{spelled[: MAX_LETTERS - 1]}…"
 
 
 def bars(
-    axes: Axes, names: Sequence[str], values: Sequence[float], texts: Sequence[str], colors: Sequence[str]
+    axes: Axes,
+    names: Sequence[str],
+    values: Sequence[float],
+    texts: Sequence[str],
+    colors: Sequence[str],
 ) -> None:
-    """Draws horizontal bars from the top down, each with its text at its end; the axis needs no numbers then."""
+    """Draws horizontal bars from the top down, each with its text at its end; the axis needs no
+    numbers then."""
     drawn = axes.barh(range(len(names)), values, color=colors, height=0.66)
     axes.bar_label(drawn, texts, padding=4, fontsize=9)
     axes.set_yticks(range(len(names)), names)

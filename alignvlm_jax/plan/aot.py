@@ -1,7 +1,9 @@
-"""What a stage needs on a machine that is not there: its real training step, compiled for a TPU slice.
+"""What a stage needs on a machine that is not there: its real training step, compiled for a TPU
+slice.
 
-Without the TPU's compiler the same step is compiled for as many CPU devices: parameters, optimizer state and FLOPs are
-exact then; memory and collectives are what the CPU's compiler makes of it, an estimate.
+Without the TPU's compiler the same step is compiled for as many CPU devices: parameters, optimizer
+state and FLOPs are exact then; memory and collectives are what the CPU's compiler makes of it, an
+estimate.
 """
 
 import dataclasses
@@ -29,10 +31,12 @@ SECONDS_A_DAY = 24 * 60 * 60
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A stage on one slice or several. Bytes are those of one device, FLOPs those of the whole batch.
+    """A stage on one slice or several.
 
-    `state_gib` is all that a checkpoint holds. `peak_hbm_gib` is None where the compiler gave up without
-    a number; `is_estimate` where it was not the TPU's.
+    Bytes are those of one device, FLOPs those of the whole batch.
+
+    `state_gib` is all that a checkpoint holds. `peak_hbm_gib` is None where the compiler gave up
+    without a number; `is_estimate` where it was not the TPU's.
     """
 
     topology: Topology
@@ -60,11 +64,15 @@ class Plan:
     def stopping(self) -> Stopping:
         """Returns what checkpoints and stops cost, at the middle of UTILISATIONS."""
         step_seconds = self.step_seconds(UTILISATIONS[1])
-        return stopping.make(self.config.train, self.state_gib, self.topology.num_hosts, step_seconds)
+        return stopping.make(
+            self.config.train, self.state_gib, self.topology.num_hosts, step_seconds
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Returns the plan as plain values."""
-        train, chip, stop = self.config.train, self.topology.chip, self.stopping()
+        train = self.config.train
+        chip = self.topology.chip
+        stop = self.stopping()
         return {
             "config": self.config.name,
             "stage": self.config.stage,
@@ -88,7 +96,8 @@ class Plan:
             "step_tflops": sum(self.flops.values()) / 1e12,
             "step_tflops_by_part": {part: value / 1e12 for part, value in self.flops.items()},
             "collectives": {
-                kind: {"count": traffic.count, "gib": traffic.bytes / GIB} for kind, traffic in self.traffic.items()
+                kind: {"count": traffic.count, "gib": traffic.bytes / GIB}
+                for kind, traffic in self.traffic.items()
             },
             "num_steps": train.num_steps,
             "at_mfu": {
@@ -118,7 +127,8 @@ def check(config: Config, topology: Topology) -> None:
 
 
 def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> Plan:
-    """Compiles the training step of `config` for the devices of a slice, or for as many of another kind.
+    """Compiles the training step of `config` for the devices of a slice, or for as many of another
+    kind.
 
     Raises:
       UserError: the mesh does not fit the devices, the batch or the model.
@@ -126,11 +136,14 @@ def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> P
     # By the slices planned for: devices that stand in for them know of none.
     sizes = mesh_lib.resolve_sizes(config, topology.num_devices, topology.num_slices)
     config = dataclasses.replace(config, mesh=MeshConfig(**sizes._asdict()))
-    model, tx = vlm.VLM(config.model), optim.make_optimizer(config)
+    model = vlm.VLM(config.model)
+    tx = optim.make_optimizer(config)
     is_estimate = devices[0].platform != "tpu"
     with mesh_lib.use(mesh_lib.make_mesh(config, devices)) as mesh:
         abstract = state.abstract_state(model, config, tx, mesh)
-        compiled, peak_gib = compile_program(step.lower_train_step(model, config, tx, abstract, mesh), is_estimate)
+        compiled, peak_gib = compile_program(
+            step.lower_train_step(model, config, tx, abstract, mesh), is_estimate
+        )
         traffic = collectives.traffic(compiled.as_text()) if compiled else {}
     sizes = {path: math.prod(x.shape) for path, x in state.flatten(abstract.params).items()}
     return Plan(
@@ -141,7 +154,8 @@ def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> P
         num_trained=sum(sizes[path] for path in state.trainable_paths(config, abstract.params)),
         param_gib=gib_of_a_device(abstract.params),
         optimizer_gib=gib_of_a_device(abstract.opt_state),
-        state_gib=sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(abstract)) / GIB,
+        state_gib=sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+        / GIB,
         peak_hbm_gib=peak_gib,
         fits=peak_gib is not None and peak_gib <= topology.chip.hbm_gib,
         is_estimate=is_estimate,
@@ -161,8 +175,10 @@ def with_layout(config: Config, mesh: MeshConfig, accumulation: int, remat: str)
 
 
 def state_gib(config: Config, topology: Topology) -> float:
-    """Returns the GiB a device of parameters, optimizer state and gradients: less than that is never enough."""
-    model, tx = vlm.VLM(config.model), optim.make_optimizer(config)
+    """Returns the GiB a device of parameters, optimizer state and gradients: less than that is
+    never enough."""
+    model = vlm.VLM(config.model)
+    tx = optim.make_optimizer(config)
     abstract: TrainState = state.abstract_state(
         model, config, tx, mesh_lib.abstract(config, topology.num_devices, topology.num_slices)
     )
@@ -170,9 +186,11 @@ def state_gib(config: Config, topology: Topology) -> float:
     return gib_of_a_device((abstract, trained))
 
 
-def compile_program(lowered: jax.stages.Lowered, is_estimate: bool) -> tuple[jax.stages.Compiled | None, float | None]:
-    """Returns the program and the GiB that it needs on a device; where that is more than there is, no program and what
-    the compiler says that it would need, if it does."""
+def compile_program(
+    lowered: jax.stages.Lowered, is_estimate: bool
+) -> tuple[jax.stages.Compiled | None, float | None]:
+    """Returns the program and the GiB that it needs on a device; where that is more than there is,
+    no program and what the compiler says that it would need, if it does."""
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as err:
@@ -199,4 +217,10 @@ def _asked_for(message: str) -> float | None:
 
 def gib_of_a_device(abstract: Any) -> float:
     """Returns what a device holds of a tree of abstract arrays with shardings."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(abstract)) / GIB
+    return (
+        sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+            for x in jax.tree.leaves(abstract)
+        )
+        / GIB
+    )

@@ -1,16 +1,24 @@
 """What a compiled program sends between devices: collectives by kind, read from its text.
 
-A collective in a loop counts as often as the loop runs: layers, parts of a batch and blocks are loops. The TPU's
-compiler also makes loops of permutes out of a gather and the product that it feeds, to overlap them. Of a collective
-across slices it leaves the part within each slice to the links, and sends the rest over the data-centre network, by
-transfers of the host, which are told apart as BETWEEN_SLICES.
+A collective in a loop counts as often as the loop runs: layers, parts of a batch and blocks are
+loops. The TPU's compiler also makes loops of permutes out of a gather and the product that it
+feeds, to overlap them. Of a collective across slices it leaves the part within each slice to the
+links, and sends the rest over the data-centre network, by transfers of the host, which are told
+apart as BETWEEN_SLICES.
 """
 
 import math
 import re
 from typing import NamedTuple
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "collective-permute",
+    "all-to-all",
+    "ragged-all-to-all",
+)
 BETWEEN_SLICES = "between slices"
 BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
 
@@ -32,13 +40,16 @@ class _Op(NamedTuple):
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _OP = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b(pred|bf16|[a-z]\d+\w*)\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:calls|to_apply|called_computations=\{|branch_computations=\{)=?%?([\w.\-]+)")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|called_computations=\{|branch_computations=\{)=?%?([\w.\-]+)"
+)
 
 
 def traffic(hlo: str) -> dict[str, Traffic]:
     """Returns for each kind that occurs its traffic in one run of the program."""
     computations, entry = _parse(hlo)
-    # What the compiler spreads over the fusions which it overlaps appears in each of them, under one chain's name.
+    # What the compiler spreads over the fusions which it overlaps appears in each of them, under
+    # one chain's name.
     found: dict[tuple[str, str], Traffic] = {}
 
     def walk(name: str, times: int) -> None:
@@ -51,15 +62,21 @@ def traffic(hlo: str) -> dict[str, Traffic]:
                 once = Traffic(times, times * _bytes(op, ops))
                 found[key] = min(found.get(key, once), once)
             if op.opcode == "while":
-                condition, body = (re.search(rf"{what}=%?([\w.\-]+)", op.rest)[1] for what in ("condition", "body"))
-                walk(body, times * _trips(op, computations.get(condition, {}), computations.get(body, {})))
+                condition, body = (
+                    re.search(rf"{what}=%?([\w.\-]+)", op.rest)[1] for what in ("condition", "body")
+                )
+                walk(
+                    body,
+                    times * _trips(op, computations.get(condition, {}), computations.get(body, {})),
+                )
             else:
                 for called in _CALLED.findall(op.rest):
                     walk(called, times)
 
     walk(entry, 1)
     totals = {
-        kind: [part for (its_kind, _), part in found.items() if its_kind == kind] for kind in (*KINDS, BETWEEN_SLICES)
+        kind: [part for (its_kind, _), part in found.items() if its_kind == kind]
+        for kind in (*KINDS, BETWEEN_SLICES)
     }
     return {
         kind: Traffic(sum(part.count for part in parts), sum(part.bytes for part in parts))
@@ -71,7 +88,8 @@ def traffic(hlo: str) -> dict[str, Traffic]:
 def _parse(hlo: str) -> tuple[dict[str, dict[str, _Op]], str]:
     """Operations by name by computation, and the name of the computation that is run."""
     computations: dict[str, dict[str, _Op]] = {}
-    entry, current = "", {}
+    entry = ""
+    current = {}
     for line in hlo.splitlines():
         if header := _HEADER.match(line):
             current = computations.setdefault(header[2], {})
@@ -85,7 +103,9 @@ def _trips(loop: _Op, condition: dict[str, _Op], body: dict[str, _Op]) -> int:
     """How often a loop runs that counts up from 0; 1 where that cannot be told."""
     if known := re.search(r'known_trip_count.*?"n":"(\d+)"', loop.rest):
         return int(known[1])
-    compares = [op for op in condition.values() if op.opcode == "compare" and "direction=LT" in op.rest]
+    compares = [
+        op for op in condition.values() if op.opcode == "compare" and "direction=LT" in op.rest
+    ]
     constants = {op.name: int(op.rest.split(")")[0]) for op in condition.values() if _is_number(op)}
     for compare in compares:
         counter, bound = re.findall(r"%?([\w.\-]+)", compare.rest.split(")")[0])[:2]
@@ -98,12 +118,18 @@ def _trips(loop: _Op, condition: dict[str, _Op], body: dict[str, _Op]) -> int:
 def _step(body: dict[str, _Op], index: str) -> int:
     """By how much a loop's counter grows: 1, or more where the compiler has unrolled it."""
     counters = {
-        op.name for op in body.values() if op.opcode == "get-tuple-element" and f"index={index}," in f"{op.rest},"
+        op.name
+        for op in body.values()
+        if op.opcode == "get-tuple-element" and f"index={index}," in f"{op.rest},"
     }
     constants = {op.name: int(op.rest.split(")")[0]) for op in body.values() if _is_number(op)}
     last = list(body.values())[-1]
     operands = re.findall(r"%([\w.\-]+)", last.rest.split(")")[0])
-    new = body.get(operands[int(index)]) if last.opcode == "tuple" and len(operands) > int(index) else None
+    new = (
+        body.get(operands[int(index)])
+        if last.opcode == "tuple" and len(operands) > int(index)
+        else None
+    )
     if new is None or new.opcode != "add":
         return 1
     names = re.findall(r"%([\w.\-]+)", new.rest.split(")")[0])
@@ -127,13 +153,17 @@ def _bytes(op: _Op, ops: dict[str, _Op]) -> int:
     if op.opcode == "send":
         return max(_sizes(op.type), default=0)  # (what is sent, and what only the runtime looks at)
     operands = re.findall(r"%([\w.\-]+)", op.rest.split(")")[0])
-    return max(sum(_sizes(op.type)), sum(sum(_sizes(ops[name].type)) for name in operands if name in ops))
+    return max(
+        sum(_sizes(op.type)), sum(sum(_sizes(ops[name].type)) for name in operands if name in ops)
+    )
 
 
 def _sizes(type_text: str) -> list[int]:
     """Bytes of each array of a type."""
     return [
-        math.prod(int(size) for size in dims.split(",") if size) * (BITS.get(dtype) or _bits(dtype)) // 8
+        math.prod(int(size) for size in dims.split(",") if size)
+        * (BITS.get(dtype) or _bits(dtype))
+        // 8
         for dtype, dims in _ARRAY.findall(type_text)
     ]
 

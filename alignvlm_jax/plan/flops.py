@@ -1,15 +1,17 @@
-"""FLOPs of a training step, by component of the model, counted in the program itself; what MFU is measured against.
+"""FLOPs of a training step, by component of the model, counted in the program itself; what MFU is
+measured against.
 
-Counted are the matmuls (`dot_general`, and convolutions) in the jaxpr of the loss and of its gradient by the trained
-parameters: traced over shapes, nothing is computed, and no module lists what it multiplies. A multiplication and an
-addition are two. What frozen parameters save follows: no gradient of theirs stands in the jaxpr, and what only fed such
-a gradient is dead code, which is dropped as the compiler would.
+Counted are the matmuls (`dot_general`, and convolutions) in the jaxpr of the loss and of its
+gradient by the trained parameters: traced over shapes, nothing is computed, and no module lists
+what it multiplies. A multiplication and an addition are two. What frozen parameters save follows:
+no gradient of theirs stands in the jaxpr, and what only fed such a gradient is dead code, which is
+dropped as the compiler would.
 
-MFU is of the work asked for (PaLM, arXiv 2204.02311, appendix B), so the program counted is the plain one: attention
-over all pairs of tokens of a packed sequence, in the place of kernels whose matmuls no jaxpr shows, and the vocabulary
-whole. What is computed again in the backward pass does not count: JAX marks it by the name "rematted_computation",
-under whatever `jax.checkpoint` it stands, the model's by `remat` or a connector's own. Padding counts: shapes are
-static.
+MFU is of the work asked for (PaLM, arXiv 2204.02311, appendix B), so the program counted is the
+plain one: attention over all pairs of tokens of a packed sequence, in the place of kernels whose
+matmuls no jaxpr shows, and the vocabulary whole. What is computed again in the backward pass does
+not count: JAX marks it by the name "rematted_computation", under whatever `jax.checkpoint` it
+stands, the model's by `remat` or a connector's own. Padding counts: shapes are static.
 """
 
 import dataclasses
@@ -33,14 +35,17 @@ from alignvlm_jax.train.state import Params
 
 COMPONENTS = ("vision", "connector", "llm", "loss")
 RECOMPUTED = "rematted_computation"
-# Components by the names that Flax gives to what their modules compute; the head's part of the loss is a method's.
+# Components by the names that Flax gives to what their modules compute; the head's part of the loss
+# is a method's.
 _NAME = re.compile(r"(?:^|[/(])(?:(llm\.token_losses)|(vision|connector|llm)(?:\.\w+)?)(?=[/)]|$)")
 
 
 def step_flops(config: Config, params: Params) -> dict[str, float]:
-    """Returns FLOPs of a training step by component, for `params` (or their shapes) of which the stage trains some."""
+    """Returns FLOPs of a training step by component, for `params` (or their shapes) of which the
+    stage trains some."""
     config = dataclasses.replace(config, model=_plain(config.model))
-    model, batch = vlm.VLM(config.model), step.train_inputs(config, vlm.abstract_batch(config))
+    model = vlm.VLM(config.model)
+    batch = step.train_inputs(config, vlm.abstract_batch(config))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     trainable, frozen = state.split(shapes, state.trainable_paths(config, shapes))
 
@@ -55,22 +60,31 @@ def connector_flops(config: ModelConfig, num_tiles: int) -> float:
     """Returns FLOPs of the connector alone, forward, over the patches of so many tiles."""
     config = _plain(config)
     module = connectors.get(config.connector.name)(config, jax.numpy.dtype(config.dtype))
-    features = jax.ShapeDtypeStruct((num_tiles * config.vision.num_patches, config.vision.width), config.dtype)
+    features = jax.ShapeDtypeStruct(
+        (num_tiles * config.vision.num_patches, config.vision.width), config.dtype
+    )
     table = jax.ShapeDtypeStruct((config.llm.vocab_size, config.llm.width), "float32")
-    params = jax.eval_shape(lambda *args: module.init(jax.random.key(0), *args, None), features, table)
-    flops = matmul_flops(lambda *args: module.apply(*args, None).tokens, sharding.unbox(params), features, table)
+    params = jax.eval_shape(
+        lambda *args: module.init(jax.random.key(0), *args, None), features, table
+    )
+    flops = matmul_flops(
+        lambda *args: module.apply(*args, None).tokens, sharding.unbox(params), features, table
+    )
     return sum(flops.values())
 
 
 def _plain(config: ModelConfig) -> ModelConfig:
-    """The model that computes the same with nothing but plain matmuls; without padding in blocks of rows."""
+    """The model that computes the same with nothing but plain matmuls; without padding in blocks of
+    rows."""
     return dataclasses.replace(config, attention="plain", vocab_form="plain")
 
 
 def matmul_flops(fn: Callable, *args: Any) -> dict[str, float]:
-    """Returns the FLOPs of the matmuls that a function of arrays (or their shapes) needs for its results, by component.
+    """Returns the FLOPs of the matmuls that a function of arrays (or their shapes) needs for its
+    results, by component.
 
-    What stands in no module of a component counts as the connector's: visual tokens that are made without it.
+    What stands in no module of a component counts as the connector's: visual tokens that are made
+    without it.
     """
     with flax.config.temp_flip_flag("profile", True):  # The names of modules.
         closed = jax.make_jaxpr(fn)(*args)
@@ -107,21 +121,24 @@ def _matmuls(jaxpr: Jaxpr, component: str) -> Iterator[tuple[str, int]]:
 
 def _of_dot(equation: JaxprEqn) -> int:
     (contracted, _), _ = equation.params["dimension_numbers"]
-    left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+    left = equation.invars[0].aval.shape
+    out = equation.outvars[0].aval.shape
     return 2 * math.prod(out) * math.prod(left[axis] for axis in contracted)
 
 
 def _of_convolution(equation: JaxprEqn) -> int:
-    """Two for each weight that an output sees; zeros put between inputs, for the gradient of strides, are none."""
-    kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
+    """Two for each weight that an output sees; zeros put between inputs, for the gradient of
+    strides, are none."""
+    kernel = equation.invars[1].aval.shape
+    out = equation.outvars[0].aval.shape
     out_features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
     dilation = math.prod(equation.params["lhs_dilation"])
     return 2 * math.prod(out) * math.prod(kernel) // out_features // dilation
 
 
 def _times(equation: JaxprEqn) -> int:
-    """How often an equation's inner jaxprs run. A `while`, whose trips no jaxpr knows, counts once; no gradient goes
-    back through one."""
+    """How often an equation's inner jaxprs run. A `while`, whose trips no jaxpr knows, counts once;
+    no gradient goes back through one."""
     if equation.primitive.name == "scan":
         return equation.params["length"]
     if equation.primitive.name == "shard_map":  # Its jaxpr is of one shard.
@@ -133,7 +150,8 @@ def _times(equation: JaxprEqn) -> int:
 
 
 def _inner(equation: JaxprEqn) -> Iterator[Jaxpr]:
-    """The jaxprs that an equation holds: of jit, scan, while, remat, shard_map, custom derivatives."""
+    """The jaxprs that an equation holds: of jit, scan, while, remat, shard_map, custom
+    derivatives."""
     for value in equation.params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(item, ClosedJaxpr):
@@ -142,8 +160,11 @@ def _inner(equation: JaxprEqn) -> Iterator[Jaxpr]:
                 yield item
 
 
-def mfu_of(config: Config, params: Params, devices: Iterable[jax.Device]) -> Callable[[float], dict[str, float]]:
-    """Returns steps a second -> {"mfu": fraction of what the devices could do}; -> {} where that is not known."""
+def mfu_of(
+    config: Config, params: Params, devices: Iterable[jax.Device]
+) -> Callable[[float], dict[str, float]]:
+    """Returns steps a second -> {"mfu": fraction of what the devices could do}; -> {} where that is
+    not known."""
     peak = peak_flops(devices)
     if peak is None:
         return lambda steps_per_second: {}

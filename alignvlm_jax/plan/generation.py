@@ -1,5 +1,6 @@
-"""What answering the questions of an evaluation needs on a machine that is not there: the real generation program,
-prefill and decoding, compiled for a TPU slice, at the longest prompts that the stage has room for."""
+"""What answering the questions of an evaluation needs on a machine that is not there: the real
+generation program, prefill and decoding, compiled for a TPU slice, at the longest prompts that the
+stage has room for."""
 
 import dataclasses
 import math
@@ -24,8 +25,8 @@ from alignvlm_jax.train import state
 class GenerationPlan:
     """Generation on a slice: bytes are those of one device.
 
-    `batch_size` is `eval.batch_size`, rounded up to the mesh. `peak_hbm_gib` is None where the compiler gave up without
-    a number; `is_estimate` where it was not the TPU's.
+    `batch_size` is `eval.batch_size`, rounded up to the mesh. `peak_hbm_gib` is None where the
+    compiler gave up without a number; `is_estimate` where it was not the TPU's.
     """
 
     topology: Topology
@@ -41,7 +42,8 @@ class GenerationPlan:
 
     @property
     def prompts_per_device(self) -> int:
-        """Prompts of a batch that one device answers, together with the others of its `tensor` axis."""
+        """Prompts of a batch that one device answers, together with the others of its `tensor`
+        axis."""
         return self.batch_size // (self.mesh["data"] * self.mesh["fsdp"])
 
     def to_json(self) -> dict[str, Any]:
@@ -70,10 +72,12 @@ class GenerationPlan:
 
 
 def on_mesh(config: Config, topology: Topology) -> Config:
-    """Returns the config with the sizes of its mesh on a slice; rows of a training batch mean nothing here.
+    """Returns the config with the sizes of its mesh on a slice; rows of a training batch mean
+    nothing here.
 
     Raises:
-      UserError: no mesh that the config asks for fits the devices and the model. Nothing is compiled.
+      UserError: no mesh that the config asks for fits the devices and the model. Nothing is
+        compiled.
     """
     train = dataclasses.replace(config.train, batch_size=topology.num_devices, accumulation=1)
     config = dataclasses.replace(config, train=train)
@@ -86,16 +90,21 @@ def on_mesh(config: Config, topology: Topology) -> Config:
 
 
 def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> GenerationPlan:
-    """Compiles the generation of a config of `on_mesh` for the devices of a slice, or for as many of another kind."""
-    model, is_estimate = vlm.VLM(config.model), devices[0].platform != "tpu"
+    """Compiles the generation of a config of `on_mesh` for the devices of a slice, or for as many
+    of another kind."""
+    model = vlm.VLM(config.model)
+    is_estimate = devices[0].platform != "tpu"
     mesh = mesh_lib.make_mesh(config, devices)
-    most, num_new = config.eval.batch_size, config.eval.max_new_tokens
+    most = config.eval.batch_size
+    num_new = config.eval.max_new_tokens
     batch_size = loading.batch_size(most, most, mesh_lib.batch_ways(mesh))
     params = state.abstract_params(model, config, mesh)
     # Which tokens end an answer does not change what the program needs.
     generating = Sampler(model, mesh, end_ids=(0,), pad_id=0)
     prompts = sampler.abstract_prompts(config, batch_size, mesh)
-    _, peak_gib = aot.compile_program(generating.lower({"params": params}, prompts, num_new), is_estimate)
+    _, peak_gib = aot.compile_program(
+        generating.lower({"params": params}, prompts, num_new), is_estimate
+    )
     return GenerationPlan(
         topology=topology,
         config=config,
@@ -112,17 +121,21 @@ def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> G
 
 def text(plan: GenerationPlan) -> str:
     """Returns what is needed, part by part, and what to change where it does not fit."""
-    config, data, chip = plan.config, plan.config.data, plan.topology.chip
+    config = plan.config
+    data = plan.config.data
+    chip = plan.topology.chip
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     lines = [
-        f"{config.name} {config.stage}, generation on {plan.topology.name}: {plan.topology.num_chips} chips, "
-        f"mesh {mesh}",
-        f"batch {plan.batch_size} prompts of {data.row_length} tokens and {data.tiles_of_a_record} tiles, "
-        f"{plan.prompts_per_device} a device; {config.eval.max_new_tokens} new tokens",
+        f"{config.name} {config.stage}, generation on {plan.topology.name}: "
+        f"{plan.topology.num_chips} chips, mesh {mesh}",
+        f"batch {plan.batch_size} prompts of {data.row_length} tokens and "
+        f"{data.tiles_of_a_record} tiles, {plan.prompts_per_device} a device; "
+        f"{config.eval.max_new_tokens} new tokens",
         "",
         f"parameters           {plan.num_params:,}, float32",
         f"parameters a device  {plan.param_gib:.2f} GiB, keys and values {plan.cache_gib:.2f} GiB",
-        f"peak HBM a device    {printing.gib(plan.peak_hbm_gib)} of {chip.hbm_gib} GiB: {printing.verdict(plan)}",
+        f"peak HBM a device    {printing.gib(plan.peak_hbm_gib)} of {chip.hbm_gib} GiB: "
+        f"{printing.verdict(plan)}",
     ]
     if not plan.fits:
         lines += ["", f"does not fit: {advice(plan)}"]
@@ -136,7 +149,9 @@ def advice(plan: GenerationPlan) -> str:
     changes = []
     if plan.prompts_per_device > 1:
         smaller = plan.batch_size // plan.prompts_per_device * (plan.prompts_per_device // 2)
-        changes.append(f"--config.eval.batch_size={smaller} (now {plan.prompts_per_device} prompts a device)")
+        changes.append(
+            f"--config.eval.batch_size={smaller} (now {plan.prompts_per_device} prompts a device)"
+        )
     changes.append("--mesh=DATAxFSDPxTENSOR with a larger FSDP or TENSOR")
     if name := printing.larger(plan.topology):
         changes.append(f"--topology={name}")
@@ -146,8 +161,8 @@ def advice(plan: GenerationPlan) -> str:
 def summary(config: Config) -> str:
     """Returns a line that says what is about to be compiled."""
     return (
-        f"compiling generation of {config.name} {config.stage}, {config.eval.batch_size} prompts of "
-        f"{config.data.row_length} tokens"
+        f"compiling generation of {config.name} {config.stage}, {config.eval.batch_size} prompts "
+        f"of {config.data.row_length} tokens"
     )
 
 

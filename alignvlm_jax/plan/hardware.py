@@ -14,10 +14,11 @@ from alignvlm_jax.errors import UserError, nearest
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A chip as it is rented, in the numbers of one of its devices, of which jax and the compiler speak.
+    """A chip as it is rented, in the numbers of one of its devices, of which jax and the compiler
+    speak.
 
-    Dense bfloat16 TFLOP/s as its maker states them, and the GiB of HBM that XLA may use. For TPUs also the GB/s that
-    all its links send, and the slices on offer.
+    Dense bfloat16 TFLOP/s as its maker states them, and the GiB of HBM that XLA may use. For TPUs
+    also the GB/s that all its links send, and the slices on offer.
     """
 
     tflops: float
@@ -28,14 +29,26 @@ class Chip:
 
 
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
+_CUBES = (
+    "2x2x1",
+    "2x2x2",
+    "2x2x4",
+    "2x4x4",
+    "4x4x4",
+    "4x4x8",
+    "4x8x8",
+    "8x8x8",
+    "8x8x16",
+    "8x16x16",
+)
 
 CHIPS = {
     "v5e": Chip(197, 15.75, 200, _FLAT),
     "v5p": Chip(459, 95.74, 600, _CUBES),
     "v6e": Chip(918, 31.25, 448, _FLAT),
-    # Each of its two chiplets is a device of jax. Per chip 2,307 TFLOP/s, 192 GiB, and 1,200 GB/s in both directions
-    # of its links (cloud.google.com/tpu/docs/tpu7x), so 600 one way; the faster link between the two is not counted.
+    # Each of its two chiplets is a device of jax. Per chip 2,307 TFLOP/s, 192 GiB, and 1,200 GB/s
+    # in both directions of its links (cloud.google.com/tpu/docs/tpu7x), so 600 one way; the faster
+    # link between the two is not counted.
     "tpu7x": Chip(2307 / 2, 94.75, 600 / 2, _CUBES, num_devices=2),
     "a100": Chip(312, 80.0),
     "h100": Chip(989, 80.0),
@@ -56,17 +69,20 @@ KINDS = {
 }
 """Chips by jax's `device_kind`."""
 
-CHIPS_A_HOST = 4  # Of slices of several hosts, of every kind; a single host of v5e or v6e may have 8.
+# Of slices of several hosts, of every kind; a single host of v5e or v6e may have 8.
+CHIPS_A_HOST = 4
 
 
 def chip_of(device: jax.Device) -> Chip | None:
-    """Returns the chip that a device is, or is a part of; None where it is not known, and no peak should be claimed."""
+    """Returns the chip that a device is, or is a part of; None where it is not known, and no peak
+    should be claimed."""
     return CHIPS.get(KINDS.get(device.device_kind, ""))
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """One or several TPU slices of a shape, such as v5p:4x4x4; all counts are of all slices together."""
+    """One or several TPU slices of a shape, such as v5p:4x4x4; all counts are of all slices
+    together."""
 
     shape: str
     chip: Chip
@@ -106,7 +122,9 @@ def parse_topology(name: str, num_slices: int = 1) -> Topology:
             hint = f"; {kind} slices: {', '.join(shape for shape in CHIPS[kind].shapes)}"
         raise UserError(f"unknown topology {name!r}{hint}")
     kind, shape = name.split(":")
-    return Topology(name, CHIPS[kind], num_slices * math.prod(map(int, shape.split("x"))), num_slices)
+    return Topology(
+        name, CHIPS[kind], num_slices * math.prod(map(int, shape.split("x"))), num_slices
+    )
 
 
 def has_tpu_compiler() -> bool:
@@ -115,20 +133,27 @@ def has_tpu_compiler() -> bool:
 
 
 def compile_only_devices(topology: Topology) -> Sequence[jax.Device]:
-    """Returns the devices of slices that are not there: programs can be compiled for them and not be run.
+    """Returns the devices of slices that are not there: programs can be compiled for them and not
+    be run.
 
     Raises:
       UserError: libtpu is not installed, or does not know the slice.
     """
     if not has_tpu_compiler():
-        raise UserError("compiling for a TPU needs libtpu: pip install --requirement requirements-tpu.txt")
-    # No question to a metadata server that is not there, and no quarrel over a lock with another such process.
+        raise UserError(
+            "compiling for a TPU needs libtpu: pip install --requirement requirements-tpu.txt"
+        )
+    # No question to a metadata server that is not there, and no quarrel over a lock with another
+    # such process.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
-        # libtpu takes it for slices of a multi-slice job, with a slice_index, where a number is named.
+        # libtpu takes it for slices of a multi-slice job, with a slice_index, where a number is
+        # named.
         slices = {} if topology.num_slices == 1 else {"num_slices": topology.num_slices}
         return topologies.get_topology_desc(topology.shape, platform="tpu", **slices).devices
     except RuntimeError as err:
-        raise UserError(f"libtpu does not know {topology.name}: {str(err).splitlines()[0]}") from err
+        raise UserError(
+            f"libtpu does not know {topology.name}: {str(err).splitlines()[0]}"
+        ) from err

@@ -6,38 +6,49 @@ from alignvlm_jax.plan.aot import GIB, UTILISATIONS, Plan
 from alignvlm_jax.plan.hardware import Topology
 
 ESTIMATE = (
-    "ESTIMATE: libtpu is not installed, so CPU's compiler stood in for the TPU's. Its memory is an upper bound (no "
-    "flash attention) and its collectives are others; pip install --requirement requirements-tpu.txt"
+    "ESTIMATE: libtpu is not installed, so CPU's compiler stood in for the TPU's. Its memory is "
+    "an upper bound (no flash attention) and its collectives are others; pip install "
+    "--requirement requirements-tpu.txt"
 )
 
 
 def text(plan: Plan) -> str:
     """Returns what is needed, part by part, and what to change where it does not fit."""
-    config, chip = plan.config, plan.topology.chip
-    train, data = config.train, config.data
+    config = plan.config
+    chip = plan.topology.chip
+    train = config.train
+    data = config.data
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     total = sum(plan.flops.values())
     # Of TPU7x a device is half a chip, and what follows "a chip" would be twice too large.
     one = "chip" if chip.num_devices == 1 else "device"
     devices = "" if chip.num_devices == 1 else f" of {chip.num_devices} devices"
     lines = [
-        f"{config.name} {config.stage} on {plan.topology.name}: {plan.topology.num_chips} chips{devices}, mesh {mesh}",
+        f"{config.name} {config.stage} on {plan.topology.name}: {plan.topology.num_chips} "
+        f"chips{devices}, mesh {mesh}",
         f"batch {train.batch_size} rows of {data.row_length} tokens and {data.max_tiles} tiles, "
         f"in {train.accumulation} parts, remat {config.model.remat}",
         "",
         f"parameters         {plan.num_params:,}, of which {plan.num_trained:,} trained",
-        f"{f'parameters a {one}':18} {plan.param_gib:.2f} GiB, optimizer {plan.optimizer_gib:.2f} GiB",
+        f"{f'parameters a {one}':18} {plan.param_gib:.2f} GiB, optimizer {plan.optimizer_gib:.2f} "
+        "GiB",
         f"{f'peak HBM a {one}':18} {gib(plan.peak_hbm_gib)} of {chip.hbm_gib} GiB: {verdict(plan)}",
         "",
         *_table(
             [("FLOPs a step", "TFLOP", "share")]
-            + [(part, f"{value / 1e12:,.0f}", f"{value / total:.0%}") for part, value in plan.flops.items()]
+            + [
+                (part, f"{value / 1e12:,.0f}", f"{value / total:.0%}")
+                for part, value in plan.flops.items()
+            ]
             + [("all", f"{total / 1e12:,.0f}", "")]
         ),
         "",
         *_table(
             [("collectives a step", "count", f"GiB a {one}")]
-            + [(kind, f"{traffic.count:,}", f"{traffic.bytes / GIB:.2f}") for kind, traffic in plan.traffic.items()]
+            + [
+                (kind, f"{traffic.count:,}", f"{traffic.bytes / GIB:.2f}")
+                for kind, traffic in plan.traffic.items()
+            ]
         ),
         "",
         *_table(
@@ -71,7 +82,10 @@ def advice(plan: Plan) -> str:
     if config.model.remat != "full":
         changes.append("--config.model.remat=full")
     if rows > 1:
-        changes.append(f"--config.train.accumulation={config.train.batch_size // ways} (now {rows} rows at a time)")
+        changes.append(
+            f"--config.train.accumulation={config.train.batch_size // ways} (now {rows} rows at a "
+            "time)"
+        )
     changes.append("--mesh=auto, which tries others")
     if name := larger(plan.topology):
         changes.append(f"--topology={name}")
@@ -80,7 +94,10 @@ def advice(plan: Plan) -> str:
 
 def summary(config: Config) -> str:
     """Returns a line that says what is about to be compiled."""
-    return f"compiling {config.name} {config.stage}, batch {config.train.batch_size} x {config.data.row_length} tokens"
+    return (
+        f"compiling {config.name} {config.stage}, batch {config.train.batch_size} x "
+        f"{config.data.row_length} tokens"
+    )
 
 
 def verdict(plan: Plan) -> str:
@@ -100,8 +117,11 @@ def gib(value: float | None) -> str:
 
 def larger(topology: Topology) -> str:
     """Returns the next larger slice of the kind, "" for the largest."""
-    kind, slices = topology.kind, topology.num_slices
-    sizes = [hardware.parse_topology(f"{kind}:{shape}", slices) for shape in hardware.CHIPS[kind].shapes]
+    kind = topology.kind
+    slices = topology.num_slices
+    sizes = [
+        hardware.parse_topology(f"{kind}:{shape}", slices) for shape in hardware.CHIPS[kind].shapes
+    ]
     return next((other.shape for other in sizes if other.num_chips > topology.num_chips), "")
 
 
@@ -109,7 +129,8 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
-            f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}"
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     ]

@@ -1,4 +1,5 @@
-"""Which mesh, micro-batch and rematerialisation a stage should have on a slice: tried with the compiler, best taken."""
+"""Which mesh, micro-batch and rematerialisation a stage should have on a slice: tried with the
+compiler, best taken."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -14,14 +15,17 @@ from alignvlm_jax.plan.hardware import Topology
 
 Say = Callable[[str], None]
 SAFE = 0.95  # Of the memory: where the size of a program is foretold from that of another.
-NARROW = 16  # An fsdp axis that leaves widths at least a tile of the chip's registers wide; copies along data.
-NETWORK_GB = 6.25  # A device sends over the data-centre network: 50 Gbit/s a chip of v5p (cloud.google.com/tpu/docs).
-MAX_TENSOR = 8  # Beyond it a chip's share of a product is too small to hide what it has to wait for.
+# An fsdp axis that leaves widths at least a tile of the chip's registers wide; copies along data.
+NARROW = 16
+# A device sends over the data-centre network: 50 Gbit/s a chip of v5p (cloud.google.com/tpu/docs).
+NETWORK_GB = 6.25
+# Beyond it a chip's share of a product is too small to hide what it has to wait for.
+MAX_TENSOR = 8
 
 
 def best(config: Config, topology: Topology, devices: Sequence[jax.Device], say: Say) -> Plan:
-    """Returns the plan of the layout that should be fastest of those that fit; where none does, the one that misses by
-    the least.
+    """Returns the plan of the layout that should be fastest of those that fit; where none does, the
+    one that misses by the least.
 
     Raises:
       UserError: there is no mesh for this model and batch.
@@ -33,17 +37,26 @@ def best(config: Config, topology: Topology, devices: Sequence[jax.Device], say:
     if not tried:
         tried = [aot.make(_smallest_parts(config, meshes[-1]), topology, devices)]
     fitting = [plan for plan in tried if plan.fits]
-    return min(fitting, key=seconds) if fitting else min(tried, key=lambda plan: plan.peak_hbm_gib or math.inf)
+    return (
+        min(fitting, key=seconds)
+        if fitting
+        else min(tried, key=lambda plan: plan.peak_hbm_gib or math.inf)
+    )
 
 
 def check(config: Config, topology: Topology) -> None:
-    """Raises UserError where no mesh of these slices is for this model and batch. Nothing is compiled."""
+    """Raises UserError where no mesh of these slices is for this model and batch.
+
+    Nothing is compiled.
+    """
     next(_meshes(config, topology))
 
 
-def smallest(config: Config, kind: str, devices_of: Callable[[Topology], Sequence[jax.Device]], say: Say) -> Plan:
-    """Returns the plan of the smallest slice of a kind of chip on which the stage fits, a row a chip at a time; where
-    it fits on none, that of the largest slice that could be tried.
+def smallest(
+    config: Config, kind: str, devices_of: Callable[[Topology], Sequence[jax.Device]], say: Say
+) -> Plan:
+    """Returns the plan of the smallest slice of a kind of chip on which the stage fits, a row a
+    chip at a time; where it fits on none, that of the largest slice that could be tried.
 
     Raises:
       UserError: there is no mesh for this model and batch, or no slice that holds its parameters.
@@ -66,13 +79,16 @@ def smallest(config: Config, kind: str, devices_of: Callable[[Topology], Sequenc
             if plan.fits:
                 return plan
     if plan is None:
-        raise UserError(f"no {kind} slice up to {topology.name} holds the parameters of {config.name} {config.stage}")
+        raise UserError(
+            f"no {kind} slice up to {topology.name} holds the parameters of {config.name} "
+            f"{config.stage}"
+        )
     return plan
 
 
 def seconds(plan: Plan) -> float:
-    """Returns an estimate of a step's seconds, to compare layouts: the model's FLOPs and those made twice at half of
-    the peak, and then, as if nothing overlapped, what is sent over the links."""
+    """Returns an estimate of a step's seconds, to compare layouts: the model's FLOPs and those made
+    twice at half of the peak, and then, as if nothing overlapped, what is sent over the links."""
     again = {"none": 0.0, "dots": 0.1, "full": 1.0}[plan.config.model.remat]
     forward = (plan.flops["vision"] + plan.flops["llm"]) / 3
     computing = (sum(plan.flops.values()) + again * forward) / (plan.topology.peak_flops / 2)
@@ -87,8 +103,11 @@ def _wire_seconds(plan: Plan, kind: str) -> float:
     return sent * (2 if kind == "all-reduce" else 1) / (plan.topology.chip.link_gb * 1e9)
 
 
-def _meshes(config: Config, topology: Topology, fsdp_sizes: Sequence[int] = (-1, NARROW)) -> Iterator[MeshConfig]:
-    """Tensor 1, 2, 4, ...; fsdp as far as the widths divide, or only NARROW, the rest along data."""
+def _meshes(
+    config: Config, topology: Topology, fsdp_sizes: Sequence[int] = (-1, NARROW)
+) -> Iterator[MeshConfig]:
+    """Tensor 1, 2, 4, ...; fsdp as far as the widths divide, or only NARROW, the rest along
+    data."""
     found: list[MeshConfig] = []
     tensor = 1
     while tensor <= min(MAX_TENSOR, topology.num_devices):
@@ -99,10 +118,12 @@ def _meshes(config: Config, topology: Topology, fsdp_sizes: Sequence[int] = (-1,
                 yield mesh
         tensor *= 2
     if not found:
-        llm, rows = config.model.llm, config.train.batch_size
+        llm = config.model.llm
+        rows = config.train.batch_size
         raise UserError(
-            f"no mesh of {topology.num_chips} chips takes a batch of {rows} rows, {llm.num_heads} heads "
-            f"({llm.num_kv_heads} of keys) and {llm.vocab_size} words; change config.train.batch_size"
+            f"no mesh of {topology.num_chips} chips takes a batch of {rows} rows, {llm.num_heads} "
+            f"heads ({llm.num_kv_heads} of keys) and {llm.vocab_size} words; change "
+            "config.train.batch_size"
         )
 
 
@@ -119,7 +140,8 @@ def _resolved(config: Config, asked: MeshConfig, topology: Topology) -> MeshConf
 
 
 def _smallest_parts(config: Config, mesh: MeshConfig) -> Config:
-    """The layout that needs the least memory on a mesh: one row a chip at a time, everything computed twice."""
+    """The layout that needs the least memory on a mesh: one row a chip at a time, everything
+    computed twice."""
     rows = config.train.batch_size // (mesh.data * mesh.fsdp)
     return aot.with_layout(config, mesh, max(rows, 1), "full")
 
@@ -127,12 +149,16 @@ def _smallest_parts(config: Config, mesh: MeshConfig) -> Config:
 def _plans_of(
     config: Config, mesh: MeshConfig, topology: Topology, devices: Sequence[jax.Device], say: Say
 ) -> Iterator[Plan]:
-    """From the layout that needs the least memory to ones that compute less twice and gather parameters less often."""
+    """From the layout that needs the least memory to ones that compute less twice and gather
+    parameters less often."""
     small = _smallest_parts(config, mesh)
     held = aot.state_gib(small, topology)
     limit = topology.chip.hbm_gib
     if held > limit:
-        say(f"{_name(mesh)}: {held:.1f} GiB of parameters, gradients and optimizer state of {limit} GiB")
+        say(
+            f"{_name(mesh)}: {held:.1f} GiB of parameters, gradients and optimizer state of "
+            f"{limit} GiB"
+        )
         return
     plan = aot.make(small, topology, devices)
     say(_line(plan))
@@ -140,8 +166,11 @@ def _plans_of(
     if not plan.fits:
         return
     for remat in ("full", "dots", "none"):
-        for _ in range(2):  # A guess by what the plan before took, and where it was too bold another by its own plan.
-            layout = aot.with_layout(config, mesh, small.train.accumulation // _rows_at_once(plan, held), remat)
+        # A guess by what the plan before took, and where it was too bold another by its own plan.
+        for _ in range(2):
+            layout = aot.with_layout(
+                config, mesh, small.train.accumulation // _rows_at_once(plan, held), remat
+            )
             if layout == plan.config:
                 break
             plan = aot.make(layout, topology, devices)
@@ -155,7 +184,8 @@ def _plans_of(
 
 def _rows_at_once(plan: Plan, held: float) -> int:
     """How many rows a chip could take at a time, if each needs what one of `plan` does."""
-    train, limit = plan.config.train, plan.topology.chip.hbm_gib
+    train = plan.config.train
+    limit = plan.topology.chip.hbm_gib
     rows = train.batch_size // (plan.mesh["data"] * plan.mesh["fsdp"])
     a_row = max(plan.peak_hbm_gib - held, 1e-3) * train.accumulation / rows
     return max((size for size in _divisors(rows) if size * a_row <= SAFE * limit - held), default=1)
@@ -175,6 +205,6 @@ def _line(plan: Plan) -> str:
     peak = "more than there is" if plan.peak_hbm_gib is None else f"{plan.peak_hbm_gib:.2f} GiB"
     verdict = f"{seconds(plan):.1f} s a step" if plan.fits else "does not fit"
     return (
-        f"{plan.topology.name}  {_name(plan.config.mesh)}, {rows} rows at a time, remat {plan.config.model.remat}: "
-        f"{peak}, {verdict}"
+        f"{plan.topology.name}  {_name(plan.config.mesh)}, {rows} rows at a time, remat "
+        f"{plan.config.model.remat}: {peak}, {verdict}"
     )

@@ -1,4 +1,5 @@
-"""What a checkpoint costs a planned run, whether a stop leaves time for one, and what is lost where it does not."""
+"""What a checkpoint costs a planned run, whether a stop leaves time for one, and what is lost where
+it does not."""
 
 import dataclasses
 import math
@@ -6,16 +7,20 @@ import math
 from alignvlm_jax.config import TrainConfig
 
 GRACE_SECONDS = {"GKE JobSet": 600, "xpk": 600, "TPU VM": 600, "Slurm": 600, "spot notice": 30}
-"""Seconds from the wish to stop to the kill: the launch scripts' default --grace, and what a spot machine is given,
-whatever a script asks for."""
+"""Seconds from the wish to stop to the kill: the launch scripts' default --grace, and what a spot
+machine is given, whatever a script asks for."""
 
 HOST_WRITE_GB = 0.5
-"""GB/s that a host writes to a bucket or a shared disk: an assumption on the safe side, printed with what follows."""
+"""GB/s that a host writes to a bucket or a shared disk: an assumption on the safe side, printed
+with what follows."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Stopping:
-    """Times in seconds. A stop is noticed when the step under way ends; every host saves its part of the state."""
+    """Times in seconds.
+
+    A stop is noticed when the step under way ends; every host saves its part of the state.
+    """
 
     state_gib: float
     gib_a_host: float
@@ -30,7 +35,8 @@ class Stopping:
 
     @property
     def lost_on_average(self) -> float:
-        """Of the work of a run that ends without notice: half an interval, and what was still being saved."""
+        """Of the work of a run that ends without notice: half an interval, and what was still being
+        saved."""
         return self.interval / 2 + self.save
 
     @property
@@ -44,7 +50,8 @@ class Stopping:
 
 
 def make(train: TrainConfig, state_gib: float, num_hosts: int, step_seconds: float) -> Stopping:
-    """Returns what stops mean for a state of so many GiB, written evenly by all hosts, with steps so long."""
+    """Returns what stops mean for a state of so many GiB, written evenly by all hosts, with steps
+    so long."""
     gib_a_host = state_gib / num_hosts
     steps = train.checkpoint_every
     if train.checkpoint_minutes:
@@ -62,12 +69,13 @@ def make(train: TrainConfig, state_gib: float, num_hosts: int, step_seconds: flo
 def lines(stopping: Stopping) -> list[str]:
     """Returns them as people read them."""
     return [
-        f"a checkpoint       {stopping.state_gib:.2f} GiB, {stopping.gib_a_host:.2f} a host: {stopping.save:.0f} s at "
-        f"an assumed {HOST_WRITE_GB} GB/s a host",
-        f"a stop             a step of {stopping.step:.1f} s and a save need {stopping.needed:.0f} s: "
-        f"{_verdict(stopping)}",
+        f"a checkpoint       {stopping.state_gib:.2f} GiB, {stopping.gib_a_host:.2f} a host: "
+        f"{stopping.save:.0f} s at an assumed {HOST_WRITE_GB} GB/s a host",
+        f"a stop             a step of {stopping.step:.1f} s and a save need "
+        f"{stopping.needed:.0f} s: {_verdict(stopping)}",
         f"a loss of a host   costs {_minutes(stopping.lost_on_average)} of work on average, "
-        f"{_minutes(stopping.lost_at_most)} at most: a checkpoint every {_minutes(stopping.interval)}",
+        f"{_minutes(stopping.lost_at_most)} at most: a checkpoint every "
+        f"{_minutes(stopping.interval)}",
     ]
 
 

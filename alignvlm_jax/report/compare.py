@@ -1,8 +1,9 @@
-"""Runs that are compared: TABLE/ROW_seedN in a folder. Runs of a row differ in the seed alone, rows of a table in what
-the table is about; all of a table are asked the same questions.
+"""Runs that are compared: TABLE/ROW_seedN in a folder. Runs of a row differ in the seed alone, rows
+of a table in what the table is about; all of a table are asked the same questions.
 
-What was measured of a run stands in its comparison.json, and nowhere else: `evaluate` and `inspect`, called for a run
-with other flags, would otherwise put other questions, or other noise, into the tables.
+What was measured of a run stands in its comparison.json, and nowhere else: `evaluate` and
+`inspect`, called for a run with other flags, would otherwise put other questions, or other noise,
+into the tables.
 """
 
 import dataclasses
@@ -34,7 +35,8 @@ RELATIVE_SIGMAS = (0.5, 1.0, 1.5, 2.0)
 """Of the noise, in standard deviations of the features."""
 
 NUM_PAGES = 32
-"""Pages whose visual tokens are compared with and without noise, and that choose the words that are kept."""
+"""Pages whose visual tokens are compared with and without noise, and that choose the words that are
+kept."""
 
 REACHED = 0.5
 """ANLS that `Row.steps_to_read` counts the steps to."""
@@ -42,8 +44,8 @@ REACHED = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a finished run left: its `config`, its metrics' lines, the fields of `summary.summarize`, and analyses by
-    name."""
+    """What a finished run left: its `config`, its metrics' lines, the fields of
+    `summary.summarize`, and analyses by name."""
 
     folder: Path
     seed: int
@@ -65,8 +67,8 @@ class Row:
         return np.array([run.summary[field] for run in self.runs])
 
     def steps_to_read(self) -> list[int | None]:
-        """Returns of every run that was asked while it was trained the steps until its answers scored REACHED, None
-        where they did not."""
+        """Returns of every run that was asked while it was trained the steps until its answers
+        scored REACHED, None where they did not."""
         asked = ([line for line in run.lines if "generated/anls" in line] for run in self.runs)
         return [
             next((line["step"] for line in lines if line["generated/anls"] >= REACHED), None)
@@ -93,9 +95,12 @@ def find(folder: Path) -> list[Path]:
     """Returns the workdirs of the runs, sorted.
 
     Raises:
-      UserError: there are none, one is not finished, or two of a table are not to be asked the same.
+      UserError: there are none, one is not finished, or two of a table are not to be asked the
+        same.
     """
-    found = sorted(path.parent for path in folder.glob(f"*/*/{workdir.CONFIG_FILE}") if _name(path.parent))
+    found = sorted(
+        path.parent for path in folder.glob(f"*/*/{workdir.CONFIG_FILE}") if _name(path.parent)
+    )
     if not found:
         raise UserError(f"{folder} has no runs named TABLE/ROW_seedN")
     firsts: dict[str, Path] = {}
@@ -106,7 +111,10 @@ def find(folder: Path) -> list[Path]:
             raise UserError(f"{run} is not finished: it has no checkpoint of step {steps}")
         first = firsts.setdefault(run.parent.name, run)
         if (ours := _asked(stages[-1])) != (theirs := _asked(_stages(first)[-1])):
-            raise UserError(f"{run} is asked {ours}, {first} {theirs}: scores of a table are of the same questions")
+            raise UserError(
+                f"{run} is asked {ours}, {first} {theirs}: scores of a table are of the same "
+                "questions"
+            )
     return found
 
 
@@ -122,19 +130,28 @@ def is_measured(run: Path) -> bool:
 
 
 def measure(run: Path) -> None:
-    """Evaluates a run on its splits, with pages and blank ones, asks it through noise, and, where its patches have a
-    distribution over words, with fewer words. What was asked already is not asked again."""
+    """Evaluates a run on its splits, with pages and blank ones, asks it through noise, and, where
+    its patches have a distribution over words, with fewer words. What was asked already is not
+    asked again."""
     loaded = loading.load(run, loading.load_config(run))
     config = loaded.config
-    asker, splits = Runner(loaded, config), config.eval.splits
-    results = {(split, blind): asker.evaluate(split, blind) for split in splits for blind in (False, True)}
+    asker = Runner(loaded, config)
+    splits = config.eval.splits
+    results = {
+        (split, blind): asker.evaluate(split, blind) for split in splits for blind in (False, True)
+    }
     analyses = {"noise": noise.measure(loaded, splits[0], (), RELATIVE_SIGMAS, NUM_PAGES, seed=0)}
     if patch_tokens.has_words(config):
         pages = config.data.validation_split
-        # More than an even share of the vocabulary: of any there are such words, and not all of them.
+        # More than an even share of the vocabulary: of any there are such words, and not all of
+        # them.
         threshold = 1 / config.model.llm.num_words
         analyses["vocabulary"] = vocabulary.measure(loaded, splits[0], pages, NUM_PAGES, threshold)
-    fields = {"way": _way(run), "summary": summary.summarize(loaded, splits, results), "analyses": analyses}
+    fields = {
+        "way": _way(run),
+        "summary": summary.summarize(loaded, splits, results),
+        "analyses": analyses,
+    }
     storage.write_whole(run / FILE, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -148,18 +165,24 @@ def read(runs: Sequence[Path]) -> dict[str, list[Row]]:
         run = Run(path, seed, _stages(path)[-1], lines, measured["summary"], measured["analyses"])
         tables.setdefault(path.parent.name, {}).setdefault(name, []).append(run)
     return {
-        table: _sorted(Row(name, tuple(sorted(found, key=lambda run: run.seed))) for name, found in rows.items())
+        table: _sorted(
+            Row(name, tuple(sorted(found, key=lambda run: run.seed)))
+            for name, found in rows.items()
+        )
         for table, rows in tables.items()
     }
 
 
 def with_baseline(tables: Tables, name: str) -> dict[str, list[Row]]:
-    """Returns the tables with the row TABLE/ROW in every other one that is asked the same questions, too."""
+    """Returns the tables with the row TABLE/ROW in every other one that is asked the same
+    questions, too."""
     table, _, row_name = name.partition("/")
     [baseline] = [row for row in tables[table] if row.name == row_name]
     asked = _asked(baseline.runs[0].config)
     return {
-        other: _sorted([*rows, baseline]) if other != table and _asked(rows[0].runs[0].config) == asked else list(rows)
+        other: _sorted([*rows, baseline])
+        if other != table and _asked(rows[0].runs[0].config) == asked
+        else list(rows)
         for other, rows in tables.items()
     }
 
@@ -170,7 +193,8 @@ def _sorted(rows: Iterable[Row]) -> list[Row]:
 
 
 def _way(run: Path) -> dict[str, Any]:
-    """What the measurements depend on; to the microsecond, `train_seconds` tells two runs of a workdir apart."""
+    """What the measurements depend on; to the microsecond, `train_seconds` tells two runs of a
+    workdir apart."""
     found = restore.load_config(run)
     trained = restore.read_newest(run, lambda checkpoints, step: checkpoints.metadata(step))
     return {
@@ -185,7 +209,10 @@ def _way(run: Path) -> dict[str, Any]:
 
 
 def _asked(config: Config) -> str:
-    return f"{config.eval.num_questions} questions of {', '.join(config.eval.splits)} in {config.data.dir}"
+    return (
+        f"{config.eval.num_questions} questions of {', '.join(config.eval.splits)} in "
+        f"{config.data.dir}"
+    )
 
 
 def _read_json(path: Path) -> Any:

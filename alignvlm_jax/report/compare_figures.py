@@ -1,4 +1,5 @@
-"""A comparison as pictures (PNG) and as one page: scores of every seed, curves of learning, what noise does."""
+"""A comparison as pictures (PNG) and as one page: scores of every seed, curves of learning, what
+noise does."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,8 @@ DOT = "#12345a"
 
 
 def scores(rows: Sequence[Row]) -> bytes:
-    """Returns the ANLS of every row: a bar for the mean, a dot for each seed, and the score on blank pages."""
+    """Returns the ANLS of every row: a bar for the mean, a dot for each seed, and the score on
+    blank pages."""
 
     def draw(figure: Figure) -> None:
         _draw_scores(figure.add_subplot(), rows)
@@ -28,7 +30,8 @@ def scores(rows: Sequence[Row]) -> bytes:
 
 
 def learning(rows: Sequence[Row]) -> bytes:
-    """Returns the ANLS of generated answers over the steps of training: the mean over seeds, and their span."""
+    """Returns the ANLS of generated answers over the steps of training: the mean over seeds, and
+    their span."""
 
     def draw(figure: Figure) -> None:
         _draw_learning(figure.add_subplot(), rows)
@@ -38,17 +41,34 @@ def learning(rows: Sequence[Row]) -> bytes:
 
 def noise(rows: Sequence[Row]) -> bytes:
     """Returns `noise_figure.picture` of all rows, means over their seeds."""
-    return noise_lib.picture({row.name.replace("_", " "): _mean(row.analysis("noise")) for row in rows})
+    return noise_lib.picture(
+        {row.name.replace("_", " "): _mean(row.analysis("noise")) for row in rows}
+    )
 
 
 def _draw_scores(axes: Axes, rows: Sequence[Row]) -> None:
     for place, row in enumerate(rows):
         values = row.values("anls")
-        axes.barh(place, values.mean(), color=BAR, height=0.6, alpha=0.85, label="mean" if not place else None)
+        axes.barh(
+            place,
+            values.mean(),
+            color=BAR,
+            height=0.6,
+            alpha=0.85,
+            label="mean" if not place else None,
+        )
         label = "a seed" if not place else None
         axes.scatter(values, [place] * len(values), color=DOT, s=16, zorder=3, label=label)
         label = "blank page, mean" if not place else None
-        axes.scatter(row.values("anls_blind").mean(), place, color=BLANK, marker="|", s=120, zorder=3, label=label)
+        axes.scatter(
+            row.values("anls_blind").mean(),
+            place,
+            color=BLANK,
+            marker="|",
+            s=120,
+            zorder=3,
+            label=label,
+        )
     axes.set_yticks(range(len(rows)), [row.name.replace("_", " ") for row in rows])
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
@@ -60,13 +80,16 @@ def _draw_scores(axes: Axes, rows: Sequence[Row]) -> None:
 def _draw_learning(axes: Axes, rows: Sequence[Row]) -> None:
     for number, row in enumerate(rows):
         curves = [
-            {line["step"]: line["generated/anls"] for line in run.lines if "generated/anls" in line} for run in row.runs
+            {line["step"]: line["generated/anls"] for line in run.lines if "generated/anls" in line}
+            for run in row.runs
         ]
         # A run that was stopped while it was asked lacks a point.
         steps = sorted(set.intersection(*map(set, curves)))
         values = np.array([[curve[step] for step in steps] for curve in curves])
         color = plotting.color(number)
-        axes.plot(steps, values.mean(0), color=color, linewidth=1.6, label=row.name.replace("_", " "))
+        axes.plot(
+            steps, values.mean(0), color=color, linewidth=1.6, label=row.name.replace("_", " ")
+        )
         axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
     axes.axhline(REACHED, color="#00000066", linewidth=0.8, linestyle=":")
     axes.set_ylim(0, 1)
@@ -82,8 +105,13 @@ def _mean(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     points = zip(*(run["points"] for run in runs), strict=True)
     names = ("relative_sigma", "anls", "centred_distance")
     return {
-        "centred_between_distance": float(np.mean([run["centred_between_distance"] for run in runs])),
-        "points": [{name: float(np.mean([point[name] for point in same])) for name in names} for same in points],
+        "centred_between_distance": float(
+            np.mean([run["centred_between_distance"] for run in runs])
+        ),
+        "points": [
+            {name: float(np.mean([point[name] for point in same])) for name in names}
+            for same in points
+        ],
     }
 
 
@@ -91,10 +119,12 @@ FILE = "report.html"
 
 
 def build(tables: Tables, folder: Path) -> Path:
-    """Writes report.html and TABLE_scores.png, TABLE_learning.png and TABLE_noise.png in `folder`; returns the page's
-    path."""
+    """Writes report.html and TABLE_scores.png, TABLE_learning.png and TABLE_noise.png in `folder`;
+    returns the page's path."""
     parts = []
-    for (name, grids), rows in zip(compare_tables.grids(tables).items(), tables.values(), strict=True):
+    for (name, grids), rows in zip(
+        compare_tables.grids(tables).items(), tables.values(), strict=True
+    ):
         pictures = {
             "scores": scores(rows),
             "learning": learning(rows),

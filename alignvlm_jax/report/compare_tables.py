@@ -11,7 +11,8 @@ from alignvlm_jax import storage
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.report.compare import REACHED, Row, Tables
 
-BEGIN, END = "<!-- make compare -->", "<!-- end of make compare -->"
+BEGIN = "<!-- make compare -->"
+END = "<!-- end of make compare -->"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +46,17 @@ def markdown(tables: Tables) -> str:
 
 
 def scores(title: str, rows: Sequence[Row]) -> Grid:
-    """Returns the scores, a line a row: means over seeds, and in brackets the least and the most. Steps are to the
-    first check of generated answers that reached it; a run's seconds have compiling and all checks in them."""
+    """Returns the scores, a line a row: means over seeds, and in brackets the least and the most.
+    Steps are to the first check of generated answers that reached it; a run's seconds have
+    compiling and all checks in them."""
     splits = rows[0].runs[0].config.eval.splits
-    columns = ["", f"ANLS, {_words(splits[0])}", "exact", "blank page", *(f"ANLS, {_words(s)}" for s in splits[1:])]
+    columns = [
+        "",
+        f"ANLS, {_words(splits[0])}",
+        "exact",
+        "blank page",
+        *(f"ANLS, {_words(s)}" for s in splits[1:]),
+    ]
     columns += [f"steps to ANLS {REACHED}", "connector's parameters", "tokens a tile", "run, s"]
     return Grid(title, columns, [[_name(row, rows), *_scores(row, splits[1:])] for row in rows])
 
@@ -67,26 +75,44 @@ def _scores(row: Row, other_splits: Iterable[str]) -> list[str]:
 
 
 def noise(title: str, rows: Sequence[Row]) -> Grid:
-    """Returns the ANLS through noise, sigma in standard deviations of the features; at one, how many points are lost,
-    the share that is kept, and how far visual tokens move, as a share of the distance between different ones."""
+    """Returns the ANLS through noise, sigma in standard deviations of the features; at one, how
+    many points are lost, the share that is kept, and how far visual tokens move, as a share of the
+    distance between different ones."""
     lines = []
     for row in rows:
         runs = row.analysis("noise")
         sigmas = [round(point["relative_sigma"], 2) for point in runs[0]["points"]]
         anls = np.array([[point["anls"] for point in run["points"]] for run in runs])
         one = sigmas.index(1.0)
-        moved = [run["points"][one]["centred_distance"] / run["centred_between_distance"] for run in runs]
+        moved = [
+            run["points"][one]["centred_distance"] / run["centred_between_distance"] for run in runs
+        ]
         lost = np.round(100 * (anls[:, 0] - anls[:, one]), 1) + 0.0  # No -0.0.
         mean = anls.mean(0)
         kept = f"{mean[one] / mean[0]:.0%}" if mean[0] else "–"
         span = f"{lost.mean():.1f} ({lost.min():.1f} to {lost.max():.1f})"
-        lines.append([_name(row, rows), *(f"{value:.3f}" for value in mean), span, kept, f"{np.mean(moved):.3f}"])
-    columns = ("ANLS at sigma", *(f"{s:g}" for s in sigmas), "points lost at 1", "kept at 1", "tokens move at 1")
+        lines.append(
+            [
+                _name(row, rows),
+                *(f"{value:.3f}" for value in mean),
+                span,
+                kept,
+                f"{np.mean(moved):.3f}",
+            ]
+        )
+    columns = (
+        "ANLS at sigma",
+        *(f"{s:g}" for s in sigmas),
+        "points lost at 1",
+        "kept at 1",
+        "tokens move at 1",
+    )
     return Grid(title, columns, lines)
 
 
 def pruning(title: str, rows: Sequence[Row]) -> Grid:
-    """Returns how many words a patch mixes, and the ANLS with all words and with those alone that patches use."""
+    """Returns how many words a patch mixes, and the ANLS with all words and with those alone that
+    patches use."""
     lines = []
     for row in rows:
         if runs := row.analysis("vocabulary"):
@@ -114,7 +140,9 @@ def split(document: Path) -> tuple[str, str]:
         raise UserError(f"there is no document {document}")
     whole = document.read_text()
     if whole.count(BEGIN) != 1 or whole.count(END) != 1 or whole.index(BEGIN) > whole.index(END):
-        raise UserError(f"{document} needs a line {BEGIN} and after it a line {END}: tables go between them")
+        raise UserError(
+            f"{document} needs a line {BEGIN} and after it a line {END}: tables go between them"
+        )
     return whole[: whole.index(BEGIN)], whole[whole.index(END) + len(END) :]
 
 
@@ -138,7 +166,8 @@ def _steps(steps: Sequence[int | None]) -> str:
 
 def _name(row: Row, rows: Sequence[Row]) -> str:
     """What a row is called; a mean of fewer seeds than those beside it says so."""
-    count, most = len(row.runs), max(len(other.runs) for other in rows)
+    count = len(row.runs)
+    most = max(len(other.runs) for other in rows)
     return _words(row.name) + (f" ({count} of {most} seeds)" if count < most else "")
 
 

@@ -1,4 +1,5 @@
-"""One HTML file of training rows as the model gets them: records and their borders, tiles, text with the loss mask."""
+"""One HTML file of training rows as the model gets them: records and their borders, tiles, text
+with the loss mask."""
 
 import dataclasses
 import itertools
@@ -22,8 +23,8 @@ THUMBNAIL = 220
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """A run of tokens: "text" that is read only, "taught" text that the loss is on, "special" tokens by their names, or
-    the image slots of one or several tiles ("slots")."""
+    """A run of tokens: "text" that is read only, "taught" text that the loss is on, "special"
+    tokens by their names, or the image slots of one or several tiles ("slots")."""
 
     kind: str
     text: str
@@ -58,11 +59,15 @@ class View:
         return sum(segment.num_tokens for segment in self.segments) / self.length
 
 
-def view(index: int, parts: Sequence[tuple[str, Part]], config: Config, tokenizer: Tokenizer) -> View:
-    """Returns row number `index` of a stage to be looked at, made of `parts`, each with its record's id."""
+def view(
+    index: int, parts: Sequence[tuple[str, Part]], config: Config, tokenizer: Tokenizer
+) -> View:
+    """Returns row number `index` of a stage to be looked at, made of `parts`, each with its
+    record's id."""
     segments = []
     for number, (name, part) in enumerate(parts):
-        # The weight at t is of predicting t + 1, and the first token of a record is predicted by none.
+        # The weight at t is of predicting t + 1, and the first token of a record is predicted by
+        # none.
         is_taught = np.append(False, part.loss_weights[:-1] > 0)
         segments.append(
             Segment(
@@ -84,7 +89,9 @@ def build(views: Iterable[View], statistics: Statistics, path: Path) -> Path:
     return path
 
 
-def _spans(tokens: np.ndarray, is_taught: np.ndarray, image_id: int, tokenizer: Tokenizer) -> Iterable[Span]:
+def _spans(
+    tokens: np.ndarray, is_taught: np.ndarray, image_id: int, tokenizer: Tokenizer
+) -> Iterable[Span]:
     def kind_of(position: int) -> tuple[str, bool]:
         token = int(tokens[position])
         if token == image_id:
@@ -96,7 +103,9 @@ def _spans(tokens: np.ndarray, is_taught: np.ndarray, image_id: int, tokenizer: 
         if kind == "slots":
             yield Span(kind, f"{len(ids):,} image slots", len(ids))
         elif kind == "special":
-            yield Span("special taught" if taught else kind, " ".join(map(tokenizer.piece, ids)), len(ids))
+            yield Span(
+                "special taught" if taught else kind, " ".join(map(tokenizer.piece, ids)), len(ids)
+            )
         else:
             yield Span("taught" if taught else kind, tokenizer.decode(ids), len(ids))
 

@@ -1,4 +1,5 @@
-"""Curves of a run as inline SVG that takes its text colour from the page, so that it reads on light and dark."""
+"""Curves of a run as inline SVG that takes its text colour from the page, so that it reads on light
+and dark."""
 
 import dataclasses
 import io
@@ -32,7 +33,8 @@ STYLE = plotting.LOOK | {
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """One panel: a metric of training lines, "" for none, and one of validation lines, against the step."""
+    """One panel: a metric of training lines, "" for none, and one of validation lines, against the
+    step."""
 
     title: str
     training: str
@@ -49,9 +51,11 @@ CURVES = (
 
 
 def curves(lines: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]] = ()) -> list[str]:
-    """Returns one SVG a panel: this run's metrics.jsonl `lines`, and under them those of a run to compare with.
+    """Returns one SVG a panel: this run's metrics.jsonl `lines`, and under them those of a run to
+    compare with.
 
-    A panel without a single point is left out, as that of the patch loss is where nothing supervised it.
+    A panel without a single point is left out, as that of the patch loss is where nothing
+    supervised it.
     """
     panels = []
     for curve in CURVES:
@@ -61,7 +65,8 @@ def curves(lines: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]] = ()
 
 
 def points(lines: Sequence[dict[str, Any]], name: str, log: bool) -> np.ndarray:
-    """Returns [n, 2] steps and finite values of a metric; of a logarithmic one, only what is above zero."""
+    """Returns [n, 2] steps and finite values of a metric; of a logarithmic one, only what is above
+    zero."""
     found = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
     values = np.asarray(found, float).reshape(-1, 2)
     keep = np.isfinite(values[:, 1]) & ((values[:, 1] > 0) | (not log))
@@ -69,7 +74,8 @@ def points(lines: Sequence[dict[str, Any]], name: str, log: bool) -> np.ndarray:
 
 
 def stage_spans(lines: Sequence[dict[str, Any]]) -> list[tuple[str, float, float]]:
-    """Returns name, first and last step of each stage, in order; each begins where the one before it ends."""
+    """Returns name, first and last step of each stage, in order; each begins where the one before
+    it ends."""
     ends: dict[str, float] = {}
     for line in lines:
         ends[line["stage"]] = max(line["step"], ends.get(line["stage"], 0))
@@ -105,12 +111,21 @@ def _draw_run(axes: Axes, curve: Curve, lines: Sequence[dict[str, Any]], color: 
         axes.plot(stage[:, 0], _smooth(stage[:, 1], curve.log), color=color, linewidth=1.6)
         checked = points(lines, curve.validation, curve.log)
         checked = checked[(checked[:, 0] > start) & (checked[:, 0] <= end)]
-        axes.plot(*checked.T, color=color, linewidth=0.9, linestyle="--", marker="o", markersize=3.2, clip_on=False)
+        axes.plot(
+            *checked.T,
+            color=color,
+            linewidth=0.9,
+            linestyle="--",
+            marker="o",
+            markersize=3.2,
+            clip_on=False,
+        )
 
 
 def _smooth(values: np.ndarray, log: bool) -> np.ndarray:
-    """A centred mean over SMOOTHING points, fewer near the ends and where there are few; geometric for a logarithmic
-    metric. The window stays symmetric: a one-sided one would hide how a stage begins."""
+    """A centred mean over SMOOTHING points, fewer near the ends and where there are few; geometric
+    for a logarithmic metric. The window stays symmetric: a one-sided one would hide how a stage
+    begins."""
     values = np.log(values) if log else values
     widest = min(SMOOTHING // 2, len(values) // 10)
     half = [min(widest, i, len(values) - 1 - i) for i in range(len(values))]
@@ -119,20 +134,31 @@ def _smooth(values: np.ndarray, log: bool) -> np.ndarray:
 
 
 def _draw_stages(axes: Axes, spans: list[tuple[str, float, float]]) -> None:
-    """Names stages above the plot, by number where the name is wider than the stage, and parts them by lines."""
+    """Names stages above the plot, by number where the name is wider than the stage, and parts them
+    by lines."""
     axes.set_xlim(0, spans[-1][2])
     for index, (name, start, end) in enumerate(spans):
         if index:
             axes.axvline(start, color=TEXT, linewidth=0.7, linestyle=":")
         fits = (end - start) / spans[-1][2] > len(name) * 0.027
         label = name if fits else str(index)
-        axes.text(start, 1.02, f" {label}", transform=axes.get_xaxis_transform(), fontsize=8.5, va="bottom")
+        axes.text(
+            start,
+            1.02,
+            f" {label}",
+            transform=axes.get_xaxis_transform(),
+            fontsize=8.5,
+            va="bottom",
+        )
 
 
 def _inline_svg(figure: Figure, label: str) -> str:
     buffer = io.StringIO()
     figure.savefig(
-        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        buffer,
+        format="svg",
+        transparent=True,
+        metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
     )
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]

@@ -30,7 +30,10 @@ class Example:
 
     def closest_answer(self) -> str:
         """Returns the accepted answer that the prediction is nearest to."""
-        return min(self.row["answers"], key=lambda answer: Levenshtein.distance(self.row["prediction"], answer))
+        return min(
+            self.row["answers"],
+            key=lambda answer: Levenshtein.distance(self.row["prediction"], answer),
+        )
 
     def spelled(self) -> list[tuple[str, bool]]:
         """Returns the prediction in pieces, each with whether it agrees with the closest answer."""
@@ -54,8 +57,9 @@ def shares(result: Predictions) -> dict[str, float]:
 
 
 def choose(results: Mapping[str, Predictions]) -> list[Example]:
-    """Returns examples by split in turn, `QUOTA` of each verdict, in the order of a hash of their ids: none is picked
-    by hand. Where a verdict is rarer than its quota, the others fill the room."""
+    """Returns examples by split in turn, `QUOTA` of each verdict, in the order of a hash of their
+    ids: none is picked by hand. Where a verdict is rarer than its quota, the others fill the
+    room."""
     found: dict[str, list[Example]] = {name: [] for name in QUOTA}
     queues = [_by_hash(split, result) for split, result in results.items()]
     for rank in range(max(map(len, queues), default=0)):
@@ -73,7 +77,10 @@ def choose(results: Mapping[str, Predictions]) -> list[Example]:
 
 def one_of_each(examples: Sequence[Example], count: int) -> list[Example]:
     """Returns `count` examples, as different in verdict as there are."""
-    ranks = {id(one): [other.verdict for other in examples[:i]].count(one.verdict) for i, one in enumerate(examples)}
+    ranks = {
+        id(one): [other.verdict for other in examples[:i]].count(one.verdict)
+        for i, one in enumerate(examples)
+    }
     return sorted(examples, key=lambda one: ranks[id(one)])[:count]
 
 

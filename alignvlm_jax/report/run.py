@@ -34,9 +34,17 @@ GOODPUT = (
     ("steps", "Steps", "training proper"),
     ("data_wait", "Data wait", "no step to run, since its batch was not there"),
     ("save", "Saves", "what of checkpoints training waited for"),
-    ("restart", "Restarts", "from the start of a process that goes on to its first step, and what was done in vain"),
+    (
+        "restart",
+        "Restarts",
+        "from the start of a process that goes on to its first step, and what was done in vain",
+    ),
     ("evaluation", "Evaluation", "validation, and answers generated in training"),
-    ("compile", "Compiling", "of a run's first process; later ones count it as restart until their first step"),
+    (
+        "compile",
+        "Compiling",
+        "of a run's first process; later ones count it as restart until their first step",
+    ),
     ("other", "Other", "starting, reading data and weights"),
 )
 """Categories of `goodput` in the order and words of the report."""
@@ -47,7 +55,10 @@ Lines = Sequence[dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a workdir holds. `loaded` is None, and `problem` says why, where there is no model to load."""
+    """What a workdir holds.
+
+    `loaded` is None, and `problem` says why, where there is no model to load.
+    """
 
     folder: Path
     stages: tuple[Config, ...]
@@ -67,12 +78,14 @@ def build(folder: Path, other: Path | None = None, data_dir: str | None = None) 
       data_dir: where the documents are, if no longer where the config says.
 
     Raises:
-      UserError: a folder is no workdir, or a file in it is damaged. Anything else that is missing leaves a sentence in
-        the report.
+      UserError: a folder is no workdir, or a file in it is damaged. Anything else that is missing
+        leaves a sentence in the report.
     """
     run = read(folder, data_dir)
     path = folder / FILE
-    storage.write_whole(path, render(run, None if other is None else read(other, data_dir, with_model=False)))
+    storage.write_whole(
+        path, render(run, None if other is None else read(other, data_dir, with_model=False))
+    )
     return path
 
 
@@ -82,20 +95,23 @@ def read(folder: Path, data_dir: str | None = None, with_model: bool = True) -> 
     if not config_file.exists():
         raise UserError(f"{folder} is no workdir: it has no {workdir.CONFIG_FILE}")
     stages = config_lib.from_json(parse(config_file, config_file.read_text()))
-    loaded, problem = None, ""
+    loaded = None
+    problem = ""
     if with_model:
         try:
             loaded = loading.load(folder, loading.load_config(folder, data_dir))
         except UserError as err:
             problem = str(err)
-    lines, results = read_metrics(folder / metrics.FILE), predictions.read_all(folder)
+    lines = read_metrics(folder / metrics.FILE)
+    results = predictions.read_all(folder)
     written = [path for path in storage.children(folder / base.FOLDER) if path.suffix == ".json"]
     analyses = {path.stem: parse(path, path.read_text()) for path in written}
     return Run(folder, stages, lines, results, analyses, loaded, problem)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the whole lines of a metrics.jsonl, which may still be growing; none where there is no file."""
+    """Returns the whole lines of a metrics.jsonl, which may still be growing; none where there is
+    no file."""
     if not path.exists():
         return []
     return [parse(path, line) for line in path.read_text().split("\n")[:-1]]
@@ -120,7 +136,9 @@ def render(run: Run, other: Run | None = None) -> str:
         run=run,
         config=run.stages[-1],
         other=other,
-        differences=workdir.differences(config_lib.to_json(other.stages), config_lib.to_json(run.stages))
+        differences=workdir.differences(
+            config_lib.to_json(other.stages), config_lib.to_json(run.stages)
+        )
         if other
         else [],
         num_params=_num_params(run.loaded),
@@ -146,12 +164,15 @@ def _splits(run: Run) -> list[str]:
     """The splits with predictions, those of the config first."""
     found = [split for split, blind in run.results if not blind]
     named = run.stages[-1].eval.splits
-    return sorted(found, key=lambda split: (named.index(split) if split in named else len(named), split))
+    return sorted(
+        found, key=lambda split: (named.index(split) if split in named else len(named), split)
+    )
 
 
 def _score(run: Run, split: str) -> dict[str, Any]:
     """A split's row in the table of scores, and below it those of its kinds of documents."""
-    seen, blind = run.results[split, False], run.results.get((split, True))
+    seen = run.results[split, False]
+    blind = run.results.get((split, True))
     rows = [_score_row(split, seen, blind)]
     for kind in seen.kinds():
         rows.append(_score_row(kind, seen.of_kind(kind), blind and blind.of_kind(kind)))
@@ -182,7 +203,11 @@ def _records(run: Run, examples: Sequence[Example]) -> dict[str, Record]:
             continue
         for example in examples:
             index = example.row["record"]
-            if example.split == split and index < len(source) and source[index].id == example.record_id:
+            if (
+                example.split == split
+                and index < len(source)
+                and source[index].id == example.record_id
+            ):
                 found[example.record_id] = source[index]
     return found
 
@@ -200,16 +225,22 @@ def _shown(example: Example, record: Record | None) -> dict[str, Any]:
     }
 
 
-def _lenses(run: Run, examples: Sequence[Example], records: Mapping[str, Record]) -> tuple[list[dict], str]:
+def _lenses(
+    run: Run, examples: Sequence[Example], records: Mapping[str, Record]
+) -> tuple[list[dict], str]:
     """Pictures of what patches say on three of the pages shown, or why there are none."""
     if run.loaded is None:
         return [], run.problem
-    chosen = gallery.one_of_each([example for example in examples if example.record_id in records], NUM_LENSES)
+    chosen = gallery.one_of_each(
+        [example for example in examples if example.record_id in records], NUM_LENSES
+    )
     if not chosen:
         return [], "There are no answered questions with their pages yet: run `evaluate` first."
     try:
         asked = [records[example.record_id] for example in chosen]
-        looks = patch_tokens.look(run.loaded, [images.decode_image(record.images[0], record.id) for record in asked])
+        looks = patch_tokens.look(
+            run.loaded, [images.decode_image(record.images[0], record.id) for record in asked]
+        )
     except UserError as err:
         return [], str(err)
     shown = [
@@ -232,7 +263,9 @@ def _stage(stage: Config, lines: Lines) -> dict[str, Any]:
     ours = [line for line in lines if line["stage"] == stage.stage]
     began = lines.index(ours[0]) if ours else 0
     rates = sorted(line["steps_per_second"] for line in ours if line.get("steps_per_second"))
-    waits = [line["data_wait_fraction"] for line in ours if line.get("data_wait_fraction") is not None]
+    waits = [
+        line["data_wait_fraction"] for line in ours if line.get("data_wait_fraction") is not None
+    ]
     seconds = _last(ours, "train_seconds")
     return {
         "name": stage.stage,
@@ -279,10 +312,12 @@ def _num_params(loaded: Loaded | None) -> dict[str, int]:
 
 def _facts(run: Run) -> dict[str, str]:
     """What else one needs to know to repeat the run, by name."""
-    config, vision, llm = run.stages[-1], run.stages[-1].model.vision, run.stages[-1].model.llm
+    config = run.stages[-1]
+    vision = run.stages[-1].model.vision
+    llm = run.stages[-1].model.llm
     facts = {
-        "Vision": f"{vision.num_layers} layers of {vision.width}; tiles of {vision.tile_width} × {vision.tile_height} "
-        f"pixels, patches of {vision.patch_width} × {vision.patch_height}",
+        "Vision": f"{vision.num_layers} layers of {vision.width}; tiles of {vision.tile_width} × "
+        f"{vision.tile_height} pixels, patches of {vision.patch_width} × {vision.patch_height}",
         "Language model": f"{llm.num_layers} layers of {llm.width}, vocabulary {llm.vocab_size}",
         "Connector": config.model.connector.name,
         "Rows": f"{config.train.batch_size} a step, {config.data.row_length} tokens each, "
@@ -291,11 +326,17 @@ def _facts(run: Run) -> dict[str, str]:
     }
     if run.loaded:
         described = run.loaded.metadata
-        facts["Parameters"] = ", ".join(f"{part} {html.count(size)}" for part, size in _num_params(run.loaded).items())
+        facts["Parameters"] = ", ".join(
+            f"{part} {html.count(size)}" for part, size in _num_params(run.loaded).items()
+        )
         facts["Checkpoint"] = str(run.loaded.path)
         facts["Code"] = described["git"]
-        facts["Libraries"] = ", ".join(f"{name} {version}" for name, version in described["libraries"].items())
-    facts["This machine"] = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+        facts["Libraries"] = ", ".join(
+            f"{name} {version}" for name, version in described["libraries"].items()
+        )
+    facts["This machine"] = (
+        f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+    )
     summary_file = run.folder / summary.FILE
     if summary_file.exists():
         fields = parse(summary_file, summary_file.read_text())

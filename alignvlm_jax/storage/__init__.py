@@ -1,4 +1,5 @@
-"""Paths of every kind, on this machine or in a bucket (gs://): the only part that knows kinds of storage.
+"""Paths of every kind, on this machine or in a bucket (gs://): the only part that knows kinds of
+storage.
 
 A path is a `pathlib.Path`, or for a bucket an `etils.epath.Path`, which has the same methods.
 What those do not do alike is here: writing whole, appending, moving, and folders that appear
@@ -24,8 +25,17 @@ from alignvlm_jax.storage.bucket import RUN_PATIENCE, SCHEME, is_bucket, name_of
 __all__ = ["RUN_PATIENCE", "Appender", "Path", "is_bucket", "patience"]
 
 INCOMPLETE = "INCOMPLETE"
-"""Stands in a folder that cannot be renamed when it is whole, from before its first file until after its last."""
-CANNOT_RENAME = {errno.EMFILE, errno.ENOTSUP, errno.EXDEV, errno.ENOSYS, errno.EPERM, errno.EIO, errno.EINVAL}
+"""Stands in a folder that cannot be renamed when it is whole, from before its first file until
+after its last."""
+CANNOT_RENAME = {
+    errno.EMFILE,
+    errno.ENOTSUP,
+    errno.EXDEV,
+    errno.ENOSYS,
+    errno.EPERM,
+    errno.EIO,
+    errno.EINVAL,
+}
 """What mounts of buckets say when a folder is to be renamed."""
 
 
@@ -53,12 +63,14 @@ def path(text: str | os.PathLike[str]) -> Path:
 
 
 def check_name(where: Path) -> None:
-    """Raises UserError for a folder in whose name libraries that write below it see more than a name: orbax finds the
-    files of a checkpoint by a pattern that begins with it, and a URL ends at # or ?."""
+    """Raises UserError for a folder in whose name libraries that write below it see more than a
+    name: orbax finds the files of a checkpoint by a pattern that begins with it, and a URL ends at
+    # or ?."""
     name = os.fspath(absolute(where))
     if wrong := sorted(set(name) & set("*?[]\\#" if is_bucket(where) else "*?[]\\")):
         raise UserError(
-            f"{name} has {' '.join(wrong)} in it, which no checkpoint can be written below; take a name without"
+            f"{name} has {' '.join(wrong)} in it, which no checkpoint can be written below; take "
+            "a name without"
         )
 
 
@@ -68,7 +80,8 @@ def absolute(where: Path) -> Path:
 
 
 def write_whole(where: Path, content: str | bytes) -> None:
-    """Writes a file, text as UTF-8; what has that name is whole at any moment, and stays after a crash."""
+    """Writes a file, text as UTF-8; what has that name is whole at any moment, and stays after a
+    crash."""
     content = content.encode() if isinstance(content, str) else content
     if is_bucket(where):
         bucket.put(name_of(where), content)
@@ -114,8 +127,9 @@ def remove_tree(folder: Path) -> None:
 def move_folder(source: Path, target: Path, last: str) -> None:
     """Gives a folder another name beside its own, which must be free.
 
-    Where folders cannot be renamed all files are copied before the first is removed; `last`, of those in the folder
-    itself, is the last that is copied and the first that is removed: what has it is whole.
+    Where folders cannot be renamed all files are copied before the first is removed; `last`, of
+    those in the folder itself, is the last that is copied and the first that is removed: what has
+    it is whole.
     """
     if can_rename_folders(source.parent):
         source.rename(target)
@@ -129,7 +143,8 @@ def move_folder(source: Path, target: Path, last: str) -> None:
 
 
 def children(folder: Path) -> list[Path]:
-    """Returns what stands in a folder; nothing where it is not there, as one without files never is in a bucket."""
+    """Returns what stands in a folder; nothing where it is not there, as one without files never is
+    in a bucket."""
     try:
         return list(folder.iterdir())
     except FileNotFoundError:
@@ -141,12 +156,15 @@ def files_below(folder: Path) -> list[str]:
     if is_bucket(folder):
         found = bucket.filesystem().find(name_of(folder))
         return sorted(name.removeprefix(f"{name_of(folder)}/") for name in found)
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
 
 
 @contextlib.contextmanager
 def local_folder(target: Path) -> Iterator[Path]:
-    """Gives a folder on this machine, for libraries that write only there; what it holds then goes to `target`."""
+    """Gives a folder on this machine, for libraries that write only there; what it holds then goes
+    to `target`."""
     if not is_bucket(target):
         yield target
         return
@@ -162,8 +180,8 @@ def free_bytes(folder: Path) -> int | None:
 
 
 def can_rename_folders(folder: Path) -> bool:
-    """Whether a folder with something in it can be renamed within `folder`, which must be there: no bucket does it, and
-    of mounts only some. Tried, once a folder."""
+    """Whether a folder with something in it can be renamed within `folder`, which must be there: no
+    bucket does it, and of mounts only some. Tried, once a folder."""
     return False if is_bucket(folder) else _can_rename(str(folder.absolute()))
 
 
@@ -194,15 +212,18 @@ def refuse_existing(out: Path) -> None:
 def check_whole(folder: Path) -> None:
     """Raises UserError where a folder was left half written."""
     if (folder / INCOMPLETE).exists():
-        raise UserError(f"{folder} was not finished: what wrote it was stopped; remove it and write it again")
+        raise UserError(
+            f"{folder} was not finished: what wrote it was stopped; remove it and write it again"
+        )
 
 
 @contextlib.contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
     """Gives a folder to write into, which is `out` if all goes well and gone if not.
 
-    Where folders can be renamed it lies beside `out` until then. Elsewhere it is `out`, with a file `INCOMPLETE` in it
-    from before its first file until after its last, for which `check_whole` looks.
+    Where folders can be renamed it lies beside `out` until then. Elsewhere it is `out`, with a file
+    `INCOMPLETE` in it from before its first file until after its last, for which `check_whole`
+    looks.
     """
     refuse_existing(out)
     if not is_bucket(out):
@@ -212,7 +233,10 @@ def whole_folder(out: Path) -> Iterator[Path]:
     remove_tree(staging)
     staging.mkdir(parents=True, exist_ok=True)
     if not renames:
-        write_whole(out / INCOMPLETE, "This folder is not whole: it is being written, or what wrote it was stopped.\n")
+        write_whole(
+            out / INCOMPLETE,
+            "This folder is not whole: it is being written, or what wrote it was stopped.\n",
+        )
     try:
         yield staging
     except BaseException:
@@ -228,19 +252,22 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 
 def check_held(where: Path) -> None:
-    """Raises UserError where a lease on a folder around `where` was lost; where nobody knows, the next write waits."""
+    """Raises UserError where a lease on a folder around `where` was lost; where nobody knows, the
+    next write waits."""
     if is_bucket(where):
         with contextlib.suppress(TimeoutError):
             bucket.check_guards(name_of(where))
 
 
 def sync_all() -> None:
-    """Returns when all that was appended to files is safe from a kill; OSError or UserError where it cannot be."""
+    """Returns when all that was appended to files is safe from a kill; OSError or UserError where
+    it cannot be."""
     appending.sync_all()
 
 
 def close_all() -> None:
-    """Writes out what is kept back of files that grow, and releases leases: for a process that ends at once."""
+    """Writes out what is kept back of files that grow, and releases leases: for a process that ends
+    at once."""
     appending.close_all()
     lease.release_all()
 

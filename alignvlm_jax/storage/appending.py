@@ -19,9 +19,10 @@ _open: "set[Appender]" = set()
 class Appender:
     """A file to append to, created where it is not there.
 
-    Locally every piece is handed to the system at once, and synced to the disk every `every` seconds: also where the
-    disk is a mounted bucket. Objects cannot grow, but the server can join two: pieces are kept for `every` seconds, put
-    beside the object, and joined to it, so a run's metrics cost what they hold and not its square.
+    Locally every piece is handed to the system at once, and synced to the disk every `every`
+    seconds: also where the disk is a mounted bucket. Objects cannot grow, but the server can join
+    two: pieces are kept for `every` seconds, put beside the object, and joined to it, so a run's
+    metrics cost what they hold and not its square.
     """
 
     def __init__(self, where: Path, every: float = EVERY_SECONDS):
@@ -117,7 +118,9 @@ class _Object:
             # Of a request that was sent again since its answer was lost: it had been done.
             found = bucket.stored(self._name)
             if found is None or found.size != self._size + len(kept):
-                raise OSError(err.errno, "another process writes it too", os.fspath(self._path)) from err
+                raise OSError(
+                    err.errno, "another process writes it too", os.fspath(self._path)
+                ) from err
             self._generation = found.generation
         self._size += len(kept)
         kept.clear()
@@ -133,7 +136,8 @@ def sync_all() -> None:
 
 
 def close_all() -> None:
-    """Closes all that are open, at the end of a program: what cannot be written soon is not written any more."""
+    """Closes all that are open, at the end of a program: what cannot be written soon is not written
+    any more."""
     for appender in list(_open):
         with contextlib.suppress(Exception), bucket.own_patience(bucket.START_PATIENCE):
             appender.close()

@@ -1,7 +1,8 @@
-"""Cloud Storage, through gcsfs: what it answers in terms of files, and an error in one line, in bounded time.
+"""Cloud Storage, through gcsfs: what it answers in terms of files, and an error in one line, in
+bounded time.
 
-`filesystem()` is what etils.epath, and orbax with it, use for gs:// paths too once `register` was called. Importing
-gcsfs takes two thirds of a second, so both are late.
+`filesystem()` is what etils.epath, and orbax with it, use for gs:// paths too once `register` was
+called. Importing gcsfs takes two thirds of a second, so both are late.
 """
 
 import asyncio
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
 SCHEME = "gs://"
 START_PATIENCE = 8.0
-"""Seconds in which a request that fails for a passing reason is begun again; with the last one's time-out below 15."""
+"""Seconds in which a request that fails for a passing reason is begun again; with the last one's
+time-out below 15."""
 RUN_PATIENCE = 120.0
 """The same within a run, whose storage is known to work."""
 CONNECT_SECONDS = 4
@@ -37,7 +39,9 @@ READ_SECONDS = 10
 MAX_PAUSE = 8.0
 
 _patience = START_PATIENCE
-_own_patience: contextvars.ContextVar[float | None] = contextvars.ContextVar("own_patience", default=None)
+_own_patience: contextvars.ContextVar[float | None] = contextvars.ContextVar(
+    "own_patience", default=None
+)
 _is_guard: contextvars.ContextVar[bool] = contextvars.ContextVar("is_guard", default=False)
 _guards: dict[str, Callable[[], None]] = {}
 
@@ -46,7 +50,8 @@ _guards: dict[str, Callable[[], None]] = {}
 def patience(seconds: float) -> Iterator[None]:
     """Has requests that fail for a passing reason be tried again for so long."""
     global _patience
-    before, _patience = _patience, seconds
+    before = _patience
+    _patience = seconds
     try:
         yield
     finally:
@@ -200,7 +205,11 @@ def append(name: str, content: bytes, generation: str) -> str:
             bucket,
             key,
             ifGenerationMatch=generation,
-            json={"kind": "storage#composeRequest", "sourceObjects": sources, "destination": {"name": key}},
+            json={
+                "kind": "storage#composeRequest",
+                "sourceObjects": sources,
+                "destination": {"name": key},
+            },
             json_out=True,
         )["generation"]
     finally:
@@ -225,17 +234,25 @@ def _bucket_class() -> type:
 
     # It logs every request that fails with its traceback; the error says it in a line.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
-    passing = (aiohttp.ClientError, TimeoutError, requests.exceptions.RequestException, ConnectionError)
+    passing = (
+        aiohttp.ClientError,
+        TimeoutError,
+        requests.exceptions.RequestException,
+        ConnectionError,
+    )
     refused = (google.auth.exceptions.GoogleAuthError,)
 
     class Bucket(core.GCSFileSystem):
-        """Not gcsfs's extended class, which asks another service for the kind of each bucket first."""
+        """Not gcsfs's extended class, which asks another service for the kind of each bucket
+        first."""
 
         protocol = "gs", "gcs"
 
         def __init__(self, *args: Any, **kwargs: Any):
             # Other processes write too: a listing is true only now.
-            super().__init__(*args, **(kwargs | {"use_listings_cache": False, "token": _credentials()}))
+            super().__init__(
+                *args, **(kwargs | {"use_listings_cache": False, "token": _credentials()})
+            )
             self.requests_timeout = aiohttp.ClientTimeout(
                 total=None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS
             )
@@ -249,7 +266,9 @@ def _bucket_class() -> type:
                 try:
                     if method.upper() != "GET":
                         check_guards(name)
-                    return await core.GCSFileSystem._request.__wrapped__(self, method, path, *args, **kwargs)
+                    return await core.GCSFileSystem._request.__wrapped__(
+                        self, method, path, *args, **kwargs
+                    )
                 except FileNotFoundError as err:
                     if method.upper() == "DELETE" and attempt > 1:
                         return 204, {}, None, b""  # The answer to an earlier attempt was lost.
@@ -257,7 +276,10 @@ def _bucket_class() -> type:
                 except FileExistsError:
                     raise
                 except (HttpError, *passing, *refused, OSError, ValueError) as err:
-                    if not _is_passing(err, (*passing, *refused)) or time.monotonic() + pause > deadline:
+                    if (
+                        not _is_passing(err, (*passing, *refused))
+                        or time.monotonic() + pause > deadline
+                    ):
                         raise _os_error(err, name) from err
                 await asyncio.sleep(pause * random.uniform(0.5, 1))
                 pause = min(2 * pause, MAX_PAUSE)
@@ -296,7 +318,8 @@ def _bucket_class() -> type:
 def _credentials() -> Any:
     """Returns Google's default credentials, or "anon" where there are none, as for public buckets.
 
-    Not gcsfs's search, which asks the machine's metadata server twice over: half a minute where there is none.
+    Not gcsfs's search, which asks the machine's metadata server twice over: half a minute where
+    there is none.
     """
     import google.auth
     import google.auth.exceptions
@@ -328,7 +351,9 @@ def _object_of(path: str, args: tuple, kwargs: dict[str, Any]) -> str:
     data = kwargs.get("data")
     if "name" in query:
         key = query["name"][0]
-    elif isinstance(data, bytes) and (found := re.search(rb'"name": ?("(?:[^"\\]|\\.)*")', data[:4096])):
+    elif isinstance(data, bytes) and (
+        found := re.search(rb'"name": ?("(?:[^"\\]|\\.)*")', data[:4096])
+    ):
         key = json.loads(found.group(1))
     else:
         in_path = re.search(r"/o/([^/?]+)", parsed.path)
@@ -341,7 +366,9 @@ def _not_found(method: str, name: str, kwargs: dict[str, Any]) -> FileNotFoundEr
     bucket, _, key = name.partition("/")
     if method.upper() == "POST" and "json" not in kwargs:
         return FileNotFoundError(errno.ENOENT, f"there is no bucket gs://{bucket}", f"gs://{name}")
-    return FileNotFoundError(errno.ENOENT, "no such object" if key else "no such bucket", f"gs://{name}")
+    return FileNotFoundError(
+        errno.ENOENT, "no such object" if key else "no such bucket", f"gs://{name}"
+    )
 
 
 def _os_error(err: Exception, name: str) -> OSError:
@@ -351,6 +378,7 @@ def _os_error(err: Exception, name: str) -> OSError:
         reason = text.split(" ", 2)[-1] if text.startswith("Forbidden") else text
         return PermissionError(errno.EACCES, f"no permission ({reason})", f"gs://{name}")
     if re.fullmatch(r"4\d\d", code) and code not in ("408", "429"):
-        # A wrong name, a range beyond the end, a bucket whose requester pays: the same answer would come again.
+        # A wrong name, a range beyond the end, a bucket whose requester pays: the same answer would
+        # come again.
         return OSError(errno.EINVAL, f"Cloud Storage refuses ({text})", f"gs://{name}")
     return OSError(errno.EIO, f"Cloud Storage does not answer ({text})", f"gs://{name}")

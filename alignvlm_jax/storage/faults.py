@@ -31,15 +31,18 @@ class Kind(enum.Enum):
 _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ}
 _MACHINE = {errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _PASSING = {
-    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.EPIPE, errno.ECONNRESET,
-    errno.ECONNREFUSED, errno.ECONNABORTED, errno.ENOTCONN, errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET,
-    errno.EHOSTUNREACH, errno.ESHUTDOWN,
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.EPIPE,
+    errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.ENOTCONN, errno.ENETDOWN,
+    errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTUNREACH, errno.ESHUTDOWN,
 }  # fmt: skip
 # All others are of what was asked for, such as EACCES, EROFS, ENAMETOOLONG, EINVAL.
 
-# Of tensorstore's messages, which are ValueErrors whatever happened. A status stands at the beginning of one, and again
-# where it is passed on; the numbers are of the system's errors and of HTTP.
-_PATH = re.compile(r"(?<![\w.])(?!HTTP/|input/output)(?:\w+:/)?[\w.=-]*(?:/[^\s/'\"\],;:]*)+", re.IGNORECASE)
+# Of tensorstore's messages, which are ValueErrors whatever happened. A status stands at the
+# beginning of one, and again where it is passed on; the numbers are of the system's errors and of
+# HTTP.
+_PATH = re.compile(
+    r"(?<![\w.])(?!HTTP/|input/output)(?:\w+:/)?[\w.=-]*(?:/[^\s/'\"\],;:]*)+", re.IGNORECASE
+)
 """What a path is called says nothing: gs://bucket/lr-timeout/7."""
 _SYSTEM = re.compile(r"OS error (\d+)|os_error_code='(\d+)'")
 _HTTP = re.compile(r"(?:HTTP response code:?|status code|HTTP/[\d.]+|HTTP) (\d{3})\b")
@@ -53,21 +56,24 @@ _STATUSES = (
     ("CANCELLED", Kind.PASSING),
 )
 _PASSING_WORDS = re.compile(
-    r"timed? ?out|connection (?:reset|refused|closed|aborted)|could ?n.t (?:resolve|connect)|temporarily unavailable|"
-    r"input/output error|stale file handle|transport endpoint|CURL error|does not answer|broken pipe",
+    r"timed? ?out|connection (?:reset|refused|closed|aborted)|could ?n.t (?:resolve|connect)|"
+    r"temporarily unavailable|input/output error|stale file handle|transport endpoint|CURL error|"
+    r"does not answer|broken pipe",
     re.IGNORECASE,
 )
 
 
 def kind_of(err: BaseException, about: str = "") -> Kind:
-    """Returns what an error says, also one that others were raised from: what came first is the reason. `about` is the
-    path that messages may name, where it is known: with spaces in it nothing tells where it ends."""
+    """Returns what an error says, also one that others were raised from: what came first is the
+    reason. `about` is the path that messages may name, where it is known: with spaces in it nothing
+    tells where it ends."""
     kinds = [_kind_of_one(one, about) for one in chain(err)]
     return next((kind for kind in reversed(kinds) if kind is not Kind.DAMAGE), Kind.DAMAGE)
 
 
 def as_error(message: str, err: BaseException) -> UserError:
-    """Returns what to raise, with this message, for an error of the storage: TryAgainError where it may pass."""
+    """Returns what to raise, with this message, for an error of the storage: TryAgainError where it
+    may pass."""
     return (TryAgainError if kind_of(err) is Kind.PASSING else UserError)(message)
 
 
@@ -116,7 +122,11 @@ def _kind_of_one(err: BaseException, about: str) -> Kind:
 
 
 def _kind_of_number(number: int) -> Kind:
-    for numbers, kind in ((_DAMAGE, Kind.DAMAGE), (_MACHINE, Kind.MACHINE), (_PASSING, Kind.PASSING)):
+    for numbers, kind in (
+        (_DAMAGE, Kind.DAMAGE),
+        (_MACHINE, Kind.MACHINE),
+        (_PASSING, Kind.PASSING),
+    ):
         if number in numbers:
             return kind
     return Kind.REFUSED

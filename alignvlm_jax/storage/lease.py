@@ -1,8 +1,10 @@
-"""Who may write in a folder: one process at a time, on this machine by flock, in a bucket by a lease.
+"""Who may write in a folder: one process at a time, on this machine by flock, in a bucket by a
+lease.
 
 A lease is an object that one process creates (only if there is none), writes anew every quarter of
 `TTL_SECONDS` (only if it is still its own) and removes at the end. One that was not renewed for
-`TTL_SECONDS` has expired: the process was killed. Both times are the server's: clocks of hosts may differ.
+`TTL_SECONDS` has expired: the process was killed. Both times are the server's: clocks of hosts may
+differ.
 
 flock holds over NFS too where the server locks (NFS 4); two hosts on a mounted bucket do not see
 each other's lock, so there a workdir is better given as gs://.
@@ -33,13 +35,16 @@ _held: "set[_Lease]" = set()
 
 
 def release_all() -> None:
-    """Releases what this process holds in buckets: it is about to end without leaving what it has entered."""
+    """Releases what this process holds in buckets: it is about to end without leaving what it has
+    entered."""
     for one in list(_held):
         one.release()
 
 
 @contextlib.contextmanager
-def hold(lock: Path, what: str, say: Callable[[str], None], way_out: str = "wait for it") -> Iterator[None]:
+def hold(
+    lock: Path, what: str, say: Callable[[str], None], way_out: str = "wait for it"
+) -> Iterator[None]:
     """Holds the folder of the file `lock` while entered; nobody else does.
 
     In a bucket, any change below the folder is refused from the moment that the lease was lost.
@@ -68,7 +73,9 @@ def _flock(lock: Path, what: str, way_out: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as err:
             file.seek(0)
-            raise UserError(f"{_holder(_fields(file.read()))} {what} {lock.parent}; {way_out}") from err
+            raise UserError(
+                f"{_holder(_fields(file.read()))} {what} {lock.parent}; {way_out}"
+            ) from err
         file.truncate(0)
         file.write(json.dumps(_us()))
         file.flush()
@@ -114,12 +121,16 @@ class _Lease:
 
     def _take(self) -> None:
         """Creates the object, or takes over an expired one; waits at most until it would expire."""
-        seen, told = None, False
+        seen = None
+        told = False
         while True:
-            now, found = time.monotonic(), bucket.stored(self._name)
+            now = time.monotonic()
+            found = bucket.stored(self._name)
             if found is None or found.age > TTL_SECONDS or self._is_dead():
                 try:
-                    self._generation = bucket.put(self._name, self._content, found.generation if found else "0")
+                    self._generation = bucket.put(
+                        self._name, self._content, found.generation if found else "0"
+                    )
                     self._renewed = now
                     return
                 except FileExistsError:
@@ -130,13 +141,13 @@ class _Lease:
             holder = _holder(self._read())
             if seen is not None and seen != found.generation:
                 raise UserError(
-                    f"{holder} {self._what} {self._lock.parent}, and has renewed its lease just now (it expires "
-                    f"{TTL_SECONDS:.0f} s after its last renewal); {self._way_out}"
+                    f"{holder} {self._what} {self._lock.parent}, and has renewed its lease just "
+                    f"now (it expires {TTL_SECONDS:.0f} s after its last renewal); {self._way_out}"
                 )
             if not told:
                 self._say(
-                    f"{holder} held {self._lock.parent} {found.age:.0f} s ago; waiting until its lease expires, "
-                    f"at most {TTL_SECONDS - found.age:.0f} s"
+                    f"{holder} held {self._lock.parent} {found.age:.0f} s ago; waiting until its "
+                    f"lease expires, at most {TTL_SECONDS - found.age:.0f} s"
                 )
                 told = True
             seen = found.generation
@@ -156,7 +167,8 @@ class _Lease:
         return True
 
     def _is_dead(self) -> bool:
-        """Whether the holder was a process of this very machine that is no more: no need to wait for its lease."""
+        """Whether the holder was a process of this very machine that is no more: no need to wait
+        for its lease."""
         holder = self._read()
         if holder.get("machine") != self._us["machine"] or self._us["machine"] is None:
             return False
@@ -170,7 +182,8 @@ class _Lease:
                 with bucket.as_guard(TTL_SECONDS / 12):
                     self._renew_at(began)
             except Exception:
-                # Of the storage, or of its client. Tried again; meanwhile nothing is written once it has expired.
+                # Of the storage, or of its client. Tried again; meanwhile nothing is written once
+                # it has expired.
                 continue
             if self._lost:
                 return
@@ -188,10 +201,15 @@ class _Lease:
     def _check(self) -> None:
         """Comes before every change below the folder."""
         if self._lost:
-            raise UserError(f"the lease on {self._lock.parent} was lost: {self._lost}; nothing more is written there")
+            raise UserError(
+                f"the lease on {self._lock.parent} was lost: {self._lost}; nothing more is "
+                "written there"
+            )
         silent = time.monotonic() - self._renewed
         if silent > TTL_SECONDS - MARGIN_SECONDS:
-            raise TimeoutError(f"the lease on {self._lock.parent} could not be renewed for {silent:.0f} s")
+            raise TimeoutError(
+                f"the lease on {self._lock.parent} could not be renewed for {silent:.0f} s"
+            )
 
 
 def _us() -> dict[str, Any]:
@@ -206,15 +224,19 @@ def _us() -> dict[str, Any]:
 
 
 def _machine() -> str | None:
-    """Returns what tells process numbers of one boot and one container from others; None where nothing does."""
+    """Returns what tells process numbers of one boot and one container from others; None where
+    nothing does."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink(
+            "/proc/self/ns/pid"
+        )
     except OSError:
         return None
 
 
 def _started(pid: object) -> str | None:
-    """Returns when a process of this machine began, in ticks since the boot; None where there is none."""
+    """Returns when a process of this machine began, in ticks since the boot; None where there is
+    none."""
     try:
         return Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, ValueError, TypeError, IndexError):

@@ -1,4 +1,5 @@
-"""The text of documents before it is laid out: forms, receipts, real tables; with questions and answers."""
+"""The text of documents before it is laid out: forms, receipts, real tables; with questions and
+answers."""
 
 import dataclasses
 import itertools
@@ -10,8 +11,9 @@ from alignvlm_jax.synthetic import values
 from alignvlm_jax.synthetic.pages import Lines
 
 _ITEM_NAMES = """
-Milk Bread Eggs Rice Beans Soap Tea Salt Flour Sugar Honey Apples Pears Plums Cheese Butter Coffee Juice Pasta Fish
-Nuts Oats Leeks Onions Towel Brush Lamp Cable Paint Nails Rope Glue Pens Paper Chalk Socks Belt Scarf Boots Gloves
+Milk Bread Eggs Rice Beans Soap Tea Salt Flour Sugar Honey Apples Pears Plums Cheese Butter Coffee
+Juice Pasta Fish Nuts Oats Leeks Onions Towel Brush Lamp Cable Paint Nails Rope Glue Pens Paper
+Chalk Socks Belt Scarf Boots Gloves
 """
 ITEMS = tuple(_ITEM_NAMES.split())
 
@@ -43,7 +45,8 @@ def form(rng: np.random.Generator, evaluation: bool, num_lines: int) -> Content:
 
 
 def receipt(rng: np.random.Generator, evaluation: bool, num_lines: int) -> Content:
-    """Priced items under a shop's name, above their sum; below four lines without one, the other or both."""
+    """Priced items under a shop's name, above their sum; below four lines without one, the other or
+    both."""
     has_total = num_lines == 4 or (num_lines == 3 and rng.random() < 0.5)
     has_shop = num_lines == 4 or not has_total
     items = [str(item) for item in rng.permutation(ITEMS)[: num_lines - has_total - has_shop]]
@@ -57,14 +60,21 @@ def receipt(rng: np.random.Generator, evaluation: bool, num_lines: int) -> Conte
     turns = [Turn(f"How much is the {item.lower()}?", (price,)) for item, price in lines]
     if has_shop:
         shop = values.draw("Name", rng, evaluation)
-        lines, turns = [(shop,), *lines], [Turn("What is the shop?", (shop,)), *turns]
+        lines = [(shop,), *lines]
+        turns = [Turn("What is the shop?", (shop,)), *turns]
     if has_total:
-        lines, turns = [*lines, ("Total", total)], [*turns, Turn("What is the total?", (total,))]
+        lines = [*lines, ("Total", total)]
+        turns = [*turns, Turn("What is the total?", (total,))]
     return Content("receipt", tuple(lines), tuple(turns))
 
 
-def table(rng: np.random.Generator, evaluation: bool, num_lines: int, tables: tuple[Table, ...]) -> Content:
-    """A header and rows of a real table. In evaluation every row has an evaluation value; those are asked for."""
+def table(
+    rng: np.random.Generator, evaluation: bool, num_lines: int, tables: tuple[Table, ...]
+) -> Content:
+    """A header and rows of a real table.
+
+    In evaluation every row has an evaluation value; those are asked for.
+    """
     weights = np.array([len(table.rows) ** 0.5 for table in tables])
     rows: list[tuple[str, ...]] = []
     while len(rows) < num_lines - 1:  # a small table may have too few rows on one side of the split
@@ -73,7 +83,9 @@ def table(rng: np.random.Generator, evaluation: bool, num_lines: int, tables: tu
         columns = [0, *sorted(1 + rng.permutation(len(source.header) - 1)[:num_values])]
         shuffled = (source.rows[index] for index in rng.permutation(len(source.rows)))
         chosen = (tuple(row[column] for column in columns) for row in shuffled)
-        rows = list(itertools.islice((row for row in chosen if _may_show(row, evaluation)), num_lines - 1))
+        rows = list(
+            itertools.islice((row for row in chosen if _may_show(row, evaluation)), num_lines - 1)
+        )
     header = tuple(source.header[column] for column in columns)
     turns = tuple(
         Turn(f"What is the {column} of {row[0]}?", (cell,))
@@ -85,6 +97,7 @@ def table(rng: np.random.Generator, evaluation: bool, num_lines: int, tables: tu
 
 
 def _may_show(row: tuple[str, ...], evaluation: bool) -> bool:
-    """Evaluation needs a value to ask for; training must not show one that is not its own, not even as a key."""
+    """Evaluation needs a value to ask for; training must not show one that is not its own, not even
+    as a key."""
     allowed = [values.is_allowed(cell, evaluation) for cell in row]
     return any(allowed[1:]) if evaluation else all(allowed)

@@ -1,4 +1,5 @@
-"""The demonstration's data set: rendered documents of every split, and the tokenizer that is trained on them."""
+"""The demonstration's data set: rendered documents of every split, and the tokenizer that is
+trained on them."""
 
 import functools
 import importlib.util
@@ -33,8 +34,9 @@ class Shard(NamedTuple):
 
 
 def prepare(out: Path, arguments: dict[str, Any], num_workers: int) -> bool:
-    """Writes the folder `out`, or goes on with a run that was interrupted; returns False where it was whole before.
-    `arguments` are num_train and num_eval (documents of a split), seed and noise, and tell the data apart.
+    """Writes the folder `out`, or goes on with a run that was interrupted; returns False where it
+    was whole before. `arguments` are num_train and num_eval (documents of a split), seed and noise,
+    and tell the data apart.
 
     Raises:
       UserError: a shard cannot be written.
@@ -47,7 +49,11 @@ def prepare(out: Path, arguments: dict[str, Any], num_workers: int) -> bool:
     records = RecordSource(folder, "train")
     SentencePieceTokenizer.train(
         folder / "tokenizer.model",
-        (text for index in range(min(TOKENIZER_DOCUMENTS, len(records))) for text in _texts(records[index])),
+        (
+            text
+            for index in range(min(TOKENIZER_DOCUMENTS, len(records)))
+            for text in _texts(records[index])
+        ),
     )
     staging.publish(out, folder, os.listdir(folder), documents.SPLITS, wanted)
     return True
@@ -63,19 +69,23 @@ def _write_shards(folder: Path, wanted: dict[str, Any], num_workers: int) -> Non
     if not shards:
         return
     write = functools.partial(_write_shard, wanted["seed"], wanted["noise"], _tables())
-    for _ in track(executors.run(write, shards, num_workers), "Rendering documents", total=len(shards)):
+    for _ in track(
+        executors.run(write, shards, num_workers), "Rendering documents", total=len(shards)
+    ):
         pass
 
 
 def _tables() -> tuple[Table, ...]:
-    """The tables, once all is there that documents are made of: a font that is missing would be noticed by a worker."""
+    """The tables, once all is there that documents are made of: a font that is missing would be
+    noticed by a worker."""
     packages = ["pandas", "statsmodels", "vega_datasets", *sorted(pages.PACKAGES)]
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
         raise UserError(
             f"the demonstration's documents need package {', '.join(missing)}: "
             "pip install --requirement requirements-demo.txt"
         )
-    from alignvlm_jax.synthetic import tables  # pandas takes seconds to import, and the workers do not need it
+    # pandas takes seconds to import, and the workers do not need it
+    from alignvlm_jax.synthetic import tables
 
     return tables.load()
 
@@ -90,10 +100,13 @@ def _plan(folder: Path, wanted: dict[str, Any]) -> list[Shard]:
     return shards
 
 
-def _write_shard(seed: int, noise: float, tables: tuple[Table, ...], shard: Shard) -> Iterator[None]:
+def _write_shard(
+    seed: int, noise: float, tables: tuple[Table, ...], shard: Shard
+) -> Iterator[None]:
     documents_of_shard = range(shard.start, shard.stop)
     shards_lib.write_shard(
-        shard.path, (documents.render(seed, shard.split, index, tables, noise) for index in documents_of_shard)
+        shard.path,
+        (documents.render(seed, shard.split, index, tables, noise) for index in documents_of_shard),
     )
     yield
 

@@ -1,7 +1,9 @@
-"""Small rendered and scanned documents: forms, receipts and real tables, with words, boxes, questions, answers.
+"""Small rendered and scanned documents: forms, receipts and real tables, with words, boxes,
+questions, answers.
 
-Record `index` of a split is a pure function of (seed, split, index): no worker count changes a byte. Training shares no
-value that is asked for with the other splits (`values.is_evaluation`), and `unseen_fonts` neither fonts nor layouts.
+Record `index` of a split is a pure function of (seed, split, index): no worker count changes a
+byte. Training shares no value that is asked for with the other splits (`values.is_evaluation`), and
+`unseen_fonts` neither fonts nor layouts.
 """
 
 import dataclasses
@@ -19,7 +21,10 @@ from alignvlm_jax.synthetic.pages import Style
 
 
 def degrade(image: Image.Image, rng: np.random.Generator, strength: float) -> Image.Image:
-    """Returns a degraded copy of a gray image. Strength 0 returns the image itself; 1 is a bad but legible scan."""
+    """Returns a degraded copy of a gray image.
+
+    Strength 0 returns the image itself; 1 is a bad but legible scan.
+    """
     if strength <= 0:
         return image
     width, height = image.size
@@ -77,7 +82,9 @@ MAX_ATTEMPTS = 1000
 Drawn = tuple[Image.Image, tuple[tuple[Word, ...], ...]]
 
 
-def render(seed: int, split: str, index: int, tables: tuple[Table, ...], noise: float = 0.0) -> Record:
+def render(
+    seed: int, split: str, index: int, tables: tuple[Table, ...], noise: float = 0.0
+) -> Record:
     """Draws one document."""
     rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
     spec = SPLITS[split]
@@ -92,7 +99,9 @@ def render(seed: int, split: str, index: int, tables: tuple[Table, ...], noise: 
     raise AssertionError(f"no page of split {split} fits in {MAX_ATTEMPTS} attempts")
 
 
-def _content(rng: np.random.Generator, spec: Split, num_lines: int, tables: tuple[Table, ...]) -> Content:
+def _content(
+    rng: np.random.Generator, spec: Split, num_lines: int, tables: tuple[Table, ...]
+) -> Content:
     kind = rng.choice(["form", "receipt", "table"], p=[0.5, 0.25, 0.25])
     title = spec.unseen_style and num_lines == 4 and rng.random() < 0.5
     body = num_lines - title
@@ -109,7 +118,8 @@ def _content(rng: np.random.Generator, spec: Split, num_lines: int, tables: tupl
 
 
 def _draw(rng: np.random.Generator, spec: Split, content: Content, height: int) -> Drawn | None:
-    """Draws the content in a random style, smaller where it does not fit; None where even the smallest does not."""
+    """Draws the content in a random style, smaller where it does not fit; None where even the
+    smallest does not."""
     style = _style(rng, spec, content, height)
     num_rows = height // style.pitch
     if len(content.lines) > num_rows:
@@ -134,7 +144,9 @@ def _style(rng: np.random.Generator, spec: Split, content: Content, height: int)
         leaders = content.kind != "table" and rng.random() < 0.5
         fits = [pitch for pitch in (16, 18, 20) if pitch * len(content.lines) <= height]
         pitch = fits[rng.integers(len(fits))]
-        return Style(**common, align="right", leaders=leaders, ruled=rng.random() < 0.5, pitch=pitch)
+        return Style(
+            **common, align="right", leaders=leaders, ruled=rng.random() < 0.5, pitch=pitch
+        )
     if content.kind == "table" or rng.random() < 0.4:
         return Style(**common, align="grid")
     return Style(**common, align="flow", separator=": " if content.kind == "form" else " ")

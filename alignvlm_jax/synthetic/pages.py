@@ -1,4 +1,5 @@
-"""Drawing: fonts, and lines of cells onto a small page, with the exact box and character edges of every word."""
+"""Drawing: fonts, and lines of cells onto a small page, with the exact box and character edges of
+every word."""
 
 import dataclasses
 import functools
@@ -46,7 +47,9 @@ def load_font(family: str, size: int) -> ImageFont.FreeTypeFont:
         # Basic layout: Raqm is there on some machines only, and shapes text a little differently.
         return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
     except (ModuleNotFoundError, OSError) as err:
-        raise UserError(f"font {family!r} needs package {package} ({err}); install requirements-demo.txt") from err
+        raise UserError(
+            f"font {family!r} needs package {package} ({err}); install requirements-demo.txt"
+        ) from err
 
 
 @functools.lru_cache(maxsize=64)
@@ -63,8 +66,9 @@ COLUMN_GAP = 8
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """How a page is laid out. `align` places the cells of a line: "flow" joins them by `separator`, "grid" lines them
-    up in columns, "right" is a grid with the last cell at the right edge, after dots where `leaders`."""
+    """How a page is laid out. `align` places the cells of a line: "flow" joins them by `separator`,
+    "grid" lines them up in columns, "right" is a grid with the last cell at the right edge, after
+    dots where `leaders`."""
 
     family: str
     size: int
@@ -82,14 +86,16 @@ Lines = tuple[tuple[str, ...], ...]
 
 
 def place(lines: Lines, style: Style) -> list[list[tuple[int, str]]] | None:
-    """Returns the cells of every line with their left edges in pixels, or None where they do not fit the page."""
+    """Returns the cells of every line with their left edges in pixels, or None where they do not
+    fit the page."""
     font = load_font(style.family, style.size)
     right = PAGE_WIDTH - 2
     if style.align == "flow":
         placed = [[(style.left, style.separator.join(cells))] for cells in lines]
     else:
         columns = max(len(cells) for cells in lines)
-        # A line with fewer cells than the others (a title, a shop's name) spans columns: it widens none of them.
+        # A line with fewer cells than the others (a title, a shop's name) spans columns: it widens
+        # none of them.
         grid = [cells for cells in lines if len(cells) == columns]
         widths = [max(font.getlength(cells[i]) for cells in grid) for i in range(columns)]
         lefts = [style.left + round(sum(widths[:i]) + COLUMN_GAP * i) for i in range(columns)]
@@ -104,7 +110,9 @@ def place(lines: Lines, style: Style) -> list[list[tuple[int, str]]] | None:
     return placed
 
 
-def _to_the_right(cells: list[tuple[int, str]], right: int, style: Style, font) -> list[tuple[int, str]]:
+def _to_the_right(
+    cells: list[tuple[int, str]], right: int, style: Style, font
+) -> list[tuple[int, str]]:
     if len(cells) < 2:
         return cells
     *before, (_, last) = cells
@@ -121,7 +129,8 @@ def draw(
     """Draws line i at row `rows[i]` of `style.pitch` pixels; each line is moved by up to a pixel.
 
     Returns:
-      A gray image of PAGE_WIDTH x `height` and the words by lines, or None where the text does not fit.
+      A gray image of PAGE_WIDTH x `height` and the words by lines, or None where the text does not
+      fit.
     """
     placed = place(lines, style)
     if placed is None:
@@ -136,7 +145,9 @@ def draw(
         top = min(max(top, 0), height - ascent - descent)
         words.append(
             tuple(
-                _draw_word(canvas, font, style.ink, text, left, top + ascent, (top, top + ascent + descent))
+                _draw_word(
+                    canvas, font, style.ink, text, left, top + ascent, (top, top + ascent + descent)
+                )
                 for cell_left, cell in cells
                 for left, text in _words(font, cell_left, cell)
             )
@@ -148,7 +159,8 @@ def draw(
 
 
 def _words(font, left: int, cell: str) -> list[tuple[int, str]]:
-    placed, start = [], 0
+    placed = []
+    start = 0
     for text in cell.split(" "):
         if text:
             placed.append((left + round(font.getlength(cell[:start])), text))
@@ -156,7 +168,9 @@ def _words(font, left: int, cell: str) -> list[tuple[int, str]]:
     return placed
 
 
-def _draw_word(canvas, font, ink: int, text: str, left: int, baseline: int, span: tuple[int, int]) -> Word:
+def _draw_word(
+    canvas, font, ink: int, text: str, left: int, baseline: int, span: tuple[int, int]
+) -> Word:
     canvas.text((left, baseline), text, fill=ink, font=font, anchor="ls")
     edges = tuple(round(left + font.getlength(text[:i]), 2) for i in range(len(text) + 1))
     return Word(text, (edges[0], float(span[0]), edges[-1], float(span[1])), edges)

@@ -1,7 +1,8 @@
 """Real tables of `vega_datasets` (MIT) and `statsmodels` (BSD-3), as plain strings.
 
-Only columns that cannot be guessed are taken: where the best constant answer, or the value of the row above, scores
-little by ANLS. That leaves out most series that creep (prices, temperatures, years) and everything of few digits.
+Only columns that cannot be guessed are taken: where the best constant answer, or the value of the
+row above, scores little by ANLS. That leaves out most series that creep (prices, temperatures,
+years) and everything of few digits.
 """
 
 import pandas as pd
@@ -17,24 +18,36 @@ MAX_CELL_LENGTH = 10
 def load() -> tuple[Table, ...]:
     """Returns the tables, in a fixed order."""
     airports = local_data.airports().rename(columns={"iata": "airport"})
-    power = local_data.iowa_electricity().pivot(index="year", columns="source", values="net_generation")
+    power = local_data.iowa_electricity().pivot(
+        index="year", columns="source", values="net_generation"
+    )
     power = power.set_index(power.index.year).reset_index()
     power = power.rename(columns={"Fossil Fuels": "fossil", "Nuclear Energy": "nuclear"})
     macro = datasets.macrodata.load_pandas().data
-    macro["quarter"] = [f"{y:.0f}Q{q:.0f}" for y, q in zip(macro["year"], macro["quarter"], strict=True)]
+    macro["quarter"] = [
+        f"{y:.0f}Q{q:.0f}" for y, q in zip(macro["year"], macro["quarter"], strict=True)
+    ]
     states = datasets.statecrime.load_pandas().data.reset_index()
     return (
         _table("airports", airports, "airport", {"city": "", "latitude": ".4f"}),
         _table("driving", local_data.driving(), "year", {"miles": ".0f"}),
         _table("power", power, "year", {"fossil": ".0f", "nuclear": ".0f"}),
         _table("macrodata", macro, "quarter", {"realgdp": ".2f", "realinv": ".2f"}),
-        _table("star98", _numbered(datasets.star98, "school"),
-               "school", {"LOWINC": ".2f", "PERHISP": ".2f", "PCTAF": ".2f", "AVSALK": ".2f"}),
-        _table("engel", _numbered(datasets.engel, "home"), "home", {"income": ".2f", "foodexp": ".2f"}),
+        _table(
+            "star98",
+            _numbered(datasets.star98, "school"),
+            "school",
+            {"LOWINC": ".2f", "PERHISP": ".2f", "PCTAF": ".2f", "AVSALK": ".2f"},
+        ),
+        _table(
+            "engel", _numbered(datasets.engel, "home"), "home", {"income": ".2f", "foodexp": ".2f"}
+        ),
         _table("ccard", _numbered(datasets.ccard, "card"), "card", {"AVGEXP": ".2f"}),
-        _table("longley", datasets.longley.load_pandas().data, "YEAR", {"GNP": ".0f", "TOTEMP": ".0f"}),
+        _table(
+            "longley", datasets.longley.load_pandas().data, "YEAR", {"GNP": ".0f", "TOTEMP": ".0f"}
+        ),
         _table("states", states, "state", {"urban": ".2f"}),
-    )  # fmt: skip
+    )
 
 
 def _numbered(dataset, key: str) -> pd.DataFrame:

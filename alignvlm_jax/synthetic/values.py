@@ -1,7 +1,9 @@
-"""Values of forms and receipts: drawn from a seeded generator, and split between training and evaluation by a hash.
+"""Values of forms and receipts: drawn from a seeded generator, and split between training and
+evaluation by a hash.
 
-Every kind must be unguessable: the best constant answer scores little by ANLS (a test holds it). So dates are short
-(separators and centuries are free points to a guesser) and numbers have at least four digits.
+Every kind must be unguessable: the best constant answer scores little by ANLS (a test holds it). So
+dates are short (separators and centuries are free points to a guesser) and numbers have at least
+four digits.
 """
 
 import hashlib
@@ -12,26 +14,44 @@ import numpy as np
 EVALUATION_SHARE = 0.15
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
-ONSETS = tuple("bcdfghjklmnprstvwz") + ("br", "ch", "cl", "dr", "fl", "gr", "pr", "sh", "sk", "st", "th", "tr")
+ONSETS = tuple("bcdfghjklmnprstvwz") + (
+    "br",
+    "ch",
+    "cl",
+    "dr",
+    "fl",
+    "gr",
+    "pr",
+    "sh",
+    "sk",
+    "st",
+    "th",
+    "tr",
+)
 VOWELS = ("a", "e", "i", "o", "u", "a", "e", "i", "o", "ai", "ea", "ia", "oo", "ou")
 CODAS = ("", "", "", "", "n", "r", "l", "s", "m", "t", "k", "nd", "rt", "x")
 
 
 def is_evaluation(value: str) -> bool:
-    """Whether a value belongs to evaluation. The hash has no seed: the split is the same for every data set."""
+    """Whether a value belongs to evaluation.
+
+    The hash has no seed: the split is the same for every data set.
+    """
     digest = hashlib.blake2b(value.casefold().encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") < EVALUATION_SHARE * 2**32
 
 
 def is_allowed(value: str, evaluation: bool) -> bool:
-    """Whether a page of evaluation (or of training) may ask for `value`: training also shuns its single words."""
+    """Whether a page of evaluation (or of training) may ask for `value`: training also shuns its
+    single words."""
     if evaluation:
         return is_evaluation(value)
     return not any(is_evaluation(part) for part in {value, *value.split()})
 
 
 def draw(kind: str, rng: np.random.Generator, evaluation: bool) -> str:
-    """Draws a value of a kind in `KINDS` from the evaluation or from the training side of the split."""
+    """Draws a value of a kind in `KINDS` from the evaluation or from the training side of the
+    split."""
     while not is_allowed(value := KINDS[kind](rng), evaluation):
         pass
     return value
@@ -55,7 +75,10 @@ def _date(rng: np.random.Generator) -> str:
 
 
 def _name(rng: np.random.Generator) -> str:
-    parts = [ONSETS[rng.integers(len(ONSETS))] + VOWELS[rng.integers(len(VOWELS))] for _ in range(rng.integers(2, 4))]
+    parts = [
+        ONSETS[rng.integers(len(ONSETS))] + VOWELS[rng.integers(len(VOWELS))]
+        for _ in range(rng.integers(2, 4))
+    ]
     return ("".join(parts) + CODAS[rng.integers(len(CODAS))]).capitalize()
 
 

@@ -1,5 +1,5 @@
-"""Checkpoints of a run: orbax composites of state, data position and metadata. With `checkpoint_files` the only file
-that knows orbax.
+"""Checkpoints of a run: orbax composites of state, data position and metadata. With
+`checkpoint_files` the only file that knows orbax.
 
     workdir/checkpoints/STEP/{state, data, metadata, metrics, commit_success.txt}
 
@@ -36,7 +36,8 @@ from alignvlm_jax.train.state import Params, TrainState
 T = TypeVar("T")
 
 LAYOUT_VERSION = 1
-"""Of the folder above and of parameter paths; raise it when an older checkpoint can no longer be read."""
+"""Of the folder above and of parameter paths; raise it when an older checkpoint can no longer be
+read."""
 
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 FOLDER = "checkpoints"
@@ -54,7 +55,8 @@ class BrokenCheckpoint(Exception):
 class Checkpoints:
     """The checkpoints below one folder, written asynchronously.
 
-    Kept: the newest `keep`, the one with the least validation loss of the newest stage, and those at `stage_ends`.
+    Kept: the newest `keep`, the one with the least validation loss of the newest stage, and those
+    at `stage_ends`.
     """
 
     def __init__(
@@ -66,13 +68,15 @@ class Checkpoints:
         read_only: bool = False,
         host_gb: float | None = None,
     ):
-        """`host_gb` bounds what a save copies and writes at once, and makes its caller wait; it must hold any array."""
+        """`host_gb` bounds what a save copies and writes at once, and makes its caller wait; it
+        must hold any array."""
         checkpoint_files.quiet_terminal()
         self.folder = storage.absolute(folder)
         if not read_only or storage.is_bucket(self.folder):
             storage.check_name(self.folder)
         self._handlers = checkpoint_files.handlers(host_gb)
-        # Of several processes one that only reads waits for no other: the manager would, at its barriers.
+        # Of several processes one that only reads waits for no other: the manager would, at its
+        # barriers.
         self._manager = None if read_only else self._make_manager(keep, stage_ends)
         self._saving: int | None = None
         self._failed = False
@@ -83,21 +87,25 @@ class Checkpoints:
     def _make_manager(self, keep: int, stage_ends: tuple[int, ...]) -> ocp.CheckpointManager:
         policies = ocp.checkpoint_managers
         best = policies.BestN(get_metric_fn=_quality, n=1, keep_checkpoints_without_metrics=False)
-        kept = policies.AnyPreservationPolicy([policies.LatestN(keep), policies.CustomSteps(stage_ends), best])
+        kept = policies.AnyPreservationPolicy(
+            [policies.LatestN(keep), policies.CustomSteps(stage_ends), best]
+        )
         renames = self._prepare()
         # Of a bucket orbax knows by itself that folders cannot be renamed, of a mount it does not.
         mode = "auto" if renames or storage.is_bucket(self.folder) else "commit_file"
-        # Without a best_fn no metrics are written, and the policy would have nothing to compare after a resume.
+        # Without a best_fn no metrics are written, and the policy would have nothing to compare
+        # after a resume.
         options = ocp.CheckpointManagerOptions(
             preservation_policy=kept,
             best_fn=_quality,
             atomicity_options=ocp.options.AtomicityOptions(ocp.options.AtomicityMode(mode)),
         )
         manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=self._handlers)
-        # Its own removes a checkpoint file by file: one that a kill left half removed would look whole.
+        # Its own removes a checkpoint file by file: one that a kill left half removed would look
+        # whole.
         manager._checkpoint_deleter = checkpoint_files.Deleter(self.folder, renames)
-        # A thread of its own takes an error from where `check_for_errors` looks, and waits then for other processes,
-        # which wait for this one's part.
+        # A thread of its own takes an error from where `check_for_errors` looks, and waits then for
+        # other processes, which wait for this one's part.
         wait_for_writers = manager._wait_for_checkpointers
 
         def noting() -> None:
@@ -114,13 +122,18 @@ class Checkpoints:
         sys.unraisablehook = self._report_unraisable
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ):
         try:
             # The second Ctrl-C means now: do not wait for a save.
             if kind is KeyboardInterrupt or self._manager is None:
                 return
-            # Of several processes the others wait for this one's part, at barriers where it would wait for them: until
-            # it ends nobody tells them that there will be none.
+            # Of several processes the others wait for this one's part, at barriers where it would
+            # wait for them: until it ends nobody tells them that there will be none.
             if self._failed and jax.process_count() > 1:
                 return
             # An error on its way out is the one to report, not what it does to the save under way.
@@ -131,21 +144,30 @@ class Checkpoints:
             sys.unraisablehook = self._unraisable_hook
 
     def _prepare(self) -> bool:
-        """Makes the folder, clears what earlier runs did not finish, and returns whether its folders can be renamed."""
+        """Makes the folder, clears what earlier runs did not finish, and returns whether its
+        folders can be renamed."""
         renames = None
         if distributed.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
             renames = storage.can_rename_folders(self.folder)
             for child in storage.children(self.folder):
-                # A folder is no checkpoint until it is whole, so where it lies in place it may be half of one.
+                # A folder is no checkpoint until it is whole, so where it lies in place it may be
+                # half of one.
                 is_whole = is_step(child.name) and (child / checkpoint_files.COMMITTED).exists()
-                if checkpoint_files.UNFINISHED in child.name or (is_step(child.name) and not is_whole and not renames):
+                if checkpoint_files.UNFINISHED in child.name or (
+                    is_step(child.name) and not is_whole and not renames
+                ):
                     storage.remove_tree(child)
                 elif child.name.isdigit() and not is_whole:
-                    # None of ours. Orbax would count it among those that are kept, and refuse to write that step.
+                    # None of ours. Orbax would count it among those that are kept, and refuse to
+                    # write that step.
                     aside = self._broken_name(child.name)
                     storage.move_folder(child, aside, last=checkpoint_files.COMMITTED)
-                    print(f"{child} is no whole checkpoint: moved to {aside}", file=sys.stderr, flush=True)
+                    print(
+                        f"{child} is no whole checkpoint: moved to {aside}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
         return exchange.from_main(renames)
 
     def latest(self) -> int | None:
@@ -155,7 +177,9 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Returns the steps that are whole, oldest first."""
         numbered = [child for child in storage.children(self.folder) if is_step(child.name)]
-        return sorted(int(child.name) for child in numbered if (child / checkpoint_files.COMMITTED).exists())
+        return sorted(
+            int(child.name) for child in numbered if (child / checkpoint_files.COMMITTED).exists()
+        )
 
     def save(
         self,
@@ -171,13 +195,15 @@ class Checkpoints:
         Args:
           step: over all stages; must be new.
           live: the state.
-          position: in the stage's data: `next_row`, the rows that all processes have trained on, and what else spares
-            a resumed run work; for JSON.
+          position: in the stage's data: `next_row`, the rows that all processes have trained on,
+            and what else spares a resumed run work; for JSON.
           metadata: of `describe`.
-          metrics: {"stage": index, "answer_loss": of validation at this very step}, or None without validation.
+          metrics: {"stage": index, "answer_loss": of validation at this very step}, or None without
+            validation.
 
         Raises:
-          UserError: this save, or the one before, could not be written: TryAgainError where it may be the next time.
+          UserError: this save, or the one before, could not be written: TryAgainError where it may
+            be the next time.
         """
         self.wait()
         self._saving = step
@@ -192,7 +218,9 @@ class Checkpoints:
             state=ocp.args.PyTreeSave(live),
             data=ocp.args.JsonSave(checkpoint_files.with_checksum(dict(position))),
             metadata=ocp.args.JsonSave(
-                checkpoint_files.with_checksum({**metadata, "step": step, "run_id": self._id_of_run()})
+                checkpoint_files.with_checksum(
+                    {**metadata, "step": step, "run_id": self._id_of_run()}
+                )
             ),
         )
         try:
@@ -200,10 +228,13 @@ class Checkpoints:
         except Exception as err:
             raise self._save_error(err) from err
         if not written:
-            raise UserError(f"checkpoint {self.folder / str(step)} was not written: the step exists already")
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} was not written: the step exists already"
+            )
 
     def check(self) -> None:
-        """Raises UserError if a save under way has failed, or the workdir is no longer ours; does not wait."""
+        """Raises UserError if a save under way has failed, or the workdir is no longer ours; does
+        not wait."""
         storage.check_held(self.folder)
         if self._problem:
             raise self._save_error(self._problem) from self._problem
@@ -220,17 +251,22 @@ class Checkpoints:
             raise self._save_error(err) from err
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Returns the state on the shardings of `abstract`, whatever mesh wrote it, and the position in the data.
+        """Returns the state on the shardings of `abstract`, whatever mesh wrote it, and the
+        position in the data.
 
-        This process reads by itself, as in all that follows: it waits for no other, so that one that fails can tell.
+        This process reads by itself, as in all that follows: it waits for no other, so that one
+        that fails can tell.
 
         Raises:
           BrokenCheckpoint: its files are damaged, or not all there.
-          UserError: the storage does not give it now, or it holds another model; the checkpoint may well be whole.
+          UserError: the storage does not give it now, or it holds another model; the checkpoint may
+            well be whole.
         """
 
         def read(folder: Path) -> tuple[TrainState, dict[str, Any]]:
-            restored = self._handlers["state"].restore(folder / "state", args=checkpoint_files.pytree_restore(abstract))
+            restored = self._handlers["state"].restore(
+                folder / "state", args=checkpoint_files.pytree_restore(abstract)
+            )
             position = self._read_json(folder, "data")
             position["next_row"]  # Without it this is no position: KeyError says so.
             return restored, position
@@ -238,7 +274,8 @@ class Checkpoints:
         return self._read(step, read, abstract)
 
     def restore_params(self, step: int, abstract: Params) -> Params:
-        """Returns the parameters that `abstract` names, on its shardings; other parts are not read."""
+        """Returns the parameters that `abstract` names, on its shardings; other parts are not
+        read."""
         wanted = {"params": abstract}
 
         def read(folder: Path) -> Params:
@@ -252,17 +289,20 @@ class Checkpoints:
         return self._read(step, read, wanted)
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """Returns what `describe` gave, with the step and an id of the run; UserError for a layout that this version
-        cannot read, and for a checkpoint under another step's name."""
-        metadata, layout = self._read(step, lambda folder: _with_layout(self._read_json(folder, "metadata")))
+        """Returns what `describe` gave, with the step and an id of the run; UserError for a layout
+        that this version cannot read, and for a checkpoint under another step's name."""
+        metadata, layout = self._read(
+            step, lambda folder: _with_layout(self._read_json(folder, "metadata"))
+        )
         if layout != LAYOUT_VERSION:
             raise UserError(
-                f"checkpoint {self.folder / str(step)} has layout {layout}; this version reads layout {LAYOUT_VERSION}"
+                f"checkpoint {self.folder / str(step)} has layout {layout}; this version reads "
+                f"layout {LAYOUT_VERSION}"
             )
         if metadata.get("step", step) != step:
             raise UserError(
-                f"checkpoint {self.folder / str(step)} is of step {metadata['step']}: it was copied or renamed; move "
-                "it away, or give it its name again"
+                f"checkpoint {self.folder / str(step)} is of step {metadata['step']}: it was "
+                "copied or renamed; move it away, or give it its name again"
             )
         return metadata
 
@@ -276,13 +316,15 @@ class Checkpoints:
         """Returns the shape and dtype of every stored parameter by path."""
         return self._read(
             step,
-            lambda folder: checkpoint_files.shapes(self._handlers["state"].metadata(folder / "state").tree["params"]),
+            lambda folder: checkpoint_files.shapes(
+                self._handlers["state"].metadata(folder / "state").tree["params"]
+            ),
         )
 
     def set_aside(self, step: int) -> Path:
-        """Moves a broken checkpoint, so that its step can be written again, to STEP.broken, or to STEP.broken.N where
-        that is taken; returns the new path. All of its files stay: where folders cannot be renamed they are copied
-        first."""
+        """Moves a broken checkpoint, so that its step can be written again, to STEP.broken, or to
+        STEP.broken.N where that is taken; returns the new path. All of its files stay: where
+        folders cannot be renamed they are copied first."""
         broken = self._broken_name(str(step))
         if distributed.is_main():
             storage.move_folder(self.folder / str(step), broken, last=checkpoint_files.COMMITTED)
@@ -292,7 +334,10 @@ class Checkpoints:
 
     def _broken_name(self, name: str) -> Path:
         """A free name for what is moved out of the way."""
-        names = (f"{name}.broken{number}" for number in itertools.chain([""], (f".{n}" for n in itertools.count(2))))
+        names = (
+            f"{name}.broken{number}"
+            for number in itertools.chain([""], (f".{n}" for n in itertools.count(2)))
+        )
         return next(self.folder / free for free in names if not (self.folder / free).exists())
 
     def _read(self, step: int, read: Callable[[Path], T], wanted: Any = None) -> T:
@@ -308,12 +353,16 @@ class Checkpoints:
                 if kind is Kind.DAMAGE:
                     if wanted is not None and (differing := self._differences(step, wanted)):
                         raise UserError(f"{name} holds another model: {differing}") from err
-                    raise BrokenCheckpoint(f"{name} cannot be read ({checkpoint_files.first_line(err)})") from err
+                    raise BrokenCheckpoint(
+                        f"{name} cannot be read ({checkpoint_files.first_line(err)})"
+                    ) from err
                 if kind is Kind.REFUSED or pause is None:
                     # What the storage refuses it will refuse again.
                     error = UserError if kind is Kind.REFUSED else TryAgainError
                     reason = f"could not be read now ({checkpoint_files.first_line(err)})"
-                    raise error(f"{name} {reason}; it stays as it is: call again when its storage gives it") from err
+                    raise error(
+                        f"{name} {reason}; it stays as it is: call again when its storage gives it"
+                    ) from err
             time.sleep(pause)
         raise AssertionError("the last try returns or raises")
 
@@ -323,9 +372,12 @@ class Checkpoints:
         )
 
     def _differences(self, step: int, wanted: Any) -> str:
-        """Returns how a checkpoint's arrays differ from those wanted of it; "" where they do not, or nobody knows."""
+        """Returns how a checkpoint's arrays differ from those wanted of it; "" where they do not,
+        or nobody knows."""
         try:
-            stored = checkpoint_files.shapes(self._handlers["state"].metadata(self.folder / str(step) / "state").tree)
+            stored = checkpoint_files.shapes(
+                self._handlers["state"].metadata(self.folder / str(step) / "state").tree
+            )
         except Exception:
             return ""
         lines = []
@@ -333,7 +385,9 @@ class Checkpoints:
             if path not in stored:
                 lines.append(f"it has no {path}")
             elif stored[path].shape != array.shape:
-                lines.append(f"{path} is {list(stored[path].shape)} there and {list(array.shape)} here")
+                lines.append(
+                    f"{path} is {list(stored[path].shape)} there and {list(array.shape)} here"
+                )
         more = f" and {len(lines) - MAX_DIFFERENCES} more" if len(lines) > MAX_DIFFERENCES else ""
         return ", ".join(lines[:MAX_DIFFERENCES]) + more
 
@@ -346,12 +400,16 @@ class Checkpoints:
         return self._run_id
 
     def _report_unraisable(self, problem: "sys.UnraisableHookArgs") -> None:
-        """When one array cannot be written or read, orbax closes its event loop under the others; each complains."""
-        if not str(problem.exc_value).startswith(("Event loop is closed", "Encountered error while reading array")):
+        """When one array cannot be written or read, orbax closes its event loop under the others;
+        each complains."""
+        if not str(problem.exc_value).startswith(
+            ("Event loop is closed", "Encountered error while reading array")
+        ):
             self._unraisable_hook(problem)
 
     def _check_space(self, live: TrainState) -> None:
-        """Told before half of it is written; an array takes at most a block more than its size, for its metadata."""
+        """Told before half of it is written; an array takes at most a block more than its size, for
+        its metadata."""
         needed = sum(array.nbytes + 4096 for array in jax.tree.leaves(live))
         free = storage.free_bytes(self.folder)
         if free is not None and needed > free:
@@ -359,28 +417,32 @@ class Checkpoints:
             raise self._save_error(OSError(said), may_pass=False)
 
     def _save_error(self, err: Exception, may_pass: bool | None = None) -> UserError:
-        """The failed step is told from those that stand; orbax's message may run over many lines."""
+        """The failed step is told from those that stand; orbax's message may run over many
+        lines."""
         self._failed = True
         error = TryAgainError if (_may_pass(err) if may_pass is None else may_pass) else UserError
-        # What cannot be written can often not be listed either: the first error is the one to report.
+        # What cannot be written can often not be listed either: the first error is the one to
+        # report.
         try:
             self._manager.reload()
             whole = self.latest()
         except Exception:
             return error(
-                f"could not write checkpoint {self.folder / str(self._saving)}: {checkpoint_files.first_line(err)}; "
-                "which earlier ones stand cannot be seen now"
+                f"could not write checkpoint {self.folder / str(self._saving)}: "
+                f"{checkpoint_files.first_line(err)}; which earlier ones stand cannot be seen now"
             )
         rest = "there is no earlier one" if whole is None else f"step {whole} stands"
         return error(
-            f"could not write checkpoint {self.folder / str(self._saving)}: {checkpoint_files.first_line(err)}; {rest}"
+            f"could not write checkpoint {self.folder / str(self._saving)}: "
+            f"{checkpoint_files.first_line(err)}; {rest}"
         )
 
 
 def describe(
     stages: tuple[Config, ...], stage: Config, *, train_seconds: float, answer_loss: float | None
 ) -> dict[str, Any]:
-    """Returns a checkpoint's metadata: all that is needed to use it without its workdir, and where it came from."""
+    """Returns a checkpoint's metadata: all that is needed to use it without its workdir, and where
+    it came from."""
     return {
         "layout_version": LAYOUT_VERSION,
         "config": config_lib.to_json(stages),

@@ -1,5 +1,5 @@
-"""The files of one checkpoint as orbax writes and reads them, with what it lacks: checksums, and a removal that is
-never seen half done."""
+"""The files of one checkpoint as orbax writes and reads them, with what it lacks: checksums, and a
+removal that is never seen half done."""
 
 import json
 import logging
@@ -27,8 +27,8 @@ UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 def handlers(host_gb: float | None) -> dict[str, Any]:
-    """Returns what writes and reads each item of a checkpoint; `host_gb` bounds what a save copies and writes at
-    once."""
+    """Returns what writes and reads each item of a checkpoint; `host_gb` bounds what a save copies
+    and writes at once."""
     return {
         "state": ocp.PyTreeCheckpointHandler(
             # Of the two formats this one can have checksums (`_codecs_with_checksums`).
@@ -47,13 +47,20 @@ def pytree_restore(abstract: Any, *, partial: bool = False) -> ocp.args.PyTreeRe
 
 
 def shapes(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shape and dtype of every array of a tree, or of what orbax says of one, by path."""
+    """Returns the shape and dtype of every array of a tree, or of what orbax says of one, by
+    path."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-    return {_path_of(keys): jax.ShapeDtypeStruct(tuple(x.shape), x.dtype) for keys, x in leaves if hasattr(x, "shape")}
+    return {
+        _path_of(keys): jax.ShapeDtypeStruct(tuple(x.shape), x.dtype)
+        for keys, x in leaves
+        if hasattr(x, "shape")
+    }
 
 
 def _path_of(keys: Sequence[Any]) -> str:
-    return "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in keys)
+    return "/".join(
+        str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in keys
+    )
 
 
 def with_checksum(fields: dict[str, Any]) -> dict[str, Any]:
@@ -75,12 +82,14 @@ def _checksum(fields: dict[str, Any]) -> int:
 
 def first_line(err: BaseException) -> str:
     if "See full TensorStore details" in str(err) and err.__cause__:
-        return first_line(err.__cause__)  # It prints how the array is opened; the cause says what is wrong.
+        # It prints how the array is opened; the cause says what is wrong.
+        return first_line(err.__cause__)
     return (str(err).splitlines() or [type(err).__name__])[0]
 
 
 class Deleter:
-    """Removes checkpoints that are superseded: each at once no longer a checkpoint, then file by file."""
+    """Removes checkpoints that are superseded: each at once no longer a checkpoint, then file by
+    file."""
 
     def __init__(self, folder: Path, renames: bool):
         self._folder = folder
@@ -112,14 +121,15 @@ class Deleter:
 def _codecs_with_checksums(*args: Any, **kwargs: Any) -> dict[str, Any]:
     """Returns orbax's description of an array's files, with a checksum behind every chunk.
 
-    Orbax has none for them, nor a switch: a bit that flips in a chunk is read as other numbers. It stands in the
-    description, so that every reader finds it.
+    Orbax has none for them, nor a switch: a bit that flips in a chunk is read as other numbers. It
+    stands in the description, so that every reader finds it.
     """
     described = _orbax_codecs(*args, **kwargs)
     codecs = described["codecs"][0]["configuration"]["codecs"]
     for codec in codecs:
         if codec["name"] == "zstd":
-            codec["configuration"]["level"] = 1  # As in the other format: weights hardly shrink at any.
+            # As in the other format: weights hardly shrink at any.
+            codec["configuration"]["level"] = 1
     codecs.append({"name": "crc32c"})
     return described
 
@@ -129,7 +139,8 @@ tensorstore_utils._build_zarr3_metadata = _codecs_with_checksums
 
 
 class _NotOfOrbax(logging.Filter):
-    """Of a terminal: orbax logs every step of every save, and a traceback where we print one line."""
+    """Of a terminal: orbax logs every step of every save, and a traceback where we print one
+    line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.name != "absl" or "/orbax/" not in record.pathname
@@ -137,7 +148,11 @@ class _NotOfOrbax(logging.Filter):
 
 def quiet_terminal() -> None:
     """Leaves orbax's lines to log files."""
-    for handler in (*logging.root.handlers, *logging.getLogger("absl").handlers, logging.lastResort):
+    for handler in (
+        *logging.root.handlers,
+        *logging.getLogger("absl").handlers,
+        logging.lastResort,
+    ):
         stream = getattr(getattr(handler, "python_handler", handler), "stream", None)
         is_quiet = any(isinstance(one, _NotOfOrbax) for one in handler.filters)
         if stream in (sys.stderr, sys.stdout, sys.__stderr__) and not is_quiet:
@@ -145,8 +160,9 @@ def quiet_terminal() -> None:
 
 
 def _may_pass(err: BaseException) -> bool:
-    """Whether what was not saved may be saved when the run is started again. Not where there is no room or no
-    permission, or the folder is gone; but where another process was lost, with which this one wrote."""
+    """Whether what was not saved may be saved when the run is started again. Not where there is no
+    room or no permission, or the folder is gone; but where another process was lost, with which
+    this one wrote."""
     for one in faults.chain(err):
         if isinstance(one, UserError):
             return isinstance(one, TryAgainError)

@@ -8,9 +8,11 @@ import subprocess
 
 @functools.cache
 def git_hash() -> str:
-    """Returns the commit of the code that runs, with "-dirty" where it was changed since; "unknown" outside a checkout.
+    """Returns the commit of the code that runs, with "-dirty" where it was changed since; "unknown"
+    outside a checkout.
 
-    The launch scripts name it where there is no .git: in ALIGNVLM_COMMIT, or in the file COMMIT of an image or a host.
+    The launch scripts name it where there is no .git: in ALIGNVLM_COMMIT, or in the file COMMIT of
+    an image or a host.
     """
     noted = pathlib.Path(__file__).parents[2] / "COMMIT"
     if commit := os.environ.get("ALIGNVLM_COMMIT"):

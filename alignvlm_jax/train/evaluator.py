@@ -1,4 +1,7 @@
-"""What a run measures now and then while it trains. The loop knows only this: commands name the kinds."""
+"""What a run measures now and then while it trains.
+
+The loop knows only this: commands name the kinds.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -15,7 +18,9 @@ from alignvlm_jax.train.step import EvalStep
 class Evaluator(Protocol):
     """One measurement, set up for a stage."""
 
-    def run(self, params: Params, eval_step: EvalStep, should_stop: Callable[[], bool]) -> dict[str, float] | None:
+    def run(
+        self, params: Params, eval_step: EvalStep, should_stop: Callable[[], bool]
+    ) -> dict[str, float] | None:
         """Returns metrics by name, for one line of the log; None when told to stop meanwhile.
 
         Args:

@@ -118,7 +118,8 @@ class Phases:
         Args:
           step: of the checkpoint.
           carried: of `carried`.
-          beat_seconds: `run_seconds` of the last heartbeat, which may be younger than the last line.
+          beat_seconds: `run_seconds` of the last heartbeat, which may be younger than the last
+            line.
         """
         self.num_steps = step
         self._restarting = True
@@ -142,7 +143,8 @@ class Phases:
         return self._seconds["data_wait"] / spent if spent else 0.0
 
     def metrics(self) -> dict[str, float]:
-        """Returns `goodput/CATEGORY`, the fraction of the run's wall time, and `goodput/seconds`."""
+        """Returns `goodput/CATEGORY`, the fraction of the run's wall time, and
+        `goodput/seconds`."""
         self._add()
         total = {name: self._carried[name] + self._seconds[name] for name in CATEGORIES}
         seconds = sum(total.values())
@@ -172,13 +174,15 @@ def carried(lines: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:
       lines: of metrics.jsonl, before those beyond `step` are cut off.
       step: of the checkpoint; 0 without one.
     """
-    last, kept = _newest(lines), _newest([line for line in lines if line["step"] <= step])
+    last = _newest(lines)
+    kept = _newest([line for line in lines if line["step"] <= step])
     lost = sum(last.values()) - sum(kept.values())
     return kept | {"restart": kept["restart"] + lost}
 
 
 def logged(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a metrics.jsonl that hold sums; who reads them for more complains of others."""
+    """Returns the lines of a metrics.jsonl that hold sums; who reads them for more complains of
+    others."""
     found = []
     for text in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
@@ -196,7 +200,8 @@ def _newest(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def process_began() -> float:
-    """Returns when this process began, on the clock of `time.monotonic`; now where it is not known."""
+    """Returns when this process began, on the clock of `time.monotonic`; now where it is not
+    known."""
     now = time.monotonic()
     try:
         with open("/proc/self/stat") as file:

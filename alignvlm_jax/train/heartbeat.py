@@ -33,8 +33,8 @@ class Heartbeat:
 
     It holds, beside host, process and pid: step and total, of the run; the phase, one of
     `goodput.CATEGORY_OF`, at the end "done", "stopped", "failed" or "stalled"; `since`, the seconds
-    since the phase began or moved (a step, a batch), and `limit`, those after which the watchdog ends
-    the process; `seconds_per_step`, the median; `data_wait`, the fraction of the time of this
+    since the phase began or moved (a step, a batch), and `limit`, those after which the watchdog
+    ends the process; `seconds_per_step`, the median; `data_wait`, the fraction of the time of this
     process; `run_seconds`, the wall time of the run; `time`, that of writing, seconds since 1970.
     """
 
@@ -81,7 +81,8 @@ class Heartbeat:
             self.end("stopped" if issubclass(kind, self._stopped) else "failed")
 
     def end(self, phase: str) -> None:
-        """Writes the last heartbeat, with `phase`; storage that does not answer is not waited for."""
+        """Writes the last heartbeat, with `phase`; storage that does not answer is not waited
+        for."""
         self._ended.set()
         within(FINAL_SECONDS, self._thread.join)
         within(FINAL_SECONDS, lambda: self._beat(phase))
@@ -109,7 +110,11 @@ class Heartbeat:
             "run_seconds": round(phases.run_seconds(), 1),
             "time": round(time.time(), 1),
         }
-        self._try(lambda: storage.write_whole(path_of(self._folder, self._process), json.dumps(fields) + "\n"))
+        self._try(
+            lambda: storage.write_whole(
+                path_of(self._folder, self._process), json.dumps(fields) + "\n"
+            )
+        )
 
     def _clear(self) -> None:
         """An earlier run of more processes has left theirs."""
@@ -125,7 +130,8 @@ class Heartbeat:
             logging.warning("%s", line)
 
     def _try(self, action: Callable[[], None]) -> None:
-        """A heartbeat that cannot be written must not end a run; it is told once, and when it is over."""
+        """A heartbeat that cannot be written must not end a run; it is told once, and when it is
+        over."""
         try:
             action()
             problem = ""
@@ -155,8 +161,16 @@ class Others:
                 self._changed[beat["process"]] = known = (beat["time"], now)
             if now - known[1] >= LOOK_SECONDS:
                 lines.append(f"{_name(beat)}: no new heartbeat for {now - known[1]:.0f} s")
-        training = [beat for beat in beats if beat["phase"] == "training" and beat["since"] >= LOOK_SECONDS / 2]
-        apart = [beat for beat in beats if beat["phase"] != "training" and beat["since"] >= LOOK_SECONDS / 2]
+        training = [
+            beat
+            for beat in beats
+            if beat["phase"] == "training" and beat["since"] >= LOOK_SECONDS / 2
+        ]
+        apart = [
+            beat
+            for beat in beats
+            if beat["phase"] != "training" and beat["since"] >= LOOK_SECONDS / 2
+        ]
         if len(training) > len(apart):
             lines += [
                 f"{_name(beat)}: {beat['phase']} for {beat['since']:.0f} s at step {beat['step']}, "
@@ -167,7 +181,10 @@ class Others:
         if slowest and len(beats) > 1:
             rest = max(beat["data_wait"] for beat in beats if beat is not slowest)
             if slowest["data_wait"] > max(0.05, 2 * rest):
-                waits = f"waits for data {slowest['data_wait']:.0%} of the time, the others {rest:.0%} at most"
+                waits = (
+                    f"waits for data {slowest['data_wait']:.0%} of the time, the others "
+                    f"{rest:.0%} at most"
+                )
                 lines.append(f"{_name(slowest)}: {waits}")
         return lines
 

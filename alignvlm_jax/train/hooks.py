@@ -1,4 +1,5 @@
-"""What happens beside the steps of a run: signals that stop it, and an xprof trace of some steps."""
+"""What happens beside the steps of a run: signals that stop it, and an xprof trace of some
+steps."""
 
 import contextlib
 import re
@@ -33,16 +34,17 @@ def profile_range(stages: Sequence[Config]) -> range | None:
         return None
     if len(asked) > 1:
         raise UserError(
-            f"config.train.profile is {' and '.join(map(repr, asked))} in different stages: steps are counted over "
-            "the run, and one part of them is traced; set it once"
+            f"config.train.profile is {' and '.join(map(repr, asked))} in different stages: steps "
+            "are counted over the run, and one part of them is traced; set it once"
         )
     begin, end = map(int, re.fullmatch(r"(\d+):(\d+)", asked[0]).groups())
     total = sum(stage.train.num_steps for stage in stages)
     if not 1 <= begin < end <= total + 1:
         best = max(1, min(begin, total))
         raise UserError(
-            f"config.train.profile is {asked[0]!r}, and the run has steps 1 to {total}: FIRST:END traces from FIRST up "
-            f"to and not including END; nearest: '{best}:{min(max(end, best + 1), total + 1)}'"
+            f"config.train.profile is {asked[0]!r}, and the run has steps 1 to {total}: FIRST:END "
+            "traces from FIRST up to and not including END; nearest: "
+            f"'{best}:{min(max(end, best + 1), total + 1)}'"
         )
     return range(begin, end)
 
@@ -52,8 +54,8 @@ class Profiler:
 
         profile/plugins/profile/steps-BEGIN-END/host-N.xplane.pb
 
-    which is where xprof and TensorBoard look. A trace that cannot be written is told, and the run goes
-    on: nothing depends on it.
+    which is where xprof and TensorBoard look. A trace that cannot be written is told, and the run
+    goes on: nothing depends on it.
     """
 
     def __init__(self, folder: Path, steps: range | None, process: int, say: Callable[[str], None]):
@@ -75,7 +77,11 @@ class Profiler:
     def resume(self, newest: int) -> None:
         """Says what of the steps is no longer to come, where a run goes on after step `newest`."""
         if self._steps and newest >= self._steps.start:
-            left = f"steps {newest + 1} to {self._steps[-1]}" if newest < self._steps[-1] else "nothing"
+            left = (
+                f"steps {newest + 1} to {self._steps[-1]}"
+                if newest < self._steps[-1]
+                else "nothing"
+            )
             self._say(f"config.train.profile: steps up to {newest} are done already; traces {left}")
 
     @contextlib.contextmanager
@@ -97,19 +103,22 @@ class Profiler:
         self._newest = number
 
     def after_step(self, number: int, wait: Callable[[], Any]) -> None:
-        """Ends and writes the trace once its last step has been sent off, and `wait` has seen it end."""
+        """Ends and writes the trace once its last step has been sent off, and `wait` has seen it
+        end."""
         if self._local and number == self._steps[-1]:
             wait()
             self._stop("")
 
     def _start(self, number: int) -> None:
-        """In a folder of this machine: jax cannot write to a bucket, and names files by host alone."""
+        """In a folder of this machine: jax cannot write to a bucket, and names files by host
+        alone."""
         self._local = tempfile.TemporaryDirectory(prefix="profile-")
         self._first = self._newest = number
         jax.profiler.start_trace(self._local.name)
 
     def _stop(self, early: str) -> None:
-        local, self._local = self._local, None
+        local = self._local
+        self._local = None
         self._steps = range(0)
         target = self._folder / "plugins" / "profile" / f"steps-{self._first}-{self._newest + 1}"
         with local:
@@ -118,9 +127,13 @@ class Profiler:
                 for source in Path(local.name).rglob("*"):
                     if source.is_file():
                         target.mkdir(parents=True, exist_ok=True)
-                        storage.copy_file(source, target / f"host-{self._process}{ending(source.name)}")
+                        storage.copy_file(
+                            source, target / f"host-{self._process}{ending(source.name)}"
+                        )
             except (OSError, RuntimeError) as err:
-                self._say(f"the profile of steps {self._first} to {self._newest} cannot be written: {err}")
+                self._say(
+                    f"the profile of steps {self._first} to {self._newest} cannot be written: {err}"
+                )
                 return
         because = f" ({early})" if early else ""
         self._say(f"profile of steps {self._first} to {self._newest}{because}: {self._folder}")
@@ -139,8 +152,8 @@ STOP_FOLDER = "stop"
 class StopSignal:
     """While entered, the first signal is noted; the second acts as if nobody had caught it.
 
-    Of several processes each tells the others at once, also while it waits for a device: Python would call its handler
-    only after that, a whole training step later.
+    Of several processes each tells the others at once, also while it waits for a device: Python
+    would call its handler only after that, a whole training step later.
     """
 
     def __init__(self) -> None:
@@ -153,7 +166,8 @@ class StopSignal:
             self._teller.enter_context(_telling())
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         if jax.process_count() > 1:
-            self._before[signal.SIGTERM] = signal.SIG_DFL  # Not that of `distributed`, which would save once more.
+            # Not that of `distributed`, which would save once more.
+            self._before[signal.SIGTERM] = signal.SIG_DFL
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -161,15 +175,15 @@ class StopSignal:
         self._teller.close()
 
     def seen(self) -> bool:
-        """Whether this process knows of a signal: of another's only the main one, which decides for all. See
-        `requested`."""
+        """Whether this process knows of a signal: of another's only the main one, which decides for
+        all. See `requested`."""
         if self._requested or jax.process_count() == 1 or jax.process_index() != 0:
             return self._requested
         return bool(exchange.said(STOP_FOLDER))
 
     def requested(self) -> bool:
-        """Whether any process was told to stop, as the main process has it. All must ask at the same point: they leave
-        together."""
+        """Whether any process was told to stop, as the main process has it. All must ask at the
+        same point: they leave together."""
         return exchange.from_main(self.seen())
 
     def _note(self, number: int, frame: FrameType | None) -> None:

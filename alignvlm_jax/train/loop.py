@@ -1,7 +1,8 @@
-"""The order of operations of a run: what is checked first, its stages, and within a stage what it starts from.
+"""The order of operations of a run: what is checked first, its stages, and within a stage what it
+starts from.
 
-A stage always starts from a saved checkpoint, that of the stage before or its own: a run that was stopped and one that
-was not take the same path.
+A stage always starts from a saved checkpoint, that of the stage before or its own: a run that was
+stopped and one that was not take the same path.
 """
 
 import contextlib
@@ -52,8 +53,9 @@ from alignvlm_jax.train.state import Params, TrainState
 
 
 def preflight(stages: tuple[Config, ...]) -> None:
-    """Raises UserError where a stage asks for what is not there: a connector, a mesh for its batch, sizes that divide
-    over it, data and tasks, parameters to train, to load from the stage before or from `init_from`."""
+    """Raises UserError where a stage asks for what is not there: a connector, a mesh for its batch,
+    sizes that divide over it, data and tasks, parameters to train, to load from the stage before or
+    from `init_from`."""
     shapes: dict[tuple, Params] = {}
     before: Params | None = None
     for config in stages:
@@ -73,11 +75,18 @@ def preflight(stages: tuple[Config, ...]) -> None:
 
 
 def _files_of(configs: tuple[Config, ...]) -> dict[str, Callable[[], str]]:
-    """What the files of each stage hold. Stages mostly share their data, which are looked at once."""
+    """What the files of each stage hold.
+
+    Stages mostly share their data, which are looked at once.
+    """
     contents = functools.cache(shards.contents)
-    data = {f"the data of stage {one.stage}": functools.partial(contents, *one.data.folders) for one in configs}
+    data = {
+        f"the data of stage {one.stage}": functools.partial(contents, *one.data.folders)
+        for one in configs
+    }
     tokenizers = {
-        f"the tokenizer of stage {one.stage}": functools.partial(loader.tokenizer_contents, one) for one in configs
+        f"the tokenizer of stage {one.stage}": functools.partial(loader.tokenizer_contents, one)
+        for one in configs
     }
     return data | tokenizers
 
@@ -99,7 +108,8 @@ def train(
     kinds: tuple[Kind, ...],
     process_began: float | None = None,
 ) -> None:
-    """Trains the stages in order in the workdir `folder`, going on from its newest readable checkpoint.
+    """Trains the stages in order in the workdir `folder`, going on from its newest readable
+    checkpoint.
 
     Args:
       configs: the stages.
@@ -110,8 +120,8 @@ def train(
 
     Raises:
       Stopped: after SIGINT or SIGTERM; the state is saved.
-      UserError: the workdir belongs to another config, something cannot be read or written, or too many steps were
-        skipped.
+      UserError: the workdir belongs to another config, something cannot be read or written, or too
+        many steps were skipped.
     """
     began = time.monotonic()
     # Before anything else: from here on processes wait for each other.
@@ -123,11 +133,15 @@ def train(
     stages = lay_out(configs)
     total = stages[-1].end
     profiled = hooks.profile_range(configs)
-    process, num_processes = jax.process_index(), jax.process_count()
-    keep, ends = max(config.train.keep_checkpoints for config in configs), tuple(stage.end for stage in stages)
+    process = jax.process_index()
+    num_processes = jax.process_count()
+    keep = max(config.train.keep_checkpoints for config in configs)
+    ends = tuple(stage.end for stage in stages)
     with (
         workdir.claim(folder, configs),
-        HostLog(folder, process=process, num_processes=num_processes, commit=commit.git_hash()) as log,
+        HostLog(
+            folder, process=process, num_processes=num_processes, commit=commit.git_hash()
+        ) as log,
         Phases(process_began) as phases,
         watch.watched(
             folder,
@@ -145,8 +159,21 @@ def train(
         Profiler(folder, profiled, process, progress.say) as profiler,
     ):
         _check_newest(checkpoints, total)
-        run = Run(configs, kinds, total, folder, checkpoints, progress, stop, phases, heartbeat, profiler, began)
-        # What is listed may differ between hosts for a moment, as on a bucket: one of them says what is there.
+        run = Run(
+            configs,
+            kinds,
+            total,
+            folder,
+            checkpoints,
+            progress,
+            stop,
+            phases,
+            heartbeat,
+            profiler,
+            began,
+        )
+        # What is listed may differ between hosts for a moment, as on a bucket: one of them says
+        # what is there.
         while found := exchange.from_main(_next(run, stages) if distributed.is_main() else None):
             index, newest, lacking = found
             try:
@@ -154,28 +181,31 @@ def train(
             except BrokenCheckpoint as err:
                 if run.broken:
                     # Two in a row are more likely the storage's fault, or ours, than two accidents.
-                    raise UserError(f"{run.broken[1]}, and {err}; move them away to do without them") from err
+                    raise UserError(
+                        f"{run.broken[1]}, and {err}; move them away to do without them"
+                    ) from err
                 run.broken = newest, err
         progress.say(f"done: {total} steps, {checkpoints.folder / str(total)}")
 
 
 def _check_newest(checkpoints: Checkpoints, total: int) -> None:
-    """Also where nothing is left to do: a folder that has been given another name is not what it says."""
+    """Also where nothing is left to do: a folder that has been given another name is not what it
+    says."""
     newest = exchange.from_main(checkpoints.latest())
     if newest is None:
         return
     if newest > total:
         raise UserError(
-            f"{checkpoints.folder} holds a checkpoint of step {newest}, and this run ends at step {total}: it is "
-            "another run's, or was renamed; move it away"
+            f"{checkpoints.folder} holds a checkpoint of step {newest}, and this run ends at step "
+            f"{total}: it is another run's, or was renamed; move it away"
         )
     with contextlib.suppress(BrokenCheckpoint):  # For the loop to set aside.
         restore.agreed_metadata(checkpoints, newest)
 
 
 def _next(run: Run, stages: Sequence[Stage]) -> tuple[int, int, list[str]] | None:
-    """Returns the index of the stage to go on with, the step of the newest checkpoint, and the evaluations that this
-    step lacks; None when all is done."""
+    """Returns the index of the stage to go on with, the step of the newest checkpoint, and the
+    evaluations that this step lacks; None when all is done."""
     newest = run.newest()
     for stage in stages:
         lacking = run.lacking(stage, newest) if stage.begin < newest <= stage.end else []
@@ -191,13 +221,16 @@ def lay_out(configs: tuple[Config, ...]) -> list[Stage]:
 
 
 def _train_stage(run: Run, stage: Stage, newest: int, lacking: Sequence[str]) -> None:
-    """Trains the rest of a stage, from the checkpoint of step `newest`, of which evaluations may be lacking; 0 is no
-    checkpoint."""
+    """Trains the rest of a stage, from the checkpoint of step `newest`, of which evaluations may be
+    lacking; 0 is no checkpoint."""
     config = stage.config
-    model, tx = vlm.VLM(config.model), optim.make_optimizer(config)
+    model = vlm.VLM(config.model)
+    tx = optim.make_optimizer(config)
     with mesh_lib.use(mesh_lib.make_mesh(config)) as mesh:
         # Read before anything is compiled: data that is missing should be told at once.
-        evaluators = {kind.name: kind.open(model, config, mesh) for kind in run.kinds if kind.every(config)}
+        evaluators = {
+            kind.name: kind.open(model, config, mesh) for kind in run.kinds if kind.every(config)
+        }
         abstract = state.abstract_state(model, config, tx, mesh)
         with run.phases.enter("restoring"):
             live, position = _start(run, stage, newest, model, tx, abstract)
@@ -214,12 +247,20 @@ def _train_stage(run: Run, stage: Stage, newest: int, lacking: Sequence[str]) ->
 
 
 def _start(
-    run: Run, stage: Stage, newest: int, model: vlm.VLM, tx: optax.GradientTransformation, abstract: TrainState
+    run: Run,
+    stage: Stage,
+    newest: int,
+    model: vlm.VLM,
+    tx: optax.GradientTransformation,
+    abstract: TrainState,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Returns the state to go on from, and the position in the stage's data."""
-    config, checkpoints = stage.config, run.checkpoints
+    config = stage.config
+    checkpoints = run.checkpoints
     if run.earlier_seconds is None:
-        metadata = restore.agreed_metadata(checkpoints, newest) if newest else {"train_seconds": 0.0}
+        metadata = (
+            restore.agreed_metadata(checkpoints, newest) if newest else {"train_seconds": 0.0}
+        )
         _check_data(run, metadata)
         run.earlier_seconds = metadata["train_seconds"]
     if newest > stage.begin:
@@ -244,9 +285,12 @@ def _start(
 
 def _check_data(run: Run, metadata: Mapping[str, Any]) -> None:
     """The position in the data means nothing in other data."""
-    if "data" not in metadata:  # Without a checkpoint, or with one from before data had fingerprints.
+    # Without a checkpoint, or with one from before data had fingerprints.
+    if "data" not in metadata:
         return
-    folders = next(config.data.folders for config in run.stages if config.stage == metadata["stage"])
+    folders = next(
+        config.data.folders for config in run.stages if config.stage == metadata["stage"]
+    )
     here = shards.fingerprint(*folders)
     if not shards.has_fingerprint(metadata["data"], *folders):
         raise UserError(
@@ -259,8 +303,11 @@ def _check_data(run: Run, metadata: Mapping[str, Any]) -> None:
 def _set_broken_aside(run: Run, newest: int) -> None:
     """Only once the one before has been read: until then nothing is changed."""
     if run.broken:
-        (step, err), run.broken = run.broken, None
-        run.progress.say(f"{err}; moved to {run.checkpoints.set_aside(step)}, going on from step {newest}")
+        (step, err) = run.broken
+        run.broken = None
+        run.progress.say(
+            f"{err}; moved to {run.checkpoints.set_aside(step)}, going on from step {newest}"
+        )
 
 
 def _watch_from(run: Run, stage: Stage, newest: int) -> None:
@@ -274,16 +321,18 @@ def _watch_from(run: Run, stage: Stage, newest: int) -> None:
 
 
 def _say_what_is_lost(run: Run, stage: Stage, newest: int) -> None:
-    """A save waits until the lines before it are safe: where they are not there, somebody has removed them."""
+    """A save waits until the lines before it are safe: where they are not there, somebody has
+    removed them."""
     if not distributed.is_main():
         return  # Of a bucket every host would read it, for one line.
-    done, every = newest - stage.begin, stage.config.train.log_every
+    done = newest - stage.begin
+    every = stage.config.train.log_every
     logged = newest if newest in (stage.begin, stage.end) else stage.begin + done // every * every
     last = metrics.last_step(run.folder / METRICS_FILE)
     if last < logged:
         run.progress.say(
-            f"{run.folder / METRICS_FILE} ends at step {last}, and the newest checkpoint is of step {newest}: what was "
-            "logged between them is lost"
+            f"{run.folder / METRICS_FILE} ends at step {last}, and the newest checkpoint is of "
+            f"step {newest}: what was logged between them is lost"
         )
 
 
@@ -292,10 +341,17 @@ def _announce(run: Run, stage: Stage, newest: int, mesh: Mesh, abstract: TrainSt
     sizes = {path: math.prod(x.shape) for path, x in state.flatten(abstract.params).items()}
     if not run.announced:
         axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        run.progress.say(f"mesh: {axes}\n{sharding.table(abstract.params, state.shardings_of(abstract.params))}")
+        run.progress.say(
+            f"mesh: {axes}\n{sharding.table(abstract.params, state.shardings_of(abstract.params))}"
+        )
         run.announced = True
     trained = sum(sizes[path] for path in state.trainable_paths(stage.config, abstract.params))
-    what = f"steps {newest + 1} to {stage.end}" if newest < stage.end else f"what a stop left out at step {newest}"
+    what = (
+        f"steps {newest + 1} to {stage.end}"
+        if newest < stage.end
+        else f"what a stop left out at step {newest}"
+    )
     run.progress.say(
-        f"stage {stage.config.stage!r}: {what}, trains {trained:,} of {sum(sizes.values()):,} parameters; compiling"
+        f"stage {stage.config.stage!r}: {what}, trains {trained:,} of {sum(sizes.values()):,} "
+        "parameters; compiling"
     )

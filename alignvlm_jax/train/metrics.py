@@ -33,11 +33,14 @@ PLAIN_EVERY = 10
 
 
 class Writer:
-    """Appends lines to metrics.jsonl and scalars to TensorBoard; what was written beyond `step` is cut off first.
+    """Appends lines to metrics.jsonl and scalars to TensorBoard; what was written beyond `step` is
+    cut off first.
 
-    A kill takes less than the last minute of either, also in a bucket, and what is there is whole lines and events.
+    A kill takes less than the last minute of either, also in a bucket, and what is there is whole
+    lines and events.
 
-    Not tensorboardX.SummaryWriter: it writes from a thread, and once that has died of a full disk the run hangs.
+    Not tensorboardX.SummaryWriter: it writes from a thread, and once that has died of a full disk
+    the run hangs.
     """
 
     def __init__(self, workdir: Path, step: int):
@@ -49,7 +52,9 @@ class Writer:
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{step}"
         self._board = storage.Appender(workdir / "tensorboard" / name)
         self._board.append(_record(Event(wall_time=time.time(), file_version="brain.Event:2")))
-        self._board.append(_record(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))))
+        self._board.append(
+            _record(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+        )
 
     def __enter__(self) -> "Writer":
         return self
@@ -61,22 +66,35 @@ class Writer:
             self._board.close()
 
     def write(self, step: int, stage: str, values: Mapping[str, float]) -> None:
-        """Writes one line; numbers that JSON cannot hold become null. UserError where it cannot be written."""
+        """Writes one line; numbers that JSON cannot hold become null.
+
+        UserError where it cannot be written.
+        """
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         line = {"step": step, "stage": stage} | dict.fromkeys(values) | finite
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in finite.items()]
         try:
             self._file.append(f"{json.dumps(line)}\n".encode())
-            self._board.append(_record(Event(step=step, wall_time=time.time(), summary=Summary(value=scalars))))
+            self._board.append(
+                _record(Event(step=step, wall_time=time.time(), summary=Summary(value=scalars)))
+            )
         except OSError as err:
-            raise faults.as_error(f"cannot write {self._path} at step {step}: {err.strerror or err}", err) from err
+            raise faults.as_error(
+                f"cannot write {self._path} at step {step}: {err.strerror or err}", err
+            ) from err
 
 
 def _record(event: Event) -> bytes:
-    """Returns an event as TensorBoard's files hold it: its length, a checksum of that, itself, and one of it."""
+    """Returns an event as TensorBoard's files hold it: its length, a checksum of that, itself, and
+    one of it."""
     data = event.SerializeToString()
     length = struct.pack("<Q", len(data))
-    return length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))
+    return (
+        length
+        + struct.pack("<I", masked_crc32c(length))
+        + data
+        + struct.pack("<I", masked_crc32c(data))
+    )
 
 
 class NullWriter:
@@ -93,7 +111,8 @@ class NullWriter:
 
 
 def cut(path: Path, step: int) -> None:
-    """Drops lines beyond `step`, and a last line that a kill left unfinished; UserError for another damaged line."""
+    """Drops lines beyond `step`, and a last line that a kill left unfinished; UserError for another
+    damaged line."""
     if not path.exists():
         return
     lines = [line for at, line in _numbered(path) if at <= step]
@@ -101,8 +120,9 @@ def cut(path: Path, step: int) -> None:
 
 
 def num_evaluations(path: Path, step: int) -> int | None:
-    """Returns how many lines of `step` are of evaluations, not of training; None where nothing was ever logged. A line
-    of an evaluation that found nothing holds no name of its own, so they are counted."""
+    """Returns how many lines of `step` are of evaluations, not of training; None where nothing was
+    ever logged. A line of an evaluation that found nothing holds no name of its own, so they are
+    counted."""
     if not path.exists():
         return None
     return sum(_is_of_evaluation(json.loads(line)) for at, line in _numbered(path) if at == step)
@@ -120,7 +140,8 @@ def _is_of_evaluation(fields: Mapping[str, object]) -> bool:
 
 
 def _numbered(path: Path) -> Iterator[tuple[float, str]]:
-    """Yields each line's step, infinite for a last line that a kill left unfinished, and the line."""
+    """Yields each line's step, infinite for a last line that a kill left unfinished, and the
+    line."""
     lines = path.read_bytes().decode(errors="replace").splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         yield _step_of(path, number, line), line
@@ -130,17 +151,24 @@ def _step_of(path: Path, number: int, line: str) -> float:
     try:
         return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
     except (ValueError, TypeError, KeyError) as err:
-        raise UserError(f"{path} is damaged: line {number} is no object with a step; mend it or delete it") from err
+        raise UserError(
+            f"{path} is damaged: line {number} is no object with a step; mend it or delete it"
+        ) from err
 
 
 def with_sources(
     what: str, parts: Mapping[str, Sequence[T]], means: Callable[[Sequence[T]], Mapping[str, float]]
 ) -> dict[str, float]:
-    """Returns the means of all parts as `WHAT/NAME`, and with several sources as `WHAT/SOURCE/NAME` those of each."""
+    """Returns the means of all parts as `WHAT/NAME`, and with several sources as `WHAT/SOURCE/NAME`
+    those of each."""
     groups = {what: [part for of_source in parts.values() for part in of_source]}
     if len(parts) > 1:
         groups |= {f"{what}/{source}": of_source for source, of_source in parts.items()}
-    return {f"{prefix}/{name}": value for prefix, group in groups.items() for name, value in means(group).items()}
+    return {
+        f"{prefix}/{name}": value
+        for prefix, group in groups.items()
+        for name, value in means(group).items()
+    }
 
 
 def peak_memory_gib() -> float:
@@ -153,8 +181,8 @@ class Interval:
     """Training values since the last logged line, and the time they took."""
 
     def __init__(self, earlier: Sequence[Mapping[str, float]] = ()) -> None:
-        """`earlier` are the `values` of the run before, where one goes on between two lines: a line is then what it
-        would be without the stop."""
+        """`earlier` are the `values` of the run before, where one goes on between two lines: a line
+        is then what it would be without the stop."""
         self.values: list[dict[str, float]] = [dict(values) for values in earlier]
         self._num_earlier = len(self.values)
         self._began = time.monotonic()
@@ -163,8 +191,9 @@ class Interval:
     def next_batch(self, batches: Iterator[Batch], is_device_busy: Callable[[], bool]) -> Batch:
         """Takes the next batch, measuring how long the device had nothing to do because of it.
 
-        While the step before is still running the device waits for nothing, however long the host does. If it has ended
-        by the time the batch is there, the whole wait counts: an upper bound, since it may have ended at any moment.
+        While the step before is still running the device waits for nothing, however long the host
+        does. If it has ended by the time the batch is there, the whole wait counts: an upper bound,
+        since it may have ended at any moment.
         """
         began = time.monotonic()
         batch = next(batches)
@@ -184,15 +213,19 @@ class Interval:
         self.values.append(values)
 
     def means(self) -> dict[str, float]:
-        """Returns means over the steps, of finite numbers only: a skipped step counts for its time. With them the
-        rate, and the share of the time in which the device waited for data, or less (`next_batch`)."""
+        """Returns means over the steps, of finite numbers only: a skipped step counts for its time.
+        With them the rate, and the share of the time in which the device waited for data, or less
+        (`next_batch`)."""
         seconds = time.monotonic() - self._began
         means = {}
         for name in self.values[-1]:
             finite = [values[name] for values in self.values if math.isfinite(values[name])]
             means[name] = sum(finite) / len(finite) if finite else math.nan
         num_steps = len(self.values) - self._num_earlier
-        rates = {"steps_per_second": num_steps / seconds, "data_wait_fraction": self._waited / seconds}
+        rates = {
+            "steps_per_second": num_steps / seconds,
+            "data_wait_fraction": self._waited / seconds,
+        }
         return means | rates
 
 
@@ -216,7 +249,8 @@ class Progress:
             self._live.stop()
 
     def say(self, message: object) -> None:
-        """Prints above the live line, and logs: of all processes the main one alone has a console."""
+        """Prints above the live line, and logs: of all processes the main one alone has a
+        console."""
         # Markup would swallow whatever a message has in brackets.
         self._console.print(message, markup=False)
         plain = Console(file=io.StringIO(), width=160)
@@ -239,7 +273,8 @@ class Progress:
             self.say(line)
 
     def _smooth_rate(self, stage: str, rate: float) -> float:
-        """Averages seconds a step over some ten updates, anew in every stage, since stages differ in speed."""
+        """Averages seconds a step over some ten updates, anew in every stage, since stages differ
+        in speed."""
         last_stage, last_rate = self._rate
         if last_stage == stage:
             rate = 1 / (0.9 / last_rate + 0.1 / rate)
@@ -250,7 +285,8 @@ class Progress:
 def duration(seconds: float) -> str:
     """Returns "1 h 02 min", "2 min 05 s" or "7 s"."""
     seconds = round(seconds)
-    hours, minutes = seconds // 3600, seconds // 60 % 60
+    hours = seconds // 3600
+    minutes = seconds // 60 % 60
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {seconds % 60:02d} s" if minutes else f"{seconds} s"

@@ -9,12 +9,17 @@ from alignvlm_jax.shapes import Array, Int
 from alignvlm_jax.train import state
 
 DECAYED = ("kernel", "table")
-"""Last names of the parameters that decay. Shapes cannot tell: under scan a norm's scale has two dimensions too."""
+"""Last names of the parameters that decay.
+
+Shapes cannot tell: under scan a norm's scale has two dimensions too.
+"""
 
 
 def make_schedule(config: Config) -> optax.Schedule:
-    """Returns the learning rate by the number of updates made in this stage: linear warm-up, then a cosine."""
-    optim, num_steps = config.optim, config.train.num_steps
+    """Returns the learning rate by the number of updates made in this stage: linear warm-up, then a
+    cosine."""
+    optim = config.optim
+    num_steps = config.train.num_steps
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=optim.learning_rate,
@@ -47,7 +52,10 @@ def _scale_parts(scales: Mapping[str, float]) -> optax.GradientTransformation:
 
     def scaled(updates: state.Params, params: state.Params | None) -> state.Params:
         del params
-        return {part: optax.tree_utils.tree_scale(scales.get(part, 1.0), tree) for part, tree in updates.items()}
+        return {
+            part: optax.tree_utils.tree_scale(scales.get(part, 1.0), tree)
+            for part, tree in updates.items()
+        }
 
     return optax.stateless(scaled)
 

@@ -1,4 +1,5 @@
-"""Checkpoints as all processes of a run read them: the newest one that all can read, and the model in it."""
+"""Checkpoints as all processes of a run read them: the newest one that all can read, and the model
+in it."""
 
 import functools
 import json
@@ -27,10 +28,11 @@ def agreed(read: Callable[[], T]) -> T:
     """Returns what reading a checkpoint gives, which all processes do together.
 
     Raises:
-      BrokenCheckpoint: on all of them, where one could not read it. Each for itself, some would go on from this
-        checkpoint and others from the one before.
+      BrokenCheckpoint: on all of them, where one could not read it. Each for itself, some would go
+        on from this checkpoint and others from the one before.
     """
-    result, problem = None, None
+    result = None
+    problem = None
     try:
         result = read()
     except BrokenCheckpoint as err:
@@ -46,8 +48,8 @@ def agreed_metadata(checkpoints: Checkpoints, step: int) -> dict[str, Any]:
 
     Raises:
       BrokenCheckpoint: on all of them, where one could not read it.
-      UserError: on all of them, where it is not the same: a folder on each host's own disk may hold another run on one
-        of them, and each would go on with its own part of the parameters.
+      UserError: on all of them, where it is not the same: a folder on each host's own disk may hold
+        another run on one of them, and each would go on with its own part of the parameters.
     """
     metadata = agreed(lambda: checkpoints.metadata(step))
     digest = zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
@@ -57,7 +59,8 @@ def agreed_metadata(checkpoints: Checkpoints, step: int) -> dict[str, Any]:
 
 
 def read_newest(path: Path, read: Callable[[Checkpoints, int], T]) -> T:
-    """Returns read(checkpoints, step) of the newest readable checkpoint of a workdir, or of the one checkpoint `path`.
+    """Returns read(checkpoints, step) of the newest readable checkpoint of a workdir, or of the one
+    checkpoint `path`.
 
     Raises:
       UserError: `path` is neither, or nothing there can be read.
@@ -67,10 +70,14 @@ def read_newest(path: Path, read: Callable[[Checkpoints, int], T]) -> T:
     folder = path / FOLDER if is_workdir else path.parent if is_step(path.name) else one.parent
     storage.check_whole(storage.absolute(folder).parent)
     if not is_workdir and not (path.is_dir() and is_step(one.name)):
-        raise UserError(f"no checkpoint at {path}: it must be a workdir with {FOLDER}/ in it, or one {FOLDER}/STEP")
+        raise UserError(
+            f"no checkpoint at {path}: it must be a workdir with {FOLDER}/ in it, or one "
+            f"{FOLDER}/STEP"
+        )
     step = None if is_workdir else int(one.name)
     with Checkpoints(folder, read_only=True) as checkpoints:
-        problem, superseded = f"no checkpoint in {folder}", 0
+        problem = f"no checkpoint in {folder}"
+        superseded = 0
         waiting = _steps(checkpoints, step)
         while waiting:
             candidate = waiting.pop()
@@ -80,7 +87,10 @@ def read_newest(path: Path, read: Callable[[Checkpoints, int], T]) -> T:
             except BrokenCheckpoint as err:
                 problem = str(err)
             # A run that goes on removes what it has superseded, also while it is read.
-            if exchange.from_main(not (folder / str(candidate)).exists()) and superseded < MAX_SUPERSEDED:
+            if (
+                exchange.from_main(not (folder / str(candidate)).exists())
+                and superseded < MAX_SUPERSEDED
+            ):
                 superseded += 1
                 waiting = [newer for newer in _steps(checkpoints, step) if newer != candidate]
             elif waiting and distributed.is_main():
@@ -89,7 +99,8 @@ def read_newest(path: Path, read: Callable[[Checkpoints, int], T]) -> T:
 
 
 def load_config(path: Path) -> Config:
-    """Returns the stage that wrote the newest checkpoint of a workdir, or the one checkpoint `path`."""
+    """Returns the stage that wrote the newest checkpoint of a workdir, or the one checkpoint
+    `path`."""
     return read_newest(path, lambda checkpoints, step: checkpoints.config(step))
 
 
@@ -97,7 +108,8 @@ def load_model(path: Path, mesh: Mesh) -> tuple[Config, vlm.VLM, Params, int]:
     """Loads a trained model for use.
 
     Args:
-      path: a workdir, whose newest readable checkpoint is taken, or one checkpoint folder `checkpoints/STEP`.
+      path: a workdir, whose newest readable checkpoint is taken, or one checkpoint folder
+        `checkpoints/STEP`.
       mesh: where the parameters go; need not be the one that they were trained on.
 
     Returns:

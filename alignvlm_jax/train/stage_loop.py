@@ -66,15 +66,26 @@ class Run:
 
     def newest(self) -> int:
         """The newest step whose checkpoint is not known to be broken; 0 without one."""
-        return max((step for step in self.checkpoints.steps() if not self.broken or step != self.broken[0]), default=0)
+        return max(
+            (
+                step
+                for step in self.checkpoints.steps()
+                if not self.broken or step != self.broken[0]
+            ),
+            default=0,
+        )
 
     def evaluations(self, stage: Stage, now: int) -> list[str]:
-        """The names of the evaluators that run at step `now`, in their order. Each logs one line."""
+        """The names of the evaluators that run at step `now`, in their order.
+
+        Each logs one line.
+        """
         due = [(kind.name, kind.every(stage.config)) for kind in self.kinds]
         return [name for name, every in due if every and stage.is_due(now, every)]
 
     def lacking(self, stage: Stage, step: int) -> list[str]:
-        """The evaluators of a step that a stop kept from being logged; they are logged in their order."""
+        """The evaluators of a step that a stop kept from being logged; they are logged in their
+        order."""
         logged = metrics.num_evaluations(self.folder / metrics.FILE, step)
         return [] if logged is None else self.evaluations(stage, step)[logged:]
 
@@ -85,7 +96,10 @@ class Run:
 
 @dataclasses.dataclass
 class StageLoop:
-    """The steps of one stage. Metrics of a step are read once the next step has been sent off, or is about to be."""
+    """The steps of one stage.
+
+    Metrics of a step are read once the next step has been sent off, or is about to be.
+    """
 
     run: Run
     stage: Stage
@@ -107,11 +121,16 @@ class StageLoop:
     was_cut_short: bool = False  # an evaluation, by a stop
 
     def run_steps(
-        self, live: TrainState, newest: int, position: Mapping[str, Any], lacking: Sequence[str] = ()
+        self,
+        live: TrainState,
+        newest: int,
+        position: Mapping[str, Any],
+        lacking: Sequence[str] = (),
     ) -> None:
-        """Trains from step `newest` to the stage's end, where a checkpoint stands in any case; before that does the
-        evaluations of step `newest` that a stop left out."""
-        self.saved, self.saved_at = newest, time.monotonic()
+        """Trains from step `newest` to the stage's end, where a checkpoint stands in any case;
+        before that does the evaluations of step `newest` that a stop left out."""
+        self.saved = newest
+        self.saved_at = time.monotonic()
         self._evaluate(live, newest, lacking)
         if newest < self.stage.end:
             self._open_batches(position)
@@ -131,7 +150,9 @@ class StageLoop:
             schedule_state=position.get("schedule"),
         )
         if self.batches.num_unused:
-            self.run.progress.say(f"{self.batches.num_unused:,} records are in no row: of no use to the stage's tasks")
+            self.run.progress.say(
+                f"{self.batches.num_unused:,} records are in no row: of no use to the stage's tasks"
+            )
         self.interval = Interval(position.get("interval", ()))
         self.unsupervised_told = -position.get("unsupervised_records", 0)
 
@@ -159,9 +180,10 @@ class StageLoop:
         self._wait_for_save()
 
     def _next_batch(self) -> dict[str, jax.Array]:
-        """The next batch on the devices, while the step before is at work on them: what the host waits for meanwhile
-        counts as training."""
-        phases, began = self.run.phases, time.monotonic()
+        """The next batch on the devices, while the step before is at work on them: what the host
+        waits for meanwhile counts as training."""
+        phases = self.run.phases
+        began = time.monotonic()
         with phases.enter("waiting"):
             batch = self.interval.next_batch(self.batches, self._is_device_busy)
         if self._is_device_busy():
@@ -182,7 +204,8 @@ class StageLoop:
         return self.run.stop.requested()
 
     def _decide(self) -> tuple[bool, bool]:
-        """Whether to stop, and whether to save for the time that has passed: the same on all processes."""
+        """Whether to stop, and whether to save for the time that has passed: the same on all
+        processes."""
         minutes = self.stage.config.train.checkpoint_minutes
         is_late = minutes > 0 and time.monotonic() - self.saved_at > 60 * minutes
         return tuple(exchange.from_main((self.run.stop.seen(), is_late)))
@@ -206,19 +229,22 @@ class StageLoop:
         """Reads the metrics of the step before, waiting for it, and logs them where due."""
         if self.unread is None:
             return
-        (now, arrays, self.unsupervised_read), self.unread = self.unread, None
+        (now, arrays, self.unsupervised_read) = self.unread
+        self.unread = None
         config = self.stage.config
         values = {name: float(value) for name, value in jax.device_get(arrays).items()}
-        began, self.last_read = self.last_read, time.monotonic()
+        began = self.last_read
+        self.last_read = time.monotonic()
         if began is not None:
             self.step_seconds = self.last_read - began
         self.run.phases.step(now)
         skipped = now - self.stage.begin - int(values.pop("num_updates"))
         if skipped > config.train.max_skipped_steps:
             raise UserError(
-                f"{skipped} steps of stage {config.stage!r} had no finite gradient, the last of them step {now}; "
-                f"config.train.max_skipped_steps is {config.train.max_skipped_steps}: lower "
-                f"config.optim.learning_rate {config.optim.learning_rate}"
+                f"{skipped} steps of stage {config.stage!r} had no finite gradient, the last of "
+                f"them step {now}; config.train.max_skipped_steps is "
+                f"{config.train.max_skipped_steps}: lower config.optim.learning_rate "
+                f"{config.optim.learning_rate}"
             )
         self.interval.add(values)
         if self.stage.is_due(now, config.train.log_every):
@@ -227,7 +253,8 @@ class StageLoop:
             line |= self.mfu_of(line["steps_per_second"])
             # Of the rows up to this step: those of the next have been read already.
             line |= self.batches.counters((now - self.stage.begin) * config.train.batch_size)
-            # Not known from the plan, so of this process alone, and since the line before: lines add up after a resume.
+            # Not known from the plan, so of this process alone, and since the line before: lines
+            # add up after a resume.
             line["unsupervised_records"] = self.unsupervised_read - self.unsupervised_told
             self.unsupervised_told = self.unsupervised_read
             line["peak_memory_gib"] = peak_memory_gib()
@@ -237,8 +264,8 @@ class StageLoop:
             self.run.progress.update(now, config.stage, line)
 
     def _evaluate(self, live: TrainState, now: int, names: Sequence[str]) -> float | None:
-        """Measures and logs; returns the answer loss of validation, or None where there is none. What a stop cuts
-        short is logged when the run goes on from here."""
+        """Measures and logs; returns the answer loss of validation, or None where there is none.
+        What a stop cuts short is logged when the run goes on from here."""
         answer_loss = None
         phases = {kind.name: kind.phase for kind in self.run.kinds}
         for name in names:
@@ -247,7 +274,9 @@ class StageLoop:
                 values = self.evaluators[name].run(live.params, self.eval_step, self._should_stop)
                 if values is None:
                     self.was_cut_short = True
-                    self.run.progress.say(f"{name} at step {now} cut short: they come when the run goes on from there")
+                    self.run.progress.say(
+                        f"{name} at step {now} cut short: they come when the run goes on from there"
+                    )
                     return answer_loss
                 self.writer.write(now, self.stage.config.stage, values | self.run.phases.metrics())
                 answer_loss = values.get("validation/answer_loss", answer_loss)
@@ -261,15 +290,21 @@ class StageLoop:
                 self.run.stages, self.stage.config, train_seconds=seconds, answer_loss=answer_loss
             )
             is_comparable = answer_loss is not None and math.isfinite(answer_loss)
-            quality = {"stage": self.stage.index, "answer_loss": answer_loss} if is_comparable else None
+            quality = (
+                {"stage": self.stage.index, "answer_loss": answer_loss} if is_comparable else None
+            )
             # Not of the batches: one more than was trained on may have been fetched.
             next_row = (now - self.stage.begin) * self.stage.config.train.batch_size
             position = {
                 "next_row": next_row,
                 "schedule": self.batches.schedule_state(),
                 # Since the last line, of which the next one tells too.
-                "interval": list(self.interval.values),  # It is written while further steps are added.
+                # It is written while further steps are added.
+                "interval": list(self.interval.values),
                 "unsupervised_records": self.unsupervised_read - self.unsupervised_told,
             }
-            self.run.checkpoints.save(now, live, position=position, metadata=metadata, metrics=quality)
-            self.saved, self.saved_at = now, time.monotonic()
+            self.run.checkpoints.save(
+                now, live, position=position, metadata=metadata, metrics=quality
+            )
+            self.saved = now
+            self.saved_at = time.monotonic()

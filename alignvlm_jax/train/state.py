@@ -1,6 +1,7 @@
 """The training state: its parts, how it is created on a mesh, and which parameters a stage trains.
 
-Parameters are plain nested dicts; a path is the "/"-joined keys of a leaf, such as `vision/blocks/attn/q/kernel`.
+Parameters are plain nested dicts; a path is the "/"-joined keys of a leaf, such as
+`vision/blocks/attn/q/kernel`.
 """
 
 import dataclasses
@@ -24,7 +25,10 @@ Params = dict[str, Any]
 
 
 class TrainState(struct.PyTreeNode):
-    """What a step changes. `step` counts over all stages; `opt_state` covers the stage's trainable parameters only."""
+    """What a step changes.
+
+    `step` counts over all stages; `opt_state` covers the stage's trainable parameters only.
+    """
 
     step: Int[Array, ""]
     params: Params
@@ -45,16 +49,22 @@ def match_paths(patterns: Iterable[str], paths: Iterable[str], field: str) -> se
     """Returns the paths that one of `patterns` matches whole (`re.fullmatch`).
 
     Raises:
-      UserError: a pattern that is no regular expression or matches nothing; it would otherwise pass unseen.
+      UserError: a pattern that is no regular expression or matches nothing; it would otherwise pass
+        unseen.
     """
-    paths, chosen = list(paths), set()
+    paths = list(paths)
+    chosen = set()
     for pattern in patterns:
         try:
             matched = {path for path in paths if re.fullmatch(pattern, path)}
         except re.error as err:
-            raise UserError(f"config.{field} {pattern!r} is not a regular expression: {err}") from err
+            raise UserError(
+                f"config.{field} {pattern!r} is not a regular expression: {err}"
+            ) from err
         if not matched:
-            raise UserError(f"config.{field} {pattern!r} matches no parameter{_nearest_path(pattern, paths)}")
+            raise UserError(
+                f"config.{field} {pattern!r} matches no parameter{_nearest_path(pattern, paths)}"
+            )
         chosen |= matched
     return chosen
 
@@ -62,7 +72,10 @@ def match_paths(patterns: Iterable[str], paths: Iterable[str], field: str) -> se
 def split(params: Params, chosen: set[str]) -> tuple[Params, Params]:
     """Returns the parameters whose path is in `chosen`, and the others."""
     leaves = flatten(params)
-    return tuple(unflatten({p: x for p, x in leaves.items() if (p in chosen) is take}) for take in (True, False))
+    return tuple(
+        unflatten({p: x for p, x in leaves.items() if (p in chosen) is take})
+        for take in (True, False)
+    )
 
 
 def merge(first: Params, second: Params) -> Params:
@@ -71,14 +84,19 @@ def merge(first: Params, second: Params) -> Params:
 
 
 def trainable_paths(config: Config, params: Params) -> set[str]:
-    """Returns the paths that this stage trains; UserError where a pattern, or all of them, match none."""
+    """Returns the paths that this stage trains; UserError where a pattern, or all of them, match
+    none."""
     chosen = match_paths(config.train.trainable, flatten(params), "train.trainable")
     if not chosen:
-        raise UserError(f"config.train.trainable is empty in stage {config.stage!r}: nothing would be trained")
+        raise UserError(
+            f"config.train.trainable is empty in stage {config.stage!r}: nothing would be trained"
+        )
     return chosen
 
 
-def abstract_state(model: vlm.VLM, config: Config, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(
+    model: vlm.VLM, config: Config, tx: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
     """Returns the state's shapes, dtypes and shardings. Nothing is computed."""
 
     def boxed_state() -> TrainState:
@@ -91,10 +109,14 @@ def abstract_state(model: vlm.VLM, config: Config, tx: optax.GradientTransformat
 
 def abstract_params(model: vlm.VLM, config: Config, mesh: Mesh) -> Params:
     """Returns the parameters' shapes, dtypes and shardings, whatever is trained."""
-    return _with_shardings(lambda: vlm.init_params(model, jax.random.key(0), vlm.abstract_batch(config)), mesh)
+    return _with_shardings(
+        lambda: vlm.init_params(model, jax.random.key(0), vlm.abstract_batch(config)), mesh
+    )
 
 
-def init_params(model: vlm.VLM, config: Config, abstract: Params, paths: set[str], rng: Array) -> Params:
+def init_params(
+    model: vlm.VLM, config: Config, abstract: Params, paths: set[str], rng: Array
+) -> Params:
     """Draws those of the parameters `abstract` that are at `paths`, each shard on its own device.
 
     The others are never made: XLA drops them.
@@ -103,7 +125,9 @@ def init_params(model: vlm.VLM, config: Config, abstract: Params, paths: set[str
     model = vlm.VLM(dataclasses.replace(model.config, scan_unroll=1))
 
     def init(rng: Array) -> Params:
-        params, _ = split(sharding.unbox(vlm.init_params(model, rng, vlm.abstract_batch(config))), paths)
+        params, _ = split(
+            sharding.unbox(vlm.init_params(model, rng, vlm.abstract_batch(config))), paths
+        )
         # A weakly typed parameter would trace the step anew once the optimizer has made it strong.
         return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
 
@@ -134,6 +158,14 @@ def _with_shardings(make_boxed: Callable[[], Any], mesh: Mesh) -> Any:
 
 def _nearest_path(pattern: str, paths: list[str]) -> str:
     """Compares against paths and the folders above them, since patterns mostly name a part."""
-    folders = {"/".join(path.split("/")[:n]) + "/.*" for path in paths for n in range(1, path.count("/") + 1)}
+    folders = {
+        "/".join(path.split("/")[:n]) + "/.*"
+        for path in paths
+        for n in range(1, path.count("/") + 1)
+    }
     found = nearest(pattern, [*paths, *folders])
-    return found if found.startswith("; did") else nearest(pattern, {path.split("/")[0] + "/.*" for path in paths})
+    return (
+        found
+        if found.startswith("; did")
+        else nearest(pattern, {path.split("/")[0] + "/.*" for path in paths})
+    )

@@ -1,4 +1,5 @@
-"""One training step and one validation step: pure functions, compiled once for the shapes of a stage."""
+"""One training step and one validation step: pure functions, compiled once for the shapes of a
+stage."""
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,10 +22,14 @@ TrainStep = Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, Metric
 EvalStep = Callable[[Params, Mapping[str, Array]], Metrics]
 
 
-def select(config: Config, batch: Mapping[str, Array], *, measure_patches: bool) -> dict[str, Array]:
-    """Returns the arrays of a batch that a step looks at, so that the others are never sent to a device.
+def select(
+    config: Config, batch: Mapping[str, Array], *, measure_patches: bool
+) -> dict[str, Array]:
+    """Returns the arrays of a batch that a step looks at, so that the others are never sent to a
+    device.
 
-    With visual_input "labels" the labels are the input and no pixel is; with pixels, labels serve the patch loss alone.
+    With visual_input "labels" the labels are the input and no pixel is; with pixels, labels serve
+    the patch loss alone.
     """
     unused: set[str] = set()
     if config.train.visual_input == "labels":
@@ -35,22 +40,24 @@ def select(config: Config, batch: Mapping[str, Array], *, measure_patches: bool)
 
 
 def train_inputs(config: Config, batch: Mapping[str, Array]) -> dict[str, Array]:
-    """Returns what the training step takes of a batch; the patch loss is left out where it has no weight."""
+    """Returns what the training step takes of a batch; the patch loss is left out where it has no
+    weight."""
     return select(config, batch, measure_patches=config.train.patch_token_weight > 0)
 
 
 def eval_inputs(config: Config, batch: Mapping[str, Array]) -> dict[str, Array]:
-    """Returns what the validation step takes of a batch; the patch loss is measured whether trained or not."""
+    """Returns what the validation step takes of a batch; the patch loss is measured whether trained
+    or not."""
     return select(config, batch, measure_patches=True)
 
 
 def make_train_step(model: vlm.VLM, config: Config, tx: optax.GradientTransformation) -> TrainStep:
     """Returns step(state, batch) -> (state, metrics).
 
-    Loss = answer_loss + patch_token_weight * patch_loss + z_loss * (mean of log_sum_exp squared), each a sum divided
-    once by its weight in the whole batch, so that neither accumulation nor sharding changes it. Only the stage's
-    trainable parameters get gradients. Where the gradient's norm is not finite the step changes nothing but the step
-    count.
+    Loss = answer_loss + patch_token_weight * patch_loss + z_loss * (mean of log_sum_exp squared),
+    each a sum divided once by its weight in the whole batch, so that neither accumulation nor
+    sharding changes it. Only the stage's trainable parameters get gradients. Where the gradient's
+    norm is not finite the step changes nothing but the step count.
     """
     schedule = optim.make_schedule(config)
 
@@ -74,13 +81,18 @@ def make_train_step(model: vlm.VLM, config: Config, tx: optax.GradientTransforma
         updates, opt_state = tx.update(grads, old.opt_state, trainable)
         updated = optax.apply_updates(trainable, updates), opt_state
         trainable, opt_state = jax.tree.map(
-            lambda new, kept: jnp.where(jnp.isfinite(grad_norm), new, kept), updated, (trainable, old.opt_state)
+            lambda new, kept: jnp.where(jnp.isfinite(grad_norm), new, kept),
+            updated,
+            (trainable, old.opt_state),
         )
         metrics = means(sums | weights)
         loss = _total(config, metrics)
         if "patch_loss" in metrics:
-            # Of a batch without a labelled patch it is unknown: a 0 would enter the means that are logged.
-            metrics["patch_loss"] = jnp.where(weights["patch_weight"] > 0, metrics["patch_loss"], jnp.nan)
+            # Of a batch without a labelled patch it is unknown: a 0 would enter the means that are
+            # logged.
+            metrics["patch_loss"] = jnp.where(
+                weights["patch_weight"] > 0, metrics["patch_loss"], jnp.nan
+            )
         metrics |= {
             "loss": loss,
             "grad_norm": grad_norm,
@@ -93,7 +105,8 @@ def make_train_step(model: vlm.VLM, config: Config, tx: optax.GradientTransforma
 
 
 def make_eval_step(model: vlm.VLM, config: Config) -> EvalStep:
-    """Returns step(params, batch) -> sums and weights of the batch; add them over batches, then take `means`."""
+    """Returns step(params, batch) -> sums and weights of the batch; add them over batches, then
+    take `means`."""
 
     def eval_step(params: Params, batch: Mapping[str, Array]) -> Metrics:
         return _sums(model, config, params, batch) | _weights(batch)
@@ -101,20 +114,30 @@ def make_eval_step(model: vlm.VLM, config: Config) -> EvalStep:
     return eval_step
 
 
-def whole_loss(model: vlm.VLM, config: Config, params: Params, batch: Mapping[str, Array]) -> Float[Array, ""]:
+def whole_loss(
+    model: vlm.VLM, config: Config, params: Params, batch: Mapping[str, Array]
+) -> Float[Array, ""]:
     """Returns the loss of a batch without gradient accumulation: what a training step minimises."""
     return _total(config, means(_sums(model, config, params, batch) | _weights(batch)))
 
 
 def compile_steps(
-    model: vlm.VLM, config: Config, tx: optax.GradientTransformation, abstract: TrainState, mesh: Mesh
+    model: vlm.VLM,
+    config: Config,
+    tx: optax.GradientTransformation,
+    abstract: TrainState,
+    mesh: Mesh,
 ) -> tuple[TrainStep, EvalStep]:
-    """Compiles both steps ahead of time, side by side; the training step's first argument is donated.
+    """Compiles both steps ahead of time, side by side; the training step's first argument is
+    donated.
 
-    What comes back cannot be traced again: a batch or state of other shapes or dtypes is an error, not a slow step. The
-    validation step takes `eval_rows` rows.
+    What comes back cannot be traced again: a batch or state of other shapes or dtypes is an error,
+    not a slow step. The validation step takes `eval_rows` rows.
     """
-    lowered = lower_train_step(model, config, tx, abstract, mesh), _lower_eval_step(model, config, abstract, mesh)
+    lowered = (
+        lower_train_step(model, config, tx, abstract, mesh),
+        _lower_eval_step(model, config, abstract, mesh),
+    )
     # Tracing needs the mesh, which is this thread's; XLA's work, most of the time, does not.
     with ThreadPoolExecutor(len(lowered)) as pool:
         train_step, eval_step = pool.map(jax.stages.Lowered.compile, lowered)
@@ -152,7 +175,8 @@ def _total(config: Config, losses: Metrics) -> Array:
 
 
 def _sums(model: vlm.VLM, config: Config, params: Params, batch: Mapping[str, Array]) -> Metrics:
-    """Weighted sums over a batch: answer loss, right answer tokens, and the patch loss where it is measured."""
+    """Weighted sums over a batch: answer loss, right answer tokens, and the patch loss where it is
+    measured."""
     tokens, patch_nll = model.apply(
         {"params": params}, batch, visual_input=config.train.visual_input, method=vlm.VLM.losses
     )
@@ -176,7 +200,8 @@ def _weights(batch: Mapping[str, Array]) -> Metrics:
 
 
 def _split_rows(batch: Mapping[str, Array], num_parts: int) -> dict[str, Array]:
-    """[B, ...] to [parts, B / parts, ...]; each part takes every n-th row, so that rows stay on their devices."""
+    """[B, ...] to [parts, B / parts, ...]; each part takes every n-th row, so that rows stay on
+    their devices."""
 
     def split(x: Array) -> Array:
         x = x.reshape(x.shape[0] // num_parts, num_parts, *x.shape[1:]).swapaxes(0, 1)
@@ -186,10 +211,17 @@ def _split_rows(batch: Mapping[str, Array], num_parts: int) -> dict[str, Array]:
 
 
 def lower_train_step(
-    model: vlm.VLM, config: Config, tx: optax.GradientTransformation, abstract: TrainState, mesh: Mesh
+    model: vlm.VLM,
+    config: Config,
+    tx: optax.GradientTransformation,
+    abstract: TrainState,
+    mesh: Mesh,
 ) -> jax.stages.Lowered:
-    """Traces the training step for the mesh entered; to be compiled, and for a machine that is not this one, too."""
-    batch = _abstract_batch(train_inputs(config, vlm.abstract_batch(config)), config.train.batch_size, mesh)
+    """Traces the training step for the mesh entered; to be compiled, and for a machine that is not
+    this one, too."""
+    batch = _abstract_batch(
+        train_inputs(config, vlm.abstract_batch(config)), config.train.batch_size, mesh
+    )
     shardings = state.shardings_of(abstract)
     step = jax.jit(
         make_train_step(model, config, tx),
@@ -200,8 +232,12 @@ def lower_train_step(
     return step.lower(abstract, batch)
 
 
-def _lower_eval_step(model: vlm.VLM, config: Config, abstract: TrainState, mesh: Mesh) -> jax.stages.Lowered:
-    batch = _abstract_batch(eval_inputs(config, vlm.abstract_batch(config)), eval_rows(config), mesh)
+def _lower_eval_step(
+    model: vlm.VLM, config: Config, abstract: TrainState, mesh: Mesh
+) -> jax.stages.Lowered:
+    batch = _abstract_batch(
+        eval_inputs(config, vlm.abstract_batch(config)), eval_rows(config), mesh
+    )
     step = jax.jit(
         make_eval_step(model, config),
         in_shardings=(state.shardings_of(abstract.params), sharding.batch_sharding(mesh)),
@@ -215,5 +251,6 @@ def _abstract_batch(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     rows_sharding = sharding.batch_sharding(mesh)
     return {
-        name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=rows_sharding) for name, x in batch.items()
+        name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=rows_sharding)
+        for name, x in batch.items()
     }

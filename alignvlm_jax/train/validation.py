@@ -18,7 +18,8 @@ class Validation:
 
     def __init__(self, config: Config, mesh: Mesh):
         """Raises UserError where nothing was held out, or nothing of it can be read."""
-        self._config, self._mesh = config, mesh
+        self._config = config
+        self._mesh = mesh
         size = step.eval_rows(config)
         local_rows = sharding.rows_of_process(mesh, size).tolist()
         sources = loader.by_source(config)
@@ -28,16 +29,20 @@ class Validation:
             for name, source in sources.items()
         }
 
-    def run(self, params: Params, eval_step: step.EvalStep, should_stop: Callable[[], bool]) -> dict[str, float] | None:
-        """See `Evaluator`. Returns `validation/answer_loss` and so on over all sources, and with several
-        `validation/SOURCE/...` of each, without those of which nothing was seen."""
+    def run(
+        self, params: Params, eval_step: step.EvalStep, should_stop: Callable[[], bool]
+    ) -> dict[str, float] | None:
+        """See `Evaluator`. Returns `validation/answer_loss` and so on over all sources, and with
+        several `validation/SOURCE/...` of each, without those of which nothing was seen."""
         sums: dict[str, list[step.Metrics]] = {name: [] for name in self._batches}
         for name, batches in self._batches.items():
             for batch in batches:
                 if should_stop():
                     return None
                 inputs = step.eval_inputs(self._config, batch)
-                sums[name].append(jax.device_get(eval_step(params, sharding.put_batch(inputs, self._mesh))))
+                sums[name].append(
+                    jax.device_get(eval_step(params, sharding.put_batch(inputs, self._mesh)))
+                )
         return metrics.with_sources("validation", sums, _means)
 
 
@@ -47,7 +52,8 @@ def _means(parts: Sequence[step.Metrics]) -> dict[str, float]:
     return {
         name: value
         for name, value in step.means(totals).items()
-        if weights.get(name, totals["answer_weight"])  # Of no page with known words a loss of 0 would look perfect.
+        # Of no page with known words a loss of 0 would look perfect.
+        if weights.get(name, totals["answer_weight"])
     }
 
 

@@ -1,4 +1,5 @@
-"""The parameters that a stage starts with: loaded from a checkpoint where it has them, drawn anew elsewhere."""
+"""The parameters that a stage starts with: loaded from a checkpoint where it has them, drawn anew
+elsewhere."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -18,7 +19,8 @@ from alignvlm_jax.train.state import Params, TrainState
 
 
 class Found(NamedTuple):
-    """What a checkpoint gives: the shapes of all its parameters, and of those asked for the arrays."""
+    """What a checkpoint gives: the shapes of all its parameters, and of those asked for the
+    arrays."""
 
     stored: dict[str, tuple[int, ...]]
     params: Params
@@ -27,8 +29,8 @@ class Found(NamedTuple):
 def read(config: Config, abstract: TrainState, source: Checkpoints, step: int) -> Found:
     """Returns what matches `config.train.load` and is in checkpoint `step` of `source`.
 
-    Nothing is computed: where one of several processes cannot read it, all do without, and none has begun a program
-    that this one will not join.
+    Nothing is computed: where one of several processes cannot read it, all do without, and none has
+    begun a program that this one will not join.
 
     Raises:
       UserError: a pattern of `train.load` matches nothing in the checkpoint, or shapes differ.
@@ -46,14 +48,18 @@ def start_params(
 ) -> tuple[Params, Table]:
     """Returns the parameters, and the table of what was loaded, initialised and ignored.
 
-    Loaded is what was `found`, where there is a checkpoint; the rest is initialised from `rng`. What of the connector
-    starts from the LLM (ALIGN's W2), and is not loaded, is made of the LLM as loaded.
+    Loaded is what was `found`, where there is a checkpoint; the rest is initialised from `rng`.
+    What of the connector starts from the LLM (ALIGN's W2), and is not loaded, is made of the LLM as
+    loaded.
     """
     stored, params = found or Found({}, {})
-    wanted, loaded = _shapes(abstract.params), state.flatten(params).keys()
+    wanted = _shapes(abstract.params)
+    loaded = state.flatten(params).keys()
     initialised = wanted.keys() - loaded
     if initialised:
-        params = state.merge(params, state.init_params(model, config, abstract.params, initialised, rng))
+        params = state.merge(
+            params, state.init_params(model, config, abstract.params, initialised, rng)
+        )
     if loaded:
         params = from_llm(config.model, params, abstract.params, initialised)
     groups = {
@@ -69,9 +75,13 @@ def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
 
 
 def loadable(
-    config: Config, stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], name: Path
+    config: Config,
+    stored: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, tuple[int, ...]],
+    name: Path,
 ) -> set[str]:
-    """Returns the paths of `wanted` that a checkpoint of the shapes `stored` gives under `config.train.load`.
+    """Returns the paths of `wanted` that a checkpoint of the shapes `stored` gives under
+    `config.train.load`.
 
     Raises:
       UserError: a pattern matches nothing, or shapes differ; `name` is the checkpoint's.
@@ -80,15 +90,17 @@ def loadable(
     for path in sorted(chosen):
         if stored[path] != wanted[path]:
             raise UserError(
-                f"{path} is {stored[path]} in checkpoint {name} and {wanted[path]} in config.model; leave it out of "
-                "config.train.load, or change the model"
+                f"{path} is {stored[path]} in checkpoint {name} and {wanted[path]} in "
+                "config.model; leave it out of config.train.load, or change the model"
             )
     return chosen
 
 
-def from_llm(config: ModelConfig, params: Params, abstract: Params, paths: Collection[str]) -> Params:
-    """Returns params with those at `paths` that start from the LLM made of the LLM in them, on the shardings of
-    `abstract`; the rest is untouched."""
+def from_llm(
+    config: ModelConfig, params: Params, abstract: Params, paths: Collection[str]
+) -> Params:
+    """Returns params with those at `paths` that start from the LLM made of the LLM in them, on the
+    shardings of `abstract`; the rest is untouched."""
     made = vlm.from_llm_paths(config, params["llm"]).intersection(paths)
     if not made:
         return params
@@ -103,10 +115,14 @@ def from_llm(config: ModelConfig, params: Params, abstract: Params, paths: Colle
 
 
 def table(groups: dict[str, dict[str, tuple]]) -> Table:
-    """Returns a table of groups of shapes by path, a row for each top-level part; cells are "arrays / numbers"."""
+    """Returns a table of groups of shapes by path, a row for each top-level part; cells are "arrays
+    / numbers"."""
     result = Table("part", *groups, title="parameters: arrays / numbers", title_justify="left")
     for part in dict.fromkeys(path.split("/")[0] for group in groups.values() for path in group):
-        shapes = ([shape for path, shape in group.items() if path.split("/")[0] == part] for group in groups.values())
+        shapes = (
+            [shape for path, shape in group.items() if path.split("/")[0] == part]
+            for group in groups.values()
+        )
         result.add_row(part, *map(_count, shapes))
     return result
 

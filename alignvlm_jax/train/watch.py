@@ -38,7 +38,8 @@ class _Event(ctypes.Structure):
 
 
 class _Times(ctypes.Structure):
-    """`struct itimerspec`: the interval, which stays 0, and the time to run; all 0 stops a timer."""
+    """`struct itimerspec`: the interval, which stays 0, and the time to run; all 0 stops a
+    timer."""
 
     _fields_ = (
         ("interval_seconds", ctypes.c_long),
@@ -57,7 +58,9 @@ class ExitTimer:
         exit_function = ctypes.cast(self._library._exit, ctypes.c_void_p)
         event = _Event(value=status, notify=SIGEV_THREAD, function=exit_function)
         self._timer = ctypes.c_void_p()
-        if self._library.timer_create(CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(self._timer)):
+        if self._library.timer_create(
+            CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(self._timer)
+        ):
             raise OSError(ctypes.get_errno(), "no timer could be made")
 
     def set(self, seconds: float) -> None:
@@ -157,13 +160,17 @@ class Watchdog:
         return max(self._base, SLOW_STEPS * median) * LIMITS[self._phases.now]
 
     def _watch(self) -> None:
-        still, seen, last = 0.0, self._phases.moved, time.monotonic()
+        still = 0.0
+        seen = self._phases.moved
+        last = time.monotonic()
         try:
             while not self._ended.wait(self._tick):
-                now, moved = time.monotonic(), self._phases.moved
+                now = time.monotonic()
+                moved = self._phases.moved
                 # A process that was itself stopped (Ctrl-Z), or got no time, has not been stuck.
                 still = still + min(now - last, 2 * self._tick) if moved == seen else 0.0
-                seen, last = moved, now
+                seen = moved
+                last = now
                 limit = self.limit()
                 self._arm_last_resort(max(0.0, limit - still))
                 if still >= limit and self._is_stuck(seen, still, limit):
@@ -192,7 +199,10 @@ class Watchdog:
         return True
 
     def _end(self) -> None:
-        message = f"ended with status {STALLED_STATUS}: the same command goes on from the newest checkpoint"
+        message = (
+            f"ended with status {STALLED_STATUS}: the same command goes on from the newest "
+            "checkpoint"
+        )
         logging.error("%s", message)
         with contextlib.suppress(OSError, ValueError):
             print(f"alignvlm_jax: error: {message}", file=sys.__stderr__, flush=True)

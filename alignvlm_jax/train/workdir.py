@@ -1,7 +1,8 @@
 """A workdir belongs to one config, which it holds as `config.json`.
 
-`FREE` names the fields, and the groups of them, that may differ when a run goes on: they decide where and how fast it
-runs and what is reported, not what is learnt. Data are known by their fingerprint (`train.loop`), not by folders.
+`FREE` names the fields, and the groups of them, that may differ when a run goes on: they decide
+where and how fast it runs and what is reported, not what is learnt. Data are known by their
+fingerprint (`train.loop`), not by folders.
 """
 
 import contextlib
@@ -44,14 +45,16 @@ MAX_DIFFERENCES = 5
 
 @contextlib.contextmanager
 def claim(workdir: Path, stages: tuple[Config, ...]) -> Iterator[None]:
-    """Creates the workdir for `stages`, or checks that it is theirs; while entered, no other process can claim it.
+    """Creates the workdir for `stages`, or checks that it is theirs; while entered, no other
+    process can claim it.
 
-    Without a checkpoint it belongs to nobody yet. `config.json` is that of the newest run. A workdir in a bucket whose
-    run was killed can be claimed once that run's lease has expired: this waits for it, and says so.
+    Without a checkpoint it belongs to nobody yet. `config.json` is that of the newest run. A
+    workdir in a bucket whose run was killed can be claimed once that run's lease has expired: this
+    waits for it, and says so.
 
     Raises:
-      UserError: it belongs to another config (the message names the fields with both values), its config.json cannot
-        be read, it is in use, or no checkpoint can be written below such a name.
+      UserError: it belongs to another config (the message names the fields with both values), its
+        config.json cannot be read, it is in use, or no checkpoint can be written below such a name.
       OSError: it cannot be written.
     """
     storage.check_name(workdir)
@@ -76,17 +79,22 @@ def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def differences(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """Returns (field, value there, value here) of all that differs between two configs as `config.json` holds them.
+def differences(
+    theirs: list[dict[str, Any]], ours: list[dict[str, Any]]
+) -> list[tuple[str, str, str]]:
+    """Returns (field, value there, value here) of all that differs between two configs as
+    `config.json` holds them.
 
-    A field that differs alike in every stage is named once, "config.a.b"; else it is "config.stages.STAGE.a.b".
+    A field that differs alike in every stage is named once, "config.a.b"; else it is
+    "config.stages.STAGE.a.b".
     """
     names = [", ".join(stage["stage"] for stage in stages) for stages in (theirs, ours)]
     if names[0] != names[1]:
         return [("config.stages", *names)]
     stages_of: dict[tuple[str, str, str], list[str]] = {}
     for there, here in zip(theirs, ours, strict=True):
-        left, right = dict(_leaves(there, "")), dict(_leaves(here, ""))
+        left = dict(_leaves(there, ""))
+        right = dict(_leaves(here, ""))
         for name in dict.fromkeys([*left, *right]):
             texts = [repr(side[name]) if name in side else "absent" for side in (left, right)]
             if texts[0] != texts[1]:
@@ -94,12 +102,16 @@ def differences(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> lis
     return [
         (f"config.{place}{name}", there, here)
         for (name, there, here), stages in stages_of.items()
-        for place in ([""] if len(stages) == len(ours) else [f"stages.{stage}." for stage in stages])
+        for place in (
+            [""] if len(stages) == len(ours) else [f"stages.{stage}." for stage in stages]
+        )
     ]
 
 
 def _check_same(path: Path, ours: list[dict[str, Any]]) -> None:
-    if not path.exists() or not any(step.name.isdigit() for step in storage.children(path.parent / FOLDER)):
+    if not path.exists() or not any(
+        step.name.isdigit() for step in storage.children(path.parent / FOLDER)
+    ):
         return
     try:
         theirs = config_lib.current_form(json.loads(path.read_text()))
@@ -108,21 +120,31 @@ def _check_same(path: Path, ours: list[dict[str, Any]]) -> None:
         raise UserError(f"{path} is damaged ({err}); mend it, or take another --workdir") from err
     if differing:
         shown = ", ".join(
-            f"{field} is {there} there and {here} here" for field, there, here in differing[:MAX_DIFFERENCES]
+            f"{field} is {there} there and {here} here"
+            for field, there, here in differing[:MAX_DIFFERENCES]
         )
-        more = f" and {len(differing) - MAX_DIFFERENCES} more" if len(differing) > MAX_DIFFERENCES else ""
-        raise UserError(f"{path.parent} belongs to another config: {shown}{more}; take another --workdir")
+        more = (
+            f" and {len(differing) - MAX_DIFFERENCES} more"
+            if len(differing) > MAX_DIFFERENCES
+            else ""
+        )
+        raise UserError(
+            f"{path.parent} belongs to another config: {shown}{more}; take another --workdir"
+        )
 
 
 def _without_free(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     def is_free(name: str) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in FREE)
 
-    return [{name: value for name, value in _leaves(stage, "") if not is_free(name)} for stage in stages]
+    return [
+        {name: value for name, value in _leaves(stage, "") if not is_free(name)} for stage in stages
+    ]
 
 
 def leaves(stages: tuple[Config, ...]) -> Iterator[tuple[str, Any]]:
-    """Yields the name, such as config.stages.STAGE.a.b, and the value of every field of all stages."""
+    """Yields the name, such as config.stages.STAGE.a.b, and the value of every field of all
+    stages."""
     for stage in config_lib.to_json(stages):
         for name, value in _leaves(stage, ""):
             yield f"config.stages.{stage['stage']}.{name}", value

@@ -1,1 +1,2 @@
-"""Published weights in and out: files, the tables of names, and the way onto the devices and back."""
+"""Published weights in and out: files, the tables of names, and the way onto the devices and
+back."""

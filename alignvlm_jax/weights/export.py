@@ -1,7 +1,7 @@
 """Back to the ecosystem: towers as Hugging Face folders, the connector as safetensors.
 
-    llm/        LlamaForCausalLM, with the tokenizer's files     vision/   SiglipVisionModel, without its pooling head
-    connector/  our own names, and the whole model's config
+    llm/        LlamaForCausalLM, with the tokenizer's files     vision/   SiglipVisionModel,
+    without its pooling head connector/  our own names, and the whole model's config
 
 Every number is written as it is stored. What those classes cannot express is an error.
 """
@@ -34,19 +34,26 @@ def check(config: ModelConfig, parts: Iterable[str]) -> None:
     vision = config.vision
     if "vision" in parts:
         for name in ("tile", "patch"):
-            height, width = getattr(vision, f"{name}_height"), getattr(vision, f"{name}_width")
+            height = getattr(vision, f"{name}_height")
+            width = getattr(vision, f"{name}_width")
             if height != width:
                 others = ",".join(part for part in parts if part != "vision")
                 raise UserError(
-                    f"vision: a SiglipVisionModel has square tiles and patches; config.model.vision.{name}_height is "
-                    f"{height} and {name}_width {width}; leave it out by --parts={others or 'llm,connector'}"
+                    "vision: a SiglipVisionModel has square tiles and patches; "
+                    f"config.model.vision.{name}_height is {height} and {name}_width {width}; "
+                    f"leave it out by --parts={others or 'llm,connector'}"
                 )
 
 
 def write(
-    config: ModelConfig, stored: Mapping[str, jax.ShapeDtypeStruct], read: Read, folder: Path, parts: Iterable[str]
+    config: ModelConfig,
+    stored: Mapping[str, jax.ShapeDtypeStruct],
+    read: Read,
+    folder: Path,
+    parts: Iterable[str],
 ) -> dict[str, int]:
-    """Writes the parts of a model into `folder`, one parameter in memory at a time, and one shard of the output.
+    """Writes the parts of a model into `folder`, one parameter in memory at a time, and one shard
+    of the output.
 
     Args:
       stored: shape and dtype of every parameter by path.
@@ -86,7 +93,10 @@ def _published(entries: Iterable[Entry], read: Read) -> Iterator[tuple[str, np.n
 
 
 def _write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> int:
-    """Shards of at most SHARD_BYTES, or of one tensor; an index where there is more than one. Returns their number."""
+    """Shards of at most SHARD_BYTES, or of one tensor; an index where there is more than one.
+
+    Returns their number.
+    """
     shards: list[list[str]] = []
     pending: dict[str, np.ndarray] = {}
     total = 0
@@ -110,7 +120,10 @@ def _write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> i
     for i, file in enumerate(files):
         (folder / f"{i}.tmp").rename(folder / file)
     weight_map = {name: file for names, file in zip(shards, files, strict=True) for name in names}
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    _write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": total}, "weight_map": weight_map},
+    )
     return len(weight_map)
 
 
@@ -137,7 +150,8 @@ def _llm_config(config: LLMConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": False,
         "mlp_bias": False,
-        # We have no such limit: positions are computed. It only has to be no less than what is asked for.
+        # We have no such limit: positions are computed. It only has to be no less than what is
+        # asked for.
         "max_position_embeddings": int(scaling.original_length * scaling.factor),
     }
     if scaling.factor != 1.0:

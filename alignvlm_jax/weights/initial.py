@@ -1,4 +1,5 @@
-"""The checkpoint that a run starts from, made of published towers; and a checkpoint written as published formats."""
+"""The checkpoint that a run starts from, made of published towers; and a checkpoint written as
+published formats."""
 
 import dataclasses
 import json
@@ -24,16 +25,19 @@ from alignvlm_jax.weights.source import Tower
 TOKENIZER = "tokenizer"
 """Folder of the tokenizer's files in what `write` writes."""
 
-ROW_LENGTH, MAX_TILES = 4096, 9
+ROW_LENGTH = 4096
+MAX_TILES = 9
 
 
 def make_config(llm: Tower, vision: Tower, connector: str, out: Path) -> Config:
-    """Returns the config of a checkpoint in `out`: the towers' sizes, and rows that hold a page of up to nine tiles."""
+    """Returns the config of a checkpoint in `out`: the towers' sizes, and rows that hold a page of
+    up to nine tiles."""
     model = ModelConfig(
         vision=vision.config,
         llm=llm.config,
         connector=config_lib.connector(connector),
-        # One beyond the table: a placeholder that no tokenizer knows, so that no text can make an image slot.
+        # One beyond the table: a placeholder that no tokenizer knows, so that no text can make an
+        # image slot.
         image_token_id=llm.config.vocab_size,
     )
     max_tiles = max(1, min(MAX_TILES, ROW_LENGTH * 3 // 4 // model.slots_per_tile))
@@ -47,14 +51,20 @@ def make_config(llm: Tower, vision: Tower, connector: str, out: Path) -> Config:
         use_overview=max_tiles > 1,
     )
     # Nothing is trained, but a config without these is none.
-    train, optim = TrainConfig(num_steps=1, batch_size=1), OptimConfig(learning_rate=1e-5)
-    return config_lib.check(Config(name=out.name, stage="convert", model=model, data=data, train=train, optim=optim))
+    train = TrainConfig(num_steps=1, batch_size=1)
+    optim = OptimConfig(learning_rate=1e-5)
+    return config_lib.check(
+        Config(name=out.name, stage="convert", model=model, data=data, train=train, optim=optim)
+    )
 
 
-def write(llm: Tower, vision: Tower, config: Config, write_tokenizer: Callable[[Path], None], out: Path) -> Table:
+def write(
+    llm: Tower, vision: Tower, config: Config, write_tokenizer: Callable[[Path], None], out: Path
+) -> Table:
     """Writes the checkpoint of step 0 of the workdir `out`, which appears whole or not at all.
 
-    Parameters keep the dtypes of their files; the connector's are float32, but for what starts from the LLM.
+    Parameters keep the dtypes of their files; the connector's are float32, but for what starts from
+    the LLM.
 
     Args:
       write_tokenizer: writes the tokenizer's files into a folder that is not there yet.
@@ -63,7 +73,8 @@ def write(llm: Tower, vision: Tower, config: Config, write_tokenizer: Callable[[
       The table of what was loaded, initialised and ignored.
 
     Raises:
-      UserError: `out` exists, a tensor is missing, unexplained or damaged, or the tokenizer does not fit the model.
+      UserError: `out` exists, a tensor is missing, unexplained or damaged, or the tokenizer does
+        not fit the model.
     """
     with storage.whole_folder(out) as staging:
         with storage.local_folder(staging) as folder:
@@ -73,12 +84,18 @@ def write(llm: Tower, vision: Tower, config: Config, write_tokenizer: Callable[[
         mesh = mesh_lib.widest(config)
         with mesh_lib.use(mesh):
             params, table = _params(llm, vision, config, state.abstract_params(model, config, mesh))
-        storage.write_whole(staging / "config.json", json.dumps(config_lib.to_json((config,)), indent=2) + "\n")
+        storage.write_whole(
+            staging / "config.json", json.dumps(config_lib.to_json((config,)), indent=2) + "\n"
+        )
         largest = max(x.nbytes for x in jax.tree.leaves(params))
         with Checkpoints(staging / checkpoint.FOLDER, host_gb=1.1 * largest / 1e9) as checkpoints:
             metadata = checkpoint.describe((config,), config, train_seconds=0.0, answer_loss=None)
             checkpoints.save(
-                0, TrainState(np.int32(0), params, ()), position={"next_row": 0}, metadata=metadata, metrics=None
+                0,
+                TrainState(np.int32(0), params, ()),
+                position={"next_row": 0},
+                metadata=metadata,
+                metrics=None,
             )
     return table
 
@@ -114,28 +131,39 @@ def write_export(path: Path, out: Path, parts: tuple[str, ...]) -> dict[str, int
     """Writes `parts` of a checkpoint into the folder `out`, which appears whole or not at all.
 
     Args:
-      path: a workdir, whose newest readable checkpoint is taken, or one checkpoint folder `checkpoints/STEP`.
+      path: a workdir, whose newest readable checkpoint is taken, or one checkpoint folder
+        `checkpoints/STEP`.
 
     Returns:
       The number of tensors written, by part.
 
     Raises:
-      UserError: `out` exists, there is no readable checkpoint, its tokenizer is missing, or a part cannot be expressed.
+      UserError: `out` exists, there is no readable checkpoint, its tokenizer is missing, or a part
+        cannot be expressed.
     """
     storage.refuse_existing(out)
-    return restore.read_newest(path, lambda checkpoints, step: _write(checkpoints, step, out, parts))
+    return restore.read_newest(
+        path, lambda checkpoints, step: _write(checkpoints, step, out, parts)
+    )
 
 
-def _write(checkpoints: Checkpoints, step: int, out: Path, parts: tuple[str, ...]) -> dict[str, int]:
-    config, stored = checkpoints.config(step), checkpoints.stored_params(step)
+def _write(
+    checkpoints: Checkpoints, step: int, out: Path, parts: tuple[str, ...]
+) -> dict[str, int]:
+    config = checkpoints.config(step)
+    stored = checkpoints.stored_params(step)
     export.check(config.model, parts)
     mesh = mesh_lib.single_device()
     abstract = state.flatten(state.abstract_params(vlm.VLM(config.model), config, mesh))
 
     def read(path: str) -> np.ndarray:
         # In the dtype that is stored: what is not rounded on its way in must not be on its way out.
-        wanted = jax.ShapeDtypeStruct(stored[path].shape, stored[path].dtype, sharding=abstract[path].sharding)
-        return np.asarray(state.flatten(checkpoints.restore_params(step, state.unflatten({path: wanted})))[path])
+        wanted = jax.ShapeDtypeStruct(
+            stored[path].shape, stored[path].dtype, sharding=abstract[path].sharding
+        )
+        return np.asarray(
+            state.flatten(checkpoints.restore_params(step, state.unflatten({path: wanted})))[path]
+        )
 
     with storage.whole_folder(out) as target, storage.local_folder(target) as staging:
         counts = export.write(config.model, stored, read, staging, parts)

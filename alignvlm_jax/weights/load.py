@@ -1,4 +1,5 @@
-"""A published tower onto the devices, one parameter at a time; every complaint comes before the first is read."""
+"""A published tower onto the devices, one parameter at a time; every complaint comes before the
+first is read."""
 
 import re
 from collections.abc import Mapping
@@ -17,7 +18,8 @@ MAX_NAMES = 8
 
 
 def check_tower(tower: Tower, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
-    """Checks that the tower's tensors are those of our parameters `wanted`, by path, without reading them.
+    """Checks that the tower's tensors are those of our parameters `wanted`, by path, without
+    reading them.
 
     Returns:
       The names of the tensors that are known and not needed.
@@ -25,7 +27,9 @@ def check_tower(tower: Tower, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> lis
     Raises:
       UserError: tensors that are missing, of other shapes, or that nothing explains.
     """
-    tensors, explained, missing = tower.source.tensors, set(), []
+    tensors = tower.source.tensors
+    explained = set()
+    missing = []
     for entry in tower.entries:
         shape = wanted[entry.path].shape
         for name in entry.names(shape):
@@ -34,33 +38,42 @@ def check_tower(tower: Tower, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> lis
                 missing.append(name)
             elif tensors[name].shape != entry.published_shape(shape):
                 raise UserError(
-                    f"{tower.source.name}: tensor {name} is {tensors[name].shape}; by the sizes that the file gives "
-                    f"({entry.path} {shape}) it must be {entry.published_shape(shape)}"
+                    f"{tower.source.name}: tensor {name} is {tensors[name].shape}; by the sizes "
+                    f"that the file gives ({entry.path} {shape}) it must be "
+                    f"{entry.published_shape(shape)}"
                 )
             elif not jnp.issubdtype(tensors[name].dtype, jnp.floating):
                 raise UserError(
-                    f"{tower.source.name}: tensor {name} is of a type that is not read; save it as bfloat16"
+                    f"{tower.source.name}: tensor {name} is of a type that is not read; save it "
+                    "as bfloat16"
                 )
     if missing:
         raise UserError(f"{tower.source.name} lacks {_listed(missing)}")
     others = sorted(tensors.keys() - explained)
-    unexplained = [name for name in others if not any(re.fullmatch(pattern, name) for pattern in tower.ignored)]
+    unexplained = [
+        name for name in others if not any(re.fullmatch(pattern, name) for pattern in tower.ignored)
+    ]
     if unexplained:
-        raise UserError(f"{tower.source.name} holds what no parameter of ours is: {_listed(unexplained)}")
+        raise UserError(
+            f"{tower.source.name} holds what no parameter of ours is: {_listed(unexplained)}"
+        )
     return others
 
 
 def load_tower(tower: Tower, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
-    """Returns the tower's parameters by path, on the shardings of `wanted` and in the dtypes of the file.
+    """Returns the tower's parameters by path, on the shardings of `wanted` and in the dtypes of the
+    file.
 
-    A parameter is put together in host memory, a block of rows at a time, and leaves it before the next is begun: the
-    host holds what is on the devices, one parameter and one block.
+    A parameter is put together in host memory, a block of rows at a time, and leaves it before the
+    next is begun: the host holds what is on the devices, one parameter and one block.
 
     Raises:
       UserError: a tensor cannot be read or holds a number that is not finite.
     """
     return {
-        entry.path: _place(_assemble(tower.source, entry, wanted[entry.path].shape), wanted[entry.path])
+        entry.path: _place(
+            _assemble(tower.source, entry, wanted[entry.path].shape), wanted[entry.path]
+        )
         for entry in tower.entries
     }
 
@@ -73,7 +86,10 @@ def _assemble(source: Source, entry: Entry, shape: tuple[int, ...]) -> np.ndarra
         row = 0
         for block in source.blocks(name):
             if not np.isfinite(block).all():
-                raise UserError(f"{source.name}: tensor {name} holds numbers that are not finite (NaN or infinity)")
+                raise UserError(
+                    f"{source.name}: tensor {name} holds numbers that are not finite (NaN or "
+                    "infinity)"
+                )
             view[row : row + len(block)] = block
             row += len(block)
         if row != len(view):
@@ -88,4 +104,6 @@ def _place(array: np.ndarray, wanted: jax.ShapeDtypeStruct) -> Array:
 
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}: {', '.join(names[:MAX_NAMES])}{more}"
+    return (
+        f"{len(names)} tensor{'s' if len(names) > 1 else ''}: {', '.join(names[:MAX_NAMES])}{more}"
+    )

@@ -1,7 +1,8 @@
 """Which of our parameters is which published tensor: one table a layout, read in both directions.
 
-An equation such as "DHh -> (Hh)D" says how the axes of our array (letters: `shapes.py`) lie in the published one;
-brackets merge axes, 1 is an axis of size one. A name with {} stands for one tensor a layer, where ours are stacked.
+An equation such as "DHh -> (Hh)D" says how the axes of our array (letters: `shapes.py`) lie in the
+published one; brackets merge axes, 1 is an axis of size one. A name with {} stands for one tensor a
+layer, where ours are stacked.
 """
 
 import functools
@@ -23,12 +24,17 @@ class Entry(NamedTuple):
 
     @property
     def is_stacked(self) -> bool:
-        """Whether our array has a leading axis of layers, each of them a tensor of its own there."""
+        """Whether our array has a leading axis of layers, each of them a tensor of its own
+        there."""
         return "{}" in self.name
 
     def names(self, shape: tuple[int, ...]) -> list[str]:
         """Returns the published names, one a layer where stacked, of our array of `shape`."""
-        return [self.name.format(layer) for layer in range(shape[0])] if self.is_stacked else [self.name]
+        return (
+            [self.name.format(layer) for layer in range(shape[0])]
+            if self.is_stacked
+            else [self.name]
+        )
 
     def published_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the shape of each published tensor of our array of `shape`."""
@@ -37,7 +43,8 @@ class Entry(NamedTuple):
         return tuple(math.prod(sizes[permutation[i]] for i in group) for group in groups)
 
     def views(self, array: np.ndarray) -> list[np.ndarray]:
-        """Returns our array as the published tensors, one a layer where stacked, in the order of `names`.
+        """Returns our array as the published tensors, one a layer where stacked, in the order of
+        `names`.
 
         They are views of its memory: reading them exports, writing to them imports.
         """
@@ -53,7 +60,8 @@ def _parse(equation: str) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
     ours, theirs = equation.split(" -> ")
     terms = re.findall(r"\((\w+)\)|(\w)", theirs)
     letters = [merged or single for merged, single in terms]
-    permutation, groups = [], []
+    permutation = []
+    groups = []
     for term in letters:
         start = len(permutation)
         permutation += [ours.index(letter) for letter in term if letter != "1"]
@@ -65,8 +73,11 @@ def _parse(equation: str) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
 
 def llama(config: LLMConfig) -> tuple[Entry, ...]:
     """Returns the table of LlamaForCausalLM."""
-    blocks, layer = "llm/blocks", "model.layers.{}"
-    head = () if config.tie_embeddings else (Entry("llm/head/kernel", "lm_head.weight", "DV -> VD"),)
+    blocks = "llm/blocks"
+    layer = "model.layers.{}"
+    head = (
+        () if config.tie_embeddings else (Entry("llm/head/kernel", "lm_head.weight", "DV -> VD"),)
+    )
     return (
         Entry("llm/embed/table", "model.embed_tokens.weight", "VD -> VD"),
         Entry(f"{blocks}/attn_norm/scale", f"{layer}.input_layernorm.weight", "D -> D"),
@@ -83,9 +94,15 @@ def llama(config: LLMConfig) -> tuple[Entry, ...]:
     )
 
 
-def siglip(prefix: str = "vision_model.", patch_embedding: str = "yxCE -> ECyx") -> tuple[Entry, ...]:
-    """Returns the table of SiglipVisionModel. NaFlex SigLIP 2 has a flat patch embedding: "yxCE -> E(yxC)"."""
-    embeddings, layer = f"{prefix}embeddings", f"{prefix}encoder.layers.{{}}"
+def siglip(
+    prefix: str = "vision_model.", patch_embedding: str = "yxCE -> ECyx"
+) -> tuple[Entry, ...]:
+    """Returns the table of SiglipVisionModel.
+
+    NaFlex SigLIP 2 has a flat patch embedding: "yxCE -> E(yxC)".
+    """
+    embeddings = f"{prefix}embeddings"
+    layer = f"{prefix}encoder.layers.{{}}"
     return (
         Entry("vision/patch_embed/kernel", f"{embeddings}.patch_embedding.weight", patch_embedding),
         Entry("vision/patch_embed/bias", f"{embeddings}.patch_embedding.bias", "E -> E"),
@@ -93,7 +110,12 @@ def siglip(prefix: str = "vision_model.", patch_embedding: str = "yxCE -> ECyx")
         *_vision_blocks(
             layer,
             norms=("layer_norm1", "layer_norm2"),
-            attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
+            attention=(
+                "self_attn.q_proj",
+                "self_attn.k_proj",
+                "self_attn.v_proj",
+                "self_attn.out_proj",
+            ),
             mlp=("mlp.fc1", "mlp.fc2"),
         ),
         Entry("vision/final_norm/scale", f"{prefix}post_layernorm.weight", "E -> E"),
@@ -102,10 +124,15 @@ def siglip(prefix: str = "vision_model.", patch_embedding: str = "yxCE -> ECyx")
 
 
 def dinov2(query: str, key: str, value: str, output: str) -> tuple[Entry, ...]:
-    """Returns the table of Dinov2Model once its layer scale is folded into `output` and fc2, and its position table is
-    [P, E]. The names of the attention's parts, below a layer, differ between versions of transformers."""
+    """Returns the table of Dinov2Model once its layer scale is folded into `output` and fc2, and
+    its position table is [P, E]. The names of the attention's parts, below a layer, differ between
+    versions of transformers."""
     return (
-        Entry("vision/patch_embed/kernel", "embeddings.patch_embeddings.projection.weight", "yxCE -> ECyx"),
+        Entry(
+            "vision/patch_embed/kernel",
+            "embeddings.patch_embeddings.projection.weight",
+            "yxCE -> ECyx",
+        ),
         Entry("vision/patch_embed/bias", "embeddings.patch_embeddings.projection.bias", "E -> E"),
         Entry("vision/positions", "embeddings.position_embeddings", "PE -> PE"),
         *_vision_blocks(
@@ -128,7 +155,11 @@ def big_vision(is_scanned: bool) -> tuple[Entry, ...]:
     def both(path: str, name: str, kernel: str, bias: str) -> tuple[Entry, Entry]:
         """A layer's kernel and bias."""
         return (
-            Entry(f"vision/blocks/{path}/kernel", f"{name}/kernel", f"{stack}{kernel} -> {stack}{kernel}"),
+            Entry(
+                f"vision/blocks/{path}/kernel",
+                f"{name}/kernel",
+                f"{stack}{kernel} -> {stack}{kernel}",
+            ),
             Entry(f"vision/blocks/{path}/bias", f"{name}/bias", f"{stack}{bias} -> {stack}{bias}"),
         )
 
@@ -166,7 +197,10 @@ def _vision_blocks(
             Entry(f"vision/blocks/{path}/bias", f"{layer}.{name}.bias", "E -> E"),
         ]
     linear = {
-        **{f"attn/{part}": (name, "EHh -> (Hh)E", "Hh -> (Hh)") for part, name in zip("qkv", attention, strict=False)},
+        **{
+            f"attn/{part}": (name, "EHh -> (Hh)E", "Hh -> (Hh)")
+            for part, name in zip("qkv", attention, strict=False)
+        },
         "attn/o": (attention[3], "HhE -> E(Hh)", "E -> E"),
         "mlp/up": (mlp[0], "EF -> FE", "F -> F"),
         "mlp/down": (mlp[1], "FE -> EF", "E -> E"),

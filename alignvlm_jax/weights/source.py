@@ -1,4 +1,5 @@
-"""Named tensors of a file or folder, read in blocks of rows and so never held twice; position tables resampled."""
+"""Named tensors of a file or folder, read in blocks of rows and so never held twice; position
+tables resampled."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -31,8 +32,8 @@ class Source(Protocol):
     tensors: Mapping[str, Tensor]
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
-        """Yields a tensor as consecutive blocks of rows (axis 0), each of at most BLOCK_BYTES or one row; one of no or
-        one dimension comes whole.
+        """Yields a tensor as consecutive blocks of rows (axis 0), each of at most BLOCK_BYTES or
+        one row; one of no or one dimension comes whole.
 
         Raises:
           UserError: it cannot be read.
@@ -62,14 +63,16 @@ class Made(NamedTuple):
 
 
 class Derived:
-    """A source in which some tensors are replaced by others computed from them; what is used is no longer listed."""
+    """A source in which some tensors are replaced by others computed from them; what is used is no
+    longer listed."""
 
     def __init__(self, base: Source, made: Mapping[str, Made]):
         self.name = base.name
         used = {name for one in made.values() for name in one.uses}
         kept = {name: tensor for name, tensor in base.tensors.items() if name not in used}
         self.tensors = kept | {name: one.tensor for name, one in made.items()}
-        self._base, self._made = base, made
+        self._base = base
+        self._made = made
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
         """See Source."""
@@ -122,19 +125,24 @@ Grid = tuple[int, int]
 
 
 def resample(table: np.ndarray, old: Grid, new: Grid, method: str) -> np.ndarray:
-    """Returns positions [P', E] of the grid `new` (rows, columns) from those [P, E] of the grid `old`, in float32.
+    """Returns positions [P', E] of the grid `new` (rows, columns) from those [P, E] of the grid
+    `old`, in float32.
 
     Args:
-      method: "bicubic" is what Hugging Face's encoders do when they are given another resolution (PyTorch's bicubic,
-        a = -0.75, corners not aligned, no antialiasing); "linear" what big_vision does when it loads a checkpoint
-        (corners aligned).
+      method: "bicubic" is what Hugging Face's encoders do when they are given another resolution
+        (PyTorch's bicubic, a = -0.75, corners not aligned, no antialiasing); "linear" what
+        big_vision does when it loads a checkpoint (corners aligned).
     """
     if old == new:
         return table
     weights = {"bicubic": _bicubic, "linear": _linear}[method]
     rows, columns = (weights(before, after) for before, after in zip(old, new, strict=True))
     grid = table.astype(np.float64).reshape(*old, -1)
-    return np.einsum("yr,xc,rcE->yxE", rows, columns, grid).reshape(new[0] * new[1], -1).astype(np.float32)
+    return (
+        np.einsum("yr,xc,rcE->yxE", rows, columns, grid)
+        .reshape(new[0] * new[1], -1)
+        .astype(np.float32)
+    )
 
 
 def _bicubic(old: int, new: int) -> np.ndarray:
@@ -147,7 +155,9 @@ def _bicubic(old: int, new: int) -> np.ndarray:
         x = np.abs(centres - neighbours)
         near = (a + 2) * x**3 - (a + 3) * x**2 + 1
         far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
-        np.add.at(weights, (np.arange(new), neighbours.clip(0, old - 1)), np.where(x <= 1, near, far))
+        np.add.at(
+            weights, (np.arange(new), neighbours.clip(0, old - 1)), np.where(x <= 1, near, far)
+        )
     return weights
 
 

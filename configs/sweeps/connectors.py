@@ -19,4 +19,8 @@ def sweep(base: str = "demo.py") -> Iterator[tuple[str, str, dict[str, object]]]
         for connector in REGISTRY:
             for seed in SEEDS:
                 name = "_".join(filter(None, (connector, llm.removeprefix(":"), f"seed{seed}")))
-                yield name, f"configs/{base}{llm}", {"model.connector.name": connector, "seed": seed}
+                yield (
+                    name,
+                    f"configs/{base}{llm}",
+                    {"model.connector.name": connector, "seed": seed},
+                )

@@ -1,4 +1,5 @@
-"""Learning rates around the config's own, for each connector: a fair comparison needs the best of each.
+"""Learning rates around the config's own, for each connector: a fair comparison needs the best of
+each.
 
 configs/sweeps/learning_rates.py                        the demonstration, in its last stages
 configs/sweeps/learning_rates.py:stage2.py:llama32_1b   a stage of the paper
@@ -19,7 +20,11 @@ def sweep(base: str = "demo.py") -> Iterator[tuple[str, str, dict[str, object]]]
     for connector in REGISTRY:
         for factor in FACTORS:
             rates = {field: factor * rate for field, rate in own.items()}
-            yield f"{connector}_x{factor:g}", f"configs/{base}", {"model.connector.name": connector, **rates}
+            yield (
+                f"{connector}_x{factor:g}",
+                f"configs/{base}",
+                {"model.connector.name": connector, **rates},
+            )
 
 
 def _rates(base: str) -> dict[str, float]:

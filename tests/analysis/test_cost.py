@@ -26,7 +26,9 @@ def test_costs(loaded):
     align, perceiver = found["costs"]
     assert align["num_params"] == sum(x.size for x in jax.tree.leaves(loaded.params["connector"]))
     assert (align["tokens_per_page"], perceiver["tokens_per_page"]) == (16, 10)
-    vocab, width, patches = loaded.config.model.llm.vocab_size, 16, 16
+    vocab = loaded.config.model.llm.vocab_size
+    width = 16
+    patches = 16
     assert align["gflops"] == pytest.approx(2 * patches * (width * width + 2 * width * vocab) / 1e9)
     for one in (align, perceiver):
         assert one["answer_seconds"] > one["encode_seconds"] > 0
@@ -46,7 +48,8 @@ def test_the_page_fills_its_tiles(loaded):
 
 
 def test_connectors_that_do_not_fit(loaded):
-    """Tiles of 2 x 4 patches do not hold the 12 x 12 tokens that the c_abstractor makes by default."""
+    """Tiles of 2 x 4 patches do not hold the 12 x 12 tokens that the c_abstractor makes by
+    default."""
     with pytest.raises(UserError, match="pooled_rows is 12"):
         cost.measure(loaded, ["c_abstractor"], repeats=1)
     with pytest.raises(UserError, match="did you mean 'perceiver'"):

@@ -17,7 +17,8 @@ def cost(name: str, factor: int = 1) -> dict:
 def test_bars():
     image = decode(cost_lib.picture("mlp", {"costs": [cost("align", 3), cost("mlp")]}))
     assert image.shape[1] == cost_lib.WIDTH * plotting.DPI
-    quiet, own = area(image, plotting.QUIET), area(image, plotting.COLORS[0])
+    quiet = area(image, plotting.QUIET)
+    own = area(image, plotting.COLORS[0])
     assert 2.8 < quiet / own < 3.2
     taller = decode(cost_lib.picture("mlp", {"costs": [cost("align"), cost("mlp"), cost("ovis")]}))
     assert len(taller) > len(image)

@@ -26,14 +26,16 @@ def pages(loaded):
 
 
 def cosine_distance(a, b) -> float:
-    a, b = np.float64(a), np.float64(b)
+    a = np.float64(a)
+    b = np.float64(b)
     return 1 - a @ b / np.sqrt((a @ a) * (b @ b))
 
 
 def test_distances():
     a, b = np.random.default_rng(0).normal(1, 1, (2, 7, 5))
     np.testing.assert_allclose(
-        perturbation.cosine_distances(a, b), [cosine_distance(*pair) for pair in zip(a, b, strict=True)]
+        perturbation.cosine_distances(a, b),
+        [cosine_distance(*pair) for pair in zip(a, b, strict=True)],
     )
     pairs = [cosine_distance(x, y) for x, y in itertools.permutations(a, 2)]
     assert perturbation.between_distance(a) == pytest.approx(np.mean(pairs))
@@ -52,11 +54,17 @@ def test_noise_has_the_asked_size_and_is_another_for_every_row(loaded, pages):
     def through(sigma: float, seed: int = 0) -> np.ndarray:
         rows = [FeatureNoise(sigma, seed).inputs(str(i)) for i in range(len(tiles))]
         fields = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        return np.concatenate(list(tiles_lib.map_tiles(loaded, perturbation._features, {"tiles": tiles} | fields)))
+        return np.concatenate(
+            list(tiles_lib.map_tiles(loaded, perturbation._features, {"tiles": tiles} | fields))
+        )
 
-    clean = np.concatenate(list(tiles_lib.map_tiles(loaded, perturbation._features, {"tiles": tiles})))
+    clean = np.concatenate(
+        list(tiles_lib.map_tiles(loaded, perturbation._features, {"tiles": tiles}))
+    )
     assert clean.shape == (len(tiles), 1, 8, 16)
-    assert perturbation.feature_std(loaded, pages) == pytest.approx(perturbation.signal_std(clean.reshape(-1, 16)))
+    assert perturbation.feature_std(loaded, pages) == pytest.approx(
+        perturbation.signal_std(clean.reshape(-1, 16))
+    )
     np.testing.assert_allclose(through(1e-30), clean, atol=1e-6)
     added = through(3.0) - clean
     assert added.std() == pytest.approx(3, rel=0.15)
@@ -70,11 +78,15 @@ def test_noise_has_the_asked_size_and_is_another_for_every_row(loaded, pages):
 def test_movement_is_that_of_the_visual_tokens(loaded, pages, noise):
     between, (still, moved) = perturbation.measure(loaded, pages, [type(noise)(0.0, 1), noise])
     assert still["distance"] == pytest.approx(0, abs=1e-12)
-    before, after = (perturbation.visual_tokens(loaded, pages, one) for one in (FeatureNoise(0.0, 1), noise))
+    before, after = (
+        perturbation.visual_tokens(loaded, pages, one) for one in (FeatureNoise(0.0, 1), noise)
+    )
     mean = before.mean(0)
     pairs = list(zip(before, after, strict=True))
     assert moved["distance"] == pytest.approx(np.mean([cosine_distance(x, y) for x, y in pairs]))
-    assert moved["centred_distance"] == pytest.approx(np.mean([cosine_distance(x - mean, y - mean) for x, y in pairs]))
+    assert moved["centred_distance"] == pytest.approx(
+        np.mean([cosine_distance(x - mean, y - mean) for x, y in pairs])
+    )
     different = [cosine_distance(x - mean, y - mean) for x, y in itertools.permutations(before, 2)]
     assert between["centred_between_distance"] == pytest.approx(np.mean(different))
     assert moved["distance"] > 1e-3

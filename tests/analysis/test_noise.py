@@ -1,4 +1,5 @@
-"""Points of every kind of disturbance: scores of what was asked through it, in the order of their sizes."""
+"""Points of every kind of disturbance: scores of what was asked through it, in the order of their
+sizes."""
 
 import dataclasses
 import json
@@ -43,7 +44,9 @@ def test_noise_on_features(loaded):
     assert (clean["sigma"], clean["relative_sigma"], clean["num_eval"]) == (0, 0, 6)
     assert clean["distance"] == pytest.approx(0, abs=1e-12)
     assert {0.5 * found["feature_std"], 3.0} == {point["sigma"] for point in points[1:]}
-    assert all(p["relative_sigma"] == pytest.approx(p["sigma"] / found["feature_std"]) for p in points)
+    assert all(
+        p["relative_sigma"] == pytest.approx(p["sigma"] / found["feature_std"]) for p in points
+    )
     assert points[0]["distance"] < points[1]["distance"] < points[2]["distance"]
     assert found["num_pages"] == 3
 

@@ -8,7 +8,10 @@ from tests.pictures.pictures import decode, has
 
 
 def found(scores: list[float]) -> dict:
-    points = [{"relative_sigma": i, "anls": score, "centred_distance": 0.1 * i} for i, score in enumerate(scores)]
+    points = [
+        {"relative_sigma": i, "anls": score, "centred_distance": 0.1 * i}
+        for i, score in enumerate(scores)
+    ]
     return {"centred_between_distance": 0.5, "points": points}
 
 
@@ -22,7 +25,8 @@ def rows(image: np.ndarray, color: str) -> np.ndarray:
 
 
 def test_curves_are_told_apart_and_follow_the_scores():
-    one, both = pixels({"align": found([0.9, 0.8])}), pixels({"align": found([0.9, 0.8]), "mlp": found([0.9, 0.1])})
+    one = pixels({"align": found([0.9, 0.8])})
+    both = pixels({"align": found([0.9, 0.8]), "mlp": found([0.9, 0.1])})
     assert one.shape[1] == 2 * noise.INCHES[0] * plotting.DPI
     left, left_of_both = (image[:, : image.shape[1] // 2] for image in (one, both))
     blue, orange = plotting.COLORS[:2]

@@ -20,12 +20,17 @@ def test_components():
 
 
 def test_coverage(monkeypatch):
-    # Two groups of words: those of one lie along x, those of the other along y, which varies thrice as much.
+    # Two groups of words: those of one lie along x, those of the other along y, which varies thrice
+    # as much.
     x, y = np.zeros((2, 10, 2))
-    x[:, 0], y[:, 1] = np.arange(10) - 4.5, 3 * (np.arange(10) - 4.5)
+    x[:, 0] = np.arange(10) - 4.5
+    y[:, 1] = 3 * (np.arange(10) - 4.5)
     table = np.concatenate([x, y])
     monkeypatch.setattr(pca, "NUM_COMPONENTS", 1)
-    one, other = (pca.coverage(table, words, np.random.default_rng(0)) for words in np.arange(20).reshape(2, 10))
+    one, other = (
+        pca.coverage(table, words, np.random.default_rng(0))
+        for words in np.arange(20).reshape(2, 10)
+    )
     assert (one["explained"], other["explained"]) == (pytest.approx(0.1), pytest.approx(0.9))
     scale = np.sqrt((table**2).sum(-1).mean())
     nearest = [np.hypot(0.5, value) for value in np.abs(y[:, 1])]

@@ -9,7 +9,10 @@ from tests.pictures.pictures import area, decode, has
 
 def picture(nearest: float | None) -> np.ndarray:
     every = np.random.default_rng(0).normal(size=(40, 2))
-    sets = {name: {"explained": 0.5, "nearest": nearest} for name in ("chosen", "random", "most frequent")}
+    sets = {
+        name: {"explained": 0.5, "nearest": nearest}
+        for name in ("chosen", "random", "most frequent")
+    }
     return decode(
         pca.picture(
             {
@@ -31,5 +34,6 @@ def test_chosen_and_controls():
 
 
 def test_where_no_word_is_left_there_are_no_distances():
-    with_distances, without = picture(0.5), picture(None)
+    with_distances = picture(0.5)
+    without = picture(None)
     assert area(without, plotting.COLORS[0]) < 0.7 * area(with_distances, plotting.COLORS[0])

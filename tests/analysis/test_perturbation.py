@@ -1,4 +1,5 @@
-"""A disturbance follows from seed and name alone, has the same direction at every size, and is none of size 0."""
+"""A disturbance follows from seed and name alone, has the same direction at every size, and is none
+of size 0."""
 
 import dataclasses
 
@@ -19,7 +20,10 @@ def record(name: str, *arrays: np.ndarray) -> Record:
 
 
 def seen(disturbance: Disturbance, of: Record) -> list[np.ndarray]:
-    return [np.asarray(images.decode_image(image, "")).astype(int) for image in disturbance.page(of).images]
+    return [
+        np.asarray(images.decode_image(image, "")).astype(int)
+        for image in disturbance.page(of).images
+    ]
 
 
 GRAY = np.full((60, 80, 3), 128, np.uint8)
@@ -30,7 +34,9 @@ def test_noise_on_pixels():
         return seen(PixelNoise(size, seed), record(name, GRAY))[0] - 128
 
     small = noise(0.05)
-    assert small.std() == pytest.approx(0.05 * 255, rel=0.03) and small.mean() == pytest.approx(0, abs=0.5)
+    assert small.std() == pytest.approx(0.05 * 255, rel=0.03) and small.mean() == pytest.approx(
+        0, abs=0.5
+    )
     assert np.abs(noise(0.1) - 2 * small).max() <= 2  # Each is rounded.
     np.testing.assert_array_equal(noise(0.05), small)
     for other in (noise(0.05, "b"), noise(0.05, seed=1)):
@@ -54,7 +60,9 @@ def test_pages_that_move():
         expected[3 + y : 23 + y, 3 + x : 33 + x] = black
         np.testing.assert_array_equal(moved, expected[3:23, 3:33])
         # In the same direction at every size.
-        assert all(a * b >= 0 for a, b in zip(Shift(40, 0).offset(f"{name}/0"), (x, y), strict=True))
+        assert all(
+            a * b >= 0 for a, b in zip(Shift(40, 0).offset(f"{name}/0"), (x, y), strict=True)
+        )
     for side in zip(*moves, strict=True):
         assert set(side) == set(range(-3, 4))
     assert len({Shift(40, seed).offset("a") for seed in range(5)}) == 5
@@ -71,7 +79,8 @@ def test_of_size_0_it_is_none(kind):
 def test_noise_on_features_leaves_the_page():
     of = record("a", GRAY)
     assert FeatureNoise(3.0, 0).page(of) == of
-    fields, other = FeatureNoise(3.0, 0).inputs("a"), FeatureNoise(3.0, 0).inputs("b")
+    fields = FeatureNoise(3.0, 0).inputs("a")
+    other = FeatureNoise(3.0, 0).inputs("b")
     assert fields["noise_sigma"] == 3 and fields["noise_seed"] != other["noise_seed"]
     assert PixelNoise(3.0, 0).inputs("a") == Shift(3, 0).inputs("a") == {}
 

@@ -33,7 +33,10 @@ def probabilities(loaded, count: int) -> np.ndarray:
     looks = patch_tokens.look(loaded, pages, num_words)
     p = np.zeros((sum(map(len, looks)), loaded.config.model.llm.vocab_size))
     np.put_along_axis(
-        p, np.concatenate([look.tokens for look in looks]), np.concatenate([look.probabilities for look in looks]), -1
+        p,
+        np.concatenate([look.tokens for look in looks]),
+        np.concatenate([look.probabilities for look in looks]),
+        -1,
     )
     return p
 
@@ -48,13 +51,17 @@ def test_usage_is_that_of_the_patches(loaded):
     np.testing.assert_array_equal(found.top_counts, np.bincount(p.argmax(-1), minlength=p.shape[1]))
 
     facts = found.facts()
-    assert facts["perplexity"]["p50"] == pytest.approx(2 ** np.median(vocabulary.entropy(p)), rel=1e-3)
+    assert facts["perplexity"]["p50"] == pytest.approx(
+        2 ** np.median(vocabulary.entropy(p)), rel=1e-3
+    )
     assert facts["mean_perplexity"] == pytest.approx(2 ** vocabulary.entropy(p.mean(0)), rel=1e-3)
     histogram = facts["entropy_histogram"]
     assert sum(histogram["patches"]) == len(p) == facts["num_patches"]
     middles = np.add(histogram["edges"][1:], histogram["edges"][:-1]) / 2
     width = histogram["edges"][1]
-    assert np.average(middles, weights=histogram["patches"]) == pytest.approx(facts["entropy"]["mean"], abs=width / 2)
+    assert np.average(middles, weights=histogram["patches"]) == pytest.approx(
+        facts["entropy"]["mean"], abs=width / 2
+    )
     first = found.top_words(loaded.tokenizer)[0]
     assert first["id"] == p.mean(0).argmax()
     assert first["share_of_patches"] == pytest.approx((p.argmax(-1) == first["id"]).mean())
@@ -79,16 +86,22 @@ def test_the_rest_is_shared_among_the_words_that_are_kept(loaded):
     def whole(model, variables, batch):
         return model.apply({**variables, **vlm.pruning(words)}, batch, method="patch_probabilities")
 
-    kept = np.concatenate(list(tiles_lib.map_tiles(loaded, whole, {"tiles": tiles}))).reshape(p.shape)
+    kept = np.concatenate(list(tiles_lib.map_tiles(loaded, whole, {"tiles": tiles}))).reshape(
+        p.shape
+    )
     np.testing.assert_allclose(kept.sum(-1), 1, atol=1e-6)
     assert (kept[:, ~words] == 0).all()
-    np.testing.assert_allclose(kept[:, words], p[:, words] / p[:, words].sum(-1, keepdims=True), atol=1e-5)
+    np.testing.assert_allclose(
+        kept[:, words], p[:, words] / p[:, words].sum(-1, keepdims=True), atol=1e-5
+    )
 
     def tokens(model, variables, batch):
         return model.apply({**variables, **vlm.pruning(words)}, batch, method="visual_tokens")
 
     table = np.asarray(loaded.params["llm"]["embed"]["table"])
-    found = np.concatenate(list(tiles_lib.map_tiles(loaded, tokens, {"tiles": tiles}))).reshape(len(p), -1)
+    found = np.concatenate(list(tiles_lib.map_tiles(loaded, tokens, {"tiles": tiles}))).reshape(
+        len(p), -1
+    )
     np.testing.assert_allclose(found, kept @ table, atol=1e-4)
 
 
@@ -105,7 +118,9 @@ def test_all_words_are_no_pruning(loaded):
 def test_scores_with_and_without_in_one_trace(loaded, monkeypatch):
     traces = []
     generate = sampler._generate
-    monkeypatch.setattr(sampler, "_generate", lambda *args, **kwargs: traces.append(1) or generate(*args, **kwargs))
+    monkeypatch.setattr(
+        sampler, "_generate", lambda *args, **kwargs: traces.append(1) or generate(*args, **kwargs)
+    )
     found = vocabulary.measure(loaded, SPLIT, pages="unseen_fonts", num_pages=2, threshold=0.02)
     sizes = [trial["num_words"] for trial in found["pruning"]]
     assert [trial["words"] for trial in found["pruning"]] == ["all", "mean", "highest"]

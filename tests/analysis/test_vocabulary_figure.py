@@ -14,7 +14,9 @@ FOUND = {
     "entropy_histogram": {"edges": [0.0, 1.0, 2.0, 3.0], "patches": [2, 8, 0]},
     "mean_perplexity": 4.0,
     "top_words": [{"token": token, "mean": 0.5} for token in ("␣", "$x$", "中", "_{")],
-    "pruning": [{"words": name, "num_words": 8, "anls": 0.5} for name in ("all", "mean", "highest")],
+    "pruning": [
+        {"words": name, "num_words": 8, "anls": 0.5} for name in ("all", "mean", "highest")
+    ],
 }
 BLUE = plotting.COLORS[0]
 
@@ -39,5 +41,6 @@ def worse(found) -> None:
 
 @pytest.mark.parametrize("change", [lower_mean, sharper, worse])
 def test_the_picture_follows_the_numbers(change):
-    before, after = picture(), picture(change)
+    before = picture()
+    after = picture(change)
     assert area(after, BLUE) < area(before, BLUE)

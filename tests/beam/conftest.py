@@ -1,4 +1,5 @@
-"""These tests need Apache Beam, which only the venv of `make test-beam` has; that one has no jax."""
+"""These tests need Apache Beam, which only the venv of `make test-beam` has; that one has no
+jax."""
 
 import importlib.util
 

@@ -13,7 +13,8 @@ from alignvlm_jax.ingest.formats import files
 
 @pytest.fixture
 def arguments(tmp_path, monkeypatch):
-    """Flags for a source of six pieces, with duplicates, records that cannot be used, and held-out documents."""
+    """Flags for a source of six pieces, with duplicates, records that cannot be used, and held-out
+    documents."""
     monkeypatch.setattr(files, "UNIT_RECORDS", 8)
     monkeypatch.setattr(finish, "MIN_SHARD_RECORDS", 10)
     image = io.BytesIO()
@@ -23,20 +24,39 @@ def arguments(tmp_path, monkeypatch):
         for number in range(48):
             turns = [{"question": f"What is {number}?", "answers": [str(number)]}]
             name = "none.png" if number % 11 == 5 else "a.png"
-            record = {"id": str(number % 45), "images": [name], "turns": turns, "document": str(number // 2)}
+            record = {
+                "id": str(number % 45),
+                "images": [name],
+                "turns": turns,
+                "document": str(number // 2),
+            }
             file.write(json.dumps(record) + "\n")
     SentencePieceTokenizer.train(tmp_path / "tokenizer.model", ["What is 1?"])
-    flags = {"format": "jsonl", "source": tmp_path / "data.jsonl", "tokenizer": tmp_path / "tokenizer.model"}
+    flags = {
+        "format": "jsonl",
+        "source": tmp_path / "data.jsonl",
+        "tokenizer": tmp_path / "tokenizer.model",
+    }
     return [f"--{name}={value}" for name, value in flags.items()] + ["--holdout=0.3"]
 
 
-@pytest.mark.parametrize("flags", [[], ["--direct_num_workers=2", "--direct_running_mode=multi_threading"]])
+@pytest.mark.parametrize(
+    "flags", [[], ["--direct_num_workers=2", "--direct_running_mode=multi_threading"]]
+)
 def test_the_direct_runner_makes_the_same_bytes_as_worker_processes(arguments, tmp_path, flags):
     prepare.main([*arguments, f"--out={tmp_path}/here", "--num_workers=1"])
     prepare.main([*arguments, f"--out={tmp_path}/beam", "--beam_runner=DirectRunner", "--", *flags])
-    here, beam = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("here", "beam"))
+    here, beam = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("here", "beam")
+    )
     assert here == beam
-    assert {name.split("-")[0] for name in beam} >= {"train", "validation", "rejected.jsonl", "prepare.json"}
+    assert {name.split("-")[0] for name in beam} >= {
+        "train",
+        "validation",
+        "rejected.jsonl",
+        "prepare.json",
+    }
     assert len(beam["rejected.jsonl"].splitlines()) > 4
 
 

@@ -31,20 +31,33 @@ SHAPES = {
 def main() -> None:
     """Prints the table that docs/results.md shows."""
     devices = hardware.compile_only_devices(hardware.parse_topology("v5e:2x2"))
-    print("| forward and backward, bfloat16, v5e, GiB of temporaries a chip | xla | splash |\n|---|---|---|")
+    print(
+        "| forward and backward, bfloat16, v5e, GiB of temporaries a chip | xla | splash "
+        "|\n|---|---|---|"
+    )
     with mesh_lib.use(mesh_lib.make_mesh(CONFIG, devices)) as mesh:
         for name, shape in SHAPES.items():
-            xla, splash = (memory.shown(attention_memory(mesh, kernel, *shape)) for kernel in ("xla", "splash"))
+            xla, splash = (
+                memory.shown(attention_memory(mesh, kernel, *shape)) for kernel in ("xla", "splash")
+            )
             print(f"| {name} | {xla} | {splash} |", flush=True)
 
 
 def attention_memory(
-    mesh: jax.sharding.Mesh, kernel: str, length: int, heads: int, kv_heads: int, head_dim: int, causal: bool
+    mesh: jax.sharding.Mesh,
+    kernel: str,
+    length: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    causal: bool,
 ) -> Memory | None:
     """Of attention and its gradients, one row a chip."""
 
     def run(query, key, value, segment_ids):
-        mixed = self_attention(query, key, value, segment_ids if causal else None, causal=causal, kernel=kernel)
+        mixed = self_attention(
+            query, key, value, segment_ids if causal else None, causal=causal, kernel=kernel
+        )
         return mixed.astype(jnp.float32).sum()
 
     by_rows = sharding.NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

@@ -1,6 +1,7 @@
 """Seconds to open data in a bucket, and records a second from it, where every request waits 50 ms.
 
-python -m tests.bench.bucket_data          (a fake Cloud Storage server on this machine; 1 GB of memory)
+python -m tests.bench.bucket_data          (a fake Cloud Storage server on this machine; 1 GB of
+memory)
 """
 
 import contextlib
@@ -19,7 +20,9 @@ from alignvlm_jax.data.loader import ReadAhead
 from alignvlm_jax.data.record import Record
 from tests.fake_bucket import FakeBucket
 
-SHARDS, RECORDS, RECORD_BYTES = int(os.environ.get("SHARDS", 4000)), 20, 2000
+SHARDS = int(os.environ.get("SHARDS", 4000))
+RECORDS = 20
+RECORD_BYTES = 2000
 LATENCY = 0.05
 READS = 3000
 
@@ -31,19 +34,22 @@ def main() -> None:
             if name == "of all":
                 ask("merged")
                 filesystem._remote_listing.cache_clear()
-            begin, before = time.monotonic(), ask("requests")
+            begin = time.monotonic()
+            before = ask("requests")
             source = shards.RecordSource(url, "train")
             opened = time.monotonic() - begin
             assert len(index.load(url, "train")) == len(source) == SHARDS * RECORDS
             print(
                 f"{SHARDS} shards, one index {name}: shards {opened:.1f} s, "
-                f"index {time.monotonic() - begin - opened:.1f} s, {ask('requests') - before} requests",
+                f"index {time.monotonic() - begin - opened:.1f} s, {ask('requests') - before} "
+                "requests",
                 flush=True,
             )
         order = np.random.default_rng(0).permutation(len(source))[:READS].tolist()
         for ahead in (False, True):
             reads = order if ahead else order[:60]
-            begin, used = time.monotonic(), time.process_time()
+            begin = time.monotonic()
+            used = time.process_time()
             reading = ReadAhead(_Rows(source), len(reads), lambda i: order[i]) if ahead else None
             for number, record in enumerate(reads):
                 if reading:
@@ -52,8 +58,8 @@ def main() -> None:
             rate = len(reads) / (time.monotonic() - begin)
             work = (time.process_time() - used) / len(reads) * 1000
             print(
-                f"one reader, {'read ahead' if ahead else 'each when asked for'}: {rate:.0f} records a second, "
-                f"{work:.1f} ms of CPU a record"
+                f"one reader, {'read ahead' if ahead else 'each when asked for'}: {rate:.0f} "
+                f"records a second, {work:.1f} ms of CPU a record"
             )
 
 
@@ -73,7 +79,9 @@ def _serving(folder: Path) -> Iterator[tuple[str, Callable[[str], int]]]:
     """In another process, as the server's Python must not take this one's time."""
     _write(folder)
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    server = multiprocessing.get_context("spawn").Process(target=_serve, args=(str(folder), theirs), daemon=True)
+    server = multiprocessing.get_context("spawn").Process(
+        target=_serve, args=(str(folder), theirs), daemon=True
+    )
     server.start()
     url, environment = ours.recv()
     os.environ.update(environment)
@@ -115,7 +123,9 @@ def _write(folder: Path) -> None:
     )
     for shard in range(SHARDS):
         path = folder / shards.shard_name("train", shard, SHARDS)
-        shards.write_shard(path, (Record(str(i), "test", (rng.bytes(RECORD_BYTES),), ()) for i in range(RECORDS)))
+        shards.write_shard(
+            path, (Record(str(i), "test", (rng.bytes(RECORD_BYTES),), ()) for i in range(RECORDS))
+        )
         index.write(index.index_path(path), counted)
     index.merge(folder, "train")
 

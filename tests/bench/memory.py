@@ -16,7 +16,8 @@ class Memory(NamedTuple):
 
 
 def of(step: Callable, out_shardings: Any, *args: jax.ShapeDtypeStruct) -> Memory | None:
-    """Returns what `step` needs for arrays of these shapes and shardings; None where it is more than there is."""
+    """Returns what `step` needs for arrays of these shapes and shardings; None where it is more
+    than there is."""
     try:
         compiled = jax.jit(step, out_shardings=out_shardings).lower(*args).compile()
     except jax.errors.JaxRuntimeError as err:

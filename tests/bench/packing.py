@@ -1,4 +1,5 @@
-"""Plans of large mixes: time, memory, and how full rows are, beside packing in order and padding to the longest.
+"""Plans of large mixes: time, memory, and how full rows are, beside packing in order and padding to
+the longest.
 
 python -m tests.bench.packing            (make bench; a minute)
 """
@@ -20,14 +21,19 @@ from alignvlm_jax.presets import LLM, VISION
 from alignvlm_jax.train.metrics import peak_memory_gib
 
 NUM_RECORDS = 8_100_000  # CC-12M, as the paper's first stage has it
-ROW_LENGTH, ROW_TILES, PATCHES = 8192, 11, 729
+ROW_LENGTH = 8192
+ROW_TILES = 11
+PATCHES = 729
 BATCH_SIZE = 32
 NUM_EPOCHS = 5
 
 
 def texts(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Log-normal lengths without images: half of them below 245 tokens, one in a hundred above 2,500."""
-    return rng.lognormal(5.5, 1.0, count).astype(np.int32).clip(1, ROW_LENGTH), np.zeros(count, np.int16)
+    """Log-normal lengths without images: half of them below 245 tokens, one in a hundred above
+    2,500."""
+    return rng.lognormal(5.5, 1.0, count).astype(np.int32).clip(1, ROW_LENGTH), np.zeros(
+        count, np.int16
+    )
 
 
 def captions(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -38,17 +44,26 @@ def captions(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarr
 
 def documents(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Pages of one to ten tiles and a log-normal text of 245 tokens."""
-    tiles = rng.choice([1, 2, 3, 4, 5, 7, 10], count, p=[0.3, 0.2, 0.15, 0.1, 0.1, 0.1, 0.05]).astype(np.int16)
+    tiles = rng.choice(
+        [1, 2, 3, 4, 5, 7, 10], count, p=[0.3, 0.2, 0.15, 0.1, 0.1, 0.1, 0.05]
+    ).astype(np.int16)
     lengths = rng.lognormal(5.5, 1.0, count).astype(np.int32).clip(1, 900) + tiles * PATCHES
     return lengths, tiles
 
 
-MIXES = {"log-normal texts": texts, "captions, one tile": captions, "documents, one to ten tiles": documents}
+MIXES = {
+    "log-normal texts": texts,
+    "captions, one tile": captions,
+    "documents, one to ten tiles": documents,
+}
 
 
 def main() -> None:
     """Prints the tables that docs/results.md shows."""
-    print(f"| rows of {ROW_LENGTH} tokens and {ROW_TILES} tiles, 1,000,000 records: fill | plan | in order | padded |")
+    print(
+        f"| rows of {ROW_LENGTH} tokens and {ROW_TILES} tiles, 1,000,000 records: fill | plan | "
+        "in order | padded |"
+    )
     print("|---|---|---|---|")
     for name, make in MIXES.items():
         lengths, tiles = make(1_000_000, np.random.default_rng(0))
@@ -57,9 +72,14 @@ def main() -> None:
         beside = in_order(lengths, tiles, ROW_LENGTH, ROW_TILES), padded(lengths)
         print(f"| {name} | {planned:.1%} | {beside[0]:.1%} | {beside[1]:.1%} |", flush=True)
     print_real()
-    print(f"\n| {NUM_RECORDS:,} records | seconds | peak memory of the process, GiB |\n|---|---|---|")
+    print(
+        f"\n| {NUM_RECORDS:,} records | seconds | peak memory of the process, GiB |\n|---|---|---|"
+    )
     context = multiprocessing.get_context("spawn")
-    for name, measure in (("the plan alone", measure_plan), ("an epoch: mixture, tasks, plan", measure_epoch)):
+    for name, measure in (
+        ("the plan alone", measure_plan),
+        ("an epoch: mixture, tasks, plan", measure_epoch),
+    ):
         with context.Pool(1) as pool:
             seconds, gib = pool.apply(measure)
         print(f"| {name} | {seconds:.1f} | {gib:.2f} |", flush=True)
@@ -71,32 +91,50 @@ def print_real() -> None:
         print("\nno table of real pages: `make data` makes them")
         return
     stages, _ = config_flag.parse(["--config=configs/documents.py"])
-    print(f"\n| Debian's manual, the first {NUM_EPOCHS} epochs: fill | rows of | plan | in order | padded |")
+    print(
+        f"\n| Debian's manual, the first {NUM_EPOCHS} epochs: fill | rows of | plan | in order | "
+        "padded |"
+    )
     print("|---|---|---|---|---|")
     for config in stages:
         data = config.data
         rows = TrainRows(config, "train").schedule
         tokenizer = loader.tokenizer_path(config)
         known = lengths_lib.load(
-            config, "train", list(data.tasks), [len(shards.RecordSource(data.dir, "train"))], tokenizer
+            config,
+            "train",
+            list(data.tasks),
+            [len(shards.RecordSource(data.dir, "train"))],
+            tokenizer,
         )
         epochs = [rows.epoch_at(0)]
         while len(epochs) < NUM_EPOCHS:
             epochs.append(rows.epoch_at(epochs[-1].end))
         lengths = np.concatenate([epoch.tokens for epoch in epochs])
         tiles = np.concatenate([known.tiles[epoch.records] for epoch in epochs])
-        fills = rows.counters(epochs[-1].end)["fill"], in_order(lengths, tiles, data.row_length, data.max_tiles)
+        fills = (
+            rows.counters(epochs[-1].end)["fill"],
+            in_order(lengths, tiles, data.row_length, data.max_tiles),
+        )
         shown = [f"{fill:.1%}" for fill in (*fills, padded(lengths))]
-        print(f"| {config.stage}: {', '.join(data.tasks)} | {data.row_length:,} | {' | '.join(shown)} |")
+        print(
+            f"| {config.stage}: {', '.join(data.tasks)} | {data.row_length:,} | "
+            f"{' | '.join(shown)} |"
+        )
 
 
 def in_order(lengths: np.ndarray, tiles: np.ndarray, row_length: int, row_tiles: int) -> float:
     """Fill of rows that are closed by the first record that does not fit."""
-    rows, room, tiles_left = 1, row_length, row_tiles
+    rows = 1
+    room = row_length
+    tiles_left = row_tiles
     for length, num_tiles in zip(lengths.tolist(), tiles.tolist(), strict=True):
         if length > room or num_tiles > tiles_left:
-            rows, room, tiles_left = rows + 1, row_length, row_tiles
-        room, tiles_left = room - length, tiles_left - num_tiles
+            rows = rows + 1
+            room = row_length
+            tiles_left = row_tiles
+        room = room - length
+        tiles_left = tiles_left - num_tiles
     return lengths.sum() / (rows * row_length)
 
 
@@ -118,7 +156,10 @@ def measure_epoch() -> tuple[float, float]:
     """As a training process makes it, with two tasks to draw from."""
     model = ModelConfig(vision=VISION["siglip_so400m_14_384"], llm=LLM["llama32_1b"])
     data = DataConfig(
-        packing="plan", row_length=ROW_LENGTH, max_tiles=ROW_TILES, tasks={"transcribe": 0.5, "answer": 0.5}
+        packing="plan",
+        row_length=ROW_LENGTH,
+        max_tiles=ROW_TILES,
+        tasks={"transcribe": 0.5, "answer": 0.5},
     )
     config = Config(model=model, data=data, train=TrainConfig(num_steps=1000, batch_size=32))
     lengths, tiles = documents(NUM_RECORDS, np.random.default_rng(0))

@@ -1,6 +1,8 @@
-"""Seconds to the first row of a stage over 8 million records, and to the first one of a restart in its third epoch.
+"""Seconds to the first row of a stage over 8 million records, and to the first one of a restart in
+its third epoch.
 
-python -m tests.bench.planning [records]          (data side only: lengths are known, no record is read)
+python -m tests.bench.planning [records]          (data side only: lengths are known, no record is
+read)
 """
 
 import dataclasses
@@ -33,23 +35,33 @@ def main(count: int) -> None:
     first = _seconds("start", alone, count, known, 0)
     size = first.epoch_at(0).end
     row = 2 * size + 512
-    until_there = dataclasses.replace(alone, train=dataclasses.replace(alone.train, num_steps=row // 512))
-    before = _seconds("restart in the third epoch, all planned again", until_there, count, known, row)
+    until_there = dataclasses.replace(
+        alone, train=dataclasses.replace(alone.train, num_steps=row // 512)
+    )
+    before = _seconds(
+        "restart in the third epoch, all planned again", until_there, count, known, row
+    )
     state = json.loads(json.dumps(before.state())) if hasattr(before, "state") else None
     if state:
-        after = _seconds("restart in the third epoch, with the state", until_there, count, known, row, state)
+        after = _seconds(
+            "restart in the third epoch, with the state", until_there, count, known, row, state
+        )
         assert after.counters(row) == before.counters(row)
         assert [pick[:2] for pick in after.picks(row)] == [pick[:2] for pick in before.picks(row)]
     print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
 
 
-def _seconds(what: str, config: Config, count: int, known: Lengths, row: int, state: dict | None = None) -> Mixed:
+def _seconds(
+    what: str, config: Config, count: int, known: Lengths, row: int, state: dict | None = None
+) -> Mixed:
     begin = time.monotonic()
     rows = Mixed(config, [count], known, [0, 1])
     assert state is None or rows.restore(state)
     rows.counters(row)
     rows.picks(row)
-    print(f"{count:,} records, {what}: {time.monotonic() - begin:.1f} s to the first row", flush=True)
+    print(
+        f"{count:,} records, {what}: {time.monotonic() - begin:.1f} s to the first row", flush=True
+    )
     return rows
 
 

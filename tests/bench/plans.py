@@ -1,6 +1,8 @@
-"""The smallest TPU slice for each of the paper's stages and LLMs, a row a chip at a time, by the TPU's own compiler.
+"""The smallest TPU slice for each of the paper's stages and LLMs, a row a chip at a time, by the
+TPU's own compiler.
 
-    python -m tests.bench.plans [KIND ...]     (make bench-plans; an hour; needs libtpu, requirements-tpu.txt)
+    python -m tests.bench.plans [KIND ...]     (make bench-plans; an hour; needs libtpu,
+    requirements-tpu.txt)
 
 Every row of the table is one call of `plan`, as a user would make it.
 """
@@ -14,7 +16,10 @@ from alignvlm_jax.plan import hardware
 from configs import paper
 
 STAGES = ("stage1", "stage2")
-HEADER = "| | slice | chips | fsdp x tensor | parts of a batch | peak GiB | of | s a step at 40 % | days | chip-hours |"
+HEADER = (
+    "| | slice | chips | fsdp x tensor | parts of a batch | peak GiB | of | s a step at 40 % "
+    "| days | chip-hours |"
+)
 WARNING = "Involuntary full rematerialization"
 
 
@@ -41,7 +46,8 @@ def row(config: str, kind: str) -> str:
     if done.returncode:
         return f"| {config} | {done.stderr.strip().splitlines()[-1]} |"
     plan: dict[str, Any] = json.loads(done.stdout)
-    mesh, at_40 = plan["mesh"], plan["at_mfu"]["40%"]
+    mesh = plan["mesh"]
+    at_40 = plan["at_mfu"]["40%"]
     cells = [
         f"{config} {WARNING.lower() if WARNING in done.stderr else ''}".strip(),
         plan["topology"],

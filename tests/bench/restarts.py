@@ -1,7 +1,8 @@
-"""Seconds from the start of `train` to its first step: anew, and killed and started again with and without what was
-compiled before.
+"""Seconds from the start of `train` to its first step: anew, and killed and started again with and
+without what was compiled before.
 
-python -m tests.bench.restarts [trials] [flags of train]          (configs/demo.py on data/demo, see `make demo`)
+python -m tests.bench.restarts [trials] [flags of train]          (configs/demo.py on data/demo, see
+`make demo`)
 """
 
 import json
@@ -26,7 +27,11 @@ def main(num_trials: int, flags: list[str]) -> None:
     """Prints the lines that docs/results.md shows."""
     with tempfile.TemporaryDirectory() as name:
         workdir = Path(name) / "run"
-        seconds: dict[str, list[float]] = {"anew": [], "again": [], "again, without what was compiled": []}
+        seconds: dict[str, list[float]] = {
+            "anew": [],
+            "again": [],
+            "again, without what was compiled": [],
+        }
         for _ in range(num_trials):
             shutil.rmtree(workdir, ignore_errors=True)
             for what in seconds:
@@ -36,22 +41,40 @@ def main(num_trials: int, flags: list[str]) -> None:
         for what, times in seconds.items():
             each = ", ".join(f"{one:.1f}" for one in times)
             print(f"{what}: {statistics.median(times):.1f} s to the first step ({each})")
-        ratio = statistics.median(seconds["again"]) / statistics.median(seconds["again, without what was compiled"])
+        ratio = statistics.median(seconds["again"]) / statistics.median(
+            seconds["again, without what was compiled"]
+        )
         print(f"with what was compiled / without: {ratio:.2f}")
 
 
 def _first_step(workdir: Path, flags: list[str]) -> float:
     """Starts training, kills it once it has saved, and returns when its first step was logged."""
-    metrics, checkpoints = workdir / "metrics.jsonl", workdir / "checkpoints"
+    metrics = workdir / "metrics.jsonl"
+    checkpoints = workdir / "checkpoints"
     saved = _saved(checkpoints)
     if metrics.exists():  # As the run itself would do it, but later than it is looked at here.
-        kept = [line for line in metrics.read_text().splitlines(keepends=True) if _step(line) <= saved]
+        kept = [
+            line for line in metrics.read_text().splitlines(keepends=True) if _step(line) <= saved
+        ]
         metrics.write_text("".join(kept))
     began = time.monotonic()
-    command = [sys.executable, "-m", "alignvlm_jax", "train", f"--workdir={workdir}", *FLAGS, *EVERY, *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "alignvlm_jax",
+        "train",
+        f"--workdir={workdir}",
+        *FLAGS,
+        *EVERY,
+        *flags,
+    ]
     with tempfile.TemporaryFile() as out:
         process = subprocess.Popen(
-            command, stdout=out, stderr=out, cwd=REPOSITORY, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+            command,
+            stdout=out,
+            stderr=out,
+            cwd=REPOSITORY,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
         )
         first = None
         while process.poll() is None and (first is None or _saved(checkpoints) <= saved):
@@ -67,13 +90,20 @@ def _first_step(workdir: Path, flags: list[str]) -> float:
 
 
 def _saved(folder: Path) -> int:
-    whole = [int(path.parent.name) for path in folder.glob("*/commit_success.txt") if path.parent.name.isdigit()]
+    whole = [
+        int(path.parent.name)
+        for path in folder.glob("*/commit_success.txt")
+        if path.parent.name.isdigit()
+    ]
     return max(whole, default=0)
 
 
 def _newest(metrics: Path) -> int:
     lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-    return max((_step(line) for line in lines if line.endswith("\n") and "learning_rate" in line), default=0)
+    return max(
+        (_step(line) for line in lines if line.endswith("\n") and "learning_rate" in line),
+        default=0,
+    )
 
 
 def _step(line: str) -> float:

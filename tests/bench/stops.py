@@ -14,7 +14,14 @@ import numpy as np
 
 from tests.stress import runs, workload
 
-SIZES = {"width": 512, "mlp_width": 2048, "num_layers": 8, "num_heads": 4, "num_kv_heads": 4, "head_dim": 128}
+SIZES = {
+    "width": 512,
+    "mlp_width": 2048,
+    "num_layers": 8,
+    "num_heads": 4,
+    "num_kv_heads": 4,
+    "head_dim": 128,
+}
 FLAGS = [
     "--config.init_from=",
     "--config.train.batch_size=32",
@@ -45,14 +52,16 @@ def main(num_trials: int) -> None:
             # The last one: a run saves nothing else here.
             save = [event["time"] for event in attempt.told() if event.get("phase") == "saving"][-2]
             print(
-                f"steps of {step:.1f} s, SIGTERM at process {trial % 2} alone: {save - sent:.1f} s to the save, "
-                f"{(save - sent) / step:.2f} steps; {time.time() - sent:.1f} s to the end of both",
+                f"steps of {step:.1f} s, SIGTERM at process {trial % 2} alone: {save - sent:.1f} "
+                f"s to the save, {(save - sent) / step:.2f} steps; {time.time() - sent:.1f} s to "
+                "the end of both",
                 flush=True,
             )
 
 
 def _fetched(attempt: runs.Attempt, count: int) -> list[float]:
-    """Returns when batches came to the main process, once so many have: one at each step, but for the first two."""
+    """Returns when batches came to the main process, once so many have: one at each step, but for
+    the first two."""
     while attempt.is_running():
         times = [event["time"] for event in attempt.told() if "digest" in event]
         if len(times) >= count:

@@ -29,18 +29,31 @@ def main() -> None:
         workdir = storage.path(bucket.url) / "run"
 
         def measure(name: str, act) -> None:
-            requests, began = sum(bucket.requests.values()), time.monotonic()
+            requests = sum(bucket.requests.values())
+            began = time.monotonic()
             act()
-            table.add_row(name, f"{time.monotonic() - began:.2f}", str(sum(bucket.requests.values()) - requests))
+            table.add_row(
+                name,
+                f"{time.monotonic() - began:.2f}",
+                str(sum(bucket.requests.values()) - requests),
+            )
 
         params = {f"k{i}": np.ones((256, 1024), np.float32) for i in range(NUM_ARRAYS)}
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), params)
+        wanted = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), params
+        )
         with bucket.faulty(latency=LATENCY), Checkpoints(workdir / "checkpoints") as checkpoints:
 
             def save(step: int) -> None:
                 state = TrainState(np.int32(step), params, ())
-                checkpoints.save(step, state, position={"next_row": step}, metadata={"layout_version": 1}, metrics=None)
+                checkpoints.save(
+                    step,
+                    state,
+                    position={"next_row": step},
+                    metadata={"layout_version": 1},
+                    metrics=None,
+                )
 
             save(1)
             checkpoints.wait()
@@ -49,7 +62,10 @@ def main() -> None:
             measure("restore", lambda: checkpoints.restore_params(2, wanted))
             with metrics.Writer(workdir, 0) as writer:
                 lines = range(1000)
-                measure("1,000 lines of metrics", lambda: [writer.write(i, "stage", {"loss": 1.0}) for i in lines])
+                measure(
+                    "1,000 lines of metrics",
+                    lambda: [writer.write(i, "stage", {"loss": 1.0}) for i in lines],
+                )
                 measure("all lines and events in the bucket", storage.sync_all)
     Console().print(table)
 

@@ -1,10 +1,12 @@
-"""Pages a second from encoded image to arrays: our rows against a torch DataLoader with transformers' processor.
+"""Pages a second from encoded image to arrays: our rows against a torch DataLoader with
+transformers' processor.
 
     make bench-data          (in the venv of `make test-parity`, which has torch and transformers)
 
-The same JPEGs are decoded, cut into the same tiles and brought to the same size, the same questions and answers are
-encoded by the same tokenizer, with two threads here and two worker processes there. What differs: transformers'
-processor scales and normalises pixels to float32 on the host; here they stay bytes, and the model does that.
+The same JPEGs are decoded, cut into the same tiles and brought to the same size, the same questions
+and answers are encoded by the same tokenizer, with two threads here and two worker processes there.
+What differs: transformers' processor scales and normalises pixels to float32 on the host; here they
+stay bytes, and the model does that.
 """
 
 import io
@@ -28,9 +30,25 @@ from alignvlm_jax.data import images, loader, shards
 from alignvlm_jax.data import tokenizers as our_tokenizers
 from alignvlm_jax.data.record import Record, Turn
 
-NUM_PAGES, BATCH, WORKERS, ROUNDS = 128, 8, 2, 3
+NUM_PAGES = 128
+BATCH = 8
+WORKERS = 2
+ROUNDS = 3
 PAGE = (1170, 827)  # A4 at 100 dpi
-WORDS = ["invoice", "total", "amount", "of", "the", "customer", "number", "address", "date", "paid", "on", "delivery"]
+WORDS = [
+    "invoice",
+    "total",
+    "amount",
+    "of",
+    "the",
+    "customer",
+    "number",
+    "address",
+    "date",
+    "paid",
+    "on",
+    "delivery",
+]
 QUESTION = "Read the page."
 VISION = presets.VISION["siglip_so400m_14_384"]
 MAX_TILES = 10
@@ -42,14 +60,17 @@ def main() -> None:
         records = write_data(Path(folder))
         # Its name says which of two it is: without torchvision transformers takes the one of PIL.
         processor = transformers.SiglipImageProcessor.__name__
-        forms = {f"torch DataLoader, {processor}": theirs(Path(folder), records), "this pipeline": ours(folder)}
+        forms = {
+            f"torch DataLoader, {processor}": theirs(Path(folder), records),
+            "this pipeline": ours(folder),
+        }
         rates: dict[str, list[float]] = {name: [] for name in forms}
         for _ in range(ROUNDS):
             for name, start in forms.items():
                 rates[name].append(rate(start()))
     print(
-        f"{NUM_PAGES} pages of {PAGE[1]} x {PAGE[0]}, batches of {BATCH}, {WORKERS} threads or workers; "
-        f"median of {ROUNDS}\n"
+        f"{NUM_PAGES} pages of {PAGE[1]} x {PAGE[0]}, batches of {BATCH}, {WORKERS} threads or "
+        f"workers; median of {ROUNDS}\n"
     )
     print("| | pages a second | of torch's |\n|---|---|---|")
     medians = {name: statistics.median(values) for name, values in rates.items()}
@@ -58,7 +79,8 @@ def main() -> None:
 
 
 def rate(batches: Iterator) -> float:
-    """Pages a second, from the second batch on: starting threads and workers is not what is asked."""
+    """Pages a second, from the second batch on: starting threads and workers is not what is
+    asked."""
     next(batches)
     began = time.perf_counter()
     count = sum(1 for _ in batches)
@@ -72,7 +94,9 @@ def write_data(folder: Path) -> list[Record]:
     for number in range(NUM_PAGES):
         lines = [" ".join(rng.choice(WORDS, 8)) for _ in range(50)]
         page = Image.new("RGB", PAGE[::-1], "white")
-        ImageDraw.Draw(page).multiline_text((50, 40), "\n".join(lines), fill="black", font_size=15, spacing=7)
+        ImageDraw.Draw(page).multiline_text(
+            (50, 40), "\n".join(lines), fill="black", font_size=15, spacing=7
+        )
         encoded = io.BytesIO()
         page.save(encoded, "JPEG", quality=90)
         turns = (Turn(QUESTION, ("\n".join(lines),)),)
@@ -83,7 +107,9 @@ def write_data(folder: Path) -> list[Record]:
     model.decoder = tokenizers.decoders.ByteLevel()
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=2000, special_tokens=specials, initial_alphabet=alphabet)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=2000, special_tokens=specials, initial_alphabet=alphabet
+    )
     model.train_from_iterator((record.turns[0].answers[0] for record in records), trainer)
     model.save(str(folder / "tokenizer.json"))
     return records
@@ -112,7 +138,8 @@ class Pages(torch.utils.data.Dataset):
     def __init__(self, folder: Path, records: list[Record]):
         self._records = records
         self._processor = transformers.SiglipImageProcessor(
-            size={"height": VISION.tile_height, "width": VISION.tile_width}, resample=Image.Resampling.BICUBIC
+            size={"height": VISION.tile_height, "width": VISION.tile_width},
+            resample=Image.Resampling.BICUBIC,
         )
         specials = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
         self._tokenizer = transformers.PreTrainedTokenizerFast(
@@ -126,23 +153,47 @@ class Pages(torch.utils.data.Dataset):
         record = self._records[index]
         with Image.open(io.BytesIO(record.images[0])) as image:
             page = image.convert("RGB")
-        rows, columns = images.choose_grid(page.height, page.width, VISION, MAX_TILES, use_overview=True)
-        xs, ys = (np.linspace(0, size, n + 1, dtype=int) for size, n in ((page.width, columns), (page.height, rows)))
-        crops = [page, *(page.crop((xs[c], ys[r], xs[c + 1], ys[r + 1])) for r in range(rows) for c in range(columns))]
+        rows, columns = images.choose_grid(
+            page.height, page.width, VISION, MAX_TILES, use_overview=True
+        )
+        xs, ys = (
+            np.linspace(0, size, n + 1, dtype=int)
+            for size, n in ((page.width, columns), (page.height, rows))
+        )
+        crops = [
+            page,
+            *(
+                page.crop((xs[c], ys[r], xs[c + 1], ys[r + 1]))
+                for r in range(rows)
+                for c in range(columns)
+            ),
+        ]
         pixels = self._processor(crops, return_tensors="np")["pixel_values"]
         tiles = np.zeros((MAX_TILES, *pixels.shape[1:]), np.float32)
         tiles[: len(pixels)] = pixels
         text = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n{record.turns[0].answers[0]}<|im_end|>"
-        encoded = self._tokenizer(text, padding="max_length", max_length=2048, truncation=True, return_tensors="np")
-        return {"tiles": tiles, "tokens": encoded["input_ids"][0], "mask": encoded["attention_mask"][0]}
+        encoded = self._tokenizer(
+            text, padding="max_length", max_length=2048, truncation=True, return_tensors="np"
+        )
+        return {
+            "tiles": tiles,
+            "tokens": encoded["input_ids"][0],
+            "mask": encoded["attention_mask"][0],
+        }
 
 
 def theirs(folder: Path, records: list[Record]):
     """Batches of a DataLoader."""
     pages = Pages(folder, records)
-    return lambda: iter(torch.utils.data.DataLoader(pages, batch_size=BATCH, num_workers=WORKERS, shuffle=True))
+    return lambda: iter(
+        torch.utils.data.DataLoader(pages, batch_size=BATCH, num_workers=WORKERS, shuffle=True)
+    )
 
 
 if __name__ == "__main__":
-    print(f"grain {grain.__version__}, torch {torch.__version__}, transformers {transformers.__version__}", flush=True)
+    print(
+        f"grain {grain.__version__}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}",
+        flush=True,
+    )
     main()

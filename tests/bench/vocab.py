@@ -1,10 +1,11 @@
-"""What lies over the vocabulary, plain against a block of rows at a time: memory on a TPU, time on this machine.
+"""What lies over the vocabulary, plain against a block of rows at a time: memory on a TPU, time on
+this machine.
 
     python -m tests.bench.vocab          (make bench)
 
-Memory is what the TPU's compiler reports (libtpu, requirements-tpu.txt) for v5e:2x2 as a mesh 1 x 1 x 4, forward and
-backward, inputs bfloat16. The float32 accumulators of the gradients of W2 and E are the gradients that are returned:
-they count as outputs, not as temporaries.
+Memory is what the TPU's compiler reports (libtpu, requirements-tpu.txt) for v5e:2x2 as a mesh 1 x 1
+x 4, forward and backward, inputs bfloat16. The float32 accumulators of the gradients of W2 and E
+are the gradients that are returned: they count as outputs, not as temporaries.
 """
 
 import statistics
@@ -54,30 +55,40 @@ def print_memory() -> None:
         print(f"ALIGN, D {WIDTH:,}, blocks of {BLOCK}; temporaries in GiB a chip, and outputs\n")
         print("| N | V | plain | blockwise | outputs |\n|---|---|---|---|---|")
         for rows, words in SIZES:
-            plain, (temporaries, outputs) = (
-                align_memory(mesh, rows, words, None),
-                align_memory(mesh, rows, words, BLOCK),
-            )
+            plain = align_memory(mesh, rows, words, None)
+            (temporaries, outputs) = align_memory(mesh, rows, words, BLOCK)
             shown = "over 15.75" if plain is None else f"{plain[0]:.3f}"
-            print(f"| {rows:,} | {words:,} | {shown} | {temporaries:.3f} | {outputs:.3f} |", flush=True)
+            print(
+                f"| {rows:,} | {words:,} | {shown} | {temporaries:.3f} | {outputs:.3f} |",
+                flush=True,
+            )
         print("\nloss over 16,384 tokens, V 128,256: ", end="")
-        plain, blockwise = (memory.shown(loss_memory(mesh, 128_256, block)) for block in (None, BLOCK))
+        plain, blockwise = (
+            memory.shown(loss_memory(mesh, 128_256, block)) for block in (None, BLOCK)
+        )
         print(f"plain {plain}, blockwise {blockwise} GiB of temporaries a chip\n", flush=True)
 
 
-def align_memory(mesh: jax.sharding.Mesh, rows: int, words: int, block: int | None) -> Memory | None:
+def align_memory(
+    mesh: jax.sharding.Mesh, rows: int, words: int, block: int | None
+) -> Memory | None:
     """GiB of temporaries and of outputs a chip; None where the program does not fit."""
 
     def step(x, head, table, scale, bias, back):
         def run(x, head_gradient, table_gradient, scale, bias):
-            head_here, table_here = Matrix(head, head_gradient), Matrix(table, table_gradient)
-            return vocab_average(x, head_here, table_here, Norm(scale, bias, 1e-5), block=block).average
+            head_here = Matrix(head, head_gradient)
+            table_here = Matrix(table, table_gradient)
+            return vocab_average(
+                x, head_here, table_here, Norm(scale, bias, 1e-5), block=block
+            ).average
 
         zeros = jnp.zeros(head.shape, jnp.float32), jnp.zeros(table.shape, jnp.float32)
         average, pull = jax.vjp(run, x, *zeros, scale, bias)
         return average, pull(back)
 
-    by_rows, wide, tall, words_only = _shardings(mesh, (("data", "fsdp"),), (None, "tensor"), ("tensor",), ("tensor",))
+    by_rows, wide, tall, words_only = _shardings(
+        mesh, (("data", "fsdp"),), (None, "tensor"), ("tensor",), ("tensor",)
+    )
     x = jax.ShapeDtypeStruct((rows, WIDTH), jnp.bfloat16, sharding=by_rows)
     head = jax.ShapeDtypeStruct((WIDTH, words), jnp.bfloat16, sharding=wide)
     table = jax.ShapeDtypeStruct((words, WIDTH), jnp.bfloat16, sharding=tall)
@@ -91,7 +102,9 @@ def loss_memory(mesh: jax.sharding.Mesh, words: int, block: int | None) -> Memor
 
     def step(hidden, head, targets):
         def run(hidden, gradient):
-            losses = token_losses(hidden, Matrix(head, gradient), targets, is_table=False, block=block)
+            losses = token_losses(
+                hidden, Matrix(head, gradient), targets, is_table=False, block=block
+            )
             return losses.nll.sum() + 1e-4 * jnp.square(losses.log_sum_exp).sum()
 
         return jax.value_and_grad(run, argnums=(0, 1))(hidden, jnp.zeros(head.shape, jnp.float32))
@@ -104,32 +117,48 @@ def loss_memory(mesh: jax.sharding.Mesh, words: int, block: int | None) -> Memor
 
 
 def print_time() -> None:
-    """Seconds of both forms in turns, and of plain jax.numpy without any of ours, on this machine's CPU."""
-    rows, width, words = 2048, 256, 16_384
+    """Seconds of both forms in turns, and of plain jax.numpy without any of ours, on this machine's
+    CPU."""
+    rows = 2048
+    width = 256
+    words = 16_384
     rng = np.random.default_rng(0)
     shapes = [(rows, width), (width, words), (words, width), (words,), (words,)]
     inputs = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
     block = rows_per_block("auto", 64.0, rows, words)
-    forms = {"reference": reference, "plain": _ours(None), f"blockwise ({block} rows)": _ours(block)}
-    compiled = {name: jax.jit(jax.grad(_summed(form), argnums=range(5))) for name, form in forms.items()}
+    forms = {
+        "reference": reference,
+        "plain": _ours(None),
+        f"blockwise ({block} rows)": _ours(block),
+    }
+    compiled = {
+        name: jax.jit(jax.grad(_summed(form), argnums=range(5))) for name, form in forms.items()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     for _ in range(ROUNDS + 1):  # The first compiles.
         for name, run in compiled.items():
             began = time.perf_counter()
             jax.block_until_ready(run(*inputs))
             seconds[name].append(time.perf_counter() - began)
-    print(f"CPU, N {rows:,}, D {width}, V {words:,}, float32, forward and backward, median of {ROUNDS}\n")
+    print(
+        f"CPU, N {rows:,}, D {width}, V {words:,}, float32, forward and backward, median of "
+        f"{ROUNDS}\n"
+    )
     print("| form | seconds | of the reference |\n|---|---|---|")
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
     for name, median in medians.items():
         print(f"| {name} | {median:.2f} | {median / medians['reference']:.2f} |")
 
 
-def reference(x: jax.Array, head: jax.Array, table: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+def reference(
+    x: jax.Array, head: jax.Array, table: jax.Array, scale: jax.Array, bias: jax.Array
+) -> jax.Array:
     """Equation 1 in plain jax.numpy."""
     logits = x @ head
     centred = logits - logits.mean(-1, keepdims=True)
-    normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5) * scale + bias
+    normed = (
+        centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5) * scale + bias
+    )
     return jax.nn.softmax(normed, axis=-1) @ table
 
 

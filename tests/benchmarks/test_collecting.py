@@ -23,7 +23,8 @@ def test_what_was_made_is_kept_and_not_made_again(tmp_path):
         yield [{"id": done + 1}]
         raise KeyboardInterrupt
 
-    path, started = tmp_path / "a.jsonl", []
+    path = tmp_path / "a.jsonl"
+    started = []
 
     def rest(done):
         started.append(done)
@@ -51,7 +52,9 @@ def test_two_do_not_make_the_same_at_once(folder, monkeypatch):
 
     def make(done):
         yield [{"id": 0}]
-        with pytest.raises(UserError, match=r"process \d+ on .* is at held_out in .*; wait for it$"):
+        with pytest.raises(
+            UserError, match=r"process \d+ on .* is at held_out in .*; wait for it$"
+        ):
             collect(path, never)
         yield [{"id": 1}, {"id": 2}]
 
@@ -72,7 +75,8 @@ def test_a_file_of_other_rows_than_there_are_is_made_anew(tmp_path, capsys, coun
 
 
 def test_a_workdir_may_move(tmp_path):
-    path, header = tmp_path / "a.jsonl", {"step": 7, "checkpoint": "runs/a/checkpoints/7"}
+    path = tmp_path / "a.jsonl"
+    header = {"step": 7, "checkpoint": "runs/a/checkpoints/7"}
     collect(path, rows, header)
     assert len(collect(path, never, header | {"checkpoint": "/elsewhere/checkpoints/7"}).rows) == 3
 

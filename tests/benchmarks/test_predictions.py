@@ -11,7 +11,13 @@ HEADER = {"checkpoint": "runs/a/checkpoints/7", "step": 7, "blind": False}
 
 
 def row(index: int, **changes) -> dict:
-    fields = {"id": f"d{index}#0", "record": index, "question": "Total?", "answers": ["1 é"], "prediction": "1 é"}
+    fields = {
+        "id": f"d{index}#0",
+        "record": index,
+        "question": "Total?",
+        "answers": ["1 é"],
+        "prediction": "1 é",
+    }
     return fields | {"score": 1.0, "exact": 1.0, "kind": "form"} | changes
 
 
@@ -55,7 +61,12 @@ def test_missing_empty_and_damaged_files(tmp_path):
 
 
 def test_means_by_kind():
-    scored = [row(0, score=0.5), row(1), row(2, score=0.0, kind="table"), row(3, score=0.5, kind="receipt")]
+    scored = [
+        row(0, score=0.5),
+        row(1),
+        row(2, score=0.0, kind="table"),
+        row(3, score=0.5, kind="receipt"),
+    ]
     result = predictions.Predictions(HEADER, scored)
     assert result.kinds() == ["form", "receipt", "table"]
     assert result.mean("score") == 0.5

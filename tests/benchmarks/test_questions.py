@@ -9,7 +9,9 @@ from alignvlm_jax.errors import UserError
 
 
 def documents(num_turns: list[int]) -> list[Record]:
-    turns = [tuple(Turn(f"{i}-{j}?", ("1",)) for j in range(count)) for i, count in enumerate(num_turns)]
+    turns = [
+        tuple(Turn(f"{i}-{j}?", ("1",)) for j in range(count)) for i, count in enumerate(num_turns)
+    ]
     return [Record(f"d{i}", "form", (), document) for i, document in enumerate(turns)]
 
 
@@ -49,7 +51,11 @@ def test_a_benchmark_knows_its_questions_by_the_ids_of_its_source(tmp_path):
         "d1/0": "d1/0",
         "d1/1": "d1/1",
     }
-    assert [opened.records[question.record].id for question in opened.questions] == ["d0", "d1", "d1"]
+    assert [opened.records[question.record].id for question in opened.questions] == [
+        "d0",
+        "d1",
+        "d1",
+    ]
     assert len(questions.open_benchmark(tasks.TASKS["docvqa"], tmp_path, 2).questions) == 2
 
 

@@ -37,8 +37,17 @@ def make_runner(trained_workdir, tmp_path):
 
     def make(answer: str = "Ann", stop_at: int = -1, **changes):
         sampler = ScriptedSampler(tokenizer, answer, stop_at)
-        fields = {"path": tmp_path / "checkpoints" / "7", "step": 7, "metadata": {"train_seconds": 12.5}}
-        fields |= {"batch_ways": 4, "tokenizer": tokenizer, "sampler": lambda: sampler, "variables": {}} | changes
+        fields = {
+            "path": tmp_path / "checkpoints" / "7",
+            "step": 7,
+            "metadata": {"train_seconds": 12.5},
+        }
+        fields |= {
+            "batch_ways": 4,
+            "tokenizer": tokenizer,
+            "sampler": lambda: sampler,
+            "variables": {},
+        } | changes
         fields["path"].mkdir(parents=True, exist_ok=True)
         return runner.Runner(types.SimpleNamespace(**fields), config), sampler
 
@@ -52,10 +61,14 @@ def test_blind_rows_differ_in_pixels_alone(trained_workdir):
     blind = runner.blank(record)
     assert images.decode_image(blind.images[0], "").getextrema() == ((255, 255),) * 3
     assert not blind.lines
-    asked, guessed = (examples.build_prompt(page, "Who?", config, tokenizer) for page in (record, blind))
+    asked, guessed = (
+        examples.build_prompt(page, "Who?", config, tokenizer) for page in (record, blind)
+    )
     for name in ("tokens", "positions", "segment_ids"):
         np.testing.assert_array_equal(asked[name], guessed[name])
-    num_tiles = (asked["tokens"] == tokenizer.specials["<image>"]).sum() // config.model.slots_per_tile
+    num_tiles = (
+        asked["tokens"] == tokenizer.specials["<image>"]
+    ).sum() // config.model.slots_per_tile
     assert (guessed["tiles"][:num_tiles] == 255).all()
     assert not (asked["tiles"][:num_tiles] == 255).all()
 
@@ -69,17 +82,25 @@ def test_rows_are_scored_and_every_batch_has_one_shape(make_runner, tmp_path):
     assert {row["kind"] for row in result.rows} == {"form", "table"}
     for row in result.rows:
         assert row["prediction"] == "Anna"
-        assert (row["score"], row["exact"]) == ((1.0, 1.0) if row["question"] == "Who?" else (0.0, 0.0))
+        assert (row["score"], row["exact"]) == (
+            (1.0, 1.0) if row["question"] == "Who?" else (0.0, 0.0)
+        )
     assert result == predictions.read(tmp_path / "predictions" / "seen_fonts.jsonl")
     assert result.header["prompt"] == "<s><image><user>QUESTION<assistant>"
-    assert (result.header["split"], result.header["blind"], result.header["step"]) == ("seen_fonts", False, 7)
+    assert (result.header["split"], result.header["blind"], result.header["step"]) == (
+        "seen_fonts",
+        False,
+        7,
+    )
 
 
 def test_prompts_are_not_padded_to_rows_of_many_records(make_runner):
     asker, sampler = make_runner("Anna")
     asker.evaluate("seen_fonts", blind=False)
     packed = {"packing": "plan", "row_length": 11_520, "max_tiles": 35, "record_tiles": 2}
-    config = dataclasses.replace(asker._config, data=dataclasses.replace(asker._config.data, **packed))
+    config = dataclasses.replace(
+        asker._config, data=dataclasses.replace(asker._config.data, **packed)
+    )
     other, other_sampler = make_runner("Anna", step=8)
     other._config = config
     other.evaluate("seen_fonts", blind=False)
@@ -109,7 +130,9 @@ def test_a_stopped_evaluation_goes_on_and_a_finished_one_is_kept(make_runner, tm
 def test_another_checkpoint_is_asked_anew(make_runner, change):
     make_runner("Ann")[0].evaluate("unseen_fonts", blind=False)
     asker, sampler = make_runner("Bob", **change)
-    assert {row["prediction"] for row in asker.evaluate("unseen_fonts", blind=False).rows} == {"Bob"}
+    assert {row["prediction"] for row in asker.evaluate("unseen_fonts", blind=False).rows} == {
+        "Bob"
+    }
     assert len(sampler.batches) == 2
 
 
@@ -119,7 +142,9 @@ def test_other_pages_are_asked_anew(make_runner, trained_workdir):
     (trained_workdir / "prepare.json").write_text('{"noise": 1.0}')
     try:
         asker, sampler = make_runner("Bob")
-        assert {row["prediction"] for row in asker.evaluate("unseen_fonts", blind=False).rows} == {"Bob"}
+        assert {row["prediction"] for row in asker.evaluate("unseen_fonts", blind=False).rows} == {
+            "Bob"
+        }
     finally:
         (trained_workdir / "prepare.json").unlink()
     assert len(sampler.batches) == 2

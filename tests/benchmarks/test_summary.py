@@ -19,7 +19,9 @@ def result(*scored: tuple[float, float]) -> Predictions:
 def loaded():
     params = {"llm": {"head": np.zeros((3, 4))}, "connector": {"bias": np.zeros(5)}}
     config = config_lib.Config(seed=3)
-    return types.SimpleNamespace(params=params, config=config, step=7, metadata={"train_seconds": 12.5})
+    return types.SimpleNamespace(
+        params=params, config=config, step=7, metadata={"train_seconds": 12.5}
+    )
 
 
 def test_every_split_gives_its_own_fields(loaded, tmp_path):
@@ -52,7 +54,9 @@ def test_every_split_gives_its_own_fields(loaded, tmp_path):
 
 
 def test_what_was_not_asked_has_no_field(loaded):
-    fields = summary.summarize(loaded, ("seen_fonts", "unseen_fonts"), {("unseen_fonts", False): result((1, 1))})
+    fields = summary.summarize(
+        loaded, ("seen_fonts", "unseen_fonts"), {("unseen_fonts", False): result((1, 1))}
+    )
     assert fields["anls_unseen_fonts"] == 1
     assert not {"anls", "exact_match", "anls_blind", "anls_blind_unseen_fonts"} & set(fields)
 
@@ -60,7 +64,10 @@ def test_what_was_not_asked_has_no_field(loaded):
 def test_tasks_have_a_field_of_their_own(loaded):
     row = {"answers": ["1"], "scores": {"f1": [2.0, 2.0]}}
     rows = [row, row | {"scores": {"f1": [0.0, 1.0]}, "problem": "cannot read image"}]
-    of_tasks = {"klc": Predictions({}, rows), "docvqa_test": Predictions({}, [{"answers": [], "scores": {}}])}
+    of_tasks = {
+        "klc": Predictions({}, rows),
+        "docvqa_test": Predictions({}, [{"answers": [], "scores": {}}]),
+    }
     read = [{"scores": {"bits_per_byte": [30.0, 20]}}, {"scores": {}, "problem": "no text"}]
     of_tasks["text_bpb"] = Predictions({}, [*read, {"scores": {"bits_per_byte": [10.0, 5]}}])
     fields = summary.summarize(loaded, ("seen_fonts",), {}, of_tasks)

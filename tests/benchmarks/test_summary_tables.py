@@ -9,7 +9,9 @@ from alignvlm_jax.benchmarks.predictions import Predictions
 
 
 def result(name: str, score: float) -> Predictions:
-    return Predictions({}, [{"scores": {tasks.TASKS[name].main_score: [score, 1.0]}, "answers": ["1"]}])
+    return Predictions(
+        {}, [{"scores": {tasks.TASKS[name].main_score: [score, 1.0]}, "answers": ["1"]}]
+    )
 
 
 def text(table) -> str:
@@ -26,7 +28,8 @@ def printed(results) -> list[str]:
 
 def test_a_column_of_several_tasks_needs_them_all():
     results = {
-        name: result(name, score) for name, score in zip(tasks.GROUPS["tablevqa"], (1, 0, 0.5, 0.5), strict=True)
+        name: result(name, score)
+        for name, score in zip(tasks.GROUPS["tablevqa"], (1, 0, 0.5, 0.5), strict=True)
     }
     assert summary.columns(results)["TableVQA"] == 0.5
     del results["vwtq"]

@@ -9,7 +9,17 @@ from alignvlm_jax.errors import UserError
 
 
 def test_the_table_has_the_columns_of_the_paper():
-    paper = ["DocVQA", "InfoVQA", "DeepForm", "KLC", "WTQ", "TabFact", "ChartQA", "TextVQA", "TableVQA"]
+    paper = [
+        "DocVQA",
+        "InfoVQA",
+        "DeepForm",
+        "KLC",
+        "WTQ",
+        "TabFact",
+        "ChartQA",
+        "TextVQA",
+        "TableVQA",
+    ]
     assert list(tasks.COLUMNS) == paper
     assert len(tasks.find(["tablevqa"])) == 4
     assert all(task.column == "TableVQA" for task in tasks.find(["tablevqa"]))
@@ -18,7 +28,9 @@ def test_the_table_has_the_columns_of_the_paper():
 @pytest.mark.parametrize("task", tasks.TASKS.values(), ids=lambda task: task.name)
 def test_every_task_rates_right_wrong_and_empty_answers(task):
     wanted = ["1"]
-    right, wrong, empty = task.rate(" 1\n", wanted), task.rate("7777", wanted), task.rate(" ", wanted)
+    right = task.rate(" 1\n", wanted)
+    wrong = task.rate("7777", wanted)
+    empty = task.rate(" ", wanted)
     assert right[task.main_score][0] == right[task.main_score][1] > 0
     assert set(right) == set(wrong) == set(empty) == set(task.scores)
     for rated in (wrong, empty):
@@ -41,7 +53,10 @@ def test_several_answers_are_parted_as_the_prompt_asks():
 
 
 def test_names_are_found_once_and_typos_have_a_hint():
-    assert [task.name for task in tasks.find(["vwtq", "docvqa", "tablevqa"])][:2] == ["vwtq", "docvqa"]
+    assert [task.name for task in tasks.find(["vwtq", "docvqa", "tablevqa"])][:2] == [
+        "vwtq",
+        "docvqa",
+    ]
     assert len(tasks.find(["vwtq", "docvqa", "tablevqa"])) == 5
     assert [task.name for task in tasks.find(["text_bpb", "debian_tables", "text_bpb"])] == [
         "text_bpb",
@@ -58,4 +73,8 @@ def test_names_are_found_once_and_typos_have_a_hint():
 
 
 def test_names_are_of_one_thing_each():
-    assert len(set(tasks.NAMES)) == len(tasks.NAMES) == len(tasks.TASKS) + len(tasks.TEXTS) + len(tasks.GROUPS)
+    assert (
+        len(set(tasks.NAMES))
+        == len(tasks.NAMES)
+        == len(tasks.TASKS) + len(tasks.TEXTS) + len(tasks.GROUPS)
+    )

@@ -1,4 +1,5 @@
-"""Bits per byte against float64 logarithms of the LLM's own probabilities, one window after another without padding."""
+"""Bits per byte against float64 logarithms of the LLM's own probabilities, one window after another
+without padding."""
 
 import dataclasses
 import math
@@ -18,11 +19,14 @@ from alignvlm_jax.models.decoder import Llama
 
 TASK = tasks.TextTask("held_out", "validation", window=7)
 SAID = ("ab a", "", "Total: 12 é\nWho is the tall one? " * 2, "b", "What is it?", "", "ba" * 5)
-"""Of records: nothing, less than a window, and several; in bytes of UTF-8 one more than in characters."""
+"""Of records: nothing, less than a window, and several; in bytes of UTF-8 one more than in
+characters."""
 
 
 def record(name: str, text: str) -> Record:
-    lines = tuple(tuple(Word(word, (0, 0, 1, 1)) for word in line.split(" ")) for line in text.split("\n"))
+    lines = tuple(
+        tuple(Word(word, (0, 0, 1, 1)) for word in line.split(" ")) for line in text.split("\n")
+    )
     return Record(name, "pdf", (b"no image",), (), (lines,) if text else ())
 
 
@@ -57,8 +61,10 @@ def scores(result) -> list[tuple[float, int] | None]:
 
 @pytest.fixture(scope="module")
 def expected_bits(trained):
-    """begin, text, window -> bits that the LLM alone takes, on one device; each length of a window compiles."""
-    params, llm = jax.device_get(trained.params)["llm"], Llama(trained.config.model.llm, jnp.float32, "none")
+    """begin, text, window -> bits that the LLM alone takes, on one device; each length of a window
+    compiles."""
+    params = jax.device_get(trained.params)["llm"]
+    llm = Llama(trained.config.model.llm, jnp.float32, "none")
 
     def read(module, seen):
         return module.logits(module(module.embed(seen[None]), jnp.arange(len(seen))[None])[0])[0]
@@ -66,7 +72,9 @@ def expected_bits(trained):
     logits = jax.jit(lambda params, seen: llm.apply({"params": params}, seen, method=read))
 
     def bits(begin: list[int], text: str, window: int) -> float:
-        tokens, start, nats = np.array([*begin, *trained.tokenizer.encode(text)]), 0, 0.0
+        tokens = np.array([*begin, *trained.tokenizer.encode(text)])
+        start = 0
+        nats = 0.0
         while start < len(tokens) - 1:
             part = tokens[start : start + window]
             z = np.asarray(logits(params, part[:-1]), np.float64)
@@ -79,9 +87,11 @@ def expected_bits(trained):
 
 
 @pytest.mark.parametrize("has_begin", [True, False])
-def test_the_value_is_that_of_the_llm_alone(loaded, held_out, expected_bits, has_begin, monkeypatch):
-    """Padded, batched over the mesh and cut into windows. Where nothing begins a text, nobody predicts its first token:
-    of "b" alone that costs nothing."""
+def test_the_value_is_that_of_the_llm_alone(
+    loaded, held_out, expected_bits, has_begin, monkeypatch
+):
+    """Padded, batched over the mesh and cut into windows. Where nothing begins a text, nobody
+    predicts its first token: of "b" alone that costs nothing."""
     begin = [loaded.tokenizer.specials["<s>"]] if has_begin else []
     if has_begin:
         assert chat.begin_ids(loaded.tokenizer) == begin
@@ -95,8 +105,13 @@ def test_the_value_is_that_of_the_llm_alone(loaded, held_out, expected_bits, has
     assert [row.get("problem") for row in result.rows if not row["scores"]] == [
         f"record {n} has no text" for n in ("d1", "d5")
     ]
-    assert result.statistics().score("bits_per_byte") == pytest.approx(sum(expected) / sum(sizes), rel=1e-6)
-    assert [(row["id"], row["record"], row["kind"]) for row in result.rows][:2] == [("d0", 0, "pdf"), ("d1", 1, "pdf")]
+    assert result.statistics().score("bits_per_byte") == pytest.approx(
+        sum(expected) / sum(sizes), rel=1e-6
+    )
+    assert [(row["id"], row["record"], row["kind"]) for row in result.rows][:2] == [
+        ("d0", 0, "pdf"),
+        ("d1", 1, "pdf"),
+    ]
 
 
 @pytest.mark.parametrize("count", [2, 3, 7, 8, 13, 14, 40])
@@ -113,7 +128,11 @@ def test_a_text_without_anything_to_predict_has_no_window():
 
 def test_the_tower_and_the_connector_do_not_enter(loaded, held_out):
     expected = scores(text_bpb.Reader(loaded).measure(held_out))
-    other = {**loaded.params, "vision": {}, "connector": jax.tree.map(lambda x: x + np.nan, loaded.params["connector"])}
+    other = {
+        **loaded.params,
+        "vision": {},
+        "connector": jax.tree.map(lambda x: x + np.nan, loaded.params["connector"]),
+    }
     without = dataclasses.replace(loaded, params=other, step=8)
     assert scores(text_bpb.Reader(without).measure(held_out)) == expected
     llm = jax.tree.map(lambda x: 0.9 * x, loaded.params["llm"])
@@ -126,8 +145,12 @@ def test_padding_changes_nothing(loaded, held_out):
     by_window = {}
     for window in (40, 45):
         task = dataclasses.replace(TASK, window=window)
-        by_window[window] = scores(text_bpb.Reader(loaded).measure(dataclasses.replace(held_out, task=task)))
-    pairs = [pair for i, pair in enumerate(zip(*by_window.values(), strict=True)) if SAID[i] and i != 2]
+        by_window[window] = scores(
+            text_bpb.Reader(loaded).measure(dataclasses.replace(held_out, task=task))
+        )
+    pairs = [
+        pair for i, pair in enumerate(zip(*by_window.values(), strict=True)) if SAID[i] and i != 2
+    ]
     assert len(pairs) == 4
     assert all(one == (pytest.approx(other[0], rel=1e-6), other[1]) for one, other in pairs)
     assert by_window[40][2][0] != pytest.approx(by_window[45][2][0], rel=1e-6)
@@ -135,16 +158,22 @@ def test_padding_changes_nothing(loaded, held_out):
 
 def test_a_window_is_no_longer_than_the_models_rows(loaded, held_out):
     reader = text_bpb.Reader(loaded)
-    longest = reader.measure(dataclasses.replace(held_out, task=dataclasses.replace(TASK, window=512)))
+    longest = reader.measure(
+        dataclasses.replace(held_out, task=dataclasses.replace(TASK, window=512))
+    )
     assert longest.header["window"] == loaded.config.data.row_length == 48
 
 
 class Spy:
-    """Sees which texts a reader takes up, and what it asks the model; stops before the batch numbered `stop_at`."""
+    """Sees which texts a reader takes up, and what it asks the model; stops before the batch
+    numbered `stop_at`."""
 
     def __init__(self, reader: text_bpb.Reader, stop_at: int = -1):
-        self.reader, self.taken, self.batches = reader, [], []
-        take, ask = reader._windows, reader._nll
+        self.reader = reader
+        self.taken = []
+        self.batches = []
+        take = reader._windows
+        ask = reader._nll
 
         def windows(asked, window):
             self.taken += [text.id for text in asked]
@@ -156,7 +185,8 @@ class Spy:
             self.batches.append(batch["tokens"])
             return ask(variables, batch)
 
-        reader._windows, reader._nll = windows, nll
+        reader._windows = windows
+        reader._nll = nll
 
 
 def test_a_stopped_reading_goes_on_and_a_finished_one_is_kept(loaded, held_out, monkeypatch):
@@ -202,7 +232,10 @@ def test_anything_else_is_read_anew(loaded, held_out, tmp_path, change):
     after = spy.reader.measure(held_out)
     assert spy.taken == [text.id for text in held_out.texts]
     assert after.header != before.header
-    assert predictions.read(predictions.task_path(loading.workdir_of(loaded.path), "held_out")) == after
+    assert (
+        predictions.read(predictions.task_path(loading.workdir_of(loaded.path), "held_out"))
+        == after
+    )
 
 
 def test_batches_have_one_shape_and_are_shared_by_the_devices(loaded, held_out, monkeypatch):
@@ -210,7 +243,8 @@ def test_batches_have_one_shape_and_are_shared_by_the_devices(loaded, held_out, 
     spy = Spy(text_bpb.Reader(loaded))
     spy.reader.measure(held_out)
     assert len(spy.batches) > 2
-    # Seven texts do not fill two rows on each of four devices: as many rows as texts, or a few more.
+    # Seven texts do not fill two rows on each of four devices: as many rows as texts, or a few
+    # more.
     assert {batch.shape for batch in spy.batches} == {(8, TASK.window)}
     assert {batch.sharding.shard_shape(batch.shape) for batch in spy.batches} == {(2, TASK.window)}
 
@@ -230,6 +264,8 @@ def test_records_are_spread_over_the_split_and_bad_folders_are_named(tmp_path):
     with pytest.raises(UserError, match=r"no shards of split 'test' in .*held_out"):
         text_bpb.open_text(dataclasses.replace(TASK, split="test"), tmp_path, None)
     write_split(tmp_path / "none", ["", ""])
-    with pytest.raises(UserError, match=r"split 'validation' in .*none: none of 2 records has text") as error:
+    with pytest.raises(
+        UserError, match=r"split 'validation' in .*none: none of 2 records has text"
+    ) as error:
         text_bpb.open_text(dataclasses.replace(TASK, folder="none"), tmp_path, None)
     assert "\n" not in str(error.value)

@@ -68,7 +68,9 @@ def test_generate_inspect_and_load(workdir, trained_workdir, bucket_folder, page
     inspect.main(["--analysis=lens", *in_bucket])
     assert "What the patches of page.png say" in (workdir / "lens.html").read_text()
     model = alignvlm_jax.load(os.fspath(workdir), data=os.fspath(bucket_folder))
-    assert model.answer(f"{bucket_folder}/page.png", "Who?", max_new_tokens=3) == expected.removesuffix("\n")
+    assert model.answer(
+        f"{bucket_folder}/page.png", "Who?", max_new_tokens=3
+    ) == expected.removesuffix("\n")
 
 
 def test_convert_there_and_back(published, bucket_folder, tmp_path):  # noqa: F811
@@ -92,7 +94,8 @@ def test_convert_there_and_back(published, bucket_folder, tmp_path):  # noqa: F8
 
 def test_answers_go_on_after_a_kill(bucket_folder):
     """Under the partial name until they are all there; what is there is whole lines."""
-    path, header = predictions.path_of(bucket_folder, "seen", False), {"split": "seen"}
+    path = predictions.path_of(bucket_folder, "seen", False)
+    header = {"split": "seen"}
     writer = predictions.Writer(path, header)
     writer.append([{"id": "1"}])
     storage.sync_all()
@@ -148,8 +151,13 @@ def test_without_a_network_it_takes_seconds():
     began = time.monotonic()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 75
-    assert done.stderr.count("\n") == 1 and "gs://bucket/run" in done.stderr and "does not answer" in done.stderr
-    assert time.monotonic() - began < 120  # Of which loading the program is the most, on a busy machine.
+    assert (
+        done.stderr.count("\n") == 1
+        and "gs://bucket/run" in done.stderr
+        and "does not answer" in done.stderr
+    )
+    # Of which loading the program is the most, on a busy machine.
+    assert time.monotonic() - began < 120
 
 
 def test_one_slash_is_wrong_usage(capsys):

@@ -42,13 +42,18 @@ def show(capsys, *argv: str) -> dict[str, list[str]]:
     """The lines of each group."""
     assert program.main(["config", *argv]) == 0
     head, *groups = capsys.readouterr().out.rstrip("\n").split("\n\n")
-    return {"": head.splitlines()} | {name: lines for name, *lines in (group.splitlines() for group in groups)}
+    return {"": head.splitlines()} | {
+        name: lines for name, *lines in (group.splitlines() for group in groups)
+    }
 
 
 def test_what_all_stages_share_stands_once(flag, capsys):
     groups = show(capsys, flag)
     assert groups[""][0] == "2 stages: align, answer"
-    assert [name for name in groups if "stages" in name] == ["config.stages.align", "config.stages.answer"]
+    assert [name for name in groups if "stages" in name] == [
+        "config.stages.align",
+        "config.stages.answer",
+    ]
     assert groups["config.optim"][0].startswith("* learning_rate = 0.001 ")
     train = "\n".join(groups["config.train"])
     assert "* batch_size = 8 " in train and "  accumulation = 1 " in train
@@ -57,8 +62,11 @@ def test_what_all_stages_share_stands_once(flag, capsys):
 
 def test_stages_show_where_they_differ(flag, capsys):
     groups = show(capsys, flag)
-    align, answer = groups["config.stages.align"], groups["config.stages.answer"]
-    assert align[0].startswith("* train.num_steps = 5 ") and align[0].endswith("# Steps of the optimizer.")
+    align = groups["config.stages.align"]
+    answer = groups["config.stages.answer"]
+    assert align[0].startswith("* train.num_steps = 5 ") and align[0].endswith(
+        "# Steps of the optimizer."
+    )
     assert align[1].startswith("  train.trainable = ('.*',) ")
     # Explained above.
     assert answer == [
@@ -76,7 +84,9 @@ def test_every_field_is_shown_with_its_comment(flag, capsys):
         # The title of each stage, and of each source; and options of the connector chosen alone.
         is_of_another = re.match(r"model\.connectors\.(?!align)", field.path)
         if field.path not in ("stage", "data.sources") and not is_of_another:
-            assert f" {field.path.rpartition('.')[2]} = " in printed or f" {field.path} = " in printed, field.path
+            assert (
+                f" {field.path.rpartition('.')[2]} = " in printed or f" {field.path} = " in printed
+            ), field.path
             assert field.comment in told, field.path
     assert max(map(len, lines)) <= command.WIDTH
 
@@ -98,8 +108,9 @@ def test_one_stage_is_shown_whole(flag, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("suffix", "override", "message"),
     [
-        (":llm", "--config.seed=1", 'config.model.llm.{vocab_size, width, mlp_width, num_layers, num_heads, '
-         'num_kv_heads, head_dim} (usually set_preset(config.model.llm, presets.LLM["..."]))'),
+        (":llm", "--config.seed=1", 'config.model.llm.{vocab_size, width, mlp_width, num_layers, '
+         'num_heads, num_kv_heads, head_dim} (usually set_preset(config.model.llm, '
+         'presets.LLM["..."]))'),
         ("", "--config.train.batch_sise=9", "config.train.batch_sise; did you mean 'batch_size'?"),
         ("", "--config.model.remat=ful", "config.model.remat is 'ful'; did you mean 'full'?"),
     ],
@@ -120,7 +131,9 @@ def test_wrong_usage(argv, capsys):
 def test_the_committed_reference_is_what_is_generated(capsys):
     assert program.main(["config", "--markdown"]) == 0
     committed = (REPOSITORY / "docs" / "config.md").read_text()
-    assert committed == capsys.readouterr().out, "run: python -m alignvlm_jax config --markdown > docs/config.md"
+    assert committed == capsys.readouterr().out, (
+        "run: python -m alignvlm_jax config --markdown > docs/config.md"
+    )
     assert (
         committed.count("**must be given**")
         == len([field for field in describing.fields().values() if field.default is None]) + 1

@@ -46,7 +46,11 @@ def test_overrides_reach_the_stages_that_do_not_set_the_field(flag):
 
 def test_one_stage_can_be_changed_in_a_field_that_it_does_not_set(flag):
     stages, _ = config_flag.parse(
-        [flag, "--config.stages.read.optim.learning_rate=1", "--config.stages.read.train.trainable=('llm/.*',)"]
+        [
+            flag,
+            "--config.stages.read.optim.learning_rate=1",
+            "--config.stages.read.train.trainable=('llm/.*',)",
+        ]
     )
     assert [stage.optim.learning_rate for stage in stages] == [2e-3, 1.0]
     assert [stage.train.trainable for stage in stages] == [(".*",), ("llm/.*",)]
@@ -55,10 +59,15 @@ def test_one_stage_can_be_changed_in_a_field_that_it_does_not_set(flag):
 def test_one_stage_can_be_given_what_the_base_lacks(flag):
     with pytest.raises(UserError, match=r"stage 'align' lacks config\.optim\.learning_rate;"):
         config_flag.parse([flag + ":lacking"])
-    rates = ["--config.stages.align.optim.learning_rate=1", "--config.stages.read.optim.learning_rate=0.5"]
+    rates = [
+        "--config.stages.align.optim.learning_rate=1",
+        "--config.stages.read.optim.learning_rate=0.5",
+    ]
     stages, _ = config_flag.parse([flag + ":lacking", *rates])
     assert [stage.optim.learning_rate for stage in stages] == [1.0, 0.5]
-    with pytest.raises(UserError, match=r"stages\.align\.optim\.learning_rate=fast: could not convert"):
+    with pytest.raises(
+        UserError, match=r"stages\.align\.optim\.learning_rate=fast: could not convert"
+    ):
         config_flag.parse([flag + ":lacking", "--config.stages.align.optim.learning_rate=fast"])
 
 
@@ -79,7 +88,10 @@ def test_options_of_the_connector_chosen(flag):
     use = ["--config.model.connector.use_ln2=False", "--config.model.connector.ln2_gain_init=4"]
     stages, _ = config_flag.parse([flag, *use])
     assert stages[0].model.connector == config_lib.connector(use_ln2=False, ln2_gain_init=4.0)
-    latents = ["--config.model.connector.num_latents=3", "--config.model.connectors.perceiver.num_layers=2"]
+    latents = [
+        "--config.model.connector.num_latents=3",
+        "--config.model.connectors.perceiver.num_layers=2",
+    ]
     for argv in (
         [f"{flag}:perceiver", *latents],
         [flag, "--config.model.connector.name=perceiver", *latents],
@@ -107,7 +119,10 @@ def test_without_a_config_there_are_no_stages():
             r"unknown config field config.optim.learning_rat; did you mean 'learning_rate'",
         ),
         ("--config.optm.eps=1", r"unknown config field config.optm.eps; did you mean 'optim'"),
-        ("--config.stages.read.train.num_step=1", r"stages.read.train.num_step; did you mean 'num_steps'"),
+        (
+            "--config.stages.read.train.num_step=1",
+            r"stages.read.train.num_step; did you mean 'num_steps'",
+        ),
         ("--config.stages.reed.train.num_steps=1", r"stages: align, read"),
         ("--config.seed.more=1", r"unknown config field config.seed.more"),
         (
@@ -117,7 +132,10 @@ def test_without_a_config_there_are_no_stages():
         ("--config.train.batch_size=many", r"config.train.batch_size=many: invalid literal"),
         ("--config.train.batch_size=0", r"config.train.batch_size"),
         ("--config.model.connector.w2_init=lmhead", r"did you mean 'lm_head'"),
-        ("--config.model.connector.w2_int=lm_head", r"config.model.connector.w2_int; did you mean 'w2_init'"),
+        (
+            "--config.model.connector.w2_int=lm_head",
+            r"config.model.connector.w2_int; did you mean 'w2_init'",
+        ),
         ("--config.model.connector.use_ln2=2", r"config.model.connector.use_ln2"),
         ("--config.model.connector.name=algin", r"connector.name is 'algin'; did you mean 'align'"),
         (
@@ -125,7 +143,10 @@ def test_without_a_config_there_are_no_stages():
             r"num_latents is an option of perceiver, and config.model.connector.name is 'align'; leave it out, or set "
             r"config.model.connectors.perceiver.num_latents",
         ),
-        ("--config.model.connectors.perceiver.num_latent=3", r"num_latent; did you mean 'num_latents'"),
+        (
+            "--config.model.connectors.perceiver.num_latent=3",
+            r"num_latent; did you mean 'num_latents'",
+        ),
     ],
 )
 def test_wrong_overrides_are_errors_of_one_line(flag, override, message):

@@ -1,4 +1,5 @@
-"""Published weights in, and out again bit for bit; whatever is wrong is one line, and leaves nothing behind."""
+"""Published weights in, and out again bit for bit; whatever is wrong is one line, and leaves
+nothing behind."""
 
 import dataclasses
 import json
@@ -33,7 +34,9 @@ def published(tmp_path_factory):
 
 
 def convert_to(out, published, *flags):
-    convert.main([f"--llm={published / 'llm'}", f"--vision={published / 'vision'}", f"--out={out}", *flags])
+    convert.main(
+        [f"--llm={published / 'llm'}", f"--vision={published / 'vision'}", f"--out={out}", *flags]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,27 +47,44 @@ def converted(published, tmp_path_factory):
 
 
 def tensors_of(folder) -> dict[str, np.ndarray]:
-    return {name: x for path in sorted(folder.glob("*.safetensors")) for name, x in load_file(path).items()}
+    return {
+        name: x
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, x in load_file(path).items()
+    }
 
 
 def test_counts_are_printed(published, tmp_path, capsys):
     convert_to(tmp_path / "start", published, "--connector=mlp")
     printed = capsys.readouterr().out
-    # Arrays of the encoder, the LLM, the connector; ignored are the pooling head's 11, the text tower, two numbers.
+    # Arrays of the encoder, the LLM, the connector; ignored are the pooling head's 11, the text
+    # tower, two numbers.
     assert all(f"{count} / " in printed for count in (21, 12, 4, 14))
 
 
-def test_import_and_export_give_back_every_tensor_bit_for_bit(published, converted, tmp_path, monkeypatch):
+def test_import_and_export_give_back_every_tensor_bit_for_bit(
+    published, converted, tmp_path, monkeypatch
+):
     monkeypatch.setattr(export, "SHARD_BYTES", 30_000)
-    convert.main(["--export", f"--checkpoint={converted / 'checkpoints' / '0'}", f"--out={tmp_path / 'out'}"])
-    before, after = tensors_of(published / "llm"), tensors_of(tmp_path / "out" / "llm")
-    assert before.keys() == after.keys() and len(list((tmp_path / "out" / "llm").glob("*.safetensors"))) > 2
+    convert.main(
+        ["--export", f"--checkpoint={converted / 'checkpoints' / '0'}", f"--out={tmp_path / 'out'}"]
+    )
+    before = tensors_of(published / "llm")
+    after = tensors_of(tmp_path / "out" / "llm")
+    assert (
+        before.keys() == after.keys()
+        and len(list((tmp_path / "out" / "llm").glob("*.safetensors"))) > 2
+    )
     for name, array in before.items():
         assert array.dtype == after[name].dtype == ml_dtypes.bfloat16
         np.testing.assert_array_equal(array.view(np.uint16), after[name].view(np.uint16))
     index = json.loads((tmp_path / "out" / "llm" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == after.keys()
-    seen = {name: x for name, x in tensors_of(published / "vision").items() if name.startswith("vision_model.")}
+    seen = {
+        name: x
+        for name, x in tensors_of(published / "vision").items()
+        if name.startswith("vision_model.")
+    }
     seen = {name: x for name, x in seen.items() if ".head." not in name}
     written = tensors_of(tmp_path / "out" / "vision")
     assert written.keys() == seen.keys()
@@ -76,7 +96,11 @@ def test_import_and_export_give_back_every_tensor_bit_for_bit(published, convert
     # What was written is read again as the same model.
     shutil.copytree(tmp_path / "out", tmp_path / "again")
     convert.main(
-        [f"--llm={tmp_path / 'again' / 'llm'}", f"--vision={tmp_path / 'again' / 'vision'}", f"--out={tmp_path / 'b'}"]
+        [
+            f"--llm={tmp_path / 'again' / 'llm'}",
+            f"--vision={tmp_path / 'again' / 'vision'}",
+            f"--out={tmp_path / 'b'}",
+        ]
     )
     configs = [restore.load_config(path).model for path in (converted, tmp_path / "b")]
     assert configs[0] == configs[1]
@@ -106,11 +130,15 @@ def test_a_run_starts_from_what_was_converted(converted, name):
     tokenizer = loader.load_tokenizer(stages[0])
     assert chat.stop_ids(tokenizer)
     stage = stages[0]
-    read = restore.read_newest(pathlib.Path(stage.init_from), lambda source, step: source.stored_params(step))
+    read = restore.read_newest(
+        pathlib.Path(stage.init_from), lambda source, step: source.stored_params(step)
+    )
     model = vlm.VLM(stage.model)
     with pytest.raises(UserError, match=r"3 does not divide over mesh axis tensor of 2"):
         state.abstract_params(model, stage, mesh_lib.make_mesh(stage))
-    narrow = dataclasses.replace(stage, mesh=dataclasses.replace(stage.mesh, data=4, fsdp=2, tensor=1))
+    narrow = dataclasses.replace(
+        stage, mesh=dataclasses.replace(stage.mesh, data=4, fsdp=2, tensor=1)
+    )
     mesh = mesh_lib.make_mesh(narrow)
     abstract = state.abstract_params(model, narrow, mesh)
     wanted = {path: x.shape for path, x in state.flatten(abstract).items()}
@@ -121,7 +149,9 @@ def test_a_run_starts_from_what_was_converted(converted, name):
 
 
 def test_config_files_say_what_to_run_first(tmp_path):
-    with pytest.raises(UserError, match=r"holds no config\.json: run `make weights` or `convert` first"):
+    with pytest.raises(
+        UserError, match=r"holds no config\.json: run `make weights` or `convert` first"
+    ):
         config_flag.parse([f"--config=configs/finetune.py:{tmp_path}"])
 
 
@@ -130,20 +160,47 @@ def test_config_files_say_what_to_run_first(tmp_path):
     [
         (lambda d: (d / "llm" / "config.json").write_text("{"), r"config\.json is damaged"),
         (lambda d: change_config(d, model_type="gpt2"), r"model_type is 'gpt2'; read are: 'llama'"),
-        (lambda d: change_config(d, attention_bias=True), r"attention_bias is True; read are: False"),
+        (
+            lambda d: change_config(d, attention_bias=True),
+            r"attention_bias is True; read are: False",
+        ),
         (lambda d: change_config(d, num_hidden_layers=None), r"does not say num_hidden_layers"),
-        (lambda d: change_config(d, intermediate_size=48), r"gate_proj\.weight is \(40, 24\); .* must be \(48, 24\)"),
-        (lambda d: change_config(d, num_hidden_layers=6), r"no parameter of ours is: 9 tensors: model\.layers\.6"),
-        (lambda d: next((d / "llm").glob("*00001*.safetensors")).unlink(), r"lacks 1 of 2 shards: model-00001"),
+        (
+            lambda d: change_config(d, intermediate_size=48),
+            r"gate_proj\.weight is \(40, 24\); .* must be \(48, 24\)",
+        ),
+        (
+            lambda d: change_config(d, num_hidden_layers=6),
+            r"no parameter of ours is: 9 tensors: model\.layers\.6",
+        ),
+        (
+            lambda d: next((d / "llm").glob("*00001*.safetensors")).unlink(),
+            r"lacks 1 of 2 shards: model-00001",
+        ),
         (
             lambda d: cut(next((d / "llm").glob("*-00002-of*"))),
             r"00002-of-00002\.safetensors is damaged or cut",
         ),
-        (lambda d: shutil.rmtree(d / "llm"), r"llm does not exist, and is no package of weights that is known"),
-        (lambda d: (d / "llm" / "tokenizer.json").unlink(), r"llm holds no tokenizer\.json or tokenizer\.model"),
-        (lambda d: write_chatml(d / "llm", vocab_size=400), r"tokenizer .* has 3\d\d tokens, .*vocab_size is 320"),
-        (lambda d: write_chatml(d / "llm", specials=("<pad>",)), r"special tokens of no chat format"),
-        (lambda d: spoil_tensor(d / "vision" / "model.safetensors", np.nan), r"post_layernorm\.weight holds numbers"),
+        (
+            lambda d: shutil.rmtree(d / "llm"),
+            r"llm does not exist, and is no package of weights that is known",
+        ),
+        (
+            lambda d: (d / "llm" / "tokenizer.json").unlink(),
+            r"llm holds no tokenizer\.json or tokenizer\.model",
+        ),
+        (
+            lambda d: write_chatml(d / "llm", vocab_size=400),
+            r"tokenizer .* has 3\d\d tokens, .*vocab_size is 320",
+        ),
+        (
+            lambda d: write_chatml(d / "llm", specials=("<pad>",)),
+            r"special tokens of no chat format",
+        ),
+        (
+            lambda d: spoil_tensor(d / "vision" / "model.safetensors", np.nan),
+            r"post_layernorm\.weight holds numbers",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(published, tmp_path, spoil, message):
@@ -180,11 +237,21 @@ def test_an_unknown_connector_or_part(published, converted, tmp_path):
     with pytest.raises(UserError, match=r"'alin'; did you mean 'align'"):
         convert_to(tmp_path / "out", published, "--connector=alin")
     with pytest.raises(UserError, match=r"'visoin' in --parts; did you mean 'vision'"):
-        convert.main(["--export", f"--checkpoint={converted}", f"--out={tmp_path / 'out'}", "--parts=llm,visoin"])
+        convert.main(
+            [
+                "--export",
+                f"--checkpoint={converted}",
+                f"--out={tmp_path / 'out'}",
+                "--parts=llm,visoin",
+            ]
+        )
 
 
 def test_tiles_that_are_not_square_cannot_be_exported(trained_workdir, tmp_path):
-    with pytest.raises(UserError, match=r"tile_height is 8 and tile_width 16; leave it out by --parts=llm,connector"):
+    with pytest.raises(
+        UserError,
+        match=r"tile_height is 8 and tile_width 16; leave it out by --parts=llm,connector",
+    ):
         convert.main(["--export", f"--checkpoint={trained_workdir}", f"--out={tmp_path / 'out'}"])
     assert not list(tmp_path.iterdir())
 

@@ -17,10 +17,14 @@ from alignvlm_jax.inference import sampler
 from tests.conftest import random_record
 
 
-def test_evaluate_writes_predictions_and_a_summary_with_one_trace(trained_workdir, tmp_path, capsys, monkeypatch):
+def test_evaluate_writes_predictions_and_a_summary_with_one_trace(
+    trained_workdir, tmp_path, capsys, monkeypatch
+):
     traces = []
     generate = sampler._generate
-    monkeypatch.setattr(sampler, "_generate", lambda *args, **kwargs: traces.append(1) or generate(*args, **kwargs))
+    monkeypatch.setattr(
+        sampler, "_generate", lambda *args, **kwargs: traces.append(1) or generate(*args, **kwargs)
+    )
     workdir = tmp_path / "run"
     shutil.copytree(trained_workdir / "checkpoints", workdir / "checkpoints")
 
@@ -30,15 +34,29 @@ def test_evaluate_writes_predictions_and_a_summary_with_one_trace(trained_workdi
     results = predictions.read_all(workdir)
     assert set(results) == {(s, b) for s in ("seen_fonts", "unseen_fonts") for b in (False, True)}
     summary = json.loads((workdir / "summary.json").read_text())
-    assert set(summary) >= {"anls", "anls_blind", "exact_match", "num_eval", "train_seconds", "num_params", "connector"}
-    assert set(summary) >= {"anls_unseen_fonts", "exact_match_unseen_fonts", "anls_blind_unseen_fonts", "seed"}
+    assert set(summary) >= {
+        "anls",
+        "anls_blind",
+        "exact_match",
+        "num_eval",
+        "train_seconds",
+        "num_params",
+        "connector",
+    }
+    assert set(summary) >= {
+        "anls_unseen_fonts",
+        "exact_match_unseen_fonts",
+        "anls_blind_unseen_fonts",
+        "seed",
+    }
     assert summary["num_eval"] == summary["num_eval_unseen_fonts"] == 6
     assert summary["train_seconds"] == 12.5
     assert summary["anls"] == results["seen_fonts", False].mean("score")
     assert summary["anls_blind_unseen_fonts"] == results["unseen_fonts", True].mean("score")
     assert 0.05 < summary["peak_memory_gib"] < 64
     # Random weights answer a page of noise otherwise than a blank one: the pixels reach the answer.
-    seen, blind = results["seen_fonts", False].rows, results["seen_fonts", True].rows
+    seen = results["seen_fonts", False].rows
+    blind = results["seen_fonts", True].rows
     assert [row["question"] for row in seen] == [row["question"] for row in blind]
     assert [row["prediction"] for row in seen] != [row["prediction"] for row in blind]
     printed = capsys.readouterr().out
@@ -49,7 +67,9 @@ def test_evaluate_writes_predictions_and_a_summary_with_one_trace(trained_workdi
     before = [path.stat().st_mtime_ns for path in sorted((workdir / "predictions").iterdir())]
     evaluate.main([f"--checkpoint={workdir / 'checkpoints' / '7'}", "--splits=unseen_fonts"])
     assert len(traces) == 1
-    assert before == [path.stat().st_mtime_ns for path in sorted((workdir / "predictions").iterdir())]
+    assert before == [
+        path.stat().st_mtime_ns for path in sorted((workdir / "predictions").iterdir())
+    ]
     assert json.loads((workdir / "summary.json").read_text())["anls"] == summary["anls"]
 
 
@@ -61,7 +81,9 @@ def test_evaluate_writes_predictions_and_a_summary_with_one_trace(trained_workdi
     ],
 )
 def test_bad_input_is_one_line(trained_workdir, flags, message, monkeypatch):
-    monkeypatch.setattr(evaluate.loading, "load", lambda *_: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(
+        evaluate.loading, "load", lambda *_: pytest.fail("the model was loaded first")
+    )
     with pytest.raises(UserError, match=message) as error:
         evaluate.main([f"--checkpoint={trained_workdir}", *flags])
     assert "\n" not in str(error.value)
@@ -76,7 +98,9 @@ def test_a_stop_says_how_to_go_on(trained_workdir, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate.loading, "load", lambda _, config: types.SimpleNamespace(config=config))
+    monkeypatch.setattr(
+        evaluate.loading, "load", lambda _, config: types.SimpleNamespace(config=config)
+    )
     monkeypatch.setattr(evaluate.runner, "Runner", lambda *_: types.SimpleNamespace(evaluate=stop))
     with pytest.raises(UserError, match="the same command goes on"):
         evaluate.main([f"--checkpoint={trained_workdir}"])
@@ -94,7 +118,9 @@ def benchmarks(tmp_path):
 
     def with_one_turn(i, record):
         turn = record_lib.Turn("Who?", ("Ann", "Anna"))
-        return dataclasses.replace(record, turns=(turn,), images=(b"none",) if i == 2 else record.images)
+        return dataclasses.replace(
+            record, turns=(turn,), images=(b"none",) if i == 2 else record.images
+        )
 
     def without_answers(i, record):
         return dataclasses.replace(record, turns=(record_lib.Turn("Who?", ()),))
@@ -118,13 +144,17 @@ def scripted(monkeypatch, tokenizer_of, says):
     def generate(self, variables, batch, max_new_tokens):
         batches.append(batch)
         tokens = tokenizer_of.encode(says(len(batches)))
-        return np.array([[*tokens, tokenizer_of.specials["<end>"]]] * len(batch["tokens"]), np.int32)
+        return np.array(
+            [[*tokens, tokenizer_of.specials["<end>"]]] * len(batch["tokens"]), np.int32
+        )
 
     monkeypatch.setattr(sampler.Sampler, "generate", generate)
     return batches
 
 
-def test_tasks_are_scored_resumed_and_handed_in(own_workdir, benchmarks, trained_workdir, capsys, monkeypatch):
+def test_tasks_are_scored_resumed_and_handed_in(
+    own_workdir, benchmarks, trained_workdir, capsys, monkeypatch
+):
     tokenizer = loader.load_tokenizer(evaluate.loading.load_config(trained_workdir))
 
     def stop(number):
@@ -132,11 +162,21 @@ def test_tasks_are_scored_resumed_and_handed_in(own_workdir, benchmarks, trained
             raise KeyboardInterrupt
         return "Ann"
 
-    flags = [f"--checkpoint={own_workdir}", f"--data={benchmarks}", "--tasks=docvqa,chartqa,docvqa_test"]
-    monkeypatch.setitem(tasks.TASKS, "docvqa", dataclasses.replace(tasks.TASKS["docvqa"], prompt="{question}"))
-    monkeypatch.setitem(tasks.TASKS, "chartqa", dataclasses.replace(tasks.TASKS["chartqa"], prompt="{question}"))
+    flags = [
+        f"--checkpoint={own_workdir}",
+        f"--data={benchmarks}",
+        "--tasks=docvqa,chartqa,docvqa_test",
+    ]
     monkeypatch.setitem(
-        tasks.TASKS, "docvqa_test", dataclasses.replace(tasks.TASKS["docvqa_test"], prompt="{question}")
+        tasks.TASKS, "docvqa", dataclasses.replace(tasks.TASKS["docvqa"], prompt="{question}")
+    )
+    monkeypatch.setitem(
+        tasks.TASKS, "chartqa", dataclasses.replace(tasks.TASKS["chartqa"], prompt="{question}")
+    )
+    monkeypatch.setitem(
+        tasks.TASKS,
+        "docvqa_test",
+        dataclasses.replace(tasks.TASKS["docvqa_test"], prompt="{question}"),
     )
     scripted(monkeypatch, tokenizer, stop)
     with pytest.raises(UserError, match="the same command goes on"):
@@ -144,11 +184,16 @@ def test_tasks_are_scored_resumed_and_handed_in(own_workdir, benchmarks, trained
 
     batches = scripted(monkeypatch, tokenizer, lambda number: "Ann")
     evaluate.main(flags)
-    # Of five questions four were answered, two more batches are of ChartQA's six, one of the test set.
+    # Of five questions four were answered, two more batches are of ChartQA's six, one of the test
+    # set.
     assert len(batches) == 4
     results = predictions.read_tasks(own_workdir)
     docvqa = results["docvqa"]
-    assert (docvqa.header["task"], docvqa.header["split"], len(docvqa.rows)) == ("docvqa", "validation", 5)
+    assert (docvqa.header["task"], docvqa.header["split"], len(docvqa.rows)) == (
+        "docvqa",
+        "validation",
+        5,
+    )
     (problem,) = docvqa.problems()
     assert "cannot read image" in problem
     assert [row["prediction"] for row in docvqa.rows] == ["Ann", "Ann", "", "Ann", "Ann"]
@@ -159,7 +204,9 @@ def test_tasks_are_scored_resumed_and_handed_in(own_workdir, benchmarks, trained
     assert of_tasks["chartqa"]["relaxed_accuracy"] == 0.5
     assert of_tasks["docvqa_test"] == {"num_eval": 2, "num_problems": 0}
     handed_in = own_workdir / "predictions" / "tasks" / "docvqa_test.submission.json"
-    assert json.loads(handed_in.read_text()) == [{"questionId": 100 + i, "answer": "Ann"} for i in range(2)]
+    assert json.loads(handed_in.read_text()) == [
+        {"questionId": 100 + i, "answer": "Ann"} for i in range(2)
+    ]
 
     printed = capsys.readouterr().out
     assert "1 of 5 questions cannot be asked" in printed
@@ -172,9 +219,12 @@ def test_tasks_are_scored_resumed_and_handed_in(own_workdir, benchmarks, trained
 
 
 def test_a_model_answers_a_task_and_splits_keep_their_fields(own_workdir, benchmarks):
-    """Real generation, and prompts of which those with the benchmark's suffix are too long for rows of 48 tokens."""
+    """Real generation, and prompts of which those with the benchmark's suffix are too long for rows
+    of 48 tokens."""
     flags = [f"--checkpoint={own_workdir}", f"--data={benchmarks}"]
-    with pytest.raises(UserError, match="task docvqa: no question can be asked; the first: the prompt has"):
+    with pytest.raises(
+        UserError, match="task docvqa: no question can be asked; the first: the prompt has"
+    ):
         evaluate.main([*flags, "--tasks=docvqa", "--num_questions=1"])
     evaluate.main([f"--checkpoint={own_workdir}", "--splits=seen_fonts", "--num_questions=2"])
     before = json.loads((own_workdir / "summary.json").read_text())
@@ -193,7 +243,8 @@ def test_a_model_answers_a_task_and_splits_keep_their_fields(own_workdir, benchm
 
 @pytest.fixture
 def held_out(benchmarks):
-    """A folder `debian` as `text_bpb` and `debian_tables` take it, in which a record knows no words."""
+    """A folder `debian` as `text_bpb` and `debian_tables` take it, in which a record knows no
+    words."""
     rng = np.random.default_rng(5)
     records = [random_record(rng, f"page-{i}", "pdf") for i in range(3)]
     records[1] = dataclasses.replace(records[1], lines=())
@@ -203,7 +254,9 @@ def held_out(benchmarks):
 
 
 def test_text_is_read_beside_a_benchmark(own_workdir, held_out, capsys, monkeypatch):
-    monkeypatch.setitem(tasks.TEXTS, "text_bpb", dataclasses.replace(tasks.TEXTS["text_bpb"], window=50))
+    monkeypatch.setitem(
+        tasks.TEXTS, "text_bpb", dataclasses.replace(tasks.TEXTS["text_bpb"], window=50)
+    )
     flags = [f"--checkpoint={own_workdir}", f"--data={held_out}"]
     evaluate.main([*flags, "--tasks=text_bpb,debian_tables", "--num_questions=3"])
     printed = capsys.readouterr().out
@@ -213,17 +266,33 @@ def test_text_is_read_beside_a_benchmark(own_workdir, held_out, capsys, monkeypa
     assert [row["scores"]["bits_per_byte"][1] for row in result.rows if row["scores"]] == [3, 3]
     assert 0 < value < 20
     (line,) = [line for line in printed.splitlines() if "bits_per_byte" in line]
-    assert line.split() == ["text_bpb", "bits_per_byte,", "less", "is", "better", f"{value:.3f}", "3", "1"]
-    assert "1 of 3 records have no text and are left out; the first: record page-1 has no text" in printed
+    assert line.split() == [
+        "text_bpb",
+        "bits_per_byte,",
+        "less",
+        "is",
+        "better",
+        f"{value:.3f}",
+        "3",
+        "1",
+    ]
+    assert (
+        "1 of 3 records have no text and are left out; the first: record page-1 has no text"
+        in printed
+    )
     assert "rows hold 48 tokens, so that windows are shorter than the usual 50" in printed
     assert "debian_tables" in printed and "DocVQA" in printed
     of_tasks = json.loads((own_workdir / "summary.json").read_text())["tasks"]
     assert of_tasks["text_bpb"] == {"bits_per_byte": value, "num_eval": 3, "num_problems": 1}
     assert of_tasks["debian_tables"]["num_eval"] == 3
     folder = own_workdir / "predictions" / "tasks"
-    assert sorted(path.name for path in folder.glob("*.jsonl")) == ["debian_tables.jsonl", "text_bpb.jsonl"]
+    assert sorted(path.name for path in folder.glob("*.jsonl")) == [
+        "debian_tables.jsonl",
+        "text_bpb.jsonl",
+    ]
 
-    # All of it is read already, and what is not of the paper's benchmarks does not show their table.
+    # All of it is read already, and what is not of the paper's benchmarks does not show their
+    # table.
     monkeypatch.setattr(evaluate.text_bpb, "_nll", lambda *_: pytest.fail("a text was read again"))
     evaluate.main([*flags, "--tasks=text_bpb"])
     assert predictions.read_tasks(own_workdir)["text_bpb"] == result
@@ -231,13 +300,19 @@ def test_text_is_read_beside_a_benchmark(own_workdir, held_out, capsys, monkeypa
 
 
 def test_no_text_at_all_is_one_line_at_once(trained_workdir, held_out, monkeypatch):
-    monkeypatch.setattr(evaluate.loading, "load", lambda *_: pytest.fail("the model was loaded first"))
-    monkeypatch.setitem(tasks.TEXTS, "text_bpb", dataclasses.replace(tasks.TEXTS["text_bpb"], folder="none"))
+    monkeypatch.setattr(
+        evaluate.loading, "load", lambda *_: pytest.fail("the model was loaded first")
+    )
+    monkeypatch.setitem(
+        tasks.TEXTS, "text_bpb", dataclasses.replace(tasks.TEXTS["text_bpb"], folder="none")
+    )
     record = dataclasses.replace(random_record(np.random.default_rng(6), "page", "pdf"), lines=())
     (held_out / "none").mkdir()
     shards.write_shard(held_out / "none" / shards.shard_name("validation", 0, 1), [record])
     with pytest.raises(UserError, match="none of 1 records has text") as raised:
-        evaluate.main([f"--checkpoint={trained_workdir}", f"--data={held_out}", "--tasks=docvqa,text_bpb"])
+        evaluate.main(
+            [f"--checkpoint={trained_workdir}", f"--data={held_out}", "--tasks=docvqa,text_bpb"]
+        )
     assert "\n" not in str(raised.value)
 
 
@@ -245,13 +320,21 @@ def test_no_text_at_all_is_one_line_at_once(trained_workdir, held_out, monkeypat
     ("flags", "error", "message"),
     [
         (["--tasks=docvqa,chartqs"], UserError, "unknown task 'chartqs'; did you mean 'chartqa'"),
-        (["--tasks=docvqa,text_bpp"], UserError, "unknown task 'text_bpp'; did you mean 'text_bpb'"),
+        (
+            ["--tasks=docvqa,text_bpp"],
+            UserError,
+            "unknown task 'text_bpp'; did you mean 'text_bpb'",
+        ),
         (["--tasks=infovqa"], UserError, "no shards of split 'validation' in .*infovqa"),
         (["--tasks=docvqa", "--splits=seen_fonts"], UsageError, "exclude each other"),
     ],
 )
-def test_bad_tasks_are_one_line_at_once(trained_workdir, benchmarks, flags, error, message, monkeypatch):
-    monkeypatch.setattr(evaluate.loading, "load", lambda *_: pytest.fail("the model was loaded first"))
+def test_bad_tasks_are_one_line_at_once(
+    trained_workdir, benchmarks, flags, error, message, monkeypatch
+):
+    monkeypatch.setattr(
+        evaluate.loading, "load", lambda *_: pytest.fail("the model was loaded first")
+    )
     with pytest.raises(error, match=message) as raised:
         evaluate.main([f"--checkpoint={trained_workdir}", f"--data={benchmarks}", *flags])
     assert "\n" not in str(raised.value)

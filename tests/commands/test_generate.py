@@ -1,4 +1,5 @@
-"""The answer alone on standard output; whatever is wrong with the input is said before a model is loaded."""
+"""The answer alone on standard output; whatever is wrong with the input is said before a model is
+loaded."""
 
 import types
 
@@ -18,7 +19,9 @@ def page(tmp_path):
 
 @pytest.fixture
 def no_model(monkeypatch):
-    monkeypatch.setattr(generate.loading, "load", lambda *_: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(
+        generate.loading, "load", lambda *_: pytest.fail("the model was loaded first")
+    )
 
 
 def test_prints_the_answer_alone(trained_workdir, page, capsys, monkeypatch):
@@ -29,10 +32,19 @@ def test_prints_the_answer_alone(trained_workdir, page, capsys, monkeypatch):
 
         def answer(variables, batch, max_new_tokens):
             batches.append(batch)
-            return np.array([[*tokenizer.encode("4 2"), tokenizer.specials["<end>"], tokenizer.pad_id]] * 4, np.int32)
+            return np.array(
+                [[*tokenizer.encode("4 2"), tokenizer.specials["<end>"], tokenizer.pad_id]] * 4,
+                np.int32,
+            )
 
         sampler = types.SimpleNamespace(generate=answer, rows_of_process=np.arange)
-        fields = {"path": path, "config": config, "batch_ways": 4, "tokenizer": tokenizer, "variables": {}}
+        fields = {
+            "path": path,
+            "config": config,
+            "batch_ways": 4,
+            "tokenizer": tokenizer,
+            "variables": {},
+        }
         return types.SimpleNamespace(**fields, sampler=lambda: sampler)
 
     monkeypatch.setattr(generate.loading, "load", load)
@@ -49,7 +61,9 @@ def test_answers_without_an_image(trained_workdir, capsys):
     """Through the whole model: the language model alone, as many tokens as asked for at most."""
     answers = []
     for count in (1, 3):
-        generate.main([f"--checkpoint={trained_workdir}", "--question=Who?", f"--max_new_tokens={count}"])
+        generate.main(
+            [f"--checkpoint={trained_workdir}", "--question=Who?", f"--max_new_tokens={count}"]
+        )
         printed = capsys.readouterr()
         assert "no image" in printed.err
         answers.append(printed.out.removesuffix("\n"))
@@ -71,13 +85,23 @@ def test_takes_any_page_of_a_pdf(trained_workdir, tmp_path, no_model):
     [
         ("none.png", "Who?", "none.png: No such file"),
         ("text.png", "Who?", "cannot read image .*text.png"),
-        ("page.png", "Who?" * 20, "prompt has 99 tokens .*row_length is 48; shorten the question by 51 tokens"),
+        (
+            "page.png",
+            "Who?" * 20,
+            "prompt has 99 tokens .*row_length is 48; shorten the question by 51 tokens",
+        ),
     ],
 )
 def test_bad_input_is_one_line(trained_workdir, page, no_model, image, question, message):
     (page.parent / "text.png").write_text("no image")
     with pytest.raises(UserError, match=message) as error:
-        generate.main([f"--checkpoint={trained_workdir}", f"--image={page.parent / image}", f"--question={question}"])
+        generate.main(
+            [
+                f"--checkpoint={trained_workdir}",
+                f"--image={page.parent / image}",
+                f"--question={question}",
+            ]
+        )
     assert "\n" not in str(error.value)
 
 

@@ -1,4 +1,5 @@
-"""`inspect`: numbers on stdout, a page in the folder or a file in the workdir, one line for what is wrong."""
+"""`inspect`: numbers on stdout, a page in the folder or a file in the workdir, one line for what is
+wrong."""
 
 import json
 import shutil
@@ -9,7 +10,9 @@ from PIL import Image
 from alignvlm_jax import __main__ as main
 from tests import prepared as data_fixtures
 
-all_tables, tokenizer, data_dir = data_fixtures.all_tables, data_fixtures.tokenizer, data_fixtures.data_dir
+all_tables = data_fixtures.all_tables
+tokenizer = data_fixtures.tokenizer
+data_dir = data_fixtures.data_dir
 
 
 @pytest.fixture
@@ -26,7 +29,13 @@ def test_numbers_and_page_without_a_config(folder, capsys):
 
 def test_rows_of_a_config(folder, tmp_path, capsys):
     out = tmp_path / "page.html"
-    flags = ["--config=configs/demo.py", f"--data={folder}", "--stage=stage2", "--split=validation", f"--out={out}"]
+    flags = [
+        "--config=configs/demo.py",
+        f"--data={folder}",
+        "--stage=stage2",
+        "--split=validation",
+        f"--out={out}",
+    ]
     assert main.main(["inspect", *flags]) == 0
     assert "48 records\n" in capsys.readouterr().out  # Not planned: nothing is said of their fill.
     assert "row 7" in out.read_text()
@@ -42,15 +51,27 @@ def assert_picture(path) -> None:
 
 
 def test_noise(workdir, capsys):
-    flags = [f"--checkpoint={workdir}", "--analysis=noise", "--sigmas=3,9", "--relative_sigmas=", "--num_questions=4"]
+    flags = [
+        f"--checkpoint={workdir}",
+        "--analysis=noise",
+        "--sigmas=3,9",
+        "--relative_sigmas=",
+        "--num_questions=4",
+    ]
     assert main.main(["inspect", *flags, "--seed=5"]) == 0
     printed = capsys.readouterr().out
-    assert "Between different visual tokens" in printed and f"Written: {workdir / 'analysis' / 'noise.json'}" in printed
+    assert (
+        "Between different visual tokens" in printed
+        and f"Written: {workdir / 'analysis' / 'noise.json'}" in printed
+    )
     written = json.loads((workdir / "analysis" / "noise.json").read_text())
     assert [point["sigma"] for point in written["points"]] == [0, 3, 9]
     assert [point["num_eval"] for point in written["points"]] == [4, 4, 4]
     assert (written["step"], written["connector"]) == (7, "align")
-    assert written["settings"].items() >= {"seed": 5, "split": "seen_fonts", "num_questions": 4}.items()
+    assert (
+        written["settings"].items()
+        >= {"seed": 5, "split": "seen_fonts", "num_questions": 4}.items()
+    )
     assert_picture(workdir / "analysis" / "noise.png")
     assert not (workdir / "predictions").exists()  # These are no evaluation of the checkpoint.
 
@@ -68,19 +89,33 @@ def test_other_kinds_of_noise_stand_beside(workdir, capsys):
         "noise",
     }
     sizes = {
-        name: [point[field] for point in json.loads((folder / f"{name}.json").read_text())["points"]]
-        for name, field in (("noise", "sigma"), ("noise_pixels", "sigma"), ("noise_layout", "shift"))
+        name: [
+            point[field] for point in json.loads((folder / f"{name}.json").read_text())["points"]
+        ]
+        for name, field in (
+            ("noise", "sigma"),
+            ("noise_pixels", "sigma"),
+            ("noise_layout", "shift"),
+        )
     }
     assert sizes == {"noise": [0, 3], "noise_pixels": [0, 0.1], "noise_layout": [0, 1, 2]}
 
 
 def test_vocabulary(workdir, capsys):
-    flags = [f"--checkpoint={workdir}", "--analysis=vocabulary", "--split=unseen_fonts", "--pages=seen_fonts"]
+    flags = [
+        f"--checkpoint={workdir}",
+        "--analysis=vocabulary",
+        "--split=unseen_fonts",
+        "--pages=seen_fonts",
+    ]
     assert main.main(["inspect", *flags, "--threshold=0.01", "--num_questions=4"]) == 0
     printed = capsys.readouterr().out
     assert "perplexity, words" in printed and "words kept" in printed
     written = json.loads((workdir / "analysis" / "vocabulary.json").read_text())
-    assert written["settings"].items() >= {"pages": "seen_fonts", "threshold": 0.01, "num_pages": 100}.items()
+    assert (
+        written["settings"].items()
+        >= {"pages": "seen_fonts", "threshold": 0.01, "num_pages": 100}.items()
+    )
     assert [trial["words"] for trial in written["pruning"]] == ["all", "mean", "highest"]
     assert len(written["top_words"]) == 20
     assert_picture(workdir / "analysis" / "vocabulary.png")
@@ -112,19 +147,67 @@ def test_cost(workdir, capsys):
         (["--checkpoint={workdir}"], 2, "--checkpoint=DIR needs --analysis=NAME"),
         (["--analysis=noise"], 2, "--analysis=noise needs --checkpoint=DIR"),
         (["--checkpoint={workdir}", "--analysis=nosie"], 2, "invalid choice: 'nosie'"),
-        (["--checkpoint={workdir}", "--analysis=noise", "--threshold=0.1"], 2, "unrecognized arguments: --threshold"),
-        (["--checkpoint={workdir}", "--analysis=noise", "--config=x.py"], 2, "unrecognized arguments: --config"),
-        (["--checkpoint={workdir}", "--analysis=noise", "--sigmas=1,-2"], 2, "1,-2 has a size that is not above 0"),
-        (["--checkpoint={workdir}", "--analysis=noise", "--shifts=1"], 2, "unrecognized arguments: --shifts"),
-        (["--checkpoint={workdir}", "--analysis=noise", "--kind=pixel"], 2, "invalid choice: 'pixel'"),
-        (["--checkpoint={workdir}", "--analysis=noise", "--kind=layout", "--sigmas=3"], 2, "unrecognized arguments"),
-        (["--checkpoint={workdir}", "--analysis=noise", "--kind=layout", "--shifts=1.5"], 2, "'1.5'"),
-        (["--checkpoint={workdir}", "--analysis=pca", "--kind=layout"], 2, "unrecognized arguments: --kind"),
-        (["--checkpoint={workdir}", "--analysis=vocabulary", "--threshold=1"], 2, "1 is no probability"),
-        (["--checkpoint={workdir}", "--analysis=noise", "--split=seen_font"], 1, "did you mean 'seen_fonts'?"),
+        (
+            ["--checkpoint={workdir}", "--analysis=noise", "--threshold=0.1"],
+            2,
+            "unrecognized arguments: --threshold",
+        ),
+        (
+            ["--checkpoint={workdir}", "--analysis=noise", "--config=x.py"],
+            2,
+            "unrecognized arguments: --config",
+        ),
+        (
+            ["--checkpoint={workdir}", "--analysis=noise", "--sigmas=1,-2"],
+            2,
+            "1,-2 has a size that is not above 0",
+        ),
+        (
+            ["--checkpoint={workdir}", "--analysis=noise", "--shifts=1"],
+            2,
+            "unrecognized arguments: --shifts",
+        ),
+        (
+            ["--checkpoint={workdir}", "--analysis=noise", "--kind=pixel"],
+            2,
+            "invalid choice: 'pixel'",
+        ),
+        (
+            ["--checkpoint={workdir}", "--analysis=noise", "--kind=layout", "--sigmas=3"],
+            2,
+            "unrecognized arguments",
+        ),
+        (
+            ["--checkpoint={workdir}", "--analysis=noise", "--kind=layout", "--shifts=1.5"],
+            2,
+            "'1.5'",
+        ),
+        (
+            ["--checkpoint={workdir}", "--analysis=pca", "--kind=layout"],
+            2,
+            "unrecognized arguments: --kind",
+        ),
+        (
+            ["--checkpoint={workdir}", "--analysis=vocabulary", "--threshold=1"],
+            2,
+            "1 is no probability",
+        ),
+        (
+            ["--checkpoint={workdir}", "--analysis=noise", "--split=seen_font"],
+            1,
+            "did you mean 'seen_fonts'?",
+        ),
         (["--checkpoint={workdir}", "--analysis=vocabulary", "--pages=nowhere"], 1, "'nowhere'"),
-        (["--checkpoint={workdir}", "--analysis=cost", "--connectors=aling"], 1, "did you mean 'align'?"),
-        (["--checkpoint={workdir}", "--analysis=cost", "--split=seen_fonts"], 2, "unrecognized arguments: --split"),
+        (
+            ["--checkpoint={workdir}", "--analysis=cost", "--connectors=aling"],
+            1,
+            "did you mean 'align'?",
+        ),
+        (
+            ["--checkpoint={workdir}", "--analysis=cost", "--split=seen_fonts"],
+            2,
+            "unrecognized arguments: --split",
+        ),
         (["--checkpoint=nowhere", "--analysis=noise"], 1, "nowhere"),
     ],
 )
@@ -143,7 +226,11 @@ def test_wrong_analyses(trained_workdir, capsys, flags, status, message):
         (["--analysis=lenz", "--checkpoint=nowhere"], 2, "invalid choice: 'lenz'"),
         (["--analysis=lens"], 2, "--analysis=lens needs --checkpoint=DIR"),
         (["--analysis=lens", "--checkpoint=nowhere"], 2, "--analysis=lens needs --image=FILE"),
-        (["--analysis=lens", "--checkpoint=nowhere", "--image=none.png"], 1, "cannot read none.png"),
+        (
+            ["--analysis=lens", "--checkpoint=nowhere", "--image=none.png"],
+            1,
+            "cannot read none.png",
+        ),
         (
             ["--analysis=lens", "--checkpoint=nowhere", "--image=none.png", "--out=a.pdf"],
             1,
@@ -166,7 +253,12 @@ def _assert_fails(flags: list[str], status: int, message: str, capsys) -> None:
 
 def test_the_lens_of_an_image(trained_workdir, tmp_path, capsys):
     Image.new("RGB", (16, 16), "white").save(tmp_path / "page.png")
-    flags = ["inspect", f"--checkpoint={trained_workdir}", "--analysis=lens", f"--image={tmp_path / 'page.png'}"]
+    flags = [
+        "inspect",
+        f"--checkpoint={trained_workdir}",
+        "--analysis=lens",
+        f"--image={tmp_path / 'page.png'}",
+    ]
     assert main.main(flags) == 0
     printed = capsys.readouterr()
     assert printed.out == f"Written: {trained_workdir / 'lens.html'}\n"

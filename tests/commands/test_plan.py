@@ -1,4 +1,7 @@
-"""`plan`: tables and JSON, exit status, bad input. The tiny model, on CPU devices where libtpu is absent."""
+"""`plan`: tables and JSON, exit status, bad input.
+
+The tiny model, on CPU devices where libtpu is absent.
+"""
 
 import json
 import os
@@ -67,9 +70,13 @@ def config_file(tmp_path):
 def run(*args: str, libtpu: bool = True) -> subprocess.CompletedProcess:
     """In a process of its own: the number of CPU devices is fixed at the first use of jax."""
     hide = (
-        "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'libtpu' else f(n, *a); "
+        "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == "
+        "'libtpu' else f(n, *a); "
     )
-    code = f"{'' if libtpu else hide}from alignvlm_jax.__main__ import main; import sys; sys.exit(main(sys.argv[1:]))"
+    code = (
+        f"{'' if libtpu else hide}from alignvlm_jax.__main__ import main; import sys; "
+        "sys.exit(main(sys.argv[1:]))"
+    )
     return subprocess.run(
         [sys.executable, "-c", code, "plan", *args],
         capture_output=True,
@@ -144,7 +151,8 @@ def test_what_does_not_fit_has_status_3_and_says_what_to_change(config_file):
     assert done.returncode == 3, done.stderr
     last = done.stdout.splitlines()[-1]
     assert last.startswith(
-        "does not fit: --config.model.remat=full; --config.train.accumulation=16 (now 8 rows at a time)"
+        "does not fit: --config.model.remat=full; --config.train.accumulation=16 (now 8 rows at a "
+        "time)"
     )
     assert "--topology=v5e:2x4" in last
     assert "too much" in done.stdout
@@ -152,16 +160,22 @@ def test_what_does_not_fit_has_status_3_and_says_what_to_change(config_file):
 
 @needs_libtpu
 def test_auto_tries_layouts_and_shows_the_best(config_file):
-    # A row a chip: the layout that needs the least memory is that of all rows at once, and one compilation less.
+    # A row a chip: the layout that needs the least memory is that of all rows at once, and one
+    # compilation less.
     rows = ["--config.train.batch_size=4", "--config.train.accumulation=1"]
-    # One key-value head, which no tensor axis divides: tests/plan/test_search.py tries other meshes, uncompiled.
+    # One key-value head, which no tensor axis divides: tests/plan/test_search.py tries other
+    # meshes, uncompiled.
     heads = "--config.model.llm.num_kv_heads=1"
-    done = run(f"--config={config_file}", "--topology=v5e:2x2", "--mesh=auto", "--json", heads, *rows)
+    done = run(
+        f"--config={config_file}", "--topology=v5e:2x2", "--mesh=auto", "--json", heads, *rows
+    )
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     tried = [line for line in done.stderr.splitlines() if line.startswith("v5e:2x2")]
     assert {line.split("tensor ")[1][0] for line in tried} == {"1"}
-    assert {"remat full", "remat dots", "remat none"} == {line.split(", ")[4].split(":")[0] for line in tried}
+    assert {"remat full", "remat dots", "remat none"} == {
+        line.split(", ")[4].split(":")[0] for line in tried
+    }
     # All of them fit: nothing is computed twice, and all rows at once.
     assert plan["remat"] == "none" and plan["accumulation"] == 1
 
@@ -175,44 +189,77 @@ def test_smallest(config_file):
 
 @needs_libtpu
 def test_generation(config_file):
-    """The batch is rounded up to the mesh; the cache holds keys and values of every slot in bfloat16."""
-    args = (f"--config={config_file}", "--topology=v5e:2x4", "--mesh=1x4x2", "--generate", "--config.eval.batch_size=6")
+    """The batch is rounded up to the mesh; the cache holds keys and values of every slot in
+    bfloat16."""
+    args = (
+        f"--config={config_file}",
+        "--topology=v5e:2x4",
+        "--mesh=1x4x2",
+        "--generate",
+        "--config.eval.batch_size=6",
+    )
     done = run(*args, "--json")
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert plan["batch_size"] == 8 and plan["prompt_length"] == 192 and plan["max_new_tokens"] == 32
-    layers, rows, heads, head_dim = 3, 2, 1, 32  # on a chip
-    assert plan["cache_gib"] == pytest.approx(2 * 2 * layers * rows * heads * head_dim * (192 + 32) / 2**30, rel=1e-4)
-    assert plan["param_gib"] + plan["cache_gib"] < plan["peak_hbm_gib"] < plan["hbm_limit_gib"] == 15.75
+    layers = 3  # on a chip
+    rows = 2
+    heads = 1
+    head_dim = 32
+    assert plan["cache_gib"] == pytest.approx(
+        2 * 2 * layers * rows * heads * head_dim * (192 + 32) / 2**30, rel=1e-4
+    )
+    assert (
+        plan["param_gib"] + plan["cache_gib"]
+        < plan["peak_hbm_gib"]
+        < plan["hbm_limit_gib"]
+        == 15.75
+    )
     assert plan["fits"] is True and plan["is_estimate"] is False
 
 
 @needs_libtpu
 def test_generation_that_does_not_fit_has_status_3_and_says_what_to_change(config_file):
-    done = run(f"--config={config_file}", "--topology=v5e:2x2", "--generate", "--config.eval.batch_size=100000")
+    done = run(
+        f"--config={config_file}",
+        "--topology=v5e:2x2",
+        "--generate",
+        "--config.eval.batch_size=100000",
+    )
     assert done.returncode == 3, done.stderr
-    assert "batch 100000 prompts of 192 tokens and 2 tiles, 25000 a device; 32 new tokens" in done.stdout
+    assert (
+        "batch 100000 prompts of 192 tokens and 2 tiles, 25000 a device; 32 new tokens"
+        in done.stdout
+    )
     last = done.stdout.splitlines()[-1]
-    assert last.startswith("does not fit: --config.eval.batch_size=50000 (now 25000 prompts a device); --mesh=")
+    assert last.startswith(
+        "does not fit: --config.eval.batch_size=50000 (now 25000 prompts a device); --mesh="
+    )
     assert last.endswith("--topology=v5e:2x4")
 
 
 BAD = {
-    "generate_auto": (["--topology=v5e:2x4", "--generate", "--mesh=auto"], "--generate plans for one slice and mesh"),
-    "generate_smallest": (["--topology=v5e:smallest", "--generate"], "--generate plans for one slice and mesh"),
+    "generate_auto": (["--topology=v5e:2x4", "--generate", "--mesh=auto"], "--generate plans for "
+                                                                           "one slice and mesh"),
+    "generate_smallest": (["--topology=v5e:smallest", "--generate"], "--generate plans for one "
+                                                                     "slice and mesh"),
     "generate_heads": (["--mesh=1x2x4", "--topology=v5e:2x4", "--generate"], "llm/blocks/attn/k/kernel"),
     "heads": (["--mesh=1x2x4", "--topology=v5e:2x4"], r"llm/blocks/attn/k/kernel"),
     "words": (["--mesh=1x4x2", "--topology=v5e:2x4", "--config.model.llm.vocab_size=129"], "129"),
-    "batch": (["--mesh=8x1x1", "--topology=v5e:2x4", "--config.train.batch_size=12"], "a batch of 6 rows"),
+    "batch": (["--mesh=8x1x1", "--topology=v5e:2x4", "--config.train.batch_size=12"], "a batch of "
+                                                                                      "6 rows"),
     "batch_below_data": (["--mesh=8x1x1", "--topology=v5e:2x4", "--config.train.batch_size=4"], "a batch of 2 rows"),
     "more_chips": (["--mesh=4x4x1", "--topology=v5e:2x4"], "does not fit 8 devices"),
     "topology": (["--topology=v5e:3x3"], "unknown topology 'v5e:3x3'; v5e slices: 2x2, 2x4"),
-    "slices": (["--topology=v5e:2x4", "--num_slices=2", "--mesh=1x16x1"], "data 1 does not divide over 2 slices"),
-    "no_slices": (["--topology=v5e:smallest", "--num_slices=2"], "looks for one slice; leave --num_slices out"),
+    "slices": (["--topology=v5e:2x4", "--num_slices=2", "--mesh=1x16x1"], "data 1 does not divide "
+                                                                          "over 2 slices"),
+    "no_slices": (["--topology=v5e:smallest", "--num_slices=2"], "looks for one slice; leave "
+                                                                 "--num_slices out"),
     "kind": (["--topology=v7:smallest"], "unknown kind of TPU 'v7'"),
     "mesh_text": (["--topology=v5e:2x4", "--mesh=4x2"], "--mesh is '4x2'"),
     "no_mesh_at_all": (["--topology=v5e:2x4", "--mesh=auto", "--config.train.batch_size=7",
-                        "--config.train.accumulation=1"], "no mesh of 8 chips takes a batch of 7 rows"),
+                        "--config.train.accumulation=1"], "no mesh of 8 chips takes a batch of 7 "
+                                                          "rows"),
     "field": (["--topology=v5e:2x4", "--config.model.remta=full"], "did you mean 'remat'"),
     "stage": (["--topology=v5e:2x4", "--stage=third"], "--stage is 'third'; known: first, second"),
 }  # fmt: skip
@@ -223,7 +270,10 @@ def test_bad_input_has_status_2(config_file, capsys, name):
     """Told before a compiler is asked, in seconds."""
     args, message = BAD[name]
     began = time.monotonic()
-    assert main.main(["plan", f"--config={config_file}{':two' if name == 'stage' else ''}", *args]) == 2
+    assert (
+        main.main(["plan", f"--config={config_file}{':two' if name == 'stage' else ''}", *args])
+        == 2
+    )
     assert time.monotonic() - began < 5
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1

@@ -33,7 +33,10 @@ def prepared(tmp_path_factory):
 
 
 def test_writes_every_split_and_a_tokenizer(prepared):
-    assert [len(records(prepared, split)) for split in ("train", "validation", "seen_fonts", "unseen_fonts")] == [
+    assert [
+        len(records(prepared, split))
+        for split in ("train", "validation", "seen_fonts", "unseen_fonts")
+    ] == [
         6,
         3,
         3,
@@ -41,15 +44,21 @@ def test_writes_every_split_and_a_tokenizer(prepared):
     ]
     assert tokenizers.load(prepared / "tokenizer.model").vocab_size <= 128
     assert json.loads((prepared / "prepare.json").read_text())["num_train"] == 6
-    assert not [path.name for path in prepared.iterdir() if "partial" in path.name or path.suffix == ".tmp"]
+    assert not [
+        path.name for path in prepared.iterdir() if "partial" in path.name or path.suffix == ".tmp"
+    ]
 
 
 @pytest.mark.parametrize("package", ["pandas", "vega_datasets", "font_lato"])
 def test_without_the_demonstrations_packages_it_says_what_to_install(package, tmp_path):
     """In a process of its own: another test may have imported them."""
-    hidden = f"import sys; sys.modules[{package!r}] = None; from alignvlm_jax.__main__ import main; "
+    hidden = (
+        f"import sys; sys.modules[{package!r}] = None; from alignvlm_jax.__main__ import main; "
+    )
     call = f"sys.exit(main(['prepare', *{arguments(tmp_path / 'out')!r}]))"
-    done = subprocess.run([sys.executable, "-c", hidden + call], capture_output=True, text=True, cwd=REPOSITORY)
+    done = subprocess.run(
+        [sys.executable, "-c", hidden + call], capture_output=True, text=True, cwd=REPOSITORY
+    )
     assert done.returncode == 1
     assert f"package {package}" in done.stderr
     assert "pip install --requirement requirements-demo.txt" in done.stderr.splitlines()[-1]
@@ -61,12 +70,16 @@ def test_the_second_time_nothing_is_written(prepared, monkeypatch, capsys):
     assert "ready" in capsys.readouterr().out
 
 
-def test_shards_of_an_interrupted_run_are_kept_and_workers_change_nothing(prepared, tmp_path, monkeypatch):
+def test_shards_of_an_interrupted_run_are_kept_and_workers_change_nothing(
+    prepared, tmp_path, monkeypatch
+):
     """Stops a run on three shards after the first, and lets two workers finish it."""
     monkeypatch.setattr(demonstration, "SHARD_SIZE", 3)
     train = demonstration.SentencePieceTokenizer.train
     monkeypatch.setattr(
-        demonstration.SentencePieceTokenizer, "train", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+        demonstration.SentencePieceTokenizer,
+        "train",
+        lambda *args: (_ for _ in ()).throw(KeyboardInterrupt),
     )
     with pytest.raises(UserError, match="goes on"):
         prepare.main(arguments(tmp_path / "demo"))
@@ -83,7 +96,9 @@ def test_shards_of_an_interrupted_run_are_kept_and_workers_change_nothing(prepar
         assert records(tmp_path / "demo", split) == records(prepared, split)
 
 
-def test_other_arguments_replace_the_data_and_no_other_files(prepared, tmp_path, monkeypatch, capsys):
+def test_other_arguments_replace_the_data_and_no_other_files(
+    prepared, tmp_path, monkeypatch, capsys
+):
     out = tmp_path / "demo"
     monkeypatch.setattr(demonstration, "SHARD_SIZE", 3)
     prepare.main(arguments(out))
@@ -94,7 +109,10 @@ def test_other_arguments_replace_the_data_and_no_other_files(prepared, tmp_path,
     prepare.main(arguments(out, seed=1, num_train=2))
     assert len(records(out)) == 2
     assert all(other.exists() for other in others)
-    assert "train 2, train_small 2, validation 3, validation_small 3, seen_fonts 3, unse" in capsys.readouterr().out
+    assert (
+        "train 2, train_small 2, validation 3, validation_small 3, seen_fonts 3, unse"
+        in capsys.readouterr().out
+    )
     assert records(out)[0].images != records(prepared)[0].images
 
 
@@ -105,7 +123,8 @@ def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flag", ["--num_train=0", "--seed=-1", "--noise=nan", "--num_eval=x", "--format=slides", "--nosuch=1"]
+    "flag",
+    ["--num_train=0", "--seed=-1", "--noise=nan", "--num_eval=x", "--format=slides", "--nosuch=1"],
 )
 def test_wrong_usage_exits_with_status_2(flag):
     with pytest.raises(SystemExit) as stopped:
@@ -116,10 +135,19 @@ def test_wrong_usage_exits_with_status_2(flag):
 @pytest.fixture
 def source(tmp_path):
     """Flags that prepare two records of one's own."""
-    records = [{"id": str(i), "turns": [{"question": "What?", "answers": [str(i)]}]} for i in range(2)]
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + "{\n")
+    records = [
+        {"id": str(i), "turns": [{"question": "What?", "answers": [str(i)]}]} for i in range(2)
+    ]
+    (tmp_path / "mine.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in records) + "{\n"
+    )
     demonstration.SentencePieceTokenizer.train(tmp_path / "tokenizer.model", ["What?"])
-    return ["--format=jsonl", f"--source={tmp_path}/mine.jsonl", f"--tokenizer={tmp_path}", f"--out={tmp_path}/out"]
+    return [
+        "--format=jsonl",
+        f"--source={tmp_path}/mine.jsonl",
+        f"--tokenizer={tmp_path}",
+        f"--out={tmp_path}/out",
+    ]
 
 
 def test_ones_own_data_and_what_is_said_about_it(source, tmp_path, capsys):
@@ -175,13 +203,24 @@ def test_beam_that_is_absent_is_a_user_error(source):
 
 def test_a_benchmark_is_one_split_and_keeps_questions_without_answers(tmp_path, prepared):
     source = tmp_path / "test.jsonl"
-    lines = [{"id": str(i), "turns": [{"question": f"{i}?", "answers": ["1"] * (i % 2)}]} for i in range(20)]
+    lines = [
+        {"id": str(i), "turns": [{"question": f"{i}?", "answers": ["1"] * (i % 2)}]}
+        for i in range(20)
+    ]
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    flags = [f"--source={source}", f"--out={tmp_path / 'out'}", f"--tokenizer={prepared / 'tokenizer.model'}"]
+    flags = [
+        f"--source={source}",
+        f"--out={tmp_path / 'out'}",
+        f"--tokenizer={prepared / 'tokenizer.model'}",
+    ]
     prepare.main(["--format=jsonl", *flags, "--split=test", "--num_workers=1"])
     found = records(tmp_path / "out", "test")
     assert [record.id for record in found] == [line["id"] for line in lines]
     assert [len(record.turns[0].answers) for record in found] == [0, 1] * 10
-    assert shards.shard_paths(tmp_path / "out", "train") == shards.shard_paths(tmp_path / "out", "validation") == []
+    assert (
+        shards.shard_paths(tmp_path / "out", "train")
+        == shards.shard_paths(tmp_path / "out", "validation")
+        == []
+    )
     with pytest.raises(SystemExit):
         prepare.main(["--format=jsonl", *flags, "--split=a-b"])

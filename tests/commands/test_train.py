@@ -43,7 +43,9 @@ def flags(tmp_path_factory) -> list[str]:
 
 
 def run(*argv: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*argv), capture_output=True, text=True, cwd=REPOSITORY, env=environment())
+    return subprocess.run(
+        command(*argv), capture_output=True, text=True, cwd=REPOSITORY, env=environment()
+    )
 
 
 def command(*argv: str) -> list[str]:
@@ -51,17 +53,26 @@ def command(*argv: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
+        "JAX_PLATFORMS": "cpu"
+    }
 
 
 def test_sigterm_saves_says_how_to_go_on_and_the_same_command_does(flags, tmp_path):
     workdir = tmp_path / "run"
     argv = command("train", *flags, f"--workdir={workdir}", "--config.seed=3")
     process = subprocess.Popen(
-        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment()
+        argv,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+        env=environment(),
     )
     metrics = workdir / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+    while process.poll() is None and not (
+        metrics.exists() and metrics.read_text().count("\n") >= 2
+    ):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=300)
@@ -76,7 +87,9 @@ def test_sigterm_saves_says_how_to_go_on_and_the_same_command_does(flags, tmp_pa
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stderr == ""
     assert f"going on from {workdir}/checkpoints/{stopped}" in resumed.stdout
-    steps = [line["step"] for line in map(json.loads, metrics.read_text().splitlines()) if "loss" in line]
+    steps = [
+        line["step"] for line in map(json.loads, metrics.read_text().splitlines()) if "loss" in line
+    ]
     assert steps == list(range(1, 201))
 
 
@@ -86,19 +99,28 @@ def test_sigterm_saves_says_how_to_go_on_and_the_same_command_does(flags, tmp_pa
         (["--config.optim.learning_rat=1"], "did you mean 'learning_rate'?"),
         (["--config.mesh.tensor=3"], "does not fit"),
         (["--config.data.dir=nowhere"], "nowhere"),
-        (["--config.train.trainable=('lm/.*',)"], "config.train.trainable 'lm/.*' matches no parameter"),
+        (
+            ["--config.train.trainable=('lm/.*',)"],
+            "config.train.trainable 'lm/.*' matches no parameter",
+        ),
         (["--workdir=/proc/nowhere"], "/proc/nowhere"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_1(flags, tmp_path, capsys, argv, message):
-    assert main_lib.main(["train", *flags, "--config.train.batch_size=8", f"--workdir={tmp_path}/run", *argv]) == 1
+    assert (
+        main_lib.main(
+            ["train", *flags, "--config.train.batch_size=8", f"--workdir={tmp_path}/run", *argv]
+        )
+        == 1
+    )
     errors = capsys.readouterr().err
     assert errors.startswith("alignvlm_jax: error: ") and errors.count("\n") == 1
     assert message in errors
 
 
 @pytest.mark.parametrize(
-    "argv", [["--workdir=x"], ["--config=FILE"], ["--config=FILE", "--workdir=x", "--no_such_flag=1"]]
+    "argv",
+    [["--workdir=x"], ["--config=FILE"], ["--config=FILE", "--workdir=x", "--no_such_flag=1"]],
 )
 def test_wrong_usage_is_status_2(flags, argv):
     argv = [flags[0] if arg == "--config=FILE" else arg for arg in argv]

@@ -1,4 +1,5 @@
-"""The paper's stages against its table 6, for every LLM, by parameters and paths that are really there."""
+"""The paper's stages against its table 6, for every LLM, by parameters and paths that are really
+there."""
 
 import pytest
 
@@ -12,7 +13,8 @@ from alignvlm_jax.train import state
 
 PATCHES = 729
 LLMS = ("llama32_1b", "llama32_3b", "llama31_8b")
-# Batch size, learning rate, text length, steps; of the paper but the steps, which are records x epochs / batch.
+# Batch size, learning rate, text length, steps; of the paper but the steps, which are records x
+# epochs / batch.
 TABLE = {
     ("stage1", "llama32_1b"): (512, 1e-5, 1024, 15_820),
     ("stage1", "llama32_3b"): (512, 1e-5, 1024, 15_820),
@@ -46,7 +48,10 @@ def test_table_6(stage, llm):
     assert config.train.num_steps == num_steps
     assert config.data.max_tiles == 10 and config.data.use_overview
     assert config.model.slots_per_tile == PATCHES
-    assert 0 <= config.data.row_length - (10 * PATCHES + text_length) < 128 and config.data.row_length % 128 == 0
+    assert (
+        0 <= config.data.row_length - (10 * PATCHES + text_length) < 128
+        and config.data.row_length % 128 == 0
+    )
     assert config.model.connector.name == "align" and config.train.patch_token_weight == 0
 
 
@@ -75,12 +80,18 @@ def test_what_is_frozen(stage):
     (config,) = load(f"{stage}.py:llama31_8b")
     params = paths(config)
     frozen = set(state.flatten(params)) - state.trainable_paths(config, params)
-    expected = {path for path in state.flatten(params) if path.startswith("vision/")} if stage == "stage3" else set()
+    expected = (
+        {path for path in state.flatten(params) if path.startswith("vision/")}
+        if stage == "stage3"
+        else set()
+    )
     assert frozen == expected
 
 
 def test_another_llm_names_the_nearest():
-    with pytest.raises(UserError, match=r"stage2 is known for .* not for 'llama31_7b'; did you mean 'llama31_8b'"):
+    with pytest.raises(
+        UserError, match=r"stage2 is known for .* not for 'llama31_7b'; did you mean 'llama31_8b'"
+    ):
         load("stage2.py:llama31_7b")
 
 
@@ -88,9 +99,21 @@ def test_another_llm_names_the_nearest():
 def test_low_resource(connector):
     first, second = load(f"low_resource.py:{connector}")
     assert first.model.connector.name == connector
-    assert (first.train.batch_size, first.optim.learning_rate, first.train.num_steps) == (32, 1e-3, 17_437)
-    assert (second.train.batch_size, second.optim.learning_rate, second.train.num_steps) == (8, 1e-5, 97_375)
-    assert first.optim.learning_rate_scale == {} and second.optim.learning_rate_scale == {"vision": pytest.approx(0.2)}
+    assert (first.train.batch_size, first.optim.learning_rate, first.train.num_steps) == (
+        32,
+        1e-3,
+        17_437,
+    )
+    assert (second.train.batch_size, second.optim.learning_rate, second.train.num_steps) == (
+        8,
+        1e-5,
+        97_375,
+    )
+    assert first.optim.learning_rate_scale == {} and second.optim.learning_rate_scale == {
+        "vision": pytest.approx(0.2)
+    }
     params = paths(first)
-    assert state.trainable_paths(first, params) == {p for p in state.flatten(params) if p.startswith("connector/")}
+    assert state.trainable_paths(first, params) == {
+        p for p in state.flatten(params) if p.startswith("connector/")
+    }
     assert state.trainable_paths(second, params) == set(state.flatten(params))

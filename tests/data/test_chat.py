@@ -8,7 +8,9 @@ TURNS = [("What is the total?", "12.50"), ("What is the city?", "Ames\nIowa")]
 
 def test_mask_covers_exactly_the_answers(tokenizer):
     tokens, is_answer = chat.encode_chat(tokenizer, TURNS, 5, 4)
-    said = np.split(tokens[is_answer], np.flatnonzero(tokens[is_answer] == tokenizer.specials["<end>"]) + 1)
+    said = np.split(
+        tokens[is_answer], np.flatnonzero(tokens[is_answer] == tokenizer.specials["<end>"]) + 1
+    )
     assert [tokenizer.decode(part) for part in said] == ["12.50", "Ames\nIowa", ""]
     assert (is_answer & (tokens == tokenizer.specials["<end>"])).sum() == 2
     given = tokenizer.decode(tokens[~is_answer])
@@ -60,7 +62,8 @@ class Named:
 
 
 @pytest.mark.parametrize(
-    ("family", "begin"), [("marks", "<s>"), ("llama3", "<|begin_of_text|>"), ("chatml", None), ("llama2", "<s>")]
+    ("family", "begin"),
+    [("marks", "<s>"), ("llama3", "<|begin_of_text|>"), ("chatml", None), ("llama2", "<s>")],
 )
 def test_a_text_begins_with_what_a_chat_begins_with_unless_that_opens_a_turn(family, begin):
     tokenizer = Named(chat.FAMILIES[family].names())

@@ -10,12 +10,17 @@ from alignvlm_jax.data.images import encode_png
 from alignvlm_jax.data.record import Batch, Record, Turn, Word
 from alignvlm_jax.errors import UserError
 
-TURNS = tuple(Turn(f"What is the {name}?", (f"{name} 1", "other")) for name in ("tax", "city", "due"))
+TURNS = tuple(
+    Turn(f"What is the {name}?", (f"{name} 1", "other")) for name in ("tax", "city", "due")
+)
 
 
 def page_record(width=128, height=64, turns=TURNS, num_images=1, with_words=True) -> Record:
     image = encode_png(Image.fromarray(np.full((height, width), 7, np.uint8)))
-    page = ((Word("ab", (0, 0, 16, 16)), Word("cd", (24, 0, 40, 16))), (Word("ef", (0, 16, 16, 32)),))
+    page = (
+        (Word("ab", (0, 0, 16, 16)), Word("cd", (24, 0, 40, 16))),
+        (Word("ef", (0, 16, 16, 32)),),
+    )
     lines = (page,) * num_images if with_words else ()
     return Record("r", "test", (image,) * num_images, turns, lines)
 
@@ -24,7 +29,9 @@ def answers(row, tokenizer) -> list[str]:
     """What the row teaches: the targets that carry loss, answer by answer."""
     taught = row["targets"][row["loss_weights"] > 0]
     parts = np.split(taught, np.flatnonzero(taught == tokenizer.specials["<end>"]) + 1)
-    assert all(part[-1] == tokenizer.specials["<end>"] for part in parts[:-1]) and len(parts[-1]) == 0
+    assert (
+        all(part[-1] == tokenizer.specials["<end>"] for part in parts[:-1]) and len(parts[-1]) == 0
+    )
     return [tokenizer.decode(part) for part in parts[:-1]]
 
 
@@ -39,7 +46,10 @@ def test_a_row_has_the_arrays_of_a_batch(demo_config, tokenizer):
     shapes = {name: array.shape for name, array in row.items()}
     assert shapes["tokens"] == shapes["targets"] == shapes["positions"] == (length,)
     assert shapes["tiles"] == (2, 32, 128, 3) and shapes["patch_label_ids"] == (2, 32, 3)
-    assert row["tiles"].dtype == np.uint8 and row["tokens"].dtype == row["segment_ids"].dtype == np.int32
+    assert (
+        row["tiles"].dtype == np.uint8
+        and row["tokens"].dtype == row["segment_ids"].dtype == np.int32
+    )
     assert row["loss_weights"].dtype == row["patch_loss_weights"].dtype == np.float32
 
 
@@ -47,7 +57,9 @@ def test_targets_are_the_next_tokens(demo_config, tokenizer):
     row = build(page_record(), "answer", demo_config, tokenizer)
     np.testing.assert_array_equal(row["targets"][:-1], row["tokens"][1:])
     used = int(row["segment_ids"].sum())
-    assert (row["tokens"][used:] == tokenizer.pad_id).all() and (row["segment_ids"][:used] == 1).all()
+    assert (row["tokens"][used:] == tokenizer.pad_id).all() and (
+        row["segment_ids"][:used] == 1
+    ).all()
     np.testing.assert_array_equal(row["positions"][:used], np.arange(used))
     assert not row["positions"][used:].any() and not row["loss_weights"][used:].any()
 
@@ -72,13 +84,18 @@ def test_plain_text_is_predicted_from_its_second_token_on(tokenizer):
 
 
 def test_answers_come_in_random_order_and_teach_the_first(demo_config, tokenizer):
-    orders = {tuple(answers(build(page_record(), "answer", demo_config, tokenizer, s), tokenizer)) for s in range(20)}
+    orders = {
+        tuple(answers(build(page_record(), "answer", demo_config, tokenizer, s), tokenizer))
+        for s in range(20)
+    }
     assert len(orders) > 2
     assert all(sorted(order) == ["city 1", "due 1", "tax 1"] for order in orders)
 
 
 def test_only_whole_turns_that_fit_are_kept(demo_config, tokenizer):
-    config = dataclasses.replace(demo_config, data=dataclasses.replace(demo_config.data, row_length=64 + 1 + 15 + 3))
+    config = dataclasses.replace(
+        demo_config, data=dataclasses.replace(demo_config.data, row_length=64 + 1 + 15 + 3)
+    )
     row = build(page_record(), "answer", config, tokenizer)
     assert len(answers(row, tokenizer)) == 1
     long = (Turn("What is it?", ("x" * 200,)),)
@@ -101,7 +118,9 @@ def test_image_slots_and_tiles_agree(demo_config, tokenizer, size, num_tiles):
 def test_labels_stand_one_for_each_patch_and_prompts_as_the_connector_does(demo_config, tokenizer):
     model = dataclasses.replace(demo_config.model, connector=config_lib.connector("h_reducer"))
     pixels = dataclasses.replace(demo_config, model=model)
-    labels = dataclasses.replace(pixels, train=dataclasses.replace(pixels.train, visual_input="labels"))
+    labels = dataclasses.replace(
+        pixels, train=dataclasses.replace(pixels.train, visual_input="labels")
+    )
     for config, in_row in ((pixels, 2 * 8), (labels, 2 * 32)):
         prompt = examples.build_prompt(page_record(128, 64), "What is it?", config, tokenizer)
         assert (prompt["tokens"] == tokenizer.specials["<image>"]).sum() == 2 * 8
@@ -124,22 +143,31 @@ def test_unknown_words_carry_no_patch_loss(demo_config, tokenizer):
     row = build(page_record(with_words=False), "answer", demo_config, tokenizer)
     assert not row["patch_loss_weights"].any() and row["loss_weights"].any()
     np.testing.assert_allclose(row["patch_label_weights"].sum(-1), 1)
-    assert not build(page_record(with_words=False), "transcribe", demo_config, tokenizer)["loss_weights"].any()
+    assert not build(page_record(with_words=False), "transcribe", demo_config, tokenizer)[
+        "loss_weights"
+    ].any()
 
 
 def test_a_share_of_the_records_is_labelled(demo_config, tokenizer):
     """Those of a smaller share are among those of a larger; nothing else of a row changes."""
 
     def labelled(share: float) -> set[str]:
-        config = dataclasses.replace(demo_config, data=dataclasses.replace(demo_config.data, labelled_share=share))
+        config = dataclasses.replace(
+            demo_config, data=dataclasses.replace(demo_config.data, labelled_share=share)
+        )
         built = {record.id: build(record, "answer", config, tokenizer) for record in records}
         for name, row in built.items():
-            assert all(np.array_equal(row[field], whole[name][field]) for field in row if field != "patch_loss_weights")
+            assert all(
+                np.array_equal(row[field], whole[name][field])
+                for field in row
+                if field != "patch_loss_weights"
+            )
         return {name for name, row in built.items() if row["patch_loss_weights"].any()}
 
     records = [dataclasses.replace(page_record(), id=f"record {i}") for i in range(100)]
     whole = {record.id: build(record, "answer", demo_config, tokenizer) for record in records}
-    few, many = labelled(0.1), labelled(0.5)
+    few = labelled(0.1)
+    many = labelled(0.5)
     assert not labelled(0.0) and len(labelled(1.0)) == 100
     assert few < many and 3 <= len(few) <= 20 and 35 <= len(many) <= 65
 
@@ -150,7 +178,10 @@ def test_prompt_is_the_beginning_of_the_training_row(demo_config, tokenizer):
     prompt = examples.build_prompt(record, TURNS[0].question, demo_config, tokenizer)
     used = int(prompt["segment_ids"].sum())
     np.testing.assert_array_equal(prompt["tokens"][:used], row["tokens"][:used])
-    assert prompt["tokens"][used - 1] == tokenizer.specials["<assistant>"] and row["loss_weights"][used - 1] > 0
+    assert (
+        prompt["tokens"][used - 1] == tokenizer.specials["<assistant>"]
+        and row["loss_weights"][used - 1] > 0
+    )
     assert not prompt["loss_weights"].any()
     np.testing.assert_array_equal(prompt["tiles"], row["tiles"])
     image = images.decode_image(record.images[0], "x")
@@ -167,7 +198,10 @@ def test_a_prompt_that_is_too_long_is_a_user_error(demo_config, tokenizer):
 
 def test_trimmed_prompts_keep_their_tokens_and_used_tiles(demo_config, tokenizer):
     page = Image.new("RGB", (16, 16))  # Black: a used tile may be all zeros.
-    prompts = [examples.build_prompt(page, question, demo_config, tokenizer) for question in ("Who?", "Who" * 9)]
+    prompts = [
+        examples.build_prompt(page, question, demo_config, tokenizer)
+        for question in ("Who?", "Who" * 9)
+    ]
     extent = examples.extent(prompts, demo_config, multiple=16)
     trimmed = [examples.trim(prompt, *extent) for prompt in prompts]
     lengths = [int(prompt["segment_ids"].sum()) for prompt in prompts]
@@ -179,7 +213,9 @@ def test_trimmed_prompts_keep_their_tokens_and_used_tiles(demo_config, tokenizer
             np.testing.assert_array_equal(after[name], before[name][: len(after[name])])
 
 
-def test_a_prompt_of_a_record_without_images_goes_into_one_batch_with_others(demo_config, tokenizer):
+def test_a_prompt_of_a_record_without_images_goes_into_one_batch_with_others(
+    demo_config, tokenizer
+):
     with_image, without = (
         examples.build_prompt(record, "Who?", demo_config, tokenizer)
         for record in (page_record(), dataclasses.replace(page_record(), images=(), lines=()))
@@ -187,21 +223,32 @@ def test_a_prompt_of_a_record_without_images_goes_into_one_batch_with_others(dem
     assert {name: array.shape for name, array in with_image.items()} == {
         name: array.shape for name, array in without.items()
     }
-    assert not without["tiles"].any() and not (without["tokens"] == demo_config.model.image_token_id).any()
+    assert (
+        not without["tiles"].any()
+        and not (without["tokens"] == demo_config.model.image_token_id).any()
+    )
 
 
 def test_a_prompt_without_a_page_has_no_image_slots_and_no_tiles(demo_config, tokenizer):
     prompt = examples.build_prompt(None, "Who?", demo_config, tokenizer)
-    assert "tiles" not in prompt and not (prompt["tokens"] == demo_config.model.image_token_id).any()
+    assert (
+        "tiles" not in prompt and not (prompt["tokens"] == demo_config.model.image_token_id).any()
+    )
     assert "tiles" not in examples.trim_prompts([prompt], demo_config)[0]
 
 
 def planned(config, **fields):
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, packing="plan", **fields))
+    return dataclasses.replace(
+        config, data=dataclasses.replace(config.data, packing="plan", **fields)
+    )
 
 
 def build_parts(config, tokenizer):
-    records = [page_record(128, 64), page_record(128, 32, TURNS[:1]), page_record(128, 32, num_images=2)]
+    records = [
+        page_record(128, 64),
+        page_record(128, 32, TURNS[:1]),
+        page_record(128, 32, num_images=2),
+    ]
     return [
         examples.build_part(record, task, np.random.default_rng(0), config, tokenizer)
         for record, task in zip(records, ("answer", "answer", "transcribe"), strict=True)
@@ -213,16 +260,20 @@ def test_parts_stand_in_a_row_as_they_would_alone(demo_config, tokenizer):
     parts = build_parts(config, tokenizer)
     row = examples.join(parts, config, tokenizer)
     assert {name: (array.shape, array.dtype) for name, array in row.items()} == {
-        name: (array.shape, array.dtype) for name, array in examples.join([], config, tokenizer).items()
+        name: (array.shape, array.dtype)
+        for name, array in examples.join([], config, tokenizer).items()
     }
     tile = 0
     for number, part in enumerate(parts, start=1):
-        alone, here = examples.join([part], config, tokenizer), row["segment_ids"] == number
+        alone = examples.join([part], config, tokenizer)
+        here = row["segment_ids"] == number
         used = alone["segment_ids"] == 1
         assert np.ptp(np.flatnonzero(here)) == here.sum() - 1 == used.sum() - 1
         for name in ("tokens", "targets", "loss_weights", "positions"):
             np.testing.assert_array_equal(row[name][here], alone[name][used], err_msg=name)
-        num_tiles = (part.tokens == config.model.image_token_id).sum() // config.model.slots_per_tile
+        num_tiles = (
+            part.tokens == config.model.image_token_id
+        ).sum() // config.model.slots_per_tile
         for name, array in part.tile_arrays.items():
             assert len(array) == num_tiles > 0
             np.testing.assert_array_equal(row[name][tile : tile + num_tiles], array, err_msg=name)
@@ -230,7 +281,9 @@ def test_parts_stand_in_a_row_as_they_would_alone(demo_config, tokenizer):
         tile += num_tiles
     assert tile == 5 and not row["tiles"][5:].any() and not row["patch_loss_weights"][5:].any()
     padding = row["segment_ids"] == 0
-    assert padding.any() and not any(row[name][padding].any() for name in ("tokens", "positions", "loss_weights"))
+    assert padding.any() and not any(
+        row[name][padding].any() for name in ("tokens", "positions", "loss_weights")
+    )
 
 
 def test_a_row_of_nothing_is_padding(demo_config, tokenizer):
@@ -254,26 +307,34 @@ def test_a_transcription_is_cut_at_the_end_of_a_planned_row(demo_config, tokeniz
     length = int(whole["segment_ids"].sum())
     for shorter in (1, 2, 9):
         config = planned(demo_config, row_length=length - shorter)
-        part = examples.build_part(record, "transcribe", np.random.default_rng(0), config, tokenizer)
+        part = examples.build_part(
+            record, "transcribe", np.random.default_rng(0), config, tokenizer
+        )
         np.testing.assert_array_equal(part.tokens, whole["tokens"][: length - shorter])
         taught = tokenizer.decode(part.tokens[1:][part.loss_weights[:-1] > 0])
         assert "ab cd\nef\nab cd\nef".startswith(taught) and len(taught) == 17 - (shorter - 1)
         assert tokenizer.specials["<end>"] not in part.tokens
     # As ever without a plan: what does not fit is left out.
-    short = dataclasses.replace(demo_config, data=dataclasses.replace(demo_config.data, row_length=length - 1))
+    short = dataclasses.replace(
+        demo_config, data=dataclasses.replace(demo_config.data, row_length=length - 1)
+    )
     assert not build(record, "transcribe", short, tokenizer)["loss_weights"].any()
 
 
 def test_a_planned_row_has_no_place_for_a_record_without_an_answer(demo_config, tokenizer):
     config = planned(demo_config, row_length=68)
     for task in ("answer", "transcribe"):  # Of 68 tokens, 64 are the image's: no answer begins.
-        with pytest.raises(UserError, match=r"record r has no answer that fits config.data.row_length 68"):
+        with pytest.raises(
+            UserError, match=r"record r has no answer that fits config.data.row_length 68"
+        ):
             build(page_record(), task, config, tokenizer)
 
 
 def test_a_record_may_have_fewer_tiles_than_a_row(demo_config, tokenizer):
     config = planned(demo_config, row_length=400, max_tiles=6, record_tiles=1)
-    part = examples.build_part(page_record(128, 64), "answer", np.random.default_rng(0), config, tokenizer)
+    part = examples.build_part(
+        page_record(128, 64), "answer", np.random.default_rng(0), config, tokenizer
+    )
     assert len(part.tile_arrays["tiles"]) == 1
     assert len(examples.build_prompt(page_record(128, 64), "Who?", config, tokenizer)["tiles"]) == 1
     with pytest.raises(UserError, match=r"record r has 2 images; config.data.record_tiles is 1"):

@@ -14,7 +14,9 @@ def root(request, tmp_path, monkeypatch):
     if request.param == "local":
         return str(tmp_path / "bucket")
     monkeypatch.setattr(
-        filesystem, "_filesystem", lambda scheme: fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
+        filesystem,
+        "_filesystem",
+        lambda scheme: fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()),
     )
     return "gs://bucket"
 
@@ -22,7 +24,11 @@ def root(request, tmp_path, monkeypatch):
 def test_files_are_listed_below_a_folder_and_read_by_the_names_that_came(root):
     names = filesystem.list_files(root, (".jsonl",))
     assert names == [f"{root}/{name}" for name in ("a.JSONL", "b.jsonl", "deep/c.jsonl")]
-    assert [filesystem.read(name, 100) for name in names] == [b"of a.JSONL", b"of b.jsonl", b"of deep/c.jsonl"]
+    assert [filesystem.read(name, 100) for name in names] == [
+        b"of a.JSONL",
+        b"of b.jsonl",
+        b"of deep/c.jsonl",
+    ]
     assert filesystem.list_files(names[1], (".csv",)) == [names[1]]
     assert filesystem.size(names[1]) == 10
     with filesystem.open_buffered(names[1], 3) as file:
@@ -51,7 +57,9 @@ def test_a_bucket_that_cannot_be_reached_is_an_error_in_one_line(monkeypatch):
             raise OSError("google::cloud::Status(UNAVAILABLE:\n  no network)")
 
     monkeypatch.setattr(filesystem, "_filesystem", lambda scheme: Unreachable())
-    with pytest.raises(UserError, match=r"^cannot reach gs://mine/data: google.*UNAVAILABLE: no network\)$"):
+    with pytest.raises(
+        UserError, match=r"^cannot reach gs://mine/data: google.*UNAVAILABLE: no network\)$"
+    ):
         filesystem.list_files("gs://mine/data", (".jsonl",))
 
 
@@ -72,7 +80,10 @@ def test_a_range_that_is_not_all_there_is_an_error(tmp_path, bucket, bucket_fold
     (tmp_path / "a").write_bytes(b"0123456789")
     bucket.put(str(bucket_folder).removeprefix(f"{bucket.url}/") + "/a", b"0123456789")
     for path in (tmp_path / "a", f"{bucket_folder}/a"):
-        assert filesystem.read_range(path, 3, 7) == b"3456" and filesystem.read_range(path, 4, 4) == b""
+        assert (
+            filesystem.read_range(path, 3, 7) == b"3456"
+            and filesystem.read_range(path, 4, 4) == b""
+        )
         assert filesystem.read_whole(path, 10) == b"0123456789"
         with pytest.raises(OSError, match="a: it ends 2 bytes before byte 12"):
             filesystem.read_range(path, 5, 12)

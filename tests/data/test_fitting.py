@@ -7,7 +7,9 @@ from alignvlm_jax.data.packing import Sizes
 
 def pages(count: int, row_length: int) -> Sizes:
     """Texts of little different lengths behind one tile."""
-    lengths = np.random.default_rng(0).normal(0.08 * row_length, 0.004 * row_length, count).astype(int)
+    lengths = (
+        np.random.default_rng(0).normal(0.08 * row_length, 0.004 * row_length, count).astype(int)
+    )
     return sizes(lengths, np.ones(count, int))
 
 
@@ -29,7 +31,9 @@ def sizes(lengths, tiles) -> Sizes:
 
 @pytest.mark.parametrize("way", [packing.best_fit, packing.even_fit, packing.fit])
 @pytest.mark.parametrize("make", [pages, texts, mixed])
-@pytest.mark.parametrize("count, row_length, row_tiles", [(1, 100, 5), (50, 100, 5), (5000, 1000, 13), (300, 2000, 4)])
+@pytest.mark.parametrize(
+    "count, row_length, row_tiles", [(1, 100, 5), (50, 100, 5), (5000, 1000, 13), (300, 2000, 4)]
+)
 def test_all_records_are_in_rows_that_hold_them(way, make, count, row_length, row_tiles):
     given = make(count, row_length)
     held = np.zeros(len(given.counts), int)
@@ -52,8 +56,15 @@ def test_the_better_way_is_taken():
         (pages, packing.even_fit, packing.best_fit),
     ):
         given = make(20_000, 4096)
-        least = sum(length * count for length, count in zip(given.lengths, given.counts, strict=True)) / 4096
-        assert num_rows(worse, given, 4096) > num_rows(better, given, 4096) == num_rows(packing.fit, given, 4096)
+        least = (
+            sum(length * count for length, count in zip(given.lengths, given.counts, strict=True))
+            / 4096
+        )
+        assert (
+            num_rows(worse, given, 4096)
+            > num_rows(better, given, 4096)
+            == num_rows(packing.fit, given, 4096)
+        )
         assert least / num_rows(better, given, 4096) > 0.98
 
 

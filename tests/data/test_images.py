@@ -20,12 +20,15 @@ def encode(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
 
 
 def random_page(width: int, height: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def coverage(rows: int, columns: int, height: int, width: int, vision: VisionConfig) -> float:
     """As Ovis counts it: the cells' area after each shrank to the tile, over the page's area."""
-    cell_height, cell_width = height / rows, width / columns
+    cell_height = height / rows
+    cell_width = width / columns
     scale = min(1, vision.tile_height / cell_height, vision.tile_width / cell_width)
     return rows * columns * (cell_height * scale) * (cell_width * scale) / (height * width)
 
@@ -74,7 +77,9 @@ def test_unreadable_images_are_named(data):
 def test_load_page_reads_images_and_pdf(tmp_path):
     page = random_page(40, 30)
     page.save(tmp_path / "page.png")
-    np.testing.assert_array_equal(np.asarray(images.load_page(tmp_path / "page.png")), np.asarray(page))
+    np.testing.assert_array_equal(
+        np.asarray(images.load_page(tmp_path / "page.png")), np.asarray(page)
+    )
     Image.new("RGB", (100, 50), (255, 0, 0)).save(tmp_path / "page.pdf", resolution=72)
     drawn = images.load_page(tmp_path / "page.pdf")
     assert drawn.mode == "RGB" and drawn.width == 2 * drawn.height
@@ -108,7 +113,9 @@ def test_known_grids(height, width, vision, max_tiles, expected):
 def test_grid_follows_the_coverage_rule(use_overview):
     rng = np.random.default_rng(0)
     for _ in range(200):
-        height, width, max_tiles = int(rng.integers(8, 2000)), int(rng.integers(8, 2000)), int(rng.integers(1, 10))
+        height = int(rng.integers(8, 2000))
+        width = int(rng.integers(8, 2000))
+        max_tiles = int(rng.integers(1, 10))
         vision = SQUARE if rng.random() < 0.5 else DEMO
         rows, columns = images.choose_grid(height, width, vision, max_tiles, use_overview)
         most = max_tiles - 1 if use_overview and max_tiles > 1 else max_tiles
@@ -119,7 +126,10 @@ def test_grid_follows_the_coverage_rule(use_overview):
         if good:
             fewest = min(r * c for r, c in good)
             assert rows * columns == fewest
-            assert scores[rows, columns] >= max(scores[g] for g in good if g[0] * g[1] == fewest) - 1e-9
+            assert (
+                scores[rows, columns]
+                >= max(scores[g] for g in good if g[0] * g[1] == fewest) - 1e-9
+            )
         else:
             assert scores[rows, columns] >= max(scores.values()) - 1e-9
 
@@ -150,13 +160,18 @@ def test_cells_keep_their_aspect_and_are_padded_white():
     np.testing.assert_array_equal(tiles.scales[0], [0.5, 0.5])
 
 
-@pytest.mark.parametrize("size", [(128, 64), (300, 200), (90, 500), (64, 16), (1, 1), (1, 40), (40, 1)])
+@pytest.mark.parametrize(
+    "size", [(128, 64), (300, 200), (90, 500), (64, 16), (1, 1), (1, 40), (40, 1)]
+)
 def test_page_points_are_found_in_their_tiles(size):
     page = Image.new("RGB", size, (255, 255, 255))
-    x, y = size[0] * 2 // 3, size[1] // 3
+    x = size[0] * 2 // 3
+    y = size[1] // 3
     marked = page.copy()
     radius = max(3, max(size) // 10)  # wide enough to survive the overview
-    marked.paste((0, 0, 0), (max(0, x - radius), max(0, y - radius), x + radius + 1, y + radius + 1))
+    marked.paste(
+        (0, 0, 0), (max(0, x - radius), max(0, y - radius), x + radius + 1, y + radius + 1)
+    )
     tiles = images.tile_image(marked, DEMO, 4, use_overview=True)
     assert len(tiles.pixels) <= 4
     for pixels, crop, scale in zip(tiles.pixels, tiles.crops, tiles.scales, strict=True):
@@ -169,9 +184,15 @@ def test_page_points_are_found_in_their_tiles(size):
 @pytest.mark.parametrize("max_tiles", [1, 2, 9, 10])
 def test_tiles_are_counted_without_making_them(use_overview, max_tiles):
     rng = np.random.default_rng(0)
-    sizes = np.concatenate([rng.integers(1, 12, (40, 2)), rng.integers(1, 400, (40, 2)), [[1, 3000], [3000, 1]]])
+    sizes = np.concatenate(
+        [rng.integers(1, 12, (40, 2)), rng.integers(1, 400, (40, 2)), [[1, 3000], [3000, 1]]]
+    )
     made = [
-        len(images.tile_image(Image.new("RGB", (width, height)), DEMO, max_tiles, use_overview).pixels)
+        len(
+            images.tile_image(
+                Image.new("RGB", (width, height)), DEMO, max_tiles, use_overview
+            ).pixels
+        )
         for height, width in sizes.tolist()
     ]
     assert images.count_tiles(sizes, DEMO, max_tiles, use_overview).tolist() == made
@@ -209,7 +230,9 @@ def test_images_in_memory_are_pages_as_files_are(tmp_path):
         np.testing.assert_array_equal(np.asarray(images.open_page(source)), rgb)
     gray = rgb[..., 0]
     for source in (gray, gray[..., None], Image.fromarray(gray)):
-        np.testing.assert_array_equal(np.asarray(images.open_page(source)), np.stack([gray] * 3, -1))
+        np.testing.assert_array_equal(
+            np.asarray(images.open_page(source)), np.stack([gray] * 3, -1)
+        )
     # Transparency is white, as in files.
     clear = np.concatenate([rgb, np.zeros((6, 4, 1), np.uint8)], -1)
     assert (np.asarray(images.open_page(clear)) == 255).all()
@@ -221,7 +244,8 @@ def test_images_in_memory_are_pages_as_files_are(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("levels", "told"), [([0, 255], "from 0 to 255"), ([-0.1, 1], "from -0.1"), ([0, np.nan], "nan")]
+    ("levels", "told"),
+    [([0, 255], "from 0 to 255"), ([-0.1, 1], "from -0.1"), ([0, np.nan], "nan")],
 )
 def test_floating_point_numbers_beyond_0_to_1_are_refused(tmp_path, levels, told):
     """Clipped, a page of levels up to 255 would be nearly white."""

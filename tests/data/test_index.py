@@ -44,9 +44,15 @@ def test_image_sizes_belong_to_their_records(tokenizer):
 
 def test_the_hash_is_of_images_and_turns_and_not_of_the_id():
     first, second, _ = records()
-    assert index.content_hash(first) == index.content_hash(Record("z", "other", first.images, first.turns))
-    assert index.content_hash(second) != index.content_hash(Record("b", "test", (png(1, 1),), second.turns))
-    assert index.content_hash(second) != index.content_hash(Record("b", "test", (), second.turns[:1]))
+    assert index.content_hash(first) == index.content_hash(
+        Record("z", "other", first.images, first.turns)
+    )
+    assert index.content_hash(second) != index.content_hash(
+        Record("b", "test", (png(1, 1),), second.turns)
+    )
+    assert index.content_hash(second) != index.content_hash(
+        Record("b", "test", (), second.turns[:1])
+    )
 
 
 def test_shards_are_read_back_one_after_another(tmp_path, tokenizer):
@@ -54,7 +60,8 @@ def test_shards_are_read_back_one_after_another(tmp_path, tokenizer):
         path = tmp_path / shards.shard_name("train", shard, 2)
         shards.write_shard(path, part)
         index.write(index.index_path(path), index.of_records(part, tokenizer, "f"))
-    loaded, whole = index.load(tmp_path, "train"), index.of_records(records(), tokenizer, "f")
+    loaded = index.load(tmp_path, "train")
+    whole = index.of_records(records(), tokenizer, "f")
     assert len(loaded) == 3 and loaded.tokenizer == "f"
     for task in examples.TASKS:
         assert np.array_equal(loaded.text_tokens[task], whole.text_tokens[task])
@@ -77,7 +84,11 @@ def test_what_cannot_be_loaded_says_what_to_call(tmp_path, tokenizer):
     with pytest.raises(UserError, match=f"several tokenizers.*{again}"):
         index.load(tmp_path, "train")
     whole = index.index_path(paths[0]).read_bytes()
-    for broken in (b"", whole[: len(whole) // 2], whole.replace(b"text_tokens.answer.npy", b"text_tokens.answex.npy")):
+    for broken in (
+        b"",
+        whole[: len(whole) // 2],
+        whole.replace(b"text_tokens.answer.npy", b"text_tokens.answex.npy"),
+    ):
         index.index_path(paths[0]).write_bytes(broken)
         with pytest.raises(UserError, match=again):
             index.load(tmp_path, "train")
@@ -88,7 +99,11 @@ def test_the_fingerprint_is_of_the_file_that_is_loaded(tmp_path):
     of_model = index.tokenizer_fingerprint(tmp_path)
     assert of_model == index.tokenizer_fingerprint(tmp_path / "tokenizer.model")
     (tmp_path / "tokenizer.json").write_bytes(b"{}")
-    assert index.tokenizer_fingerprint(tmp_path) == index.tokenizer_fingerprint(tmp_path / "tokenizer.json") != of_model
+    assert (
+        index.tokenizer_fingerprint(tmp_path)
+        == index.tokenizer_fingerprint(tmp_path / "tokenizer.json")
+        != of_model
+    )
     assert tokenizers.read(tmp_path) == (tmp_path / "tokenizer.json", b"{}")
 
 
@@ -102,7 +117,9 @@ def test_a_merged_index_is_that_of_the_shards(tmp_path, tokenizer, monkeypatch):
     for path in paths:
         index.index_path(path).unlink()
     merged = index.load(tmp_path, "train")
-    assert merged is not apart and merged is index.load(tmp_path, "train") and merged.tokenizer == "f"
+    assert (
+        merged is not apart and merged is index.load(tmp_path, "train") and merged.tokenizer == "f"
+    )
     for name in ("image_sizes", "image_starts", "content_hash"):
         assert np.array_equal(getattr(merged, name), getattr(apart, name))
         assert getattr(merged, name).dtype == getattr(apart, name).dtype
@@ -111,5 +128,8 @@ def test_a_merged_index_is_that_of_the_shards(tmp_path, tokenizer, monkeypatch):
         with pytest.raises(ValueError, match="read-only"):
             merged.text_tokens[task][0] = 1
     shards.write_shard(paths[1], records() * 2000)
-    with pytest.raises(UserError, match=rf"index-train.npz is of other shards; .*prepare --recount --out={tmp_path}"):
+    with pytest.raises(
+        UserError,
+        match=rf"index-train.npz is of other shards; .*prepare --recount --out={tmp_path}",
+    ):
         index.load(tmp_path, "train")

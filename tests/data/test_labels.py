@@ -19,7 +19,8 @@ def reference(lines, tiles, tokenizer, vision, k, blank_weight):
     loss_weights = np.zeros(ids.shape[:2])
     for n, (crop, scale) in enumerate(zip(tiles.crops, tiles.scales, strict=True)):
         y, x = np.mgrid[: vision.tile_height * s, : vision.tile_width * s] + 0.5
-        page_x, page_y = x / s / scale[0] + crop[0], y / s / scale[1] + crop[1]
+        page_x = x / s / scale[0] + crop[0]
+        page_y = y / s / scale[1] + crop[1]
         on_page = (page_x < crop[2]) & (page_y < crop[3])
         counts = np.zeros((tokenizer.vocab_size, rows, columns))
         line_heights = np.zeros(rows)
@@ -36,12 +37,14 @@ def reference(lines, tiles, tokenizer, vision, k, blank_weight):
         for patch in range(rows * columns):
             column = areas[:, patch]
             if column.sum() < vision.patch_height * vision.patch_width / 8:
-                weights[n, patch, 0], loss_weights[n, patch] = 1, blank_weight
+                weights[n, patch, 0] = 1
+                loss_weights[n, patch] = blank_weight
                 continue
             blank = line_heights[patch // columns] * vision.patch_width - column.sum()
             column[tokenizer.space_id] = max(blank, 0)
             top = sorted(
-                np.flatnonzero(column), key=lambda token: (-column[token], token == tokenizer.space_id, token)
+                np.flatnonzero(column),
+                key=lambda token: (-column[token], token == tokenizer.space_id, token),
             )[:k]
             ids[n, patch, : len(top)] = top
             weights[n, patch, : len(top)] = column[top] / column[top].sum()
@@ -50,12 +53,16 @@ def reference(lines, tiles, tokenizer, vision, k, blank_weight):
 
 
 def random_lines(rng, width, height, with_edges=True, fraction=0.25):
-    """Words anywhere, off the page and on top of each other too; their edges lie on a grid of `fraction` pixels."""
+    """Words anywhere, off the page and on top of each other too; their edges lie on a grid of
+    `fraction` pixels."""
     lines = []
     for _ in range(6):
         text = "".join("abcABC12"[i] for i in rng.integers(0, 8, rng.integers(1, 9)))
-        edges = np.cumsum([rng.integers(-5, width), *rng.integers(2, 11, len(text))]) + fraction * rng.integers(0, 4)
-        top, size = rng.integers(-5, height), rng.integers(4, 18)
+        edges = np.cumsum(
+            [rng.integers(-5, width), *rng.integers(2, 11, len(text))]
+        ) + fraction * rng.integers(0, 4)
+        top = rng.integers(-5, height)
+        size = rng.integers(4, 18)
         if not with_edges:
             edges = np.linspace(edges[0], edges[0] + 8 * len(text), len(text) + 1)
         box = (float(edges[0]), float(top), float(edges[-1]), float(top + size))
@@ -69,7 +76,8 @@ def test_labels_equal_the_dense_reference(tokenizer, size, with_edges):
     rng = np.random.default_rng(0)
     tiles = images.tile_image(Image.new("RGB", size), VISION, 3, use_overview=size == (256, 128))
     for k in (1, 3, 8):
-        # The larger page shrinks to a half and a quarter: whole pixels are then what sub-pixels can count.
+        # The larger page shrinks to a half and a quarter: whole pixels are then what sub-pixels can
+        # count.
         lines = random_lines(rng, *size, with_edges, fraction=1 if size == (256, 128) else 0.25)
         args = lines, tiles, tokenizer, VISION, k, 0.2
         ids, weights, loss_weights = labels.patch_labels(*args)

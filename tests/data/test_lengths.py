@@ -27,7 +27,9 @@ def record(*sizes: tuple[int, int], answer: str = "4", words: int = 0) -> Record
 
 
 def test_they_are_those_of_the_parts_that_rows_are_made_of(demo_config, tokenizer):
-    config = change(demo_config, "data", max_tiles=6, row_length=400, record_tiles=3, use_overview=True)
+    config = change(
+        demo_config, "data", max_tiles=6, row_length=400, record_tiles=3, use_overview=True
+    )
     records = [
         record(),
         record((128, 32)),

@@ -19,7 +19,9 @@ OTHER_ROWS = {"tasks": {"answer_and_transcribe": 1.0}, "use_overview": True, "ro
 
 
 def change(config, part, **fields):
-    return dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **fields)})
+    return dataclasses.replace(
+        config, **{part: dataclasses.replace(getattr(config, part), **fields)}
+    )
 
 
 def assert_equal(a, b):
@@ -43,7 +45,8 @@ def of_kind(config, kind: str):
     fields = dict(KINDS[kind])
     if "sources" in fields:
         fields["sources"] = {
-            name: SourceConfig(dir=config.data.dir, **source) for name, source in fields["sources"].items()
+            name: SourceConfig(dir=config.data.dir, **source)
+            for name, source in fields["sources"].items()
         }
     return change(config, "data", **fields)
 
@@ -61,7 +64,10 @@ def checksum(config, split="train") -> str:
 
 
 def test_rows_of_one_record_are_what_they_ever_were(demo_config):
-    """Published numbers of the demonstration depend on every byte. Should a change be meant, measure them anew."""
+    """Published numbers of the demonstration depend on every byte.
+
+    Should a change be meant, measure them anew.
+    """
     assert checksum(demo_config) == "a28426d9" and checksum(demo_config, "validation") == "90a0f2e8"
     other = dataclasses.replace(change(demo_config, "data", **OTHER_ROWS), seed=3, stage="stage2")
     assert checksum(other) == "6a8d43ad"
@@ -92,16 +98,21 @@ def test_resuming_after_any_step_continues_exactly(any_config):
 @pytest.mark.parametrize("num_threads, prefetch", [(1, 1), (4, 8)])
 def test_threads_change_nothing(demo_config, num_threads, prefetch):
     other = change(demo_config, "data", num_threads=num_threads, prefetch=prefetch)
-    for a, b in itertools.islice(zip(loader.TrainBatches(demo_config), loader.TrainBatches(other), strict=True), 4):
+    for a, b in itertools.islice(
+        zip(loader.TrainBatches(demo_config), loader.TrainBatches(other), strict=True), 4
+    ):
         assert_equal(a, b)
 
 
 def shares(count: int) -> list[range]:
-    """The rows of a batch of 8 that each of `count` processes feeds: every count-th, as hosts stand in a real mesh."""
+    """The rows of a batch of 8 that each of `count` processes feeds: every count-th, as hosts stand
+    in a real mesh."""
     return [range(process, 8, count) for process in range(count)]
 
 
-@pytest.mark.parametrize("rows_of", [shares(2), shares(4), [[0, 1, 6, 7], [2, 3, 4, 5], [0, 1, 6, 7]]])
+@pytest.mark.parametrize(
+    "rows_of", [shares(2), shares(4), [[0, 1, 6, 7], [2, 3, 4, 5], [0, 1, 6, 7]]]
+)
 def test_the_global_batch_is_the_same_whatever_rows_a_process_feeds(any_config, rows_of):
     whole = loader.TrainBatches(any_config, start_row=8)
     parts = [loader.TrainBatches(any_config, start_row=8, local_rows=own) for own in rows_of]
@@ -117,18 +128,27 @@ def numbered_parts(monkeypatch) -> None:
 
     def build_part(record, task, rng, config, tokenizer):
         number = int(record.id.rsplit("-", 1)[1])
-        return Part(np.full(3, number, np.int32), np.ones(3, np.float32), {"tiles": np.zeros((0, 32, 128, 3))})
+        return Part(
+            np.full(3, number, np.int32),
+            np.ones(3, np.float32),
+            {"tiles": np.zeros((0, 32, 128, 3))},
+        )
 
     monkeypatch.setattr(loader.examples, "build_part", build_part)
 
 
-def test_every_record_is_seen_as_often_as_planned_whatever_the_number_of_processes(any_config, monkeypatch):
+def test_every_record_is_seen_as_often_as_planned_whatever_the_number_of_processes(
+    any_config, monkeypatch
+):
     numbered_parts(monkeypatch)
     config = change(any_config, "train", num_steps=24)
-    seen, next_row = collections.Counter(), 0
+    seen = collections.Counter()
+    next_row = 0
     # Goes on twelve times, after one or several steps, with another number of processes.
     for count, steps in zip((1, 2, 4, 8, 4, 2) * 2, (1, 3, 2, 1, 2, 3) * 2, strict=True):
-        parts = [loader.TrainBatches(config, start_row=next_row, local_rows=own) for own in shares(count)]
+        parts = [
+            loader.TrainBatches(config, start_row=next_row, local_rows=own) for own in shares(count)
+        ]
         for part, _ in itertools.product(parts, range(steps)):
             batch = next(part)
             starts = (batch["segment_ids"] > 0) & (batch["positions"] == 0)
@@ -144,21 +164,29 @@ def test_every_record_is_seen_as_often_as_planned_whatever_the_number_of_process
 
 def spoil(folder: pathlib.Path, indices: range, split: str = "train") -> None:
     """Cuts the images of some documents off, below the header that tells their size."""
-    source, paths = shards.RecordSource(folder, split), shards.shard_paths(folder, split)
+    source = shards.RecordSource(folder, split)
+    paths = shards.shard_paths(folder, split)
     for shard, path in enumerate(paths):
         records = [
-            dataclasses.replace(source[i], images=(source[i].images[0][:100],)) if i in indices else source[i]
-            for i in range(shard * NUM_DOCUMENTS // len(paths), (shard + 1) * NUM_DOCUMENTS // len(paths))
+            dataclasses.replace(source[i], images=(source[i].images[0][:100],))
+            if i in indices
+            else source[i]
+            for i in range(
+                shard * NUM_DOCUMENTS // len(paths), (shard + 1) * NUM_DOCUMENTS // len(paths)
+            )
         ]
         shards.write_shard(path, records)  # The index stays.
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_record_that_cannot_be_decoded_is_left_out_of_its_row_alone(demo_config, kind, tmp_path, tokenizer):
+def test_a_record_that_cannot_be_decoded_is_left_out_of_its_row_alone(
+    demo_config, kind, tmp_path, tokenizer
+):
     shutil.copytree(demo_config.data.dir, tmp_path, dirs_exist_ok=True)
     spoil(tmp_path, range(7, 8))
     config = of_kind(change(demo_config, "data", dir=str(tmp_path)), kind)
-    good, bad = loader.TrainRows(of_kind(demo_config, kind), "train"), loader.TrainRows(config, "train")
+    good = loader.TrainRows(of_kind(demo_config, kind), "train")
+    bad = loader.TrainRows(config, "train")
     left_out = 0
     for row in range(80):
         picks = good.schedule.picks(row)
@@ -183,7 +211,8 @@ def test_too_many_unreadable_records_are_an_error_that_names_the_first(demo_conf
     spoil(tmp_path, range(10, 40))
     config = of_kind(change(demo_config, "data", dir=str(tmp_path)), "plan")
     with pytest.raises(
-        UserError, match=r"\d+ of \d+ records cannot be read .*; the first: .* of record train-0000\d\d"
+        UserError,
+        match=r"\d+ of \d+ records cannot be read .*; the first: .* of record train-0000\d\d",
     ):
         list(loader.TrainBatches(config))
 
@@ -191,7 +220,10 @@ def test_too_many_unreadable_records_are_an_error_that_names_the_first(demo_conf
 def test_a_validation_split_that_cannot_be_read_is_an_error(demo_config, tmp_path):
     shutil.copytree(demo_config.data.dir, tmp_path, dirs_exist_ok=True)
     spoil(tmp_path, range(NUM_DOCUMENTS), "validation")
-    with pytest.raises(UserError, match=r"nothing to validate on in split 'validation': cannot read image 0 of record"):
+    with pytest.raises(
+        UserError,
+        match=r"nothing to validate on in split 'validation': cannot read image 0 of record",
+    ):
         loader.ValidationBatches(change(demo_config, "data", dir=str(tmp_path)), 4, 8)
     # Of several processes one that has nothing is no reason to end.
     told = []
@@ -212,9 +244,12 @@ def test_a_source_of_which_nothing_was_held_out_is_no_part_of_validation(demo_co
     held = {"a": SourceConfig(dir=demo_config.data.dir)}
     mixed = held | {"b": SourceConfig(dir=str(tmp_path))}
     both, alone = (
-        loader.by_source(change(demo_config, "data", packing="plan", sources=sources)) for sources in (mixed, held)
+        loader.by_source(change(demo_config, "data", packing="plan", sources=sources))
+        for sources in (mixed, held)
     )
-    assert both == alone and list(both) == ["a"] and both["a"].data.folders == (demo_config.data.dir,)
+    assert (
+        both == alone and list(both) == ["a"] and both["a"].data.folders == (demo_config.data.dir,)
+    )
     nowhere = change(demo_config, "data", sources={"b": mixed["b"]})
     with pytest.raises(UserError, match="no shards of split 'validation'"):
         loader.by_source(nowhere)
@@ -223,7 +258,9 @@ def test_a_source_of_which_nothing_was_held_out_is_no_part_of_validation(demo_co
 def test_validation_counts_every_patch_and_all_of_a_source(demo_config):
     few = SourceConfig(dir=demo_config.data.dir, weight=0.0, cap=1)
     config = change(demo_config, "data", packing="plan", labelled_share=0.0, sources={"a": few})
-    whole = change(demo_config, "data", packing="plan", sources={"a": SourceConfig(dir=demo_config.data.dir)})
+    whole = change(
+        demo_config, "data", packing="plan", sources={"a": SourceConfig(dir=demo_config.data.dir)}
+    )
     assert loader.by_source(config) == loader.by_source(whole)
 
 
@@ -234,7 +271,9 @@ def test_an_index_of_other_records_is_found_out(demo_config, tmp_path):
         fewer = {task: np.minimum(tokens, 9) for task, tokens in index.text_tokens.items()}
         index_lib.write(index_lib.index_path(path), dataclasses.replace(index, text_tokens=fewer))
     config = of_kind(change(demo_config, "data", dir=str(tmp_path)), "plan")
-    with pytest.raises(UserError, match=r"takes more of a row than its index says; `prepare --recount` mends it"):
+    with pytest.raises(
+        UserError, match=r"takes more of a row than its index says; `prepare --recount` mends it"
+    ):
         list(loader.TrainBatches(config))
 
 
@@ -256,7 +295,10 @@ def test_an_epoch_visits_every_record_once_and_the_next_in_another_order(demo_co
 
 def test_seed_and_stage_change_the_rows(demo_config):
     first = next(loader.TrainBatches(demo_config))
-    for other in (dataclasses.replace(demo_config, seed=1), dataclasses.replace(demo_config, stage="other")):
+    for other in (
+        dataclasses.replace(demo_config, seed=1),
+        dataclasses.replace(demo_config, stage="other"),
+    ):
         assert not np.array_equal(next(loader.TrainBatches(other))["tokens"], first["tokens"])
 
 
@@ -281,7 +323,8 @@ def test_too_many_rows_without_an_answer_are_an_error(demo_config):
 
 def test_validation_is_the_same_at_every_pass(demo_config):
     validation = loader.ValidationBatches(demo_config, 4, 10)
-    first, second = list(validation), list(validation)
+    first = list(validation)
+    second = list(validation)
     assert len(first) == len(second) == 2
     for a, b in zip(first, second, strict=True):
         assert a["tokens"].shape == (4, 144)
@@ -291,8 +334,11 @@ def test_validation_is_the_same_at_every_pass(demo_config):
 
 def test_a_process_decodes_its_own_rows_of_validation_alone(demo_config, monkeypatch):
     whole = list(loader.ValidationBatches(demo_config, 4, 10))
-    read, row_of = [], loader.TrainRows.__getitem__
-    monkeypatch.setattr(loader.TrainRows, "__getitem__", lambda rows, i: read.append(i) or row_of(rows, i))
+    read = []
+    row_of = loader.TrainRows.__getitem__
+    monkeypatch.setattr(
+        loader.TrainRows, "__getitem__", lambda rows, i: read.append(i) or row_of(rows, i)
+    )
     own = loader.ValidationBatches(demo_config, 4, 10, local_rows=[1, 3])
     assert read == [1]  # To see that there is something to validate on.
     read.clear()
@@ -307,7 +353,9 @@ def test_a_position_that_does_not_divide_is_an_error(demo_config):
 
 
 def test_the_tokenizer_must_fit_the_model(demo_config):
-    small = dataclasses.replace(demo_config.model, llm=dataclasses.replace(demo_config.model.llm, vocab_size=64))
+    small = dataclasses.replace(
+        demo_config.model, llm=dataclasses.replace(demo_config.model.llm, vocab_size=64)
+    )
     with pytest.raises(UserError, match=r"108 tokens.*vocab_size is 64"):
         loader.load_tokenizer(dataclasses.replace(demo_config, model=small))
     with pytest.raises(UserError, match="image_token_id is 9"):

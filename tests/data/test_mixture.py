@@ -15,13 +15,21 @@ def test_an_epoch_is_every_record_once_unless_said_otherwise():
 
 
 def test_repeats_are_fractional():
-    assert counts({"a": 10, "b": 10, "c": 7}, a={"repeat": 2.5}, b={"repeat": 0.5}) == {"a": 25, "b": 5, "c": 7}
+    assert counts({"a": 10, "b": 10, "c": 7}, a={"repeat": 2.5}, b={"repeat": 0.5}) == {
+        "a": 25,
+        "b": 5,
+        "c": 7,
+    }
 
 
 def test_weights_share_what_there_is_in_all():
     assert counts({"a": 100, "b": 100}, a={"weight": 3.0}) == {"a": 150, "b": 50}
     assert counts({"a": 100, "b": 300}, a={"weight": 3.0}) == {"a": 200, "b": 200}
-    assert counts({"a": 100, "b": 300, "off": 50}, off={"weight": 0.0}) == {"a": 100, "b": 300, "off": 0}
+    assert counts({"a": 100, "b": 300, "off": 50}, off={"weight": 0.0}) == {
+        "a": 100,
+        "b": 300,
+        "off": 0,
+    }
 
 
 def test_temperature_evens_out():

@@ -4,7 +4,9 @@ import pytest
 from alignvlm_jax.data import packing
 
 
-def draw(count: int, row_length: int, row_tiles: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def draw(
+    count: int, row_length: int, row_tiles: int, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Log-normal texts behind up to `row_tiles` tiles of an eighth of a row's share."""
     rng = np.random.default_rng(seed)
     tiles = rng.integers(0, row_tiles + 1, count)
@@ -39,14 +41,17 @@ def test_what_fits_exactly_is_put_together():
 
 
 def test_tiles_bind_as_well():
-    lengths, tiles = np.full(90, 10), np.tile([2, 1, 0], 30)
+    lengths = np.full(90, 10)
+    tiles = np.tile([2, 1, 0], 30)
     plan = packing.plan(lengths, tiles, 1000, 3, [1], 0)
     assert len(plan.offsets) == 31 and (of_rows(plan, tiles) == 3).all()
 
 
 @pytest.mark.parametrize("row_length, spread", [(2048, 1.0), (4096, 1.5), (1024, 0.7)])
 def test_log_normal_lengths_fill_rows(row_length, spread):
-    lengths = np.random.default_rng(0).lognormal(5.0, spread, 20_000).astype(int).clip(1, row_length)
+    lengths = (
+        np.random.default_rng(0).lognormal(5.0, spread, 20_000).astype(int).clip(1, row_length)
+    )
     plan = packing.plan(lengths, np.zeros(20_000, int), row_length, 1, [1], 0)
     assert lengths.sum() / (row_length * (len(plan.offsets) - 1)) > 0.99
 
@@ -73,4 +78,6 @@ def test_rows_and_records_are_shuffled():
 def test_one_a_row_is_a_shuffle():
     plan = packing.one_a_row(50, [1], 0)
     assert sorted(plan.records) == list(range(50)) and plan.offsets.tolist() == list(range(51))
-    assert plan.records.tolist() != packing.one_a_row(50, [1], 1).records.tolist() != list(range(50))
+    assert (
+        plan.records.tolist() != packing.one_a_row(50, [1], 1).records.tolist() != list(range(50))
+    )

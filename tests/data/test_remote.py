@@ -40,7 +40,8 @@ def upload(folder, bucket, bucket_folder) -> None:
 
 
 def test_records_are_those_of_the_disk(prepared, remote):
-    here, there = shards.RecordSource(prepared, "train"), shards.RecordSource(remote, "train")
+    here = shards.RecordSource(prepared, "train")
+    there = shards.RecordSource(remote, "train")
     assert len(here) == len(there) == 48
     order = np.random.default_rng(0).permutation(48).tolist()
     for number in order[:24]:
@@ -62,9 +63,12 @@ def test_a_record_is_one_request_and_opening_is_few(remote, bucket):
 
 def test_rows_and_the_index_are_those_of_the_disk(prepared, remote, demo_config):
     def rows(folder):
-        return loader.TrainRows(change(demo_config, "data", dir=str(folder), packing="plan"), "train")
+        return loader.TrainRows(
+            change(demo_config, "data", dir=str(folder), packing="plan"), "train"
+        )
 
-    here, there = rows(prepared), rows(remote)
+    here = rows(prepared)
+    there = rows(remote)
     for row in range(0, 40, 3):
         for name, array in here[row].items():
             assert np.array_equal(array, there[row][name])
@@ -79,11 +83,16 @@ def test_batches_are_read_ahead(prepared, remote, demo_config, bucket):
 
     def batches(folder):
         config = change(demo_config, "data", dir=str(folder), packing="plan")
-        return loader.TrainBatches(dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=8)))
+        return loader.TrainBatches(
+            dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=8))
+        )
 
-    expected, found = list(batches(prepared)), batches(remote)
+    expected = list(batches(prepared))
+    found = batches(remote)
     bucket.requests.clear()
-    most, at_once, lock = 0, 0, threading.Lock()
+    most = 0
+    at_once = 0
+    lock = threading.Lock()
 
     def hook(method, names):
         nonlocal most, at_once
@@ -102,14 +111,20 @@ def test_batches_are_read_ahead(prepared, remote, demo_config, bucket):
         bucket.hook = lambda method, names: None
     records = sum(len(expected_batch["tokens"]) for expected_batch in expected)
     assert most > 16
-    planned = loader.TrainRows(change(demo_config, "data", dir=str(prepared), packing="plan"), "train").schedule
+    planned = loader.TrainRows(
+        change(demo_config, "data", dir=str(prepared), packing="plan"), "train"
+    ).schedule
     assert bucket.requests["GET"] <= sum(planned.num_records(row) for row in range(records)) + 2
 
 
 def test_what_is_missing_or_damaged_is_told(remote, prepared, bucket, bucket_folder):
-    with pytest.raises(UserError, match=f"no shards of split 'trian' in {remote}; did you mean 'train'"):
+    with pytest.raises(
+        UserError, match=f"no shards of split 'trian' in {remote}; did you mean 'train'"
+    ):
         shards.RecordSource(remote, "trian")
-    with pytest.raises(UserError, match=r"no shards of split 'train' in gs://.*/nowhere; run `prepare` first"):
+    with pytest.raises(
+        UserError, match=r"no shards of split 'train' in gs://.*/nowhere; run `prepare` first"
+    ):
         shards.RecordSource(f"{remote}/nowhere", "train")
     with pytest.raises(UserError, match="cannot list gs://nowhere/data: no such bucket"):
         shards.RecordSource("gs://nowhere/data", "train")
@@ -119,7 +134,10 @@ def test_what_is_missing_or_damaged_is_told(remote, prepared, bucket, bucket_fol
     whole = (prepared / name).read_bytes()
     at = whole.index(b'{"id"') + 40
     damaged = whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :]
-    for content, message in ((damaged, "cannot read record 24 of split 'train' in gs://"), (whole[:-100], "train")):
+    for content, message in (
+        (damaged, "cannot read record 24 of split 'train' in gs://"),
+        (whole[:-100], "train"),
+    ):
         (prepared / name).write_bytes(content)
         upload(prepared, bucket, bucket_folder)
         with pytest.raises(UserError, match=rf"{message}.*prepare") as error:
@@ -141,7 +159,10 @@ def test_faults_that_pass_lose_no_record_and_others_are_no_damage(remote, bucket
         assert len({source[number].id for number in range(48)}) == 48
     assert bucket.requests["faults"] > 5
     # A record that the bucket does not give is not one that training may leave out.
-    with bucket.faulty(status=403, names="array_record"), pytest.raises(OSError, match="no permission"):
+    with (
+        bucket.faulty(status=403, names="array_record"),
+        pytest.raises(OSError, match="no permission"),
+    ):
         source[3]
 
 
@@ -165,8 +186,11 @@ def test_a_bucket_that_is_silent_is_no_reason_to_delete_anything(remote, bucket,
 
 
 def test_the_index_is_that_of_the_disk(prepared, remote, demo_config):
-    here, there = index.load(prepared, "train"), index.load(remote, "train")
-    assert np.array_equal(here.content_hash, there.content_hash) and here.tokenizer == there.tokenizer
+    here = index.load(prepared, "train")
+    there = index.load(remote, "train")
+    assert (
+        np.array_equal(here.content_hash, there.content_hash) and here.tokenizer == there.tokenizer
+    )
     assert index.load(remote, "train") is there
     config = change(demo_config, "data", dir=remote)
     arguments = config, "train", ["answer"], [48], remote

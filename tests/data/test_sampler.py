@@ -42,8 +42,8 @@ def config(**changes) -> Config:
 
 
 def known_lengths() -> Lengths:
-    """Of tasks answer and transcribe: a third has no answers, another third nothing to read, and of each some lack
-    both."""
+    """Of tasks answer and transcribe: a third has no answers, another third nothing to read, and of
+    each some lack both."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(20, 200, (2, sum(SIZES))).astype(np.int32)
     tokens[0, 0::3] = tokens[1, 1::3] = 0
@@ -56,26 +56,35 @@ def planned(**changes) -> Mixed:
 
 
 def test_rows_hold_what_the_plan_says_and_no_more_than_fits():
-    lengths, rows = known_lengths(), planned()
+    lengths = known_lengths()
+    rows = planned()
     for row in range(rows.epoch_at(0).end):
         picks = rows.picks(row)
         assert len(picks) == rows.num_records(row) > 0
-        tokens = [lengths.tokens[("answer", "transcribe").index(pick.task), pick.record] for pick in picks]
+        tokens = [
+            lengths.tokens[("answer", "transcribe").index(pick.task), pick.record] for pick in picks
+        ]
         assert all(tokens) and sum(tokens) <= ROW_LENGTH
         assert sum(lengths.tiles[pick.record] for pick in picks) <= 4
 
 
 def test_rows_can_be_asked_for_in_any_order():
-    rows, other = planned(), planned()
+    rows = planned()
+    other = planned()
     end = rows.epoch_at(0).end
     for row in (7 * end, 3, end + 1, 5 * end, 0):
         for a, b in zip(rows.picks(row), other.picks(row), strict=True):
-            assert (a.record, a.task, a.rng.integers(2**62)) == (b.record, b.task, b.rng.integers(2**62))
+            assert (a.record, a.task, a.rng.integers(2**62)) == (
+                b.record,
+                b.task,
+                b.rng.integers(2**62),
+            )
     assert rows.picks(0)[0].rng.integers(2**62) != rows.picks(1)[0].rng.integers(2**62)
 
 
 def test_over_epochs_every_record_is_seen_as_often_as_its_source_is_read():
-    rows, lengths = planned(), known_lengths()
+    rows = planned()
+    lengths = known_lengths()
     last = rows.epoch_at(0).end
     while rows.epoch_at(last).number < 7:
         last += 1
@@ -85,17 +94,22 @@ def test_over_epochs_every_record_is_seen_as_often_as_its_source_is_read():
         usable = [i for i in range(begin, end) if lengths.tokens[:, i].any()]
         times = {seen[record] for record in usable}
         assert max(times) - min(times) <= 1
-    assert not any(seen[record] for record in range(sum(SIZES)) if not lengths.tokens[:, record].any())
+    assert not any(
+        seen[record] for record in range(sum(SIZES)) if not lengths.tokens[:, record].any()
+    )
 
 
 @pytest.mark.parametrize("known", [None, known_lengths()])
 def test_counters_are_those_of_the_rows_before(known):
     rows = Mixed(config(), SIZES, known, [0, 1])
     end = rows.epoch_at(rows.epoch_at(0).end).end  # of two epochs
-    seen, tokens = collections.Counter(), 0
+    seen = collections.Counter()
+    tokens = 0
     for row in range(end + 5):
         counted = rows.counters(row)
-        assert {name: counted[f"records/{name}"] for name in SOURCES} == {name: seen[name] for name in SOURCES}
+        assert {name: counted[f"records/{name}"] for name in SOURCES} == {
+            name: seen[name] for name in SOURCES
+        }
         if known is not None:
             assert sum(counted[f"tokens/{name}"] for name in SOURCES) == tokens
             assert counted["fill"] == pytest.approx(tokens / (ROW_LENGTH * max(row, 1)))
@@ -112,7 +126,9 @@ def test_counters_are_those_of_the_rows_before(known):
 
 def test_without_lengths_a_row_is_a_record_of_any_source():
     rows = Mixed(config(packing="none"), SIZES, None, [0, 1])
-    assert rows.epoch_at(0).end == sum(rows.counters(rows.epoch_at(0).end)[f"records/{name}"] for name in SOURCES)
+    assert rows.epoch_at(0).end == sum(
+        rows.counters(rows.epoch_at(0).end)[f"records/{name}"] for name in SOURCES
+    )
     assert {len(rows.picks(row)) for row in range(100)} == {1}
     assert {pick.task for row in range(100) for pick in rows.picks(row)} == {"answer", "transcribe"}
 
@@ -135,7 +151,8 @@ def test_records_of_no_use_are_counted():
 
 def test_sources_without_records_are_an_error():
     with pytest.raises(
-        UserError, match=r"none of 0 records in a, b, c has text for config.data.tasks answer, transcribe"
+        UserError,
+        match=r"none of 0 records in a, b, c has text for config.data.tasks answer, transcribe",
     ):
         Mixed(config(packing="none"), [0, 0, 0], None, [0, 1])
 
@@ -147,7 +164,9 @@ def test_one_folder_shuffled_needs_no_lengths():
 
 
 @pytest.mark.parametrize("known", [None, known_lengths()])
-def test_a_restored_state_gives_the_same_rows_and_counters_and_plans_no_epoch_before(known, monkeypatch):
+def test_a_restored_state_gives_the_same_rows_and_counters_and_plans_no_epoch_before(
+    known, monkeypatch
+):
     rows = Mixed(config(packing="plan" if known is not None else "none"), SIZES, known, [0, 1])
     row = rows.epoch_at(0).end
     for _ in range(2):
@@ -158,14 +177,18 @@ def test_a_restored_state_gives_the_same_rows_and_counters_and_plans_no_epoch_be
 
     made = []
     make = Mixed._make
-    monkeypatch.setattr(Mixed, "_make", lambda self, number: made.append(number) or make(self, number))
+    monkeypatch.setattr(
+        Mixed, "_make", lambda self, number: made.append(number) or make(self, number)
+    )
     fresh = Mixed(config(packing="plan" if known is not None else "none"), SIZES, known, [0, 1])
     assert fresh.restore(state)
     assert fresh.counters(row) == expected
     assert [pick[:2] for at in range(row, row + 9) for pick in fresh.picks(at)] == [
         pick[:2] for at in range(row, row + 9) for pick in rows.picks(at)
     ]
-    assert [pick.rng.random() for pick in fresh.picks(row)] == [pick.rng.random() for pick in rows.picks(row)]
+    assert [pick.rng.random() for pick in fresh.picks(row)] == [
+        pick.rng.random() for pick in rows.picks(row)
+    ]
     assert fresh.counters(row + 9) == rows.counters(row + 9)
     assert min(made) == 3
 
@@ -239,7 +262,9 @@ def test_the_next_epoch_is_planned_before_it_is_asked_for(monkeypatch):
     # Where the stage ends before, nobody will need it.
     made.clear()
     short = config()
-    short = dataclasses.replace(short, train=dataclasses.replace(short.train, num_steps=1, batch_size=1))
+    short = dataclasses.replace(
+        short, train=dataclasses.replace(short.train, num_steps=1, batch_size=1)
+    )
     Mixed(short, SIZES, known_lengths(), [0, 1]).picks(0)
     time.sleep(0.1)
     assert list(made) == [0]
@@ -248,8 +273,11 @@ def test_the_next_epoch_is_planned_before_it_is_asked_for(monkeypatch):
 def test_many_threads_plan_each_epoch_once(monkeypatch):
     made = collections.Counter()
     make = Mixed._make
-    monkeypatch.setattr(Mixed, "_make", lambda self, number: made.update([number]) or make(self, number))
-    rows, expected = planned(), planned()
+    monkeypatch.setattr(
+        Mixed, "_make", lambda self, number: made.update([number]) or make(self, number)
+    )
+    rows = planned()
+    expected = planned()
     end = expected.epoch_at(expected.epoch_at(0).end).end
     made.clear()
     with futures.ThreadPoolExecutor(8) as pool:
@@ -264,7 +292,9 @@ def test_mixtures_without_lengths_plan_only_the_epoch_that_is_read(monkeypatch):
     slow = [rows.counters(row) for row in (size - 1, size, 5 * size, 7 * size + 3)]
     made = []
     make = Mixed._make
-    monkeypatch.setattr(Mixed, "_make", lambda self, number: made.append(number) or make(self, number))
+    monkeypatch.setattr(
+        Mixed, "_make", lambda self, number: made.append(number) or make(self, number)
+    )
     fresh = Mixed(config(packing="none"), SIZES, None, [0, 1])
     assert fresh.counters(7 * size + 3) == slow[-1] and min(made) == 7
     assert [fresh.counters(row) for row in (5 * size, size, size - 1)] == slow[2::-1]

@@ -28,7 +28,8 @@ def records_of(kind: str) -> list[bytes]:
     rng = np.random.default_rng(0)
     sizes = {
         "small": rng.integers(0, 200, 1500),
-        "borders": BORDER - rng.integers(0, 120, 300),  # the next chunk begins around a block's header
+        # the next chunk begins around a block's header
+        "borders": BORDER - rng.integers(0, 120, 300),
         "several blocks": rng.integers(0, 5 * shard_ends.BLOCK, 200),
         "exactly full": np.arange(BORDER - 150, BORDER + 30),
     }[kind]
@@ -40,7 +41,11 @@ def records_of(kind: str) -> list[bytes]:
 def test_records_are_those_of_the_library(tmp_path, kind, codec):
     records = records_of(kind) + [b"text " * 5000, b""]
     write(tmp_path / "a", records, f"group_size:1{codec}")
-    assert read_all(tmp_path / "a") == array_record_module.ArrayRecordReader(str(tmp_path / "a")).read_all() == records
+    assert (
+        read_all(tmp_path / "a")
+        == array_record_module.ArrayRecordReader(str(tmp_path / "a")).read_all()
+        == records
+    )
 
 
 @pytest.mark.parametrize("count", [0, 1, 40_000])
@@ -50,7 +55,9 @@ def test_footers_of_any_number(tmp_path, count):
     records = [rng.bytes(size) for size in rng.integers(0, 1000, count).tolist()]
     write(tmp_path / "a", records)
     ends = shard_ends.read_ends(tmp_path / "a", (tmp_path / "a").stat().st_size)
-    assert len(ends.begins) == count + 1 and (count < 10_000 or len(ends.footers) > shard_ends.FOOTER_BYTES)
+    assert len(ends.begins) == count + 1 and (
+        count < 10_000 or len(ends.footers) > shard_ends.FOOTER_BYTES
+    )
     for i in {0, count // 2, count - 1} & set(range(count)):
         content = filesystem.read_range(tmp_path / "a", *ends.begins[i : i + 2].tolist())
         assert shard_ends.decode(ends, i, content) == records[i]
@@ -63,13 +70,18 @@ def test_any_flipped_bit_of_a_record_is_told(tmp_path):
     ends = shard_ends.read_ends(tmp_path / "a", (tmp_path / "a").stat().st_size)
     for _ in range(300):
         index = int(rng.integers(len(records)))
-        content = bytearray(filesystem.read_range(tmp_path / "a", *ends.begins[index : index + 2].tolist()))
+        content = bytearray(
+            filesystem.read_range(tmp_path / "a", *ends.begins[index : index + 2].tolist())
+        )
         content[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
         with pytest.raises(RuntimeError, match="Riegeli"):
             shard_ends.decode(ends, index, bytes(content))
-    shifted = ends._replace(begins=np.append(ends.begins[1:], ends.begins[-1]))  # the library has its own offsets
+    # the library has its own offsets
+    shifted = ends._replace(begins=np.append(ends.begins[1:], ends.begins[-1]))
     with pytest.raises(RuntimeError):
-        shard_ends.decode(shifted, 3, filesystem.read_range(tmp_path / "a", *shifted.begins[3:5].tolist()))
+        shard_ends.decode(
+            shifted, 3, filesystem.read_range(tmp_path / "a", *shifted.begins[3:5].tolist())
+        )
 
 
 def test_damaged_ends_are_a_user_error(tmp_path):
@@ -79,8 +91,12 @@ def test_damaged_ends_are_a_user_error(tmp_path):
     ends = shard_ends.read_ends(tmp_path / "a", len(whole))
     record = filesystem.read_range(tmp_path / "a", *ends.begins[7:9].tolist())
     told = {"at once": 0, "with a record": 0, "harmless": 0}
-    footers, postscript = int(ends.begins[-1]), len(whole) - shard_ends.BLOCK
-    for at in [*rng.integers(footers, footers + len(ends.footers), 200), *range(postscript, postscript + 110)]:
+    footers = int(ends.begins[-1])
+    postscript = len(whole) - shard_ends.BLOCK
+    for at in [
+        *rng.integers(footers, footers + len(ends.footers), 200),
+        *range(postscript, postscript + 110),
+    ]:
         damaged = bytearray(whole)
         damaged[at] ^= 1 << int(rng.integers(8))
         (tmp_path / "a").write_bytes(damaged)
@@ -94,7 +110,10 @@ def test_damaged_ends_are_a_user_error(tmp_path):
             told["at once"] += 1
         except RuntimeError:
             told["with a record"] += 1
-    assert min(told["at once"], told["with a record"]) > 20 and told["harmless"] <= shard_ends.BLOCK_HEADER
+    assert (
+        min(told["at once"], told["with a record"]) > 20
+        and told["harmless"] <= shard_ends.BLOCK_HEADER
+    )
     for size in (0, 10, shard_ends.BLOCK, len(whole) // 2):
         (tmp_path / "a").write_bytes(whole[:size])
         with pytest.raises(UserError, match="cannot read"):
@@ -117,4 +136,8 @@ def test_a_table_gives_the_ends_of_each_shard(tmp_path):
     for number, end in enumerate(ends):
         found = table.ends(number)
         assert np.array_equal(found.begins, end.begins)
-        assert (found.size, found.footers, found.postscript) == (end.size, end.footers, end.postscript)
+        assert (found.size, found.footers, found.postscript) == (
+            end.size,
+            end.footers,
+            end.postscript,
+        )

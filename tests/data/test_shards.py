@@ -61,7 +61,11 @@ def test_missing_splits_and_shards_are_user_errors(shards, tmp_path_factory):
 
 def test_fingerprint_tells_data_apart(tmp_path):
     seen = {shards_lib.fingerprint(tmp_path)}
-    for name, text in (("tokenizer.model", "a"), ("prepare.json", "{}"), ("prepare.json", '{"seed": 1}')):
+    for name, text in (
+        ("tokenizer.model", "a"),
+        ("prepare.json", "{}"),
+        ("prepare.json", '{"seed": 1}'),
+    ):
         (tmp_path / name).write_text(text)
         seen.add(shards_lib.fingerprint(tmp_path))
     assert len(seen) == 4
@@ -73,10 +77,15 @@ def test_fingerprint_tells_data_apart(tmp_path):
 def test_contents_tell_copies_apart(shards, tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("copies")
     first, second = (shutil.copytree(shards, tmp_path / name) for name in "ab")
-    assert shards_lib.contents(first) == shards_lib.contents(second) != shards_lib.contents(first, second)
+    assert (
+        shards_lib.contents(first)
+        == shards_lib.contents(second)
+        != shards_lib.contents(first, second)
+    )
     shard = next(second.glob("train-*.array_record"))
     for change in (
-        lambda: shard.with_name("validation-00000-of-00001.array_record").write_bytes(b"x"),  # one more
+        # one more
+        lambda: shard.with_name("validation-00000-of-00001.array_record").write_bytes(b"x"),
         lambda: shard.write_bytes(shard.read_bytes()[:-1]),
         shard.unlink,
         lambda: (second / "prepare.json").write_text("{}"),
@@ -90,7 +99,10 @@ def test_contents_tell_copies_apart(shards, tmp_path_factory):
 def test_contents_tell_records_apart_whose_shards_are_of_one_size(shards, tmp_path_factory):
     other = shutil.copytree(shards, tmp_path_factory.mktemp("other") / "copy")
     for folder, hashes in ((shards, [1, 2]), (other, [1, 3])):
-        arrays.write(folder / "index-train.npz", {"content_hash": np.array(hashes, np.uint64), "rest": np.zeros(99999)})
+        arrays.write(
+            folder / "index-train.npz",
+            {"content_hash": np.array(hashes, np.uint64), "rest": np.zeros(99999)},
+        )
     assert (shards / "index-train.npz").stat().st_size == (other / "index-train.npz").stat().st_size
     assert shards_lib.contents(shards) != shards_lib.contents(other)
     shutil.copy(shards / "index-train.npz", other)
@@ -106,7 +118,9 @@ def test_a_damaged_shard_is_a_user_error(shards):
     path.write_bytes(whole[:at] + b"?" + whole[at + 1 :])
     source = shards_lib.RecordSource(shards, "train")
     assert source[1].id == "1-0"
-    with pytest.raises(UserError, match=f"cannot read record 2 of split 'train' in {shards} .*prepare") as error:
+    with pytest.raises(
+        UserError, match=f"cannot read record 2 of split 'train' in {shards} .*prepare"
+    ) as error:
         source[2]
     assert "\n" not in str(error.value)
     path.write_bytes(whole[: len(whole) // 2])
@@ -124,9 +138,12 @@ def test_a_record_of_another_project_is_a_user_error(shards, monkeypatch):
 def test_more_shards_than_files_that_may_be_open(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     for shard in range(80):
-        shards_lib.write_shard(tmp_path / shards_lib.shard_name("train", shard, 80), [record(str(shard))])
+        shards_lib.write_shard(
+            tmp_path / shards_lib.shard_name("train", shard, 80), [record(str(shard))]
+        )
     try:
-        highest = max(map(int, os.listdir("/dev/fd")))  # of what other tests of this process have open
+        # of what other tests of this process have open
+        highest = max(map(int, os.listdir("/dev/fd")))
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 40, limits[1]))
         source = shards_lib.RecordSource(tmp_path, "train")
         assert [source[i].id for i in range(80)] == [str(i) for i in range(80)]
@@ -136,7 +153,9 @@ def test_more_shards_than_files_that_may_be_open(tmp_path):
 
 def test_more_shards_than_files_that_may_ever_be_open_is_a_user_error(shards, monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 100))
-    with pytest.raises(UserError, match="3 shards, and a process may open 100 files; `ulimit -Hn 515`"):
+    with pytest.raises(
+        UserError, match="3 shards, and a process may open 100 files; `ulimit -Hn 515`"
+    ):
         shards_lib.RecordSource(shards, "train")
 
 
@@ -150,14 +169,18 @@ def test_the_fingerprint_knows_a_tokenizer_json_and_takes_the_one_from_before(tm
     (tmp_path / "tokenizer.json").write_text("{} ")
     other = shards_lib.fingerprint(tmp_path)
     assert len({before, now, other}) == 3
-    assert shards_lib.has_fingerprint(before, tmp_path) and shards_lib.has_fingerprint(other, tmp_path)
+    assert shards_lib.has_fingerprint(before, tmp_path) and shards_lib.has_fingerprint(
+        other, tmp_path
+    )
     assert not shards_lib.has_fingerprint(now, tmp_path)
 
 
 def test_what_is_opened_is_shared_until_it_changes(shards, monkeypatch):
     opened = []
     make = grain.sources.ArrayRecordDataSource
-    monkeypatch.setattr(grain.sources, "ArrayRecordDataSource", lambda *args: opened.append(1) or make(*args))
+    monkeypatch.setattr(
+        grain.sources, "ArrayRecordDataSource", lambda *args: opened.append(1) or make(*args)
+    )
     shards_lib.RecordSource(shards, "train")
     shards_lib.RecordSource(str(shards), "train")
     monkeypatch.chdir(shards)
@@ -167,11 +190,16 @@ def test_what_is_opened_is_shared_until_it_changes(shards, monkeypatch):
 
 
 def test_with_a_table_no_shard_is_read_to_open(shards, monkeypatch):
-    read = [source_record.id for source_record in map(shards_lib.RecordSource(shards, "train").__getitem__, range(6))]
+    read = [
+        source_record.id
+        for source_record in map(shards_lib.RecordSource(shards, "train").__getitem__, range(6))
+    ]
     shards_lib.write_table(shards, "train")
     opened = []
     make = array_record_module.ArrayRecordReader
-    monkeypatch.setattr(array_record_module, "ArrayRecordReader", lambda *a, **k: opened.append(a) or make(*a, **k))
+    monkeypatch.setattr(
+        array_record_module, "ArrayRecordReader", lambda *a, **k: opened.append(a) or make(*a, **k)
+    )
     source = shards_lib.RecordSource(shards, "train")
     assert len(source) == 6 and not opened
     assert [source[i].id for i in range(6)] == read and len(opened) == 3
@@ -181,7 +209,9 @@ def test_a_table_of_other_shards_is_a_user_error(shards):
     shards_lib.write_table(shards, "train")
     path = shards / shards_lib.shard_name("train", 1, 3)
     path.write_bytes(path.read_bytes() + b"more")
-    with pytest.raises(UserError, match=r"shards-train.npz is of other shards: train-00001-of-00003.*131,076 bytes"):
+    with pytest.raises(
+        UserError, match=r"shards-train.npz is of other shards: train-00001-of-00003.*131,076 bytes"
+    ):
         shards_lib.RecordSource(shards, "train")
     (shards / "shards-train.npz").write_bytes(b"")
     with pytest.raises(UserError, match=r"shards-train.npz cannot be read"):

@@ -1,4 +1,5 @@
-"""docs/nano.py is an oracle: written from the mathematics alone, it gives the package's losses, gradients and steps."""
+"""docs/nano.py is an oracle: written from the mathematics alone, it gives the package's losses,
+gradients and steps."""
 
 import ast
 import dataclasses
@@ -21,11 +22,12 @@ from tests.conftest import random_params, tiny_config
 
 PATH = pathlib.Path(__file__).parents[2] / "docs" / "nano.py"
 TOLERANCE = 1e-5
-"""Float32. Of losses relative; of a gradient relative to its largest entry: entries that cancel to nearly 0 keep the
-rounding errors of what they are sums of."""
+"""Float32. Of losses relative; of a gradient relative to its largest entry: entries that cancel to
+nearly 0 keep the rounding errors of what they are sums of."""
 
 NO_GRADIENT = "vision/blocks/attn/k/bias"
-"""A bias of all keys shifts all logits of a query and moves no softmax: its gradient is 0 but for rounding."""
+"""A bias of all keys shifts all logits of a query and moves no softmax: its gradient is 0 but for
+rounding."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,9 @@ def make_config(tie_embeddings: bool) -> Config:
 
 
 def nano_config(nano, config: Config):
-    vision, llm, adam = config.model.vision, config.model.llm, config.optim
+    vision = config.model.vision
+    llm = config.model.llm
+    adam = config.optim
     # What nano has no field for.
     assert (adam.b1, adam.b2, adam.eps, adam.weight_decay) == (0.9, 0.98, 1e-8, 0.01)
     assert (adam.clip_norm, adam.final_fraction) == (1.0, 0.05)
@@ -83,10 +87,14 @@ def nano_config(nano, config: Config):
 
 
 def packed_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
-    """Sequences of two or three documents, each of text around the image tokens of 0 to 2 tiles, then padding."""
+    """Sequences of two or three documents, each of text around the image tokens of 0 to 2 tiles,
+    then padding."""
     rng = np.random.default_rng(seed)
-    vision, data, size = config.model.vision, config.data, config.train.batch_size
-    vocab, patches = config.model.llm.vocab_size, vision.num_patches
+    vision = config.model.vision
+    data = config.data
+    size = config.train.batch_size
+    vocab = config.model.llm.vocab_size
+    patches = vision.num_patches
     shape = size, data.row_length
     batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "segment_ids")}
     for b in range(size):
@@ -124,7 +132,8 @@ def make_params(config: Config) -> state.Params:
 
 
 def keep_gradients() -> optax.GradientTransformation:
-    """An optimizer that moves nothing; its state is the last gradient, beside the count that the step asks for."""
+    """An optimizer that moves nothing; its state is the last gradient, beside the count that the
+    step asks for."""
     keep = optax.GradientTransformation(
         lambda params: jax.tree.map(jnp.zeros_like, params),
         lambda grads, _, params=None: (jax.tree.map(jnp.zeros_like, grads), grads),
@@ -144,9 +153,12 @@ def largest_difference(ours, theirs) -> float:
 @pytest.mark.parametrize("tie_embeddings", [True, False], ids=["tied", "untied"])
 def test_loss_its_parts_and_all_gradients_are_the_packages(nano, tie_embeddings):
     config = make_config(tie_embeddings)
-    params, batch = make_params(config), packed_batch(config)
+    params = make_params(config)
+    batch = packed_batch(config)
     tx = keep_gradients()
-    new, metrics = package_step(config, tx)(state.TrainState(jnp.int32(0), params, tx.init(params)), batch)
+    new, metrics = package_step(config, tx)(
+        state.TrainState(jnp.int32(0), params, tx.init(params)), batch
+    )
     theirs = state.flatten(new.opt_state[0])
 
     value_and_grad = jax.jit(jax.value_and_grad(nano.loss, has_aux=True), static_argnums=2)
@@ -172,11 +184,15 @@ def test_three_steps_end_at_the_packages_parameters(nano):
     """The package adds up the gradients of two microbatches; nano takes the batch whole."""
     config = make_config(tie_embeddings=True)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=2))
-    params, c = make_params(config), nano_config(nano, config)
-    tx, ours_tx = optim.make_optimizer(config), nano.optimizer(c)
-    theirs_step, ours_step = package_step(config, tx), jax.jit(nano.train_step, static_argnums=3)
+    params = make_params(config)
+    c = nano_config(nano, config)
+    tx = optim.make_optimizer(config)
+    ours_tx = nano.optimizer(c)
+    theirs_step = package_step(config, tx)
+    ours_step = jax.jit(nano.train_step, static_argnums=3)
     theirs = state.TrainState(jnp.int32(0), params, tx.init(params))
-    ours, opt_state = params, ours_tx.init(params)
+    ours = params
+    opt_state = ours_tx.init(params)
     for seed in range(3):
         batch = packed_batch(config, seed)
         theirs, metrics = theirs_step(theirs, batch)
@@ -203,14 +219,22 @@ def test_pages_are_cut_into_the_packages_grids_and_tiles(nano):
     config = make_config(tie_embeddings=True)
     rng = np.random.default_rng(0)
     for max_tiles in (1, 4, 9):
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_tiles=max_tiles))
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, max_tiles=max_tiles)
+        )
         c = nano_config(nano, config)
         sizes = rng.integers(2, 80, (300, 2))
         theirs = images.choose_grids(sizes, config.model.vision, max_tiles)
-        assert [nano.choose_grid(int(y), int(x), c) for y, x in sizes] == [tuple(grid) for grid in theirs.tolist()]
+        assert [nano.choose_grid(int(y), int(x), c) for y, x in sizes] == [
+            tuple(grid) for grid in theirs.tolist()
+        ]
     for height, width in ((16, 32), (24, 16), (40, 37), (5, 11)):
-        page = np.asarray(Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)).resize((width, height)))
-        theirs = images.tile_image(Image.fromarray(page), config.model.vision, max_tiles, use_overview=False).pixels
+        page = np.asarray(
+            Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)).resize((width, height))
+        )
+        theirs = images.tile_image(
+            Image.fromarray(page), config.model.vision, max_tiles, use_overview=False
+        ).pixels
         ours = nano.tiles_of(page, c)
         assert ours.dtype == np.uint8 and ours.shape == theirs.shape
         # Pillow rounds to whole levels between its two passes.
@@ -222,7 +246,9 @@ def test_the_toy_teaches_what_its_pages_show(nano):
     batch = nano.toy_batch(np.random.default_rng(0), c, 3)
     taught = batch["targets"][batch["loss_weights"] > 0].reshape(3, 2, -1)
     np.testing.assert_array_equal(taught[..., -1], nano.END)
-    np.testing.assert_array_equal(taught[..., :-1].reshape(batch["patch_label_ids"].shape), batch["patch_label_ids"])
+    np.testing.assert_array_equal(
+        taught[..., :-1].reshape(batch["patch_label_ids"].shape), batch["patch_label_ids"]
+    )
     num_patches = np.prod(batch["patch_label_ids"].shape[1:3])
     np.testing.assert_array_equal((batch["tokens"] == c.image_token).sum(axis=1), num_patches)
     has_ink = (batch["tiles"].reshape(-1, 8, 4, 8, 3) == 0).any(axis=(1, 3, 4))

@@ -1,4 +1,5 @@
-"""What the reference implementations compute for the folders of tests/weights/folders.py, as small .npz files.
+"""What the reference implementations compute for the folders of tests/weights/folders.py, as small
+.npz files.
 
 make .venv-parity/.done && .venv-parity/bin/python -m tests.golden.make_goldens
 """
@@ -21,15 +22,27 @@ def main() -> None:
             # Beyond the 16 positions that the scaled ones were trained on.
             tokens = rng.integers(0, folders.LLAMA["vocab_size"], (2, 40))
             folder = folders.write_llama(Path(scratch, f"llama{number}"), variant)
-            np.savez(HERE / f"llama_{number}.npz", tokens=tokens, logits=reference.llama_logits(folder, tokens))
+            np.savez(
+                HERE / f"llama_{number}.npz",
+                tokens=tokens,
+                logits=reference.llama_logits(folder, tokens),
+            )
         pixels = rng.integers(0, 256, (2, 24, 24, 3), dtype=np.uint8)
         for name, options in {"siglip": {}, "siglip2_naflex": {"is_naflex": True}}.items():
             folder = folders.write_siglip(Path(scratch, name), **options)
-            np.savez(HERE / f"{name}.npz", pixels=pixels, hidden=reference.siglip_features(folder, pixels))
+            np.savez(
+                HERE / f"{name}.npz",
+                pixels=pixels,
+                hidden=reference.siglip_features(folder, pixels),
+            )
         folder = folders.write_dinov2(Path(scratch, "dinov2"))
         for size in (24, 36):
             pixels = rng.integers(0, 256, (2, size, size, 3), dtype=np.uint8)
-            np.savez(HERE / f"dinov2_{size}.npz", pixels=pixels, hidden=reference.dinov2_features(folder, pixels))
+            np.savez(
+                HERE / f"dinov2_{size}.npz",
+                pixels=pixels,
+                hidden=reference.dinov2_features(folder, pixels),
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""A checkpoint on devices that are not those it was trained on, and the workdir that a path names."""
+"""A checkpoint on devices that are not those it was trained on, and the workdir that a path
+names."""
 
 import dataclasses
 import json
@@ -22,7 +23,8 @@ def test_parameters_are_those_saved_whatever_the_mesh(trained_workdir):
     assert as_trained.path == trained_workdir / "checkpoints" / "7"
     assert as_trained.metadata["train_seconds"] == 12.5
 
-    # Three ways do not fit eight devices; neither would a training batch of eight rows, which nobody needs here.
+    # Three ways do not fit eight devices; neither would a training batch of eight rows, which
+    # nobody needs here.
     elsewhere = dataclasses.replace(
         config,
         mesh=config_lib.MeshConfig(data=3, fsdp=1, tensor=1),
@@ -34,7 +36,8 @@ def test_parameters_are_those_saved_whatever_the_mesh(trained_workdir):
 
 
 def test_the_data_folder_can_have_moved(trained_workdir):
-    original, config = loading.load_config(trained_workdir), loading.load_config(trained_workdir, "elsewhere")
+    original = loading.load_config(trained_workdir)
+    config = loading.load_config(trained_workdir, "elsewhere")
     assert config.data.dir == "elsewhere"
     assert dataclasses.replace(config, data=original.data) == original
     with pytest.raises(UserError, match=r"cannot read tokenizer elsewhere/tokenizer\.model"):
@@ -49,7 +52,8 @@ def test_the_config_is_that_of_the_parameters(trained_workdir, tmp_path):
     shutil.rmtree(newer / "state" / "d")
     metadata = newer / "metadata" / "metadata"
     fields = json.loads(metadata.read_text())
-    fields["config"][0]["data"]["row_length"], fields["step"] = 64, 8
+    fields["config"][0]["data"]["row_length"] = 64
+    fields["step"] = 8
     del fields[checkpoint_files.CHECKSUM]  # As in one from before there were any.
     metadata.write_text(json.dumps(fields))
     config = loading.load_config(tmp_path, str(trained_workdir))

@@ -44,10 +44,15 @@ def test_boxes_cover_the_page_once_and_probabilities_are_those_of_its_tiles(load
     looks = patch_tokens.look(loaded, PAGES, num_tokens=vocab)
     tiles = [images.tile_image(page, loaded.config.model.vision, 2, False).pixels for page in PAGES]
     pixels = np.concatenate(tiles)
-    whole = jax.jit(lambda params, batch: loaded.model.apply({"params": params}, batch, method="patch_probabilities"))
+    whole = jax.jit(
+        lambda params, batch: loaded.model.apply(
+            {"params": params}, batch, method="patch_probabilities"
+        )
+    )
     with mesh_lib.use(loaded.mesh):
         expected = np.split(
-            np.asarray(whole(loaded.params, {"tiles": pixels[:, None]}))[:, 0], np.cumsum([len(t) for t in tiles])[:-1]
+            np.asarray(whole(loaded.params, {"tiles": pixels[:, None]}))[:, 0],
+            np.cumsum([len(t) for t in tiles])[:-1],
         )
     for look, page in zip(looks, PAGES, strict=True):
         assert look.page is page and not look.is_overview.any() and look.num_words == vocab
@@ -55,14 +60,20 @@ def test_boxes_cover_the_page_once_and_probabilities_are_those_of_its_tiles(load
         assert (np.diff(look.probabilities) <= 0).all()
         np.testing.assert_allclose(look.probabilities.sum(-1), 1, atol=1e-5)
         p = look.probabilities.astype(float)
-        np.testing.assert_allclose(look.entropies, -(p * np.log2(np.maximum(p, 1e-30))).sum(-1), atol=1e-4)
-    for look, p_TPV in ((looks[0], expected[0]), (looks[2], expected[2])):  # All their patches are drawn.
+        np.testing.assert_allclose(
+            look.entropies, -(p * np.log2(np.maximum(p, 1e-30))).sum(-1), atol=1e-4
+        )
+    # All their patches are drawn.
+    for look, p_TPV in ((looks[0], expected[0]), (looks[2], expected[2])):
         p_NV = p_TPV.reshape(len(look), -1)
-        np.testing.assert_allclose(np.take_along_axis(p_NV, look.tokens, -1), look.probabilities, atol=1e-6)
+        np.testing.assert_allclose(
+            np.take_along_axis(p_NV, look.tokens, -1), look.probabilities, atol=1e-6
+        )
 
 
 def test_gives_as_many_tokens_as_asked_for(loaded):
-    [few], [all_of_them] = patch_tokens.look(loaded, PAGES[:1], 3), patch_tokens.look(loaded, PAGES[:1], 10**6)
+    [few] = patch_tokens.look(loaded, PAGES[:1], 3)
+    [all_of_them] = patch_tokens.look(loaded, PAGES[:1], 10**6)
     assert few.tokens.shape == (16, 3) and all_of_them.tokens.shape == (16, few.num_words)
     np.testing.assert_array_equal(few.tokens, all_of_them.tokens[:, :3])
 
@@ -85,7 +96,11 @@ def test_a_connector_without_a_distribution_says_so(loaded):
     other = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, model=model))
     with pytest.raises(UserError, match="'mlp' gives patches no distribution"):
         patch_tokens.look(other, [])
-    model = dataclasses.replace(loaded.config.model, connector=config_lib.connector(weights="linear"))
+    model = dataclasses.replace(
+        loaded.config.model, connector=config_lib.connector(weights="linear")
+    )
     other = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, model=model))
-    with pytest.raises(UserError, match="'align' with weights 'linear' gives patches no distribution"):
+    with pytest.raises(
+        UserError, match="'align' with weights 'linear' gives patches no distribution"
+    ):
         patch_tokens.look(other, [])

@@ -21,11 +21,18 @@ from tests.conftest import random_batch, random_params, tiny_config
 CONFIG = tiny_config()
 # Untied: a tied head with random weights says the token that it read, over and over.
 MODEL = vlm.VLM(
-    dataclasses.replace(CONFIG.model, llm=dataclasses.replace(CONFIG.model.llm, tie_embeddings=False, rope_theta=30.0))
+    dataclasses.replace(
+        CONFIG.model,
+        llm=dataclasses.replace(CONFIG.model.llm, tie_embeddings=False, rope_theta=30.0),
+    )
 )
-PAD, NUM_NEW = 0, 7
-ROWS, LENGTH, VOCAB = CONFIG.train.batch_size, CONFIG.data.row_length, CONFIG.model.llm.vocab_size
-PROMPTS = random_batch(CONFIG, seed=7)  # of different lengths, one image slot after another in front
+PAD = 0
+NUM_NEW = 7
+ROWS = CONFIG.train.batch_size
+LENGTH = CONFIG.data.row_length
+VOCAB = CONFIG.model.llm.vocab_size
+# of different lengths, one image slot after another in front
+PROMPTS = random_batch(CONFIG, seed=7)
 PROMPT_LENGTHS = PROMPTS["segment_ids"].sum(-1)
 
 
@@ -38,8 +45,8 @@ def params():
 
 @pytest.fixture(scope="module")
 def uncached(params):
-    """Prompts, new tokens [B, NUM_NEW] -> [B, NUM_NEW + 1, V]: logits of the prompt's end and after every new token,
-    each row written without a gap and read by the whole model."""
+    """Prompts, new tokens [B, NUM_NEW] -> [B, NUM_NEW + 1, V]: logits of the prompt's end and after
+    every new token, each row written without a gap and read by the whole model."""
     apply = jax.jit(lambda params, batch: MODEL.apply({"params": params}, batch).logits)
 
     def logits(prompts: dict, tokens: np.ndarray) -> np.ndarray:
@@ -86,18 +93,22 @@ def expected(greedy, end_id):
 
 def make_sampler(mesh, params, end_id: int):
     """Its `generate`, of these parameters."""
-    boxed = jax.eval_shape(lambda: vlm.init_params(MODEL, jax.random.key(0), vlm.abstract_batch(CONFIG)))
+    boxed = jax.eval_shape(
+        lambda: vlm.init_params(MODEL, jax.random.key(0), vlm.abstract_batch(CONFIG))
+    )
     params = jax.device_put(params, sharding.tree_sharding(boxed, mesh))
     ours = sampler.Sampler(MODEL, mesh, end_ids=(end_id, VOCAB + 1), pad_id=PAD)
     return functools.partial(ours.generate, {"params": params})
 
 
 def test_prompts_and_answers_differ(greedy, end_id):
-    """Else the tests below could not see a row that reads another's slots, or a token that never changes."""
+    """Else the tests below could not see a row that reads another's slots, or a token that never
+    changes."""
     assert len(set(PROMPT_LENGTHS)) > 3 and PROMPT_LENGTHS.max() == LENGTH
     assert len({tuple(row) for row in greedy}) == ROWS
     assert np.mean(greedy[:, 1:] != greedy[:, :-1]) > 0.5
-    assert CONFIG.model.image_token_id not in greedy  # the whole forward pass would take it for an image slot
+    # the whole forward pass would take it for an image slot
+    assert CONFIG.model.image_token_id not in greedy
     is_end = greedy == end_id
     ends = np.where(is_end.any(-1), is_end.argmax(-1), NUM_NEW)
     assert len(set(ends)) >= 3 and NUM_NEW in ends
@@ -129,7 +140,8 @@ def model_with(kernel: str) -> vlm.VLM:
         ("auto", attention.CHUNK_SIZE_MIB, lambda prompts: prompts),
         ("auto", attention.CHUNK_SIZE_MIB, with_texts_among),
         ("auto", attention.CHUNK_SIZE_MIB, with_any_padding),
-        ("auto", 5 * 2 * 2 * 4 * LENGTH / 2**20, with_texts_among),  # 5 queries of 2 rows and 2 heads a device
+        # 5 queries of 2 rows and 2 heads a device
+        ("auto", 5 * 2 * 2 * 4 * LENGTH / 2**20, with_texts_among),
         ("splash", attention.CHUNK_SIZE_MIB, with_texts_among),
     ],
     ids=["xla", "xla_texts", "xla_padding", "xla_chunks", "splash"],
@@ -139,10 +151,14 @@ def test_prefill_and_decode_equal_the_whole_forward_pass(
 ):
     tokens = np.random.default_rng(1).integers(8, VOCAB, (ROWS, NUM_NEW)).astype(np.int32)
     prompts = change({name: PROMPTS[name] for name in sampler.PROMPT_FIELDS})
-    expected = uncached(with_texts_among(PROMPTS) if change is with_texts_among else PROMPTS, tokens)
+    expected = uncached(
+        with_texts_among(PROMPTS) if change is with_texts_among else PROMPTS, tokens
+    )
     monkeypatch.setattr(attention, "CHUNK_SIZE_MIB", chunk_size_mib)
     model = model_with(kernel)
-    prefill = jax.jit(lambda params, batch: model.apply({"params": params}, batch, NUM_NEW, method="prefill"))
+    prefill = jax.jit(
+        lambda params, batch: model.apply({"params": params}, batch, NUM_NEW, method="prefill")
+    )
     decode = jax.jit(lambda params, *args: model.apply({"params": params}, *args, method="decode"))
     logits, cache = prefill(params, prompts)
     steps = [logits]
@@ -155,10 +171,14 @@ def test_prefill_and_decode_equal_the_whole_forward_pass(
     np.testing.assert_allclose(np.stack(steps, 1), expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_generates_up_to_the_end_token_then_pads_in_one_trace(mesh, params, greedy, end_id, expected, monkeypatch):
+def test_generates_up_to_the_end_token_then_pads_in_one_trace(
+    mesh, params, greedy, end_id, expected, monkeypatch
+):
     traces = []
     generate = sampler._generate
-    monkeypatch.setattr(sampler, "_generate", lambda *args, **kwargs: traces.append(1) or generate(*args, **kwargs))
+    monkeypatch.setattr(
+        sampler, "_generate", lambda *args, **kwargs: traces.append(1) or generate(*args, **kwargs)
+    )
     ours = make_sampler(mesh, params, end_id)
     tokens = ours(PROMPTS, NUM_NEW)
     assert tokens.shape == (ROWS, NUM_NEW) and tokens.dtype == np.int32
@@ -176,7 +196,9 @@ def test_sharded_equals_single_device(params, end_id, expected):
 
 def test_without_tiles_the_language_model_answers_as_to_rows_without_image_slots(mesh, params):
     texts = dict(PROMPTS)
-    texts["tokens"] = np.where(PROMPTS["tokens"] == CONFIG.model.image_token_id, 9, PROMPTS["tokens"])
+    texts["tokens"] = np.where(
+        PROMPTS["tokens"] == CONFIG.model.image_token_id, 9, PROMPTS["tokens"]
+    )
     ours = sampler.Sampler(MODEL, mesh, end_ids=(VOCAB,), pad_id=PAD)
     with_tiles = ours.generate({"params": params}, texts, NUM_NEW)
     del texts["tiles"]
@@ -185,7 +207,8 @@ def test_without_tiles_the_language_model_answers_as_to_rows_without_image_slots
 
 
 def test_the_last_token_is_not_read(params, end_id, expected, monkeypatch):
-    """Of NUM_NEW tokens the prompt gives the first and every one but the last is read; and none once all rows ended."""
+    """Of NUM_NEW tokens the prompt gives the first and every one but the last is read; and none
+    once all rows ended."""
     reads = []
     decode = vlm.VLM.decode
 
@@ -195,14 +218,20 @@ def test_the_last_token_is_not_read(params, end_id, expected, monkeypatch):
 
     monkeypatch.setattr(vlm.VLM, "decode", counted)
     with mesh_lib.use(mesh_lib.single_device()) as mesh:
-        np.testing.assert_array_equal(make_sampler(mesh, params, end_id)(PROMPTS, NUM_NEW), expected)
+        np.testing.assert_array_equal(
+            make_sampler(mesh, params, end_id)(PROMPTS, NUM_NEW), expected
+        )
         jax.effects_barrier()
         assert len(reads) == NUM_NEW - 1
         ends = (expected == end_id).argmax(-1) * (expected == end_id).any(-1)
         row = np.flatnonzero((ends > 0) & (ends < NUM_NEW - 1))[0]
-        same = {name: np.repeat(array[row : row + 1], ROWS, axis=0) for name, array in PROMPTS.items()}
+        same = {
+            name: np.repeat(array[row : row + 1], ROWS, axis=0) for name, array in PROMPTS.items()
+        }
         reads.clear()
-        np.testing.assert_array_equal(make_sampler(mesh, params, end_id)(same, NUM_NEW)[0], expected[row])
+        np.testing.assert_array_equal(
+            make_sampler(mesh, params, end_id)(same, NUM_NEW)[0], expected[row]
+        )
         jax.effects_barrier()
         assert len(reads) == ends[row]
 
@@ -210,25 +239,34 @@ def test_the_last_token_is_not_read(params, end_id, expected, monkeypatch):
 def arrays_of(jaxpr) -> Iterator[tuple[int, ...]]:
     """Shapes of all that a program makes, its loops' bodies and what they call included."""
     for equation in jaxpr.eqns:
-        yield from (variable.aval.shape for variable in equation.outvars if hasattr(variable.aval, "shape"))
+        yield from (
+            variable.aval.shape for variable in equation.outvars if hasattr(variable.aval, "shape")
+        )
         for inner in jaxprs_in_params(equation.params):
             yield from arrays_of(inner)
 
 
 def test_a_long_prompt_has_no_logits_of_all_pairs():
     """On CPU, where no kernel makes them apart: neither for all heads, nor a mask of one."""
-    length, batch = 4096, 2
+    length = 4096
+    batch = 2
     config = dataclasses.replace(
         CONFIG,
         train=dataclasses.replace(CONFIG.train, batch_size=batch),
         data=dataclasses.replace(CONFIG.data, row_length=length),
     )
-    boxed = jax.eval_shape(lambda: vlm.init_params(MODEL, jax.random.key(0), vlm.abstract_batch(CONFIG)))
+    boxed = jax.eval_shape(
+        lambda: vlm.init_params(MODEL, jax.random.key(0), vlm.abstract_batch(CONFIG))
+    )
     with mesh_lib.use(mesh_lib.single_device()) as mesh:
         prompts = sampler.abstract_prompts(config, batch, mesh)
-        generate = functools.partial(sampler._generate, MODEL, num_new=NUM_NEW, end_ids=(1,), pad_id=PAD)
+        generate = functools.partial(
+            sampler._generate, MODEL, num_new=NUM_NEW, end_ids=(1,), pad_id=PAD
+        )
         program = jax.make_jaxpr(generate)({"params": sharding.unbox(boxed)}, prompts)
     shapes = set(arrays_of(program.jaxpr))
     assert any(length + NUM_NEW in shape for shape in shapes)  # the cache: loops were looked into
-    assert not [shape for shape in shapes if sum(size in (length, length + NUM_NEW) for size in shape) > 1]
+    assert not [
+        shape for shape in shapes if sum(size in (length, length + NUM_NEW) for size in shape) > 1
+    ]
     assert max(map(math.prod, shapes)) * 4 <= attention.CHUNK_SIZE_MIB * 2**20

@@ -1,6 +1,6 @@
-"""Hostile inputs for every format, written into a folder among good ones. `SETS[FORMAT](folder, is_hostile)` returns,
-by their names, a regular expression of the reason against each; `HANDLED` where there is none, `EITHER` where damage
-may do no harm."""
+"""Hostile inputs for every format, written into a folder among good ones. `SETS[FORMAT](folder,
+is_hostile)` returns, by their names, a regular expression of the reason against each; `HANDLED`
+where there is none, `EITHER` where damage may do no harm."""
 
 import base64
 import gzip
@@ -18,12 +18,15 @@ from pyarrow import parquet as pq
 from tests.ingest.formats.pdf import make_pdf
 from tests.ingest.formats.test_checks import bomb
 
-EITHER, HANDLED = ".*", ""
+EITHER = ".*"
+HANDLED = ""
 
 
 def picture(file_format: str = "PNG", size: tuple[int, int] = (30, 20)) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, size, np.uint8)).save(file, file_format)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, size, np.uint8)).save(
+        file, file_format
+    )
     return file.getvalue()
 
 
@@ -37,7 +40,11 @@ def damaged(data: bytes, count: int) -> Iterator[bytes]:
 
 
 def record(name: str, **changes) -> dict:
-    return {"id": name, "turns": [{"question": "What?", "answers": [name]}], "images": ["good.png"]} | changes
+    return {
+        "id": name,
+        "turns": [{"question": "What?", "answers": [name]}],
+        "images": ["good.png"],
+    } | changes
 
 
 def answered(answers: object) -> dict:
@@ -57,7 +64,10 @@ IMAGES = {
     "column": (picture(size=(10_000, 1)), HANDLED),
     "no picture": (b"Dear reader", "no known format"),
     "JPEG of another ending": (picture("JPEG"), HANDLED),
-    "program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "kind that is not read"),
+    "program": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+        "kind that is not read",
+    ),
     **{
         f"{file_format} {number}": (data, EITHER)
         for file_format in ("PNG", "JPEG", "GIF", "TIFF", "WEBP")
@@ -78,7 +88,10 @@ FIELDS: dict[str, tuple[dict, str]] = {
     "number": ({"images": [3]}, "images is no list of texts|document is no text"),
     "no base64": ({"images": ["data:image/png;base64,?"]}, "no base64"),
     "base64 of nothing": ({"images": ["data:"]}, "no known format"),
-    "base64": ({"images": ["data:image/png;base64," + base64.b64encode(picture()).decode()]}, HANDLED),
+    "base64": (
+        {"images": ["data:image/png;base64," + base64.b64encode(picture()).decode()]},
+        HANDLED,
+    ),
     "many": ({"images": ["large.bmp"] * 300}, "cannot be read .*at most"),
     "no answer": (answered([]), "nothing to learn"),
     "empty answer": (answered([""]), "nothing to learn"),
@@ -127,7 +140,8 @@ LINES = {
 
 
 def jsonl(folder: Path, is_hostile: bool) -> dict[str, str]:
-    """Writes a set with good and, where told, hostile records by turns; returns the hostile ones' reasons by name."""
+    """Writes a set with good and, where told, hostile records by turns; returns the hostile ones'
+    reasons by name."""
     (folder / "good.png").write_bytes(picture())
     (folder / "large.bmp").write_bytes(picture("BMP", (1000, 1000)))
     hostile = {f"line {name}": (line, reason) for name, (line, reason) in LINES.items()}
@@ -148,13 +162,18 @@ def tar(members: list[tuple[str, bytes]], kind: bytes = tarfile.REGTYPE, target:
     with tarfile.open(fileobj=file, mode="w") as archive:
         for name, data in members:
             member = tarfile.TarInfo(name)
-            member.size, member.type, member.linkname = len(data), kind, target
+            member.size = len(data)
+            member.type = kind
+            member.linkname = target
             archive.addfile(member, io.BytesIO(data))
     return file.getvalue()
 
 
 def webdataset(folder: Path, is_hostile: bool) -> dict[str, str]:
-    pairs = [[(f"good {number}.png", picture()), (f"good {number}.txt", b"A page.")] for number in range(12)]
+    pairs = [
+        [(f"good {number}.png", picture()), (f"good {number}.txt", b"A page.")]
+        for number in range(12)
+    ]
     odd = {
         "../../evil.png": (picture(), "outside the tar file's folder"),
         f"{folder.parent}/evil.txt": (b"evil", "outside the tar file's folder"),
@@ -173,7 +192,14 @@ def webdataset(folder: Path, is_hostile: bool) -> dict[str, str]:
             members.append((name, odd[name][0]))
     (folder / "a.tar").write_bytes(tar(members))
     whole = tar(
-        [("x.png", picture()), ("x.txt", b"\xff"), ("y.png", b""), ("y.json", b"[" * 9999), ("y2.png", b"?")] * 3
+        [
+            ("x.png", picture()),
+            ("x.txt", b"\xff"),
+            ("y.png", b""),
+            ("y.json", b"[" * 9999),
+            ("y2.png", b"?"),
+        ]
+        * 3
     )
     hostile = {
         "zero bytes.tar": (b"", "broken"),
@@ -186,26 +212,39 @@ def webdataset(folder: Path, is_hostile: bool) -> dict[str, str]:
         "long header.tar": (header(3 << 30), "a header of 3,221,225,472 bytes"),
         "negative.tar": (header(-512), "a header of -512 bytes"),
         "no end mark.tar": (whole[: -(-whole.rindex(b"?") // 512) * 512], "no end mark"),
-        **{f"damaged {number}.tar": (data, EITHER) for number, data in enumerate(damaged(whole, 24))},
+        **{
+            f"damaged {number}.tar": (data, EITHER)
+            for number, data in enumerate(damaged(whole, 24))
+        },
     }
-    return write_files(folder, hostile, is_hostile) | {name: reason for name, (_, reason) in odd.items()}
+    return write_files(folder, hostile, is_hostile) | {
+        name: reason for name, (_, reason) in odd.items()
+    }
 
 
 def header(size: int) -> bytes:
     """Of attributes that come before a member."""
     member = tarfile.TarInfo("x")
-    member.type, member.size = tarfile.XHDTYPE, size
+    member.type = tarfile.XHDTYPE
+    member.size = size
     return member.tobuf(tarfile.GNU_FORMAT)
 
 
-def write_files(folder: Path, files: dict[str, tuple[bytes, str]], is_hostile: bool) -> dict[str, str]:
+def write_files(
+    folder: Path, files: dict[str, tuple[bytes, str]], is_hostile: bool
+) -> dict[str, str]:
     for name, (data, _) in files.items() if is_hostile else ():
         (folder / name).write_bytes(data)
     return {name: reason for name, (_, reason) in files.items()}
 
 
 def parquet(folder: Path, is_hostile: bool) -> dict[str, str]:
-    good = {"image": {"bytes": picture(), "path": None}, "question": "What?", "answers": ["a"], "docId": 1}
+    good = {
+        "image": {"bytes": picture(), "path": None},
+        "question": "What?",
+        "answers": ["a"],
+        "docId": 1,
+    }
     rows = {
         "no image": ({"image": None}, "image is missing"),
         "no bytes": ({"image": {"bytes": None, "path": "none.png"}}, "image is missing"),
@@ -224,14 +263,22 @@ def parquet(folder: Path, is_hostile: bool) -> dict[str, str]:
         table += [good | {"questionId": name} | changes] if is_hostile else []
     pq.write_table(pa.Table.from_pylist(table), folder / "a.parquet", row_group_size=5)
     file = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([good | {"questionId": f"other {number}"} for number in range(6)]), file)
+    pq.write_table(
+        pa.Table.from_pylist([good | {"questionId": f"other {number}"} for number in range(6)]),
+        file,
+    )
     hostile = {
         "zero bytes.parquet": (b"", "cannot be read"),
         "zeros.parquet": (bytes(1000), "cannot be read"),
         "a tar.parquet": (tar([("x.png", picture())]), "cannot be read"),
-        **{f"damaged {number}.parquet": (data, EITHER) for number, data in enumerate(damaged(file.getvalue(), 20))},
+        **{
+            f"damaged {number}.parquet": (data, EITHER)
+            for number, data in enumerate(damaged(file.getvalue(), 20))
+        },
     }
-    return write_files(folder, hostile, is_hostile) | {name: reason for name, (_, reason) in rows.items()}
+    return write_files(folder, hostile, is_hostile) | {
+        name: reason for name, (_, reason) in rows.items()
+    }
 
 
 def pdf(folder: Path, is_hostile: bool) -> dict[str, str]:
@@ -243,15 +290,29 @@ def pdf(folder: Path, is_hostile: bool) -> dict[str, str]:
         "zeros.pdf": (bytes(1000), "no PDF"),
         "a picture.pdf": (picture(), "no PDF"),
         "password.pdf": (make_pdf.encrypted(), "password"),
-        "large.pdf": (make_pdf.pdf([make_pdf.text(20, 100, "x")], size=(60_000, 60_000)), "page is too large"),
-        "bomb.pdf": (make_pdf.pdf([make_pdf.IMAGE], image=(60_000, 60_000, b"")), "image on a page is too large"),
-        "pages that are none.pdf": (whole.replace(b"/Count 1 ", b"/Count 9 "), "page that cannot be read"),
-        **{f"damaged {number}.pdf": (data, EITHER) for number, data in enumerate(damaged(whole, 30))},
+        "large.pdf": (
+            make_pdf.pdf([make_pdf.text(20, 100, "x")], size=(60_000, 60_000)),
+            "page is too large",
+        ),
+        "bomb.pdf": (
+            make_pdf.pdf([make_pdf.IMAGE], image=(60_000, 60_000, b"")),
+            "image on a page is too large",
+        ),
+        "pages that are none.pdf": (
+            whole.replace(b"/Count 1 ", b"/Count 9 "),
+            "page that cannot be read",
+        ),
+        **{
+            f"damaged {number}.pdf": (data, EITHER)
+            for number, data in enumerate(damaged(whole, 30))
+        },
     }
     return write_files(folder, hostile, is_hostile)
 
 
-def chats(messages: str, role: str, content: str, asker: str, answerer: str) -> Callable[[Path, bool], dict[str, str]]:
+def chats(
+    messages: str, role: str, content: str, asker: str, answerer: str
+) -> Callable[[Path, bool], dict[str, str]]:
     """Sets of chats, in an array and in lines."""
 
     def write(folder: Path, is_hostile: bool) -> dict[str, str]:
@@ -265,7 +326,10 @@ def chats(messages: str, role: str, content: str, asker: str, answerer: str) -> 
             "no messages": ({"image": "good.png"}, "no list of messages"),
             "text": (good | {messages: "What?"}, "no list of messages"),
             "one who talks alone": (good | {messages: turns[1:]}, "in turn"),
-            "null": (good | {messages: [turns[0], {role: answerer, content: None}]}, "nothing to learn"),
+            "null": (
+                good | {messages: [turns[0], {role: answerer, content: None}]},
+                "nothing to learn",
+            ),
             "list": (good | {messages: [turns[0], {role: answerer, content: []}]}, "no text"),
         }
         for number, (fields, _) in enumerate(bad.values()):
@@ -278,9 +342,14 @@ def chats(messages: str, role: str, content: str, asker: str, answerer: str) -> 
             f"zeros.{ending}": (bytes(100), "no JSON"),
             f"open.{ending}": (b'[{"image": "good.png", ', "no JSON"),
             f"deep.{ending}": (b'{"a":' * 50_000, "no JSON"),
-            **{f"damaged {number}.{ending}": (data, EITHER) for number, data in enumerate(damaged(whole, 10))},
+            **{
+                f"damaged {number}.{ending}": (data, EITHER)
+                for number, data in enumerate(damaged(whole, 10))
+            },
         }
-        return write_files(folder, files, is_hostile) | {name: reason for name, (_, reason) in bad.items()}
+        return write_files(folder, files, is_hostile) | {
+            name: reason for name, (_, reason) in bad.items()
+        }
 
     return write
 

@@ -31,7 +31,12 @@ def write(folder, objects, name="data.jsonl"):
 
 def one(number: int, **changes) -> dict:
     turns = [{"question": f"What is {number}?", "answers": [str(number)]}]
-    return {"id": f"r{number:03d}", "images": ["a.png"], "turns": turns, "document": f"d{number // 2}"} | changes
+    return {
+        "id": f"r{number:03d}",
+        "images": ["a.png"],
+        "turns": turns,
+        "document": f"d{number // 2}",
+    } | changes
 
 
 @pytest.fixture
@@ -54,7 +59,10 @@ def test_the_folder(source, prepare, tokenizer):
     prepared = prepare(Jsonl(), source, holdout=0.3)
     expected = [f"r{number:03d}" for number in range(COUNT) if number not in (3, 17, 39)]
     assert sorted(ids(prepared) + ids(prepared, "validation")) == expected
-    assert ids(prepared) == sorted(ids(prepared)) and len(shards.shard_paths(prepared.folder, "train")) > 1
+    assert (
+        ids(prepared) == sorted(ids(prepared))
+        and len(shards.shard_paths(prepared.folder, "train")) > 1
+    )
     assert list(prepared.reasons()) == ["r003", "r017", "r039"]
     assert prepared.rejected()[0] == {
         "source": str(source),
@@ -63,7 +71,9 @@ def test_the_folder(source, prepare, tokenizer):
     }
     assert json.loads((prepared.folder / "prepare.json").read_text())["holdout"] == 0.3
     names = {path.name for path in prepared.folder.iterdir() if path.suffix != ".array_record"}
-    merged = {f"{kind}-{split}.npz" for kind in ("index", "shards") for split in ("train", "validation")}
+    merged = {
+        f"{kind}-{split}.npz" for kind in ("index", "shards") for split in ("train", "validation")
+    }
     assert names == merged | {"rejected.jsonl", "prepare.json", "tokenizer.model"}
     copied = our_tokenizers.load(prepared.folder)
     assert copied.encode("total 1") == tokenizer.encode("total 1")
@@ -75,9 +85,14 @@ def test_the_index_is_of_the_records_of_the_shards(source, prepare, tokenizer):
     prepared = prepare(Jsonl(), source, holdout=0.3)
     for split in writer.SPLITS:
         loaded = index.load(prepared.folder, split)
-        made = index.of_records(prepared.records(split), tokenizer, index.tokenizer_fingerprint(tokenizer.name))
+        made = index.of_records(
+            prepared.records(split), tokenizer, index.tokenizer_fingerprint(tokenizer.name)
+        )
         assert np.array_equal(loaded.text_tokens["answer"], made.text_tokens["answer"])
-        assert np.array_equal(loaded.content_hash, made.content_hash) and loaded.tokenizer == made.tokenizer
+        assert (
+            np.array_equal(loaded.content_hash, made.content_hash)
+            and loaded.tokenizer == made.tokenizer
+        )
         assert np.array_equal(loaded.image_starts, made.image_starts)
         assert np.array_equal(loaded.image_sizes, made.image_sizes)
 
@@ -87,18 +102,26 @@ def test_documents_are_held_out_whole(source, prepare):
     documents = [{int(name[1:]) // 2 for name in ids(prepared, split)} for split in writer.SPLITS]
     assert documents[0] and documents[1] and not documents[0] & documents[1]
     assert len(documents[1]) == pytest.approx(0.3 * COUNT / 2, abs=4)
-    nothing, everything = (prepare(Jsonl(), source, f"all{share}", holdout=share) for share in (0.0, 1.0))
+    nothing, everything = (
+        prepare(Jsonl(), source, f"all{share}", holdout=share) for share in (0.0, 1.0)
+    )
     assert not nothing.records("validation") and not everything.records("train")
     assert len(nothing.records("train")) == len(everything.records("validation")) == COUNT - 3
 
 
 def test_two_workers_make_the_same_bytes(source, prepare):
-    alone, together = (prepare(Jsonl(), source, f"w{count}", holdout=0.3, num_workers=count) for count in (1, 2))
+    alone, together = (
+        prepare(Jsonl(), source, f"w{count}", holdout=0.3, num_workers=count) for count in (1, 2)
+    )
     assert alone.files() == together.files()
 
 
-@pytest.mark.parametrize("place", ["in a part", "between parts", "in a join", "while moving into place"])
-def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(source, prepare, monkeypatch, place):
+@pytest.mark.parametrize(
+    "place", ["in a part", "between parts", "in a join", "while moving into place"]
+)
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
+    source, prepare, monkeypatch, place
+):
     whole = prepare(Jsonl(), source, "whole", holdout=0.3)
     at = {
         "in a part": (shards.ShardWriter, "write", 20),
@@ -107,7 +130,8 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(source, prepare
         "while moving into place": (os, "replace", None),
     }[place]
     target, name, count = at
-    calls, original = itertools.count(1), getattr(target, name)
+    calls = itertools.count(1)
+    original = getattr(target, name)
 
     def stop(*args):
         is_last_move = str(args[-1]).endswith("out/tokenizer.model")
@@ -123,7 +147,9 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(source, prepare
     assert prepare(Jsonl(), source, "out", holdout=0.3).files() == whole.files()
 
 
-def test_a_list_of_finished_files_that_was_not_written_whole_is_written_again(source, prepare, monkeypatch):
+def test_a_list_of_finished_files_that_was_not_written_whole_is_written_again(
+    source, prepare, monkeypatch
+):
     whole = prepare(Jsonl(), source, "whole")
 
     def stop(file):
@@ -139,7 +165,8 @@ def test_a_list_of_finished_files_that_was_not_written_whole_is_written_again(so
 
 
 def test_a_run_that_is_interrupted_while_it_tidies_up_is_done(source, prepare, monkeypatch):
-    whole, original = prepare(Jsonl(), source, "whole"), shutil.rmtree
+    whole = prepare(Jsonl(), source, "whole")
+    original = shutil.rmtree
 
     def stop(folder, **options):
         if ".partial-" in Path(folder).name:
@@ -163,7 +190,9 @@ def test_parts_that_are_done_are_not_done_again(source, prepare, monkeypatch):
         prepare(Jsonl(), source)
     monkeypatch.undo()
     monkeypatch.setattr(files, "UNIT_RECORDS", 8)
-    monkeypatch.setattr(writer.PartWriter, "__call__", lambda *args: pytest.fail("a part was written again"))
+    monkeypatch.setattr(
+        writer.PartWriter, "__call__", lambda *args: pytest.fail("a part was written again")
+    )
     assert len(prepare(Jsonl(), source).records()) == COUNT - 3
 
 
@@ -207,7 +236,12 @@ def test_of_equal_ids_the_first_stays(tmp_path, prepare, monkeypatch, source):
     found = sorted(ids(prepared) + ids(prepared, "validation"))
     expected = {f"r{number:03d}" for number in range(COUNT)} - {"r008", "r009", "r030"} | {"r100"}
     assert found == sorted(expected)
-    (first,) = [record for split in writer.SPLITS for record in prepared.records(split) if record.id == "r005"]
+    (first,) = [
+        record
+        for split in writer.SPLITS
+        for record in prepared.records(split)
+        if record.id == "r005"
+    ]
     assert first.turns[0].question == "What is 5?"
     assert [(line["id"], line["source"][-7:]) for line in prepared.rejected()] == [
         ("r005", "1.jsonl"),
@@ -232,10 +266,14 @@ def test_a_source_that_changed_is_prepared_anew(source, prepare):
     assert len(prepare(Jsonl(), source).records()) == 5 < len(before.reasons()) + COUNT
 
 
-def test_a_file_that_has_grown_is_another_source_though_its_pieces_are_the_same(source, prepare, monkeypatch):
+def test_a_file_that_has_grown_is_another_source_though_its_pieces_are_the_same(
+    source, prepare, monkeypatch
+):
     monkeypatch.setattr(Jsonl, "units", lambda *args: [Unit(str(source))])
     read = files.json_objects
-    monkeypatch.setattr(files, "json_objects", lambda unit: read(dataclasses.replace(unit, stop=1 << 30)))
+    monkeypatch.setattr(
+        files, "json_objects", lambda unit: read(dataclasses.replace(unit, stop=1 << 30))
+    )
     assert len(prepare(Jsonl(), source).records()) == COUNT - 3
     write(source.parent, [one(number) for number in range(COUNT + 1)])
     assert len(prepare(Jsonl(), source).records()) == COUNT + 1
@@ -248,7 +286,8 @@ def test_a_folder_in_the_source_is_no_part_of_it(source, tmp_path_factory, token
         folder = tmp_path_factory.mktemp("other") / "link"
         folder.symlink_to(source.parent)
     request = job.Request("test", Jsonl(), str(folder), tokenizer.name, 0.0)
-    run, out = job.on_processes(1), source.parent / "a" / ".." / "b"
+    run = job.on_processes(1)
+    out = source.parent / "a" / ".." / "b"
     assert job.prepare(request, out, run)
     assert len((out / "rejected.jsonl").read_text().splitlines()) == 3
     assert not job.prepare(request, out, run)
@@ -269,7 +308,12 @@ def test_a_fault_of_ours_in_counting_is_a_reason_as_well(source, prepare, monkey
 
 def test_what_lay_there_before_goes(source, prepare, tmp_path):
     (tmp_path / "out").mkdir()
-    for name in ("tokenizer.json", "train-00000-of-00009.array_record", "train-00000-of-00009.index.npz", "mine.txt"):
+    for name in (
+        "tokenizer.json",
+        "train-00000-of-00009.array_record",
+        "train-00000-of-00009.index.npz",
+        "mine.txt",
+    ):
         (tmp_path / "out" / name).write_text("{}")
     prepared = prepare(Jsonl(), source)
     assert len(prepared.records()) == COUNT - 3
@@ -314,23 +358,35 @@ def test_recount_writes_indexes_and_nothing_else(source, prepare, tmp_path):
     counts = job.recount(prepared.folder, str(tmp_path / "other.model"))
     assert sum(counts.values()) == COUNT - 3 and counts["train"] == len(prepared.records())
     changed = {name for name, content in prepared.files().items() if content != before[name]}
-    assert changed == {"index-train.npz", "index-validation.npz"} and prepared.files().keys() == before.keys()
-    assert index.load(prepared.folder, "train").tokenizer == index.tokenizer_fingerprint(tmp_path / "other.model")
+    assert (
+        changed == {"index-train.npz", "index-validation.npz"}
+        and prepared.files().keys() == before.keys()
+    )
+    assert index.load(prepared.folder, "train").tokenizer == index.tokenizer_fingerprint(
+        tmp_path / "other.model"
+    )
     made = index.of_records(prepared.records(), other, "")
-    assert np.array_equal(index.load(prepared.folder, "train").text_tokens["answer"], made.text_tokens["answer"])
+    assert np.array_equal(
+        index.load(prepared.folder, "train").text_tokens["answer"], made.text_tokens["answer"]
+    )
     with pytest.raises(UserError, match="run `prepare` first"):
         job.recount(tmp_path / "nowhere", str(tmp_path / "other.model"))
 
 
-def test_recount_merges_the_indexes_of_a_folder_from_before(source, prepare, tokenizer, tmp_path, monkeypatch):
+def test_recount_merges_the_indexes_of_a_folder_from_before(
+    source, prepare, tokenizer, tmp_path, monkeypatch
+):
     """It counts nothing anew, and where it is interrupted what there was can be read."""
     prepared = prepare(Jsonl(), source, holdout=0.3)
     before = prepared.files()
     for split in ("train", "validation"):
-        whole, start = index.load(prepared.folder, split), 0
+        whole = index.load(prepared.folder, split)
+        start = 0
         for path in shards.shard_paths(prepared.folder, split):
             count = len(list(shards.read_shard(path)))
-            index.write(index.index_path(path), index.select(whole, np.arange(start, start + count)))
+            index.write(
+                index.index_path(path), index.select(whole, np.arange(start, start + count))
+            )
             start += count
         (prepared.folder / f"index-{split}.npz").unlink()
         (prepared.folder / f"shards-{split}.npz").unlink()

@@ -17,12 +17,17 @@ def test_distributions_are_those_of_the_records(demo_config, data_dir, tokenizer
     assert found.num_records == NUM_DOCUMENTS and found.fill == 0.5
     source = shards.RecordSource(data_dir, "train")
     records = [source[i] for i in range(len(source))]
-    texts = ["\n".join(" ".join(word.text for word in line) for line in record.lines[0]) for record in records]
+    texts = [
+        "\n".join(" ".join(word.text for word in line) for line in record.lines[0])
+        for record in records
+    ]
     # <s>, the turn's two marks, the end.
     lengths = [len(tokenizer.encode(TRANSCRIBE_QUESTION + text)) + 4 for text in texts]
     count, mean, median, _, most, total = found.distributions["text tokens, transcribe"]
     assert (count, most, total) == (NUM_DOCUMENTS, max(lengths), sum(lengths))
-    assert mean == pytest.approx(np.mean(lengths), abs=0.06) and median == pytest.approx(np.median(lengths), abs=0.6)
+    assert mean == pytest.approx(np.mean(lengths), abs=0.06) and median == pytest.approx(
+        np.median(lengths), abs=0.6
+    )
     tiles = np.array(found.distributions["tiles a record"])
     slots = demo_config.model.slots_per_tile
     assert found.distributions["row tokens, transcribe"][-1] == total + tiles[-1] * slots
@@ -38,7 +43,10 @@ def test_rejected_by_reason_whatever_is_of_one_record(tmp_path):
         *(f"no image ({name}.png)" for name in "abc"),
         "broken",
     ]
-    lines = [json.dumps({"id": str(i), "source": "x", "reason": reason}) for i, reason in enumerate(reasons)]
+    lines = [
+        json.dumps({"id": str(i), "source": "x", "reason": reason})
+        for i, reason in enumerate(reasons)
+    ]
     (tmp_path / staging.REJECTED).write_text("\n".join(lines) + "\n")
     found = statistics.rejected(tmp_path)
     assert list(found.items()) == [("no image", 3), ("too long", 2), ("broken", 1)]

@@ -13,10 +13,16 @@ AWKWARD = """--a="b c" $HOME $(X) $$ 'd' \\e @NAME@ \t& ; *"""
 """A value that every shell, YAML and Kubernetes would like to change."""
 
 
-def run(script: str, *args: str, path: str = "/usr/bin:/bin", **env: str) -> subprocess.CompletedProcess:
+def run(
+    script: str, *args: str, path: str = "/usr/bin:/bin", **env: str
+) -> subprocess.CompletedProcess:
     """Returns the finished script."""
     return subprocess.run(
-        [LAUNCH / script, *args], capture_output=True, text=True, timeout=60, env={"PATH": path, **env}
+        [LAUNCH / script, *args],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"PATH": path, **env},
     )
 
 
@@ -30,7 +36,9 @@ def lines(script: str, *args: str) -> list[str]:
 
 def words(line: str) -> list[str]:
     """Returns what a shell makes of a printed command."""
-    done = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True
+    )
     return done.stdout.split("\0")[:-1]
 
 

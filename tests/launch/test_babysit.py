@@ -7,8 +7,8 @@ import pytest
 
 from tests.launch.scripts import LAUNCH, TRAIN, WHERE, WORKDIR, lines
 
-# States are played back one a question; what two hosts say, and their heartbeats, likewise. A word that ends in + is
-# said for ever.
+# States are played back one a question; what two hosts say, and their heartbeats, likewise. A word
+# that ends in + is said for ever.
 CLOUD = r"""#!/bin/bash
 words="$*"
 next() {
@@ -47,14 +47,21 @@ RUNNING = "running,running"
 
 @pytest.fixture
 def cloud(tmp_path):
-    """Returns babysit.sh's result and what it asked the cloud, given states, healths and heartbeats."""
-    for name, text in {"gcloud": CLOUD, "sleep": "#!/bin/sh\n", "tar": "#!/bin/sh\ncat >/dev/null\n"}.items():
+    """Returns babysit.sh's result and what it asked the cloud, given states, healths and
+    heartbeats."""
+    for name, text in {
+        "gcloud": CLOUD,
+        "sleep": "#!/bin/sh\n",
+        "tar": "#!/bin/sh\ncat >/dev/null\n",
+    }.items():
         tool = tmp_path / "bin" / name
         tool.parent.mkdir(exist_ok=True)
         tool.write_text(text)
         tool.chmod(0o755)
 
-    def babysit(states: str, healths: str, *flags: str, beats: str = "", command: list[str] = TRAIN):
+    def babysit(
+        states: str, healths: str, *flags: str, beats: str = "", command: list[str] = TRAIN
+    ):
         for name, text in {"states": states, "healths": healths, "beats": beats}.items():
             (tmp_path / name).write_text("".join(f"{word}\n" for word in text.split()))
         done = subprocess.run(
@@ -98,7 +105,8 @@ def test_another_command_on_the_slice_is_let_alone(cloud):
 
 
 def test_an_old_failure_does_not_keep_it_from_starting(cloud):
-    """What the hosts say of an earlier start says nothing about this one: its input may have been mended."""
+    """What the hosts say of an earlier start says nothing about this one: its input may have been
+    mended."""
     done, asked = cloud("ACTIVE+", "status-1,status-1 status-0,status-0")
     assert done.returncode == 0, done.stderr
     assert asked == ["health", "setup", "start", "health", "delete"]
@@ -119,7 +127,9 @@ def test_wrong_input_is_not_started_again(cloud, status):
     assert asked.count("start") == 1 and "delete" not in asked
 
 
-@pytest.mark.parametrize("failure", ["status-70,running", "status-75,status-75", "status-137,status-134"])
+@pytest.mark.parametrize(
+    "failure", ["status-70,running", "status-75,status-75", "status-137,status-134"]
+)
 def test_a_command_that_fails_again_and_again_is_given_up(cloud, failure):
     done, asked = cloud("ACTIVE+", f"absent,absent {failure}+", "--max_failures=2")
     assert done.returncode == 1
@@ -129,14 +139,18 @@ def test_a_command_that_fails_again_and_again_is_given_up(cloud, failure):
 
 
 def test_a_run_that_was_told_to_stop_goes_on_uncounted(cloud):
-    done, asked = cloud("ACTIVE+", "absent,absent" + " status-143,status-143" * 5 + " status-0,status-0")
+    done, asked = cloud(
+        "ACTIVE+", "absent,absent" + " status-143,status-143" * 5 + " status-0,status-0"
+    )
     assert done.returncode == 0, done.stderr
     assert asked.count("start") == 6
 
 
 def test_failures_between_which_it_got_on_are_forgotten(cloud):
     healths = "absent,absent " + f"{RUNNING} status-70,status-70 " * 6 + "status-0,status-0"
-    done, asked = cloud("ACTIVE+", healths, "--max_failures=2", beats="1:10 2:20 3:30 4:40 5:50 6:60")
+    done, asked = cloud(
+        "ACTIVE+", healths, "--max_failures=2", beats="1:10 2:20 3:30 4:40 5:50 6:60"
+    )
     assert done.returncode == 0, done.stderr
     assert asked.count("start") == 7
 
@@ -152,7 +166,9 @@ def test_failures_at_the_same_step_are_not(cloud):
 def test_a_run_that_hangs_is_started_again(cloud, tmp_path):
     """The process is there, and its heartbeat stands still."""
     healths = f"absent,absent {' '.join([RUNNING] * 14)} status-0,status-0"
-    done, asked = cloud("ACTIVE+", healths, "--stall=300", beats=f"1:1 {'2:2 ' * 8} 3:3 4:4 5:5 6:6 7:7")
+    done, asked = cloud(
+        "ACTIVE+", healths, "--stall=300", beats=f"1:1 {'2:2 ' * 8} 3:3 4:4 5:5 6:6 7:7"
+    )
     assert done.returncode == 0, done.stderr
     assert "no heartbeat for 360 s" in done.stdout
     assert asked.count("start") == 2 and asked.count("setup") == 1
@@ -161,7 +177,9 @@ def test_a_run_that_hangs_is_started_again(cloud, tmp_path):
 
 
 def test_a_run_without_a_heartbeat_yet_is_let_alone(cloud):
-    done, asked = cloud("ACTIVE+", f"absent,absent {' '.join([RUNNING] * 30)} status-0,status-0", "--stall=60")
+    done, asked = cloud(
+        "ACTIVE+", f"absent,absent {' '.join([RUNNING] * 30)} status-0,status-0", "--stall=60"
+    )
     assert done.returncode == 0, done.stderr
     assert asked.count("start") == 1
 
@@ -175,7 +193,10 @@ def test_hosts_that_cannot_be_set_up_are_given_up(cloud, tmp_path):
 
 def test_a_question_that_fails_starts_nothing(cloud):
     """The run may be at work: neither is another started beside it, nor another slice rented."""
-    done, asked = cloud("ACTIVE ACTIVE BROKEN BROKEN ACTIVE ACTIVE", f"absent,absent {RUNNING} none status-0,status-0")
+    done, asked = cloud(
+        "ACTIVE ACTIVE BROKEN BROKEN ACTIVE ACTIVE",
+        f"absent,absent {RUNNING} none status-0,status-0",
+    )
     assert done.returncode == 0, done.stderr
     assert asked == ["health", "setup", "start", "health", "health", "health", "delete"]
 
@@ -193,11 +214,24 @@ def test_no_more_slices_than_asked(cloud):
 
 
 def test_flags_go_to_the_command_that_takes_them(cloud, tmp_path):
-    flags = ["--num_slices=2", "--network=n", "--env=A=b c", "--env=D=e", "--grace=77", "--project=p"]
+    flags = [
+        "--num_slices=2",
+        "--network=n",
+        "--env=A=b c",
+        "--env=D=e",
+        "--grace=77",
+        "--project=p",
+    ]
     done, _ = cloud("NONE ACTIVE+", "absent,absent status-0,status-0", *flags)
     assert done.returncode == 0, done.stderr
-    rent, start = (tmp_path / "rents").read_text(), (tmp_path / "starts").read_text()
-    assert "--node-count=2" in rent and "--network=n" in rent and "--spot" in rent and "--project=p" in rent
+    rent = (tmp_path / "rents").read_text()
+    start = (tmp_path / "starts").read_text()
+    assert (
+        "--node-count=2" in rent
+        and "--network=n" in rent
+        and "--spot" in rent
+        and "--project=p" in rent
+    )
     assert r"A=b\\\ c\ D=e" in start and "timeout 77 " in start and "--project=p" in start
 
 
@@ -206,4 +240,6 @@ def test_dry_run_of_a_round():
     assert [line.split("queued-resources ")[1].split()[0] for line in text if "queued-resources" in line] == [
         "create", "describe", "ssh", "scp", "ssh", "ssh", "delete",
     ]  # fmt: skip
-    assert json.dumps(TRAIN[-1])[1:-1].replace(" ", "") in text[-2].replace("\\", "").replace(" ", "")
+    assert json.dumps(TRAIN[-1])[1:-1].replace(" ", "") in text[-2].replace("\\", "").replace(
+        " ", ""
+    )

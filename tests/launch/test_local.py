@@ -11,7 +11,12 @@ SCRIPT = pathlib.Path(__file__).parents[2] / "launch" / "local.sh"
 
 def run(*args, cwd=None, **env):
     return subprocess.run(
-        [SCRIPT, *args], capture_output=True, text=True, timeout=60, cwd=cwd, env={"PATH": "/usr/bin:/bin", **env}
+        [SCRIPT, *args],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=cwd,
+        env={"PATH": "/usr/bin:/bin", **env},
     )
 
 
@@ -33,13 +38,25 @@ def test_environment_reaches_every_process_and_stands_in_how_to_go_on(tmp_path):
     python.write_text('#!/bin/sh\necho "$A|$XLA_FLAGS|$ALIGNVLM_LAUNCHER"\n')
     python.chmod(0o755)
     odd = 'b "c" $HOME'
-    done = run(f"--env=A={odd}", "--env=XLA_FLAGS=--more=1", "2", "3", "train", cwd=tmp_path, PYTHON=str(python))
+    done = run(
+        f"--env=A={odd}",
+        "--env=XLA_FLAGS=--more=1",
+        "2",
+        "3",
+        "train",
+        cwd=tmp_path,
+        PYTHON=str(python),
+    )
     assert done.returncode == 0, done.stderr
     for index in range(2):
-        said, flags, launcher = (tmp_path / f"runs/local/process-{index}.log").read_text().strip().split("|")
+        said, flags, launcher = (
+            (tmp_path / f"runs/local/process-{index}.log").read_text().strip().split("|")
+        )
         # Devices are asked for by the same variable.
         assert said == odd and flags == "--xla_force_host_platform_device_count=3 --more=1"
-        again = subprocess.run(["bash", "-c", f"printf '%s\\0' {launcher}"], capture_output=True, text=True).stdout
+        again = subprocess.run(
+            ["bash", "-c", f"printf '%s\\0' {launcher}"], capture_output=True, text=True
+        ).stdout
         assert again.split("\0")[1:-1] == [f"--env=A={odd}", "--env=XLA_FLAGS=--more=1", "2", "3"]
 
 
@@ -52,12 +69,18 @@ def test_wrong_usage_is_status_2_and_says_how(args, tmp_path):
 @pytest.mark.parametrize("flag", ["--env=A", "--env=1A=b", "--evn=A=b"])
 def test_a_flag_that_is_none_is_named(flag, tmp_path):
     done = run(flag, "1", "1", "train", cwd=tmp_path)
-    assert done.returncode == 2 and f"unknown flag {flag}" in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 2
+        and f"unknown flag {flag}" in done.stderr
+        and done.stderr.count("\n") == 1
+    )
 
 
 def test_a_failing_process_ends_the_others_and_its_status_is_returned(tmp_path):
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\n[ "$ALIGNVLM_PROCESS_ID" = 1 ] && { echo broken >&2; exit 7; }\nexec sleep 50\n')
+    python.write_text(
+        '#!/bin/sh\n[ "$ALIGNVLM_PROCESS_ID" = 1 ] && { echo broken >&2; exit 7; }\nexec sleep 50\n'
+    )
     python.chmod(0o755)
     done = run("2", "1", "train", cwd=tmp_path, PYTHON=str(python))
     assert done.returncode == 7
@@ -67,7 +90,8 @@ def test_a_failing_process_ends_the_others_and_its_status_is_returned(tmp_path):
 def test_a_process_that_hears_no_signal_is_killed(tmp_path):
     python = tmp_path / "python"
     python.write_text(
-        '#!/bin/sh\n[ "$ALIGNVLM_PROCESS_ID" = 1 ] && exit 7\ntrap "" TERM\nfor i in $(seq 100); do sleep 0.1; done\n'
+        '#!/bin/sh\n[ "$ALIGNVLM_PROCESS_ID" = 1 ] && exit 7\ntrap "" TERM\nfor i in $(seq 100); '
+        "do sleep 0.1; done\n"
     )
     python.chmod(0o755)
     began = time.monotonic()
@@ -80,14 +104,20 @@ def test_ctrl_c_reaches_every_process_once_and_is_waited_for(tmp_path, number):
     """As a terminal does it: the signal goes to the launcher's whole process group."""
     python = tmp_path / "python"
     python.write_text(
-        "#!/bin/sh\ntrap 'echo signal; stop=1' INT TERM\necho ready\nwhile [ -z \"$stop\" ]; do sleep 0.1; done\n"
+        "#!/bin/sh\ntrap 'echo signal; stop=1' INT TERM\necho ready\nwhile [ -z \"$stop\" ]; do "
+        "sleep 0.1; done\n"
         "sleep 0.7\necho saved\nexit 1\n"
     )
     python.chmod(0o755)
     environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(python)}
     command = [SCRIPT, "2", "1", "train"]
     with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command,
+        cwd=tmp_path,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     ) as launcher:
         logs = [tmp_path / f"runs/local/process-{i}.log" for i in range(2)]
         try:
@@ -105,6 +135,10 @@ def test_every_process_gets_its_own_log_and_all_must_succeed(tmp_path):
     python.write_text('#!/bin/sh\necho "process $ALIGNVLM_PROCESS_ID runs $*"\n')
     python.chmod(0o755)
     done = run("2", "1", "train", cwd=tmp_path, PYTHON=str(python))
-    assert done.returncode == 0 and done.stderr == "" and "process 0 runs -m alignvlm_jax train" in done.stdout
+    assert (
+        done.returncode == 0
+        and done.stderr == ""
+        and "process 0 runs -m alignvlm_jax train" in done.stdout
+    )
     assert "process 1 runs" not in done.stdout
     assert "process 1 runs" in (tmp_path / "runs/local/process-1.log").read_text()

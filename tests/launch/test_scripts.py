@@ -10,11 +10,24 @@ import pytest
 import yaml
 
 from alignvlm_jax import __main__ as main_lib
-from tests.launch.scripts import AWKWARD, LAUNCH, ON_GKE, TRAIN, WHERE, WORKDIR, XPK, lines, run, value, words
+from tests.launch.scripts import (
+    AWKWARD,
+    LAUNCH,
+    ON_GKE,
+    TRAIN,
+    WHERE,
+    WORKDIR,
+    XPK,
+    lines,
+    run,
+    value,
+    words,
+)
 
 
 def expand(text: str) -> str:
-    """Returns what Kubernetes makes of a container's command or environment, where no variable is known."""
+    """Returns what Kubernetes makes of a container's command or environment, where no variable is
+    known."""
     return re.sub(r"\$(\$|\([^)]*\))", lambda found: "$" if found[1] == "$" else found[0], text)
 
 
@@ -65,14 +78,18 @@ def test_jobset(topology, hosts, chips, accelerator):
         "cloud.google.com/gke-spot": "true",
     }
     # One host needs no other, and `jax.distributed` would ask for them.
-    assert pod["containers"][0]["env"] == [{"name": "ALIGNVLM_AUTO_DISTRIBUTED", "value": str(int(hosts > 1))}]
+    assert pod["containers"][0]["env"] == [
+        {"name": "ALIGNVLM_AUTO_DISTRIBUTED", "value": str(int(hosts > 1))}
+    ]
     assert pod["terminationGracePeriodSeconds"] == 600
     assert body["spec"]["failurePolicy"]["maxRestarts"] == 10
 
 
 def test_jobset_keeps_words_and_environment_whole():
     command = [*TRAIN, f"--config.note={AWKWARD}", "--config.lines=a\nb"]
-    body = jobset("--topology=v5p:2x2x2", f"--env=ODD={AWKWARD}", "--env=LINES=a\nb", command=command)
+    body = jobset(
+        "--topology=v5p:2x2x2", f"--env=ODD={AWKWARD}", "--env=LINES=a\nb", command=command
+    )
     (container,) = job_of(body)["template"]["spec"]["containers"]
     *shell, program = container["command"]
     assert shell == ["bash", "-c"]
@@ -83,24 +100,36 @@ def test_jobset_keeps_words_and_environment_whole():
 
 def test_jobset_on_demand_asks_for_no_spot_node():
     assert "spot" not in str(jobset("--topology=v5p:2x2x1"))
-    selector = job_of(jobset("--topology=v5p:2x2x1", "--reservation=mine"))["template"]["spec"]["nodeSelector"]
+    selector = job_of(jobset("--topology=v5p:2x2x1", "--reservation=mine"))["template"]["spec"][
+        "nodeSelector"
+    ]
     assert selector["cloud.google.com/reservation-name"] == "mine"
 
 
 def test_jobset_with_a_service_account_and_a_bucket():
     template = job_of(
-        jobset("--topology=v5p:2x2x2", "--service_account=trainer", "--mount=pages:/data", "--mount=more:/more")
+        jobset(
+            "--topology=v5p:2x2x2",
+            "--service_account=trainer",
+            "--mount=pages:/data",
+            "--mount=more:/more",
+        )
     )["template"]
     pod = template["spec"]
     assert template["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
     assert pod["serviceAccountName"] == "trainer"
     # A pod on its node's network has the node's identity.
     assert "hostNetwork" not in pod
-    assert [(one["mountPath"], one["readOnly"]) for one in pod["containers"][0]["volumeMounts"]] == [
+    assert [
+        (one["mountPath"], one["readOnly"]) for one in pod["containers"][0]["volumeMounts"]
+    ] == [
         ("/data", True),
         ("/more", True),
     ]
-    assert [one["csi"]["volumeAttributes"]["bucketName"] for one in pod["volumes"]] == ["pages", "more"]
+    assert [one["csi"]["volumeAttributes"]["bucketName"] for one in pod["volumes"]] == [
+        "pages",
+        "more",
+    ]
 
 
 def test_jobset_of_several_slices_starts_only_where_the_pods_know_of_each_other():
@@ -113,29 +142,37 @@ def test_jobset_of_several_slices_starts_only_where_the_pods_know_of_each_other(
     assert said_by(program, MEGASCALE_NUM_SLICES="3")[-1] == f"--workdir={WORKDIR}"
     with pytest.raises(subprocess.CalledProcessError) as failed:
         said_by(program)
-    assert failed.value.returncode == 2 and "MEGASCALE_NUM_SLICES is '', not 3" in failed.value.stderr
+    assert (
+        failed.value.returncode == 2 and "MEGASCALE_NUM_SLICES is '', not 3" in failed.value.stderr
+    )
 
 
 def action(jobset: dict, status: int | None) -> str:
     """Returns what the set does when a pod ends with a status, or is preempted (None).
 
-    As the Job controller (pod_failure_policy.go) and JobSet's (failure_policy.go) read it: the first rule that fits; a
-    Job that fails for another reason than its podFailurePolicy has the reason BackoffLimitExceeded.
+    As the Job controller (pod_failure_policy.go) and JobSet's (failure_policy.go) read it: the
+    first rule that fits; a Job that fails for another reason than its podFailurePolicy has the
+    reason BackoffLimitExceeded.
     """
-    reason, message = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
+    reason = "BackoffLimitExceeded"
+    message = "Job has reached the specified backoff limit"
     for index, rule in enumerate(job_of(jobset)["podFailurePolicy"]["rules"]):
-        codes, conditions = rule.get("onExitCodes"), rule.get("onPodConditions", [])
+        codes = rule.get("onExitCodes")
+        conditions = rule.get("onPodConditions", [])
         if codes and status in codes["values"]:
             message = f"Container alignvlm for pod default/a failed with exit code {status}"
         elif conditions and status is None:
             message = f"Pod default/a has condition {conditions[0]['type']}"
         else:
             continue
-        reason, message = "PodFailurePolicy", f"{message} matching {rule['action']} rule at index {index}"
+        reason = "PodFailurePolicy"
+        message = f"{message} matching {rule['action']} rule at index {index}"
         break
     for rule in jobset["spec"]["failurePolicy"]["rules"]:
         patterns = rule.get("onJobFailureMessagePatterns", [""])
-        if reason in rule["onJobFailureReasons"] and any(re.search(pattern, message) for pattern in patterns):
+        if reason in rule["onJobFailureReasons"] and any(
+            re.search(pattern, message) for pattern in patterns
+        ):
             return rule["action"]
     return "RestartJobSet"
 
@@ -154,7 +191,8 @@ def action(jobset: dict, status: int | None) -> str:
     ],
 )
 def test_what_starts_a_jobset_again(status, expected):
-    """A preemption is not counted, a lost host and a stall are, and wrong input is not tried ten times."""
+    """A preemption is not counted, a lost host and a stall are, and wrong input is not tried ten
+    times."""
     assert action(jobset("--topology=v5p:2x2x2"), status) == expected
 
 
@@ -178,20 +216,36 @@ def test_build_names_the_commit():
 
 
 def test_xpk():
-    (line,) = lines("xpk.sh", *XPK, "--base_image=i", "--num_slices=2", "--zone=z", "--storage=pages", "--spot", *TRAIN)
+    (line,) = lines(
+        "xpk.sh",
+        *XPK,
+        "--base_image=i",
+        "--num_slices=2",
+        "--zone=z",
+        "--storage=pages",
+        "--spot",
+        *TRAIN,
+    )
     printed = words(line)
-    assert line.startswith("xpk workload create --cluster=c --workload=a --tpu-type=v5p-128 --num-slices=2 ")
+    assert line.startswith(
+        "xpk workload create --cluster=c --workload=a --tpu-type=v5p-128 --num-slices=2 "
+    )
     assert value(printed, "--termination-grace-period-seconds") == "600"
     assert value(printed, "--script-dir") == str(LAUNCH.parent)
     assert "--storage=pages" in printed and "--spot" in printed and "--zone=z" in printed
     # xpk starts again after 42 and from 127 on, and else not.
-    again = {int(status) for status in value(printed, "--restart-on-exit-codes").split(",")} | {42, *range(127, 256)}
+    again = {int(status) for status in value(printed, "--restart-on-exit-codes").split(",")} | {
+        42,
+        *range(127, 256),
+    }
     assert {70, 75, 143} <= again and not {0, 1, 2} & again
 
 
 def test_xpk_keeps_words_and_environment_whole():
     odd = AWKWARD.replace('"', "").replace("\\", "")
-    (line,) = lines("xpk.sh", *XPK, "--image=i", f"--env=ODD={odd}", *TRAIN, f"--config.note={AWKWARD}")
+    (line,) = lines(
+        "xpk.sh", *XPK, "--image=i", f"--env=ODD={odd}", *TRAIN, f"--config.note={AWKWARD}"
+    )
     program = expand(value(words(line), "--command"))
     said = said_by('env() { shift; "$@"; }; ' + program)
     assert said == ["-m", "alignvlm_jax", *TRAIN[1:], f"--config.note={AWKWARD}"]
@@ -200,10 +254,14 @@ def test_xpk_keeps_words_and_environment_whole():
 
 
 def test_under_xpk_the_process_hears_sigterm(tmp_path):
-    """xpk starts the command in a subshell and signals that one; the process has to take its place."""
+    """xpk starts the command in a subshell and signals that one; the process has to take its
+    place."""
     (line,) = lines("xpk.sh", *XPK, "--image=i", *TRAIN)
     python = tmp_path / "python"
-    python.write_text('#!/bin/bash\ntrap "echo saved; exit 143" TERM\necho up >up\nwhile true; do sleep 0.1; done\n')
+    python.write_text(
+        '#!/bin/bash\ntrap "echo saved; exit 143" TERM\necho up >up\nwhile true; do sleep 0.1; '
+        "done\n"
+    )
     python.chmod(0o755)
     program = f"""
         ({expand(value(words(line), "--command"))}) & PID=$!
@@ -228,10 +286,25 @@ def test_under_xpk_the_process_hears_sigterm(tmp_path):
 )
 def test_slurm_job(tmp_path, status, restarts, again):
     """The job's own text, run with a scheduler of shell functions."""
-    flags = ["--nodes=3", "--gpus=4", "--partition=p", "--time=2-00:00:00", "--qos=q", f"--env=ODD={AWKWARD}"]
+    flags = [
+        "--nodes=3",
+        "--gpus=4",
+        "--partition=p",
+        "--time=2-00:00:00",
+        "--qos=q",
+        f"--env=ODD={AWKWARD}",
+    ]
     *job, submit = lines("slurm_gpu.sh", *flags, *TRAIN)
     assert submit == "sbatch"
-    options = ("nodes=3", "ntasks-per-node=1", "gpus-per-node=4", "partition=p", "qos=q", "requeue", "signal=TERM@600")
+    options = (
+        "nodes=3",
+        "ntasks-per-node=1",
+        "gpus-per-node=4",
+        "partition=p",
+        "qos=q",
+        "requeue",
+        "signal=TERM@600",
+    )
     for option in options:
         assert f"#SBATCH --{option}" in job
     assert job.index("#SBATCH --partition=p") < job.index("set -uo pipefail")
@@ -266,12 +339,16 @@ def test_slurm_job(tmp_path, status, restarts, again):
 
 def test_the_scripts_know_which_commands_join():
     program = f"source {LAUNCH}/common.sh; printf '%s\\n' \"${{joining[@]}}\""
-    said = subprocess.run(["bash", "-c", program], capture_output=True, text=True).stdout.splitlines()
+    said = subprocess.run(
+        ["bash", "-c", program], capture_output=True, text=True
+    ).stdout.splitlines()
     assert said == [f"{command} {flag}".strip() for command, flag in main_lib.JOINING.items()]
     analysis = ["--", "inspect", "--analysis=noise", f"--checkpoint={WORKDIR}"]
     assert run("tpu_vm.sh", "run", *WHERE, "--dry_run", *analysis).returncode == 0
 
 
 def test_flags_are_taken_with_either_stroke():
-    assert lines("xpk.sh", *XPK, "--base_image=i", *TRAIN) == lines("xpk.sh", *XPK, "--base-image=i", *TRAIN)
+    assert lines("xpk.sh", *XPK, "--base_image=i", *TRAIN) == lines(
+        "xpk.sh", *XPK, "--base-image=i", *TRAIN
+    )
     assert run("xpk.sh", *XPK, "--base-image=i", "--dry-run", *TRAIN).returncode == 0

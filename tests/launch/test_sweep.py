@@ -50,7 +50,10 @@ def test_every_run_is_a_valid_command(tmp_path, name, count):
 
 def test_a_table_that_is_none_names_the_nearest(tmp_path, capsys):
     assert sweep.main([f"{SWEEPS}/compare.py:conectors", f"--workdir={tmp_path}"]) == 1
-    assert "no table 'conectors' of the comparison; did you mean 'connectors'?" in capsys.readouterr().err
+    assert (
+        "no table 'conectors' of the comparison; did you mean 'connectors'?"
+        in capsys.readouterr().err
+    )
 
 
 TWO = """
@@ -78,7 +81,10 @@ def test_lists_and_skips_what_is_finished(two, tmp_path, capsys):
     steps(tmp_path / "runs" / "second", "100", f"{total}.orbax-checkpoint-tmp")
     arguments = [str(two), f"--workdir={tmp_path}/runs"]
     assert sweep.main(arguments) == 0
-    assert capsys.readouterr().out.splitlines() == ["first   finished", f"second  at step 100 of {total}"]
+    assert capsys.readouterr().out.splitlines() == [
+        "first   finished",
+        f"second  at step 100 of {total}",
+    ]
     assert sweep.main([*arguments, "--run", "--dry_run"]) == 0
     assert capsys.readouterr().out.splitlines()[2:] == [
         f"{sys.executable} -m alignvlm_jax train --config=configs/demo.py:mlp --config.seed=2 "
@@ -94,8 +100,12 @@ def command(tmp_path: Path, text: str) -> Path:
 
 
 def test_a_run_that_fails_does_not_keep_the_others_from_starting(two, tmp_path, capfd):
-    script = command(tmp_path, f'echo "$@" >> {tmp_path}/started; case "$*" in *seed=1*) exit 3;; esac')
-    assert sweep.main([str(two), f"--workdir={tmp_path}/runs", f"--submit={script} --nodes=2 --"]) == 1
+    script = command(
+        tmp_path, f'echo "$@" >> {tmp_path}/started; case "$*" in *seed=1*) exit 3;; esac'
+    )
+    assert (
+        sweep.main([str(two), f"--workdir={tmp_path}/runs", f"--submit={script} --nodes=2 --"]) == 1
+    )
     started = (tmp_path / "started").read_text().splitlines()
     assert [line.split(" --workdir")[0] for line in started] == [
         "--nodes=2 -- train --config=configs/demo.py --config.seed=1",
@@ -109,7 +119,8 @@ def test_every_run_gets_what_follows_the_dashes(two, tmp_path, capsys):
     assert sweep.main([*arguments, "--config.init_from=runs/a b", "--config.seed=9"]) == 0
     commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()[2:]]
     assert [command[5:-1] for command in commands] == [
-        ["--config.init_from=runs/a b", "--config.seed=9", f"--config.seed={seed}"] for seed in (1, 2)
+        ["--config.init_from=runs/a b", "--config.seed=9", f"--config.seed={seed}"]
+        for seed in (1, 2)
     ]
     assert sweep.main([*arguments, "--config.sede=9"]) == 1
     assert sweep.main([*arguments, "--seed=9"]) == 2
@@ -118,7 +129,8 @@ def test_every_run_gets_what_follows_the_dashes(two, tmp_path, capsys):
 
 def test_ctrl_c_waits_for_the_run_to_save_and_starts_no_other(two, tmp_path):
     """As a terminal does it: the signal goes to the whole process group."""
-    script = command(tmp_path, f"trap 'sleep 1; echo saved >> {tmp_path}/log; exit 1' INT; echo up >> {tmp_path}/log\n"
+    script = command(tmp_path, f"trap 'sleep 1; echo saved >> {tmp_path}/log; exit 1' INT; echo "
+                               f"up >> {tmp_path}/log\n"
                      "while true; do sleep 0.05; done")  # fmt: skip
     sweeping = subprocess.Popen(
         [sys.executable, ROOT / "launch" / "sweep.py", two, f"--workdir={tmp_path}/runs", f"--submit={script}"],
@@ -144,9 +156,13 @@ def test_ctrl_c_waits_for_the_run_to_save_and_starts_no_other(two, tmp_path):
         (["same.py"], 1, "names two runs 'a'"),
     ],
 )
-def test_bad_input_is_told_before_anything_starts(two, tmp_path, capsys, arguments, status, message):
+def test_bad_input_is_told_before_anything_starts(
+    two, tmp_path, capsys, arguments, status, message
+):
     (tmp_path / "empty.py").write_text("")
-    (tmp_path / "same.py").write_text("def sweep():\n    for _ in '12':\n        yield 'a', 'configs/demo.py', {}\n")
+    (tmp_path / "same.py").write_text(
+        "def sweep():\n    for _ in '12':\n        yield 'a', 'configs/demo.py', {}\n"
+    )
     script = command(tmp_path, f"touch {tmp_path}/started")
     path = f"{tmp_path}/{arguments[0]}"
     assert sweep.main([path, f"--workdir={tmp_path}/runs", f"--submit={script}"]) == status

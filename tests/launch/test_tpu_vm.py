@@ -13,17 +13,25 @@ import pytest
 from tests.launch.scripts import AWKWARD, LAUNCH, TRAIN, WHERE, lines, run, value, words
 
 GCLOUD_FLAGS = {
-    "create": "accelerator-type runtime-version node-id node-count node-prefix spot reserved network subnetwork "
-    "internal-ips service-account valid-until-duration",
+    "create": "accelerator-type runtime-version node-id node-count node-prefix spot reserved "
+    "network subnetwork internal-ips service-account valid-until-duration",
     "scp": "node worker batch-size internal-ip tunnel-through-iap",
     "ssh": "node worker batch-size internal-ip tunnel-through-iap command",
     "describe": "",
     "delete": "force",
 }
-"""Flags of `gcloud compute tpus queued-resources`, as docs.cloud.google.com/sdk/gcloud/reference/compute/tpus/
-queued-resources says of each command (release 528.0.0); `--zone` all take."""
+"""Flags of `gcloud compute tpus queued-resources`, as
+docs.cloud.google.com/sdk/gcloud/reference/compute/tpus/ queued-resources says of each command
+(release 528.0.0); `--zone` all take."""
 EVERYWHERE = {"project", "quiet", "format", "zone"}
-RENT = ["--type=v5p-128", "--reserved", "--network=n", "--subnetwork=s", "--internal_ips", "--service_account=a@b"]
+RENT = [
+    "--type=v5p-128",
+    "--reserved",
+    "--network=n",
+    "--subnetwork=s",
+    "--internal_ips",
+    "--service_account=a@b",
+]
 RENT += ["--valid_until_duration=6h", "--num_slices=2"]
 CALLS = [
     ("create", *RENT, "--project=p"),
@@ -45,7 +53,9 @@ def calls() -> list[tuple[str, set[str]]]:
         for line in lines("tpu_vm.sh", action, *WHERE, *flags):
             if line.startswith("gcloud compute tpus queued-resources "):
                 _, _, _, _, command, *rest = words(line)
-                found.append((command, {word[2:].split("=")[0] for word in rest if word.startswith("--")}))
+                found.append(
+                    (command, {word[2:].split("=")[0] for word in rest if word.startswith("--")})
+                )
     return found
 
 
@@ -72,9 +82,15 @@ def test_the_list_of_flags_is_that_of_the_gcloud_that_is_installed():
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--type=v5p-128"], "--accelerator-type=v5p-128 --runtime-version=v2-alpha-tpuv5 --node-id=reader"),
+        (
+            ["--type=v5p-128"],
+            "--accelerator-type=v5p-128 --runtime-version=v2-alpha-tpuv5 --node-id=reader",
+        ),
         (["--type=v6e-256", "--spot"], "--runtime-version=v2-alpha-tpuv6e --node-id=reader --spot"),
-        (["--type=v5litepod-32", "--runtime=mine"], "--accelerator-type=v5litepod-32 --runtime-version=mine"),
+        (
+            ["--type=v5litepod-32", "--runtime=mine"],
+            "--accelerator-type=v5litepod-32 --runtime-version=mine",
+        ),
         (["--type=v5p-128", "--num_slices=2"], "--node-count=2 --node-prefix=reader"),
         (["--type=v5p-8", "--internal-ips", "--network=n"], "--internal-ips --network=n"),
     ],
@@ -101,7 +117,11 @@ def host(tmp_path):
             python.chmod(0o755)
         (line,) = lines("tpu_vm.sh", *args)
         done = subprocess.run(
-            ["bash", "-c", value(words(line), "--command")], cwd=tmp_path, timeout=30, capture_output=True, text=True
+            ["bash", "-c", value(words(line), "--command")],
+            cwd=tmp_path,
+            timeout=30,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
@@ -109,7 +129,9 @@ def host(tmp_path):
     yield tell, python.parents[2]
     pid = python.parents[2] / "run.pid"
     if pid.exists():
-        subprocess.run(["kill", "-KILL", "--", f"-{pid.read_text().strip()}"], stderr=subprocess.DEVNULL)
+        subprocess.run(
+            ["kill", "-KILL", "--", f"-{pid.read_text().strip()}"], stderr=subprocess.DEVNULL
+        )
 
 
 def wait_for(path: Path) -> str:
@@ -122,7 +144,9 @@ def wait_for(path: Path) -> str:
 
 def test_run_is_detached_and_keeps_words_and_environment_whole(host):
     tell, folder = host
-    program = 'printf "%s\\n" "$@" >said; printf %s "$ODD" >odd; echo "$ALIGNVLM_AUTO_DISTRIBUTED" >joins'
+    program = (
+        'printf "%s\\n" "$@" >said; printf %s "$ODD" >odd; echo "$ALIGNVLM_AUTO_DISTRIBUTED" >joins'
+    )
     tell(program, "run", *WHERE, f"--env=ODD={AWKWARD}", *TRAIN)
     assert wait_for(folder / "run.status") == "0"
     assert (folder / "said").read_text().splitlines() == ["-m", "alignvlm_jax", *TRAIN[1:]]
@@ -178,7 +202,10 @@ def test_a_number_that_another_process_has_after_a_restart_is_no_run(host):
 
 def test_run_lets_what_is_at_work_save_first(host):
     tell, folder = host
-    saving = 'trap "sleep 1; echo saved >>saved; exit 143" TERM; echo up >>up; while true; do sleep 0.1; done'
+    saving = (
+        'trap "sleep 1; echo saved >>saved; exit 143" TERM; echo up >>up; while true; do '
+        "sleep 0.1; done"
+    )
     tell(saving, "run", *WHERE, *TRAIN)
     wait_for(folder / "up")
     tell("exit 0", "run", *WHERE, "--grace=20", *TRAIN)
@@ -251,7 +278,8 @@ def test_health_of_hosts_that_do_not_answer(tmp_path):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """Returns a small checkout with the launch scripts, some of its files changed, and a `git` in it."""
+    """Returns a small checkout with the launch scripts, some of its files changed, and a `git` in
+    it."""
     root = tmp_path / "checkout"
     shutil.copytree(LAUNCH, root / "launch")
     (root / "configs").mkdir()
@@ -271,7 +299,9 @@ def checkout(tmp_path):
 
 
 def script(root: Path, *args: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    return subprocess.run([root / "launch/tpu_vm.sh", *args], capture_output=True, text=True, cwd=cwd)
+    return subprocess.run(
+        [root / "launch/tpu_vm.sh", *args], capture_output=True, text=True, cwd=cwd
+    )
 
 
 def test_setup_copies_new_files_and_the_commit(checkout, tmp_path):
@@ -287,7 +317,9 @@ def test_setup_copies_new_files_and_the_commit(checkout, tmp_path):
     assert f"echo {git('rev-parse', 'HEAD')}-dirty >COMMIT" in install.replace("\\", "")
     archive = words(copy)[5]
     subprocess.run(words(pack), check=True, cwd=tmp_path)
-    packed = subprocess.run(["tar", "tzf", archive], capture_output=True, text=True, check=True).stdout.split()
+    packed = subprocess.run(
+        ["tar", "tzf", archive], capture_output=True, text=True, check=True
+    ).stdout.split()
     Path(archive).unlink()
     assert "configs/mine.py" in packed and "launch/tpu_vm.sh" in packed
     assert "gone.py" not in packed and "data/shard" not in packed
@@ -302,5 +334,14 @@ def test_a_config_that_would_not_be_copied_is_refused(checkout):
         "configs/mine.py": "--config=configs/mine.py is not in ",
         "/tmp/mine.py": "--config=/tmp/mine.py is no path from the root",
     }.items():
-        done = script(root, "run", *WHERE, "--dry_run", "--", "train", f"--config={config}", "--workdir=gs://b/a")
+        done = script(
+            root,
+            "run",
+            *WHERE,
+            "--dry_run",
+            "--",
+            "train",
+            f"--config={config}",
+            "--workdir=gs://b/a",
+        )
         assert done.returncode == 2 and message in done.stderr

@@ -1,4 +1,5 @@
-"""ALIGN against NumPy float64, its hull, its start from the LM head, and its vocabulary that no device holds whole."""
+"""ALIGN against NumPy float64, its hull, its start from the LM head, and its vocabulary that no
+device holds whole."""
 
 import dataclasses
 import re
@@ -18,13 +19,20 @@ from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
 from tests.conftest import random_params, tiny_config
 
-# Sizes that no two axes share, whole or divided by the mesh, so that a shape in the compiled program names its axes.
-N, E, D, V, K = 52, 6, 10, 74, 3
+# Sizes that no two axes share, whole or divided by the mesh, so that a shape in the compiled
+# program names its axes.
+N = 52
+E = 6
+D = 10
+V = 74
+K = 3
 EPS = 0.05
 RNG = np.random.default_rng(0)
 FEATURES = RNG.standard_normal((N, E)).astype(np.float32)
 TABLE = RNG.standard_normal((V, D)).astype(np.float32)
-LABELS = PatchLabels(RNG.integers(0, V, (N, K)).astype(np.int32), RNG.random((N, K)).astype(np.float32))
+LABELS = PatchLabels(
+    RNG.integers(0, V, (N, K)).astype(np.int32), RNG.random((N, K)).astype(np.float32)
+)
 
 
 def make(dtype: str = "float32", **options) -> Align:
@@ -41,12 +49,17 @@ def make(dtype: str = "float32", **options) -> Align:
 def run(align: Align, method=None):
     """Parameters with gains other than 1, and the compiled connector or one of its methods."""
     params = random_params(align, FEATURES, TABLE, LABELS)
-    return params, jax.jit(lambda params, *args: align.apply({"params": params}, *args, method=method))
+    return params, jax.jit(
+        lambda params, *args: align.apply({"params": params}, *args, method=method)
+    )
 
 
 def layer_norm(x: np.ndarray, weights: dict) -> np.ndarray:
     centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + EPS) * weights["scale"] + weights["bias"]
+    return (
+        centred / np.sqrt((centred**2).mean(-1, keepdims=True) + EPS) * weights["scale"]
+        + weights["bias"]
+    )
 
 
 def reference(params: dict) -> np.ndarray:
@@ -74,7 +87,8 @@ def test_equals_float64_reference(mesh, use_ln2):
 def test_linear_weights_are_the_logits(mesh):
     params, align = run(make(weights="linear"))
     logits = layer_norm(
-        layer_norm(FEATURES @ params["w1"]["kernel"], params["ln1"]) @ params["w2"]["kernel"], params["ln2"]
+        layer_norm(FEATURES @ params["w1"]["kernel"], params["ln1"]) @ params["w2"]["kernel"],
+        params["ln2"],
     )
     tokens = align(params, FEATURES, TABLE, None).tokens
     np.testing.assert_allclose(tokens, logits / np.sqrt(V) @ TABLE, atol=1e-5)
@@ -99,7 +113,10 @@ def test_distribution_is_float32_under_bfloat16(mesh):
 
 
 def test_logits_are_not_rounded_under_bfloat16():
-    """They are what float64 makes of the same bfloat16 operands. Not compiled: XLA may drop a rounding by itself."""
+    """They are what float64 makes of the same bfloat16 operands.
+
+    Not compiled: XLA may drop a rounding by itself.
+    """
 
     def operand_and_logits(align: Align, features):
         x, head = align._rows_and_head(features)
@@ -115,7 +132,9 @@ def test_logits_are_not_rounded_under_bfloat16():
 
 def test_without_labels_there_is_no_patch_loss(mesh):
     params, align = run(make())
-    np.testing.assert_array_equal(align(params, FEATURES, TABLE, None).patch_nll, np.zeros(N, np.float32))
+    np.testing.assert_array_equal(
+        align(params, FEATURES, TABLE, None).patch_nll, np.zeros(N, np.float32)
+    )
 
 
 def test_ln2_gain_init():
@@ -128,7 +147,8 @@ def test_ln2_gain_init():
 
 @pytest.fixture(scope="module")
 def gradients():
-    """By embed_grad: the compiled gradient of the tokens and the patch losses, on the mesh, everything sharded."""
+    """By embed_grad: the compiled gradient of the tokens and the patch losses, on the mesh,
+    everything sharded."""
 
     def compile(embed_grad: str):
         align = make(embed_grad=embed_grad)
@@ -139,7 +159,9 @@ def gradients():
 
         with mesh_lib.use(mesh_lib.make_mesh(tiny_config())) as mesh:
             boxed = jax.eval_shape(align.init, jax.random.key(0), FEATURES, TABLE, LABELS)["params"]
-            params = jax.device_put(random_params(align, FEATURES, TABLE, LABELS), sharding.tree_sharding(boxed, mesh))
+            params = jax.device_put(
+                random_params(align, FEATURES, TABLE, LABELS), sharding.tree_sharding(boxed, mesh)
+            )
             args = params, jax.device_put(FEATURES, sharding.batch_sharding(mesh)), TABLE
             return args, jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*args).compile()
 
@@ -150,7 +172,10 @@ def gradients():
 def test_no_device_holds_all_patches_by_all_words(gradients, embed_grad):
     """Neither [N, V] nor a device's patches by the whole vocabulary, forward or backward."""
     _, compiled = gradients[embed_grad]
-    shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\w+\[([\d,]+)\]", compiled.as_text())}
+    shapes = {
+        tuple(map(int, dims.split(",")))
+        for dims in re.findall(r"\w+\[([\d,]+)\]", compiled.as_text())
+    }
     assert (N // 4, V // 2) in shapes
     whole = [shape for shape in shapes if V in shape and (N in shape or N // 4 in shape)]
     assert not whole
@@ -158,11 +183,17 @@ def test_no_device_holds_all_patches_by_all_words(gradients, embed_grad):
 
 def test_embed_grad(gradients):
     """ "stop" keeps the connector's gradient from the text table, and nothing else."""
-    (args, live), (_, stop) = gradients["live"], gradients["stop"]
-    (*live_others, live_table), (*stop_others, stop_table) = live(*args), stop(*args)
+    (args, live) = gradients["live"]
+    (_, stop) = gradients["stop"]
+    (*live_others, live_table) = live(*args)
+    (*stop_others, stop_table) = stop(*args)
     assert np.abs(live_table).max(-1).min() > 1e-3  # every row has a share in every token
     np.testing.assert_array_equal(stop_table, np.zeros_like(TABLE))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), live_others, stop_others)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        live_others,
+        stop_others,
+    )
     assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(stop_others))
 
 
@@ -174,11 +205,17 @@ def init_w2_and_head(mesh, config: config_lib.Config) -> tuple[jax.Array, jax.Ar
         return vlm.init_params(model, rng, vlm.abstract_batch(config))
 
     def w2_and_head(tree):
-        head = tree["llm"]["embed"]["table"] if config.model.llm.tie_embeddings else tree["llm"]["head"]["kernel"]
+        head = (
+            tree["llm"]["embed"]["table"]
+            if config.model.llm.tie_embeddings
+            else tree["llm"]["head"]["kernel"]
+        )
         return tree["connector"]["w2"]["kernel"], head
 
     shardings = w2_and_head(sharding.tree_sharding(jax.eval_shape(init, jax.random.key(0)), mesh))
-    w2, head = jax.jit(lambda rng: w2_and_head(sharding.unbox(init(rng))), out_shardings=shardings)(jax.random.key(0))
+    w2, head = jax.jit(lambda rng: w2_and_head(sharding.unbox(init(rng))), out_shardings=shardings)(
+        jax.random.key(0)
+    )
     return w2, head.T if config.model.llm.tie_embeddings else head
 
 
@@ -194,7 +231,9 @@ def test_w2_starts_as_the_lm_head(mesh, config, tie_embeddings):
 
 def test_w2_random(mesh, config):
     connector = config_lib.connector(w2_init="random")
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, connector=connector))
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, connector=connector)
+    )
     w2, head = init_w2_and_head(mesh, config)
     assert not vlm.from_llm_paths(config.model, {})
     assert abs(np.corrcoef(np.ravel(w2), np.ravel(head))[0, 1]) < 0.3
@@ -202,12 +241,14 @@ def test_w2_random(mesh, config):
 
 
 def test_w2_is_copied_again(config):
-    """At the start of a stage the head may have come from a checkpoint: W2 follows it, in a buffer of its own."""
+    """At the start of a stage the head may have come from a checkpoint: W2 follows it, in a buffer
+    of its own."""
     llm = dataclasses.replace(config.model.llm, tie_embeddings=False)
     model = vlm.VLM(dataclasses.replace(config.model, llm=llm))
     params = jax.tree.map(jnp.asarray, random_params(model, vlm.abstract_batch(config)))
     copied = vlm.init_from_llm(config.model, params)
-    head, w2 = params["llm"]["head"]["kernel"], copied["connector"]["w2"]["kernel"]
+    head = params["llm"]["head"]["kernel"]
+    w2 = copied["connector"]["w2"]["kernel"]
     np.testing.assert_array_equal(w2, head)
     assert w2.unsafe_buffer_pointer() != head.unsafe_buffer_pointer()
     others = {**copied, "connector": {**copied["connector"], "w2": params["connector"]["w2"]}}
@@ -222,5 +263,7 @@ def test_a_head_of_another_size(config):
 
 
 def test_unknown_connector_names_the_nearest():
-    with pytest.raises(UserError, match=r"config.model.connector.name is 'algin'; did you mean 'align'\?"):
+    with pytest.raises(
+        UserError, match=r"config.model.connector.name is 'algin'; did you mean 'align'\?"
+    ):
         connectors.get("algin")

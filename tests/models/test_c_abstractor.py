@@ -8,16 +8,29 @@ from alignvlm_jax import config as config_lib
 from alignvlm_jax.models import connectors
 from tests.conftest import random_params
 
-TILES, ROWS, COLUMNS, POOLED, BLOCKS, E, D = 2, 3, 5, (2, 3), 2, 8, 10
+TILES = 2
+ROWS = 3
+COLUMNS = 5
+POOLED = (2, 3)
+BLOCKS = 2
+E = 8
+D = 10
 RNG = np.random.default_rng(0)
 FEATURES = RNG.standard_normal((TILES * ROWS * COLUMNS, E)).astype(np.float32)
 TABLE = RNG.standard_normal((74, D)).astype(np.float32)
 CONFIG = config_lib.ModelConfig(
     vision=config_lib.VisionConfig(
-        tile_height=ROWS * 2, tile_width=COLUMNS * 2, patch_height=2, patch_width=2, width=E, num_heads=1
+        tile_height=ROWS * 2,
+        tile_width=COLUMNS * 2,
+        patch_height=2,
+        patch_width=2,
+        width=E,
+        num_heads=1,
     ),
     llm=config_lib.LLMConfig(vocab_size=74, width=D),
-    connector=config_lib.connector("c_abstractor", pooled_rows=POOLED[0], pooled_columns=POOLED[1], num_blocks=BLOCKS),
+    connector=config_lib.connector(
+        "c_abstractor", pooled_rows=POOLED[0], pooled_columns=POOLED[1], num_blocks=BLOCKS
+    ),
 )
 ABSTRACTOR = connectors.get("c_abstractor")(CONFIG, jnp.dtype("float32"))
 
@@ -31,9 +44,9 @@ def silu(x: np.ndarray) -> np.ndarray:
 
 
 def layer_norm(x: np.ndarray, weights: dict) -> np.ndarray:
-    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * weights["scale"] + weights[
-        "bias"
-    ]
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * weights[
+        "scale"
+    ] + weights["bias"]
 
 
 def linear(x: np.ndarray, weights: dict) -> np.ndarray:
@@ -55,19 +68,25 @@ def blocks(image: np.ndarray, stacked: dict) -> np.ndarray:
         hidden = silu(layer_norm(linear(image, block["conv1"]), block["norm1"]))
         hidden = silu(layer_norm(depthwise(hidden, block["conv2"]["kernel"]), block["norm2"]))
         gate = linear(silu(linear(hidden.mean((0, 1)), block["gate"]["down"])), block["gate"]["up"])
-        image = silu(image + layer_norm(linear(hidden * sigmoid(gate), block["conv3"]), block["norm3"]))
+        image = silu(
+            image + layer_norm(linear(hidden * sigmoid(gate), block["conv3"]), block["norm3"])
+        )
     return image
 
 
 def pool(image: np.ndarray) -> np.ndarray:
-    """3 x 5 to 2 x 3 by hand: bins overlap by a row, and by a column where 5 / 3 ends within one."""
-    rows, columns = ((0, 2), (1, 3)), ((0, 2), (1, 4), (3, 5))
+    """3 x 5 to 2 x 3 by hand: bins overlap by a row, and by a column where 5 / 3 ends within
+    one."""
+    rows = ((0, 2), (1, 3))
+    columns = ((0, 2), (1, 4), (3, 5))
     return np.array([[image[a:b, c:d].mean((0, 1)) for c, d in columns] for a, b in rows])
 
 
 def test_equals_float64_reference(mesh):
     params = random_params(ABSTRACTOR, FEATURES, TABLE, None)
-    output = jax.jit(lambda params: ABSTRACTOR.apply({"params": params}, FEATURES, TABLE, None))(params)
+    output = jax.jit(lambda params: ABSTRACTOR.apply({"params": params}, FEATURES, TABLE, None))(
+        params
+    )
     weights = jax.tree.map(np.float64, params)
     expected = []
     for tile in FEATURES.reshape(TILES, ROWS, COLUMNS, E).astype(np.float64):
@@ -84,4 +103,7 @@ def test_parameters():
     gate = 2 * E * (E // 4) + E + E // 4
     block = 2 * E**2 + 9 * E + gate + 3 * 2 * E
     readout = E * D + D + D**2 + D
-    assert sum(x.size for x in jax.tree.leaves(params)) == ROWS * COLUMNS * E + 2 * BLOCKS * block + readout
+    assert (
+        sum(x.size for x in jax.tree.leaves(params))
+        == ROWS * COLUMNS * E + 2 * BLOCKS * block + readout
+    )

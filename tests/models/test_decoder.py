@@ -1,4 +1,5 @@
-"""The decoder against an implementation of its own in NumPy float64, and who influences whom, by gradient."""
+"""The decoder against an implementation of its own in NumPy float64, and who influences whom, by
+gradient."""
 
 import dataclasses
 import math
@@ -13,8 +14,10 @@ from alignvlm_jax.models import layers
 from alignvlm_jax.models.decoder import Llama
 from tests.conftest import random_params
 
-ROWS, LENGTH = 4, 24
-# The head width is not width / heads, query heads share key heads, and eps is large enough to be missed.
+ROWS = 4
+LENGTH = 24
+# The head width is not width / heads, query heads share key heads, and eps is large enough to be
+# missed.
 TIED = LLMConfig(
     vocab_size=30,
     width=12,
@@ -25,7 +28,9 @@ TIED = LLMConfig(
     head_dim=10,
     norm_eps=0.05,
     rope_theta=300.0,
-    rope_scaling=RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=32),
+    rope_scaling=RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=32
+    ),
 )
 UNTIED = dataclasses.replace(TIED, tie_embeddings=False, rope_scaling=RopeScaling())
 
@@ -40,7 +45,9 @@ def make(config: LLMConfig):
     llama = Llama(config, jnp.dtype("float32"), "none")
     ids = np.zeros((ROWS, LENGTH), np.int32)
     params = random_params(llama, ids, ids, ids, method=forward)
-    return params, jax.jit(lambda params, *args: llama.apply({"params": params}, *args, method=forward))
+    return params, jax.jit(
+        lambda params, *args: llama.apply({"params": params}, *args, method=forward)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +90,14 @@ def reference(params: dict, config: LLMConfig, tokens, positions, segment_ids) -
         mixed = np.zeros_like(x)
         for head in range(config.num_heads):
             kv_head = head // (config.num_heads // config.num_kv_heads)
-            queries = [rotate(q, p) for q, p in zip(x @ weights["q"]["kernel"][:, head], positions, strict=True)]
-            keys = [rotate(k, p) for k, p in zip(x @ weights["k"]["kernel"][:, kv_head], positions, strict=True)]
+            queries = [
+                rotate(q, p)
+                for q, p in zip(x @ weights["q"]["kernel"][:, head], positions, strict=True)
+            ]
+            keys = [
+                rotate(k, p)
+                for k, p in zip(x @ weights["k"]["kernel"][:, kv_head], positions, strict=True)
+            ]
             values = x @ weights["v"]["kernel"][:, kv_head]
             for t in range(len(x)):
                 seen = [s for s in range(t + 1) if segment_ids[s] == segment_ids[t]]
@@ -107,7 +120,9 @@ def reference(params: dict, config: LLMConfig, tokens, positions, segment_ids) -
 
 def random_rows(seed: int = 0):
     """Tokens, positions and segment ids: whole rows of one segment, without padding."""
-    tokens = np.random.default_rng(seed).integers(0, TIED.vocab_size, (ROWS, LENGTH)).astype(np.int32)
+    tokens = (
+        np.random.default_rng(seed).integers(0, TIED.vocab_size, (ROWS, LENGTH)).astype(np.int32)
+    )
     positions = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
     return tokens, positions, np.ones_like(tokens)
 
@@ -116,20 +131,27 @@ def random_rows(seed: int = 0):
 def test_equals_float64_reference(mesh, tied, llm):
     params, logits_of = tied if llm is TIED else make(llm)
     tokens, positions, segment_ids = random_rows()
-    segment_ids[1, 9:], positions[1, 9:] = 2, np.arange(LENGTH - 9)
+    segment_ids[1, 9:] = 2
+    positions[1, 9:] = np.arange(LENGTH - 9)
     positions[2] *= 9  # distances of six times the original length of the scaling
     logits = logits_of(params, tokens, positions, segment_ids)
     assert logits.dtype == jnp.float32
     for row in range(ROWS):
         expected = reference(params, llm, tokens[row], positions[row], segment_ids[row])
-        np.testing.assert_allclose(logits[row], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+        np.testing.assert_allclose(
+            logits[row], expected, rtol=0, atol=1e-5 * np.abs(expected).max()
+        )
 
 
 def test_rope_scaling_has_three_bands():
     """The reference test above goes through each case of the scaling: kept, blended, stretched."""
     unscaled = dataclasses.replace(TIED, rope_scaling=RopeScaling())
     ratios = rope_reference(TIED) / rope_reference(unscaled)
-    assert ratios[0] == 1 and ratios[-1] == pytest.approx(1 / 8) and ((ratios > 1 / 8) & (ratios < 1)).any()
+    assert (
+        ratios[0] == 1
+        and ratios[-1] == pytest.approx(1 / 8)
+        and ((ratios > 1 / 8) & (ratios < 1)).any()
+    )
     ours = layers.rope_frequencies(TIED.head_dim, TIED.rope_theta, TIED.rope_scaling)
     np.testing.assert_allclose(ours, rope_reference(TIED), rtol=1e-6)
 
@@ -144,7 +166,10 @@ def test_rope_is_float32_under_bfloat16():
 
 @pytest.mark.parametrize("llm", [TIED, UNTIED], ids=["tied", "untied"])
 def test_logits_are_not_rounded_under_bfloat16(llm):
-    """They are what float64 makes of the same bfloat16 operands. Not compiled: XLA may drop a rounding by itself."""
+    """They are what float64 makes of the same bfloat16 operands.
+
+    Not compiled: XLA may drop a rounding by itself.
+    """
     llama = Llama(llm, jnp.bfloat16, "none")
     hidden = np.random.default_rng(0).standard_normal((1, LENGTH, llm.width)).astype(jnp.bfloat16)
     params = random_params(llama, hidden, method=Llama.logits)
@@ -158,9 +183,11 @@ def test_packed_segments_equal_rows_of_their_own(mesh, tied):
     params, logits_of = tied
     tokens, positions, segment_ids = random_rows(1)
     split = 10
-    tokens[1, : LENGTH - split] = tokens[0, split:]  # row 1: the second segment by itself, then padding
+    # row 1: the second segment by itself, then padding
+    tokens[1, : LENGTH - split] = tokens[0, split:]
     segment_ids[1, LENGTH - split :] = 0
-    segment_ids[0, split:], positions[0, split:] = 2, np.arange(LENGTH - split)
+    segment_ids[0, split:] = 2
+    positions[0, split:] = np.arange(LENGTH - split)
     logits = logits_of(params, tokens, positions, segment_ids)
     np.testing.assert_allclose(logits[0, split:], logits[1, : LENGTH - split], atol=1e-5)
     unpacked = logits_of(params, tokens, positions, np.where(segment_ids == 2, 0, segment_ids))
@@ -173,7 +200,8 @@ def test_padding_changes_nothing(mesh, tied):
     used = np.arange(LENGTH) < np.array([[LENGTH], [17], [5], [1]])
     segment_ids[~used] = 0
     logits = logits_of(params, tokens, positions, segment_ids)
-    tokens[~used], positions[~used] = 7, 0
+    tokens[~used] = 7
+    positions[~used] = 0
     other = logits_of(params, tokens, positions, segment_ids)
     np.testing.assert_array_equal(np.asarray(logits)[used], np.asarray(other)[used])
     assert np.isfinite(other).all()
@@ -182,7 +210,8 @@ def test_padding_changes_nothing(mesh, tied):
 
 @pytest.fixture(scope="module")
 def influence(tied):
-    """params, positions, segment ids -> [B, T, S]: how strongly the input vector at S moves the output at T."""
+    """params, positions, segment ids -> [B, T, S]: how strongly the input vector at S moves the
+    output at T."""
     llama = Llama(TIED, jnp.dtype("float32"), "none")
     rng = np.random.default_rng(3)
     x_BTD = rng.standard_normal((ROWS, LENGTH, TIED.width)).astype(np.float32)
@@ -226,7 +255,8 @@ def test_padded_rows_are_never_predicted():
     hidden = np.random.default_rng(0).standard_normal((1, LENGTH, TIED.width)).astype(np.float32)
     params = random_params(Llama(TIED, jnp.float32, "none"), hidden, method=Llama.logits)
     logits, all_logits = (
-        Llama(llm, jnp.float32, "none").apply({"params": params}, hidden, method=Llama.logits) for llm in (padded, TIED)
+        Llama(llm, jnp.float32, "none").apply({"params": params}, hidden, method=Llama.logits)
+        for llm in (padded, TIED)
     )
     assert np.isneginf(logits[..., -3:]).all()
     np.testing.assert_array_equal(logits[..., :-3], all_logits[..., :-3])

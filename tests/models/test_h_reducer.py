@@ -10,13 +10,23 @@ from alignvlm_jax import config as config_lib
 from alignvlm_jax.models import connectors
 from tests.conftest import random_params
 
-TILES, ROWS, COLUMNS, MERGED, E, D = 3, 2, 8, 4, 6, 10
+TILES = 3
+ROWS = 2
+COLUMNS = 8
+MERGED = 4
+E = 6
+D = 10
 RNG = np.random.default_rng(0)
 FEATURES = RNG.standard_normal((TILES * ROWS * COLUMNS, E)).astype(np.float32)
 TABLE = RNG.standard_normal((74, D)).astype(np.float32)
 CONFIG = config_lib.ModelConfig(
     vision=config_lib.VisionConfig(
-        tile_height=ROWS * 2, tile_width=COLUMNS * 2, patch_height=2, patch_width=2, width=E, num_heads=1
+        tile_height=ROWS * 2,
+        tile_width=COLUMNS * 2,
+        patch_height=2,
+        patch_width=2,
+        width=E,
+        num_heads=1,
     ),
     llm=config_lib.LLMConfig(vocab_size=74, width=D),
     connector=config_lib.connector("h_reducer", merged_columns=MERGED),
@@ -35,14 +45,23 @@ def convolve(image: np.ndarray, kernel: np.ndarray, bias: np.ndarray) -> np.ndar
 
 def test_equals_float64_reference(mesh):
     params = random_params(REDUCER, FEATURES, TABLE, None)
-    output = jax.jit(lambda params: REDUCER.apply({"params": params}, FEATURES, TABLE, None))(params)
+    output = jax.jit(lambda params: REDUCER.apply({"params": params}, FEATURES, TABLE, None))(
+        params
+    )
     weights = jax.tree.map(np.float64, params)
     expected = []
     for tile in FEATURES.reshape(TILES, ROWS, COLUMNS, E).astype(np.float64):
-        # The release's first convolution has 4 E channels, which then stand side by side as 4 positions of E.
-        hidden = convolve(tile, weights["conv1"]["kernel"].reshape(MERGED, E, -1), weights["conv1"]["bias"].ravel())
+        # The release's first convolution has 4 E channels, which then stand side by side as 4
+        # positions of E.
+        hidden = convolve(
+            tile,
+            weights["conv1"]["kernel"].reshape(MERGED, E, -1),
+            weights["conv1"]["bias"].ravel(),
+        )
         hidden *= 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
-        merged = convolve(hidden.reshape(ROWS, COLUMNS, E), weights["conv2"]["kernel"], weights["conv2"]["bias"])
+        merged = convolve(
+            hidden.reshape(ROWS, COLUMNS, E), weights["conv2"]["kernel"], weights["conv2"]["bias"]
+        )
         expected.append(merged.reshape(-1, E) @ weights["fc"]["kernel"] + weights["fc"]["bias"])
     assert output.tokens.shape == (TILES * CONFIG.slots_per_tile, D) == (12, D)
     np.testing.assert_allclose(output.tokens, np.concatenate(expected), atol=1e-5)

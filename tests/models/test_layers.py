@@ -12,7 +12,9 @@ X = (50 + np.random.default_rng(0).standard_normal((4, 512))).astype(jnp.bfloat1
 
 
 @pytest.mark.parametrize(
-    "module", [layers.LayerNorm(X.shape[-1], eps=1e-6), layers.RMSNorm(eps=1e-6)], ids=["LayerNorm", "RMSNorm"]
+    "module",
+    [layers.LayerNorm(X.shape[-1], eps=1e-6), layers.RMSNorm(eps=1e-6)],
+    ids=["LayerNorm", "RMSNorm"],
 )
 def test_norm_is_float32_under_bfloat16(module):
     params = random_params(module, X)

@@ -11,7 +11,10 @@ from alignvlm_jax.models import connectors
 from alignvlm_jax.models.connectors.base import ConnectorOutput, PatchLabels
 from tests.conftest import random_params
 
-N, E, D, V = 12, 6, 10, 74
+N = 12
+E = 6
+D = 10
+V = 74
 RNG = np.random.default_rng(0)
 FEATURES = RNG.standard_normal((N, E)).astype(np.float32)
 TABLE = RNG.standard_normal((V, D)).astype(np.float32)
@@ -20,7 +23,8 @@ LABELS = PatchLabels(np.zeros((N, 2), np.int32), np.ones((N, 2), np.float32))
 
 def test_equals_float64_reference(mesh):
     config = config_lib.ModelConfig(
-        vision=config_lib.VisionConfig(width=E, num_heads=1), llm=config_lib.LLMConfig(vocab_size=V, width=D)
+        vision=config_lib.VisionConfig(width=E, num_heads=1),
+        llm=config_lib.LLMConfig(vocab_size=V, width=D),
     )
     mlp = connectors.get("mlp")(config, jnp.dtype("float32"))
     params = random_params(mlp, FEATURES, TABLE, LABELS)

@@ -10,7 +10,11 @@ from alignvlm_jax.models import connectors
 from alignvlm_jax.models.connectors.base import PatchLabels
 from tests.conftest import random_params
 
-N, E, D, K, V = 12, 6, 10, 22, 74
+N = 12
+E = 6
+D = 10
+K = 22
+V = 74
 RNG = np.random.default_rng(0)
 FEATURES = RNG.standard_normal((N, E)).astype(np.float32)
 TEXT_TABLE = RNG.standard_normal((V, D)).astype(np.float32)
@@ -27,16 +31,24 @@ def make(**options):
     return connectors.get("ovis")(config, jnp.dtype("float32"))
 
 
-@pytest.mark.parametrize("form", [{"vocab_form": "plain"}, {"vocab_form": "blockwise", "vocab_block_mib": 1e-4}])
+@pytest.mark.parametrize(
+    "form", [{"vocab_form": "plain"}, {"vocab_form": "blockwise", "vocab_block_mib": 1e-4}]
+)
 def test_equals_float64_reference(mesh, form):
     ovis = make(**form)
     params = random_params(ovis, FEATURES, TEXT_TABLE, LABELS)
-    output = jax.jit(lambda params: ovis.apply({"params": params}, FEATURES, TEXT_TABLE, LABELS))(params)
+    output = jax.jit(lambda params: ovis.apply({"params": params}, FEATURES, TEXT_TABLE, LABELS))(
+        params
+    )
     weights = jax.tree.map(np.float64, params)
     logits = FEATURES @ weights["head"]["kernel"]
-    logits = (logits - logits.mean(-1, keepdims=True)) / np.sqrt(logits.var(-1, keepdims=True) + 1e-5)
+    logits = (logits - logits.mean(-1, keepdims=True)) / np.sqrt(
+        logits.var(-1, keepdims=True) + 1e-5
+    )
     exp = np.exp(logits * weights["norm"]["scale"] + weights["norm"]["bias"])
-    np.testing.assert_allclose(output.tokens, exp / exp.sum(-1, keepdims=True) @ weights["table"], atol=1e-5)
+    np.testing.assert_allclose(
+        output.tokens, exp / exp.sum(-1, keepdims=True) @ weights["table"], atol=1e-5
+    )
     np.testing.assert_array_equal(output.patch_nll, np.zeros(N, np.float32))
 
 
@@ -44,5 +56,7 @@ def test_parameters():
     """Table from N(0, 1), as nn.Embedding draws it; no bias but LN's."""
     params = jax.eval_shape(make().init, jax.random.key(0), FEATURES, TEXT_TABLE, None)["params"]
     assert sum(x.size for x in jax.tree.leaves(params)) == E * K + 2 * K + K * D
-    drawn = jax.jit(make().init)(jax.random.key(0), FEATURES, TEXT_TABLE, None)["params"]["table"].unbox()
+    drawn = jax.jit(make().init)(jax.random.key(0), FEATURES, TEXT_TABLE, None)["params"][
+        "table"
+    ].unbox()
     assert np.std(drawn) == pytest.approx(1, abs=0.15)

@@ -1,5 +1,6 @@
-"""A connector that the package does not know: one file in a folder of a user's, and one line that registers it. With
-options and a token count of its own it is configured, trained, counted, started from an LLM, and answers questions."""
+"""A connector that the package does not know: one file in a folder of a user's, and one line that
+registers it. With options and a token count of its own it is configured, trained, counted, started
+from an LLM, and answers questions."""
 
 import dataclasses
 import importlib
@@ -92,7 +93,8 @@ def get_config():
     config.eval.update(num_questions=4, batch_size=8, max_new_tokens=4)
     return config
 """
-STRIDE, PATCHES = 4, 32
+STRIDE = 4
+PATCHES = 32
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -110,7 +112,11 @@ def registered(tmp_path_factory):
 def flags(tmp_path_factory, data_dir) -> list[str]:
     path = tmp_path_factory.mktemp("config") / "config.py"
     path.write_text(CONFIG)
-    return [f"--config={path}", f"--config.data.dir={data_dir}", "--config.model.connector.name=strided"]
+    return [
+        f"--config={path}",
+        f"--config.data.dir={data_dir}",
+        "--config.model.connector.name=strided",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -128,11 +134,15 @@ def loaded(workdir) -> loading.Loaded:
 
 
 def test_its_options_are_read_and_checked(flags):
-    [config], _ = config_flag.parse([*flags, "--config.model.connectors.strided.merged_columns=max"])
+    [config], _ = config_flag.parse(
+        [*flags, "--config.model.connectors.strided.merged_columns=max"]
+    )
     assert config.model.connector == config_lib.connector("strided", merged_columns="max", stride=2)
     assert config.slots_per_tile == PATCHES // 2
     assert config_lib.from_json(json.loads(json.dumps(config_lib.to_json((config,))))) == (config,)
-    assert config.model.with_connector("h_reducer").connector == config_lib.connector("h_reducer", merged_columns=4)
+    assert config.model.with_connector("h_reducer").connector == config_lib.connector(
+        "h_reducer", merged_columns=4
+    )
     for flag, message in {
         "stride=3": r"stride 3 does not divide 32",
         "stride=0": r"config\.model\.connector\.stride is 0; it must be at least 1",
@@ -154,15 +164,24 @@ def test_it_is_trained(workdir, loaded):
     model = vlm.VLM(config.model)
     with mesh_lib.use(mesh_lib.single_device()) as mesh:
         abstract = state.abstract_params(model, config, mesh)
-        paths = {path for path in state.flatten(abstract) if path.startswith(("connector/", "llm/embed/"))}
-        start = state.flatten(state.init_params(model, config, abstract, paths, jax.random.key(config.seed)))
-    np.testing.assert_allclose(start["connector/map/bias"], start["llm/embed/table"].mean(0), rtol=1e-5, atol=1e-6)
+        paths = {
+            path
+            for path in state.flatten(abstract)
+            if path.startswith(("connector/", "llm/embed/"))
+        }
+        start = state.flatten(
+            state.init_params(model, config, abstract, paths, jax.random.key(config.seed))
+        )
+    np.testing.assert_allclose(
+        start["connector/map/bias"], start["llm/embed/table"].mean(0), rtol=1e-5, atol=1e-6
+    )
     after = state.flatten(jax.tree.map(np.asarray, loaded.params))
     assert all(np.abs(after[path] - start[path]).max() > 1e-4 for path in paths)
 
 
 def test_it_starts_from_an_llm_that_was_loaded(workdir, loaded):
-    """All but itself is loaded; its bias is made of the loaded table, and the rest of it is initialised."""
+    """All but itself is loaded; its bias is made of the loaded table, and the rest of it is
+    initialised."""
     config = dataclasses.replace(
         loaded.config, train=dataclasses.replace(loaded.config.train, load=("llm/.*", "vision/.*"))
     )
@@ -175,7 +194,8 @@ def test_it_starts_from_an_llm_that_was_loaded(workdir, loaded):
         abstract = state.TrainState(jax.ShapeDtypeStruct((), "int32"), params, ())
         found = warm_start.read(config, abstract, checkpoints, 2)
         params, _ = warm_start.start_params(model, config, abstract, found, jax.random.key(1))
-    ours, stored = state.flatten(params), state.flatten(restore.load_model(workdir, loaded.mesh)[2])
+    ours = state.flatten(params)
+    stored = state.flatten(restore.load_model(workdir, loaded.mesh)[2])
     np.testing.assert_array_equal(ours["llm/embed/table"], stored["llm/embed/table"])
     mean = np.asarray(stored["llm/embed/table"]).mean(0)
     np.testing.assert_allclose(ours["connector/map/bias"], mean, rtol=1e-5, atol=1e-6)
@@ -184,17 +204,23 @@ def test_it_starts_from_an_llm_that_was_loaded(workdir, loaded):
 
 def test_its_flops_are_counted(loaded):
     """Of its one matmul: forward, and a gradient of each side."""
-    config, tiles = loaded.config, loaded.config.train.batch_size * loaded.config.data.max_tiles
+    config = loaded.config
+    tiles = loaded.config.train.batch_size * loaded.config.data.max_tiles
     forward = 2 * (PATCHES // STRIDE) * 16 * 16
     assert flops.connector_flops(config.model, num_tiles=5) == 5 * forward
     assert flops.step_flops(config, loaded.params)["connector"] == 3 * tiles * forward
     frozen = dataclasses.replace(config.train, trainable=("llm/.*",))
-    assert flops.step_flops(dataclasses.replace(config, train=frozen), loaded.params)["connector"] == tiles * forward
+    assert (
+        flops.step_flops(dataclasses.replace(config, train=frozen), loaded.params)["connector"]
+        == tiles * forward
+    )
 
 
 def test_it_answers(workdir, loaded):
     predictions = Runner(loaded, loaded.config).evaluate("seen_fonts", blind=False)
-    assert len(predictions.rows) == 4 and all(isinstance(row["prediction"], str) for row in predictions.rows)
+    assert len(predictions.rows) == 4 and all(
+        isinstance(row["prediction"], str) for row in predictions.rows
+    )
     assert predictions.rows[0]["question"] and 0 <= predictions.mean("score") <= 1
     assert list((workdir / "predictions").iterdir())
 
@@ -208,5 +234,8 @@ def test_it_stands_among_the_others_in_an_analysis(loaded):
 
 
 def test_its_patches_are_not_read_as_words(loaded):
-    with pytest.raises(UserError, match="connector 'strided' with stride 4 gives patches no distribution over words"):
+    with pytest.raises(
+        UserError,
+        match="connector 'strided' with stride 4 gives patches no distribution over words",
+    ):
         patch_tokens.check(loaded.config)

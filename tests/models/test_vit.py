@@ -1,4 +1,5 @@
-"""The vision encoder against an implementation of its own in NumPy float64, and tiles that do not see each other."""
+"""The vision encoder against an implementation of its own in NumPy float64, and tiles that do not
+see each other."""
 
 import dataclasses
 import math
@@ -49,9 +50,14 @@ def reference(params: dict, pixels: np.ndarray, config: VisionConfig = CONFIG) -
     def attend(x, weights):
         mixed = weights["o"]["bias"]
         for head in range(CONFIG.num_heads):
-            query, key, value = (x @ weights[n]["kernel"][:, head] + weights[n]["bias"][head] for n in "qkv")
+            query, key, value = (
+                x @ weights[n]["kernel"][:, head] + weights[n]["bias"][head] for n in "qkv"
+            )
             shares = np.exp(query @ key.T / math.sqrt(CONFIG.width / CONFIG.num_heads))
-            mixed = mixed + shares / shares.sum(-1, keepdims=True) @ value @ weights["o"]["kernel"][head]
+            mixed = (
+                mixed
+                + shares / shares.sum(-1, keepdims=True) @ value @ weights["o"]["kernel"][head]
+            )
         return mixed
 
     def mlp(x, weights):
@@ -62,7 +68,8 @@ def reference(params: dict, pixels: np.ndarray, config: VisionConfig = CONFIG) -
             gelu = 0.5 * up * (1 + np.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
         return gelu @ weights["down"]["kernel"] + weights["down"]["bias"]
 
-    kernel, bias = params["patch_embed"]["kernel"], params["patch_embed"]["bias"]
+    kernel = params["patch_embed"]["kernel"]
+    bias = params["patch_embed"]["bias"]
     patches = []
     for top in range(0, CONFIG.tile_height, CONFIG.patch_height):
         for left in range(0, CONFIG.tile_width, CONFIG.patch_width):
@@ -81,8 +88,13 @@ def reference(params: dict, pixels: np.ndarray, config: VisionConfig = CONFIG) -
 def test_equals_float64_reference(mesh, params, gelu):
     config = dataclasses.replace(CONFIG, gelu=gelu)
     siglip = Siglip(config, jnp.dtype("float32"), "none")
-    features = jax.jit(lambda params, pixels: siglip.apply({"params": params}, pixels))(params, PIXELS)
-    assert features.shape == (TILES, CONFIG.num_patches, CONFIG.width) and features.dtype == jnp.float32
+    features = jax.jit(lambda params, pixels: siglip.apply({"params": params}, pixels))(
+        params, PIXELS
+    )
+    assert (
+        features.shape == (TILES, CONFIG.num_patches, CONFIG.width)
+        and features.dtype == jnp.float32
+    )
     expected = np.stack([reference(params, pixels, config) for pixels in PIXELS])
     np.testing.assert_allclose(features, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
@@ -93,7 +105,9 @@ def test_tiles_are_independent(mesh, params):
 
     @jax.jit
     def influence(params, pixels):
-        jacobian = jax.jacrev(lambda pixels: SIGLIP.apply({"params": params}, pixels) @ direction)(pixels)
+        jacobian = jax.jacrev(lambda pixels: SIGLIP.apply({"params": params}, pixels) @ direction)(
+            pixels
+        )
         return jnp.abs(jacobian).sum(-1)  # [tile, patch] by [tile, y, x]
 
     strength = np.asarray(influence(params, PIXELS.astype(np.float32)))

@@ -1,4 +1,5 @@
-"""The whole model: sharded equals single, what stands at image slots, who sees whom, options that change nothing."""
+"""The whole model: sharded equals single, what stands at image slots, who sees whom, options that
+change nothing."""
 
 import dataclasses
 import functools
@@ -22,7 +23,8 @@ from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
 from tests.conftest import random_batch, random_params, tiny_config, tiny_connector
 
-# Sizes that no two axes share, whole or divided by the mesh, so that a shape in the compiled program names its axes.
+# Sizes that no two axes share, whole or divided by the mesh, so that a shape in the compiled
+# program names its axes.
 CONFIG = tiny_config(
     model=config_lib.ModelConfig(
         vision=config_lib.VisionConfig(
@@ -36,7 +38,13 @@ CONFIG = tiny_config(
             num_heads=2,
         ),
         llm=config_lib.LLMConfig(
-            vocab_size=74, width=10, mlp_width=28, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6
+            vocab_size=74,
+            width=10,
+            mlp_width=28,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=6,
         ),
         image_token_id=4,
     ),
@@ -48,7 +56,10 @@ MLP_UNTIED = dataclasses.replace(
     connector=config_lib.connector("mlp"),
     llm=dataclasses.replace(MODEL.llm, tie_embeddings=False),
 )
-ROWS, LENGTH, TILES, PATCHES = CONFIG.train.batch_size, CONFIG.data.row_length, CONFIG.data.max_tiles, 8
+ROWS = CONFIG.train.batch_size
+LENGTH = CONFIG.data.row_length
+TILES = CONFIG.data.max_tiles
+PATCHES = 8
 VOCAB = MODEL.llm.vocab_size
 IMAGE = MODEL.image_token_id
 
@@ -62,7 +73,10 @@ def batch_of(model: config_lib.ModelConfig) -> dict[str, np.ndarray]:
 BATCH = batch_of(MODEL)
 
 BLOCK_ROWS = 7
-BLOCKWISE = {"vocab_form": "blockwise", "vocab_block_mib": (BLOCK_ROWS + 0.5) * VOCAB / 2 * 4 / 2**20}
+BLOCKWISE = {
+    "vocab_form": "blockwise",
+    "vocab_block_mib": (BLOCK_ROWS + 0.5) * VOCAB / 2 * 4 / 2**20,
+}
 
 
 def draw_params(model: config_lib.ModelConfig) -> dict:
@@ -75,13 +89,16 @@ def params():
 
 
 def gradient_step(model: config_lib.ModelConfig, grad_shardings=None):
-    """Compiles params, batch -> (loss, losses), gradients: both losses, each divided by its weight."""
+    """Compiles params, batch -> (loss, losses), gradients: both losses, each divided by its
+    weight."""
 
     def loss(params, batch):
         losses = vlm.VLM(model).apply({"params": params}, batch, method=vlm.VLM.losses)
         loss_sum = (losses.tokens.nll * batch["loss_weights"]).sum()
         patch_sum = (losses.patch_nll * batch["patch_loss_weights"]).sum()
-        return loss_sum / batch["loss_weights"].sum() + patch_sum / batch["patch_loss_weights"].sum(), losses
+        return loss_sum / batch["loss_weights"].sum() + patch_sum / batch[
+            "patch_loss_weights"
+        ].sum(), losses
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True), out_shardings=(None, grad_shardings))
 
@@ -94,15 +111,20 @@ def single_step(model: config_lib.ModelConfig):
 
 
 def assert_same_gradients(grads, expected) -> None:
-    """Equal to 3e-5 of each array's largest entry: sums in another order are rounded otherwise, by less than 1e-5 on a
-    CPU with AVX-512 and by 2e-5 on one with AVX2 alone. A row or head that is left out or counted twice changes the
-    first digits."""
-    for (path, a), b in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected), strict=True):
+    """Equal to 3e-5 of each array's largest entry: sums in another order are rounded otherwise, by
+    less than 1e-5 on a CPU with AVX-512 and by 2e-5 on one with AVX2 alone. A row or head that is
+    left out or counted twice changes the first digits."""
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path(grads), jax.tree.leaves(expected), strict=True
+    ):
         scale = np.abs(b).max()
         if sharding.path_name(path).endswith("k/bias"):
-            scale = max(scale, 1e-2)  # a bias of all keys moves no softmax: this gradient is rounding
+            # a bias of all keys moves no softmax: this gradient is rounding
+            scale = max(scale, 1e-2)
         assert scale > 0, path
-        np.testing.assert_allclose(a, b, rtol=0, atol=3e-5 * scale, err_msg=sharding.path_name(path))
+        np.testing.assert_allclose(
+            a, b, rtol=0, atol=3e-5 * scale, err_msg=sharding.path_name(path)
+        )
 
 
 # Sharded against single-device.
@@ -115,20 +137,25 @@ class Sharded:
         (self.single_loss, self.single_losses), self.single_grads = single_step(model)
         with mesh_lib.use(mesh_lib.make_mesh(CONFIG)) as mesh:
             abstract = vlm.abstract_batch(CONFIG)
-            boxed = jax.eval_shape(lambda: vlm.init_params(vlm.VLM(model), jax.random.key(0), abstract))
+            boxed = jax.eval_shape(
+                lambda: vlm.init_params(vlm.VLM(model), jax.random.key(0), abstract)
+            )
             self.shardings = sharding.tree_sharding(boxed, mesh)
             params = jax.device_put(draw_params(model), self.shardings)
             batch = sharding.put_batch(batch_of(model), mesh)
             lowered = gradient_step(model, self.shardings).lower(params, batch)
             compiled = lowered.compile()
             (self.loss, self.losses), self.grads = compiled(params, batch)
-        self.lowered_text, self.compiled_text = lowered.as_text(), compiled.as_text()
+        self.lowered_text = lowered.as_text()
+        self.compiled_text = compiled.as_text()
 
 
 SHARDED = {
     "align_tied": MODEL,
     "mlp_untied": MLP_UNTIED,
-    "align_untied_blockwise": dataclasses.replace(MLP_UNTIED, connector=MODEL.connector, **BLOCKWISE),
+    "align_untied_blockwise": dataclasses.replace(
+        MLP_UNTIED, connector=MODEL.connector, **BLOCKWISE
+    ),
     "align_tied_blockwise": dataclasses.replace(MODEL, **BLOCKWISE),
     "ovis_blockwise": dataclasses.replace(MODEL, connector=tiny_connector("ovis"), **BLOCKWISE),
     **{
@@ -146,7 +173,9 @@ def sharded(request):
 
 def test_sharded_loss_equals_single_device(sharded):
     assert float(sharded.loss) == pytest.approx(float(sharded.single_loss), abs=1e-5)
-    for a, b in zip(jax.tree.leaves(sharded.losses), jax.tree.leaves(sharded.single_losses), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(sharded.losses), jax.tree.leaves(sharded.single_losses), strict=True
+    ):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
@@ -160,47 +189,68 @@ def test_shardings_are_live(sharded):
 
 @pytest.mark.parametrize("sharded", [MODEL], ids=["align_tied"], indirect=True)
 def test_no_device_holds_all_tokens_by_all_words(sharded):
-    """Neither a batch's patches or tokens by the whole vocabulary nor a device's, forward or backward."""
+    """Neither a batch's patches or tokens by the whole vocabulary nor a device's, forward or
+    backward."""
     assert sharded.shardings["connector"]["w2"]["kernel"].spec == PartitionSpec("fsdp", "tensor")
-    shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\w+\[([\d,]+)\]", sharded.compiled_text)}
+    shapes = {
+        tuple(map(int, dims.split(",")))
+        for dims in re.findall(r"\w+\[([\d,]+)\]", sharded.compiled_text)
+    }
     local_patches = ROWS // 4 * TILES * PATCHES
     assert (local_patches, VOCAB // 2) in shapes and (ROWS // 4 * LENGTH, VOCAB // 2) in shapes
-    assert not [shape for shape in shapes if VOCAB in shape and np.prod(shape) // VOCAB >= local_patches]
+    assert not [
+        shape for shape in shapes if VOCAB in shape and np.prod(shape) // VOCAB >= local_patches
+    ]
 
 
 def test_no_device_holds_the_activations_of_all_rows(sharded):
-    """As the partitioner would have it where it finds no better way from one sharding to the next: newer versions of
-    jax say so on stderr ("Involuntary full rematerialization"), this one does not."""
+    """As the partitioner would have it where it finds no better way from one sharding to the next:
+    newer versions of jax say so on stderr ("Involuntary full rematerialization"), this one does
+    not."""
     shapes = {
-        tuple(map(int, dims.split(","))) for dims in re.findall(r"\b(?:f32|bf16)\[([\d,]+)\]", sharded.compiled_text)
+        tuple(map(int, dims.split(",")))
+        for dims in re.findall(r"\b(?:f32|bf16)\[([\d,]+)\]", sharded.compiled_text)
     }
     wide = {
-        shape for shape in shapes if np.prod(shape) % MODEL.llm.width == 0 or np.prod(shape) % MODEL.vision.width == 0
+        shape
+        for shape in shapes
+        if np.prod(shape) % MODEL.llm.width == 0 or np.prod(shape) % MODEL.vision.width == 0
     }
     rows = ROWS // 4
     assert (rows, LENGTH, MODEL.llm.width) in wide
     assert not [
-        s for s in wide if s[:2] == (ROWS, LENGTH) or s[0] in (ROWS * LENGTH, ROWS * TILES * PATCHES, ROWS * TILES)
+        s
+        for s in wide
+        if s[:2] == (ROWS, LENGTH) or s[0] in (ROWS * LENGTH, ROWS * TILES * PATCHES, ROWS * TILES)
     ]
 
 
-@pytest.mark.parametrize("sharded", [SHARDED["align_tied_blockwise"]], ids=["align_tied"], indirect=True)
+@pytest.mark.parametrize(
+    "sharded", [SHARDED["align_tied_blockwise"]], ids=["align_tied"], indirect=True
+)
 def test_blockwise_a_device_holds_no_more_than_a_block(sharded):
-    """Nothing has more rows by its share of the words than a block, but what the parameters themselves are."""
-    shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\w+\[([\d,]+)\]", sharded.compiled_text)}
+    """Nothing has more rows by its share of the words than a block, but what the parameters
+    themselves are."""
+    shapes = {
+        tuple(map(int, dims.split(",")))
+        for dims in re.findall(r"\w+\[([\d,]+)\]", sharded.compiled_text)
+    }
     with_words = {shape for shape in shapes if VOCAB // 2 in shape or VOCAB in shape}
     assert (BLOCK_ROWS, VOCAB // 2) in with_words
     widths = {1, BLOCK_ROWS, MODEL.llm.width, MODEL.llm.width // 2}
-    assert {int(np.prod(shape)) // (VOCAB if VOCAB in shape else VOCAB // 2) for shape in with_words} <= widths
+    assert {
+        int(np.prod(shape)) // (VOCAB if VOCAB in shape else VOCAB // 2) for shape in with_words
+    } <= widths
 
 
 # Image slots.
 
 
 def mixed_batch() -> dict[str, np.ndarray]:
-    """The random batch with every layout of a row: slots first; text before and between images; one tile only; two
-    packed segments with an image each; an image that is all there is."""
-    slots, text = [IMAGE] * PATCHES, list(range(8, 60))
+    """The random batch with every layout of a row: slots first; text before and between images; one
+    tile only; two packed segments with an image each; an image that is all there is."""
+    slots = [IMAGE] * PATCHES
+    text = list(range(8, 60))
     layouts = {
         1: (text[:3] + slots + text[3:5] + slots + text[5:9], []),
         2: (text[:2] + slots + text[2:9], []),
@@ -248,12 +298,15 @@ def run():
 @pytest.fixture(scope="module")
 def probabilities():
     model = vlm.VLM(MODEL)
-    return jax.jit(lambda params, batch: model.apply({"params": params}, batch, method="patch_probabilities"))
+    return jax.jit(
+        lambda params, batch: model.apply({"params": params}, batch, method="patch_probabilities")
+    )
 
 
 @pytest.mark.parametrize("visual_input", ["pixels", "labels"])
 def test_nth_slot_holds_nth_visual_token(mesh, params, run, probabilities, visual_input):
-    """From pixels the average of text embeddings that the patch's distribution names; from labels, theirs."""
+    """From pixels the average of text embeddings that the patch's distribution names; from labels,
+    theirs."""
     table = params["llm"]["embed"]["table"]
     if visual_input == "pixels":
         visual = np.asarray(probabilities(params, MIXED)) @ table
@@ -296,12 +349,15 @@ def test_unused_tiles_change_nothing(mesh, params, run, visual_input):
 def test_positions_are_those_of_the_batch(mesh, params, run):
     """A shift of a whole segment would not show: rotary positions are relative."""
     stretched = {**MIXED, "positions": 3 * MIXED["positions"]}
-    logits, other = (np.asarray(run(params, batch, "pixels")[0].logits) for batch in (MIXED, stretched))
+    logits, other = (
+        np.asarray(run(params, batch, "pixels")[0].logits) for batch in (MIXED, stretched)
+    )
     assert np.abs(logits - other)[MIXED["positions"] > 1].max(-1).min() > 1e-3
 
 
 def test_labels_look_at_no_pixels(mesh, params, run):
-    """The language model's own stage costs no vision tower: without tiles in the batch the result is the same."""
+    """The language model's own stage costs no vision tower: without tiles in the batch the result
+    is the same."""
     without = {name: array for name, array in MIXED.items() if name != "tiles"}
     output, _ = run(params, without, "labels")
     np.testing.assert_array_equal(output.logits, run(params, MIXED, "labels")[0].logits)
@@ -321,7 +377,9 @@ def test_text_alone_is_read_by_the_decoder_alone(mesh, params, run):
     with_tiles = {name: array for name, array in MIXED.items() if not name.startswith("patch")}
     with_tiles["tokens"] = np.where(MIXED["tokens"] == IMAGE, 9, MIXED["tokens"])
     text = {name: array for name, array in with_tiles.items() if name != "tiles"}
-    losses = jax.jit(lambda llm: vlm.VLM(MODEL).apply({"params": {"llm": llm}}, text, method="losses"))(params["llm"])
+    losses = jax.jit(
+        lambda llm: vlm.VLM(MODEL).apply({"params": {"llm": llm}}, text, method="losses")
+    )(params["llm"])
     log_p = jax.nn.log_softmax(run(params, with_tiles, "pixels")[0].logits)
     expected = -np.take_along_axis(log_p, text["targets"][..., None], -1)[..., 0]
     np.testing.assert_allclose(losses.tokens.nll, expected, atol=2e-5)
@@ -337,21 +395,26 @@ def test_patch_probabilities_agree_with_the_patch_loss(mesh, params, run, probab
 
 
 def test_slots_see_and_are_seen_causally(mesh, params):
-    """By gradient: each position sees what stands at and before it in its segment, text or image; and a tile is seen
-    from its first slot on, not by text before it."""
+    """By gradient: each position sees what stands at and before it in its segment, text or image;
+    and a tile is seen from its first slot on, not by text before it."""
     direction = np.random.default_rng(5).standard_normal(VOCAB).astype(np.float32)
 
     @jax.jit
     def influence(params, batch, shift, tiles):
         def scores(shift, tiles):
             output, _ = apply_model(params, {**batch, "tiles": tiles}, "pixels", shift=shift)
-            return (output.logits @ direction).sum(0)  # rows are independent: their gradients do not mix
+            # rows are independent: their gradients do not mix
+            return (output.logits @ direction).sum(0)
 
         by_vector, by_pixel = jax.jacrev(scores, argnums=(0, 1))(shift, tiles)
-        return jnp.abs(by_vector).sum(-1).swapaxes(0, 1), jnp.abs(by_pixel).max((3, 4, 5)).swapaxes(0, 1)
+        return jnp.abs(by_vector).sum(-1).swapaxes(0, 1), jnp.abs(by_pixel).max((3, 4, 5)).swapaxes(
+            0, 1
+        )
 
     shift = np.zeros((ROWS, LENGTH, MODEL.llm.width), np.float32)
-    by_vector, by_tile = map(np.asarray, influence(params, MIXED, shift, MIXED["tiles"].astype(np.float32)))
+    by_vector, by_tile = map(
+        np.asarray, influence(params, MIXED, shift, MIXED["tiles"].astype(np.float32))
+    )
     segment_ids = MIXED["segment_ids"]
     seen = (segment_ids[:, :, None] == segment_ids[:, None, :]) & np.tri(LENGTH, dtype=bool)
     assert (by_vector[~seen] == 0).all()
@@ -367,7 +430,9 @@ def test_slots_see_and_are_seen_causally(mesh, params):
 # Options that change no result.
 
 
-@pytest.mark.parametrize("option", [{"remat": "full"}, {"remat": "dots"}, {"scan_unroll": 2}], ids=str)
+@pytest.mark.parametrize(
+    "option", [{"remat": "full"}, {"remat": "dots"}, {"scan_unroll": 2}], ids=str
+)
 def test_option_keeps_the_gradients(params, option):
     _, grads = gradient_step(dataclasses.replace(MODEL, **option))(params, BATCH)
     assert_same_gradients(grads, single_step(MODEL)[1])
@@ -375,7 +440,8 @@ def test_option_keeps_the_gradients(params, option):
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_splash_keeps_the_gradients(mesh, params, remat):
-    """On the mesh, in both towers, in their loops over layers and their rematerialisation; rows are packed."""
+    """On the mesh, in both towers, in their loops over layers and their rematerialisation; rows are
+    packed."""
     model = dataclasses.replace(MODEL, attention="splash", remat=remat)
     (loss, _), grads = gradient_step(model)(params, MIXED)
     (expected_loss, _), expected = gradient_step(MODEL)(params, MIXED)
@@ -384,9 +450,13 @@ def test_splash_keeps_the_gradients(mesh, params, remat):
 
 
 def test_remat_policies_recompute_more_and_more(params):
-    """Matrix products in the gradient: "dots" keeps their results but attention's, "full" keeps none."""
+    """Matrix products in the gradient: "dots" keeps their results but attention's, "full" keeps
+    none."""
     none, dots, full = (
-        gradient_step(dataclasses.replace(MODEL, remat=remat)).lower(params, BATCH).as_text().count("dot_general")
+        gradient_step(dataclasses.replace(MODEL, remat=remat))
+        .lower(params, BATCH)
+        .as_text()
+        .count("dot_general")
         for remat in ("none", "dots", "full")
     )
     assert none < dots < full
@@ -400,9 +470,11 @@ def in_bfloat16(model: config_lib.ModelConfig) -> config_lib.ModelConfig:
 
 
 def rounded_between_modules(params: dict, batch: dict[str, np.ndarray]) -> vlm.Output:
-    """The float32 model with its matrices, and what projections, norms and blocks hand on, rounded to bfloat16.
+    """The float32 model with its matrices, and what projections, norms and blocks hand on, rounded
+    to bfloat16.
 
-    Nothing is computed in bfloat16, so neither the casts of the model nor the products of a version of jax matter.
+    Nothing is computed in bfloat16, so neither the casts of the model nor the products of a version
+    of jax matter.
     """
 
     def rounded(x):
@@ -430,12 +502,15 @@ def relative_rms(array, reference) -> float:
 def test_bfloat16_computes_in_it_and_ends_in_float32(mesh, params, run):
     """The error is the one that rounding what modules hand on must make, as a root mean square.
 
-    The largest error says nothing: one or two of 272 tokens amplify any rounding, and it is 0.035 to 0.084 by where XLA
-    rounds. On CPU jax 0.10 keeps products of bfloat16 in float32; jax 0.12 sums them in float32 too, and rounds them as
-    the program says. With xla_allow_excess_precision=false both round all that it says, and agree to four digits.
+    The largest error says nothing: one or two of 272 tokens amplify any rounding, and it is 0.035
+    to 0.084 by where XLA rounds. On CPU jax 0.10 keeps products of bfloat16 in float32; jax 0.12
+    sums them in float32 too, and rounds them as the program says. With
+    xla_allow_excess_precision=false both round all that it says, and agree to four digits.
     """
     batch = {**BATCH, "positions": BATCH["positions"] + 700}  # bfloat16 does not tell these apart
-    output, read = jax.jit(lambda params: apply_model(params, batch, "pixels", in_bfloat16(MODEL)))(params)
+    output, read = jax.jit(lambda params: apply_model(params, batch, "pixels", in_bfloat16(MODEL)))(
+        params
+    )
     expected = run(params, batch, "pixels")[0]
     assert read.dtype == jnp.bfloat16
     assert output.logits.dtype == output.patch_nll.dtype == jnp.float32
@@ -457,24 +532,34 @@ FLOAT32_FUNCTIONS = {"exp", "log", "rsqrt", "sin", "cos", "reduce_sum", "reduce_
 
 @pytest.mark.parametrize("model", SHARDED.values(), ids=SHARDED)
 def test_bfloat16_leaves_norms_softmax_rope_and_losses_in_float32(model):
-    """In the program as written: the functions that they are made of take no bfloat16, and nothing is rounded to it
-    between two computations in float32. The error of a model this small is hardly greater without."""
+    """In the program as written: the functions that they are made of take no bfloat16, and nothing
+    is rounded to it between two computations in float32. The error of a model this small is hardly
+    greater without."""
     model = in_bfloat16(model)
-    program = jax.make_jaxpr(lambda params: vlm.VLM(model).apply({"params": params}, batch_of(model), method="losses"))
-    taken, rounded, seen = [], [], set()
+    program = jax.make_jaxpr(
+        lambda params: vlm.VLM(model).apply({"params": params}, batch_of(model), method="losses")
+    )
+    taken = []
+    rounded = []
+    seen = set()
     for jaxpr in programs_in(program(draw_params(model)).jaxpr):
         casts = {}
         for eqn in jaxpr.eqns:
-            name, dtypes = eqn.primitive.name, [var.aval.dtype for var in eqn.invars]
+            name = eqn.primitive.name
+            dtypes = [var.aval.dtype for var in eqn.invars]
             if name in FLOAT32_FUNCTIONS:
                 seen.add(name)
                 taken += [str(eqn)] if jnp.bfloat16 in dtypes else []
             if name == "convert_element_type":
-                (source,), (target,) = eqn.invars, eqn.outvars
+                (source,) = eqn.invars
+                (target,) = eqn.outvars
                 casts[target] = source
                 back = casts.get(source)
                 lost = (jnp.float32, jnp.bfloat16, jnp.float32)
-                if back is not None and (back.aval.dtype, source.aval.dtype, target.aval.dtype) == lost:
+                if (
+                    back is not None
+                    and (back.aval.dtype, source.aval.dtype, target.aval.dtype) == lost
+                ):
                     rounded.append(str(eqn))
     assert seen == FLOAT32_FUNCTIONS
     assert not taken
@@ -491,7 +576,9 @@ def test_fresh_layers_differ_and_keep_the_scale():
     @jax.jit
     def kernels(rng):
         params = sharding.unbox(vlm.init_params(model, rng, vlm.abstract_batch(CONFIG)))
-        return params["llm"]["blocks"]["attn"]["o"]["kernel"], params["vision"]["blocks"]["mlp"]["up"]["kernel"]
+        return params["llm"]["blocks"]["attn"]["o"]["kernel"], params["vision"]["blocks"]["mlp"][
+            "up"
+        ]["kernel"]
 
     for kernel, num_inputs in zip(
         kernels(jax.random.key(0)), (16 * MODEL.llm.head_dim, MODEL.vision.width), strict=True

@@ -1,4 +1,5 @@
-"""Attention of every kernel against loops and sums of our own; which kernel a mesh gets; the causal mask."""
+"""Attention of every kernel against loops and sums of our own; which kernel a mesh gets; the causal
+mask."""
 
 import functools
 import math
@@ -26,7 +27,12 @@ def test_causal_mask():
 
 def test_grouped_heads_and_mask():
     rng = np.random.default_rng(0)
-    batch, length, keys, heads, kv_heads, head_dim = 2, 3, 5, 4, 2, 6
+    batch = 2
+    length = 3
+    keys = 5
+    heads = 4
+    kv_heads = 2
+    head_dim = 6
     query = rng.standard_normal((batch, length, heads, head_dim)).astype(np.float32)
     key, value = rng.standard_normal((2, batch, keys, kv_heads, head_dim)).astype(np.float32)
     mask = rng.random((batch, length, keys)) < 0.5
@@ -36,11 +42,14 @@ def test_grouped_heads_and_mask():
         seen = np.flatnonzero(mask[b, t])
         scores = key[b, seen, h // 2].astype(np.float64) @ query[b, t, h] / np.sqrt(head_dim)
         expected[b, t, h] = np.exp(scores) / np.exp(scores).sum() @ value[b, seen, h // 2]
-    np.testing.assert_allclose(attention.attention(query, key, value, jnp.array(mask)), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        attention.attention(query, key, value, jnp.array(mask)), expected, atol=1e-5
+    )
 
 
 def test_softmax_is_float32_under_bfloat16():
-    """Over 512 equal keys a sum in bfloat16 stops growing at 256, and the average of ones would not be one."""
+    """Over 512 equal keys a sum in bfloat16 stops growing at 256, and the average of ones would not
+    be one."""
     ones = jnp.ones((1, 512, 1, 2), jnp.bfloat16)
     mixed = attention.attention(ones[:, :1], ones, ones)
     assert mixed.dtype == jnp.bfloat16
@@ -49,8 +58,10 @@ def test_softmax_is_float32_under_bfloat16():
 
 # Kernels against a reference.
 
-ROWS, LENGTH = 4, 300
-# What a row may look like: one segment, packed, packed and padded, all padding. 128 is the end of a block.
+ROWS = 4
+LENGTH = 300
+# What a row may look like: one segment, packed, packed and padded, all padding. 128 is the end of a
+# block.
 SEGMENTS = np.stack(
     [
         np.ones(LENGTH, np.int32),
@@ -61,17 +72,24 @@ SEGMENTS = np.stack(
 ).astype(np.int32)
 
 
-def draw(length: int, heads: int, kv_heads: int, head_dim: int, dtype=np.float32) -> list[np.ndarray]:
+def draw(
+    length: int, heads: int, kv_heads: int, head_dim: int, dtype=np.float32
+) -> list[np.ndarray]:
     """Query, key, value, and the gradient at the output."""
     rng = np.random.default_rng(0)
     counts = (heads, kv_heads, kv_heads, heads)
-    return [rng.standard_normal((ROWS, length, n, head_dim)).astype(np.float32).astype(dtype) for n in counts]
+    return [
+        rng.standard_normal((ROWS, length, n, head_dim)).astype(np.float32).astype(dtype)
+        for n in counts
+    ]
 
 
 def reference(query, key, value, segment_ids, causal: bool):
     """Every key head repeated, all logits made, and those of the unseen set to -inf."""
     key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
-    logits = jnp.einsum("BTHh,BSHh->BHTS", query, key, precision="highest") / math.sqrt(query.shape[-1])
+    logits = jnp.einsum("BTHh,BSHh->BHTS", query, key, precision="highest") / math.sqrt(
+        query.shape[-1]
+    )
     length = query.shape[1]
     seen = np.ones((1, length, length), bool)
     if segment_ids is not None:
@@ -83,11 +101,14 @@ def reference(query, key, value, segment_ids, causal: bool):
 
 
 def with_gradients(function, segment_ids):
-    """Compiles (query, key, value, gradient of the output) -> output and the gradients of the three."""
+    """Compiles (query, key, value, gradient of the output) -> output and the gradients of the
+    three."""
 
     @jax.jit
     def run(query, key, value, cotangent):
-        output, backward = jax.vjp(functools.partial(function, segment_ids=segment_ids), query, key, value)
+        output, backward = jax.vjp(
+            functools.partial(function, segment_ids=segment_ids), query, key, value
+        )
         return output, *backward(cotangent)
 
     return run
@@ -118,14 +139,19 @@ def any_mesh(request):
     ("length", "packed", "heads", "kv_heads", "head_dim"),
     [(LENGTH, True, 4, 2, 6), (LENGTH, False, 4, 4, 8), (256, True, 8, 2, 4), (9, False, 2, 2, 6)],
 )
-def test_equals_reference(any_mesh, monkeypatch, kernel, causal, length, packed, heads, kv_heads, head_dim):
-    """Outputs and gradients, over several blocks, the last of them padded, and in rows shorter than a block."""
+def test_equals_reference(
+    any_mesh, monkeypatch, kernel, causal, length, packed, heads, kv_heads, head_dim
+):
+    """Outputs and gradients, over several blocks, the last of them padded, and in rows shorter than
+    a block."""
     monkeypatch.setattr(splash, "MAX_BLOCK", 128)
     if kernel == "xla_chunks":
         set_chunk(monkeypatch, min(37, length - 1), heads, length)
     arrays = draw(length, heads, kv_heads, head_dim)
     segment_ids = SEGMENTS[:, :length] if packed else None
-    ours = functools.partial(attention.self_attention, causal=causal, kernel=kernel.removesuffix("_chunks"))
+    ours = functools.partial(
+        attention.self_attention, causal=causal, kernel=kernel.removesuffix("_chunks")
+    )
     expected = with_gradients(functools.partial(reference, causal=causal), segment_ids)(*arrays)
     results = with_gradients(ours, segment_ids)(*arrays)
     for result, wanted in zip(results, expected, strict=True):
@@ -137,15 +163,20 @@ def test_splash_keeps_bfloat16(any_mesh):
     arrays = draw(40, 4, 2, 8, jnp.bfloat16)
     segment_ids = SEGMENTS[:, 95:135]
     ours = functools.partial(attention.self_attention, causal=True, kernel="splash")
-    expected = with_gradients(functools.partial(reference, causal=True), segment_ids)(*map(np.float32, arrays))
+    expected = with_gradients(functools.partial(reference, causal=True), segment_ids)(
+        *map(np.float32, arrays)
+    )
     for result, wanted in zip(with_gradients(ours, segment_ids)(*arrays), expected, strict=True):
         assert result.dtype == jnp.bfloat16
-        np.testing.assert_allclose(np.float32(result), wanted, rtol=0, atol=0.02 * np.abs(wanted).max())
+        np.testing.assert_allclose(
+            np.float32(result), wanted, rtol=0, atol=0.02 * np.abs(wanted).max()
+        )
 
 
 def test_splash_computes_each_device_its_own(mesh):
     """Neither rows nor heads are gathered, forward or backward."""
-    rows, heads = sharding.batch_sharding(mesh), jax.sharding.PartitionSpec(("data", "fsdp"), None, "tensor")
+    rows = sharding.batch_sharding(mesh)
+    heads = jax.sharding.PartitionSpec(("data", "fsdp"), None, "tensor")
     ours = functools.partial(attention.self_attention, causal=True, kernel="splash")
     arrays = [jax.device_put(x, heads) for x in draw(8, 4, 2, 4)]
     run = with_gradients(ours, jax.device_put(SEGMENTS[:, :8], rows))
@@ -156,12 +187,19 @@ def test_splash_computes_each_device_its_own(mesh):
 
 def test_chunks_are_bounded_and_sharded(mesh, monkeypatch):
     """No logits of all queries, forward or backward, and neither rows nor heads are gathered."""
-    length, heads = 96, 4
+    length = 96
+    heads = 4
     set_chunk(monkeypatch, 7, heads, length)
-    rows, by_heads = sharding.batch_sharding(mesh), jax.sharding.PartitionSpec(("data", "fsdp"), None, "tensor")
+    rows = sharding.batch_sharding(mesh)
+    by_heads = jax.sharding.PartitionSpec(("data", "fsdp"), None, "tensor")
     ours = functools.partial(attention.self_attention, causal=True, kernel="xla")
     arrays = [jax.device_put(x, by_heads) for x in draw(length, heads, 2, 4)]
-    text = with_gradients(ours, jax.device_put(SEGMENTS[:, :length], rows)).lower(*arrays).compile().as_text()
+    text = (
+        with_gradients(ours, jax.device_put(SEGMENTS[:, :length], rows))
+        .lower(*arrays)
+        .compile()
+        .as_text()
+    )
     sizes = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"\w+\[([\d,]+)\]", text)]
     assert max(sizes) == 2 * 7 * length  # on a device: 2 heads, 7 queries of a row
     assert "all-gather" not in text and "all-to-all" not in text
@@ -184,7 +222,8 @@ def test_queries_per_chunk(batch, length, heads, queries):
 @pytest.mark.parametrize("length", [1, 9, 127, 128, 129, 512, 513, 640, 729, 1024, 3000, 8320])
 def test_splash_blocks(length):
     """They divide the padded row, and less than LANES tokens a block are padding."""
-    size, count = splash.block_size(length), splash.num_blocks(length)
+    size = splash.block_size(length)
+    count = splash.num_blocks(length)
     assert size % splash.LANES == 0 and size <= splash.MAX_BLOCK
     assert 0 <= size * count - length < splash.LANES * count
     assert (splash.block_size(size * count), splash.num_blocks(size * count)) == (size, count)
@@ -207,7 +246,8 @@ def test_without_a_mesh_there_is_no_platform(monkeypatch):
         attention.self_attention(query, key, value, None, causal=True, kernel=kernel)
 
 
-BF16, F32 = jnp.bfloat16, jnp.float32
+BF16 = jnp.bfloat16
+F32 = jnp.float32
 
 
 @pytest.mark.parametrize(
@@ -234,7 +274,14 @@ def test_auto(monkeypatch, platform, dtype, length, head_dim, packed, kernel):
 @pytest.mark.parametrize(
     ("kernel", "platform", "dtype", "length", "head_dim", "message"),
     [
-        ("splash", "gpu", BF16, 8, 64, "'splash' is for TPU and the mesh is of gpu; use 'cudnn' or 'auto'"),
+        (
+            "splash",
+            "gpu",
+            BF16,
+            8,
+            64,
+            "'splash' is for TPU and the mesh is of gpu; use 'cudnn' or 'auto'",
+        ),
         ("cudnn", "cpu", BF16, 8, 64, "'cudnn' does not apply: the mesh is of cpu; use 'auto'"),
         ("cudnn", "tpu", BF16, 8, 64, "the mesh is of tpu"),
         ("cudnn", "gpu", F32, 8, 64, "it computes in bfloat16 or float16, not in float32"),
@@ -242,7 +289,9 @@ def test_auto(monkeypatch, platform, dtype, length, head_dim, packed, kernel):
         ("cudnn", "gpu", BF16, 9, 64, "rows of 9 tokens must be even where they are packed"),
     ],
 )
-def test_kernel_that_does_not_apply(monkeypatch, kernel, platform, dtype, length, head_dim, message):
+def test_kernel_that_does_not_apply(
+    monkeypatch, kernel, platform, dtype, length, head_dim, message
+):
     monkeypatch.setattr(attention, "mesh_platform", lambda: platform)
     query = jax.ShapeDtypeStruct((2, length, 4, head_dim), dtype)
     with pytest.raises(UserError, match=message):
@@ -258,14 +307,16 @@ def test_kernel_that_does_not_apply(monkeypatch, kernel, platform, dtype, length
     ],
 )
 def test_splash_must_divide_over_the_mesh(mesh, rows, heads, kv_heads, message):
-    query, key = jnp.zeros((rows, 8, heads, 4)), jnp.zeros((rows, 8, kv_heads, 4))
+    query = jnp.zeros((rows, 8, heads, 4))
+    key = jnp.zeros((rows, 8, kv_heads, 4))
     with pytest.raises(UserError, match=message):
         attention.self_attention(query, key, key, None, causal=True, kernel="splash")
 
 
 @pytest.mark.parametrize(("packed", "calls"), [(True, "ScaleBiasSoftmax"), (False, "Softmax")])
 def test_cudnn_lowers_to_its_kernel(monkeypatch, packed, calls):
-    """Forward and backward, for a GPU that is not here: its program has cuDNN's calls, and no logits of our own."""
+    """Forward and backward, for a GPU that is not here: its program has cuDNN's calls, and no
+    logits of our own."""
     library = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(library, "check_cudnn_version", lambda: 91200)
     monkeypatch.setattr(attention, "mesh_platform", lambda: "gpu")

@@ -1,4 +1,5 @@
-"""Splash attention through the TPU's own compiler, for chips that are not here; needs libtpu, which only compiles."""
+"""Splash attention through the TPU's own compiler, for chips that are not here; needs libtpu, which
+only compiles."""
 
 import dataclasses
 import functools
@@ -21,7 +22,8 @@ from alignvlm_jax.train import state
 from tests.conftest import tiny_config
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'jax[tpu]'"
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: pip install 'jax[tpu]'",
 )
 
 # Two processes would otherwise abort over libtpu's lock file, and pytest-xdist starts several.
@@ -41,7 +43,9 @@ def tpu():
         yield mesh
 
 
-def compile_gradients(mesh, kernel: str, length: int, heads: int, kv_heads: int, head_dim: int, causal: bool):
+def compile_gradients(
+    mesh, kernel: str, length: int, heads: int, kv_heads: int, head_dim: int, causal: bool
+):
     """The program of the output and its gradients; packed rows where causal."""
     rows = 4
     by_heads = jax.NamedSharding(mesh, HEADS)
@@ -49,10 +53,16 @@ def compile_gradients(mesh, kernel: str, length: int, heads: int, kv_heads: int,
         jax.ShapeDtypeStruct((rows, length, n, head_dim), jnp.bfloat16, sharding=by_heads)
         for n in (heads, kv_heads, kv_heads)
     )
-    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=sharding.batch_sharding(mesh)) if causal else None
+    ids = (
+        jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=sharding.batch_sharding(mesh))
+        if causal
+        else None
+    )
 
     def run(query, key, value, ids):
-        mixed = functools.partial(attention.self_attention, segment_ids=ids, causal=causal, kernel=kernel)
+        mixed = functools.partial(
+            attention.self_attention, segment_ids=ids, causal=causal, kernel=kernel
+        )
         output, backward = jax.vjp(mixed, query, key, value)
         return output, *backward(output)
 
@@ -84,7 +94,8 @@ def test_splash_compiles(tpu, sizes):
 
 
 def test_xla_makes_all_logits(tpu, monkeypatch):
-    """What the test above would see, where there is no bound beyond which they are made in chunks."""
+    """What the test above would see, where there is no bound beyond which they are made in
+    chunks."""
     monkeypatch.setattr(attention, "CHUNK_SIZE_MIB", 2**20)
     text = compile_gradients(tpu, "xla", *SIZES["head_dim_64"])
     assert "tpu_custom_call" not in text and is_square(text, 1536)
@@ -94,7 +105,9 @@ def small_config(length: int, **changes) -> config_lib.Config:
     """A model that splash takes, in bfloat16; `changes` are of `config.model`."""
     base = tiny_config(mesh=MESH, data=config_lib.DataConfig(row_length=length, max_tiles=2))
     llm = dataclasses.replace(base.model.llm, head_dim=64)
-    return dataclasses.replace(base, model=dataclasses.replace(base.model, llm=llm, dtype="bfloat16", **changes))
+    return dataclasses.replace(
+        base, model=dataclasses.replace(base.model, llm=llm, dtype="bfloat16", **changes)
+    )
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
@@ -112,7 +125,8 @@ def test_whole_model_compiles(tpu, remat):
         return vlm.VLM(model).apply({"params": params}, batch).logits.sum()
 
     text = jax.jit(jax.grad(loss)).lower(params, batch).compile().as_text()
-    # A tower's layers are one loop forward and one backward, which computes the forward kernel again under remat.
+    # A tower's layers are one loop forward and one backward, which computes the forward kernel
+    # again under remat.
     assert text.count('custom_call_target="tpu_custom_call"') == 2 * {"none": 3, "full": 4}[remat]
 
 
@@ -126,12 +140,15 @@ def compile_generation(mesh, length: int, num_new: int, kernel: str):
 
 
 def test_generation_has_no_logits_of_a_prompt(tpu):
-    """Both towers take the kernel in prefill, which has no backward pass; XLA's attention would make all logits."""
-    length, num_new = 1536, 5
+    """Both towers take the kernel in prefill, which has no backward pass; XLA's attention would
+    make all logits."""
+    length = 1536
+    num_new = 5
     ours, dense = (compile_generation(tpu, length, num_new, kernel) for kernel in ("auto", "xla"))
     assert ours.as_text().count('custom_call_target="tpu_custom_call"') == 2
     assert not is_square(ours.as_text(), length, length + num_new)
     assert is_square(dense.as_text(), length, length + num_new)
     peaks = [program.memory_analysis().peak_memory_in_bytes for program in (ours, dense)]
-    logits = 4 * (4 // 2) * (4 // 2) * length**2  # bytes on a device: half of the rows and half of the heads
+    # bytes on a device: half of the rows and half of the heads
+    logits = 4 * (4 // 2) * (4 // 2) * length**2
     assert peaks[1] - peaks[0] > logits / 2

@@ -9,7 +9,10 @@ from alignvlm_jax.ops import cross_entropy
 from alignvlm_jax.ops.chunked import Matrix
 
 RNG = np.random.default_rng(0)
-ROWS, LENGTH, WIDTH, WORDS = 4, 6, 8, 10
+ROWS = 4
+LENGTH = 6
+WIDTH = 8
+WORDS = 10
 HIDDEN = RNG.standard_normal((ROWS, LENGTH, WIDTH)).astype(np.float32)
 HEAD = (2 * RNG.standard_normal((WIDTH, WORDS))).astype(np.float32)
 TARGETS = RNG.integers(0, WORDS, (ROWS, LENGTH)).astype(np.int32)
@@ -22,9 +25,13 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def losses(hidden, head, block=None, is_table=False, num_words=None, targets=TARGETS) -> cross_entropy.TokenLosses:
+def losses(
+    hidden, head, block=None, is_table=False, num_words=None, targets=TARGETS
+) -> cross_entropy.TokenLosses:
     matrix = Matrix.of(head.T if is_table else head, hidden.dtype)
-    return cross_entropy.token_losses(hidden, matrix, targets, is_table=is_table, num_words=num_words, block=block)
+    return cross_entropy.token_losses(
+        hidden, matrix, targets, is_table=is_table, num_words=num_words, block=block
+    )
 
 
 @BLOCKS
@@ -41,9 +48,11 @@ def test_losses(mesh, block, is_table):
 
 def test_rows_that_do_not_divide_over_the_mesh(mesh):
     """15 over 4 shards."""
-    hidden, targets = HIDDEN[:3, :5], TARGETS[:3, :5]
+    hidden = HIDDEN[:3, :5]
+    targets = TARGETS[:3, :5]
     blockwise, plain = (
-        jax.jit(lambda hidden, block=block: losses(hidden, HEAD, block, targets=targets))(hidden) for block in (4, None)
+        jax.jit(lambda hidden, block=block: losses(hidden, HEAD, block, targets=targets))(hidden)
+        for block in (4, None)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), blockwise, plain)
 
@@ -59,9 +68,12 @@ def test_gradients(mesh, block, is_table):
 
     dhidden, dhead = jax.jit(jax.grad(total, argnums=(0, 1)))(HIDDEN, HEAD)
     logits = HIDDEN.astype(np.float64) @ HEAD
-    shares, total = np.exp(log_softmax(logits)), np.log(np.exp(logits).sum(-1, keepdims=True))
+    shares = np.exp(log_softmax(logits))
+    total = np.log(np.exp(logits).sum(-1, keepdims=True))
     dlogits = (shares - np.eye(WORDS)[TARGETS] + 0.2 * total * shares) * WEIGHTS[..., None]
-    np.testing.assert_allclose(dhidden, dlogits @ HEAD.T, rtol=0, atol=1e-5 * np.abs(dlogits @ HEAD.T).max())
+    np.testing.assert_allclose(
+        dhidden, dlogits @ HEAD.T, rtol=0, atol=1e-5 * np.abs(dlogits @ HEAD.T).max()
+    )
     expected = np.einsum("btd,btv->dv", HIDDEN.astype(np.float64), dlogits)
     np.testing.assert_allclose(dhead, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
@@ -73,7 +85,9 @@ def test_padded_rows_are_never_predicted(mesh, block):
     targets = TARGETS % words
     large = HEAD.copy()
     large[:, words:] += 100
-    padded = jax.jit(lambda head: losses(HIDDEN, head, block, num_words=words, targets=targets))(large)
+    padded = jax.jit(lambda head: losses(HIDDEN, head, block, num_words=words, targets=targets))(
+        large
+    )
     cut = losses(HIDDEN, HEAD[:, :words], targets=targets)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), padded, cut)
 
@@ -82,7 +96,9 @@ def test_padded_rows_are_never_predicted(mesh, block):
 def test_a_target_that_is_no_word_is_finite(block):
     """Image slots have such targets, without weight."""
     for target in (WORDS - 1, WORDS + 5):  # in the padding of the table, and beyond it
-        result = losses(HIDDEN, HEAD, block, num_words=WORDS - 2, targets=np.full_like(TARGETS, target))
+        result = losses(
+            HIDDEN, HEAD, block, num_words=WORDS - 2, targets=np.full_like(TARGETS, target)
+        )
         assert np.isfinite(result.nll).all()
 
 
@@ -95,7 +111,8 @@ def test_large_logits_stay_finite():
 
 def test_bfloat16_logits_are_summed_in_float32():
     """log(1024) is not a bfloat16 number, and 1024 ones do not add up to 1024 in it."""
-    hidden, head = jnp.zeros((1, 1, 2), jnp.bfloat16), jnp.zeros((2, 1024))
+    hidden = jnp.zeros((1, 1, 2), jnp.bfloat16)
+    head = jnp.zeros((2, 1024))
     result = losses(hidden, head, targets=jnp.zeros((1, 1), jnp.int32))
     assert result.nll.dtype == jnp.float32
     assert float(result.nll[0, 0]) == pytest.approx(np.log(1024), rel=1e-6)
@@ -104,13 +121,16 @@ def test_bfloat16_logits_are_summed_in_float32():
 def test_pick():
     logits = HIDDEN @ HEAD
     np.testing.assert_array_equal(
-        cross_entropy.pick(logits, TARGETS), np.take_along_axis(logits, TARGETS[..., None], -1)[..., 0]
+        cross_entropy.pick(logits, TARGETS),
+        np.take_along_axis(logits, TARGETS[..., None], -1)[..., 0],
     )
 
 
 def test_soft_cross_entropy():
-    """Several labels a row, one id twice, and weights that do not sum to 1 (an unused patch has none)."""
-    logits, ids = (HIDDEN @ HEAD).reshape(24, 10), RNG.integers(0, 10, (24, 3)).astype(np.int32)
+    """Several labels a row, one id twice, and weights that do not sum to 1 (an unused patch has
+    none)."""
+    logits = (HIDDEN @ HEAD).reshape(24, 10)
+    ids = RNG.integers(0, 10, (24, 3)).astype(np.int32)
     ids[0] = 4
     weights = RNG.random((24, 3)).astype(np.float32)
     weights[1] = 0
@@ -125,9 +145,10 @@ def test_soft_cross_entropy():
 
 def test_a_label_without_weight_may_be_a_word_that_is_left_out():
     """Labels that a patch does not have are id 0, which a subset may not hold."""
-    logits, weights = jnp.array([[-jnp.inf, 2.0]]), jnp.array([[0.0, 0.5]])
-    loss, gradient = jax.value_and_grad(lambda x: cross_entropy.soft_cross_entropy(x, jnp.ones(1), weights).sum())(
-        logits
-    )
+    logits = jnp.array([[-jnp.inf, 2.0]])
+    weights = jnp.array([[0.0, 0.5]])
+    loss, gradient = jax.value_and_grad(
+        lambda x: cross_entropy.soft_cross_entropy(x, jnp.ones(1), weights).sum()
+    )(logits)
     assert float(loss) == pytest.approx(0.5 * (1 - 2))
     np.testing.assert_array_equal(gradient, [[0.0, -0.5]])

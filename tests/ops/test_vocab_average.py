@@ -1,6 +1,8 @@
-"""The average over a vocabulary, plain and blockwise, against NumPy float64 and against itself, on the mesh and off it.
+"""The average over a vocabulary, plain and blockwise, against NumPy float64 and against itself, on
+the mesh and off it.
 
-Gradients of all five inputs: within 1e-5 of the reference's largest entry in float32, within 2e-2 in bfloat16.
+Gradients of all five inputs: within 1e-5 of the reference's largest entry in float32, within 2e-2
+in bfloat16.
 """
 
 import contextlib
@@ -49,7 +51,8 @@ CASES = {
     "subset": Case(52, 10, 34, 5, has_subset=True),
     "padded_subset": Case(24, 10, 34, 4, padding=5, has_subset=True),
     "without_norm": Case(52, 10, 34, 5, has_norm=False),
-    "table_of_another_width": Case(52, 6, 34, 5, table_width=14, labels=0),  # Ovis: x are features, the table learned.
+    # Ovis: x are features, the table learned.
+    "table_of_another_width": Case(52, 6, 34, 5, table_width=14, labels=0),
     "linear": Case(52, 10, 34, 5, linear=True),
     "linear_padded_subset": Case(24, 10, 34, 4, padding=5, has_subset=True, linear=True),
 }
@@ -59,7 +62,11 @@ CASES = {
 def devices(request):
     """On the 2 x 2 x 2 mesh, and without one."""
     config = tiny_config()
-    with mesh_lib.use(mesh_lib.make_mesh(config)) if request.param == "mesh" else contextlib.nullcontext():
+    with (
+        mesh_lib.use(mesh_lib.make_mesh(config))
+        if request.param == "mesh"
+        else contextlib.nullcontext()
+    ):
         yield request.param
 
 
@@ -81,7 +88,10 @@ def draw(case: Case, seed: int = 0):
     subset = rng.random(case.words) < 0.4 if case.has_subset else None
     if case.has_subset:
         subset[labels] = True  # the logit of a word without weight is -inf
-    back = [rng.standard_normal(s).astype(np.float32) for s in ((case.rows, table_width), labels.shape, (case.rows,))]
+    back = [
+        rng.standard_normal(s).astype(np.float32)
+        for s in ((case.rows, table_width), labels.shape, (case.rows,))
+    ]
     return inputs, labels, subset, back
 
 
@@ -105,7 +115,9 @@ def outputs_and_gradients(case: Case, block: int | None, dtype=jnp.float32):
 
     @jax.jit
     def run(*inputs):
-        outputs, pull = jax.vjp(lambda *inputs: apply(case, inputs, labels, subset, block, dtype), *inputs)
+        outputs, pull = jax.vjp(
+            lambda *inputs: apply(case, inputs, labels, subset, block, dtype), *inputs
+        )
         return outputs, pull(type(outputs)(back[0].astype(dtype), *back[1:]))
 
     return run(*map(jnp.asarray, inputs))
@@ -122,7 +134,11 @@ def reference(case: Case, x, head, table, scale, bias, labels, subset):
     allowed = is_word if subset is None else is_word & subset
     exponentials = jnp.where(allowed, jnp.exp(logits), 0.0)
     total = exponentials.sum(-1)
-    weights = jnp.where(allowed, logits, 0.0) / allowed.sum() ** 0.5 if case.linear else exponentials / total[:, None]
+    weights = (
+        jnp.where(allowed, logits, 0.0) / allowed.sum() ** 0.5
+        if case.linear
+        else exponentials / total[:, None]
+    )
     return weights @ table, jnp.take_along_axis(logits, labels, 1), jnp.log(total)
 
 
@@ -154,7 +170,9 @@ def test_drawn_shapes(devices):
     """Shapes and blocks drawn at random."""
     rng = np.random.default_rng(1)
     for _ in range(4):
-        rows, width, words, block = (int(rng.integers(low, high)) for low, high in ((1, 60), (1, 9), (1, 20), (1, 70)))
+        rows, width, words, block = (
+            int(rng.integers(low, high)) for low, high in ((1, 60), (1, 9), (1, 20), (1, 70))
+        )
         case = Case(4 * rows, 2 * width, 2 * words, block, labels=int(rng.integers(0, 4)))
         expected = reference_gradients(case)
         assert_close(outputs_and_gradients(case, block), expected, 1e-5)
@@ -189,7 +207,8 @@ def test_gradients_are_summed_in_float32():
 def test_the_vocabulary_stays_split_over_tensor(mesh):
     """No device gathers all words of a matrix, or of its gradient."""
     case = Case(48, 10, 74, 5, labels=0)
-    columns, table = PartitionSpec("fsdp", "tensor"), PartitionSpec("tensor", "fsdp")
+    columns = PartitionSpec("fsdp", "tensor")
+    table = PartitionSpec("tensor", "fsdp")
     words = PartitionSpec("tensor")
     specs = PartitionSpec(("data", "fsdp")), columns, table, words, words
     inputs = [jax.device_put(x, spec) for x, spec in zip(draw(case)[0], specs, strict=True)]
@@ -198,7 +217,12 @@ def test_the_vocabulary_stays_split_over_tensor(mesh):
     def total(*inputs):
         return jnp.sin(apply(case, inputs, labels, None, case.block, jnp.bfloat16).average).sum()
 
-    text = jax.jit(jax.grad(total, argnums=range(5)), out_shardings=specs).lower(*inputs).compile().as_text()
+    text = (
+        jax.jit(jax.grad(total, argnums=range(5)), out_shardings=specs)
+        .lower(*inputs)
+        .compile()
+        .as_text()
+    )
     sizes = {int(size) for dims in re.findall(r"\w+\[([\d,]+)\]", text) for size in dims.split(",")}
     assert case.words // 2 in sizes and case.words not in sizes
 
@@ -225,6 +249,7 @@ def test_rows_per_block(devices):
     assert chunked.rows_per_block("auto", mib, 1024 * shards, columns) is None
     assert chunked.rows_per_block("auto", mib, 1024 * shards + 1, columns) == 1024
     assert chunked.rows_per_block("blockwise", mib, 100 * shards, columns) == 100
-    assert chunked.rows_per_block("auto", mib, 10**6, 1000 * halves) == 512  # of 524, a multiple of 128
+    # of 524, a multiple of 128
+    assert chunked.rows_per_block("auto", mib, 10**6, 1000 * halves) == 512
     assert chunked.rows_per_block("auto", mib, 10**6, 8192 * halves) == 64
     assert chunked.rows_per_block("auto", mib, 10**6, 2**30 * halves) == 1

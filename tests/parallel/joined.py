@@ -40,9 +40,12 @@ def start(code: str, count: int, folder: Path, **environment: str) -> list[subpr
     ]
 
 
-def finish(processes: list[subprocess.Popen], timeout: float = 120) -> list[subprocess.CompletedProcess]:
+def finish(
+    processes: list[subprocess.Popen], timeout: float = 120
+) -> list[subprocess.CompletedProcess]:
     """Waits for all of them; what is at work after `timeout` seconds in all is killed."""
-    deadline, done = time.monotonic() + timeout, []
+    deadline = time.monotonic() + timeout
+    done = []
     try:
         for process in processes:
             out, err = process.communicate(timeout=max(deadline - time.monotonic(), 1))
@@ -53,6 +56,8 @@ def finish(processes: list[subprocess.Popen], timeout: float = 120) -> list[subp
     return done
 
 
-def run(code: str, count: int, folder: Path, **environment: str) -> list[subprocess.CompletedProcess]:
+def run(
+    code: str, count: int, folder: Path, **environment: str
+) -> list[subprocess.CompletedProcess]:
     """Starts processes and waits for them."""
     return finish(start(code, count, folder, **environment))

@@ -1,4 +1,7 @@
-"""Start-up of several processes: what is said where the environment is wrong. Real processes: tests of the launcher."""
+"""Start-up of several processes: what is said where the environment is wrong.
+
+Real processes: tests of the launcher.
+"""
 
 import jax
 import pytest
@@ -42,13 +45,17 @@ def test_all_set(calls, monkeypatch):
 
 @pytest.mark.parametrize("missing", COMPLETE)
 def test_missing_variable_is_named(calls, monkeypatch, missing):
-    set_environment(monkeypatch, **{name: value for name, value in COMPLETE.items() if name != missing})
+    set_environment(
+        monkeypatch, **{name: value for name, value in COMPLETE.items() if name != missing}
+    )
     with pytest.raises(UserError, match=f"^{missing} not set"):
         distributed.initialize()
     assert calls == []
 
 
-@pytest.mark.parametrize(("name", "value"), [("NUM_PROCESSES", "two"), ("PROCESS_ID", "2"), ("PROCESS_ID", "-1")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("NUM_PROCESSES", "two"), ("PROCESS_ID", "2"), ("PROCESS_ID", "-1")]
+)
 def test_wrong_number_is_named(calls, monkeypatch, name, value):
     set_environment(monkeypatch, **{**COMPLETE, f"ALIGNVLM_{name}": value})
     with pytest.raises(UserError, match=f"ALIGNVLM_{name} .*{value}"):
@@ -62,7 +69,10 @@ def test_others_do_not_come(monkeypatch, calls):
 
     set_environment(monkeypatch, **COMPLETE)
     monkeypatch.setattr(jax.distributed, "initialize", too_late)
-    with pytest.raises(TryAgainError, match=r"process 0 of 2 waited 60 s at 127.0.0.1:1234 .*Barrier timed out\.\)$"):
+    with pytest.raises(
+        TryAgainError,
+        match=r"process 0 of 2 waited 60 s at 127.0.0.1:1234 .*Barrier timed out\.\)$",
+    ):
         distributed.initialize()
 
 
@@ -79,7 +89,8 @@ def test_no_slice(monkeypatch, calls):
     set_environment(monkeypatch, ALIGNVLM_AUTO_DISTRIBUTED="1")
     monkeypatch.setattr(jax.distributed, "initialize", alone)
     with pytest.raises(
-        UserError, match=r"ALIGNVLM_AUTO_DISTRIBUTED is 1, .*coordinator_address should be defined\.\)$"
+        UserError,
+        match=r"ALIGNVLM_AUTO_DISTRIBUTED is 1, .*coordinator_address should be defined\.\)$",
     ):
         distributed.initialize()
 
@@ -90,5 +101,7 @@ def test_hosts_of_a_slice_that_do_not_all_come_may_come_the_next_time(monkeypatc
 
     set_environment(monkeypatch, ALIGNVLM_AUTO_DISTRIBUTED="1")
     monkeypatch.setattr(jax.distributed, "initialize", too_late)
-    with pytest.raises(TryAgainError, match=r"did not all come \(DEADLINE_EXCEEDED: Barrier timed out\.\)$"):
+    with pytest.raises(
+        TryAgainError, match=r"did not all come \(DEADLINE_EXCEEDED: Barrier timed out\.\)$"
+    ):
         distributed.initialize()

@@ -40,7 +40,8 @@ def test_values_arrive_whole_and_in_order(tmp_path):
 
 
 def test_little_is_told_and_nothing_is_kept_for_good(tmp_path):
-    """A run asks the main process at every step; and most that hosts compare is the same everywhere."""
+    """A run asks the main process at every step; and most that hosts compare is the same
+    everywhere."""
     done = joined.run(
         """
         from alignvlm_jax.train.hooks import StopSignal

@@ -16,7 +16,9 @@ from alignvlm_jax.plan import hardware
 from tests.parallel.fake_slices import FakeDevice, fake_slice
 
 
-def with_mesh(config: config_lib.Config, data: int, fsdp: int, tensor: int, **train) -> config_lib.Config:
+def with_mesh(
+    config: config_lib.Config, data: int, fsdp: int, tensor: int, **train
+) -> config_lib.Config:
     return dataclasses.replace(
         config,
         mesh=config_lib.MeshConfig(data=data, fsdp=fsdp, tensor=tensor),
@@ -56,7 +58,9 @@ def with_widths(config: config_lib.Config, llm: int, vision: int) -> config_lib.
     return dataclasses.replace(config, model=dataclasses.replace(model, **parts))
 
 
-def grid(config: config_lib.Config, asked: tuple[int, int, int], devices: list[FakeDevice]) -> np.ndarray:
+def grid(
+    config: config_lib.Config, asked: tuple[int, int, int], devices: list[FakeDevice]
+) -> np.ndarray:
     """The devices as they lie in the mesh, which must be all of them."""
     found = mesh_lib.make_mesh(with_mesh(config, *asked, batch_size=64), devices).devices
     assert found.shape == asked and set(found.flat) == set(devices)
@@ -69,7 +73,9 @@ def test_two_axes_may_lie_along_one_link(config, asked):
     grid(config, asked, fake_slice("v5e", (4, 4, 1)))
 
 
-@pytest.mark.skipif(not hardware.has_tpu_compiler(), reason="libtpu is not installed (requirements-tpu.txt)")
+@pytest.mark.skipif(
+    not hardware.has_tpu_compiler(), reason="libtpu is not installed (requirements-tpu.txt)"
+)
 @pytest.mark.parametrize("name", ["v5e:4x4", "v5p:2x2x4", "v6e:4x4"])
 def test_devices_that_are_compiled_for(config, name):
     devices = hardware.compile_only_devices(hardware.parse_topology(name))
@@ -81,14 +87,18 @@ def test_only_data_crosses_slices(config):
     devices = fake_slice("v5e", (4, 2, 1), num_slices=2)
     found = grid(config, (4, 2, 2), devices)
     assert [{device.slice_index for device in part.flat} for part in found] == [{0}, {0}, {1}, {1}]
-    with pytest.raises(UserError, match=r"data 1 does not divide over 2 slices.*--config.mesh.data=2 .*fsdp=4"):
+    with pytest.raises(
+        UserError, match=r"data 1 does not divide over 2 slices.*--config.mesh.data=2 .*fsdp=4"
+    ):
         grid(config, (1, 8, 2), devices)
 
 
 def test_fsdp_crosses_the_nodes_of_gpus(config):
     """jax takes each of them for a slice."""
     nodes = fake_slice("v5e", (8, 1, 1), num_slices=2, host=(8, 1, 1))
-    found = grid(config, (1, 8, 2), [dataclasses.replace(device, platform="gpu") for device in nodes])
+    found = grid(
+        config, (1, 8, 2), [dataclasses.replace(device, platform="gpu") for device in nodes]
+    )
     assert [device.id for device in found.flat] == list(range(16))
 
 
@@ -104,7 +114,8 @@ SLICES = [
 
 @pytest.mark.parametrize(("kind", "shape", "num_slices"), SLICES)
 def test_widest_on_any_slice(config, monkeypatch, kind, shape, num_slices):
-    """All of its devices, since a part of a slice forms no mesh; width 128 takes an fsdp of at most 128."""
+    """All of its devices, since a part of a slice forms no mesh; width 128 takes an fsdp of at most
+    128."""
     devices = fake_slice(kind, shape, num_slices)
     monkeypatch.setattr(jax, "devices", lambda: devices)
     monkeypatch.setattr(jax, "device_count", lambda: len(devices))
@@ -129,7 +140,9 @@ def test_open_axes_lie_on_any_slice(config, kind, shape, num_slices):
     devices = fake_slice(kind, shape, num_slices)
     heads = dataclasses.replace(config.model.llm, num_heads=8, num_kv_heads=8)
     wide = dataclasses.replace(config, model=dataclasses.replace(config.model, llm=heads))
-    mesh = mesh_lib.make_mesh(with_mesh(with_widths(wide, 4096, 1152), -1, -1, -1, batch_size=256), devices)
+    mesh = mesh_lib.make_mesh(
+        with_mesh(with_widths(wide, 4096, 1152), -1, -1, -1, batch_size=256), devices
+    )
     assert set(mesh.devices.flat) == set(devices)
     assert mesh.shape["tensor"] == max(len(devices) // 256, 1)
 
@@ -156,23 +169,39 @@ def test_tensor_may_cross_hosts(config, monkeypatch):
 @pytest.mark.parametrize("asked", [(3, 1, 2), (2, 2, 4), (-1, 3, 1), (-1, 16, 1)])
 def test_devices_do_not_fit(config, asked):
     data, fsdp, tensor = asked
-    with pytest.raises(UserError, match=f"data {data} x fsdp {fsdp} x tensor {tensor} does not fit 8 devices"):
+    with pytest.raises(
+        UserError, match=f"data {data} x fsdp {fsdp} x tensor {tensor} does not fit 8 devices"
+    ):
         mesh_lib.make_mesh(with_mesh(config, *asked))
 
 
 @pytest.mark.parametrize("asked", [(-3, -1, 2), (0, 2, 2), (-2, 2, 2)])
 def test_impossible_sizes(config, asked):
     data, fsdp, tensor = asked
-    with pytest.raises(UserError, match=f"data {data} x fsdp {fsdp} x tensor {tensor}: each axis is at least 1"):
+    with pytest.raises(
+        UserError, match=f"data {data} x fsdp {fsdp} x tensor {tensor}: each axis is at least 1"
+    ):
         mesh_lib.make_mesh(with_mesh(config, *asked))
 
 
 @pytest.mark.parametrize(
     ("rows", "accumulation", "message"),
     [
-        (6, 1, r"a batch of 6 rows .*batch_size 6 / accumulation 1\).*data x fsdp = 4; .*batch_size=(4|8)$"),
-        (9, 1, r"a batch of 9 rows .*data x fsdp = 4; nearest that does: --config.train.batch_size=8$"),
-        (12, 2, r"a batch of 6 rows .*batch_size 12 / accumulation 2\).*--config.train.accumulation=1 or "),
+        (
+            6,
+            1,
+            r"a batch of 6 rows .*batch_size 6 / accumulation 1\).*data x fsdp = 4; .*batch_size=(4|8)$",
+        ),
+        (
+            9,
+            1,
+            r"a batch of 9 rows .*data x fsdp = 4; nearest that does: --config.train.batch_size=8$",
+        ),
+        (
+            12,
+            2,
+            r"a batch of 6 rows .*batch_size 12 / accumulation 2\).*--config.train.accumulation=1 or ",
+        ),
         (1, 1, r"a batch of 1 rows .*nearest that does: --config.train.batch_size=4$"),
     ],
 )

@@ -1,5 +1,5 @@
-"""What a config leaves open of its mesh, for the paper's models on real slices, and that the dimensions it goes by are
-those that the sharding rules shard."""
+"""What a config leaves open of its mesh, for the paper's models on real slices, and that the
+dimensions it goes by are those that the sharding rules shard."""
 
 import dataclasses
 import math
@@ -15,7 +15,9 @@ from alignvlm_jax.train import state
 from tests.conftest import tiny_config, tiny_connector
 
 
-def asked(data: int, fsdp: int, tensor: int, widths: tuple[int, int] = (4096, 1152), **train) -> config_lib.Config:
+def asked(
+    data: int, fsdp: int, tensor: int, widths: tuple[int, int] = (4096, 1152), **train
+) -> config_lib.Config:
     """A config of 256 rows with the widths of the paper's largest model."""
     base = tiny_config()
     llm = dataclasses.replace(base.model.llm, width=widths[0], num_heads=32, num_kv_heads=8)
@@ -73,11 +75,18 @@ def test_what_does_not_fit_names_what_does(mesh, num_devices, num_slices, messag
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_what_sizes_are_chosen_by_is_what_the_rules_shard(name):
-    """With any connector: of every dimension that lies along an axis the common divisor must be one."""
+    """With any connector: of every dimension that lies along an axis the common divisor must be
+    one."""
     base = tiny_config(mesh=config_lib.MeshConfig(data=1, fsdp=1, tensor=1))
-    llm = dataclasses.replace(base.model.llm, width=160, num_heads=32, num_kv_heads=8, vocab_size=96, mlp_width=224)
+    llm = dataclasses.replace(
+        base.model.llm, width=160, num_heads=32, num_kv_heads=8, vocab_size=96, mlp_width=224
+    )
     vision = dataclasses.replace(base.model.vision, width=96, num_heads=32, mlp_width=352)
-    connector = config_lib.connector("ovis", visual_vocab_size=44) if name == "ovis" else tiny_connector(name)
+    connector = (
+        config_lib.connector("ovis", visual_vocab_size=44)
+        if name == "ovis"
+        else tiny_connector(name)
+    )
     model = dataclasses.replace(base.model, llm=llm, vision=vision, connector=connector)
     config = dataclasses.replace(base, model=model)
     params = state.abstract_params(vlm.VLM(model), config, mesh_lib.abstract(config, 1))
@@ -91,4 +100,10 @@ def test_what_sizes_are_chosen_by_is_what_the_rules_shard(name):
 
 def test_largest_fsdp():
     config = asked(-1, -1, 1)
-    assert [mesh_lib.largest_fsdp(config, count) for count in (1, 3, 100, 128, 512)] == [1, 2, 64, 128, 128]
+    assert [mesh_lib.largest_fsdp(config, count) for count in (1, 3, 100, 128, 512)] == [
+        1,
+        2,
+        64,
+        128,
+        128,
+    ]

@@ -66,8 +66,8 @@ def act():
 
 
 def test_what_another_process_ends_by_is_the_reason_of_one_that_lost_it(tmp_path):
-    """A save breaks where another process has ended: that one's error is told, with its status, which is not to be
-    tried again."""
+    """A save breaks where another process has ended: that one's error is told, with its status,
+    which is not to be tried again."""
     act = """
 from alignvlm_jax.errors import TryAgainError
 def act():
@@ -102,7 +102,9 @@ program.leave_with(program.main(["train", "--config={config}", "--workdir={tmp_p
     began = time.monotonic()
     done = joined.run(command, 2, tmp_path)
     assert [one.returncode for one in done] == [1, 1], done
-    assert "config.train.num_steps is -1" in ours(done[0].stderr)[-1] and time.monotonic() - began < 50
+    assert (
+        "config.train.num_steps is -1" in ours(done[0].stderr)[-1] and time.monotonic() - began < 50
+    )
 
 
 def test_one_whose_output_cannot_be_written_tells_the_others_all_the_same(tmp_path):
@@ -135,7 +137,9 @@ def act():
 
 def test_one_that_does_not_come_is_waited_for_and_told(tmp_path):
     """By each of the others in one line: jax itself would abort them, with a stack of C."""
-    late = "distributed.START_TIMEOUT_SECONDS = 6\nif index == 2:\n    sys.exit()\ndef act(): pass\n"
+    late = (
+        "distributed.START_TIMEOUT_SECONDS = 6\nif index == 2:\n    sys.exit()\ndef act(): pass\n"
+    )
     done = joined.run(late + COMMAND, 3, tmp_path)
     assert [one.returncode for one in done] == [75, 75, 0], done
     for index in (0, 1):
@@ -189,7 +193,10 @@ def act():
     done = joined.run(act + COMMAND, 2, tmp_path)
     assert time.monotonic() - began < 60
     assert [one.returncode for one in done] == [143, 143], done
-    assert "process 1 of 2 (" in ours(done[0].stderr)[-1] and "stopped by SIGTERM" in ours(done[0].stderr)[-1]
+    assert (
+        "process 1 of 2 (" in ours(done[0].stderr)[-1]
+        and "stopped by SIGTERM" in ours(done[0].stderr)[-1]
+    )
 
 
 def test_a_signal_at_one_process_stops_all_at_the_same_point(tmp_path):

@@ -33,7 +33,10 @@ def test_rules_by_logical_axis(mesh):
 
 
 def test_unbox_gives_the_structure_of_the_shardings(mesh):
-    tree = {"a": {"kernel": boxed((8, 4), "vocab", "embed")}, "step": jax.ShapeDtypeStruct((), jnp.int32)}
+    tree = {
+        "a": {"kernel": boxed((8, 4), "vocab", "embed")},
+        "step": jax.ShapeDtypeStruct((), jnp.int32),
+    }
     unboxed = sharding.unbox(tree)
     assert jax.tree.structure(unboxed) == jax.tree.structure(sharding.tree_sharding(tree, mesh))
     assert unboxed["a"]["kernel"].shape == (8, 4)
@@ -42,7 +45,9 @@ def test_unbox_gives_the_structure_of_the_shardings(mesh):
 def test_every_matrix_of_the_model_is_sharded(mesh, config):
     """Nothing with two dimensions lies whole on a device, but those that a reader expects to."""
     model = vlm.VLM(config.model)
-    abstract = jax.eval_shape(lambda: vlm.init_params(model, jax.random.key(0), vlm.abstract_batch(config)))
+    abstract = jax.eval_shape(
+        lambda: vlm.init_params(model, jax.random.key(0), vlm.abstract_batch(config))
+    )
     shardings = jax.tree.leaves_with_path(sharding.tree_sharding(abstract, mesh))
     whole = {sharding.path_name(path) for path, s in shardings if set(s.spec) <= {None}}
     assert not [path for path in whole if path.split("/")[-1] in ("kernel", "table")]
@@ -51,7 +56,8 @@ def test_every_matrix_of_the_model_is_sharded(mesh, config):
 def test_indivisible_dimension_names_path_and_axis(mesh):
     tree = {"llm": {"embed": {"table": boxed((33, 4), "vocab", "embed")}}}
     with pytest.raises(
-        UserError, match=r"llm/embed/table \(33, 4\): dimension 33 .* mesh axis tensor of 2.*mesh\.tensor"
+        UserError,
+        match=r"llm/embed/table \(33, 4\): dimension 33 .* mesh axis tensor of 2.*mesh\.tensor",
     ):
         sharding.tree_sharding(tree, mesh)
 
@@ -62,7 +68,9 @@ def test_indivisible_dimension_over_two_axes(mesh):
 
 
 def test_unknown_logical_axis_names_parameter_and_nearest(mesh):
-    with pytest.raises(UserError, match=r"llm/kernel has the unknown logical axis 'vocabb'; did you mean 'vocab'"):
+    with pytest.raises(
+        UserError, match=r"llm/kernel has the unknown logical axis 'vocabb'; did you mean 'vocab'"
+    ):
         sharding.tree_sharding({"llm": {"kernel": boxed((8, 4), "vocabb", "embed")}}, mesh)
 
 
@@ -72,7 +80,9 @@ def test_put_batch_round_trip(mesh, batch):
     for name, array in arrays.items():
         assert array.dtype == batch[name].dtype
         assert array.sharding == sharding.batch_sharding(mesh)
-        assert {shard.data.shape[0] for shard in array.addressable_shards} == {len(batch[name]) // 4}
+        assert {shard.data.shape[0] for shard in array.addressable_shards} == {
+            len(batch[name]) // 4
+        }
         np.testing.assert_array_equal(array, batch[name])
 
 
@@ -94,7 +104,15 @@ def test_table(mesh):
         ["scale", "256", "-", "0.001"],
     ]
     assert lines[0].split()[:4] == ["parameter", "shape", "sharded", "over"]
-    assert len({line.index(cell) for line, cell in zip(lines, ["shape", "2x512", "8", "256"], strict=True)}) == 1
+    assert (
+        len(
+            {
+                line.index(cell)
+                for line, cell in zip(lines, ["shape", "2x512", "8", "256"], strict=True)
+            }
+        )
+        == 1
+    )
 
 
 def test_path_name():

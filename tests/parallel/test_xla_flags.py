@@ -1,5 +1,5 @@
-"""Compiler flags by kind of TPU: which, how a machine knows its own, what a user's environment keeps; and that the
-compiler accepts every one of them."""
+"""Compiler flags by kind of TPU: which, how a machine knows its own, what a user's environment
+keeps; and that the compiler accepts every one of them."""
 
 import os
 import subprocess
@@ -28,7 +28,13 @@ def on_bus(folder, vendor: str, device: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("v5litepod-16", "v5e"), ("v5p-128", "v5p"), ("v6e-256", "v6e"), ("tpu7x-8", "tpu7x"), ("v9-8", "v9-8")],
+    [
+        ("v5litepod-16", "v5e"),
+        ("v5p-128", "v5p"),
+        ("v6e-256", "v6e"),
+        ("tpu7x-8", "tpu7x"),
+        ("v9-8", "v9-8"),
+    ],
 )
 def test_kind_by_environment(name, kind):
     assert xla_flags.tpu_kind({"TPU_ACCELERATOR_TYPE": name}) == kind
@@ -36,7 +42,12 @@ def test_kind_by_environment(name, kind):
 
 @pytest.mark.parametrize(
     ("vendor", "device", "kind"),
-    [("0x1ae0", "0x0062", "v5p"), ("0x1ae0", "0x006f", "v6e"), ("0x1ae0", "0x0042", None), ("0x10de", "0x0062", None)],
+    [
+        ("0x1ae0", "0x0062", "v5p"),
+        ("0x1ae0", "0x006f", "v6e"),
+        ("0x1ae0", "0x0042", None),
+        ("0x10de", "0x0062", None),
+    ],
 )
 def test_kind_by_bus(tmp_path, vendor, device, kind):
     """The second is Google's network card, or another maker's device."""
@@ -62,14 +73,19 @@ def test_no_tpu_no_word():
 
 def test_unknown_tpu_is_told():
     environment = {"TPU_ACCELERATOR_TYPE": "v9-8"}
-    assert xla_flags.apply_preset(environment) == "XLA flags: no preset for TPU v9-8; known: v5e, v5p, v6e, tpu7x"
+    assert (
+        xla_flags.apply_preset(environment)
+        == "XLA flags: no preset for TPU v9-8; known: v5e, v5p, v6e, tpu7x"
+    )
     assert VARIABLE not in environment
 
 
 def test_preset_is_set_and_told():
     environment = {"TPU_ACCELERATOR_TYPE": "v6e-16"}
     line = xla_flags.apply_preset(environment)
-    assert environment[VARIABLE].split() == [f"--{name}={value}" for name, value in PRESETS["v6e"].items()]
+    assert environment[VARIABLE].split() == [
+        f"--{name}={value}" for name, value in PRESETS["v6e"].items()
+    ]
     assert environment[VARIABLE] in line and "ALIGNVLM_XLA_PRESET=0" in line and "\n" not in line
 
 
@@ -82,7 +98,11 @@ def test_slices_have_flags_of_their_own(slices, more):
 
 @pytest.mark.parametrize(
     ("variable", "theirs"),
-    [(VARIABLE, f"--{ASYNC}=false --other=3"), (VARIABLE, f"--no{ASYNC}"), ("XLA_FLAGS", f"--{ASYNC}=false")],
+    [
+        (VARIABLE, f"--{ASYNC}=false --other=3"),
+        (VARIABLE, f"--no{ASYNC}"),
+        ("XLA_FLAGS", f"--{ASYNC}=false"),
+    ],
 )
 def test_the_environment_wins_flag_by_flag(variable, theirs):
     environment = {"TPU_ACCELERATOR_TYPE": "v5p-128", variable: theirs}
@@ -114,13 +134,19 @@ print("compiled")
 """
 
 
-@pytest.mark.skipif(not hardware.has_tpu_compiler(), reason="libtpu is not installed (requirements-tpu.txt)")
+@pytest.mark.skipif(
+    not hardware.has_tpu_compiler(), reason="libtpu is not installed (requirements-tpu.txt)"
+)
 @pytest.mark.parametrize(
-    ("kind", "more", "accepted"), [*((kind, "", True) for kind in PRESETS), ("v5e", "--xla_tpu_no_such=1", False)]
+    ("kind", "more", "accepted"),
+    [*((kind, "", True) for kind in PRESETS), ("v5e", "--xla_tpu_no_such=1", False)],
 )
 def test_the_compiler_accepts_every_flag(kind, more, accepted):
-    """It ends a process that names one which it does not know: the last case shows that it looks."""
+    """It ends a process that names one which it does not know: the last case shows that it
+    looks."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", VARIABLE: more}
-    done = subprocess.run([sys.executable, "-c", COMPILE, kind], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, kind], capture_output=True, text=True, env=environment
+    )
     assert ("compiled" in done.stdout) is accepted, done.stderr
     assert accepted or "xla_tpu_no_such" in done.stderr

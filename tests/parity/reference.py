@@ -1,4 +1,5 @@
-"""The reference implementations, in float32 on CPU; only the venv of `make test-parity` has them."""
+"""The reference implementations, in float32 on CPU; only the venv of `make test-parity` has
+them."""
 
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import transformers
 from tests.weights import folders
 
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
-DINOV2_MEAN, DINOV2_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DINOV2_MEAN = (0.485, 0.456, 0.406)
+DINOV2_STD = (0.229, 0.224, 0.225)
 
 
 @torch.no_grad()
@@ -26,7 +28,8 @@ def siglip_features(folder: Path, pixels: np.ndarray) -> np.ndarray:
     fields = (folder / "config.json").read_text()
     if "siglip2" in fields:
         model = transformers.Siglip2VisionModel.from_pretrained(folder, dtype=torch.float32).eval()
-        patch, side = folders.SIGLIP2["patch_size"], pixels.shape[1] // folders.SIGLIP2["patch_size"]
+        patch = folders.SIGLIP2["patch_size"]
+        side = pixels.shape[1] // folders.SIGLIP2["patch_size"]
         patches = (
             scaled.reshape(-1, 3, side, patch, side, patch)
             .transpose(0, 2, 4, 3, 5, 1)
@@ -34,7 +37,9 @@ def siglip_features(folder: Path, pixels: np.ndarray) -> np.ndarray:
         )
         mask = torch.ones(patches.shape[:2], dtype=torch.int32)
         shapes = torch.tensor([[side, side]] * len(pixels))
-        return model(torch.tensor(patches), pixel_attention_mask=mask, spatial_shapes=shapes).last_hidden_state.numpy()
+        return model(
+            torch.tensor(patches), pixel_attention_mask=mask, spatial_shapes=shapes
+        ).last_hidden_state.numpy()
     model = transformers.SiglipVisionModel.from_pretrained(folder, dtype=torch.float32).eval()
     return model(torch.tensor(scaled)).last_hidden_state.numpy()
 
@@ -56,4 +61,6 @@ def features_without_class_token(model: torch.nn.Module, pixels: np.ndarray) -> 
 
 
 def _scaled(pixels: np.ndarray, mean: tuple, std: tuple) -> np.ndarray:
-    return ((pixels.astype(np.float32) / 255 - np.float32(mean)) / np.float32(std)).transpose(0, 3, 1, 2)
+    return ((pixels.astype(np.float32) / 255 - np.float32(mean)) / np.float32(std)).transpose(
+        0, 3, 1, 2
+    )

@@ -9,7 +9,9 @@ HEAD = "| model | case | largest difference | of numbers up to |\n|---|---|---|-
 _rows: list[str] = []
 
 
-def record(model: str, case: str, ours: np.ndarray, reference: np.ndarray, tolerance: float) -> None:
+def record(
+    model: str, case: str, ours: np.ndarray, reference: np.ndarray, tolerance: float
+) -> None:
     """Adds a row, and asserts that the largest absolute difference is within `tolerance`."""
     assert ours.shape == reference.shape and reference.std() > 0.1
     difference = np.abs(ours - reference).max()

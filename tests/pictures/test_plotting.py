@@ -9,7 +9,9 @@ from tests.pictures.pictures import area, decode, has
 
 
 def draw(figure: Figure) -> None:
-    plotting.bars(figure.add_subplot(), ["one", "$two$"], [1.0, 3.0], ["1", "3"], plotting.COLORS[:2])
+    plotting.bars(
+        figure.add_subplot(), ["one", "$two$"], [1.0, 3.0], ["1", "3"], plotting.COLORS[:2]
+    )
 
 
 def test_bars_are_as_long_as_their_values():
@@ -26,7 +28,13 @@ def test_bars_are_as_long_as_their_values():
 
 @pytest.mark.parametrize(
     ("word", "shown"),
-    [("␣total", "␣total"), ("⏎", "⏎"), ("a\u4e2d", "a⟨4E2D⟩"), ("-" * 40, "-" * 19 + "…"), ("x" * 20, "x" * 20)],
+    [
+        ("␣total", "␣total"),
+        ("⏎", "⏎"),
+        ("a\u4e2d", "a⟨4E2D⟩"),
+        ("-" * 40, "-" * 19 + "…"),
+        ("x" * 20, "x" * 20),
+    ],
 )
 def test_words(word, shown):
     assert plotting.legible(word) == shown

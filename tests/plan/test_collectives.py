@@ -1,4 +1,5 @@
-"""Collectives read from programs' text: a hand-written one, and programs of which the traffic is known."""
+"""Collectives read from programs' text: a hand-written one, and programs of which the traffic is
+known."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ from alignvlm_jax.parallel import sharding
 from alignvlm_jax.plan import collectives
 from alignvlm_jax.plan.collectives import Traffic
 
-# As the TPU's compiler writes them: a loop unrolled twice, an asynchronous pair, one gather spread over two fusions.
+# As the TPU's compiler writes them: a loop unrolled twice, an asynchronous pair, one gather spread
+# over two fusions.
 TPU = """
 HloModule jit_step
 
@@ -72,7 +74,8 @@ def test_tpu_text():
 def test_loops_count_as_often_as_they_run(mesh):
     """Five steps of x <- sin(x) w, summed over tensor: each reduces 16 x 32 float32."""
     split, tall, whole = (
-        sharding.NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, "tensor"), ("tensor", None), ())
+        sharding.NamedSharding(mesh, PartitionSpec(*axes))
+        for axes in ((None, "tensor"), ("tensor", None), ())
     )
 
     def step(x, w):
@@ -82,7 +85,9 @@ def test_loops_count_as_often_as_they_run(mesh):
     x = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=whole)
     w = jax.ShapeDtypeStruct((32, 32), jnp.float32, sharding=tall)
     run = jax.jit(lambda x, w: jax.lax.scan(lambda x, _: (step(x, w), None), x, length=5)[0])
-    assert collectives.traffic(run.lower(x, w).compile().as_text()) == {"all-reduce": Traffic(5, 5 * 16 * 32 * 4)}
+    assert collectives.traffic(run.lower(x, w).compile().as_text()) == {
+        "all-reduce": Traffic(5, 5 * 16 * 32 * 4)
+    }
 
 
 def test_a_program_without_collectives():

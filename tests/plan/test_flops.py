@@ -14,15 +14,31 @@ from alignvlm_jax.plan import flops, hardware
 from alignvlm_jax.train import state
 from tests.conftest import random_batch, tiny_config
 
-# Large enough for what is no matrix product to be under a hundredth; unrolled, since XLA counts a loop's body once.
+# Large enough for what is no matrix product to be under a hundredth; unrolled, since XLA counts a
+# loop's body once.
 VISION = config_lib.VisionConfig(
-    tile_height=56, tile_width=56, patch_height=14, patch_width=14, width=256, mlp_width=1024, num_layers=2, num_heads=4
+    tile_height=56,
+    tile_width=56,
+    patch_height=14,
+    patch_width=14,
+    width=256,
+    mlp_width=1024,
+    num_layers=2,
+    num_heads=4,
 )
 LLM = config_lib.LLMConfig(
-    vocab_size=2048, width=256, mlp_width=1024, num_layers=3, num_heads=8, num_kv_heads=4, head_dim=32
+    vocab_size=2048,
+    width=256,
+    mlp_width=1024,
+    num_layers=3,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=32,
 )
 BASE = tiny_config(
-    model=config_lib.ModelConfig(vision=VISION, llm=LLM, image_token_id=4, vocab_form="plain", scan_unroll=3),
+    model=config_lib.ModelConfig(
+        vision=VISION, llm=LLM, image_token_id=4, vocab_form="plain", scan_unroll=3
+    ),
     data=config_lib.DataConfig(row_length=128, max_tiles=2),
     mesh=config_lib.MeshConfig(),
     train=config_lib.TrainConfig(batch_size=4, patch_token_weight=0.0),
@@ -37,7 +53,9 @@ SMALL = {
 
 
 def with_connector(name: str, **options) -> config_lib.Config:
-    model = dataclasses.replace(BASE.model, connector=config_lib.connector(name, **SMALL.get(name, {}) | options))
+    model = dataclasses.replace(
+        BASE.model, connector=config_lib.connector(name, **SMALL.get(name, {}) | options)
+    )
     return dataclasses.replace(BASE, model=model)
 
 
@@ -69,7 +87,11 @@ CASES = {
 
 def abstract_params(config: config_lib.Config) -> state.Params:
     model = vlm.VLM(config.model)
-    return sharding.unbox(jax.eval_shape(lambda: vlm.init_params(model, jax.random.key(0), vlm.abstract_batch(config))))
+    return sharding.unbox(
+        jax.eval_shape(
+            lambda: vlm.init_params(model, jax.random.key(0), vlm.abstract_batch(config))
+        )
+    )
 
 
 def counted(config: config_lib.Config, params: state.Params) -> float:
@@ -79,7 +101,9 @@ def counted(config: config_lib.Config, params: state.Params) -> float:
 
     def loss(trainable, frozen, batch):
         merged = state.merge(trainable, frozen)
-        losses = model.apply({"params": merged}, batch, visual_input=config.train.visual_input, method=vlm.VLM.losses)
+        losses = model.apply(
+            {"params": merged}, batch, visual_input=config.train.visual_input, method=vlm.VLM.losses
+        )
         return losses.tokens.nll.sum()
 
     batch = random_batch(config)
@@ -104,17 +128,22 @@ def test_a_connector_alone_is_within_three_percent(name):
     model = dataclasses.replace(BASE.model, connector=connector, vision=vision)
     module = connectors.get(name)(model, jnp.dtype("float32"))
     patches = 8 * vision.num_patches
-    features, table = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((patches, 1024), (2048, 256)))
+    features, table = (
+        jax.ShapeDtypeStruct(shape, "float32") for shape in ((patches, 1024), (2048, 256))
+    )
     variables = sharding.unbox(
         jax.eval_shape(lambda *args: module.init(jax.random.key(0), *args, None), features, table)
     )
-    compiled = jax.jit(lambda *args: module.apply(*args, None)).lower(variables, features, table).compile()
+    compiled = (
+        jax.jit(lambda *args: module.apply(*args, None)).lower(variables, features, table).compile()
+    )
     total = flops.connector_flops(model, num_tiles=8)
     assert total == pytest.approx(compiled.cost_analysis()["flops"], rel=0.03)
 
 
 def test_parts_of_a_known_model():
-    """Forward and backward of Llama 3.2 1B's head over 4 x 128 tokens, by hand: three products of 2 m n k."""
+    """Forward and backward of Llama 3.2 1B's head over 4 x 128 tokens, by hand: three products of 2
+    m n k."""
     parts = flops.step_flops(BASE, abstract_params(BASE))
     assert set(parts) == set(flops.COMPONENTS)
     assert parts["loss"] == 3 * 2 * (4 * 128) * 256 * 2048
@@ -136,7 +165,9 @@ FORMS = ({"remat": "full"}, {"remat": "dots"}, {"vocab_form": "blockwise"}, {"sc
 def test_how_it_is_computed_changes_no_count(case, changes):
     """Neither what is computed again in the backward pass, nor blocks that padding fills up."""
     config = CASES[case]
-    changed = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_block_mib=0.1, **changes))
+    changed = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, vocab_block_mib=0.1, **changes)
+    )
     params = abstract_params(config)
     assert flops.step_flops(changed, params) == flops.step_flops(config, params)
 
@@ -171,7 +202,11 @@ def test_what_is_counted_of_a_function(fn, products):
 def test_shards_are_counted_all(mesh):
     def fn(x):
         return jax.shard_map(
-            lambda x: x @ x.T, in_specs=jax.P("data"), out_specs=jax.P("data"), axis_names={"data"}, check_vma=False
+            lambda x: x @ x.T,
+            in_specs=jax.P("data"),
+            out_specs=jax.P("data"),
+            axis_names={"data"},
+            check_vma=False,
         )(x)
 
     assert flops.matmul_flops(fn, shape(4, 4))["connector"] == 2 * (2 * 2 * 2 * 4)

@@ -13,7 +13,8 @@ def test_parse_topology():
 
 
 def test_slices_are_counted_together():
-    one, two = hardware.parse_topology("v5p:2x2x4"), hardware.parse_topology("v5p:2x2x4", num_slices=2)
+    one = hardware.parse_topology("v5p:2x2x4")
+    two = hardware.parse_topology("v5p:2x2x4", num_slices=2)
     assert (two.num_chips, two.num_hosts, two.name) == (32, 8, "2 x v5p:2x2x4")
     assert two.peak_flops == 2 * one.peak_flops == 32 * 459e12
 
@@ -40,14 +41,19 @@ def test_unknown_topology(name, message):
 
 def test_without_libtpu(monkeypatch):
     monkeypatch.setattr(hardware, "has_tpu_compiler", lambda: False)
-    with pytest.raises(UserError, match=r"needs libtpu: pip install --requirement requirements-tpu.txt"):
+    with pytest.raises(
+        UserError, match=r"needs libtpu: pip install --requirement requirements-tpu.txt"
+    ):
         hardware.compile_only_devices(hardware.parse_topology("v5e:2x2"))
 
 
-@pytest.mark.skipif(not hardware.has_tpu_compiler(), reason="libtpu is not installed (requirements-tpu.txt)")
+@pytest.mark.skipif(
+    not hardware.has_tpu_compiler(), reason="libtpu is not installed (requirements-tpu.txt)"
+)
 @pytest.mark.parametrize("kind", ["v5e", "v5p", "v6e", "tpu7x"])
 def test_devices_are_chips_of_their_kind(kind):
-    """What libtpu calls them is in our table, with its devices a chip, for the smallest slice and the largest."""
+    """What libtpu calls them is in our table, with its devices a chip, for the smallest slice and
+    the largest."""
     for shape in (hardware.CHIPS[kind].shapes[0], hardware.CHIPS[kind].shapes[-1]):
         topology = hardware.parse_topology(f"{kind}:{shape}")
         devices = hardware.compile_only_devices(topology)
@@ -56,7 +62,9 @@ def test_devices_are_chips_of_their_kind(kind):
         assert topology.num_hosts == len({device.process_index for device in devices})
 
 
-@pytest.mark.skipif(not hardware.has_tpu_compiler(), reason="libtpu is not installed (requirements-tpu.txt)")
+@pytest.mark.skipif(
+    not hardware.has_tpu_compiler(), reason="libtpu is not installed (requirements-tpu.txt)"
+)
 def test_devices_of_slices():
     devices = hardware.compile_only_devices(hardware.parse_topology("v5e:2x2", num_slices=2))
     assert [device.slice_index for device in devices] == [0] * 4 + [1] * 4

@@ -34,7 +34,11 @@ def compiler(monkeypatch):
     def set_up(a_row: Callable[[str], float]) -> list[Plan]:
         def make(config: config_lib.Config, topology: Topology, devices: object) -> Plan:
             mesh = dataclasses.asdict(config.mesh)
-            rows = config.train.batch_size // config.train.accumulation // (mesh["data"] * mesh["fsdp"])
+            rows = (
+                config.train.batch_size
+                // config.train.accumulation
+                // (mesh["data"] * mesh["fsdp"])
+            )
             peak = HELD + rows * a_row(config.model.remat)
             made.append(
                 Plan(
@@ -67,8 +71,14 @@ def test_less_is_computed_twice_with_fewer_rows_at_a_time(compiler):
     """8 rows a chip: "full" takes 4 at a time, "dots" 2, "none" not one."""
     made = compiler({"full": 3.0, "dots": 6.0, "none": 20.0}.__getitem__)
     plan = best()
-    assert (plan.config.model.remat, plan.config.train.accumulation * plan.config.mesh.fsdp) == ("dots", 16)
-    assert any(other.fits and other.config.train.accumulation * other.config.mesh.fsdp == 8 for other in made)
+    assert (plan.config.model.remat, plan.config.train.accumulation * plan.config.mesh.fsdp) == (
+        "dots",
+        16,
+    )
+    assert any(
+        other.fits and other.config.train.accumulation * other.config.mesh.fsdp == 8
+        for other in made
+    )
 
 
 def test_where_nothing_fits_the_nearest_miss_is_shown(compiler):
@@ -97,15 +107,21 @@ def test_no_slice_holds_the_parameters(compiler, monkeypatch):
 
 
 def test_meshes_tried_are_the_most_sharded_and_a_narrow_one(compiler):
-    """A batch of 256 rows on 512 chips: no mesh without tensor; widths of 4,096 and 1,152 take 128."""
-    found = [dataclasses.astuple(mesh) for mesh in search._meshes(PAPER, hardware.parse_topology("v5p:8x8x8"))]
+    """A batch of 256 rows on 512 chips: no mesh without tensor; widths of 4,096 and 1,152 take
+    128."""
+    found = [
+        dataclasses.astuple(mesh)
+        for mesh in search._meshes(PAPER, hardware.parse_topology("v5p:8x8x8"))
+    ]
     assert found == [(2, 128, 2), (16, 16, 2), (1, 128, 4), (8, 16, 4), (1, 64, 8), (4, 16, 8)]
 
 
 def test_data_lies_across_slices(compiler):
     made = compiler(lambda remat: 0.1)
     search.best(PAPER, hardware.parse_topology("v5e:4x4", num_slices=2), (), lambda line: None)
-    assert {plan.mesh["data"] % 2 for plan in made} == {0} and len({plan.mesh["fsdp"] for plan in made}) > 1
+    assert {plan.mesh["data"] % 2 for plan in made} == {0} and len(
+        {plan.mesh["fsdp"] for plan in made}
+    ) > 1
 
 
 def test_what_is_sent_between_slices_costs_more(compiler):

@@ -1,4 +1,5 @@
-"""What the pods of the tests train on and with: two small packed sources, a tiny model, questions and texts."""
+"""What the pods of the tests train on and with: two small packed sources, a tiny model, questions
+and texts."""
 
 from pathlib import Path
 
@@ -55,7 +56,9 @@ def write(folder: Path) -> Path:
     for name, source, counts in (("", "form", (150, 23)), ("b", "table", (90, 11))):
         directory = folder / name
         directory.mkdir(parents=True, exist_ok=True)
-        tokenizer = Tokenizer.train(directory / "tokenizer.model", [EVAL_QUESTION, "Who? Ann a b", "0123456789"])
+        tokenizer = Tokenizer.train(
+            directory / "tokenizer.model", [EVAL_QUESTION, "Who? Ann a b", "0123456789"]
+        )
         fingerprint = index.tokenizer_fingerprint(directory)
         for split, count in zip(("train", "validation"), counts, strict=True):
             records = [random_record(rng, f"{source}-{split}-{i}", source) for i in range(count)]
@@ -76,13 +79,18 @@ def write_config(path: Path, folder: str) -> Path:
 
 
 def write_start(config: Path, workdir: Path) -> None:
-    """A checkpoint to start from, of a model that answers otherwise about every page: a swap of two would show."""
+    """A checkpoint to start from, of a model that answers otherwise about every page: a swap of two
+    would show."""
     [stage], _ = config_flag.parse([f"--config={config}"])
     params = random_params(vlm.VLM(stage.model), vlm.abstract_batch(stage))
     metadata = checkpoint.describe((stage,), stage, train_seconds=0.0, answer_loss=None)
     with checkpoint.Checkpoints(workdir / checkpoint.FOLDER) as checkpoints:
         checkpoints.save(
-            1, TrainState(np.int32(1), params, ()), position={"next_row": 0}, metadata=metadata, metrics=None
+            1,
+            TrainState(np.int32(1), params, ()),
+            position={"next_row": 0},
+            metadata=metadata,
+            metrics=None,
         )
 
 
@@ -93,4 +101,7 @@ def train(config: Path, workdir: str | Path, mesh: tuple[int, int, int], *flags:
 
 def mesh_flags(mesh: tuple[int, int, int]) -> list[str]:
     """Returns the flags that ask for a mesh (data, fsdp, tensor)."""
-    return [f"--config.mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)]
+    return [
+        f"--config.mesh.{axis}={size}"
+        for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)
+    ]

@@ -26,21 +26,47 @@ def make_run(seed: int, anls: float, curve=(), connector: str = "align", **summa
         for sigma, factor in ((0.0, 1.0), (1.0, 0.5))
     ]
     words = {"perplexity": {"p50": 3.0 + seed}}
-    words["pruning"] = [{"words": name, "num_words": 9 - i, "anls": anls} for i, name in enumerate(("all", "mean"))]
+    words["pruning"] = [
+        {"words": name, "num_words": 9 - i, "anls": anls} for i, name in enumerate(("all", "mean"))
+    ]
     analyses = {"noise": {"centred_between_distance": 0.5, "points": points}}
-    fields = {"anls": anls, "exact_match": anls / 2, "anls_blind": 0.01, "train_seconds": 60.0 + seed}
+    fields = {
+        "anls": anls,
+        "exact_match": anls / 2,
+        "anls_blind": 0.01,
+        "train_seconds": 60.0 + seed,
+    }
     fields |= {"anls_unseen_fonts": anls / 4} | summary
-    return Run(None, seed, config, lines, fields, analyses | ({"vocabulary": words} if connector == "align" else {}))
+    return Run(
+        None,
+        seed,
+        config,
+        lines,
+        fields,
+        analyses | ({"vocabulary": words} if connector == "align" else {}),
+    )
 
 
-ALIGN = Row("align", tuple(make_run(seed, anls, (0.1, 0.5, 0.6)) for seed, anls in enumerate((0.6, 0.5, 0.7))))
-MLP = Row("mlp", tuple(make_run(seed, anls, (0.1, 0.3, anls), "mlp") for seed, anls in enumerate((0.4, 0.5, 0.3))))
+ALIGN = Row(
+    "align",
+    tuple(make_run(seed, anls, (0.1, 0.5, 0.6)) for seed, anls in enumerate((0.6, 0.5, 0.7))),
+)
+MLP = Row(
+    "mlp",
+    tuple(
+        make_run(seed, anls, (0.1, 0.3, anls), "mlp") for seed, anls in enumerate((0.4, 0.5, 0.3))
+    ),
+)
 TABLES = {"connectors": [ALIGN, MLP]}
 
 
 def cells(text: str, name: str) -> list[list[str]]:
     """The lines of this name."""
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.split("\n") if line.startswith("|")]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in text.split("\n")
+        if line.startswith("|")
+    ]
     return [row[1:] for row in rows if row[0] == name]
 
 
@@ -66,9 +92,13 @@ def test_steps_are_counted_to_the_first_score_that_is_enough():
 
 
 def test_a_baseline_joins_the_tables_that_are_asked_the_same():
-    other = dataclasses.replace(MLP.runs[0].config, eval=config_lib.EvalConfig(splits=("elsewhere",)))
+    other = dataclasses.replace(
+        MLP.runs[0].config, eval=config_lib.EvalConfig(splits=("elsewhere",))
+    )
     elsewhere = Row("x", (dataclasses.replace(MLP.runs[0], config=other),))
-    tables = compare.with_baseline(TABLES | {"parts": [MLP], "elsewhere": [elsewhere]}, "connectors/align")
+    tables = compare.with_baseline(
+        TABLES | {"parts": [MLP], "elsewhere": [elsewhere]}, "connectors/align"
+    )
     assert tables == TABLES | {"parts": [ALIGN, MLP], "elsewhere": [elsewhere]}
 
 
@@ -77,7 +107,9 @@ def test_tables_stand_in_the_place_that_is_marked(tmp_path):
     document.write_text(f"before\n{compare_tables.BEGIN}\nold\n{compare_tables.END}\nafter\n")
     for text in ("new", "newer"):
         compare_tables.put(document, text)
-    assert document.read_text() == (f"before\n{compare_tables.BEGIN}\n\nnewer\n\n{compare_tables.END}\nafter\n")
+    assert document.read_text() == (
+        f"before\n{compare_tables.BEGIN}\n\nnewer\n\n{compare_tables.END}\nafter\n"
+    )
     document.write_text("no place")
     with pytest.raises(UserError, match=r"needs a line <!-- make compare -->"):
         compare_tables.put(document, "text")
@@ -129,7 +161,10 @@ def test_runs_are_measured_once(compared, monkeypatch):
     assert not compare.is_measured(runs[0])
     [row] = compare.read(runs[:1])["connectors"]
     [found] = row.analysis("noise")
-    assert [round(point["relative_sigma"], 2) for point in found["points"]] == [0.0, *compare.RELATIVE_SIGMAS]
+    assert [round(point["relative_sigma"], 2) for point in found["points"]] == [
+        0.0,
+        *compare.RELATIVE_SIGMAS,
+    ]
     assert len(row.values("anls")) == 1 and row.analysis("vocabulary")
     # What other commands leave is not taken for a measurement.
     (runs[0] / "summary.json").write_text('{"anls": 9.0}')
@@ -147,13 +182,17 @@ def test_questions_are_asked_anew_of_other_documents(compared, monkeypatch):
 def test_runs_of_a_table_are_asked_the_same(compared):
     path = compared / "connectors" / "align_seed1" / "config.json"
     path.write_text(path.read_text().replace('"num_questions": ', '"num_questions": 1'))
-    with pytest.raises(UserError, match=r"align_seed1 is asked 1\d+ questions of .*align_seed0 \d+ questions of"):
+    with pytest.raises(
+        UserError, match=r"align_seed1 is asked 1\d+ questions of .*align_seed0 \d+ questions of"
+    ):
         compare.find(compared)
 
 
 def test_a_run_that_is_not_finished_is_named(compared):
     (compared / "connectors" / "align_seed1" / "checkpoints" / "7").rename(compared / "elsewhere")
-    with pytest.raises(UserError, match="align_seed1 is not finished: it has no checkpoint of step 7"):
+    with pytest.raises(
+        UserError, match="align_seed1 is not finished: it has no checkpoint of step 7"
+    ):
         compare.find(compared)
     with pytest.raises(UserError, match="has no runs named TABLE/ROW_seedN"):
         compare.find(compared / "connectors")

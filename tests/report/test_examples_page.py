@@ -16,21 +16,29 @@ from alignvlm_jax.ingest import statistics
 from alignvlm_jax.report import examples_page
 from tests import prepared as data_fixtures
 
-all_tables, tokenizer = data_fixtures.all_tables, data_fixtures.tokenizer
-data_dir, demo_config = data_fixtures.data_dir, data_fixtures.demo_config
+all_tables = data_fixtures.all_tables
+tokenizer = data_fixtures.tokenizer
+data_dir = data_fixtures.data_dir
+demo_config = data_fixtures.demo_config
 
 
 @pytest.fixture
 def config(demo_config):
     data = dataclasses.replace(
-        demo_config.data, packing="plan", row_length=512, max_tiles=6, record_tiles=2, tasks={"answer": 1.0}
+        demo_config.data,
+        packing="plan",
+        row_length=512,
+        max_tiles=6,
+        record_tiles=2,
+        tasks={"answer": 1.0},
     )
     return dataclasses.replace(demo_config, data=data)
 
 
 def test_view_agrees_with_the_row(config):
     all_rows = TrainRows(config, "train")
-    row, parts = all_rows[0], all_rows.parts(0)
+    row = all_rows[0]
+    parts = all_rows.parts(0)
     view = examples_page.view(0, parts, config, all_rows.tokenizer)
     assert len(view.segments) == row["segment_ids"].max() > 1
     assert view.fill == (row["segment_ids"] > 0).mean()
@@ -66,6 +74,14 @@ def test_page_is_one_file_with_all_rows(config, tmp_path):
     assert "rows 87.6 % full" in page
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     shown = html.unescape(page)
-    taught = [span.text for view in views for one in view.segments for span in one.spans if span.kind == "taught"]
-    assert len(taught) > 10 and all(f'<span class="taught">{text}</span>' in shown for text in taught)
+    taught = [
+        span.text
+        for view in views
+        for one in view.segments
+        for span in one.spans
+        if span.kind == "taught"
+    ]
+    assert len(taught) > 10 and all(
+        f'<span class="taught">{text}</span>' in shown for text in taught
+    )
     assert [p.name for p in tmp_path.iterdir()] == [examples_page.FILE]

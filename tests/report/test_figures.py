@@ -12,15 +12,30 @@ def lines(patch_loss: bool = True) -> list[dict]:
     found = []
     for step in range(10, 310, 10):
         stage = "read" if step <= 200 else "answer"
-        found.append({"step": step, "stage": stage, "answer_loss": 3.0 / step, "token_accuracy": step / 310})
+        found.append(
+            {"step": step, "stage": stage, "answer_loss": 3.0 / step, "token_accuracy": step / 310}
+        )
         found[-1] |= {"patch_loss": 2.0 / step} if patch_loss else {}
-    found.append({"step": 200, "stage": "read", "validation/answer_loss": 0.1, "validation/token_accuracy": 0.4})
+    found.append(
+        {
+            "step": 200,
+            "stage": "read",
+            "validation/answer_loss": 0.1,
+            "validation/token_accuracy": 0.4,
+        }
+    )
     found.append({"step": 300, "stage": "answer", "generated/anls": 0.3})
     return found
 
 
 def test_points_leave_out_what_cannot_be_drawn():
-    found = [{"step": 1, "x": 2.0}, {"step": 2}, {"step": 3, "x": None}, {"step": 4, "x": 0.0}, {"step": 5, "x": 1e999}]
+    found = [
+        {"step": 1, "x": 2.0},
+        {"step": 2},
+        {"step": 3, "x": None},
+        {"step": 4, "x": 0.0},
+        {"step": 5, "x": 1e999},
+    ]
     np.testing.assert_array_equal(figures.points(found, "x", log=False), [[1, 2], [4, 0]])
     np.testing.assert_array_equal(figures.points(found, "x", log=True), [[1, 2]])
     assert figures.points([], "x", log=True).shape == (0, 2)
@@ -43,14 +58,17 @@ def test_smoothing_follows_straight_lines_and_flattens_noise():
 
 def test_one_panel_for_each_metric_that_has_values():
     panels = figures.curves(lines())
-    assert [re.search('aria-label="([^"]*)"', svg)[1] for svg in panels] == [curve.title for curve in figures.CURVES]
+    assert [re.search('aria-label="([^"]*)"', svg)[1] for svg in panels] == [
+        curve.title for curve in figures.CURVES
+    ]
     assert len(figures.curves(lines(patch_loss=False))) == 3
     assert figures.curves([]) == []
 
 
 def test_svg_is_well_formed_and_bears_no_colour_of_text():
     curve = figures.CURVES[0]
-    plain, compared = figures._panel(curve, lines(), ()), figures._panel(curve, lines(), lines())
+    plain = figures._panel(curve, lines(), ())
+    compared = figures._panel(curve, lines(), lines())
     for svg in (plain, compared):
         root = xml.etree.ElementTree.fromstring(svg)
         assert "viewBox" in root.attrib

@@ -9,7 +9,13 @@ from alignvlm_jax.report import gallery
 def result(name: str, right: int, near: int, wrong: int) -> Predictions:
     scored = [(1.0, 1.0)] * right + [(0.75, 0.0)] * near + [(0.0, 0.0)] * wrong
     rows = [
-        {"id": f"{name}-{i}/0", "score": score, "exact": exact, "prediction": "4x21", "answers": ["9", "4521"]}
+        {
+            "id": f"{name}-{i}/0",
+            "score": score,
+            "exact": exact,
+            "prediction": "4x21",
+            "answers": ["9", "4521"],
+        }
         for i, (score, exact) in enumerate(scored)
     ]
     return Predictions({}, rows)
@@ -30,7 +36,11 @@ def test_quota_is_kept_and_splits_take_turns():
 def test_rare_verdicts_leave_their_room_to_others():
     assert counts(gallery.choose({"a": result("a", 90, 1, 0)})) == {"right": 11, "near": 1}
     assert counts(gallery.choose({"a": result("a", 0, 2, 90)})) == {"near": 2, "wrong": 10}
-    assert counts(gallery.choose({"a": result("a", 2, 1, 1)})) == {"right": 2, "near": 1, "wrong": 1}
+    assert counts(gallery.choose({"a": result("a", 2, 1, 1)})) == {
+        "right": 2,
+        "near": 1,
+        "wrong": 1,
+    }
     assert gallery.choose({}) == []
 
 

@@ -28,11 +28,24 @@ def workdir(trained_workdir, tmp_path):
 
 def add_metrics(workdir) -> None:
     lines = [
-        {"step": step, "stage": "train", "answer_loss": 1 / step, "patch_loss": 2 / step, "token_accuracy": 0.5}
+        {
+            "step": step,
+            "stage": "train",
+            "answer_loss": 1 / step,
+            "patch_loss": 2 / step,
+            "token_accuracy": 0.5,
+        }
         | {"steps_per_second": 4.0, "data_wait_fraction": 0.0123, "train_seconds": 0.5 * step}
         for step in (1, 2, 3)
     ]
-    lines.append({"step": 3, "stage": "train", "validation/answer_loss": 0.4321, "validation/token_accuracy": 0.8765})
+    lines.append(
+        {
+            "step": 3,
+            "stage": "train",
+            "validation/answer_loss": 0.4321,
+            "validation/token_accuracy": 0.8765,
+        }
+    )
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (workdir / "metrics.jsonl").write_text(text + '{"step": 4, "stage"')
 
@@ -44,14 +57,26 @@ def add_predictions(workdir, trained_workdir, prediction: str) -> None:
         records = RecordSource(config.data.dir, split)
         for blind in (False, True):
             writer = predictions.Writer(
-                predictions.path_of(workdir, split, blind), {"split": split, "blind": blind, "step": 7}
+                predictions.path_of(workdir, split, blind),
+                {"split": split, "blind": blind, "step": 7},
             )
             for i, question in enumerate(choose_questions(records, 6)):
                 answers = question.turn.answers
                 text = prediction if blind or i % 2 else answers[0]
-                fields = {"score": scores.anls(text, answers), "exact": scores.exact_match(text, answers)}
-                fields |= {"id": question.id, "record": question.record, "kind": records[question.record].source}
-                fields |= {"question": question.turn.question, "answers": answers, "prediction": text}
+                fields = {
+                    "score": scores.anls(text, answers),
+                    "exact": scores.exact_match(text, answers),
+                }
+                fields |= {
+                    "id": question.id,
+                    "record": question.record,
+                    "kind": records[question.record].source,
+                }
+                fields |= {
+                    "question": question.turn.question,
+                    "answers": answers,
+                    "prediction": text,
+                }
                 writer.append([fields])
             writer.publish()
 
@@ -68,7 +93,9 @@ def test_a_workdir_that_has_only_its_config_gets_sentences(workdir):
     assert "There are no predictions in this workdir yet" in text
     assert "No step has been logged yet" in text
     assert "no checkpoint at" in text
-    assert [path.name for path in workdir.iterdir() if path.name != "config.json"] == ["report.html"]
+    assert [path.name for path in workdir.iterdir() if path.name != "config.json"] == [
+        "report.html"
+    ]
 
 
 def test_what_is_no_workdir_is_refused(tmp_path):
@@ -76,7 +103,9 @@ def test_what_is_no_workdir_is_refused(tmp_path):
         run.build(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "summary.json", "analysis/noise.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "metrics.jsonl", "summary.json", "analysis/noise.json"]
+)
 def test_a_damaged_file_is_named(workdir, name):
     (workdir / "analysis").mkdir()
     (workdir / name).write_text('{"step": 1,\n')
@@ -91,13 +120,21 @@ def test_a_whole_report(workdir, trained_workdir):
     add_predictions(workdir, trained_workdir, "<script>alert(1)</script>")
     page = run.build(workdir).read_text()
     text = text_of(page)
-    # The numbers of the files: half of six right, nothing guessed, the last validation, the waiting, the time.
+    # The numbers of the files: half of six right, nothing guessed, the last validation, the
+    # waiting, the time.
     assert "50 of 100 answers exact" in text
     assert re.search(r"seen fonts 6 0\.500 ± 0\.400 0\.500 ± 0\.400 0\.000", text)
     assert "checkpoint at step 7" in text
-    assert re.search(r"train 4 pages transcribe 0\.5, answer 0\.5 all 1 0\.002 2 s 4\.0 1\.2 % 0\.432 0\.876", text)
+    assert re.search(
+        r"train 4 pages transcribe 0\.5, answer 0\.5 all 1 0\.002 2 s 4\.0 1\.2 % 0\.432 0\.876",
+        text,
+    )
     # Six questions of each split: all twelve, six of them right, with their pages; three lenses.
-    assert page.count('<figure class="page is-right"') == page.count('<figure class="page is-wrong"') == 6
+    assert (
+        page.count('<figure class="page is-right"')
+        == page.count('<figure class="page is-wrong"')
+        == 6
+    )
     assert page.count('alt="the page asked about"') == 12
     assert page.count('<figure class="lens') == 3
     assert page.count('alt="a patch"') >= 3
@@ -111,13 +148,28 @@ def test_a_whole_report(workdir, trained_workdir):
 def test_where_the_time_went_is_shown(workdir):
     add_metrics(workdir)
     assert "Where the time went" not in run.build(workdir).read_text()
-    seconds = {"steps": 70, "data_wait": 5, "save": 10, "restart": 600, "evaluation": 12, "compile": 2, "other": 1}
-    line = {f"goodput/{name}": value / 700 for name, value in seconds.items()} | {"goodput/seconds": 700.0}
+    seconds = {
+        "steps": 70,
+        "data_wait": 5,
+        "save": 10,
+        "restart": 600,
+        "evaluation": 12,
+        "compile": 2,
+        "other": 1,
+    }
+    line = {f"goodput/{name}": value / 700 for name, value in seconds.items()} | {
+        "goodput/seconds": 700.0
+    }
     text = (workdir / "metrics.jsonl").read_text().rpartition("\n")[0]
-    (workdir / "metrics.jsonl").write_text(f"{text}\n{json.dumps({'step': 4, 'stage': 'train'} | line)}\n")
+    (workdir / "metrics.jsonl").write_text(
+        f"{text}\n{json.dumps({'step': 4, 'stage': 'train'} | line)}\n"
+    )
     page = run.build(workdir).read_text()
     assert "Of 11 min 40 s of wall time" in text_of(page) and "10.0 % were steps" in text_of(page)
-    assert re.search(r"Steps 10\.0 % 1 min 10 s .* Data wait 0\.7 % 5 s .* Restarts 85\.7 % 10 min 00 s", text_of(page))
+    assert re.search(
+        r"Steps 10\.0 % 1 min 10 s .* Data wait 0\.7 % 5 s .* Restarts 85\.7 % 10 min 00 s",
+        text_of(page),
+    )
     widths = re.findall(r'<i style="width: ([\d.]+)%; --tone', page)
     assert len(widths) == 7 and sum(map(float, widths)) == pytest.approx(100, abs=0.01)
     assert {category for category, *_ in run.GOODPUT} == set(goodput.CATEGORIES)
@@ -147,7 +199,10 @@ def test_other_runs_stand_beside(workdir, trained_workdir, tmp_path):
     add_predictions(other, trained_workdir, "nothing")
     page = run.build(workdir, other).read_text()
     assert "config.train.patch_token_weight 1.0 0.0" in text_of(page)
-    mine, theirs = (predictions.read_all(folder)["seen_fonts", False].mean("score") for folder in (workdir, other))
+    mine, theirs = (
+        predictions.read_all(folder)["seen_fonts", False].mean("score")
+        for folder in (workdir, other)
+    )
     assert mine > theirs
     assert f"ANLS, seen fonts {mine:.3f} {theirs:.3f}" in text_of(page)
     assert run.figures.OTHER in page
@@ -163,6 +218,8 @@ def test_documents_that_changed_are_not_shown_under_old_answers(workdir, trained
     assert "the page asked about" not in page
 
 
-@pytest.mark.parametrize(("number", "text"), [(7, "7"), (1_040_000, "1.04 M"), (128_256, "128 K"), (8e9, "8 G")])
+@pytest.mark.parametrize(
+    ("number", "text"), [(7, "7"), (1_040_000, "1.04 M"), (128_256, "128 K"), (8e9, "8 G")]
+)
 def test_counts_are_short(number, text):
     assert pages.count(number) == text

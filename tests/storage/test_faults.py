@@ -29,7 +29,12 @@ SEEN = [
     (number(errno.EACCES), Kind.REFUSED),
     (number(errno.EMFILE), Kind.MACHINE),
     (number(errno.ENAMETOOLONG), Kind.REFUSED),
-    (OSError("google::cloud::Status(UNAVAILABLE: Retry policy exhausted in ReadObjectNotWrapped)"), Kind.PASSING),
+    (
+        OSError(
+            "google::cloud::Status(UNAVAILABLE: Retry policy exhausted in ReadObjectNotWrapped)"
+        ),
+        Kind.PASSING,
+    ),
     (number(errno.ENOENT), Kind.DAMAGE),
     (MemoryError(), Kind.MACHINE),
     (number(errno.ENXIO), Kind.REFUSED),
@@ -48,10 +53,24 @@ SEEN = [
     (ValueError('UNAVAILABLE: Error reading "x": [HTTP response code: 503]'), Kind.PASSING),
     (ValueError("DEADLINE_EXCEEDED: CURL error 28: Timeout was reached"), Kind.PASSING),
     (ValueError("PERMISSION_DENIED: HTTP response code: 403"), Kind.REFUSED),
-    (ValueError('NOT_FOUND: Error opening "zarr" driver: Metadata at "gs://b/x/.zarray" does not exist'), Kind.DAMAGE),
-    (ValueError("DATA_LOSS: Error reading manifest: CRC-32C checksum verification failed"), Kind.DAMAGE),
-    (ValueError('INTERNAL: Error reading "/x": [OS error 5: EIO Input/output error]'), Kind.PASSING),
-    (ValueError('NOT_FOUND: Error opening "/x": [OS error 2: ENOENT No such file or directory]'), Kind.DAMAGE),
+    (
+        ValueError(
+            'NOT_FOUND: Error opening "zarr" driver: Metadata at "gs://b/x/.zarray" does not exist'
+        ),
+        Kind.DAMAGE,
+    ),
+    (
+        ValueError("DATA_LOSS: Error reading manifest: CRC-32C checksum verification failed"),
+        Kind.DAMAGE,
+    ),
+    (
+        ValueError('INTERNAL: Error reading "/x": [OS error 5: EIO Input/output error]'),
+        Kind.PASSING,
+    ),
+    (
+        ValueError('NOT_FOUND: Error opening "/x": [OS error 2: ENOENT No such file or directory]'),
+        Kind.DAMAGE,
+    ),
     (ValueError("FAILED_PRECONDITION: Error parsing object property"), Kind.DAMAGE),
 ]
 
@@ -62,10 +81,14 @@ def test_kinds(err, kind):
 
 
 @pytest.mark.parametrize(
-    "name", ["/runs/a timed out x", "/runs/a HTTP 503 b", "gs://b/job UNAVAILABLE x", "/status code 403 x"]
+    "name",
+    ["/runs/a timed out x", "/runs/a HTTP 503 b", "gs://b/job UNAVAILABLE x", "/status code 403 x"],
 )
 def test_a_name_with_spaces_says_nothing_either(name):
-    for text in (f"bad magic in {name}/checkpoints/7", f"bad magic in file://{urllib.parse.quote(name)}/7"):
+    for text in (
+        f"bad magic in {name}/checkpoints/7",
+        f"bad magic in file://{urllib.parse.quote(name)}/7",
+    ):
         assert faults.kind_of(ValueError(text), name) is Kind.DAMAGE
     assert faults.kind_of(ValueError(f"{name}/7: HTTP response code: 503"), name) is Kind.PASSING
 
@@ -88,7 +111,13 @@ def test_what_is_raised_says_whether_the_command_may_be_started_again(err, raise
 
 @pytest.mark.parametrize(
     ("code", "kind"),
-    [(400, Kind.REFUSED), (403, Kind.REFUSED), (408, Kind.PASSING), (416, Kind.REFUSED), (503, Kind.PASSING)],
+    [
+        (400, Kind.REFUSED),
+        (403, Kind.REFUSED),
+        (408, Kind.PASSING),
+        (416, Kind.REFUSED),
+        (503, Kind.PASSING),
+    ],
 )
 def test_answers_of_the_bucket(code, kind):
     """With what they were raised from."""
@@ -102,7 +131,8 @@ def test_answers_of_the_bucket(code, kind):
 @pytest.mark.parametrize("join", ["from", "context", "group"])
 def test_what_came_first_is_the_reason(join):
     """Orbax wraps what it meets in errors of its own."""
-    first, outer = number(errno.EIO), ValueError("cannot restore")
+    first = number(errno.EIO)
+    outer = ValueError("cannot restore")
     if join == "group":
         outer = ExceptionGroup("several", [ValueError("x"), first])
     elif join == "from":
@@ -117,7 +147,12 @@ def test_what_came_first_is_the_reason(join):
     [
         (OSError(errno.ENOSPC, "No space left on device"), False),
         (ValueError("Error writing file [OS error 28: No space left on device]"), False),
-        (ValueError("UNKNOWN: Failed to write 3676515 bytes: File too large [os_error_code='27']"), False),
+        (
+            ValueError(
+                "UNKNOWN: Failed to write 3676515 bytes: File too large [os_error_code='27']"
+            ),
+            False,
+        ),
         (PermissionError(errno.EACCES, "Permission denied"), False),
         (MemoryError(), False),
         (UserError("the lease on gs://bucket/run was lost"), False),
@@ -127,8 +162,14 @@ def test_what_came_first_is_the_reason(join):
         (ValueError("HTTP response code: 503"), True),
         (ValueError("nobody knows"), True),
         # A lost process closes its connections, in the midst of another's save.
-        (jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"), True),
-        (jax.errors.JaxRuntimeError("UNAVAILABLE: Failed to send RPC to coordination service"), True),
+        (
+            jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"),
+            True,
+        ),
+        (
+            jax.errors.JaxRuntimeError("UNAVAILABLE: Failed to send RPC to coordination service"),
+            True,
+        ),
     ],
 )
 def test_a_save_that_may_go_well_the_next_time(err, expected):

@@ -61,7 +61,9 @@ def hold(folder, say=print):
 def test_it_is_held_by_one_and_free_afterwards(folder):
     for _ in range(2):
         with hold(folder):
-            with pytest.raises(UserError, match=rf"process {os.getpid()} on .* \(since .* UTC\) is training in"):
+            with pytest.raises(
+                UserError, match=rf"process {os.getpid()} on .* \(since .* UTC\) is training in"
+            ):
                 hold(folder).__enter__()
             (folder / "x").write_text("x")
 
@@ -69,7 +71,9 @@ def test_it_is_held_by_one_and_free_afterwards(folder):
 def test_another_process_is_named_and_refused(folder, holder):
     other = holder(folder)
     began = time.monotonic()
-    with pytest.raises(UserError, match=rf"process {other.pid} on .* is training in .*; wait for it$"):
+    with pytest.raises(
+        UserError, match=rf"process {other.pid} on .* is training in .*; wait for it$"
+    ):
         hold(folder).__enter__()
     assert time.monotonic() - began < 20
 
@@ -87,15 +91,21 @@ def test_after_a_kill_elsewhere_it_is_waited_for(bucket_folder, holder):
     other = holder(bucket_folder, "another")
     other.send_signal(signal.SIGKILL)
     other.wait()
-    said, began = [], time.monotonic()
+    said = []
+    began = time.monotonic()
     with hold(bucket_folder, said.append):
         assert 1 < time.monotonic() - began < lease.TTL_SECONDS + 15
         (bucket_folder / "x").write_text("x")
-    assert len(said) == 1 and f"process {other.pid} on" in said[0] and "waiting until its lease expires" in said[0]
+    assert (
+        len(said) == 1
+        and f"process {other.pid} on" in said[0]
+        and "waiting until its lease expires" in said[0]
+    )
 
 
 def test_the_clock_of_the_host_does_not_matter(bucket_folder, holder, monkeypatch):
-    """A holder that lives is not robbed by a host whose clock is a day ahead, nor waited for by one a day behind."""
+    """A holder that lives is not robbed by a host whose clock is a day ahead, nor waited for by one
+    a day behind."""
     holder(bucket_folder, "another")
     now = time.time
     for offset in (86_400, -86_400):
@@ -126,7 +136,10 @@ def test_who_lost_it_writes_nothing_more(bucket, bucket_folder):
     with hold(bucket_folder):
         storage.write_whole(bucket_folder / "x", "ours")
         name = bucket_lib.name_of(bucket_folder / ".lock").partition("/")[2]
-        bucket.put(name, json.dumps({"token": "theirs", "pid": 7, "host": "other", "since": "now"}).encode())
+        bucket.put(
+            name,
+            json.dumps({"token": "theirs", "pid": 7, "host": "other", "since": "now"}).encode(),
+        )
         deadline = time.monotonic() + 5
         while time.monotonic() < deadline:
             time.sleep(0.2)
@@ -141,7 +154,8 @@ def test_who_lost_it_writes_nothing_more(bucket, bucket_folder):
             lambda: storage.remove_tree(bucket_folder),
         ):
             with pytest.raises(
-                UserError, match=r"was lost: process 7 on other .* has taken it; nothing more is written"
+                UserError,
+                match=r"was lost: process 7 on other .* has taken it; nothing more is written",
             ):
                 write()
         assert (bucket_folder / "x").read_text() == "ours"
@@ -162,7 +176,9 @@ def test_what_cannot_be_renewed_stops_writing_before_it_expires(bucket, bucket_f
 
 
 def test_many_at_once_one_gets_it(bucket, bucket_folder):
-    got, refused, done = [], [], threading.Event()
+    got = []
+    refused = []
+    done = threading.Event()
 
     def contend(i: int) -> None:
         try:

@@ -42,14 +42,22 @@ def test_what_was_there_stays_if_writing_fails(tmp_path, monkeypatch):
 def test_an_object_stays_if_writing_fails(bucket, bucket_folder):
     path = bucket_folder / "name.json"
     storage.write_whole(path, "old")
-    with bucket.faulty(status=403, names="name.json"), pytest.raises(PermissionError, match="no permission"):
+    with (
+        bucket.faulty(status=403, names="name.json"),
+        pytest.raises(PermissionError, match="no permission"),
+    ):
         storage.write_whole(path, "new")
     assert path.read_text() == "old"
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("runs/x", Path("runs/x")), (Path("/a/b"), Path("/a/b")), ("gs://b/x/", "gs://b/x"), ("gs://b//x", "gs://b/x")],
+    [
+        ("runs/x", Path("runs/x")),
+        (Path("/a/b"), Path("/a/b")),
+        ("gs://b/x/", "gs://b/x"),
+        ("gs://b//x", "gs://b/x"),
+    ],
 )
 def test_paths_of_both_kinds(text, expected):
     path = storage.path(text)
@@ -78,9 +86,15 @@ def test_folders_are_listed_moved_copied_and_removed(folder):
         storage.write_whole(folder / name, name)
     assert sorted(path.name for path in (folder / "a").glob("*.json")) == ["1.json"]
     assert sorted(path.name for path in (folder / "a").iterdir()) == ["1.json", "3.txt", "b"]
-    assert (folder / "a").is_dir() and not (folder / "a" / "1.json").is_dir() and not (folder / "c").exists()
+    assert (
+        (folder / "a").is_dir()
+        and not (folder / "a" / "1.json").is_dir()
+        and not (folder / "c").exists()
+    )
     storage.move(folder / "a" / "1.json", folder / "a" / "3.txt")
-    assert (folder / "a" / "3.txt").read_text() == "a/1.json" and not (folder / "a" / "1.json").exists()
+    assert (folder / "a" / "3.txt").read_text() == "a/1.json" and not (
+        folder / "a" / "1.json"
+    ).exists()
     storage.copy_file(folder / "a" / "3.txt", folder / "a" / "4.txt")
     assert (folder / "a" / "4.txt").read_text() == "a/1.json"
     storage.remove_tree(folder / "a")
@@ -195,7 +209,9 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("request_name", REQUESTS)
-def test_what_cannot_be_done_is_told_in_a_line_and_soon(bucket, bucket_folder, monkeypatch, request_name, fault):
+def test_what_cannot_be_done_is_told_in_a_line_and_soon(
+    bucket, bucket_folder, monkeypatch, request_name, fault
+):
     """Also whether something exists: no answer is none, and not "no"."""
     changes, kind, message = FAULTS[fault]
     storage.write_whole(bucket_folder / "x", "x")
@@ -226,7 +242,10 @@ def test_a_bucket_that_is_not_there_is_named(bucket):
 
 def test_paths_cost_nothing_where_there_is_no_bucket():
     program = "import sys; from alignvlm_jax import storage; storage.path('x')\n"
-    program += "assert not {'gcsfs', 'fsspec', 'etils', 'aiohttp', 'jax'} & sys.modules.keys(), sorted(sys.modules)"
+    program += (
+        "assert not {'gcsfs', 'fsspec', 'etils', 'aiohttp', 'jax'} & sys.modules.keys(), "
+        "sorted(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 

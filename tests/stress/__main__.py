@@ -1,6 +1,8 @@
-"""Runs that are killed, stopped, starved and lied to, until each is done; exit status 1 if one went wrong.
+"""Runs that are killed, stopped, starved and lied to, until each is done; exit status 1 if one went
+wrong.
 
-python -m tests.stress --out=runs/stress [--only=kill/2/bucket] [--trials=3] [--jobs=2]         (make stress; an hour)
+python -m tests.stress --out=runs/stress [--only=kill/2/bucket] [--trials=3] [--jobs=2]
+(make stress; an hour)
 
 Finished trials stand in OUT/trials.jsonl and are not run again.
 """
@@ -28,7 +30,8 @@ from tests.stress.workdirs import Wrong
 
 
 class Case(NamedTuple):
-    """A kind of trial: `trial(setting, number, rng, scratch)` returns what to note, or raises Wrong or Hang."""
+    """A kind of trial: `trial(setting, number, rng, scratch)` returns what to note, or raises Wrong
+    or Hang."""
 
     trials: int
     sentence: str
@@ -41,14 +44,23 @@ def cases() -> dict[str, Case]:
     for count in (1, 2):
         for place in ("local", "bucket"):
             act = functools.partial(kills.kill, num_processes=count, of_bucket=place == "bucket")
-            found[f"kill/{count}/{place}"] = Case(11, "SIGKILL at random moments of all phases", act)
+            found[f"kill/{count}/{place}"] = Case(
+                11, "SIGKILL at random moments of all phases", act
+            )
     for name in ("SIGTERM", "SIGINT"):
         for count in (1, 2):
-            act = functools.partial(kills.stop, num_processes=count, of_bucket=count == 2, name=name)
-            sentence = f"{name} at random moments of all phases{', half to one process alone' * (count == 2)}"
+            act = functools.partial(
+                kills.stop, num_processes=count, of_bucket=count == 2, name=name
+            )
+            sentence = (
+                f"{name} at random moments of all "
+                f"phases{', half to one process alone' * (count == 2)}"
+            )
             found[f"{name}/{count}"] = Case(3 if count == 1 else 2, sentence, act)
     found["meshes"] = Case(
-        5, "a run in three places of 1, 2 and 4 processes, meshes and orders of devices", meshes.chain
+        5,
+        "a run in three places of 1, 2 and 4 processes, meshes and orders of devices",
+        meshes.chain,
     )
     found["full disk"] = Case(10, "the disk is full at a random moment", disk.full)
     for place in ("local", "bucket"):
@@ -56,7 +68,9 @@ def cases() -> dict[str, Case]:
         found[f"two runs/{place}"] = Case(3, "a second run in the workdir of a first", act)
     found["flipped bit"] = Case(bits.NUM_FILES, "a bit of each file of a checkpoint", bits.flip)
     found["faults"] = Case(len(faults.FAULTS), "bad input as whole commands", faults.meet)
-    found["memory"] = Case(1, f"memory, threads and files of {memory.NUM_STEPS:,} steps", memory.flat)
+    found["memory"] = Case(
+        1, f"memory, threads and files of {memory.NUM_STEPS:,} steps", memory.flat
+    )
     return found
 
 
@@ -64,20 +78,30 @@ class Stress:
     """All trials that are wanted, those that are finished, and how fast they go."""
 
     def __init__(self, out: Path, wanted: dict[str, int]):
-        self.out, self.wanted, self.cases = out, wanted, cases()
+        self.out = out
+        self.wanted = wanted
+        self.cases = cases()
         self.setting = Setting(out)
         self._file = out / "trials.jsonl"
         self._lock = threading.Lock()
         self.trials = report.read(self._file)
-        self._began, self._before = time.monotonic(), len(self._finished())
+        self._began = time.monotonic()
+        self._before = len(self._finished())
         self._at_work: dict[str, float] = {}
 
     def run(self, jobs: int) -> bool:
         """Runs what is missing, so many at once; returns whether all was right."""
         finished = self._finished()
-        missing = [(case, i) for case, n in self.wanted.items() for i in range(n) if (case, i) not in finished]
+        missing = [
+            (case, i)
+            for case, n in self.wanted.items()
+            for i in range(n)
+            if (case, i) not in finished
+        ]
         # Long ones first, and cases in turn: what is stopped early has seen something of each.
-        missing.sort(key=lambda one: (one[1] / max(1, self.wanted[one[0]]), list(self.wanted).index(one[0])))
+        missing.sort(
+            key=lambda one: (one[1] / max(1, self.wanted[one[0]]), list(self.wanted).index(one[0]))
+        )
         if missing:
             self.setting.prepare()
             with ThreadPoolExecutor(jobs) as pool:
@@ -101,7 +125,9 @@ class Stress:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         rng = random.Random(zlib.crc32(f"{case}/{number}".encode()))
-        wrong, noted, began = "", {}, time.monotonic()
+        wrong = ""
+        noted = {}
+        began = time.monotonic()
         try:
             noted = self.cases[case].trial(self.setting, number, rng, scratch)
         except (Wrong, Hang) as err:
@@ -109,7 +135,13 @@ class Stress:
         except Exception as err:
             traceback.print_exc()
             wrong = f"{type(err).__name__}: {' '.join(str(err).split())[:300]}"
-        line = {"case": case, "number": number, "wrong": wrong, "seconds": round(time.monotonic() - began, 1), **noted}
+        line = {
+            "case": case,
+            "number": number,
+            "wrong": wrong,
+            "seconds": round(time.monotonic() - began, 1),
+            **noted,
+        }
         with self._lock, self._file.open("a") as file:
             file.write(f"{json.dumps(line)}\n")
             self.trials.append(line)
@@ -119,13 +151,16 @@ class Stress:
             shutil.rmtree(scratch)
 
     def _tell(self, line: dict) -> None:
-        finished, total = len(self._finished()), sum(self.wanted.values())
+        finished = len(self._finished())
+        total = sum(self.wanted.values())
         rate = (finished - self._before) / (time.monotonic() - self._began)
         left = (total - finished) / rate / 60
-        verdict = f"WRONG: {line['wrong']}" if line["wrong"] else f"right, {line.get('faults', 1)} faults"
+        verdict = (
+            f"WRONG: {line['wrong']}" if line["wrong"] else f"right, {line.get('faults', 1)} faults"
+        )
         print(
-            f"{finished}/{total}  {line['case']} {line['number']}: {verdict}  {line['seconds']:.0f} s  "
-            f"({60 * rate:.1f} trials/min, {left:.0f} min left)",
+            f"{finished}/{total}  {line['case']} {line['number']}: {verdict}  "
+            f"{line['seconds']:.0f} s  ({60 * rate:.1f} trials/min, {left:.0f} min left)",
             flush=True,
         )
 

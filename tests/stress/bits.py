@@ -8,13 +8,15 @@ from tests.stress import setting, workdirs, workload
 from tests.stress.setting import Setting
 from tests.stress.workdirs import Wrong
 
-STEP, BEFORE = 22, 18
+STEP = 22
+BEFORE = 18
 NUM_FILES = 24
 """The checkpoint that is damaged, and the one before."""
 
 
 def flip(shared: Setting, number: int, rng: random.Random, scratch: Path) -> dict:
-    """One run that goes on from a checkpoint with a flipped bit: it is told, or the bit meant nothing."""
+    """One run that goes on from a checkpoint with a flipped bit: it is told, or the bit meant
+    nothing."""
     reference = shared.reference(1)
     stopped = _stopped_run(shared)
     shutil.copytree(stopped, scratch / "run")
@@ -34,12 +36,19 @@ def flip(shared: Setting, number: int, rng: random.Random, scratch: Path) -> dic
         finally:
             attempt.kill()
         if status:
-            raise Wrong(f"{where}: ended with {status}: {attempt.errors() or attempt.printed()[-300:]}")
+            raise Wrong(
+                f"{where}: ended with {status}: {attempt.errors() or attempt.printed()[-300:]}"
+            )
         taken = workdirs.steps(attempt.told())
         is_told = "cannot be read" in attempt.printed()
         was_moved = any(f"/{STEP}.broken/" in name for name in trial.workdir.names())
-        if (taken[0], is_told, was_moved) not in ((STEP + 1, False, False), (BEFORE + 1, True, True)):
-            raise Wrong(f"{where}: told {is_told}, moved {was_moved}, and it went on with step {taken[0]}")
+        if (taken[0], is_told, was_moved) not in (
+            (STEP + 1, False, False),
+            (BEFORE + 1, True, True),
+        ):
+            raise Wrong(
+                f"{where}: told {is_told}, moved {was_moved}, and it went on with step {taken[0]}"
+            )
         _check_end(trial, reference, where)
     return {"told": {"found broken" if is_told else "read as written": 1}}
 

@@ -1,4 +1,5 @@
-"""A disk that is full at a random moment: a small file system of its own, filled but for a random rest."""
+"""A disk that is full at a random moment: a small file system of its own, filled but for a random
+rest."""
 
 import contextlib
 import random
@@ -18,11 +19,16 @@ MIB = 32
 
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[Path]:
-    """A file system of so many MiB at `folder`, or Wrong where it cannot be mounted (it takes root)."""
+    """A file system of so many MiB at `folder`, or Wrong where it cannot be mounted (it takes
+    root)."""
     folder.mkdir(parents=True)
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={MIB}m", "tmpfs", folder], capture_output=True)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={MIB}m", "tmpfs", folder], capture_output=True
+    )
     if made.returncode:
-        raise Wrong(f"cannot mount a tmpfs ({made.stderr.decode().strip()}): this case is run as root")
+        raise Wrong(
+            f"cannot mount a tmpfs ({made.stderr.decode().strip()}): this case is run as root"
+        )
     try:
         yield folder
     finally:
@@ -62,7 +68,9 @@ def full(shared: Setting, number: int, rng: random.Random, scratch: Path) -> dic
             errors = attempt.errors()
             text = attempt.printed()
             if status != 1 or len(errors) != 1 or not FULL.search(errors[0]) or "Traceback" in text:
-                raise Wrong(f"with {room} bytes free it ended with {status}: {errors or text[-300:]}")
+                raise Wrong(
+                    f"with {room} bytes free it ended with {status}: {errors or text[-300:]}"
+                )
             told[f"full at step {workdirs.newest(trial.workdir)}"] = 1
             if attempts == 0 and rng.random() < 0.3:
                 continue  # The same again, while it is still full.

@@ -1,4 +1,5 @@
-"""Bad input as whole commands: each ends on all hosts with one line of the main process, and nothing half done."""
+"""Bad input as whole commands: each ends on all hosts with one line of the main process, and
+nothing half done."""
 
 import dataclasses
 import random
@@ -22,7 +23,8 @@ START_SECONDS = 90
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """How a command ends: statuses of its processes, what the one line of the main one holds, and how soon."""
+    """How a command ends: statuses of its processes, what the one line of the main one holds, and
+    how soon."""
 
     statuses: Sequence[int | None]
     line: str
@@ -38,7 +40,9 @@ def meet(shared: Setting, number: int, rng: random.Random, scratch: Path) -> dic
     names = list(FAULTS)
     name = names[number % len(names)]
     act = FAULTS[name]
-    where = setting.in_bucket(shared, scratch, 0, latency=0.0) if name.startswith("bucket") else None
+    where = (
+        setting.in_bucket(shared, scratch, 0, latency=0.0) if name.startswith("bucket") else None
+    )
     with where or setting.local(shared, scratch) as trial:
         attempt, expected = act(shared, trial, rng)
         began = time.monotonic()
@@ -49,7 +53,8 @@ def meet(shared: Setting, number: int, rng: random.Random, scratch: Path) -> dic
         seconds = round(time.monotonic() - began, 1)
         _check(name, attempt, statuses, expected, seconds)
         if trial.bucket:
-            trial.bucket.faults, trial.bucket.hook = Faults(), lambda method, names: None
+            trial.bucket.faults = Faults()
+            trial.bucket.hook = lambda method, names: None
         newest = workdirs.newest(trial.workdir)
         if newest:
             workdirs.check_lines(workdirs.lines(trial.workdir), shared.reference(1).lines, newest)
@@ -58,9 +63,15 @@ def meet(shared: Setting, number: int, rng: random.Random, scratch: Path) -> dic
     return {"longest": {f"seconds: {name}": seconds}}
 
 
-def _check(name: str, attempt: Attempt, statuses: list[int], expected: Expected, seconds: float) -> None:
-    alike = [want is None or want == status for want, status in zip(expected.statuses, statuses, strict=True)]
-    errors, others = attempt.errors(), [attempt.errors(i) for i in range(1, len(statuses))]
+def _check(
+    name: str, attempt: Attempt, statuses: list[int], expected: Expected, seconds: float
+) -> None:
+    alike = [
+        want is None or want == status
+        for want, status in zip(expected.statuses, statuses, strict=True)
+    ]
+    errors = attempt.errors()
+    others = [attempt.errors(i) for i in range(1, len(statuses))]
     if not all(alike):
         raise Wrong(f"{name}: ended with {statuses}: {errors or attempt.printed()[-300:]}")
     if expected.line and (len(errors) != 1 or not re.search(expected.line, errors[0])):
@@ -82,22 +93,30 @@ def _go_on(shared: Setting, trial: Trial, name: str, num_processes: int) -> None
     finally:
         again.kill()
     if any(statuses):
-        raise Wrong(f"{name}: once it had passed, the command ended with {statuses}: {again.errors()}")
+        raise Wrong(
+            f"{name}: once it had passed, the command ended with {statuses}: {again.errors()}"
+        )
     setting.check_went_on(trial, again, newest)
     setting.check_done(trial, shared.reference(num_processes))
 
 
 def _bucket_absent(shared: Setting, trial: Trial, rng: random.Random) -> tuple[Attempt, Expected]:
     trial.workdir.argument = "gs://no-such-bucket/run"
-    return shared.train(trial, 2), Expected([1, 1], r"no bucket gs://no-such-bucket|no-such-bucket.*no such bucket")
+    return shared.train(trial, 2), Expected(
+        [1, 1], r"no bucket gs://no-such-bucket|no-such-bucket.*no such bucket"
+    )
 
 
-def _bucket_forbidden(shared: Setting, trial: Trial, rng: random.Random) -> tuple[Attempt, Expected]:
+def _bucket_forbidden(
+    shared: Setting, trial: Trial, rng: random.Random
+) -> tuple[Attempt, Expected]:
     trial.bucket.faults.status = 403
     return shared.train(trial, 2), Expected([1, 1], "no permission")
 
 
-def _bucket_read_only(shared: Setting, trial: Trial, rng: random.Random) -> tuple[Attempt, Expected]:
+def _bucket_read_only(
+    shared: Setting, trial: Trial, rng: random.Random
+) -> tuple[Attempt, Expected]:
     """All that is not reading is refused."""
 
     def refuse(method: str, names: str) -> None:
@@ -107,14 +126,18 @@ def _bucket_read_only(shared: Setting, trial: Trial, rng: random.Random) -> tupl
     return shared.train(trial, 1), Expected([1], "no permission")
 
 
-def _bucket_forbidden_later(shared: Setting, trial: Trial, rng: random.Random) -> tuple[Attempt, Expected]:
+def _bucket_forbidden_later(
+    shared: Setting, trial: Trial, rng: random.Random
+) -> tuple[Attempt, Expected]:
     attempt = shared.train(trial, 2)
     attempt.await_phase(rng.choice(["saving", "training", "validating"]), 3)
     trial.bucket.faults.status = 403
     return attempt, Expected([1, 1], "no permission|could not be written|403", 120, goes_on=True)
 
 
-def _bucket_silent_later(shared: Setting, trial: Trial, rng: random.Random) -> tuple[Attempt, Expected]:
+def _bucket_silent_later(
+    shared: Setting, trial: Trial, rng: random.Random
+) -> tuple[Attempt, Expected]:
     attempt = shared.train(trial, 2, STRESS_SETTINGS='{"alignvlm_jax.storage.RUN_PATIENCE": 10.0}')
     attempt.await_phase(rng.choice(["saving", "training", "validating"]), 3)
     trial.bucket.faults.error_rate = 1.0
@@ -128,7 +151,9 @@ def _absent_host(shared: Setting, trial: Trial, rng: random.Random) -> tuple[Att
         "ALIGNVLM_PROCESS_ID": "0",
     }
     short = '{"alignvlm_jax.parallel.distributed.START_TIMEOUT_SECONDS": 10}'
-    return shared.train(trial, 1, STRESS_SETTINGS=short, **pod), Expected([75], "process 0 of 2 waited 10 s")
+    return shared.train(trial, 1, STRESS_SETTINGS=short, **pod), Expected(
+        [75], "process 0 of 2 waited 10 s"
+    )
 
 
 def _late_host(shared: Setting, trial: Trial, rng: random.Random) -> tuple[Attempt, Expected]:
@@ -137,7 +162,8 @@ def _late_host(shared: Setting, trial: Trial, rng: random.Random) -> tuple[Attem
 
 
 def _frozen_host(shared: Setting, trial: Trial, rng: random.Random) -> tuple[Attempt, Expected]:
-    """One that is stopped in a step is missed; set going again it finds that the others are gone."""
+    """One that is stopped in a step is missed; set going again it finds that the others are
+    gone."""
     attempt = shared.train(trial, 2)
     attempt.await_phase(rng.choice(["training", "saving", "validating"]), 2)
     attempt.send(signal.SIGSTOP, [1])
@@ -155,7 +181,9 @@ def _dead_host(shared: Setting, trial: Trial, rng: random.Random) -> tuple[Attem
 
 def _other_version(shared: Setting, trial: Trial, rng: random.Random) -> tuple[Attempt, Expected]:
     each = [{}, {"STRESS_VERSION": "0.1"}]
-    return shared.train(trial, 2, each=each), Expected([1, 1], "differ in optax: optax is .* on process 0 and '0.1'")
+    return shared.train(trial, 2, each=each), Expected(
+        [1, 1], "differ in optax: optax is .* on process 0 and '0.1'"
+    )
 
 
 def _other_clock(shared: Setting, trial: Trial, rng: random.Random) -> tuple[Attempt, Expected]:
@@ -165,7 +193,9 @@ def _other_clock(shared: Setting, trial: Trial, rng: random.Random) -> tuple[Att
 
 def _other_config(shared: Setting, trial: Trial, rng: random.Random) -> tuple[Attempt, Expected]:
     """The same command, and another file under the config's name."""
-    text = trial.config.read_text().replace("learning_rate=1e-3", 'learning_rate=float(os.environ["RATE"])')
+    text = trial.config.read_text().replace(
+        "learning_rate=1e-3", 'learning_rate=float(os.environ["RATE"])'
+    )
     trial.config = trial.scratch / "config.py"
     trial.config.write_text(f"import os\n{text}")
     each = [{"RATE": "1e-3"}, {"RATE": "2e-3"}]

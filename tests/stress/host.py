@@ -1,8 +1,8 @@
 """One process of a run under stress: the command itself, told from outside in which phase it is.
 
-`python -m tests.stress.host COMMAND ...` does what `python -m alignvlm_jax COMMAND ...` does, and appends to
-the file of STRESS_EVENTS a line of JSON for each phase that begins, and one for each batch that it trains on: stage,
-row, the records in it, and a checksum of its arrays.
+`python -m tests.stress.host COMMAND ...` does what `python -m alignvlm_jax COMMAND ...` does, and
+appends to the file of STRESS_EVENTS a line of JSON for each phase that begins, and one for each
+batch that it trains on: stage, row, the records in it, and a checksum of its arrays.
 
     STRESS_SLICE         devices stand in the mesh as on this slice (tests.pod.slices)
     STRESS_SETTINGS      JSON, {"module.NAME": value}: times that would make the tests long
@@ -35,7 +35,8 @@ DURATIONS = {
 
 
 class Events:
-    """The file of what this process does; a line is one write, so that a kill leaves whole lines."""
+    """The file of what this process does; a line is one write, so that a kill leaves whole
+    lines."""
 
     def __init__(self, path: str):
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -94,11 +95,9 @@ def _tell_phases(events: Events) -> None:
 def _tell_batches(events: Events) -> None:
     from alignvlm_jax.data import loader
 
-    parts, init, following = (
-        loader.TrainRows.parts,
-        loader.TrainBatches.__init__,
-        loader.TrainBatches.__next__,
-    )
+    parts = loader.TrainRows.parts
+    init = loader.TrainBatches.__init__
+    following = loader.TrainBatches.__next__
 
     slow = float(os.environ.get("STRESS_SLOW", "0"))
 

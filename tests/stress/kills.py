@@ -1,4 +1,5 @@
-"""Runs that are killed, and runs that are told to stop, at moments of every phase, until they are done."""
+"""Runs that are killed, and runs that are told to stop, at moments of every phase, until they are
+done."""
 
 import random
 import signal
@@ -14,18 +15,26 @@ from tests.stress.workdirs import Wrong
 PHASES = (
     "start-up", "restoring", "compiling", "training", "waiting", "saving", "validating", "stage change", "generating",
 )  # fmt: skip
-"""In the order in which a trial comes to them: answers are generated in the last two stages alone."""
+"""In the order in which a trial comes to them: answers are generated in the last two stages
+alone."""
 AIMS = 5
 """Of a trial."""
 LONELY_SECONDS = 150
-"""In which the other processes end when one was killed: they miss it after 8 s here, and after START_TIMEOUT_SECONDS of
-`tests.stress.host` where it was killed before it had joined them."""
+"""In which the other processes end when one was killed: they miss it after 8 s here, and after
+START_TIMEOUT_SECONDS of `tests.stress.host` where it was killed before it had joined them."""
 AGAIN = (70, 75)
 """Statuses of processes that have lost another: launchers start them again."""
 MAX_ATTEMPTS = 40
 
 
-def kill(shared: Setting, number: int, rng: random.Random, scratch: Path, num_processes: int, of_bucket: bool) -> dict:
+def kill(
+    shared: Setting,
+    number: int,
+    rng: random.Random,
+    scratch: Path,
+    num_processes: int,
+    of_bucket: bool,
+) -> dict:
     """One run that is killed up to five times; returns what came of it."""
     reference = shared.reference(num_processes)
     aims = _aims(number, rng)
@@ -54,23 +63,38 @@ def kill(shared: Setting, number: int, rng: random.Random, scratch: Path, num_pr
                 told["left over"] += setting.check_done(trial, reference)
                 return _summary(told, "kill")
             if -signal.SIGKILL not in statuses:
-                raise Wrong(f"ended with {statuses}: {' '.join(attempt.errors()) or attempt.printed()[-300:]}")
+                raise Wrong(
+                    f"ended with {statuses}: "
+                    f"{' '.join(attempt.errors()) or attempt.printed()[-300:]}"
+                )
     raise Wrong(f"not done after {MAX_ATTEMPTS} attempts")
 
 
 def _check_survivors(attempt: Attempt, statuses: list[int], told: Counter[str]) -> None:
-    # The coordination service goes with the main process, and jax then aborts the others, from a thread of its own.
-    allowed = (*AGAIN, -signal.SIGABRT, -signal.SIGSEGV) if statuses[0] == -signal.SIGKILL else AGAIN
+    # The coordination service goes with the main process, and jax then aborts the others, from a
+    # thread of its own.
+    allowed = (
+        (*AGAIN, -signal.SIGABRT, -signal.SIGSEGV) if statuses[0] == -signal.SIGKILL else AGAIN
+    )
     for process, status in enumerate(statuses):
         if status == -signal.SIGKILL:
             continue
         told[f"survivor ends with {status}"] += 1
         if status not in allowed:
-            raise Wrong(f"process {process}, whose fellow was killed, ended with {status}: {attempt.errors(process)}")
+            raise Wrong(
+                f"process {process}, whose fellow was killed, ended with {status}: "
+                f"{attempt.errors(process)}"
+            )
 
 
 def stop(
-    shared: Setting, number: int, rng: random.Random, scratch: Path, num_processes: int, of_bucket: bool, name: str
+    shared: Setting,
+    number: int,
+    rng: random.Random,
+    scratch: Path,
+    num_processes: int,
+    of_bucket: bool,
+    name: str,
 ) -> dict:
     """One run that is told to stop up to five times; returns what came of it."""
     reference = shared.reference(num_processes)
@@ -79,11 +103,13 @@ def stop(
     longest: dict[str, float] = {}
     with setting.place(shared, scratch, rng, of_bucket) as trial:
         for _ in range(MAX_ATTEMPTS):
-            newest, signalled = workdirs.newest(trial.workdir), None
+            newest = workdirs.newest(trial.workdir)
+            signalled = None
             attempt = shared.train(trial, num_processes)
             try:
                 if aims and await_moment(attempt, aims.pop(0), rng, reference):
-                    phase, signalled = attempt.phase(), time.monotonic()
+                    phase = attempt.phase()
+                    signalled = time.monotonic()
                     attempt.send(getattr(signal, name), runs.victims(rng, num_processes))
                 statuses = attempt.wait()
             finally:
@@ -93,7 +119,10 @@ def stop(
                 setting.check_done(trial, reference)
                 return _summary(told, "stop") | {"longest": longest}
             if signalled is None:
-                raise Wrong(f"ended with {statuses}: {' '.join(attempt.errors()) or attempt.printed()[-300:]}")
+                raise Wrong(
+                    f"ended with {statuses}: "
+                    f"{' '.join(attempt.errors()) or attempt.printed()[-300:]}"
+                )
             seconds = round(time.monotonic() - signalled, 1)
             longest[phase] = max(longest.get(phase, 0.0), seconds)
             told[f"stop/{phase}"] += 1
@@ -111,7 +140,8 @@ def _check_stopped(
     reference: Reference,
     told: Counter[str],
 ) -> None:
-    """A process that has not begun to watch for signals ends as any other does; from then on the state is saved."""
+    """A process that has not begun to watch for signals ends as any other does; from then on the
+    state is saved."""
     told[f"statuses {statuses}"] += 1
     began = any("phase" in event for event in attempt.told())
     if set(statuses) != {143}:
@@ -119,16 +149,29 @@ def _check_stopped(
             raise Wrong(f"{name} while {phase}: ended with {statuses}: {attempt.errors()}")
         return
     errors = attempt.errors()
-    stopped = [int(line.split(" at step ")[1].split()[0]) for line in errors if " stopped at step " in line]
+    stopped = [
+        int(line.split(" at step ")[1].split()[0]) for line in errors if " stopped at step " in line
+    ]
     if len(errors) != 1 or not stopped or "go on with:" not in errors[0]:
         raise Wrong(f"{name} while {phase}: it said {errors}")
     if (saved := workdirs.newest(trial.workdir)) != stopped[0]:
-        raise Wrong(f"{name} while {phase}: stopped at step {stopped[0]}, and the newest checkpoint is of {saved}")
-    # A machine with other work is slow in all of it: measured by the undisturbed run's own save and step.
-    save, one_step = max(reference.seconds["saving"]), max(reference.seconds["training"])
-    limit = 20 + 10 * (save + one_step) if phase not in ("compiling", "restoring", "start-up", "stage change") else 120
+        raise Wrong(
+            f"{name} while {phase}: stopped at step {stopped[0]}, and the newest checkpoint is of "
+            f"{saved}"
+        )
+    # A machine with other work is slow in all of it: measured by the undisturbed run's own save and
+    # step.
+    save = max(reference.seconds["saving"])
+    one_step = max(reference.seconds["training"])
+    limit = (
+        20 + 10 * (save + one_step)
+        if phase not in ("compiling", "restoring", "start-up", "stage change")
+        else 120
+    )
     if seconds > limit:
-        raise Wrong(f"{name} while {phase}: it ended {seconds:.0f} s later; {limit:.0f} s are allowed")
+        raise Wrong(
+            f"{name} while {phase}: it ended {seconds:.0f} s later; {limit:.0f} s are allowed"
+        )
 
 
 def await_moment(attempt: Attempt, phase: str, rng: random.Random, reference: Reference) -> bool:
@@ -158,4 +201,7 @@ def _aims(number: int, rng: random.Random) -> list[str]:
 
 
 def _summary(told: Counter[str], what: str) -> dict:
-    return {"faults": sum(n for key, n in told.items() if key.startswith(f"{what}/")), "told": dict(told)}
+    return {
+        "faults": sum(n for key, n in told.items() if key.startswith(f"{what}/")),
+        "told": dict(told),
+    }

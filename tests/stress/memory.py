@@ -27,7 +27,11 @@ def flat(shared: Setting, number: int, rng: random.Random, scratch: Path) -> dic
         samples: list[tuple[int, float, int, int]] = []
         try:
             while attempt.is_running():
-                found = workdirs.lines(trial.workdir) if samples or (trial.scratch / "run").exists() else []
+                found = (
+                    workdirs.lines(trial.workdir)
+                    if samples or (trial.scratch / "run").exists()
+                    else []
+                )
                 step = max((line["step"] for line in found), default=0)
                 if step >= FIRST and (not samples or step >= samples[-1][0] + 500):
                     samples.append((step, *held(attempt.processes[0].pid)))
@@ -37,11 +41,17 @@ def flat(shared: Setting, number: int, rng: random.Random, scratch: Path) -> dic
             attempt.kill()
         if status:
             raise Wrong(f"it ended with {status}: {attempt.errors() or attempt.printed()[-300:]}")
-    first, last = samples[0], samples[-1]
+    first = samples[0]
+    last = samples[-1]
     # Of a few samples the least: a save or an answer under way holds more for a moment.
     early, late = (min(one[1] for one in part) for part in (samples[:4], samples[-4:]))
-    threads, files = ([min(one[i] for one in part) for part in (samples[:4], samples[-4:])] for i in (2, 3))
-    noted = f"{early:.0f} MiB at step {first[0]:,}, {late:.0f} at {last[0]:,}; threads {threads}, files {files}"
+    threads, files = (
+        [min(one[i] for one in part) for part in (samples[:4], samples[-4:])] for i in (2, 3)
+    )
+    noted = (
+        f"{early:.0f} MiB at step {first[0]:,}, {late:.0f} at {last[0]:,}; threads {threads}, "
+        f"files {files}"
+    )
     if late - early > MORE_MIB or threads[1] > threads[0] + 1 or files[1] > files[0] + 1:
         raise Wrong(f"it grows: {noted}")
     return {"told": {noted: 1}}
@@ -51,4 +61,8 @@ def held(pid: int) -> tuple[float, int, int]:
     """Returns a process's resident memory in MiB, its threads and its open files."""
     process = Path("/proc") / str(pid)
     status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
-    return int(status["VmRSS"].split()[0]) / 1024, int(status["Threads"]), len(list((process / "fd").iterdir()))
+    return (
+        int(status["VmRSS"].split()[0]) / 1024,
+        int(status["Threads"]),
+        len(list((process / "fd").iterdir())),
+    )

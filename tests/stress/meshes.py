@@ -1,4 +1,5 @@
-"""One run that goes on on other numbers of processes, meshes and orders of devices, again and again."""
+"""One run that goes on on other numbers of processes, meshes and orders of devices, again and
+again."""
 
 import random
 import signal
@@ -30,7 +31,8 @@ NOT_SUMMED = ("unsupervised_records",)
 
 
 def chain(shared: Setting, number: int, rng: random.Random, scratch: Path) -> dict:
-    """One run in three places, one after the other, held against the undisturbed run on one process."""
+    """One run in three places, one after the other, held against the undisturbed run on one
+    process."""
     reference = shared.reference(1)
     places = [PLACES[(3 * number + i) % len(PLACES)] for i in range(3)]
     rng.shuffle(places)
@@ -38,7 +40,9 @@ def chain(shared: Setting, number: int, rng: random.Random, scratch: Path) -> di
         for place in places:
             newest = workdirs.newest(trial.workdir)
             of_slice, num_processes, mesh = place
-            attempt = shared.train(trial, num_processes, *pod_workload.mesh_flags(mesh), of_slice=of_slice)
+            attempt = shared.train(
+                trial, num_processes, *pod_workload.mesh_flags(mesh), of_slice=of_slice
+            )
             try:
                 if place is not places[-1] and attempt.await_phase("saving", rng.choice([2, 3, 4])):
                     attempt.send(signal.SIGTERM, runs.victims(rng, num_processes))

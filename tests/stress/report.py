@@ -16,7 +16,9 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
 
 
-def write(path: Path, trials: list[dict], wanted: Mapping[str, int], sentences: Mapping[str, str]) -> str:
+def write(
+    path: Path, trials: list[dict], wanted: Mapping[str, int], sentences: Mapping[str, str]
+) -> str:
     """Writes the report, and returns its table.
 
     Args:
@@ -25,15 +27,22 @@ def write(path: Path, trials: list[dict], wanted: Mapping[str, int], sentences: 
       wanted: numbers of trials by case, in the order of the table.
       sentences: what a case is.
     """
-    rows = ["| case | trials | faults | right | wrong | seconds | what went wrong |", "|---|---|---|---|---|---|---|"]
+    rows = [
+        "| case | trials | faults | right | wrong | seconds | what went wrong |",
+        "|---|---|---|---|---|---|---|",
+    ]
     details = []
     for case, number in wanted.items():
         of_case = [trial for trial in trials if trial["case"] == case]
         wrong = [trial for trial in of_case if trial["wrong"]]
         reasons = Counter(trial["wrong"] for trial in wrong)
-        said = "; ".join(f"{reason} ({count})" if count > 1 else reason for reason, count in reasons.items())
+        said = "; ".join(
+            f"{reason} ({count})" if count > 1 else reason for reason, count in reasons.items()
+        )
         faults = sum(trial.get("faults", 1) for trial in of_case)
-        counts = f"{len(of_case)} of {number} | {faults} | {len(of_case) - len(wrong)} | {len(wrong)}"
+        counts = (
+            f"{len(of_case)} of {number} | {faults} | {len(of_case) - len(wrong)} | {len(wrong)}"
+        )
         seconds = sum(trial["seconds"] for trial in of_case)
         rows.append(f"| {case} | {counts} | {seconds:.0f} | {said.replace('|', '/')} |")
         details += [f"**{case}**: {sentences[case]}", "", *_details(of_case), ""]
@@ -53,7 +62,11 @@ def _details(trials: list[dict]) -> list[str]:
             longest[name] = max(longest.get(name, 0.0), value)
     found = []
     if told:
-        found.append("Counts: " + ", ".join(f"{name} {count}" for name, count in sorted(told.items())))
+        found.append(
+            "Counts: " + ", ".join(f"{name} {count}" for name, count in sorted(told.items()))
+        )
     if longest:
-        found.append("Most: " + ", ".join(f"{name} {value:g}" for name, value in sorted(longest.items())))
+        found.append(
+            "Most: " + ", ".join(f"{name} {value:g}" for name, value in sorted(longest.items()))
+        )
     return found

@@ -29,7 +29,8 @@ class Hang(Exception):
 
 @dataclasses.dataclass(eq=False)
 class Attempt:
-    """The processes of one command at work, what they tell in their events, and what they printed."""
+    """The processes of one command at work, what they tell in their events, and what they
+    printed."""
 
     processes: list[subprocess.Popen]
     events: list[Path]
@@ -42,7 +43,8 @@ class Attempt:
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def phase(self, process: int = 0) -> str:
-        """Returns the phase that a process is in; "start-up" before the first, "stage change" between two stages."""
+        """Returns the phase that a process is in; "start-up" before the first, "stage change"
+        between two stages."""
         phases = [event["phase"] for event in self.told(process) if "phase" in event]
         if not phases:
             return "start-up"
@@ -54,7 +56,8 @@ class Attempt:
         return all(process.poll() is None for process in self.processes)
 
     def await_phase(self, phase: str, count: int) -> bool:
-        """Waits until process 0 has entered a phase so many times; False if a process ended before."""
+        """Waits until process 0 has entered a phase so many times; False if a process ended
+        before."""
         deadline = time.monotonic() + PATIENCE
         wanted = "starting" if phase == "stage change" else phase
         while self.is_running():
@@ -82,10 +85,14 @@ class Attempt:
         """
         deadline = time.monotonic() + seconds
         try:
-            return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
+            return [
+                process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes
+            ]
         except subprocess.TimeoutExpired as err:
             running = [i for i, process in enumerate(self.processes) if process.poll() is None]
-            raise Hang(f"processes {running} had not ended after {seconds:.0f} s, in phase {self.phase()}") from err
+            raise Hang(
+                f"processes {running} had not ended after {seconds:.0f} s, in phase {self.phase()}"
+            ) from err
         finally:
             self.kill()
 
@@ -101,7 +108,11 @@ class Attempt:
 
     def errors(self, process: int = 0) -> list[str]:
         """Returns the lines that say what went wrong."""
-        return [line for line in self.printed(process).splitlines() if line.startswith("alignvlm_jax: error")]
+        return [
+            line
+            for line in self.printed(process).splitlines()
+            if line.startswith("alignvlm_jax: error")
+        ]
 
 
 def start(
@@ -112,15 +123,25 @@ def start(
     each: Sequence[Mapping[str, str]] = (),
     **environment: str,
 ) -> Attempt:
-    """Starts a command as so many processes; events and output are files in `folder`, of the next free number.
-    Variables that are "" are not set; those of `each` are of one process."""
+    """Starts a command as so many processes; events and output are files in `folder`, of the next
+    free number. Variables that are "" are not set; those of `each` are of one process."""
     folder.mkdir(parents=True, exist_ok=True)
     number = len(list(folder.glob("*-0.log")))
     num_devices = len(chips(of_slice)) if of_slice else NUM_DEVICES
-    flags = f"--xla_force_host_platform_device_count={num_devices // num_processes} {fast_xla.FLAGS}"
-    settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(REPOSITORY), "STRESS_SLICE": of_slice}
+    flags = (
+        f"--xla_force_host_platform_device_count={num_devices // num_processes} {fast_xla.FLAGS}"
+    )
+    settings = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": flags,
+        "PYTHONPATH": str(REPOSITORY),
+        "STRESS_SLICE": of_slice,
+    }
     if num_processes > 1:
-        settings |= {"ALIGNVLM_COORDINATOR": f"127.0.0.1:{free_port()}", "ALIGNVLM_NUM_PROCESSES": str(num_processes)}
+        settings |= {
+            "ALIGNVLM_COORDINATOR": f"127.0.0.1:{free_port()}",
+            "ALIGNVLM_NUM_PROCESSES": str(num_processes),
+        }
     events = [folder / f"{number}-{i}.events" for i in range(num_processes)]
     logs = [folder / f"{number}-{i}.log" for i in range(num_processes)]
     processes = []

@@ -1,4 +1,5 @@
-"""What all trials share: data, compiled programs, and runs that nothing disturbed; and a place for one trial."""
+"""What all trials share: data, compiled programs, and runs that nothing disturbed; and a place for
+one trial."""
 
 import contextlib
 import dataclasses
@@ -25,7 +26,8 @@ _making = threading.Lock()
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """An undisturbed run: its lines, arrays and batches, and the seconds that it was in each phase, each time."""
+    """An undisturbed run: its lines, arrays and batches, and the seconds that it was in each phase,
+    each time."""
 
     lines: list[dict]
     arrays: dict[str, np.ndarray]
@@ -55,7 +57,8 @@ class Setting:
         }
 
     def reference(self, num_processes: int) -> Reference:
-        """Returns the undisturbed run of so many processes on a local disk; runs it when it is asked for first."""
+        """Returns the undisturbed run of so many processes on a local disk; runs it when it is
+        asked for first."""
         with _making:
             return _reference(self, num_processes)
 
@@ -68,10 +71,18 @@ class Setting:
         each: Sequence[Mapping[str, str]] = (),
         **environment: str,
     ) -> Attempt:
-        """Starts the training of a trial, or goes on with it; `each` are variables of one process."""
-        arguments = ["train", f"--config={trial.config}", f"--workdir={trial.workdir.argument}", *flags]
+        """Starts the training of a trial, or goes on with it; `each` are variables of one
+        process."""
+        arguments = [
+            "train",
+            f"--config={trial.config}",
+            f"--workdir={trial.workdir.argument}",
+            *flags,
+        ]
         settings = self.environment() | trial.environment | environment
-        return runs.start(trial.scratch / "attempts", arguments, num_processes, of_slice, each, **settings)
+        return runs.start(
+            trial.scratch / "attempts", arguments, num_processes, of_slice, each, **settings
+        )
 
 
 @functools.cache
@@ -104,7 +115,12 @@ def checkpoints(workdir: Workdir) -> set[int]:
 
 def _is_commit(name: str) -> bool:
     parts = name.split("/")
-    return len(parts) == 3 and parts[0] == "checkpoints" and parts[1].isdigit() and parts[2] == workdirs.WHOLE
+    return (
+        len(parts) == 3
+        and parts[0] == "checkpoints"
+        and parts[1].isdigit()
+        and parts[2] == workdirs.WHOLE
+    )
 
 
 def _seconds(events: list[dict]) -> dict[str, list[float]]:
@@ -132,7 +148,9 @@ class Trial:
 
     def told(self) -> list[list[dict]]:
         """Returns the events of all processes of all attempts, in order."""
-        files = sorted((self.scratch / "attempts").glob("*.events"), key=lambda path: _numbers(path.stem))
+        files = sorted(
+            (self.scratch / "attempts").glob("*.events"), key=lambda path: _numbers(path.stem)
+        )
         return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
 
 
@@ -159,19 +177,27 @@ def in_bucket(setting: Setting, scratch: Path, seed: int, **faults: float | str)
 
 def place(setting: Setting, scratch: Path, rng: random.Random, of_bucket: bool):
     """A trial on a disk or in a bucket."""
-    return in_bucket(setting, scratch, rng.randrange(2**31)) if of_bucket else local(setting, scratch)
+    return (
+        in_bucket(setting, scratch, rng.randrange(2**31)) if of_bucket else local(setting, scratch)
+    )
 
 
 def check_done(trial: Trial, reference: Reference) -> int:
-    """Raises Wrong unless the run is the undisturbed one to the last bit; returns how many checkpoints it has beyond
-    those of it."""
+    """Raises Wrong unless the run is the undisturbed one to the last bit; returns how many
+    checkpoints it has beyond those of it."""
     found = workdirs.lines(trial.workdir)
     workdirs.check_lines(found, reference.lines, workload.TOTAL)
     if len(found) != len(reference.lines):
         raise Wrong(f"metrics.jsonl has {len(found)} lines, not {len(reference.lines)}")
-    workdirs.check_arrays(workdirs.arrays(trial.workdir.local_copy(trial.scratch / "copy")), reference.arrays)
+    workdirs.check_arrays(
+        workdirs.arrays(trial.workdir.local_copy(trial.scratch / "copy")), reference.arrays
+    )
     if (ours := workdirs.batches(trial.told())) != reference.batches:
-        places = sorted(key for key in ours.keys() | reference.batches if ours.get(key) != reference.batches.get(key))
+        places = sorted(
+            key
+            for key in ours.keys() | reference.batches
+            if ours.get(key) != reference.batches.get(key)
+        )
         raise Wrong(f"other records in the rows of {places[:3]} than without disturbance")
     left = [name for name in trial.workdir.names() if "orbax-checkpoint-tmp" in name]
     if left:
@@ -183,7 +209,8 @@ def check_done(trial: Trial, reference: Reference) -> int:
 
 
 def check_went_on(trial: Trial, attempt: Attempt, newest: int) -> None:
-    """Raises Wrong unless every process of an attempt took the steps after the newest checkpoint, one by one."""
+    """Raises Wrong unless every process of an attempt took the steps after the newest checkpoint,
+    one by one."""
     for process in range(len(attempt.processes)):
         taken = workdirs.steps(attempt.told(process))
         if taken != list(range(newest + 1, newest + 1 + len(taken))):

@@ -32,7 +32,9 @@ def test_other_lines_are_wrong(found, told):
 
 
 def test_a_line_that_a_kill_cut_is_wrong(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0, "goodput/save": 0.1}\n{"step": 2, "lo')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 1.0, "goodput/save": 0.1}\n{"step": 2, "lo'
+    )
     with pytest.raises(Wrong, match="the last line of metrics"):
         workdirs.lines(Local(tmp_path))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0, "goodput/save": 0.1}\n')
@@ -68,7 +70,14 @@ def test_every_phase_is_aimed_at():
 
 def test_a_report_counts_what_was_wrong(tmp_path):
     trials = [
-        {"case": "kill", "number": 0, "wrong": "", "seconds": 2.0, "faults": 5, "told": {"kill/saving": 5}},
+        {
+            "case": "kill",
+            "number": 0,
+            "wrong": "",
+            "seconds": 2.0,
+            "faults": 5,
+            "told": {"kill/saving": 5},
+        },
         {"case": "kill", "number": 1, "wrong": "lost a line", "seconds": 3.0},
     ]
     table = report.write(tmp_path / "report.md", trials, {"kill": 3}, {"kill": "SIGKILL"})

@@ -14,7 +14,9 @@ REFUSED_SECONDS = 90
 """In a bucket the second waits for a renewal of the lease, which comes every 15 s."""
 
 
-def second(shared: Setting, number: int, rng: random.Random, scratch: Path, of_bucket: bool) -> dict:
+def second(
+    shared: Setting, number: int, rng: random.Random, scratch: Path, of_bucket: bool
+) -> dict:
     """One run in whose workdir another is started; the other is refused, and the one unharmed."""
     num_processes = 1 + number % 2
     reference = shared.reference(num_processes)

@@ -12,7 +12,9 @@ import numpy as np
 from tests.fake_bucket import FakeBucket
 from tests.stress import workload
 
-TIMES = re.compile(r"goodput/.*|.*_seconds|steps_per_second|data_wait_fraction|peak_memory_gib|mfu|.*flops.*")
+TIMES = re.compile(
+    r"goodput/.*|.*_seconds|steps_per_second|data_wait_fraction|peak_memory_gib|mfu|.*flops.*"
+)
 """Numbers of a line that say how long something took, or how much it took."""
 WHOLE = "commit_success.txt"
 _reading = threading.Lock()
@@ -34,7 +36,9 @@ class Local:
         # Not by rglob: a run that is at work may remove a folder meanwhile.
         walked = os.walk(self.folder)
         return sorted(
-            os.path.relpath(os.path.join(top, name), self.folder) for top, _, files in walked for name in files
+            os.path.relpath(os.path.join(top, name), self.folder)
+            for top, _, files in walked
+            for name in files
         )
 
     def read(self, name: str) -> bytes:
@@ -52,11 +56,14 @@ class InBucket:
     """A workdir in a fake bucket, looked at past its faults."""
 
     def __init__(self, bucket: FakeBucket, name: str):
-        self._bucket, self._name = bucket, name
+        self._bucket = bucket
+        self._name = name
         self.argument = f"{bucket.url}/{name}"
 
     def names(self) -> list[str]:
-        return [name.removeprefix(f"{self._name}/") for name in self._bucket.names(f"{self._name}/")]
+        return [
+            name.removeprefix(f"{self._name}/") for name in self._bucket.names(f"{self._name}/")
+        ]
 
     def read(self, name: str) -> bytes:
         return self._bucket.read(f"{self._name}/{name}")
@@ -96,12 +103,20 @@ def lines(workdir: Workdir) -> list[dict]:
 
 
 def check_lines(found: Sequence[dict], expected: Sequence[dict], least_step: int) -> None:
-    """Raises Wrong unless lines are the first ones of those expected, in order, at least all up to a step."""
+    """Raises Wrong unless lines are the first ones of those expected, in order, at least all up to
+    a step."""
     for number, (ours, theirs) in enumerate(zip(found, expected, strict=False), start=1):
         if ours != theirs:
-            names = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
-            shown = ", ".join(f"{name} {ours.get(name)} not {theirs.get(name)}" for name in sorted(names)[:3])
-            raise Wrong(f"line {number} (step {ours['step']}) of metrics.jsonl differs in {len(names)}: {shown}")
+            names = [
+                name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)
+            ]
+            shown = ", ".join(
+                f"{name} {ours.get(name)} not {theirs.get(name)}" for name in sorted(names)[:3]
+            )
+            raise Wrong(
+                f"line {number} (step {ours['step']}) of metrics.jsonl differs in {len(names)}: "
+                f"{shown}"
+            )
     least = sum(line["step"] <= least_step and "loss" in line for line in expected)
     have = sum("loss" in line for line in found)
     if have < least or len(found) > len(expected):
@@ -116,9 +131,14 @@ def arrays(folder: Path, step: int = workload.TOTAL) -> dict[str, np.ndarray]:
     state = folder.absolute() / "checkpoints" / str(step) / "state"
     with _reading:
         handler = ocp.PyTreeCheckpointHandler()
-        wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(state).tree)
+        wanted = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(state).tree
+        )
         tree = handler.restore(state, args=ocp.args.PyTreeRestore(restore_args=wanted))
-    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path): np.asarray(x)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def check_arrays(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
@@ -127,12 +147,18 @@ def check_arrays(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> 
         raise Wrong(f"the checkpoint holds other arrays: {sorted(ours.keys() ^ theirs.keys())[:3]}")
     differing = [name for name in ours if ours[name].tobytes() != theirs[name].tobytes()]
     if differing:
-        furthest = max(float(np.abs(ours[n].astype(np.float64) - theirs[n]).max()) for n in differing)
-        raise Wrong(f"{len(differing)} of {len(ours)} arrays differ, by at most {furthest:.3g}: {differing[0]}")
+        furthest = max(
+            float(np.abs(ours[n].astype(np.float64) - theirs[n]).max()) for n in differing
+        )
+        raise Wrong(
+            f"{len(differing)} of {len(ours)} arrays differ, by at most {furthest:.3g}: "
+            f"{differing[0]}"
+        )
 
 
 def batches(events: Sequence[Sequence[dict]]) -> dict[tuple[str, int], tuple]:
-    """Returns what attempts trained on: (ids of its records, checksums) by (stage, row), of all processes' events.
+    """Returns what attempts trained on: (ids of its records, checksums) by (stage, row), of all
+    processes' events.
 
     Raises:
       Wrong: two attempts had other records or numbers in the same rows.
@@ -142,7 +168,8 @@ def batches(events: Sequence[Sequence[dict]]) -> dict[tuple[str, int], tuple]:
         for event in of_process:
             if "digest" not in event:
                 continue
-            place, rows = (event["stage"], event["row"]), tuple(event["rows"])
+            place = (event["stage"], event["row"])
+            rows = tuple(event["rows"])
             content = (event["ids"], event["digest"])
             if found.setdefault(place, {}).setdefault(rows, content) != content:
                 raise Wrong(f"rows from {place[1]} of {place[0]} were others at the second time")
@@ -152,4 +179,8 @@ def batches(events: Sequence[Sequence[dict]]) -> dict[tuple[str, int], tuple]:
 def steps(events: Sequence[dict]) -> list[int]:
     """Returns the steps, counted over the run, whose batches a process took, in its order."""
     begins = dict(zip((f"stage{i}" for i in range(4)), (0, *workload.ENDS), strict=False))
-    return [begins[one["stage"]] + one["row"] // workload.BATCH_SIZE + 1 for one in events if "digest" in one]
+    return [
+        begins[one["stage"]] + one["row"] // workload.BATCH_SIZE + 1
+        for one in events
+        if "digest" in one
+    ]

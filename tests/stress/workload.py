@@ -1,4 +1,5 @@
-"""What the runs of the stress test train: four stages on two small sources that are mixed and packed."""
+"""What the runs of the stress test train: four stages on two small sources that are mixed and
+packed."""
 
 import shutil
 from pathlib import Path
@@ -32,7 +33,8 @@ CONFIG = (
 
 
 def write(folder: Path) -> Path:
-    """Writes the data and a model to start from into `folder`, and beside it the config; returns its path."""
+    """Writes the data and a model to start from into `folder`, and beside it the config; returns
+    its path."""
     pod_workload.write(folder)
     # Questions about it are not asked here, and the link to itself would be copied into buckets.
     shutil.rmtree(folder / "tasks")

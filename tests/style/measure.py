@@ -1,4 +1,5 @@
-"""How the code looks, in numbers: `python -m tests.style.measure` prints the table of docs/architecture.md."""
+"""How the code looks, in numbers: `python -m tests.style.measure` prints the table of
+docs/architecture.md."""
 
 import ast
 import io
@@ -83,8 +84,17 @@ def measure() -> dict[str, float]:
 
 def table(values: dict[str, float]) -> str:
     """Returns the measures as rows of a Markdown table."""
-    shown = {name: f"{value:.1%}" if isinstance(value, float) else f"{value:,}" for name, value in values.items()}
-    return "\n".join(["| measure | now |", "|---|---|", *(f"| {name} | {text} |" for name, text in shown.items())])
+    shown = {
+        name: f"{value:.1%}" if isinstance(value, float) else f"{value:,}"
+        for name, value in values.items()
+    }
+    return "\n".join(
+        [
+            "| measure | now |",
+            "|---|---|",
+            *(f"| {name} | {text} |" for name, text in shown.items()),
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ def test_values_cannot_be_guessed(all_tables):
 
 
 @pytest.mark.parametrize(
-    "name, key, expected", [("driving", "1956", ("3675",)), ("longley", "1947", ("234289", "60323"))]
+    "name, key, expected",
+    [("driving", "1956", ("3675",)), ("longley", "1947", ("234289", "60323"))],
 )
 def test_values_are_the_data_sets(all_tables, name, key, expected):
     table = next(table for table in all_tables if table.name == name)

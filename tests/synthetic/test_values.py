@@ -10,7 +10,8 @@ def test_the_best_constant_answer_scores_little(kind):
     rng = np.random.default_rng(0)
     drawn = [values.KINDS[kind](rng) for _ in range(400)]
     assert min(map(len, drawn)) >= 4
-    train, held_out = drawn[:100], drawn[100:]
+    train = drawn[:100]
+    held_out = drawn[100:]
     best = max(train, key=lambda guess: sum(anls(guess, (value,)) for value in train))
     assert np.mean([anls(best, (value,)) for value in held_out]) < 0.1
 
@@ -20,7 +21,10 @@ def test_sides_of_the_split_are_disjoint_and_of_the_stated_share():
     drawn = [values.KINDS["Serial"](rng) for _ in range(4000)]
     share = np.mean([values.is_evaluation(value) for value in drawn])
     assert abs(share - values.EVALUATION_SHARE) < 0.03
-    assert not any(values.is_allowed(v, evaluation=True) and values.is_allowed(v, evaluation=False) for v in drawn)
+    assert not any(
+        values.is_allowed(v, evaluation=True) and values.is_allowed(v, evaluation=False)
+        for v in drawn
+    )
     assert values.is_evaluation("Ames") == values.is_evaluation("AMES")
 
 

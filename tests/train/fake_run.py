@@ -1,6 +1,7 @@
 """Whole runs of a tiny model over random batches: what the tests of loop and checkpoint share.
 
-As a program, `python -m tests.train.fake_run WORKDIR STEP` is a run that kills itself before that step.
+As a program, `python -m tests.train.fake_run WORKDIR STEP` is a run that kills itself before that
+step.
 """
 
 import dataclasses
@@ -34,7 +35,8 @@ TOTAL = 2 * NUM_STEPS
 
 
 def stages(mesh: MeshConfig | None = None, **changes) -> tuple[Config, ...]:
-    """A text-only stage, then one with pixels whose vision tower is frozen; `changes` are of `TrainConfig`."""
+    """A text-only stage, then one with pixels whose vision tower is frozen; `changes` are of
+    `TrainConfig`."""
     train = TrainConfig(
         num_steps=NUM_STEPS,
         batch_size=8,
@@ -49,13 +51,17 @@ def stages(mesh: MeshConfig | None = None, **changes) -> tuple[Config, ...]:
     text = dataclasses.replace(train, visual_input="labels", trainable=("llm/.*",))
     pixels = dataclasses.replace(train, trainable=("connector/.*", "llm/.*"), load=("llm/.*",))
     mesh = mesh or MeshConfig(data=2, fsdp=2, tensor=2)
-    return tiny_config(stage="text", train=text, mesh=mesh), tiny_config(stage="pixels", train=pixels, mesh=mesh)
+    return tiny_config(stage="text", train=text, mesh=mesh), tiny_config(
+        stage="pixels", train=pixels, mesh=mesh
+    )
 
 
 class Batches:
-    """Stands in for `loader.TrainBatches`: batch i of a stage is a pure function of the stage and i.
+    """Stands in for `loader.TrainBatches`: batch i of a stage is a pure function of the stage and
+    i.
 
-    `hook(step, batch)` is called before a batch is handed out, with the step of the run that it is for.
+    `hook(step, batch)` is called before a batch is handed out, with the step of the run that it is
+    for.
     """
 
     def __init__(self, hook: Callable[[int, dict], None] = lambda step, batch: None):
@@ -67,7 +73,8 @@ class Batches:
     ) -> "Batches":
         assert not schedule_state
         assert local_rows == list(range(config.train.batch_size))
-        self._config, self.next_row = config, start_row
+        self._config = config
+        self.next_row = start_row
         self.num_unsupervised = self.num_unused = 0
         return self
 
@@ -80,7 +87,9 @@ class Batches:
     def __next__(self) -> dict:
         index = self.next_row // self._config.train.batch_size
         now = index + 1 + (0 if self._config.stage == "text" else NUM_STEPS)
-        batch = random_batch(self._config, seed=zlib.crc32(f"{self._config.stage}/{index}".encode()))
+        batch = random_batch(
+            self._config, seed=zlib.crc32(f"{self._config.stage}/{index}".encode())
+        )
         self._hook(now, batch)
         self.num_unsupervised += now
         self.served.append(now)
@@ -100,7 +109,10 @@ def train(
     validation: Callable[..., list] = lambda config, *_: [random_batch(config, seed=7)],
     kinds: tuple[Kind, ...] = (VALIDATION,),
 ) -> str:
-    """Runs `loop.train` on random batches; returns what it printed. UserErrors have that in `printed`."""
+    """Runs `loop.train` on random batches; returns what it printed.
+
+    UserErrors have that in `printed`.
+    """
     console = Console(file=io.StringIO(), soft_wrap=True, width=200)
     with (
         mock.patch.object(loader, "TrainBatches", batches or Batches()),
@@ -120,8 +132,13 @@ def train(
 
 def stored(workdir: Path, step: int = TOTAL) -> dict[str, np.ndarray]:
     """Every array of a checkpoint's state by name."""
-    tree = ocp.PyTreeCheckpointer().restore(storage.absolute(workdir) / "checkpoints" / str(step) / "state")
-    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    tree = ocp.PyTreeCheckpointer().restore(
+        storage.absolute(workdir) / "checkpoints" / str(step) / "state"
+    )
+    return {
+        jax.tree_util.keystr(path): np.asarray(x)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def rename(folder: Path, old: int, new: int) -> None:
@@ -133,8 +150,10 @@ def rename(folder: Path, old: int, new: int) -> None:
     path.write_text(json.dumps(checkpoint_files.with_checksum(fields | {"step": new})))
 
 
-# Runs of one process share what they compile, and the first draw of parameters: nearly all that such a run costs.
-_COMPILE_STEPS, _INIT_PARAMS = step.compile_steps, state.init_params
+# Runs of one process share what they compile, and the first draw of parameters: nearly all that
+# such a run costs.
+_COMPILE_STEPS = step.compile_steps
+_INIT_PARAMS = state.init_params
 _COMPILED: dict[str, tuple] = {}
 _DRAWN: dict[tuple, dict] = {}
 

@@ -23,7 +23,8 @@ program.leave_with(program.main(["train", *flags]))
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory) -> Path:
-    """A folder with data, a tokenizer, a checkpoint to start from, and a config that names them from inside it."""
+    """A folder with data, a tokenizer, a checkpoint to start from, and a config that names them
+    from inside it."""
     folder = tmp_path_factory.mktemp("host")
     workload.write(folder)
     workload.write_config(folder / "config.py", ".")
@@ -52,13 +53,19 @@ def other_shard(folder: Path) -> None:
     shards.write_shard(shard, records)
     assert shard.stat().st_size == size
     tokenizer = tokenizers.load(folder / "tokenizer.model")
-    index.write(index.index_path(shard), index.of_records(records, tokenizer, index.tokenizer_fingerprint(folder)))
+    index.write(
+        index.index_path(shard),
+        index.of_records(records, tokenizer, index.tokenizer_fingerprint(folder)),
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (other_start, "the processes differ in checkpoint 1 of start: checkpoint 1 of start is 'run "),
+        (
+            other_start,
+            "the processes differ in checkpoint 1 of start: checkpoint 1 of start is 'run ",
+        ),
         (other_tokenizer, "the processes differ in the tokenizer of stage"),
         (other_shard, "the processes differ in the data of stage"),
     ],

@@ -35,7 +35,8 @@ def logged(workdir) -> list[tuple[int, float]]:
 
 def assert_same_run(workdir, straight) -> None:
     assert logged(workdir) == logged(straight)
-    ours, theirs = fake_run.stored(workdir), fake_run.stored(straight)
+    ours = fake_run.stored(workdir)
+    theirs = fake_run.stored(straight)
     assert ours.keys() == theirs.keys()
     for name, array in theirs.items():
         np.testing.assert_array_equal(ours[name], array)
@@ -47,7 +48,11 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(straight, bucket, bucket_folder):
     names = {name.split("/")[0] for name in storage.files_below(bucket_folder)}
     assert names >= {"checkpoints", "config.json", "metrics.jsonl", "tensorboard"}
     boards = sorted((bucket_folder / "tensorboard").iterdir())
-    steps = [Event.FromString(record).step for board in boards for record in read_records(board.read_bytes())]
+    steps = [
+        Event.FromString(record).step
+        for board in boards
+        for record in read_records(board.read_bytes())
+    ]
     assert max(steps) == TOTAL
 
 
@@ -63,10 +68,14 @@ def test_it_goes_on_after_a_stop(straight, bucket_folder):
 def test_it_goes_on_after_a_kill(straight, bucket_folder, capfd):
     """At once: the lease of a process of this machine that is gone is not waited for."""
     program = [sys.executable, "-m", "tests.train.fake_run", str(bucket_folder), "6"]
-    assert subprocess.run(program, timeout=240, stdout=subprocess.DEVNULL).returncode == -signal.SIGKILL
+    assert (
+        subprocess.run(program, timeout=240, stdout=subprocess.DEVNULL).returncode
+        == -signal.SIGKILL
+    )
     assert (bucket_folder / ".lock").exists()
     lines = logged(bucket_folder)
-    assert lines == logged(straight)[: len(lines)] and len(lines) >= 3  # A checkpoint stands at step 4.
+    # A checkpoint stands at step 4.
+    assert lines == logged(straight)[: len(lines)] and len(lines) >= 3
     fake_run.train(bucket_folder)
     assert "waiting until its lease expires" not in capfd.readouterr().err
     assert_same_run(bucket_folder, straight)
@@ -109,6 +118,11 @@ def test_a_run_that_lost_its_lease_stops(bucket, bucket_folder, monkeypatch):
             bucket.put(f"{name}/.lock", json.dumps(thief).encode())
             time.sleep(1.5)
 
-    with pytest.raises(UserError, match=r"lease on .* was lost: process 7 on elsewhere .* has taken it; nothing more"):
+    with pytest.raises(
+        UserError,
+        match=r"lease on .* was lost: process 7 on elsewhere .* has taken it; nothing more",
+    ):
         fake_run.train(bucket_folder, Batches(robbed))
-    assert "4" not in {name.split("/")[1] for name in storage.files_below(bucket_folder) if "checkpoints/" in name}
+    assert "4" not in {
+        name.split("/")[1] for name in storage.files_below(bucket_folder) if "checkpoints/" in name
+    }

@@ -38,8 +38,11 @@ def make_mesh(data: int, fsdp: int, tensor: int):
 
 def make_state(mesh, seed: int = 0) -> state.TrainState:
     rng = np.random.default_rng(seed)
-    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    kernel, mu = (jax.device_put(rng.standard_normal((16, 64)).astype(np.float32), rows) for _ in range(2))
+    rows = sharding.batch_sharding(mesh)
+    whole = sharding.replicated(mesh)
+    kernel, mu = (
+        jax.device_put(rng.standard_normal((16, 64)).astype(np.float32), rows) for _ in range(2)
+    )
     scale = jax.device_put(rng.standard_normal(8).astype(np.float32), whole)
     params = {"llm": {"kernel": kernel}, "vision": {"norm": {"scale": scale}}}
     return state.TrainState(jax.device_put(np.int32(3), whole), params, ({"kernel": mu},))
@@ -49,8 +52,12 @@ def abstract(live: state.TrainState) -> state.TrainState:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), live)
 
 
-def save(checkpoints: Checkpoints, step: int, live: state.TrainState, metrics: dict | None = None) -> None:
-    checkpoints.save(step, live, position={"next_row": 8 * step}, metadata=METADATA, metrics=metrics)
+def save(
+    checkpoints: Checkpoints, step: int, live: state.TrainState, metrics: dict | None = None
+) -> None:
+    checkpoints.save(
+        step, live, position={"next_row": 8 * step}, metadata=METADATA, metrics=metrics
+    )
     checkpoints.wait()
 
 
@@ -60,7 +67,8 @@ def assert_equal(ours: state.TrainState, theirs: state.TrainState) -> None:
 
 
 def test_saved_on_one_mesh_and_restored_on_another(folder):
-    live, elsewhere = make_state(make_mesh(2, 2, 2)), make_state(make_mesh(8, 1, 1), seed=1)
+    live = make_state(make_mesh(2, 2, 2))
+    elsewhere = make_state(make_mesh(8, 1, 1), seed=1)
     with Checkpoints(folder) as checkpoints:
         save(checkpoints, 3, live)
     with Checkpoints(folder) as checkpoints:
@@ -87,7 +95,16 @@ def test_the_saved_value_is_that_of_the_call_though_the_state_is_donated(tmp_pat
 
 def test_kept_are_the_newest_the_best_of_the_newest_stage_and_stage_ends(folder):
     live = make_state(make_mesh(8, 1, 1))
-    losses = {1: (0, 0.5), 2: (0, 0.1), 3: (0, 0.4), 4: (1, 0.9), 5: (1, 0.7), 6: None, 7: (1, 0.8), 8: (1, 0.75)}
+    losses = {
+        1: (0, 0.5),
+        2: (0, 0.1),
+        3: (0, 0.4),
+        4: (1, 0.9),
+        5: (1, 0.7),
+        6: None,
+        7: (1, 0.8),
+        8: (1, 0.75),
+    }
     # Resumed after every save: which one was best has to be found on the disk.
     kept = []
     for step, loss in losses.items():
@@ -98,7 +115,8 @@ def test_kept_are_the_newest_the_best_of_the_newest_stage_and_stage_ends(folder)
 
 
 def test_a_step_that_exists_is_not_overwritten(folder):
-    first, second = make_state(make_mesh(8, 1, 1)), make_state(make_mesh(8, 1, 1), seed=1)
+    first = make_state(make_mesh(8, 1, 1))
+    second = make_state(make_mesh(8, 1, 1), seed=1)
     with Checkpoints(folder) as checkpoints:
         save(checkpoints, 3, first)
         with pytest.raises(UserError, match="exists already"):
@@ -136,7 +154,9 @@ def test_a_damaged_checkpoint_is_broken_and_said_in_one_line(folder, damage):
         save(checkpoints, 1, live)
         save(checkpoints, 2, live)
     DAMAGES[damage](folder / "2")
-    damaged = {name: (folder / "2" / name).read_bytes() for name in storage.files_below(folder / "2")}
+    damaged = {
+        name: (folder / "2" / name).read_bytes() for name in storage.files_below(folder / "2")
+    }
     with Checkpoints(folder, keep=2) as checkpoints:
         assert checkpoints.latest() == 2
         with pytest.raises(BrokenCheckpoint, match=r"checkpoint .*/2 cannot be read \([^\n]*\)$"):
@@ -149,14 +169,17 @@ def test_a_damaged_checkpoint_is_broken_and_said_in_one_line(folder, damage):
     with Checkpoints(folder, keep=2) as checkpoints:
         assert checkpoints.latest() == 2
     assert damaged == {
-        name: (folder / "2.broken" / name).read_bytes() for name in storage.files_below(folder / "2.broken")
+        name: (folder / "2.broken" / name).read_bytes()
+        for name in storage.files_below(folder / "2.broken")
     }
 
 
 @pytest.mark.parametrize("name", ["run[1]", "run*", "run?", "a\\b"])
 def test_a_name_that_orbax_takes_for_a_pattern_is_refused(tmp_path, bucket_folder, name):
     for folder in (tmp_path / name, bucket_folder / name):
-        with pytest.raises(UserError, match=r"has .* in it, which no checkpoint can be written below"):
+        with pytest.raises(
+            UserError, match=r"has .* in it, which no checkpoint can be written below"
+        ):
             Checkpoints(folder)
     Checkpoints(tmp_path / name, read_only=True)  # As where a folder was renamed since.
 
@@ -207,7 +230,8 @@ def test_a_flipped_bit_is_never_read_as_other_values(tmp_path):
     live = make_state(make_mesh(8, 1, 1))
     with Checkpoints(tmp_path / "right") as checkpoints:
         save(checkpoints, 1, live)
-    rng, broken = random.Random(0), set()
+    rng = random.Random(0)
+    broken = set()
     for name in storage.files_below(tmp_path / "right"):
         for _ in range(2):
             shutil.copytree(tmp_path / "right", tmp_path / "wrong", dirs_exist_ok=True)
@@ -223,7 +247,10 @@ def test_a_flipped_bit_is_never_read_as_other_values(tmp_path):
                     broken.add(name.split("/")[1])
                     continue
             assert_equal(restored, live)
-            assert (position["next_row"], metadata["train_seconds"]) == (8, METADATA["train_seconds"]), name
+            assert (position["next_row"], metadata["train_seconds"]) == (
+                8,
+                METADATA["train_seconds"],
+            ), name
     assert broken >= {"data", "metadata", "state"}
 
 
@@ -267,7 +294,9 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_stand(tmp_path, monkeyp
         save(checkpoints, 1, live)
         full = shutil.disk_usage(tmp_path)._replace(free=1000)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
-        with pytest.raises(UserError, match=r"/2: it takes 0.0 MB and 0.0 MB are free; step 1 stands$"):
+        with pytest.raises(
+            UserError, match=r"/2: it takes 0.0 MB and 0.0 MB are free; step 1 stands$"
+        ):
             save(checkpoints, 2, live)
         assert_equal(checkpoints.restore(1, abstract(live))[0], live)
 
@@ -275,9 +304,14 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_stand(tmp_path, monkeyp
 def test_a_save_that_fails_in_the_background_is_surfaced(tmp_path):
     mesh = make_mesh(8, 1, 1)
     small, large = (
-        state.TrainState(jax.device_put(np.int32(3), sharding.replicated(mesh)), {"llm": {"kernel": kernel}}, ())
+        state.TrainState(
+            jax.device_put(np.int32(3), sharding.replicated(mesh)), {"llm": {"kernel": kernel}}, ()
+        )
         for kernel in (
-            jax.device_put(np.random.default_rng(0).random((8, size), np.float32), sharding.batch_sharding(mesh))
+            jax.device_put(
+                np.random.default_rng(0).random((8, size), np.float32),
+                sharding.batch_sharding(mesh),
+            )
             for size in (8, 2**17)
         )
     )
@@ -287,7 +321,9 @@ def test_a_save_that_fails_in_the_background_is_surfaced(tmp_path):
             with Checkpoints(tmp_path) as checkpoints:
                 save(checkpoints, 1, small)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
-                checkpoints.save(2, large, position={"next_row": 16}, metadata=METADATA, metrics=None)
+                checkpoints.save(
+                    2, large, position={"next_row": 16}, metadata=METADATA, metrics=None
+                )
                 checkpoints.wait()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -298,7 +334,11 @@ def test_a_save_that_fails_in_the_background_is_surfaced(tmp_path):
 def test_another_layout_is_refused(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(
-            1, make_state(make_mesh(8, 1, 1)), position={"next_row": 0}, metadata={"layout_version": 99}, metrics=None
+            1,
+            make_state(make_mesh(8, 1, 1)),
+            position={"next_row": 0},
+            metadata={"layout_version": 99},
+            metrics=None,
         )
         checkpoints.wait()
         with pytest.raises(UserError, match="layout 99; this version reads layout 1"):
@@ -316,15 +356,21 @@ def test_a_model_is_loaded_from_workdir_and_from_step(trained_workdir):
 
 @pytest.mark.parametrize("path", ["", "checkpoints/6", "nowhere"])
 def test_a_path_without_a_checkpoint_is_an_error_that_says_what_is_wanted(tmp_path, path):
-    with pytest.raises(UserError, match="it must be a workdir with checkpoints/ in it, or one checkpoints/STEP"):
+    with pytest.raises(
+        UserError, match="it must be a workdir with checkpoints/ in it, or one checkpoints/STEP"
+    ):
         restore_lib.load_model(tmp_path / path, make_mesh(8, 1, 1))
 
 
-def test_a_broken_newest_checkpoint_is_passed_over_when_a_model_is_loaded(trained_workdir, tmp_path, capsys):
+def test_a_broken_newest_checkpoint_is_passed_over_when_a_model_is_loaded(
+    trained_workdir, tmp_path, capsys
+):
     workdir = tmp_path / "run"
     shutil.copytree(trained_workdir / checkpoint.FOLDER, workdir / checkpoint.FOLDER)
     fake_run.rename(workdir / checkpoint.FOLDER, 7, 8)
-    shutil.copytree(trained_workdir / checkpoint.FOLDER, workdir / checkpoint.FOLDER, dirs_exist_ok=True)
+    shutil.copytree(
+        trained_workdir / checkpoint.FOLDER, workdir / checkpoint.FOLDER, dirs_exist_ok=True
+    )
     shutil.rmtree(workdir / checkpoint.FOLDER / "8" / "state" / "d")
     assert restore_lib.load_model(workdir, make_mesh(8, 1, 1))[-1] == 7
     message = capsys.readouterr().err
@@ -338,7 +384,9 @@ def test_a_broken_newest_checkpoint_is_passed_over_when_a_model_is_loaded(traine
     assert capsys.readouterr().err == ""
 
 
-def test_a_checkpoint_that_a_run_removes_meanwhile_is_not_older_than_its_newest(trained_workdir, tmp_path, capsys):
+def test_a_checkpoint_that_a_run_removes_meanwhile_is_not_older_than_its_newest(
+    trained_workdir, tmp_path, capsys
+):
     """A run that goes on has superseded what was the newest when it was looked for."""
     shutil.copytree(trained_workdir, tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints"
@@ -432,7 +480,10 @@ def test_a_fault_of_the_storage_is_tried_again(tmp_path, monkeypatch, fault):
         monkeypatch.setattr(checkpoints._handlers["state"], "restore", failing)
         assert_equal(checkpoints.restore(2, abstract(live))[0], live)
         faults += [fault] * 3
-        with pytest.raises(UserError, match=r"/2 could not be read now \([^\n]*\); it stays as it is: call again when"):
+        with pytest.raises(
+            UserError,
+            match=r"/2 could not be read now \([^\n]*\); it stays as it is: call again when",
+        ):
             checkpoints.restore(2, abstract(live))
         assert checkpoints.steps() == [2]
 
@@ -441,7 +492,10 @@ def test_no_permission_is_no_damage(bucket, bucket_folder):
     live = make_state(make_mesh(8, 1, 1))
     with Checkpoints(bucket_folder) as checkpoints:
         save(checkpoints, 2, live)
-        with bucket.faulty(status=403, names="/d/"), pytest.raises(UserError, match="/2 could not be read now"):
+        with (
+            bucket.faulty(status=403, names="/d/"),
+            pytest.raises(UserError, match="/2 could not be read now"),
+        ):
             checkpoints.restore(2, abstract(live))
         assert_equal(checkpoints.restore(2, abstract(live))[0], live)
 
@@ -452,13 +506,22 @@ def test_another_model_is_no_damage(folder):
         save(checkpoints, 2, live)
         wider = abstract(live)
         kernel = wider.params["llm"]["kernel"]
-        wider.params["llm"]["kernel"] = jax.ShapeDtypeStruct((16, 128), kernel.dtype, sharding=kernel.sharding)
-        expected = r"/2 holds another model: params/llm/kernel is \[16, 64\] there and \[16, 128\] here"
+        wider.params["llm"]["kernel"] = jax.ShapeDtypeStruct(
+            (16, 128), kernel.dtype, sharding=kernel.sharding
+        )
+        expected = (
+            r"/2 holds another model: params/llm/kernel is \[16, 64\] there and \[16, 128\] here"
+        )
         with pytest.raises(UserError, match=expected):
             checkpoints.restore(2, wider)
         wider.params["llm"]["extra"] = wider.params["llm"].pop("kernel")
-        for restore in (lambda: checkpoints.restore(2, wider), lambda: checkpoints.restore_params(2, wider.params)):
-            with pytest.raises(UserError, match="/2 holds another model: it has no params/llm/extra"):
+        for restore in (
+            lambda: checkpoints.restore(2, wider),
+            lambda: checkpoints.restore_params(2, wider.params),
+        ):
+            with pytest.raises(
+                UserError, match="/2 holds another model: it has no params/llm/extra"
+            ):
                 restore()
         assert checkpoints.steps() == [2]
 
@@ -495,10 +558,14 @@ logging.getLogger("absl").warning("ours")
 
 
 def test_orbax_logs_to_files_and_not_to_the_terminal(tmp_path):
-    done = subprocess.run([sys.executable, "-c", LOGGING, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", LOGGING, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "log").read_text().count("\n") > 10
-    assert [line for line in done.stderr.splitlines() if "ours" not in line] == [] and "ours" in done.stderr
+    assert [
+        line for line in done.stderr.splitlines() if "ours" not in line
+    ] == [] and "ours" in done.stderr
 
 
 SAVING = """
@@ -520,7 +587,10 @@ with Checkpoints(storage.path(sys.argv[1]), keep=1) as checkpoints:
 def wholeness(folder) -> list[int]:
     """The steps that are there, each read and found right."""
     shapes = {
-        "llm": {"kernel": jax.ShapeDtypeStruct((256, 256), np.float32), "scale": jax.ShapeDtypeStruct((9,), np.float32)}
+        "llm": {
+            "kernel": jax.ShapeDtypeStruct((256, 256), np.float32),
+            "scale": jax.ShapeDtypeStruct((9,), np.float32),
+        }
     }
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
@@ -535,7 +605,9 @@ def wholeness(folder) -> list[int]:
 @pytest.mark.parametrize("moment", [1, 9, 16, 22, 30])
 def test_a_kill_in_a_save_on_a_bucket_leaves_it_whole_or_absent(bucket, bucket_folder, moment):
     """Killed before the change number `moment` of those that follow the first checkpoint."""
-    process = subprocess.Popen([sys.executable, "-c", SAVING, str(bucket_folder)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SAVING, str(bucket_folder)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "1\n"
     changes = itertools.count(1)
 
@@ -579,7 +651,12 @@ with Checkpoints(storage.path(sys.argv[1]), read_only=True) as checkpoints:
 
 def test_a_process_that_cannot_read_does_not_hold_up_the_others(tmp_path):
     """Each is told, and tells; nobody waits at a barrier for one that has failed."""
-    subprocess.run([sys.executable, "-c", SAVING, str(tmp_path)], check=True, timeout=120, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-c", SAVING, str(tmp_path)],
+        check=True,
+        timeout=120,
+        stdout=subprocess.DEVNULL,
+    )
     address = f"127.0.0.1:{slices.free_port()}"
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     processes = [
@@ -627,7 +704,8 @@ program.leave_with(program.main(["train"]))
 
 
 def test_a_host_that_cannot_write_its_part_ends_all_soon(tmp_path):
-    """The others wait at orbax's barriers for its part, for minutes, and it waited there for them."""
+    """The others wait at orbax's barriers for its part, for minutes, and it waited there for
+    them."""
     done = joined.run(FAILING_SAVE, 2, tmp_path, FOLDER=str(tmp_path / "checkpoints"))
     assert [one.returncode for one in done] == [1, 1], done
     assert "process 1 of 2 (" in done[0].stderr and "could not write checkpoint" in done[0].stderr

@@ -5,7 +5,8 @@ from tests.conftest import tiny_config
 
 
 def test_where_there_is_no_git_the_launch_scripts_name_the_commit(tmp_path, monkeypatch):
-    """In an image and on a rented host the metadata said "unknown", of the very runs that matter."""
+    """In an image and on a rented host the metadata said "unknown", of the very runs that
+    matter."""
     monkeypatch.setattr(commit, "__file__", str(tmp_path / "alignvlm_jax" / "train" / "commit.py"))
     (tmp_path / "alignvlm_jax" / "train").mkdir(parents=True)
     config = tiny_config(stage="align")

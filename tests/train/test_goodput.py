@@ -68,7 +68,14 @@ def run_a_stage(phases: Phases, clock: Clock, first: int) -> list[dict]:
 def test_every_second_is_counted_once(clock):
     phases = Phases(began=clock.now - 7)
     run_a_stage(phases, clock, first=1)
-    expected = {"steps": 30, "compile": 60, "data_wait": 3, "save": 3, "evaluation": 10, "other": 7 + 5 + 4}
+    expected = {
+        "steps": 30,
+        "compile": 60,
+        "data_wait": 3,
+        "save": 3,
+        "evaluation": 10,
+        "other": 7 + 5 + 4,
+    }
     assert seconds_of(phases) == expected
     assert phases.metrics()["goodput/seconds"] == pytest.approx(sum(expected.values()))
     assert phases.run_seconds() == pytest.approx(sum(expected.values()))
@@ -98,7 +105,9 @@ def test_a_resumed_run_counts_what_was_lost_as_restart(clock):
     carried = goodput.carried(lines, step=2)
     kept = {"steps": 20, "compile": 60, "data_wait": 2, "other": 9}
     lost = 1 + 10 + 8 + 2 + 3
-    assert carried == {name: pytest.approx(kept.get(name, lost if name == "restart" else 0)) for name in CATEGORIES}
+    assert carried == {
+        name: pytest.approx(kept.get(name, lost if name == "restart" else 0)) for name in CATEGORIES
+    }
     # The last heartbeat is 6 s younger than the last line.
     second = Phases(began=clock.now)
     second.resume(2, carried, beat_seconds=lines[-1]["goodput/seconds"] + 6)
@@ -178,6 +187,8 @@ def test_the_age_of_a_process():
         "from alignvlm_jax.train import goodput\n"
         "print(began - goodput.process_began())"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     # Python itself took some milliseconds to start; ticks are of 10 ms.
     assert -0.02 <= float(done.stdout) < 5

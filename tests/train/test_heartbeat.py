@@ -14,7 +14,13 @@ from alignvlm_jax.train.heartbeat import Heartbeat, Others
 
 
 def heartbeat(folder: Path, phases: Phases, **changes) -> Heartbeat:
-    settings = {"process": 0, "num_processes": 1, "total": 20, "limit": lambda: 600.0, "every": 0.05}
+    settings = {
+        "process": 0,
+        "num_processes": 1,
+        "total": 20,
+        "limit": lambda: 600.0,
+        "every": 0.05,
+    }
     return Heartbeat(folder, phases, **(settings | changes))
 
 
@@ -24,7 +30,12 @@ def beat_of(folder: Path, process: int = 0) -> dict:
 
 def test_a_heartbeat_says_where_a_process_stands(folder):
     phases = Phases()
-    phases.resume(3, dict.fromkeys(("steps", "compile", "data_wait", "save", "evaluation", "restart", "other"), 10.0))
+    phases.resume(
+        3,
+        dict.fromkeys(
+            ("steps", "compile", "data_wait", "save", "evaluation", "restart", "other"), 10.0
+        ),
+    )
     with heartbeat(folder, phases, process=2, num_processes=3):
         first = beat_of(folder, 2)
         assert (first["process"], first["pid"], first["total"]) == (2, os.getpid(), 20)
@@ -51,7 +62,8 @@ class Stopped(Exception):
 
 
 @pytest.mark.parametrize(
-    ("error", "phase"), [(Stopped, "stopped"), (KeyboardInterrupt, "stopped"), (ZeroDivisionError, "failed")]
+    ("error", "phase"),
+    [(Stopped, "stopped"), (KeyboardInterrupt, "stopped"), (ZeroDivisionError, "failed")],
 )
 def test_a_heartbeat_says_how_a_process_ended(tmp_path, error, phase):
     with pytest.raises(error), heartbeat(tmp_path, Phases(), stopped=(Stopped,)):
@@ -83,7 +95,9 @@ def test_a_heartbeat_that_cannot_be_written_is_told_once_and_ends_nothing(tmp_pa
     (tmp_path / "heartbeats").write_text("no folder")
     with heartbeat(tmp_path, Phases()):
         time.sleep(0.4)
-        assert len([record for record in caplog.records if "no heartbeat in" in record.message]) == 1
+        assert (
+            len([record for record in caplog.records if "no heartbeat in" in record.message]) == 1
+        )
         (tmp_path / "heartbeats").unlink()
         (tmp_path / "heartbeats").mkdir()
         time.sleep(0.4)
@@ -92,7 +106,13 @@ def test_a_heartbeat_that_cannot_be_written_is_told_once_and_ends_nothing(tmp_pa
 
 
 def beat(process: int, **changes) -> dict:
-    fields = {"process": process, "host": f"h{process}", "phase": "training", "since": 1.0, "step": 5}
+    fields = {
+        "process": process,
+        "host": f"h{process}",
+        "phase": "training",
+        "since": 1.0,
+        "step": 5,
+    }
     return fields | {"data_wait": 0.01, "time": 0.0} | changes
 
 
@@ -101,17 +121,25 @@ def test_who_holds_up_the_others():
     others = Others(lambda: clock[0])
     assert others.look([beat(0, time=1), beat(1, time=900)]) == []  # Whatever their clocks say.
     clock[0] = 70.0
-    assert others.look([beat(0, time=71), beat(1, time=900)]) == ["process 1 on h1: no new heartbeat for 70 s"]
+    assert others.look([beat(0, time=71), beat(1, time=900)]) == [
+        "process 1 on h1: no new heartbeat for 70 s"
+    ]
     clock[0] = 75.0
     assert others.look([beat(0, time=76), beat(1, time=905)]) == []
     clock[0] = 80.0
     waiting = [beat(i, time=80 + i, since=40.0) for i in range(3)]
     waiting.append(beat(3, time=80, since=41.0, phase="waiting"))
-    assert others.look(waiting) == ["process 3 on h3: waiting for 41 s at step 5, and 3 others wait in a step"]
+    assert others.look(waiting) == [
+        "process 3 on h3: waiting for 41 s at step 5, and 3 others wait in a step"
+    ]
     # All validate, or compile, for long: nobody is late.
-    assert others.look([beat(i, time=90 + i, since=90.0, phase="validating") for i in range(4)]) == []
+    assert (
+        others.look([beat(i, time=90 + i, since=90.0, phase="validating") for i in range(4)]) == []
+    )
     slow = [beat(i, time=100 + i) for i in range(3)] + [beat(3, time=100, data_wait=0.2)]
-    assert others.look(slow) == ["process 3 on h3: waits for data 20% of the time, the others 1% at most"]
+    assert others.look(slow) == [
+        "process 3 on h3: waits for data 20% of the time, the others 1% at most"
+    ]
     assert Others().look([beat(0, data_wait=0.9)]) == []
 
 

@@ -18,11 +18,15 @@ from tests.conftest import tiny_config
 def stages(*profiles: str) -> list[config_lib.Config]:
     """Stages of four steps each."""
     config = tiny_config()
-    return [dataclasses.replace(config, train=dataclasses.replace(config.train, profile=text)) for text in profiles]
+    return [
+        dataclasses.replace(config, train=dataclasses.replace(config.train, profile=text))
+        for text in profiles
+    ]
 
 
 def run_steps(folder, steps: range | None, numbers: range, process: int = 0) -> list[str]:
-    """Runs steps as the loop does, reading each after the next has been sent off; returns what is said."""
+    """Runs steps as the loop does, reading each after the next has been sent off; returns what is
+    said."""
     said: list[str] = []
     step = jax.jit(lambda x: (x @ x) / 100)
     x = jnp.ones((64, 64))
@@ -43,7 +47,9 @@ def traced_steps(path, tmp_path: Path) -> list[int]:
     found = []
     for plane in jax.profiler.ProfileData.from_file(str(local)).planes:
         for line in plane.lines:
-            found += [dict(event.stats)["step_num"] for event in line.events if event.name == "train"]
+            found += [
+                dict(event.stats)["step_num"] for event in line.events if event.name == "train"
+            ]
     return found
 
 
@@ -68,7 +74,9 @@ def test_steps_before_and_the_last_one_are_waited_for(tmp_path):
 def test_every_process_has_a_file_of_its_own(tmp_path):
     for process in (0, 1):
         run_steps(tmp_path, range(2, 3), range(1, 4), process)
-    names = {path.name for path in (tmp_path / "profile" / "plugins" / "profile" / "steps-2-3").iterdir()}
+    names = {
+        path.name for path in (tmp_path / "profile" / "plugins" / "profile" / "steps-2-3").iterdir()
+    }
     assert {"host-0.xplane.pb", "host-1.xplane.pb"} <= names
 
 
@@ -111,14 +119,18 @@ def test_a_full_disk_on_the_way_is_told(tmp_path, monkeypatch):
 
 
 def test_names_of_hosts_may_have_dots():
-    assert [hooks.ending(name) for name in ("t1v-n.c.x.xplane.pb", "a.b.trace.json.gz", "a.b.json")] == [
+    assert [
+        hooks.ending(name) for name in ("t1v-n.c.x.xplane.pb", "a.b.trace.json.gz", "a.b.json")
+    ] == [
         ".xplane.pb",
         ".trace.json.gz",
         ".json",
     ]
 
 
-@pytest.mark.parametrize(("text", "steps"), [("1:2", range(1, 2)), ("3:9", range(3, 9)), ("8:9", range(8, 9))])
+@pytest.mark.parametrize(
+    ("text", "steps"), [("1:2", range(1, 2)), ("3:9", range(3, 9)), ("8:9", range(8, 9))]
+)
 def test_steps_are_counted_over_the_run(text, steps):
     assert profile_range(stages(text, text)) == profile_range(stages("", text)) == steps
 
@@ -129,20 +141,27 @@ def test_no_profile_is_the_default():
 
 
 @pytest.mark.parametrize(
-    ("text", "nearest"), [("0:3", "1:3"), ("5:20", "5:9"), ("9:12", "8:9"), ("100:105", "8:9"), ("0:1", "1:2")]
+    ("text", "nearest"),
+    [("0:3", "1:3"), ("5:20", "5:9"), ("9:12", "8:9"), ("100:105", "8:9"), ("0:1", "1:2")],
 )
 def test_steps_that_the_run_does_not_have_are_refused(text, nearest):
-    with pytest.raises(UserError, match=rf"'{text}', and the run has steps 1 to 8: .* nearest: '{nearest}'"):
+    with pytest.raises(
+        UserError, match=rf"'{text}', and the run has steps 1 to 8: .* nearest: '{nearest}'"
+    ):
         profile_range(stages(text, text))
 
 
 def test_stages_cannot_ask_for_different_steps():
-    with pytest.raises(UserError, match=r"config.train.profile is '1:2' and '3:4' in different stages"):
+    with pytest.raises(
+        UserError, match=r"config.train.profile is '1:2' and '3:4' in different stages"
+    ):
         profile_range(stages("1:2", "3:4"))
 
 
 @pytest.mark.parametrize("text", ["100", "5:5", "7:3", "a:b", "1:2:3", "-1:3", "1-3", " 1:3"])
 def test_a_form_that_is_none_is_refused_with_the_config(text):
-    with pytest.raises(UserError, match=r"config.train.profile is '.*'; it must be FIRST:END") as error:
+    with pytest.raises(
+        UserError, match=r"config.train.profile is '.*'; it must be FIRST:END"
+    ) as error:
         config_lib.check(*stages(text))
     assert "\n" not in str(error.value)

@@ -34,14 +34,19 @@ def lines(workdir: Path) -> list[dict]:
 
 def without_times(workdir: Path) -> list[dict]:
     return [
-        {name: value for name, value in line.items() if name not in TIMES and not name.startswith(goodput.PREFIX)}
+        {
+            name: value
+            for name, value in line.items()
+            if name not in TIMES and not name.startswith(goodput.PREFIX)
+        }
         for line in lines(workdir)
     ]
 
 
 def assert_same_run(workdir: Path, straight: Path) -> None:
     """Parameters and optimizer state bit for bit, and every logged number."""
-    ours, theirs = fake_run.stored(workdir), fake_run.stored(straight)
+    ours = fake_run.stored(workdir)
+    theirs = fake_run.stored(straight)
     assert ours.keys() == theirs.keys()
     for name in theirs:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
@@ -52,7 +57,8 @@ def assert_same_run(workdir: Path, straight: Path) -> None:
 def straight(tmp_path_factory) -> Path:
     """The uninterrupted run. Every step function is traced once a stage."""
     traces = {"train": 0, "eval": 0}
-    make_train_step, make_eval_step = step.make_train_step, step.make_eval_step
+    make_train_step = step.make_train_step
+    make_eval_step = step.make_eval_step
 
     def counted(name, make):
         def make_counted(*args):
@@ -116,7 +122,8 @@ def test_a_batch_that_comes_after_the_step_before_has_ended_is_waited_for(tmp_pa
 
 
 def test_a_stage_starts_from_the_one_before(straight):
-    begin, end = fake_run.stored(straight, 4), fake_run.stored(straight, 8)
+    begin = fake_run.stored(straight, 4)
+    end = fake_run.stored(straight, 8)
     embedding = next(name for name in begin if "params" in name and "'embed'" in name)
     assert np.abs(end[embedding] - begin[embedding]).max() < 0.05
     printed = (straight / "printed.txt").read_text()
@@ -126,7 +133,9 @@ def test_a_stage_starts_from_the_one_before(straight):
 
 def test_killed_and_resumed_equals_uninterrupted(straight, tmp_path):
     command = [sys.executable, "-m", "tests.train.fake_run", str(tmp_path), "8"]
-    killed = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    killed = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()}
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     batches = Batches()
     printed = fake_run.train(tmp_path, batches)
@@ -152,18 +161,25 @@ def test_a_run_that_goes_on_between_two_lines_logs_what_the_uninterrupted_one_do
     fake_run.train(tmp_path / "straight", configs=configs)
     for step_number in (2, 3):  # Before a line is due, and before its step.
         with pytest.raises(loop.Stopped, match=f"stopped at step {step_number - 1} of 4"):
-            fake_run.train(tmp_path / "run", Batches(fake_run.send(signal.SIGTERM, at=step_number)), configs=configs)
+            fake_run.train(
+                tmp_path / "run",
+                Batches(fake_run.send(signal.SIGTERM, at=step_number)),
+                configs=configs,
+            )
     fake_run.train(tmp_path / "run", configs=configs)
     assert without_times(tmp_path / "run") == without_times(tmp_path / "straight")
     assert all(line["steps_per_second"] > 0 for line in lines(tmp_path / "run") if "loss" in line)
 
 
 class Stopping(list):
-    """Validation batches of which one pass, counted from 1, brings a signal before its second batch."""
+    """Validation batches of which one pass, counted from 1, brings a signal before its second
+    batch."""
 
     def __init__(self, batches: list, which: int):
         super().__init__(batches)
-        self._which, self.passes, self.given = which, 0, 0
+        self._which = which
+        self.passes = 0
+        self.given = 0
 
     def __iter__(self):
         self.passes += 1
@@ -175,9 +191,13 @@ class Stopping(list):
 
 
 @pytest.mark.parametrize("when", [2, 4, 8])  # within a stage, at its end, at that of the run
-def test_a_signal_while_validating_is_honoured_at_once_and_what_it_cut_short_comes_later(tmp_path, when):
+def test_a_signal_while_validating_is_honoured_at_once_and_what_it_cut_short_comes_later(
+    tmp_path, when
+):
     def validation(which: int):
-        batches = Stopping([random_batch(fake_run.stages()[0], seed=seed) for seed in range(3)], which)
+        batches = Stopping(
+            [random_batch(fake_run.stages()[0], seed=seed) for seed in range(3)], which
+        )
         return batches, lambda config, *_: batches
 
     _, straight = validation(0)
@@ -185,9 +205,12 @@ def test_a_signal_while_validating_is_honoured_at_once_and_what_it_cut_short_com
     batches, stopped = validation(when // 2)
     with pytest.raises(loop.Stopped, match=f"stopped at step {when} of 8"):
         fake_run.train(tmp_path / "run", validation=stopped)
-    assert batches.given == 3 * (when // 2 - 1) + 2  # The signal is seen before the batch that follows it.
+    # The signal is seen before the batch that follows it.
+    assert batches.given == 3 * (when // 2 - 1) + 2
     assert (tmp_path / "run" / "checkpoints" / str(when)).is_dir()
-    assert when not in [line["step"] for line in lines(tmp_path / "run") if "validation/answer_loss" in line]
+    assert when not in [
+        line["step"] for line in lines(tmp_path / "run") if "validation/answer_loss" in line
+    ]
     # A second stop at the same place changes nothing.
     with pytest.raises(loop.Stopped, match=f"stopped at step {when} of 8"):
         fake_run.train(tmp_path / "run", validation=validation(1)[1])
@@ -214,7 +237,10 @@ def test_answers_that_a_stop_cut_short_come_after_the_validation_that_was_logged
     answers = dataclasses.replace(GENERATION, open=lambda *_: Answers(), check=lambda stages: None)
     train = functools.partial(fake_run.train, kinds=(VALIDATION, answers))
     first, second = fake_run.stages()
-    configs = first, dataclasses.replace(second, train=dataclasses.replace(second.train, generate_every=2))
+    configs = (
+        first,
+        dataclasses.replace(second, train=dataclasses.replace(second.train, generate_every=2)),
+    )
     train(tmp_path / "straight", configs=configs)
     stopping["at"] = 1
     with pytest.raises(loop.Stopped, match="stopped at step 6 of 8"):
@@ -259,9 +285,13 @@ def test_lines_that_are_gone_are_told(straight, tmp_path, kept):
     shutil.copytree(straight, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / str(TOTAL))
     path = tmp_path / "run" / "metrics.jsonl"
-    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines(straight) if line["step"] <= kept))
+    path.write_text(
+        "".join(f"{json.dumps(line)}\n" for line in lines(straight) if line["step"] <= kept)
+    )
     newest = max(int(one.name) for one in (tmp_path / "run" / "checkpoints").iterdir())
-    assert f"ends at step {kept}, and the newest checkpoint is of step {newest}" in fake_run.train(tmp_path / "run")
+    assert f"ends at step {kept}, and the newest checkpoint is of step {newest}" in fake_run.train(
+        tmp_path / "run"
+    )
     assert "is lost" not in (straight / "printed.txt").read_text()
 
 
@@ -273,7 +303,9 @@ def test_two_broken_checkpoints_in_a_row_are_named_and_nothing_is_changed(straig
     fake_run.rename(workdir / "checkpoints", 8, 7)
     for broken in ("4", "7"):
         shutil.rmtree(workdir / "checkpoints" / broken / "state" / "d")
-    with pytest.raises(UserError, match=r"checkpoints/7 cannot be read [^\n]*checkpoints/4 cannot be read [^\n]*$"):
+    with pytest.raises(
+        UserError, match=r"checkpoints/7 cannot be read [^\n]*checkpoints/4 cannot be read [^\n]*$"
+    ):
         fake_run.train(workdir)
     assert {"4", "7"} <= set(os.listdir(workdir / "checkpoints"))
 
@@ -284,13 +316,20 @@ def test_other_data_are_refused(straight, tmp_path, monkeypatch):
     for other in (5, 6, 7, 8):
         shutil.rmtree(workdir / "checkpoints" / str(other), ignore_errors=True)
     monkeypatch.setattr(loop.shards, "_fingerprint", lambda *_: "other")
-    with pytest.raises(UserError, match=r"was trained on data of fingerprint \w{8}, that of data is other"):
+    with pytest.raises(
+        UserError, match=r"was trained on data of fingerprint \w{8}, that of data is other"
+    ):
         fake_run.train(workdir)
 
 
-def test_a_stop_at_the_end_of_a_stage_is_honoured_before_the_next_compiles(straight, tmp_path, monkeypatch):
-    compiled, compile_once = [], fake_run._COMPILE_STEPS
-    monkeypatch.setattr(fake_run, "_COMPILE_STEPS", lambda *args: compiled.append(args) or compile_once(*args))
+def test_a_stop_at_the_end_of_a_stage_is_honoured_before_the_next_compiles(
+    straight, tmp_path, monkeypatch
+):
+    compiled = []
+    compile_once = fake_run._COMPILE_STEPS
+    monkeypatch.setattr(
+        fake_run, "_COMPILE_STEPS", lambda *args: compiled.append(args) or compile_once(*args)
+    )
 
     def validation(config, *_):
         return Stopping([random_batch(config)] * 2, which=2)  # that of step 4
@@ -303,8 +342,14 @@ def test_a_stop_at_the_end_of_a_stage_is_honoured_before_the_next_compiles(strai
 def test_a_fault_in_a_later_stage_is_told_before_the_workdir_is_touched(tmp_path):
     first, second = fake_run.stages()
     for change, message in (
-        ({"train": dataclasses.replace(second.train, trainable=("lm/.*",))}, "'lm/.*' matches no parameter"),
-        ({"train": dataclasses.replace(second.train, load=("lm/.*",))}, "config.train.load 'lm/.*' matches no"),
+        (
+            {"train": dataclasses.replace(second.train, trainable=("lm/.*",))},
+            "'lm/.*' matches no parameter",
+        ),
+        (
+            {"train": dataclasses.replace(second.train, load=("lm/.*",))},
+            "config.train.load 'lm/.*' matches no",
+        ),
         ({"mesh": MeshConfig(data=3, fsdp=1, tensor=1)}, "does not fit 8 devices"),
     ):
         with pytest.raises(UserError, match=message):
@@ -328,7 +373,9 @@ def test_too_many_steps_without_finite_gradient_stop_the_run(tmp_path):
         if now in (2, 3):
             batch["patch_label_weights"][:] = np.nan
 
-    with pytest.raises(UserError, match=r"2 steps of stage 'text' .* last of them step 3; .*max_skipped_steps is 1"):
+    with pytest.raises(
+        UserError, match=r"2 steps of stage 'text' .* last of them step 3; .*max_skipped_steps is 1"
+    ):
         fake_run.train(tmp_path, Batches(poison))
     assert [line["skipped_steps"] for line in lines(tmp_path) if "loss" in line] == [0, 1]
     assert lines(tmp_path)[1]["grad_norm"] is None
@@ -341,7 +388,8 @@ def test_goes_on_with_another_mesh_in_another_run(straight, tmp_path):
     with pytest.raises(loop.Stopped):
         fake_run.train(tmp_path, Batches(fake_run.send(signal.SIGTERM, at=2)), configs=(first,))
     # The first update has a learning rate of 0: the parameters are still those that were loaded.
-    ours, theirs = fake_run.stored(tmp_path, 1), fake_run.stored(straight, 8)
+    ours = fake_run.stored(tmp_path, 1)
+    theirs = fake_run.stored(straight, 8)
     for name in ours:
         if "params" in name:
             np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)

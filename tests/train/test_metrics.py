@@ -20,7 +20,8 @@ def test_writer_appends_and_cuts_what_lies_beyond_the_step(folder):
         for step in (1, 2, 3):
             writer.write(step, "align", VALUES)
     path = folder / metrics.FILE
-    storage.write_whole(path, path.read_text() + '{"step": 2, "stage": "al')  # A kill in the middle of a line.
+    # A kill in the middle of a line.
+    storage.write_whole(path, path.read_text() + '{"step": 2, "stage": "al')
     with metrics.Writer(folder, 2) as writer:
         writer.write(3, "read", {"loss": math.nan})
     lines = [json.loads(line) for line in (folder / metrics.FILE).read_text().splitlines()]
@@ -42,13 +43,16 @@ def test_tensorboard_gets_the_same_numbers_and_forgets_what_was_cut(folder):
             events.setdefault(path.suffix, []).append(event)
     assert [event.step for event in events[".2"] if event.HasField("session_log")] == [3]
     scalars = [
-        (e.step, value.tag, value.simple_value) for e in events[".0"] + events[".2"] for value in e.summary.value
+        (e.step, value.tag, value.simple_value)
+        for e in events[".0"] + events[".2"]
+        for value in e.summary.value
     ]
     assert scalars == [(1, "loss", 0.5), (3, "loss", 2.5)]
 
 
 def read_records(data: bytes):
-    """Yields the records of a TFRecord file: length (8 bytes), its checksum (4), bytes, their checksum (4)."""
+    """Yields the records of a TFRecord file: length (8 bytes), its checksum (4), bytes, their
+    checksum (4)."""
     while data:
         (length,) = struct.unpack("<Q", data[:8])
         yield data[12 : 12 + length]
@@ -83,7 +87,9 @@ def test_only_waits_that_leave_the_device_idle_count(monkeypatch):
     assert interval.means() == {"loss": 1.0, "steps_per_second": 0.3, "data_wait_fraction": 0.025}
 
 
-@pytest.mark.parametrize("line", ['{"step": 1', '"text"', '{"loss": 1}', '{"step": null}', "\x00\x00"])
+@pytest.mark.parametrize(
+    "line", ['{"step": 1', '"text"', '{"loss": 1}', '{"step": null}', "\x00\x00"]
+)
 def test_a_damaged_line_is_named(tmp_path, line):
     path = tmp_path / metrics.FILE
     path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
@@ -107,7 +113,9 @@ def test_without_a_terminal_the_progress_is_a_plain_line_now_and_then():
             progress.update(step, "align", VALUES)
     lines = console.file.getvalue().splitlines()
     assert len(lines) == 3
-    assert lines[0] == "align  step 20/100  loss 1.250  token accuracy 0.500  4.00 steps/s  20 s left"
+    assert (
+        lines[0] == "align  step 20/100  loss 1.250  token accuracy 0.500  4.00 steps/s  20 s left"
+    )
 
 
 def test_the_time_left_is_smoothed_within_a_stage_and_starts_anew_in_the_next():
@@ -115,7 +123,9 @@ def test_the_time_left_is_smoothed_within_a_stage_and_starts_anew_in_the_next():
     rates = [4.0] * 9 + [1.0] + [2.0] * 10
     with metrics.Progress(console, 1020) as progress:
         for step, rate in enumerate(rates, 1):
-            progress.update(step, "align" if step <= 10 else "read", VALUES | {"steps_per_second": rate})
+            progress.update(
+                step, "align" if step <= 10 else "read", VALUES | {"steps_per_second": rate}
+            )
     lines = console.file.getvalue().splitlines()
     assert "3.08 steps/s" in lines[0] and lines[1].endswith("2.00 steps/s  8 min 20 s left")
 
@@ -128,7 +138,9 @@ def test_on_a_terminal_the_newest_values_show():
     assert "4.00 steps/s  MFU 41.2%  " in console.file.getvalue()
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(6.6, "7 s"), (125, "2 min 05 s"), (3725, "1 h 02 min")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(6.6, "7 s"), (125, "2 min 05 s"), (3725, "1 h 02 min")]
+)
 def test_duration(seconds, text):
     assert metrics.duration(seconds) == text
 

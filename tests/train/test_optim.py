@@ -30,7 +30,9 @@ def test_a_stage_shorter_than_its_warmup_still_has_a_schedule():
 def test_decay_is_of_matrices_only():
     config = tiny_config()
     boxed = jax.eval_shape(
-        lambda: vlm.init_params(vlm.VLM(config.model), jax.random.key(0), vlm.abstract_batch(config))
+        lambda: vlm.init_params(
+            vlm.VLM(config.model), jax.random.key(0), vlm.abstract_batch(config)
+        )
     )
     params = sharding.unbox(boxed)
     decays = state.flatten(optim.decay_mask(params))
@@ -52,12 +54,16 @@ def test_decay_reaches_the_update_and_norms_stay():
 
 
 def test_gradients_are_clipped_by_their_global_norm():
-    config = tiny_config(optim=OptimConfig(learning_rate=2e-3, clip_norm=1.0, warmup_steps=0, weight_decay=0.0))
+    config = tiny_config(
+        optim=OptimConfig(learning_rate=2e-3, clip_norm=1.0, warmup_steps=0, weight_decay=0.0)
+    )
     tx = optim.make_optimizer(config)
     params = {"a": {"bias": jnp.zeros(2)}}
     _, opt_state = tx.update({"a": {"bias": jnp.array([30.0, 40.0])}}, tx.init(params), params)
     first_moment = opt_state[1][0].mu["a"]["bias"]
-    np.testing.assert_allclose(first_moment, (1 - config.optim.b1) * jnp.array([0.6, 0.8]), rtol=1e-5)
+    np.testing.assert_allclose(
+        first_moment, (1 - config.optim.b1) * jnp.array([0.6, 0.8]), rtol=1e-5
+    )
 
 
 def test_parts_have_rates_of_their_own():
@@ -72,7 +78,10 @@ def test_parts_have_rates_of_their_own():
         assert int(optim.num_updates(opt_state)) == 1
         return new
 
-    before, after = updates(plain), updates(dataclasses.replace(plain, learning_rate_scale={"vision": 0.2, "llm": 0.0}))
-    np.testing.assert_allclose(after["vision"]["kernel"], 0.2 * before["vision"]["kernel"], rtol=1e-6)
+    before = updates(plain)
+    after = updates(dataclasses.replace(plain, learning_rate_scale={"vision": 0.2, "llm": 0.0}))
+    np.testing.assert_allclose(
+        after["vision"]["kernel"], 0.2 * before["vision"]["kernel"], rtol=1e-6
+    )
     np.testing.assert_array_equal(after["connector"]["kernel"], before["connector"]["kernel"])
     np.testing.assert_array_equal(after["llm"]["kernel"], 0.0)

@@ -35,7 +35,9 @@ COUNTERS = (
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Config:
     root = tmp_path_factory.mktemp("sources")
-    tokenizer = SentencePieceTokenizer.train(root / "tokenizer.model", [EVAL_QUESTION, "Who? Ann 0123456789"])
+    tokenizer = SentencePieceTokenizer.train(
+        root / "tokenizer.model", [EVAL_QUESTION, "Who? Ann 0123456789"]
+    )
     fingerprint = index_lib.tokenizer_fingerprint(root)
     rng = np.random.default_rng(0)
     for name, count in (("a", 40), ("b", 24)):
@@ -44,13 +46,26 @@ def config(tmp_path_factory) -> Config:
             path = root / name / shards.shard_name(split, 0, 1)
             path.parent.mkdir(exist_ok=True)
             shards.write_shard(path, records)
-            index_lib.write(index_lib.index_path(path), index_lib.of_records(records, tokenizer, fingerprint))
+            index_lib.write(
+                index_lib.index_path(path), index_lib.of_records(records, tokenizer, fingerprint)
+            )
         (root / name / "prepare.json").write_text(name)
     base = tiny_config()
-    llm = dataclasses.replace(base.model.llm, vocab_size=tokenizer.vocab_size + 4 - tokenizer.vocab_size % 4)
-    mixture = {name: SourceConfig(dir=str(root / name), weight=weight) for name, weight in (("a", 1.0), ("b", 2.0))}
+    llm = dataclasses.replace(
+        base.model.llm, vocab_size=tokenizer.vocab_size + 4 - tokenizer.vocab_size % 4
+    )
+    mixture = {
+        name: SourceConfig(dir=str(root / name), weight=weight)
+        for name, weight in (("a", 1.0), ("b", 2.0))
+    }
     data = dataclasses.replace(
-        base.data, dir=str(root), sources=mixture, packing="plan", row_length=128, max_tiles=6, record_tiles=2
+        base.data,
+        dir=str(root),
+        sources=mixture,
+        packing="plan",
+        row_length=128,
+        max_tiles=6,
+        record_tiles=2,
     )
     train = TrainConfig(
         num_steps=6,
@@ -63,12 +78,17 @@ def config(tmp_path_factory) -> Config:
         generate_questions=4,
     )
     return dataclasses.replace(
-        base, stage="planned", data=data, train=train, model=dataclasses.replace(base.model, llm=llm)
+        base,
+        stage="planned",
+        data=data,
+        train=train,
+        model=dataclasses.replace(base.model, llm=llm),
     )
 
 
 def train(config: Config, workdir: Path, monkeypatch, stop_at: int | None = None) -> list[dict]:
-    """The lines of training that a run leaves, stopped after a step, while it fetches the batch of the next."""
+    """The lines of training that a run leaves, stopped after a step, while it fetches the batch of
+    the next."""
     fetch = loader.TrainBatches.__next__
 
     def fetch_or_stop(batches):
@@ -111,11 +131,15 @@ def test_a_stopped_run_counts_and_learns_as_one_that_was_not(config, tmp_path, m
 
 
 def test_losses_and_generated_scores_by_source(config, tmp_path, monkeypatch):
-    """Of generation: one trace a stage, and the scores are those of the checkpoint's own answers."""
+    """Of generation: one trace a stage, and the scores are those of the checkpoint's own
+    answers."""
     traces = []
     generate = sampler._generate
-    monkeypatch.setattr(sampler, "_generate", lambda *args, **kwargs: traces.append(1) or generate(*args, **kwargs))
-    monkeypatch.setattr(scores, "anls", lambda said, answers: len(said) / 8)  # A model of six steps has no other.
+    monkeypatch.setattr(
+        sampler, "_generate", lambda *args, **kwargs: traces.append(1) or generate(*args, **kwargs)
+    )
+    # A model of six steps has no other.
+    monkeypatch.setattr(scores, "anls", lambda said, answers: len(said) / 8)
     train(config, tmp_path, monkeypatch)
     assert len(traces) == 1
     losses = [line for line in lines(tmp_path) if "validation/answer_loss" in line]
@@ -129,7 +153,9 @@ def test_losses_and_generated_scores_by_source(config, tmp_path, monkeypatch):
     for name in "ab":
         records = shards.RecordSource(config.data.sources[name].dir, "validation")
         questions = choose_questions(records, 4)
-        pages = [images.decode_image(records[question.record].images[0], "") for question in questions]
+        pages = [
+            images.decode_image(records[question.record].images[0], "") for question in questions
+        ]
         said = model.answer(pages, [question.turn.question for question in questions])
         assert any(said)
         means[name] = sum(map(len, said)) / 8 / 4
@@ -140,15 +166,20 @@ def test_losses_and_generated_scores_by_source(config, tmp_path, monkeypatch):
 def test_stages_without_questions_are_told_before_the_first_step(config, tmp_path, monkeypatch):
     """Of all stages, also of a later one."""
     monkeypatch.setattr(generation_eval.questions, "choose_questions", lambda records, count: [])
-    mute = dataclasses.replace(config, stage="mute", train=dataclasses.replace(config.train, generate_every=0))
-    with pytest.raises(UserError, match=r"split 'validation' in .* has no questions .*generate_every=0 asks none"):
+    mute = dataclasses.replace(
+        config, stage="mute", train=dataclasses.replace(config.train, generate_every=0)
+    )
+    with pytest.raises(
+        UserError, match=r"split 'validation' in .* has no questions .*generate_every=0 asks none"
+    ):
         loop.train((mute, config), tmp_path / "run", Console(file=io.StringIO()), EVALUATORS)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
 def with_pages_alone(config, tmp_path) -> Config:
-    """The config where source "b" has no questions, and pages whose words are not known; the task is to answer."""
+    """The config where source "b" has no questions, and pages whose words are not known; the task
+    is to answer."""
     for split in ("train", "validation"):
         path = tmp_path / shards.shard_name(split, 0, 1)
         source = shards.RecordSource(config.data.sources["b"].dir, split)
@@ -156,32 +187,46 @@ def with_pages_alone(config, tmp_path) -> Config:
         shards.write_shard(path, records)
         tokenizer = loader.load_tokenizer(config)
         fingerprint = index_lib.tokenizer_fingerprint(config.data.dir)
-        index_lib.write(index_lib.index_path(path), index_lib.of_records(records, tokenizer, fingerprint))
+        index_lib.write(
+            index_lib.index_path(path), index_lib.of_records(records, tokenizer, fingerprint)
+        )
     mixture = {"a": config.data.sources["a"], "b": SourceConfig(dir=str(tmp_path))}
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, sources=mixture, tasks={"answer": 1.0}))
+    return dataclasses.replace(
+        config, data=dataclasses.replace(config.data, sources=mixture, tasks={"answer": 1.0})
+    )
 
 
 def test_a_source_of_no_use_to_the_tasks_is_no_part_of_validation(with_pages_alone):
     assert list(loader.by_source(with_pages_alone)) == ["a"]
     data = dataclasses.replace(
-        with_pages_alone.data, tasks={"transcribe": 1.0}, sources={"b": with_pages_alone.data.sources["b"]}
+        with_pages_alone.data,
+        tasks={"transcribe": 1.0},
+        sources={"b": with_pages_alone.data.sources["b"]},
     )
-    with pytest.raises(UserError, match=r"none of 24 records in .* has text for config.data.tasks transcribe"):
+    with pytest.raises(
+        UserError, match=r"none of 24 records in .* has text for config.data.tasks transcribe"
+    ):
         loader.by_source(dataclasses.replace(with_pages_alone, data=data))
 
 
 def test_what_was_not_seen_has_no_loss_and_is_not_asked(with_pages_alone, tmp_path, monkeypatch):
     """Without a plan the records of no use take rows: a loss of 0 there would look perfect."""
-    data = dataclasses.replace(with_pages_alone.data, packing="none", max_tiles=2, max_unsupervised=1.0)
+    data = dataclasses.replace(
+        with_pages_alone.data, packing="none", max_tiles=2, max_unsupervised=1.0
+    )
     train(dataclasses.replace(with_pages_alone, data=data), tmp_path / "run", monkeypatch)
     of_sources = {name for line in lines(tmp_path / "run") for name in line if name.count("/") == 2}
-    assert of_sources == {f"validation/a/{name}" for name in ("answer_loss", "token_accuracy", "patch_loss")}
+    assert of_sources == {
+        f"validation/a/{name}" for name in ("answer_loss", "token_accuracy", "patch_loss")
+    }
 
 
 def test_other_data_in_any_source_are_refused(config, tmp_path, monkeypatch):
     train(config, tmp_path, monkeypatch, stop_at=1)
     path = Path(config.data.sources["b"].dir, "prepare.json")
     path.write_text("other")
-    with pytest.raises(UserError, match=r"was trained on data of fingerprint \w{8}, that of \S+/a, \S+/b is"):
+    with pytest.raises(
+        UserError, match=r"was trained on data of fingerprint \w{8}, that of \S+/a, \S+/b is"
+    ):
         train(config, tmp_path, monkeypatch)
     path.write_text("b")

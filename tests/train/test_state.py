@@ -10,11 +10,18 @@ from alignvlm_jax.models import vlm
 from alignvlm_jax.train import optim, state
 from tests.conftest import tiny_config
 
-PATHS = ("vision/blocks/attn/q/kernel", "connector/w1/kernel", "llm/embed/table", "llm/blocks/attn_norm/scale")
+PATHS = (
+    "vision/blocks/attn/q/kernel",
+    "connector/w1/kernel",
+    "llm/embed/table",
+    "llm/blocks/attn_norm/scale",
+)
 
 
 def test_patterns_match_whole_paths():
-    assert state.match_paths(("llm/.*", "connector/w1/kernel"), PATHS, "train.trainable") == set(PATHS[1:])
+    assert state.match_paths(("llm/.*", "connector/w1/kernel"), PATHS, "train.trainable") == set(
+        PATHS[1:]
+    )
     with pytest.raises(UserError, match=r"'llm' matches no parameter"):
         state.match_paths(("llm",), PATHS, "train.trainable")
 
@@ -42,10 +49,20 @@ def test_split_and_merge_are_inverse():
     assert {path: x[0] for path, x in merged.items()} == {path: i for i, path in enumerate(PATHS)}
 
 
-def test_abstract_state_is_sharded_and_has_optimizer_state_for_trainable_parameters_only(config, mesh):
-    config = tiny_config(train=dataclasses.replace(config.train, trainable=("connector/.*", "llm/embed/table")))
-    abstract = state.abstract_state(vlm.VLM(config.model), config, optim.make_optimizer(config), mesh)
-    trained = set(state.flatten(state.split(abstract.params, state.trainable_paths(config, abstract.params))[0]))
+def test_abstract_state_is_sharded_and_has_optimizer_state_for_trainable_parameters_only(
+    config, mesh
+):
+    config = tiny_config(
+        train=dataclasses.replace(config.train, trainable=("connector/.*", "llm/embed/table"))
+    )
+    abstract = state.abstract_state(
+        vlm.VLM(config.model), config, optim.make_optimizer(config), mesh
+    )
+    trained = set(
+        state.flatten(
+            state.split(abstract.params, state.trainable_paths(config, abstract.params))[0]
+        )
+    )
     assert trained and all(path.startswith(("connector/", "llm/embed/")) for path in trained)
     moments = [x for x in jax.tree.leaves(abstract.opt_state) if x.ndim]
     assert len(moments) == 2 * len(trained)

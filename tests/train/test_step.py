@@ -20,8 +20,11 @@ def make(tx=None, connector: str = "align", **train_changes):
     """A config, its mesh, a function that makes equal fresh states, and the compiled step."""
     config = tiny_config()
     model = dataclasses.replace(config.model, connector=tiny_connector(connector))
-    config = dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, **train_changes))
-    model, mesh = vlm.VLM(config.model), mesh_lib.make_mesh(config)
+    config = dataclasses.replace(
+        config, model=model, train=dataclasses.replace(config.train, **train_changes)
+    )
+    model = vlm.VLM(config.model)
+    mesh = mesh_lib.make_mesh(config)
     tx = tx or optim.make_optimizer(config)
     with mesh_lib.use(mesh):
         abstract = state.abstract_state(model, config, tx, mesh)
@@ -32,7 +35,9 @@ def make(tx=None, connector: str = "align", **train_changes):
         def fresh() -> state.TrainState:
             params = jax.tree.map(put, drawn, abstract.params)
             return state.TrainState(
-                put(np.int32(0), abstract.step), params, state.init_opt_state(tx, config, abstract, params)
+                put(np.int32(0), abstract.step),
+                params,
+                state.init_opt_state(tx, config, abstract, params),
             )
 
     def run(live, batch):
@@ -79,7 +84,10 @@ def test_every_connector_is_trained(name):
     before = snapshot(live)
     live, metrics = run(live, random_batch(config))
     after = snapshot(live)
-    assert float(metrics["patch_loss"]) == 0 and float(metrics["loss"]) == float(metrics["answer_loss"]) > 1
+    assert (
+        float(metrics["patch_loss"]) == 0
+        and float(metrics["loss"]) == float(metrics["answer_loss"]) > 1
+    )
     for path in before:
         # A bias of all keys moves no softmax.
         assert path.endswith("k/bias") or not np.array_equal(after[path], before[path]), path
@@ -88,7 +96,9 @@ def test_every_connector_is_trained(name):
 def test_no_optimizer_state_is_allocated_for_frozen_parameters(frozen_vision):
     _, fresh, _ = frozen_vision
     live = fresh()
-    trained = sum(x.size for path, x in state.flatten(live.params).items() if not path.startswith(FROZEN))
+    trained = sum(
+        x.size for path, x in state.flatten(live.params).items() if not path.startswith(FROZEN)
+    )
     assert sum(x.size for x in jax.tree.leaves(live.opt_state) if x.ndim) == 2 * trained
 
 
@@ -104,8 +114,12 @@ def test_loss_is_answer_loss_plus_weighted_patch_loss(frozen_vision):
 def test_patch_loss_of_a_batch_without_labels_is_unknown_and_adds_nothing(frozen_vision):
     config, fresh, run = frozen_vision
     batch = random_batch(config)
-    _, metrics = run(fresh(), batch | {"patch_loss_weights": np.zeros_like(batch["patch_loss_weights"])})
-    assert np.isnan(metrics["patch_loss"]) and float(metrics["loss"]) == float(metrics["answer_loss"])
+    _, metrics = run(
+        fresh(), batch | {"patch_loss_weights": np.zeros_like(batch["patch_loss_weights"])}
+    )
+    assert np.isnan(metrics["patch_loss"]) and float(metrics["loss"]) == float(
+        metrics["answer_loss"]
+    )
 
 
 def test_z_loss_is_measured_and_added():
@@ -119,13 +133,16 @@ def test_z_loss_is_measured_and_added():
     expected = (squares * batch["loss_weights"]).sum() / batch["loss_weights"].sum()
     _, metrics = run(live, batch)
     assert float(metrics["z_loss"]) == pytest.approx(expected, rel=1e-4)
-    assert float(metrics["loss"]) == pytest.approx(float(metrics["answer_loss"]) + 0.5 * expected, rel=1e-4)
+    assert float(metrics["loss"]) == pytest.approx(
+        float(metrics["answer_loss"]) + 0.5 * expected, rel=1e-4
+    )
 
 
 def test_a_step_without_finite_gradient_changes_nothing_but_the_step(frozen_vision):
     config, fresh, run = frozen_vision
     live, _ = run(fresh(), random_batch(config))
-    before, opt_before = snapshot(live), [np.asarray(x) for x in jax.tree.leaves(live.opt_state)]
+    before = snapshot(live)
+    opt_before = [np.asarray(x) for x in jax.tree.leaves(live.opt_state)]
     bad = random_batch(config, seed=1)
     bad["loss_weights"][0, np.argmax(bad["loss_weights"][0])] = np.inf
     live, metrics = run(live, bad)
@@ -139,7 +156,9 @@ def test_a_step_without_finite_gradient_changes_nothing_but_the_step(frozen_visi
 
 def test_another_shape_is_an_error_and_not_a_second_trace(frozen_vision):
     config, fresh, run = frozen_vision
-    longer = dataclasses.replace(config, data=dataclasses.replace(config.data, row_length=config.data.row_length + 1))
+    longer = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, row_length=config.data.row_length + 1)
+    )
     with pytest.raises(TypeError):
         run(fresh(), random_batch(longer))
 
@@ -179,5 +198,11 @@ def test_only_the_arrays_that_a_stage_needs_are_sent(visual_input, weight, left_
 
 
 def test_means_divide_once_and_survive_no_weight():
-    sums = {"answer_sum": 6.0, "correct_sum": 1.0, "answer_weight": 4.0, "patch_sum": 0.0, "patch_weight": 0.0}
+    sums = {
+        "answer_sum": 6.0,
+        "correct_sum": 1.0,
+        "answer_weight": 4.0,
+        "patch_sum": 0.0,
+        "patch_weight": 0.0,
+    }
     assert step.means(sums) == {"answer_loss": 1.5, "token_accuracy": 0.25, "patch_loss": 0.0}

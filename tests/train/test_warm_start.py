@@ -24,13 +24,21 @@ def start(trained_workdir):
 
     def start_from(load=(".*",), source=True, **connector):
         model_config = dataclasses.replace(base.model, connector=config_lib.connector(**connector))
-        config = dataclasses.replace(base, model=model_config, train=dataclasses.replace(base.train, load=load))
-        model, tx = vlm.VLM(config.model), optim.make_optimizer(config)
+        config = dataclasses.replace(
+            base, model=model_config, train=dataclasses.replace(base.train, load=load)
+        )
+        model = vlm.VLM(config.model)
+        tx = optim.make_optimizer(config)
         folder = trained_workdir / checkpoint.FOLDER
-        with mesh_lib.use(mesh_lib.make_mesh(config)) as mesh, Checkpoints(folder, read_only=True) as checkpoints:
+        with (
+            mesh_lib.use(mesh_lib.make_mesh(config)) as mesh,
+            Checkpoints(folder, read_only=True) as checkpoints,
+        ):
             abstract = state.abstract_state(model, config, tx, mesh)
             found = warm_start.read(config, abstract, checkpoints, STEP) if source else None
-            params, table = warm_start.start_params(model, config, abstract, found, jax.random.key(1))
+            params, table = warm_start.start_params(
+                model, config, abstract, found, jax.random.key(1)
+            )
         assert jax.tree.map(lambda x: x.sharding, params) == state.shardings_of(abstract.params)
         assert all(x.dtype == np.float32 and not x.weak_type for x in jax.tree.leaves(params))
         return state.flatten(jax.tree.map(np.asarray, params)), printed(table)
@@ -84,7 +92,8 @@ def test_without_a_checkpoint_all_is_drawn(start):
 
 def test_a_pattern_that_is_not_in_the_checkpoint_is_an_error(start):
     with pytest.raises(
-        UserError, match=r"config.train.load 'conector/.*' matches no parameter; did you mean 'connector"
+        UserError,
+        match=r"config.train.load 'conector/.*' matches no parameter; did you mean 'connector",
     ):
         start(load=("conector/.*",))
 
@@ -93,20 +102,25 @@ def test_other_shapes_are_an_error_that_names_both(trained_workdir):
     config = restore.load_config(trained_workdir)
     vision = dataclasses.replace(config.model.vision, mlp_width=64)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vision=vision))
-    model, tx = vlm.VLM(config.model), optim.make_optimizer(config)
+    model = vlm.VLM(config.model)
+    tx = optim.make_optimizer(config)
     with Checkpoints(trained_workdir / checkpoint.FOLDER, read_only=True) as checkpoints:
         abstract = state.abstract_state(model, config, tx, mesh_lib.make_mesh(config))
         with pytest.raises(
-            UserError, match=r"mlp/down/kernel is \(2, 32, 16\) in .*/7 and \(2, 64, 16\) in config.model"
+            UserError,
+            match=r"mlp/down/kernel is \(2, 32, 16\) in .*/7 and \(2, 64, 16\) in config.model",
         ):
             warm_start.read(config, abstract, checkpoints, STEP)
 
 
-def test_what_one_process_may_fail_to_read_is_agreed_on_before_anything_is_computed(trained_workdir, monkeypatch):
+def test_what_one_process_may_fail_to_read_is_agreed_on_before_anything_is_computed(
+    trained_workdir, monkeypatch
+):
     """Else the others would have begun a program across all devices that this one never joins."""
     config = restore.load_config(trained_workdir)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, load=("llm/.*",)))
-    model, tx = vlm.VLM(config.model), optim.make_optimizer(config)
+    model = vlm.VLM(config.model)
+    tx = optim.make_optimizer(config)
     order: list[str] = []
     for name in ("init_params", "init_opt_state"):
         monkeypatch.setattr(state, name, noting(order, name, getattr(state, name)))

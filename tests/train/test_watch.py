@@ -103,7 +103,9 @@ def test_a_c_call_that_keeps_pythons_lock_does_not_save_a_process(tmp_path):
 
 
 def test_without_such_timers_the_last_resort_is_status_1(tmp_path):
-    process = start(tmp_path, "watchdog._exit_timer = None; time.sleep(0.2); stuck_in_c_with_the_lock()")
+    process = start(
+        tmp_path, "watchdog._exit_timer = None; time.sleep(0.2); stuck_in_c_with_the_lock()"
+    )
     process.communicate(timeout=30)
     assert process.returncode == 1
     assert "in stuck_in_c_with_the_lock" in (tmp_path / "host-0.log").read_text()
@@ -113,11 +115,13 @@ MOVES = {
     # Steps of 0.7 s, and a limit of 1.
     "slow steps": "for number in range(6, 10): time.sleep(0.7); phases.step(number)",
     # Three times as much is allowed for each batch, not for all of them.
-    "validation": "phase('validating', lambda: [(time.sleep(1.5), phases.progress()) for batch in range(3)])",
+    "validation": "phase('validating', lambda: [(time.sleep(1.5), phases.progress()) for batch in "
+    "range(3)])",
     "save": "phase('saving', lambda: time.sleep(2.5))",
     "compile": "phase('compiling', lambda: time.sleep(4))",
     # Over the limit, and below 20 median steps, which are of 0.3 s.
-    "a pause": "[(time.sleep(0.3), phases.step(number)) for number in range(6, 16)]; time.sleep(2.5)",
+    "a pause": "[(time.sleep(0.3), phases.step(number)) for number in range(6, 16)]; "
+    "time.sleep(2.5)",
 }
 
 
@@ -126,7 +130,9 @@ def test_a_run_that_moves_is_left_alone(tmp_path):
     for name, process in processes.items():
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0, (name, err)
-        assert "all done" in out and err == "" and (tmp_path / name / "host-0.log").read_text() == ""
+        assert (
+            "all done" in out and err == "" and (tmp_path / name / "host-0.log").read_text() == ""
+        )
 
 
 def test_a_run_that_moves_on_while_stacks_are_dumped_is_left_alone(tmp_path):
@@ -141,7 +147,10 @@ def test_a_process_that_was_stopped_is_not_stuck(tmp_path):
     primary, secondary = os.openpty()
     program = textwrap.dedent(STEPS).replace("{stuck}", "for _ in range(7): time.sleep(0.1)")
     with subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)], text=True, stdin=secondary, stdout=subprocess.PIPE
+        [sys.executable, "-c", program, str(tmp_path)],
+        text=True,
+        stdin=secondary,
+        stdout=subprocess.PIPE,
     ) as process:
         assert process.stdout.readline() == "steps done\n"
         time.sleep(0.2)  # The watchdog has seen the last step.

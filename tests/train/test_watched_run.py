@@ -1,4 +1,5 @@
-"""A whole run is watched: its log, heartbeat, profile, watchdog and the sums of where its time went."""
+"""A whole run is watched: its log, heartbeat, profile, watchdog and the sums of where its time
+went."""
 
 import itertools
 import json
@@ -47,7 +48,9 @@ def goodputs(workdir: Path) -> list[dict[str, float]]:
     for text in (workdir / "metrics.jsonl").read_text().splitlines():
         line = json.loads(text)
         assert sum(line[f"goodput/{name}"] for name in CATEGORIES) == pytest.approx(1, abs=1e-6)
-        found.append({name: line[f"goodput/{name}"] * line["goodput/seconds"] for name in CATEGORIES})
+        found.append(
+            {name: line[f"goodput/{name}"] * line["goodput/seconds"] for name in CATEGORIES}
+        )
     return found
 
 
@@ -59,13 +62,22 @@ def slow(now: int, batch: dict) -> None:
 
 def test_a_run_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        fake_run, "_compile_steps", lambda *args, inner=fake_run._compile_steps: (time.sleep(0.3), inner(*args))[1]
+        fake_run,
+        "_compile_steps",
+        lambda *args, inner=fake_run._compile_steps: (time.sleep(0.3), inner(*args))[1],
     )
     printed = fake_run.train(tmp_path, Batches(slow), configs=one_stage(profile="2:4"))
     beat = heartbeat.read(tmp_path / heartbeat.FOLDER, 0)
     assert (beat["phase"], beat["step"], beat["total"]) == ("done", 4, 4)
     log = (tmp_path / "logs" / "host-0.log").read_text()
-    for part in ("process 0 of 1", "commit: ", "mesh: data 2", "stage 'text': steps 1 to 4", "done: 4 steps", "orbax"):
+    for part in (
+        "process 0 of 1",
+        "commit: ",
+        "mesh: data 2",
+        "stage 'text': steps 1 to 4",
+        "done: 4 steps",
+        "orbax",
+    ):
         assert part in log, part
     assert "orbax" not in printed
     session = tmp_path / "profile" / "plugins" / "profile" / "steps-2-4"
@@ -84,7 +96,9 @@ def test_a_step_that_hangs_ends_the_process_and_the_run_goes_on(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     command = [sys.executable, "-c", textwrap.dedent(STALLS), str(tmp_path)]
     began = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL
+    )
     lived = time.monotonic() - began
     assert done.returncode == 75, done.stderr
     assert "in never_ends" in done.stderr and "while waiting, after step 2" in done.stderr
@@ -106,7 +120,8 @@ def test_a_step_that_hangs_ends_the_process_and_the_run_goes_on(tmp_path):
     assert log.count("process 0 of 1") == 3 and "in never_ends" in log
     assert "ended by Stopped: stopped at step 3 of 4" in log and "Traceback" in log
     sums = goodputs(tmp_path)
-    # All of the first process counts, also the time in which it hung, and that of the second until its first step.
+    # All of the first process counts, also the time in which it hung, and that of the second until
+    # its first step.
     assert sum(sums[-1].values()) > beat["run_seconds"]
     assert sums[-1]["restart"] > 1
 

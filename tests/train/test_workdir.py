@@ -31,7 +31,9 @@ def test_a_workdir_takes_the_same_config_again(folder):
 def test_another_config_is_refused_with_both_values(folder):
     claim(folder, STAGES)
     other = dataclasses.replace(STAGES[1], train=dataclasses.replace(STAGES[1].train, num_steps=9))
-    with pytest.raises(UserError, match=r"config.stages.read.train.num_steps is 4 there and 9 here; take another"):
+    with pytest.raises(
+        UserError, match=r"config.stages.read.train.num_steps is 4 there and 9 here; take another"
+    ):
         claim(folder, (STAGES[0], other))
 
 
@@ -79,7 +81,11 @@ def test_a_config_of_before_connectors_had_options_of_their_own_is_the_same(fold
 def test_sources_may_move_but_not_change(folder):
     def mixed(**source):
         sources = {"a": config_lib.SourceConfig(**{"dir": "x", **source})}
-        return (dataclasses.replace(STAGES[0], data=dataclasses.replace(STAGES[0].data, sources=sources)),)
+        return (
+            dataclasses.replace(
+                STAGES[0], data=dataclasses.replace(STAGES[0].data, sources=sources)
+            ),
+        )
 
     claim(folder, mixed())
     claim(folder, mixed(dir="moved"))
@@ -99,7 +105,9 @@ def test_what_differs_in_all_stages_is_named_once(folder):
     claim(folder, STAGES)
     with pytest.raises(UserError) as error:
         claim(folder, tuple(dataclasses.replace(stage, seed=5) for stage in STAGES))
-    assert str(error.value).endswith("another config: config.seed is 0 there and 5 here; take another --workdir")
+    assert str(error.value).endswith(
+        "another config: config.seed is 0 there and 5 here; take another --workdir"
+    )
 
 
 def test_other_stages_are_refused(folder):
@@ -110,7 +118,9 @@ def test_other_stages_are_refused(folder):
 
 def test_many_differences_are_counted(folder):
     claim(folder, STAGES)
-    vision = dataclasses.replace(STAGES[0].model.vision, width=32, mlp_width=1, num_layers=3, num_heads=4, norm_eps=1.0)
+    vision = dataclasses.replace(
+        STAGES[0].model.vision, width=32, mlp_width=1, num_layers=3, num_heads=4, norm_eps=1.0
+    )
     model = dataclasses.replace(STAGES[0].model, vision=vision)
     with pytest.raises(UserError, match=r"and 1 more; take"):
         claim(folder, tuple(dataclasses.replace(stage, model=model, seed=1) for stage in STAGES))

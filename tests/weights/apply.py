@@ -39,7 +39,9 @@ def run_vision(tower: Tower, pixels: np.ndarray) -> np.ndarray:
 def normalised(tower: Tower, pixels: np.ndarray) -> np.ndarray:
     """Pixels as a reference takes them: float32 [B, 3, Y, X]."""
     config = tower.config
-    scaled = (pixels.astype(np.float32) / 255 - np.float32(config.pixel_mean)) / np.float32(config.pixel_std)
+    scaled = (pixels.astype(np.float32) / 255 - np.float32(config.pixel_mean)) / np.float32(
+        config.pixel_std
+    )
     return scaled.transpose(0, 3, 1, 2)
 
 
@@ -53,20 +55,32 @@ def _logits(llm: Llama, tokens: jax.Array) -> jax.Array:
     return llm.logits(hidden)
 
 
-def _read(tower: Tower, module: nn.Module, part: str, inputs: np.ndarray, **kwargs) -> dict[str, Any]:
-    boxed = jax.eval_shape(functools.partial(module.init, **kwargs), jax.random.key(0), inputs)["params"]
+def _read(
+    tower: Tower, module: nn.Module, part: str, inputs: np.ndarray, **kwargs
+) -> dict[str, Any]:
+    boxed = jax.eval_shape(functools.partial(module.init, **kwargs), jax.random.key(0), inputs)[
+        "params"
+    ]
     shapes = state.flatten({part: sharding.unbox(boxed)})
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one) for path, x in shapes.items()}
+    wanted = {
+        path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one) for path, x in shapes.items()
+    }
     load.check_tower(tower, wanted)
-    return state.unflatten({path: x.astype(jnp.float32) for path, x in load.load_tower(tower, wanted).items()})[part]
+    return state.unflatten(
+        {path: x.astype(jnp.float32) for path, x in load.load_tower(tower, wanted).items()}
+    )[part]
 
 
 def _apply(module: nn.Module, params: dict[str, Any], inputs: np.ndarray, **kwargs) -> np.ndarray:
-    return np.asarray(jax.jit(functools.partial(module.apply, **kwargs))({"params": params}, inputs))
+    return np.asarray(
+        jax.jit(functools.partial(module.apply, **kwargs))({"params": params}, inputs)
+    )
 
 
 def without_scaling(tower: Tower) -> Tower:
     """The same weights with plain rotary positions, to see that scaling matters."""
     scaling = dataclasses.replace(tower.config.rope_scaling, factor=1.0)
-    return dataclasses.replace(tower, config=dataclasses.replace(tower.config, rope_scaling=scaling))
+    return dataclasses.replace(
+        tower, config=dataclasses.replace(tower.config, rope_scaling=scaling)
+    )

@@ -1,6 +1,8 @@
-"""Small random models as Hugging Face publishes them, from numpy seeds: no torch is needed to write them.
+"""Small random models as Hugging Face publishes them, from numpy seeds: no torch is needed to write
+them.
 
-Numbers are drawn in the order of sorted names, so that the goldens made from a folder belong to its seed.
+Numbers are drawn in the order of sorted names, so that the goldens made from a folder belong to its
+seed.
 """
 
 import json
@@ -39,7 +41,10 @@ LLAMAS: dict[str, dict[str, Any]] = {
     "untied": {"rope_theta": 500.0},
     "tied": {"rope_theta": 500.0, "tie_word_embeddings": True, "rope_scaling": None},
     "scaled, transformers 4": {"rope_theta": 500.0, "rope_scaling": LLAMA3_SCALING},
-    "scaled, transformers 5": {"rope_parameters": {**LLAMA3_SCALING, "rope_theta": 300.0}, "tie_word_embeddings": True},
+    "scaled, transformers 5": {
+        "rope_parameters": {**LLAMA3_SCALING, "rope_theta": 300.0},
+        "tie_word_embeddings": True,
+    },
 }
 VISION = {
     "image_size": 24,
@@ -65,13 +70,24 @@ DINOV2 = {
 
 
 def write_llama(
-    folder: Path, variant: str, seed: int = 0, dtype: Any = np.float32, num_shards: int = 1, **changes: Any
+    folder: Path,
+    variant: str,
+    seed: int = 0,
+    dtype: Any = np.float32,
+    num_shards: int = 1,
+    **changes: Any,
 ) -> Path:
     """Writes a LlamaForCausalLM, in shards with an index where there are several."""
     fields = LLAMA | LLAMAS[variant] | changes
-    width, mlp, heads = fields["hidden_size"], fields["intermediate_size"], fields["num_attention_heads"]
-    kv, head = fields["num_key_value_heads"] * fields["head_dim"], heads * fields["head_dim"]
-    shapes = {"model.embed_tokens.weight": (fields["vocab_size"], width), "model.norm.weight": (width,)}
+    width = fields["hidden_size"]
+    mlp = fields["intermediate_size"]
+    heads = fields["num_attention_heads"]
+    kv = fields["num_key_value_heads"] * fields["head_dim"]
+    head = heads * fields["head_dim"]
+    shapes = {
+        "model.embed_tokens.weight": (fields["vocab_size"], width),
+        "model.norm.weight": (width,),
+    }
     for layer in range(fields["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
         shapes |= {
@@ -90,17 +106,24 @@ def write_llama(
     return _write(folder, fields, shapes, seed, dtype, num_shards)
 
 
-def write_siglip(folder: Path, seed: int = 0, *, is_whole: bool = False, is_naflex: bool = False) -> Path:
-    """Writes a SiglipVisionModel with its pooling head; `is_whole`: a SiglipModel with a text tower around it;
-    `is_naflex`: SigLIP 2 with its flat patch embedding."""
+def write_siglip(
+    folder: Path, seed: int = 0, *, is_whole: bool = False, is_naflex: bool = False
+) -> Path:
+    """Writes a SiglipVisionModel with its pooling head; `is_whole`: a SiglipModel with a text tower
+    around it; `is_naflex`: SigLIP 2 with its flat patch embedding."""
     fields = SIGLIP2 if is_naflex else SIGLIP
-    width, mlp, patch = fields["hidden_size"], fields["intermediate_size"], fields["patch_size"]
+    width = fields["hidden_size"]
+    mlp = fields["intermediate_size"]
+    patch = fields["patch_size"]
     embedding = (width, patch * patch * 3) if is_naflex else (width, 3, patch, patch)
     prefix = "vision_model"
     shapes = {
         f"{prefix}.embeddings.patch_embedding.weight": embedding,
         f"{prefix}.embeddings.patch_embedding.bias": (width,),
-        f"{prefix}.embeddings.position_embedding.weight": ((fields["image_size"] // patch) ** 2, width),
+        f"{prefix}.embeddings.position_embedding.weight": (
+            (fields["image_size"] // patch) ** 2,
+            width,
+        ),
         **_linear(f"{prefix}.post_layernorm", (width,)),
         f"{prefix}.head.probe": (1, 1, width),
         f"{prefix}.head.attention.in_proj_weight": (3 * width, width),
@@ -119,14 +142,23 @@ def write_siglip(folder: Path, seed: int = 0, *, is_whole: bool = False, is_nafl
             mlp,
         )
     if is_whole:
-        fields = {"model_type": "siglip", "vision_config": {**fields, "model_type": "siglip_vision_model"}}
-        shapes |= {"text_model.embeddings.token_embedding.weight": (8, 4), "logit_scale": (1,), "logit_bias": (1,)}
+        fields = {
+            "model_type": "siglip",
+            "vision_config": {**fields, "model_type": "siglip_vision_model"},
+        }
+        shapes |= {
+            "text_model.embeddings.token_embedding.weight": (8, 4),
+            "logit_scale": (1,),
+            "logit_bias": (1,),
+        }
     return _write(folder, fields, shapes, seed)
 
 
 def write_dinov2(folder: Path, seed: int = 0) -> Path:
-    """Writes a Dinov2Model: layer scale, class and mask token, positions with an entry for the class token."""
-    width, patch = DINOV2["hidden_size"], DINOV2["patch_size"]
+    """Writes a Dinov2Model: layer scale, class and mask token, positions with an entry for the
+    class token."""
+    width = DINOV2["hidden_size"]
+    patch = DINOV2["patch_size"]
     shapes = {
         "embeddings.cls_token": (1, 1, width),
         "embeddings.mask_token": (1, width),
@@ -135,7 +167,9 @@ def write_dinov2(folder: Path, seed: int = 0) -> Path:
         "embeddings.patch_embeddings.projection.bias": (width,),
         **_linear("layernorm", (width,)),
     }
-    attention = tuple(f"attention.attention.{part}" for part in ("query", "key", "value")) + ("attention.output.dense",)
+    attention = tuple(f"attention.attention.{part}" for part in ("query", "key", "value")) + (
+        "attention.output.dense",
+    )
     for layer in range(DINOV2["num_hidden_layers"]):
         prefix = f"encoder.layer.{layer}"
         shapes |= _block(prefix, ("norm1", "norm2"), attention, width, width * DINOV2["mlp_ratio"])
@@ -147,17 +181,28 @@ def _linear(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
 
 
-def _block(prefix: str, norms: tuple, attention: tuple, width: int, mlp: int) -> dict[str, tuple[int, ...]]:
+def _block(
+    prefix: str, norms: tuple, attention: tuple, width: int, mlp: int
+) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for name in norms:
         shapes |= _linear(f"{prefix}.{name}", (width,))
     for name in attention:
         shapes |= _linear(f"{prefix}.{name}", (width, width))
-    return shapes | _linear(f"{prefix}.mlp.fc1", (mlp, width)) | _linear(f"{prefix}.mlp.fc2", (width, mlp))
+    return (
+        shapes
+        | _linear(f"{prefix}.mlp.fc1", (mlp, width))
+        | _linear(f"{prefix}.mlp.fc2", (width, mlp))
+    )
 
 
 def _write(
-    folder: Path, fields: dict, shapes: dict[str, tuple], seed: int, dtype: Any = np.float32, num_shards: int = 1
+    folder: Path,
+    fields: dict,
+    shapes: dict[str, tuple],
+    seed: int,
+    dtype: Any = np.float32,
+    num_shards: int = 1,
 ) -> Path:
     rng = np.random.default_rng(seed)
     tensors = {name: _draw(rng, name, shapes[name]).astype(dtype) for name in sorted(shapes)}
@@ -172,13 +217,20 @@ def _write(
         file = f"model-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
         save_file({name: tensors[name] for name in names}, folder / file)
         weight_map |= dict.fromkeys(names, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return folder
 
 
 def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """No gain is 1 and no bias 0, and signals neither vanish nor explode: leaving any part out shows."""
+    """No gain is 1 and no bias 0, and signals neither vanish nor explode: leaving any part out
+    shows."""
     noise = rng.standard_normal(shape)
     if len(shape) == 1 and "bias" not in name:
         return 1 + 0.3 * noise
-    return noise * 0.3 if len(shape) == 1 else noise / np.sqrt(shape[-1] if len(shape) == 2 else np.prod(shape[1:]))
+    return (
+        noise * 0.3
+        if len(shape) == 1
+        else noise / np.sqrt(shape[-1] if len(shape) == 2 else np.prod(shape[1:]))
+    )

@@ -1,4 +1,5 @@
-"""Our encoder against big_vision's own ViT, on the same parameters, where a checkout of it can be imported."""
+"""Our encoder against big_vision's own ViT, on the same parameters, where a checkout of it can be
+imported."""
 
 import jax
 import numpy as np
@@ -8,19 +9,27 @@ from flax import traverse_util
 from alignvlm_jax.weights import towers
 from tests.weights.apply import normalised, run_vision
 
-WHY = "big_vision, or what it imports, is not importable; README, Use real weights, says how to get it"
+WHY = (
+    "big_vision, or what it imports, is not importable; README, Use real weights, says how to "
+    "get it"
+)
 
 
 @pytest.mark.parametrize("is_scanned", [True, False])
 def test_equals_big_vision(tmp_path, is_scanned):
     vit = pytest.importorskip("big_vision.models.vit", reason=WHY, exc_type=ImportError)
-    model = vit.Model(patch_size=(6, 6), width=24, depth=3, mlp_dim=40, num_heads=3, scan=is_scanned)
+    model = vit.Model(
+        patch_size=(6, 6), width=24, depth=3, mlp_dim=40, num_heads=3, scan=is_scanned
+    )
     pixels = np.random.default_rng(0).integers(0, 256, (2, 24, 24, 3), dtype=np.uint8)
     images = np.zeros((2, 24, 24, 3), np.float32)
     params = model.init(jax.random.key(0), images)["params"]
     rng = np.random.default_rng(1)
     flat = traverse_util.flatten_dict(params, sep="/")
-    flat = {name: np.asarray(x) + 0.1 * rng.standard_normal(x.shape).astype(np.float32) for name, x in flat.items()}
+    flat = {
+        name: np.asarray(x) + 0.1 * rng.standard_normal(x.shape).astype(np.float32)
+        for name, x in flat.items()
+    }
     np.savez(tmp_path / "vit.npz", **{f"params/img/{name}": x for name, x in flat.items()})
     tower = towers.open_vision(str(tmp_path / "vit.npz"))
     images = normalised(tower, pixels).transpose(0, 2, 3, 1)

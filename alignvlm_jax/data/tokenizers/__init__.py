@@ -19,7 +19,8 @@ FIRST = "run `prepare` or `convert` first"
 
 
 def read(path: str | os.PathLike) -> tuple[Path, bytes]:
-    """Returns a tokenizer's file, or the one in a folder (a tokenizer.json before a tokenizer.model), and its bytes.
+    """Returns a tokenizer's file, or the one in a folder (a tokenizer.json before a
+    tokenizer.model), and its bytes.
 
     Raises:
       UserError: it is missing.
@@ -36,7 +37,9 @@ def read(path: str | os.PathLike) -> tuple[Path, bytes]:
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
-    """Reads a tokenizer's file, or the one in a folder, by what it holds. It is shared by all of a process.
+    """Reads a tokenizer's file, or the one in a folder, by what it holds.
+
+    It is shared by all of a process.
 
     Raises:
       UserError: it is missing or no tokenizer.
@@ -58,11 +61,15 @@ def _make(name: str, content: bytes) -> Tokenizer:
 
 def _read_remote(path: str) -> tuple[Path, bytes]:
     is_file = path.endswith((".json", ".model"))
-    folder, wanted = (filesystem.parent(path), (filesystem.name(path),)) if is_file else (path, NAMES)
+    folder, wanted = (
+        (filesystem.parent(path), (filesystem.name(path),)) if is_file else (path, NAMES)
+    )
     entries = filesystem.listing(folder)
     found = next((name for name in wanted if name in entries), None)
     if not found:
-        raise UserError(f"cannot read tokenizer {filesystem.join(folder, wanted[-1])} (there is none); {FIRST}")
+        raise UserError(
+            f"cannot read tokenizer {filesystem.join(folder, wanted[-1])} (there is none); {FIRST}"
+        )
     path = filesystem.join(folder, found)
     return storage.path(path), _content(path, entries[found])
 

@@ -7,7 +7,9 @@ from alignvlm_jax.errors import UserError
 
 
 class Tokenizer(abc.ABC):
-    """Text to token ids and back. The text is taken as it is: what spells a special token stays text.
+    """Text to token ids and back.
+
+    The text is taken as it is: what spells a special token stays text.
 
     Attributes:
       name: of its file, for messages.
@@ -29,12 +31,13 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def token_offsets(self, text: str) -> list[tuple[int, int, int]]:
-        """Returns (id, start, end) for every token, in characters of `text`; tokens may share a character."""
+        """Returns (id, start, end) for every token, in characters of `text`; tokens may share a
+        character."""
 
     @abc.abstractmethod
     def piece(self, token: int) -> str:
-        """Returns a token readably: a space as an open box, a line break as a return sign; an id beyond the vocabulary
-        as its number."""
+        """Returns a token readably: a space as an open box, a line break as a return sign; an id
+        beyond the vocabulary as its number."""
 
     @property
     def pad_id(self) -> int:
@@ -46,7 +49,9 @@ class Tokenizer(abc.ABC):
         """The token of a single space: what a patch without text shows."""
         ids = self.encode(" ")
         if len(ids) != 1:
-            raise UserError(f"tokenizer {self.name} has no token for a single space, but {len(ids)} for it")
+            raise UserError(
+                f"tokenizer {self.name} has no token for a single space, but {len(ids)} for it"
+            )
         return ids[0]
 
     def special(self, name: str) -> int:

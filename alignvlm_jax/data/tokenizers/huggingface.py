@@ -31,7 +31,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         """See Tokenizer."""
-        return self._model.decode([int(i) for i in ids if self.is_text(i)], skip_special_tokens=False)
+        return self._model.decode(
+            [int(i) for i in ids if self.is_text(i)], skip_special_tokens=False
+        )
 
     def token_offsets(self, text: str) -> list[tuple[int, int, int]]:
         """See Tokenizer."""

@@ -1,4 +1,5 @@
-"""SentencePiece: that of published models (Llama 2's kind), and the tiny LLM's, one token a character."""
+"""SentencePiece: that of published models (Llama 2's kind), and the tiny LLM's, one token a
+character."""
 
 import io
 import os
@@ -33,7 +34,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, path: str | Path, corpus_lines: Iterable[str]) -> "SentencePieceTokenizer":
-        """Trains the tiny LLM's tokenizer, writes it to `path` and returns it. Printable ASCII is always covered."""
+        """Trains the tiny LLM's tokenizer, writes it to `path` and returns it.
+
+        Printable ASCII is always covered.
+        """
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(corpus_lines),
@@ -62,7 +66,10 @@ class SentencePieceTokenizer(Tokenizer):
         return tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """See Tokenizer. A character that the model lacks, and has no bytes for, is the unknown token."""
+        """See Tokenizer.
+
+        A character that the model lacks, and has no bytes for, is the unknown token.
+        """
         return self._model.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -73,12 +80,16 @@ class SentencePieceTokenizer(Tokenizer):
         """See Tokenizer."""
         # "offset_mapping" counts characters, "proto" counts bytes.
         encoded = self._model.encode(text, return_type="offset_mapping")
-        return [(token, *span) for token, span in zip(encoded["ids"], encoded["offsets"], strict=True)]
+        return [
+            (token, *span) for token, span in zip(encoded["ids"], encoded["offsets"], strict=True)
+        ]
 
     def piece(self, token: int) -> str:
         """See Tokenizer."""
         return (
-            readable(self._model.id_to_piece(int(token)).replace("▁", " ")) if token < self.vocab_size else f"#{token}"
+            readable(self._model.id_to_piece(int(token)).replace("▁", " "))
+            if token < self.vocab_size
+            else f"#{token}"
         )
 
     @property

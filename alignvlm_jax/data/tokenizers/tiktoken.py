@@ -11,8 +11,8 @@ from alignvlm_jax.errors import UserError
 
 # As published with the Llama 3 models.
 PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 NUM_SPECIALS = 256
 NAMED = (
@@ -28,7 +28,10 @@ NAMED = (
     "<|eot_id|>",
     "<|python_tag|>",
 )
-SPECIALS = (*NAMED, *(f"<|reserved_special_token_{i + 2}|>" for i in range(NUM_SPECIALS - len(NAMED))))
+SPECIALS = (
+    *NAMED,
+    *(f"<|reserved_special_token_{i + 2}|>" for i in range(NUM_SPECIALS - len(NAMED))),
+)
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -41,11 +44,16 @@ class TiktokenTokenizer(Tokenizer):
         except (ValueError, binascii.Error) as err:
             raise UserError(f"{name} is no list of byte-pair ranks ({err})") from err
         if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
-            raise UserError(f"{name} is no whole list of byte-pair ranks: it has {len(ranks)}, not numbered in a row")
+            raise UserError(
+                f"{name} is no whole list of byte-pair ranks: it has {len(ranks)}, not numbered "
+                "in a row"
+            )
         self.name = name
         self.specials = {special: len(ranks) + i for i, special in enumerate(SPECIALS)}
         self.vocab_size = len(ranks) + NUM_SPECIALS
-        self._model = tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self.specials)
+        self._model = tiktoken.Encoding(
+            name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self.specials
+        )
 
     def encode(self, text: str) -> list[int]:
         """See Tokenizer."""
@@ -60,9 +68,11 @@ class TiktokenTokenizer(Tokenizer):
         ids = self.encode(text)
         # A byte belongs to the character that it is part of.
         character = [i for i, letter in enumerate(text) for _ in letter.encode()]
-        spans, end = [], 0
+        spans = []
+        end = 0
         for token in ids:
-            start, end = end, end + len(self._model.decode_single_token_bytes(token))
+            start = end
+            end = end + len(self._model.decode_single_token_bytes(token))
             spans.append((token, character[start], character[end - 1] + 1))
         return spans
 

@@ -1,4 +1,5 @@
-"""What every record has to pass, whatever its format: so that training meets nothing that it cannot use."""
+"""What every record has to pass, whatever its format: so that training meets nothing that it cannot
+use."""
 
 import dataclasses
 import io
@@ -21,11 +22,12 @@ FILE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "
 
 
 def check(record: Record, needs_answers: bool = True) -> Record:
-    """Returns the record with the answers and turns that can be used: those with an answer, unless it is to be asked
-    only, as of a test set that does not tell its answers.
+    """Returns the record with the answers and turns that can be used: those with an answer, unless
+    it is to be asked only, as of a test set that does not tell its answers.
 
     Raises:
-      Reject: an image that cannot be decoded, a text that is too long or no Unicode, or nothing to learn.
+      Reject: an image that cannot be decoded, a text that is too long or no Unicode, or nothing to
+        learn.
     """
     _check_text(record.id, "id", MAX_ID_BYTES)
     if not record.id:
@@ -40,7 +42,9 @@ def check(record: Record, needs_answers: bool = True) -> Record:
     if not turns and not any(page.strip() for page in pages):
         raise Reject("nothing to learn: no answer and no words")
     if record.lines and len(record.lines) != len(record.images):
-        raise Reject(f"words of another number of images ({len(record.lines)} for {len(record.images)})")
+        raise Reject(
+            f"words of another number of images ({len(record.lines)} for {len(record.images)})"
+        )
     for number, image in enumerate(record.images):
         _check_image(image, number)
     return dataclasses.replace(record, turns=turns)
@@ -56,7 +60,8 @@ def text_of(value: Any, name: str) -> str:
 
 
 def answers_of(value: Any) -> tuple[str, ...]:
-    """Returns the answers that a source gives as one text or number, as a list of them, or as null."""
+    """Returns the answers that a source gives as one text or number, as a list of them, or as
+    null."""
     if value is None:
         return ()
     values = value if isinstance(value, list | tuple) else [value]
@@ -64,7 +69,9 @@ def answers_of(value: Any) -> tuple[str, ...]:
 
 
 def _usable(turn: Turn) -> Turn:
-    return dataclasses.replace(turn, answers=tuple(answer for answer in turn.answers if answer.strip()))
+    return dataclasses.replace(
+        turn, answers=tuple(answer for answer in turn.answers if answer.strip())
+    )
 
 
 def _check_text(text: str, name: str, max_bytes: int) -> None:
@@ -81,11 +88,16 @@ def _check_image(data: bytes, number: int) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow has one for every odd tag
             with Image.open(io.BytesIO(data)) as image:
-                file_format, (width, height) = image.format, image.size
+                file_format = image.format
+                (width, height) = image.size
             if file_format not in FILE_FORMATS:
-                raise Reject(f"an image is of a kind that is not read (image {number}: {file_format})")
+                raise Reject(
+                    f"an image is of a kind that is not read (image {number}: {file_format})"
+                )
             if width * height > MAX_PIXELS:
-                raise Reject(f"an image is too large (image {number}: {width:,} x {height:,} pixels)")
+                raise Reject(
+                    f"an image is too large (image {number}: {width:,} x {height:,} pixels)"
+                )
             images.decode_image(data, str(number))
     except Reject:
         raise
@@ -94,7 +106,9 @@ def _check_image(data: bytes, number: int) -> None:
     except Image.DecompressionBombError as err:
         raise Reject(f"an image is too large (image {number}: {_one_line(err)})") from err
     except Exception as err:  # decoders raise anything on damaged files
-        raise Reject(f"an image cannot be decoded (image {number}: {_one_line(err) or type(err).__name__})") from err
+        raise Reject(
+            f"an image cannot be decoded (image {number}: {_one_line(err) or type(err).__name__})"
+        ) from err
 
 
 def _one_line(err: Exception) -> str:

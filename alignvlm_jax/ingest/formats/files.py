@@ -24,7 +24,8 @@ def images(folder: str, names: Iterable[str]) -> tuple[bytes, ...]:
     Raises:
       Reject: also where they are too large together.
     """
-    found, room = [], MAX_BYTES
+    found = []
+    room = MAX_BYTES
     for name in names:
         found.append(image(folder, name, room))
         room -= len(found[-1])
@@ -32,12 +33,13 @@ def images(folder: str, names: Iterable[str]) -> tuple[bytes, ...]:
 
 
 def image(folder: str, name: str, max_bytes: int = MAX_BYTES) -> bytes:
-    """Returns the bytes of an image by its path from `folder`, or of its base64: a data URI, or a text that is too
-    long for a path.
+    """Returns the bytes of an image by its path from `folder`, or of its base64: a data URI, or a
+    text that is too long for a path.
 
     Raises:
       Reject: there is no such file, or no such base64, or it is too large.
-      UserError: a bucket does not answer. That is no fault of the record, and the run may go on later.
+      UserError: a bucket does not answer. That is no fault of the record, and the run may go on
+        later.
     """
     if name.startswith("data:") or len(name) > MAX_PATH:
         return _decode(name.partition("base64,")[2] if name.startswith("data:") else name)
@@ -52,7 +54,9 @@ def image(folder: str, name: str, max_bytes: int = MAX_BYTES) -> bytes:
         raise Reject(f"an image file cannot be read ({name}: {err})") from err
     except OSError as err:
         if filesystem.is_remote(path):
-            raise faults.as_error(f"cannot read {path}: {err}; the same command goes on", err) from err
+            raise faults.as_error(
+                f"cannot read {path}: {err}; the same command goes on", err
+            ) from err
         raise Reject(f"an image file cannot be read ({name}: {err.strerror or err})") from err
 
 
@@ -95,7 +99,8 @@ def json_objects(unit: Unit) -> Iterator[tuple[str, dict[str, Any]] | Rejection]
             line = file.readline(MAX_LINE_BYTES)
             if not line:
                 return
-            where, at = f"{name}-{at}", at + len(line)
+            where = f"{name}-{at}"
+            at = at + len(line)
             if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
                 at += _skip_line(file)
                 yield Rejection(where, f"a line is too long (at most {MAX_LINE_BYTES:,} bytes)")

@@ -1,13 +1,16 @@
 """`jsonl`: your own data, a JSON object a line:
 
-    {"images": ["scans/1.png"], "turns": [{"question": "What is the total?", "answers": ["12.50", "12,50"]}]}
+    {"images": ["scans/1.png"], "turns": [{"question": "What is the total?", "answers": ["12.50",
+    "12,50"]}]}
 
-`images` are paths from the file's folder (or from --images), gs:// URIs, data URIs, or base64 of more than 4,096
-characters. The first of the `answers` is taught, the others count as right too. May be left out: `id` (else the file
-and the byte where its line begins); `document` (else the first image's path; documents, not records, are held out);
-`turns`, where there are `lines`, for each image its lines of words in reading order:
+`images` are paths from the file's folder (or from --images), gs:// URIs, data URIs, or base64 of
+more than 4,096 characters. The first of the `answers` is taught, the others count as right too. May
+be left out: `id` (else the file and the byte where its line begins); `document` (else the first
+image's path; documents, not records, are held out); `turns`, where there are `lines`, for each
+image its lines of words in reading order:
 
-    "lines": [[[{"text": "Total", "box": [left, top, right, bottom]}, ...], ...]]        pixels of the upright image
+    "lines": [[[{"text": "Total", "box": [left, top, right, bottom]}, ...], ...]]        pixels of
+    the upright image
 """
 
 import dataclasses
@@ -29,7 +32,11 @@ class Jsonl:
 
     def units(self, source: str) -> list[Unit]:
         """See Format."""
-        return [unit for path in filesystem.list_files(source, files.SUFFIXES) for unit in files.line_units(path)]
+        return [
+            unit
+            for path in filesystem.list_files(source, files.SUFFIXES)
+            for unit in files.line_units(path)
+        ]
 
     def raws(self, unit: Unit) -> Iterator[Raw | Rejection]:
         """See Format."""
@@ -55,7 +62,9 @@ def _raw(where: str, fields: dict[str, Any], folder: str) -> Raw | Rejection:
         name = where if fields.get("id") is None else checks.text_of(fields["id"], "id")
         images = fields.get("images")
         first = images[0] if isinstance(images, list) and images else name
-        document = checks.text_of(first if fields.get("document") is None else fields["document"], "document")
+        document = checks.text_of(
+            first if fields.get("document") is None else fields["document"], "document"
+        )
     except Reject as err:
         return Rejection(where, str(err))
     return Raw(name, document, fields | {"folder": folder})
@@ -70,12 +79,16 @@ def _list(value: Any, name: str, kind: type) -> list:
 
 
 def _turn(fields: dict[str, Any]) -> Turn:
-    return Turn(checks.text_of(fields.get("question"), "question"), checks.answers_of(fields.get("answers")))
+    return Turn(
+        checks.text_of(fields.get("question"), "question"), checks.answers_of(fields.get("answers"))
+    )
 
 
 def _pages(pages: Any) -> tuple:
     try:
-        return tuple(tuple(tuple(_word(**word) for word in line) for line in page) for page in pages)
+        return tuple(
+            tuple(tuple(_word(**word) for word in line) for line in page) for page in pages
+        )
     except (TypeError, ValueError) as err:
         raise Reject(f"lines are not lists of lists of words with text and box ({err})") from err
 

@@ -1,5 +1,5 @@
-"""Chats about images as lists of messages, of one who asks and one who answers in turn: what the formats that other
-projects train on have in common."""
+"""Chats about images as lists of messages, of one who asks and one who answers in turn: what the
+formats that other projects train on have in common."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -36,8 +36,9 @@ class Keys:
 
 @dataclasses.dataclass(frozen=True)
 class Messages:
-    """Base of formats whose records have `image`, a path or a list of them, and messages. Sources give no id that is
-    unique: a record is named by its file and the byte where it begins. Its document is its first image."""
+    """Base of formats whose records have `image`, a path or a list of them, and messages. Sources
+    give no id that is unique: a record is named by its file and the byte where it begins. Its
+    document is its first image."""
 
     keys: ClassVar[Keys]
     images: str = option("", "folder that image paths start from; default: that of the file")
@@ -46,13 +47,19 @@ class Messages:
         """See Format. Reads JSON arrays through once, to find where their elements begin."""
         found = []
         for path in filesystem.list_files(source, self.keys.suffixes):
-            found += array.units(path, self.keys.messages) if _is_array(path) else files.line_units(path)
+            found += (
+                array.units(path, self.keys.messages) if _is_array(path) else files.line_units(path)
+            )
         return found
 
     def raws(self, unit: Unit) -> Iterator[Raw | Rejection]:
         """See Format."""
         folder = self.images or filesystem.parent(unit.path)
-        objects = array.objects(unit, self.keys.messages) if _is_array(unit.path) else files.json_objects(unit)
+        objects = (
+            array.objects(unit, self.keys.messages)
+            if _is_array(unit.path)
+            else files.json_objects(unit)
+        )
         for item in objects:
             if isinstance(item, Rejection):
                 yield item
@@ -86,7 +93,8 @@ def _image_names(fields: dict[str, Any]) -> list[str]:
 
 
 def _turns(messages: Any, keys: Keys) -> tuple[Turn, ...]:
-    """The turns, without marks of images, which stand before the text; a system message that opens is left out."""
+    """The turns, without marks of images, which stand before the text; a system message that opens
+    is left out."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise Reject("no list of messages")
     if messages and messages[0].get(keys.role) == "system":
@@ -96,12 +104,19 @@ def _turns(messages: Any, keys: Keys) -> tuple[Turn, ...]:
         role = message.get(keys.role)
         if role != (keys.answerer if number % 2 else keys.asker):
             raise Reject(
-                f"messages are not of {keys.asker} and {keys.answerer} in turn (message {number}: {role!r:.50})"
+                f"messages are not of {keys.asker} and {keys.answerer} in turn (message {number}: "
+                f"{role!r:.50})"
             )
         text = message.get(keys.content)
-        texts.append("" if text is None else checks.text_of(text, "a message").replace(keys.image_mark, "").strip())
+        texts.append(
+            ""
+            if text is None
+            else checks.text_of(text, "a message").replace(keys.image_mark, "").strip()
+        )
     # A last question that nobody answers is left out.
-    return tuple(Turn(question, (answer,)) for question, answer in zip(texts[::2], texts[1::2], strict=False))
+    return tuple(
+        Turn(question, (answer,)) for question, answer in zip(texts[::2], texts[1::2], strict=False)
+    )
 
 
 @dataclasses.dataclass(frozen=True)

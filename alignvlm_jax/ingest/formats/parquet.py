@@ -1,5 +1,6 @@
-"""`parquet`: question-answer sets of Hugging Face. Images are bytes, structs with `bytes` and `path`, or lists of
-these. Columns are taken from the first of `KNOWN` whose columns are all there, or from flags."""
+"""`parquet`: question-answer sets of Hugging Face. Images are bytes, structs with `bytes` and
+`path`, or lists of these. Columns are taken from the first of `KNOWN` whose columns are all there,
+or from flags."""
 
 import collections
 import dataclasses
@@ -22,12 +23,16 @@ BATCH_ROWS = 16
 
 MAX_UNPACKED = 768 << 20
 MAX_RATIO = 20
-"""A row group above both is no pictures, which do not compress. pyarrow unpacks it in one piece, in twice its size."""
+"""A row group above both is no pictures, which do not compress. pyarrow unpacks it in one piece, in
+twice its size."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Names of columns; "" where there is none. Ids that are not unique are left out: rows are then numbered."""
+    """Names of columns; "" where there is none.
+
+    Ids that are not unique are left out: rows are then numbered.
+    """
 
     image: str
     question: str
@@ -58,14 +63,20 @@ class Parquet:
     """A parquet file, or a folder of them."""
 
     image_column: str = option("", "column of the image or images")
-    question_column: str = option("", "column of the question, or of a list of questions with an answer each")
+    question_column: str = option(
+        "", "column of the question, or of a list of questions with an answer each"
+    )
     answer_column: str = option("", "column of the answer or answers")
     id_column: str = option("", "column of ids that are unique; default: rows are numbered")
-    document_column: str = option("", "column of the document, which is held out whole; default: equal images are one")
+    document_column: str = option(
+        "", "column of the document, which is held out whole; default: equal images are one"
+    )
 
     def units(self, source: str) -> list[Unit]:
         """See Format. UserError where no file that can be read has the columns."""
-        found, usable, wrong = [], 0, None
+        found = []
+        usable = 0
+        wrong = None
         for path in filesystem.list_files(source, (".parquet",)):
             try:
                 with filesystem.open_file(path) as file:
@@ -89,7 +100,9 @@ class Parquet:
                 reader = parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
                 columns = self._columns(reader.schema_arrow.names, unit.path)
                 row = sum(reader.metadata.row_group(group).num_rows for group in range(unit.start))
-                for group in range(unit.start, reader.num_row_groups if unit.stop < 0 else unit.stop):
+                for group in range(
+                    unit.start, reader.num_row_groups if unit.stop < 0 else unit.stop
+                ):
                     yield from _rows(reader, group, row, columns, unit.path)
                     row += reader.metadata.row_group(group).num_rows
         except (UserError, *BROKEN) as err:
@@ -102,7 +115,9 @@ class Parquet:
 
     def _columns(self, names: list[str], path: str) -> Columns:
         none = Columns("", "", "")
-        known = next((columns for columns in KNOWN.values() if set(columns.names()) <= set(names)), none)
+        known = next(
+            (columns for columns in KNOWN.values() if set(columns.names()) <= set(names)), none
+        )
         flags = {key: getattr(self, f"{key}_column") for key in vars(known)}
         columns = dataclasses.replace(known, **{key: name for key, name in flags.items() if name})
         for name in columns.names():
@@ -110,58 +125,83 @@ class Parquet:
                 raise UserError(f"{path} has no column {name!r}{nearest(name, names)}")
         if missing := [key for key in ("image", "question", "answer") if not getattr(columns, key)]:
             flags_needed = ", ".join(f"--{key}_column" for key in missing)
-            raise UserError(f"{path} has columns {', '.join(names)}, of no set that is known; name {flags_needed}")
+            raise UserError(
+                f"{path} has columns {', '.join(names)}, of no set that is known; name "
+                f"{flags_needed}"
+            )
         return columns
 
 
 def _units(path: str, metadata: parquet.FileMetaData) -> list[Unit]:
     """Runs of row groups of at least `UNIT_ROWS` rows."""
-    found, start, rows = [], 0, 0
+    found = []
+    start = 0
+    rows = 0
     for group in range(metadata.num_row_groups):
         rows += metadata.row_group(group).num_rows
         if rows >= UNIT_ROWS or group == metadata.num_row_groups - 1:
             found.append(Unit(path, start, group + 1))
-            start, rows = group + 1, 0
+            start = group + 1
+            rows = 0
     return found
 
 
-def _rows(reader: parquet.ParquetFile, group: int, row: int, columns: Columns, path: str) -> Iterator[Raw | Rejection]:
+def _rows(
+    reader: parquet.ParquetFile, group: int, row: int, columns: Columns, path: str
+) -> Iterator[Raw | Rejection]:
     """Reads a row group, whose first row is number `row`."""
     name = filesystem.stem(path)
     packed, unpacked = _sizes(reader.metadata.row_group(group))
     if unpacked > max(MAX_UNPACKED, MAX_RATIO * packed):
-        yield Rejection(f"{name}-{row}", f"rows are too large unpacked (row group {group}: {unpacked:,} bytes)")
+        yield Rejection(
+            f"{name}-{row}", f"rows are too large unpacked (row group {group}: {unpacked:,} bytes)"
+        )
         return
     try:
-        for batch in reader.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns.names(), use_threads=False):
+        for batch in reader.iter_batches(
+            BATCH_ROWS, row_groups=[group], columns=columns.names(), use_threads=False
+        ):
             for number in range(batch.num_rows):
                 yield _raw(f"{name}-{row}", batch, number, columns, filesystem.parent(path))
                 row += 1
     except BROKEN as err:
         filesystem.raise_if_passing(path, err)
-        yield Rejection(f"{name}-{row}", f"rows cannot be read (row group {group} from here on: {_one_line(err)})")
+        yield Rejection(
+            f"{name}-{row}",
+            f"rows cannot be read (row group {group} from here on: {_one_line(err)})",
+        )
 
 
 def _sizes(group: parquet.RowGroupMetaData) -> tuple[int, int]:
     """The bytes of a row group, compressed and not."""
     columns = [group.column(number) for number in range(group.num_columns)]
-    return sum(one.total_compressed_size for one in columns), sum(one.total_uncompressed_size for one in columns)
+    return sum(one.total_compressed_size for one in columns), sum(
+        one.total_uncompressed_size for one in columns
+    )
 
 
-def _raw(where: str, batch: pa.RecordBatch, number: int, columns: Columns, folder: str) -> Raw | Rejection:
+def _raw(
+    where: str, batch: pa.RecordBatch, number: int, columns: Columns, folder: str
+) -> Raw | Rejection:
     try:
         values = {key: batch[name][number].as_py() for key, name in vars(columns).items() if name}
         images = _images(values["image"], folder)
         name = where if values.get("id") is None else checks.text_of(values["id"], "id")
         if values.get("document") is None:
-            document = hashlib.blake2b(images[0] if images else name.encode(), digest_size=8).hexdigest()
+            document = hashlib.blake2b(
+                images[0] if images else name.encode(), digest_size=8
+            ).hexdigest()
         else:
             document = checks.text_of(values["document"], "document")
     except Reject as err:
         return Rejection(where, str(err))
     except (UnicodeError, *BROKEN) as err:
         return Rejection(where, f"the row cannot be read ({_one_line(err)})")
-    return Raw(name, document, {"images": images, "question": values["question"], "answer": values["answer"]})
+    return Raw(
+        name,
+        document,
+        {"images": images, "question": values["question"], "answer": values["answer"]},
+    )
 
 
 def _images(value: Any, folder: str) -> list[bytes]:
@@ -169,7 +209,9 @@ def _images(value: Any, folder: str) -> list[bytes]:
     for image in value if isinstance(value, list) else [value]:
         if isinstance(image, dict):  # of the datasets library: the bytes, or only a path
             path = image.get("path")
-            image = image.get("bytes") or (files.image(folder, path) if isinstance(path, str) else None)
+            image = image.get("bytes") or (
+                files.image(folder, path) if isinstance(path, str) else None
+            )
         if not isinstance(image, bytes):
             raise Reject(f"the image is missing ({type(image).__name__} in its column)")
         found.append(image)
@@ -177,17 +219,23 @@ def _images(value: Any, folder: str) -> list[bytes]:
 
 
 def _turns(fields: Any) -> tuple[Turn, ...]:
-    question, answer = fields["question"], fields["answer"]
+    question = fields["question"]
+    answer = fields["answer"]
     if not isinstance(question, list):
-        return (Turn(checks.text_of(question, "question"), _by_frequency(checks.answers_of(answer))),)
+        return (
+            Turn(checks.text_of(question, "question"), _by_frequency(checks.answers_of(answer))),
+        )
     if not isinstance(answer, list) or len(answer) != len(question):
         raise Reject("a list of questions without as many answers")
     pairs = zip(question, answer, strict=True)
-    return tuple(Turn(checks.text_of(one, "question"), checks.answers_of(answers)) for one, answers in pairs)
+    return tuple(
+        Turn(checks.text_of(one, "question"), checks.answers_of(answers)) for one, answers in pairs
+    )
 
 
 def _by_frequency(answers: tuple[str, ...]) -> tuple[str, ...]:
-    """The commonest first, which is taught: TextVQA has those of ten people, and its score counts who agrees."""
+    """The commonest first, which is taught: TextVQA has those of ten people, and its score counts
+    who agrees."""
     counts = collections.Counter(answers)
     return tuple(sorted(answers, key=lambda answer: -counts[answer]))
 

@@ -1,5 +1,5 @@
-"""`webdataset`: tar files of images with captions, as CC-12M is kept: members NAME.jpg and NAME.txt (or NAME.json with
-`caption`) follow one another. Nothing is unpacked to disk."""
+"""`webdataset`: tar files of images with captions, as CC-12M is kept: members NAME.jpg and NAME.txt
+(or NAME.json with `caption`) follow one another. Nothing is unpacked to disk."""
 
 import dataclasses
 import json
@@ -17,7 +17,8 @@ SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 TEXTS = ("txt", "caption", "json")
 MAX_TEXT_BYTES = 1 << 20
-"""Of a member, and of a header, which tarfile reads whole: in a compressed file it may say any size."""
+"""Of a member, and of a header, which tarfile reads whole: in a compressed file it may say any
+size."""
 
 LONG_HEADERS = (
     tarfile.XHDTYPE,
@@ -40,8 +41,12 @@ class WebDataset:
         return [Unit(path) for path in filesystem.list_files(source, SUFFIXES)]
 
     def raws(self, unit: Unit) -> Iterator[Raw | Rejection]:
-        """See Format. Members of a name, the endings apart, are a record where they follow one another."""
-        name, parts = "", {}
+        """See Format.
+
+        Members of a name, the endings apart, are a record where they follow one another.
+        """
+        name = ""
+        parts = {}
         for item in _members(unit.path):
             if isinstance(item, Rejection):
                 yield item
@@ -51,10 +56,13 @@ class WebDataset:
                 yield _raw(unit, name, parts)
                 parts = {}
             if sum(map(len, parts.values())) + len(data) > files.MAX_BYTES:
-                reason = f"members of a name are too large together (at most {files.MAX_BYTES:,} bytes)"
+                reason = (
+                    f"members of a name are too large together (at most {files.MAX_BYTES:,} bytes)"
+                )
                 yield Rejection(f"{stem}.{ending}", reason)
                 continue
-            name, parts[ending] = stem, data
+            name = stem
+            parts[ending] = data
         if parts:
             yield _raw(unit, name, parts)
 
@@ -63,11 +71,19 @@ class WebDataset:
         image = next((raw.fields[ending] for ending in IMAGES if ending in raw.fields), None)
         if image is None:
             raise Reject("a caption without an image")
-        return Record(raw.id, "webdataset", (image,), (Turn(self.prompt, checks.answers_of(_caption(raw.fields))),))
+        return Record(
+            raw.id,
+            "webdataset",
+            (image,),
+            (Turn(self.prompt, checks.answers_of(_caption(raw.fields))),),
+        )
 
 
 class _Header(tarfile.TarInfo):
-    """A header that says where a tar file is broken. To tarfile the first one that it cannot read is the end."""
+    """A header that says where a tar file is broken.
+
+    To tarfile the first one that it cannot read is the end.
+    """
 
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
@@ -93,7 +109,10 @@ def _members(path: str) -> Iterator[tuple[str, str, bytes] | Rejection]:
     """Reads the members that make records, one by one, as (name, ending, bytes)."""
     at = filesystem.stem(path)
     try:
-        with filesystem.open_buffered(path) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=_Header) as tar:
+        with (
+            filesystem.open_buffered(path) as file,
+            tarfile.open(fileobj=file, mode="r|*", tarinfo=_Header) as tar,
+        ):
             for member in tar:
                 at = member.name
                 if not member.isfile():
@@ -103,13 +122,19 @@ def _members(path: str) -> Iterator[tuple[str, str, bytes] | Rejection]:
                 ending = ending.lower()
                 if ending not in (*IMAGES, *TEXTS):
                     continue
-                if reason := _reason_against(member, files.MAX_BYTES if ending in IMAGES else MAX_TEXT_BYTES):
+                if reason := _reason_against(
+                    member, files.MAX_BYTES if ending in IMAGES else MAX_TEXT_BYTES
+                ):
                     yield Rejection(member.name, reason)
                 else:
                     yield posixpath.join(folder, stem), ending, tar.extractfile(member).read()
     except BROKEN as err:
         filesystem.raise_if_passing(path, err)
-        yield Rejection(at, f"the tar file is broken from here on ({' '.join(str(err).split()) or type(err).__name__})")
+        yield Rejection(
+            at,
+            "the tar file is broken from here on "
+            f"({' '.join(str(err).split()) or type(err).__name__})",
+        )
 
 
 def _reason_against(member: tarfile.TarInfo, max_bytes: int) -> str:

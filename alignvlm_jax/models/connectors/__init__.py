@@ -1,4 +1,7 @@
-"""Connectors by name. Adding one is a file here and a line in `REGISTRY` (`base.Connector` says what it may define)."""
+"""Connectors by name.
+
+Adding one is a file here and a line in `REGISTRY` (`base.Connector` says what it may define).
+"""
 
 from alignvlm_jax.errors import UserError, nearest
 from alignvlm_jax.models.connectors.align import Align

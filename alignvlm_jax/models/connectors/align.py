@@ -1,10 +1,11 @@
-"""ALIGN (arXiv 2502.01341, equation 1): each patch becomes a weighted average of the LLM's text embeddings.
+"""ALIGN (arXiv 2502.01341, equation 1): each patch becomes a weighted average of the LLM's text
+embeddings.
 
     x = LN_1(F W1);  z = LN_2(x W2);  P = softmax_V(z);  out = P E_text
 
 W1 [E, D] and W2 [D, V] have no bias; W2 starts as a copy of the LM head; LN_2 runs over the
-vocabulary. The vocabulary axis is sharded over the mesh axis `tensor`, the patches over the others: no device holds a
-whole [N, V] (`ops.vocab_average`).
+vocabulary. The vocabulary axis is sharded over the mesh axis `tensor`, the patches over the others:
+no device holds a whole [N, V] (`ops.vocab_average`).
 """
 
 import dataclasses
@@ -24,7 +25,10 @@ from alignvlm_jax.shapes import Array, Float
 
 
 class Align(Connector):
-    """The ALIGN connector. Pruned to a vocabulary subset, its softmax is over that alone, and LN_2 over all."""
+    """The ALIGN connector.
+
+    Pruned to a vocabulary subset, its softmax is over that alone, and LN_2 over all.
+    """
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Options(ConnectorConfig):
@@ -33,8 +37,10 @@ class Align(Connector):
         use_ln2: bool = True  # LN_2, on the logits
         ln2_gain_init: float = 1.0  # of LN_2's gain: 1 begins with almost flat distributions
         w2_init: Literal["lm_head", "random"] = "lm_head"  # what W2 starts as
-        embed_grad: Literal["live", "stop"] = "live"  # whether the text table is trained through the visual tokens
-        weights: Literal["softmax", "linear"] = "softmax"  # "linear": the span of the text embeddings, not their hull
+        # whether the text table is trained through the visual tokens
+        embed_grad: Literal["live", "stop"] = "live"
+        # "linear": the span of the text embeddings, not their hull
+        weights: Literal["softmax", "linear"] = "softmax"
 
     @staticmethod
     def init_from_llm(llm: dict[str, Any], options: Options) -> dict[str, Any]:
@@ -47,9 +53,13 @@ class Align(Connector):
         return options.weights == "softmax"
 
     def setup(self) -> None:
-        c, eps = self.config, self.config.llm.norm_eps
-        width, vocab = c.llm.width, c.llm.vocab_size
-        self.w1 = Einsum("NE,ED->ND", (c.vision.width, width), ("vis_embed", "embed"), dtype=self.dtype)
+        c = self.config
+        eps = self.config.llm.norm_eps
+        width = c.llm.width
+        vocab = c.llm.vocab_size
+        self.w1 = Einsum(
+            "NE,ED->ND", (c.vision.width, width), ("vis_embed", "embed"), dtype=self.dtype
+        )
         self.ln1 = LayerNorm(width, eps)
         self.w2 = Einsum("ND,DV->NV", (width, vocab), ("embed", "vocab"), dtype=self.dtype)
         if self.options.use_ln2:
@@ -60,10 +70,15 @@ class Align(Connector):
         x_ND, head = self._rows_and_head(features)
         logits_NV = vocab_logits(x_ND, head, self._norm(), self.config.llm.num_words)
         kept_V = self.vocabulary_subset()
-        return jax.nn.softmax(logits_NV if kept_V is None else jnp.where(kept_V, logits_NV, -jnp.inf), axis=-1)
+        return jax.nn.softmax(
+            logits_NV if kept_V is None else jnp.where(kept_V, logits_NV, -jnp.inf), axis=-1
+        )
 
     def __call__(
-        self, features: Float[Array, "N E"], text_table: Float[Array, "V D"], labels: PatchLabels | None
+        self,
+        features: Float[Array, "N E"],
+        text_table: Float[Array, "V D"],
+        labels: PatchLabels | None,
     ) -> ConnectorOutput:
         """Returns a visual token for each patch, and P's cross-entropy against the labels."""
         c = self.config
@@ -83,7 +98,9 @@ class Align(Connector):
         )
         if labels is None:
             return ConnectorOutput(tokens, self.no_loss(features))
-        return ConnectorOutput(tokens, soft_cross_entropy(label_logits, log_sum_exp, labels.weights))
+        return ConnectorOutput(
+            tokens, soft_cross_entropy(label_logits, log_sum_exp, labels.weights)
+        )
 
     def _rows_and_head(self, features: Array) -> tuple[Array, Matrix]:
         return self.ln1(self.w1(features)), Matrix.of(self.w2.kernel, self.dtype)

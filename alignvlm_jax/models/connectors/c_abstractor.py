@@ -1,11 +1,14 @@
-"""The C-Abstractor of HoneyBee (arXiv 2312.06742): convolutions that abstract and keep what is where.
+"""The C-Abstractor of HoneyBee (arXiv 2312.06742): convolutions that abstract and keep what is
+where.
 
-    learned positions, ResNet blocks, adaptive average pooling to fewer tokens, ResNet blocks, Linear-SiLU-Linear
+    learned positions, ResNet blocks, adaptive average pooling to fewer tokens, ResNet blocks,
+    Linear-SiLU-Linear
 
-As the release has it (khanrc/honeybee, `CAbstractor`), whose blocks are timm's RegNet bottlenecks: 1 x 1, depthwise
-3 x 3, squeeze and excitation by a quarter, 1 x 1, a LayerNorm over channels after each convolution, SiLU. Their width
-is the encoder's, as it is there; the grid need not be square. Positions are drawn as there (truncated normal, 0.02);
-kernels, there from N(0, 0.02), as all linear maps are here, which at its width of 1,024 is N(0, 0.03).
+As the release has it (khanrc/honeybee, `CAbstractor`), whose blocks are timm's RegNet bottlenecks:
+1 x 1, depthwise 3 x 3, squeeze and excitation by a quarter, 1 x 1, a LayerNorm over channels after
+each convolution, SiLU. Their width is the encoder's, as it is there; the grid need not be square.
+Positions are drawn as there (truncated normal, 0.02); kernels, there from N(0, 0.02), as all linear
+maps are here, which at its width of 1,024 is N(0, 0.03).
 
 Letters: `shapes.py`; B here counts tiles, y and x rows and columns of patches or of pooled tokens.
 """
@@ -28,7 +31,8 @@ NORM_EPS = 1e-6
 class Depthwise(nn.Module):
     """A 3 x 3 convolution of each channel by itself, zeros beyond the tile.
 
-    Nine shifted products: no matrix unit has a use for one channel, and the partitioner splits them as they are.
+    Nine shifted products: no matrix unit has a use for one channel, and the partitioner splits them
+    as they are.
     """
 
     width: int
@@ -39,11 +43,14 @@ class Depthwise(nn.Module):
         kernel = self.param("kernel", init, (3, 3, self.width), jnp.float32).astype(x_ByxF.dtype)
         _, rows, columns, _ = x_ByxF.shape
         padded = jnp.pad(x_ByxF, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        return sum(kernel[i, j] * padded[:, i : i + rows, j : j + columns] for i, j in np.ndindex(3, 3))
+        return sum(
+            kernel[i, j] * padded[:, i : i + rows, j : j + columns] for i, j in np.ndindex(3, 3)
+        )
 
 
 class Gate(nn.Module):
-    """Squeeze and excitation (arXiv 1709.01507): each channel is weighed by what all channels are on average."""
+    """Squeeze and excitation (arXiv 1709.01507): each channel is weighed by what all channels are
+    on average."""
 
     width: int
     dtype: jnp.dtype
@@ -51,8 +58,12 @@ class Gate(nn.Module):
     @nn.compact
     def __call__(self, x_ByxF: Array) -> Array:
         squeezed = round(self.width / 4)
-        down = Einsum("BF,Fr->Br", (self.width, squeezed), ("vis_mlp", None), True, self.dtype, name="down")
-        up = Einsum("Br,rF->BF", (squeezed, self.width), (None, "vis_mlp"), True, self.dtype, name="up")
+        down = Einsum(
+            "BF,Fr->Br", (self.width, squeezed), ("vis_mlp", None), True, self.dtype, name="down"
+        )
+        up = Einsum(
+            "Br,rF->BF", (squeezed, self.width), (None, "vis_mlp"), True, self.dtype, name="up"
+        )
         return x_ByxF * nn.sigmoid(up(nn.silu(down(x_ByxF.mean((1, 2))))))[:, None, None]
 
 
@@ -64,13 +75,23 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_ByxE: Array) -> tuple[Array, None]:
-        shape, hidden_axes = (self.width, self.width), ("act_batch", None, None, "act_mlp")
-        conv1 = Einsum("ByxE,EF->ByxF", shape, ("vis_embed", "vis_mlp"), dtype=self.dtype, name="conv1")
-        conv3 = Einsum("ByxF,FE->ByxE", shape, ("vis_mlp", "vis_embed"), dtype=self.dtype, name="conv3")
-        norm1, norm2 = (LayerNorm(self.width, NORM_EPS, axes=("vis_mlp",), name=name) for name in ("norm1", "norm2"))
+        shape = (self.width, self.width)
+        hidden_axes = ("act_batch", None, None, "act_mlp")
+        conv1 = Einsum(
+            "ByxE,EF->ByxF", shape, ("vis_embed", "vis_mlp"), dtype=self.dtype, name="conv1"
+        )
+        conv3 = Einsum(
+            "ByxF,FE->ByxE", shape, ("vis_mlp", "vis_embed"), dtype=self.dtype, name="conv3"
+        )
+        norm1, norm2 = (
+            LayerNorm(self.width, NORM_EPS, axes=("vis_mlp",), name=name)
+            for name in ("norm1", "norm2")
+        )
         hidden_ByxF = nn.with_logical_constraint(nn.silu(norm1(conv1(x_ByxE))), hidden_axes)
         hidden_ByxF = nn.silu(norm2(Depthwise(self.width, name="conv2")(hidden_ByxF)))
-        hidden_ByxF = nn.with_logical_constraint(Gate(self.width, self.dtype, name="gate")(hidden_ByxF), hidden_axes)
+        hidden_ByxF = nn.with_logical_constraint(
+            Gate(self.width, self.dtype, name="gate")(hidden_ByxF), hidden_axes
+        )
         x_ByxE = nn.silu(x_ByxE + LayerNorm(self.width, NORM_EPS, name="norm3")(conv3(hidden_ByxF)))
         return nn.with_logical_constraint(x_ByxE, ("act_batch", None, None, "act_embed")), None
 
@@ -98,34 +119,55 @@ class CAbstractor(Connector):
             pooled = getattr(options, f"pooled_{name}")
             if pooled > size:
                 raise UserError(
-                    f"config.model.connector.pooled_{name} is {pooled} and a tile has {size} {name} of patches; "
-                    f"at most {size}"
+                    f"config.model.connector.pooled_{name} is {pooled} and a tile has {size} "
+                    f"{name} of patches; at most {size}"
                 )
 
     @nn.compact
     def encode(self, features: Float[Array, "N E"]) -> Float[Array, "tokens D"]:
         """Returns `pooled_rows` x `pooled_columns` visual tokens for each tile, row after row."""
-        c, options, (rows, columns) = self.config, self.options, self.config.vision.patch_grid
-        vision_width, width = c.vision.width, c.llm.width
-        init = nn.with_logical_partitioning(nn.initializers.truncated_normal(0.02), ("patch", "vis_embed"))
+        c = self.config
+        options = self.options
+        (rows, columns) = self.config.vision.patch_grid
+        vision_width = c.vision.width
+        width = c.llm.width
+        init = nn.with_logical_partitioning(
+            nn.initializers.truncated_normal(0.02), ("patch", "vis_embed")
+        )
         positions = self.param("positions", init, (c.vision.num_patches, vision_width), jnp.float32)
         x_ByxE = features.astype(self.dtype).reshape(-1, rows, columns, vision_width)
         x_ByxE += positions.astype(self.dtype).reshape(rows, columns, vision_width)
         x_ByxE = nn.with_logical_constraint(x_ByxE, ("act_batch", None, None, "act_embed"))
         blocks = scan_blocks(Block, options.num_blocks, c.remat, c.scan_unroll, in_axes=())
         x_ByxE, _ = blocks(vision_width, self.dtype, name="before")(x_ByxE)
-        x_ByxE = jnp.einsum("ByxE,Xx->ByXE", x_ByxE, _pooling(columns, options.pooled_columns).astype(self.dtype))
-        x_ByxE = jnp.einsum("ByxE,Yy->BYxE", x_ByxE, _pooling(rows, options.pooled_rows).astype(self.dtype))
+        x_ByxE = jnp.einsum(
+            "ByxE,Xx->ByXE", x_ByxE, _pooling(columns, options.pooled_columns).astype(self.dtype)
+        )
+        x_ByxE = jnp.einsum(
+            "ByxE,Yy->BYxE", x_ByxE, _pooling(rows, options.pooled_rows).astype(self.dtype)
+        )
         x_ByxE, _ = blocks(vision_width, self.dtype, name="after")(x_ByxE)
-        up = Einsum("ByxE,ED->ByxD", (vision_width, width), ("vis_embed", "embed"), True, self.dtype, name="fc1")
-        down = Einsum("ByxD,Dd->Byxd", (width, width), ("embed", None), True, self.dtype, name="fc2")
-        tokens = nn.with_logical_constraint(down(nn.silu(up(x_ByxE))), ("act_batch", None, None, "act_embed"))
+        up = Einsum(
+            "ByxE,ED->ByxD",
+            (vision_width, width),
+            ("vis_embed", "embed"),
+            True,
+            self.dtype,
+            name="fc1",
+        )
+        down = Einsum(
+            "ByxD,Dd->Byxd", (width, width), ("embed", None), True, self.dtype, name="fc2"
+        )
+        tokens = nn.with_logical_constraint(
+            down(nn.silu(up(x_ByxE))), ("act_batch", None, None, "act_embed")
+        )
         return tokens.reshape(-1, width)
 
 
 def _pooling(size: int, bins: int) -> np.ndarray:
-    """[bins, size] weights of adaptive average pooling: bin i is the mean from floor(i size / bins) up to
-    ceil((i + 1) size / bins), so that bins overlap where they do not divide."""
-    index, places = np.arange(bins)[:, None], np.arange(size)
+    """[bins, size] weights of adaptive average pooling: bin i is the mean from floor(i size / bins)
+    up to ceil((i + 1) size / bins), so that bins overlap where they do not divide."""
+    index = np.arange(bins)[:, None]
+    places = np.arange(size)
     inside = (places >= index * size // bins) & (places < -(-(index + 1) * size // bins))
     return inside / inside.sum(1, keepdims=True)

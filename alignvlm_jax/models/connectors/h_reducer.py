@@ -1,10 +1,12 @@
-"""The H-Reducer of mPLUG-DocOwl 1.5 (arXiv 2403.12895): neighbours in a line become one visual token.
+"""The H-Reducer of mPLUG-DocOwl 1.5 (arXiv 2403.12895): neighbours in a line become one visual
+token.
 
-Text runs from left to right, so `merged_columns` patches side by side are merged, 1 x 4 in the paper. As the release
-has it (X-PLUG/mPLUG-DocOwl, `MplugDocOwlHReducerModel`), two convolutions whose stride is their kernel, with a GELU
-between them, then a linear layer: the first turns 4 patches of E channels into as many of them again, the second those
-into one, both seeing all four. Left out is the learned token that the release ends every tile with. The paper says of
-no weights how they are drawn; here as all linear maps are.
+Text runs from left to right, so `merged_columns` patches side by side are merged, 1 x 4 in the
+paper. As the release has it (X-PLUG/mPLUG-DocOwl, `MplugDocOwlHReducerModel`), two convolutions
+whose stride is their kernel, with a GELU between them, then a linear layer: the first turns 4
+patches of E channels into as many of them again, the second those into one, both seeing all four.
+Left out is the learned token that the release ends every tile with. The paper says of no weights
+how they are drawn; here as all linear maps are.
 """
 
 import dataclasses
@@ -35,28 +37,38 @@ class HReducer(Connector):
     @staticmethod
     def check(vision: VisionConfig, llm: LLMConfig, options: Options) -> None:
         """Raises UserError where patches would be left over."""
-        (_, columns), merged = vision.patch_grid, options.merged_columns
+        (_, columns) = vision.patch_grid
+        merged = options.merged_columns
         if columns % merged:
             width = max(round(columns / merged), 1) * merged * vision.patch_width
             raise UserError(
-                f"config.model.vision.tile_width {vision.tile_width} has {columns} columns of patches, no multiple of "
-                f"config.model.connector.merged_columns {merged}; nearest that fit: tile_width {width}, or "
-                f"merged_columns {nearest_divisor(columns, merged)}"
+                f"config.model.vision.tile_width {vision.tile_width} has {columns} columns of "
+                f"patches, no multiple of config.model.connector.merged_columns {merged}; nearest "
+                f"that fit: tile_width {width}, or merged_columns "
+                f"{nearest_divisor(columns, merged)}"
             )
 
     @nn.compact
     def encode(self, features: Float[Array, "N E"]) -> Float[Array, "tokens D"]:
         """Returns a visual token for each `merged_columns` patches."""
-        c, merged = self.config, self.options.merged_columns
+        c = self.config
+        merged = self.options.merged_columns
         width = c.vision.width
-        # Patches come row after row, and rows are multiples of what is merged: x and y number the merged patches.
+        # Patches come row after row, and rows are multiples of what is merged: x and y number the
+        # merged patches.
         x_NxE = features.reshape(-1, merged, width)
-        shape, axes = (merged, width, merged, width), (None, "vis_embed", None, "vis_mlp")
+        shape = (merged, width, merged, width)
+        axes = (None, "vis_embed", None, "vis_mlp")
         hidden_NyF = Einsum("NxE,xEyF->NyF", shape, axes, True, self.dtype, name="conv1")(x_NxE)
-        hidden_NyF = nn.with_logical_constraint(nn.gelu(hidden_NyF, approximate=False), ("act_batch", None, "act_mlp"))
-        shape, axes = (merged, width, width), (None, "vis_mlp", "vis_embed")
+        hidden_NyF = nn.with_logical_constraint(
+            nn.gelu(hidden_NyF, approximate=False), ("act_batch", None, "act_mlp")
+        )
+        shape = (merged, width, width)
+        axes = (None, "vis_mlp", "vis_embed")
         x_NE = Einsum("NyF,yFE->NE", shape, axes, True, self.dtype, name="conv2")(hidden_NyF)
         x_NE = nn.with_logical_constraint(x_NE, ("act_batch", "act_embed"))
-        tokens_ND = Einsum("NE,ED->ND", (width, c.llm.width), ("vis_embed", "embed"), True, self.dtype, name="fc")(x_NE)
+        tokens_ND = Einsum(
+            "NE,ED->ND", (width, c.llm.width), ("vis_embed", "embed"), True, self.dtype, name="fc"
+        )(x_NE)
         tokens_ND = nn.with_logical_constraint(tokens_ND, ("act_batch", "act_embed"))
         return tokens_ND

@@ -13,8 +13,11 @@ class MLP(Connector):
     @nn.compact
     def encode(self, features: Float[Array, "N E"]) -> Float[Array, "tokens D"]:
         """Returns a visual token for each patch."""
-        vision_width, width = self.config.vision.width, self.config.llm.width
-        up = Einsum("NE,ED->ND", (vision_width, width), ("vis_embed", "embed"), True, self.dtype, name="fc1")
+        vision_width = self.config.vision.width
+        width = self.config.llm.width
+        up = Einsum(
+            "NE,ED->ND", (vision_width, width), ("vis_embed", "embed"), True, self.dtype, name="fc1"
+        )
         # Both axes are the LLM's width: only the first may be sharded by it.
         down = Einsum("ND,Dd->Nd", (width, width), ("embed", None), True, self.dtype, name="fc2")
         tokens_ND = down(nn.gelu(up(features), approximate=False))

@@ -1,11 +1,13 @@
-"""The connector of Ovis (arXiv 2405.20797): each patch becomes a weighted average of a learned table.
+"""The connector of Ovis (arXiv 2405.20797): each patch becomes a weighted average of a learned
+table.
 
     z = LN(F W);  P = softmax_K(z);  out = P E_visual
 
-W [E, K] has no bias; E_visual [K, D] is a table of the connector's own, over a visual vocabulary of K words. From the
-release (AIDC-AI/Ovis v1.5, `SiglipVisualTokenizer.head` and `VisualEmbedding`) come LN on the logits, a table drawn
-from N(0, 1), and K = 131,072, about as many as its LLMs have words. Left out are its words that mark where an image
-begins and ends, its merging of patches, and its hard choices of a word (gumbel, straight-through).
+W [E, K] has no bias; E_visual [K, D] is a table of the connector's own, over a visual vocabulary of
+K words. From the release (AIDC-AI/Ovis v1.5, `SiglipVisualTokenizer.head` and `VisualEmbedding`)
+come LN on the logits, a table drawn from N(0, 1), and K = 131,072, about as many as its LLMs have
+words. Left out are its words that mark where an image begins and ends, its merging of patches, and
+its hard choices of a word (gumbel, straight-through).
 """
 
 import dataclasses
@@ -36,15 +38,19 @@ class Ovis(Connector):
             return {"visual_vocab_size": self.visual_vocab_size}
 
     def setup(self) -> None:
-        c, size = self.config, self.options.visual_vocab_size
-        self.head = Einsum("NE,EV->NV", (c.vision.width, size), ("vis_embed", "vocab"), dtype=self.dtype)
+        c = self.config
+        size = self.options.visual_vocab_size
+        self.head = Einsum(
+            "NE,EV->NV", (c.vision.width, size), ("vis_embed", "vocab"), dtype=self.dtype
+        )
         self.norm = LayerNorm(size, c.llm.norm_eps, axes=("vocab",))
         init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed"))
         self.table = self.param("table", init, (size, c.llm.width), jnp.float32)
 
     def encode(self, features: Float[Array, "N E"]) -> Float[Array, "tokens D"]:
         """Returns a visual token for each patch."""
-        c, size = self.config, self.options.visual_vocab_size
+        c = self.config
+        size = self.options.visual_vocab_size
         tokens_ND, _, _ = vocab_average(
             features.astype(self.dtype),
             Matrix.of(self.head.kernel, self.dtype),

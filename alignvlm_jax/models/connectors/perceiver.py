@@ -1,10 +1,11 @@
 """The Perceiver Resampler of Flamingo (arXiv 2204.14198): learned latents read a tile.
 
-In each layer the latents attend to the tile's patches and to themselves, then pass an MLP with a squared ReLU. Flamingo
-was not released: where its text is silent this follows OpenFlamingo (`PerceiverResampler`), which has a norm before all
-that is read and after the last layer, no bias, latents from N(0, 1), and GELU for the squared ReLU. Heads are those of
-the encoder. A linear map takes the latents to the LLM's width, where Flamingo has cross-attention read them; an
-embedding of time is left out, since a tile is no frame. Flamingo takes 64 latents and 6 layers.
+In each layer the latents attend to the tile's patches and to themselves, then pass an MLP with a
+squared ReLU. Flamingo was not released: where its text is silent this follows OpenFlamingo
+(`PerceiverResampler`), which has a norm before all that is read and after the last layer, no bias,
+latents from N(0, 1), and GELU for the squared ReLU. Heads are those of the encoder. A linear map
+takes the latents to the LLM's width, where Flamingo has cross-attention read them; an embedding of
+time is left out, since a tile is no frame. Flamingo takes 64 latents and 6 layers.
 
 Letters: `shapes.py`; B here counts tiles, M their latents, S what a latent reads.
 """
@@ -36,7 +37,8 @@ class Attention(nn.Module):
         patches_BPE = LayerNorm(c.width, c.norm_eps, name="patches_norm")(patches_BPE)
         both_BSE = jnp.concatenate([patches_BPE, latents_BME], axis=1)
         head_dim = c.width // c.num_heads
-        shape, axes = (c.width, c.num_heads, head_dim), ("vis_embed", "vis_heads", "head_dim")
+        shape = (c.width, c.num_heads, head_dim)
+        axes = ("vis_embed", "vis_heads", "head_dim")
         query, key, value = (
             nn.with_logical_constraint(
                 Einsum("BSE,EHh->BSHh", shape, axes, dtype=self.dtype, name=name)(inputs),
@@ -44,8 +46,11 @@ class Attention(nn.Module):
             )
             for name, inputs in (("q", latents_BME), ("k", both_BSE), ("v", both_BSE))
         )
-        shape, axes = (c.num_heads, head_dim, c.width), ("vis_heads", "head_dim", "vis_embed")
-        return Einsum("BMHh,HhE->BME", shape, axes, dtype=self.dtype, name="o")(attention(query, key, value))
+        shape = (c.num_heads, head_dim, c.width)
+        axes = ("vis_heads", "head_dim", "vis_embed")
+        return Einsum("BMHh,HhE->BME", shape, axes, dtype=self.dtype, name="o")(
+            attention(query, key, value)
+        )
 
 
 class MLP(nn.Module):
@@ -56,10 +61,15 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BME: Array) -> Array:
-        width, hidden = self.config.width, MLP_FACTOR * self.config.width
+        width = self.config.width
+        hidden = MLP_FACTOR * self.config.width
         x_BME = LayerNorm(width, self.config.norm_eps, name="norm")(x_BME)
-        up = Einsum("BME,EF->BMF", (width, hidden), ("vis_embed", "vis_mlp"), dtype=self.dtype, name="up")
-        down = Einsum("BMF,FE->BME", (hidden, width), ("vis_mlp", "vis_embed"), dtype=self.dtype, name="down")
+        up = Einsum(
+            "BME,EF->BMF", (width, hidden), ("vis_embed", "vis_mlp"), dtype=self.dtype, name="up"
+        )
+        down = Einsum(
+            "BMF,FE->BME", (hidden, width), ("vis_mlp", "vis_embed"), dtype=self.dtype, name="down"
+        )
         hidden_BMF = nn.with_logical_constraint(up(x_BME), ("act_batch", "act_len", "act_mlp"))
         return down(jnp.square(nn.relu(hidden_BMF)))
 
@@ -95,16 +105,23 @@ class Perceiver(Connector):
     @nn.compact
     def encode(self, features: Float[Array, "N E"]) -> Float[Array, "tokens D"]:
         """Returns `num_latents` visual tokens for each tile."""
-        c, vision, options = self.config, self.config.vision, self.options
+        c = self.config
+        vision = self.config.vision
+        options = self.options
         patches_BPE = features.astype(self.dtype).reshape(-1, vision.num_patches, vision.width)
         init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("patch", "vis_embed"))
         latents_ME = self.param("latents", init, (options.num_latents, vision.width), jnp.float32)
-        latents_BME = jnp.broadcast_to(latents_ME.astype(self.dtype), (len(patches_BPE), *latents_ME.shape))
+        latents_BME = jnp.broadcast_to(
+            latents_ME.astype(self.dtype), (len(patches_BPE), *latents_ME.shape)
+        )
         latents_BME = nn.with_logical_constraint(latents_BME, ("act_batch", "act_len", "act_embed"))
-        layers = scan_blocks(Layer, options.num_layers, c.remat, c.scan_unroll, in_axes=(nn.broadcast,))
+        layers = scan_blocks(
+            Layer, options.num_layers, c.remat, c.scan_unroll, in_axes=(nn.broadcast,)
+        )
         latents_BME, _ = layers(vision, self.dtype, name="layers")(latents_BME, patches_BPE)
         latents_BME = LayerNorm(vision.width, vision.norm_eps, name="final_norm")(latents_BME)
-        shape, axes = (vision.width, c.llm.width), ("vis_embed", "embed")
+        shape = (vision.width, c.llm.width)
+        axes = ("vis_embed", "embed")
         tokens_BMD = Einsum("BME,ED->BMD", shape, axes, dtype=self.dtype, name="proj")(latents_BME)
         tokens_BMD = nn.with_logical_constraint(tokens_BMD, ("act_batch", "act_len", "act_embed"))
         return tokens_BMD.reshape(-1, c.llm.width)

@@ -1,7 +1,8 @@
 """DINOv2 (arXiv 2304.07193) in the shape of our encoder, from the tensors of a Dinov2Model.
 
-Layer scale is folded into the layers before it, exactly; the class token is dropped, so that features differ a little
-from those that it would have attended to; positions are resampled to the tile.
+Layer scale is folded into the layers before it, exactly; the class token is dropped, so that
+features differ a little from those that it would have attended to; positions are resampled to the
+tile.
 """
 
 import numpy as np
@@ -13,29 +14,47 @@ from alignvlm_jax.weights.source import Derived, Made, Source, Tensor, Tower, re
 
 POSITIONS = "embeddings.position_embeddings"
 IGNORED = (r"embeddings\.cls_token", r"embeddings\.mask_token")
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
 ATTENTION_NAMES = (
-    ("attention.attention.query", "attention.attention.key", "attention.attention.value", "attention.output.dense"),
+    (
+        "attention.attention.query",
+        "attention.attention.key",
+        "attention.attention.value",
+        "attention.output.dense",
+    ),
     ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj"),
 )
 """Below a layer: of transformers 4, and of 5."""
 
 
 def tower(source: Source, sizes: VisionConfig) -> Tower:
-    """Returns the tower; `sizes` has everything but the grid of the position table, which is resampled to its tiles.
+    """Returns the tower; `sizes` has everything but the grid of the position table, which is
+    resampled to its tiles.
 
     Raises:
       UserError: the source has no position table of a square grid.
     """
-    names = next((names for names in ATTENTION_NAMES if f"encoder.layer.0.{names[0]}.weight" in source.tensors), None)
+    names = next(
+        (
+            names
+            for names in ATTENTION_NAMES
+            if f"encoder.layer.0.{names[0]}.weight" in source.tensors
+        ),
+        None,
+    )
     if names is None or POSITIONS not in source.tensors:
-        raise UserError(f"{source.name} lacks {POSITIONS} or the attention of encoder.layer.0: is it a Dinov2Model?")
+        raise UserError(
+            f"{source.name} lacks {POSITIONS} or the attention of encoder.layer.0: is it a "
+            "Dinov2Model?"
+        )
     made = {POSITIONS: _positions(source, sizes)}
     for layer in range(sizes.num_layers):
         prefix = f"encoder.layer.{layer}"
         for scaled, scale in ((names[3], "layer_scale1"), ("mlp.fc2", "layer_scale2")):
             for part in ("weight", "bias"):
-                name, by = f"{prefix}.{scaled}.{part}", f"{prefix}.{scale}.lambda1"
+                name = f"{prefix}.{scaled}.{part}"
+                by = f"{prefix}.{scale}.lambda1"
                 if name in source.tensors and by in source.tensors:
                     tensor = source.tensors[name]._replace(dtype=np.dtype(np.float32))
                     made[name] = Made(tensor, (name, by), _scale)
@@ -52,7 +71,11 @@ def _positions(source: Source, sizes: VisionConfig) -> Made:
     side = round((count - 1) ** 0.5)
     if side * side != count - 1:
         raise UserError(
-            f"{source.name}: tensor {POSITIONS} has {count} positions, which is no square and a class token"
+            f"{source.name}: tensor {POSITIONS} has {count} positions, which is no square and a "
+            "class token"
         )
-    make = lambda table: resample(table[0, 1:], (side, side), sizes.patch_grid, "bicubic")  # noqa: E731
+
+    def make(table: np.ndarray) -> np.ndarray:
+        return resample(table[0, 1:], (side, side), sizes.patch_grid, "bicubic")
+
     return Made(Tensor((sizes.num_patches, width), np.dtype(np.float32)), (POSITIONS,), make)

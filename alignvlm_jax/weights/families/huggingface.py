@@ -1,4 +1,5 @@
-"""Towers from Hugging Face folders: what config.json says, in our terms, and the table of names that goes with it."""
+"""Towers from Hugging Face folders: what config.json says, in our terms, and the table of names
+that goes with it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,8 @@ def open_llm(folder: Path) -> Tower:
     """Opens a LlamaForCausalLM; only headers are read.
 
     Raises:
-      UserError: another architecture, or one of its options that we do not have; files missing or damaged.
+      UserError: another architecture, or one of its options that we do not have; files missing or
+        damaged.
     """
     fields = _Fields(folder / "config.json")
     fields.choose("model_type", LLM_TYPES, None)
@@ -31,7 +33,8 @@ def open_llm(folder: Path) -> Tower:
     for name in ("attention_bias", "mlp_bias"):
         fields.choose(name, (False,), False)
     theta, scaling = _rope(fields)
-    width, num_heads = fields["hidden_size"], fields["num_attention_heads"]
+    width = fields["hidden_size"]
+    num_heads = fields["num_attention_heads"]
     config = LLMConfig(
         vocab_size=fields["vocab_size"],
         width=width,
@@ -51,7 +54,8 @@ def open_llm(folder: Path) -> Tower:
 
 
 def open_vision(folder: Path, tile_size: int | None = None) -> Tower:
-    """Opens a SigLIP, SigLIP 2 or DINOv2 encoder, alone or inside a SiglipModel; only headers are read.
+    """Opens a SigLIP, SigLIP 2 or DINOv2 encoder, alone or inside a SiglipModel; only headers are
+    read.
 
     Args:
       tile_size: pixels a side, another than the encoder's own has its positions resampled.
@@ -64,15 +68,29 @@ def open_vision(folder: Path, tile_size: int | None = None) -> Tower:
     fields = fields.within("vision_config") or fields
     patch = fields["patch_size"]
     is_naflex = family.startswith("siglip2") and fields.get("num_patches") is not None
-    own_size = round(fields["num_patches"] ** 0.5) * patch if is_naflex else fields["image_size"] // patch * patch
+    own_size = (
+        round(fields["num_patches"] ** 0.5) * patch
+        if is_naflex
+        else fields["image_size"] // patch * patch
+    )
     size = tile_size or own_size
     if size % patch:
         raise UserError(f"--tile_size {size} is not a multiple of the patch of {folder}, {patch}; "
                         f"nearest: {max(1, round(size / patch)) * patch}")  # fmt: skip
     is_dinov2 = family == "dinov2"
-    gelu = ACTIVATIONS[fields.choose("hidden_act", tuple(ACTIVATIONS), "gelu" if is_dinov2 else "gelu_pytorch_tanh")]
-    mean, std = _normalisation(folder, (dinov2.MEAN, dinov2.STD) if is_dinov2 else ((0.5,) * 3, (0.5,) * 3))
-    mlp_width = round(fields["hidden_size"] * fields.get("mlp_ratio", 4)) if is_dinov2 else fields["intermediate_size"]
+    gelu = ACTIVATIONS[
+        fields.choose(
+            "hidden_act", tuple(ACTIVATIONS), "gelu" if is_dinov2 else "gelu_pytorch_tanh"
+        )
+    ]
+    mean, std = _normalisation(
+        folder, (dinov2.MEAN, dinov2.STD) if is_dinov2 else ((0.5,) * 3, (0.5,) * 3)
+    )
+    mlp_width = (
+        round(fields["hidden_size"] * fields.get("mlp_ratio", 4))
+        if is_dinov2
+        else fields["intermediate_size"]
+    )
     config = VisionConfig(
         tile_height=size,
         tile_width=size,
@@ -92,10 +110,17 @@ def open_vision(folder: Path, tile_size: int | None = None) -> Tower:
         fields.choose("use_swiglu_ffn", (False,), False)
         fields.choose("qkv_bias", (True,), True)
         return dinov2.tower(source, config)
-    prefix = "vision_model." if any(name.startswith("vision_model.") for name in source.tensors) else ""
+    prefix = (
+        "vision_model." if any(name.startswith("vision_model.") for name in source.tensors) else ""
+    )
     entries = mapping.siglip(prefix, "yxCE -> E(yxC)") if is_naflex else mapping.siglip(prefix)
     positions = f"{prefix}embeddings.position_embedding.weight"
-    return Tower(_resampled(source, positions, (own_size // patch,) * 2, config), config, entries, SIGLIP_IGNORED)
+    return Tower(
+        _resampled(source, positions, (own_size // patch,) * 2, config),
+        config,
+        entries,
+        SIGLIP_IGNORED,
+    )
 
 
 class _Fields:
@@ -123,7 +148,9 @@ class _Fields:
         """The value of a field that must be one of `known`."""
         value = self.get(name, default)
         if value not in known:
-            raise UserError(f"{self._path}: {name} is {value!r}; read are: {', '.join(map(repr, known))}")
+            raise UserError(
+                f"{self._path}: {name} is {value!r}; read are: {', '.join(map(repr, known))}"
+            )
         return value
 
 
@@ -142,7 +169,9 @@ def _rope(fields: _Fields) -> tuple[float, RopeScaling]:
     )
 
 
-def _normalisation(folder: Path, default: tuple[tuple, tuple]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _normalisation(
+    folder: Path, default: tuple[tuple, tuple]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     path = folder / "preprocessor_config.json"
     fields = read_json(path) if path.exists() else {}
     return tuple(fields.get("image_mean", default[0])), tuple(fields.get("image_std", default[1]))

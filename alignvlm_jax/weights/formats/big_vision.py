@@ -11,17 +11,29 @@ import numpy as np
 from alignvlm_jax.config import VisionConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.weights import mapping
-from alignvlm_jax.weights.source import Derived, Made, Source, Tensor, Tower, resample, rows_per_block
+from alignvlm_jax.weights.source import (
+    Derived,
+    Made,
+    Source,
+    Tensor,
+    Tower,
+    resample,
+    rows_per_block,
+)
 
 ROOTS = ("params/img/", "img/")
 POSITIONS = "pos_embedding"
-BLOCK, ATTENTION = "Transformer/encoderblock", "MultiHeadDotProductAttention_0"
+BLOCK = "Transformer/encoderblock"
+ATTENTION = "MultiHeadDotProductAttention_0"
 IGNORED = (r"MAPHead_0/.*", r"head/.*", r"(params/)?txt/.*", r"(params/)?[tb]", r"opt/.*")
 BAD_ZIP = (zipfile.BadZipFile, ValueError, OSError, EOFError, zipfile.zlib.error)
 
 
 class NpzFile:
-    """The arrays of an .npz, read by rows out of the zip, never unpickled. Names below `img/` lose what is above."""
+    """The arrays of an .npz, read by rows out of the zip, never unpickled.
+
+    Names below `img/` lose what is above.
+    """
 
     def __init__(self, path: Path):
         self.name = str(path)
@@ -45,7 +57,8 @@ class NpzFile:
     def blocks(self, name: str) -> Iterator[np.ndarray]:
         """See `source.Source`."""
         member = self._members[name]
-        tensor, where = self.tensors[name], f"{self.name}: tensor {member.removesuffix('.npy')}"
+        tensor = self.tensors[name]
+        where = f"{self.name}: tensor {member.removesuffix('.npy')}"
         rows = rows_per_block(tensor) if len(tensor.shape) > 1 else math.prod(tensor.shape[:1])
         row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
         try:
@@ -77,7 +90,9 @@ def open_vision(path: Path, tile_size: int | None = None) -> Tower:
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in source.tensors:
-            raise UserError(f"{path} lacks {name}: is it a big_vision SigLIP with {ROOTS[0]} in it?")
+            raise UserError(
+                f"{path} lacks {name}: is it a big_vision SigLIP with {ROOTS[0]} in it?"
+            )
         return source.tensors[name].shape
 
     patch, _, _, width = shape("embedding/kernel")
@@ -87,7 +102,8 @@ def open_vision(path: Path, tile_size: int | None = None) -> Tower:
     if size % patch:
         nearest_size = max(1, round(size / patch)) * patch
         raise UserError(
-            f"--tile_size {size} is not a multiple of the patch of {path}, {patch}; nearest: {nearest_size}"
+            f"--tile_size {size} is not a multiple of the patch of {path}, {patch}; nearest: "
+            f"{nearest_size}"
         )
     numbers = {name.split("/")[1] for name in source.tensors if name.startswith(f"{BLOCK}_")}
     config = VisionConfig(
@@ -103,7 +119,10 @@ def open_vision(path: Path, tile_size: int | None = None) -> Tower:
     tower_source: Source = source
     if (side, side) != config.patch_grid:
         tensor = Tensor((1, config.num_patches, width), np.dtype(np.float32))
-        make = lambda table: resample(table[0], (side, side), config.patch_grid, "linear")[None]  # noqa: E731
+
+        def make(table: np.ndarray) -> np.ndarray:
+            return resample(table[0], (side, side), config.patch_grid, "linear")[None]
+
         tower_source = Derived(source, {POSITIONS: Made(tensor, (POSITIONS,), make)})
     return Tower(tower_source, config, mapping.big_vision(is_scanned), IGNORED)
 
@@ -111,9 +130,15 @@ def open_vision(path: Path, tile_size: int | None = None) -> Tower:
 def _header(file: object, where: str) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and dtype of an .npy stream, which is left at its first number."""
     version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    read = (
+        np.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+    )
     shape, is_fortran, dtype = read(file)
     if dtype.hasobject or (is_fortran and len(shape) > 1):
-        raise UserError(f"{where} is {'pickled' if dtype.hasobject else 'in Fortran order'}, which is not read")
+        raise UserError(
+            f"{where} is {'pickled' if dtype.hasobject else 'in Fortran order'}, which is not read"
+        )
     # Of bfloat16 numpy keeps the size alone.
     return shape, np.dtype(ml_dtypes.bfloat16) if dtype == np.dtype("V2") else dtype

@@ -46,7 +46,8 @@ class GGUFFile:
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
         """See `source.Source`."""
-        tensor, shape = self._tensors[name], self.tensors[name].shape
+        tensor = self._tensors[name]
+        shape = self.tensors[name].shape
         if len(shape) < 2:
             yield _numbers(tensor.data, tensor).reshape(shape)
             return
@@ -71,9 +72,11 @@ def open_llm(path: Path) -> Tower:
     """Opens a Llama-architecture model.
 
     Raises:
-      UserError: the file is damaged, of another architecture, or scales its rotary positions otherwise than we do.
+      UserError: the file is damaged, of another architecture, or scales its rotary positions
+        otherwise than we do.
     """
-    source, metadata = GGUFFile(path), fields(path)
+    source = GGUFFile(path)
+    metadata = fields(path)
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise UserError(f"{path}: general.architecture is {architecture!r}; read is: 'llama'")
@@ -84,11 +87,16 @@ def open_llm(path: Path) -> Tower:
             raise UserError(f"{path} does not say llama.{name}")
         return value
 
-    # Llama 3's scaling is stored as a factor for each frequency, from which its four numbers do not follow.
+    # Llama 3's scaling is stored as a factor for each frequency, from which its four numbers do not
+    # follow.
     scaled = [name for name in ("rope_freqs.weight",) if name in source.tensors]
     if scaled or get("rope.scaling.type", "none") != "none":
-        raise UserError(f"{path}: rotary positions are scaled, which a GGUF does not hold whole; take the safetensors")
-    num_heads, width = get("attention.head_count"), get("embedding_length")
+        raise UserError(
+            f"{path}: rotary positions are scaled, which a GGUF does not hold whole; take the "
+            "safetensors"
+        )
+    num_heads = get("attention.head_count")
+    width = get("embedding_length")
     num_kv_heads = get("attention.head_count_kv", num_heads)
     config = LLMConfig(
         vocab_size=source.tensors["model.embed_tokens.weight"].shape[0],
@@ -108,7 +116,9 @@ def open_llm(path: Path) -> Tower:
         for part, heads in (("q", num_heads), ("k", num_kv_heads)):
             name = f"model.layers.{layer}.self_attn.{part}_proj.weight"
             if name in source.tensors:
-                made[name] = Made(source.tensors[name], (name,), functools.partial(_halves, num_heads=heads))
+                made[name] = Made(
+                    source.tensors[name], (name,), functools.partial(_halves, num_heads=heads)
+                )
     return Tower(Derived(source, made), config, mapping.llama(config))
 
 
@@ -116,7 +126,9 @@ def _open(path: Path) -> gguf.GGUFReader:
     try:
         return gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError, OSError, OverflowError, UnicodeDecodeError) as err:
-        raise UserError(f"{path} is damaged or cut short: {' '.join(str(err).split())[:200]}") from err
+        raise UserError(
+            f"{path} is damaged or cut short: {' '.join(str(err).split())[:200]}"
+        ) from err
 
 
 def _published_name(name: str) -> str:

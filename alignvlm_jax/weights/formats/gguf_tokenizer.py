@@ -11,7 +11,8 @@ from alignvlm_jax.data.tokenizers.tiktoken import PATTERN
 from alignvlm_jax.errors import UserError, nearest
 
 CONTROL = 3
-"""Of `tokenizer.ggml.token_type`, which are those of SentencePiece: normal, unknown, control, user-defined, ..."""
+"""Of `tokenizer.ggml.token_type`, which are those of SentencePiece: normal, unknown, control,
+user-defined, ..."""
 
 # What splits a text before bytes are merged, by `tokenizer.ggml.pre`.
 _BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -30,8 +31,8 @@ PRE_TOKENIZERS = {
 
 
 def write_gguf_tokenizer(fields: Mapping[str, Any], folder: Path) -> None:
-    """Writes the tokenizer that a GGUF's metadata describe into `folder`: a tokenizer.json, or for a SentencePiece one
-    a tokenizer.model.
+    """Writes the tokenizer that a GGUF's metadata describe into `folder`: a tokenizer.json, or for
+    a SentencePiece one a tokenizer.model.
 
     Raises:
       UserError: it is of a kind that is not known.
@@ -49,10 +50,13 @@ def _byte_level(fields: Mapping[str, Any]) -> Tokenizer:
     pre = fields.get("tokenizer.ggml.pre", "gpt-2")
     if pre not in PRE_TOKENIZERS:
         raise UserError(f"tokenizer.ggml.pre is {pre!r}{nearest(str(pre), PRE_TOKENIZERS)}")
-    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    tokens = fields["tokenizer.ggml.tokens"]
+    types = fields["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     # Llama 3 takes a word that is a token as it is, whatever the merges would make of it.
-    model = models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=pre.startswith("llama"))
+    model = models.BPE(
+        {token: i for i, token in enumerate(tokens)}, merges, ignore_merges=pre.startswith("llama")
+    )
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
     tokenizer.decoder = decoders.ByteLevel()
@@ -78,6 +82,8 @@ def _sentencepiece(fields: Mapping[str, Any]) -> bytes:
     model.trainer_spec.eos_id = fields.get("tokenizer.ggml.eos_token_id", 2)
     model.trainer_spec.pad_id = -1
     model.normalizer_spec.name = "identity"
-    model.normalizer_spec.add_dummy_prefix = bool(fields.get("tokenizer.ggml.add_space_prefix", True))
+    model.normalizer_spec.add_dummy_prefix = bool(
+        fields.get("tokenizer.ggml.add_space_prefix", True)
+    )
     model.normalizer_spec.remove_extra_whitespaces = False
     return model.SerializeToString()

@@ -31,7 +31,8 @@ def open_vision(path: Path, tile_size: int | None = None) -> Tower:
     if size < patch or size % patch:
         nearest_size = max(1, round(size / patch)) * patch
         raise UserError(
-            f"--tile_size {size} is not a multiple of the patch of {path}, {patch}; nearest: {nearest_size}"
+            f"--tile_size {size} is not a multiple of the patch of {path}, {patch}; nearest: "
+            f"{nearest_size}"
         )
     layers = {name.split(".")[2] for name in arrays if name.startswith("encoder.layer.")}
     config = VisionConfig(
@@ -52,7 +53,8 @@ def open_vision(path: Path, tile_size: int | None = None) -> Tower:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Returns the backbone's tensors by the names of Dinov2Model; the class token's position is zero."""
+    """Returns the backbone's tensors by the names of Dinov2Model; the class token's position is
+    zero."""
     return _arrays(path, _read(path))
 
 
@@ -60,7 +62,9 @@ def _read(path: Path) -> Any:
     try:
         import onnx
     except ImportError as err:
-        raise UserError(f"reading {path} takes onnx: pip install -r requirements-weights.txt") from err
+        raise UserError(
+            f"reading {path} takes onnx: pip install -r requirements-weights.txt"
+        ) from err
     try:
         return onnx.load(path).graph
     except Exception as err:  # Protobuf's own errors, of which there are several kinds.
@@ -72,8 +76,10 @@ def _arrays(path: Path, graph: Any) -> dict[str, np.ndarray]:
 
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     arrays = {name.removeprefix(PREFIX): x for name, x in stored.items() if name.startswith(PREFIX)}
-    # Weights of linear layers lie transposed under names that say nothing; the nodes that use them say which they are.
-    start, end = f"/{PREFIX.rstrip('.')}/", "/MatMul"
+    # Weights of linear layers lie transposed under names that say nothing; the nodes that use them
+    # say which they are.
+    start = f"/{PREFIX.rstrip('.')}/"
+    end = "/MatMul"
     for node in graph.node:
         weights = [name for name in node.input if name in stored]
         if node.op_type == "MatMul" and node.name.startswith(start) and weights:
@@ -81,13 +87,17 @@ def _arrays(path: Path, graph: Any) -> dict[str, np.ndarray]:
             arrays[f"{layer}.weight"] = stored[weights[0]].T
     table = _position_table(stored)
     if table is None or "embeddings.patch_embeddings.projection.weight" not in arrays:
-        raise UserError(f"{path} holds no DINOv2 backbone: neither positions nor a patch embedding were found in it")
+        raise UserError(
+            f"{path} holds no DINOv2 backbone: neither positions nor a patch embedding were found "
+            "in it"
+        )
     # In front of the table stands the class token's own position, which is dropped with it.
     arrays[dinov2.POSITIONS] = np.concatenate([np.zeros_like(table[:, :1]), table], 1)
     return arrays
 
 
 def _position_table(stored: dict[str, np.ndarray]) -> np.ndarray | None:
-    """The grid's positions [1, P, E], which the graph resamples: the only square table of that shape."""
+    """The grid's positions [1, P, E], which the graph resamples: the only square table of that
+    shape."""
     tables = [x for x in stored.values() if x.ndim == 3 and x.shape[0] == 1 and x.shape[1] > 1]
     return max(tables, key=lambda x: x.shape[1], default=None)

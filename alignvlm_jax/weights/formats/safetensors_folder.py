@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.weights.source import Tensor, rows_per_block
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -22,7 +23,8 @@ DTYPES = {
 
 
 class SafetensorsFolder:
-    """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` lists.
+    """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json`
+    lists.
 
     Raises:
       UserError: files are missing, damaged, or hold other tensors than the index says.
@@ -37,7 +39,9 @@ class SafetensorsFolder:
                 held = set(shard.keys())
                 missing = sorted(held ^ names) if names is not None else []
                 if missing:
-                    raise UserError(f"{path} and {folder / INDEX} do not agree on tensor {missing[0]}")
+                    raise UserError(
+                        f"{path} and {folder / INDEX} do not agree on tensor {missing[0]}"
+                    )
                 for name in held:
                     self.tensors[name] = _describe(shard.get_slice(name))
                     self._files[name] = path
@@ -45,12 +49,14 @@ class SafetensorsFolder:
     def blocks(self, name: str) -> Iterator[np.ndarray]:
         """See `source.Source`."""
         tensor = self.tensors[name]
-        # Opened for each tensor anew: pages that were mapped and read count as ours until the file is closed.
+        # Opened for each tensor anew: pages that were mapped and read count as ours until the file
+        # is closed.
         with _opened(self._files[name]) as shard:
             if len(tensor.shape) < 2:
                 yield shard.get_tensor(name)
                 return
-            rows, step = shard.get_slice(name), rows_per_block(tensor)
+            rows = shard.get_slice(name)
+            step = rows_per_block(tensor)
             for start in range(0, tensor.shape[0], step):
                 yield rows[start : min(start + step, tensor.shape[0])]
 
@@ -73,7 +79,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _shards(folder: Path) -> dict[Path, set[str] | None]:
-    """Files, with the names of the tensors that the index expects in each; None without an index."""
+    """Files, with the names of the tensors that the index expects in each; None without an
+    index."""
     if (folder / INDEX).exists():
         shards: dict[Path, set[str] | None] = {}
         weight_map = read_json(folder / INDEX).get("weight_map")
@@ -83,7 +90,9 @@ def _shards(folder: Path) -> dict[Path, set[str] | None]:
             shards.setdefault(folder / file, set()).add(name)
         absent = [path.name for path in sorted(shards) if not path.exists()]
         if absent:
-            raise UserError(f"{folder} lacks {len(absent)} of {len(shards)} shards: {', '.join(absent[:4])}")
+            raise UserError(
+                f"{folder} lacks {len(absent)} of {len(shards)} shards: {', '.join(absent[:4])}"
+            )
         return shards
     if (folder / SINGLE).exists():
         return {folder / SINGLE: None}

@@ -27,4 +27,7 @@ def test_golden_cases(prediction, matches, jaccard):
 
 
 def test_the_closest_run_counts():
-    assert covered_exact_match("a red house, the red horse, the red house", ["the red house"]) == (1.0, 1.0)
+    assert covered_exact_match("a red house, the red horse, the red house", ["the red house"]) == (
+        1.0,
+        1.0,
+    )

@@ -24,7 +24,8 @@ def test_golden_cases(prediction, answers, counts):
 def test_the_ratio_of_sums_is_f1():
     """Of the cases above: 5 values predicted, 6 wanted, 2 hits."""
     counts = [field_f1(prediction, answers) for prediction, answers, _ in GOLDEN]
-    precision, recall = 2 / 5, 2 / 6
+    precision = 2 / 5
+    recall = 2 / 6
     ratio = sum(hits for hits, _ in counts) / sum(values for _, values in counts)
     assert ratio == pytest.approx(2 * precision * recall / (precision + recall))
 

@@ -34,7 +34,10 @@ def random_pairs(count: int, max_answers: int) -> list[tuple[str, list[str]]]:
     rng = random.Random(0)
     pairs = []
     for _ in range(count):
-        answers = ["".join(rng.choices("aAbB1 .$é", k=rng.randint(0, 8))) for _ in range(rng.randint(1, max_answers))]
+        answers = [
+            "".join(rng.choices("aAbB1 .$é", k=rng.randint(0, 8)))
+            for _ in range(rng.randint(1, max_answers))
+        ]
         prediction = list(rng.choice(answers))
         for _ in range(rng.randint(0, 4)):
             prediction.insert(rng.randint(0, len(prediction)), rng.choice("ab1 "))
@@ -44,14 +47,19 @@ def random_pairs(count: int, max_answers: int) -> list[tuple[str, list[str]]]:
 
 def test_anls_equals_anls_star_on_edited_strings():
     for text, answers in random_pairs(1000, max_answers=3):
-        assert scores.anls(text, answers) == anls_star.anls_score(tuple(answers), text), (text, answers)
+        assert scores.anls(text, answers) == anls_star.anls_score(tuple(answers), text), (
+            text,
+            answers,
+        )
 
 
 def test_anls_equals_the_package_anls_but_at_its_threshold():
-    """Of one answer: of several it takes the best, but sets it to zero at exactly 0.5, where we keep it."""
+    """Of one answer: of several it takes the best, but sets it to zero at exactly 0.5, where we
+    keep it."""
     kept = 0
     for text, answers in random_pairs(1000, max_answers=1):
-        ours, theirs = scores.anls(text, answers), anls_package.anls_score(text, answers)
+        ours = scores.anls(text, answers)
+        theirs = anls_package.anls_score(text, answers)
         kept += ours == 0.5
         assert theirs == (0 if ours == 0.5 else ours), (text, answers)
     assert kept > 10

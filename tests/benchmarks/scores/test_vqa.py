@@ -1,4 +1,5 @@
-"""The normaliser on what EvalAI's gave, and the accuracy against its definition: leaving people out, one by one."""
+"""The normaliser on what EvalAI's gave, and the accuracy against its definition: leaving people
+out, one by one."""
 
 import random
 import statistics
@@ -37,7 +38,9 @@ def test_normaliser(text, normal):
     assert vqa.normalize(text) == normal
 
 
-@pytest.mark.parametrize(("agree", "score"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
+@pytest.mark.parametrize(
+    ("agree", "score"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)]
+)
 def test_accuracy_by_people_who_agree(agree, score):
     answers = ["Nokia"] * agree + [f"other {number}" for number in range(10 - agree)]
     assert vqa.vqa_accuracy("nokia.", answers) == pytest.approx(score, abs=1e-12)
@@ -49,9 +52,12 @@ def test_accuracy_equals_its_definition():
         answers = rng.choices("abcd", k=rng.randint(2, 10))
         said = rng.choice("bcde")
         left_out = [
-            min(1, sum(other == said for j, other in enumerate(answers) if j != i) / 3) for i in range(len(answers))
+            min(1, sum(other == said for j, other in enumerate(answers) if j != i) / 3)
+            for i in range(len(answers))
         ]
-        assert vqa.vqa_accuracy(said, answers) == pytest.approx(statistics.mean(left_out), abs=1e-12)
+        assert vqa.vqa_accuracy(said, answers) == pytest.approx(
+            statistics.mean(left_out), abs=1e-12
+        )
 
 
 def test_a_single_answer_is_worth_a_point():

@@ -1,4 +1,5 @@
-"""Tokenizers of published models behind the one interface, against the libraries that define them."""
+"""Tokenizers of published models behind the one interface, against the libraries that define
+them."""
 
 import io
 
@@ -15,16 +16,21 @@ from tests.weights.tokenizers import AWKWARD, CORPUS, write_chatml, write_tiktok
 
 @pytest.fixture(params=["huggingface", "tiktoken", "sentencepiece"])
 def tokenizer_and_reference(request, tmp_path):
-    """A tokenizer and a function that gives the reference's ids of a text in which nothing is special."""
+    """A tokenizer and a function that gives the reference's ids of a text in which nothing is
+    special."""
     if request.param == "huggingface":
         reference = write_chatml(tmp_path)
         reference.encode_special_tokens = True
-        return tokenizers.load(tmp_path), lambda text: reference.encode(text, add_special_tokens=False).ids
+        return tokenizers.load(
+            tmp_path
+        ), lambda text: reference.encode(text, add_special_tokens=False).ids
     if request.param == "tiktoken":
         path = tmp_path / "tokenizer.model"
         write_tiktoken(path)
         ranks = tiktoken.load.load_tiktoken_bpe(str(path))
-        reference = tiktoken.Encoding("x", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+        reference = tiktoken.Encoding(
+            "x", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}
+        )
         return tokenizers.load(tmp_path), lambda text: reference.encode(text)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -50,7 +56,12 @@ def test_special_tokens_and_ids_beyond_decode_to_nothing(tokenizer_and_reference
     assert tokenizer.specials and not set(tokenizer.encode("".join(tokenizer.specials))) & set(
         tokenizer.specials.values()
     )
-    assert tokenizer.decode([*tokenizer.specials.values(), *tokenizer.encode("ab"), tokenizer.vocab_size + 3]) == "ab"
+    assert (
+        tokenizer.decode(
+            [*tokenizer.specials.values(), *tokenizer.encode("ab"), tokenizer.vocab_size + 3]
+        )
+        == "ab"
+    )
     assert tokenizer.piece(tokenizer.vocab_size) == f"#{tokenizer.vocab_size}"
     assert tokenizer.piece(tokenizer.space_id) == "␣"
 
@@ -71,8 +82,15 @@ def test_llama3_has_its_256_special_tokens(tmp_path):
     tokenizer = tokenizers.load(tmp_path / "tokenizer.model")
     assert len(SPECIALS) == len(set(SPECIALS)) == 256
     first = 265  # Of 128,000 in the published file: there these are 128000, 128009 and 128255.
-    assert tokenizer.specials["<|begin_of_text|>"] == first and tokenizer.specials["<|eot_id|>"] == first + 9
-    assert tokenizer.specials["<|reserved_special_token_246|>"] == first + 255 == tokenizer.vocab_size - 1
+    assert (
+        tokenizer.specials["<|begin_of_text|>"] == first
+        and tokenizer.specials["<|eot_id|>"] == first + 9
+    )
+    assert (
+        tokenizer.specials["<|reserved_special_token_246|>"]
+        == first + 255
+        == tokenizer.vocab_size - 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,7 +117,8 @@ def test_chatml_is_the_template_and_the_mask_its_answers(tmp_path):
     reference = write_chatml(tmp_path)
     tokenizer = tokenizers.load(tmp_path)
     text = (
-        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging "
+        "Face<|im_end|>\n"
         "<|im_start|>user\nWhat is the total?<|im_end|>\n<|im_start|>assistant\n318.40<|im_end|>\n"
     )
     tokens, is_answer = chat.encode_chat(tokenizer, TURNS[:1], 0, image_id=999)
@@ -108,7 +127,10 @@ def test_chatml_is_the_template_and_the_mask_its_answers(tmp_path):
     assert tokens[is_answer][-1] == tokenizer.specials["<|im_end|>"] and not is_answer[-1]
     prompt = chat.encode_prompt(tokenizer, TURNS[0][0], 0, image_id=999)
     assert prompt.tolist() == reference.encode(text[: text.index("318.40")]).ids
-    assert chat.stop_ids(tokenizer) == (tokenizer.specials["<|im_end|>"], tokenizer.specials["<|endoftext|>"])
+    assert chat.stop_ids(tokenizer) == (
+        tokenizer.specials["<|im_end|>"],
+        tokenizer.specials["<|endoftext|>"],
+    )
 
 
 def test_llama3_is_the_template(tmp_path):
@@ -118,10 +140,16 @@ def test_llama3_is_the_template(tmp_path):
         "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWhat is the total?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n318.40<|eot_id|>"
     )
-    tokens, is_answer = chat.encode_chat(tokenizer, [("What is the total? \n", " 318.40")], 0, image_id=999)
+    tokens, is_answer = chat.encode_chat(
+        tokenizer, [("What is the total? \n", " 318.40")], 0, image_id=999
+    )
     assert tokens.tolist() == tokenizer._model.encode(text, allowed_special="all")
     assert tokenizer.decode(tokens[is_answer]) == "318.40"
-    assert [tokenizer.piece(i) for i in chat.stop_ids(tokenizer)] == ["<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"]
+    assert [tokenizer.piece(i) for i in chat.stop_ids(tokenizer)] == [
+        "<|eot_id|>",
+        "<|end_of_text|>",
+        "<|eom_id|>",
+    ]
 
 
 def test_images_stand_before_the_question_of_the_first_turn_that_fits(tmp_path):
@@ -136,13 +164,19 @@ def test_images_stand_before_the_question_of_the_first_turn_that_fits(tmp_path):
     assert with_image[with_image != 999].tolist() == without.tolist()
     assert is_answer[with_image != 999].tolist() == is_answer_without.tolist()
     too_long = ("x" * 500, "y")
-    only_second, _ = chat.encode_chat(tokenizer, [too_long, TURNS[1]], 3, image_id=999, max_length=200)
-    assert only_second.tolist() == chat.encode_chat(tokenizer, TURNS[1:], 3, image_id=999)[0].tolist()
+    only_second, _ = chat.encode_chat(
+        tokenizer, [too_long, TURNS[1]], 3, image_id=999, max_length=200
+    )
+    assert (
+        only_second.tolist() == chat.encode_chat(tokenizer, TURNS[1:], 3, image_id=999)[0].tolist()
+    )
 
 
 def test_a_tokenizer_without_a_chat_format_is_one_line(tmp_path):
     write_chatml(tmp_path, specials=("<pad>",))
-    with pytest.raises(UserError, match=r"special tokens of no chat format .*chatml: <\|im_end\|> <\|im_start\|>"):
+    with pytest.raises(
+        UserError, match=r"special tokens of no chat format .*chatml: <\|im_end\|> <\|im_start\|>"
+    ):
         chat.format_of(tokenizers.load(tmp_path))
 
 

@@ -1,12 +1,22 @@
 import pytest
 
 from alignvlm_jax.data import tokenizers
-from alignvlm_jax.data.tokenizers.sentencepiece import CHAT_MARKS, PHRASES, PRINTABLE, SentencePieceTokenizer
+from alignvlm_jax.data.tokenizers.sentencepiece import (
+    CHAT_MARKS,
+    PHRASES,
+    PRINTABLE,
+    SentencePieceTokenizer,
+)
 from alignvlm_jax.errors import UserError
 
 
 def test_text_survives_the_round_trip(tokenizer):
-    for text in (PRINTABLE, "  two  spaces \n\n and lines\n", "What is the total of Ames?", "<image><end>"):
+    for text in (
+        PRINTABLE,
+        "  two  spaces \n\n and lines\n",
+        "What is the total of Ames?",
+        "<image><end>",
+    ):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 

@@ -21,10 +21,17 @@ def bomb(width: int, height: int) -> bytes:
     """A PNG that declares a size, and holds nothing."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
 
 
 def test_a_record_without_fault_stays_as_it_is(png):
@@ -66,7 +73,10 @@ def test_texts(changes, reason):
         (bomb(60_000, 60_000), "too large"),
         (bomb(12_000, 8_000), "too large"),
         (bomb(100, 100), "cannot be decoded"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "kind that is not read"),
+        (
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+            "kind that is not read",
+        ),
     ],
 )
 def test_images(data, reason, recwarn):
@@ -77,9 +87,12 @@ def test_images(data, reason, recwarn):
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"])
 def test_damaged_images_are_decoded_or_rejected(file_format):
-    """Truncated anywhere and with bytes flipped: no other exception, and a reason that says the same at every call."""
+    """Truncated anywhere and with bytes flipped: no other exception, and a reason that says the
+    same at every call."""
     file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40), np.uint8)).save(file, file_format)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40), np.uint8)).save(
+        file, file_format
+    )
     whole = file.getvalue()
     damaged = [whole[: len(whole) * i // 10] for i in range(10)]
     for at in range(0, min(len(whole), 400), 7):

@@ -1,5 +1,5 @@
-"""Files of every format with bytes cut off, flipped or overwritten: what cannot be read has a reason, and nothing else
-happens."""
+"""Files of every format with bytes cut off, flipped or overwritten: what cannot be read has a
+reason, and nothing else happens."""
 
 import gzip
 import io
@@ -21,7 +21,9 @@ COUNT = 12
 
 def image() -> bytes:
     file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40), np.uint8)).save(file, "JPEG")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40), np.uint8)).save(
+        file, "JPEG"
+    )
     return file.getvalue()
 
 
@@ -38,7 +40,11 @@ def tar() -> bytes:
 
 def parquet() -> bytes:
     file = io.BytesIO()
-    columns = {"image": [{"bytes": image(), "path": "a"}] * COUNT, "query": ["q?"] * COUNT, "label": [["a"]] * COUNT}
+    columns = {
+        "image": [{"bytes": image(), "path": "a"}] * COUNT,
+        "query": ["q?"] * COUNT,
+        "label": [["a"]] * COUNT,
+    }
     pq.write_table(pa.table(columns), file, row_group_size=4)
     return file.getvalue()
 
@@ -58,7 +64,10 @@ FILES = {
     "a.json": ("llava", lambda: f"[{','.join(objects(LLAVA))}]".encode()),
     "b.jsonl": ("llava", lambda: "\n".join(objects(LLAVA)).encode()),
     "c.jsonl": ("docdownstream", lambda: "\n".join(objects(DOCDOWNSTREAM)).encode()),
-    "d.jsonl": ("jsonl", lambda: "\n".join(objects({"turns": [{"question": "q?", "answers": ["a"]}]})).encode()),
+    "d.jsonl": (
+        "jsonl",
+        lambda: "\n".join(objects({"turns": [{"question": "q?", "answers": ["a"]}]})).encode(),
+    ),
 }
 LLAVA = chat("conversations", "from", "value", "human", "gpt")
 DOCDOWNSTREAM = chat("messages", "role", "content", "user", "assistant")
@@ -77,7 +86,8 @@ def damage(data: bytes, rng: np.random.Generator) -> bytes:
 def read(name: str, folder) -> tuple[int, list[str]]:
     """The records that can be used, and the reasons against others."""
     form = REGISTRY[FILES[name][0]]()
-    good, reasons = 0, []
+    good = 0
+    reasons = []
     try:
         units = form.units(str(folder))
     except UserError as err:
@@ -106,5 +116,6 @@ def test_damaged_files(tmp_path, name):
         assert good <= COUNT and all(reason and "\n" not in reason for reason in reasons)
         # Of lines and of an array that is cut off between two records nobody can tell.
         assert good == COUNT or reasons or name.endswith((".json", ".jsonl"))
-        total, rejected = total + good, rejected + len(reasons)
+        total = total + good
+        rejected = rejected + len(reasons)
     assert rejected and total > 40 * COUNT / 4

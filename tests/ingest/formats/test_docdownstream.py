@@ -26,11 +26,24 @@ def source(tmp_path, png):
 
 def test_a_question_a_record(source, prepare, png):
     asked = [message("user", "<|image|>What is it?"), message("assistant", "A page.")]
-    more = [message("system", "Be short."), *asked, message("user", "<|image|>And?"), message("assistant", "No.")]
+    more = [
+        message("system", "Be short."),
+        *asked,
+        message("user", "<|image|>And?"),
+        message("assistant", "No."),
+    ]
     path = source(
         [
-            {"image": ["./imgs/0.png"], "messages": asked, "task_name": "qa_sft", "dataset_name": "DocVQA"},
-            {"image": ["./imgs/1.png", "imgs/2.png"], "messages": [*more, message("user", "Unanswered?")]},
+            {
+                "image": ["./imgs/0.png"],
+                "messages": asked,
+                "task_name": "qa_sft",
+                "dataset_name": "DocVQA",
+            },
+            {
+                "image": ["./imgs/1.png", "imgs/2.png"],
+                "messages": [*more, message("user", "Unanswered?")],
+            },
         ]
     )
     first, second = prepare(DocDownstream(), path).records()
@@ -62,13 +75,26 @@ def test_the_image_is_the_document(source):
     ],
 )
 def test_rejects(source, prepare, messages, reason):
-    good = {"image": ["./imgs/0.png"], "messages": [message("user", "Q?"), message("assistant", "A.")]}
-    prepared = prepare(DocDownstream(), source([{"image": ["./imgs/0.png"], "messages": messages}, good]))
+    good = {
+        "image": ["./imgs/0.png"],
+        "messages": [message("user", "Q?"), message("assistant", "A.")],
+    }
+    prepared = prepare(
+        DocDownstream(), source([{"image": ["./imgs/0.png"], "messages": messages}, good])
+    )
     assert len(prepared.records()) == 1 and reason in prepared.reasons()["train-0"]
 
 
 def test_an_image_that_is_no_path_or_missing_is_rejected(source, prepare):
-    good = {"image": ["./imgs/0.png"], "messages": [message("user", "Q?"), message("assistant", "A.")]}
-    prepared = prepare(DocDownstream(), source([good | {"image": [3]}, good | {"image": "imgs/9.png"}, good]))
+    good = {
+        "image": ["./imgs/0.png"],
+        "messages": [message("user", "Q?"), message("assistant", "A.")],
+    }
+    prepared = prepare(
+        DocDownstream(), source([good | {"image": [3]}, good | {"image": "imgs/9.png"}, good])
+    )
     assert len(prepared.records()) == 1
-    assert [line["reason"] for line in prepared.rejected()] == ["image is no path", "an image is missing (imgs/9.png)"]
+    assert [line["reason"] for line in prepared.rejected()] == [
+        "image is no path",
+        "an image is missing (imgs/9.png)",
+    ]

@@ -67,7 +67,10 @@ def test_image_paths_may_start_elsewhere(images, prepare, tmp_path):
         ({"turns": [{"question": "q", "answers": {"a": 1}}]}, "answer is no text"),
         ({"id": ["x"], "turns": TURNS}, "id is no text"),
         ({"images": ["scans/a.png"], "lines": [[{"text": "x"}]]}, "lines"),
-        ({"images": ["scans/a.png"], "lines": [[[{"text": "x", "box": [0, 0, "nan", 1]}]]]}, "no box"),
+        (
+            {"images": ["scans/a.png"], "lines": [[[{"text": "x", "box": [0, 0, "nan", 1]}]]]},
+            "no box",
+        ),
         ({"images": ["scans/a.png"], "lines": [[[{"text": "x", "box": [2, 0, 1, 1]}]]]}, "no box"),
         ({"images": ["scans/a.png"], "lines": LINES * 2}, "another number of images"),
     ],
@@ -110,12 +113,18 @@ def test_a_line_that_is_too_long_is_skipped(tmp_path, monkeypatch):
 
 def test_special_tokens_in_a_text_stay_text(tmp_path, prepare, tokenizer):
     hostile = "".join(tokenizer.specials)
-    prepared = prepare(Jsonl(), write(tmp_path, [{"turns": [{"question": hostile, "answers": [hostile]}]}]))
+    prepared = prepare(
+        Jsonl(), write(tmp_path, [{"turns": [{"question": hostile, "answers": [hostile]}]}])
+    )
     (record,) = prepared.records()
-    tokens, _ = chat.encode_chat(tokenizer, [(record.turns[0].question, record.turns[0].answers[0])], 0, 0)
+    tokens, _ = chat.encode_chat(
+        tokenizer, [(record.turns[0].question, record.turns[0].answers[0])], 0, 0
+    )
     harmless, _ = chat.encode_chat(tokenizer, [("q", "a")], 0, 0)
     special = set(tokenizer.specials.values())
-    assert [token for token in tokens if token in special] == [token for token in harmless if token in special]
+    assert [token for token in tokens if token in special] == [
+        token for token in harmless if token in special
+    ]
     assert index.load(prepared.folder, "train").text_tokens["answer"].tolist() == [len(tokens)]
 
 

@@ -9,7 +9,10 @@ from alignvlm_jax.ingest.formats.messages import Llava
 
 
 def conversation(number: int, image: str | None = "1.png") -> dict:
-    said = [{"from": "human", "value": f"<image>\nWhat is {number}? é"}, {"from": "gpt", "value": f"It is {number}."}]
+    said = [
+        {"from": "human", "value": f"<image>\nWhat is {number}? é"},
+        {"from": "gpt", "value": f"It is {number}."},
+    ]
     return {"id": "same", "conversations": said} | ({"image": image} if image else {})
 
 
@@ -23,15 +26,21 @@ def folder(tmp_path, png):
 def test_an_array_is_read_in_ranges(folder, prepare, monkeypatch, indent):
     monkeypatch.setattr(files, "UNIT_RECORDS", 3)
     path = folder / "llava.json"
-    path.write_text(json.dumps([conversation(i) for i in range(10)], indent=indent, ensure_ascii=False))
+    path.write_text(
+        json.dumps([conversation(i) for i in range(10)], indent=indent, ensure_ascii=False)
+    )
     assert len(Llava().units(str(path))) == 4
     records = prepare(Llava(), path).records()
-    assert [record.turns for record in records] == [(Turn(f"What is {i}? é", (f"It is {i}.",)),) for i in range(10)]
+    assert [record.turns for record in records] == [
+        (Turn(f"What is {i}? é", (f"It is {i}.",)),) for i in range(10)
+    ]
 
 
 def test_lines_and_records_without_image(folder, prepare):
     path = folder / "llava.jsonl"
-    path.write_text("\n".join(json.dumps(conversation(i, "1.png" if i else None)) for i in range(2)))
+    path.write_text(
+        "\n".join(json.dumps(conversation(i, "1.png" if i else None)) for i in range(2))
+    )
     assert [len(record.images) for record in prepare(Llava(), path).records()] == [0, 1]
 
 
@@ -49,7 +58,9 @@ def test_only_a_window_of_an_array_is_in_memory(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"conversations": i, "text": "x" * 100} for i in range(500)]))
     (unit,) = array.units(str(path), "conversations")
-    assert [value["conversations"] for _, value in array.objects(unit, "conversations")] == list(range(500))
+    assert [value["conversations"] for _, value in array.objects(unit, "conversations")] == list(
+        range(500)
+    )
     assert largest < 1000
 
 
@@ -64,10 +75,19 @@ def test_what_is_broken_ends_at_the_next_record(folder, monkeypatch, flipped):
     path = folder / "llava.json"
     path.write_bytes(b"[" + b",\n".join(whole) + b"]")
     items = [item for unit in Llava().units(str(path)) for item in Llava().raws(unit)]
-    assert [isinstance(item, Rejection) for item in items] == [False, False, True, False, False, False]
+    assert [isinstance(item, Rejection) for item in items] == [
+        False,
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
-@pytest.mark.parametrize("content", [b"", b"[", b"[]", b"{", b"null", b"[1, 2]", b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b"", b"[", b"[]", b"{", b"null", b"[1, 2]", b"\xff\xfe", b"[" * 100_000]
+)
 def test_what_is_no_array_of_objects_gives_no_records(folder, content):
     path = folder / "llava.json"
     path.write_bytes(content)

@@ -41,22 +41,37 @@ def test_images_as_bytes_as_paths_and_as_lists(tmp_path, prepare, png):
     write(tmp_path, {"image": [png()], "query": ["Why?"], "label": [["So."]]}, "a.parquet")
     (tmp_path / "1.png").write_bytes(png(4, 4))
     by_path = {"image": [{"bytes": None, "path": "1.png"}], "query": ["How?"], "label": [["Well."]]}
-    by_path["image"] = pa.array(by_path["image"], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    by_path["image"] = pa.array(
+        by_path["image"], pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    )
     write(tmp_path, by_path, "b.parquet")
-    write(tmp_path, {"image": [[png(), png()]], "query": ["Which?"], "label": ["Both."]}, "c.parquet")
+    write(
+        tmp_path, {"image": [[png(), png()]], "query": ["Which?"], "label": ["Both."]}, "c.parquet"
+    )
     records = prepare(Parquet(), tmp_path).records()
     assert [record.images for record in records] == [(png(),), (png(4, 4),), (png(), png())]
     assert [record.id for record in records] == ["a-0", "b-0", "c-0"]
 
 
 def test_bigdocs_has_lists_of_questions(tmp_path, prepare, png):
-    columns = {"sample_id": ["s"], "images": [[{"bytes": png(), "path": ""}]], "queries": [["a?", "b?"]]}
-    (record,) = prepare(Parquet(), write(tmp_path, columns | {"annotations": [["A.", "B."]]})).records()
+    columns = {
+        "sample_id": ["s"],
+        "images": [[{"bytes": png(), "path": ""}]],
+        "queries": [["a?", "b?"]],
+    }
+    (record,) = prepare(
+        Parquet(), write(tmp_path, columns | {"annotations": [["A.", "B."]]})
+    ).records()
     assert record.turns == (Turn("a?", ("A.",)), Turn("b?", ("B.",))) and record.id == "s"
 
 
 def test_the_commonest_answer_is_taught_and_all_are_kept(tmp_path, prepare, png):
-    columns = {"image": [png()], "question": ["?"], "answers": [["x", "y", "z", "y"]], "image_id": ["i"]}
+    columns = {
+        "image": [png()],
+        "question": ["?"],
+        "answers": [["x", "y", "z", "y"]],
+        "image_id": ["i"],
+    }
     (record,) = prepare(Parquet(), write(tmp_path, columns | {"question_id": [3]})).records()
     assert record.turns[0].answers == ("y", "y", "x", "z")
 
@@ -68,15 +83,19 @@ def test_equal_images_are_one_document_where_no_column_says(tmp_path, png):
 
 
 def test_columns_by_flag(tmp_path, prepare, png):
-    path = write(tmp_path, {"scan": [png()], "q": ["Why?"], "a": ["So."], "key": [4], "file": ["f"]})
+    path = write(
+        tmp_path, {"scan": [png()], "q": ["Why?"], "a": ["So."], "key": [4], "file": ["f"]}
+    )
     with pytest.raises(
-        UserError, match=r"has columns scan, q, a, key, file, .*--image_column, --question_column, --an"
+        UserError,
+        match=r"has columns scan, q, a, key, file, .*--image_column, --question_column, --an",
     ):
         Parquet().units(str(path))
     with pytest.raises(UserError, match="no column 'scann'; did you mean 'scan'"):
         Parquet(image_column="scann").units(str(path))
     write(tmp_path, {"image": [png()], "query": ["Why?"], "label": ["So."]}, "b.parquet")
-    assert [type(item) for item in raws(Parquet(), tmp_path)] == [Raw, Rejection]  # one that is known is enough
+    # one that is known is enough
+    assert [type(item) for item in raws(Parquet(), tmp_path)] == [Raw, Rejection]
     form = Parquet("scan", "q", "a", "key", "file")
     assert raws(form, path)[0].document == "f"
     assert prepare(form, path).records()[0].id == "4"
@@ -91,7 +110,11 @@ def test_units_are_runs_of_row_groups_and_rows_are_numbered_through(tmp_path, mo
     monkeypatch.setattr(parquet, "UNIT_ROWS", 4)
     columns = {"image": [png()] * 10, "query": [str(i) for i in range(10)], "label": [["."]] * 10}
     path = write(tmp_path, columns, row_group_size=2)
-    assert [(unit.start, unit.stop) for unit in Parquet().units(str(path))] == [(0, 2), (2, 4), (4, 5)]
+    assert [(unit.start, unit.stop) for unit in Parquet().units(str(path))] == [
+        (0, 2),
+        (2, 4),
+        (4, 5),
+    ]
     assert [raw.id for raw in raws(Parquet(), path)] == [f"train-0-{i}" for i in range(10)]
 
 
@@ -138,7 +161,9 @@ def test_a_bucket_that_does_not_answer_is_no_damaged_file(tmp_path, png, monkeyp
         monkeypatch.setattr(filesystem, "open_file", lambda path: silent())
     else:
         monkeypatch.setattr(pq.ParquetFile, "iter_batches", silent)
-    with pytest.raises(TryAgainError, match=r"cannot read .*UNAVAILABLE.*; the same command goes on"):
+    with pytest.raises(
+        TryAgainError, match=r"cannot read .*UNAVAILABLE.*; the same command goes on"
+    ):
         list(Parquet().raws(unit))
 
 

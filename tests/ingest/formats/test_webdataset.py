@@ -30,13 +30,21 @@ def test_images_with_captions(tmp_path, prepare, png):
         ],
     )
     first, second = prepare(WebDataset(prompt="What?"), path).records()
-    assert (first.id, first.turns, first.source) == ("00000/000", (Turn("What?", ("A cat.",)),), "webdataset")
+    assert (first.id, first.turns, first.source) == (
+        "00000/000",
+        (Turn("What?", ("A cat.",)),),
+        "webdataset",
+    )
     assert second.id == "00000/a/001" and second.images == (png(),)
 
 
 def test_names_may_come_again_in_other_files(tmp_path, prepare, png):
     for name in ("a.tar", "b.tar.gz"):
-        write(tmp_path / name, [("0.png", png()), ("0.txt", b"x")], "w:gz" if name.endswith("gz") else "w")
+        write(
+            tmp_path / name,
+            [("0.png", png()), ("0.txt", b"x")],
+            "w:gz" if name.endswith("gz") else "w",
+        )
     assert [record.id for record in prepare(WebDataset(), tmp_path).records()] == ["a/0", "b/0"]
 
 
@@ -66,7 +74,11 @@ def test_members_that_cannot_be_used(tmp_path, prepare, png):
         "/tmp/evil.png",
         "a/../../evil.png",
     }
-    for name, reason in {"alone": "without a caption", "words": "without an image", "bytes": "UTF-8"}.items():
+    for name, reason in {
+        "alone": "without a caption",
+        "words": "without an image",
+        "bytes": "UTF-8",
+    }.items():
         assert reason in reasons[f"a/{name}"]
     assert "no JSON" in reasons["a/json"] and "no answer" in reasons["a/null"] and len(reasons) == 8
     assert set(tmp_path.parent.rglob("*evil*")) == before
@@ -77,7 +89,8 @@ def test_links_and_devices_are_no_members(tmp_path, prepare, png):
     with tarfile.open(path, "a") as tar:
         for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
             info = tarfile.TarInfo("1.png")
-            info.type, info.linkname = kind, "/etc/passwd"
+            info.type = kind
+            info.linkname = "/etc/passwd"
             tar.addfile(info)
     prepared = prepare(WebDataset(), path)
     assert len(prepared.records()) == 1 and prepared.rejected() == []
@@ -85,29 +98,52 @@ def test_links_and_devices_are_no_members(tmp_path, prepare, png):
 
 @pytest.mark.parametrize("keep", [0.3, 0.6, 0.9])
 def test_a_truncated_file_gives_what_is_whole(tmp_path, keep, png):
-    members = [(f"{i}.{ending}", data) for i in range(20) for ending, data in (("png", png()), ("txt", b"x"))]
+    members = [
+        (f"{i}.{ending}", data)
+        for i in range(20)
+        for ending, data in (("png", png()), ("txt", b"x"))
+    ]
     whole = write(tmp_path / "a.tar", members).read_bytes()
     used = whole[: 40 * 1024]
     (tmp_path / "a.tar").write_bytes(used[: int(len(used) * keep) + 700])
     form = WebDataset()
     items = [item for unit in form.units(str(tmp_path / "a.tar")) for item in form.raws(unit)]
-    assert len(items) - 1 >= int(20 * keep) - 1 and "broken" in next(i.reason for i in items if hasattr(i, "reason"))
+    assert len(items) - 1 >= int(20 * keep) - 1 and "broken" in next(
+        i.reason for i in items if hasattr(i, "reason")
+    )
 
 
 @pytest.mark.parametrize("keep", [6 * 1024, 6 * 1024 + 100, "bad checksum"])
 def test_where_a_header_cannot_be_read_the_rest_is_missed(tmp_path, keep, png):
-    members = [(f"{i}.{ending}", data) for i in range(20) for ending, data in (("png", png()), ("txt", b"x"))]
+    members = [
+        (f"{i}.{ending}", data)
+        for i in range(20)
+        for ending, data in (("png", png()), ("txt", b"x"))
+    ]
     path = write(tmp_path / "a.tar", members)
     data = path.read_bytes()
-    path.write_bytes(data[: 6 * 1024] + b"?" + data[6 * 1024 + 1 :] if keep == "bad checksum" else data[:keep])
+    path.write_bytes(
+        data[: 6 * 1024] + b"?" + data[6 * 1024 + 1 :] if keep == "bad checksum" else data[:keep]
+    )
     *records, last = WebDataset().raws(*WebDataset().units(str(path)))
     assert [record.id for record in records[:2]] == ["a/0", "a/1"] and len(records) == 3
-    assert any(hasattr(item, "reason") and "broken from here on" in item.reason for item in (*records, last))
+    assert any(
+        hasattr(item, "reason") and "broken from here on" in item.reason
+        for item in (*records, last)
+    )
 
 
 def test_members_of_a_name_have_a_size_together(tmp_path, prepare, png, monkeypatch):
     monkeypatch.setattr(files, "MAX_BYTES", 300)
-    members = [("0.png", png()), ("0.jpg", bytes(250)), ("0.txt", b"x"), ("1.png", png()), ("1.txt", b"y")]
+    members = [
+        ("0.png", png()),
+        ("0.jpg", bytes(250)),
+        ("0.txt", b"x"),
+        ("1.png", png()),
+        ("1.txt", b"y"),
+    ]
     prepared = prepare(WebDataset(), write(tmp_path / "a.tar", members))
     assert [record.images for record in prepared.records()] == [(png(),)] * 2
-    assert prepared.reasons() == {"0.jpg": "members of a name are too large together (at most 300 bytes)"}
+    assert prepared.reasons() == {
+        "0.jpg": "members of a name are too large together (at most 300 bytes)"
+    }

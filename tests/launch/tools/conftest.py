@@ -1,4 +1,5 @@
-"""These tests need xpk and Kubernetes' schemas, which only the venv of `make test-launch` has; that one has no jax."""
+"""These tests need xpk and Kubernetes' schemas, which only the venv of `make test-launch` has; that
+one has no jax."""
 
 import importlib.util
 

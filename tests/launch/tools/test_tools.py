@@ -1,4 +1,5 @@
-"""What GKE and xpk themselves say of what the launch scripts print: schemas, xpk's own parser and tables."""
+"""What GKE and xpk themselves say of what the launch scripts print: schemas, xpk's own parser and
+tables."""
 
 import argparse
 import copy
@@ -20,7 +21,13 @@ SCHEMA = yaml.safe_load((Path(__file__).parent / "jobset_schema.yaml").read_text
 
 # JobSet.
 
-EVERYTHING = ["--topology=v5p:4x4x4", "--num_slices=2", "--spot", "--service_account=trainer", "--mount=pages:/data"]
+EVERYTHING = [
+    "--topology=v5p:4x4x4",
+    "--num_slices=2",
+    "--spot",
+    "--service_account=trainer",
+    "--mount=pages:/data",
+]
 EVERYTHING += [f"--env=ODD={AWKWARD}", "--env=EMPTY=", "--grace=900"]
 
 
@@ -30,7 +37,8 @@ def jobset(*flags: str) -> dict:
 
 
 def check(body: dict) -> None:
-    """Raises ValidationError where the JobSet or the Job in it is none, or holds a field that does not exist."""
+    """Raises ValidationError where the JobSet or the Job in it is none, or holds a field that does
+    not exist."""
     jsonschema.validate(body, SCHEMA)
     for replicated in body["spec"]["replicatedJobs"]:
         spec = copy.deepcopy(replicated["template"]["spec"])
@@ -41,7 +49,9 @@ def check(body: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", [EVERYTHING, ["--topology=v5e:2x2"], ["--topology=tpu7x:2x2x2", "--reservation=mine"]], ids=len
+    "flags",
+    [EVERYTHING, ["--topology=v5e:2x2"], ["--topology=tpu7x:2x2x2", "--reservation=mine"]],
+    ids=len,
 )
 def test_the_jobset_is_one(flags):
     check(jobset(*flags))
@@ -55,9 +65,17 @@ def test_the_jobset_is_one(flags):
         ("spec failurePolicy rules 0", "action", "Restart"),
         ("spec failurePolicy rules 0", "name", "not a name"),
         ("spec replicatedJobs 0 template spec", "completionMode", 1),
-        ("spec replicatedJobs 0 template spec podFailurePolicy rules 1 onExitCodes", "values", ["1"]),
+        (
+            "spec replicatedJobs 0 template spec podFailurePolicy rules 1 onExitCodes",
+            "values",
+            ["1"],
+        ),
         ("spec replicatedJobs 0 template spec template spec", "terminationGracePeriod", 600),
-        ("spec replicatedJobs 0 template spec template spec", "terminationGracePeriodSeconds", "600"),
+        (
+            "spec replicatedJobs 0 template spec template spec",
+            "terminationGracePeriodSeconds",
+            "600",
+        ),
         ("spec replicatedJobs 0 template spec template spec containers 0", "environment", []),
         ("spec replicatedJobs 0 template spec template spec volumes 0 csi", "read_only", True),
     ],
@@ -74,7 +92,12 @@ def test_the_check_would_see(path, key, value):
 
 def systems() -> dict[str, object]:
     """Returns xpk's TPU slices of the kinds that we know, by topology as we write it."""
-    kinds = {"tpu-v5-lite-podslice": "v5e", "tpu-v5p-slice": "v5p", "tpu-v6e-slice": "v6e", "tpu7x": "tpu7x"}
+    kinds = {
+        "tpu-v5-lite-podslice": "v5e",
+        "tpu-v5p-slice": "v5p",
+        "tpu-v6e-slice": "v6e",
+        "tpu7x": "tpu7x",
+    }
     return {
         f"{kinds[system.gke_accelerator]}:{system.topology}": system
         for system in UserFacingNameToSystemCharacteristics.values()
@@ -83,20 +106,33 @@ def systems() -> dict[str, object]:
 
 
 def test_every_slice_that_xpk_knows_has_its_hosts_chips_and_label():
-    """All but eight v5e or v6e chips: xpk takes two machines of four of them, we one of eight; GKE has both."""
-    program = f'source {LAUNCH}/common.sh; for t in "$@"; do parse_topology $t; echo $kind $chips $hosts; done'
+    """All but eight v5e or v6e chips: xpk takes two machines of four of them, we one of eight; GKE
+    has both."""
+    program = (
+        f'source {LAUNCH}/common.sh; for t in "$@"; do parse_topology $t; echo $kind $chips '
+        "$hosts; done"
+    )
     known = systems()
-    assert {"v5e", "v5p", "v6e", "tpu7x"} == {topology.split(":")[0] for topology in known} and len(known) > 500
-    said = subprocess.run(["bash", "-c", program, "common.sh", *known], capture_output=True, text=True, check=True)
+    assert {"v5e", "v5p", "v6e", "tpu7x"} == {topology.split(":")[0] for topology in known} and len(
+        known
+    ) > 500
+    said = subprocess.run(
+        ["bash", "-c", program, "common.sh", *known], capture_output=True, text=True, check=True
+    )
     for (topology, system), line in zip(known.items(), said.stdout.splitlines(), strict=True):
         kind, chips, hosts = line.split()
-        assert topology.startswith(f"{kind}:") and int(chips) == system.vms_per_slice * system.chips_per_vm
+        assert (
+            topology.startswith(f"{kind}:")
+            and int(chips) == system.vms_per_slice * system.chips_per_vm
+        )
         if topology in ("v5e:2x4", "v6e:2x4"):
             assert hosts == "1"
         else:
             assert int(hosts) == system.vms_per_slice, topology
     for topology in ("v5e:4x4", "v5p:2x2x2", "v6e:4x4", "tpu7x:2x2x2"):
-        pod = jobset(f"--topology={topology}")["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+        pod = jobset(f"--topology={topology}")["spec"]["replicatedJobs"][0]["template"]["spec"][
+            "template"
+        ]["spec"]
         label = pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"]
         assert label == known[topology].gke_accelerator
 
@@ -120,7 +156,14 @@ def parse(*flags: str) -> argparse.Namespace:
     "flags",
     [
         ["--image=i"],
-        ["--base_image=i", "--num_slices=2", "--zone=z", "--project=p", "--spot", "--priority=high"],
+        [
+            "--base_image=i",
+            "--num_slices=2",
+            "--zone=z",
+            "--project=p",
+            "--spot",
+            "--priority=high",
+        ],
         ["--image=i", "--reservation=r", "--storage=a", "--storage=b", "--restarts=3"],
     ],
     ids=len,
@@ -129,7 +172,9 @@ def test_xpk_takes_the_flags(flags):
     args = parse(*flags)
     given = dict(flag.lstrip("-").split("=", 1) for flag in flags if "=" in flag)
     assert args.num_slices == int(given.get("num_slices", 1)) and args.tpu_type == "v5p-128"
-    assert args.termination_grace_period_seconds == "600" and args.max_restarts == given.get("restarts", "10")
+    assert args.termination_grace_period_seconds == "600" and args.max_restarts == given.get(
+        "restarts", "10"
+    )
     assert args.docker_image == given.get("image") and args.spot == ("--spot" in flags)
     assert args.storage == [flag.split("=")[1] for flag in flags if "--storage" in flag]
 
@@ -150,13 +195,27 @@ def test_xpk_knows_the_types():
 
 def test_an_image_holds_the_code_and_nothing_large(tmp_path):
     """As docker's client, and xpk, read .dockerignore."""
-    large = ["data/shard", "runs/a/checkpoints/1", "weights/a", ".venv/bin/python", ".venv-tpu/lib/a", ".git/objects/a"]
-    kept = ["alignvlm_jax/data/shards.py", "alignvlm_jax/weights/names.py", "configs/stage2.py", "launch/common.sh"]
+    large = [
+        "data/shard",
+        "runs/a/checkpoints/1",
+        "weights/a",
+        ".venv/bin/python",
+        ".venv-tpu/lib/a",
+        ".git/objects/a",
+    ]
+    kept = [
+        "alignvlm_jax/data/shards.py",
+        "alignvlm_jax/weights/names.py",
+        "configs/stage2.py",
+        "launch/common.sh",
+    ]
     kept += ["requirements.txt", "requirements-tpu.txt", "launch/Dockerfile"]
     for name in [*large, *kept, "alignvlm_jax/__pycache__/a.pyc"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     text = (LAUNCH.parent / ".dockerignore").read_text().splitlines()
     patterns = [line.strip() for line in text if line.strip() and not line.startswith("#")]
-    found = {name for name in build.exclude_paths(str(tmp_path), patterns) if (tmp_path / name).is_file()}
+    found = {
+        name for name in build.exclude_paths(str(tmp_path), patterns) if (tmp_path / name).is_file()
+    }
     assert found == set(kept)

@@ -1,4 +1,7 @@
-"""`pdf`: PDF files. A page is a record: its image, its words in reading order, and questions about its ruled tables."""
+"""`pdf`: PDF files.
+
+A page is a record: its image, its words in reading order, and questions about its ruled tables.
+"""
 
 import dataclasses
 import functools
@@ -64,7 +67,10 @@ class Pdf:
         """
         paths = filesystem.list_files(source, (".pdf",))
         if len(paths) == 1 and self.holdout_by == "document":
-            raise UserError(f"{source} is one document: none could be held out; --holdout_by=page splits it by pages")
+            raise UserError(
+                f"{source} is one document: none could be held out; --holdout_by=page splits it "
+                "by pages"
+            )
         units = []
         for path in paths:
             inside = path[len(source) :].strip("/") if path != source else posixpath.basename(path)
@@ -95,7 +101,9 @@ class Pdf:
         """See Format."""
         with _pdfium, drawing.open_page(_open(raw.fields["path"]), raw.fields["page"]) as page:
             drawn = drawing.draw(page, self.dpi)
-            words, num_unreadable = words_lib.read_words(page, drawn.to_pixels, np.asarray(drawn.image.convert("L")))
+            words, num_unreadable = words_lib.read_words(
+                page, drawn.to_pixels, np.asarray(drawn.image.convert("L"))
+            )
             tables = tables_lib.find_tables(page, drawn.to_pixels, drawn.scale)
         num_words = len(words) + num_unreadable
         if num_unreadable > MAX_UNREADABLE * num_words:
@@ -130,9 +138,12 @@ def _num_pages(path: str) -> int:
 
 
 def _turns(words: list[PlacedWord], tables: list[Table]) -> tuple[Turn, ...]:
-    """The questions about all tables of a page, without those that two of them answer differently."""
+    """The questions about all tables of a page, without those that two of them answer
+    differently."""
     answers: dict[str, set[str]] = defaultdict(set)
     for table in tables:
         for turn in tables_lib.questions(lines_lib.read_cells(words, table)):
             answers[turn.question].update(turn.answers)
-    return tuple(Turn(question, tuple(found)) for question, found in answers.items() if len(found) == 1)
+    return tuple(
+        Turn(question, tuple(found)) for question, found in answers.items() if len(found) == 1
+    )

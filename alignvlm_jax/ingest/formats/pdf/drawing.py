@@ -1,4 +1,5 @@
-"""A page of a PDF: opened with its annotations, drawn to an image, and the objects on it with their coordinates."""
+"""A page of a PDF: opened with its annotations, drawn to an image, and the objects on it with their
+coordinates."""
 
 import contextlib
 import ctypes
@@ -32,7 +33,9 @@ class Drawn(NamedTuple):
 
 @contextlib.contextmanager
 def open_page(document: pypdfium2.PdfDocument, index: int) -> Iterator[pypdfium2.PdfPage]:
-    """Opens a page, from 0. What annotations and filled-in forms show is made part of it, so that its text is found.
+    """Opens a page, from 0.
+
+    What annotations and filled-in forms show is made part of it, so that its text is found.
 
     Raises:
       Reject: the page cannot be read.
@@ -59,42 +62,56 @@ def draw(page: pypdfium2.PdfPage, dpi: float) -> Drawn:
     """
     width, height = (side * dpi / POINTS_PER_INCH for side in page.get_size())
     if not 0 < width * height <= MAX_PIXELS:
-        raise Reject(f"a page is too large ({width:.0f} x {height:.0f} pixels at {dpi} dpi; at most {MAX_PIXELS:,})")
+        raise Reject(
+            f"a page is too large ({width:.0f} x {height:.0f} pixels at {dpi} dpi; at most "
+            f"{MAX_PIXELS:,})"
+        )
     for drawn, kind, _ in objects(page, np.eye(2, 3)):
         if kind == pdfium.FPDF_PAGEOBJ_IMAGE:
-            columns, rows = ctypes.c_uint(), ctypes.c_uint()
+            columns = ctypes.c_uint()
+            rows = ctypes.c_uint()
             pdfium.FPDFImageObj_GetImagePixelSize(drawn, columns, rows)
             if columns.value * rows.value > MAX_PIXELS:
-                raise Reject(f"an image on a page is too large ({columns.value} x {rows.value} pixels)")
-    image = page.render(scale=dpi / POINTS_PER_INCH, may_draw_forms=False, draw_annots=False).to_pil()
+                raise Reject(
+                    f"an image on a page is too large ({columns.value} x {rows.value} pixels)"
+                )
+    image = page.render(
+        scale=dpi / POINTS_PER_INCH, may_draw_forms=False, draw_annots=False
+    ).to_pil()
     if all(np.array_equal(image.getchannel(0), image.getchannel(i)) for i in (1, 2)):
         image = image.getchannel(0)
     return Drawn(image, _to_pixels(page, image.size), dpi / POINTS_PER_INCH)
 
 
 def encode(image: Image.Image) -> bytes:
-    """Returns a PNG; or a JPEG where that is less than half as large, as for scans and photos. What is drawn (text,
-    rules, flat colours) takes no more without loss."""
-    png, jpeg = io.BytesIO(), io.BytesIO()
+    """Returns a PNG; or a JPEG where that is less than half as large, as for scans and photos. What
+    is drawn (text, rules, flat colours) takes no more without loss."""
+    png = io.BytesIO()
+    jpeg = io.BytesIO()
     image.save(png, "PNG")
     image.save(jpeg, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return (jpeg if 2 * jpeg.tell() < png.tell() else png).getvalue()
 
 
-def objects(page: pypdfium2.PdfPage, matrix: np.ndarray) -> Iterator[tuple[object, int, np.ndarray]]:
-    """Yields pdfium's objects on a page, those in forms too, each with its type and the product of its matrix with
-    `matrix` [2, 3]."""
+def objects(
+    page: pypdfium2.PdfPage, matrix: np.ndarray
+) -> Iterator[tuple[object, int, np.ndarray]]:
+    """Yields pdfium's objects on a page, those in forms too, each with its type and the product of
+    its matrix with `matrix` [2, 3]."""
     count = pdfium.FPDFPage_CountObjects(page)
     waiting = [(pdfium.FPDFPage_GetObject(page, i), matrix, 0) for i in reversed(range(count))]
     while waiting:
         drawn, outer, depth = waiting.pop()
-        own, kind = pdfium.FS_MATRIX(), pdfium.FPDFPageObj_GetType(drawn)
+        own = pdfium.FS_MATRIX()
+        kind = pdfium.FPDFPageObj_GetType(drawn)
         pdfium.FPDFPageObj_GetMatrix(drawn, own)
         inner = outer @ np.array([[own.a, own.c, own.e], [own.b, own.d, own.f], [0, 0, 1]])
         yield drawn, kind, inner
         if kind == pdfium.FPDF_PAGEOBJ_FORM and depth < MAX_DEPTH:
             count = pdfium.FPDFFormObj_CountObjects(drawn)
-            waiting += [(pdfium.FPDFFormObj_GetObject(drawn, i), inner, depth + 1) for i in range(count)]
+            waiting += [
+                (pdfium.FPDFFormObj_GetObject(drawn, i), inner, depth + 1) for i in range(count)
+            ]
 
 
 def _is_link(page: pypdfium2.PdfPage, index: int) -> bool:
@@ -106,7 +123,8 @@ def _is_link(page: pypdfium2.PdfPage, index: int) -> bool:
 
 
 def _to_pixels(page: pypdfium2.PdfPage, size: tuple[int, int]) -> np.ndarray:
-    """From the page's coordinates, which start at the bottom left of its box, before it is turned for display."""
+    """From the page's coordinates, which start at the bottom left of its box, before it is turned
+    for display."""
     left, bottom, right, top = page.get_bbox()
     displayed = {  # in points, from the top left
         0: [[1, 0, -left], [0, -1, top]],

@@ -17,9 +17,10 @@ MAX_BLOCKS = 500
 def read_lines(words: list[PlacedWord], tables: list[Table]) -> tuple[tuple[Word, ...], ...]:
     """Joins words, given as the page's content has them, to lines.
 
-    Words that follow each other share a line where they stand side by side on one baseline: so columns are read one
-    after the other, as nearly all PDFs have them. Tables are read by rows, across all cells. What comes late but stands
-    above, as a header that is written last, is moved up.
+    Words that follow each other share a line where they stand side by side on one baseline: so
+    columns are read one after the other, as nearly all PDFs have them. Tables are read by rows,
+    across all cells. What comes late but stands above, as a header that is written last, is moved
+    up.
     """
     lines: list[Line] = []
     for placed in _by_rows(words, tables):
@@ -28,7 +29,9 @@ def read_lines(words: list[PlacedWord], tables: list[Table]) -> tuple[tuple[Word
         else:
             lines.append([placed])
     lines = [_in_order(line) for line in lines]
-    return tuple(tuple(placed.word for placed in line) for block in _from_the_top(lines) for line in block)
+    return tuple(
+        tuple(placed.word for placed in line) for block in _from_the_top(lines) for line in block
+    )
 
 
 def read_cells(words: list[PlacedWord], table: Table) -> list[list[str]]:
@@ -37,19 +40,24 @@ def read_cells(words: list[PlacedWord], table: Table) -> list[list[str]]:
     for placed in words:
         if at := _find_cell(placed, table):
             cells[at[0]][at[1]].append(placed)
-    return [[" ".join(placed.word.text for placed in _by_baselines(cell)) for cell in row] for row in cells]
+    return [
+        [" ".join(placed.word.text for placed in _by_baselines(cell)) for cell in row]
+        for row in cells
+    ]
 
 
 def _find_cell(placed: PlacedWord, table: Table) -> tuple[int, int] | None:
     """The row and column that the middle of a word lies in."""
     x, y = _centre(placed.word.box)
-    row, column = bisect.bisect(table.ys, y) - 1, bisect.bisect(table.xs, x) - 1
+    row = bisect.bisect(table.ys, y) - 1
+    column = bisect.bisect(table.xs, x) - 1
     is_inside = 0 <= row < len(table.ys) - 1 and 0 <= column < len(table.xs) - 1
     return (row, column) if is_inside else None
 
 
 def _by_rows(words: list[PlacedWord], tables: list[Table]) -> list[PlacedWord]:
-    """Moves the words of each table to where its first one is, and sorts them by rows and by baselines."""
+    """Moves the words of each table to where its first one is, and sorts them by rows and by
+    baselines."""
     rows: list[list[list[PlacedWord]]] = [[[] for _ in table.ys[1:]] for table in tables]
     ordered: list[list[PlacedWord]] = []
     for placed in words:
@@ -61,11 +69,14 @@ def _by_rows(words: list[PlacedWord], tables: list[Table]) -> list[PlacedWord]:
                 break
         else:
             ordered.append([placed])
-    return [placed for item in ordered for placed in (_by_baselines(item) if len(item) > 1 else item)]
+    return [
+        placed for item in ordered for placed in (_by_baselines(item) if len(item) > 1 else item)
+    ]
 
 
 def _by_baselines(words: list[PlacedWord]) -> list[PlacedWord]:
-    """Sorts words into lines by where they stand alone, from the top, and each line from left to right."""
+    """Sorts words into lines by where they stand alone, from the top, and each line from left to
+    right."""
     lines: list[Line] = []
     for placed in sorted(words, key=lambda placed: _centre(placed.word.box)[1]):
         if lines and _shares_baseline(lines[-1][0].word.box, placed.word.box, across=1):
@@ -82,11 +93,15 @@ def _centre(box: Box) -> tuple[float, float]:
 def _is_beside(line: Line, placed: PlacedWord) -> bool:
     """Whether a word goes on with a line, at either end of it: Arabic grows to the left."""
     across = 0 if placed.is_vertical else 1
-    last, box = line[-1].word.box, placed.word.box
+    last = line[-1].word.box
+    box = placed.word.box
     if line[-1].is_vertical != placed.is_vertical or not _shares_baseline(last, box, across):
         return False
-    first, along, slack = line[0].word.box, 1 - across, (box[across + 2] - box[across]) / 2
-    start, stop = min(first[along], last[along]), max(first[along + 2], last[along + 2])
+    first = line[0].word.box
+    along = 1 - across
+    slack = (box[across + 2] - box[across]) / 2
+    start = min(first[along], last[along])
+    stop = max(first[along + 2], last[along + 2])
     return box[along] >= stop - slack or box[along + 2] <= start + slack
 
 
@@ -96,16 +111,18 @@ def _shares_baseline(a: Box, b: Box, across: int) -> bool:
 
 
 def _in_order(line: Line) -> Line:
-    """From left to right, but for lines up or down the page and those of a script from right to left."""
+    """From left to right, but for lines up or down the page and those of a script from right to
+    left."""
     keeps_order = any(
-        placed.is_vertical or unicodedata.bidirectional(placed.word.text[0]) in ("R", "AL") for placed in line
+        placed.is_vertical or unicodedata.bidirectional(placed.word.text[0]) in ("R", "AL")
+        for placed in line
     )
     return line if keeps_order else sorted(line, key=lambda placed: placed.word.box[0])
 
 
 def _from_the_top(lines: list[Line]) -> list[Block]:
-    """Splits lines into blocks where the page goes on further up, and lets no block come before one that stands wholly
-    above it; else they stay in order."""
+    """Splits lines into blocks where the page goes on further up, and lets no block come before one
+    that stands wholly above it; else they stay in order."""
     blocks: list[Block] = []
     for line in lines:
         if blocks and line[0].word.box[1] >= blocks[-1][-1][0].word.box[1]:
@@ -125,12 +142,14 @@ def _from_the_top(lines: list[Line]) -> list[Block]:
 
 
 def _bounds(block: Block) -> Box:
-    lefts, tops, rights, bottoms = zip(*(placed.word.box for line in block for placed in line), strict=True)
+    lefts, tops, rights, bottoms = zip(
+        *(placed.word.box for line in block for placed in line), strict=True
+    )
     return min(lefts), min(tops), max(rights), max(bottoms)
 
 
 def _is_above(box: Box, block: Block, other_box: Box, other: Block) -> bool:
-    """Whether a block ends above another in a column that they share; a line alone, as a page's number between two
-    columns, has its place among all."""
+    """Whether a block ends above another in a column that they share; a line alone, as a page's
+    number between two columns, has its place among all."""
     shares_column = box[0] < other_box[2] and other_box[0] < box[2]
     return box[3] <= other_box[1] and (shares_column or len(block) == 1 or len(other) == 1)

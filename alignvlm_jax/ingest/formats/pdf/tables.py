@@ -1,4 +1,5 @@
-"""Ruled tables of a PDF page: their grid, from the rules that are drawn, and questions about their cells."""
+"""Ruled tables of a PDF page: their grid, from the rules that are drawn, and questions about their
+cells."""
 
 import bisect
 import ctypes
@@ -18,7 +19,8 @@ from alignvlm_jax.ingest.formats.pdf.drawing import objects
 MAX_RULE_WIDTH = 2.5
 SLACK = 1.5
 MIN_TABLE_WIDTH = 100
-MIN_ROW_HEIGHT, MAX_ROW_HEIGHT = 6, 80
+MIN_ROW_HEIGHT = 6
+MAX_ROW_HEIGHT = 80
 MIN_COLUMN_WIDTH = 5
 MIN_ROWS = 3
 """The head and two more; a grid of fewer is a box."""
@@ -47,8 +49,8 @@ class Table(NamedTuple):
 
 
 def find_tables(page: pypdfium2.PdfPage, to_pixels: np.ndarray, scale: float) -> list[Table]:
-    """Finds the tables, from top to bottom, whose rows are parted by horizontal rules and whose columns by vertical
-    ones. They need no frame: many have no rule at their sides.
+    """Finds the tables, from top to bottom, whose rows are parted by horizontal rules and whose
+    columns by vertical ones. They need no frame: many have no rule at their sides.
 
     Args:
       page: of pypdfium2.
@@ -56,8 +58,13 @@ def find_tables(page: pypdfium2.PdfPage, to_pixels: np.ndarray, scale: float) ->
       scale: pixels a point.
     """
     horizontal, vertical = _read_rules(page, to_pixels, scale)
-    long = [rule for rule in _joined(horizontal, scale) if rule.stop - rule.start > MIN_TABLE_WIDTH * scale]
-    starts, stops = _distinct([rule.start for rule in long], scale), _distinct([rule.stop for rule in long], scale)
+    long = [
+        rule
+        for rule in _joined(horizontal, scale)
+        if rule.stop - rule.start > MIN_TABLE_WIDTH * scale
+    ]
+    starts = _distinct([rule.start for rule in long], scale)
+    stops = _distinct([rule.stop for rule in long], scale)
     by_ends = defaultdict(list)
     for rule in long:
         by_ends[bisect.bisect(starts, rule.start), bisect.bisect(stops, rule.stop)].append(rule)
@@ -68,8 +75,9 @@ def find_tables(page: pypdfium2.PdfPage, to_pixels: np.ndarray, scale: float) ->
 def questions(rows: list[list[str]]) -> list[Turn]:
     """Asks for the cells of a table by its head and a column that names its rows.
 
-    That is the first column whose cells differ from each other. Answers of more than MAX_ANSWER_LENGTH characters are
-    left out, and all texts with a word that is broken at a hyphen: nobody can say whether it keeps the hyphen.
+    That is the first column whose cells differ from each other. Answers of more than
+    MAX_ANSWER_LENGTH characters are left out, and all texts with a word that is broken at a hyphen:
+    nobody can say whether it keeps the hyphen.
     """
     head, *body = rows
     if not all(map(_is_name, head)) or len(set(head)) < len(head):
@@ -91,16 +99,25 @@ def _is_name(cell: str) -> bool:
 
 
 def _grids(horizontal: list[Rule], vertical: list[Rule], scale: float) -> Iterator[Table]:
-    """Splits the span between rules of equal ends into tables, each with the same columns in all rows."""
-    left, right = horizontal[0].start, horizontal[0].stop
+    """Splits the span between rules of equal ends into tables, each with the same columns in all
+    rows."""
+    left = horizontal[0].start
+    right = horizontal[0].stop
     ys: list[float] = []
     columns: tuple[float, ...] = ()
     for top, bottom in itertools.pairwise(_distinct([rule.at for rule in horizontal], scale)):
         is_row = MIN_ROW_HEIGHT * scale < bottom - top < MAX_ROW_HEIGHT * scale
-        inset, middle = MIN_COLUMN_WIDTH * scale, (top + bottom) / 2
-        inner = [r.at for r in vertical if left + inset < r.at < right - inset and r.start < middle < r.stop]
+        inset = MIN_COLUMN_WIDTH * scale
+        middle = (top + bottom) / 2
+        inner = [
+            r.at
+            for r in vertical
+            if left + inset < r.at < right - inset and r.start < middle < r.stop
+        ]
         cuts = tuple(_distinct(inner, scale)) if is_row else ()
-        same = len(cuts) == len(columns) and all(abs(a - b) < SLACK * scale for a, b in zip(cuts, columns, strict=True))
+        same = len(cuts) == len(columns) and all(
+            abs(a - b) < SLACK * scale for a, b in zip(cuts, columns, strict=True)
+        )
         if ys and not same:
             if len(ys) > MIN_ROWS:
                 yield Table((left, *columns, right), tuple(ys))
@@ -112,10 +129,13 @@ def _grids(horizontal: list[Rule], vertical: list[Rule], scale: float) -> Iterat
         yield Table((left, *columns, right), tuple(ys))
 
 
-def _read_rules(page: pypdfium2.PdfPage, to_pixels: np.ndarray, scale: float) -> tuple[list[Rule], list[Rule]]:
-    """Returns horizontal and vertical rules: lines, sides of frames, and thin filled boxes, which many programs draw
-    for lines."""
-    horizontal, vertical = [], []
+def _read_rules(
+    page: pypdfium2.PdfPage, to_pixels: np.ndarray, scale: float
+) -> tuple[list[Rule], list[Rule]]:
+    """Returns horizontal and vertical rules: lines, sides of frames, and thin filled boxes, which
+    many programs draw for lines."""
+    horizontal = []
+    vertical = []
     count = 0
     for path, kind, matrix in objects(page, to_pixels):
         if kind != pdfium.FPDF_PAGEOBJ_PATH:
@@ -123,10 +143,12 @@ def _read_rules(page: pypdfium2.PdfPage, to_pixels: np.ndarray, scale: float) ->
         count += pdfium.FPDFPath_CountSegments(path)
         if count > MAX_SEGMENTS:
             return [], []
-        fill, stroke = ctypes.c_int(), ctypes.c_int()
+        fill = ctypes.c_int()
+        stroke = ctypes.c_int()
         pdfium.FPDFPath_GetDrawMode(path, fill, stroke)
         for points in _subpaths(path, matrix):
-            if not stroke.value:  # A filled box: its diagonal is a line along an axis if it is thin.
+            # A filled box: its diagonal is a line along an axis if it is thin.
+            if not stroke.value:
                 points = np.array([points.min(0), points.max(0)])
             for a, b in itertools.pairwise(points.tolist()):
                 for rules, across in ((horizontal, 1), (vertical, 0)):
@@ -137,9 +159,13 @@ def _read_rules(page: pypdfium2.PdfPage, to_pixels: np.ndarray, scale: float) ->
 
 
 def _subpaths(path, matrix: np.ndarray) -> list[np.ndarray]:
-    """The points of each run of lines in a path, float64 [k, 2]. Curves are taken as lines between their points."""
+    """The points of each run of lines in a path, float64 [k, 2].
+
+    Curves are taken as lines between their points.
+    """
     subpaths: list[list[np.ndarray]] = []
-    x, y = ctypes.c_float(), ctypes.c_float()
+    x = ctypes.c_float()
+    y = ctypes.c_float()
     for i in range(pdfium.FPDFPath_CountSegments(path)):
         segment = pdfium.FPDFPath_GetPathSegment(path, i)
         pdfium.FPDFPathSegment_GetPoint(segment, x, y)

@@ -1,11 +1,15 @@
-"""Small PDFs by hand, so that everything about a page is known: Helvetica at known places, rules, images, rotation."""
+"""Small PDFs by hand, so that everything about a page is known: Helvetica at known places, rules,
+images, rotation."""
 
 import itertools
 from collections.abc import Iterable
 
 
-def text(x: float, y: float, string: str, size: float = 12, matrix: str = "1 0 0 1", operators: str = "") -> str:
-    """Content that shows a string with its baseline at (x, y); `operators` such as `3 Tr` come before it."""
+def text(
+    x: float, y: float, string: str, size: float = 12, matrix: str = "1 0 0 1", operators: str = ""
+) -> str:
+    """Content that shows a string with its baseline at (x, y); `operators` such as `3 Tr` come
+    before it."""
     escaped = string.replace("\\", "\\\\").replace("(", "\\(").replace(")", "\\)")
     return f"q BT /F1 {size} Tf {operators} {matrix} {x} {y} Tm ({escaped}) Tj ET Q\n"
 
@@ -15,15 +19,20 @@ def rule(x0: float, y0: float, x1: float, y1: float) -> str:
     return f"0.5 w 0.7 G {x0} {y0} m {x1} {y1} l S\n"
 
 
-def table(left: float, top: float, widths: list[float], rows: list[list[str]], height: float = 20) -> str:
-    """A table ruled as publishers do it: horizontal rules cell by cell, vertical ones between the columns alone."""
+def table(
+    left: float, top: float, widths: list[float], rows: list[list[str]], height: float = 20
+) -> str:
+    """A table ruled as publishers do it: horizontal rules cell by cell, vertical ones between the
+    columns alone."""
     lefts = [left + sum(widths[:i]) for i in range(len(widths) + 1)]
     tops = [top - height * i for i in range(len(rows) + 1)]
     content = "".join(rule(a, y, b, y) for y in tops for a, b in itertools.pairwise(lefts))
     content += "".join(rule(x, y, x, y - height) for y in tops[:-1] for x in lefts[1:-1])
     for y, row in zip(tops, rows, strict=False):
         for x, cell in zip(lefts, row, strict=False):
-            content += "".join(text(x + 4, y - 9 - 9 * i, line, 8) for i, line in enumerate(cell.split("\n")))
+            content += "".join(
+                text(x + 4, y - 9 - 9 * i, line, 8) for i, line in enumerate(cell.split("\n"))
+            )
     return content
 
 
@@ -46,10 +55,11 @@ def pdf(
 ) -> bytes:
     """A PDF of one page for each content.
 
-    `page` and `font` hold more entries of every page and of the font, as `/Rotate 90`. `meanings` says, in hexadecimal
-    UTF-16, what characters of the font are that are not what they look like. `field` is what a form field, 100 points
-    from the left and bottom, was filled in with; `image` is the width, height and RGB of what IMAGE draws; `form`
-    is content that FORM draws, half as large and 50 points further up.
+    `page` and `font` hold more entries of every page and of the font, as `/Rotate 90`. `meanings`
+    says, in hexadecimal UTF-16, what characters of the font are that are not what they look like.
+    `field` is what a form field, 100 points from the left and bottom, was filled in with; `image`
+    is the width, height and RGB of what IMAGE draws; `form` is content that FORM draws, half as
+    large and 50 points further up.
     """
     font += " /ToUnicode 4 0 R" if meanings else ""
     page += " /Annots [5 0 R]" if field else ""
@@ -59,26 +69,28 @@ def pdf(
         "",
         f"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica {font} >>",
         _stream(_meanings(meanings or {})),
-        f"<< /Type /Annot /Subtype /Widget /FT /Tx /T (name) /V ({field}) /Rect [100 100 200 120] /F 4"
-        " /AP << /N 6 0 R >> >>",
-        _stream(text(0, 0, field), f"/Type /XObject /Subtype /Form /BBox [0 -5 100 15] {resources}"),
+        f"<< /Type /Annot /Subtype /Widget /FT /Tx /T (name) /V ({field}) /Rect [100 100 200 120] "
+        "/F 4 /AP << /N 6 0 R >> >>",
+        _stream(
+            text(0, 0, field), f"/Type /XObject /Subtype /Form /BBox [0 -5 100 15] {resources}"
+        ),
         _stream(
             image[2].decode("latin-1"),
-            f"/Type /XObject /Subtype /Image /Width {image[0]} /Height {image[1]} /ColorSpace /DeviceRGB"
-            " /BitsPerComponent 8",
+            f"/Type /XObject /Subtype /Image /Width {image[0]} /Height {image[1]} /ColorSpace "
+            "/DeviceRGB /BitsPerComponent 8",
         ),
         _stream(
             form,
-            "/Type /XObject /Subtype /Form /BBox [0 0 600 400] /Matrix [0.5 0 0 0.5 0 50] /Resources"
-            " << /Font << /F1 3 0 R >> >>",
+            "/Type /XObject /Subtype /Form /BBox [0 0 600 400] /Matrix [0.5 0 0 0.5 0 50] "
+            "/Resources << /Font << /F1 3 0 R >> >>",
         ),
     ]
     kids = []
     for content in contents:
         objects.append(_stream(content))
         objects.append(
-            f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 {size[0]} {size[1]}] /Contents {len(objects)} 0 R"
-            f" {resources} {page} >>"
+            f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 {size[0]} {size[1]}] /Contents "
+            f"{len(objects)} 0 R {resources} {page} >>"
         )
         kids.append(f"{len(objects)} 0 R")
     objects[1] = f"<< /Type /Pages /Count {len(kids)} /Kids [{' '.join(kids)}] >>"
@@ -87,12 +99,17 @@ def pdf(
 
 def encrypted() -> bytes:
     """A PDF that no password opens, least of all the empty one."""
-    locked = "/ID [<00> <00>] /Encrypt << /Filter /Standard /V 1 /R 2 /P -4 /O <{0}> /U <{0}> >>".format("ab" * 32)
+    locked = (
+        "/ID [<00> <00>] /Encrypt << /Filter /Standard /V 1 /R 2 /P -4 /O <{0}> /U <{0}> >>".format(
+            "ab" * 32
+        )
+    )
     return pdf([text(20, 100, "secret")]).replace(b"/Root", f"{locked} /Root".encode())
 
 
 def _assemble(objects: list[str]) -> bytes:
-    data, offsets = b"%PDF-1.7\n", []
+    data = b"%PDF-1.7\n"
+    offsets = []
     for number, body in enumerate(objects, 1):
         offsets.append(len(data))
         data += f"{number} 0 obj\n{body}\nendobj\n".encode("latin-1")
@@ -109,6 +126,6 @@ def _stream(content: str, entries: str = "") -> str:
 def _meanings(meanings: dict[str, str]) -> str:
     entries = "".join(f"<{ord(code):02x}> <{meaning}>\n" for code, meaning in meanings.items())
     return (
-        "/CIDInit /ProcSet findresource begin 12 dict begin begincmap 1 begincodespacerange <00> <ff>"
-        f" endcodespacerange {len(meanings)} beginbfchar\n{entries}endbfchar endcmap end end"
+        "/CIDInit /ProcSet findresource begin 12 dict begin begincmap 1 begincodespacerange <00> "
+        f"<ff> endcodespacerange {len(meanings)} beginbfchar\n{entries}endbfchar endcmap end end"
     )

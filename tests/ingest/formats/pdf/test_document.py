@@ -20,7 +20,9 @@ from tests.ingest.formats.pdf.read_pdf import gray, read_all, texts, words
 
 def write(path, num_pages=1, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(make_pdf.pdf([text(20, 100, f"page {i}") for i in range(1, num_pages + 1)], **options))
+    path.write_bytes(
+        make_pdf.pdf([text(20, 100, f"page {i}") for i in range(1, num_pages + 1)], **options)
+    )
 
 
 def test_a_page_is_a_record_and_a_file_a_document(tmp_path):
@@ -46,7 +48,10 @@ def test_one_file_is_held_out_by_pages_only(tmp_path):
         with pytest.raises(UserError, match="--holdout_by=page"):
             Pdf().units(str(source))
         form = Pdf(holdout_by="page")
-        assert [r.document for unit in form.units(str(source)) for r in form.raws(unit)] == ["only-0001", "only-0002"]
+        assert [r.document for unit in form.units(str(source)) for r in form.raws(unit)] == [
+            "only-0001",
+            "only-0002",
+        ]
 
 
 def test_a_large_file_is_cut_into_ranges_of_pages(tmp_path, monkeypatch):
@@ -92,12 +97,21 @@ BAD = {
     "an image": (b"\x89PNG\r\n\x1a\n", "no PDF"),
     "truncated": (GOOD[:200], "no PDF"),
     "no pages": (make_pdf.pdf([]), "no PDF"),
-    "a page of 60,000 x 60,000": (make_pdf.pdf([text(20, 100, "x")], size=(60_000, 60_000)), "page is too large"),
+    "a page of 60,000 x 60,000": (
+        make_pdf.pdf([text(20, 100, "x")], size=(60_000, 60_000)),
+        "page is too large",
+    ),
     "a page of no size": (make_pdf.pdf([text(20, 100, "x")], page="/CropBox [10 10 10 10]"), None),
     "a strip": (make_pdf.pdf([text(20, 100, "x")], size=(1, 10_000)), None),
-    "a bomb": (make_pdf.pdf([make_pdf.IMAGE], image=(60_000, 60_000, b"")), "image on a page is too large"),
+    "a bomb": (
+        make_pdf.pdf([make_pdf.IMAGE], image=(60_000, 60_000, b"")),
+        "image on a page is too large",
+    ),
     "a password": (make_pdf.encrypted(), "password"),
-    "much text": (make_pdf.pdf(["BT /F1 12 Tf 20 100 Td" + " (word word) Tj" * 12_000 + " ET"]), "too much text"),
+    "much text": (
+        make_pdf.pdf(["BT /F1 12 Tf 20 100 Td" + " (word word) Tj" * 12_000 + " ET"]),
+        "too much text",
+    ),
     "pages in a circle": (GOOD.replace(b"/Kids [10 0 R]", b"/Kids [2 0 R]"), None),
     "a page that is none": (GOOD.replace(b"/Type /Page ", b"/Type /Font "), None),
 }
@@ -117,7 +131,9 @@ def test_bad_files_are_rejected_and_the_others_go_on(tmp_path, name):
 
 def test_damaged_bytes_raise_nothing_but_rejections(read):
     rng = np.random.default_rng(0)
-    good = np.frombuffer(make_pdf.pdf([table(20, 180, [80, 80, 80], [["name", "size", "colour"]] * 3)]), np.uint8)
+    good = np.frombuffer(
+        make_pdf.pdf([table(20, 180, [80, 80, 80], [["name", "size", "colour"]] * 3)]), np.uint8
+    )
     num_read = 0
     for _ in range(100):
         damaged = good.copy()
@@ -131,7 +147,9 @@ def test_pages_go_to_both_splits_and_each_that_cannot_be_used_has_its_reason(tmp
     (tmp_path / "in" / "b.pdf").write_bytes(make_pdf.pdf(["", text(20, 100, "not blank")]))
     (tmp_path / "in" / "c.pdf").write_bytes(make_pdf.encrypted())
     prepared = prepare(Pdf(holdout_by="page"), tmp_path / "in", holdout=0.5)
-    train, validation = ({record.id for record in prepared.records(split)} for split in ("train", "validation"))
+    train, validation = (
+        {record.id for record in prepared.records(split)} for split in ("train", "validation")
+    )
     assert len(train) > 3 < len(validation)
     assert train | validation == {"b-0002", *(f"a-{page:04d}" for page in range(1, 21))}
     assert prepared.reasons() == {
@@ -154,18 +172,31 @@ def test_a_blank_page_has_no_words(read):
 
 def test_text_is_kept_without_loss_and_photos_are_not(read):
     (drawn,) = read([text(20, 100, "drawn")])
-    assert drawn.images[0].startswith(b"\x89PNG") and Image.open(io.BytesIO(drawn.images[0])).mode == "L"
-    rng, (y, x, _) = np.random.default_rng(0), np.mgrid[:150, :200, :1]
-    photo = (128 + 90 * np.sin(x / 20 + [0, 1, 2]) * np.cos(y / 30) + rng.normal(0, 4, (150, 200, 3))).astype(np.uint8)
-    (scanned,) = read([make_pdf.IMAGE + text(20, 100, "over it")], image=(200, 150, photo.tobytes()))
-    assert scanned.images[0].startswith(b"\xff\xd8") and Image.open(io.BytesIO(scanned.images[0])).mode == "RGB"
+    assert (
+        drawn.images[0].startswith(b"\x89PNG")
+        and Image.open(io.BytesIO(drawn.images[0])).mode == "L"
+    )
+    rng = np.random.default_rng(0)
+    (y, x, _) = np.mgrid[:150, :200, :1]
+    photo = (
+        128 + 90 * np.sin(x / 20 + [0, 1, 2]) * np.cos(y / 30) + rng.normal(0, 4, (150, 200, 3))
+    ).astype(np.uint8)
+    (scanned,) = read(
+        [make_pdf.IMAGE + text(20, 100, "over it")], image=(200, 150, photo.tobytes())
+    )
+    assert (
+        scanned.images[0].startswith(b"\xff\xd8")
+        and Image.open(io.BytesIO(scanned.images[0])).mode == "RGB"
+    )
 
 
 def test_what_a_form_holds_is_part_of_the_page(read):
     (record,) = read([text(20, 100, "Name:")], field="Ada Lovelace")
     assert texts(record) == ["Name: Ada Lovelace"]
     name = words(record)[1]
-    assert (gray(record)[int(name.box[1]) : int(name.box[3]), int(name.box[0]) : int(name.box[2])] < 128).any()
+    assert (
+        gray(record)[int(name.box[1]) : int(name.box[3]), int(name.box[0]) : int(name.box[2])] < 128
+    ).any()
 
 
 def test_threads_take_turns_at_pdfium(tmp_path):
@@ -182,16 +213,23 @@ def test_threads_take_turns_at_pdfium(tmp_path):
 @pytest.mark.parametrize("size", [224, 384])
 @pytest.mark.parametrize("page", ["", "/Rotate 90"])
 def test_patches_are_labelled_with_the_words_that_they_show(read, tokenizer, size, page):
-    """Over a page that is cut, resized and padded: what is dark is labelled as text, what is far from ink as blank, and
-    the middle of every token lies in a patch that has it among its labels."""
+    """Over a page that is cut, resized and padded: what is dark is labelled as text, what is far
+    from ink as blank, and the middle of every token lies in a patch that has it among its
+    labels."""
     strings = ("Total 123.45", "What is it", "5.4 and 3.2")
     matrix, at = (
-        ("0 1 -1 0", [(70 + 60 * i, 20) for i in range(3)]) if page else ("1 0 0 1", [(20, y) for y in (150, 100, 50)])
+        ("0 1 -1 0", [(70 + 60 * i, 20) for i in range(3)])
+        if page
+        else ("1 0 0 1", [(20, y) for y in (150, 100, 50)])
     )
-    content = "".join(text(*place, string, 20, matrix) for place, string in zip(at, strings, strict=True))
+    content = "".join(
+        text(*place, string, 20, matrix) for place, string in zip(at, strings, strict=True)
+    )
     (record,) = read([content], 150, page=page)
     vision = VisionConfig(tile_height=size, tile_width=size, patch_height=14, patch_width=14)
-    tiles = images.tile_image(images.decode_image(record.images[0], ""), vision, 10, use_overview=True)
+    tiles = images.tile_image(
+        images.decode_image(record.images[0], ""), vision, 10, use_overview=True
+    )
     assert len(tiles.pixels) > 2 and not (tiles.scales == 1).any()
     ids, _, loss_weights = labels.patch_labels(record.lines[0], tiles, tokenizer, vision, 3, 0.2)
     rows, columns = vision.patch_grid
@@ -199,7 +237,9 @@ def test_patches_are_labelled_with_the_words_that_they_show(read, tokenizer, siz
     cut = tiles.pixels[:, : rows * 14, : columns * 14, 0].reshape(-1, rows, 14, columns, 14)
     assert is_text[(cut < 128).sum((2, 4)) > 14 * 14 / 4].all()
     is_inked = np.pad(cut.min((2, 4)) < 200, ((0, 0), (1, 1), (1, 1)))
-    is_near_ink = np.lib.stride_tricks.sliding_window_view(is_inked, (3, 3), axis=(1, 2)).any((3, 4))
+    is_near_ink = np.lib.stride_tricks.sliding_window_view(is_inked, (3, 3), axis=(1, 2)).any(
+        (3, 4)
+    )
     assert not is_text[~is_near_ink].any()
     found = []  # (in the overview, has the label)
     for word in words(record):

@@ -44,11 +44,16 @@ def test_lines_up_and_down_the_page(read):
 
 
 def test_a_script_from_right_to_left_keeps_its_order():
-    placed = [PlacedWord(Word(word, (x, 0.0, x + 10, 10.0)), False) for word, x in (("שלום", 80.0), ("עולם", 60.0))]
+    placed = [
+        PlacedWord(Word(word, (x, 0.0, x + 10, 10.0)), False)
+        for word, x in (("שלום", 80.0), ("עולם", 60.0))
+    ]
     assert [[word.text for word in line] for line in read_lines(placed, [])] == [["שלום", "עולם"]]
 
 
 def test_many_blocks_are_read_in_reasonable_time():
     """Lines that climb up the page are a block each."""
-    placed = [PlacedWord(Word("x", (0.0, -12.0 * i, 10.0, 10 - 12.0 * i)), False) for i in range(20_000)]
+    placed = [
+        PlacedWord(Word("x", (0.0, -12.0 * i, 10.0, 10 - 12.0 * i)), False) for i in range(20_000)
+    ]
     assert len(read_lines(placed, [])) == 20_000

@@ -6,7 +6,12 @@ from tests.ingest.formats.pdf import make_pdf
 from tests.ingest.formats.pdf.make_pdf import rule, table, text
 from tests.ingest.formats.pdf.read_pdf import texts
 
-FRUIT = [["name", "size", "colour"], ["apple", "12 cm", "red"], ["pear", "9 cm", ""], ["plum", "4 cm", "deep\nblue"]]
+FRUIT = [
+    ["name", "size", "colour"],
+    ["apple", "12 cm", "red"],
+    ["pear", "9 cm", ""],
+    ["plum", "4 cm", "deep\nblue"],
+]
 ASKED = {
     "In the row where name is 'apple', what is size?": "12 cm",
     "In the row where name is 'apple', what is colour?": "red",
@@ -86,12 +91,15 @@ def test_a_table_is_read_by_rows_and_what_stands_around_it_in_order(read):
 NO_TABLES = {
     "no columns": "".join(rule(20, y, 260, y) for y in (180, 160, 140, 120, 100)),
     "no rows": "".join(rule(x, 100, x, 180) for x in (20, 100, 180, 260)),
-    "a box": "".join(rule(20, y, 260, y) for y in (180, 160, 140)) + "".join(rule(x, 140, x, 180) for x in (100, 180)),
+    "a box": "".join(rule(20, y, 260, y) for y in (180, 160, 140))
+    + "".join(rule(x, 140, x, 180) for x in (100, 180)),
     "areas": "0.7 g " + "".join(f"{x} {y} 80 20 re f " for x, y in GRID),
     "a drawing": RULES["cell by cell"] + "10 10 m 11 11 l " * 20_000 + "S\n",
     "other columns in every row": "".join(rule(20, y, 260, y) for y in (180, 160, 140, 120, 100))
     + "".join(
-        rule(20 + x + 9 * row, 180 - 20 * row, 20 + x + 9 * row, 160 - 20 * row) for row in range(4) for x in (70, 140)
+        rule(20 + x + 9 * row, 180 - 20 * row, 20 + x + 9 * row, 160 - 20 * row)
+        for row in range(4)
+        for x in (70, 140)
     ),
 }
 

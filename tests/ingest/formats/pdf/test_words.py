@@ -6,16 +6,35 @@ import pytest
 from tests.ingest.formats.pdf.make_pdf import table, text
 from tests.ingest.formats.pdf.read_pdf import gray, texts, words
 
-TABLE = [["name", "size", "colour"], ["apple", "12 cm", "red"], ["pear", "9 cm", ""], ["plum", "4 cm", "deep\nblue"]]
-ROTATED = "".join(text(x, 30, string, matrix="0 1 -1 0") for x, string in ((60, "First line"), (90, "second, below")))
+TABLE = [
+    ["name", "size", "colour"],
+    ["apple", "12 cm", "red"],
+    ["pear", "9 cm", ""],
+    ["plum", "4 cm", "deep\nblue"],
+]
+ROTATED = "".join(
+    text(x, 30, string, matrix="0 1 -1 0")
+    for x, string in ((60, "First line"), (90, "second, below"))
+)
 PAGES = {
-    "plain": ({}, text(20, 150, "Total: 12 gyp") + text(20, 100, "large", 40) + text(20, 60, "f\xe9e \xc5ngstr\xf6m")),
+    "plain": (
+        {},
+        text(20, 150, "Total: 12 gyp")
+        + text(20, 100, "large", 40)
+        + text(20, 60, "f\xe9e \xc5ngstr\xf6m"),
+    ),
     "rotated": ({"page": "/Rotate 90"}, ROTATED),
     "upside_down": ({"page": "/Rotate 180"}, text(250, 100, "upright again", matrix="-1 0 0 -1")),
     "three_quarters": ({"page": "/Rotate 270"}, text(100, 150, "third turn", matrix="0 -1 1 0")),
-    "cropped": ({"page": "/CropBox [30.5 20 250 180]"}, text(60, 150, "inside") + text(260, 100, "outside")),
+    "cropped": (
+        {"page": "/CropBox [30.5 20 250 180]"},
+        text(60, 150, "inside") + text(260, 100, "outside"),
+    ),
     "scaled": ({}, text(20, 100, "wide", 1, "30 0 0 15") + text(20, 50, "tall", 1, "10 0 0 30")),
-    "sideways": ({}, text(50, 20, "upwards", matrix="0 1 -1 0") + text(90, 150, "downwards", matrix="0 -1 1 0")),
+    "sideways": (
+        {},
+        text(50, 20, "upwards", matrix="0 1 -1 0") + text(90, 150, "downwards", matrix="0 -1 1 0"),
+    ),
     "table": ({}, table(20, 180, [80, 80, 80], TABLE)),
     "coloured": ({}, "1 0 0 rg " + text(20, 100, "red") + "0 0 1 rg " + text(80, 100, "blue")),
 }
@@ -35,7 +54,10 @@ def test_words_lie_on_the_ink_and_all_ink_is_in_words(read, name, dpi):
         assert dark[inside].any(), word
         # The box is no larger than the letters: ink reaches its sides, and it is a line high.
         columns = np.flatnonzero(dark[inside].any(0))
-        assert columns[0] <= 0.1 * (bottom - top) + 2 and columns[-1] >= right - left - 0.1 * (bottom - top) - 3
+        assert (
+            columns[0] <= 0.1 * (bottom - top) + 2
+            and columns[-1] >= right - left - 0.1 * (bottom - top) - 3
+        )
         rest[inside] = False
     assert not rest.any()
 
@@ -49,7 +71,9 @@ def test_edges_part_the_letters(read, name):
     for word in words(record):
         assert len(word.edges) == len(word.text) + 1
         assert list(word.edges) == sorted(word.edges)
-        assert (word.edges[0], word.edges[-1]) == pytest.approx((word.box[0], word.box[2]), abs=0.02)
+        assert (word.edges[0], word.edges[-1]) == pytest.approx(
+            (word.box[0], word.box[2]), abs=0.02
+        )
         rows = slice(int(word.box[1]), int(word.box[3]) + 1)
         for start, stop in itertools.pairwise(word.edges):
             assert dark[rows, int(start) : int(stop) + 1].any()
@@ -74,7 +98,8 @@ def test_what_is_not_seen_is_not_read(read):
 
 
 def test_recognised_text_counts_where_only_the_scan_shows_it(read):
-    """The word of the scan is drawn as boxes; its text is invisible, as is a second one on top of visible text."""
+    """The word of the scan is drawn as boxes; its text is invisible, as is a second one on top of
+    visible text."""
     scan = "".join(f"{x} 100 4 9 re f\n" for x in range(50, 80, 6))
     (record,) = read([scan + text(48, 100, "scan", 14, operators="3 Tr") + text(150, 100, "text")
                       + text(150, 100, "hidden", operators="3 Tr")])  # fmt: skip
@@ -92,7 +117,10 @@ def test_recognised_text_counts_where_only_the_scan_shows_it(read):
     ],
 )
 def test_characters_become_what_is_seen(read, codes, differences, expected):
-    font = f"/Encoding << /Type /Encoding /BaseEncoding /WinAnsiEncoding /Differences [{differences}] >>"
+    font = (
+        "/Encoding << /Type /Encoding /BaseEncoding /WinAnsiEncoding /Differences "
+        f"[{differences}] >>"
+    )
     (record,) = read([text(20, 100, codes)], font=font)
     assert texts(record) == [expected]
     for word in words(record):
@@ -117,7 +145,9 @@ def test_characters_become_what_is_seen(read, codes, differences, expected):
     ],
 )
 def test_unicode_of_a_glyph(read, meaning, expected):
-    (found,) = read([text(20, 100, "a*b") + text(20, 50, "more that can be read " * 3)], meanings={"*": meaning})
+    (found,) = read(
+        [text(20, 100, "a*b") + text(20, 50, "more that can be read " * 3)], meanings={"*": meaning}
+    )
     assert texts(found)[: -1 if expected is None else 1] == (expected or [])
 
 
@@ -135,9 +165,12 @@ def test_what_one_glyph_shows_shares_its_width(read):
     assert widths[1:4] == pytest.approx([widths[1]] * 3, abs=0.02) and widths[1] > 1
 
 
-@pytest.mark.parametrize(("pulled", "has_edges"), [("[(a) 700 (b) 0 (c)]", True), ("[(a) 1150 (b) 1150 (c)]", False)])
+@pytest.mark.parametrize(
+    ("pulled", "has_edges"), [("[(a) 700 (b) 0 (c)]", True), ("[(a) 1150 (b) 1150 (c)]", False)]
+)
 def test_letters_that_go_back(read, pulled, has_edges):
-    """Kerning may put a letter left of the one before it; a script from right to left has no edges that rise."""
+    """Kerning may put a letter left of the one before it; a script from right to left has no edges
+    that rise."""
     (record,) = read([f"BT /F1 40 Tf 100 100 Td {pulled} TJ ET"])
     (word,) = words(record)
     assert sorted(word.text) == ["a", "b", "c"]
