@@ -13,7 +13,7 @@ import pytest
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import presets
-from alignvlm_jax.config import checks, describing
+from alignvlm_jax.config import checks, describing, renamed
 from alignvlm_jax.errors import UserError
 
 CONFIG_FILES = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -25,7 +25,7 @@ GIVEN = {
         "llm": dataclasses.asdict(presets.LLM["tiny"]),
         "image_token_id": 4,
     },
-    "data": {"dir": "data/mine", "row_length": 192, "max_tiles": 2},
+    "data": {"dir": "data/mine", "seq_len": 192, "max_tiles": 2},
     "optim": {"learning_rate": 2e-3},
     "train": {"num_steps": 1000, "batch_size": 32},
 }
@@ -68,7 +68,7 @@ def test_defaults():
         model=dataclasses.replace(
             defaults.model, vision=presets.VISION["tiny"], llm=presets.LLM["tiny"], image_token_id=4
         ),
-        data=config_lib.DataConfig(dir="data/mine", row_length=192, max_tiles=2),
+        data=config_lib.DataConfig(dir="data/mine", seq_len=192, max_tiles=2),
         optim=config_lib.OptimConfig(learning_rate=2e-3),
         train=config_lib.TrainConfig(num_steps=1000, batch_size=32),
     )
@@ -99,7 +99,7 @@ def test_what_must_be_given():
     assert others == {
         "model.image_token_id",
         "data.dir",
-        "data.row_length",
+        "data.seq_len",
         "data.max_tiles",
         "optim.learning_rate",
         "train.num_steps",
@@ -296,9 +296,9 @@ def test_numbers_and_lists_are_taken_as_meant():
             r"connectors\.ovis\.visual_vocab_size is '3' of type str",
         ),
         (
-            "train.visual_input",
+            "train.visual_source",
             "pixel",
-            r"config\.train\.visual_input is 'pixel'; did you mean 'pixels'\?",
+            r"config\.train\.visual_source is 'pixel'; did you mean 'pixels'\?",
         ),
         (
             "model.vision.tile_height",
@@ -321,14 +321,14 @@ def test_numbers_and_lists_are_taken_as_meant():
             r"model\.llm\.num_heads 4 is not a multiple of num_kv_heads 3; .*: (2|4)$",
         ),
         (
-            "train.accumulation",
+            "train.grad_accum_steps",
             5,
-            r"train\.batch_size 32 is not a multiple of accumulation 5; .*: 4$",
+            r"train\.batch_size 32 is not a multiple of grad_accum_steps 5; .*: 4$",
         ),
         (
-            "train.accumulation",
+            "train.grad_accum_steps",
             0,
-            r"train\.batch_size 32 is not a multiple of accumulation 0; .*: 1$",
+            r"train\.batch_size 32 is not a multiple of grad_accum_steps 0; .*: 1$",
         ),
         ("train.batch_size", 0, r"config\.train\.batch_size is 0; it must be at least 1"),
         ("train.num_steps", 0, r"config\.train\.num_steps is 0; it must be at least 1"),
@@ -376,14 +376,14 @@ def test_numbers_and_lists_are_taken_as_meant():
             r"config\.model\.llm\.head_dim is 5; rotary embedding needs an even number",
         ),
         (
-            "data.row_length",
+            "data.seq_len",
             64,
-            r"config\.data\.row_length 64 leaves no room for text: 2 tiles take 64 slots",
+            r"config\.data\.seq_len 64 leaves no room for text: 2 tiles are 64 image tokens",
         ),
         (
             "data.max_tiles",
             7,
-            r"config\.data\.row_length 192 leaves no room for text: 7 tiles take 224 slots",
+            r"config\.data\.seq_len 192 leaves no room for text: 7 tiles are 224 image tokens",
         ),
         ("seed", -1, r"config\.seed is -1; it must be at least 0"),
         ("optim.learning_rate", 0.0, r"config\.optim\.learning_rate is 0\.0; it must be above 0"),
@@ -413,7 +413,11 @@ def test_numbers_and_lists_are_taken_as_meant():
         ("data.num_threads", 0, r"config\.data\.num_threads is 0; it must be at least 1"),
         ("data.prefetch", 0, r"config\.data\.prefetch is 0; it must be at least 1"),
         ("data.blank_weight", -1.0, r"config\.data\.blank_weight is -1\.0; it must be at least 0"),
-        ("train.validation_rows", 0, r"config\.train\.validation_rows is 0; it must be at least 1"),
+        (
+            "train.validation_sequences",
+            0,
+            r"config\.train\.validation_sequences is 0; it must be at least 1",
+        ),
         (
             "train.patch_token_weight",
             -1.0,
@@ -421,20 +425,20 @@ def test_numbers_and_lists_are_taken_as_meant():
         ),
         ("train.z_loss", -1.0, r"config\.train\.z_loss is -1\.0; it must be at least 0"),
         (
-            "model.vocab_form",
-            "block",
-            r"config\.model\.vocab_form is 'block'; did you mean 'blockwise'\?",
+            "model.vocab_impl",
+            "chunk",
+            r"config\.model\.vocab_impl is 'chunk'; did you mean 'chunked'\?",
         ),
         (
-            "model.vocab_block_mib",
+            "model.chunk_size_mib",
             0.0,
-            r"config\.model\.vocab_block_mib is 0\.0; it must be above 0",
+            r"config\.model\.chunk_size_mib is 0\.0; it must be above 0",
         ),
         ("model.llm.padded_rows", 128, r"padded_rows 128 leaves no word of vocab_size 128"),
         (
             "optim.learning_rate_scale",
             {"visoin": 0.1},
-            r"learning_rate_scale\.visoin is no part .*did you mean 'vision'",
+            r"learning_rate_scale\.visoin is no component .*did you mean 'vision'",
         ),
         (
             "optim.learning_rate_scale",
@@ -453,13 +457,17 @@ def test_numbers_and_lists_are_taken_as_meant():
             {"answer": 0.0},
             r"config\.data\.tasks \{'answer': 0\.0\} has no positive weight",
         ),
-        ("data.packing", "planned", r"config\.data\.packing is 'planned'; did you mean 'plan'\?"),
-        ("data.loss_by", "tokens", r"config\.data\.loss_by is 'tokens'; did you mean 'token'\?"),
+        ("data.packing", "ofline", r"config\.data\.packing is 'ofline'; did you mean 'offline'\?"),
+        (
+            "data.loss_normalisation",
+            "tokens",
+            r"config\.data\.loss_normalisation is 'tokens'; did you mean 'token'\?",
+        ),
         ("data.temperature", 0.0, r"config\.data\.temperature is 0\.0; it must be above 0"),
         (
             "data.record_tiles",
             3,
-            r"config\.data\.record_tiles is 3; a row has config\.data\.max_tiles 2 of them",
+            r"config\.data\.record_tiles is 3; a packed sequence has config\.data\.max_tiles 2 of them",
         ),
         ("data.record_tiles", -1, r"config\.data\.record_tiles is -1; it must be at least 0"),
         ("data.sources", {"a": {}}, r"config\.data\.sources\.a\.dir is empty"),
@@ -515,13 +523,13 @@ def test_impossible_fields(path, value, message):
 
 
 def test_smallest_row_that_leaves_room():
-    assert read(data__row_length=65).data.row_length == 65
+    assert read(data__seq_len=65).data.seq_len == 65
 
 
 def test_patches_of_a_tile():
     vision = config_lib.VisionConfig(tile_height=32, tile_width=128, patch_height=16, patch_width=8)
     assert vision.patch_grid == (2, 16) and vision.num_patches == 32
-    assert config_lib.ModelConfig(vision=vision).slots_per_tile == 32
+    assert config_lib.ModelConfig(vision=vision).tokens_per_tile == 32
 
 
 # Comments.
@@ -598,10 +606,10 @@ def connector(name: str, **options) -> config_lib.Config:
 )
 def test_slots_follow_from_the_connector(name, options, slots):
     config = connector(name, **options)
-    assert config.model.slots_per_tile == config.slots_per_tile == slots
+    assert config.model.tokens_per_tile == config.tokens_per_tile == slots
     # From labels comes one token for each patch, whatever the connector would make of them.
-    train = dataclasses.replace(config.train, visual_input="labels")
-    assert dataclasses.replace(config, train=train).slots_per_tile == 32
+    train = dataclasses.replace(config.train, visual_source="oracle")
+    assert dataclasses.replace(config, train=train).tokens_per_tile == 32
 
 
 @pytest.mark.parametrize(
@@ -611,7 +619,7 @@ def test_slots_follow_from_the_connector(name, options, slots):
          r"nearest that fit: tile_width 120, or merged_columns 4$"),
         ("c_abstractor", {}, r"pooled_rows is 12 and a tile has 2 rows of patches; at most 2$"),
         ("c_abstractor", {"pooled_rows": 2, "pooled_columns": 17}, r"pooled_columns is 17 and a tile has 16 columns"),
-        ("perceiver", {"num_latents": 96}, r"row_length 192 leaves no room for text: 2 tiles take 192 slots"),
+        ("perceiver", {"num_latents": 96}, r"seq_len 192 leaves no room for text: 2 tiles are 192 image tokens"),
     ],
 )  # fmt: skip
 def test_a_connector_that_does_not_fit_the_tile(name, options, message):
@@ -623,7 +631,7 @@ def test_options_of_other_connectors_are_kept_for_them_and_not_looked_at():
     """As a sweep has them that changes the name alone; also where they stand as older versions
     wrote them."""
     config = connector("mlp", merged_columns=5, pooled_rows=99, num_blocks=3)
-    assert config.model.slots_per_tile == 32
+    assert config.model.tokens_per_tile == 32
     assert config.model.connector == config_lib.connector("mlp")
     assert config.model.connectors == {
         "h_reducer": {"merged_columns": 5},
@@ -816,7 +824,59 @@ def test_a_config_json_from_before_fields_had_to_be_given_is_read():
     for fields in (old, new):
         del fields["model"]["connector"]
     del new["model"]["connectors"]
+    old = renamed.stage(old)
     assert new == old
+
+
+def old_names(fields: dict) -> dict:
+    """The fields of a stage with every name and value that was ever called otherwise."""
+    old = json.loads(json.dumps(fields))
+    for before, now in renamed.FIELDS.items():
+        group, name = now.split(".")
+        value = old[group].pop(name)
+        values = {new: was for was, new in renamed.VALUES.get(now, {}).items()}
+        old[group][before.split(".")[1]] = values.get(value, value)
+    packing = {"offline": "plan"}
+    old["data"]["packing"] = packing.get(old["data"]["packing"], old["data"]["packing"])
+    return old
+
+
+def test_stored_configs_are_read_under_their_old_names():
+    config = read(
+        data__packing="offline",
+        data__seq_len=999,
+        model__vocab_impl="chunked",
+        train__visual_source="oracle",
+        train__grad_accum_steps=2,
+    )
+    [fields] = config_lib.to_json((config,))
+    old = old_names(fields)
+    assert {"row_length", "loss_by"} <= old["data"].keys() and old["data"]["packing"] == "plan"
+    assert old["train"]["visual_input"] == "labels" and old["model"]["vocab_form"] == "blockwise"
+    assert config_lib.from_json([old]) == (config,)
+    [plain] = json.loads(json.dumps([fields]))
+    assert config_lib.current_form([old]) == config_lib.current_form([plain])
+
+
+def test_every_new_name_is_a_field_and_no_old_one_is():
+    [fields] = config_lib.to_json((read(),))
+    for old, new in renamed.FIELDS.items():
+        (group, before), (same, now) = old.split("."), new.split(".")
+        assert group == same and now in fields[group] and before not in fields[group]
+    for path in renamed.VALUES:
+        assert set(renamed.VALUES[path].values()) <= set(checks.CHOICES[path])
+        assert not set(renamed.VALUES[path]) & set(checks.CHOICES[path])
+
+
+@pytest.mark.parametrize(("old", "new"), renamed.FIELDS.items())
+def test_an_old_name_in_a_config_file_is_refused_with_the_new_one(old, new):
+    with pytest.raises(UserError, match=rf"config\.{old}: it is called config\.{new} now$"):
+        read(**{old.replace(".", "__"): 1})
+
+
+def test_an_old_value_is_refused_with_the_new_one():
+    with pytest.raises(UserError, match=r"packing is 'plan': it is called 'offline' now$"):
+        read(data__packing="plan")
 
 
 def test_a_config_json_that_lacks_a_field_says_so():
@@ -838,7 +898,7 @@ def test_json_of_another_version_names_the_field():
 def test_presets(part):
     for preset in {"vision": presets.VISION, "llm": presets.LLM}[part].values():
         config_dict = complete_config_dict()
-        config_dict.data.row_length = 2**20  # room for tiles of any size
+        config_dict.data.seq_len = 2**20  # room for tiles of any size
         config_lib.set_preset(config_dict.model[part], preset)
         [stage] = config_lib.from_config_dict(config_dict)
         assert getattr(stage.model, part) == preset

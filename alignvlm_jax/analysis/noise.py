@@ -135,7 +135,7 @@ def pages_asked_about(loaded: Loaded, split: str) -> list[Record]:
     return [records[index] for index in sorted({question.record for question in questions})]
 
 
-def ask(asker: Runner, loaded: Loaded, split: str, disturbance: Disturbance) -> Predictions:
+def ask(evaluator: Runner, loaded: Loaded, split: str, disturbance: Disturbance) -> Predictions:
     """Returns the answers to a split's questions, disturbed; they stay in analysis/noise/ of the
     workdir."""
 
@@ -144,7 +144,7 @@ def ask(asker: Runner, loaded: Loaded, split: str, disturbance: Disturbance) -> 
 
     path = base.folder(loaded) / "noise" / f"{split}_{disturbance.file}.jsonl"
     trial = Trial(path, {"noise": disturbance.header()}, page=disturbance.page, inputs=inputs)
-    return asker.evaluate_trial(split, trial, f"{split}, {disturbance.file.replace('_', ' ')}")
+    return evaluator.evaluate_trial(split, trial, f"{split}, {disturbance.file.replace('_', ' ')}")
 
 
 def patch_side(loaded: Loaded, pages: Sequence[Record]) -> float:
@@ -174,8 +174,8 @@ def _none(seed: int) -> Disturbance:
 
 
 def _scores(loaded: Loaded, split: str, trials: Sequence[Disturbance]) -> list[dict[str, Any]]:
-    asker = Runner(loaded, loaded.config)
-    results = [ask(asker, loaded, split, trial) for trial in trials]
+    evaluator = Runner(loaded, loaded.config)
+    results = [ask(evaluator, loaded, split, trial) for trial in trials]
     return [
         {
             "anls": result.mean("score"),

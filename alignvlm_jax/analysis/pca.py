@@ -35,7 +35,7 @@ class Components:
 
     mean: np.ndarray
     directions: np.ndarray
-    shares: np.ndarray
+    fractions: np.ndarray
 
     def project(self, vectors: np.ndarray) -> np.ndarray:
         """Returns the coordinates of vectors [n, D], [n, k]."""
@@ -60,21 +60,21 @@ def measure(
     """
     patch_tokens.check(loaded.config)
     used = vocabulary.usage(loaded, pages, num_pages)
-    num_words = loaded.config.model.llm.num_words
-    table = np.float64(jax.device_get(loaded.params["llm"]["embed"]["table"]))[:num_words]
-    chosen = used.kept("highest", threshold)[:num_words]
+    unpadded_vocab_size = loaded.config.model.llm.unpadded_vocab_size
+    table = np.float64(jax.device_get(loaded.params["llm"]["embed"]["table"]))[:unpadded_vocab_size]
+    chosen = used.kept("highest", threshold)[:unpadded_vocab_size]
     whole = components(table, NUM_COMPONENTS)
     sets = word_sets(loaded, chosen, pages, seed)
     rng = np.random.default_rng(seed)
     return {
-        "num_words": num_words,
+        "num_words": unpadded_vocab_size,
         "num_chosen": int(chosen.sum()),
-        "num_components": len(whole.shares),
-        "shares": whole.shares.tolist(),
+        "num_components": len(whole.fractions),
+        "shares": whole.fractions.tolist(),
         "sets": {name: coverage(table, words, rng) for name, words in sets.items()},
         "points": {
             name: whole.project(table[sample(words, rng)])[:, :2].round(5).tolist()
-            for name, words in {"all": np.arange(num_words), **sets}.items()
+            for name, words in {"all": np.arange(unpadded_vocab_size), **sets}.items()
         },
     }
 
@@ -93,15 +93,17 @@ def word_sets(loaded: Loaded, chosen: np.ndarray, pages: str, seed: int) -> dict
     }
 
 
-def word_counts(loaded: Loaded, split: str, num_words: int) -> np.ndarray:
+def word_counts(loaded: Loaded, split: str, unpadded_vocab_size: int) -> np.ndarray:
     """Returns how often each word stands in the documents of a split, int [num_words]."""
-    counts = np.zeros(num_words, int)
+    counts = np.zeros(unpadded_vocab_size, int)
     records = shards.RecordSource(loaded.config.data.dir, split)
     for record in map(records.__getitem__, range(len(records))):
         shown = [" ".join(word.text for word in line) for page in record.lines for line in page]
         said = [text for turn in record.turns for text in (turn.question, *turn.answers)]
         for text in shown + said:
-            counts += np.bincount(loaded.tokenizer.encode(text), minlength=num_words)[:num_words]
+            counts += np.bincount(loaded.tokenizer.encode(text), minlength=unpadded_vocab_size)[
+                :unpadded_vocab_size
+            ]
     return counts
 
 
@@ -179,10 +181,10 @@ def _draw_points(axes: Axes, found: Mapping[str, Any]) -> None:
         label=f"{found['num_chosen']:,} chosen",
     )
     axes.set_title("Text embeddings")
-    for share, name, label in zip(
+    for fraction, name, label in zip(
         found["shares"], ("first", "second"), (axes.set_xlabel, axes.set_ylabel), strict=False
     ):
-        label(f"{name} component, {share:.1%} of the variance")
+        label(f"{name} component, {fraction:.1%} of the variance")
     axes.legend(
         loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, markerscale=1.8, handletextpad=0.1
     )

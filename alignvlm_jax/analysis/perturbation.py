@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from alignvlm_jax.data import images
-from alignvlm_jax.data.examples import Row
+from alignvlm_jax.data.examples import PackedSequence
 from alignvlm_jax.data.record import Record
 from alignvlm_jax.inference import tiles as tiles_lib
 from alignvlm_jax.inference.loading import Loaded
@@ -47,7 +47,7 @@ class Disturbance:
         """Returns the record as it is shown."""
         return record
 
-    def inputs(self, name: str) -> Row:
+    def inputs(self, name: str) -> PackedSequence:
         """Returns the arrays that disturb the prompt of this name within the model."""
         return {}
 
@@ -68,7 +68,7 @@ class FeatureNoise(Disturbance):
     def header(self) -> dict[str, Any]:
         return {"sigma": self.size, "seed": self.seed}
 
-    def inputs(self, name: str) -> Row:
+    def inputs(self, name: str) -> PackedSequence:
         if not self.size:  # Adding 0 would be another program, which rounds otherwise.
             return {}
         return {"noise_sigma": np.float32(self.size), "noise_seed": np.uint32(self._seed(name))}

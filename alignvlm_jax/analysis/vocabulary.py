@@ -127,12 +127,12 @@ def measure(
     kept = {by: found.kept(by, threshold) for by in ("mean", "highest")}
     everything = np.ones_like(kept["mean"])
     trials = {"all": everything} | kept
-    asker = Runner(loaded, loaded.config)
+    evaluator = Runner(loaded, loaded.config)
     return {
         **found.facts(),
         "top_words": found.top_words(loaded.tokenizer),
         "pruning": [
-            {"words": name} | ask(asker, loaded, split, words) for name, words in trials.items()
+            {"words": name} | ask(evaluator, loaded, split, words) for name, words in trials.items()
         ],
     }
 
@@ -156,14 +156,14 @@ def usage(loaded: Loaded, split: str, num_pages: int) -> Usage:
     return Usage(total / len(entropies), highest, entropies, top_counts)
 
 
-def ask(asker: Runner, loaded: Loaded, split: str, words: np.ndarray) -> dict[str, Any]:
+def ask(evaluator: Runner, loaded: Loaded, split: str, words: np.ndarray) -> dict[str, Any]:
     """Returns the scores on a split of the model whose patches have only these words, bool [V]; the
     softmax is over them alone. The answers stay in analysis/vocabulary/ of the workdir."""
     code = zlib.crc32(np.packbits(words).tobytes())
     path = base.folder(loaded) / "vocabulary" / f"{split}_{words.sum()}_words_{code:08x}.jsonl"
     header = {"kept_words": int(words.sum()), "kept_words_crc32": code}
     trial = Trial(path, header, variables=vlm.pruning(words))
-    result = asker.evaluate_trial(split, trial, f"{split}, {words.sum():,} words")
+    result = evaluator.evaluate_trial(split, trial, f"{split}, {words.sum():,} words")
     return {
         "num_words": int(words.sum()),
         "anls": result.mean("score"),
@@ -221,8 +221,8 @@ def _draw_words(axes: Axes, found: Mapping[str, Any]) -> None:
 
 def _draw_entropies(axes: Axes, found: Mapping[str, Any]) -> None:
     histogram = found["entropy_histogram"]
-    shares = np.array(histogram["patches"]) / found["num_patches"]
-    axes.stairs(shares, histogram["edges"], fill=True, color=plotting.COLORS[0])
+    fractions = np.array(histogram["patches"]) / found["num_patches"]
+    axes.stairs(fractions, histogram["edges"], fill=True, color=plotting.COLORS[0])
     axes.set_title("Entropy of a patch's distribution")
     axes.set_xlabel("bits")
     axes.set_ylabel("patches")

@@ -245,11 +245,11 @@ def collect(
       count: of the rows.
       things: what rows are of, in the plural.
     """
-    if finished := _finished(path, header, count, is_claimed=False):
+    if finished := _finished(path, header, count, is_locked=False):
         return finished
-    with _claimed(path, name):
+    with _locked(path, name):
         # Another process may have made it while this one waited.
-        if finished := _finished(path, header, count, is_claimed=True):
+        if finished := _finished(path, header, count, is_locked=True):
             return finished
         writer = Writer(path, header, count) if distributed.is_main() else Collector(header)
         writer.predictions.rows[:] = exchange.from_main(writer.predictions.rows)
@@ -263,14 +263,14 @@ def collect(
 
 
 def _finished(
-    path: Path, header: dict[str, Any], count: int, *, is_claimed: bool
+    path: Path, header: dict[str, Any], count: int, *, is_locked: bool
 ) -> Predictions | None:
     """What is at `path`, if it was made in this way and is whole; where it is not, and is about to
     be made, says so."""
     found = read(path) if distributed.is_main() else None
     is_same = found is not None and made_alike(found.header, header)
     is_whole = is_same and len(found.rows) == count
-    if is_same and not is_whole and is_claimed:
+    if is_same and not is_whole and is_locked:
         print(
             f"{path} has {len(found.rows):,} of {count:,} rows, and is made anew", file=sys.stderr
         )
@@ -279,7 +279,7 @@ def _finished(
 
 
 @contextlib.contextmanager
-def _claimed(path: Path, name: str) -> Iterator[None]:
+def _locked(path: Path, name: str) -> Iterator[None]:
     """While entered, nobody else makes what is to be at `path`: two would write each other's
     file."""
     with contextlib.ExitStack() as held:

@@ -39,7 +39,7 @@ class Trial:
     path: Path
     header: Mapping[str, Any]
     page: Callable[[Record], Record] = lambda record: record
-    inputs: Callable[[Question], examples.Row] = lambda question: {}
+    inputs: Callable[[Question], examples.PackedSequence] = lambda question: {}
     variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -53,7 +53,7 @@ class Runner:
         self._config = config
         self._sampler = loaded.sampler()
         most = config.eval.batch_size
-        self._batch_size = loading.batch_size(most, most, loaded.batch_ways)
+        self._batch_size = loading.batch_size(most, most, loaded.data_parallel_size)
 
     def evaluate(self, split: str, blind: bool) -> Predictions:
         """Returns the predictions on a split, and leaves them in the workdir; questions already
@@ -61,7 +61,7 @@ class Runner:
 
         Raises:
           UserError: the split is missing or has no questions, or a question does not fit
-            `data.row_length`.
+            `data.seq_len`.
         """
         path = predictions.path_of(loading.workdir_of(self._loaded.path), split, blind)
         name = f"{split}, blank pages" if blind else split
@@ -148,18 +148,18 @@ class Runner:
         # Little to gain; and in another shape sums are rounded in another way.
         if config.data.packing == "none":
             return config
-        num_slots = config.data.tiles_of_a_record * config.model.slots_per_tile
+        num_slots = config.data.tiles_of_a_record * config.model.tokens_per_tile
         image_id = config.model.image_token_id
         longest = max(
             len(chat.encode_prompt(tokenizer, text, num_slots, image_id)) for text in set(texts)
         )
-        length = min(-(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE, config.data.row_length)
-        return dataclasses.replace(config, data=dataclasses.replace(config.data, row_length=length))
+        length = min(-(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE, config.data.seq_len)
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=length))
 
     def _answer(
         self, records: Sequence[Record], questions: Sequence[Question], trial: Trial, config: Config
     ) -> list[dict[str, Any]]:
-        def build(number: int) -> examples.Row:
+        def build(number: int) -> examples.PackedSequence:
             question = questions[number]
             page = trial.page(records[question.record])
             prompt = examples.build_prompt(
@@ -187,14 +187,14 @@ class Runner:
     ) -> list[dict[str, Any]]:
         tokenizer = self._loaded.tokenizer
 
-        def build(number: int) -> examples.Row:
+        def build(number: int) -> examples.PackedSequence:
             question = questions[number]
             text = benchmark.task.prompt.format(question=question.turn.question)
             return examples.build_prompt(
                 benchmark.records[question.record], text, config, tokenizer
             )
 
-        def stand_in() -> examples.Row:
+        def stand_in() -> examples.PackedSequence:
             return examples.build_prompt(Image.new("RGB", (1, 1), "white"), "", config, tokenizer)
 
         found = []

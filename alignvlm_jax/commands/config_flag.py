@@ -10,7 +10,7 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 from alignvlm_jax import config as config_lib
-from alignvlm_jax.config import Config
+from alignvlm_jax.config import Config, renamed
 from alignvlm_jax.errors import UserError, nearest
 
 HELP = (
@@ -136,7 +136,8 @@ def _lookup(config: ml_collections.ConfigDict, names: list[str], path: str) -> A
     for name in names:
         known = value.keys() if isinstance(value, ml_collections.ConfigDict) else ()
         if name not in known:
-            raise UserError(f"unknown config field config.{path}{nearest(name, known)}")
+            near = renamed.hint(path) or nearest(name, known)
+            raise UserError(f"unknown config field config.{path}{near}")
         value = value[name]
     return value
 

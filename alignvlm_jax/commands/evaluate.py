@@ -57,11 +57,11 @@ def _evaluate_splits(args: argparse.Namespace) -> None:
     )
     loaded = loading.load(args.checkpoint, config)
     config = _asked(loaded.config, args)
-    asker = runner.Runner(loaded, config)
+    evaluator = runner.Runner(loaded, config)
     with _stoppable():
         for split in config.eval.splits:
             for blind in (False, True):
-                asker.evaluate(split, blind)
+                evaluator.evaluate(split, blind)
     if not distributed.is_main():
         return
     results = _summarize(loaded, config)
@@ -84,12 +84,14 @@ def _evaluate_tasks(args: argparse.Namespace) -> None:
     )
     config = loading.load_config(args.checkpoint)
     loaded = loading.load(args.checkpoint, config)
-    asker = runner.Runner(loaded, loaded.config)
+    evaluator = runner.Runner(loaded, loaded.config)
     reader = text_bpb.Reader(loaded)
     results = {}
     with _stoppable():
         for one in opened:
-            measure = reader.measure if isinstance(one, text_bpb.HeldOut) else asker.evaluate_task
+            measure = (
+                reader.measure if isinstance(one, text_bpb.HeldOut) else evaluator.evaluate_task
+            )
             results[one.task.name] = measure(one)
     if not distributed.is_main():
         return

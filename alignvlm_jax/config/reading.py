@@ -10,6 +10,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from alignvlm_jax.config import options as connectors
+from alignvlm_jax.config import renamed
 from alignvlm_jax.config.checks import check
 from alignvlm_jax.config.fields import MISSING, Config
 from alignvlm_jax.config.options import ConnectorConfig, connector_class, connector_names
@@ -97,7 +98,7 @@ def current_form(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {**stage, "model": _by_connector(_of_known(stage["model"]))}
         if isinstance(stage.get("model"), Mapping)
         else stage
-        for stage in stages
+        for stage in map(renamed.stage, stages)
     ]
 
 
@@ -208,7 +209,8 @@ def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
     fields = {}
     for key, value in values.items():
         if key not in hints:
-            raise UserError(f"unknown config field config.{path}{key}{nearest(key, hints)}")
+            known = renamed.hint(f"{path}{key}") or nearest(key, hints)
+            raise UserError(f"unknown config field config.{path}{key}{known}")
         # `check` names all that are missing at once.
         if value is not MISSING or key not in required:
             fields[key] = _convert(hints[key], value, f"{path}{key}")

@@ -82,7 +82,7 @@ def _queries_per_chunk(batch: int, length: int, heads: int) -> int | None:
     """How many queries of every row have CHUNK_SIZE_MIB of logits on a device; None where all of
     them have."""
     rows, heads = (
-        math.ceil(n / chunked.ways(axis))
+        math.ceil(n / chunked.num_shards(axis))
         for n, axis in ((batch, "act_batch"), (heads, "act_heads"))
     )
     fits = int(CHUNK_SIZE_MIB * 2**20 / (4 * rows * heads * length))

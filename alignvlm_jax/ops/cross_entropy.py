@@ -33,8 +33,8 @@ def token_losses(
     targets: Int[Array, "B T"],
     *,
     is_table: bool,
-    num_words: int | None = None,
-    block: int | None = None,
+    unpadded_vocab_size: int | None = None,
+    chunk: int | None = None,
 ) -> TokenLosses:
     """Returns the losses of predicting `targets` from hidden states, without logits [B, T, V].
 
@@ -47,7 +47,7 @@ def token_losses(
       targets: a target that is no word has a finite loss; it should have no weight.
       is_table: see `head`.
       num_words: the words from here on only fill the table up and are never predicted.
-      block: rows of a shard at a time, see `chunked.rows_per_block`; None is the plain form.
+      block: rows of a shard at a time, see `chunked.rows_per_chunk`; None is the plain form.
     """
     equation = "ND,VD->NV" if is_table else "ND,DV->NV"
 
@@ -58,14 +58,16 @@ def token_losses(
         # Before padding is masked: the id of image slots may lie there, and -inf times no weight is
         # not 0.
         picked_N = pick(logits_NV, targets_N)
-        if num_words is not None and num_words < logits_NV.shape[-1]:
-            logits_NV = jnp.where(jnp.arange(logits_NV.shape[-1]) < num_words, logits_NV, -jnp.inf)
+        if unpadded_vocab_size is not None and unpadded_vocab_size < logits_NV.shape[-1]:
+            logits_NV = jnp.where(
+                jnp.arange(logits_NV.shape[-1]) < unpadded_vocab_size, logits_NV, -jnp.inf
+            )
         log_sum_exp_N = jax.nn.logsumexp(logits_NV, axis=-1)
         # Not argmax: along a sharded vocabulary a maximum is one small reduction.
         return TokenLosses(log_sum_exp_N - picked_N, log_sum_exp_N, picked_N >= logits_NV.max(-1))
 
     rows = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    result = chunked.map_rows(losses, rows, head, block)
+    result = chunked.map_rows(losses, rows, head, chunk)
     return jax.tree.map(lambda x: x.reshape(targets.shape), result)
 
 

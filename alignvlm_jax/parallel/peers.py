@@ -145,7 +145,7 @@ class Watch:
 
 
 def _write_out() -> None:
-    """What would be lost: metrics that wait to be written, the end of the log, the claim on the
+    """What would be lost: metrics that wait to be written, the end of the log, the lock on the
     workdir."""
     storage.close_all()
     logs.ship_all()

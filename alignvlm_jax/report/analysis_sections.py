@@ -72,9 +72,10 @@ def _about_noise(field: str, size: str) -> Callable[[Fields], str]:
             text += f"; at least nine tenths of that are left up to {size.format(kept[field])}"
         text += f", and ANLS {last['anls']:.3f} at {last[field]:.3g}"
         if "centred_distance" in last:
-            share = last["centred_distance"] / fields["centred_between_distance"]
+            fraction = last["centred_distance"] / fields["centred_between_distance"]
             text += (
-                f", which moves visual tokens by {share:.2f} of the distance between different ones"
+                f", which moves visual tokens by {fraction:.2f} of the distance between "
+                "different ones"
             )
         return f"{text}."
 

@@ -135,17 +135,19 @@ def measure(run: Path) -> None:
     asked again."""
     loaded = loading.load(run, loading.load_config(run))
     config = loaded.config
-    asker = Runner(loaded, config)
+    evaluator = Runner(loaded, config)
     splits = config.eval.splits
     results = {
-        (split, blind): asker.evaluate(split, blind) for split in splits for blind in (False, True)
+        (split, blind): evaluator.evaluate(split, blind)
+        for split in splits
+        for blind in (False, True)
     }
     analyses = {"noise": noise.measure(loaded, splits[0], (), RELATIVE_SIGMAS, NUM_PAGES, seed=0)}
-    if patch_tokens.has_words(config):
+    if patch_tokens.has_patch_distribution(config):
         pages = config.data.validation_split
         # More than an even share of the vocabulary: of any there are such words, and not all of
         # them.
-        threshold = 1 / config.model.llm.num_words
+        threshold = 1 / config.model.llm.unpadded_vocab_size
         analyses["vocabulary"] = vocabulary.measure(loaded, splits[0], pages, NUM_PAGES, threshold)
     fields = {
         "way": _way(run),

@@ -69,7 +69,7 @@ def _scores(row: Row, other_splits: Iterable[str]) -> list[str]:
         *(f"{row.values(f'anls_{split}').mean():.3f}" for split in other_splits),
         _steps(row.steps_to_read()),
         f"{row.num_connector_params():,}",
-        f"{row.runs[0].config.model.slots_per_tile}",
+        f"{row.runs[0].config.model.tokens_per_tile}",
         f"{row.values('train_seconds').mean():.0f}",
     ]
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config
-from alignvlm_jax.data.examples import Part
+from alignvlm_jax.data.examples import Segment
 from alignvlm_jax.data.tokenizers.base import Tokenizer
 from alignvlm_jax.ingest.statistics import Statistics
 from alignvlm_jax.pictures import html
@@ -32,7 +32,7 @@ class Span:
 
 
 @dataclasses.dataclass(frozen=True)
-class Segment:
+class ShownSegment:
     """What one record brings to a row. `tiles` are pictures as data URIs."""
 
     number: int
@@ -51,16 +51,16 @@ class View:
     index: int
     length: int
     num_tile_slots: int
-    segments: Sequence[Segment]
+    segments: Sequence[ShownSegment]
 
     @property
-    def fill(self) -> float:
+    def packing_efficiency(self) -> float:
         """The share of the row's tokens that are no padding."""
         return sum(segment.num_tokens for segment in self.segments) / self.length
 
 
 def view(
-    index: int, parts: Sequence[tuple[str, Part]], config: Config, tokenizer: Tokenizer
+    index: int, parts: Sequence[tuple[str, Segment]], config: Config, tokenizer: Tokenizer
 ) -> View:
     """Returns row number `index` of a stage to be looked at, made of `parts`, each with its
     record's id."""
@@ -70,7 +70,7 @@ def view(
         # none.
         is_taught = np.append(False, part.loss_weights[:-1] > 0)
         segments.append(
-            Segment(
+            ShownSegment(
                 number=number,
                 name=name,
                 spans=list(_spans(part.tokens, is_taught, config.model.image_token_id, tokenizer)),
@@ -80,7 +80,7 @@ def view(
                 loss_weight=float(part.loss_weights.sum()),
             )
         )
-    return View(index, config.data.row_length, config.data.max_tiles, segments)
+    return View(index, config.data.seq_len, config.data.max_tiles, segments)
 
 
 def build(views: Iterable[View], statistics: Statistics, path: Path) -> Path:

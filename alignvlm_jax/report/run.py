@@ -15,7 +15,7 @@ from alignvlm_jax import storage
 from alignvlm_jax.analysis import base
 from alignvlm_jax.benchmarks import predictions, summary
 from alignvlm_jax.benchmarks.predictions import Predictions
-from alignvlm_jax.config import Config
+from alignvlm_jax.config import Config, renamed
 from alignvlm_jax.data import images
 from alignvlm_jax.data.record import Record
 from alignvlm_jax.data.shards import RecordSource
@@ -114,7 +114,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     no file."""
     if not path.exists():
         return []
-    return [parse(path, line) for line in path.read_text().split("\n")[:-1]]
+    lines = path.read_text().split("\n")[:-1]
+    return [renamed.names(parse(path, line), renamed.METRICS) for line in lines]
 
 
 def parse(path: Path, text: str) -> Any:
@@ -188,7 +189,7 @@ def _score_row(name: str, seen: Predictions, blind: Predictions | None) -> dict[
         "exact": seen.mean("exact"),
         "exact_margin": seen.margin("exact"),
         "blind": blind.mean("score") if blind and blind.rows else None,
-        "shares": gallery.shares(seen),
+        "shares": gallery.fractions(seen),
     }
 
 
@@ -238,7 +239,7 @@ def _lenses(
         return [], "There are no answered questions with their pages yet: run `evaluate` first."
     try:
         asked = [records[example.record_id] for example in chosen]
-        looks = patch_tokens.look(
+        looks = patch_tokens.lenses(
             run.loaded, [images.decode_image(record.images[0], record.id) for record in asked]
         )
     except UserError as err:
@@ -271,7 +272,7 @@ def _stage(stage: Config, lines: Lines) -> dict[str, Any]:
         "name": stage.stage,
         "steps": stage.train.num_steps,
         "tasks": ", ".join(f"{task} {weight:g}" for task, weight in stage.data.tasks.items()),
-        "input": {"pixels": "pages", "labels": "text"}[stage.train.visual_input],
+        "input": {"pixels": "pages", "oracle": "text"}[stage.train.visual_source],
         "trained": "all" if stage.train.trainable == (".*",) else ", ".join(stage.train.trainable),
         "patch_weight": stage.train.patch_token_weight,
         "learning_rate": stage.optim.learning_rate,
@@ -320,8 +321,8 @@ def _facts(run: Run) -> dict[str, str]:
         f"{vision.tile_height} pixels, patches of {vision.patch_width} × {vision.patch_height}",
         "Language model": f"{llm.num_layers} layers of {llm.width}, vocabulary {llm.vocab_size}",
         "Connector": config.model.connector.name,
-        "Rows": f"{config.train.batch_size} a step, {config.data.row_length} tokens each, "
-        f"{config.data.max_tiles * config.slots_per_tile} of them image slots",
+        "Rows": f"{config.train.batch_size} a step, {config.data.seq_len} tokens each, "
+        f"{config.data.max_tiles * config.tokens_per_tile} of them image slots",
         "Seed": str(config.seed),
     }
     if run.loaded:

@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import storage
-from alignvlm_jax.config import Config
+from alignvlm_jax.config import Config, renamed
 from alignvlm_jax.data import shards
 from alignvlm_jax.errors import TryAgainError, UserError
 from alignvlm_jax.parallel import distributed, exchange
@@ -195,8 +195,8 @@ class Checkpoints:
         Args:
           step: over all stages; must be new.
           live: the state.
-          position: in the stage's data: `next_row`, the rows that all processes have trained on,
-            and what else spares a resumed run work; for JSON.
+          position: in the stage's data: `next_sequence`, the rows that all processes have trained
+            on, and what else spares a resumed run work; for JSON.
           metadata: of `describe`.
           metrics: {"stage": index, "answer_loss": of validation at this very step}, or None without
             validation.
@@ -267,8 +267,8 @@ class Checkpoints:
             restored = self._handlers["state"].restore(
                 folder / "state", args=checkpoint_files.pytree_restore(abstract)
             )
-            position = self._read_json(folder, "data")
-            position["next_row"]  # Without it this is no position: KeyError says so.
+            position = renamed.names(self._read_json(folder, "data"), renamed.POSITION)
+            position["next_sequence"]  # Without it this is no position: KeyError says so.
             return restored, position
 
         return self._read(step, read, abstract)
@@ -321,7 +321,7 @@ class Checkpoints:
             ),
         )
 
-    def set_aside(self, step: int) -> Path:
+    def quarantine(self, step: int) -> Path:
         """Moves a broken checkpoint, so that its step can be written again, to STEP.broken, or to
         STEP.broken.N where that is taken; returns the new path. All of its files stay: where
         folders cannot be renamed they are copied first."""

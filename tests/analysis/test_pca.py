@@ -13,10 +13,10 @@ def test_components():
     found = pca.components(vectors, 2)
     centred = vectors - vectors.mean(0)
     _, sizes, directions = np.linalg.svd(centred)
-    np.testing.assert_allclose(found.shares, (sizes**2 / (sizes**2).sum())[:2])
+    np.testing.assert_allclose(found.fractions, (sizes**2 / (sizes**2).sum())[:2])
     np.testing.assert_allclose(np.abs(found.directions @ directions[:2].T), np.eye(2), atol=1e-10)
     np.testing.assert_allclose(found.project(vectors).var(0), sizes[:2] ** 2 / 50)
-    assert len(pca.components(vectors[:3], 10).shares) == 2
+    assert len(pca.components(vectors[:3], 10).fractions) == 2
 
 
 def test_coverage(monkeypatch):
@@ -40,17 +40,17 @@ def test_coverage(monkeypatch):
 
 def test_word_sets(trained_workdir):
     loaded = loading.load(trained_workdir, loading.load_config(trained_workdir))
-    num_words = loaded.config.model.llm.num_words
-    chosen = np.zeros(num_words, bool)
+    unpadded_vocab_size = loaded.config.model.llm.unpadded_vocab_size
+    chosen = np.zeros(unpadded_vocab_size, bool)
     chosen[[3, 9, 11]] = True
     sets = pca.word_sets(loaded, chosen, "seen_fonts", seed=0)
     assert sets["chosen"].tolist() == [3, 9, 11]
     assert [len(np.unique(words)) for words in sets.values()] == [3, 3, 3]
-    counts = pca.word_counts(loaded, "seen_fonts", num_words)
+    counts = pca.word_counts(loaded, "seen_fonts", unpadded_vocab_size)
     source = shards.RecordSource(loaded.config.data.dir, "seen_fonts")
     records = [source[i] for i in range(len(source))]
     texts = [text for r in records for t in r.turns for text in (t.question, *t.answers)]
     texts += [r.lines[0][0][0].text for r in records]
     assert counts.sum() == sum(len(loaded.tokenizer.encode(text)) for text in texts)
-    rest = np.setdiff1d(np.arange(num_words), sets["most frequent"])
+    rest = np.setdiff1d(np.arange(unpadded_vocab_size), sets["most frequent"])
     assert counts[sets["most frequent"]].min() >= counts[rest].max()

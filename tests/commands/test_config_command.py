@@ -20,7 +20,7 @@ def get_config(lacking=""):
     if lacking != "llm":
         config_lib.set_preset(config.model.llm, presets.LLM["tiny"])
     config.model.image_token_id = 4
-    config.data.update(dir="data/mine", row_length=192, max_tiles=2)
+    config.data.update(dir="data/mine", seq_len=192, max_tiles=2)
     config.data.sources = {"pages": {"dir": "data/pages", "repeat": 2.0}}
     config.optim.learning_rate = 1e-3
     config.train.batch_size = 8
@@ -56,7 +56,7 @@ def test_what_all_stages_share_stands_once(flag, capsys):
     ]
     assert groups["config.optim"][0].startswith("* learning_rate = 0.001 ")
     train = "\n".join(groups["config.train"])
-    assert "* batch_size = 8 " in train and "  accumulation = 1 " in train
+    assert "* batch_size = 8 " in train and "  grad_accum_steps = 1 " in train
     assert "num_steps" not in train and "trainable" not in train
 
 

@@ -29,7 +29,7 @@ MODEL = vlm.VLM(
 PAD = 0
 NUM_NEW = 7
 ROWS = CONFIG.train.batch_size
-LENGTH = CONFIG.data.row_length
+LENGTH = CONFIG.data.seq_len
 VOCAB = CONFIG.model.llm.vocab_size
 # of different lengths, one image slot after another in front
 PROMPTS = random_batch(CONFIG, seed=7)
@@ -253,7 +253,7 @@ def test_a_long_prompt_has_no_logits_of_all_pairs():
     config = dataclasses.replace(
         CONFIG,
         train=dataclasses.replace(CONFIG.train, batch_size=batch),
-        data=dataclasses.replace(CONFIG.data, row_length=length),
+        data=dataclasses.replace(CONFIG.data, seq_len=length),
     )
     boxed = jax.eval_shape(
         lambda: vlm.init_params(MODEL, jax.random.key(0), vlm.abstract_batch(CONFIG))

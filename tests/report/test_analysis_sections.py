@@ -91,8 +91,8 @@ def test_vocabulary(tmp_path):
 
 def test_pca(tmp_path):
     sets = {
-        name: {"explained": share}
-        for name, share in (("chosen", 0.5), ("random", 0.4), ("most frequent", 0.3))
+        name: {"explained": fraction}
+        for name, fraction in (("chosen", 0.5), ("random", 0.4), ("most frequent", 0.3))
     }
     fields = {
         "num_components": 10,

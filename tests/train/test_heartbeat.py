@@ -144,7 +144,7 @@ def test_who_holds_up_the_others():
 
 
 def test_the_main_process_logs_who_holds_up_the_others(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(heartbeat_lib, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(heartbeat_lib, "POLL_SECONDS", 0.2)
     with heartbeat(tmp_path, Phases(), num_processes=2):
         storage.write_whole(heartbeat_lib.path_of(tmp_path / "heartbeats", 1), json.dumps(beat(1)))
         time.sleep(1)

@@ -13,42 +13,42 @@ from tests.conftest import tiny_config
 STAGES = (tiny_config(stage="align"), tiny_config(stage="read"))
 
 
-def claim(folder, stages) -> None:
-    """Claims a workdir, and leaves a checkpoint in it."""
-    with workdir.claim(folder, stages):
+def lock(folder, stages) -> None:
+    """Locks a workdir, and leaves a checkpoint in it."""
+    with workdir.lock(folder, stages):
         (folder / "checkpoints" / "3").mkdir(parents=True, exist_ok=True)
         storage.write_whole(folder / "checkpoints" / "3" / "file", "")
 
 
 def test_a_workdir_takes_the_same_config_again(folder):
-    claim(folder / "new" / "run", STAGES)
+    lock(folder / "new" / "run", STAGES)
     before = (folder / "new" / "run" / "config.json").read_text()
     assert config_lib.from_json(json.loads(before)) == STAGES
-    claim(folder / "new" / "run", STAGES)
+    lock(folder / "new" / "run", STAGES)
     assert (folder / "new" / "run" / "config.json").read_text() == before
 
 
 def test_another_config_is_refused_with_both_values(folder):
-    claim(folder, STAGES)
+    lock(folder, STAGES)
     other = dataclasses.replace(STAGES[1], train=dataclasses.replace(STAGES[1].train, num_steps=9))
     with pytest.raises(
         UserError, match=r"config.stages.read.train.num_steps is 4 there and 9 here; take another"
     ):
-        claim(folder, (STAGES[0], other))
+        lock(folder, (STAGES[0], other))
 
 
 def test_without_a_checkpoint_it_belongs_to_nobody(folder):
-    with workdir.claim(folder, STAGES):
+    with workdir.lock(folder, STAGES):
         (folder / "checkpoints" / "3.broken").mkdir(parents=True)
         storage.write_whole(folder / "checkpoints" / "3.broken" / "file", "")
-    claim(folder, STAGES[:1])
+    lock(folder, STAGES[:1])
     assert config_lib.from_json(json.loads((folder / "config.json").read_text())) == STAGES[:1]
     with pytest.raises(UserError, match="belongs to another config"):
-        claim(folder, STAGES)
+        lock(folder, STAGES)
 
 
 def test_what_changes_no_result_may_change(folder):
-    claim(folder, STAGES)
+    lock(folder, STAGES)
     stage = STAGES[0]
     other = dataclasses.replace(
         stage,
@@ -57,25 +57,25 @@ def test_what_changes_no_result_may_change(folder):
         train=dataclasses.replace(stage.train, log_every=3, checkpoint_every=9, keep_checkpoints=5),
         eval=dataclasses.replace(stage.eval, num_questions=3),
     )
-    claim(folder, (other, STAGES[1]))
+    lock(folder, (other, STAGES[1]))
     assert json.loads((folder / "config.json").read_text())[0]["data"]["dir"] == "moved"
 
 
 def test_a_config_of_before_connectors_had_options_of_their_own_is_the_same(folder):
     """And what another connector would have changes no result."""
-    claim(folder, STAGES)
+    lock(folder, STAGES)
     path = folder / "config.json"
     stages = json.loads(path.read_text())
     for stage in stages:
         del stage["model"]["connectors"]
         stage["model"]["connector"] |= {"num_latents": 16, "num_layers": 6}
     path.write_text(json.dumps(stages))
-    claim(folder, STAGES)
+    lock(folder, STAGES)
     assert "num_latents" not in json.loads(path.read_text())[0]["model"]["connector"]
     stages[0]["model"]["connector"]["use_ln2"] = False
     path.write_text(json.dumps(stages))
     with pytest.raises(UserError, match=r"connector.use_ln2 is False there and True here"):
-        claim(folder, STAGES)
+        lock(folder, STAGES)
 
 
 def test_sources_may_move_but_not_change(folder):
@@ -87,49 +87,49 @@ def test_sources_may_move_but_not_change(folder):
             ),
         )
 
-    claim(folder, mixed())
-    claim(folder, mixed(dir="moved"))
+    lock(folder, mixed())
+    lock(folder, mixed(dir="moved"))
     with pytest.raises(UserError, match=r"config.data.sources.a.weight is 1.0 there and 2.0 here"):
-        claim(folder, mixed(weight=2.0))
+        lock(folder, mixed(weight=2.0))
 
 
 @pytest.mark.parametrize("text", ["[{", "5", "[5]", '[{"seed": 1}]'])
 def test_a_damaged_config_is_named(folder, text):
-    claim(folder, STAGES)
+    lock(folder, STAGES)
     (folder / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"config\.json is damaged \("):
-        claim(folder, STAGES)
+        lock(folder, STAGES)
 
 
 def test_what_differs_in_all_stages_is_named_once(folder):
-    claim(folder, STAGES)
+    lock(folder, STAGES)
     with pytest.raises(UserError) as error:
-        claim(folder, tuple(dataclasses.replace(stage, seed=5) for stage in STAGES))
+        lock(folder, tuple(dataclasses.replace(stage, seed=5) for stage in STAGES))
     assert str(error.value).endswith(
         "another config: config.seed is 0 there and 5 here; take another --workdir"
     )
 
 
 def test_other_stages_are_refused(folder):
-    claim(folder, STAGES)
+    lock(folder, STAGES)
     with pytest.raises(UserError, match=r"config.stages is align, read there and align here"):
-        claim(folder, STAGES[:1])
+        lock(folder, STAGES[:1])
 
 
 def test_many_differences_are_counted(folder):
-    claim(folder, STAGES)
+    lock(folder, STAGES)
     vision = dataclasses.replace(
         STAGES[0].model.vision, width=32, mlp_width=1, num_layers=3, num_heads=4, norm_eps=1.0
     )
     model = dataclasses.replace(STAGES[0].model, vision=vision)
     with pytest.raises(UserError, match=r"and 1 more; take"):
-        claim(folder, tuple(dataclasses.replace(stage, model=model, seed=1) for stage in STAGES))
+        lock(folder, tuple(dataclasses.replace(stage, model=model, seed=1) for stage in STAGES))
 
 
 def test_two_runs_cannot_share_a_workdir(folder, monkeypatch):
     monkeypatch.setattr(lease, "TTL_SECONDS", 8.0)  # The second waits for a renewal.
     monkeypatch.setattr(lease, "MARGIN_SECONDS", 1.0)
     expected = r"process \d+ on .* is training in .*; wait for it, or take another --workdir"
-    with workdir.claim(folder, STAGES), pytest.raises(UserError, match=expected):
-        claim(folder, STAGES)
-    claim(folder, STAGES)
+    with workdir.lock(folder, STAGES), pytest.raises(UserError, match=expected):
+        lock(folder, STAGES)
+    lock(folder, STAGES)

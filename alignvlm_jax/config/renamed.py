@@ -1,0 +1,75 @@
+"""Names that earlier versions wrote, and what they are called now.
+
+Stored files (`config.json`, checkpoints, `metrics.jsonl`) are read under either name. A config file
+or a flag with an old name is refused with the new one: what a person writes should not need this
+table to be understood.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from absl import logging
+
+FIELDS = {
+    "model.vocab_form": "model.vocab_impl",
+    "model.vocab_block_mib": "model.chunk_size_mib",
+    "data.row_length": "data.seq_len",
+    "data.loss_by": "data.loss_normalisation",
+    "data.labelled_share": "data.labelled_fraction",
+    "train.accumulation": "train.grad_accum_steps",
+    "train.visual_input": "train.visual_source",
+    "train.validation_rows": "train.validation_sequences",
+}
+"""Fields of a stage, by their old paths."""
+
+VALUES = {
+    "model.vocab_impl": {"blockwise": "chunked"},
+    "data.packing": {"plan": "offline"},
+    "train.visual_source": {"labels": "oracle"},
+}
+"""Values of fields, by the field's new path."""
+
+METRICS = {"fill": "packing_efficiency"}
+"""Metrics, by their old names."""
+
+POSITION = {"next_row": "next_sequence"}
+"""What a checkpoint knows of the position in the data."""
+
+
+def hint(path: str) -> str:
+    """Returns what a message says of a field that had the name `path`; "" of one that never was."""
+    stage_path = path.split(".", 2)[2] if path.startswith("stages.") else path
+    new = FIELDS.get(stage_path)
+    return f": it is called config.{path.removesuffix(stage_path)}{new} now" if new else ""
+
+
+def value_hint(path: str, value: Any) -> str:
+    """Returns what a message says of an old value of a field; "" of one that never was."""
+    new = VALUES.get(path, {}).get(value) if isinstance(value, str) else None
+    return f": it is called {new!r} now" if new else ""
+
+
+def names(fields: Mapping[str, Any], table: Mapping[str, str]) -> dict[str, Any]:
+    """Returns `fields` with their new names, in the same order."""
+    return {table.get(name, name): value for name, value in fields.items()}
+
+
+def stage(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a stage as a stored config has them, with new names and values. One
+    line of the log names those that changed."""
+    changed = []
+    current = dict(fields)
+    for group in {path.partition(".")[0] for path in (*FIELDS, *VALUES)}:
+        if not isinstance(fields.get(group), Mapping):
+            continue  # Damaged: the reader names it.
+        current[group] = {}
+        for name, value in fields[group].items():
+            path = FIELDS.get(f"{group}.{name}", f"{group}.{name}")
+            new = VALUES.get(path, {}).get(value, value) if isinstance(value, str) else value
+            current[group][path.partition(".")[2]] = new
+            if path != f"{group}.{name}" or new != value:
+                changed.append(f"{group}.{name} {value!r} as {path} {new!r}")
+    if changed:
+        text = ", ".join(sorted(changed))
+        logging.log_first_n(logging.WARNING, "a config of an earlier version is read: %s", 1, text)
+    return current
