@@ -81,7 +81,7 @@ def set_model(config: ml_collections.ConfigDict, llm: str) -> None:
     config_lib.set_preset(config.model.llm, presets.LLM[llm])
     # Of 27 columns, four do not divide.
     config.model.connectors.h_reducer.merged_columns = 3
-    # Beyond the table: no word of Llama's stands for an image slot.
+    # Beyond the table: no token of Llama's stands for an image.
     config.model.image_token_id = config.model.llm.vocab_size
     config.model.dtype = "bfloat16"
     config.model.remat = "full"

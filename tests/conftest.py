@@ -89,7 +89,7 @@ def tiny_connector(name: str) -> config_lib.ConnectorConfig:
 
 
 def random_batch(config: config_lib.Config, seed: int = 0) -> dict[str, np.ndarray]:
-    """Rows of random pixels and tokens: the image slots first, then a question, an answer and
+    """Rows of random pixels and tokens: the image tokens first, then a question, an answer and
     padding."""
     rng = np.random.default_rng(seed)
     vision = config.model.vision

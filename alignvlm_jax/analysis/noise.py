@@ -199,7 +199,7 @@ INCHES = (5.0, 3.8)
 
 AXES = {
     "features": ("relative_sigma", "noise, standard deviations of the features"),
-    "pixels": ("sigma", "noise on pixels, share of the range from black to white"),
+    "pixels": ("sigma", "noise on pixels, fraction of the range from black to white"),
     "layout": ("relative_shift", "content moved by at most, patches of {patch_pixels:.3g} pixels"),
 }
 """By kind of disturbance: the field of a point that the curves are over, and what it is; braces
@@ -208,7 +208,7 @@ name results."""
 
 def picture(results: Mapping[str, Mapping[str, Any]]) -> bytes:
     """Returns a PNG of results of one kind by name, over the size of the disturbance: ANLS, and, of
-    kinds with distances, how far visual tokens move with the mean removed, as a share of the
+    kinds with distances, how far visual tokens move with the mean removed, as a fraction of the
     distance between different ones."""
     first = next(iter(results.values()))
     field, label = AXES[first.get("kind", "features")]

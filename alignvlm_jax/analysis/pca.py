@@ -3,7 +3,7 @@
 
 The paper plots the first two principal components of the LLM's text embeddings and sees its 3.4K
 chosen words all over the plane. So would any words be: beside them stand as many random ones and
-the most frequent ones. How well each set covers is measured twice: what share of the variance of
+the most frequent ones. How well each set covers is measured twice: what fraction of the variance of
 all embeddings the set's own principal directions explain, and how far the words left out are from
 their nearest word in the set.
 """
@@ -119,9 +119,9 @@ def components(vectors: np.ndarray, count: int) -> Components:
 
 
 def coverage(table: np.ndarray, words: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
-    """Returns how well a set of words, ids, covers the table [V, D]: `explained`, the share of the
-    variance of all rows along the set's own principal directions; `nearest`, the mean distance of
-    rows outside to the nearest in the set, in units of the rows' root mean square distance from
+    """Returns how well a set of words, ids, covers the table [V, D]: `explained`, the fraction of
+    the variance of all rows along the set's own principal directions; `nearest`, the mean distance
+    of rows outside to the nearest in the set, in units of the rows' root mean square distance from
     their mean; None where no row is outside."""
     centred = table - table.mean(0)
     own = components(table[words], NUM_COMPONENTS)

@@ -90,7 +90,7 @@ class Usage:
         }
 
     def top_words(self, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-        """Returns the words of the largest mean, each with the share of patches that it is the
+        """Returns the words of the largest mean, each with the fraction of patches that it is the
         likeliest in."""
         likeliest = np.argsort(-self.mean, kind="stable")[:NUM_TOP].tolist()
         return [

@@ -82,18 +82,18 @@ class Runner:
             self._config.data.dir, questions, "QUESTION", self._config.eval.max_new_tokens, what
         )
         config = self._for_prompts(question.turn.question for question in questions)
-        return self._ask(
+        return self._predict(
             trial.path,
             header,
             name,
             questions,
-            lambda asked: self._answer(records, asked, trial, config),
+            lambda batch: self._answer(records, batch, trial, config),
         )
 
     def evaluate_task(self, benchmark: Benchmark) -> Predictions:
         """Returns the predictions on a benchmark, as `evaluate` does on a split.
 
-        A question that cannot be asked, for its image is damaged or its prompt too long, has an
+        A question that makes no prompt, for its image is damaged or its prompt too long, has an
         empty prediction and a `problem` in its row.
 
         Raises:
@@ -109,12 +109,12 @@ class Runner:
         config = self._for_prompts(
             task.prompt.format(question=question.turn.question) for question in questions
         )
-        result = self._ask(
+        result = self._predict(
             path,
             header,
             task.name,
             questions,
-            lambda asked: self._answer_task(benchmark, asked, max_new_tokens, config),
+            lambda batch: self._answer_task(benchmark, batch, max_new_tokens, config),
         )
         if len(problems := result.problems()) == len(result.rows):
             if distributed.is_main():
@@ -122,7 +122,7 @@ class Runner:
             raise UserError(f"task {task.name}: no question can be asked; the first: {problems[0]}")
         return result
 
-    def _ask(
+    def _predict(
         self,
         path: Path,
         header: dict[str, Any],
@@ -141,17 +141,18 @@ class Runner:
         )
 
     def _for_prompts(self, texts: Iterable[str]) -> Config:
-        """The config with rows that hold the longest of the prompts. A planned row has room for
+        """The config with sequences that hold the longest of the prompts. A packed one has room for
         many records: padded to it, a prompt would cost as much as all of them."""
         config = self._config
         tokenizer = self._loaded.tokenizer
         # Little to gain; and in another shape sums are rounded in another way.
         if config.data.packing == "none":
             return config
-        num_slots = config.data.tiles_of_a_record * config.model.tokens_per_tile
+        num_image_tokens = config.data.tiles_of_a_record * config.model.tokens_per_tile
         image_id = config.model.image_token_id
         longest = max(
-            len(chat.encode_prompt(tokenizer, text, num_slots, image_id)) for text in set(texts)
+            len(chat.encode_prompt(tokenizer, text, num_image_tokens, image_id))
+            for text in set(texts)
         )
         length = min(-(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE, config.data.seq_len)
         return dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=length))
@@ -227,7 +228,7 @@ class Runner:
         one is put."""
         tokenizer = self._loaded.tokenizer
         prompt = chat.encode_prompt(tokenizer, question, 1, self._config.model.image_token_id)
-        asked = json.dumps(
+        texts = json.dumps(
             [(question.id, question.turn.question, question.turn.answers) for question in questions]
         )
         return {
@@ -241,7 +242,7 @@ class Runner:
             **what,
             "seed": self._config.seed,
             "num_questions": len(questions),
-            "questions_crc32": zlib.crc32(asked.encode()),
+            "questions_crc32": zlib.crc32(texts.encode()),
         }
 
 

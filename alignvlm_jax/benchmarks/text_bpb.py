@@ -90,8 +90,8 @@ def text_of(record: Record) -> str:
     if record.lines or record.images:
         text = examples.transcription(record)
     else:
-        said = (part for turn in record.turns for part in (turn.question, *turn.answers[:1]))
-        text = "\n".join(part for part in said if part)
+        texts = (part for turn in record.turns for part in (turn.question, *turn.answers[:1]))
+        text = "\n".join(part for part in texts if part)
     return text if text.strip() else ""
 
 

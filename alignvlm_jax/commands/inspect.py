@@ -111,9 +111,9 @@ def _lens(args: argparse.Namespace) -> None:
     page = images.load_page(args.image, args.page)
     config = loading.load_config(args.checkpoint, args.data)
     patch_tokens.check(config)
-    look = Assistant(loading.load(args.checkpoint, config)).lens(page)
-    print(look, file=sys.stderr)
-    print(f"Written: {look.save(out, f'What the patches of {args.image.name} say')}")
+    lens = Assistant(loading.load(args.checkpoint, config)).lens(page)
+    print(lens, file=sys.stderr)
+    print(f"Written: {lens.save(out, f'What the patches of {args.image.name} say')}")
 
 
 ANALYSES = {"lens": _lens}

@@ -129,7 +129,7 @@ def encode_chat(
     max_length: int | None = None,
     cuts_answers: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Encodes (question, answer) turns with the image slots, each of them the token `image_id`.
+    """Encodes (question, answer) turns with the image tokens, each of them the token `image_id`.
     Turns that would not fit `max_length` are left out whole; with `cuts_answers`, the first whose
     answer begins within it is cut there instead, and has no end.
 

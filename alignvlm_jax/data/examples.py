@@ -1,4 +1,5 @@
-"""Records to one row of a batch: image slots, chat tokens, loss weights, tiles and patch labels."""
+"""Records to one row of a batch: image tokens, chat tokens, loss weights, tiles and patch
+labels."""
 
 import dataclasses
 import zlib
@@ -56,7 +57,7 @@ none."""
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """What a record brings into a row: n tokens, the image slots among them, and t tiles."""
+    """What a record brings into a row: n tokens, the image tokens among them, and t tiles."""
 
     tokens: np.ndarray  # int32 [n]
     loss_weights: np.ndarray  # float32 [n], of predicting the next token
@@ -66,15 +67,15 @@ class Segment:
 def build_segment(
     record: Record, task: str, rng: np.random.Generator, config: Config, tokenizer: Tokenizer
 ) -> Segment:
-    """Builds a record's part of a training row.
+    """Builds a record's part of a training sequence.
 
-    Turns that do not fit `data.seq_len` are left out; a planned row cuts the answer of
+    Turns that do not fit `data.seq_len` are left out; a packed sequence cuts the answer of
     `transcribe` there instead. Where no answer fits, or the record lacks what the task needs, loss
-    weights are 0 throughout; a planned row has no place for that.
+    weights are 0 throughout; a packed sequence has no place for that.
 
     Raises:
       UserError: an unreadable image, more images than the record may have tiles, or no answer for a
-        planned row.
+        packed sequence.
     """
     data = config.data
     pages = _tile_pages(record, config)
@@ -127,7 +128,7 @@ def join(segments: Sequence[Segment], config: Config, tokenizer: Tokenizer) -> P
 def build_sequence(
     record: Record, task: str, rng: np.random.Generator, config: Config, tokenizer: Tokenizer
 ) -> PackedSequence:
-    """Returns the training row of one record; see `build_part`."""
+    """Returns the training sequence of one record; see `build_part`."""
     return join([build_segment(record, task, rng, config, tokenizer)], config, tokenizer)
 
 
@@ -178,7 +179,7 @@ def build_text(tokens: np.ndarray, length: int, tokenizer: Tokenizer) -> PackedS
 
 
 def trim_prompts(prompts: Sequence[PackedSequence], config: Config) -> list[PackedSequence]:
-    """Returns prompts, still of one shape, without the tile slots that none of them uses and
+    """Returns prompts, still of one shape, without the tiles that none of them uses and
     without the padding that all have: with room for nine tiles, one should not cost nine."""
     length, num_tiles = extent(prompts, config)
     return [trim(row, length, num_tiles) for row in prompts]

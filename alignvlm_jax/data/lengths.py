@@ -18,7 +18,8 @@ from alignvlm_jax.errors import UserError
 class Lengths:
     """Of R records. Equal to itself alone."""
 
-    # int32 [tasks, R], with image slots, at most a row; 0 where the record is of no use to the task
+    # int32 [tasks, R], with image tokens, at most a row; 0 where the record is of no use to the
+    # task
     tokens: np.ndarray
     tiles: np.ndarray  # int16 [R]
 

@@ -47,23 +47,23 @@ class ReadAhead:
         self._num_sequences = num_sequences
         self._row = row
         self._lock = threading.Lock()
-        self._asked: dict[int, int] = {}
+        self._requested: dict[int, int] = {}
 
     def go_on(self, index: int) -> None:
         """Asks for what comes after number `index`, which is read now."""
         coming = 0
         while coming < RECORDS and index < self._num_sequences:
             with self._lock:
-                count = self._asked.setdefault(index, 0)
+                count = self._requested.setdefault(index, 0)
             if not count:
                 count = self._rows.prefetch(self._row(index))
                 with self._lock:
-                    self._asked[index] = count
+                    self._requested[index] = count
             coming += count
             index += 1
         with self._lock:
-            while len(self._asked) > KEPT:
-                del self._asked[next(iter(self._asked))]
+            while len(self._requested) > KEPT:
+                del self._requested[next(iter(self._requested))]
 
 
 class TrainSequences:
@@ -291,7 +291,7 @@ def by_source(config: Config) -> dict[str, Config]:
     useful: dict[str, Config] = {}
     problem: UserError | None = None
     for name, folder in held.items():
-        # Whatever its share of training is, all of it counts here.
+        # Whatever its fraction of training is, all of it counts here.
         alone = dataclasses.replace(data, sources={name: SourceConfig(dir=folder)} if name else {})
         validated = dataclasses.replace(config, data=alone)
         try:
@@ -382,7 +382,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
     own_image_id = tokenizer.special_tokens.get("<image>", image_id)
     if image_id != own_image_id:
         raise UserError(
-            f"tokenizer {path} marks image slots by token {own_image_id}, "
+            f"tokenizer {path} marks image tokens by token {own_image_id}, "
             f"config.model.image_token_id is {image_id}; make them equal"
         )
     if tokenizer.is_text(image_id):

@@ -52,7 +52,7 @@ def epoch_of(size: int, count: int, name: str, seed: Sequence[int], epoch: int) 
 
 
 def task_fractions(config: Config) -> tuple[list[str], np.ndarray]:
-    """Returns the tasks that have a weight, and their shares of all."""
+    """Returns the tasks that have a weight, and their fractions of all."""
     # Sorted: the order of the config's mapping must not decide which record gets which task.
     tasks = sorted(task for task, weight in config.data.tasks.items() if weight)
     weights = np.array([config.data.tasks[task] for task in tasks])

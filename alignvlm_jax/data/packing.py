@@ -164,7 +164,7 @@ class _Supply:
 
 
 def _largest_first(sizes: Sizes, seq_len: int, max_tiles: int) -> list[int]:
-    """By the share of a row that a record needs, of tokens or of tiles."""
+    """By the fraction of a row that a record needs, of tokens or of tiles."""
     lengths = np.array(sizes.lengths)
     tiles = np.array(sizes.tiles)
     need = np.maximum(lengths / seq_len, tiles / max_tiles)
@@ -190,8 +190,8 @@ def plan(
     """Plans the rows of an epoch, a pure function of the arguments.
 
     Args:
-      lengths: int [N], tokens of each record with its image slots, above 0. One that is longer than
-        a row gets a row.
+      lengths: int [N], tokens of each record with its image tokens, above 0. One that is longer
+        than a row gets a row.
       tiles: int [N], tiles of each, at most `row_tiles`.
       seq_len: tokens of a row.
       row_tiles: tiles of a row.
@@ -209,7 +209,7 @@ def plan(
 
 
 def unpacked(count: int, seed: Sequence[int], epoch: int) -> Packing:
-    """Returns the plan of rows that hold one of `count` records each, shuffled."""
+    """Returns packed sequences that hold one of `count` records each, shuffled."""
     rng = np.random.default_rng([*seed, epoch])
     return Packing(np.arange(count + 1), rng.permutation(count).astype(np.int32))
 

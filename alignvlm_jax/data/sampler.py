@@ -196,7 +196,7 @@ class Mixed:
         self._seed = seed
         self._seq_len = data.seq_len
         self._max_tiles = data.max_tiles
-        self._tasks, self._shares = task_fractions(config)
+        self._tasks, self._fractions = task_fractions(config)
         is_usable = np.ones(sum(sizes), bool) if known is None else known.tokens.any(axis=0)
         bounds = itertools.pairwise(self._starts)
         self._usable = {
@@ -243,7 +243,8 @@ class Mixed:
     def counters(self, next_sequence: int) -> dict[str, float]:
         """See Schedule.
 
-        They grow over epochs; `fill` is the share of all slots so far that were planned for tokens.
+        They grow over epochs; `fill` is the fraction of all slots so far that were planned for
+        tokens.
         """
         nothing = np.zeros(len(self._sources), np.int64)
         told = self._told if self._told.index <= next_sequence else Told(0, nothing, nothing)
@@ -389,7 +390,7 @@ class Mixed:
             self._max_tiles,
             list(self._counts.items()),
         ]
-        tasks = [self._tasks, self._shares.tolist()]
+        tasks = [self._tasks, self._fractions.tolist()]
         return [digest.hexdigest(), list(map(int, self._seed)), sizes, tasks, _probe()]
 
     def _make(self, number: int) -> Epoch:
@@ -414,7 +415,7 @@ class Mixed:
         """A task for each record, int8: of those that it has what is needed for."""
         drawn = np.random.default_rng([*self._seed, TASKS, number]).random(len(records), np.float32)
         bounds = np.zeros((len(self._tasks), len(records)), np.float32)
-        for task, fraction in enumerate(self._shares):
+        for task, fraction in enumerate(self._fractions):
             bounds[task] = (
                 fraction
                 if self._lengths is None

@@ -82,8 +82,8 @@ class Assistant:
           UserError: the page cannot be read, or the connector gives patches no distribution over
             words.
         """
-        [look] = patch_tokens.lenses(self.loaded, [images.open_page(image, page)], num_tokens)
-        return look
+        [lens] = patch_tokens.lenses(self.loaded, [images.open_page(image, page)], num_tokens)
+        return lens
 
     def _generate(self, prompts: Sequence[PackedSequence], max_new_tokens: int) -> list[str]:
         """Answers prompts with tiles, then those without, which are rows of other arrays."""
@@ -98,9 +98,9 @@ class Assistant:
                 len(indices), config.eval.batch_size, loaded.data_parallel_size
             )
             trimmed = examples.trim_prompts([prompts[i] for i in indices], config)
-            asked = Prompts(len(trimmed), trimmed.__getitem__)
+            batched = Prompts(len(trimmed), trimmed.__getitem__)
             generated = loading.answer(
-                self._sampler, loaded.variables, loaded.tokenizer, asked, size, max_new_tokens
+                self._sampler, loaded.variables, loaded.tokenizer, batched, size, max_new_tokens
             )
             answers |= {i: text for i, (text, _) in zip(indices, generated, strict=True)}
         return [answers[i] for i in range(len(prompts))]

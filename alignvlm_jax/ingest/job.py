@@ -36,7 +36,7 @@ Runner = Callable[[UnitWriter, list[tuple[int, Unit]]], None]
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to prepare. `name` is that of the format; `holdout` the share of documents of the
+    """What to prepare. `name` is that of the format; `holdout` the fraction of documents of the
     validation split; with a `split` all go there, to be asked, not learnt."""
 
     name: str

@@ -24,7 +24,8 @@ class Statistics:
       distributions: by what is counted a value for each of `COLUMNS`.
       facts: single numbers, in words.
       rejected: records of the whole folder by reason, the most frequent first.
-      fill: share of the slots of an epoch's rows that hold tokens; None where rows are not planned.
+      fill: fraction of the slots of an epoch's rows that hold tokens; None where rows are not
+        planned.
     """
 
     COLUMNS: ClassVar = ("records", "mean", "median", "95 of 100", "most", "all")

@@ -71,7 +71,7 @@ class UnitWriter:
       folder: where parts lie.
       format: of the source.
       tokenizer: path of the one that counts.
-      holdout: share of the documents that go to the validation split.
+      holdout: fraction of the documents that go to the validation split.
       split: where all documents go instead, if it has a name; their questions need no answers then.
     """
 

@@ -21,7 +21,7 @@ from alignvlm_jax.shapes import Array, Bool, Float, Int
 class Cache(NamedTuple):
     """Keys (rotated) and values of all layers, and the slot where the next token is written.
 
-    The slots are last: so both products of attention take a layer as it lies, where XLA on CPU
+    The slots are last: so both matmuls of attention take a layer as it lies, where XLA on CPU
     would turn it first.
     """
 

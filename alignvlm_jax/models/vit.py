@@ -1,7 +1,7 @@
 """The SigLIP vision encoder (arXiv 2303.15343): patch convolution, learned positions, pre-norm
 blocks, final norm.
 
-Letters: `shapes.py`; B here counts tiles (rows x tile slots).
+Letters: `shapes.py`; B here counts tiles (sequences x tiles).
 """
 
 import jax.numpy as jnp
@@ -117,7 +117,7 @@ class Siglip(nn.Module):
         mean = jnp.array(c.pixel_mean, jnp.float32)
         std = jnp.array(c.pixel_std, jnp.float32)
         pixels = (tiles.astype(jnp.float32) / 255 - mean) / std
-        # A convolution whose stride is its kernel is a matrix product over patches.
+        # A convolution whose stride is its kernel is a matmul over patches.
         patches = pixels.reshape(-1, rows, c.patch_height, columns, c.patch_width, tiles.shape[-1])
         patches = patches.swapaxes(2, 3).reshape(
             -1, c.num_patches, c.patch_height, c.patch_width, tiles.shape[-1]

@@ -1,5 +1,5 @@
-"""The composition: tiles -> SigLIP -> connector -> image slots among the text embeddings -> Llama
--> logits.
+"""The composition: tiles -> vision encoder -> connector -> visual tokens among the text embeddings
+-> decoder -> logits.
 
 Letters: `shapes.py`.
 """
@@ -60,7 +60,7 @@ class VLM(nn.Module):
         Args:
           batch: tokens, positions, segment_ids; tiles for "pixels"; patch_label_ids and
             patch_label_weights for "oracle", and for the patch loss. One with neither tiles nor
-            labels is text alone: it has no image slots, the tower and the connector do not enter,
+            labels is text alone: it has no image tokens, the tower and the connector do not enter,
             and I is 0.
           visual_source: "pixels", or "oracle": the average of text embeddings that the labels name
             stands in for what the connector would hand on, and no image is looked at.
@@ -180,8 +180,8 @@ class VLM(nn.Module):
         ), output.patch_nll.reshape(size, num_tiles, patches)
 
     def _merge(self, tokens_BT: Array, visual_BND: Array) -> Array:
-        """Text embeddings with a row's n-th visual token at its n-th image slot. Used tiles come
-        first in a row, so unused ones are never reached."""
+        """Text embeddings with a sequence's n-th visual token at its n-th image token. Used tiles
+        come first in a row, so unused ones are never reached."""
         is_image_BT = tokens_BT == self.config.image_token_id
         # The placeholder may lie beyond the text table: look it up nowhere.
         text_BTD = self.llm.embed(jnp.where(is_image_BT, 0, tokens_BT))
@@ -252,8 +252,8 @@ def from_llm_paths(config: ModelConfig, llm: dict[str, Any]) -> set[str]:
     return set(jax.eval_shape(functools.partial(from_llm, config), llm))
 
 
-def pruning(words: Bool[Array, "V"]) -> dict[str, Any]:
+def pruning(kept: Bool[Array, "V"]) -> dict[str, Any]:
     """Returns the variables that, beside the parameters, leave the patches only these vocabulary
     entries; of a connector that gives them a distribution over the vocabulary."""
     collection, name = VOCABULARY_SUBSET
-    return {collection: {"connector": {name: words}}}
+    return {collection: {"connector": {name: kept}}}

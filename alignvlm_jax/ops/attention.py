@@ -1,5 +1,5 @@
-"""Attention with grouped key-value heads: under a mask that the caller gives, or over packed rows
-by a kernel."""
+"""Attention with grouped key-value heads: under a mask that the caller gives, or over packed
+sequences by a kernel."""
 
 import functools
 import math
@@ -185,7 +185,7 @@ def causal_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
                                   1 1 0 0
                                   0 0 1 0
                                   0 0 1 1
-    Image slots are tokens like any other: they see what stands before them and are seen by what
+    Image tokens are like any other: they see what stands before them and are seen by what
     follows. Padding (segment 0) is a segment of its own, so that no row of the mask is empty and
     its softmax stays finite.
     """

@@ -1,10 +1,10 @@
-"""Functions of rows whose intermediate [rows, V] is too large to exist: mapped over blocks of rows,
+"""Functions of rows whose intermediate [rows, V] is too large to exist: mapped over chunks of rows,
 each computed again in the backward pass.
 
-The rows are split over the mesh axes of `act_batch`, and within a shard into blocks. What all rows
-share, the matrices, is gathered once, before the blocks; their gradients are summed over the blocks
-in float32 and over the shards once, after the blocks. Left to the partitioner, that sum would be
-made in every block.
+The rows are split over the mesh axes of `act_batch`, and within a shard into chunks. What all rows
+share, the matrices, is gathered once, before the chunks; their gradients are summed over the chunks
+in float32 and over the shards once, after the chunks. Left to the partitioner, that sum would be
+made in every chunk.
 """
 
 import functools
@@ -29,7 +29,7 @@ class Matrix(NamedTuple):
 
     @classmethod
     def of(cls, master: Float[Array, "..."], dtype: jnp.dtype) -> "Matrix":
-        """Casts once what every block would cast again; the gradient reaches `master` without being
+        """Casts once what every chunk would cast again; the gradient reaches `master` without being
         rounded."""
         return cls(jax.lax.stop_gradient(master.astype(dtype)), master.astype(jnp.float32))
 
@@ -65,18 +65,18 @@ _project.defvjp(_project_forward, _project_backward)
 
 def project(equation: str, x: Float[Array, "..."], matrix: Matrix) -> Float[Array, "..."]:
     """Returns the einsum of x and the matrix in float32. Equal to jnp.einsum, gradients too, but
-    that the matrix's is float32 where the computation is bfloat16: a sum over hundreds of blocks
+    that the matrix's is float32 where the computation is bfloat16: a sum over hundreds of chunks
     would lose most of it."""
     return _project(equation, x, *matrix)
 
 
 def rows_per_chunk(impl: str, chunk_size_mib: float, num_rows: int, num_columns: int) -> int | None:
-    """Returns how many rows of a shard make a block of at most `block_mib` MiB of float32; None is
-    the plain form.
+    """Returns how many rows of a shard make a chunk of at most `chunk_size_mib` MiB of float32;
+    None is the plain form.
 
     Args:
-      form: "plain", "chunked", or "auto": chunked where a shard has more rows than a block.
-      block_mib: of one block on one device.
+      impl: "plain", "chunked", or "auto": chunked where a shard has more rows than a chunk.
+      chunk_size_mib: of one chunk on one device.
       num_rows: over all shards.
       num_columns: over all shards of `act_vocab`.
     """
@@ -100,7 +100,7 @@ def map_rows(
         logical axis of the rows it is given, for its sharding constraints.
       rows: tree of arrays [N, ...], sharded by `act_batch`.
       shared: tree of arrays that all rows share.
-      block: rows of a shard that are computed at a time; None computes all at once, and saves what
+      chunk: rows of a shard that are computed at a time; None computes all at once, and saves what
         it needs.
     """
     if chunk is None:
@@ -124,7 +124,7 @@ def map_rows(
 def _map_chunks(
     fn: Callable[[Any, Any, str | None], Any], rows: Any, shared: Any, chunk: int
 ) -> Any:
-    """Over blocks of one shard's rows; the last block is filled up with zeros."""
+    """Over chunks of one shard's rows; the last chunk is filled up with zeros."""
     num_rows = jax.tree.leaves(rows)[0].shape[0]
     num_chunks = math.ceil(num_rows / chunk)
 

@@ -13,7 +13,7 @@ from alignvlm_jax.shapes import Array, Bool, Float, Int
 
 class TokenLosses(NamedTuple):
     """Of each token: -log P(target) in nats, the log of the sum that normalises P, and whether no
-    word is likelier."""
+    token is likelier."""
 
     nll: Float[Array, "B T"]
     log_sum_exp: Float[Array, "B T"]
@@ -38,16 +38,16 @@ def token_losses(
 ) -> TokenLosses:
     """Returns the losses of predicting `targets` from hidden states, without logits [B, T, V].
 
-    The caller weighs and sums them, and divides once, after adding up micro-batches and hosts: a
+    The caller weighs and sums them, and divides once, after adding up microbatches and hosts: a
     mean of means would weigh short answers more.
 
     Args:
       hidden: last hidden states.
       head: [D, V], or with `is_table` the tied table [V, D].
-      targets: a target that is no word has a finite loss; it should have no weight.
+      targets: a target that is no token has a finite loss; it should have no weight.
       is_table: see `head`.
-      num_words: the words from here on only fill the table up and are never predicted.
-      block: rows of a shard at a time, see `chunked.rows_per_chunk`; None is the plain form.
+      unpadded_vocab_size: the tokens from here on only fill the table up and are never predicted.
+      chunk: rows of a shard at a time, see `chunked.rows_per_chunk`; None is the plain form.
     """
     equation = "ND,VD->NV" if is_table else "ND,DV->NV"
 
@@ -55,8 +55,8 @@ def token_losses(
         hidden_ND, targets_N = rows
         logits_NV = chunked.project(equation, hidden_ND, head)
         logits_NV = nn.with_logical_constraint(logits_NV, (row_axis, "act_vocab"))
-        # Before padding is masked: the id of image slots may lie there, and -inf times no weight is
-        # not 0.
+        # Before padding is masked: the id of image tokens may lie there, and -inf times no weight
+        # is not 0.
         picked_N = pick(logits_NV, targets_N)
         if unpadded_vocab_size is not None and unpadded_vocab_size < logits_NV.shape[-1]:
             logits_NV = jnp.where(
@@ -79,7 +79,7 @@ def soft_cross_entropy(
     """Returns -sum_k weight_k log P(label_k) of each row, in nats: the loss of patch-token
     supervision.
 
-    A label without weight may have any logit, also the -inf of a word that is left out.
+    A label without weight may have any logit, also the -inf of a token that is left out.
     """
     weighted_Nk = jnp.where(label_weights > 0, label_logits, 0.0) * label_weights
     return log_sum_exp * label_weights.sum(-1) - weighted_Nk.sum(-1)

@@ -5,7 +5,7 @@
 
 For the paper's model and one page, P alone takes 3.7 GB. The plain form computes it all at once,
 and lets the partitioner shard it; the chunked form holds a few hundred of its rows at a time
-(`ops.blocks`). Letters: `shapes.py`.
+(`ops.chunked`). Letters: `shapes.py`.
 """
 
 from typing import NamedTuple
@@ -45,8 +45,8 @@ def vocab_logits(
     unpadded_vocab_size: int | None = None,
     row_axis: str | None = "act_batch",
 ) -> Float[Array, "N V"]:
-    """Returns z in float32; -inf at the columns from `num_words` on, which fill the table up and
-    are no words."""
+    """Returns z in float32; -inf at the columns from `unpadded_vocab_size` on, which fill the table
+    up and are no tokens."""
     logits_NV = chunked.project("ND,DV->NV", x, head)
     logits_NV = nn.with_logical_constraint(logits_NV, (row_axis, "act_vocab"))
     if norm is not None:
@@ -76,13 +76,14 @@ def vocab_average(
       head: W [D, V] (any width of x for its first axis).
       table: E [V, D].
       norm: LN over the vocabulary; None leaves it out.
-      label_ids: words whose logits are asked for.
-      num_words: the columns from here on fill the table up; they take no part in LN or softmax.
-      subset: words that may have weight; the softmax is over them alone, LN over all.
-      linear: the weights are z / sqrt(words) themselves, of any sign: for the linear span in the
+      label_ids: tokens whose logits are wanted.
+      unpadded_vocab_size: the columns from here on fill the table up; they take no part in LN or
+        softmax.
+      subset: tokens that may have weight; the softmax is over them alone, LN over all.
+      linear: the weights are z / sqrt(V) themselves, of any sign: for the linear span in the
         place of the hull. So scaled, averages are about as long as the table's rows, as LN makes z
         of variance 1.
-      block: rows of a shard at a time, see `chunked.rows_per_chunk`; None is the plain form.
+      chunk: rows of a shard at a time, see `chunked.rows_per_chunk`; None is the plain form.
     """
     shared = {
         "head": head,

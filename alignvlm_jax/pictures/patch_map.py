@@ -175,7 +175,7 @@ def readings(lens: Lens, count: int, num_tokens: int = 3) -> list[Reading]:
 
 
 def _page_data(lens: Lens) -> dict[str, Any]:
-    """What the page's script reads; boxes in shares of the page, a token by its place among
+    """What the page's script reads; boxes in fractions of the page, a token by its place among
     `pieces`."""
     used, places = np.unique(lens.tokens, return_inverse=True)
     size = np.array([lens.page.width, lens.page.height] * 2)

@@ -196,7 +196,7 @@ def compile_program(
     except jax.errors.JaxRuntimeError as err:
         if "RESOURCE_EXHAUSTED" not in str(err):
             raise
-        return None, _asked_for(str(err))
+        return None, _requested_gib(str(err))
     return compiled, _peak_gib(compiled, is_estimate)
 
 
@@ -209,8 +209,8 @@ def _peak_gib(compiled: jax.stages.Compiled, is_estimate: bool) -> float:
     return memory.peak_memory_in_bytes / GIB
 
 
-def _asked_for(message: str) -> float | None:
-    """The GiB that a program was refused, out of the compiler's words."""
+def _requested_gib(message: str) -> float | None:
+    """The GiB that a program was refused, out of the compiler's message."""
     found = re.search(r"Used ([\d.]+)G of|\(([\d.]+)G\) exceeds", message)
     return float(found[1] or found[2]) if found else None
 

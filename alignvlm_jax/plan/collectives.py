@@ -1,7 +1,7 @@
 """What a compiled program sends between devices: collectives by kind, read from its text.
 
 A collective in a loop counts as often as the loop runs: layers, parts of a batch and blocks are
-loops. The TPU's compiler also makes loops of permutes out of a gather and the product that it
+loops. The TPU's compiler also makes loops of permutes out of a gather and the matmul that it
 feeds, to overlap them. Of a collective across slices it leaves the part within each slice to the
 links, and sends the rest over the data-centre network, by transfers of the host, which are told
 apart as BETWEEN_SLICES.
@@ -46,7 +46,7 @@ _CALLED = re.compile(
 
 
 def communication(hlo: str) -> dict[str, Communication]:
-    """Returns for each kind that occurs its traffic in one run of the program."""
+    """Returns for each kind that occurs what is sent in one run of the program."""
     computations, entry = _parse(hlo)
     # What the compiler spreads over the fusions which it overlaps appears in each of them, under
     # one chain's name.

@@ -1,4 +1,4 @@
-"""Which mesh, micro-batch and rematerialisation a stage should have on a slice: tried with the
+"""Which mesh, microbatch and rematerialisation a stage should have on a slice: tried with the
 compiler, best taken."""
 
 import math
@@ -19,7 +19,7 @@ SAFE = 0.95  # Of the memory: where the size of a program is foretold from that 
 NARROW = 16
 # A device sends over the data-centre network: 50 Gbit/s a chip of v5p (cloud.google.com/tpu/docs).
 NETWORK_GB = 6.25
-# Beyond it a chip's share of a product is too small to hide what it has to wait for.
+# Beyond it a chip's shard of a matmul is too small to hide what it has to wait for.
 MAX_TENSOR = 8
 
 
@@ -112,8 +112,8 @@ def _meshes(
     tensor = 1
     while tensor <= min(MAX_TENSOR, topology.num_devices):
         for fsdp in fsdp_sizes:
-            asked = MeshConfig(data=-1, fsdp=fsdp, tensor=tensor)
-            if (mesh := _resolved(config, asked, topology)) and mesh not in found:
+            open_mesh = MeshConfig(data=-1, fsdp=fsdp, tensor=tensor)
+            if (mesh := _resolved(config, open_mesh, topology)) and mesh not in found:
                 found.append(mesh)
                 yield mesh
         tensor *= 2
@@ -122,19 +122,19 @@ def _meshes(
         rows = config.train.batch_size
         raise UserError(
             f"no mesh of {topology.num_chips} chips takes a batch of {rows} rows, {llm.num_heads} "
-            f"heads ({llm.num_kv_heads} of keys) and {llm.vocab_size} words; change "
+            f"heads ({llm.num_kv_heads} of keys) and {llm.vocab_size} tokens; change "
             "config.train.batch_size"
         )
 
 
-def _resolved(config: Config, asked: MeshConfig, topology: Topology) -> MeshConfig | None:
+def _resolved(config: Config, open_mesh: MeshConfig, topology: Topology) -> MeshConfig | None:
     """The mesh with all its sizes, where there is one."""
-    whole = aot.with_parallelism(config, asked, 1, "full")
+    whole = aot.with_parallelism(config, open_mesh, 1, "full")
     try:
         sizes = mesh_lib.resolve_sizes(whole, topology.num_devices, topology.num_slices)
         mesh = MeshConfig(**sizes._asdict())
         aot.check(_smallest_microbatches(config, mesh), topology)
-    except UserError:  # Heads or words that do not divide over tensor, or the batch over the rest.
+    except UserError:  # Heads or tokens that do not divide over tensor, or the batch over the rest.
         return None
     return mesh
 

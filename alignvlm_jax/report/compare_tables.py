@@ -76,8 +76,8 @@ def _scores(row: Row, other_splits: Iterable[str]) -> list[str]:
 
 def noise(title: str, rows: Sequence[Row]) -> Grid:
     """Returns the ANLS through noise, sigma in standard deviations of the features; at one, how
-    many points are lost, the share that is kept, and how far visual tokens move, as a share of the
-    distance between different ones."""
+    many points are lost, the share that is kept, and how far visual tokens move, as a fraction of
+    the distance between different ones."""
     lines = []
     for row in rows:
         runs = row.analysis("noise")

@@ -1,5 +1,5 @@
-"""One HTML file of training rows as the model gets them: records and their borders, tiles, text
-with the loss mask."""
+"""One HTML file of training sequences as the model gets them: records and their borders, tiles,
+text with the loss mask."""
 
 import dataclasses
 import itertools
@@ -24,7 +24,7 @@ THUMBNAIL = 220
 @dataclasses.dataclass(frozen=True)
 class Span:
     """A run of tokens: "text" that is read only, "taught" text that the loss is on, "special"
-    tokens by their names, or the image slots of one or several tiles ("slots")."""
+    tokens by their names, or the image tokens of one or several tiles ("image")."""
 
     kind: str
     text: str
@@ -50,12 +50,12 @@ class View:
 
     index: int
     length: int
-    num_tile_slots: int
+    max_tiles: int
     segments: Sequence[ShownSegment]
 
     @property
     def packing_efficiency(self) -> float:
-        """The share of the row's tokens that are no padding."""
+        """The fraction of the row's tokens that are no padding."""
         return sum(segment.num_tokens for segment in self.segments) / self.length
 
 
@@ -95,13 +95,13 @@ def _spans(
     def kind_of(position: int) -> tuple[str, bool]:
         token = int(tokens[position])
         if token == image_id:
-            return "slots", False
+            return "image", False
         return "text" if tokenizer.is_text(token) else "special", bool(is_taught[position])
 
     for (kind, taught), run in itertools.groupby(range(len(tokens)), kind_of):
         ids = [int(tokens[position]) for position in run]
-        if kind == "slots":
-            yield Span(kind, f"{len(ids):,} image slots", len(ids))
+        if kind == "image":
+            yield Span(kind, f"{len(ids):,} image tokens", len(ids))
         elif kind == "special":
             yield Span(
                 "special taught" if taught else kind, " ".join(map(tokenizer.piece, ids)), len(ids)

@@ -51,7 +51,7 @@ def verdict(row: Mapping[str, Any]) -> str:
 
 
 def fractions(result: Predictions) -> dict[str, float]:
-    """Returns the share of each verdict."""
+    """Returns the fraction of each verdict."""
     verdicts = [verdict(row) for row in result.rows]
     return {name: verdicts.count(name) / len(verdicts) for name in QUOTA}
 

@@ -238,23 +238,23 @@ def _lenses(
     if not chosen:
         return [], "There are no answered questions with their pages yet: run `evaluate` first."
     try:
-        asked = [records[example.record_id] for example in chosen]
-        looks = patch_tokens.lenses(
-            run.loaded, [images.decode_image(record.images[0], record.id) for record in asked]
+        shown = [records[example.record_id] for example in chosen]
+        lenses = patch_tokens.lenses(
+            run.loaded, [images.decode_image(record.images[0], record.id) for record in shown]
         )
     except UserError as err:
         return [], str(err)
     shown = [
         {
-            "picture": html.png_uri(patch_map.picture(look)),
-            "entropy": float(look.entropies.mean()),
+            "picture": html.png_uri(patch_map.picture(lens)),
+            "entropy": float(lens.entropies.mean()),
             "example": _shown(example, None),
             "readings": [
                 {"image": html.image_uri(one.image), "entropy": one.entropy, "tokens": one.tokens}
-                for one in patch_map.readings(look, NUM_READINGS)
+                for one in patch_map.readings(lens, NUM_READINGS)
             ],
         }
-        for example, look in zip(chosen, looks, strict=True)
+        for example, lens in zip(chosen, lenses, strict=True)
     ]
     return shown, ""
 
@@ -322,7 +322,7 @@ def _facts(run: Run) -> dict[str, str]:
         "Language model": f"{llm.num_layers} layers of {llm.width}, vocabulary {llm.vocab_size}",
         "Connector": config.model.connector.name,
         "Rows": f"{config.train.batch_size} a step, {config.data.seq_len} tokens each, "
-        f"{config.data.max_tiles * config.tokens_per_tile} of them image slots",
+        f"{config.data.max_tiles * config.tokens_per_tile} of them image tokens",
         "Seed": str(config.seed),
     }
     if run.loaded:

@@ -413,8 +413,8 @@ class Checkpoints:
         needed = sum(array.nbytes + 4096 for array in jax.tree.leaves(live))
         free = storage.free_bytes(self.folder)
         if free is not None and needed > free:
-            said = f"it takes {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free"
-            raise self._save_error(OSError(said), may_pass=False)
+            reason = f"it takes {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free"
+            raise self._save_error(OSError(reason), may_pass=False)
 
     def _save_error(self, err: Exception, may_pass: bool | None = None) -> UserError:
         """The failed step is told from those that stand; orbax's message may run over many

@@ -126,7 +126,7 @@ class Heartbeat:
 
     def _poll(self) -> None:
         beats = [read(self._folder, process) for process in range(self._num_processes)]
-        for line in self._others.look([beat for beat in beats if beat]):
+        for line in self._others.poll([beat for beat in beats if beat]):
             logging.warning("%s", line)
 
     def _try(self, action: Callable[[], None]) -> None:
@@ -151,7 +151,7 @@ class Others:
         self._clock = clock
         self._changed: dict[int, tuple[float, float]] = {}
 
-    def look(self, beats: Sequence[Mapping[str, Any]]) -> list[str]:
+    def poll(self, beats: Sequence[Mapping[str, Any]]) -> list[str]:
         """Returns one line for every process that stands out. Clocks of hosts are not compared."""
         now = self._clock()
         lines = []

@@ -199,7 +199,7 @@ def _check_newest(checkpoints: Checkpoints, total: int) -> None:
             f"{checkpoints.folder} holds a checkpoint of step {newest}, and this run ends at step "
             f"{total}: it is another run's, or was renamed; move it away"
         )
-    with contextlib.suppress(BrokenCheckpoint):  # For the loop to set aside.
+    with contextlib.suppress(BrokenCheckpoint):  # For the loop to quarantine.
         restore.agreed_metadata(checkpoints, newest)
 
 

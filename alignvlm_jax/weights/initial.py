@@ -37,7 +37,7 @@ def make_config(llm: Tower, vision: Tower, connector: str, out: Path) -> Config:
         llm=llm.config,
         connector=config_lib.connector(connector),
         # One beyond the table: a placeholder that no tokenizer knows, so that no text can make an
-        # image slot.
+        # image token.
         image_token_id=llm.config.vocab_size,
     )
     max_tiles = max(1, min(MAX_TILES, SEQ_LEN * 3 // 4 // model.tokens_per_tile))

@@ -1,4 +1,4 @@
-"""The whole model: sharded equals single, what stands at image slots, who sees whom, options that
+"""The whole model: sharded equals single, what stands at image tokens, who sees whom, options that
 change nothing."""
 
 import dataclasses
@@ -66,7 +66,7 @@ IMAGE = MODEL.image_token_id
 
 @functools.cache
 def batch_of(model: config_lib.ModelConfig) -> dict[str, np.ndarray]:
-    """Its rows have the image slots of the model's connector."""
+    """Its rows have the image tokens of the model's connector."""
     return random_batch(dataclasses.replace(CONFIG, model=model))
 
 
@@ -227,7 +227,7 @@ def test_no_device_holds_the_activations_of_all_rows(sharded):
     "sharded", [SHARDED["align_tied_chunked"]], ids=["align_tied"], indirect=True
 )
 def test_chunked_a_device_holds_no_more_than_a_chunk(sharded):
-    """Nothing has more rows by its share of the words than a block, but what the parameters
+    """Nothing has more rows by its fraction of the words than a block, but what the parameters
     themselves are."""
     shapes = {
         tuple(map(int, dims.split(",")))
@@ -241,7 +241,7 @@ def test_chunked_a_device_holds_no_more_than_a_chunk(sharded):
     } <= widths
 
 
-# Image slots.
+# Image tokens.
 
 
 def mixed_batch() -> dict[str, np.ndarray]:

@@ -46,7 +46,7 @@ def tpu():
 def compile_gradients(
     mesh, kernel: str, length: int, heads: int, kv_heads: int, head_dim: int, causal: bool
 ):
-    """The program of the output and its gradients; packed rows where causal."""
+    """The program of the output and its gradients; packed sequences where causal."""
     rows = 4
     by_heads = jax.NamedSharding(mesh, HEADS)
     query, key, value = (

@@ -99,7 +99,7 @@ def test_padded_rows_are_never_predicted(mesh, chunk):
 
 @pytest.mark.parametrize("block", [None, 4])
 def test_a_target_that_is_no_word_is_finite(chunk):
-    """Image slots have such targets, without weight."""
+    """Image tokens have such targets, without weight."""
     for target in (WORDS - 1, WORDS + 5):  # in the padding of the table, and beyond it
         result = losses(
             HIDDEN,

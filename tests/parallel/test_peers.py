@@ -73,7 +73,7 @@ from alignvlm_jax.errors import TryAgainError
 def act():
     if index == 2:
         raise UserError("page 7 cannot be read")
-    while not exchange.said("failed"):
+    while not exchange.announced("failed"):
         time.sleep(0.01)
     raise TryAgainError("could not write checkpoint 4: connection reset by peer")
 """
@@ -247,7 +247,7 @@ def test_one_that_fails_ends_with_its_own_status_also_where_nobody_can_be_told(m
     monkeypatch.setattr(peers.Watch, "_watch", lambda self: None)
     watch = peers.Watch()
     monkeypatch.setattr(exchange, "say", say)
-    monkeypatch.setattr(exchange, "said", lambda folder: say(folder, None))
+    monkeypatch.setattr(exchange, "announced", lambda folder: say(folder, None))
     assert watch.fail("no space", 1) == 1
 
 
@@ -256,13 +256,13 @@ def test_one_that_another_ends_ends_also_where_the_service_goes_meanwhile(monkey
     told = {"failed": {"0": {"message": "no space", "status": 1}}}
     ended = []
 
-    def said(folder):
+    def announced(folder):
         if folder == "host":
             raise jax.errors.JaxRuntimeError("UNAVAILABLE: failed to connect to all addresses")
         return told.get(folder, {})
 
     monkeypatch.setattr(exchange, "say", lambda name, value: None)
-    monkeypatch.setattr(exchange, "said", said)
+    monkeypatch.setattr(exchange, "announced", announced)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(peers, "BEAT_SECONDS", 0.05)
     monkeypatch.setattr(peers, "_write_out", lambda: None)

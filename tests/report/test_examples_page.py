@@ -51,8 +51,8 @@ def test_view_agrees_with_the_row(config):
     for segment, (name, part) in zip(view.segments, parts, strict=True):
         assert segment.name == name
         assert sum(span.count for span in segment.spans) == segment.num_tokens == len(part.tokens)
-        slots = [span.count for span in segment.spans if span.kind == "slots"]
-        assert slots == [len(segment.tiles) * config.model.tokens_per_tile]
+        image_tokens = [span.count for span in segment.spans if span.kind == "image"]
+        assert image_tokens == [len(segment.tiles) * config.model.tokens_per_tile]
 
 
 def test_taught_text_is_the_answers(config):

@@ -1,4 +1,4 @@
-"""A whole run over real, planned rows of two sources."""
+"""A whole run over real, packed sequences of two sources."""
 
 import dataclasses
 import io

@@ -11,7 +11,7 @@ import sentencepiece
 from alignvlm_jax.data.tokenizers.base import Tokenizer, readable
 from alignvlm_jax.errors import UserError
 
-# Control symbols never match text: a question that spells "<image>" cannot make an image slot.
+# Control symbols never match text: a question that spells "<image>" cannot make an image token.
 CHAT_TOKENS = ("<image>", "<user>", "<assistant>", "<end>")
 # User-defined symbols do match text: they keep the questions short.
 PHRASES = ("\n", "Read the page.", "What is the ", "How much is the ", " of ")

@@ -18,7 +18,7 @@ class Keys:
     Attributes:
       messages: key of the messages of a record.
       role, content: keys of a message.
-      asker, answerer: roles.
+      user, answerer: roles.
       image_mark: what stands in a content for an image.
       suffixes: endings of its files; a `.json` is one array, others have an object a line.
       source: key of the data set that a record is from, where there is one.

@@ -31,8 +31,8 @@ NORM_EPS = 1e-6
 class Depthwise(nn.Module):
     """A 3 x 3 convolution of each channel by itself, zeros beyond the tile.
 
-    Nine shifted products: no matrix unit has a use for one channel, and the partitioner splits them
-    as they are.
+    Nine shifted multiplications: no matrix unit has a use for one channel, and the partitioner
+    splits them as they are.
     """
 
     width: int

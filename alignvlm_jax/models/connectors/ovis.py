@@ -4,10 +4,10 @@ table.
     z = LN(F W);  P = softmax_K(z);  out = P E_visual
 
 W [E, K] has no bias; E_visual [K, D] is a table of the connector's own, over a visual vocabulary of
-K words. From the release (AIDC-AI/Ovis v1.5, `SiglipVisualTokenizer.head` and `VisualEmbedding`)
+K entries. From the release (AIDC-AI/Ovis v1.5, `SiglipVisualTokenizer.head` and `VisualEmbedding`)
 come LN on the logits, a table drawn from N(0, 1), and K = 131,072, about as many as its LLMs have
-words. Left out are its words that mark where an image begins and ends, its merging of patches, and
-its hard choices of a word (gumbel, straight-through).
+entries. Left out are its entries that mark where an image begins and ends, its merging of patches,
+and its hard choices of an entry (gumbel, straight-through).
 """
 
 import dataclasses

@@ -33,7 +33,7 @@ WHOLE_BYTES = 1 << 20
 MAX_REMOTE_BYTES = 1 << 29
 """Of a file in a bucket, which is held in memory."""
 MAX_UNREADABLE = 0.1
-"""Share of a page's words that may be drawn but have no Unicode."""
+"""Fraction of a page's words that may be drawn but have no Unicode."""
 HOLDOUTS = ("document", "page")
 
 _pdfium = threading.Lock()  # it serves one thread at a time, and a runner may have several
