@@ -1,13 +1,13 @@
-"""Connectors on an equal footing: towers as they are given, a connector drawn anew, equal steps on
-equal rows.
+"""Connectors on an equal footing: towers as they are given, a connector initialised anew, equal
+steps on equal sequences.
 
     compare.py:towers       what a connector is put between, made once: the demonstration's language
-    model, then, with
-                            it frozen, a vision encoder that learns from patch labels what patches
-                            show
+                            model, then, with it frozen, a vision encoder that learns from patch
+                            labels what patches show
     compare.py:connectors   whole pages; the towers' parameters and a new connector, and everything
-    is trained compare.py:supervision  small pages; the language model alone is given, the rest is
-    drawn: what labels are worth
+                            is trained
+    compare.py:supervision  small pages; the language model alone is given, the rest is initialised:
+                            what labels are worth
 
 `make compare` trains all of `configs/sweeps/compare.py`. As in the paper, the towers are the same
 for every connector. Only ALIGN can be told what a patch shows; without `patch_token_weight`, which

@@ -2,9 +2,9 @@
 on a laptop.
 
     stage0_lines  the language model alone learns to copy and to look up, from the text of small
-    pages laid out on the
-                  patch grid: it stands in for a pretrained LLM, which brings this along. Pages of
-                  two lines come first: what they teach in a minute takes several on whole pages
+                  pages laid out on the patch grid: it stands in for a pretrained LLM, which brings
+                  this along. Pages of two lines come first: what they teach in a minute takes
+                  several on whole pages
     stage0_pages  the same on whole pages
     stage1        alignment: the whole model transcribes small pages
     stage2        the whole model transcribes whole pages and answers questions about them

@@ -2,8 +2,8 @@
 any connector.
 
     stage1_connector  LLaVA-558K captions: the connector alone, 1e-3, batch 32, one epoch
-    stage2_all        LLaVA-NeXT-779K: LLM and connector at 1e-5, the encoder at 2e-6, batch 8, one
-    epoch
+    stage2_all        LLaVA-NeXT-779K: LLM and connector at 1e-5, the encoder at 2e-6, batch 8,
+                      one epoch
 
 `configs/low_resource.py:align` (or another). The paper does not say whether its batches are of a
 device or of all: here they are of all. It uses LLaVA's grids of up to 6 x 6 tiles within nine; here

@@ -3,15 +3,15 @@ to `stage3.py`.
 
 Of the paper are: the encoder, the LLMs, at most 9 tiles, batch sizes, learning rates, text lengths,
 epochs and what is frozen. It states no optimizer, schedule, warm-up, weight decay, precision, or
-number of slots; those here are ours:
+number of image tokens; those here are ours:
 
-    an overview tile beside the 9      as Ovis v1.6 does, whose tiling the paper cites
-    text length on top of the slots    the paper does not say whether its lengths count image tokens
-    rows a multiple of 128 long        attention kernels work on blocks of 128
-    AdamW 0.9, 0.95, decay 0.1, clip 1 usual for Llamas of this size
-    warm-up 3 %, cosine to 0           LLaVA's recipe, on which the paper's low-resource study is
-    built bfloat16 compute, float32 masters  what TPUs are made for
-    patch-token weight 0               the paper as it is; see README, "Two ideas beyond the paper"
+    an overview tile beside the 9       as Ovis v1.6 does, whose tiling the paper cites
+    text length beside image tokens     the paper does not say whether its lengths count them
+    seq_len a multiple of 128           attention kernels work on blocks of 128
+    AdamW 0.9, 0.95, decay 0.1, clip 1  usual for Llamas of this size
+    warm-up 3 %, cosine to 0            LLaVA's, on which the paper's low-resource study is built
+    bfloat16 compute, float32 masters   what TPUs are made for
+    patch-token weight 0                the paper as it is; README, "Two ideas beyond the paper"
 """
 
 import dataclasses

@@ -1,7 +1,8 @@
 """Back to the ecosystem: towers as Hugging Face folders, the connector as safetensors.
 
-    llm/        LlamaForCausalLM, with the tokenizer's files     vision/   SiglipVisionModel,
-    without its pooling head connector/  our own names, and the whole model's config
+    llm/        LlamaForCausalLM, with the tokenizer's files
+    vision/     SiglipVisionModel, without its pooling head
+    connector/  our own names, and the whole model's config
 
 Every number is written as it is stored. What those classes cannot express is an error.
 """

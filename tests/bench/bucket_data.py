@@ -1,7 +1,8 @@
 """Seconds to open data in a bucket, and records a second from it, where every request waits 50 ms.
 
-python -m tests.bench.bucket_data          (a fake Cloud Storage server on this machine; 1 GB of
-memory)
+    python -m tests.bench.bucket_data
+
+A fake Cloud Storage server runs on this machine; 1 GB of memory.
 """
 
 import contextlib

@@ -1,8 +1,9 @@
 """Seconds to the first row of a stage over 8 million records, and to the first one of a restart in
 its third epoch.
 
-python -m tests.bench.planning [records]          (data side only: lengths are known, no record is
-read)
+    python -m tests.bench.planning [records]
+
+The data side only: lengths are known, no record is read.
 """
 
 import dataclasses

@@ -1,10 +1,9 @@
 """The smallest TPU slice for each of the paper's stages and LLMs, a row a chip at a time, by the
 TPU's own compiler.
 
-    python -m tests.bench.plans [KIND ...]     (make bench-plans; an hour; needs libtpu,
-    requirements-tpu.txt)
+    python -m tests.bench.plans [KIND ...]
 
-Every row of the table is one call of `plan`, as a user would make it.
+`make bench-plans`: an hour; it needs libtpu (requirements-tpu.txt). Every row of the table is one call of `plan`, as a user would make it.
 """
 
 import json

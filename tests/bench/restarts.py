@@ -1,8 +1,9 @@
 """Seconds from the start of `train` to its first step: anew, and killed and started again with and
 without what was compiled before.
 
-python -m tests.bench.restarts [trials] [flags of train]          (configs/demo.py on data/demo, see
-`make demo`)
+    python -m tests.bench.restarts [trials] [flags of train]
+
+It trains configs/demo.py on data/demo (see `make demo`).
 """
 
 import json

@@ -1,10 +1,9 @@
 """Runs that are killed, stopped, starved and lied to, until each is done; exit status 1 if one went
 wrong.
 
-python -m tests.stress --out=runs/stress [--only=kill/2/bucket] [--trials=3] [--jobs=2]
-(make stress; an hour)
+    python -m tests.stress --out=runs/stress [--only=kill/2/bucket] [--trials=3] [--jobs=2]
 
-Finished trials stand in OUT/trials.jsonl and are not run again.
+`make stress`: an hour. Finished trials stand in OUT/trials.jsonl and are not run again.
 """
 
 import argparse
