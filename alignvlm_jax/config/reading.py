@@ -90,7 +90,8 @@ def from_json(stages: list[dict[str, Any]]) -> tuple[Config, ...]:
 
 def current_form(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the stages of a `config.json` as this version writes them; unchanged where they are
-    damaged.
+    damaged. Fields that an earlier version did not have get their defaults, and those that it
+    called otherwise their names of today.
 
     Before connectors had options of their own, `model.connector` held those of all of them.
     """
@@ -98,8 +99,26 @@ def current_form(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {**stage, "model": _by_connector(_of_known(stage["model"]))}
         if isinstance(stage.get("model"), Mapping)
         else stage
-        for stage in map(renamed.stage, stages)
+        for stage in (_completed(Config, renamed.stage(old)) for old in stages)
     ]
+
+
+def _completed(cls: type, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of dataclass `cls` as JSON has them, with the defaults of those that are missing.
+    Groups that are missing as a whole stay so, as do fields without a default."""
+    hints = typing.get_type_hints(cls)
+    result = dict(fields)
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        if hint is not ConnectorConfig and dataclasses.is_dataclass(hint):
+            if isinstance(fields.get(field.name), Mapping):
+                result[field.name] = _completed(hint, fields[field.name])
+        elif cls is Config or field.name in fields:
+            continue  # A file without a stage's name or seed is damaged, not old.
+        elif field.default not in (MISSING, dataclasses.MISSING):
+            default = field.default
+            result[field.name] = list(default) if isinstance(default, tuple) else default
+    return result
 
 
 def _of_known(model: Mapping[str, Any]) -> dict[str, Any]:

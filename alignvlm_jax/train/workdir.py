@@ -35,6 +35,7 @@ RESUMABLE_FIELDS = (
     "train.keep_checkpoints",
     "train.checkpoint_every",
     "train.checkpoint_minutes",
+    "train.jit",
     "train.profile",
     "train.stall_minutes",
     "eval.*",
