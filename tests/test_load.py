@@ -4,6 +4,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -45,6 +46,23 @@ def noise(seed: int, width: int = 16, height: int = 16) -> Image.Image:
 def pages():
     """Of one tile and of two."""
     return [noise(i, 16, (16, 8)[i % 2]) for i in range(len(QUESTIONS))]
+
+
+def test_a_model_shows_its_towers_connector_and_mesh(model):
+    first, vision, connector, llm, mesh = repr(model).splitlines()
+    config = model.loaded.config.model
+    assert first == f"Assistant({model.loaded.path}, step {model.loaded.step:,})"
+    assert f"{config.vision.num_layers} layers" in vision and f"{config.llm.num_layers}" in llm
+    assert f"connector: {config.connector.name}(" in connector
+    counts = [
+        int(line.split("; ")[1].split()[0].replace(",", "")) for line in (vision, connector, llm)
+    ]
+    assert counts == [
+        sum(x.size for x in jax.tree.leaves(model.loaded.params[name]))
+        for name in ("vision", "connector", "llm")
+    ]
+    sizes = " x ".join(f"{axis} {size}" for axis, size in model.loaded.mesh.shape.items())
+    assert mesh == f"  mesh: {sizes} on cpu"
 
 
 def test_many_answers_are_those_to_one_at_a_time(model, pages, said):

@@ -38,7 +38,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--data", help="folder that `prepare` wrote; default: that of the config")
     parser.add_argument("--split", default="train")
     parser.add_argument("--stage", default="", help="of several in the config; default: the first")
-    parser.add_argument("--num_rows", type=positive, default=8, help="rows on the page")
+    parser.add_argument(
+        "--num_sequences",
+        "--num_rows",
+        type=positive,
+        default=8,
+        help="packed sequences on the page",
+    )
     parser.add_argument(
         "--out", type=storage.path, help="the page; default: rows.html in the folder"
     )

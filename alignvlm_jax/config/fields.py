@@ -260,8 +260,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
     # Steps of the stage that may be skipped because their loss or gradients are not finite.
     max_skipped_steps: int = 10
-    # Whether steps are compiled; false: each operation runs by itself, slowly, so that arrays can be
-    # printed and a debugger steps through (configs/debug.py).
+    # Whether steps are compiled; false: each operation runs by itself, slowly, so that arrays can
+    # be printed and a debugger steps through (configs/debug.py).
     jit: bool = True
     # Steps of the run to trace, as FIRST:END, such as 100:105, the last of them 104; empty: none.
     profile: str = ""

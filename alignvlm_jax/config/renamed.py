@@ -68,7 +68,9 @@ def stage(fields: Mapping[str, Any]) -> dict[str, Any]:
             new = VALUES.get(path, {}).get(value, value) if isinstance(value, str) else value
             current[group][path.partition(".")[2]] = new
             if path != f"{group}.{name}" or new != value:
-                changed.append(f"{group}.{name} {value!r} as {path} {new!r}")
+                values = f" {value!r}", f" {new!r}"
+                old_value, new_value = values if new != value else ("", "")
+                changed.append(f"{group}.{name}{old_value} as {path}{new_value}")
     if changed:
         text = ", ".join(sorted(changed))
         logging.log_first_n(logging.WARNING, "a config of an earlier version is read: %s", 1, text)

@@ -1,8 +1,10 @@
 """A trained model to be asked about pages: what `generate`, `inspect` and notebooks share."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -34,6 +36,32 @@ class Assistant:
     def __init__(self, loaded: Loaded):
         self.loaded = loaded
         self._sampler = loaded.sampler()
+
+    def __repr__(self) -> str:
+        """Towers, connector and mesh, a line each, with sizes and numbers of parameters."""
+        loaded = self.loaded
+        model = loaded.config.model
+        vision = model.vision
+        llm = model.llm
+        options = dataclasses.asdict(model.connector)
+        name = options.pop("name")
+        sizes = {
+            component: sum(x.size for x in jax.tree.leaves(tree))
+            for component, tree in loaded.params.items()
+        }
+        lines = {
+            "vision": f"{vision.num_layers} layers of width {vision.width}, tiles of "
+            f"{vision.tile_width} x {vision.tile_height} pixels, {vision.num_patches} patches each",
+            "connector": f"{name}({', '.join(f'{key}={value!r}' for key, value in options.items())}"
+            f"), {model.tokens_per_tile} image tokens a tile",
+            "llm": f"{llm.num_layers} layers of width {llm.width}, {llm.num_heads} heads "
+            f"({llm.num_kv_heads} of keys and values), {llm.unpadded_vocab_size:,} tokens",
+        }
+        shown = [f"  {name}: {text}; {sizes[name]:,} parameters" for name, text in lines.items()]
+        mesh = " x ".join(f"{axis} {size}" for axis, size in loaded.mesh.shape.items())
+        device = loaded.mesh.devices.flat[0]
+        shown.append(f"  mesh: {mesh} on {device.device_kind}")
+        return "\n".join([f"Assistant({loaded.path}, step {loaded.step:,})", *shown])
 
     def answer(
         self,

@@ -50,7 +50,7 @@ class Lens:
         for all alike.
       is_overview: bool [N], patches of the overview tile, which covers the page once more.
       tokenizer: what spells the tokens.
-      num_words: V.
+      vocab_size: V.
     """
 
     page: Image.Image
@@ -60,7 +60,7 @@ class Lens:
     entropies: np.ndarray
     is_overview: np.ndarray
     tokenizer: Tokenizer
-    unpadded_vocab_size: int
+    vocab_size: int
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -131,7 +131,7 @@ def check_suffix(path: Path) -> None:
 def picture(lens: Lens) -> bytes:
     """Returns a PNG: the page, every patch framed, tinted by its entropy, its likeliest token at
     its foot."""
-    lens, vocab_bits = lens.detail(), np.log2(lens.unpadded_vocab_size)
+    lens, vocab_bits = lens.detail(), np.log2(lens.vocab_size)
     # Patches of a trained model differ below one bit: the square root keeps them apart.
     norm = PowerNorm(0.5, 0, vocab_bits)
     colors = mpl.colormaps["plasma_r"]
@@ -189,7 +189,7 @@ def _page_data(lens: Lens) -> dict[str, Any]:
         "probabilities": lens.probabilities.astype(float).round(5).tolist(),
         "entropies": lens.entropies.astype(float).round(3).tolist(),
         "overview": np.flatnonzero(lens.is_overview).tolist(),
-        "bits": float(np.log2(lens.unpadded_vocab_size)),
+        "bits": float(np.log2(lens.vocab_size)),
         "width": lens.page.width,
         "height": lens.page.height,
     }

@@ -189,7 +189,7 @@ def _score_row(name: str, seen: Predictions, blind: Predictions | None) -> dict[
         "exact": seen.mean("exact"),
         "exact_margin": seen.margin("exact"),
         "blind": blind.mean("score") if blind and blind.rows else None,
-        "shares": gallery.fractions(seen),
+        "fractions": gallery.fractions(seen),
     }
 
 
@@ -293,7 +293,7 @@ def _goodput(lines: Lines) -> list[dict[str, Any]]:
         {
             "name": name,
             "what": what,
-            "share": newest[goodput.PREFIX + category],
+            "fraction": newest[goodput.PREFIX + category],
             "seconds": newest[goodput.PREFIX + category] * newest[goodput.TOTAL],
             "color": color,
         }

@@ -236,13 +236,13 @@ def test_an_output_that_exists_is_refused(published, converted):
 def test_an_unknown_connector_or_part(published, converted, tmp_path):
     with pytest.raises(UserError, match=r"'alin'; did you mean 'align'"):
         convert_to(tmp_path / "out", published, "--connector=alin")
-    with pytest.raises(UserError, match=r"'visoin' in --parts; did you mean 'vision'"):
+    with pytest.raises(UserError, match=r"'visoin' in --components; did you mean 'vision'"):
         convert.main(
             [
                 "--export",
                 f"--checkpoint={converted}",
                 f"--out={tmp_path / 'out'}",
-                "--parts=llm,visoin",
+                "--components=llm,visoin",
             ]
         )
 
@@ -250,7 +250,7 @@ def test_an_unknown_connector_or_part(published, converted, tmp_path):
 def test_tiles_that_are_not_square_cannot_be_exported(trained_workdir, tmp_path):
     with pytest.raises(
         UserError,
-        match=r"tile_height is 8 and tile_width 16; leave it out by --parts=llm,connector",
+        match=r"tile_height is 8 and tile_width 16; leave it out by --components=llm,connector",
     ):
         convert.main(["--export", f"--checkpoint={trained_workdir}", f"--out={tmp_path / 'out'}"])
     assert not list(tmp_path.iterdir())

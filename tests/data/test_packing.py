@@ -17,7 +17,7 @@ def of_rows(plan: packing.Packing, values: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("count", [1, 2, 37, 3000])
-@pytest.mark.parametrize("seq_len, row_tiles", [(100, 1), (512, 4), (1000, 9)])
+@pytest.mark.parametrize("seq_len, max_tiles", [(100, 1), (512, 4), (1000, 9)])
 def test_every_record_is_in_one_row_and_every_row_holds_its_records(count, seq_len, max_tiles):
     lengths, tiles = draw(count, seq_len, max_tiles)
     plan = packing.plan(lengths, tiles, seq_len, max_tiles, [1], 0)

@@ -17,7 +17,7 @@ HIDDEN = RNG.standard_normal((ROWS, LENGTH, WIDTH)).astype(np.float32)
 HEAD = (2 * RNG.standard_normal((WIDTH, WORDS))).astype(np.float32)
 TARGETS = RNG.integers(0, WORDS, (ROWS, LENGTH)).astype(np.int32)
 WEIGHTS = (RNG.random((ROWS, LENGTH)) * (RNG.random((ROWS, LENGTH)) < 0.6)).astype(np.float32)
-BLOCKS = pytest.mark.parametrize("block", [None, 1, 4, 6, 50])
+BLOCKS = pytest.mark.parametrize("chunk", [None, 1, 4, 6, 50])
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -83,7 +83,7 @@ def test_gradients(mesh, chunk, is_table):
     np.testing.assert_allclose(dhead, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("block", [None, 4])
+@pytest.mark.parametrize("chunk", [None, 4])
 def test_padded_rows_are_never_predicted(mesh, chunk):
     """As if the head had no such columns, however large they are."""
     words = WORDS - 2
@@ -97,7 +97,7 @@ def test_padded_rows_are_never_predicted(mesh, chunk):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), padded, cut)
 
 
-@pytest.mark.parametrize("block", [None, 4])
+@pytest.mark.parametrize("chunk", [None, 4])
 def test_a_target_that_is_no_word_is_finite(chunk):
     """Image tokens have such targets, without weight."""
     for target in (WORDS - 1, WORDS + 5):  # in the padding of the table, and beyond it

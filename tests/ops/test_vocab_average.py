@@ -179,7 +179,7 @@ def test_drawn_shapes(devices):
         assert_close(outputs_and_gradients(case, chunk, jnp.bfloat16), expected, 2e-2)
 
 
-@pytest.mark.parametrize("block", [None, 5], ids=["plain", "chunked"])
+@pytest.mark.parametrize("chunk", [None, 5], ids=["plain", "chunked"])
 def test_bfloat16(devices, chunk):
     case = CASES["last_block_is_filled_up"]
     outputs, gradients = outputs_and_gradients(case, chunk, jnp.bfloat16)

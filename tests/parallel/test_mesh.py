@@ -195,14 +195,14 @@ def test_impossible_sizes(config, asked):
         (
             9,
             1,
-            r"a batch of 9 rows .*data x fsdp = 4; nearest that does: --config.train.batch_size=8$",
+            r"a microbatch of 9 .*data x fsdp = 4; nearest that does: --config.train.batch_size=8$",
         ),
         (
             12,
             2,
             r"a microbatch of 6 .*batch_size 12 / grad_accum_steps 2\).*--config.train.grad_accum_steps=1 or ",
         ),
-        (1, 1, r"a batch of 1 rows .*nearest that does: --config.train.batch_size=4$"),
+        (1, 1, r"a microbatch of 1 .*nearest that does: --config.train.batch_size=4$"),
     ],
 )
 def test_batch_does_not_divide(config, rows, grad_accum_steps, message):

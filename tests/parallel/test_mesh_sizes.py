@@ -60,12 +60,12 @@ def test_rows_of_a_microbatch_count():
     [
         ((1, -1, 1), 256, 1, r"fsdp would be 256, of which config.model.vision.width 1152 is no multiple; "
          r"with --config.mesh.data=2 the mesh is data 2 x fsdp 128 x tensor 1$"),
-        ((-1, -1, 1), 512, 1, r"a batch of 256 rows .* data x fsdp = 512; nearest that does: "
+        ((-1, -1, 1), 512, 1, r"a microbatch of 256 .* data x fsdp = 512; nearest that does: "
          r"--config.train.batch_size=512; with --config.mesh.tensor=2 the mesh is data 2 x fsdp 128 x tensor 2$"),
         ((1, 32, 1), 32, 2, r"data 1 does not divide over 2 slices; .* --config.mesh.data=2 --config.mesh.fsdp=16 "),
         ((3, -1, 1), 256, 1, r"data 3 x fsdp -1 x tensor 1 does not fit 256 devices; with --config.mesh.data=2 "),
         ((1, 1, -1), 64, 1, r"tensor would be 64, of which config.model.llm.num_heads 32 and "),
-        ((-1, -1, 1), 7, 1, r"256 rows .* data x fsdp = 7; nearest that does: --config.train.batch_size=259$"),
+        ((-1, -1, 1), 7, 1, r"256 .* data x fsdp = 7; nearest that does: --config.train.batch_size=259$"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_names_what_does(mesh, num_devices, num_slices, message):

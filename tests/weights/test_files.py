@@ -213,7 +213,7 @@ def damaged(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["npz", "gguf"])
-@pytest.mark.parametrize("share", [0.001, 0.5, 0.99])
+@pytest.mark.parametrize("fraction", [0.001, 0.5, 0.99])
 def test_a_file_cut_short_is_one_line(tmp_path, name, fraction):
     content, opened = damaged(tmp_path, name)
     path = tmp_path / f"cut.{name}"
