@@ -1,17 +1,139 @@
-"""What the analyses of a trained model share: the file that each of them leaves."""
+"""What an analysis of a trained model is, and what analyses share: flags, tables, the file that each
+of them leaves."""
 
+import argparse
+import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 from alignvlm_jax import storage
+from alignvlm_jax.config import Config
+from alignvlm_jax.data import shards
+from alignvlm_jax.flag_types import positive
 from alignvlm_jax.inference import loading
 from alignvlm_jax.inference.loading import Loaded
+from alignvlm_jax.parallel import distributed
+from alignvlm_jax.pictures import html
 
 FOLDER = "analysis"
+
+
+class Analysis(Protocol):
+    """Something that a trained model is measured for: `inspect --analysis=NAME` runs it, and the
+    report of the workdir shows it.
+
+    `found` is what `measure` returned: plain values that JSON holds. `written` is what the file
+    NAME.json holds: `found`, the "settings" and what `write` says of the checkpoint.
+
+    Attributes:
+      name: stem of the files analysis/NAME.json and NAME.png.
+      help: what it measures, for --help.
+      title: heads its section of the report.
+    """
+
+    name: str
+    help: str
+    title: str
+
+    def kinds(self) -> Mapping[str, "Analysis"]:
+        """Returns analyses by what `--kind` calls them, this one first; none has no such flag."""
+        return {}
+
+    def add_flags(self, parser: argparse.ArgumentParser) -> None:
+        """Adds flags beside `--analysis`, `--checkpoint` and `--data`."""
+
+    def check(self, config: Config, args: argparse.Namespace) -> None:
+        """Fills in flags that the config has a default for, and raises UserError for what cannot be
+        measured. It runs before the model is loaded, so that no mistake waits for that."""
+
+    def measure(self, loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
+        """Returns what is found. Of several processes all call it."""
+
+    def show(self, console: Console, found: Mapping[str, Any]) -> None:
+        """Prints the table of what was found."""
+
+    def picture(self, connector: str, found: Mapping[str, Any]) -> bytes:
+        """Returns a PNG of what was found of a model with this connector."""
+
+    def sentence(self, written: Mapping[str, Any]) -> str:
+        """Returns the main numbers in words, for the report."""
+
+    def section(self, folder: Path, written: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns what the template of the report shows, with the picture of the folder that
+        NAME.json lies in; None where it was not drawn."""
+        path = folder / f"{self.name}.png"
+        return {
+            "title": self.title,
+            "sentence": self.sentence(written),
+            "source": _source(written),
+            "picture": html.png_uri(path.read_bytes()) if path.exists() else None,
+        }
+
+
+def _source(written: Mapping[str, Any]) -> str:
+    """The questions and pages that were looked at, and the step of the checkpoint."""
+    settings = written["settings"]
+    parts = []
+    if "split" in settings:
+        parts.append(f"{settings['num_questions']:,} questions of {settings['split']}")
+    if "pages" in settings:
+        parts.append(f"patches of {settings['pages']}")
+    return ", ".join([*parts, f"step {written['step']}"]).replace("_", " ")
+
+
+def add_question_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of an analysis that asks questions."""
+    parser.add_argument(
+        "--split", help="whose questions are asked; default: the first of the config"
+    )
+    parser.add_argument("--num_questions", type=positive, help="default: the config's")
+
+
+def check_splits(config: Config, args: argparse.Namespace) -> None:
+    """Fills in `--split` and `--pages`, where the analysis has them, from the config.
+
+    Raises:
+      UserError: there is no such split, or other processes of the run see other data.
+    """
+    defaults = {"split": config.eval.splits[0], "pages": config.data.validation_split}
+    for flag, default in defaults.items():
+        if flag in args:
+            setattr(args, flag, getattr(args, flag) or default)
+            # Opened for its error alone: which split is missing, and what is near its name.
+            shards.RecordSource(config.data.dir, getattr(args, flag))
+    contents = functools.partial(shards.contents, config.data.dir)
+    distributed.check_alike({f"the data in {config.data.dir}": contents})
+
+
+def with_num_questions(loaded: Loaded, args: argparse.Namespace) -> Loaded:
+    """Returns the model, to be asked `--num_questions` questions; fills the flag in where it is not
+    given."""
+    # Not in `check`: where the newest checkpoint is damaged, the config is that of an older one.
+    args.num_questions = args.num_questions or loaded.config.eval.num_questions
+    asked = dataclasses.replace(loaded.config.eval, num_questions=args.num_questions)
+    return dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, eval=asked))
+
+
+def table(first: str, *titles: str) -> Table:
+    """Returns an empty table to print; its first column is aligned left, the others, which hold
+    numbers, right."""
+    made = Table(box=None, padding=(0, 1, 0, 0))
+    for number, title in enumerate((first, *titles)):
+        made.add_column(title, justify="right" if number else "left", no_wrap=True)
+    return made
+
+
+def quantiles(values: np.ndarray) -> dict[str, float]:
+    """Returns the mean of values and what 5, 50 and 95 % of them lie below."""
+    cuts = dict(zip(("p5", "p50", "p95"), np.percentile(values, (5, 50, 95)).tolist(), strict=True))
+    return {"mean": float(values.mean()), **cuts}
 
 
 def folder(loaded: Loaded) -> Path:
@@ -39,9 +161,3 @@ def write(
     path.parent.mkdir(exist_ok=True)
     storage.write_whole(path, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
     return path
-
-
-def quantiles(values: np.ndarray) -> dict[str, float]:
-    """Returns the mean of values and what 5, 50 and 95 % of them lie below."""
-    cuts = dict(zip(("p5", "p50", "p95"), np.percentile(values, (5, 50, 95)).tolist(), strict=True))
-    return {"mean": float(values.mean()), **cuts}

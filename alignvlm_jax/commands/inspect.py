@@ -10,11 +10,11 @@ from rich.table import Table
 
 from alignvlm_jax import presets, storage
 from alignvlm_jax.commands import analyse, config_flag
-from alignvlm_jax.commands.config_flag import positive
 from alignvlm_jax.config import Config, DataConfig, LLMConfig, ModelConfig, TrainConfig
 from alignvlm_jax.data import images, tokenizers
 from alignvlm_jax.data.loader import TrainRows
 from alignvlm_jax.errors import UsageError, UserError, nearest
+from alignvlm_jax.flag_types import positive
 from alignvlm_jax.inference import loading, patch_tokens
 from alignvlm_jax.inference.assistant import Assistant
 from alignvlm_jax.ingest import statistics
