@@ -18,6 +18,22 @@ def positives(text: str) -> list[int]:
     return [positive(part) for part in text.split(",") if part]
 
 
+def sizes(text: str) -> list[float]:
+    """Returns numbers above 0, separated by commas: what is measured beside 0; there may be
+    none."""
+    try:
+        values = [float(part) for part in text.split(",") if part]
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(
+            f"{text} is not made of numbers with commas between them"
+        ) from err
+    if not all(0 < value < float("inf") for value in values):
+        raise argparse.ArgumentTypeError(
+            f"{text} has a size that is not above 0 (0 is always measured)"
+        )
+    return values
+
+
 def probability(text: str) -> float:
     """Returns a number from 0 to below 1."""
     if not 0 <= float(text) < 1:

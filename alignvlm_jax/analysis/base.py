@@ -89,7 +89,8 @@ def _source(written: Mapping[str, Any]) -> str:
 
 
 def add_question_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of an analysis that asks questions."""
+    """Adds the flags of an analysis that asks questions; `check_splits` and `with_num_questions`
+    fill them in."""
     parser.add_argument(
         "--split", help="whose questions are asked; default: the first of the config"
     )
@@ -97,25 +98,29 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_splits(config: Config, args: argparse.Namespace) -> None:
-    """Fills in `--split` and `--pages`, where the analysis has them, from the config.
+    """Fills in `--split` and `--pages`, where the analysis has these flags, from the config.
 
     Raises:
       UserError: there is no such split, or other processes of the run see other data.
     """
     defaults = {"split": config.eval.splits[0], "pages": config.data.validation_split}
-    for flag, default in defaults.items():
-        if flag in args:
-            setattr(args, flag, getattr(args, flag) or default)
-            # Opened for its error alone: which split is missing, and what is near its name.
-            shards.RecordSource(config.data.dir, getattr(args, flag))
-    contents = functools.partial(shards.contents, config.data.dir)
-    distributed.check_alike({f"the data in {config.data.dir}": contents})
+    chosen = {flag: getattr(args, flag) or defaults[flag] for flag in defaults if flag in args}
+    for flag, split in chosen.items():
+        setattr(args, flag, split)
+        # Opened for its error alone: which split is missing, and what is near its name.
+        shards.RecordSource(config.data.dir, split)
+    if chosen:
+        contents = functools.partial(shards.contents, config.data.dir)
+        distributed.check_alike({f"the data in {config.data.dir}": contents})
 
 
 def with_num_questions(loaded: Loaded, args: argparse.Namespace) -> Loaded:
-    """Returns the model, to be asked `--num_questions` questions; fills the flag in where it is not
-    given."""
-    # Not in `check`: where the newest checkpoint is damaged, the config is that of an older one.
+    """Returns the model, to be asked `--num_questions` questions where the analysis has this flag,
+    which is filled in from the model's config where it is not given."""
+    if "num_questions" not in args:
+        return loaded
+    # Not before the model is loaded: where the newest checkpoint is damaged, an older one is, and
+    # the config is its own.
     args.num_questions = args.num_questions or loaded.config.eval.num_questions
     asked = dataclasses.replace(loaded.config.eval, num_questions=args.num_questions)
     return dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, eval=asked))

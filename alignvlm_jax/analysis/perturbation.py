@@ -191,7 +191,7 @@ def scores(
     loaded: Loaded, split: str, perturbations: Sequence[Perturbation]
 ) -> list[dict[str, Any]]:
     """Returns the scores of a split's answers through each perturbation."""
-    # One runner, and so one compiled program, for all sizes.
+    # One runner for all: what it has compiled for one size serves the others.
     asker = Runner(loaded, loaded.config)
     results = [ask(asker, loaded, split, one) for one in perturbations]
     return [
