@@ -1,5 +1,5 @@
-"""What an analysis of a trained model is, and what analyses share: flags, tables, the file that each
-of them leaves."""
+"""What an analysis of a trained model is, and what analyses share: flags, tables, the file that
+each of them leaves."""
 
 import argparse
 import dataclasses

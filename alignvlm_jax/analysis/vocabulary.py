@@ -168,8 +168,7 @@ class Usage:
         return kept
 
     def facts(self) -> dict[str, Any]:
-        """Returns the numbers that describe it; entropies in bits, perplexities in
-        tokens."""
+        """Returns the numbers that describe it; entropies in bits, perplexities in tokens."""
         most = np.log2(len(self.mean))
         counts, edges = np.histogram(self.entropies.clip(0, most), NUM_BINS, (0, most))
         return {
@@ -236,8 +235,8 @@ def usage(loaded: Loaded, split: str, num_pages: int) -> Usage:
     count = min(num_pages, len(records))
     tiles = tiles_lib.tiles_of(loaded, [records[i * len(records) // count] for i in range(count)])
     vocab_size = loaded.config.model.llm.vocab_size
-    # Summed in float64, a batch of tiles at a time: 100 pages of 128K-token distributions would
-    # fill no memory at once, and float32 would lose what is below 1e-7 of the sum.
+    # Sums of float64, a batch of tiles at a time: of distributions [patches, V] a page alone takes
+    # gigabytes, and float32 sums lose what a threshold of 1e-6 is about.
     total = np.zeros(vocab_size)
     highest = np.zeros(vocab_size)
     top_counts = np.zeros(vocab_size, int)
@@ -305,10 +304,11 @@ def _draw_entropies(axes: Axes, found: Mapping[str, Any]) -> None:
     of_mean = np.log2(found["mean_perplexity"])
     axes.axvline(of_mean, color="#1c2127", linewidth=1, linestyle=":")
     # The label stands on the side of the line that has more room.
-    side, gap = ("right", -4) if of_mean > histogram["edges"][-1] / 2 else ("left", 4)
+    is_left = of_mean > histogram["edges"][-1] / 2
     axes.annotate(
-        "that of their mean", (of_mean, 0.93), (gap, 0), xycoords=axes.get_xaxis_transform(),
-        textcoords="offset points", fontsize=9, ha=side, va="center",
+        "that of their mean", (of_mean, 0.93), (-4 if is_left else 4, 0),
+        xycoords=axes.get_xaxis_transform(), textcoords="offset points", fontsize=9,
+        ha="right" if is_left else "left", va="center",
     )  # fmt: skip
 
 
