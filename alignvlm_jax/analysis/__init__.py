@@ -6,19 +6,19 @@ runs it, and reports show it.
 
 from alignvlm_jax.analysis.base import Analysis
 from alignvlm_jax.analysis.cost import ConnectorCosts
-from alignvlm_jax.analysis.noise import NoiseOnFeatures
+from alignvlm_jax.analysis.noise import FEATURES
 from alignvlm_jax.analysis.pca import PCA
 from alignvlm_jax.analysis.vocabulary import Vocabulary
 
 REGISTRY: dict[str, Analysis] = {
-    "noise": NoiseOnFeatures(),
+    "noise": FEATURES,
     "vocabulary": Vocabulary(),
     "pca": PCA(),
     "cost": ConnectorCosts(),
 }
-"""In the order of a report."""
+"""By what `--analysis` calls them, in the order of a report."""
 
 
 def every() -> list[Analysis]:
-    """Returns all analyses, those that have kinds as one of each kind."""
+    """Returns all analyses, of those that have kinds one of each kind."""
     return [kind for one in REGISTRY.values() for kind in (one.kinds() or {one.name: one}).values()]

@@ -197,7 +197,7 @@ def coverage(table: np.ndarray, ids: np.ndarray, rng: np.random.Generator) -> di
     own = components(table[ids], NUM_COMPONENTS)
     explained = ((centred @ own.directions.T) ** 2).sum() / (centred**2).sum()
     outside = sample(np.setdiff1d(np.arange(len(table)), ids), rng)
-    # A row at a time, [set, D]: [outside, set, D] at once would be terabytes of a real table.
+    # A row at a time, [set, D]: [outside, set, D] at once would fill the memory.
     distances = [np.linalg.norm(table[ids] - table[row], axis=-1).min() for row in outside]
     scale = np.sqrt((centred**2).sum(-1).mean())
     return {

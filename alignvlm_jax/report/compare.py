@@ -140,7 +140,9 @@ def measure(run: Path) -> None:
     results = {
         (split, blind): asker.evaluate(split, blind) for split in splits for blind in (False, True)
     }
-    analyses = {"noise": noise.measure(loaded, splits[0], (), RELATIVE_SIGMAS, NUM_PAGES, seed=0)}
+    analyses = {
+        "noise": noise.measure_features(loaded, splits[0], (), RELATIVE_SIGMAS, NUM_PAGES, seed=0)
+    }
     if patch_tokens.has_words(config):
         pages = config.data.validation_split
         # More than an even share of the vocabulary: of any there are such words, and not all of
