@@ -113,13 +113,13 @@ def _analyse(argv: list[str]) -> None:
     except KeyboardInterrupt as err:
         raise UserError("stopped; the same command goes on, and asks no question again") from err
     if distributed.is_main():
-        _leave(chosen, loaded, args, found)
+        _write(chosen, loaded, args, found)
 
 
-def _leave(
+def _write(
     chosen: Analysis, loaded: Loaded, args: argparse.Namespace, found: Mapping[str, Any]
 ) -> None:
-    """Prints and writes what an analysis has found."""
+    """Writes and prints what an analysis has found."""
     # What was measured follows from these; the file names the checkpoint and the analysis anyway.
     named = ("checkpoint", "analysis", "data")
     settings = {flag: value for flag, value in vars(args).items() if flag not in named}
