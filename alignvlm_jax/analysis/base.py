@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from alignvlm_jax import storage
-from alignvlm_jax.config import Config
+from alignvlm_jax.config import Config, DataConfig, EvalConfig
 from alignvlm_jax.data import shards
 from alignvlm_jax.flag_types import positive
 from alignvlm_jax.inference import loading
@@ -36,11 +36,14 @@ class Analysis(Protocol):
       name: stem of the files analysis/NAME.json and NAME.png.
       help: what it measures, for --help.
       title: heads its section of the report.
+      needs_distribution: whether it reads the patches' distribution over the vocabulary: of another
+        connector it is refused.
     """
 
     name: str
     help: str
     title: str
+    needs_distribution: bool = False
 
     def kinds(self) -> Mapping[str, "Analysis"]:
         """Returns analyses by what `--kind` calls them, this one first; none has no such flag."""
@@ -50,8 +53,8 @@ class Analysis(Protocol):
         """Adds flags beside `--analysis`, `--checkpoint` and `--data`."""
 
     def check(self, config: Config, args: argparse.Namespace) -> None:
-        """Fills in flags that the config has a default for, and raises UserError for what cannot be
-        measured. It runs before the model is loaded, so that no mistake waits for that."""
+        """Raises UserError for flags that cannot be met. It runs before the model is loaded, so
+        that no mistake waits for that; `check_splits` runs before it."""
 
     def measure(self, loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
         """Returns what is found. Of several processes all call it."""
@@ -97,21 +100,21 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_questions", type=positive, help="default: the config's")
 
 
-def check_splits(config: Config, args: argparse.Namespace) -> None:
+def check_splits(data: DataConfig, evaluation: EvalConfig, args: argparse.Namespace) -> None:
     """Fills in `--split` and `--pages`, where the analysis has these flags, from the config.
 
     Raises:
       UserError: there is no such split, or other processes of the run see other data.
     """
-    defaults = {"split": config.eval.splits[0], "pages": config.data.validation_split}
+    defaults = {"split": evaluation.splits[0], "pages": data.validation_split}
     chosen = {flag: getattr(args, flag) or defaults[flag] for flag in defaults if flag in args}
     for flag, split in chosen.items():
         setattr(args, flag, split)
         # Opened for its error alone: which split is missing, and what is near its name.
-        shards.RecordSource(config.data.dir, split)
+        shards.RecordSource(data.dir, split)
     if chosen:
-        contents = functools.partial(shards.contents, config.data.dir)
-        distributed.check_alike({f"the data in {config.data.dir}": contents})
+        contents = functools.partial(shards.contents, data.dir)
+        distributed.check_alike({f"the data in {data.dir}": contents})
 
 
 def with_num_questions(loaded: Loaded, args: argparse.Namespace) -> Loaded:

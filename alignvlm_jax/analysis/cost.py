@@ -196,7 +196,8 @@ def measure(loaded: Loaded, names: Sequence[str], repeats: int) -> dict[str, Any
                 raise
             left_out[name] = str(err)
             continue
-        costs.append(dataclasses.asdict(cost_of(_fitted(loaded, config), repeats)))
+        fitted = _fitted(dataclasses.replace(loaded, config=config))
+        costs.append(dataclasses.asdict(cost_of(fitted, repeats)))
     device = jax.devices()[0]
     return {
         "device": f"{jax.device_count()} x {device.device_kind}",
@@ -273,17 +274,18 @@ def full_prompt(loaded: Loaded) -> examples.Row:
     }
 
 
-def _fitted(loaded: Loaded, config: Config) -> Loaded:
-    """The model with the config's connector, initialised where it is not the checkpoint's."""
+def _fitted(loaded: Loaded) -> Loaded:
+    """The model with its config's connector, initialised where the checkpoint has another one."""
+    config = loaded.config
+    if config.model.connector == loaded.model.config.connector:
+        return loaded
     model = VLM(config.model)
-    if config.model == loaded.config.model:
-        return dataclasses.replace(loaded, config=config)
     abstract = state.abstract_params(model, config, loaded.mesh)
+    # The towers stay the checkpoint's own arrays: several models share them on the devices.
     paths = {path for path in state.flatten(abstract) if path.startswith("connector/")}
     with mesh_lib.use(loaded.mesh):
         initialised = state.init_params(model, config, abstract, paths, jax.random.key(config.seed))
-    params = {**loaded.params, **initialised}
-    return dataclasses.replace(loaded, config=config, model=model, params=params)
+    return dataclasses.replace(loaded, model=model, params={**loaded.params, **initialised})
 
 
 def _median_seconds(fn: Callable[[], Any], repeats: int) -> float:

@@ -21,7 +21,6 @@ from rich.console import Console
 
 from alignvlm_jax.analysis import base, vocabulary
 from alignvlm_jax.analysis.base import Analysis
-from alignvlm_jax.config import Config
 from alignvlm_jax.data import shards
 from alignvlm_jax.inference import patch_tokens
 from alignvlm_jax.inference.loading import Loaded
@@ -41,13 +40,11 @@ class PCA(Analysis):
     name = "pca"
     help = "how well the words that ALIGN's patches use cover the space of text embeddings"
     title = "What these words span"
+    needs_distribution = True
 
     def add_flags(self, parser: argparse.ArgumentParser) -> None:
         vocabulary.add_usage_flags(parser)
         parser.add_argument("--seed", type=int, default=0)
-
-    def check(self, config: Config, args: argparse.Namespace) -> None:
-        patch_tokens.check(config)
 
     def measure(self, loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
         return measure(loaded, args.pages, args.num_pages, args.threshold, args.seed)

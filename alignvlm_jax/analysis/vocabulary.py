@@ -26,7 +26,6 @@ from alignvlm_jax import flag_types
 from alignvlm_jax.analysis import base
 from alignvlm_jax.analysis.base import Analysis
 from alignvlm_jax.benchmarks.runner import Runner, Trial
-from alignvlm_jax.config import Config
 from alignvlm_jax.data import shards
 from alignvlm_jax.data.tokenizers.base import Tokenizer
 from alignvlm_jax.errors import UserError
@@ -51,13 +50,11 @@ class Vocabulary(Analysis):
     name = "vocabulary"
     help = "which words ALIGN's patches use, and the scores with these alone"
     title = "Words that patches use"
+    needs_distribution = True
 
     def add_flags(self, parser: argparse.ArgumentParser) -> None:
         base.add_question_flags(parser)
         add_usage_flags(parser)
-
-    def check(self, config: Config, args: argparse.Namespace) -> None:
-        patch_tokens.check(config)
 
     def measure(self, loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
         return measure(loaded, args.split, args.pages, args.num_pages, args.threshold)

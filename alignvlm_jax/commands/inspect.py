@@ -104,7 +104,9 @@ def _analyse(argv: list[str]) -> None:
     args = _parse_analysis(argv, chosen)
     distributed.initialize(argv)
     config = loading.load_config(args.checkpoint, args.data)
-    base.check_splits(config, args)
+    base.check_splits(config.data, config.eval, args)
+    if chosen.needs_distribution:
+        patch_tokens.check(config)
     chosen.check(config, args)
     loaded = base.with_num_questions(loading.load(args.checkpoint, config), args)
     try:
