@@ -8,6 +8,7 @@ import argparse
 
 def positive(text: str) -> int:
     """Returns a whole number above 0."""
+    # Of what is no number int() raises ValueError, and argparse names the flag's type itself.
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return int(text)
@@ -27,6 +28,7 @@ def sizes(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(
             f"{text} is not made of numbers with commas between them"
         ) from err
+    # Not any(value <= 0): nan is neither above nor below.
     if not all(0 < value < float("inf") for value in values):
         raise argparse.ArgumentTypeError(
             f"{text} has a size that is not above 0 (0 is always measured)"

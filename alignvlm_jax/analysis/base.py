@@ -1,6 +1,7 @@
 """What an analysis of a trained model is, and what analyses share: flags, tables, the file that
 each of them leaves."""
 
+import abc
 import argparse
 import dataclasses
 import functools
@@ -50,21 +51,25 @@ class Analysis(Protocol):
         return {}
 
     def add_flags(self, parser: argparse.ArgumentParser) -> None:
-        """Adds flags beside `--analysis`, `--checkpoint` and `--data`."""
+        """Adds flags beside `--analysis`, `--checkpoint` and `--data`; by default none."""
 
     def check(self, config: Config, args: argparse.Namespace) -> None:
         """Raises UserError for flags that cannot be met. It runs before the model is loaded, so
         that no mistake waits for that; `check_splits` runs before it."""
 
+    @abc.abstractmethod
     def measure(self, loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
         """Returns what is found. Of several processes all call it."""
 
+    @abc.abstractmethod
     def show(self, console: Console, found: Mapping[str, Any]) -> None:
         """Prints the table of what was found."""
 
+    @abc.abstractmethod
     def picture(self, connector: str, found: Mapping[str, Any]) -> bytes:
         """Returns a PNG of what was found of a model with this connector."""
 
+    @abc.abstractmethod
     def sentence(self, written: Mapping[str, Any]) -> str:
         """Returns the main numbers in words, for the report."""
 
@@ -82,6 +87,7 @@ class Analysis(Protocol):
 
 def _source(written: Mapping[str, Any]) -> str:
     """The questions and pages that were looked at, and the step of the checkpoint."""
+    # By the flags that analyses share; one that has neither looked at the checkpoint alone.
     settings = written["settings"]
     parts = []
     if "split" in settings:
@@ -165,6 +171,7 @@ def write(
         "settings": dict(settings),
         **results,
     }
+    # With tokens as they are spelled, and whole or not at all: a report may read it at any time.
     path = folder(loaded) / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     storage.write_whole(path, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")

@@ -34,7 +34,7 @@ from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.pictures import html, plotting
 from alignvlm_jax.plan import flops
-from alignvlm_jax.shapes import Array
+from alignvlm_jax.shapes import Array, Float
 from alignvlm_jax.train import state
 
 QUESTION = "What is the total?"
@@ -72,6 +72,7 @@ class ConnectorCosts(Analysis):
 
     def check(self, config: Config, args: argparse.Namespace) -> None:
         for name in args.connectors:
+            # Whether there is one of this name, and then whether it fits the tiles of this model.
             connectors.get(name)
             with_connector(config, name)
 
@@ -229,9 +230,11 @@ def cost_of(loaded: Loaded, repeats: int) -> Cost:
     config = loaded.config
     ways = loaded.batch_ways
     num_new = loaded.config.eval.max_new_tokens
+    # A page for each device that batches are spread over: what is timed is divided by their number.
     prompts = loader.stack([full_prompt(loaded)] * len(sharding.rows_of_process(loaded.mesh, ways)))
     with mesh_lib.use(loaded.mesh):
         tiles = sharding.put_batch({"tiles": prompts["tiles"]}, loaded.mesh)
+        # Compiled by hand, as only a compiled program tells of its memory.
         encode = (
             jax.jit(_visual_tokens, static_argnums=0)
             .lower(loaded.model, loaded.variables, tiles)
@@ -264,6 +267,8 @@ def full_prompt(loaded: Loaded) -> examples.Row:
     num_tiles = config.data.tiles_of_a_record
     num_slots = num_tiles * config.model.slots_per_tile
     tokens = chat.encode_prompt(loaded.tokenizer, QUESTION, num_slots, config.model.image_token_id)
+    # Its own length, not the config's: padding would cost every connector the same, and hide what
+    # they differ in. Tiles uint8 [I, height, width, 3] are white: time does not depend on pixels.
     return {
         "tokens": np.asarray(tokens, np.int32),
         "positions": np.arange(len(tokens), dtype=np.int32),
@@ -302,5 +307,7 @@ def _num_params(params: Mapping) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
 
 
-def _visual_tokens(model: VLM, variables: Mapping, batch: Mapping[str, Array]) -> Array:
+def _visual_tokens(
+    model: VLM, variables: Mapping, batch: Mapping[str, Array]
+) -> Float[Array, "B N D"]:
     return model.apply(variables, batch, method="visual_tokens")

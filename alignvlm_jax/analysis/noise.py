@@ -111,6 +111,7 @@ class Noise(Analysis):
         with_distances = "centred_between_distance" in first
 
         def draw(figure: Figure) -> None:
+            # squeeze=False: of a single panel, too, an array [1, panels].
             panels = figure.subplots(1, 1 + with_distances, squeeze=False)[0]
             _draw_scores(panels[0], results, field)
             if with_distances:
@@ -287,6 +288,8 @@ def _with_distances(
     loaded: Loaded, split: str, pages: Sequence[Record], points: Sequence[dict], trials: Sequence
 ) -> dict[str, Any]:
     """The points with the scores and distances of their trials."""
+    # Distances first, which take less: a page that cannot be read is found before questions are
+    # asked.
     between, displaced = displacement.measure(loaded, pages, trials)
     scores = perturbation.scores(loaded, split, trials)
     found = [a | b | c for a, b, c in zip(points, scores, displaced, strict=True)]
@@ -308,6 +311,7 @@ def measure_layout(
       seed: of the shifts.
     """
     side = perturbation.patch_side(loaded, perturbation.pages_asked_about(loaded, split))
+    # A shift that rounds to 0 would be the unperturbed point once more.
     sizes = sorted({0, *shifts, *(max(1, round(relative * side)) for relative in relative_shifts)})
     trials = [perturbation.none(seed), *(Shift(shift, seed) for shift in sizes[1:])]
     points = [{"shift": shift, "relative_shift": shift / side} for shift in sizes]

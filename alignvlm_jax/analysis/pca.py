@@ -165,6 +165,7 @@ def token_counts(loaded: Loaded, split: str, num_tokens: int) -> np.ndarray:
     counts = np.zeros(num_tokens, int)
     records = shards.RecordSource(loaded.config.data.dir, split)
     for record in map(records.__getitem__, range(len(records))):
+        # A line at a time, as the model is to read it: single words lack the spaces between them.
         shown = [" ".join(word.text for word in line) for page in record.lines for line in page]
         turns = [text for turn in record.turns for text in (turn.question, *turn.answers)]
         for text in shown + turns:
@@ -181,6 +182,7 @@ def components(vectors: np.ndarray, count: int) -> Components:
     variances, directions = np.linalg.eigh(centred.T @ centred)
     count = min(count, len(variances), max(len(vectors) - 1, 1))
     largest = slice(-1, -count - 1, -1)
+    # Directions are columns of eigh's. Equal vectors have no variance to divide.
     total = variances.sum()
     return Components(mean, directions.T[largest], variances[largest] / (total if total > 0 else 1))
 
@@ -210,6 +212,7 @@ def sample(ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def _draw_points(axes: Axes, found: Mapping[str, Any]) -> None:
     every, chosen = (np.array(found["points"][name]) for name in ("all", CHOSEN))
+    # Points [n, 2], columns x and y. The chosen ones are drawn over all.
     axes.scatter(
         *every.T,
         s=11,

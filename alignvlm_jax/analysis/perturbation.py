@@ -137,6 +137,7 @@ def _changed(record: Record, change: Callable[[Image.Image, str], Image.Image]) 
     """The record with every image changed, by a name of its own."""
     names = [f"{record.id}/{i}" for i in range(len(record.images))]
     decoded = [images.decode_image(image, record.id) for image in record.images]
+    # PNG: a lossy format would add noise of its own.
     changed = (images.encode_png(change(*pair)) for pair in zip(decoded, names, strict=True))
     return dataclasses.replace(record, images=tuple(changed))
 

@@ -166,6 +166,7 @@ class Usage:
 
     def facts(self) -> dict[str, Any]:
         """Returns the numbers that describe it; entropies in bits, perplexities in tokens."""
+        # Rounding leaves an entropy a little below 0, or above that of all tokens alike.
         most = np.log2(len(self.mean))
         counts, edges = np.histogram(self.entropies.clip(0, most), NUM_BINS, (0, most))
         return {
@@ -271,6 +272,7 @@ def entropy(p: np.ndarray) -> np.ndarray:
 
 
 def _tile_usage(model: VLM, variables: Mapping, batch: Mapping[str, Array]) -> TileUsage:
+    # [B, I, P, V] with I = 1: `map_tiles` gives each tile a row of its own.
     p_BPV = model.apply(variables, batch, method="patch_probabilities")[:, 0]
     # In float32: of 100,000 tokens what is lost is far below a hundredth of a bit.
     bits_BP = -(p_BPV * jnp.log2(jnp.where(p_BPV > 0, p_BPV, 1.0))).sum(-1)

@@ -104,6 +104,7 @@ def _analyse(argv: list[str]) -> None:
     args = _parse_analysis(argv, chosen)
     distributed.initialize(argv)
     config = loading.load_config(args.checkpoint, args.data)
+    # Whatever can be wrong is found before the model is loaded.
     base.check_splits(config.data, config.eval, args)
     if chosen.needs_distribution:
         patch_tokens.check(config)
@@ -114,6 +115,7 @@ def _analyse(argv: list[str]) -> None:
             found = chosen.measure(loaded, args)
     except KeyboardInterrupt as err:
         raise UserError("stopped; the same command goes on, and asks no question again") from err
+    # All processes measure and have the results; one tells of them.
     if distributed.is_main():
         _write(chosen, loaded, args, found)
 

@@ -10,6 +10,12 @@ class Said(base.Analysis):
     name = "said"
     title = "What is said"
 
+    def measure(self, loaded, args): ...
+
+    def show(self, console, found): ...
+
+    def picture(self, connector, found): ...
+
     def sentence(self, written):
         return f"It is {written['number']}."
 
@@ -41,6 +47,14 @@ def test_a_section_has_the_picture_if_it_was_drawn(tmp_path):
     (tmp_path / "another.png").write_bytes(b"other")
     section = Said().section(tmp_path, {"number": 3, "step": 7, "settings": {}})
     assert section["picture"] == "data:image/png;base64,UE5H"
+
+
+def test_one_that_lacks_a_part_cannot_be_made():
+    class Silent(Said):
+        sentence = base.Analysis.sentence
+
+    with pytest.raises(TypeError, match="sentence"):
+        Silent()
 
 
 def test_quantiles():

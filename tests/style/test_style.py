@@ -13,14 +13,14 @@ ARCHITECTURE = REPOSITORY / "docs" / "architecture.md"
 
 # What was reached. Lower one when it has become less; nothing here may rise.
 AT_MOST = {
-    "files": 177,
+    "files": 176,
     "files under 60 lines with a single importer": 5,
     "longest file, lines": 466,
     "functions that take the whole Config": 114,
     "lines over 100 columns": 0,
-    "double assignments": 0.001,
+    "double assignments": 0,
 }
-AT_LEAST = {"comment lines": 0.0209}
+AT_LEAST = {"comment lines": 0.0229}
 
 
 @pytest.fixture(scope="module")
