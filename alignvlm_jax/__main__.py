@@ -71,7 +71,7 @@ def _run(argv: list[str], debug: bool) -> int:
             file=sys.stderr,
         )
         return 2
-    if not _joins(argv) and (name := _asks_for_several()):
+    if not _joins(argv) and (name := _several_processes()):
         joining = ", ".join(f"{command} {flag}".strip() for command, flag in JOINING.items())
         return _fail(
             f"{argv[0]} runs as one process, and {name} is set: only {joining} join several"
@@ -110,7 +110,7 @@ def _joins(argv: list[str]) -> bool:
     return flag is not None and any(argument.startswith(flag) for argument in argv)
 
 
-def _asks_for_several() -> str | None:
+def _several_processes() -> str | None:
     """The name of the variable that says that this is one process of several."""
     if os.environ.get("ALIGNVLM_NUM_PROCESSES", "1") != "1":
         return "ALIGNVLM_NUM_PROCESSES"

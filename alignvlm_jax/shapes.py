@@ -1,7 +1,7 @@
 """The legend of axis letters. Every signature, suffix and einsum of the package obeys it.
 
-B  batch rows                       T  tokens of a row (text and image slots)   S  key length (T, or
-the KV cache's) I  tile slots of a row              P  patches of a tile                        N
+B  batch rows                       T  tokens of a row (text and image tokens)   S  key length (T,
+or the KV cache's) I  tiles of a row              P  patches of a tile                        N
 flat patch tokens (B * I * P) D  LLM width                        E  vision width
          F  MLP width H  query heads                      K  key-value heads
           G  query heads a key-value head (H / K)

@@ -66,7 +66,7 @@ def _connectors(stages: ml_collections.ConfigDict) -> dict:
 
 
 def _supervision(stages: ml_collections.ConfigDict) -> dict:
-    data = {**demo.SMALL_PAGES, "row_length": 96, "tasks": stages.stage2.data.tasks}
+    data = {**demo.SMALL_PAGES, "seq_len": 96, "tasks": stages.stage2.data.tasks}
     return {
         "read": {
             "data": data,

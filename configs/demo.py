@@ -38,7 +38,7 @@ def get_config(connector: str = "align") -> ml_collections.ConfigDict:
     config.model.image_token_id = 4
     config.model.scan_unroll = 3
     config.data.dir = DATA
-    config.data.row_length = 160
+    config.data.seq_len = 160
     config.data.max_tiles = 2
     config.data.tasks = ANSWER_AND_TRANSCRIBE
     # Twice as many steps of half the rows: what is learnt here is a matter of steps.
@@ -46,27 +46,27 @@ def get_config(connector: str = "align") -> ml_collections.ConfigDict:
     config.optim.learning_rate = 2e-3
     config.optim.warmup_steps = 50
     config.eval.splits = SPLITS
-    language_model = {"visual_input": "labels", "trainable": ("llm/.*",)}
+    language_model = {"visual_source": "oracle", "trainable": ("llm/.*",)}
     config.stages = ml_collections.ConfigDict(
         {
             "stage0_lines": {
-                "data": {**SMALL_PAGES, "row_length": 96},
+                "data": {**SMALL_PAGES, "seq_len": 96},
                 "train": {"num_steps": 1500, **language_model},
                 "optim": {"learning_rate": 4e-3},
             },
             "stage0_pages": {"train": {"num_steps": 400, **language_model}},
             "stage1": {
-                "data": {**SMALL_PAGES, "row_length": 80, "tasks": {"transcribe": 1.0}},
+                "data": {**SMALL_PAGES, "seq_len": 80, "tasks": {"transcribe": 1.0}},
                 "train": {"num_steps": 1200, "load": ("llm/.*",)},
                 "optim": {"learning_rate": 4e-3},
             },
             "stage2": {
-                "data": {"row_length": 144, "tasks": {"transcribe": 0.4, "answer": 0.6}},
+                "data": {"seq_len": 144, "tasks": {"transcribe": 0.4, "answer": 0.6}},
                 "train": {"num_steps": 1400, "generate_every": 200},
                 "optim": {"learning_rate": 3e-3},
             },
             "stage3": {
-                "data": {"row_length": 128, "tasks": {"answer": 1.0}},
+                "data": {"seq_len": 128, "tasks": {"answer": 1.0}},
                 "train": {
                     "num_steps": 450,
                     "trainable": ("connector/.*", "llm/.*"),

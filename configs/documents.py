@@ -21,14 +21,14 @@ def get_config(folder: str = "weights/smollm2") -> ml_collections.ConfigDict:
     config.name = "documents"
     config.model.dtype = "bfloat16"
     config.data.dir = "data/debian"
-    config.data.packing = "plan"
+    config.data.packing = "offline"
     config.data.use_overview = True
     config.data.record_tiles = 7
     config.data.max_tiles = 21
-    config.data.row_length = 7_424
+    config.data.seq_len = 7_424
     config.stages.answer.data = {
         "tasks": {"answer_and_transcribe": 1.0},
         "max_tiles": 35,
-        "row_length": 11_520,
+        "seq_len": 11_520,
     }
     return config

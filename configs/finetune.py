@@ -32,7 +32,7 @@ def get_config(folder: str) -> ml_collections.ConfigDict:
     config.data.dir = demo.DATA
     config.data.max_tiles = 1
     config.data.use_overview = False
-    config.data.row_length = config_lib.from_json([last])[0].model.slots_per_tile + 256
+    config.data.seq_len = config_lib.from_json([last])[0].model.tokens_per_tile + 256
     config.train.batch_size = 8
     config.optim.learning_rate = 1e-4
     config.optim.warmup_steps = 20

@@ -7,8 +7,8 @@ any connector.
 
 `configs/low_resource.py:align` (or another). The paper does not say whether its batches are of a
 device or of all: here they are of all. It uses LLaVA's grids of up to 6 x 6 tiles within nine; here
-they are those of `data.images`. Optimizer and row length: as in `paper.py`. Start from published
-weights: --config.init_from=weights/mine
+they are those of `data.images`. Optimizer and sequence length: as in `paper.py`. Start from
+published weights: --config.init_from=weights/mine
 """
 
 import math

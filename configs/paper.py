@@ -68,7 +68,7 @@ def make_config(stage: Stage, llm: str) -> ml_collections.ConfigDict:
     # So that a host that is lost costs less than 10 minutes on average on the smallest slice, too,
     # where a step of 8B takes 8.4 minutes. Saves are written while training goes on.
     config.train.checkpoint_minutes = 8.0
-    config.train.validation_rows = 4 * stage.batch_size[llm]
+    config.train.validation_sequences = 4 * stage.batch_size[llm]
     set_optimizer(config, stage.learning_rate[llm])
     config.optim.warmup_steps = math.ceil(0.03 * config.train.num_steps)
     config.stages = {stage.name: {}}
@@ -81,7 +81,7 @@ def set_model(config: ml_collections.ConfigDict, llm: str) -> None:
     config_lib.set_preset(config.model.llm, presets.LLM[llm])
     # Of 27 columns, four do not divide.
     config.model.connectors.h_reducer.merged_columns = 3
-    # Beyond the table: no word of Llama's stands for an image slot.
+    # Beyond the table: no word of Llama's stands for an image token.
     config.model.image_token_id = config.model.llm.vocab_size
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
@@ -97,7 +97,7 @@ def set_lengths(config: ml_collections.ConfigDict, text_length: int) -> None:
     patches = presets.VISION["siglip_so400m_14_384"].num_patches
     config.data.max_tiles = MAX_TILES
     config.data.use_overview = True
-    config.data.row_length = math.ceil((MAX_TILES * patches + text_length) / 128) * 128
+    config.data.seq_len = math.ceil((MAX_TILES * patches + text_length) / 128) * 128
 
 
 def set_optimizer(config: ml_collections.ConfigDict, learning_rate: float) -> None:

@@ -65,7 +65,7 @@ def tiny_config(**changes) -> config_lib.Config:
     base = config_lib.Config(
         model=model,
         data=config_lib.DataConfig(
-            dir="data", row_length=32, max_tiles=2, tasks={"transcribe": 0.5, "answer": 0.5}
+            dir="data", seq_len=32, max_tiles=2, tasks={"transcribe": 0.5, "answer": 0.5}
         ),
         optim=config_lib.OptimConfig(learning_rate=2e-3),
         mesh=config_lib.MeshConfig(data=2, fsdp=2, tensor=2),
@@ -89,23 +89,25 @@ def tiny_connector(name: str) -> config_lib.ConnectorConfig:
 
 
 def random_batch(config: config_lib.Config, seed: int = 0) -> dict[str, np.ndarray]:
-    """Rows of random pixels and tokens: the image slots first, then a question, an answer and
+    """Rows of random pixels and tokens: the image tokens first, then a question, an answer and
     padding."""
     rng = np.random.default_rng(seed)
     vision = config.model.vision
     data = config.data
     size = config.train.batch_size
-    slots = data.max_tiles * config.slots_per_tile
+    slots = data.max_tiles * config.tokens_per_tile
     patches = vision.num_patches
-    tokens = rng.integers(8, config.model.llm.vocab_size, (size, data.row_length)).astype(np.int32)
-    lengths = rng.integers(slots + 8, data.row_length + 1, size)
-    index = np.arange(data.row_length)
+    tokens = rng.integers(8, config.model.llm.vocab_size, (size, data.seq_len)).astype(np.int32)
+    lengths = rng.integers(slots + 8, data.seq_len + 1, size)
+    index = np.arange(data.seq_len)
     tokens[:, :slots] = config.model.image_token_id
     is_token = index < lengths[:, None]
     tokens[~is_token] = 0
     targets = np.roll(tokens, -1, axis=1)
     is_answer = (index >= slots + 4) & (index < lengths[:, None] - 1)
-    shares = rng.random((size, data.max_tiles, patches, data.max_patch_labels)).astype(np.float32)
+    fractions = rng.random((size, data.max_tiles, patches, data.max_patch_labels)).astype(
+        np.float32
+    )
     return {
         "tokens": tokens,
         "targets": targets,
@@ -118,7 +120,7 @@ def random_batch(config: config_lib.Config, seed: int = 0) -> dict[str, np.ndarr
         "patch_label_ids": rng.integers(
             8, config.model.llm.vocab_size, (size, data.max_tiles, patches, data.max_patch_labels)
         ).astype(np.int32),
-        "patch_label_weights": shares / shares.sum(-1, keepdims=True),
+        "patch_label_weights": fractions / fractions.sum(-1, keepdims=True),
         "patch_loss_weights": np.ones((size, data.max_tiles, patches), np.float32),
     }
 
@@ -213,7 +215,7 @@ def trained_workdir(tmp_path_factory) -> pathlib.Path:
     tokenizer = Tokenizer.train(root / "tokenizer.model", [EVAL_QUESTION, "a b"])
     config = tiny_config(
         data=config_lib.DataConfig(
-            dir=str(root), row_length=48, max_tiles=2, tasks={"transcribe": 0.5, "answer": 0.5}
+            dir=str(root), seq_len=48, max_tiles=2, tasks={"transcribe": 0.5, "answer": 0.5}
         ),
         eval=config_lib.EvalConfig(
             splits=("seen_fonts", "unseen_fonts"), num_questions=6, batch_size=4, max_new_tokens=4
@@ -229,7 +231,7 @@ def trained_workdir(tmp_path_factory) -> pathlib.Path:
         checkpoints.save(
             7,
             train_state.TrainState(np.int32(7), params, ()),
-            position={"next_row": 56},
+            position={"next_sequence": 56},
             metadata=checkpoint.describe((config,), config, train_seconds=12.5, answer_loss=None),
             metrics=None,
         )

@@ -25,7 +25,7 @@ GIVEN = {
         "llm": dataclasses.asdict(presets.LLM["tiny"]),
         "image_token_id": 4,
     },
-    "data": {"dir": "data/mine", "row_length": 192, "max_tiles": 2},
+    "data": {"dir": "data/mine", "seq_len": 192, "max_tiles": 2},
     "optim": {"learning_rate": 2e-3},
     "train": {"num_steps": 1000, "batch_size": 32},
 }
@@ -68,7 +68,7 @@ def test_defaults():
         model=dataclasses.replace(
             defaults.model, vision=presets.VISION["tiny"], llm=presets.LLM["tiny"], image_token_id=4
         ),
-        data=config_lib.DataConfig(dir="data/mine", row_length=192, max_tiles=2),
+        data=config_lib.DataConfig(dir="data/mine", seq_len=192, max_tiles=2),
         optim=config_lib.OptimConfig(learning_rate=2e-3),
         train=config_lib.TrainConfig(num_steps=1000, batch_size=32),
     )
@@ -99,7 +99,7 @@ def test_what_must_be_given():
     assert others == {
         "model.image_token_id",
         "data.dir",
-        "data.row_length",
+        "data.seq_len",
         "data.max_tiles",
         "optim.learning_rate",
         "train.num_steps",
@@ -296,9 +296,9 @@ def test_numbers_and_lists_are_taken_as_meant():
             r"connectors\.ovis\.visual_vocab_size is '3' of type str",
         ),
         (
-            "train.visual_input",
+            "train.visual_source",
             "pixel",
-            r"config\.train\.visual_input is 'pixel'; did you mean 'pixels'\?",
+            r"config\.train\.visual_source is 'pixel'; did you mean 'pixels'\?",
         ),
         (
             "model.vision.tile_height",
@@ -321,12 +321,12 @@ def test_numbers_and_lists_are_taken_as_meant():
             r"model\.llm\.num_heads 4 is not a multiple of num_kv_heads 3; .*: (2|4)$",
         ),
         (
-            "train.accumulation",
+            "train.grad_accum_steps",
             5,
             r"train\.batch_size 32 is not a multiple of accumulation 5; .*: 4$",
         ),
         (
-            "train.accumulation",
+            "train.grad_accum_steps",
             0,
             r"train\.batch_size 32 is not a multiple of accumulation 0; .*: 1$",
         ),
@@ -376,14 +376,14 @@ def test_numbers_and_lists_are_taken_as_meant():
             r"config\.model\.llm\.head_dim is 5; rotary embedding needs an even number",
         ),
         (
-            "data.row_length",
+            "data.seq_len",
             64,
-            r"config\.data\.row_length 64 leaves no room for text: 2 tiles take 64 slots",
+            r"config\.data\.seq_len 64 leaves no room for text: 2 tiles take 64 slots",
         ),
         (
             "data.max_tiles",
             7,
-            r"config\.data\.row_length 192 leaves no room for text: 7 tiles take 224 slots",
+            r"config\.data\.seq_len 192 leaves no room for text: 7 tiles take 224 slots",
         ),
         ("seed", -1, r"config\.seed is -1; it must be at least 0"),
         ("optim.learning_rate", 0.0, r"config\.optim\.learning_rate is 0\.0; it must be above 0"),
@@ -413,7 +413,11 @@ def test_numbers_and_lists_are_taken_as_meant():
         ("data.num_threads", 0, r"config\.data\.num_threads is 0; it must be at least 1"),
         ("data.prefetch", 0, r"config\.data\.prefetch is 0; it must be at least 1"),
         ("data.blank_weight", -1.0, r"config\.data\.blank_weight is -1\.0; it must be at least 0"),
-        ("train.validation_rows", 0, r"config\.train\.validation_rows is 0; it must be at least 1"),
+        (
+            "train.validation_sequences",
+            0,
+            r"config\.train\.validation_sequences is 0; it must be at least 1",
+        ),
         (
             "train.patch_token_weight",
             -1.0,
@@ -421,14 +425,14 @@ def test_numbers_and_lists_are_taken_as_meant():
         ),
         ("train.z_loss", -1.0, r"config\.train\.z_loss is -1\.0; it must be at least 0"),
         (
-            "model.vocab_form",
+            "model.vocab_impl",
             "block",
-            r"config\.model\.vocab_form is 'block'; did you mean 'blockwise'\?",
+            r"config\.model\.vocab_impl is 'block'; did you mean 'chunked'\?",
         ),
         (
-            "model.vocab_block_mib",
+            "model.chunk_size_mib",
             0.0,
-            r"config\.model\.vocab_block_mib is 0\.0; it must be above 0",
+            r"config\.model\.chunk_size_mib is 0\.0; it must be above 0",
         ),
         ("model.llm.padded_rows", 128, r"padded_rows 128 leaves no word of vocab_size 128"),
         (
@@ -454,7 +458,11 @@ def test_numbers_and_lists_are_taken_as_meant():
             r"config\.data\.tasks \{'answer': 0\.0\} has no positive weight",
         ),
         ("data.packing", "planned", r"config\.data\.packing is 'planned'; did you mean 'plan'\?"),
-        ("data.loss_by", "tokens", r"config\.data\.loss_by is 'tokens'; did you mean 'token'\?"),
+        (
+            "data.loss_normalisation",
+            "tokens",
+            r"config\.data\.loss_normalisation is 'tokens'; did you mean 'token'\?",
+        ),
         ("data.temperature", 0.0, r"config\.data\.temperature is 0\.0; it must be above 0"),
         (
             "data.record_tiles",
@@ -515,13 +523,13 @@ def test_impossible_fields(path, value, message):
 
 
 def test_smallest_row_that_leaves_room():
-    assert read(data__row_length=65).data.row_length == 65
+    assert read(data__seq_len=65).data.seq_len == 65
 
 
 def test_patches_of_a_tile():
     vision = config_lib.VisionConfig(tile_height=32, tile_width=128, patch_height=16, patch_width=8)
     assert vision.patch_grid == (2, 16) and vision.num_patches == 32
-    assert config_lib.ModelConfig(vision=vision).slots_per_tile == 32
+    assert config_lib.ModelConfig(vision=vision).tokens_per_tile == 32
 
 
 # Comments.
@@ -598,10 +606,10 @@ def connector(name: str, **options) -> config_lib.Config:
 )
 def test_slots_follow_from_the_connector(name, options, slots):
     config = connector(name, **options)
-    assert config.model.slots_per_tile == config.slots_per_tile == slots
+    assert config.model.tokens_per_tile == config.tokens_per_tile == slots
     # From labels comes one token for each patch, whatever the connector would make of them.
-    train = dataclasses.replace(config.train, visual_input="labels")
-    assert dataclasses.replace(config, train=train).slots_per_tile == 32
+    train = dataclasses.replace(config.train, visual_source="oracle")
+    assert dataclasses.replace(config, train=train).tokens_per_tile == 32
 
 
 @pytest.mark.parametrize(
@@ -611,7 +619,7 @@ def test_slots_follow_from_the_connector(name, options, slots):
          r"nearest that fit: tile_width 120, or merged_columns 4$"),
         ("c_abstractor", {}, r"pooled_rows is 12 and a tile has 2 rows of patches; at most 2$"),
         ("c_abstractor", {"pooled_rows": 2, "pooled_columns": 17}, r"pooled_columns is 17 and a tile has 16 columns"),
-        ("perceiver", {"num_latents": 96}, r"row_length 192 leaves no room for text: 2 tiles take 192 slots"),
+        ("perceiver", {"num_latents": 96}, r"seq_len 192 leaves no room for text: 2 tiles take 192 slots"),
     ],
 )  # fmt: skip
 def test_a_connector_that_does_not_fit_the_tile(name, options, message):
@@ -623,7 +631,7 @@ def test_options_of_other_connectors_are_kept_for_them_and_not_looked_at():
     """As a sweep has them that changes the name alone; also where they stand as older versions
     wrote them."""
     config = connector("mlp", merged_columns=5, pooled_rows=99, num_blocks=3)
-    assert config.model.slots_per_tile == 32
+    assert config.model.tokens_per_tile == 32
     assert config.model.connector == config_lib.connector("mlp")
     assert config.model.connectors == {
         "h_reducer": {"merged_columns": 5},
@@ -838,7 +846,7 @@ def test_json_of_another_version_names_the_field():
 def test_presets(part):
     for preset in {"vision": presets.VISION, "llm": presets.LLM}[part].values():
         config_dict = complete_config_dict()
-        config_dict.data.row_length = 2**20  # room for tiles of any size
+        config_dict.data.seq_len = 2**20  # room for tiles of any size
         config_lib.set_preset(config_dict.model[part], preset)
         [stage] = config_lib.from_config_dict(config_dict)
         assert getattr(stage.model, part) == preset

@@ -116,7 +116,7 @@ def test_takes_any_page_of_a_pdf(model, tmp_path, monkeypatch):
         ([None, None, None], ["Who?", "a"], "there are 3 pages and 2 questions"),
         (np.zeros((4, 4, 2), np.uint8), "Who?", r"an array of uint8 \[4, 4, 2\] is no image"),
         (7, "Who?", "a int is no image"),
-        (None, "Who?" * 20, "row_length is 48"),
+        (None, "Who?" * 20, "seq_len is 48"),
     ],
 )
 def test_bad_input_is_one_line(model, image, question, message):

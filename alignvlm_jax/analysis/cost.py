@@ -202,7 +202,7 @@ def measure(loaded: Loaded, names: Sequence[str], repeats: int) -> dict[str, Any
     device = jax.devices()[0]
     return {
         "device": f"{jax.device_count()} x {device.device_kind}",
-        "batch_size": loaded.batch_ways,
+        "batch_size": loaded.data_parallel_size,
         "answer_tokens": loaded.config.eval.max_new_tokens,
         "tiles_per_page": loaded.config.data.tiles_of_a_record,
         "num_tower_params": sum(_num_params(loaded.params[part]) for part in ("vision", "llm")),
@@ -220,18 +220,20 @@ def with_connector(config: Config, name: str) -> Config:
     """
     model = config.model.with_connector(name)
     # Longer by a whole page of this connector's tokens, which may be more than the trained one's.
-    length = config.data.row_length + config.data.tiles_of_a_record * model.slots_per_tile
-    data = dataclasses.replace(config.data, row_length=length)
+    length = config.data.seq_len + config.data.tiles_of_a_record * model.tokens_per_tile
+    data = dataclasses.replace(config.data, seq_len=length)
     return check(dataclasses.replace(config, model=model, data=data))
 
 
 def cost_of(loaded: Loaded, repeats: int) -> Cost:
     """Returns what the connector of a model costs."""
     config = loaded.config
-    ways = loaded.batch_ways
+    data_parallel_size = loaded.data_parallel_size
     num_new = loaded.config.eval.max_new_tokens
     # A page for each device that batches are spread over: what is timed is divided by their number.
-    prompts = loader.stack([full_prompt(loaded)] * len(sharding.rows_of_process(loaded.mesh, ways)))
+    prompts = loader.stack(
+        [full_prompt(loaded)] * len(sharding.rows_of_process(loaded.mesh, data_parallel_size))
+    )
     with mesh_lib.use(loaded.mesh):
         tiles = sharding.put_batch({"tiles": prompts["tiles"]}, loaded.mesh)
         # Compiled by hand, as only a compiled program tells of its memory.
@@ -250,22 +252,22 @@ def cost_of(loaded: Loaded, repeats: int) -> Cost:
     )
     return Cost(
         connector=config.model.connector.name,
-        tokens_per_page=config.data.tiles_of_a_record * config.model.slots_per_tile,
+        tokens_per_page=config.data.tiles_of_a_record * config.model.tokens_per_tile,
         num_params=_num_params(loaded.params["connector"]),
         gflops=flops.connector_flops(config.model, config.data.tiles_of_a_record) / 1e9,
-        encode_seconds=encode_seconds / ways,
-        answer_seconds=answer_seconds / ways,
-        tokens_per_second=ways * num_new / answer_seconds,
+        encode_seconds=encode_seconds / data_parallel_size,
+        answer_seconds=answer_seconds / data_parallel_size,
+        tokens_per_second=data_parallel_size * num_new / answer_seconds,
         temporary_mib=encode.memory_analysis().temp_size_in_bytes / 2**20,
     )
 
 
-def full_prompt(loaded: Loaded) -> examples.Row:
+def full_prompt(loaded: Loaded) -> examples.PackedSequence:
     """Returns the prompt of a question about a page that fills all its tiles, without padding."""
     config = loaded.config
     vision = config.model.vision
     num_tiles = config.data.tiles_of_a_record
-    num_slots = num_tiles * config.model.slots_per_tile
+    num_slots = num_tiles * config.model.tokens_per_tile
     tokens = chat.encode_prompt(loaded.tokenizer, QUESTION, num_slots, config.model.image_token_id)
     # Its own length, not the config's: padding would cost every connector the same, and hide what
     # they differ in. Tiles uint8 [I, height, width, 3] are white: time does not depend on pixels.

@@ -184,7 +184,7 @@ class NoiseOnPixels(Noise):
     name = "noise_pixels"
     help = "scores and movement of visual tokens under Gaussian noise on the page's pixels"
     title = "Noise on the pixels"
-    curve_over = ("sigma", "noise on pixels, share of the range from black to white")
+    curve_over = ("sigma", "noise on pixels, fraction of the range from black to white")
     size_in_words = ("sigma", "noise of {:.3g} of the range from black to white")
 
     def add_flags(self, parser: argparse.ArgumentParser) -> None:

@@ -126,7 +126,7 @@ def measure(
     patch_tokens.check(loaded.config)
     used = vocabulary.usage(loaded, pages, num_pages)
     # The table's last rows, up to vocab_size, only make it divisible: they are no tokens.
-    num_tokens = loaded.config.model.llm.num_words
+    num_tokens = loaded.config.model.llm.unpadded_vocab_size
     table = np.float64(jax.device_get(loaded.params["llm"]["embed"]["table"]))[:num_tokens]
     chosen = used.kept("highest", threshold)[:num_tokens]
     whole = components(table, NUM_COMPONENTS)

@@ -18,7 +18,7 @@ from alignvlm_jax.benchmarks.predictions import Predictions
 from alignvlm_jax.benchmarks.questions import Question, choose_questions
 from alignvlm_jax.benchmarks.runner import Runner, Trial
 from alignvlm_jax.data import images, shards
-from alignvlm_jax.data.examples import Row
+from alignvlm_jax.data.examples import PackedSequence
 from alignvlm_jax.data.record import Record
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference.loading import Loaded
@@ -49,7 +49,7 @@ class Perturbation:
         """Returns the record as it is shown."""
         return record
 
-    def inputs(self, name: str) -> Row:
+    def inputs(self, name: str) -> PackedSequence:
         """Returns the arrays that perturb the prompt of this name within the model."""
         return {}
 
@@ -71,7 +71,7 @@ class FeatureNoise(Perturbation):
     def header(self) -> dict[str, Any]:
         return {"sigma": self.size, "seed": self.seed}
 
-    def inputs(self, name: str) -> Row:
+    def inputs(self, name: str) -> PackedSequence:
         if not self.size:  # Adding 0 would be another program, which rounds otherwise.
             return {}
         return {"noise_sigma": np.float32(self.size), "noise_seed": np.uint32(self._seed(name))}
@@ -176,16 +176,16 @@ def patch_side(loaded: Loaded, pages: Sequence[Record]) -> float:
     return float(np.median(sides))
 
 
-def ask(asker: Runner, loaded: Loaded, split: str, perturbation: Perturbation) -> Predictions:
+def ask(evaluator: Runner, loaded: Loaded, split: str, perturbation: Perturbation) -> Predictions:
     """Returns the answers to a split's questions, perturbed; they stay in analysis/noise/ of the
     workdir."""
 
-    def inputs(question: Question) -> Row:
+    def inputs(question: Question) -> PackedSequence:
         return perturbation.inputs(question.id)
 
     path = base.folder(loaded) / "noise" / f"{split}_{perturbation.file}.jsonl"
     trial = Trial(path, {"noise": perturbation.header()}, page=perturbation.page, inputs=inputs)
-    return asker.evaluate_trial(split, trial, f"{split}, {perturbation.file.replace('_', ' ')}")
+    return evaluator.evaluate_trial(split, trial, f"{split}, {perturbation.file.replace('_', ' ')}")
 
 
 def scores(
@@ -193,8 +193,8 @@ def scores(
 ) -> list[dict[str, Any]]:
     """Returns the scores of a split's answers through each perturbation."""
     # One runner for all: what it has compiled for one size serves the others.
-    asker = Runner(loaded, loaded.config)
-    results = [ask(asker, loaded, split, one) for one in perturbations]
+    evaluator = Runner(loaded, loaded.config)
+    results = [ask(evaluator, loaded, split, one) for one in perturbations]
     return [
         {
             "anls": result.mean("score"),

@@ -217,12 +217,12 @@ def measure(
     kept = {by: found.kept(by, threshold) for by in ("mean", "highest")}
     # All tokens are a trial like the others, not a run without pruning: one compiled program.
     trials = {"all": np.ones_like(kept["mean"])} | kept
-    asker = Runner(loaded, loaded.config)
+    evaluator = Runner(loaded, loaded.config)
     return {
         **found.facts(),
         "top_words": found.top_tokens(loaded.tokenizer),
         "pruning": [
-            {"words": by} | ask(asker, loaded, split, tokens) for by, tokens in trials.items()
+            {"words": by} | ask(evaluator, loaded, split, tokens) for by, tokens in trials.items()
         ],
     }
 
@@ -248,7 +248,7 @@ def usage(loaded: Loaded, split: str, num_pages: int) -> Usage:
     return Usage(total / len(entropies), highest, entropies, top_counts)
 
 
-def ask(asker: Runner, loaded: Loaded, split: str, kept: np.ndarray) -> dict[str, Any]:
+def ask(evaluator: Runner, loaded: Loaded, split: str, kept: np.ndarray) -> dict[str, Any]:
     """Returns the scores on a split of the model whose patches have the kept tokens only, bool [V];
     the softmax is over them alone. The answers stay in analysis/vocabulary/ of the workdir."""
     count = int(kept.sum())
@@ -257,7 +257,7 @@ def ask(asker: Runner, loaded: Loaded, split: str, kept: np.ndarray) -> dict[str
     path = base.folder(loaded) / "vocabulary" / f"{split}_{count}_words_{code:08x}.jsonl"
     header = {"kept_words": count, "kept_words_crc32": code}
     trial = Trial(path, header, variables=vlm.pruning(kept))
-    result = asker.evaluate_trial(split, trial, f"{split}, {count:,} words")
+    result = evaluator.evaluate_trial(split, trial, f"{split}, {count:,} words")
     return {
         "num_words": count,
         "anls": result.mean("score"),

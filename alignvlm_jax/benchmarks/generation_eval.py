@@ -36,15 +36,15 @@ class GenerationEval:
             model, mesh, end_ids=chat.stop_ids(self._tokenizer), pad_id=self._tokenizer.pad_id
         )
         self._max_new_tokens = config.eval.max_new_tokens
-        self._asked = _choose(config)
-        count = len(self._asked.places)
+        self._chosen = _choose(config)
+        count = len(self._chosen.places)
         self._batch_size = loading.batch_size(
-            count, config.eval.batch_size, mesh_lib.batch_ways(mesh)
+            count, config.eval.batch_size, mesh_lib.data_parallel_size(mesh)
         )
         local_rows = sharding.rows_of_process(mesh, self._batch_size).tolist()
         mine = [start + row for start in range(0, count, self._batch_size) for row in local_rows]
         own = [
-            _build(config, self._tokenizer, self._asked, number)
+            _build(config, self._tokenizer, self._chosen, number)
             for number in mine
             if number < count
         ]
@@ -61,11 +61,11 @@ class GenerationEval:
         """See `Evaluator`; the step is not used. Returns `generated/anls` and
         `generated/exact_match` over all questions, and with several sources `generated/SOURCE/...`
         of each."""
-        said: list[str] = []
-        for start in range(0, len(self._asked.places), self._batch_size):
+        generated: list[str] = []
+        for start in range(0, len(self._chosen.places), self._batch_size):
             if should_stop():
                 return None
-            count = min(self._batch_size, len(self._asked.places) - start)
+            count = min(self._batch_size, len(self._chosen.places) - start)
             prompts = Prompts(count, lambda number, start=start: self._prompt(start + number))
             answers = loading.answer(
                 self._sampler,
@@ -75,22 +75,22 @@ class GenerationEval:
                 self._batch_size,
                 self._max_new_tokens,
             )
-            said += [text for text, _ in answers]
-        answers = iter(said)
+            generated += [text for text, _ in answers]
+        answers = iter(generated)
         rated = {
-            name: [(next(answers), question.turn.answers) for question in asked]
-            for name, asked in self._asked.by_source.items()
+            name: [(next(answers), question.turn.answers) for question in chosen]
+            for name, chosen in self._chosen.by_source.items()
         }
         return metrics.with_sources("generated", rated, _means)
 
-    def _prompt(self, number: int) -> examples.Row:
+    def _prompt(self, number: int) -> examples.PackedSequence:
         return examples.trim(
-            _build(self._config, self._tokenizer, self._asked, number), *self._trimmed
+            _build(self._config, self._tokenizer, self._chosen, number), *self._trimmed
         )
 
 
 @dataclasses.dataclass(frozen=True)
-class _Asked:
+class _Chosen:
     """The questions by source, and each by number over all of them, with the records that it is
     of."""
 
@@ -98,9 +98,9 @@ class _Asked:
     places: list[tuple[shards.RecordSource, Question]]
 
 
-def is_asked(config: Config) -> bool:
+def is_enabled(config: Config) -> bool:
     """Returns whether a stage asks questions: it may not, and one that sees no pixels cannot."""
-    return config.train.generate_every > 0 and config.train.visual_input == "pixels"
+    return config.train.generate_every > 0 and config.train.visual_source == "pixels"
 
 
 def check(stages: Iterable[Config]) -> None:
@@ -108,14 +108,14 @@ def check(stages: Iterable[Config]) -> None:
     cannot be read, or a prompt does not fit. The last stage of a long run is too late to be told
     so."""
     for config in stages:
-        if is_asked(config):
-            asked = _choose(config)
+        if is_enabled(config):
+            chosen = _choose(config)
             tokenizer = loader.load_tokenizer(config)
-            for number in range(jax.process_index(), len(asked.places), jax.process_count()):
-                _build(config, tokenizer, asked, number)
+            for number in range(jax.process_index(), len(chosen.places), jax.process_count()):
+                _build(config, tokenizer, chosen, number)
 
 
-def _choose(config: Config) -> _Asked:
+def _choose(config: Config) -> _Chosen:
     """The questions, without sources that have none."""
     split = config.data.validation_split
     by_source = {}
@@ -135,11 +135,13 @@ def _choose(config: Config) -> _Asked:
             f"split {split!r} in {folders} has no questions to generate answers to; "
             "config.train.generate_every=0 asks none"
         )
-    return _Asked(by_source, places)
+    return _Chosen(by_source, places)
 
 
-def _build(config: Config, tokenizer: Tokenizer, asked: _Asked, number: int) -> examples.Row:
-    records, question = asked.places[number]
+def _build(
+    config: Config, tokenizer: Tokenizer, chosen: _Chosen, number: int
+) -> examples.PackedSequence:
+    records, question = chosen.places[number]
     return examples.build_prompt(
         records[question.record], question.turn.question, config, tokenizer
     )
@@ -155,7 +157,7 @@ def _means(pairs: Sequence[tuple[str, Sequence[str]]]) -> dict[str, float]:
 GENERATION = Kind(
     name="generated answers",
     phase="generating",
-    every=lambda config: config.train.generate_every if is_asked(config) else 0,
+    every=lambda config: config.train.generate_every if is_enabled(config) else 0,
     open=GenerationEval,
     check=check,
 )

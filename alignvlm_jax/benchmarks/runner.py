@@ -39,7 +39,7 @@ class Trial:
     path: Path
     header: Mapping[str, Any]
     page: Callable[[Record], Record] = lambda record: record
-    inputs: Callable[[Question], examples.Row] = lambda question: {}
+    inputs: Callable[[Question], examples.PackedSequence] = lambda question: {}
     variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -53,7 +53,7 @@ class Runner:
         self._config = config
         self._sampler = loaded.sampler()
         most = config.eval.batch_size
-        self._batch_size = loading.batch_size(most, most, loaded.batch_ways)
+        self._batch_size = loading.batch_size(most, most, loaded.data_parallel_size)
 
     def evaluate(self, split: str, blind: bool) -> Predictions:
         """Returns the predictions on a split, and leaves them in the workdir; questions already
@@ -61,7 +61,7 @@ class Runner:
 
         Raises:
           UserError: the split is missing or has no questions, or a question does not fit
-            `data.row_length`.
+            `data.seq_len`.
         """
         path = predictions.path_of(loading.workdir_of(self._loaded.path), split, blind)
         name = f"{split}, blank pages" if blind else split
@@ -82,12 +82,12 @@ class Runner:
             self._config.data.dir, questions, "QUESTION", self._config.eval.max_new_tokens, what
         )
         config = self._for_prompts(question.turn.question for question in questions)
-        return self._ask(
+        return self._predict(
             trial.path,
             header,
             name,
             questions,
-            lambda asked: self._answer(records, asked, trial, config),
+            lambda questions: self._answer(records, questions, trial, config),
         )
 
     def evaluate_task(self, benchmark: Benchmark) -> Predictions:
@@ -109,12 +109,12 @@ class Runner:
         config = self._for_prompts(
             task.prompt.format(question=question.turn.question) for question in questions
         )
-        result = self._ask(
+        result = self._predict(
             path,
             header,
             task.name,
             questions,
-            lambda asked: self._answer_task(benchmark, asked, max_new_tokens, config),
+            lambda questions: self._answer_task(benchmark, questions, max_new_tokens, config),
         )
         if len(problems := result.problems()) == len(result.rows):
             if distributed.is_main():
@@ -122,7 +122,7 @@ class Runner:
             raise UserError(f"task {task.name}: no question can be asked; the first: {problems[0]}")
         return result
 
-    def _ask(
+    def _predict(
         self,
         path: Path,
         header: dict[str, Any],
@@ -141,25 +141,26 @@ class Runner:
         )
 
     def _for_prompts(self, texts: Iterable[str]) -> Config:
-        """The config with rows that hold the longest of the prompts. A planned row has room for
+        """The config with rows that hold the longest of the prompts. A packed sequence has room for
         many records: padded to it, a prompt would cost as much as all of them."""
         config = self._config
         tokenizer = self._loaded.tokenizer
         # Little to gain; and in another shape sums are rounded in another way.
         if config.data.packing == "none":
             return config
-        num_slots = config.data.tiles_of_a_record * config.model.slots_per_tile
+        num_image_tokens = config.data.tiles_of_a_record * config.model.tokens_per_tile
         image_id = config.model.image_token_id
         longest = max(
-            len(chat.encode_prompt(tokenizer, text, num_slots, image_id)) for text in set(texts)
+            len(chat.encode_prompt(tokenizer, text, num_image_tokens, image_id))
+            for text in set(texts)
         )
-        length = min(-(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE, config.data.row_length)
-        return dataclasses.replace(config, data=dataclasses.replace(config.data, row_length=length))
+        length = min(-(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE, config.data.seq_len)
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=length))
 
     def _answer(
         self, records: Sequence[Record], questions: Sequence[Question], trial: Trial, config: Config
     ) -> list[dict[str, Any]]:
-        def build(number: int) -> examples.Row:
+        def build(number: int) -> examples.PackedSequence:
             question = questions[number]
             page = trial.page(records[question.record])
             prompt = examples.build_prompt(
@@ -187,14 +188,14 @@ class Runner:
     ) -> list[dict[str, Any]]:
         tokenizer = self._loaded.tokenizer
 
-        def build(number: int) -> examples.Row:
+        def build(number: int) -> examples.PackedSequence:
             question = questions[number]
             text = benchmark.task.prompt.format(question=question.turn.question)
             return examples.build_prompt(
                 benchmark.records[question.record], text, config, tokenizer
             )
 
-        def stand_in() -> examples.Row:
+        def stand_in() -> examples.PackedSequence:
             return examples.build_prompt(Image.new("RGB", (1, 1), "white"), "", config, tokenizer)
 
         found = []
@@ -227,7 +228,7 @@ class Runner:
         one is put."""
         tokenizer = self._loaded.tokenizer
         prompt = chat.encode_prompt(tokenizer, question, 1, self._config.model.image_token_id)
-        asked = json.dumps(
+        questions = json.dumps(
             [(question.id, question.turn.question, question.turn.answers) for question in questions]
         )
         return {
@@ -241,7 +242,7 @@ class Runner:
             **what,
             "seed": self._config.seed,
             "num_questions": len(questions),
-            "questions_crc32": zlib.crc32(asked.encode()),
+            "questions_crc32": zlib.crc32(questions.encode()),
         }
 
 

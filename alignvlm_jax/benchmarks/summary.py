@@ -37,9 +37,12 @@ def summarize(
     for split in splits:
         end = "" if split == splits[0] else f"_{split}"
         if (split, False) in results:
-            asked = results[split, False]
-            fields |= {f"anls{end}": asked.mean("score"), f"exact_match{end}": asked.mean("exact")}
-            fields[f"num_eval{end}"] = len(asked.rows)
+            with_pages = results[split, False]
+            fields |= {
+                f"anls{end}": with_pages.mean("score"),
+                f"exact_match{end}": with_pages.mean("exact"),
+            }
+            fields[f"num_eval{end}"] = len(with_pages.rows)
         if (split, True) in results:
             fields[f"anls_blind{end}"] = results[split, True].mean("score")
     if of_tasks:

@@ -116,13 +116,13 @@ class Task:
         """The name of the benchmark's own score."""
         return next(iter(self.scores))
 
-    def rate(self, said: str, answers: Sequence[str]) -> dict[str, tuple[float, float]]:
+    def rate(self, prediction: str, answers: Sequence[str]) -> dict[str, tuple[float, float]]:
         """Returns what an answer adds to the sum and the weight of each score: nothing to any sum
         where it is empty, whatever the normaliser of a score makes of that; and nothing at all
         where no answer is known."""
         if not answers:
             return {}
-        answer = self.answer(said)
+        answer = self.answer(prediction)
         rated = {name: score(answer, answers) for name, score in self.scores.items()}
         return rated if answer else {name: (0.0, weight) for name, (_, weight) in rated.items()}
 
@@ -135,9 +135,9 @@ class TextTask:
       name: how it is asked for.
       split: of the shards that are read.
       folder: under the folder of all benchmarks, what `prepare` wrote; default: the name.
-      window: tokens that the LLM sees at once, or the row length of its stage where that is less.
-        Values of different windows do not compare: hence not the row length of whichever stage
-        there was, but what real ones have room for.
+      window: tokens that the LLM sees at once, or the sequence length of its stage where that is
+        less. Values of different windows do not compare: hence not the sequence length of whichever
+        stage there was, but what real ones have room for.
     """
 
     name: str

@@ -25,7 +25,7 @@ from alignvlm_jax.benchmarks import predictions
 from alignvlm_jax.benchmarks.predictions import Predictions
 from alignvlm_jax.benchmarks.tasks import TextTask
 from alignvlm_jax.data import chat, examples, index, loader, shards
-from alignvlm_jax.data.examples import Row
+from alignvlm_jax.data.examples import PackedSequence
 from alignvlm_jax.data.record import Record
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading
@@ -90,8 +90,8 @@ def text_of(record: Record) -> str:
     if record.lines or record.images:
         text = examples.transcription(record)
     else:
-        said = (part for turn in record.turns for part in (turn.question, *turn.answers[:1]))
-        text = "\n".join(part for part in said if part)
+        texts = (part for turn in record.turns for part in (turn.question, *turn.answers[:1]))
+        text = "\n".join(part for part in texts if part)
     return text if text.strip() else ""
 
 
@@ -143,7 +143,7 @@ class Reader:
             finished = last
         yield [_row(texts[i], nats[i]) for i in range(finished, len(texts))]
 
-    def _windows(self, texts: Sequence[Text], window: int) -> Iterator[tuple[int, Row]]:
+    def _windows(self, texts: Sequence[Text], window: int) -> Iterator[tuple[int, PackedSequence]]:
         """The windows of all texts as rows of the model, each with the number of its text."""
         tokenizer = self._loaded.tokenizer
         begin = chat.begin_ids(tokenizer)
@@ -152,7 +152,7 @@ class Reader:
             for part in windows(tokens, window):
                 yield number, examples.build_text(part, window, tokenizer)
 
-    def _nats(self, batch: Sequence[Row], size: int) -> np.ndarray:
+    def _nats(self, batch: Sequence[PackedSequence], size: int) -> np.ndarray:
         """float64 [n]: what the tokens of each row take, the first one's nothing; n is at most
         `size`."""
         local_rows = sharding.rows_of_process(self._loaded.mesh, size)
@@ -166,8 +166,10 @@ class Reader:
 
     def _batch_size(self, count: int, window: int) -> int:
         """The rows of a batch for texts that have a window or more each."""
-        ways = self._loaded.batch_ways
-        return loading.batch_size(count, ways * max(BATCH_TOKENS // window, 1), ways)
+        data_parallel_size = self._loaded.data_parallel_size
+        return loading.batch_size(
+            count, data_parallel_size * max(BATCH_TOKENS // window, 1), data_parallel_size
+        )
 
     def _header(self, held_out: HeldOut) -> dict[str, Any]:
         """All that the values depend on."""
@@ -180,7 +182,7 @@ class Reader:
             # To the microsecond, this tells two runs apart that were written to the same workdir.
             "train_seconds": loaded.metadata["train_seconds"],
             "tokenizer": index.tokenizer_fingerprint(loaded.tokenizer.name),
-            "window": min(task.window, loaded.config.data.row_length),
+            "window": min(task.window, loaded.config.data.seq_len),
             "scorer_version": SCORER_VERSION,
             "task": task.name,
             "split": task.split,
@@ -201,7 +203,9 @@ def _row(text: Text, nats: float) -> dict[str, Any]:
     return row | {"scores": {TextTask.score: [float(nats) / math.log(2), len(text.text.encode())]}}
 
 
-def _batches(items: Iterable[tuple[int, Row]], size: int) -> Iterator[list[tuple[int, Row]]]:
+def _batches(
+    items: Iterable[tuple[int, PackedSequence]], size: int
+) -> Iterator[list[tuple[int, PackedSequence]]]:
     """Items by the `size`; the last ones may be fewer."""
     items = iter(items)
     while batch := list(itertools.islice(items, size)):

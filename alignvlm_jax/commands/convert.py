@@ -23,12 +23,14 @@ def main(argv: list[str]) -> None:
     args = _parse(argv)
     console = Console(highlight=False, soft_wrap=True)
     if args.export:
-        parts = tuple(args.parts.split(","))
-        for part in parts:
-            if part not in export.PARTS:
-                raise UserError(f"unknown part {part!r} in --parts{nearest(part, export.PARTS)}")
-        for part, count in initial.write_export(args.checkpoint, args.out, parts).items():
-            console.print(f"{args.out / part}: {count} tensors")
+        components = tuple(args.components.split(","))
+        for component in components:
+            if component not in export.COMPONENTS:
+                raise UserError(
+                    f"unknown part {component!r} in --parts{nearest(component, export.COMPONENTS)}"
+                )
+        for component, count in initial.write_export(args.checkpoint, args.out, components).items():
+            console.print(f"{args.out / component}: {count} tensors")
         return
     storage.refuse_existing(args.out)
     vision = towers.open_vision(args.vision, args.tile_size)
@@ -68,7 +70,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--checkpoint", type=storage.path, help="workdir, or one of its checkpoints/STEP"
     )
     parser.add_argument(
-        "--parts", default=",".join(export.PARTS), help="what to export; default: all"
+        "--parts", default=",".join(export.COMPONENTS), help="what to export; default: all"
     )
     parser.add_argument(
         "--out", type=storage.path, required=True, help="folder to write; must not exist"

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
 
 
 def _evaluate_splits(args: argparse.Namespace) -> None:
-    config = _asked(loading.load_config(args.checkpoint, args.data), args)
+    config = _with_flags(loading.load_config(args.checkpoint, args.data), args)
     for split in config.eval.splits:
         # A misspelt split should not wait for the model.
         shards.RecordSource(config.data.dir, split)
@@ -56,12 +56,12 @@ def _evaluate_splits(args: argparse.Namespace) -> None:
         {f"the data in {config.data.dir}": functools.partial(shards.contents, config.data.dir)}
     )
     loaded = loading.load(args.checkpoint, config)
-    config = _asked(loaded.config, args)
-    asker = runner.Runner(loaded, config)
+    config = _with_flags(loaded.config, args)
+    evaluator = runner.Runner(loaded, config)
     with _stoppable():
         for split in config.eval.splits:
             for blind in (False, True):
-                asker.evaluate(split, blind)
+                evaluator.evaluate(split, blind)
     if not distributed.is_main():
         return
     results = _summarize(loaded, config)
@@ -72,10 +72,10 @@ def _evaluate_splits(args: argparse.Namespace) -> None:
 
 
 def _evaluate_tasks(args: argparse.Namespace) -> None:
-    asked = tasks.find(args.tasks.split(","))
+    chosen = tasks.find(args.tasks.split(","))
     # Of all tasks before the model, and before the first task is asked.
     data = BENCHMARKS if args.data is None else storage.path(args.data)
-    opened = [_open(task, data, args.num_questions) for task in asked]
+    opened = [_open(task, data, args.num_questions) for task in chosen]
     distributed.check_alike(
         {
             f"the data of {one.task.name}": functools.partial(shards.contents, one.directory)
@@ -84,25 +84,27 @@ def _evaluate_tasks(args: argparse.Namespace) -> None:
     )
     config = loading.load_config(args.checkpoint)
     loaded = loading.load(args.checkpoint, config)
-    asker = runner.Runner(loaded, loaded.config)
+    evaluator = runner.Runner(loaded, loaded.config)
     reader = text_bpb.Reader(loaded)
     results = {}
     with _stoppable():
         for one in opened:
-            measure = reader.measure if isinstance(one, text_bpb.HeldOut) else asker.evaluate_task
+            measure = (
+                reader.measure if isinstance(one, text_bpb.HeldOut) else evaluator.evaluate_task
+            )
             results[one.task.name] = measure(one)
     if not distributed.is_main():
         return
     _summarize(loaded, loaded.config)
     console = Console(highlight=False)
-    for task in asked:
+    for task in chosen:
         if isinstance(task, tasks.TextTask):
             _say_what_was_read(console, task, results[task.name])
         else:
             _hand_in(console, args.checkpoint, task, results[task.name])
     console.print(f"{loaded.path}: connector {loaded.config.model.connector.name}", soft_wrap=True)
-    console.print(summary.task_table(asked, results))
-    if not all(isinstance(task, tasks.TextTask) for task in asked):
+    console.print(summary.task_table(chosen, results))
+    if not all(isinstance(task, tasks.TextTask) for task in chosen):
         console.print(summary.paper_table(results))
     _print_written(console, args.checkpoint)
 
@@ -220,12 +222,12 @@ def _print_written(console: Console, checkpoint: Path) -> None:
     )
 
 
-def _asked(config: Config, args: argparse.Namespace) -> Config:
+def _with_flags(config: Config, args: argparse.Namespace) -> Config:
     """`config` with what the flags ask for."""
     splits = tuple(args.splits.split(",")) if args.splits else config.eval.splits
     num_questions = args.num_questions or config.eval.num_questions
-    asked = dataclasses.replace(config.eval, splits=splits, num_questions=num_questions)
-    return dataclasses.replace(config, eval=asked)
+    chosen = dataclasses.replace(config.eval, splits=splits, num_questions=num_questions)
+    return dataclasses.replace(config, eval=chosen)
 
 
 def _table(splits: Sequence[str], results: Mapping[tuple[str, bool], Predictions]) -> Table:

@@ -16,7 +16,7 @@ from alignvlm_jax.analysis.base import Analysis
 from alignvlm_jax.commands import config_flag
 from alignvlm_jax.config import Config, DataConfig, LLMConfig, ModelConfig, TrainConfig
 from alignvlm_jax.data import images, tokenizers
-from alignvlm_jax.data.loader import TrainRows
+from alignvlm_jax.data.loader import TrainSequences
 from alignvlm_jax.errors import UsageError, UserError, nearest
 from alignvlm_jax.flag_types import positive
 from alignvlm_jax.inference import loading, patch_tokens
@@ -64,15 +64,20 @@ def main(argv: list[str]) -> None:
         config = dataclasses.replace(
             config, data=dataclasses.replace(config.data, dir=args.data, sources={})
         )
-    all_rows = TrainRows(config, args.split)
-    fill = _fill(all_rows) if config.data.packing == "plan" else None
-    found = [statistics.collect(config, folder, args.split, fill) for folder in config.data.folders]
+    all_sequences = TrainSequences(config, args.split)
+    packing_efficiency = (
+        _packing_efficiency(all_sequences) if config.data.packing == "offline" else None
+    )
+    found = [
+        statistics.collect(config, folder, args.split, packing_efficiency)
+        for folder in config.data.folders
+    ]
     console = Console(highlight=False, soft_wrap=True)
     for one in found:
         _print(one, console)
     views = [
-        examples_page.view(i, all_rows.parts(i), config, all_rows.tokenizer)
-        for i in range(min(args.num_rows, len(all_rows)))
+        examples_page.view(i, all_sequences.segments(i), config, all_sequences.tokenizer)
+        for i in range(min(args.num_sequences, len(all_sequences)))
     ]
     out = args.out or storage.path(config.data.folders[0]) / examples_page.FILE
     console.print(f"Written: {examples_page.build(views, found[0], out)}")
@@ -184,14 +189,16 @@ def _lens(args: argparse.Namespace) -> None:
     page = images.load_page(args.image, args.page)
     config = loading.load_config(args.checkpoint, args.data)
     patch_tokens.check(config)
-    look = Assistant(loading.load(args.checkpoint, config)).lens(page)
-    print(look, file=sys.stderr)
-    print(f"Written: {look.save(out, f'What the patches of {args.image.name} say')}")
+    lens = Assistant(loading.load(args.checkpoint, config)).lens(page)
+    print(lens, file=sys.stderr)
+    print(f"Written: {lens.save(out, f'What the patches of {args.image.name} say')}")
 
 
-def _fill(all_rows: TrainRows) -> float:
+def _packing_efficiency(all_sequences: TrainSequences) -> float:
     """Of the first epoch."""
-    return all_rows.schedule.counters(all_rows.schedule.epoch_at(0).end)["fill"]
+    return all_sequences.schedule.counters(all_sequences.schedule.epoch_at(0).end)[
+        "packing_efficiency"
+    ]
 
 
 def _stage(stages: tuple[Config, ...], name: str) -> Config:
@@ -205,7 +212,7 @@ def _default(folder: str) -> Config:
     """Rows to look at where no model is named: the paper's encoder, pages of up to six tiles and
     the overview."""
     tokenizer = tokenizers.load(folder)
-    image_id = tokenizer.specials.get("<image>", tokenizer.vocab_size)
+    image_id = tokenizer.special_tokens.get("<image>", tokenizer.vocab_size)
     llm = LLMConfig(vocab_size=tokenizer.vocab_size)
     return Config(
         model=ModelConfig(
@@ -213,8 +220,8 @@ def _default(folder: str) -> Config:
         ),
         data=DataConfig(
             dir=folder,
-            packing="plan",
-            row_length=16_384,
+            packing="offline",
+            seq_len=16_384,
             max_tiles=16_384 // presets.VISION["siglip_so400m_14_384"].num_patches,
             record_tiles=7,
             use_overview=True,
@@ -226,9 +233,12 @@ def _default(folder: str) -> Config:
 
 
 def _print(one: Statistics, console: Console) -> None:
-    fill = "" if one.fill is None else f", rows {one.fill:.1%} full"
+    packing_efficiency = (
+        "" if one.packing_efficiency is None else f", rows {one.packing_efficiency:.1%} full"
+    )
     console.print(
-        f"{one.directory}, split {one.name}: {one.num_records:,} records{fill}", markup=False
+        f"{one.directory}, split {one.name}: {one.num_records:,} records{packing_efficiency}",
+        markup=False,
     )
     table = Table("", box=None)
     for column in Statistics.COLUMNS:

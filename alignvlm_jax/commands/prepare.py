@@ -106,7 +106,7 @@ def _add_source_flags(parser: argparse.ArgumentParser, name: str) -> None:
         "--holdout",
         type=_within(float, 0, 1),
         default=0.02,
-        help="share of documents for the validation split",
+        help="fraction of documents for the validation split",
     )
     parser.add_argument(
         "--split",

@@ -19,17 +19,17 @@ from alignvlm_jax.config.fields import (
 from alignvlm_jax.config.options import ConnectorConfig, connector_class
 from alignvlm_jax.errors import UserError, nearest
 
-PARTS = ("vision", "connector", "llm")
+COMPONENTS = ("vision", "connector", "llm")
 
 CHOICES = {
     "model.vision.gelu": ("tanh", "exact"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "full", "dots"),
-    "model.vocab_form": ("auto", "plain", "blockwise"),
+    "model.vocab_impl": ("auto", "plain", "chunked"),
     "model.attention": ("auto", "xla", "cudnn", "splash"),
     "data.packing": ("none", "plan"),
-    "data.loss_by": ("token", "record"),
-    "train.visual_input": ("pixels", "labels"),
+    "data.loss_normalisation": ("token", "record"),
+    "train.visual_source": ("pixels", "labels"),
 }
 
 AT_LEAST: dict[str, int] = {
@@ -47,7 +47,7 @@ AT_LEAST: dict[str, int] = {
     "data.record_tiles": 0,
     "data.max_patch_labels": 1,
     "data.blank_weight": 0,
-    "data.labelled_share": 0,
+    "data.labelled_fraction": 0,
     "data.max_unsupervised": 0,
     "data.num_threads": 1,
     "data.prefetch": 1,
@@ -62,7 +62,7 @@ AT_LEAST: dict[str, int] = {
     "train.z_loss": 0,
     "train.log_every": 1,
     "train.validate_every": 1,
-    "train.validation_rows": 1,
+    "train.validation_sequences": 1,
     "train.generate_every": 0,
     "train.generate_questions": 1,
     "train.checkpoint_every": 1,
@@ -76,7 +76,7 @@ AT_LEAST: dict[str, int] = {
 }
 ABOVE = {
     "model.vision.norm_eps": 0,
-    "model.vocab_block_mib": 0,
+    "model.chunk_size_mib": 0,
     "model.llm.norm_eps": 0,
     "model.llm.rope_theta": 0,
     "model.llm.rope_scaling.factor": 0,
@@ -118,21 +118,25 @@ def check(config: Config) -> Config:
     _check_connector(config.model)
     _check_data(config)
     _check_divides(
-        "train.batch_size", config.train.batch_size, "accumulation", config.train.accumulation
+        "train.batch_size",
+        config.train.batch_size,
+        "grad_accum_steps",
+        config.train.grad_accum_steps,
     )
     for part, scale in config.optim.learning_rate_scale.items():
-        if part not in PARTS:
+        if part not in COMPONENTS:
             raise UserError(
                 f"config.optim.learning_rate_scale.{part} is no part of the "
-                f"model{nearest(part, PARTS)}"
+                f"model{nearest(part, COMPONENTS)}"
             )
         if scale < 0:
             raise UserError(
                 f"config.optim.learning_rate_scale.{part} is {scale}; it must be at least 0"
             )
-    if config.data.labelled_share > 1:
+    if config.data.labelled_fraction > 1:
         raise UserError(
-            f"config.data.labelled_share is {config.data.labelled_share}; it must be at most 1"
+            f"config.data.labelled_fraction is {config.data.labelled_fraction}; it must be at "
+            "most 1"
         )
     _check_profile(config.train.profile)
     if not config.eval.splits:
@@ -195,7 +199,7 @@ def _check_llm(llm: LLMConfig) -> None:
         raise UserError(
             f"config.model.llm.head_dim is {llm.head_dim}; rotary embedding needs an even number"
         )
-    if llm.num_words < 1:
+    if llm.unpadded_vocab_size < 1:
         raise UserError(
             f"config.model.llm.padded_rows {llm.padded_rows} leaves no word of vocab_size "
             f"{llm.vocab_size}"
@@ -231,11 +235,12 @@ def _check_options(options: ConnectorConfig) -> None:
 
 def _check_data(config: Config) -> None:
     data = config.data
-    slots = data.max_tiles * config.slots_per_tile
-    if slots >= data.row_length:
+    image_tokens = data.max_tiles * config.tokens_per_tile
+    if image_tokens >= data.seq_len:
         raise UserError(
-            f"config.data.row_length {data.row_length} leaves no room for text: {data.max_tiles} "
-            f"tiles take {slots} slots; make it larger than {slots} or lower data.max_tiles"
+            f"config.data.seq_len {data.seq_len} leaves no room for text: {data.max_tiles} "
+            f"tiles take {image_tokens} slots; make it larger than {image_tokens} or lower "
+            "data.max_tiles"
         )
     if not data.tasks or min(data.tasks.values()) < 0 or sum(data.tasks.values()) <= 0:
         raise UserError(f"config.data.tasks {dict(data.tasks)} has no positive weight")

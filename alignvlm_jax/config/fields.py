@@ -81,7 +81,7 @@ class LLMConfig:
     padded_rows: int = 0
 
     @property
-    def num_words(self) -> int:
+    def unpadded_vocab_size(self) -> int:
         """Rows of the tables that are words."""
         return self.vocab_size - self.padded_rows
 
@@ -110,18 +110,18 @@ class ModelConfig:
     # Layers of a tower that are compiled in a row: 1 for large models; all of them make a small one
     # a third faster on CPU.
     scan_unroll: int = 1
-    # How ALIGN and the loss go over the vocabulary: "plain", whole, or "blockwise", a block of rows
-    # at a time; "auto": blockwise where the logits are more than vocab_block_mib.
-    vocab_form: str = "auto"
+    # How ALIGN and the loss go over the vocabulary: "plain", whole, or "chunked", a block of rows
+    # at a time; "auto": chunked where the logits are more than chunk_size_mib.
+    vocab_impl: str = "auto"
     # MiB of logits that a block has on a device at most.
-    vocab_block_mib: float = 64.0
+    chunk_size_mib: float = 64.0
     # Kernel of training, prefill and the vision encoder: "xla", "cudnn" or "splash"; "auto": splash
     # on TPU, cudnn on GPU in bfloat16, else xla.
     attention: str = "auto"
 
     @property
-    def slots_per_tile(self) -> int:
-        """Image slots that one tile takes in a row of tokens: the count that data and model
+    def tokens_per_tile(self) -> int:
+        """Image tokens that one tile takes in a row of tokens: the count that data and model
         share."""
         return connectors.connector_class(self.connector.name).num_tokens(
             self.vision, self.connector
@@ -165,7 +165,7 @@ class DataConfig:
     # "none": one record in a sequence; "plan": as many as fit, by the index that `prepare` leaves.
     packing: str = "none"
     # Tokens of a packed sequence, image tokens included.
-    row_length: int = MISSING
+    seq_len: int = MISSING
     # Tiles of a packed sequence at most.
     max_tiles: int = MISSING
     record_tiles: int = 0  # Tiles of a record at most; 0: as many as max_tiles.
@@ -175,11 +175,11 @@ class DataConfig:
     tasks: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"answer": 1.0})
     # Unit that has weight 1 in the loss: "token", each token of an answer; "record", all of a
     # record's together.
-    loss_by: str = "token"
+    loss_normalisation: str = "token"
     # Tokens that a patch is labelled with at most.
     max_patch_labels: int = 3
     # Fraction of the records, chosen by their ids, whose patches are labelled.
-    labelled_share: float = 1.0
+    labelled_fraction: float = 1.0
     # Weight of a blank patch in the patch-token loss, where one that shows text has 1.
     blank_weight: float = 0.2
     # Fraction of the planned records that may be unreadable, or without an answer that fits.
@@ -230,7 +230,7 @@ class TrainConfig:
 
     num_steps: int = MISSING  # Steps of the optimizer.
     batch_size: int = MISSING  # Packed sequences of a step, over all devices.
-    accumulation: int = 1  # Microbatches that a step is computed in; divides batch_size.
+    grad_accum_steps: int = 1  # Microbatches that a step is computed in; divides batch_size.
     # Regular expressions of parameter paths, matched whole: these are trained, the rest is frozen.
     trainable: tuple[str, ...] = (".*",)
     # Regular expressions of parameter paths, matched whole: these are taken from the stage before,
@@ -238,7 +238,7 @@ class TrainConfig:
     load: tuple[str, ...] = (".*",)
     # Origin of the visual tokens: "pixels", the image; "labels", the label-weighted average of
     # text embeddings, which a perfect ALIGN would hand on, and no image is read.
-    visual_input: str = "pixels"
+    visual_source: str = "pixels"
     # Factor of the patch-token loss beside the language loss; 0: the paper.
     patch_token_weight: float = 1.0
     # Factor of the squared log-sum-exp of the logits, which keeps them from drifting (PaLM, arXiv
@@ -246,8 +246,9 @@ class TrainConfig:
     z_loss: float = 0.0
     log_every: int = 10  # Steps between lines of metrics.
     validate_every: int = 200  # Steps between measurements of the validation losses.
-    validation_rows: int = 128  # Packed sequences of a measurement, shared evenly by the sources.
-    # Steps between in-training generation evals, where visual_input is "pixels"; 0: none.
+    # Packed sequences of a measurement, shared evenly by the sources.
+    validation_sequences: int = 128
+    # Steps between in-training generation evals, where visual_source is "pixels"; 0: none.
     generate_every: int = 0
     # Questions of each source's validation split that an in-training generation eval answers.
     generate_questions: int = 64
@@ -292,9 +293,9 @@ class Config:
     eval: EvalConfig = EvalConfig()
 
     @property
-    def slots_per_tile(self) -> int:
-        """Image slots of a tile in the stage's training rows: the model's, or where labels stand in
-        for the connector, one for each patch."""
-        if self.train.visual_input == "pixels":
-            return self.model.slots_per_tile
+    def tokens_per_tile(self) -> int:
+        """Image tokens of a tile in the stage's training sequences: the model's, or where labels
+        stand in for the connector, one for each patch."""
+        if self.train.visual_source == "pixels":
+            return self.model.tokens_per_tile
         return self.model.vision.num_patches

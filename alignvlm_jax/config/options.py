@@ -6,7 +6,7 @@ cannot be built without importing that file, and with it JAX and Flax: 1 s, whic
 reads a config pays for its model anyway. The import is by name, and made when a config is built,
 not with this module: the processes of `ingest` build none and start without Flax. This is the one
 place where `config` reaches up to `models`; what `data` must know of a connector is a number
-(`ModelConfig.slots_per_tile`).
+(`ModelConfig.tokens_per_tile`).
 """
 
 import dataclasses

@@ -95,7 +95,7 @@ def format_of(tokenizer: Tokenizer) -> ChatFormat:
       UserError: there is none.
     """
     for family in FAMILIES.values():
-        if family.names() <= tokenizer.specials.keys():
+        if family.names() <= tokenizer.special_tokens.keys():
             return family
     needed = "; ".join(
         f"{name}: {' '.join(sorted(family.names()))}" for name, family in FAMILIES.items()
@@ -109,25 +109,27 @@ def format_of(tokenizer: Tokenizer) -> ChatFormat:
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """Returns the tokens at which generation stops."""
     stops = format_of(tokenizer).stops
-    return tuple(tokenizer.specials[name] for name in stops if name in tokenizer.specials)
+    return tuple(
+        tokenizer.special_tokens[name] for name in stops if name in tokenizer.special_tokens
+    )
 
 
 def begin_ids(tokenizer: Tokenizer) -> list[int]:
     """Returns the token that begins every text, where the family has one: a chat then starts with
     it and nothing else. The mark that opens a turn (`chatml`) begins no text."""
     start = format_of(tokenizer).start
-    return [tokenizer.specials[start]] if start in tokenizer.specials else []
+    return [tokenizer.special_tokens[start]] if start in tokenizer.special_tokens else []
 
 
 def encode_chat(
     tokenizer: Tokenizer,
     turns: Iterable[tuple[str, str]],
-    num_image_slots: int,
+    num_image_tokens: int,
     image_id: int,
     max_length: int | None = None,
     cuts_answers: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Encodes (question, answer) turns with the image slots, each of them the token `image_id`.
+    """Encodes (question, answer) turns with the image tokens, each of them the token `image_id`.
     Turns that would not fit `max_length` are left out whole; with `cuts_answers`, the first whose
     answer begins within it is cut there instead, and has no end.
 
@@ -138,12 +140,12 @@ def encode_chat(
     """
     chat_format = format_of(tokenizer)
     tokens = [*_encode_marked(tokenizer, chat_format.start)]
-    slots = [image_id] * num_image_slots
-    waiting = slots if chat_format.image_in_turn else []
+    image_tokens = [image_id] * num_image_tokens
+    waiting = image_tokens if chat_format.image_in_turn else []
     if not waiting:
-        tokens += slots
+        tokens += image_tokens
     is_answer = [False] * len(tokens)
-    end = [tokenizer.specials[chat_format.end]]
+    end = [tokenizer.special_tokens[chat_format.end]]
     after = _encode_marked(tokenizer, chat_format.after)
     for question, answer in turns:
         prompt = _encode_question(tokenizer, question, waiting)
@@ -159,25 +161,25 @@ def encode_chat(
 
 
 def encode_prompt(
-    tokenizer: Tokenizer, question: str, num_image_slots: int, image_id: int
+    tokenizer: Tokenizer, question: str, num_image_tokens: int, image_id: int
 ) -> np.ndarray:
     """Returns int32 tokens that end where the answer is to begin."""
     chat_format = format_of(tokenizer)
     head = [*_encode_marked(tokenizer, chat_format.start)]
-    slots = [image_id] * num_image_slots
+    image_tokens = [image_id] * num_image_tokens
     if chat_format.image_in_turn:
-        return np.array(head + _encode_question(tokenizer, question, slots), np.int32)
-    return np.array(head + slots + _encode_question(tokenizer, question, []), np.int32)
+        return np.array(head + _encode_question(tokenizer, question, image_tokens), np.int32)
+    return np.array(head + image_tokens + _encode_question(tokenizer, question, []), np.int32)
 
 
-def _encode_question(tokenizer: Tokenizer, question: str, slots: list[int]) -> list[int]:
+def _encode_question(tokenizer: Tokenizer, question: str, image_tokens: list[int]) -> list[int]:
     chat_format = format_of(tokenizer)
     if chat_format.is_stripped:
         question = question.strip()
     before, after = (
         _encode_marked(tokenizer, text) for text in (chat_format.user, chat_format.assistant)
     )
-    return [*before, *slots, *tokenizer.encode(question), *after]
+    return [*before, *image_tokens, *tokenizer.encode(question), *after]
 
 
 @functools.lru_cache(maxsize=64)  # They stand around every question.
@@ -185,8 +187,8 @@ def _encode_marked(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     """Encodes a text of our own, in which special tokens stand by their names."""
     ids: list[int] = []
     for part in re.split(f"({MARK})", text):
-        if part in tokenizer.specials:
-            ids.append(tokenizer.specials[part])
+        if part in tokenizer.special_tokens:
+            ids.append(tokenizer.special_tokens[part])
         elif part:
             ids += tokenizer.encode(part)
     return tuple(ids)

@@ -1,4 +1,5 @@
-"""Records to one row of a batch: image slots, chat tokens, loss weights, tiles and patch labels."""
+"""Records to one row of a batch: image tokens, chat tokens, loss weights, tiles and patch
+labels."""
 
 import dataclasses
 import zlib
@@ -15,7 +16,7 @@ from alignvlm_jax.data.tokenizers.base import Tokenizer
 from alignvlm_jax.errors import UserError
 
 TRANSCRIBE_QUESTION = "Read the page."
-Row = dict[str, np.ndarray]
+PackedSequence = dict[str, np.ndarray]
 """The arrays of `record.Batch` without the axis B."""
 
 
@@ -55,91 +56,91 @@ none."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """What a record brings into a row: n tokens, the image slots among them, and t tiles."""
+class Segment:
+    """What a record brings into a row: n tokens, the image tokens among them, and t tiles."""
 
     tokens: np.ndarray  # int32 [n]
     loss_weights: np.ndarray  # float32 [n], of predicting the next token
-    tile_arrays: Row  # "tiles" and the patch labels of `record.Batch`, each [t, ...]
+    tile_arrays: PackedSequence  # "tiles" and the patch labels of `record.Batch`, each [t, ...]
 
 
-def build_part(
+def build_segment(
     record: Record, task: str, rng: np.random.Generator, config: Config, tokenizer: Tokenizer
-) -> Part:
-    """Builds a record's part of a training row.
+) -> Segment:
+    """Builds a record's part of a training sequence.
 
-    Turns that do not fit `data.row_length` are left out; a planned row cuts the answer of
+    Turns that do not fit `data.seq_len` are left out; a packed sequence cuts the answer of
     `transcribe` there instead. Where no answer fits, or the record lacks what the task needs, loss
-    weights are 0 throughout; a planned row has no place for that.
+    weights are 0 throughout; a packed sequence has no place for that.
 
     Raises:
       UserError: an unreadable image, more images than the record may have tiles, or no answer for a
-        planned row.
+        packed sequence.
     """
     data = config.data
     pages = _tile_pages(record, config)
     turns = TASKS[task](record, rng)
-    num_slots = _num_slots(pages, config.slots_per_tile)
+    num_image_tokens = _num_image_tokens(pages, config.tokens_per_tile)
     image_id = config.model.image_token_id
-    is_cut = data.packing == "plan" and task == "transcribe"
+    is_cut = data.packing == "offline" and task == "transcribe"
     tokens, is_answer = chat.encode_chat(
-        tokenizer, turns, num_slots, image_id, data.row_length, is_cut
+        tokenizer, turns, num_image_tokens, image_id, data.seq_len, is_cut
     )
-    if data.packing == "plan" and not is_answer.any():
+    if data.packing == "offline" and not is_answer.any():
         raise UserError(
-            f"record {record.id} has no answer that fits config.data.row_length {data.row_length}"
+            f"record {record.id} has no answer that fits config.data.seq_len {data.seq_len}"
         )
     loss_weights = np.zeros(len(tokens), np.float32)
     loss_weights[:-1] = is_answer[1:]
-    if data.loss_by == "record" and is_answer.any():
+    if data.loss_normalisation == "record" and is_answer.any():
         loss_weights /= loss_weights.sum()
-    return Part(
+    return Segment(
         tokens,
         loss_weights,
         {"tiles": _stack_tiles(pages, config)} | _labels(record, pages, config, tokenizer),
     )
 
 
-def join(parts: Sequence[Part], config: Config, tokenizer: Tokenizer) -> Row:
+def join(segments: Sequence[Segment], config: Config, tokenizer: Tokenizer) -> PackedSequence:
     """Returns the row of parts that fit it together: a segment each, one after another, their tiles
     likewise."""
     vision = config.model.vision
     data = config.data
-    slots = data.max_tiles
+    max_tiles = data.max_tiles
     labels_shape = (vision.num_patches, data.max_patch_labels)
     row = _text_arrays(
-        [(part.tokens, part.loss_weights) for part in parts], data.row_length, tokenizer
+        [(segment.tokens, segment.loss_weights) for segment in segments], data.seq_len, tokenizer
     ) | {
-        "tiles": np.zeros((slots, vision.tile_height, vision.tile_width, 3), np.uint8),
-        "patch_label_ids": np.full((slots, *labels_shape), tokenizer.space_id, np.int32),
-        "patch_label_weights": np.zeros((slots, *labels_shape), np.float32),
-        "patch_loss_weights": np.zeros((slots, vision.num_patches), np.float32),
+        "tiles": np.zeros((max_tiles, vision.tile_height, vision.tile_width, 3), np.uint8),
+        "patch_label_ids": np.full((max_tiles, *labels_shape), tokenizer.space_id, np.int32),
+        "patch_label_weights": np.zeros((max_tiles, *labels_shape), np.float32),
+        "patch_loss_weights": np.zeros((max_tiles, vision.num_patches), np.float32),
     }
     start = 0
-    for part in parts:
-        end = start + len(part.tile_arrays["tiles"])
-        for name, array in part.tile_arrays.items():
+    for segment in segments:
+        end = start + len(segment.tile_arrays["tiles"])
+        for name, array in segment.tile_arrays.items():
             row[name][start:end] = array
         start = end
     return row
 
 
-def build_row(
+def build_sequence(
     record: Record, task: str, rng: np.random.Generator, config: Config, tokenizer: Tokenizer
-) -> Row:
-    """Returns the training row of one record; see `build_part`."""
-    return join([build_part(record, task, rng, config, tokenizer)], config, tokenizer)
+) -> PackedSequence:
+    """Returns the training sequence of one record; see `build_part`."""
+    return join([build_segment(record, task, rng, config, tokenizer)], config, tokenizer)
 
 
 def build_prompt(
     page: Record | Image.Image | None, question: str, config: Config, tokenizer: Tokenizer
-) -> Row:
+) -> PackedSequence:
     """Builds the row of a question to be answered: it ends where the answer begins, and has no loss
     and no patch labels. Without a page it has no tiles either, and of a record without images they
     are all unused; a page is read from pixels, whatever the stage was trained on.
 
     Raises:
-      UserError: the prompt is longer than `data.row_length`.
+      UserError: the prompt is longer than `data.seq_len`.
     """
     data = config.data
     vision = config.model.vision
@@ -153,15 +154,15 @@ def build_prompt(
         ]
     else:
         pages = _tile_pages(page, config)
-    num_slots = _num_slots(pages, config.model.slots_per_tile)
-    tokens = chat.encode_prompt(tokenizer, question, num_slots, config.model.image_token_id)
-    if len(tokens) > data.row_length:
+    num_image_tokens = _num_image_tokens(pages, config.model.tokens_per_tile)
+    tokens = chat.encode_prompt(tokenizer, question, num_image_tokens, config.model.image_token_id)
+    if len(tokens) > data.seq_len:
         raise UserError(
-            f"the prompt has {len(tokens)} tokens ({num_slots} of the image) and "
-            f"config.data.row_length is {data.row_length}; shorten the question by "
-            f"{len(tokens) - data.row_length} tokens"
+            f"the prompt has {len(tokens)} tokens ({num_image_tokens} of the image) and "
+            f"config.data.seq_len is {data.seq_len}; shorten the question by "
+            f"{len(tokens) - data.seq_len} tokens"
         )
-    row = _text_arrays([(tokens, np.zeros(len(tokens), np.float32))], data.row_length, tokenizer)
+    row = _text_arrays([(tokens, np.zeros(len(tokens), np.float32))], data.seq_len, tokenizer)
     if page is None:
         return row
     tiles = _stack_tiles(pages, config)
@@ -169,7 +170,7 @@ def build_prompt(
     return row | {"tiles": np.concatenate([tiles, unused])}
 
 
-def build_text(tokens: np.ndarray, length: int, tokenizer: Tokenizer) -> Row:
+def build_text(tokens: np.ndarray, length: int, tokenizer: Tokenizer) -> PackedSequence:
     """Builds the row of at most `length` tokens of plain text, without tiles: every token but the
     first is to be predicted, with a loss weight of 1."""
     loss_weights = np.ones(len(tokens), np.float32)
@@ -177,24 +178,28 @@ def build_text(tokens: np.ndarray, length: int, tokenizer: Tokenizer) -> Row:
     return _text_arrays([(tokens, loss_weights)], length, tokenizer)
 
 
-def trim_prompts(prompts: Sequence[Row], config: Config) -> list[Row]:
-    """Returns prompts, still of one shape, without the tile slots that none of them uses and
+def trim_prompts(prompts: Sequence[PackedSequence], config: Config) -> list[PackedSequence]:
+    """Returns prompts, still of one shape, without the tiles that none of them uses and
     without the padding that all have: with room for nine tiles, one should not cost nine."""
     length, num_tiles = extent(prompts, config)
     return [trim(row, length, num_tiles) for row in prompts]
 
 
-def extent(prompts: Sequence[Row], config: Config, multiple: int = 64) -> tuple[int, int] | None:
+def extent(
+    prompts: Sequence[PackedSequence], config: Config, multiple: int = 64
+) -> tuple[int, int] | None:
     """Returns how many tokens, rounded up to a `multiple`, and tiles the largest of some prompts
     have; None of none."""
     if not prompts:
         return None
     length = -(-max(int(row["segment_ids"].sum()) for row in prompts) // multiple) * multiple
-    num_slots = max(int((row["tokens"] == config.model.image_token_id).sum()) for row in prompts)
-    return length, num_slots // config.model.slots_per_tile
+    num_image_tokens = max(
+        int((row["tokens"] == config.model.image_token_id).sum()) for row in prompts
+    )
+    return length, num_image_tokens // config.model.tokens_per_tile
 
 
-def trim(prompt: Row, length: int, num_tiles: int) -> Row:
+def trim(prompt: PackedSequence, length: int, num_tiles: int) -> PackedSequence:
     """Returns a prompt of at most so many tokens and tiles."""
     ends = {"tiles": num_tiles}
     return {name: array[: ends.get(name, length)] for name, array in prompt.items()}
@@ -220,13 +225,13 @@ def _tile_pages(record: Record, config: Config) -> list[Tiles]:
     ]
 
 
-def _num_slots(pages: list[Tiles], slots_per_tile: int) -> int:
-    return sum(len(page.pixels) for page in pages) * slots_per_tile
+def _num_image_tokens(pages: list[Tiles], tokens_per_tile: int) -> int:
+    return sum(len(page.pixels) for page in pages) * tokens_per_tile
 
 
 def _text_arrays(
     segments: Sequence[tuple[np.ndarray, np.ndarray]], length: int, tokenizer: Tokenizer
-) -> Row:
+) -> PackedSequence:
     """The arrays of segments, each its tokens and their loss weights.
 
     No position predicts the next segment.
@@ -257,14 +262,16 @@ def _stack_tiles(pages: list[Tiles], config: Config) -> np.ndarray:
     return np.concatenate([none, *(page.pixels for page in pages)])
 
 
-def _labels(record: Record, pages: list[Tiles], config: Config, tokenizer: Tokenizer) -> Row:
+def _labels(
+    record: Record, pages: list[Tiles], config: Config, tokenizer: Tokenizer
+) -> PackedSequence:
     """The tiles' labels.
 
     Where a record does not know its words, or is not labelled, they carry no loss.
     """
     vision = config.model.vision
     k = config.data.max_patch_labels
-    is_labelled = zlib.crc32(record.id.encode()) < config.data.labelled_share * 2**32
+    is_labelled = zlib.crc32(record.id.encode()) < config.data.labelled_fraction * 2**32
     ids = [np.zeros((0, vision.num_patches, k), np.int32)]
     weights = [np.zeros((0, vision.num_patches, k), np.float32)]
     loss_weights = [np.zeros((0, vision.num_patches), np.float32)]

@@ -146,8 +146,8 @@ def choose_grids(
     """Returns the rows and columns of cells that pages are cut into, as Ovis v1.6 does, for tiles
     of any shape.
 
-    A grid covers the share of the page's pixels that is left after its cells shrank to the tile. Of
-    the grids that cover more than 0.9 the one with the fewest cells is taken; else the best
+    A grid covers the fraction of the page's pixels that is left after its cells shrank to the tile.
+    Of the grids that cover more than 0.9 the one with the fewest cells is taken; else the best
     covering of all, of equals the one with fewer cells. The overview takes one of `max_tiles` where
     there is more than one cell.
 

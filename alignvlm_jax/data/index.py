@@ -33,7 +33,7 @@ class Index:
     """An entry for each of R records, in the order of `shards.RecordSource`. Equal to itself alone.
 
     Attributes:
-      text_tokens: int32 [R] by task of `examples.TASKS`: tokens of the chat without image slots,
+      text_tokens: int32 [R] by task of `examples.TASKS`: tokens of the chat without image tokens,
         all turns in it; 0 where the record lacks what the task needs.
       image_sizes: int32 [M, 2], height and width in pixels of all images, record after record.
       image_starts: int64 [R + 1]: record r has `image_sizes[image_starts[r]:image_starts[r + 1]]`.

@@ -10,7 +10,7 @@ from alignvlm_jax.data.record import Word
 from alignvlm_jax.data.tokenizers.base import Tokenizer
 
 MIN_COVERED = 1 / 8
-"""Share of a patch that text must cover; below it the patch counts as blank."""
+"""Fraction of a patch that text must cover; below it the patch counts as blank."""
 
 
 def patch_labels(

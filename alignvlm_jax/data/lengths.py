@@ -18,7 +18,8 @@ from alignvlm_jax.errors import UserError
 class Lengths:
     """Of R records. Equal to itself alone."""
 
-    # int32 [tasks, R], with image slots, at most a row; 0 where the record is of no use to the task
+    # int32 [tasks, R], with image tokens, at most a row; 0 where the record is of no use to the
+    # task
     tokens: np.ndarray
     tiles: np.ndarray  # int16 [R]
 
@@ -26,10 +27,10 @@ class Lengths:
 class Limits(NamedTuple):
     """What of a config decides about lengths."""
 
-    row_length: int
+    seq_len: int
     tiles_of_a_record: int
     use_overview: bool
-    slots_per_tile: int
+    tokens_per_tile: int
     vision: VisionConfig
 
 
@@ -79,10 +80,10 @@ def measure(index: Index, tasks: Sequence[str], config: Config) -> Lengths:
 def _limits(config: Config) -> Limits:
     data = config.data
     return Limits(
-        data.row_length,
+        data.seq_len,
         data.tiles_of_a_record,
         data.use_overview,
-        config.slots_per_tile,
+        config.tokens_per_tile,
         config.model.vision,
     )
 
@@ -99,10 +100,10 @@ def _measured(indexes: tuple[Index, ...], tasks: tuple[str, ...], limits: Limits
 
 def _measure(index: Index, tasks: Sequence[str], limits: Limits) -> Lengths:
     tiles = _count_tiles(index, limits)
-    slots = tiles.astype(np.int32) * limits.slots_per_tile
+    slots = tiles.astype(np.int32) * limits.tokens_per_tile
     tokens = np.stack([index.text_tokens[task] for task in tasks])
     is_usable = (tokens > 0) & (np.diff(index.image_starts) <= limits.tiles_of_a_record)
-    return Lengths(np.where(is_usable, np.minimum(tokens + slots, limits.row_length), 0), tiles)
+    return Lengths(np.where(is_usable, np.minimum(tokens + slots, limits.seq_len), 0), tiles)
 
 
 def _count_tiles(index: Index, limits: Limits) -> np.ndarray:

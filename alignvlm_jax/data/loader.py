@@ -17,7 +17,7 @@ import numpy as np
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config, SourceConfig
 from alignvlm_jax.data import examples, sampler, tokenizers
-from alignvlm_jax.data.examples import Part, Row
+from alignvlm_jax.data.examples import PackedSequence, Segment
 from alignvlm_jax.data.record import Batch, Record
 from alignvlm_jax.data.sampler import Schedule
 from alignvlm_jax.data.shards import RecordSource, shard_names
@@ -30,7 +30,7 @@ KEPT = 64 * RECORDS
 """Rows that were asked for: dicts keep their order, so that those read long ago are forgotten."""
 
 
-class Rows(Protocol):
+class Sequences(Protocol):
     """Rows whose records can be asked for before they are needed."""
 
     def prefetch(self, index: int) -> int:
@@ -41,32 +41,32 @@ class ReadAhead:
     """Asks for the records of rows once each, `RECORDS` before the row that is read. Several
     threads may read, each at another place."""
 
-    def __init__(self, rows: Rows, num_rows: int, row: Callable[[int], int]):
+    def __init__(self, rows: Sequences, num_sequences: int, row: Callable[[int], int]):
         """`row` is the place among all rows of number `i` of the `num_rows` that are read."""
         self._rows = rows
-        self._num_rows = num_rows
+        self._num_sequences = num_sequences
         self._row = row
         self._lock = threading.Lock()
-        self._asked: dict[int, int] = {}
+        self._requested: dict[int, int] = {}
 
     def go_on(self, index: int) -> None:
         """Asks for what comes after number `index`, which is read now."""
         coming = 0
-        while coming < RECORDS and index < self._num_rows:
+        while coming < RECORDS and index < self._num_sequences:
             with self._lock:
-                count = self._asked.setdefault(index, 0)
+                count = self._requested.setdefault(index, 0)
             if not count:
                 count = self._rows.prefetch(self._row(index))
                 with self._lock:
-                    self._asked[index] = count
+                    self._requested[index] = count
             coming += count
             index += 1
         with self._lock:
-            while len(self._asked) > KEPT:
-                del self._asked[next(iter(self._asked))]
+            while len(self._requested) > KEPT:
+                del self._requested[next(iter(self._requested))]
 
 
-class TrainRows:
+class TrainSequences:
     """All rows of a stage, by global index.
 
     Attributes:
@@ -95,25 +95,27 @@ class TrainRows:
     def __len__(self) -> int:
         return self._config.train.num_steps * self._config.train.batch_size
 
-    def __getitem__(self, index: int) -> Row:
-        return examples.join([part for _, part in self.parts(index)], self._config, self.tokenizer)
+    def __getitem__(self, index: int) -> PackedSequence:
+        return examples.join(
+            [segment for _, segment in self.segments(index)], self._config, self.tokenizer
+        )
 
-    def parts(self, index: int) -> list[tuple[str, Part]]:
+    def segments(self, index: int) -> list[tuple[str, Segment]]:
         """Returns the records' ids and what each brings into a row. A record that cannot be read,
         or has no answer that fits, is left out; the others are what they would be."""
-        parts: list[tuple[str, Part]] = []
+        segments: list[tuple[str, Segment]] = []
         for pick in self.schedule.picks(index):
             try:
                 record = self._record(pick.record)
-                part = examples.build_part(
+                segment = examples.build_segment(
                     record, pick.task, pick.rng, self._config, self.tokenizer
                 )
-                self._check_fits(record, [*(part for _, part in parts), part])
+                self._check_fits(record, [*(segment for _, segment in segments), segment])
             except UserError as err:
                 self.problem = self.problem or str(err)
             else:
-                parts.append((record.id, part))
-        return parts
+                segments.append((record.id, segment))
+        return segments
 
     def prefetch(self, index: int) -> int:
         """Begins to read the records of a row from a bucket; returns how many there are."""
@@ -123,12 +125,12 @@ class TrainRows:
             self._sources[source].prefetch(record - self._starts[source])
         return len(records)
 
-    def _check_fits(self, record: Record, parts: list[Part]) -> None:
+    def _check_fits(self, record: Record, segments: list[Segment]) -> None:
         """It does, unless the index from which the row was planned is wrong."""
         data = self._config.data
-        num_tokens = sum(len(part.tokens) for part in parts)
-        num_tiles = sum(len(part.tile_arrays["tiles"]) for part in parts)
-        if num_tokens > data.row_length or num_tiles > data.max_tiles:
+        num_tokens = sum(len(segment.tokens) for segment in segments)
+        num_tiles = sum(len(segment.tile_arrays["tiles"]) for segment in segments)
+        if num_tokens > data.seq_len or num_tiles > data.max_tiles:
             raise UserError(
                 f"record {record.id} takes more of a row than its index says; `prepare --recount` "
                 "mends it"
@@ -140,13 +142,13 @@ class TrainRows:
 
 
 class TrainBatches(Iterator[Batch]):
-    """A process's rows of a stage's batches, from `start_row` (a global count of rows) to the
+    """A process's rows of a stage's batches, from `start_sequence` (a global count of rows) to the
     stage's end.
 
     Attributes:
-      next_row: global rows handed out so far.
+      next_sequence: global rows handed out so far.
       num_unused: records that are in no row; see `sampler.Schedule`.
-      num_unsupervised: records that this process handed out since `start_row` and that taught
+      num_unsupervised: records that this process handed out since `start_sequence` and that taught
         nothing: they could not be read, or had no answer that fits.
     """
 
@@ -154,34 +156,37 @@ class TrainBatches(Iterator[Batch]):
         self,
         config: Config,
         *,
-        start_row: int = 0,
+        start_sequence: int = 0,
         local_rows: Sequence[int] | None = None,
         schedule_state: Mapping[str, Any] | None = None,
     ):
         """
         Args:
-          start_row: global rows of the stage that have been trained on.
+          start_sequence: global rows of the stage that have been trained on.
           local_rows: those of each global batch that this process feeds, ascending; by default all
             of them.
           schedule_state: what `schedule_state` gave there. Without it, or where it is of other
             data, the epochs before are planned again to know where this one begins.
         """
         global_size = config.train.batch_size
-        if start_row % global_size:
+        if start_sequence % global_size:
             raise UserError(
-                f"data position {start_row} is not a multiple of config.train.batch_size "
+                f"data position {start_sequence} is not a multiple of config.train.batch_size "
                 f"{global_size}"
             )
-        self._rows = TrainRows(config, config.data.split)
+        self._rows = TrainSequences(config, config.data.split)
         self._rows.schedule.restore(schedule_state or {})
         # Plans the epochs so far in their order; any other would plan some of them twice.
-        self.counters(start_row)
+        self.counters(start_sequence)
         self._local_rows = list(range(global_size) if local_rows is None else local_rows)
         self._batches = _read_ahead(
-            self._rows, range(start_row, len(self._rows), global_size), self._local_rows, config
+            self._rows,
+            range(start_sequence, len(self._rows), global_size),
+            self._local_rows,
+            config,
         )
         self._global_size = global_size
-        self.next_row = start_row
+        self.next_sequence = start_sequence
         self._max_unsupervised = config.data.max_unsupervised
         self._num_records = self.num_unsupervised = 0
         self.num_unused = self._rows.schedule.num_unused
@@ -189,13 +194,14 @@ class TrainBatches(Iterator[Batch]):
     def __next__(self) -> Batch:
         batch = next(self._batches)
         self._count_unsupervised(batch)
-        self.next_row += self._global_size
+        self.next_sequence += self._global_size
         return batch
 
-    def counters(self, next_row: int) -> dict[str, float]:
-        """Returns what all processes had in the rows before `next_row`; see `sampler.Schedule`. It
-        follows from the config, so that a run that was stopped counts as one that was not."""
-        return self._rows.schedule.counters(next_row)
+    def counters(self, next_sequence: int) -> dict[str, float]:
+        """Returns what all processes had in the rows before `next_sequence`; see
+        `sampler.Schedule`. It follows from the config, so that a run that was stopped counts as one
+        that was not."""
+        return self._rows.schedule.counters(next_sequence)
 
     def schedule_state(self) -> dict[str, Any]:
         """Returns what spares a resumed run the planning of epochs that are over: a dict for
@@ -204,7 +210,7 @@ class TrainBatches(Iterator[Batch]):
 
     def _count_unsupervised(self, batch: Batch) -> None:
         planned = sum(
-            self._rows.schedule.num_records(self.next_row + row) for row in self._local_rows
+            self._rows.schedule.num_records(self.next_sequence + row) for row in self._local_rows
         )
         self._num_records += planned
         self.num_unsupervised += planned - count_supervised(batch)
@@ -213,7 +219,7 @@ class TrainBatches(Iterator[Batch]):
         if self.num_unsupervised > self._max_unsupervised * max(self._num_records, 100):
             raise UserError(
                 f"{self.num_unsupervised} of {self._num_records} records cannot be read or have "
-                "no answer that fits config.data.row_length; config.data.max_unsupervised is "
+                "no answer that fits config.data.seq_len; config.data.max_unsupervised is "
                 f"{self._max_unsupervised}"
                 + (f"; the first: {self._rows.problem}" if self._rows.problem else "")
             )
@@ -228,19 +234,23 @@ def count_supervised(batch: Batch) -> int:
     return int(is_supervised.sum())
 
 
-class _LocalRows:
+class _LocalSequences:
     """A process's rows of batches that begin at `starts`, batch after batch."""
 
-    def __init__(self, all_rows: TrainRows, starts: Sequence[int], local_rows: Sequence[int]):
-        self._rows = all_rows
+    def __init__(
+        self, all_sequences: TrainSequences, starts: Sequence[int], local_rows: Sequence[int]
+    ):
+        self._rows = all_sequences
         self._starts = starts
         self._local_rows = local_rows
-        self._ahead = ReadAhead(all_rows, len(self), self._row) if all_rows.is_remote else None
+        self._ahead = (
+            ReadAhead(all_sequences, len(self), self._row) if all_sequences.is_remote else None
+        )
 
     def __len__(self) -> int:
         return len(self._starts) * len(self._local_rows)
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> PackedSequence:
         if self._ahead:
             self._ahead.go_on(index)
         return self._rows[self._row(index)]
@@ -251,14 +261,14 @@ class _LocalRows:
 
 
 def _read_ahead(
-    all_rows: TrainRows, starts: Sequence[int], local_rows: Sequence[int], config: Config
+    all_sequences: TrainSequences, starts: Sequence[int], local_rows: Sequence[int], config: Config
 ) -> Iterator[Batch]:
     """The batches that begin at `starts`, of the local rows alone, made by the config's reading
     threads."""
     options = grain.ReadOptions(
         num_threads=config.data.num_threads, prefetch_buffer_size=config.data.prefetch
     )
-    rows_here = grain.MapDataset.source(_LocalRows(all_rows, starts, local_rows))
+    rows_here = grain.MapDataset.source(_LocalSequences(all_sequences, starts, local_rows))
     # Batched before the threads' buffer: whole batches wait in it, and nothing is stacked while a
     # step waits.
     return iter(rows_here.batch(len(local_rows)).to_iter_dataset(options))
@@ -272,7 +282,7 @@ def by_source(config: Config) -> dict[str, Config]:
     Raises:
       UserError: no source has the split, none is of use, or one cannot be read.
     """
-    data = dataclasses.replace(config.data, labelled_share=1.0)
+    data = dataclasses.replace(config.data, labelled_fraction=1.0)
     split = config.data.validation_split
     folders = {name: source.dir for name, source in data.sources.items()} or {"": data.dir}
     held = {name: folder for name, folder in folders.items() if shard_names(folder, split)}
@@ -281,11 +291,11 @@ def by_source(config: Config) -> dict[str, Config]:
     useful: dict[str, Config] = {}
     problem: UserError | None = None
     for name, folder in held.items():
-        # Whatever its share of training is, all of it counts here.
+        # Whatever its fraction of training is, all of it counts here.
         alone = dataclasses.replace(data, sources={name: SourceConfig(dir=folder)} if name else {})
         validated = dataclasses.replace(config, data=alone)
         try:
-            TrainRows(validated, split)
+            TrainSequences(validated, split)
         except sampler.NothingToDraw as err:
             problem = problem or err
         else:
@@ -303,7 +313,7 @@ class ValidationBatches:
         self,
         config: Config,
         batch_size: int,
-        num_rows: int,
+        num_sequences: int,
         local_rows: Sequence[int] | None = None,
         gather: Callable[[str | None], list[str | None]] = lambda problem: [problem],
     ):
@@ -319,8 +329,8 @@ class ValidationBatches:
           UserError: no record of any process's rows can be read.
         """
         self._config = config
-        self._rows = TrainRows(config, config.data.validation_split)
-        self._starts = range(0, max(1, num_rows // batch_size) * batch_size, batch_size)
+        self._rows = TrainSequences(config, config.data.validation_split)
+        self._starts = range(0, max(1, num_sequences // batch_size) * batch_size, batch_size)
         self._local_rows = list(range(batch_size) if local_rows is None else local_rows)
         self._check(gather)
 
@@ -329,7 +339,7 @@ class ValidationBatches:
 
     def _check(self, gather: Callable[[str | None], list[str | None]]) -> None:
         """Mostly reads one row."""
-        here = _LocalRows(self._rows, self._starts, self._local_rows)
+        here = _LocalSequences(self._rows, self._starts, self._local_rows)
         is_useful = any(here[i]["loss_weights"].any() for i in range(len(here)))
         problems = gather(None if is_useful else self._rows.problem)
         if all(problems):
@@ -339,7 +349,7 @@ class ValidationBatches:
             )
 
 
-def stack(batch_rows: list[Row]) -> Batch:
+def stack(batch_rows: list[PackedSequence]) -> Batch:
     """Stacks rows to a batch."""
     return Batch(**{name: np.stack([row[name] for row in batch_rows]) for name in batch_rows[0]})
 
@@ -369,10 +379,10 @@ def load_tokenizer(config: Config) -> Tokenizer:
             f"{config.model.llm.vocab_size}; make it at least {tokenizer.vocab_size}"
         )
     image_id = config.model.image_token_id
-    own_image_id = tokenizer.specials.get("<image>", image_id)
+    own_image_id = tokenizer.special_tokens.get("<image>", image_id)
     if image_id != own_image_id:
         raise UserError(
-            f"tokenizer {path} marks image slots by token {own_image_id}, "
+            f"tokenizer {path} marks image tokens by token {own_image_id}, "
             f"config.model.image_token_id is {image_id}; make them equal"
         )
     if tokenizer.is_text(image_id):

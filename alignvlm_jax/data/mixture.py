@@ -24,10 +24,10 @@ def counts(
     logs = np.log(repeated)
     with np.errstate(over="ignore"):
         logs = np.log(weights) + (logs - logs.max(initial=-np.inf)) / temperature
-    shares = np.exp(logs - logs.max(initial=-np.inf))
+    fractions = np.exp(logs - logs.max(initial=-np.inf))
     wanted = dict.fromkeys(sizes, 0)
-    for name, share in zip(names, shares / shares.sum(), strict=True):
-        count = max(1, round(repeated.sum() * share))
+    for name, fraction in zip(names, fractions / fractions.sum(), strict=True):
+        count = max(1, round(repeated.sum() * fraction))
         wanted[name] = min(count, sources[name].cap or count)
     return wanted
 
@@ -51,8 +51,8 @@ def epoch_of(size: int, count: int, name: str, seed: Sequence[int], epoch: int) 
     return stream[begin % size : begin % size + count]
 
 
-def task_shares(config: Config) -> tuple[list[str], np.ndarray]:
-    """Returns the tasks that have a weight, and their shares of all."""
+def task_fractions(config: Config) -> tuple[list[str], np.ndarray]:
+    """Returns the tasks that have a weight, and their fractions of all."""
     # Sorted: the order of the config's mapping must not decide which record gets which task.
     tasks = sorted(task for task, weight in config.data.tasks.items() if weight)
     weights = np.array([config.data.tasks[task] for task in tasks])

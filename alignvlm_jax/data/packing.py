@@ -15,37 +15,37 @@ class Sizes(NamedTuple):
     counts: list[int]
 
 
-class Rows(NamedTuple):
+class Bins(NamedTuple):
     """Rows that hold the same: so many records of each size, by its index."""
 
     count: int
     contents: dict[int, int]
 
 
-def fit(sizes: Sizes, row_length: int, row_tiles: int) -> list[Rows]:
+def fit(sizes: Sizes, seq_len: int, max_tiles: int) -> list[Bins]:
     """Returns rows that hold all records; each size must fit a row."""
-    ways = best_fit(sizes, row_length, row_tiles), even_fit(sizes, row_length, row_tiles)
-    return min(ways, key=lambda rows: sum(row.count for row in rows))
+    candidates = best_fit(sizes, seq_len, max_tiles), even_fit(sizes, seq_len, max_tiles)
+    return min(candidates, key=lambda rows: sum(row.count for row in rows))
 
 
-def best_fit(sizes: Sizes, row_length: int, row_tiles: int) -> list[Rows]:
+def best_fit(sizes: Sizes, seq_len: int, max_tiles: int) -> list[Bins]:
     """Puts each record, the largest first, into the row with the least room for it."""
     # groups[t][n]: rows that have t tiles and n tokens left; bit n of rooms[t] says whether there
     # are any.
-    groups: list[dict[int, list[Rows]]] = [{} for _ in range(row_tiles + 1)]
-    rooms = [0] * (row_tiles + 1)
+    groups: list[dict[int, list[Bins]]] = [{} for _ in range(max_tiles + 1)]
+    rooms = [0] * (max_tiles + 1)
 
-    def leave(tiles_left: int, room: int, rows: Rows) -> None:
+    def leave(tiles_left: int, room: int, rows: Bins) -> None:
         groups[tiles_left].setdefault(room, []).append(rows)
         rooms[tiles_left] |= 1 << room
 
-    def take(tiles_left: int, room: int) -> Rows:
+    def take(tiles_left: int, room: int) -> Bins:
         rows = groups[tiles_left][room].pop()
         if not groups[tiles_left][room]:
             rooms[tiles_left] ^= 1 << room
         return rows
 
-    for size in _largest_first(sizes, row_length, row_tiles):
+    for size in _largest_first(sizes, seq_len, max_tiles):
         length = sizes.lengths[size]
         num_tiles = sizes.tiles[size]
         left = sizes.counts[size]
@@ -54,18 +54,18 @@ def best_fit(sizes: Sizes, row_length: int, row_tiles: int) -> list[Rows]:
             if room:
                 rows = take(tiles_left, room)
             else:
-                room = row_length
-                tiles_left = row_tiles
-                rows = Rows(left, {})
+                room = seq_len
+                tiles_left = max_tiles
+                rows = Bins(left, {})
             # The row that took one has the least room for the next of its size too.
             each = min(room // length, tiles_left // num_tiles if num_tiles else left, left)
             used = min(rows.count, left // each)
             if rows.contents and used < rows.count:
-                leave(tiles_left, room, Rows(rows.count - used, rows.contents))
+                leave(tiles_left, room, Bins(rows.count - used, rows.contents))
             leave(
                 tiles_left - each * num_tiles,
                 room - each * length,
-                Rows(used, rows.contents | {size: each}),
+                Bins(used, rows.contents | {size: each}),
             )
             left -= used * each
     return [rows for by_room in groups for found in by_room.values() for rows in found]
@@ -84,20 +84,20 @@ def _least_room(rooms: list[int], length: int, num_tiles: int) -> tuple[int, int
     return best
 
 
-def even_fit(sizes: Sizes, row_length: int, row_tiles: int) -> list[Rows]:
+def even_fit(sizes: Sizes, seq_len: int, max_tiles: int) -> list[Bins]:
     """Fills row after row: to the largest record left come as many as bring their average closest
     to that of all records left, each of them as close to it as there is one, and the last as long
     as fits."""
-    supply = _Supply(sizes, row_tiles)
+    supply = _Supply(sizes, max_tiles)
     shortest = min(sizes.lengths, default=0)
     found = []
-    for size in _largest_first(sizes, row_length, row_tiles):
+    for size in _largest_first(sizes, seq_len, max_tiles):
         while supply.counts[size]:
             average = supply.num_tokens / supply.num_records
             supply.take(size, 1)
             contents = {size: 1}
-            room = row_length - sizes.lengths[size]
-            tiles_left = row_tiles - sizes.tiles[size]
+            room = seq_len - sizes.lengths[size]
+            tiles_left = max_tiles - sizes.tiles[size]
             while room >= shortest:
                 number = max(1, int(room / average))
                 number += abs(room / (number + 1) - average) < abs(room / number - average)
@@ -114,20 +114,20 @@ def even_fit(sizes: Sizes, row_length: int, row_tiles: int) -> list[Rows]:
             more = min(supply.counts[other] // each for other, each in contents.items())
             for other, each in contents.items():
                 supply.take(other, more * each)
-            found.append(Rows(1 + more, contents))
+            found.append(Bins(1 + more, contents))
     return found
 
 
 class _Supply:
     """The records that are left, by size."""
 
-    def __init__(self, sizes: Sizes, row_tiles: int):
+    def __init__(self, sizes: Sizes, max_tiles: int):
         self._sizes = sizes
         self._size_of = {
             key: size for size, key in enumerate(zip(sizes.tiles, sizes.lengths, strict=True))
         }
         # Bit n of lengths[t] says whether a record of n tokens and t tiles is left.
-        self._lengths = [0] * (row_tiles + 1)
+        self._lengths = [0] * (max_tiles + 1)
         for num_tiles, length in self._size_of:
             self._lengths[num_tiles] |= 1 << length
         self.counts = list(sizes.counts)
@@ -163,15 +163,15 @@ class _Supply:
         return None if best is None else self._size_of[best]
 
 
-def _largest_first(sizes: Sizes, row_length: int, row_tiles: int) -> list[int]:
-    """By the share of a row that a record needs, of tokens or of tiles."""
+def _largest_first(sizes: Sizes, seq_len: int, max_tiles: int) -> list[int]:
+    """By the fraction of a row that a record needs, of tokens or of tiles."""
     lengths = np.array(sizes.lengths)
     tiles = np.array(sizes.tiles)
-    need = np.maximum(lengths / row_length, tiles / row_tiles)
+    need = np.maximum(lengths / seq_len, tiles / max_tiles)
     return np.lexsort((-lengths, -need)).tolist()
 
 
-class Plan(NamedTuple):
+class Packing(NamedTuple):
     """Row r holds the records `records[offsets[r]:offsets[r + 1]]`, by their index in what was
     planned."""
 
@@ -182,39 +182,39 @@ class Plan(NamedTuple):
 def plan(
     lengths: np.ndarray,
     tiles: np.ndarray,
-    row_length: int,
-    row_tiles: int,
+    seq_len: int,
+    max_tiles: int,
     seed: Sequence[int],
     epoch: int,
-) -> Plan:
+) -> Packing:
     """Plans the rows of an epoch, a pure function of the arguments.
 
     Args:
-      lengths: int [N], tokens of each record with its image slots, above 0. One that is longer than
-        a row gets a row.
+      lengths: int [N], tokens of each record with its image tokens, above 0. One that is longer
+        than a row gets a row.
       tiles: int [N], tiles of each, at most `row_tiles`.
-      row_length: tokens of a row.
+      seq_len: tokens of a row.
       row_tiles: tiles of a row.
       seed: of the shuffle: which of the records of one size go where, and the order of the rows.
       epoch: as well.
     """
     rng = np.random.default_rng([*seed, epoch])
-    keys = np.minimum(lengths, row_length).astype(np.int64) * (row_tiles + 1) + tiles
+    keys = np.minimum(lengths, seq_len).astype(np.int64) * (max_tiles + 1) + tiles
     different, counts = np.unique(keys, return_counts=True)
-    sizes = Sizes(*(array.tolist() for array in (*np.divmod(different, row_tiles + 1), counts)))
+    sizes = Sizes(*(array.tolist() for array in (*np.divmod(different, max_tiles + 1), counts)))
     shuffled = rng.permutation(len(keys)).astype(np.int32)
     by_size = shuffled[np.argsort(keys[shuffled], kind="stable")]
-    ordered = _fill(fit(sizes, row_length, row_tiles), by_size, np.cumsum(counts) - counts)
-    return _shuffle_rows(ordered, rng)
+    ordered = _place(fit(sizes, seq_len, max_tiles), by_size, np.cumsum(counts) - counts)
+    return _shuffle(ordered, rng)
 
 
-def one_a_row(count: int, seed: Sequence[int], epoch: int) -> Plan:
+def unpacked(count: int, seed: Sequence[int], epoch: int) -> Packing:
     """Returns the plan of rows that hold one of `count` records each, shuffled."""
     rng = np.random.default_rng([*seed, epoch])
-    return Plan(np.arange(count + 1), rng.permutation(count).astype(np.int32))
+    return Packing(np.arange(count + 1), rng.permutation(count).astype(np.int32))
 
 
-def _fill(groups: list[Rows], by_size: np.ndarray, starts: np.ndarray) -> Plan:
+def _place(groups: list[Bins], by_size: np.ndarray, starts: np.ndarray) -> Packing:
     """Gives each place in the rows a record of its size, out of those of one size in their shuffled
     order."""
     nexts = starts.tolist()
@@ -231,12 +231,12 @@ def _fill(groups: list[Rows], by_size: np.ndarray, starts: np.ndarray) -> Plan:
         records[end : end + block.size] = block.ravel()
         end += block.size
         row_sizes.append(np.full(rows, block.shape[1]))
-    return Plan(np.concatenate([[0], np.cumsum(np.concatenate(row_sizes))]), records)
+    return Packing(np.concatenate([[0], np.cumsum(np.concatenate(row_sizes))]), records)
 
 
-def _shuffle_rows(ordered: Plan, rng: np.random.Generator) -> Plan:
+def _shuffle(ordered: Packing, rng: np.random.Generator) -> Packing:
     sizes = np.diff(ordered.offsets)
     order = rng.permutation(len(sizes))
     offsets = np.concatenate([[0], np.cumsum(sizes[order])])
     moved = np.repeat(ordered.offsets[order] - offsets[:-1], sizes[order])
-    return Plan(offsets, ordered.records[moved + np.arange(len(moved))])
+    return Packing(offsets, ordered.records[moved + np.arange(len(moved))])

@@ -55,7 +55,7 @@ class Batch(TypedDict):
     Letters: `shapes.py`. Arrays of numpy on the host, of jax on the devices.
     """
 
-    # int32 [B, T], the image placeholder id at image slots, the pad id after the end
+    # int32 [B, T], the image placeholder id at image tokens, the pad id after the end
     tokens: np.ndarray
     targets: np.ndarray  # int32 [B, T], the token that position t predicts
     loss_weights: np.ndarray  # float32 [B, T], above 0 where `targets` is part of an answer

@@ -20,8 +20,8 @@ import numpy as np
 from alignvlm_jax.config import Config, SourceConfig
 from alignvlm_jax.data import lengths, mixture, packing
 from alignvlm_jax.data.lengths import Lengths
-from alignvlm_jax.data.mixture import task_shares
-from alignvlm_jax.data.packing import Plan
+from alignvlm_jax.data.mixture import task_fractions
+from alignvlm_jax.data.packing import Packing
 from alignvlm_jax.errors import UserError
 
 MIXTURE, TASKS, PLAN, TURNS = range(1, 5)
@@ -50,17 +50,17 @@ class Schedule(Protocol):
 
     num_unused: int
 
-    def picks(self, row: int) -> list[Pick]:
+    def picks(self, index: int) -> list[Pick]:
         """Returns the records of a row."""
 
-    def records(self, row: int) -> list[int]:
+    def records(self, index: int) -> list[int]:
         """Returns their indexes alone."""
 
-    def num_records(self, row: int) -> int:
+    def num_records(self, index: int) -> int:
         """Returns how many they are."""
 
-    def counters(self, next_row: int) -> dict[str, float]:
-        """Returns what the rows before `next_row` held, for metrics."""
+    def counters(self, next_sequence: int) -> dict[str, float]:
+        """Returns what the rows before `next_sequence` held, for metrics."""
 
     def state(self) -> dict[str, Any]:
         """Returns what is known of rows by having planned them, for a checkpoint: a dict for
@@ -95,7 +95,7 @@ def make(
             if config.data.sources
             else Shuffled(config, sizes[0], seed)
         )
-    tasks, _ = task_shares(config)
+    tasks, _ = task_fractions(config)
     return Mixed(config, sizes, lengths.load(config, split, tasks, sizes, tokenizer), seed)
 
 
@@ -109,27 +109,27 @@ class Shuffled:
         self._seed = seed
         shuffle_seed = int(np.random.default_rng(seed).integers(2**32))
         self.order = grain.MapDataset.range(size).shuffle(shuffle_seed).repeat()
-        self._tasks, shares = task_shares(config)
-        self._bounds = np.cumsum(shares) / np.sum(shares)
+        self._tasks, fractions = task_fractions(config)
+        self._bounds = np.cumsum(fractions) / np.sum(fractions)
 
-    def picks(self, row: int) -> list[Pick]:
+    def picks(self, index: int) -> list[Pick]:
         """See Schedule."""
-        rng = np.random.default_rng([*self._seed, row])
+        rng = np.random.default_rng([*self._seed, index])
         # What rng.choice does with shares, without its checks, which take longer than the rest.
         task = self._tasks[np.searchsorted(self._bounds, rng.random(), side="right")]
-        return [Pick(self.order[row], task, rng)]
+        return [Pick(self.order[index], task, rng)]
 
-    def records(self, row: int) -> list[int]:
+    def records(self, index: int) -> list[int]:
         """See Schedule."""
-        return [self.order[row]]
+        return [self.order[index]]
 
-    def num_records(self, row: int) -> int:
+    def num_records(self, index: int) -> int:
         """See Schedule."""
         return 1
 
-    def counters(self, next_row: int) -> dict[str, float]:
+    def counters(self, next_sequence: int) -> dict[str, float]:
         """See Schedule."""
-        return {"epoch": next_row / self._size, "records": next_row}
+        return {"epoch": next_sequence / self._size, "records": next_sequence}
 
     def state(self) -> dict[str, Any]:
         """See Schedule."""
@@ -146,7 +146,7 @@ class Epoch:
 
     number: int
     begin: int  # rows of all epochs before
-    plan: Plan
+    plan: Packing
     records: np.ndarray  # int32 [N], over all sources
     tasks: np.ndarray  # int8 [N]
     tokens: np.ndarray | None  # int32 [N], where lengths are known
@@ -165,7 +165,7 @@ class Epoch:
 class Told(NamedTuple):
     """What the rows before a row held, by source."""
 
-    row: int
+    index: int
     records: np.ndarray  # int64 [sources]
     tokens: np.ndarray  # int64 [sources]
 
@@ -194,9 +194,9 @@ class Mixed:
         self._starts = np.cumsum([0, *sizes])
         self._lengths = known
         self._seed = seed
-        self._row_length = data.row_length
+        self._seq_len = data.seq_len
         self._max_tiles = data.max_tiles
-        self._tasks, self._shares = task_shares(config)
+        self._tasks, self._fractions = task_fractions(config)
         is_usable = np.ones(sum(sizes), bool) if known is None else known.tokens.any(axis=0)
         bounds = itertools.pairwise(self._starts)
         self._usable = {
@@ -212,49 +212,52 @@ class Mixed:
                 f"config.data.tasks {', '.join(self._tasks)}, at most {data.tiles_of_a_record} "
                 "images, and a source with a weight"
             )
-        self._num_rows = config.train.num_steps * config.train.batch_size
+        self._num_sequences = config.train.num_steps * config.train.batch_size
         self._lock = threading.Lock()
         self._begins = [0]
         self._epochs: collections.OrderedDict[int, Future[Epoch]] = collections.OrderedDict()
         nothing = np.zeros(len(self._sources), np.int64)
         self._told = Told(0, nothing, nothing)
 
-    def picks(self, row: int) -> list[Pick]:
+    def picks(self, index: int) -> list[Pick]:
         """See Schedule."""
-        epoch = self.epoch_at(row)
+        epoch = self.epoch_at(index)
         return [
             Pick(
                 int(epoch.records[place]),
                 self._tasks[epoch.tasks[place]],
                 np.random.default_rng([*self._seed, TURNS, epoch.number, place]),
             )
-            for place in epoch.places(row, row + 1).tolist()
+            for place in epoch.places(index, index + 1).tolist()
         ]
 
-    def records(self, row: int) -> list[int]:
+    def records(self, index: int) -> list[int]:
         """See Schedule."""
-        epoch = self.epoch_at(row)
-        return epoch.records[epoch.places(row, row + 1)].tolist()
+        epoch = self.epoch_at(index)
+        return epoch.records[epoch.places(index, index + 1)].tolist()
 
-    def num_records(self, row: int) -> int:
+    def num_records(self, index: int) -> int:
         """See Schedule."""
-        return len(self.epoch_at(row).places(row, row + 1))
+        return len(self.epoch_at(index).places(index, index + 1))
 
-    def counters(self, next_row: int) -> dict[str, float]:
+    def counters(self, next_sequence: int) -> dict[str, float]:
         """See Schedule.
 
-        They grow over epochs; `fill` is the share of all slots so far that were planned for tokens.
+        They grow over epochs; `fill` is the fraction of all slots so far that were planned for
+        tokens.
         """
         nothing = np.zeros(len(self._sources), np.int64)
-        told = self._told if self._told.row <= next_row else Told(0, nothing, nothing)
-        while told.row < next_row:
-            told = self._tell(told, next_row)
-        self._told = row, records, tokens = told
-        result = {"epoch": self._progress(row)} | self._by_source("records", records)
+        told = self._told if self._told.index <= next_sequence else Told(0, nothing, nothing)
+        while told.index < next_sequence:
+            told = self._tell(told, next_sequence)
+        self._told = index, records, tokens = told
+        result = {"epoch": self._progress(index)} | self._by_source("records", records)
         if self._lengths is None:
             return result
-        fill = float(tokens.sum() / max(row * self._row_length, 1))
-        return result | self._by_source("tokens", tokens) | {"fill": fill}
+        packing_efficiency = float(tokens.sum() / max(index * self._seq_len, 1))
+        return (
+            result | self._by_source("tokens", tokens) | {"packing_efficiency": packing_efficiency}
+        )
 
     def state(self) -> dict[str, Any]:
         """See Schedule."""
@@ -263,7 +266,7 @@ class Mixed:
             told = self._told
         values = {
             "begins": begins,
-            "row": told.row,
+            "row": told.index,
             "records": told.records.tolist(),
             "tokens": told.tokens.tolist(),
         }
@@ -282,31 +285,31 @@ class Mixed:
             )
         return True
 
-    def epoch_at(self, row: int) -> Epoch:
+    def epoch_at(self, index: int) -> Epoch:
         """Returns the epoch that holds a row. Where it begins only the epochs before it know."""
         while True:
             with self._lock:
                 # A row a record: no plan has to count them.
-                while self._lengths is None and self._begins[-1] <= row:
+                while self._lengths is None and self._begins[-1] <= index:
                     self._begins.append(self._begins[-1] + sum(self._counts.values()))
-                known = self._begins[-1] > row
+                known = self._begins[-1] > index
                 number = len(self._begins) - 1
                 if known:
-                    number = bisect.bisect_right(self._begins, row) - 1
+                    number = bisect.bisect_right(self._begins, index) - 1
             epoch = self._epoch(number)
             if known:
                 return epoch
 
-    def _tell(self, told: Told, next_row: int) -> Told:
-        """Adds the rows up to `next_row` or the end of an epoch; without lengths a whole one is
-        what it always is."""
-        row, records, tokens = told
+    def _tell(self, told: Told, next_sequence: int) -> Told:
+        """Adds the rows up to `next_sequence` or the end of an epoch; without lengths a whole one
+        is what it always is."""
+        index, records, tokens = told
         size = sum(self._counts.values())
-        if self._lengths is None and row % size == 0 and row + size <= next_row:
-            return Told(row + size, records + list(self._counts.values()), tokens)
-        epoch = self.epoch_at(row)
-        end = min(next_row, epoch.end)
-        places = epoch.places(row, end)
+        if self._lengths is None and index % size == 0 and index + size <= next_sequence:
+            return Told(index + size, records + list(self._counts.values()), tokens)
+        epoch = self.epoch_at(index)
+        end = min(next_sequence, epoch.end)
+        places = epoch.places(index, end)
         sources = np.searchsorted(self._starts, epoch.records[places], side="right") - 1
         records = records + np.bincount(sources, minlength=len(records))
         if epoch.tokens is not None:
@@ -315,17 +318,17 @@ class Mixed:
             tokens = tokens + of_rows.astype(np.int64)
         return Told(end, records, tokens)
 
-    def _progress(self, row: int) -> float:
+    def _progress(self, index: int) -> float:
         """Epochs in the rows before `row`."""
-        if not row:
+        if not index:
             return 0.0
         with self._lock:
-            number = bisect.bisect_left(self._begins, row) - 1
+            number = bisect.bisect_left(self._begins, index) - 1
             if number + 1 < len(self._begins):
                 begin, end = self._begins[number : number + 2]
-                return number + (row - begin) / (end - begin)
-        epoch = self.epoch_at(row - 1)
-        return epoch.number + (row - epoch.begin) / (epoch.end - epoch.begin)
+                return number + (index - begin) / (end - begin)
+        epoch = self.epoch_at(index - 1)
+        return epoch.number + (index - epoch.begin) / (epoch.end - epoch.begin)
 
     def _epoch(self, number: int) -> Epoch:
         """The plan of an epoch whose begin is known. That of the next is begun, where the stage
@@ -334,7 +337,7 @@ class Mixed:
             planned = self._planned(number)
         epoch = planned.result()
         with self._lock:
-            if epoch.end < self._num_rows and number + 1 not in self._epochs:
+            if epoch.end < self._num_sequences and number + 1 not in self._epochs:
                 self._planned(number + 1)
         return epoch
 
@@ -383,11 +386,11 @@ class Mixed:
             digest.update(np.ascontiguousarray(self._lengths.tiles))
         sizes = [
             self._starts.tolist(),
-            self._row_length,
+            self._seq_len,
             self._max_tiles,
             list(self._counts.items()),
         ]
-        tasks = [self._tasks, self._shares.tolist()]
+        tasks = [self._tasks, self._fractions.tolist()]
         return [digest.hexdigest(), list(map(int, self._seed)), sizes, tasks, _probe()]
 
     def _make(self, number: int) -> Epoch:
@@ -400,23 +403,23 @@ class Mixed:
         tasks = self._draw_tasks(records, number)
         seed = [*self._seed, PLAN]
         if self._lengths is None:
-            plan = packing.one_a_row(len(records), seed, number)
+            plan = packing.unpacked(len(records), seed, number)
             tokens = None
         else:
             tokens = self._lengths.tokens[tasks, records]
             tiles = self._lengths.tiles[records]
-            plan = packing.plan(tokens, tiles, self._row_length, self._max_tiles, seed, number)
+            plan = packing.plan(tokens, tiles, self._seq_len, self._max_tiles, seed, number)
         return Epoch(number, self._begins[number], plan, records, tasks, tokens)
 
     def _draw_tasks(self, records: np.ndarray, number: int) -> np.ndarray:
         """A task for each record, int8: of those that it has what is needed for."""
         drawn = np.random.default_rng([*self._seed, TASKS, number]).random(len(records), np.float32)
         bounds = np.zeros((len(self._tasks), len(records)), np.float32)
-        for task, share in enumerate(self._shares):
+        for task, fraction in enumerate(self._fractions):
             bounds[task] = (
-                share
+                fraction
                 if self._lengths is None
-                else share * (self._lengths.tokens[task, records] > 0)
+                else fraction * (self._lengths.tokens[task, records] > 0)
             )
         np.cumsum(bounds, axis=0, out=bounds)
         # Strictly below the last bound, whatever is rounded: a task of no use must not be drawn.

@@ -8,7 +8,7 @@ from PIL import Image
 
 from alignvlm_jax import storage
 from alignvlm_jax.data import examples, images
-from alignvlm_jax.data.examples import Row
+from alignvlm_jax.data.examples import PackedSequence
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading, patch_tokens
 from alignvlm_jax.inference.loading import Loaded, Prompts
@@ -58,7 +58,7 @@ class Assistant:
           costs no answers.
 
         Raises:
-          UserError: a page cannot be read, a prompt is longer than `data.row_length`, or there are
+          UserError: a page cannot be read, a prompt is longer than `data.seq_len`, or there are
             not as many pages as questions.
         """
         pages, questions = _pairs(image, question)
@@ -69,8 +69,8 @@ class Assistant:
             examples.build_prompt(opened[id(one)], text, config, tokenizer)
             for one, text in zip(pages, questions, strict=True)
         ]
-        said = self._generate(prompts, max_new_tokens or config.eval.max_new_tokens)
-        return said if _is_many(image) or _is_many(question) else said[0]
+        generated = self._generate(prompts, max_new_tokens or config.eval.max_new_tokens)
+        return generated if _is_many(image) or _is_many(question) else generated[0]
 
     def lens(
         self, image: Page, *, page: int = 1, num_tokens: int = patch_tokens.NUM_TOKENS
@@ -82,10 +82,10 @@ class Assistant:
           UserError: the page cannot be read, or the connector gives patches no distribution over
             words.
         """
-        [look] = patch_tokens.look(self.loaded, [images.open_page(image, page)], num_tokens)
-        return look
+        [lens] = patch_tokens.lenses(self.loaded, [images.open_page(image, page)], num_tokens)
+        return lens
 
-    def _generate(self, prompts: Sequence[Row], max_new_tokens: int) -> list[str]:
+    def _generate(self, prompts: Sequence[PackedSequence], max_new_tokens: int) -> list[str]:
         """Answers prompts with tiles, then those without, which are rows of other arrays."""
         loaded = self.loaded
         config = self.loaded.config
@@ -94,13 +94,15 @@ class Assistant:
             indices = [i for i, prompt in enumerate(prompts) if ("tiles" in prompt) == has_tiles]
             if not indices:
                 continue
-            size = loading.batch_size(len(indices), config.eval.batch_size, loaded.batch_ways)
-            trimmed = examples.trim_prompts([prompts[i] for i in indices], config)
-            asked = Prompts(len(trimmed), trimmed.__getitem__)
-            said = loading.answer(
-                self._sampler, loaded.variables, loaded.tokenizer, asked, size, max_new_tokens
+            size = loading.batch_size(
+                len(indices), config.eval.batch_size, loaded.data_parallel_size
             )
-            answers |= {i: text for i, (text, _) in zip(indices, said, strict=True)}
+            trimmed = examples.trim_prompts([prompts[i] for i in indices], config)
+            batched = Prompts(len(trimmed), trimmed.__getitem__)
+            generated = loading.answer(
+                self._sampler, loaded.variables, loaded.tokenizer, batched, size, max_new_tokens
+            )
+            answers |= {i: text for i, (text, _) in zip(indices, generated, strict=True)}
         return [answers[i] for i in range(len(prompts))]
 
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import chat, loader
-from alignvlm_jax.data.examples import Row
+from alignvlm_jax.data.examples import PackedSequence
 from alignvlm_jax.data.tokenizers.base import Tokenizer
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference.sampler import Sampler
@@ -55,9 +55,9 @@ class Loaded:
         return Sampler(self.model, self.mesh, end_ids=end_ids, pad_id=pad_id)
 
     @property
-    def batch_ways(self) -> int:
+    def data_parallel_size(self) -> int:
         """Over how many devices the rows of a batch are spread: it must divide the batch."""
-        return mesh_lib.batch_ways(self.mesh)
+        return mesh_lib.data_parallel_size(self.mesh)
 
 
 def load_config(path: Path, data_dir: str | None = None) -> Config:
@@ -134,8 +134,8 @@ class Prompts:
     """
 
     count: int
-    build: Callable[[int], Row]
-    stand_in: Callable[[], Row] | None = None
+    build: Callable[[int], PackedSequence]
+    stand_in: Callable[[], PackedSequence] | None = None
 
 
 class Answer(NamedTuple):
@@ -171,9 +171,9 @@ def answer(
     return answers
 
 
-def _build(prompts: Prompts, numbers: Sequence[int]) -> tuple[list[Row], dict[int, str]]:
+def _build(prompts: Prompts, numbers: Sequence[int]) -> tuple[list[PackedSequence], dict[int, str]]:
     """The prompts of these numbers, one of them repeated maybe, and why some could not be built."""
-    built: dict[int, Row] = {}
+    built: dict[int, PackedSequence] = {}
     problems: dict[int, str] = {}
     for number in dict.fromkeys(numbers):
         try:
@@ -186,7 +186,7 @@ def _build(prompts: Prompts, numbers: Sequence[int]) -> tuple[list[Row], dict[in
     return [built[number] for number in numbers], problems
 
 
-def batch_size(count: int, most: int, ways: int) -> int:
+def batch_size(count: int, most: int, data_parallel_size: int) -> int:
     """Returns the rows of a batch for `count` prompts, `most` or a few more: each of `ways` devices
     that rows are spread over needs as many."""
-    return -(-min(count, max(most, ways)) // ways) * ways
+    return -(-min(count, max(most, data_parallel_size)) // data_parallel_size) * data_parallel_size

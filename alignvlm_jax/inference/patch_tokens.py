@@ -24,7 +24,7 @@ from alignvlm_jax.shapes import Array, Float, Int
 NUM_TOKENS = 8
 
 
-def has_words(config: Config) -> bool:
+def has_patch_distribution(config: Config) -> bool:
     """Returns whether the model's connector gives patches a distribution over the vocabulary."""
     connector = config.model.connector
     return connectors.get(connector.name).has_probabilities(connector)
@@ -32,7 +32,7 @@ def has_words(config: Config) -> bool:
 
 def check(config: Config) -> None:
     """Raises UserError if the model's connector has no distribution over the vocabulary."""
-    if not has_words(config):
+    if not has_patch_distribution(config):
         options = dataclasses.asdict(config.model.connector)
         name = options.pop("name")
         plain = dataclasses.asdict(config_lib.connector(config.model.connector.name))
@@ -46,7 +46,9 @@ def check(config: Config) -> None:
         )
 
 
-def look(loaded: Loaded, pages: Sequence[Image.Image], num_tokens: int = NUM_TOKENS) -> list[Lens]:
+def lenses(
+    loaded: Loaded, pages: Sequence[Image.Image], num_tokens: int = NUM_TOKENS
+) -> list[Lens]:
     """Returns a lens for each page, RGB: of the tiles that the model would be asked with.
 
     Raises:
@@ -59,7 +61,7 @@ def look(loaded: Loaded, pages: Sequence[Image.Image], num_tokens: int = NUM_TOK
         images.tile_image(page, config.model.vision, data.tiles_of_a_record, data.use_overview)
         for page in pages
     ]
-    read = functools.partial(_read, count=min(num_tokens, config.model.llm.num_words))
+    read = functools.partial(_read, count=min(num_tokens, config.model.llm.unpadded_vocab_size))
     # A tile a device at a time: a page's distributions over 128 K words take 3.7 GB.
     parts = tiles_lib.map_tiles(
         loaded, read, {"tiles": np.concatenate([tiles.pixels for tiles in cut])}
@@ -100,16 +102,16 @@ def _lens(
     scales = tiles.scales[:, None]
     left_top = crops[..., :2] + corners / scales
     right_bottom = np.minimum(crops[..., :2] + (corners + size) / scales, crops[..., 2:])
-    drawn = (right_bottom > left_top).all(-1)
-    is_overview = np.zeros_like(drawn)
-    is_overview[0] = data.use_overview and len(drawn) > 1
+    visible = (right_bottom > left_top).all(-1)
+    is_overview = np.zeros_like(visible)
+    is_overview[0] = data.use_overview and len(visible) > 1
     return Lens(
         page,
-        np.concatenate([left_top, right_bottom], -1)[drawn],
-        tokens_TPK[drawn],
-        probabilities_TPK[drawn],
-        entropies_TP[drawn],
-        is_overview[drawn],
+        np.concatenate([left_top, right_bottom], -1)[visible],
+        tokens_TPK[visible],
+        probabilities_TPK[visible],
+        entropies_TP[visible],
+        is_overview[visible],
         loaded.tokenizer,
-        loaded.config.model.llm.num_words,
+        loaded.config.model.llm.unpadded_vocab_size,
     )

@@ -54,7 +54,7 @@ def map_tiles(
     """
     every = {**rows_of_one, "tiles": rows_of_one["tiles"][:, None]}
     total = len(every["tiles"])
-    size = loaded.batch_ways
+    size = loaded.data_parallel_size
     local_rows = sharding.rows_of_process(loaded.mesh, size)
     apply = _jitted(fn, loaded.model, loaded.mesh)
     for start in track(range(0, total, size), "tiles"):

@@ -4,7 +4,7 @@ byte."""
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.ingest.formats.base import Unit
 from alignvlm_jax.ingest.job import Runner
-from alignvlm_jax.ingest.writer import PartWriter
+from alignvlm_jax.ingest.writer import UnitWriter
 
 try:
     import apache_beam
@@ -35,7 +35,7 @@ def on_runner(name: str, flags: list[str]) -> Runner:
     except (ValueError, ImportError, AttributeError) as err:
         raise UserError(f"Apache Beam has no runner {name!r} with flags {flags} ({err})") from err
 
-    def run(writer: PartWriter, tasks: list[tuple[int, Unit]]) -> None:
+    def run(writer: UnitWriter, tasks: list[tuple[int, Unit]]) -> None:
         with apache_beam.Pipeline(options=options) as pipeline:
             # Reshuffled: Create makes one bundle of its values, and one worker would do it all.
             _ = (

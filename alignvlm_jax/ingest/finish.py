@@ -13,7 +13,7 @@ from alignvlm_jax.data import shards as shards_lib
 from alignvlm_jax.data.shards import ShardWriter
 from alignvlm_jax.ingest import staging
 from alignvlm_jax.ingest.formats.base import Unit
-from alignvlm_jax.ingest.writer import Part, read_lines, write_lines
+from alignvlm_jax.ingest.writer import UnitOutput, read_lines, write_lines
 
 MIN_SHARD_RECORDS = 1000
 """Parts of fewer records are joined, as those of a held-out split."""
@@ -23,34 +23,37 @@ Dropped = dict[int, dict[int, str]]
 
 
 def finish(
-    parts: Sequence[Part], units: Sequence[Unit], splits: Sequence[str], folder: Path
+    outputs: Sequence[UnitOutput], units: Sequence[Unit], splits: Sequence[str], folder: Path
 ) -> list[str]:
     """Makes shards, an index of each split and `rejected.jsonl` in `folder` out of all parts, in
     the order of the source. Returns their names. It may be interrupted and called again: the lines
     of parts, which decide, stay as they are."""
-    dropped = _duplicates(parts, units)
+    dropped = _duplicates(outputs, units)
     names = [staging.REJECTED]
-    write_lines(folder / staging.REJECTED, _rejected(parts, units, dropped))
+    write_lines(folder / staging.REJECTED, _rejected(outputs, units, dropped))
     for split in splits:
-        kept = {number: _kept(part, split, dropped[number]) for number, part in enumerate(parts)}
+        kept = {
+            number: _kept(output, split, dropped[number]) for number, output in enumerate(outputs)
+        }
         groups = _groups({number: len(lines) for number, lines in kept.items()})
         for shard, group in enumerate(groups):
             path = folder / shards_lib.shard_name(split, shard, len(groups))
             if not path.exists():
-                _join({parts[number]: kept[number] for number in group}, split, path)
+                _join({outputs[number]: kept[number] for number in group}, split, path)
             names.append(path.name)
         if groups:
             names += index.merge(folder, split)
     return names
 
 
-def _duplicates(parts: Sequence[Part], units: Sequence[Unit]) -> Dropped:
+def _duplicates(outputs: Sequence[UnitOutput], units: Sequence[Unit]) -> Dropped:
     """Finds records whose id came before.
 
     By hashes first, 8 bytes a record: few ids are ever held at a time.
     """
     hashes = [
-        np.fromiter((_hash(name) for name, _ in read_lines(part.ids)), np.uint64) for part in parts
+        np.fromiter((_hash(name) for name, _ in read_lines(output.ids)), np.uint64)
+        for output in outputs
     ]
     values, counts = np.unique(
         np.concatenate([np.zeros(0, np.uint64), *hashes]), return_counts=True
@@ -60,7 +63,7 @@ def _duplicates(parts: Sequence[Part], units: Sequence[Unit]) -> Dropped:
     dropped: Dropped = collections.defaultdict(dict)
     for number in np.flatnonzero([np.isin(of_part, repeated).any() for of_part in hashes]):
         suspect = np.isin(hashes[number], repeated)
-        for line, (name, _) in enumerate(read_lines(parts[number].ids)):
+        for line, (name, _) in enumerate(read_lines(outputs[number].ids)):
             if suspect[line]:
                 if name in first:
                     dropped[int(number)][line] = f"duplicate id (of one in {first[name]})"
@@ -69,21 +72,21 @@ def _duplicates(parts: Sequence[Part], units: Sequence[Unit]) -> Dropped:
 
 
 def _rejected(
-    parts: Sequence[Part], units: Sequence[Unit], dropped: Dropped
+    outputs: Sequence[UnitOutput], units: Sequence[Unit], dropped: Dropped
 ) -> Iterator[dict[str, str]]:
-    for number, (part, unit) in enumerate(zip(parts, units, strict=True)):
-        for name, reason in read_lines(part.rejected):
+    for number, (output, unit) in enumerate(zip(outputs, units, strict=True)):
+        for name, reason in read_lines(output.rejected):
             yield {"source": unit.path, "id": name, "reason": reason}
         if number in dropped:
-            names = [name for name, _ in read_lines(part.ids)]
+            names = [name for name, _ in read_lines(output.ids)]
             for line, reason in dropped[number].items():
                 yield {"source": unit.path, "id": names[line], "reason": reason}
 
 
-def _kept(part: Part, split: str, dropped: dict[int, str]) -> list[bool]:
+def _kept(output: UnitOutput, split: str, dropped: dict[int, str]) -> list[bool]:
     """For each record of a part's shard, whether it stays; nothing where none does."""
     lines = [
-        line not in dropped for line, (_, of) in enumerate(read_lines(part.ids)) if of == split
+        line not in dropped for line, (_, of) in enumerate(read_lines(output.ids)) if of == split
     ]
     return lines if any(lines) else []
 
@@ -103,10 +106,10 @@ def _groups(sizes: dict[int, int]) -> list[list[int]]:
     return groups
 
 
-def _join(kept: dict[Part, list[bool]], split: str, path: Path) -> None:
+def _join(kept: dict[UnitOutput, list[bool]], split: str, path: Path) -> None:
     """Makes a shard and its index. The shard, which comes last, says that both are there; a part's
     is moved where it stays whole, and else deleted after it was copied."""
-    shards = [part.shard(split) for part in kept]
+    shards = [output.shard(split) for output in kept]
     indexes = [index.read(index.index_path(shard)) for shard in shards]
     chosen = [
         index.select(one, np.flatnonzero(lines))

@@ -25,18 +25,18 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.ingest import executors, finish, staging, statistics
 from alignvlm_jax.ingest import writer as writer_lib
 from alignvlm_jax.ingest.formats.base import Format, Unit
-from alignvlm_jax.ingest.writer import Part, PartWriter
+from alignvlm_jax.ingest.writer import UnitOutput, UnitWriter
 
 VERSION = 2
 """Raised with every change that changes records, so that `prepare` writes them anew."""
 
-Runner = Callable[[PartWriter, list[tuple[int, Unit]]], None]
+Runner = Callable[[UnitWriter, list[tuple[int, Unit]]], None]
 """Calls the writer for all tasks, somewhere."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to prepare. `name` is that of the format; `holdout` the share of documents of the
+    """What to prepare. `name` is that of the format; `holdout` the fraction of documents of the
     validation split; with a `split` all go there, to be asked, not learnt."""
 
     name: str
@@ -69,7 +69,7 @@ def prepare(request: Request, out: Path, run: Runner) -> bool:
     folder = staging.partial_folder(out, wanted)
     names = folder / "finished.json"
     if not names.exists():
-        written = _write_parts(request, units, folder, run)
+        written = _write_outputs(request, units, folder, run)
         tokenizer_name = _copy_tokenizer(request.tokenizer, folder)
         all_names = [*finish.finish(written, units, request.splits, folder), tokenizer_name]
         if len(all_names) == 2:
@@ -85,7 +85,7 @@ def prepare(request: Request, out: Path, run: Runner) -> bool:
 def on_processes(num_workers: int) -> Runner:
     """Returns what runs a writer on processes of this machine, with a progress bar."""
 
-    def run(writer: PartWriter, tasks: list[tuple[int, Unit]]) -> None:
+    def run(writer: UnitWriter, tasks: list[tuple[int, Unit]]) -> None:
         columns = (TextColumn("Preparing"), BarColumn(), MofNCompleteColumn(), TextColumn("pieces"))
         columns += (
             TextColumn("{task.fields[records]:,} records, {task.fields[rate]:.0f}/s"),
@@ -98,7 +98,7 @@ def on_processes(num_workers: int) -> Runner:
             for done in executors.run(writer, tasks, num_workers):
                 records += done.records
                 rate = records / max(time.monotonic() - started, 1e-9)
-                progress.update(bar, advance=done.parts, records=records, rate=rate)
+                progress.update(bar, advance=done.outputs, records=records, rate=rate)
 
     return run
 
@@ -199,25 +199,27 @@ def _wanted(request: Request, units: Sequence[Unit]) -> dict[str, Any]:
     }
 
 
-def _write_parts(request: Request, units: Sequence[Unit], folder: Path, run: Runner) -> list[Part]:
+def _write_outputs(
+    request: Request, units: Sequence[Unit], folder: Path, run: Runner
+) -> list[UnitOutput]:
     place = folder / "parts"
     place.mkdir(exist_ok=True)
     for leftover in place.glob(f"{writer_lib.BESIDE}*"):  # of workers that were ended
         shutil.rmtree(leftover)
-    all_parts = [Part(place, number) for number in range(len(units))]
+    all_outputs = [UnitOutput(place, number) for number in range(len(units))]
     tasks = [
-        (part.number, unit)
-        for part, unit in zip(all_parts, units, strict=True)
-        if not part.is_done()
+        (output.number, unit)
+        for output, unit in zip(all_outputs, units, strict=True)
+        if not output.is_done()
     ]
     if tasks:
         run(
-            PartWriter(
+            UnitWriter(
                 str(place), request.format, request.tokenizer, request.holdout, request.split
             ),
             tasks,
         )
-    return all_parts
+    return all_outputs
 
 
 def _copy_tokenizer(path: str, folder: Path) -> str:

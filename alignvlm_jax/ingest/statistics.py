@@ -24,7 +24,8 @@ class Statistics:
       distributions: by what is counted a value for each of `COLUMNS`.
       facts: single numbers, in words.
       rejected: records of the whole folder by reason, the most frequent first.
-      fill: share of the slots of an epoch's rows that hold tokens; None where rows are not planned.
+      fill: fraction of the slots of an epoch's rows that hold tokens; None where rows are not
+        planned.
     """
 
     COLUMNS: ClassVar = ("records", "mean", "median", "95 of 100", "most", "all")
@@ -34,10 +35,12 @@ class Statistics:
     distributions: Mapping[str, tuple[float, ...]]
     facts: Mapping[str, str]
     rejected: Mapping[str, int]
-    fill: float | None
+    packing_efficiency: float | None
 
 
-def collect(config: Config, directory: str, split: str, fill: float | None) -> Statistics:
+def collect(
+    config: Config, directory: str, split: str, packing_efficiency: float | None
+) -> Statistics:
     """Counts a split as rows of `config` would have it.
 
     Raises:
@@ -66,7 +69,7 @@ def collect(config: Config, directory: str, split: str, fill: float | None) -> S
         },
         facts=_facts(known, config),
         rejected=rejected(directory),
-        fill=fill,
+        packing_efficiency=packing_efficiency,
     )
 
 
@@ -103,8 +106,8 @@ def _facts(known: Index, config: Config) -> dict[str, str]:
     data = config.data
     doubles = len(known.content_hash) - len(np.unique(known.content_hash))
     return {
-        "Rows": f"{data.row_length:,} tokens, {data.max_tiles} tiles of {vision.tile_width} × "
-        f"{vision.tile_height} pixels with {config.slots_per_tile} slots each",
+        "Rows": f"{data.seq_len:,} tokens, {data.max_tiles} tiles of {vision.tile_width} × "
+        f"{vision.tile_height} pixels with {config.tokens_per_tile} slots each",
         "Tiles of a record": f"at most {data.tiles_of_a_record}"
         f"{', the overview first' if data.use_overview else ''}",
         "Tokens counted by": f"tokenizer {known.tokenizer}",

@@ -31,11 +31,11 @@ class Progress(NamedTuple):
     """What a worker did since it last said so."""
 
     records: int
-    parts: int = 0
+    outputs: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class UnitOutput:
     """The files of a part."""
 
     folder: Path
@@ -64,14 +64,14 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class PartWriter:
+class UnitWriter:
     """Writes parts, in worker processes or under Apache Beam.
 
     Attributes:
       folder: where parts lie.
       format: of the source.
       tokenizer: path of the one that counts.
-      holdout: share of the documents that go to the validation split.
+      holdout: fraction of the documents that go to the validation split.
       split: where all documents go instead, if it has a name; their questions need no answers then.
     """
 
@@ -88,15 +88,15 @@ class PartWriter:
         # In a folder of its own: where a scheduler tries twice, another process may be at the same
         # part.
         with tempfile.TemporaryDirectory(prefix=BESIDE, dir=self.folder) as beside:
-            part = Part(Path(beside), number)
-            place = Part(Path(self.folder), number)
-            yield from self._write(part, unit)
-            for name in sorted(os.listdir(beside), key=lambda name: name == part.rejected.name):
+            output = UnitOutput(Path(beside), number)
+            place = UnitOutput(Path(self.folder), number)
+            yield from self._write(output, unit)
+            for name in sorted(os.listdir(beside), key=lambda name: name == output.rejected.name):
                 os.replace(Path(beside, name), Path(self.folder, name))
             assert place.is_done()
         yield Progress(0, 1)
 
-    def _write(self, part: Part, unit: Unit) -> Iterator[Progress]:
+    def _write(self, output: UnitOutput, unit: Unit) -> Iterator[Progress]:
         ids = []
         rejected = []
         splits = {}
@@ -106,7 +106,7 @@ class PartWriter:
                 try:
                     record, split = self._record(item)
                     if split not in splits:
-                        shard = stack.enter_context(ShardWriter(part.shard(split)))
+                        shard = stack.enter_context(ShardWriter(output.shard(split)))
                         splits[split] = shard, index.Builder(*_tokenizer(self.tokenizer))
                     shard, builder = splits[split]
                     with _no_fault_ends_all():
@@ -120,9 +120,9 @@ class PartWriter:
                 if count % REPORT_EVERY == 0:
                     yield Progress(REPORT_EVERY)
         for split, (_, builder) in splits.items():
-            index.write(index.index_path(part.shard(split)), builder.build())
-        write_lines(part.ids, ids)
-        write_lines(part.rejected, rejected)
+            index.write(index.index_path(output.shard(split)), builder.build())
+        write_lines(output.ids, ids)
+        write_lines(output.rejected, rejected)
         yield Progress(count % REPORT_EVERY)
 
     def _record(self, item: Raw | Rejection) -> tuple[Record, str]:

@@ -13,7 +13,7 @@ from flax import linen as nn
 from alignvlm_jax.config import LLMConfig
 from alignvlm_jax.models.layers import Einsum, RMSNorm, apply_rope, rope_frequencies, scan_blocks
 from alignvlm_jax.ops.attention import attention, self_attention
-from alignvlm_jax.ops.chunked import Matrix, rows_per_block
+from alignvlm_jax.ops.chunked import Matrix, rows_per_chunk
 from alignvlm_jax.ops.cross_entropy import TokenLosses, token_losses
 from alignvlm_jax.shapes import Array, Bool, Float, Int
 
@@ -236,15 +236,17 @@ class Llama(nn.Module):
         else:
             logits_BTV = self.head(hidden)
         if c.padded_rows:
-            logits_BTV = jnp.where(jnp.arange(c.vocab_size) < c.num_words, logits_BTV, -jnp.inf)
+            logits_BTV = jnp.where(
+                jnp.arange(c.vocab_size) < c.unpadded_vocab_size, logits_BTV, -jnp.inf
+            )
         return nn.with_logical_constraint(logits_BTV, ("act_batch", "act_len", "act_vocab"))
 
     def token_losses(
         self,
         hidden: Float[Array, "B T D"],
         targets: Int[Array, "B T"],
-        vocab_form: str,
-        vocab_block_mib: float,
+        vocab_impl: str,
+        chunk_size_mib: float,
     ) -> TokenLosses:
         """Returns the losses of predicting `targets`, without logits of all tokens
         (`config.ModelConfig`)."""
@@ -255,8 +257,8 @@ class Llama(nn.Module):
             Matrix.of(master, self.dtype),
             targets,
             is_table=c.tie_embeddings,
-            num_words=c.num_words,
-            block=rows_per_block(vocab_form, vocab_block_mib, targets.size, c.vocab_size),
+            unpadded_vocab_size=c.unpadded_vocab_size,
+            chunk=rows_per_chunk(vocab_impl, chunk_size_mib, targets.size, c.vocab_size),
         )
 
     def empty_cache(self, batch_size: int, length: int) -> Cache:

@@ -1,7 +1,7 @@
 """The SigLIP vision encoder (arXiv 2303.15343): patch convolution, learned positions, pre-norm
 blocks, final norm.
 
-Letters: `shapes.py`; B here counts tiles (rows x tile slots).
+Letters: `shapes.py`; B here counts tiles (rows x tiles).
 """
 
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The composition: tiles -> SigLIP -> connector -> image slots among the text embeddings -> Llama
+"""The composition: tiles -> SigLIP -> connector -> image tokens among the text embeddings -> Llama
 -> logits.
 
 Letters: `shapes.py`.
@@ -54,35 +54,35 @@ class VLM(nn.Module):
         self.connector = connectors.get(c.connector.name)(c, dtype)
         self.llm = Llama(c.llm, dtype, c.remat, c.scan_unroll, c.attention)
 
-    def __call__(self, batch: Mapping[str, Array], visual_input: str = "pixels") -> Output:
+    def __call__(self, batch: Mapping[str, Array], visual_source: str = "pixels") -> Output:
         """Returns the logits of every position, and the patch loss where the batch has labels.
 
         Args:
           batch: tokens, positions, segment_ids; tiles for "pixels"; patch_label_ids and
             patch_label_weights for "labels", and for the patch loss. One with neither tiles nor
-            labels is text alone: it has no image slots, the tower and the connector do not enter,
+            labels is text alone: it has no image tokens, the tower and the connector do not enter,
             and I is 0.
-          visual_input: "pixels", or "labels": the average of text embeddings that the labels name
+          visual_source: "pixels", or "labels": the average of text embeddings that the labels name
             stands in for what the connector would hand on, and no image is looked at.
         """
-        hidden_BTD, patch_nll = self._hidden(batch, visual_input)
+        hidden_BTD, patch_nll = self._hidden(batch, visual_source)
         return Output(self.llm.logits(hidden_BTD), patch_nll)
 
-    def losses(self, batch: Mapping[str, Array], visual_input: str = "pixels") -> Losses:
+    def losses(self, batch: Mapping[str, Array], visual_source: str = "pixels") -> Losses:
         """Returns the losses of batch["targets"], and otherwise what `__call__` does, without
         making all logits."""
         c = self.config
-        hidden_BTD, patch_nll = self._hidden(batch, visual_input)
+        hidden_BTD, patch_nll = self._hidden(batch, visual_source)
         return Losses(
-            self.llm.token_losses(hidden_BTD, batch["targets"], c.vocab_form, c.vocab_block_mib),
+            self.llm.token_losses(hidden_BTD, batch["targets"], c.vocab_impl, c.chunk_size_mib),
             patch_nll,
         )
 
     def encode_tiles(self, tiles: UInt8[Array, "B I Y X C"]) -> Float[Array, "B I P E"]:
         """Returns patch features; every tile is encoded by itself."""
-        batch, slots = tiles.shape[:2]
-        features = self.vision(tiles.reshape(batch * slots, *tiles.shape[2:]))
-        return features.reshape(batch, slots, *features.shape[1:])
+        batch, num_tiles = tiles.shape[:2]
+        features = self.vision(tiles.reshape(batch * num_tiles, *tiles.shape[2:]))
+        return features.reshape(batch, num_tiles, *features.shape[1:])
 
     def features(self, batch: Mapping[str, Array]) -> Float[Array, "B I P E"]:
         """Returns what the connector is given: the patch features; with Gaussian noise where the
@@ -142,51 +142,51 @@ class VLM(nn.Module):
         hidden_B1D, cache = self.llm(x_B1D, positions[:, None], cache=cache, mask=mask[:, None])
         return self.llm.logits(hidden_B1D)[:, 0], cache
 
-    def _hidden(self, batch: Mapping[str, Array], visual_input: str) -> tuple[Array, Array]:
+    def _hidden(self, batch: Mapping[str, Array], visual_source: str) -> tuple[Array, Array]:
         """Last hidden states [B, T, D] and patch losses [B, I, P]."""
-        x_BTD, patch_nll = self._read(batch, visual_input)
+        x_BTD, patch_nll = self._read(batch, visual_source)
         hidden_BTD, _ = self.llm(x_BTD, batch["positions"], batch["segment_ids"])
         return hidden_BTD, patch_nll
 
-    def _read(self, batch: Mapping[str, Array], visual_input: str) -> tuple[Array, Array]:
+    def _read(self, batch: Mapping[str, Array], visual_source: str) -> tuple[Array, Array]:
         """What the decoder reads [B, T, D], and patch losses [B, I, P]."""
         if "tiles" not in batch and "patch_label_ids" not in batch:
             no_patches = (len(batch["tokens"]), 0, self.config.vision.num_patches)
             return self.llm.embed(batch["tokens"]), jnp.zeros(no_patches, jnp.float32)
-        visual_BND, patch_nll = self._visual_tokens(batch, visual_input)
+        visual_BND, patch_nll = self._visual_tokens(batch, visual_source)
         return self._merge(batch["tokens"], visual_BND), patch_nll
 
-    def _visual_tokens(self, batch: Mapping[str, Array], visual_input: str) -> tuple[Array, Array]:
+    def _visual_tokens(self, batch: Mapping[str, Array], visual_source: str) -> tuple[Array, Array]:
         """Visual tokens, those of a row's tiles one after another, and patch losses [B, I, P]."""
         labels = None
         if "patch_label_ids" in batch:
-            size, slots, patches, k = batch["patch_label_ids"].shape
+            size, num_tiles, patches, k = batch["patch_label_ids"].shape
             labels = PatchLabels(
                 batch["patch_label_ids"].reshape(-1, k), batch["patch_label_weights"].reshape(-1, k)
             )
-        if visual_input == "labels":
+        if visual_source == "oracle":
             vectors_NkD = self.llm.embed(labels.ids)
             tokens_ND = jnp.einsum(
                 "NkD,Nk->ND", vectors_NkD, labels.weights.astype(vectors_NkD.dtype)
             )
-            return tokens_ND.reshape(size, slots * patches, -1), jnp.zeros(
-                (size, slots, patches), jnp.float32
+            return tokens_ND.reshape(size, num_tiles * patches, -1), jnp.zeros(
+                (size, num_tiles, patches), jnp.float32
             )
         features = self.features(batch)
-        size, slots, patches, width = features.shape
+        size, num_tiles, patches, width = features.shape
         output = self.connector(features.reshape(-1, width), self.llm.table, labels)
         return output.tokens.reshape(
-            size, slots * self.config.slots_per_tile, -1
-        ), output.patch_nll.reshape(size, slots, patches)
+            size, num_tiles * self.config.tokens_per_tile, -1
+        ), output.patch_nll.reshape(size, num_tiles, patches)
 
     def _merge(self, tokens_BT: Array, visual_BND: Array) -> Array:
-        """Text embeddings with a row's n-th visual token at its n-th image slot. Used tiles come
+        """Text embeddings with a row's n-th visual token at its n-th image token. Used tiles come
         first in a row, so unused ones are never reached."""
         is_image_BT = tokens_BT == self.config.image_token_id
         # The placeholder may lie beyond the text table: look it up nowhere.
         text_BTD = self.llm.embed(jnp.where(is_image_BT, 0, tokens_BT))
-        slot_BT = jnp.clip(jnp.cumsum(is_image_BT, axis=1) - 1, 0)
-        image_BTD = jnp.take_along_axis(visual_BND, slot_BT[..., None], axis=1)
+        image_index_BT = jnp.clip(jnp.cumsum(is_image_BT, axis=1) - 1, 0)
+        image_BTD = jnp.take_along_axis(visual_BND, image_index_BT[..., None], axis=1)
         x_BTD = jnp.where(is_image_BT[..., None], image_BTD, text_BTD)
         return nn.with_logical_constraint(x_BTD, ("act_batch", "act_len", "act_embed"))
 
@@ -196,7 +196,7 @@ def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     vision = config.model.vision
     data = config.data
     batch = config.train.batch_size
-    length = data.row_length
+    length = data.seq_len
     patches = (batch, data.max_tiles, vision.num_patches)
     tiles = (batch, data.max_tiles, vision.tile_height, vision.tile_width, NUM_CHANNELS)
     shapes = {
@@ -252,8 +252,8 @@ def from_llm_paths(config: ModelConfig, llm: dict[str, Any]) -> set[str]:
     return set(jax.eval_shape(functools.partial(from_llm, config), llm))
 
 
-def pruning(words: Bool[Array, "V"]) -> dict[str, Any]:
+def pruning(kept: Bool[Array, "V"]) -> dict[str, Any]:
     """Returns the variables that, beside the parameters, leave the patches only these vocabulary
     entries; of a connector that gives them a distribution over the vocabulary."""
     collection, name = VOCABULARY_SUBSET
-    return {collection: {"connector": {name: words}}}
+    return {collection: {"connector": {name: kept}}}

@@ -1,5 +1,5 @@
-"""Attention with grouped key-value heads: under a mask that the caller gives, or over packed rows
-by a kernel."""
+"""Attention with grouped key-value heads: under a mask that the caller gives, or over packed
+sequences by a kernel."""
 
 import functools
 import math
@@ -82,7 +82,7 @@ def _queries_per_chunk(batch: int, length: int, heads: int) -> int | None:
     """How many queries of every row have CHUNK_SIZE_MIB of logits on a device; None where all of
     them have."""
     rows, heads = (
-        math.ceil(n / chunked.ways(axis))
+        math.ceil(n / chunked.num_shards(axis))
         for n, axis in ((batch, "act_batch"), (heads, "act_heads"))
     )
     fits = int(CHUNK_SIZE_MIB * 2**20 / (4 * rows * heads * length))
@@ -185,7 +185,7 @@ def causal_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
                                   1 1 0 0
                                   0 0 1 0
                                   0 0 1 1
-    Image slots are tokens like any other: they see what stands before them and are seen by what
+    Image tokens are tokens like any other: they see what stands before them and are seen by what
     follows. Padding (segment 0) is a segment of its own, so that no row of the mask is empty and
     its softmax stays finite.
     """

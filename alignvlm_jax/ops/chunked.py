@@ -25,7 +25,7 @@ class Matrix(NamedTuple):
     its gradient."""
 
     value: Float[Array, "..."]
-    gradient: Float[Array, "..."]
+    master: Float[Array, "..."]
 
     @classmethod
     def of(cls, master: Float[Array, "..."], dtype: jnp.dtype) -> "Matrix":
@@ -35,15 +35,15 @@ class Matrix(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _project(equation: str, x: Array, value: Array, gradient: Array) -> Array:
-    del gradient
+def _project(equation: str, x: Array, value: Array, master: Array) -> Array:
+    del master
     return jnp.einsum(equation, x, value, preferred_element_type=jnp.float32)
 
 
 def _project_forward(
-    equation: str, x: Array, value: Array, gradient: Array
+    equation: str, x: Array, value: Array, master: Array
 ) -> tuple[Array, tuple[Array, Array]]:
-    return _project(equation, x, value, gradient), (x, value)
+    return _project(equation, x, value, master), (x, value)
 
 
 def _project_backward(
@@ -70,28 +70,28 @@ def project(equation: str, x: Float[Array, "..."], matrix: Matrix) -> Float[Arra
     return _project(equation, x, *matrix)
 
 
-def rows_per_block(form: str, block_mib: float, num_rows: int, num_columns: int) -> int | None:
-    """Returns how many rows of a shard make a block of at most `block_mib` MiB of float32; None is
-    the plain form.
+def rows_per_chunk(impl: str, chunk_size_mib: float, num_rows: int, num_columns: int) -> int | None:
+    """Returns how many rows of a shard make a block of at most `chunk_size_mib` MiB of float32;
+    None is the plain form.
 
     Args:
-      form: "plain", "blockwise", or "auto": blockwise where a shard has more rows than a block.
-      block_mib: of one block on one device.
+      form: "plain", "chunked", or "auto": chunked where a shard has more rows than a block.
+      chunk_size_mib: of one block on one device.
       num_rows: over all shards.
       num_columns: over all shards of `act_vocab`.
     """
-    if form == "plain":
+    if impl == "plain":
         return None
-    rows = math.ceil(num_rows / ways("act_batch"))
-    fits = max(int(block_mib * 2**20 / (4 * num_columns / ways("act_vocab"))), 1)
-    if form == "auto" and rows <= fits:
+    rows = math.ceil(num_rows / num_shards("act_batch"))
+    fits = max(int(chunk_size_mib * 2**20 / (4 * num_columns / num_shards("act_vocab"))), 1)
+    if impl == "auto" and rows <= fits:
         return None
     # Whole tiles of the matrix unit.
     return min(rows, fits - fits % 128 if fits > 128 else fits)
 
 
 def map_rows(
-    fn: Callable[[Any, Any, str | None], Any], rows: Any, shared: Any, block: int | None
+    fn: Callable[[Any, Any, str | None], Any], rows: Any, shared: Any, chunk: int | None
 ) -> Any:
     """Returns fn(rows, shared, row_axis), of a tree of arrays [N, ...] and for each of their rows.
 
@@ -103,17 +103,17 @@ def map_rows(
       block: rows of a shard that are computed at a time; None computes all at once, and saves what
         it needs.
     """
-    if block is None:
+    if chunk is None:
         return fn(rows, shared, "act_batch")
     row_axes = _mesh_axes("act_batch")
     num_rows = jax.tree.leaves(rows)[0].shape[0]
-    if num_rows % ways("act_batch") or not row_axes:
-        return _map_blocks(fn, rows, shared, block)
+    if num_rows % num_shards("act_batch") or not row_axes:
+        return _map_chunks(fn, rows, shared, chunk)
     # `shared` comes in whole along the axes of the rows, and stays split along `tensor`, which is
     # left to the partitioner: an all_gather of our own, inside, would have it gathered along
     # `tensor` too.
     return jax.shard_map(
-        lambda rows, shared: _map_blocks(fn, rows, shared, block),
+        lambda rows, shared: _map_chunks(fn, rows, shared, chunk),
         in_specs=(PartitionSpec(row_axes), PartitionSpec()),
         out_specs=PartitionSpec(row_axes),
         axis_names=set(row_axes),
@@ -121,21 +121,21 @@ def map_rows(
     )(rows, shared)
 
 
-def _map_blocks(
-    fn: Callable[[Any, Any, str | None], Any], rows: Any, shared: Any, block: int
+def _map_chunks(
+    fn: Callable[[Any, Any, str | None], Any], rows: Any, shared: Any, chunk: int
 ) -> Any:
     """Over blocks of one shard's rows; the last block is filled up with zeros."""
     num_rows = jax.tree.leaves(rows)[0].shape[0]
-    num_blocks = math.ceil(num_rows / block)
+    num_chunks = math.ceil(num_rows / chunk)
 
     def split(x: Array) -> Array:
-        x = jnp.pad(x, ((0, num_blocks * block - num_rows), *((0, 0),) * (x.ndim - 1)))
-        return x.reshape(num_blocks, block, *x.shape[1:])
+        x = jnp.pad(x, ((0, num_chunks * chunk - num_rows), *((0, 0),) * (x.ndim - 1)))
+        return x.reshape(num_chunks, chunk, *x.shape[1:])
 
     # A scan separates forward from backward by itself.
-    one_block = jax.checkpoint(lambda rows: fn(rows, shared, None), prevent_cse=False)
-    outputs = jax.lax.map(one_block, jax.tree.map(split, rows))
-    return jax.tree.map(lambda x: x.reshape(num_blocks * block, *x.shape[2:])[:num_rows], outputs)
+    one_chunk = jax.checkpoint(lambda rows: fn(rows, shared, None), prevent_cse=False)
+    outputs = jax.lax.map(one_chunk, jax.tree.map(split, rows))
+    return jax.tree.map(lambda x: x.reshape(num_chunks * chunk, *x.shape[2:])[:num_rows], outputs)
 
 
 def _mesh_axes(logical: str) -> tuple[str, ...]:
@@ -146,7 +146,7 @@ def _mesh_axes(logical: str) -> tuple[str, ...]:
     return tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
 
 
-def ways(logical: str) -> int:
+def num_shards(logical: str) -> int:
     """Returns into how many shards the mesh entered splits an axis of the name `logical`; 1 without
     a mesh."""
     sizes = jax.sharding.get_abstract_mesh().shape

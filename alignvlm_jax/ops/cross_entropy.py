@@ -33,12 +33,12 @@ def token_losses(
     targets: Int[Array, "B T"],
     *,
     is_table: bool,
-    num_words: int | None = None,
-    block: int | None = None,
+    unpadded_vocab_size: int | None = None,
+    chunk: int | None = None,
 ) -> TokenLosses:
     """Returns the losses of predicting `targets` from hidden states, without logits [B, T, V].
 
-    The caller weighs and sums them, and divides once, after adding up micro-batches and hosts: a
+    The caller weighs and sums them, and divides once, after adding up microbatches and hosts: a
     mean of means would weigh short answers more.
 
     Args:
@@ -47,7 +47,7 @@ def token_losses(
       targets: a target that is no word has a finite loss; it should have no weight.
       is_table: see `head`.
       num_words: the words from here on only fill the table up and are never predicted.
-      block: rows of a shard at a time, see `chunked.rows_per_block`; None is the plain form.
+      block: rows of a shard at a time, see `chunked.rows_per_chunk`; None is the plain form.
     """
     equation = "ND,VD->NV" if is_table else "ND,DV->NV"
 
@@ -55,17 +55,19 @@ def token_losses(
         hidden_ND, targets_N = rows
         logits_NV = chunked.project(equation, hidden_ND, head)
         logits_NV = nn.with_logical_constraint(logits_NV, (row_axis, "act_vocab"))
-        # Before padding is masked: the id of image slots may lie there, and -inf times no weight is
-        # not 0.
+        # Before padding is masked: the id of image tokens may lie there, and -inf times no weight
+        # is not 0.
         picked_N = pick(logits_NV, targets_N)
-        if num_words is not None and num_words < logits_NV.shape[-1]:
-            logits_NV = jnp.where(jnp.arange(logits_NV.shape[-1]) < num_words, logits_NV, -jnp.inf)
+        if unpadded_vocab_size is not None and unpadded_vocab_size < logits_NV.shape[-1]:
+            logits_NV = jnp.where(
+                jnp.arange(logits_NV.shape[-1]) < unpadded_vocab_size, logits_NV, -jnp.inf
+            )
         log_sum_exp_N = jax.nn.logsumexp(logits_NV, axis=-1)
         # Not argmax: along a sharded vocabulary a maximum is one small reduction.
         return TokenLosses(log_sum_exp_N - picked_N, log_sum_exp_N, picked_N >= logits_NV.max(-1))
 
     rows = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    result = chunked.map_rows(losses, rows, head, block)
+    result = chunked.map_rows(losses, rows, head, chunk)
     return jax.tree.map(lambda x: x.reshape(targets.shape), result)
 
 

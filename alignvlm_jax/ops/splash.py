@@ -82,16 +82,16 @@ def _make_kernel(
     # Lazy masks: whole blocks that nobody sees are skipped, and no mask of [T, T] is made of the
     # others.
     mask = (masks.CausalMask if causal else masks.FullMask)((length, length))
-    block = block_size(length)
+    chunk = block_size(length)
     return kernels.make_splash_mha(
         masks.MultiHeadMask([mask] * num_heads),
         block_sizes=kernels.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_q_dq=block,
-            block_kv_dq=block,
+            block_q=chunk,
+            block_kv=chunk,
+            block_q_dkv=chunk,
+            block_kv_dkv=chunk,
+            block_q_dq=chunk,
+            block_kv_dq=chunk,
         ),
         head_shards=1,
         q_seq_shards=1,
@@ -113,11 +113,11 @@ def _over_mesh(local, arrays: list[Array]) -> Array:
         ("key-value heads", key.shape[2], spec[2]),
     ):
         axes = (axes,) if isinstance(axes, str) else axes or ()
-        ways = math.prod(mesh.shape[axis] for axis in axes)
-        if size % ways:
+        num_shards = math.prod(mesh.shape[axis] for axis in axes)
+        if size % num_shards:
             raise UserError(
                 f"splash attention: {size} {what} do not divide over mesh axis {' x '.join(axes)} "
-                f"of {ways}; change config.mesh or set config.model.attention to 'xla'"
+                f"of {num_shards}; change config.mesh or set config.model.attention to 'xla'"
             )
     specs = tuple(spec if x.ndim == 4 else PartitionSpec(*spec[:2]) for x in arrays)
     # Without the check of varying axes: a kernel's outputs do not say over which axes they differ.

@@ -4,7 +4,7 @@
     z = LN(x W);  P = softmax_V(z);  average = P E
 
 For the paper's model and one page, P alone takes 3.7 GB. The plain form computes it all at once,
-and lets the partitioner shard it; the blockwise form holds a few hundred of its rows at a time
+and lets the partitioner shard it; the chunked form holds a few hundred of its rows at a time
 (`ops.blocks`). Letters: `shapes.py`.
 """
 
@@ -42,7 +42,7 @@ def vocab_logits(
     x: Float[Array, "N D"],
     head: Matrix,
     norm: Norm | None,
-    num_words: int | None = None,
+    unpadded_vocab_size: int | None = None,
     row_axis: str | None = "act_batch",
 ) -> Float[Array, "N V"]:
     """Returns z in float32; -inf at the columns from `num_words` on, which fill the table up and
@@ -50,10 +50,10 @@ def vocab_logits(
     logits_NV = chunked.project("ND,DV->NV", x, head)
     logits_NV = nn.with_logical_constraint(logits_NV, (row_axis, "act_vocab"))
     if norm is not None:
-        logits_NV = layer_norm(logits_NV, norm.scale, norm.bias, norm.eps, num_words)
-    if num_words is None or num_words == logits_NV.shape[-1]:
+        logits_NV = layer_norm(logits_NV, norm.scale, norm.bias, norm.eps, unpadded_vocab_size)
+    if unpadded_vocab_size is None or unpadded_vocab_size == logits_NV.shape[-1]:
         return logits_NV
-    return jnp.where(jnp.arange(logits_NV.shape[-1]) < num_words, logits_NV, -jnp.inf)
+    return jnp.where(jnp.arange(logits_NV.shape[-1]) < unpadded_vocab_size, logits_NV, -jnp.inf)
 
 
 def vocab_average(
@@ -63,10 +63,10 @@ def vocab_average(
     norm: Norm | None,
     *,
     label_ids: Int[Array, "N k"] | None = None,
-    num_words: int | None = None,
+    unpadded_vocab_size: int | None = None,
     subset: Bool[Array, "V"] | None = None,
     linear: bool = False,
-    block: int | None = None,
+    chunk: int | None = None,
 ) -> VocabAverage:
     """Returns the average of the table's rows for each row of x, in the dtype of x; sums and
     softmax are float32.
@@ -82,7 +82,7 @@ def vocab_average(
       linear: the weights are z / sqrt(words) themselves, of any sign: for the linear span in the
         place of the hull. So scaled, averages are about as long as the table's rows, as LN makes z
         of variance 1.
-      block: rows of a shard at a time, see `chunked.rows_per_block`; None is the plain form.
+      block: rows of a shard at a time, see `chunked.rows_per_chunk`; None is the plain form.
     """
     shared = {
         "head": head,
@@ -94,14 +94,14 @@ def vocab_average(
     def average(rows: tuple, shared: dict, row_axis: str | None) -> VocabAverage:
         x, label_ids = rows
         norm_here = shared["norm"] and Norm(*shared["norm"], norm.eps)
-        logits_NV = vocab_logits(x, shared["head"], norm_here, num_words, row_axis)
+        logits_NV = vocab_logits(x, shared["head"], norm_here, unpadded_vocab_size, row_axis)
         if shared["subset"] is not None:
             logits_NV = jnp.where(shared["subset"], logits_NV, -jnp.inf)
         log_sum_exp_N = jax.nn.logsumexp(logits_NV, axis=-1)
         if linear:
-            is_word_NV = logits_NV != -jnp.inf  # NaN is none, and should show.
-            weights_NV = jnp.where(is_word_NV, logits_NV, 0.0) / jnp.sqrt(
-                is_word_NV.sum(-1, keepdims=True)
+            is_entry_NV = logits_NV != -jnp.inf  # NaN is none, and should show.
+            weights_NV = jnp.where(is_entry_NV, logits_NV, 0.0) / jnp.sqrt(
+                is_entry_NV.sum(-1, keepdims=True)
             )
         else:
             weights_NV = jnp.exp(logits_NV - log_sum_exp_N[:, None])
@@ -117,4 +117,4 @@ def vocab_average(
 
     if label_ids is None:
         label_ids = jnp.zeros((x.shape[0], 0), jnp.int32)
-    return chunked.map_rows(average, (x, label_ids), shared, block)
+    return chunked.map_rows(average, (x, label_ids), shared, chunk)

@@ -110,7 +110,7 @@ def say(name: str, value: Any) -> None:
     client().key_value_set(f"{PREFIX}/said/{name}", json.dumps(value), allow_overwrite=True)
 
 
-def said(folder: str) -> dict[str, Any]:
+def announced(folder: str) -> dict[str, Any]:
     """Returns what was said under names in a folder, such as those of "stop/3" in "stop", by the
     rest of the name."""
     prefix = f"{PREFIX}/said/{folder}/"

@@ -45,22 +45,22 @@ def resolve_sizes(config: Config, num_devices: int, num_slices: int = 1) -> Size
     Raises:
       UserError: none fits; the message has the numbers and the nearest that does.
     """
-    asked = _asked(config.mesh)
-    if any(size < 1 and size != -1 for size in asked):
+    requested = _requested(config.mesh)
+    if any(size < 1 and size != -1 for size in requested):
         raise UserError(
-            f"config.mesh {asked}: each axis is at least 1, or -1: of tensor as little as fits, of "
-            "fsdp as much as divides, of data all that is left"
+            f"config.mesh {requested}: each axis is at least 1, or -1: of tensor as little as "
+            "fits, of fsdp as much as divides, of data all that is left"
         )
-    candidates = list(_candidates(asked, num_devices))
+    candidates = list(_candidates(requested, num_devices))
     if not candidates:
         hint = _nearest(config, num_devices, num_slices)
-        raise UserError(f"config.mesh {asked} does not fit {num_devices} devices{hint}")
+        raise UserError(f"config.mesh {requested} does not fit {num_devices} devices{hint}")
     for check in _CHECKS:
         fitting = [sizes for sizes in candidates if not check(config, sizes, num_slices)]
         if not fitting:
             wrong = check(config, candidates[0], num_slices)
             hint = _nearest(config, num_devices, num_slices)
-            raise UserError(f"config.mesh {asked} on {num_devices} devices: {wrong}{hint}")
+            raise UserError(f"config.mesh {requested} on {num_devices} devices: {wrong}{hint}")
         candidates = fitting
     return candidates[0]
 
@@ -72,17 +72,17 @@ def largest_fsdp(config: Config, num_devices: int) -> int:
     return max(size for size in _divisors(common) if size <= num_devices)
 
 
-def _asked(mesh: MeshConfig) -> Sizes:
+def _requested(mesh: MeshConfig) -> Sizes:
     return Sizes(mesh.data, mesh.fsdp, mesh.tensor)
 
 
-def _candidates(asked: Sizes, num_devices: int) -> Iterator[Sizes]:
+def _candidates(requested: Sizes, num_devices: int) -> Iterator[Sizes]:
     """Meshes of so many devices that agree with the sizes asked for, the best first."""
     divisors = _divisors(num_devices)
     for tensor, fsdp in itertools.product(divisors, reversed(divisors)):
         if num_devices % (tensor * fsdp) == 0:
             sizes = Sizes(num_devices // (tensor * fsdp), fsdp, tensor)
-            if all(want in (-1, size) for want, size in zip(asked, sizes, strict=True)):
+            if all(want in (-1, size) for want, size in zip(requested, sizes, strict=True)):
                 yield sizes
 
 
@@ -106,27 +106,29 @@ def _across_slices(config: Config, sizes: Sizes, num_slices: int) -> str:
     )
 
 
-def _rows_left_over(config: Config, sizes: Sizes, num_slices: int) -> str:
+def _batch_left_over(config: Config, sizes: Sizes, num_slices: int) -> str:
     train = config.train
-    ways = sizes.data * sizes.fsdp
-    rows = train.batch_size // train.accumulation
-    if rows % ways == 0:
+    data_parallel_size = sizes.data * sizes.fsdp
+    rows = train.batch_size // train.grad_accum_steps
+    if rows % data_parallel_size == 0:
         return ""
     fewer = [
-        parts for parts in _divisors(train.accumulation) if train.batch_size % (parts * ways) == 0
+        steps
+        for steps in _divisors(train.grad_accum_steps)
+        if train.batch_size % (steps * data_parallel_size) == 0
     ]
-    changes = [f"--config.train.accumulation={fewer[-1]}"] if fewer else []
+    changes = [f"--config.train.grad_accum_steps={fewer[-1]}"] if fewer else []
     changes.append(
-        f"--config.train.batch_size={max(round(rows / ways), 1) * ways * train.accumulation}"
+        f"--config.train.batch_size={max(round(rows / data_parallel_size), 1) * data_parallel_size * train.grad_accum_steps}"
     )
     return (
         f"a batch of {rows} rows (train.batch_size {train.batch_size} / accumulation "
-        f"{train.accumulation}) does not divide over data x fsdp = {ways}; nearest that does: "
-        f"{' or '.join(changes)}"
+        f"{train.grad_accum_steps}) does not divide over data x fsdp = {data_parallel_size}; "
+        f"nearest that does: {' or '.join(changes)}"
     )
 
 
-_CHECKS = (_undivided, _across_slices, _rows_left_over)
+_CHECKS = (_undivided, _across_slices, _batch_left_over)
 
 
 def _nearest(config: Config, num_devices: int, num_slices: int) -> str:
@@ -134,7 +136,7 @@ def _nearest(config: Config, num_devices: int, num_slices: int) -> str:
     strict = dataclasses.replace(config, mesh=ALL_OPEN)
     for axes in OPENED:
         opened = dataclasses.replace(config.mesh, **dict.fromkeys(axes, -1))
-        for sizes in _candidates(_asked(opened), num_devices):
+        for sizes in _candidates(_requested(opened), num_devices):
             if not any(check(strict, sizes, num_slices) for check in _CHECKS):
                 flags = [
                     f"--config.mesh.{a}={getattr(sizes, a)}"
@@ -227,7 +229,7 @@ def _num_slices(devices: Sequence[jax.Device]) -> int:
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
-def batch_ways(mesh: Mesh) -> int:
+def data_parallel_size(mesh: Mesh) -> int:
     """Returns over how many devices the rows of a batch are spread: it must divide the batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -265,7 +267,7 @@ def for_inference(config: Config) -> Mesh:
 def _for_any_rows(config: Config, mesh: MeshConfig, rows: int) -> Config:
     """The config with a batch of as many rows as there are devices, which divides over any mesh of
     them."""
-    train = dataclasses.replace(config.train, batch_size=rows, accumulation=1)
+    train = dataclasses.replace(config.train, batch_size=rows, grad_accum_steps=1)
     return dataclasses.replace(config, mesh=mesh, train=train)
 
 

@@ -61,7 +61,7 @@ class Watch:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # Nobody can be told.
             others = {
                 process: told
-                for process, told in exchange.said("failed").items()
+                for process, told in exchange.announced("failed").items()
                 if process != str(self._index)
             }
             if status in VAGUE and others:
@@ -80,7 +80,7 @@ class Watch:
             beat += 1
             try:
                 exchange.say(f"alive/{self._index}", beat)
-                failed = exchange.said("failed")
+                failed = exchange.announced("failed")
                 lost = self._lost() if self._index == 0 else None
             except jax.errors.JaxRuntimeError:
                 if not self._stopped.is_set():
@@ -101,7 +101,7 @@ class Watch:
     def _lost(self) -> str | None:
         """The process from which no new beat has come for too long."""
         now = time.monotonic()
-        beats = exchange.said("alive")
+        beats = exchange.announced("alive")
         for process in map(str, range(self._count)):
             beat = beats.get(process, 0)
             if self._heard.get(process, (-1, 0.0))[0] != beat:
@@ -113,7 +113,7 @@ class Watch:
     def _name(self, process: str) -> str:
         hosts: dict[str, str] = {}
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # The service may go meanwhile.
-            hosts = exchange.said("host")
+            hosts = exchange.announced("host")
         return f"process {process} of {self._count} ({hosts.get(process, 'an unknown host')})"
 
     def _end(self, message: str, status: int) -> None:
@@ -137,7 +137,7 @@ class Watch:
             return
         deadline = time.monotonic() + LEAVE_SECONDS
         while time.monotonic() < deadline:
-            gone = exchange.said("left").keys() | exchange.said("failed").keys()
+            gone = exchange.announced("left").keys() | exchange.announced("failed").keys()
             if len(gone) == self._count:
                 break
             time.sleep(0.1)

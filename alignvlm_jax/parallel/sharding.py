@@ -76,12 +76,12 @@ def _check_names(path: tuple, logical: PartitionSpec) -> None:
 def _check_divides(path: tuple, array: jax.ShapeDtypeStruct, sharding: NamedSharding) -> None:
     for size, axes in zip(array.shape, sharding.spec, strict=False):
         axes = (axes,) if isinstance(axes, str) else axes or ()
-        ways = int(np.prod([sharding.mesh.shape[axis] for axis in axes]))
-        if size % ways:
+        num_shards = int(np.prod([sharding.mesh.shape[axis] for axis in axes]))
+        if size % num_shards:
             raise UserError(
                 f"{path_name(path)} {array.shape}: dimension {size} does not divide over mesh axis "
-                f"{' x '.join(axes)} of {ways}; lower config.mesh.{axes[0]} or change the model's "
-                "size"
+                f"{' x '.join(axes)} of {num_shards}; lower config.mesh.{axes[0]} or change the "
+                "model's size"
             )
 
 
@@ -115,12 +115,12 @@ def rows_of_process(mesh: Mesh, size: int) -> np.ndarray:
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Returns global arrays, made of `rows_of_process` on every process, in that order."""
     sharding = batch_sharding(mesh)
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    num_shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     # Of a batch of one row a device; each of the real batch has as many more.
-    num_local = len(rows_of_process(mesh, ways))
+    num_local = len(rows_of_process(mesh, num_shards))
 
     def put(local: np.ndarray) -> jax.Array:
-        size = len(local) * ways // num_local
+        size = len(local) * num_shards // num_local
         rows = rows_of_process(mesh, size)
 
         def of_device(index: tuple[slice, ...]) -> np.ndarray:

@@ -31,8 +31,8 @@ def count(number: int) -> str:
     return str(number)
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}"
 
 
 def image_uri(image: Image.Image) -> str:

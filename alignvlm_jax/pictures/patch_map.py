@@ -60,7 +60,7 @@ class Lens:
     entropies: np.ndarray
     is_overview: np.ndarray
     tokenizer: Tokenizer
-    num_words: int
+    unpadded_vocab_size: int
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -132,7 +132,7 @@ def picture(lens: Lens) -> bytes:
     """Returns a PNG: the page, every patch framed, tinted by its entropy, its likeliest token at
     its foot."""
     lens = lens.detail()
-    vocab_bits = np.log2(lens.num_words)
+    vocab_bits = np.log2(lens.unpadded_vocab_size)
     # Patches of a trained model differ below one bit: the square root keeps them apart.
     norm = PowerNorm(0.5, 0, vocab_bits)
     colors = mpl.colormaps["plasma_r"]
@@ -176,7 +176,7 @@ def readings(lens: Lens, count: int, num_tokens: int = 3) -> list[Reading]:
 
 
 def _page_data(lens: Lens) -> dict[str, Any]:
-    """What the page's script reads; boxes in shares of the page, a token by its place among
+    """What the page's script reads; boxes in fractions of the page, a token by its place among
     `pieces`."""
     used, places = np.unique(lens.tokens, return_inverse=True)
     size = np.array([lens.page.width, lens.page.height] * 2)
@@ -190,7 +190,7 @@ def _page_data(lens: Lens) -> dict[str, Any]:
         "probabilities": lens.probabilities.astype(float).round(5).tolist(),
         "entropies": lens.entropies.astype(float).round(3).tolist(),
         "overview": np.flatnonzero(lens.is_overview).tolist(),
-        "bits": float(np.log2(lens.num_words)),
+        "bits": float(np.log2(lens.unpadded_vocab_size)),
         "width": lens.page.width,
         "height": lens.page.height,
     }

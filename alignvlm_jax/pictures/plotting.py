@@ -19,7 +19,7 @@ QUIET = "#c3cad1"
 
 DPI = 130
 MAX_LETTERS = 20
-LOOK = {
+STYLE = {
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.titlesize": 10.5,
@@ -57,7 +57,7 @@ def color(number: int) -> str:
 
 def png(inches: tuple[float, float], draw: Callable[[Figure], None]) -> bytes:
     """Returns a PNG, on white, of the figure that `draw` fills."""
-    with mpl.rc_context(LOOK | ON_WHITE):
+    with mpl.rc_context(STYLE | ON_WHITE):
         figure = Figure(figsize=inches, dpi=DPI, layout="constrained")
         draw(figure)
         return to_png(figure)

@@ -18,7 +18,7 @@ from alignvlm_jax.config import Config, MeshConfig
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.plan import collectives, flops, stopping
-from alignvlm_jax.plan.collectives import Traffic
+from alignvlm_jax.plan.collectives import Communication
 from alignvlm_jax.plan.hardware import Topology
 from alignvlm_jax.plan.stopping import Stopping
 from alignvlm_jax.train import optim, state, step
@@ -51,7 +51,7 @@ class Plan:
     fits: bool
     is_estimate: bool
     flops: dict[str, float]
-    traffic: dict[str, Traffic]
+    communication: dict[str, Communication]
 
     def step_seconds(self, utilisation: float) -> float:
         """Returns the seconds of a step of which the chips' peak is reached to that share (MFU)."""
@@ -82,8 +82,8 @@ class Plan:
             "num_devices": self.topology.num_devices,
             "mesh": self.mesh,
             "batch_size": train.batch_size,
-            "accumulation": train.accumulation,
-            "row_length": self.config.data.row_length,
+            "grad_accum_steps": train.grad_accum_steps,
+            "seq_len": self.config.data.seq_len,
             "remat": self.config.model.remat,
             "fits": self.fits,
             "is_estimate": self.is_estimate,
@@ -96,8 +96,8 @@ class Plan:
             "step_tflops": sum(self.flops.values()) / 1e12,
             "step_tflops_by_part": {part: value / 1e12 for part, value in self.flops.items()},
             "collectives": {
-                kind: {"count": traffic.count, "gib": traffic.bytes / GIB}
-                for kind, traffic in self.traffic.items()
+                kind: {"count": communication.count, "gib": communication.bytes / GIB}
+                for kind, communication in self.communication.items()
             },
             "num_steps": train.num_steps,
             "at_mfu": {
@@ -144,7 +144,7 @@ def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> P
         compiled, peak_gib = compile_program(
             step.lower_train_step(model, config, tx, abstract, mesh), is_estimate
         )
-        traffic = collectives.traffic(compiled.as_text()) if compiled else {}
+        communication = collectives.communication(compiled.as_text()) if compiled else {}
     sizes = {path: math.prod(x.shape) for path, x in state.flatten(abstract.params).items()}
     return Plan(
         topology=topology,
@@ -160,17 +160,17 @@ def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> P
         fits=peak_gib is not None and peak_gib <= topology.chip.hbm_gib,
         is_estimate=is_estimate,
         flops=flops.step_flops(config, abstract.params),
-        traffic=traffic,
+        communication=communication,
     )
 
 
-def with_layout(config: Config, mesh: MeshConfig, accumulation: int, remat: str) -> Config:
+def with_parallelism(config: Config, mesh: MeshConfig, grad_accum_steps: int, remat: str) -> Config:
     """Returns the stage, laid out otherwise."""
     return dataclasses.replace(
         config,
         mesh=mesh,
         model=dataclasses.replace(config.model, remat=remat),
-        train=dataclasses.replace(config.train, accumulation=accumulation),
+        train=dataclasses.replace(config.train, grad_accum_steps=grad_accum_steps),
     )
 
 
@@ -196,7 +196,7 @@ def compile_program(
     except jax.errors.JaxRuntimeError as err:
         if "RESOURCE_EXHAUSTED" not in str(err):
             raise
-        return None, _asked_for(str(err))
+        return None, _requested_gib(str(err))
     return compiled, _peak_gib(compiled, is_estimate)
 
 
@@ -209,7 +209,7 @@ def _peak_gib(compiled: jax.stages.Compiled, is_estimate: bool) -> float:
     return memory.peak_memory_in_bytes / GIB
 
 
-def _asked_for(message: str) -> float | None:
+def _requested_gib(message: str) -> float | None:
     """The GiB that a program was refused, out of the compiler's words."""
     found = re.search(r"Used ([\d.]+)G of|\(([\d.]+)G\) exceeds", message)
     return float(found[1] or found[2]) if found else None

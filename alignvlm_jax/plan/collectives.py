@@ -23,7 +23,7 @@ BETWEEN_SLICES = "between slices"
 BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
 
 
-class Traffic(NamedTuple):
+class Communication(NamedTuple):
     """How often, and how much a device takes part in, in bytes of the larger side of each."""
 
     count: int
@@ -45,12 +45,12 @@ _CALLED = re.compile(
 )
 
 
-def traffic(hlo: str) -> dict[str, Traffic]:
+def communication(hlo: str) -> dict[str, Communication]:
     """Returns for each kind that occurs its traffic in one run of the program."""
     computations, entry = _parse(hlo)
     # What the compiler spreads over the fusions which it overlaps appears in each of them, under
     # one chain's name.
-    found: dict[tuple[str, str], Traffic] = {}
+    found: dict[tuple[str, str], Communication] = {}
 
     def walk(name: str, times: int) -> None:
         ops = computations.get(name, {})
@@ -59,7 +59,7 @@ def traffic(hlo: str) -> dict[str, Traffic]:
             if kind in (*KINDS, BETWEEN_SLICES):
                 chain = re.search(r'chain_id="(\d+)"', op.rest)
                 key = kind, chain[0] if chain else f"{name} {op.name} {len(found)}"
-                once = Traffic(times, times * _bytes(op, ops))
+                once = Communication(times, times * _bytes(op, ops))
                 found[key] = min(found.get(key, once), once)
             if op.opcode == "while":
                 condition, body = (
@@ -79,7 +79,7 @@ def traffic(hlo: str) -> dict[str, Traffic]:
         for kind in (*KINDS, BETWEEN_SLICES)
     }
     return {
-        kind: Traffic(sum(part.count for part in parts), sum(part.bytes for part in parts))
+        kind: Communication(sum(part.count for part in parts), sum(part.bytes for part in parts))
         for kind, parts in totals.items()
         if parts
     }

@@ -76,7 +76,7 @@ def connector_flops(config: ModelConfig, num_tiles: int) -> float:
 def _plain(config: ModelConfig) -> ModelConfig:
     """The model that computes the same with nothing but plain matmuls; without padding in blocks of
     rows."""
-    return dataclasses.replace(config, attention="plain", vocab_form="plain")
+    return dataclasses.replace(config, attention="plain", vocab_impl="plain")
 
 
 def matmul_flops(fn: Callable, *args: Any) -> dict[str, float]:

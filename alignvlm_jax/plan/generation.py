@@ -58,7 +58,7 @@ class GenerationPlan:
             "num_devices": self.topology.num_devices,
             "mesh": self.mesh,
             "batch_size": self.batch_size,
-            "prompt_length": config.data.row_length,
+            "prompt_length": config.data.seq_len,
             "max_tiles": config.data.tiles_of_a_record,
             "max_new_tokens": config.eval.max_new_tokens,
             "fits": self.fits,
@@ -79,7 +79,7 @@ def on_mesh(config: Config, topology: Topology) -> Config:
       UserError: no mesh that the config asks for fits the devices and the model. Nothing is
         compiled.
     """
-    train = dataclasses.replace(config.train, batch_size=topology.num_devices, accumulation=1)
+    train = dataclasses.replace(config.train, batch_size=topology.num_devices, grad_accum_steps=1)
     config = dataclasses.replace(config, train=train)
     # By the slices planned for: devices that stand in for them know of none.
     sizes = mesh_lib.resolve_sizes(config, topology.num_devices, topology.num_slices)
@@ -97,7 +97,7 @@ def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> G
     mesh = mesh_lib.make_mesh(config, devices)
     most = config.eval.batch_size
     num_new = config.eval.max_new_tokens
-    batch_size = loading.batch_size(most, most, mesh_lib.batch_ways(mesh))
+    batch_size = loading.batch_size(most, most, mesh_lib.data_parallel_size(mesh))
     params = state.abstract_params(model, config, mesh)
     # Which tokens end an answer does not change what the program needs.
     generating = Sampler(model, mesh, end_ids=(0,), pad_id=0)
@@ -128,7 +128,7 @@ def text(plan: GenerationPlan) -> str:
     lines = [
         f"{config.name} {config.stage}, generation on {plan.topology.name}: "
         f"{plan.topology.num_chips} chips, mesh {mesh}",
-        f"batch {plan.batch_size} prompts of {data.row_length} tokens and "
+        f"batch {plan.batch_size} prompts of {data.seq_len} tokens and "
         f"{data.tiles_of_a_record} tiles, {plan.prompts_per_device} a device; "
         f"{config.eval.max_new_tokens} new tokens",
         "",
@@ -162,13 +162,13 @@ def summary(config: Config) -> str:
     """Returns a line that says what is about to be compiled."""
     return (
         f"compiling generation of {config.name} {config.stage}, {config.eval.batch_size} prompts "
-        f"of {config.data.row_length} tokens"
+        f"of {config.data.seq_len} tokens"
     )
 
 
 def _cache_gib(config: Config, batch_size: int, mesh: jax.sharding.Mesh) -> float:
     """GiB a device of the cache of a batch."""
     llm = Llama(config.model.llm, jnp.dtype(config.model.dtype), "none")
-    length = config.data.row_length + config.eval.max_new_tokens
+    length = config.data.seq_len + config.eval.max_new_tokens
     cache = jax.eval_shape(lambda: llm.empty_cache(batch_size, length))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) / mesh.size / aot.GIB

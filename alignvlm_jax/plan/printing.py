@@ -26,8 +26,8 @@ def text(plan: Plan) -> str:
     lines = [
         f"{config.name} {config.stage} on {plan.topology.name}: {plan.topology.num_chips} "
         f"chips{devices}, mesh {mesh}",
-        f"batch {train.batch_size} rows of {data.row_length} tokens and {data.max_tiles} tiles, "
-        f"in {train.accumulation} parts, remat {config.model.remat}",
+        f"batch {train.batch_size} rows of {data.seq_len} tokens and {data.max_tiles} tiles, "
+        f"in {train.grad_accum_steps} parts, remat {config.model.remat}",
         "",
         f"parameters         {plan.num_params:,}, of which {plan.num_trained:,} trained",
         f"{f'parameters a {one}':18} {plan.param_gib:.2f} GiB, optimizer {plan.optimizer_gib:.2f} "
@@ -46,8 +46,8 @@ def text(plan: Plan) -> str:
         *_table(
             [("collectives a step", "count", f"GiB a {one}")]
             + [
-                (kind, f"{traffic.count:,}", f"{traffic.bytes / GIB:.2f}")
-                for kind, traffic in plan.traffic.items()
+                (kind, f"{communication.count:,}", f"{communication.bytes / GIB:.2f}")
+                for kind, communication in plan.communication.items()
             ]
         ),
         "",
@@ -76,15 +76,15 @@ def text(plan: Plan) -> str:
 def advice(plan: Plan) -> str:
     """Returns what to change so that less memory is needed, the cheapest first."""
     config = plan.config
-    ways = plan.mesh["data"] * plan.mesh["fsdp"]
-    rows = config.train.batch_size // config.train.accumulation // ways
+    data_parallel_size = plan.mesh["data"] * plan.mesh["fsdp"]
+    rows = config.train.batch_size // config.train.grad_accum_steps // data_parallel_size
     changes = []
     if config.model.remat != "full":
         changes.append("--config.model.remat=full")
     if rows > 1:
         changes.append(
-            f"--config.train.accumulation={config.train.batch_size // ways} (now {rows} rows at a "
-            "time)"
+            f"--config.train.grad_accum_steps={config.train.batch_size // data_parallel_size} "
+            f"(now {rows} rows at a time)"
         )
     changes.append("--mesh=auto, which tries others")
     if name := larger(plan.topology):
@@ -96,7 +96,7 @@ def summary(config: Config) -> str:
     """Returns a line that says what is about to be compiled."""
     return (
         f"compiling {config.name} {config.stage}, batch {config.train.batch_size} x "
-        f"{config.data.row_length} tokens"
+        f"{config.data.seq_len} tokens"
     )
 
 

@@ -1,4 +1,4 @@
-"""Which mesh, micro-batch and rematerialisation a stage should have on a slice: tried with the
+"""Which mesh, microbatch and rematerialisation a stage should have on a slice: tried with the
 compiler, best taken."""
 
 import math
@@ -19,7 +19,7 @@ SAFE = 0.95  # Of the memory: where the size of a program is foretold from that 
 NARROW = 16
 # A device sends over the data-centre network: 50 Gbit/s a chip of v5p (cloud.google.com/tpu/docs).
 NETWORK_GB = 6.25
-# Beyond it a chip's share of a product is too small to hide what it has to wait for.
+# Beyond it a chip's fraction of a product is too small to hide what it has to wait for.
 MAX_TENSOR = 8
 
 
@@ -35,7 +35,7 @@ def best(config: Config, topology: Topology, devices: Sequence[jax.Device], say:
     for mesh in meshes:
         tried += _plans_of(config, mesh, topology, devices, say)
     if not tried:
-        tried = [aot.make(_smallest_parts(config, meshes[-1]), topology, devices)]
+        tried = [aot.make(_smallest_microbatches(config, meshes[-1]), topology, devices)]
     fitting = [plan for plan in tried if plan.fits]
     return (
         min(fitting, key=seconds)
@@ -71,7 +71,7 @@ def smallest(
                 raise
             return plan
         for mesh in meshes:
-            small = _smallest_parts(config, mesh)
+            small = _smallest_microbatches(config, mesh)
             if aot.state_gib(small, topology) > topology.chip.hbm_gib:
                 continue
             plan = aot.make(small, topology, devices_of(topology))
@@ -92,11 +92,11 @@ def seconds(plan: Plan) -> float:
     again = {"none": 0.0, "dots": 0.1, "full": 1.0}[plan.config.model.remat]
     forward = (plan.flops["vision"] + plan.flops["llm"]) / 3
     computing = (sum(plan.flops.values()) + again * forward) / (plan.topology.peak_flops / 2)
-    return computing + sum(_wire_seconds(plan, kind) for kind in plan.traffic)
+    return computing + sum(_wire_seconds(plan, kind) for kind in plan.communication)
 
 
 def _wire_seconds(plan: Plan, kind: str) -> float:
-    sent = plan.traffic[kind].bytes
+    sent = plan.communication[kind].bytes
     if kind == collectives.BETWEEN_SLICES:
         return sent / (NETWORK_GB * 1e9)
     # A ring passes every byte of a sum on twice: once to add it up, once to hand it round.
@@ -112,8 +112,8 @@ def _meshes(
     tensor = 1
     while tensor <= min(MAX_TENSOR, topology.num_devices):
         for fsdp in fsdp_sizes:
-            asked = MeshConfig(data=-1, fsdp=fsdp, tensor=tensor)
-            if (mesh := _resolved(config, asked, topology)) and mesh not in found:
+            open_mesh = MeshConfig(data=-1, fsdp=fsdp, tensor=tensor)
+            if (mesh := _resolved(config, open_mesh, topology)) and mesh not in found:
                 found.append(mesh)
                 yield mesh
         tensor *= 2
@@ -127,23 +127,23 @@ def _meshes(
         )
 
 
-def _resolved(config: Config, asked: MeshConfig, topology: Topology) -> MeshConfig | None:
+def _resolved(config: Config, open_mesh: MeshConfig, topology: Topology) -> MeshConfig | None:
     """The mesh with all its sizes, where there is one."""
-    whole = aot.with_layout(config, asked, 1, "full")
+    whole = aot.with_parallelism(config, open_mesh, 1, "full")
     try:
         sizes = mesh_lib.resolve_sizes(whole, topology.num_devices, topology.num_slices)
         mesh = MeshConfig(**sizes._asdict())
-        aot.check(_smallest_parts(config, mesh), topology)
+        aot.check(_smallest_microbatches(config, mesh), topology)
     except UserError:  # Heads or words that do not divide over tensor, or the batch over the rest.
         return None
     return mesh
 
 
-def _smallest_parts(config: Config, mesh: MeshConfig) -> Config:
+def _smallest_microbatches(config: Config, mesh: MeshConfig) -> Config:
     """The layout that needs the least memory on a mesh: one row a chip at a time, everything
     computed twice."""
     rows = config.train.batch_size // (mesh.data * mesh.fsdp)
-    return aot.with_layout(config, mesh, max(rows, 1), "full")
+    return aot.with_parallelism(config, mesh, max(rows, 1), "full")
 
 
 def _plans_of(
@@ -151,7 +151,7 @@ def _plans_of(
 ) -> Iterator[Plan]:
     """From the layout that needs the least memory to ones that compute less twice and gather
     parameters less often."""
-    small = _smallest_parts(config, mesh)
+    small = _smallest_microbatches(config, mesh)
     held = aot.state_gib(small, topology)
     limit = topology.chip.hbm_gib
     if held > limit:
@@ -168,12 +168,12 @@ def _plans_of(
     for remat in ("full", "dots", "none"):
         # A guess by what the plan before took, and where it was too bold another by its own plan.
         for _ in range(2):
-            layout = aot.with_layout(
-                config, mesh, small.train.accumulation // _rows_at_once(plan, held), remat
+            candidate = aot.with_parallelism(
+                config, mesh, small.train.grad_accum_steps // _microbatch_size(plan, held), remat
             )
-            if layout == plan.config:
+            if candidate == plan.config:
                 break
-            plan = aot.make(layout, topology, devices)
+            plan = aot.make(candidate, topology, devices)
             say(_line(plan))
             yield plan
             if plan.fits or plan.peak_hbm_gib is None:
@@ -182,12 +182,12 @@ def _plans_of(
             return
 
 
-def _rows_at_once(plan: Plan, held: float) -> int:
+def _microbatch_size(plan: Plan, held: float) -> int:
     """How many rows a chip could take at a time, if each needs what one of `plan` does."""
     train = plan.config.train
     limit = plan.topology.chip.hbm_gib
     rows = train.batch_size // (plan.mesh["data"] * plan.mesh["fsdp"])
-    a_row = max(plan.peak_hbm_gib - held, 1e-3) * train.accumulation / rows
+    a_row = max(plan.peak_hbm_gib - held, 1e-3) * train.grad_accum_steps / rows
     return max((size for size in _divisors(rows) if size * a_row <= SAFE * limit - held), default=1)
 
 
@@ -201,7 +201,7 @@ def _name(mesh: MeshConfig) -> str:
 
 def _line(plan: Plan) -> str:
     train = plan.config.train
-    rows = train.batch_size // train.accumulation // (plan.mesh["data"] * plan.mesh["fsdp"])
+    rows = train.batch_size // train.grad_accum_steps // (plan.mesh["data"] * plan.mesh["fsdp"])
     peak = "more than there is" if plan.peak_hbm_gib is None else f"{plan.peak_hbm_gib:.2f} GiB"
     verdict = f"{seconds(plan):.1f} s a step" if plan.fits else "does not fit"
     return (

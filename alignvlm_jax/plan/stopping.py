@@ -81,14 +81,14 @@ def lines(stopping: Stopping) -> list[str]:
 
 def _verdict(stopping: Stopping) -> str:
     parts = []
-    for wanted, words in ((True, "in time for"), (False, "TOO LATE for")):
+    for wanted, verdict in ((True, "in time for"), (False, "TOO LATE for")):
         names: dict[int, list[str]] = {}
         for name, is_in_time in stopping.in_time.items():
             if is_in_time is wanted:
                 names.setdefault(GRACE_SECONDS[name], []).append(name)
         if names:
             groups = [f"{', '.join(of_one)} ({seconds} s)" for seconds, of_one in names.items()]
-            parts.append(f"{words} {' and '.join(groups)}")
+            parts.append(f"{verdict} {' and '.join(groups)}")
     if not all(stopping.in_time[name] for name in GRACE_SECONDS if name != "spot notice"):
         parts.append(f"launch with --grace={math.ceil(1.2 * stopping.needed)}")
     return "; ".join(parts)

@@ -69,10 +69,10 @@ class Row:
     def steps_to_read(self) -> list[int | None]:
         """Returns of every run that was asked while it was trained the steps until its answers
         scored REACHED, None where they did not."""
-        asked = ([line for line in run.lines if "generated/anls" in line] for run in self.runs)
+        compared = ([line for line in run.lines if "generated/anls" in line] for run in self.runs)
         return [
             next((line["step"] for line in lines if line["generated/anls"] >= REACHED), None)
-            for lines in asked
+            for lines in compared
             if lines
         ]
 
@@ -110,7 +110,7 @@ def find(folder: Path) -> list[Path]:
         if not (run / checkpoint.FOLDER / str(steps)).is_dir():
             raise UserError(f"{run} is not finished: it has no checkpoint of step {steps}")
         first = firsts.setdefault(run.parent.name, run)
-        if (ours := _asked(stages[-1])) != (theirs := _asked(_stages(first)[-1])):
+        if (ours := _questions_of(stages[-1])) != (theirs := _questions_of(_stages(first)[-1])):
             raise UserError(
                 f"{run} is asked {ours}, {first} {theirs}: scores of a table are of the same "
                 "questions"
@@ -135,19 +135,21 @@ def measure(run: Path) -> None:
     asked again."""
     loaded = loading.load(run, loading.load_config(run))
     config = loaded.config
-    asker = Runner(loaded, config)
+    evaluator = Runner(loaded, config)
     splits = config.eval.splits
     results = {
-        (split, blind): asker.evaluate(split, blind) for split in splits for blind in (False, True)
+        (split, blind): evaluator.evaluate(split, blind)
+        for split in splits
+        for blind in (False, True)
     }
     analyses = {
         "noise": noise.measure_features(loaded, splits[0], (), RELATIVE_SIGMAS, NUM_PAGES, seed=0)
     }
-    if patch_tokens.has_words(config):
+    if patch_tokens.has_patch_distribution(config):
         pages = config.data.validation_split
-        # More than an even share of the vocabulary: of any there are such words, and not all of
+        # More than an even fraction of the vocabulary: of any there are such words, and not all of
         # them.
-        threshold = 1 / config.model.llm.num_words
+        threshold = 1 / config.model.llm.unpadded_vocab_size
         analyses["vocabulary"] = vocabulary.measure(loaded, splits[0], pages, NUM_PAGES, threshold)
     fields = {
         "way": _way(run),
@@ -180,10 +182,10 @@ def with_baseline(tables: Tables, name: str) -> dict[str, list[Row]]:
     questions, too."""
     table, _, row_name = name.partition("/")
     [baseline] = [row for row in tables[table] if row.name == row_name]
-    asked = _asked(baseline.runs[0].config)
+    compared = _questions_of(baseline.runs[0].config)
     return {
         other: _sorted([*rows, baseline])
-        if other != table and _asked(rows[0].runs[0].config) == asked
+        if other != table and _questions_of(rows[0].runs[0].config) == compared
         else list(rows)
         for other, rows in tables.items()
     }
@@ -210,7 +212,7 @@ def _way(run: Path) -> dict[str, Any]:
     }
 
 
-def _asked(config: Config) -> str:
+def _questions_of(config: Config) -> str:
     return (
         f"{config.eval.num_questions} questions of {', '.join(config.eval.splits)} in "
         f"{config.data.dir}"

@@ -69,15 +69,15 @@ def _scores(row: Row, other_splits: Iterable[str]) -> list[str]:
         *(f"{row.values(f'anls_{split}').mean():.3f}" for split in other_splits),
         _steps(row.steps_to_read()),
         f"{row.num_connector_params():,}",
-        f"{row.runs[0].config.model.slots_per_tile}",
+        f"{row.runs[0].config.model.tokens_per_tile}",
         f"{row.values('train_seconds').mean():.0f}",
     ]
 
 
 def noise(title: str, rows: Sequence[Row]) -> Grid:
     """Returns the ANLS through noise, sigma in standard deviations of the features; at one, how
-    many points are lost, the share that is kept, and how far visual tokens move, as a share of the
-    distance between different ones."""
+    many points are lost, the share that is kept, and how far visual tokens move, as a fraction of
+    the distance between different ones."""
     lines = []
     for row in rows:
         runs = row.analysis("noise")

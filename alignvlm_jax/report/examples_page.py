@@ -1,5 +1,5 @@
-"""One HTML file of training rows as the model gets them: records and their borders, tiles, text
-with the loss mask."""
+"""One HTML file of training sequences as the model gets them: records and their borders, tiles,
+text with the loss mask."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,7 @@ from PIL import Image
 
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config
-from alignvlm_jax.data.examples import Part
+from alignvlm_jax.data.examples import Segment
 from alignvlm_jax.data.tokenizers.base import Tokenizer
 from alignvlm_jax.ingest.statistics import Statistics
 from alignvlm_jax.pictures import html
@@ -24,7 +24,7 @@ THUMBNAIL = 220
 @dataclasses.dataclass(frozen=True)
 class Span:
     """A run of tokens: "text" that is read only, "taught" text that the loss is on, "special"
-    tokens by their names, or the image slots of one or several tiles ("slots")."""
+    tokens by their names, or the image tokens of one or several tiles ("slots")."""
 
     kind: str
     text: str
@@ -32,7 +32,7 @@ class Span:
 
 
 @dataclasses.dataclass(frozen=True)
-class Segment:
+class ShownSegment:
     """What one record brings to a row. `tiles` are pictures as data URIs."""
 
     number: int
@@ -51,16 +51,16 @@ class View:
     index: int
     length: int
     num_tile_slots: int
-    segments: Sequence[Segment]
+    segments: Sequence[ShownSegment]
 
     @property
-    def fill(self) -> float:
-        """The share of the row's tokens that are no padding."""
+    def packing_efficiency(self) -> float:
+        """The fraction of the row's tokens that are no padding."""
         return sum(segment.num_tokens for segment in self.segments) / self.length
 
 
 def view(
-    index: int, parts: Sequence[tuple[str, Part]], config: Config, tokenizer: Tokenizer
+    index: int, parts: Sequence[tuple[str, Segment]], config: Config, tokenizer: Tokenizer
 ) -> View:
     """Returns row number `index` of a stage to be looked at, made of `parts`, each with its
     record's id."""
@@ -70,7 +70,7 @@ def view(
         # none.
         is_taught = np.append(False, part.loss_weights[:-1] > 0)
         segments.append(
-            Segment(
+            ShownSegment(
                 number=number,
                 name=name,
                 spans=list(_spans(part.tokens, is_taught, config.model.image_token_id, tokenizer)),
@@ -80,7 +80,7 @@ def view(
                 loss_weight=float(part.loss_weights.sum()),
             )
         )
-    return View(index, config.data.row_length, config.data.max_tiles, segments)
+    return View(index, config.data.seq_len, config.data.max_tiles, segments)
 
 
 def build(views: Iterable[View], statistics: Statistics, path: Path) -> Path:
@@ -101,7 +101,7 @@ def _spans(
     for (kind, taught), run in itertools.groupby(range(len(tokens)), kind_of):
         ids = [int(tokens[position]) for position in run]
         if kind == "slots":
-            yield Span(kind, f"{len(ids):,} image slots", len(ids))
+            yield Span(kind, f"{len(ids):,} image tokens", len(ids))
         elif kind == "special":
             yield Span(
                 "special taught" if taught else kind, " ".join(map(tokenizer.piece, ids)), len(ids)

@@ -19,7 +19,7 @@ GRID = "#010204"
 THIS, OTHER = plotting.COLORS[:2]
 SMOOTHING = 15  # Points of training metrics that a line averages over.
 
-STYLE = plotting.LOOK | {
+STYLE = plotting.STYLE | {
     "svg.fonttype": "none",
     "svg.hashsalt": "alignvlm_jax",
     "text.color": TEXT,

@@ -50,8 +50,8 @@ def verdict(row: Mapping[str, Any]) -> str:
     return "near" if row["score"] else "wrong"
 
 
-def shares(result: Predictions) -> dict[str, float]:
-    """Returns the share of each verdict."""
+def fractions(result: Predictions) -> dict[str, float]:
+    """Returns the fraction of each verdict."""
     verdicts = [verdict(row) for row in result.rows]
     return {name: verdicts.count(name) / len(verdicts) for name in QUOTA}
 

@@ -192,7 +192,7 @@ def _score_row(name: str, seen: Predictions, blind: Predictions | None) -> dict[
         "exact": seen.mean("exact"),
         "exact_margin": seen.margin("exact"),
         "blind": blind.mean("score") if blind and blind.rows else None,
-        "shares": gallery.shares(seen),
+        "shares": gallery.fractions(seen),
     }
 
 
@@ -241,23 +241,23 @@ def _lenses(
     if not chosen:
         return [], "There are no answered questions with their pages yet: run `evaluate` first."
     try:
-        asked = [records[example.record_id] for example in chosen]
-        looks = patch_tokens.look(
-            run.loaded, [images.decode_image(record.images[0], record.id) for record in asked]
+        shown = [records[example.record_id] for example in chosen]
+        lenses = patch_tokens.lenses(
+            run.loaded, [images.decode_image(record.images[0], record.id) for record in shown]
         )
     except UserError as err:
         return [], str(err)
     shown = [
         {
-            "picture": html.png_uri(patch_map.picture(look)),
-            "entropy": float(look.entropies.mean()),
+            "picture": html.png_uri(patch_map.picture(lens)),
+            "entropy": float(lens.entropies.mean()),
             "example": _shown(example, None),
             "readings": [
                 {"image": html.image_uri(one.image), "entropy": one.entropy, "tokens": one.tokens}
-                for one in patch_map.readings(look, NUM_READINGS)
+                for one in patch_map.readings(lens, NUM_READINGS)
             ],
         }
-        for example, look in zip(chosen, looks, strict=True)
+        for example, lens in zip(chosen, lenses, strict=True)
     ]
     return shown, ""
 
@@ -275,7 +275,7 @@ def _stage(stage: Config, lines: Lines) -> dict[str, Any]:
         "name": stage.stage,
         "steps": stage.train.num_steps,
         "tasks": ", ".join(f"{task} {weight:g}" for task, weight in stage.data.tasks.items()),
-        "input": {"pixels": "pages", "labels": "text"}[stage.train.visual_input],
+        "input": {"pixels": "pages", "labels": "text"}[stage.train.visual_source],
         "trained": "all" if stage.train.trainable == (".*",) else ", ".join(stage.train.trainable),
         "patch_weight": stage.train.patch_token_weight,
         "learning_rate": stage.optim.learning_rate,
@@ -324,8 +324,8 @@ def _facts(run: Run) -> dict[str, str]:
         f"{vision.tile_height} pixels, patches of {vision.patch_width} × {vision.patch_height}",
         "Language model": f"{llm.num_layers} layers of {llm.width}, vocabulary {llm.vocab_size}",
         "Connector": config.model.connector.name,
-        "Rows": f"{config.train.batch_size} a step, {config.data.row_length} tokens each, "
-        f"{config.data.max_tiles * config.slots_per_tile} of them image slots",
+        "Rows": f"{config.train.batch_size} a step, {config.data.seq_len} tokens each, "
+        f"{config.data.max_tiles * config.tokens_per_tile} of them image tokens",
         "Seed": str(config.seed),
     }
     if run.loaded:

@@ -59,15 +59,15 @@ class Split:
 
     evaluation: bool
     unseen_style: bool = False
-    small_share: float = 0.0
+    small_fraction: float = 0.0
     """Of pages half as high, one tile with two lines."""
 
 
 SPLITS = {
-    "train": Split(evaluation=False, small_share=0.1),
-    "train_small": Split(evaluation=False, small_share=1.0),
+    "train": Split(evaluation=False, small_fraction=0.1),
+    "train_small": Split(evaluation=False, small_fraction=1.0),
     "validation": Split(evaluation=True),
-    "validation_small": Split(evaluation=True, small_share=1.0),
+    "validation_small": Split(evaluation=True, small_fraction=1.0),
     "seen_fonts": Split(evaluation=True),
     "unseen_fonts": Split(evaluation=True, unseen_style=True),
 }
@@ -89,7 +89,7 @@ def render(
     rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
     spec = SPLITS[split]
     for _ in range(MAX_ATTEMPTS):
-        small = rng.random() < spec.small_share
+        small = rng.random() < spec.small_fraction
         content = _content(rng, spec, 2 if small else int(rng.integers(3, 5)), tables)
         drawn = _draw(rng, spec, content, 32 if small else 64)
         if drawn is not None:

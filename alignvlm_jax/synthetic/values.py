@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-EVALUATION_SHARE = 0.15
+EVALUATION_FRACTION = 0.15
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 ONSETS = tuple("bcdfghjklmnprstvwz") + (
@@ -38,7 +38,7 @@ def is_evaluation(value: str) -> bool:
     The hash has no seed: the split is the same for every data set.
     """
     digest = hashlib.blake2b(value.casefold().encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little") < EVALUATION_SHARE * 2**32
+    return int.from_bytes(digest, "little") < EVALUATION_FRACTION * 2**32
 
 
 def is_allowed(value: str, evaluation: bool) -> bool:

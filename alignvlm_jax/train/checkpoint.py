@@ -195,8 +195,8 @@ class Checkpoints:
         Args:
           step: over all stages; must be new.
           live: the state.
-          position: in the stage's data: `next_row`, the rows that all processes have trained on,
-            and what else spares a resumed run work; for JSON.
+          position: in the stage's data: `next_sequence`, the rows that all processes have trained
+            on, and what else spares a resumed run work; for JSON.
           metadata: of `describe`.
           metrics: {"stage": index, "answer_loss": of validation at this very step}, or None without
             validation.
@@ -268,7 +268,7 @@ class Checkpoints:
                 folder / "state", args=checkpoint_files.pytree_restore(abstract)
             )
             position = self._read_json(folder, "data")
-            position["next_row"]  # Without it this is no position: KeyError says so.
+            position["next_sequence"]  # Without it this is no position: KeyError says so.
             return restored, position
 
         return self._read(step, read, abstract)
@@ -321,7 +321,7 @@ class Checkpoints:
             ),
         )
 
-    def set_aside(self, step: int) -> Path:
+    def quarantine(self, step: int) -> Path:
         """Moves a broken checkpoint, so that its step can be written again, to STEP.broken, or to
         STEP.broken.N where that is taken; returns the new path. All of its files stay: where
         folders cannot be renamed they are copied first."""
@@ -413,8 +413,8 @@ class Checkpoints:
         needed = sum(array.nbytes + 4096 for array in jax.tree.leaves(live))
         free = storage.free_bytes(self.folder)
         if free is not None and needed > free:
-            said = f"it takes {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free"
-            raise self._save_error(OSError(said), may_pass=False)
+            reason = f"it takes {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free"
+            raise self._save_error(OSError(reason), may_pass=False)
 
     def _save_error(self, err: Exception, may_pass: bool | None = None) -> UserError:
         """The failed step is told from those that stand; orbax's message may run over many

@@ -25,7 +25,7 @@ class Evaluator(Protocol):
 
         Args:
           params: of the model, as the training step has them.
-          eval_step: compiled for the stage, for batches of `step.eval_rows` rows.
+          eval_step: compiled for the stage, for batches of `step.validation_batch_size` rows.
           should_stop: asked between two batches, by all processes alike.
         """
 

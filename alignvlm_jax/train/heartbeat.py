@@ -21,7 +21,7 @@ from alignvlm_jax.train.goodput import Phases
 
 FOLDER = "heartbeats"
 BEAT_SECONDS = 10.0
-LOOK_SECONDS = 60.0
+POLL_SECONDS = 60.0
 """How often the main process looks at the heartbeats of the others."""
 
 FINAL_SECONDS = 10.0
@@ -62,7 +62,7 @@ class Heartbeat:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._others = Others()
-        self._looked = time.monotonic()
+        self._polled = time.monotonic()
         self._problem = ""
         self.earlier: dict[str, Any] = {}
         """The last heartbeat of the process before this one; empty where there is none."""
@@ -90,9 +90,9 @@ class Heartbeat:
     def _run(self) -> None:
         while not self._ended.wait(self._every):
             self._beat()
-            if self._process == 0 and time.monotonic() - self._looked >= LOOK_SECONDS:
-                self._looked = time.monotonic()
-                self._try(self._look)
+            if self._process == 0 and time.monotonic() - self._polled >= POLL_SECONDS:
+                self._polled = time.monotonic()
+                self._try(self._poll)
 
     def _beat(self, phase: str | None = None) -> None:
         phases = self._phases
@@ -124,9 +124,9 @@ class Heartbeat:
                 if int(path.stem.removeprefix("host-")) >= self._num_processes:
                     path.unlink(missing_ok=True)
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         beats = [read(self._folder, process) for process in range(self._num_processes)]
-        for line in self._others.look([beat for beat in beats if beat]):
+        for line in self._others.poll([beat for beat in beats if beat]):
             logging.warning("%s", line)
 
     def _try(self, action: Callable[[], None]) -> None:
@@ -151,7 +151,7 @@ class Others:
         self._clock = clock
         self._changed: dict[int, tuple[float, float]] = {}
 
-    def look(self, beats: Sequence[Mapping[str, Any]]) -> list[str]:
+    def poll(self, beats: Sequence[Mapping[str, Any]]) -> list[str]:
         """Returns one line for every process that stands out. Clocks of hosts are not compared."""
         now = self._clock()
         lines = []
@@ -159,17 +159,17 @@ class Others:
             known = self._changed.get(beat["process"])
             if known is None or known[0] != beat["time"]:
                 self._changed[beat["process"]] = known = (beat["time"], now)
-            if now - known[1] >= LOOK_SECONDS:
+            if now - known[1] >= POLL_SECONDS:
                 lines.append(f"{_name(beat)}: no new heartbeat for {now - known[1]:.0f} s")
         training = [
             beat
             for beat in beats
-            if beat["phase"] == "training" and beat["since"] >= LOOK_SECONDS / 2
+            if beat["phase"] == "training" and beat["since"] >= POLL_SECONDS / 2
         ]
         apart = [
             beat
             for beat in beats
-            if beat["phase"] != "training" and beat["since"] >= LOOK_SECONDS / 2
+            if beat["phase"] != "training" and beat["since"] >= POLL_SECONDS / 2
         ]
         if len(training) > len(apart):
             lines += [

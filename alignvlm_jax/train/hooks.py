@@ -29,21 +29,21 @@ def profile_range(stages: Sequence[Config]) -> range | None:
     Raises:
       UserError: stages name different steps, or steps that the run does not have.
     """
-    asked = sorted({stage.train.profile for stage in stages} - {""})
-    if not asked:
+    requested = sorted({stage.train.profile for stage in stages} - {""})
+    if not requested:
         return None
-    if len(asked) > 1:
+    if len(requested) > 1:
         raise UserError(
-            f"config.train.profile is {' and '.join(map(repr, asked))} in different stages: steps "
-            "are counted over the run, and one part of them is traced; set it once"
+            f"config.train.profile is {' and '.join(map(repr, requested))} in different stages: "
+            "steps are counted over the run, and one part of them is traced; set it once"
         )
-    begin, end = map(int, re.fullmatch(r"(\d+):(\d+)", asked[0]).groups())
+    begin, end = map(int, re.fullmatch(r"(\d+):(\d+)", requested[0]).groups())
     total = sum(stage.train.num_steps for stage in stages)
     if not 1 <= begin < end <= total + 1:
         best = max(1, min(begin, total))
         raise UserError(
-            f"config.train.profile is {asked[0]!r}, and the run has steps 1 to {total}: FIRST:END "
-            "traces from FIRST up to and not including END; nearest: "
+            f"config.train.profile is {requested[0]!r}, and the run has steps 1 to {total}: "
+            "FIRST:END traces from FIRST up to and not including END; nearest: "
             f"'{best}:{min(max(end, best + 1), total + 1)}'"
         )
     return range(begin, end)
@@ -179,7 +179,7 @@ class StopSignal:
         all. See `requested`."""
         if self._requested or jax.process_count() == 1 or jax.process_index() != 0:
             return self._requested
-        return bool(exchange.said(STOP_FOLDER))
+        return bool(exchange.announced(STOP_FOLDER))
 
     def requested(self) -> bool:
         """Whether any process was told to stop, as the main process has it. All must ask at the

@@ -60,7 +60,7 @@ def preflight(stages: tuple[Config, ...]) -> None:
     before: Params | None = None
     for config in stages:
         mesh = mesh_lib.make_mesh(config)
-        loader.TrainRows(config, config.data.split)
+        loader.TrainSequences(config, config.data.split)
         loader.by_source(config)
         # Stages mostly share a model, and tracing it takes most of a second.
         key = config.model, config.mesh
@@ -138,7 +138,7 @@ def train(
     keep = max(config.train.keep_checkpoints for config in configs)
     ends = tuple(stage.end for stage in stages)
     with (
-        workdir.claim(folder, configs),
+        workdir.lock(folder, configs),
         HostLog(
             folder, process=process, num_processes=num_processes, commit=commit.git_hash()
         ) as log,
@@ -234,7 +234,7 @@ def _train_stage(run: Run, stage: Stage, newest: int, lacking: Sequence[str]) ->
         abstract = state.abstract_state(model, config, tx, mesh)
         with run.phases.enter("restoring"):
             live, position = _start(run, stage, newest, model, tx, abstract)
-        _set_broken_aside(run, newest)
+        _quarantine_broken(run, newest)
         if not run.announced:
             _watch_from(run, stage, newest)
         _announce(run, stage, newest, mesh, abstract)
@@ -280,7 +280,7 @@ def _start(
     run.progress.say(table)
     opt_state = state.init_opt_state(tx, config, abstract, params)
     first = jax.device_put(np.asarray(stage.begin, np.int32), abstract.step.sharding)
-    return TrainState(first, params, opt_state), {"next_row": 0}
+    return TrainState(first, params, opt_state), {"next_sequence": 0}
 
 
 def _check_data(run: Run, metadata: Mapping[str, Any]) -> None:
@@ -300,13 +300,13 @@ def _check_data(run: Run, metadata: Mapping[str, Any]) -> None:
         )
 
 
-def _set_broken_aside(run: Run, newest: int) -> None:
+def _quarantine_broken(run: Run, newest: int) -> None:
     """Only once the one before has been read: until then nothing is changed."""
     if run.broken:
         (step, err) = run.broken
         run.broken = None
         run.progress.say(
-            f"{err}; moved to {run.checkpoints.set_aside(step)}, going on from step {newest}"
+            f"{err}; moved to {run.checkpoints.quarantine(step)}, going on from step {newest}"
         )
 
 

@@ -214,8 +214,8 @@ class Interval:
 
     def means(self) -> dict[str, float]:
         """Returns means over the steps, of finite numbers only: a skipped step counts for its time.
-        With them the rate, and the share of the time in which the device waited for data, or less
-        (`next_batch`)."""
+        With them the rate, and the fraction of the time in which the device waited for data, or
+        less (`next_batch`)."""
         seconds = time.monotonic() - self._began
         means = {}
         for name in self.values[-1]:

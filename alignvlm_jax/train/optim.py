@@ -43,18 +43,18 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
             weight_decay=optim.weight_decay,
             mask=decay_mask,
         ),
-        *([_scale_parts(scales)] if scales else []),
+        *([_scale_components(scales)] if scales else []),
     )
 
 
-def _scale_parts(scales: Mapping[str, float]) -> optax.GradientTransformation:
+def _scale_components(scales: Mapping[str, float]) -> optax.GradientTransformation:
     """Multiplies the updates of whole parts, which is to multiply their learning rate."""
 
     def scaled(updates: state.Params, params: state.Params | None) -> state.Params:
         del params
         return {
-            part: optax.tree_utils.tree_scale(scales.get(part, 1.0), tree)
-            for part, tree in updates.items()
+            component: optax.tree_utils.tree_scale(scales.get(component, 1.0), tree)
+            for component, tree in updates.items()
         }
 
     return optax.stateless(scaled)

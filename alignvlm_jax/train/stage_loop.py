@@ -145,7 +145,7 @@ class StageLoop:
         local_rows = sharding.rows_of_process(self.mesh, config.train.batch_size).tolist()
         self.batches = loader.TrainBatches(
             config,
-            start_row=position["next_row"],
+            start_sequence=position["next_sequence"],
             local_rows=local_rows,
             schedule_state=position.get("schedule"),
         )
@@ -294,9 +294,9 @@ class StageLoop:
                 {"stage": self.stage.index, "answer_loss": answer_loss} if is_comparable else None
             )
             # Not of the batches: one more than was trained on may have been fetched.
-            next_row = (now - self.stage.begin) * self.stage.config.train.batch_size
+            next_sequence = (now - self.stage.begin) * self.stage.config.train.batch_size
             position = {
-                "next_row": next_row,
+                "next_sequence": next_sequence,
                 "schedule": self.batches.schedule_state(),
                 # Since the last line, of which the next one tells too.
                 # It is written while further steps are added.

@@ -28,11 +28,11 @@ def select(
     """Returns the arrays of a batch that a step looks at, so that the others are never sent to a
     device.
 
-    With visual_input "labels" the labels are the input and no pixel is; with pixels, labels serve
+    With visual_source "labels" the labels are the input and no pixel is; with pixels, labels serve
     the patch loss alone.
     """
     unused: set[str] = set()
-    if config.train.visual_input == "labels":
+    if config.train.visual_source == "oracle":
         unused |= {"tiles", "patch_loss_weights"}
     elif not measure_patches:
         unused |= {"patch_label_ids", "patch_label_weights", "patch_loss_weights"}
@@ -65,16 +65,20 @@ def make_train_step(model: vlm.VLM, config: Config, tx: optax.GradientTransforma
         trainable, frozen = state.split(old.params, state.trainable_paths(config, old.params))
         weights = _weights(batch)
 
-        def loss_fn(trainable: Params, part: Mapping[str, Array]) -> tuple[Array, Metrics]:
-            sums = _sums(model, config, state.merge(trainable, frozen), part)
+        def loss_fn(trainable: Params, microbatch: Mapping[str, Array]) -> tuple[Array, Metrics]:
+            sums = _sums(model, config, state.merge(trainable, frozen), microbatch)
             return _total(config, means(sums | weights)), sums
 
-        def add_part(total: Params, part: Mapping[str, Array]) -> tuple[Params, Metrics]:
-            grads, sums = jax.grad(loss_fn, has_aux=True)(trainable, part)
+        def add_microbatch(
+            total: Params, microbatch: Mapping[str, Array]
+        ) -> tuple[Params, Metrics]:
+            grads, sums = jax.grad(loss_fn, has_aux=True)(trainable, microbatch)
             return jax.tree.map(jnp.add, total, grads), sums
 
-        parts = _split_rows(batch, config.train.accumulation)
-        grads, sums = jax.lax.scan(add_part, jax.tree.map(jnp.zeros_like, trainable), parts)
+        microbatches = _split_microbatches(batch, config.train.grad_accum_steps)
+        grads, sums = jax.lax.scan(
+            add_microbatch, jax.tree.map(jnp.zeros_like, trainable), microbatches
+        )
         sums = jax.tree.map(lambda x: x.sum(0), sums)
 
         grad_norm = optax.global_norm(grads)
@@ -132,7 +136,7 @@ def compile_steps(
     donated.
 
     What comes back cannot be traced again: a batch or state of other shapes or dtypes is an error,
-    not a slow step. The validation step takes `eval_rows` rows.
+    not a slow step. The validation step takes `validation_batch_size` rows.
     """
     lowered = (
         lower_train_step(model, config, tx, abstract, mesh),
@@ -144,9 +148,9 @@ def compile_steps(
     return train_step, eval_step
 
 
-def eval_rows(config: Config) -> int:
+def validation_batch_size(config: Config) -> int:
     """Rows of a validation batch: those of one accumulation part, which are known to fit."""
-    return config.train.batch_size // config.train.accumulation
+    return config.train.batch_size // config.train.grad_accum_steps
 
 
 def means(sums: Mapping[str, Array]) -> dict[str, Array]:
@@ -178,7 +182,7 @@ def _sums(model: vlm.VLM, config: Config, params: Params, batch: Mapping[str, Ar
     """Weighted sums over a batch: answer loss, right answer tokens, and the patch loss where it is
     measured."""
     tokens, patch_nll = model.apply(
-        {"params": params}, batch, visual_input=config.train.visual_input, method=vlm.VLM.losses
+        {"params": params}, batch, visual_source=config.train.visual_source, method=vlm.VLM.losses
     )
     weights = batch["loss_weights"]
     sums = {
@@ -199,12 +203,12 @@ def _weights(batch: Mapping[str, Array]) -> Metrics:
     return weights
 
 
-def _split_rows(batch: Mapping[str, Array], num_parts: int) -> dict[str, Array]:
+def _split_microbatches(batch: Mapping[str, Array], num_microbatches: int) -> dict[str, Array]:
     """[B, ...] to [parts, B / parts, ...]; each part takes every n-th row, so that rows stay on
     their devices."""
 
     def split(x: Array) -> Array:
-        x = x.reshape(x.shape[0] // num_parts, num_parts, *x.shape[1:]).swapaxes(0, 1)
+        x = x.reshape(x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:]).swapaxes(0, 1)
         return nn.with_logical_constraint(x, (None, "act_batch", *(None,) * (x.ndim - 2)))
 
     return {name: split(x) for name, x in batch.items()}
@@ -236,7 +240,7 @@ def _lower_eval_step(
     model: vlm.VLM, config: Config, abstract: TrainState, mesh: Mesh
 ) -> jax.stages.Lowered:
     batch = _abstract_batch(
-        eval_inputs(config, vlm.abstract_batch(config)), eval_rows(config), mesh
+        eval_inputs(config, vlm.abstract_batch(config)), validation_batch_size(config), mesh
     )
     step = jax.jit(
         make_eval_step(model, config),
@@ -249,8 +253,8 @@ def _lower_eval_step(
 def _abstract_batch(
     batch: Mapping[str, jax.ShapeDtypeStruct], rows: int, mesh: Mesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    rows_sharding = sharding.batch_sharding(mesh)
+    batch_sharding = sharding.batch_sharding(mesh)
     return {
-        name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=rows_sharding)
+        name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=batch_sharding)
         for name, x in batch.items()
     }

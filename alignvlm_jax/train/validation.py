@@ -20,12 +20,12 @@ class Validation:
         """Raises UserError where nothing was held out, or nothing of it can be read."""
         self._config = config
         self._mesh = mesh
-        size = step.eval_rows(config)
+        size = step.validation_batch_size(config)
         local_rows = sharding.rows_of_process(mesh, size).tolist()
         sources = loader.by_source(config)
-        num_rows = config.train.validation_rows // len(sources)
+        num_sequences = config.train.validation_sequences // len(sources)
         self._batches = {
-            name: loader.ValidationBatches(source, size, num_rows, local_rows, exchange.gather)
+            name: loader.ValidationBatches(source, size, num_sequences, local_rows, exchange.gather)
             for name, source in sources.items()
         }
 

@@ -23,7 +23,7 @@ from alignvlm_jax.train.checkpoint import FOLDER
 CONFIG_FILE = "config.json"
 LOCK_FILE = ".lock"
 WAY_OUT = "wait for it, or take another --workdir"
-FREE = (
+RESUMABLE_FIELDS = (
     "mesh.*",
     "model.connectors",
     "model.connectors.*",
@@ -44,7 +44,7 @@ MAX_DIFFERENCES = 5
 
 
 @contextlib.contextmanager
-def claim(workdir: Path, stages: tuple[Config, ...]) -> Iterator[None]:
+def lock(workdir: Path, stages: tuple[Config, ...]) -> Iterator[None]:
     """Creates the workdir for `stages`, or checks that it is theirs; while entered, no other
     process can claim it.
 
@@ -115,7 +115,7 @@ def _check_same(path: Path, ours: list[dict[str, Any]]) -> None:
         return
     try:
         theirs = config_lib.current_form(json.loads(path.read_text()))
-        differing = differences(*(_without_free(stages) for stages in (theirs, ours)))
+        differing = differences(*(_without_resumable(stages) for stages in (theirs, ours)))
     except (ValueError, TypeError, KeyError, AttributeError) as err:
         raise UserError(f"{path} is damaged ({err}); mend it, or take another --workdir") from err
     if differing:
@@ -133,12 +133,13 @@ def _check_same(path: Path, ours: list[dict[str, Any]]) -> None:
         )
 
 
-def _without_free(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    def is_free(name: str) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in FREE)
+def _without_resumable(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def is_resumable(name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in RESUMABLE_FIELDS)
 
     return [
-        {name: value for name, value in _leaves(stage, "") if not is_free(name)} for stage in stages
+        {name: value for name, value in _leaves(stage, "") if not is_resumable(name)}
+        for stage in stages
     ]
 
 

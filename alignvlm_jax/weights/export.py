@@ -22,22 +22,22 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.weights import mapping
 from alignvlm_jax.weights.mapping import Entry
 
-PARTS = ("llm", "vision", "connector")
+COMPONENTS = ("llm", "vision", "connector")
 SHARD_BYTES = 2 * 2**30
 
 Read = Callable[[str], np.ndarray]
 """Reads one parameter by its path."""
 
 
-def check(config: ModelConfig, parts: Iterable[str]) -> None:
+def check(config: ModelConfig, components: Iterable[str]) -> None:
     """Raises UserError where a part cannot be expressed."""
     vision = config.vision
-    if "vision" in parts:
+    if "vision" in components:
         for name in ("tile", "patch"):
             height = getattr(vision, f"{name}_height")
             width = getattr(vision, f"{name}_width")
             if height != width:
-                others = ",".join(part for part in parts if part != "vision")
+                others = ",".join(component for component in components if component != "vision")
                 raise UserError(
                     "vision: a SiglipVisionModel has square tiles and patches; "
                     f"config.model.vision.{name}_height is {height} and {name}_width {width}; "
@@ -50,7 +50,7 @@ def write(
     stored: Mapping[str, jax.ShapeDtypeStruct],
     read: Read,
     folder: Path,
-    parts: Iterable[str],
+    components: Iterable[str],
 ) -> dict[str, int]:
     """Writes the parts of a model into `folder`, one parameter in memory at a time, and one shard
     of the output.
@@ -67,14 +67,14 @@ def write(
         "connector": lambda: (_connector_config(config), _connector_entries(stored)),
     }
     counts = {}
-    for part in parts:
-        fields, entries = writers[part]()
-        (folder / part).mkdir(parents=True)
+    for component in components:
+        fields, entries = writers[component]()
+        (folder / component).mkdir(parents=True)
         dtypes = {stored[entry.path].dtype for entry in entries}
         fields["torch_dtype"] = str(np.result_type(*dtypes))
-        _write_json(folder / part / "config.json", fields)
-        counts[part] = _write_tensors(folder / part, _published(entries, read))
-    if "vision" in parts:
+        _write_json(folder / component / "config.json", fields)
+        counts[component] = _write_tensors(folder / component, _published(entries, read))
+    if "vision" in components:
         _write_json(folder / "vision" / "preprocessor_config.json", _preprocessor(config.vision))
     return counts
 

@@ -25,7 +25,7 @@ from alignvlm_jax.weights.source import Tower
 TOKENIZER = "tokenizer"
 """Folder of the tokenizer's files in what `write` writes."""
 
-ROW_LENGTH = 4096
+SEQ_LEN = 4096
 MAX_TILES = 9
 
 
@@ -37,16 +37,16 @@ def make_config(llm: Tower, vision: Tower, connector: str, out: Path) -> Config:
         llm=llm.config,
         connector=config_lib.connector(connector),
         # One beyond the table: a placeholder that no tokenizer knows, so that no text can make an
-        # image slot.
+        # image token.
         image_token_id=llm.config.vocab_size,
     )
-    max_tiles = max(1, min(MAX_TILES, ROW_LENGTH * 3 // 4 // model.slots_per_tile))
-    row_length = max(ROW_LENGTH, max_tiles * model.slots_per_tile * 4 // 3)
+    max_tiles = max(1, min(MAX_TILES, SEQ_LEN * 3 // 4 // model.tokens_per_tile))
+    seq_len = max(SEQ_LEN, max_tiles * model.tokens_per_tile * 4 // 3)
     data = DataConfig(
         # It is trained on nothing: what asks it about a split names the folder with --data.
         dir="data",
         tokenizer=str(out / TOKENIZER),
-        row_length=row_length,
+        seq_len=seq_len,
         max_tiles=max_tiles,
         use_overview=max_tiles > 1,
     )
@@ -93,7 +93,7 @@ def write(
             checkpoints.save(
                 0,
                 TrainState(np.int32(0), params, ()),
-                position={"next_row": 0},
+                position={"next_sequence": 0},
                 metadata=metadata,
                 metrics=None,
             )
@@ -103,17 +103,19 @@ def write(
 def _params(llm: Tower, vision: Tower, config: Config, abstract: Params) -> tuple[Params, Table]:
     wanted = state.flatten(abstract)
     ignored = {
-        f"{part}/{name}": tower.source.tensors[name].shape
-        for part, tower in (("vision", vision), ("llm", llm))
+        f"{component}/{name}": tower.source.tensors[name].shape
+        for component, tower in (("vision", vision), ("llm", llm))
         for name in load.check_tower(tower, wanted)
     }
     leaves = load.load_tower(vision, wanted) | load.load_tower(llm, wanted)
-    drawn = wanted.keys() - leaves.keys()
+    initialised = wanted.keys() - leaves.keys()
     rng = jax.random.key(config.seed)
-    from_llm = drawn & vlm.from_llm_paths(config.model, abstract["llm"])
-    fresh = state.init_params(vlm.VLM(config.model), config, abstract, drawn - from_llm, rng)
-    params = state.merge(state.unflatten(leaves), fresh)
-    params = warm_start.from_llm(config.model, params, abstract, drawn)
+    from_llm = initialised & vlm.from_llm_paths(config.model, abstract["llm"])
+    initialised_params = state.init_params(
+        vlm.VLM(config.model), config, abstract, initialised - from_llm, rng
+    )
+    params = state.merge(state.unflatten(leaves), initialised_params)
+    params = warm_start.from_llm(config.model, params, abstract, initialised)
     shapes = {path: x.shape for path, x in wanted.items()}
     groups = {
         "loaded": {path: shapes[path] for path in shapes if not path.startswith("connector/")},
@@ -127,7 +129,7 @@ def _with_tokenizer(config: Config, path: Path) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(path)))
 
 
-def write_export(path: Path, out: Path, parts: tuple[str, ...]) -> dict[str, int]:
+def write_export(path: Path, out: Path, components: tuple[str, ...]) -> dict[str, int]:
     """Writes `parts` of a checkpoint into the folder `out`, which appears whole or not at all.
 
     Args:
@@ -143,16 +145,16 @@ def write_export(path: Path, out: Path, parts: tuple[str, ...]) -> dict[str, int
     """
     storage.refuse_existing(out)
     return restore.read_newest(
-        path, lambda checkpoints, step: _write(checkpoints, step, out, parts)
+        path, lambda checkpoints, step: _write(checkpoints, step, out, components)
     )
 
 
 def _write(
-    checkpoints: Checkpoints, step: int, out: Path, parts: tuple[str, ...]
+    checkpoints: Checkpoints, step: int, out: Path, components: tuple[str, ...]
 ) -> dict[str, int]:
     config = checkpoints.config(step)
     stored = checkpoints.stored_params(step)
-    export.check(config.model, parts)
+    export.check(config.model, components)
     mesh = mesh_lib.single_device()
     abstract = state.flatten(state.abstract_params(vlm.VLM(config.model), config, mesh))
 
@@ -166,7 +168,7 @@ def _write(
         )
 
     with storage.whole_folder(out) as target, storage.local_folder(target) as staging:
-        counts = export.write(config.model, stored, read, staging, parts)
-        if "llm" in parts:
+        counts = export.write(config.model, stored, read, staging, components)
+        if "llm" in components:
             export.copy_tokenizer(loader.tokenizer_path(config), staging / "llm")
     return counts

@@ -99,7 +99,7 @@ class Tower:
     ignored: tuple[str, ...] = ()
 
 
-def rows_per_block(tensor: Tensor) -> int:
+def rows_per_chunk(tensor: Tensor) -> int:
     """Returns how many rows of a tensor make a block; at least one."""
     row_bytes = int(np.prod(tensor.shape[1:])) * tensor.dtype.itemsize
     return max(1, BLOCK_BYTES // max(row_bytes, 1))
@@ -110,7 +110,7 @@ def split_rows(array: np.ndarray) -> Iterator[np.ndarray]:
     if array.ndim < 2:
         yield array
         return
-    step = rows_per_block(Tensor(array.shape, array.dtype))
+    step = rows_per_chunk(Tensor(array.shape, array.dtype))
     for start in range(0, len(array), step):
         yield array[start : start + step]
 

@@ -31,8 +31,14 @@ SUPERVISION = {
     "weight_0.3": {"train.patch_token_weight": 0.3},
     "weight_1": {"train.patch_token_weight": 1.0},
     "weight_3": {"train.patch_token_weight": 3.0},
-    "weight_1_labels_of_1_percent": {"train.patch_token_weight": 1.0, "data.labelled_share": 0.01},
-    "weight_1_labels_of_10_percent": {"train.patch_token_weight": 1.0, "data.labelled_share": 0.1},
+    "weight_1_labels_of_1_percent": {
+        "train.patch_token_weight": 1.0,
+        "data.labelled_fraction": 0.01,
+    },
+    "weight_1_labels_of_10_percent": {
+        "train.patch_token_weight": 1.0,
+        "data.labelled_fraction": 0.1,
+    },
 }
 TABLES = {
     "connectors": ("connectors", CONNECTORS),

@@ -1,4 +1,5 @@
-"""Principal components as NumPy's SVD has them, what a set of tokens covers, and how that is shown."""
+"""Principal components as NumPy's SVD has them, what a set of tokens covers, and how that is
+shown."""
 
 import numpy as np
 import pytest
@@ -24,8 +25,8 @@ def test_components():
 
 
 def test_coverage(monkeypatch):
-    # Two groups of tokens: those of one lie along x, those of the other along y, which varies thrice
-    # as much.
+    # Two groups of tokens: those of one lie along x, those of the other along y, which varies
+    # thrice as much.
     x, y = np.zeros((2, 10, 2))
     x[:, 0] = np.arange(10) - 4.5
     y[:, 1] = 3 * (np.arange(10) - 4.5)
@@ -43,7 +44,7 @@ def test_coverage(monkeypatch):
 
 def test_token_sets(trained_workdir):
     loaded = loading.load(trained_workdir, loading.load_config(trained_workdir))
-    num_tokens = loaded.config.model.llm.num_words
+    num_tokens = loaded.config.model.llm.unpadded_vocab_size
     chosen = np.zeros(num_tokens, bool)
     chosen[[3, 9, 11]] = True
     sets = pca.token_sets(loaded, chosen, "seen_fonts", seed=0)
@@ -94,8 +95,8 @@ def test_where_no_token_is_left_there_are_no_distances():
 
 def test_sentence():
     sets = {
-        name: {"explained": share}
-        for name, share in (("chosen", 0.5), ("random", 0.4), ("most frequent", 0.3))
+        name: {"explained": fraction}
+        for name, fraction in (("chosen", 0.5), ("random", 0.4), ("most frequent", 0.3))
     }
     fields = {
         "num_components": 10,

@@ -104,15 +104,15 @@ def loaded(trained_workdir, tmp_path_factory):
 
 
 def test_sigma_0_is_the_model_as_it_is(loaded):
-    asker = runner.Runner(loaded, loaded.config)
-    clean = asker.evaluate(SPLIT, blind=False)
-    asked = perturbation.ask(asker, loaded, SPLIT, FeatureNoise(0.0, seed=0))
+    evaluator = runner.Runner(loaded, loaded.config)
+    clean = evaluator.evaluate(SPLIT, blind=False)
+    asked = perturbation.ask(evaluator, loaded, SPLIT, FeatureNoise(0.0, seed=0))
     assert asked.rows == clean.rows
     assert asked.header["noise"] == {"sigma": 0.0, "seed": 0}
     # It is not taken for an evaluation of the checkpoint, and whatever is large is seen.
-    assert asker.evaluate(SPLIT, blind=False) == clean
+    assert evaluator.evaluate(SPLIT, blind=False) == clean
     for loud in (FeatureNoise(100.0, 0), PixelNoise(1.0, 0), Shift(8, 0)):
-        said = perturbation.ask(asker, loaded, SPLIT, loud).rows
+        said = perturbation.ask(evaluator, loaded, SPLIT, loud).rows
         assert [row["prediction"] for row in said] != [row["prediction"] for row in clean.rows]
 
 

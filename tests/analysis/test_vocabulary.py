@@ -34,8 +34,8 @@ def probabilities(loaded, count: int) -> np.ndarray:
     """Of the patches of the first documents, one tile each that nothing pads."""
     records = runner.shards.RecordSource(loaded.config.data.dir, SPLIT)
     pages = [images.decode_image(records[i].images[0], "") for i in range(count)]
-    num_tokens = loaded.config.model.llm.num_words
-    looks = patch_tokens.look(loaded, pages, num_tokens)
+    num_tokens = loaded.config.model.llm.unpadded_vocab_size
+    looks = patch_tokens.lenses(loaded, pages, num_tokens)
     p = np.zeros((sum(map(len, looks)), loaded.config.model.llm.vocab_size))
     np.put_along_axis(
         p,
@@ -113,10 +113,10 @@ def test_the_rest_is_shared_among_the_tokens_that_are_kept(loaded):
 
 
 def test_all_tokens_are_no_pruning(loaded):
-    asker = runner.Runner(loaded, loaded.config)
-    clean = asker.evaluate(SPLIT, blind=False)
+    evaluator = runner.Runner(loaded, loaded.config)
+    clean = evaluator.evaluate(SPLIT, blind=False)
     vocab_size = loaded.config.model.llm.vocab_size
-    scores = vocabulary.ask(asker, loaded, SPLIT, np.ones(vocab_size, bool))
+    scores = vocabulary.ask(evaluator, loaded, SPLIT, np.ones(vocab_size, bool))
     (path,) = (base.folder(loaded) / "vocabulary").glob(f"*_{vocab_size}_words_*.jsonl")
     assert runner.predictions.read(path).rows == clean.rows
     assert (scores["anls"], scores["num_eval"]) == (clean.mean("score"), 6)

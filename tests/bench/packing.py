@@ -15,14 +15,14 @@ from alignvlm_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from alignvlm_jax.data import lengths as lengths_lib
 from alignvlm_jax.data import loader, packing, shards
 from alignvlm_jax.data.lengths import Lengths
-from alignvlm_jax.data.loader import TrainRows
+from alignvlm_jax.data.loader import TrainSequences
 from alignvlm_jax.data.sampler import Mixed
 from alignvlm_jax.presets import LLM, VISION
 from alignvlm_jax.train.metrics import peak_memory_gib
 
 NUM_RECORDS = 8_100_000  # CC-12M, as the paper's first stage has it
-ROW_LENGTH = 8192
-ROW_TILES = 11
+SEQ_LEN = 8192
+MAX_TILES = 11
 PATCHES = 729
 BATCH_SIZE = 32
 NUM_EPOCHS = 5
@@ -31,7 +31,7 @@ NUM_EPOCHS = 5
 def texts(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Log-normal lengths without images: half of them below 245 tokens, one in a hundred above
     2,500."""
-    return rng.lognormal(5.5, 1.0, count).astype(np.int32).clip(1, ROW_LENGTH), np.zeros(
+    return rng.lognormal(5.5, 1.0, count).astype(np.int32).clip(1, SEQ_LEN), np.zeros(
         count, np.int16
     )
 
@@ -61,15 +61,15 @@ MIXES = {
 def main() -> None:
     """Prints the tables that docs/results.md shows."""
     print(
-        f"| rows of {ROW_LENGTH} tokens and {ROW_TILES} tiles, 1,000,000 records: fill | plan | "
+        f"| rows of {SEQ_LEN} tokens and {MAX_TILES} tiles, 1,000,000 records: fill | plan | "
         "in order | padded |"
     )
     print("|---|---|---|---|")
     for name, make in MIXES.items():
         lengths, tiles = make(1_000_000, np.random.default_rng(0))
-        plan = packing.plan(lengths, tiles, ROW_LENGTH, ROW_TILES, [0], 0)
-        planned = lengths.sum() / (ROW_LENGTH * (len(plan.offsets) - 1))
-        beside = in_order(lengths, tiles, ROW_LENGTH, ROW_TILES), padded(lengths)
+        plan = packing.plan(lengths, tiles, SEQ_LEN, MAX_TILES, [0], 0)
+        planned = lengths.sum() / (SEQ_LEN * (len(plan.offsets) - 1))
+        beside = in_order(lengths, tiles, SEQ_LEN, MAX_TILES), padded(lengths)
         print(f"| {name} | {planned:.1%} | {beside[0]:.1%} | {beside[1]:.1%} |", flush=True)
     print_real()
     print(
@@ -98,7 +98,7 @@ def print_real() -> None:
     print("|---|---|---|---|---|")
     for config in stages:
         data = config.data
-        rows = TrainRows(config, "train").schedule
+        rows = TrainSequences(config, "train").schedule
         tokenizer = loader.tokenizer_path(config)
         known = lengths_lib.load(
             config,
@@ -113,29 +113,28 @@ def print_real() -> None:
         lengths = np.concatenate([epoch.tokens for epoch in epochs])
         tiles = np.concatenate([known.tiles[epoch.records] for epoch in epochs])
         fills = (
-            rows.counters(epochs[-1].end)["fill"],
-            in_order(lengths, tiles, data.row_length, data.max_tiles),
+            rows.counters(epochs[-1].end)["packing_efficiency"],
+            in_order(lengths, tiles, data.seq_len, data.max_tiles),
         )
         shown = [f"{fill:.1%}" for fill in (*fills, padded(lengths))]
         print(
-            f"| {config.stage}: {', '.join(data.tasks)} | {data.row_length:,} | "
-            f"{' | '.join(shown)} |"
+            f"| {config.stage}: {', '.join(data.tasks)} | {data.seq_len:,} | {' | '.join(shown)} |"
         )
 
 
-def in_order(lengths: np.ndarray, tiles: np.ndarray, row_length: int, row_tiles: int) -> float:
+def in_order(lengths: np.ndarray, tiles: np.ndarray, seq_len: int, max_tiles: int) -> float:
     """Fill of rows that are closed by the first record that does not fit."""
     rows = 1
-    room = row_length
-    tiles_left = row_tiles
+    room = seq_len
+    tiles_left = max_tiles
     for length, num_tiles in zip(lengths.tolist(), tiles.tolist(), strict=True):
         if length > room or num_tiles > tiles_left:
             rows = rows + 1
-            room = row_length
-            tiles_left = row_tiles
+            room = seq_len
+            tiles_left = max_tiles
         room = room - length
         tiles_left = tiles_left - num_tiles
-    return lengths.sum() / (rows * row_length)
+    return lengths.sum() / (rows * seq_len)
 
 
 def padded(lengths: np.ndarray) -> float:
@@ -148,7 +147,7 @@ def measure_plan() -> tuple[float, float]:
     """Seconds, and GiB with the lengths in memory."""
     lengths, tiles = documents(NUM_RECORDS, np.random.default_rng(0))
     began = time.monotonic()
-    packing.plan(lengths, tiles, ROW_LENGTH, ROW_TILES, [0], 0)
+    packing.plan(lengths, tiles, SEQ_LEN, MAX_TILES, [0], 0)
     return time.monotonic() - began, peak_memory_gib()
 
 
@@ -156,9 +155,9 @@ def measure_epoch() -> tuple[float, float]:
     """As a training process makes it, with two tasks to draw from."""
     model = ModelConfig(vision=VISION["siglip_so400m_14_384"], llm=LLM["llama32_1b"])
     data = DataConfig(
-        packing="plan",
-        row_length=ROW_LENGTH,
-        max_tiles=ROW_TILES,
+        packing="offline",
+        seq_len=SEQ_LEN,
+        max_tiles=MAX_TILES,
         tasks={"transcribe": 0.5, "answer": 0.5},
     )
     config = Config(model=model, data=data, train=TrainConfig(num_steps=1000, batch_size=32))

@@ -20,7 +20,7 @@ from alignvlm_jax.data.sampler import Mixed
 
 CONFIG = Config(
     model=ModelConfig(vision=presets.VISION["tiny"]),
-    data=DataConfig(row_length=8320, max_tiles=24, packing="plan", tasks={"answer": 1.0}),
+    data=DataConfig(seq_len=8320, max_tiles=24, packing="offline", tasks={"answer": 1.0}),
     train=TrainConfig(num_steps=10**9, batch_size=512),
 )
 

@@ -53,7 +53,7 @@ def row(config: str, kind: str) -> str:
         plan["topology"],
         plan["num_chips"],
         f"{mesh['data'] * mesh['fsdp']} x {mesh['tensor']}",
-        plan["accumulation"],
+        plan["grad_accum_steps"],
         f"{plan['peak_hbm_gib']:.2f}",
         f"{plan['hbm_limit_gib']:.2f}",
         f"{at_40['step_seconds']:.1f}",

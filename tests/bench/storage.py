@@ -50,7 +50,7 @@ def main() -> None:
                 checkpoints.save(
                     step,
                     state,
-                    position={"next_row": step},
+                    position={"next_sequence": step},
                     metadata={"layout_version": 1},
                     metrics=None,
                 )

@@ -105,10 +105,10 @@ def write_data(folder: Path) -> list[Record]:
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    special_tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=2000, special_tokens=specials, initial_alphabet=alphabet
+        vocab_size=2000, special_tokens=special_tokens, initial_alphabet=alphabet
     )
     model.train_from_iterator((record.turns[0].answers[0] for record in records), trainer)
     model.save(str(folder / "tokenizer.json"))
@@ -124,7 +124,7 @@ def ours(folder: str):
             vision=VISION, llm=LLMConfig(vocab_size=tokenizer.vocab_size), image_token_id=tokenizer.vocab_size
         ),
         data=DataConfig(
-            dir=folder, tasks={"answer": 1.0}, row_length=slots + 2048, max_tiles=MAX_TILES, use_overview=True,
+            dir=folder, tasks={"answer": 1.0}, seq_len=slots + 2048, max_tiles=MAX_TILES, use_overview=True,
             num_threads=WORKERS,
         ),
         train=TrainConfig(num_steps=NUM_PAGES // BATCH, batch_size=BATCH),
@@ -141,9 +141,9 @@ class Pages(torch.utils.data.Dataset):
             size={"height": VISION.tile_height, "width": VISION.tile_width},
             resample=Image.Resampling.BICUBIC,
         )
-        specials = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+        special_tokens = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
         self._tokenizer = transformers.PreTrainedTokenizerFast(
-            tokenizer_file=str(folder / "tokenizer.json"), pad_token=specials[0]["content"]
+            tokenizer_file=str(folder / "tokenizer.json"), pad_token=special_tokens[0]["content"]
         )
 
     def __len__(self) -> int:

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from alignvlm_jax import presets
 from alignvlm_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
-from alignvlm_jax.ops.chunked import Matrix, rows_per_block
+from alignvlm_jax.ops.chunked import Matrix, rows_per_chunk
 from alignvlm_jax.ops.cross_entropy import token_losses
 from alignvlm_jax.ops.vocab_average import Norm, vocab_average
 from alignvlm_jax.parallel import mesh as mesh_lib
@@ -53,7 +53,7 @@ def print_memory() -> None:
     devices = hardware.compile_only_devices(hardware.parse_topology("v5e:2x2"))
     with mesh_lib.use(mesh_lib.make_mesh(CONFIG, devices)) as mesh:
         print(f"ALIGN, D {WIDTH:,}, blocks of {BLOCK}; temporaries in GiB a chip, and outputs\n")
-        print("| N | V | plain | blockwise | outputs |\n|---|---|---|---|---|")
+        print("| N | V | plain | chunked | outputs |\n|---|---|---|---|---|")
         for rows, words in SIZES:
             plain = align_memory(mesh, rows, words, None)
             (temporaries, outputs) = align_memory(mesh, rows, words, BLOCK)
@@ -63,14 +63,14 @@ def print_memory() -> None:
                 flush=True,
             )
         print("\nloss over 16,384 tokens, V 128,256: ", end="")
-        plain, blockwise = (
-            memory.shown(loss_memory(mesh, 128_256, block)) for block in (None, BLOCK)
+        plain, chunked = (
+            memory.shown(loss_memory(mesh, 128_256, chunk)) for chunk in (None, BLOCK)
         )
-        print(f"plain {plain}, blockwise {blockwise} GiB of temporaries a chip\n", flush=True)
+        print(f"plain {plain}, chunked {chunked} GiB of temporaries a chip\n", flush=True)
 
 
 def align_memory(
-    mesh: jax.sharding.Mesh, rows: int, words: int, block: int | None
+    mesh: jax.sharding.Mesh, rows: int, words: int, chunk: int | None
 ) -> Memory | None:
     """GiB of temporaries and of outputs a chip; None where the program does not fit."""
 
@@ -79,7 +79,7 @@ def align_memory(
             head_here = Matrix(head, head_gradient)
             table_here = Matrix(table, table_gradient)
             return vocab_average(
-                x, head_here, table_here, Norm(scale, bias, 1e-5), block=block
+                x, head_here, table_here, Norm(scale, bias, 1e-5), chunk=chunk
             ).average
 
         zeros = jnp.zeros(head.shape, jnp.float32), jnp.zeros(table.shape, jnp.float32)
@@ -97,13 +97,13 @@ def align_memory(
     return memory.of(step, out, x, head, table, scale, scale, x)
 
 
-def loss_memory(mesh: jax.sharding.Mesh, words: int, block: int | None) -> Memory | None:
+def loss_memory(mesh: jax.sharding.Mesh, words: int, chunk: int | None) -> Memory | None:
     """GiB of temporaries and of outputs a chip for 2 rows of 8,192 tokens."""
 
     def step(hidden, head, targets):
         def run(hidden, gradient):
             losses = token_losses(
-                hidden, Matrix(head, gradient), targets, is_table=False, block=block
+                hidden, Matrix(head, gradient), targets, is_table=False, chunk=chunk
             )
             return losses.nll.sum() + 1e-4 * jnp.square(losses.log_sum_exp).sum()
 
@@ -125,14 +125,14 @@ def print_time() -> None:
     rng = np.random.default_rng(0)
     shapes = [(rows, width), (width, words), (words, width), (words,), (words,)]
     inputs = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
-    block = rows_per_block("auto", 64.0, rows, words)
+    chunk = rows_per_chunk("auto", 64.0, rows, words)
     forms = {
         "reference": reference,
         "plain": _ours(None),
-        f"blockwise ({block} rows)": _ours(block),
+        f"chunked ({chunk} rows)": _ours(chunk),
     }
     compiled = {
-        name: jax.jit(jax.grad(_summed(form), argnums=range(5))) for name, form in forms.items()
+        name: jax.jit(jax.grad(_summed(impl), argnums=range(5))) for name, impl in forms.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     for _ in range(ROUNDS + 1):  # The first compiles.
@@ -162,16 +162,16 @@ def reference(
     return jax.nn.softmax(normed, axis=-1) @ table
 
 
-def _ours(block: int | None) -> Callable[..., jax.Array]:
+def _ours(chunk: int | None) -> Callable[..., jax.Array]:
     def run(x, head, table, scale, bias):
         matrices = Matrix.of(head, jnp.float32), Matrix.of(table, jnp.float32)
-        return vocab_average(x, *matrices, Norm(scale, bias, 1e-5), block=block).average
+        return vocab_average(x, *matrices, Norm(scale, bias, 1e-5), chunk=chunk).average
 
     return run
 
 
-def _summed(form: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    return lambda *inputs: jnp.sin(form(*inputs)).sum()
+def _summed(impl: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    return lambda *inputs: jnp.sin(impl(*inputs)).sum()
 
 
 def _shardings(mesh: jax.sharding.Mesh, *specs: tuple) -> list[jax.sharding.NamedSharding]:

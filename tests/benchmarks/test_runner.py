@@ -14,7 +14,7 @@ class ScriptedSampler:
     """Answers every question with `answer`; raises at the batch numbered `stop_at`."""
 
     def __init__(self, tokenizer, answer: str, stop_at: int = -1):
-        self._tokens = [*tokenizer.encode(answer), tokenizer.specials["<end>"]]
+        self._tokens = [*tokenizer.encode(answer), tokenizer.special_tokens["<end>"]]
         self._stop_at = stop_at
         self.batches = []
 
@@ -43,7 +43,7 @@ def make_runner(trained_workdir, tmp_path):
             "metadata": {"train_seconds": 12.5},
         }
         fields |= {
-            "batch_ways": 4,
+            "data_parallel_size": 4,
             "tokenizer": tokenizer,
             "sampler": lambda: sampler,
             "variables": {},
@@ -67,15 +67,15 @@ def test_blind_rows_differ_in_pixels_alone(trained_workdir):
     for name in ("tokens", "positions", "segment_ids"):
         np.testing.assert_array_equal(asked[name], guessed[name])
     num_tiles = (
-        asked["tokens"] == tokenizer.specials["<image>"]
-    ).sum() // config.model.slots_per_tile
+        asked["tokens"] == tokenizer.special_tokens["<image>"]
+    ).sum() // config.model.tokens_per_tile
     assert (guessed["tiles"][:num_tiles] == 255).all()
     assert not (asked["tiles"][:num_tiles] == 255).all()
 
 
 def test_rows_are_scored_and_every_batch_has_one_shape(make_runner, tmp_path):
-    asker, sampler = make_runner("Anna")
-    result = asker.evaluate("seen_fonts", blind=False)
+    evaluator, sampler = make_runner("Anna")
+    result = evaluator.evaluate("seen_fonts", blind=False)
     assert [batch["tokens"].shape for batch in sampler.batches] == [(4, 48)] * 2
     assert len(result.rows) == 7
     assert [row["record"] for row in result.rows] == [0, 1, 2, 3, 4, 0, 1]
@@ -95,11 +95,11 @@ def test_rows_are_scored_and_every_batch_has_one_shape(make_runner, tmp_path):
 
 
 def test_prompts_are_not_padded_to_rows_of_many_records(make_runner):
-    asker, sampler = make_runner("Anna")
-    asker.evaluate("seen_fonts", blind=False)
-    packed = {"packing": "plan", "row_length": 11_520, "max_tiles": 35, "record_tiles": 2}
+    evaluator, sampler = make_runner("Anna")
+    evaluator.evaluate("seen_fonts", blind=False)
+    packed = {"packing": "offline", "seq_len": 11_520, "max_tiles": 35, "record_tiles": 2}
     config = dataclasses.replace(
-        asker._config, data=dataclasses.replace(asker._config.data, **packed)
+        evaluator._config, data=dataclasses.replace(evaluator._config.data, **packed)
     )
     other, other_sampler = make_runner("Anna", step=8)
     other._config = config
@@ -114,23 +114,23 @@ def test_a_stopped_evaluation_goes_on_and_a_finished_one_is_kept(make_runner, tm
     whole = make_runner()[0].evaluate("seen_fonts", blind=True)
     (tmp_path / "predictions" / "seen_fonts_blind.jsonl").unlink()
 
-    asker, _ = make_runner(stop_at=1)
+    evaluator, _ = make_runner(stop_at=1)
     with pytest.raises(KeyboardInterrupt):
-        asker.evaluate("seen_fonts", blind=True)
+        evaluator.evaluate("seen_fonts", blind=True)
     assert not (tmp_path / "predictions" / "seen_fonts_blind.jsonl").exists()
 
-    asker, sampler = make_runner()
-    assert asker.evaluate("seen_fonts", blind=True) == whole
+    evaluator, sampler = make_runner()
+    assert evaluator.evaluate("seen_fonts", blind=True) == whole
     assert len(sampler.batches) == 1
-    assert asker.evaluate("seen_fonts", blind=True) == whole
+    assert evaluator.evaluate("seen_fonts", blind=True) == whole
     assert len(sampler.batches) == 1
 
 
 @pytest.mark.parametrize("change", [{"step": 8}, {"metadata": {"train_seconds": 12.6}}])
 def test_another_checkpoint_is_asked_anew(make_runner, change):
     make_runner("Ann")[0].evaluate("unseen_fonts", blind=False)
-    asker, sampler = make_runner("Bob", **change)
-    assert {row["prediction"] for row in asker.evaluate("unseen_fonts", blind=False).rows} == {
+    evaluator, sampler = make_runner("Bob", **change)
+    assert {row["prediction"] for row in evaluator.evaluate("unseen_fonts", blind=False).rows} == {
         "Bob"
     }
     assert len(sampler.batches) == 2
@@ -141,10 +141,10 @@ def test_other_pages_are_asked_anew(make_runner, trained_workdir):
     make_runner("Ann")[0].evaluate("unseen_fonts", blind=False)
     (trained_workdir / "prepare.json").write_text('{"noise": 1.0}')
     try:
-        asker, sampler = make_runner("Bob")
-        assert {row["prediction"] for row in asker.evaluate("unseen_fonts", blind=False).rows} == {
-            "Bob"
-        }
+        evaluator, sampler = make_runner("Bob")
+        assert {
+            row["prediction"] for row in evaluator.evaluate("unseen_fonts", blind=False).rows
+        } == {"Bob"}
     finally:
         (trained_workdir / "prepare.json").unlink()
     assert len(sampler.batches) == 2

@@ -92,7 +92,7 @@ def test_the_value_is_that_of_the_llm_alone(
 ):
     """Padded, batched over the mesh and cut into windows. Where nothing begins a text, nobody
     predicts its first token: of "b" alone that costs nothing."""
-    begin = [loaded.tokenizer.specials["<s>"]] if has_begin else []
+    begin = [loaded.tokenizer.special_tokens["<s>"]] if has_begin else []
     if has_begin:
         assert chat.begin_ids(loaded.tokenizer) == begin
     monkeypatch.setattr(chat, "begin_ids", lambda tokenizer: begin)
@@ -161,7 +161,7 @@ def test_a_window_is_no_longer_than_the_models_rows(loaded, held_out):
     longest = reader.measure(
         dataclasses.replace(held_out, task=dataclasses.replace(TASK, window=512))
     )
-    assert longest.header["window"] == loaded.config.data.row_length == 48
+    assert longest.header["window"] == loaded.config.data.seq_len == 48
 
 
 class Spy:

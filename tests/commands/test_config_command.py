@@ -20,7 +20,7 @@ def get_config(lacking=""):
     if lacking != "llm":
         config_lib.set_preset(config.model.llm, presets.LLM["tiny"])
     config.model.image_token_id = 4
-    config.data.update(dir="data/mine", row_length=192, max_tiles=2)
+    config.data.update(dir="data/mine", seq_len=192, max_tiles=2)
     config.data.sources = {"pages": {"dir": "data/pages", "repeat": 2.0}}
     config.optim.learning_rate = 1e-3
     config.train.batch_size = 8

@@ -13,7 +13,7 @@ def get_config(connector="align"):
     config_lib.set_preset(config.model.vision, presets.VISION["tiny"])
     config_lib.set_preset(config.model.llm, presets.LLM["tiny"])
     config.model.image_token_id = 4
-    config.data.update(dir="data/mine", row_length=192, max_tiles=2)
+    config.data.update(dir="data/mine", seq_len=192, max_tiles=2)
     config.train.batch_size = 32
     if connector == "lacking":
         connector = "align"

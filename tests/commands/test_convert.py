@@ -194,7 +194,7 @@ def test_config_files_say_what_to_run_first(tmp_path):
             r"tokenizer .* has 3\d\d tokens, .*vocab_size is 320",
         ),
         (
-            lambda d: write_chatml(d / "llm", specials=("<pad>",)),
+            lambda d: write_chatml(d / "llm", special_tokens=("<pad>",)),
             r"special tokens of no chat format",
         ),
         (

@@ -145,7 +145,7 @@ def scripted(monkeypatch, tokenizer_of, says):
         batches.append(batch)
         tokens = tokenizer_of.encode(says(len(batches)))
         return np.array(
-            [[*tokens, tokenizer_of.specials["<end>"]]] * len(batch["tokens"]), np.int32
+            [[*tokens, tokenizer_of.special_tokens["<end>"]]] * len(batch["tokens"]), np.int32
         )
 
     monkeypatch.setattr(sampler.Sampler, "generate", generate)

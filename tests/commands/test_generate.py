@@ -33,7 +33,8 @@ def test_prints_the_answer_alone(trained_workdir, page, capsys, monkeypatch):
         def answer(variables, batch, max_new_tokens):
             batches.append(batch)
             return np.array(
-                [[*tokenizer.encode("4 2"), tokenizer.specials["<end>"], tokenizer.pad_id]] * 4,
+                [[*tokenizer.encode("4 2"), tokenizer.special_tokens["<end>"], tokenizer.pad_id]]
+                * 4,
                 np.int32,
             )
 
@@ -41,7 +42,7 @@ def test_prints_the_answer_alone(trained_workdir, page, capsys, monkeypatch):
         fields = {
             "path": path,
             "config": config,
-            "batch_ways": 4,
+            "data_parallel_size": 4,
             "tokenizer": tokenizer,
             "variables": {},
         }
@@ -88,7 +89,7 @@ def test_takes_any_page_of_a_pdf(trained_workdir, tmp_path, no_model):
         (
             "page.png",
             "Who?" * 20,
-            "prompt has 99 tokens .*row_length is 48; shorten the question by 51 tokens",
+            "prompt has 99 tokens .*seq_len is 48; shorten the question by 51 tokens",
         ),
     ],
 )

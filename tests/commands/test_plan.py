@@ -45,14 +45,14 @@ def get_config(stages="one"):
     config_lib.set_preset(config.model.vision, presets.VISION["tiny"])
     config_lib.set_preset(config.model.llm, presets.LLM["tiny"])
     config.model.image_token_id = 4
-    config.data.update(dir="data", row_length=192, max_tiles=2)
+    config.data.update(dir="data", seq_len=192, max_tiles=2)
     config.optim.learning_rate = 2e-3
     config.train.num_steps = 1000
     config.name = "planned"
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
     config.train.batch_size = 64
-    config.train.accumulation = 2
+    config.train.grad_accum_steps = 2
     config.mesh.fsdp, config.mesh.data = -1, -1
     if stages == "two":
         config.stages = ml_collections.ConfigDict({"first": {}, "second": {"train": {"trainable": ("llm/.*",)}}})
@@ -151,8 +151,8 @@ def test_what_does_not_fit_has_status_3_and_says_what_to_change(config_file):
     assert done.returncode == 3, done.stderr
     last = done.stdout.splitlines()[-1]
     assert last.startswith(
-        "does not fit: --config.model.remat=full; --config.train.accumulation=16 (now 8 rows at a "
-        "time)"
+        "does not fit: --config.model.remat=full; --config.train.grad_accum_steps=16 (now 8 rows "
+        "at a time)"
     )
     assert "--topology=v5e:2x4" in last
     assert "too much" in done.stdout
@@ -162,7 +162,7 @@ def test_what_does_not_fit_has_status_3_and_says_what_to_change(config_file):
 def test_auto_tries_layouts_and_shows_the_best(config_file):
     # A row a chip: the layout that needs the least memory is that of all rows at once, and one
     # compilation less.
-    rows = ["--config.train.batch_size=4", "--config.train.accumulation=1"]
+    rows = ["--config.train.batch_size=4", "--config.train.grad_accum_steps=1"]
     # One key-value head, which no tensor axis divides: tests/plan/test_search.py tries other
     # meshes, uncompiled.
     heads = "--config.model.llm.num_kv_heads=1"
@@ -177,7 +177,7 @@ def test_auto_tries_layouts_and_shows_the_best(config_file):
         line.split(", ")[4].split(":")[0] for line in tried
     }
     # All of them fit: nothing is computed twice, and all rows at once.
-    assert plan["remat"] == "none" and plan["accumulation"] == 1
+    assert plan["remat"] == "none" and plan["grad_accum_steps"] == 1
 
 
 @needs_libtpu
@@ -258,8 +258,8 @@ BAD = {
     "kind": (["--topology=v7:smallest"], "unknown kind of TPU 'v7'"),
     "mesh_text": (["--topology=v5e:2x4", "--mesh=4x2"], "--mesh is '4x2'"),
     "no_mesh_at_all": (["--topology=v5e:2x4", "--mesh=auto", "--config.train.batch_size=7",
-                        "--config.train.accumulation=1"], "no mesh of 8 chips takes a batch of 7 "
-                                                          "rows"),
+                        "--config.train.grad_accum_steps=1"], "no mesh of 8 chips takes a batch "
+                                                          "of 7 rows"),
     "field": (["--topology=v5e:2x4", "--config.model.remta=full"], "did you mean 'remat'"),
     "stage": (["--topology=v5e:2x4", "--stage=third"], "--stage is 'third'; known: first, second"),
 }  # fmt: skip

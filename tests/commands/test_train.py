@@ -25,8 +25,8 @@ def get_config():
     config.model.vision.update(width=16, mlp_width=16, num_layers=1, num_heads=2)
     config.model.llm.update(width=16, mlp_width=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8)
     config.train.update(num_steps=200, batch_size=4, log_every=1, validate_every=1000, checkpoint_every=1000)
-    config.train.validation_rows = 4
-    config.data.update(dir="data", row_length=192, max_tiles=2, tasks={"transcribe": 0.5, "answer": 0.5})
+    config.train.validation_sequences = 4
+    config.data.update(dir="data", seq_len=192, max_tiles=2, tasks={"transcribe": 0.5, "answer": 0.5})
     config.optim.learning_rate = 2e-3
     return config
 """

@@ -47,10 +47,10 @@ def test_table_6(stage, llm):
     assert (config.train.batch_size, config.optim.learning_rate) == (batch_size, learning_rate)
     assert config.train.num_steps == num_steps
     assert config.data.max_tiles == 10 and config.data.use_overview
-    assert config.model.slots_per_tile == PATCHES
+    assert config.model.tokens_per_tile == PATCHES
     assert (
-        0 <= config.data.row_length - (10 * PATCHES + text_length) < 128
-        and config.data.row_length % 128 == 0
+        0 <= config.data.seq_len - (10 * PATCHES + text_length) < 128
+        and config.data.seq_len % 128 == 0
     )
     assert config.model.connector.name == "align" and config.train.patch_token_weight == 0
 

@@ -9,10 +9,11 @@ TURNS = [("What is the total?", "12.50"), ("What is the city?", "Ames\nIowa")]
 def test_mask_covers_exactly_the_answers(tokenizer):
     tokens, is_answer = chat.encode_chat(tokenizer, TURNS, 5, 4)
     said = np.split(
-        tokens[is_answer], np.flatnonzero(tokens[is_answer] == tokenizer.specials["<end>"]) + 1
+        tokens[is_answer],
+        np.flatnonzero(tokens[is_answer] == tokenizer.special_tokens["<end>"]) + 1,
     )
     assert [tokenizer.decode(part) for part in said] == ["12.50", "Ames\nIowa", ""]
-    assert (is_answer & (tokens == tokenizer.specials["<end>"])).sum() == 2
+    assert (is_answer & (tokens == tokenizer.special_tokens["<end>"])).sum() == 2
     given = tokenizer.decode(tokens[~is_answer])
     assert given == "What is the total?What is the city?"
 
@@ -21,15 +22,15 @@ def test_layout_of_a_chat(tokenizer):
     tokens, _ = chat.encode_chat(tokenizer, TURNS[:1], 3, 4)
     question, answer = (tokenizer.encode(text) for text in TURNS[0])
     t = tokenizer
-    image = [t.specials["<image>"]] * 3
+    image = [t.special_tokens["<image>"]] * 3
     assert tokens.tolist() == [
-        t.specials["<s>"],
+        t.special_tokens["<s>"],
         *image,
-        t.specials["<user>"],
+        t.special_tokens["<user>"],
         *question,
-        t.specials["<assistant>"],
+        t.special_tokens["<assistant>"],
         *answer,
-        t.specials["<end>"],
+        t.special_tokens["<end>"],
     ]
 
 
@@ -37,7 +38,7 @@ def test_prompt_is_the_beginning_of_the_chat(tokenizer):
     tokens, is_answer = chat.encode_chat(tokenizer, TURNS[:1], 4, 4)
     prompt = chat.encode_prompt(tokenizer, TURNS[0][0], 4, 4)
     np.testing.assert_array_equal(prompt, tokens[: np.flatnonzero(is_answer)[0]])
-    assert prompt[-1] == tokenizer.specials["<assistant>"]
+    assert prompt[-1] == tokenizer.special_tokens["<assistant>"]
 
 
 def test_turns_that_do_not_fit_are_left_out_whole(tokenizer):
@@ -58,7 +59,7 @@ class Named:
     """A tokenizer of which only the special tokens are known."""
 
     def __init__(self, names):
-        self.specials = {name: 10 + i for i, name in enumerate(sorted(names))}
+        self.special_tokens = {name: 10 + i for i, name in enumerate(sorted(names))}
 
 
 @pytest.mark.parametrize(
@@ -67,4 +68,4 @@ class Named:
 )
 def test_a_text_begins_with_what_a_chat_begins_with_unless_that_opens_a_turn(family, begin):
     tokenizer = Named(chat.FAMILIES[family].names())
-    assert chat.begin_ids(tokenizer) == ([] if begin is None else [tokenizer.specials[begin]])
+    assert chat.begin_ids(tokenizer) == ([] if begin is None else [tokenizer.special_tokens[begin]])

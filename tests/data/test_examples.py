@@ -28,21 +28,22 @@ def page_record(width=128, height=64, turns=TURNS, num_images=1, with_words=True
 def answers(row, tokenizer) -> list[str]:
     """What the row teaches: the targets that carry loss, answer by answer."""
     taught = row["targets"][row["loss_weights"] > 0]
-    parts = np.split(taught, np.flatnonzero(taught == tokenizer.specials["<end>"]) + 1)
+    parts = np.split(taught, np.flatnonzero(taught == tokenizer.special_tokens["<end>"]) + 1)
     assert (
-        all(part[-1] == tokenizer.specials["<end>"] for part in parts[:-1]) and len(parts[-1]) == 0
+        all(part[-1] == tokenizer.special_tokens["<end>"] for part in parts[:-1])
+        and len(parts[-1]) == 0
     )
     return [tokenizer.decode(part) for part in parts[:-1]]
 
 
 def build(record, task, config, tokenizer, seed=0):
-    return examples.build_row(record, task, np.random.default_rng(seed), config, tokenizer)
+    return examples.build_sequence(record, task, np.random.default_rng(seed), config, tokenizer)
 
 
 def test_a_row_has_the_arrays_of_a_batch(demo_config, tokenizer):
     row = build(page_record(), "answer", demo_config, tokenizer)
     assert set(row) == set(Batch.__annotations__)
-    length = demo_config.data.row_length
+    length = demo_config.data.seq_len
     shapes = {name: array.shape for name, array in row.items()}
     assert shapes["tokens"] == shapes["targets"] == shapes["positions"] == (length,)
     assert shapes["tiles"] == (2, 32, 128, 3) and shapes["patch_label_ids"] == (2, 32, 3)
@@ -94,22 +95,22 @@ def test_answers_come_in_random_order_and_teach_the_first(demo_config, tokenizer
 
 def test_only_whole_turns_that_fit_are_kept(demo_config, tokenizer):
     config = dataclasses.replace(
-        demo_config, data=dataclasses.replace(demo_config.data, row_length=64 + 1 + 15 + 3)
+        demo_config, data=dataclasses.replace(demo_config.data, seq_len=64 + 1 + 15 + 3)
     )
     row = build(page_record(), "answer", config, tokenizer)
     assert len(answers(row, tokenizer)) == 1
     long = (Turn("What is it?", ("x" * 200,)),)
     row = build(page_record(turns=long), "answer", config, tokenizer)
     assert not row["loss_weights"].any()
-    assert (row["tokens"] == tokenizer.specials["<image>"]).sum() == 64
+    assert (row["tokens"] == tokenizer.special_tokens["<image>"]).sum() == 64
 
 
 @pytest.mark.parametrize("size, num_tiles", [((128, 64), 2), ((128, 32), 1)])
 def test_image_slots_and_tiles_agree(demo_config, tokenizer, size, num_tiles):
     row = build(page_record(*size), "answer", demo_config, tokenizer)
-    slots = num_tiles * demo_config.model.slots_per_tile
-    assert (row["tokens"][1 : 1 + slots] == tokenizer.specials["<image>"]).all()
-    assert (row["tokens"] == tokenizer.specials["<image>"]).sum() == slots
+    slots = num_tiles * demo_config.model.tokens_per_tile
+    assert (row["tokens"][1 : 1 + slots] == tokenizer.special_tokens["<image>"]).all()
+    assert (row["tokens"] == tokenizer.special_tokens["<image>"]).sum() == slots
     assert (row["tiles"][:num_tiles] == 7).all() and not row["tiles"][num_tiles:].any()
     np.testing.assert_allclose(row["patch_label_weights"][:num_tiles].sum(-1), 1, atol=1e-6)
     assert not row["patch_loss_weights"][num_tiles:].any()
@@ -119,13 +120,13 @@ def test_labels_stand_one_for_each_patch_and_prompts_as_the_connector_does(demo_
     model = dataclasses.replace(demo_config.model, connector=config_lib.connector("h_reducer"))
     pixels = dataclasses.replace(demo_config, model=model)
     labels = dataclasses.replace(
-        pixels, train=dataclasses.replace(pixels.train, visual_input="labels")
+        pixels, train=dataclasses.replace(pixels.train, visual_source="oracle")
     )
     for config, in_row in ((pixels, 2 * 8), (labels, 2 * 32)):
         prompt = examples.build_prompt(page_record(128, 64), "What is it?", config, tokenizer)
-        assert (prompt["tokens"] == tokenizer.specials["<image>"]).sum() == 2 * 8
+        assert (prompt["tokens"] == tokenizer.special_tokens["<image>"]).sum() == 2 * 8
         row = build(page_record(128, 64), "answer", config, tokenizer)
-        assert (row["tokens"] == tokenizer.specials["<image>"]).sum() == in_row
+        assert (row["tokens"] == tokenizer.special_tokens["<image>"]).sum() == in_row
         assert row["patch_label_ids"].shape == (2, 32, 3)
 
 
@@ -151,9 +152,9 @@ def test_unknown_words_carry_no_patch_loss(demo_config, tokenizer):
 def test_a_share_of_the_records_is_labelled(demo_config, tokenizer):
     """Those of a smaller share are among those of a larger; nothing else of a row changes."""
 
-    def labelled(share: float) -> set[str]:
+    def labelled(fraction: float) -> set[str]:
         config = dataclasses.replace(
-            demo_config, data=dataclasses.replace(demo_config.data, labelled_share=share)
+            demo_config, data=dataclasses.replace(demo_config.data, labelled_fraction=fraction)
         )
         built = {record.id: build(record, "answer", config, tokenizer) for record in records}
         for name, row in built.items():
@@ -179,7 +180,7 @@ def test_prompt_is_the_beginning_of_the_training_row(demo_config, tokenizer):
     used = int(prompt["segment_ids"].sum())
     np.testing.assert_array_equal(prompt["tokens"][:used], row["tokens"][:used])
     assert (
-        prompt["tokens"][used - 1] == tokenizer.specials["<assistant>"]
+        prompt["tokens"][used - 1] == tokenizer.special_tokens["<assistant>"]
         and row["loss_weights"][used - 1] > 0
     )
     assert not prompt["loss_weights"].any()
@@ -192,7 +193,7 @@ def test_prompt_is_the_beginning_of_the_training_row(demo_config, tokenizer):
 
 
 def test_a_prompt_that_is_too_long_is_a_user_error(demo_config, tokenizer):
-    with pytest.raises(UserError, match=r"67 tokens|row_length is 144"):
+    with pytest.raises(UserError, match=r"67 tokens|seq_len is 144"):
         examples.build_prompt(page_record(), "x" * 200, demo_config, tokenizer)
 
 
@@ -239,7 +240,7 @@ def test_a_prompt_without_a_page_has_no_image_slots_and_no_tiles(demo_config, to
 
 def planned(config, **fields):
     return dataclasses.replace(
-        config, data=dataclasses.replace(config.data, packing="plan", **fields)
+        config, data=dataclasses.replace(config.data, packing="offline", **fields)
     )
 
 
@@ -250,13 +251,13 @@ def build_parts(config, tokenizer):
         page_record(128, 32, num_images=2),
     ]
     return [
-        examples.build_part(record, task, np.random.default_rng(0), config, tokenizer)
+        examples.build_segment(record, task, np.random.default_rng(0), config, tokenizer)
         for record, task in zip(records, ("answer", "answer", "transcribe"), strict=True)
     ]
 
 
 def test_parts_stand_in_a_row_as_they_would_alone(demo_config, tokenizer):
-    config = planned(demo_config, row_length=400, max_tiles=6, record_tiles=2)
+    config = planned(demo_config, seq_len=400, max_tiles=6, record_tiles=2)
     parts = build_parts(config, tokenizer)
     row = examples.join(parts, config, tokenizer)
     assert {name: (array.shape, array.dtype) for name, array in row.items()} == {
@@ -273,7 +274,7 @@ def test_parts_stand_in_a_row_as_they_would_alone(demo_config, tokenizer):
             np.testing.assert_array_equal(row[name][here], alone[name][used], err_msg=name)
         num_tiles = (
             part.tokens == config.model.image_token_id
-        ).sum() // config.model.slots_per_tile
+        ).sum() // config.model.tokens_per_tile
         for name, array in part.tile_arrays.items():
             assert len(array) == num_tiles > 0
             np.testing.assert_array_equal(row[name][tile : tile + num_tiles], array, err_msg=name)
@@ -292,8 +293,10 @@ def test_a_row_of_nothing_is_padding(demo_config, tokenizer):
 
 
 def test_loss_by_record_weighs_records_alike(demo_config, tokenizer):
-    by_token = build_parts(planned(demo_config, row_length=400), tokenizer)
-    by_record = build_parts(planned(demo_config, row_length=400, loss_by="record"), tokenizer)
+    by_token = build_parts(planned(demo_config, seq_len=400), tokenizer)
+    by_record = build_parts(
+        planned(demo_config, seq_len=400, loss_normalisation="record"), tokenizer
+    )
     for tokens, record in zip(by_token, by_record, strict=True):
         np.testing.assert_array_equal(tokens.loss_weights > 0, record.loss_weights > 0)
         assert set(tokens.loss_weights) == {0, 1} and record.loss_weights.sum() == pytest.approx(1)
@@ -306,33 +309,33 @@ def test_a_transcription_is_cut_at_the_end_of_a_planned_row(demo_config, tokeniz
     whole = build(record, "transcribe", demo_config, tokenizer)
     length = int(whole["segment_ids"].sum())
     for shorter in (1, 2, 9):
-        config = planned(demo_config, row_length=length - shorter)
-        part = examples.build_part(
+        config = planned(demo_config, seq_len=length - shorter)
+        part = examples.build_segment(
             record, "transcribe", np.random.default_rng(0), config, tokenizer
         )
         np.testing.assert_array_equal(part.tokens, whole["tokens"][: length - shorter])
         taught = tokenizer.decode(part.tokens[1:][part.loss_weights[:-1] > 0])
         assert "ab cd\nef\nab cd\nef".startswith(taught) and len(taught) == 17 - (shorter - 1)
-        assert tokenizer.specials["<end>"] not in part.tokens
+        assert tokenizer.special_tokens["<end>"] not in part.tokens
     # As ever without a plan: what does not fit is left out.
     short = dataclasses.replace(
-        demo_config, data=dataclasses.replace(demo_config.data, row_length=length - 1)
+        demo_config, data=dataclasses.replace(demo_config.data, seq_len=length - 1)
     )
     assert not build(record, "transcribe", short, tokenizer)["loss_weights"].any()
 
 
 def test_a_planned_row_has_no_place_for_a_record_without_an_answer(demo_config, tokenizer):
-    config = planned(demo_config, row_length=68)
+    config = planned(demo_config, seq_len=68)
     for task in ("answer", "transcribe"):  # Of 68 tokens, 64 are the image's: no answer begins.
         with pytest.raises(
-            UserError, match=r"record r has no answer that fits config.data.row_length 68"
+            UserError, match=r"record r has no answer that fits config.data.seq_len 68"
         ):
             build(page_record(), task, config, tokenizer)
 
 
 def test_a_record_may_have_fewer_tiles_than_a_row(demo_config, tokenizer):
-    config = planned(demo_config, row_length=400, max_tiles=6, record_tiles=1)
-    part = examples.build_part(
+    config = planned(demo_config, seq_len=400, max_tiles=6, record_tiles=1)
+    part = examples.build_segment(
         page_record(128, 64), "answer", np.random.default_rng(0), config, tokenizer
     )
     assert len(part.tile_arrays["tiles"]) == 1

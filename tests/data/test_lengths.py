@@ -28,7 +28,7 @@ def record(*sizes: tuple[int, int], answer: str = "4", words: int = 0) -> Record
 
 def test_they_are_those_of_the_parts_that_rows_are_made_of(demo_config, tokenizer):
     config = change(
-        demo_config, "data", max_tiles=6, row_length=400, record_tiles=3, use_overview=True
+        demo_config, "data", max_tiles=6, seq_len=400, record_tiles=3, use_overview=True
     )
     records = [
         record(),
@@ -43,7 +43,7 @@ def test_they_are_those_of_the_parts_that_rows_are_made_of(demo_config, tokenize
             if name == "transcribe" and not one.lines:
                 assert found.tokens[task, number] == 0
                 continue
-            part = examples.build_part(one, name, np.random.default_rng(0), config, tokenizer)
+            part = examples.build_segment(one, name, np.random.default_rng(0), config, tokenizer)
             assert found.tokens[task, number] == len(part.tokens)
             assert found.tiles[number] == len(part.tile_arrays["tiles"])
 
@@ -51,7 +51,7 @@ def test_they_are_those_of_the_parts_that_rows_are_made_of(demo_config, tokenize
 def test_records_of_no_use_and_longer_than_a_row(demo_config, tokenizer):
     records = [record((9, 9), answer=""), record((9, 9), answer="x" * 500), record(*[(9, 9)] * 3)]
     found = lengths.measure(index_lib.of_records(records, tokenizer, "f"), TASKS, demo_config)
-    assert found.tokens.tolist() == [[0, demo_config.data.row_length, 0], [0, 0, 0]]
+    assert found.tokens.tolist() == [[0, demo_config.data.seq_len, 0], [0, 0, 0]]
 
 
 def test_an_index_that_does_not_fit_says_what_to_call(demo_config, tokenizer, tmp_path):

@@ -11,11 +11,11 @@ import pytest
 from alignvlm_jax.config import SourceConfig
 from alignvlm_jax.data import examples, loader, shards
 from alignvlm_jax.data import index as index_lib
-from alignvlm_jax.data.examples import Part
+from alignvlm_jax.data.examples import Segment
 from alignvlm_jax.errors import UserError
 from tests.prepared import NUM_DOCUMENTS
 
-OTHER_ROWS = {"tasks": {"answer_and_transcribe": 1.0}, "use_overview": True, "row_length": 160}
+OTHER_ROWS = {"tasks": {"answer_and_transcribe": 1.0}, "use_overview": True, "seq_len": 160}
 
 
 def change(config, part, **fields):
@@ -32,11 +32,11 @@ def assert_equal(a, b):
 
 KINDS = {
     "none": {},
-    "plan": {"packing": "plan", "row_length": 400, "max_tiles": 9, "record_tiles": 2},
+    "plan": {"packing": "offline", "seq_len": 400, "max_tiles": 9, "record_tiles": 2},
     "mixture": {"sources": {"a": {"weight": 2.0}, "b": {"repeat": 0.3}}},
     "mixture, plan": {
         "sources": {"a": {}, "b": {"repeat": 1.6}}, "temperature": 2.0,
-        "packing": "plan", "row_length": 300, "max_tiles": 4, "loss_by": "record",
+        "packing": "offline", "seq_len": 300, "max_tiles": 4, "loss_normalisation": "record",
     },
 }  # fmt: skip
 
@@ -58,7 +58,7 @@ def any_config(request, demo_config):
 
 
 def checksum(config, split="train") -> str:
-    rows = loader.TrainRows(config, split)
+    rows = loader.TrainSequences(config, split)
     arrays = [row[name] for row in (rows[i] for i in [*range(32), 100]) for name in sorted(row)]
     return f"{zlib.crc32(b''.join(array.tobytes() for array in arrays)):08x}"
 
@@ -74,11 +74,11 @@ def test_rows_of_one_record_are_what_they_ever_were(demo_config):
 
 
 def test_batches_are_the_stacked_rows_in_order(demo_config):
-    rows = loader.TrainRows(demo_config, "train")
+    rows = loader.TrainSequences(demo_config, "train")
     batches = loader.TrainBatches(demo_config)
     for start in (0, 8):
         assert_equal(next(batches), loader.stack([rows[start + i] for i in range(8)]))
-    assert batches.next_row == 16
+    assert batches.next_sequence == 16
 
 
 def test_a_stage_ends_after_its_steps(demo_config):
@@ -89,10 +89,10 @@ def test_resuming_after_any_step_continues_exactly(any_config):
     config = change(any_config, "train", num_steps=5)
     straight = list(loader.TrainBatches(config))
     for step in range(5):
-        resumed = loader.TrainBatches(config, start_row=8 * step)
+        resumed = loader.TrainBatches(config, start_sequence=8 * step)
         for batch, expected in zip(resumed, straight[step:], strict=True):
             assert_equal(batch, expected)
-        assert resumed.next_row == 40
+        assert resumed.next_sequence == 40
 
 
 @pytest.mark.parametrize("num_threads, prefetch", [(1, 1), (4, 8)])
@@ -104,37 +104,37 @@ def test_threads_change_nothing(demo_config, num_threads, prefetch):
         assert_equal(a, b)
 
 
-def shares(count: int) -> list[range]:
+def fractions(count: int) -> list[range]:
     """The rows of a batch of 8 that each of `count` processes feeds: every count-th, as hosts stand
     in a real mesh."""
     return [range(process, 8, count) for process in range(count)]
 
 
 @pytest.mark.parametrize(
-    "rows_of", [shares(2), shares(4), [[0, 1, 6, 7], [2, 3, 4, 5], [0, 1, 6, 7]]]
+    "rows_of", [fractions(2), fractions(4), [[0, 1, 6, 7], [2, 3, 4, 5], [0, 1, 6, 7]]]
 )
 def test_the_global_batch_is_the_same_whatever_rows_a_process_feeds(any_config, rows_of):
-    whole = loader.TrainBatches(any_config, start_row=8)
-    parts = [loader.TrainBatches(any_config, start_row=8, local_rows=own) for own in rows_of]
+    whole = loader.TrainBatches(any_config, start_sequence=8)
+    parts = [loader.TrainBatches(any_config, start_sequence=8, local_rows=own) for own in rows_of]
     for _ in range(2):
         batch = next(whole)
         for own, part in zip(rows_of, parts, strict=True):
             assert_equal(next(part), {name: array[list(own)] for name, array in batch.items()})
-    assert {part.next_row for part in parts} == {whole.next_row}
+    assert {part.next_sequence for part in parts} == {whole.next_sequence}
 
 
 def numbered_parts(monkeypatch) -> None:
     """Every record becomes three tokens that are its number."""
 
-    def build_part(record, task, rng, config, tokenizer):
+    def build_segment(record, task, rng, config, tokenizer):
         number = int(record.id.rsplit("-", 1)[1])
-        return Part(
+        return Segment(
             np.full(3, number, np.int32),
             np.ones(3, np.float32),
             {"tiles": np.zeros((0, 32, 128, 3))},
         )
 
-    monkeypatch.setattr(loader.examples, "build_part", build_part)
+    monkeypatch.setattr(loader.examples, "build_segment", build_segment)
 
 
 def test_every_record_is_seen_as_often_as_planned_whatever_the_number_of_processes(
@@ -143,23 +143,26 @@ def test_every_record_is_seen_as_often_as_planned_whatever_the_number_of_process
     numbered_parts(monkeypatch)
     config = change(any_config, "train", num_steps=24)
     seen = collections.Counter()
-    next_row = 0
+    next_sequence = 0
     # Goes on twelve times, after one or several steps, with another number of processes.
     for count, steps in zip((1, 2, 4, 8, 4, 2) * 2, (1, 3, 2, 1, 2, 3) * 2, strict=True):
         parts = [
-            loader.TrainBatches(config, start_row=next_row, local_rows=own) for own in shares(count)
+            loader.TrainBatches(config, start_sequence=next_sequence, local_rows=own)
+            for own in fractions(count)
         ]
         for part, _ in itertools.product(parts, range(steps)):
             batch = next(part)
             starts = (batch["segment_ids"] > 0) & (batch["positions"] == 0)
             seen.update(batch["tokens"][starts].tolist())
-        assert len({part.next_row for part in parts}) == 1
-        next_row = parts[0].next_row
-    rows = loader.TrainRows(config, "train")
+        assert len({part.next_sequence for part in parts}) == 1
+        next_sequence = parts[0].next_sequence
+    rows = loader.TrainSequences(config, "train")
     planned = collections.Counter(
-        pick.record % NUM_DOCUMENTS for row in range(next_row) for pick in rows.schedule.picks(row)
+        pick.record % NUM_DOCUMENTS
+        for row in range(next_sequence)
+        for pick in rows.schedule.picks(row)
     )
-    assert next_row == 192 and seen == planned and set(seen) == set(range(NUM_DOCUMENTS))
+    assert next_sequence == 192 and seen == planned and set(seen) == set(range(NUM_DOCUMENTS))
 
 
 def spoil(folder: pathlib.Path, indices: range, split: str = "train") -> None:
@@ -185,8 +188,8 @@ def test_a_record_that_cannot_be_decoded_is_left_out_of_its_row_alone(
     shutil.copytree(demo_config.data.dir, tmp_path, dirs_exist_ok=True)
     spoil(tmp_path, range(7, 8))
     config = of_kind(change(demo_config, "data", dir=str(tmp_path)), kind)
-    good = loader.TrainRows(of_kind(demo_config, kind), "train")
-    bad = loader.TrainRows(config, "train")
+    good = loader.TrainSequences(of_kind(demo_config, kind), "train")
+    bad = loader.TrainSequences(config, "train")
     left_out = 0
     for row in range(80):
         picks = good.schedule.picks(row)
@@ -194,7 +197,9 @@ def test_a_record_that_cannot_be_decoded_is_left_out_of_its_row_alone(
             assert_equal(bad[row], good[row])
             continue
         parts = [
-            examples.build_part(good._record(pick.record), pick.task, pick.rng, config, tokenizer)
+            examples.build_segment(
+                good._record(pick.record), pick.task, pick.rng, config, tokenizer
+            )
             for pick in picks
             if pick.record % NUM_DOCUMENTS != 7
         ]
@@ -244,7 +249,7 @@ def test_a_source_of_which_nothing_was_held_out_is_no_part_of_validation(demo_co
     held = {"a": SourceConfig(dir=demo_config.data.dir)}
     mixed = held | {"b": SourceConfig(dir=str(tmp_path))}
     both, alone = (
-        loader.by_source(change(demo_config, "data", packing="plan", sources=sources))
+        loader.by_source(change(demo_config, "data", packing="offline", sources=sources))
         for sources in (mixed, held)
     )
     assert (
@@ -257,9 +262,14 @@ def test_a_source_of_which_nothing_was_held_out_is_no_part_of_validation(demo_co
 
 def test_validation_counts_every_patch_and_all_of_a_source(demo_config):
     few = SourceConfig(dir=demo_config.data.dir, weight=0.0, cap=1)
-    config = change(demo_config, "data", packing="plan", labelled_share=0.0, sources={"a": few})
+    config = change(
+        demo_config, "data", packing="offline", labelled_fraction=0.0, sources={"a": few}
+    )
     whole = change(
-        demo_config, "data", packing="plan", sources={"a": SourceConfig(dir=demo_config.data.dir)}
+        demo_config,
+        "data",
+        packing="offline",
+        sources={"a": SourceConfig(dir=demo_config.data.dir)},
     )
     assert loader.by_source(config) == loader.by_source(whole)
 
@@ -278,15 +288,15 @@ def test_an_index_of_other_records_is_found_out(demo_config, tmp_path):
 
 
 def test_planned_rows_are_full(demo_config):
-    rows = loader.TrainRows(of_kind(demo_config, "plan"), "train")
+    rows = loader.TrainSequences(of_kind(demo_config, "plan"), "train")
     end = rows.schedule.epoch_at(0).end
     used = sum((rows[row]["segment_ids"] > 0).sum() for row in range(end))
-    assert used / (400 * end) == rows.schedule.counters(end)["fill"] > 0.9
+    assert used / (400 * end) == rows.schedule.counters(end)["packing_efficiency"] > 0.9
     assert sum(rows[row]["segment_ids"].max() for row in range(end)) == NUM_DOCUMENTS
 
 
 def test_an_epoch_visits_every_record_once_and_the_next_in_another_order(demo_config):
-    rows = loader.TrainRows(demo_config, "train")
+    rows = loader.TrainSequences(demo_config, "train")
     size = NUM_DOCUMENTS
     epochs = [[rows.schedule.order[epoch * size + i] for i in range(size)] for epoch in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(size))
@@ -303,19 +313,19 @@ def test_seed_and_stage_change_the_rows(demo_config):
 
 
 def test_tasks_are_drawn_by_their_weights(demo_config):
-    def share(tasks):
-        rows = loader.TrainRows(change(demo_config, "data", tasks=tasks), "train")
+    def fraction(tasks):
+        rows = loader.TrainSequences(change(demo_config, "data", tasks=tasks), "train")
         read = rows.tokenizer.encode("Read the page.")[0]
         return np.mean([(rows[i]["tokens"] == read).any() for i in range(120)])
 
-    assert share({"transcribe": 1.0}) == 1 and share({"answer": 2.0, "transcribe": 0.0}) == 0
-    assert 0.6 < share({"transcribe": 3.0, "answer": 1.0}) < 0.9
+    assert fraction({"transcribe": 1.0}) == 1 and fraction({"answer": 2.0, "transcribe": 0.0}) == 0
+    assert 0.6 < fraction({"transcribe": 3.0, "answer": 1.0}) < 0.9
     with pytest.raises(UserError, match="did you mean 'transcribe'"):
-        share({"transcrib": 1.0})
+        fraction({"transcrib": 1.0})
 
 
 def test_too_many_rows_without_an_answer_are_an_error(demo_config):
-    short = change(demo_config, "data", row_length=68)
+    short = change(demo_config, "data", seq_len=68)
     with pytest.raises(UserError, match=r"8 of 8 records .*max_unsupervised is 0\.01"):
         next(loader.TrainBatches(short))
     next(loader.TrainBatches(change(short, "data", max_unsupervised=1.0)))
@@ -335,21 +345,21 @@ def test_validation_is_the_same_at_every_pass(demo_config):
 def test_a_process_decodes_its_own_rows_of_validation_alone(demo_config, monkeypatch):
     whole = list(loader.ValidationBatches(demo_config, 4, 10))
     read = []
-    row_of = loader.TrainRows.__getitem__
+    row_of = loader.TrainSequences.__getitem__
     monkeypatch.setattr(
-        loader.TrainRows, "__getitem__", lambda rows, i: read.append(i) or row_of(rows, i)
+        loader.TrainSequences, "__getitem__", lambda rows, i: read.append(i) or row_of(rows, i)
     )
     own = loader.ValidationBatches(demo_config, 4, 10, local_rows=[1, 3])
     assert read == [1]  # To see that there is something to validate on.
     read.clear()
-    for mine, all_rows in zip(own, whole, strict=True):
-        assert_equal(mine, {name: array[[1, 3]] for name, array in all_rows.items()})
+    for mine, all_sequences in zip(own, whole, strict=True):
+        assert_equal(mine, {name: array[[1, 3]] for name, array in all_sequences.items()})
     assert sorted(read) == [1, 3, 5, 7]
 
 
 def test_a_position_that_does_not_divide_is_an_error(demo_config):
     with pytest.raises(UserError, match="position 5"):
-        loader.TrainBatches(demo_config, start_row=5)
+        loader.TrainBatches(demo_config, start_sequence=5)
 
 
 def test_the_tokenizer_must_fit_the_model(demo_config):

@@ -4,29 +4,27 @@ import pytest
 from alignvlm_jax.data import packing
 
 
-def draw(
-    count: int, row_length: int, row_tiles: int, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
+def draw(count: int, seq_len: int, max_tiles: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Log-normal texts behind up to `row_tiles` tiles of an eighth of a row's share."""
     rng = np.random.default_rng(seed)
-    tiles = rng.integers(0, row_tiles + 1, count)
-    texts = np.maximum(rng.lognormal(np.log(row_length / 20), 1.0, count), 1).astype(np.int32)
-    return texts + tiles * (row_length // (2 * row_tiles)), tiles
+    tiles = rng.integers(0, max_tiles + 1, count)
+    texts = np.maximum(rng.lognormal(np.log(seq_len / 20), 1.0, count), 1).astype(np.int32)
+    return texts + tiles * (seq_len // (2 * max_tiles)), tiles
 
 
-def of_rows(plan: packing.Plan, values: np.ndarray) -> np.ndarray:
+def of_rows(plan: packing.Packing, values: np.ndarray) -> np.ndarray:
     return np.add.reduceat(values[plan.records], plan.offsets[:-1])
 
 
 @pytest.mark.parametrize("count", [1, 2, 37, 3000])
-@pytest.mark.parametrize("row_length, row_tiles", [(100, 1), (512, 4), (1000, 9)])
-def test_every_record_is_in_one_row_and_every_row_holds_its_records(count, row_length, row_tiles):
-    lengths, tiles = draw(count, row_length, row_tiles)
-    plan = packing.plan(lengths, tiles, row_length, row_tiles, [1], 0)
+@pytest.mark.parametrize("seq_len, row_tiles", [(100, 1), (512, 4), (1000, 9)])
+def test_every_record_is_in_one_row_and_every_row_holds_its_records(count, seq_len, max_tiles):
+    lengths, tiles = draw(count, seq_len, max_tiles)
+    plan = packing.plan(lengths, tiles, seq_len, max_tiles, [1], 0)
     assert sorted(plan.records) == list(range(count))
     assert plan.offsets[0] == 0 and plan.offsets[-1] == count and (np.diff(plan.offsets) > 0).all()
-    assert (of_rows(plan, np.minimum(lengths, row_length)) <= row_length).all()
-    assert (of_rows(plan, tiles) <= row_tiles).all()
+    assert (of_rows(plan, np.minimum(lengths, seq_len)) <= seq_len).all()
+    assert (of_rows(plan, tiles) <= max_tiles).all()
 
 
 def test_a_record_longer_than_a_row_has_a_row_to_itself():
@@ -47,13 +45,11 @@ def test_tiles_bind_as_well():
     assert len(plan.offsets) == 31 and (of_rows(plan, tiles) == 3).all()
 
 
-@pytest.mark.parametrize("row_length, spread", [(2048, 1.0), (4096, 1.5), (1024, 0.7)])
-def test_log_normal_lengths_fill_rows(row_length, spread):
-    lengths = (
-        np.random.default_rng(0).lognormal(5.0, spread, 20_000).astype(int).clip(1, row_length)
-    )
-    plan = packing.plan(lengths, np.zeros(20_000, int), row_length, 1, [1], 0)
-    assert lengths.sum() / (row_length * (len(plan.offsets) - 1)) > 0.99
+@pytest.mark.parametrize("seq_len, spread", [(2048, 1.0), (4096, 1.5), (1024, 0.7)])
+def test_log_normal_lengths_fill_rows(seq_len, spread):
+    lengths = np.random.default_rng(0).lognormal(5.0, spread, 20_000).astype(int).clip(1, seq_len)
+    plan = packing.plan(lengths, np.zeros(20_000, int), seq_len, 1, [1], 0)
+    assert lengths.sum() / (seq_len * (len(plan.offsets) - 1)) > 0.99
 
 
 def test_a_plan_is_a_function_of_seed_and_epoch():
@@ -76,8 +72,6 @@ def test_rows_and_records_are_shuffled():
 
 
 def test_one_a_row_is_a_shuffle():
-    plan = packing.one_a_row(50, [1], 0)
+    plan = packing.unpacked(50, [1], 0)
     assert sorted(plan.records) == list(range(50)) and plan.offsets.tolist() == list(range(51))
-    assert (
-        plan.records.tolist() != packing.one_a_row(50, [1], 1).records.tolist() != list(range(50))
-    )
+    assert plan.records.tolist() != packing.unpacked(50, [1], 1).records.tolist() != list(range(50))

@@ -63,8 +63,8 @@ def test_a_record_is_one_request_and_opening_is_few(remote, bucket):
 
 def test_rows_and_the_index_are_those_of_the_disk(prepared, remote, demo_config):
     def rows(folder):
-        return loader.TrainRows(
-            change(demo_config, "data", dir=str(folder), packing="plan"), "train"
+        return loader.TrainSequences(
+            change(demo_config, "data", dir=str(folder), packing="offline"), "train"
         )
 
     here = rows(prepared)
@@ -82,7 +82,7 @@ def test_batches_are_read_ahead(prepared, remote, demo_config, bucket):
     """Each record by one request, and many of them at a time."""
 
     def batches(folder):
-        config = change(demo_config, "data", dir=str(folder), packing="plan")
+        config = change(demo_config, "data", dir=str(folder), packing="offline")
         return loader.TrainBatches(
             dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=8))
         )
@@ -111,8 +111,8 @@ def test_batches_are_read_ahead(prepared, remote, demo_config, bucket):
         bucket.hook = lambda method, names: None
     records = sum(len(expected_batch["tokens"]) for expected_batch in expected)
     assert most > 16
-    planned = loader.TrainRows(
-        change(demo_config, "data", dir=str(prepared), packing="plan"), "train"
+    planned = loader.TrainSequences(
+        change(demo_config, "data", dir=str(prepared), packing="offline"), "train"
     ).schedule
     assert bucket.requests["GET"] <= sum(planned.num_records(row) for row in range(records)) + 2
 

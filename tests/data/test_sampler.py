@@ -16,7 +16,7 @@ from alignvlm_jax.data.lengths import Lengths
 from alignvlm_jax.data.sampler import Mixed, Shuffled
 from alignvlm_jax.errors import UserError
 
-ROW_LENGTH = 256
+SEQ_LEN = 256
 SIZES = (300, 120, 40)
 SOURCES = {
     "a": SourceConfig(dir="a", weight=2.0),
@@ -27,10 +27,10 @@ SOURCES = {
 
 def config(**changes) -> Config:
     data = DataConfig(
-        row_length=ROW_LENGTH,
+        seq_len=SEQ_LEN,
         max_tiles=4,
         sources=SOURCES,
-        packing="plan",
+        packing="offline",
         temperature=1.3,
         tasks={"transcribe": 0.5, "answer": 0.5},
     )
@@ -64,7 +64,7 @@ def test_rows_hold_what_the_plan_says_and_no_more_than_fits():
         tokens = [
             lengths.tokens[("answer", "transcribe").index(pick.task), pick.record] for pick in picks
         ]
-        assert all(tokens) and sum(tokens) <= ROW_LENGTH
+        assert all(tokens) and sum(tokens) <= SEQ_LEN
         assert sum(lengths.tiles[pick.record] for pick in picks) <= 4
 
 
@@ -112,7 +112,7 @@ def test_counters_are_those_of_the_rows_before(known):
         }
         if known is not None:
             assert sum(counted[f"tokens/{name}"] for name in SOURCES) == tokens
-            assert counted["fill"] == pytest.approx(tokens / (ROW_LENGTH * max(row, 1)))
+            assert counted["packing_efficiency"] == pytest.approx(tokens / (SEQ_LEN * max(row, 1)))
         for pick in rows.picks(row):
             seen["abc"[np.searchsorted(np.cumsum(SIZES), pick.record, side="right")]] += 1
             if known is not None:
@@ -167,7 +167,7 @@ def test_one_folder_shuffled_needs_no_lengths():
 def test_a_restored_state_gives_the_same_rows_and_counters_and_plans_no_epoch_before(
     known, monkeypatch
 ):
-    rows = Mixed(config(packing="plan" if known is not None else "none"), SIZES, known, [0, 1])
+    rows = Mixed(config(packing="offline" if known is not None else "none"), SIZES, known, [0, 1])
     row = rows.epoch_at(0).end
     for _ in range(2):
         row = rows.epoch_at(row).end
@@ -180,7 +180,7 @@ def test_a_restored_state_gives_the_same_rows_and_counters_and_plans_no_epoch_be
     monkeypatch.setattr(
         Mixed, "_make", lambda self, number: made.append(number) or make(self, number)
     )
-    fresh = Mixed(config(packing="plan" if known is not None else "none"), SIZES, known, [0, 1])
+    fresh = Mixed(config(packing="offline" if known is not None else "none"), SIZES, known, [0, 1])
     assert fresh.restore(state)
     assert fresh.counters(row) == expected
     assert [pick[:2] for at in range(row, row + 9) for pick in fresh.picks(at)] == [
@@ -222,7 +222,7 @@ def test_a_state_of_other_rows_is_not_taken(monkeypatch):
     others = [
         Mixed(config(), SIZES, fewer, [0, 1]),
         Mixed(config(), SIZES, known, [0, 2]),
-        Mixed(config(row_length=ROW_LENGTH + 1), SIZES, known, [0, 1]),
+        Mixed(config(seq_len=SEQ_LEN + 1), SIZES, known, [0, 1]),
         Mixed(config(tasks={"answer": 1.0, "transcribe": 2.0}), SIZES, known, [0, 1]),
         Mixed(config(packing="none"), SIZES, None, [0, 1]),
     ]

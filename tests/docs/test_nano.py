@@ -45,7 +45,7 @@ def make_config(tie_embeddings: bool) -> Config:
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, llm=llm),
-        data=dataclasses.replace(config.data, row_length=64, max_tiles=4),
+        data=dataclasses.replace(config.data, seq_len=64, max_tiles=4),
         train=dataclasses.replace(config.train, batch_size=4, patch_token_weight=0.7),
         optim=dataclasses.replace(config.optim, warmup_steps=1),
     )
@@ -95,7 +95,7 @@ def packed_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
     size = config.train.batch_size
     vocab = config.model.llm.vocab_size
     patches = vision.num_patches
-    shape = size, data.row_length
+    shape = size, data.seq_len
     batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "segment_ids")}
     for b in range(size):
         start = 0
@@ -109,20 +109,20 @@ def packed_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
             batch["positions"][b, here] = np.arange(len(tokens))
             batch["segment_ids"][b, here] = segment
             start += len(tokens)
-        assert start < data.row_length
+        assert start < data.seq_len
     targets = np.roll(batch["tokens"], -1, axis=1)
-    # Weights other than 0 and 1, as loss_by "record" gives them.
+    # Weights other than 0 and 1, as loss_normalisation "record" gives them.
     weights = rng.uniform(0.2, 2.0, shape) * (rng.random(shape) < 0.5)
     is_taught = (batch["segment_ids"] > 0) & (batch["tokens"] != config.model.image_token_id)
     labels = (size, data.max_tiles, patches, data.max_patch_labels)
-    shares = rng.random(labels)
+    fractions = rng.random(labels)
     tiles = (size, data.max_tiles, vision.tile_height, vision.tile_width, 3)
     return batch | {
         "targets": targets,
         "loss_weights": (weights * is_taught).astype(np.float32),
         "tiles": rng.integers(0, 256, tiles, dtype=np.uint8),
         "patch_label_ids": rng.integers(8, vocab, labels).astype(np.int32),
-        "patch_label_weights": (shares / shares.sum(-1, keepdims=True)).astype(np.float32),
+        "patch_label_weights": (fractions / fractions.sum(-1, keepdims=True)).astype(np.float32),
         "patch_loss_weights": rng.choice([0.0, 0.2, 1.0], labels[:3]).astype(np.float32),
     }
 
@@ -183,7 +183,9 @@ def test_loss_its_parts_and_all_gradients_are_the_packages(nano, tie_embeddings)
 def test_three_steps_end_at_the_packages_parameters(nano):
     """The package adds up the gradients of two microbatches; nano takes the batch whole."""
     config = make_config(tie_embeddings=True)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=2))
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, grad_accum_steps=2)
+    )
     params = make_params(config)
     c = nano_config(nano, config)
     tx = optim.make_optimizer(config)

@@ -19,7 +19,7 @@ from alignvlm_jax.train import checkpoint_files
 def test_parameters_are_those_saved_whatever_the_mesh(trained_workdir):
     config = loading.load_config(trained_workdir)
     as_trained = loading.load(trained_workdir, config)
-    assert (as_trained.step, as_trained.batch_ways) == (7, 4)
+    assert (as_trained.step, as_trained.data_parallel_size) == (7, 4)
     assert as_trained.path == trained_workdir / "checkpoints" / "7"
     assert as_trained.metadata["train_seconds"] == 12.5
 
@@ -52,14 +52,14 @@ def test_the_config_is_that_of_the_parameters(trained_workdir, tmp_path):
     shutil.rmtree(newer / "state" / "d")
     metadata = newer / "metadata" / "metadata"
     fields = json.loads(metadata.read_text())
-    fields["config"][0]["data"]["row_length"] = 64
+    fields["config"][0]["data"]["seq_len"] = 64
     fields["step"] = 8
     del fields[checkpoint_files.CHECKSUM]  # As in one from before there were any.
     metadata.write_text(json.dumps(fields))
     config = loading.load_config(tmp_path, str(trained_workdir))
-    assert config.data.row_length == 64
+    assert config.data.seq_len == 64
     loaded = loading.load(tmp_path, config)
-    assert (loaded.step, loaded.config.data.row_length) == (7, 48)
+    assert (loaded.step, loaded.config.data.seq_len) == (7, 48)
     assert loaded.config.data.dir == str(trained_workdir)
 
 

@@ -40,8 +40,8 @@ def assert_cover_once(page: Image.Image, boxes: np.ndarray):
 
 
 def test_boxes_cover_the_page_once_and_probabilities_are_those_of_its_tiles(loaded):
-    vocab = loaded.config.model.llm.num_words
-    looks = patch_tokens.look(loaded, PAGES, num_tokens=vocab)
+    vocab = loaded.config.model.llm.unpadded_vocab_size
+    looks = patch_tokens.lenses(loaded, PAGES, num_tokens=vocab)
     tiles = [images.tile_image(page, loaded.config.model.vision, 2, False).pixels for page in PAGES]
     pixels = np.concatenate(tiles)
     whole = jax.jit(
@@ -55,7 +55,9 @@ def test_boxes_cover_the_page_once_and_probabilities_are_those_of_its_tiles(load
             np.cumsum([len(t) for t in tiles])[:-1],
         )
     for look, page in zip(looks, PAGES, strict=True):
-        assert look.page is page and not look.is_overview.any() and look.num_words == vocab
+        assert (
+            look.page is page and not look.is_overview.any() and look.unpadded_vocab_size == vocab
+        )
         assert_cover_once(page, look.boxes)
         assert (np.diff(look.probabilities) <= 0).all()
         np.testing.assert_allclose(look.probabilities.sum(-1), 1, atol=1e-5)
@@ -72,22 +74,22 @@ def test_boxes_cover_the_page_once_and_probabilities_are_those_of_its_tiles(load
 
 
 def test_gives_as_many_tokens_as_asked_for(loaded):
-    [few] = patch_tokens.look(loaded, PAGES[:1], 3)
-    [all_of_them] = patch_tokens.look(loaded, PAGES[:1], 10**6)
-    assert few.tokens.shape == (16, 3) and all_of_them.tokens.shape == (16, few.num_words)
+    [few] = patch_tokens.lenses(loaded, PAGES[:1], 3)
+    [all_of_them] = patch_tokens.lenses(loaded, PAGES[:1], 10**6)
+    assert few.tokens.shape == (16, 3) and all_of_them.tokens.shape == (16, few.unpadded_vocab_size)
     np.testing.assert_array_equal(few.tokens, all_of_them.tokens[:, :3])
 
 
 def test_the_overview_covers_the_page_once_more(loaded):
     page = noise(32, 8)
-    [look] = patch_tokens.look(with_data(loaded, max_tiles=3, use_overview=True), [page])
+    [look] = patch_tokens.lenses(with_data(loaded, max_tiles=3, use_overview=True), [page])
     assert 0 < look.is_overview.sum() < len(look)
     assert_cover_once(page, look.boxes[look.is_overview])
     assert_cover_once(page, look.detail().boxes)
 
 
 def test_a_page_has_the_tiles_that_a_question_would_have(loaded):
-    [look] = patch_tokens.look(with_data(loaded, max_tiles=9, record_tiles=1), [noise(64, 32)])
+    [look] = patch_tokens.lenses(with_data(loaded, max_tiles=9, record_tiles=1), [noise(64, 32)])
     assert len(look) == loaded.config.model.vision.num_patches
 
 
@@ -95,7 +97,7 @@ def test_a_connector_without_a_distribution_says_so(loaded):
     model = dataclasses.replace(loaded.config.model, connector=config_lib.connector("mlp"))
     other = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, model=model))
     with pytest.raises(UserError, match="'mlp' gives patches no distribution"):
-        patch_tokens.look(other, [])
+        patch_tokens.lenses(other, [])
     model = dataclasses.replace(
         loaded.config.model, connector=config_lib.connector(weights="linear")
     )
@@ -103,4 +105,4 @@ def test_a_connector_without_a_distribution_says_so(loaded):
     with pytest.raises(
         UserError, match="'align' with weights 'linear' gives patches no distribution"
     ):
-        patch_tokens.look(other, [])
+        patch_tokens.lenses(other, [])

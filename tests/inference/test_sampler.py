@@ -29,9 +29,9 @@ MODEL = vlm.VLM(
 PAD = 0
 NUM_NEW = 7
 ROWS = CONFIG.train.batch_size
-LENGTH = CONFIG.data.row_length
+LENGTH = CONFIG.data.seq_len
 VOCAB = CONFIG.model.llm.vocab_size
-# of different lengths, one image slot after another in front
+# of different lengths, one image token after another in front
 PROMPTS = random_batch(CONFIG, seed=7)
 PROMPT_LENGTHS = PROMPTS["segment_ids"].sum(-1)
 
@@ -107,7 +107,7 @@ def test_prompts_and_answers_differ(greedy, end_id):
     assert len(set(PROMPT_LENGTHS)) > 3 and PROMPT_LENGTHS.max() == LENGTH
     assert len({tuple(row) for row in greedy}) == ROWS
     assert np.mean(greedy[:, 1:] != greedy[:, :-1]) > 0.5
-    # the whole forward pass would take it for an image slot
+    # the whole forward pass would take it for an image token
     assert CONFIG.model.image_token_id not in greedy
     is_end = greedy == end_id
     ends = np.where(is_end.any(-1), is_end.argmax(-1), NUM_NEW)
@@ -115,7 +115,7 @@ def test_prompts_and_answers_differ(greedy, end_id):
 
 
 def with_texts_among(prompts: dict) -> dict:
-    """Every second row without image slots, its tiles unused."""
+    """Every second row without image tokens, its tiles unused."""
     is_text = np.arange(ROWS)[:, None] % 2 == 1
     is_slot = prompts["tokens"] == CONFIG.model.image_token_id
     return prompts | {"tokens": np.where(is_text & is_slot, 9, prompts["tokens"])}
@@ -253,7 +253,7 @@ def test_a_long_prompt_has_no_logits_of_all_pairs():
     config = dataclasses.replace(
         CONFIG,
         train=dataclasses.replace(CONFIG.train, batch_size=batch),
-        data=dataclasses.replace(CONFIG.data, row_length=length),
+        data=dataclasses.replace(CONFIG.data, seq_len=length),
     )
     boxed = jax.eval_shape(
         lambda: vlm.init_params(MODEL, jax.random.key(0), vlm.abstract_batch(CONFIG))

@@ -311,13 +311,13 @@ def pdf(folder: Path, is_hostile: bool) -> dict[str, str]:
 
 
 def chats(
-    messages: str, role: str, content: str, asker: str, answerer: str
+    messages: str, role: str, content: str, evaluator: str, answerer: str
 ) -> Callable[[Path, bool], dict[str, str]]:
     """Sets of chats, in an array and in lines."""
 
     def write(folder: Path, is_hostile: bool) -> dict[str, str]:
         (folder / "good.png").write_bytes(picture())
-        turns = [{role: asker, content: "What?"}, {role: answerer, content: "This."}]
+        turns = [{role: evaluator, content: "What?"}, {role: answerer, content: "This."}]
         good = {"image": "good.png", messages: turns}
         bad = {
             "missing": (good | {"image": "none.png"}, "image is missing"),
@@ -336,7 +336,7 @@ def chats(
             lines = [json.dumps(one) for one in (good, *([fields] if is_hostile else []))]
             (folder / f"{number} good.jsonl").write_text("\n".join(lines))
         whole = json.dumps([good] * 5).encode()
-        ending = "json" if asker == "human" else "jsonl"
+        ending = "json" if evaluator == "human" else "jsonl"
         files = {
             f"zero bytes.{ending}": (b"", HANDLED),
             f"zeros.{ending}": (bytes(100), "no JSON"),

@@ -117,10 +117,10 @@ def byte_level(path: Path) -> Path:
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
+    special_tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=specials, initial_alphabet=alphabet
+        vocab_size=300, special_tokens=special_tokens, initial_alphabet=alphabet
     )
     model.train_from_iterator(["What is the total?"], trainer)
     model.save(str(path))
@@ -146,27 +146,27 @@ def test_special_tokens_in_a_users_text_are_text(tmp_path, tokenizer, kind):
     )
     request = job.Request("jsonl", REGISTRY["jsonl"](), f"{tmp_path}/data.jsonl", str(path), 0.0)
     job.prepare(request, tmp_path / "out", job.on_processes(1))
-    specials = loader.tokenizers.load(tmp_path / "out").specials
+    special_tokens = loader.tokenizers.load(tmp_path / "out").special_tokens
     llm = config_lib.LLMConfig(vocab_size=400)
     config = config_lib.Config(
         model=config_lib.ModelConfig(
-            vision=presets.VISION["tiny"], llm=llm, image_token_id=specials["<image>"]
+            vision=presets.VISION["tiny"], llm=llm, image_token_id=special_tokens["<image>"]
         ),
-        data=config_lib.DataConfig(dir=str(tmp_path / "out"), row_length=1024, max_tiles=2),
+        data=config_lib.DataConfig(dir=str(tmp_path / "out"), seq_len=1024, max_tiles=2),
         train=config_lib.TrainConfig(num_steps=len(texts), batch_size=1),
     )
-    rows = loader.TrainRows(config, "train")
+    rows = loader.TrainSequences(config, "train")
     known = index.load(tmp_path / "out", "train").text_tokens["answer"].tolist()
     seen = []
     for number in range(len(texts)):
-        ((name, part),) = rows.parts(number)
-        is_special = np.isin(part.tokens, list(specials.values()))
-        seen.append(part.tokens[is_special].tolist())
-        num_slots = len(part.tile_arrays["tiles"]) * config.model.slots_per_tile
-        assert len(part.tokens) == known[int(name)] + num_slots
-        text = rows.tokenizer.decode(part.tokens[~is_special])
+        ((name, output),) = rows.outputs(number)
+        is_special = np.isin(output.tokens, list(special_tokens.values()))
+        seen.append(output.tokens[is_special].tolist())
+        num_slots = len(output.tile_arrays["tiles"]) * config.model.tokens_per_tile
+        assert len(output.tokens) == known[int(name)] + num_slots
+        text = rows.tokenizer.decode(output.tokens[~is_special])
         assert name == "0" or ("<image>" in text and "<|im_end|>" in text)
-    assert seen[0] == seen[1] == seen[2] and seen[0].count(specials["<image>"]) == num_slots
+    assert seen[0] == seen[1] == seen[2] and seen[0].count(special_tokens["<image>"]) == num_slots
 
 
 LIMITED = """

@@ -103,7 +103,7 @@ def test_documents_are_held_out_whole(source, prepare):
     assert documents[0] and documents[1] and not documents[0] & documents[1]
     assert len(documents[1]) == pytest.approx(0.3 * COUNT / 2, abs=4)
     nothing, everything = (
-        prepare(Jsonl(), source, f"all{share}", holdout=share) for share in (0.0, 1.0)
+        prepare(Jsonl(), source, f"all{fraction}", holdout=fraction) for fraction in (0.0, 1.0)
     )
     assert not nothing.records("validation") and not everything.records("train")
     assert len(nothing.records("train")) == len(everything.records("validation")) == COUNT - 3
@@ -191,7 +191,7 @@ def test_parts_that_are_done_are_not_done_again(source, prepare, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(files, "UNIT_RECORDS", 8)
     monkeypatch.setattr(
-        writer.PartWriter, "__call__", lambda *args: pytest.fail("a part was written again")
+        writer.UnitWriter, "__call__", lambda *args: pytest.fail("a part was written again")
     )
     assert len(prepare(Jsonl(), source).records()) == COUNT - 3
 

@@ -14,7 +14,7 @@ from tests.prepared import NUM_DOCUMENTS
 
 def test_distributions_are_those_of_the_records(demo_config, data_dir, tokenizer):
     found = statistics.collect(demo_config, str(data_dir), "train", 0.5)
-    assert found.num_records == NUM_DOCUMENTS and found.fill == 0.5
+    assert found.num_records == NUM_DOCUMENTS and found.packing_efficiency == 0.5
     source = shards.RecordSource(data_dir, "train")
     records = [source[i] for i in range(len(source))]
     texts = [
@@ -29,7 +29,7 @@ def test_distributions_are_those_of_the_records(demo_config, data_dir, tokenizer
         np.median(lengths), abs=0.6
     )
     tiles = np.array(found.distributions["tiles a record"])
-    slots = demo_config.model.slots_per_tile
+    slots = demo_config.model.tokens_per_tile
     assert found.distributions["row tokens, transcribe"][-1] == total + tiles[-1] * slots
     assert found.distributions["image width, pixels"][4] == 128
     assert found.facts["Same content twice"] == "0 records"

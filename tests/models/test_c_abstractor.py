@@ -93,7 +93,7 @@ def test_equals_float64_reference(mesh):
         image = blocks(tile + weights["positions"].reshape(ROWS, COLUMNS, E), weights["before"])
         image = blocks(pool(image), weights["after"]).reshape(-1, E)
         expected.append(linear(silu(linear(image, weights["fc1"])), weights["fc2"]))
-    assert output.tokens.shape == (TILES * CONFIG.slots_per_tile, D) == (12, D)
+    assert output.tokens.shape == (TILES * CONFIG.tokens_per_tile, D) == (12, D)
     np.testing.assert_allclose(output.tokens, np.concatenate(expected), atol=1e-4)
     np.testing.assert_array_equal(output.patch_nll, np.zeros(len(FEATURES), np.float32))
 

@@ -102,8 +102,10 @@ def reference(params: dict, config: LLMConfig, tokens, positions, segment_ids) -
             for t in range(len(x)):
                 seen = [s for s in range(t + 1) if segment_ids[s] == segment_ids[t]]
                 scores = np.array([queries[t] @ keys[s] for s in seen]) / math.sqrt(config.head_dim)
-                shares = np.exp(scores - scores.max())
-                mixed[t] += shares / shares.sum() @ values[seen] @ weights["o"]["kernel"][head]
+                fractions = np.exp(scores - scores.max())
+                mixed[t] += (
+                    fractions / fractions.sum() @ values[seen] @ weights["o"]["kernel"][head]
+                )
         return mixed
 
     x = params["embed"]["table"][tokens]

@@ -63,7 +63,7 @@ def test_equals_float64_reference(mesh):
             hidden.reshape(ROWS, COLUMNS, E), weights["conv2"]["kernel"], weights["conv2"]["bias"]
         )
         expected.append(merged.reshape(-1, E) @ weights["fc"]["kernel"] + weights["fc"]["bias"])
-    assert output.tokens.shape == (TILES * CONFIG.slots_per_tile, D) == (12, D)
+    assert output.tokens.shape == (TILES * CONFIG.tokens_per_tile, D) == (12, D)
     np.testing.assert_allclose(output.tokens, np.concatenate(expected), atol=1e-5)
     np.testing.assert_array_equal(output.patch_nll, np.zeros(len(FEATURES), np.float32))
 

@@ -32,7 +32,7 @@ def make(**options):
 
 
 @pytest.mark.parametrize(
-    "form", [{"vocab_form": "plain"}, {"vocab_form": "blockwise", "vocab_block_mib": 1e-4}]
+    "form", [{"vocab_impl": "plain"}, {"vocab_impl": "chunked", "chunk_size_mib": 1e-4}]
 )
 def test_equals_float64_reference(mesh, form):
     ovis = make(**form)

@@ -41,12 +41,12 @@ def packed(request, tmp_path_factory):
         config.model, llm=llm, connector=tiny_connector(getattr(request, "param", "align"))
     )
     data = dataclasses.replace(
-        config.data, packing="plan", row_length=128, max_tiles=6, record_tiles=2
+        config.data, packing="offline", seq_len=128, max_tiles=6, record_tiles=2
     )
     train = dataclasses.replace(config.train, batch_size=1)
     config = dataclasses.replace(config, model=model, data=data, train=train)
     parts = [
-        examples.build_part(
+        examples.build_segment(
             record(number, size), "answer", np.random.default_rng(0), config, tokenizer
         )
         for number, size in enumerate(SIZES, start=1)
@@ -74,7 +74,7 @@ def test_losses_are_those_of_each_record_in_a_row_of_its_own(packed):
     run = jax.jit(functools.partial(losses, config, params))
     together = run(loader.stack([row]))
     apart = run(alone)
-    slots = config.model.slots_per_tile
+    slots = config.model.tokens_per_tile
     assert (row["tokens"] == config.model.image_token_id).sum() == 5 * slots
     tile = 0
     for number, part in enumerate(parts):

@@ -76,7 +76,7 @@ def test_equals_float64_reference(mesh):
     output = jax.jit(lambda params: PERCEIVER.apply({"params": params}, FEATURES, TABLE, None))(
         params
     )
-    assert output.tokens.shape == (TILES * CONFIG.slots_per_tile, D) == (15, D)
+    assert output.tokens.shape == (TILES * CONFIG.tokens_per_tile, D) == (15, D)
     np.testing.assert_allclose(output.tokens, reference(params), atol=1e-4)
     np.testing.assert_array_equal(output.patch_nll, np.zeros(TILES * P, np.float32))
 

@@ -85,10 +85,10 @@ def get_config():
         vocab_size=128, width=16, mlp_width=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8
     )
     config.model.image_token_id = 4
-    config.data.update(row_length=192, max_tiles=2, tasks={"transcribe": 0.5, "answer": 0.5})
+    config.data.update(seq_len=192, max_tiles=2, tasks={"transcribe": 0.5, "answer": 0.5})
     config.optim.learning_rate = 2e-3
     config.eval.splits = ("seen_fonts", "unseen_fonts")
-    config.train.update(num_steps=2, batch_size=8, log_every=1, validation_rows=8)
+    config.train.update(num_steps=2, batch_size=8, log_every=1, validation_sequences=8)
     config.optim.warmup_steps = 0
     config.eval.update(num_questions=4, batch_size=8, max_new_tokens=4)
     return config
@@ -138,7 +138,7 @@ def test_its_options_are_read_and_checked(flags):
         [*flags, "--config.model.connectors.strided.merged_columns=max"]
     )
     assert config.model.connector == config_lib.connector("strided", merged_columns="max", stride=2)
-    assert config.slots_per_tile == PATCHES // 2
+    assert config.tokens_per_tile == PATCHES // 2
     assert config_lib.from_json(json.loads(json.dumps(config_lib.to_json((config,))))) == (config,)
     assert config.model.with_connector("h_reducer").connector == config_lib.connector(
         "h_reducer", merged_columns=4
@@ -157,7 +157,7 @@ def test_its_options_are_read_and_checked(flags):
 def test_it_is_trained(workdir, loaded):
     config = loaded.config
     assert config.model.connector == config_lib.connector("strided", stride=STRIDE)
-    assert config.slots_per_tile == PATCHES // STRIDE
+    assert config.tokens_per_tile == PATCHES // STRIDE
     steps = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps if "loss" in line] == [1, 2]
     assert all(np.isfinite(line["loss"]) for line in steps if "loss" in line)

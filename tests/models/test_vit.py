@@ -53,10 +53,13 @@ def reference(params: dict, pixels: np.ndarray, config: VisionConfig = CONFIG) -
             query, key, value = (
                 x @ weights[n]["kernel"][:, head] + weights[n]["bias"][head] for n in "qkv"
             )
-            shares = np.exp(query @ key.T / math.sqrt(CONFIG.width / CONFIG.num_heads))
+            fractions = np.exp(query @ key.T / math.sqrt(CONFIG.width / CONFIG.num_heads))
             mixed = (
                 mixed
-                + shares / shares.sum(-1, keepdims=True) @ value @ weights["o"]["kernel"][head]
+                + fractions
+                / fractions.sum(-1, keepdims=True)
+                @ value
+                @ weights["o"]["kernel"][head]
             )
         return mixed
 

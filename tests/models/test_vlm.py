@@ -1,4 +1,4 @@
-"""The whole model: sharded equals single, what stands at image slots, who sees whom, options that
+"""The whole model: sharded equals single, what stands at image tokens, who sees whom, options that
 change nothing."""
 
 import dataclasses
@@ -48,7 +48,7 @@ CONFIG = tiny_config(
         ),
         image_token_id=4,
     ),
-    data=config_lib.DataConfig(row_length=34, max_tiles=2),
+    data=config_lib.DataConfig(seq_len=34, max_tiles=2),
 )
 MODEL = CONFIG.model
 MLP_UNTIED = dataclasses.replace(
@@ -57,7 +57,7 @@ MLP_UNTIED = dataclasses.replace(
     llm=dataclasses.replace(MODEL.llm, tie_embeddings=False),
 )
 ROWS = CONFIG.train.batch_size
-LENGTH = CONFIG.data.row_length
+LENGTH = CONFIG.data.seq_len
 TILES = CONFIG.data.max_tiles
 PATCHES = 8
 VOCAB = MODEL.llm.vocab_size
@@ -66,16 +66,16 @@ IMAGE = MODEL.image_token_id
 
 @functools.cache
 def batch_of(model: config_lib.ModelConfig) -> dict[str, np.ndarray]:
-    """Its rows have the image slots of the model's connector."""
+    """Its rows have the image tokens of the model's connector."""
     return random_batch(dataclasses.replace(CONFIG, model=model))
 
 
 BATCH = batch_of(MODEL)
 
 BLOCK_ROWS = 7
-BLOCKWISE = {
-    "vocab_form": "blockwise",
-    "vocab_block_mib": (BLOCK_ROWS + 0.5) * VOCAB / 2 * 4 / 2**20,
+CHUNKED = {
+    "vocab_impl": "chunked",
+    "chunk_size_mib": (BLOCK_ROWS + 0.5) * VOCAB / 2 * 4 / 2**20,
 }
 
 
@@ -106,7 +106,7 @@ def gradient_step(model: config_lib.ModelConfig, grad_shardings=None):
 @functools.cache
 def single_step(model: config_lib.ModelConfig):
     """(loss, losses), gradients on one device, in the plain form."""
-    model = dataclasses.replace(model, vocab_form="plain")
+    model = dataclasses.replace(model, vocab_impl="plain")
     return jax.device_get(gradient_step(model)(draw_params(model), batch_of(model)))
 
 
@@ -153,11 +153,9 @@ class Sharded:
 SHARDED = {
     "align_tied": MODEL,
     "mlp_untied": MLP_UNTIED,
-    "align_untied_blockwise": dataclasses.replace(
-        MLP_UNTIED, connector=MODEL.connector, **BLOCKWISE
-    ),
-    "align_tied_blockwise": dataclasses.replace(MODEL, **BLOCKWISE),
-    "ovis_blockwise": dataclasses.replace(MODEL, connector=tiny_connector("ovis"), **BLOCKWISE),
+    "align_untied_chunked": dataclasses.replace(MLP_UNTIED, connector=MODEL.connector, **CHUNKED),
+    "align_tied_chunked": dataclasses.replace(MODEL, **CHUNKED),
+    "ovis_chunked": dataclasses.replace(MODEL, connector=tiny_connector("ovis"), **CHUNKED),
     **{
         name: dataclasses.replace(MODEL, connector=tiny_connector(name))
         for name in connectors.REGISTRY
@@ -226,10 +224,10 @@ def test_no_device_holds_the_activations_of_all_rows(sharded):
 
 
 @pytest.mark.parametrize(
-    "sharded", [SHARDED["align_tied_blockwise"]], ids=["align_tied"], indirect=True
+    "sharded", [SHARDED["align_tied_chunked"]], ids=["align_tied"], indirect=True
 )
-def test_blockwise_a_device_holds_no_more_than_a_block(sharded):
-    """Nothing has more rows by its share of the words than a block, but what the parameters
+def test_chunked_a_device_holds_no_more_than_a_chunk(sharded):
+    """Nothing has more rows by its fraction of the words than a block, but what the parameters
     themselves are."""
     shapes = {
         tuple(map(int, dims.split(",")))
@@ -243,7 +241,7 @@ def test_blockwise_a_device_holds_no_more_than_a_block(sharded):
     } <= widths
 
 
-# Image slots.
+# Image tokens.
 
 
 def mixed_batch() -> dict[str, np.ndarray]:
@@ -275,7 +273,9 @@ MIXED = mixed_batch()
 NUM_SLOTS = (MIXED["tokens"] == IMAGE).sum(-1)
 
 
-def apply_model(params, batch, visual_input: str, model: config_lib.ModelConfig = MODEL, shift=0.0):
+def apply_model(
+    params, batch, visual_source: str, model: config_lib.ModelConfig = MODEL, shift=0.0
+):
     """The model's output, and the vectors that the decoder reads; `shift` is added to them."""
     read = []
 
@@ -286,13 +286,13 @@ def apply_model(params, batch, visual_input: str, model: config_lib.ModelConfig 
         return method(*args, **kwargs)
 
     with nn.intercept_methods(intercept):
-        output = vlm.VLM(model).apply({"params": params}, batch, visual_input)
+        output = vlm.VLM(model).apply({"params": params}, batch, visual_source)
     return output, read[0]
 
 
 @pytest.fixture(scope="module")
 def run():
-    return jax.jit(apply_model, static_argnames="visual_input")
+    return jax.jit(apply_model, static_argnames="visual_source")
 
 
 @pytest.fixture(scope="module")
@@ -303,17 +303,17 @@ def probabilities():
     )
 
 
-@pytest.mark.parametrize("visual_input", ["pixels", "labels"])
-def test_nth_slot_holds_nth_visual_token(mesh, params, run, probabilities, visual_input):
+@pytest.mark.parametrize("visual_source", ["pixels", "labels"])
+def test_nth_slot_holds_nth_visual_token(mesh, params, run, probabilities, visual_source):
     """From pixels the average of text embeddings that the patch's distribution names; from labels,
     theirs."""
     table = params["llm"]["embed"]["table"]
-    if visual_input == "pixels":
+    if visual_source == "pixels":
         visual = np.asarray(probabilities(params, MIXED)) @ table
     else:
         visual = (MIXED["patch_label_weights"][..., None] * table[MIXED["patch_label_ids"]]).sum(-2)
     visual = visual.reshape(ROWS, TILES * PATCHES, -1)
-    _, read = run(params, MIXED, visual_input)
+    _, read = run(params, MIXED, visual_source)
     for row in range(ROWS):
         is_slot = MIXED["tokens"][row] == IMAGE
         np.testing.assert_allclose(read[row][is_slot], visual[row, : is_slot.sum()], atol=1e-5)
@@ -333,14 +333,14 @@ def test_certain_labels_equal_plain_text(mesh, params, run):
     np.testing.assert_allclose(run(params, batch, "labels")[0].logits, expected.logits, atol=2e-5)
 
 
-@pytest.mark.parametrize("visual_input", ["pixels", "labels"])
-def test_unused_tiles_change_nothing(mesh, params, run, visual_input):
+@pytest.mark.parametrize("visual_source", ["pixels", "labels"])
+def test_unused_tiles_change_nothing(mesh, params, run, visual_source):
     used = NUM_SLOTS > PATCHES
     batch = {name: array.copy() for name, array in MIXED.items()}
     batch["tiles"][:, 1] = 255 - batch["tiles"][:, 1]
     batch["patch_label_ids"][:, 1] = 9
-    logits = np.asarray(run(params, MIXED, visual_input)[0].logits)
-    other = np.asarray(run(params, batch, visual_input)[0].logits)
+    logits = np.asarray(run(params, MIXED, visual_source)[0].logits)
+    other = np.asarray(run(params, batch, visual_source)[0].logits)
     assert 0 < used.sum() < ROWS
     np.testing.assert_array_equal(logits[~used], other[~used])
     assert np.abs(logits - other)[used].max((1, 2)).min() > 1e-3

@@ -46,7 +46,7 @@ def tpu():
 def compile_gradients(
     mesh, kernel: str, length: int, heads: int, kv_heads: int, head_dim: int, causal: bool
 ):
-    """The program of the output and its gradients; packed rows where causal."""
+    """The program of the output and its gradients; packed sequences where causal."""
     rows = 4
     by_heads = jax.NamedSharding(mesh, HEADS)
     query, key, value = (
@@ -103,7 +103,7 @@ def test_xla_makes_all_logits(tpu, monkeypatch):
 
 def small_config(length: int, **changes) -> config_lib.Config:
     """A model that splash takes, in bfloat16; `changes` are of `config.model`."""
-    base = tiny_config(mesh=MESH, data=config_lib.DataConfig(row_length=length, max_tiles=2))
+    base = tiny_config(mesh=MESH, data=config_lib.DataConfig(seq_len=length, max_tiles=2))
     llm = dataclasses.replace(base.model.llm, head_dim=64)
     return dataclasses.replace(
         base, model=dataclasses.replace(base.model, llm=llm, dtype="bfloat16", **changes)

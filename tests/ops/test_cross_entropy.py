@@ -1,4 +1,4 @@
-"""Losses against NumPy float64, plain and blockwise, also where the vocabulary is sharded."""
+"""Losses against NumPy float64, plain and chunked, also where the vocabulary is sharded."""
 
 import jax
 import jax.numpy as jnp
@@ -26,18 +26,23 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def losses(
-    hidden, head, block=None, is_table=False, num_words=None, targets=TARGETS
+    hidden, head, chunk=None, is_table=False, unpadded_vocab_size=None, targets=TARGETS
 ) -> cross_entropy.TokenLosses:
     matrix = Matrix.of(head.T if is_table else head, hidden.dtype)
     return cross_entropy.token_losses(
-        hidden, matrix, targets, is_table=is_table, num_words=num_words, block=block
+        hidden,
+        matrix,
+        targets,
+        is_table=is_table,
+        unpadded_vocab_size=unpadded_vocab_size,
+        chunk=chunk,
     )
 
 
 @BLOCKS
 @pytest.mark.parametrize("is_table", [False, True], ids=["head", "tied"])
-def test_losses(mesh, block, is_table):
-    result = jax.jit(lambda hidden, head: losses(hidden, head, block, is_table))(HIDDEN, HEAD)
+def test_losses(mesh, chunk, is_table):
+    result = jax.jit(lambda hidden, head: losses(hidden, head, chunk, is_table))(HIDDEN, HEAD)
     logits = HIDDEN.astype(np.float64) @ HEAD
     expected = -np.take_along_axis(log_softmax(logits), TARGETS[..., None], -1)[..., 0]
     np.testing.assert_allclose(result.nll, expected, rtol=1e-5, atol=1e-5)
@@ -50,27 +55,27 @@ def test_rows_that_do_not_divide_over_the_mesh(mesh):
     """15 over 4 shards."""
     hidden = HIDDEN[:3, :5]
     targets = TARGETS[:3, :5]
-    blockwise, plain = (
-        jax.jit(lambda hidden, block=block: losses(hidden, HEAD, block, targets=targets))(hidden)
-        for block in (4, None)
+    chunked, plain = (
+        jax.jit(lambda hidden, chunk=chunk: losses(hidden, HEAD, chunk, targets=targets))(hidden)
+        for chunk in (4, None)
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), blockwise, plain)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), chunked, plain)
 
 
 @BLOCKS
 @pytest.mark.parametrize("is_table", [False, True], ids=["head", "tied"])
-def test_gradients(mesh, block, is_table):
+def test_gradients(mesh, chunk, is_table):
     """Of the weighted sum and a z-loss: (P - target) weight, and 2 log_sum_exp P weight."""
 
     def total(hidden, head):
-        result = losses(hidden, head, block, is_table)
+        result = losses(hidden, head, chunk, is_table)
         return (result.nll * WEIGHTS).sum() + 0.1 * (result.log_sum_exp**2 * WEIGHTS).sum()
 
     dhidden, dhead = jax.jit(jax.grad(total, argnums=(0, 1)))(HIDDEN, HEAD)
     logits = HIDDEN.astype(np.float64) @ HEAD
-    shares = np.exp(log_softmax(logits))
+    fractions = np.exp(log_softmax(logits))
     total = np.log(np.exp(logits).sum(-1, keepdims=True))
-    dlogits = (shares - np.eye(WORDS)[TARGETS] + 0.2 * total * shares) * WEIGHTS[..., None]
+    dlogits = (fractions - np.eye(WORDS)[TARGETS] + 0.2 * total * fractions) * WEIGHTS[..., None]
     np.testing.assert_allclose(
         dhidden, dlogits @ HEAD.T, rtol=0, atol=1e-5 * np.abs(dlogits @ HEAD.T).max()
     )
@@ -79,25 +84,29 @@ def test_gradients(mesh, block, is_table):
 
 
 @pytest.mark.parametrize("block", [None, 4])
-def test_padded_rows_are_never_predicted(mesh, block):
+def test_padded_rows_are_never_predicted(mesh, chunk):
     """As if the head had no such columns, however large they are."""
     words = WORDS - 2
     targets = TARGETS % words
     large = HEAD.copy()
     large[:, words:] += 100
-    padded = jax.jit(lambda head: losses(HIDDEN, head, block, num_words=words, targets=targets))(
-        large
-    )
+    padded = jax.jit(
+        lambda head: losses(HIDDEN, head, chunk, unpadded_vocab_size=words, targets=targets)
+    )(large)
     cut = losses(HIDDEN, HEAD[:, :words], targets=targets)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), padded, cut)
 
 
 @pytest.mark.parametrize("block", [None, 4])
-def test_a_target_that_is_no_word_is_finite(block):
-    """Image slots have such targets, without weight."""
+def test_a_target_that_is_no_word_is_finite(chunk):
+    """Image tokens have such targets, without weight."""
     for target in (WORDS - 1, WORDS + 5):  # in the padding of the table, and beyond it
         result = losses(
-            HIDDEN, HEAD, block, num_words=WORDS - 2, targets=np.full_like(TARGETS, target)
+            HIDDEN,
+            HEAD,
+            chunk,
+            unpadded_vocab_size=WORDS - 2,
+            targets=np.full_like(TARGETS, target),
         )
         assert np.isfinite(result.nll).all()
 

@@ -1,4 +1,4 @@
-"""The average over a vocabulary, plain and blockwise, against NumPy float64 and against itself, on
+"""The average over a vocabulary, plain and chunked, against NumPy float64 and against itself, on
 the mesh and off it.
 
 Gradients of all five inputs: within 1e-5 of the reference's largest entry in float32, within 2e-2
@@ -31,7 +31,7 @@ class Case:
     rows: int
     width: int
     words: int
-    block: int
+    chunk: int
     table_width: int = 0
     padding: int = 0
     has_norm: bool = True
@@ -95,7 +95,7 @@ def draw(case: Case, seed: int = 0):
     return inputs, labels, subset, back
 
 
-def apply(case: Case, inputs, labels, subset, block: int | None, dtype=jnp.float32):
+def apply(case: Case, inputs, labels, subset, chunk: int | None, dtype=jnp.float32):
     x, head, table, scale, bias = inputs
     return vocab_average.vocab_average(
         x.astype(dtype),
@@ -103,20 +103,20 @@ def apply(case: Case, inputs, labels, subset, block: int | None, dtype=jnp.float
         Matrix.of(table, dtype),
         Norm(scale, bias, EPS) if case.has_norm else None,
         label_ids=labels,
-        num_words=case.words - case.padding,
+        unpadded_vocab_size=case.words - case.padding,
         subset=subset,
         linear=case.linear,
-        block=block,
+        chunk=chunk,
     )
 
 
-def outputs_and_gradients(case: Case, block: int | None, dtype=jnp.float32):
+def outputs_and_gradients(case: Case, chunk: int | None, dtype=jnp.float32):
     inputs, labels, subset, back = draw(case)
 
     @jax.jit
     def run(*inputs):
         outputs, pull = jax.vjp(
-            lambda *inputs: apply(case, inputs, labels, subset, block, dtype), *inputs
+            lambda *inputs: apply(case, inputs, labels, subset, chunk, dtype), *inputs
         )
         return outputs, pull(type(outputs)(back[0].astype(dtype), *back[1:]))
 
@@ -162,27 +162,27 @@ def assert_close(actual, expected, tolerance: float) -> None:
 def test_equals_float64(devices, case):
     """Both forms, all outputs and the gradients of all five inputs."""
     expected = reference_gradients(case)
-    for block in (None, case.block):
-        assert_close(outputs_and_gradients(case, block), expected, 1e-5)
+    for chunk in (None, case.chunk):
+        assert_close(outputs_and_gradients(case, chunk), expected, 1e-5)
 
 
 def test_drawn_shapes(devices):
     """Shapes and blocks drawn at random."""
     rng = np.random.default_rng(1)
     for _ in range(4):
-        rows, width, words, block = (
+        rows, width, words, chunk = (
             int(rng.integers(low, high)) for low, high in ((1, 60), (1, 9), (1, 20), (1, 70))
         )
-        case = Case(4 * rows, 2 * width, 2 * words, block, labels=int(rng.integers(0, 4)))
+        case = Case(4 * rows, 2 * width, 2 * words, chunk, labels=int(rng.integers(0, 4)))
         expected = reference_gradients(case)
-        assert_close(outputs_and_gradients(case, block), expected, 1e-5)
-        assert_close(outputs_and_gradients(case, block, jnp.bfloat16), expected, 2e-2)
+        assert_close(outputs_and_gradients(case, chunk), expected, 1e-5)
+        assert_close(outputs_and_gradients(case, chunk, jnp.bfloat16), expected, 2e-2)
 
 
-@pytest.mark.parametrize("block", [None, 5], ids=["plain", "blockwise"])
-def test_bfloat16(devices, block):
+@pytest.mark.parametrize("block", [None, 5], ids=["plain", "chunked"])
+def test_bfloat16(devices, chunk):
     case = CASES["last_block_is_filled_up"]
-    outputs, gradients = outputs_and_gradients(case, block, jnp.bfloat16)
+    outputs, gradients = outputs_and_gradients(case, chunk, jnp.bfloat16)
     assert outputs.average.dtype == jnp.bfloat16
     assert outputs.label_logits.dtype == outputs.log_sum_exp.dtype == jnp.float32
     assert_close((outputs, gradients), reference_gradients(case), 2e-2)
@@ -215,7 +215,7 @@ def test_the_vocabulary_stays_split_over_tensor(mesh):
     labels = np.zeros((case.rows, 0), np.int32)
 
     def total(*inputs):
-        return jnp.sin(apply(case, inputs, labels, None, case.block, jnp.bfloat16).average).sum()
+        return jnp.sin(apply(case, inputs, labels, None, case.chunk, jnp.bfloat16).average).sum()
 
     text = (
         jax.jit(jax.grad(total, argnums=range(5)), out_shardings=specs)
@@ -235,7 +235,7 @@ def test_padding_and_words_out_of_the_subset_have_no_weight(devices):
     assert 0 < out.sum() < case.words
     other = [x.copy() for x in inputs]
     other[2][out] += 100.0
-    run = jax.jit(lambda inputs: apply(case, inputs, labels, subset, case.block).average)
+    run = jax.jit(lambda inputs: apply(case, inputs, labels, subset, case.chunk).average)
     averages = [run(x) for x in (inputs, other)]
     np.testing.assert_array_equal(*averages)
 
@@ -245,11 +245,11 @@ def test_rows_per_block(devices):
     shards, halves = (4, 2) if devices == "mesh" else (1, 1)
     mib = 2.0  # 2**19 float32
     columns = 512 * halves
-    assert chunked.rows_per_block("plain", mib, 10**6, columns) is None
-    assert chunked.rows_per_block("auto", mib, 1024 * shards, columns) is None
-    assert chunked.rows_per_block("auto", mib, 1024 * shards + 1, columns) == 1024
-    assert chunked.rows_per_block("blockwise", mib, 100 * shards, columns) == 100
+    assert chunked.rows_per_chunk("plain", mib, 10**6, columns) is None
+    assert chunked.rows_per_chunk("auto", mib, 1024 * shards, columns) is None
+    assert chunked.rows_per_chunk("auto", mib, 1024 * shards + 1, columns) == 1024
+    assert chunked.rows_per_chunk("chunked", mib, 100 * shards, columns) == 100
     # of 524, a multiple of 128
-    assert chunked.rows_per_block("auto", mib, 10**6, 1000 * halves) == 512
-    assert chunked.rows_per_block("auto", mib, 10**6, 8192 * halves) == 64
-    assert chunked.rows_per_block("auto", mib, 10**6, 2**30 * halves) == 1
+    assert chunked.rows_per_chunk("auto", mib, 10**6, 1000 * halves) == 512
+    assert chunked.rows_per_chunk("auto", mib, 10**6, 8192 * halves) == 64
+    assert chunked.rows_per_chunk("auto", mib, 10**6, 2**30 * halves) == 1

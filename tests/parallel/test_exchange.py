@@ -26,8 +26,8 @@ def test_values_arrive_whole_and_in_order(tmp_path):
         assert exchange.differing({"a": None} if index else {"a": None, "b": 2}) == {"b": [2, None, None]}
         exchange.say(f"folder/{index}", {"n": index})
         exchange.barrier()
-        assert exchange.said("folder") == {str(n): {"n": n} for n in range(3)}
-        assert exchange.said("nothing") == {}
+        assert exchange.announced("folder") == {str(n): {"n": n} for n in range(3)}
+        assert exchange.announced("nothing") == {}
         # Nothing is left of what all have heard.
         exchange.gather(None)
         assert len(exchange._keys) <= 2
@@ -49,7 +49,7 @@ def test_little_is_told_and_nothing_is_kept_for_good(tmp_path):
         exchange.FORGET_EVERY = 20
         with StopSignal() as stop:
             if index:
-                exchange.said = None  # Not to be asked by hundreds of hosts.
+                exchange.announced = None  # Not to be asked by hundreds of hosts.
             for step in range(101):
                 assert not stop.requested()
                 assert len(exchange._keys) < 25, (step, len(exchange._keys))

@@ -185,7 +185,7 @@ def test_impossible_sizes(config, asked):
 
 
 @pytest.mark.parametrize(
-    ("rows", "accumulation", "message"),
+    ("rows", "grad_accum_steps", "message"),
     [
         (
             6,
@@ -200,14 +200,16 @@ def test_impossible_sizes(config, asked):
         (
             12,
             2,
-            r"a batch of 6 rows .*batch_size 12 / accumulation 2\).*--config.train.accumulation=1 or ",
+            r"a batch of 6 rows .*batch_size 12 / accumulation 2\).*--config.train.grad_accum_steps=1 or ",
         ),
         (1, 1, r"a batch of 1 rows .*nearest that does: --config.train.batch_size=4$"),
     ],
 )
-def test_batch_does_not_divide(config, rows, accumulation, message):
+def test_batch_does_not_divide(config, rows, grad_accum_steps, message):
     with pytest.raises(UserError, match=message):
-        mesh_lib.make_mesh(with_mesh(config, 2, 2, 2, batch_size=rows, accumulation=accumulation))
+        mesh_lib.make_mesh(
+            with_mesh(config, 2, 2, 2, batch_size=rows, grad_accum_steps=grad_accum_steps)
+        )
 
 
 def test_constraints_live_only_inside(config):

@@ -52,7 +52,7 @@ def test_open_axes(mesh, num_devices, num_slices, found):
 
 def test_rows_of_a_microbatch_count():
     """64 rows at a time on 128 devices."""
-    assert mesh_lib.resolve_sizes(asked(-1, -1, -1, accumulation=4), 128) == (1, 64, 2)
+    assert mesh_lib.resolve_sizes(asked(-1, -1, -1, grad_accum_steps=4), 128) == (1, 64, 2)
 
 
 @pytest.mark.parametrize(

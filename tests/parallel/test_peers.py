@@ -73,7 +73,7 @@ from alignvlm_jax.errors import TryAgainError
 def act():
     if index == 2:
         raise UserError("page 7 cannot be read")
-    while not exchange.said("failed"):
+    while not exchange.announced("failed"):
         time.sleep(0.01)
     raise TryAgainError("could not write checkpoint 4: connection reset by peer")
 """

@@ -41,7 +41,7 @@ def drawn(tokenizer):
         entropies=np.array([1, 0, np.log2(VOCAB), 0, 0.81], np.float32),
         is_overview=np.array([False] * 4 + [True]),
         tokenizer=tokenizer,
-        num_words=VOCAB,
+        unpadded_vocab_size=VOCAB,
     )
 
 

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.plan import collectives
-from alignvlm_jax.plan.collectives import Traffic
+from alignvlm_jax.plan.collectives import Communication
 
 # As the TPU's compiler writes them: a loop unrolled twice, an asynchronous pair, one gather spread
 # over two fusions.
@@ -62,12 +62,12 @@ ENTRY %main (a: bf16[8,16], b: f32[4], c: f32[64]) -> f32[16] {
 
 
 def test_tpu_text():
-    assert collectives.traffic(TPU) == {
-        "all-gather": Traffic(1, 64),  # once, though two fusions name it
-        "all-reduce": Traffic(1, 72),
-        "reduce-scatter": Traffic(1, 256),  # what goes in is larger
-        "collective-permute": Traffic(4, 4 * 256),  # up to 8 by steps of 2
-        "between slices": Traffic(1, 8),
+    assert collectives.communication(TPU) == {
+        "all-gather": Communication(1, 64),  # once, though two fusions name it
+        "all-reduce": Communication(1, 72),
+        "reduce-scatter": Communication(1, 256),  # what goes in is larger
+        "collective-permute": Communication(4, 4 * 256),  # up to 8 by steps of 2
+        "between slices": Communication(1, 8),
     }
 
 
@@ -85,11 +85,11 @@ def test_loops_count_as_often_as_they_run(mesh):
     x = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=whole)
     w = jax.ShapeDtypeStruct((32, 32), jnp.float32, sharding=tall)
     run = jax.jit(lambda x, w: jax.lax.scan(lambda x, _: (step(x, w), None), x, length=5)[0])
-    assert collectives.traffic(run.lower(x, w).compile().as_text()) == {
-        "all-reduce": Traffic(5, 5 * 16 * 32 * 4)
+    assert collectives.communication(run.lower(x, w).compile().as_text()) == {
+        "all-reduce": Communication(5, 5 * 16 * 32 * 4)
     }
 
 
 def test_a_program_without_collectives():
     text = jax.jit(jnp.sin).lower(np.ones(4, np.float32)).compile().as_text()
-    assert collectives.traffic(text) == {}
+    assert collectives.communication(text) == {}

@@ -37,9 +37,9 @@ LLM = config_lib.LLMConfig(
 )
 BASE = tiny_config(
     model=config_lib.ModelConfig(
-        vision=VISION, llm=LLM, image_token_id=4, vocab_form="plain", scan_unroll=3
+        vision=VISION, llm=LLM, image_token_id=4, vocab_impl="plain", scan_unroll=3
     ),
-    data=config_lib.DataConfig(row_length=128, max_tiles=2),
+    data=config_lib.DataConfig(seq_len=128, max_tiles=2),
     mesh=config_lib.MeshConfig(),
     train=config_lib.TrainConfig(batch_size=4, patch_token_weight=0.0),
 )
@@ -81,7 +81,7 @@ CASES = {
     "connector_only": change("train", trainable=("connector/.*",)),
     "vision_only": change("train", trainable=("vision/.*",)),
     "llm_blocks_only": change("train", trainable=("llm/blocks/.*",)),
-    "labels": change("train", visual_input="labels", trainable=("llm/.*",)),
+    "labels": change("train", visual_source="oracle", trainable=("llm/.*",)),
 }
 
 
@@ -102,7 +102,10 @@ def counted(config: config_lib.Config, params: state.Params) -> float:
     def loss(trainable, frozen, batch):
         merged = state.merge(trainable, frozen)
         losses = model.apply(
-            {"params": merged}, batch, visual_input=config.train.visual_input, method=vlm.VLM.losses
+            {"params": merged},
+            batch,
+            visual_source=config.train.visual_source,
+            method=vlm.VLM.losses,
         )
         return losses.tokens.nll.sum()
 
@@ -157,7 +160,7 @@ def test_a_frozen_encoder_is_not_gone_back_through():
     assert part["llm"] == whole["llm"]
 
 
-FORMS = ({"remat": "full"}, {"remat": "dots"}, {"vocab_form": "blockwise"}, {"scan_unroll": 1})
+FORMS = ({"remat": "full"}, {"remat": "dots"}, {"vocab_impl": "chunked"}, {"scan_unroll": 1})
 
 
 @pytest.mark.parametrize("changes", FORMS, ids=str)
@@ -166,7 +169,7 @@ def test_how_it_is_computed_changes_no_count(case, changes):
     """Neither what is computed again in the backward pass, nor blocks that padding fills up."""
     config = CASES[case]
     changed = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, vocab_block_mib=0.1, **changes)
+        config, model=dataclasses.replace(config.model, chunk_size_mib=0.1, **changes)
     )
     params = abstract_params(config)
     assert flops.step_flops(changed, params) == flops.step_flops(config, params)

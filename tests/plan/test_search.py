@@ -9,7 +9,7 @@ from alignvlm_jax import config as config_lib
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.plan import aot, hardware, search
 from alignvlm_jax.plan.aot import Plan
-from alignvlm_jax.plan.collectives import BETWEEN_SLICES, Traffic
+from alignvlm_jax.plan.collectives import BETWEEN_SLICES, Communication
 from alignvlm_jax.plan.hardware import Topology
 from tests.conftest import tiny_config
 
@@ -36,7 +36,7 @@ def compiler(monkeypatch):
             mesh = dataclasses.asdict(config.mesh)
             rows = (
                 config.train.batch_size
-                // config.train.accumulation
+                // config.train.grad_accum_steps
                 // (mesh["data"] * mesh["fsdp"])
             )
             peak = HELD + rows * a_row(config.model.remat)
@@ -44,7 +44,7 @@ def compiler(monkeypatch):
                 Plan(
                     topology=topology, config=config, mesh=mesh, num_params=1, num_trained=1, param_gib=0.0,
                     optimizer_gib=0.0, state_gib=0.0, peak_hbm_gib=peak, fits=peak <= topology.chip.hbm_gib,
-                    is_estimate=False, flops={"vision": 1e15, "llm": 1e16}, traffic={},
+                    is_estimate=False, flops={"vision": 1e15, "llm": 1e16}, communication={},
                 )
             )  # fmt: skip
             return made[-1]
@@ -64,19 +64,22 @@ def test_all_rows_at_once_where_they_fit(compiler):
     made = compiler(lambda remat: 0.1)
     plan = best()
     assert {other.mesh["tensor"] for other in made} == {1, 2}  # 4 does not divide 2 key-value heads
-    assert (plan.config.model.remat, plan.config.train.accumulation) == ("none", 1)
+    assert (plan.config.model.remat, plan.config.train.grad_accum_steps) == ("none", 1)
 
 
 def test_less_is_computed_twice_with_fewer_rows_at_a_time(compiler):
     """8 rows a chip: "full" takes 4 at a time, "dots" 2, "none" not one."""
     made = compiler({"full": 3.0, "dots": 6.0, "none": 20.0}.__getitem__)
     plan = best()
-    assert (plan.config.model.remat, plan.config.train.accumulation * plan.config.mesh.fsdp) == (
+    assert (
+        plan.config.model.remat,
+        plan.config.train.grad_accum_steps * plan.config.mesh.fsdp,
+    ) == (
         "dots",
         16,
     )
     assert any(
-        other.fits and other.config.train.accumulation * other.config.mesh.fsdp == 8
+        other.fits and other.config.train.grad_accum_steps * other.config.mesh.fsdp == 8
         for other in made
     )
 
@@ -128,7 +131,7 @@ def test_what_is_sent_between_slices_costs_more(compiler):
     compiler(lambda remat: 0.1)
     plan = best()
     seconds = [
-        search.seconds(dataclasses.replace(plan, traffic={kind: Traffic(1, 10**12)}))
+        search.seconds(dataclasses.replace(plan, communication={kind: Communication(1, 10**12)}))
         for kind in ("all-gather", "all-reduce", BETWEEN_SLICES)
     ]
     one_way, summed, between = (value - search.seconds(plan) for value in seconds)

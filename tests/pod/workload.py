@@ -31,7 +31,7 @@ def get_config():
     )
     config.model.image_token_id = 4
     config.data.update(
-        dir={folder!r}, packing="plan", row_length=80, max_tiles=4, record_tiles=2, max_unsupervised=1.0,
+        dir={folder!r}, packing="offline", seq_len=80, max_tiles=4, record_tiles=2, max_unsupervised=1.0,
         tasks={{"answer": 1.0}},
     )
     config.data.sources = {{"a": {{"dir": {folder!r}, "weight": 2.0}}, "b": {{"dir": {folder!r} + "/b"}}}}
@@ -40,7 +40,7 @@ def get_config():
 CONFIG = (
     HEAD
     + """    config.train.update(
-        num_steps={steps}, batch_size={batch}, log_every=1, validate_every=2, validation_rows=64, generate_every=4,
+        num_steps={steps}, batch_size={batch}, log_every=1, validate_every=2, validation_sequences=64, generate_every=4,
         generate_questions=9, checkpoint_every=2,
     )
     config.optim.update(learning_rate=1e-3, warmup_steps=1)
@@ -88,7 +88,7 @@ def write_start(config: Path, workdir: Path) -> None:
         checkpoints.save(
             1,
             TrainState(np.int32(1), params, ()),
-            position={"next_row": 0},
+            position={"next_sequence": 0},
             metadata=metadata,
             metrics=None,
         )

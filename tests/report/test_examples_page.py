@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alignvlm_jax.data.loader import TrainRows
+from alignvlm_jax.data.loader import TrainSequences
 from alignvlm_jax.data.shards import RecordSource
 from alignvlm_jax.ingest import statistics
 from alignvlm_jax.report import examples_page
@@ -26,8 +26,8 @@ demo_config = data_fixtures.demo_config
 def config(demo_config):
     data = dataclasses.replace(
         demo_config.data,
-        packing="plan",
-        row_length=512,
+        packing="offline",
+        seq_len=512,
         max_tiles=6,
         record_tiles=2,
         tasks={"answer": 1.0},
@@ -36,12 +36,12 @@ def config(demo_config):
 
 
 def test_view_agrees_with_the_row(config):
-    all_rows = TrainRows(config, "train")
-    row = all_rows[0]
-    parts = all_rows.parts(0)
-    view = examples_page.view(0, parts, config, all_rows.tokenizer)
+    all_sequences = TrainSequences(config, "train")
+    row = all_sequences[0]
+    parts = all_sequences.segments(0)
+    view = examples_page.view(0, parts, config, all_sequences.tokenizer)
     assert len(view.segments) == row["segment_ids"].max() > 1
-    assert view.fill == (row["segment_ids"] > 0).mean()
+    assert view.packing_efficiency == (row["segment_ids"] > 0).mean()
     assert sum(segment.num_taught for segment in view.segments) == (row["loss_weights"] > 0).sum()
     tiles = [tile for segment in view.segments for tile in segment.tiles]
     for slot, uri in enumerate(tiles):
@@ -52,22 +52,25 @@ def test_view_agrees_with_the_row(config):
         assert segment.name == name
         assert sum(span.count for span in segment.spans) == segment.num_tokens == len(part.tokens)
         slots = [span.count for span in segment.spans if span.kind == "slots"]
-        assert slots == [len(segment.tiles) * config.model.slots_per_tile]
+        assert slots == [len(segment.tiles) * config.model.tokens_per_tile]
 
 
 def test_taught_text_is_the_answers(config):
-    all_rows = TrainRows(config, "train")
+    all_sequences = TrainSequences(config, "train")
     source = RecordSource(config.data.dir, "train")
     records = {record.id: record for record in map(source.__getitem__, range(len(source)))}
-    view = examples_page.view(0, all_rows.parts(0), config, all_rows.tokenizer)
+    view = examples_page.view(0, all_sequences.segments(0), config, all_sequences.tokenizer)
     for segment in view.segments:
         answers = {turn.answers[0] for turn in records[segment.name].turns}
         assert {span.text for span in segment.spans if span.kind == "taught"} == answers
 
 
 def test_page_is_one_file_with_all_rows(config, tmp_path):
-    all_rows = TrainRows(config, "train")
-    views = [examples_page.view(i, all_rows.parts(i), config, all_rows.tokenizer) for i in range(3)]
+    all_sequences = TrainSequences(config, "train")
+    views = [
+        examples_page.view(i, all_sequences.segments(i), config, all_sequences.tokenizer)
+        for i in range(3)
+    ]
     found = statistics.collect(config, config.data.dir, "train", 0.876)
     path = examples_page.build(views, found, tmp_path / examples_page.FILE)
     page = path.read_text()

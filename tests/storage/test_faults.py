@@ -49,7 +49,7 @@ SEEN = [
     (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), Kind.PASSING),
     (ConnectionResetError("reset"), Kind.PASSING),
     (json.JSONDecodeError("Expecting value", "", 0), Kind.DAMAGE),
-    (KeyError("next_row"), Kind.DAMAGE),
+    (KeyError("next_sequence"), Kind.DAMAGE),
     (ValueError('UNAVAILABLE: Error reading "x": [HTTP response code: 503]'), Kind.PASSING),
     (ValueError("DEADLINE_EXCEEDED: CURL error 28: Timeout was reached"), Kind.PASSING),
     (ValueError("PERMISSION_DENIED: HTTP response code: 403"), Kind.REFUSED),

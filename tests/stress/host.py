@@ -95,13 +95,13 @@ def _tell_phases(events: Events) -> None:
 def _tell_batches(events: Events) -> None:
     from alignvlm_jax.data import loader
 
-    parts = loader.TrainRows.parts
+    parts = loader.TrainSequences.parts
     init = loader.TrainBatches.__init__
     following = loader.TrainBatches.__next__
 
     slow = float(os.environ.get("STRESS_SLOW", "0"))
 
-    def kept(self: loader.TrainRows, index: int) -> list:
+    def kept(self: loader.TrainSequences, index: int) -> list:
         found = parts(self, index)
         ids = self.__dict__.setdefault("ids", {})
         ids[index] = [name for name, _ in found]
@@ -113,7 +113,7 @@ def _tell_batches(events: Events) -> None:
 
     def next_batch(self: loader.TrainBatches):
         time.sleep(slow)
-        row = self.next_row
+        row = self.next_sequence
         batch = following(self)
         # Rows are read ahead by other threads, but never after the batch that they are in.
         ids = [self._rows.ids.pop(row + local) for local in self._local_rows]
@@ -123,7 +123,7 @@ def _tell_batches(events: Events) -> None:
         events.write(stage=self.stage, row=row, rows=list(self._local_rows), ids=ids, digest=digest)
         return batch
 
-    loader.TrainRows.parts = kept
+    loader.TrainSequences.parts = kept
     loader.TrainBatches.__init__ = begin
     loader.TrainBatches.__next__ = next_batch
 

@@ -14,7 +14,7 @@ MORE_MIB = 8
 FLAGS = (
     "--config.train.log_every=50", "--config.train.checkpoint_every=500",
     "--config.train.validate_every=1000", "--config.train.generate_every=2000", "--config.train.batch_size=2",
-    "--config.train.validation_rows=4", "--config.train.generate_questions=2",
+    "--config.train.validation_sequences=4", "--config.train.generate_questions=2",
 )  # fmt: skip
 
 

@@ -15,14 +15,14 @@ ENDS = tuple(sum(NUM_STEPS[: i + 1]) for i in range(len(NUM_STEPS)))
 CONFIG = (
     pod_workload.HEAD
     + """    config.train.update(
-        batch_size={batch}, log_every=1, validate_every=3, validation_rows=16, generate_questions=4,
+        batch_size={batch}, log_every=1, validate_every=3, validation_sequences=16, generate_questions=4,
         checkpoint_every=2, keep_checkpoints=2,
     )
     config.optim.update(learning_rate=1e-3, warmup_steps=1)
     config.stages = ml_collections.ConfigDict(dict(
-        stage0={{"train": {{"num_steps": {steps[0]}, "visual_input": "labels", "trainable": ("llm/.*",)}}}},
+        stage0={{"train": {{"num_steps": {steps[0]}, "visual_source": "oracle", "trainable": ("llm/.*",)}}}},
         stage1={{"train": {{"num_steps": {steps[1]}, "load": ("llm/.*",), "trainable": ("connector/.*",)}}}},
-        stage2={{"train": {{"num_steps": {steps[2]}, "generate_every": 4}}, "data": {{"row_length": 96}}}},
+        stage2={{"train": {{"num_steps": {steps[2]}, "generate_every": 4}}, "data": {{"seq_len": 96}}}},
         stage3={{
             "train": {{"num_steps": {steps[3]}, "generate_every": 3, "trainable": ("connector/.*", "llm/.*")}},
         }},

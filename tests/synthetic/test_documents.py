@@ -34,7 +34,7 @@ def test_pages_are_legible(records):
     for split, drawn in records.items():
         heights = {gray(record).shape for record in drawn}
         # One tile or two; what is evaluated has three lines or more, so never one.
-        small = documents.SPLITS[split].small_share
+        small = documents.SPLITS[split].small_fraction
         assert heights <= (
             {(64, 128), (32, 128)} if 0 < small < 1 else {(32, 128) if small else (64, 128)}
         )

@@ -19,8 +19,8 @@ def test_the_best_constant_answer_scores_little(kind):
 def test_sides_of_the_split_are_disjoint_and_of_the_stated_share():
     rng = np.random.default_rng(0)
     drawn = [values.KINDS["Serial"](rng) for _ in range(4000)]
-    share = np.mean([values.is_evaluation(value) for value in drawn])
-    assert abs(share - values.EVALUATION_SHARE) < 0.03
+    fraction = np.mean([values.is_evaluation(value) for value in drawn])
+    assert abs(fraction - values.EVALUATION_FRACTION) < 0.03
     assert not any(
         values.is_allowed(v, evaluation=True) and values.is_allowed(v, evaluation=False)
         for v in drawn

@@ -42,13 +42,13 @@ def stages(mesh: MeshConfig | None = None, **changes) -> tuple[Config, ...]:
         batch_size=8,
         log_every=1,
         validate_every=2,
-        validation_rows=8,
+        validation_sequences=8,
         checkpoint_every=2,
         keep_checkpoints=1,
         max_skipped_steps=1,
     )
     train = dataclasses.replace(train, **changes)
-    text = dataclasses.replace(train, visual_input="labels", trainable=("llm/.*",))
+    text = dataclasses.replace(train, visual_source="oracle", trainable=("llm/.*",))
     pixels = dataclasses.replace(train, trainable=("connector/.*", "llm/.*"), load=("llm/.*",))
     mesh = mesh or MeshConfig(data=2, fsdp=2, tensor=2)
     return tiny_config(stage="text", train=text, mesh=mesh), tiny_config(
@@ -69,23 +69,28 @@ class Batches:
         self.served: list[int] = []
 
     def __call__(
-        self, config: Config, *, start_row: int, local_rows: list[int], schedule_state: dict | None
+        self,
+        config: Config,
+        *,
+        start_sequence: int,
+        local_rows: list[int],
+        schedule_state: dict | None,
     ) -> "Batches":
         assert not schedule_state
         assert local_rows == list(range(config.train.batch_size))
         self._config = config
-        self.next_row = start_row
+        self.next_sequence = start_sequence
         self.num_unsupervised = self.num_unused = 0
         return self
 
     def schedule_state(self) -> dict:
         return {}
 
-    def counters(self, next_row: int) -> dict[str, float]:
-        return {"records": next_row}
+    def counters(self, next_sequence: int) -> dict[str, float]:
+        return {"records": next_sequence}
 
     def __next__(self) -> dict:
-        index = self.next_row // self._config.train.batch_size
+        index = self.next_sequence // self._config.train.batch_size
         now = index + 1 + (0 if self._config.stage == "text" else NUM_STEPS)
         batch = random_batch(
             self._config, seed=zlib.crc32(f"{self._config.stage}/{index}".encode())
@@ -93,7 +98,7 @@ class Batches:
         self._hook(now, batch)
         self.num_unsupervised += now
         self.served.append(now)
-        self.next_row += self._config.train.batch_size
+        self.next_sequence += self._config.train.batch_size
         return batch
 
 
@@ -118,7 +123,7 @@ def train(
         mock.patch.object(loader, "TrainBatches", batches or Batches()),
         mock.patch.object(loader, "by_source", lambda config: {"": config}),
         mock.patch.object(loader, "ValidationBatches", validation),
-        mock.patch.object(loader, "TrainRows"),
+        mock.patch.object(loader, "TrainSequences"),
         mock.patch.object(step, "compile_steps", _compile_steps),
         mock.patch.object(state, "init_params", _init_params),
     ):

@@ -56,7 +56,7 @@ def save(
     checkpoints: Checkpoints, step: int, live: state.TrainState, metrics: dict | None = None
 ) -> None:
     checkpoints.save(
-        step, live, position={"next_row": 8 * step}, metadata=METADATA, metrics=metrics
+        step, live, position={"next_sequence": 8 * step}, metadata=METADATA, metrics=metrics
     )
     checkpoints.wait()
 
@@ -75,7 +75,7 @@ def test_saved_on_one_mesh_and_restored_on_another(folder):
         restored, position = checkpoints.restore(3, abstract(elsewhere))
         metadata = checkpoints.metadata(3)
         assert len(metadata.pop("run_id")) == 32 and metadata == METADATA | {"step": 3}
-    assert position["next_row"] == 24
+    assert position["next_sequence"] == 24
     assert_equal(restored, live)
     for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(elsewhere), strict=True):
         assert ours.sharding == theirs.sharding
@@ -87,7 +87,7 @@ def test_the_saved_value_is_that_of_the_call_though_the_state_is_donated(tmp_pat
     step = jax.jit(lambda live: jax.tree.map(lambda x: x + 1, live), donate_argnums=0)
     step.lower(live).compile()
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, live, position={"next_row": 8}, metadata=METADATA, metrics=None)
+        checkpoints.save(1, live, position={"next_sequence": 8}, metadata=METADATA, metrics=None)
         step(live)
     with Checkpoints(tmp_path) as checkpoints:
         assert_equal(checkpoints.restore(1, abstract(make_state(make_mesh(2, 2, 2))))[0], before)
@@ -161,7 +161,7 @@ def test_a_damaged_checkpoint_is_broken_and_said_in_one_line(folder, damage):
         assert checkpoints.latest() == 2
         with pytest.raises(BrokenCheckpoint, match=r"checkpoint .*/2 cannot be read \([^\n]*\)$"):
             checkpoints.restore(2, abstract(live))
-        assert checkpoints.set_aside(2) == folder / "2.broken"
+        assert checkpoints.quarantine(2) == folder / "2.broken"
         assert checkpoints.latest() is None or checkpoints.latest() == 1
         save(checkpoints, 2, live)
         assert_equal(checkpoints.restore(2, abstract(live))[0], live)
@@ -190,7 +190,10 @@ def test_what_follows_a_hash_is_no_part_of_a_url(tmp_path, bucket_folder):
             Checkpoints(bucket_folder / "lr#1", read_only=read_only)
     with Checkpoints(tmp_path / "lr#1") as checkpoints:
         save(checkpoints, 1, make_state(make_mesh(8, 1, 1)))
-        assert checkpoints.restore(1, abstract(make_state(make_mesh(8, 1, 1))))[1]["next_row"] == 8
+        assert (
+            checkpoints.restore(1, abstract(make_state(make_mesh(8, 1, 1))))[1]["next_sequence"]
+            == 8
+        )
 
 
 def test_a_checkpoint_under_another_name_is_refused(folder):
@@ -247,7 +250,7 @@ def test_a_flipped_bit_is_never_read_as_other_values(tmp_path):
                     broken.add(name.split("/")[1])
                     continue
             assert_equal(restored, live)
-            assert (position["next_row"], metadata["train_seconds"]) == (
+            assert (position["next_sequence"], metadata["train_seconds"]) == (
                 8,
                 METADATA["train_seconds"],
             ), name
@@ -259,7 +262,7 @@ def test_a_broken_checkpoint_is_set_aside_under_a_name_that_is_free(folder):
     storage.write_whole(folder / "2.broken" / "old", "")
     with Checkpoints(folder) as checkpoints:
         save(checkpoints, 2, make_state(make_mesh(8, 1, 1)))
-        assert checkpoints.set_aside(2) == folder / "2.broken.2"
+        assert checkpoints.quarantine(2) == folder / "2.broken.2"
         assert checkpoints.latest() is None
     assert (folder / "2.broken" / "old").exists()
 
@@ -322,7 +325,7 @@ def test_a_save_that_fails_in_the_background_is_surfaced(tmp_path):
                 save(checkpoints, 1, small)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
                 checkpoints.save(
-                    2, large, position={"next_row": 16}, metadata=METADATA, metrics=None
+                    2, large, position={"next_sequence": 16}, metadata=METADATA, metrics=None
                 )
                 checkpoints.wait()
         finally:
@@ -336,7 +339,7 @@ def test_another_layout_is_refused(tmp_path):
         checkpoints.save(
             1,
             make_state(make_mesh(8, 1, 1)),
-            position={"next_row": 0},
+            position={"next_sequence": 0},
             metadata={"layout_version": 99},
             metrics=None,
         )
@@ -438,7 +441,7 @@ def test_where_folders_cannot_be_renamed_checkpoints_commit_by_a_file(tmp_path, 
         cut_in_half(tmp_path / "3" / "data" / "metadata")
         with pytest.raises(BrokenCheckpoint):
             checkpoints.restore(3, abstract(live))
-        assert checkpoints.set_aside(3) == tmp_path / "3.broken"
+        assert checkpoints.quarantine(3) == tmp_path / "3.broken"
         assert checkpoints.steps() == [2]
         save(checkpoints, 3, live)
     with Checkpoints(tmp_path) as checkpoints:
@@ -552,7 +555,7 @@ logging.getLogger("absl").addHandler(logging.FileHandler(sys.argv[1] + "/log"))
 logging.getLogger("absl").setLevel(logging.INFO)
 with Checkpoints(storage.path(sys.argv[1]) / "checkpoints") as checkpoints:
     state = TrainState(np.int32(1), {"llm": {"kernel": np.ones(3, np.float32)}}, ())
-    checkpoints.save(1, state, position={"next_row": 0}, metadata={"layout_version": 1}, metrics=None)
+    checkpoints.save(1, state, position={"next_sequence": 0}, metadata={"layout_version": 1}, metrics=None)
 logging.getLogger("absl").warning("ours")
 """
 
@@ -578,7 +581,7 @@ with Checkpoints(storage.path(sys.argv[1]), keep=1) as checkpoints:
     for step in (1, 2, 3):
         params = {"llm": {"kernel": np.full((256, 256), step, np.float32), "scale": np.full(9, step, np.float32)}}
         state = TrainState(np.int32(step), params, ())
-        checkpoints.save(step, state, position={"next_row": step}, metadata={"layout_version": 1}, metrics=None)
+        checkpoints.save(step, state, position={"next_sequence": step}, metadata={"layout_version": 1}, metrics=None)
         checkpoints.wait()
         print(step, flush=True)
 """
@@ -692,7 +695,7 @@ def command(argv):
         if index == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
         state, metadata = TrainState(np.int32(1), {"x": noise}, ()), {"layout_version": 1}
-        checkpoints.save(1, state, position={"next_row": 0}, metadata=metadata, metrics=None)
+        checkpoints.save(1, state, position={"next_sequence": 0}, metadata=metadata, metrics=None)
         while True:
             checkpoints.check()
             exchange.from_main(0)

@@ -119,32 +119,32 @@ def beat(process: int, **changes) -> dict:
 def test_who_holds_up_the_others():
     clock = [0.0]
     others = Others(lambda: clock[0])
-    assert others.look([beat(0, time=1), beat(1, time=900)]) == []  # Whatever their clocks say.
+    assert others.poll([beat(0, time=1), beat(1, time=900)]) == []  # Whatever their clocks say.
     clock[0] = 70.0
-    assert others.look([beat(0, time=71), beat(1, time=900)]) == [
+    assert others.poll([beat(0, time=71), beat(1, time=900)]) == [
         "process 1 on h1: no new heartbeat for 70 s"
     ]
     clock[0] = 75.0
-    assert others.look([beat(0, time=76), beat(1, time=905)]) == []
+    assert others.poll([beat(0, time=76), beat(1, time=905)]) == []
     clock[0] = 80.0
     waiting = [beat(i, time=80 + i, since=40.0) for i in range(3)]
     waiting.append(beat(3, time=80, since=41.0, phase="waiting"))
-    assert others.look(waiting) == [
+    assert others.poll(waiting) == [
         "process 3 on h3: waiting for 41 s at step 5, and 3 others wait in a step"
     ]
     # All validate, or compile, for long: nobody is late.
     assert (
-        others.look([beat(i, time=90 + i, since=90.0, phase="validating") for i in range(4)]) == []
+        others.poll([beat(i, time=90 + i, since=90.0, phase="validating") for i in range(4)]) == []
     )
     slow = [beat(i, time=100 + i) for i in range(3)] + [beat(3, time=100, data_wait=0.2)]
-    assert others.look(slow) == [
+    assert others.poll(slow) == [
         "process 3 on h3: waits for data 20% of the time, the others 1% at most"
     ]
-    assert Others().look([beat(0, data_wait=0.9)]) == []
+    assert Others().poll([beat(0, data_wait=0.9)]) == []
 
 
 def test_the_main_process_logs_who_holds_up_the_others(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(heartbeat_lib, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(heartbeat_lib, "POLL_SECONDS", 0.2)
     with heartbeat(tmp_path, Phases(), num_processes=2):
         storage.write_whole(heartbeat_lib.path_of(tmp_path / "heartbeats", 1), json.dumps(beat(1)))
         time.sleep(1)

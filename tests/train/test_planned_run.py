@@ -1,4 +1,4 @@
-"""A whole run over real, planned rows of two sources."""
+"""A whole run over real, packed sequences of two sources."""
 
 import dataclasses
 import io
@@ -26,7 +26,7 @@ from tests.train import fake_run
 
 COUNTERS = (
     "epoch",
-    "fill",
+    "packing_efficiency",
     "unsupervised_records",
     *(f"{what}/{name}" for what in ("records", "tokens") for name in "ab"),
 )
@@ -62,8 +62,8 @@ def config(tmp_path_factory) -> Config:
         base.data,
         dir=str(root),
         sources=mixture,
-        packing="plan",
-        row_length=128,
+        packing="offline",
+        seq_len=128,
         max_tiles=6,
         record_tiles=2,
     )
@@ -71,7 +71,7 @@ def config(tmp_path_factory) -> Config:
         num_steps=6,
         batch_size=8,
         log_every=1,
-        validation_rows=16,
+        validation_sequences=16,
         checkpoint_every=2,
         validate_every=3,
         generate_every=3,
@@ -92,7 +92,7 @@ def train(config: Config, workdir: Path, monkeypatch, stop_at: int | None = None
     fetch = loader.TrainBatches.__next__
 
     def fetch_or_stop(batches):
-        if stop_at and batches.next_row == 8 * stop_at:
+        if stop_at and batches.next_sequence == 8 * stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
         return fetch(batches)
 
@@ -119,15 +119,21 @@ def test_a_stopped_run_counts_and_learns_as_one_that_was_not(config, tmp_path, m
     for ours, theirs in zip(resumed, straight, strict=True):
         for name in (*COUNTERS, "loss", "grad_norm"):
             assert ours[name] == theirs[name], name
-    schedule = loader.TrainRows(config, "train").schedule
+    schedule = loader.TrainSequences(config, "train").schedule
     picks = [pick for row in range(48) for pick in schedule.picks(row)]
     last = straight[-1]
     assert (last["records/a"], last["records/b"]) == (
         sum(p.record < 40 for p in picks),
         sum(p.record >= 40 for p in picks),
     )
-    assert last["epoch"] > 1 and 0.7 < last["fill"] <= 1 and last["unsupervised_records"] == 0
-    assert last["fill"] == pytest.approx((last["tokens/a"] + last["tokens/b"]) / (48 * 128))
+    assert (
+        last["epoch"] > 1
+        and 0.7 < last["packing_efficiency"] <= 1
+        and last["unsupervised_records"] == 0
+    )
+    assert last["packing_efficiency"] == pytest.approx(
+        (last["tokens/a"] + last["tokens/b"]) / (48 * 128)
+    )
 
 
 def test_losses_and_generated_scores_by_source(config, tmp_path, monkeypatch):

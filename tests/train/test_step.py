@@ -157,7 +157,7 @@ def test_a_step_without_finite_gradient_changes_nothing_but_the_step(frozen_visi
 def test_another_shape_is_an_error_and_not_a_second_trace(frozen_vision):
     config, fresh, run = frozen_vision
     longer = dataclasses.replace(
-        config, data=dataclasses.replace(config.data, row_length=config.data.row_length + 1)
+        config, data=dataclasses.replace(config.data, seq_len=config.data.seq_len + 1)
     )
     with pytest.raises(TypeError):
         run(fresh(), random_batch(longer))
@@ -167,8 +167,8 @@ def test_four_parts_equal_the_large_batch():
     # Rows with few and with many answer tokens: a mean of the parts' means would differ.
     sgd = optax.sgd(optax.constant_schedule(1.0))
     results = []
-    for accumulation in (1, 4):
-        config, fresh, run = make(tx=sgd, batch_size=16, accumulation=accumulation)
+    for grad_accum_steps in (1, 4):
+        config, fresh, run = make(tx=sgd, batch_size=16, grad_accum_steps=grad_accum_steps)
         batch = random_batch(config)
         batch["loss_weights"][::4] *= np.arange(batch["loss_weights"].shape[1]) % 5 == 0
         batch["patch_loss_weights"][1::4] = 0.2
@@ -182,16 +182,18 @@ def test_four_parts_equal_the_large_batch():
 
 
 @pytest.mark.parametrize(
-    ("visual_input", "weight", "left_out"),
+    ("visual_source", "weight", "left_out"),
     [
         ("labels", 1.0, {"tiles", "patch_loss_weights"}),
         ("pixels", 1.0, set()),
         ("pixels", 0.0, {"patch_label_ids", "patch_label_weights", "patch_loss_weights"}),
     ],
 )
-def test_only_the_arrays_that_a_stage_needs_are_sent(visual_input, weight, left_out):
+def test_only_the_arrays_that_a_stage_needs_are_sent(visual_source, weight, left_out):
     config = tiny_config()
-    train = dataclasses.replace(config.train, visual_input=visual_input, patch_token_weight=weight)
+    train = dataclasses.replace(
+        config.train, visual_source=visual_source, patch_token_weight=weight
+    )
     batch = random_batch(config)
     sent = step.train_inputs(dataclasses.replace(config, train=train), batch)
     assert set(batch) - set(sent) == left_out

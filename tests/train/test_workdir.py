@@ -15,7 +15,7 @@ STAGES = (tiny_config(stage="align"), tiny_config(stage="read"))
 
 def claim(folder, stages) -> None:
     """Claims a workdir, and leaves a checkpoint in it."""
-    with workdir.claim(folder, stages):
+    with workdir.lock(folder, stages):
         (folder / "checkpoints" / "3").mkdir(parents=True, exist_ok=True)
         storage.write_whole(folder / "checkpoints" / "3" / "file", "")
 
@@ -38,7 +38,7 @@ def test_another_config_is_refused_with_both_values(folder):
 
 
 def test_without_a_checkpoint_it_belongs_to_nobody(folder):
-    with workdir.claim(folder, STAGES):
+    with workdir.lock(folder, STAGES):
         (folder / "checkpoints" / "3.broken").mkdir(parents=True)
         storage.write_whole(folder / "checkpoints" / "3.broken" / "file", "")
     claim(folder, STAGES[:1])
@@ -130,6 +130,6 @@ def test_two_runs_cannot_share_a_workdir(folder, monkeypatch):
     monkeypatch.setattr(lease, "TTL_SECONDS", 8.0)  # The second waits for a renewal.
     monkeypatch.setattr(lease, "MARGIN_SECONDS", 1.0)
     expected = r"process \d+ on .* is training in .*; wait for it, or take another --workdir"
-    with workdir.claim(folder, STAGES), pytest.raises(UserError, match=expected):
+    with workdir.lock(folder, STAGES), pytest.raises(UserError, match=expected):
         claim(folder, STAGES)
     claim(folder, STAGES)

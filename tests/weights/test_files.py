@@ -118,7 +118,7 @@ def test_the_tokenizer_of_a_gguf(tmp_path):
     tokenizer = tokenizers.load(tmp_path / "here")
     reference.encode_special_tokens = True
     assert tokenizer.encode(AWKWARD) == reference.encode(AWKWARD, add_special_tokens=False).ids
-    assert tokenizer.specials.keys() == set(CHATML)
+    assert tokenizer.special_tokens.keys() == set(CHATML)
     for name, value in (("tokenizer.ggml.pre", "gpt-3"), ("tokenizer.ggml.model", "bert")):
         with pytest.raises(UserError, match=f"{name} is '{value}'"):
             gguf_tokenizer.write_gguf_tokenizer(fields | {name: value}, tmp_path / "here")
@@ -146,7 +146,7 @@ def big_vision_arrays(is_scanned: bool) -> tuple[dict[str, np.ndarray], dict[str
 def square_config():
     config = tiny_config()
     vision = dataclasses.replace(config.model.vision, tile_height=16, tile_width=16)
-    data = dataclasses.replace(config.data, row_length=64)
+    data = dataclasses.replace(config.data, seq_len=64)
     return dataclasses.replace(
         config, model=dataclasses.replace(config.model, vision=vision), data=data
     )
@@ -214,10 +214,10 @@ def damaged(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["npz", "gguf"])
 @pytest.mark.parametrize("share", [0.001, 0.5, 0.99])
-def test_a_file_cut_short_is_one_line(tmp_path, name, share):
+def test_a_file_cut_short_is_one_line(tmp_path, name, fraction):
     content, opened = damaged(tmp_path, name)
     path = tmp_path / f"cut.{name}"
-    path.write_bytes(content[: int(len(content) * share)])
+    path.write_bytes(content[: int(len(content) * fraction)])
     with pytest.raises(UserError, match=rf"cut\.{name}") as error:
         opened(str(path))
     assert "\n" not in str(error.value)

@@ -15,7 +15,7 @@ CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
 def write_chatml(
-    folder: Path, specials: tuple[str, ...] = CHATML, vocab_size: int = 290
+    folder: Path, special_tokens: tuple[str, ...] = CHATML, vocab_size: int = 290
 ) -> Tokenizer:
     """Writes the tokenizer.json of a byte-level BPE; returns the library's own tokenizer."""
     tokenizer = Tokenizer(models.BPE())
@@ -23,7 +23,9 @@ def write_chatml(
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[AddedToken(name, special=True, normalized=False) for name in specials],
+        special_tokens=[
+            AddedToken(name, special=True, normalized=False) for name in special_tokens
+        ],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -67,7 +67,7 @@ def covered_exact_match(prediction: str, answers: Sequence[str]) -> tuple[float,
 
 
 def covered_jaccard(prediction: str, answers: Sequence[str]) -> tuple[float, float]:
-    """As `covered_exact_match`, with the share of tokens in common (intersection over union, as
+    """As `covered_exact_match`, with the fraction of tokens in common (intersection over union, as
     sets) of each text."""
     pairs = [(set(run), set(wanted)) for run, wanted in _best_runs(prediction, answers)]
     return sum(len(run & wanted) / (len(run | wanted) or 1) for run, wanted in pairs), float(
@@ -110,8 +110,8 @@ def fact_accuracy(prediction: str, answers: Sequence[str]) -> float:
     Raises:
       ValueError: `answers` is empty.
     """
-    said = verdict(prediction)
-    return max(float(said is not None and said == verdict(answer)) for answer in answers)
+    predicted = verdict(prediction)
+    return max(float(predicted is not None and predicted == verdict(answer)) for answer in answers)
 
 
 def verdict(text: str) -> bool | None:

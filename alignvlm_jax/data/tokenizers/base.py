@@ -19,7 +19,7 @@ class Tokenizer(abc.ABC):
 
     name: str
     vocab_size: int
-    specials: Mapping[str, int]
+    special_tokens: Mapping[str, int]
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -56,13 +56,13 @@ class Tokenizer(abc.ABC):
 
     def special(self, name: str) -> int:
         """Returns the id of a special token; UserError where there is none of that name."""
-        if name not in self.specials:
+        if name not in self.special_tokens:
             raise UserError(f"tokenizer {self.name} has no special token {name}")
-        return self.specials[name]
+        return self.special_tokens[name]
 
     def is_text(self, token: int) -> bool:
         """Whether a token is one of the vocabulary and no special one."""
-        return 0 <= token < self.vocab_size and token not in self.specials.values()
+        return 0 <= token < self.vocab_size and token not in self.special_tokens.values()
 
 
 def readable(text: str) -> str:

@@ -22,7 +22,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._model.no_truncation()
         self._model.no_padding()
         added = self._model.get_added_tokens_decoder()
-        self.specials = {token.content: i for i, token in added.items() if token.special}
+        self.special_tokens = {token.content: i for i, token in added.items() if token.special}
         self.vocab_size = max([*self._model.get_vocab().values()]) + 1
 
     def encode(self, text: str) -> list[int]:

@@ -11,8 +11,8 @@ import sentencepiece
 from alignvlm_jax.data.tokenizers.base import Tokenizer, readable
 from alignvlm_jax.errors import UserError
 
-# Control symbols never match text: a question that spells "<image>" cannot make an image slot.
-CHAT_MARKS = ("<image>", "<user>", "<assistant>", "<end>")
+# Control symbols never match text: a question that spells "<image>" cannot make an image token.
+CHAT_TOKENS = ("<image>", "<user>", "<assistant>", "<end>")
 # User-defined symbols do match text: they keep the questions short.
 PHRASES = ("\n", "Read the page.", "What is the ", "How much is the ", " of ")
 PRINTABLE = "".join(chr(code) for code in range(33, 127))
@@ -29,7 +29,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.name = name
         self.vocab_size = self._model.vocab_size()
         controls = filter(self._model.is_control, range(self.vocab_size))
-        self.specials = {self._model.id_to_piece(i): i for i in controls}
+        self.special_tokens = {self._model.id_to_piece(i): i for i in controls}
         self._pad_id = max(self._model.pad_id(), 0)  # -1 where there is none.
 
     @classmethod
@@ -43,13 +43,13 @@ class SentencePieceTokenizer(Tokenizer):
             sentence_iterator=iter(corpus_lines),
             model_writer=model,
             model_type="char",
-            vocab_size=4 + len(CHAT_MARKS) + len(PHRASES) + len(PRINTABLE) + 1,
+            vocab_size=4 + len(CHAT_TOKENS) + len(PHRASES) + len(PRINTABLE) + 1,
             hard_vocab_limit=False,
             pad_id=0,
             unk_id=1,
             bos_id=2,
             eos_id=3,
-            control_symbols=list(CHAT_MARKS),
+            control_symbols=list(CHAT_TOKENS),
             user_defined_symbols=[phrase.replace(" ", "▁") for phrase in PHRASES],
             required_chars=PRINTABLE,
             character_coverage=1.0,

@@ -14,7 +14,7 @@ PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-NUM_SPECIALS = 256
+NUM_SPECIAL_TOKENS = 256
 NAMED = (
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -28,9 +28,9 @@ NAMED = (
     "<|eot_id|>",
     "<|python_tag|>",
 )
-SPECIALS = (
+SPECIAL_TOKENS = (
     *NAMED,
-    *(f"<|reserved_special_token_{i + 2}|>" for i in range(NUM_SPECIALS - len(NAMED))),
+    *(f"<|reserved_special_token_{i + 2}|>" for i in range(NUM_SPECIAL_TOKENS - len(NAMED))),
 )
 
 
@@ -49,10 +49,10 @@ class TiktokenTokenizer(Tokenizer):
                 "in a row"
             )
         self.name = name
-        self.specials = {special: len(ranks) + i for i, special in enumerate(SPECIALS)}
-        self.vocab_size = len(ranks) + NUM_SPECIALS
+        self.special_tokens = {special: len(ranks) + i for i, special in enumerate(SPECIAL_TOKENS)}
+        self.vocab_size = len(ranks) + NUM_SPECIAL_TOKENS
         self._model = tiktoken.Encoding(
-            name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self.specials
+            name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self.special_tokens
         )
 
     def encode(self, text: str) -> list[int]:

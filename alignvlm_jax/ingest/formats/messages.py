@@ -27,7 +27,7 @@ class Keys:
     messages: str
     role: str
     content: str
-    asker: str
+    user: str
     answerer: str
     image_mark: str
     suffixes: tuple[str, ...]
@@ -102,9 +102,9 @@ def _turns(messages: Any, keys: Keys) -> tuple[Turn, ...]:
     texts = []
     for number, message in enumerate(messages):
         role = message.get(keys.role)
-        if role != (keys.answerer if number % 2 else keys.asker):
+        if role != (keys.answerer if number % 2 else keys.user):
             raise Reject(
-                f"messages are not of {keys.asker} and {keys.answerer} in turn (message {number}: "
+                f"messages are not of {keys.user} and {keys.answerer} in turn (message {number}: "
                 f"{role!r:.50})"
             )
         text = message.get(keys.content)
@@ -127,7 +127,7 @@ class Llava(Messages):
         messages="conversations",
         role="from",
         content="value",
-        asker="human",
+        user="human",
         answerer="gpt",
         image_mark="<image>",
         suffixes=(".json", *files.SUFFIXES),
@@ -142,7 +142,7 @@ class DocDownstream(Messages):
         messages="messages",
         role="role",
         content="content",
-        asker="user",
+        user="user",
         answerer="assistant",
         image_mark="<|image|>",
         suffixes=files.SUFFIXES,

@@ -18,7 +18,7 @@ from alignvlm_jax.config import ConnectorConfig
 from alignvlm_jax.models.connectors.base import Connector, ConnectorOutput, PatchLabels
 from alignvlm_jax.models.decoder import lm_head
 from alignvlm_jax.models.layers import Einsum, LayerNorm
-from alignvlm_jax.ops.chunked import Matrix, rows_per_block
+from alignvlm_jax.ops.chunked import Matrix, rows_per_chunk
 from alignvlm_jax.ops.cross_entropy import soft_cross_entropy
 from alignvlm_jax.ops.vocab_average import Norm, vocab_average, vocab_logits
 from alignvlm_jax.shapes import Array, Float
@@ -68,7 +68,7 @@ class Align(Connector):
     def probabilities(self, features: Float[Array, "N E"]) -> Float[Array, "N V"]:
         """Returns P, whole."""
         x_ND, head = self._rows_and_head(features)
-        logits_NV = vocab_logits(x_ND, head, self._norm(), self.config.llm.num_words)
+        logits_NV = vocab_logits(x_ND, head, self._norm(), self.config.llm.unpadded_vocab_size)
         kept_V = self.vocabulary_subset()
         return jax.nn.softmax(
             logits_NV if kept_V is None else jnp.where(kept_V, logits_NV, -jnp.inf), axis=-1
@@ -91,10 +91,10 @@ class Align(Connector):
             Matrix.of(text_table, self.dtype),
             self._norm(),
             label_ids=labels and labels.ids,
-            num_words=c.llm.num_words,
+            unpadded_vocab_size=c.llm.unpadded_vocab_size,
             subset=self.vocabulary_subset(),
             linear=self.options.weights == "linear",
-            block=rows_per_block(c.vocab_form, c.vocab_block_mib, x_ND.shape[0], c.llm.vocab_size),
+            chunk=rows_per_chunk(c.vocab_impl, c.chunk_size_mib, x_ND.shape[0], c.llm.vocab_size),
         )
         if labels is None:
             return ConnectorOutput(tokens, self.no_loss(features))

@@ -22,7 +22,7 @@ of a connector that is no parameter, of who prunes a trained model, and absent b
 
 
 class PatchLabels(NamedTuple):
-    """The tokens that each patch shows, and their shares of it. Patch-token supervision: README,
+    """The tokens that each patch shows, and their fractions of it. Patch-token supervision: README,
     "Two ideas beyond the paper"."""
 
     ids: Int[Array, "N k"]

@@ -19,7 +19,7 @@ from flax import linen as nn
 from alignvlm_jax.config import ConnectorConfig
 from alignvlm_jax.models.connectors.base import Connector
 from alignvlm_jax.models.layers import Einsum, LayerNorm
-from alignvlm_jax.ops.chunked import Matrix, rows_per_block
+from alignvlm_jax.ops.chunked import Matrix, rows_per_chunk
 from alignvlm_jax.ops.vocab_average import Norm, vocab_average
 from alignvlm_jax.shapes import Array, Float
 
@@ -56,6 +56,6 @@ class Ovis(Connector):
             Matrix.of(self.head.kernel, self.dtype),
             Matrix.of(self.table, self.dtype),
             Norm(self.norm.scale, self.norm.bias, self.norm.eps),
-            block=rows_per_block(c.vocab_form, c.vocab_block_mib, features.shape[0], size),
+            chunk=rows_per_chunk(c.vocab_impl, c.chunk_size_mib, features.shape[0], size),
         )
         return tokens_ND

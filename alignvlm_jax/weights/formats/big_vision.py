@@ -18,7 +18,7 @@ from alignvlm_jax.weights.source import (
     Tensor,
     Tower,
     resample,
-    rows_per_block,
+    rows_per_chunk,
 )
 
 ROOTS = ("params/img/", "img/")
@@ -59,7 +59,7 @@ class NpzFile:
         member = self._members[name]
         tensor = self.tensors[name]
         where = f"{self.name}: tensor {member.removesuffix('.npy')}"
-        rows = rows_per_block(tensor) if len(tensor.shape) > 1 else math.prod(tensor.shape[:1])
+        rows = rows_per_chunk(tensor) if len(tensor.shape) > 1 else math.prod(tensor.shape[:1])
         row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
         try:
             with zipfile.ZipFile(self.name) as archive, archive.open(member) as file:

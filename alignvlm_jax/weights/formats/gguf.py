@@ -11,7 +11,7 @@ import numpy as np
 from alignvlm_jax.config import LLMConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.weights import mapping
-from alignvlm_jax.weights.source import Derived, Made, Tensor, Tower, rows_per_block
+from alignvlm_jax.weights.source import Derived, Made, Tensor, Tower, rows_per_chunk
 
 MAGIC = b"GGUF"
 NAMES = {
@@ -51,7 +51,7 @@ class GGUFFile:
         if len(shape) < 2:
             yield _numbers(tensor.data, tensor).reshape(shape)
             return
-        step = rows_per_block(self.tensors[name])
+        step = rows_per_chunk(self.tensors[name])
         rows = tensor.data.reshape(shape[0], -1)
         for start in range(0, shape[0], step):
             yield _numbers(rows[start : start + step], tensor).reshape(-1, *shape[1:])

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.weights.source import Tensor, rows_per_block
+from alignvlm_jax.weights.source import Tensor, rows_per_chunk
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -56,7 +56,7 @@ class SafetensorsFolder:
                 yield shard.get_tensor(name)
                 return
             rows = shard.get_slice(name)
-            step = rows_per_block(tensor)
+            step = rows_per_chunk(tensor)
             for start in range(0, tensor.shape[0], step):
                 yield rows[start : min(start + step, tensor.shape[0])]
 

@@ -9,7 +9,7 @@ import tiktoken.load
 
 from alignvlm_jax.data import chat, tokenizers
 from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
-from alignvlm_jax.data.tokenizers.tiktoken import PATTERN, SPECIALS
+from alignvlm_jax.data.tokenizers.tiktoken import PATTERN, SPECIAL_TOKENS
 from alignvlm_jax.errors import UserError
 from tests.weights.tokenizers import AWKWARD, CORPUS, write_chatml, write_tiktoken
 
@@ -53,12 +53,12 @@ def test_ids_are_the_references_and_come_back_as_the_text(tokenizer_and_referenc
 
 def test_special_tokens_and_ids_beyond_decode_to_nothing(tokenizer_and_reference):
     tokenizer, _ = tokenizer_and_reference
-    assert tokenizer.specials and not set(tokenizer.encode("".join(tokenizer.specials))) & set(
-        tokenizer.specials.values()
-    )
+    assert tokenizer.special_tokens and not set(
+        tokenizer.encode("".join(tokenizer.special_tokens))
+    ) & set(tokenizer.special_tokens.values())
     assert (
         tokenizer.decode(
-            [*tokenizer.specials.values(), *tokenizer.encode("ab"), tokenizer.vocab_size + 3]
+            [*tokenizer.special_tokens.values(), *tokenizer.encode("ab"), tokenizer.vocab_size + 3]
         )
         == "ab"
     )
@@ -80,14 +80,14 @@ def test_offsets_cover_the_text(tokenizer_and_reference):
 def test_llama3_has_its_256_special_tokens(tmp_path):
     write_tiktoken(tmp_path / "tokenizer.model")
     tokenizer = tokenizers.load(tmp_path / "tokenizer.model")
-    assert len(SPECIALS) == len(set(SPECIALS)) == 256
+    assert len(SPECIAL_TOKENS) == len(set(SPECIAL_TOKENS)) == 256
     first = 265  # Of 128,000 in the published file: there these are 128000, 128009 and 128255.
     assert (
-        tokenizer.specials["<|begin_of_text|>"] == first
-        and tokenizer.specials["<|eot_id|>"] == first + 9
+        tokenizer.special_tokens["<|begin_of_text|>"] == first
+        and tokenizer.special_tokens["<|eot_id|>"] == first + 9
     )
     assert (
-        tokenizer.specials["<|reserved_special_token_246|>"]
+        tokenizer.special_tokens["<|reserved_special_token_246|>"]
         == first + 255
         == tokenizer.vocab_size - 1
     )
@@ -124,12 +124,12 @@ def test_chatml_is_the_template_and_the_mask_its_answers(tmp_path):
     tokens, is_answer = chat.encode_chat(tokenizer, TURNS[:1], 0, image_id=999)
     assert tokens.tolist() == reference.encode(text).ids
     assert tokenizer.decode(tokens[is_answer]) == "318.40"
-    assert tokens[is_answer][-1] == tokenizer.specials["<|im_end|>"] and not is_answer[-1]
+    assert tokens[is_answer][-1] == tokenizer.special_tokens["<|im_end|>"] and not is_answer[-1]
     prompt = chat.encode_prompt(tokenizer, TURNS[0][0], 0, image_id=999)
     assert prompt.tolist() == reference.encode(text[: text.index("318.40")]).ids
     assert chat.stop_ids(tokenizer) == (
-        tokenizer.specials["<|im_end|>"],
-        tokenizer.specials["<|endoftext|>"],
+        tokenizer.special_tokens["<|im_end|>"],
+        tokenizer.special_tokens["<|endoftext|>"],
     )
 
 
@@ -173,7 +173,7 @@ def test_images_stand_before_the_question_of_the_first_turn_that_fits(tmp_path):
 
 
 def test_a_tokenizer_without_a_chat_format_is_one_line(tmp_path):
-    write_chatml(tmp_path, specials=("<pad>",))
+    write_chatml(tmp_path, special_tokens=("<pad>",))
     with pytest.raises(
         UserError, match=r"special tokens of no chat format .*chatml: <\|im_end\|> <\|im_start\|>"
     ):

@@ -2,7 +2,7 @@ import pytest
 
 from alignvlm_jax.data import tokenizers
 from alignvlm_jax.data.tokenizers.sentencepiece import (
-    CHAT_MARKS,
+    CHAT_TOKENS,
     PHRASES,
     PRINTABLE,
     SentencePieceTokenizer,
@@ -22,7 +22,11 @@ def test_text_survives_the_round_trip(tokenizer):
 
 def test_ids_stay_in_the_tiny_vocabulary(tokenizer):
     assert tokenizer.vocab_size <= 128
-    assert (tokenizer.pad_id, tokenizer.specials["<s>"], tokenizer.specials["<image>"]) == (0, 2, 4)
+    assert (
+        tokenizer.pad_id,
+        tokenizer.special_tokens["<s>"],
+        tokenizer.special_tokens["<image>"],
+    ) == (0, 2, 4)
 
 
 @pytest.mark.parametrize("phrase", PHRASES)
@@ -31,13 +35,13 @@ def test_phrases_are_one_token(tokenizer, phrase):
     assert len(tokenizer.encode(f"a{phrase}b")) == 3
 
 
-@pytest.mark.parametrize("mark", CHAT_MARKS)
+@pytest.mark.parametrize("mark", CHAT_TOKENS)
 def test_text_cannot_spell_a_chat_mark(tokenizer, mark):
     special = {
-        tokenizer.specials["<image>"],
-        tokenizer.specials["<user>"],
-        tokenizer.specials["<assistant>"],
-        tokenizer.specials["<end>"],
+        tokenizer.special_tokens["<image>"],
+        tokenizer.special_tokens["<user>"],
+        tokenizer.special_tokens["<assistant>"],
+        tokenizer.special_tokens["<end>"],
     }
     assert len(special) == 4
     assert not special & set(tokenizer.encode(f"x {mark} y"))
@@ -45,10 +49,10 @@ def test_text_cannot_spell_a_chat_mark(tokenizer, mark):
 
 def test_chat_marks_and_padding_decode_to_nothing(tokenizer):
     ids = [
-        tokenizer.specials["<s>"],
-        tokenizer.specials["<image>"],
+        tokenizer.special_tokens["<s>"],
+        tokenizer.special_tokens["<image>"],
         *tokenizer.encode("ab c"),
-        tokenizer.specials["<end>"],
+        tokenizer.special_tokens["<end>"],
         tokenizer.pad_id,
     ]
     assert tokenizer.decode(ids) == "ab c"

@@ -53,8 +53,8 @@ def objects(of_one: dict) -> list[str]:
     return [json.dumps(of_one)] * COUNT
 
 
-def chat(messages: str, role: str, content: str, asker: str, answerer: str) -> dict:
-    return {messages: [{role: asker, content: "q?"}, {role: answerer, content: "a"}]}
+def chat(messages: str, role: str, content: str, evaluator: str, answerer: str) -> dict:
+    return {messages: [{role: evaluator, content: "q?"}, {role: answerer, content: "a"}]}
 
 
 FILES = {

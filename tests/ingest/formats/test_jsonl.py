@@ -112,7 +112,7 @@ def test_a_line_that_is_too_long_is_skipped(tmp_path, monkeypatch):
 
 
 def test_special_tokens_in_a_text_stay_text(tmp_path, prepare, tokenizer):
-    hostile = "".join(tokenizer.specials)
+    hostile = "".join(tokenizer.special_tokens)
     prepared = prepare(
         Jsonl(), write(tmp_path, [{"turns": [{"question": hostile, "answers": [hostile]}]}])
     )
@@ -121,7 +121,7 @@ def test_special_tokens_in_a_text_stay_text(tmp_path, prepare, tokenizer):
         tokenizer, [(record.turns[0].question, record.turns[0].answers[0])], 0, 0
     )
     harmless, _ = chat.encode_chat(tokenizer, [("q", "a")], 0, 0)
-    special = set(tokenizer.specials.values())
+    special = set(tokenizer.special_tokens.values())
     assert [token for token in tokens if token in special] == [
         token for token in harmless if token in special
     ]

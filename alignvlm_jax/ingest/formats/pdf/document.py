@@ -33,7 +33,7 @@ WHOLE_BYTES = 1 << 20
 MAX_REMOTE_BYTES = 1 << 29
 """Of a file in a bucket, which is held in memory."""
 MAX_UNREADABLE = 0.1
-"""Share of a page's words that may be drawn but have no Unicode."""
+"""Fraction of a page's words that may be drawn but have no Unicode."""
 HOLDOUTS = ("document", "page")
 
 _pdfium = threading.Lock()  # it serves one thread at a time, and a runner may have several
@@ -105,9 +105,9 @@ class Pdf:
                 page, drawn.to_pixels, np.asarray(drawn.image.convert("L"))
             )
             tables = tables_lib.find_tables(page, drawn.to_pixels, drawn.scale)
-        num_words = len(words) + num_unreadable
-        if num_unreadable > MAX_UNREADABLE * num_words:
-            raise Reject(f"words without Unicode ({num_unreadable:,} of {num_words:,})")
+        unpadded_vocab_size = len(words) + num_unreadable
+        if num_unreadable > MAX_UNREADABLE * unpadded_vocab_size:
+            raise Reject(f"words without Unicode ({num_unreadable:,} of {unpadded_vocab_size:,})")
         lines = lines_lib.read_lines(words, tables)
         turns = _turns(words, tables)
         return Record(raw.id, "pdf", (drawing.encode(drawn.image),), turns, (lines,))

@@ -79,7 +79,7 @@ def _by_baselines(words: list[PlacedWord]) -> list[PlacedWord]:
     right."""
     lines: list[Line] = []
     for placed in sorted(words, key=lambda placed: _centre(placed.word.box)[1]):
-        if lines and _shares_baseline(lines[-1][0].word.box, placed.word.box, across=1):
+        if lines and _is_on_baseline_of(lines[-1][0].word.box, placed.word.box, across=1):
             lines[-1].append(placed)
         else:
             lines.append([placed])
@@ -95,7 +95,7 @@ def _is_beside(line: Line, placed: PlacedWord) -> bool:
     across = 0 if placed.is_vertical else 1
     last = line[-1].word.box
     box = placed.word.box
-    if line[-1].is_vertical != placed.is_vertical or not _shares_baseline(last, box, across):
+    if line[-1].is_vertical != placed.is_vertical or not _is_on_baseline_of(last, box, across):
         return False
     first = line[0].word.box
     along = 1 - across
@@ -105,7 +105,7 @@ def _is_beside(line: Line, placed: PlacedWord) -> bool:
     return box[along] >= stop - slack or box[along + 2] <= start + slack
 
 
-def _shares_baseline(a: Box, b: Box, across: int) -> bool:
+def _is_on_baseline_of(a: Box, b: Box, across: int) -> bool:
     overlap = min(a[across + 2], b[across + 2]) - max(a[across], b[across])
     return overlap >= 0.5 * min(a[across + 2] - a[across], b[across + 2] - b[across])
 
@@ -151,5 +151,5 @@ def _bounds(block: Block) -> Box:
 def _is_above(box: Box, block: Block, other_box: Box, other: Block) -> bool:
     """Whether a block ends above another in a column that they share; a line alone, as a page's
     number between two columns, has its place among all."""
-    shares_column = box[0] < other_box[2] and other_box[0] < box[2]
-    return box[3] <= other_box[1] and (shares_column or len(block) == 1 or len(other) == 1)
+    is_in_column = box[0] < other_box[2] and other_box[0] < box[2]
+    return box[3] <= other_box[1] and (is_in_column or len(block) == 1 or len(other) == 1)

@@ -86,9 +86,9 @@ def questions(rows: list[list[str]]) -> list[Turn]:
         keys = [row[key] for row in body]
         if len(set(keys)) == len(keys) and all(map(_is_name, keys)):
             return [
-                Turn(f"In the row where {name} is '{row[key]}', what is {asked}?", (cell,))
+                Turn(f"In the row where {name} is '{row[key]}', what is {heading}?", (cell,))
                 for row in body
-                for column, (asked, cell) in enumerate(zip(head, row, strict=True))
+                for column, (heading, cell) in enumerate(zip(head, row, strict=True))
                 if column != key and 0 < len(cell) <= MAX_ANSWER_LENGTH and BROKEN not in cell
             ]
     return []

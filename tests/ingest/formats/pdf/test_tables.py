@@ -28,10 +28,10 @@ def asked(record):
 
 def cell_texts():
     return "".join(
-        text(24 + 80 * column, 169 - 20 * row - 9 * line, part, 8)
+        text(24 + 80 * column, 169 - 20 * row - 9 * line, output, 8)
         for row, cells in enumerate(FRUIT)
         for column, cell in enumerate(cells)
-        for line, part in enumerate(cell.split("\n"))
+        for line, output in enumerate(cell.split("\n"))
     )
 
 
@@ -74,10 +74,10 @@ def test_a_table_on_a_turned_page(read):
 def test_a_table_is_read_by_rows_and_what_stands_around_it_in_order(read):
     """The cells are drawn column by column here, and from the last line."""
     by_columns = "".join(
-        text(24 + 80 * column, 149 - 20 * row - 9 * line, part, 8)
+        text(24 + 80 * column, 149 - 20 * row - 9 * line, output, 8)
         for column in range(3)
         for row, cells in enumerate(FRUIT)
-        for line, part in reversed(list(enumerate(cells[column].split("\n"))))
+        for line, output in reversed(list(enumerate(cells[column].split("\n"))))
     )
     rules = "".join(rule(20, y, 260, y) for y in range(80, 161, 20))
     rules += "".join(rule(x, 80, x, 160) for x in (100, 180))
