@@ -13,7 +13,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "alignvlm_jax"
 
 # A part may import from itself and from what stands in a line above its own.
 LEVELS = (
-    ("errors", "shapes"),
+    ("errors", "shapes", "flag_types"),
     ("config", "storage"),
     ("presets", "logs"),
     ("parallel", "ops", "data"),
@@ -35,7 +35,8 @@ LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 READERS_OF_FLAGS = ("commands/", "__main__.py")
 ALLOWED = {
     "orbax": ("train/checkpoint.py", "train/checkpoint_files.py"),
-    "argparse": READERS_OF_FLAGS,
+    # A command reads flags; an analysis says which ones it has.
+    "argparse": (*READERS_OF_FLAGS, "analysis/", "flag_types.py"),
     "absl.flags": READERS_OF_FLAGS,
     "absl.app": READERS_OF_FLAGS,
     "configs": (),

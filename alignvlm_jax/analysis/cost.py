@@ -2,11 +2,12 @@
 (arXiv 2502.01341, table 7).
 
 Neither time nor memory depends on what parameters are, so connectors that the checkpoint does not
-have are drawn at random, in the settings of its config (for most, their defaults). A page is one
-that fills all tiles that a question may have; every answer is as long as it may be. Times are
+have are initialised at random, in the settings of its config (for most, their defaults). A page is
+one that fills all tiles that a question may have; every answer is as long as it may be. Times are
 medians, after compiling; compare those of one table only.
 """
 
+import argparse
 import dataclasses
 import math
 import statistics
@@ -17,7 +18,11 @@ from typing import Any
 import jax
 import numpy as np
 from matplotlib.figure import Figure
+from rich.console import Console
 
+from alignvlm_jax import flag_types
+from alignvlm_jax.analysis import base
+from alignvlm_jax.analysis.base import Analysis
 from alignvlm_jax.config import Config, check
 from alignvlm_jax.data import chat, examples, loader
 from alignvlm_jax.errors import UserError
@@ -29,19 +34,125 @@ from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.pictures import html, plotting
 from alignvlm_jax.plan import flops
-from alignvlm_jax.shapes import Array
+from alignvlm_jax.shapes import Array, Float
 from alignvlm_jax.train import state
 
 QUESTION = "What is the total?"
 NO_END = (-1,)
 """End tokens of answers that never end."""
 
+WIDTH = 10.0
+BAR_HEIGHT = 0.36
+FRAME_HEIGHT = 0.75
+"""Inches."""
+
+COLUMNS = ("tokens", "parameters", "GFLOP", "encode ms", "answer ms", "tokens/s", "temp. MiB")
+
+
+class ConnectorCosts(Analysis):
+    """What each connector costs, a row and a bar each."""
+
+    name = "cost"
+    help = (
+        "parameters, FLOPs, memory and time of connectors beside the checkpoint's encoder and LLM"
+    )
+    title = "What connectors cost"
+
+    def add_flags(self, parser: argparse.ArgumentParser) -> None:
+        known = ", ".join(connectors.REGISTRY)
+        parser.add_argument(
+            "--connectors",
+            type=flag_types.names,
+            default=[],
+            help=f"of {known}; default: all that fit",
+        )
+        parser.add_argument(
+            "--repeats", type=flag_types.positive, default=5, help="of each timing; default: 5"
+        )
+
+    def check(self, config: Config, args: argparse.Namespace) -> None:
+        for name in args.connectors:
+            # Whether there is one of this name, and then whether it fits the tiles of this model.
+            connectors.get(name)
+            with_connector(config, name)
+
+    def measure(self, loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
+        return measure(loaded, args.connectors, args.repeats)
+
+    def show(self, console: Console, found: Mapping[str, Any]) -> None:
+        """Prints a row a connector."""
+        console.print(
+            f"{found['device']}, {found['batch_size']} pages at once of {found['tiles_per_page']} "
+            f"tiles, answers of {found['answer_tokens']} tokens; vision encoder and LLM: "
+            f"{found['num_tower_params']:,} parameters"
+        )
+        table = base.table("connector", *COLUMNS)
+        for cost in found["costs"]:
+            table.add_row(
+                cost["connector"],
+                f"{cost['tokens_per_page']:,}",
+                f"{cost['num_params']:,}",
+                f"{cost['gflops']:.3g}",
+                f"{1e3 * cost['encode_seconds']:.2f}",
+                f"{1e3 * cost['answer_seconds']:.2f}",
+                f"{cost['tokens_per_second']:.1f}",
+                f"{cost['temporary_mib']:.1f}",
+            )
+        console.print(table)
+        for name, reason in found["left_out"].items():
+            console.print(f"{name} is left out: {reason}", markup=False)
+
+    def picture(self, connector: str, found: Mapping[str, Any]) -> bytes:
+        """Returns a PNG of parameters, time to encode a page and tokens a page by connector, the
+        model's own coloured."""
+        costs = found["costs"]
+        names = [cost["connector"] for cost in costs]
+        colors = [plotting.COLORS[0] if name == connector else plotting.QUIET for name in names]
+        panels = {
+            "Parameters": [(cost["num_params"], html.count(cost["num_params"])) for cost in costs],
+            "Pixels to visual tokens, ms a page": [
+                (cost["encode_seconds"], f"{1e3 * cost['encode_seconds']:,.2f}") for cost in costs
+            ],
+            "Tokens a page": [
+                (cost["tokens_per_page"], f"{cost['tokens_per_page']:,}") for cost in costs
+            ],
+        }
+
+        def draw(figure: Figure) -> None:
+            row = figure.subplots(1, len(panels), sharey=True)
+            for axes, (title, bars) in zip(row, panels.items(), strict=True):
+                values, texts = zip(*bars, strict=True)
+                plotting.bars(axes, names, values, texts, colors)
+                axes.set_title(title)
+                axes.label_outer()
+
+        return plotting.png((WIDTH, FRAME_HEIGHT + BAR_HEIGHT * len(costs)), draw)
+
+    def sentence(self, written: Mapping[str, Any]) -> str:
+        costs = written["costs"]
+        # The model's own connector, unless --connectors left it out.
+        own = (cost for cost in costs if cost["connector"] == written["connector"])
+        shown = next(own, costs[0])
+        quickest = min(costs, key=lambda cost: cost["encode_seconds"])
+        text = (
+            f"With {shown['connector']}, {html.count(shown['num_params'])} parameters, a page "
+            f"takes {1e3 * shown['encode_seconds']:.2f} ms from pixels to its "
+            f"{shown['tokens_per_page']:,} visual tokens ({written['device']})"
+        )
+        if quickest is not shown:
+            text += (
+                f"; with {quickest['connector']}, the quickest, "
+                f"{1e3 * quickest['encode_seconds']:.2f} ms"
+            )
+        return f"{text}."
+
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one connector.
+    """The cost of one connector.
 
     Attributes:
+      connector: its name.
       tokens_per_page: that the LLM is given.
       num_params: of the connector.
       gflops: forward of a page in the connector.
@@ -81,11 +192,13 @@ def measure(loaded: Loaded, names: Sequence[str], repeats: int) -> dict[str, Any
         try:
             config = with_connector(loaded.config, name)
         except UserError as err:
+            # One that was asked for by name is not left out in silence.
             if names:
                 raise
             left_out[name] = str(err)
             continue
-        costs.append(dataclasses.asdict(cost_of(_fitted(loaded, config), repeats)))
+        fitted = _fitted(dataclasses.replace(loaded, config=config))
+        costs.append(dataclasses.asdict(cost_of(fitted, repeats)))
     device = jax.devices()[0]
     return {
         "device": f"{jax.device_count()} x {device.device_kind}",
@@ -99,13 +212,14 @@ def measure(loaded: Loaded, names: Sequence[str], repeats: int) -> dict[str, Any
 
 
 def with_connector(config: Config, name: str) -> Config:
-    """Returns the config with another connector, and rows in which a page of all its tiles and a
-    question fit.
+    """Returns the config with another connector, and packed sequences that a page of all its tiles
+    and a question fit in.
 
     Raises:
       UserError: the connector does not fit the tiles.
     """
     model = config.model.with_connector(name)
+    # Longer by a whole page of this connector's tokens, which may be more than the trained one's.
     length = config.data.seq_len + config.data.tiles_of_a_record * model.tokens_per_tile
     data = dataclasses.replace(config.data, seq_len=length)
     return check(dataclasses.replace(config, model=model, data=data))
@@ -116,16 +230,19 @@ def cost_of(loaded: Loaded, repeats: int) -> Cost:
     config = loaded.config
     data_parallel_size = loaded.data_parallel_size
     num_new = loaded.config.eval.max_new_tokens
+    # A page for each device that batches are spread over: what is timed is divided by their number.
     prompts = loader.stack(
         [full_prompt(loaded)] * len(sharding.rows_of_process(loaded.mesh, data_parallel_size))
     )
     with mesh_lib.use(loaded.mesh):
         tiles = sharding.put_batch({"tiles": prompts["tiles"]}, loaded.mesh)
+        # Compiled by hand, as only a compiled program tells of its memory.
         encode = (
             jax.jit(_visual_tokens, static_argnums=0)
             .lower(loaded.model, loaded.variables, tiles)
             .compile()
         )
+        # Without block_until_ready only the dispatch would be timed.
         encode_seconds = _median_seconds(
             lambda: jax.block_until_ready(encode(loaded.variables, tiles)), repeats
         )
@@ -150,8 +267,12 @@ def full_prompt(loaded: Loaded) -> examples.PackedSequence:
     config = loaded.config
     vision = config.model.vision
     num_tiles = config.data.tiles_of_a_record
-    num_slots = num_tiles * config.model.tokens_per_tile
-    tokens = chat.encode_prompt(loaded.tokenizer, QUESTION, num_slots, config.model.image_token_id)
+    num_image_tokens = num_tiles * config.model.tokens_per_tile
+    tokens = chat.encode_prompt(
+        loaded.tokenizer, QUESTION, num_image_tokens, config.model.image_token_id
+    )
+    # Its own length, not the config's: padding would cost every connector the same, and hide what
+    # they differ in. Tiles uint8 [I, height, width, 3] are white: time does not depend on pixels.
     return {
         "tokens": np.asarray(tokens, np.int32),
         "positions": np.arange(len(tokens), dtype=np.int32),
@@ -162,22 +283,22 @@ def full_prompt(loaded: Loaded) -> examples.PackedSequence:
     }
 
 
-def _fitted(loaded: Loaded, config: Config) -> Loaded:
-    """The model with the config's connector; a random one, where it is not the checkpoint's."""
+def _fitted(loaded: Loaded) -> Loaded:
+    """The model with its config's connector, initialised where the checkpoint has another one."""
+    config = loaded.config
+    if config.model.connector == loaded.model.config.connector:
+        return loaded
     model = VLM(config.model)
-    if config.model == loaded.config.model:
-        return dataclasses.replace(loaded, config=config)
     abstract = state.abstract_params(model, config, loaded.mesh)
+    # The towers stay the checkpoint's own arrays: several models share them on the devices.
     paths = {path for path in state.flatten(abstract) if path.startswith("connector/")}
     with mesh_lib.use(loaded.mesh):
-        drawn = state.init_params(model, config, abstract, paths, jax.random.key(config.seed))
-    return dataclasses.replace(
-        loaded, config=config, model=model, params={**loaded.params, **drawn}
-    )
+        initialised = state.init_params(model, config, abstract, paths, jax.random.key(config.seed))
+    return dataclasses.replace(loaded, model=model, params={**loaded.params, **initialised})
 
 
 def _median_seconds(fn: Callable[[], Any], repeats: int) -> float:
-    fn()
+    fn()  # Compiles.
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -190,39 +311,7 @@ def _num_params(params: Mapping) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
 
 
-def _visual_tokens(model: VLM, variables: Mapping, batch: Mapping[str, Array]) -> Array:
+def _visual_tokens(
+    model: VLM, variables: Mapping, batch: Mapping[str, Array]
+) -> Float[Array, "B N D"]:
     return model.apply(variables, batch, method="visual_tokens")
-
-
-WIDTH = 10.0
-BAR_HEIGHT = 0.36
-FRAME_HEIGHT = 0.75
-"""Inches."""
-
-
-def picture(connector: str, found: Mapping[str, Any]) -> bytes:
-    """Returns a PNG of parameters, time to encode a page and tokens a page by connector, the
-    model's own coloured."""
-    costs = found["costs"]
-    names = [cost["connector"] for cost in costs]
-    colors = [plotting.COLORS[0] if name == connector else plotting.QUIET for name in names]
-    panels = {
-        "Parameters": [(cost["num_params"], html.count(cost["num_params"])) for cost in costs],
-        "Pixels to visual tokens, ms a page": [
-            (cost["encode_seconds"], f"{1e3 * cost['encode_seconds']:,.2f}") for cost in costs
-        ],
-        "Tokens a page": [
-            (cost["tokens_per_page"], f"{cost['tokens_per_page']:,}") for cost in costs
-        ],
-    }
-
-    def draw(figure: Figure) -> None:
-        for axes, (title, bars) in zip(
-            figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True
-        ):
-            values, texts = zip(*bars, strict=True)
-            plotting.bars(axes, names, values, texts, colors)
-            axes.set_title(title)
-            axes.label_outer()
-
-    return plotting.png((WIDTH, FRAME_HEIGHT + BAR_HEIGHT * len(costs)), draw)

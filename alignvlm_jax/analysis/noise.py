@@ -1,38 +1,243 @@
-"""How much disturbance a connector bears (arXiv 2502.01341, section 5.4).
+"""How much perturbation a connector bears (arXiv 2502.01341, section 5.4).
 
 The paper adds Gaussian noise to the features just before the connector; here the page's pixels may
-be disturbed too, or its content moved. Two things are measured: the scores of the answers, and how
-far the connector's output moves, as a cosine distance. That distance alone deceives: where all
-patches share a large mean vector, which a flat softmax over a vocabulary gives, it is small because
-*every* distance is. So beside it stands the distance between different patches without noise, and
-both once more after that mean is taken off. Of content that moved there are no distances: a patch
-then shows something else.
+be perturbed too, or its content moved. Two things are measured: the scores of the answers, and how
+far visual tokens are displaced (`displacement`). Of content that moved there are no distances: a
+patch then shows something else.
 
 The paper's noise has sigma 3 on features whose scale it does not tell. Sigmas are therefore also
 given in units of the features' standard deviation, which compare between models; so are shifts in
 patches.
 """
 
-from collections.abc import Mapping, Sequence
+import argparse
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich.console import Console
 
-from alignvlm_jax.analysis import base, perturbation
-from alignvlm_jax.analysis.perturbation import Disturbance, FeatureNoise, PixelNoise, Shift
-from alignvlm_jax.benchmarks.predictions import Predictions
-from alignvlm_jax.benchmarks.questions import Question, choose_questions
-from alignvlm_jax.benchmarks.runner import Runner, Trial
-from alignvlm_jax.data import images, shards
+from alignvlm_jax import flag_types
+from alignvlm_jax.analysis import base, displacement, perturbation
+from alignvlm_jax.analysis.base import Analysis
+from alignvlm_jax.analysis.perturbation import FeatureNoise, PixelNoise, Shift
 from alignvlm_jax.data.record import Record
-from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference.loading import Loaded
 from alignvlm_jax.pictures import plotting
 
+Found = Mapping[str, Any]
 
-def measure(
+COLUMNS = {
+    "sigma": ("sigma", ".3f"),
+    "relative_sigma": ("in its units", ".2f"),
+    "shift": ("pixels at most", "d"),
+    "relative_shift": ("patches", ".2f"),
+    "anls": ("ANLS", ".3f"),
+    "exact_match": ("exact match", ".3f"),
+    "distance": ("cos. distance", ".4f"),
+    "centred_distance": ("mean removed", ".4f"),
+}
+"""By field of a point: the title of its column, and its format."""
+
+COMPARED_PAGES = {
+    "type": flag_types.positive,
+    "default": 32,
+    "help": "whose visual tokens are compared; default: 32",
+}
+INCHES = (5.0, 3.8)
+"""Of a panel."""
+
+
+class Noise(Analysis):
+    """What all kinds of perturbation share: common flags, the table, the figure, the sentence.
+
+    Attributes:
+      curve_over: field of a point that curves are over, and the label of that axis, in which braces
+        name results.
+      size_in_words: field of a point that the sentence names sizes by, and how it puts one.
+    """
+
+    curve_over: tuple[str, str]
+    size_in_words: tuple[str, str]
+
+    def kinds(self) -> Mapping[str, Analysis]:
+        return KINDS
+
+    def add_flags(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--kind",
+            choices=tuple(KINDS),
+            default=next(iter(KINDS)),
+            help="where the perturbation enters: noise on the vision features (default) or on the "
+            "page's pixels, or content that is moved. Each has a --help of its own",
+        )
+        base.add_question_flags(parser)
+        parser.add_argument("--seed", type=int, default=0)
+
+    def show(self, console: Console, found: Found) -> None:
+        """Prints a row a size, and what distances are to be compared with."""
+        if "feature_std" in found:
+            console.print(
+                f"The features' standard deviation over patches is {found['feature_std']:.3f}."
+            )
+        if "patch_pixels" in found:
+            console.print(
+                f"The shorter side of a patch is {found['patch_pixels']:.3g} pixels of the page."
+            )
+        # Kinds differ in what a point has; all points of one result have the same.
+        columns = {name: column for name, column in COLUMNS.items() if name in found["points"][0]}
+        table = base.table(*(title for title, _ in columns.values()))
+        for point in found["points"]:
+            table.add_row(*(format(point[name], spec) for name, (_, spec) in columns.items()))
+        console.print(table)
+        if "between_distance" in found:
+            console.print(
+                "Between different visual tokens, without noise: cosine distance "
+                f"{found['between_distance']:.4f}, with the mean removed "
+                f"{found['centred_between_distance']:.4f}."
+            )
+
+    def picture(self, connector: str, found: Found) -> bytes:
+        return self.curves({connector: found})
+
+    def curves(self, results: Mapping[str, Found]) -> bytes:
+        """Returns a PNG of results by name, over the size of the perturbation: ANLS, and, of kinds
+        with distances, the displacement of visual tokens with the mean removed, as a fraction of
+        the distance between different ones."""
+        first = next(iter(results.values()))
+        field, label = self.curve_over
+        with_distances = "centred_between_distance" in first
+
+        def draw(figure: Figure) -> None:
+            # squeeze=False: of a single panel, too, an array [1, panels].
+            panels = figure.subplots(1, 1 + with_distances, squeeze=False)[0]
+            _draw_scores(panels[0], results, field)
+            if with_distances:
+                _draw_distances(panels[1], results, field)
+            for axes in panels:
+                axes.set_xlabel(label.format(**first))
+                axes.grid(axis="y")
+
+        return plotting.png((INCHES[0] * (1 + with_distances), INCHES[1]), draw)
+
+    def sentence(self, written: Found) -> str:
+        field, size = self.size_in_words
+        clean, *points = written["points"]
+        text = f"Undisturbed, the answers score ANLS {clean['anls']:.3f}"
+        if not points:
+            return f"{text}."
+        # Up to the first loss: what scores well again at a larger size does so by chance.
+        enough = 0.9 * clean["anls"]
+        kept = [*itertools.takewhile(lambda point: point["anls"] >= enough, points)]
+        last = points[-1]
+        if kept:
+            text += f"; at least nine tenths of that are left up to {size.format(kept[-1][field])}"
+        else:
+            least = size.format(points[0][field])
+            text += f"; less than nine tenths of that are left at {least} already"
+        text += f", and ANLS {last['anls']:.3f} at {last[field]:.3g}"
+        if "centred_distance" in last:
+            fraction = last["centred_distance"] / written["centred_between_distance"]
+            text += (
+                f", which moves visual tokens by {fraction:.2f} of the distance between different "
+                "ones"
+            )
+        return f"{text}."
+
+
+class NoiseOnFeatures(Noise):
+    """Gaussian noise on the vision features, as in the paper."""
+
+    name = "noise"
+    help = "scores and movement of visual tokens under Gaussian noise on the vision features"
+    title = "Noise on the vision features"
+    curve_over = ("relative_sigma", "noise, standard deviations of the features")
+    size_in_words = ("relative_sigma", "noise of {:.3g} times the features' standard deviation")
+
+    def add_flags(self, parser: argparse.ArgumentParser) -> None:
+        super().add_flags(parser)
+        parser.add_argument("--num_pages", **COMPARED_PAGES)
+        parser.add_argument(
+            "--sigmas",
+            type=flag_types.sizes,
+            default=[3.0],
+            help="in the unit of the features; default: 3",
+        )
+        parser.add_argument(
+            "--relative_sigmas",
+            type=flag_types.sizes,
+            default=[0.25, 0.5, 1.0, 2.0, 4.0],
+            help="in units of the features' standard deviation; default: 0.25,0.5,1,2,4",
+        )
+
+    def measure(self, loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
+        return measure_features(
+            loaded, args.split, args.sigmas, args.relative_sigmas, args.num_pages, args.seed
+        )
+
+
+class NoiseOnPixels(Noise):
+    """Gaussian noise on the page's pixels."""
+
+    name = "noise_pixels"
+    help = "scores and movement of visual tokens under Gaussian noise on the page's pixels"
+    title = "Noise on the pixels"
+    curve_over = ("sigma", "noise on pixels, fraction of the range from black to white")
+    size_in_words = ("sigma", "noise of {:.3g} of the range from black to white")
+
+    def add_flags(self, parser: argparse.ArgumentParser) -> None:
+        super().add_flags(parser)
+        parser.add_argument("--num_pages", **COMPARED_PAGES)
+        parser.add_argument(
+            "--sigmas",
+            type=flag_types.sizes,
+            default=[0.05, 0.1, 0.2, 0.4],
+            help="where black is 0 and white is 1; default: 0.05,0.1,0.2,0.4",
+        )
+
+    def measure(self, loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
+        return measure_pixels(loaded, args.split, args.sigmas, args.num_pages, args.seed)
+
+
+class MovedContent(Noise):
+    """Content of the page moved by whole pixels."""
+
+    name = "noise_layout"
+    help = "scores where the content of pages is moved"
+    title = "Content that is moved"
+    curve_over = (
+        "relative_shift",
+        "content moved by at most, patches of {patch_pixels:.3g} pixels",
+    )
+    size_in_words = ("shift", "shifts of at most {} px")
+
+    def add_flags(self, parser: argparse.ArgumentParser) -> None:
+        super().add_flags(parser)
+        parser.add_argument(
+            "--shifts",
+            type=flag_types.positives,
+            default=[],
+            help="most pixels of the page; default: none",
+        )
+        parser.add_argument(
+            "--relative_shifts",
+            type=flag_types.sizes,
+            default=[0.125, 0.25, 0.5, 1.0],
+            help="most, in units of a patch's shorter side on the page; default: 0.125,0.25,0.5,1",
+        )
+
+    def measure(self, loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
+        return measure_layout(loaded, args.split, args.shifts, args.relative_shifts, args.seed)
+
+
+FEATURES = NoiseOnFeatures()
+KINDS = {"features": FEATURES, "pixels": NoiseOnPixels(), "layout": MovedContent()}
+"""By what `--kind` calls them."""
+
+
+def measure_features(
     loaded: Loaded,
     split: str,
     sigmas: Sequence[float],
@@ -57,41 +262,38 @@ def measure(
     Raises:
       UserError: the split is missing, has no questions or no images.
     """
-    pages = pages_asked_about(loaded, split)[:num_pages]
-    feature_std = perturbation.feature_std(loaded, pages)
+    pages = perturbation.pages_asked_about(loaded, split)[:num_pages]
+    feature_std = displacement.feature_std(loaded, pages)
+    # A set: a sigma that is asked for in both units is measured once.
     sizes = sorted({0.0, *sigmas, *(relative * feature_std for relative in relative_sigmas)})
     trials = [FeatureNoise(sigma, seed) for sigma in sizes]
     points = [{"sigma": sigma, "relative_sigma": sigma / feature_std} for sigma in sizes]
-    between, moved = perturbation.measure(loaded, pages, trials)
-    return {
-        "feature_std": feature_std,
-        "num_pages": len(pages),
-        **between,
-        "points": _merge(points, _scores(loaded, split, trials), moved),
-    }
+    return {"feature_std": feature_std, **_with_distances(loaded, split, pages, points, trials)}
 
 
 def measure_pixels(
     loaded: Loaded, split: str, sigmas: Sequence[float], num_pages: int, seed: int
 ) -> dict[str, Any]:
-    """Returns what noise on the pixels does, as `measure` does; sigmas are in units of the range
-    from black to white.
-
-    Raises:
-      UserError: the split is missing, has no questions or no images.
-    """
-    pages = pages_asked_about(loaded, split)[:num_pages]
+    """Returns what noise on the pixels does, as `measure_features` does; sigmas are in units of the
+    range from black to white."""
+    pages = perturbation.pages_asked_about(loaded, split)[:num_pages]
     sizes = sorted({0.0, *sigmas})
-    trials = [_none(seed), *(PixelNoise(sigma, seed) for sigma in sizes[1:])]
-    between, moved = perturbation.measure(loaded, pages, trials)
-    return {
-        "kind": "pixels",
-        "num_pages": len(pages),
-        **between,
-        "points": _merge(
-            [{"sigma": sigma} for sigma in sizes], _scores(loaded, split, trials), moved
-        ),
-    }
+    # The first is no noise on features, so that kinds share the file of unperturbed answers.
+    trials = [perturbation.none(seed), *(PixelNoise(sigma, seed) for sigma in sizes[1:])]
+    points = [{"sigma": sigma} for sigma in sizes]
+    return {"kind": "pixels", **_with_distances(loaded, split, pages, points, trials)}
+
+
+def _with_distances(
+    loaded: Loaded, split: str, pages: Sequence[Record], points: Sequence[dict], trials: Sequence
+) -> dict[str, Any]:
+    """The points with the scores and distances of their trials."""
+    # Distances first, which take less: a page that cannot be read is found before questions are
+    # asked.
+    between, displaced = displacement.measure(loaded, pages, trials)
+    scores = perturbation.scores(loaded, split, trials)
+    found = [a | b | c for a, b, c in zip(points, scores, displaced, strict=True)]
+    return {"num_pages": len(pages), **between, "points": found}
 
 
 def measure_layout(
@@ -101,166 +303,47 @@ def measure_layout(
     pixels, the first 0.
 
     Args:
-      loaded: as for `measure`.
+      loaded: as for `measure_features`.
       split: of the documents.
       shifts: in pixels of the page.
       relative_shifts: in units of `patch_pixels`, the shorter side of a patch where it lies on the
         page; rounded to pixels, 1 at least.
       seed: of the shifts.
-
-    Raises:
-      UserError: the split is missing, has no questions or no images.
     """
-    side = patch_side(loaded, pages_asked_about(loaded, split))
+    side = perturbation.patch_side(loaded, perturbation.pages_asked_about(loaded, split))
+    # A shift that rounds to 0 would be the unperturbed point once more.
     sizes = sorted({0, *shifts, *(max(1, round(relative * side)) for relative in relative_shifts)})
-    trials = [_none(seed), *(Shift(shift, seed) for shift in sizes[1:])]
+    trials = [perturbation.none(seed), *(Shift(shift, seed) for shift in sizes[1:])]
     points = [{"shift": shift, "relative_shift": shift / side} for shift in sizes]
-    return {
-        "kind": "layout",
-        "patch_pixels": side,
-        "points": _merge(points, _scores(loaded, split, trials)),
-    }
+    scores = perturbation.scores(loaded, split, trials)
+    found = [a | b for a, b in zip(points, scores, strict=True)]
+    return {"kind": "layout", "patch_pixels": side, "points": found}
 
 
-def pages_asked_about(loaded: Loaded, split: str) -> list[Record]:
-    """Returns the documents of a split that its questions are about, in their order.
-
-    Raises:
-      UserError: the split is missing or has no questions.
-    """
-    records = shards.RecordSource(loaded.config.data.dir, split)
-    questions = choose_questions(records, loaded.config.eval.num_questions)
-    if not questions:
-        raise UserError(f"split {split!r} in {loaded.config.data.dir} has no questions")
-    return [records[index] for index in sorted({question.record for question in questions})]
-
-
-def ask(evaluator: Runner, loaded: Loaded, split: str, disturbance: Disturbance) -> Predictions:
-    """Returns the answers to a split's questions, disturbed; they stay in analysis/noise/ of the
-    workdir."""
-
-    def inputs(question: Question) -> dict[str, np.ndarray]:
-        return disturbance.inputs(question.id)
-
-    path = base.folder(loaded) / "noise" / f"{split}_{disturbance.file}.jsonl"
-    trial = Trial(path, {"noise": disturbance.header()}, page=disturbance.page, inputs=inputs)
-    return evaluator.evaluate_trial(split, trial, f"{split}, {disturbance.file.replace('_', ' ')}")
-
-
-def patch_side(loaded: Loaded, pages: Sequence[Record]) -> float:
-    """Returns the shorter side of a patch in pixels of the page, of pages of many sizes the median.
-
-    Raises:
-      UserError: an image cannot be read, or there is none.
-    """
-    vision = loaded.config.model.vision
-    data = loaded.config.data
-    patch = np.array([vision.patch_width, vision.patch_height])
-    sides = []
-    for record in pages:
-        for image in record.images:
-            page = images.decode_image(image, record.id)
-            most = data.tiles_of_a_record // len(record.images)
-            scales = images.tile_image(page, vision, most, data.use_overview).scales
-            sides.append((patch / scales[-1]).min())  # The overview, if any, is the first.
-    if not sides:
-        raise UserError("the chosen records have no images")
-    return float(np.median(sides))
-
-
-def _none(seed: int) -> Disturbance:
-    """No disturbance: of whatever kind, its answers are one file."""
-    return FeatureNoise(0.0, seed)
-
-
-def _scores(loaded: Loaded, split: str, trials: Sequence[Disturbance]) -> list[dict[str, Any]]:
-    evaluator = Runner(loaded, loaded.config)
-    results = [ask(evaluator, loaded, split, trial) for trial in trials]
-    return [
-        {
-            "anls": result.mean("score"),
-            "exact_match": result.mean("exact"),
-            "num_eval": len(result.rows),
-        }
-        for result in results
-    ]
-
-
-def _merge(*parts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Points of which each part has some fields."""
-    return [
-        {name: value for part in point for name, value in part.items()}
-        for point in zip(*parts, strict=True)
-    ]
-
-
-INCHES = (5.0, 3.8)
-"""Of a panel."""
-
-AXES = {
-    "features": ("relative_sigma", "noise, standard deviations of the features"),
-    "pixels": ("sigma", "noise on pixels, fraction of the range from black to white"),
-    "layout": ("relative_shift", "content moved by at most, patches of {patch_pixels:.3g} pixels"),
-}
-"""By kind of disturbance: the field of a point that the curves are over, and what it is; braces
-name results."""
-
-
-def picture(results: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """Returns a PNG of results of one kind by name, over the size of the disturbance: ANLS, and, of
-    kinds with distances, how far visual tokens move with the mean removed, as a fraction of the
-    distance between different ones."""
-    first = next(iter(results.values()))
-    field, label = AXES[first.get("kind", "features")]
-    with_distances = "centred_between_distance" in first
-
-    def draw(figure: Figure) -> None:
-        panels = figure.subplots(1, 1 + with_distances, squeeze=False)[0]
-        _draw_scores(panels[0], results, field)
-        if with_distances:
-            _draw_distances(panels[1], results, field)
-        for axes in panels:
-            axes.set_xlabel(label.format(**first))
-            axes.grid(axis="y")
-
-    return plotting.png((INCHES[0] * (1 + with_distances), INCHES[1]), draw)
-
-
-def _draw_scores(axes: Axes, results: Mapping[str, Mapping[str, Any]], field: str) -> None:
-    for number, (name, found) in enumerate(results.items()):
-        _draw_curve(axes, number, name, found, field, [point["anls"] for point in found["points"]])
+def _draw_scores(axes: Axes, results: Mapping[str, Found], field: str) -> None:
+    _draw_curves(axes, results, field, lambda found, point: point["anls"])
     axes.set_title("ANLS")
     axes.set_ylim(0, 1.02)
     axes.legend()
 
 
-def _draw_distances(axes: Axes, results: Mapping[str, Mapping[str, Any]], field: str) -> None:
-    for number, (name, found) in enumerate(results.items()):
-        between = found["centred_between_distance"]
-        _draw_curve(
-            axes,
-            number,
-            name,
-            found,
-            field,
-            [point["centred_distance"] / between for point in found["points"]],
-        )
+def _draw_distances(axes: Axes, results: Mapping[str, Found], field: str) -> None:
+    def fraction(found: Found, point: Found) -> float:
+        return point["centred_distance"] / found["centred_between_distance"]
+
+    _draw_curves(axes, results, field, fraction)
     axes.set_title("Movement of visual tokens / distance between them")
     # At 1 a token is as far from itself as it is from any other.
     axes.axhline(1, color="#00000066", linewidth=0.8, linestyle=":")
     axes.set_ylim(bottom=0)
 
 
-def _draw_curve(
-    axes: Axes, number: int, name: str, found: Mapping[str, Any], field: str, values: list[float]
+def _draw_curves(
+    axes: Axes, results: Mapping[str, Found], field: str, value: Callable[[Found, Found], float]
 ) -> None:
-    sizes = [point[field] for point in found["points"]]
-    axes.plot(
-        sizes,
-        values,
-        color=plotting.color(number),
-        marker="o",
-        markersize=4,
-        linewidth=1.6,
-        label=name,
-    )
+    """Draws a curve for each name: the value of every point over its field."""
+    style = {"marker": "o", "markersize": 4, "linewidth": 1.6}
+    for number, (name, found) in enumerate(results.items()):
+        sizes = [point[field] for point in found["points"]]
+        values = [value(found, point) for point in found["points"]]
+        axes.plot(sizes, values, color=plotting.color(number), label=name, **style)

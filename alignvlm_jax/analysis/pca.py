@@ -1,13 +1,14 @@
-"""Whether the words that patches use span the space of text embeddings (arXiv 2502.01341, figure
+"""How well the tokens that patches use span the space of text embeddings (arXiv 2502.01341, figure
 4).
 
 The paper plots the first two principal components of the LLM's text embeddings and sees its 3.4K
-chosen words all over the plane. So would any words be: beside them stand as many random ones and
+chosen tokens all over the plane. So would any tokens be: beside them stand as many random ones and
 the most frequent ones. How well each set covers is measured twice: what fraction of the variance of
-all embeddings the set's own principal directions explain, and how far the words left out are from
-their nearest word in the set.
+all embeddings the set's own principal directions explain, and how far the tokens left out are from
+their nearest token in the set.
 """
 
+import argparse
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -16,8 +17,10 @@ import jax
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich.console import Console
 
-from alignvlm_jax.analysis import vocabulary
+from alignvlm_jax.analysis import base, vocabulary
+from alignvlm_jax.analysis.base import Analysis
 from alignvlm_jax.data import shards
 from alignvlm_jax.inference import patch_tokens
 from alignvlm_jax.inference.loading import Loaded
@@ -25,13 +28,75 @@ from alignvlm_jax.pictures import plotting
 
 NUM_COMPONENTS = 10
 MAX_SAMPLE = 1024
-"""Words whose nearest neighbours are looked for, and points of a set that are kept to plot."""
+"""Tokens whose nearest neighbours are looked for, and points of a set that are kept to plot."""
+
+INCHES = (10.0, 4.6)
+CHOSEN = "chosen"
+
+
+class PCA(Analysis):
+    """The tokens that patches use among the principal components of all text embeddings."""
+
+    name = "pca"
+    help = "how well the words that ALIGN's patches use cover the space of text embeddings"
+    title = "What these words span"
+    needs_distribution = True
+
+    def add_flags(self, parser: argparse.ArgumentParser) -> None:
+        vocabulary.add_usage_flags(parser)
+        parser.add_argument("--seed", type=int, default=0)
+
+    def measure(self, loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
+        return measure(loaded, args.pages, args.num_pages, args.threshold, args.seed)
+
+    def show(self, console: Console, found: Mapping[str, Any]) -> None:
+        """Prints a row a set of tokens."""
+        console.print(
+            f"{found['num_chosen']:,} of {found['num_words']:,} words chosen. The first "
+            f"{found['num_components']} principal components of all explain "
+            f"{sum(found['shares']):.1%} of their variance, the first two "
+            f"{sum(found['shares'][:2]):.1%}."
+        )
+        table = base.table("words", "its components explain", "distance to those outside")
+        for name, one in found["sets"].items():
+            # None: the set has all tokens.
+            nearest = "-" if one["nearest"] is None else f"{one['nearest']:.3f}"
+            table.add_row(name, f"{one['explained']:.1%}", nearest)
+        console.print(table)
+
+    def picture(self, connector: str, found: Mapping[str, Any]) -> bytes:
+        """Returns a PNG: tokens on the first two principal components, the chosen ones highlighted,
+        and how well they cover all beside random and frequent ones."""
+
+        def draw(figure: Figure) -> None:
+            points, right = figure.subfigures(1, 2, width_ratios=(1.15, 1))
+            _draw_points(points.add_subplot(), found)
+            explained, nearest = right.subplots(2, 1)
+            sets = found["sets"]
+            _draw_sets(explained, {name: one["explained"] for name, one in sets.items()}, "{:.1%}")
+            explained.set_title("Explained variance of all words")
+            _draw_sets(nearest, {name: one["nearest"] for name, one in sets.items()}, "{:.3f}")
+            nearest.set_title("Distance of the other words")
+
+        return plotting.png(INCHES, draw)
+
+    def sentence(self, written: Mapping[str, Any]) -> str:
+        chosen, random, frequent = (
+            f"{100 * written['sets'][name]['explained']:.1f} %"
+            for name in (CHOSEN, "random", "most frequent")
+        )
+        return (
+            f"The first {written['num_components']} principal components of the "
+            f"{written['num_chosen']:,} words that patches use explain {chosen} of the variance of "
+            f"all {written['num_words']:,} text embeddings; those of as many random words explain "
+            f"{random}, of the most frequent {frequent}."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Components:
     """Principal components of vectors: their `mean` [D], the `directions` [k, D], largest variance
-    first, and the `shares` of the variance that they explain [k]."""
+    first, and the `fractions` of the variance that they explain [k]."""
 
     mean: np.ndarray
     directions: np.ndarray
@@ -45,65 +110,67 @@ class Components:
 def measure(
     loaded: Loaded, pages: str, num_pages: int, threshold: float, seed: int
 ) -> dict[str, Any]:
-    """Returns what each set of words explains of the text embeddings, and coordinates to plot.
+    """Returns what each set of tokens explains of the text embeddings, and coordinates to plot.
 
     Args:
       loaded: the model.
-      pages: split whose documents choose the words.
+      pages: split whose documents choose the tokens.
       num_pages: documents of it.
-      threshold: a word is chosen where its largest probability in a patch is above it.
-      seed: of the random words.
+      threshold: a token is chosen where its largest probability in a patch is above it.
+      seed: of the random tokens.
 
     Raises:
-      UserError: the connector has no distribution over words, the split is missing, or no word is
-        chosen.
+      UserError: the connector has no distribution over the vocabulary, the split is missing, or no
+        token is chosen.
     """
     patch_tokens.check(loaded.config)
     used = vocabulary.usage(loaded, pages, num_pages)
-    unpadded_vocab_size = loaded.config.model.llm.unpadded_vocab_size
-    table = np.float64(jax.device_get(loaded.params["llm"]["embed"]["table"]))[:unpadded_vocab_size]
-    chosen = used.kept("highest", threshold)[:unpadded_vocab_size]
+    # The table's last rows, up to vocab_size, only make it divisible: they are no tokens.
+    num_tokens = loaded.config.model.llm.unpadded_vocab_size
+    table = np.float64(jax.device_get(loaded.params["llm"]["embed"]["table"]))[:num_tokens]
+    chosen = used.kept("highest", threshold)[:num_tokens]
     whole = components(table, NUM_COMPONENTS)
-    sets = word_sets(loaded, chosen, pages, seed)
+    sets = token_sets(loaded, chosen, pages, seed)
+    # One generator for all samples: their order is a part of the result.
     rng = np.random.default_rng(seed)
     return {
-        "num_words": unpadded_vocab_size,
+        "num_words": num_tokens,
         "num_chosen": int(chosen.sum()),
         "num_components": len(whole.fractions),
         "shares": whole.fractions.tolist(),
-        "sets": {name: coverage(table, words, rng) for name, words in sets.items()},
+        "sets": {name: coverage(table, ids, rng) for name, ids in sets.items()},
         "points": {
-            name: whole.project(table[sample(words, rng)])[:, :2].round(5).tolist()
-            for name, words in {"all": np.arange(unpadded_vocab_size), **sets}.items()
+            name: whole.project(table[sample(ids, rng)])[:, :2].round(5).tolist()
+            for name, ids in {"all": np.arange(num_tokens), **sets}.items()
         },
     }
 
 
-def word_sets(loaded: Loaded, chosen: np.ndarray, pages: str, seed: int) -> dict[str, np.ndarray]:
-    """Returns ids of the chosen words, bool [V], and of as many others: random ones, and those most
-    frequent in the documents of a split, in what they show, what they are asked and what is
+def token_sets(loaded: Loaded, chosen: np.ndarray, pages: str, seed: int) -> dict[str, np.ndarray]:
+    """Returns ids of the chosen tokens, bool [V], and of as many others: random ones, and those
+    most frequent in the documents of a split, in what they show, what they are asked and what is
     answered (ties: the lower id)."""
     count = int(chosen.sum())
-    counts = word_counts(loaded, pages, len(chosen))
+    counts = token_counts(loaded, pages, len(chosen))
     rng = np.random.default_rng(seed)
     return {
-        "chosen": np.nonzero(chosen)[0],
+        CHOSEN: np.nonzero(chosen)[0],
         "random": np.sort(rng.choice(len(chosen), count, replace=False)),
         "most frequent": np.sort(np.argsort(-counts, kind="stable")[:count]),
     }
 
 
-def word_counts(loaded: Loaded, split: str, unpadded_vocab_size: int) -> np.ndarray:
-    """Returns how often each word stands in the documents of a split, int [num_words]."""
-    counts = np.zeros(unpadded_vocab_size, int)
+def token_counts(loaded: Loaded, split: str, num_tokens: int) -> np.ndarray:
+    """Returns how often each token stands in the documents of a split, int [num_tokens]."""
+    counts = np.zeros(num_tokens, int)
     records = shards.RecordSource(loaded.config.data.dir, split)
     for record in map(records.__getitem__, range(len(records))):
+        # A line at a time, as the model is to read it: single words lack the spaces between them.
         shown = [" ".join(word.text for word in line) for page in record.lines for line in page]
-        said = [text for turn in record.turns for text in (turn.question, *turn.answers)]
-        for text in shown + said:
-            counts += np.bincount(loaded.tokenizer.encode(text), minlength=unpadded_vocab_size)[
-                :unpadded_vocab_size
-            ]
+        turns = [text for turn in record.turns for text in (turn.question, *turn.answers)]
+        for text in shown + turns:
+            ids = loaded.tokenizer.encode(text)
+            counts += np.bincount(ids, minlength=num_tokens)[:num_tokens]
     return counts
 
 
@@ -111,23 +178,26 @@ def components(vectors: np.ndarray, count: int) -> Components:
     """Returns at most `count` principal components of vectors [n, D]."""
     mean = vectors.mean(0)
     centred = vectors - mean
-    variances, directions = np.linalg.eigh(centred.T @ centred)  # Smallest first.
+    # Of the covariance [D, D], not an SVD of [n, D]: D is far below a vocabulary. Smallest first.
+    variances, directions = np.linalg.eigh(centred.T @ centred)
     count = min(count, len(variances), max(len(vectors) - 1, 1))
     largest = slice(-1, -count - 1, -1)
+    # Directions are columns of eigh's. Equal vectors have no variance to divide.
     total = variances.sum()
     return Components(mean, directions.T[largest], variances[largest] / (total if total > 0 else 1))
 
 
-def coverage(table: np.ndarray, words: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
-    """Returns how well a set of words, ids, covers the table [V, D]: `explained`, the fraction of
-    the variance of all rows along the set's own principal directions; `nearest`, the mean distance
-    of rows outside to the nearest in the set, in units of the rows' root mean square distance from
+def coverage(table: np.ndarray, ids: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
+    """Returns how well a set of tokens covers the table [V, D]: `explained`, the fraction of the
+    variance of all rows along the set's own principal directions; `nearest`, the mean distance of
+    rows outside to the nearest in the set, in units of the rows' root mean square distance from
     their mean; None where no row is outside."""
     centred = table - table.mean(0)
-    own = components(table[words], NUM_COMPONENTS)
+    own = components(table[ids], NUM_COMPONENTS)
     explained = ((centred @ own.directions.T) ** 2).sum() / (centred**2).sum()
-    outside = sample(np.setdiff1d(np.arange(len(table)), words), rng)
-    distances = [np.linalg.norm(table[words] - table[word], axis=-1).min() for word in outside]
+    outside = sample(np.setdiff1d(np.arange(len(table)), ids), rng)
+    # A row at a time, [set, D]: [outside, set, D] at once would fill the memory.
+    distances = [np.linalg.norm(table[ids] - table[row], axis=-1).min() for row in outside]
     scale = np.sqrt((centred**2).sum(-1).mean())
     return {
         "explained": float(explained),
@@ -135,36 +205,14 @@ def coverage(table: np.ndarray, words: np.ndarray, rng: np.random.Generator) -> 
     }
 
 
-def sample(words: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns the words, or MAX_SAMPLE of them."""
-    return (
-        words if len(words) <= MAX_SAMPLE else np.sort(rng.choice(words, MAX_SAMPLE, replace=False))
-    )
-
-
-INCHES = (10.0, 4.6)
-CHOSEN = "chosen"
-
-
-def picture(found: Mapping[str, Any]) -> bytes:
-    """Returns a PNG: words on the first two principal components, the chosen ones highlighted, and
-    how well they cover all beside random and frequent ones."""
-
-    def draw(figure: Figure) -> None:
-        points, right = figure.subfigures(1, 2, width_ratios=(1.15, 1))
-        _draw_points(points.add_subplot(), found)
-        explained, nearest = right.subplots(2, 1)
-        sets = found["sets"]
-        _draw_sets(explained, {name: one["explained"] for name, one in sets.items()}, "{:.1%}")
-        explained.set_title("Explained variance of all words")
-        _draw_sets(nearest, {name: one["nearest"] for name, one in sets.items()}, "{:.3f}")
-        nearest.set_title("Distance of the other words")
-
-    return plotting.png(INCHES, draw)
+def sample(ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Returns the ids, or MAX_SAMPLE of them."""
+    return ids if len(ids) <= MAX_SAMPLE else np.sort(rng.choice(ids, MAX_SAMPLE, replace=False))
 
 
 def _draw_points(axes: Axes, found: Mapping[str, Any]) -> None:
     every, chosen = (np.array(found["points"][name]) for name in ("all", CHOSEN))
+    # Points [n, 2], columns x and y. The chosen ones are drawn over all.
     axes.scatter(
         *every.T,
         s=11,

@@ -1,13 +1,14 @@
-"""Which words ALIGN's patches use (arXiv 2502.01341, section 5.3): their mean distribution, how
-sharp each patch's own is, and what is left of the scores when the words that hardly any patch uses
-are taken away.
+"""How ALIGN's patches use the vocabulary (arXiv 2502.01341, section 5.3): the mean of their
+distributions, how sharp each patch's own is, and what is left of the scores when the tokens that
+hardly any patch uses are taken away.
 
-A dense mean says nothing of a patch: a thousand patches, each certain of another word, have a flat
-mean. So the entropy of each patch stands beside that of the mean. The paper names 3.4K words above
+A dense mean says nothing of a patch: a thousand patches, each certain of another token, have a flat
+mean. So the entropy of each patch stands beside that of the mean. The paper names 3.4K tokens above
 1e-6 without saying of what; here both the mean over patches and the largest of them choose. Patches
 of a tile's padding count: the LLM is given them too.
 """
 
+import argparse
 import dataclasses
 import zlib
 from collections.abc import Mapping
@@ -18,8 +19,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from rich.console import Console
+from rich.markup import escape
 
+from alignvlm_jax import flag_types
 from alignvlm_jax.analysis import base
+from alignvlm_jax.analysis.base import Analysis
 from alignvlm_jax.benchmarks.runner import Runner, Trial
 from alignvlm_jax.data import shards
 from alignvlm_jax.data.tokenizers.base import Tokenizer
@@ -34,11 +39,93 @@ from alignvlm_jax.shapes import Array, Float, Int
 
 NUM_TOP = 20
 NUM_BINS = 40
+INCHES = (10.0, 5.2)
+TRIALS = {"all": "all {:,} words", "mean": "{:,} by their mean", "highest": "{:,} by their highest"}
+"""By what chose the tokens that were kept: the name of its bar."""
 
 
-class TileWords(NamedTuple):
+class Vocabulary(Analysis):
+    """How patches use the vocabulary, and the scores with the tokens alone that they use."""
+
+    name = "vocabulary"
+    help = "which words ALIGN's patches use, and the scores with these alone"
+    title = "Words that patches use"
+    needs_distribution = True
+
+    def add_flags(self, parser: argparse.ArgumentParser) -> None:
+        base.add_question_flags(parser)
+        add_usage_flags(parser)
+
+    def measure(self, loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
+        return measure(loaded, args.split, args.pages, args.num_pages, args.threshold)
+
+    def show(self, console: Console, found: Mapping[str, Any]) -> None:
+        """Prints how sharp patches are, their tokens, the scores with these alone."""
+        table = base.table(f"{found['num_patches']:,} patches", "mean", "5 %", "50 %", "95 %")
+        for name, unit in (("entropy", "bits"), ("perplexity", "words")):
+            table.add_row(f"{name}, {unit}", *(f"{value:.2f}" for value in found[name].values()))
+        console.print(table)
+        console.print(
+            f"Their mean distribution: perplexity {found['mean_perplexity']:.1f} words, peak "
+            f"{found['mean_peak']:.4f}\n"
+        )
+        table = base.table("word", "mean", "likeliest in")
+        for top in found["top_words"]:
+            # Escaped: rich takes a token like [b] for markup.
+            row = (escape(top["token"]), f"{top['mean']:.4f}", f"{top['share_of_patches']:.1%}")
+            table.add_row(*row)
+        console.print(table)
+        table = base.table("words kept", "number", "ANLS", "exact match", "questions")
+        for trial in found["pruning"]:
+            scores = (f"{trial['anls']:.4f}", f"{trial['exact_match']:.4f}")
+            count = f"{trial['num_words']:,}"
+            table.add_row(trial["words"], count, *scores, f"{trial['num_eval']:,}")
+        console.print()
+        console.print(table)
+
+    def picture(self, connector: str, found: Mapping[str, Any]) -> bytes:
+        """Returns a PNG: the tokens of the largest mean, how sharp patches are, and the scores with
+        some tokens alone."""
+
+        def draw(figure: Figure) -> None:
+            left, right = figure.subfigures(1, 2, width_ratios=(1, 1.5))
+            _draw_tokens(left.add_subplot(), found)
+            entropies, scores = right.subplots(2, 1, height_ratios=(1.6, 1))
+            _draw_entropies(entropies, found)
+            _draw_scores(scores, found)
+
+        return plotting.png(INCHES, draw)
+
+    def sentence(self, written: Mapping[str, Any]) -> str:
+        everything, by_mean, _ = written["pruning"]
+        return (
+            f"A patch's distribution has the perplexity of {written['perplexity']['p50']:.1f} "
+            f"words (median), the mean of all that of {written['mean_perplexity']:.1f}; with the "
+            f"{by_mean['num_words']:,} words alone whose mean is above "
+            f"{written['settings']['threshold']:g} the answers score ANLS {by_mean['anls']:.3f}, "
+            f"with all {everything['num_words']:,} {everything['anls']:.3f}."
+        )
+
+
+def add_usage_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the pages whose patches choose tokens, and of the choice."""
+    parser.add_argument(
+        "--threshold",
+        type=flag_types.probability,
+        default=1e-6,
+        help="a word is kept above it; default: 1e-6",
+    )
+    parser.add_argument(
+        "--pages", help="split whose pages choose the words; default: the config's validation split"
+    )
+    parser.add_argument(
+        "--num_pages", type=flag_types.positive, default=100, help="of it; default: 100"
+    )
+
+
+class TileUsage(NamedTuple):
     """Of each tile's patches: the sum and the largest of their distributions, and of each patch the
-    entropy in bits and the likeliest word."""
+    entropy in bits and the likeliest token."""
 
     total: Float[Array, "B V"]
     highest: Float[Array, "B V"]
@@ -52,9 +139,9 @@ class Usage:
 
     Attributes:
       mean: of their distributions, float64 [V].
-      highest: of each word its largest probability in a patch, float64 [V].
+      highest: of each token its largest probability in a patch, float64 [V].
       entropies: of each patch, in bits.
-      top_counts: of each word in how many patches it is the likeliest, int [V].
+      top_counts: of each token in how many patches it is the likeliest, int [V].
     """
 
     mean: np.ndarray
@@ -63,10 +150,11 @@ class Usage:
     top_counts: np.ndarray
 
     def kept(self, by: str, threshold: float) -> np.ndarray:
-        """Returns which words have more than `threshold`, bool [V]: of the "mean" or the "highest".
+        """Returns which tokens have more than `threshold`, bool [V]: of the "mean" or the
+        "highest".
 
         Raises:
-          UserError: no word has.
+          UserError: no token has.
         """
         kept = getattr(self, by) > threshold
         if not kept.any():
@@ -77,7 +165,8 @@ class Usage:
         return kept
 
     def facts(self) -> dict[str, Any]:
-        """Returns the numbers that describe it; entropies in bits, perplexities in words."""
+        """Returns the numbers that describe it; entropies in bits, perplexities in tokens."""
+        # Rounding leaves an entropy a little below 0, or above that of all tokens alike.
         most = np.log2(len(self.mean))
         counts, edges = np.histogram(self.entropies.clip(0, most), NUM_BINS, (0, most))
         return {
@@ -89,50 +178,51 @@ class Usage:
             "mean_peak": float(self.mean.max()),
         }
 
-    def top_words(self, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-        """Returns the words of the largest mean, each with the fraction of patches that it is the
+    def top_tokens(self, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+        """Returns the tokens of the largest mean, each with the fraction of patches that it is the
         likeliest in."""
-        likeliest = np.argsort(-self.mean, kind="stable")[:NUM_TOP].tolist()
+        # Stable: of equal means the lower id comes first, on every machine.
+        ids = np.argsort(-self.mean, kind="stable")[:NUM_TOP].tolist()
         return [
             {
-                "id": word,
-                "token": tokenizer.piece(word),
-                "mean": float(self.mean[word]),
-                "share_of_patches": float(self.top_counts[word] / len(self.entropies)),
+                "id": token_id,
+                "token": tokenizer.piece(token_id),
+                "mean": float(self.mean[token_id]),
+                "share_of_patches": float(self.top_counts[token_id] / len(self.entropies)),
             }
-            for word in likeliest
+            for token_id in ids
         ]
 
 
 def measure(
     loaded: Loaded, split: str, pages: str, num_pages: int, threshold: float
 ) -> dict[str, Any]:
-    """Returns how the pages use the vocabulary, and the scores on a split with all words and with
+    """Returns how the pages use the vocabulary, and the scores on a split with all tokens and with
     those kept.
 
     Args:
       loaded: the model; its config says where the splits are and how many questions are asked.
       split: whose questions are asked.
-      pages: split whose documents choose the words; another one than `split`, for a test that could
-        fail.
+      pages: split whose documents choose the tokens; another one than `split`, for a test that
+        could fail.
       num_pages: documents of it, spread evenly.
-      threshold: a word is kept above it.
+      threshold: a token is kept above it.
 
     Raises:
-      UserError: the connector has no distribution over words, a split is missing, or no word is
-        kept.
+      UserError: the connector has no distribution over the vocabulary, a split is missing, or no
+        token is kept.
     """
     patch_tokens.check(loaded.config)
     found = usage(loaded, pages, num_pages)
     kept = {by: found.kept(by, threshold) for by in ("mean", "highest")}
-    everything = np.ones_like(kept["mean"])
-    trials = {"all": everything} | kept
+    # All tokens are a trial like the others, not a run without pruning: one compiled program.
+    trials = {"all": np.ones_like(kept["mean"])} | kept
     evaluator = Runner(loaded, loaded.config)
     return {
         **found.facts(),
-        "top_words": found.top_words(loaded.tokenizer),
+        "top_words": found.top_tokens(loaded.tokenizer),
         "pruning": [
-            {"words": name} | ask(evaluator, loaded, split, words) for name, words in trials.items()
+            {"words": by} | ask(evaluator, loaded, split, tokens) for by, tokens in trials.items()
         ],
     }
 
@@ -143,11 +233,13 @@ def usage(loaded: Loaded, split: str, num_pages: int) -> Usage:
     count = min(num_pages, len(records))
     tiles = tiles_lib.tiles_of(loaded, [records[i * len(records) // count] for i in range(count)])
     vocab_size = loaded.config.model.llm.vocab_size
+    # Sums of float64, a batch of tiles at a time: of distributions [patches, V] a page alone takes
+    # gigabytes, and float32 sums lose what a threshold of 1e-6 is about.
     total = np.zeros(vocab_size)
     highest = np.zeros(vocab_size)
     top_counts = np.zeros(vocab_size, int)
     entropies = []
-    for part in tiles_lib.map_tiles(loaded, _tile_words, {"tiles": tiles}):
+    for part in tiles_lib.map_tiles(loaded, _tile_usage, {"tiles": tiles}):
         total += np.float64(part.total).sum(0)
         highest = np.maximum(highest, part.highest.max(0))
         top_counts += np.bincount(part.top.reshape(-1), minlength=vocab_size)
@@ -156,16 +248,18 @@ def usage(loaded: Loaded, split: str, num_pages: int) -> Usage:
     return Usage(total / len(entropies), highest, entropies, top_counts)
 
 
-def ask(evaluator: Runner, loaded: Loaded, split: str, words: np.ndarray) -> dict[str, Any]:
-    """Returns the scores on a split of the model whose patches have only these words, bool [V]; the
-    softmax is over them alone. The answers stay in analysis/vocabulary/ of the workdir."""
-    code = zlib.crc32(np.packbits(words).tobytes())
-    path = base.folder(loaded) / "vocabulary" / f"{split}_{words.sum()}_words_{code:08x}.jsonl"
-    header = {"kept_words": int(words.sum()), "kept_words_crc32": code}
-    trial = Trial(path, header, variables=vlm.pruning(words))
-    result = evaluator.evaluate_trial(split, trial, f"{split}, {words.sum():,} words")
+def ask(evaluator: Runner, loaded: Loaded, split: str, kept: np.ndarray) -> dict[str, Any]:
+    """Returns the scores on a split of the model whose patches have the kept tokens only, bool [V];
+    the softmax is over them alone. The answers stay in analysis/vocabulary/ of the workdir."""
+    count = int(kept.sum())
+    # In the name of the file: as many other tokens are another trial.
+    code = zlib.crc32(np.packbits(kept).tobytes())
+    path = base.folder(loaded) / "vocabulary" / f"{split}_{count}_words_{code:08x}.jsonl"
+    header = {"kept_words": count, "kept_words_crc32": code}
+    trial = Trial(path, header, variables=vlm.pruning(kept))
+    result = evaluator.evaluate_trial(split, trial, f"{split}, {count:,} words")
     return {
-        "num_words": int(words.sum()),
+        "num_words": count,
         "anls": result.mean("score"),
         "exact_match": result.mean("exact"),
         "num_eval": len(result.rows),
@@ -177,43 +271,20 @@ def entropy(p: np.ndarray) -> np.ndarray:
     return -(p * np.log2(np.where(p > 0, p, 1.0))).sum(-1)
 
 
-def _tile_words(model: VLM, variables: Mapping, batch: Mapping[str, Array]) -> TileWords:
+def _tile_usage(model: VLM, variables: Mapping, batch: Mapping[str, Array]) -> TileUsage:
+    # [B, I, P, V] with I = 1: `map_tiles` gives each tile a row of its own.
     p_BPV = model.apply(variables, batch, method="patch_probabilities")[:, 0]
-    # float32: of 100,000 words, what is lost is far below a hundredth of a bit.
+    # In float32: of 100,000 tokens what is lost is far below a hundredth of a bit.
     bits_BP = -(p_BPV * jnp.log2(jnp.where(p_BPV > 0, p_BPV, 1.0))).sum(-1)
-    return TileWords(p_BPV.sum(1), p_BPV.max(1), bits_BP, p_BPV.argmax(-1))
+    return TileUsage(p_BPV.sum(1), p_BPV.max(1), bits_BP, p_BPV.argmax(-1))
 
 
-INCHES = (10.0, 5.2)
-TRIALS = {"all": "all {:,} words", "mean": "{:,} by their mean", "highest": "{:,} by their highest"}
-"""Their names, by what chose the words."""
-
-
-def picture(found: Mapping[str, Any]) -> bytes:
-    """Returns a PNG: the words of the largest mean, how sharp patches are, and the scores with some
-    words alone."""
-
-    def draw(figure: Figure) -> None:
-        words, right = figure.subfigures(1, 2, width_ratios=(1, 1.5))
-        _draw_words(words.add_subplot(), found)
-        entropies, scores = right.subplots(2, 1, height_ratios=(1.6, 1))
-        _draw_entropies(entropies, found)
-        _draw_scores(scores, found)
-
-    return plotting.png(INCHES, draw)
-
-
-def _draw_words(axes: Axes, found: Mapping[str, Any]) -> None:
-    words = found["top_words"]
-    means = [word["mean"] for word in words]
-    colors = [plotting.COLORS[0]] * len(words)
-    plotting.bars(
-        axes,
-        [plotting.legible(word["token"]) for word in words],
-        means,
-        [f"{m:.2g}" for m in means],
-        colors,
-    )
+def _draw_tokens(axes: Axes, found: Mapping[str, Any]) -> None:
+    top = found["top_words"]
+    means = [one["mean"] for one in top]
+    names = [plotting.legible(one["token"]) for one in top]
+    colors = [plotting.COLORS[0]] * len(top)
+    plotting.bars(axes, names, means, [f"{mean:.2g}" for mean in means], colors)
     axes.set_title("Mean probability of a word")
     for label in axes.get_yticklabels():
         label.set(fontfamily="monospace", fontsize=10)
@@ -231,10 +302,12 @@ def _draw_entropies(axes: Axes, found: Mapping[str, Any]) -> None:
     axes.set_xlim(0, histogram["edges"][-1])
     of_mean = np.log2(found["mean_perplexity"])
     axes.axvline(of_mean, color="#1c2127", linewidth=1, linestyle=":")
-    side, gap = ("right", -4) if of_mean > histogram["edges"][-1] / 2 else ("left", 4)
+    # The label stands on the side of the line that has more room.
+    is_left = of_mean > histogram["edges"][-1] / 2
     axes.annotate(
-        "that of their mean", (of_mean, 0.93), (gap, 0), xycoords=axes.get_xaxis_transform(),
-        textcoords="offset points", fontsize=9, ha=side, va="center",
+        "that of their mean", (of_mean, 0.93), (-4 if is_left else 4, 0),
+        xycoords=axes.get_xaxis_transform(), textcoords="offset points", fontsize=9,
+        ha="right" if is_left else "left", va="center",
     )  # fmt: skip
 
 

@@ -1,7 +1,5 @@
-"""`--config=FILE[:ARG]` and `--config.a.b=value` of a command line, as stages; and a type of
-flags."""
+"""`--config=FILE[:ARG]` and `--config.a.b=value` of a command line, as stages."""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -172,10 +170,3 @@ def _has(changes: ml_collections.ConfigDict, names: list[str]) -> bool:
 def _last_line(err: Exception) -> str:
     """Errors raised within a config file come with their whole traceback as the message."""
     return (str(err).strip().splitlines() or [type(err).__name__])[-1]
-
-
-def positive(text: str) -> int:
-    """A whole number above 0."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return int(text)

@@ -8,8 +8,8 @@ from rich.console import Console
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import storage
-from alignvlm_jax.commands.config_flag import positive
 from alignvlm_jax.errors import UserError, nearest
+from alignvlm_jax.flag_types import positive
 from alignvlm_jax.weights import export, initial, towers
 
 IMPORT = (

@@ -15,10 +15,10 @@ from rich.table import Table
 from alignvlm_jax import storage
 from alignvlm_jax.benchmarks import predictions, questions, runner, summary, tasks, text_bpb
 from alignvlm_jax.benchmarks.predictions import Predictions
-from alignvlm_jax.commands.config_flag import positive
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import shards
 from alignvlm_jax.errors import UsageError, UserError
+from alignvlm_jax.flag_types import positive
 from alignvlm_jax.inference import loading
 from alignvlm_jax.inference.loading import Loaded
 from alignvlm_jax.logs import HostLog

@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 
 from alignvlm_jax import storage
-from alignvlm_jax.commands.config_flag import positive
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import examples, images, loader
 from alignvlm_jax.errors import UsageError
+from alignvlm_jax.flag_types import positive
 from alignvlm_jax.inference import loading
 from alignvlm_jax.inference.assistant import Assistant
 from alignvlm_jax.parallel import compile_cache

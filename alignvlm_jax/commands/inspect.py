@@ -4,29 +4,36 @@ get; or what the patches of an image say to a trained model."""
 import argparse
 import dataclasses
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from alignvlm_jax import presets, storage
-from alignvlm_jax.commands import analyse, config_flag
-from alignvlm_jax.commands.config_flag import positive
+from alignvlm_jax import analysis, presets, storage
+from alignvlm_jax.analysis import base
+from alignvlm_jax.analysis.base import Analysis
+from alignvlm_jax.commands import config_flag
 from alignvlm_jax.config import Config, DataConfig, LLMConfig, ModelConfig, TrainConfig
 from alignvlm_jax.data import images, tokenizers
 from alignvlm_jax.data.loader import TrainSequences
 from alignvlm_jax.errors import UsageError, UserError, nearest
+from alignvlm_jax.flag_types import positive
 from alignvlm_jax.inference import loading, patch_tokens
 from alignvlm_jax.inference.assistant import Assistant
+from alignvlm_jax.inference.loading import Loaded
 from alignvlm_jax.ingest import statistics
 from alignvlm_jax.ingest.statistics import Statistics
+from alignvlm_jax.parallel import compile_cache, distributed
 from alignvlm_jax.pictures import patch_map
 from alignvlm_jax.report import examples_page
 
 
 def main(argv: list[str]) -> None:
     """Prints the statistics and writes the page; with --analysis, that of the analysis."""
-    if analyse.is_asked(argv):
-        analyse.main(argv)
+    # An analysis has flags of its own: --split, for one, means other documents than below.
+    if _peek(argv, "--analysis") in analysis.REGISTRY:
+        _analyse(argv)
         return
     parser = argparse.ArgumentParser(
         prog="python -m alignvlm_jax inspect",
@@ -52,7 +59,7 @@ def main(argv: list[str]) -> None:
     stages, rest = config_flag.parse(argv)
     args = parser.parse_args(rest)
     if args.analysis:
-        _analyze(args)
+        _lens(args)
         return
     if args.checkpoint:
         parser.error("--checkpoint=DIR needs --analysis=NAME")
@@ -84,11 +91,11 @@ def main(argv: list[str]) -> None:
 
 def _add_analysis_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("analyses of a trained model")
-    of_data = "; ".join(f"{name}: {one.help}" for name, one in analyse.ANALYSES.items())
+    helps = "; ".join(f"{name}: {one.help}" for name, one in analysis.REGISTRY.items())
     group.add_argument(
         "--analysis",
-        choices=sorted({*ANALYSES, *analyse.ANALYSES}),
-        help=f"lens: what the patches of an image say; {of_data}. Each has a --help of its own",
+        choices=sorted({"lens", *analysis.REGISTRY}),
+        help=f"lens: what the patches of an image say; {helps}. Each has a --help of its own",
     )
     group.add_argument(
         "--checkpoint", type=storage.path, help="workdir, or one of its checkpoints/STEP"
@@ -101,15 +108,86 @@ def _add_analysis_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--page", type=int, default=1, help="lens: page of a PDF, from 1")
 
 
-def _analyze(args: argparse.Namespace) -> None:
-    if not args.checkpoint:
-        raise UsageError(f"--analysis={args.analysis} needs --checkpoint=DIR")
-    ANALYSES[args.analysis](args)
+def _analyse(argv: list[str]) -> None:
+    """Prints what an analysis finds as a table, and writes analysis/NAME.json and NAME.png in the
+    workdir."""
+    chosen = _chosen(argv)
+    args = _parse_analysis(argv, chosen)
+    distributed.initialize(argv)
+    config = loading.load_config(args.checkpoint, args.data)
+    # Whatever can be wrong is found before the model is loaded.
+    base.check_splits(config.data, config.eval, args)
+    if chosen.needs_distribution:
+        patch_tokens.check(config)
+    chosen.check(config, args)
+    loaded = base.with_num_questions(loading.load(args.checkpoint, config), args)
+    try:
+        with compile_cache.kept_in(loading.workdir_of(args.checkpoint)):
+            found = chosen.measure(loaded, args)
+    except KeyboardInterrupt as err:
+        raise UserError("stopped; the same command goes on, and asks no question again") from err
+    # All processes measure and have the results; one tells of them.
+    if distributed.is_main():
+        _write(chosen, loaded, args, found)
+
+
+def _write(
+    chosen: Analysis, loaded: Loaded, args: argparse.Namespace, found: Mapping[str, Any]
+) -> None:
+    """Writes and prints what an analysis has found."""
+    # What was measured follows from these; the file names the checkpoint and the analysis anyway.
+    named = ("checkpoint", "analysis", "data")
+    settings = {flag: value for flag, value in vars(args).items() if flag not in named}
+    settings["data"] = loaded.config.data.dir
+    written = base.write(loaded, chosen.name, settings, found)
+    console = Console(highlight=False, soft_wrap=True)
+    connector = loaded.config.model.connector.name
+    console.print(f"{loaded.path}: connector {connector}", markup=False)
+    chosen.show(console, found)
+    console.print(f"Written: {written}", markup=False)
+    picture = written.with_suffix(".png")
+    storage.write_whole(picture, chosen.picture(connector, found))
+    console.print(f"Written: {picture}", markup=False)
+
+
+def _chosen(argv: list[str]) -> Analysis:
+    """The analysis that the flags name."""
+    one = analysis.REGISTRY[_peek(argv, "--analysis")]
+    # Its kinds may differ in their flags. A misspelt kind is left to argparse to tell of.
+    return one.kinds().get(_peek(argv, "--kind"), one)
+
+
+def _peek(argv: list[str], flag: str) -> str | None:
+    """The value of a flag, before it is known which others there are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(flag, nargs="?", dest="value")
+    return parser.parse_known_args(argv)[0].value
+
+
+def _parse_analysis(argv: list[str], chosen: Analysis) -> argparse.Namespace:
+    """Flags of all analyses, and those of the chosen one: another's are wrong usage."""
+    parser = argparse.ArgumentParser(
+        prog="python -m alignvlm_jax inspect",
+        description=f"Analysis: {chosen.help}.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--analysis", choices=analysis.REGISTRY)
+    parser.add_argument(
+        "--checkpoint", type=storage.path, help="workdir, or one of its checkpoints/STEP"
+    )
+    parser.add_argument("--data", help="folder that `prepare` wrote; default: the one trained on")
+    chosen.add_flags(parser)
+    args = parser.parse_args(argv)
+    if args.checkpoint is None:
+        parser.error(f"--analysis={args.analysis} needs --checkpoint=DIR")
+    return args
 
 
 def _lens(args: argparse.Namespace) -> None:
     """Writes what the patches of a page say; whatever can be wrong is found before the model is
     loaded."""
+    if not args.checkpoint:
+        raise UsageError("--analysis=lens needs --checkpoint=DIR")
     if not args.image:
         raise UsageError("--analysis=lens needs --image=FILE")
     out = args.out or loading.workdir_of(args.checkpoint) / patch_map.FILE
@@ -120,9 +198,6 @@ def _lens(args: argparse.Namespace) -> None:
     lens = Assistant(loading.load(args.checkpoint, config)).lens(page)
     print(lens, file=sys.stderr)
     print(f"Written: {lens.save(out, f'What the patches of {args.image.name} say')}")
-
-
-ANALYSES = {"lens": _lens}
 
 
 def _packing_efficiency(all_sequences: TrainSequences) -> float:

@@ -12,9 +12,9 @@ import jax
 from rich.console import Console
 
 from alignvlm_jax.commands import config_flag
-from alignvlm_jax.commands.config_flag import positive
 from alignvlm_jax.config import Config, MeshConfig
 from alignvlm_jax.errors import UsageError, UserError, nearest
+from alignvlm_jax.flag_types import positive
 from alignvlm_jax.parallel import xla_flags
 from alignvlm_jax.plan import aot, generation, hardware, printing, search
 from alignvlm_jax.plan.generation import GenerationPlan

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from alignvlm_jax.commands.config_flag import positive
 from alignvlm_jax.errors import UsageError, UserError
+from alignvlm_jax.flag_types import positive
 from alignvlm_jax.ingest import job
 from alignvlm_jax.ingest.formats import REGISTRY
 from alignvlm_jax.storage import faults

@@ -131,7 +131,8 @@ def check_suffix(path: Path) -> None:
 def picture(lens: Lens) -> bytes:
     """Returns a PNG: the page, every patch framed, tinted by its entropy, its likeliest token at
     its foot."""
-    lens, vocab_bits = lens.detail(), np.log2(lens.vocab_size)
+    lens = lens.detail()
+    vocab_bits = np.log2(lens.vocab_size)
     # Patches of a trained model differ below one bit: the square root keeps them apart.
     norm = PowerNorm(0.5, 0, vocab_bits)
     colors = mpl.colormaps["plasma_r"]

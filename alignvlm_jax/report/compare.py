@@ -142,7 +142,9 @@ def measure(run: Path) -> None:
         for split in splits
         for blind in (False, True)
     }
-    analyses = {"noise": noise.measure(loaded, splits[0], (), RELATIVE_SIGMAS, NUM_PAGES, seed=0)}
+    analyses = {
+        "noise": noise.measure_features(loaded, splits[0], (), RELATIVE_SIGMAS, NUM_PAGES, seed=0)
+    }
     if patch_tokens.has_patch_distribution(config):
         pages = config.data.validation_split
         # More than an even fraction of the vocabulary: of any there are such words, and not all of

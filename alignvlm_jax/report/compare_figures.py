@@ -40,8 +40,8 @@ def learning(rows: Sequence[Row]) -> bytes:
 
 
 def noise(rows: Sequence[Row]) -> bytes:
-    """Returns `noise_figure.picture` of all rows, means over their seeds."""
-    return noise_lib.picture(
+    """Returns the curves of noise on the features of all rows, means over their seeds."""
+    return noise_lib.FEATURES.curves(
         {row.name.replace("_", " "): _mean(row.analysis("noise")) for row in rows}
     )
 

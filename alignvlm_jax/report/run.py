@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
+from alignvlm_jax import analysis, storage
 from alignvlm_jax import config as config_lib
-from alignvlm_jax import storage
 from alignvlm_jax.analysis import base
 from alignvlm_jax.benchmarks import predictions, summary
 from alignvlm_jax.benchmarks.predictions import Predictions
@@ -23,7 +23,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading, patch_tokens
 from alignvlm_jax.inference.loading import Loaded
 from alignvlm_jax.pictures import html, patch_map, plotting
-from alignvlm_jax.report import analysis_sections, figures, gallery
+from alignvlm_jax.report import figures, gallery
 from alignvlm_jax.report.gallery import Example
 from alignvlm_jax.train import goodput, metrics, workdir
 
@@ -155,7 +155,11 @@ def render(run: Run, other: Run | None = None) -> str:
         examples=[_shown(example, records.get(example.record_id)) for example in examples],
         lenses=lenses,
         lens_problem=lens_problem,
-        analyses=analysis_sections.sections(run.folder / base.FOLDER, run.analyses),
+        analyses=[
+            one.section(run.folder / base.FOLDER, run.analyses[one.name])
+            for one in analysis.every()
+            if one.name in run.analyses
+        ],
         facts=_facts(run),
         config_json=json.dumps(config_lib.to_json(run.stages), indent=2),
     )

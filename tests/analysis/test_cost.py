@@ -1,4 +1,5 @@
-"""What connectors cost: counted from real parameters and products, timed on real pages."""
+"""What connectors cost: counted from real parameters and matmuls, timed on real pages; a bar a
+connector and a quantity, and the sentence of the report."""
 
 import dataclasses
 
@@ -11,7 +12,11 @@ from alignvlm_jax.analysis import cost
 from alignvlm_jax.data import examples
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading
+from alignvlm_jax.pictures import plotting
 from tests.conftest import TINY_CONNECTORS
+from tests.pictures.pictures import area, decode
+
+ANALYSIS = cost.ConnectorCosts()
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +59,41 @@ def test_connectors_that_do_not_fit(loaded):
         cost.measure(loaded, ["c_abstractor"], repeats=1)
     with pytest.raises(UserError, match="did you mean 'perceiver'"):
         cost.measure(loaded, ["perciever"], repeats=1)
+
+
+def one_cost(name: str, factor: int = 1) -> dict:
+    return {
+        "connector": name,
+        "num_params": 1000 * factor,
+        "encode_seconds": 0.01 * factor,
+        "tokens_per_page": 8 * factor,
+    }
+
+
+def test_bars_are_told_apart():
+    two = {"costs": [one_cost("align", 3), one_cost("mlp")]}
+    image = decode(ANALYSIS.picture("mlp", two))
+    assert image.shape[1] == cost.WIDTH * plotting.DPI
+    quiet = area(image, plotting.QUIET)
+    own = area(image, plotting.COLORS[0])
+    assert 2.8 < quiet / own < 3.2
+    three = {"costs": [one_cost("align"), one_cost("mlp"), one_cost("ovis")]}
+    assert len(decode(ANALYSIS.picture("mlp", three))) > len(image)
+
+
+@pytest.mark.parametrize(
+    ("connector", "words"),
+    [
+        ("align", "; with mlp, the quickest, 1.00 ms."),
+        ("mlp", "With mlp, 2 K parameters, a page takes 1.00 ms"),
+    ],
+)
+def test_sentence(connector, words):
+    costs = [
+        {"connector": name, "num_params": 2000, "encode_seconds": seconds, "tokens_per_page": 32}
+        for name, seconds in (("align", 0.002), ("mlp", 0.001))
+    ]
+    fields = {"connector": connector, "costs": costs, "device": "1 x cpu"}
+    assert words in ANALYSIS.sentence(fields)
+    # A model whose own connector was not asked for.
+    assert "With align" in ANALYSIS.sentence(fields | {"connector": "ovis"})

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from alignvlm_jax.analysis import perturbation
+from alignvlm_jax.analysis import displacement
 from alignvlm_jax.analysis.perturbation import FeatureNoise, PixelNoise
 from alignvlm_jax.data import shards
 from alignvlm_jax.inference import loading
@@ -34,18 +34,18 @@ def cosine_distance(a, b) -> float:
 def test_distances():
     a, b = np.random.default_rng(0).normal(1, 1, (2, 7, 5))
     np.testing.assert_allclose(
-        perturbation.cosine_distances(a, b),
+        displacement.cosine_distances(a, b),
         [cosine_distance(*pair) for pair in zip(a, b, strict=True)],
     )
     pairs = [cosine_distance(x, y) for x, y in itertools.permutations(a, 2)]
-    assert perturbation.between_distance(a) == pytest.approx(np.mean(pairs))
-    assert perturbation.between_distance(a[:1]) == 0
-    assert perturbation.cosine_distances(a * 0, b).tolist() == [1] * 7
+    assert displacement.between_distance(a) == pytest.approx(np.mean(pairs))
+    assert displacement.between_distance(a[:1]) == 0
+    assert displacement.cosine_distances(a * 0, b).tolist() == [1] * 7
 
 
 def test_what_all_patches_share_is_no_signal():
     features = np.random.default_rng(0).normal(0, 2, (10_000, 8)) + 100 * np.arange(8)
-    assert perturbation.signal_std(features) == pytest.approx(2, rel=0.02)
+    assert displacement.signal_std(features) == pytest.approx(2, rel=0.02)
 
 
 def test_noise_has_the_asked_size_and_is_another_for_every_row(loaded, pages):
@@ -55,15 +55,15 @@ def test_noise_has_the_asked_size_and_is_another_for_every_row(loaded, pages):
         rows = [FeatureNoise(sigma, seed).inputs(str(i)) for i in range(len(tiles))]
         fields = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         return np.concatenate(
-            list(tiles_lib.map_tiles(loaded, perturbation._features, {"tiles": tiles} | fields))
+            list(tiles_lib.map_tiles(loaded, displacement._features, {"tiles": tiles} | fields))
         )
 
     clean = np.concatenate(
-        list(tiles_lib.map_tiles(loaded, perturbation._features, {"tiles": tiles}))
+        list(tiles_lib.map_tiles(loaded, displacement._features, {"tiles": tiles}))
     )
     assert clean.shape == (len(tiles), 1, 8, 16)
-    assert perturbation.feature_std(loaded, pages) == pytest.approx(
-        perturbation.signal_std(clean.reshape(-1, 16))
+    assert displacement.feature_std(loaded, pages) == pytest.approx(
+        displacement.signal_std(clean.reshape(-1, 16))
     )
     np.testing.assert_allclose(through(1e-30), clean, atol=1e-6)
     added = through(3.0) - clean
@@ -75,11 +75,11 @@ def test_noise_has_the_asked_size_and_is_another_for_every_row(loaded, pages):
 
 
 @pytest.mark.parametrize("noise", [FeatureNoise(3.0, 1), PixelNoise(0.1, 1)])
-def test_movement_is_that_of_the_visual_tokens(loaded, pages, noise):
-    between, (still, moved) = perturbation.measure(loaded, pages, [type(noise)(0.0, 1), noise])
+def test_displacement_is_that_of_the_visual_tokens(loaded, pages, noise):
+    between, (still, moved) = displacement.measure(loaded, pages, [type(noise)(0.0, 1), noise])
     assert still["distance"] == pytest.approx(0, abs=1e-12)
     before, after = (
-        perturbation.visual_tokens(loaded, pages, one) for one in (FeatureNoise(0.0, 1), noise)
+        displacement.visual_tokens(loaded, pages, one) for one in (FeatureNoise(0.0, 1), noise)
     )
     mean = before.mean(0)
     pairs = list(zip(before, after, strict=True))

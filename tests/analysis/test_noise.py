@@ -1,16 +1,17 @@
-"""Points of every kind of disturbance: scores of what was asked through it, in the order of their
-sizes."""
+"""Points of every kind of perturbation, in the order of their sizes: scores of what was asked
+through it; their curves, and the sentence of the report."""
 
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from alignvlm_jax.analysis import base, noise
-from alignvlm_jax.analysis.perturbation import FeatureNoise, PixelNoise, Shift
-from alignvlm_jax.benchmarks import runner
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading
+from alignvlm_jax.pictures import plotting
+from tests.pictures.pictures import decode, has
 
 SPLIT = "seen_fonts"
 
@@ -24,21 +25,10 @@ def loaded(trained_workdir, tmp_path_factory):
     return dataclasses.replace(loaded, path=path)
 
 
-def test_sigma_0_is_the_model_as_it_is(loaded):
-    evaluator = runner.Runner(loaded, loaded.config)
-    clean = evaluator.evaluate(SPLIT, blind=False)
-    asked = noise.ask(evaluator, loaded, SPLIT, FeatureNoise(0.0, seed=0))
-    assert asked.rows == clean.rows
-    assert asked.header["noise"] == {"sigma": 0.0, "seed": 0}
-    # It is not taken for an evaluation of the checkpoint, and whatever is large is seen.
-    assert evaluator.evaluate(SPLIT, blind=False) == clean
-    for loud in (FeatureNoise(100.0, 0), PixelNoise(1.0, 0), Shift(8, 0)):
-        said = noise.ask(evaluator, loaded, SPLIT, loud).rows
-        assert [row["prediction"] for row in said] != [row["prediction"] for row in clean.rows]
-
-
 def test_noise_on_features(loaded):
-    found = noise.measure(loaded, SPLIT, sigmas=[3.0], relative_sigmas=[0.5], num_pages=3, seed=1)
+    found = noise.measure_features(
+        loaded, SPLIT, sigmas=[3.0], relative_sigmas=[0.5], num_pages=3, seed=1
+    )
     points = found["points"]
     clean = points[0]
     assert (clean["sigma"], clean["relative_sigma"], clean["num_eval"]) == (0, 0, 6)
@@ -71,18 +61,7 @@ def test_moved_content(loaded):
     assert all((folder / f"{SPLIT}_layout_shift_{shift}.jsonl").exists() for shift in (1, 2, 4, 5))
 
 
-def test_patches_on_the_page(loaded):
-    """Pages of 16 x 16 pixels make two tiles of 8 x 16, or, halved, one."""
-    pages = noise.pages_asked_about(loaded, SPLIT)
-    assert noise.patch_side(loaded, pages) == 4
-    data = dataclasses.replace(loaded.config.data, max_tiles=1)
-    one_tile = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, data=data))
-    assert noise.patch_side(one_tile, pages) == 8
-    with pytest.raises(UserError, match="no images"):
-        noise.patch_side(loaded, [dataclasses.replace(pages[0], images=())])
-
-
-def test_the_undisturbed_answers_are_one_file(loaded):
+def test_the_unperturbed_answers_are_one_file(loaded):
     noise.measure_layout(loaded, SPLIT, [1], [], seed=4)
     path = base.folder(loaded) / "noise" / f"{SPLIT}_sigma_0.jsonl"
     written = path.stat().st_mtime_ns
@@ -93,4 +72,78 @@ def test_the_undisturbed_answers_are_one_file(loaded):
 
 def test_a_misspelt_split(loaded):
     with pytest.raises(UserError, match="did you mean 'seen_fonts'"):
-        noise.measure(loaded, "seen_font", [3.0], [], num_pages=1, seed=0)
+        noise.measure_features(loaded, "seen_font", [3.0], [], num_pages=1, seed=0)
+
+
+def of_scores(scores: list[float]) -> dict:
+    points = [
+        {"relative_sigma": i, "anls": score, "centred_distance": 0.1 * i}
+        for i, score in enumerate(scores)
+    ]
+    return {"centred_between_distance": 0.5, "points": points}
+
+
+def pixels(results: dict, kind: str = "features") -> np.ndarray:
+    return decode(noise.KINDS[kind].curves(results))
+
+
+def rows(image: np.ndarray, color: str) -> np.ndarray:
+    """Where curves of this color are."""
+    return np.nonzero(has(image, color).any(1))[0]
+
+
+def test_curves_are_told_apart_and_follow_the_scores():
+    one = pixels({"align": of_scores([0.9, 0.8])})
+    both = pixels({"align": of_scores([0.9, 0.8]), "mlp": of_scores([0.9, 0.1])})
+    assert one.shape[1] == 2 * noise.INCHES[0] * plotting.DPI
+    left, left_of_both = (image[:, : image.shape[1] // 2] for image in (one, both))
+    blue, orange = plotting.COLORS[:2]
+    assert len(rows(left, blue)) and not len(rows(left, orange))
+    # The steeper curve covers more rows.
+    assert np.ptp(rows(left_of_both, orange)) > 2 * np.ptp(rows(left, blue))
+
+
+def test_without_distances_there_is_one_panel():
+    points = [{"relative_shift": i, "anls": score} for i, score in enumerate((0.9, 0.1))]
+    found = {"kind": "layout", "patch_pixels": 8.0, "points": points}
+    image = pixels({"align": found}, "layout")
+    assert image.shape[1] == noise.INCHES[0] * plotting.DPI
+    assert np.ptp(rows(image, plotting.COLORS[0])) > image.shape[0] / 2
+
+
+def written(*scores: float) -> dict:
+    points = [
+        {"relative_sigma": size, "anls": score, "centred_distance": 0.1 * size}
+        for size, score in enumerate(scores)
+    ]
+    return {"points": points, "centred_between_distance": 0.4}
+
+
+@pytest.mark.parametrize(
+    ("scores", "words"),
+    [
+        ((0.8,), "Undisturbed, the answers score ANLS 0.800."),
+        # What has recovered after a loss does not count.
+        (
+            (0.8, 0.73, 0.5, 0.8),
+            "at least nine tenths of that are left up to noise of 1 times the features' standard",
+        ),
+        (
+            (0.8, 0.71, 0.5),
+            "less than nine tenths of that are left at noise of 1 times the features' standard",
+        ),
+        (
+            (0.8, 0.71, 0.5),
+            "ANLS 0.500 at 2, which moves visual tokens by 0.50 of the distance between different "
+            "ones.",
+        ),
+    ],
+)
+def test_sentence(scores, words):
+    assert words in noise.FEATURES.sentence(written(*scores))
+
+
+def test_the_sentence_of_moved_content_has_no_distances():
+    points = [{"shift": size, "anls": score} for size, score in ((0, 0.8), (4, 0.75), (8, 0.1))]
+    text = noise.KINDS["layout"].sentence({"points": points})
+    assert text.endswith("left up to shifts of at most 4 px, and ANLS 0.100 at 8.")

@@ -1,5 +1,5 @@
-"""A disturbance follows from seed and name alone, has the same direction at every size, and is none
-of size 0."""
+"""A perturbation follows from seed and name alone, has the same direction at every size, and is
+none of size 0, in the answers as well."""
 
 import dataclasses
 
@@ -7,9 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alignvlm_jax.analysis.perturbation import Disturbance, FeatureNoise, PixelNoise, Shift
+from alignvlm_jax.analysis import perturbation
+from alignvlm_jax.analysis.perturbation import FeatureNoise, Perturbation, PixelNoise, Shift
+from alignvlm_jax.benchmarks import runner
 from alignvlm_jax.data import images
 from alignvlm_jax.data.record import Record, Word
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.inference import loading
+
+SPLIT = "seen_fonts"
 
 WORD = Word("a", (0.0, 0.0, 1.0, 1.0))
 
@@ -19,11 +25,8 @@ def record(name: str, *arrays: np.ndarray) -> Record:
     return Record(name, "form", encoded, (), (((WORD,),),) * len(arrays))
 
 
-def seen(disturbance: Disturbance, of: Record) -> list[np.ndarray]:
-    return [
-        np.asarray(images.decode_image(image, "")).astype(int)
-        for image in disturbance.page(of).images
-    ]
+def seen(one: Perturbation, of: Record) -> list[np.ndarray]:
+    return [np.asarray(images.decode_image(image, "")).astype(int) for image in one.page(of).images]
 
 
 GRAY = np.full((60, 80, 3), 128, np.uint8)
@@ -69,7 +72,7 @@ def test_pages_that_move():
     assert not Shift(3, 0).page(record("a", black)).lines
 
 
-@pytest.mark.parametrize("kind", [Disturbance, FeatureNoise, PixelNoise, Shift])
+@pytest.mark.parametrize("kind", [Perturbation, FeatureNoise, PixelNoise, Shift])
 def test_of_size_0_it_is_none(kind):
     of = record("a", GRAY)
     assert kind(0, seed=3).page(of) == of
@@ -85,7 +88,40 @@ def test_noise_on_features_leaves_the_page():
     assert PixelNoise(3.0, 0).inputs("a") == Shift(3, 0).inputs("a") == {}
 
 
-def test_files_of_different_disturbances_have_different_names():
+def test_files_of_different_perturbations_have_different_names():
     every = [kind(size, 0) for kind in (FeatureNoise, PixelNoise, Shift) for size in (1, 2)]
     assert len({one.file for one in every}) == len({str(one.header()) for one in every}) == 6
     assert all(one.header() != dataclasses.replace(one, seed=1).header() for one in every)
+
+
+@pytest.fixture(scope="module")
+def loaded(trained_workdir, tmp_path_factory):
+    """The model, its results in a folder of their own."""
+    loaded = loading.load(trained_workdir, loading.load_config(trained_workdir))
+    path = tmp_path_factory.mktemp("perturbation") / "checkpoints" / "7"
+    path.mkdir(parents=True)
+    return dataclasses.replace(loaded, path=path)
+
+
+def test_sigma_0_is_the_model_as_it_is(loaded):
+    evaluator = runner.Runner(loaded, loaded.config)
+    clean = evaluator.evaluate(SPLIT, blind=False)
+    asked = perturbation.ask(evaluator, loaded, SPLIT, FeatureNoise(0.0, seed=0))
+    assert asked.rows == clean.rows
+    assert asked.header["noise"] == {"sigma": 0.0, "seed": 0}
+    # It is not taken for an evaluation of the checkpoint, and whatever is large is seen.
+    assert evaluator.evaluate(SPLIT, blind=False) == clean
+    for loud in (FeatureNoise(100.0, 0), PixelNoise(1.0, 0), Shift(8, 0)):
+        said = perturbation.ask(evaluator, loaded, SPLIT, loud).rows
+        assert [row["prediction"] for row in said] != [row["prediction"] for row in clean.rows]
+
+
+def test_patches_on_the_page(loaded):
+    """Pages of 16 x 16 pixels make two tiles of 8 x 16, or, halved, one."""
+    pages = perturbation.pages_asked_about(loaded, SPLIT)
+    assert perturbation.patch_side(loaded, pages) == 4
+    data = dataclasses.replace(loaded.config.data, max_tiles=1)
+    one_tile = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, data=data))
+    assert perturbation.patch_side(one_tile, pages) == 8
+    with pytest.raises(UserError, match="no images"):
+        perturbation.patch_side(loaded, [dataclasses.replace(pages[0], images=())])

@@ -1,5 +1,7 @@
-"""Which words patches use, and the model that has only those."""
+"""How patches use the vocabulary, the model that has only the tokens that are kept, and how that is
+shown; odd tokens do not harm it."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -12,8 +14,11 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading, patch_tokens, sampler
 from alignvlm_jax.inference import tiles as tiles_lib
 from alignvlm_jax.models import vlm
+from alignvlm_jax.pictures import plotting
+from tests.pictures.pictures import area, decode
 
 SPLIT = "seen_fonts"
+ANALYSIS = vocabulary.Vocabulary()
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +34,8 @@ def probabilities(loaded, count: int) -> np.ndarray:
     """Of the patches of the first documents, one tile each that nothing pads."""
     records = runner.shards.RecordSource(loaded.config.data.dir, SPLIT)
     pages = [images.decode_image(records[i].images[0], "") for i in range(count)]
-    unpadded_vocab_size = loaded.config.model.llm.unpadded_vocab_size
-    looks = patch_tokens.lenses(loaded, pages, unpadded_vocab_size)
+    num_tokens = loaded.config.model.llm.unpadded_vocab_size
+    looks = patch_tokens.lenses(loaded, pages, num_tokens)
     p = np.zeros((sum(map(len, looks)), loaded.config.model.llm.vocab_size))
     np.put_along_axis(
         p,
@@ -62,7 +67,7 @@ def test_usage_is_that_of_the_patches(loaded):
     assert np.average(middles, weights=histogram["patches"]) == pytest.approx(
         facts["entropy"]["mean"], abs=width / 2
     )
-    first = found.top_words(loaded.tokenizer)[0]
+    first = found.top_tokens(loaded.tokenizer)[0]
     assert first["id"] == p.mean(0).argmax()
     assert first["share_of_patches"] == pytest.approx((p.argmax(-1) == first["id"]).mean())
 
@@ -77,35 +82,37 @@ def test_what_is_kept():
         used.kept("mean", 0.7)
 
 
-def test_the_rest_is_shared_among_the_words_that_are_kept(loaded):
+def test_the_rest_is_shared_among_the_tokens_that_are_kept(loaded):
     p = probabilities(loaded, 2)
-    words = np.arange(p.shape[1]) % 3 == 0
+    tokens = np.arange(p.shape[1]) % 3 == 0
     records = runner.shards.RecordSource(loaded.config.data.dir, SPLIT)
     tiles = tiles_lib.tiles_of(loaded, [records[0], records[1]])
 
     def whole(model, variables, batch):
-        return model.apply({**variables, **vlm.pruning(words)}, batch, method="patch_probabilities")
+        return model.apply(
+            {**variables, **vlm.pruning(tokens)}, batch, method="patch_probabilities"
+        )
 
     kept = np.concatenate(list(tiles_lib.map_tiles(loaded, whole, {"tiles": tiles}))).reshape(
         p.shape
     )
     np.testing.assert_allclose(kept.sum(-1), 1, atol=1e-6)
-    assert (kept[:, ~words] == 0).all()
+    assert (kept[:, ~tokens] == 0).all()
     np.testing.assert_allclose(
-        kept[:, words], p[:, words] / p[:, words].sum(-1, keepdims=True), atol=1e-5
+        kept[:, tokens], p[:, tokens] / p[:, tokens].sum(-1, keepdims=True), atol=1e-5
     )
 
-    def tokens(model, variables, batch):
-        return model.apply({**variables, **vlm.pruning(words)}, batch, method="visual_tokens")
+    def visual_tokens(model, variables, batch):
+        return model.apply({**variables, **vlm.pruning(tokens)}, batch, method="visual_tokens")
 
     table = np.asarray(loaded.params["llm"]["embed"]["table"])
-    found = np.concatenate(list(tiles_lib.map_tiles(loaded, tokens, {"tiles": tiles}))).reshape(
-        len(p), -1
-    )
+    found = np.concatenate(
+        list(tiles_lib.map_tiles(loaded, visual_tokens, {"tiles": tiles}))
+    ).reshape(len(p), -1)
     np.testing.assert_allclose(found, kept @ table, atol=1e-4)
 
 
-def test_all_words_are_no_pruning(loaded):
+def test_all_tokens_are_no_pruning(loaded):
     evaluator = runner.Runner(loaded, loaded.config)
     clean = evaluator.evaluate(SPLIT, blind=False)
     vocab_size = loaded.config.model.llm.vocab_size
@@ -128,8 +135,70 @@ def test_scores_with_and_without_in_one_trace(loaded, monkeypatch):
     assert len(traces) == 1
 
 
-def test_another_connector_has_no_words(loaded):
+def test_another_connector_has_no_distribution(loaded):
     model = loaded.config.model.with_connector("mlp")
     other = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, model=model))
     with pytest.raises(UserError, match="'mlp' gives patches no distribution"):
         vocabulary.measure(other, SPLIT, pages=SPLIT, num_pages=1, threshold=1e-6)
+
+
+FOUND = {
+    "num_patches": 10,
+    "entropy_histogram": {"edges": [0.0, 1.0, 2.0, 3.0], "patches": [2, 8, 0]},
+    "mean_perplexity": 4.0,
+    "top_words": [{"token": token, "mean": 0.5} for token in ("␣", "$x$", "中", "_{")],
+    "pruning": [
+        {"words": name, "num_words": 8, "anls": 0.5} for name in ("all", "mean", "highest")
+    ],
+}
+BLUE = plotting.COLORS[0]
+
+
+def picture(change=lambda found: None) -> np.ndarray:
+    found = copy.deepcopy(FOUND)
+    change(found)
+    return decode(ANALYSIS.picture("align", found))
+
+
+def lower_mean(found) -> None:
+    found["top_words"][1]["mean"] = 0.1
+
+
+def sharper(found) -> None:
+    found["entropy_histogram"]["patches"] = [10, 0, 0]
+
+
+def worse(found) -> None:
+    found["pruning"][1]["anls"] = 0.1
+
+
+@pytest.mark.parametrize("change", [lower_mean, sharper, worse])
+def test_the_picture_follows_the_numbers(change):
+    before = picture()
+    after = picture(change)
+    assert area(after, BLUE) < area(before, BLUE)
+
+
+def test_sentence(tmp_path):
+    trials = zip(("all", "mean", "highest"), (5000, 30, 40), (0.9, 0.8, 0.85), strict=True)
+    fields = {
+        "step": 7,
+        "settings": {
+            "split": "seen_fonts",
+            "num_questions": 1200,
+            "pages": "validation",
+            "threshold": 1e-6,
+        },
+        "perplexity": {"p50": 1.75},
+        "mean_perplexity": 40.0,
+        "pruning": [
+            {"words": name, "num_words": number, "anls": score} for name, number, score in trials
+        ],
+    }
+    section = ANALYSIS.section(tmp_path, fields)
+    assert "perplexity of 1.8 words (median), the mean of all that of 40.0" in section["sentence"]
+    assert (
+        "the 30 words alone whose mean is above 1e-06 the answers score ANLS 0.800, with all "
+        "5,000 0.900" in section["sentence"]
+    )
+    assert section["source"] == "1,200 questions of seen fonts, patches of validation, step 7"

@@ -185,6 +185,22 @@ def test_analyses_of_the_workdir_are_shown(workdir):
     page = run.build(workdir).read_text()
     assert "the answers score ANLS 0.500. (6 questions of seen fonts, step 7)" in text_of(page)
     assert page.count('<img src="data:image/png;base64,UE5H"') == 1
+    # In the order of the registry, not of names or files; what is no analysis is left out.
+    points = [{"sigma": 0, "shift": 0, "anls": 0.5}]
+    for name in ("noise_layout", "noise_pixels"):
+        (workdir / "analysis" / f"{name}.json").write_text(json.dumps(fields | {"points": points}))
+    (workdir / "analysis" / "another.json").write_text("{}")
+    page = run.build(workdir).read_text()
+    assert re.findall("<h3>(.*)</h3>", page) == [
+        "Noise on the vision features",
+        "Noise on the pixels",
+        "Content that is moved",
+    ]
+    assert page.count('<img src="data:image/png;base64,UE5H"') == 1
+    shutil.rmtree(workdir / "analysis")
+    (workdir / "analysis").mkdir()
+    (workdir / "analysis" / "another.json").write_text("{}")
+    assert 'id="analyses"' not in run.build(workdir).read_text()
 
 
 def test_other_runs_stand_beside(workdir, trained_workdir, tmp_path):
