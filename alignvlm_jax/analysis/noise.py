@@ -262,7 +262,7 @@ def measure_features(
     Raises:
       UserError: the split is missing, has no questions or no images.
     """
-    pages = perturbation.pages_asked_about(loaded, split)[:num_pages]
+    pages = perturbation.pages_with_questions(loaded, split)[:num_pages]
     feature_std = displacement.feature_std(loaded, pages)
     # A set: a sigma that is asked for in both units is measured once.
     sizes = sorted({0.0, *sigmas, *(relative * feature_std for relative in relative_sigmas)})
@@ -276,7 +276,7 @@ def measure_pixels(
 ) -> dict[str, Any]:
     """Returns what noise on the pixels does, as `measure_features` does; sigmas are in units of the
     range from black to white."""
-    pages = perturbation.pages_asked_about(loaded, split)[:num_pages]
+    pages = perturbation.pages_with_questions(loaded, split)[:num_pages]
     sizes = sorted({0.0, *sigmas})
     # The first is no noise on features, so that kinds share the file of unperturbed answers.
     trials = [perturbation.none(seed), *(PixelNoise(sigma, seed) for sigma in sizes[1:])]
@@ -310,7 +310,7 @@ def measure_layout(
         page; rounded to pixels, 1 at least.
       seed: of the shifts.
     """
-    side = perturbation.patch_side(loaded, perturbation.pages_asked_about(loaded, split))
+    side = perturbation.patch_side(loaded, perturbation.pages_with_questions(loaded, split))
     # A shift that rounds to 0 would be the unperturbed point once more.
     sizes = sorted({0, *shifts, *(max(1, round(relative * side)) for relative in relative_shifts)})
     trials = [perturbation.none(seed), *(Shift(shift, seed) for shift in sizes[1:])]

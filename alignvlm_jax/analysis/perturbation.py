@@ -142,7 +142,7 @@ def _changed(record: Record, change: Callable[[Image.Image, str], Image.Image]) 
     return dataclasses.replace(record, images=tuple(changed))
 
 
-def pages_asked_about(loaded: Loaded, split: str) -> list[Record]:
+def pages_with_questions(loaded: Loaded, split: str) -> list[Record]:
     """Returns the documents of a split that its questions are about, in their order.
 
     Raises:
@@ -176,7 +176,9 @@ def patch_side(loaded: Loaded, pages: Sequence[Record]) -> float:
     return float(np.median(sides))
 
 
-def ask(evaluator: Runner, loaded: Loaded, split: str, perturbation: Perturbation) -> Predictions:
+def predict(
+    evaluator: Runner, loaded: Loaded, split: str, perturbation: Perturbation
+) -> Predictions:
     """Returns the answers to a split's questions, perturbed; they stay in analysis/noise/ of the
     workdir."""
 
@@ -194,7 +196,7 @@ def scores(
     """Returns the scores of a split's answers through each perturbation."""
     # One runner for all: what it has compiled for one size serves the others.
     evaluator = Runner(loaded, loaded.config)
-    results = [ask(evaluator, loaded, split, one) for one in perturbations]
+    results = [predict(evaluator, loaded, split, one) for one in perturbations]
     return [
         {
             "anls": result.mean("score"),

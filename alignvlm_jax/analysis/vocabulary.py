@@ -222,7 +222,8 @@ def measure(
         **found.facts(),
         "top_words": found.top_tokens(loaded.tokenizer),
         "pruning": [
-            {"words": by} | ask(evaluator, loaded, split, tokens) for by, tokens in trials.items()
+            {"words": by} | predict(evaluator, loaded, split, tokens)
+            for by, tokens in trials.items()
         ],
     }
 
@@ -248,7 +249,7 @@ def usage(loaded: Loaded, split: str, num_pages: int) -> Usage:
     return Usage(total / len(entropies), highest, entropies, top_counts)
 
 
-def ask(evaluator: Runner, loaded: Loaded, split: str, kept: np.ndarray) -> dict[str, Any]:
+def predict(evaluator: Runner, loaded: Loaded, split: str, kept: np.ndarray) -> dict[str, Any]:
     """Returns the scores on a split of the model whose patches have the kept tokens only, bool [V];
     the softmax is over them alone. The answers stay in analysis/vocabulary/ of the workdir."""
     count = int(kept.sum())

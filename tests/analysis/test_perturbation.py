@@ -106,19 +106,19 @@ def loaded(trained_workdir, tmp_path_factory):
 def test_sigma_0_is_the_model_as_it_is(loaded):
     evaluator = runner.Runner(loaded, loaded.config)
     clean = evaluator.evaluate(SPLIT, blind=False)
-    asked = perturbation.ask(evaluator, loaded, SPLIT, FeatureNoise(0.0, seed=0))
+    asked = perturbation.predict(evaluator, loaded, SPLIT, FeatureNoise(0.0, seed=0))
     assert asked.rows == clean.rows
     assert asked.header["noise"] == {"sigma": 0.0, "seed": 0}
     # It is not taken for an evaluation of the checkpoint, and whatever is large is seen.
     assert evaluator.evaluate(SPLIT, blind=False) == clean
     for loud in (FeatureNoise(100.0, 0), PixelNoise(1.0, 0), Shift(8, 0)):
-        said = perturbation.ask(evaluator, loaded, SPLIT, loud).rows
+        said = perturbation.predict(evaluator, loaded, SPLIT, loud).rows
         assert [row["prediction"] for row in said] != [row["prediction"] for row in clean.rows]
 
 
 def test_patches_on_the_page(loaded):
     """Pages of 16 x 16 pixels make two tiles of 8 x 16, or, halved, one."""
-    pages = perturbation.pages_asked_about(loaded, SPLIT)
+    pages = perturbation.pages_with_questions(loaded, SPLIT)
     assert perturbation.patch_side(loaded, pages) == 4
     data = dataclasses.replace(loaded.config.data, max_tiles=1)
     one_tile = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, data=data))

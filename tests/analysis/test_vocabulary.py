@@ -116,7 +116,7 @@ def test_all_tokens_are_no_pruning(loaded):
     evaluator = runner.Runner(loaded, loaded.config)
     clean = evaluator.evaluate(SPLIT, blind=False)
     vocab_size = loaded.config.model.llm.vocab_size
-    scores = vocabulary.ask(evaluator, loaded, SPLIT, np.ones(vocab_size, bool))
+    scores = vocabulary.predict(evaluator, loaded, SPLIT, np.ones(vocab_size, bool))
     (path,) = (base.folder(loaded) / "vocabulary").glob(f"*_{vocab_size}_words_*.jsonl")
     assert runner.predictions.read(path).rows == clean.rows
     assert (scores["anls"], scores["num_eval"]) == (clean.mean("score"), 6)
