@@ -7,6 +7,7 @@ in bfloat16.
 
 import contextlib
 import dataclasses
+import functools
 import re
 
 import jax
@@ -142,14 +143,20 @@ def reference(case: Case, x, head, table, scale, bias, labels, subset):
     return weights @ table, jnp.take_along_axis(logits, labels, 1), jnp.log(total)
 
 
+@functools.cache  # It is the same on a mesh and without one.
 def reference_gradients(case: Case):
     """In float64: 1e-5 of float32's own rounding would be a tenth of what is tested."""
     inputs, labels, subset, back = draw(case)
-    with jax.enable_x64(True):
-        inputs = [jnp.asarray(x, jnp.float64) for x in inputs]
+
+    # One program: operation by operation, each would be compiled for each shape.
+    @jax.jit
+    def run(inputs, back):
         outputs, pull = jax.vjp(lambda *inputs: reference(case, *inputs, labels, subset), *inputs)
-        gradients = pull(tuple(jnp.asarray(x, jnp.float64) for x in back))
-        return jax.tree.map(np.asarray, (outputs, gradients))
+        return outputs, pull(back)
+
+    with jax.enable_x64(True):
+        inputs, back = ([jnp.asarray(x, jnp.float64) for x in xs] for xs in (inputs, back))
+        return jax.tree.map(np.asarray, run(inputs, tuple(back)))
 
 
 def assert_close(actual, expected, tolerance: float) -> None:
