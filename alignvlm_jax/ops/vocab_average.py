@@ -61,7 +61,7 @@ def vocab_logits(
     logits_NV = chunked.project("ND,DV->NV", x, head)
     logits_NV = nn.with_logical_constraint(logits_NV, (row_axis, "act_vocab"))
     if norm is not None:
-        # The mask comes after LN: a gain of 0 would make NaN of -inf, and one below 0 +inf.
+        # The mask comes after LN: of -inf, a gain of 0 would make NaN, a negative gain +inf.
         logits_NV = layer_norm(logits_NV, norm.scale, norm.bias, norm.eps, unpadded_vocab_size)
     if unpadded_vocab_size is None or unpadded_vocab_size == logits_NV.shape[-1]:
         return logits_NV
