@@ -1,4 +1,4 @@
-"""Drawing: fonts, and lines of cells onto a small page, with the exact box and character edges of
+"""The drawing of small pages: lines of cells in a font, with the exact box and character edges of
 every word."""
 
 import dataclasses
@@ -31,7 +31,7 @@ UNSEEN = {
 }
 
 PACKAGES = {package for package, *_ in (SEEN | UNSEEN).values()}
-"""That hold the fonts."""
+"""Packages that hold the fonts."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -44,7 +44,8 @@ def load_font(family: str, size: int) -> ImageFont.FreeTypeFont:
     package, folder, name = (SEEN | UNSEEN)[family]
     try:
         path = resources.files(package) / folder / name
-        # Basic layout: Raqm is there on some machines only, and shapes text a little differently.
+        # Basic layout, since Raqm, which only some machines have, shapes text a little differently:
+        # records must not depend on the machine.
         return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
     except (ModuleNotFoundError, OSError) as err:
         raise UserError(
@@ -54,7 +55,7 @@ def load_font(family: str, size: int) -> ImageFont.FreeTypeFont:
 
 @functools.lru_cache(maxsize=64)
 def font_extent(family: str, size: int) -> tuple[int, int]:
-    """Rows above and below the baseline that the font's letters and digits reach."""
+    """Returns the pixels above and below the baseline that a font's letters and digits reach."""
     _, top, _, bottom = load_font(family, size).getbbox("bdfhklgjpqy()|0", anchor="ls")
     return -int(top), int(bottom)
 
@@ -66,9 +67,20 @@ COLUMN_GAP = 8
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """How a page is laid out. `align` places the cells of a line: "flow" joins them by `separator`,
-    "grid" lines them up in columns, "right" is a grid with the last cell at the right edge, after
-    dots where `leaders`."""
+    """The layout of a page, with sizes in pixels.
+
+    Attributes:
+      family: a font in `SEEN` or `UNSEEN`.
+      size: font size.
+      align: how the cells of a line are placed: "flow" joins them by `separator`, "grid" lines them
+        up in columns, "right" is a grid with the last cell at the right edge.
+      separator: text between the cells of a line in "flow".
+      leaders: whether dots lead to the last cell in "right".
+      ruled: whether a line is drawn below each line of text.
+      left: left margin.
+      pitch: height of a line.
+      ink: gray level of the text, 0 for black.
+    """
 
     family: str
     size: int
@@ -82,11 +94,11 @@ class Style:
 
 
 Lines = tuple[tuple[str, ...], ...]
-"""The text of a page: cells of lines. A cell may hold several words."""
+"""The text of a page: lines of cells. A cell may hold several words."""
 
 
 def place(lines: Lines, style: Style) -> list[list[tuple[int, str]]] | None:
-    """Returns the cells of every line with their left edges in pixels, or None where they do not
+    """Returns the cells of every line, each with its left edge in pixels; None where they do not
     fit the page."""
     font = load_font(style.family, style.size)
     right = PAGE_WIDTH - 2
@@ -94,8 +106,8 @@ def place(lines: Lines, style: Style) -> list[list[tuple[int, str]]] | None:
         placed = [[(style.left, style.separator.join(cells))] for cells in lines]
     else:
         columns = max(len(cells) for cells in lines)
-        # A line with fewer cells than the others (a title, a shop's name) spans columns: it widens
-        # none of them.
+        # A line with fewer cells than the others (a title, a shop's name) spans columns, and must
+        # not widen any of them.
         grid = [cells for cells in lines if len(cells) == columns]
         widths = [max(font.getlength(cells[i]) for cells in grid) for i in range(columns)]
         lefts = [style.left + round(sum(widths[:i]) + COLUMN_GAP * i) for i in range(columns)]
@@ -126,7 +138,8 @@ def _to_the_right(
 def draw(
     lines: Lines, rows: list[int], style: Style, height: int, rng: np.random.Generator
 ) -> tuple[Image.Image, tuple[tuple[Word, ...], ...]] | None:
-    """Draws line i at row `rows[i]` of `style.pitch` pixels; each line is moved by up to a pixel.
+    """Draws a page: line i stands in the strip `rows[i]` of `style.pitch` pixels, moved by up to a
+    pixel.
 
     Returns:
       A gray image of PAGE_WIDTH x `height` and the words by lines, or None where the text does not

@@ -1,8 +1,8 @@
 """Real tables of `vega_datasets` (MIT) and `statsmodels` (BSD-3), as plain strings.
 
-Only columns that cannot be guessed are taken: where the best constant answer, or the value of the
-row above, scores little by ANLS. That leaves out most series that creep (prices, temperatures,
-years) and everything of few digits.
+Only columns that cannot be guessed are taken: the best constant answer, and the value of the row
+above, score little by ANLS. That leaves out most slowly changing series (prices, temperatures,
+years) and values of few digits.
 """
 
 import pandas as pd
@@ -51,12 +51,14 @@ def load() -> tuple[Table, ...]:
 
 
 def _numbered(dataset, key: str) -> pd.DataFrame:
-    """A data set whose rows have no name, with their numbers as the key."""
+    """Returns a data set whose rows have no names, with row numbers from 1 as column `key`."""
     frame = dataset.load_pandas().data
     return frame.assign(**{key: range(1, len(frame) + 1)})
 
 
 def _table(name: str, frame: pd.DataFrame, key: str, formats: dict[str, str]) -> Table:
+    """Returns a table of the column `key` and the columns in `formats`, by their format; rows with
+    cells that are too long or not ASCII, or with values that are short, are left out."""
     keys = [f"{value:.0f}" if isinstance(value, float) else str(value) for value in frame[key]]
     columns = [[format(value, spec) for value in frame[column]] for column, spec in formats.items()]
     rows = [
