@@ -244,8 +244,8 @@ def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
         if key not in hints:
             known = renamed.hint(f"{path}{key}") or nearest(key, hints)
             raise UserError(f"unknown config field config.{path}{key}{known}")
-        # A required field that is missing keeps its default: `check` then names all of them at
-        # once.
+        # A placeholder that no config set comes as None, which is MISSING. Such a field keeps its
+        # default here: `check` then names all of them at once.
         if value is not MISSING or key not in required:
             fields[key] = _convert(hints[key], value, f"{path}{key}")
     return cls(**fields)

@@ -78,6 +78,8 @@ class Attention(nn.Module):
         value_BTKh = project("v", c.num_kv_heads, "kv_heads")
         if cache is not None:
             cache = cache.write(layer, key_BTKh, value_BTKh)
+        # Without a mask the cache is empty but for the new tokens, so prefill attends to these
+        # alone and may use a kernel.
         if mask is not None:
             mixed_BTHh = attention(query_BTHh, *cache.read(layer), mask)
         else:
@@ -170,6 +172,7 @@ class Llama(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.embedding = Embedding(c, name="embed")
+        # The number of the layer is scanned; positions, segments and mask are the same for all.
         axes = (0, nn.broadcast, nn.broadcast, nn.broadcast)
         blocks = scan_blocks(Block, c.num_layers, self.remat, self.unroll, in_axes=axes)
         self.blocks = blocks(c, self.dtype, self.attention)

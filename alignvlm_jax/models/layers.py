@@ -66,6 +66,7 @@ class Einsum(nn.Module):
             self.bias = self.param("bias", zeros, tuple(self.shape[i] for i in kept), jnp.float32)
 
     def __call__(self, inputs: Array) -> Array:
+        # The kernel is cast at each use: the parameter, and its gradient, stay float32.
         operands = inputs.astype(self.dtype), self.kernel.astype(self.dtype)
         outputs = jnp.einsum(self.equation, *operands, preferred_element_type=self.out_dtype)
         return outputs + self.bias.astype(outputs.dtype) if self.use_bias else outputs

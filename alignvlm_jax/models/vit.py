@@ -35,6 +35,7 @@ class Attention(nn.Module):
             )
             for name in "qkv"
         )
+        # No segments: a tile is one, without padding.
         mixed = self_attention(query, key, value, None, causal=False, kernel=self.kernel)
         shape = (c.num_heads, head_dim, c.width)
         axes = ("vis_heads", "head_dim", "vis_embed")

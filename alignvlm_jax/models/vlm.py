@@ -69,8 +69,8 @@ class VLM(nn.Module):
         return Output(self.llm.logits(hidden_BTD), patch_nll)
 
     def losses(self, batch: Mapping[str, Array], visual_source: str = "pixels") -> Losses:
-        """Returns the losses of batch["targets"], and otherwise what `__call__` does, without
-        making all logits."""
+        """Returns the losses of predicting batch["targets"], and the patch loss as `__call__`;
+        logits are made in chunks where the config says so."""
         c = self.config
         hidden_BTD, patch_nll = self._hidden(batch, visual_source)
         return Losses(
@@ -94,6 +94,7 @@ class VLM(nn.Module):
         if "noise_sigma" not in batch:
             return features
 
+        # A key for each sequence: its noise does not depend on the rest of the batch.
         def draw(seed: Array, sigma: Array) -> Array:
             return sigma * jax.random.normal(jax.random.key(seed), features.shape[1:], jnp.float32)
 
@@ -191,6 +192,7 @@ class VLM(nn.Module):
         is_image_BT = tokens_BT == self.config.image_token_id
         # The image token's id may lie beyond the text table: entry 0 stands in for the lookup.
         text_BTD = self.llm.embed(jnp.where(is_image_BT, 0, tokens_BT))
+        # Before the first image token the count is -1.
         image_index_BT = jnp.clip(jnp.cumsum(is_image_BT, axis=1) - 1, 0)
         image_BTD = jnp.take_along_axis(visual_BND, image_index_BT[..., None], axis=1)
         x_BTD = jnp.where(is_image_BT[..., None], image_BTD, text_BTD)
@@ -247,6 +249,7 @@ def init_from_llm(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]
                 f"{path} is {shape} and what it starts from in the LLM is {new.shape}: they must "
                 "be equal"
             )
+        # The new value takes over the box, and with it the logical axes.
         leaves[path] = nn.meta.replace_boxed({"": leaves[path]}, {"": new})[""]
     return traverse_util.unflatten_dict(leaves, sep="/")
 

@@ -30,6 +30,7 @@ def attention(
       query, key, value: of one dtype, which is that of the output.
       mask: whether a token may see a key, the same for all heads; None admits every key.
     """
+    # A mask [B, 1, T, S] broadcasts over heads; jax itself groups the query heads of a key head.
     return jax.nn.dot_product_attention(
         query, key, value, mask=None if mask is None else mask[:, None]
     )
@@ -117,6 +118,7 @@ def _chunked(
         query, index, ids = one  # [B, chunk, H, h], [1, chunk], [B, chunk]
         seen = [] if ids is None else [ids[:, :, None] == segment_ids[:, None, :]]
         if causal:
+            # [1, chunk, T] is the same for all sequences.
             seen.append(jnp.broadcast_to(index[:, :, None] >= index_T, (len(query), chunk, length)))
         return attention(
             query, key, value, functools.reduce(jnp.logical_and, seen) if seen else None
@@ -157,6 +159,7 @@ def _resolve(kernel: str, query: Array, segment_ids: Array | None) -> str:
         if platform == "gpu":
             return "xla" if _refused_by_cudnn(query, segment_ids) else "cudnn"
         return "splash" if platform == "tpu" else "xla"
+    # On CPU "splash" is interpreted: tests run the TPU's path there.
     if kernel == "splash" and platform == "gpu":
         raise UserError(
             "config.model.attention 'splash' is for TPU and the mesh is of gpu; use 'cudnn' or "

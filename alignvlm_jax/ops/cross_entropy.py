@@ -71,6 +71,7 @@ def token_losses(
         # A maximum in the place of argmax: along a sharded vocabulary it is one small reduction.
         return TokenLosses(log_sum_exp_N - picked_N, log_sum_exp_N, picked_N >= logits_NV.max(-1))
 
+    # [B, T, D] to [B T, D]: chunks are cut from the tokens of all sequences together.
     rows = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     result = chunked.map_rows(losses, rows, head, chunk)
     return jax.tree.map(lambda x: x.reshape(targets.shape), result)

@@ -120,10 +120,12 @@ def vocab_average(
             )
         else:
             weights_NV = jnp.exp(logits_NV - log_sum_exp_N[:, None])
+        # The matmul has operands in the dtype of the computation, and sums in float32.
         average_ND = chunked.project(
             "NV,VD->ND", weights_NV.astype(x.dtype), shared["table"]
         ).astype(x.dtype)
         average_ND = nn.with_logical_constraint(average_ND, (row_axis, "act_embed"))
+        # One label at a time: for all k together, the mask in `pick` would be [N, k, V].
         picked = [pick(logits_NV, label_ids[:, j]) for j in range(label_ids.shape[1])]
         label_logits_Nk = (
             jnp.stack(picked, axis=-1) if picked else jnp.zeros((x.shape[0], 0), jnp.float32)

@@ -115,8 +115,8 @@ def say(name: str, value: Any) -> None:
 
 
 def announced(folder: str) -> dict[str, Any]:
-    """Returns the values that `say` stored under names in a folder, by the rest of the name: of
-    "stop/3", by "3" in "stop"."""
+    """Returns the values that `say` stored under names FOLDER/REST, by REST: in the folder "stop",
+    "3" has the value of "stop/3"."""
     prefix = f"{PREFIX}/said/{folder}/"
     return {
         key.removeprefix(prefix): json.loads(text)

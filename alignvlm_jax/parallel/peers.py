@@ -137,8 +137,11 @@ class Watch:
         os._exit(status)
 
     def _wait_for_others(self) -> None:
-        """Waits, on the main process, until the others leave: the coordination service ends with
-        it, and would abort them without a reason."""
+        """Announces that this process leaves; the main process then waits until all others do.
+
+        The coordination service ends with the main process, and would abort the others without a
+        reason.
+        """
         exchange.say(f"left/{self._index}", True)
         if self._index:
             return

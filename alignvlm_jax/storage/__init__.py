@@ -99,6 +99,7 @@ def write_whole(where: Path, content: str | bytes) -> None:
 def move(source: Path, target: Path) -> None:
     """Renames a file within its kind of storage, replacing a file of the new name."""
     if is_bucket(source):
+        # Not atomic: a kill in between leaves the file under both names, never under none.
         bucket.filesystem().cp_file(name_of(source), name_of(target))
         bucket.filesystem().rm_file(name_of(source))
     else:
@@ -147,6 +148,7 @@ def children(folder: Path) -> list[Path]:
     """Returns the paths in a folder; none where the folder does not exist, as an empty one never
     does in a bucket."""
     try:
+        # iterdir may be lazy: the list is made here, so that its error is caught here.
         return list(folder.iterdir())
     except FileNotFoundError:
         return []
@@ -253,12 +255,13 @@ def whole_folder(out: Path) -> Iterator[Path]:
         remove_tree(staging)
         raise
     if renames:
+        # Fails where another process has filled `out` meanwhile: then this folder is dropped.
         try:
             os.replace(staging, out)
         finally:
             remove_tree(staging)
     else:
-        (out / INCOMPLETE).unlink()
+        (out / INCOMPLETE).unlink()  # From here on the folder is whole.
 
 
 def check_held(where: Path) -> None:

@@ -33,9 +33,9 @@ class Appender:
     def __init__(self, where: Path, every: float = EVERY_SECONDS):
         self._sink = _Object(where) if bucket.is_bucket(where) else _File(where)
         self._every = every
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # Re-entrant, since `close` syncs while it holds it.
         self._kept = bytearray()
-        self._since: float | None = None
+        self._since: float | None = None  # When the oldest piece came that is not synced.
         self._error: BaseException | None = None
         self._wake = threading.Event()
         self._closed = False
@@ -73,8 +73,10 @@ class Appender:
                 self._sink.close()
 
     def _sync_often(self) -> None:
-        """Syncs twice in `every` seconds, in a thread of its own; an error is raised by the next
-        call of another method."""
+        """Syncs in a thread of its own; an error is kept, and raised by the next call of another
+        method."""
+        # By half of `every`: a piece that is just too new for one round is synced in the next, and
+        # none waits for longer than `every`.
         while not self._wake.wait(self._every / 2):
             with self._lock:
                 if self._closed or self._error:
@@ -151,6 +153,7 @@ def sync_all() -> None:
 def close_all() -> None:
     """Closes all open appenders at the end of a program; pieces that cannot be written soon are
     given up."""
+    # A copy, since `close` removes from the set.
     for appender in list(_open):
         with contextlib.suppress(Exception), bucket.own_patience(bucket.START_PATIENCE):
             appender.close()

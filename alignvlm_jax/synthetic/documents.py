@@ -39,6 +39,7 @@ def degrade(image: Image.Image, rng: np.random.Generator, strength: float) -> Im
     pixels += _smooth(rng.normal(0, 0.05 * strength, grain_size), width, height)
     pixels += rng.normal(0, 0.02 * strength, pixels.shape)
     pixels[rng.random(pixels.shape) < 0.0005 * strength] = rng.uniform(0, 0.5)
+    # Compressed and read again: the record itself is a PNG, and keeps JPEG's artefacts.
     noisy = Image.fromarray((pixels.clip(0, 1) * 255).astype(np.uint8))
     buffer = io.BytesIO()
     noisy.save(buffer, "JPEG", quality=int(rng.integers(40, 95)))
@@ -137,6 +138,7 @@ def _draw(rng: np.random.Generator, spec: Split, content: Content, height: int) 
     num_rows = height // style.pitch
     if len(content.lines) > num_rows:
         return None
+    # Lines keep their order, and leave random strips of the page empty.
     rows = sorted(int(r) for r in rng.permutation(num_rows)[: len(content.lines)])
     for size in range(style.size, 10, -1):
         drawn = pages.draw(content.lines, rows, dataclasses.replace(style, size=size), height, rng)

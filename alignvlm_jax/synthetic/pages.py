@@ -117,6 +117,7 @@ def place(lines: Lines, style: Style) -> list[list[tuple[int, str]]] | None:
     for cells in placed:
         ends = [left + font.getlength(text) for left, text in cells]
         starts = [left for left, _ in cells[1:]] + [right + 1]
+        # At least a pixel is free between cells, and at the right edge.
         if any(end + 1 > start for end, start in zip(ends, starts, strict=True)):
             return None
     return placed
@@ -175,6 +176,7 @@ def _words(font, left: int, cell: str) -> list[tuple[int, str]]:
     placed = []
     start = 0
     for text in cell.split(" "):
+        # Measured as a part of its cell: spaces, and kerning across them, are in the length.
         if text:
             placed.append((left + round(font.getlength(cell[:start])), text))
         start += len(text) + 1
@@ -185,5 +187,7 @@ def _draw_word(
     canvas, font, ink: int, text: str, left: int, baseline: int, span: tuple[int, int]
 ) -> Word:
     canvas.text((left, baseline), text, fill=ink, font=font, anchor="ls")
+    # Left edge of each character and right edge of the last, by the lengths of prefixes: sums of
+    # single characters would leave out kerning.
     edges = tuple(round(left + font.getlength(text[:i]), 2) for i in range(len(text) + 1))
     return Word(text, (edges[0], float(span[0]), edges[-1], float(span[1])), edges)

@@ -18,6 +18,7 @@ MAX_CELL_LENGTH = 10
 def load() -> tuple[Table, ...]:
     """Returns the tables, in a fixed order."""
     airports = local_data.airports().rename(columns={"iata": "airport"})
+    # One row a year, with a column for each source of energy.
     power = local_data.iowa_electricity().pivot(
         index="year", columns="source", values="net_generation"
     )
@@ -59,6 +60,7 @@ def _numbered(dataset, key: str) -> pd.DataFrame:
 def _table(name: str, frame: pd.DataFrame, key: str, formats: dict[str, str]) -> Table:
     """Returns a table of the column `key` and the columns in `formats`, by their format; rows with
     cells that are too long or not ASCII, or with values that are short, are left out."""
+    # Keys such as years may be stored as floats.
     keys = [f"{value:.0f}" if isinstance(value, float) else str(value) for value in frame[key]]
     columns = [[format(value, spec) for value in frame[column]] for column, spec in formats.items()]
     rows = [

@@ -12,8 +12,10 @@ from collections.abc import Callable
 import numpy as np
 
 EVALUATION_FRACTION = 0.15
+# Without I and O, which look like 1 and 0.
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+# Syllables of made-up names. Entries that are listed more than once are drawn more often.
 ONSETS = tuple("bcdfghjklmnprstvwz") + (
     "br",
     "ch",
@@ -74,6 +76,7 @@ def _letters(rng: np.random.Generator, count: int) -> str:
 
 
 def _date(rng: np.random.Generator) -> str:
+    # Every month has the days 1 to 28.
     return f"{rng.integers(1, 29):02d}{MONTHS[rng.integers(12)]}{rng.integers(10, 100)}"
 
 

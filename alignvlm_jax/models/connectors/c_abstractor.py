@@ -59,6 +59,7 @@ class Gate(nn.Module):
 
     @nn.compact
     def __call__(self, x_ByxF: Array) -> Array:
+        # The squeezed axis r is small, and not sharded.
         squeezed = round(self.width / 4)
         down = Einsum(
             "BF,Fr->Br", (self.width, squeezed), ("vis_mlp", None), True, self.dtype, name="down"

@@ -21,11 +21,14 @@ from alignvlm_jax.weights.source import (
     rows_per_chunk,
 )
 
+# In checkpoints of the whole training state, and in those of parameters alone.
 ROOTS = ("params/img/", "img/")
 POSITIONS = "pos_embedding"
 BLOCK = "Transformer/encoderblock"
 ATTENTION = "MultiHeadDotProductAttention_0"
+# Pooling head, final projection, text tower, temperature and bias of the loss, optimizer state.
 IGNORED = (r"MAPHead_0/.*", r"head/.*", r"(params/)?txt/.*", r"(params/)?[tb]", r"opt/.*")
+# What zipfile, zlib and numpy raise for a damaged file.
 BAD_ZIP = (zipfile.BadZipFile, ValueError, OSError, EOFError, zipfile.zlib.error)
 
 
@@ -110,6 +113,7 @@ def open_vision(path: Path, tile_size: int | None = None) -> Tower:
         return source.tensors[name].shape
 
     patch, _, _, width = shape("embedding/kernel")
+    # Kernels of the query are [E, H, h], and positions [1, P, E] of a square grid.
     num_heads = shape(f"{first}/{ATTENTION}/query/kernel")[skip + 1]
     side = math.isqrt(shape(POSITIONS)[1])
     size = tile_size or side * patch

@@ -37,6 +37,7 @@ class SafetensorsFolder:
         for path, names in _shards(folder).items():
             with _opened(path) as shard:
                 held = set(shard.keys())
+                # Either way: a tensor that the index lacks, or one that the file lacks.
                 missing = sorted(held ^ names) if names is not None else []
                 if missing:
                     raise UserError(
