@@ -77,6 +77,7 @@ def self_attention(
         )
     if kernel != "plain" and (chunk := _queries_per_chunk(*query.shape[:3])):
         return _chunked(query, key, value, segment_ids, causal, chunk)
+    # Without segments no mask [B, T, T] need be made.
     if segment_ids is None:
         return jax.nn.dot_product_attention(query, key, value, is_causal=causal)
     return attention(

@@ -24,6 +24,7 @@ def layer_norm(
     """
     x = x.astype(jnp.float32)
     if num_valid is None or num_valid == x.shape[-1]:
+        # In two passes: E[x^2] - E[x]^2 would cancel where the mean is large.
         centred = x - x.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
     else:

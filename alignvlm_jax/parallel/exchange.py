@@ -66,7 +66,7 @@ def gather(value: T) -> list[T]:
     every process."""
     if jax.process_count() == 1:
         return [value]
-    finished = len(_keys)
+    finished = len(_keys)  # Keys of earlier calls.
     key = _next_key("all")
     _put(f"{key}/{jax.process_index()}", value)
     # The main process collects the values and publishes one list: if each process read each value,

@@ -35,7 +35,8 @@ CANNOT_RENAME = {
     errno.EIO,
     errno.EINVAL,
 }
-"""Errors that mounts of buckets raise when a folder is to be renamed."""
+"""Errors that mounts of buckets raise when a folder is to be renamed; EMFILE is gcsfuse's for a
+folder with more files than it renames."""
 
 
 def path(text: str | os.PathLike[str]) -> Path:
@@ -55,7 +56,7 @@ def path(text: str | os.PathLike[str]) -> Path:
     name = "/".join(part for part in rest.split("/") if part)
     if not name or rest.startswith("/"):
         raise UserError(f"{text} names no bucket; expected {SCHEME}BUCKET/NAME")
-    # Late: a command without buckets pays neither for etils nor for gcsfs.
+    # Imported here: commands without a bucket do not pay for it.
     from etils import epath
 
     bucket.register()
@@ -193,7 +194,7 @@ def can_rename_folders(folder: Path) -> bool:
 
 @functools.cache
 def _can_rename(folder: str) -> bool:
-    # Some mounts rename an empty folder and refuse one with files: the probe has a file in it.
+    # Mounts may rename an empty folder and refuse one with files: the probe has a file in it.
     probe = Path(folder, f".rename-{uuid.uuid4().hex}")
     renamed = probe.with_suffix(".renamed")
     try:

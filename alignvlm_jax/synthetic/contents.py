@@ -90,7 +90,8 @@ def table(
     # others.
     weights = np.array([len(table.rows) ** 0.5 for table in tables])
     rows: list[tuple[str, ...]] = []
-    while len(rows) < num_lines - 1:  # a small table may have too few rows on one side of the split
+    # A small table may have too few rows on this side of the split: then another is drawn.
+    while len(rows) < num_lines - 1:
         source = tables[rng.choice(len(tables), p=weights / weights.sum())]
         num_values = min(int(rng.integers(1, 3)), len(source.header) - 1)
         columns = [0, *sorted(1 + rng.permutation(len(source.header) - 1)[:num_values])]

@@ -91,7 +91,7 @@ def _tables() -> tuple[Table, ...]:
             f"the demonstration's documents need package {', '.join(missing)}: "
             "pip install --requirement requirements-demo.txt"
         )
-    # pandas takes seconds to import, and the workers do not need it
+    # Imported here: pandas takes seconds to import, and the workers do not need it.
     from alignvlm_jax.synthetic import tables
 
     return tables.load()
@@ -110,6 +110,7 @@ def _plan(folder: Path, wanted: dict[str, Any]) -> list[Shard]:
 def _write_shard(
     seed: int, noise: float, tables: tuple[Table, ...], shard: Shard
 ) -> Iterator[None]:
+    # A generator, as `executors.run` takes it: each shard yields once, for the progress bar.
     documents_of_shard = range(shard.start, shard.stop)
     shards_lib.write_shard(
         shard.path,

@@ -155,6 +155,8 @@ def _style(rng: np.random.Generator, spec: Split, content: Content, height: int)
         "left": int(rng.integers(1, 9)),
         "ink": int(rng.integers(0, 80)),
     }
+    # Layouts of `unseen_fonts` differ from all of training: right-aligned values, dots, rules and
+    # wider line spacing.
     if spec.unseen_style:
         leaders = content.kind != "table" and rng.random() < 0.5
         fits = [pitch for pitch in (16, 18, 20) if pitch * len(content.lines) <= height]
