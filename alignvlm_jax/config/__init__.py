@@ -1,14 +1,14 @@
-"""Typed configuration: frozen dataclasses (`fields`), what they may hold (`checks`), the one reader
-of ConfigDict (`reading`).
+"""Typed configuration: frozen dataclasses (`fields`), the checks of their values (`checks`) and the
+one reader of ConfigDict (`reading`).
 
 A config file gives a ConfigDict (`default_config_dict()` plus changes). `from_config_dict` turns it
 into a tuple of `Config`, one for each stage: a curriculum is a base and, under `stages`, named
-differences from it. Stages run in the order of their names: a ConfigDict keeps its keys sorted and
-knows no other. `describing` reads the comments beside the fields.
+differences from it. Stages run in the order of their names, since a ConfigDict keeps its keys
+sorted. `describing` reads the comments beside the fields.
 
 A ConfigDict holds the options of all connectors (`options`), as `model.connectors.NAME.OPTION`, so
-that choosing another is one field, `model.connector.name`. `model.connector.OPTION` is one of the
-connector chosen, and goes before.
+that one field, `model.connector.name`, chooses another connector. `model.connector.OPTION` is an
+option of the chosen connector, and takes precedence.
 """
 
 from alignvlm_jax.config.checks import check, nearest_divisor

@@ -1,4 +1,5 @@
-"""What every field means: the comments beside the dataclasses' fields, read from their source."""
+"""Descriptions of all config fields: the comments beside the dataclasses' fields, read from their
+source."""
 
 import ast
 import dataclasses
@@ -21,7 +22,7 @@ from alignvlm_jax.config.options import (
 )
 
 NAME = "NAME"
-"""Stands in paths for the names of a mapping's entries, as in data.sources.NAME.dir."""
+"""The placeholder in paths for the names of a mapping's entries, as in data.sources.NAME.dir."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +30,9 @@ class Field:
     """A field of a config.
 
     Attributes:
-      path: such as train.num_steps.
-      default: MISSING where every config must give it.
-      comment: its unit and meaning; "" where nothing stands beside it.
+      path: path from the stage on, such as train.num_steps.
+      default: default value; MISSING where every config must give the field.
+      comment: unit and meaning; "" where the field has no comment.
     """
 
     path: str
@@ -41,8 +42,7 @@ class Field:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Fields that stand together, such as those of `train`; `text` is their dataclass's
-    docstring."""
+    """The fields of one dataclass, such as those of `train`; `text` is its docstring."""
 
     path: str
     text: str
@@ -50,7 +50,7 @@ class Group:
 
 
 def groups() -> tuple[Group, ...]:
-    """Returns every group of `Config` and in it, in the order of the source."""
+    """Returns the group of `Config` and all groups nested in it, in the order of the source."""
     return tuple(_groups(Config, ""))
 
 
@@ -60,7 +60,8 @@ def fields() -> dict[str, Field]:
 
 
 def leaves(config: Config) -> dict[str, tuple[Any, Field]]:
-    """Returns value and field of every path in `config`; a source's stand under its name."""
+    """Returns the value and the field of every path in `config`; in a path, a source has its name
+    in the place of NAME."""
     return dict(_leaves(config, "", "", fields()))
 
 
@@ -86,7 +87,8 @@ def _groups(cls: type, path: str) -> Iterator[Group]:
 
 
 def _connector_groups(path: str) -> Iterator[Group]:
-    """The name at `path`, and of each connector the options that its file declares."""
+    """Yields the group of the connector's name at `path`, and for each connector a group of the
+    options that its file declares."""
     name = Field(f"{path}.name", DEFAULT_CONNECTOR, f"One of {', '.join(connector_names())}.")
     text = (
         "The connector: its name, and any of its options, which go before those under "
@@ -108,13 +110,16 @@ def _connector_groups(path: str) -> Iterator[Group]:
 def _leaves(
     value: Any, path: str, pattern: str, known: Mapping[str, Field]
 ) -> Iterator[tuple[str, tuple[Any, Field]]]:
-    """`pattern` is `path` with NAME in the place of names."""
+    """Yields the leaves of a dataclass `value`; `pattern` is `path` with NAME in the place of
+    names, as the keys of `known` have it."""
     hints = typing.get_type_hints(type(value))
     groups = []
     for field in dataclasses.fields(value):
         inner = getattr(value, field.name)
         place = f"{path}{field.name}"
         kind = f"{pattern}{field.name}"
+        # A config holds the chosen connector's options in model.connector; they are described under
+        # the connector's name.
         if isinstance(value, ConnectorConfig) and field.name != "name":
             kind = f"model.connectors.{value.name}.{field.name}"
         if dataclasses.is_dataclass(inner):
@@ -125,12 +130,13 @@ def _leaves(
             ]
         else:
             yield place, (inner, known[kind])
+    # Nested groups come after the fields of their own level.
     for group in groups:
         yield from _leaves(*group, known)
 
 
 def _entries(hint: Any) -> type | None:
-    """The dataclass that a mapping holds by name, if any."""
+    """Returns the dataclass that is the value type of a mapping, if any."""
     args = typing.get_args(hint)
     return (
         args[1]
@@ -147,12 +153,15 @@ def _default(field: dataclasses.Field) -> Any:
 
 @functools.cache
 def _comments(cls: type) -> dict[str, str]:
-    """The comment of each field: on its last line, else on the lines of comments right above it."""
+    """Returns the comment of each field: behind its last line, else on the lines right above it."""
+    # Comments are no part of the syntax tree, and the tokens know no fields: line numbers join the
+    # two.
     source = textwrap.dedent(inspect.getsource(cls))
     by_line = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
-            # One alone on its line belongs to what follows, and one behind code to that.
+            # Whether the comment is alone on its line: then it belongs to the field below, and not
+            # to the one above.
             by_line[token.start[0]] = (
                 not token.line[: token.start[1]].strip(),
                 token.string.lstrip("# "),

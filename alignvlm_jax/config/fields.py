@@ -82,7 +82,7 @@ class LLMConfig:
 
     @property
     def unpadded_vocab_size(self) -> int:
-        """Rows of the tables that are tokens."""
+        """Number of vocabulary entries: the tables' rows without the padding."""
         return self.vocab_size - self.padded_rows
 
 
@@ -190,12 +190,12 @@ class DataConfig:
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """Where the records of training are, in the order of the sources' names."""
+        """Folders of the training records, in the order of the sources' names."""
         return tuple(self.sources[name].dir for name in sorted(self.sources)) or (self.dir,)
 
     @property
     def tiles_of_a_record(self) -> int:
-        """Tiles that all images of a record have together at most."""
+        """The most tiles that all images of a record have together."""
         return self.record_tiles or self.max_tiles
 
 

@@ -1,11 +1,11 @@
-"""The connector's part of a config: a name, and the options that the connector of this name
-declares in its own file.
+"""The connector in a config: a name, and the options that the connector of this name declares in
+its own file.
 
 A connector is one file of `models/connectors/`, its options beside its Flax module, so a config
 cannot be built without importing that file, and with it JAX and Flax: 1 s, which a command that
-reads a config pays for its model anyway. The import is by name, and made when a config is built,
-not with this module: the processes of `ingest` build none and start without Flax. This is the one
-place where `config` reaches up to `models`; what `data` must know of a connector is a number
+reads a config pays for its model anyway. The import is by name, and made when a config is built and
+not with this module: the processes of `ingest` build no config and start without Flax. This is the
+one place where `config` depends on `models`; all that `data` needs of a connector is a number
 (`ModelConfig.tokens_per_tile`).
 """
 
@@ -20,17 +20,17 @@ DEFAULT_CONNECTOR = "align"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConnectorConfig:
-    """What the options of every connector have: each connector's `Options` derive from it.
+    """The base of every connector's `Options`.
 
     Options are strings, numbers, booleans and `Literal` choices. Whole numbers are at least 1, or
-    what a field's metadata say as "at_least".
+    at least the number "at_least" in a field's metadata.
     """
 
     name: str  # in the registry of `models.connectors`
 
     def tensor_sizes(self) -> Mapping[str, int]:
-        """Returns the options, by name, that are sizes along the mesh's `tensor` axis, so that one
-        may be chosen."""
+        """Returns the options, by name, that are sizes split along the mesh's `tensor` axis, so
+        that an axis size that divides them may be chosen."""
         return {}
 
 
@@ -40,13 +40,16 @@ def connector_names() -> tuple[str, ...]:
 
 
 def connector_class(name: str) -> Any:
-    """Returns a connector's class (`models.connectors.base.Connector`); UserError with the nearest
-    name for none."""
+    """Returns a connector's class (`models.connectors.base.Connector`).
+
+    Raises:
+      UserError: no connector has this name; the message suggests the nearest.
+    """
     return importlib.import_module(REGISTRY_MODULE).get(name)
 
 
 def connector(name: str = DEFAULT_CONNECTOR, **options: Any) -> ConnectorConfig:
-    """Returns the options of a connector: its defaults, and those given."""
+    """Returns the options of a connector: its defaults, changed by the options given."""
     return connector_class(name).Options(name=name, **options)
 
 

@@ -1,4 +1,4 @@
-"""The one reader of ConfigDict, and the way to config.json and back."""
+"""The one reader of ConfigDict, and the writer and reader of config.json."""
 
 import dataclasses
 import math
@@ -17,15 +17,16 @@ from alignvlm_jax.config.options import ConnectorConfig, connector_class, connec
 from alignvlm_jax.errors import UserError, nearest
 
 MIXTURES = ("tasks", "sources")
-"""Fields of `data` that hold what belongs together, by name."""
+"""Mappings by name in `data` whose entries belong together: a stage replaces one whole, and does
+not merge into it."""
 
 
 def default_config_dict() -> ml_collections.ConfigDict:
-    """Returns every field with its default, and an empty `stages`, for config files to change. A
-    field that has none is a placeholder, which takes values of its type alone.
+    """Returns every field with its default, and an empty `stages`, for config files to change.
 
-    The options of all connectors stand in `model.connectors`, and none in `model.connector`: two
-    connectors may have an option of the same name, and which of them is chosen may yet be changed.
+    A field without a default is a placeholder, which takes values of its type alone. The options of
+    all connectors are in `model.connectors`, and none in `model.connector`: two connectors may have
+    an option of the same name, and the choice of a connector may yet change.
     """
     fields = _defaults(Config)
     del fields["stage"]
@@ -34,6 +35,7 @@ def default_config_dict() -> ml_collections.ConfigDict:
 
 
 def _defaults(cls: type) -> dict[str, Any]:
+    """Returns the defaults of a dataclass as nested dicts, with placeholders for missing ones."""
     hints = typing.get_type_hints(cls)
     defaults = {}
     for field in dataclasses.fields(cls):
@@ -49,13 +51,13 @@ def _defaults(cls: type) -> dict[str, Any]:
 
 
 def set_preset(fields: ml_collections.ConfigDict, preset: Any) -> None:
-    """Writes a preset's dataclass over the fields of a part of a ConfigDict."""
+    """Writes a preset's dataclass over the fields of a group of a ConfigDict, in place."""
     fields.update(dataclasses.asdict(preset))
 
 
 def set_model(fields: ml_collections.ConfigDict, model: Mapping[str, Any]) -> None:
-    """Writes the model of a `config.json` over a ConfigDict's `model`, where another connector may
-    then be chosen."""
+    """Writes the model of a `config.json` over a ConfigDict's `model`, in place, so that another
+    connector may still be chosen there."""
     model = _by_connector(model)
     name = model["connector"].pop("name")
     model["connectors"] |= {name: model["connector"]}
@@ -69,6 +71,7 @@ def from_config_dict(config_dict: Mapping[str, Any]) -> tuple[Config, ...]:
       UserError: an unknown, ill-typed or missing field, or fields that contradict each other.
     """
     base = _plain(config_dict)
+    # Without stages, the base itself is the one stage, called "train".
     stages = base.pop("stages", {}) or {"train": {}}
     for name, changes in stages.items():
         if not isinstance(changes, Mapping):
@@ -84,16 +87,18 @@ def to_json(stages: tuple[Config, ...]) -> list[dict[str, Any]]:
 
 
 def from_json(stages: list[dict[str, Any]]) -> tuple[Config, ...]:
-    """The inverse of `to_json`; reads what older versions wrote as well."""
+    """Returns the stages that `to_json` gave, in this version or an older one; UserError as
+    `from_config_dict`."""
     return tuple(_stage(stage) for stage in current_form(stages))
 
 
 def current_form(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the stages of a `config.json` as this version writes them; unchanged where they are
-    damaged. Fields that an earlier version did not have get their defaults, and those that it
-    called otherwise their names of today.
+    """Returns the stages of a `config.json` in the form that this version writes; unchanged where
+    they are damaged.
 
-    Before connectors had options of their own, `model.connector` held those of all of them.
+    Fields that an earlier version did not have get their defaults, and renamed fields their present
+    names. Before each connector had options of its own, `model.connector` held the options of all
+    connectors.
     """
     return [
         {**stage, "model": _by_connector(_of_known(stage["model"]))}
@@ -104,8 +109,10 @@ def current_form(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _completed(cls: type, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of dataclass `cls` as JSON has them, with the defaults of those that are missing.
-    Groups that are missing as a whole stay so, as do fields without a default."""
+    """Returns the fields of dataclass `cls`, as JSON has them, completed by defaults.
+
+    Groups that are missing as a whole stay missing, as do fields without a default.
+    """
     hints = typing.get_type_hints(cls)
     result = dict(fields)
     for field in dataclasses.fields(cls):
@@ -117,13 +124,14 @@ def _completed(cls: type, fields: Mapping[str, Any]) -> dict[str, Any]:
             continue  # A file without a stage's name or seed is damaged, not old.
         elif field.default not in (MISSING, dataclasses.MISSING):
             default = field.default
+            # JSON has no tuples: a list keeps the result equal to what was stored.
             result[field.name] = list(default) if isinstance(default, tuple) else default
     return result
 
 
 def _of_known(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the options of connectors that are not registered here, none of which is the
-    model's."""
+    """Returns the fields of a model without the options of connectors that are not registered in
+    this installation, and which the model therefore does not use."""
     groups = _group(model.get("connectors", {}), "model.connectors")
     known = connector_names()
     return {
@@ -133,16 +141,17 @@ def _of_known(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _stage(fields: Mapping[str, Any]) -> Config:
+    """Returns a stage, checked, of its fields as plain values."""
     model = _group(fields.get("model", {}), "model")
     return check(_build(Config, {**fields, "model": _by_connector(model)}, ""))
 
 
 def _by_connector(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a model with all options of the connector chosen in `connector`, and in
-    `connectors` those of the others that are not the defaults.
+    """Returns the fields of a model with all options of the chosen connector in `connector`, and in
+    `connectors` those options of the others that differ from their defaults.
 
-    An option in `connector` goes before the same in `connectors`. One that is another connector's
-    is handed on to it.
+    An option in `connector` takes precedence over the same option in `connectors`. If it is one of
+    another connector alone, it is moved there.
 
     Raises:
       UserError: an option that no connector has, a connector that does not exist, or a value of
@@ -150,6 +159,7 @@ def _by_connector(model: Mapping[str, Any]) -> dict[str, Any]:
     """
     name, given = _given_options(model)
     whole = {}
+    # The chosen connector may have been given no options at all.
     for other, options in ({name: {}} | given).items():
         place = "connector" if other == name else f"connectors.{other}"
         whole[other] = dataclasses.asdict(_options(other, options, f"model.{place}."))
@@ -165,7 +175,8 @@ def _by_connector(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _given_options(model: Mapping[str, Any]) -> tuple[str, dict[str, dict[str, Any]]]:
-    """The connector chosen, and the options that the fields of a model give to each connector."""
+    """Returns the name of the chosen connector, and the options that the fields of a model give to
+    each connector."""
     groups = _group(model.get("connectors", {}), "model.connectors")
     given = {
         name: dict(_group(options, f"model.connectors.{name}")) for name, options in groups.items()
@@ -174,6 +185,7 @@ def _given_options(model: Mapping[str, Any]) -> tuple[str, dict[str, dict[str, A
     chosen = flat.pop("name", connectors.DEFAULT_CONNECTOR)
     own = connectors.defaults(chosen)
     for option, value in flat.items():
+        # The chosen connector comes first among those that have such an option.
         owners = [
             name for name in (chosen, *connector_names()) if option in connectors.defaults(name)
         ]
@@ -187,6 +199,7 @@ def _given_options(model: Mapping[str, Any]) -> tuple[str, dict[str, dict[str, A
 
 
 def _group(value: Any, path: str) -> Mapping[str, Any]:
+    """Returns `value`; UserError where it is no group of fields."""
     if not isinstance(value, Mapping):
         raise UserError(f"config.{path} is {value!r}; it must be a group of fields")
     return value
@@ -197,7 +210,7 @@ def _options(name: str, options: Mapping[str, Any], path: str) -> ConnectorConfi
 
 
 def _plain(value: Any) -> Any:
-    """ConfigDicts and FieldReferences to plain dicts, depth first."""
+    """Returns a ConfigDict, with all that is nested in it, as plain dicts."""
     if isinstance(value, ml_collections.ConfigDict):
         value = value.to_dict()
     return (
@@ -208,7 +221,8 @@ def _plain(value: Any) -> Any:
 
 
 def _merge(base: dict, changes: dict) -> dict:
-    """`base` with `changes` laid over it; mappings below merge, but mixtures are replaced whole."""
+    """Returns `base` with `changes` over it; nested mappings merge, and mixtures are replaced
+    whole."""
     merged = dict(base)
     for key, value in changes.items():
         deeper = (
@@ -221,8 +235,8 @@ def _merge(base: dict, changes: dict) -> dict:
 
 
 def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
-    """Builds dataclass `cls` from a mapping; unknown keys and wrong types are errors that name the
-    field."""
+    """Returns dataclass `cls` built from a mapping; raises UserError, which names the field, for an
+    unknown key or a wrong type."""
     hints = typing.get_type_hints(cls)
     required = {field.name for field in dataclasses.fields(cls) if field.default is MISSING}
     fields = {}
@@ -230,13 +244,16 @@ def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
         if key not in hints:
             known = renamed.hint(f"{path}{key}") or nearest(key, hints)
             raise UserError(f"unknown config field config.{path}{key}{known}")
-        # `check` names all that are missing at once.
+        # A placeholder that no config set comes as None, which is MISSING. Such a field keeps its
+        # default here: `check` then names all of them at once.
         if value is not MISSING or key not in required:
             fields[key] = _convert(hints[key], value, f"{path}{key}")
     return cls(**fields)
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
+    """Returns a plain value as the type that a field's annotation gives; UserError where it is of
+    another."""
     if hint is Any:
         return value
     if hint is ConnectorConfig and isinstance(value, Mapping):
@@ -250,12 +267,13 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     origin = typing.get_origin(hint)
     args = typing.get_args(hint)
     if origin is Literal:
-        hint = type(args[0])  # Which of them it is, `check` looks at.
+        hint = type(args[0])  # `check` refuses values that are none of the choices.
         origin = None
     if origin is tuple and isinstance(value, (tuple, list)):
         return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if origin is Mapping and isinstance(value, Mapping):
         return {key: _convert(args[1], item, f"{path}.{key}") for key, item in value.items()}
+    # In Python a bool is an int: `True` must not pass for a number.
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is float and isinstance(value, float) and not math.isfinite(value):

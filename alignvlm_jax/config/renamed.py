@@ -1,8 +1,8 @@
-"""Names that earlier versions wrote, and what they are called now.
+"""Old names of fields, values and metrics, and their present ones.
 
 Stored files (`config.json`, checkpoints, `metrics.jsonl`) are read under either name. A config file
-or a flag with an old name is refused with the new one: what a person writes should not need this
-table to be understood.
+or a flag with an old name is refused, with a message that has the new one: nobody should need this
+table to understand a config.
 """
 
 from collections.abc import Mapping
@@ -20,43 +20,46 @@ FIELDS = {
     "train.visual_input": "train.visual_source",
     "train.validation_rows": "train.validation_sequences",
 }
-"""Fields of a stage, by their old paths."""
+"""Present paths of a stage's fields, by their old paths."""
 
 VALUES = {
     "model.vocab_impl": {"blockwise": "chunked"},
     "data.packing": {"plan": "offline"},
     "train.visual_source": {"labels": "oracle"},
 }
-"""Values of fields, by the field's new path."""
+"""Present values of fields, by the field's present path and the old value."""
 
 METRICS = {"fill": "packing_efficiency"}
-"""Metrics, by their old names."""
+"""Present names of metrics, by their old names."""
 
 POSITION = {"next_row": "next_sequence"}
-"""What a checkpoint knows of the position in the data."""
+"""Present names in a checkpoint's position in the data, by their old names."""
 
 
 def hint(path: str) -> str:
-    """Returns what a message says of a field that had the name `path`; "" of one that never was."""
+    """Returns the end of a message on the unknown field `path`: its present name, or "" where no
+    field ever had that name."""
+    # stages.NAME.GROUP.FIELD, or GROUP.FIELD.
     stage_path = path.split(".", 2)[2] if path.startswith("stages.") else path
     new = FIELDS.get(stage_path)
     return f": it is called config.{path.removesuffix(stage_path)}{new} now" if new else ""
 
 
 def value_hint(path: str, value: Any) -> str:
-    """Returns what a message says of an old value of a field; "" of one that never was."""
+    """Returns the end of a message on an unknown value of the field `path`: its present name, or ""
+    where the field never had that value."""
     new = VALUES.get(path, {}).get(value) if isinstance(value, str) else None
     return f": it is called {new!r} now" if new else ""
 
 
 def names(fields: Mapping[str, Any], table: Mapping[str, str]) -> dict[str, Any]:
-    """Returns `fields` with their new names, in the same order."""
+    """Returns `fields` under their present names in `table`, in the same order."""
     return {table.get(name, name): value for name, value in fields.items()}
 
 
 def stage(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a stage as a stored config has them, with new names and values. One
-    line of the log names those that changed."""
+    """Returns the fields of a stage of a stored config under their present names, with present
+    values; one line of the log names those that changed."""
     changed = []
     current = dict(fields)
     for group in {path.partition(".")[0] for path in (*FIELDS, *VALUES)}:

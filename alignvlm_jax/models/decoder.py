@@ -21,8 +21,8 @@ from alignvlm_jax.shapes import Array, Bool, Float, Int
 class Cache(NamedTuple):
     """Keys (rotated) and values of all layers, and the slot where the next token is written.
 
-    The slots are last: so both matmuls of attention take a layer as it lies, where XLA on CPU
-    would turn it first.
+    The axis of slots is last, so that both matmuls of attention take a layer as it lies in memory;
+    in any other order XLA on CPU would transpose it first.
     """
 
     keys: Float[Array, "L B K h S"]
@@ -32,7 +32,7 @@ class Cache(NamedTuple):
     def write(
         self, layer: Int[Array, ""], key: Float[Array, "B T K h"], value: Float[Array, "B T K h"]
     ) -> "Cache":
-        """Returns the cache with T tokens of a layer written at the index, which stays."""
+        """Returns the cache with T tokens of a layer written at the index, which is not moved."""
 
         def put(old: Array, new_BTKh: Array) -> Array:
             new = new_BTKh.transpose(0, 2, 3, 1)[None].astype(old.dtype)
@@ -78,6 +78,8 @@ class Attention(nn.Module):
         value_BTKh = project("v", c.num_kv_heads, "kv_heads")
         if cache is not None:
             cache = cache.write(layer, key_BTKh, value_BTKh)
+        # Without a mask the cache is empty but for the new tokens, so prefill attends to these
+        # alone and may use a kernel.
         if mask is not None:
             mixed_BTHh = attention(query_BTHh, *cache.read(layer), mask)
         else:
@@ -90,7 +92,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """The SwiGLU MLP (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
 
     config: LLMConfig
     dtype: jnp.dtype
@@ -113,8 +115,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); with a cache, hands on the one that this layer
-    wrote to."""
+    """A pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x)); with a cache, it also
+    returns the cache that it wrote to."""
 
     config: LLMConfig
     dtype: jnp.dtype
@@ -137,7 +139,7 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Holds the text table."""
+    """The text table, in a module of its own so that its parameter is llm/embed/table."""
 
     config: LLMConfig
 
@@ -150,14 +152,14 @@ class Embedding(nn.Module):
 
 
 class Llama(nn.Module):
-    """The decoder in three steps, since image vectors come in between: `embed`, `__call__`,
-    `logits`.
+    """The Llama decoder in three steps, `embed`, `__call__` and `logits`, since visual tokens come
+    in between.
 
     Attributes:
       config: sizes.
-      dtype: of the computation.
+      dtype: dtype of the computation.
       remat: policy name, see `layers.REMAT_POLICIES`.
-      unroll: layers compiled in a row.
+      unroll: layers of the scan that are compiled in a row.
       attention: kernel name, see `ops.attention.self_attention`.
     """
 
@@ -170,6 +172,7 @@ class Llama(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.embedding = Embedding(c, name="embed")
+        # The number of the layer is scanned; positions, segments and mask are the same for all.
         axes = (0, nn.broadcast, nn.broadcast, nn.broadcast)
         blocks = scan_blocks(Block, c.num_layers, self.remat, self.unroll, in_axes=axes)
         self.blocks = blocks(c, self.dtype, self.attention)
@@ -186,8 +189,8 @@ class Llama(nn.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Returns the text embeddings of tokens."""
-        # Gathered over fsdp first: a lookup in a table sharded both ways makes XLA replicate the
-        # whole result.
+        # The table is gathered over fsdp first: a lookup in a table sharded along both axes makes
+        # XLA replicate the whole result.
         table_VD = nn.with_logical_constraint(self.table.astype(self.dtype), ("vocab", "act_embed"))
         return nn.with_logical_constraint(table_VD[tokens], ("act_batch", "act_len", "act_embed"))
 
@@ -200,13 +203,13 @@ class Llama(nn.Module):
         cache: Cache | None = None,
         mask: Bool[Array, "B T S"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Returns the last hidden states, normalised, and the cache with the T new tokens written
-        at its index.
+        """Returns the last hidden states, after the final norm, and the cache with the T new tokens
+        written at its index.
 
         Args:
-          segment_ids: without a mask, a token sees what stands at and before it in its own segment;
-            None: in its row.
-          cache: where the new tokens are written. Without a mask it is an empty one, and only the
+          segment_ids: without a mask, a token sees itself and what stands before it in its own
+            segment; with None, in its sequence.
+          cache: where the new tokens are written. Without a mask it must be empty, since only the
             new tokens are seen.
           mask: admits slots of the cache, those of the new tokens included; for a few tokens at a
             time, since their logits over all slots are made.
@@ -248,8 +251,8 @@ class Llama(nn.Module):
         vocab_impl: str,
         chunk_size_mib: float,
     ) -> TokenLosses:
-        """Returns the losses of predicting `targets`, without logits of all tokens
-        (`config.ModelConfig`)."""
+        """Returns the losses of predicting `targets`, with logits in chunks or all at once as
+        `vocab_impl` and `chunk_size_mib` of `config.ModelConfig` say."""
         c = self.config
         master = self.table if c.tie_embeddings else self.head.kernel
         return token_losses(
@@ -274,8 +277,8 @@ class Llama(nn.Module):
 
 
 def lm_head(llm: dict[str, Any]) -> Float[Array, "D V"]:
-    """Returns a copy of the head of the LLM's parameters: its own kernel, or the tied table
+    """Returns a copy of the LM head in the LLM's parameters: the head's kernel, or the tied table
     transposed."""
     head = llm["head"]["kernel"] if "head" in llm else llm["embed"]["table"].T
-    # Not a second name for the same buffer: donating one must not take the other away.
+    # A copy, not a second name for the same buffer: donating one must not take the other away.
     return jnp.copy(head)

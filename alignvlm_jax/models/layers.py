@@ -14,6 +14,8 @@ from alignvlm_jax.config import RopeScaling
 from alignvlm_jax.ops.layer_norm import layer_norm
 from alignvlm_jax.shapes import Array, Float, Int
 
+# What the backward pass finds saved of a layer: everything, only its input, or also the results of
+# matmuls with weights (attention's own matmuls have batch dimensions, and are computed again).
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -22,19 +24,20 @@ REMAT_POLICIES: dict[str, Callable | None] = {
 
 
 class Einsum(nn.Module):
-    """A linear map `inputs, kernel -> outputs`, its kernel kept at its final rank.
+    """A linear map `inputs, kernel -> outputs` given by an einsum, its kernel kept at its final
+    rank.
 
     nn.DenseGeneral creates a flat kernel first, which a logical spec of higher rank rejects under
     jax.set_mesh.
 
     Attributes:
       equation: for example "BTD,DHh->BTHh".
-      shape: of the kernel.
+      shape: shape of the kernel, which is stored in float32.
       axes: logical axis of each kernel dimension.
       use_bias: adds a bias over the kernel dimensions that the output keeps.
-      dtype: of the computation.
-      out_dtype: of the outputs, if another: float32 logits must not have been rounded to bfloat16
-        on their way.
+      dtype: dtype of the computation.
+      out_dtype: dtype of the outputs, if another: logits asked for in float32 must not be rounded
+        to bfloat16 on their way.
     """
 
     equation: str
@@ -48,6 +51,8 @@ class Einsum(nn.Module):
         letters, out = self.equation.split(",")[1].split("->")
         kept = [i for i, letter in enumerate(letters) if letter in out]
         summed = [i for i in range(len(letters)) if i not in kept]
+        # The fan-in is the size of all axes that are summed over: for "BTHh,HhD->BTD" it is H * h.
+        # By default jax would take the last two axes, whatever the equation.
         init = nn.initializers.variance_scaling(
             1.0, "fan_in", "truncated_normal", in_axis=summed, out_axis=kept
         )
@@ -61,6 +66,7 @@ class Einsum(nn.Module):
             self.bias = self.param("bias", zeros, tuple(self.shape[i] for i in kept), jnp.float32)
 
     def __call__(self, inputs: Array) -> Array:
+        # The kernel is cast at each use: the parameter, and its gradient, stay float32.
         operands = inputs.astype(self.dtype), self.kernel.astype(self.dtype)
         outputs = jnp.einsum(self.equation, *operands, preferred_element_type=self.out_dtype)
         return outputs + self.bias.astype(outputs.dtype) if self.use_bias else outputs
@@ -86,8 +92,8 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation over the last axis, computed in float32, returned in the
-    input's dtype."""
+    """Root-mean-square normalisation (arXiv 1910.07467) over the last axis, computed in float32,
+    returned in the input's dtype."""
 
     eps: float
 
@@ -107,6 +113,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Float
     are stretched by the factor, those under original_length / high_freq_factor kept, those between
     blended.
     """
+    # Wavelengths are 2 pi / frequency; `turns` is how often a pair turns within original_length.
     frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling.factor == 1.0:
         return frequencies
@@ -119,8 +126,8 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Float
 def apply_rope(
     x: Float[Array, "B T H h"], positions: Int[Array, "B T"], frequencies: Float[Array, "h/2"]
 ) -> Array:
-    """Rotates channel pairs (i, i + h/2) by position x frequency, in float32 (bfloat16 rounds
-    position 257 to 256)."""
+    """Returns x with its channel pairs (i, i + h/2) rotated by position x frequency (RoPE, arXiv
+    2104.09864), computed in float32: bfloat16 would round position 257 to 256."""
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     sin = jnp.sin(angles)
     cos = jnp.cos(angles)
@@ -133,12 +140,19 @@ def apply_rope(
 def scan_blocks(
     block: type[nn.Module], num_layers: int, remat: str, unroll: int, in_axes: tuple
 ) -> type[nn.Module]:
-    """Returns `block` stacked `num_layers` times over a leading "layers" axis, rematerialised by
-    policy name.
+    """Returns `block` stacked `num_layers` times: a scan whose parameters have a leading "layers"
+    axis, so that one layer is compiled whatever the depth.
 
-    The block maps (x, *inputs) to (x, per-layer output); `in_axes` says for each input whether it
-    is scanned (0) or shared (nn.broadcast).
+    The block maps (x, *inputs) to (x, per-layer output).
+
+    Args:
+      block: module of one layer.
+      num_layers: length of the scan.
+      remat: policy name in `REMAT_POLICIES`.
+      unroll: layers compiled in a row.
+      in_axes: for each input, whether it is scanned (0) or shared (nn.broadcast).
     """
+    # Within a scan no barrier against CSE is needed; it would only keep XLA from fusing.
     if REMAT_POLICIES[remat] is not None:
         block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[remat])
     return nn.scan(

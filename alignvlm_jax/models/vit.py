@@ -35,6 +35,7 @@ class Attention(nn.Module):
             )
             for name in "qkv"
         )
+        # No segments: a tile is one, without padding.
         mixed = self_attention(query, key, value, None, causal=False, kernel=self.kernel)
         shape = (c.num_heads, head_dim, c.width)
         axes = ("vis_heads", "head_dim", "vis_embed")
@@ -73,7 +74,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """A pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     config: VisionConfig
     dtype: jnp.dtype
@@ -92,13 +93,13 @@ class Block(nn.Module):
 
 
 class Siglip(nn.Module):
-    """Encodes tiles into patch features.
+    """The vision encoder, which turns tiles into patch features.
 
     Attributes:
       config: sizes.
-      dtype: of the computation.
+      dtype: dtype of the computation.
       remat: policy name, see `layers.REMAT_POLICIES`.
-      unroll: layers compiled in a row.
+      unroll: layers of the scan that are compiled in a row.
       attention: kernel name, see `ops.attention.self_attention`.
     """
 
@@ -110,14 +111,18 @@ class Siglip(nn.Module):
 
     @nn.compact
     def __call__(self, tiles: UInt8[Array, "B Y X C"]) -> Float[Array, "B P E"]:
-        """Returns the last hidden states, normalised."""
+        """Returns the last hidden states of the patches, row after row, after the final norm.
+
+        Pixels are uint8, red, green and blue; mean and deviation of the config apply here.
+        """
         c = self.config
         rows, columns = c.patch_grid
-        # In float32: the difference to a mean near white would lose most of bfloat16's bits.
+        # In float32: in bfloat16 the difference of two close numbers would lose most of its bits.
         mean = jnp.array(c.pixel_mean, jnp.float32)
         std = jnp.array(c.pixel_std, jnp.float32)
         pixels = (tiles.astype(jnp.float32) / 255 - mean) / std
-        # A convolution whose stride is its kernel is a matmul over patches.
+        # A convolution whose stride is its kernel is a matmul over patches: [B, rows, height,
+        # columns, width, C] to [B, P, height, width, C].
         patches = pixels.reshape(-1, rows, c.patch_height, columns, c.patch_width, tiles.shape[-1])
         patches = patches.swapaxes(2, 3).reshape(
             -1, c.num_patches, c.patch_height, c.patch_width, tiles.shape[-1]

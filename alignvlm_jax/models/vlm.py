@@ -1,5 +1,5 @@
-"""The composition: tiles -> vision encoder -> connector -> visual tokens among the text embeddings
--> decoder -> logits.
+"""The vision-language model: tiles -> vision encoder -> connector -> visual tokens among the text
+embeddings -> decoder -> logits.
 
 Letters: `shapes.py`.
 """
@@ -35,15 +35,15 @@ class Output(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Of each position the losses of predicting its target, and the connector's loss of each patch
-    (zeros without labels)."""
+    """Losses of predicting each position's target, and the connector's loss of each patch (zeros
+    without labels)."""
 
     tokens: TokenLosses
     patch_nll: Float[Array, "B I P"]
 
 
 class VLM(nn.Module):
-    """The whole model. Batches are those of `data.schema.Batch`."""
+    """The whole model; its batches are those of `data.record.Batch`."""
 
     config: ModelConfig
 
@@ -60,17 +60,17 @@ class VLM(nn.Module):
         Args:
           batch: tokens, positions, segment_ids; tiles for "pixels"; patch_label_ids and
             patch_label_weights for "oracle", and for the patch loss. One with neither tiles nor
-            labels is text alone: it has no image tokens, the tower and the connector do not enter,
-            and I is 0.
-          visual_source: "pixels", or "oracle": the average of text embeddings that the labels name
-            stands in for what the connector would hand on, and no image is looked at.
+            labels is text alone: it has no image tokens, vision encoder and connector are not
+            applied, and I is 0.
+          visual_source: "pixels", or "oracle": the average of the text embeddings that the labels
+            name takes the place of the connector's visual tokens, and no image is encoded.
         """
         hidden_BTD, patch_nll = self._hidden(batch, visual_source)
         return Output(self.llm.logits(hidden_BTD), patch_nll)
 
     def losses(self, batch: Mapping[str, Array], visual_source: str = "pixels") -> Losses:
-        """Returns the losses of batch["targets"], and otherwise what `__call__` does, without
-        making all logits."""
+        """Returns the losses of predicting batch["targets"], and the patch loss as `__call__`;
+        logits are made in chunks where the config says so."""
         c = self.config
         hidden_BTD, patch_nll = self._hidden(batch, visual_source)
         return Losses(
@@ -85,13 +85,16 @@ class VLM(nn.Module):
         return features.reshape(batch, num_tiles, *features.shape[1:])
 
     def features(self, batch: Mapping[str, Array]) -> Float[Array, "B I P E"]:
-        """Returns what the connector is given: the patch features; with Gaussian noise where the
-        batch has noise_sigma, float32 [B], and noise_seed, uint32 [B]. A row's noise follows from
-        its seed alone and grows with its sigma."""
+        """Returns the patch features that the connector receives.
+
+        Where the batch has noise_sigma, float32 [B], and noise_seed, uint32 [B], Gaussian noise is
+        added. The noise of a sequence follows from its seed alone, and is scaled by its sigma.
+        """
         features = self.encode_tiles(batch["tiles"])
         if "noise_sigma" not in batch:
             return features
 
+        # A key for each sequence: its noise does not depend on the rest of the batch.
         def draw(seed: Array, sigma: Array) -> Array:
             return sigma * jax.random.normal(jax.random.key(seed), features.shape[1:], jnp.float32)
 
@@ -99,7 +102,7 @@ class VLM(nn.Module):
         return (features.astype(jnp.float32) + noise).astype(features.dtype)
 
     def visual_tokens(self, batch: Mapping[str, Array]) -> Float[Array, "B N D"]:
-        """Returns what the connector hands on, the tokens of a row's tiles one after another."""
+        """Returns the connector's visual tokens, those of a sequence's tiles one after another."""
         return self._visual_tokens(batch, "pixels")[0]
 
     def patch_probabilities(self, batch: Mapping[str, Array]) -> Float[Array, "B I P V"]:
@@ -112,19 +115,19 @@ class VLM(nn.Module):
     def prefill(
         self, batch: Mapping[str, Array], num_new: int
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """Reads one prompt a row (segment 1, then padding) from pixels; from text alone without
-        "tiles" in the batch.
+        """Runs the decoder over one prompt a sequence (segment 1, then padding); a batch without
+        "tiles" is text alone.
 
         Returns:
-          The logits of each row's first new token, and a cache with room for `num_new` tokens after
-          the T slots of the prompt. Padding lies between; `decode`'s mask must keep it out.
+          The logits of each sequence's first new token, and a cache with room for `num_new` tokens
+          after the T slots of the prompt. Padding lies between; `decode`'s mask must keep it out.
         """
         segment_ids = batch["segment_ids"]
         size, length = segment_ids.shape
         x_BTD, _ = self._read(batch, "pixels")
         cache = self.llm.empty_cache(size, length + num_new)
-        # Without the segments, which cuDNN's kernel takes as a bias [B, 1, T, T]: what stands
-        # before the padding does not see it, and nobody reads what the padding sees.
+        # Segments are left out, since cuDNN's kernel takes them as a bias [B, 1, T, T]. They are
+        # not needed: prompt tokens stand before the padding, and what the padding sees is not used.
         hidden_BTD, cache = self.llm(x_BTD, batch["positions"], cache=cache)
         last_B = (segment_ids > 0).sum(-1) - 1
         hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
@@ -137,19 +140,20 @@ class VLM(nn.Module):
         mask: Bool[Array, "B S"],
         cache: Cache,
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """Reads one more token a row; `mask` admits cache slots, this token's own included."""
+        """Runs the decoder over one more token of each sequence, and returns the logits of the next
+        and the cache; `mask` admits cache slots, this token's own included."""
         x_B1D = self.llm.embed(tokens[:, None])
         hidden_B1D, cache = self.llm(x_B1D, positions[:, None], cache=cache, mask=mask[:, None])
         return self.llm.logits(hidden_B1D)[:, 0], cache
 
     def _hidden(self, batch: Mapping[str, Array], visual_source: str) -> tuple[Array, Array]:
-        """Last hidden states [B, T, D] and patch losses [B, I, P]."""
+        """Returns the last hidden states [B, T, D] and patch losses [B, I, P]."""
         x_BTD, patch_nll = self._read(batch, visual_source)
         hidden_BTD, _ = self.llm(x_BTD, batch["positions"], batch["segment_ids"])
         return hidden_BTD, patch_nll
 
     def _read(self, batch: Mapping[str, Array], visual_source: str) -> tuple[Array, Array]:
-        """What the decoder reads [B, T, D], and patch losses [B, I, P]."""
+        """Returns the decoder's input [B, T, D] and patch losses [B, I, P]."""
         if "tiles" not in batch and "patch_label_ids" not in batch:
             no_patches = (len(batch["tokens"]), 0, self.config.vision.num_patches)
             return self.llm.embed(batch["tokens"]), jnp.zeros(no_patches, jnp.float32)
@@ -157,7 +161,8 @@ class VLM(nn.Module):
         return self._merge(batch["tokens"], visual_BND), patch_nll
 
     def _visual_tokens(self, batch: Mapping[str, Array], visual_source: str) -> tuple[Array, Array]:
-        """Visual tokens, those of a row's tiles one after another, and patch losses [B, I, P]."""
+        """Returns visual tokens [B, N, D], those of a sequence's tiles one after another, and patch
+        losses [B, I, P]."""
         labels = None
         if "patch_label_ids" in batch:
             size, num_tiles, patches, k = batch["patch_label_ids"].shape
@@ -180,11 +185,14 @@ class VLM(nn.Module):
         ), output.patch_nll.reshape(size, num_tiles, patches)
 
     def _merge(self, tokens_BT: Array, visual_BND: Array) -> Array:
-        """Text embeddings with a sequence's n-th visual token at its n-th image token. Used tiles
-        come first in a row, so unused ones are never reached."""
+        """Returns text embeddings with a sequence's n-th visual token at its n-th image token.
+
+        The tiles in use come first in a sequence, so that unused ones are never reached.
+        """
         is_image_BT = tokens_BT == self.config.image_token_id
-        # The placeholder may lie beyond the text table: look it up nowhere.
+        # The image token's id may lie beyond the text table: entry 0 stands in for the lookup.
         text_BTD = self.llm.embed(jnp.where(is_image_BT, 0, tokens_BT))
+        # Before the first image token the count is -1.
         image_index_BT = jnp.clip(jnp.cumsum(is_image_BT, axis=1) - 1, 0)
         image_BTD = jnp.take_along_axis(visual_BND, image_index_BT[..., None], axis=1)
         x_BTD = jnp.where(is_image_BT[..., None], image_BTD, text_BTD)
@@ -192,7 +200,7 @@ class VLM(nn.Module):
 
 
 def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shapes and dtypes of the global batch of a training step."""
+    """Returns the shapes and dtypes of a training step's global batch."""
     vision = config.model.vision
     data = config.data
     batch = config.train.batch_size
@@ -217,17 +225,22 @@ def init_params(
     model: VLM, rng: jax.Array, batch: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, Any]:
     """Returns initialised parameters, boxed with their logical axes, under "vision", "connector"
-    and "llm". What of the connector starts from the LLM is that of the LLM as initialised.
+    and "llm".
 
-    Call it inside `jax.eval_shape` or `jax.jit`: only shapes of `batch` matter.
+    Connector parameters that start from the LLM are made of the LLM as initialised. Call it inside
+    `jax.eval_shape` or `jax.jit`: only the shapes of `batch` matter.
     """
     zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in batch.items()}
     return init_from_llm(model.config, model.init(rng, zeros)["params"])
 
 
 def init_from_llm(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
-    """Returns params, boxed or not, with what of the connector starts from the LLM made of the LLM
-    in them."""
+    """Returns params, boxed or not, in which connector parameters that start from the LLM are made
+    anew of the LLM in `params`.
+
+    Raises:
+      UserError: such a parameter is of another shape than what it starts from.
+    """
     leaves = traverse_util.flatten_dict(params, sep="/")
     for path, new in from_llm(config, nn.meta.unbox(params["llm"])).items():
         shape = nn.meta.unbox(leaves[path]).shape
@@ -236,24 +249,25 @@ def init_from_llm(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]
                 f"{path} is {shape} and what it starts from in the LLM is {new.shape}: they must "
                 "be equal"
             )
+        # The new value takes over the box, and with it the logical axes.
         leaves[path] = nn.meta.replace_boxed({"": leaves[path]}, {"": new})[""]
     return traverse_util.unflatten_dict(leaves, sep="/")
 
 
 def from_llm(config: ModelConfig, llm: dict[str, Any]) -> dict[str, Array]:
-    """Returns by path those of the connector's parameters that start as a function of the LLM's,
-    made of `llm`."""
+    """Returns, by path, the connector parameters that start as a function of the LLM's, made of
+    `llm`."""
     made = connectors.get(config.connector.name).init_from_llm(llm, config.connector)
     return traverse_util.flatten_dict({"connector": made}, sep="/") if made else {}
 
 
 def from_llm_paths(config: ModelConfig, llm: dict[str, Any]) -> set[str]:
-    """Returns the paths of what `from_llm` makes; nothing is computed."""
+    """Returns the paths of the parameters that `from_llm` makes; nothing is computed."""
     return set(jax.eval_shape(functools.partial(from_llm, config), llm))
 
 
 def pruning(kept: Bool[Array, "V"]) -> dict[str, Any]:
-    """Returns the variables that, beside the parameters, leave the patches only these vocabulary
-    entries; of a connector that gives them a distribution over the vocabulary."""
+    """Returns the variables that, beside the parameters, prune the patches to these vocabulary
+    entries; only for connectors that give patches a distribution over the vocabulary."""
     collection, name = VOCABULARY_SUBSET
     return {collection: {"connector": {name: kept}}}

@@ -13,8 +13,8 @@ from alignvlm_jax.ops.splash import splash_attention
 from alignvlm_jax.shapes import Array, Bool, Float, Int
 
 CHUNK_SIZE_MIB = 64.0
-"""Float32 logits of XLA's attention on one device: where all of them are more, they are made for a
-chunk of the queries at a time."""
+"""MiB of float32 logits that XLA's attention may hold on one device; above it, logits are made for
+one chunk of the queries at a time."""
 
 
 def attention(
@@ -24,7 +24,13 @@ def attention(
     mask: Bool[Array, "B T S"] | None = None,
 ) -> Float[Array, "B T H h"]:
     """Returns softmax(query key^T / sqrt(h)) value, softmax in float32; query head i reads key head
-    i // (H / K)."""
+    i // (H / K).
+
+    Args:
+      query, key, value: of one dtype, which is that of the output.
+      mask: whether a token may see a key, the same for all heads; None admits every key.
+    """
+    # A mask [B, 1, T, S] broadcasts over heads; jax itself groups the query heads of a key head.
     return jax.nn.dot_product_attention(
         query, key, value, mask=None if mask is None else mask[:, None]
     )
@@ -39,20 +45,20 @@ def self_attention(
     causal: bool,
     kernel: str,
 ) -> Float[Array, "B T H h"]:
-    """Returns what `attention` would under the mask of the segments, in the query's dtype.
+    """Returns attention within the segments of packed sequences, in the query's dtype: the result
+    of `attention` under the mask of the segments.
 
     Args:
-      segment_ids: a token sees its own segment only, padding (segment 0) being one of its own;
-        None: a row is one.
+      segment_ids: a token sees its own segment only, and padding (segment 0) is a segment of its
+        own; with None, a sequence is one segment.
       causal: a token sees nothing after itself.
-      kernel: `config.model.attention`. "xla" makes [B, H, T, T] logits where they are at most
-        CHUNK_SIZE_MIB on a device, and else those of a chunk of queries at a time. "splash" is
-        Pallas' for TPU (on CPU it is interpreted, for tests), "cudnn" that of NVIDIA's library from
-        Ampere on; neither makes any. "auto" takes the one that the devices of the mesh have; on a
-        GPU that cuDNN's does not run on, say "xla". All compute with XLA where no mesh is entered:
-        there only shapes are asked for, maybe on another machine. "plain" is no choice of a config:
-        all [B, H, T, T] logits at once, whatever their size, for FLOPs to be counted by
-        (`plan.flops`).
+      kernel: `config.model.attention`. "xla" makes logits [B, H, T, T] where they are at most
+        CHUNK_SIZE_MIB on a device, else those of one chunk of queries at a time. "splash" is the
+        Pallas kernel for TPU (interpreted on CPU, for tests), "cudnn" the kernel of NVIDIA's
+        library, from Ampere on; neither stores logits. "auto" takes the kernel that the devices of
+        the mesh have, and "xla" where cuDNN refuses these arrays. Without a mesh every choice means
+        "xla": there only shapes are asked for, maybe on another machine. "plain", which no config
+        may choose, makes all logits [B, H, T, T] at once, so that `plan.flops` can count them.
 
     Raises:
       UserError: the mesh has no such kernel, or the kernel does not take these sizes.
@@ -63,14 +69,15 @@ def self_attention(
             query, key, value, segment_ids, causal=causal, interpret=mesh_platform() == "cpu"
         )
     if kernel == "cudnn":
-        # It knows no segments: they come in as a bias [B, 1, T, T]. It does know what is causal,
-        # and skips the rest.
+        # cuDNN's kernel knows no segments: they come in as a bias [B, 1, T, T]. The causal mask
+        # stays out of it, since the kernel knows that one and skips the upper triangle.
         mask = None if segment_ids is None else same_segment(segment_ids)[:, None]
         return jax.nn.dot_product_attention(
             query, key, value, mask=mask, is_causal=causal, implementation="cudnn"
         )
     if kernel != "plain" and (chunk := _queries_per_chunk(*query.shape[:3])):
         return _chunked(query, key, value, segment_ids, causal, chunk)
+    # Without segments no mask [B, T, T] need be made.
     if segment_ids is None:
         return jax.nn.dot_product_attention(query, key, value, is_causal=causal)
     return attention(
@@ -79,8 +86,9 @@ def self_attention(
 
 
 def _queries_per_chunk(batch: int, length: int, heads: int) -> int | None:
-    """How many queries of every row have CHUNK_SIZE_MIB of logits on a device; None where all of
-    them have."""
+    """Returns how many queries of each sequence have CHUNK_SIZE_MIB of logits on a device; None
+    where the logits of all queries fit."""
+    # Sizes on one device; the ceiling is what the partitioner pads an uneven axis to.
     rows, heads = (
         math.ceil(n / chunked.num_shards(axis))
         for n, axis in ((batch, "act_batch"), (heads, "act_heads"))
@@ -92,48 +100,57 @@ def _queries_per_chunk(batch: int, length: int, heads: int) -> int | None:
 def _chunked(
     query: Array, key: Array, value: Array, segment_ids: Array | None, causal: bool, chunk: int
 ) -> Float[Array, "B T H h"]:
-    """`attention` under the mask of the segments, `chunk` queries at a time, each with all keys:
-    the same sums as of all at once. The backward pass makes the logits of a chunk again. Rows and
-    heads stay sharded as they are."""
+    """Returns `attention` under the mask of the segments, computed for `chunk` queries at a time.
+
+    A query meets all keys at once, so its softmax is exact and needs no running maximum. The
+    backward pass computes the logits of a chunk again. Chunks are cut along T alone: batch and
+    heads stay sharded as they are.
+    """
     length = query.shape[1]
     count = math.ceil(length / chunk)
     index_T = jnp.arange(length)
 
     def split(x: Array, mode: str) -> Array:
-        """[B, T, ...] to [chunks, B, chunk, ...]."""
+        """Returns [B, T, ...] as [chunks, B, chunk, ...], T padded by `mode`."""
         x = jnp.pad(x, ((0, 0), (0, count * chunk - length), *((0, 0),) * (x.ndim - 2)), mode=mode)
         return x.reshape(x.shape[0], count, chunk, *x.shape[2:]).swapaxes(0, 1)
 
     def mix(one: tuple[Array, Array, Array | None]) -> Array:
-        query, index, ids = one
+        query, index, ids = one  # [B, chunk, H, h], [1, chunk], [B, chunk]
         seen = [] if ids is None else [ids[:, :, None] == segment_ids[:, None, :]]
         if causal:
+            # [1, chunk, T] is the same for all sequences.
             seen.append(jnp.broadcast_to(index[:, :, None] >= index_T, (len(query), chunk, length)))
         return attention(
             query, key, value, functools.reduce(jnp.logical_and, seen) if seen else None
         )
 
-    # The queries that fill up the last chunk look like the last one, so that each sees a key.
+    # Queries that pad the last chunk take index and segment of the last real query, so that each
+    # sees a key; what they yield is cut off below.
     parts = (
         split(query, "constant"),
         split(index_T[None], "edge"),
         None if segment_ids is None else split(segment_ids, "edge"),
     )
+    # Without the checkpoint, the scan would save the logits of every chunk for the backward pass:
+    # [B, H, T, T] after all.
     mixed = jax.lax.map(jax.checkpoint(mix, prevent_cse=False), parts)
     return mixed.swapaxes(0, 1).reshape(query.shape[0], count * chunk, *query.shape[2:])[:, :length]
 
 
 def mesh_platform() -> str | None:
-    """Returns "cpu", "gpu" or "tpu", what the mesh entered is made of; None without a mesh.
+    """Returns the platform of the mesh entered, "cpu", "gpu" or "tpu"; None without a mesh.
 
-    Not jax.default_backend(): a TPU's program may be compiled on a CPU host. The abstract mesh is
-    all that is known inside jit, and it is part of what jit's cache is keyed by.
+    jax.default_backend() would be wrong: a TPU's program may be compiled on a CPU host. The
+    abstract mesh is all that is known inside jit, and is part of the key of jit's cache.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return None if device is None else device.platform
 
 
 def _resolve(kernel: str, query: Array, segment_ids: Array | None) -> str:
+    """Returns the kernel that runs: "plain", "xla", "splash" or "cudnn"; raises UserError where the
+    one chosen cannot."""
     platform = mesh_platform()
     if kernel == "plain":
         return kernel
@@ -143,6 +160,7 @@ def _resolve(kernel: str, query: Array, segment_ids: Array | None) -> str:
         if platform == "gpu":
             return "xla" if _refused_by_cudnn(query, segment_ids) else "cudnn"
         return "splash" if platform == "tpu" else "xla"
+    # On CPU "splash" is interpreted: tests run the TPU's path there.
     if kernel == "splash" and platform == "gpu":
         raise UserError(
             "config.model.attention 'splash' is for TPU and the mesh is of gpu; use 'cudnn' or "
@@ -160,8 +178,10 @@ def _resolve(kernel: str, query: Array, segment_ids: Array | None) -> str:
 
 
 def _refused_by_cudnn(query: Array, segment_ids: Array | None) -> str:
-    """Why cuDNN's kernel does not take these arrays, "" if it does; jax would raise, and "auto"
-    must not."""
+    """Returns why cuDNN's kernel does not take these arrays, "" if it does.
+
+    The conditions are those under which jax raises: "auto" must fall back before that.
+    """
     length = query.shape[1]
     head_dim = query.shape[3]
     if query.dtype not in (jnp.bfloat16, jnp.float16):
@@ -174,12 +194,13 @@ def _refused_by_cudnn(query: Array, segment_ids: Array | None) -> str:
 
 
 def same_segment(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """Returns which tokens share a segment."""
+    """Returns which pairs of tokens belong to the same segment."""
     return segment_ids[:, :, None] == segment_ids[:, None, :]
 
 
 def causal_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """Returns who sees whom: a token sees itself and what stands before it in its own segment.
+    """Returns the causal mask of packed sequences: a token sees itself and what stands before it in
+    its own segment.
 
     segment_ids [1 1 2 2] gives   1 0 0 0
                                   1 1 0 0

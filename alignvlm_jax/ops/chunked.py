@@ -1,10 +1,10 @@
-"""Functions of rows whose intermediate [rows, V] is too large to exist: mapped over chunks of rows,
-each computed again in the backward pass.
+"""Chunked functions of rows: an intermediate [rows, V] too large for memory exists for one chunk of
+rows at a time, and is computed again in the backward pass.
 
-The rows are split over the mesh axes of `act_batch`, and within a shard into chunks. What all rows
-share, the matrices, is gathered once, before the chunks; their gradients are summed over the chunks
-in float32 and over the shards once, after the chunks. Left to the partitioner, that sum would be
-made in every chunk.
+Rows are split over the mesh axes of `act_batch`, and within a shard into chunks. The matrices that
+all rows share are gathered once, before the chunks; their gradients are summed over the chunks in
+float32, and over the shards once, after the chunks. The partitioner by itself would sum over the
+shards in every chunk.
 """
 
 import functools
@@ -21,19 +21,22 @@ from alignvlm_jax.shapes import Array, Float
 
 
 class Matrix(NamedTuple):
-    """A matrix for `project`: its `value` in the dtype of the computation, and a float32 array for
-    its gradient."""
+    """A matrix for `project`: `value` in the dtype of the computation, and its float32 `master`,
+    which takes no part in the forward pass and receives the gradient."""
 
     value: Float[Array, "..."]
     master: Float[Array, "..."]
 
     @classmethod
     def of(cls, master: Float[Array, "..."], dtype: jnp.dtype) -> "Matrix":
-        """Casts once what every chunk would cast again; the gradient reaches `master` without being
-        rounded."""
+        """Returns the matrix of a float32 master, cast to `dtype` once for all chunks."""
+        # Differentiating through the cast would round the gradient to `dtype` on its way.
         return cls(jax.lax.stop_gradient(master.astype(dtype)), master.astype(jnp.float32))
 
 
+# A custom derivative, since the scan over chunks sums an array's cotangents in the array's own
+# dtype: bfloat16 for `value`, float32 for `master`. So the gradient goes to `master`, of which the
+# forward pass has no use.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _project(equation: str, x: Array, value: Array, master: Array) -> Array:
     del master
@@ -52,6 +55,8 @@ def _project_backward(
     x, value = saved
     (rows, matrix) = equation.split("->")[0].split(",")
     out = equation.split("->")[1]
+    # Both operands in the dtype of the computation: a float32 one would take the whole matmul off
+    # the matrix unit's fast path.
     dout = dout.astype(value.dtype)
     dx = jnp.einsum(
         f"{out},{matrix}->{rows}", dout, value, preferred_element_type=jnp.float32
@@ -64,21 +69,23 @@ _project.defvjp(_project_forward, _project_backward)
 
 
 def project(equation: str, x: Float[Array, "..."], matrix: Matrix) -> Float[Array, "..."]:
-    """Returns the einsum of x and the matrix in float32. Equal to jnp.einsum, gradients too, but
-    that the matrix's is float32 where the computation is bfloat16: a sum over hundreds of chunks
-    would lose most of it."""
+    """Returns the einsum of x and the matrix, accumulated and returned in float32.
+
+    Gradients are those of jnp.einsum, except that the matrix's is float32 where the computation is
+    bfloat16: a bfloat16 sum over hundreds of chunks would lose most of it.
+    """
     return _project(equation, x, *matrix)
 
 
 def rows_per_chunk(impl: str, chunk_size_mib: float, num_rows: int, num_columns: int) -> int | None:
-    """Returns how many rows of a shard make a chunk of at most `chunk_size_mib` MiB of float32;
-    None is the plain form.
+    """Returns the rows of a shard that a chunk holds, of at most `chunk_size_mib` MiB of float32;
+    None stands for the plain form, all rows at once.
 
     Args:
       impl: "plain", "chunked", or "auto": chunked where a shard has more rows than a chunk.
-      chunk_size_mib: of one chunk on one device.
-      num_rows: over all shards.
-      num_columns: over all shards of `act_vocab`.
+      chunk_size_mib: MiB of one chunk on one device.
+      num_rows: rows of all shards together.
+      num_columns: columns of all shards of `act_vocab` together.
     """
     if impl == "plain":
         return None
@@ -86,32 +93,33 @@ def rows_per_chunk(impl: str, chunk_size_mib: float, num_rows: int, num_columns:
     fits = max(int(chunk_size_mib * 2**20 / (4 * num_columns / num_shards("act_vocab"))), 1)
     if impl == "auto" and rows <= fits:
         return None
-    # Whole tiles of the matrix unit.
+    # Multiples of 128 fill the matrix unit's tiles.
     return min(rows, fits - fits % 128 if fits > 128 else fits)
 
 
 def map_rows(
     fn: Callable[[Any, Any, str | None], Any], rows: Any, shared: Any, chunk: int | None
 ) -> Any:
-    """Returns fn(rows, shared, row_axis), of a tree of arrays [N, ...] and for each of their rows.
+    """Returns fn(rows, shared, row_axis), a tree of arrays [N, ...], computed in chunks of rows.
 
     Args:
-      fn: maps rows and shared to a tree of arrays with a row for each row. `row_axis` is the
-        logical axis of the rows it is given, for its sharding constraints.
+      fn: maps rows and shared to a tree of arrays with one row for each row given. `row_axis` is
+        the logical axis of those rows, for fn's sharding constraints: None inside a chunk.
       rows: tree of arrays [N, ...], sharded by `act_batch`.
       shared: tree of arrays that all rows share.
-      chunk: rows of a shard that are computed at a time; None computes all at once, and saves what
-        it needs.
+      chunk: rows of a shard that are computed at a time; None computes all rows at once, and saves
+        for the backward pass what it needs.
     """
     if chunk is None:
         return fn(rows, shared, "act_batch")
     row_axes = _mesh_axes("act_batch")
     num_rows = jax.tree.leaves(rows)[0].shape[0]
+    # Rows that do not divide cannot enter a shard_map, and are left to the partitioner.
     if num_rows % num_shards("act_batch") or not row_axes:
         return _map_chunks(fn, rows, shared, chunk)
-    # `shared` comes in whole along the axes of the rows, and stays split along `tensor`, which is
-    # left to the partitioner: an all_gather of our own, inside, would have it gathered along
-    # `tensor` too.
+    # Only the row axes are manual. `shared` comes in whole along them, so that the transpose sums
+    # its gradient over the shards once, after the scan. Along `tensor` it stays split, which is
+    # left to the partitioner: an all_gather of our own, inside, would gather it along `tensor` too.
     return jax.shard_map(
         lambda rows, shared: _map_chunks(fn, rows, shared, chunk),
         in_specs=(PartitionSpec(row_axes), PartitionSpec()),
@@ -124,7 +132,8 @@ def map_rows(
 def _map_chunks(
     fn: Callable[[Any, Any, str | None], Any], rows: Any, shared: Any, chunk: int
 ) -> Any:
-    """Over chunks of one shard's rows; the last chunk is filled up with zeros."""
+    """Returns fn of one shard's rows, chunk after chunk; zeros fill up the last chunk, and what fn
+    makes of them is cut off."""
     num_rows = jax.tree.leaves(rows)[0].shape[0]
     num_chunks = math.ceil(num_rows / chunk)
 
@@ -132,14 +141,16 @@ def _map_chunks(
         x = jnp.pad(x, ((0, num_chunks * chunk - num_rows), *((0, 0),) * (x.ndim - 1)))
         return x.reshape(num_chunks, chunk, *x.shape[1:])
 
-    # A scan separates forward from backward by itself.
+    # The checkpoint keeps the scan from saving [chunk, V] of every chunk, all of [N, V]. A scan
+    # separates forward from backward by itself, so no barrier against CSE is needed.
     one_chunk = jax.checkpoint(lambda rows: fn(rows, shared, None), prevent_cse=False)
     outputs = jax.lax.map(one_chunk, jax.tree.map(split, rows))
     return jax.tree.map(lambda x: x.reshape(num_chunks * chunk, *x.shape[2:])[:num_rows], outputs)
 
 
 def _mesh_axes(logical: str) -> tuple[str, ...]:
-    """Axes of the mesh entered over which `logical` is sharded; those of size 1 are left out."""
+    """Returns the axes of the mesh entered over which `logical` is sharded, without axes of size
+    1."""
     (axes,) = nn.logical_to_mesh_axes((logical,))
     axes = (axes,) if isinstance(axes, str) else axes or ()
     sizes = jax.sharding.get_abstract_mesh().shape
@@ -147,7 +158,7 @@ def _mesh_axes(logical: str) -> tuple[str, ...]:
 
 
 def num_shards(logical: str) -> int:
-    """Returns into how many shards the mesh entered splits an axis of the name `logical`; 1 without
-    a mesh."""
+    """Returns the number of shards that the mesh entered cuts the logical axis into; 1 without a
+    mesh."""
     sizes = jax.sharding.get_abstract_mesh().shape
     return math.prod(sizes[axis] for axis in _mesh_axes(logical))

@@ -12,8 +12,8 @@ from alignvlm_jax.shapes import Array, Bool, Float, Int
 
 
 class TokenLosses(NamedTuple):
-    """Of each token: -log P(target) in nats, the log of the sum that normalises P, and whether no
-    token is likelier."""
+    """Losses of each token: -log P(target) in nats, the log of the sum that normalises P, and
+    whether no other token is likelier than the target."""
 
     nll: Float[Array, "B T"]
     log_sum_exp: Float[Array, "B T"]
@@ -21,8 +21,11 @@ class TokenLosses(NamedTuple):
 
 
 def pick(logits: Float[Array, "... V"], ids: Int[Array, "..."]) -> Float[Array, "..."]:
-    """Returns logits[..., ids]. A masked sum stays where the logits are and fuses with their other
-    sums; what a gather along a sharded vocabulary costs is left to the partitioner."""
+    """Returns logits[..., ids], computed as a masked sum over the vocabulary.
+
+    The sum stays where the logits are, and fuses with the other reductions over them; the cost of a
+    gather along a sharded vocabulary would be up to the partitioner.
+    """
     vocabulary = jax.lax.broadcasted_iota(ids.dtype, logits.shape, logits.ndim - 1)
     return jnp.sum(jnp.where(vocabulary == ids[..., None], logits, 0.0), axis=-1)
 
@@ -36,18 +39,20 @@ def token_losses(
     unpadded_vocab_size: int | None = None,
     chunk: int | None = None,
 ) -> TokenLosses:
-    """Returns the losses of predicting `targets` from hidden states, without logits [B, T, V].
+    """Returns the losses of predicting `targets` from hidden states; with `chunk`, without logits
+    [B, T, V].
 
-    The caller weighs and sums them, and divides once, after adding up microbatches and hosts: a
-    mean of means would weigh short answers more.
+    The caller weighs and sums the losses, and divides once, after adding up microbatches and hosts:
+    a mean of means would weigh short answers more.
 
     Args:
       hidden: last hidden states.
       head: [D, V], or with `is_table` the tied table [V, D].
-      targets: a target that is no token has a finite loss; it should have no weight.
-      is_table: see `head`.
-      unpadded_vocab_size: the tokens from here on only fill the table up and are never predicted.
-      chunk: rows of a shard at a time, see `chunked.rows_per_chunk`; None is the plain form.
+      targets: token ids; an id that is no token has a finite loss, and should have no weight.
+      is_table: whether `head` is the tied table.
+      unpadded_vocab_size: the vocabulary entries from here on only pad the table, and are never
+        predicted; None: there are none.
+      chunk: rows of a shard at a time, see `chunked.rows_per_chunk`; None: all at once.
     """
     equation = "ND,VD->NV" if is_table else "ND,DV->NV"
 
@@ -55,17 +60,18 @@ def token_losses(
         hidden_ND, targets_N = rows
         logits_NV = chunked.project(equation, hidden_ND, head)
         logits_NV = nn.with_logical_constraint(logits_NV, (row_axis, "act_vocab"))
-        # Before padding is masked: the id of image tokens may lie there, and -inf times no weight
-        # is not 0.
+        # Before the padding is masked: the id of image tokens may lie in it, and -inf times a
+        # weight of 0 is NaN.
         picked_N = pick(logits_NV, targets_N)
         if unpadded_vocab_size is not None and unpadded_vocab_size < logits_NV.shape[-1]:
             logits_NV = jnp.where(
                 jnp.arange(logits_NV.shape[-1]) < unpadded_vocab_size, logits_NV, -jnp.inf
             )
         log_sum_exp_N = jax.nn.logsumexp(logits_NV, axis=-1)
-        # Not argmax: along a sharded vocabulary a maximum is one small reduction.
+        # A maximum in the place of argmax: along a sharded vocabulary it is one small reduction.
         return TokenLosses(log_sum_exp_N - picked_N, log_sum_exp_N, picked_N >= logits_NV.max(-1))
 
+    # [B, T, D] to [B T, D]: chunks are cut from the tokens of all sequences together.
     rows = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     result = chunked.map_rows(losses, rows, head, chunk)
     return jax.tree.map(lambda x: x.reshape(targets.shape), result)
@@ -76,10 +82,11 @@ def soft_cross_entropy(
     log_sum_exp: Float[Array, "N"],
     label_weights: Float[Array, "N k"],
 ) -> Float[Array, "N"]:
-    """Returns -sum_k weight_k log P(label_k) of each row, in nats: the loss of patch-token
+    """Returns -sum_k weight_k log P(label_k) of each patch, in nats: the loss of patch-token
     supervision.
 
-    A label without weight may have any logit, also the -inf of a token that is left out.
+    A label of weight 0 may have any logit, also the -inf of a token that is left out.
     """
+    # The `where` comes before the multiplication, since -inf * 0 is NaN.
     weighted_Nk = jnp.where(label_weights > 0, label_logits, 0.0) * label_weights
     return log_sum_exp * label_weights.sum(-1) - weighted_Nk.sum(-1)

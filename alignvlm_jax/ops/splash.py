@@ -1,8 +1,8 @@
-"""Self-attention by jax's splash kernel for TPU, a device of the mesh computing its own rows and
-heads.
+"""Self-attention by jax's splash kernel for TPU; each device of the mesh computes its own sequences
+and heads.
 
-The kernel: jax.experimental.pallas.ops.tpu.splash_attention, whose backward pass is its own as
-well.
+The kernel is jax.experimental.pallas.ops.tpu.splash_attention, which has a backward pass of its
+own.
 """
 
 import math
@@ -30,35 +30,38 @@ def splash_attention(
     causal: bool,
     interpret: bool,
 ) -> Float[Array, "B T H h"]:
-    """Returns softmax(query key^T / sqrt(h)) value within segments, in the query's dtype; nothing
+    """Returns softmax(query key^T / sqrt(h)) value within segments, in the query's dtype; no array
     is of size [T, T].
 
     Args:
       query, key, value: query head i reads key head i // (H / K).
-      segment_ids: None: every row is one segment.
+      segment_ids: None: every sequence is one segment.
       causal: a token sees nothing after itself.
       interpret: computes with jax what the kernel would on a TPU, for tests.
 
     Raises:
-      UserError: rows or heads do not divide over the mesh.
+      UserError: sequences or heads do not divide over the mesh.
     """
     batch, length, _, head_dim = query.shape
     padding = block_size(length) * num_blocks(length) - length
+    # Without segments, tokens would see the padding where attention is not causal.
     if segment_ids is None and padding:
         segment_ids = jnp.zeros((batch, length), jnp.int32)
-    # The kernel applies no scale.
+    # The kernel applies no scale. In float32 only the result is rounded; a bfloat16 factor would be
+    # rounded as well.
     scaled = (query.astype(jnp.float32) * head_dim**-0.5).astype(query.dtype)
     arrays = [jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (scaled, key, value)]
     if segment_ids is not None:
-        # A segment of its own: no token sees the padding, which sees itself, so that no softmax is
-        # over nothing.
+        # Padding is a segment of its own, -1: no token sees it, and it sees itself, so that no
+        # softmax is over nothing.
         arrays.append(jnp.pad(segment_ids, ((0, 0), (0, padding)), constant_values=-1))
 
     def local(query: Array, key: Array, value: Array, segment_ids: Array | None = None) -> Array:
-        # Made here and not once: its arrays are constants of the trace that is under way, and no
-        # other may have them.
+        # A kernel's mask arrays are constants of the trace under way, and no other trace may have
+        # them: so it is made here, and not cached.
         kernel = _make_kernel(query.shape[2], query.shape[1], causal, interpret)
         ids = None if segment_ids is None else kernels.SegmentIds(segment_ids, segment_ids)
+        # The kernel takes one sequence, [H, T, h]; vmap adds the batch.
         heads_first = (x.swapaxes(1, 2) for x in (query, key, value))
         return jax.vmap(kernel)(*heads_first, ids).swapaxes(1, 2)
 
@@ -66,21 +69,21 @@ def splash_attention(
 
 
 def num_blocks(length: int) -> int:
-    """Returns into how many blocks of at most MAX_BLOCK tokens a row is cut."""
+    """Returns the number of blocks, of at most MAX_BLOCK tokens, that a sequence is cut into."""
     return math.ceil(length / MAX_BLOCK)
 
 
 def block_size(length: int) -> int:
-    """Returns the tokens of a block: a multiple of LANES, blocks as equal as that allows, so that
-    little is padded."""
+    """Returns the tokens of a block, a multiple of LANES; blocks are as equal as that allows, so
+    that little is padded: 600 tokens are two blocks of 384, not of 512."""
     return LANES * math.ceil(length / num_blocks(length) / LANES)
 
 
 def _make_kernel(
     num_heads: int, length: int, causal: bool, interpret: bool
 ) -> kernels.SplashAttentionKernel:
-    # Lazy masks: whole blocks that nobody sees are skipped, and no mask of [T, T] is made of the
-    # others.
+    # Lazy masks: the kernel skips blocks in which no query sees a key, and computes the mask of the
+    # others from indices, so that no [T, T] is stored.
     mask = (masks.CausalMask if causal else masks.FullMask)((length, length))
     chunk = block_size(length)
     return kernels.make_splash_mha(
@@ -100,8 +103,10 @@ def _make_kernel(
 
 
 def _over_mesh(local, arrays: list[Array]) -> Array:
-    """local(*arrays), each device with its own rows and heads: the partitioner cannot look into a
-    kernel, and would have every device compute the whole batch."""
+    """Returns local(*arrays), where each device computes its own sequences and heads.
+
+    The partitioner cannot look into a kernel, and would have every device compute the whole batch.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return local(*arrays)
@@ -119,6 +124,7 @@ def _over_mesh(local, arrays: list[Array]) -> Array:
                 f"splash attention: {size} {what} do not divide over mesh axis {' x '.join(axes)} "
                 f"of {num_shards}; change config.mesh or set config.model.attention to 'xla'"
             )
+    # Arrays are [B, T, H, h]; segment ids [B, T].
     specs = tuple(spec if x.ndim == 4 else PartitionSpec(*spec[:2]) for x in arrays)
     # Without the check of varying axes: a kernel's outputs do not say over which axes they differ.
     return jax.shard_map(local, in_specs=specs, out_specs=spec, check_vma=False)(*arrays)

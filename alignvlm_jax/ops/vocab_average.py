@@ -1,10 +1,10 @@
-"""The weighted average of the rows of a table over a vocabulary, weights by a softmax (arXiv
-2502.01341, equation 1):
+"""The average of a table's rows over a vocabulary, weighted by a softmax (arXiv 2502.01341,
+equation 1):
 
     z = LN(x W);  P = softmax_V(z);  average = P E
 
-For the paper's model and one page, P alone takes 3.7 GB. The plain form computes it all at once,
-and lets the partitioner shard it; the chunked form holds a few hundred of its rows at a time
+For the paper's model and one page, P alone takes 3.7 GB. The plain form computes all of P at once,
+and lets the partitioner shard it; the chunked form holds a few hundred rows of P at a time
 (`ops.chunked`). Letters: `shapes.py`.
 """
 
@@ -22,7 +22,7 @@ from alignvlm_jax.shapes import Array, Bool, Float, Int
 
 
 class Norm(NamedTuple):
-    """LN's parameters over the vocabulary."""
+    """Parameters of LN, which runs over the vocabulary."""
 
     scale: Float[Array, "V"]
     bias: Float[Array, "V"]
@@ -30,8 +30,11 @@ class Norm(NamedTuple):
 
 
 class VocabAverage(NamedTuple):
-    """The averages; and of each row's distribution the logits of its labels and the log of the sum
-    that normalises it, which is all that a cross-entropy against the labels needs."""
+    """The average for each row; and, of the row's distribution, the logits of its labels and the
+    log of the sum that normalises it.
+
+    A cross-entropy against the labels needs no more than these two, so P need not be kept.
+    """
 
     average: Float[Array, "N D"]
     label_logits: Float[Array, "N k"]
@@ -45,11 +48,20 @@ def vocab_logits(
     unpadded_vocab_size: int | None = None,
     row_axis: str | None = "act_batch",
 ) -> Float[Array, "N V"]:
-    """Returns z in float32; -inf at the columns from `unpadded_vocab_size` on, which fill the table
-    up and are no tokens."""
+    """Returns z in float32, with -inf at the columns from `unpadded_vocab_size` on, which only pad
+    the table.
+
+    Args:
+      x: rows, whose width is that of W's first axis.
+      head: W [D, V].
+      norm: LN over the vocabulary; None leaves it out.
+      unpadded_vocab_size: None: no column is padding.
+      row_axis: logical axis of the rows; None inside a chunk.
+    """
     logits_NV = chunked.project("ND,DV->NV", x, head)
     logits_NV = nn.with_logical_constraint(logits_NV, (row_axis, "act_vocab"))
     if norm is not None:
+        # The mask comes after LN: of -inf, a gain of 0 would make NaN, a negative gain +inf.
         logits_NV = layer_norm(logits_NV, norm.scale, norm.bias, norm.eps, unpadded_vocab_size)
     if unpadded_vocab_size is None or unpadded_vocab_size == logits_NV.shape[-1]:
         return logits_NV
@@ -73,18 +85,19 @@ def vocab_average(
 
     Args:
       x: rows, whose width need not be the table's.
-      head: W [D, V] (any width of x for its first axis).
+      head: W [D, V]; its first axis has the width of x.
       table: E [V, D].
       norm: LN over the vocabulary; None leaves it out.
-      label_ids: tokens whose logits are wanted.
-      unpadded_vocab_size: the columns from here on fill the table up; they take no part in LN or
-        softmax.
+      label_ids: tokens whose logits are returned; None: of none, k is 0.
+      unpadded_vocab_size: the columns from here on only pad the table, and take no part in LN or
+        softmax; None: there are none.
       subset: tokens that may have weight; the softmax is over them alone, LN over all.
-      linear: the weights are z / sqrt(V) themselves, of any sign: for the linear span in the
-        place of the hull. So scaled, averages are about as long as the table's rows, as LN makes z
-        of variance 1.
-      chunk: rows of a shard at a time, see `chunked.rows_per_chunk`; None is the plain form.
+      linear: the weights are z / sqrt(V) in the place of P, of any sign, so that the average lies
+        in the table's linear span and not in its convex hull. LN gives z variance 1; scaled so,
+        averages are about as long as the table's rows.
+      chunk: rows of a shard at a time, see `chunked.rows_per_chunk`; None: the plain form.
     """
+    # `shared` is a tree of arrays: eps, a number, stays out of it and comes in by closure.
     shared = {
         "head": head,
         "table": table,
@@ -100,22 +113,26 @@ def vocab_average(
             logits_NV = jnp.where(shared["subset"], logits_NV, -jnp.inf)
         log_sum_exp_N = jax.nn.logsumexp(logits_NV, axis=-1)
         if linear:
-            is_entry_NV = logits_NV != -jnp.inf  # NaN is none, and should show.
+            # Masked entries are exactly -inf. A NaN is none of them: it should reach the loss.
+            is_entry_NV = logits_NV != -jnp.inf
             weights_NV = jnp.where(is_entry_NV, logits_NV, 0.0) / jnp.sqrt(
                 is_entry_NV.sum(-1, keepdims=True)
             )
         else:
             weights_NV = jnp.exp(logits_NV - log_sum_exp_N[:, None])
+        # The matmul has operands in the dtype of the computation, and sums in float32.
         average_ND = chunked.project(
             "NV,VD->ND", weights_NV.astype(x.dtype), shared["table"]
         ).astype(x.dtype)
         average_ND = nn.with_logical_constraint(average_ND, (row_axis, "act_embed"))
+        # One label at a time: for all k together, the mask in `pick` would be [N, k, V].
         picked = [pick(logits_NV, label_ids[:, j]) for j in range(label_ids.shape[1])]
         label_logits_Nk = (
             jnp.stack(picked, axis=-1) if picked else jnp.zeros((x.shape[0], 0), jnp.float32)
         )
         return VocabAverage(average_ND, label_logits_Nk, log_sum_exp_N)
 
+    # `map_rows` takes arrays alone: no labels are k = 0 labels.
     if label_ids is None:
         label_ids = jnp.zeros((x.shape[0], 0), jnp.int32)
     return chunked.map_rows(average, (x, label_ids), shared, chunk)

@@ -1,5 +1,4 @@
-"""Compiled programs that outlive the process: a run that goes on does not compile anew what it
-compiled before."""
+"""The persistent compilation cache: a run that is resumed does not compile its programs again."""
 
 import contextlib
 import os
@@ -18,18 +17,18 @@ from alignvlm_jax import storage
 
 FOLDER = "compiled"
 LEAST_SECONDS = 0.2
-"""Programs that compile faster are not worth a file; jax's own bound of a second leaves out those
-of a small run."""
+"""Programs that compile in less time are not worth a file; jax's own bound of a second leaves out
+the programs of a small run."""
 
 
 @contextlib.contextmanager
 def kept_in(workdir: Path) -> Iterator[None]:
-    """While entered, programs are read from and kept in `workdir`/compiled, which may be in a
-    bucket.
+    """A context in which compiled programs are read from and kept in `workdir`/compiled, which may
+    be in a bucket.
 
-    JAX_COMPILATION_CACHE_DIR names another place, and JAX_ENABLE_COMPILATION_CACHE=0 keeps none. Of
-    several processes the first one writes, and all read. A folder that cannot be written is left
-    alone.
+    JAX_COMPILATION_CACHE_DIR names another place, and JAX_ENABLE_COMPILATION_CACHE=0 switches the
+    cache off. Of several processes the first one writes, and all read. There is no cache in a
+    workdir that cannot be written.
     """
     if jax.config.jax_compilation_cache_dir is not None or not _is_writable(workdir):
         yield
@@ -37,8 +36,8 @@ def kept_in(workdir: Path) -> Iterator[None]:
     least = jax.config.jax_persistent_cache_min_compile_time_secs
     folder = storage.absolute(workdir) / FOLDER
     if jax.default_backend() == "cpu":
-        # jax does not ask whether this processor has the instructions that a program was compiled
-        # for.
+        # jax does not check whether this processor has the instructions that a program was compiled
+        # for: on another kind of host, with the same workdir, it may crash.
         folder /= _processor()
     if jax.process_index() == 0:
         _remove_cut_programs(folder)
@@ -52,12 +51,14 @@ def kept_in(workdir: Path) -> Iterator[None]:
 def _use(folder: str | None, least_seconds: float) -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", least_seconds)
-    # The place is looked up once, when the first program is compiled.
+    # jax opens the cache once, when the first program is compiled: without a reset, a change of the
+    # folder would have no effect.
     compilation_cache.reset_cache()
 
 
 def _processor() -> str:
-    """What this machine's processor can do, in short."""
+    """Returns a short name for this machine's instruction set: its architecture, and a hash of the
+    processor's feature flags."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     able = next(
@@ -67,14 +68,14 @@ def _processor() -> str:
 
 
 def _remove_cut_programs(folder: Path) -> None:
-    """A kill or a full disk may cut a file short; jax would find it unreadable at every start, and
-    never replace it."""
+    """Removes programs that a kill or a full disk cut short, which jax would find unreadable at
+    every start, and never replace."""
     if storage.is_bucket(folder) or not folder.is_dir():  # An object appears whole.
         return
     for program in folder.glob("*-cache"):
         try:
             decompress_executable(program.read_bytes())
-        except Exception:  # Of whichever library compresses.
+        except Exception:  # Which one depends on the compression library that jax found.
             with contextlib.suppress(OSError):
                 program.unlink()
 
@@ -82,6 +83,7 @@ def _remove_cut_programs(folder: Path) -> None:
 def _is_writable(workdir: Path) -> bool:
     if storage.is_bucket(workdir):
         return True
+    # The workdir may yet have to be created: its nearest parent that exists decides.
     existing = next(
         folder for folder in (workdir.absolute(), *workdir.absolute().parents) if folder.exists()
     )

@@ -1,4 +1,4 @@
-"""Several processes as one: how they start, what they must have in common, and how they end."""
+"""A run of several processes: how they join, what they must have in common, and how they end."""
 
 import contextlib
 import importlib.metadata
@@ -20,37 +20,38 @@ from alignvlm_jax.parallel.peers import Watch
 
 START_TIMEOUT_SECONDS = 60
 SLICE_TIMEOUT_SECONDS = 270
-"""For the hosts of a TPU slice to come: less than jax's own 300."""
+"""Time for all hosts of a TPU slice to join: less than jax's own 300, so that our error comes
+first."""
 MAX_CLOCK_SECONDS = 60
-"""By how much the clocks of hosts may differ: logs and leases are compared by them."""
+"""The most by which clocks of hosts may differ: logs and leases are compared by them."""
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 _watch: Watch | None = None
 
 
 def initialize(arguments: list[str] | None = None) -> None:
-    """Joins the other processes, where the environment names them; does nothing for a single
-    process, or one that has joined before.
+    """Joins the other processes of the run, where the environment names them; does nothing for a
+    single process, or one that has joined before.
 
     The launch scripts set ALIGNVLM_COORDINATOR (host:port), ALIGNVLM_NUM_PROCESSES and
     ALIGNVLM_PROCESS_ID; or, on the hosts of a TPU slice, which know of each other,
     ALIGNVLM_AUTO_DISTRIBUTED=1.
 
     Args:
-      arguments: of the command, which must be the same everywhere.
+      arguments: the command's arguments, which must be the same on all processes.
 
     Raises:
-      UserError: some are missing or no numbers, this is no host of a TPU slice, or their versions,
-        arguments or clocks differ.
-      TryAgainError: the processes do not all arrive within START_TIMEOUT_SECONDS.
+      UserError: some of the variables are missing or no numbers, this is no host of a TPU slice, or
+        library versions, arguments or clocks of the processes differ.
+      TryAgainError: the processes do not all join in time.
     """
     global _watch
     if exchange.client() is None:
         _join()
     if exchange.client() is not None and jax.process_count() > 1:
         _watch = _watch or Watch()
-        # jax's coordination service has put a handler of its own there, which notes the signal and
-        # goes on.
+        # jax's coordination service has installed a handler of its own, which notes the signal and
+        # lets the process go on.
         signal.signal(signal.SIGTERM, _stop)
         versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
         check_alike(
@@ -64,6 +65,7 @@ def initialize(arguments: list[str] | None = None) -> None:
 
 
 def _join() -> None:
+    """Initialises jax's distributed runtime as the environment says; does nothing without it."""
     if os.environ.get("ALIGNVLM_AUTO_DISTRIBUTED") == "1":
         message = "the hosts of the slice did not all come"
         try:
@@ -99,6 +101,7 @@ def _join() -> None:
     )
     try:
         with _ended_after(START_TIMEOUT_SECONDS, message):
+            # Later than our own: at its time-out jax aborts the process.
             timeout = 2 * START_TIMEOUT_SECONDS
             jax.distributed.initialize(address, count, index, initialization_timeout=timeout)
     except RuntimeError as err:
@@ -106,19 +109,19 @@ def _join() -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """SIGTERM where no command handles it; the second one kills."""
+    """Handles SIGTERM where no command does: raises StoppedError; a second SIGTERM kills."""
     signal.signal(number, signal.SIG_DFL)
     raise StoppedError("stopped by SIGTERM; the same command goes on with what is left")
 
 
 @contextlib.contextmanager
 def _ended_after(seconds: float, message: str) -> Iterator[None]:
-    """While entered, this process ends with the message and status 75 after so many seconds: at its
-    own time-out jax aborts the process, with a stack of C instead of an error."""
+    """A context that ends this process with the message and status 75 when it lasts longer than
+    `seconds`: at its own time-out jax aborts the process, with a C++ stack trace and no error."""
 
     def end() -> None:
         logs.say(f"alignvlm_jax: error: {message}")
-        os._exit(peers.LOST)
+        os._exit(peers.LOST)  # The main thread is inside jax, where no exception reaches it.
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True
@@ -130,26 +133,34 @@ def _ended_after(seconds: float, message: str) -> Iterator[None]:
 
 
 def leave() -> None:
-    """Waits until every process leaves: process 0, where it ended first, would take the others with
-    it."""
+    """Waits until every process leaves, and shuts jax's distributed runtime down.
+
+    Process 0 holds the coordination service: were it to end first, it would take the others with
+    it.
+    """
     global _watch
     if _watch is not None:
-        exchange.barrier()  # Nobody is lost who has left.
+        # Before the watch stops: a process that has left is silent, and would be taken for lost.
+        exchange.barrier()
         _watch.stop()
         _watch = None
     jax.distributed.shutdown()
 
 
 def fail(message: str, status: int) -> int:
-    """Tells the others that this process ends, and why; does nothing for a single process. Returns
-    the status to end with: another's, where that one's failure is the reason."""
+    """Tells the other processes that this one ends, and why; does nothing for a single process.
+
+    Returns the exit status to end with: another process's, where its failure is the reason.
+    """
     return status if _watch is None else _watch.fail(message, status)
 
 
 def check_alike(facts: Mapping[str, Any | Callable[[], Any]]) -> None:
-    """Raises UserError on all processes where facts are not the same on all of them. What differs
-    between hosts would part them at some later point, in a hang or in wrong numbers. A fact that
-    takes time to find is given as a function, which a single process does not call."""
+    """Raises UserError on all processes where a fact is not the same on all of them.
+
+    A difference between hosts would show at some later point, as a hang or as wrong numbers. A fact
+    that takes time to find is given as a function, which a run of a single process does not call.
+    """
     if jax.process_count() == 1:
         return
     if found := exchange.differing(
@@ -164,6 +175,9 @@ def check_alike(facts: Mapping[str, Any | Callable[[], Any]]) -> None:
 
 
 def _check_clocks() -> None:
+    """Raises UserError where the clocks of the processes differ by more than MAX_CLOCK_SECONDS."""
+    # Reading the clocks right after a barrier bounds what waiting for each other adds to the
+    # spread.
     exchange.barrier()
     times = exchange.gather(time.time())
     spread = max(times) - min(times)
@@ -177,6 +191,7 @@ def _check_clocks() -> None:
 
 
 def _number(name: str, text: str) -> int:
+    """Returns the number in an environment variable; UserError where it holds none."""
     if not text.isdecimal():
         raise UserError(f"{name} is {text!r}; it must be a whole number from 0")
     return int(text)

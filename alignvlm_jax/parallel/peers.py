@@ -1,8 +1,8 @@
-"""Processes of a run that look after each other: one that fails or is lost ends all, soon and with
-a reason.
+"""The watch that processes of a run keep on each other: one that fails or is lost ends all of them,
+soon and with a reason.
 
 Without it the others would wait in their next collective until the coordination service misses
-heartbeats, minutes later, and then abort with its words instead of ours.
+heartbeats, minutes later, and then abort with its message in the place of ours.
 """
 
 import contextlib
@@ -18,20 +18,20 @@ from alignvlm_jax.errors import TRY_AGAIN_STATUS
 from alignvlm_jax.parallel import exchange
 
 LOST_SECONDS = 60
-"""A process that has not been heard of for so long is taken for dead."""
+"""A process that has not been heard of for this long is taken for dead."""
 BEAT_SECONDS = 2
 LEAVE_SECONDS = 15
-"""The longest that one which ends waits for others to have heard of it."""
+"""The longest that a process that ends waits for the others to hear of it."""
 UNFORESEEN = 70
 """Exit status of an exception that nobody expected."""
 LOST = TRY_AGAIN_STATUS
 VAGUE = (UNFORESEEN, LOST)
-"""Statuses of a process that may have failed for another's end."""
+"""Statuses of a process that may have failed only because another one ended."""
 
 
 class Watch:
-    """A thread that tells the others that this process lives, and ends it when one of them fails or
-    is lost."""
+    """A thread that tells the other processes that this one lives, and ends this one when another
+    fails or is lost."""
 
     def __init__(self) -> None:
         self._index = jax.process_index()
@@ -44,17 +44,16 @@ class Watch:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread; nobody is watched from then on."""
+        """Ends the thread; from then on no process is watched."""
         self._stopped.set()
         self._thread.join()
 
     def fail(self, message: str, status: int) -> int:
-        """Tells the others why this process ends, and waits until they have heard; they end with
-        the same status.
+        """Tells the other processes why this one ends, and waits until they have heard; they end
+        with the same status.
 
-        Returns the status to end with. An unforeseen error, and one that may pass, is mostly what
-        another's end did to this process: then it is that one's, whose reason is told in the place
-        of this.
+        Returns the status to end with. An unforeseen error, or one that may pass, is mostly the
+        effect of another process's end: then the status and the message are that process's.
         """
         if not self._ending.acquire(blocking=False):
             threading.Event().wait()  # The thread is about to end this process.
@@ -65,6 +64,7 @@ class Watch:
                 if process != str(self._index)
             }
             if status in VAGUE and others:
+                # The first process whose status is not vague itself, if any, knows the cause.
                 process, told = min(others.items(), key=lambda one: one[1]["status"] in VAGUE)
                 message = f"{self._name(process)}: {told['message']}"
                 status = told["status"]
@@ -88,7 +88,8 @@ class Watch:
                 continue
             if failed:
                 process, told = next(iter(failed.items()))
-                # It may have failed everywhere for the same reason: then each says so itself.
+                # All processes may have failed for the same reason: each gets the time to say so
+                # itself.
                 time.sleep(BEAT_SECONDS)
                 self._end(f"{self._name(process)}: {told['message']}", told["status"])
             elif lost is not None:
@@ -99,7 +100,10 @@ class Watch:
                 )
 
     def _lost(self) -> str | None:
-        """The process from which no new beat has come for too long."""
+        """Returns the process from which no new beat has come for LOST_SECONDS, if any.
+
+        Beats are counters and their ages are measured here: clocks of hosts need not agree.
+        """
         now = time.monotonic()
         beats = exchange.announced("alive")
         for process in map(str, range(self._count)):
@@ -117,6 +121,7 @@ class Watch:
         return f"process {process} of {self._count} ({hosts.get(process, 'an unknown host')})"
 
     def _end(self, message: str, status: int) -> None:
+        """Ends this process with the message and the status, from the thread."""
         if self._stopped.is_set() or not self._ending.acquire(blocking=False):
             return  # The main thread is on its way out by itself.
         with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -124,14 +129,19 @@ class Watch:
                 logs.say(f"alignvlm_jax: error: {message}")
                 exchange.say("failed/0", {"message": message, "status": status})
             self._wait_for_others()
+        # In a thread with a bound: a storage that hangs must not keep a dead run alive. os._exit,
+        # since the main thread may be stuck in a collective, where no exception reaches it.
         writing = threading.Thread(target=_write_out, daemon=True)
         writing.start()
         writing.join(LEAVE_SECONDS)
         os._exit(status)
 
     def _wait_for_others(self) -> None:
-        """The coordination service ends with the main process, and would take them with it in its
-        own way."""
+        """Announces that this process leaves; the main process then waits until all others do.
+
+        The coordination service ends with the main process, and would abort the others without a
+        reason.
+        """
         exchange.say(f"left/{self._index}", True)
         if self._index:
             return
@@ -141,11 +151,11 @@ class Watch:
             if len(gone) == self._count:
                 break
             time.sleep(0.1)
-        time.sleep(1)  # They have said so, and still have to do so.
+        time.sleep(1)  # The others have announced their end, and still have to end.
 
 
 def _write_out() -> None:
-    """What would be lost: metrics that wait to be written, the end of the log, the lock on the
-    workdir."""
+    """Writes out what os._exit would lose: metrics not yet written and the end of the log; and
+    releases the lock on the workdir."""
     storage.close_all()
     logs.ship_all()

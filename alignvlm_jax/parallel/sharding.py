@@ -1,6 +1,6 @@
-"""Logical axes to mesh axes: shardings of parameters, state and batches.
+"""Shardings of parameters, state and batches: the rules from logical axes to mesh axes.
 
-The only file that builds NamedSharding.
+This is the only file that builds NamedSharding.
 """
 
 import math
@@ -46,8 +46,8 @@ def tree_sharding(boxed: Any, mesh: Mesh) -> Any:
     Leaves without a box are replicated. The result has the structure of the unboxed tree.
 
     Raises:
-      UserError: a sharded dimension does not divide, jax never pads; or an axis is not in RULES,
-        which linen would replicate without a word.
+      UserError: a sharded dimension does not divide over its mesh axes (jax never pads), or a
+        logical axis is not in RULES (linen would replicate it silently).
     """
     logical = nn.get_partition_spec(boxed)
     jax.tree_util.tree_map_with_path(
@@ -59,12 +59,16 @@ def tree_sharding(boxed: Any, mesh: Mesh) -> Any:
 
 
 def unbox(boxed: Any) -> Any:
-    """Returns the tree without its boxes of logical axes. nn.meta.unbox would also constrain each
-    array to the mesh entered, which abstract arrays do not bear."""
+    """Returns the tree without its boxes of logical axes.
+
+    nn.meta.unbox would also constrain each array to the mesh entered, which fails for abstract
+    arrays.
+    """
     return nn.meta.map_axis_meta(lambda box: box.unbox(apply_constraint=False), boxed)
 
 
 def _check_names(path: tuple, logical: PartitionSpec) -> None:
+    """Raises UserError where a logical axis of a leaf is not in RULES."""
     known = [name for name, _ in RULES]
     for name in logical:
         if name is not None and name not in known:
@@ -74,6 +78,7 @@ def _check_names(path: tuple, logical: PartitionSpec) -> None:
 
 
 def _check_divides(path: tuple, array: jax.ShapeDtypeStruct, sharding: NamedSharding) -> None:
+    """Raises UserError where a dimension of a leaf does not divide over its mesh axes."""
     for size, axes in zip(array.shape, sharding.spec, strict=False):
         axes = (axes,) if isinstance(axes, str) else axes or ()
         num_shards = int(np.prod([sharding.mesh.shape[axis] for axis in axes]))
@@ -86,37 +91,43 @@ def _check_divides(path: tuple, array: jax.ShapeDtypeStruct, sharding: NamedShar
 
 
 def path_name(path: tuple) -> str:
-    """Returns a tree path as "llm/blocks/attn/q/kernel"."""
+    """Returns a tree path as text, such as "llm/blocks/attn/q/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of batch arrays: rows over data and fsdp."""
+    """Returns the sharding of batch arrays: the first axis over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of what every device holds whole."""
+    """Returns the sharding of arrays of which every device holds a full copy."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def rows_of_process(mesh: Mesh, size: int) -> np.ndarray:
-    """Returns the rows of a batch of `size` that the devices of this process hold: int64 [n],
-    ascending.
+    """Returns the indices, along a batch of `size`, that the devices of this process hold: int64
+    [n], ascending.
 
-    They need not follow each other. On a real slice the mesh's axes lie along the links between
-    chips, so that hosts stand in it as 0 1 2 3 0 1 2 3, say; and where the tensor axis crosses
-    hosts, several of them hold the same rows.
+    They need not be contiguous. On a real slice the mesh's axes lie along the links between chips,
+    so that hosts stand in it as 0 1 2 3 0 1 2 3, say; and where the tensor axis crosses hosts,
+    several hosts hold the same indices.
     """
     indices = batch_sharding(mesh).addressable_devices_indices_map((size,))
     return np.unique(np.concatenate([np.arange(size)[rows] for (rows,) in indices.values()]))
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Returns global arrays, made of `rows_of_process` on every process, in that order."""
+    """Returns the batch as global arrays sharded by `batch_sharding`.
+
+    Args:
+      batch: arrays [n, ...] with the indices of this process, in the order of `rows_of_process`.
+      mesh: the mesh of all processes.
+    """
     sharding = batch_sharding(mesh)
     num_shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    # Of a batch of one row a device; each of the real batch has as many more.
+    # The global size follows from the local one: a batch with one index a shard tells which
+    # fraction of it this process holds.
     num_local = len(rows_of_process(mesh, num_shards))
 
     def put(local: np.ndarray) -> jax.Array:
@@ -124,20 +135,22 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
         rows = rows_of_process(mesh, size)
 
         def of_device(index: tuple[slice, ...]) -> np.ndarray:
+            # `index` is global, and `local` holds only this process's indices: a device's range is
+            # contiguous in both, at another place.
             begin, end, _ = index[0].indices(size)
             start = np.searchsorted(rows, begin)
             return local[start : start + end - begin]
 
         return jax.make_array_from_callback((size, *local.shape[1:]), sharding, of_device)
 
-    # The one transfer that the training loop's guard means to allow; with several processes jax
-    # takes it for implicit.
+    # The training loop forbids implicit transfers, and with several processes jax takes this one
+    # for implicit: it is the one that is meant.
     with jax.transfer_guard_host_to_device("allow"):
         return {name: put(array) for name, array in batch.items()}
 
 
 def table(abstract: Any, shardings: Any) -> str:
-    """Returns one line an array: path, shape, mesh axes, MiB on a device."""
+    """Returns a table as text, one line for each array: path, shape, mesh axes, MiB on a device."""
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
     rows = [("parameter", "shape", "sharded over", "MiB a device")]
     for (path, array), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):

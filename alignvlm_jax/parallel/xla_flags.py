@@ -1,6 +1,6 @@
 """Flags of the TPU's compiler, by kind of TPU.
 
-Imports no jax: they must be set before it loads the compiler.
+This file imports no jax: the flags must be set before jax loads the compiler.
 """
 
 import os
@@ -42,8 +42,8 @@ PRESETS: Mapping[str, Mapping[str, str]] = {
     "tpu7x": _OVERLAP,
 }
 
-# As TPU_ACCELERATOR_TYPE begins (v5litepod-16, v5p-128, v6e-8, tpu7x-128), and the chips' ids on
-# the PCI bus.
+# The beginnings of TPU_ACCELERATOR_TYPE (v5litepod-16, v5p-128, v6e-8, tpu7x-128), and the chips'
+# ids on the PCI bus.
 _TYPES = {"v5litepod": "v5e", "v5e": "v5e", "v5p": "v5p", "v6e": "v6e", "tpu7x": "tpu7x"}
 _PCI_IDS = {"0x0062": "v5p", "0x0063": "v5e", "0x006f": "v6e", "0x0076": "tpu7x"}
 _PCI_VENDOR = "0x1ae0"
@@ -51,11 +51,11 @@ _PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 
 def apply_preset(environment: MutableMapping[str, str] = os.environ) -> str:
-    """Sets the flags of this machine's kind of TPU, and returns a line that says so; "" where there
-    is no TPU.
+    """Sets the flags of this machine's kind of TPU, and returns a line for the log that says so; ""
+    where there is no TPU.
 
-    What the environment sets already stays, flag by flag; ALIGNVLM_XLA_PRESET=0 leaves all as it
-    is. To be called before jax first looks for devices.
+    Flags that the environment sets already keep their values; ALIGNVLM_XLA_PRESET=0 sets none. Call
+    it before jax first looks for devices.
     """
     kind = tpu_kind(environment)
     if kind is None:
@@ -69,7 +69,13 @@ def apply_preset(environment: MutableMapping[str, str] = os.environ) -> str:
 def set_flags(
     kind: str, several_slices: bool, environment: MutableMapping[str, str] = os.environ
 ) -> str:
-    """Sets the flags of a kind of TPU, which need not be here: as `apply_preset`."""
+    """Sets the flags of a kind of TPU, which need not be this machine's, as `apply_preset` does.
+
+    Args:
+      kind: a key of `PRESETS`.
+      several_slices: whether the run spans slices, whose gradients cross the data-centre network.
+      environment: changed in place.
+    """
     if environment.get(SWITCH) == "0":
         return f"XLA flags: preset of {kind} is off ({SWITCH}=0)"
     theirs = _flags(environment.get(VARIABLE, "")) | _flags(environment.get("XLA_FLAGS", ""))
@@ -84,8 +90,8 @@ def set_flags(
 
 
 def tpu_kind(environment: Mapping[str, str] = os.environ) -> str | None:
-    """Returns the kind of this machine's TPU, by its environment (GKE) or the PCI bus; None where
-    there is none."""
+    """Returns the kind of this machine's TPU, found in the environment (GKE) or on the PCI bus;
+    None where there is none."""
     if named := environment.get("TPU_ACCELERATOR_TYPE", "").lower():
         return _TYPES.get(named.split("-")[0], named)
     for path in sorted(_PCI_DEVICES.glob("*/vendor")):
@@ -97,6 +103,7 @@ def tpu_kind(environment: Mapping[str, str] = os.environ) -> str | None:
 
 
 def _flags(text: str) -> set[str]:
-    """Names of flags, --noNAME for a --NAME that is switched off."""
+    """Returns the names of the flags in a text, where --noNAME counts as NAME, too: a flag that was
+    switched off must not be set again."""
     names = {word.lstrip("-").split("=")[0] for word in text.split()}
     return names | {name.removeprefix("no") for name in names}

@@ -1,5 +1,5 @@
-"""What patches say: ALIGN's distribution over the vocabulary, on the page it was computed from, to
-be looked at."""
+"""The patch-token lens: the distribution over the vocabulary of each patch, drawn on the page that
+it was computed from."""
 
 import dataclasses
 import html as html_lib
@@ -25,10 +25,10 @@ from alignvlm_jax.pictures import html, plotting
 FILE = "lens.html"
 TITLE = "What the patches say"
 MAX_SIDE = 2400
-"""Pixels of a page's longer side in the HTML."""
+"""The most pixels of a page's longer side in the HTML; larger pages are scaled down."""
 
 FRAME_HEIGHT = 820
-"""Pixels, in a notebook."""
+"""Height of a lens in a notebook, in pixels."""
 
 PICTURE_INCHES = 9.0
 DPI = 110
@@ -37,20 +37,22 @@ TINT = 0.45
 
 @dataclasses.dataclass(frozen=True)
 class Lens:
-    """A page and what its patches say; patches that lie wholly in a tile's padding are left out.
+    """A page and the likeliest tokens of its patches; patches that lie wholly in a tile's padding
+    are left out.
 
-    In a notebook it shows itself; `save` writes it to a file.
+    A notebook displays it as HTML; `save` writes it to a file.
 
     Attributes:
       page: the page, RGB.
-      boxes: float [N, 4], left, top, right, bottom of patches in pixels of the page.
-      tokens: int32 [N, K], each patch's likeliest tokens, the likeliest first.
-      probabilities: float32 [N, K], theirs.
-      entropies: float32 [N], of the whole distributions in bits: 0 for one certain token, log2(V)
-        for all alike.
-      is_overview: bool [N], patches of the overview tile, which covers the page once more.
-      tokenizer: what spells the tokens.
-      vocab_size: V.
+      boxes: float [N, 4], left, top, right and bottom of the patches, in pixels of the page.
+      tokens: int32 [N, k], each patch's likeliest tokens, the likeliest first.
+      probabilities: float32 [N, k], the tokens' probabilities.
+      entropies: float32 [N], entropies of the whole distributions, in bits: 0 for one certain
+        token, log2(V) for the uniform distribution.
+      is_overview: bool [N], whether a patch belongs to the overview tile, which covers the page a
+        second time.
+      tokenizer: spells the tokens.
+      vocab_size: V, the vocabulary size.
     """
 
     page: Image.Image
@@ -70,7 +72,7 @@ class Lens:
         return f"Lens({size}, {len(self)} patches, {self.entropies.mean():.2f} bits on average)"
 
     def _repr_html_(self) -> str:
-        # A frame of its own: neither its styles nor its script meet the notebook's.
+        # In a frame of its own, the page's styles and script do not interfere with the notebook's.
         page = html_lib.escape(self.html())
         return (
             f'<iframe srcdoc="{page}" style="width: 100%; height: {FRAME_HEIGHT}px; border: '
@@ -78,28 +80,33 @@ class Lens:
         )
 
     def top(self, index: int) -> list[tuple[str, float]]:
-        """Returns a patch's likeliest tokens, readable, with their probabilities."""
+        """Returns a patch's likeliest tokens as readable text, with their probabilities."""
         found = zip(self.tokens[index], self.probabilities[index], strict=True)
         return [(self.tokenizer.piece(int(token)), float(p)) for token, p in found]
 
     def detail(self) -> "Lens":
-        """Returns the patches that cover the page once: those of the overview are left out."""
+        """Returns the lens without the patches of the overview tile: the rest cover the page
+        once."""
         kept = ~self.is_overview
         names = ("boxes", "tokens", "probabilities", "entropies", "is_overview")
         return dataclasses.replace(self, **{name: getattr(self, name)[kept] for name in names})
 
     def html(self, title: str = TITLE) -> str:
-        """Returns a page of HTML to hover over, which needs no other file."""
+        """Returns an interactive page of HTML, which needs no other file; hovering over a patch
+        shows its tokens."""
         return html.render(
             FILE, title=title, lens=self, data=_page_data(self), page=_page_uri(self.page)
         )
 
     def save(self, path: str | os.PathLike[str], title: str = TITLE) -> Path:
-        """Writes the page to hover over (.html), which has a title, or the still picture (.png);
-        returns the path.
+        """Writes the interactive page (.html) or the still picture (.png), and returns the path.
+
+        Args:
+          path: file to write; its suffix chooses the form.
+          title: heading of the page; a picture has none.
 
         Raises:
-          UserError: another suffix.
+          UserError: the suffix is another.
         """
         path = storage.path(path)
         check_suffix(path)
@@ -112,8 +119,8 @@ class Lens:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """One patch: its picture, its entropy in bits, its likeliest tokens (readable) with their
-    probabilities."""
+    """A patch for a report: its picture, its entropy in bits, and its likeliest tokens, as readable
+    text, with their probabilities."""
 
     image: Image.Image
     entropy: float
@@ -121,7 +128,7 @@ class Reading:
 
 
 def check_suffix(path: Path) -> None:
-    """Raises UserError if a lens is not saved in files of that name."""
+    """Raises UserError where a lens cannot be saved under the path's suffix."""
     if path.suffix not in (".html", ".png"):
         raise UserError(
             f"cannot save a lens as {path.name}: a name ends in .html, to hover over, or in .png"
@@ -129,11 +136,12 @@ def check_suffix(path: Path) -> None:
 
 
 def picture(lens: Lens) -> bytes:
-    """Returns a PNG: the page, every patch framed, tinted by its entropy, its likeliest token at
-    its foot."""
+    """Returns a lens as a PNG: on the page, every patch is framed, tinted by its entropy, and has
+    its likeliest token at its foot."""
     lens = lens.detail()
     vocab_bits = np.log2(lens.vocab_size)
-    # Patches of a trained model differ below one bit: the square root keeps them apart.
+    # Entropies of a trained model's patches differ below one bit, on a scale up to log2(V): the
+    # square root keeps them apart.
     norm = PowerNorm(0.5, 0, vocab_bits)
     colors = mpl.colormaps["plasma_r"]
     height = PICTURE_INCHES * lens.page.height / lens.page.width
@@ -164,9 +172,10 @@ def picture(lens: Lens) -> bytes:
 
 
 def readings(lens: Lens, count: int, num_tokens: int = 3) -> list[Reading]:
-    """Returns `count` patches spread evenly from the most to the least certain of those that do not
-    say a space."""
+    """Returns `count` patches, evenly spread from the most to the least certain; patches whose
+    likeliest token is a space are left out."""
     lens = lens.detail()
+    # The stable sort makes the choice the same on every machine.
     (inked,) = np.nonzero(lens.tokens[:, 0] != lens.tokenizer.space_id)
     ordered = inked[np.argsort(lens.entropies[inked], kind="stable")]
     chosen = ordered[
@@ -176,8 +185,11 @@ def readings(lens: Lens, count: int, num_tokens: int = 3) -> list[Reading]:
 
 
 def _page_data(lens: Lens) -> dict[str, Any]:
-    """What the page's script reads; boxes in fractions of the page, a token by its place among
-    `pieces`."""
+    """Returns the data for the page's script.
+
+    Boxes are in fractions of the page, and tokens are indices into `pieces`, which spells each
+    token in use once: the page need not hold the whole vocabulary.
+    """
     used, places = np.unique(lens.tokens, return_inverse=True)
     size = np.array([lens.page.width, lens.page.height] * 2)
     return {
@@ -205,14 +217,14 @@ def _page_uri(page: Image.Image) -> str:
 def _draw_patch(
     axes: Axes, box: Box, token: str, is_space: bool, color: tuple[float, ...], points: float
 ) -> None:
-    """`points` is the size of a page pixel on paper, 1/72 inch."""
+    """Draws a patch's frame and token; `points` is the size of a page pixel, in 1/72 inch."""
     left, top, right, bottom = box
     frame = (left, top), right - left, bottom - top
     axes.add_patch(
         Rectangle(*frame, facecolor=(*color[:3], TINT), edgecolor="#00000022", linewidth=0.6)
     )
-    # A monospaced character is 0.6 as wide as its size: the token fills the patch, or the lower
-    # third of it.
+    # A monospaced character is 0.6 times as wide as its font size: the token is as wide as the
+    # patch, but at most a third as high.
     size = points * min((right - left) / (0.6 * len(token)), (bottom - top) / 3)
     axes.text(
         (left + right) / 2, bottom, token, ha="center", va="bottom", fontsize=size,

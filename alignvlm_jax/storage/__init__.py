@@ -1,9 +1,8 @@
-"""Paths of every kind, on this machine or in a bucket (gs://): the only part that knows kinds of
-storage.
+"""Storage on this machine or in a bucket (gs://); only this package tells them apart.
 
-A path is a `pathlib.Path`, or for a bucket an `etils.epath.Path`, which has the same methods.
-What those do not do alike is here: writing whole, appending, moving, and folders that appear
-whole. Errors are OSErrors with the path and a reason.
+A path is a `pathlib.Path`, or for a bucket an `etils.epath.Path`, which has the same methods. The
+operations in which they differ are here: writing a file whole, appending, moving, and folders that
+appear whole. Errors are OSErrors with the path and a reason.
 """
 
 import atexit
@@ -25,8 +24,8 @@ from alignvlm_jax.storage.bucket import RUN_PATIENCE, SCHEME, is_bucket, name_of
 __all__ = ["RUN_PATIENCE", "Appender", "Path", "is_bucket", "patience"]
 
 INCOMPLETE = "INCOMPLETE"
-"""Stands in a folder that cannot be renamed when it is whole, from before its first file until
-after its last."""
+"""Name of the file that marks an unfinished folder where folders cannot be renamed: it is there
+from before the folder's first file until after its last."""
 CANNOT_RENAME = {
     errno.EMFILE,
     errno.ENOTSUP,
@@ -36,7 +35,8 @@ CANNOT_RENAME = {
     errno.EIO,
     errno.EINVAL,
 }
-"""What mounts of buckets say when a folder is to be renamed."""
+"""Errors that mounts of buckets raise when a folder is to be renamed; EMFILE is gcsfuse's for a
+folder with more files than it renames."""
 
 
 def path(text: str | os.PathLike[str]) -> Path:
@@ -56,6 +56,7 @@ def path(text: str | os.PathLike[str]) -> Path:
     name = "/".join(part for part in rest.split("/") if part)
     if not name or rest.startswith("/"):
         raise UserError(f"{text} names no bucket; expected {SCHEME}BUCKET/NAME")
+    # Imported here: commands without a bucket do not pay for it.
     from etils import epath
 
     bucket.register()
@@ -63,9 +64,9 @@ def path(text: str | os.PathLike[str]) -> Path:
 
 
 def check_name(where: Path) -> None:
-    """Raises UserError for a folder in whose name libraries that write below it see more than a
-    name: orbax finds the files of a checkpoint by a pattern that begins with it, and a URL ends at
-    # or ?."""
+    """Raises UserError for a folder whose name has characters that libraries take for syntax: orbax
+    finds the files of a checkpoint by a glob pattern that begins with it, and a URL ends at # or
+    ?."""
     name = os.fspath(absolute(where))
     if wrong := sorted(set(name) & set("*?[]\\#" if is_bucket(where) else "*?[]\\")):
         raise UserError(
@@ -80,12 +81,14 @@ def absolute(where: Path) -> Path:
 
 
 def write_whole(where: Path, content: str | bytes) -> None:
-    """Writes a file, text as UTF-8; what has that name is whole at any moment, and stays after a
-    crash."""
+    """Writes a file, text as UTF-8; at any moment, also after a crash, the name has the old content
+    or the new, whole."""
     content = content.encode() if isinstance(content, str) else content
     if is_bucket(where):
         bucket.put(name_of(where), content)
         return
+    # In the same folder, since a rename is atomic within one file system only. Synced before the
+    # rename: a crash could otherwise leave the new name with nothing in it.
     beside = where.with_name(f"{where.name}.tmp")
     with beside.open("wb") as file:
         file.write(content)
@@ -95,8 +98,9 @@ def write_whole(where: Path, content: str | bytes) -> None:
 
 
 def move(source: Path, target: Path) -> None:
-    """Gives a file another name in its kind of storage, replacing what had it."""
+    """Renames a file within its kind of storage, replacing a file of the new name."""
     if is_bucket(source):
+        # Not atomic: a kill in between leaves the file under both names, never under none.
         bucket.filesystem().cp_file(name_of(source), name_of(target))
         bucket.filesystem().rm_file(name_of(source))
     else:
@@ -104,7 +108,7 @@ def move(source: Path, target: Path) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copies a file between any two kinds of storage."""
+    """Copies a file, also from one kind of storage to the other."""
     if is_bucket(source) and is_bucket(target):
         bucket.filesystem().cp_file(name_of(source), name_of(target))
     elif is_bucket(source):
@@ -116,7 +120,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def remove_tree(folder: Path) -> None:
-    """Removes a folder and all below it, where there is one."""
+    """Removes a folder and all below it; does nothing where there is none."""
     if is_bucket(folder):
         with contextlib.suppress(FileNotFoundError):
             folder.rmtree()
@@ -125,11 +129,10 @@ def remove_tree(folder: Path) -> None:
 
 
 def move_folder(source: Path, target: Path, last: str) -> None:
-    """Gives a folder another name beside its own, which must be free.
+    """Renames a folder to a free name beside its own.
 
-    Where folders cannot be renamed all files are copied before the first is removed; `last`, of
-    those in the folder itself, is the last that is copied and the first that is removed: what has
-    it is whole.
+    Where folders cannot be renamed, all files are copied before the first is removed. The file
+    `last`, directly in the folder, is copied last and removed first: a folder that has it is whole.
     """
     if can_rename_folders(source.parent):
         source.rename(target)
@@ -143,16 +146,17 @@ def move_folder(source: Path, target: Path, last: str) -> None:
 
 
 def children(folder: Path) -> list[Path]:
-    """Returns what stands in a folder; nothing where it is not there, as one without files never is
-    in a bucket."""
+    """Returns the paths in a folder; none where the folder does not exist, as an empty one never
+    does in a bucket."""
     try:
+        # iterdir may be lazy: the list is made here, so that its error is caught here.
         return list(folder.iterdir())
     except FileNotFoundError:
         return []
 
 
 def files_below(folder: Path) -> list[str]:
-    """Returns the names, from `folder` on, of all files below it, sorted."""
+    """Returns the names, relative to `folder`, of all files below it, sorted."""
     if is_bucket(folder):
         found = bucket.filesystem().find(name_of(folder))
         return sorted(name.removeprefix(f"{name_of(folder)}/") for name in found)
@@ -163,8 +167,8 @@ def files_below(folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def local_folder(target: Path) -> Iterator[Path]:
-    """Gives a folder on this machine, for libraries that write only there; what it holds then goes
-    to `target`."""
+    """A context with a folder on this machine, for libraries that write only there; at its end the
+    files go to `target`."""
     if not is_bucket(target):
         yield target
         return
@@ -175,18 +179,22 @@ def local_folder(target: Path) -> Iterator[Path]:
 
 
 def free_bytes(folder: Path) -> int | None:
-    """Returns how much a folder still takes, or None where nobody can say."""
+    """Returns the free space of a folder's disk in bytes; None for a bucket."""
     return None if is_bucket(folder) else shutil.disk_usage(folder).free
 
 
 def can_rename_folders(folder: Path) -> bool:
-    """Whether a folder with something in it can be renamed within `folder`, which must be there: no
-    bucket does it, and of mounts only some. Tried, once a folder."""
+    """Whether a folder that is not empty can be renamed within `folder`, which must exist.
+
+    In a bucket it never can, on a mount of one it may. It is found out by trying, once for each
+    folder.
+    """
     return False if is_bucket(folder) else _can_rename(str(folder.absolute()))
 
 
 @functools.cache
 def _can_rename(folder: str) -> bool:
+    # Mounts may rename an empty folder and refuse one with files: the probe has a file in it.
     probe = Path(folder, f".rename-{uuid.uuid4().hex}")
     renamed = probe.with_suffix(".renamed")
     try:
@@ -204,13 +212,13 @@ def _can_rename(folder: str) -> bool:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raises UserError where `out` is there already; what was left unfinished is not."""
+    """Raises UserError where `out` exists already; an unfinished folder may be written over."""
     if out.exists() and not (out / INCOMPLETE).exists():
         raise UserError(f"{out} exists; take another --out, or remove it")
 
 
 def check_whole(folder: Path) -> None:
-    """Raises UserError where a folder was left half written."""
+    """Raises UserError for a folder that was left half written."""
     if (folder / INCOMPLETE).exists():
         raise UserError(
             f"{folder} was not finished: what wrote it was stopped; remove it and write it again"
@@ -219,17 +227,22 @@ def check_whole(folder: Path) -> None:
 
 @contextlib.contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """Gives a folder to write into, which is `out` if all goes well and gone if not.
+    """A context with a folder to write into, which becomes `out` at its end, or is removed where an
+    error ends it.
 
-    Where folders can be renamed it lies beside `out` until then. Elsewhere it is `out`, with a file
-    `INCOMPLETE` in it from before its first file until after its last, for which `check_whole`
-    looks.
+    Where folders can be renamed, it lies beside `out` until then. Elsewhere it is `out` itself,
+    with a file `INCOMPLETE` in it from before its first file until after its last, for which
+    `check_whole` looks.
+
+    Raises:
+      UserError: `out` exists already.
     """
     refuse_existing(out)
     if not is_bucket(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     renames = can_rename_folders(out.parent)
     staging = out.with_name(f"{out.name}.tmp") if renames else out
+    # A run that was killed may have left files there, which the new folder must not contain.
     remove_tree(staging)
     staging.mkdir(parents=True, exist_ok=True)
     if not renames:
@@ -239,35 +252,36 @@ def whole_folder(out: Path) -> Iterator[Path]:
         )
     try:
         yield staging
-    except BaseException:
+    except BaseException:  # SystemExit and KeyboardInterrupt, too.
         remove_tree(staging)
         raise
     if renames:
+        # Fails where another process has filled `out` meanwhile: then this folder is dropped.
         try:
             os.replace(staging, out)
         finally:
             remove_tree(staging)
     else:
-        (out / INCOMPLETE).unlink()
+        (out / INCOMPLETE).unlink()  # From here on the folder is whole.
 
 
 def check_held(where: Path) -> None:
-    """Raises UserError where a lease on a folder around `where` was lost; where nobody knows, the
-    next write waits."""
+    """Raises UserError where the lease on a folder around `where` was lost; where that is not known
+    yet, it returns, and the next write waits."""
     if is_bucket(where):
         with contextlib.suppress(TimeoutError):
             bucket.check_guards(name_of(where))
 
 
 def sync_all() -> None:
-    """Returns when all that was appended to files is safe from a kill; OSError or UserError where
-    it cannot be."""
+    """Writes out all that was appended to files, and returns when it is safe from a kill; OSError
+    or UserError where it cannot be written."""
     appending.sync_all()
 
 
 def close_all() -> None:
-    """Writes out what is kept back of files that grow, and releases leases: for a process that ends
-    at once."""
+    """Closes all files that grow, and releases leases: for a process that is about to end."""
+    # In this order: without its lease, the process may not write any more.
     appending.close_all()
     lease.release_all()
 

@@ -1,4 +1,4 @@
-"""Files that grow, of which a kill takes at most the last seconds, and never half a piece."""
+"""Files that grow by pieces; a kill loses at most the last seconds, and never half a piece."""
 
 import contextlib
 import os
@@ -10,27 +10,32 @@ from typing import BinaryIO
 from alignvlm_jax.storage import bucket
 
 EVERY_SECONDS = 30.0
-"""What was appended is on the disk, or in the bucket, by then."""
+"""Seconds within which an appended piece is on the disk or in the bucket."""
 
 _open: "set[Appender]" = set()
-"""Held here too: one that is dropped on the way of an error still has pieces to write."""
+"""All open appenders. An error may drop the last other reference to one that still has pieces to
+write."""
 
 
 class Appender:
-    """A file to append to, created where it is not there.
+    """A file to append to, created where it does not exist.
 
-    Locally every piece is handed to the system at once, and synced to the disk every `every`
-    seconds: also where the disk is a mounted bucket. Objects cannot grow, but the server can join
-    two: pieces are kept for `every` seconds, put beside the object, and joined to it, so a run's
-    metrics cost what they hold and not its square.
+    On this machine every piece is handed to the system at once, and synced to the disk every
+    `every` seconds, also where the disk is a mounted bucket. In a bucket objects cannot grow, but
+    the server can compose two: pieces are kept for `every` seconds, put beside the object, and
+    composed with it. Writing the object anew would cost the square of its size over a run.
+
+    Args:
+      where: path of the file.
+      every: seconds within which a piece is written out.
     """
 
     def __init__(self, where: Path, every: float = EVERY_SECONDS):
         self._sink = _Object(where) if bucket.is_bucket(where) else _File(where)
         self._every = every
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # Re-entrant, since `close` syncs while it holds it.
         self._kept = bytearray()
-        self._since: float | None = None
+        self._since: float | None = None  # When the oldest piece came that is not synced.
         self._error: BaseException | None = None
         self._wake = threading.Event()
         self._closed = False
@@ -38,7 +43,7 @@ class Appender:
         threading.Thread(target=self._sync_often, daemon=True).start()
 
     def append(self, piece: bytes) -> None:
-        """Adds a piece; OSError or UserError where this one, or one before, cannot be written."""
+        """Adds a piece; OSError or UserError where it, or an earlier piece, cannot be written."""
         with self._lock:
             self._raise()
             self._sink.write(self._kept, piece)
@@ -46,7 +51,8 @@ class Appender:
                 self._since = time.monotonic()
 
     def sync(self) -> None:
-        """Returns when all pieces are safe from a kill, or of a disk from a loss of power."""
+        """Writes out all pieces; then they are safe from a kill, and on a disk from a loss of
+        power."""
         with self._lock:
             self._raise()
             if self._since is not None:
@@ -54,12 +60,12 @@ class Appender:
                 self._since = None
 
     def close(self) -> None:
-        """Syncs, and takes no more."""
+        """Syncs, and closes the file; closing it again does nothing."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-            self._wake.set()
+            self._wake.set()  # The thread does not sleep on until its next round.
             _open.discard(self)
             try:
                 self.sync()
@@ -67,7 +73,10 @@ class Appender:
                 self._sink.close()
 
     def _sync_often(self) -> None:
-        """Of a thread: an error is told at the next call from outside."""
+        """Syncs in a thread of its own; an error is kept, and raised by the next call of another
+        method."""
+        # By half of `every`: a piece that is just too new for one round is synced in the next, and
+        # none waits for longer than `every`.
         while not self._wake.wait(self._every / 2):
             with self._lock:
                 if self._closed or self._error:
@@ -84,6 +93,8 @@ class Appender:
 
 
 class _File:
+    """A file on this machine."""
+
     def __init__(self, where: Path):
         self._file: BinaryIO = where.open("ab")
 
@@ -99,6 +110,8 @@ class _File:
 
 
 class _Object:
+    """An object in a bucket; generation "0" stands for an object that does not exist yet."""
+
     def __init__(self, where: Path):
         self._path = where
         self._name = bucket.name_of(where)
@@ -112,10 +125,12 @@ class _Object:
         if not kept:
             return
         try:
+            # Only if the object is still of our generation: another writer's pieces are not lost.
             write = bucket.append if self._generation != "0" else bucket.put
             self._generation = write(self._name, bytes(kept), self._generation)
         except FileExistsError as err:
-            # Of a request that was sent again since its answer was lost: it had been done.
+            # The answer to a request may be lost, and the request sent again: then the first one
+            # was done, and the object has exactly the size that we expect.
             found = bucket.stored(self._name)
             if found is None or found.size != self._size + len(kept):
                 raise OSError(
@@ -130,14 +145,15 @@ class _Object:
 
 
 def sync_all() -> None:
-    """Syncs all that are open; OSError or UserError where one cannot be written."""
+    """Syncs all open appenders; OSError or UserError where one cannot be written."""
     for appender in list(_open):
         appender.sync()
 
 
 def close_all() -> None:
-    """Closes all that are open, at the end of a program: what cannot be written soon is not written
-    any more."""
+    """Closes all open appenders at the end of a program; pieces that cannot be written soon are
+    given up."""
+    # A copy, since `close` removes from the set.
     for appender in list(_open):
         with contextlib.suppress(Exception), bucket.own_patience(bucket.START_PATIENCE):
             appender.close()

@@ -1,8 +1,8 @@
-"""What an error of reading or writing is about: the files, the storage now, or this machine.
+"""The classification of errors of reading and writing: damaged files, the storage, or this machine.
 
-It decides whether a command may be started again, and what happens to a checkpoint. Only what its
-files themselves show sets it aside; a storage that does not answer, or refuses, says nothing about
-them, and shall not cost a run its newest state.
+The kind decides whether a command may be started again, and what happens to a checkpoint. Only
+damage that its files show puts a checkpoint in quarantine: a storage that does not answer, or
+refuses, says nothing about the files, and must not cost a run its newest state.
 """
 
 import enum
@@ -16,16 +16,16 @@ from alignvlm_jax.errors import TryAgainError, UserError
 
 
 class Kind(enum.Enum):
-    """Of an error."""
+    """The kind of an error."""
 
     PASSING = "passing"
-    """Of the storage, and may be gone at the next try."""
+    """The storage fails now, and may work at the next try."""
     REFUSED = "refused"
-    """Of the storage, and will not pass by itself: no permission, or it cannot do that."""
+    """The storage refuses, and trying again does not help: no permission, or no such operation."""
     MACHINE = "machine"
-    """Of this machine: no memory, no file descriptors, a device."""
+    """This machine fails: no memory, no disk space, no file descriptors."""
     DAMAGE = "damage"
-    """Of the files."""
+    """The files are missing or damaged."""
 
 
 _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ}
@@ -35,15 +35,16 @@ _PASSING = {
     errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.ENOTCONN, errno.ENETDOWN,
     errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTUNREACH, errno.ESHUTDOWN,
 }  # fmt: skip
-# All others are of what was asked for, such as EACCES, EROFS, ENAMETOOLONG, EINVAL.
+# All other numbers mean that the request is refused, such as EACCES, EROFS, ENAMETOOLONG, EINVAL.
 
-# Of tensorstore's messages, which are ValueErrors whatever happened. A status stands at the
-# beginning of one, and again where it is passed on; the numbers are of the system's errors and of
-# HTTP.
+# Patterns of tensorstore's messages, whose exceptions are ValueErrors whatever happened. A status
+# name stands at the beginning of a message, and again where it is passed on; numbers are those of
+# the system's errors and of HTTP.
 _PATH = re.compile(
     r"(?<![\w.])(?!HTTP/|input/output)(?:\w+:/)?[\w.=-]*(?:/[^\s/'\"\],;:]*)+", re.IGNORECASE
 )
-"""What a path is called says nothing: gs://bucket/lr-timeout/7."""
+"""Paths in a message, which are removed before it is searched: gs://bucket/lr-timeout/7 is no
+time-out."""
 _SYSTEM = re.compile(r"OS error (\d+)|os_error_code='(\d+)'")
 _HTTP = re.compile(r"(?:HTTP response code:?|status code|HTTP/[\d.]+|HTTP) (\d{3})\b")
 _STATUSES = (
@@ -64,21 +65,30 @@ _PASSING_WORDS = re.compile(
 
 
 def kind_of(err: BaseException, about: str = "") -> Kind:
-    """Returns what an error says, also one that others were raised from: what came first is the
-    reason. `about` is the path that messages may name, where it is known: with spaces in it nothing
-    tells where it ends."""
+    """Returns the kind of an error: that of the earliest error in its chain whose kind is not
+    DAMAGE, or DAMAGE where all are.
+
+    Args:
+      err: the error, with those that it was raised from.
+      about: the path that messages may name, "" where it is not known. With spaces in it, a pattern
+        cannot tell where it ends.
+    """
+    # What came first is the cause. DAMAGE is also the kind of an error that says nothing, so that
+    # any other kind in the chain goes before it.
     kinds = [_kind_of_one(one, about) for one in chain(err)]
     return next((kind for kind in reversed(kinds) if kind is not Kind.DAMAGE), Kind.DAMAGE)
 
 
 def as_error(message: str, err: BaseException) -> UserError:
-    """Returns what to raise, with this message, for an error of the storage: TryAgainError where it
-    may pass."""
+    """Returns the exception to raise, with this message, for an error of the storage: TryAgainError
+    where it may pass, UserError where not."""
     return (TryAgainError if kind_of(err) is Kind.PASSING else UserError)(message)
 
 
 def chain(err: BaseException) -> Iterator[BaseException]:
-    """Goes through an error and all that it was raised from."""
+    """Yields an error and all errors that it was raised from or that it groups, the latest
+    first."""
+    # Errors may refer to each other in a circle.
     seen: set[int] = set()
     waiting = [err]
     while waiting:
@@ -93,7 +103,8 @@ def chain(err: BaseException) -> Iterator[BaseException]:
 def _kind_of_one(err: BaseException, about: str) -> Kind:
     if isinstance(err, MemoryError):
         return Kind.MACHINE
-    # TLS numbers its errors as it likes: 1, which is EPERM, among them. So do resolvers of names.
+    # Before errno is read: TLS and name resolution number their errors in their own ways, 1 (EPERM)
+    # among them.
     is_of_network = isinstance(err, TimeoutError | ConnectionError | socket.gaierror)
     if is_of_network or type(err).__module__.split(".")[0] in ("ssl", "aiohttp"):
         return Kind.PASSING

@@ -1,12 +1,12 @@
-"""Who may write in a folder: one process at a time, on this machine by flock, in a bucket by a
-lease.
+"""Locks on folders, so that one process at a time writes there: flock on this machine, a lease in a
+bucket.
 
-A lease is an object that one process creates (only if there is none), writes anew every quarter of
-`TTL_SECONDS` (only if it is still its own) and removes at the end. One that was not renewed for
-`TTL_SECONDS` has expired: the process was killed. Both times are the server's: clocks of hosts may
-differ.
+A lease is an object that a process creates (only if there is none), writes anew every quarter of
+`TTL_SECONDS` (only if it is still its own) and removes at the end. A lease that was not renewed for
+`TTL_SECONDS` has expired: its process was killed. The age of a lease is measured by the server's
+clock alone, since clocks of hosts may differ.
 
-flock holds over NFS too where the server locks (NFS 4); two hosts on a mounted bucket do not see
+flock holds over NFS, too, where the server locks (NFS 4). Two hosts on a mounted bucket do not see
 each other's lock, so there a workdir is better given as gs://.
 """
 
@@ -28,15 +28,15 @@ from alignvlm_jax.storage import bucket
 TTL_SECONDS = 60.0
 POLL_SECONDS = 2.0
 MARGIN_SECONDS = 5.0
-"""Nothing is begun to be written so shortly before the lease expires."""
+"""No write begins this shortly before the lease expires."""
 
 
 _held: "set[_Lease]" = set()
 
 
 def release_all() -> None:
-    """Releases what this process holds in buckets: it is about to end without leaving what it has
-    entered."""
+    """Releases the leases of this process, which is about to end without leaving the contexts that
+    hold them."""
     for one in list(_held):
         one.release()
 
@@ -45,18 +45,18 @@ def release_all() -> None:
 def hold(
     lock: Path, what: str, say: Callable[[str], None], way_out: str = "wait for it"
 ) -> Iterator[None]:
-    """Holds the folder of the file `lock` while entered; nobody else does.
+    """A context that holds the lock on the folder of the file `lock`.
 
-    In a bucket, any change below the folder is refused from the moment that the lease was lost.
+    In a bucket, once the lease is lost, every change below the folder raises an error.
 
     Args:
-      lock: the file.
-      what: is done there, for messages: "is training in".
-      say: told why this waits, where it does.
-      way_out: what whoever is refused can do, for messages.
+      lock: the lock file or lease object.
+      what: what this process does there, for messages, such as "is training in".
+      say: called with a line for the user where this has to wait.
+      way_out: what a process that is refused can do, for messages.
 
     Raises:
-      UserError: another process holds it.
+      UserError: another process holds the lock.
     """
     if bucket.is_bucket(lock):
         with _Lease(lock, what, say, way_out):
@@ -68,6 +68,8 @@ def hold(
 
 @contextlib.contextmanager
 def _flock(lock: Path, what: str, way_out: str) -> Iterator[None]:
+    # The kernel releases the lock with the file, also when the process is killed. "a+" and not "w":
+    # opening it must not erase what the present holder wrote.
     with lock.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,11 +80,13 @@ def _flock(lock: Path, what: str, way_out: str) -> Iterator[None]:
             ) from err
         file.truncate(0)
         file.write(json.dumps(_us()))
-        file.flush()
+        file.flush()  # For the messages of processes that are refused.
         yield
 
 
 class _Lease:
+    """A lease on a folder in a bucket, renewed by a thread while it is entered."""
+
     def __init__(self, lock: Path, what: str, say: Callable[[str], None], way_out: str):
         self._lock = lock
         self._name = bucket.name_of(lock)
@@ -107,7 +111,7 @@ class _Lease:
         self.release()
 
     def release(self) -> None:
-        """Gives it back."""
+        """Removes the object, if it is still ours; does nothing the second time."""
         if self not in _held:
             return
         _held.discard(self)
@@ -115,7 +119,8 @@ class _Lease:
         self._thread.join()
         self._exit.close()
         if not self._lost:
-            # Not worth an error: it expires.
+            # A failure is not worth an error, since the lease expires. The generation keeps us from
+            # removing another process's lease.
             with contextlib.suppress(OSError), bucket.as_guard(TTL_SECONDS / 12):
                 bucket.remove(self._name, self._generation)
 
@@ -124,10 +129,13 @@ class _Lease:
         seen = None
         told = False
         while True:
+            # Before the request: counted from then, our lease expires no later than the server's.
             now = time.monotonic()
             found = bucket.stored(self._name)
             if found is None or found.age > TTL_SECONDS or self._is_dead():
                 try:
+                    # Only if the object is still the one just seen ("0": none). Of several
+                    # processes that find it expired, one succeeds.
                     self._generation = bucket.put(
                         self._name, self._content, found.generation if found else "0"
                     )
@@ -139,6 +147,7 @@ class _Lease:
                         return
                     continue
             holder = _holder(self._read())
+            # A new generation is a renewal: the holder lives, and waiting is of no use.
             if seen is not None and seen != found.generation:
                 raise UserError(
                     f"{holder} {self._what} {self._lock.parent}, and has renewed its lease just "
@@ -154,12 +163,14 @@ class _Lease:
             time.sleep(POLL_SECONDS)
 
     def _read(self) -> dict[str, Any]:
+        """Returns what the holder wrote of itself; nothing where the object is gone."""
         try:
             return _fields(self._lock.read_bytes())
         except FileNotFoundError:
             return {}
 
     def _is_ours(self) -> bool:
+        """Whether the object is this process's own, by its token; its generation is then noted."""
         found = bucket.stored(self._name)
         if found is None or self._read().get("token") != self._us["token"]:
             return False
@@ -167,23 +178,27 @@ class _Lease:
         return True
 
     def _is_dead(self) -> bool:
-        """Whether the holder was a process of this very machine that is no more: no need to wait
-        for its lease."""
+        """Whether the holder was a process of this machine that has ended: then its lease need not
+        expire first."""
         holder = self._read()
         if holder.get("machine") != self._us["machine"] or self._us["machine"] is None:
             return False
+        # Process numbers are used again; together with the time of the start they are unique.
         return _started(holder.get("pid")) != holder.get("started")
 
     def _renew(self) -> None:
+        """Renews the lease every quarter of TTL_SECONDS, in the thread, until it is released or
+        lost."""
         while not self._stop.wait(TTL_SECONDS / 4):
             began = time.monotonic()
             try:
-                # Short: a renewal counts from when it was sent at the earliest.
+                # With little patience: a renewal counts from before it was sent, so one that took
+                # long would be worth less than a new one.
                 with bucket.as_guard(TTL_SECONDS / 12):
                     self._renew_at(began)
             except Exception:
-                # Of the storage, or of its client. Tried again; meanwhile nothing is written once
-                # it has expired.
+                # Any error of the storage or its client: the next round tries again, and `_check`
+                # keeps the process from writing once the lease has expired.
                 continue
             if self._lost:
                 return
@@ -192,14 +207,21 @@ class _Lease:
         try:
             self._generation = bucket.put(self._name, self._content, self._generation)
         except FileExistsError:
-            # Of a renewal that was sent again since its answer was lost, or of another process.
+            # Either the answer to this renewal was lost and it was sent again, or another process
+            # has taken the lease over.
             if not self._is_ours():
                 self._lost = f"{_holder(self._read())} has taken it"
                 return
         self._renewed = began
 
     def _check(self) -> None:
-        """Comes before every change below the folder."""
+        """Raises an error where the folder must not be written: `bucket` calls it before every
+        change below it.
+
+        Raises:
+          UserError: the lease was lost.
+          TimeoutError: the lease could not be renewed; the caller tries again later.
+        """
         if self._lost:
             raise UserError(
                 f"the lease on {self._lock.parent} was lost: {self._lost}; nothing more is "
@@ -213,6 +235,7 @@ class _Lease:
 
 
 def _us() -> dict[str, Any]:
+    """Returns what identifies this process as a holder; the token is new at each call."""
     return {
         "token": uuid.uuid4().hex,
         "host": socket.gethostname(),
@@ -224,8 +247,8 @@ def _us() -> dict[str, Any]:
 
 
 def _machine() -> str | None:
-    """Returns what tells process numbers of one boot and one container from others; None where
-    nothing does."""
+    """Returns an id of this boot and pid namespace, within which process numbers can be compared;
+    None where the system has none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink(
             "/proc/self/ns/pid"
@@ -235,8 +258,10 @@ def _machine() -> str | None:
 
 
 def _started(pid: object) -> str | None:
-    """Returns when a process of this machine began, in ticks since the boot; None where there is
-    none."""
+    """Returns when a process of this machine started, in clock ticks since the boot; None where
+    there is no such process."""
+    # Field 22 of /proc/PID/stat. Fields are counted from behind the command's name, which may have
+    # spaces and brackets in it.
     try:
         return Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, ValueError, TypeError, IndexError):
@@ -244,7 +269,7 @@ def _started(pid: object) -> str | None:
 
 
 def _fields(content: str | bytes) -> dict[str, Any]:
-    """Returns what a holder wrote of itself; nothing where that is damaged."""
+    """Returns the fields that a holder wrote of itself; none where they are damaged."""
     try:
         fields = json.loads(content)
     except ValueError:
@@ -253,6 +278,7 @@ def _fields(content: str | bytes) -> dict[str, Any]:
 
 
 def _holder(fields: dict[str, Any]) -> str:
+    """Returns the holder's description for messages."""
     try:
         return f"process {fields['pid']} on {fields['host']} (since {fields['since']})"
     except KeyError:

@@ -1,5 +1,5 @@
-"""The text of documents before it is laid out: forms, receipts, real tables; with questions and
-answers."""
+"""Contents of synthetic documents before layout: forms, receipts and real tables, with questions
+and answers."""
 
 import dataclasses
 import itertools
@@ -20,7 +20,7 @@ ITEMS = tuple(_ITEM_NAMES.split())
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A real table: `rows[i]` is a unique key, then values, under `header`."""
+    """A real table: each of `rows` is a unique key and then values, under `header`."""
 
     name: str
     header: tuple[str, ...]
@@ -29,7 +29,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """The text of a document before it is laid out."""
+    """The text of a document before layout, and the questions on it with their answers."""
 
     kind: str
     lines: Lines
@@ -37,7 +37,13 @@ class Content:
 
 
 def form(rng: np.random.Generator, evaluation: bool, num_lines: int) -> Content:
-    """Lines of a field's name and its value, each of another kind."""
+    """Returns a form: lines of a field's name and its value, each of another kind.
+
+    Args:
+      rng: generator of all random choices.
+      evaluation: whether values are of the evaluation side of the split (`values`).
+      num_lines: lines of the document.
+    """
     kinds = rng.permutation(list(values.KINDS))[:num_lines]
     lines = tuple((str(kind), values.draw(kind, rng, evaluation)) for kind in kinds)
     turns = tuple(Turn(f"What is the {kind.lower()}?", (value,)) for kind, value in lines)
@@ -45,11 +51,15 @@ def form(rng: np.random.Generator, evaluation: bool, num_lines: int) -> Content:
 
 
 def receipt(rng: np.random.Generator, evaluation: bool, num_lines: int) -> Content:
-    """Priced items under a shop's name, above their sum; below four lines without one, the other or
-    both."""
+    """Returns a receipt: priced items under a shop's name, above their sum. Arguments as `form`.
+
+    A receipt of three lines has either the name or the sum; one of two lines has the name alone.
+    """
     has_total = num_lines == 4 or (num_lines == 3 and rng.random() < 0.5)
     has_shop = num_lines == 4 or not has_total
     items = [str(item) for item in rng.permutation(ITEMS)[: num_lines - has_total - has_shop]]
+    # The sum follows from the prices, so all amounts are drawn again until each is on the right
+    # side of the split.
     while True:
         cents = [int(c) for c in rng.integers(1000, 10000, len(items))]
         amounts = [f"{c / 100:.2f}" for c in (*cents, sum(cents))]
@@ -71,13 +81,17 @@ def receipt(rng: np.random.Generator, evaluation: bool, num_lines: int) -> Conte
 def table(
     rng: np.random.Generator, evaluation: bool, num_lines: int, tables: tuple[Table, ...]
 ) -> Content:
-    """A header and rows of a real table.
+    """Returns a header and rows of one of `tables`. Other arguments as `form`.
 
-    In evaluation every row has an evaluation value; those are asked for.
+    In evaluation every row has an evaluation value, and questions are about evaluation values
+    alone.
     """
+    # Tables are drawn by the square root of their size, so that the largest does not crowd out the
+    # others.
     weights = np.array([len(table.rows) ** 0.5 for table in tables])
     rows: list[tuple[str, ...]] = []
-    while len(rows) < num_lines - 1:  # a small table may have too few rows on one side of the split
+    # A small table may have too few rows on this side of the split: then another is drawn.
+    while len(rows) < num_lines - 1:
         source = tables[rng.choice(len(tables), p=weights / weights.sum())]
         num_values = min(int(rng.integers(1, 3)), len(source.header) - 1)
         columns = [0, *sorted(1 + rng.permutation(len(source.header) - 1)[:num_values])]
@@ -97,7 +111,7 @@ def table(
 
 
 def _may_show(row: tuple[str, ...], evaluation: bool) -> bool:
-    """Evaluation needs a value to ask for; training must not show one that is not its own, not even
-    as a key."""
+    """Whether a document may show a row: in evaluation, a row with a value that a question may be
+    about; in training, a row without any evaluation value, also as its key."""
     allowed = [values.is_allowed(cell, evaluation) for cell in row]
     return any(allowed[1:]) if evaluation else all(allowed)

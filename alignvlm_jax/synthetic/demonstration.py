@@ -1,5 +1,5 @@
-"""The demonstration's data set: rendered documents of every split, and the tokenizer that is
-trained on them."""
+"""The demonstration's data set: rendered documents of every split, and a tokenizer trained on
+them."""
 
 import functools
 import importlib.util
@@ -25,7 +25,7 @@ TOKENIZER_DOCUMENTS = 2000
 
 
 class Shard(NamedTuple):
-    """A run of documents of one split, and the file that they go to."""
+    """A shard to write: the file, and the documents `start` to `stop` of a split."""
 
     path: str
     split: str
@@ -34,13 +34,19 @@ class Shard(NamedTuple):
 
 
 def prepare(out: Path, arguments: dict[str, Any], num_workers: int) -> bool:
-    """Writes the folder `out`, or goes on with a run that was interrupted; returns False where it
-    was whole before. `arguments` are num_train and num_eval (documents of a split), seed and noise,
-    and tell the data apart.
+    """Writes the data set to the folder `out`, or resumes a run that was interrupted; returns False
+    where the folder was whole before.
+
+    Args:
+      out: the folder.
+      arguments: num_train and num_eval (documents of a split), seed and noise; with other values a
+        folder holds other data.
+      num_workers: processes that render.
 
     Raises:
-      UserError: a shard cannot be written.
+      UserError: a package is missing, or a shard cannot be written.
     """
+    # The version is part of what identifies the data, so that records of older code are not reused.
     wanted = arguments | {"version": documents.VERSION}
     if staging.is_ready(out, wanted):
         return False
@@ -60,11 +66,12 @@ def prepare(out: Path, arguments: dict[str, Any], num_workers: int) -> bool:
 
 
 def size(split: str, arguments: dict[str, Any]) -> int:
-    """Returns the documents of a split."""
+    """Returns the number of documents of a split."""
     return arguments["num_eval"] if documents.SPLITS[split].evaluation else arguments["num_train"]
 
 
 def _write_shards(folder: Path, wanted: dict[str, Any], num_workers: int) -> None:
+    # A shard appears whole: one that is there need not be written again.
     shards = [shard for shard in _plan(folder, wanted) if not Path(shard.path).exists()]
     if not shards:
         return
@@ -76,15 +83,15 @@ def _write_shards(folder: Path, wanted: dict[str, Any], num_workers: int) -> Non
 
 
 def _tables() -> tuple[Table, ...]:
-    """The tables, once all is there that documents are made of: a font that is missing would be
-    noticed by a worker."""
+    """Returns the real tables, after a check that all packages for documents are installed: a
+    missing font would otherwise show only in a worker."""
     packages = ["pandas", "statsmodels", "vega_datasets", *sorted(pages.PACKAGES)]
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
         raise UserError(
             f"the demonstration's documents need package {', '.join(missing)}: "
             "pip install --requirement requirements-demo.txt"
         )
-    # pandas takes seconds to import, and the workers do not need it
+    # Imported here: pandas takes seconds to import, and the workers do not need it.
     from alignvlm_jax.synthetic import tables
 
     return tables.load()
@@ -103,6 +110,7 @@ def _plan(folder: Path, wanted: dict[str, Any]) -> list[Shard]:
 def _write_shard(
     seed: int, noise: float, tables: tuple[Table, ...], shard: Shard
 ) -> Iterator[None]:
+    # A generator, as `executors.run` takes it: each shard yields once, for the progress bar.
     documents_of_shard = range(shard.start, shard.stop)
     shards_lib.write_shard(
         shard.path,

@@ -1,9 +1,9 @@
-"""Small rendered and scanned documents: forms, receipts and real tables, with words, boxes,
-questions, answers.
+"""Small synthetic documents, rendered and degraded like scans: forms, receipts and real tables,
+with words, boxes, questions and answers.
 
-Record `index` of a split is a pure function of (seed, split, index): no worker count changes a
-byte. Training shares no value that is asked for with the other splits (`values.is_evaluation`), and
-`unseen_fonts` neither fonts nor layouts.
+Record `index` of a split is a pure function of (seed, split, index), whatever the number of
+workers. No value that a training question asks for is asked for in the other splits
+(`values.is_evaluation`), and `unseen_fonts` has neither the fonts nor the layouts of training.
 """
 
 import dataclasses
@@ -21,7 +21,8 @@ from alignvlm_jax.synthetic.pages import Style
 
 
 def degrade(image: Image.Image, rng: np.random.Generator, strength: float) -> Image.Image:
-    """Returns a degraded copy of a gray image.
+    """Returns a copy of a gray image, degraded like a scan: blurred, faded, unevenly lit, grained
+    and compressed.
 
     Strength 0 returns the image itself; 1 is a bad but legible scan.
     """
@@ -33,10 +34,12 @@ def degrade(image: Image.Image, rng: np.random.Generator, strength: float) -> Im
     fade = 0.35 * strength * rng.random()
     pixels = pixels * (1 - fade) + fade
     pixels *= _smooth(rng.uniform(1 - 0.15 * strength, 1, (3, 3)), width, height)
+    # Coarse grain at half the resolution, then fine noise of each pixel.
     grain_size = (height // 2 + 1, width // 2 + 1)
     pixels += _smooth(rng.normal(0, 0.05 * strength, grain_size), width, height)
     pixels += rng.normal(0, 0.02 * strength, pixels.shape)
     pixels[rng.random(pixels.shape) < 0.0005 * strength] = rng.uniform(0, 0.5)
+    # Compressed and read again: the record itself is a PNG, and keeps JPEG's artefacts.
     noisy = Image.fromarray((pixels.clip(0, 1) * 255).astype(np.uint8))
     buffer = io.BytesIO()
     noisy.save(buffer, "JPEG", quality=int(rng.integers(40, 95)))
@@ -44,23 +47,24 @@ def degrade(image: Image.Image, rng: np.random.Generator, strength: float) -> Im
 
 
 def _smooth(coarse: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Blows a coarse field up to the page's size."""
+    """Returns a coarse field, interpolated to the page's size in pixels."""
     field = Image.fromarray(coarse.astype(np.float32))
     return np.asarray(field.resize((width, height), Image.Resampling.BICUBIC))
 
 
 VERSION = 3
-"""Raised with every change that changes records, so that `prepare` writes them anew."""
+"""Version of the records: raised with every change that changes them, so that `prepare` writes them
+anew."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """What the documents of a split are made of."""
+    """The kind of documents in a split."""
 
     evaluation: bool
     unseen_style: bool = False
     small_fraction: float = 0.0
-    """Of pages half as high, one tile with two lines."""
+    """Fraction of small documents: pages half as high, one tile with two lines."""
 
 
 SPLITS = {
@@ -85,9 +89,19 @@ Drawn = tuple[Image.Image, tuple[tuple[Word, ...], ...]]
 def render(
     seed: int, split: str, index: int, tables: tuple[Table, ...], noise: float = 0.0
 ) -> Record:
-    """Draws one document."""
+    """Returns one document of a split as a record.
+
+    Args:
+      seed: of the data set.
+      split: a key of `SPLITS`.
+      index: number of the document in its split.
+      tables: real tables to take rows from.
+      noise: strength of the degradation, see `degrade`.
+    """
+    # crc32 and not hash(): Python salts the hashes of strings, differently in each process.
     rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
     spec = SPLITS[split]
+    # Some contents do not fit the page in any size: then another content is drawn.
     for _ in range(MAX_ATTEMPTS):
         small = rng.random() < spec.small_fraction
         content = _content(rng, spec, 2 if small else int(rng.integers(3, 5)), tables)
@@ -118,12 +132,13 @@ def _content(
 
 
 def _draw(rng: np.random.Generator, spec: Split, content: Content, height: int) -> Drawn | None:
-    """Draws the content in a random style, smaller where it does not fit; None where even the
-    smallest does not."""
+    """Returns the content drawn in a random style, in the largest size that fits, from the style's
+    own down; None where it does not fit in any."""
     style = _style(rng, spec, content, height)
     num_rows = height // style.pitch
     if len(content.lines) > num_rows:
         return None
+    # Lines keep their order, and leave random strips of the page empty.
     rows = sorted(int(r) for r in rng.permutation(num_rows)[: len(content.lines)])
     for size in range(style.size, 10, -1):
         drawn = pages.draw(content.lines, rows, dataclasses.replace(style, size=size), height, rng)
@@ -140,6 +155,8 @@ def _style(rng: np.random.Generator, spec: Split, content: Content, height: int)
         "left": int(rng.integers(1, 9)),
         "ink": int(rng.integers(0, 80)),
     }
+    # Layouts of `unseen_fonts` differ from all of training: right-aligned values, dots, rules and
+    # wider line spacing.
     if spec.unseen_style:
         leaders = content.kind != "table" and rng.random() < 0.5
         fits = [pitch for pitch in (16, 18, 20) if pitch * len(content.lines) <= height]

@@ -1,4 +1,4 @@
-"""Drawing: fonts, and lines of cells onto a small page, with the exact box and character edges of
+"""The drawing of small pages: lines of cells in a font, with the exact box and character edges of
 every word."""
 
 import dataclasses
@@ -31,7 +31,7 @@ UNSEEN = {
 }
 
 PACKAGES = {package for package, *_ in (SEEN | UNSEEN).values()}
-"""That hold the fonts."""
+"""Packages that hold the fonts."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -44,7 +44,8 @@ def load_font(family: str, size: int) -> ImageFont.FreeTypeFont:
     package, folder, name = (SEEN | UNSEEN)[family]
     try:
         path = resources.files(package) / folder / name
-        # Basic layout: Raqm is there on some machines only, and shapes text a little differently.
+        # Basic layout, since Raqm, which only some machines have, shapes text a little differently:
+        # records must not depend on the machine.
         return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
     except (ModuleNotFoundError, OSError) as err:
         raise UserError(
@@ -54,7 +55,7 @@ def load_font(family: str, size: int) -> ImageFont.FreeTypeFont:
 
 @functools.lru_cache(maxsize=64)
 def font_extent(family: str, size: int) -> tuple[int, int]:
-    """Rows above and below the baseline that the font's letters and digits reach."""
+    """Returns the pixels above and below the baseline that a font's letters and digits reach."""
     _, top, _, bottom = load_font(family, size).getbbox("bdfhklgjpqy()|0", anchor="ls")
     return -int(top), int(bottom)
 
@@ -66,9 +67,20 @@ COLUMN_GAP = 8
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """How a page is laid out. `align` places the cells of a line: "flow" joins them by `separator`,
-    "grid" lines them up in columns, "right" is a grid with the last cell at the right edge, after
-    dots where `leaders`."""
+    """The layout of a page, with sizes in pixels.
+
+    Attributes:
+      family: a font in `SEEN` or `UNSEEN`.
+      size: font size.
+      align: how the cells of a line are placed: "flow" joins them by `separator`, "grid" lines them
+        up in columns, "right" is a grid with the last cell at the right edge.
+      separator: text between the cells of a line in "flow".
+      leaders: whether dots lead to the last cell in "right".
+      ruled: whether a line is drawn below each line of text.
+      left: left margin.
+      pitch: height of a line.
+      ink: gray level of the text, 0 for black.
+    """
 
     family: str
     size: int
@@ -82,11 +94,11 @@ class Style:
 
 
 Lines = tuple[tuple[str, ...], ...]
-"""The text of a page: cells of lines. A cell may hold several words."""
+"""The text of a page: lines of cells. A cell may hold several words."""
 
 
 def place(lines: Lines, style: Style) -> list[list[tuple[int, str]]] | None:
-    """Returns the cells of every line with their left edges in pixels, or None where they do not
+    """Returns the cells of every line, each with its left edge in pixels; None where they do not
     fit the page."""
     font = load_font(style.family, style.size)
     right = PAGE_WIDTH - 2
@@ -94,8 +106,8 @@ def place(lines: Lines, style: Style) -> list[list[tuple[int, str]]] | None:
         placed = [[(style.left, style.separator.join(cells))] for cells in lines]
     else:
         columns = max(len(cells) for cells in lines)
-        # A line with fewer cells than the others (a title, a shop's name) spans columns: it widens
-        # none of them.
+        # A line with fewer cells than the others (a title, a shop's name) spans columns, and must
+        # not widen any of them.
         grid = [cells for cells in lines if len(cells) == columns]
         widths = [max(font.getlength(cells[i]) for cells in grid) for i in range(columns)]
         lefts = [style.left + round(sum(widths[:i]) + COLUMN_GAP * i) for i in range(columns)]
@@ -105,6 +117,7 @@ def place(lines: Lines, style: Style) -> list[list[tuple[int, str]]] | None:
     for cells in placed:
         ends = [left + font.getlength(text) for left, text in cells]
         starts = [left for left, _ in cells[1:]] + [right + 1]
+        # At least a pixel is free between cells, and at the right edge.
         if any(end + 1 > start for end, start in zip(ends, starts, strict=True)):
             return None
     return placed
@@ -126,7 +139,8 @@ def _to_the_right(
 def draw(
     lines: Lines, rows: list[int], style: Style, height: int, rng: np.random.Generator
 ) -> tuple[Image.Image, tuple[tuple[Word, ...], ...]] | None:
-    """Draws line i at row `rows[i]` of `style.pitch` pixels; each line is moved by up to a pixel.
+    """Draws a page: line i stands in the strip `rows[i]` of `style.pitch` pixels, moved by up to a
+    pixel.
 
     Returns:
       A gray image of PAGE_WIDTH x `height` and the words by lines, or None where the text does not
@@ -162,6 +176,7 @@ def _words(font, left: int, cell: str) -> list[tuple[int, str]]:
     placed = []
     start = 0
     for text in cell.split(" "):
+        # Measured as a part of its cell: spaces, and kerning across them, are in the length.
         if text:
             placed.append((left + round(font.getlength(cell[:start])), text))
         start += len(text) + 1
@@ -172,5 +187,7 @@ def _draw_word(
     canvas, font, ink: int, text: str, left: int, baseline: int, span: tuple[int, int]
 ) -> Word:
     canvas.text((left, baseline), text, fill=ink, font=font, anchor="ls")
+    # Left edge of each character and right edge of the last, by the lengths of prefixes: sums of
+    # single characters would leave out kerning.
     edges = tuple(round(left + font.getlength(text[:i]), 2) for i in range(len(text) + 1))
     return Word(text, (edges[0], float(span[0]), edges[-1], float(span[1])), edges)

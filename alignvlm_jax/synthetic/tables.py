@@ -1,8 +1,8 @@
 """Real tables of `vega_datasets` (MIT) and `statsmodels` (BSD-3), as plain strings.
 
-Only columns that cannot be guessed are taken: where the best constant answer, or the value of the
-row above, scores little by ANLS. That leaves out most series that creep (prices, temperatures,
-years) and everything of few digits.
+Only columns that cannot be guessed are taken: the best constant answer, and the value of the row
+above, score little by ANLS. That leaves out most slowly changing series (prices, temperatures,
+years) and values of few digits.
 """
 
 import pandas as pd
@@ -18,6 +18,7 @@ MAX_CELL_LENGTH = 10
 def load() -> tuple[Table, ...]:
     """Returns the tables, in a fixed order."""
     airports = local_data.airports().rename(columns={"iata": "airport"})
+    # One row a year, with a column for each source of energy.
     power = local_data.iowa_electricity().pivot(
         index="year", columns="source", values="net_generation"
     )
@@ -51,12 +52,15 @@ def load() -> tuple[Table, ...]:
 
 
 def _numbered(dataset, key: str) -> pd.DataFrame:
-    """A data set whose rows have no name, with their numbers as the key."""
+    """Returns a data set whose rows have no names, with row numbers from 1 as column `key`."""
     frame = dataset.load_pandas().data
     return frame.assign(**{key: range(1, len(frame) + 1)})
 
 
 def _table(name: str, frame: pd.DataFrame, key: str, formats: dict[str, str]) -> Table:
+    """Returns a table of the column `key` and the columns in `formats`, by their format; rows with
+    cells that are too long or not ASCII, or with values that are short, are left out."""
+    # Keys such as years may be stored as floats.
     keys = [f"{value:.0f}" if isinstance(value, float) else str(value) for value in frame[key]]
     columns = [[format(value, spec) for value in frame[column]] for column, spec in formats.items()]
     rows = [

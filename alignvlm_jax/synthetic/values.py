@@ -1,9 +1,9 @@
-"""Values of forms and receipts: drawn from a seeded generator, and split between training and
+"""Values of forms and receipts, drawn from a seeded generator and split between training and
 evaluation by a hash.
 
-Every kind must be unguessable: the best constant answer scores little by ANLS (a test holds it). So
-dates are short (separators and centuries are free points to a guesser) and numbers have at least
-four digits.
+Every kind must be unguessable: the best constant answer scores little by ANLS, which a test checks.
+So dates are short (separators and centuries would be free points for a guesser), and numbers have
+at least four digits.
 """
 
 import hashlib
@@ -12,8 +12,10 @@ from collections.abc import Callable
 import numpy as np
 
 EVALUATION_FRACTION = 0.15
+# Without I and O, which look like 1 and 0.
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+# Syllables of made-up names. Entries that are listed more than once are drawn more often.
 ONSETS = tuple("bcdfghjklmnprstvwz") + (
     "br",
     "ch",
@@ -33,32 +35,35 @@ CODAS = ("", "", "", "", "n", "r", "l", "s", "m", "t", "k", "nd", "rt", "x")
 
 
 def is_evaluation(value: str) -> bool:
-    """Whether a value belongs to evaluation.
+    """Whether a value belongs to the evaluation side of the split.
 
-    The hash has no seed: the split is the same for every data set.
+    The hash has no seed, so that the split is the same for every data set.
     """
     digest = hashlib.blake2b(value.casefold().encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") < EVALUATION_FRACTION * 2**32
 
 
 def is_allowed(value: str, evaluation: bool) -> bool:
-    """Whether a page of evaluation (or of training) may ask for `value`: training also shuns its
-    single words."""
+    """Whether a question on an evaluation page, or on a training page, may be about `value`.
+
+    On a training page no single word of the value may belong to evaluation, either.
+    """
     if evaluation:
         return is_evaluation(value)
     return not any(is_evaluation(part) for part in {value, *value.split()})
 
 
 def draw(kind: str, rng: np.random.Generator, evaluation: bool) -> str:
-    """Draws a value of a kind in `KINDS` from the evaluation or from the training side of the
+    """Returns a random value of a kind in `KINDS`, from the evaluation or the training side of the
     split."""
+    # Rejection: about 1 in 7 values is an evaluation value.
     while not is_allowed(value := KINDS[kind](rng), evaluation):
         pass
     return value
 
 
 def money(rng: np.random.Generator, low: int, high: int) -> str:
-    """An amount between `low` and `high`, with two decimals."""
+    """Returns an amount from `low` up to `high`, exclusive, with two decimals."""
     return f"{int(rng.integers(100 * low, 100 * high)) / 100:.2f}"
 
 
@@ -71,6 +76,7 @@ def _letters(rng: np.random.Generator, count: int) -> str:
 
 
 def _date(rng: np.random.Generator) -> str:
+    # Every month has the days 1 to 28.
     return f"{rng.integers(1, 29):02d}{MONTHS[rng.integers(12)]}{rng.integers(10, 100)}"
 
 

@@ -1,6 +1,6 @@
-"""Connectors by name.
+"""The registry of connectors, by name.
 
-Adding one is a file here and a line in `REGISTRY` (`base.Connector` says what it may define).
+A new connector is a file here and a line in `REGISTRY`; `base.Connector` says what it may define.
 """
 
 from alignvlm_jax.errors import UserError, nearest
@@ -23,7 +23,11 @@ REGISTRY: dict[str, type[Connector]] = {
 
 
 def get(name: str) -> type[Connector]:
-    """Returns the class of a connector; UserError with the nearest name where there is none."""
+    """Returns the class of a connector.
+
+    Raises:
+      UserError: no connector has this name; the message suggests the nearest.
+    """
     if name not in REGISTRY:
         raise UserError(f"config.model.connector.name is {name!r}{nearest(str(name), REGISTRY)}")
     return REGISTRY[name]

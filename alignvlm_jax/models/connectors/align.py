@@ -27,7 +27,7 @@ from alignvlm_jax.shapes import Array, Float
 class Align(Connector):
     """The ALIGN connector.
 
-    Pruned to a vocabulary subset, its softmax is over that alone, and LN_2 over all.
+    In a model pruned to a vocabulary subset, the softmax is over the subset, and LN_2 over all.
     """
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,12 +44,13 @@ class Align(Connector):
 
     @staticmethod
     def init_from_llm(llm: dict[str, Any], options: Options) -> dict[str, Any]:
-        """Returns W2 as a copy of the LM head."""
+        """Returns W2 [D, V] as a copy of the LM head; nothing where the options initialise it at
+        random."""
         return {"w2": {"kernel": lm_head(llm)}} if options.w2_init == "lm_head" else {}
 
     @classmethod
     def has_probabilities(cls, options: Options) -> bool:
-        """Returns whether the weights are those of a softmax; of linear ones some are below 0."""
+        """Returns whether the weights are those of a softmax; linear weights may be negative."""
         return options.weights == "softmax"
 
     def setup(self) -> None:
@@ -66,7 +67,7 @@ class Align(Connector):
             self.ln2 = LayerNorm(vocab, eps, scale_init=self.options.ln2_gain_init, axes=("vocab",))
 
     def probabilities(self, features: Float[Array, "N E"]) -> Float[Array, "N V"]:
-        """Returns P, whole."""
+        """Returns P in float32, never chunked: for a few pages."""
         x_ND, head = self._rows_and_head(features)
         logits_NV = vocab_logits(x_ND, head, self._norm(), self.config.llm.unpadded_vocab_size)
         kept_V = self.vocabulary_subset()
@@ -82,6 +83,8 @@ class Align(Connector):
     ) -> ConnectorOutput:
         """Returns a visual token for each patch, and P's cross-entropy against the labels."""
         c = self.config
+        # The table is the LLM's own, live: without this, gradients reach the text embeddings
+        # through the visual tokens as well.
         if self.options.embed_grad == "stop":
             text_table = jax.lax.stop_gradient(text_table)
         x_ND, head = self._rows_and_head(features)
@@ -103,6 +106,10 @@ class Align(Connector):
         )
 
     def _rows_and_head(self, features: Array) -> tuple[Array, Matrix]:
+        """Returns x [N, D] and W2 [D, V].
+
+        W2 is read as a parameter and never called: `vocab_average` multiplies by it in chunks.
+        """
         return self.ln1(self.w1(features)), Matrix.of(self.w2.kernel, self.dtype)
 
     def _norm(self) -> Norm | None:

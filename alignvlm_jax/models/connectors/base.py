@@ -1,10 +1,10 @@
-"""The contract of a connector: what it takes and gives, and what else the framework asks of it.
+"""The contract of a connector: its inputs and outputs, and what else the framework needs to know.
 
 A connector is one file here, with a class that derives from `Connector`, and one line in the
-registry. It says itself which options it has, how many visual tokens it makes of a tile, which
-configs it refuses, what of it starts from the language model's parameters, and whether its patches
-can be read; each has a default. Its FLOPs are counted from the program (`plan.flops`), its
-parameters' sharding follows from their logical axes.
+registry. The class declares its options, how many visual tokens it makes of a tile, which configs
+it refuses, which of its parameters start from the language model's, and whether its patches have a
+distribution over the vocabulary; each of these has a default. FLOPs are counted from the program
+(`plan.flops`), and the sharding of parameters follows from their logical axes.
 """
 
 import dataclasses
@@ -17,24 +17,29 @@ from alignvlm_jax.config import ConnectorConfig, LLMConfig, ModelConfig, VisionC
 from alignvlm_jax.shapes import Array, Bool, Float, Int
 
 VOCABULARY_SUBSET = ("pruning", "kept_words")
-"""Collection and name of the vocabulary entries that patches may have, bool [V]: the only variable
-of a connector that is no parameter, of who prunes a trained model, and absent by default."""
+"""Collection and name of the variable that holds the vocabulary entries that patches may have, bool
+[V].
+
+It is a connector's only variable that is no parameter. It exists in pruned models alone
+(`vlm.pruning`)."""
 
 
 class PatchLabels(NamedTuple):
-    """The tokens that each patch shows, and their fractions of it. Patch-token supervision: README,
-    "Two ideas beyond the paper"."""
+    """The tokens that each patch shows, and their fractions of it: the labels of patch-token
+    supervision (README, "Two ideas beyond the paper")."""
 
     ids: Int[Array, "N k"]
     weights: Float[Array, "N k"]
 
 
 class ConnectorOutput(NamedTuple):
-    """Visual tokens in the LLM's embedding space: `Connector.num_tokens` of each tile, tile after
-    tile.
+    """A connector's output.
 
-    `patch_nll` is the cross-entropy of each patch's distribution over the vocabulary against its
-    labels, in nats; zeros where no labels were given or the connector has no such distribution.
+    Attributes:
+      tokens: visual tokens in the LLM's embedding space, `Connector.num_tokens` of each tile, tile
+        after tile.
+      patch_nll: cross-entropy of each patch's distribution over the vocabulary against its labels,
+        in nats; zeros without labels, or where the connector has no such distribution.
     """
 
     tokens: Float[Array, "tokens D"]
@@ -42,13 +47,15 @@ class ConnectorOutput(NamedTuple):
 
 
 class Connector(nn.Module):
-    """Maps patch features to visual tokens. Most connectors define `encode`; one that reads the
-    LLM's text table or the patch labels defines `__call__`. A patch is computed by itself, or with
-    those of its tile: the tiles of a batch are not to see each other.
+    """A module that maps patch features to visual tokens.
+
+    Most connectors define `encode`; one that reads the LLM's text table or the patch labels defines
+    `__call__`. A visual token depends on the patches of its own tile alone: tiles of a batch, which
+    belong to different examples, must not see each other.
 
     Attributes:
-      config: of the whole model.
-      dtype: of the computation.
+      config: the whole model's.
+      dtype: dtype of the computation.
     """
 
     config: ModelConfig
@@ -70,49 +77,54 @@ class Connector(nn.Module):
         text_table: Float[Array, "V D"],
         labels: PatchLabels | None,
     ) -> ConnectorOutput:
-        """Returns the visual tokens, and the cross-entropy against the labels, of which `encode`
-        knows nothing."""
+        """Returns the visual tokens that `encode` makes, and a patch loss of zeros: without a
+        distribution over the vocabulary, labels have no effect."""
         del text_table, labels
         return ConnectorOutput(self.encode(features), self.no_loss(features))
 
     def encode(self, features: Float[Array, "N E"]) -> Float[Array, "tokens D"]:
-        """Returns the visual tokens of the patches, those of a tile's patches after those of the
-        tile before."""
+        """Returns the visual tokens of the patches, tile after tile."""
         raise NotImplementedError
 
     def probabilities(self, features: Float[Array, "N E"]) -> Float[Array, "N V"]:
-        """Returns each patch's distribution over the LLM's vocabulary, whole: for a few pages, to
-        look at. Optional; over the entries of `vocabulary_subset` alone, where there is one."""
+        """Returns each patch's distribution over the LLM's vocabulary, in full: for a few pages, to
+        look at.
+
+        Optional. In a pruned model it is over the entries of `vocabulary_subset` alone.
+        """
         raise NotImplementedError
 
     def vocabulary_subset(self) -> Bool[Array, "V"] | None:
-        """Returns the vocabulary entries that patches may have, where a trained model is pruned to
-        some."""
+        """Returns the vocabulary entries that patches of a pruned model may have; None where the
+        model is not pruned."""
         return self.get_variable(*VOCABULARY_SUBSET)
 
     @staticmethod
     def no_loss(features: Float[Array, "N E"]) -> Float[Array, "N"]:
-        """Returns the cross-entropy of patches against no labels."""
+        """Returns the patch loss where there are no labels: zeros."""
         return jnp.zeros(features.shape[0], jnp.float32)
 
     @staticmethod
     def num_tokens(vision: VisionConfig, options: Any) -> int:
-        """Returns how many visual tokens a tile makes; by default one for each patch."""
+        """Returns the number of visual tokens of a tile; by default one for each patch."""
         return vision.num_patches
 
     @staticmethod
     def check(vision: VisionConfig, llm: LLMConfig, options: Any) -> None:
-        """Raises UserError where the options do not fit the model; what their types say is checked
-        already."""
+        """Raises UserError where the options do not fit the model; their types are checked before
+        this."""
 
     @staticmethod
     def init_from_llm(llm: dict[str, Any], options: Any) -> dict[str, Any]:
-        """Returns those of the connector's parameters that start as a function of the LLM's, in a
-        tree as the connector has it; by default none. Called on fresh parameters, and again on an
-        LLM that was loaded, by `vlm.from_llm`."""
+        """Returns the connector's parameters that start as a function of the LLM's, as a subtree of
+        its own parameters; by default none.
+
+        `vlm.from_llm` calls it on the LLM as initialised, and again on an LLM that was loaded.
+        """
         return {}
 
     @classmethod
     def has_probabilities(cls, options: Any) -> bool:
-        """Returns whether patches have a distribution over the LLM's vocabulary."""
+        """Returns whether patches have a distribution over the LLM's vocabulary; by default,
+        whether the class defines `probabilities`."""
         return cls.probabilities is not Connector.probabilities

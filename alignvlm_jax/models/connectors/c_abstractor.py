@@ -1,14 +1,15 @@
-"""The C-Abstractor of HoneyBee (arXiv 2312.06742): convolutions that abstract and keep what is
-where.
+"""The C-Abstractor of HoneyBee (arXiv 2312.06742): convolutions and pooling that reduce the number
+of tokens and keep the locality of patches.
 
     learned positions, ResNet blocks, adaptive average pooling to fewer tokens, ResNet blocks,
     Linear-SiLU-Linear
 
-As the release has it (khanrc/honeybee, `CAbstractor`), whose blocks are timm's RegNet bottlenecks:
+It follows the release (khanrc/honeybee, `CAbstractor`), whose blocks are timm's RegNet bottlenecks:
 1 x 1, depthwise 3 x 3, squeeze and excitation by a quarter, 1 x 1, a LayerNorm over channels after
-each convolution, SiLU. Their width is the encoder's, as it is there; the grid need not be square.
-Positions are drawn as there (truncated normal, 0.02); kernels, there from N(0, 0.02), as all linear
-maps are here, which at its width of 1,024 is N(0, 0.03).
+each convolution, SiLU. The blocks' width is the encoder's, as in the release; the grid need not be
+square. Positions are initialised as in the release (truncated normal, 0.02). Kernels, which the
+release draws from N(0, 0.02), are initialised like all linear maps here: at the release's width of
+1,024 that is N(0, 0.03).
 
 Letters: `shapes.py`; B here counts tiles, y and x rows and columns of patches or of pooled tokens.
 """
@@ -29,10 +30,10 @@ NORM_EPS = 1e-6
 
 
 class Depthwise(nn.Module):
-    """A 3 x 3 convolution of each channel by itself, zeros beyond the tile.
+    """A 3 x 3 convolution of each channel by itself, with zeros beyond the tile's border.
 
-    Nine shifted multiplications: no matrix unit has a use for one channel, and the partitioner
-    splits them as they are.
+    It is computed as nine shifted multiplications: a single channel leaves a matrix unit idle, and
+    the partitioner splits elementwise operations along every axis.
     """
 
     width: int
@@ -40,6 +41,7 @@ class Depthwise(nn.Module):
     @nn.compact
     def __call__(self, x_ByxF: Array) -> Array:
         init = nn.with_logical_partitioning(nn.initializers.normal(1 / 3), (None, None, "vis_mlp"))
+        # N(0, 1 / fan_in), where the fan-in of one channel is the nine taps.
         kernel = self.param("kernel", init, (3, 3, self.width), jnp.float32).astype(x_ByxF.dtype)
         _, rows, columns, _ = x_ByxF.shape
         padded = jnp.pad(x_ByxF, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -49,14 +51,15 @@ class Depthwise(nn.Module):
 
 
 class Gate(nn.Module):
-    """Squeeze and excitation (arXiv 1709.01507): each channel is weighed by what all channels are
-    on average."""
+    """Squeeze and excitation (arXiv 1709.01507): each channel is multiplied by a gate in (0, 1),
+    computed from the averages of all channels over the tile."""
 
     width: int
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x_ByxF: Array) -> Array:
+        # The squeezed axis r is small, and not sharded.
         squeezed = round(self.width / 4)
         down = Einsum(
             "BF,Fr->Br", (self.width, squeezed), ("vis_mlp", None), True, self.dtype, name="down"
@@ -68,7 +71,7 @@ class Gate(nn.Module):
 
 
 class Block(nn.Module):
-    """silu(x + convolutions(x))."""
+    """A ResNet block: silu(x + convolutions(x))."""
 
     width: int
     dtype: jnp.dtype
@@ -97,7 +100,7 @@ class Block(nn.Module):
 
 
 class CAbstractor(Connector):
-    """Has no distribution over the vocabulary."""
+    """The C-Abstractor connector; its patches have no distribution over the vocabulary."""
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Options(ConnectorConfig):
@@ -109,7 +112,7 @@ class CAbstractor(Connector):
 
     @staticmethod
     def num_tokens(vision: VisionConfig, options: Options) -> int:
-        """Returns the size of the pooled grid."""
+        """Returns the number of cells of the pooled grid."""
         return options.pooled_rows * options.pooled_columns
 
     @staticmethod
@@ -135,11 +138,14 @@ class CAbstractor(Connector):
             nn.initializers.truncated_normal(0.02), ("patch", "vis_embed")
         )
         positions = self.param("positions", init, (c.vision.num_patches, vision_width), jnp.float32)
+        # Patches come row after row, so a reshape restores the grid: [tiles, rows, columns, E].
         x_ByxE = features.astype(self.dtype).reshape(-1, rows, columns, vision_width)
         x_ByxE += positions.astype(self.dtype).reshape(rows, columns, vision_width)
         x_ByxE = nn.with_logical_constraint(x_ByxE, ("act_batch", None, None, "act_embed"))
         blocks = scan_blocks(Block, options.num_blocks, c.remat, c.scan_unroll, in_axes=())
         x_ByxE, _ = blocks(vision_width, self.dtype, name="before")(x_ByxE)
+        # Pooling is separable: columns first, then rows, each a matmul with fixed weights. Window
+        # reductions would do only where the bins divide the grid.
         x_ByxE = jnp.einsum(
             "ByxE,Xx->ByXE", x_ByxE, _pooling(columns, options.pooled_columns).astype(self.dtype)
         )
@@ -155,6 +161,7 @@ class CAbstractor(Connector):
             self.dtype,
             name="fc1",
         )
+        # Both axes are the LLM's width: only the first may be sharded by it.
         down = Einsum(
             "ByxD,Dd->Byxd", (width, width), ("embed", None), True, self.dtype, name="fc2"
         )
@@ -165,8 +172,11 @@ class CAbstractor(Connector):
 
 
 def _pooling(size: int, bins: int) -> np.ndarray:
-    """[bins, size] weights of adaptive average pooling: bin i is the mean from floor(i size / bins)
-    up to ceil((i + 1) size / bins), so that bins overlap where they do not divide."""
+    """Returns the weights [bins, size] of adaptive average pooling, as PyTorch defines it.
+
+    Bin i is the mean from floor(i size / bins) up to ceil((i + 1) size / bins), exclusive: bins
+    overlap where `bins` does not divide `size`.
+    """
     index = np.arange(bins)[:, None]
     places = np.arange(size)
     inside = (places >= index * size // bins) & (places < -(-(index + 1) * size // bins))

@@ -1,12 +1,12 @@
-"""The H-Reducer of mPLUG-DocOwl 1.5 (arXiv 2403.12895): neighbours in a line become one visual
+"""The H-Reducer of mPLUG-DocOwl 1.5 (arXiv 2403.12895): patches side by side become one visual
 token.
 
-Text runs from left to right, so `merged_columns` patches side by side are merged, 1 x 4 in the
-paper. As the release has it (X-PLUG/mPLUG-DocOwl, `MplugDocOwlHReducerModel`), two convolutions
-whose stride is their kernel, with a GELU between them, then a linear layer: the first turns 4
-patches of E channels into as many of them again, the second those into one, both seeing all four.
-Left out is the learned token that the release ends every tile with. The paper says of no weights
-how they are drawn; here as all linear maps are.
+Text runs from left to right, so `merged_columns` neighbours in a row of patches are merged, 1 x 4
+in the paper. As in the release (X-PLUG/mPLUG-DocOwl, `MplugDocOwlHReducerModel`), there are two
+convolutions whose stride is their kernel, with a GELU between them, then a linear layer. The first
+convolution maps 4 patches of E channels to 4 positions of E channels, the second these to one
+vector of E channels; both see all four. The learned token with which the release ends every tile
+is left out. The paper does not say how weights are initialised; here they are like all linear maps.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from alignvlm_jax.shapes import Array, Float
 
 
 class HReducer(Connector):
-    """Has no distribution over the vocabulary."""
+    """The H-Reducer connector; its patches have no distribution over the vocabulary."""
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Options(ConnectorConfig):
@@ -31,12 +31,12 @@ class HReducer(Connector):
 
     @staticmethod
     def num_tokens(vision: VisionConfig, options: Options) -> int:
-        """Returns one for each `merged_columns` patches."""
+        """Returns the number of visual tokens of a tile, one for each `merged_columns` patches."""
         return vision.num_patches // options.merged_columns
 
     @staticmethod
     def check(vision: VisionConfig, llm: LLMConfig, options: Options) -> None:
-        """Raises UserError where patches would be left over."""
+        """Raises UserError where `merged_columns` does not divide a tile's columns of patches."""
         (_, columns) = vision.patch_grid
         merged = options.merged_columns
         if columns % merged:
@@ -54,8 +54,8 @@ class HReducer(Connector):
         c = self.config
         merged = self.options.merged_columns
         width = c.vision.width
-        # Patches come row after row, and rows are multiples of what is merged: x and y number the
-        # merged patches.
+        # [N, E] to [N / merged, merged, E]: patches come row after row, and `check` made sure that
+        # merged divides a row, so no group spans two rows. x and y number the patches of a group.
         x_NxE = features.reshape(-1, merged, width)
         shape = (merged, width, merged, width)
         axes = (None, "vis_embed", None, "vis_mlp")

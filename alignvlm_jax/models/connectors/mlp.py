@@ -8,7 +8,8 @@ from alignvlm_jax.shapes import Array, Float
 
 
 class MLP(Connector):
-    """Maps each patch by itself; has no distribution over the vocabulary."""
+    """The MLP connector, which maps each patch by itself; its patches have no distribution over the
+    vocabulary."""
 
     @nn.compact
     def encode(self, features: Float[Array, "N E"]) -> Float[Array, "tokens D"]:

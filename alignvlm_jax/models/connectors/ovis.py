@@ -1,13 +1,13 @@
-"""The connector of Ovis (arXiv 2405.20797): each patch becomes a weighted average of a learned
-table.
+"""The connector of Ovis (arXiv 2405.20797): each patch becomes a weighted average of the rows of a
+learned table.
 
     z = LN(F W);  P = softmax_K(z);  out = P E_visual
 
-W [E, K] has no bias; E_visual [K, D] is a table of the connector's own, over a visual vocabulary of
-K entries. From the release (AIDC-AI/Ovis v1.5, `SiglipVisualTokenizer.head` and `VisualEmbedding`)
-come LN on the logits, a table drawn from N(0, 1), and K = 131,072, about as many as its LLMs have
-entries. Left out are its entries that mark where an image begins and ends, its merging of patches,
-and its hard choices of an entry (gumbel, straight-through).
+W [E, K] has no bias; E_visual [K, D] is the connector's own table, over a visual vocabulary of K
+entries. LN on the logits, a table initialised from N(0, 1), and K = 131,072, about the size of its
+LLMs' vocabularies, follow the release (AIDC-AI/Ovis v1.5, `SiglipVisualTokenizer.head` and
+`VisualEmbedding`). Left out are the release's entries for the begin and end of an image, its
+merging of patches, and its hard choices of an entry (gumbel, straight-through).
 """
 
 import dataclasses
@@ -25,7 +25,8 @@ from alignvlm_jax.shapes import Array, Float
 
 
 class Ovis(Connector):
-    """Its distribution is over no vocabulary that could be read."""
+    """The Ovis connector; its distribution is over entries without a spelling, so that
+    `probabilities` is not defined."""
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Options(ConnectorConfig):
@@ -34,12 +35,14 @@ class Ovis(Connector):
         visual_vocab_size: int = 131072  # rows of the learned table
 
         def tensor_sizes(self) -> Mapping[str, int]:
-            """Returns the table's rows."""
+            """Returns the table's number of rows, which are split along `tensor`."""
             return {"visual_vocab_size": self.visual_vocab_size}
 
     def setup(self) -> None:
         c = self.config
         size = self.options.visual_vocab_size
+        # The logical axis is `vocab`, as of the LLM's tables: K is split along `tensor`, and no
+        # device holds a whole [N, K].
         self.head = Einsum(
             "NE,EV->NV", (c.vision.width, size), ("vis_embed", "vocab"), dtype=self.dtype
         )

@@ -1,11 +1,13 @@
-"""The Perceiver Resampler of Flamingo (arXiv 2204.14198): learned latents read a tile.
+"""The Perceiver Resampler of Flamingo (arXiv 2204.14198): a fixed number of learned latents attend
+to the patches of a tile.
 
 In each layer the latents attend to the tile's patches and to themselves, then pass an MLP with a
 squared ReLU. Flamingo was not released: where its text is silent this follows OpenFlamingo
-(`PerceiverResampler`), which has a norm before all that is read and after the last layer, no bias,
-latents from N(0, 1), and GELU for the squared ReLU. Heads are those of the encoder. A linear map
-takes the latents to the LLM's width, where Flamingo has cross-attention read them; an embedding of
-time is left out, since a tile is no frame. Flamingo takes 64 latents and 6 layers.
+(`PerceiverResampler`), which has a norm on the inputs of each sublayer and after the last layer, no
+bias, and latents from N(0, 1); OpenFlamingo's GELU is not taken over. Heads are those of the
+encoder. A linear map takes the latents to the LLM's width, where in Flamingo cross-attention reads
+them; the embedding of time is left out, since a tile is no frame. Flamingo has 64 latents and 6
+layers.
 
 Letters: `shapes.py`; B here counts tiles, M their latents, S what a latent reads.
 """
@@ -25,7 +27,7 @@ MLP_FACTOR = 4
 
 
 class Attention(nn.Module):
-    """Latents attend to patches and latents, each normalised on its own."""
+    """Attention of the latents to patches and latents, which have norms of their own."""
 
     config: VisionConfig
     dtype: jnp.dtype
@@ -35,7 +37,7 @@ class Attention(nn.Module):
         c = self.config
         latents_BME = LayerNorm(c.width, c.norm_eps, name="latents_norm")(latents_BME)
         patches_BPE = LayerNorm(c.width, c.norm_eps, name="patches_norm")(patches_BPE)
-        both_BSE = jnp.concatenate([patches_BPE, latents_BME], axis=1)
+        both_BSE = jnp.concatenate([patches_BPE, latents_BME], axis=1)  # S = P + M
         head_dim = c.width // c.num_heads
         shape = (c.width, c.num_heads, head_dim)
         axes = ("vis_embed", "vis_heads", "head_dim")
@@ -54,7 +56,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers with a squared ReLU."""
+    """A norm and two linear layers with a squared ReLU between them."""
 
     config: VisionConfig
     dtype: jnp.dtype
@@ -75,7 +77,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """latents + attention(latents, patches), then x + mlp(x)."""
+    """A layer of the resampler: latents + attention(latents, patches), then x + mlp(x)."""
 
     config: VisionConfig
     dtype: jnp.dtype
@@ -88,7 +90,7 @@ class Layer(nn.Module):
 
 
 class Perceiver(Connector):
-    """Has no distribution over the vocabulary."""
+    """The Perceiver Resampler connector; its patches have no distribution over the vocabulary."""
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Options(ConnectorConfig):
@@ -99,7 +101,7 @@ class Perceiver(Connector):
 
     @staticmethod
     def num_tokens(vision: VisionConfig, options: Options) -> int:
-        """Returns one for each latent."""
+        """Returns the number of visual tokens of a tile, one for each latent."""
         return options.num_latents
 
     @nn.compact
@@ -115,6 +117,7 @@ class Perceiver(Connector):
             latents_ME.astype(self.dtype), (len(patches_BPE), *latents_ME.shape)
         )
         latents_BME = nn.with_logical_constraint(latents_BME, ("act_batch", "act_len", "act_embed"))
+        # The latents are the scan's carry; every layer reads the same patches.
         layers = scan_blocks(
             Layer, options.num_layers, c.remat, c.scan_unroll, in_axes=(nn.broadcast,)
         )

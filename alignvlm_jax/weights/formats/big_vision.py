@@ -1,4 +1,4 @@
-"""The image tower of a big_vision SigLIP checkpoint, an .npz of its flat parameter tree."""
+"""The image tower of a big_vision SigLIP checkpoint: an .npz of its flattened parameter tree."""
 
 import math
 import zipfile
@@ -21,18 +21,29 @@ from alignvlm_jax.weights.source import (
     rows_per_chunk,
 )
 
+# In checkpoints of the whole training state, and in those of parameters alone.
 ROOTS = ("params/img/", "img/")
 POSITIONS = "pos_embedding"
 BLOCK = "Transformer/encoderblock"
 ATTENTION = "MultiHeadDotProductAttention_0"
+# Pooling head, final projection, text tower, temperature and bias of the loss, optimizer state.
 IGNORED = (r"MAPHead_0/.*", r"head/.*", r"(params/)?txt/.*", r"(params/)?[tb]", r"opt/.*")
+# What zipfile, zlib and numpy raise for a damaged file.
 BAD_ZIP = (zipfile.BadZipFile, ValueError, OSError, EOFError, zipfile.zlib.error)
 
 
 class NpzFile:
-    """The arrays of an .npz, read by rows out of the zip, never unpickled.
+    """The arrays of an .npz, streamed out of the zip in blocks of rows and never unpickled.
 
-    Names below `img/` lose what is above.
+    np.load would read an array whole, and a memory map cannot reach a zip's members, which may be
+    compressed.
+
+    Attributes:
+      name: the path, for messages.
+      tensors: shapes and dtypes by name; of names below `img/`, the part after it.
+
+    Raises:
+      UserError: the file is damaged, or an array is pickled or in Fortran order.
     """
 
     def __init__(self, path: Path):
@@ -55,14 +66,16 @@ class NpzFile:
             raise UserError(f"{where} is damaged or cut short: {err}") from err
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
-        """See `source.Source`."""
+        """Yields an array in blocks of rows, as `source.Source.blocks` defines."""
         member = self._members[name]
         tensor = self.tensors[name]
         where = f"{self.name}: tensor {member.removesuffix('.npy')}"
+        # An array of no or one dimension comes in one block.
         rows = rows_per_chunk(tensor) if len(tensor.shape) > 1 else math.prod(tensor.shape[:1])
         row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
         try:
             with zipfile.ZipFile(self.name) as archive, archive.open(member) as file:
+                # The member is an .npy stream: behind the header the numbers lie row after row.
                 _header(file, where)
                 left = tensor.shape[0] if tensor.shape else 1
                 while left:
@@ -75,16 +88,20 @@ class NpzFile:
 
 
 def open_vision(path: Path, tile_size: int | None = None) -> Tower:
-    """Opens the image tower; its sizes follow from its shapes.
+    """Returns the image tower of a checkpoint; its sizes follow from the shapes of its arrays.
 
     Args:
-      tile_size: pixels a side; another than the checkpoint's own has its positions resampled.
+      path: the .npz file.
+      tile_size: pixels of a tile's side; None takes the checkpoint's own. For another size the
+        position embeddings are resampled.
 
     Raises:
-      UserError: the file is damaged, or holds no ViT with an MLP and learned positions.
+      UserError: the file is damaged, holds no ViT with an MLP and learned positions, or its patch
+        does not divide `tile_size`.
     """
     source = NpzFile(path)
     is_scanned = f"{BLOCK}/LayerNorm_0/scale" in source.tensors
+    # A scanned encoder has all layers in one array, with the axis of layers first.
     first = BLOCK if is_scanned else f"{BLOCK}_0"
     skip = 1 if is_scanned else 0
 
@@ -96,6 +113,7 @@ def open_vision(path: Path, tile_size: int | None = None) -> Tower:
         return source.tensors[name].shape
 
     patch, _, _, width = shape("embedding/kernel")
+    # Kernels of the query are [E, H, h], and positions [1, P, E] of a square grid.
     num_heads = shape(f"{first}/{ATTENTION}/query/kernel")[skip + 1]
     side = math.isqrt(shape(POSITIONS)[1])
     size = tile_size or side * patch
@@ -128,7 +146,7 @@ def open_vision(path: Path, tile_size: int | None = None) -> Tower:
 
 
 def _header(file: object, where: str) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype of an .npy stream, which is left at its first number."""
+    """Returns shape and dtype of an .npy stream, and leaves the stream at its first number."""
     version = np.lib.format.read_magic(file)
     read = (
         np.lib.format.read_array_header_1_0
@@ -140,5 +158,5 @@ def _header(file: object, where: str) -> tuple[tuple[int, ...], np.dtype]:
         raise UserError(
             f"{where} is {'pickled' if dtype.hasobject else 'in Fortran order'}, which is not read"
         )
-    # Of bfloat16 numpy keeps the size alone.
+    # numpy has no bfloat16: it stores such arrays as two opaque bytes a number.
     return shape, np.dtype(ml_dtypes.bfloat16) if dtype == np.dtype("V2") else dtype

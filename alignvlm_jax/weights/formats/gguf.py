@@ -38,19 +38,21 @@ class GGUFFile:
     def __init__(self, path: Path):
         self.name = str(path)
         self._tensors = {_published_name(tensor.name): tensor for tensor in _open(path).tensors}
-        # The file's order of axes is the reverse of ours.
+        # GGUF lists axes with the contiguous one first, the reverse of numpy's order.
         self.tensors = {
             name: Tensor(tuple(int(size) for size in tensor.shape[::-1]), np.dtype(np.float32))
             for name, tensor in self._tensors.items()
         }
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
-        """See `source.Source`."""
+        """Yields a tensor in blocks of rows as float32, as `source.Source.blocks` defines."""
         tensor = self._tensors[name]
         shape = self.tensors[name].shape
         if len(shape) < 2:
             yield _numbers(tensor.data, tensor).reshape(shape)
             return
+        # Quantised blocks lie within a row, so that rows can be dequantised apart from each other.
+        # The bound on a block's bytes is that of its float32 numbers.
         step = rows_per_chunk(self.tensors[name])
         rows = tensor.data.reshape(shape[0], -1)
         for start in range(0, shape[0], step):
@@ -58,22 +60,21 @@ class GGUFFile:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file begins as GGUF files do."""
+    """Whether a file begins with GGUF's magic bytes."""
     with path.open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC
 
 
 def fields(path: Path) -> dict[str, Any]:
-    """Returns the metadata of a file as plain values."""
+    """Returns the metadata of a GGUF file as plain values; UserError where it is damaged."""
     return {name: field.contents() for name, field in _open(path).fields.items()}
 
 
 def open_llm(path: Path) -> Tower:
-    """Opens a Llama-architecture model.
+    """Returns a Llama-architecture model; its sizes follow from the metadata.
 
     Raises:
-      UserError: the file is damaged, of another architecture, or scales its rotary positions
-        otherwise than we do.
+      UserError: the file is damaged, of another architecture, or scales its rotary positions.
     """
     source = GGUFFile(path)
     metadata = fields(path)
@@ -87,8 +88,8 @@ def open_llm(path: Path) -> Tower:
             raise UserError(f"{path} does not say llama.{name}")
         return value
 
-    # Llama 3's scaling is stored as a factor for each frequency, from which its four numbers do not
-    # follow.
+    # Llama 3's scaling is stored as a factor for each frequency, and its four parameters cannot be
+    # computed from these.
     scaled = [name for name in ("rope_freqs.weight",) if name in source.tensors]
     if scaled or get("rope.scaling.type", "none") != "none":
         raise UserError(
@@ -106,11 +107,13 @@ def open_llm(path: Path) -> Tower:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=get("attention.key_length", width // num_heads),
-        # Metadata are float32: 1e-5 comes back as 9.99999974e-06.
+        # Metadata are float32: without rounding, 1e-5 comes back as 9.99999974e-06.
         norm_eps=float(f"{get('attention.layer_norm_rms_epsilon'):.6g}"),
         rope_theta=float(get("rope.freq_base", 10000.0)),
         tie_embeddings="lm_head.weight" not in source.tensors,
     )
+    # llama.cpp permutes the rows of q and k for its own rotary kernel: other matrices are as
+    # published.
     made = {}
     for layer in range(config.num_layers):
         for part, heads in (("q", num_heads), ("k", num_kv_heads)):
@@ -123,6 +126,7 @@ def open_llm(path: Path) -> Tower:
 
 
 def _open(path: Path) -> gguf.GGUFReader:
+    """Returns gguf's reader, which maps the file into memory; UserError where it is damaged."""
     try:
         return gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError, OSError, OverflowError, UnicodeDecodeError) as err:
@@ -132,6 +136,8 @@ def _open(path: Path) -> gguf.GGUFReader:
 
 
 def _published_name(name: str) -> str:
+    """Returns the name in LlamaForCausalLM of a tensor: "blk.0.attn_q.weight" is
+    "model.layers.0.self_attn.q_proj.weight"."""
     parts = name.split(".")
     if parts[0] == "blk" and len(parts) == 4 and parts[2] in LAYER_NAMES:
         return f"model.layers.{parts[1]}.{LAYER_NAMES[parts[2]]}.{parts[3]}"
@@ -143,7 +149,9 @@ def _numbers(data: np.ndarray, tensor: gguf.ReaderTensor) -> np.ndarray:
 
 
 def _halves(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """Rotary pairs (i, i + h/2), as ours, from neighbours (2i, 2i + 1), as the file has them."""
+    """Returns the weight [H h, D] of q or k with the rows of each head permuted: rotary pairs that
+    the file has as neighbours (2i, 2i + 1) become (i, i + h/2), as `layers.apply_rope` has them."""
     rows, columns = weight.shape
+    # [H, h/2, 2, D] to [H, 2, h/2, D].
     pairs = weight.reshape(num_heads, rows // num_heads // 2, 2, columns)
     return pairs.swapaxes(1, 2).reshape(rows, columns)

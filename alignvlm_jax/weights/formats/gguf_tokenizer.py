@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file, written as a file of its kind."""
+"""The conversion of a GGUF file's tokenizer to a tokenizer file of its kind."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +11,10 @@ from alignvlm_jax.data.tokenizers.tiktoken import PATTERN
 from alignvlm_jax.errors import UserError, nearest
 
 CONTROL = 3
-"""Of `tokenizer.ggml.token_type`, which are those of SentencePiece: normal, unknown, control,
-user-defined, ..."""
+"""The value of `tokenizer.ggml.token_type` for control tokens; types are those of SentencePiece:
+normal, unknown, control, user-defined, ..."""
 
-# What splits a text before bytes are merged, by `tokenizer.ggml.pre`.
+# Pre-tokenizers, which split a text before bytes are merged, by `tokenizer.ggml.pre`.
 _BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 _LLAMA3 = pre_tokenizers.Sequence(
     [
@@ -31,11 +31,11 @@ PRE_TOKENIZERS = {
 
 
 def write_gguf_tokenizer(fields: Mapping[str, Any], folder: Path) -> None:
-    """Writes the tokenizer that a GGUF's metadata describe into `folder`: a tokenizer.json, or for
-    a SentencePiece one a tokenizer.model.
+    """Writes the tokenizer that a GGUF's metadata describe into `folder`: as tokenizer.json for
+    byte-level BPE, as tokenizer.model for SentencePiece.
 
     Raises:
-      UserError: it is of a kind that is not known.
+      UserError: the kind of tokenizer, or its pre-tokenizer, is unknown.
     """
     kind = fields.get("tokenizer.ggml.model")
     if kind == "gpt2":
@@ -47,13 +47,15 @@ def write_gguf_tokenizer(fields: Mapping[str, Any], folder: Path) -> None:
 
 
 def _byte_level(fields: Mapping[str, Any]) -> Tokenizer:
+    """Returns the byte-level BPE tokenizer of the metadata."""
     pre = fields.get("tokenizer.ggml.pre", "gpt-2")
     if pre not in PRE_TOKENIZERS:
         raise UserError(f"tokenizer.ggml.pre is {pre!r}{nearest(str(pre), PRE_TOKENIZERS)}")
     tokens = fields["tokenizer.ggml.tokens"]
     types = fields["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
-    # Llama 3 takes a word that is a token as it is, whatever the merges would make of it.
+    # In Llama 3, a pre-token that is in the vocabulary is one token, even where the merges would
+    # not arrive at it.
     model = models.BPE(
         {token: i for i, token in enumerate(tokens)}, merges, ignore_merges=pre.startswith("llama")
     )
@@ -71,6 +73,11 @@ def _byte_level(fields: Mapping[str, Any]) -> Tokenizer:
 
 
 def _sentencepiece(fields: Mapping[str, Any]) -> bytes:
+    """Returns a serialised SentencePiece model of the metadata.
+
+    GGUF keeps the pieces and drops the trainer's settings: those set here are Llama's, BPE with
+    byte fallback and no normalisation.
+    """
     model = sentencepiece_model.ModelProto()
     columns = (fields[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type"))
     for token, score, kind in zip(*columns, strict=True):

@@ -15,18 +15,21 @@ EPS = 1e-6
 
 
 def open_vision(path: Path, tile_size: int | None = None) -> Tower:
-    """Opens a DINOv2 backbone whose graph kept the names of transformers below `backbone`.
+    """Returns a DINOv2 backbone whose graph kept the names of transformers below `backbone`.
 
     Args:
-      tile_size: pixels a side; the graph's own input by default.
+      path: the ONNX file.
+      tile_size: pixels of a tile's side; None takes the size of the graph's input.
 
     Raises:
-      UserError: `onnx` is not installed, the file is damaged, or it holds no such backbone.
+      UserError: `onnx` is not installed, the file is damaged, it holds no such backbone, or its
+        patch does not divide `tile_size`.
     """
     graph = _read(path)
     arrays = _arrays(path, graph)
     source = Arrays(str(path), arrays)
     width, _, patch, _ = arrays["embeddings.patch_embeddings.projection.weight"].shape
+    # An input of variable size has dim_value 0, and needs `tile_size`.
     size = tile_size or graph.input[0].type.tensor_type.shape.dim[-1].dim_value
     if size < patch or size % patch:
         nearest_size = max(1, round(size / patch)) * patch
@@ -53,12 +56,14 @@ def open_vision(path: Path, tile_size: int | None = None) -> Tower:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Returns the backbone's tensors by the names of Dinov2Model; the class token's position is
-    zero."""
+    """Returns the backbone's tensors under the names of Dinov2Model; the class token's position is
+    zero. UserError as `open_vision`."""
     return _arrays(path, _read(path))
 
 
 def _read(path: Path) -> Any:
+    """Returns the graph in an ONNX file; UserError where `onnx` is not installed or the file is
+    damaged."""
     try:
         import onnx
     except ImportError as err:
@@ -72,12 +77,13 @@ def _read(path: Path) -> Any:
 
 
 def _arrays(path: Path, graph: Any) -> dict[str, np.ndarray]:
+    """Returns the tensors of a graph under the names of Dinov2Model."""
     from onnx import numpy_helper
 
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     arrays = {name.removeprefix(PREFIX): x for name, x in stored.items() if name.startswith(PREFIX)}
-    # Weights of linear layers lie transposed under names that say nothing; the nodes that use them
-    # say which they are.
+    # Weights of linear layers lie transposed, [in, out], under names without a meaning; the MatMul
+    # nodes that use them kept the layers' names.
     start = f"/{PREFIX.rstrip('.')}/"
     end = "/MatMul"
     for node in graph.node:
@@ -91,13 +97,17 @@ def _arrays(path: Path, graph: Any) -> dict[str, np.ndarray]:
             f"{path} holds no DINOv2 backbone: neither positions nor a patch embedding were found "
             "in it"
         )
-    # In front of the table stands the class token's own position, which is dropped with it.
+    # Dinov2Model has the class token's position in front of the table. The encoder drops it with
+    # the class token, so zeros stand in for it.
     arrays[dinov2.POSITIONS] = np.concatenate([np.zeros_like(table[:, :1]), table], 1)
     return arrays
 
 
 def _position_table(stored: dict[str, np.ndarray]) -> np.ndarray | None:
-    """The grid's positions [1, P, E], which the graph resamples: the only square table of that
-    shape."""
+    """Returns the position embeddings of the patch grid [1, P, E], or None without any.
+
+    The graph resamples them at run time, under no name to rely on: they are the longest array of
+    that shape.
+    """
     tables = [x for x in stored.values() if x.ndim == 3 and x.shape[0] == 1 and x.shape[1] > 1]
     return max(tables, key=lambda x: x.shape[1], default=None)

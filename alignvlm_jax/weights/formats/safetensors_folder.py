@@ -1,4 +1,4 @@
-"""A folder of safetensors shards as a source of tensors."""
+"""A source of tensors: a folder of safetensors shards."""
 
 import json
 from collections.abc import Iterator
@@ -37,6 +37,7 @@ class SafetensorsFolder:
         for path, names in _shards(folder).items():
             with _opened(path) as shard:
                 held = set(shard.keys())
+                # Either way: a tensor that the index lacks, or one that the file lacks.
                 missing = sorted(held ^ names) if names is not None else []
                 if missing:
                     raise UserError(
@@ -47,10 +48,10 @@ class SafetensorsFolder:
                     self._files[name] = path
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
-        """See `source.Source`."""
+        """Yields a tensor in blocks of rows, as `source.Source.blocks` defines."""
         tensor = self.tensors[name]
-        # Opened for each tensor anew: pages that were mapped and read count as ours until the file
-        # is closed.
+        # The shard is opened anew for each tensor: pages that were mapped and read count as this
+        # process's memory until the file is closed.
         with _opened(self._files[name]) as shard:
             if len(tensor.shape) < 2:
                 yield shard.get_tensor(name)
@@ -65,7 +66,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file.
 
     Raises:
-      UserError: it is missing or damaged.
+      UserError: the file is missing or damaged, or holds no object.
     """
     try:
         value = json.loads(path.read_text())
@@ -79,8 +80,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _shards(folder: Path) -> dict[Path, set[str] | None]:
-    """Files, with the names of the tensors that the index expects in each; None without an
-    index."""
+    """Returns the files of a folder, each with the names of the tensors that the index expects in
+    it, or None without an index; UserError where files are missing."""
     if (folder / INDEX).exists():
         shards: dict[Path, set[str] | None] = {}
         weight_map = read_json(folder / INDEX).get("weight_map")
@@ -102,6 +103,7 @@ def _shards(folder: Path) -> dict[Path, set[str] | None]:
 
 
 def _opened(path: Path) -> Any:
+    """Returns an open shard; UserError where it is damaged."""
     try:
         return safe_open(path, framework="np")
     except (SafetensorError, OSError) as err:
@@ -109,5 +111,6 @@ def _opened(path: Path) -> Any:
 
 
 def _describe(rows: Any) -> Tensor:
-    # Others, such as indices, may stand there to be ignored; the loader refuses to load them.
+    # Tensors of other dtypes, such as indices, may be in the file to be ignored; with dtype void
+    # the loader refuses them only where they are used.
     return Tensor(tuple(rows.get_shape()), DTYPES.get(rows.get_dtype(), np.dtype(np.void)))
