@@ -154,7 +154,7 @@ def batch(config) -> dict[str, np.ndarray]:
 @pytest.fixture
 def mesh(config):
     """The 2 x 2 x 2 mesh, entered."""
-    with mesh_lib.use(mesh_lib.make_mesh(config)) as mesh:
+    with mesh_lib.use(mesh_lib.make_mesh(config.mesh, config.model, config.train)) as mesh:
         yield mesh
 
 

@@ -122,7 +122,9 @@ class Plan:
 
 def check(config: Config, topology: Topology) -> None:
     """Raises UserError where the stage cannot be laid out on slices. Nothing is compiled."""
-    mesh = mesh_lib.abstract(config, topology.num_devices, topology.num_slices)
+    mesh = mesh_lib.abstract(
+        config.mesh, config.model, config.train, topology.num_devices, topology.num_slices
+    )
     state.trainable_paths(config, state.abstract_params(vlm.VLM(config.model), config, mesh))
 
 
@@ -134,12 +136,14 @@ def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> P
       UserError: the mesh does not fit the devices, the batch or the model.
     """
     # By the slices planned for: devices that stand in for them know of none.
-    sizes = mesh_lib.resolve_sizes(config, topology.num_devices, topology.num_slices)
+    sizes = mesh_lib.resolve_sizes(
+        config.mesh, config.model, config.train, topology.num_devices, topology.num_slices
+    )
     config = dataclasses.replace(config, mesh=MeshConfig(**sizes._asdict()))
     model = vlm.VLM(config.model)
     tx = optim.make_optimizer(config)
     is_estimate = devices[0].platform != "tpu"
-    with mesh_lib.use(mesh_lib.make_mesh(config, devices)) as mesh:
+    with mesh_lib.use(mesh_lib.make_mesh(config.mesh, config.model, config.train, devices)) as mesh:
         abstract = state.abstract_state(model, config, tx, mesh)
         compiled, peak_gib = compile_program(
             step.lower_train_step(model, config, tx, abstract, mesh), is_estimate
@@ -180,7 +184,12 @@ def state_gib(config: Config, topology: Topology) -> float:
     model = vlm.VLM(config.model)
     tx = optim.make_optimizer(config)
     abstract: TrainState = state.abstract_state(
-        model, config, tx, mesh_lib.abstract(config, topology.num_devices, topology.num_slices)
+        model,
+        config,
+        tx,
+        mesh_lib.abstract(
+            config.mesh, config.model, config.train, topology.num_devices, topology.num_slices
+        ),
     )
     trained, _ = state.split(abstract.params, state.trainable_paths(config, abstract.params))
     return gib_of_a_device((abstract, trained))

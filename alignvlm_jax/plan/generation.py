@@ -82,9 +82,13 @@ def on_mesh(config: Config, topology: Topology) -> Config:
     train = dataclasses.replace(config.train, batch_size=topology.num_devices, grad_accum_steps=1)
     config = dataclasses.replace(config, train=train)
     # By the slices planned for: devices that stand in for them know of none.
-    sizes = mesh_lib.resolve_sizes(config, topology.num_devices, topology.num_slices)
+    sizes = mesh_lib.resolve_sizes(
+        config.mesh, config.model, config.train, topology.num_devices, topology.num_slices
+    )
     config = dataclasses.replace(config, mesh=MeshConfig(**sizes._asdict()))
-    mesh = mesh_lib.abstract(config, topology.num_devices, topology.num_slices)
+    mesh = mesh_lib.abstract(
+        config.mesh, config.model, config.train, topology.num_devices, topology.num_slices
+    )
     state.abstract_params(vlm.VLM(config.model), config, mesh)
     return config
 
@@ -94,7 +98,7 @@ def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> G
     of another kind."""
     model = vlm.VLM(config.model)
     is_estimate = devices[0].platform != "tpu"
-    mesh = mesh_lib.make_mesh(config, devices)
+    mesh = mesh_lib.make_mesh(config.mesh, config.model, config.train, devices)
     most = config.eval.batch_size
     num_new = config.eval.max_new_tokens
     batch_size = loading.batch_size(most, most, mesh_lib.data_parallel_size(mesh))

@@ -131,7 +131,9 @@ def _resolved(config: Config, open_mesh: MeshConfig, topology: Topology) -> Mesh
     """The mesh with all its sizes, where there is one."""
     whole = aot.with_parallelism(config, open_mesh, 1, "full")
     try:
-        sizes = mesh_lib.resolve_sizes(whole, topology.num_devices, topology.num_slices)
+        sizes = mesh_lib.resolve_sizes(
+            whole.mesh, whole.model, whole.train, topology.num_devices, topology.num_slices
+        )
         mesh = MeshConfig(**sizes._asdict())
         aot.check(_smallest_microbatches(config, mesh), topology)
     except UserError:  # Heads or tokens that do not divide over tensor, or the batch over the rest.

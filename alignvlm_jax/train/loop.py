@@ -59,7 +59,7 @@ def preflight(stages: tuple[Config, ...]) -> None:
     shapes: dict[tuple, Params] = {}
     before: Params | None = None
     for config in stages:
-        mesh = mesh_lib.make_mesh(config)
+        mesh = mesh_lib.make_mesh(config.mesh, config.model, config.train)
         loader.TrainSequences(config, config.data.split)
         loader.by_source(config)
         # Stages mostly share a model, and tracing it takes most of a second.
@@ -226,7 +226,7 @@ def _train_stage(run: Run, stage: Stage, newest: int, lacking: Sequence[str]) ->
     config = stage.config
     model = vlm.VLM(config.model)
     tx = optim.make_optimizer(config)
-    with mesh_lib.use(mesh_lib.make_mesh(config)) as mesh:
+    with mesh_lib.use(mesh_lib.make_mesh(config.mesh, config.model, config.train)) as mesh:
         # Read before anything is compiled: data that is missing should be told at once.
         evaluators = {
             kind.name: kind.open(model, config, mesh) for kind in run.kinds if kind.every(config)

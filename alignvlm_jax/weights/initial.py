@@ -81,7 +81,7 @@ def write(
             write_tokenizer(folder / TOKENIZER)
         chat.format_of(loader.load_tokenizer(_with_tokenizer(config, staging / TOKENIZER)))
         model = vlm.VLM(config.model)
-        mesh = mesh_lib.widest(config)
+        mesh = mesh_lib.widest(config.model)
         with mesh_lib.use(mesh):
             params, table = _params(llm, vision, config, state.abstract_params(model, config, mesh))
         storage.write_whole(

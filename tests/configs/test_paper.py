@@ -36,7 +36,9 @@ def load(name: str, *overrides: str) -> tuple[config_lib.Config, ...]:
 
 
 def paths(config: config_lib.Config) -> state.Params:
-    return state.abstract_params(vlm.VLM(config.model), config, mesh_lib.abstract(config, 8))
+    return state.abstract_params(
+        vlm.VLM(config.model), config, mesh_lib.abstract(config.mesh, config.model, config.train, 8)
+    )
 
 
 @pytest.mark.parametrize(("stage", "llm"), TABLE)
@@ -70,7 +72,7 @@ def test_every_stage_starts_on_any_number_of_chips(llm, num_devices, num_slices,
     """By the rows of its batch: where they are fewer than the chips, `tensor` takes part."""
     for stage in ("stage1", "stage2", "stage3"):
         (config,) = load(f"{stage}.py:{llm}")
-        mesh = mesh_lib.abstract(config, num_devices, num_slices)
+        mesh = mesh_lib.abstract(config.mesh, config.model, config.train, num_devices, num_slices)
         assert mesh.axis_sizes == {512: of_512, 256: of_256}[config.train.batch_size]
     state.abstract_params(vlm.VLM(config.model), config, mesh)
 

@@ -190,7 +190,7 @@ def test_generates_up_to_the_end_token_then_pads_in_one_trace(
 
 def test_sharded_equals_single_device(params, end_id, expected):
     config = dataclasses.replace(CONFIG, mesh=config_lib.MeshConfig(data=1, fsdp=1, tensor=1))
-    mesh = mesh_lib.make_mesh(config, jax.devices()[:1])
+    mesh = mesh_lib.make_mesh(config.mesh, config.model, config.train, jax.devices()[:1])
     np.testing.assert_array_equal(make_sampler(mesh, params, end_id)(PROMPTS, NUM_NEW), expected)
 
 

@@ -157,7 +157,9 @@ def gradients():
             output = align.apply({"params": params}, features, table, LABELS)
             return (output.tokens**2).sum() + output.patch_nll.sum()
 
-        with mesh_lib.use(mesh_lib.make_mesh(tiny_config())) as mesh:
+        with mesh_lib.use(
+            mesh_lib.make_mesh(tiny_config().mesh, tiny_config().model, None)
+        ) as mesh:
             boxed = jax.eval_shape(align.init, jax.random.key(0), FEATURES, TABLE, LABELS)["params"]
             params = jax.device_put(
                 random_params(align, FEATURES, TABLE, LABELS), sharding.tree_sharding(boxed, mesh)

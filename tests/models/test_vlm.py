@@ -135,7 +135,7 @@ class Sharded:
 
     def __init__(self, model: config_lib.ModelConfig):
         (self.single_loss, self.single_losses), self.single_grads = single_step(model)
-        with mesh_lib.use(mesh_lib.make_mesh(CONFIG)) as mesh:
+        with mesh_lib.use(mesh_lib.make_mesh(CONFIG.mesh, CONFIG.model, CONFIG.train)) as mesh:
             abstract = vlm.abstract_batch(CONFIG)
             boxed = jax.eval_shape(
                 lambda: vlm.init_params(vlm.VLM(model), jax.random.key(0), abstract)

@@ -39,7 +39,7 @@ HEADS = jax.sharding.PartitionSpec(("data", "fsdp"), None, "tensor", None)
 def tpu():
     """A mesh of four chips, entered."""
     devices = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
-    with mesh_lib.use(mesh_lib.make_mesh(tiny_config(mesh=MESH), devices)) as mesh:
+    with mesh_lib.use(mesh_lib.make_mesh(MESH, tiny_config().model, None, devices)) as mesh:
         yield mesh
 
 

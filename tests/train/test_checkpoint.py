@@ -33,7 +33,9 @@ METADATA = {"layout_version": checkpoint.LAYOUT_VERSION, "train_seconds": 1.5}
 
 
 def make_mesh(data: int, fsdp: int, tensor: int):
-    return mesh_lib.make_mesh(tiny_config(mesh=MeshConfig(data=data, fsdp=fsdp, tensor=tensor)))
+    return mesh_lib.make_mesh(
+        MeshConfig(data=data, fsdp=fsdp, tensor=tensor), tiny_config().model, None
+    )
 
 
 def make_state(mesh, seed: int = 0) -> state.TrainState:

@@ -24,7 +24,7 @@ def make(tx=None, connector: str = "align", **train_changes):
         config, model=model, train=dataclasses.replace(config.train, **train_changes)
     )
     model = vlm.VLM(config.model)
-    mesh = mesh_lib.make_mesh(config)
+    mesh = mesh_lib.make_mesh(config.mesh, config.model, config.train)
     tx = tx or optim.make_optimizer(config)
     with mesh_lib.use(mesh):
         abstract = state.abstract_state(model, config, tx, mesh)

@@ -31,7 +31,7 @@ def start(trained_workdir):
         tx = optim.make_optimizer(config)
         folder = trained_workdir / checkpoint.FOLDER
         with (
-            mesh_lib.use(mesh_lib.make_mesh(config)) as mesh,
+            mesh_lib.use(mesh_lib.make_mesh(config.mesh, config.model, config.train)) as mesh,
             Checkpoints(folder, read_only=True) as checkpoints,
         ):
             abstract = state.abstract_state(model, config, tx, mesh)
@@ -48,7 +48,8 @@ def start(trained_workdir):
 
 @pytest.fixture
 def stored(trained_workdir):
-    mesh = mesh_lib.make_mesh(restore.load_config(trained_workdir))
+    config = restore.load_config(trained_workdir)
+    mesh = mesh_lib.make_mesh(config.mesh, config.model, config.train)
     return state.flatten(jax.tree.map(np.asarray, restore.load_model(trained_workdir, mesh)[2]))
 
 
@@ -105,7 +106,9 @@ def test_other_shapes_are_an_error_that_names_both(trained_workdir):
     model = vlm.VLM(config.model)
     tx = optim.make_optimizer(config)
     with Checkpoints(trained_workdir / checkpoint.FOLDER, read_only=True) as checkpoints:
-        abstract = state.abstract_state(model, config, tx, mesh_lib.make_mesh(config))
+        abstract = state.abstract_state(
+            model, config, tx, mesh_lib.make_mesh(config.mesh, config.model, config.train)
+        )
         with pytest.raises(
             UserError,
             match=r"mlp/down/kernel is \(2, 32, 16\) in .*/7 and \(2, 64, 16\) in config.model",
@@ -127,7 +130,7 @@ def test_what_one_process_may_fail_to_read_is_agreed_on_before_anything_is_compu
     monkeypatch.setattr(warm_start, "from_llm", noting(order, "from_llm", warm_start.from_llm))
     monkeypatch.setattr(restore, "agreed", lambda read: (read(), order.append("agreed"))[0])
     with (
-        mesh_lib.use(mesh_lib.make_mesh(config)) as mesh,
+        mesh_lib.use(mesh_lib.make_mesh(config.mesh, config.model, config.train)) as mesh,
         Checkpoints(trained_workdir / checkpoint.FOLDER, read_only=True) as checkpoints,
     ):
         abstract = state.abstract_state(model, config, tx, mesh)
