@@ -167,10 +167,10 @@ def _fitted(loaded: Loaded, config: Config) -> Loaded:
     model = VLM(config.model)
     if config.model == loaded.config.model:
         return dataclasses.replace(loaded, config=config)
-    abstract = state.abstract_params(model, config, loaded.mesh)
+    abstract = state.abstract_params(model, loaded.mesh)
     paths = {path for path in state.flatten(abstract) if path.startswith("connector/")}
     with mesh_lib.use(loaded.mesh):
-        drawn = state.init_params(model, config, abstract, paths, jax.random.key(config.seed))
+        drawn = state.init_params(model, abstract, paths, jax.random.key(config.seed))
     return dataclasses.replace(
         loaded, config=config, model=model, params={**loaded.params, **drawn}
     )

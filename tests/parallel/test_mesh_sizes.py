@@ -97,7 +97,7 @@ def test_what_sizes_are_chosen_by_is_what_the_rules_shard(name):
     model = dataclasses.replace(base.model, llm=llm, vision=vision, connector=connector)
     config = dataclasses.replace(base, model=model)
     params = state.abstract_params(
-        vlm.VLM(model), config, mesh_lib.abstract(config.mesh, model, config.train, 1)
+        vlm.VLM(model), mesh_lib.abstract(config.mesh, model, config.train, 1)
     )
     along = {"fsdp": mesh_lib._widths(model), "tensor": mesh_lib._heads(model)}
     common = {axis: math.gcd(*dimensions.values()) for axis, dimensions in along.items()}

@@ -15,8 +15,8 @@ ARCHITECTURE = REPOSITORY / "docs" / "architecture.md"
 AT_MOST = {
     "files": 177,
     "files under 60 lines with a single importer": 5,
-    "longest file, lines": 466,
-    "functions that take the whole Config": 114,
+    "longest file, lines": 464,
+    "functions that take the whole Config": 64,
     "lines over 100 columns": 0,
     "double assignments": 0.001,
 }
