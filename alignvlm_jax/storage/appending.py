@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from alignvlm_jax.storage import bucket
+from alignvlm_jax.storage.bucket_requests import START_PATIENCE, own_patience
 
 EVERY_SECONDS = 30.0
 """What was appended is on the disk, or in the bucket, by then."""
@@ -139,5 +140,5 @@ def close_all() -> None:
     """Closes all that are open, at the end of a program: what cannot be written soon is not written
     any more."""
     for appender in list(_open):
-        with contextlib.suppress(Exception), bucket.own_patience(bucket.START_PATIENCE):
+        with contextlib.suppress(Exception), own_patience(START_PATIENCE):
             appender.close()

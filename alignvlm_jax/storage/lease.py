@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.storage import bucket
+from alignvlm_jax.storage import bucket, bucket_requests
 
 TTL_SECONDS = 60.0
 POLL_SECONDS = 2.0
@@ -98,7 +98,7 @@ class _Lease:
     def __enter__(self) -> None:
         self._take()
         folder = self._name.rpartition("/")[0]
-        self._exit.enter_context(bucket.guarded(f"{folder}/", self._check))
+        self._exit.enter_context(bucket_requests.guarded(f"{folder}/", self._check))
         self._thread = threading.Thread(target=self._renew, daemon=True)
         self._thread.start()
         _held.add(self)
@@ -116,7 +116,7 @@ class _Lease:
         self._exit.close()
         if not self._lost:
             # Not worth an error: it expires.
-            with contextlib.suppress(OSError), bucket.as_guard(TTL_SECONDS / 12):
+            with contextlib.suppress(OSError), bucket_requests.as_guard(TTL_SECONDS / 12):
                 bucket.remove(self._name, self._generation)
 
     def _take(self) -> None:
@@ -179,7 +179,7 @@ class _Lease:
             began = time.monotonic()
             try:
                 # Short: a renewal counts from when it was sent at the earliest.
-                with bucket.as_guard(TTL_SECONDS / 12):
+                with bucket_requests.as_guard(TTL_SECONDS / 12):
                     self._renew_at(began)
             except Exception:
                 # Of the storage, or of its client. Tried again; meanwhile nothing is written once
