@@ -154,7 +154,7 @@ def batch(config) -> dict[str, np.ndarray]:
 @pytest.fixture
 def mesh(config):
     """The 2 x 2 x 2 mesh, entered."""
-    with mesh_lib.use(mesh_lib.make_mesh(config)) as mesh:
+    with mesh_lib.use(mesh_lib.make_mesh(config.mesh, config.model, config.train)) as mesh:
         yield mesh
 
 
@@ -226,7 +226,10 @@ def trained_workdir(tmp_path_factory) -> pathlib.Path:
     )
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, llm=llm))
     # Of numpy: orbax would compile a slice for every shard that several devices hold.
-    params = random_params(vlm.VLM(config.model), vlm.abstract_batch(config))
+    params = random_params(
+        vlm.VLM(config.model),
+        vlm.abstract_batch(config.model, config.data, config.train.batch_size),
+    )
     with checkpoint.Checkpoints(root / checkpoint.FOLDER) as checkpoints:
         checkpoints.save(
             7,

@@ -34,7 +34,11 @@ LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 # What only some files may import.
 READERS_OF_FLAGS = ("commands/", "__main__.py")
 ALLOWED = {
-    "orbax": ("train/checkpoint.py", "train/checkpoint_files.py"),
+    "orbax": (
+        "train/checkpoint.py",
+        "train/checkpoint_files.py",
+        "train/checkpoint_reading.py",
+    ),
     # A command reads flags; an analysis says which ones it has.
     "argparse": (*READERS_OF_FLAGS, "analysis/", "flag_types.py"),
     "absl.flags": READERS_OF_FLAGS,

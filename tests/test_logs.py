@@ -157,7 +157,7 @@ def read(folder: Path) -> str:
 
 
 def test_a_bucket_that_fails_for_a_while_gets_all_later(bucket, bucket_folder, monkeypatch):
-    monkeypatch.setattr("alignvlm_jax.storage.bucket._patience", 0.1)
+    monkeypatch.setattr("alignvlm_jax.storage.bucket_requests._patience", 0.1)
     with host_log(bucket_folder, ship_seconds=0.1):
         absl_logging.info("one")
         with bucket.faulty(error_rate=1.0):

@@ -289,11 +289,11 @@ def _fitted(loaded: Loaded) -> Loaded:
     if config.model.connector == loaded.model.config.connector:
         return loaded
     model = VLM(config.model)
-    abstract = state.abstract_params(model, config, loaded.mesh)
+    abstract = state.abstract_params(model, loaded.mesh)
     # The towers stay the checkpoint's own arrays: several models share them on the devices.
     paths = {path for path in state.flatten(abstract) if path.startswith("connector/")}
     with mesh_lib.use(loaded.mesh):
-        initialised = state.init_params(model, config, abstract, paths, jax.random.key(config.seed))
+        initialised = state.init_params(model, abstract, paths, jax.random.key(config.seed))
     return dataclasses.replace(loaded, model=model, params={**loaded.params, **initialised})
 
 

@@ -19,6 +19,7 @@ from alignvlm_jax.parallel import xla_flags
 from alignvlm_jax.plan import aot, generation, hardware, printing, search
 from alignvlm_jax.plan.generation import GenerationPlan
 from alignvlm_jax.plan.hardware import Topology
+from alignvlm_jax.plan.search import Search
 
 DOES_NOT_FIT = 3
 
@@ -81,12 +82,16 @@ def _generation_plan(config: Config, args: argparse.Namespace) -> GenerationPlan
     topology = hardware.parse_topology(args.topology, args.num_slices)
     if args.mesh:
         config = dataclasses.replace(config, mesh=_mesh(args.mesh))
-    config = generation.on_mesh(config, topology)
+    resolved = generation.on_mesh(config.mesh, config.model, topology)
+    config = dataclasses.replace(config, mesh=resolved)
     say = Console(stderr=True, highlight=False, soft_wrap=True).print
     if hardware.has_tpu_compiler():
         say(xla_flags.set_flags(topology.kind, args.num_slices > 1))
     devices = _devices(topology)
-    say(generation.summary(config))
+    say(
+        f"compiling generation of {config.name} {config.stage}, {config.eval.batch_size} prompts "
+        f"of {config.data.seq_len} tokens"
+    )
     return generation.make(config, topology, devices)
 
 
@@ -110,14 +115,21 @@ def _plan(config: Config, args: argparse.Namespace) -> aot.Plan:
     topology = hardware.parse_topology(args.topology, args.num_slices)
     if args.mesh and args.mesh != "auto":
         config = dataclasses.replace(config, mesh=_mesh(args.mesh))
-    check = search.check if args.mesh == "auto" else aot.check
-    check(config, topology)  # before any device is made
+    candidates = Search(config, topology)
+    # Before any device is made: how many there are is fixed by the first.
+    if args.mesh == "auto":
+        candidates.check()
+    else:
+        aot.check(config, topology)
     if hardware.has_tpu_compiler():
         say(xla_flags.set_flags(kind, args.num_slices > 1))
     devices = _devices(topology)
     if args.mesh == "auto":
-        return search.best(config, topology, devices, say)
-    say(printing.summary(config))
+        return candidates.best(devices, say)
+    say(
+        f"compiling {config.name} {config.stage}, batch {config.train.batch_size} x "
+        f"{config.data.seq_len} tokens"
+    )
     return aot.make(config, topology, devices)
 
 

@@ -5,13 +5,14 @@ import dataclasses
 import operator
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from alignvlm_jax.config import renamed
 from alignvlm_jax.config.fields import (
     MISSING,
     Config,
+    DataConfig,
     LLMConfig,
     ModelConfig,
     SourceConfig,
@@ -103,22 +104,21 @@ BOUNDS = (
 def check(config: Config) -> Config:
     """Returns `config`, or raises UserError for fields that are missing, or impossible alone or
     together."""
-    _check_given(config)
+    _check_given(config.stage, tuple(_missing(config, "")))
     for path, choices in CHOICES.items():
-        value = _get(config, path)
+        value = operator.attrgetter(path)(config)
         if value not in choices:
             known = renamed.value_hint(path, value) or nearest(str(value), choices)
             raise UserError(f"config.{path} is {value!r}{known}")
     for words, holds, bounds in BOUNDS:
         for path, bound in bounds.items():
-            if not holds(_get(config, path), bound):
-                raise UserError(
-                    f"config.{path} is {_get(config, path)}; it must be {words} {bound}"
-                )
+            value = operator.attrgetter(path)(config)
+            if not holds(value, bound):
+                raise UserError(f"config.{path} is {value}; it must be {words} {bound}")
     _check_vision(config.model.vision)
     _check_llm(config.model.llm)
     _check_connector(config.model)
-    _check_data(config)
+    _check_data(config.data, config.tokens_per_tile)
     _check_divides(
         "train.batch_size",
         config.train.batch_size,
@@ -146,10 +146,10 @@ def check(config: Config) -> Config:
     return config
 
 
-def _check_given(config: Config) -> None:
-    """Refuses a config that lacks what has no default, all of it in one line."""
+def _check_given(stage: str, missing: Sequence[str]) -> None:
+    """Refuses a stage that lacks what has no default, all of it in one line."""
     by_group: dict[str, list[str]] = {}
-    for path in _missing(config, ""):
+    for path in missing:
         group, _, name = path.rpartition(".")
         by_group.setdefault(group, []).append(name)
     if not by_group:
@@ -160,7 +160,7 @@ def _check_given(config: Config) -> None:
         usually = f" (usually {USUALLY[group]})" if group in USUALLY else ""
         parts.append(f"config.{group}.{fields}{usually}")
     raise UserError(
-        f"stage {config.stage!r} lacks {', '.join(parts)}; such fields have no default: set them "
+        f"stage {stage!r} lacks {', '.join(parts)}; such fields have no default: set them "
         "in the config file, or as --config.a.b=VALUE"
     )
 
@@ -235,9 +235,8 @@ def _check_options(options: ConnectorConfig) -> None:
                 raise UserError(f"{path} is {value}; it must be at least {bound}")
 
 
-def _check_data(config: Config) -> None:
-    data = config.data
-    image_tokens = data.max_tiles * config.tokens_per_tile
+def _check_data(data: DataConfig, tokens_per_tile: int) -> None:
+    image_tokens = data.max_tiles * tokens_per_tile
     if image_tokens >= data.seq_len:
         raise UserError(
             f"config.data.seq_len {data.seq_len} leaves no room for text: {data.max_tiles} "
@@ -296,10 +295,3 @@ def nearest_divisor(size: int, wanted: int) -> int:
     """Returns the divisor of `size` that is nearest to `wanted`."""
     divisors = [d for d in range(1, size + 1) if size % d == 0]
     return min(divisors, key=lambda d: abs(d - wanted), default=1)
-
-
-def _get(config: Config, path: str) -> Any:
-    value: Any = config
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value

@@ -90,7 +90,7 @@ def load(path: Path, config: Config) -> Loaded:
         {f"tokenizer {path_of_tokenizer}": functools.partial(loader.tokenizer_contents, config)}
     )
     tokenizer = loader.load_tokenizer(config)
-    mesh = mesh_lib.for_inference(config)
+    mesh = mesh_lib.for_inference(config.mesh, config.model)
     trained, model, params, step = restore.load_model(path, mesh)
     path = workdir_of(path) / checkpoint.FOLDER / str(step)
     metadata = restore.read_newest(path, lambda checkpoints, step: checkpoints.metadata(step))

@@ -127,14 +127,8 @@ def abstract_prompts(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shapes, dtypes and shardings of a batch of the longest prompts that a stage's rows
     hold."""
-    train = config.train
-    data = config.data
-    config = dataclasses.replace(
-        config,
-        train=dataclasses.replace(train, batch_size=batch_size),
-        data=dataclasses.replace(data, max_tiles=data.tiles_of_a_record),
-    )
-    shapes = abstract_batch(config)
+    data = dataclasses.replace(config.data, max_tiles=config.data.tiles_of_a_record)
+    shapes = abstract_batch(config.model, data, batch_size)
     rows = sharding.batch_sharding(mesh)
     return {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)

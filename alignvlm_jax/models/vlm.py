@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from alignvlm_jax.config import Config, ModelConfig
+from alignvlm_jax.config import DataConfig, ModelConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import connectors
 from alignvlm_jax.models.connectors.base import VOCABULARY_SUBSET, PatchLabels
@@ -24,6 +24,8 @@ from alignvlm_jax.ops.cross_entropy import TokenLosses
 from alignvlm_jax.shapes import Array, Bool, Float, Int, UInt8
 
 NUM_CHANNELS = 3
+INIT_LENGTH = 8
+"""Tokens of the sequences that parameters are initialised over; even, as cuDNN's attention asks."""
 
 
 class Output(NamedTuple):
@@ -199,20 +201,21 @@ class VLM(nn.Module):
         return nn.with_logical_constraint(x_BTD, ("act_batch", "act_len", "act_embed"))
 
 
-def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes and dtypes of a training step's global batch."""
-    vision = config.model.vision
-    data = config.data
-    batch = config.train.batch_size
-    length = data.seq_len
-    patches = (batch, data.max_tiles, vision.num_patches)
-    tiles = (batch, data.max_tiles, vision.tile_height, vision.tile_width, NUM_CHANNELS)
+def abstract_batch(
+    model: ModelConfig, data: DataConfig, batch_size: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shapes and dtypes of a batch of so many packed sequences, over all devices: tokens
+    [B, T], tiles [B, I, Y, X, C], patch labels [B, I, P, k]."""
+    vision = model.vision
+    tokens = (batch_size, data.seq_len)
+    patches = (batch_size, data.max_tiles, vision.num_patches)
+    tiles = (batch_size, data.max_tiles, vision.tile_height, vision.tile_width, NUM_CHANNELS)
     shapes = {
-        "tokens": ((batch, length), np.int32),
-        "targets": ((batch, length), np.int32),
-        "loss_weights": ((batch, length), np.float32),
-        "positions": ((batch, length), np.int32),
-        "segment_ids": ((batch, length), np.int32),
+        "tokens": (tokens, np.int32),
+        "targets": (tokens, np.int32),
+        "loss_weights": (tokens, np.float32),
+        "positions": (tokens, np.int32),
+        "segment_ids": (tokens, np.int32),
         "tiles": (tiles, np.uint8),
         "patch_label_ids": ((*patches, data.max_patch_labels), np.int32),
         "patch_label_weights": ((*patches, data.max_patch_labels), np.float32),
@@ -221,15 +224,18 @@ def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
 
 
-def init_params(
-    model: VLM, rng: jax.Array, batch: Mapping[str, jax.ShapeDtypeStruct]
-) -> dict[str, Any]:
+def init_params(model: VLM, rng: jax.Array) -> dict[str, Any]:
     """Returns initialised parameters, boxed with their logical axes, under "vision", "connector"
     and "llm".
 
     Connector parameters that start from the LLM are made of the LLM as initialised. Call it inside
-    `jax.eval_shape` or `jax.jit`: only the shapes of `batch` matter.
+    `jax.eval_shape` or `jax.jit`: Flax initialises a module while it reads a batch, which is zeros
+    here and is never computed. No parameter depends on the batch, nor on its shapes.
     """
+    # A sequence for each device of the mesh entered: one alone would not divide over data x fsdp,
+    # as the sharding constraints of activations demand. Without a mesh the size is 0.
+    batch_size = max(jax.sharding.get_abstract_mesh().size, 1)
+    batch = abstract_batch(model.config, DataConfig(seq_len=INIT_LENGTH, max_tiles=1), batch_size)
     zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in batch.items()}
     return init_from_llm(model.config, model.init(rng, zeros)["params"])
 

@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from flax import linen as nn
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from alignvlm_jax.config import Config, MeshConfig
+from alignvlm_jax.config import MeshConfig, ModelConfig, TrainConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel.sharding import RULES
 
@@ -34,18 +35,27 @@ OPENED = (("data",), ("tensor",), ("data", "fsdp"), ("data", "tensor"), ("data",
 """Axes to open in turn where nothing fits: the fewest changes first."""
 
 
-def resolve_sizes(config: Config, num_devices: int, num_slices: int = 1) -> Sizes:
-    """Returns `config.mesh` with a size in the place of each -1.
+def resolve_sizes(
+    mesh: MeshConfig,
+    model: ModelConfig,
+    train: TrainConfig | None,
+    num_devices: int,
+    num_slices: int = 1,
+) -> Sizes:
+    """Returns the sizes of a mesh, with one in the place of each -1.
 
-    A mesh fits where its axes multiply to the number of devices, the rows of a microbatch divide
-    over data x fsdp, and `data` over the slices. Of those that fit, and agree with the sizes given,
-    the one with the smallest tensor axis is taken, and of these the one with the largest fsdp axis.
-    What parameters have along an axis of -1 must divide over it.
+    A mesh fits where its axes multiply to the number of devices, the sequences of a microbatch
+    divide over data x fsdp, and `data` over the slices. Of those that fit, and agree with the sizes
+    given, the one with the smallest tensor axis is taken, and of these the one with the largest
+    fsdp axis. What parameters have along an axis of -1 must divide over it.
+
+    Args:
+      train: whose microbatches must divide; None: batches are made to fit the mesh.
 
     Raises:
       UserError: none fits; the message has the numbers and the nearest that does.
     """
-    requested = _requested(config.mesh)
+    requested = _requested(mesh)
     if any(size < 1 and size != -1 for size in requested):
         raise UserError(
             f"config.mesh {requested}: each axis is at least 1, or -1: of tensor as little as "
@@ -53,22 +63,23 @@ def resolve_sizes(config: Config, num_devices: int, num_slices: int = 1) -> Size
         )
     candidates = list(_candidates(requested, num_devices))
     if not candidates:
-        hint = _nearest(config, num_devices, num_slices)
+        hint = _nearest(mesh, model, train, num_devices, num_slices)
         raise UserError(f"config.mesh {requested} does not fit {num_devices} devices{hint}")
-    for check in _CHECKS:
-        fitting = [sizes for sizes in candidates if not check(config, sizes, num_slices)]
+    # One check after the other: what is told is the first that leaves no candidate.
+    for check in _checks(mesh, model, train, num_slices):
+        fitting = [sizes for sizes in candidates if not check(sizes)]
         if not fitting:
-            wrong = check(config, candidates[0], num_slices)
-            hint = _nearest(config, num_devices, num_slices)
+            wrong = check(candidates[0])
+            hint = _nearest(mesh, model, train, num_devices, num_slices)
             raise UserError(f"config.mesh {requested} on {num_devices} devices: {wrong}{hint}")
         candidates = fitting
     return candidates[0]
 
 
-def largest_fsdp(config: Config, num_devices: int) -> int:
+def largest_fsdp(model: ModelConfig, num_devices: int) -> int:
     """Returns the largest fsdp axis, of at most so many devices, over which every parameter
     divides."""
-    common = math.gcd(*_widths(config).values())
+    common = math.gcd(*_widths(model).values())
     return max(size for size in _divisors(common) if size <= num_devices)
 
 
@@ -86,18 +97,30 @@ def _candidates(requested: Sizes, num_devices: int) -> Iterator[Sizes]:
                 yield sizes
 
 
-def _undivided(config: Config, sizes: Sizes, num_slices: int) -> str:
+def _checks(
+    mesh: MeshConfig, model: ModelConfig, train: TrainConfig | None, num_slices: int
+) -> tuple[Callable[[Sizes], str], ...]:
+    """What sizes must hold to, in the order in which it is told: each says what is wrong with some,
+    "" for nothing."""
+    checks = (
+        functools.partial(_undivided, mesh, model),
+        functools.partial(_across_slices, num_slices),
+    )
+    return checks if train is None else (*checks, functools.partial(_batch_left_over, train))
+
+
+def _undivided(mesh: MeshConfig, model: ModelConfig, sizes: Sizes) -> str:
     """What does not divide over an axis that was left open. Of a size that is given
     `sharding.tree_sharding` says it, with the parameter's path."""
-    for axis, dimensions in (("fsdp", _widths(config)), ("tensor", _heads(config))):
+    for axis, dimensions in (("fsdp", _widths(model)), ("tensor", _heads(model))):
         size = getattr(sizes, axis)
         over = [f"config.{name} {value}" for name, value in dimensions.items() if value % size]
-        if over and getattr(config.mesh, axis) == -1:
+        if over and getattr(mesh, axis) == -1:
             return f"{axis} would be {size}, of which {' and '.join(over)} is no multiple"
     return ""
 
 
-def _across_slices(config: Config, sizes: Sizes, num_slices: int) -> str:
+def _across_slices(num_slices: int, sizes: Sizes) -> str:
     if sizes.data % num_slices == 0:
         return ""
     return (
@@ -106,11 +129,10 @@ def _across_slices(config: Config, sizes: Sizes, num_slices: int) -> str:
     )
 
 
-def _batch_left_over(config: Config, sizes: Sizes, num_slices: int) -> str:
-    train = config.train
+def _batch_left_over(train: TrainConfig, sizes: Sizes) -> str:
     data_parallel_size = sizes.data * sizes.fsdp
-    rows = train.batch_size // train.grad_accum_steps
-    if rows % data_parallel_size == 0:
+    microbatch = train.batch_size // train.grad_accum_steps
+    if microbatch % data_parallel_size == 0:
         return ""
     fewer = [
         steps
@@ -118,50 +140,48 @@ def _batch_left_over(config: Config, sizes: Sizes, num_slices: int) -> str:
         if train.batch_size % (steps * data_parallel_size) == 0
     ]
     changes = [f"--config.train.grad_accum_steps={fewer[-1]}"] if fewer else []
-    nearest = max(round(rows / data_parallel_size), 1) * data_parallel_size
+    nearest = max(round(microbatch / data_parallel_size), 1) * data_parallel_size
     changes.append(f"--config.train.batch_size={nearest * train.grad_accum_steps}")
     return (
-        f"a microbatch of {rows} (train.batch_size {train.batch_size} / grad_accum_steps "
+        f"a microbatch of {microbatch} (train.batch_size {train.batch_size} / grad_accum_steps "
         f"{train.grad_accum_steps}) does not divide over data x fsdp = {data_parallel_size}; "
         f"nearest that does: {' or '.join(changes)}"
     )
 
 
-_CHECKS = (_undivided, _across_slices, _batch_left_over)
-
-
-def _nearest(config: Config, num_devices: int, num_slices: int) -> str:
+def _nearest(
+    mesh: MeshConfig,
+    model: ModelConfig,
+    train: TrainConfig | None,
+    num_devices: int,
+    num_slices: int,
+) -> str:
     """What to change of the mesh alone, so that it fits; nothing where no mesh does."""
-    strict = dataclasses.replace(config, mesh=ALL_OPEN)
+    # As if every axis were open: a size that is proposed must divide the parameters, too.
+    checks = _checks(ALL_OPEN, model, train, num_slices)
     for axes in OPENED:
-        opened = dataclasses.replace(config.mesh, **dict.fromkeys(axes, -1))
+        opened = dataclasses.replace(mesh, **dict.fromkeys(axes, -1))
         for sizes in _candidates(_requested(opened), num_devices):
-            if not any(check(strict, sizes, num_slices) for check in _CHECKS):
+            if not any(check(sizes) for check in checks):
                 flags = [
-                    f"--config.mesh.{a}={getattr(sizes, a)}"
-                    for a in axes
-                    if getattr(config.mesh, a) != -1
+                    f"--config.mesh.{a}={getattr(sizes, a)}" for a in axes if getattr(mesh, a) != -1
                 ]
                 return f"; with {' '.join(flags)} the mesh is {sizes}"
     return ""
 
 
-def _widths(config: Config) -> dict[str, int]:
+def _widths(model: ModelConfig) -> dict[str, int]:
     """The dimensions that the sharding rules put on fsdp, with any connector."""
-    return {
-        "model.llm.width": config.model.llm.width,
-        "model.vision.width": config.model.vision.width,
-    }
+    return {"model.llm.width": model.llm.width, "model.vision.width": model.vision.width}
 
 
-def _heads(config: Config) -> dict[str, int]:
+def _heads(model: ModelConfig) -> dict[str, int]:
     """The dimensions that they put on tensor.
 
     Those of connectors are multiples of these, but for what they name.
     """
-    llm = config.model.llm
-    vision = config.model.vision
-    connector = config.model.connector
+    llm = model.llm
+    vision = model.vision
     dimensions = {
         "model.llm.num_heads": llm.num_heads,
         "model.llm.num_kv_heads": llm.num_kv_heads,
@@ -171,7 +191,7 @@ def _heads(config: Config) -> dict[str, int]:
         "model.vision.mlp_width": vision.mlp_width,
     }
     return dimensions | {
-        f"model.connector.{option}": size for option, size in connector.tensor_sizes().items()
+        f"model.connector.{option}": size for option, size in model.connector.tensor_sizes().items()
     }
 
 
@@ -182,20 +202,31 @@ def _divisors(number: int) -> list[int]:
 AXES = Sizes._fields
 
 
-def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns the mesh that `config.mesh` asks for, over all devices by default.
+def make_mesh(
+    mesh: MeshConfig,
+    model: ModelConfig,
+    train: TrainConfig | None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """Returns the mesh that a config asks for, over all devices by default.
 
     Raises:
       UserError: none fits the devices, the batch and the model (`resolve_sizes`).
     """
     devices = jax.devices() if devices is None else devices
-    return _mesh(resolve_sizes(config, len(devices), _num_slices(devices)), devices)
+    return _mesh(resolve_sizes(mesh, model, train, len(devices), _num_slices(devices)), devices)
 
 
-def abstract(config: Config, num_devices: int, num_slices: int = 1) -> AbstractMesh:
-    """Returns the mesh that `config.mesh` asks for over devices that need not be there; UserError
-    as `make_mesh`."""
-    sizes = resolve_sizes(config, num_devices, num_slices)
+def abstract(
+    mesh: MeshConfig,
+    model: ModelConfig,
+    train: TrainConfig | None,
+    num_devices: int,
+    num_slices: int = 1,
+) -> AbstractMesh:
+    """Returns the mesh that a config asks for over devices that need not be there; UserError as
+    `make_mesh`."""
+    sizes = resolve_sizes(mesh, model, train, num_devices, num_slices)
     return AbstractMesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
@@ -229,7 +260,8 @@ def _num_slices(devices: Sequence[jax.Device]) -> int:
 
 
 def data_parallel_size(mesh: Mesh) -> int:
-    """Returns over how many devices the rows of a batch are spread: it must divide the batch."""
+    """Returns over how many devices the sequences of a batch are spread: it must divide the
+    batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -238,36 +270,27 @@ def single_device() -> Mesh:
     return _mesh((1, 1, 1), jax.local_devices()[:1])
 
 
-def widest(config: Config) -> Mesh:
+def widest(model: ModelConfig) -> Mesh:
     """Returns the mesh that spreads each parameter as far as it divides, and holds what is left
     over as copies.
 
-    A batch may have any number of rows. All devices take part, since a part of a TPU slice forms no
-    mesh and every process needs its own; only a single process off TPUs leaves out those that would
-    hold nothing but copies.
+    A batch may be of any size. All devices take part, since some of a TPU slice's form no mesh and
+    every process needs its own; only a single process off TPUs leaves out those that would hold
+    nothing but copies.
     """
     devices = jax.devices()
     if devices[0].platform != "tpu" and jax.process_count() == 1:
-        devices = devices[: largest_fsdp(config, len(devices))]
-    return make_mesh(
-        _for_any_rows(config, MeshConfig(data=-1, fsdp=-1, tensor=1), len(devices)), devices
-    )
+        devices = devices[: largest_fsdp(model, len(devices))]
+    return make_mesh(MeshConfig(data=-1, fsdp=-1, tensor=1), model, None, devices)
 
 
-def for_inference(config: Config) -> Mesh:
-    """Returns the mesh of training where it fits these devices, else the widest; rows of a batch do
-    not count."""
+def for_inference(mesh: MeshConfig, model: ModelConfig) -> Mesh:
+    """Returns the mesh of training where it fits these devices, else the widest; the batch of
+    training does not count."""
     try:
-        return make_mesh(_for_any_rows(config, config.mesh, jax.device_count()))
+        return make_mesh(mesh, model, None)
     except UserError:
-        return widest(config)
-
-
-def _for_any_rows(config: Config, mesh: MeshConfig, rows: int) -> Config:
-    """The config with a batch of as many rows as there are devices, which divides over any mesh of
-    them."""
-    train = dataclasses.replace(config.train, batch_size=rows, grad_accum_steps=1)
-    return dataclasses.replace(config, mesh=mesh, train=train)
+        return widest(model)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from alignvlm_jax.config import Config, MeshConfig
+from alignvlm_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.plan import collectives, flops, stopping
@@ -22,7 +22,6 @@ from alignvlm_jax.plan.collectives import Communication
 from alignvlm_jax.plan.hardware import Topology
 from alignvlm_jax.plan.stopping import Stopping
 from alignvlm_jax.train import optim, state, step
-from alignvlm_jax.train.state import TrainState
 
 GIB = 2**30
 UTILISATIONS = (0.3, 0.4, 0.5)
@@ -54,7 +53,7 @@ class Plan:
     communication: dict[str, Communication]
 
     def step_seconds(self, utilisation: float) -> float:
-        """Returns the seconds of a step of which the chips' peak is reached to that share (MFU)."""
+        """Returns the seconds of a step that reaches that fraction of the chips' peak (MFU)."""
         return sum(self.flops.values()) / (self.topology.peak_flops * utilisation)
 
     def days(self, utilisation: float) -> float:
@@ -120,10 +119,23 @@ class Plan:
         }
 
 
+def mesh_on(
+    topology: Topology, mesh: MeshConfig, model: ModelConfig, train: TrainConfig | None
+) -> MeshConfig:
+    """Returns the mesh with the sizes of all its axes on slices; UserError where it does not fit
+    them, or the batch or the model."""
+    # By the slices planned for: devices that stand in for them know of none.
+    sizes = mesh_lib.resolve_sizes(mesh, model, train, topology.num_devices, topology.num_slices)
+    return MeshConfig(**sizes._asdict())
+
+
 def check(config: Config, topology: Topology) -> None:
-    """Raises UserError where the stage cannot be laid out on slices. Nothing is compiled."""
-    mesh = mesh_lib.abstract(config, topology.num_devices, topology.num_slices)
-    state.trainable_paths(config, state.abstract_params(vlm.VLM(config.model), config, mesh))
+    """Raises UserError where the stage does not fit on slices. Nothing is compiled."""
+    mesh = mesh_lib.abstract(
+        config.mesh, config.model, config.train, topology.num_devices, topology.num_slices
+    )
+    params = state.abstract_params(vlm.VLM(config.model), mesh)
+    state.trainable_paths(config.train, config.stage, params)
 
 
 def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> Plan:
@@ -133,25 +145,25 @@ def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> P
     Raises:
       UserError: the mesh does not fit the devices, the batch or the model.
     """
-    # By the slices planned for: devices that stand in for them know of none.
-    sizes = mesh_lib.resolve_sizes(config, topology.num_devices, topology.num_slices)
-    config = dataclasses.replace(config, mesh=MeshConfig(**sizes._asdict()))
+    resolved = mesh_on(topology, config.mesh, config.model, config.train)
+    config = dataclasses.replace(config, mesh=resolved)
     model = vlm.VLM(config.model)
-    tx = optim.make_optimizer(config)
+    tx = optim.make_optimizer(config.optim, config.train.num_steps)
     is_estimate = devices[0].platform != "tpu"
-    with mesh_lib.use(mesh_lib.make_mesh(config, devices)) as mesh:
-        abstract = state.abstract_state(model, config, tx, mesh)
+    with mesh_lib.use(mesh_lib.make_mesh(config.mesh, config.model, config.train, devices)) as mesh:
+        abstract = state.abstract_state(model, config.train, tx, mesh)
         compiled, peak_gib = compile_program(
             step.lower_train_step(model, config, tx, abstract, mesh), is_estimate
         )
         communication = collectives.communication(compiled.as_text()) if compiled else {}
+    trainable = state.trainable_paths(config.train, config.stage, abstract.params)
     sizes = {path: math.prod(x.shape) for path, x in state.flatten(abstract.params).items()}
     return Plan(
         topology=topology,
         config=config,
         mesh=dict(mesh.shape),
         num_params=sum(sizes.values()),
-        num_trained=sum(sizes[path] for path in state.trainable_paths(config, abstract.params)),
+        num_trained=sum(sizes[path] for path in trainable),
         param_gib=gib_of_a_device(abstract.params),
         optimizer_gib=gib_of_a_device(abstract.opt_state),
         state_gib=sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(abstract))
@@ -164,25 +176,16 @@ def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> P
     )
 
 
-def with_parallelism(config: Config, mesh: MeshConfig, grad_accum_steps: int, remat: str) -> Config:
-    """Returns the stage, laid out otherwise."""
-    return dataclasses.replace(
-        config,
-        mesh=mesh,
-        model=dataclasses.replace(config.model, remat=remat),
-        train=dataclasses.replace(config.train, grad_accum_steps=grad_accum_steps),
-    )
-
-
 def state_gib(config: Config, topology: Topology) -> float:
     """Returns the GiB a device of parameters, optimizer state and gradients: less than that is
     never enough."""
-    model = vlm.VLM(config.model)
-    tx = optim.make_optimizer(config)
-    abstract: TrainState = state.abstract_state(
-        model, config, tx, mesh_lib.abstract(config, topology.num_devices, topology.num_slices)
+    mesh = mesh_lib.abstract(
+        config.mesh, config.model, config.train, topology.num_devices, topology.num_slices
     )
-    trained, _ = state.split(abstract.params, state.trainable_paths(config, abstract.params))
+    tx = optim.make_optimizer(config.optim, config.train.num_steps)
+    abstract = state.abstract_state(vlm.VLM(config.model), config.train, tx, mesh)
+    trainable = state.trainable_paths(config.train, config.stage, abstract.params)
+    trained, _ = state.split(abstract.params, trainable)
     return gib_of_a_device((abstract, trained))
 
 
@@ -202,7 +205,7 @@ def compile_program(
 
 def _peak_gib(compiled: jax.stages.Compiled, is_estimate: bool) -> float:
     memory = compiled.memory_analysis()
-    if is_estimate:  # CPU's compiler counts no temporaries as part of the peak.
+    if is_estimate:  # CPU's compiler counts no temporaries in the peak.
         new = memory.output_size_in_bytes - memory.alias_size_in_bytes
         return (memory.argument_size_in_bytes + new + memory.temp_size_in_bytes) / GIB
     # Not the sum: buffers that live at different times share memory.

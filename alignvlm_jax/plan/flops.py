@@ -45,12 +45,16 @@ def step_flops(config: Config, params: Params) -> dict[str, float]:
     stage trains some."""
     config = dataclasses.replace(config, model=_plain(config.model))
     model = vlm.VLM(config.model)
-    batch = step.train_inputs(config, vlm.abstract_batch(config))
+    batch = step.train_inputs(
+        config.train, vlm.abstract_batch(config.model, config.data, config.train.batch_size)
+    )
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    trainable, frozen = state.split(shapes, state.trainable_paths(config, shapes))
+    trainable, frozen = state.split(
+        shapes, state.trainable_paths(config.train, config.stage, shapes)
+    )
 
     def loss(trainable: Params, frozen: Params, batch: dict[str, Any]) -> jax.Array:
-        return step.whole_loss(model, config, state.merge(trainable, frozen), batch)
+        return step.whole_loss(model, config.train, state.merge(trainable, frozen), batch)
 
     # With its value: else the forward pass of what is recomputed would be dead code.
     return matmul_flops(jax.value_and_grad(loss), trainable, frozen, batch)

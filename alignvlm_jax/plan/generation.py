@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from alignvlm_jax.config import Config, MeshConfig
+from alignvlm_jax.config import Config, MeshConfig, ModelConfig
 from alignvlm_jax.inference import loading, sampler
 from alignvlm_jax.inference.sampler import Sampler
 from alignvlm_jax.models import vlm
@@ -71,34 +71,30 @@ class GenerationPlan:
         }
 
 
-def on_mesh(config: Config, topology: Topology) -> Config:
-    """Returns the config with the sizes of its mesh on a slice; rows of a training batch mean
+def on_mesh(mesh: MeshConfig, model: ModelConfig, topology: Topology) -> MeshConfig:
+    """Returns the mesh with the sizes of all its axes on a slice; the batch of training means
     nothing here.
 
     Raises:
-      UserError: no mesh that the config asks for fits the devices and the model. Nothing is
-        compiled.
+      UserError: no mesh that is asked for fits the devices and the model. Nothing is compiled.
     """
-    train = dataclasses.replace(config.train, batch_size=topology.num_devices, grad_accum_steps=1)
-    config = dataclasses.replace(config, train=train)
-    # By the slices planned for: devices that stand in for them know of none.
-    sizes = mesh_lib.resolve_sizes(config, topology.num_devices, topology.num_slices)
-    config = dataclasses.replace(config, mesh=MeshConfig(**sizes._asdict()))
-    mesh = mesh_lib.abstract(config, topology.num_devices, topology.num_slices)
-    state.abstract_params(vlm.VLM(config.model), config, mesh)
-    return config
+    mesh = aot.mesh_on(topology, mesh, model, None)
+    devices = mesh_lib.abstract(mesh, model, None, topology.num_devices, topology.num_slices)
+    # For what it raises, of a parameter that does not divide.
+    state.abstract_params(vlm.VLM(model), devices)
+    return mesh
 
 
 def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> GenerationPlan:
-    """Compiles the generation of a config of `on_mesh` for the devices of a slice, or for as many
-    of another kind."""
+    """Compiles the generation of a config, whose mesh is one of `on_mesh`, for the devices of a
+    slice, or for as many of another kind."""
     model = vlm.VLM(config.model)
     is_estimate = devices[0].platform != "tpu"
-    mesh = mesh_lib.make_mesh(config, devices)
+    mesh = mesh_lib.make_mesh(config.mesh, config.model, None, devices)
     most = config.eval.batch_size
     num_new = config.eval.max_new_tokens
     batch_size = loading.batch_size(most, most, mesh_lib.data_parallel_size(mesh))
-    params = state.abstract_params(model, config, mesh)
+    params = state.abstract_params(model, mesh)
     # Which tokens end an answer does not change what the program needs.
     generating = Sampler(model, mesh, end_ids=(0,), pad_id=0)
     prompts = sampler.abstract_prompts(config, batch_size, mesh)
@@ -112,7 +108,7 @@ def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> G
         batch_size=batch_size,
         num_params=sum(math.prod(x.shape) for x in jax.tree.leaves(params)),
         param_gib=aot.gib_of_a_device(params),
-        cache_gib=_cache_gib(config, batch_size, mesh),
+        cache_gib=_cache_gib(config.model, batch_size, config.data.seq_len + num_new, mesh),
         peak_hbm_gib=peak_gib,
         fits=peak_gib is not None and peak_gib <= topology.chip.hbm_gib,
         is_estimate=is_estimate,
@@ -120,7 +116,7 @@ def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> G
 
 
 def text(plan: GenerationPlan) -> str:
-    """Returns what is needed, part by part, and what to change where it does not fit."""
+    """Returns what is needed, for each thing held, and what to change where it does not fit."""
     config = plan.config
     data = plan.config.data
     chip = plan.topology.chip
@@ -158,17 +154,8 @@ def advice(plan: GenerationPlan) -> str:
     return "; ".join(changes)
 
 
-def summary(config: Config) -> str:
-    """Returns a line that says what is about to be compiled."""
-    return (
-        f"compiling generation of {config.name} {config.stage}, {config.eval.batch_size} prompts "
-        f"of {config.data.seq_len} tokens"
-    )
-
-
-def _cache_gib(config: Config, batch_size: int, mesh: jax.sharding.Mesh) -> float:
-    """GiB a device of the cache of a batch."""
-    llm = Llama(config.model.llm, jnp.dtype(config.model.dtype), "none")
-    length = config.data.seq_len + config.eval.max_new_tokens
+def _cache_gib(model: ModelConfig, batch_size: int, length: int, mesh: jax.sharding.Mesh) -> float:
+    """GiB a device of the keys and values [B, S, K, h] of all layers, S = `length`."""
+    llm = Llama(model.llm, jnp.dtype(model.dtype), "none")
     cache = jax.eval_shape(lambda: llm.empty_cache(batch_size, length))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) / mesh.size / aot.GIB

@@ -1,6 +1,5 @@
 """A plan as people read it."""
 
-from alignvlm_jax.config import Config
 from alignvlm_jax.plan import hardware, stopping
 from alignvlm_jax.plan.aot import GIB, UTILISATIONS, Plan
 from alignvlm_jax.plan.hardware import Topology
@@ -90,14 +89,6 @@ def advice(plan: Plan) -> str:
     if name := larger(plan.topology):
         changes.append(f"--topology={name}")
     return "; ".join(changes)
-
-
-def summary(config: Config) -> str:
-    """Returns a line that says what is about to be compiled."""
-    return (
-        f"compiling {config.name} {config.stage}, batch {config.train.batch_size} x "
-        f"{config.data.seq_len} tokens"
-    )
 
 
 def verdict(plan: Plan) -> str:

@@ -79,8 +79,7 @@ class Row:
     def num_connector_params(self) -> int:
         """Returns the parameters of the connector."""
         model = vlm.VLM(self.runs[0].config.model)
-        batch = vlm.abstract_batch(self.runs[0].config)
-        params = jax.eval_shape(lambda: vlm.init_params(model, jax.random.key(0), batch))
+        params = jax.eval_shape(lambda: vlm.init_params(model, jax.random.key(0)))
         return sum(x.size for x in jax.tree.leaves(params["connector"]))
 
     def analysis(self, name: str) -> list[Mapping[str, Any]]:

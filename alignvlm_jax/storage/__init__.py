@@ -17,9 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.storage import appending, bucket, lease
+from alignvlm_jax.storage import appending, bucket, bucket_requests, lease
 from alignvlm_jax.storage.appending import Appender
-from alignvlm_jax.storage.bucket import RUN_PATIENCE, SCHEME, is_bucket, name_of, patience
+from alignvlm_jax.storage.bucket import SCHEME, is_bucket, name_of
+from alignvlm_jax.storage.bucket_requests import RUN_PATIENCE, patience
 
 __all__ = ["RUN_PATIENCE", "Appender", "Path", "is_bucket", "patience"]
 
@@ -270,7 +271,7 @@ def check_held(where: Path) -> None:
     yet, it returns, and the next write waits."""
     if is_bucket(where):
         with contextlib.suppress(TimeoutError):
-            bucket.check_guards(name_of(where))
+            bucket_requests.check_guards(name_of(where))
 
 
 def sync_all() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from alignvlm_jax.storage import bucket
+from alignvlm_jax.storage.bucket_requests import START_PATIENCE, own_patience
 
 EVERY_SECONDS = 30.0
 """Seconds within which an appended piece is on the disk or in the bucket."""
@@ -155,5 +156,5 @@ def close_all() -> None:
     given up."""
     # A copy, since `close` removes from the set.
     for appender in list(_open):
-        with contextlib.suppress(Exception), bucket.own_patience(bucket.START_PATIENCE):
+        with contextlib.suppress(Exception), own_patience(START_PATIENCE):
             appender.close()

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.storage import bucket
+from alignvlm_jax.storage import bucket, bucket_requests
 
 TTL_SECONDS = 60.0
 POLL_SECONDS = 2.0
@@ -102,7 +102,7 @@ class _Lease:
     def __enter__(self) -> None:
         self._take()
         folder = self._name.rpartition("/")[0]
-        self._exit.enter_context(bucket.guarded(f"{folder}/", self._check))
+        self._exit.enter_context(bucket_requests.guarded(f"{folder}/", self._check))
         self._thread = threading.Thread(target=self._renew, daemon=True)
         self._thread.start()
         _held.add(self)
@@ -121,7 +121,7 @@ class _Lease:
         if not self._lost:
             # A failure is not worth an error, since the lease expires. The generation keeps us from
             # removing another process's lease.
-            with contextlib.suppress(OSError), bucket.as_guard(TTL_SECONDS / 12):
+            with contextlib.suppress(OSError), bucket_requests.as_guard(TTL_SECONDS / 12):
                 bucket.remove(self._name, self._generation)
 
     def _take(self) -> None:
@@ -194,7 +194,7 @@ class _Lease:
             try:
                 # With little patience: a renewal counts from before it was sent, so one that took
                 # long would be worth less than a new one.
-                with bucket.as_guard(TTL_SECONDS / 12):
+                with bucket_requests.as_guard(TTL_SECONDS / 12):
                     self._renew_at(began)
             except Exception:
                 # Any error of the storage or its client: the next round tries again, and `_check`

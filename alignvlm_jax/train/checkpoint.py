@@ -1,5 +1,6 @@
-"""Checkpoints of a run: orbax composites of state, data position and metadata. With
-`checkpoint_files` the only file that knows orbax.
+"""Checkpoints of a run, orbax composites of state, data position and metadata: how they are saved,
+kept and quarantined. With `checkpoint_files` and `checkpoint_reading` the only file that knows
+orbax.
 
     workdir/checkpoints/STEP/{state, data, metadata, metrics, commit_success.txt}
 
@@ -14,45 +15,31 @@ import itertools
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import storage
-from alignvlm_jax.config import Config, renamed
+from alignvlm_jax.config import Config
 from alignvlm_jax.data import shards
 from alignvlm_jax.errors import TryAgainError, UserError
 from alignvlm_jax.parallel import distributed, exchange
-from alignvlm_jax.storage import Path, faults
-from alignvlm_jax.storage.faults import Kind
+from alignvlm_jax.storage import Path
 from alignvlm_jax.train import checkpoint_files, commit
-from alignvlm_jax.train.checkpoint_files import _is_of_device, _may_pass, is_step
-from alignvlm_jax.train.state import Params, TrainState
-
-T = TypeVar("T")
-
-LAYOUT_VERSION = 1
-"""Of the folder above and of parameter paths; raise it when an older checkpoint can no longer be
-read."""
+from alignvlm_jax.train.checkpoint_files import is_step
+from alignvlm_jax.train.checkpoint_reading import LAYOUT_VERSION, BrokenCheckpoint, Reader
+from alignvlm_jax.train.state import TrainState
 
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 FOLDER = "checkpoints"
-MAX_DIFFERENCES = 3
-"""Named in the message; the rest is counted."""
 POLL_SECONDS = 0.05
-PAUSES = (1.0, 2.0, 4.0, 8.0)
-"""Seconds between the tries to read what the storage does not give."""
 
 
-class BrokenCheckpoint(Exception):
-    """A checkpoint that cannot be read; the message is one line."""
-
-
-class Checkpoints:
+class Checkpoints(Reader):
     """The checkpoints below one folder, written asynchronously.
 
     Kept: the newest `keep`, the one with the least validation loss of the newest stage, and those
@@ -71,10 +58,9 @@ class Checkpoints:
         """`host_gb` bounds what a save copies and writes at once, and makes its caller wait; it
         must hold any array."""
         checkpoint_files.quiet_terminal()
-        self.folder = storage.absolute(folder)
+        super().__init__(folder, checkpoint_files.handlers(host_gb))
         if not read_only or storage.is_bucket(self.folder):
             storage.check_name(self.folder)
-        self._handlers = checkpoint_files.handlers(host_gb)
         # Of several processes one that only reads waits for no other: the manager would, at its
         # barriers.
         self._manager = None if read_only else self._make_manager(keep, stage_ends)
@@ -170,17 +156,6 @@ class Checkpoints:
                     )
         return exchange.from_main(renames)
 
-    def latest(self) -> int | None:
-        """Returns the newest step that is whole, or None."""
-        return max(self.steps(), default=None)
-
-    def steps(self) -> list[int]:
-        """Returns the steps that are whole, oldest first."""
-        numbered = [child for child in storage.children(self.folder) if is_step(child.name)]
-        return sorted(
-            int(child.name) for child in numbered if (child / checkpoint_files.COMMITTED).exists()
-        )
-
     def save(
         self,
         step: int,
@@ -250,77 +225,6 @@ class Checkpoints:
         except Exception as err:
             raise self._save_error(err) from err
 
-    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Returns the state on the shardings of `abstract`, whatever mesh wrote it, and the
-        position in the data.
-
-        This process reads by itself, as in all that follows: it waits for no other, so that one
-        that fails can tell.
-
-        Raises:
-          BrokenCheckpoint: its files are damaged, or not all there.
-          UserError: the storage does not give it now, or it holds another model; the checkpoint may
-            well be whole.
-        """
-
-        def read(folder: Path) -> tuple[TrainState, dict[str, Any]]:
-            restored = self._handlers["state"].restore(
-                folder / "state", args=checkpoint_files.pytree_restore(abstract)
-            )
-            position = renamed.names(self._read_json(folder, "data"), renamed.POSITION)
-            position["next_sequence"]  # Without it this is no position: KeyError says so.
-            return restored, position
-
-        return self._read(step, read, abstract)
-
-    def restore_params(self, step: int, abstract: Params) -> Params:
-        """Returns the parameters that `abstract` names, on its shardings; other parts are not
-        read."""
-        wanted = {"params": abstract}
-
-        def read(folder: Path) -> Params:
-            args = checkpoint_files.pytree_restore(wanted, partial=True)
-            found = self._handlers["state"].restore(folder / "state", args=args)["params"]
-            # Of what is not there orbax gives back, without a word, what it was asked for.
-            if not all(isinstance(x, jax.Array) for x in jax.tree.leaves(found)):
-                raise ValueError("arrays are missing")
-            return found
-
-        return self._read(step, read, wanted)
-
-    def metadata(self, step: int) -> dict[str, Any]:
-        """Returns what `describe` gave, with the step and an id of the run; UserError for a layout
-        that this version cannot read, and for a checkpoint under another step's name."""
-        metadata, layout = self._read(
-            step, lambda folder: _with_layout(self._read_json(folder, "metadata"))
-        )
-        if layout != LAYOUT_VERSION:
-            raise UserError(
-                f"checkpoint {self.folder / str(step)} has layout {layout}; this version reads "
-                f"layout {LAYOUT_VERSION}"
-            )
-        if metadata.get("step", step) != step:
-            raise UserError(
-                f"checkpoint {self.folder / str(step)} is of step {metadata['step']}: it was "
-                "copied or renamed; move it away, or give it its name again"
-            )
-        return metadata
-
-    def config(self, step: int) -> Config:
-        """Returns the config of the stage that wrote a checkpoint."""
-        metadata = self.metadata(step)
-        stages = config_lib.from_json(metadata["config"])
-        return next(stage for stage in stages if stage.stage == metadata["stage"])
-
-    def stored_params(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns the shape and dtype of every stored parameter by path."""
-        return self._read(
-            step,
-            lambda folder: checkpoint_files.shapes(
-                self._handlers["state"].metadata(folder / "state").tree["params"]
-            ),
-        )
-
     def quarantine(self, step: int) -> Path:
         """Moves a broken checkpoint, so that its step can be written again, to STEP.broken, or to
         STEP.broken.N where that is taken; returns the new path. All of its files stay: where
@@ -339,57 +243,6 @@ class Checkpoints:
             for number in itertools.chain([""], (f".{n}" for n in itertools.count(2)))
         )
         return next(self.folder / free for free in names if not (self.folder / free).exists())
-
-    def _read(self, step: int, read: Callable[[Path], T], wanted: Any = None) -> T:
-        """Returns read(folder of the step), tried again while the storage does not answer."""
-        name = f"checkpoint {self.folder / str(step)}"
-        for pause in (*PAUSES, None):
-            try:
-                return read(self.folder / str(step))
-            except Exception as err:
-                kind = faults.kind_of(err, str(self.folder))
-                if kind is Kind.MACHINE or _is_of_device(err):
-                    raise  # The checkpoint may well be whole.
-                if kind is Kind.DAMAGE:
-                    if wanted is not None and (differing := self._differences(step, wanted)):
-                        raise UserError(f"{name} holds another model: {differing}") from err
-                    raise BrokenCheckpoint(
-                        f"{name} cannot be read ({checkpoint_files.first_line(err)})"
-                    ) from err
-                if kind is Kind.REFUSED or pause is None:
-                    # What the storage refuses it will refuse again.
-                    error = UserError if kind is Kind.REFUSED else TryAgainError
-                    reason = f"could not be read now ({checkpoint_files.first_line(err)})"
-                    raise error(
-                        f"{name} {reason}; it stays as it is: call again when its storage gives it"
-                    ) from err
-            time.sleep(pause)
-        raise AssertionError("the last try returns or raises")
-
-    def _read_json(self, folder: Path, item: str) -> dict[str, Any]:
-        return checkpoint_files.without_checksum(
-            self._handlers[item].restore(folder / item, args=ocp.args.JsonRestore())
-        )
-
-    def _differences(self, step: int, wanted: Any) -> str:
-        """Returns how a checkpoint's arrays differ from those wanted of it; "" where they do not,
-        or nobody knows."""
-        try:
-            stored = checkpoint_files.shapes(
-                self._handlers["state"].metadata(self.folder / str(step) / "state").tree
-            )
-        except Exception:
-            return ""
-        lines = []
-        for path, array in checkpoint_files.shapes(wanted).items():
-            if path not in stored:
-                lines.append(f"it has no {path}")
-            elif stored[path].shape != array.shape:
-                lines.append(
-                    f"{path} is {list(stored[path].shape)} there and {list(array.shape)} here"
-                )
-        more = f" and {len(lines) - MAX_DIFFERENCES} more" if len(lines) > MAX_DIFFERENCES else ""
-        return ", ".join(lines[:MAX_DIFFERENCES]) + more
 
     def _id_of_run(self) -> str:
         """Returns what tells this run from others, over all its resumes."""
@@ -420,7 +273,9 @@ class Checkpoints:
         """The failed step is told from those that stand; orbax's message may run over many
         lines."""
         self._failed = True
-        error = TryAgainError if (_may_pass(err) if may_pass is None else may_pass) else UserError
+        if may_pass is None:
+            may_pass = checkpoint_files.may_pass(err)
+        error = TryAgainError if may_pass else UserError
         # What cannot be written can often not be listed either: the first error is the one to
         # report.
         try:
@@ -453,10 +308,6 @@ def describe(
         "git": commit.git_hash(),
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
-
-
-def _with_layout(metadata: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    return metadata, metadata["layout_version"]
 
 
 def _quality(metrics: Mapping[str, float]) -> tuple[float, float]:

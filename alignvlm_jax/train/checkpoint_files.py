@@ -159,7 +159,7 @@ def quiet_terminal() -> None:
             handler.addFilter(_NotOfOrbax())
 
 
-def _may_pass(err: BaseException) -> bool:
+def may_pass(err: BaseException) -> bool:
     """Whether what was not saved may be saved when the run is started again. Not where there is no
     room or no permission, or the folder is gone; but where another process was lost, with which
     this one wrote."""
@@ -168,10 +168,10 @@ def _may_pass(err: BaseException) -> bool:
             return isinstance(one, TryAgainError)
         if isinstance(one, FileNotFoundError):
             return False
-    return _is_of_device(err) or faults.kind_of(err) not in (Kind.REFUSED, Kind.MACHINE)
+    return is_of_device(err) or faults.kind_of(err) not in (Kind.REFUSED, Kind.MACHINE)
 
 
-def _is_of_device(err: BaseException) -> bool:
+def is_of_device(err: BaseException) -> bool:
     return any(isinstance(one, jax.errors.JaxRuntimeError) for one in faults.chain(err))
 
 

@@ -59,14 +59,14 @@ def preflight(stages: tuple[Config, ...]) -> None:
     shapes: dict[tuple, Params] = {}
     before: Params | None = None
     for config in stages:
-        mesh = mesh_lib.make_mesh(config)
+        mesh = mesh_lib.make_mesh(config.mesh, config.model, config.train)
         loader.TrainSequences(config, config.data.split)
         loader.by_source(config)
         # Stages mostly share a model, and tracing it takes most of a second.
         key = config.model, config.mesh
         if key not in shapes:
-            shapes[key] = state.abstract_params(vlm.VLM(config.model), config, mesh)
-        state.trainable_paths(config, shapes[key])
+            shapes[key] = state.abstract_params(vlm.VLM(config.model), mesh)
+        state.trainable_paths(config.train, config.stage, shapes[key])
         if before is None and config.init_from:
             _check_init_from(config, shapes[key])
         if before is not None:
@@ -96,7 +96,7 @@ def _check_init_from(config: Config, abstract: Params) -> None:
 
     def check(checkpoints: Checkpoints, step: int) -> None:
         stored = {path: x.shape for path, x in checkpoints.stored_params(step).items()}
-        warm_start.loadable(config, stored, wanted, checkpoints.folder / str(step))
+        warm_start.loadable(config.train, stored, wanted, checkpoints.folder / str(step))
 
     restore.read_newest(storage.path(config.init_from), check)
 
@@ -225,13 +225,13 @@ def _train_stage(run: Run, stage: Stage, newest: int, lacking: Sequence[str]) ->
     lacking; 0 is no checkpoint."""
     config = stage.config
     model = vlm.VLM(config.model)
-    tx = optim.make_optimizer(config)
-    with mesh_lib.use(mesh_lib.make_mesh(config)) as mesh:
+    tx = optim.make_optimizer(config.optim, config.train.num_steps)
+    with mesh_lib.use(mesh_lib.make_mesh(config.mesh, config.model, config.train)) as mesh:
         # Read before anything is compiled: data that is missing should be told at once.
         evaluators = {
             kind.name: kind.open(model, config, mesh) for kind in run.kinds if kind.every(config)
         }
-        abstract = state.abstract_state(model, config, tx, mesh)
+        abstract = state.abstract_state(model, config.train, tx, mesh)
         with run.phases.enter("restoring"):
             live, position = _start(run, stage, newest, model, tx, abstract)
         _quarantine_broken(run, newest)
@@ -268,7 +268,7 @@ def _start(
         return restore.agreed(lambda: checkpoints.restore(newest, abstract))
 
     def read(source: Checkpoints, source_step: int) -> warm_start.Found:
-        return warm_start.read(config, abstract, source, source_step)
+        return warm_start.read(config.train, abstract, source, source_step)
 
     found = None
     if newest:
@@ -276,9 +276,10 @@ def _start(
     elif config.init_from:
         found = restore.read_newest(storage.path(config.init_from), read)
     rng = jax.random.fold_in(jax.random.key(config.seed), stage.index)
-    params, table = warm_start.start_params(model, config, abstract, found, rng)
+    params, table = warm_start.start_params(model, abstract, found, rng)
     run.progress.say(table)
-    opt_state = state.init_opt_state(tx, config, abstract, params)
+    trainable = state.trainable_paths(config.train, config.stage, abstract.params)
+    opt_state = state.init_opt_state(tx, trainable, abstract, params)
     first = jax.device_put(np.asarray(stage.begin, np.int32), abstract.step.sharding)
     return TrainState(first, params, opt_state), {"next_sequence": 0}
 
@@ -345,13 +346,15 @@ def _announce(run: Run, stage: Stage, newest: int, mesh: Mesh, abstract: TrainSt
             f"mesh: {axes}\n{sharding.table(abstract.params, state.shardings_of(abstract.params))}"
         )
         run.announced = True
-    trained = sum(sizes[path] for path in state.trainable_paths(stage.config, abstract.params))
+    config = stage.config
+    trainable = state.trainable_paths(config.train, config.stage, abstract.params)
+    trained = sum(sizes[path] for path in trainable)
     what = (
         f"steps {newest + 1} to {stage.end}"
         if newest < stage.end
         else f"what a stop left out at step {newest}"
     )
     run.progress.say(
-        f"stage {stage.config.stage!r}: {what}, trains {trained:,} of {sum(sizes.values()):,} "
+        f"stage {config.stage!r}: {what}, trains {trained:,} of {sum(sizes.values()):,} "
         "parameters; compiling"
     )

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import optax
 
-from alignvlm_jax.config import Config
+from alignvlm_jax.config import OptimConfig
 from alignvlm_jax.shapes import Array, Int
 from alignvlm_jax.train import state
 
@@ -15,11 +15,9 @@ Shapes cannot tell: under scan a norm's scale has two dimensions too.
 """
 
 
-def make_schedule(config: Config) -> optax.Schedule:
-    """Returns the learning rate by the number of updates made in this stage: linear warm-up, then a
-    cosine."""
-    optim = config.optim
-    num_steps = config.train.num_steps
+def make_schedule(optim: OptimConfig, num_steps: int) -> optax.Schedule:
+    """Returns the learning rate by the number of updates made in a stage of so many steps: linear
+    warm-up, then a cosine."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=optim.learning_rate,
@@ -29,14 +27,13 @@ def make_schedule(config: Config) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Returns the optax chain that `config.optim` describes."""
-    optim = config.optim
-    scales = config.optim.learning_rate_scale
+def make_optimizer(optim: OptimConfig, num_steps: int) -> optax.GradientTransformation:
+    """Returns the optax chain of a stage of so many steps."""
+    scales = optim.learning_rate_scale
     return optax.chain(
         optax.clip_by_global_norm(optim.clip_norm),
         optax.adamw(
-            make_schedule(config),
+            make_schedule(optim, num_steps),
             b1=optim.b1,
             b2=optim.b2,
             eps=optim.eps,
@@ -48,7 +45,8 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def _scale_components(scales: Mapping[str, float]) -> optax.GradientTransformation:
-    """Multiplies the updates of whole parts, which is to multiply their learning rate."""
+    """Multiplies the updates of whole components of the model, which is to multiply their learning
+    rate."""
 
     def scaled(updates: state.Params, params: state.Params | None) -> state.Params:
         del params

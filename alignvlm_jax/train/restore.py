@@ -122,7 +122,7 @@ def load_model(path: Path, mesh: Mesh) -> tuple[Config, vlm.VLM, Params, int]:
     def read(checkpoints: Checkpoints, step: int) -> tuple[Config, vlm.VLM, Params, int]:
         config = checkpoints.config(step)
         model = vlm.VLM(config.model)
-        abstract = state.abstract_params(model, config, mesh)
+        abstract = state.abstract_params(model, mesh)
         return config, model, checkpoints.restore_params(step, abstract), step
 
     return read_newest(path, read)

@@ -189,7 +189,7 @@ class StageLoop:
         if self._is_device_busy():
             phases.move("waiting", "training", time.monotonic() - began)
         with jax.transfer_guard("disallow"):
-            return sharding.put_batch(step.train_inputs(self.stage.config, batch), self.mesh)
+            return sharding.put_batch(step.train_inputs(self.stage.config.train, batch), self.mesh)
 
     def _wait_for_step(self) -> None:
         jax.block_until_ready(self.unread and self.unread[1])

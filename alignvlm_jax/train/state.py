@@ -1,4 +1,5 @@
-"""The training state: its parts, how it is created on a mesh, and which parameters a stage trains.
+"""The training state: what is in it, how it is created on a mesh, and which parameters a stage
+trains.
 
 Parameters are plain nested dicts; a path is the "/"-joined keys of a leaf, such as
 `vision/blocks/attn/q/kernel`.
@@ -15,7 +16,7 @@ import optax
 from flax import struct, traverse_util
 from jax.sharding import Mesh
 
-from alignvlm_jax.config import Config
+from alignvlm_jax.config import TrainConfig
 from alignvlm_jax.errors import UserError, nearest
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import sharding
@@ -83,41 +84,46 @@ def merge(first: Params, second: Params) -> Params:
     return unflatten(flatten(first) | flatten(second))
 
 
-def trainable_paths(config: Config, params: Params) -> set[str]:
-    """Returns the paths that this stage trains; UserError where a pattern, or all of them, match
-    none."""
-    chosen = match_paths(config.train.trainable, flatten(params), "train.trainable")
+def trainable_paths(train: TrainConfig, stage: str, params: Params) -> set[str]:
+    """Returns the paths that the stage of the name `stage` trains.
+
+    Raises:
+      UserError: a pattern, or all of them, match none.
+    """
+    chosen = _matched(train, params)
     if not chosen:
         raise UserError(
-            f"config.train.trainable is empty in stage {config.stage!r}: nothing would be trained"
+            f"config.train.trainable is empty in stage {stage!r}: nothing would be trained"
         )
     return chosen
 
 
+def _matched(train: TrainConfig, params: Params) -> set[str]:
+    return match_paths(train.trainable, flatten(params), "train.trainable")
+
+
 def abstract_state(
-    model: vlm.VLM, config: Config, tx: optax.GradientTransformation, mesh: Mesh
+    model: vlm.VLM, train: TrainConfig, tx: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """Returns the state's shapes, dtypes and shardings. Nothing is computed."""
+    """Returns the state's shapes, dtypes and shardings, with optimizer state for what is trained
+    alone. Nothing is computed."""
 
     def boxed_state() -> TrainState:
-        params = vlm.init_params(model, jax.random.key(0), vlm.abstract_batch(config))
-        trainable, _ = split(params, trainable_paths(config, params))
+        params = vlm.init_params(model, jax.random.key(0))
+        trainable, _ = split(params, _matched(train, params))
         return TrainState(jnp.zeros((), jnp.int32), params, tx.init(trainable))
 
     return _with_shardings(boxed_state, mesh)
 
 
-def abstract_params(model: vlm.VLM, config: Config, mesh: Mesh) -> Params:
+def abstract_params(model: vlm.VLM, mesh: Mesh) -> Params:
     """Returns the parameters' shapes, dtypes and shardings, whatever is trained."""
-    return _with_shardings(
-        lambda: vlm.init_params(model, jax.random.key(0), vlm.abstract_batch(config)), mesh
-    )
+    return _with_shardings(lambda: vlm.init_params(model, jax.random.key(0)), mesh)
 
 
-def init_params(
-    model: vlm.VLM, config: Config, abstract: Params, paths: set[str], rng: Array
-) -> Params:
-    """Draws those of the parameters `abstract` that are at `paths`, each shard on its own device.
+def init_params(model: vlm.VLM, abstract: Params, paths: set[str], rng: Array) -> Params:
+    """Returns those of the parameters `abstract` that are at `paths`, initialised, float32, each
+    shard on its own device.
 
     The others are never made: XLA drops them.
     """
@@ -125,9 +131,7 @@ def init_params(
     model = vlm.VLM(dataclasses.replace(model.config, scan_unroll=1))
 
     def init(rng: Array) -> Params:
-        params, _ = split(
-            sharding.unbox(vlm.init_params(model, rng, vlm.abstract_batch(config))), paths
-        )
+        params, _ = split(sharding.unbox(vlm.init_params(model, rng)), paths)
         # A weakly typed parameter would trace the step anew once the optimizer has made it strong.
         return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
 
@@ -135,11 +139,12 @@ def init_params(
 
 
 def init_opt_state(
-    tx: optax.GradientTransformation, config: Config, abstract: TrainState, params: Params
+    tx: optax.GradientTransformation, trainable: set[str], abstract: TrainState, params: Params
 ) -> optax.OptState:
-    """Creates the optimizer state of the trainable parameters, sharded like them."""
-    trainable, _ = split(params, trainable_paths(config, params))
-    return jax.jit(tx.init, out_shardings=shardings_of(abstract.opt_state))(trainable)
+    """Returns the initial optimizer state of the parameters at the paths `trainable`, sharded like
+    them."""
+    trained, _ = split(params, trainable)
+    return jax.jit(tx.init, out_shardings=shardings_of(abstract.opt_state))(trained)
 
 
 def shardings_of(abstract: Any) -> Any:
@@ -157,7 +162,7 @@ def _with_shardings(make_boxed: Callable[[], Any], mesh: Mesh) -> Any:
 
 
 def _nearest_path(pattern: str, paths: list[str]) -> str:
-    """Compares against paths and the folders above them, since patterns mostly name a part."""
+    """Compares against paths and the folders above them, since patterns mostly name a component."""
     folders = {
         "/".join(path.split("/")[:n]) + "/.*"
         for path in paths

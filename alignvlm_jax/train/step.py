@@ -10,7 +10,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from alignvlm_jax.config import Config
+from alignvlm_jax.config import Config, DataConfig, TrainConfig
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.shapes import Array, Float
@@ -23,7 +23,7 @@ EvalStep = Callable[[Params, Mapping[str, Array]], Metrics]
 
 
 def select(
-    config: Config, batch: Mapping[str, Array], *, measure_patches: bool
+    train: TrainConfig, batch: Mapping[str, Array], *, measure_patches: bool
 ) -> dict[str, Array]:
     """Returns the arrays of a batch that a step looks at, so that the others are never sent to a
     device.
@@ -32,65 +32,75 @@ def select(
     the patch loss alone.
     """
     unused: set[str] = set()
-    if config.train.visual_source == "oracle":
+    if train.visual_source == "oracle":
         unused |= {"tiles", "patch_loss_weights"}
     elif not measure_patches:
         unused |= {"patch_label_ids", "patch_label_weights", "patch_loss_weights"}
     return {name: array for name, array in batch.items() if name not in unused}
 
 
-def train_inputs(config: Config, batch: Mapping[str, Array]) -> dict[str, Array]:
+def train_inputs(train: TrainConfig, batch: Mapping[str, Array]) -> dict[str, Array]:
     """Returns what the training step takes of a batch; the patch loss is left out where it has no
     weight."""
-    return select(config, batch, measure_patches=config.train.patch_token_weight > 0)
+    return select(train, batch, measure_patches=train.patch_token_weight > 0)
 
 
-def eval_inputs(config: Config, batch: Mapping[str, Array]) -> dict[str, Array]:
+def eval_inputs(train: TrainConfig, batch: Mapping[str, Array]) -> dict[str, Array]:
     """Returns what the validation step takes of a batch; the patch loss is measured whether trained
     or not."""
-    return select(config, batch, measure_patches=True)
+    return select(train, batch, measure_patches=True)
 
 
-def make_train_step(model: vlm.VLM, config: Config, tx: optax.GradientTransformation) -> TrainStep:
+def make_train_step(
+    model: vlm.VLM,
+    train: TrainConfig,
+    trainable: set[str],
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
+) -> TrainStep:
     """Returns step(state, batch) -> (state, metrics).
 
     Loss = answer_loss + patch_token_weight * patch_loss + z_loss * (mean of log_sum_exp squared),
     each a sum divided once by its weight in the whole batch, so that neither microbatches nor
-    sharding changes it. Only the stage's trainable parameters get gradients. Where the gradient's
-    norm is not finite the step changes nothing but the step count.
+    sharding changes it. Only the parameters at the paths `trainable` get gradients. Where the
+    gradient's norm is not finite the step changes nothing but the step count.
+
+    Args:
+      tx: the optimizer, whose state covers what is trained alone.
+      schedule: the learning rate by the number of updates, for the metrics; `tx` has its own.
     """
-    schedule = optim.make_schedule(config)
 
     def train_step(old: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, Metrics]:
-        trainable, frozen = state.split(old.params, state.trainable_paths(config, old.params))
+        trained, frozen = state.split(old.params, trainable)
+        # Of the whole batch: what a microbatch's sums are divided by must not depend on the split.
         weights = _weights(batch)
 
-        def loss_fn(trainable: Params, microbatch: Mapping[str, Array]) -> tuple[Array, Metrics]:
-            sums = _sums(model, config, state.merge(trainable, frozen), microbatch)
-            return _total(config, means(sums | weights)), sums
+        def loss_fn(trained: Params, microbatch: Mapping[str, Array]) -> tuple[Array, Metrics]:
+            sums = _sums(model, train, state.merge(trained, frozen), microbatch)
+            return _total(train, means(sums | weights)), sums
 
         def add_microbatch(
             total: Params, microbatch: Mapping[str, Array]
         ) -> tuple[Params, Metrics]:
-            grads, sums = jax.grad(loss_fn, has_aux=True)(trainable, microbatch)
+            grads, sums = jax.grad(loss_fn, has_aux=True)(trained, microbatch)
             return jax.tree.map(jnp.add, total, grads), sums
 
-        microbatches = _split_microbatches(batch, config.train.grad_accum_steps)
-        grads, sums = jax.lax.scan(
-            add_microbatch, jax.tree.map(jnp.zeros_like, trainable), microbatches
-        )
+        microbatches = _split_microbatches(batch, train.grad_accum_steps)
+        # Summed as the parameters are, in float32, whatever the model computes in.
+        zeros = jax.tree.map(jnp.zeros_like, trained)
+        grads, sums = jax.lax.scan(add_microbatch, zeros, microbatches)
         sums = jax.tree.map(lambda x: x.sum(0), sums)
 
         grad_norm = optax.global_norm(grads)
-        updates, opt_state = tx.update(grads, old.opt_state, trainable)
-        updated = optax.apply_updates(trainable, updates), opt_state
-        trainable, opt_state = jax.tree.map(
+        updates, opt_state = tx.update(grads, old.opt_state, trained)
+        updated = optax.apply_updates(trained, updates), opt_state
+        trained, opt_state = jax.tree.map(
             lambda new, kept: jnp.where(jnp.isfinite(grad_norm), new, kept),
             updated,
-            (trainable, old.opt_state),
+            (trained, old.opt_state),
         )
         metrics = means(sums | weights)
-        loss = _total(config, metrics)
+        loss = _total(train, metrics)
         if "patch_loss" in metrics:
             # Of a batch without a labelled patch it is unknown: a 0 would enter the means that are
             # logged.
@@ -103,26 +113,26 @@ def make_train_step(model: vlm.VLM, config: Config, tx: optax.GradientTransforma
             "learning_rate": schedule(optim.num_updates(old.opt_state)),
             "num_updates": optim.num_updates(opt_state),
         }
-        return TrainState(old.step + 1, state.merge(trainable, frozen), opt_state), metrics
+        return TrainState(old.step + 1, state.merge(trained, frozen), opt_state), metrics
 
     return train_step
 
 
-def make_eval_step(model: vlm.VLM, config: Config) -> EvalStep:
+def make_eval_step(model: vlm.VLM, train: TrainConfig) -> EvalStep:
     """Returns step(params, batch) -> sums and weights of the batch; add them over batches, then
     take `means`."""
 
     def eval_step(params: Params, batch: Mapping[str, Array]) -> Metrics:
-        return _sums(model, config, params, batch) | _weights(batch)
+        return _sums(model, train, params, batch) | _weights(batch)
 
     return eval_step
 
 
 def whole_loss(
-    model: vlm.VLM, config: Config, params: Params, batch: Mapping[str, Array]
+    model: vlm.VLM, train: TrainConfig, params: Params, batch: Mapping[str, Array]
 ) -> Float[Array, ""]:
     """Returns the loss of a batch that is one microbatch: what a training step minimises."""
-    return _total(config, means(_sums(model, config, params, batch) | _weights(batch)))
+    return _total(train, means(_sums(model, train, params, batch) | _weights(batch)))
 
 
 def compile_steps(
@@ -136,11 +146,11 @@ def compile_steps(
     donated.
 
     What comes back cannot be traced again: a batch or state of other shapes or dtypes is an error,
-    not a slow step. The validation step takes `validation_batch_size` rows.
+    not a slow step. The validation step takes `validation_batch_size` sequences.
     """
     lowered = (
         lower_train_step(model, config, tx, abstract, mesh),
-        _lower_eval_step(model, config, abstract, mesh),
+        _lower_eval_step(model, config.data, config.train, abstract.params, mesh),
     )
     # Tracing needs the mesh, which is this thread's; XLA's work, most of the time, does not.
     with ThreadPoolExecutor(len(lowered)) as pool:
@@ -148,9 +158,10 @@ def compile_steps(
     return train_step, eval_step
 
 
-def validation_batch_size(config: Config) -> int:
-    """Sequences of a validation batch: those of a microbatch, which are known to fit."""
-    return config.train.batch_size // config.train.grad_accum_steps
+def validation_batch_size(train: TrainConfig) -> int:
+    """Returns the sequences of a validation batch: those of a microbatch, which are known to
+    fit."""
+    return train.batch_size // train.grad_accum_steps
 
 
 def means(sums: Mapping[str, Array]) -> dict[str, Array]:
@@ -170,26 +181,28 @@ def means(sums: Mapping[str, Array]) -> dict[str, Array]:
     return result
 
 
-def _total(config: Config, losses: Metrics) -> Array:
+def _total(train: TrainConfig, losses: Metrics) -> Array:
     return (
         losses["answer_loss"]
-        + config.train.patch_token_weight * losses.get("patch_loss", 0.0)
-        + config.train.z_loss * losses.get("z_loss", 0.0)
+        + train.patch_token_weight * losses.get("patch_loss", 0.0)
+        + train.z_loss * losses.get("z_loss", 0.0)
     )
 
 
-def _sums(model: vlm.VLM, config: Config, params: Params, batch: Mapping[str, Array]) -> Metrics:
+def _sums(
+    model: vlm.VLM, train: TrainConfig, params: Params, batch: Mapping[str, Array]
+) -> Metrics:
     """Weighted sums over a batch: answer loss, right answer tokens, and the patch loss where it is
     measured."""
     tokens, patch_nll = model.apply(
-        {"params": params}, batch, visual_source=config.train.visual_source, method=vlm.VLM.losses
+        {"params": params}, batch, visual_source=train.visual_source, method=vlm.VLM.losses
     )
     weights = batch["loss_weights"]
     sums = {
         "answer_sum": jnp.sum(tokens.nll * weights),
         "correct_sum": jnp.sum(tokens.is_correct * weights),
     }
-    if config.train.z_loss:
+    if train.z_loss:
         sums["z_sum"] = jnp.sum(jnp.square(tokens.log_sum_exp) * weights)
     if "patch_loss_weights" in batch:
         sums["patch_sum"] = jnp.sum(patch_nll * batch["patch_loss_weights"])
@@ -204,8 +217,11 @@ def _weights(batch: Mapping[str, Array]) -> Metrics:
 
 
 def _split_microbatches(batch: Mapping[str, Array], num_microbatches: int) -> dict[str, Array]:
-    """[B, ...] to [parts, B / parts, ...]; each part takes every n-th row, so that rows stay on
-    their devices."""
+    """[B, ...] to [n, B / n, ...] of n microbatches; each takes every n-th sequence.
+
+    Cut into runs of B / n sequences, a microbatch would lie on one n-th of the devices, and all of
+    it would have to be sent around; so each device gives each microbatch some of its own.
+    """
 
     def split(x: Array) -> Array:
         x = x.reshape(x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:]).swapaxes(0, 1)
@@ -223,38 +239,39 @@ def lower_train_step(
 ) -> jax.stages.Lowered:
     """Traces the training step for the mesh entered; to be compiled, and for a machine that is not
     this one, too."""
-    batch = _abstract_batch(
-        train_inputs(config, vlm.abstract_batch(config)), config.train.batch_size, mesh
-    )
+    train = config.train
+    batch = vlm.abstract_batch(config.model, config.data, train.batch_size)
+    trainable = state.trainable_paths(train, config.stage, abstract.params)
+    schedule = optim.make_schedule(config.optim, train.num_steps)
     shardings = state.shardings_of(abstract)
     step = jax.jit(
-        make_train_step(model, config, tx),
+        make_train_step(model, train, trainable, tx, schedule),
         in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        # Stated, not left to the partitioner: a donated buffer is used again only for an output of
+        # the same sharding, and the state of one step is the argument of the next.
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
     )
-    return step.lower(abstract, batch)
+    return step.lower(abstract, _sharded(train_inputs(train, batch), mesh))
 
 
 def _lower_eval_step(
-    model: vlm.VLM, config: Config, abstract: TrainState, mesh: Mesh
+    model: vlm.VLM, data: DataConfig, train: TrainConfig, params: Params, mesh: Mesh
 ) -> jax.stages.Lowered:
-    batch = _abstract_batch(
-        eval_inputs(config, vlm.abstract_batch(config)), validation_batch_size(config), mesh
-    )
+    batch = vlm.abstract_batch(model.config, data, validation_batch_size(train))
     step = jax.jit(
-        make_eval_step(model, config),
-        in_shardings=(state.shardings_of(abstract.params), sharding.batch_sharding(mesh)),
+        make_eval_step(model, train),
+        in_shardings=(state.shardings_of(params), sharding.batch_sharding(mesh)),
         out_shardings=sharding.replicated(mesh),
     )
-    return step.lower(abstract.params, batch)
+    return step.lower(params, _sharded(eval_inputs(train, batch), mesh))
 
 
-def _abstract_batch(
-    batch: Mapping[str, jax.ShapeDtypeStruct], rows: int, mesh: Mesh
+def _sharded(
+    batch: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    batch_sharding = sharding.batch_sharding(mesh)
+    sequences = sharding.batch_sharding(mesh)
     return {
-        name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=batch_sharding)
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sequences)
         for name, x in batch.items()
     }

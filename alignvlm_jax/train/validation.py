@@ -20,7 +20,7 @@ class Validation:
         """Raises UserError where nothing was held out, or nothing of it can be read."""
         self._config = config
         self._mesh = mesh
-        size = step.validation_batch_size(config)
+        size = step.validation_batch_size(config.train)
         local_rows = sharding.rows_of_process(mesh, size).tolist()
         sources = loader.by_source(config)
         num_sequences = config.train.validation_sequences // len(sources)
@@ -39,7 +39,7 @@ class Validation:
             for batch in batches:
                 if should_stop():
                     return None
-                inputs = step.eval_inputs(self._config, batch)
+                inputs = step.eval_inputs(self._config.train, batch)
                 sums[name].append(
                     jax.device_get(eval_step(params, sharding.put_batch(inputs, self._mesh)))
                 )

@@ -1,5 +1,5 @@
-"""The parameters that a stage starts with: loaded from a checkpoint where it has them, drawn anew
-elsewhere."""
+"""The parameters that a stage starts with: loaded from a checkpoint where it has them,
+initialised elsewhere."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from alignvlm_jax.config import Config, ModelConfig
+from alignvlm_jax.config import ModelConfig, TrainConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.shapes import Array
@@ -26,8 +26,8 @@ class Found(NamedTuple):
     params: Params
 
 
-def read(config: Config, abstract: TrainState, source: Checkpoints, step: int) -> Found:
-    """Returns what matches `config.train.load` and is in checkpoint `step` of `source`.
+def read(train: TrainConfig, abstract: TrainState, source: Checkpoints, step: int) -> Found:
+    """Returns what matches `train.load` and is in checkpoint `step` of `source`.
 
     Nothing is computed: where one of several processes cannot read it, all do without, and none has
     begun a program that this one will not join.
@@ -38,13 +38,13 @@ def read(config: Config, abstract: TrainState, source: Checkpoints, step: int) -
     """
     wanted = _shapes(abstract.params)
     stored = {path: x.shape for path, x in source.stored_params(step).items()}
-    loaded = loadable(config, stored, wanted, source.folder / str(step))
+    loaded = loadable(train, stored, wanted, source.folder / str(step))
     chosen = state.split(abstract.params, loaded)[0]
     return Found(stored, source.restore_params(step, chosen) if loaded else {})
 
 
 def start_params(
-    model: vlm.VLM, config: Config, abstract: TrainState, found: Found | None, rng: jax.Array
+    model: vlm.VLM, abstract: TrainState, found: Found | None, rng: jax.Array
 ) -> tuple[Params, Table]:
     """Returns the parameters, and the table of what was loaded, initialised and ignored.
 
@@ -57,11 +57,9 @@ def start_params(
     loaded = state.flatten(params).keys()
     initialised = wanted.keys() - loaded
     if initialised:
-        params = state.merge(
-            params, state.init_params(model, config, abstract.params, initialised, rng)
-        )
+        params = state.merge(params, state.init_params(model, abstract.params, initialised, rng))
     if loaded:
-        params = from_llm(config.model, params, abstract.params, initialised)
+        params = from_llm(model.config, params, abstract.params, initialised)
     groups = {
         "loaded": {path: wanted[path] for path in wanted if path in loaded},
         "initialised": {path: wanted[path] for path in wanted if path not in loaded},
@@ -75,18 +73,18 @@ def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
 
 
 def loadable(
-    config: Config,
+    train: TrainConfig,
     stored: Mapping[str, tuple[int, ...]],
     wanted: Mapping[str, tuple[int, ...]],
     name: Path,
 ) -> set[str]:
     """Returns the paths of `wanted` that a checkpoint of the shapes `stored` gives under
-    `config.train.load`.
+    `train.load`.
 
     Raises:
       UserError: a pattern matches nothing, or shapes differ; `name` is the checkpoint's.
     """
-    chosen = state.match_paths(config.train.load, stored, "train.load") & wanted.keys()
+    chosen = state.match_paths(train.load, stored, "train.load") & wanted.keys()
     for path in sorted(chosen):
         if stored[path] != wanted[path]:
             raise UserError(
@@ -97,17 +95,17 @@ def loadable(
 
 
 def from_llm(
-    config: ModelConfig, params: Params, abstract: Params, paths: Collection[str]
+    model: ModelConfig, params: Params, abstract: Params, paths: Collection[str]
 ) -> Params:
     """Returns params with those at `paths` that start from the LLM made of the LLM in them, on the
     shardings of `abstract`; the rest is untouched."""
-    made = vlm.from_llm_paths(config, params["llm"]).intersection(paths)
+    made = vlm.from_llm_paths(model, params["llm"]).intersection(paths)
     if not made:
         return params
     wanted = state.flatten(abstract)
 
     def make(llm: Params) -> dict[str, Array]:
-        return {path: x for path, x in vlm.from_llm(config, llm).items() if path in made}
+        return {path: x for path, x in vlm.from_llm(model, llm).items() if path in made}
 
     # What it does not read of the LLM is not sent: jit drops unused arguments.
     new = jax.jit(make, out_shardings={path: wanted[path].sharding for path in made})(params["llm"])

@@ -30,8 +30,8 @@ MAX_TILES = 9
 
 
 def make_config(llm: Tower, vision: Tower, connector: str, out: Path) -> Config:
-    """Returns the config of a checkpoint in `out`: the towers' sizes, and rows that hold a page of
-    up to nine tiles."""
+    """Returns the config of a checkpoint in `out`: the towers' sizes, and sequences that hold a
+    page of up to nine tiles."""
     model = ModelConfig(
         vision=vision.config,
         llm=llm.config,
@@ -79,11 +79,13 @@ def write(
     with storage.whole_folder(out) as staging:
         with storage.local_folder(staging) as folder:
             write_tokenizer(folder / TOKENIZER)
-        chat.format_of(loader.load_tokenizer(_with_tokenizer(config, staging / TOKENIZER)))
+        data = dataclasses.replace(config.data, tokenizer=str(staging / TOKENIZER))
+        chat.format_of(loader.load_tokenizer(dataclasses.replace(config, data=data)))
         model = vlm.VLM(config.model)
-        mesh = mesh_lib.widest(config)
+        mesh = mesh_lib.widest(config.model)
         with mesh_lib.use(mesh):
-            params, table = _params(llm, vision, config, state.abstract_params(model, config, mesh))
+            abstract = state.abstract_params(model, mesh)
+            params, table = _params(llm, vision, model, abstract, jax.random.key(config.seed))
         storage.write_whole(
             staging / "config.json", json.dumps(config_lib.to_json((config,)), indent=2) + "\n"
         )
@@ -100,7 +102,9 @@ def write(
     return table
 
 
-def _params(llm: Tower, vision: Tower, config: Config, abstract: Params) -> tuple[Params, Table]:
+def _params(
+    llm: Tower, vision: Tower, model: vlm.VLM, abstract: Params, rng: jax.Array
+) -> tuple[Params, Table]:
     wanted = state.flatten(abstract)
     ignored = {
         f"{component}/{name}": tower.source.tensors[name].shape
@@ -109,13 +113,10 @@ def _params(llm: Tower, vision: Tower, config: Config, abstract: Params) -> tupl
     }
     leaves = load.load_tower(vision, wanted) | load.load_tower(llm, wanted)
     initialised = wanted.keys() - leaves.keys()
-    rng = jax.random.key(config.seed)
-    from_llm = initialised & vlm.from_llm_paths(config.model, abstract["llm"])
-    initialised_params = state.init_params(
-        vlm.VLM(config.model), config, abstract, initialised - from_llm, rng
-    )
+    from_llm = initialised & vlm.from_llm_paths(model.config, abstract["llm"])
+    initialised_params = state.init_params(model, abstract, initialised - from_llm, rng)
     params = state.merge(state.unflatten(leaves), initialised_params)
-    params = warm_start.from_llm(config.model, params, abstract, initialised)
+    params = warm_start.from_llm(model.config, params, abstract, initialised)
     shapes = {path: x.shape for path, x in wanted.items()}
     groups = {
         "loaded": {path: shapes[path] for path in shapes if not path.startswith("connector/")},
@@ -125,23 +126,19 @@ def _params(llm: Tower, vision: Tower, config: Config, abstract: Params) -> tupl
     return params, warm_start.table(groups)
 
 
-def _with_tokenizer(config: Config, path: Path) -> Config:
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(path)))
-
-
 def write_export(path: Path, out: Path, components: tuple[str, ...]) -> dict[str, int]:
-    """Writes `parts` of a checkpoint into the folder `out`, which appears whole or not at all.
+    """Writes components of a checkpoint into the folder `out`, which appears whole or not at all.
 
     Args:
       path: a workdir, whose newest readable checkpoint is taken, or one checkpoint folder
         `checkpoints/STEP`.
 
     Returns:
-      The number of tensors written, by part.
+      The number of tensors written, by component.
 
     Raises:
-      UserError: `out` exists, there is no readable checkpoint, its tokenizer is missing, or a part
-        cannot be expressed.
+      UserError: `out` exists, there is no readable checkpoint, its tokenizer is missing, or a
+        component cannot be expressed.
     """
     storage.refuse_existing(out)
     return restore.read_newest(
@@ -156,7 +153,7 @@ def _write(
     stored = checkpoints.stored_params(step)
     export.check(config.model, components)
     mesh = mesh_lib.single_device()
-    abstract = state.flatten(state.abstract_params(vlm.VLM(config.model), config, mesh))
+    abstract = state.flatten(state.abstract_params(vlm.VLM(config.model), mesh))
 
     def read(path: str) -> np.ndarray:
         # In the dtype that is stored: what is not rounded on its way in must not be on its way out.

@@ -35,7 +35,7 @@ def main() -> None:
         "| forward and backward, bfloat16, v5e, GiB of temporaries a chip | xla | splash "
         "|\n|---|---|---|"
     )
-    with mesh_lib.use(mesh_lib.make_mesh(CONFIG, devices)) as mesh:
+    with mesh_lib.use(mesh_lib.make_mesh(CONFIG.mesh, CONFIG.model, CONFIG.train, devices)) as mesh:
         for name, shape in SHAPES.items():
             xla, splash = (
                 memory.shown(attention_memory(mesh, kernel, *shape)) for kernel in ("xla", "splash")

@@ -51,7 +51,7 @@ def main() -> None:
 def print_memory() -> None:
     """Temporaries of ALIGN over rows and words, and of the loss."""
     devices = hardware.compile_only_devices(hardware.parse_topology("v5e:2x2"))
-    with mesh_lib.use(mesh_lib.make_mesh(CONFIG, devices)) as mesh:
+    with mesh_lib.use(mesh_lib.make_mesh(CONFIG.mesh, CONFIG.model, CONFIG.train, devices)) as mesh:
         print(f"ALIGN, D {WIDTH:,}, blocks of {BLOCK}; temporaries in GiB a chip, and outputs\n")
         print("| N | V | plain | chunked | outputs |\n|---|---|---|---|---|")
         for rows, words in SIZES:

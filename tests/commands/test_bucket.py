@@ -18,7 +18,7 @@ from alignvlm_jax import storage
 from alignvlm_jax.benchmarks import predictions
 from alignvlm_jax.commands import convert, evaluate, generate, inspect, report
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.storage import bucket as bucket_lib
+from alignvlm_jax.storage import bucket_requests
 from alignvlm_jax.train import restore
 from tests.commands.test_convert import convert_to, published, tensors_of  # noqa: F401
 
@@ -128,7 +128,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_bucket_that_cannot_be_used_is_one_line(bucket, monkeypatch, capsys, command, fault):
-    monkeypatch.setattr(bucket_lib, "_patience", 0.5)
+    monkeypatch.setattr(bucket_requests, "_patience", 0.5)
     changes, message, expected = FAULTS[fault]
     with bucket.faulty(**changes):
         status = program.main([text.format(bucket="bucket") for text in COMMANDS[command]])

@@ -135,12 +135,12 @@ def test_a_run_starts_from_what_was_converted(converted, name):
     )
     model = vlm.VLM(stage.model)
     with pytest.raises(UserError, match=r"3 does not divide over mesh axis tensor of 2"):
-        state.abstract_params(model, stage, mesh_lib.make_mesh(stage))
+        state.abstract_params(model, mesh_lib.make_mesh(stage.mesh, stage.model, stage.train))
     narrow = dataclasses.replace(
         stage, mesh=dataclasses.replace(stage.mesh, data=4, fsdp=2, tensor=1)
     )
-    mesh = mesh_lib.make_mesh(narrow)
-    abstract = state.abstract_params(model, narrow, mesh)
+    mesh = mesh_lib.make_mesh(narrow.mesh, narrow.model, narrow.train)
+    abstract = state.abstract_params(model, mesh)
     wanted = {path: x.shape for path, x in state.flatten(abstract).items()}
     assert {path: x.shape for path, x in read.items()} == wanted
     _, _, params, _ = restore.load_model(converted, mesh)

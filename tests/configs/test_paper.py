@@ -36,7 +36,9 @@ def load(name: str, *overrides: str) -> tuple[config_lib.Config, ...]:
 
 
 def paths(config: config_lib.Config) -> state.Params:
-    return state.abstract_params(vlm.VLM(config.model), config, mesh_lib.abstract(config, 8))
+    return state.abstract_params(
+        vlm.VLM(config.model), mesh_lib.abstract(config.mesh, config.model, config.train, 8)
+    )
 
 
 @pytest.mark.parametrize(("stage", "llm"), TABLE)
@@ -70,16 +72,16 @@ def test_every_stage_starts_on_any_number_of_chips(llm, num_devices, num_slices,
     """By the rows of its batch: where they are fewer than the chips, `tensor` takes part."""
     for stage in ("stage1", "stage2", "stage3"):
         (config,) = load(f"{stage}.py:{llm}")
-        mesh = mesh_lib.abstract(config, num_devices, num_slices)
+        mesh = mesh_lib.abstract(config.mesh, config.model, config.train, num_devices, num_slices)
         assert mesh.axis_sizes == {512: of_512, 256: of_256}[config.train.batch_size]
-    state.abstract_params(vlm.VLM(config.model), config, mesh)
+    state.abstract_params(vlm.VLM(config.model), mesh)
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2", "stage3"])
 def test_what_is_frozen(stage):
     (config,) = load(f"{stage}.py:llama31_8b")
     params = paths(config)
-    frozen = set(state.flatten(params)) - state.trainable_paths(config, params)
+    frozen = set(state.flatten(params)) - state.trainable_paths(config.train, config.stage, params)
     expected = (
         {path for path in state.flatten(params) if path.startswith("vision/")}
         if stage == "stage3"
@@ -113,7 +115,7 @@ def test_low_resource(connector):
         "vision": pytest.approx(0.2)
     }
     params = paths(first)
-    assert state.trainable_paths(first, params) == {
+    assert state.trainable_paths(first.train, first.stage, params) == {
         p for p in state.flatten(params) if p.startswith("connector/")
     }
-    assert state.trainable_paths(second, params) == set(state.flatten(params))
+    assert state.trainable_paths(second.train, second.stage, params) == set(state.flatten(params))

@@ -174,8 +174,8 @@ def test_a_bucket_that_is_silent_is_no_reason_to_delete_anything(remote, bucket,
         lambda: tokenizers.load(f"{remote}/tokenizer.model"),
     ]
     filesystem.listing(remote)  # Else nothing would be asked but this.
-    monkeypatch.setattr(storage.bucket, "_patience", 0.2)
-    monkeypatch.setattr(storage.bucket, "MAX_PAUSE", 0.1)
+    monkeypatch.setattr(storage.bucket_requests, "_patience", 0.2)
+    monkeypatch.setattr(storage.bucket_requests, "MAX_PAUSE", 0.1)
     with bucket.faulty(error_rate=1.0):
         for read in opened:
             with pytest.raises(TryAgainError) as error:

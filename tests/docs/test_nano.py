@@ -128,7 +128,10 @@ def packed_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def make_params(config: Config) -> state.Params:
-    return random_params(vlm.VLM(config.model), vlm.abstract_batch(config))
+    return random_params(
+        vlm.VLM(config.model),
+        vlm.abstract_batch(config.model, config.data, config.train.batch_size),
+    )
 
 
 def keep_gradients() -> optax.GradientTransformation:
@@ -142,7 +145,10 @@ def keep_gradients() -> optax.GradientTransformation:
 
 
 def package_step(config: Config, tx: optax.GradientTransformation):
-    return jax.jit(step.make_train_step(vlm.VLM(config.model), config, tx))
+    model = vlm.VLM(config.model)
+    paths = set(state.flatten(make_params(config)))
+    schedule = optim.make_schedule(config.optim, config.train.num_steps)
+    return jax.jit(step.make_train_step(model, config.train, paths, tx, schedule))
 
 
 def largest_difference(ours, theirs) -> float:
@@ -188,7 +194,7 @@ def test_three_steps_end_at_the_packages_parameters(nano):
     )
     params = make_params(config)
     c = nano_config(nano, config)
-    tx = optim.make_optimizer(config)
+    tx = optim.make_optimizer(config.optim, config.train.num_steps)
     ours_tx = nano.optimizer(c)
     theirs_step = package_step(config, tx)
     ours_step = jax.jit(nano.train_step, static_argnums=3)

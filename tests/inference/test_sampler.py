@@ -38,7 +38,9 @@ PROMPT_LENGTHS = PROMPTS["segment_ids"].sum(-1)
 
 @pytest.fixture(scope="module")
 def params():
-    params = random_params(MODEL, vlm.abstract_batch(CONFIG))
+    params = random_params(
+        MODEL, vlm.abstract_batch(CONFIG.model, CONFIG.data, CONFIG.train.batch_size)
+    )
     params["llm"]["blocks"] = jax.tree.map(lambda x: 2 * x, params["llm"]["blocks"])
     return params
 
@@ -93,9 +95,7 @@ def expected(greedy, end_id):
 
 def make_sampler(mesh, params, end_id: int):
     """Its `generate`, of these parameters."""
-    boxed = jax.eval_shape(
-        lambda: vlm.init_params(MODEL, jax.random.key(0), vlm.abstract_batch(CONFIG))
-    )
+    boxed = jax.eval_shape(lambda: vlm.init_params(MODEL, jax.random.key(0)))
     params = jax.device_put(params, sharding.tree_sharding(boxed, mesh))
     ours = sampler.Sampler(MODEL, mesh, end_ids=(end_id, VOCAB + 1), pad_id=PAD)
     return functools.partial(ours.generate, {"params": params})
@@ -190,7 +190,7 @@ def test_generates_up_to_the_end_token_then_pads_in_one_trace(
 
 def test_sharded_equals_single_device(params, end_id, expected):
     config = dataclasses.replace(CONFIG, mesh=config_lib.MeshConfig(data=1, fsdp=1, tensor=1))
-    mesh = mesh_lib.make_mesh(config, jax.devices()[:1])
+    mesh = mesh_lib.make_mesh(config.mesh, config.model, config.train, jax.devices()[:1])
     np.testing.assert_array_equal(make_sampler(mesh, params, end_id)(PROMPTS, NUM_NEW), expected)
 
 
@@ -255,9 +255,7 @@ def test_a_long_prompt_has_no_logits_of_all_pairs():
         train=dataclasses.replace(CONFIG.train, batch_size=batch),
         data=dataclasses.replace(CONFIG.data, seq_len=length),
     )
-    boxed = jax.eval_shape(
-        lambda: vlm.init_params(MODEL, jax.random.key(0), vlm.abstract_batch(CONFIG))
-    )
+    boxed = jax.eval_shape(lambda: vlm.init_params(MODEL, jax.random.key(0)))
     with mesh_lib.use(mesh_lib.single_device()) as mesh:
         prompts = sampler.abstract_prompts(config, batch, mesh)
         generate = functools.partial(

@@ -157,7 +157,9 @@ def gradients():
             output = align.apply({"params": params}, features, table, LABELS)
             return (output.tokens**2).sum() + output.patch_nll.sum()
 
-        with mesh_lib.use(mesh_lib.make_mesh(tiny_config())) as mesh:
+        with mesh_lib.use(
+            mesh_lib.make_mesh(tiny_config().mesh, tiny_config().model, None)
+        ) as mesh:
             boxed = jax.eval_shape(align.init, jax.random.key(0), FEATURES, TABLE, LABELS)["params"]
             params = jax.device_put(
                 random_params(align, FEATURES, TABLE, LABELS), sharding.tree_sharding(boxed, mesh)
@@ -202,7 +204,7 @@ def init_w2_and_head(mesh, config: config_lib.Config) -> tuple[jax.Array, jax.Ar
     model = vlm.VLM(config.model)
 
     def init(rng):
-        return vlm.init_params(model, rng, vlm.abstract_batch(config))
+        return vlm.init_params(model, rng)
 
     def w2_and_head(tree):
         head = (
@@ -245,7 +247,12 @@ def test_w2_is_copied_again(config):
     of its own."""
     llm = dataclasses.replace(config.model.llm, tie_embeddings=False)
     model = vlm.VLM(dataclasses.replace(config.model, llm=llm))
-    params = jax.tree.map(jnp.asarray, random_params(model, vlm.abstract_batch(config)))
+    params = jax.tree.map(
+        jnp.asarray,
+        random_params(
+            model, vlm.abstract_batch(config.model, config.data, config.train.batch_size)
+        ),
+    )
     copied = vlm.init_from_llm(config.model, params)
     head = params["llm"]["head"]["kernel"]
     w2 = copied["connector"]["w2"]["kernel"]
@@ -256,7 +263,10 @@ def test_w2_is_copied_again(config):
 
 
 def test_a_head_of_another_size(config):
-    params = random_params(vlm.VLM(config.model), vlm.abstract_batch(config))
+    params = random_params(
+        vlm.VLM(config.model),
+        vlm.abstract_batch(config.model, config.data, config.train.batch_size),
+    )
     params["llm"]["embed"]["table"] = np.zeros((30, 16), np.float32)
     with pytest.raises(UserError, match=r"\(16, 32\).*\(16, 30\)"):
         vlm.init_from_llm(config.model, params)

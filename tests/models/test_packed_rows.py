@@ -51,7 +51,12 @@ def packed(request, tmp_path_factory):
         )
         for number, size in enumerate(SIZES, start=1)
     ]
-    params = jax.device_put(random_params(vlm.VLM(config.model), vlm.abstract_batch(config)))
+    params = jax.device_put(
+        random_params(
+            vlm.VLM(config.model),
+            vlm.abstract_batch(config.model, config.data, config.train.batch_size),
+        )
+    )
     return config, params, parts, examples.join(parts, config, tokenizer), tokenizer
 
 

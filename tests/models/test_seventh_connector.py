@@ -163,14 +163,14 @@ def test_it_is_trained(workdir, loaded):
     assert all(np.isfinite(line["loss"]) for line in steps if "loss" in line)
     model = vlm.VLM(config.model)
     with mesh_lib.use(mesh_lib.single_device()) as mesh:
-        abstract = state.abstract_params(model, config, mesh)
+        abstract = state.abstract_params(model, mesh)
         paths = {
             path
             for path in state.flatten(abstract)
             if path.startswith(("connector/", "llm/embed/"))
         }
         start = state.flatten(
-            state.init_params(model, config, abstract, paths, jax.random.key(config.seed))
+            state.init_params(model, abstract, paths, jax.random.key(config.seed))
         )
     np.testing.assert_allclose(
         start["connector/map/bias"], start["llm/embed/table"].mean(0), rtol=1e-5, atol=1e-6
@@ -190,10 +190,10 @@ def test_it_starts_from_an_llm_that_was_loaded(workdir, loaded):
         mesh_lib.use(mesh_lib.single_device()) as mesh,
         checkpoint.Checkpoints(workdir / checkpoint.FOLDER, read_only=True) as checkpoints,
     ):
-        params = state.abstract_params(model, config, mesh)
+        params = state.abstract_params(model, mesh)
         abstract = state.TrainState(jax.ShapeDtypeStruct((), "int32"), params, ())
-        found = warm_start.read(config, abstract, checkpoints, 2)
-        params, _ = warm_start.start_params(model, config, abstract, found, jax.random.key(1))
+        found = warm_start.read(config.train, abstract, checkpoints, 2)
+        params, _ = warm_start.start_params(model, abstract, found, jax.random.key(1))
     ours = state.flatten(params)
     stored = state.flatten(restore.load_model(workdir, loaded.mesh)[2])
     np.testing.assert_array_equal(ours["llm/embed/table"], stored["llm/embed/table"])

@@ -80,7 +80,9 @@ CHUNKED = {
 
 
 def draw_params(model: config_lib.ModelConfig) -> dict:
-    return random_params(vlm.VLM(model), vlm.abstract_batch(CONFIG))
+    return random_params(
+        vlm.VLM(model), vlm.abstract_batch(CONFIG.model, CONFIG.data, CONFIG.train.batch_size)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -135,11 +137,8 @@ class Sharded:
 
     def __init__(self, model: config_lib.ModelConfig):
         (self.single_loss, self.single_losses), self.single_grads = single_step(model)
-        with mesh_lib.use(mesh_lib.make_mesh(CONFIG)) as mesh:
-            abstract = vlm.abstract_batch(CONFIG)
-            boxed = jax.eval_shape(
-                lambda: vlm.init_params(vlm.VLM(model), jax.random.key(0), abstract)
-            )
+        with mesh_lib.use(mesh_lib.make_mesh(CONFIG.mesh, CONFIG.model, CONFIG.train)) as mesh:
+            boxed = jax.eval_shape(lambda: vlm.init_params(vlm.VLM(model), jax.random.key(0)))
             self.shardings = sharding.tree_sharding(boxed, mesh)
             params = jax.device_put(draw_params(model), self.shardings)
             batch = sharding.put_batch(batch_of(model), mesh)
@@ -575,7 +574,7 @@ def test_fresh_layers_differ_and_keep_the_scale():
 
     @jax.jit
     def kernels(rng):
-        params = sharding.unbox(vlm.init_params(model, rng, vlm.abstract_batch(CONFIG)))
+        params = sharding.unbox(vlm.init_params(model, rng))
         return params["llm"]["blocks"]["attn"]["o"]["kernel"], params["vision"]["blocks"]["mlp"][
             "up"
         ]["kernel"]
@@ -588,7 +587,7 @@ def test_fresh_layers_differ_and_keep_the_scale():
 
 
 def test_abstract_batch_is_the_schema():
-    abstract = vlm.abstract_batch(CONFIG)
+    abstract = vlm.abstract_batch(CONFIG.model, CONFIG.data, CONFIG.train.batch_size)
     assert list(abstract) == list(Batch.__annotations__)
     assert {name: (x.shape, x.dtype) for name, x in abstract.items()} == {
         name: (x.shape, x.dtype) for name, x in BATCH.items()

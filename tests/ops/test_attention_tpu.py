@@ -39,7 +39,7 @@ HEADS = jax.sharding.PartitionSpec(("data", "fsdp"), None, "tensor", None)
 def tpu():
     """A mesh of four chips, entered."""
     devices = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
-    with mesh_lib.use(mesh_lib.make_mesh(tiny_config(mesh=MESH), devices)) as mesh:
+    with mesh_lib.use(mesh_lib.make_mesh(MESH, tiny_config().model, None, devices)) as mesh:
         yield mesh
 
 
@@ -115,10 +115,12 @@ def test_whole_model_compiles(tpu, remat):
     """Both towers take the kernel under nn.scan and nn.remat, from their own "auto"."""
     config = small_config(256, remat=remat)
     model = config.model
-    params = state.abstract_params(vlm.VLM(model), config, tpu)
+    params = state.abstract_params(vlm.VLM(model), tpu)
     batch = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.batch_sharding(tpu))
-        for name, x in vlm.abstract_batch(config).items()
+        for name, x in vlm.abstract_batch(
+            config.model, config.data, config.train.batch_size
+        ).items()
     }
 
     def loss(params, batch):
@@ -133,7 +135,7 @@ def test_whole_model_compiles(tpu, remat):
 def compile_generation(mesh, length: int, num_new: int, kernel: str):
     config = small_config(length, attention=kernel)
     model = vlm.VLM(config.model)
-    params = state.abstract_params(model, config, mesh)
+    params = state.abstract_params(model, mesh)
     prompts = sampler.abstract_prompts(config, 4, mesh)
     ours = sampler.Sampler(model, mesh, end_ids=(1,), pad_id=0)
     return ours.lower({"params": params}, prompts, num_new).compile()

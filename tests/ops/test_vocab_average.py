@@ -64,7 +64,7 @@ def devices(request):
     """On the 2 x 2 x 2 mesh, and without one."""
     config = tiny_config()
     with (
-        mesh_lib.use(mesh_lib.make_mesh(config))
+        mesh_lib.use(mesh_lib.make_mesh(config.mesh, config.model, config.train))
         if request.param == "mesh"
         else contextlib.nullcontext()
     ):

@@ -1,13 +1,14 @@
 """The mesh that a config asks for, and what is said where it cannot be had."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax.sharding import AxisType
+from jax.sharding import AxisType, Mesh
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.errors import UserError
@@ -26,6 +27,11 @@ def with_mesh(
     )
 
 
+def make_mesh(config: config_lib.Config, devices: Sequence | None = None) -> Mesh:
+    """The mesh that a whole config asks for."""
+    return mesh_lib.make_mesh(config.mesh, config.model, config.train, devices)
+
+
 @pytest.mark.parametrize(
     ("asked", "shape"),
     [
@@ -38,14 +44,14 @@ def with_mesh(
     ],
 )
 def test_sizes(config, asked, shape):
-    mesh = mesh_lib.make_mesh(with_mesh(config, *asked))
+    mesh = make_mesh(with_mesh(config, *asked))
     assert mesh.axis_names == ("data", "fsdp", "tensor") and mesh.devices.shape == shape
     assert mesh.axis_types == (AxisType.Auto,) * 3
     assert list(mesh.devices.flat) == jax.devices()
 
 
 def test_given_devices(config):
-    mesh = mesh_lib.make_mesh(with_mesh(config, 1, 2, 1), jax.devices()[3:5])
+    mesh = make_mesh(with_mesh(config, 1, 2, 1), jax.devices()[3:5])
     assert list(mesh.devices.flat) == jax.devices()[3:5]
 
 
@@ -62,7 +68,7 @@ def grid(
     config: config_lib.Config, asked: tuple[int, int, int], devices: list[FakeDevice]
 ) -> np.ndarray:
     """The devices as they lie in the mesh, which must be all of them."""
-    found = mesh_lib.make_mesh(with_mesh(config, *asked, batch_size=64), devices).devices
+    found = make_mesh(with_mesh(config, *asked, batch_size=64), devices).devices
     assert found.shape == asked and set(found.flat) == set(devices)
     return found
 
@@ -79,7 +85,7 @@ def test_two_axes_may_lie_along_one_link(config, asked):
 @pytest.mark.parametrize("name", ["v5e:4x4", "v5p:2x2x4", "v6e:4x4"])
 def test_devices_that_are_compiled_for(config, name):
     devices = hardware.compile_only_devices(hardware.parse_topology(name))
-    mesh = mesh_lib.make_mesh(with_mesh(config, 1, 8, 2, batch_size=64), devices)
+    mesh = make_mesh(with_mesh(config, 1, 8, 2, batch_size=64), devices)
     assert set(mesh.devices.flat) == set(devices)
 
 
@@ -124,9 +130,9 @@ def test_widest_on_any_slice(config, monkeypatch, kind, shape, num_slices):
     trained_elsewhere = with_mesh(wide, 3, 1, 1)
     trained_open = with_mesh(wide, -1, -1, -1)
     for mesh in (
-        mesh_lib.widest(wide),
-        mesh_lib.for_inference(trained_elsewhere),
-        mesh_lib.for_inference(trained_open),
+        mesh_lib.widest(wide.model),
+        mesh_lib.for_inference(trained_elsewhere.mesh, trained_elsewhere.model),
+        mesh_lib.for_inference(trained_open.mesh, trained_open.model),
     ):
         assert set(mesh.devices.flat) == set(devices)
         assert dict(mesh.shape) == {"data": len(devices) // fsdp, "fsdp": fsdp, "tensor": 1}
@@ -136,13 +142,11 @@ def test_widest_on_any_slice(config, monkeypatch, kind, shape, num_slices):
 
 @pytest.mark.parametrize(("kind", "shape", "num_slices"), SLICES)
 def test_open_axes_lie_on_any_slice(config, kind, shape, num_slices):
-    """A batch of 256 rows: on 512 chips tensor takes part."""
+    """A batch of 256 sequences: on 512 chips tensor takes part."""
     devices = fake_slice(kind, shape, num_slices)
     heads = dataclasses.replace(config.model.llm, num_heads=8, num_kv_heads=8)
     wide = dataclasses.replace(config, model=dataclasses.replace(config.model, llm=heads))
-    mesh = mesh_lib.make_mesh(
-        with_mesh(with_widths(wide, 4096, 1152), -1, -1, -1, batch_size=256), devices
-    )
+    mesh = make_mesh(with_mesh(with_widths(wide, 4096, 1152), -1, -1, -1, batch_size=256), devices)
     assert set(mesh.devices.flat) == set(devices)
     assert mesh.shape["tensor"] == max(len(devices) // 256, 1)
 
@@ -152,16 +156,16 @@ def test_widest_leaves_out_devices_that_would_hold_copies(config, monkeypatch, c
     """Off TPUs, where any few of them form a mesh; with several processes each needs its own."""
     devices = jax.devices()[:count]
     monkeypatch.setattr(jax, "devices", lambda: devices)
-    assert dict(mesh_lib.widest(config).shape) == {"data": 1, "fsdp": fsdp, "tensor": 1}
+    assert dict(mesh_lib.widest(config.model).shape) == {"data": 1, "fsdp": fsdp, "tensor": 1}
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert mesh_lib.widest(config).devices.size == count
+    assert mesh_lib.widest(config.model).devices.size == count
 
 
 def test_tensor_may_cross_hosts(config, monkeypatch):
     """Rows follow the sharding: hosts that share some feed the same ones."""
     monkeypatch.setattr(jax, "process_count", lambda: 16)
     devices = fake_slice("v5p", (4, 4, 4))
-    mesh = mesh_lib.make_mesh(with_mesh(config, 1, 8, 8, batch_size=64), devices)
+    mesh = make_mesh(with_mesh(config, 1, 8, 8, batch_size=64), devices)
     hosts = np.vectorize(lambda device: device.process_index)(mesh.devices)[0]
     assert any(len(set(row)) > 1 for row in hosts.tolist())
 
@@ -172,7 +176,7 @@ def test_devices_do_not_fit(config, asked):
     with pytest.raises(
         UserError, match=f"data {data} x fsdp {fsdp} x tensor {tensor} does not fit 8 devices"
     ):
-        mesh_lib.make_mesh(with_mesh(config, *asked))
+        make_mesh(with_mesh(config, *asked))
 
 
 @pytest.mark.parametrize("asked", [(-3, -1, 2), (0, 2, 2), (-2, 2, 2)])
@@ -181,7 +185,7 @@ def test_impossible_sizes(config, asked):
     with pytest.raises(
         UserError, match=f"data {data} x fsdp {fsdp} x tensor {tensor}: each axis is at least 1"
     ):
-        mesh_lib.make_mesh(with_mesh(config, *asked))
+        make_mesh(with_mesh(config, *asked))
 
 
 @pytest.mark.parametrize(
@@ -207,9 +211,7 @@ def test_impossible_sizes(config, asked):
 )
 def test_batch_does_not_divide(config, rows, grad_accum_steps, message):
     with pytest.raises(UserError, match=message):
-        mesh_lib.make_mesh(
-            with_mesh(config, 2, 2, 2, batch_size=rows, grad_accum_steps=grad_accum_steps)
-        )
+        make_mesh(with_mesh(config, 2, 2, 2, batch_size=rows, grad_accum_steps=grad_accum_steps))
 
 
 def test_constraints_live_only_inside(config):
@@ -222,7 +224,7 @@ def test_constraints_live_only_inside(config):
             .as_text()
         )
 
-    with mesh_lib.use(mesh_lib.make_mesh(config)):
+    with mesh_lib.use(make_mesh(config)):
         inside = lowered()
     assert '[{"data", "fsdp"}, {"tensor"}]' in inside
     assert "sharding_constraint" not in lowered()

@@ -18,7 +18,7 @@ from tests.conftest import tiny_config, tiny_connector
 def asked(
     data: int, fsdp: int, tensor: int, widths: tuple[int, int] = (4096, 1152), **train
 ) -> config_lib.Config:
-    """A config of 256 rows with the widths of the paper's largest model."""
+    """A config of batches of 256 sequences, with the widths of the paper's largest model."""
     base = tiny_config()
     llm = dataclasses.replace(base.model.llm, width=widths[0], num_heads=32, num_kv_heads=8)
     vision = dataclasses.replace(base.model.vision, width=widths[1], num_heads=16)
@@ -30,13 +30,20 @@ def asked(
     )
 
 
+def resolve_sizes(
+    config: config_lib.Config, num_devices: int, num_slices: int = 1
+) -> mesh_lib.Sizes:
+    """The sizes that a whole config asks for."""
+    return mesh_lib.resolve_sizes(config.mesh, config.model, config.train, num_devices, num_slices)
+
+
 @pytest.mark.parametrize(
     ("mesh", "num_devices", "num_slices", "found"),
     [
         ((-1, -1, 1), 16, 1, (1, 16, 1)),
         ((-1, -1, 1), 256, 1, (2, 128, 1)),
         ((-1, -1, -1), 256, 1, (2, 128, 1)),
-        ((-1, -1, -1), 512, 1, (2, 128, 2)),  # 256 rows: tensor takes what they cannot.
+        ((-1, -1, -1), 512, 1, (2, 128, 2)),  # 256 sequences: tensor takes what they cannot.
         ((-1, -1, -1), 1024, 1, (2, 128, 4)),
         ((-1, -1, 1), 32, 2, (2, 16, 1)),
         ((-1, -1, -1), 512, 2, (2, 128, 2)),
@@ -47,12 +54,12 @@ def asked(
     ],
 )
 def test_open_axes(mesh, num_devices, num_slices, found):
-    assert mesh_lib.resolve_sizes(asked(*mesh), num_devices, num_slices) == found
+    assert resolve_sizes(asked(*mesh), num_devices, num_slices) == found
 
 
-def test_rows_of_a_microbatch_count():
-    """64 rows at a time on 128 devices."""
-    assert mesh_lib.resolve_sizes(asked(-1, -1, -1, grad_accum_steps=4), 128) == (1, 64, 2)
+def test_the_size_of_a_microbatch_counts():
+    """64 sequences at a time on 128 devices."""
+    assert resolve_sizes(asked(-1, -1, -1, grad_accum_steps=4), 128) == (1, 64, 2)
 
 
 @pytest.mark.parametrize(
@@ -65,12 +72,12 @@ def test_rows_of_a_microbatch_count():
         ((1, 32, 1), 32, 2, r"data 1 does not divide over 2 slices; .* --config.mesh.data=2 --config.mesh.fsdp=16 "),
         ((3, -1, 1), 256, 1, r"data 3 x fsdp -1 x tensor 1 does not fit 256 devices; with --config.mesh.data=2 "),
         ((1, 1, -1), 64, 1, r"tensor would be 64, of which config.model.llm.num_heads 32 and "),
-        ((-1, -1, 1), 7, 1, r"256 .* data x fsdp = 7; nearest that does: --config.train.batch_size=259$"),
+        ((-1, -1, 1), 7, 1, r"microbatch of 256 .* data x fsdp = 7; nearest that does: --config.train.batch_size=259$"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_names_what_does(mesh, num_devices, num_slices, message):
     with pytest.raises(UserError, match=message):
-        mesh_lib.resolve_sizes(asked(*mesh), num_devices, num_slices)
+        resolve_sizes(asked(*mesh), num_devices, num_slices)
 
 
 @pytest.mark.parametrize("name", REGISTRY)
@@ -89,8 +96,10 @@ def test_what_sizes_are_chosen_by_is_what_the_rules_shard(name):
     )
     model = dataclasses.replace(base.model, llm=llm, vision=vision, connector=connector)
     config = dataclasses.replace(base, model=model)
-    params = state.abstract_params(vlm.VLM(model), config, mesh_lib.abstract(config, 1))
-    along = {"fsdp": mesh_lib._widths(config), "tensor": mesh_lib._heads(config)}
+    params = state.abstract_params(
+        vlm.VLM(model), mesh_lib.abstract(config.mesh, model, config.train, 1)
+    )
+    along = {"fsdp": mesh_lib._widths(model), "tensor": mesh_lib._heads(model)}
     common = {axis: math.gcd(*dimensions.values()) for axis, dimensions in along.items()}
     assert common == {"fsdp": 32, "tensor": 4 if name == "ovis" else 8}
     for path, x in state.flatten(params).items():
@@ -98,9 +107,16 @@ def test_what_sizes_are_chosen_by_is_what_the_rules_shard(name):
             assert axis is None or size % common[axis] == 0, (path, x.shape, x.sharding.spec)
 
 
+def test_without_training_any_batch_will_do():
+    """256 sequences do not divide over 512 devices, and without them tensor takes no part."""
+    config = asked(-1, -1, -1)
+    assert resolve_sizes(config, 512) == (2, 128, 2)
+    assert mesh_lib.resolve_sizes(config.mesh, config.model, None, 512) == (4, 128, 1)
+
+
 def test_largest_fsdp():
     config = asked(-1, -1, 1)
-    assert [mesh_lib.largest_fsdp(config, count) for count in (1, 3, 100, 128, 512)] == [
+    assert [mesh_lib.largest_fsdp(config.model, count) for count in (1, 3, 100, 128, 512)] == [
         1,
         2,
         64,

@@ -45,9 +45,7 @@ def test_unbox_gives_the_structure_of_the_shardings(mesh):
 def test_every_matrix_of_the_model_is_sharded(mesh, config):
     """Nothing with two dimensions lies whole on a device, but those that a reader expects to."""
     model = vlm.VLM(config.model)
-    abstract = jax.eval_shape(
-        lambda: vlm.init_params(model, jax.random.key(0), vlm.abstract_batch(config))
-    )
+    abstract = jax.eval_shape(lambda: vlm.init_params(model, jax.random.key(0)))
     shardings = jax.tree.leaves_with_path(sharding.tree_sharding(abstract, mesh))
     whole = {sharding.path_name(path) for path, s in shardings if set(s.spec) <= {None}}
     assert not [path for path in whole if path.split("/")[-1] in ("kernel", "table")]

@@ -87,17 +87,15 @@ CASES = {
 
 def abstract_params(config: config_lib.Config) -> state.Params:
     model = vlm.VLM(config.model)
-    return sharding.unbox(
-        jax.eval_shape(
-            lambda: vlm.init_params(model, jax.random.key(0), vlm.abstract_batch(config))
-        )
-    )
+    return sharding.unbox(jax.eval_shape(lambda: vlm.init_params(model, jax.random.key(0))))
 
 
 def counted(config: config_lib.Config, params: state.Params) -> float:
     """XLA's count of the loss and its gradients, before optimisation."""
     model = vlm.VLM(config.model)
-    trainable, frozen = state.split(params, state.trainable_paths(config, params))
+    trainable, frozen = state.split(
+        params, state.trainable_paths(config.train, config.stage, params)
+    )
 
     def loss(trainable, frozen, batch):
         merged = state.merge(trainable, frozen)

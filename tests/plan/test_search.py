@@ -11,6 +11,7 @@ from alignvlm_jax.plan import aot, hardware, search
 from alignvlm_jax.plan.aot import Plan
 from alignvlm_jax.plan.collectives import BETWEEN_SLICES, Communication
 from alignvlm_jax.plan.hardware import Topology
+from alignvlm_jax.plan.search import Search
 from tests.conftest import tiny_config
 
 CONFIG = tiny_config(train=config_lib.TrainConfig(batch_size=32))
@@ -57,7 +58,7 @@ def compiler(monkeypatch):
 
 
 def best() -> Plan:
-    return search.best(CONFIG, V5E, (), lambda line: None)
+    return Search(CONFIG, V5E).best((), lambda line: None)
 
 
 def test_all_rows_at_once_where_they_fit(compiler):
@@ -114,14 +115,14 @@ def test_meshes_tried_are_the_most_sharded_and_a_narrow_one(compiler):
     128."""
     found = [
         dataclasses.astuple(mesh)
-        for mesh in search._meshes(PAPER, hardware.parse_topology("v5p:8x8x8"))
+        for mesh in Search(PAPER, hardware.parse_topology("v5p:8x8x8")).meshes()
     ]
     assert found == [(2, 128, 2), (16, 16, 2), (1, 128, 4), (8, 16, 4), (1, 64, 8), (4, 16, 8)]
 
 
 def test_data_lies_across_slices(compiler):
     made = compiler(lambda remat: 0.1)
-    search.best(PAPER, hardware.parse_topology("v5e:4x4", num_slices=2), (), lambda line: None)
+    Search(PAPER, hardware.parse_topology("v5e:4x4", num_slices=2)).best((), lambda line: None)
     assert {plan.mesh["data"] % 2 for plan in made} == {0} and len(
         {plan.mesh["fsdp"] for plan in made}
     ) > 1

@@ -82,7 +82,9 @@ def write_start(config: Path, workdir: Path) -> None:
     """A checkpoint to start from, of a model that answers otherwise about every page: a swap of two
     would show."""
     [stage], _ = config_flag.parse([f"--config={config}"])
-    params = random_params(vlm.VLM(stage.model), vlm.abstract_batch(stage))
+    params = random_params(
+        vlm.VLM(stage.model), vlm.abstract_batch(stage.model, stage.data, stage.train.batch_size)
+    )
     metadata = checkpoint.describe((stage,), stage, train_seconds=0.0, answer_loss=None)
     with checkpoint.Checkpoints(workdir / checkpoint.FOLDER) as checkpoints:
         checkpoints.save(

@@ -11,6 +11,7 @@ import pytest
 
 from alignvlm_jax import storage
 from alignvlm_jax.storage import bucket as bucket_lib
+from alignvlm_jax.storage import bucket_requests
 
 
 def test_pieces_follow_each_other_over_several_openings(folder):
@@ -66,7 +67,7 @@ def test_writing_costs_what_is_written(bucket, bucket_folder):
 
 
 def test_faults_neither_lose_nor_repeat(bucket, bucket_folder, monkeypatch):
-    monkeypatch.setattr(bucket_lib, "MAX_PAUSE", 0.2)
+    monkeypatch.setattr(bucket_requests, "MAX_PAUSE", 0.2)
     appender = storage.Appender(bucket_folder / "x")
     with bucket.faulty(error_rate=0.1, lost_rate=0.1, cut_rate=0.2, seed=3), storage.patience(60):
         for i in range(30):
@@ -78,7 +79,7 @@ def test_faults_neither_lose_nor_repeat(bucket, bucket_folder, monkeypatch):
 
 
 def test_what_failed_in_the_background_is_told_at_the_next_call(bucket, bucket_folder, monkeypatch):
-    monkeypatch.setattr(bucket_lib, "_patience", 0.2)
+    monkeypatch.setattr(bucket_requests, "_patience", 0.2)
     appender = storage.Appender(bucket_folder / "x", every=0.4)
     with bucket.faulty(status=403):
         appender.append(b"1")

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from alignvlm_jax.errors import TryAgainError, UserError
-from alignvlm_jax.storage import bucket, faults
+from alignvlm_jax.storage import bucket_requests, faults
 from alignvlm_jax.storage.faults import Kind
 from alignvlm_jax.train import checkpoint_files
 
@@ -123,7 +123,7 @@ def test_answers_of_the_bucket(code, kind):
     """With what they were raised from."""
     inner = OSError(f"Error in gs://bucket/lr-timeout: {code}")
     inner.code = code
-    err = bucket._os_error(inner, "bucket/lr-timeout")
+    err = bucket_requests._os_error(inner, "bucket/lr-timeout")
     err.__cause__ = inner
     assert faults.kind_of(err) is kind
 
@@ -173,7 +173,7 @@ def test_what_came_first_is_the_reason(join):
     ],
 )
 def test_a_save_that_may_go_well_the_next_time(err, expected):
-    assert checkpoint_files._may_pass(err) is expected
+    assert checkpoint_files.may_pass(err) is expected
     wrapped = RuntimeError("the save failed")
     wrapped.__cause__ = err
-    assert checkpoint_files._may_pass(wrapped) is expected
+    assert checkpoint_files.may_pass(wrapped) is expected

@@ -13,7 +13,7 @@ import pytest
 from alignvlm_jax import storage
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.storage import bucket as bucket_lib
-from alignvlm_jax.storage import lease
+from alignvlm_jax.storage import bucket_requests, lease
 
 HOLDER = """
 import sys, time
@@ -164,7 +164,7 @@ def test_who_lost_it_writes_nothing_more(bucket, bucket_folder):
 
 
 def test_what_cannot_be_renewed_stops_writing_before_it_expires(bucket, bucket_folder, monkeypatch):
-    monkeypatch.setattr(bucket_lib, "_patience", 0.5)
+    monkeypatch.setattr(bucket_requests, "_patience", 0.5)
     with hold(bucket_folder):
         with bucket.faulty(status=503, names=r"\.lock"):
             time.sleep(lease.TTL_SECONDS)

@@ -13,6 +13,7 @@ import pytest
 from alignvlm_jax import storage
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.storage import bucket as bucket_lib
+from alignvlm_jax.storage import bucket_requests
 
 CONTENTS = [("Größe\n", "Größe\n".encode()), (b"\x89PNG", b"\x89PNG")]
 
@@ -215,7 +216,7 @@ def test_what_cannot_be_done_is_told_in_a_line_and_soon(
     """Also whether something exists: no answer is none, and not "no"."""
     changes, kind, message = FAULTS[fault]
     storage.write_whole(bucket_folder / "x", "x")
-    monkeypatch.setattr(bucket_lib, "_patience", 1.0)
+    monkeypatch.setattr(bucket_requests, "_patience", 1.0)
     began = time.monotonic()
     with bucket.faulty(**changes), pytest.raises(kind, match=message) as caught:
         REQUESTS[request_name](bucket_folder / "x")
@@ -224,7 +225,7 @@ def test_what_cannot_be_done_is_told_in_a_line_and_soon(
 
 
 def test_passing_faults_are_tried_again(bucket, bucket_folder, monkeypatch):
-    monkeypatch.setattr(bucket_lib, "MAX_PAUSE", 0.2)
+    monkeypatch.setattr(bucket_requests, "MAX_PAUSE", 0.2)
     with bucket.faulty(error_rate=0.2, lost_rate=0.1, cut_rate=0.1, seed=1), storage.patience(60):
         for i in range(10):
             storage.write_whole(bucket_folder / str(i), str(i))

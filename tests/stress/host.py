@@ -26,7 +26,7 @@ import zlib
 from typing import Any
 
 DURATIONS = {
-    "alignvlm_jax.storage.bucket.MAX_PAUSE": 0.5,
+    "alignvlm_jax.storage.bucket_requests.MAX_PAUSE": 0.5,
     # A machine with other work may start one of two processes minutes after the other.
     "alignvlm_jax.parallel.distributed.START_TIMEOUT_SECONDS": 120,
     "alignvlm_jax.parallel.peers.LOST_SECONDS": 8,

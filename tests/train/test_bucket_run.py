@@ -82,7 +82,7 @@ def test_it_goes_on_after_a_kill(straight, bucket_folder, capfd):
 
 
 def test_faults_of_the_storage_change_nothing(straight, bucket, bucket_folder, monkeypatch):
-    monkeypatch.setattr(storage.bucket, "MAX_PAUSE", 0.5)
+    monkeypatch.setattr(storage.bucket_requests, "MAX_PAUSE", 0.5)
     with bucket.faulty(error_rate=0.03, lost_rate=0.02, cut_rate=0.02, seed=5):
         fake_run.train(bucket_folder)
     assert_same_run(bucket_folder, straight)

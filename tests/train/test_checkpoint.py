@@ -21,7 +21,7 @@ from alignvlm_jax.config import MeshConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
-from alignvlm_jax.train import checkpoint, state
+from alignvlm_jax.train import checkpoint, checkpoint_reading, state
 from alignvlm_jax.train import restore as restore_lib
 from alignvlm_jax.train.checkpoint import BrokenCheckpoint, Checkpoints
 from tests.conftest import tiny_config
@@ -33,7 +33,9 @@ METADATA = {"layout_version": checkpoint.LAYOUT_VERSION, "train_seconds": 1.5}
 
 
 def make_mesh(data: int, fsdp: int, tensor: int):
-    return mesh_lib.make_mesh(tiny_config(mesh=MeshConfig(data=data, fsdp=fsdp, tensor=tensor)))
+    return mesh_lib.make_mesh(
+        MeshConfig(data=data, fsdp=fsdp, tensor=tensor), tiny_config().model, None
+    )
 
 
 def make_state(mesh, seed: int = 0) -> state.TrainState:
@@ -469,7 +471,7 @@ STORAGE_FAULTS = [
 @pytest.mark.parametrize("fault", STORAGE_FAULTS, ids=[str(fault)[:20] for fault in STORAGE_FAULTS])
 def test_a_fault_of_the_storage_is_tried_again(tmp_path, monkeypatch, fault):
     live = make_state(make_mesh(8, 1, 1))
-    monkeypatch.setattr(checkpoint, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(checkpoint_reading, "PAUSES", (0.0, 0.0))
     with Checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 2, live)
         faults = [fault, fault]
@@ -634,9 +636,9 @@ import os, sys
 import jax, numpy as np
 jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
 from alignvlm_jax import storage
-from alignvlm_jax.train import checkpoint
+from alignvlm_jax.train import checkpoint_reading
 from alignvlm_jax.train.checkpoint import BrokenCheckpoint, Checkpoints
-checkpoint.PAUSES = ()
+checkpoint_reading.PAUSES = ()
 with Checkpoints(storage.path(sys.argv[1]), read_only=True) as checkpoints:
     if sys.argv[3] == "1":
         def failing(*args, **kwargs):

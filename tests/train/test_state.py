@@ -5,10 +5,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from alignvlm_jax.config import MeshConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
+from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.parallel import sharding
 from alignvlm_jax.train import optim, state
-from tests.conftest import tiny_config
+from tests.conftest import random_batch, tiny_config, tiny_connector
 
 PATHS = (
     "vision/blocks/attn/q/kernel",
@@ -56,11 +59,16 @@ def test_abstract_state_is_sharded_and_has_optimizer_state_for_trainable_paramet
         train=dataclasses.replace(config.train, trainable=("connector/.*", "llm/embed/table"))
     )
     abstract = state.abstract_state(
-        vlm.VLM(config.model), config, optim.make_optimizer(config), mesh
+        vlm.VLM(config.model),
+        config.train,
+        optim.make_optimizer(config.optim, config.train.num_steps),
+        mesh,
     )
     trained = set(
         state.flatten(
-            state.split(abstract.params, state.trainable_paths(config, abstract.params))[0]
+            state.split(
+                abstract.params, state.trainable_paths(config.train, config.stage, abstract.params)
+            )[0]
         )
     )
     assert trained and all(path.startswith(("connector/", "llm/embed/")) for path in trained)
@@ -72,7 +80,34 @@ def test_abstract_state_is_sharded_and_has_optimizer_state_for_trainable_paramet
     assert same_shape and all(x.sharding == w2.sharding for x in same_shape)
 
 
+@pytest.mark.parametrize("name", ["align", "perceiver"])
+@pytest.mark.parametrize("size", [1, 2], ids=["one device", "2 x 2 x 2"])
+def test_initial_parameters_are_bit_for_bit_those_over_a_batch_of_the_stage(config, name, size):
+    """They are initialised over a small batch of zeros; what a stage trains on is none of it."""
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, connector=tiny_connector(name)),
+        mesh=MeshConfig(data=size, fsdp=size, tensor=size),
+    )
+    model = vlm.VLM(config.model)
+    devices = jax.devices()[: size**3]
+    with mesh_lib.use(mesh_lib.make_mesh(config.mesh, config.model, None, devices)) as mesh:
+        abstract = state.abstract_params(model, mesh)
+        rng = jax.random.key(config.seed)
+        small = state.init_params(model, abstract, set(state.flatten(abstract)), rng)
+
+        def over_the_stages_batch(rng: jax.Array) -> state.Params:
+            params = model.init(rng, random_batch(config))["params"]
+            return sharding.unbox(vlm.init_from_llm(config.model, params))
+
+        shardings = state.shardings_of(abstract)
+        large = jax.jit(over_the_stages_batch, out_shardings=shardings)(rng)
+    large = state.flatten(large)
+    for path, x in state.flatten(small).items():
+        np.testing.assert_array_equal(x, large[path], err_msg=path)
+
+
 def test_no_trainable_parameter_is_an_error():
     config = tiny_config(train=tiny_config().train.__class__(trainable=()))
-    with pytest.raises(UserError, match="nothing would be trained"):
-        state.trainable_paths(config, {"a": {"kernel": np.zeros(1)}})
+    with pytest.raises(UserError, match="empty in stage 'train': nothing would be trained"):
+        state.trainable_paths(config.train, config.stage, {"a": {"kernel": np.zeros(1)}})

@@ -24,10 +24,11 @@ def make(tx=None, connector: str = "align", **train_changes):
         config, model=model, train=dataclasses.replace(config.train, **train_changes)
     )
     model = vlm.VLM(config.model)
-    mesh = mesh_lib.make_mesh(config)
-    tx = tx or optim.make_optimizer(config)
+    mesh = mesh_lib.make_mesh(config.mesh, config.model, config.train)
+    tx = tx or optim.make_optimizer(config.optim, config.train.num_steps)
     with mesh_lib.use(mesh):
-        abstract = state.abstract_state(model, config, tx, mesh)
+        abstract = state.abstract_state(model, config.train, tx, mesh)
+        trainable = state.trainable_paths(config.train, config.stage, abstract.params)
         compiled, _ = step.compile_steps(model, config, tx, abstract, mesh)
         drawn = random_params(model, random_batch(config))
         put = lambda x, like: jax.device_put(x, like.sharding)  # noqa: E731
@@ -37,12 +38,12 @@ def make(tx=None, connector: str = "align", **train_changes):
             return state.TrainState(
                 put(np.int32(0), abstract.step),
                 params,
-                state.init_opt_state(tx, config, abstract, params),
+                state.init_opt_state(tx, trainable, abstract, params),
             )
 
     def run(live, batch):
         with mesh_lib.use(mesh):
-            return compiled(live, sharding.put_batch(step.train_inputs(config, batch), mesh))
+            return compiled(live, sharding.put_batch(step.train_inputs(config.train, batch), mesh))
 
     return config, fresh, run
 
@@ -127,7 +128,7 @@ def test_z_loss_is_measured_and_added():
     config, fresh, run = make(z_loss=0.5, patch_token_weight=0.0)
     batch = random_batch(config)
     live = fresh()
-    inputs = step.train_inputs(config, batch)
+    inputs = step.train_inputs(config.train, batch)
     logits = vlm.VLM(config.model).apply({"params": snapshot_tree(live)}, inputs).logits
     squares = np.square(np.asarray(jax.nn.logsumexp(logits, axis=-1), np.float64))
     expected = (squares * batch["loss_weights"]).sum() / batch["loss_weights"].sum()
@@ -195,7 +196,7 @@ def test_only_the_arrays_that_a_stage_needs_are_sent(visual_source, weight, left
         config.train, visual_source=visual_source, patch_token_weight=weight
     )
     batch = random_batch(config)
-    sent = step.train_inputs(dataclasses.replace(config, train=train), batch)
+    sent = step.train_inputs(train, batch)
     assert set(batch) - set(sent) == left_out
 
 

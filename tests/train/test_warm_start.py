@@ -28,17 +28,15 @@ def start(trained_workdir):
             base, model=model_config, train=dataclasses.replace(base.train, load=load)
         )
         model = vlm.VLM(config.model)
-        tx = optim.make_optimizer(config)
+        tx = optim.make_optimizer(config.optim, config.train.num_steps)
         folder = trained_workdir / checkpoint.FOLDER
         with (
-            mesh_lib.use(mesh_lib.make_mesh(config)) as mesh,
+            mesh_lib.use(mesh_lib.make_mesh(config.mesh, config.model, config.train)) as mesh,
             Checkpoints(folder, read_only=True) as checkpoints,
         ):
-            abstract = state.abstract_state(model, config, tx, mesh)
-            found = warm_start.read(config, abstract, checkpoints, STEP) if source else None
-            params, table = warm_start.start_params(
-                model, config, abstract, found, jax.random.key(1)
-            )
+            abstract = state.abstract_state(model, config.train, tx, mesh)
+            found = warm_start.read(config.train, abstract, checkpoints, STEP) if source else None
+            params, table = warm_start.start_params(model, abstract, found, jax.random.key(1))
         assert jax.tree.map(lambda x: x.sharding, params) == state.shardings_of(abstract.params)
         assert all(x.dtype == np.float32 and not x.weak_type for x in jax.tree.leaves(params))
         return state.flatten(jax.tree.map(np.asarray, params)), printed(table)
@@ -48,7 +46,8 @@ def start(trained_workdir):
 
 @pytest.fixture
 def stored(trained_workdir):
-    mesh = mesh_lib.make_mesh(restore.load_config(trained_workdir))
+    config = restore.load_config(trained_workdir)
+    mesh = mesh_lib.make_mesh(config.mesh, config.model, config.train)
     return state.flatten(jax.tree.map(np.asarray, restore.load_model(trained_workdir, mesh)[2]))
 
 
@@ -103,14 +102,16 @@ def test_other_shapes_are_an_error_that_names_both(trained_workdir):
     vision = dataclasses.replace(config.model.vision, mlp_width=64)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vision=vision))
     model = vlm.VLM(config.model)
-    tx = optim.make_optimizer(config)
+    tx = optim.make_optimizer(config.optim, config.train.num_steps)
     with Checkpoints(trained_workdir / checkpoint.FOLDER, read_only=True) as checkpoints:
-        abstract = state.abstract_state(model, config, tx, mesh_lib.make_mesh(config))
+        abstract = state.abstract_state(
+            model, config.train, tx, mesh_lib.make_mesh(config.mesh, config.model, config.train)
+        )
         with pytest.raises(
             UserError,
             match=r"mlp/down/kernel is \(2, 32, 16\) in .*/7 and \(2, 64, 16\) in config.model",
         ):
-            warm_start.read(config, abstract, checkpoints, STEP)
+            warm_start.read(config.train, abstract, checkpoints, STEP)
 
 
 def test_what_one_process_may_fail_to_read_is_agreed_on_before_anything_is_computed(
@@ -120,17 +121,17 @@ def test_what_one_process_may_fail_to_read_is_agreed_on_before_anything_is_compu
     config = restore.load_config(trained_workdir)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, load=("llm/.*",)))
     model = vlm.VLM(config.model)
-    tx = optim.make_optimizer(config)
+    tx = optim.make_optimizer(config.optim, config.train.num_steps)
     order: list[str] = []
     for name in ("init_params", "init_opt_state"):
         monkeypatch.setattr(state, name, noting(order, name, getattr(state, name)))
     monkeypatch.setattr(warm_start, "from_llm", noting(order, "from_llm", warm_start.from_llm))
     monkeypatch.setattr(restore, "agreed", lambda read: (read(), order.append("agreed"))[0])
     with (
-        mesh_lib.use(mesh_lib.make_mesh(config)) as mesh,
+        mesh_lib.use(mesh_lib.make_mesh(config.mesh, config.model, config.train)) as mesh,
         Checkpoints(trained_workdir / checkpoint.FOLDER, read_only=True) as checkpoints,
     ):
-        abstract = state.abstract_state(model, config, tx, mesh)
+        abstract = state.abstract_state(model, config.train, tx, mesh)
         progress = types.SimpleNamespace(say=lambda _: None)
         run = types.SimpleNamespace(checkpoints=checkpoints, earlier_seconds=0.0, progress=progress)
         loop._start(run, loop.Stage(0, config, STEP, STEP + 1), STEP, model, tx, abstract)

@@ -38,8 +38,8 @@ def published(entries, params, dtype=np.float32) -> dict[str, np.ndarray]:
 
 
 def wanted_of(config) -> dict:
-    mesh = mesh_lib.make_mesh(config)
-    return state.flatten(state.abstract_params(vlm.VLM(config.model), config, mesh))
+    mesh = mesh_lib.make_mesh(config.mesh, config.model, config.train)
+    return state.flatten(state.abstract_params(vlm.VLM(config.model), mesh))
 
 
 def llm_tower(config, arrays) -> Tower:
@@ -163,10 +163,8 @@ def test_derived_tensors_replace_what_they_use():
 
 def test_no_parameter_is_whole_on_one_device():
     config = config_of(True)
-    mesh = mesh_lib.widest(config)
+    mesh = mesh_lib.widest(config.model)
     assert mesh.shape["fsdp"] == jax.device_count() == 8
-    for path, x in state.flatten(
-        state.abstract_params(vlm.VLM(config.model), config, mesh)
-    ).items():
+    for path, x in state.flatten(state.abstract_params(vlm.VLM(config.model), mesh)).items():
         if path.endswith(("kernel", "table")):
             assert np.prod(x.sharding.shard_shape(x.shape)) * 8 == np.prod(x.shape), path
