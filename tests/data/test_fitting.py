@@ -30,7 +30,7 @@ def sizes(lengths, tiles) -> Sizes:
 @pytest.mark.parametrize("way", [packing.best_fit, packing.even_fit, packing.fit])
 @pytest.mark.parametrize("make", [pages, texts, mixed])
 @pytest.mark.parametrize(
-    "count, seq_len, row_tiles", [(1, 100, 5), (50, 100, 5), (5000, 1000, 13), (300, 2000, 4)]
+    "count, seq_len, max_tiles", [(1, 100, 5), (50, 100, 5), (5000, 1000, 13), (300, 2000, 4)]
 )
 def test_all_records_are_in_rows_that_hold_them(way, make, count, seq_len, max_tiles):
     given = make(count, seq_len)
