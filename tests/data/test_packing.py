@@ -5,7 +5,7 @@ from alignvlm_jax.data import packing
 
 
 def draw(count: int, seq_len: int, max_tiles: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Log-normal texts behind up to `row_tiles` tiles of an eighth of a row's share."""
+    """Log-normal texts behind up to `max_tiles` tiles of an eighth of a row's share."""
     rng = np.random.default_rng(seed)
     tiles = rng.integers(0, max_tiles + 1, count)
     texts = np.maximum(rng.lognormal(np.log(seq_len / 20), 1.0, count), 1).astype(np.int32)
@@ -17,7 +17,7 @@ def of_rows(plan: packing.Packing, values: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("count", [1, 2, 37, 3000])
-@pytest.mark.parametrize("seq_len, row_tiles", [(100, 1), (512, 4), (1000, 9)])
+@pytest.mark.parametrize("seq_len, max_tiles", [(100, 1), (512, 4), (1000, 9)])
 def test_every_record_is_in_one_row_and_every_row_holds_its_records(count, seq_len, max_tiles):
     lengths, tiles = draw(count, seq_len, max_tiles)
     plan = packing.plan(lengths, tiles, seq_len, max_tiles, [1], 0)
