@@ -50,7 +50,7 @@ class Lens:
         for all alike.
       is_overview: bool [N], patches of the overview tile, which covers the page once more.
       tokenizer: what spells the tokens.
-      num_words: V.
+      unpadded_vocab_size: V.
     """
 
     page: Image.Image

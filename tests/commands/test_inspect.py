@@ -38,7 +38,7 @@ def test_rows_of_a_config(folder, tmp_path, capsys):
     ]
     assert main.main(["inspect", *flags]) == 0
     assert "48 records\n" in capsys.readouterr().out  # Not planned: nothing is said of their fill.
-    assert "row 7" in out.read_text()
+    assert "sequence 7" in out.read_text()
 
 
 @pytest.fixture
