@@ -174,7 +174,7 @@ def _none(seed: int) -> Disturbance:
 
 
 def _scores(loaded: Loaded, split: str, trials: Sequence[Disturbance]) -> list[dict[str, Any]]:
-    evaluator = Runner(loaded, loaded.config)
+    evaluator = Runner(loaded)
     results = [ask(evaluator, loaded, split, trial) for trial in trials]
     return [
         {

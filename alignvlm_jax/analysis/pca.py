@@ -58,7 +58,7 @@ def measure(
       UserError: the connector has no distribution over words, the split is missing, or no word is
         chosen.
     """
-    patch_tokens.check(loaded.config)
+    patch_tokens.check(loaded.config.model)
     used = vocabulary.usage(loaded, pages, num_pages)
     unpadded_vocab_size = loaded.config.model.llm.unpadded_vocab_size
     table = np.float64(jax.device_get(loaded.params["llm"]["embed"]["table"]))[:unpadded_vocab_size]

@@ -122,12 +122,12 @@ def measure(
       UserError: the connector has no distribution over words, a split is missing, or no word is
         kept.
     """
-    patch_tokens.check(loaded.config)
+    patch_tokens.check(loaded.config.model)
     found = usage(loaded, pages, num_pages)
     kept = {by: found.kept(by, threshold) for by in ("mean", "highest")}
     everything = np.ones_like(kept["mean"])
     trials = {"all": everything} | kept
-    evaluator = Runner(loaded, loaded.config)
+    evaluator = Runner(loaded)
     return {
         **found.facts(),
         "top_words": found.top_words(loaded.tokenizer),

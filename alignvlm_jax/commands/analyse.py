@@ -92,7 +92,7 @@ def _check(config: Config, args: argparse.Namespace) -> None:
         contents = functools.partial(shards.contents, config.data.dir)
         distributed.check_alike({f"the data in {config.data.dir}": contents})
     if args.analysis in NEED_WORDS:
-        patch_tokens.check(config)
+        patch_tokens.check(config.model)
     for name in getattr(args, "connectors", ()):
         connectors.get(name)
         cost.with_connector(config, name)

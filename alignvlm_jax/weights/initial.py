@@ -13,7 +13,7 @@ from rich.table import Table
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from alignvlm_jax.data import chat, loader
+from alignvlm_jax.data import chat, stage_data
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.train import checkpoint, restore, state, warm_start
@@ -79,7 +79,8 @@ def write(
     with storage.whole_folder(out) as staging:
         with storage.local_folder(staging) as folder:
             write_tokenizer(folder / TOKENIZER)
-        chat.format_of(loader.load_tokenizer(_with_tokenizer(config, staging / TOKENIZER)))
+        data = dataclasses.replace(config.data, tokenizer=str(staging / TOKENIZER))
+        chat.format_of(stage_data.load_tokenizer(data, config.model))
         model = vlm.VLM(config.model)
         mesh = mesh_lib.widest(config)
         with mesh_lib.use(mesh):
@@ -125,10 +126,6 @@ def _params(llm: Tower, vision: Tower, config: Config, abstract: Params) -> tupl
     return params, warm_start.table(groups)
 
 
-def _with_tokenizer(config: Config, path: Path) -> Config:
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(path)))
-
-
 def write_export(path: Path, out: Path, components: tuple[str, ...]) -> dict[str, int]:
     """Writes `parts` of a checkpoint into the folder `out`, which appears whole or not at all.
 
@@ -170,5 +167,5 @@ def _write(
     with storage.whole_folder(out) as target, storage.local_folder(target) as staging:
         counts = export.write(config.model, stored, read, staging, components)
         if "llm" in components:
-            export.copy_tokenizer(loader.tokenizer_path(config), staging / "llm")
+            export.copy_tokenizer(stage_data.tokenizer_path(config.data), staging / "llm")
     return counts
