@@ -123,7 +123,7 @@ def measure(
       UserError: the connector has no distribution over the vocabulary, the split is missing, or no
         token is chosen.
     """
-    patch_tokens.check(loaded.config)
+    patch_tokens.check(loaded.config.model)
     used = vocabulary.usage(loaded, pages, num_pages)
     # The table's last rows, up to vocab_size, only make it divisible: they are no tokens.
     num_tokens = loaded.config.model.llm.unpadded_vocab_size

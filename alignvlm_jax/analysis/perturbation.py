@@ -195,7 +195,7 @@ def scores(
 ) -> list[dict[str, Any]]:
     """Returns the scores of a split's answers through each perturbation."""
     # One runner for all: what it has compiled for one size serves the others.
-    evaluator = Runner(loaded, loaded.config)
+    evaluator = Runner(loaded)
     results = [predict(evaluator, loaded, split, one) for one in perturbations]
     return [
         {

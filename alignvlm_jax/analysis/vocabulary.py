@@ -212,12 +212,12 @@ def measure(
       UserError: the connector has no distribution over the vocabulary, a split is missing, or no
         token is kept.
     """
-    patch_tokens.check(loaded.config)
+    patch_tokens.check(loaded.config.model)
     found = usage(loaded, pages, num_pages)
     kept = {by: found.kept(by, threshold) for by in ("mean", "highest")}
     # All tokens are a trial like the others, not a run without pruning: one compiled program.
     trials = {"all": np.ones_like(kept["mean"])} | kept
-    evaluator = Runner(loaded, loaded.config)
+    evaluator = Runner(loaded)
     return {
         **found.facts(),
         "top_words": found.top_tokens(loaded.tokenizer),

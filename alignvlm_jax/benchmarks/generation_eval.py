@@ -1,16 +1,19 @@
 """In-training generation eval: questions that a model answers now and then while it is trained."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 from jax.sharding import Mesh
 
 from alignvlm_jax.benchmarks import questions, scores
 from alignvlm_jax.benchmarks.questions import Question
-from alignvlm_jax.config import Config
-from alignvlm_jax.data import chat, examples, loader, shards
-from alignvlm_jax.data.tokenizers.base import Tokenizer
+from alignvlm_jax.config import Config, TrainConfig
+from alignvlm_jax.data import chat, examples, validation
+from alignvlm_jax.data.examples import ExampleBuilder, PackedSequence
+from alignvlm_jax.data.loader import TrainSequences
+from alignvlm_jax.data.shards import RecordSource
+from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading
 from alignvlm_jax.inference.loading import Prompts
@@ -29,31 +32,26 @@ class GenerationEval:
     generated in batches of one shape, so that generation is compiled once a stage, and the training
     step not again."""
 
-    def __init__(self, model: VLM, config: Config, mesh: Mesh):
+    def __init__(self, model: VLM, config: Config, mesh: Mesh, opened: StageData):
         """Raises UserError as `check` does."""
-        self._tokenizer = loader.load_tokenizer(config)
+        self._tokenizer = opened.tokenizer
+        self._builder = ExampleBuilder.of(config, opened.tokenizer)
         self._sampler = Sampler(
             model, mesh, end_ids=chat.stop_ids(self._tokenizer), pad_id=self._tokenizer.pad_id
         )
         self._max_new_tokens = config.eval.max_new_tokens
-        self._chosen = _choose(config)
+        sources = validation.by_source(config, opened)
+        self._chosen = _choose(sources, config.train.generate_questions, opened)
         count = len(self._chosen.places)
         self._batch_size = loading.batch_size(
             count, config.eval.batch_size, mesh_lib.data_parallel_size(mesh)
         )
         local_rows = sharding.rows_of_process(mesh, self._batch_size).tolist()
         mine = [start + row for start in range(0, count, self._batch_size) for row in local_rows]
-        own = [
-            _build(config, self._tokenizer, self._chosen, number)
-            for number in mine
-            if number < count
-        ]
+        own = [self._chosen.prompt(number, self._builder) for number in mine if number < count]
         # Of all processes: their prompts are rows of one array.
-        extents = [
-            extent for extent in exchange.gather(examples.extent(own, config)) if extent is not None
-        ]
+        extents = [one for one in exchange.gather(self._builder.extent(own)) if one is not None]
         self._trimmed = max(length for length, _ in extents), max(tiles for _, tiles in extents)
-        self._config = config
 
     def run(
         self, params: Params, eval_step: EvalStep, should_stop: Callable[[], bool]
@@ -83,10 +81,8 @@ class GenerationEval:
         }
         return metrics.with_sources("generated", rated, _means)
 
-    def _prompt(self, number: int) -> examples.PackedSequence:
-        return examples.trim(
-            _build(self._config, self._tokenizer, self._chosen, number), *self._trimmed
-        )
+    def _prompt(self, number: int) -> PackedSequence:
+        return examples.trim(self._chosen.prompt(number, self._builder), *self._trimmed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,56 +91,51 @@ class _Chosen:
     of."""
 
     by_source: dict[str, list[Question]]
-    places: list[tuple[shards.RecordSource, Question]]
+    places: list[tuple[RecordSource, Question]]
+
+    def prompt(self, number: int, builder: ExampleBuilder) -> PackedSequence:
+        """Returns the prompt of a question by its number."""
+        records, question = self.places[number]
+        return builder.prompt(records[question.record], question.turn.question)
 
 
-def is_enabled(config: Config) -> bool:
+def is_enabled(train: TrainConfig) -> bool:
     """Returns whether a stage asks questions: it may not, and one that sees no pixels cannot."""
-    return config.train.generate_every > 0 and config.train.visual_source == "pixels"
+    return train.generate_every > 0 and train.visual_source == "pixels"
 
 
-def check(stages: Iterable[Config]) -> None:
+def check(config: Config, opened: StageData) -> None:
     """Raises UserError where a stage cannot ask: no source has questions in its split, a page
     cannot be read, or a prompt does not fit. The last stage of a long run is too late to be told
     so."""
-    for config in stages:
-        if is_enabled(config):
-            chosen = _choose(config)
-            tokenizer = loader.load_tokenizer(config)
-            for number in range(jax.process_index(), len(chosen.places), jax.process_count()):
-                _build(config, tokenizer, chosen, number)
+    if not is_enabled(config.train):
+        return
+    sources = validation.by_source(config, opened)
+    chosen = _choose(sources, config.train.generate_questions, opened)
+    builder = ExampleBuilder.of(config, opened.tokenizer)
+    for number in range(jax.process_index(), len(chosen.places), jax.process_count()):
+        chosen.prompt(number, builder)
 
 
-def _choose(config: Config) -> _Chosen:
-    """The questions, without sources that have none."""
-    split = config.data.validation_split
+def _choose(sources: Mapping[str, TrainSequences], count: int, opened: StageData) -> _Chosen:
+    """At most `count` questions of each source, without sources that have none."""
     by_source = {}
     places = []
-    validated = loader.by_source(config)
-    for name, source in validated.items():
-        (folder,) = source.data.folders
-        records = shards.RecordSource(folder, split)
-        if found := questions.choose_questions(records, config.train.generate_questions):
+    folders = []
+    for name, sequences in sources.items():
+        data = sequences.builder.data
+        (folder,) = data.folders
+        folders.append(folder)
+        records = opened.records(folder, data.validation_split)
+        if found := questions.choose_questions(records, count):
             by_source[name] = found
             places += [(records, question) for question in found]
     if not places:
-        folders = ", ".join(
-            folder for source in validated.values() for folder in source.data.folders
-        )
         raise UserError(
-            f"split {split!r} in {folders} has no questions to generate answers to; "
-            "config.train.generate_every=0 asks none"
+            f"split {data.validation_split!r} in {', '.join(folders)} has no questions to generate "
+            "answers to; config.train.generate_every=0 asks none"
         )
     return _Chosen(by_source, places)
-
-
-def _build(
-    config: Config, tokenizer: Tokenizer, chosen: _Chosen, number: int
-) -> examples.PackedSequence:
-    records, question = chosen.places[number]
-    return examples.build_prompt(
-        records[question.record], question.turn.question, config, tokenizer
-    )
 
 
 def _means(pairs: Sequence[tuple[str, Sequence[str]]]) -> dict[str, float]:
@@ -157,7 +148,7 @@ def _means(pairs: Sequence[tuple[str, Sequence[str]]]) -> dict[str, float]:
 GENERATION = Kind(
     name="generated answers",
     phase="generating",
-    every=lambda config: config.train.generate_every if is_enabled(config) else 0,
+    every=lambda config: config.train.generate_every if is_enabled(config.train) else 0,
     open=GenerationEval,
     check=check,
 )

@@ -13,8 +13,9 @@ from PIL import Image
 from alignvlm_jax.benchmarks import predictions, scores, tasks
 from alignvlm_jax.benchmarks.predictions import Predictions
 from alignvlm_jax.benchmarks.questions import Benchmark, Question, choose_questions
-from alignvlm_jax.config import Config
-from alignvlm_jax.data import chat, examples, images, shards
+from alignvlm_jax.config import EvalConfig
+from alignvlm_jax.data import chat, images, shards
+from alignvlm_jax.data.examples import ExampleBuilder, PackedSequence
 from alignvlm_jax.data.record import Record
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading
@@ -39,7 +40,7 @@ class Trial:
     path: Path
     header: Mapping[str, Any]
     page: Callable[[Record], Record] = lambda record: record
-    inputs: Callable[[Question], examples.PackedSequence] = lambda question: {}
+    inputs: Callable[[Question], PackedSequence] = lambda question: {}
     variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -47,12 +48,12 @@ class Runner:
     """Evaluates one model; every split has the same batch shape, so that generation is compiled
     once."""
 
-    def __init__(self, loaded: Loaded, config: Config):
-        """`config` may differ from the model's own in `eval` and `data.dir`."""
+    def __init__(self, loaded: Loaded, evaluation: EvalConfig | None = None):
+        """`evaluation` is by default that of the model's own config."""
         self._loaded = loaded
-        self._config = config
+        self._evaluation = evaluation or loaded.config.eval
         self._sampler = loaded.sampler()
-        most = config.eval.batch_size
+        most = self._evaluation.batch_size
         self._batch_size = loading.batch_size(most, most, loaded.data_parallel_size)
 
     def evaluate(self, split: str, blind: bool) -> Predictions:
@@ -73,21 +74,21 @@ class Runner:
     def evaluate_trial(self, split: str, trial: Trial, name: str) -> Predictions:
         """Returns the predictions on a split, as `evaluate` does, asked in any way; `name` is shown
         meanwhile."""
-        records = shards.RecordSource(self._config.data.dir, split)
-        questions = choose_questions(records, self._config.eval.num_questions)
+        directory = self._loaded.config.data.dir
+        max_new_tokens = self._evaluation.max_new_tokens
+        records = shards.RecordSource(directory, split)
+        questions = choose_questions(records, self._evaluation.num_questions)
         if not questions:
-            raise UserError(f"split {split!r} in {self._config.data.dir} has no questions")
+            raise UserError(f"split {split!r} in {directory} has no questions")
         what = {"scorer_version": scores.SCORER_VERSION, "split": split, **trial.header}
-        header = self._header(
-            self._config.data.dir, questions, "QUESTION", self._config.eval.max_new_tokens, what
-        )
-        config = self._for_prompts(question.turn.question for question in questions)
+        header = self._header(directory, questions, "QUESTION", max_new_tokens, what)
+        builder = self._builder_of(question.turn.question for question in questions)
         return self._predict(
             trial.path,
             header,
             name,
             questions,
-            lambda batch: self._answer(records, batch, trial, config),
+            lambda batch: self._answer(records, batch, trial, builder),
         )
 
     def evaluate_task(self, benchmark: Benchmark) -> Predictions:
@@ -101,12 +102,12 @@ class Runner:
         """
         task = benchmark.task
         questions = benchmark.questions
-        max_new_tokens = task.max_new_tokens or self._config.eval.max_new_tokens
+        max_new_tokens = task.max_new_tokens or self._evaluation.max_new_tokens
         what = {"scorer_version": tasks.SCORER_VERSION, "task": task.name, "split": task.split}
         prompt = task.prompt.format(question="QUESTION")
         header = self._header(benchmark.directory, questions, prompt, max_new_tokens, what)
         path = predictions.task_path(loading.workdir_of(self._loaded.path), task.name)
-        config = self._for_prompts(
+        builder = self._builder_of(
             task.prompt.format(question=question.turn.question) for question in questions
         )
         result = self._predict(
@@ -114,7 +115,7 @@ class Runner:
             header,
             task.name,
             questions,
-            lambda batch: self._answer_task(benchmark, batch, max_new_tokens, config),
+            lambda batch: self._answer_task(benchmark, batch, max_new_tokens, builder),
         )
         if len(problems := result.problems()) == len(result.rows):
             if distributed.is_main():
@@ -140,36 +141,40 @@ class Runner:
             path, header, batches, name=name, count=len(questions), things="questions"
         )
 
-    def _for_prompts(self, texts: Iterable[str]) -> Config:
-        """The config with sequences that hold the longest of the prompts. A packed one has room for
-        many records: padded to it, a prompt would cost as much as all of them."""
-        config = self._config
-        tokenizer = self._loaded.tokenizer
+    def _builder_of(self, texts: Iterable[str]) -> ExampleBuilder:
+        """The builder of prompts that have room for the longest of some texts. A packed sequence
+        has room for many records: padded to it, a prompt would cost as much as all of them."""
+        builder = self._loaded.builder
+        data = builder.data
         # Little to gain; and in another shape sums are rounded in another way.
-        if config.data.packing == "none":
-            return config
-        num_image_tokens = config.data.tiles_of_a_record * config.model.tokens_per_tile
-        image_id = config.model.image_token_id
+        if data.packing == "none":
+            return builder
+        num_image_tokens = data.tiles_of_a_record * builder.tokens_per_prompt_tile
         longest = max(
-            len(chat.encode_prompt(tokenizer, text, num_image_tokens, image_id))
+            len(
+                chat.encode_prompt(
+                    builder.tokenizer, text, num_image_tokens, builder.image_token_id
+                )
+            )
             for text in set(texts)
         )
-        length = min(-(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE, config.data.seq_len)
-        return dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=length))
+        length = min(-(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE, data.seq_len)
+        return dataclasses.replace(builder, data=dataclasses.replace(data, seq_len=length))
 
     def _answer(
-        self, records: Sequence[Record], questions: Sequence[Question], trial: Trial, config: Config
+        self,
+        records: Sequence[Record],
+        questions: Sequence[Question],
+        trial: Trial,
+        builder: ExampleBuilder,
     ) -> list[dict[str, Any]]:
-        def build(number: int) -> examples.PackedSequence:
+        def build(number: int) -> PackedSequence:
             question = questions[number]
             page = trial.page(records[question.record])
-            prompt = examples.build_prompt(
-                page, question.turn.question, config, self._loaded.tokenizer
-            )
-            return prompt | trial.inputs(question)
+            return builder.prompt(page, question.turn.question) | trial.inputs(question)
 
         prompts = Prompts(len(questions), build)
-        answers = self._generate(prompts, self._config.eval.max_new_tokens, trial.variables)
+        answers = self._generate(prompts, self._evaluation.max_new_tokens, trial.variables)
         return [
             _row(question, prediction)
             | {
@@ -184,19 +189,15 @@ class Runner:
         benchmark: Benchmark,
         questions: Sequence[Question],
         max_new_tokens: int,
-        config: Config,
+        builder: ExampleBuilder,
     ) -> list[dict[str, Any]]:
-        tokenizer = self._loaded.tokenizer
-
-        def build(number: int) -> examples.PackedSequence:
+        def build(number: int) -> PackedSequence:
             question = questions[number]
             text = benchmark.task.prompt.format(question=question.turn.question)
-            return examples.build_prompt(
-                benchmark.records[question.record], text, config, tokenizer
-            )
+            return builder.prompt(benchmark.records[question.record], text)
 
-        def stand_in() -> examples.PackedSequence:
-            return examples.build_prompt(Image.new("RGB", (1, 1), "white"), "", config, tokenizer)
+        def stand_in() -> PackedSequence:
+            return builder.prompt(Image.new("RGB", (1, 1), "white"), "")
 
         found = []
         answers = self._generate(Prompts(len(questions), build, stand_in), max_new_tokens, {})
@@ -227,7 +228,8 @@ class Runner:
         """All that the predictions depend on, and what is needed to repeat them; `question` is how
         one is put."""
         tokenizer = self._loaded.tokenizer
-        prompt = chat.encode_prompt(tokenizer, question, 1, self._config.model.image_token_id)
+        config = self._loaded.config
+        prompt = chat.encode_prompt(tokenizer, question, 1, config.model.image_token_id)
         texts = json.dumps(
             [(question.id, question.turn.question, question.turn.answers) for question in questions]
         )
@@ -240,7 +242,7 @@ class Runner:
             "decoding": {"method": "greedy", "max_new_tokens": max_new_tokens},
             "data": shards.fingerprint(directory),
             **what,
-            "seed": self._config.seed,
+            "seed": config.seed,
             "num_questions": len(questions),
             "questions_crc32": zlib.crc32(texts.encode()),
         }

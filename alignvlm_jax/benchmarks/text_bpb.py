@@ -24,7 +24,7 @@ import numpy as np
 from alignvlm_jax.benchmarks import predictions
 from alignvlm_jax.benchmarks.predictions import Predictions
 from alignvlm_jax.benchmarks.tasks import TextTask
-from alignvlm_jax.data import chat, examples, index, loader, shards
+from alignvlm_jax.data import chat, examples, loader, shards
 from alignvlm_jax.data.examples import PackedSequence
 from alignvlm_jax.data.record import Record
 from alignvlm_jax.errors import UserError
@@ -181,7 +181,7 @@ class Reader:
             "step": loaded.step,
             # To the microsecond, this tells two runs apart that were written to the same workdir.
             "train_seconds": loaded.metadata["train_seconds"],
-            "tokenizer": index.tokenizer_fingerprint(loaded.tokenizer.name),
+            "tokenizer": loaded.tokenizer.fingerprint,
             "window": min(task.window, loaded.config.data.seq_len),
             "scorer_version": SCORER_VERSION,
             "task": task.name,

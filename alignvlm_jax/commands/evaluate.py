@@ -15,7 +15,7 @@ from rich.table import Table
 from alignvlm_jax import storage
 from alignvlm_jax.benchmarks import predictions, questions, runner, summary, tasks, text_bpb
 from alignvlm_jax.benchmarks.predictions import Predictions
-from alignvlm_jax.config import Config
+from alignvlm_jax.config import EvalConfig
 from alignvlm_jax.data import shards
 from alignvlm_jax.errors import UsageError, UserError
 from alignvlm_jax.flag_types import positive
@@ -48,26 +48,26 @@ def main(argv: list[str]) -> None:
 
 
 def _evaluate_splits(args: argparse.Namespace) -> None:
-    config = _with_flags(loading.load_config(args.checkpoint, args.data), args)
-    for split in config.eval.splits:
+    config = loading.load_config(args.checkpoint, args.data)
+    data_dir = config.data.dir
+    for split in _with_flags(config.eval, args).splits:
         # A misspelt split should not wait for the model.
-        shards.RecordSource(config.data.dir, split)
-    distributed.check_alike(
-        {f"the data in {config.data.dir}": functools.partial(shards.contents, config.data.dir)}
-    )
+        shards.RecordSource(data_dir, split)
+    contents = functools.partial(shards.contents, data_dir)
+    distributed.check_alike({f"the data in {data_dir}": contents})
     loaded = loading.load(args.checkpoint, config)
-    config = _with_flags(loaded.config, args)
-    evaluator = runner.Runner(loaded, config)
+    evaluation = _with_flags(loaded.config.eval, args)
+    evaluator = runner.Runner(loaded, evaluation)
     with _stoppable():
-        for split in config.eval.splits:
+        for split in evaluation.splits:
             for blind in (False, True):
                 evaluator.evaluate(split, blind)
     if not distributed.is_main():
         return
-    results = _summarize(loaded, config)
+    results = _summarize(loaded)
     console = Console(highlight=False)
-    console.print(f"{loaded.path}: connector {config.model.connector.name}")
-    console.print(_table(config.eval.splits, results))
+    console.print(f"{loaded.path}: connector {loaded.config.model.connector.name}")
+    console.print(_table(evaluation.splits, results))
     _print_written(console, args.checkpoint)
 
 
@@ -84,7 +84,7 @@ def _evaluate_tasks(args: argparse.Namespace) -> None:
     )
     config = loading.load_config(args.checkpoint)
     loaded = loading.load(args.checkpoint, config)
-    evaluator = runner.Runner(loaded, loaded.config)
+    evaluator = runner.Runner(loaded)
     reader = text_bpb.Reader(loaded)
     results = {}
     with _stoppable():
@@ -95,7 +95,7 @@ def _evaluate_tasks(args: argparse.Namespace) -> None:
             results[one.task.name] = measure(one)
     if not distributed.is_main():
         return
-    _summarize(loaded, loaded.config)
+    _summarize(loaded)
     console = Console(highlight=False)
     for task in chosen:
         if isinstance(task, tasks.TextTask):
@@ -152,13 +152,13 @@ def _stoppable() -> Iterator[None]:
         raise UserError("stopped; the same command goes on with what is left") from err
 
 
-def _summarize(loaded: Loaded, config: Config) -> dict[tuple[str, bool], Predictions]:
+def _summarize(loaded: Loaded) -> dict[tuple[str, bool], Predictions]:
     """Writes summary.json; returns the predictions on splits that it is of. An earlier evaluation
     of other splits or tasks still counts, if it was of this very checkpoint and, of splits, on
     these very documents."""
     workdir = loading.workdir_of(loaded.path)
     trained = loaded.metadata["train_seconds"]
-    data = shards.fingerprint(config.data.dir)
+    data = shards.fingerprint(loaded.config.data.dir)
     results = {
         key: result
         for key, result in predictions.read_all(workdir).items()
@@ -222,12 +222,11 @@ def _print_written(console: Console, checkpoint: Path) -> None:
     )
 
 
-def _with_flags(config: Config, args: argparse.Namespace) -> Config:
-    """`config` with what the flags ask for."""
-    splits = tuple(args.splits.split(",")) if args.splits else config.eval.splits
-    num_questions = args.num_questions or config.eval.num_questions
-    chosen = dataclasses.replace(config.eval, splits=splits, num_questions=num_questions)
-    return dataclasses.replace(config, eval=chosen)
+def _with_flags(evaluation: EvalConfig, args: argparse.Namespace) -> EvalConfig:
+    """What the config says of evaluation, or the flags in its place."""
+    splits = tuple(args.splits.split(",")) if args.splits else evaluation.splits
+    num_questions = args.num_questions or evaluation.num_questions
+    return dataclasses.replace(evaluation, splits=splits, num_questions=num_questions)
 
 
 def _table(splits: Sequence[str], results: Mapping[tuple[str, bool], Predictions]) -> Table:

@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 
 from alignvlm_jax import storage
-from alignvlm_jax.config import Config
-from alignvlm_jax.data import examples, images, loader
+from alignvlm_jax.config import DataConfig, VisionConfig
+from alignvlm_jax.data import images, stage_data
+from alignvlm_jax.data.examples import ExampleBuilder
 from alignvlm_jax.errors import UsageError
 from alignvlm_jax.flag_types import positive
 from alignvlm_jax.inference import loading
@@ -27,24 +28,21 @@ def main(argv: list[str]) -> None:
     # Whatever can be wrong with the input is found before the model is loaded.
     page = images.load_page(args.image, args.page) if args.image else None
     config = loading.load_config(args.checkpoint, args.data)
-    examples.build_prompt(page, args.question, config, loader.load_tokenizer(config))
+    tokenizer = stage_data.load_tokenizer(config.data, config.model)
+    ExampleBuilder.of(config, tokenizer).prompt(page, args.question)
     loaded = loading.load(args.checkpoint, config)
-    seen = (
-        f"{page.width} x {page.height} pixels, {_count_tiles(page, config)} tiles"
-        if page
-        else "no image"
-    )
+    seen = "no image"
+    if page:
+        num_tiles = _count_tiles(page, config.model.vision, config.data)
+        seen = f"{page.width} x {page.height} pixels, {num_tiles} tiles"
     print(f"{loaded.path}: {seen}", file=sys.stderr)
     with compile_cache.kept_in(loading.workdir_of(args.checkpoint)):
         print(Assistant(loaded).answer(page, args.question, max_new_tokens=args.max_new_tokens))
 
 
-def _count_tiles(page: Image.Image, config: Config) -> int:
-    data = config.data
+def _count_tiles(page: Image.Image, vision: VisionConfig, data: DataConfig) -> int:
     size = np.array([[page.height, page.width]])
-    return images.count_tiles(
-        size, config.model.vision, data.tiles_of_a_record, data.use_overview
-    ).item()
+    return images.count_tiles(size, vision, data.tiles_of_a_record, data.use_overview).item()
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -75,15 +75,15 @@ def main(argv: list[str]) -> None:
         _packing_efficiency(all_sequences) if config.data.packing == "offline" else None
     )
     found = [
-        statistics.collect(config, folder, args.split, packing_efficiency)
+        statistics.collect(all_sequences.builder, folder, args.split, packing_efficiency)
         for folder in config.data.folders
     ]
     console = Console(highlight=False, soft_wrap=True)
     for one in found:
         _print(one, console)
     views = [
-        examples_page.view(i, all_sequences.segments(i), config, all_sequences.tokenizer)
-        for i in range(min(args.num_sequences, len(all_sequences)))
+        examples_page.view(i, all_sequences.segments(i), all_sequences.builder)
+        for i in range(min(args.num_rows, len(all_sequences)))
     ]
     out = args.out or storage.path(config.data.folders[0]) / examples_page.FILE
     console.print(f"Written: {examples_page.build(views, found[0], out)}")
@@ -118,7 +118,7 @@ def _analyse(argv: list[str]) -> None:
     # Whatever can be wrong is found before the model is loaded.
     base.check_splits(config.data, config.eval, args)
     if chosen.needs_distribution:
-        patch_tokens.check(config)
+        patch_tokens.check(config.model)
     chosen.check(config, args)
     loaded = base.with_num_questions(loading.load(args.checkpoint, config), args)
     try:
@@ -194,7 +194,7 @@ def _lens(args: argparse.Namespace) -> None:
     patch_map.check_suffix(out)
     page = images.load_page(args.image, args.page)
     config = loading.load_config(args.checkpoint, args.data)
-    patch_tokens.check(config)
+    patch_tokens.check(config.model)
     lens = Assistant(loading.load(args.checkpoint, config)).lens(page)
     print(lens, file=sys.stderr)
     print(f"Written: {lens.save(out, f'What the patches of {args.image.name} say')}")

@@ -18,6 +18,7 @@ from absl import logging
 from alignvlm_jax.data import arrays, chat, examples, filesystem, images, shards, tokenizers
 from alignvlm_jax.data.filesystem import Entry
 from alignvlm_jax.data.record import Record
+from alignvlm_jax.data.tokenizers import base
 from alignvlm_jax.data.tokenizers.base import Tokenizer
 from alignvlm_jax.errors import TryAgainError, UserError
 
@@ -269,7 +270,7 @@ def recount(directory: str | Path) -> str:
 def tokenizer_fingerprint(path: str | os.PathLike) -> str:
     """Returns a checksum of the tokenizer's file, or of the one in a folder, as `tokenizers.load`
     takes it."""
-    return hashlib.blake2b(tokenizers.read(path)[1], digest_size=8).hexdigest()
+    return base.fingerprint(tokenizers.read(path)[1])
 
 
 def content_hash(record: Record) -> int:

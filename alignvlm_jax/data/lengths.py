@@ -1,16 +1,16 @@
-"""How much of a row each record would take, from its index."""
+"""How much of a packed sequence each record would take, from its index."""
 
 import dataclasses
 import functools
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from alignvlm_jax.config import Config, VisionConfig
+from alignvlm_jax.config import DataConfig, VisionConfig
 from alignvlm_jax.data import images, index
 from alignvlm_jax.data.index import Index
+from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.errors import UserError
 
 
@@ -18,7 +18,7 @@ from alignvlm_jax.errors import UserError
 class Lengths:
     """Of R records. Equal to itself alone."""
 
-    # int32 [tasks, R], with image tokens, at most a row; 0 where the record is of no use to the
+    # int32 [tasks, R], with image tokens, at most `seq_len`; 0 where the record is of no use to the
     # task
     tokens: np.ndarray
     tiles: np.ndarray  # int16 [R]
@@ -33,33 +33,41 @@ class Limits(NamedTuple):
     tokens_per_tile: int
     vision: VisionConfig
 
+    @classmethod
+    def of(cls, data: DataConfig, vision: VisionConfig, tokens_per_tile: int) -> "Limits":
+        """Returns the limits of a stage's sequences, with so many image tokens for each tile."""
+        return cls(data.seq_len, data.tiles_of_a_record, data.use_overview, tokens_per_tile, vision)
+
 
 def load(
-    config: Config,
+    opened: StageData,
+    folders: Sequence[str],
     split: str,
     tasks: Sequence[str],
     sizes: Sequence[int],
-    tokenizer: str | os.PathLike,
+    limits: Limits,
 ) -> Lengths:
-    """Returns the lengths of a split's records in all of `config.data.folders`, one folder after
-    another. They are shared by all of a process, and nobody may write to them.
+    """Returns the lengths of a split's records in all folders, one folder after another. They are
+    shared by all of a process, and nobody may write to them.
 
     Args:
+      opened: has the indexes, and the tokenizer that they have to be counted by.
+      folders: where the records are.
+      split: theirs.
+      tasks: some of `examples.TASKS`.
       sizes: how many records each folder has.
-      tokenizer: that of training, file or folder.
+      limits: of a sequence.
 
     Raises:
       UserError: a folder has no index, or not that of its records and this tokenizer, and what to
         call.
     """
-    data = config.data
-    ours = index.tokenizer_fingerprint(tokenizer)
     indexes = []
-    for folder, size in zip(data.folders, sizes, strict=True):
-        loaded = index.load(folder, split)
-        if loaded.tokenizer != ours:
+    for folder, size in zip(folders, sizes, strict=True):
+        loaded = opened.index(folder, split)
+        if loaded.tokenizer != opened.tokenizer.fingerprint:
             raise UserError(
-                f"{folder} was counted by another tokenizer than {tokenizer}; "
+                f"{folder} was counted by another tokenizer than {opened.tokenizer_path}; "
                 f"{index.recount(folder)}"
             )
         if len(loaded) != size:
@@ -68,42 +76,30 @@ def load(
                 f"{index.recount(folder)}"
             )
         indexes.append(loaded)
-    return _measured(tuple(indexes), tuple(tasks), _limits(config))
-
-
-def measure(index: Index, tasks: Sequence[str], config: Config) -> Lengths:
-    """Returns the lengths of an index's records for some of `examples.TASKS`. A record with more
-    images than it may have tiles is of no use to any."""
-    return _measure(index, tasks, _limits(config))
-
-
-def _limits(config: Config) -> Limits:
-    data = config.data
-    return Limits(
-        data.seq_len,
-        data.tiles_of_a_record,
-        data.use_overview,
-        config.tokens_per_tile,
-        config.model.vision,
-    )
+    return _measured(tuple(indexes), tuple(tasks), limits)
 
 
 @functools.lru_cache(maxsize=8)
 def _measured(indexes: tuple[Index, ...], tasks: tuple[str, ...], limits: Limits) -> Lengths:
-    parts = [_measure(index, tasks, limits) for index in indexes]
-    tokens = np.concatenate([part.tokens for part in parts], axis=1)
-    tiles = np.concatenate([part.tiles for part in parts])
+    found = [measure(index, tasks, limits) for index in indexes]
+    tokens = np.concatenate([one.tokens for one in found], axis=1)
+    tiles = np.concatenate([one.tiles for one in found])
     for array in (tokens, tiles):
         array.setflags(write=False)
     return Lengths(tokens, tiles)
 
 
-def _measure(index: Index, tasks: Sequence[str], limits: Limits) -> Lengths:
+def measure(index: Index, tasks: Sequence[str], limits: Limits) -> Lengths:
+    """Returns the lengths of an index's R records for some of `examples.TASKS`. A record with more
+    images than it may have tiles is of no use to any."""
     tiles = _count_tiles(index, limits)
-    slots = tiles.astype(np.int32) * limits.tokens_per_tile
-    tokens = np.stack([index.text_tokens[task] for task in tasks])
-    is_usable = (tokens > 0) & (np.diff(index.image_starts) <= limits.tiles_of_a_record)
-    return Lengths(np.where(is_usable, np.minimum(tokens + slots, limits.seq_len), 0), tiles)
+    image_tokens = tiles.astype(np.int32) * limits.tokens_per_tile
+    # int32 [tasks, R]. Where a record lacks what a task needs, its text has 0 tokens: its image
+    # tokens must not make it look like one of use.
+    text_tokens = np.stack([index.text_tokens[task] for task in tasks])
+    is_usable = (text_tokens > 0) & (np.diff(index.image_starts) <= limits.tiles_of_a_record)
+    tokens = np.minimum(text_tokens + image_tokens, limits.seq_len)
+    return Lengths(np.where(is_usable, tokens, 0), tiles)
 
 
 def _count_tiles(index: Index, limits: Limits) -> np.ndarray:

@@ -1,11 +1,163 @@
-"""Which records an epoch has, of several sources."""
+"""What an epoch consists of: which records of several sources, what is asked of each, and which
+stand together in a packed sequence."""
 
+import dataclasses
+import functools
+import hashlib
+import itertools
 import zlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from alignvlm_jax.config import Config, SourceConfig
+from alignvlm_jax.config import DataConfig, SourceConfig
+from alignvlm_jax.data import packing
+from alignvlm_jax.data.lengths import Lengths
+from alignvlm_jax.data.packing import Packing
+from alignvlm_jax.errors import UserError
+
+MIXTURE, TASKS, PLAN, TURNS = range(1, 5)
+"""What randomness is for: made from one seed alone, two of them would be the same numbers."""
+
+
+class NothingToDraw(UserError):
+    """No record is of use to any task."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Epoch:
+    """The packed sequences of an epoch.
+
+    Attributes:
+      number: of the epoch, from 0.
+      begin: the sequences of all epochs before it.
+      plan: which records stand together; they are places in the arrays below, of N.
+      records: int32 [N], over all sources.
+      tasks: int8 [N].
+      tokens: int32 [N], where lengths are known.
+    """
+
+    number: int
+    begin: int
+    plan: Packing
+    records: np.ndarray
+    tasks: np.ndarray
+    tokens: np.ndarray | None
+
+    @property
+    def end(self) -> int:
+        """The sequences of all epochs up to this one's end."""
+        return self.begin + len(self.plan.offsets) - 1
+
+    def places(self, begin: int, end: int) -> np.ndarray:
+        """Returns the places of the sequences begin to end, counted over the stage."""
+        # Offsets are of this epoch: of sequence i they are offsets[i] to offsets[i + 1].
+        offsets = self.plan.offsets
+        return self.plan.records[offsets[begin - self.begin] : offsets[end - self.begin]]
+
+
+class Mixture:
+    """The records of one or more sources, and how epochs are made of them.
+
+    A record is asked a task that it has what is needed for, chosen by the tasks' fractions. What is
+    of no use to any is no part of the mixture.
+
+    Attributes:
+      sources: by name; "" where there is but `data.dir`.
+      starts: int64 [sources + 1], the first record of each.
+      tasks: those that have a weight.
+      counts: how many records an epoch takes of each source.
+      num_unused: records that are of no use.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        sizes: Sequence[int],
+        known: Lengths | None,
+        seed: Sequence[int],
+    ):
+        """`sizes` and `known` lengths are of the sources' records in the order of `data.folders`.
+
+        Raises:
+          NothingToDraw: there are no records to draw from.
+        """
+        self.sources = {name: data.sources[name] for name in sorted(data.sources)} or {
+            "": SourceConfig()
+        }
+        self.starts = np.cumsum([0, *sizes])
+        self.tasks, self._fractions = task_fractions(data.tasks)
+        self._lengths = known
+        self._seed = seed
+        self._seq_len = data.seq_len
+        self._max_tiles = data.max_tiles
+        is_usable = np.ones(sum(sizes), bool) if known is None else known.tokens.any(axis=0)
+        bounds = itertools.pairwise(self.starts)
+        self._usable = {
+            name: (a + np.flatnonzero(is_usable[a:b])).astype(np.int32)
+            for name, (a, b) in zip(self.sources, bounds, strict=True)
+        }
+        usable_sizes = {name: len(records) for name, records in self._usable.items()}
+        self.counts = counts(usable_sizes, self.sources, data.temperature)
+        self.num_unused = sum(sizes) - sum(usable_sizes.values())
+        if not any(self.counts.values()):
+            raise NothingToDraw(
+                f"none of {sum(sizes)} records in {', '.join(data.folders)} has text for "
+                f"config.data.tasks {', '.join(self.tasks)}, at most {data.tiles_of_a_record} "
+                "images, and a source with a weight"
+            )
+
+    def epoch(self, number: int, begin: int) -> Epoch:
+        """Returns an epoch that follows `begin` sequences: always the same one."""
+        seed = [*self._seed, MIXTURE]
+        parts = [
+            usable[epoch_of(len(usable), self.counts[name], name, seed, number)]
+            for name, usable in self._usable.items()
+        ]
+        records = np.concatenate(parts)
+        tasks = self._draw_tasks(records, number)
+        seed = [*self._seed, PLAN]
+        if self._lengths is None:
+            plan = packing.unpacked(len(records), seed, number)
+            return Epoch(number, begin, plan, records, tasks, None)
+        tokens = self._lengths.tokens[tasks, records]
+        tiles = self._lengths.tiles[records]
+        plan = packing.plan(tokens, tiles, self._seq_len, self._max_tiles, seed, number)
+        return Epoch(number, begin, plan, records, tasks, tokens)
+
+    @functools.cached_property
+    def causes(self) -> list[Any]:
+        """What decides about the epochs, in short; the last is the way of planning itself."""
+        digest = hashlib.blake2b(digest_size=8)
+        if self._lengths is not None:
+            digest.update(np.ascontiguousarray(self._lengths.tokens))
+            digest.update(np.ascontiguousarray(self._lengths.tiles))
+        sizes = [
+            self.starts.tolist(),
+            self._seq_len,
+            self._max_tiles,
+            list(self.counts.items()),
+        ]
+        tasks = [self.tasks, self._fractions.tolist()]
+        return [digest.hexdigest(), list(map(int, self._seed)), sizes, tasks, _probe()]
+
+    def _draw_tasks(self, records: np.ndarray, number: int) -> np.ndarray:
+        """A task for each of N records, int8 [N]: of those that it has what is needed for."""
+        drawn = np.random.default_rng([*self._seed, TASKS, number]).random(len(records), np.float32)
+        # float32 [tasks, N], summed over the tasks: task t has the interval from bounds[t - 1] to
+        # bounds[t], which is empty where the record is of no use to it.
+        bounds = np.zeros((len(self.tasks), len(records)), np.float32)
+        for task, fraction in enumerate(self._fractions):
+            bounds[task] = (
+                fraction
+                if self._lengths is None
+                else fraction * (self._lengths.tokens[task, records] > 0)
+            )
+        np.cumsum(bounds, axis=0, out=bounds)
+        # Strictly below the last bound, whatever is rounded: a task of no use must not be drawn.
+        drawn = np.minimum(drawn * bounds[-1], np.nextafter(bounds[-1], np.float32(0)))
+        return (drawn >= bounds).sum(axis=0, dtype=np.int8)
 
 
 def counts(
@@ -51,9 +203,21 @@ def epoch_of(size: int, count: int, name: str, seed: Sequence[int], epoch: int) 
     return stream[begin % size : begin % size + count]
 
 
-def task_fractions(config: Config) -> tuple[list[str], np.ndarray]:
-    """Returns the tasks that have a weight, and their fractions of all."""
+def task_fractions(weights: Mapping[str, float]) -> tuple[list[str], np.ndarray]:
+    """Returns the tasks that have a weight, and their fractions of all, float64 [tasks]."""
     # Sorted: the order of the config's mapping must not decide which record gets which task.
-    tasks = sorted(task for task, weight in config.data.tasks.items() if weight)
-    weights = np.array([config.data.tasks[task] for task in tasks])
-    return tasks, weights / weights.sum()
+    tasks = sorted(task for task, weight in weights.items() if weight)
+    fractions = np.array([weights[task] for task in tasks])
+    return tasks, fractions / fractions.sum()
+
+
+@functools.cache
+def _probe() -> str:
+    """A checksum of the plan of a few records: another one where plans are made in another way."""
+    sizes = np.arange(500)
+    plan = packing.plan(sizes % 97 + 1, sizes % 3, 100, 4, [1, 2], 3)
+    drawn = epoch_of(100, 150, "probe", [1, 2], 3)
+    digest = hashlib.blake2b(digest_size=8)
+    for array in (plan.offsets, plan.records, drawn):
+        digest.update(array.astype(np.int64))
+    return digest.hexdigest()

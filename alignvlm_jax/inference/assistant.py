@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from alignvlm_jax import storage
-from alignvlm_jax.data import examples, images
+from alignvlm_jax.data import images
 from alignvlm_jax.data.examples import PackedSequence
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading, patch_tokens
@@ -90,14 +90,14 @@ class Assistant:
             not as many pages as questions.
         """
         pages, questions = _pairs(image, question)
-        config = self.loaded.config
-        tokenizer = self.loaded.tokenizer
+        builder = self.loaded.builder
         opened = {id(one): None if one is None else images.open_page(one, page) for one in pages}
         prompts = [
-            examples.build_prompt(opened[id(one)], text, config, tokenizer)
+            builder.prompt(opened[id(one)], text)
             for one, text in zip(pages, questions, strict=True)
         ]
-        generated = self._generate(prompts, max_new_tokens or config.eval.max_new_tokens)
+        most = max_new_tokens or self.loaded.config.eval.max_new_tokens
+        generated = self._generate(prompts, most)
         return generated if _is_many(image) or _is_many(question) else generated[0]
 
     def lens(
@@ -116,16 +116,14 @@ class Assistant:
     def _generate(self, prompts: Sequence[PackedSequence], max_new_tokens: int) -> list[str]:
         """Answers prompts with tiles, then those without, which are rows of other arrays."""
         loaded = self.loaded
-        config = self.loaded.config
+        batch_size = loaded.config.eval.batch_size
         answers = {}
         for has_tiles in (True, False):
             indices = [i for i, prompt in enumerate(prompts) if ("tiles" in prompt) == has_tiles]
             if not indices:
                 continue
-            size = loading.batch_size(
-                len(indices), config.eval.batch_size, loaded.data_parallel_size
-            )
-            trimmed = examples.trim_prompts([prompts[i] for i in indices], config)
+            size = loading.batch_size(len(indices), batch_size, loaded.data_parallel_size)
+            trimmed = loaded.builder.trim_prompts([prompts[i] for i in indices])
             batched = Prompts(len(trimmed), trimmed.__getitem__)
             generated = loading.answer(
                 self._sampler, loaded.variables, loaded.tokenizer, batched, size, max_new_tokens

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config
-from alignvlm_jax.data import chat, loader
-from alignvlm_jax.data.examples import PackedSequence
+from alignvlm_jax.data import chat, loader, stage_data
+from alignvlm_jax.data.examples import ExampleBuilder, PackedSequence
 from alignvlm_jax.data.tokenizers.base import Tokenizer
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference.sampler import Sampler
@@ -30,7 +30,11 @@ from alignvlm_jax.weights import initial
 class Loaded:
     """A model and what belongs to it.
 
-    `path` is its checkpoint folder, `metadata` that of `checkpoint.describe`.
+    Attributes:
+      path: its checkpoint folder, `checkpoints/STEP`.
+      step: of the run that wrote it.
+      metadata: that of `checkpoint.describe`.
+      config: of the stage that wrote it.
     """
 
     path: Path
@@ -54,6 +58,11 @@ class Loaded:
         pad_id = self.tokenizer.pad_id
         return Sampler(self.model, self.mesh, end_ids=end_ids, pad_id=pad_id)
 
+    @functools.cached_property
+    def builder(self) -> ExampleBuilder:
+        """Makes the model's prompts."""
+        return ExampleBuilder.of(self.config, self.tokenizer)
+
     @property
     def data_parallel_size(self) -> int:
         """Over how many devices the rows of a batch are spread: it must divide the batch."""
@@ -69,7 +78,9 @@ def load_config(path: Path, data_dir: str | None = None) -> Config:
         config = dataclasses.replace(
             config, data=dataclasses.replace(config.data, tokenizer=str(beside))
         )
-    return config if data_dir is None else _with_data_dir(config, data_dir)
+    if data_dir is None:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, dir=data_dir))
 
 
 def load(path: Path, config: Config) -> Loaded:
@@ -85,25 +96,16 @@ def load(path: Path, config: Config) -> Loaded:
     Raises:
       UserError: there is no readable checkpoint, or its tokenizer is missing.
     """
-    path_of_tokenizer = loader.tokenizer_path(config)
-    distributed.check_alike(
-        {f"tokenizer {path_of_tokenizer}": functools.partial(loader.tokenizer_contents, config)}
-    )
-    tokenizer = loader.load_tokenizer(config)
+    data = config.data
+    contents = functools.partial(stage_data.tokenizer_contents, data)
+    distributed.check_alike({f"tokenizer {stage_data.tokenizer_path(data)}": contents})
+    tokenizer = stage_data.load_tokenizer(data, config.model)
     mesh = mesh_lib.for_inference(config.mesh, config.model)
     trained, model, params, step = restore.load_model(path, mesh)
     path = workdir_of(path) / checkpoint.FOLDER / str(step)
     metadata = restore.read_newest(path, lambda checkpoints, step: checkpoints.metadata(step))
-    return Loaded(
-        path,
-        step,
-        metadata,
-        _with_data_dir(trained, config.data.dir),
-        tokenizer,
-        mesh,
-        model,
-        params,
-    )
+    trained = dataclasses.replace(trained, data=dataclasses.replace(trained.data, dir=data.dir))
+    return Loaded(path, step, metadata, trained, tokenizer, mesh, model, params)
 
 
 def workdir_of(path: Path) -> Path:
@@ -116,10 +118,6 @@ def workdir_of(path: Path) -> Path:
         if storage.is_bucket(path)
         else Path(os.path.normpath(path / ".." / ".."))
     )
-
-
-def _with_data_dir(config: Config, data_dir: str) -> Config:
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, dir=data_dir))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +185,6 @@ def _build(prompts: Prompts, numbers: Sequence[int]) -> tuple[list[PackedSequenc
 
 
 def batch_size(count: int, most: int, data_parallel_size: int) -> int:
-    """Returns the rows of a batch for `count` prompts, `most` or a few more: each of `ways` devices
+    """Returns the rows of a batch for `count` prompts, `most` or a few more: each of the devices
     that rows are spread over needs as many."""
     return -(-min(count, max(most, data_parallel_size)) // data_parallel_size) * data_parallel_size

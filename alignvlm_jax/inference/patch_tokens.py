@@ -10,7 +10,7 @@ from jax import numpy as jnp
 from PIL import Image
 
 from alignvlm_jax import config as config_lib
-from alignvlm_jax.config import Config
+from alignvlm_jax.config import ModelConfig
 from alignvlm_jax.data import images
 from alignvlm_jax.data.images import Tiles
 from alignvlm_jax.errors import UserError
@@ -24,18 +24,18 @@ from alignvlm_jax.shapes import Array, Float, Int
 NUM_TOKENS = 8
 
 
-def has_patch_distribution(config: Config) -> bool:
+def has_patch_distribution(model: ModelConfig) -> bool:
     """Returns whether the model's connector gives patches a distribution over the vocabulary."""
-    connector = config.model.connector
+    connector = model.connector
     return connectors.get(connector.name).has_probabilities(connector)
 
 
-def check(config: Config) -> None:
+def check(model: ModelConfig) -> None:
     """Raises UserError if the model's connector has no distribution over the vocabulary."""
-    if not has_patch_distribution(config):
-        options = dataclasses.asdict(config.model.connector)
+    if not has_patch_distribution(model):
+        options = dataclasses.asdict(model.connector)
         name = options.pop("name")
-        plain = dataclasses.asdict(config_lib.connector(config.model.connector.name))
+        plain = dataclasses.asdict(config_lib.connector(model.connector.name))
         changed = ", ".join(
             f"{option} {value!r}" for option, value in options.items() if value != plain[option]
         )
@@ -55,7 +55,7 @@ def lenses(
       UserError: the model's connector has no distribution over the vocabulary.
     """
     config = loaded.config
-    check(config)
+    check(config.model)
     data = config.data
     cut = [
         images.tile_image(page, config.model.vision, data.tiles_of_a_record, data.use_overview)

@@ -10,7 +10,6 @@ from jax.sharding import Mesh
 from rich import progress
 from rich.console import Console
 
-from alignvlm_jax.data import examples
 from alignvlm_jax.data.record import Record
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference.loading import Loaded
@@ -25,12 +24,10 @@ def tiles_of(loaded: Loaded, records: Sequence[Record]) -> np.ndarray:
     Raises:
       UserError: an image cannot be read, or there is none.
     """
-    prompts = [
-        examples.build_prompt(record, "", loaded.config, loaded.tokenizer) for record in records
-    ]
-    tiles = np.concatenate(
-        [examples.trim_prompts([prompt], loaded.config)[0]["tiles"] for prompt in prompts]
-    )
+    builder = loaded.builder
+    prompts = [builder.prompt(record, "") for record in records]
+    # Each trimmed by itself: together, all would keep as many tiles as the largest has.
+    tiles = np.concatenate([builder.trim_prompts([prompt])[0]["tiles"] for prompt in prompts])
     if not len(tiles):
         raise UserError("the chosen records have no images")
     return tiles

@@ -8,9 +8,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from alignvlm_jax.config import Config
 from alignvlm_jax.data import examples, index, lengths
+from alignvlm_jax.data.examples import ExampleBuilder
 from alignvlm_jax.data.index import Index
+from alignvlm_jax.data.lengths import Limits
 from alignvlm_jax.ingest import staging, writer
 
 MAX_REASONS = 30
@@ -24,8 +25,8 @@ class Statistics:
       distributions: by what is counted a value for each of `COLUMNS`.
       facts: single numbers, in words.
       rejected: records of the whole folder by reason, the most frequent first.
-      fill: fraction of the slots of an epoch's rows that hold tokens; None where rows are not
-        planned.
+      packing_efficiency: fraction of the positions of an epoch's packed sequences that hold tokens;
+        None without offline packing.
     """
 
     COLUMNS: ClassVar = ("records", "mean", "median", "95 of 100", "most", "all")
@@ -39,16 +40,17 @@ class Statistics:
 
 
 def collect(
-    config: Config, directory: str, split: str, packing_efficiency: float | None
+    builder: ExampleBuilder, directory: str, split: str, packing_efficiency: float | None
 ) -> Statistics:
-    """Counts a split as rows of `config` would have it.
+    """Returns the statistics of a split as the sequences of a builder would have it.
 
     Raises:
       UserError: there is no such split, or no index beside its shards; the message says what to
         call.
     """
     known = index.load(directory, split)
-    measured = lengths.measure(known, list(examples.TASKS), config)
+    limits = Limits.of(builder.data, builder.vision, builder.tokens_per_tile)
+    measured = lengths.measure(known, list(examples.TASKS), limits)
     counted = {f"text tokens, {task}": tokens for task, tokens in known.text_tokens.items()}
     counted |= {
         "images a record": np.diff(known.image_starts),
@@ -67,7 +69,7 @@ def collect(
         distributions={
             name: _distribution(values) for name, values in counted.items() if values.any()
         },
-        facts=_facts(known, config),
+        facts=_facts(known, builder),
         rejected=rejected(directory),
         packing_efficiency=packing_efficiency,
     )
@@ -101,13 +103,13 @@ def _distribution(values: np.ndarray) -> tuple[float, ...]:
     )
 
 
-def _facts(known: Index, config: Config) -> dict[str, str]:
-    vision = config.model.vision
-    data = config.data
+def _facts(known: Index, builder: ExampleBuilder) -> dict[str, str]:
+    vision = builder.vision
+    data = builder.data
     doubles = len(known.content_hash) - len(np.unique(known.content_hash))
     return {
         "Rows": f"{data.seq_len:,} tokens, {data.max_tiles} tiles of {vision.tile_width} × "
-        f"{vision.tile_height} pixels with {config.tokens_per_tile} slots each",
+        f"{vision.tile_height} pixels with {builder.tokens_per_tile} slots each",
         "Tiles of a record": f"at most {data.tiles_of_a_record}"
         f"{', the overview first' if data.use_overview else ''}",
         "Tokens counted by": f"tokenizer {known.tokenizer}",

@@ -21,7 +21,7 @@ from alignvlm_jax import storage
 from alignvlm_jax.analysis import noise, vocabulary
 from alignvlm_jax.benchmarks import scores, summary
 from alignvlm_jax.benchmarks.runner import Runner
-from alignvlm_jax.config import Config
+from alignvlm_jax.config import Config, DataConfig, EvalConfig
 from alignvlm_jax.data import shards
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading, patch_tokens
@@ -109,7 +109,11 @@ def find(folder: Path) -> list[Path]:
         if not (run / checkpoint.FOLDER / str(steps)).is_dir():
             raise UserError(f"{run} is not finished: it has no checkpoint of step {steps}")
         first = firsts.setdefault(run.parent.name, run)
-        if (ours := _questions_of(stages[-1])) != (theirs := _questions_of(_stages(first)[-1])):
+        last = stages[-1]
+        ours = _questions_of(last.data, last.eval)
+        last = _stages(first)[-1]
+        theirs = _questions_of(last.data, last.eval)
+        if ours != theirs:
             raise UserError(
                 f"{run} is asked {ours}, {first} {theirs}: scores of a table are of the same "
                 "questions"
@@ -134,7 +138,7 @@ def measure(run: Path) -> None:
     asked again."""
     loaded = loading.load(run, loading.load_config(run))
     config = loaded.config
-    evaluator = Runner(loaded, config)
+    evaluator = Runner(loaded)
     splits = config.eval.splits
     results = {
         (split, blind): evaluator.evaluate(split, blind)
@@ -144,7 +148,7 @@ def measure(run: Path) -> None:
     analyses = {
         "noise": noise.measure_features(loaded, splits[0], (), RELATIVE_SIGMAS, NUM_PAGES, seed=0)
     }
-    if patch_tokens.has_patch_distribution(config):
+    if patch_tokens.has_patch_distribution(config.model):
         pages = config.data.validation_split
         # More than an even fraction of the vocabulary: of any there are such words, and not all of
         # them.
@@ -181,10 +185,14 @@ def with_baseline(tables: Tables, name: str) -> dict[str, list[Row]]:
     questions, too."""
     table, _, row_name = name.partition("/")
     [baseline] = [row for row in tables[table] if row.name == row_name]
-    compared = _questions_of(baseline.runs[0].config)
+
+    def questions_of(row: Row) -> str:
+        config = row.runs[0].config
+        return _questions_of(config.data, config.eval)
+
     return {
         other: _sorted([*rows, baseline])
-        if other != table and _questions_of(rows[0].runs[0].config) == compared
+        if other != table and questions_of(rows[0]) == questions_of(baseline)
         else list(rows)
         for other, rows in tables.items()
     }
@@ -211,11 +219,9 @@ def _way(run: Path) -> dict[str, Any]:
     }
 
 
-def _questions_of(config: Config) -> str:
-    return (
-        f"{config.eval.num_questions} questions of {', '.join(config.eval.splits)} in "
-        f"{config.data.dir}"
-    )
+def _questions_of(data: DataConfig, evaluation: EvalConfig) -> str:
+    splits = ", ".join(evaluation.splits)
+    return f"{evaluation.num_questions} questions of {splits} in {data.dir}"
 
 
 def _read_json(path: Path) -> Any:

@@ -10,9 +10,7 @@ import numpy as np
 from PIL import Image
 
 from alignvlm_jax import storage
-from alignvlm_jax.config import Config
-from alignvlm_jax.data.examples import Segment
-from alignvlm_jax.data.tokenizers.base import Tokenizer
+from alignvlm_jax.data.examples import ExampleBuilder, Segment
 from alignvlm_jax.ingest.statistics import Statistics
 from alignvlm_jax.pictures import html
 
@@ -33,7 +31,7 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class ShownSegment:
-    """What one record brings to a row. `tiles` are pictures as data URIs."""
+    """What one record brings to a packed sequence. `tiles` are pictures as data URIs."""
 
     number: int
     name: str
@@ -46,7 +44,7 @@ class ShownSegment:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A row to be looked at."""
+    """A packed sequence to be looked at."""
 
     index: int
     length: int
@@ -55,32 +53,30 @@ class View:
 
     @property
     def packing_efficiency(self) -> float:
-        """The fraction of the row's tokens that are no padding."""
+        """The fraction of the sequence's tokens that are no padding."""
         return sum(segment.num_tokens for segment in self.segments) / self.length
 
 
-def view(
-    index: int, parts: Sequence[tuple[str, Segment]], config: Config, tokenizer: Tokenizer
-) -> View:
-    """Returns row number `index` of a stage to be looked at, made of `parts`, each with its
-    record's id."""
-    segments = []
-    for number, (name, part) in enumerate(parts):
+def view(index: int, segments: Sequence[tuple[str, Segment]], builder: ExampleBuilder) -> View:
+    """Returns packed sequence number `index` of a stage to be looked at, made of segments, each
+    with its record's id, by the builder that made them."""
+    shown = []
+    for number, (name, segment) in enumerate(segments):
         # The weight at t is of predicting t + 1, and the first token of a record is predicted by
         # none.
-        is_taught = np.append(False, part.loss_weights[:-1] > 0)
-        segments.append(
+        is_taught = np.append(False, segment.loss_weights[:-1] > 0)
+        shown.append(
             ShownSegment(
                 number=number,
                 name=name,
-                spans=list(_spans(part.tokens, is_taught, config.model.image_token_id, tokenizer)),
-                tiles=[_thumbnail(tile) for tile in part.tile_arrays["tiles"]],
-                num_tokens=len(part.tokens),
+                spans=list(_spans(segment.tokens, is_taught, builder)),
+                tiles=[_thumbnail(tile) for tile in segment.tile_arrays["tiles"]],
+                num_tokens=len(segment.tokens),
                 num_taught=int(is_taught.sum()),
-                loss_weight=float(part.loss_weights.sum()),
+                loss_weight=float(segment.loss_weights.sum()),
             )
         )
-    return View(index, config.data.seq_len, config.data.max_tiles, segments)
+    return View(index, builder.data.seq_len, builder.data.max_tiles, shown)
 
 
 def build(views: Iterable[View], statistics: Statistics, path: Path) -> Path:
@@ -89,12 +85,12 @@ def build(views: Iterable[View], statistics: Statistics, path: Path) -> Path:
     return path
 
 
-def _spans(
-    tokens: np.ndarray, is_taught: np.ndarray, image_id: int, tokenizer: Tokenizer
-) -> Iterable[Span]:
+def _spans(tokens: np.ndarray, is_taught: np.ndarray, builder: ExampleBuilder) -> Iterable[Span]:
+    tokenizer = builder.tokenizer
+
     def kind_of(position: int) -> tuple[str, bool]:
         token = int(tokens[position])
-        if token == image_id:
+        if token == builder.image_token_id:
             return "image", False
         return "text" if tokenizer.is_text(token) else "special", bool(is_taught[position])
 

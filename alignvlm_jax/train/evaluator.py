@@ -4,12 +4,13 @@ The loop knows only this: commands name the kinds.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 from jax.sharding import Mesh
 
 from alignvlm_jax.config import Config
+from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.models.vlm import VLM
 from alignvlm_jax.train.state import Params
 from alignvlm_jax.train.step import EvalStep
@@ -38,12 +39,12 @@ class Kind:
       name: in messages.
       phase: of `goodput.Phases`, in which its time counts.
       every: steps between two runs in a stage; 0 where the stage has none.
-      open: sets it up for a stage; UserError where it cannot be.
+      open: sets it up for a stage, on what the stage has open; UserError where it cannot be.
       check: UserError where a later stage will not be able to: hours later is too late to be told.
     """
 
     name: str
     phase: str
     every: Callable[[Config], int]
-    open: Callable[[VLM, Config, Mesh], Evaluator]
-    check: Callable[[Sequence[Config]], None] = lambda stages: None
+    open: Callable[[VLM, Config, Mesh, StageData], Evaluator]
+    check: Callable[[Config, StageData], None] = lambda config, opened: None

@@ -7,6 +7,7 @@ stopped and one that was not take the same path.
 
 import contextlib
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,9 @@ from rich.console import Console
 
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config
-from alignvlm_jax.data import loader, shards
+from alignvlm_jax.data import loader, shards, stage_data, validation
+from alignvlm_jax.data.stage_data import StageData
+from alignvlm_jax.data.tokenizers.base import Tokenizer
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.logs import HostLog
 from alignvlm_jax.models import vlm
@@ -52,16 +55,24 @@ from alignvlm_jax.train.stage_loop import Run, Stage, StageLoop, Stopped
 from alignvlm_jax.train.state import Params, TrainState
 
 
-def preflight(stages: tuple[Config, ...]) -> None:
-    """Raises UserError where a stage asks for what is not there: a connector, a mesh for its batch,
-    sizes that divide over it, data and tasks, parameters to train, to load from the stage before or
-    from `init_from`."""
+def preflight(stages: tuple[Config, ...]) -> list[StageData]:
+    """Returns the data of each stage, opened. A tokenizer that stages share is read once.
+
+    Raises:
+      UserError: a stage asks for what is not there: a connector, a mesh for its batch, sizes that
+        divide over it, data and tasks, parameters to train, to load from the stage before or from
+        `init_from`.
+    """
     shapes: dict[tuple, Params] = {}
     before: Params | None = None
+    tokenizers: dict[Path, Tokenizer] = {}
+    found = []
     for config in stages:
         mesh = mesh_lib.make_mesh(config.mesh, config.model, config.train)
-        loader.TrainSequences(config, config.data.split)
-        loader.by_source(config)
+        opened = StageData.open(config.data, config.model, tokenizers)
+        loader.TrainSequences(config, config.data.split, opened)
+        validation.by_source(config, opened)
+        found.append(opened)
         # Stages mostly share a model, and tracing it takes most of a second.
         key = config.model, config.mesh
         if key not in shapes:
@@ -72,6 +83,7 @@ def preflight(stages: tuple[Config, ...]) -> None:
         if before is not None:
             state.match_paths(config.train.load, state.flatten(before), "train.load")
         before = shapes[key]
+    return found
 
 
 def _files_of(configs: tuple[Config, ...]) -> dict[str, Callable[[], str]]:
@@ -85,7 +97,9 @@ def _files_of(configs: tuple[Config, ...]) -> dict[str, Callable[[], str]]:
         for one in configs
     }
     tokenizers = {
-        f"the tokenizer of stage {one.stage}": functools.partial(loader.tokenizer_contents, one)
+        f"the tokenizer of stage {one.stage}": functools.partial(
+            stage_data.tokenizer_contents, one.data
+        )
         for one in configs
     }
     return data | tokenizers
@@ -127,9 +141,9 @@ def train(
     # Before anything else: from here on processes wait for each other.
     distributed.check_alike(dict(workdir.leaves(configs)))
     distributed.check_alike(_files_of(configs))
-    preflight(configs)
-    for kind in kinds:
-        kind.check(configs)
+    opened = dict(enumerate(preflight(configs)))
+    for kind, index in itertools.product(kinds, opened):
+        kind.check(configs[index], opened[index])
     stages = lay_out(configs)
     total = stages[-1].end
     profiled = hooks.profile_range(configs)
@@ -171,6 +185,7 @@ def train(
             heartbeat,
             profiler,
             began,
+            opened,
         )
         # What is listed may differ between hosts for a moment, as on a bucket: one of them says
         # what is there.
@@ -227,9 +242,15 @@ def _train_stage(run: Run, stage: Stage, newest: int, lacking: Sequence[str]) ->
     model = vlm.VLM(config.model)
     tx = optim.make_optimizer(config.optim, config.train.num_steps)
     with mesh_lib.use(mesh_lib.make_mesh(config.mesh, config.model, config.train)) as mesh:
+        # Taken out of the run, so that it goes with the stage: a run of many stages must not hold
+        # the data of all to its end. A stage that begins again after a broken checkpoint opens its
+        # data again.
+        opened = run.opened.pop(stage.index, None) or StageData.open(config.data, config.model)
         # Read before anything is compiled: data that is missing should be told at once.
         evaluators = {
-            kind.name: kind.open(model, config, mesh) for kind in run.kinds if kind.every(config)
+            kind.name: kind.open(model, config, mesh, opened)
+            for kind in run.kinds
+            if kind.every(config)
         }
         abstract = state.abstract_state(model, config.train, tx, mesh)
         with run.phases.enter("restoring"):
@@ -242,7 +263,9 @@ def _train_stage(run: Run, stage: Stage, newest: int, lacking: Sequence[str]) ->
             with run.phases.enter("compiling"):
                 train_step, eval_step = step.compile_steps(model, config, tx, abstract, mesh)
             mfu_of = flops.mfu_of(config, abstract.params, mesh.devices.flat)
-            loop = StageLoop(run, stage, mesh, writer, train_step, eval_step, evaluators, mfu_of)
+            loop = StageLoop(
+                run, stage, mesh, opened, writer, train_step, eval_step, evaluators, mfu_of
+            )
             loop.run_steps(live, newest, position, lacking)
 
 

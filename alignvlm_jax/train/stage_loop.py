@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import loader
+from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import exchange, sharding
 from alignvlm_jax.train import checkpoint, metrics, step
@@ -60,6 +61,7 @@ class Run:
     heartbeat: Heartbeat
     profiler: Profiler
     began: float
+    opened: dict[int, StageData]  # by stage; each goes to its stage, and with it
     earlier_seconds: float | None = None
     announced: bool = False
     broken: tuple[int, BrokenCheckpoint] | None = None
@@ -104,6 +106,7 @@ class StageLoop:
     run: Run
     stage: Stage
     mesh: Mesh
+    opened: StageData
     writer: Writer | NullWriter
     train_step: step.TrainStep
     eval_step: step.EvalStep
@@ -148,6 +151,7 @@ class StageLoop:
             start_sequence=position["next_sequence"],
             local_rows=local_rows,
             schedule_state=position.get("schedule"),
+            opened=self.opened,
         )
         if self.batches.num_unused:
             self.run.progress.say(

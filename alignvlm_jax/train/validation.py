@@ -6,7 +6,8 @@ import jax
 from jax.sharding import Mesh
 
 from alignvlm_jax.config import Config
-from alignvlm_jax.data import loader
+from alignvlm_jax.data import validation
+from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.parallel import exchange, sharding
 from alignvlm_jax.train import metrics, step
 from alignvlm_jax.train.evaluator import Kind
@@ -16,17 +17,19 @@ from alignvlm_jax.train.state import Params
 class Validation:
     """Batches of the validation split of every source, the same ones each time."""
 
-    def __init__(self, config: Config, mesh: Mesh):
+    def __init__(self, config: Config, mesh: Mesh, opened: StageData):
         """Raises UserError where nothing was held out, or nothing of it can be read."""
         self._config = config
         self._mesh = mesh
         size = step.validation_batch_size(config.train)
         local_rows = sharding.rows_of_process(mesh, size).tolist()
-        sources = loader.by_source(config)
+        sources = validation.by_source(config, opened)
         num_sequences = config.train.validation_sequences // len(sources)
         self._batches = {
-            name: loader.ValidationBatches(source, size, num_sequences, local_rows, exchange.gather)
-            for name, source in sources.items()
+            name: validation.ValidationBatches(
+                sequences, size, num_sequences, local_rows, exchange.gather
+            )
+            for name, sequences in sources.items()
         }
 
     def run(
@@ -61,5 +64,5 @@ VALIDATION = Kind(
     name="validation",
     phase="validating",
     every=lambda config: config.train.validate_every,
-    open=lambda model, config, mesh: Validation(config, mesh),
+    open=lambda model, config, mesh, opened: Validation(config, mesh, opened),
 )

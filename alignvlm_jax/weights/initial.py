@@ -13,7 +13,7 @@ from rich.table import Table
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from alignvlm_jax.data import chat, loader
+from alignvlm_jax.data import chat, stage_data
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.train import checkpoint, restore, state, warm_start
@@ -80,7 +80,7 @@ def write(
         with storage.local_folder(staging) as folder:
             write_tokenizer(folder / TOKENIZER)
         data = dataclasses.replace(config.data, tokenizer=str(staging / TOKENIZER))
-        chat.format_of(loader.load_tokenizer(dataclasses.replace(config, data=data)))
+        chat.format_of(stage_data.load_tokenizer(data, config.model))
         model = vlm.VLM(config.model)
         mesh = mesh_lib.widest(config.model)
         with mesh_lib.use(mesh):
@@ -167,5 +167,5 @@ def _write(
     with storage.whole_folder(out) as target, storage.local_folder(target) as staging:
         counts = export.write(config.model, stored, read, staging, components)
         if "llm" in components:
-            export.copy_tokenizer(loader.tokenizer_path(config), staging / "llm")
+            export.copy_tokenizer(stage_data.tokenizer_path(config.data), staging / "llm")
     return counts

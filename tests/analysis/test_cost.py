@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from alignvlm_jax.analysis import cost
-from alignvlm_jax.data import examples
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading
 from alignvlm_jax.pictures import plotting
@@ -44,7 +43,7 @@ def test_costs(loaded):
 
 def test_the_page_fills_its_tiles(loaded):
     page = Image.new("RGB", (45, 39), "white")
-    row = examples.build_prompt(page, cost.QUESTION, loaded.config, loaded.tokenizer)
+    row = loaded.builder.prompt(page, cost.QUESTION)
     prompt = cost.full_prompt(loaded)
     length = row["segment_ids"].sum()
     for name in ("tokens", "positions", "segment_ids"):

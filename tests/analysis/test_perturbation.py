@@ -104,7 +104,7 @@ def loaded(trained_workdir, tmp_path_factory):
 
 
 def test_sigma_0_is_the_model_as_it_is(loaded):
-    evaluator = runner.Runner(loaded, loaded.config)
+    evaluator = runner.Runner(loaded)
     clean = evaluator.evaluate(SPLIT, blind=False)
     asked = perturbation.predict(evaluator, loaded, SPLIT, FeatureNoise(0.0, seed=0))
     assert asked.rows == clean.rows

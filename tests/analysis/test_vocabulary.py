@@ -113,7 +113,7 @@ def test_the_rest_is_shared_among_the_tokens_that_are_kept(loaded):
 
 
 def test_all_tokens_are_no_pruning(loaded):
-    evaluator = runner.Runner(loaded, loaded.config)
+    evaluator = runner.Runner(loaded)
     clean = evaluator.evaluate(SPLIT, blind=False)
     vocab_size = loaded.config.model.llm.vocab_size
     scores = vocabulary.predict(evaluator, loaded, SPLIT, np.ones(vocab_size, bool))

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from alignvlm_jax.data import filesystem, index, shards
-from alignvlm_jax.data.loader import ReadAhead
+from alignvlm_jax.data.read_ahead import ReadAhead
 from alignvlm_jax.data.record import Record
 from tests.fake_bucket import FakeBucket
 

@@ -13,10 +13,11 @@ import numpy as np
 from alignvlm_jax.commands import config_flag
 from alignvlm_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from alignvlm_jax.data import lengths as lengths_lib
-from alignvlm_jax.data import loader, packing, shards
+from alignvlm_jax.data import mixture, packing
 from alignvlm_jax.data.lengths import Lengths
 from alignvlm_jax.data.loader import TrainSequences
 from alignvlm_jax.data.sampler import Mixed
+from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.presets import LLM, VISION
 from alignvlm_jax.train.metrics import peak_memory_gib
 
@@ -99,14 +100,11 @@ def print_real() -> None:
     for config in stages:
         data = config.data
         rows = TrainSequences(config, "train").schedule
-        tokenizer = loader.tokenizer_path(config)
-        known = lengths_lib.load(
-            config,
-            "train",
-            list(data.tasks),
-            [len(shards.RecordSource(data.dir, "train"))],
-            tokenizer,
-        )
+        opened = StageData.open(data, config.model)
+        tasks, _ = mixture.task_fractions(data.tasks)
+        limits = lengths_lib.Limits.of(data, config.model.vision, config.tokens_per_tile)
+        sizes = [len(opened.records(data.dir, "train"))]
+        known = lengths_lib.load(opened, [data.dir], "train", tasks, sizes, limits)
         epochs = [rows.epoch_at(0)]
         while len(epochs) < NUM_EPOCHS:
             epochs.append(rows.epoch_at(epochs[-1].end))

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from alignvlm_jax.benchmarks import predictions, runner
-from alignvlm_jax.data import examples, images, loader, shards
+from alignvlm_jax.config import Config
+from alignvlm_jax.data import images, shards, stage_data
+from alignvlm_jax.data.examples import ExampleBuilder
 
 
 class ScriptedSampler:
@@ -31,11 +33,11 @@ class ScriptedSampler:
 @pytest.fixture
 def make_runner(trained_workdir, tmp_path):
     """A runner of 7 questions in batches of 4 in a new workdir, and its sampler."""
-    config = runner.loading.load_config(trained_workdir)
-    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, num_questions=7))
-    tokenizer = loader.load_tokenizer(config)
+    trained = runner.loading.load_config(trained_workdir)
+    evaluation = dataclasses.replace(trained.eval, num_questions=7)
+    tokenizer = stage_data.load_tokenizer(trained.data, trained.model)
 
-    def make(answer: str = "Ann", stop_at: int = -1, **changes):
+    def make(answer: str = "Ann", stop_at: int = -1, config: Config = trained, **changes):
         sampler = ScriptedSampler(tokenizer, answer, stop_at)
         fields = {
             "path": tmp_path / "checkpoints" / "7",
@@ -44,26 +46,27 @@ def make_runner(trained_workdir, tmp_path):
         }
         fields |= {
             "data_parallel_size": 4,
+            "config": config,
             "tokenizer": tokenizer,
+            "builder": ExampleBuilder.of(config, tokenizer),
             "sampler": lambda: sampler,
             "variables": {},
         } | changes
         fields["path"].mkdir(parents=True, exist_ok=True)
-        return runner.Runner(types.SimpleNamespace(**fields), config), sampler
+        return runner.Runner(types.SimpleNamespace(**fields), evaluation), sampler
 
     return make
 
 
 def test_blind_rows_differ_in_pixels_alone(trained_workdir):
     config = runner.loading.load_config(trained_workdir)
-    tokenizer = loader.load_tokenizer(config)
+    tokenizer = stage_data.load_tokenizer(config.data, config.model)
+    builder = ExampleBuilder.of(config, tokenizer)
     record = shards.RecordSource(config.data.dir, "seen_fonts")[0]
     blind = runner.blank(record)
     assert images.decode_image(blind.images[0], "").getextrema() == ((255, 255),) * 3
     assert not blind.lines
-    asked, guessed = (
-        examples.build_prompt(page, "Who?", config, tokenizer) for page in (record, blind)
-    )
+    asked, guessed = (builder.prompt(page, "Who?") for page in (record, blind))
     for name in ("tokens", "positions", "segment_ids"):
         np.testing.assert_array_equal(asked[name], guessed[name])
     num_tiles = (
@@ -94,15 +97,13 @@ def test_rows_are_scored_and_every_batch_has_one_shape(make_runner, tmp_path):
     )
 
 
-def test_prompts_are_not_padded_to_rows_of_many_records(make_runner):
+def test_prompts_are_not_padded_to_rows_of_many_records(make_runner, trained_workdir):
     evaluator, sampler = make_runner("Anna")
     evaluator.evaluate("seen_fonts", blind=False)
     packed = {"packing": "offline", "seq_len": 11_520, "max_tiles": 35, "record_tiles": 2}
-    config = dataclasses.replace(
-        evaluator._config, data=dataclasses.replace(evaluator._config.data, **packed)
-    )
-    other, other_sampler = make_runner("Anna", step=8)
-    other._config = config
+    trained = runner.loading.load_config(trained_workdir)
+    config = dataclasses.replace(trained, data=dataclasses.replace(trained.data, **packed))
+    other, other_sampler = make_runner("Anna", step=8, config=config)
     other.evaluate("seen_fonts", blind=False)
     assert [batch["tokens"].shape for batch in other_sampler.batches] == [(4, 64)] * 2
     for ours, batch in zip(sampler.batches, other_sampler.batches, strict=True):

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from alignvlm_jax.commands import config_flag, convert, generate
-from alignvlm_jax.data import chat, loader
+from alignvlm_jax.data import chat, stage_data
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
@@ -127,7 +127,7 @@ def test_a_run_starts_from_what_was_converted(converted, name):
     mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
     stages, _ = config_flag.parse([f"--config=configs/{name}.py:{converted}", *mesh])
     assert stages[0].model.llm == restore.load_config(converted).model.llm
-    tokenizer = loader.load_tokenizer(stages[0])
+    tokenizer = stage_data.load_tokenizer(stages[0].data, stages[0].model)
     assert chat.stop_ids(tokenizer)
     stage = stages[0]
     read = restore.read_newest(

@@ -10,8 +10,8 @@ import pytest
 
 from alignvlm_jax.benchmarks import predictions, tasks
 from alignvlm_jax.commands import evaluate
-from alignvlm_jax.data import loader, shards
 from alignvlm_jax.data import record as record_lib
+from alignvlm_jax.data import shards, stage_data
 from alignvlm_jax.errors import UsageError, UserError
 from alignvlm_jax.inference import sampler
 from tests.conftest import random_record
@@ -155,7 +155,8 @@ def scripted(monkeypatch, tokenizer_of, says):
 def test_tasks_are_scored_resumed_and_handed_in(
     own_workdir, benchmarks, trained_workdir, capsys, monkeypatch
 ):
-    tokenizer = loader.load_tokenizer(evaluate.loading.load_config(trained_workdir))
+    config = evaluate.loading.load_config(trained_workdir)
+    tokenizer = stage_data.load_tokenizer(config.data, config.model)
 
     def stop(number):
         if number == 2:

@@ -28,7 +28,7 @@ def test_prints_the_answer_alone(trained_workdir, page, capsys, monkeypatch):
     batches = []
 
     def load(path, config):
-        tokenizer = generate.loader.load_tokenizer(config)
+        tokenizer = generate.stage_data.load_tokenizer(config.data, config.model)
 
         def answer(variables, batch, max_new_tokens):
             batches.append(batch)
@@ -44,6 +44,7 @@ def test_prints_the_answer_alone(trained_workdir, page, capsys, monkeypatch):
             "config": config,
             "data_parallel_size": 4,
             "tokenizer": tokenizer,
+            "builder": generate.ExampleBuilder.of(config, tokenizer),
             "variables": {},
         }
         return types.SimpleNamespace(**fields, sampler=lambda: sampler)

@@ -1,7 +1,9 @@
 """The command as a user calls it, in a process of its own."""
 
+import collections
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from alignvlm_jax import __main__ as main_lib
+from alignvlm_jax.data import index, shards, tokenizers
+from alignvlm_jax.ingest import job
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIG = """
@@ -91,6 +95,61 @@ def test_sigterm_saves_says_how_to_go_on_and_the_same_command_does(flags, tmp_pa
         line["step"] for line in map(json.loads, metrics.read_text().splitlines()) if "loss" in line
     ]
     assert steps == list(range(1, 201))
+
+
+@pytest.fixture
+def openings(monkeypatch) -> collections.Counter:
+    """Counts, in this process, by what and where: a split's shards at every `RecordSource` that is
+    made, its index at every `index.load`, and a tokenizer both at every `tokenizers.load` and
+    whenever its file is read, as for a checksum. That some of these give what another one opened
+    before is no excuse here: whoever asks again looks the folder's files up again."""
+    counts = collections.Counter()
+
+    def count(owner, name: str, what: str) -> None:
+        original = getattr(owner, name)
+
+        def counted(*args):
+            counts[what, *map(str, args[1:] if what == "shards" else args)] += 1  # Less `self`.
+            return original(*args)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(shards.RecordSource, "__init__", "shards")
+    count(index, "load", "index")
+    count(tokenizers, "load", "tokenizer")
+    count(tokenizers, "read", "tokenizer file")
+    return counts
+
+
+@pytest.mark.parametrize("packing", ["none", "offline"])
+def test_everything_is_opened_once(flags, tmp_path, openings, packing):
+    """By one process, from the command to the end of a stage of one step with validation and
+    generation: each split's shards and index once a stage, and the tokenizer once."""
+    folder = f"{tmp_path}/data"
+    shutil.copytree(flags[1].removeprefix("--config.data.dir="), folder)
+    job.recount(Path(folder), f"{folder}/tokenizer.model")  # An index, which offline packing needs.
+    openings.clear()
+    argv = [
+        flags[0],
+        f"--config.data.dir={folder}",
+        f"--workdir={tmp_path}/run",
+        f"--config.data.packing={packing}",
+        "--config.train.num_steps=1",
+        "--config.train.batch_size=8",
+        "--config.train.generate_every=1",
+        "--config.train.generate_questions=4",
+        "--config.eval.batch_size=8",
+        "--config.eval.max_new_tokens=2",
+    ]
+    assert main_lib.main(["train", *argv]) == 0
+    logged = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "validation/answer_loss" in logged and "generated/anls" in logged
+    expected = {("tokenizer", folder), ("tokenizer file", folder)}
+    for split in ("train", "validation"):
+        expected.add(("shards", folder, split))
+        if packing == "offline":
+            expected.add(("index", folder, split))
+    assert openings == dict.fromkeys(expected, 1)
 
 
 @pytest.mark.parametrize(

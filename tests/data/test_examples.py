@@ -6,6 +6,7 @@ from PIL import Image
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.data import examples, images
+from alignvlm_jax.data.examples import ExampleBuilder
 from alignvlm_jax.data.images import encode_png
 from alignvlm_jax.data.record import Batch, Record, Turn, Word
 from alignvlm_jax.errors import UserError
@@ -37,7 +38,8 @@ def answers(row, tokenizer) -> list[str]:
 
 
 def build(record, task, config, tokenizer, seed=0):
-    return examples.build_sequence(record, task, np.random.default_rng(seed), config, tokenizer)
+    builder = ExampleBuilder.of(config, tokenizer)
+    return builder.sequence(record, task, np.random.default_rng(seed))
 
 
 def test_a_row_has_the_arrays_of_a_batch(demo_config, tokenizer):
@@ -123,7 +125,7 @@ def test_labels_stand_one_for_each_patch_and_prompts_as_the_connector_does(demo_
         pixels, train=dataclasses.replace(pixels.train, visual_source="oracle")
     )
     for config, in_row in ((pixels, 2 * 8), (labels, 2 * 32)):
-        prompt = examples.build_prompt(page_record(128, 64), "What is it?", config, tokenizer)
+        prompt = ExampleBuilder.of(config, tokenizer).prompt(page_record(128, 64), "What is it?")
         assert (prompt["tokens"] == tokenizer.special_tokens["<image>"]).sum() == 2 * 8
         row = build(page_record(128, 64), "answer", config, tokenizer)
         assert (row["tokens"] == tokenizer.special_tokens["<image>"]).sum() == in_row
@@ -176,7 +178,7 @@ def test_a_share_of_the_records_is_labelled(demo_config, tokenizer):
 def test_prompt_is_the_beginning_of_the_training_row(demo_config, tokenizer):
     record = page_record(turns=TURNS[:1])
     row = build(record, "answer", demo_config, tokenizer)
-    prompt = examples.build_prompt(record, TURNS[0].question, demo_config, tokenizer)
+    prompt = ExampleBuilder.of(demo_config, tokenizer).prompt(record, TURNS[0].question)
     used = int(prompt["segment_ids"].sum())
     np.testing.assert_array_equal(prompt["tokens"][:used], row["tokens"][:used])
     assert (
@@ -186,7 +188,7 @@ def test_prompt_is_the_beginning_of_the_training_row(demo_config, tokenizer):
     assert not prompt["loss_weights"].any()
     np.testing.assert_array_equal(prompt["tiles"], row["tiles"])
     image = images.decode_image(record.images[0], "x")
-    from_image = examples.build_prompt(image, TURNS[0].question, demo_config, tokenizer)
+    from_image = ExampleBuilder.of(demo_config, tokenizer).prompt(image, TURNS[0].question)
     for name in ("tokens", "tiles"):
         np.testing.assert_array_equal(from_image[name], prompt[name])
     assert not [name for name in prompt if "patch" in name]
@@ -194,16 +196,16 @@ def test_prompt_is_the_beginning_of_the_training_row(demo_config, tokenizer):
 
 def test_a_prompt_that_is_too_long_is_a_user_error(demo_config, tokenizer):
     with pytest.raises(UserError, match=r"67 tokens|seq_len is 144"):
-        examples.build_prompt(page_record(), "x" * 200, demo_config, tokenizer)
+        ExampleBuilder.of(demo_config, tokenizer).prompt(page_record(), "x" * 200)
 
 
 def test_trimmed_prompts_keep_their_tokens_and_used_tiles(demo_config, tokenizer):
     page = Image.new("RGB", (16, 16))  # Black: a used tile may be all zeros.
     prompts = [
-        examples.build_prompt(page, question, demo_config, tokenizer)
+        ExampleBuilder.of(demo_config, tokenizer).prompt(page, question)
         for question in ("Who?", "Who" * 9)
     ]
-    extent = examples.extent(prompts, demo_config, multiple=16)
+    extent = ExampleBuilder.of(demo_config, tokenizer).extent(prompts, multiple=16)
     trimmed = [examples.trim(prompt, *extent) for prompt in prompts]
     lengths = [int(prompt["segment_ids"].sum()) for prompt in prompts]
     assert lengths[0] < lengths[1] and len(prompts[0]["tiles"]) == 2
@@ -218,7 +220,7 @@ def test_a_prompt_of_a_record_without_images_goes_into_one_batch_with_others(
     demo_config, tokenizer
 ):
     with_image, without = (
-        examples.build_prompt(record, "Who?", demo_config, tokenizer)
+        ExampleBuilder.of(demo_config, tokenizer).prompt(record, "Who?")
         for record in (page_record(), dataclasses.replace(page_record(), images=(), lines=()))
     )
     assert {name: array.shape for name, array in with_image.items()} == {
@@ -231,11 +233,11 @@ def test_a_prompt_of_a_record_without_images_goes_into_one_batch_with_others(
 
 
 def test_a_prompt_without_a_page_has_no_image_slots_and_no_tiles(demo_config, tokenizer):
-    prompt = examples.build_prompt(None, "Who?", demo_config, tokenizer)
+    prompt = ExampleBuilder.of(demo_config, tokenizer).prompt(None, "Who?")
     assert (
         "tiles" not in prompt and not (prompt["tokens"] == demo_config.model.image_token_id).any()
     )
-    assert "tiles" not in examples.trim_prompts([prompt], demo_config)[0]
+    assert "tiles" not in ExampleBuilder.of(demo_config, tokenizer).trim_prompts([prompt])[0]
 
 
 def planned(config, **fields):
@@ -251,7 +253,7 @@ def build_parts(config, tokenizer):
         page_record(128, 32, num_images=2),
     ]
     return [
-        examples.build_segment(record, task, np.random.default_rng(0), config, tokenizer)
+        ExampleBuilder.of(config, tokenizer).segment(record, task, np.random.default_rng(0))
         for record, task in zip(records, ("answer", "answer", "transcribe"), strict=True)
     ]
 
@@ -259,14 +261,14 @@ def build_parts(config, tokenizer):
 def test_parts_stand_in_a_row_as_they_would_alone(demo_config, tokenizer):
     config = planned(demo_config, seq_len=400, max_tiles=6, record_tiles=2)
     parts = build_parts(config, tokenizer)
-    row = examples.join(parts, config, tokenizer)
+    row = ExampleBuilder.of(config, tokenizer).join(parts)
     assert {name: (array.shape, array.dtype) for name, array in row.items()} == {
         name: (array.shape, array.dtype)
-        for name, array in examples.join([], config, tokenizer).items()
+        for name, array in ExampleBuilder.of(config, tokenizer).join([]).items()
     }
     tile = 0
     for number, part in enumerate(parts, start=1):
-        alone = examples.join([part], config, tokenizer)
+        alone = ExampleBuilder.of(config, tokenizer).join([part])
         here = row["segment_ids"] == number
         used = alone["segment_ids"] == 1
         assert np.ptp(np.flatnonzero(here)) == here.sum() - 1 == used.sum() - 1
@@ -288,7 +290,7 @@ def test_parts_stand_in_a_row_as_they_would_alone(demo_config, tokenizer):
 
 
 def test_a_row_of_nothing_is_padding(demo_config, tokenizer):
-    row = examples.join([], demo_config, tokenizer)
+    row = ExampleBuilder.of(demo_config, tokenizer).join([])
     assert not any(row[name].any() for name in row if name != "patch_label_ids")
 
 
@@ -310,8 +312,8 @@ def test_a_transcription_is_cut_at_the_end_of_a_planned_row(demo_config, tokeniz
     length = int(whole["segment_ids"].sum())
     for shorter in (1, 2, 9):
         config = planned(demo_config, seq_len=length - shorter)
-        part = examples.build_segment(
-            record, "transcribe", np.random.default_rng(0), config, tokenizer
+        part = ExampleBuilder.of(config, tokenizer).segment(
+            record, "transcribe", np.random.default_rng(0)
         )
         np.testing.assert_array_equal(part.tokens, whole["tokens"][: length - shorter])
         taught = tokenizer.decode(part.tokens[1:][part.loss_weights[:-1] > 0])
@@ -335,10 +337,12 @@ def test_a_planned_row_has_no_place_for_a_record_without_an_answer(demo_config, 
 
 def test_a_record_may_have_fewer_tiles_than_a_row(demo_config, tokenizer):
     config = planned(demo_config, seq_len=400, max_tiles=6, record_tiles=1)
-    part = examples.build_segment(
-        page_record(128, 64), "answer", np.random.default_rng(0), config, tokenizer
+    part = ExampleBuilder.of(config, tokenizer).segment(
+        page_record(128, 64), "answer", np.random.default_rng(0)
     )
     assert len(part.tile_arrays["tiles"]) == 1
-    assert len(examples.build_prompt(page_record(128, 64), "Who?", config, tokenizer)["tiles"]) == 1
+    assert (
+        len(ExampleBuilder.of(config, tokenizer).prompt(page_record(128, 64), "Who?")["tiles"]) == 1
+    )
     with pytest.raises(UserError, match=r"record r has 2 images; config.data.record_tiles is 1"):
         build(page_record(num_images=2), "answer", config, tokenizer)

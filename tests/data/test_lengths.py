@@ -5,14 +5,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alignvlm_jax.data import examples, lengths
 from alignvlm_jax.data import index as index_lib
+from alignvlm_jax.data import lengths
+from alignvlm_jax.data.examples import ExampleBuilder
 from alignvlm_jax.data.record import Record, Turn, Word
+from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.errors import UserError
 from tests.data.test_loader import change
 from tests.prepared import write_shard
 
 TASKS = ("answer", "transcribe")
+
+
+def limits(config) -> lengths.Limits:
+    return lengths.Limits.of(config.data, config.model.vision, config.tokens_per_tile)
+
+
+def load(config, size: int) -> lengths.Lengths:
+    """The lengths of so many records of the one folder, opened anew."""
+    opened = StageData.open(config.data, config.model)
+    return lengths.load(opened, config.data.folders, "train", TASKS, [size], limits(config))
 
 
 def record(*sizes: tuple[int, int], answer: str = "4", words: int = 0) -> Record:
@@ -37,20 +49,23 @@ def test_they_are_those_of_the_parts_that_rows_are_made_of(demo_config, tokenize
         record((300, 70), (4, 200), words=2),
         record((128, 96), (10, 10), (600, 9)),
     ]
-    found = lengths.measure(index_lib.of_records(records, tokenizer, "f"), TASKS, config)
+    builder = ExampleBuilder.of(config, tokenizer)
+    found = lengths.measure(index_lib.of_records(records, tokenizer, "f"), TASKS, limits(config))
     for number, one in enumerate(records):
         for task, name in enumerate(TASKS):
             if name == "transcribe" and not one.lines:
                 assert found.tokens[task, number] == 0
                 continue
-            part = examples.build_segment(one, name, np.random.default_rng(0), config, tokenizer)
+            part = builder.segment(one, name, np.random.default_rng(0))
             assert found.tokens[task, number] == len(part.tokens)
             assert found.tiles[number] == len(part.tile_arrays["tiles"])
 
 
 def test_records_of_no_use_and_longer_than_a_row(demo_config, tokenizer):
     records = [record((9, 9), answer=""), record((9, 9), answer="x" * 500), record(*[(9, 9)] * 3)]
-    found = lengths.measure(index_lib.of_records(records, tokenizer, "f"), TASKS, demo_config)
+    found = lengths.measure(
+        index_lib.of_records(records, tokenizer, "f"), TASKS, limits(demo_config)
+    )
     assert found.tokens.tolist() == [[0, demo_config.data.seq_len, 0], [0, 0, 0]]
 
 
@@ -58,14 +73,14 @@ def test_an_index_that_does_not_fit_says_what_to_call(demo_config, tokenizer, tm
     config = change(demo_config, "data", dir=str(tmp_path), tokenizer=tokenizer.name)
     shard = tmp_path / "train-00000-of-00001.array_record"
     write_shard(shard, [record()] * 3, tokenizer)
-    assert lengths.load(config, "train", TASKS, [3], tokenizer.name).tokens.shape == (2, 3)
+    assert load(config, 3).tokens.shape == (2, 3)
     again = f"prepare --recount --out={tmp_path} --tokenizer="
     with pytest.raises(UserError, match=f"has 4 records and an index of 3.*{again}"):
-        lengths.load(config, "train", TASKS, [4], tokenizer.name)
+        load(config, 4)
     whole = index_lib.load(tmp_path, "train")
     index_lib.write(index_lib.index_path(shard), dataclasses.replace(whole, tokenizer="other"))
     with pytest.raises(UserError, match=f"counted by another tokenizer.*{again}"):
-        lengths.load(config, "train", TASKS, [3], tokenizer.name)
+        load(config, 3)
     index_lib.index_path(shard).unlink()
     with pytest.raises(UserError, match=f"is missing.*{again}"):
-        lengths.load(config, "train", TASKS, [3], tokenizer.name)
+        load(config, 3)

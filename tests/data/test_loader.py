@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from alignvlm_jax.config import SourceConfig
-from alignvlm_jax.data import examples, loader, shards
 from alignvlm_jax.data import index as index_lib
-from alignvlm_jax.data.examples import Segment
+from alignvlm_jax.data import loader, shards, stage_data, validation
+from alignvlm_jax.data.examples import ExampleBuilder, Segment
 from alignvlm_jax.errors import UserError
 from tests.prepared import NUM_DOCUMENTS
 
@@ -55,6 +55,17 @@ def of_kind(config, kind: str):
 def any_config(request, demo_config):
     """Eight rows of 48 documents or more a step: epochs end within batches."""
     return of_kind(demo_config, request.param)
+
+
+def held_out(config) -> loader.TrainSequences:
+    """The sequences of validation on the one source."""
+    [sequences] = validation.by_source(config).values()
+    return sequences
+
+
+def builders(by_source) -> dict[str, ExampleBuilder]:
+    """What sources are made into sequences by: the fields of data, vision and so on."""
+    return {name: sequences.builder for name, sequences in by_source.items()}
 
 
 def checksum(config, split="train") -> str:
@@ -126,7 +137,7 @@ def test_the_global_batch_is_the_same_whatever_rows_a_process_feeds(any_config, 
 def numbered_parts(monkeypatch) -> None:
     """Every record becomes three tokens that are its number."""
 
-    def build_segment(record, task, rng, config, tokenizer):
+    def segment(builder, record, task, rng):
         number = int(record.id.rsplit("-", 1)[1])
         return Segment(
             np.full(3, number, np.int32),
@@ -134,7 +145,7 @@ def numbered_parts(monkeypatch) -> None:
             {"tiles": np.zeros((0, 32, 128, 3))},
         )
 
-    monkeypatch.setattr(loader.examples, "build_segment", build_segment)
+    monkeypatch.setattr(ExampleBuilder, "segment", segment)
 
 
 def test_every_record_is_seen_as_often_as_planned_whatever_the_number_of_processes(
@@ -182,9 +193,7 @@ def spoil(folder: pathlib.Path, indices: range, split: str = "train") -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_record_that_cannot_be_decoded_is_left_out_of_its_row_alone(
-    demo_config, kind, tmp_path, tokenizer
-):
+def test_a_record_that_cannot_be_decoded_is_left_out_of_its_row_alone(demo_config, kind, tmp_path):
     shutil.copytree(demo_config.data.dir, tmp_path, dirs_exist_ok=True)
     spoil(tmp_path, range(7, 8))
     config = of_kind(change(demo_config, "data", dir=str(tmp_path)), kind)
@@ -197,14 +206,12 @@ def test_a_record_that_cannot_be_decoded_is_left_out_of_its_row_alone(
             assert_equal(bad[row], good[row])
             continue
         parts = [
-            examples.build_segment(
-                good._record(pick.record), pick.task, pick.rng, config, tokenizer
-            )
+            good.builder.segment(good._record(pick.record), pick.task, pick.rng)
             for pick in picks
             if pick.record % NUM_DOCUMENTS != 7
         ]
         left_out += len(picks) - len(parts)
-        assert_equal(bad[row], examples.join(parts, config, tokenizer))
+        assert_equal(bad[row], good.builder.join(parts))
     batches = loader.TrainBatches(change(config, "data", max_unsupervised=1.0))
     for _ in range(10):
         next(batches)
@@ -225,15 +232,16 @@ def test_too_many_unreadable_records_are_an_error_that_names_the_first(demo_conf
 def test_a_validation_split_that_cannot_be_read_is_an_error(demo_config, tmp_path):
     shutil.copytree(demo_config.data.dir, tmp_path, dirs_exist_ok=True)
     spoil(tmp_path, range(NUM_DOCUMENTS), "validation")
+    config = change(demo_config, "data", dir=str(tmp_path))
     with pytest.raises(
         UserError,
         match=r"nothing to validate on in split 'validation': cannot read image 0 of record",
     ):
-        loader.ValidationBatches(change(demo_config, "data", dir=str(tmp_path)), 4, 8)
+        validation.ValidationBatches(held_out(config), 4, 8)
     # Of several processes one that has nothing is no reason to end.
     told = []
-    loader.ValidationBatches(
-        change(demo_config, "data", dir=str(tmp_path)),
+    validation.ValidationBatches(
+        held_out(config),
         4,
         8,
         [2],
@@ -249,15 +257,17 @@ def test_a_source_of_which_nothing_was_held_out_is_no_part_of_validation(demo_co
     held = {"a": SourceConfig(dir=demo_config.data.dir)}
     mixed = held | {"b": SourceConfig(dir=str(tmp_path))}
     both, alone = (
-        loader.by_source(change(demo_config, "data", packing="offline", sources=sources))
+        validation.by_source(change(demo_config, "data", packing="offline", sources=sources))
         for sources in (mixed, held)
     )
     assert (
-        both == alone and list(both) == ["a"] and both["a"].data.folders == (demo_config.data.dir,)
+        builders(both) == builders(alone)
+        and list(both) == ["a"]
+        and both["a"].builder.data.folders == (demo_config.data.dir,)
     )
     nowhere = change(demo_config, "data", sources={"b": mixed["b"]})
     with pytest.raises(UserError, match="no shards of split 'validation'"):
-        loader.by_source(nowhere)
+        validation.by_source(nowhere)
 
 
 def test_validation_counts_every_patch_and_all_of_a_source(demo_config):
@@ -271,7 +281,7 @@ def test_validation_counts_every_patch_and_all_of_a_source(demo_config):
         packing="offline",
         sources={"a": SourceConfig(dir=demo_config.data.dir)},
     )
-    assert loader.by_source(config) == loader.by_source(whole)
+    assert builders(validation.by_source(config)) == builders(validation.by_source(whole))
 
 
 def test_an_index_of_other_records_is_found_out(demo_config, tmp_path):
@@ -315,7 +325,7 @@ def test_seed_and_stage_change_the_rows(demo_config):
 def test_tasks_are_drawn_by_their_weights(demo_config):
     def fraction(tasks):
         rows = loader.TrainSequences(change(demo_config, "data", tasks=tasks), "train")
-        read = rows.tokenizer.encode("Read the page.")[0]
+        read = rows.builder.tokenizer.encode("Read the page.")[0]
         return np.mean([(rows[i]["tokens"] == read).any() for i in range(120)])
 
     assert fraction({"transcribe": 1.0}) == 1 and fraction({"answer": 2.0, "transcribe": 0.0}) == 0
@@ -332,24 +342,24 @@ def test_too_many_rows_without_an_answer_are_an_error(demo_config):
 
 
 def test_validation_is_the_same_at_every_pass(demo_config):
-    validation = loader.ValidationBatches(demo_config, 4, 10)
-    first = list(validation)
-    second = list(validation)
+    batches = validation.ValidationBatches(held_out(demo_config), 4, 10)
+    first = list(batches)
+    second = list(batches)
     assert len(first) == len(second) == 2
     for a, b in zip(first, second, strict=True):
         assert a["tokens"].shape == (4, 144)
         assert_equal(a, b)
-    assert len(list(loader.ValidationBatches(demo_config, 4, 1))) == 1
+    assert len(list(validation.ValidationBatches(held_out(demo_config), 4, 1))) == 1
 
 
 def test_a_process_decodes_its_own_rows_of_validation_alone(demo_config, monkeypatch):
-    whole = list(loader.ValidationBatches(demo_config, 4, 10))
+    whole = list(validation.ValidationBatches(held_out(demo_config), 4, 10))
     read = []
     row_of = loader.TrainSequences.__getitem__
     monkeypatch.setattr(
         loader.TrainSequences, "__getitem__", lambda rows, i: read.append(i) or row_of(rows, i)
     )
-    own = loader.ValidationBatches(demo_config, 4, 10, local_rows=[1, 3])
+    own = validation.ValidationBatches(held_out(demo_config), 4, 10, local_rows=[1, 3])
     assert read == [1]  # To see that there is something to validate on.
     read.clear()
     for mine, all_sequences in zip(own, whole, strict=True):
@@ -367,6 +377,7 @@ def test_the_tokenizer_must_fit_the_model(demo_config):
         demo_config.model, llm=dataclasses.replace(demo_config.model.llm, vocab_size=64)
     )
     with pytest.raises(UserError, match=r"108 tokens.*vocab_size is 64"):
-        loader.load_tokenizer(dataclasses.replace(demo_config, model=small))
+        stage_data.load_tokenizer(demo_config.data, small)
     with pytest.raises(UserError, match="image_token_id is 9"):
-        loader.load_tokenizer(change(demo_config, "model", image_token_id=9))
+        other = dataclasses.replace(demo_config.model, image_token_id=9)
+        stage_data.load_tokenizer(demo_config.data, other)

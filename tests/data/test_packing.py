@@ -5,7 +5,7 @@ from alignvlm_jax.data import packing
 
 
 def draw(count: int, seq_len: int, max_tiles: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Log-normal texts behind up to `row_tiles` tiles of an eighth of a row's share."""
+    """Log-normal texts behind up to `max_tiles` tiles of an eighth of a row's share."""
     rng = np.random.default_rng(seed)
     tiles = rng.integers(0, max_tiles + 1, count)
     texts = np.maximum(rng.lognormal(np.log(seq_len / 20), 1.0, count), 1).astype(np.int32)

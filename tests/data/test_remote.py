@@ -10,6 +10,7 @@ import pytest
 
 from alignvlm_jax import storage
 from alignvlm_jax.data import filesystem, index, lengths, loader, shards, tokenizers
+from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.errors import TryAgainError, UserError
 from alignvlm_jax.ingest import job
 from tests.data.test_loader import change
@@ -193,9 +194,14 @@ def test_the_index_is_that_of_the_disk(prepared, remote, demo_config):
     )
     assert index.load(remote, "train") is there
     config = change(demo_config, "data", dir=remote)
-    arguments = config, "train", ["answer"], [48], remote
-    assert lengths.load(*arguments) is lengths.load(*arguments)
+    limits = lengths.Limits.of(config.data, config.model.vision, config.tokens_per_tile)
+
+    def load():
+        opened = StageData.open(config.data, config.model)
+        return lengths.load(opened, [remote], "train", ["answer"], [48], limits)
+
+    assert load() is load()
     with pytest.raises(ValueError, match="read-only"):
-        lengths.load(*arguments).tokens[0, 0] = 1
+        load().tokens[0, 0] = 1
     with pytest.raises(ValueError, match="read-only"):
         there.content_hash[0] = 1

@@ -9,14 +9,14 @@ from concurrent import futures
 import numpy as np
 import pytest
 
-from alignvlm_jax import presets
-from alignvlm_jax.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig
-from alignvlm_jax.data import sampler
+from alignvlm_jax.config import DataConfig, SourceConfig
+from alignvlm_jax.data import mixture, sampler
 from alignvlm_jax.data.lengths import Lengths
 from alignvlm_jax.data.sampler import Mixed, Shuffled
 from alignvlm_jax.errors import UserError
 
 SEQ_LEN = 256
+NUM_SEQUENCES = 32_000
 SIZES = (300, 120, 40)
 SOURCES = {
     "a": SourceConfig(dir="a", weight=2.0),
@@ -25,7 +25,7 @@ SOURCES = {
 }
 
 
-def config(**changes) -> Config:
+def data_config(**changes) -> DataConfig:
     data = DataConfig(
         seq_len=SEQ_LEN,
         max_tiles=4,
@@ -34,11 +34,11 @@ def config(**changes) -> Config:
         temperature=1.3,
         tasks={"transcribe": 0.5, "answer": 0.5},
     )
-    return Config(
-        model=ModelConfig(vision=presets.VISION["tiny"]),
-        data=dataclasses.replace(data, **changes),
-        train=TrainConfig(num_steps=1000, batch_size=32),
-    )
+    return dataclasses.replace(data, **changes)
+
+
+def mixed(data, sizes, known, seed, num_sequences: int = NUM_SEQUENCES) -> Mixed:
+    return Mixed(data, sizes, known, seed, num_sequences)
 
 
 def known_lengths() -> Lengths:
@@ -52,7 +52,7 @@ def known_lengths() -> Lengths:
 
 
 def planned(**changes) -> Mixed:
-    return Mixed(config(**changes), SIZES, known_lengths(), [0, 1])
+    return mixed(data_config(**changes), SIZES, known_lengths(), [0, 1])
 
 
 def test_rows_hold_what_the_plan_says_and_no_more_than_fits():
@@ -101,7 +101,7 @@ def test_over_epochs_every_record_is_seen_as_often_as_its_source_is_read():
 
 @pytest.mark.parametrize("known", [None, known_lengths()])
 def test_counters_are_those_of_the_rows_before(known):
-    rows = Mixed(config(), SIZES, known, [0, 1])
+    rows = mixed(data_config(), SIZES, known, [0, 1])
     end = rows.epoch_at(rows.epoch_at(0).end).end  # of two epochs
     seen = collections.Counter()
     tokens = 0
@@ -119,13 +119,13 @@ def test_counters_are_those_of_the_rows_before(known):
                 tokens += known.tokens[("answer", "transcribe").index(pick.task), pick.record]
     assert rows.counters(end)["epoch"] == 2.0 and rows.counters(0)["epoch"] == 0.0
     # Whoever comes later counts the same, whatever was asked for before.
-    fresh = Mixed(config(), SIZES, known, [0, 1])
+    fresh = mixed(data_config(), SIZES, known, [0, 1])
     for row in (end + 3, 4, end, 4):
         assert fresh.counters(row) == rows.counters(row)
 
 
 def test_without_lengths_a_row_is_a_record_of_any_source():
-    rows = Mixed(config(packing="none"), SIZES, None, [0, 1])
+    rows = mixed(data_config(packing="none"), SIZES, None, [0, 1])
     assert rows.epoch_at(0).end == sum(
         rows.counters(rows.epoch_at(0).end)[f"records/{name}"] for name in SOURCES
     )
@@ -137,7 +137,7 @@ def test_tasks_are_drawn_by_weight_of_those_that_a_record_has():
     lengths = Lengths(np.ones((2, 20_000), np.int32), np.zeros(20_000, np.int16))
     lengths.tokens[0, :5000] = lengths.tokens[1, 5000:10_000] = 0
     tasks = {"answer": 3.0, "transcribe": 1.0}
-    epoch = Mixed(config(sources={}, tasks=tasks), [20_000], lengths, [0, 1]).epoch_at(0)
+    epoch = mixed(data_config(sources={}, tasks=tasks), [20_000], lengths, [0, 1]).epoch_at(0)
     task_of = np.empty(20_000, int)
     task_of[epoch.records] = epoch.tasks
     assert (task_of[:5000] == 1).all() and (task_of[5000:10_000] == 0).all()
@@ -146,7 +146,7 @@ def test_tasks_are_drawn_by_weight_of_those_that_a_record_has():
 
 def test_records_of_no_use_are_counted():
     assert planned().num_unused == (~known_lengths().tokens.any(axis=0)).sum() > 0
-    assert Mixed(config(packing="none"), SIZES, None, [0, 1]).num_unused == 0
+    assert mixed(data_config(packing="none"), SIZES, None, [0, 1]).num_unused == 0
 
 
 def test_sources_without_records_are_an_error():
@@ -154,11 +154,11 @@ def test_sources_without_records_are_an_error():
         UserError,
         match=r"none of 0 records in a, b, c has text for config.data.tasks answer, transcribe",
     ):
-        Mixed(config(packing="none"), [0, 0, 0], None, [0, 1])
+        mixed(data_config(packing="none"), [0, 0, 0], None, [0, 1])
 
 
 def test_one_folder_shuffled_needs_no_lengths():
-    rows = sampler.make(config(sources={}, packing="none"), "train", [10], [0, 1], "nowhere")
+    rows = sampler.make(data_config(sources={}, packing="none"), [10], None, [0, 1], NUM_SEQUENCES)
     assert isinstance(rows, Shuffled) and rows.counters(25) == {"epoch": 2.5, "records": 25}
     assert sorted(rows.picks(row)[0].record for row in range(10)) == list(range(10))
 
@@ -167,7 +167,9 @@ def test_one_folder_shuffled_needs_no_lengths():
 def test_a_restored_state_gives_the_same_rows_and_counters_and_plans_no_epoch_before(
     known, monkeypatch
 ):
-    rows = Mixed(config(packing="offline" if known is not None else "none"), SIZES, known, [0, 1])
+    rows = mixed(
+        data_config(packing="offline" if known is not None else "none"), SIZES, known, [0, 1]
+    )
     row = rows.epoch_at(0).end
     for _ in range(2):
         row = rows.epoch_at(row).end
@@ -180,7 +182,9 @@ def test_a_restored_state_gives_the_same_rows_and_counters_and_plans_no_epoch_be
     monkeypatch.setattr(
         Mixed, "_make", lambda self, number: made.append(number) or make(self, number)
     )
-    fresh = Mixed(config(packing="offline" if known is not None else "none"), SIZES, known, [0, 1])
+    fresh = mixed(
+        data_config(packing="offline" if known is not None else "none"), SIZES, known, [0, 1]
+    )
     assert fresh.restore(state)
     assert fresh.counters(row) == expected
     assert [pick[:2] for at in range(row, row + 9) for pick in fresh.picks(at)] == [
@@ -220,15 +224,15 @@ def test_a_state_of_other_rows_is_not_taken(monkeypatch):
     fewer = Lengths(known.tokens.copy(), known.tiles)
     fewer.tokens[:, 7] = np.maximum(fewer.tokens[:, 7] - 1, 1)
     others = [
-        Mixed(config(), SIZES, fewer, [0, 1]),
-        Mixed(config(), SIZES, known, [0, 2]),
-        Mixed(config(seq_len=SEQ_LEN + 1), SIZES, known, [0, 1]),
-        Mixed(config(tasks={"answer": 1.0, "transcribe": 2.0}), SIZES, known, [0, 1]),
-        Mixed(config(packing="none"), SIZES, None, [0, 1]),
+        mixed(data_config(), SIZES, fewer, [0, 1]),
+        mixed(data_config(), SIZES, known, [0, 2]),
+        mixed(data_config(seq_len=SEQ_LEN + 1), SIZES, known, [0, 1]),
+        mixed(data_config(tasks={"answer": 1.0, "transcribe": 2.0}), SIZES, known, [0, 1]),
+        mixed(data_config(packing="none"), SIZES, None, [0, 1]),
     ]
     assert not any(other.restore(state) for other in others)
     assert planned().restore(state)
-    monkeypatch.setattr(sampler, "_probe", lambda: "planned in another way")
+    monkeypatch.setattr(mixture, "_probe", lambda: "planned in another way")
     assert not planned().restore(state)
 
 
@@ -261,11 +265,7 @@ def test_the_next_epoch_is_planned_before_it_is_asked_for(monkeypatch):
     assert sorted(made)[:3] == [0, 1, 2]
     # Where the stage ends before, nobody will need it.
     made.clear()
-    short = config()
-    short = dataclasses.replace(
-        short, train=dataclasses.replace(short.train, num_steps=1, batch_size=1)
-    )
-    Mixed(short, SIZES, known_lengths(), [0, 1]).picks(0)
+    mixed(data_config(), SIZES, known_lengths(), [0, 1], num_sequences=1).picks(0)
     time.sleep(0.1)
     assert list(made) == [0]
 
@@ -287,7 +287,7 @@ def test_many_threads_plan_each_epoch_once(monkeypatch):
 
 
 def test_mixtures_without_lengths_plan_only_the_epoch_that_is_read(monkeypatch):
-    rows = Mixed(config(packing="none"), SIZES, None, [0, 1])
+    rows = mixed(data_config(packing="none"), SIZES, None, [0, 1])
     size = rows.epoch_at(0).end
     slow = [rows.counters(row) for row in (size - 1, size, 5 * size, 7 * size + 3)]
     made = []
@@ -295,6 +295,6 @@ def test_mixtures_without_lengths_plan_only_the_epoch_that_is_read(monkeypatch):
     monkeypatch.setattr(
         Mixed, "_make", lambda self, number: made.append(number) or make(self, number)
     )
-    fresh = Mixed(config(packing="none"), SIZES, None, [0, 1])
+    fresh = mixed(data_config(packing="none"), SIZES, None, [0, 1])
     assert fresh.counters(7 * size + 3) == slow[-1] and min(made) == 7
     assert [fresh.counters(row) for row in (5 * size, size, size - 1)] == slow[2::-1]

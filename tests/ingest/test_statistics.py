@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 
 from alignvlm_jax.data import shards
-from alignvlm_jax.data.examples import TRANSCRIBE_QUESTION
+from alignvlm_jax.data.examples import TRANSCRIBE_QUESTION, ExampleBuilder
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.ingest import staging, statistics
 from tests.prepared import NUM_DOCUMENTS
 
 
 def test_distributions_are_those_of_the_records(demo_config, data_dir, tokenizer):
-    found = statistics.collect(demo_config, str(data_dir), "train", 0.5)
+    found = statistics.collect(
+        ExampleBuilder.of(demo_config, tokenizer), str(data_dir), "train", 0.5
+    )
     assert found.num_records == NUM_DOCUMENTS and found.packing_efficiency == 0.5
     source = shards.RecordSource(data_dir, "train")
     records = [source[i] for i in range(len(source))]
@@ -60,6 +62,7 @@ def test_rare_reasons_are_summed(tmp_path):
     assert found["other reasons"] == 3 and sum(found.values()) == len(names)
 
 
-def test_without_an_index_the_message_says_what_to_call(demo_config, tmp_path):
+def test_without_an_index_the_message_says_what_to_call(demo_config, tokenizer, tmp_path):
+    builder = ExampleBuilder.of(demo_config, tokenizer)
     with pytest.raises(UserError, match="no shards of split 'train'"):
-        statistics.collect(demo_config, str(tmp_path), "train", None)
+        statistics.collect(builder, str(tmp_path), "train", None)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alignvlm_jax.data import examples, loader
+from alignvlm_jax.data import loader
+from alignvlm_jax.data.examples import ExampleBuilder
 from alignvlm_jax.data.record import Record, Turn, Word
 from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from alignvlm_jax.models import vlm
@@ -45,10 +46,9 @@ def packed(request, tmp_path_factory):
     )
     train = dataclasses.replace(config.train, batch_size=1)
     config = dataclasses.replace(config, model=model, data=data, train=train)
+    builder = ExampleBuilder.of(config, tokenizer)
     parts = [
-        examples.build_segment(
-            record(number, size), "answer", np.random.default_rng(0), config, tokenizer
-        )
+        builder.segment(record(number, size), "answer", np.random.default_rng(0))
         for number, size in enumerate(SIZES, start=1)
     ]
     params = jax.device_put(
@@ -57,7 +57,7 @@ def packed(request, tmp_path_factory):
             vlm.abstract_batch(config.model, config.data, config.train.batch_size),
         )
     )
-    return config, params, parts, examples.join(parts, config, tokenizer), tokenizer
+    return config, params, parts, builder.join(parts), builder
 
 
 def losses(config, params, batch) -> vlm.Losses:
@@ -74,8 +74,8 @@ def gradients(loss, x, batch) -> np.ndarray:
     "packed", ["align", "perceiver", "h_reducer", "c_abstractor"], indirect=True
 )
 def test_losses_are_those_of_each_record_in_a_row_of_its_own(packed):
-    config, params, parts, row, tokenizer = packed
-    alone = loader.stack([examples.join([part], config, tokenizer) for part in parts])
+    config, params, parts, row, builder = packed
+    alone = loader.stack([builder.join([part]) for part in parts])
     run = jax.jit(functools.partial(losses, config, params))
     together = run(loader.stack([row]))
     apart = run(alone)

@@ -217,7 +217,7 @@ def test_its_flops_are_counted(loaded):
 
 
 def test_it_answers(workdir, loaded):
-    predictions = Runner(loaded, loaded.config).evaluate("seen_fonts", blind=False)
+    predictions = Runner(loaded).evaluate("seen_fonts", blind=False)
     assert len(predictions.rows) == 4 and all(
         isinstance(row["prediction"], str) for row in predictions.rows
     )
@@ -238,4 +238,4 @@ def test_its_patches_are_not_read_as_words(loaded):
         UserError,
         match="connector 'strided' with stride 4 gives patches no distribution over words",
     ):
-        patch_tokens.check(loaded.config)
+        patch_tokens.check(loaded.config.model)

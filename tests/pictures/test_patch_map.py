@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alignvlm_jax.data import loader
+from alignvlm_jax.data import stage_data
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading
 from alignvlm_jax.pictures import patch_map
@@ -20,7 +20,8 @@ VOCAB = 64
 
 @pytest.fixture(scope="module")
 def tokenizer(trained_workdir):
-    return loader.load_tokenizer(loading.load_config(trained_workdir))
+    config = loading.load_config(trained_workdir)
+    return stage_data.load_tokenizer(config.data, config.model)
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def test_view_agrees_with_the_row(config):
     all_sequences = TrainSequences(config, "train")
     row = all_sequences[0]
     parts = all_sequences.segments(0)
-    view = examples_page.view(0, parts, config, all_sequences.tokenizer)
+    view = examples_page.view(0, parts, all_sequences.builder)
     assert len(view.segments) == row["segment_ids"].max() > 1
     assert view.packing_efficiency == (row["segment_ids"] > 0).mean()
     assert sum(segment.num_taught for segment in view.segments) == (row["loss_weights"] > 0).sum()
@@ -59,7 +59,7 @@ def test_taught_text_is_the_answers(config):
     all_sequences = TrainSequences(config, "train")
     source = RecordSource(config.data.dir, "train")
     records = {record.id: record for record in map(source.__getitem__, range(len(source)))}
-    view = examples_page.view(0, all_sequences.segments(0), config, all_sequences.tokenizer)
+    view = examples_page.view(0, all_sequences.segments(0), all_sequences.builder)
     for segment in view.segments:
         answers = {turn.answers[0] for turn in records[segment.name].turns}
         assert {span.text for span in segment.spans if span.kind == "taught"} == answers
@@ -68,10 +68,9 @@ def test_taught_text_is_the_answers(config):
 def test_page_is_one_file_with_all_rows(config, tmp_path):
     all_sequences = TrainSequences(config, "train")
     views = [
-        examples_page.view(i, all_sequences.segments(i), config, all_sequences.tokenizer)
-        for i in range(3)
+        examples_page.view(i, all_sequences.segments(i), all_sequences.builder) for i in range(3)
     ]
-    found = statistics.collect(config, config.data.dir, "train", 0.876)
+    found = statistics.collect(all_sequences.builder, config.data.dir, "train", 0.876)
     path = examples_page.build(views, found, tmp_path / examples_page.FILE)
     page = path.read_text()
     assert "rows 87.6 % full" in page

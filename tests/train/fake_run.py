@@ -24,6 +24,8 @@ from rich.console import Console
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config, MeshConfig, TrainConfig
 from alignvlm_jax.data import loader
+from alignvlm_jax.data import validation as data_validation
+from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.train import checkpoint_files, loop, state, step
 from alignvlm_jax.train.evaluator import Kind
@@ -75,6 +77,7 @@ class Batches:
         start_sequence: int,
         local_rows: list[int],
         schedule_state: dict | None,
+        opened: StageData,
     ) -> "Batches":
         assert not schedule_state
         assert local_rows == list(range(config.train.batch_size))
@@ -121,9 +124,10 @@ def train(
     console = Console(file=io.StringIO(), soft_wrap=True, width=200)
     with (
         mock.patch.object(loader, "TrainBatches", batches or Batches()),
-        mock.patch.object(loader, "by_source", lambda config: {"": config}),
-        mock.patch.object(loader, "ValidationBatches", validation),
+        mock.patch.object(data_validation, "by_source", lambda config, opened: {"": config}),
+        mock.patch.object(data_validation, "ValidationBatches", validation),
         mock.patch.object(loader, "TrainSequences"),
+        mock.patch.object(StageData, "open"),
         mock.patch.object(step, "compile_steps", _compile_steps),
         mock.patch.object(state, "init_params", _init_params),
     ):

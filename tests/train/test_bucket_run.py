@@ -102,7 +102,7 @@ def test_two_runs_in_one_workdir_are_refused(bucket_folder, monkeypatch):
             refused.append(str(error.value))
 
     # The second is refused before it changes anything that both would share.
-    monkeypatch.setattr(loop, "preflight", lambda configs: None)
+    monkeypatch.setattr(loop, "preflight", lambda configs: [])
     fake_run.train(bucket_folder, Batches(second))
     assert len(refused) == 1
 

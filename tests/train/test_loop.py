@@ -234,7 +234,7 @@ def test_answers_that_a_stop_cut_short_come_after_the_validation_that_was_logged
             total = sum(float(jax.numpy.abs(x).sum()) for x in jax.tree.leaves(params))
             return None if should_stop() else {"generated/anls": total}
 
-    answers = dataclasses.replace(GENERATION, open=lambda *_: Answers(), check=lambda stages: None)
+    answers = dataclasses.replace(GENERATION, open=lambda *_: Answers(), check=lambda *_: None)
     train = functools.partial(fake_run.train, kinds=(VALIDATION, answers))
     first, second = fake_run.stages()
     configs = (

@@ -1,10 +1,12 @@
 """A whole run over real, packed sequences of two sources."""
 
 import dataclasses
+import gc
 import io
 import json
 import os
 import signal
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,9 @@ from alignvlm_jax.benchmarks import generation_eval, scores
 from alignvlm_jax.benchmarks.questions import choose_questions
 from alignvlm_jax.commands.train import EVALUATORS
 from alignvlm_jax.config import Config, SourceConfig, TrainConfig
-from alignvlm_jax.data import images, loader, shards
+from alignvlm_jax.data import images, loader, shards, stage_data, validation
 from alignvlm_jax.data import index as index_lib
+from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import assistant, sampler
@@ -136,6 +139,38 @@ def test_a_stopped_run_counts_and_learns_as_one_that_was_not(config, tmp_path, m
     )
 
 
+def test_the_data_of_a_stage_go_with_it_and_stages_share_a_tokenizer(config, tmp_path, monkeypatch):
+    opened = []
+    alive = []
+    read = []
+    open_data = StageData.open
+    load = stage_data.tokenizers.load
+    begin = loader.TrainBatches.__init__
+
+    def remembered(*args):
+        found = open_data(*args)
+        opened.append(weakref.ref(found))
+        return found
+
+    def begun(self, *args, **kwargs):
+        gc.collect()
+        alive.append([ref() is not None for ref in opened])
+        begin(self, *args, **kwargs)
+
+    monkeypatch.setattr(StageData, "open", remembered)
+    monkeypatch.setattr(stage_data.tokenizers, "load", lambda path: read.append(path) or load(path))
+    monkeypatch.setattr(loader.TrainBatches, "__init__", begun)
+    monkeypatch.setattr(step, "compile_steps", fake_run._compile_steps)
+    shorter = dataclasses.replace(config.train, num_steps=1)
+    stages = tuple(
+        dataclasses.replace(config, stage=name, train=shorter) for name in ("first", "second")
+    )
+    loop.train(stages, tmp_path, Console(file=io.StringIO()), EVALUATORS)
+    # All are opened before anything is trained; the first is not kept for the second's sake.
+    assert alive == [[True, True], [False, True]]
+    assert [str(path) for path in read] == [config.data.dir]
+
+
 def test_losses_and_generated_scores_by_source(config, tmp_path, monkeypatch):
     """Of generation: one trace a stage, and the scores are those of the checkpoint's own
     answers."""
@@ -191,7 +226,7 @@ def with_pages_alone(config, tmp_path) -> Config:
         source = shards.RecordSource(config.data.sources["b"].dir, split)
         records = [dataclasses.replace(source[i], turns=(), lines=()) for i in range(len(source))]
         shards.write_shard(path, records)
-        tokenizer = loader.load_tokenizer(config)
+        tokenizer = stage_data.load_tokenizer(config.data, config.model)
         fingerprint = index_lib.tokenizer_fingerprint(config.data.dir)
         index_lib.write(
             index_lib.index_path(path), index_lib.of_records(records, tokenizer, fingerprint)
@@ -203,7 +238,7 @@ def with_pages_alone(config, tmp_path) -> Config:
 
 
 def test_a_source_of_no_use_to_the_tasks_is_no_part_of_validation(with_pages_alone):
-    assert list(loader.by_source(with_pages_alone)) == ["a"]
+    assert list(validation.by_source(with_pages_alone)) == ["a"]
     data = dataclasses.replace(
         with_pages_alone.data,
         tasks={"transcribe": 1.0},
@@ -212,7 +247,7 @@ def test_a_source_of_no_use_to_the_tasks_is_no_part_of_validation(with_pages_alo
     with pytest.raises(
         UserError, match=r"none of 24 records in .* has text for config.data.tasks transcribe"
     ):
-        loader.by_source(dataclasses.replace(with_pages_alone, data=data))
+        validation.by_source(dataclasses.replace(with_pages_alone, data=data))
 
 
 def test_what_was_not_seen_has_no_loss_and_is_not_asked(with_pages_alone, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """What every tokenizer can do, whoever trained it."""
 
 import abc
+import hashlib
 from collections.abc import Iterable, Mapping
 
 from alignvlm_jax.errors import UserError
@@ -14,12 +15,14 @@ class Tokenizer(abc.ABC):
     Attributes:
       name: of its file, for messages.
       vocab_size: its ids are below this.
-      specials: the tokens that text never makes, by name: chat marks, beginning and end of text.
+      special_tokens: those that text never makes, by name: of the chat, beginning and end of text.
+      fingerprint: a checksum of its file; see `fingerprint`.
     """
 
     name: str
     vocab_size: int
     special_tokens: Mapping[str, int]
+    fingerprint: str
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -41,7 +44,7 @@ class Tokenizer(abc.ABC):
 
     @property
     def pad_id(self) -> int:
-        """Fills rows; segment ids tell it from text, so that any token serves."""
+        """Fills sequences; segment ids tell it from text, so that any token serves."""
         return 0
 
     @property
@@ -63,6 +66,11 @@ class Tokenizer(abc.ABC):
     def is_text(self, token: int) -> bool:
         """Whether a token is one of the vocabulary and no special one."""
         return 0 <= token < self.vocab_size and token not in self.special_tokens.values()
+
+
+def fingerprint(content: bytes) -> str:
+    """Returns a checksum of a tokenizer's file: what indexes and predictions say they are of."""
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def readable(text: str) -> str:

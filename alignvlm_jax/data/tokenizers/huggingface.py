@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import tokenizers
 
-from alignvlm_jax.data.tokenizers.base import Tokenizer, readable
+from alignvlm_jax.data.tokenizers.base import Tokenizer, fingerprint, readable
 from alignvlm_jax.errors import UserError
 
 
@@ -17,6 +17,7 @@ class HuggingFaceTokenizer(Tokenizer):
         except Exception as err:  # The library raises Exception itself.
             raise UserError(f"{name} is no tokenizer.json ({' '.join(str(err).split())})") from err
         self.name = name
+        self.fingerprint = fingerprint(content)
         # Else a question that spells a special token would hold one.
         self._model.encode_special_tokens = True
         self._model.no_truncation()

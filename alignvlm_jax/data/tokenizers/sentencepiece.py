@@ -8,7 +8,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from alignvlm_jax.data.tokenizers.base import Tokenizer, readable
+from alignvlm_jax.data.tokenizers.base import Tokenizer, fingerprint, readable
 from alignvlm_jax.errors import UserError
 
 # Control symbols never match text: a question that spells "<image>" cannot make an image token.
@@ -27,6 +27,7 @@ class SentencePieceTokenizer(Tokenizer):
         except (RuntimeError, ValueError) as err:
             raise UserError(f"{name} is no SentencePiece model") from err
         self.name = name
+        self.fingerprint = fingerprint(model)
         self.vocab_size = self._model.vocab_size()
         controls = filter(self._model.is_control, range(self.vocab_size))
         self.special_tokens = {self._model.id_to_piece(i): i for i in controls}

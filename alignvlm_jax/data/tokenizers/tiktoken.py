@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import tiktoken
 
-from alignvlm_jax.data.tokenizers.base import Tokenizer, readable
+from alignvlm_jax.data.tokenizers.base import Tokenizer, fingerprint, readable
 from alignvlm_jax.errors import UserError
 
 # As published with the Llama 3 models.
@@ -49,6 +49,7 @@ class TiktokenTokenizer(Tokenizer):
                 "in a row"
             )
         self.name = name
+        self.fingerprint = fingerprint(content)
         self.special_tokens = {special: len(ranks) + i for i, special in enumerate(SPECIAL_TOKENS)}
         self.vocab_size = len(ranks) + NUM_SPECIAL_TOKENS
         self._model = tiktoken.Encoding(
