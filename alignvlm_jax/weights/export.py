@@ -1,7 +1,8 @@
 """Back to the ecosystem: towers as Hugging Face folders, the connector as safetensors.
 
-    llm/        LlamaForCausalLM, with the tokenizer's files     vision/   SiglipVisionModel,
-    without its pooling head connector/  our own names, and the whole model's config
+    llm/        the class of its family, with the tokenizer's files
+    vision/     SiglipVisionModel, without its pooling head
+    connector/  our own names, and the whole model's config
 
 Every number is written as it is stored. What those classes cannot express is an error.
 """
@@ -17,9 +18,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from alignvlm_jax import storage
-from alignvlm_jax.config import LLMConfig, ModelConfig, VisionConfig
+from alignvlm_jax.config import ModelConfig
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.weights import mapping
+from alignvlm_jax.weights import families
 from alignvlm_jax.weights.mapping import Entry
 
 PARTS = ("llm", "vision", "connector")
@@ -31,18 +32,17 @@ Read = Callable[[str], np.ndarray]
 
 def check(config: ModelConfig, parts: Iterable[str]) -> None:
     """Raises UserError where a part cannot be expressed."""
-    vision = config.vision
-    if "vision" in parts:
-        for name in ("tile", "patch"):
-            height = getattr(vision, f"{name}_height")
-            width = getattr(vision, f"{name}_width")
-            if height != width:
-                others = ",".join(part for part in parts if part != "vision")
-                raise UserError(
-                    "vision: a SiglipVisionModel has square tiles and patches; "
-                    f"config.model.vision.{name}_height is {height} and {name}_width {width}; "
-                    f"leave it out by --parts={others or 'llm,connector'}"
-                )
+    finders = {
+        "llm": lambda: families.llm_of(config.llm),
+        "vision": lambda: families.vision_of(config.vision),
+    }
+    for part in finders.keys() & set(parts):
+        try:
+            finders[part]()
+        except UserError as err:
+            others = ",".join(other for other in parts if other != part)
+            others = others or ",".join(other for other in PARTS if other != part)
+            raise UserError(f"{err}; leave it out by --parts={others}") from err
 
 
 def write(
@@ -61,11 +61,19 @@ def write(
     Returns:
       The number of tensors written, by part.
     """
-    writers = {
-        "llm": lambda: (_llm_config(config.llm), mapping.llama(config.llm)),
-        "vision": lambda: (_vision_config(config.vision), mapping.siglip()),
-        "connector": lambda: (_connector_config(config), _connector_entries(stored)),
-    }
+
+    def llm() -> tuple[dict[str, Any], tuple[Entry, ...]]:
+        family = families.llm_of(config.llm)
+        return family.hf_config(config.llm), family.entries(config.llm)
+
+    def vision() -> tuple[dict[str, Any], tuple[Entry, ...]]:
+        family = families.vision_of(config.vision)
+        return family.hf_config(config.vision), family.entries()
+
+    def connector() -> tuple[dict[str, Any], tuple[Entry, ...]]:
+        return _connector_config(config), _connector_entries(stored)
+
+    writers = {"llm": llm, "vision": vision, "connector": connector}
     counts = {}
     for part in parts:
         fields, entries = writers[part]()
@@ -75,7 +83,8 @@ def write(
         _write_json(folder / part / "config.json", fields)
         counts[part] = _write_tensors(folder / part, _published(entries, read))
     if "vision" in parts:
-        _write_json(folder / "vision" / "preprocessor_config.json", _preprocessor(config.vision))
+        preprocessor = families.vision_of(config.vision).preprocessor(config.vision)
+        _write_json(folder / "vision" / "preprocessor_config.json", preprocessor)
     return counts
 
 
@@ -129,72 +138,6 @@ def _write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> i
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _llm_config(config: LLMConfig) -> dict[str, Any]:
-    scaling = config.rope_scaling
-    fields = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None,
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": False,
-        "mlp_bias": False,
-        # We have no such limit: positions are computed. It only has to be no less than what is
-        # asked for.
-        "max_position_embeddings": int(scaling.original_length * scaling.factor),
-    }
-    if scaling.factor != 1.0:
-        fields["rope_scaling"] = {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_length,
-        }
-    return fields
-
-
-def _vision_config(config: VisionConfig) -> dict[str, Any]:
-    return {
-        "architectures": ["SiglipVisionModel"],
-        "model_type": "siglip_vision_model",
-        "image_size": config.tile_height,
-        "patch_size": config.patch_height,
-        "num_channels": 3,
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "hidden_act": {"tanh": "gelu_pytorch_tanh", "exact": "gelu"}[config.gelu],
-        "layer_norm_eps": config.norm_eps,
-        "attention_dropout": 0.0,
-        "vision_use_head": False,
-    }
-
-
-def _preprocessor(config: VisionConfig) -> dict[str, Any]:
-    return {
-        "image_processor_type": "SiglipImageProcessor",
-        "size": {"height": config.tile_height, "width": config.tile_width},
-        "do_resize": True,
-        "resample": 3,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(config.pixel_mean),
-        "image_std": list(config.pixel_std),
-    }
 
 
 def _connector_config(config: ModelConfig) -> dict[str, Any]:

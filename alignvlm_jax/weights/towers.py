@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.weights import towers
-from alignvlm_jax.weights.families import huggingface
+from alignvlm_jax.weights import families, towers
 from alignvlm_jax.weights.formats import big_vision, gguf, gguf_tokenizer, onnx
 from alignvlm_jax.weights.source import Tower
 
@@ -47,7 +46,7 @@ def open_llm(name: str) -> Tower:
     """
     path = resolve(name)
     if path.is_dir():
-        return huggingface.open_llm(path)
+        return families.open_llm(path)
     if gguf.is_gguf(path):
         return gguf.open_llm(path)
     raise UserError(
@@ -67,7 +66,7 @@ def open_vision(name: str, tile_size: int | None = None) -> Tower:
     """
     path = resolve(name)
     if path.is_dir():
-        return huggingface.open_vision(path, tile_size)
+        return families.open_vision(path, tile_size)
     with path.open("rb") as file:
         is_zip = file.read(len(ZIP)) == ZIP
     if is_zip or path.suffix == ".npz":

@@ -18,8 +18,8 @@ from alignvlm_jax.data import tokenizers
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.train import state
-from alignvlm_jax.weights import load, mapping, source, towers
-from alignvlm_jax.weights.formats import gguf, gguf_tokenizer
+from alignvlm_jax.weights import load, source, towers
+from alignvlm_jax.weights.formats import big_vision, gguf, gguf_tokenizer
 from tests.conftest import random_batch, random_params, tiny_config
 from tests.weights import folders
 from tests.weights.apply import run_llm, run_vision
@@ -98,7 +98,7 @@ def test_quantised_tensors_are_read_as_the_library_reads_them(tmp_path, llama, m
 
 def test_a_gguf_of_another_architecture(tmp_path, llama):
     path = write_gguf(tmp_path / "model.gguf", llama[1], architecture="gemma")
-    with pytest.raises(UserError, match=r"general\.architecture is 'gemma'; read is: 'llama'"):
+    with pytest.raises(UserError, match=r"general\.architecture is 'gemma'; read are: 'llama'"):
         towers.open_llm(str(path))
 
 
@@ -130,7 +130,7 @@ def big_vision_arrays(is_scanned: bool) -> tuple[dict[str, np.ndarray], dict[str
     params = state.flatten(random_params(vlm.VLM(config.model), random_batch(config)))
     arrays = {
         f"params/img/{name}": view
-        for entry in mapping.big_vision(is_scanned)
+        for entry in big_vision.table(is_scanned)
         for name, view in zip(
             entry.names(params[entry.path].shape), entry.views(params[entry.path]), strict=True
         )
