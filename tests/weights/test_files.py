@@ -39,7 +39,8 @@ def write_gguf(path, tensors, quantise=(), **changes):
     """The tensors as llama.cpp writes them: q and k rows as neighbouring pairs, names of its
     own."""
     fields = folders.LLAMA | changes
-    writer = gguf_library.GGUFWriter(path, changes.get("architecture", "llama"))
+    architecture = changes.get("architecture", "llama")
+    writer = gguf_library.GGUFWriter(path, architecture)
     writer.add_block_count(fields["num_hidden_layers"])
     writer.add_embedding_length(32)
     writer.add_feed_forward_length(64)
@@ -50,15 +51,16 @@ def write_gguf(path, tensors, quantise=(), **changes):
     writer.add_rope_freq_base(500.0)
     names = {ours: theirs for theirs, ours in (gguf.NAMES | gguf.LAYER_NAMES).items()}
     for name, array in tensors.items():
-        parts = name.removesuffix(".weight").split(".")
+        suffix = name.rpartition(".")[2]
+        parts = name.split(".")[:-1]
         if parts[1:2] == ["layers"]:
             part = names[".".join(parts[3:])]
-            if part in ("attn_q", "attn_k"):
+            if part in ("attn_q", "attn_k") and architecture == "llama":
                 heads = fields["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
                 array = (
                     array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
                 )
-            name = f"blk.{parts[2]}.{part}.weight"
+            name = f"blk.{parts[2]}.{part}.{suffix}"
         else:
             name = f"{names['.'.join(parts)]}.weight"
         if name.split(".")[-2] in quantise:
@@ -80,6 +82,24 @@ def test_a_gguf_is_the_model_that_it_was_made_of(tmp_path, llama, monkeypatch):
     tower = towers.open_llm(str(write_gguf(tmp_path / "model.gguf", tensors)))
     assert tower.config == published.config
     tokens = np.random.default_rng(0).integers(0, 300, (2, 20))
+    np.testing.assert_allclose(run_llm(tower, tokens), run_llm(published, tokens), atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+def test_a_gguf_of_qwen_has_its_channels_in_our_order(tmp_path, architecture):
+    folder = folders.write_llama(
+        tmp_path / "llm",
+        f"{architecture}, untied",
+        hidden_size=32,
+        intermediate_size=64,
+        head_dim=8,
+    )
+    tensors = load_file(folder / "model.safetensors")
+    published = towers.open_llm(str(folder))
+    path = write_gguf(tmp_path / "model.gguf", tensors, architecture=architecture)
+    tower = towers.open_llm(str(path))
+    assert tower.config == published.config
+    tokens = np.random.default_rng(0).integers(0, 96, (2, 20))
     np.testing.assert_allclose(run_llm(tower, tokens), run_llm(published, tokens), atol=1e-6)
 
 

@@ -7,11 +7,16 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.weights.families.base import Fields, LLMFamily, VisionFamily
 from alignvlm_jax.weights.families.dinov2 import Dinov2
 from alignvlm_jax.weights.families.llama import Llama
+from alignvlm_jax.weights.families.qwen import Qwen2, Qwen3
 from alignvlm_jax.weights.families.siglip import Siglip
 from alignvlm_jax.weights.formats.safetensors_folder import SafetensorsFolder
 from alignvlm_jax.weights.source import Tower
 
-LLMS: tuple[LLMFamily, ...] = (Llama(),)
+LLMS: tuple[LLMFamily, ...] = (
+    Llama(),
+    Qwen2(),
+    Qwen3(),
+)
 VISION: tuple[VisionFamily, ...] = (
     Siglip(),
     Dinov2(),

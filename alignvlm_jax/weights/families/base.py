@@ -7,6 +7,7 @@ A family is one file with a class of `LLMFamily` or `VisionFamily`, and one line
 import abc
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from alignvlm_jax.config import LLMConfig, VisionConfig
@@ -72,7 +73,7 @@ class LLMFamily(abc.ABC):
 
     model_type: ClassVar[str]
     class_name: ClassVar[str]
-    traits: ClassVar[Mapping[str, Any]] = {}
+    traits: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     gguf_architecture: ClassVar[str]
     gguf_pairs_neighbours: ClassVar[bool] = False
 
