@@ -118,12 +118,12 @@ DATE = datetime.date(2024, 7, 26)
 It is what Llama 3.2's own writes where it is told none."""
 TEXT_ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|endoftext|>", "</s>")
 """Special tokens that end any text: generation stops at them as well."""
-PADDED = " \n\t{} \n"
+PADDED = "\n \t{} \t\n"
 
 CONVERSATIONS: tuple[tuple[tuple[str, str], ...], ...] = (
     (("What is the total?", "318.40"),),
     (("What is the total?", "318.40"), ("Who pays?", "Dr. Strange"), ("When?", "12 May")),
-    (("  Who?\n ", "Nobody \t"), ("\n\nWhy? ", "It says so. \n")),
+    (("  Who?\n ", "\n Nobody \t"), ("\n\nWhy? ", "\n\nIt says so. \n")),
     (("Été à Zürich, 東京?", "naïve 👩‍💻"),),
     (("Is <b>it</b> [bold] {{ x }}?", "<|yes|> {% if %} [INST] </b>"), ("<s>", "<br/>")),
 )

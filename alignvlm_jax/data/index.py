@@ -268,8 +268,16 @@ def recount(directory: str | Path) -> str:
 
 def tokenizer_fingerprint(path: str | os.PathLike) -> str:
     """Returns a checksum of the tokenizer's file, or of the one in a folder, as `tokenizers.load`
-    takes it."""
-    return hashlib.blake2b(tokenizers.read(path)[1], digest_size=8).hexdigest()
+    takes it, and of its chat format where that does not follow from its special tokens.
+
+    Raises:
+      UserError: it is missing, or has no chat format.
+    """
+    file, content = tokenizers.read(path)
+    # A chat has as many tokens as its format writes; of folders that were prepared before there
+    # were formats of their own, the checksum is that of the file alone, as ever.
+    chat_format = chat.format_file(tokenizers.load(file))
+    return hashlib.blake2b(content + chat_format.encode(), digest_size=8).hexdigest()
 
 
 def content_hash(record: Record) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config, SourceConfig
-from alignvlm_jax.data import examples, sampler, tokenizers
+from alignvlm_jax.data import chat, examples, sampler, tokenizers
 from alignvlm_jax.data.examples import Part, Row
 from alignvlm_jax.data.record import Batch, Record
 from alignvlm_jax.data.sampler import Schedule
@@ -345,12 +345,13 @@ def stack(batch_rows: list[Row]) -> Batch:
 
 
 def tokenizer_contents(config: Config) -> str:
-    """Returns what tells one tokenizer from another, in words.
+    """Returns what tells one tokenizer from another, its chat format included, in words.
 
     Raises:
       UserError: it is missing.
     """
-    _, content = tokenizers.read(tokenizer_path(config))
+    path, content = tokenizers.read(tokenizer_path(config))
+    content += chat.format_file(tokenizers.load(path)).encode()
     return f"{len(content):,} bytes, checksum {zlib.crc32(content):08x}"
 
 

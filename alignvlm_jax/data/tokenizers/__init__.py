@@ -118,7 +118,7 @@ def _default_template(where: str, found: Any) -> str:
     if "default" not in by_name:
         raise UserError(
             f"{where} holds the chat templates {', '.join(map(repr, by_name))} and none that is "
-            f"named 'default'; name one of them so"
+            "named 'default'; name one of them so"
         )
     return by_name["default"]
 
