@@ -816,6 +816,8 @@ def test_a_config_json_from_before_fields_had_to_be_given_is_read():
     for fields in (old, new):
         del fields["model"]["connector"]
     del new["model"]["connectors"]
+    # Options that came later, with which a decoder is what it was.
+    assert [new["model"]["llm"].pop(name) for name in ("qkv_bias", "qk_norm")] == [False, False]
     assert new == old
 
 

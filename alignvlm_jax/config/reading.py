@@ -18,6 +18,9 @@ from alignvlm_jax.errors import UserError, nearest
 MIXTURES = ("tasks", "sources")
 """Fields of `data` that hold what belongs together, by name."""
 
+LATER = ("qkv_bias", "qk_norm")
+"""Fields of `model.llm` that older versions wrote no config.json with."""
+
 
 def default_config_dict() -> ml_collections.ConfigDict:
     """Returns every field with its default, and an empty `stages`, for config files to change. A
@@ -91,14 +94,23 @@ def current_form(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the stages of a `config.json` as this version writes them; unchanged where they are
     damaged.
 
-    Before connectors had options of their own, `model.connector` held those of all of them.
+    Before connectors had options of their own, `model.connector` held those of all of them. Fields
+    of `model.llm` that came later are off where they are absent: else a run from before would have
+    another config than the same one today, and could not go on.
     """
     return [
-        {**stage, "model": _by_connector(_of_known(stage["model"]))}
+        {**stage, "model": _with_later(_by_connector(_of_known(stage["model"])))}
         if isinstance(stage.get("model"), Mapping)
         else stage
         for stage in stages
     ]
+
+
+def _with_later(model: dict[str, Any]) -> dict[str, Any]:
+    llm = model.get("llm")
+    if not isinstance(llm, Mapping):
+        return model
+    return {**model, "llm": {**dict.fromkeys(LATER, False), **llm}}
 
 
 def _of_known(model: Mapping[str, Any]) -> dict[str, Any]:

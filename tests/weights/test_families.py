@@ -100,6 +100,7 @@ def test_a_config_from_before_the_options_has_none_of_them():
     for name in ("qkv_bias", "qk_norm"):
         assert stage["model"]["llm"].pop(name) is False
     assert config_lib.from_json([stage]) == (config,)
+    assert config_lib.current_form([stage]) == config_lib.to_json((config,))
 
 
 @pytest.mark.parametrize(
