@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from tokenizers import Tokenizer
 
 from alignvlm_jax.data import chat, chat_template, tokenizers
 from alignvlm_jax.data.chat_template import ChatFormat
@@ -54,6 +55,29 @@ def test_formats_are_split_out_of_templates(tmp_path):
     assert (zephyr.user, zephyr.assistant) == ("<|user|>\n", "</s>\n<|assistant|>\n")
 
 
+def test_a_chat_is_encoded_from_one_special_token_to_the_next(family):
+    """As the library encodes the whole text of a chat; `tests/parity/test_chat.py` has transformers
+    write it."""
+    reference = Tokenizer.from_file(family.name)
+    chat_format = chat.format_of(family)
+    more = [*TURNS, ("Été\t東京?\n", "naïve \n"), ("Where?", "Here.")]
+    for turns in (more[:1], more[:2], more):
+        tokens, is_answer = chat.encode_chat(family, turns, 0, 999)
+        expected = reference.encode(chat_format.spell(turns), add_special_tokens=False).ids
+        assert tokens.tolist() == expected
+        assert (tokens[is_answer] == family.specials[chat_format.end]).sum() == len(turns)
+
+
+def test_an_answer_is_what_goes_on_from_a_prompt(family):
+    """Also where its white space would make a token with ours before it."""
+    for question, answer in [*TURNS, ("Where?", "\n\n  here")]:
+        prompt = chat.encode_prompt(family, question, 0, 999)
+        tokens, is_answer = chat.encode_chat(family, [(question, answer)], 0, 999)
+        assert tokens[: len(prompt)].tolist() == prompt.tolist()
+        assert not is_answer[: len(prompt)].any() and is_answer[len(prompt)]
+        assert family.decode(tokens[is_answer]).strip() == answer.strip()
+
+
 def test_images_change_no_token_of_the_text(family):
     """So that a chat is as long as it was counted without them; they stand before the question."""
     for turns in (TURNS, TURNS[::-1]):
@@ -63,8 +87,10 @@ def test_images_change_no_token_of_the_text(family):
         assert with_image[tokens != 999].tolist() == is_answer.tolist()
         (slots,) = (tokens == 999).nonzero()
         assert slots.tolist() == list(range(slots[0], slots[0] + 3))
-        # Nothing of the header after them, but white space that the question begins with.
-        assert family.decode(tokens[slots[-1] + 1 :]).lstrip().startswith(turns[0][0].strip())
+        # Nothing of the header after them, but white space that makes a token with the question's.
+        text = family.decode(tokens[slots[-1] + 1 :])
+        blanks = " " if turns is TURNS else None
+        assert text.lstrip(blanks).startswith(turns[0][0].strip())
     prompt = chat.encode_prompt(family, TURNS[0][0], 3, 999)
     first, is_answer = chat.encode_chat(family, TURNS[:1], 3, 999)
     assert prompt.tolist() == first[: is_answer.argmax()].tolist()
@@ -125,9 +151,9 @@ def test_several_templates_without_a_default(tmp_path):
         (
             # Whose third turn is another than the two before.
             templates.CHATML_TURNS.replace(
-                "{% endfor %}", "{% if loop.index == 4 %}{{ 'Again.' }}{% endif %}{% endfor %}"
+                "{% endfor %}", "{% if loop.index == 6 %}{{ 'Again.' }}{% endif %}{% endfor %}"
             ),
-            r"two begin|earlier one|the last answer is followed|where by its first turns",
+            r"it has 'Again\.' after '.*', where by its first turns would stand ''",
         ),
         (
             templates.CHATML_TURNS.replace("message['content']", "message['content'] | trim('W')"),

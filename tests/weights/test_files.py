@@ -14,13 +14,14 @@ import pytest
 import scipy.ndimage
 from safetensors.numpy import load_file, save_file
 
-from alignvlm_jax.data import tokenizers
+from alignvlm_jax.data import chat, tokenizers
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.train import state
 from alignvlm_jax.weights import load, source, towers
 from alignvlm_jax.weights.formats import big_vision, gguf, gguf_tokenizer
 from tests.conftest import random_batch, random_params, tiny_config
+from tests.data import templates
 from tests.weights import folders
 from tests.weights.apply import run_llm, run_vision
 from tests.weights.tokenizers import AWKWARD, CHATML, write_chatml
@@ -142,6 +143,29 @@ def test_the_tokenizer_of_a_gguf(tmp_path):
     for name, value in (("tokenizer.ggml.pre", "gpt-3"), ("tokenizer.ggml.model", "bert")):
         with pytest.raises(UserError, match=f"{name} is '{value}'"):
             gguf_tokenizer.write_gguf_tokenizer(fields | {name: value}, tmp_path / "here")
+
+
+def test_the_chat_template_of_a_gguf(tmp_path):
+    write_chatml(tmp_path / "there")
+    vocabulary = json.loads((tmp_path / "there" / "tokenizer.json").read_text())["model"]
+    tokens = sorted(vocabulary["vocab"], key=vocabulary["vocab"].get)
+    fields = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3 if token in CHATML else 1 for token in tokens],
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in vocabulary["merges"]],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.chat_template": "{{ bos_token }}" + templates.CHATML_TURNS,
+    }
+    (tmp_path / "here").mkdir()
+    gguf_tokenizer.write_gguf_tokenizer(fields, tmp_path / "here")
+    tokenizer = tokenizers.load(tmp_path / "here")
+    assert chat.format_of(tokenizer).start == "<|endoftext|>"
+    assert chat.stop_ids(tokenizer) == (2, 0) and chat.begin_ids(tokenizer) == [0]
+    # Qwen's splits off each digit, Llama 3's three at a time.
+    assert [tokenizer.piece(token) for token in tokenizer.encode("4821")] == list("4821")
 
 
 def big_vision_arrays(is_scanned: bool) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

@@ -3,7 +3,7 @@
 import functools
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +65,16 @@ def chat_files(path: Path) -> ChatFiles:
       UserError: a file is damaged, or holds several templates and none of them is the default.
     """
     folder = filesystem.parent(os.fspath(path)) or "."
-    entries = filesystem.listing(folder)
 
     def text(name: str) -> str:
-        if name not in entries:
-            return ""
-        return _content(filesystem.join(folder, name), entries[name]).decode()
+        try:
+            return _read_beside(folder, name).decode()
+        except UnicodeDecodeError as err:
+            raise UserError(f"{filesystem.join(folder, name)} is damaged: {err}") from err
 
     if own := text(CHAT_FORMAT):
         return ChatFiles(filesystem.join(folder, CHAT_FORMAT), chat_format=own)
-    if _is_from_before(folder, entries):
+    if _is_from_before(folder):
         return ChatFiles(is_from_before=True)
     settings = _object(filesystem.join(folder, SETTINGS), text(SETTINGS))
     name = TEMPLATE if text(TEMPLATE) else SETTINGS
@@ -86,17 +86,30 @@ def chat_files(path: Path) -> ChatFiles:
     return ChatFiles(where, template=template, marks=tuple(_marks(marks)))
 
 
-def _is_from_before(folder: str, entries: Collection[str]) -> bool:
+def _is_from_before(folder: str) -> bool:
     """Of a folder without a chat_format.json, whether it is one of ours."""
-    if "prepare.json" in entries:
+    if _read_beside(folder, "prepare.json"):
         return True
     # `convert` writes WORKDIR/tokenizer, and a workdir's config.json is a list of stages: that of a
     # published model is an object.
-    workdir = filesystem.parent(folder)
-    config = filesystem.listing(workdir).get("config.json")
-    if filesystem.name(folder) != CONVERTED or config is None:
+    folder = folder if filesystem.is_remote(folder) else os.path.abspath(folder)
+    if filesystem.name(folder) != CONVERTED:
         return False
-    return _content(filesystem.join(workdir, "config.json"), config).lstrip()[:1] == b"["
+    return _read_beside(filesystem.parent(folder), "config.json").lstrip()[:1] == b"["
+
+
+def _read_beside(folder: str, name: str) -> bytes:
+    """A small file of a folder; nothing where there is none."""
+    path = filesystem.join(folder, name)
+    if filesystem.is_remote(folder):
+        entry = filesystem.listing(folder).get(name)
+        return b"" if entry is None else _content(path, entry)
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as err:
+        raise UserError(f"cannot read {path} ({err.strerror})") from err
 
 
 def _object(path: str, text: str) -> dict[str, Any]:
