@@ -100,12 +100,22 @@ def from_json(name: str, text: str) -> ChatFormat:
     known = {field.name for field in dataclasses.fields(ChatFormat)}
     try:
         fields = dict(json.loads(text))
-        for field in fields:
+        for field, value in fields.items():
             if field not in known:
                 raise UserError(f"{name}: unknown field {field!r}{nearest(field, known)}")
+            _check_value(name, field, value)
         return ChatFormat(**fields | {"stops": tuple(fields.get("stops", ()))})
     except (ValueError, TypeError) as err:
         raise UserError(f"{name} is no chat format: {err}") from err
+
+
+def _check_value(name: str, field: str, value: Any) -> None:
+    kind = {"stops": list, "image_in_turn": bool, "is_joined": bool}.get(field, str)
+    is_absent = field == "earlier_assistant" and value is None
+    if not isinstance(value, kind) and not is_absent:
+        raise UserError(f"{name}: {field} is {value!r}; it must be of type {kind.__name__}")
+    if field.endswith("strip") and value not in STRIPS:
+        raise UserError(f"{name}: {field} is {value!r}{nearest(value, STRIPS)}")
 
 
 Message = dict[str, str]

@@ -58,7 +58,7 @@ def load(
         loaded = index.load(folder, split)
         if loaded.tokenizer != ours:
             raise UserError(
-                f"{folder} was counted by another tokenizer than {tokenizer}; "
+                f"{folder} was counted by another tokenizer or chat format than {tokenizer}; "
                 f"{index.recount(folder)}"
             )
         if len(loaded) != size:

@@ -1,6 +1,7 @@
 """Chat formats: out of templates, out of files, and of folders from before there were any."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -76,6 +77,21 @@ def test_an_answer_is_what_goes_on_from_a_prompt(family):
         assert tokens[: len(prompt)].tolist() == prompt.tolist()
         assert not is_answer[: len(prompt)].any() and is_answer[len(prompt)]
         assert family.decode(tokens[is_answer]).strip() == answer.strip()
+
+
+class Joining:
+    """A tokenizer with a token of two line breaks, and one for each other character."""
+
+    def encode(self, text):
+        return [len(part) * 1000 + ord(part[0]) for part in re.findall("\n\n|.", text, re.DOTALL)]
+
+
+def test_an_answer_keeps_the_tokens_of_its_prompt():
+    tokenizer = Joining()
+    for answer in ("here", "\nhere", "\n\nhere"):
+        reply = chat._encode_after(tokenizer, "assistant\n", answer)
+        assert reply == tokenizer.encode(answer)
+    assert tokenizer.encode("\n\n") != tokenizer.encode("\n") * 2
 
 
 def test_images_change_no_token_of_the_text(family):
@@ -185,6 +201,9 @@ def test_a_chat_format_goes_before_a_template_and_comes_back_as_it_is(tmp_path):
     [
         ("[]", r"chat_format\.json is no chat format: .*missing"),
         ("{", r"chat_format\.json is no chat format"),
+        ('{"start": 5}', r"chat_format\.json: start is 5; it must be of type str"),
+        ('{"stops": "</s>"}', r"chat_format\.json: stops is '</s>'; it must be of type list"),
+        ('{"answer_strip": "stripp"}', r"json: answer_strip is 'stripp'; did you mean 'strip'"),
         ('{"ned": "x"}', r"chat_format\.json: unknown field 'ned'; did you mean 'end'"),
         (
             '{"start": "", "user": "", "assistant": "", "end": "<|eot|>"}',

@@ -1,8 +1,10 @@
 """What the registry answers: of which family a folder, a GGUF or a config is, and that each family's
 table, config and decoder agree with each other."""
 
+import ast
 import dataclasses
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -82,6 +84,18 @@ def test_every_family_is_sharded_and_counted(family):
         flops.step_flops(one, state.unflatten(abstract_of(one))) for one in (config, tiny_config())
     )
     assert counted == plain and plain["llm"] > 0
+
+
+def test_no_family_is_named_where_the_registry_answers():
+    names = {family.model_type for family in families.LLMS}
+    names |= {name for family in families.VISION for name in family.model_types}
+    names |= {family.class_name for family in (*families.LLMS, *families.VISION)}
+    package = pathlib.Path(families.__file__).parents[1]
+    files = ("export", "initial", "load", "mapping", "source", "towers", "formats/gguf")
+    for file in files:
+        tree = ast.parse((package / f"{file}.py").read_text())
+        constants = {getattr(node, "value", None) for node in ast.walk(tree)}
+        assert not {value for value in constants if isinstance(value, str)} & names, file
 
 
 def test_a_config_of_no_family_is_not_exported():
