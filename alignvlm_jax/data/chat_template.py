@@ -6,7 +6,11 @@ import datetime
 import json
 import re
 from collections.abc import Collection, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from alignvlm_jax.data.tokenizers.base import ChatFiles
 from alignvlm_jax.errors import UserError, nearest
@@ -163,17 +167,22 @@ def read(files: ChatFiles, specials: Collection[str]) -> ChatFormat:
     return chat_format
 
 
+class _Generation(Extension):
+    """`{% generation %}`, by which some templates mark what the model says: what stands in it."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 class Template:
     """A chat template, rendered as transformers renders it: in a sandbox, and on a fixed date."""
 
     def __init__(self, files: ChatFiles):
-        # Here alone: what only reads tokens starts without it.
-        import jinja2
-        import jinja2.ext
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
         )
         # Jinja's own escapes characters of HTML.
         environment.filters["tojson"] = _to_json
@@ -209,19 +218,32 @@ class Template:
         return UserError(f"{self.files.name}: its chat template cannot be rendered ({reason})")
 
 
-def _split(template: Template, specials: Collection[str]) -> ChatFormat:
-    def render(turns: Sequence[tuple[str, str]], question: str | None = None) -> list[str]:
-        """The texts around the marks."""
-        messages = _messages(turns)
-        if question is not None:
-            messages.append({"role": "user", "content": question})
-        text = template.render(messages, question is not None)
-        return re.split(f"[{QUESTION}{ANSWER}]", text)
+class _Texts(NamedTuple):
+    """What a template writes around a question and an answer."""
 
+    head: str  # Before the first question.
+    assistant: str  # From a question to the end of a prompt.
+    middle: str  # From a question to its answer, of the last turn.
+    earlier: str  # From a question to its answer, of another turn.
+    tail: str  # After the last answer.
+    between: str  # From an answer to the next question.
+
+
+def _around(
+    template: Template, turns: Sequence[tuple[str, str]], question: str | None = None
+) -> list[str]:
+    """The texts before, between and after the marks."""
+    messages = _messages(turns)
+    if question is not None:
+        messages.append({"role": "user", "content": question})
+    return re.split(f"[{QUESTION}{ANSWER}]", template.render(messages, question is not None))
+
+
+def _texts(template: Template) -> _Texts:
     files = template.files
-    asked = render((), QUESTION)
-    one = render([(QUESTION, ANSWER)])
-    two = render([(QUESTION, ANSWER)] * 2)
+    asked = _around(template, (), QUESTION)
+    one = _around(template, [(QUESTION, ANSWER)])
+    two = _around(template, [(QUESTION, ANSWER)] * 2)
     if (len(asked), len(one), len(two)) != (2, 3, 5):
         _refuse(files, "a question or an answer does not stand in it once as it is")
     head, assistant = asked
@@ -230,18 +252,27 @@ def _split(template: Template, specials: Collection[str]) -> ChatFormat:
         _refuse(files, f"one turn begins {one[0]!r}, two begin {two[0]!r}, a prompt {head!r}")
     if not middle.startswith(assistant):
         _refuse(files, f"a prompt ends {assistant!r}, and before an answer stands {middle!r}")
-    before_answer = middle.removeprefix(assistant)
-    if not two[2].startswith(tail) or not two[1].endswith(before_answer):
+    if not two[2].startswith(tail):
         _refuse(files, f"the last answer is followed by {tail!r}, an earlier one by {two[2]!r}")
-    user = two[2].removeprefix(tail)
+    return _Texts(head, assistant, middle, two[1], tail, two[2])
+
+
+def _split(template: Template, specials: Collection[str]) -> ChatFormat:
+    files = template.files
+    head, assistant, middle, earlier, tail, between = _texts(template)
+    before_answer = middle.removeprefix(assistant)
+    if not earlier.endswith(before_answer):
+        _refuse(files, f"before the last answer stands {middle!r}, before others {earlier!r}")
+    user = between.removeprefix(tail)
     if not head.endswith(user):
         _refuse(files, f"the first turn opens {head!r}, another {user!r}")
     names = sorted(specials, key=len, reverse=True)
     found = re.search("|".join(map(re.escape, names)), tail) if names else None
     if found is None:
         _refuse(files, f"no special token ends an answer, but {tail!r}")
-    earlier = two[1].removesuffix(before_answer)
+    earlier_assistant = earlier.removesuffix(before_answer)
     end = found.group()
+    padded = QUESTION, PADDED.format(ANSWER)
     stops = (end, dict(files.marks).get("eos_token", end), *TEXT_ENDS)
     return ChatFormat(
         start=head.removesuffix(user),
@@ -250,16 +281,15 @@ def _split(template: Template, specials: Collection[str]) -> ChatFormat:
         end=end,
         after=tail[found.end() :],
         stops=tuple(stop for stop in dict.fromkeys(stops) if stop in specials),
-        question_strip=_strip(files, render((), PADDED.format(QUESTION)), head, assistant),
-        answer_strip=_strip(files, render([(QUESTION, PADDED.format(ANSWER))])[1:], middle, tail),
+        question_strip=_strip(
+            files, _around(template, (), PADDED.format(QUESTION)), head, assistant
+        ),
+        answer_strip=_strip(files, _around(template, [padded])[1:], middle, tail),
         before_answer=before_answer,
         after_answer=tail[: found.start()],
-        earlier_assistant=None if earlier == assistant else earlier,
+        earlier_assistant=None if earlier_assistant == assistant else earlier_assistant,
         earlier_strip=_strip(
-            files,
-            render([(QUESTION, PADDED.format(ANSWER)), (QUESTION, ANSWER)])[1:3],
-            two[1],
-            two[2],
+            files, _around(template, [padded, (QUESTION, ANSWER)])[1:3], earlier, between
         ),
         is_joined=True,
     )
@@ -289,7 +319,7 @@ def _compare(files: ChatFiles, ours: str, theirs: str) -> None:
 
 def _refuse(files: ChatFiles, reason: str) -> NoReturn:
     raise UserError(
-        f"{files.name}: its chat template is none of turns that are alike: {reason}; write a "
+        f"{files.name}: its chat template is no sequence of like turns: {reason}; write a "
         "chat_format.json beside it"
     )
 

@@ -132,7 +132,7 @@ def test_a_template_that_is_refused_leaves_nothing(published, tmp_path):
     settings = {"chat_template": "{{ messages[0].content }}"}
     (folder / "llm" / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(
-        UserError, match=r"tokenizer_config\.json: its chat template is none of turns"
+        UserError, match=r"tokenizer_config\.json: its chat template is no sequence"
     ):
         convert_to(tmp_path / "out", folder)
     assert not list(tmp_path.glob("out*"))

@@ -136,6 +136,19 @@ def test_where_a_template_stands(tmp_path, options):
     assert chat.stop_ids(tokenizers.load(tmp_path)) == (4, 1)
 
 
+def test_what_the_model_says_may_be_marked(tmp_path):
+    marked = templates.CHATML_TURNS.replace(
+        "{{ '<|im_start|>' + mes", "{% generation %}{{ '<|im_start|>' + mes"
+    )
+    marked = marked.replace("{% endfor %}", "{% endgeneration %}{% endfor %}")
+    chatml = templates.FAMILIES["chatml"]
+    templates.write(tmp_path / "plain", chatml)
+    templates.write(tmp_path / "marked", chatml._replace(template=marked))
+    assert "generation" in marked
+    plain, same = (chat.format_of(tokenizers.load(tmp_path / name)) for name in ("plain", "marked"))
+    assert plain == same
+
+
 def test_several_templates_without_a_default(tmp_path):
     write_chatml(tmp_path)
     named = [{"name": "rag", "template": ""}, {"name": "tool_use", "template": ""}]
