@@ -244,23 +244,27 @@ class _Encoder:
     def nothing(self) -> list[int]:
         """A chat without a turn."""
         image = [] if self._format.image_in_turn else self._image
-        return [*_encode_marked(self._tokenizer, self._format.start), *image]
+        return [*self._ours(self._format.start), *image]
 
     def after(self) -> list[int]:
         """What follows the last turn."""
-        return [*_encode_marked(self._tokenizer, self._format.after)]
+        return self._ours(self._format.after)
+
+    def _ours(self, text: str) -> list[int]:
+        if self._format.is_joined:
+            return _ids(self._tokenizer, _stretches(self._tokenizer, text))
+        return [*_encode_marked(self._tokenizer, text)]
 
     def _apart(
         self, opening: str, question: str, assistant: str, image: list[int]
     ) -> tuple[list[int], str]:
         """The tokens of a prompt, and its text after the last special token that an answer is to be
         joined to."""
-        encode = functools.partial(_encode_marked, self._tokenizer)
-        user = [*encode(self._format.user), *image]
+        user = [*self._ours(self._format.user), *image]
         if not self._format.image_in_turn:
-            user = [*image, *encode(self._format.user)]
+            user = [*image, *self._ours(self._format.user)]
         asked = self._tokenizer.encode(question)
-        return [*encode(opening), *user, *asked, *encode(assistant)], ""
+        return [*self._ours(opening), *user, *asked, *self._ours(assistant)], ""
 
     def _joined(
         self, opening: str, question: str, assistant: str, image: list[int]

@@ -108,9 +108,14 @@ def from_json(name: str, text: str) -> ChatFormat:
             if field not in known:
                 raise UserError(f"{name}: unknown field {field!r}{nearest(field, known)}")
             _check_value(name, field, value)
-        return ChatFormat(**fields | {"stops": tuple(fields.get("stops", ()))})
+        chat_format = ChatFormat(**fields | {"stops": tuple(fields.get("stops", ()))})
     except (ValueError, TypeError) as err:
         raise UserError(f"{name} is no chat format: {err}") from err
+    if chat_format.is_joined and not chat_format.image_in_turn:
+        raise UserError(
+            f"{name}: with is_joined, images stand in a turn: image_in_turn must be true"
+        )
+    return chat_format
 
 
 def _check_value(name: str, field: str, value: Any) -> None:

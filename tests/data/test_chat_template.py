@@ -1,10 +1,12 @@
 """Chat formats: out of templates, out of files, and of folders from before there were any."""
 
+import io
 import json
 import re
 import shutil
 
 import pytest
+import sentencepiece
 from tokenizers import Tokenizer
 
 from alignvlm_jax.data import chat, chat_template, tokenizers
@@ -77,6 +79,31 @@ def test_an_answer_is_what_goes_on_from_a_prompt(family):
         assert tokens[: len(prompt)].tolist() == prompt.tolist()
         assert not is_answer[: len(prompt)].any() and is_answer[len(prompt)]
         assert family.decode(tokens[is_answer]).strip() == answer.strip()
+
+
+def test_a_template_beside_a_sentencepiece_model(tmp_path):
+    """Which puts a space before every stretch of text, as the template's strings do not begin."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_writer=model, vocab_size=340, model_type="bpe", byte_fallback=True,
+        hard_vocab_limit=False, minloglevel=2, normalization_rule_name="identity", remove_extra_whitespaces=False,
+    )  # fmt: skip
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    settings = {"chat_template": templates.LLAMA2, "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = tokenizers.load(tmp_path)
+    encode = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).encode
+    turns = [("What is the total?", "12.50"), ("  Who?", "Été")]
+    tokens, is_answer = chat.encode_chat(tokenizer, turns, 0, 999)
+    first = encode("[INST] What is the total? [/INST] 12.50 ")
+    second = encode("[INST] Who? [/INST] Été ")
+    assert tokens.tolist() == [1, *first, 2, 1, *second, 2]
+    asked = chat.encode_prompt(tokenizer, "Who?", 2, 999)
+    assert asked[asked != 999].tolist() == [1, *encode("[INST] Who? [/INST]")]
+    (slots,) = (asked == 999).nonzero()
+    assert slots[1] == slots[0] + 1
+    assert tokenizer.decode(asked[slots[1] + 1 :]).lstrip(" ") == "Who? [/INST]"
+    assert is_answer.sum() == len(encode("12.50 ")) + len(encode("Été ")) + 2
 
 
 class Joining:
@@ -217,6 +244,11 @@ def test_a_chat_format_goes_before_a_template_and_comes_back_as_it_is(tmp_path):
         ('{"start": 5}', r"chat_format\.json: start is 5; it must be of type str"),
         ('{"stops": "</s>"}', r"chat_format\.json: stops is '</s>'; it must be of type list"),
         ('{"answer_strip": "stripp"}', r"json: answer_strip is 'stripp'; did you mean 'strip'"),
+        (
+            '{"start": "", "user": "", "assistant": "", "end": "", "is_joined": true, '
+            '"image_in_turn": false}',
+            r"json: with is_joined, images stand in a turn: image_in_turn must be true",
+        ),
         ('{"ned": "x"}', r"chat_format\.json: unknown field 'ned'; did you mean 'end'"),
         (
             '{"start": "", "user": "", "assistant": "", "end": "<|eot|>"}',
