@@ -4,7 +4,7 @@ and which tokens the model has to say."""
 import functools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -190,6 +190,19 @@ def encode_chat(
     tokens += after
     is_answer += [False] * len(after)
     return np.array(tokens[:max_length], np.int32), np.array(is_answer[:max_length], bool)
+
+
+def count_tokens(tokenizer: Tokenizer, turns: Sequence[tuple[str, str]]) -> int:
+    """Returns how many tokens a chat of some turns has at most, in whatever order they come;
+    without images."""
+    chat_format = format_of(tokenizer)
+    strips = [STRIPS[chat_format.around(is_last)[1]] for is_last in (True, False)]
+    orders = [turns]
+    # Where the white space of the last answer is another's, it matters which turn is the last: a
+    # packed sequence has no room for what was not counted.
+    if any(strips[0](answer) != strips[1](answer) for _, answer in turns):
+        orders = [[*turns[:i], *turns[i + 1 :], turns[i]] for i in range(len(turns))]
+    return max(len(encode_chat(tokenizer, order, 0, 0)[0]) for order in orders)
 
 
 def encode_prompt(

@@ -295,9 +295,9 @@ def _text_tokens(record: Record, tokenizer: Tokenizer) -> dict[str, int]:
     counted: dict[tuple[tuple[str, str], ...], int] = {(): 0}
     lengths = {}
     for task, turns_of in examples.TASKS.items():
-        # Sorted, since each turn is encoded on its own: no order of them changes the length.
+        # Sorted: an order of them that was counted is not counted again.
         turns = tuple(sorted(turns_of(record, np.random.default_rng(0))))
         if turns not in counted:
-            counted[turns] = len(chat.encode_chat(tokenizer, turns, 0, 0)[0])
+            counted[turns] = chat.count_tokens(tokenizer, turns)
         lengths[task] = counted[turns]
     return lengths
