@@ -827,6 +827,7 @@ def test_a_config_json_from_before_fields_had_to_be_given_is_read():
     old = renamed.stage(old)
     # Came later; the defaults of the others are held by the file.
     del new["train"]["jit"]
+    assert [new["model"]["llm"].pop(name) for name in ("qkv_bias", "qk_norm")] == [False, False]
     assert new == old
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import storage
+from alignvlm_jax.data import chat, tokenizers
 from alignvlm_jax.errors import UserError, nearest
 from alignvlm_jax.flag_types import positive
 from alignvlm_jax.weights import export, initial, towers
@@ -40,6 +41,9 @@ def main(argv: list[str]) -> None:
     console.print(f"{llm.source.name} and {vision.source.name}: connector {args.connector}")
     write_tokenizer = functools.partial(towers.write, args.tokenizer or args.llm)
     console.print(initial.write(llm, vision, config, write_tokenizer, args.out))
+    chat_format = chat.format_of(tokenizers.load(args.out / initial.TOKENIZER))
+    example = chat_format.spell([("QUESTION", "ANSWER")])
+    console.print(f"Chats are written {example!r}", markup=False)
     console.print(f"Written: {args.out}; start a run from it with --config.init_from={args.out}")
 
 

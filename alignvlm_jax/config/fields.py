@@ -63,8 +63,8 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LLMConfig:
-    """The language model, a Llama decoder. Sizes are usually a preset's, or those of the weights
-    that `convert` read."""
+    """The language model, a decoder of Llama's shape. Sizes are usually a preset's, or those of the
+    weights that `convert` read."""
 
     vocab_size: int = MISSING  # Rows of the embedding table, those of padding included.
     width: int = MISSING  # Size of a token embedding.
@@ -77,6 +77,9 @@ class LLMConfig:
     rope_theta: float = 10000.0  # Base of the rotary embedding's wavelengths.
     rope_scaling: RopeScaling = RopeScaling()
     tie_embeddings: bool = True  # The LM head is the embedding table.
+    qkv_bias: bool = False  # Queries, keys and values have biases, as Qwen 2's.
+    # Queries and keys are normalised by head before they are rotated, as Qwen 3's.
+    qk_norm: bool = False
     # Rows at the end of the tables that are no token, so that vocab_size divides over a mesh.
     padded_rows: int = 0
 

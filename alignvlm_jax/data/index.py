@@ -267,10 +267,25 @@ def recount(directory: str | Path) -> str:
     return f"call {RECOUNT.format(directory)}"
 
 
+def fingerprint_of(tokenizer: Tokenizer) -> str:
+    """Returns a checksum of a tokenizer's file, and of its chat format where that does not follow
+    from its special tokens.
+
+    Raises:
+      UserError: it has no chat format.
+    """
+    chat_format = chat.format_file(tokenizer)
+    # A chat has as many tokens as its format writes. Folders that were prepared before there were
+    # formats of their own keep their checksum: that of the file alone.
+    if not chat_format:
+        return tokenizer.fingerprint
+    return base.fingerprint(f"{tokenizer.fingerprint} {chat_format}".encode())
+
+
 def tokenizer_fingerprint(path: str | os.PathLike) -> str:
-    """Returns a checksum of the tokenizer's file, or of the one in a folder, as `tokenizers.load`
-    takes it."""
-    return base.fingerprint(tokenizers.read(path)[1])
+    """Returns `fingerprint_of` the tokenizer in a file, or in a folder, as `tokenizers.load` takes
+    it; UserError where it is missing, too."""
+    return fingerprint_of(tokenizers.load(path))
 
 
 def content_hash(record: Record) -> int:
@@ -288,9 +303,9 @@ def _text_tokens(record: Record, tokenizer: Tokenizer) -> dict[str, int]:
     counted: dict[tuple[tuple[str, str], ...], int] = {(): 0}
     lengths = {}
     for task, turns_of in examples.TASKS.items():
-        # Sorted, since each turn is encoded on its own: no order of them changes the length.
+        # Sorted: an order of them that was counted is not counted again.
         turns = tuple(sorted(turns_of(record, np.random.default_rng(0))))
         if turns not in counted:
-            counted[turns] = len(chat.encode_chat(tokenizer, turns, 0, 0)[0])
+            counted[turns] = chat.count_tokens(tokenizer, turns)
         lengths[task] = counted[turns]
     return lengths

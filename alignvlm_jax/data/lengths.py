@@ -62,12 +62,14 @@ def load(
       UserError: a folder has no index, or not that of its records and this tokenizer, and what to
         call.
     """
+    ours = index.fingerprint_of(opened.tokenizer)
     indexes = []
     for folder, size in zip(folders, sizes, strict=True):
         loaded = opened.index(folder, split)
-        if loaded.tokenizer != opened.tokenizer.fingerprint:
+        if loaded.tokenizer != ours:
             raise UserError(
-                f"{folder} was counted by another tokenizer than {opened.tokenizer_path}; "
+                f"{folder} was counted by another tokenizer or chat format than "
+                f"{opened.tokenizer_path}; "
                 f"{index.recount(folder)}"
             )
         if len(loaded) != size:

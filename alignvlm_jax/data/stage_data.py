@@ -7,7 +7,7 @@ from pathlib import Path
 
 from alignvlm_jax import storage
 from alignvlm_jax.config import DataConfig, ModelConfig
-from alignvlm_jax.data import index, tokenizers
+from alignvlm_jax.data import chat, index, tokenizers
 from alignvlm_jax.data.index import Index
 from alignvlm_jax.data.shards import RecordSource
 from alignvlm_jax.data.tokenizers.base import Tokenizer
@@ -69,12 +69,13 @@ def tokenizer_path(data: DataConfig) -> Path:
 
 
 def tokenizer_contents(data: DataConfig) -> str:
-    """Returns what tells one tokenizer from another, in words.
+    """Returns what tells one tokenizer from another, its chat format included, in words.
 
     Raises:
       UserError: it is missing.
     """
-    _, content = tokenizers.read(tokenizer_path(data))
+    path, content = tokenizers.read(tokenizer_path(data))
+    content += chat.format_file(tokenizers.load(path)).encode()
     return f"{len(content):,} bytes, checksum {zlib.crc32(content):08x}"
 
 

@@ -70,14 +70,14 @@ def prepare(request: Request, out: Path, run: Runner) -> bool:
     names = folder / "finished.json"
     if not names.exists():
         written = _write_outputs(request, units, folder, run)
-        tokenizer_name = _copy_tokenizer(request.tokenizer, folder)
-        all_names = [*finish.finish(written, units, request.splits, folder), tokenizer_name]
-        if len(all_names) == 2:
+        tokenizer_names = _copy_tokenizer(request.tokenizer, folder)
+        data_names = finish.finish(written, units, request.splits, folder)
+        if len(data_names) == 1:
             raise UserError(
                 f"{request.source} has no record that can be used; {folder / staging.REJECTED} "
                 "says why"
             )
-        staging.write_json(names, all_names)
+        staging.write_json(names, [*data_names, *tokenizer_names])
     staging.publish(out, folder, json.loads(names.read_text()), request.splits, wanted)
     return True
 
@@ -222,13 +222,16 @@ def _write_outputs(
     return all_outputs
 
 
-def _copy_tokenizer(path: str, folder: Path) -> str:
-    """Copies the tokenizer's file beside the data, which is then complete, and returns its name
-    there."""
-    content = tokenizers.read(path)[1]
+def _copy_tokenizer(path: str, folder: Path) -> list[str]:
+    """Copies the tokenizer's file beside the data, which is then complete, with its chat format
+    where that does not follow from its special tokens; returns the names there."""
+    file, content = tokenizers.read(path)
     name = tokenizers.NAMES[content.lstrip()[:1] != b"{"]
     (folder / name).write_bytes(content)
-    return name
+    if not (chat_format := chat.format_file(tokenizers.load(file))):
+        return [name]
+    (folder / tokenizers.CHAT_FORMAT).write_text(chat_format)
+    return [name, tokenizers.CHAT_FORMAT]
 
 
 def _is_merged(out: Path, split: str, fingerprint: str) -> bool:

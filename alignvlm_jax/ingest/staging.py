@@ -41,7 +41,7 @@ def publish(
     somebody else's, and stay."""
     (out / "prepare.json").unlink(missing_ok=True)
     shards = [path for split in splits for path in shards_lib.shard_paths(out, split)]
-    others = [out / name for name in (REJECTED, *tokenizers.NAMES)]
+    others = [out / name for name in (REJECTED, *tokenizers.NAMES, tokenizers.CHAT_FORMAT)]
     others += [
         out / name
         for split in splits

@@ -1,5 +1,5 @@
-"""The Llama decoder: RMSNorm, grouped-query attention with rotary positions, SwiGLU, tied or untied
-head.
+"""The decoder of Llama and of families of its shape: RMSNorm, grouped-query attention with rotary
+positions, SwiGLU, tied or untied head.
 
 Letters: `shapes.py`.
 """
@@ -70,11 +70,19 @@ class Attention(nn.Module):
             equation = "BTD,DHh->BTHh" if axis == "heads" else "BTD,DKh->BTKh"
             shape = (c.width, num_heads, c.head_dim)
             axes = ("embed", axis, "head_dim")
-            y = Einsum(equation, shape, axes, dtype=self.dtype, name=name)(x_BTD)
+            linear = Einsum(equation, shape, axes, c.qkv_bias, dtype=self.dtype, name=name)
+            y = linear(x_BTD)
             return nn.with_logical_constraint(y, ("act_batch", "act_len", "act_heads", None))
 
-        query_BTHh = apply_rope(project("q", c.num_heads, "heads"), positions, frequencies)
-        key_BTKh = apply_rope(project("k", c.num_kv_heads, "kv_heads"), positions, frequencies)
+        def rotate(name: str, heads: Array) -> Array:
+            # One scale [h] for all heads, before the rotation: after it the scale would weigh
+            # mixtures of two channels, which differ from position to position.
+            if c.qk_norm:
+                heads = RMSNorm(c.norm_eps, name=f"{name}_norm")(heads)
+            return apply_rope(heads, positions, frequencies)
+
+        query_BTHh = rotate("q", project("q", c.num_heads, "heads"))
+        key_BTKh = rotate("k", project("k", c.num_kv_heads, "kv_heads"))
         value_BTKh = project("v", c.num_kv_heads, "kv_heads")
         if cache is not None:
             cache = cache.write(layer, key_BTKh, value_BTKh)

@@ -1,6 +1,6 @@
 """Back to the ecosystem: towers as Hugging Face folders, the connector as safetensors.
 
-    llm/        LlamaForCausalLM, with the tokenizer's files
+    llm/        the class of its family, with the tokenizer's files
     vision/     SiglipVisionModel, without its pooling head
     connector/  our own names, and the whole model's config
 
@@ -18,9 +18,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from alignvlm_jax import storage
-from alignvlm_jax.config import LLMConfig, ModelConfig, VisionConfig
+from alignvlm_jax.config import ModelConfig
+from alignvlm_jax.data import chat, chat_template, tokenizers
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.weights import mapping
+from alignvlm_jax.weights import families, towers
 from alignvlm_jax.weights.mapping import Entry
 
 COMPONENTS = ("llm", "vision", "connector")
@@ -32,18 +33,17 @@ Read = Callable[[str], np.ndarray]
 
 def check(config: ModelConfig, components: Iterable[str]) -> None:
     """Raises UserError where a part cannot be expressed."""
-    vision = config.vision
-    if "vision" in components:
-        for name in ("tile", "patch"):
-            height = getattr(vision, f"{name}_height")
-            width = getattr(vision, f"{name}_width")
-            if height != width:
-                others = ",".join(component for component in components if component != "vision")
-                raise UserError(
-                    "vision: a SiglipVisionModel has square tiles and patches; "
-                    f"config.model.vision.{name}_height is {height} and {name}_width {width}; "
-                    f"leave it out by --components={others or 'llm,connector'}"
-                )
+    finders = {
+        "llm": lambda: families.llm_of(config.llm),
+        "vision": lambda: families.vision_of(config.vision),
+    }
+    for component in finders.keys() & set(components):
+        try:
+            finders[component]()
+        except UserError as err:
+            others = ",".join(other for other in components if other != component)
+            others = others or ",".join(other for other in COMPONENTS if other != component)
+            raise UserError(f"{err}; leave it out by --components={others}") from err
 
 
 def write(
@@ -62,11 +62,19 @@ def write(
     Returns:
       The number of tensors written, by part.
     """
-    writers = {
-        "llm": lambda: (_llm_config(config.llm), mapping.llama(config.llm)),
-        "vision": lambda: (_vision_config(config.vision), mapping.siglip()),
-        "connector": lambda: (_connector_config(config), _connector_entries(stored)),
-    }
+
+    def llm() -> tuple[dict[str, Any], tuple[Entry, ...]]:
+        family = families.llm_of(config.llm)
+        return family.hf_config(config.llm), family.entries(config.llm)
+
+    def vision() -> tuple[dict[str, Any], tuple[Entry, ...]]:
+        family = families.vision_of(config.vision)
+        return family.hf_config(config.vision), family.entries()
+
+    def connector() -> tuple[dict[str, Any], tuple[Entry, ...]]:
+        return _connector_config(config), _connector_entries(stored)
+
+    writers = {"llm": llm, "vision": vision, "connector": connector}
     counts = {}
     for component in components:
         fields, entries = writers[component]()
@@ -76,14 +84,26 @@ def write(
         _write_json(folder / component / "config.json", fields)
         counts[component] = _write_tensors(folder / component, _published(entries, read))
     if "vision" in components:
-        _write_json(folder / "vision" / "preprocessor_config.json", _preprocessor(config.vision))
+        preprocessor = families.vision_of(config.vision).preprocessor(config.vision)
+        _write_json(folder / "vision" / "preprocessor_config.json", preprocessor)
     return counts
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copies a tokenizer's file, or all files of its folder."""
-    for path in [source] if source.is_file() else sorted(source.iterdir()):
-        storage.copy_file(path, folder / path.name)
+    """Copies a tokenizer's file, or the one in a folder, with what says how it is used, and writes
+    its chat format. What else lies in the folder, such as the data that it was trained on, is no
+    part of the model.
+
+    Raises:
+      UserError: it is missing.
+    """
+    file, _ = tokenizers.read(source)
+    for path in (file, *(file.parent / name for name in towers.KEPT if name != file.name)):
+        if path.exists():
+            storage.copy_file(path, folder / path.name)
+    # Also where it follows from the special tokens: other readers of the folder know no such rule.
+    chat_format = chat.format_of(tokenizers.load(file))
+    (folder / tokenizers.CHAT_FORMAT).write_text(chat_template.to_json(chat_format))
 
 
 def _published(entries: Iterable[Entry], read: Read) -> Iterator[tuple[str, np.ndarray]]:
@@ -130,72 +150,6 @@ def _write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> i
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _llm_config(config: LLMConfig) -> dict[str, Any]:
-    scaling = config.rope_scaling
-    fields = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None,
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": False,
-        "mlp_bias": False,
-        # We have no such limit: positions are computed. It only has to be no less than what is
-        # asked for.
-        "max_position_embeddings": int(scaling.original_length * scaling.factor),
-    }
-    if scaling.factor != 1.0:
-        fields["rope_scaling"] = {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_length,
-        }
-    return fields
-
-
-def _vision_config(config: VisionConfig) -> dict[str, Any]:
-    return {
-        "architectures": ["SiglipVisionModel"],
-        "model_type": "siglip_vision_model",
-        "image_size": config.tile_height,
-        "patch_size": config.patch_height,
-        "num_channels": 3,
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "hidden_act": {"tanh": "gelu_pytorch_tanh", "exact": "gelu"}[config.gelu],
-        "layer_norm_eps": config.norm_eps,
-        "attention_dropout": 0.0,
-        "vision_use_head": False,
-    }
-
-
-def _preprocessor(config: VisionConfig) -> dict[str, Any]:
-    return {
-        "image_processor_type": "SiglipImageProcessor",
-        "size": {"height": config.tile_height, "width": config.tile_width},
-        "do_resize": True,
-        "resample": 3,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(config.pixel_mean),
-        "image_std": list(config.pixel_std),
-    }
 
 
 def _connector_config(config: ModelConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from rich.table import Table
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from alignvlm_jax.data import chat, stage_data
+from alignvlm_jax.data import chat, stage_data, tokenizers
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.train import checkpoint, restore, state, warm_start
@@ -22,7 +22,7 @@ from alignvlm_jax.train.state import Params, TrainState
 from alignvlm_jax.weights import export, load
 from alignvlm_jax.weights.source import Tower
 
-TOKENIZER = "tokenizer"
+TOKENIZER = tokenizers.CONVERTED
 """Folder of the tokenizer's files in what `write` writes."""
 
 SEQ_LEN = 4096

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+from alignvlm_jax.data import chat, tokenizers
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.weights import towers
-from alignvlm_jax.weights.families import huggingface
+from alignvlm_jax.weights import families, towers
 from alignvlm_jax.weights.formats import big_vision, gguf, gguf_tokenizer, onnx
 from alignvlm_jax.weights.source import Tower
 
@@ -47,7 +47,7 @@ def open_llm(name: str) -> Tower:
     """
     path = resolve(name)
     if path.is_dir():
-        return huggingface.open_llm(path)
+        return families.open_llm(path)
     if gguf.is_gguf(path):
         return gguf.open_llm(path)
     raise UserError(
@@ -67,7 +67,7 @@ def open_vision(name: str, tile_size: int | None = None) -> Tower:
     """
     path = resolve(name)
     if path.is_dir():
-        return huggingface.open_vision(path, tile_size)
+        return families.open_vision(path, tile_size)
     with path.open("rb") as file:
         is_zip = file.read(len(ZIP)) == ZIP
     if is_zip or path.suffix == ".npz":
@@ -119,29 +119,32 @@ def resolve(name: str) -> Path:
 NEEDED = ("tokenizer.json", "tokenizer.model")
 KEPT = (
     *NEEDED,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
+    tokenizers.CHAT_FORMAT,
+    tokenizers.TEMPLATE,
+    tokenizers.SETTINGS,
+    tokenizers.SPECIAL_TOKENS,
     "generation_config.json",
 )
-"""What an exported model takes along."""
+"""What a converted or exported model takes along."""
 
 
 def write(source: str, folder: Path) -> None:
     """Writes the tokenizer of `source` (a folder, a tokenizer's file, a GGUF, or an installed
-    package) into `folder`.
+    package) into `folder`, and its chat format where that does not follow from its special tokens.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, or it has no chat format.
     """
     path = towers.resolve(source)
     folder.mkdir(parents=True)
     if path.is_file() and gguf.is_gguf(path):
         gguf_tokenizer.write_gguf_tokenizer(gguf.fields(path), folder)
     elif path.is_file():
-        shutil.copy(
-            path, folder / ("tokenizer.json" if path.suffix == ".json" else "tokenizer.model")
-        )
+        name = "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"
+        shutil.copy(path, folder / name)
+        for beside in (path.parent / name for name in KEPT if name not in NEEDED):
+            if beside.is_file():
+                shutil.copy(beside, folder / beside.name)
     else:
         found = [path / name for name in KEPT if (path / name).is_file()]
         if not any(file.name in NEEDED for file in found):
@@ -150,3 +153,5 @@ def write(source: str, folder: Path) -> None:
             )
         for file in found:
             shutil.copy(file, folder / file.name)
+    if chat_format := chat.format_file(tokenizers.load(folder)):
+        (folder / tokenizers.CHAT_FORMAT).write_text(chat_format)

@@ -12,12 +12,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from alignvlm_jax.commands import config_flag, convert, generate
-from alignvlm_jax.data import chat, stage_data
+from alignvlm_jax.data import chat, stage_data, tokenizers
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.train import restore, state
 from alignvlm_jax.weights import export
+from tests.data import templates
 from tests.weights import folders
 from tests.weights.tokenizers import write_chatml
 
@@ -104,6 +105,58 @@ def test_import_and_export_give_back_every_tensor_bit_for_bit(
     )
     configs = [restore.load_config(path).model for path in (converted, tmp_path / "b")]
     assert configs[0] == configs[1]
+
+
+def test_the_chat_format_travels_with_the_tokenizer(published, tmp_path, capsys):
+    """Of the model's own template, into the checkpoint and out of it again."""
+    folder = shutil.copytree(published, tmp_path / "published")
+    qwen = templates.FAMILIES["qwen25"]
+    settings = {"chat_template": qwen.template, "eos_token": qwen.eos}
+    (folder / "llm" / "tokenizer_config.json").write_text(json.dumps(settings))
+    expected = chat.format_of(tokenizers.load(folder / "llm"))
+    assert "Qwen" in expected.start
+    convert_to(tmp_path / "start", folder)
+    printed = capsys.readouterr().out
+    assert f"Chats are written {expected.spell([('QUESTION', 'ANSWER')])!r}" in printed
+    config = restore.load_config(tmp_path / "start")
+    assert chat.format_of(stage_data.load_tokenizer(config.data, config.model)) == expected
+    # As after a copy whose template was lost: the format stays.
+    (tmp_path / "start" / "tokenizer" / "tokenizer_config.json").unlink()
+    assert chat.format_of(stage_data.load_tokenizer(config.data, config.model)) == expected
+    convert.main(["--export", f"--checkpoint={tmp_path / 'start'}", f"--out={tmp_path / 'out'}"])
+    assert chat.format_of(tokenizers.load(tmp_path / "out" / "llm")) == expected
+
+
+def test_a_template_that_is_refused_leaves_nothing(published, tmp_path):
+    folder = shutil.copytree(published, tmp_path / "published")
+    settings = {"chat_template": "{{ messages[0].content }}"}
+    (folder / "llm" / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(
+        UserError, match=r"tokenizer_config\.json: its chat template is no sequence"
+    ):
+        convert_to(tmp_path / "out", folder)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_an_export_holds_nothing_of_the_data(trained_workdir, tmp_path):
+    """Whose folder the tokenizer lies in."""
+    convert.main(
+        [
+            "--export",
+            f"--checkpoint={trained_workdir}",
+            f"--out={tmp_path / 'out'}",
+            "--components=llm",
+        ]
+    )
+    assert {path.name for path in (tmp_path / "out" / "llm").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.model",
+        "chat_format.json",
+    }
+    data = pathlib.Path(restore.load_config(trained_workdir).data.dir)
+    exported = tokenizers.load(tmp_path / "out" / "llm")
+    assert chat.format_of(exported) == chat.format_of(tokenizers.load(data))
 
 
 def test_what_was_converted_answers_wherever_it_was_moved(converted, tmp_path, capsys):

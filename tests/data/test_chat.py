@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from alignvlm_jax.data import chat
+from alignvlm_jax.data.tokenizers.base import ChatFiles
 
 TURNS = [("What is the total?", "12.50"), ("What is the city?", "Ames\nIowa")]
 
@@ -58,14 +59,26 @@ def test_turns_that_do_not_fit_are_left_out_whole(tokenizer):
 class Named:
     """A tokenizer of which only the special tokens are known."""
 
+    chat_files = ChatFiles()
+
     def __init__(self, names):
+        self.name = "named"
         self.special_tokens = {name: 10 + i for i, name in enumerate(sorted(names))}
+
+    def encode(self, text):
+        return [1000 + ord(letter) for letter in text]
 
 
 @pytest.mark.parametrize(
     ("family", "begin"),
-    [("marks", "<s>"), ("llama3", "<|begin_of_text|>"), ("chatml", None), ("llama2", "<s>")],
+    [
+        ("marks", "<s>"),
+        ("llama3", "<|begin_of_text|>"),
+        ("chatml", None),
+        ("smollm", None),
+        ("llama2", "<s>"),
+    ],
 )
 def test_a_text_begins_with_what_a_chat_begins_with_unless_that_opens_a_turn(family, begin):
-    tokenizer = Named(chat.FAMILIES[family].names())
+    tokenizer = Named(chat._names(chat.FAMILIES[family]) | chat.OWN.get(family, set()))
     assert chat.begin_ids(tokenizer) == ([] if begin is None else [tokenizer.special_tokens[begin]])

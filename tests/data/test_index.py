@@ -1,3 +1,4 @@
+import hashlib
 import io
 
 import numpy as np
@@ -6,7 +7,11 @@ from PIL import Image
 
 from alignvlm_jax.data import chat, examples, index, shards, tokenizers
 from alignvlm_jax.data.record import Record, Turn, Word
+from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.weights import towers
+from tests.data import templates
+from tests.weights.tokenizers import write_chatml
 
 
 def png(width: int, height: int) -> bytes:
@@ -95,16 +100,36 @@ def test_what_cannot_be_loaded_says_what_to_call(tmp_path, tokenizer):
 
 
 def test_the_fingerprint_is_of_the_file_that_is_loaded(tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(b"one")
+    SentencePieceTokenizer.train(tmp_path / "tokenizer.model", ["some text"])
     of_model = index.tokenizer_fingerprint(tmp_path)
     assert of_model == index.tokenizer_fingerprint(tmp_path / "tokenizer.model")
-    (tmp_path / "tokenizer.json").write_bytes(b"{}")
+    # As it has ever been where the format follows from the special tokens.
+    content = (tmp_path / "tokenizer.model").read_bytes()
+    assert of_model == hashlib.blake2b(content, digest_size=8).hexdigest()
+    write_chatml(tmp_path)
     assert (
         index.tokenizer_fingerprint(tmp_path)
         == index.tokenizer_fingerprint(tmp_path / "tokenizer.json")
         != of_model
     )
-    assert tokenizers.read(tmp_path) == (tmp_path / "tokenizer.json", b"{}")
+    assert tokenizers.read(tmp_path)[0] == tmp_path / "tokenizer.json"
+
+
+def test_the_fingerprint_is_of_the_chat_format_as_well(tmp_path):
+    """Wherever the same format stands: in a template, or in what `prepare` and `convert` write."""
+    qwen = templates.FAMILIES["qwen25"]
+    templates.write(tmp_path / "published", qwen)
+    templates.write(tmp_path / "other", qwen._replace(template=templates.SMOLLM2))
+    published = index.tokenizer_fingerprint(tmp_path / "published")
+    assert published != index.tokenizer_fingerprint(tmp_path / "other")
+    towers.write(str(tmp_path / "published"), tmp_path / "written")
+    assert index.tokenizer_fingerprint(tmp_path / "written") == published
+    content = (tmp_path / "published" / "tokenizer.json").read_bytes()
+    (tmp_path / "before").mkdir()
+    (tmp_path / "before" / "tokenizer.json").write_bytes(content)
+    (tmp_path / "before" / "prepare.json").write_text("{}")
+    before = index.tokenizer_fingerprint(tmp_path / "before")
+    assert before == hashlib.blake2b(content, digest_size=8).hexdigest() != published
 
 
 def test_a_merged_index_is_that_of_the_shards(tmp_path, tokenizer, monkeypatch):

@@ -25,7 +25,7 @@ def main() -> None:
             np.savez(
                 HERE / f"llama_{number}.npz",
                 tokens=tokens,
-                logits=reference.llama_logits(folder, tokens),
+                logits=reference.llm_logits(folder, tokens),
             )
         pixels = rng.integers(0, 256, (2, 24, 24, 3), dtype=np.uint8)
         for name, options in {"siglip": {}, "siglip2_naflex": {"is_naflex": True}}.items():
@@ -42,6 +42,14 @@ def main() -> None:
                 HERE / f"dinov2_{size}.npz",
                 pixels=pixels,
                 hidden=reference.dinov2_features(folder, pixels),
+            )
+        for number, variant in enumerate(folders.QWENS):
+            tokens = rng.integers(0, folders.LLAMA["vocab_size"], (2, 40))
+            folder = folders.write_llama(Path(scratch, f"qwen{number}"), variant)
+            np.savez(
+                HERE / f"qwen_{number}.npz",
+                tokens=tokens,
+                logits=reference.llm_logits(folder, tokens),
             )
 
 

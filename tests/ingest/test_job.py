@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 import tokenizers
 
-from alignvlm_jax.data import index, shards
+from alignvlm_jax.data import chat, chat_template, index, shards
 from alignvlm_jax.data import tokenizers as our_tokenizers
+from alignvlm_jax.data.record import decode_record
 from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.ingest import finish, job, staging, writer
 from alignvlm_jax.ingest.formats import files
 from alignvlm_jax.ingest.formats.base import Unit
 from alignvlm_jax.ingest.formats.jsonl import Jsonl
+from tests.data import templates
 
 COUNT = 40
 
@@ -333,6 +335,28 @@ def test_a_tokenizer_without_a_chat_format_is_refused_before_anything_is_read(so
     with pytest.raises(UserError, match="no chat format"):
         job.prepare(request, tmp_path / "out", lambda *args: pytest.fail("read"))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_chat_format_of_a_template_lies_beside_the_data(source, tmp_path):
+    folder = tmp_path / "published"
+    templates.write(folder, templates.FAMILIES["qwen3"])
+    request = job.Request("test", Jsonl(), str(source), str(folder), 0.0)
+    out = tmp_path / "out"
+    assert job.prepare(request, out, job.on_processes(1))
+    assert not job.prepare(request, out, job.on_processes(1))
+    published = our_tokenizers.load(folder)
+    assert chat.format_of(our_tokenizers.load(out)) == chat.format_of(published)
+    fingerprint = index.tokenizer_fingerprint(folder)
+    assert index.load(out, "train").tokenizer == index.tokenizer_fingerprint(out) == fingerprint
+    record = next(iter(shards.read_shard(shards.shard_paths(out, "train")[0])))
+    turn = decode_record(record).turns[0]
+    tokens, _ = chat.encode_chat(published, [(turn.question, turn.answers[0])], 0, 0)
+    assert index.load(out, "train").text_tokens["answer"][0] == len(tokens)
+    # Prepared again with a tokenizer that has no template, none of it is left.
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "chat_format.json").write_text(chat_template.to_json(chat.FAMILIES["smollm"]))
+    assert job.prepare(request, out, job.on_processes(1))
+    assert not (out / "chat_format.json").exists()
 
 
 def test_a_full_disk_is_a_user_error_and_what_was_finished_goes_on(source, prepare, png, tmp_path):

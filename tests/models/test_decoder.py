@@ -2,6 +2,7 @@
 gradient."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 from alignvlm_jax.config import LLMConfig, RopeScaling
 from alignvlm_jax.models import layers
 from alignvlm_jax.models.decoder import Llama
+from alignvlm_jax.train import state
 from tests.conftest import random_params
 
 ROWS = 4
@@ -33,6 +35,9 @@ TIED = LLMConfig(
     ),
 )
 UNTIED = dataclasses.replace(TIED, tie_embeddings=False, rope_scaling=RopeScaling())
+BIASED = dataclasses.replace(UNTIED, qkv_bias=True)
+NORMED = dataclasses.replace(TIED, qk_norm=True)
+BOTH = dataclasses.replace(TIED, qkv_bias=True, qk_norm=True)
 
 
 def forward(llama: Llama, tokens, positions, segment_ids):
@@ -86,19 +91,26 @@ def reference(params: dict, config: LLMConfig, tokens, positions, segment_ids) -
         turned = (vector[:half] + 1j * vector[half:]) * np.exp(1j * position * frequencies)
         return np.concatenate([turned.real, turned.imag])
 
+    def project(x, weights, name, head):
+        y = x @ weights[name]["kernel"][:, head]
+        if config.qkv_bias:
+            y = y + weights[name]["bias"][head]
+        if config.qk_norm and name != "v":
+            y = norm(y, weights[f"{name}_norm"]["scale"])
+        return y
+
     def attend(x, weights):
         mixed = np.zeros_like(x)
         for head in range(config.num_heads):
             kv_head = head // (config.num_heads // config.num_kv_heads)
             queries = [
-                rotate(q, p)
-                for q, p in zip(x @ weights["q"]["kernel"][:, head], positions, strict=True)
+                rotate(q, p) for q, p in zip(project(x, weights, "q", head), positions, strict=True)
             ]
             keys = [
                 rotate(k, p)
-                for k, p in zip(x @ weights["k"]["kernel"][:, kv_head], positions, strict=True)
+                for k, p in zip(project(x, weights, "k", kv_head), positions, strict=True)
             ]
-            values = x @ weights["v"]["kernel"][:, kv_head]
+            values = project(x, weights, "v", kv_head)
             for t in range(len(x)):
                 seen = [s for s in range(t + 1) if segment_ids[s] == segment_ids[t]]
                 scores = np.array([queries[t] @ keys[s] for s in seen]) / math.sqrt(config.head_dim)
@@ -129,7 +141,11 @@ def random_rows(seed: int = 0):
     return tokens, positions, np.ones_like(tokens)
 
 
-@pytest.mark.parametrize("llm", [TIED, UNTIED], ids=["tied_scaled", "untied_unscaled"])
+@pytest.mark.parametrize(
+    "llm",
+    [TIED, UNTIED, BIASED, NORMED, BOTH],
+    ids=["tied_scaled", "untied_unscaled", "biased", "normed", "biased_normed"],
+)
 def test_equals_float64_reference(mesh, tied, llm):
     params, logits_of = tied if llm is TIED else make(llm)
     tokens, positions, segment_ids = random_rows()
@@ -143,6 +159,46 @@ def test_equals_float64_reference(mesh, tied, llm):
         np.testing.assert_allclose(
             logits[row], expected, rtol=0, atol=1e-5 * np.abs(expected).max()
         )
+
+
+@pytest.mark.parametrize("llm", [BIASED, NORMED, BOTH], ids=["biased", "normed", "both"])
+def test_a_cache_changes_nothing(mesh, llm):
+    """A prompt that is read at once, then the other tokens one by one."""
+    params, logits_of = make(llm)
+    llama = Llama(llm, jnp.dtype("float32"), "none")
+    tokens, positions, segment_ids = random_rows()
+    read = 9
+
+    def step(tokens, positions, cache, mask=None):
+        apply = functools.partial(llama.apply, {"params": params})
+        x = apply(tokens, method=Llama.embed)
+        hidden, cache = apply(x, positions, cache=cache, mask=mask)
+        return apply(hidden, method=Llama.logits), cache
+
+    cache = llama.apply({"params": params}, ROWS, LENGTH, method=Llama.empty_cache)
+    logits, cache = jax.jit(step)(tokens[:, :read], positions[:, :read], cache)
+    all_logits = [logits]
+    step_one = jax.jit(step)
+    for t in range(read, LENGTH):
+        mask = np.tile(np.arange(LENGTH) <= t, (ROWS, 1, 1))
+        one = slice(t, t + 1)
+        logits, cache = step_one(tokens[:, one], positions[:, one], cache, mask)
+        all_logits.append(logits)
+    whole = logits_of(params, tokens, positions, segment_ids)
+    np.testing.assert_allclose(np.concatenate(all_logits, 1), whole, atol=2e-5)
+
+
+def test_options_of_other_families_leave_the_parameters_as_they_are():
+    def paths(llm: LLMConfig) -> set[str]:
+        params = random_params(Llama(llm, jnp.float32, "none"), *random_rows(), method=forward)
+        return set(state.flatten(params))
+
+    added = paths(BOTH) - paths(TIED)
+    assert paths(TIED) < paths(BOTH)
+    assert added == {
+        *(f"blocks/attn/{name}/bias" for name in "qkv"),
+        *(f"blocks/attn/{name}_norm/scale" for name in "qk"),
+    }
 
 
 def test_rope_scaling_has_three_bands():

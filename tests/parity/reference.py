@@ -15,9 +15,9 @@ DINOV2_STD = (0.229, 0.224, 0.225)
 
 
 @torch.no_grad()
-def llama_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    """Logits [B, T, V]."""
-    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def llm_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    """Logits [B, T, V] of the class that the folder's config.json names."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model(torch.tensor(tokens)).logits.numpy()
 
 

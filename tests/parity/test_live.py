@@ -17,16 +17,16 @@ TOLERANCE = 2e-4
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize("variant", folders.LLAMAS)
-def test_llama(tmp_path, variant, seed):
+@pytest.mark.parametrize("variant", folders.LLAMAS | folders.QWENS)
+def test_decoder(tmp_path, variant, seed):
     folder = folders.write_llama(tmp_path, variant, seed)
     tokens = np.random.default_rng(seed).integers(0, folders.LLAMA["vocab_size"], (2, 48))
     ours = run_llm(towers.open_llm(str(folder)), tokens)
     record(
-        "Llama, random",
+        "Qwen, random" if variant in folders.QWENS else "Llama, random",
         f"{variant}, seed {seed}",
         ours,
-        reference.llama_logits(folder, tokens),
+        reference.llm_logits(folder, tokens),
         TOLERANCE,
     )
 
@@ -57,7 +57,10 @@ def test_dinov2(tmp_path, size):
     )
 
 
-@pytest.mark.parametrize("variant", ["untied", "scaled, transformers 5"])
+@pytest.mark.parametrize(
+    "variant",
+    ["untied", "scaled, transformers 5", "qwen2, untied", "qwen2, tied", "qwen3, untied"],
+)
 def test_exported_models_are_read_by_transformers(tmp_path, variant):
     folders.write_llama(tmp_path / "llm", variant, seed=5, vocab_size=320)
     folders.write_siglip(tmp_path / "vision", seed=5)
@@ -73,7 +76,7 @@ def test_exported_models_are_read_by_transformers(tmp_path, variant):
     tokens = rng.integers(0, 320, (2, 40))
     pixels = rng.integers(0, 256, (2, 24, 24, 3), dtype=np.uint8)
     before, after = (
-        reference.llama_logits(folder / "llm", tokens) for folder in (tmp_path, tmp_path / "out")
+        reference.llm_logits(folder / "llm", tokens) for folder in (tmp_path, tmp_path / "out")
     )
     np.testing.assert_array_equal(after, before)
     before, after = (

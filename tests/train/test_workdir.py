@@ -28,6 +28,16 @@ def test_a_workdir_takes_the_same_config_again(folder):
     assert (folder / "new" / "run" / "config.json").read_text() == before
 
 
+def test_a_workdir_from_before_a_decoder_had_options_takes_the_same_config_again(folder):
+    lock(folder, STAGES)
+    old = json.loads((folder / "config.json").read_text())
+    for stage in old:
+        for name in ("qkv_bias", "qk_norm"):
+            del stage["model"]["llm"][name]
+    (folder / "config.json").write_text(json.dumps(old))
+    lock(folder, STAGES)
+
+
 def test_another_config_is_refused_with_both_values(folder):
     lock(folder, STAGES)
     other = dataclasses.replace(STAGES[1], train=dataclasses.replace(STAGES[1].train, num_steps=9))

@@ -46,6 +46,38 @@ LLAMAS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
+QWENS: dict[str, dict[str, Any]] = {
+    # A window's size stands in every config.json of Qwen's, used or not.
+    "qwen2, untied": {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "rope_theta": 500.0,
+        "use_sliding_window": False,
+        "sliding_window": 8,
+        "max_window_layers": 3,
+    },
+    "qwen2, tied": {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 300.0},
+        "layer_types": ["full_attention"] * 7,
+        "tie_word_embeddings": True,
+    },
+    "qwen3, untied": {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "rope_theta": 500.0,
+        "head_dim": 10,
+        "use_sliding_window": False,
+        "sliding_window": None,
+    },
+    "qwen3, tied": {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "rope_parameters": {**LLAMA3_SCALING, "rope_theta": 300.0},
+        "tie_word_embeddings": True,
+    },
+}
 VISION = {
     "image_size": 24,
     "patch_size": 6,
@@ -77,8 +109,8 @@ def write_llama(
     num_shards: int = 1,
     **changes: Any,
 ) -> Path:
-    """Writes a LlamaForCausalLM, in shards with an index where there are several."""
-    fields = LLAMA | LLAMAS[variant] | changes
+    """Writes a model of LLAMAS or QWENS, in shards with an index where there are several."""
+    fields = LLAMA | (LLAMAS | QWENS)[variant] | changes
     width = fields["hidden_size"]
     mlp = fields["intermediate_size"]
     heads = fields["num_attention_heads"]
@@ -101,6 +133,12 @@ def write_llama(
             f"{prefix}.mlp.up_proj.weight": (mlp, width),
             f"{prefix}.mlp.down_proj.weight": (width, mlp),
         }
+        if fields["model_type"] == "qwen2":
+            sizes = {"q": head, "k": kv, "v": kv}
+            shapes |= {f"{prefix}.self_attn.{n}_proj.bias": (size,) for n, size in sizes.items()}
+        if fields["model_type"] == "qwen3":
+            norms = dict.fromkeys("qk", (fields["head_dim"],))
+            shapes |= {f"{prefix}.self_attn.{n}_norm.weight": size for n, size in norms.items()}
     if not fields["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (fields["vocab_size"], width)
     return _write(folder, fields, shapes, seed, dtype, num_shards)

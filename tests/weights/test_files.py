@@ -14,13 +14,14 @@ import pytest
 import scipy.ndimage
 from safetensors.numpy import load_file, save_file
 
-from alignvlm_jax.data import tokenizers
+from alignvlm_jax.data import chat, tokenizers
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.train import state
-from alignvlm_jax.weights import load, mapping, source, towers
-from alignvlm_jax.weights.formats import gguf, gguf_tokenizer
+from alignvlm_jax.weights import load, source, towers
+from alignvlm_jax.weights.formats import big_vision, gguf, gguf_tokenizer
 from tests.conftest import random_batch, random_params, tiny_config
+from tests.data import templates
 from tests.weights import folders
 from tests.weights.apply import run_llm, run_vision
 from tests.weights.tokenizers import AWKWARD, CHATML, write_chatml
@@ -39,7 +40,8 @@ def write_gguf(path, tensors, quantise=(), **changes):
     """The tensors as llama.cpp writes them: q and k rows as neighbouring pairs, names of its
     own."""
     fields = folders.LLAMA | changes
-    writer = gguf_library.GGUFWriter(path, changes.get("architecture", "llama"))
+    architecture = changes.get("architecture", "llama")
+    writer = gguf_library.GGUFWriter(path, architecture)
     writer.add_block_count(fields["num_hidden_layers"])
     writer.add_embedding_length(32)
     writer.add_feed_forward_length(64)
@@ -50,15 +52,16 @@ def write_gguf(path, tensors, quantise=(), **changes):
     writer.add_rope_freq_base(500.0)
     names = {ours: theirs for theirs, ours in (gguf.NAMES | gguf.LAYER_NAMES).items()}
     for name, array in tensors.items():
-        parts = name.removesuffix(".weight").split(".")
+        suffix = name.rpartition(".")[2]
+        parts = name.split(".")[:-1]
         if parts[1:2] == ["layers"]:
             part = names[".".join(parts[3:])]
-            if part in ("attn_q", "attn_k"):
+            if part in ("attn_q", "attn_k") and architecture == "llama":
                 heads = fields["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
                 array = (
                     array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
                 )
-            name = f"blk.{parts[2]}.{part}.weight"
+            name = f"blk.{parts[2]}.{part}.{suffix}"
         else:
             name = f"{names['.'.join(parts)]}.weight"
         if name.split(".")[-2] in quantise:
@@ -83,6 +86,24 @@ def test_a_gguf_is_the_model_that_it_was_made_of(tmp_path, llama, monkeypatch):
     np.testing.assert_allclose(run_llm(tower, tokens), run_llm(published, tokens), atol=1e-6)
 
 
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+def test_a_gguf_of_qwen_has_its_channels_in_our_order(tmp_path, architecture):
+    folder = folders.write_llama(
+        tmp_path / "llm",
+        f"{architecture}, untied",
+        hidden_size=32,
+        intermediate_size=64,
+        head_dim=8,
+    )
+    tensors = load_file(folder / "model.safetensors")
+    published = towers.open_llm(str(folder))
+    path = write_gguf(tmp_path / "model.gguf", tensors, architecture=architecture)
+    tower = towers.open_llm(str(path))
+    assert tower.config == published.config
+    tokens = np.random.default_rng(0).integers(0, 96, (2, 20))
+    np.testing.assert_allclose(run_llm(tower, tokens), run_llm(published, tokens), atol=1e-6)
+
+
 def test_quantised_tensors_are_read_as_the_library_reads_them(tmp_path, llama, monkeypatch):
     monkeypatch.setattr(source, "BLOCK_BYTES", 1000)
     _, tensors = llama
@@ -98,7 +119,7 @@ def test_quantised_tensors_are_read_as_the_library_reads_them(tmp_path, llama, m
 
 def test_a_gguf_of_another_architecture(tmp_path, llama):
     path = write_gguf(tmp_path / "model.gguf", llama[1], architecture="gemma")
-    with pytest.raises(UserError, match=r"general\.architecture is 'gemma'; read is: 'llama'"):
+    with pytest.raises(UserError, match=r"general\.architecture is 'gemma'; read are: 'llama'"):
         towers.open_llm(str(path))
 
 
@@ -124,13 +145,36 @@ def test_the_tokenizer_of_a_gguf(tmp_path):
             gguf_tokenizer.write_gguf_tokenizer(fields | {name: value}, tmp_path / "here")
 
 
+def test_the_chat_template_of_a_gguf(tmp_path):
+    write_chatml(tmp_path / "there")
+    vocabulary = json.loads((tmp_path / "there" / "tokenizer.json").read_text())["model"]
+    tokens = sorted(vocabulary["vocab"], key=vocabulary["vocab"].get)
+    fields = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3 if token in CHATML else 1 for token in tokens],
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in vocabulary["merges"]],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.chat_template": "{{ bos_token }}" + templates.CHATML_TURNS,
+    }
+    (tmp_path / "here").mkdir()
+    gguf_tokenizer.write_gguf_tokenizer(fields, tmp_path / "here")
+    tokenizer = tokenizers.load(tmp_path / "here")
+    assert chat.format_of(tokenizer).start == "<|endoftext|>"
+    assert chat.stop_ids(tokenizer) == (2, 0) and chat.begin_ids(tokenizer) == [0]
+    # Qwen's splits off each digit, Llama 3's three at a time.
+    assert [tokenizer.piece(token) for token in tokenizer.encode("4821")] == list("4821")
+
+
 def big_vision_arrays(is_scanned: bool) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The arrays of a checkpoint, and our parameters that they are."""
     config = square_config()
     params = state.flatten(random_params(vlm.VLM(config.model), random_batch(config)))
     arrays = {
         f"params/img/{name}": view
-        for entry in mapping.big_vision(is_scanned)
+        for entry in big_vision.table(is_scanned)
         for name, view in zip(
             entry.names(params[entry.path].shape), entry.views(params[entry.path]), strict=True
         )

@@ -32,6 +32,13 @@ def test_llama(tmp_path, number, variant):
         )
 
 
+@pytest.mark.parametrize("number, variant", list(enumerate(folders.QWENS)))
+def test_qwen(tmp_path, number, variant):
+    golden = np.load(GOLDEN / f"qwen_{number}.npz")
+    tower = towers.open_llm(str(folders.write_llama(tmp_path / "llm", variant, num_shards=3)))
+    assert difference(run_llm(tower, golden["tokens"]), golden["logits"]) <= TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [("siglip", {}), ("siglip2_naflex", {"is_naflex": True})],

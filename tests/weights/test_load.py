@@ -13,8 +13,13 @@ from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.train import state
 from alignvlm_jax.weights import load, mapping, source
+from alignvlm_jax.weights.families import siglip
+from alignvlm_jax.weights.families.llama import Llama
+from alignvlm_jax.weights.formats import big_vision
 from alignvlm_jax.weights.source import Arrays, Derived, Made, Tensor, Tower
 from tests.conftest import random_batch, random_params, tiny_config
+
+LLAMA = Llama()
 
 
 def config_of(tied: bool):
@@ -46,7 +51,7 @@ def llm_tower(config, arrays) -> Tower:
     return Tower(
         Arrays("weights.bin", arrays),
         config.model.llm,
-        mapping.llama(config.model.llm),
+        LLAMA.entries(config.model.llm),
         ignored=(r".*\.inv_freq",),
     )
 
@@ -59,7 +64,7 @@ def test_what_the_table_writes_is_loaded_bit_for_bit(tied, dtype, monkeypatch):
     config = config_of(tied)
     params = params_of(config)
     wanted = wanted_of(config)
-    tower = llm_tower(config, published(mapping.llama(config.model.llm), params, dtype))
+    tower = llm_tower(config, published(LLAMA.entries(config.model.llm), params, dtype))
     assert load.check_tower(tower, wanted) == []
     loaded = load.load_tower(tower, wanted)
     assert loaded.keys() == {path for path in params if path.startswith("llm/")}
@@ -68,9 +73,7 @@ def test_what_the_table_writes_is_loaded_bit_for_bit(tied, dtype, monkeypatch):
         np.testing.assert_array_equal(np.asarray(array), params[path].astype(dtype))
 
 
-@pytest.mark.parametrize(
-    "table", [mapping.siglip(), mapping.big_vision(True), mapping.big_vision(False)]
-)
+@pytest.mark.parametrize("table", [siglip.table(), big_vision.table(True), big_vision.table(False)])
 def test_vision_tables_cover_the_encoder(table):
     config = config_of(True)
     params = params_of(config)
@@ -98,7 +101,7 @@ def test_axes_of_a_kernel():
 
 def changed(change) -> Tower:
     config = config_of(False)
-    arrays = published(mapping.llama(config.model.llm), params_of(config))
+    arrays = published(LLAMA.entries(config.model.llm), params_of(config))
     change(arrays)
     return llm_tower(config, arrays)
 

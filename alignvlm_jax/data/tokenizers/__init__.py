@@ -1,13 +1,16 @@
-"""Tokenizers by what their file holds."""
+"""Tokenizers by what their file holds, and what stands beside it."""
 
 import functools
+import json
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from alignvlm_jax import storage
 from alignvlm_jax.data import filesystem
 from alignvlm_jax.data.filesystem import Entry
-from alignvlm_jax.data.tokenizers.base import Tokenizer
+from alignvlm_jax.data.tokenizers.base import ChatFiles, Tokenizer
 from alignvlm_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from alignvlm_jax.data.tokenizers.tiktoken import TiktokenTokenizer
@@ -16,6 +19,13 @@ from alignvlm_jax.storage import faults
 
 NAMES = ("tokenizer.json", "tokenizer.model")
 FIRST = "run `prepare` or `convert` first"
+CHAT_FORMAT = "chat_format.json"
+TEMPLATE = "chat_template.jinja"
+SETTINGS = "tokenizer_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
+CONVERTED = "tokenizer"
+"""Folder of a tokenizer in what `convert` writes."""
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def read(path: str | os.PathLike) -> tuple[Path, bytes]:
@@ -45,11 +55,104 @@ def load(path: str | os.PathLike) -> Tokenizer:
       UserError: it is missing or no tokenizer.
     """
     path, content = read(path)
-    return _make(str(path), content)
+    return _make(str(path), content, chat_files(path))
+
+
+def chat_files(path: Path) -> ChatFiles:
+    """Returns what stands beside a tokenizer's file.
+
+    Raises:
+      UserError: a file is damaged, or holds several templates and none of them is the default.
+    """
+    folder = filesystem.parent(os.fspath(path)) or "."
+
+    def text(name: str) -> str:
+        try:
+            return _read_beside(folder, name).decode()
+        except UnicodeDecodeError as err:
+            raise UserError(f"{filesystem.join(folder, name)} is damaged: {err}") from err
+
+    if own := text(CHAT_FORMAT):
+        return ChatFiles(filesystem.join(folder, CHAT_FORMAT), chat_format=own)
+    if _is_from_before(folder):
+        return ChatFiles(is_from_before=True)
+    settings = _object(filesystem.join(folder, SETTINGS), text(SETTINGS))
+    name = TEMPLATE if text(TEMPLATE) else SETTINGS
+    where = filesystem.join(folder, name)
+    template = text(TEMPLATE) or _default_template(where, settings.get("chat_template"))
+    if not template:
+        return ChatFiles()
+    named_tokens = _object(filesystem.join(folder, SPECIAL_TOKENS), text(SPECIAL_TOKENS)) | settings
+    return ChatFiles(where, template=template, named_tokens=tuple(_named_tokens(named_tokens)))
+
+
+def _is_from_before(folder: str) -> bool:
+    """Of a folder without a chat_format.json, whether it is one of ours."""
+    if _read_beside(folder, "prepare.json"):
+        return True
+    # `convert` writes WORKDIR/tokenizer, and a workdir's config.json is a list of stages: that of a
+    # published model is an object.
+    folder = folder if filesystem.is_remote(folder) else os.path.abspath(folder)
+    if filesystem.name(folder) != CONVERTED:
+        return False
+    return _read_beside(filesystem.parent(folder), "config.json").lstrip()[:1] == b"["
+
+
+def _read_beside(folder: str, name: str) -> bytes:
+    """A small file of a folder; nothing where there is none."""
+    path = filesystem.join(folder, name)
+    if filesystem.is_remote(folder):
+        entry = filesystem.listing(folder).get(name)
+        return b"" if entry is None else _content(path, entry)
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as err:
+        raise UserError(f"cannot read {path} ({err.strerror})") from err
+
+
+def _object(path: str, text: str) -> dict[str, Any]:
+    """A JSON object; an empty one of no text."""
+    try:
+        value = json.loads(text) if text else {}
+    except ValueError as err:
+        raise UserError(f"{path} is damaged: {err}") from err
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: it holds no object")
+    return value
+
+
+def _default_template(where: str, found: Any) -> str:
+    """The one template of tokenizer_config.json, or that named `default` of several."""
+    if not isinstance(found, list):
+        return found or ""
+    by_name = {one.get("name"): one.get("template") for one in found}
+    if "default" not in by_name:
+        raise UserError(
+            f"{where} holds the chat templates {', '.join(map(repr, by_name))} and none that is "
+            "named 'default'; name one of them so"
+        )
+    return by_name["default"]
+
+
+def _named_tokens(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name in NAMED_TOKENS:
+        token = settings.get(name)
+        # Either its text, or an object with the text and how it is matched.
+        token = token.get("content") if isinstance(token, dict) else token
+        if token:
+            yield name, token
 
 
 @functools.lru_cache(maxsize=8)
-def _make(name: str, content: bytes) -> Tokenizer:
+def _make(name: str, content: bytes, files: ChatFiles) -> Tokenizer:
+    tokenizer = _of_content(name, content)
+    tokenizer.chat_files = files
+    return tokenizer
+
+
+def _of_content(name: str, content: bytes) -> Tokenizer:
     if content.lstrip()[:1] == b"{":
         return HuggingFaceTokenizer(content, name)
     # Ranks are lines of printable base64; a SentencePiece model is binary from its second byte on.
@@ -74,7 +177,7 @@ def _read_remote(path: str) -> tuple[Path, bytes]:
     return storage.path(path), _content(path, entries[found])
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=32)
 def _content(path: str, entry: Entry) -> bytes:
     try:
         return filesystem.read_whole(path, entry.size)

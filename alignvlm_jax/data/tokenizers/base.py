@@ -3,8 +3,29 @@
 import abc
 import hashlib
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from alignvlm_jax.errors import UserError
+
+
+class ChatFiles(NamedTuple):
+    """What stands beside a tokenizer's file and says how its model writes a chat.
+
+    Attributes:
+      name: of the file that says it, for messages; empty where there is none.
+      chat_format: the content of a chat_format.json, which goes before all else.
+      template: a chat template in Jinja.
+      named_tokens: the names that templates have for tokens (bos_token, eos_token), with the
+        tokens.
+      is_from_before: whether `prepare` or `convert` wrote the folder when they left no
+        chat_format.json yet: its format followed from the special tokens alone.
+    """
+
+    name: str = ""
+    chat_format: str = ""
+    template: str = ""
+    named_tokens: tuple[tuple[str, str], ...] = ()
+    is_from_before: bool = False
 
 
 class Tokenizer(abc.ABC):
@@ -17,12 +38,14 @@ class Tokenizer(abc.ABC):
       vocab_size: its ids are below this.
       special_tokens: those that text never makes, by name: of the chat, beginning and end of text.
       fingerprint: a checksum of its file; see `fingerprint`.
+      chat_files: what stands beside its file.
     """
 
     name: str
     vocab_size: int
     special_tokens: Mapping[str, int]
     fingerprint: str
+    chat_files: ChatFiles = ChatFiles()
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:

@@ -9,7 +9,8 @@ import numpy as np
 
 from alignvlm_jax.config import VisionConfig
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.weights import mapping
+from alignvlm_jax.weights.families.base import Fields, VisionFamily, read_vision, vision_blocks
+from alignvlm_jax.weights.mapping import Entry
 from alignvlm_jax.weights.source import Derived, Made, Source, Tensor, Tower, resample
 
 POSITIONS = "embeddings.position_embeddings"
@@ -26,6 +27,32 @@ ATTENTION_NAMES = (
     ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj"),
 )
 """Below a layer: of transformers 4, and of 5."""
+
+
+class Dinov2(VisionFamily):
+    """Encoders without register tokens, and with an MLP of two layers."""
+
+    model_types = ("dinov2",)
+    class_name = "Dinov2Model"
+
+    def read(self, fields: Fields, tile_size: int | None) -> VisionConfig:
+        """See VisionFamily."""
+        fields.choose("use_swiglu_ffn", (False,), False)
+        fields.choose("qkv_bias", (True,), True)
+        patch = fields["patch_size"]
+        return read_vision(
+            fields,
+            fields["image_size"] // patch * patch,
+            tile_size,
+            mlp_width=round(fields["hidden_size"] * fields.get("mlp_ratio", 4)),
+            gelu="gelu",
+            mean=MEAN,
+            std=STD,
+        )
+
+    def tower(self, source: Source, config: VisionConfig, fields: Fields) -> Tower:
+        """See VisionFamily."""
+        return tower(source, config)
 
 
 def tower(source: Source, sizes: VisionConfig) -> Tower:
@@ -58,7 +85,27 @@ def tower(source: Source, sizes: VisionConfig) -> Tower:
                 if name in source.tensors and by in source.tensors:
                     tensor = source.tensors[name]._replace(dtype=np.dtype(np.float32))
                     made[name] = Made(tensor, (name, by), _scale)
-    return Tower(Derived(source, made), sizes, mapping.dinov2(*names), IGNORED)
+    return Tower(Derived(source, made), sizes, table(*names), IGNORED)
+
+
+def table(query: str, key: str, value: str, output: str) -> tuple[Entry, ...]:
+    """Returns the table of Dinov2Model once its layer scale is folded into `output` and fc2, and
+    its position table is [P, E]. The names of the attention's parts, below a layer, differ between
+    versions of transformers."""
+    patch_embedding = "embeddings.patch_embeddings.projection"
+    return (
+        Entry("vision/patch_embed/kernel", f"{patch_embedding}.weight", "yxCE -> ECyx"),
+        Entry("vision/patch_embed/bias", f"{patch_embedding}.bias", "E -> E"),
+        Entry("vision/positions", POSITIONS, "PE -> PE"),
+        *vision_blocks(
+            "encoder.layer.{}",
+            norms=("norm1", "norm2"),
+            attention=(query, key, value, output),
+            mlp=("mlp.fc1", "mlp.fc2"),
+        ),
+        Entry("vision/final_norm/scale", "layernorm.weight", "E -> E"),
+        Entry("vision/final_norm/bias", "layernorm.bias", "E -> E"),
+    )
 
 
 def _scale(array: np.ndarray, scale: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 
 from alignvlm_jax.config import VisionConfig
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.weights import mapping
+from alignvlm_jax.weights.mapping import Entry
 from alignvlm_jax.weights.source import (
     Derived,
     Made,
@@ -142,7 +142,46 @@ def open_vision(path: Path, tile_size: int | None = None) -> Tower:
             return resample(table[0], (side, side), config.patch_grid, "linear")[None]
 
         tower_source = Derived(source, {POSITIONS: Made(tensor, (POSITIONS,), make)})
-    return Tower(tower_source, config, mapping.big_vision(is_scanned), IGNORED)
+    return Tower(tower_source, config, table(is_scanned), IGNORED)
+
+
+def table(is_scanned: bool) -> tuple[Entry, ...]:
+    """Returns the table of big_vision's ViT, below its `img/`; its kernels have our axes."""
+    block = "Transformer/encoderblock" + ("" if is_scanned else "_{}")
+    stack = "L" if is_scanned else ""
+    attention = f"{block}/MultiHeadDotProductAttention_0"
+
+    def entry(path: str, name: str, axes: str) -> Entry:
+        return Entry(f"vision/blocks/{path}", name, f"{stack}{axes} -> {stack}{axes}")
+
+    def both(path: str, name: str, kernel: str, bias: str) -> tuple[Entry, Entry]:
+        """A layer's kernel and bias."""
+        return (
+            entry(f"{path}/kernel", f"{name}/kernel", kernel),
+            entry(f"{path}/bias", f"{name}/bias", bias),
+        )
+
+    def norm(path: str, name: str) -> tuple[Entry, Entry]:
+        return (
+            entry(f"{path}/scale", f"{name}/scale", "E"),
+            entry(f"{path}/bias", f"{name}/bias", "E"),
+        )
+
+    return (
+        Entry("vision/patch_embed/kernel", "embedding/kernel", "yxCE -> yxCE"),
+        Entry("vision/patch_embed/bias", "embedding/bias", "E -> E"),
+        Entry("vision/positions", "pos_embedding", "PE -> 1PE"),
+        *norm("attn_norm", f"{block}/LayerNorm_0"),
+        *both("attn/q", f"{attention}/query", "EHh", "Hh"),
+        *both("attn/k", f"{attention}/key", "EHh", "Hh"),
+        *both("attn/v", f"{attention}/value", "EHh", "Hh"),
+        *both("attn/o", f"{attention}/out", "HhE", "E"),
+        *norm("mlp_norm", f"{block}/LayerNorm_1"),
+        *both("mlp/up", f"{block}/MlpBlock_0/Dense_0", "EF", "F"),
+        *both("mlp/down", f"{block}/MlpBlock_0/Dense_1", "FE", "E"),
+        Entry("vision/final_norm/scale", "Transformer/encoder_norm/scale", "E -> E"),
+        Entry("vision/final_norm/bias", "Transformer/encoder_norm/bias", "E -> E"),
+    )
 
 
 def _header(file: object, where: str) -> tuple[tuple[int, ...], np.dtype]:

@@ -1,4 +1,4 @@
-"""A GGUF file of a Llama-architecture model, under the names of LlamaForCausalLM."""
+"""A GGUF file of a language model, under the names that its family has in Hugging Face folders."""
 
 import functools
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import numpy as np
 
 from alignvlm_jax.config import LLMConfig
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.weights import mapping
+from alignvlm_jax.weights import families
 from alignvlm_jax.weights.source import Derived, Made, Tensor, Tower, rows_per_chunk
 
 MAGIC = b"GGUF"
@@ -24,6 +24,8 @@ LAYER_NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
@@ -71,21 +73,20 @@ def fields(path: Path) -> dict[str, Any]:
 
 
 def open_llm(path: Path) -> Tower:
-    """Returns a Llama-architecture model; its sizes follow from the metadata.
+    """Opens a language model of a family of `families.LLMS`; its sizes follow from the metadata.
 
     Raises:
       UserError: the file is damaged, of another architecture, or scales its rotary positions.
     """
     source = GGUFFile(path)
     metadata = fields(path)
-    architecture = metadata.get("general.architecture")
-    if architecture != "llama":
-        raise UserError(f"{path}: general.architecture is {architecture!r}; read is: 'llama'")
+    family = families.llm_of_gguf(path, metadata.get("general.architecture"))
+    group = family.gguf_architecture
 
     def get(name: str, default: Any = None) -> Any:
-        value = metadata.get(f"llama.{name}", default)
+        value = metadata.get(f"{group}.{name}", default)
         if value is None:
-            raise UserError(f"{path} does not say llama.{name}")
+            raise UserError(f"{path} does not say {group}.{name}")
         return value
 
     # Llama 3's scaling is stored as a factor for each frequency, and its four parameters cannot be
@@ -98,31 +99,36 @@ def open_llm(path: Path) -> Tower:
         )
     num_heads = get("attention.head_count")
     width = get("embedding_length")
-    num_kv_heads = get("attention.head_count_kv", num_heads)
     config = LLMConfig(
         vocab_size=source.tensors["model.embed_tokens.weight"].shape[0],
         width=width,
         mlp_width=get("feed_forward_length"),
         num_layers=get("block_count"),
         num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
+        num_kv_heads=get("attention.head_count_kv", num_heads),
         head_dim=get("attention.key_length", width // num_heads),
         # Metadata are float32: without rounding, 1e-5 comes back as 9.99999974e-06.
         norm_eps=float(f"{get('attention.layer_norm_rms_epsilon'):.6g}"),
         rope_theta=float(get("rope.freq_base", 10000.0)),
         tie_embeddings="lm_head.weight" not in source.tensors,
+        **family.traits,
     )
+    made = _rotated(source, config) if family.gguf_pairs_neighbours else {}
+    return Tower(Derived(source, made), config, family.entries(config))
+
+
+def _rotated(source: GGUFFile, config: LLMConfig) -> dict[str, Made]:
+    """The kernels of queries and keys with their channels in our order."""
     # llama.cpp permutes the rows of q and k for its own rotary kernel: other matrices are as
     # published.
     made = {}
     for layer in range(config.num_layers):
-        for part, heads in (("q", num_heads), ("k", num_kv_heads)):
+        for part, heads in (("q", config.num_heads), ("k", config.num_kv_heads)):
             name = f"model.layers.{layer}.self_attn.{part}_proj.weight"
             if name in source.tensors:
-                made[name] = Made(
-                    source.tensors[name], (name,), functools.partial(_halves, num_heads=heads)
-                )
-    return Tower(Derived(source, made), config, mapping.llama(config))
+                make = functools.partial(_halves, num_heads=heads)
+                made[name] = Made(source.tensors[name], (name,), make)
+    return made
 
 
 def _open(path: Path) -> gguf.GGUFReader:

@@ -1,12 +1,14 @@
 """The conversion of a GGUF file's tokenizer to a tokenizer file of its kind."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import sentencepiece.sentencepiece_model_pb2 as sentencepiece_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from alignvlm_jax.data import tokenizers
 from alignvlm_jax.data.tokenizers.tiktoken import PATTERN
 from alignvlm_jax.errors import UserError, nearest
 
@@ -16,23 +18,31 @@ normal, unknown, control, user-defined, ..."""
 
 # Pre-tokenizers, which split a text before bytes are merged, by `tokenizer.ggml.pre`.
 _BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-_LLAMA3 = pre_tokenizers.Sequence(
-    [
-        pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-)
+
+
+def _split_by(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+_LLAMA3 = _split_by(PATTERN)
 PRE_TOKENIZERS = {
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _BYTES]),
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
+    # As Llama 3's, with each digit by itself.
+    "qwen2": _split_by(PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")),
     "gpt-2": _BYTES,
 }
 
 
 def write_gguf_tokenizer(fields: Mapping[str, Any], folder: Path) -> None:
     """Writes the tokenizer that a GGUF's metadata describe into `folder`: as tokenizer.json for
-    byte-level BPE, as tokenizer.model for SentencePiece.
+    byte-level BPE, as tokenizer.model for SentencePiece; and its chat template, where it has one.
 
     Raises:
       UserError: the kind of tokenizer, or its pre-tokenizer, is unknown.
@@ -44,6 +54,19 @@ def write_gguf_tokenizer(fields: Mapping[str, Any], folder: Path) -> None:
         (folder / "tokenizer.model").write_bytes(_sentencepiece(fields))
     else:
         raise UserError(f"tokenizer.ggml.model is {kind!r}{nearest(str(kind), ('gpt2', 'llama'))}")
+    if template := fields.get("tokenizer.chat_template"):
+        (folder / tokenizers.TEMPLATE).write_text(template)
+        settings = json.dumps(dict(_named_tokens(fields)), indent=2)
+        (folder / tokenizers.SETTINGS).write_text(f"{settings}\n")
+
+
+def _named_tokens(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The tokens that a template names, by their names there."""
+    names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+    for theirs, ours in names.items():
+        token = fields.get(f"tokenizer.ggml.{theirs}_token_id")
+        if token is not None:
+            yield f"{ours}_token", fields["tokenizer.ggml.tokens"][token]
 
 
 def _byte_level(fields: Mapping[str, Any]) -> Tokenizer:

@@ -117,8 +117,6 @@ def test_chatml_is_the_template_and_the_mask_its_answers(tmp_path):
     reference = write_chatml(tmp_path)
     tokenizer = tokenizers.load(tmp_path)
     text = (
-        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging "
-        "Face<|im_end|>\n"
         "<|im_start|>user\nWhat is the total?<|im_end|>\n<|im_start|>assistant\n318.40<|im_end|>\n"
     )
     tokens, is_answer = chat.encode_chat(tokenizer, TURNS[:1], 0, image_id=999)

@@ -1,0 +1,345 @@
+"""A chat format out of a tokenizer's own chat template: the template is rendered with marks in the
+place of questions and answers, and split at them."""
+
+import dataclasses
+import datetime
+import json
+import re
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from alignvlm_jax.data.tokenizers.base import ChatFiles
+from alignvlm_jax.errors import UserError, nearest
+
+STRIPS = {
+    "": lambda text: text,
+    "strip": str.strip,
+    "lstrip": str.lstrip,
+    "rstrip": str.rstrip,
+    "lstrip_newlines": lambda text: text.lstrip("\n"),
+    "strip_newlines": lambda text: text.strip("\n"),
+}
+"""What a template does to the white space around a text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatFormat:
+    """What stands around questions and answers: `start IMAGE`, or `start user IMAGE` for the first
+    turn, then for each turn `user QUESTION assistant ANSWER end after`. Special tokens stand in
+    these strings by their names.
+
+    Attributes:
+      start: before the first turn.
+      user: before a question.
+      assistant: between question and answer.
+      end: the special token that ends an answer, which the model has to say.
+      after: after the end of an answer.
+      stops: special tokens at which generation stops; `end` is one of them.
+      image_in_turn: whether images stand inside the first turn, before its question, or before all
+        turns.
+      question_strip: a name in STRIPS.
+      answer_strip: a name in STRIPS.
+      before_answer: text that the model has to say before an answer.
+      after_answer: text that the model has to say between an answer and its end.
+      earlier_assistant: `assistant` of turns before the last, where it is another.
+      earlier_strip: `answer_strip` of those turns.
+      is_joined: whether text is encoded from one special token to the next, ours together with the
+        question's, as transformers does; otherwise each string by itself.
+    """
+
+    start: str
+    user: str
+    assistant: str
+    end: str
+    after: str = ""
+    stops: tuple[str, ...] = ()
+    image_in_turn: bool = True
+    question_strip: str = ""
+    answer_strip: str = ""
+    before_answer: str = ""
+    after_answer: str = ""
+    earlier_assistant: str | None = None
+    earlier_strip: str = ""
+    is_joined: bool = False
+
+    def around(self, is_last: bool) -> tuple[str, str]:
+        """Returns `assistant` and the name of the strip of answers, of the last turn or another."""
+        if is_last or self.earlier_assistant is None:
+            return self.assistant, self.answer_strip
+        return self.earlier_assistant, self.earlier_strip
+
+    def spell(self, turns: Sequence[tuple[str, str]], question: str | None = None) -> str:
+        """Returns the text of a conversation without images; with a `question`, which the last
+        answer is yet to follow."""
+        text = self.start
+        for number, (question_of_turn, answer) in enumerate(turns):
+            is_last = question is None and number == len(turns) - 1
+            assistant, strip = self.around(is_last)
+            text += self.user + STRIPS[self.question_strip](question_of_turn) + assistant
+            text += self.before_answer + STRIPS[strip](answer) + self.after_answer
+            text += self.end + self.after
+        if question is not None:
+            text += self.user + STRIPS[self.question_strip](question) + self.assistant
+        return text
+
+
+def to_json(chat_format: ChatFormat) -> str:
+    """Returns a format as a chat_format.json holds it."""
+    return json.dumps(dataclasses.asdict(chat_format), indent=2, ensure_ascii=False) + "\n"
+
+
+def from_json(name: str, text: str) -> ChatFormat:
+    """Returns the format that a chat_format.json holds.
+
+    Args:
+      name: of the file, for messages.
+
+    Raises:
+      UserError: it is damaged, or names a field that there is not.
+    """
+    known = {field.name for field in dataclasses.fields(ChatFormat)}
+    try:
+        fields = dict(json.loads(text))
+        for field, value in fields.items():
+            if field not in known:
+                raise UserError(f"{name}: unknown field {field!r}{nearest(field, known)}")
+            _check_value(name, field, value)
+        chat_format = ChatFormat(**fields | {"stops": tuple(fields.get("stops", ()))})
+    except (ValueError, TypeError) as err:
+        raise UserError(f"{name} is no chat format: {err}") from err
+    if chat_format.is_joined and not chat_format.image_in_turn:
+        raise UserError(
+            f"{name}: with is_joined, images stand in a turn: image_in_turn must be true"
+        )
+    return chat_format
+
+
+def _check_value(name: str, field: str, value: Any) -> None:
+    kind = {"stops": list, "image_in_turn": bool, "is_joined": bool}.get(field, str)
+    is_absent = field == "earlier_assistant" and value is None
+    if not isinstance(value, kind) and not is_absent:
+        raise UserError(f"{name}: {field} is {value!r}; it must be of type {kind.__name__}")
+    if field.endswith("strip") and value not in STRIPS:
+        raise UserError(f"{name}: {field} is {value!r}{nearest(value, STRIPS)}")
+
+
+Message = dict[str, str]
+
+# Of the private use area: no template looks at them, and none writes them itself.
+QUESTION = "\ue000"
+ANSWER = "\ue001"
+DATE = datetime.date(2024, 7, 26)
+"""What templates that write the date are told: a prompt must not differ from one day to the next.
+It is what Llama 3.2's own writes where it is told none."""
+TEXT_ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|endoftext|>", "</s>")
+"""Special tokens that end any text: generation stops at them as well."""
+PADDED = "\n \t{} \t\n"
+
+CONVERSATIONS: tuple[tuple[tuple[str, str], ...], ...] = (
+    (("What is the total?", "318.40"),),
+    (("What is the total?", "318.40"), ("Who pays?", "Dr. Strange"), ("When?", "12 May")),
+    (("  Who?\n ", "\n Nobody \t"), ("\n\nWhy? ", "\n\nIt says so. \n")),
+    (("Été à Zürich, 東京?", "naïve 👩‍💻"),),
+    (("Is <b>it</b> [bold] {{ x }}?", "<|yes|> {% if %} [INST] </b>"), ("<s>", "<br/>")),
+)
+"""A format must spell these as its template does."""
+
+
+def read(files: ChatFiles, special_tokens: Collection[str]) -> ChatFormat:
+    """Returns the format of a chat template; images stand before the question of the first turn.
+
+    Args:
+      files: with a template.
+      specials: names of the tokenizer's special tokens.
+
+    Raises:
+      UserError: the template cannot be rendered, or what it writes is no ChatFormat, and where it
+        differs.
+    """
+    template = Template(files)
+    chat_format = _split(template, special_tokens)
+    for turns in CONVERSATIONS:
+        messages = _messages(turns)
+        question = turns[0][0]
+        prompt = [*messages, {"role": "user", "content": question}]
+        _compare(files, chat_format.spell(turns), template.render(messages, False))
+        _compare(files, chat_format.spell(turns, question), template.render(prompt, True))
+        _compare(files, chat_format.spell((), question), template.render(prompt[-1:], True))
+    return chat_format
+
+
+class _Generation(Extension):
+    """`{% generation %}`, by which some templates mark what the model says: what stands in it."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class Template:
+    """A chat template, rendered as transformers renders it: in a sandbox, and on a fixed date."""
+
+    def __init__(self, files: ChatFiles):
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+        )
+        # Jinja's own escapes characters of HTML.
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = DATE.strftime
+        self.files = files
+        try:
+            self._template = environment.from_string(files.template)
+        except jinja2.TemplateError as err:
+            raise self._error(err) from err
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """Returns the text of a conversation.
+
+        Raises:
+          UserError: the template fails on it.
+        """
+        try:
+            return self._template.render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                # An answer about a page comes without a chain of thought before it.
+                enable_thinking=False,
+                **dict(self.files.named_tokens),
+            )
+        except Exception as err:  # A template can do anything, and fail by anything.
+            raise self._error(err) from err
+
+    def _error(self, err: Exception) -> UserError:
+        reason = " ".join(str(err).split())
+        return UserError(f"{self.files.name}: its chat template cannot be rendered ({reason})")
+
+
+class _Texts(NamedTuple):
+    """What a template writes around a question and an answer."""
+
+    head: str  # Before the first question.
+    assistant: str  # From a question to the end of a prompt.
+    middle: str  # From a question to its answer, of the last turn.
+    earlier: str  # From a question to its answer, of another turn.
+    tail: str  # After the last answer.
+    between: str  # From an answer to the next question.
+
+
+def _around(
+    template: Template, turns: Sequence[tuple[str, str]], question: str | None = None
+) -> list[str]:
+    """The texts before, between and after the marks."""
+    messages = _messages(turns)
+    if question is not None:
+        messages.append({"role": "user", "content": question})
+    return re.split(f"[{QUESTION}{ANSWER}]", template.render(messages, question is not None))
+
+
+def _texts(template: Template) -> _Texts:
+    files = template.files
+    prompt = _around(template, (), QUESTION)
+    one = _around(template, [(QUESTION, ANSWER)])
+    two = _around(template, [(QUESTION, ANSWER)] * 2)
+    if (len(prompt), len(one), len(two)) != (2, 3, 5):
+        _refuse(files, "a question or an answer does not stand in it once as it is")
+    head, assistant = prompt
+    _, middle, tail = one
+    if one[0] != head or two[0] != head or two[4] != tail or two[3] != middle:
+        _refuse(files, f"one turn begins {one[0]!r}, two begin {two[0]!r}, a prompt {head!r}")
+    if not middle.startswith(assistant):
+        _refuse(files, f"a prompt ends {assistant!r}, and before an answer stands {middle!r}")
+    if not two[2].startswith(tail):
+        _refuse(files, f"the last answer is followed by {tail!r}, an earlier one by {two[2]!r}")
+    return _Texts(head, assistant, middle, two[1], tail, two[2])
+
+
+def _split(template: Template, special_tokens: Collection[str]) -> ChatFormat:
+    files = template.files
+    head, assistant, middle, earlier, tail, between = _texts(template)
+    before_answer = middle.removeprefix(assistant)
+    if not earlier.endswith(before_answer):
+        _refuse(files, f"before the last answer stands {middle!r}, before others {earlier!r}")
+    user = between.removeprefix(tail)
+    if not head.endswith(user):
+        _refuse(files, f"the first turn opens {head!r}, another {user!r}")
+    names = sorted(special_tokens, key=len, reverse=True)
+    found = re.search("|".join(map(re.escape, names)), tail) if names else None
+    if found is None:
+        _refuse(files, f"no special token ends an answer, but {tail!r}")
+    earlier_assistant = earlier.removesuffix(before_answer)
+    end = found.group()
+    padded = QUESTION, PADDED.format(ANSWER)
+    stops = (end, dict(files.named_tokens).get("eos_token", end), *TEXT_ENDS)
+    return ChatFormat(
+        start=head.removesuffix(user),
+        user=user,
+        assistant=assistant,
+        end=end,
+        after=tail[found.end() :],
+        stops=tuple(stop for stop in dict.fromkeys(stops) if stop in special_tokens),
+        question_strip=_strip(
+            files, _around(template, (), PADDED.format(QUESTION)), head, assistant
+        ),
+        answer_strip=_strip(files, _around(template, [padded])[1:], middle, tail),
+        before_answer=before_answer,
+        after_answer=tail[: found.start()],
+        earlier_assistant=None if earlier_assistant == assistant else earlier_assistant,
+        earlier_strip=_strip(
+            files, _around(template, [padded, (QUESTION, ANSWER)])[1:3], earlier, between
+        ),
+        is_joined=True,
+    )
+
+
+def _strip(files: ChatFiles, found: list[str], before: str, after: str) -> str:
+    """The name of what was done to the white space of PADDED, which stands in `found` beside the
+    mark, beyond what stands there without it."""
+    left, right = PADDED.split("{}")
+    for name, strip in STRIPS.items():
+        kept = strip(f"{left}{QUESTION}{right}").partition(QUESTION)
+        if found == [before + kept[0], kept[2] + after]:
+            return name
+    _refuse(files, f"white space around a text becomes {found[0][len(before):]!r} before it and "
+                   f"{found[-1]!r} after it")  # fmt: skip
+
+
+def _compare(files: ChatFiles, ours: str, theirs: str) -> None:
+    if ours == theirs:
+        return
+    pairs = zip(ours, theirs, strict=False)
+    same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
+    after = theirs[max(0, same - 20) : same]
+    there = f"{theirs[same : same + 40]!r} after {after!r}"
+    _refuse(files, f"it has {there}, where by its first turns would stand {ours[same:][:40]!r}")
+
+
+def _refuse(files: ChatFiles, reason: str) -> NoReturn:
+    raise UserError(
+        f"{files.name}: its chat template is no sequence of like turns: {reason}; write a "
+        "chat_format.json beside it"
+    )
+
+
+def _messages(turns: Sequence[tuple[str, str]]) -> list[Message]:
+    return [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+
+
+def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise ValueError(message)

@@ -1,0 +1,88 @@
+"""Qwen: the dense models of Qwen 2 and 2.5, with biases at queries, keys and values, and of Qwen 3,
+with queries and keys normalised by head."""
+
+from types import MappingProxyType
+from typing import Any
+
+from alignvlm_jax.config import LLMConfig
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.weights.families.base import Fields
+from alignvlm_jax.weights.families.llama import BLOCKS, LAYER, Llama
+from alignvlm_jax.weights.mapping import Entry
+
+FULL = "full_attention"
+
+
+class Qwen2(Llama):
+    """Qwen 2 and 2.5."""
+
+    model_type = "qwen2"
+    class_name = "Qwen2ForCausalLM"
+    traits = MappingProxyType({"qkv_bias": True})
+    gguf_architecture = "qwen2"
+    gguf_pairs_neighbours = False
+    absent = ()
+
+    def read(self, fields: Fields) -> LLMConfig:
+        """See LLMFamily."""
+        refuse_window(fields)
+        # Where it is absent, transformers takes 32 and not, as of a Llama, one for each head.
+        fields["num_key_value_heads"]
+        return super().read(fields)
+
+    def entries(self, config: LLMConfig) -> tuple[Entry, ...]:
+        """See LLMFamily."""
+        attention = f"{LAYER}.self_attn"
+        biases = (
+            Entry(f"{BLOCKS}/attn/q/bias", f"{attention}.q_proj.bias", "Hh -> (Hh)"),
+            Entry(f"{BLOCKS}/attn/k/bias", f"{attention}.k_proj.bias", "Kh -> (Kh)"),
+            Entry(f"{BLOCKS}/attn/v/bias", f"{attention}.v_proj.bias", "Kh -> (Kh)"),
+        )
+        return (*super().entries(config), *biases)
+
+    def hf_config(self, config: LLMConfig) -> dict[str, Any]:
+        """See LLMFamily."""
+        return {**super().hf_config(config), "use_sliding_window": False}
+
+
+class Qwen3(Llama):
+    """The dense models of Qwen 3."""
+
+    model_type = "qwen3"
+    class_name = "Qwen3ForCausalLM"
+    traits = MappingProxyType({"qk_norm": True})
+    gguf_architecture = "qwen3"
+    gguf_pairs_neighbours = False
+    absent = ("attention_bias",)
+
+    def read(self, fields: Fields) -> LLMConfig:
+        """See LLMFamily."""
+        refuse_window(fields)
+        # Defaults of the class, which are not those that follow from a Llama's other sizes.
+        fields["num_key_value_heads"]
+        fields["head_dim"]
+        return super().read(fields)
+
+    def entries(self, config: LLMConfig) -> tuple[Entry, ...]:
+        """See LLMFamily."""
+        attention = f"{LAYER}.self_attn"
+        norms = (
+            Entry(f"{BLOCKS}/attn/q_norm/scale", f"{attention}.q_norm.weight", "h -> h"),
+            Entry(f"{BLOCKS}/attn/k_norm/scale", f"{attention}.k_norm.weight", "h -> h"),
+        )
+        return (*super().entries(config), *norms)
+
+    def hf_config(self, config: LLMConfig) -> dict[str, Any]:
+        """See LLMFamily."""
+        return {**super().hf_config(config), "use_sliding_window": False}
+
+
+def refuse_window(fields: Fields) -> None:
+    """Raises UserError where some layer sees a window of the tokens alone; the size of a window
+    stands in every config.json, whether a layer uses it or not."""
+    fields.choose("use_sliding_window", (False,), False)
+    others = sorted(set(fields.get("layer_types", [])) - {FULL})
+    if others:
+        raise UserError(
+            f"{fields.folder}/config.json: layer_types names {others[0]!r}; read are: {FULL!r}"
+        )
