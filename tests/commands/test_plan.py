@@ -246,9 +246,9 @@ BAD = {
     "generate_heads": (["--mesh=1x2x4", "--topology=v5e:2x4", "--generate"], "llm/blocks/attn/k/kernel"),
     "heads": (["--mesh=1x2x4", "--topology=v5e:2x4"], r"llm/blocks/attn/k/kernel"),
     "words": (["--mesh=1x4x2", "--topology=v5e:2x4", "--config.model.llm.vocab_size=129"], "129"),
-    "batch": (["--mesh=8x1x1", "--topology=v5e:2x4", "--config.train.batch_size=12"], "a batch of "
-                                                                                      "6 rows"),
-    "batch_below_data": (["--mesh=8x1x1", "--topology=v5e:2x4", "--config.train.batch_size=4"], "a batch of 2 rows"),
+    "batch": (["--mesh=8x1x1", "--topology=v5e:2x4", "--config.train.batch_size=12"], "a microbatch "
+                                                                                      "of 6 "),
+    "batch_below_data": (["--mesh=8x1x1", "--topology=v5e:2x4", "--config.train.batch_size=4"], "a microbatch of 2 "),
     "more_chips": (["--mesh=4x4x1", "--topology=v5e:2x4"], "does not fit 8 devices"),
     "topology": (["--topology=v5e:3x3"], "unknown topology 'v5e:3x3'; v5e slices: 2x2, 2x4"),
     "slices": (["--topology=v5e:2x4", "--num_slices=2", "--mesh=1x16x1"], "data 1 does not divide "
