@@ -119,7 +119,7 @@ def read(path: str | Path) -> Index:
     """Reads an index file of this machine.
 
     Raises:
-      UserError: it is missing, damaged, or lacks a task that rows now have; the message says how to
+      UserError: it is missing, damaged, or lacks one of `examples.TASKS`; the message says how to
         count anew.
     """
     return _index(_read(os.fspath(path), 0))
@@ -182,16 +182,16 @@ def _of_shards(place: str, indexes: tuple[tuple[str, Entry | None], ...]) -> Ind
             recount(place),
         )
 
-    def part(item: tuple[str, Entry | None]) -> Index:
+    def of_shard(item: tuple[str, Entry | None]) -> Index:
         path = filesystem.join(place, item[0])
         if item[1] is None:
             raise UserError(f"index {path} is missing; {recount(place)}")
         return _index(_read(path, item[1].size))
 
-    parts = filesystem.in_threads(part, indexes)
-    if len({part.tokenizer for part in parts}) > 1:
+    found = filesystem.in_threads(of_shard, indexes)
+    if len({one.tokenizer for one in found}) > 1:
         raise UserError(f"{place} was counted by several tokenizers; {recount(place)}")
-    whole = concatenate(parts)
+    whole = concatenate(found)
     for array in (
         *whole.text_tokens.values(),
         whole.image_sizes,
@@ -231,20 +231,21 @@ def _index(fields: dict[str, np.ndarray]) -> Index:
     return Index(text_tokens, **others | {"tokenizer": str(fields["tokenizer"])})
 
 
-def concatenate(parts: list[Index]) -> Index:
+def concatenate(indexes: list[Index]) -> Index:
     """Returns one index of all; they have the same tokenizer."""
     starts = [np.zeros(1, np.int64)]
-    for part in parts:
-        starts.append(part.image_starts[1:] + starts[-1][-1])
+    # Each begins where the images of those before it end: their starts are moved by so many.
+    for one in indexes:
+        starts.append(one.image_starts[1:] + starts[-1][-1])
     return Index(
         {
-            task: np.concatenate([part.text_tokens[task] for part in parts])
+            task: np.concatenate([one.text_tokens[task] for one in indexes])
             for task in examples.TASKS
         },
-        np.concatenate([part.image_sizes for part in parts]),
+        np.concatenate([one.image_sizes for one in indexes]),
         np.concatenate(starts),
-        np.concatenate([part.content_hash for part in parts]),
-        parts[0].tokenizer,
+        np.concatenate([one.content_hash for one in indexes]),
+        indexes[0].tokenizer,
     )
 
 

@@ -111,11 +111,11 @@ class Mixture:
     def epoch(self, number: int, begin: int) -> Epoch:
         """Returns an epoch that follows `begin` sequences: always the same one."""
         seed = [*self._seed, MIXTURE]
-        parts = [
+        of_sources = [
             usable[epoch_of(len(usable), self.counts[name], name, seed, number)]
             for name, usable in self._usable.items()
         ]
-        records = np.concatenate(parts)
+        records = np.concatenate(of_sources)
         tasks = self._draw_tasks(records, number)
         seed = [*self._seed, PLAN]
         if self._lengths is None:

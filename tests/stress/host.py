@@ -95,14 +95,14 @@ def _tell_phases(events: Events) -> None:
 def _tell_batches(events: Events) -> None:
     from alignvlm_jax.data import loader
 
-    parts = loader.TrainSequences.parts
+    segments = loader.TrainSequences.segments
     init = loader.TrainBatches.__init__
     following = loader.TrainBatches.__next__
 
     slow = float(os.environ.get("STRESS_SLOW", "0"))
 
     def kept(self: loader.TrainSequences, index: int) -> list:
-        found = parts(self, index)
+        found = segments(self, index)
         ids = self.__dict__.setdefault("ids", {})
         ids[index] = [name for name, _ in found]
         return found
@@ -116,14 +116,14 @@ def _tell_batches(events: Events) -> None:
         row = self.next_sequence
         batch = following(self)
         # Rows are read ahead by other threads, but never after the batch that they are in.
-        ids = [self._rows.ids.pop(row + local) for local in self._local_rows]
+        ids = [self._sequences.ids.pop(row + local) for local in self._local_rows]
         digest = 0
         for name in sorted(batch):
             digest = zlib.crc32(batch[name].tobytes(), digest)
         events.write(stage=self.stage, row=row, rows=list(self._local_rows), ids=ids, digest=digest)
         return batch
 
-    loader.TrainSequences.parts = kept
+    loader.TrainSequences.segments = kept
     loader.TrainBatches.__init__ = begin
     loader.TrainBatches.__next__ = next_batch
 
