@@ -1,7 +1,7 @@
-"""Analyses of a trained model by name.
+"""Analyses of a trained model, by name.
 
-Adding one is a file here and a line in `REGISTRY` (`base.Analysis` says what it defines): `inspect`
-runs it, and reports show it.
+A new analysis is a module in this folder and a line in `REGISTRY` (`base.Analysis` says what it
+defines): `inspect` runs it, and reports show it.
 """
 
 from alignvlm_jax.analysis.base import Analysis
@@ -16,9 +16,9 @@ REGISTRY: dict[str, Analysis] = {
     "pca": PCA(),
     "cost": ConnectorCosts(),
 }
-"""By what `--analysis` calls them, in the order of a report."""
+"""The analyses by their name on the command line (`--analysis`), in the order of a report."""
 
 
 def every() -> list[Analysis]:
-    """Returns all analyses, of those that have kinds one of each kind."""
+    """Returns all analyses; an analysis that has kinds comes once for each kind."""
     return [kind for one in REGISTRY.values() for kind in (one.kinds() or {one.name: one}).values()]

@@ -1,5 +1,4 @@
-"""What an analysis of a trained model is, and what analyses share: flags, tables, the file that
-each of them leaves."""
+"""The interface of analyses of a trained model, and what they share: flags, tables and files."""
 
 import abc
 import argparse
@@ -27,18 +26,19 @@ FOLDER = "analysis"
 
 
 class Analysis(Protocol):
-    """Something that a trained model is measured for: `inspect --analysis=NAME` runs it, and the
-    report of the workdir shows it.
+    """An analysis of a trained model.
 
-    `found` is what `measure` returned: plain values that JSON holds. `written` is what the file
-    NAME.json holds: `found`, the "settings" and what `write` says of the checkpoint.
+    `inspect --analysis=NAME` runs it, and the report of the workdir shows it. In the methods below
+    `found` is the result of `measure`, plain values that JSON holds, and `written` is the content
+    of the file NAME.json: `found`, the "settings", and the description of the checkpoint that
+    `write` adds.
 
     Attributes:
       name: stem of the files analysis/NAME.json and NAME.png.
       help: what it measures, for --help.
-      title: heads its section of the report.
-      needs_distribution: whether it reads the patches' distribution over the vocabulary: of another
-        connector it is refused.
+      title: heading of its section of the report.
+      needs_distribution: whether it reads the patches' distribution over the vocabulary. Such an
+        analysis is refused for connectors without one.
     """
 
     name: str
@@ -47,35 +47,45 @@ class Analysis(Protocol):
     needs_distribution: bool = False
 
     def kinds(self) -> Mapping[str, "Analysis"]:
-        """Returns analyses by what `--kind` calls them, this one first; none has no such flag."""
+        """Returns the kinds of this analysis by their name for `--kind`, this one first.
+
+        An analysis without kinds returns an empty mapping, and has no such flag.
+        """
         return {}
 
     def add_flags(self, parser: argparse.ArgumentParser) -> None:
-        """Adds flags beside `--analysis`, `--checkpoint` and `--data`; by default none."""
+        """Adds the flags of this analysis, beside `--analysis`, `--checkpoint` and `--data`."""
 
     def check(self, config: Config, args: argparse.Namespace) -> None:
-        """Raises UserError for flags that cannot be met. It runs before the model is loaded, so
-        that no mistake waits for that; `check_splits` runs before it."""
+        """Checks the flags of this analysis against the model's config.
+
+        It runs after `check_splits` and before the model is loaded, which takes long.
+
+        Raises:
+          UserError: a flag does not fit.
+        """
 
     @abc.abstractmethod
     def measure(self, loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
-        """Returns what is found. Of several processes all call it."""
+        """Returns the result of the analysis; all processes call it together."""
 
     @abc.abstractmethod
     def show(self, console: Console, found: Mapping[str, Any]) -> None:
-        """Prints the table of what was found."""
+        """Prints the result as tables."""
 
     @abc.abstractmethod
     def picture(self, connector: str, found: Mapping[str, Any]) -> bytes:
-        """Returns a PNG of what was found of a model with this connector."""
+        """Returns a PNG of the result for a model with this connector."""
 
     @abc.abstractmethod
     def sentence(self, written: Mapping[str, Any]) -> str:
-        """Returns the main numbers in words, for the report."""
+        """Returns a sentence with the main numbers, for the report."""
 
     def section(self, folder: Path, written: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns what the template of the report shows, with the picture of the folder that
-        NAME.json lies in; None where it was not drawn."""
+        """Returns the values that the template of the report shows.
+
+        The picture is NAME.png in `folder`, where NAME.json lies, or None if it was not drawn.
+        """
         path = folder / f"{self.name}.png"
         return {
             "title": self.title,
@@ -86,8 +96,8 @@ class Analysis(Protocol):
 
 
 def _source(written: Mapping[str, Any]) -> str:
-    """The questions and pages that were looked at, and the step of the checkpoint."""
-    # By the flags that analyses share; one that has neither looked at the checkpoint alone.
+    """Returns which questions, pages and checkpoint an analysis was made of, in words."""
+    # By the flags that analyses share: with neither, it is an analysis of the checkpoint alone.
     settings = written["settings"]
     parts = []
     if "split" in settings:
@@ -98,8 +108,10 @@ def _source(written: Mapping[str, Any]) -> str:
 
 
 def add_question_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of an analysis that asks questions; `check_splits` and `with_num_questions`
-    fill them in."""
+    """Adds the flags of an analysis that generates answers to questions.
+
+    `check_splits` and `with_num_questions` fill in their defaults from the model's config.
+    """
     parser.add_argument(
         "--split", help="whose questions are asked; default: the first of the config"
     )
@@ -107,7 +119,7 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_splits(data: DataConfig, evaluation: EvalConfig, args: argparse.Namespace) -> None:
-    """Fills in `--split` and `--pages`, where the analysis has these flags, from the config.
+    """Fills in `--split` and `--pages` from the config, if the analysis has these flags.
 
     Raises:
       UserError: there is no such split, or other processes of the run see other data.
@@ -124,20 +136,21 @@ def check_splits(data: DataConfig, evaluation: EvalConfig, args: argparse.Namesp
 
 
 def with_num_questions(loaded: Loaded, args: argparse.Namespace) -> Loaded:
-    """Returns the model, to be asked `--num_questions` questions where the analysis has this flag,
-    which is filled in from the model's config where it is not given."""
+    """Returns the model with `--num_questions` in its config, if the analysis has this flag.
+
+    A flag that is not given is filled in from the model's config.
+    """
     if "num_questions" not in args:
         return loaded
-    # Not before the model is loaded: where the newest checkpoint is damaged, an older one is, and
-    # the config is its own.
+    # Only now: if the newest checkpoint is damaged, an older one was loaded, and the config is that
+    # of the loaded one.
     args.num_questions = args.num_questions or loaded.config.eval.num_questions
     changed = dataclasses.replace(loaded.config.eval, num_questions=args.num_questions)
     return dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, eval=changed))
 
 
 def table(first: str, *titles: str) -> Table:
-    """Returns an empty table to print; its first column is aligned left, the others, which hold
-    numbers, right."""
+    """Returns an empty table to print, with a left-aligned first column and columns of numbers."""
     made = Table(box=None, padding=(0, 1, 0, 0))
     for number, title in enumerate((first, *titles)):
         made.add_column(title, justify="right" if number else "left", no_wrap=True)
@@ -145,22 +158,26 @@ def table(first: str, *titles: str) -> Table:
 
 
 def quantiles(values: np.ndarray) -> dict[str, float]:
-    """Returns the mean of values and what 5, 50 and 95 % of them lie below."""
+    """Returns the mean and the 5th, 50th and 95th percentile of values [n]."""
     cuts = dict(zip(("p5", "p50", "p95"), np.percentile(values, (5, 50, 95)).tolist(), strict=True))
     return {"mean": float(values.mean()), **cuts}
 
 
 def folder(loaded: Loaded) -> Path:
-    """Returns where analyses of a checkpoint are written."""
+    """Returns the folder of the analyses of a checkpoint, in its workdir."""
     return loading.workdir_of(loaded.path) / FOLDER
 
 
 def write(
     loaded: Loaded, name: str, settings: Mapping[str, Any], results: Mapping[str, Any]
 ) -> Path:
-    """Writes analysis/NAME.json: what was looked at, how (with the seed), and what was found.
+    """Writes the file analysis/NAME.json and returns its path.
 
-    Returns its path.
+    Args:
+      loaded: the model, whose checkpoint is described.
+      name: name of the analysis.
+      settings: its flags, with the seed.
+      results: the result of `Analysis.measure`.
     """
     fields = {
         "analysis": name,
@@ -171,7 +188,7 @@ def write(
         "settings": dict(settings),
         **results,
     }
-    # With tokens as they are spelled, and whole or not at all: a report may read it at any time.
+    # In one step, since a report may read it at any time. Without ensure_ascii tokens stay legible.
     path = folder(loaded) / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     storage.write_whole(path, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")

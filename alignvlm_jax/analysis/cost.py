@@ -1,10 +1,10 @@
-"""What connectors cost beside the same vision encoder and LLM: parameters, FLOPs, memory, time
-(arXiv 2502.01341, table 7).
+"""The cost of connectors beside the same vision encoder and LLM (arXiv 2502.01341, table 7).
 
-Neither time nor memory depends on what parameters are, so connectors that the checkpoint does not
-have are initialised at random, in the settings of its config (for most, their defaults). A page is
-one that fills all tiles that a question may have; every answer is as long as it may be. Times are
-medians, after compiling; compare those of one table only.
+It has parameters, FLOPs, memory and time. Neither time nor memory depends on the values of
+parameters, so connectors that the checkpoint does not have are initialised at random, with the
+settings of its config (for most, their defaults). The page fills all tiles that a question may
+have, and every answer has the largest length. Times are medians, after compiling; only times of one
+table compare.
 """
 
 import argparse
@@ -39,18 +39,18 @@ from alignvlm_jax.train import state
 
 QUESTION = "What is the total?"
 NO_END = (-1,)
-"""End tokens of answers that never end."""
+"""Stop tokens that no model generates, so that every answer has the largest length."""
 
+# Of the figure, in inches.
 WIDTH = 10.0
 BAR_HEIGHT = 0.36
 FRAME_HEIGHT = 0.75
-"""Inches."""
 
 COLUMNS = ("tokens", "parameters", "GFLOP", "encode ms", "answer ms", "tokens/s", "temp. MiB")
 
 
 class ConnectorCosts(Analysis):
-    """What each connector costs, a row and a bar each."""
+    """The analysis of the cost of each connector, with a row and a bar for each."""
 
     name = "cost"
     help = (
@@ -72,7 +72,7 @@ class ConnectorCosts(Analysis):
 
     def check(self, config: Config, args: argparse.Namespace) -> None:
         for name in args.connectors:
-            # Whether there is one of this name, and then whether it fits the tiles of this model.
+            # The first raises for an unknown name, the second if it does not fit the model's tiles.
             connectors.get(name)
             with_connector(config, name)
 
@@ -80,7 +80,7 @@ class ConnectorCosts(Analysis):
         return measure(loaded, args.connectors, args.repeats)
 
     def show(self, console: Console, found: Mapping[str, Any]) -> None:
-        """Prints a row a connector."""
+        """Prints a table with a row for each connector."""
         console.print(
             f"{found['device']}, {found['batch_size']} pages at once of {found['tiles_per_page']} "
             f"tiles, answers of {found['answer_tokens']} tokens; vision encoder and LLM: "
@@ -103,8 +103,10 @@ class ConnectorCosts(Analysis):
             console.print(f"{name} is left out: {reason}", markup=False)
 
     def picture(self, connector: str, found: Mapping[str, Any]) -> bytes:
-        """Returns a PNG of parameters, time to encode a page and tokens a page by connector, the
-        model's own coloured."""
+        """Returns a PNG of parameters, encoding time and tokens of a page, by connector.
+
+        The bars of the model's own connector are coloured.
+        """
         costs = found["costs"]
         names = [cost["connector"] for cost in costs]
         colors = [plotting.COLORS[0] if name == connector else plotting.QUIET for name in names]
@@ -153,13 +155,13 @@ class Cost:
 
     Attributes:
       connector: its name.
-      tokens_per_page: that the LLM is given.
-      num_params: of the connector.
-      gflops: forward of a page in the connector.
-      encode_seconds: from pixels to visual tokens, a page.
-      answer_seconds: from pixels to the whole answer, a page.
-      tokens_per_second: of answers.
-      temporary_mib: that encoding needs on a device beside parameters and pixels, as compiled.
+      tokens_per_page: number of visual tokens of a page that the LLM is given.
+      num_params: number of parameters of the connector.
+      gflops: 10^9 FLOPs of the connector's forward pass for a page.
+      encode_seconds: seconds from pixels to visual tokens, for a page.
+      answer_seconds: seconds from pixels to the complete answer, for a page.
+      tokens_per_second: generated tokens a second, with the time of encoding in it.
+      temporary_mib: MiB that the compiled encoding needs on a device beside parameters and pixels.
     """
 
     connector: str
@@ -173,16 +175,15 @@ class Cost:
 
 
 def measure(loaded: Loaded, names: Sequence[str], repeats: int) -> dict[str, Any]:
-    """Returns the cost of connectors, and which of the names do not fit the checkpoint's tiles,
-    with the reason.
+    """Returns the cost of connectors, and the reason for each connector that was left out.
 
     Args:
-      loaded: whose towers are taken, and whose mesh.
-      names: of connectors; none: all.
-      repeats: of each timing.
+      loaded: the model whose towers and mesh are used.
+      names: names of connectors; if empty, all that fit the model's tiles.
+      repeats: number of repetitions of each timing.
 
     Raises:
-      UserError: an unknown name, or one asked for that does not fit.
+      UserError: a name is unknown, or a named connector does not fit the model's tiles.
     """
     for name in names:
         connectors.get(name)
@@ -192,7 +193,7 @@ def measure(loaded: Loaded, names: Sequence[str], repeats: int) -> dict[str, Any
         try:
             config = with_connector(loaded.config, name)
         except UserError as err:
-            # One that was asked for by name is not left out in silence.
+            # A connector that the user named is not left out silently.
             if names:
                 raise
             left_out[name] = str(err)
@@ -212,31 +213,30 @@ def measure(loaded: Loaded, names: Sequence[str], repeats: int) -> dict[str, Any
 
 
 def with_connector(config: Config, name: str) -> Config:
-    """Returns the config with another connector, and packed sequences that a page of all its tiles
-    and a question fit in.
+    """Returns the config with another connector, and with a sequence length that fits a full page.
 
     Raises:
       UserError: the connector does not fit the tiles.
     """
     model = config.model.with_connector(name)
-    # Longer by a whole page of this connector's tokens, which may be more than the trained one's.
+    # Longer by a full page of this connector's tokens, which may be more than the trained one's.
     length = config.data.seq_len + config.data.tiles_of_a_record * model.tokens_per_tile
     data = dataclasses.replace(config.data, seq_len=length)
     return check(dataclasses.replace(config, model=model, data=data))
 
 
 def cost_of(loaded: Loaded, repeats: int) -> Cost:
-    """Returns what the connector of a model costs."""
+    """Returns the measured cost of the connector of a model."""
     config = loaded.config
     data_parallel_size = loaded.data_parallel_size
     num_new = loaded.config.eval.max_new_tokens
-    # A page for each device that batches are spread over: what is timed is divided by their number.
+    # A batch has a page for each data-parallel device, and times are divided by their number.
     prompts = loader.stack(
         [full_prompt(loaded)] * len(sharding.rows_of_process(loaded.mesh, data_parallel_size))
     )
     with mesh_lib.use(loaded.mesh):
         tiles = sharding.put_batch({"tiles": prompts["tiles"]}, loaded.mesh)
-        # Compiled by hand, as only a compiled program tells of its memory.
+        # Compiled ahead of time: only a compiled program tells its memory.
         encode = (
             jax.jit(_visual_tokens, static_argnums=0)
             .lower(loaded.model, loaded.variables, tiles)
@@ -263,7 +263,7 @@ def cost_of(loaded: Loaded, repeats: int) -> Cost:
 
 
 def full_prompt(loaded: Loaded) -> examples.PackedSequence:
-    """Returns the prompt of a question about a page that fills all its tiles, without padding."""
+    """Returns the unpadded prompt of a question about a page that fills all tiles."""
     config = loaded.config
     vision = config.model.vision
     num_tiles = config.data.tiles_of_a_record
@@ -271,8 +271,8 @@ def full_prompt(loaded: Loaded) -> examples.PackedSequence:
     tokens = chat.encode_prompt(
         loaded.tokenizer, QUESTION, num_image_tokens, config.model.image_token_id
     )
-    # Its own length, not the config's: padding would cost every connector the same, and hide what
-    # they differ in. Tiles uint8 [I, height, width, 3] are white: time does not depend on pixels.
+    # Its own length, not the config's: padding would cost every connector the same, and hide their
+    # differences. Tiles, uint8 [I, height, width, 3], are white: time does not depend on pixels.
     return {
         "tokens": np.asarray(tokens, np.int32),
         "positions": np.arange(len(tokens), dtype=np.int32),
@@ -284,7 +284,7 @@ def full_prompt(loaded: Loaded) -> examples.PackedSequence:
 
 
 def _fitted(loaded: Loaded) -> Loaded:
-    """The model with its config's connector, initialised where the checkpoint has another one."""
+    """Returns the model with its config's connector, initialised if the checkpoint's is another."""
     config = loaded.config
     if config.model.connector == loaded.model.config.connector:
         return loaded
@@ -298,7 +298,8 @@ def _fitted(loaded: Loaded) -> Loaded:
 
 
 def _median_seconds(fn: Callable[[], Any], repeats: int) -> float:
-    fn()  # Compiles.
+    """Returns the median wall time of `repeats` calls, after one that is not timed."""
+    fn()  # compiles
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -308,6 +309,7 @@ def _median_seconds(fn: Callable[[], Any], repeats: int) -> float:
 
 
 def _num_params(params: Mapping) -> int:
+    """Returns the number of parameters in a tree of arrays."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
 
 

@@ -1,8 +1,8 @@
-"""How far a perturbation displaces visual tokens, as cosine distances.
+"""Feature displacement: how far a perturbation moves visual tokens, as cosine distances.
 
-The distance alone deceives: where all patches share a large mean vector, which a flat softmax over
-a vocabulary gives, it is small because *every* distance is. So beside it stands the distance
-between different tokens, unperturbed, and both once more after that mean is taken off.
+The distance alone misleads: if all patches have a large mean vector in common, as a flat softmax
+over a vocabulary gives, it is small because *every* distance is. So the distance between different
+unperturbed tokens is measured as well, and both once more after that mean is subtracted.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,9 +20,18 @@ from alignvlm_jax.shapes import Array, Float
 def measure(
     loaded: Loaded, pages: Sequence[Record], perturbations: Sequence[Perturbation]
 ) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """Returns the mean distance between different visual tokens, unperturbed, and for each
-    perturbation that of a token from itself unperturbed; `centred` ones with the mean unperturbed
-    token taken off both."""
+    """Returns mean cosine distances between visual tokens of pages.
+
+    Args:
+      loaded: the model.
+      pages: records whose images are used.
+      perturbations: the perturbations to measure.
+
+    Returns:
+      The distance between different unperturbed tokens, and for each perturbation the distance of
+      a token from the same token unperturbed. `centred` ones are measured with the mean unperturbed
+      token subtracted from both.
+    """
     clean = visual_tokens(loaded, pages, Perturbation(0, seed=0))  # float32 [tokens, D]
     mean = clean.mean(0)
     between = {
@@ -35,7 +44,7 @@ def measure(
         displaced.append(
             {
                 "distance": float(cosine_distances(clean, noisy).mean()),
-                # The clean mean for both: what the perturbation adds to all tokens alike counts.
+                # The clean mean for both: a displacement that is common to all tokens counts.
                 "centred_distance": float(cosine_distances(clean - mean, noisy - mean).mean()),
             }
         )
@@ -45,37 +54,44 @@ def measure(
 def visual_tokens(
     loaded: Loaded, pages: Sequence[Record], perturbation: Perturbation
 ) -> np.ndarray:
-    """Returns what the connector makes of pages, perturbed, float32 [tokens, D]."""
+    """Returns the visual tokens of perturbed pages, float32 [tokens, D]."""
     tiles = tiles_lib.tiles_of(loaded, [perturbation.page(page) for page in pages])
-    # A tile a row, each with a name and so noise of its own; no fields where nothing is perturbed
-    # within the model.
+    # Each tile is a row with a name of its own, and so with noise of its own. There are no fields
+    # if nothing is perturbed within the model.
     rows = [perturbation.inputs(f"tile {index}") for index in range(len(tiles))]
     fields = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     return _flat(tiles_lib.map_tiles(loaded, _visual_tokens, {"tiles": tiles, **fields}))
 
 
 def feature_std(loaded: Loaded, pages: Sequence[Record]) -> float:
-    """Returns `signal_std` of the vision features of pages."""
+    """Returns the standard deviation of the vision features of pages, as `signal_std` has it."""
     tiles = tiles_lib.tiles_of(loaded, pages)
     return signal_std(_flat(tiles_lib.map_tiles(loaded, _features, {"tiles": tiles})))
 
 
 def signal_std(features: np.ndarray) -> float:
-    """Returns the standard deviation of features [n, E] over patches, the root of its mean square
-    over channels: what is the same in all patches is no signal."""
+    """Returns the standard deviation of features [n, E] over n patches.
+
+    It is the root of the mean over channels of the variance over patches: a value that is the same
+    in all patches is no signal.
+    """
     return float(np.sqrt(np.float64(features).var(0).mean()))
 
 
 def cosine_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Returns 1 - cos of each row of a [n, D] and the same row of b, float64 [n]; 1 where a row is
-    zero."""
+    """Returns the cosine distance of each row of a [n, D] to the same row of b [n, D], float64 [n].
+
+    The distance is 1 - cosine, in [0, 2]; it is 1 if a row is zero.
+    """
     # Rounding leaves equal rows a little below 0.
     return np.maximum(1 - (_unit(a) * _unit(b)).sum(-1), 0)
 
 
 def between_distance(tokens: np.ndarray) -> float:
-    """Returns the mean cosine distance of two different rows of tokens [n, D], over all pairs; 0 of
-    a single row."""
+    """Returns the mean cosine distance over all pairs of different rows of tokens [n, D].
+
+    It is 0 for a single row.
+    """
     unit = _unit(tokens)
     pairs = len(unit) * (len(unit) - 1)
     if not pairs:
@@ -86,14 +102,14 @@ def between_distance(tokens: np.ndarray) -> float:
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
-    """Rows [n, D] at length 1, float64; zeros stay zeros."""
+    """Returns rows [n, D] scaled to length 1, float64 [n, D]; zero rows stay zero."""
     rows = np.float64(rows)
     length = np.linalg.norm(rows, axis=-1, keepdims=True)
     return rows / np.where(length > 0, length, 1)
 
 
 def _flat(parts: Iterable[np.ndarray]) -> np.ndarray:
-    """Vectors of all parts, float32 [n, width]."""
+    """Returns the vectors of all parts [..., width] in one array, float32 [n, width]."""
     return np.concatenate([np.float32(part).reshape(-1, part.shape[-1]) for part in parts])
 
 

@@ -1,13 +1,12 @@
-"""How much perturbation a connector bears (arXiv 2502.01341, section 5.4).
+"""Robustness of a connector to perturbations (arXiv 2502.01341, section 5.4).
 
 The paper adds Gaussian noise to the features just before the connector; here the page's pixels may
-be perturbed too, or its content moved. Two things are measured: the scores of the answers, and how
-far visual tokens are displaced (`displacement`). Of content that moved there are no distances: a
-patch then shows something else.
+be perturbed too, or its content moved. Two things are measured: the scores of the answers, and the
+displacement of visual tokens (`displacement`). Moved content has no distances, because a patch then
+shows something else.
 
-The paper's noise has sigma 3 on features whose scale it does not tell. Sigmas are therefore also
-given in units of the features' standard deviation, which compare between models; so are shifts in
-patches.
+The paper's noise has sigma 3 on features of unknown scale. Sigmas are therefore also given in units
+of the features' standard deviation, which compare between models; shifts are also given in patches.
 """
 
 import argparse
@@ -39,7 +38,7 @@ COLUMNS = {
     "distance": ("cos. distance", ".4f"),
     "centred_distance": ("mean removed", ".4f"),
 }
-"""By field of a point: the title of its column, and its format."""
+"""The title and the format of the column of each field of a point."""
 
 COMPARED_PAGES = {
     "type": flag_types.positive,
@@ -47,16 +46,16 @@ COMPARED_PAGES = {
     "help": "whose visual tokens are compared; default: 32",
 }
 INCHES = (5.0, 3.8)
-"""Of a panel."""
+"""Width and height of a panel."""
 
 
 class Noise(Analysis):
-    """What all kinds of perturbation share: common flags, the table, the figure, the sentence.
+    """The base class of analyses of a perturbation: flags, table, figure and sentence.
 
     Attributes:
-      curve_over: field of a point that curves are over, and the label of that axis, in which braces
-        name results.
-      size_in_words: field of a point that the sentence names sizes by, and how it puts one.
+      curve_over: the field of a point on the x axis of curves, and the label of that axis, whose
+        braces name fields of the result.
+      size_in_words: the field of a point by which the sentence names sizes, and a format for it.
     """
 
     curve_over: tuple[str, str]
@@ -77,7 +76,7 @@ class Noise(Analysis):
         parser.add_argument("--seed", type=int, default=0)
 
     def show(self, console: Console, found: Found) -> None:
-        """Prints a row a size, and what distances are to be compared with."""
+        """Prints a table with a row for each size, and the distances to compare with."""
         if "feature_std" in found:
             console.print(
                 f"The features' standard deviation over patches is {found['feature_std']:.3f}."
@@ -103,15 +102,20 @@ class Noise(Analysis):
         return self.curves({connector: found})
 
     def curves(self, results: Mapping[str, Found]) -> bytes:
-        """Returns a PNG of results by name, over the size of the perturbation: ANLS, and, of kinds
-        with distances, the displacement of visual tokens with the mean removed, as a fraction of
-        the distance between different ones."""
+        """Returns a PNG of the ANLS over the size of the perturbation, a curve for each result.
+
+        Results with distances have a second panel: the displacement of visual tokens with the mean
+        removed, as a fraction of the distance between different ones.
+
+        Args:
+          results: results of one kind of perturbation, by the name of their curve.
+        """
         first = next(iter(results.values()))
         field, label = self.curve_over
         with_distances = "centred_between_distance" in first
 
         def draw(figure: Figure) -> None:
-            # squeeze=False: of a single panel, too, an array [1, panels].
+            # squeeze=False gives an array [1, panels] even for a single panel.
             panels = figure.subplots(1, 1 + with_distances, squeeze=False)[0]
             _draw_scores(panels[0], results, field)
             if with_distances:
@@ -128,7 +132,7 @@ class Noise(Analysis):
         text = f"Undisturbed, the answers score ANLS {clean['anls']:.3f}"
         if not points:
             return f"{text}."
-        # Up to the first loss: what scores well again at a larger size does so by chance.
+        # Only up to the first loss: a larger size that scores well again does so by chance.
         enough = 0.9 * clean["anls"]
         kept = [*itertools.takewhile(lambda point: point["anls"] >= enough, points)]
         last = points[-1]
@@ -148,7 +152,7 @@ class Noise(Analysis):
 
 
 class NoiseOnFeatures(Noise):
-    """Gaussian noise on the vision features, as in the paper."""
+    """The analysis of Gaussian noise on the vision features, as in the paper."""
 
     name = "noise"
     help = "scores and movement of visual tokens under Gaussian noise on the vision features"
@@ -179,7 +183,7 @@ class NoiseOnFeatures(Noise):
 
 
 class NoiseOnPixels(Noise):
-    """Gaussian noise on the page's pixels."""
+    """The analysis of Gaussian noise on the page's pixels."""
 
     name = "noise_pixels"
     help = "scores and movement of visual tokens under Gaussian noise on the page's pixels"
@@ -202,7 +206,7 @@ class NoiseOnPixels(Noise):
 
 
 class MovedContent(Noise):
-    """Content of the page moved by whole pixels."""
+    """The analysis of content of the page that is moved by whole pixels."""
 
     name = "noise_layout"
     help = "scores where the content of pages is moved"
@@ -234,7 +238,7 @@ class MovedContent(Noise):
 
 FEATURES = NoiseOnFeatures()
 KINDS = {"features": FEATURES, "pixels": NoiseOnPixels(), "layout": MovedContent()}
-"""By what `--kind` calls them."""
+"""The kinds of perturbation by their name on the command line (`--kind`)."""
 
 
 def measure_features(
@@ -245,26 +249,27 @@ def measure_features(
     num_pages: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Returns what noise on the features does: points, the first without noise, in the order of
-    their sigmas, and what they are compared with.
+    """Returns the scores and displacements under noise on the features.
 
-    A point has the scores, and the mean `distance` of visual tokens with and without noise;
-    `centred_distance` with the mean token of the clean pages taken off both.
+    The result has a point for each sigma, in ascending order and beginning with no noise. A point
+    has the scores, the mean `distance` between visual tokens with and without noise, and
+    `centred_distance`, for which the mean token of the clean pages is subtracted from both.
 
     Args:
-      loaded: the model; its config says where the split is and how many questions are asked.
-      split: of the documents.
-      sigmas: of the noise, in the unit of the features.
-      relative_sigmas: in units of `feature_std`.
-      num_pages: documents, of those asked about, whose features and visual tokens are compared.
-      seed: of the noise.
+      loaded: the model; its config gives the folder of the data and the number of questions.
+      split: name of the split whose questions are used.
+      sigmas: standard deviations of the noise, in the unit of the features.
+      relative_sigmas: standard deviations in units of the features' own, `feature_std`.
+      num_pages: number of records, among those with questions, whose features and visual tokens
+        are compared.
+      seed: seed of the noise.
 
     Raises:
       UserError: the split is missing, has no questions or no images.
     """
     pages = perturbation.pages_with_questions(loaded, split)[:num_pages]
     feature_std = displacement.feature_std(loaded, pages)
-    # A set: a sigma that is asked for in both units is measured once.
+    # A set: a sigma that is given in both units is measured once.
     sizes = sorted({0.0, *sigmas, *(relative * feature_std for relative in relative_sigmas)})
     trials = [FeatureNoise(sigma, seed) for sigma in sizes]
     points = [{"sigma": sigma, "relative_sigma": sigma / feature_std} for sigma in sizes]
@@ -274,8 +279,15 @@ def measure_features(
 def measure_pixels(
     loaded: Loaded, split: str, sigmas: Sequence[float], num_pages: int, seed: int
 ) -> dict[str, Any]:
-    """Returns what noise on the pixels does, as `measure_features` does; sigmas are in units of the
-    range from black to white."""
+    """Returns the scores and displacements under noise on the pixels, as `measure_features` does.
+
+    Args:
+      loaded: the model.
+      split: name of the split whose questions are used.
+      sigmas: standard deviations of the noise, as fractions of the range from black to white.
+      num_pages: number of records whose visual tokens are compared.
+      seed: seed of the noise.
+    """
     pages = perturbation.pages_with_questions(loaded, split)[:num_pages]
     sizes = sorted({0.0, *sigmas})
     # The first is no noise on features, so that kinds share the file of unperturbed answers.
@@ -287,9 +299,9 @@ def measure_pixels(
 def _with_distances(
     loaded: Loaded, split: str, pages: Sequence[Record], points: Sequence[dict], trials: Sequence
 ) -> dict[str, Any]:
-    """The points with the scores and distances of their trials."""
-    # Distances first, which take less: a page that cannot be read is found before questions are
-    # asked.
+    """Returns the points with the scores and distances of their trials added."""
+    # Distances first, since they take less time: an unreadable page is found before any answer is
+    # generated.
     between, displaced = displacement.measure(loaded, pages, trials)
     scores = perturbation.scores(loaded, split, trials)
     found = [a | b | c for a, b, c in zip(points, scores, displaced, strict=True)]
@@ -299,16 +311,15 @@ def _with_distances(
 def measure_layout(
     loaded: Loaded, split: str, shifts: Sequence[int], relative_shifts: Sequence[float], seed: int
 ) -> dict[str, Any]:
-    """Returns what moving the content of pages does: the scores at shifts of at most so many
-    pixels, the first 0.
+    """Returns the scores for pages whose content is moved, by the largest shift, from 0 on.
 
     Args:
-      loaded: as for `measure_features`.
-      split: of the documents.
-      shifts: in pixels of the page.
-      relative_shifts: in units of `patch_pixels`, the shorter side of a patch where it lies on the
-        page; rounded to pixels, 1 at least.
-      seed: of the shifts.
+      loaded: the model, as for `measure_features`.
+      split: name of the split whose questions are used.
+      shifts: largest shifts in pixels of the page.
+      relative_shifts: largest shifts in units of `patch_pixels`, the shorter side of a patch on the
+        page; they are rounded to pixels, to at least 1.
+      seed: seed of the shifts.
     """
     side = perturbation.patch_side(loaded, perturbation.pages_with_questions(loaded, split))
     # A shift that rounds to 0 would be the unperturbed point once more.
@@ -341,7 +352,7 @@ def _draw_distances(axes: Axes, results: Mapping[str, Found], field: str) -> Non
 def _draw_curves(
     axes: Axes, results: Mapping[str, Found], field: str, value: Callable[[Found, Found], float]
 ) -> None:
-    """Draws a curve for each name: the value of every point over its field."""
+    """Draws a curve for each result: `value` of its points over their `field`."""
     style = {"marker": "o", "markersize": 4, "linewidth": 1.6}
     for number, (name, found) in enumerate(results.items()):
         sizes = [point[field] for point in found["points"]]

@@ -1,11 +1,10 @@
-"""How well the tokens that patches use span the space of text embeddings (arXiv 2502.01341, figure
-4).
+"""Coverage of the space of text embeddings by the tokens that patches use.
 
-The paper plots the first two principal components of the LLM's text embeddings and sees its 3.4K
-chosen tokens all over the plane. So would any tokens be: beside them stand as many random ones and
-the most frequent ones. How well each set covers is measured twice: what fraction of the variance of
-all embeddings the set's own principal directions explain, and how far the tokens left out are from
-their nearest token in the set.
+The paper (arXiv 2502.01341, figure 4) plots the first two principal components of the LLM's text
+embeddings and sees its 3.4K chosen tokens all over the plane. Any tokens would be, so the same
+number of random and of most frequent ones are measured as well. There are two measures for each
+set: the fraction of the variance of all embeddings that the set's own principal directions explain,
+and the distance of the other tokens from their nearest token in the set.
 """
 
 import argparse
@@ -28,14 +27,14 @@ from alignvlm_jax.pictures import plotting
 
 NUM_COMPONENTS = 10
 MAX_SAMPLE = 1024
-"""Tokens whose nearest neighbours are looked for, and points of a set that are kept to plot."""
+"""Most tokens whose nearest neighbours are searched, and most points of a set that are plotted."""
 
 INCHES = (10.0, 4.6)
 CHOSEN = "chosen"
 
 
 class PCA(Analysis):
-    """The tokens that patches use among the principal components of all text embeddings."""
+    """The analysis of how well the tokens that patches use cover the space of text embeddings."""
 
     name = "pca"
     help = "how well the words that ALIGN's patches use cover the space of text embeddings"
@@ -50,7 +49,7 @@ class PCA(Analysis):
         return measure(loaded, args.pages, args.num_pages, args.threshold, args.seed)
 
     def show(self, console: Console, found: Mapping[str, Any]) -> None:
-        """Prints a row a set of tokens."""
+        """Prints a table with a row for each set of tokens."""
         console.print(
             f"{found['num_chosen']:,} of {found['num_words']:,} words chosen. The first "
             f"{found['num_components']} principal components of all explain "
@@ -65,8 +64,10 @@ class PCA(Analysis):
         console.print(table)
 
     def picture(self, connector: str, found: Mapping[str, Any]) -> bytes:
-        """Returns a PNG: tokens on the first two principal components, the chosen ones highlighted,
-        and how well they cover all beside random and frequent ones."""
+        """Returns a PNG of all tokens on the first two principal components.
+
+        The chosen tokens are highlighted; beside them are bars of the coverage by each set.
+        """
 
         def draw(figure: Figure) -> None:
             points, right = figure.subfigures(1, 2, width_ratios=(1.15, 1))
@@ -95,29 +96,34 @@ class PCA(Analysis):
 
 @dataclasses.dataclass(frozen=True)
 class Components:
-    """Principal components of vectors: their `mean` [D], the `directions` [k, D], largest variance
-    first, and the `fractions` of the variance that they explain [k]."""
+    """The first k principal components of vectors of width D, largest variance first.
+
+    Attributes:
+      mean: mean of the vectors, [D].
+      directions: orthonormal directions, [k, D].
+      fractions: fraction of the variance that each direction explains, [k].
+    """
 
     mean: np.ndarray
     directions: np.ndarray
     fractions: np.ndarray
 
     def project(self, vectors: np.ndarray) -> np.ndarray:
-        """Returns the coordinates of vectors [n, D], [n, k]."""
+        """Returns the coordinates [n, k] of vectors [n, D] along the directions."""
         return (vectors - self.mean) @ self.directions.T
 
 
 def measure(
     loaded: Loaded, pages: str, num_pages: int, threshold: float, seed: int
 ) -> dict[str, Any]:
-    """Returns what each set of tokens explains of the text embeddings, and coordinates to plot.
+    """Returns the coverage of the text embeddings by each set of tokens, and coordinates to plot.
 
     Args:
       loaded: the model.
-      pages: split whose documents choose the tokens.
-      num_pages: documents of it.
-      threshold: a token is chosen where its largest probability in a patch is above it.
-      seed: of the random tokens.
+      pages: name of the split whose documents choose the tokens.
+      num_pages: number of its documents that are used.
+      threshold: a token is chosen if its largest probability in a patch is above it.
+      seed: seed of the random tokens.
 
     Raises:
       UserError: the connector has no distribution over the vocabulary, the split is missing, or no
@@ -125,7 +131,7 @@ def measure(
     """
     patch_tokens.check(loaded.config.model)
     used = vocabulary.usage(loaded, pages, num_pages)
-    # The table's last rows, up to vocab_size, only make it divisible: they are no tokens.
+    # The table's last rows, up to vocab_size, are padding that makes it divisible: no tokens.
     num_tokens = loaded.config.model.llm.unpadded_vocab_size
     table = np.float64(jax.device_get(loaded.params["llm"]["embed"]["table"]))[:num_tokens]
     chosen = used.kept("highest", threshold)[:num_tokens]
@@ -147,9 +153,14 @@ def measure(
 
 
 def token_sets(loaded: Loaded, chosen: np.ndarray, pages: str, seed: int) -> dict[str, np.ndarray]:
-    """Returns ids of the chosen tokens, bool [V], and of as many others: random ones, and those
-    most frequent in the documents of a split, in what they show, what they are asked and what is
-    answered (ties: the lower id)."""
+    """Returns the ids of three sets of tokens of the same size: chosen, random and most frequent.
+
+    Args:
+      loaded: the model.
+      chosen: whether each token is chosen, bool [V].
+      pages: name of the split in whose documents tokens are counted.
+      seed: seed of the random tokens.
+    """
     count = int(chosen.sum())
     counts = token_counts(loaded, pages, len(chosen))
     rng = np.random.default_rng(seed)
@@ -161,11 +172,15 @@ def token_sets(loaded: Loaded, chosen: np.ndarray, pages: str, seed: int) -> dic
 
 
 def token_counts(loaded: Loaded, split: str, num_tokens: int) -> np.ndarray:
-    """Returns how often each token stands in the documents of a split, int [num_tokens]."""
+    """Returns the frequency of each token in the documents of a split, int [num_tokens].
+
+    Words of the pages, questions and answers count.
+    """
     counts = np.zeros(num_tokens, int)
     records = shards.RecordSource(loaded.config.data.dir, split)
     for record in map(records.__getitem__, range(len(records))):
-        # A line at a time, as the model is to read it: single words lack the spaces between them.
+        # A line at a time, as the model is taught to transcribe it: words encoded one by one would
+        # lack the spaces between them.
         shown = [" ".join(word.text for word in line) for page in record.lines for line in page]
         turns = [text for turn in record.turns for text in (turn.question, *turn.answers)]
         for text in shown + turns:
@@ -188,10 +203,18 @@ def components(vectors: np.ndarray, count: int) -> Components:
 
 
 def coverage(table: np.ndarray, ids: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
-    """Returns how well a set of tokens covers the table [V, D]: `explained`, the fraction of the
-    variance of all rows along the set's own principal directions; `nearest`, the mean distance of
-    rows outside to the nearest in the set, in units of the rows' root mean square distance from
-    their mean; None where no row is outside."""
+    """Returns two measures of how well a set of tokens covers the embeddings.
+
+    Args:
+      table: embeddings of all tokens, float64 [V, D].
+      ids: the tokens of the set, int [n].
+      rng: chooses the tokens outside whose distance is measured, `MAX_SAMPLE` at most.
+
+    Returns:
+      `explained`, the fraction of the variance of all rows along the set's own principal
+      directions; and `nearest`, the mean distance of rows outside to the nearest row of the set, in
+      units of the root mean square distance of rows from their mean (None if no row is outside).
+    """
     centred = table - table.mean(0)
     own = components(table[ids], NUM_COMPONENTS)
     explained = ((centred @ own.directions.T) ** 2).sum() / (centred**2).sum()
@@ -206,7 +229,7 @@ def coverage(table: np.ndarray, ids: np.ndarray, rng: np.random.Generator) -> di
 
 
 def sample(ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns the ids, or MAX_SAMPLE of them."""
+    """Returns all ids, or a random choice of `MAX_SAMPLE` of them, sorted."""
     return ids if len(ids) <= MAX_SAMPLE else np.sort(rng.choice(ids, MAX_SAMPLE, replace=False))
 
 
@@ -239,7 +262,7 @@ def _draw_points(axes: Axes, found: Mapping[str, Any]) -> None:
 
 
 def _draw_sets(axes: Axes, values: Mapping[str, float | None], form: str) -> None:
-    """A bar a set; none where there is no value."""
+    """Draws a bar for each set; a set without a value has none."""
     texts = ["none is left" if value is None else form.format(value) for value in values.values()]
     colors = [plotting.COLORS[0] if name == CHOSEN else plotting.QUIET for name in values]
     plotting.bars(axes, list(values), [value or 0.0 for value in values.values()], texts, colors)

@@ -1,8 +1,8 @@
-"""Perturbations of what a model sees: noise on its vision features, noise on the page's pixels, a
-page that moved; and the scores of answers that are given through them.
+"""Perturbations of a model's input, and the scores of the answers that are generated with them.
 
-A perturbation follows from its seed and from the id of the question or the page alone. It has the
-same direction at every size, so that a curve over sizes is smooth.
+There are noise on the vision features, noise on the page's pixels, and moved content. A
+perturbation depends on its seed and on the id of the question or the page alone. It has the same
+direction at every size, so that a curve over sizes is smooth.
 """
 
 import dataclasses
@@ -26,11 +26,11 @@ from alignvlm_jax.inference.loading import Loaded
 
 @dataclasses.dataclass(frozen=True)
 class Perturbation:
-    """A perturbation of one size. Of size 0, where every kind is the same, it is none.
+    """A perturbation of one size; with size 0, every kind leaves the input as it is.
 
     Attributes:
-      size: in the unit of its kind.
-      seed: the same one gives the same perturbation at every size, but for its size.
+      size: its size, in the unit of its kind.
+      seed: seed of its direction, which is the same at every size.
     """
 
     size: float
@@ -38,23 +38,23 @@ class Perturbation:
 
     @property
     def file(self) -> str:
-        """What the name of a file of answers says of it."""
+        """The description of the perturbation in the name of a file of predictions."""
         raise NotImplementedError
 
     def header(self) -> dict[str, Any]:
-        """Returns what the header of that file says of it."""
+        """Returns the description of the perturbation in the header of a file of predictions."""
         raise NotImplementedError
 
     def page(self, record: Record) -> Record:
-        """Returns the record as it is shown."""
+        """Returns the record with perturbed images; by default the record itself."""
         return record
 
     def inputs(self, name: str) -> PackedSequence:
-        """Returns the arrays that perturb the prompt of this name within the model."""
+        """Returns the model inputs that perturb the prompt of this name within the model."""
         return {}
 
     def _seed(self, name: str) -> int:
-        # Not hash(): that of a text is another one in every process.
+        # Not hash(), whose value for a string differs from process to process.
         return zlib.crc32(f"{self.seed}/{name}".encode())
 
 
@@ -72,15 +72,19 @@ class FeatureNoise(Perturbation):
         return {"sigma": self.size, "seed": self.seed}
 
     def inputs(self, name: str) -> PackedSequence:
-        if not self.size:  # Adding 0 would be another program, which rounds otherwise.
+        # Without the fields, not with a sigma of 0: adding 0 would be another program, which may
+        # round differently.
+        if not self.size:
             return {}
         return {"noise_sigma": np.float32(self.size), "noise_seed": np.uint32(self._seed(name))}
 
 
 class PixelNoise(Perturbation):
-    """Gaussian noise on the page's pixels, on each channel for itself, clipped. `size` is its
-    standard deviation, where white is 1 and black is 0. It is there before the page is cut into
-    tiles: what makes a large page smaller also averages over the noise."""
+    """Gaussian noise on the page's pixels, independent in each channel and clipped.
+
+    `size` is its standard deviation, where black is 0 and white is 1. The noise is added before the
+    page is cut into tiles, so that downscaling a large page also averages over the noise.
+    """
 
     @property
     def file(self) -> str:
@@ -101,8 +105,10 @@ class PixelNoise(Perturbation):
 
 
 class Shift(Perturbation):
-    """The page's content moved by whole pixels in x and in y, each at most `size` and uniform;
-    white where nothing was. What crosses the edge is lost."""
+    """A shift of the page's content by whole pixels, uniform in -size..size in both x and y.
+
+    Uncovered pixels are white, and content that crosses the edge is lost.
+    """
 
     @property
     def file(self) -> str:
@@ -112,13 +118,14 @@ class Shift(Perturbation):
         return {"kind": "layout", "shift": self.size, "seed": self.seed}
 
     def page(self, record: Record) -> Record:
-        # The words are no longer where the record says.
+        # Without lines: the boxes of words are those of the original page.
         return dataclasses.replace(_changed(record, self._moved), lines=()) if self.size else record
 
     def offset(self, name: str) -> tuple[int, int]:
-        """Returns how far an image of this name moves right and down."""
+        """Returns how many pixels an image of this name moves to the right and down."""
         where = np.random.default_rng(self._seed(name)).random(2)
-        # Of -size .. size each is as likely: 2 size + 1 intervals of [0, 1) of one length.
+        # [0, 1) in 2 size + 1 intervals of equal length: all of -size..size are equally likely, and
+        # the direction is the same at every size (`integers` would not keep it).
         x, y = (np.floor((2 * self.size + 1) * where) - self.size).astype(int).tolist()
         return x, y
 
@@ -129,12 +136,12 @@ class Shift(Perturbation):
 
 
 def none(seed: int) -> Perturbation:
-    """Returns no perturbation: of whatever kind, its answers are one file."""
+    """Returns the perturbation that changes nothing; all kinds have one file for its answers."""
     return FeatureNoise(0.0, seed)
 
 
 def _changed(record: Record, change: Callable[[Image.Image, str], Image.Image]) -> Record:
-    """The record with every image changed, by a name of its own."""
+    """Returns the record with `change(image, name)` of every image, each with its own name."""
     names = [f"{record.id}/{i}" for i in range(len(record.images))]
     decoded = [images.decode_image(image, record.id) for image in record.images]
     # PNG: a lossy format would add noise of its own.
@@ -143,7 +150,7 @@ def _changed(record: Record, change: Callable[[Image.Image, str], Image.Image]) 
 
 
 def pages_with_questions(loaded: Loaded, split: str) -> list[Record]:
-    """Returns the documents of a split that its questions are about, in their order.
+    """Returns the records of a split that the chosen questions are about, in the split's order.
 
     Raises:
       UserError: the split is missing or has no questions.
@@ -156,7 +163,7 @@ def pages_with_questions(loaded: Loaded, split: str) -> list[Record]:
 
 
 def patch_side(loaded: Loaded, pages: Sequence[Record]) -> float:
-    """Returns the shorter side of a patch in pixels of the page, of pages of many sizes the median.
+    """Returns the shorter side of a patch in pixels of the page, as the median over pages.
 
     Raises:
       UserError: an image cannot be read, or there is none.
@@ -170,7 +177,8 @@ def patch_side(loaded: Loaded, pages: Sequence[Record]) -> float:
             page = images.decode_image(image, record.id)
             most = data.tiles_of_a_record // len(record.images)
             scales = images.tile_image(page, vision, most, data.use_overview).scales
-            sides.append((patch / scales[-1]).min())  # The overview, if any, is the first.
+            # The last scale is that of the detailed tiles: an overview comes first.
+            sides.append((patch / scales[-1]).min())
     if not sides:
         raise UserError("the chosen records have no images")
     return float(np.median(sides))
@@ -179,8 +187,10 @@ def patch_side(loaded: Loaded, pages: Sequence[Record]) -> float:
 def predict(
     evaluator: Runner, loaded: Loaded, split: str, perturbation: Perturbation
 ) -> Predictions:
-    """Returns the answers to a split's questions, perturbed; they stay in analysis/noise/ of the
-    workdir."""
+    """Returns the predictions on a split under a perturbation.
+
+    They are kept in analysis/noise/ of the workdir.
+    """
 
     def inputs(question: Question) -> PackedSequence:
         return perturbation.inputs(question.id)
@@ -193,7 +203,7 @@ def predict(
 def scores(
     loaded: Loaded, split: str, perturbations: Sequence[Perturbation]
 ) -> list[dict[str, Any]]:
-    """Returns the scores of a split's answers through each perturbation."""
+    """Returns the scores on a split under each perturbation."""
     # One runner for all: what it has compiled for one size serves the others.
     evaluator = Runner(loaded)
     results = [predict(evaluator, loaded, split, one) for one in perturbations]

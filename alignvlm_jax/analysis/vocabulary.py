@@ -1,11 +1,13 @@
-"""How ALIGN's patches use the vocabulary (arXiv 2502.01341, section 5.3): the mean of their
-distributions, how sharp each patch's own is, and what is left of the scores when the tokens that
-hardly any patch uses are taken away.
+"""Usage of the vocabulary by ALIGN's patches (arXiv 2502.01341, section 5.3).
 
-A dense mean says nothing of a patch: a thousand patches, each certain of another token, have a flat
-mean. So the entropy of each patch stands beside that of the mean. The paper names 3.4K tokens above
-1e-6 without saying of what; here both the mean over patches and the largest of them choose. Patches
-of a tile's padding count: the LLM is given them too.
+The analysis measures the mean of the patches' distributions, the entropy of each of them, and the
+scores that remain when the tokens that hardly any patch uses are removed.
+
+A dense mean says nothing about a single patch: a thousand patches, each certain of another token,
+have a flat mean. So the entropy of each patch is measured beside that of the mean. The paper has
+3.4K tokens above 1e-6 without saying which probability it means; here tokens are chosen both by
+their mean over patches and by their largest value. Patches in a tile's padding count, because the
+LLM is given them too.
 """
 
 import argparse
@@ -41,11 +43,11 @@ NUM_TOP = 20
 NUM_BINS = 40
 INCHES = (10.0, 5.2)
 TRIALS = {"all": "all {:,} words", "mean": "{:,} by their mean", "highest": "{:,} by their highest"}
-"""By what chose the tokens that were kept: the name of its bar."""
+"""The label of the bar of each trial, by what chose the tokens that it keeps."""
 
 
 class Vocabulary(Analysis):
-    """How patches use the vocabulary, and the scores with the tokens alone that they use."""
+    """The analysis of how patches use the vocabulary, and of the scores with only these tokens."""
 
     name = "vocabulary"
     help = "which words ALIGN's patches use, and the scores with these alone"
@@ -60,7 +62,7 @@ class Vocabulary(Analysis):
         return measure(loaded, args.split, args.pages, args.num_pages, args.threshold)
 
     def show(self, console: Console, found: Mapping[str, Any]) -> None:
-        """Prints how sharp patches are, their tokens, the scores with these alone."""
+        """Prints the entropy of patches, their top tokens, and the scores with fewer tokens."""
         table = base.table(f"{found['num_patches']:,} patches", "mean", "5 %", "50 %", "95 %")
         for name, unit in (("entropy", "bits"), ("perplexity", "words")):
             table.add_row(f"{name}, {unit}", *(f"{value:.2f}" for value in found[name].values()))
@@ -84,8 +86,7 @@ class Vocabulary(Analysis):
         console.print(table)
 
     def picture(self, connector: str, found: Mapping[str, Any]) -> bytes:
-        """Returns a PNG: the tokens of the largest mean, how sharp patches are, and the scores with
-        some tokens alone."""
+        """Returns a PNG of top tokens, the entropy of patches, and the scores with fewer tokens."""
 
         def draw(figure: Figure) -> None:
             left, right = figure.subfigures(1, 2, width_ratios=(1, 1.5))
@@ -108,7 +109,7 @@ class Vocabulary(Analysis):
 
 
 def add_usage_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of the pages whose patches choose tokens, and of the choice."""
+    """Adds the flags for the pages whose patches choose tokens, and for the threshold."""
     parser.add_argument(
         "--threshold",
         type=flag_types.probability,
@@ -124,8 +125,14 @@ def add_usage_flags(parser: argparse.ArgumentParser) -> None:
 
 
 class TileUsage(NamedTuple):
-    """Of each tile's patches: the sum and the largest of their distributions, and of each patch the
-    entropy in bits and the likeliest token."""
+    """The distributions over the vocabulary of the patches of B tiles, summarised.
+
+    Attributes:
+      total: sum over the patches of a tile.
+      highest: largest probability of each token in a patch of the tile.
+      entropy: entropy of each patch in bits.
+      top: likeliest token of each patch.
+    """
 
     total: Float[Array, "B V"]
     highest: Float[Array, "B V"]
@@ -135,13 +142,13 @@ class TileUsage(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """How patches use the vocabulary.
+    """The usage of the vocabulary by n patches.
 
     Attributes:
-      mean: of their distributions, float64 [V].
-      highest: of each token its largest probability in a patch, float64 [V].
-      entropies: of each patch, in bits.
-      top_counts: of each token in how many patches it is the likeliest, int [V].
+      mean: mean of their distributions, float64 [V].
+      highest: largest probability of each token in a patch, float64 [V].
+      entropies: entropy of each patch in bits, float64 [n].
+      top_counts: number of patches in which each token is the likeliest, int [V].
     """
 
     mean: np.ndarray
@@ -150,11 +157,14 @@ class Usage:
     top_counts: np.ndarray
 
     def kept(self, by: str, threshold: float) -> np.ndarray:
-        """Returns which tokens have more than `threshold`, bool [V]: of the "mean" or the
-        "highest".
+        """Returns whether each token has a probability above `threshold`, bool [V].
+
+        Args:
+          by: the probability that counts, "mean" or "highest".
+          threshold: the probability above which a token is kept.
 
         Raises:
-          UserError: no token has.
+          UserError: no token is kept.
         """
         kept = getattr(self, by) > threshold
         if not kept.any():
@@ -165,7 +175,7 @@ class Usage:
         return kept
 
     def facts(self) -> dict[str, Any]:
-        """Returns the numbers that describe it; entropies in bits, perplexities in tokens."""
+        """Returns numbers that describe the usage; entropies in bits, perplexities in tokens."""
         # Rounding leaves an entropy a little below 0, or above that of all tokens alike.
         most = np.log2(len(self.mean))
         counts, edges = np.histogram(self.entropies.clip(0, most), NUM_BINS, (0, most))
@@ -179,8 +189,10 @@ class Usage:
         }
 
     def top_tokens(self, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-        """Returns the tokens of the largest mean, each with the fraction of patches that it is the
-        likeliest in."""
+        """Returns the `NUM_TOP` tokens with the largest mean, largest first.
+
+        Each has the fraction of patches in which it is the likeliest.
+        """
         # Stable: of equal means the lower id comes first, on every machine.
         ids = np.argsort(-self.mean, kind="stable")[:NUM_TOP].tolist()
         return [
@@ -197,16 +209,15 @@ class Usage:
 def measure(
     loaded: Loaded, split: str, pages: str, num_pages: int, threshold: float
 ) -> dict[str, Any]:
-    """Returns how the pages use the vocabulary, and the scores on a split with all tokens and with
-    those kept.
+    """Returns the usage of the vocabulary on some pages, and scores with all and with kept tokens.
 
     Args:
-      loaded: the model; its config says where the splits are and how many questions are asked.
-      split: whose questions are asked.
-      pages: split whose documents choose the tokens; another one than `split`, for a test that
-        could fail.
-      num_pages: documents of it, spread evenly.
-      threshold: a token is kept above it.
+      loaded: the model; its config gives the folder of the data and the number of questions.
+      split: name of the split whose questions are used.
+      pages: name of the split whose documents choose the tokens. It should not be `split`, or the
+        tokens would be chosen on the test questions' own pages.
+      num_pages: number of its documents that are used, spread evenly.
+      threshold: a token is kept if its probability is above it.
 
     Raises:
       UserError: the connector has no distribution over the vocabulary, a split is missing, or no
@@ -229,13 +240,13 @@ def measure(
 
 
 def usage(loaded: Loaded, split: str, num_pages: int) -> Usage:
-    """Returns how the patches of at most `num_pages` documents of a split use the vocabulary."""
+    """Returns the usage of the vocabulary by the patches of `num_pages` documents of a split."""
     records = shards.RecordSource(loaded.config.data.dir, split)
     count = min(num_pages, len(records))
     tiles = tiles_lib.tiles_of(loaded, [records[i * len(records) // count] for i in range(count)])
     vocab_size = loaded.config.model.llm.vocab_size
-    # Sums of float64, a batch of tiles at a time: of distributions [patches, V] a page alone takes
-    # gigabytes, and float32 sums lose what a threshold of 1e-6 is about.
+    # A batch of tiles at a time, since the distributions [patches, V] of a single page take
+    # gigabytes. Sums are float64: in float32 they would lose what a threshold of 1e-6 decides.
     total = np.zeros(vocab_size)
     highest = np.zeros(vocab_size)
     top_counts = np.zeros(vocab_size, int)
@@ -250,10 +261,18 @@ def usage(loaded: Loaded, split: str, num_pages: int) -> Usage:
 
 
 def predict(evaluator: Runner, loaded: Loaded, split: str, kept: np.ndarray) -> dict[str, Any]:
-    """Returns the scores on a split of the model whose patches have the kept tokens only, bool [V];
-    the softmax is over them alone. The answers stay in analysis/vocabulary/ of the workdir."""
+    """Returns the scores on a split if the softmax of patches is over the kept tokens only.
+
+    The predictions are kept in analysis/vocabulary/ of the workdir.
+
+    Args:
+      evaluator: the runner that generates the answers.
+      loaded: the model.
+      split: name of the split.
+      kept: whether each token is kept, bool [V].
+    """
     count = int(kept.sum())
-    # In the name of the file: as many other tokens are another trial.
+    # In the name of the file, because another choice of as many tokens is another trial.
     code = zlib.crc32(np.packbits(kept).tobytes())
     path = base.folder(loaded) / "vocabulary" / f"{split}_{count}_words_{code:08x}.jsonl"
     header = {"kept_words": count, "kept_words_crc32": code}
@@ -268,14 +287,15 @@ def predict(evaluator: Runner, loaded: Loaded, split: str, kept: np.ndarray) -> 
 
 
 def entropy(p: np.ndarray) -> np.ndarray:
-    """Returns the entropy of distributions [..., V] in bits."""
+    """Returns the entropy of distributions [..., V] in bits, [...]."""
     return -(p * np.log2(np.where(p > 0, p, 1.0))).sum(-1)
 
 
 def _tile_usage(model: VLM, variables: Mapping, batch: Mapping[str, Array]) -> TileUsage:
+    """Returns the usage of the vocabulary by each tile of a batch, on the device."""
     # [B, I, P, V] with I = 1: `map_tiles` gives each tile a row of its own.
     p_BPV = model.apply(variables, batch, method="patch_probabilities")[:, 0]
-    # In float32: of 100,000 tokens what is lost is far below a hundredth of a bit.
+    # float32 is enough: with 100,000 tokens the error is far below a hundredth of a bit.
     bits_BP = -(p_BPV * jnp.log2(jnp.where(p_BPV > 0, p_BPV, 1.0))).sum(-1)
     return TileUsage(p_BPV.sum(1), p_BPV.max(1), bits_BP, p_BPV.argmax(-1))
 

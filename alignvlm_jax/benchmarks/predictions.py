@@ -1,8 +1,7 @@
-"""The file of predictions on one split: a header line that says how they were made, then a line a
-question.
+"""Files of predictions: a header line that says how they were made, then a line for each question.
 
-It grows under a `.partial` name and is renamed when it is whole, so a file without that suffix is
-always complete.
+A file grows under a `.partial` name and is renamed when it is complete: a file without that suffix
+is always complete.
 """
 
 import contextlib
@@ -27,11 +26,15 @@ from alignvlm_jax.storage import Path, lease
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """By score: a sum over questions, and the sum of their weights. Of two parts of a benchmark, as
-    two hosts have them, the sum is that of the whole.
+    """Sums over the questions of a benchmark, from which its scores follow.
 
-    A question usually adds its score and 1. F1 adds counts (`scores.fields`), VCR one for each
-    covered text.
+    The statistics of two parts of a benchmark, as two hosts have them, add up to those of the
+    whole. A question usually adds its score and a weight of 1; F1 adds counts
+    (`scores.text.field_f1`), VCR a weight of 1 for each covered text.
+
+    Attributes:
+      sums: sum over questions, by name of the score.
+      weights: sum of the questions' weights, by name of the score.
     """
 
     sums: Mapping[str, float]
@@ -41,13 +44,12 @@ class Statistics:
         return Statistics(_added(self.sums, other.sums), _added(self.weights, other.weights))
 
     def score(self, name: str) -> float | None:
-        """Returns a score, None where no question counts."""
+        """Returns the score of this name; None if no question counts for it."""
         return self.sums[name] / self.weights[name] if self.weights.get(name) else None
 
 
 def total(parts: Iterable[Mapping[str, tuple[float, float]]]) -> Statistics:
-    """Returns the statistics of questions, each given by its (sum, weight) of every score; none
-    have an empty one."""
+    """Returns the statistics of questions, each given as (sum, weight) by name of the score."""
     sums: dict[str, float] = {}
     weights: dict[str, float] = {}
     for part in parts:
@@ -58,22 +60,30 @@ def total(parts: Iterable[Mapping[str, tuple[float, float]]]) -> Statistics:
 
 
 def _added(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, float]:
+    """Returns the sums of the values of two mappings, by key; a missing value counts as 0."""
     return {name: ours.get(name, 0.0) + theirs.get(name, 0.0) for name in sorted({*ours, *theirs})}
 
 
 DIRECTORY = "predictions"
 TASKS = "tasks"
-"""Folder within, of benchmarks."""
+"""Name of the folder of the benchmarks' predictions, within `DIRECTORY`."""
 EVERY_SECONDS = 10.0
-"""Answers reach a bucket by then."""
+"""Longest time after which predictions are uploaded to a bucket."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """One file. Every row has at least id, record and kind, and where something was asked question,
-    answers and prediction; those of a split have score (ANLS) and exact, those of a task scores (by
-    name, the sum and the weight of `Statistics`), known_as, and problem where the question could
-    not be asked, or there was no text to read."""
+    """The content of a file of predictions.
+
+    Every row has `id`, `record` and `kind`; rows of questions have `question`, `answers` and
+    `prediction`. Rows of a split have `score` (ANLS) and `exact`. Rows of a task have `scores` (by
+    name, the sum and the weight of `Statistics`), `known_as` if they are of a question, and
+    `problem` if the question could not be asked, or there was no text to read.
+
+    Attributes:
+      header: says how the predictions were made.
+      rows: one for each question or text, in order.
+    """
 
     header: dict[str, Any]
     rows: list[dict[str, Any]]
@@ -91,41 +101,42 @@ class Predictions:
         return sum(row[field] for row in self.rows) / len(self.rows)
 
     def statistics(self) -> Statistics:
-        """Returns what the scores of a task are made of."""
+        """Returns the sums and weights of the scores of a task."""
         return total(row["scores"] for row in self.rows)
 
     def problems(self) -> list[str]:
-        """Returns why questions of a task could not be asked, one a question."""
+        """Returns the reasons why questions of a task could not be asked, one for each of them."""
         return [row["problem"] for row in self.rows if "problem" in row]
 
     def margin(self, field: str) -> float:
-        """Returns half the width of the 95 % interval of `mean`, taking questions as
-        independent."""
+        """Returns half the width of the 95 % confidence interval of `mean`.
+
+        It is the normal approximation for independent questions.
+        """
         mean = self.mean(field)
         variance = sum((row[field] - mean) ** 2 for row in self.rows) / len(self.rows)
         return 1.96 * math.sqrt(variance / len(self.rows))
 
 
 def path_of(workdir: str | os.PathLike, split: str, blind: bool) -> Path:
-    """Returns where a split's predictions stand in a workdir."""
+    """Returns the path of a split's predictions in a workdir; `blind` if pages are blank."""
     return storage.path(workdir) / DIRECTORY / f"{split}{'_blind' if blind else ''}.jsonl"
 
 
 def task_path(workdir: str | os.PathLike, task: str) -> Path:
-    """Returns where a task's predictions stand in a workdir."""
+    """Returns the path of a task's predictions in a workdir."""
     return storage.path(workdir) / DIRECTORY / TASKS / f"{task}.jsonl"
 
 
 def read(path: Path) -> Predictions | None:
-    """Returns the predictions in a file, or None where there is no header to read.
-
-    What follows the last newline is left out: a line half written when its process was stopped.
+    """Returns the predictions in a file, or None if it does not exist or has no header yet.
 
     Raises:
-      UserError: a whole line is not JSON.
+      UserError: a complete line is not JSON.
     """
     if not path.exists():
         return None
+    # What follows the last newline is a line that was half written when its process stopped.
     lines = path.read_bytes().decode().split("\n")[:-1]
     try:
         values = [json.loads(line) for line in lines]
@@ -135,8 +146,11 @@ def read(path: Path) -> Predictions | None:
 
 
 def made_alike(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    """Whether predictions with these headers were made in the same way: where the checkpoint lay
-    meanwhile does not count, which other fields know by its step and its time of training."""
+    """Whether predictions with these headers were made in the same way.
+
+    The path of the checkpoint does not count, since a workdir may be moved: other fields identify
+    the checkpoint by its step and its time of training.
+    """
     return {**first, "checkpoint": ""} == {**second, "checkpoint": ""}
 
 
@@ -157,19 +171,28 @@ def read_tasks(workdir: str | os.PathLike) -> dict[str, Predictions]:
 
 
 def _read_folder(folder: Path) -> list[Predictions | None]:
+    """Returns the predictions in the complete files of a folder (partial ones end otherwise)."""
     return [read(path) for path in sorted(storage.children(folder)) if path.suffix == ".jsonl"]
 
 
 class Writer:
-    """Appends to a file's partial form, from where an earlier process with the same header stopped.
+    """A writer that appends to the partial file of some predictions.
+
+    It resumes where an earlier process with the same header stopped.
 
     Attributes:
-      predictions: what is in the file so far.
+      predictions: the content of the file so far.
     """
 
     def __init__(self, path: Path, header: dict[str, Any], count: int | None = None) -> None:
-        """`count` is how many rows the whole has, where that is known: a partial form with more
-        begins anew."""
+        """Opens the partial file.
+
+        Args:
+          path: the path of the complete file.
+          header: says how the predictions are made.
+          count: the number of rows of the complete file, if known; a partial file with more rows
+            is begun anew.
+        """
         self._path = path
         self._partial = path.with_name(path.name + ".partial")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,6 +202,7 @@ class Writer:
             same = False
         self.predictions = Predictions(header, list(earlier.rows) if same else [])
         if same:
+            # Without the half of a line that `read` ignored: the next row would be glued to it.
             whole = self._partial.read_bytes()
             storage.write_whole(self._partial, whole[: whole.rindex(b"\n") + 1])
         else:
@@ -186,37 +210,42 @@ class Writer:
         self._file = storage.Appender(self._partial, every=EVERY_SECONDS)
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Adds rows; a stop between calls loses none, in a bucket those of the last seconds."""
+        """Appends rows to the file.
+
+        If the process stops between calls, no row is lost; in a bucket those of the last
+        `EVERY_SECONDS` are.
+        """
         self.predictions.rows.extend(rows)
         self._file.append(_lines(rows).encode())
 
     def publish(self) -> Predictions:
-        """Gives the whole file its name."""
+        """Renames the file, which is complete now; returns its content."""
         self._file.close()
         storage.move(self._partial, self._path)
         return self.predictions
 
 
 class Collector:
-    """Stands in for a `Writer` on processes that write nothing.
+    """A substitute for `Writer` on processes that write no files.
 
     Attributes:
-      predictions: what was appended.
+      predictions: the header and all appended rows.
     """
 
     def __init__(self, header: dict[str, Any]) -> None:
         self.predictions = Predictions(header, [])
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Adds rows."""
+        """Appends rows to `predictions`."""
         self.predictions.rows.extend(rows)
 
     def publish(self) -> Predictions:
-        """Returns what was appended."""
+        """Returns the header and all appended rows."""
         return self.predictions
 
 
 def _lines(values: Sequence[dict[str, Any]]) -> str:
+    """Returns values as JSON lines."""
     return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
 
 
@@ -232,18 +261,18 @@ def collect(
     count: int,
     things: str,
 ) -> Predictions:
-    """Returns what is at `path`, if it was made in this very way; else makes the rows that are not
-    there yet.
+    """Returns the predictions at `path`; makes those that are missing or were made differently.
 
-    Of several processes all call this; the main one reads and writes files, and tells the others.
+    All processes call this together. The main one alone reads and writes files, and sends what it
+    reads to the others.
 
     Args:
-      path: of the predictions.
-      header: says how they are made.
-      make: of how many rows there are already, gives those that follow, some at a time.
-      name: of all this, shown meanwhile.
-      count: of the rows.
-      things: what rows are of, in the plural.
+      path: the path of the file of predictions.
+      header: says how the predictions are made.
+      make: called with the number of rows that there are, yields the following ones in lists.
+      name: the label of the progress bar.
+      count: the number of rows of the complete file.
+      things: what a row is about, in the plural, for the progress bar.
     """
     if finished := _finished(path, header, count, is_locked=False):
         return finished
@@ -252,6 +281,7 @@ def collect(
         if finished := _finished(path, header, count, is_locked=True):
             return finished
         writer = Writer(path, header, count) if distributed.is_main() else Collector(header)
+        # All processes have to resume at the same row: generation is a collective computation.
         writer.predictions.rows[:] = exchange.from_main(writer.predictions.rows)
         done = len(writer.predictions.rows)
         with _progress_bar(things) as bar:
@@ -265,8 +295,11 @@ def collect(
 def _finished(
     path: Path, header: dict[str, Any], count: int, *, is_locked: bool
 ) -> Predictions | None:
-    """What is at `path`, if it was made in this way and is whole; where it is not, and is about to
-    be made, says so."""
+    """Returns the predictions at `path` if they were made in this way and are complete, else None.
+
+    With the lock held, a file that has another number of rows is about to be replaced: a line on
+    stderr says so.
+    """
     found = read(path) if distributed.is_main() else None
     is_same = found is not None and made_alike(found.header, header)
     is_whole = is_same and len(found.rows) == count
@@ -280,21 +313,25 @@ def _finished(
 
 @contextlib.contextmanager
 def _locked(path: Path, name: str) -> Iterator[None]:
-    """While entered, nobody else makes what is to be at `path`: two would write each other's
-    file."""
+    """A context in which no other job makes the file at `path`.
+
+    Two evaluations of a workdir at once would write into one partial file.
+    """
     with contextlib.ExitStack() as held:
         if distributed.is_main():
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = path.with_name(f".{path.name}.lock")
+            # A lease, not a plain lock file: one that a killed process leaves behind expires.
             held.enter_context(
                 lease.hold(lock, f"is at {name} in", lambda line: print(line, file=sys.stderr))
             )
+        # The other processes wait until the main one holds the lock.
         exchange.barrier()
         yield
 
 
 class _Rate(progress.ProgressColumn):
-    """Things a second, once there are any."""
+    """A column of a progress bar with the things done a second, empty before the first."""
 
     def __init__(self, things: str) -> None:
         super().__init__()
@@ -305,6 +342,7 @@ class _Rate(progress.ProgressColumn):
 
 
 def _progress_bar(things: str) -> progress.Progress:
+    """Returns a progress bar on stderr, which only the main process shows."""
     return progress.Progress(
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
@@ -317,8 +355,10 @@ def _progress_bar(things: str) -> progress.Progress:
 
 
 def write_submission(path: Path, result: Predictions, task: Task) -> None:
-    """Writes a JSON array of ids and answers, as the server of a benchmark takes it; ids that are
-    numbers as such."""
+    """Writes predictions as a JSON array of ids and answers, for the server of a benchmark.
+
+    Ids of digits alone are written as numbers.
+    """
     id_name, answer_name = task.submission
     entries = [
         {

@@ -1,4 +1,4 @@
-"""Which questions of a split are asked."""
+"""The choice of the questions of a split, and the data of a benchmark."""
 
 import collections
 import dataclasses
@@ -13,14 +13,21 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import distributed, exchange
 
 MAX_SHOWN = 5
-"""Ids in a message."""
+"""Most ids that an error message names."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A turn of a record: `record` is the record's index in its split, `id` names both, `kind` is
-    the record's source. `known_as` is the record's id where it has no other turn: what the
-    benchmark, and the server that scores it, call the question."""
+    """A question: one turn of a record.
+
+    Attributes:
+      id: names the record and the turn.
+      record: index of the record in its split.
+      kind: source of the record.
+      turn: the question and its answers.
+      known_as: the name that the benchmark and its server give to the question: the record's id if
+        the record has a single turn, else `id`.
+    """
 
     id: str
     record: int
@@ -30,12 +37,12 @@ class Question:
 
 
 def choose_questions(records: Sequence[Record], count: int | None) -> list[Question]:
-    """Returns at most `count` questions, or all: one a document, then a second of each where they
-    are too few, and so on.
+    """Returns at most `count` questions of a split, or all questions if `count` is None.
 
-    Documents are spread evenly over the split, and a hash of its id says which question of a
-    document comes first, so that the choice depends on the data alone. Of several processes all
-    call this, and the main one reads the records for all.
+    Each chosen record gives one question, then each a second one if there are too few, and so on.
+    Records are spread evenly over the split, and a hash of its id says which question of a record
+    comes first: the choice depends on the data alone. All processes call this together; the main
+    one reads the records and sends the questions to the others.
     """
     chosen = _choose(records, count) if distributed.is_main() else []
     told = exchange.from_main([dataclasses.asdict(question) for question in chosen])
@@ -48,6 +55,7 @@ def choose_questions(records: Sequence[Record], count: int | None) -> list[Quest
 
 
 def _choose(records: Sequence[Record], count: int | None) -> list[Question]:
+    """Returns the questions that `choose_questions` describes, in one process."""
     num_documents = len(records) if count is None else min(count, len(records))
     indices = [i * len(records) // num_documents for i in range(num_documents)]
     # Without their images, which would be held all at once.
@@ -58,6 +66,8 @@ def _choose(records: Sequence[Record], count: int | None) -> list[Question]:
     for round_number in range(max((len(turns) for _, _, turns in known), default=0)):
         for index, (record_id, kind, turns) in zip(indices, known, strict=True):
             if round_number < len(turns):
+                # Starting at a hash: always taking turn 0 would favour one type of question where
+                # a data set writes its types in a fixed order.
                 turn = (zlib.crc32(record_id.encode()) + round_number) % len(turns)
                 name = f"{record_id}/{turn}"
                 known_as = record_id if len(turns) == 1 else name
@@ -67,7 +77,14 @@ def _choose(records: Sequence[Record], count: int | None) -> list[Question]:
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """A task with the records and the questions that are asked of it; `directory` holds them."""
+    """A task with its data.
+
+    Attributes:
+      task: the task.
+      directory: folder of the prepared data.
+      records: all records of the task's split.
+      questions: the chosen questions.
+    """
 
     task: Task
     directory: Path
@@ -76,7 +93,12 @@ class Benchmark:
 
 
 def open_benchmark(task: Task, data: Path, count: int | None) -> Benchmark:
-    """Returns a task with its questions, all of them or at most `count`.
+    """Returns a task with its records and its questions.
+
+    Args:
+      task: the task.
+      data: folder of all benchmarks.
+      count: the largest number of questions; None takes all.
 
     Raises:
       UserError: the task's folder, its split or its questions are not there, or two questions have

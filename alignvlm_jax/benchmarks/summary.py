@@ -1,4 +1,4 @@
-"""The scores of a checkpoint: a few numbers in `summary.json`, and tables to print."""
+"""Summaries of the scores of a checkpoint: the file `summary.json`, and tables to print."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,15 +23,15 @@ def summarize(
     results: Mapping[tuple[str, bool], Predictions],
     of_tasks: Mapping[str, Predictions] | None = None,
 ) -> dict[str, Any]:
-    """Returns what summary.json holds.
+    """Returns the content of summary.json.
 
     Args:
       loaded: the model.
-      splits: the first one's scores have plain names (`anls`), the others' end in the split
-        (`anls_unseen_fonts`).
-      results: predictions by split and blind; those missing leave their fields out.
-      of_tasks: predictions by task, which make the field `tasks`; there is none where there are
-        none.
+      splits: names of the splits. Scores of the first have plain names (`anls`), those of others
+        end in the split (`anls_unseen_fonts`).
+      results: predictions by (split, whether pages are blank). Those that are missing leave their
+        fields out.
+      of_tasks: predictions by task, for the field `tasks`, which is left out if there are none.
     """
     fields: dict[str, Any] = {}
     for split in splits:
@@ -58,14 +58,14 @@ def summarize(
 
 
 def _of_task(result: Predictions) -> dict[str, Any]:
-    """Scores of the questions whose answers are known; none where the split does not tell them."""
+    """Returns the scores and the counts of a task; scores are left out if no answer is known."""
     totals = result.statistics()
     scores = {name: totals.score(name) for name in totals.weights}
     return scores | {"num_eval": len(result.rows), "num_problems": len(result.problems())}
 
 
 def write(workdir: Path, fields: Mapping[str, Any]) -> None:
-    """Writes summary.json, beside it first."""
+    """Writes summary.json in one step: a reader never sees a part of it."""
     storage.write_whole(workdir / FILE, json.dumps(fields, indent=2) + "\n")
 
 
@@ -73,8 +73,11 @@ NONE = "-"
 
 
 def paper_table(results: Mapping[str, Predictions]) -> Table:
-    """Returns a row of the paper's table 1, in percent; it fits 80 characters. What was not asked,
-    or has no known answers, is a dash; so is the mean, which compares only if it is of all nine."""
+    """Returns the scores as a row of the paper's table 1, in percent; it fits 80 characters.
+
+    A benchmark without predictions or without known answers is a dash. The mean is a dash unless
+    all nine are there, because a mean of fewer does not compare.
+    """
     found = columns(results)
     mean = None if None in found.values() else sum(found.values()) / len(found)
     table = Table(box=None, padding=(0, 1, 0, 0))
@@ -85,8 +88,10 @@ def paper_table(results: Mapping[str, Predictions]) -> Table:
 
 
 def columns(results: Mapping[str, Predictions]) -> dict[str, float | None]:
-    """Returns by column of the paper's table the mean of its tasks' own scores, None where one of
-    them is missing."""
+    """Returns the mean main score of the tasks of each column of the paper's table.
+
+    It is None if a task of the column is missing.
+    """
     found: dict[str, float | None] = {}
     for column in COLUMNS:
         members = [task for task in TASKS.values() if task.column == column]
@@ -101,8 +106,11 @@ def columns(results: Mapping[str, Predictions]) -> dict[str, float | None]:
 
 
 def task_table(tasks: Sequence[Task | TextTask], results: Mapping[str, Predictions]) -> Table:
-    """Returns a row a task: its own score by name, the others, and how many questions were asked,
-    or texts read."""
+    """Returns a table of the scores of each task, its main score first.
+
+    It also has the number of questions (or texts) of each task, and of those that could not be
+    asked.
+    """
     table = Table("task", "score", box=None)
     for title in ("", "asked", "not asked"):
         table.add_column(title, justify="right")
@@ -122,4 +130,5 @@ def task_table(tasks: Sequence[Task | TextTask], results: Mapping[str, Predictio
 
 
 def _percent(score: float | None) -> str:
+    """Returns a score in percent with two decimals, a dash for None."""
     return NONE if score is None else f"{100 * score:.2f}"

@@ -1,5 +1,8 @@
-"""The benchmarks, an entry each: what is asked, of which split, and how answers are scored and
-handed in. Beside them held-out texts, of which nothing is asked."""
+"""The registry of benchmarks, with an entry for each, and of held-out texts.
+
+An entry says which split a benchmark uses, how it prompts, and how answers are scored and
+submitted.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,8 +21,10 @@ from alignvlm_jax.benchmarks.scores.vqa import vqa_accuracy
 from alignvlm_jax.errors import UserError, nearest
 
 PLAIN = "{question}"
-"""As DocDownstream, which models of this kind are trained on, asks."""
+"""Prompt template of DocDownstream, which models of this kind are trained on."""
 
+# The prompts keep the wording of the benchmarks' own code with its errors: another wording moves
+# scores.
 SHORT = "{question}\nAnswer the question using a single word or phrase."
 
 # Its question is the same for every image.
@@ -72,15 +77,18 @@ TABLE_AMOUNT = (
 )
 
 SCORER_VERSION = "tasks/1"
-"""Stands in the header of the predictions on a task: raise it when a score of any answer to any
-task changes."""
+"""Version of all scores of tasks, which stands in the header of the predictions on a task.
+
+Raise it when the score of any answer to any task changes.
+"""
 
 Score = Callable[[str, Sequence[str]], tuple[float, float]]
-"""Of a prediction and the accepted answers: what they add to the score's sum and to its weight."""
+"""A function of a prediction and the accepted answers; returns what the question adds to the sum
+and to the weight of the score."""
 
 
 def each(score: Callable[[str, Sequence[str]], float]) -> Score:
-    """Returns the score of which questions have the plain mean."""
+    """Returns a Score that is the plain mean of `score` over questions: each has a weight of 1."""
     return lambda prediction, answers: (score(prediction, answers), 1.0)
 
 
@@ -89,16 +97,16 @@ class Task:
     """A benchmark.
 
     Attributes:
-      name: how it is asked for.
-      split: of the shards that are asked.
-      scores: by name; the first is the benchmark's own.
-      folder: under the folder of all benchmarks, what `prepare` wrote; default: the name.
-      prompt: template of `prompts`.
-      answer: makes the answer of what the model says.
-      max_new_tokens: length of the longest answer in tokens; None: that of the model's config.
-      column: of the paper's table that it belongs to, "" for none. Several tasks of a column are
-        averaged.
-      submission: the names that the id and the answer have in a file that is handed in.
+      name: its name on the command line.
+      split: name of the split of its data.
+      scores: its scores by name; the first is the main score, which the benchmark publishes.
+      folder: folder that `prepare` wrote, within the folder of all benchmarks; default: the name.
+      prompt: template of the prompt, with `{question}` in it.
+      answer: turns what the model generates into the answer.
+      max_new_tokens: length of the longest answer in tokens; None takes that of the model's config.
+      column: column of the paper's table 1 that it belongs to, "" for none. Several tasks of a
+        column are averaged.
+      submission: the keys of the id and of the answer in a file that is submitted.
     """
 
     name: str
@@ -113,31 +121,34 @@ class Task:
 
     @property
     def main_score(self) -> str:
-        """The name of the benchmark's own score."""
+        """The name of the score that the benchmark publishes."""
         return next(iter(self.scores))
 
     def rate(self, prediction: str, answers: Sequence[str]) -> dict[str, tuple[float, float]]:
-        """Returns what an answer adds to the sum and the weight of each score: nothing to any sum
-        where it is empty, whatever the normaliser of a score makes of that; and nothing at all
-        where no answer is known."""
+        """Returns what a prediction adds to the sum and the weight of each score, by its name.
+
+        An empty prediction adds 0 to every sum. The result is empty if no answer is known.
+        """
         if not answers:
             return {}
         answer = self.answer(prediction)
         rated = {name: score(answer, answers) for name, score in self.scores.items()}
+        # Some normalisers make an empty text of an answer ("the"), which an empty prediction would
+        # equal.
         return rated if answer else {name: (0.0, weight) for name, (_, weight) in rated.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class TextTask:
-    """Held-out text that the LLM, without any image, is to find likely: `text_bpb` measures it.
+    """Held-out texts whose bits per byte under the LLM, without any image, `text_bpb` measures.
 
     Attributes:
-      name: how it is asked for.
-      split: of the shards that are read.
-      folder: under the folder of all benchmarks, what `prepare` wrote; default: the name.
-      window: tokens that the LLM sees at once, or the sequence length of its stage where that is
-        less. Values of different windows do not compare: hence not the sequence length of whichever
-        stage there was, but what real ones have room for.
+      name: its name on the command line.
+      split: name of the split of its data.
+      folder: folder that `prepare` wrote, within the folder of all benchmarks; default: the name.
+      window: number of tokens that the LLM sees at once, or the sequence length of its stage if
+        that is less. Values of different windows do not compare, so it is a constant that real
+        stages have room for, and not their sequence length.
     """
 
     name: str
@@ -146,11 +157,11 @@ class TextTask:
     window: int = 512
 
     score: ClassVar[str] = "bits_per_byte"
-    """The name of its one score, of which less is better."""
+    """The name of its only score; lower is better."""
 
 
 def _bars(text: str) -> str:
-    """Several answers as the denotation accuracy parts them."""
+    """Returns an answer with its values separated as `denotation_accuracy` expects."""
     return text.strip().replace("||", "|")
 
 
@@ -167,7 +178,8 @@ AMOUNT = {"relieved_accuracy": each(amount_accuracy), "exact_match": each(scores
 COVERED = {"exact_match": covered_exact_match, "jaccard": covered_jaccard}
 
 RRC = ("questionId", "answer")
-"""Of rrc.cvc.uab.es, which scores the test sets of DocVQA and InfographicVQA."""
+"""Keys of a submission to rrc.cvc.uab.es, which scores the test sets of DocVQA and InfographicVQA.
+"""
 
 EVAL_AI = ("question_id", "answer")
 
@@ -199,17 +211,17 @@ _ENTRIES = (
 TASKS = {task.name: task for task in _ENTRIES}
 TEXTS = {task.name: task for task in (TextTask("text_bpb", "validation", folder="debian"),)}
 COLUMNS = tuple(dict.fromkeys(task.column for task in _ENTRIES if task.column))
-"""Of the paper's table, in its order."""
+"""Columns of the paper's table 1, in its order."""
 
 GROUPS = {"tablevqa": ("fintabnetqa", "vtabfact", "vwtq", "vwtq_syn")}
 """Names that stand for several tasks."""
 
 NAMES = (*TASKS, *TEXTS, *GROUPS)
-"""All that can be asked for."""
+"""All names that the command line takes."""
 
 
 def find(names: Iterable[str]) -> list[Task | TextTask]:
-    """Returns the tasks of these names, each once.
+    """Returns the tasks that some names of tasks or groups stand for, each once.
 
     Raises:
       UserError: there is no task of a name.

@@ -1,11 +1,10 @@
-"""How well a model's LLM, without an image, predicts held-out text: bits per byte, before training
-and after.
+"""Bits per byte: how well a model's LLM, without an image, predicts held-out text.
 
-The text of a record is encoded with the token that begins every text in front, where the LLM has
-one, and cut into windows that follow each other: each begins with the last token of the one before,
-which is given and not predicted again. So every token is predicted once, but the first of a text
-that nothing stands before. The bits that this takes, divided by the bytes of the text in UTF-8, do
-not depend on the tokenizer; the longer the window, the fewer they are.
+The text of a record is encoded, after the LLM's begin-of-text token if it has one, and cut into
+consecutive windows. Each window begins with the last token of the one before, which is given and
+not predicted again: so every token but the first is predicted exactly once. The bits that the
+predictions take, divided by the bytes of the text in UTF-8, do not depend on the tokenizer; the
+longer the window, the fewer they are.
 """
 
 import dataclasses
@@ -36,17 +35,28 @@ from alignvlm_jax.parallel import sharding
 from alignvlm_jax.shapes import Array, Float
 
 SCORER_VERSION = "bits_per_byte/1"
-"""Stands in the header of what was measured: raise it when the value of any text changes."""
+"""Version of the measure, which stands in the header of the results.
+
+Raise it when the value of any text changes.
+"""
 
 BATCH_TOKENS = 4096
-"""Of a batch, on each device that rows are spread over: enough to keep it busy, and seconds on a
-small one."""
+"""Tokens of a batch on each data-parallel device.
+
+They are enough to keep a large device busy, and take seconds on a small one.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """What a record says, "" where that is not known; `record` is the record's index in its
-    split."""
+    """The text of a record.
+
+    Attributes:
+      id: id of the record.
+      record: index of the record in its split.
+      kind: source of the record.
+      text: its text; "" if it has none.
+    """
 
     id: str
     record: int
@@ -56,7 +66,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """A task with its texts; `directory` holds them."""
+    """A task with its texts, which were read from `directory`."""
 
     task: TextTask
     directory: Path
@@ -64,8 +74,12 @@ class HeldOut:
 
 
 def open_text(task: TextTask, data: Path, count: int | None) -> HeldOut:
-    """Returns a task with the texts of all records, or of `count` that are spread evenly over the
-    split.
+    """Returns a task with the texts of its records.
+
+    Args:
+      task: the task.
+      data: folder of all benchmarks.
+      count: the number of records, spread evenly over the split; None takes all.
 
     Raises:
       UserError: the task's folder or its split is not there, or no record has text.
@@ -85,8 +99,10 @@ def open_text(task: TextTask, data: Path, count: int | None) -> HeldOut:
 
 
 def text_of(record: Record) -> str:
-    """Returns the transcription of a record; of one without images, questions and first answers,
-    each on a line of its own. "" where it has none, or nothing but white space."""
+    """Returns the transcription of a record, or "" if it has none but white space.
+
+    For a record without images it is the questions and their first answers, each on a line.
+    """
     if record.lines or record.images:
         text = examples.transcription(record)
     else:
@@ -96,13 +112,20 @@ def text_of(record: Record) -> str:
 
 
 def windows(tokens: np.ndarray, length: int) -> list[np.ndarray]:
-    """Returns what the model reads of n tokens: at most `length` at once, and in each all but the
-    first are to be predicted. Every token but the first of all is so once."""
+    """Returns windows of at most `length` tokens that overlap by one token.
+
+    In each, all tokens but the first are predicted: so every token but the very first is predicted
+    exactly once.
+
+    Args:
+      tokens: int32 [n].
+      length: the largest number of tokens of a window, at least 2.
+    """
     return [tokens[start : start + length] for start in range(0, len(tokens) - 1, length - 1)]
 
 
 class Reader:
-    """Measures texts with one model."""
+    """A measurement of the bits per byte of texts under one model."""
 
     def __init__(self, loaded: Loaded):
         self._loaded = loaded
@@ -111,9 +134,11 @@ class Reader:
         )
 
     def measure(self, held_out: HeldOut) -> Predictions:
-        """Returns a row a text, whose score is (bits, bytes), and leaves them in the workdir; texts
-        that this very checkpoint has read in this very way are not read again. One without text has
-        no score, and a `problem`."""
+        """Returns a row for each text, with the score (bits, bytes); writes them to the workdir.
+
+        Results that this checkpoint has made in the same way before are reused. A row without text
+        has a `problem` instead of a score.
+        """
         header = self._header(held_out)
         path = predictions.task_path(loading.workdir_of(self._loaded.path), held_out.task.name)
         name = held_out.task.name
@@ -131,20 +156,21 @@ class Reader:
     def _measured(
         self, texts: Sequence[Text], window: int, size: int
     ) -> Iterator[list[dict[str, Any]]]:
-        """The rows of texts, those together that a batch of `size` windows finished."""
+        """Yields the rows of texts, those together that a batch of `size` windows finished."""
         nats = np.zeros(len(texts))
         finished = 0
         for batch in _batches(self._windows(texts, window), size):
             owners = [owner for owner, _ in batch]
+            # np.add.at, not `nats[owners] +=`, which counts a repeated owner only once.
             np.add.at(nats, owners, self._nats([row for _, row in batch], size))
-            # The last one may have more windows.
+            # The last text of a batch may have more windows in the next: it is not finished.
             last = owners[-1]
             yield [_row(texts[i], nats[i]) for i in range(finished, last)]
             finished = last
         yield [_row(texts[i], nats[i]) for i in range(finished, len(texts))]
 
     def _windows(self, texts: Sequence[Text], window: int) -> Iterator[tuple[int, PackedSequence]]:
-        """The windows of all texts as rows of the model, each with the number of its text."""
+        """Yields the windows of all texts as packed sequences, each with the number of its text."""
         tokenizer = self._loaded.tokenizer
         begin = chat.begin_ids(tokenizer)
         for number, text in enumerate(texts):
@@ -153,8 +179,9 @@ class Reader:
                 yield number, examples.build_text(part, window, tokenizer)
 
     def _nats(self, batch: Sequence[PackedSequence], size: int) -> np.ndarray:
-        """float64 [n]: what the tokens of each row take, the first one's nothing; n is at most
-        `size`."""
+        """Returns the negative log-likelihood of each of n rows in nats, float64 [n]."""
+        # The last row is repeated up to `size` rows, since a batch of another shape would compile
+        # anew; what the repetitions give is cut off below.
         local_rows = sharding.rows_of_process(self._loaded.mesh, size)
         arrays = loader.stack([batch[min(row, len(batch) - 1)] for row in local_rows.tolist()])
         weights = np.stack([row["loss_weights"] for row in batch])
@@ -162,24 +189,26 @@ class Reader:
             nll = np.asarray(
                 self._nll(self._loaded.variables, sharding.put_batch(arrays, self._loaded.mesh))
             )
+        # [n, T]; weights are 0 for the first token and for padding. Long texts add up many small
+        # numbers, hence float64.
         return (nll[: len(batch)] * weights).sum(-1, dtype=np.float64)
 
     def _batch_size(self, count: int, window: int) -> int:
-        """The rows of a batch for texts that have a window or more each."""
+        """Returns the number of rows of a batch, for `count` texts of a window or more each."""
         data_parallel_size = self._loaded.data_parallel_size
         return loading.batch_size(
             count, data_parallel_size * max(BATCH_TOKENS // window, 1), data_parallel_size
         )
 
     def _header(self, held_out: HeldOut) -> dict[str, Any]:
-        """All that the values depend on."""
+        """Returns the header of the results: everything that the values depend on."""
         task = held_out.task
         loaded = self._loaded
         read = json.dumps([(text.id, text.text) for text in held_out.texts])
         return {
             "checkpoint": str(loaded.path),
             "step": loaded.step,
-            # To the microsecond, this tells two runs apart that were written to the same workdir.
+            # To the microsecond: it tells two runs apart that were written to the same workdir.
             "train_seconds": loaded.metadata["train_seconds"],
             "tokenizer": loaded.tokenizer.fingerprint,
             "window": min(task.window, loaded.config.data.seq_len),
@@ -193,10 +222,12 @@ class Reader:
 
 
 def _nll(model: VLM, variables: Mapping, batch: Mapping[str, Array]) -> Float[Array, "B T"]:
+    """Returns the negative log-likelihood of each token in nats."""
     return model.apply(variables, batch, method="losses").tokens.nll
 
 
 def _row(text: Text, nats: float) -> dict[str, Any]:
+    """Returns the row of a text, whose score is (bits, bytes)."""
     row = {"id": text.id, "record": text.record, "kind": text.kind}
     if not text.text:
         return row | {"scores": {}, "problem": f"record {text.id} has no text"}
@@ -206,7 +237,7 @@ def _row(text: Text, nats: float) -> dict[str, Any]:
 def _batches(
     items: Iterable[tuple[int, PackedSequence]], size: int
 ) -> Iterator[list[tuple[int, PackedSequence]]]:
-    """Items by the `size`; the last ones may be fewer."""
+    """Yields lists of `size` items; the last one may be shorter."""
     items = iter(items)
     while batch := list(itertools.islice(items, size)):
         yield batch

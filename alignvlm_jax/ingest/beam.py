@@ -1,5 +1,7 @@
-"""`prepare` under Apache Beam, where one machine is too small: any runner, the same parts to the
-byte."""
+"""A runner of `prepare` on Apache Beam, for sources that are too large for one machine.
+
+The parts that it writes are the same, byte for byte, as those of local processes.
+"""
 
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.ingest.formats.base import Unit
@@ -14,12 +16,13 @@ except ImportError:
 
 
 def on_runner(name: str, flags: list[str]) -> Runner:
-    """Returns what runs a writer under Beam. All workers see the writer's folder: it lies on a
-    shared disk or a mounted bucket.
+    """Returns a function that runs a UnitWriter under Apache Beam.
+
+    All workers have to see the writer's folder, on a shared disk or a mounted bucket.
 
     Args:
-      name: of Beam's runner, as DirectRunner or DataflowRunner.
-      flags: Beam's own.
+      name: Beam's name of a runner, as DirectRunner or DataflowRunner.
+      flags: Beam's pipeline options, as `--key=value`.
 
     Raises:
       UserError: Beam is not installed, or knows no such runner or flag.
@@ -30,6 +33,8 @@ def on_runner(name: str, flags: list[str]) -> Runner:
             "(requirements-beam.txt)"
         )
     try:
+        # The runner is created here only to fail early: a Pipeline would do so after the source
+        # was listed.
         options = PipelineOptions([f"--runner={name}", *flags])
         apache_beam.runners.create_runner(name)
     except (ValueError, ImportError, AttributeError) as err:
@@ -37,7 +42,8 @@ def on_runner(name: str, flags: list[str]) -> Runner:
 
     def run(writer: UnitWriter, tasks: list[tuple[int, Unit]]) -> None:
         with apache_beam.Pipeline(options=options) as pipeline:
-            # Reshuffled: Create makes one bundle of its values, and one worker would do it all.
+            # Create makes one bundle of its values, and one worker would do it all: Reshuffle
+            # breaks the bundle up.
             _ = (
                 pipeline
                 | apache_beam.Create(tasks)

@@ -1,4 +1,8 @@
-"""Work on several processes, whose results come as they are made."""
+"""A pool of worker processes that run generators and stream their values to the parent.
+
+`multiprocessing.Pool` cannot serve: it hangs for ever when a worker is killed (as by the kernel
+when memory runs out), and it returns no value before its task is done.
+"""
 
 import collections
 import multiprocessing
@@ -14,13 +18,19 @@ from alignvlm_jax.errors import UserError
 def run(
     function: Callable[[Any], Iterator[Any]], tasks: Iterable[Any], num_workers: int
 ) -> Iterator[Any]:
-    """Calls `function(task)`, which is a generator, for all tasks, and yields what it yields, of
-    all tasks mixed. One worker is this process. The workers end with the iteration, also where it
-    is left early.
+    """Runs the generator `function` on all tasks, on several processes, and yields its values.
+
+    Values of different tasks come mixed, in the order in which they are made. With one worker the
+    tasks run in this process. The workers end with the iteration, even if it is left early.
+
+    Args:
+      function: called as `function(task)` in a worker; it has to be picklable.
+      tasks: the arguments, picklable as well.
+      num_workers: the number of processes; there are never more than tasks.
 
     Raises:
-      UserError: one that `function` raised, or a worker was killed.
-      OSError: one that `function` raised, as of a full disk.
+      UserError: `function` raised it, or a worker was killed.
+      OSError: `function` raised it, as on a full disk.
     """
     waiting = collections.deque(tasks)
     num_workers = min(num_workers, len(waiting))
@@ -30,6 +40,8 @@ def run(
         return
     workers = _start(function, num_workers)
     try:
+        # A worker holds one task at a time, and gets the next when it is done: tasks of unequal
+        # size balance themselves.
         for line in workers:
             line.send(waiting.popleft())
         busy = set(workers)
@@ -43,6 +55,8 @@ def run(
                 else:
                     busy.remove(line)
     finally:
+        # All are ended before any is joined, so that they go down together. A caller that stops
+        # early (an error, a closed generator) leaves no process behind.
         for process in workers.values():
             process.terminate()
         for process in workers.values():
@@ -52,6 +66,7 @@ def run(
 def _start(
     function: Callable, num_workers: int
 ) -> dict[connection.Connection, multiprocessing.Process]:
+    """Starts the workers; returns each process by the parent's end of its pipe."""
     # Spawned, not forked: a caller may hold threads (jax, grain) that do not survive a fork.
     context = multiprocessing.get_context("spawn")
     workers = {}
@@ -63,7 +78,9 @@ def _start(
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(function, theirs), daemon=True)
             process.start()
-            theirs.close()  # else the end of the worker would not end the line
+            # Else the parent would hold the worker's end open itself, and never see an EOFError
+            # when the worker dies.
+            theirs.close()
             workers[ours] = process
     finally:
         signal.signal(signal.SIGINT, handler)
@@ -71,10 +88,16 @@ def _start(
 
 
 def _receive(line: connection.Connection, process: multiprocessing.Process) -> tuple[bool, Any]:
-    """Returns whether the task is done, and what it yielded where it is not."""
+    """Returns (whether the worker's task is done, the value that it yielded if it is not).
+
+    Raises:
+      UserError: a signal killed the worker, or `function` raised it.
+      RuntimeError: the worker ended by itself, or `function` raised an unforeseen exception.
+    """
     try:
         kind, value = line.recv()
     except EOFError as err:
+        # The exit code is None until the process is joined; -N means killed by signal N.
         process.join()
         if process.exitcode < 0:
             name = signal.Signals(-process.exitcode).name
@@ -89,6 +112,7 @@ def _receive(line: connection.Connection, process: multiprocessing.Process) -> t
 
 
 def _work(function: Callable, line: connection.Connection) -> None:
+    """Serves tasks in a worker process until the parent ends it."""
     try:
         while True:
             for value in function(line.recv()):
@@ -99,4 +123,5 @@ def _work(function: Callable, line: connection.Connection) -> None:
     except (UserError, OSError) as err:
         line.send(("failed", err))
     except Exception:
+        # Other exceptions may not survive pickling, and a traceback never does: the text travels.
         line.send(("failed", RuntimeError(f"in a worker:\n{traceback.format_exc()}")))

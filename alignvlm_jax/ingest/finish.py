@@ -1,4 +1,8 @@
-"""Parts to shards: duplicates leave, small parts join, and every split is numbered through."""
+"""The last step of `prepare`: turns the parts of all units into the numbered shards of a data set.
+
+Records whose id repeats are dropped, small parts are joined, and the shards of every split are
+numbered in the order of the source.
+"""
 
 import collections
 import hashlib
@@ -16,18 +20,32 @@ from alignvlm_jax.ingest.formats.base import Unit
 from alignvlm_jax.ingest.writer import UnitOutput, read_lines, write_lines
 
 MIN_SHARD_RECORDS = 1000
-"""Parts of fewer records are joined, as those of a held-out split."""
+"""Smallest number of records of a shard (but for the last one of a split).
+
+Parts with fewer records, as those of a held-out split, are joined with the next ones.
+"""
 
 Dropped = dict[int, dict[int, str]]
-"""By part, by line of its `ids`: why a record does not stay."""
+"""The reason why a record is dropped, by number of its part and by line of the part's `ids`."""
 
 
 def finish(
     outputs: Sequence[UnitOutput], units: Sequence[Unit], splits: Sequence[str], folder: Path
 ) -> list[str]:
-    """Makes shards, an index of each split and `rejected.jsonl` in `folder` out of all parts, in
-    the order of the source. Returns their names. It may be interrupted and called again: the lines
-    of parts, which decide, stay as they are."""
+    """Writes the shards and the index of every split and `rejected.jsonl`, out of all parts.
+
+    Records keep the order of the source. The call may be interrupted and repeated: what decides
+    (the `ids` and `rejected` lines of the parts) is never changed by it.
+
+    Args:
+      outputs: the parts, one for each unit.
+      units: the units of the source, in its order.
+      splits: names of the splits to write.
+      folder: where the files are written.
+
+    Returns:
+      The names of the files in `folder`.
+    """
     dropped = _duplicates(outputs, units)
     names = [staging.REJECTED]
     write_lines(folder / staging.REJECTED, _rejected(outputs, units, dropped))
@@ -35,9 +53,12 @@ def finish(
         kept = {
             number: _kept(output, split, dropped[number]) for number, output in enumerate(outputs)
         }
+        # A shard's name holds the number of shards, so the groups of the whole split are needed
+        # before the first one is written.
         groups = _groups({number: len(lines) for number, lines in kept.items()})
         for shard, group in enumerate(groups):
             path = folder / shards_lib.shard_name(split, shard, len(groups))
+            # A shard that an interrupted call has made stays: its parts are gone by now.
             if not path.exists():
                 _join({outputs[number]: kept[number] for number in group}, split, path)
             names.append(path.name)
@@ -47,14 +68,17 @@ def finish(
 
 
 def _duplicates(outputs: Sequence[UnitOutput], units: Sequence[Unit]) -> Dropped:
-    """Finds records whose id came before.
+    """Returns the records whose id came before, in the order of the source.
 
-    By hashes first, 8 bytes a record: few ids are ever held at a time.
+    Two passes keep memory small: the first holds a hash of 8 bytes a record, the second only the
+    ids whose hash repeats.
     """
+    # One uint64 array for each part, in the order of its lines.
     hashes = [
         np.fromiter((_hash(name) for name, _ in read_lines(output.ids)), np.uint64)
         for output in outputs
     ]
+    # An empty array in front: np.concatenate refuses an empty list.
     values, counts = np.unique(
         np.concatenate([np.zeros(0, np.uint64), *hashes]), return_counts=True
     )
@@ -64,6 +88,8 @@ def _duplicates(outputs: Sequence[UnitOutput], units: Sequence[Unit]) -> Dropped
     for number in np.flatnonzero([np.isin(of_part, repeated).any() for of_part in hashes]):
         suspect = np.isin(hashes[number], repeated)
         for line, (name, _) in enumerate(read_lines(outputs[number].ids)):
+            # Equal hashes are no proof: the ids themselves decide, so that a collision drops no
+            # good record.
             if suspect[line]:
                 if name in first:
                     dropped[int(number)][line] = f"duplicate id (of one in {first[name]})"
@@ -74,6 +100,7 @@ def _duplicates(outputs: Sequence[UnitOutput], units: Sequence[Unit]) -> Dropped
 def _rejected(
     outputs: Sequence[UnitOutput], units: Sequence[Unit], dropped: Dropped
 ) -> Iterator[dict[str, str]]:
+    """Yields the lines of `rejected.jsonl`: records that parts rejected, then duplicates."""
     for number, (output, unit) in enumerate(zip(outputs, units, strict=True)):
         for name, reason in read_lines(output.rejected):
             yield {"source": unit.path, "id": name, "reason": reason}
@@ -84,7 +111,9 @@ def _rejected(
 
 
 def _kept(output: UnitOutput, split: str, dropped: dict[int, str]) -> list[bool]:
-    """For each record of a part's shard, whether it stays; nothing where none does."""
+    """Returns whether each record of a part's shard of `split` is kept; empty if none is."""
+    # A part has one `ids` file but a shard for each split: dropped lines count in the file, the
+    # result counts in the shard.
     lines = [
         line not in dropped for line, (_, of) in enumerate(read_lines(output.ids)) if of == split
     ]
@@ -92,9 +121,13 @@ def _kept(output: UnitOutput, split: str, dropped: dict[int, str]) -> list[bool]
 
 
 def _groups(sizes: dict[int, int]) -> list[list[int]]:
-    """Runs of parts that have enough records together."""
+    """Returns runs of consecutive parts that hold `MIN_SHARD_RECORDS` together.
+
+    Args:
+      sizes: number of records that are kept, by number of the part.
+    """
     groups: list[list[int]] = []
-    size = MIN_SHARD_RECORDS
+    size = MIN_SHARD_RECORDS  # full, so that the first part opens a group
     for number, count in sizes.items():
         if not count:
             continue
@@ -107,8 +140,11 @@ def _groups(sizes: dict[int, int]) -> list[list[int]]:
 
 
 def _join(kept: dict[UnitOutput, list[bool]], split: str, path: Path) -> None:
-    """Makes a shard and its index. The shard, which comes last, says that both are there; a part's
-    is moved where it stays whole, and else deleted after it was copied."""
+    """Writes a shard and its index out of the shards of one or more parts.
+
+    The index is written first: a shard that exists has its index. A single part that is kept whole
+    is moved, all others are copied and then deleted.
+    """
     shards = [output.shard(split) for output in kept]
     indexes = [index.read(index.index_path(shard)) for shard in shards]
     chosen = [
@@ -124,11 +160,14 @@ def _join(kept: dict[UnitOutput, list[bool]], split: str, path: Path) -> None:
             for record, stays in zip(shards_lib.read_shard(shard), lines, strict=True):
                 if stays:
                     writer.write(record)
+    # Only now: ShardWriter puts the shard in place as its block ends, and until then an interrupted
+    # call needs the parts again.
     for shard in shards:
         shard.unlink()
 
 
 def _hash(name: str) -> int:
+    """Returns 64 bits of BLAKE2b: unlike `hash`, the same in every process."""
     return int.from_bytes(
         hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest(), "big"
     )

@@ -1,4 +1,4 @@
-"""Data sets to training shards: units of a source on several processes, parts, shards."""
+"""The `prepare` job: reads the units of a source on many workers and writes training shards."""
 
 import dataclasses
 import json
@@ -28,16 +28,25 @@ from alignvlm_jax.ingest.formats.base import Format, Unit
 from alignvlm_jax.ingest.writer import UnitOutput, UnitWriter
 
 VERSION = 2
-"""Raised with every change that changes records, so that `prepare` writes them anew."""
+"""Version of the records, raised with every change to them so that `prepare` writes them anew."""
 
 Runner = Callable[[UnitWriter, list[tuple[int, Unit]]], None]
-"""Calls the writer for all tasks, somewhere."""
+"""A function that calls the writer for all tasks (part number, unit), on any workers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to prepare. `name` is that of the format; `holdout` the fraction of documents of the
-    validation split; with a `split` all go there, to be asked, not learnt."""
+    """A description of the data to prepare.
+
+    Attributes:
+      name: name of the format.
+      format: the format, with its options.
+      source: file, folder or gs:// URI to read.
+      tokenizer: path of the tokenizer whose tokens are counted.
+      holdout: fraction of documents that go to the validation split.
+      split: if not empty, the split of all documents; it is for evaluation, not for training, and
+        its questions need no answers.
+    """
 
     name: str
     format: Format
@@ -48,17 +57,19 @@ class Request:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits that there can be."""
+        """The names of the splits that the job may write."""
         return (self.split,) if self.split else writer_lib.SPLITS
 
 
 def prepare(request: Request, out: Path, run: Runner) -> bool:
-    """Writes the folder `out`, or goes on with a run that was interrupted; returns False where it
-    was whole before.
+    """Writes the prepared data to the folder `out`, resuming an interrupted job.
+
+    Returns:
+      False if `out` already held this data, else True.
 
     Raises:
-      UserError: there is no such source or tokenizer, `out` is the source, or what is made cannot
-        be written.
+      UserError: there is no such source or tokenizer, `out` is the source, the source has no
+        record that can be used, or the data cannot be written.
     """
     tokenizer = tokenizers.load(request.tokenizer)
     chat.format_of(tokenizer)  # raises before anything is read
@@ -67,11 +78,14 @@ def prepare(request: Request, out: Path, run: Runner) -> bool:
     if staging.is_ready(out, wanted):
         return False
     folder = staging.partial_folder(out, wanted)
+    # It lists the files to publish. Once it is there, `finish` must not run again: some files may
+    # have moved to `out` already.
     names = folder / "finished.json"
     if not names.exists():
         written = _write_outputs(request, units, folder, run)
         tokenizer_names = _copy_tokenizer(request.tokenizer, folder)
         data_names = finish.finish(written, units, request.splits, folder)
+        # One name: the list of rejected records, but no shard.
         if len(data_names) == 1:
             raise UserError(
                 f"{request.source} has no record that can be used; {folder / staging.REJECTED} "
@@ -83,7 +97,7 @@ def prepare(request: Request, out: Path, run: Runner) -> bool:
 
 
 def on_processes(num_workers: int) -> Runner:
-    """Returns what runs a writer on processes of this machine, with a progress bar."""
+    """Returns a runner on processes of this machine, which shows a progress bar."""
 
     def run(writer: UnitWriter, tasks: list[tuple[int, Unit]]) -> None:
         columns = (TextColumn("Preparing"), BarColumn(), MofNCompleteColumn(), TextColumn("pieces"))
@@ -104,9 +118,13 @@ def on_processes(num_workers: int) -> Runner:
 
 
 def recount(out: Path, tokenizer_path: str) -> dict[str, int]:
-    """Writes the index files of a prepared folder anew, as another tokenizer counts, and nothing
-    else; where each shard has one of its own that fits, merges them. It goes on where it was
-    interrupted. Returns the records by split.
+    """Rewrites the index files of a prepared folder with the token counts of another tokenizer.
+
+    Shards stay as they are. An interrupted recount resumes: a shard whose own index is of this
+    tokenizer is not counted again.
+
+    Returns:
+      The number of records by split.
 
     Raises:
       UserError: there are no shards, or one is damaged.
@@ -119,6 +137,7 @@ def recount(out: Path, tokenizer_path: str) -> dict[str, int]:
         raise UserError(f"no shards in {out}; run `prepare` first")
     splits: dict[str, list[Path]] = {}
     for shard in shards:
+        # SPLIT-00000-of-00009.array_record; a split may have hyphens of its own.
         splits.setdefault(shard.name.rpartition("-of-")[0].rpartition("-")[0], []).append(shard)
     uncounted = {
         split: of for split, of in splits.items() if not _is_merged(out, split, fingerprint)
@@ -128,6 +147,7 @@ def recount(out: Path, tokenizer_path: str) -> dict[str, int]:
         if not _is_counted(path, fingerprint):
             records = map(record.decode_record, shards_lib.read_shard(shard))
             index.write(path, index.of_records(records, tokenizer, fingerprint))
+    # The indexes of single shards are the progress of a recount; the merged one replaces them.
     for split, of in uncounted.items():
         index.merge(out, split)
         for shard in of:
@@ -136,8 +156,11 @@ def recount(out: Path, tokenizer_path: str) -> dict[str, int]:
 
 
 def summary(out: Path, splits: Sequence[str] = writer_lib.SPLITS) -> str:
-    """Describes a prepared folder in a few lines: records and images by split, tokens by task,
-    rejected by reason."""
+    """Returns a description of a prepared folder in a few lines.
+
+    It has the number of records and images by split, the tokens by task and the number of rejected
+    records by reason.
+    """
     text = []
     for split in splits:
         if not shards_lib.shard_paths(out, split):
@@ -145,7 +168,7 @@ def summary(out: Path, splits: Sequence[str] = writer_lib.SPLITS) -> str:
         counted = index.load(out, split)
         text.append(f"{split}: {len(counted):,} records, {len(counted.image_sizes):,} images")
         for task, lengths in counted.text_tokens.items():
-            used = lengths[lengths > 0]
+            used = lengths[lengths > 0]  # 0 stands for a record without this task
             if len(used):
                 text.append(
                     f"  {task}: {len(used):,} records, tokens mean {used.mean():.0f}, max "
@@ -160,10 +183,12 @@ def summary(out: Path, splits: Sequence[str] = writer_lib.SPLITS) -> str:
 
 
 def _units(request: Request, out: Path) -> list[Unit]:
-    """The pieces of the source.
+    """Returns the units of the source, without those that lie in `out`.
 
-    An `out` within it is no part of it: what one run wrote the next would read.
+    Raises:
+      UserError: `out` is the source itself.
     """
+    # If `out` lies within the source, the next run would read what this one writes.
     units = request.format.units(request.source)
     source = Path(request.source)
     if filesystem.is_remote(request.source) or not source.is_dir():
@@ -175,13 +200,19 @@ def _units(request: Request, out: Path) -> list[Unit]:
         )
     if not out.resolve().is_relative_to(source.resolve()):
         return units
+    # Compared with resolved links, but spelled like the paths of the units, which keep the links
+    # above the source.
     within = f"{source.absolute() / out.resolve().relative_to(source.resolve())}{os.sep}"
     return [unit for unit in units if not os.path.abspath(unit.path).startswith(within)]
 
 
 def _wanted(request: Request, units: Sequence[Unit]) -> dict[str, Any]:
-    """What tells the data apart. The listing of the source is part of it: another file, or one that
-    has grown, makes other data."""
+    """Returns a JSON description that is equal for two jobs only if they make the same data.
+
+    A checksum of the source's listing is part of it: another file, or one that has grown, makes
+    other data.
+    """
+    # A file of many units is measured once: in a bucket, each size is a request.
     paths = dict.fromkeys(unit.path for unit in units)
     listing = [
         [dataclasses.astuple(unit) for unit in units],
@@ -202,9 +233,11 @@ def _wanted(request: Request, units: Sequence[Unit]) -> dict[str, Any]:
 def _write_outputs(
     request: Request, units: Sequence[Unit], folder: Path, run: Runner
 ) -> list[UnitOutput]:
+    """Writes the parts that are not there yet; returns all of them, one for each unit."""
     place = folder / "parts"
     place.mkdir(exist_ok=True)
-    for leftover in place.glob(f"{writer_lib.BESIDE}*"):  # of workers that were ended
+    # Workers that were killed leave folders of parts in work, which nobody would complete.
+    for leftover in place.glob(f"{writer_lib.BESIDE}*"):
         shutil.rmtree(leftover)
     all_outputs = [UnitOutput(place, number) for number in range(len(units))]
     tasks = [
@@ -223,9 +256,10 @@ def _write_outputs(
 
 
 def _copy_tokenizer(path: str, folder: Path) -> list[str]:
-    """Copies the tokenizer's file beside the data, which is then complete, with its chat format
-    where that does not follow from its special tokens; returns the names there."""
+    """Copies the tokenizer's file to `folder`, so that the data is self-contained, with its chat
+    format where that does not follow from its special tokens; returns the names there."""
     file, content = tokenizers.read(path)
+    # A file that starts with a brace is a Hugging Face tokenizer.json.
     name = tokenizers.NAMES[content.lstrip()[:1] != b"{"]
     (folder / name).write_bytes(content)
     if not (chat_format := chat.format_file(tokenizers.load(file))):
@@ -235,6 +269,7 @@ def _copy_tokenizer(path: str, folder: Path) -> list[str]:
 
 
 def _is_merged(out: Path, split: str, fingerprint: str) -> bool:
+    """Whether a split has a merged index of this tokenizer and readable shards."""
     try:
         is_ours = (out / index.merged_name(split)).exists() and index.load(
             out, split
@@ -249,6 +284,7 @@ def _is_merged(out: Path, split: str, fingerprint: str) -> bool:
 
 
 def _is_counted(path: Path, fingerprint: str) -> bool:
+    """Whether the index file of a single shard is there and of this tokenizer."""
     try:
         return index.read(path).tokenizer == fingerprint
     except UserError:

@@ -1,5 +1,7 @@
-"""The folder that `prepare` writes: what is in work lies in a folder within, and moves into place
-when it is whole."""
+"""Staging of the folder that `prepare` writes.
+
+Files in work lie in a folder `.partial-HASH` within it, and move into place when all are complete.
+"""
 
 import json
 import os
@@ -17,7 +19,7 @@ REJECTED = "rejected.jsonl"
 
 
 def is_ready(out: Path, wanted: dict[str, Any]) -> bool:
-    """Whether a folder holds what is wanted, whole."""
+    """Whether the folder `out` holds the complete data that `wanted` describes."""
     try:
         return json.loads((out / "prepare.json").read_text()) == wanted
     except (OSError, ValueError):
@@ -25,8 +27,11 @@ def is_ready(out: Path, wanted: dict[str, Any]) -> bool:
 
 
 def partial_folder(out: Path, wanted: dict[str, Any]) -> Path:
-    """Returns the folder where the work on what is wanted lies, also that of a run that was
-    interrupted."""
+    """Returns the staging folder of the data that `wanted` describes; creates it if need be.
+
+    It is the same for every run of the same job, so that an interrupted one resumes.
+    """
+    # Within `out`, not in a temporary folder: os.replace works only on one file system.
     folder = out / f".partial-{zlib.crc32(json.dumps(wanted, sort_keys=True).encode()):08x}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -35,10 +40,20 @@ def partial_folder(out: Path, wanted: dict[str, Any]) -> Path:
 def publish(
     out: Path, ready: Path, names: Collection[str], splits: Collection[str], wanted: dict[str, Any]
 ) -> None:
-    """Moves the files `names` from `ready` into `out`, in the place of what was prepared there
-    before; then comes `prepare.json`, which says that the data is whole. It may be interrupted and
-    called again: what is not in `ready` any more has moved already. Shards of other splits are
-    somebody else's, and stay."""
+    """Moves the finished files into `out`, in the place of what was prepared there before.
+
+    The call may be interrupted and repeated. Shards of splits that are not in `splits` belong to
+    another job, and stay.
+
+    Args:
+      out: the folder of the data set.
+      ready: the staging folder.
+      names: names of the files to move; those not in `ready` any more have moved already.
+      splits: the splits that are replaced.
+      wanted: the content of `prepare.json`, which is written last and says that the data is
+        complete.
+    """
+    # First of all: from here on the folder is neither the old data nor the new.
     (out / "prepare.json").unlink(missing_ok=True)
     shards = [path for split in splits for path in shards_lib.shard_paths(out, split)]
     others = [out / name for name in (REJECTED, *tokenizers.NAMES, tokenizers.CHAT_FORMAT)]
@@ -47,6 +62,8 @@ def publish(
         for split in splits
         for name in (index.merged_name(split), shards_lib.table_name(split))
     ]
+    # Old shards have to go: with other numbers (`-of-00007`) they would lie beside the new ones.
+    # A name that is in `names` may be a new file that a repeated call finds in place.
     for old in (*shards, *map(index.index_path, shards), *others):
         if old.name not in names:
             old.unlink(missing_ok=True)
@@ -54,11 +71,11 @@ def publish(
         if (ready / name).exists():
             os.replace(ready / name, out / name)
     write_json(out / "prepare.json", wanted)
-    # After all: of work that is deleted in part nothing could go on.
+    # Last: a staging folder that is deleted halfway could not be resumed.
     for leftover in out.glob(".partial-*"):
         shutil.rmtree(leftover)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file, beside `path` first: a file of that name is always whole."""
+    """Writes a JSON file in one step: a reader never sees a part of it."""
     storage.write_whole(path, json.dumps(value, indent=2) + "\n")

@@ -1,6 +1,6 @@
-"""Parts: what becomes of one unit of a source.
+"""Parts: the intermediate files that `prepare` makes of one unit of a source.
 
-Each is written by one process, and is whole or not there.
+A part is written by one process, and is either complete or absent.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ from alignvlm_jax.ingest.formats.base import Format, Raw, Reject, Rejection, Uni
 SPLITS = ("train", "validation")
 REPORT_EVERY = 20  # records
 BESIDE = "writing-"
-"""How folders of parts in work are called."""
+"""Prefix of the folders in which parts are written before they move into place."""
 
 
 class Progress(NamedTuple):
-    """What a worker did since it last said so."""
+    """The records that a worker has read, and the parts it has finished, since its last report."""
 
     records: int
     outputs: int = 0
@@ -36,43 +36,46 @@ class Progress(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class UnitOutput:
-    """The files of a part."""
+    """The paths of the files of a part, by its number."""
 
     folder: Path
     number: int
 
     def shard(self, split: str) -> Path:
-        """Records of a split, with their index beside; neither is there where it has none."""
+        """Returns the path of the part's records of a split; absent if there are none.
+
+        The index lies beside it (`index.index_path`).
+        """
         return self.folder / f"{self.number:06d}-{split}.array_record"
 
     @property
     def ids(self) -> Path:
-        """JSON lines, of the records in the order of the source: [id, split]."""
+        """The path of a JSON lines file of [id, split] for each record, in the source's order."""
         return self.folder / f"{self.number:06d}.ids.jsonl"
 
     @property
     def rejected(self) -> Path:
-        """JSON lines, of the records that were left out: [id, reason].
+        """The path of a JSON lines file of [id, reason] for each record that was left out.
 
-        It comes last: where it is, all files are.
+        It is written last: if it exists, all files of the part do.
         """
         return self.folder / f"{self.number:06d}.rejected.jsonl"
 
     def is_done(self) -> bool:
-        """Whether the part has been written."""
+        """Whether the part is complete."""
         return self.rejected.exists()
 
 
 @dataclasses.dataclass(frozen=True)
 class UnitWriter:
-    """Writes parts, in worker processes or under Apache Beam.
+    """A picklable function that writes a part, in a worker process or under Apache Beam.
 
     Attributes:
-      folder: where parts lie.
-      format: of the source.
-      tokenizer: path of the one that counts.
+      folder: path of the folder of all parts.
+      format: format of the source.
+      tokenizer: path of the tokenizer that counts the tokens for the index.
       holdout: fraction of the documents that go to the validation split.
-      split: where all documents go instead, if it has a name; their questions need no answers then.
+      split: if not empty, the split of all documents; their questions need no answers then.
     """
 
     folder: str
@@ -82,8 +85,14 @@ class UnitWriter:
     split: str = ""
 
     def __call__(self, task: tuple[int, Unit]) -> Iterator[Progress]:
-        """Writes part `task[0]` out of a unit; UserError where it cannot be written or a bucket
-        does not answer."""
+        """Writes the part of a unit, and yields the progress.
+
+        Args:
+          task: the number of the part, and the unit.
+
+        Raises:
+          UserError: the part cannot be written, or a bucket does not answer.
+        """
         number, unit = task
         # In a folder of its own: where a scheduler tries twice, another process may be at the same
         # part.
@@ -91,12 +100,14 @@ class UnitWriter:
             output = UnitOutput(Path(beside), number)
             place = UnitOutput(Path(self.folder), number)
             yield from self._write(output, unit)
+            # False sorts before True: the file that says that all are there moves last.
             for name in sorted(os.listdir(beside), key=lambda name: name == output.rejected.name):
                 os.replace(Path(beside, name), Path(self.folder, name))
             assert place.is_done()
         yield Progress(0, 1)
 
     def _write(self, output: UnitOutput, unit: Unit) -> Iterator[Progress]:
+        """Writes all files of a part to the folder of `output`."""
         ids = []
         rejected = []
         splits = {}
@@ -105,10 +116,13 @@ class UnitWriter:
             for item in self.format.raws(unit):
                 try:
                     record, split = self._record(item)
+                    # Opened with the first record: a split without any leaves no empty shard.
                     if split not in splits:
                         shard = stack.enter_context(ShardWriter(output.shard(split)))
                         splits[split] = shard, index.Builder(*_tokenizer(self.tokenizer))
                     shard, builder = splits[split]
+                    # Before the shard is written: a record that the index cannot count must not
+                    # be in it.
                     with _no_fault_ends_all():
                         builder.add(record)
                 except Reject as err:
@@ -126,7 +140,7 @@ class UnitWriter:
         yield Progress(count % REPORT_EVERY)
 
     def _record(self, item: Raw | Rejection) -> tuple[Record, str]:
-        """The record and its split; Reject where it cannot be used."""
+        """Returns the checked record and its split; raises Reject if it cannot be used."""
         if isinstance(item, Rejection):
             raise Reject(item.reason)
         with _no_fault_ends_all():
@@ -136,7 +150,10 @@ class UnitWriter:
 
 @contextlib.contextmanager
 def _no_fault_ends_all() -> Iterator[None]:
-    """One of ours, in a run over millions of records, rejects the record; the summary shows it."""
+    """Turns an unforeseen exception into a Reject of the record at hand.
+
+    A bug that one record in a million meets must not end the run; the summary shows its reason.
+    """
     try:
         yield
     except (Reject, UserError):
@@ -148,24 +165,29 @@ def _no_fault_ends_all() -> Iterator[None]:
 
 
 def split_of(document: str, holdout: float) -> str:
-    """Returns the split of a document: a pure function, so that all its records go together,
-    wherever they lie."""
+    """Returns the split of a document, "train" or "validation".
+
+    It depends on the document's name and on `holdout` alone: all records of a document share a
+    split, whatever unit they lie in, and a larger `holdout` only adds documents to validation.
+    """
+    # The hash is uniform in [0, 2**64); JSON may spell half a surrogate pair, which UTF-8 refuses.
     digest = hashlib.blake2b(document.encode(errors="surrogatepass"), digest_size=8).digest()
     return SPLITS[int.from_bytes(digest, "big") < holdout * 2**64]
 
 
 def write_lines(path: Path, values: Iterable[Any]) -> None:
-    """Writes values as JSON lines."""
+    """Writes values as JSON lines, one value a line."""
     with open(path, "w") as file:
         file.writelines(json.dumps(value) + "\n" for value in values)
 
 
 def read_lines(path: Path) -> Iterator[Any]:
-    """Reads JSON lines."""
+    """Yields the values of a JSON lines file."""
     with open(path) as file:
         yield from map(json.loads, file)
 
 
 @functools.lru_cache(maxsize=1)
 def _tokenizer(path: str) -> tuple[tokenizers.Tokenizer, str]:
+    """Returns a tokenizer and its fingerprint, loaded once in each worker process."""
     return tokenizers.load(path), index.tokenizer_fingerprint(path)

@@ -1,9 +1,11 @@
-"""Runs that are compared: TABLE/ROW_seedN in a folder. Runs of a row differ in the seed alone, rows
-of a table in what the table is about; all of a table are asked the same questions.
+"""The comparison of runs: finds them, measures each, and reads the measurements as tables.
 
-What was measured of a run stands in its comparison.json, and nowhere else: `evaluate` and
-`inspect`, called for a run with other flags, would otherwise put other questions, or other noise,
-into the tables.
+Runs lie in a folder as TABLE/ROW_seedN. Runs of a row differ in the seed alone, rows of a table in
+what the table is about, and all runs of a table answer the same questions.
+
+The measurements of a run stand in its comparison.json, and nowhere else: `evaluate` and `inspect`,
+called for a run with other flags, would otherwise put other questions, or other noise, into the
+tables.
 """
 
 import dataclasses
@@ -32,20 +34,30 @@ from alignvlm_jax.train import checkpoint, metrics, restore, workdir
 FILE = "comparison.json"
 
 RELATIVE_SIGMAS = (0.5, 1.0, 1.5, 2.0)
-"""Of the noise, in standard deviations of the features."""
+"""Standard deviations of the noise, in standard deviations of the features."""
 
 NUM_PAGES = 32
-"""Pages whose visual tokens are compared with and without noise, and that choose the words that are
-kept."""
+"""Number of pages whose visual tokens are compared with and without noise.
+
+The same number of pages chooses the vocabulary entries that are kept.
+"""
 
 REACHED = 0.5
-"""ANLS that `Row.steps_to_read` counts the steps to."""
+"""The ANLS up to which `Row.steps_to_read` counts the steps."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a finished run left: its `config`, its metrics' lines, the fields of
-    `summary.summarize`, and analyses by name."""
+    """A finished run with its measurements.
+
+    Attributes:
+      folder: its workdir.
+      seed: its seed.
+      config: the config of its last stage.
+      lines: the lines of its metrics.jsonl.
+      summary: the fields of `summary.summarize`.
+      analyses: results of analyses by name.
+    """
 
     folder: Path
     seed: int
@@ -57,18 +69,20 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The runs of all seeds of one thing."""
+    """A row of a table: the runs of all seeds of one configuration."""
 
     name: str
     runs: tuple[Run, ...]
 
     def values(self, field: str) -> np.ndarray:
-        """Returns a field of the summary, of every run."""
+        """Returns a field of the summary of every run, [number of runs]."""
         return np.array([run.summary[field] for run in self.runs])
 
     def steps_to_read(self) -> list[int | None]:
-        """Returns of every run that was asked while it was trained the steps until its answers
-        scored REACHED, None where they did not."""
+        """Returns the training steps until generated answers scored `REACHED`, for each run.
+
+        It is None for a run that never did. Runs without in-training generation eval are left out.
+        """
         compared = ([line for line in run.lines if "generated/anls" in line] for run in self.runs)
         return [
             next((line["step"] for line in lines if line["generated/anls"] >= REACHED), None)
@@ -77,13 +91,14 @@ class Row:
         ]
 
     def num_connector_params(self) -> int:
-        """Returns the parameters of the connector."""
+        """Returns the number of parameters of the connector."""
+        # By shapes alone: no weights are made or loaded.
         model = vlm.VLM(self.runs[0].config.model)
         params = jax.eval_shape(lambda: vlm.init_params(model, jax.random.key(0)))
         return sum(x.size for x in jax.tree.leaves(params["connector"]))
 
     def analysis(self, name: str) -> list[Mapping[str, Any]]:
-        """Returns an analysis of the runs that have it."""
+        """Returns the results of an analysis, for the runs that have it."""
         return [run.analyses[name] for run in self.runs if name in run.analyses]
 
 
@@ -91,11 +106,10 @@ Tables = Mapping[str, Sequence[Row]]
 
 
 def find(folder: Path) -> list[Path]:
-    """Returns the workdirs of the runs, sorted.
+    """Returns the workdirs of the runs in a folder, sorted.
 
     Raises:
-      UserError: there are none, one is not finished, or two of a table are not to be asked the
-        same.
+      UserError: there are none, one is not finished, or two of a table have different questions.
     """
     found = sorted(
         path.parent for path in folder.glob(f"*/*/{workdir.CONFIG_FILE}") if _name(path.parent)
@@ -122,20 +136,23 @@ def find(folder: Path) -> list[Path]:
 
 
 def row_of(run: Path) -> str:
-    """Returns TABLE/ROW of a run's workdir."""
+    """Returns the name TABLE/ROW of a run's row."""
     return f"{run.parent.name}/{_name(run)[0]}"
 
 
 def is_measured(run: Path) -> bool:
-    """Whether `measure` is done with a run, in the same way."""
+    """Whether a run has measurements, made as `measure` would make them now."""
     path = run / FILE
     return path.exists() and _read_json(path)["way"] == _way(run)
 
 
 def measure(run: Path) -> None:
-    """Evaluates a run on its splits, with pages and blank ones, asks it through noise, and, where
-    its patches have a distribution over words, with fewer words. What was asked already is not
-    asked again."""
+    """Measures a run and writes its comparison.json.
+
+    The run is evaluated on its splits, with pages and with blank ones, and with noise on the vision
+    features. If its patches have a distribution over the vocabulary, it is also evaluated with
+    fewer vocabulary entries. Predictions that exist are not made again.
+    """
     loaded = loading.load(run, loading.load_config(run))
     config = loaded.config
     evaluator = Runner(loaded)
@@ -150,8 +167,8 @@ def measure(run: Path) -> None:
     }
     if patch_tokens.has_patch_distribution(config.model):
         pages = config.data.validation_split
-        # More than an even fraction of the vocabulary: of any there are such words, and not all of
-        # them.
+        # The probability of an entry in an even distribution. In any other one some entries have
+        # more and some less, whatever the vocabulary's size.
         threshold = 1 / config.model.llm.unpadded_vocab_size
         analyses["vocabulary"] = vocabulary.measure(loaded, splits[0], pages, NUM_PAGES, threshold)
     fields = {
@@ -163,7 +180,7 @@ def measure(run: Path) -> None:
 
 
 def read(runs: Sequence[Path]) -> dict[str, list[Row]]:
-    """Returns the rows of every table, the best first; all runs are measured."""
+    """Returns the rows of every table, best first, from the measurements of all runs."""
     tables: dict[str, dict[str, list[Run]]] = {}
     for path in runs:
         name, seed = _name(path)
@@ -181,8 +198,12 @@ def read(runs: Sequence[Path]) -> dict[str, list[Row]]:
 
 
 def with_baseline(tables: Tables, name: str) -> dict[str, list[Row]]:
-    """Returns the tables with the row TABLE/ROW in every other one that is asked the same
-    questions, too."""
+    """Returns the tables with one row added to all others that have the same questions.
+
+    Args:
+      tables: the tables.
+      name: TABLE/ROW, the row to add.
+    """
     table, _, row_name = name.partition("/")
     [baseline] = [row for row in tables[table] if row.name == row_name]
 
@@ -199,13 +220,13 @@ def with_baseline(tables: Tables, name: str) -> dict[str, list[Row]]:
 
 
 def _sorted(rows: Iterable[Row]) -> list[Row]:
-    """The best first."""
+    """Returns rows by their mean ANLS, best first."""
     return sorted(rows, key=lambda row: -row.values("anls").mean())
 
 
 def _way(run: Path) -> dict[str, Any]:
-    """What the measurements depend on; to the microsecond, `train_seconds` tells two runs of a
-    workdir apart."""
+    """Returns everything that the measurements of a run depend on."""
+    # `train_seconds` has microseconds: it tells two runs apart that were written to one workdir.
     found = restore.load_config(run)
     trained = restore.read_newest(run, lambda checkpoints, step: checkpoints.metadata(step))
     return {
@@ -220,6 +241,7 @@ def _way(run: Path) -> dict[str, Any]:
 
 
 def _questions_of(data: DataConfig, evaluation: EvalConfig) -> str:
+    """Returns a description of the questions of a run, equal if they are the same."""
     splits = ", ".join(evaluation.splits)
     return f"{evaluation.num_questions} questions of {splits} in {data.dir}"
 
@@ -229,10 +251,11 @@ def _read_json(path: Path) -> Any:
 
 
 def _name(run: Path) -> tuple[str, int] | None:
-    """Row and seed."""
+    """Returns the row and the seed that a workdir's name ROW_seedN gives, or None."""
     match = re.fullmatch(r"(.+)_seed(\d+)", run.name)
     return match and (match[1], int(match[2]))
 
 
 def _stages(run: Path) -> tuple[Config, ...]:
+    """Returns the configs of all stages of a run."""
     return config_lib.from_json(_read_json(run / workdir.CONFIG_FILE))

@@ -1,5 +1,7 @@
-"""A comparison as pictures (PNG) and as one page: scores of every seed, curves of learning, what
-noise does."""
+"""The figures of a comparison (PNG), and its page `report.html`.
+
+They show the scores of every seed, learning curves, and scores under noise.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,8 +22,10 @@ DOT = "#12345a"
 
 
 def scores(rows: Sequence[Row]) -> bytes:
-    """Returns the ANLS of every row: a bar for the mean, a dot for each seed, and the score on
-    blank pages."""
+    """Returns a PNG of the ANLS of every row.
+
+    It has a bar for the mean, a dot for each seed, and a mark for the mean score on blank pages.
+    """
 
     def draw(figure: Figure) -> None:
         _draw_scores(figure.add_subplot(), rows)
@@ -30,8 +34,10 @@ def scores(rows: Sequence[Row]) -> bytes:
 
 
 def learning(rows: Sequence[Row]) -> bytes:
-    """Returns the ANLS of generated answers over the steps of training: the mean over seeds, and
-    their span."""
+    """Returns a PNG of the ANLS of generated answers over training steps.
+
+    Each row is a line for the mean over its seeds, and a band for their range.
+    """
 
     def draw(figure: Figure) -> None:
         _draw_learning(figure.add_subplot(), rows)
@@ -40,13 +46,14 @@ def learning(rows: Sequence[Row]) -> bytes:
 
 
 def noise(rows: Sequence[Row]) -> bytes:
-    """Returns the curves of noise on the features of all rows, means over their seeds."""
+    """Returns a PNG of the scores of all rows under noise on the features, means over seeds."""
     return noise_lib.FEATURES.curves(
         {row.name.replace("_", " "): _mean(row.analysis("noise")) for row in rows}
     )
 
 
 def _draw_scores(axes: Axes, rows: Sequence[Row]) -> None:
+    # Labels only for the first row: each would be a line of the legend.
     for place, row in enumerate(rows):
         values = row.values("anls")
         axes.barh(
@@ -83,7 +90,8 @@ def _draw_learning(axes: Axes, rows: Sequence[Row]) -> None:
             {line["step"]: line["generated/anls"] for line in run.lines if "generated/anls" in line}
             for run in row.runs
         ]
-        # A run that was stopped while it was asked lacks a point.
+        # A run that was interrupted during an in-training eval lacks that point: only the steps
+        # that all seeds have can be averaged. values is [seeds, steps].
         steps = sorted(set.intersection(*map(set, curves)))
         values = np.array([[curve[step] for step in steps] for curve in curves])
         color = plotting.color(number)
@@ -101,7 +109,8 @@ def _draw_learning(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _mean(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The mean over runs of what a picture of noise shows."""
+    """Returns the means over runs of what a figure of noise shows, in the form of one result."""
+    # By sigma: the points of all runs.
     points = zip(*(run["points"] for run in runs), strict=True)
     names = ("relative_sigma", "anls", "centred_distance")
     return {
@@ -119,8 +128,11 @@ FILE = "report.html"
 
 
 def build(tables: Tables, folder: Path) -> Path:
-    """Writes report.html and TABLE_scores.png, TABLE_learning.png and TABLE_noise.png in `folder`;
-    returns the page's path."""
+    """Writes report.html and the figures TABLE_{scores,learning,noise}.png in `folder`.
+
+    Returns:
+      The path of the page.
+    """
     parts = []
     for (name, grids), rows in zip(
         compare_tables.grids(tables).items(), tables.values(), strict=True

@@ -1,4 +1,4 @@
-"""What a comparison found, as Markdown tables, and where they stand in a document."""
+"""The Markdown tables of a comparison, and their place in a document."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,20 +17,20 @@ END = "<!-- end of make compare -->"
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """A table of text: a title, the names of the columns, and lines of as many cells."""
+    """A table of text: a title, the names of n columns, and lines of n cells each."""
 
     title: str
     columns: Sequence[str]
     lines: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        """Returns it as Markdown, with the title as a heading."""
+        """Returns the table as Markdown, with the title as a heading."""
         rows = [self.columns, ["---"] * len(self.columns), *self.lines]
         return "\n".join([f"### {self.title}", "", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def grids(tables: Tables) -> dict[str, list[Grid]]:
-    """Returns, of every table of runs, the tables of what was measured."""
+    """Returns, for each table of runs, the tables of text that show its measurements."""
     found = {}
     for name, rows in tables.items():
         title = name.replace("_", " ").capitalize()
@@ -41,14 +41,17 @@ def grids(tables: Tables) -> dict[str, list[Grid]]:
 
 
 def markdown(tables: Tables) -> str:
-    """Returns all of them as Markdown."""
+    """Returns the tables of text of all tables of runs as Markdown."""
     return "\n\n".join(grid.markdown() for found in grids(tables).values() for grid in found)
 
 
 def scores(title: str, rows: Sequence[Row]) -> Grid:
-    """Returns the scores, a line a row: means over seeds, and in brackets the least and the most.
-    Steps are to the first check of generated answers that reached it; a run's seconds have
-    compiling and all checks in them."""
+    """Returns a table of scores with a line for each row of runs.
+
+    Cells are means over seeds, with the least and the most in brackets. Steps are counted to the
+    first in-training generation eval that reached the score; seconds of a run include compiling and
+    all evaluations.
+    """
     splits = rows[0].runs[0].config.eval.splits
     columns = [
         "",
@@ -62,6 +65,7 @@ def scores(title: str, rows: Sequence[Row]) -> Grid:
 
 
 def _scores(row: Row, other_splits: Iterable[str]) -> list[str]:
+    """Returns the cells of a row of runs, but for its name, in the order of `scores`' columns."""
     return [
         _spread(row.values("anls")),
         f"{row.values('exact_match').mean():.3f}",
@@ -75,19 +79,24 @@ def _scores(row: Row, other_splits: Iterable[str]) -> list[str]:
 
 
 def noise(title: str, rows: Sequence[Row]) -> Grid:
-    """Returns the ANLS through noise, sigma in standard deviations of the features; at one, how
-    many points are lost, the share that is kept, and how far visual tokens move, as a fraction of
-    the distance between different ones."""
+    """Returns a table of the ANLS under noise on the features.
+
+    Sigma is in standard deviations of the features. For a sigma of 1 there are also the points of
+    ANLS that are lost, the fraction that is kept, and how far visual tokens move, as a fraction of
+    the distance between different ones.
+    """
     lines = []
     for row in rows:
         runs = row.analysis("noise")
         sigmas = [round(point["relative_sigma"], 2) for point in runs[0]["points"]]
         anls = np.array([[point["anls"] for point in run["points"]] for run in runs])
+        # anls is [runs, sigmas]; the first sigma is 0.
         one = sigmas.index(1.0)
         moved = [
             run["points"][one]["centred_distance"] / run["centred_between_distance"] for run in runs
         ]
-        lost = np.round(100 * (anls[:, 0] - anls[:, one]), 1) + 0.0  # No -0.0.
+        # Adding 0.0 turns a rounded -0.0 into 0.0.
+        lost = np.round(100 * (anls[:, 0] - anls[:, one]), 1) + 0.0
         mean = anls.mean(0)
         kept = f"{mean[one] / mean[0]:.0%}" if mean[0] else "–"
         span = f"{lost.mean():.1f} ({lost.min():.1f} to {lost.max():.1f})"
@@ -111,8 +120,11 @@ def noise(title: str, rows: Sequence[Row]) -> Grid:
 
 
 def pruning(title: str, rows: Sequence[Row]) -> Grid:
-    """Returns how many words a patch mixes, and the ANLS with all words and with those alone that
-    patches use."""
+    """Returns a table of the ANLS with fewer vocabulary entries for patches.
+
+    It has the median perplexity of a patch's distribution, and the ANLS with all entries and with
+    only those that patches use.
+    """
     lines = []
     for row in rows:
         if runs := row.analysis("vocabulary"):
@@ -125,17 +137,21 @@ def pruning(title: str, rows: Sequence[Row]) -> Grid:
 
 
 def put(document: Path, text: str) -> None:
-    """Replaces what stands between BEGIN and END in a document.
+    """Replaces the text between `BEGIN` and `END` in a document.
 
     Raises:
-      UserError: it has no such place.
+      UserError: the document does not exist or lacks them.
     """
     before, after = split(document)
     storage.write_whole(document, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
 
 
 def split(document: Path) -> tuple[str, str]:
-    """Returns what stands before BEGIN and after END; UserError where they are missing."""
+    """Returns the text of a document before `BEGIN` and the text after `END`.
+
+    Raises:
+      UserError: the document does not exist, or does not have each of them once, in this order.
+    """
     if not document.is_file():
         raise UserError(f"there is no document {document}")
     whole = document.read_text()
@@ -147,16 +163,19 @@ def split(document: Path) -> tuple[str, str]:
 
 
 def _trial(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a cell: the mean ANLS of the runs, and the number of entries that were kept."""
     words = sorted({run["num_words"] for run in runs})
     count = f"{words[0]}" if len(words) == 1 else f"{words[0]} to {words[-1]}"
     return f"{np.mean([run['anls'] for run in runs]):.3f} ({count} words)"
 
 
 def _spread(values: np.ndarray) -> str:
+    """Returns a cell: mean (least to most)."""
     return f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})"
 
 
 def _steps(steps: Sequence[int | None]) -> str:
+    """Returns a cell: the range of steps, and how many seeds have them if not all do."""
     reached = sorted(step for step in steps if step is not None)
     if not reached:
         return "not reached" if steps else "–"
@@ -165,7 +184,7 @@ def _steps(steps: Sequence[int | None]) -> str:
 
 
 def _name(row: Row, rows: Sequence[Row]) -> str:
-    """What a row is called; a mean of fewer seeds than those beside it says so."""
+    """Returns the name of a row, with a note if it has fewer seeds than others of the table."""
     count = len(row.runs)
     most = max(len(other.runs) for other in rows)
     return _words(row.name) + (f" ({count} of {most} seeds)" if count < most else "")

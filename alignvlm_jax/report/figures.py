@@ -1,5 +1,7 @@
-"""Curves of a run as inline SVG that takes its text colour from the page, so that it reads on light
-and dark."""
+"""Curves of a run as inline SVG.
+
+The SVG takes its text colour from the page, so that it is legible on light and dark backgrounds.
+"""
 
 import dataclasses
 import io
@@ -14,14 +16,15 @@ from matplotlib.figure import Figure
 
 from alignvlm_jax.pictures import plotting
 
-TEXT = "#010203"  # Stands for the page's text colour until the SVG is written.
+# Matplotlib takes no CSS colours: these two stand for the page's own until the SVG is written.
+TEXT = "#010203"
 GRID = "#010204"
 THIS, OTHER = plotting.COLORS[:2]
-SMOOTHING = 15  # Points of training metrics that a line averages over.
+SMOOTHING = 15  # points of training metrics that a line averages over
 
 STYLE = plotting.STYLE | {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "alignvlm_jax",
+    "svg.fonttype": "none",  # text stays text, in the page's font
+    "svg.hashsalt": "alignvlm_jax",  # ids that do not change from one report to the next
     "text.color": TEXT,
     "axes.edgecolor": GRID,
     "axes.labelcolor": TEXT,
@@ -33,8 +36,14 @@ STYLE = plotting.STYLE | {
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """One panel: a metric of training lines, "" for none, and one of validation lines, against the
-    step."""
+    """A panel of the report: metrics against the training step.
+
+    Attributes:
+      title: its title.
+      training: name of a metric of training lines, "" for none.
+      validation: name of a metric of validation lines.
+      log: whether the y axis is logarithmic.
+    """
 
     title: str
     training: str
@@ -51,11 +60,12 @@ CURVES = (
 
 
 def curves(lines: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]] = ()) -> list[str]:
-    """Returns one SVG a panel: this run's metrics.jsonl `lines`, and under them those of a run to
-    compare with.
+    """Returns an SVG for each panel that has points.
 
-    A panel without a single point is left out, as that of the patch loss is where nothing
-    supervised it.
+    Args:
+      lines: the lines of this run's metrics.jsonl. A metric may be missing in all of them, as that
+        of the patch loss in a run without it.
+      other: the lines of another run to compare with, which is drawn underneath.
     """
     panels = []
     for curve in CURVES:
@@ -65,8 +75,10 @@ def curves(lines: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]] = ()
 
 
 def points(lines: Sequence[dict[str, Any]], name: str, log: bool) -> np.ndarray:
-    """Returns [n, 2] steps and finite values of a metric; of a logarithmic one, only what is above
-    zero."""
+    """Returns the (step, value) pairs of a metric, float64 [n, 2], in order.
+
+    Values that are not finite are left out; with `log`, so are those that are not positive.
+    """
     found = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
     values = np.asarray(found, float).reshape(-1, 2)
     keep = np.isfinite(values[:, 1]) & ((values[:, 1] > 0) | (not log))
@@ -74,8 +86,10 @@ def points(lines: Sequence[dict[str, Any]], name: str, log: bool) -> np.ndarray:
 
 
 def stage_spans(lines: Sequence[dict[str, Any]]) -> list[tuple[str, float, float]]:
-    """Returns name, first and last step of each stage, in order; each begins where the one before
-    it ends."""
+    """Returns (name, first step, last step) of each stage, in order.
+
+    A stage begins where the one before it ends.
+    """
     ends: dict[str, float] = {}
     for line in lines:
         ends[line["stage"]] = max(line["step"], ends.get(line["stage"], 0))
@@ -84,6 +98,7 @@ def stage_spans(lines: Sequence[dict[str, Any]]) -> list[tuple[str, float, float
 
 
 def _panel(curve: Curve, lines: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> str:
+    """Returns the SVG of a panel."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.0, 2.9), layout="constrained")
         axes = figure.add_subplot()
@@ -104,8 +119,10 @@ def _panel(curve: Curve, lines: Sequence[dict[str, Any]], other: Sequence[dict[s
 
 
 def _draw_run(axes: Axes, curve: Curve, lines: Sequence[dict[str, Any]], color: str) -> None:
+    """Draws a run's training metric, raw and smoothed, and its validation metric as points."""
     training = points(lines, curve.training, curve.log)
     axes.plot(*training.T, color=color, linewidth=0.8, alpha=0.3)
+    # Stage by stage: at a new stage the loss may jump, and no line should bridge or smooth that.
     for _, start, end in stage_spans(lines):
         stage = training[(training[:, 0] > start) & (training[:, 0] <= end)]
         axes.plot(stage[:, 0], _smooth(stage[:, 1], curve.log), color=color, linewidth=1.6)
@@ -123,9 +140,11 @@ def _draw_run(axes: Axes, curve: Curve, lines: Sequence[dict[str, Any]], color: 
 
 
 def _smooth(values: np.ndarray, log: bool) -> np.ndarray:
-    """A centred mean over SMOOTHING points, fewer near the ends and where there are few; geometric
-    for a logarithmic metric. The window stays symmetric: a one-sided one would hide how a stage
-    begins."""
+    """Returns centred means over `SMOOTHING` values, [n] to [n]; geometric means with `log`.
+
+    Near the ends, and where there are few values, means are over fewer of them.
+    """
+    # The window stays symmetric: a one-sided mean would hide how steeply a stage begins.
     values = np.log(values) if log else values
     widest = min(SMOOTHING // 2, len(values) // 10)
     half = [min(widest, i, len(values) - 1 - i) for i in range(len(values))]
@@ -134,12 +153,15 @@ def _smooth(values: np.ndarray, log: bool) -> np.ndarray:
 
 
 def _draw_stages(axes: Axes, spans: list[tuple[str, float, float]]) -> None:
-    """Names stages above the plot, by number where the name is wider than the stage, and parts them
-    by lines."""
+    """Draws lines between stages and their names above the plot.
+
+    A stage that is narrower than its name has its number instead.
+    """
     axes.set_xlim(0, spans[-1][2])
     for index, (name, start, end) in enumerate(spans):
         if index:
             axes.axvline(start, color=TEXT, linewidth=0.7, linestyle=":")
+        # 0.027 is about the width of a character, in widths of the plot.
         fits = (end - start) / spans[-1][2] > len(name) * 0.027
         label = name if fits else str(index)
         axes.text(
@@ -153,6 +175,7 @@ def _draw_stages(axes: Axes, spans: list[tuple[str, float, float]]) -> None:
 
 
 def _inline_svg(figure: Figure, label: str) -> str:
+    """Returns a figure as an SVG element that fits the width of its container."""
     buffer = io.StringIO()
     figure.savefig(
         buffer,
@@ -161,6 +184,8 @@ def _inline_svg(figure: Figure, label: str) -> str:
         metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
     )
     svg = buffer.getvalue()
+    # Without the XML declaration and doctype, which HTML does not allow there, and without a fixed
+    # size: the viewBox keeps the proportions.
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r' width="[\d.]+pt"', "", re.sub(r' height="[\d.]+pt"', "", svg, count=1), count=1)
     svg = svg.replace(TEXT, "currentColor").replace(GRID, "var(--line)")

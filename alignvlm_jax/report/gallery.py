@@ -1,4 +1,4 @@
-"""Which answers a report shows, on their pages."""
+"""The choice of the answered questions that a report shows with their pages."""
 
 import dataclasses
 import zlib
@@ -18,7 +18,13 @@ MAX_WIDTH = 800
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """An answered question. `row` is the line of the predictions file."""
+    """An answered question.
+
+    Attributes:
+      split: name of its split.
+      verdict: "right", "near" or "wrong".
+      row: its line of the predictions file.
+    """
 
     split: str
     verdict: str
@@ -26,10 +32,11 @@ class Example:
 
     @property
     def record_id(self) -> str:
+        """The id of the record; that of the question ends in the number of its turn."""
         return self.row["id"].rsplit("/", 1)[0]
 
     def closest_answer(self) -> str:
-        """Returns the accepted answer that the prediction is nearest to."""
+        """Returns the accepted answer with the least edit distance to the prediction."""
         return min(
             self.row["answers"],
             key=lambda answer: Levenshtein.distance(self.row["prediction"], answer),
@@ -44,22 +51,24 @@ class Example:
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """Returns "right" for an exact match, "near" where ANLS gives points, else "wrong"."""
+    """Returns "right" for an exact match, "near" if ANLS is above 0, else "wrong"."""
     if row["exact"]:
         return "right"
     return "near" if row["score"] else "wrong"
 
 
 def fractions(result: Predictions) -> dict[str, float]:
-    """Returns the fraction of each verdict."""
+    """Returns the fraction of predictions with each verdict."""
     verdicts = [verdict(row) for row in result.rows]
     return {name: verdicts.count(name) / len(verdicts) for name in QUOTA}
 
 
 def choose(results: Mapping[str, Predictions]) -> list[Example]:
-    """Returns examples by split in turn, `QUOTA` of each verdict, in the order of a hash of their
-    ids: none is picked by hand. Where a verdict is rarer than its quota, the others fill the
-    room."""
+    """Returns examples of each verdict, `QUOTA` of them, from all splits in turn.
+
+    The order is that of a hash of their ids, so that no example is picked by hand. If a verdict is
+    rarer than its quota, others take its place.
+    """
     found: dict[str, list[Example]] = {name: [] for name in QUOTA}
     queues = [_by_hash(split, result) for split, result in results.items()]
     for rank in range(max(map(len, queues), default=0)):
@@ -76,7 +85,9 @@ def choose(results: Mapping[str, Predictions]) -> list[Example]:
 
 
 def one_of_each(examples: Sequence[Example], count: int) -> list[Example]:
-    """Returns `count` examples, as different in verdict as there are."""
+    """Returns `count` examples with as many different verdicts as possible."""
+    # The rank of an example is the number of earlier ones with its verdict; sorting by it (the sort
+    # is stable) takes the first of each verdict, then the second, and so on.
     ranks = {
         id(one): [other.verdict for other in examples[:i]].count(one.verdict)
         for i, one in enumerate(examples)
@@ -85,12 +96,13 @@ def one_of_each(examples: Sequence[Example], count: int) -> list[Example]:
 
 
 def page_uri(record: Record) -> str:
-    """Returns the record's first image as a data URI, no wider than MAX_WIDTH."""
+    """Returns the record's first image as a data URI, at most `MAX_WIDTH` pixels wide."""
     page = images.decode_image(record.images[0], record.id)
     page.thumbnail((MAX_WIDTH, MAX_WIDTH * 4))
     return image_uri(page)
 
 
 def _by_hash(split: str, result: Predictions) -> list[Example]:
+    """Returns all answered questions of a split in the order of a hash of their ids."""
     rows = sorted(result.rows, key=lambda row: zlib.crc32(row["id"].encode()))
     return [Example(split, verdict(row), row) for row in rows]

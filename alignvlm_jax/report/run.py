@@ -1,4 +1,4 @@
-"""`report.html` of a run: one file that needs no other, from whatever its workdir holds so far."""
+"""The report of a run: a self-contained `report.html` with whatever its workdir holds so far."""
 
 import dataclasses
 import json
@@ -47,7 +47,7 @@ GOODPUT = (
     ),
     ("other", "Other", "starting, reading data and weights"),
 )
-"""Categories of `goodput` in the order and words of the report."""
+"""The categories of `goodput` in the report's order: (category, title, explanation)."""
 
 Results = Mapping[tuple[str, bool], Predictions]
 Lines = Sequence[dict[str, Any]]
@@ -55,9 +55,16 @@ Lines = Sequence[dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a workdir holds.
+    """The content of a workdir.
 
-    `loaded` is None, and `problem` says why, where there is no model to load.
+    Attributes:
+      folder: the workdir.
+      stages: the configs of its stages.
+      lines: the lines of its metrics.jsonl.
+      results: predictions by (split, whether pages are blank).
+      analyses: results of analyses by name.
+      loaded: the model, or None if none can be loaded.
+      problem: the reason why there is no model, else "".
     """
 
     folder: Path
@@ -75,7 +82,7 @@ def build(folder: Path, other: Path | None = None, data_dir: str | None = None) 
     Args:
       folder: a workdir.
       other: another run's workdir, whose curves and scores stand beside this one's.
-      data_dir: where the documents are, if no longer where the config says.
+      data_dir: the folder of the documents, if it is not the config's any more.
 
     Raises:
       UserError: a folder is no workdir, or a file in it is damaged. Anything else that is missing
@@ -90,7 +97,16 @@ def build(folder: Path, other: Path | None = None, data_dir: str | None = None) 
 
 
 def read(folder: Path, data_dir: str | None = None, with_model: bool = True) -> Run:
-    """Reads a workdir."""
+    """Returns the content of a workdir.
+
+    Args:
+      folder: the workdir.
+      data_dir: the folder of the documents, if it is not the config's any more.
+      with_model: whether to load the model.
+
+    Raises:
+      UserError: the folder is no workdir, or a file in it is damaged.
+    """
     config_file = folder / workdir.CONFIG_FILE
     if not config_file.exists():
         raise UserError(f"{folder} is no workdir: it has no {workdir.CONFIG_FILE}")
@@ -110,16 +126,19 @@ def read(folder: Path, data_dir: str | None = None, with_model: bool = True) -> 
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the whole lines of a metrics.jsonl, which may still be growing; none where there is
-    no file."""
+    """Returns the complete lines of a metrics.jsonl; none if there is no such file.
+
+    Old names of metrics are replaced by the present ones.
+    """
     if not path.exists():
         return []
+    # What follows the last newline is a line that is still being written.
     lines = path.read_text().split("\n")[:-1]
     return [renamed.names(parse(path, line), renamed.METRICS) for line in lines]
 
 
 def parse(path: Path, text: str) -> Any:
-    """Returns what the text of a file holds; UserError where it is not JSON."""
+    """Returns the JSON value of the text of the file `path`; raises UserError if it is not JSON."""
     try:
         return json.loads(text)
     except ValueError as err:
@@ -127,7 +146,7 @@ def parse(path: Path, text: str) -> Any:
 
 
 def render(run: Run, other: Run | None = None) -> str:
-    """Returns the report's HTML."""
+    """Returns the HTML of the report of a run, beside those of another run if there is one."""
     splits = _splits(run)
     examples = gallery.choose({split: run.results[split, False] for split in splits})
     records = _records(run, examples)
@@ -166,7 +185,7 @@ def render(run: Run, other: Run | None = None) -> str:
 
 
 def _splits(run: Run) -> list[str]:
-    """The splits with predictions, those of the config first."""
+    """Returns the names of the splits with predictions, those of the config first."""
     found = [split for split, blind in run.results if not blind]
     named = run.stages[-1].eval.splits
     return sorted(
@@ -175,7 +194,7 @@ def _splits(run: Run) -> list[str]:
 
 
 def _score(run: Run, split: str) -> dict[str, Any]:
-    """A split's row in the table of scores, and below it those of its kinds of documents."""
+    """Returns the row of a split in the table of scores, with rows of its kinds of documents."""
     seen = run.results[split, False]
     blind = run.results.get((split, True))
     rows = [_score_row(split, seen, blind)]
@@ -185,6 +204,7 @@ def _score(run: Run, split: str) -> dict[str, Any]:
 
 
 def _score_row(name: str, seen: Predictions, blind: Predictions | None) -> dict[str, Any]:
+    """Returns a row of the table of scores; `blind` are the predictions on blank pages."""
     return {
         "name": name.replace("_", " "),
         "count": len(seen.rows),
@@ -198,7 +218,7 @@ def _score_row(name: str, seen: Predictions, blind: Predictions | None) -> dict[
 
 
 def _records(run: Run, examples: Sequence[Example]) -> dict[str, Record]:
-    """The documents of examples by id; those that are gone, or are others by now, are left out."""
+    """Returns the records of examples by id, without those that are no longer in the data."""
     found = {}
     config = run.loaded.config if run.loaded else run.stages[-1]
     for split in {example.split for example in examples}:
@@ -207,6 +227,8 @@ def _records(run: Run, examples: Sequence[Example]) -> dict[str, Record]:
         except UserError:
             continue
         for example in examples:
+            # The data may have been prepared anew since: the id tells whether the record at this
+            # index is still the same.
             index = example.row["record"]
             if (
                 example.split == split
@@ -218,6 +240,7 @@ def _records(run: Run, examples: Sequence[Example]) -> dict[str, Record]:
 
 
 def _shown(example: Example, record: Record | None) -> dict[str, Any]:
+    """Returns what the report shows of an example; without its page if `record` is None."""
     return {
         "split": example.split.replace("_", " "),
         "kind": example.row["kind"],
@@ -233,7 +256,10 @@ def _shown(example: Example, record: Record | None) -> dict[str, Any]:
 def _lenses(
     run: Run, examples: Sequence[Example], records: Mapping[str, Record]
 ) -> tuple[list[dict], str]:
-    """Pictures of what patches say on three of the pages shown, or why there are none."""
+    """Returns the patch-token maps of `NUM_LENSES` of the pages shown, and "".
+
+    If there are none, returns an empty list and the reason.
+    """
     if run.loaded is None:
         return [], run.problem
     chosen = gallery.one_of_each(
@@ -264,13 +290,14 @@ def _lenses(
 
 
 def _stage(stage: Config, lines: Lines) -> dict[str, Any]:
-    """A stage's row: what it was asked to do, and how it went so far."""
+    """Returns the row of a stage: its settings, and its metrics so far."""
     ours = [line for line in lines if line["stage"] == stage.stage]
     began = lines.index(ours[0]) if ours else 0
     rates = sorted(line["steps_per_second"] for line in ours if line.get("steps_per_second"))
     waits = [
         line["data_wait_fraction"] for line in ours if line.get("data_wait_fraction") is not None
     ]
+    # train_seconds counts from the start of the run: those of earlier stages are subtracted.
     seconds = _last(ours, "train_seconds")
     return {
         "name": stage.stage,
@@ -289,7 +316,10 @@ def _stage(stage: Config, lines: Lines) -> dict[str, Any]:
 
 
 def _goodput(lines: Lines) -> list[dict[str, Any]]:
-    """Where the run's wall time went, as its newest line says; empty where none says."""
+    """Returns the fraction of the run's wall time in each category, as its newest line has it.
+
+    Empty if no line has it.
+    """
     newest = next((line for line in reversed(lines) if line.get(goodput.TOTAL)), None)
     if newest is None:
         return []
@@ -306,17 +336,18 @@ def _goodput(lines: Lines) -> list[dict[str, Any]]:
 
 
 def _last(lines: Lines, name: str) -> float | None:
+    """Returns the newest value of a metric; None if no line has it."""
     return next((line[name] for line in reversed(lines) if line.get(name) is not None), None)
 
 
 def _num_params(loaded: Loaded | None) -> dict[str, int]:
-    """Parameters by part of the model; empty without a model."""
+    """Returns the number of parameters by component of the model; empty without a model."""
     parts = loaded.params if loaded else {}
     return {part: sum(x.size for x in jax.tree.leaves(tree)) for part, tree in parts.items()}
 
 
 def _facts(run: Run) -> dict[str, str]:
-    """What else one needs to know to repeat the run, by name."""
+    """Returns further facts that are needed to repeat the run, by name."""
     config = run.stages[-1]
     vision = run.stages[-1].model.vision
     llm = run.stages[-1].model.llm

@@ -1,5 +1,7 @@
-"""The files of one checkpoint as orbax writes and reads them, with what it lacks: checksums, and a
-removal that is never seen half done."""
+"""The files of a checkpoint: orbax's formats, with checksums and a safe removal added.
+
+Orbax itself has no checksums, and a checkpoint that it removes can be seen half removed.
+"""
 
 import json
 import logging
@@ -19,19 +21,23 @@ from alignvlm_jax.storage import Path, faults
 from alignvlm_jax.storage.faults import Kind
 
 COMMITTED = "commit_success.txt"
-"""Orbax's; the last file of a checkpoint that is written."""
+"""Name of the file that orbax writes last into a checkpoint."""
 CHECKSUM = "crc32"
-"""Of the other fields of a JSON file."""
+"""Field of a JSON file with the checksum of its other fields."""
 UNFINISHED = ".orbax-checkpoint-tmp"
-"""Orbax's, in the name of a folder that is not finished."""
+"""What orbax has in the name of a folder that is not finished."""
 
 
 def handlers(host_gb: float | None) -> dict[str, Any]:
-    """Returns what writes and reads each item of a checkpoint; `host_gb` bounds what a save copies
-    and writes at once."""
+    """Returns orbax's handler of each item of a checkpoint.
+
+    Args:
+      host_gb: the most gigabytes that a save copies to the host and writes at once; None for no
+        bound.
+    """
     return {
         "state": ocp.PyTreeCheckpointHandler(
-            # Of the two formats this one can have checksums (`_codecs_with_checksums`).
+            # Only this one of orbax's two formats can have checksums (`_codecs_with_checksums`).
             use_zarr3=True,
             save_concurrent_gb=host_gb,
             save_device_host_concurrent_gb=host_gb,
@@ -42,13 +48,20 @@ def handlers(host_gb: float | None) -> dict[str, Any]:
 
 
 def pytree_restore(abstract: Any, *, partial: bool = False) -> ocp.args.PyTreeRestore:
+    """Returns orbax's arguments to read a tree with the shapes, dtypes and shardings of `abstract`.
+
+    With `partial`, arrays that `abstract` lacks are not read.
+    """
     restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
     return ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=partial)
 
 
 def shapes(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shape and dtype of every array of a tree, or of what orbax says of one, by
-    path."""
+    """Returns the shape and dtype of every array by path, "a/b/c".
+
+    Args:
+      tree: a tree of arrays, or of orbax's metadata of them.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
     return {
         _path_of(keys): jax.ShapeDtypeStruct(tuple(x.shape), x.dtype)
@@ -58,18 +71,28 @@ def shapes(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _path_of(keys: Sequence[Any]) -> str:
+    """Returns a path of JAX's keys (of dicts, sequences or attributes) as "a/b/c"."""
     return "/".join(
         str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in keys
     )
 
 
 def with_checksum(fields: dict[str, Any]) -> dict[str, Any]:
-    """A bit that flips in a number leaves it a number."""
+    """Returns the fields of a JSON file with their checksum.
+
+    JSON by itself reveals no flipped bit: a number becomes another number.
+    """
     return {**fields, CHECKSUM: _checksum(fields)}
 
 
 def without_checksum(fields: dict[str, Any]) -> dict[str, Any]:
-    """Raises ValueError where it is another one; checkpoints from before have none."""
+    """Returns the fields of a JSON file without their checksum, after checking it.
+
+    Fields without a checksum, as in old checkpoints, pass.
+
+    Raises:
+      ValueError: the checksum is wrong.
+    """
     fields = dict(fields)
     if CHECKSUM in fields and (stored := fields.pop(CHECKSUM)) != (found := _checksum(fields)):
         raise ValueError(f"its checksum is {found}, and {stored} was written")
@@ -81,73 +104,85 @@ def _checksum(fields: dict[str, Any]) -> int:
 
 
 def first_line(err: BaseException) -> str:
+    """Returns the first line of the message of an error, or the name of its type."""
     if "See full TensorStore details" in str(err) and err.__cause__:
-        # It prints how the array is opened; the cause says what is wrong.
+        # This message only says how the array is opened; its cause says what is wrong.
         return first_line(err.__cause__)
     return (str(err).splitlines() or [type(err).__name__])[0]
 
 
 class Deleter:
-    """Removes checkpoints that are superseded: each at once no longer a checkpoint, then file by
-    file."""
+    """An orbax-style deleter of superseded checkpoints that never leaves half of one behind.
+
+    In one step a folder is no checkpoint any more; then it is removed file by file.
+    """
 
     def __init__(self, folder: Path, renames: bool):
+        """`folder` is that of the checkpoints; `renames` is whether its storage renames folders."""
         self._folder = folder
         self._renames = renames
 
     def delete(self, step: int) -> None:
-        """Removes one."""
+        """Removes the checkpoint of a step; only the main process does so."""
         if not distributed.is_main():
             return
         old = self._folder / str(step)
         if self._renames:
+            # A name that orbax takes for an unfinished save, and so for no checkpoint. One of an
+            # interrupted removal is in the way of the rename.
             doomed = self._folder / f"{step}{UNFINISHED}-removed"
             storage.remove_tree(doomed)
             old.rename(doomed)
             old = doomed
         else:
+            # A bucket cannot rename a folder in one step: without this file it is no checkpoint.
             (old / COMMITTED).unlink(missing_ok=True)
         storage.remove_tree(old)
 
     def delete_steps(self, steps: Sequence[int]) -> None:
-        """Removes several."""
+        """Removes the checkpoints of several steps."""
         for step in steps:
             self.delete(step)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing: orbax calls it, but nothing is open here."""
 
 
 def _codecs_with_checksums(*args: Any, **kwargs: Any) -> dict[str, Any]:
     """Returns orbax's description of an array's files, with a checksum behind every chunk.
 
-    Orbax has none for them, nor a switch: a bit that flips in a chunk is read as other numbers. It
-    stands in the description, so that every reader finds it.
+    Without it a bit that flips in a chunk is read as another number. The checksum is part of the
+    description, so that every reader of the format verifies it.
     """
     described = _orbax_codecs(*args, **kwargs)
     codecs = described["codecs"][0]["configuration"]["codecs"]
     for codec in codecs:
         if codec["name"] == "zstd":
-            # As in the other format: weights hardly shrink at any.
+            # The level of orbax's other format: weights hardly compress at any level, and higher
+            # ones only take time.
             codec["configuration"]["level"] = 1
     codecs.append({"name": "crc32c"})
     return described
 
 
+# Orbax has no option for it: its private function is replaced.
 _orbax_codecs = tensorstore_utils._build_zarr3_metadata
 tensorstore_utils._build_zarr3_metadata = _codecs_with_checksums
 
 
 class _NotOfOrbax(logging.Filter):
-    """Of a terminal: orbax logs every step of every save, and a traceback where we print one
-    line."""
+    """A filter for the terminal that drops the messages of orbax.
+
+    Orbax logs every step of every save, and tracebacks of errors that are reported in one line.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.name != "absl" or "/orbax/" not in record.pathname
 
 
 def quiet_terminal() -> None:
-    """Leaves orbax's lines to log files."""
+    """Keeps the messages of orbax off the terminal; log files still have them."""
+    # absl's handler wraps Python's; `lastResort` is the one that Python uses if there is no other.
     for handler in (
         *logging.root.handlers,
         *logging.getLogger("absl").handlers,
@@ -160,9 +195,11 @@ def quiet_terminal() -> None:
 
 
 def may_pass(err: BaseException) -> bool:
-    """Whether what was not saved may be saved when the run is started again. Not where there is no
-    room or no permission, or the folder is gone; but where another process was lost, with which
-    this one wrote."""
+    """Whether a failed save may succeed when the run is started again.
+
+    It may if another process, with which this one wrote, was lost. It may not if there is no room
+    or no permission, or if the folder is gone.
+    """
     for one in faults.chain(err):
         if isinstance(one, UserError):
             return isinstance(one, TryAgainError)
@@ -172,9 +209,13 @@ def may_pass(err: BaseException) -> bool:
 
 
 def is_of_device(err: BaseException) -> bool:
+    """Whether an error, or one of its causes, is of the JAX runtime."""
     return any(isinstance(one, jax.errors.JaxRuntimeError) for one in faults.chain(err))
 
 
 def is_step(name: str) -> bool:
-    """Whether a folder's name is that of a step; 010 is none, nor are digits of other scripts."""
+    """Whether the name of a folder is that of a step.
+
+    A name with leading zeros is none, nor is one with digits of another script.
+    """
     return name.isascii() and name.isdigit() and str(int(name)) == name

@@ -1,4 +1,4 @@
-"""Which code a run is of."""
+"""The commit of the code that a run uses."""
 
 import functools
 import os
@@ -8,17 +8,18 @@ import subprocess
 
 @functools.cache
 def git_hash() -> str:
-    """Returns the commit of the code that runs, with "-dirty" where it was changed since; "unknown"
-    outside a checkout.
+    """Returns the git commit of the running code, with "-dirty" if files were changed since.
 
-    The launch scripts name it where there is no .git: in ALIGNVLM_COMMIT, or in the file COMMIT of
-    an image or a host.
+    Without a .git folder it comes from the environment variable ALIGNVLM_COMMIT, or from the file
+    COMMIT that the launch scripts put into an image or onto a host. Without these it is "unknown".
     """
     noted = pathlib.Path(__file__).parents[2] / "COMMIT"
     if commit := os.environ.get("ALIGNVLM_COMMIT"):
         return commit
     if noted.is_file():
         return noted.read_text().strip()
+    # --no-optional-locks: `describe --dirty` would refresh the index, which many processes may do
+    # at once. --exclude leaves out tags, so that the commit itself is named.
     command = ["git", "-C", str(pathlib.Path(__file__).parent), "--no-optional-locks"]
     command += ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

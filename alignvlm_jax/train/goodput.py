@@ -1,7 +1,7 @@
-"""Where the wall time of a run goes: what its process does at the moment, and sums over the run.
+"""Goodput: the wall time of a run by category, and the phase that its process is in.
 
-The thread of the training loop enters and leaves the phases of `Phases`; heartbeat and watchdog,
-in threads of their own, look on. A run that is stopped and goes on carries its sums in the lines
+The thread of the training loop enters and leaves the phases of `Phases`; heartbeat and watchdog
+read them from threads of their own. A run that is stopped and resumed carries its sums in the lines
 of metrics.jsonl (`Phases.metrics`, `carried`).
 """
 
@@ -26,14 +26,18 @@ CATEGORY_OF = {
     "validating": "evaluation",
     "generating": "evaluation",
 }
-"""The phases of a process, and what each counts as."""
+"""The category of each phase of a process."""
 
 CATEGORIES = ("steps", "compile", "data_wait", "save", "evaluation", "restart", "other")
-"""Restart is all time of a process that goes on with a run before its first step, and all that was
-lost since the checkpoint that it goes on from."""
+"""The categories of wall time.
+
+"restart" is all time of a resuming process before its first step, and all time that was spent
+beyond the checkpoint from which it resumes.
+"""
 
 PREFIX = "goodput/"
 TOTAL = PREFIX + "seconds"
+# Lowering and XLA's compilation, as JAX reports them; tracing is not a part of either.
 COMPILE_EVENTS = (
     "/jax/core/compile/jaxpr_to_mlir_module_duration",
     "/jax/core/compile/backend_compile_duration",
@@ -41,10 +45,18 @@ COMPILE_EVENTS = (
 
 
 class Phases:
-    """What the process does now, and the seconds it has spent on everything, each second once."""
+    """The stack of phases that a process is in, and the seconds that it has spent in each category.
+
+    Each second counts once, for the innermost phase. A context manager: while entered, compilation
+    in any phase is noticed.
+    """
 
     def __init__(self, began: float | None = None):
-        """`began` is when the process began, on the clock of `time.monotonic`; default: now."""
+        """Begins in the phase "starting".
+
+        Args:
+          began: the time at which the process began, by `time.monotonic`; default: now.
+        """
         self._began = time.monotonic() if began is None else began
         self._mark = self._began
         self._seconds = dict.fromkeys(CATEGORIES, 0.0)
@@ -55,12 +67,13 @@ class Phases:
         self._step_seconds: collections.deque[float] = collections.deque(maxlen=64)
         self._thread = threading.get_ident()
         self.num_steps = 0
-        """Of the run, the newest that has ended."""
+        """Number of the newest step of the run that has ended."""
         self.moved = self._mark
-        """When a phase began or ended, a step ended, or `progress` was called last."""
+        """The last time at which a phase began or ended, a step ended, or `progress` was called."""
 
     def __enter__(self) -> "Phases":
-        import jax  # Not above: who only reads phases should not wait for it.
+        # Imported here: a program that only reads phases should not wait for JAX.
+        import jax
 
         jax.monitoring.register_event_duration_secs_listener(self._note_compile)
         return self
@@ -72,15 +85,21 @@ class Phases:
 
     @property
     def now(self) -> str:
-        """The phase that the process is in."""
+        """The innermost phase that the process is in."""
         return self._stack[-1]
 
     @contextlib.contextmanager
     def enter(self, phase: str) -> Iterator[None]:
-        """Counts the time inside as that of `phase`, a name of CATEGORY_OF; phases nest."""
+        """A context whose time counts for `phase`, a name of `CATEGORY_OF`; phases nest.
+
+        Raises:
+          KeyError: there is no such phase.
+        """
         if phase not in CATEGORY_OF:
             raise KeyError(phase)
-        if phase == "compiling":  # Of another step function, whose steps may be slower.
+        # Another step function is about to run, whose steps may be slower: with the old median the
+        # watchdog's limit could be too short.
+        if phase == "compiling":
             self._step_seconds.clear()
         self._add()
         self._stack.append(phase)
@@ -91,8 +110,9 @@ class Phases:
             self._stack.pop()
 
     def step(self, number: int) -> None:
-        """Notes that a step has ended. The first one ends a restart: the time so far was lost."""
+        """Notes that step `number` of the run has ended; the first one ends a restart."""
         self._add()
+        # All time of this process so far, whatever its category, was the price of the restart.
         if self._restarting:
             self._restarting = False
             spent = sum(self._seconds.values())
@@ -103,77 +123,88 @@ class Phases:
         self.num_steps = number
 
     def progress(self) -> None:
-        """Notes that a phase of many parts moves on, such as one batch of validation."""
+        """Notes that a long phase has moved on, as by one batch of validation."""
         self.moved = time.monotonic()
 
     def move(self, source: str, target: str, seconds: float) -> None:
-        """Counts seconds of one phase as of another."""
+        """Moves seconds from the category of one phase to that of another."""
         self._add()
         self._seconds[CATEGORY_OF[source]] -= seconds
         self._seconds[CATEGORY_OF[target]] += seconds
 
     def resume(self, step: int, carried: Mapping[str, float], beat_seconds: float = 0.0) -> None:
-        """Goes on with a run from `step`: until the next step has ended all is a restart.
+        """Resumes a run from a checkpoint: all time until the next step has ended is a restart.
 
         Args:
-          step: of the checkpoint.
-          carried: of `carried`.
-          beat_seconds: `run_seconds` of the last heartbeat, which may be younger than the last
-            line.
+          step: step of the checkpoint.
+          carried: seconds by category, as the function `carried` returns them.
+          beat_seconds: `run_seconds` of the last heartbeat.
         """
         self.num_steps = step
         self._restarting = True
         self._carried = dict(carried)
+        # The heartbeat may be younger than the last line of metrics: the time between was lost.
         self._carried["restart"] += max(0.0, beat_seconds - sum(carried.values()))
 
     def median_step_seconds(self) -> float | None:
-        """Returns the median time of the newest steps without validation, saves and the like."""
+        """Returns the median seconds of the newest 64 steps, without validation, saves and so on.
+
+        Returns None if there is no step yet.
+        """
+        # Called from other threads: RuntimeError if the loop's thread adds a step meanwhile.
         try:
             return statistics.median(self._step_seconds)
-        except (statistics.StatisticsError, RuntimeError):  # None yet, or one was added meanwhile.
+        except (statistics.StatisticsError, RuntimeError):
             return None
 
     def run_seconds(self) -> float:
-        """Returns the wall time of the run so far, over all its processes one after the other."""
+        """Returns the seconds of wall time of the run so far, with those of its earlier processes."""
         return sum(self._carried.values()) + time.monotonic() - self._began
 
     def data_wait_fraction(self) -> float:
-        """Returns the fraction of this process's own time in which it waited for data."""
+        """Returns the fraction of this process's time in which it waited for data."""
         spent = sum(self._seconds.values())
         return self._seconds["data_wait"] / spent if spent else 0.0
 
     def metrics(self) -> dict[str, float]:
-        """Returns `goodput/CATEGORY`, the fraction of the run's wall time, and
-        `goodput/seconds`."""
+        """Returns the fractions of the run's wall time, `goodput/CATEGORY`, and `goodput/seconds`.
+
+        From these the function `carried` recovers the sums.
+        """
         self._add()
         total = {name: self._carried[name] + self._seconds[name] for name in CATEGORIES}
         seconds = sum(total.values())
         return {PREFIX + name: total[name] / seconds for name in CATEGORIES} | {TOTAL: seconds}
 
     def _stepping(self) -> float:
+        """Returns the seconds in steps so far: differences of it leave out all other phases."""
         return self._seconds["steps"] + self._seconds["data_wait"]
 
     def _add(self) -> None:
+        """Adds the time since the last call to the category of the phase that the process is in."""
         now = time.monotonic()
         self._seconds[CATEGORY_OF[self.now]] += now - self._mark
         self._mark = self.moved = now
 
     def _note_compile(self, event: str, seconds: float, **_: Any) -> None:
-        """Compiling inside another phase counts as such: a first validation compiles, and so on."""
+        """Counts compilation inside another phase, as in a first validation, as compiling."""
+        # The listener is called in whichever thread compiles: a thread of the loader must not take
+        # time from the loop's phase.
         is_ours = event in COMPILE_EVENTS and threading.get_ident() == self._thread
         if is_ours and self.now != "compiling":
             self.move(self.now, "compiling", seconds)
 
 
 def carried(lines: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:
-    """Returns the seconds by category that a run has spent before it goes on from `step`.
+    """Returns the seconds by category that a run has spent before it resumes from `step`.
 
-    Whatever was spent after that step's line was in vain, and counts as restart.
+    Time that was spent after that step's line is lost, and counts as restart.
 
     Args:
-      lines: of metrics.jsonl, before those beyond `step` are cut off.
-      step: of the checkpoint; 0 without one.
+      lines: the lines of metrics.jsonl, before those beyond `step` are cut off.
+      step: step of the checkpoint; 0 without one.
     """
+    # A line holds sums since the start of the run: the newest one of each kind is enough.
     last = _newest(lines)
     kept = _newest([line for line in lines if line["step"] <= step])
     lost = sum(last.values()) - sum(kept.values())
@@ -181,8 +212,10 @@ def carried(lines: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:
 
 
 def logged(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a metrics.jsonl that hold sums; who reads them for more complains of
-    others."""
+    """Returns the lines of a metrics.jsonl that hold sums of wall time.
+
+    Damaged lines are left out silently: `metrics.cut` reports them.
+    """
     found = []
     for text in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
@@ -193,6 +226,7 @@ def logged(path: Path) -> list[dict[str, Any]]:
 
 
 def _newest(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Returns the seconds by category that the newest line holds; zeros if there is none."""
     for line in reversed(lines):
         if line.get(TOTAL):
             return {name: (line.get(PREFIX + name) or 0.0) * line[TOTAL] for name in CATEGORIES}
@@ -200,13 +234,14 @@ def _newest(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def process_began() -> float:
-    """Returns when this process began, on the clock of `time.monotonic`; now where it is not
-    known."""
+    """Returns the time at which this process began, by `time.monotonic`; now if it is unknown."""
     now = time.monotonic()
     try:
         with open("/proc/self/stat") as file:
-            # Fields are counted from 1; the second, in brackets, may hold spaces.
+            # Field 22 of proc(5), counted from 1, is the start time in ticks since boot. The second
+            # field, the name in brackets, may hold spaces: what follows it begins with the third.
             ticks = int(file.read().rpartition(")")[2].split()[22 - 3])
+        # By the clock since boot, which runs on while the machine is suspended, as ticks do.
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError, AttributeError):
         return now

@@ -1,8 +1,8 @@
-"""Where a process stands, for others to read while it runs:
+"""Heartbeats: a small file of each process that says what it does, for others to read:
 
-    WORKDIR/heartbeats/host-N.json, one a process
+    WORKDIR/heartbeats/host-N.json
 
-A thread of its own writes it, since the loop's may be the one that hangs.
+A separate thread writes it, because the thread of the training loop may be the one that hangs.
 """
 
 import json
@@ -22,20 +22,25 @@ from alignvlm_jax.train.goodput import Phases
 FOLDER = "heartbeats"
 BEAT_SECONDS = 10.0
 POLL_SECONDS = 60.0
-"""How often the main process looks at the heartbeats of the others."""
+"""Interval at which the main process reads the heartbeats of the others."""
 
 FINAL_SECONDS = 10.0
-"""A last heartbeat that the storage does not take in this time is given up."""
+"""Longest time that a last heartbeat may take; then it is given up."""
 
 
 class Heartbeat:
-    """Rewrites the heartbeat file of this process every few seconds, whole each time.
+    """A writer that replaces the heartbeat file of this process every few seconds.
 
-    It holds, beside host, process and pid: step and total, of the run; the phase, one of
-    `goodput.CATEGORY_OF`, at the end "done", "stopped", "failed" or "stalled"; `since`, the seconds
-    since the phase began or moved (a step, a batch), and `limit`, those after which the watchdog
-    ends the process; `seconds_per_step`, the median; `data_wait`, the fraction of the time of this
-    process; `run_seconds`, the wall time of the run; `time`, that of writing, seconds since 1970.
+    The file is a JSON object with these fields:
+      host, process, pid: which process it is.
+      step, total: the newest step of the run, and the number of its steps.
+      phase: one of `goodput.CATEGORY_OF`; at the end "done", "stopped", "failed" or "stalled".
+      since: seconds since the phase began or moved (by a step or a batch).
+      limit: seconds without moving after which the watchdog ends the process.
+      seconds_per_step: median seconds of a step.
+      data_wait: fraction of this process's time in which it waited for data.
+      run_seconds: wall time of the run.
+      time: time of writing, in seconds since 1970.
     """
 
     def __init__(
@@ -50,7 +55,18 @@ class Heartbeat:
         stopped: tuple[type[BaseException], ...] = (),
         every: float = BEAT_SECONDS,
     ):
-        """`stopped` are the exceptions by which a run ends that was told to stop."""
+        """Prepares the writer, which runs while entered.
+
+        Args:
+          folder: the workdir.
+          phases: the phases of this process.
+          process: number of this process.
+          num_processes: number of processes of the run.
+          total: number of steps of the run.
+          limit: returns the field `limit`.
+          stopped: exceptions that end a run which was told to stop.
+          every: seconds between two heartbeats.
+        """
         self._folder = folder / FOLDER
         self._phases = phases
         self._process = process
@@ -65,7 +81,7 @@ class Heartbeat:
         self._polled = time.monotonic()
         self._problem = ""
         self.earlier: dict[str, Any] = {}
-        """The last heartbeat of the process before this one; empty where there is none."""
+        """The last heartbeat of the process that had this number before; empty if there is none."""
 
     def __enter__(self) -> "Heartbeat":
         self.earlier = read(self._folder, self._process)
@@ -81,9 +97,9 @@ class Heartbeat:
             self.end("stopped" if issubclass(kind, self._stopped) else "failed")
 
     def end(self, phase: str) -> None:
-        """Writes the last heartbeat, with `phase`; storage that does not answer is not waited
-        for."""
+        """Writes the last heartbeat, with `phase`, unless the storage does not answer in time."""
         self._ended.set()
+        # The thread first: a heartbeat that it is writing would replace the last one.
         within(FINAL_SECONDS, self._thread.join)
         within(FINAL_SECONDS, lambda: self._beat(phase))
 
@@ -95,6 +111,7 @@ class Heartbeat:
                 self._try(self._poll)
 
     def _beat(self, phase: str | None = None) -> None:
+        """Writes a heartbeat, with `phase` in the place of the present one if given."""
         phases = self._phases
         fields = {
             "host": socket.gethostname(),
@@ -117,7 +134,7 @@ class Heartbeat:
         )
 
     def _clear(self) -> None:
-        """An earlier run of more processes has left theirs."""
+        """Removes the heartbeats that an earlier run with more processes has left."""
         self._folder.mkdir(parents=True, exist_ok=True)
         if self._process == 0:
             for path in self._folder.glob("host-*.json"):
@@ -125,13 +142,16 @@ class Heartbeat:
                     path.unlink(missing_ok=True)
 
     def _poll(self) -> None:
+        """Logs a warning for each process that stands out."""
         beats = [read(self._folder, process) for process in range(self._num_processes)]
         for line in self._others.poll([beat for beat in beats if beat]):
             logging.warning("%s", line)
 
     def _try(self, action: Callable[[], None]) -> None:
-        """A heartbeat that cannot be written must not end a run; it is told once, and when it is
-        over."""
+        """Runs an action; if it fails, logs that once, and once more when it succeeds again.
+
+        A heartbeat that cannot be written must not end a run.
+        """
         try:
             action()
             problem = ""
@@ -145,14 +165,20 @@ class Heartbeat:
 
 
 class Others:
-    """The heartbeats of all processes as the main one sees them: who holds up the others."""
+    """The heartbeats of all processes, by which the main one finds a process that delays others."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
         self._changed: dict[int, tuple[float, float]] = {}
 
     def poll(self, beats: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Returns one line for every process that stands out. Clocks of hosts are not compared."""
+        """Returns a line for every process that stands out.
+
+        A process stands out if its heartbeat does not change, if it is in another phase while the
+        most wait in a step, or if it waits for data much longer than all others.
+        """
+        # A beat's own time only tells whether it is new. Its age is measured by this host's clock,
+        # since the clocks of hosts may differ.
         now = self._clock()
         lines = []
         for beat in beats:
@@ -161,6 +187,8 @@ class Others:
                 self._changed[beat["process"]] = known = (beat["time"], now)
             if now - known[1] >= POLL_SECONDS:
                 lines.append(f"{_name(beat)}: no new heartbeat for {now - known[1]:.0f} s")
+        # In a step that has not moved for long, a process most likely waits in a collective for one
+        # that is somewhere else.
         training = [
             beat
             for beat in beats
@@ -190,12 +218,12 @@ class Others:
 
 
 def path_of(folder: Path, process: int) -> Path:
-    """Returns the heartbeat file of a process in the folder of heartbeats."""
+    """Returns the path of the heartbeat of a process in the folder of heartbeats."""
     return folder / f"host-{process}.json"
 
 
 def read(folder: Path, process: int) -> dict[str, Any]:
-    """Returns a heartbeat; an empty one where there is none that can be read."""
+    """Returns the fields of the heartbeat of a process; none if there is no readable one."""
     try:
         return json.loads(path_of(folder, process).read_text())
     except (OSError, ValueError):
@@ -203,7 +231,8 @@ def read(folder: Path, process: int) -> dict[str, Any]:
 
 
 def within(seconds: float, action: Callable[[], None]) -> bool:
-    """Runs an action in a thread; returns whether it ended in time. It is left behind if not."""
+    """Runs an action in a thread and returns whether it ended in time; if not, it is abandoned."""
+    # A daemon thread: Python does not wait for it at its exit.
     thread = threading.Thread(target=action, daemon=True)
     thread.start()
     thread.join(seconds)

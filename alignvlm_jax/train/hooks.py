@@ -1,5 +1,4 @@
-"""What happens beside the steps of a run: signals that stop it, and an xprof trace of some
-steps."""
+"""Hooks around the steps of a run: signals that stop it, and an xprof trace of some steps."""
 
 import contextlib
 import re
@@ -24,7 +23,7 @@ ENDINGS = (".xplane.pb", ".trace.json.gz")
 
 
 def profile_range(stages: Sequence[Config]) -> range | None:
-    """Returns the steps to trace, counted over the run; None for none.
+    """Returns the steps of the run that `config.train.profile` asks to trace; None for none.
 
     Raises:
       UserError: stages name different steps, or steps that the run does not have.
@@ -50,16 +49,23 @@ def profile_range(stages: Sequence[Config]) -> range | None:
 
 
 class Profiler:
-    """Traces some steps of a run into WORKDIR/profile, every process into a file of its own:
+    """A tracer of some steps of a run, with a file for each process in WORKDIR/profile:
 
         profile/plugins/profile/steps-BEGIN-END/host-N.xplane.pb
 
-    which is where xprof and TensorBoard look. A trace that cannot be written is told, and the run
-    goes on: nothing depends on it.
+    This is where xprof and TensorBoard expect it. A trace that cannot be written is reported, and
+    the run continues, since nothing depends on it.
     """
 
     def __init__(self, folder: Path, steps: range | None, process: int, say: Callable[[str], None]):
-        """`folder` is the workdir, `steps` of `profile_range`."""
+        """Prepares the tracer.
+
+        Args:
+          folder: the workdir.
+          steps: the steps to trace, as `profile_range` returns them.
+          process: number of this process.
+          say: called with messages for the user.
+        """
         self._folder = folder / PROFILE_FOLDER
         self._steps = steps or range(0)
         self._process = process
@@ -75,7 +81,7 @@ class Profiler:
             self._stop(f"the run ended after step {self._newest}")
 
     def resume(self, newest: int) -> None:
-        """Says what of the steps is no longer to come, where a run goes on after step `newest`."""
+        """Reports which of the steps to trace are past, if a run resumes after step `newest`."""
         if self._steps and newest >= self._steps.start:
             left = (
                 f"steps {newest + 1} to {self._steps[-1]}"
@@ -86,37 +92,41 @@ class Profiler:
 
     @contextlib.contextmanager
     def step(self, number: int, wait: Callable[[], Any]) -> Iterator[None]:
-        """Names a step in the trace, while it is sent off; starts the trace before the first.
+        """A context in which a step is dispatched, which names it in the trace.
+
+        The first step to trace starts the trace.
 
         Args:
-          number: over the run.
-          wait: returns once all steps sent off so far have ended.
+          number: number of the step in the run.
+          wait: returns once all steps that were dispatched so far have ended.
         """
         if number not in self._steps:
             yield
             return
         if self._local is None:
-            wait()  # The steps before are no part of it.
+            # Steps are dispatched ahead of the device: those before would run into the trace.
+            wait()
             self._start(number)
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             yield
         self._newest = number
 
     def after_step(self, number: int, wait: Callable[[], Any]) -> None:
-        """Ends and writes the trace once its last step has been sent off, and `wait` has seen it
-        end."""
+        """Ends and writes the trace, if step `number` is its last, once `wait` has seen it end."""
         if self._local and number == self._steps[-1]:
             wait()
             self._stop("")
 
     def _start(self, number: int) -> None:
-        """In a folder of this machine: jax cannot write to a bucket, and names files by host
-        alone."""
+        """Starts a trace that begins with step `number`."""
+        # In a local folder: JAX cannot write to a bucket, and it names files by host alone, which
+        # two processes of a host would share.
         self._local = tempfile.TemporaryDirectory(prefix="profile-")
         self._first = self._newest = number
         jax.profiler.start_trace(self._local.name)
 
     def _stop(self, early: str) -> None:
+        """Ends the trace and copies it to the workdir; `early` says why if steps are missing."""
         local = self._local
         self._local = None
         self._steps = range(0)
@@ -140,20 +150,21 @@ class Profiler:
 
 
 def ending(name: str) -> str:
-    """Returns what follows the host in the name of a file of a trace."""
+    """Returns the ending of the name of a trace's file, as ".xplane.pb"."""
+    # Not the suffix: names begin with the host's, which may have dots, and endings have two parts.
     return next((known for known in ENDINGS if name.endswith(known)), Path(name).suffix)
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STOP_FOLDER = "stop"
-"""Of `exchange.say`, where processes leave that they were told to stop."""
+"""Folder of `exchange.say` in which processes announce that they were told to stop."""
 
 
 class StopSignal:
-    """While entered, the first signal is noted; the second acts as if nobody had caught it.
+    """A context that notes the first SIGINT or SIGTERM; a second one acts as if it were not caught.
 
-    Of several processes each tells the others at once, also while it waits for a device: Python
-    would call its handler only after that, a whole training step later.
+    With several processes, each tells the others of a signal at once, even while it waits for a
+    device: Python would call its handler only after that, a whole training step later.
     """
 
     def __init__(self) -> None:
@@ -166,7 +177,8 @@ class StopSignal:
             self._teller.enter_context(_telling())
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         if jax.process_count() > 1:
-            # Not that of `distributed`, which would save once more.
+            # Not the handler that was there, that of `distributed`: at a second signal it would
+            # save once more.
             self._before[signal.SIGTERM] = signal.SIG_DFL
         return self
 
@@ -175,15 +187,19 @@ class StopSignal:
         self._teller.close()
 
     def seen(self) -> bool:
-        """Whether this process knows of a signal: of another's only the main one, which decides for
-        all. See `requested`."""
+        """Whether this process knows of a signal, its own or (in the main process) any other's.
+
+        The main process decides for all; see `requested`.
+        """
         if self._requested or jax.process_count() == 1 or jax.process_index() != 0:
             return self._requested
         return bool(exchange.announced(STOP_FOLDER))
 
     def requested(self) -> bool:
-        """Whether any process was told to stop, as the main process has it. All must ask at the
-        same point: they leave together."""
+        """Whether any process was told to stop, as the main process knows it.
+
+        A collective: all processes call it at the same step, and so leave together.
+        """
         return exchange.from_main(self.seen())
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -197,11 +213,12 @@ class StopSignal:
 
 @contextlib.contextmanager
 def _telling():
-    """While entered, a thread tells the other processes of a signal as soon as it comes."""
+    """A context in which a thread tells the other processes of a signal as soon as it comes."""
     heard, written = socket.socketpair()
     written.setblocking(False)
 
     def tell() -> None:
+        # One byte a signal, its number; an empty read means that the other end is closed.
         while number := heard.recv(1):
             if number[0] in SIGNALS:
                 exchange.say(f"{STOP_FOLDER}/{jax.process_index()}", number[0])

@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl, TensorBoard, and the progress line."""
+"""Outputs of metrics: the file metrics.jsonl, TensorBoard, and the progress line."""
 
 import contextlib
 import io
@@ -29,29 +29,31 @@ T = TypeVar("T")
 
 FILE = "metrics.jsonl"
 PLAIN_EVERY = 10
-"""Without a terminal, one progress line for so many logged ones."""
+"""Number of updates for which one progress line is printed where there is no terminal."""
 
 
 class Writer:
-    """Appends lines to metrics.jsonl and scalars to TensorBoard; what was written beyond `step` is
-    cut off first.
+    """A writer of lines to metrics.jsonl and of scalars to TensorBoard.
 
-    A kill takes less than the last minute of either, also in a bucket, and what is there is whole
-    lines and events.
-
-    Not tensorboardX.SummaryWriter: it writes from a thread, and once that has died of a full disk
-    the run hangs.
+    If the process is killed, less than the last minute of either is lost, also in a bucket, and
+    what is left is complete lines and events.
     """
 
+    # Not tensorboardX.SummaryWriter: it writes from a thread, and once that has died of a full disk
+    # the run hangs.
+
     def __init__(self, workdir: Path, step: int):
+        """Opens the files, after lines beyond `step` were cut off."""
         self._path = workdir / FILE
         cut(self._path, step)
         (workdir / "tensorboard").mkdir(exist_ok=True)
         self._file = storage.Appender(self._path)
-        # The file's name holds the time in seconds only; two stages may begin in one.
+        # Without the step two stages that begin in the same second would share a file.
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{step}"
         self._board = storage.Appender(workdir / "tensorboard" / name)
         self._board.append(_record(Event(wall_time=time.time(), file_version="brain.Event:2")))
+        # A session that starts at a step makes TensorBoard drop what it has from there on, which a
+        # killed process may have written.
         self._board.append(
             _record(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
         )
@@ -66,9 +68,10 @@ class Writer:
             self._board.close()
 
     def write(self, step: int, stage: str, values: Mapping[str, float]) -> None:
-        """Writes one line; numbers that JSON cannot hold become null.
+        """Writes a line; numbers that are not finite become null, since JSON has none.
 
-        UserError where it cannot be written.
+        Raises:
+          UserError: the line cannot be written.
         """
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         line = {"step": step, "stage": stage} | dict.fromkeys(values) | finite
@@ -85,8 +88,10 @@ class Writer:
 
 
 def _record(event: Event) -> bytes:
-    """Returns an event as TensorBoard's files hold it: its length, a checksum of that, itself, and
-    one of it."""
+    """Returns an event as TensorBoard's files (TFRecord) hold it.
+
+    A record is the length of its data, a checksum of the length, the data, and a checksum of it.
+    """
     data = event.SerializeToString()
     length = struct.pack("<Q", len(data))
     return (
@@ -98,7 +103,7 @@ def _record(event: Event) -> bytes:
 
 
 class NullWriter:
-    """Writes nothing: of several processes one writes."""
+    """A substitute for `Writer` on processes other than the main one, which writes nothing."""
 
     def __enter__(self) -> "NullWriter":
         return self
@@ -111,8 +116,13 @@ class NullWriter:
 
 
 def cut(path: Path, step: int) -> None:
-    """Drops lines beyond `step`, and a last line that a kill left unfinished; UserError for another
-    damaged line."""
+    """Drops lines beyond `step` from a metrics.jsonl, and an unfinished last line.
+
+    A run that resumes from the checkpoint of `step` writes them again.
+
+    Raises:
+      UserError: another line is damaged.
+    """
     if not path.exists():
         return
     lines = [line for at, line in _numbered(path) if at <= step]
@@ -120,34 +130,41 @@ def cut(path: Path, step: int) -> None:
 
 
 def num_evaluations(path: Path, step: int) -> int | None:
-    """Returns how many lines of `step` are of evaluations, not of training; None where nothing was
-    ever logged. A line of an evaluation that found nothing holds no name of its own, so they are
-    counted."""
+    """Returns the number of lines of evaluations (not of training) at `step`.
+
+    Returns None if there is no such file. Lines are counted and not told apart, because that of an
+    evaluation without results has no name of its own.
+    """
     if not path.exists():
         return None
     return sum(_is_of_evaluation(json.loads(line)) for at, line in _numbered(path) if at == step)
 
 
 def last_step(path: Path) -> int:
-    """Returns the largest step of the lines, 0 where there are none."""
+    """Returns the largest step in a metrics.jsonl; 0 if there is none."""
     steps = [at for at, _ in _numbered(path)] if path.exists() else []
     return int(max((at for at in steps if math.isfinite(at)), default=0))
 
 
 def _is_of_evaluation(fields: Mapping[str, object]) -> bool:
-    """Whether a line is of `Writer`, which names the stage, and not of training."""
+    """Whether a line is that of an evaluation: `Writer` wrote it, and it has no training loss."""
     return "stage" in fields and "loss" not in fields
 
 
 def _numbered(path: Path) -> Iterator[tuple[float, str]]:
-    """Yields each line's step, infinite for a last line that a kill left unfinished, and the
-    line."""
+    """Yields (step, line) of each line; the step of an unfinished last line is infinite.
+
+    Raises:
+      UserError: another line is damaged.
+    """
+    # errors="replace": a kill may also have cut a character in two.
     lines = path.read_bytes().decode(errors="replace").splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         yield _step_of(path, number, line), line
 
 
 def _step_of(path: Path, number: int, line: str) -> float:
+    """Returns the step of line `number`; infinite if it lacks its newline."""
     try:
         return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
     except (ValueError, TypeError, KeyError) as err:
@@ -159,8 +176,15 @@ def _step_of(path: Path, number: int, line: str) -> float:
 def with_sources(
     what: str, parts: Mapping[str, Sequence[T]], means: Callable[[Sequence[T]], Mapping[str, float]]
 ) -> dict[str, float]:
-    """Returns the means of all parts as `WHAT/NAME`, and with several sources as `WHAT/SOURCE/NAME`
-    those of each."""
+    """Returns the means over all values as `WHAT/NAME`, and those of each source.
+
+    With several sources, the means of each are `WHAT/SOURCE/NAME`.
+
+    Args:
+      what: prefix of the names.
+      parts: values by source.
+      means: returns the means of some values by name.
+    """
     groups = {what: [part for of_source in parts.values() for part in of_source]}
     if len(parts) > 1:
         groups |= {f"{what}/{source}": of_source for source, of_source in parts.items()}
@@ -172,29 +196,37 @@ def with_sources(
 
 
 def peak_memory_gib() -> float:
-    """Returns the most memory that this process has held so far."""
+    """Returns the peak resident memory of this process in GiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # Bytes there, KiB elsewhere.
+    # macOS counts bytes, all others KiB.
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
 
 
 class Interval:
-    """Training values since the last logged line, and the time they took."""
+    """The training values since the last logged line, and the time that they took."""
 
     def __init__(self, earlier: Sequence[Mapping[str, float]] = ()) -> None:
-        """`earlier` are the `values` of the run before, where one goes on between two lines: a line
-        is then what it would be without the stop."""
+        """Begins an interval.
+
+        Args:
+          earlier: the `values` that a stopped run had when it was saved between two lines. With
+            them the next line has the same means as without the stop.
+        """
         self.values: list[dict[str, float]] = [dict(values) for values in earlier]
         self._num_earlier = len(self.values)
         self._began = time.monotonic()
         self._waited = 0.0
 
     def next_batch(self, batches: Iterator[Batch], is_device_busy: Callable[[], bool]) -> Batch:
-        """Takes the next batch, measuring how long the device had nothing to do because of it.
+        """Returns the next batch, and measures how long the device was idle because of it.
 
-        While the step before is still running the device waits for nothing, however long the host
-        does. If it has ended by the time the batch is there, the whole wait counts: an upper bound,
-        since it may have ended at any moment.
+        Args:
+          batches: the batches.
+          is_device_busy: returns whether a step is still running.
         """
+        # While the step before is still running, the device does not wait, however long the host
+        # does. If it has ended by the time the batch is there, the whole wait counts: an upper
+        # bound, since the step may have ended at any moment.
         began = time.monotonic()
         batch = next(batches)
         if not is_device_busy():
@@ -203,7 +235,8 @@ class Interval:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Leaves out what is not training, such as validation."""
+        """A context whose time is left out, as that of validation."""
+        # The begin moves forward by the pause.
         began = time.monotonic()
         yield
         self._began += time.monotonic() - began
@@ -213,14 +246,17 @@ class Interval:
         self.values.append(values)
 
     def means(self) -> dict[str, float]:
-        """Returns means over the steps, of finite numbers only: a skipped step counts for its time.
-        With them the rate, and the fraction of the time in which the device waited for data, or
-        less (`next_batch`)."""
+        """Returns the means of values over the steps, with steps a second and the data wait.
+
+        Numbers that are not finite are left out of means, but a step that was skipped because of
+        them counts for its time. `data_wait_fraction` is an upper bound (`next_batch`).
+        """
         seconds = time.monotonic() - self._began
         means = {}
         for name in self.values[-1]:
             finite = [values[name] for values in self.values if math.isfinite(values[name])]
             means[name] = sum(finite) / len(finite) if finite else math.nan
+        # Steps of the run before took time that was not measured here.
         num_steps = len(self.values) - self._num_earlier
         rates = {
             "steps_per_second": num_steps / seconds,
@@ -230,7 +266,7 @@ class Interval:
 
 
 class Progress:
-    """One live line on a terminal, now and then a plain one elsewhere."""
+    """The progress line: live on a terminal, elsewhere a plain line now and then."""
 
     def __init__(self, console: Console, total_steps: int):
         self._console = console
@@ -249,8 +285,10 @@ class Progress:
             self._live.stop()
 
     def say(self, message: object) -> None:
-        """Prints above the live line, and logs: of all processes the main one alone has a
-        console."""
+        """Prints a message above the live line, and logs it.
+
+        The log has it in every process, the console only in the main one.
+        """
         # Markup would swallow whatever a message has in brackets.
         self._console.print(message, markup=False)
         plain = Console(file=io.StringIO(), width=160)
@@ -258,7 +296,13 @@ class Progress:
         logging.info("%s", plain.file.getvalue().rstrip())
 
     def update(self, step: int, stage: str, values: Mapping[str, float]) -> None:
-        """Shows where the run stands: `step` over all stages, and the newest training values."""
+        """Shows the progress of the run.
+
+        Args:
+          step: number of the newest step, over all stages.
+          stage: name of the stage.
+          values: the newest training values.
+        """
         rate = self._smooth_rate(stage, values["steps_per_second"])
         mfu = f"  MFU {values['mfu']:.1%}" if "mfu" in values else ""
         line = (
@@ -273,8 +317,12 @@ class Progress:
             self.say(line)
 
     def _smooth_rate(self, stage: str, rate: float) -> float:
-        """Averages seconds a step over some ten updates, anew in every stage, since stages differ
-        in speed."""
+        """Returns the steps a second as an average over about ten updates.
+
+        The average begins anew in every stage, since stages differ in speed.
+        """
+        # Seconds a step are averaged, not their inverse: the time that is left is proportional to
+        # them.
         last_stage, last_rate = self._rate
         if last_stage == stage:
             rate = 1 / (0.9 / last_rate + 0.1 / rate)
@@ -283,7 +331,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Returns "1 h 02 min", "2 min 05 s" or "7 s"."""
+    """Returns a duration in words, as "1 h 02 min", "2 min 05 s" or "7 s"."""
     seconds = round(seconds)
     hours = seconds // 3600
     minutes = seconds // 60 % 60

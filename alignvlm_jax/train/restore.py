@@ -1,5 +1,4 @@
-"""Checkpoints as all processes of a run read them: the newest one that all can read, and the model
-in it."""
+"""Reading of checkpoints by all processes of a run, which agree on the newest readable one."""
 
 import functools
 import json
@@ -25,12 +24,13 @@ T = TypeVar("T")
 
 
 def agreed(read: Callable[[], T]) -> T:
-    """Returns what reading a checkpoint gives, which all processes do together.
+    """Returns read(), which all processes call together.
 
     Raises:
-      BrokenCheckpoint: on all of them, where one could not read it. Each for itself, some would go
-        on from this checkpoint and others from the one before.
+      BrokenCheckpoint: on all processes, if one of them could not read it.
     """
+    # Without the exchange, some processes would resume from this checkpoint and others from the one
+    # before. Other exceptions pass: they end the run.
     result = None
     problem = None
     try:
@@ -47,10 +47,11 @@ def agreed_metadata(checkpoints: Checkpoints, step: int) -> dict[str, Any]:
     """Returns the metadata of a checkpoint that all processes are about to read.
 
     Raises:
-      BrokenCheckpoint: on all of them, where one could not read it.
-      UserError: on all of them, where it is not the same: a folder on each host's own disk may hold
-        another run on one of them, and each would go on with its own part of the parameters.
+      BrokenCheckpoint: on all processes, if one of them could not read it.
+      UserError: on all processes, if their metadata differ.
     """
+    # If the folder is on each host's own disk, one of them may hold another run: the model would be
+    # put together from shards of two.
     metadata = agreed(lambda: checkpoints.metadata(step))
     digest = zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
     run = f"run {str(metadata.get('run_id'))[:8]}, metadata {digest:08x}"
@@ -59,14 +60,18 @@ def agreed_metadata(checkpoints: Checkpoints, step: int) -> dict[str, Any]:
 
 
 def read_newest(path: Path, read: Callable[[Checkpoints, int], T]) -> T:
-    """Returns read(checkpoints, step) of the newest readable checkpoint of a workdir, or of the one
-    checkpoint `path`.
+    """Returns read(checkpoints, step) for the newest readable checkpoint at a path.
+
+    Args:
+      path: a workdir, or the folder of one checkpoint, `checkpoints/STEP`.
+      read: reads a step of the checkpoints; raises BrokenCheckpoint if that is damaged.
 
     Raises:
       UserError: `path` is neither, or nothing there can be read.
     """
     is_workdir = (path / FOLDER).is_dir()
-    one = storage.absolute(path)  # From inside a checkpoint's folder it may be called ".".
+    # Absolute: from inside a checkpoint's folder its path may be ".", without a name.
+    one = storage.absolute(path)
     folder = path / FOLDER if is_workdir else path.parent if is_step(path.name) else one.parent
     storage.check_whole(storage.absolute(folder).parent)
     if not is_workdir and not (path.is_dir() and is_step(one.name)):
@@ -86,7 +91,8 @@ def read_newest(path: Path, read: Callable[[Checkpoints, int], T]) -> T:
                 return agreed(functools.partial(read, checkpoints, candidate))
             except BrokenCheckpoint as err:
                 problem = str(err)
-            # A run that goes on removes what it has superseded, also while it is read.
+            # A run in progress removes superseded checkpoints, even while they are read here: then
+            # there are newer ones. If the folder is still there, the checkpoint is damaged.
             if (
                 exchange.from_main(not (folder / str(candidate)).exists())
                 and superseded < MAX_SUPERSEDED
@@ -99,8 +105,10 @@ def read_newest(path: Path, read: Callable[[Checkpoints, int], T]) -> T:
 
 
 def load_config(path: Path) -> Config:
-    """Returns the stage that wrote the newest checkpoint of a workdir, or the one checkpoint
-    `path`."""
+    """Returns the config of the stage that wrote a checkpoint.
+
+    The checkpoint is the newest readable one of the workdir `path`, or `path` itself.
+    """
     return read_newest(path, lambda checkpoints, step: checkpoints.config(step))
 
 
@@ -108,9 +116,9 @@ def load_model(path: Path, mesh: Mesh) -> tuple[Config, vlm.VLM, Params, int]:
     """Loads a trained model for use.
 
     Args:
-      path: a workdir, whose newest readable checkpoint is taken, or one checkpoint folder
+      path: a workdir, whose newest readable checkpoint is taken, or the folder of one checkpoint,
         `checkpoints/STEP`.
-      mesh: where the parameters go; need not be the one that they were trained on.
+      mesh: the mesh on which parameters are sharded, which need not be that of training.
 
     Returns:
       The config of that stage, the model, its parameters, the step.
@@ -129,9 +137,9 @@ def load_model(path: Path, mesh: Mesh) -> tuple[Config, vlm.VLM, Params, int]:
 
 
 def _steps(checkpoints: Checkpoints, step: int | None) -> list[int]:
-    """The steps that may be read, the newest last: what one process sees, for all."""
+    """Returns the steps that may be read, newest last, as the main process sees them."""
     return exchange.from_main(checkpoints.steps()) if step is None else [step]
 
 
 MAX_SUPERSEDED = 5
-"""Checkpoints that a run may remove under the hands of whoever reads them."""
+"""Number of checkpoints that a run may remove while `read_newest` tries to read them."""

@@ -1,5 +1,8 @@
-"""A watchdog ends a process that hangs: in a collective that another host never joins, or in a read
-that never returns. It looks at `goodput.Phases` from a thread of its own."""
+"""A watchdog that ends a process which hangs.
+
+A process may hang in a collective that another host never joins, or in a read that never returns.
+The watchdog observes `goodput.Phases` from a thread of its own.
+"""
 
 import contextlib
 import ctypes
@@ -25,7 +28,7 @@ SIGEV_THREAD = 2
 
 
 class _Event(ctypes.Structure):
-    """`struct sigevent` of Linux's 64-bit C libraries: 64 bytes."""
+    """The `struct sigevent` of Linux's 64-bit C libraries, of 64 bytes."""
 
     _fields_ = (
         ("value", ctypes.c_void_p),
@@ -38,8 +41,10 @@ class _Event(ctypes.Structure):
 
 
 class _Times(ctypes.Structure):
-    """`struct itimerspec`: the interval, which stays 0, and the time to run; all 0 stops a
-    timer."""
+    """The `struct itimerspec`: an interval, which stays 0, and the time until the timer fires.
+
+    If all fields are 0 the timer stops.
+    """
 
     _fields_ = (
         ("interval_seconds", ctypes.c_long),
@@ -50,11 +55,20 @@ class _Times(ctypes.Structure):
 
 
 class ExitTimer:
-    """Ends the process with `status`, unless it is set anew or closed before its time."""
+    """A POSIX timer that ends the process with `status`, unless it is set anew or closed in time.
+
+    It works even if no Python code can run any more, because a C call never releases the GIL.
+    """
 
     def __init__(self, status: int):
-        """Raises OSError where the system has no such timers."""
+        """Creates the timer, which is not running yet.
+
+        Raises:
+          OSError: the system has no such timers.
+        """
         self._library = _library()
+        # C's _exit itself is the notification function, called in a thread of the C library with
+        # `status` as its argument: no Python is involved.
         exit_function = ctypes.cast(self._library._exit, ctypes.c_void_p)
         event = _Event(value=status, notify=SIGEV_THREAD, function=exit_function)
         self._timer = ctypes.c_void_p()
@@ -64,20 +78,23 @@ class ExitTimer:
             raise OSError(ctypes.get_errno(), "no timer could be made")
 
     def set(self, seconds: float) -> None:
-        """Starts the timer, or starts it anew."""
+        """Starts the timer, or restarts it, to fire after `seconds`."""
         whole = int(seconds)
+        # A nanosecond at least: a time of 0 would stop the timer.
         times = _Times(0, 0, whole, max(1, int((seconds - whole) * 1e9)))
         self._library.timer_settime(self._timer, 0, ctypes.byref(times), None)
 
     def close(self) -> None:
-        """Stops the timer for good."""
+        """Deletes the timer."""
         self._library.timer_delete(self._timer)
 
 
 def _library() -> ctypes.CDLL:
+    """Returns the C library with POSIX timers; raises OSError if there is none."""
     if not sys.platform.startswith("linux") or ctypes.sizeof(ctypes.c_void_p) != 8:
         raise OSError(f"no such timers on {sys.platform}")
-    for name in (None, "librt.so.1"):  # Of libc itself since glibc 2.34.
+    # Before glibc 2.34 timers were in librt, since then in libc itself.
+    for name in (None, "librt.so.1"):
         try:
             library = ctypes.CDLL(name, use_errno=True)
             pointer = ctypes.c_void_p
@@ -91,8 +108,7 @@ def _library() -> ctypes.CDLL:
 
 
 STALLED_STATUS = TRY_AGAIN_STATUS
-"""Exit status of a process that its watchdog has ended: the same command goes on from the newest
-checkpoint."""
+"""Exit status of a process that its watchdog has ended: the same command resumes the run."""
 
 LIMITS = {
     "training": 1,
@@ -104,18 +120,18 @@ LIMITS = {
     "starting": 6,
     "restoring": 6,
 }
-"""How many times `train.stall_minutes` a phase may last without moving."""
+"""The factor of `train.stall_minutes` for which each phase may last without moving."""
 
 SLOW_STEPS = 20
-"""Nor is a run ended before it has not moved for the time of so many steps."""
+"""Number of (median) steps whose time a run may always last without moving."""
 
 
 class Watchdog:
-    """Ends a process that has not moved for too long, with status 75, once all stacks are dumped.
+    """A thread that dumps all stacks and ends the process with status 75 if it does not move.
 
-    `log` is a real file: what is written there and on stderr names the function that is stuck in
-    every thread. Where even this thread cannot run, because a C call keeps Python's lock, stacks
-    are dumped and the process is ended by timers in C.
+    The stacks, in the log and on stderr, show in which function each thread is stuck. If even this
+    thread cannot run, because a C call keeps the GIL, timers in C dump the stacks and end the
+    process.
     """
 
     def __init__(
@@ -126,8 +142,16 @@ class Watchdog:
         before_exit: Callable[[], None] = lambda: None,
         grace: float = 10.0,
     ):
-        """With 0 `stall_minutes` it does nothing. `grace` seconds pass between dump and end: others
-        that are stuck with this process dump theirs, and what moves on after all is let be."""
+        """Prepares the watchdog, which runs while entered.
+
+        Args:
+          phases: the phases of this process.
+          stall_minutes: minutes without moving, from which `limit` follows; 0 turns it off.
+          log: a file with a descriptor, where stacks go.
+          before_exit: called before the process is ended.
+          grace: seconds between the dump and the end. Other processes that are stuck with this one
+            dump their stacks meanwhile, and a process that moves again is not ended.
+        """
         self._phases = phases
         self._base = 60 * stall_minutes
         self._log = log
@@ -135,7 +159,8 @@ class Watchdog:
         self._grace = grace
         self._tick = min(5.0, self._base / 20)
         self._ended = threading.Event()
-        # A terminal may stop a process (Ctrl-Z) while timers in C run on: they would then end it.
+        # With a terminal, Ctrl-Z may stop the process, but not the clock of a timer in C: it would
+        # end the process as it continues.
         self._is_alone = not _has_terminal()
         self._exit_timer = _exit_timer() if stall_minutes and self._is_alone else None
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -151,11 +176,15 @@ class Watchdog:
             self._thread.join()
 
     def limit(self) -> float | None:
-        """Returns the seconds without moving after which the process is ended now; None: never."""
+        """Returns the seconds without moving after which the process is ended in its present phase.
+
+        Returns None if it is never ended.
+        """
         if not self._base:
             return None
         median = self._phases.median_step_seconds()
-        if median is None:  # Nobody knows yet what a step takes.
+        # Before the first steps nobody knows how long one takes.
+        if median is None:
             return self._base * max(LIMITS.values())
         return max(self._base, SLOW_STEPS * median) * LIMITS[self._phases.now]
 
@@ -167,7 +196,8 @@ class Watchdog:
             while not self._ended.wait(self._tick):
                 now = time.monotonic()
                 moved = self._phases.moved
-                # A process that was itself stopped (Ctrl-Z), or got no time, has not been stuck.
+                # Ticks are added up, each with a bound: a process that was itself stopped (Ctrl-Z),
+                # or got no CPU time, has not been stuck meanwhile.
                 still = still + min(now - last, 2 * self._tick) if moved == seen else 0.0
                 seen = moved
                 last = now
@@ -181,12 +211,14 @@ class Watchdog:
                 self._exit_timer.close()
 
     def _is_stuck(self, seen: float, still: float, limit: float) -> bool:
-        """Dumps all stacks, and returns whether it has not moved meanwhile either."""
+        """Dumps all stacks, and returns whether the process still has not moved after `grace`."""
         message = (
             f"no progress for {still:.0f} s while {self._phases.now}, after step "
             f"{self._phases.num_steps}; the limit is {limit:.0f} s (config.train.stall_minutes)"
         )
         logging.error("%s; the stacks of all threads:", message)
+        # sys.__stderr__: a live progress line may have replaced sys.stderr by an object without a
+        # file descriptor, which faulthandler needs.
         for file in (self._log, sys.__stderr__):
             with contextlib.suppress(OSError, ValueError):
                 print(f"alignvlm_jax: {message}; the stacks of all threads:", file=file, flush=True)
@@ -207,13 +239,15 @@ class Watchdog:
         with contextlib.suppress(OSError, ValueError):
             print(f"alignvlm_jax: error: {message}", file=sys.__stderr__, flush=True)
         within(FINAL_SECONDS, self._before_exit)
-        # The loop's thread would be waited for at an orderly exit.
+        # Not sys.exit, which ends only this thread, and would wait for the stuck one.
         os._exit(STALLED_STATUS)
 
     def _arm_last_resort(self, seconds: float) -> None:
-        """Timers in C, which go off unless this thread comes to set them anew."""
+        """Sets timers in C that fire in `seconds` and a margin, unless they are set anew."""
+        # The margin leaves time for this thread to dump and end the process itself.
         seconds += 2 * (self._tick + self._grace) + FINAL_SECONDS
-        exits = self._is_alone and self._exit_timer is None  # With status 1.
+        # Without timers of the C library faulthandler ends the process, with status 1.
+        exits = self._is_alone and self._exit_timer is None
         faulthandler.dump_traceback_later(seconds, file=self._log, exit=exits)
         if self._exit_timer:
             self._exit_timer.set(seconds + 1)
@@ -231,17 +265,20 @@ def watched(
     log: TextIO,
     stopped: tuple[type[BaseException], ...] = (),
 ) -> Iterator[Heartbeat]:
-    """Heartbeat and watchdog of a process while it trains.
+    """A context in which heartbeat and watchdog of a training process run; yields the heartbeat.
 
     Args:
       folder: the workdir.
-      phases: what the process does.
-      process, num_processes, total: of the heartbeat.
-      stall_minutes: of the watchdog.
+      phases: the phases of the process.
+      process: number of this process.
+      num_processes: number of processes of the run.
+      total: number of steps of the run.
+      stall_minutes: limit of the watchdog; 0 turns it off.
       log: the host's log, where stacks go.
-      stopped: exceptions of a run that was told to stop.
+      stopped: exceptions that end a run which was told to stop.
     """
 
+    # What an orderly exit would do, since os._exit runs neither `finally` nor exit handlers.
     def before_exit() -> None:
         storage.close_all()
         heartbeat.end("stalled")
@@ -262,12 +299,13 @@ def watched(
 
 
 def stall_minutes(stages: Sequence[Config]) -> float:
-    """Returns the longest of all stages; 0, which is for ever, where one says so."""
+    """Returns the largest `train.stall_minutes` of all stages; 0 (off) if a stage has 0."""
     minutes = [stage.train.stall_minutes for stage in stages]
     return max(minutes) if all(minutes) else 0.0
 
 
 def _exit_timer() -> ExitTimer | None:
+    """Returns a timer that ends the process; None if the system has none."""
     try:
         return ExitTimer(STALLED_STATUS)
     except OSError:
@@ -275,7 +313,8 @@ def _exit_timer() -> ExitTimer | None:
 
 
 def _has_terminal() -> bool:
+    """Whether standard input is a terminal."""
     try:
         return os.isatty(0)
-    except OSError:  # There is no standard input.
+    except OSError:  # standard input is closed
         return False

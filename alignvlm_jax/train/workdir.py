@@ -1,8 +1,8 @@
-"""A workdir belongs to one config, which it holds as `config.json`.
+"""The workdir of a run, which belongs to one config and holds it as `config.json`.
 
-`FREE` names the fields, and the groups of them, that may differ when a run goes on: they decide
-where and how fast it runs and what is reported, not what is learnt. Data are known by their
-fingerprint (`train.loop`), not by folders.
+`RESUMABLE_FIELDS` names the fields, and patterns of fields, that may differ when a run is resumed:
+they decide where and how fast it runs and what is reported, not what is learnt. Data are identified
+by their fingerprint (`train.loop`), not by folders.
 """
 
 import contextlib
@@ -41,37 +41,40 @@ RESUMABLE_FIELDS = (
     "eval.*",
 )
 MAX_DIFFERENCES = 5
-"""Named in the message; the rest is counted."""
+"""Most differences that an error message names; the others are counted."""
 
 
 @contextlib.contextmanager
 def lock(workdir: Path, stages: tuple[Config, ...]) -> Iterator[None]:
-    """Creates the workdir for `stages`, or checks that it is theirs; while entered, no other
-    process can lock it.
+    """A context that holds the lock of a workdir, which is created if need be.
 
-    Without a checkpoint it belongs to nobody yet. `config.json` is that of the newest run. A
-    workdir in a bucket whose run was killed can be locked once that run's lease has expired: this
-    waits for it, and says so.
+    A workdir without a checkpoint may be taken over by any config; else it has to be that of
+    `stages`, but for resumable fields. `config.json` is that of the newest run. A workdir in a
+    bucket whose run was killed can be locked once the lease of that run has expired: this waits for
+    it, and says so.
 
     Raises:
-      UserError: it belongs to another config (the message names the fields with both values), its
-        config.json cannot be read, it is in use, or no checkpoint can be written below such a name.
-      OSError: it cannot be written.
+      UserError: the workdir belongs to another config (the message names the fields with both
+        values), its config.json cannot be read, it is in use, or its name allows no checkpoints.
+      OSError: the workdir cannot be written.
     """
     storage.check_name(workdir)
     path = workdir / CONFIG_FILE
     # Through JSON, so that tuples compare with the lists that a file holds.
     ours = json.loads(json.dumps(config_lib.to_json(stages)))
+    # Before the lock, too: another config is refused at once, without waiting for a lease.
     _check_same(path, ours)
     with contextlib.ExitStack() as held:
         if distributed.is_main():
             # Two runs in one workdir would clear away each other's checkpoints.
             workdir.mkdir(parents=True, exist_ok=True)
             held.enter_context(lease.hold(workdir / LOCK_FILE, "is training in", _say, WAY_OUT))
-            _check_same(path, ours)  # Again: to get it may have taken a while.
+            # Again: another run may have written checkpoints while this one waited for the lock.
+            _check_same(path, ours)
             storage.write_whole(path, json.dumps(ours, indent=2) + "\n")
         exchange.barrier()
-        # From here on the storage is known to work: what fails now passes, more likely than not.
+        # From here on the storage is known to work: a later fault is most likely temporary, and is
+        # worth more patience.
         held.enter_context(storage.patience(storage.RUN_PATIENCE))
         yield
 
@@ -83,15 +86,19 @@ def _say(message: str) -> None:
 def differences(
     theirs: list[dict[str, Any]], ours: list[dict[str, Any]]
 ) -> list[tuple[str, str, str]]:
-    """Returns (field, value there, value here) of all that differs between two configs as
-    `config.json` holds them.
+    """Returns (field, their value, our value) for all differences between two configs.
 
-    A field that differs alike in every stage is named once, "config.a.b"; else it is
-    "config.stages.STAGE.a.b".
+    A field that differs in the same way in every stage is named once, "config.a.b"; else it is
+    "config.stages.STAGE.a.b". Configs with other stages differ in "config.stages" alone.
+
+    Args:
+      theirs: a config as `config.json` holds it, a dict for each stage.
+      ours: another one.
     """
     names = [", ".join(stage["stage"] for stage in stages) for stages in (theirs, ours)]
     if names[0] != names[1]:
         return [("config.stages", *names)]
+    # The stages in which a difference (field, their value, our value) occurs.
     stages_of: dict[tuple[str, str, str], list[str]] = {}
     for there, here in zip(theirs, ours, strict=True):
         left = dict(_leaves(there, ""))
@@ -110,6 +117,7 @@ def differences(
 
 
 def _check_same(path: Path, ours: list[dict[str, Any]]) -> None:
+    """Raises UserError if the workdir has checkpoints of another config than `ours`."""
     if not path.exists() or not any(
         step.name.isdigit() for step in storage.children(path.parent / FOLDER)
     ):
@@ -135,6 +143,8 @@ def _check_same(path: Path, ours: list[dict[str, Any]]) -> None:
 
 
 def _without_resumable(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the fields of each stage by their dotted names, without resumable ones."""
+
     def is_resumable(name: str) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in RESUMABLE_FIELDS)
 
@@ -145,14 +155,15 @@ def _without_resumable(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def leaves(stages: tuple[Config, ...]) -> Iterator[tuple[str, Any]]:
-    """Yields the name, such as config.stages.STAGE.a.b, and the value of every field of all
-    stages."""
+    """Yields (name, value) of every field of all stages, with names config.stages.STAGE.a.b."""
     for stage in config_lib.to_json(stages):
         for name, value in _leaves(stage, ""):
             yield f"config.stages.{stage['stage']}.{name}", value
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yields (dotted name, value) of everything in nested dicts, below the name `path`."""
+    # An empty dict is a value of its own: else a field that is emptied would not differ.
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _leaves(inner, f"{path}.{key}" if path else key)

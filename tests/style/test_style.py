@@ -13,7 +13,7 @@ ARCHITECTURE = REPOSITORY / "docs" / "architecture.md"
 
 # What was reached. Lower one when it has become less; nothing here may rise.
 AT_MOST = {
-    "files": 188,
+    "files": 187,
     "files under 60 lines with a single importer": 5,
     "longest file, lines": 445,
     "functions that take the whole Config": 64,

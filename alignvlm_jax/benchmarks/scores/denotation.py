@@ -1,4 +1,7 @@
-"""Denotation accuracy of WikiTableQuestions: answers as sets of values."""
+"""Denotation accuracy of WikiTableQuestions, which compares answers as sets of values.
+
+Source: the official evaluator of Pasupat and Liang 2015 (arXiv 1508.00305).
+"""
 
 import contextlib
 import dataclasses
@@ -8,14 +11,14 @@ import unicodedata
 from collections.abc import Sequence
 
 SEPARATOR = "|"
-"""Parts the values of an answer that has several."""
+"""Separator of the values of an answer that has several."""
 
-NEARLY = 1e-6
+NEARLY = 1e-6  # two numbers that differ by less are equal
 Date = tuple[int, int, int]
 
 QUOTES = (("[‘’´`]", "'"), ("[“”]", '"'), ("[‐‑‒–—−]", "-"))
-# Where both marks in brackets could match, as in the official program, "[1][1]..." has 2 ** n
-# readings to try.
+# Of the two alternatives in brackets only one can match at a place. In the official program both
+# can, and a regular expression has 2 ** n readings of "[1][1]..." to try.
 CITATIONS = re.compile(r"((?<!^)\[[^\]]*\]|^\[\d+\]|[•♦†‡*#+])*$")
 DETAILS = re.compile(r"(?<!^)( \([^)]*\))*$")
 QUOTED = re.compile(r'^"([^"]*)"$')
@@ -23,28 +26,36 @@ QUOTED = re.compile(r'^"([^"]*)"$')
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """A value of an answer: always a normalised text, and a number or a date where it is one (-1
-    for "xx")."""
+    """A value of an answer.
+
+    Attributes:
+      text: its normalised text.
+      number: the number that it is, or None.
+      date: the (year, month, day) that it is, with -1 for an unknown one ("xx"), or None.
+    """
 
     text: str
     number: float | None = None
     date: Date | None = None
 
     def matches(self, other: "Value") -> bool:
-        """Whether the texts, the numbers or the dates are the same."""
+        """Whether two values have the same text, number or date."""
         if self.text == other.text:
             return True
+        # Two numbers are never compared as dates: a value has one or the other.
         if self.number is not None and other.number is not None:
             return abs(self.number - other.number) < NEARLY
         return self.date is not None and self.date == other.date
 
 
 def denotation_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """1.0 where the prediction has as many values as one of the answers, and each of the answer's
-    has its match, by the rules of the official evaluator of WikiTableQuestions (Pasupat and Liang
-    2015). Values are parted by "|".
+    """Returns 1.0 if the values of a prediction match those of one of the answers, else 0.0.
 
-    Quirks, all kept:
+    They match if both have the same number of values and each value of the answer has an equal one
+    in the prediction, by the rules of the official evaluator of WikiTableQuestions (Pasupat and
+    Liang 2015). Values are separated by "|".
+
+    Quirks of the evaluator, all kept:
       - texts lose accents, citations ("[3]", "†"), details in parentheses and a period at the end;
       - "1,000" is a text: wrong for "1000"; "1e3" and "1000.0000001" are right, "999.9999999" is
         cut to 999;
@@ -61,7 +72,8 @@ def denotation_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def values_of(text: str) -> list[Value]:
-    """Returns the different values of an answer, in its order."""
+    """Returns the values of an answer without repetitions, in its order."""
+    # The key is what makes values the same: 2.0 and "2" are, whatever their texts.
     values: dict[float | Date | str, Value] = {}
     for value in map(parse, text.split(SEPARATOR)):
         key = value.date or (value.text if value.number is None else value.number)
@@ -74,6 +86,7 @@ def parse(text: str) -> Value:
     normal = normalize(text)
     number = _number(text)
     date = _date(text)
+    # A year alone is a number, so that "2004-xx-xx" equals "2004".
     if date is not None and date[1:] == (-1, -1):
         number = date[0]
         date = None
@@ -81,13 +94,18 @@ def parse(text: str) -> Value:
 
 
 def normalize(text: str) -> str:
-    """Lower case, plain letters, quotes and dashes, without what follows a value in a table of
-    Wikipedia."""
+    """Returns a text in lower case with plain letters, quotes and dashes.
+
+    What follows a value in a table of Wikipedia is removed: citations, details in parentheses,
+    and quotes around the whole.
+    """
+    # NFKD splits an accented letter into letter and mark (category Mn), and the mark is dropped.
     text = "".join(
         c for c in unicodedata.normalize("NFKD", text) if unicodedata.category(c) != "Mn"
     )
     for pattern, plain in QUOTES:
         text = re.sub(pattern, plain, text)
+    # Until nothing changes: removing a citation may uncover details in front of it, and so on.
     before = None
     while text != before:
         before = text
@@ -97,24 +115,28 @@ def normalize(text: str) -> str:
 
 
 def _is_match(wanted: Sequence[Value], predicted: Sequence[Value]) -> bool:
+    """Whether every wanted value is predicted, and no other."""
     return len(wanted) == len(predicted) and all(
         any(map(value.matches, predicted)) for value in wanted
     )
 
 
 def _number(text: str) -> float | None:
+    """Returns the finite number that a text spells, as an int if it is whole; else None."""
     try:
         number = float(text)
         if not math.isfinite(number):
             return None
         with contextlib.suppress(ValueError):
             return int(text)  # float would round long ones
+        # int cuts, where one would expect round: "999.9999999" is 999 in the official program.
         return int(number) if abs(number - round(number)) < NEARLY else number
     except ValueError:
         return None
 
 
 def _date(text: str) -> Date | None:
+    """Returns the date that a text like "2004-01-xx" spells, with -1 for "xx"; else None."""
     parts = text.lower().split("-")
     unknown = (("xx", "xxxx"), ("xx",), ("xx",))
     try:

@@ -1,5 +1,8 @@
-"""Answers that are numbers: relaxed accuracy of ChartQA, and amounts with units and scales
-(FinTabNetQA)."""
+"""Scores of answers that are numbers.
+
+They are the relaxed accuracy of ChartQA, and the relieved accuracy of amounts with units and scales
+(FinTabNetQA in TableVQA-Bench).
+"""
 
 import re
 from collections.abc import Sequence
@@ -19,10 +22,12 @@ SCALES = (
 
 
 def amount_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """1.0 where the prediction is the amount of one of the answers, with its scale or without:
-    "relieved accuracy" of TableVQA-Bench (arXiv 2404.19205).
+    """Returns 1.0 if a prediction is the amount of one of the answers, else 0.0.
 
-    Quirks, all kept:
+    Amounts count with their scale and without. This is the "relieved accuracy" of TableVQA-Bench
+    (arXiv 2404.19205).
+
+    Quirks of the benchmark's code, all kept:
       - $, commas, parentheses and names of units do not matter: "(1,200)" is 1200, not -1200;
       - "3.2 million" equals "3200000", and "3.2" as well, for many tables name their scale in the
         head only: so "3.2 million" equals "3.2%" too;
@@ -36,7 +41,11 @@ def amount_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def readings(text: str) -> set[float | str]:
-    """Returns the amount with its scale and without; texts where it is none."""
+    """Returns the two readings of a text, with its scale and without.
+
+    Both are numbers if they can be, else both are texts.
+    """
+    # A scale becomes an exponent behind the number: "3.2 million" is "3.2e6" for float().
     scaled = UNITS.sub("", re.sub(r"[$(),]", "", denotation.normalize(text)))
     plain = scaled
     for pattern, scale in SCALES:
@@ -48,15 +57,17 @@ def readings(text: str) -> set[float | str]:
         return {scaled, plain}
 
 
-TOLERANCE = 0.05
+TOLERANCE = 0.05  # relative to the answer
 
 
 def relaxed_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """1.0 where the prediction is within 5 % of one of the answers, both being numbers, or else
-    equals it in all but case (ChartQA, arXiv 2203.10244, as pix2struct's code has it, which others
-    copied).
+    """Returns 1.0 if a prediction is close to one of the answers, else 0.0.
 
-    Quirks, all kept, for they move published numbers:
+    Two numbers are close if they differ by at most 5 % of the answer, other texts if they are equal
+    in all but case. This is the relaxed accuracy of ChartQA (arXiv 2203.10244) as pix2struct's code
+    has it, which others copied.
+
+    Quirks of that code, all kept because they move published numbers:
       - "105" for "100" is right, "105.01" is not; and so is "2019" for "2010": years are numbers
         too;
       - "5%" is 0.05: right for "0.05", wrong for "5";
@@ -71,14 +82,17 @@ def relaxed_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def _is_close(prediction: str, answer: str) -> bool:
+    """Whether a prediction is close to one answer."""
     predicted = _number(prediction)
     wanted = _number(answer)
+    # `not wanted` also holds for 0, by which the difference cannot be divided.
     if predicted is None or not wanted:
         return prediction.lower() == answer.lower()
     return abs(predicted - wanted) / abs(wanted) <= TOLERANCE
 
 
 def _number(text: str) -> float | None:
+    """Returns the number that a text spells, a percentage as a fraction; else None."""
     try:
         return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:

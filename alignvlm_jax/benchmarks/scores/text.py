@@ -1,5 +1,7 @@
-"""Answers as text: ANLS, exact match, covered texts (VCR), facts (TabFact), and the F1 of form
-fields."""
+"""Scores of answers that are texts.
+
+They are ANLS, exact match, covered texts (VCR), facts (TabFact), and the F1 of form fields.
+"""
 
 import difflib
 import re
@@ -11,16 +13,16 @@ THRESHOLD = 0.5
 
 
 def normalize(text: str) -> str:
-    """Lower case, no space at the ends, single spaces inside."""
+    """Returns a text in lower case, with single spaces inside and none at the ends."""
     return " ".join(text.lower().split())
 
 
 def anls(prediction: str, answers: Sequence[str]) -> float:
-    """Average normalised Levenshtein similarity (ANLS) of one prediction: that to the closest
-    answer.
+    """Returns the normalised Levenshtein similarity of a prediction to the closest answer.
 
-    The similarity is 1 - edits / length of the longer string, and zero below 0.5. Implementations
-    differ in quirks that move published numbers; this one agrees with the package `anls-star`:
+    Its mean over questions is the ANLS (Biten et al. 2019). The similarity is 1 - edits / length of
+    the longer string, and zero below 0.5. Implementations differ in quirks that move published
+    numbers; this one agrees with the package `anls-star`:
       - a similarity of exactly 0.5 is kept ("ab" for "ac" scores 0.5; the package `anls` says 0);
       - lengths are those after normalisation (`lmms-eval` divides by raw lengths: added spaces
         help);
@@ -36,21 +38,20 @@ def anls(prediction: str, answers: Sequence[str]) -> float:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1.0 where the prediction equals one of the answers after the normalisation of `anls`, else
-    0.0."""
+    """Returns 1.0 if a prediction equals one of the answers after `normalize`, else 0.0."""
     return float(normalize(prediction) in map(normalize, answers))
 
 
 REFUSAL = re.compile("I can't|I cannot|(?i:sorry)")
+# Words, and single marks of punctuation.
 TOKEN = re.compile(r"\w+|[^\w\s]")
 
 
 def covered_exact_match(prediction: str, answers: Sequence[str]) -> tuple[float, float]:
-    """How many of the covered texts, which `answers` are, the prediction restores, and how many
-    there are (VCR, arXiv 2406.06462).
+    """Returns the number of covered texts that a prediction restores, and the number of them.
 
-    Each is sought on its own, in the run of as many tokens of the prediction that resembles it
-    most. Quirks:
+    The covered texts of the image are `answers` (VCR, arXiv 2406.06462). Each is compared with the
+    run of as many tokens of the prediction that resembles it most. Quirks:
       - what is said around it does not matter, nor which of the covered texts comes first;
       - only runs that share a token with the text are looked at; of equally good ones the first
         counts;
@@ -67,8 +68,14 @@ def covered_exact_match(prediction: str, answers: Sequence[str]) -> tuple[float,
 
 
 def covered_jaccard(prediction: str, answers: Sequence[str]) -> tuple[float, float]:
-    """As `covered_exact_match`, with the fraction of tokens in common (intersection over union, as
-    sets) of each text."""
+    """Returns the sum of the Jaccard indices of the covered texts, and the number of them.
+
+    The Jaccard index of a text is that of two sets of tokens, its own and those of the run that
+    resembles it most, as in `covered_exact_match`.
+
+    Raises:
+      ValueError: `answers` is empty.
+    """
     pairs = [(set(run), set(wanted)) for run, wanted in _best_runs(prediction, answers)]
     return sum(len(run & wanted) / (len(run | wanted) or 1) for run, wanted in pairs), float(
         len(pairs)
@@ -76,8 +83,13 @@ def covered_jaccard(prediction: str, answers: Sequence[str]) -> tuple[float, flo
 
 
 def _best_runs(prediction: str, answers: Sequence[str]) -> list[tuple[list[str], list[str]]]:
-    """For each covered text the run of the prediction that is closest to it, none where there is
-    none, and its own tokens."""
+    """Returns, for each covered text, the tokens of the closest run of the prediction and its own.
+
+    The closest run is empty if no run shares a token with the text.
+
+    Raises:
+      ValueError: `answers` is empty.
+    """
     if not answers:
         raise ValueError("no answers")
     tokens = [] if REFUSAL.search(prediction) else TOKEN.findall(prediction)
@@ -85,8 +97,10 @@ def _best_runs(prediction: str, answers: Sequence[str]) -> list[tuple[list[str],
 
 
 def _best_run(tokens: list[str], answer: str) -> list[str]:
+    """Returns the run of tokens, as long as the answer, that resembles it most."""
     wanted = TOKEN.findall(answer)
     runs = [tokens[at : at + len(wanted)] for at in range(len(tokens) - len(wanted) + 1)]
+    # SequenceMatcher takes time that is quadratic in the text: most runs are ruled out before.
     runs = [run for run in runs if not set(wanted).isdisjoint(run)]
     return max(
         runs,
@@ -100,12 +114,12 @@ FALSE = {"false", "no", "refuted", "0"}
 
 
 def fact_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """1.0 where the prediction says of a statement what one of the answers says: data sets write
-    true, yes or 1.
+    """Returns 1.0 if a prediction and one of the answers give a statement the same verdict.
 
-    Quirks: words around the verdict do not matter (DUE compares strings: "Yes." for "yes" is wrong
-    there), and who says both, or neither, is wrong. TableVQA-Bench looks for the letters "true" and
-    "false" instead: in "untrue" as well.
+    Data sets write a positive verdict as true, yes or 1. Quirks: words around the verdict do not
+    matter (DUE compares strings: "Yes." for "yes" is wrong there), and a prediction with both
+    verdicts, or neither, is wrong. TableVQA-Bench searches for the letters "true" and "false"
+    instead, and finds them in "untrue" as well.
 
     Raises:
       ValueError: `answers` is empty.
@@ -115,7 +129,7 @@ def fact_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def verdict(text: str) -> bool | None:
-    """Returns what a text says of a statement, None where that is not clear."""
+    """Returns whether a text calls a statement true; None if it says both or neither."""
     words = set(re.findall(r"\w+", text.lower()))
     is_true = bool(words & TRUE)
     is_false = bool(words & FALSE)
@@ -123,13 +137,14 @@ def verdict(text: str) -> bool | None:
 
 
 EMPTY = ("", "NONE")
-"""How a document without the field is answered."""
+"""The answers, in upper case, that mean that a document does not have the field."""
 
 
 def field_f1(prediction: str, answers: Sequence[str]) -> tuple[float, float]:
-    """What one field of a document adds to F1, as the evaluator of DUE counts: (2 x hits, values
-    predicted + values wanted). The F1 of many fields is the ratio of the sums of both; it is not
-    the mean of theirs.
+    """Returns the counts that one field of a document adds to F1, as the evaluator of DUE has it.
+
+    The counts are (2 x hits, values predicted + values wanted). The F1 of many fields is the sum of
+    the first over the sum of the second; it is not the mean of the fields' own.
 
     `answers` are spellings of one value. Quirks:
       - case does not matter, anything else does: "$1,200.00" for "1200.00" is wrong;

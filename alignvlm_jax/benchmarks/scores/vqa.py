@@ -1,13 +1,14 @@
-"""VQA accuracy: how many of ten people gave this answer."""
+"""VQA accuracy, which counts how many of ten people gave an answer."""
 
 import re
 from collections.abc import Sequence
 
 ENOUGH = 3
-"""People who make an answer fully right."""
+"""Number of people whose agreement makes an answer fully right."""
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`!'
 PERIOD = re.compile(r"\.(?!\d)")
+# The reference passes the flag re.UNICODE, which is 32, where re.sub takes the count.
 MAX_PERIODS = 32
 ARTICLES = ("a", "an", "the")
 NUMBERS = {"none": "0"} | {
@@ -36,12 +37,14 @@ SPELLINGS = {
     for at, letter in enumerate(word)
     if letter == "'"
 }
-"""A contraction that lacks one of its apostrophes, and how it is spelled."""
+"""The correct spelling of each contraction that lacks one of its apostrophes."""
 
 
 def normalize(text: str) -> str:
-    """The standard normaliser of VQA answers, as EvalAI has it for TextVQA: lower case, no articles
-    and punctuation, digits for number words up to ten, apostrophes in contractions.
+    """Returns an answer as the standard normaliser of VQA has it, in EvalAI's version for TextVQA.
+
+    It has lower case, no articles and punctuation, digits for number words up to ten, and
+    apostrophes in contractions.
 
     Quirks, all kept:
       - a mark of punctuation becomes nothing where one of its kind stands at a space, else a space:
@@ -54,14 +57,17 @@ def normalize(text: str) -> str:
     spaced = text.replace("\n", " ").replace("\t", " ").strip()
     text = spaced
     for mark in PUNCTUATION:
+        # Decided by the whole text, not by each place: one "- " removes all hyphens.
         text = text.replace(mark, "" if f"{mark} " in spaced or f" {mark}" in spaced else " ")
     words = (NUMBERS.get(word, word) for word in PERIOD.sub("", text, count=MAX_PERIODS).split())
     return " ".join(SPELLINGS.get(word, word) for word in words if word not in ARTICLES)
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """VQA accuracy: min(1, people who gave this answer / 3), averaged over leaving out one of the
-    people.
+    """Returns the VQA accuracy of a prediction (Antol et al. 2015, arXiv 1505.00468).
+
+    It is min(1, number of people who gave this answer / 3), averaged over the subsets of people
+    that leave out one.
 
     `answers` are those of all people, repetitions included. Quirks:
       - of ten people two are worth 0.6, three 0.9, and four are needed for 1.0;
@@ -80,5 +86,6 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     agree = sum(normalize(answer) == normal for answer in answers)
     if count == 1:
         return float(agree)
+    # The subsets are of two kinds: `agree` of them leave out a person who agrees.
     left_out = min(1, (agree - 1) / ENOUGH) if agree else 0.0
     return (agree * left_out + (count - agree) * min(1, agree / ENOUGH)) / count

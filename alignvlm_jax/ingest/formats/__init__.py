@@ -1,4 +1,7 @@
-"""Formats of data sets by name. Adding one is a file here and a line in `REGISTRY`."""
+"""The formats of data sets that `prepare` reads, by name.
+
+A new format is a module in this folder and a line in `REGISTRY`.
+"""
 
 from alignvlm_jax.ingest.formats.base import Format
 from alignvlm_jax.ingest.formats.jsonl import Jsonl

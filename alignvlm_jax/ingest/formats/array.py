@@ -1,5 +1,7 @@
-"""Files of one JSON array of objects, however large: a window moves over the file, and no more of
-it is in memory."""
+"""Reader of files that are one JSON array of objects, of any size.
+
+A window moves over the file, and only what it covers is in memory.
+"""
 
 import io
 import json
@@ -13,13 +15,22 @@ from alignvlm_jax.ingest.formats.base import Rejection, Unit
 
 CHUNK_BYTES = 1 << 20
 MAX_ELEMENT_BYTES = 16 << 20
+# Between elements of the array; the bracket is the one that opens the array.
 SEPARATORS = re.compile(r"[\s,\[]*")
+# The end of one object and the start of the next: where reading resumes after a broken element.
 BETWEEN = re.compile(r"\}\s*,\s*(?=\{)")
 
 
 class _Window:
-    """A stretch of a file as Latin-1: a character is a byte there, and no byte of UTF-8's looks
-    like JSON's marks."""
+    """A stretch of a file, decoded as Latin-1.
+
+    Each character then is one byte, so that offsets into `text` are offsets into the file, and no
+    byte of a UTF-8 sequence looks like JSON's punctuation, which is ASCII.
+
+    Attributes:
+      start: byte of the file where the window begins.
+      text: the content of the window.
+    """
 
     def __init__(self, file: io.BufferedReader, start: int):
         self._file = file
@@ -27,17 +38,23 @@ class _Window:
         self.text = ""
 
     def grow(self, at: int) -> bool:
-        """Drops what lies before `at`, which becomes 0, and reads on; False at the file's end."""
+        """Drops the text before `at` and reads on; returns False at the end of the file.
+
+        The character at `at` has index 0 afterwards.
+        """
         self.text = self.text[at:]
         self.start = self.start + at
-        # doubles: long elements are not parsed too often
+        # The window doubles: an element that does not fit is parsed from its start each time, which
+        # would take quadratic time with chunks of one size.
         more = self._file.read(max(CHUNK_BYTES, len(self.text)))
         self.text += more.decode("latin-1")
         return bool(more)
 
     def decode(self, at: int) -> tuple[Any, int] | None:
-        """Returns the value that begins at `at`, and where it ends; None where it is broken or not
-        all there."""
+        """Returns the JSON value that begins at `at` and the index where it ends.
+
+        Returns None if the value is broken or reaches beyond the window.
+        """
         try:
             return json.JSONDecoder().raw_decode(self.text, at)
         except (ValueError, RecursionError):
@@ -45,8 +62,15 @@ class _Window:
 
 
 def units(path: str, key: str) -> list[Unit]:
-    """Returns ranges of bytes that hold `files.UNIT_RECORDS` elements, or more of large files.
-    Their first bytes begin an element (or what is broken); `key` as in `objects`."""
+    """Returns byte ranges of a file that hold `files.UNIT_RECORDS` elements each, in order.
+
+    Ranges of a large file hold more, so that there are at most about `files.MAX_UNITS`. All but
+    the first begin at the first byte of an element, or of a broken stretch.
+
+    Args:
+      path: the file.
+      key: a key that every element has, as in `objects`.
+    """
     size = filesystem.size(path)
     min_bytes = size // files.MAX_UNITS
     starts = [0]
@@ -62,8 +86,10 @@ def units(path: str, key: str) -> list[Unit]:
 
 
 def objects(unit: Unit, key: str) -> Iterator[tuple[str, dict[str, Any]] | Rejection]:
-    """Reads the objects of a range, each with a name of where it lies: `FILE-BYTE`. After something
-    broken it goes on with the next object that has `key`."""
+    """Yields the objects of a byte range, each with a name that says where it lies: `FILE-BYTE`.
+
+    A broken stretch becomes one Rejection, and reading resumes at the next object that has `key`.
+    """
     name = filesystem.stem(unit.path)
     for start, element in _elements(unit.path, unit.start, unit.stop, key):
         where = f"{name}-{start}"
@@ -75,8 +101,10 @@ def objects(unit: Unit, key: str) -> Iterator[tuple[str, dict[str, Any]] | Rejec
 
 
 def _elements(path: str, start: int, stop: int, key: str) -> Iterator[tuple[int, bytes | None]]:
-    """Yields the elements that begin before byte `stop`, as (first byte, bytes), with None for a
-    broken stretch."""
+    """Yields the elements that begin in bytes `start` to `stop`, as (first byte, content).
+
+    The content of a broken stretch is None.
+    """
     with filesystem.open_buffered(path, start) as file:
         window = _Window(file, start)
         at = 0
@@ -87,6 +115,8 @@ def _elements(path: str, start: int, stop: int, key: str) -> Iterator[tuple[int,
                     return
                 at = 0
                 continue
+            # An element belongs to the range that its first byte is in, and is read to its end even
+            # beyond `stop`. Nested brackets are within elements: a bare one closes the array.
             begin = window.start + at
             if begin >= stop or window.text[at] == "]":
                 return
@@ -95,16 +125,23 @@ def _elements(path: str, start: int, stop: int, key: str) -> Iterator[tuple[int,
                 yield begin, window.text[at : decoded[1]].encode("latin-1")
                 at = decoded[1]
             elif len(window.text) - at < MAX_ELEMENT_BYTES and window.grow(at):
+                # It may be an element that is not all in the window: try again with more.
                 at = 0
             else:
                 yield begin, None
+                # The failed `grow` above may have moved the window to `begin`.
                 at = _next_object(window, at if window.start + at == begin else 0, key)
 
 
 def _next_object(window: _Window, at: int, key: str) -> int:
-    """Returns where the next object with `key` begins, or the file's end."""
+    """Returns the index in the window of the next object with `key`, or of the file's end.
+
+    `key` tells elements of the array from objects nested within a broken one.
+    """
     while True:
         match = BETWEEN.search(window.text, at)
+        # Less than a chunk behind the match: the object may not be all there, and would be taken
+        # for a broken one. Without a match a chunk is kept, in which one may begin.
         if match is None or len(window.text) - match.end() < CHUNK_BYTES:
             at = match.start() if match else max(at, len(window.text) - CHUNK_BYTES)
             if window.grow(at):

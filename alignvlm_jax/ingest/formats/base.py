@@ -1,5 +1,4 @@
-"""What a format of data sets has to do, so that `prepare` can read it on any number of
-processes."""
+"""The interface of a format of data sets, which lets `prepare` read it on many processes."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -9,14 +8,18 @@ from alignvlm_jax.data.record import Record
 
 
 class Reject(Exception):
-    """This record cannot be used, for the reason that the message gives in one line; the others go
-    on."""
+    """An error that rejects a single record; its message gives the reason in one line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """A piece of a source that is read on its own and becomes a shard of its own: `start` to `stop`
-    count what the format can seek to (bytes, row groups, pages); -1 is the file's end."""
+    """A piece of a source that one worker reads and writes as a part.
+
+    Attributes:
+      path: the file.
+      start: first byte, row group or page, whatever the format can seek to.
+      stop: the first that is not part of the piece; -1 is the end of the file.
+    """
 
     path: str
     start: int = 0
@@ -24,9 +27,13 @@ class Unit:
 
 
 class Raw(NamedTuple):
-    """A record as the source has it. `fields` are plain values that can be pickled.
+    """A record as the source has it, not yet decoded.
 
-    `document` decides the split: all records of a document are held out together.
+    Attributes:
+      id: unique name of the record.
+      document: name of the document, which decides the split: all records of a document are held
+        out together.
+      fields: plain values that can be pickled.
     """
 
     id: str
@@ -35,9 +42,11 @@ class Raw(NamedTuple):
 
 
 class Rejection(NamedTuple):
-    """Why a record was left out.
+    """A record that was left out, and why.
 
-    `id` is where it lies in the source, where it could not be parsed.
+    Attributes:
+      id: name of the record, or its place in the source if it could not be parsed.
+      reason: one line.
     """
 
     id: str
@@ -45,21 +54,34 @@ class Rejection(NamedTuple):
 
 
 class Format(Protocol):
-    """A frozen dataclass; its fields are the format's options (`option`), which `prepare` takes as
-    flags."""
+    """A format of data sets.
+
+    Implementations are frozen dataclasses; their fields (made by `option`) are the options of the
+    format, which `prepare` takes as flags.
+    """
 
     def units(self, source: str) -> list[Unit]:
-        """Returns the pieces of a source in a fixed order; UserError for a source that is not
-        there."""
+        """Returns the pieces of a source in a fixed order.
+
+        Raises:
+          UserError: the source is not there.
+        """
 
     def raws(self, unit: Unit) -> Iterator[Raw | Rejection]:
-        """Reads a piece, one record at a time. What cannot even be parsed is a Rejection: no fault
-        of the data may end the piece before its last record that can be read."""
+        """Yields the records of a piece, one at a time.
+
+        What cannot even be parsed is a Rejection: no fault of the data may end the piece before its
+        last readable record.
+        """
 
     def record(self, raw: Raw) -> Record:
-        """Returns the record; depends on `raw` and the files that it names alone. Raises Reject."""
+        """Returns the decoded record, which depends on `raw` and the files that it names alone.
+
+        Raises:
+          Reject: the record cannot be used.
+        """
 
 
 def option(default: Any, help: str) -> Any:
-    """Returns a dataclass field of a format: the flag of its name, of its default's type."""
+    """Returns a dataclass field that is a flag of `prepare`, of the type of its default."""
     return dataclasses.field(default=default, metadata={"help": help})

@@ -1,5 +1,4 @@
-"""What every record has to pass, whatever its format: so that training meets nothing that it cannot
-use."""
+"""Checks that every record of every format has to pass, so that training can use all of them."""
 
 import dataclasses
 import io
@@ -13,17 +12,24 @@ from alignvlm_jax.data.record import Record, Turn
 from alignvlm_jax.ingest.formats.base import Reject
 
 MAX_PIXELS = 64_000_000
-"""A page of A2 at 300 dpi has 35 million. Decoding needs up to 28 bytes a pixel (32-bit gray)."""
+"""Largest number of pixels of an image.
+
+A page of A2 at 300 dpi has 35 million. Decoding needs up to 28 bytes a pixel (32-bit gray).
+"""
 
 MAX_TEXT_BYTES = 65_536
 MAX_ID_BYTES = 1024
 FILE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
-"""Pillow knows others, some of which call programs (EPS)."""
+"""Image formats that are read; Pillow knows others, some of which call programs (EPS)."""
 
 
 def check(record: Record, needs_answers: bool = True) -> Record:
-    """Returns the record with the answers and turns that can be used: those with an answer, unless
-    it is to be asked only, as of a test set that does not tell its answers.
+    """Returns a record without its empty answers and without the turns that have no answer.
+
+    Args:
+      record: the record to check.
+      needs_answers: whether turns without an answer are dropped; False for a test set, whose
+        answers may be secret.
 
     Raises:
       Reject: an image that cannot be decoded, a text that is too long or no Unicode, or nothing to
@@ -51,17 +57,21 @@ def check(record: Record, needs_answers: bool = True) -> Record:
 
 
 def text_of(value: Any, name: str) -> str:
-    """Returns a text or number as text; Reject where it is neither."""
+    """Returns a string or a number as a string.
+
+    Raises:
+      Reject: `value` is neither; the message calls it `name`.
+    """
     if isinstance(value, str):
         return value
+    # A bool is an int to Python, and would become "True".
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     raise Reject(f"{name} is no text ({type(value).__name__})")
 
 
 def answers_of(value: Any) -> tuple[str, ...]:
-    """Returns the answers that a source gives as one text or number, as a list of them, or as
-    null."""
+    """Returns the answers that a source gives as a string or number, a list of these, or null."""
     if value is None:
         return ()
     values = value if isinstance(value, list | tuple) else [value]
@@ -69,24 +79,29 @@ def answers_of(value: Any) -> tuple[str, ...]:
 
 
 def _usable(turn: Turn) -> Turn:
+    """Returns a turn without the answers that are empty or white space."""
     return dataclasses.replace(
         turn, answers=tuple(answer for answer in turn.answers if answer.strip())
     )
 
 
 def _check_text(text: str, name: str, max_bytes: int) -> None:
+    """Raises Reject if a text is not valid Unicode or longer than `max_bytes` in UTF-8."""
     try:
         size = len(text.encode())
-    except UnicodeEncodeError as err:  # half a surrogate pair, as JSON can spell
+    except UnicodeEncodeError as err:  # half a surrogate pair, which JSON can spell
         raise Reject(f"{name} is no valid Unicode") from err
     if size > max_bytes:
         raise Reject(f"{name} is too long ({size:,} bytes; at most {max_bytes:,})")
 
 
 def _check_image(data: bytes, number: int) -> None:
+    """Raises Reject if the image file `data`, number `number` of its record, cannot be used."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow has one for every odd tag
+            # Image.open reads the header alone: size and format are checked before any pixel is
+            # decoded.
             with Image.open(io.BytesIO(data)) as image:
                 file_format = image.format
                 (width, height) = image.size
@@ -112,4 +127,5 @@ def _check_image(data: bytes, number: int) -> None:
 
 
 def _one_line(err: Exception) -> str:
+    """Returns the message of an exception on one line of at most 200 characters."""
     return " ".join(str(err).split())[:200]

@@ -1,4 +1,4 @@
-"""Files that data sets are made of: lines of JSON, and the images that a record names or holds."""
+"""Readers of JSON lines files, and of the images that records name or hold."""
 
 import base64
 import binascii
@@ -12,17 +12,18 @@ from alignvlm_jax.ingest.formats.base import Reject, Rejection, Unit
 from alignvlm_jax.storage import faults
 
 MAX_BYTES = 256 << 20
-"""Of an image, and of all images of a record together, which are in memory several times."""
+"""Largest size of an image, and of all images of a record, which are in memory several times."""
 
 MAX_PATH = 4096
-"""Characters; a longer text is base64."""
+"""Longest path of an image in characters; a longer text is base64."""
 
 
 def images(folder: str, names: Iterable[str]) -> tuple[bytes, ...]:
-    """Returns the bytes of the images of a record; see `image`.
+    """Returns the image files of a record, as `image` reads each.
 
     Raises:
-      Reject: also where they are too large together.
+      Reject: an image cannot be read, or they are larger than `MAX_BYTES` together.
+      UserError: a bucket does not answer.
     """
     found = []
     room = MAX_BYTES
@@ -33,11 +34,15 @@ def images(folder: str, names: Iterable[str]) -> tuple[bytes, ...]:
 
 
 def image(folder: str, name: str, max_bytes: int = MAX_BYTES) -> bytes:
-    """Returns the bytes of an image by its path from `folder`, or of its base64: a data URI, or a
-    text that is too long for a path.
+    """Returns the content of an image file, read from a path or decoded from base64.
+
+    Args:
+      folder: folder that a relative path starts from.
+      name: a path, a gs:// URI, a data URI, or base64 of more than `MAX_PATH` characters.
+      max_bytes: largest size of a file.
 
     Raises:
-      Reject: there is no such file, or no such base64, or it is too large.
+      Reject: the file is missing, unreadable or too large, or the base64 is invalid.
       UserError: a bucket does not answer. That is no fault of the record, and the run may go on
         later.
     """
@@ -61,6 +66,7 @@ def image(folder: str, name: str, max_bytes: int = MAX_BYTES) -> bytes:
 
 
 def _decode(text: str) -> bytes:
+    """Returns the bytes that a base64 text stands for; raises Reject if it is invalid."""
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as err:
@@ -70,16 +76,20 @@ def _decode(text: str) -> bytes:
 SUFFIXES = (".jsonl", ".ndjson")
 UNIT_RECORDS = 1000
 MAX_UNITS = 500
-"""Of a file, so that eight million records do not become thousands of shards."""
+"""Most units of a file, so that eight million records do not become thousands of shards."""
 
 MAX_LINE_BYTES = 48 << 20
-"""Parsed, a line of nothing but brackets takes thirty times as much."""
+"""Longest line; a line of nothing but brackets takes thirty times as much memory when parsed."""
 
 SAMPLE_BYTES = 1 << 20
 
 
 def line_units(path: str) -> list[Unit]:
-    """Returns ranges of about `UNIT_RECORDS` lines, by the length of the file's first ones."""
+    """Returns byte ranges of a file that hold about `UNIT_RECORDS` lines each.
+
+    The mean length of a line is taken from the first `SAMPLE_BYTES`; ranges begin anywhere in a
+    line, and `json_objects` gives each line to one of them.
+    """
     size = filesystem.size(path)
     with filesystem.open_file(path) as file:
         sample = file.read(min(size, SAMPLE_BYTES))
@@ -88,9 +98,14 @@ def line_units(path: str) -> list[Unit]:
 
 
 def json_objects(unit: Unit) -> Iterator[tuple[str, dict[str, Any]] | Rejection]:
-    """Reads the objects of a range, each with a name of where it lies: `FILE-BYTE`."""
+    """Yields the objects of the lines that begin in a byte range.
+
+    Each comes with a name that says where it lies, `FILE-BYTE`. What is not a JSON object becomes a
+    Rejection.
+    """
     name = filesystem.stem(unit.path)
-    # From a byte before, to see whether a line begins at `start` itself.
+    # Reading begins a byte early: if that byte is a newline, a line begins at `start` itself and
+    # must not be skipped.
     at = max(unit.start - 1, 0)
     with filesystem.open_buffered(unit.path, at) as file:
         if unit.start:
@@ -102,25 +117,26 @@ def json_objects(unit: Unit) -> Iterator[tuple[str, dict[str, Any]] | Rejection]
             where = f"{name}-{at}"
             at = at + len(line)
             if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-                at += _skip_line(file)
+                at += _skip_line(file)  # its rest, in pieces, never whole in memory
                 yield Rejection(where, f"a line is too long (at most {MAX_LINE_BYTES:,} bytes)")
             elif line.strip():
                 yield parse_json(where, line)
 
 
 def parse_json(where: str, line: bytes) -> tuple[str, dict[str, Any]] | Rejection:
-    """Parses one object."""
+    """Returns (`where`, the object that `line` holds), or a Rejection if it is not one."""
     try:
+        # Some editors write a byte order mark; json.loads refuses it.
         value = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode())
     except UnicodeDecodeError as err:
         return Rejection(where, f"invalid UTF-8 ({err.reason} at byte {err.start})")
-    except (ValueError, RecursionError) as err:
+    except (ValueError, RecursionError) as err:  # deeply nested brackets exhaust the stack
         return Rejection(where, f"no JSON ({err})")
     return (where, value) if isinstance(value, dict) else Rejection(where, "no JSON object")
 
 
 def _skip_line(file: io.BufferedReader) -> int:
-    """Skips what is left of a line, however long; returns its bytes."""
+    """Skips the rest of a line of any length; returns the number of bytes skipped."""
     skipped = 0
     while part := file.readline(SAMPLE_BYTES):
         skipped += len(part)

@@ -1,4 +1,4 @@
-"""`jsonl`: your own data, a JSON object a line:
+"""The `jsonl` format: your own data, with a JSON object on each line.
 
     {"images": ["scans/1.png"], "turns": [{"question": "What is the total?", "answers": ["12.50",
     "12,50"]}]}
@@ -31,7 +31,7 @@ class Jsonl:
     images: str = option("", "folder that image paths start from; default: that of the file")
 
     def units(self, source: str) -> list[Unit]:
-        """See Format."""
+        """Returns byte ranges of all files; see `Format.units`."""
         return [
             unit
             for path in filesystem.list_files(source, files.SUFFIXES)
@@ -39,13 +39,13 @@ class Jsonl:
         ]
 
     def raws(self, unit: Unit) -> Iterator[Raw | Rejection]:
-        """See Format."""
+        """Yields the objects of a byte range; see `Format.raws`."""
         folder = self.images or filesystem.parent(unit.path)
         for item in files.json_objects(unit):
             yield item if isinstance(item, Rejection) else _raw(*item, folder)
 
     def record(self, raw: Raw) -> Record:
-        """See Format."""
+        """Returns the record of an object, with its image files; see `Format.record`."""
         fields = raw.fields
         images = _list(fields.get("images"), "images", str)
         return Record(
@@ -58,6 +58,7 @@ class Jsonl:
 
 
 def _raw(where: str, fields: dict[str, Any], folder: str) -> Raw | Rejection:
+    """Returns an object with its id and document; they fall back on `where` and the first image."""
     try:
         name = where if fields.get("id") is None else checks.text_of(fields["id"], "id")
         images = fields.get("images")
@@ -71,6 +72,7 @@ def _raw(where: str, fields: dict[str, Any], folder: str) -> Raw | Rejection:
 
 
 def _list(value: Any, name: str, kind: type) -> list:
+    """Returns a list of values of `kind`, empty for null; raises Reject for anything else."""
     if value is None:
         return []
     if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
@@ -79,13 +81,16 @@ def _list(value: Any, name: str, kind: type) -> list:
 
 
 def _turn(fields: dict[str, Any]) -> Turn:
+    """Returns a turn of a record; raises Reject if it has no question."""
     return Turn(
         checks.text_of(fields.get("question"), "question"), checks.answers_of(fields.get("answers"))
     )
 
 
 def _pages(pages: Any) -> tuple:
+    """Returns the words of all pages as nested tuples: pages, lines, words."""
     try:
+        # `**word` also refuses keys that are unknown or missing, with a TypeError.
         return tuple(
             tuple(tuple(_word(**word) for word in line) for line in page) for page in pages
         )
@@ -94,9 +99,11 @@ def _pages(pages: Any) -> tuple:
 
 
 def _word(text: str, box: list[float]) -> Word:
+    """Returns a word; raises TypeError or ValueError if its text or its box is unusable."""
     left, top, right, bottom = map(float, box)
     if not isinstance(text, str):
         raise TypeError("text is no text")
+    # Python's JSON reads NaN and Infinity, which pass every comparison below.
     if not all(map(math.isfinite, (left, top, right, bottom))) or left > right or top > bottom:
         raise ValueError(f"no box: {box}")
     return Word(text, (left, top, right, bottom))

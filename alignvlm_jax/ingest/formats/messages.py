@@ -1,5 +1,7 @@
-"""Chats about images as lists of messages, of one who asks and one who answers in turn: what the
-formats that other projects train on have in common."""
+"""Formats whose records are chats about images: lists of messages of a user and an assistant.
+
+LLaVA and DocDownstream are such formats; they differ in the names of their keys.
+"""
 
 import dataclasses
 from collections.abc import Iterator
@@ -13,15 +15,17 @@ from alignvlm_jax.ingest.formats.base import Raw, Reject, Rejection, Unit, optio
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-    """How a format names things.
+    """The names that a format gives to keys and roles.
 
     Attributes:
       messages: key of the messages of a record.
-      role, content: keys of a message.
-      user, answerer: roles.
-      image_mark: what stands in a content for an image.
+      role: key of the role of a message.
+      content: key of the text of a message.
+      user: role of the messages that ask.
+      answerer: role of the messages that answer.
+      image_mark: placeholder of an image in a text.
       suffixes: endings of its files; a `.json` is one array, others have an object a line.
-      source: key of the data set that a record is from, where there is one.
+      source: key of the data set that a record is from; "" if there is none.
     """
 
     messages: str
@@ -36,15 +40,20 @@ class Keys:
 
 @dataclasses.dataclass(frozen=True)
 class Messages:
-    """Base of formats whose records have `image`, a path or a list of them, and messages. Sources
-    give no id that is unique: a record is named by its file and the byte where it begins. Its
-    document is its first image."""
+    """The base class of formats whose records have messages and `image`, a path or a list of them.
+
+    Sources give no id that is unique: a record is named by its file and the byte where it begins.
+    Its document is the path of its first image.
+    """
 
     keys: ClassVar[Keys]
     images: str = option("", "folder that image paths start from; default: that of the file")
 
     def units(self, source: str) -> list[Unit]:
-        """See Format. Reads JSON arrays through once, to find where their elements begin."""
+        """Returns byte ranges of all files; see `Format.units`.
+
+        JSON arrays are read through once, to find where their elements begin.
+        """
         found = []
         for path in filesystem.list_files(source, self.keys.suffixes):
             found += (
@@ -53,7 +62,7 @@ class Messages:
         return found
 
     def raws(self, unit: Unit) -> Iterator[Raw | Rejection]:
-        """See Format."""
+        """Yields the objects of a byte range; see `Format.raws`."""
         folder = self.images or filesystem.parent(unit.path)
         objects = (
             array.objects(unit, self.keys.messages)
@@ -73,7 +82,7 @@ class Messages:
                 yield Raw(where, names[0] if names else where, fields | {"folder": folder})
 
     def record(self, raw: Raw) -> Record:
-        """See Format."""
+        """Returns the record of an object, with its image files; see `Format.record`."""
         turns = _turns(raw.fields.get(self.keys.messages), self.keys)
         source = raw.fields.get(self.keys.source) or type(self).__name__.lower()
         images = files.images(raw.fields["folder"], _image_names(raw.fields))
@@ -85,6 +94,7 @@ def _is_array(path: str) -> bool:
 
 
 def _image_names(fields: dict[str, Any]) -> list[str]:
+    """Returns the paths of a record's images; raises Reject if they are no strings."""
     names = fields.get("image") or []
     names = names if isinstance(names, list) else [names]
     if not all(isinstance(name, str) for name in names):
@@ -93,8 +103,14 @@ def _image_names(fields: dict[str, Any]) -> list[str]:
 
 
 def _turns(messages: Any, keys: Keys) -> tuple[Turn, ...]:
-    """The turns, without marks of images, which stand before the text; a system message that opens
-    is left out."""
+    """Returns the turns of a chat: pairs of a user's message and the answer that follows it.
+
+    A system message in front is left out, and so are the placeholders of images: the model always
+    sees the images before the text.
+
+    Raises:
+      Reject: the messages are no list of objects, or their roles do not alternate.
+    """
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise Reject("no list of messages")
     if messages and messages[0].get(keys.role) == "system":
@@ -113,7 +129,7 @@ def _turns(messages: Any, keys: Keys) -> tuple[Turn, ...]:
             if text is None
             else checks.text_of(text, "a message").replace(keys.image_mark, "").strip()
         )
-    # A last question that nobody answers is left out.
+    # zip stops at the shorter list: a last question that nobody answers is left out.
     return tuple(
         Turn(question, (answer,)) for question, answer in zip(texts[::2], texts[1::2], strict=False)
     )
@@ -121,7 +137,7 @@ def _turns(messages: Any, keys: Keys) -> tuple[Turn, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Llava(Messages):
-    """A JSON file, or a folder of them."""
+    """The format of LLaVA's training data: a JSON or JSON lines file, or a folder of them."""
 
     keys: ClassVar[Keys] = Keys(
         messages="conversations",
@@ -136,7 +152,7 @@ class Llava(Messages):
 
 @dataclasses.dataclass(frozen=True)
 class DocDownstream(Messages):
-    """A JSON lines file, or a folder of them."""
+    """The format of DocDownstream (mPLUG-DocOwl): a JSON lines file, or a folder of them."""
 
     keys: ClassVar[Keys] = Keys(
         messages="messages",

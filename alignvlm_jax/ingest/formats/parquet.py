@@ -1,6 +1,8 @@
-"""`parquet`: question-answer sets of Hugging Face. Images are bytes, structs with `bytes` and
-`path`, or lists of these. Columns are taken from the first of `KNOWN` whose columns are all there,
-or from flags."""
+"""The `parquet` format: question-answer sets as the Hugging Face hub has them.
+
+Images are bytes, structs with `bytes` and `path`, or lists of these. The names of columns come from
+flags, or else from the first entry of `KNOWN` whose columns are all there.
+"""
 
 import collections
 import dataclasses
@@ -19,19 +21,22 @@ from alignvlm_jax.ingest.formats.base import Raw, Reject, Rejection, Unit, optio
 
 UNIT_ROWS = 1000
 BATCH_ROWS = 16
-"""Rows in memory at a time, each with its images."""
+"""Number of rows in memory at a time, each with its images."""
 
 MAX_UNPACKED = 768 << 20
 MAX_RATIO = 20
-"""A row group above both is no pictures, which do not compress. pyarrow unpacks it in one piece, in
-twice its size."""
+"""Largest ratio of unpacked to packed size of a row group that is larger than `MAX_UNPACKED`.
+
+Image files do not compress: a row group above both limits holds something else, and pyarrow would
+unpack it in one piece, which takes twice its size.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Names of columns; "" where there is none.
+    """The names of the columns of a data set; "" for a column that it does not have.
 
-    Ids that are not unique are left out: rows are then numbered.
+    `id` is given only where ids are unique; else rows are numbered.
     """
 
     image: str
@@ -41,7 +46,7 @@ class Columns:
     document: str = ""
 
     def names(self) -> list[str]:
-        """Returns the columns that there are."""
+        """Returns the names that are not empty."""
         return [name for name in dataclasses.astuple(self) if name]
 
 
@@ -55,12 +60,13 @@ KNOWN = {
     "BigDocs-Bench": Columns("images", "queries", "annotations", "sample_id"),
 }
 
-BROKEN = (pa.ArrowException, OSError, ValueError, MemoryError)  # of files that are none, or damaged
+# What pyarrow raises for files that are not parquet, or damaged.
+BROKEN = (pa.ArrowException, OSError, ValueError, MemoryError)
 
 
 @dataclasses.dataclass(frozen=True)
 class Parquet:
-    """A parquet file, or a folder of them."""
+    """The format of a parquet file, or of a folder of them."""
 
     image_column: str = option("", "column of the image or images")
     question_column: str = option(
@@ -73,7 +79,11 @@ class Parquet:
     )
 
     def units(self, source: str) -> list[Unit]:
-        """See Format. UserError where no file that can be read has the columns."""
+        """Returns runs of row groups of all files; see `Format.units`.
+
+        Raises:
+          UserError: the source is not there, or no readable file has the columns.
+        """
         found = []
         usable = 0
         wrong = None
@@ -85,18 +95,20 @@ class Parquet:
                     found += _units(path, reader.metadata)
                     usable += 1
             except (UserError, *BROKEN) as err:
+                # A bucket that does not answer is no fault of the file.
                 filesystem.raise_if_passing(path, err)
-                found.append(Unit(path))  # `raws` says why
+                found.append(Unit(path))  # `raws` opens it again, and rejects it with the reason
                 wrong = wrong or (err if isinstance(err, UserError) else None)
         if wrong and not usable:
             raise wrong
         return found
 
     def raws(self, unit: Unit) -> Iterator[Raw | Rejection]:
-        """See Format."""
+        """Yields the rows of a run of row groups; see `Format.raws`."""
         name = filesystem.stem(unit.path)
         try:
             with filesystem.open_file(unit.path) as file:
+                # pre_buffer would hold whole row groups, which may be gigabytes of images.
                 reader = parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
                 columns = self._columns(reader.schema_arrow.names, unit.path)
                 row = sum(reader.metadata.row_group(group).num_rows for group in range(unit.start))
@@ -110,14 +122,20 @@ class Parquet:
             yield Rejection(name, f"the parquet file cannot be read ({_one_line(err)})")
 
     def record(self, raw: Raw) -> Record:
-        """See Format."""
+        """Returns the record of a row; see `Format.record`."""
         return Record(raw.id, "parquet", tuple(raw.fields["images"]), _turns(raw.fields))
 
     def _columns(self, names: list[str], path: str) -> Columns:
+        """Returns the columns to read of a file that has columns `names`.
+
+        Raises:
+          UserError: a column is not there, or neither flags nor `KNOWN` tell one that is needed.
+        """
         none = Columns("", "", "")
         known = next(
             (columns for columns in KNOWN.values() if set(columns.names()) <= set(names)), none
         )
+        # A flag overrides one column of a known set, and leaves the others as they are.
         flags = {key: getattr(self, f"{key}_column") for key in vars(known)}
         columns = dataclasses.replace(known, **{key: name for key, name in flags.items() if name})
         for name in columns.names():
@@ -133,7 +151,10 @@ class Parquet:
 
 
 def _units(path: str, metadata: parquet.FileMetaData) -> list[Unit]:
-    """Runs of row groups of at least `UNIT_ROWS` rows."""
+    """Returns runs of row groups of a file with at least `UNIT_ROWS` rows each, but for the last.
+
+    A row group is the smallest piece of a parquet file that can be read on its own.
+    """
     found = []
     start = 0
     rows = 0
@@ -149,7 +170,7 @@ def _units(path: str, metadata: parquet.FileMetaData) -> list[Unit]:
 def _rows(
     reader: parquet.ParquetFile, group: int, row: int, columns: Columns, path: str
 ) -> Iterator[Raw | Rejection]:
-    """Reads a row group, whose first row is number `row`."""
+    """Yields the rows of a row group, whose first row has number `row` in the file."""
     name = filesystem.stem(path)
     packed, unpacked = _sizes(reader.metadata.row_group(group))
     if unpacked > max(MAX_UNPACKED, MAX_RATIO * packed):
@@ -166,6 +187,7 @@ def _rows(
                 row += 1
     except BROKEN as err:
         filesystem.raise_if_passing(path, err)
+        # pyarrow cannot resume after a broken page: the rest of the row group is lost.
         yield Rejection(
             f"{name}-{row}",
             f"rows cannot be read (row group {group} from here on: {_one_line(err)})",
@@ -173,7 +195,7 @@ def _rows(
 
 
 def _sizes(group: parquet.RowGroupMetaData) -> tuple[int, int]:
-    """The bytes of a row group, compressed and not."""
+    """Returns the size of a row group in bytes, (compressed, uncompressed)."""
     columns = [group.column(number) for number in range(group.num_columns)]
     return sum(one.total_compressed_size for one in columns), sum(
         one.total_uncompressed_size for one in columns
@@ -183,10 +205,12 @@ def _sizes(group: parquet.RowGroupMetaData) -> tuple[int, int]:
 def _raw(
     where: str, batch: pa.RecordBatch, number: int, columns: Columns, folder: str
 ) -> Raw | Rejection:
+    """Returns row `number` of a batch with its id (or else `where`), document and images."""
     try:
         values = {key: batch[name][number].as_py() for key, name in vars(columns).items() if name}
         images = _images(values["image"], folder)
         name = where if values.get("id") is None else checks.text_of(values["id"], "id")
+        # Rows about one page repeat its image: a hash of it keeps them in one split.
         if values.get("document") is None:
             document = hashlib.blake2b(
                 images[0] if images else name.encode(), digest_size=8
@@ -205,9 +229,11 @@ def _raw(
 
 
 def _images(value: Any, folder: str) -> list[bytes]:
+    """Returns the image files of a cell; raises Reject if one is missing."""
     found = []
     for image in value if isinstance(value, list) else [value]:
-        if isinstance(image, dict):  # of the datasets library: the bytes, or only a path
+        # The `datasets` library stores an image as a struct, with bytes or only a path.
+        if isinstance(image, dict):
             path = image.get("path")
             image = image.get("bytes") or (
                 files.image(folder, path) if isinstance(path, str) else None
@@ -219,8 +245,11 @@ def _images(value: Any, folder: str) -> list[bytes]:
 
 
 def _turns(fields: Any) -> tuple[Turn, ...]:
+    """Returns the turns of a row: one, or as many as its lists of questions and answers have."""
     question = fields["question"]
     answer = fields["answer"]
+    # With a single question a list of answers holds alternatives, with a list of questions it
+    # holds an entry for each.
     if not isinstance(question, list):
         return (
             Turn(checks.text_of(question, "question"), _by_frequency(checks.answers_of(answer))),
@@ -234,11 +263,15 @@ def _turns(fields: Any) -> tuple[Turn, ...]:
 
 
 def _by_frequency(answers: tuple[str, ...]) -> tuple[str, ...]:
-    """The commonest first, which is taught: TextVQA has those of ten people, and its score counts
-    who agrees."""
+    """Returns the answers with the commonest one first, because training teaches the first.
+
+    TextVQA has the answers of ten people, and its score counts how many of them agree.
+    """
     counts = collections.Counter(answers)
+    # Stable: answers that are equally common keep the order of the source.
     return tuple(sorted(answers, key=lambda answer: -counts[answer]))
 
 
 def _one_line(err: Exception) -> str:
+    """Returns the message of an exception on one line, or else the name of its type."""
     return " ".join(str(err).split())[:200] or type(err).__name__

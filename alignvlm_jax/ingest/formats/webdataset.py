@@ -1,5 +1,8 @@
-"""`webdataset`: tar files of images with captions, as CC-12M is kept: members NAME.jpg and NAME.txt
-(or NAME.json with `caption`) follow one another. Nothing is unpacked to disk."""
+"""The `webdataset` format: tar files of images with captions, as CC-12M is kept.
+
+The members NAME.jpg and NAME.txt (or NAME.json with `caption`) of a pair follow one another. Tar
+files are read as streams, and nothing is unpacked to disk.
+"""
 
 import dataclasses
 import json
@@ -17,9 +20,12 @@ SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 TEXTS = ("txt", "caption", "json")
 MAX_TEXT_BYTES = 1 << 20
-"""Of a member, and of a header, which tarfile reads whole: in a compressed file it may say any
-size."""
+"""Largest size of a text member and of a long header.
 
+tarfile reads such a header whole, and a small compressed file may claim any size for it.
+"""
+
+# Headers whose content is long names or attributes, and of the size that they claim.
 LONG_HEADERS = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -32,18 +38,18 @@ BROKEN = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError)
 
 @dataclasses.dataclass(frozen=True)
 class WebDataset:
-    """A tar file, or a folder of them."""
+    """The format of a tar file in WebDataset's layout, or of a folder of them."""
 
     prompt: str = option("Describe the image.", "question that every caption answers")
 
     def units(self, source: str) -> list[Unit]:
-        """See Format."""
+        """Returns a unit for each tar file, which can only be read from its start."""
         return [Unit(path) for path in filesystem.list_files(source, SUFFIXES)]
 
     def raws(self, unit: Unit) -> Iterator[Raw | Rejection]:
-        """See Format.
+        """Yields the records of a tar file; see `Format.raws`.
 
-        Members of a name, the endings apart, are a record where they follow one another.
+        Consecutive members whose names differ only in their endings are a record.
         """
         name = ""
         parts = {}
@@ -55,6 +61,7 @@ class WebDataset:
             if stem != name and parts:
                 yield _raw(unit, name, parts)
                 parts = {}
+            # A tar file whose members all have one name must not fill the memory.
             if sum(map(len, parts.values())) + len(data) > files.MAX_BYTES:
                 reason = (
                     f"members of a name are too large together (at most {files.MAX_BYTES:,} bytes)"
@@ -67,7 +74,7 @@ class WebDataset:
             yield _raw(unit, name, parts)
 
     def record(self, raw: Raw) -> Record:
-        """See Format."""
+        """Returns the record of an image and its caption; see `Format.record`."""
         image = next((raw.fields[ending] for ending in IMAGES if ending in raw.fields), None)
         if image is None:
             raise Reject("a caption without an image")
@@ -80,18 +87,20 @@ class WebDataset:
 
 
 class _Header(tarfile.TarInfo):
-    """A header that says where a tar file is broken.
+    """A tar header that raises ReadError where the tar file is broken.
 
-    To tarfile the first one that it cannot read is the end.
+    tarfile takes the first header that it cannot read for the end of the file, so that the rest of
+    a damaged file would be dropped without a word.
     """
 
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
-        """See TarInfo."""
+        """Returns the header that 512 bytes hold, as `TarInfo.frombuf` does, with more checks."""
         try:
             header = super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as err:
-            if buf.count(0) == tarfile.BLOCKSIZE:  # the end mark
+            # A block of zeros marks the end of a sound file: tarfile handles that error itself.
+            if buf.count(0) == tarfile.BLOCKSIZE:
                 raise
             raise tarfile.ReadError(str(err) if buf else "no end mark: it may be cut off") from err
         if header.size < 0 or (header.type in LONG_HEADERS and header.size > MAX_TEXT_BYTES):
@@ -100,17 +109,19 @@ class _Header(tarfile.TarInfo):
 
 
 def _raw(unit: Unit, name: str, parts: dict[str, bytes]) -> Raw:
-    # Names begin anew in every tar of some sets.
+    """Returns a record of the members `parts`, by ending."""
+    # In some sets names begin anew in every tar file: only with the file's they are unique.
     identity = f"{filesystem.stem(unit.path)}/{name}"
     return Raw(identity, identity, parts)
 
 
 def _members(path: str) -> Iterator[tuple[str, str, bytes] | Rejection]:
-    """Reads the members that make records, one by one, as (name, ending, bytes)."""
+    """Yields the images and texts of a tar file, one by one, as (name, ending, content)."""
     at = filesystem.stem(path)
     try:
         with (
             filesystem.open_buffered(path) as file,
+            # "r|*" is a stream with any compression: there is no seek in a bucket's file.
             tarfile.open(fileobj=file, mode="r|*", tarinfo=_Header) as tar,
         ):
             for member in tar:
@@ -118,6 +129,7 @@ def _members(path: str) -> Iterator[tuple[str, str, bytes] | Rejection]:
                 if not member.isfile():
                     continue
                 folder, _, name = member.name.rpartition("/")
+                # At the first dot, as the webdataset library has it: NAME.left.jpg is of NAME.
                 stem, _, ending = name.partition(".")
                 ending = ending.lower()
                 if ending not in (*IMAGES, *TEXTS):
@@ -138,12 +150,18 @@ def _members(path: str) -> Iterator[tuple[str, str, bytes] | Rejection]:
 
 
 def _reason_against(member: tarfile.TarInfo, max_bytes: int) -> str:
+    """Returns why a member is not read, or "" if it can be."""
     if member.name.startswith("/") or ".." in member.name.split("/"):
         return "a member outside the tar file's folder"
     return f"a member is too large (at most {max_bytes:,} bytes)" if member.size > max_bytes else ""
 
 
 def _caption(fields: dict[str, bytes]) -> object:
+    """Returns the caption of a record as its text or JSON member has it.
+
+    Raises:
+      Reject: there is no such member, or it is not UTF-8 or not JSON.
+    """
     ending = next((ending for ending in TEXTS if ending in fields), None)
     if ending is None:
         raise Reject("an image without a caption")

@@ -1,6 +1,6 @@
-"""`pdf`: PDF files.
+"""The `pdf` format: PDF files, each page of which becomes a record.
 
-A page is a record: its image, its words in reading order, and questions about its ruled tables.
+A record has the drawn page, its words in reading order, and questions about its ruled tables.
 """
 
 import dataclasses
@@ -29,26 +29,31 @@ from alignvlm_jax.ingest.formats.pdf.words import PlacedWord
 MAX_DPI = 600
 PAGES_PER_UNIT = 64
 WHOLE_BYTES = 1 << 20
-"""A file that is smaller is one unit; only a larger one has to be opened to be cut."""
+"""Size up to which a file is one unit; only a larger one has to be opened to be cut."""
 MAX_REMOTE_BYTES = 1 << 29
-"""Of a file in a bucket, which is held in memory."""
+"""Largest file that is read from a bucket, since it is held in memory."""
 MAX_UNREADABLE = 0.1
-"""Fraction of a page's words that may be drawn but have no Unicode."""
+"""Largest fraction of a page's words that are drawn but have no Unicode."""
 HOLDOUTS = ("document", "page")
 
-_pdfium = threading.Lock()  # it serves one thread at a time, and a runner may have several
+# pdfium is not thread-safe, and a runner of `prepare` may have several threads.
+_pdfium = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
 class Pages(Unit):
-    """Pages of a file, from 0. `name` is the file's path in the source, without its suffix."""
+    """A range of pages of a file, counted from 0.
+
+    Attributes:
+      name: the file's path within the source, without its suffix.
+    """
 
     name: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pdf:
-    """A PDF file, or a folder of them."""
+    """The format of a PDF file, or of a folder of them."""
 
     dpi: int = option(100, "pixels an inch at which pages are drawn")
     holdout_by: str = option("document", "what is held out together: document (a file), or page")
@@ -60,10 +65,12 @@ class Pdf:
             raise UserError(f"--holdout_by={self.holdout_by}{nearest(self.holdout_by, HOLDOUTS)}")
 
     def units(self, source: str) -> list[Unit]:
-        """See Format. Large files are opened, to cut them into ranges of pages that workers share.
+        """Returns ranges of pages of all files; see `Format.units`.
+
+        Large files are cut, so that several workers can read one.
 
         Raises:
-          UserError: also where a single file is to be held out by documents.
+          UserError: the source is not there, or is a single file that shall be held out as a whole.
         """
         paths = filesystem.list_files(source, (".pdf",))
         if len(paths) == 1 and self.holdout_by == "document":
@@ -74,6 +81,7 @@ class Pdf:
         units = []
         for path in paths:
             inside = path[len(source) :].strip("/") if path != source else posixpath.basename(path)
+            # -1, the file's end, also serves for a file that cannot be read: `raws` rejects it.
             stops = [-1]
             if filesystem.size(path) > WHOLE_BYTES:
                 num_pages = _num_pages(path)
@@ -85,7 +93,7 @@ class Pdf:
         return units
 
     def raws(self, unit: Pages) -> Iterator[Raw | Rejection]:
-        """See Format."""
+        """Yields the pages of a range, without drawing them; see `Format.raws`."""
         try:
             with _pdfium:
                 stop = len(_open(unit.path)) if unit.stop < 0 else unit.stop
@@ -98,7 +106,11 @@ class Pdf:
             yield Raw(name, document, {"path": unit.path, "page": page})
 
     def record(self, raw: Raw) -> Record:
-        """See Format."""
+        """Returns the record of a page: draws it, and reads its words and tables.
+
+        Raises:
+          Reject: the page cannot be read or drawn, or too few of its words have Unicode.
+        """
         with _pdfium, drawing.open_page(_open(raw.fields["path"]), raw.fields["page"]) as page:
             drawn = drawing.draw(page, self.dpi)
             words, num_unreadable = words_lib.read_words(
@@ -106,6 +118,7 @@ class Pdf:
             )
             tables = tables_lib.find_tables(page, drawn.to_pixels, drawn.scale)
         unpadded_vocab_size = len(words) + num_unreadable
+        # A transcription with many gaps would teach the model to skip what it sees.
         if num_unreadable > MAX_UNREADABLE * unpadded_vocab_size:
             raise Reject(f"words without Unicode ({num_unreadable:,} of {unpadded_vocab_size:,})")
         lines = lines_lib.read_lines(words, tables)
@@ -115,11 +128,12 @@ class Pdf:
 
 @functools.lru_cache(maxsize=2)
 def _open(path: str) -> pypdfium2.PdfDocument:
-    """Opens a file once for all of its pages; Reject where it is none that can be read."""
+    """Returns an open file, which is cached for its other pages; raises Reject if unreadable."""
     try:
         if filesystem.is_remote(path):
             return pypdfium2.PdfDocument(filesystem.read(path, MAX_REMOTE_BYTES))
-        return pypdfium2.PdfDocument(path)  # which reads what it needs, of a file of any size
+        # By path pdfium reads only what it needs, of a file of any size.
+        return pypdfium2.PdfDocument(path)
     except pypdfium2.PdfiumError as err:
         if err.err_code == pdfium.FPDF_ERR_PASSWORD:
             raise Reject("a PDF that a password protects") from err
@@ -129,7 +143,7 @@ def _open(path: str) -> pypdfium2.PdfDocument:
 
 
 def _num_pages(path: str) -> int:
-    """0 where a file cannot be read: `raws` says why."""
+    """Returns the number of pages of a file; 0 if it cannot be read (`raws` says why)."""
     try:
         with _pdfium:
             return len(_open(path))
@@ -138,8 +152,10 @@ def _num_pages(path: str) -> int:
 
 
 def _turns(words: list[PlacedWord], tables: list[Table]) -> tuple[Turn, ...]:
-    """The questions about all tables of a page, without those that two of them answer
-    differently."""
+    """Returns the questions about the tables of a page, without the ambiguous ones.
+
+    A question is ambiguous if two tables of the page answer it differently.
+    """
     answers: dict[str, set[str]] = defaultdict(set)
     for table in tables:
         for turn in tables_lib.questions(lines_lib.read_cells(words, table)):

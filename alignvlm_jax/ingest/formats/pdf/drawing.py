@@ -1,5 +1,9 @@
-"""A page of a PDF: opened with its annotations, drawn to an image, and the objects on it with their
-coordinates."""
+"""Functions that open a page of a PDF, draw it to an image, and list the objects on it.
+
+Coordinates: a PDF page has its origin at the bottom left and y upwards, in points of 1/72 inch; an
+image has its origin at the top left and y downwards, in pixels. Matrices are float64 [2, 3] and map
+(x, y, 1) to (x, y).
+"""
 
 import contextlib
 import ctypes
@@ -16,11 +20,14 @@ from alignvlm_jax.ingest.formats.base import Reject
 
 POINTS_PER_INCH = 72
 MAX_PIXELS = 1 << 25
-"""Of a drawn page, and of an image on it: an A4 page has 35 million at 600 dpi."""
+"""Largest number of pixels of a drawn page, and of an image on it.
+
+An A4 page has 35 million at 600 dpi.
+"""
 MAX_DEPTH = 8
-"""Of forms (pieces of content that are used as one object) within forms."""
+"""Depth to which forms within forms are read (a form is a piece of content used as one object)."""
 JPEG_QUALITY = 90
-"""Small text stays as legible; JPEG's own default, 75, blurs it."""
+"""JPEG quality at which small text stays legible; Pillow's default, 75, blurs it."""
 
 
 class Drawn(NamedTuple):
@@ -33,17 +40,21 @@ class Drawn(NamedTuple):
 
 @contextlib.contextmanager
 def open_page(document: pypdfium2.PdfDocument, index: int) -> Iterator[pypdfium2.PdfPage]:
-    """Opens a page, from 0.
+    """A context manager that yields page `index`, counted from 0, and closes it at the end.
 
-    What annotations and filled-in forms show is made part of it, so that its text is found.
+    What annotations and filled-in forms show is made part of the page's content first, so that its
+    text is found.
 
     Raises:
       Reject: the page cannot be read.
     """
     try:
         page = document[index]
+        # Links have no text, and most pages have no other annotation.
         if any(not _is_link(page, i) for i in range(pdfium.FPDFPage_GetAnnotCount(page))):
             pdfium.FPDFPage_Flatten(page, pdfium.FLAT_NORMALDISPLAY)
+            # An open page keeps the objects that it was parsed to: only a new one has the
+            # flattened annotations.
             page.close()
             page = document[index]
     except (pypdfium2.PdfiumError, IndexError) as err:
@@ -55,10 +66,10 @@ def open_page(document: pypdfium2.PdfDocument, index: int) -> Iterator[pypdfium2
 
 
 def draw(page: pypdfium2.PdfPage, dpi: float) -> Drawn:
-    """Draws a page.
+    """Returns a page drawn at `dpi` pixels an inch.
 
     Raises:
-      Reject: it, or an image on it, is too large; nothing is drawn then.
+      Reject: the page, or an image on it, is too large; nothing is drawn then.
     """
     width, height = (side * dpi / POINTS_PER_INCH for side in page.get_size())
     if not 0 < width * height <= MAX_PIXELS:
@@ -66,6 +77,8 @@ def draw(page: pypdfium2.PdfPage, dpi: float) -> Drawn:
             f"a page is too large ({width:.0f} x {height:.0f} pixels at {dpi} dpi; at most "
             f"{MAX_PIXELS:,})"
         )
+    # pdfium decodes an image whole, even one that the page shows as a stamp, and a few compressed
+    # bytes can claim gigabytes.
     for drawn, kind, _ in objects(page, np.eye(2, 3)):
         if kind == pdfium.FPDF_PAGEOBJ_IMAGE:
             columns = ctypes.c_uint()
@@ -78,17 +91,21 @@ def draw(page: pypdfium2.PdfPage, dpi: float) -> Drawn:
     image = page.render(
         scale=dpi / POINTS_PER_INCH, may_draw_forms=False, draw_annots=False
     ).to_pil()
+    # Gray pages are kept with one channel, which makes smaller files.
     if all(np.array_equal(image.getchannel(0), image.getchannel(i)) for i in (1, 2)):
         image = image.getchannel(0)
     return Drawn(image, _to_pixels(page, image.size), dpi / POINTS_PER_INCH)
 
 
 def encode(image: Image.Image) -> bytes:
-    """Returns a PNG; or a JPEG where that is less than half as large, as for scans and photos. What
-    is drawn (text, rules, flat colours) takes no more without loss."""
+    """Returns an image as a PNG file, or as a JPEG if that is less than half as large.
+
+    Scans and photos become JPEG; text, rules and flat colours take no more space without loss.
+    """
     png = io.BytesIO()
     jpeg = io.BytesIO()
     image.save(png, "PNG")
+    # Without chroma subsampling, which smears coloured text.
     image.save(jpeg, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return (jpeg if 2 * jpeg.tell() < png.tell() else png).getvalue()
 
@@ -96,15 +113,22 @@ def encode(image: Image.Image) -> bytes:
 def objects(
     page: pypdfium2.PdfPage, matrix: np.ndarray
 ) -> Iterator[tuple[object, int, np.ndarray]]:
-    """Yields pdfium's objects on a page, those in forms too, each with its type and the product of
-    its matrix with `matrix` [2, 3]."""
+    """Yields the objects on a page, also those within forms, as (object, type, matrix).
+
+    Args:
+      page: the page.
+      matrix: float64 [2, 3], from the page's coordinates to those that the caller wants. The
+        yielded matrix maps the object's own coordinates there.
+    """
     count = pdfium.FPDFPage_CountObjects(page)
     waiting = [(pdfium.FPDFPage_GetObject(page, i), matrix, 0) for i in reversed(range(count))]
+    # A stack, not recursion; reversed, so that the page's own objects come in its order.
     while waiting:
         drawn, outer, depth = waiting.pop()
         own = pdfium.FS_MATRIX()
         kind = pdfium.FPDFPageObj_GetType(drawn)
         pdfium.FPDFPageObj_GetMatrix(drawn, own)
+        # [2, 3] @ [3, 3]: the object's matrix has (0, 0, 1) as its last row.
         inner = outer @ np.array([[own.a, own.c, own.e], [own.b, own.d, own.f], [0, 0, 1]])
         yield drawn, kind, inner
         if kind == pdfium.FPDF_PAGEOBJ_FORM and depth < MAX_DEPTH:
@@ -115,6 +139,7 @@ def objects(
 
 
 def _is_link(page: pypdfium2.PdfPage, index: int) -> bool:
+    """Whether annotation `index` of a page is a link."""
     annotation = pdfium.FPDFPage_GetAnnot(page, index)
     try:
         return pdfium.FPDFAnnot_GetSubtype(annotation) == pdfium.FPDF_ANNOT_LINK
@@ -123,14 +148,24 @@ def _is_link(page: pypdfium2.PdfPage, index: int) -> bool:
 
 
 def _to_pixels(page: pypdfium2.PdfPage, size: tuple[int, int]) -> np.ndarray:
-    """From the page's coordinates, which start at the bottom left of its box, before it is turned
-    for display."""
+    """Returns the matrix, float64 [2, 3], from a page's coordinates to pixels of its image.
+
+    The page's coordinates are those before it is rotated for display, and its box need not start at
+    the origin.
+
+    Args:
+      page: the page.
+      size: width and height of the image in pixels.
+    """
     left, bottom, right, top = page.get_bbox()
-    displayed = {  # in points, from the top left
+    # By clockwise rotation in degrees: from the page's coordinates to points from the top left of
+    # the displayed page.
+    displayed = {
         0: [[1, 0, -left], [0, -1, top]],
         90: [[0, 1, -bottom], [1, 0, -left]],
         180: [[-1, 0, right], [0, 1, -bottom]],
         270: [[0, -1, top], [-1, 0, right]],
     }[page.get_rotation()]
     width, height = page.get_size()
+    # Not one scale for both axes: the image's sides are rounded to whole pixels.
     return np.array(displayed) * [[size[0] / width], [size[1] / height]]

@@ -1,4 +1,4 @@
-"""Reading order: the words of a PDF page to lines, from top to bottom and column by column."""
+"""Reading order: joins the words of a PDF page to lines, top to bottom and column by column."""
 
 import bisect
 import unicodedata
@@ -11,16 +11,23 @@ Line = list[PlacedWord]
 Block = list[Line]
 
 MAX_BLOCKS = 500
-"""More are not put in order: the time grows by the square."""
+"""Most blocks that are sorted, because the time grows with the square of their number.
+
+A page with more of them keeps the order of its content.
+"""
 
 
 def read_lines(words: list[PlacedWord], tables: list[Table]) -> tuple[tuple[Word, ...], ...]:
-    """Joins words, given as the page's content has them, to lines.
+    """Returns the words of a page as lines in reading order.
 
-    Words that follow each other share a line where they stand side by side on one baseline: so
-    columns are read one after the other, as nearly all PDFs have them. Tables are read by rows,
-    across all cells. What comes late but stands above, as a header that is written last, is moved
-    up.
+    Words that follow each other in the page's content share a line if they stand side by side on
+    one baseline. So columns are read one after the other, since nearly all PDFs have them in this
+    order. Tables are read by rows, across all cells. Content that comes late but stands above, as a
+    header that is written last, is moved up.
+
+    Args:
+      words: the words, in the order of the page's content.
+      tables: the tables of the page.
     """
     lines: list[Line] = []
     for placed in _by_rows(words, tables):
@@ -36,6 +43,7 @@ def read_lines(words: list[PlacedWord], tables: list[Table]) -> tuple[tuple[Word
 
 def read_cells(words: list[PlacedWord], table: Table) -> list[list[str]]:
     """Returns the text of a table's cells by rows, their lines joined by spaces."""
+    # [rows][columns][words]: n + 1 coordinates bound n rows or columns.
     cells: list[list[list[PlacedWord]]] = [[[] for _ in table.xs[1:]] for _ in table.ys[1:]]
     for placed in words:
         if at := _find_cell(placed, table):
@@ -47,7 +55,7 @@ def read_cells(words: list[PlacedWord], table: Table) -> list[list[str]]:
 
 
 def _find_cell(placed: PlacedWord, table: Table) -> tuple[int, int] | None:
-    """The row and column that the middle of a word lies in."""
+    """Returns the row and column of the cell that a word's centre lies in; None if outside."""
     x, y = _centre(placed.word.box)
     row = bisect.bisect(table.ys, y) - 1
     column = bisect.bisect(table.xs, x) - 1
@@ -56,13 +64,17 @@ def _find_cell(placed: PlacedWord, table: Table) -> tuple[int, int] | None:
 
 
 def _by_rows(words: list[PlacedWord], tables: list[Table]) -> list[PlacedWord]:
-    """Moves the words of each table to where its first one is, and sorts them by rows and by
-    baselines."""
+    """Returns words with those of each table together, at the place of its first one.
+
+    The words of a table are sorted by rows, and within a row by baselines.
+    """
+    # [tables][rows][words]. A word outside all tables is a list of its own in `ordered`.
     rows: list[list[list[PlacedWord]]] = [[[] for _ in table.ys[1:]] for table in tables]
     ordered: list[list[PlacedWord]] = []
     for placed in words:
         for table, members in zip(tables, rows, strict=True):
             if at := _find_cell(placed, table):
+                # The lists themselves go in, still empty: they fill up as the loop goes on.
                 if not any(members):
                     ordered += members
                 members[at[0]].append(placed)
@@ -75,10 +87,11 @@ def _by_rows(words: list[PlacedWord], tables: list[Table]) -> list[PlacedWord]:
 
 
 def _by_baselines(words: list[PlacedWord]) -> list[PlacedWord]:
-    """Sorts words into lines by where they stand alone, from the top, and each line from left to
-    right."""
+    """Returns words sorted by position alone: lines from the top, each from left to right."""
     lines: list[Line] = []
     for placed in sorted(words, key=lambda placed: _centre(placed.word.box)[1]):
+        # Compared with the line's first word, not its last: else a slanted line, or one with
+        # growing indices, would drift down into the next.
         if lines and _is_on_baseline_of(lines[-1][0].word.box, placed.word.box, across=1):
             lines[-1].append(placed)
         else:
@@ -91,7 +104,11 @@ def _centre(box: Box) -> tuple[float, float]:
 
 
 def _is_beside(line: Line, placed: PlacedWord) -> bool:
-    """Whether a word goes on with a line, at either end of it: Arabic grows to the left."""
+    """Whether a word continues a line, at either end of it: Arabic grows to the left.
+
+    Boxes are (left, top, right, bottom): side `along` is where a line starts and `along + 2` where
+    it stops; `across` and `across + 2` are its other two sides.
+    """
     across = 0 if placed.is_vertical else 1
     last = line[-1].word.box
     box = placed.word.box
@@ -99,6 +116,7 @@ def _is_beside(line: Line, placed: PlacedWord) -> bool:
         return False
     first = line[0].word.box
     along = 1 - across
+    # Half a line's height of overlap is allowed: italics and kerned boxes reach into each other.
     slack = (box[across + 2] - box[across]) / 2
     start = min(first[along], last[along])
     stop = max(first[along + 2], last[along + 2])
@@ -106,13 +124,17 @@ def _is_beside(line: Line, placed: PlacedWord) -> bool:
 
 
 def _is_on_baseline_of(a: Box, b: Box, across: int) -> bool:
+    """Whether two boxes overlap on axis `across` by half the extent of the smaller one, or more."""
     overlap = min(a[across + 2], b[across + 2]) - max(a[across], b[across])
     return overlap >= 0.5 * min(a[across + 2] - a[across], b[across + 2] - b[across])
 
 
 def _in_order(line: Line) -> Line:
-    """From left to right, but for lines up or down the page and those of a script from right to
-    left."""
+    """Returns a line's words from left to right.
+
+    Lines that run up or down the page, and those with Hebrew or Arabic, keep the order of the
+    content.
+    """
     keeps_order = any(
         placed.is_vertical or unicodedata.bidirectional(placed.word.text[0]) in ("R", "AL")
         for placed in line
@@ -121,8 +143,11 @@ def _in_order(line: Line) -> Line:
 
 
 def _from_the_top(lines: list[Line]) -> list[Block]:
-    """Splits lines into blocks where the page goes on further up, and lets no block come before one
-    that stands wholly above it; else they stay in order."""
+    """Returns the lines as blocks, so that no block comes before one that stands wholly above it.
+
+    A block ends where the content goes on further up the page, as in the next column. Apart from
+    that, blocks keep the order of the content.
+    """
     blocks: list[Block] = []
     for line in lines:
         if blocks and line[0].word.box[1] >= blocks[-1][-1][0].word.box[1]:
@@ -131,17 +156,21 @@ def _from_the_top(lines: list[Line]) -> list[Block]:
             blocks.append([line])
     if len(blocks) > MAX_BLOCKS:
         return blocks
+    # Always the earliest block with none above it: a topological sort that moves no more than it
+    # has to.
     waiting = [(_bounds(block), block) for block in blocks]
     ordered = []
     while waiting:
         is_first = (not any(_is_above(*other, *one) for other in waiting) for one in waiting)
-        # A box of no height, at the page's border, may stand above itself.
+        # A box of no height, at the page's border, stands above itself: then no block is first, and
+        # without a default the loop would not end.
         first = next((i for i, found in enumerate(is_first) if found), 0)
         ordered.append(waiting.pop(first)[1])
     return ordered
 
 
 def _bounds(block: Block) -> Box:
+    """Returns the smallest box around all words of a block."""
     lefts, tops, rights, bottoms = zip(
         *(placed.word.box for line in block for placed in line), strict=True
     )
@@ -149,7 +178,9 @@ def _bounds(block: Block) -> Box:
 
 
 def _is_above(box: Box, block: Block, other_box: Box, other: Block) -> bool:
-    """Whether a block ends above another in a column that they share; a line alone, as a page's
-    number between two columns, has its place among all."""
+    """Whether a block ends above another one in a column that they share.
+
+    A block of one line, as a page number between two columns, is compared across all columns.
+    """
     is_in_column = box[0] < other_box[2] and other_box[0] < box[2]
     return box[3] <= other_box[1] and (is_in_column or len(block) == 1 or len(other) == 1)

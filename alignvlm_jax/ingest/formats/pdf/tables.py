@@ -1,5 +1,4 @@
-"""Ruled tables of a PDF page: their grid, from the rules that are drawn, and questions about their
-cells."""
+"""Ruled tables of a PDF page: finds their grids among the drawn rules, and asks for their cells."""
 
 import bisect
 import ctypes
@@ -23,18 +22,25 @@ MIN_ROW_HEIGHT = 6
 MAX_ROW_HEIGHT = 80
 MIN_COLUMN_WIDTH = 5
 MIN_ROWS = 3
-"""The head and two more; a grid of fewer is a box."""
+"""Fewest rows of a table, the head and two more; a grid of fewer is a box."""
 
 MAX_SEGMENTS = 20_000
-"""What has more of them is a drawing."""
+"""Most path segments of a page whose rules are read; a page with more of them is a drawing."""
 
+# What a word that is hyphenated at the end of a line leaves in the text of a cell.
 BROKEN = "- "
 MAX_KEY_LENGTH = 40
 MAX_ANSWER_LENGTH = 60
 
 
 class Rule(NamedTuple):
-    """A straight line along an axis, in pixels: `at` on the other axis."""
+    """A straight line along an axis, in pixels.
+
+    Attributes:
+      at: its coordinate on the other axis: y of a horizontal rule, x of a vertical one.
+      start: where it starts on its own axis.
+      stop: where it stops.
+    """
 
     at: float
     start: float
@@ -42,18 +48,24 @@ class Rule(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The x coordinates around its columns and the y coordinates around its rows, in pixels."""
+    """The grid of a table, in pixels.
+
+    Attributes:
+      xs: the x coordinates around its columns, one more than there are columns, ascending.
+      ys: the y coordinates around its rows, one more than there are rows, ascending.
+    """
 
     xs: tuple[float, ...]
     ys: tuple[float, ...]
 
 
 def find_tables(page: pypdfium2.PdfPage, to_pixels: np.ndarray, scale: float) -> list[Table]:
-    """Finds the tables, from top to bottom, whose rows are parted by horizontal rules and whose
-    columns by vertical ones. They need no frame: many have no rule at their sides.
+    """Returns the tables whose rows and columns are separated by rules, from top to bottom.
+
+    Tables need no frame: many have no rule at their sides.
 
     Args:
-      page: of pypdfium2.
+      page: the page.
       to_pixels: float64 [2, 3], from the page's coordinates to pixels.
       scale: pixels a point.
     """
@@ -63,6 +75,8 @@ def find_tables(page: pypdfium2.PdfPage, to_pixels: np.ndarray, scale: float) ->
         for rule in _joined(horizontal, scale)
         if rule.stop - rule.start > MIN_TABLE_WIDTH * scale
     ]
+    # The horizontal rules of a table start and stop at the same x. Which of the distinct ends a
+    # rule has is found by bisection, because ends differ by fractions of a pixel.
     starts = _distinct([rule.start for rule in long], scale)
     stops = _distinct([rule.stop for rule in long], scale)
     by_ends = defaultdict(list)
@@ -73,11 +87,17 @@ def find_tables(page: pypdfium2.PdfPage, to_pixels: np.ndarray, scale: float) ->
 
 
 def questions(rows: list[list[str]]) -> list[Turn]:
-    """Asks for the cells of a table by its head and a column that names its rows.
+    """Returns questions for the cells of a table, each named by its column's head and its row.
 
-    That is the first column whose cells differ from each other. Answers of more than
-    MAX_ANSWER_LENGTH characters are left out, and all texts with a word that is broken at a hyphen:
-    nobody can say whether it keeps the hyphen.
+    Rows are named by the first column whose cells are all different. Answers of more than
+    MAX_ANSWER_LENGTH characters are left out, and so are texts with a word that is broken at a
+    hyphen, since it is unknown whether the word keeps it.
+
+    Args:
+      rows: texts of the cells by row; the first row is the head.
+
+    Returns:
+      The turns; none if heads are missing or repeated, or no column names the rows.
     """
     head, *body = rows
     if not all(map(_is_name, head)) or len(set(head)) < len(head):
@@ -95,12 +115,20 @@ def questions(rows: list[list[str]]) -> list[Turn]:
 
 
 def _is_name(cell: str) -> bool:
+    """Whether the text of a cell can name a row or column in a question."""
     return 0 < len(cell) <= MAX_KEY_LENGTH and BROKEN not in cell
 
 
 def _grids(horizontal: list[Rule], vertical: list[Rule], scale: float) -> Iterator[Table]:
-    """Splits the span between rules of equal ends into tables, each with the same columns in all
-    rows."""
+    """Yields the tables among horizontal rules of equal ends.
+
+    A table is a run of rows, each between two neighbouring rules, with the same vertical rules.
+
+    Args:
+      horizontal: rules that start at one x and stop at one x.
+      vertical: all vertical rules of the page.
+      scale: pixels a point.
+    """
     left = horizontal[0].start
     right = horizontal[0].stop
     ys: list[float] = []
@@ -109,6 +137,8 @@ def _grids(horizontal: list[Rule], vertical: list[Rule], scale: float) -> Iterat
         is_row = MIN_ROW_HEIGHT * scale < bottom - top < MAX_ROW_HEIGHT * scale
         inset = MIN_COLUMN_WIDTH * scale
         middle = (top + bottom) / 2
+        # A vertical rule counts if it crosses the middle of the row; those at the frame do not
+        # part columns.
         inner = [
             r.at
             for r in vertical
@@ -119,9 +149,11 @@ def _grids(horizontal: list[Rule], vertical: list[Rule], scale: float) -> Iterat
             abs(a - b) < SLACK * scale for a, b in zip(cuts, columns, strict=True)
         )
         if ys and not same:
+            # ys has a coordinate more than there are rows.
             if len(ys) > MIN_ROWS:
                 yield Table((left, *columns, right), tuple(ys))
             ys = []
+        # The columns of a run are those of its first row, so that tiny shifts do not add up.
         if cuts:
             columns = columns if ys else cuts
             ys = [*(ys or [top]), bottom]
@@ -132,8 +164,10 @@ def _grids(horizontal: list[Rule], vertical: list[Rule], scale: float) -> Iterat
 def _read_rules(
     page: pypdfium2.PdfPage, to_pixels: np.ndarray, scale: float
 ) -> tuple[list[Rule], list[Rule]]:
-    """Returns horizontal and vertical rules: lines, sides of frames, and thin filled boxes, which
-    many programs draw for lines."""
+    """Returns the horizontal and the vertical rules of a page; none if the page is a drawing.
+
+    Rules are lines, the sides of frames, and thin filled boxes, which many programs draw for lines.
+    """
     horizontal = []
     vertical = []
     count = 0
@@ -147,10 +181,12 @@ def _read_rules(
         stroke = ctypes.c_int()
         pdfium.FPDFPath_GetDrawMode(path, fill, stroke)
         for points in _subpaths(path, matrix):
-            # A filled box: its diagonal is a line along an axis if it is thin.
+            # A filled box has its bounds for a diagonal, which is a line along an axis only if the
+            # box is thin.
             if not stroke.value:
                 points = np.array([points.min(0), points.max(0)])
             for a, b in itertools.pairwise(points.tolist()):
+                # `across` is the axis (0 for x) on which the two ends of such a rule agree.
                 for rules, across in ((horizontal, 1), (vertical, 0)):
                     start, stop = sorted((a[1 - across], b[1 - across]))
                     if abs(a[across] - b[across]) <= MAX_RULE_WIDTH * scale < stop - start:
@@ -159,9 +195,9 @@ def _read_rules(
 
 
 def _subpaths(path, matrix: np.ndarray) -> list[np.ndarray]:
-    """The points of each run of lines in a path, float64 [k, 2].
+    """Returns the points of each connected run of lines in a path, each float64 [n, 2].
 
-    Curves are taken as lines between their points.
+    Curves are taken as lines between their control points.
     """
     subpaths: list[list[np.ndarray]] = []
     x = ctypes.c_float()
@@ -178,7 +214,8 @@ def _subpaths(path, matrix: np.ndarray) -> list[np.ndarray]:
 
 
 def _joined(rules: list[Rule], scale: float) -> Iterator[Rule]:
-    """Joins the pieces of rules that are drawn cell by cell."""
+    """Yields rules with touching pieces joined, because many programs draw rules cell by cell."""
+    # Pieces of one rule may differ by a fraction of a pixel in `at`: bisection gives the group.
     heights = _distinct([rule.at for rule in rules], scale)
     for _, pieces in itertools.groupby(sorted(rules), lambda rule: bisect.bisect(heights, rule.at)):
         line = None
@@ -193,7 +230,7 @@ def _joined(rules: list[Rule], scale: float) -> Iterator[Rule]:
 
 
 def _distinct(values: list[float], scale: float) -> list[float]:
-    """Values in order, without those that follow another within the slack."""
+    """Returns values in ascending order, without those within the slack of the one before."""
     kept: list[float] = []
     for value in sorted(values):
         if not kept or value - kept[-1] > SLACK * scale:
