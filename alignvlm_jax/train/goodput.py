@@ -158,7 +158,7 @@ class Phases:
             return None
 
     def run_seconds(self) -> float:
-        """Returns the seconds of wall time of the run so far, with those of its earlier processes."""
+        """Returns the seconds of wall time of the run so far, its earlier processes included."""
         return sum(self._carried.values()) + time.monotonic() - self._began
 
     def data_wait_fraction(self) -> float:

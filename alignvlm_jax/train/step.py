@@ -1,8 +1,10 @@
 """One training step and one validation step: pure functions, compiled once for the shapes of a
 stage."""
 
+import functools
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -146,16 +148,35 @@ def compile_steps(
     donated.
 
     What comes back cannot be traced again: a batch or state of other shapes or dtypes is an error,
-    not a slow step. The validation step takes `validation_batch_size` sequences.
+    not a slow step. The validation step takes `validation_batch_size` sequences. With `train.jit`
+    off both come back as they are, and every operation runs by itself.
     """
+    train = config.train
+    if not train.jit:
+        trainable = state.trainable_paths(train, config.stage, abstract.params)
+        schedule = optim.make_schedule(config.optim, train.num_steps)
+        train_step = make_train_step(model, train, trainable, tx, schedule)
+        return _eager(train_step), _eager(make_eval_step(model, train))
     lowered = (
         lower_train_step(model, config, tx, abstract, mesh),
-        _lower_eval_step(model, config.data, config.train, abstract.params, mesh),
+        _lower_eval_step(model, config.data, train, abstract.params, mesh),
     )
     # Tracing needs the mesh, which is this thread's; XLA's work, most of the time, does not.
     with ThreadPoolExecutor(len(lowered)) as pool:
         train_step, eval_step = pool.map(jax.stages.Lowered.compile, lowered)
     return train_step, eval_step
+
+
+def _eager(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step whose operations run one by one, so that arrays in it have values."""
+
+    @functools.wraps(step)
+    def run(*args: Any) -> Any:
+        # Constants go to the device with each operation, which the guard of the loop forbids.
+        with jax.transfer_guard("allow"), jax.disable_jit():
+            return step(*args)
+
+    return run
 
 
 def validation_batch_size(train: TrainConfig) -> int:

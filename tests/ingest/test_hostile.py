@@ -15,7 +15,8 @@ import tokenizers
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import presets
-from alignvlm_jax.data import index, loader, shards, tokenizers
+from alignvlm_jax.data import index, loader, shards
+from alignvlm_jax.data import tokenizers as tokenizers_lib
 from alignvlm_jax.data.record import decode_record
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.ingest import job
@@ -146,7 +147,7 @@ def test_special_tokens_in_a_users_text_are_text(tmp_path, tokenizer, kind):
     )
     request = job.Request("jsonl", REGISTRY["jsonl"](), f"{tmp_path}/data.jsonl", str(path), 0.0)
     job.prepare(request, tmp_path / "out", job.on_processes(1))
-    special_tokens = tokenizers.load(tmp_path / "out").special_tokens
+    special_tokens = tokenizers_lib.load(tmp_path / "out").special_tokens
     llm = config_lib.LLMConfig(vocab_size=400)
     config = config_lib.Config(
         model=config_lib.ModelConfig(

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from alignvlm_jax import config as config_lib
 from alignvlm_jax.models import connectors, vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
@@ -209,3 +210,32 @@ def test_means_divide_once_and_survive_no_weight():
         "patch_weight": 0.0,
     }
     assert step.means(sums) == {"answer_loss": 1.5, "token_accuracy": 0.25, "patch_loss": 0.0}
+
+
+def test_without_jit_arrays_have_values_and_results_are_the_same(monkeypatch):
+    """As configs/debug.py has it."""
+    config = dataclasses.replace(tiny_config(), mesh=config_lib.MeshConfig(data=1))
+    model = vlm.VLM(config.model)
+    tx = optim.make_optimizer(config.optim, config.train.num_steps)
+    batch = random_batch(config)
+    seen = []
+    sums = step._sums
+
+    def spy(model, train, params, batch):
+        seen.append(isinstance(batch["tokens"], jax.core.Tracer))
+        return sums(model, train, params, batch)
+
+    monkeypatch.setattr(step, "_sums", spy)
+    found = []
+    with mesh_lib.use(mesh_lib.single_device()) as mesh:
+        params = random_params(model, batch)
+        abstract = state.abstract_state(model, config.train, tx, mesh)
+        for jit in (True, False):
+            train = dataclasses.replace(config.train, jit=jit)
+            changed = dataclasses.replace(config, train=train)
+            _, eval_step = step.compile_steps(model, changed, tx, abstract, mesh)
+            inputs = step.eval_inputs(train, batch)
+            arrays = {name: jax.device_put(array) for name, array in inputs.items()}
+            found.append(eval_step(params, arrays))
+    assert seen == [True, True, False]  # Both steps are traced; the last is run.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *found)
