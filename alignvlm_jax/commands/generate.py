@@ -24,7 +24,8 @@ def main(argv: list[str]) -> None:
     args = _parse(argv)
     if not args.question.strip():
         raise UsageError("--question is empty")
-    # Whatever can be wrong with the input is found before the model is loaded.
+    # Mistakes in the input are found before the model is loaded; the prompt is built only to see
+    # whether it fits.
     page = images.load_page(args.image, args.page) if args.image else None
     config = loading.load_config(args.checkpoint, args.data)
     examples.build_prompt(page, args.question, config, loader.load_tokenizer(config))
@@ -40,6 +41,7 @@ def main(argv: list[str]) -> None:
 
 
 def _count_tiles(page: Image.Image, config: Config) -> int:
+    """Returns the number of tiles that a page is cut into."""
     data = config.data
     size = np.array([[page.height, page.width]])
     return images.count_tiles(

@@ -158,7 +158,7 @@ class Phases:
             return None
 
     def run_seconds(self) -> float:
-        """Returns the wall time of the run so far in seconds, with that of its earlier processes."""
+        """Returns the wall time of the run so far in seconds, including its earlier processes."""
         return sum(self._carried.values()) + time.monotonic() - self._began
 
     def data_wait_fraction(self) -> float:

@@ -1,4 +1,4 @@
-"""Tokenizers by what their file holds."""
+"""Tokenizers, loaded from files whose kind is told by their content."""
 
 import functools
 import os
@@ -19,11 +19,13 @@ FIRST = "run `prepare` or `convert` first"
 
 
 def read(path: str | os.PathLike) -> tuple[Path, bytes]:
-    """Returns a tokenizer's file, or the one in a folder (a tokenizer.json before a
-    tokenizer.model), and its bytes.
+    """Returns the path and the content of a tokenizer's file.
+
+    Args:
+      path: the file, or a folder with one (a tokenizer.json goes before a tokenizer.model).
 
     Raises:
-      UserError: it is missing.
+      UserError: the file is missing.
     """
     if filesystem.is_remote(path):
         return _read_remote(os.fspath(path))
@@ -37,12 +39,12 @@ def read(path: str | os.PathLike) -> tuple[Path, bytes]:
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
-    """Reads a tokenizer's file, or the one in a folder, by what it holds.
+    """Returns the tokenizer in a file, or in the file of a folder (as `read` finds it).
 
-    It is shared by all of a process.
+    It is cached for the process.
 
     Raises:
-      UserError: it is missing or no tokenizer.
+      UserError: the file is missing or no tokenizer.
     """
     path, content = read(path)
     return _make(str(path), content)
@@ -50,6 +52,7 @@ def load(path: str | os.PathLike) -> Tokenizer:
 
 @functools.lru_cache(maxsize=8)
 def _make(name: str, content: bytes) -> Tokenizer:
+    """Returns the tokenizer that the content of a file describes."""
     if content.lstrip()[:1] == b"{":
         return HuggingFaceTokenizer(content, name)
     # Ranks are lines of printable base64; a SentencePiece model is binary from its second byte on.
@@ -60,6 +63,7 @@ def _make(name: str, content: bytes) -> Tokenizer:
 
 
 def _read_remote(path: str) -> tuple[Path, bytes]:
+    """Returns what `read` does, for a file or folder in a bucket."""
     is_file = path.endswith((".json", ".model"))
     folder, wanted = (
         (filesystem.parent(path), (filesystem.name(path),)) if is_file else (path, NAMES)
@@ -76,6 +80,7 @@ def _read_remote(path: str) -> tuple[Path, bytes]:
 
 @functools.lru_cache(maxsize=8)
 def _content(path: str, entry: Entry) -> bytes:
+    """Returns the content of a file in a bucket, cached for its version."""
     try:
         return filesystem.read_whole(path, entry.size)
     except OSError as err:
