@@ -32,5 +32,6 @@ class StoppedError(UserError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns a hint for a message: `; did you mean 'X'?`, or else the list of known names."""
     known = sorted(known)
+    # A cutoff below difflib's default of 0.6, since a wrong suggestion does no harm.
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

@@ -154,6 +154,7 @@ class HostLog:
         self._stack.enter_context(_crashes_dumped(self.file))
         _open_logs.append(self)
         self._stack.callback(_open_logs.remove, self)
+        # The file begins with what was logged before there was a workdir.
         for kept in _kept:
             kept.hand_over(handler)
         for line in _facts(self._rank, self._commit):
@@ -202,6 +203,7 @@ class Shipper:
                 # Its own clock is off, because errors there would go unnoticed: `sync` below is
                 # what sends, called by `Repeated`.
                 self._appender = appending.Appender(self._target, every=NEVER)
+            # Counted as sent once appended: the appender keeps what `sync` could not write.
             with self._source.open("rb") as file:
                 file.seek(self._sent)
                 new = file.read()
@@ -239,7 +241,7 @@ class Repeated:
             try:
                 self._action()
                 told = False
-            except Exception as err:
+            except Exception as err:  # nothing may end this thread
                 if not told:
                     absl_logging.warning("%s: %s", self._problem, err)
                 told = True

@@ -20,7 +20,7 @@ def get_config(connector: str = "align") -> ml_collections.ConfigDict:
     config.stages = ml_collections.ConfigDict({})
     for tower in (config.model.vision, config.model.llm):
         tower.num_layers = 2
-    config.model.scan_unroll = 2  # has to divide the number of layers
+    config.model.scan_unroll = 2
     config.model.vocab_impl = "plain"
     config.mesh.data = 1
     config.train.jit = False

@@ -97,6 +97,7 @@ def _text(stages: tuple[Config, ...]) -> Iterator[str]:
         yield ""
         yield f"config.{group}".rstrip(".")
         yield from _lines(leaves, f"{group}.".lstrip("."))
+    # With a single stage all fields are common.
     explained: set[str] = set()
     for name, leaves in of_stages.items() if others else ():
         own = {

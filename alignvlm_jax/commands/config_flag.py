@@ -37,6 +37,7 @@ def parse(argv: list[str]) -> tuple[tuple[Config, ...] | None, list[str]]:
             config.model.connector.name = value
     for flag in overrides:
         _prepare_field(config, flag.lstrip("-").split("=", 1)[0].removeprefix("config."))
+    # FlagValues of its own: absl's global ones belong to the libraries. argv[0] is the program.
     arguments = ["", *overrides]
     values = flags.FlagValues()
     try:
@@ -83,7 +84,7 @@ def _load(file_and_arg: str) -> ml_collections.ConfigDict:
         )
         values([""])
         return holder.value
-    except Exception as err:
+    except Exception as err:  # a config file is Python, and may raise anything
         raise UserError(f"config file {file_and_arg} failed: {_last_line(err)}") from err
 
 
@@ -100,6 +101,7 @@ def _prepare_field(config: ml_collections.ConfigDict, path: str) -> None:
         _stage_field(config, path, names)
         return
     value = _lookup(config, names, path)
+    # An option of the connector, which `_lookup` found among those of all connectors.
     if not _has(config, names):
         config.model.connector[names[-1]] = value
     setting = [stage for stage, changes in config.stages.items() if _has(changes, names)]

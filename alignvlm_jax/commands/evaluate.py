@@ -57,6 +57,8 @@ def _evaluate_splits(args: argparse.Namespace) -> None:
         {f"the data in {config.data.dir}": functools.partial(shards.contents, config.data.dir)}
     )
     loaded = loading.load(args.checkpoint, config)
+    # The flags once more: if the newest checkpoint is damaged, an older one was loaded, and the
+    # config is that of the loaded one.
     config = _with_flags(loaded.config, args)
     evaluator = runner.Runner(loaded, config)
     with _stoppable():
@@ -164,6 +166,7 @@ def _summarize(loaded: Loaded, config: Config) -> dict[tuple[str, bool], Predict
     and (those on splits) of the same data.
     """
     workdir = loading.workdir_of(loaded.path)
+    # To the microsecond: it identifies the checkpoint, wherever its folder lies now.
     trained = loaded.metadata["train_seconds"]
     data = shards.fingerprint(config.data.dir)
     results = {

@@ -221,6 +221,7 @@ def _default(folder: str) -> Config:
     It has the paper's encoder, and pages of up to six tiles and the overview.
     """
     tokenizer = tokenizers.load(folder)
+    # A tokenizer without an image token gets the first id beyond its vocabulary.
     image_id = tokenizer.special_tokens.get("<image>", tokenizer.vocab_size)
     llm = LLMConfig(vocab_size=tokenizer.vocab_size)
     return Config(
@@ -231,6 +232,7 @@ def _default(folder: str) -> Config:
             dir=folder,
             packing="offline",
             seq_len=16_384,
+            # As many tiles as fit into the sequence, at a token a patch.
             max_tiles=16_384 // presets.VISION["siglip_so400m_14_384"].num_patches,
             record_tiles=7,
             use_overview=True,

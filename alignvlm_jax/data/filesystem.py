@@ -75,6 +75,7 @@ def list_files(source: str, suffixes: tuple[str, ...]) -> list[str]:
         found = files.get_file_info(fs.FileSelector(path, recursive=True))
     except OSError as err:
         raise faults.as_error(f"cannot list {source}: {_reason(err)}", err) from err
+    # pyarrow's paths lack the scheme of the URI.
     prefix = source.partition("://")[0] + "://" if is_remote(source) else ""
     names = [prefix + item.path for item in found if item.type == fs.FileType.File]
     wanted = sorted(name for name in names if name.lower().endswith(suffixes))
@@ -157,6 +158,8 @@ def listing(folder: str | os.PathLike) -> Mapping[str, Entry]:
             stats = {item.name: item.stat() for item in found if item.is_file()}
     except OSError:
         return {}
+    # With the inode, because a file that is replaced twice within the clock's resolution keeps its
+    # time.
     return {
         name: Entry(stat.st_size, f"{stat.st_mtime_ns}-{stat.st_ino}")
         for name, stat in stats.items()
@@ -177,6 +180,7 @@ def read_range(path: str | os.PathLike, begin: int, end: int) -> bytes:
     else:
         with open(path, "rb") as file:
             content = os.pread(file.fileno(), end - begin, begin)
+    # Beyond the end of a file both give only what there is, without an error.
     if len(content) != end - begin:
         raise OSError(
             f"cannot read {path}: it ends {end - begin - len(content)} bytes before byte {end}"

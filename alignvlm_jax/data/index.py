@@ -157,6 +157,7 @@ def load(directory: str | os.PathLike, split: str) -> Index:
         tokenizers; the message says how to count anew.
     """
     directory = os.fspath(directory)
+    # Absolute, since it is a key of the caches below, and the working directory may change.
     place = directory if filesystem.is_remote(directory) else os.path.abspath(directory)
     entries = filesystem.listing(place)
     names = shards.shard_names(place, split)
@@ -196,6 +197,7 @@ def _of_shards(place: str, indexes: tuple[tuple[str, Entry | None], ...]) -> Ind
             raise UserError(f"index {path} is missing; {recount(place)}")
         return _index(_read(path, item[1].size))
 
+    # Lengths that different tokenizers counted cannot be packed together.
     parts = filesystem.in_threads(part, indexes)
     if len({part.tokenizer for part in parts}) > 1:
         raise UserError(f"{place} was counted by several tokenizers; {recount(place)}")

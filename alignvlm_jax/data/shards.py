@@ -64,6 +64,7 @@ def write_table(directory: Path, split: str) -> None:
     """
     entries = filesystem.listing(directory)
     names = shard_names(directory, split)
+    # The table spares later readers a request (or the opening of a file) for each shard.
     ends = filesystem.in_threads(
         lambda name: shard_ends.read_ends(directory / name, entries[name].size), names
     )
@@ -190,6 +191,7 @@ def _fingerprint(directories: Sequence[str | os.PathLike], names: Sequence[str])
         entries = filesystem.listing(directory)
         for name in names:
             if name in entries:
+                # crc32 continues from `crc`: the result is that of all contents in a row.
                 content = filesystem.read_whole(
                     filesystem.join(os.fspath(directory), name), entries[name].size
                 )
@@ -245,6 +247,7 @@ class RecordSource:
           UserError: the record is damaged.
           OSError: the bucket does not deliver it.
         """
+        # Taken out once: a record that is read again, in a later epoch, is a new request.
         with self._lock:
             coming = self._coming.pop(index, None)
         try:
@@ -287,7 +290,7 @@ class _Ranges:
     """The encoded records of shards in a bucket, by index; each is a single ranged read."""
 
     def __init__(self, paths: Sequence[str], known: Table):
-        """`paths` are the shards, in the order of the table `known`."""
+        """Takes the paths of the shards, in the order of their table `known`."""
         self._paths = paths
         self._table = known
         self._starts = np.append(0, np.cumsum(known.counts))
@@ -323,6 +326,7 @@ def _open(place: str, directory: str, split: str) -> grain.sources.ArrayRecordDa
         known = {name.split("-")[0] for name in entries if name.endswith(".array_record")}
         hint = nearest(split, known) if known else "; run `prepare` first"
         raise UserError(f"no shards of split {split!r} in {directory}{hint}")
+    # SPLIT-00000-of-00009: each name has the number of shards, so that missing ones are noticed.
     expected = int(names[0].removesuffix(".array_record").rsplit("-", 1)[1])
     if len(names) != expected:
         raise UserError(
@@ -330,6 +334,7 @@ def _open(place: str, directory: str, split: str) -> grain.sources.ArrayRecordDa
         )
     if not filesystem.is_remote(place):
         _allow_open_files(len(names))
+    # Sizes and versions are part of the cache's key: rewritten shards are opened anew.
     versions = tuple((name, entries[name]) for name in names)
     try:
         return _reader(place, split, versions, entries.get(table_name(split)))

@@ -123,6 +123,7 @@ def find(folder: Path) -> list[Path]:
         steps = sum(stage.train.num_steps for stage in stages)
         if not (run / checkpoint.FOLDER / str(steps)).is_dir():
             raise UserError(f"{run} is not finished: it has no checkpoint of step {steps}")
+        # Each run is compared with the first of its table.
         first = firsts.setdefault(run.parent.name, run)
         if (ours := _questions_of(stages[-1])) != (theirs := _questions_of(_stages(first)[-1])):
             raise UserError(
@@ -202,6 +203,7 @@ def with_baseline(tables: Tables, name: str) -> dict[str, list[Row]]:
       name: TABLE/ROW, the row to add.
     """
     table, _, row_name = name.partition("/")
+    # Scores on other questions would not compare: tables with such are left as they are.
     [baseline] = [row for row in tables[table] if row.name == row_name]
     compared = _questions_of(baseline.runs[0].config)
     return {

@@ -176,6 +176,7 @@ def _spread(values: np.ndarray) -> str:
 
 def _steps(steps: Sequence[int | None]) -> str:
     """Returns a cell: the range of steps, and how many seeds have them if not all do."""
+    # No steps at all means no in-training eval, which is not the same as never reached.
     reached = sorted(step for step in steps if step is not None)
     if not reached:
         return "not reached" if steps else "–"

@@ -203,6 +203,7 @@ class StopSignal:
         return exchange.from_main(self.seen())
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        """Handles the first signal, and puts the earlier handlers back for the second."""
         self._requested = True
         self._restore()
 
@@ -214,6 +215,7 @@ class StopSignal:
 @contextlib.contextmanager
 def _telling():
     """A context in which a thread tells the other processes of a signal as soon as it comes."""
+    # set_wakeup_fd demands a non-blocking descriptor: a handler must never wait.
     heard, written = socket.socketpair()
     written.setblocking(False)
 

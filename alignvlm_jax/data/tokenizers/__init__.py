@@ -53,6 +53,7 @@ def load(path: str | os.PathLike) -> Tokenizer:
 @functools.lru_cache(maxsize=8)
 def _make(name: str, content: bytes) -> Tokenizer:
     """Returns the tokenizer that the content of a file describes."""
+    # By content, not by name: Llama 3's ranks and SentencePiece models are both tokenizer.model.
     if content.lstrip()[:1] == b"{":
         return HuggingFaceTokenizer(content, name)
     # Ranks are lines of printable base64; a SentencePiece model is binary from its second byte on.
@@ -64,6 +65,7 @@ def _make(name: str, content: bytes) -> Tokenizer:
 
 def _read_remote(path: str) -> tuple[Path, bytes]:
     """Returns what `read` does, for a file or folder in a bucket."""
+    # By its ending: a bucket has no folders that could be asked.
     is_file = path.endswith((".json", ".model"))
     folder, wanted = (
         (filesystem.parent(path), (filesystem.name(path),)) if is_file else (path, NAMES)

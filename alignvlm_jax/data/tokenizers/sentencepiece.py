@@ -47,7 +47,7 @@ class SentencePieceTokenizer(Tokenizer):
             model_writer=model,
             model_type="char",
             vocab_size=4 + len(CHAT_TOKENS) + len(PHRASES) + len(PRINTABLE) + 1,
-            # The size is an upper bound: identical settings and corpora give identical models.
+            # The size is an upper bound: a corpus of few characters is no error.
             hard_vocab_limit=False,
             pad_id=0,
             unk_id=1,

@@ -25,6 +25,7 @@ def images(folder: str, names: Iterable[str]) -> tuple[bytes, ...]:
       Reject: an image cannot be read, or they are larger than `MAX_BYTES` together.
       UserError: a bucket does not answer.
     """
+    # Each image may have what those before it left of the bound on all.
     found = []
     room = MAX_BYTES
     for name in names:
