@@ -73,6 +73,7 @@ class Terminal(logging.StreamHandler):
         self._debug = debug
 
     def filter(self, record: logging.LogRecord) -> bool:
+        # Our messages go through absl's logger as well: only the source file tells whose they are.
         is_ours = Path(record.pathname).is_relative_to(PACKAGE)
         is_told = record.levelno >= logging.WARNING and (is_ours or record.name != "absl")
         return self._debug or (is_told and not _open_logs)
@@ -144,6 +145,7 @@ class HostLog:
             self._shipper = Shipper(Path(self.file.name), self.path)
         else:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Buffered by lines: a kill leaves no line behind in memory.
             self.file = self._stack.enter_context(self.path.open("a", buffering=1))
         problem = f"cannot write {self.path} now"
         self._stack.enter_context(Repeated(self.ship, self._ship_seconds, problem))

@@ -45,6 +45,7 @@ def main(argv: list[str]) -> None:
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
     """Returns the flags of this command, and those of Apache Beam, which follow `--`."""
+    # argparse would take what follows `--` for positional arguments.
     at = argv.index("--") if "--" in argv else len(argv)
     return argv[:at], argv[at + 1 :]
 
@@ -52,6 +53,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
 def _parse(argv: list[str]) -> argparse.Namespace:
     """Returns the parsed flags, which depend on --format; those of other formats are refused."""
     # A first parser reads only --format and --recount, from which the real one follows.
+    # Without --help, which the real parser has to answer.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser = argparse.ArgumentParser(
         prog="python -m alignvlm_jax prepare",

@@ -174,6 +174,7 @@ def measure(run: Path) -> None:
         "summary": summary.summarize(loaded, splits, results),
         "analyses": analyses,
     }
+    # Written last, and at once: a run whose measuring was interrupted has no such file.
     storage.write_whole(run / FILE, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -113,6 +113,7 @@ def read(folder: Path, data_dir: str | None = None, with_model: bool = True) -> 
     stages = config_lib.from_json(parse(config_file, config_file.read_text()))
     loaded = None
     problem = ""
+    # A report without a model still has metrics and predictions.
     if with_model:
         try:
             loaded = loading.load(folder, loading.load_config(folder, data_dir))

@@ -84,6 +84,7 @@ class Heartbeat:
         """The last heartbeat of the process that had this number before; empty if there is none."""
 
     def __enter__(self) -> "Heartbeat":
+        # Read before the first heartbeat of this process replaces it.
         self.earlier = read(self._folder, self._process)
         self._try(self._clear)
         self._beat()

@@ -129,6 +129,7 @@ class Profiler:
         """Ends the trace and copies it to the workdir; `early` says why if steps are missing."""
         local = self._local
         self._local = None
+        # First of all: even if something fails below, no second trace begins.
         self._steps = range(0)
         target = self._folder / "plugins" / "profile" / f"steps-{self._first}-{self._newest + 1}"
         with local:

@@ -33,6 +33,7 @@ def anls(prediction: str, answers: Sequence[str]) -> float:
       ValueError: `answers` is empty.
     """
     normal = normalize(prediction)
+    # rapidfuzz divides by the length of the longer string, and takes two empty ones for equal.
     best = max(Levenshtein.normalized_similarity(normal, normalize(answer)) for answer in answers)
     return best if best >= THRESHOLD else 0.0
 

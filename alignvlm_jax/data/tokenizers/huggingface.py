@@ -20,6 +20,7 @@ class HuggingFaceTokenizer(Tokenizer):
         # Despite its name this keeps special tokens in a text from being recognised: else a
         # question that spells one would contain it.
         self._model.encode_special_tokens = True
+        # A file may hold settings of its training, which would cut or pad every text.
         self._model.no_truncation()
         self._model.no_padding()
         added = self._model.get_added_tokens_decoder()

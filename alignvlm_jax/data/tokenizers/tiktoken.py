@@ -46,6 +46,8 @@ class TiktokenTokenizer(Tokenizer):
             ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
         except (ValueError, binascii.Error) as err:
             raise UserError(f"{name} is no list of byte-pair ranks ({err})") from err
+        # The ids of special tokens follow the last rank: a truncated list would shift all of them.
+        # The least that a list can have are the 256 bytes.
         if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
             raise UserError(
                 f"{name} is no whole list of byte-pair ranks: it has {len(ranks)}, not numbered "
