@@ -1,8 +1,8 @@
-"""`python -m alignvlm_jax COMMAND ...`.
+"""The command line, `python -m alignvlm_jax COMMAND ...`.
 
 Exit status: 0 done; 1 wrong input (one line on stderr), which would only fail again; 2 wrong usage.
-The launch scripts start again what ends otherwise: 70 an exception that nobody expected; 75
-stalled, another host lost or late, a storage that does not answer; 143 told to stop, and saved.
+The launch scripts restart a command with any other status: 70 an unforeseen exception; 75 stalled,
+another host lost or late, or a storage that does not answer; 143 told to stop, and saved.
 """
 
 import contextlib
@@ -42,14 +42,18 @@ COMMANDS = {
 }
 
 JOINING = {"train": "", "evaluate": "", "inspect": "--analysis"}
-"""Commands that several processes run as one, and the flag without which they do not."""
+"""Commands that several processes can run together, with the flag that this needs ("" for none)."""
 
 COMPUTING = (*JOINING, "convert", "generate", "compare")
 """Commands that compile for this machine's devices."""
 
 
 def main(argv: list[str]) -> int:
-    """Runs one command; returns the exit status."""
+    """Runs a command and returns its exit status.
+
+    Args:
+      argv: the command's name and its arguments.
+    """
     debug = logs.is_debugging(argv)
     argv = [argument for argument in argv if argument != "--debug"]
     with logs.collected(debug):
@@ -57,6 +61,7 @@ def main(argv: list[str]) -> int:
 
 
 def _run(argv: list[str], debug: bool) -> int:
+    """Runs a command, and prints an error that it raises as a line on stderr."""
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: python -m alignvlm_jax COMMAND [--help] [--debug] ...\n")
         print("\n".join(f"  {name:10}{help_text}" for name, help_text in COMMANDS.items()))
@@ -76,10 +81,11 @@ def _run(argv: list[str], debug: bool) -> int:
         return _fail(
             f"{argv[0]} runs as one process, and {name} is set: only {joining} join several"
         )
+    # Before the command is imported: XLA reads its flags once, when the first device is made.
     if argv[0] in COMPUTING and (line := xla_flags.apply_preset()):
         print(line, file=sys.stderr, flush=True)
     try:
-        # Imported late: `--help` of a command that needs no jax should not wait for it.
+        # Imported only now: a command that needs no JAX should not wait for it.
         importlib.import_module(f"alignvlm_jax.commands.{argv[0]}").main(argv[1:])
     except UsageError as err:
         return _fail(str(err), status=2)
@@ -100,18 +106,19 @@ def _run(argv: list[str], debug: bool) -> int:
 
 
 def _show_traceback(debug: bool) -> None:
-    """The log of a host has it in any case."""
+    """Prints the traceback of the exception at hand with --debug; the host's log always has it."""
     if debug:
         traceback.print_exc()
 
 
 def _joins(argv: list[str]) -> bool:
+    """Whether several processes run this command together."""
     flag = JOINING.get(argv[0])
     return flag is not None and any(argument.startswith(flag) for argument in argv)
 
 
 def _several_processes() -> str | None:
-    """The name of the variable that says that this is one process of several."""
+    """Returns the environment variable that makes this one process of several, or None."""
     if os.environ.get("ALIGNVLM_NUM_PROCESSES", "1") != "1":
         return "ALIGNVLM_NUM_PROCESSES"
     return (
@@ -120,7 +127,8 @@ def _several_processes() -> str | None:
 
 
 def _fail(message: str, status: int = 1) -> int:
-    # Whatever becomes of the line: the others wait to be told.
+    """Prints an error, tells the other processes of it, and returns the exit status."""
+    # `say` raises nothing if stderr cannot be written: the others still wait to be told.
     logs.say(f"alignvlm_jax: error: {message}")
     if distributed := _distributed():
         return distributed.fail(message, status)
@@ -128,7 +136,7 @@ def _fail(message: str, status: int = 1) -> int:
 
 
 def leave_with(status: int) -> NoReturn:
-    """Ends the process, and where it failed all others of the run."""
+    """Ends the process with an exit status; if it failed, at once and without exit hooks."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     storage.close_all()
@@ -136,15 +144,15 @@ def leave_with(status: int) -> NoReturn:
         if distributed := _distributed():
             distributed.leave()
         sys.exit(status)
-    # At an orderly exit threads that still write would be waited for, and libraries' exit hooks
-    # that fail for the same reason as we did would add their tracebacks to our one line. Of several
-    # processes, one that failed would wait for the others, and they, in the midst of a step, for
-    # it.
+    # An orderly exit would wait for threads that still write, and exit hooks of libraries, which
+    # fail for the same reason, would add their tracebacks to the one line. Of several processes,
+    # the failed one would wait for the others, and these, in the midst of a step, for it.
     os._exit(status)
 
 
 def _distributed() -> ModuleType | None:
-    """The module, where a command has joined processes; one that has not need not wait for jax."""
+    """Returns the module `parallel.distributed` if a command has imported it, else None."""
+    # Not imported here: a command that has joined no processes need not wait for JAX.
     return sys.modules.get("alignvlm_jax.parallel.distributed")
 
 

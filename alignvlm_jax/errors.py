@@ -1,37 +1,37 @@
-"""The exceptions that speak to the user."""
+"""Exceptions whose message is for the user."""
 
 import difflib
 from collections.abc import Iterable
 
 TRY_AGAIN_STATUS = 75
-"""Exit status of what may go well when it is started again: EX_TEMPFAIL of sysexits.h, which
-launchers know."""
+"""Exit status of a temporary failure (EX_TEMPFAIL of sysexits.h), after which launchers restart."""
 
 
 class UserError(Exception):
-    """Wrong input.
+    """An error of the user's input.
 
     The message is one line with the names and numbers; commands print it and exit with status 1.
     """
 
 
 class UsageError(UserError):
-    """A command line that asks for what cannot be; exit status 2."""
+    """An error of the command line; exit status 2."""
 
 
 class TryAgainError(UserError):
-    """What may go well when the same command is started again, as a launcher does; exit status
-    75."""
+    """A temporary failure: the same command may succeed if it is started again; exit status 75."""
 
 
 class StoppedError(UserError):
-    """The command was told to stop and has saved; exit status 143, as of a process that SIGTERM
-    ended."""
+    """The end of a command that was told to stop and has saved.
+
+    The exit status is 143, as that of a process that SIGTERM ended.
+    """
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns `; did you mean 'X'?` for the known name closest to `name`, or a list of the known
-    ones."""
+    """Returns a hint for a message: `; did you mean 'X'?`, or else the list of known names."""
     known = sorted(known)
+    # A cutoff below difflib's default of 0.6, since a wrong suggestion does no harm.
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

@@ -1,8 +1,8 @@
-"""What a process says of itself: to a file a host, WORKDIR/logs/host-N.log, and to the terminal.
+"""Logs of a process: a file for each process, WORKDIR/logs/host-N.log, and the terminal.
 
 The file gets everything: our own messages, those of libraries (through absl and Python's logging),
-Python's warnings, stacks of crashes, tracebacks of errors. The terminal gets our own lines alone;
-with --debug, or ALIGNVLM_DEBUG=1, everything.
+Python's warnings, stacks of crashes, and tracebacks of errors. The terminal gets only our own
+lines, or everything with --debug or ALIGNVLM_DEBUG=1.
 """
 
 import contextlib
@@ -30,18 +30,18 @@ FOLDER = "logs"
 PACKAGE = Path(__file__).parent
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "libtpu")
 ENVIRONMENT = ("XLA_", "LIBTPU_", "JAX_", "TPU_", "ALIGNVLM_", "GRPC_", "NCCL_")
-"""Prefixes of the variables that are logged."""
+"""Prefixes of the environment variables that are logged."""
 
 SHIP_SECONDS = 60.0
 LAST_SECONDS = 20.0
-"""What storage does not take in this time, at the end, is given up."""
+"""Longest time that the storage may take at the end; then the rest is given up."""
 
 NEVER = 1e6
 MAX_KEPT = 10_000
 
 
 class Kept(logging.Handler):
-    """Messages from before there was a file for them; the first MAX_KEPT."""
+    """A handler that keeps the first `MAX_KEPT` messages until there is a file for them."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -52,17 +52,17 @@ class Kept(logging.Handler):
             self.records.append(record)
 
     def hand_over(self, handler: logging.Handler) -> None:
-        """Gives the messages to another handler, once."""
+        """Passes the messages to another handler and forgets them."""
         for record in self.records:
             handler.handle(record)
         self.records.clear()
 
 
 class Terminal(logging.StreamHandler):
-    """Messages on stderr: all of them for debugging, else warnings while there is no file for them.
+    """A handler for stderr: of all messages for debugging, else of warnings without a log file.
 
-    Those that others log through absl are left out then: orbax does it, with tracebacks, of what we
-    tell in one line.
+    Without debugging, messages that libraries log through absl are left out: orbax logs tracebacks
+    of errors that we report in one line.
     """
 
     def __init__(self, debug: bool):
@@ -73,16 +73,14 @@ class Terminal(logging.StreamHandler):
         self._debug = debug
 
     def filter(self, record: logging.LogRecord) -> bool:
+        # Our messages go through absl's logger as well: only the source file tells whose they are.
         is_ours = Path(record.pathname).is_relative_to(PACKAGE)
         is_told = record.levelno >= logging.WARNING and (is_ours or record.name != "absl")
         return self._debug or (is_told and not _open_logs)
 
 
 class Lines(logging.StreamHandler):
-    """Messages in a file.
-
-    That it cannot be written is told once, not with a traceback for each of them.
-    """
+    """A handler for a file, which reports only once that the file cannot be written."""
 
     _is_told = False
 
@@ -93,8 +91,7 @@ class Lines(logging.StreamHandler):
 
 
 def say(line: str) -> None:
-    """Prints a line on stderr, where that can be written: on a full disk the rest must go on all
-    the same."""
+    """Prints a line on stderr; an error in doing so is ignored, since stderr may be a full disk."""
     with contextlib.suppress(OSError, ValueError):
         print(line, file=sys.stderr, flush=True)
 
@@ -105,8 +102,7 @@ _kept: list[Kept] = []
 
 @contextlib.contextmanager
 def collected(debug: bool) -> Iterator[None]:
-    """While entered, messages of libraries wait for the host's log, and go to the terminal as
-    `Terminal` says."""
+    """A context in which messages wait for the host's log, and go to the terminal (`Terminal`)."""
     kept = Kept()
     terminal = Terminal(debug)
     with _handling(kept), _handling(terminal):
@@ -118,10 +114,10 @@ def collected(debug: bool) -> Iterator[None]:
 
 
 class HostLog:
-    """The log of this process, which grows while entered.
+    """The log file of this process, which is written while entered.
 
-    A log in a bucket is written on this machine first, where stacks can go even if nothing else
-    works any more, and what is new of it is sent every `ship_seconds`, and at the end.
+    A log in a bucket is written to a local file first, where stacks can go even if nothing else
+    works any more. What is new in it is sent every `ship_seconds`, and at the end.
     """
 
     def __init__(
@@ -141,7 +137,7 @@ class HostLog:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "HostLog":
-        """Raises OSError where the file cannot be written."""
+        """Opens the file; raises OSError if it cannot be written."""
         if storage.is_bucket(self.path):
             self.file: TextIO = self._stack.enter_context(
                 tempfile.NamedTemporaryFile("a", buffering=1, suffix=".log")
@@ -149,6 +145,7 @@ class HostLog:
             self._shipper = Shipper(Path(self.file.name), self.path)
         else:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Buffered by lines: a kill leaves no line behind in memory.
             self.file = self._stack.enter_context(self.path.open("a", buffering=1))
         problem = f"cannot write {self.path} now"
         self._stack.enter_context(Repeated(self.ship, self._ship_seconds, problem))
@@ -159,6 +156,7 @@ class HostLog:
         self._stack.enter_context(_crashes_dumped(self.file))
         _open_logs.append(self)
         self._stack.callback(_open_logs.remove, self)
+        # The file begins with what was logged before there was a workdir.
         for kept in _kept:
             kept.hand_over(handler)
         for line in _facts(self._rank, self._commit):
@@ -168,7 +166,7 @@ class HostLog:
     def __exit__(
         self, kind: type[BaseException] | None, err: BaseException | None, *_: object
     ) -> None:
-        # An error on its way out is the one to report, not that the log has no room for it.
+        # If an error is on its way out, a full disk must not replace it.
         with (
             contextlib.nullcontext() if kind is None else contextlib.suppress(OSError),
             self._stack,
@@ -179,15 +177,15 @@ class HostLog:
                 absl_logging.error("ended by %s: %s", kind.__name__, err, exc_info=err)
 
     def ship(self) -> None:
-        """Has the storage take what is new."""
+        """Sends what is new to the storage."""
         if self._shipper:
             self._shipper.ship()
         else:
-            os.fsync(self.file.fileno())  # A mounted bucket takes it only then.
+            os.fsync(self.file.fileno())  # a mounted bucket uploads only then
 
 
 class Shipper:
-    """Appends what is new of a file on this machine to an object."""
+    """A sender of what is new in a local file to an object in a bucket."""
 
     def __init__(self, source: Path, target: Path):
         self._source = source
@@ -197,11 +195,17 @@ class Shipper:
         self._lock = threading.Lock()
 
     def ship(self) -> None:
-        """Sends what is new; OSError or UserError where that fails: it is sent with the next."""
+        """Sends what is new; if that fails it is sent by the next call.
+
+        Raises:
+          OSError, UserError: the storage does not take it.
+        """
         with self._lock:
             if self._appender is None:
-                # Its own clock would meet errors that nobody hears of; `Repeated` asks it to sync.
+                # Its own clock is off, because errors there would go unnoticed: `sync` below is
+                # what sends, called by `Repeated`.
                 self._appender = appending.Appender(self._target, every=NEVER)
+            # Counted as sent once appended: the appender keeps what `sync` could not write.
             with self._source.open("rb") as file:
                 file.seek(self._sent)
                 new = file.read()
@@ -211,11 +215,10 @@ class Shipper:
 
 
 class Repeated:
-    """Does something every so many seconds in a thread of its own while entered, and once at the
-    end.
+    """A thread that repeats an action while entered, and runs it once at the end.
 
-    What fails is told once, and tried again. Storage that does not answer at the end is not waited
-    for.
+    A failure is logged once, and the action is tried again. At the end it is waited for no longer
+    than `LAST_SECONDS`.
     """
 
     def __init__(self, action: Callable[[], None], every: float, problem: str):
@@ -240,26 +243,25 @@ class Repeated:
             try:
                 self._action()
                 told = False
-            except Exception as err:
+            except Exception as err:  # nothing may end this thread
                 if not told:
                     absl_logging.warning("%s: %s", self._problem, err)
                 told = True
 
 
 def ship_all() -> None:
-    """Has the storage take what is new of the logs, for whoever ends the process without leaving
-    them."""
+    """Sends what is new in all open logs, before the process is ended without leaving them."""
     for log in list(_open_logs):
         log.ship()
 
 
 def is_debugging(argv: list[str]) -> bool:
-    """Returns whether the command line or the environment asks for tracebacks and all messages."""
+    """Whether the command line or the environment asks for tracebacks and all messages."""
     return "--debug" in argv or os.environ.get("ALIGNVLM_DEBUG", "") not in ("", "0")
 
 
 def _facts(rank: str, commit: str) -> Iterator[str]:
-    """What one asks first about a process of a pod."""
+    """Yields the first lines of a log: host, versions, commit, command and environment."""
     yield (
         f"{rank}: host {socket.gethostname()}, pid {os.getpid()}, {os.cpu_count()} cores, "
         f"{platform.platform()}"
@@ -279,7 +281,8 @@ def _facts(rank: str, commit: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _handling(handler: logging.Handler) -> Iterator[None]:
-    """Without any handler absl would make one of its own for the terminal."""
+    """A context in which the root logger has a handler, and messages from INFO on."""
+    # Without any handler absl would add one of its own for the terminal.
     root = logging.getLogger()
     level = root.level
     root.addHandler(handler)
@@ -293,6 +296,7 @@ def _handling(handler: logging.Handler) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _warnings_logged() -> Iterator[None]:
+    """A context in which Python's warnings are logged."""
     logging.captureWarnings(True)
     try:
         yield
@@ -302,7 +306,7 @@ def _warnings_logged() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _crashes_dumped(file: TextIO) -> Iterator[None]:
-    """A crash in C, and `kill -USR1 PID`, leave the stacks of all threads in the file."""
+    """A context in which a crash in C, or `kill -USR1 PID`, dumps all stacks to a file."""
     was_enabled = faulthandler.is_enabled()
     faulthandler.enable(file=file)
     faulthandler.register(signal.SIGUSR1, file=file)
@@ -311,5 +315,6 @@ def _crashes_dumped(file: TextIO) -> Iterator[None]:
     finally:
         faulthandler.unregister(signal.SIGUSR1)
         faulthandler.disable()
+        # It was on before, to stderr, as pytest has it.
         if was_enabled:
             faulthandler.enable(file=sys.__stderr__)

@@ -1,10 +1,14 @@
-"""Named sizes of towers, by the names under which they were published. Adding one is one entry."""
+"""Presets of vision encoders and LLMs, by the names under which they were published.
+
+A new preset is an entry of `VISION` or `LLM`.
+"""
 
 import dataclasses
 
 from alignvlm_jax.config import LLMConfig, RopeScaling, VisionConfig
 
-# 384 pixels are 27 patches of 14 and 6 pixels that no patch sees: the tile is what they see.
+# Published for 384 pixels, which are 27 patches of 14 and 6 more that no patch sees: the tile is
+# the part that patches see.
 _SO400M = VisionConfig(
     tile_height=378,
     tile_width=378,
@@ -47,8 +51,8 @@ VISION = {
         mlp_width=384,
         num_layers=3,
         num_heads=4,
-        # Of the demonstration's pages: white with thin strokes is learnt from faster when
-        # normalised by its own.
+        # Those of the demonstration's pages: white with thin strokes is learnt faster when it is
+        # normalised by its own statistics.
         pixel_mean=(0.94, 0.94, 0.94),
         pixel_std=(0.19, 0.19, 0.19),
     ),
@@ -91,7 +95,7 @@ LLM = {
         num_heads=4,
         num_kv_heads=2,
         head_dim=32,
-        rope_theta=1000.0,  # Rows are two hundred tokens at most.
+        rope_theta=1000.0,  # packed sequences have at most two hundred tokens
     ),
     "smollm2_135m": _SMOLLM2,
     "smollm2_360m": dataclasses.replace(

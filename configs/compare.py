@@ -1,17 +1,16 @@
-"""Connectors on an equal footing: towers as they are given, a connector initialised anew, equal
-steps on equal sequences.
+"""A comparison of connectors on an equal footing: the same towers, steps and sequences for each.
 
-    compare.py:towers       what a connector is put between, made once: the demonstration's language
-                            model, then, with it frozen, a vision encoder that learns from patch
-                            labels what patches show
-    compare.py:connectors   whole pages; the towers' parameters and a new connector, and everything
-                            is trained
-    compare.py:supervision  small pages; the language model alone is given, the rest is initialised:
-                            what labels are worth
+    compare.py:towers       trains the two towers once: the demonstration's language model, then,
+                            with it frozen, a vision encoder that learns from patch labels what
+                            patches show
+    compare.py:connectors   whole pages; the towers' parameters and an initialised connector, all of
+                            which is trained
+    compare.py:supervision  small pages; only the language model is loaded and the rest initialised,
+                            to measure what patch labels are worth
 
 `make compare` trains all of `configs/sweeps/compare.py`. As in the paper, the towers are the same
-for every connector. Only ALIGN can be told what a patch shows; without `patch_token_weight`, which
-rows of the sweep set, it is not.
+for every connector. Only ALIGN can learn from patch labels; it does in the rows of the sweep that
+set `patch_token_weight`.
 """
 
 import ml_collections
@@ -23,7 +22,14 @@ TOWERS = "runs/compare/towers"
 
 
 def get_config(part: str = "connectors") -> ml_collections.ConfigDict:
-    """Returns the stages of a part of the comparison; ValueError with the nearest for another."""
+    """Returns the stages of a part of the comparison.
+
+    Args:
+      part: "towers", "connectors" or "supervision".
+
+    Raises:
+      ValueError: there is no such part.
+    """
     if part not in STAGES:
         raise ValueError(f"there is no part {part!r} of the comparison{nearest(part, STAGES)}")
     config = demo.get_config()
@@ -32,6 +38,7 @@ def get_config(part: str = "connectors") -> ml_collections.ConfigDict:
     if part == "towers":
         return config
     config.init_from = TOWERS
+    # No connector but ALIGN could use the labels: without them all learn from the same signal.
     config.train.patch_token_weight = 0.0
     config.train.validate_every = 200
     config.train.checkpoint_every = 1000
@@ -44,8 +51,9 @@ def get_config(part: str = "connectors") -> ml_collections.ConfigDict:
 
 
 def _towers(stages: ml_collections.ConfigDict) -> dict:
-    """The stages of the demonstration that come before pages and words meet."""
+    """Returns the stages that train the towers, from those of the demonstration."""
     reading = stages.stage1.to_dict()
+    # The language model is frozen: the encoder has to make tokens that it understands.
     reading["train"] |= {"num_steps": 1200, "trainable": ("vision/.*", "connector/.*")}
     reading["optim"] = {"learning_rate": 2e-3}
     return {
@@ -56,6 +64,7 @@ def _towers(stages: ml_collections.ConfigDict) -> dict:
 
 
 def _connectors(stages: ml_collections.ConfigDict) -> dict:
+    """Returns the stage that trains a new connector between both trained towers."""
     data = stages.stage2.data
     return {
         "read": {
@@ -66,6 +75,7 @@ def _connectors(stages: ml_collections.ConfigDict) -> dict:
 
 
 def _supervision(stages: ml_collections.ConfigDict) -> dict:
+    """Returns the stage that trains a new vision encoder and connector."""
     data = {**demo.SMALL_PAGES, "seq_len": 96, "tasks": stages.stage2.data.tasks}
     return {
         "read": {

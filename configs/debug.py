@@ -1,11 +1,11 @@
-"""A model small enough to look into: two layers a tower, one device, nothing compiled.
+"""A config for debugging: two layers in each tower, one device, and nothing is compiled.
 
     python -m alignvlm_jax train --config=configs/debug.py --workdir=runs/debug --debug
 
-With `train.jit` off every operation of a step runs by itself, so that `print(x_BTD)` shows numbers,
-and `breakpoint()` in `models/` or `train/step.py` stops at them; layers are a Python loop, since a
-`lax.scan` that is not compiled is one. A step takes seconds, the first one most. It learns nothing
-to speak of; `configs/demo.py` does.
+With `train.jit` off every operation of a step runs by itself: `print(x_BTD)` shows numbers, and
+`breakpoint()` in `models/` or `train/step.py` stops at them. Layers are a Python loop, since a
+`lax.scan` that is not compiled is one. A step takes seconds, the first one longest. The model
+learns next to nothing; that of `configs/demo.py` does.
 """
 
 import ml_collections

@@ -1,16 +1,17 @@
-"""The demonstration: a model of one million parameters learns to read forms, receipts and tables,
-on a laptop.
+"""The demonstration: a model of a million parameters learns to read documents on a laptop.
+
+The documents are rendered forms, receipts and tables.
 
     stage0_lines  the language model alone learns to copy and to look up, from the text of small
-                  pages laid out on the patch grid: it stands in for a pretrained LLM, which brings
-                  this along. Pages of two lines come first: what they teach in a minute takes
-                  several on whole pages
+                  pages laid out on the patch grid. It stands in for a pretrained LLM, which has
+                  learnt this already. Pages of two lines come first: what they teach in a minute
+                  takes several on whole pages
     stage0_pages  the same on whole pages
     stage1        alignment: the whole model transcribes small pages
     stage2        the whole model transcribes whole pages and answers questions about them
     stage3        answers only; the vision encoder is frozen
 
-`configs/demo.py:mlp` is the same with the MLP connector, and so for every other of
+`configs/demo.py:mlp` is the same with the MLP connector, and likewise for all of
 `models.connectors`.
 """
 
@@ -22,30 +23,32 @@ from alignvlm_jax import presets
 SMALL_PAGES = {"split": "train_small", "validation_split": "validation_small", "max_tiles": 1}
 ANSWER_AND_TRANSCRIBE = {"answer_and_transcribe": 1.0}
 DATA = "data/demo"
+"""The folder that `prepare --format=documents` writes."""
 SPLITS = ("seen_fonts", "unseen_fonts")
-"""Where `prepare --format=documents` writes, and what it holds out to be asked about."""
+"""The splits that `prepare --format=documents` holds out for evaluation."""
 
 
 def get_config(connector: str = "align") -> ml_collections.ConfigDict:
-    """Returns the stages with the given connector."""
+    """Returns the stages of the demonstration, with a connector of this name."""
     config = config_lib.default_config_dict()
     config.name = "demo"
     config_lib.set_preset(config.model.vision, presets.VISION["tiny"])
     config_lib.set_preset(config.model.llm, presets.LLM["tiny"])
     config.model.connector.name = connector
     set_connectors(config.model.connectors)
-    # <image> of the tokenizer that `prepare --format=documents` trains.
+    # The id of <image> in the tokenizer that `prepare --format=documents` trains.
     config.model.image_token_id = 4
     config.model.scan_unroll = 3
     config.data.dir = DATA
     config.data.seq_len = 160
     config.data.max_tiles = 2
     config.data.tasks = ANSWER_AND_TRANSCRIBE
-    # Twice as many steps of half the rows: what is learnt here is a matter of steps.
+    # Small batches and many steps: what the model learns here depends on the number of steps.
     config.train.batch_size = 16
     config.optim.learning_rate = 2e-3
     config.optim.warmup_steps = 50
     config.eval.splits = SPLITS
+    # The model reads the page's own tokens in the place of visual ones (oracle visual tokens).
     language_model = {"visual_source": "oracle", "trainable": ("llm/.*",)}
     config.stages = ml_collections.ConfigDict(
         {
@@ -57,6 +60,7 @@ def get_config(connector: str = "align") -> ml_collections.ConfigDict:
             "stage0_pages": {"train": {"num_steps": 400, **language_model}},
             "stage1": {
                 "data": {**SMALL_PAGES, "seq_len": 80, "tasks": {"transcribe": 1.0}},
+                # Only the LLM has been trained so far; all else is initialised here.
                 "train": {"num_steps": 1200, "load": ("llm/.*",)},
                 "optim": {"learning_rate": 4e-3},
             },
@@ -80,10 +84,11 @@ def get_config(connector: str = "align") -> ml_collections.ConfigDict:
 
 
 def set_connectors(connectors: ml_collections.ConfigDict) -> None:
-    """Sizes for tiles of 2 x 16 patches, of all connectors: sweeps change the name alone.
+    """Sets the sizes of all connectors for tiles of 2 x 16 patches.
 
-    As in the models released, the visual vocabulary is as large as the LLM's, the H-Reducer makes a
-    quarter of the patches, and no other loses more: a patch here shows two letters.
+    Sweeps then change only the name of the connector. As in the released models, the visual
+    vocabulary is as large as the LLM's, and the H-Reducer makes a quarter of the patches. No other
+    connector makes fewer, because a patch here shows two letters.
     """
     connectors.perceiver.num_latents = 16
     connectors.perceiver.num_layers = 3

@@ -1,13 +1,14 @@
-"""SmolLM2-135M-Instruct and DINOv2 ViT-S/14 on real pages: `make data` puts both where this looks
-for them.
+"""SmolLM2-135M-Instruct and DINOv2 ViT-S/14, fine-tuned on real pages that `make data` prepares.
 
-    align   all is trained to transcribe pages, and the connector finds its place
-    answer  the vision encoder is frozen; pages are transcribed and asked about their tables
+    align   the whole model is trained to transcribe pages, which aligns the connector
+    answer  the vision encoder is frozen; the model transcribes pages and answers questions about
+            their tables
 
-A page has an overview and six tiles of 224 pixels: 1,792 visual tokens, beside 740 of its text in
-the mean. The length of rows was chosen for Debian's manual: two or three pages share one, or four
-or five, and 97 % and 99 % of it are in use. It may be more than what the LLM was trained on, as
-positions begin anew with every record. For an accelerator: on a laptop a step takes minutes.
+A page has an overview and six tiles of 224 pixels: 1,792 visual tokens, beside 740 of its text on
+average. The sequence lengths were chosen for Debian's manual: a packed sequence has two or three
+pages in the first stage and four or five in the second, with a packing efficiency of 97 % and 99 %.
+They may exceed the length that the LLM was trained on, since positions begin anew with every
+record. For an accelerator: on a laptop a step takes minutes.
 """
 
 import ml_collections
@@ -16,7 +17,7 @@ from configs import finetune
 
 
 def get_config(folder: str = "weights/smollm2") -> ml_collections.ConfigDict:
-    """Returns the stages that start from what `make weights` wrote, on what `make data` wrote."""
+    """Returns the stages that start from the checkpoint in `folder`, on the data of `make data`."""
     config = finetune.get_config(folder)
     config.name = "documents"
     config.model.dtype = "bfloat16"

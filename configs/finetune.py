@@ -1,11 +1,12 @@
-"""Training from published weights, or from any checkpoint: `configs/finetune.py:DIR`, DIR of
-`convert` or a workdir.
+"""Fine-tuning from published weights or from any checkpoint, `configs/finetune.py:DIR`.
 
-    align   the paper's stage 1: all is trained, the connector finds its place
+DIR is a folder that `convert` wrote, or a workdir.
+
+    align   the paper's stage 1: the whole model is trained, which aligns the connector
     answer  the paper's stage 3: the vision encoder is frozen
 
-The model is that of DIR, with its tokenizer; data and steps are for the user to set. Data are the
-demonstration's until then.
+The model is that of DIR, with its tokenizer. Data and steps are for the user to set; the defaults
+are the demonstration's data.
 """
 
 import json
@@ -18,13 +19,18 @@ from configs import demo
 
 
 def get_config(folder: str) -> ml_collections.ConfigDict:
-    """Returns the stages that start from the checkpoint in `folder`."""
+    """Returns the stages that start from the checkpoint in `folder`.
+
+    Raises:
+      ValueError: the folder has no config.json.
+    """
     config = config_lib.default_config_dict()
     config.name = "finetune"
     config.init_from = folder
     path = pathlib.Path(folder, "config.json")
     if not path.exists():
         raise ValueError(f"{folder} holds no config.json: run `make weights` or `convert` first")
+    # A config.json has a list of stages; the model is that of the last one.
     (*_, last) = json.loads(path.read_text())
     config_lib.set_model(config.model, last["model"])
     config.model.remat = "full"

@@ -1,5 +1,6 @@
-"""The paper's low-resource study (section 5.2.2, table 3): Llama 3.2 3B, LLaVA-NeXT's two stages,
-any connector.
+"""The paper's low-resource study (section 5.2.2, table 3), with any connector.
+
+It trains Llama 3.2 3B in LLaVA-NeXT's two stages.
 
     stage1_connector  LLaVA-558K captions: the connector alone, 1e-3, batch 32, one epoch
     stage2_all        LLaVA-NeXT-779K: LLM and connector at 1e-5, the encoder at 2e-6, batch 8,
@@ -23,7 +24,7 @@ INSTRUCTIONS = 779_000
 
 
 def get_config(connector: str = "align") -> ml_collections.ConfigDict:
-    """Returns both stages with a connector."""
+    """Returns both stages, with a connector of this name."""
     config = config_lib.default_config_dict()
     config.name = f"low_resource_{connector}"
     paper.set_model(config, "llama32_3b")

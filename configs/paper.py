@@ -1,9 +1,8 @@
-"""What the paper's three stages share (arXiv 2502.01341, sections 3.3 and 4, table 6): `stage1.py`
-to `stage3.py`.
+"""Settings that the paper's three stages, `stage1.py` to `stage3.py`, have in common.
 
-Of the paper are: the encoder, the LLMs, at most 9 tiles, batch sizes, learning rates, text lengths,
-epochs and what is frozen. It states no optimizer, schedule, warm-up, weight decay, precision, or
-number of image tokens; those here are ours:
+The paper (arXiv 2502.01341, sections 3.3 and 4, table 6) gives the encoder, the LLMs, at most 9
+tiles, batch sizes, learning rates, text lengths, epochs and what is frozen. It states no optimizer,
+schedule, warm-up, weight decay, precision, or number of image tokens; these are chosen here:
 
     an overview tile beside the 9       as Ovis v1.6 does, whose tiling the paper cites
     text length beside image tokens     the paper does not say whether its lengths count them
@@ -30,7 +29,17 @@ LLMS = ("llama32_1b", "llama32_3b", "llama31_8b")
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A column of table 6; `batch_size` and `learning_rate` by LLM."""
+    """A stage of the paper, which is a column of its table 6.
+
+    Attributes:
+      name: name of the stage.
+      num_records: number of records of its data.
+      epochs: number of passes over them.
+      text_length: tokens of text in a sequence, beside image tokens.
+      batch_size: sequences in a batch, by LLM.
+      learning_rate: peak learning rate, by LLM.
+      trainable: patterns of the parameters that are trained.
+    """
 
     name: str
     num_records: int
@@ -42,13 +51,16 @@ class Stage:
 
 
 def by_llm(*values: float) -> dict[str, float]:
-    """Returns a row of the table: values for 1B, 3B and 8B."""
+    """Returns a row of table 6 by LLM, from its values for 1B, 3B and 8B."""
     return dict(zip(LLMS, values, strict=True))
 
 
 def make_config(stage: Stage, llm: str) -> ml_collections.ConfigDict:
-    """Returns the config of one stage with one of `LLMS`; ValueError with the nearest for
-    another."""
+    """Returns the config of a stage with one of `LLMS`.
+
+    Raises:
+      ValueError: there is no such LLM.
+    """
     if llm not in LLMS:
         raise ValueError(
             f"{stage.name} is known for {', '.join(LLMS)}, not for {llm!r}{nearest(llm, LLMS)}"
@@ -65,8 +77,8 @@ def make_config(stage: Stage, llm: str) -> ml_collections.ConfigDict:
     config.train.patch_token_weight = 0.0
     config.train.log_every = 10
     config.train.validate_every = config.train.checkpoint_every = 500
-    # So that a host that is lost costs less than 10 minutes on average on the smallest slice, too,
-    # where a step of 8B takes 8.4 minutes. Saves are written while training goes on.
+    # So that a lost host costs less than 10 minutes on average, also on the smallest slice, where a
+    # step of 8B takes 8.4 minutes. Training continues while checkpoints are written.
     config.train.checkpoint_minutes = 8.0
     config.train.validation_sequences = 4 * stage.batch_size[llm]
     set_optimizer(config, stage.learning_rate[llm])
@@ -76,24 +88,24 @@ def make_config(stage: Stage, llm: str) -> ml_collections.ConfigDict:
 
 
 def set_model(config: ml_collections.ConfigDict, llm: str) -> None:
-    """SigLIP-400M, ALIGN and a Llama 3, on as many chips as there are."""
+    """Sets the model, SigLIP-400M and a Llama 3 joined by ALIGN, and a mesh over all devices."""
     config_lib.set_preset(config.model.vision, presets.VISION["siglip_so400m_14_384"])
     config_lib.set_preset(config.model.llm, presets.LLM[llm])
-    # Of 27 columns, four do not divide.
+    # The tile has 27 columns of patches, which 4, the usual number, does not divide.
     config.model.connectors.h_reducer.merged_columns = 3
-    # Beyond the table: no token of Llama's stands for an image.
+    # Llama 3 has no image token: the id is the first one beyond the embedding table.
     config.model.image_token_id = config.model.llm.vocab_size
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
     config.mesh.data = -1
     config.mesh.fsdp = -1
     config.mesh.tensor = -1
-    # The paper's benchmarks are tasks, which `evaluate --tasks` names.
+    # Not the paper's benchmarks, which are tasks of `evaluate --tasks`.
     config.eval.splits = demo.SPLITS
 
 
 def set_lengths(config: ml_collections.ConfigDict, text_length: int) -> None:
-    """Rows that hold all tiles and a text."""
+    """Sets the tiles of a page, and the sequence length that fits all of them and a text."""
     patches = presets.VISION["siglip_so400m_14_384"].num_patches
     config.data.max_tiles = MAX_TILES
     config.data.use_overview = True
@@ -101,7 +113,7 @@ def set_lengths(config: ml_collections.ConfigDict, text_length: int) -> None:
 
 
 def set_optimizer(config: ml_collections.ConfigDict, learning_rate: float) -> None:
-    """AdamW as said above; the warm-up follows from the number of steps."""
+    """Sets AdamW as described above, but for the warm-up, which depends on the number of steps."""
     config.optim.learning_rate = learning_rate
     config.optim.b2 = 0.95
     config.optim.weight_decay = 0.1

@@ -1,4 +1,4 @@
-"""The paper's stage 1, alignment: the whole model, on 8.1 M pairs of CC-12M, one epoch.
+"""The paper's stage 1, alignment: trains the whole model on 8.1 M pairs of CC-12M, one epoch.
 
 `configs/stage1.py:llama32_1b` (or llama32_3b, llama31_8b). Start from published weights, as
 `convert` leaves them: --config.init_from=weights/mine
@@ -20,5 +20,5 @@ STAGE = paper.Stage(
 
 
 def get_config(llm: str = "llama32_1b") -> ml_collections.ConfigDict:
-    """Returns the stage with one of the paper's LLMs."""
+    """Returns the stage with one of `paper.LLMS`."""
     return paper.make_config(STAGE, llm)

@@ -1,4 +1,4 @@
-"""The paper's stage 2, documents: the whole model, on the 7.5 M records of BigDocs, one epoch.
+"""The paper's stage 2, documents: trains the whole model on BigDocs' 7.5 M records, one epoch.
 
 `configs/stage2.py:llama32_1b` (or llama32_3b, llama31_8b). Start from stage 1:
 --config.init_from=runs/stage1
@@ -19,5 +19,5 @@ STAGE = paper.Stage(
 
 
 def get_config(llm: str = "llama32_1b") -> ml_collections.ConfigDict:
-    """Returns the stage with one of the paper's LLMs."""
+    """Returns the stage with one of `paper.LLMS`."""
     return paper.make_config(STAGE, llm)

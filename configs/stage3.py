@@ -1,9 +1,10 @@
-"""The paper's stage 3, questions: LLM and ALIGN, the encoder frozen, on DocDownstream's 570 K
-records, five epochs.
+"""The paper's stage 3, questions: trains LLM and ALIGN on DocDownstream, with a frozen encoder.
+
+It takes five epochs over 570 K records, the number in DocDownstream-1.0's README; the paper states
+none.
 
 `configs/stage3.py:llama32_1b` (or llama32_3b, llama31_8b). Start from stage 2:
---config.init_from=runs/stage2. The number of records is that of DocDownstream-1.0's README; the
-paper states none.
+--config.init_from=runs/stage2.
 """
 
 import ml_collections
@@ -22,5 +23,5 @@ STAGE = paper.Stage(
 
 
 def get_config(llm: str = "llama32_1b") -> ml_collections.ConfigDict:
-    """Returns the stage with one of the paper's LLMs."""
+    """Returns the stage with one of `paper.LLMS`."""
     return paper.make_config(STAGE, llm)

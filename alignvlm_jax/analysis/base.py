@@ -130,6 +130,7 @@ def check_splits(data: DataConfig, evaluation: EvalConfig, args: argparse.Namesp
         setattr(args, flag, split)
         # Opened for its error alone: which split is missing, and what is near its name.
         shards.RecordSource(data.dir, split)
+    # An analysis that reads no data has nothing to compare between processes.
     if chosen:
         contents = functools.partial(shards.contents, data.dir)
         distributed.check_alike({f"the data in {data.dir}": contents})

@@ -272,6 +272,7 @@ def measure_features(
     # A set: a sigma that is given in both units is measured once.
     sizes = sorted({0.0, *sigmas, *(relative * feature_std for relative in relative_sigmas)})
     trials = [FeatureNoise(sigma, seed) for sigma in sizes]
+    # Curves are drawn over the relative sigma, by which models of other features compare.
     points = [{"sigma": sigma, "relative_sigma": sigma / feature_std} for sigma in sizes]
     return {"feature_std": feature_std, **_with_distances(loaded, split, pages, points, trials)}
 
@@ -321,6 +322,7 @@ def measure_layout(
         page; they are rounded to pixels, to at least 1.
       seed: seed of the shifts.
     """
+    # A patch covers more pixels of a page that is scaled down to its tiles.
     side = perturbation.patch_side(loaded, perturbation.pages_with_questions(loaded, split))
     # A shift that rounds to 0 would be the unperturbed point once more.
     sizes = sorted({0, *shifts, *(max(1, round(relative * side)) for relative in relative_shifts)})

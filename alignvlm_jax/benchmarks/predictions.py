@@ -198,6 +198,7 @@ class Writer:
         path.parent.mkdir(parents=True, exist_ok=True)
         earlier = read(self._partial)
         same = earlier is not None and made_alike(earlier.header, header)
+        # More rows than there are questions: the file is of other ones, whatever its header says.
         if same and count is not None and len(earlier.rows) > count:
             same = False
         self.predictions = Predictions(header, list(earlier.rows) if same else [])
@@ -274,6 +275,7 @@ def collect(
       count: the number of rows of the complete file.
       things: what a row is about, in the plural, for the progress bar.
     """
+    # Without the lock first: complete predictions can be read while another job is at work.
     if finished := _finished(path, header, count, is_locked=False):
         return finished
     with _locked(path, name):
@@ -300,6 +302,7 @@ def _finished(
     With the lock held, a file that has another number of rows is about to be replaced: a line on
     stderr says so.
     """
+    # On a shared disk the others might see another state: the main process decides for all.
     found = read(path) if distributed.is_main() else None
     is_same = found is not None and made_alike(found.header, header)
     is_whole = is_same and len(found.rows) == count

@@ -44,6 +44,7 @@ def choose_questions(records: Sequence[Record], count: int | None) -> list[Quest
     comes first: the choice depends on the data alone. All processes call this together; the main
     one reads the records and sends the questions to the others.
     """
+    # Sent as plain dicts and lists, which JSON holds: tuples come back as lists.
     chosen = _choose(records, count) if distributed.is_main() else []
     told = exchange.from_main([dataclasses.asdict(question) for question in chosen])
     return [

@@ -48,6 +48,7 @@ def summarize(
     if of_tasks:
         fields["tasks"] = {name: _of_task(result) for name, result in of_tasks.items()}
     return fields | {
+        # Beside the scores, what they cost and which run they are of.
         "train_seconds": loaded.metadata["train_seconds"],
         "num_params": sum(x.size for x in jax.tree.leaves(loaded.params)),
         "connector": loaded.config.model.connector.name,
@@ -100,6 +101,7 @@ def columns(results: Mapping[str, Predictions]) -> dict[str, float | None]:
             for task in members
             if task.name in results
         ]
+        # A mean of fewer tasks than the paper's would look like its number and not be it.
         is_whole = len(scores) == len(members) and None not in scores
         found[column] = sum(scores) / len(scores) if is_whole else None
     return found

@@ -146,6 +146,7 @@ class Reader:
         window = header["window"]
         size = self._batch_size(len(texts), window)
 
+        # Resumes behind the `done` texts that an earlier process has measured.
         def measured(done: int) -> Iterator[list[dict[str, Any]]]:
             return self._measured(texts[done:], window, size)
 
@@ -195,6 +196,7 @@ class Reader:
 
     def _batch_size(self, count: int, window: int) -> int:
         """Returns the number of rows of a batch, for `count` texts of a window or more each."""
+        # Whole rows for each device, one at least if a window is longer than BATCH_TOKENS.
         data_parallel_size = self._loaded.data_parallel_size
         return loading.batch_size(
             count, data_parallel_size * max(BATCH_TOKENS // window, 1), data_parallel_size

@@ -11,8 +11,12 @@ from alignvlm_jax.report import compare, compare_figures, compare_tables
 
 
 def main(argv: list[str]) -> None:
-    """Raises UserError where a run is not finished or two of a table are asked other questions,
-    before anything is measured."""
+    """Runs the command.
+
+    Raises:
+      UserError: a run is not finished, or two runs of a table have different questions; nothing is
+        measured then.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m alignvlm_jax compare",
         description="Evaluates runs named TABLE/ROW_seedN, asks them through noise and with fewer "
@@ -36,6 +40,7 @@ def main(argv: list[str]) -> None:
         raise UserError(
             f"there is no row {args.baseline!r} in {args.workdir}{nearest(args.baseline, rows)}"
         )
+    # Raises for a document without a place for tables now, not after hours of measuring.
     if args.document:
         compare_tables.split(args.document)
     try:

@@ -12,7 +12,7 @@ from alignvlm_jax.config.describing import Field
 Leaves = Mapping[str, tuple[Any, Field]]
 
 WIDEST = 44
-"""Columns that a field and its value may take before the comment moves to a line of its own."""
+"""Columns up to which a field and its value have their comment on the same line."""
 WIDTH = 100
 HEAD = f"""# Every field of a config
 
@@ -28,7 +28,7 @@ there is none: a command that reads a config without such a field names it and e
 
 
 def main(argv: list[str]) -> None:
-    """Prints the stages, or the reference of all fields."""
+    """Runs the command: prints the stages of a config, or the reference of all fields."""
     parser = argparse.ArgumentParser(
         prog="python -m alignvlm_jax config",
         description="Shows the resolved config of every stage, each field with its meaning.",
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
 
 
 def reference() -> str:
-    """Returns docs/config.md: a table for each group."""
+    """Returns the content of docs/config.md, which has a table for each group of fields."""
     parts = [HEAD]
     for group in describing.groups():
         parts.append(f"## {f'`{group.path}`' if group.path else 'The stage'}\n\n{group.text}\n")
@@ -67,16 +67,20 @@ def reference() -> str:
 
 
 def _default(field: Field) -> str:
+    """Returns the cell of a field's default."""
     return "**must be given**" if field.default is MISSING else f"`{field.default!r}`"
 
 
 def _cell(text: str) -> str:
+    """Returns a text with what Markdown would take for a column or for HTML escaped."""
     return text.replace("|", r"\|").replace("<", "&lt;")
 
 
 def _text(stages: tuple[Config, ...]) -> Iterator[str]:
-    """What all stages share by group, then what each has of its own; a comment stands where its
-    field stands first."""
+    """Yields the lines of a config: the fields that all stages share, then those of each stage.
+
+    A field is explained where it occurs first.
+    """
     of_stages = {stage.stage: describing.leaves(stage) for stage in stages}
     first, *others = of_stages.values()
     common = {
@@ -93,6 +97,7 @@ def _text(stages: tuple[Config, ...]) -> Iterator[str]:
         yield ""
         yield f"config.{group}".rstrip(".")
         yield from _lines(leaves, f"{group}.".lstrip("."))
+    # With a single stage all fields are common.
     explained: set[str] = set()
     for name, leaves in of_stages.items() if others else ():
         own = {
@@ -105,11 +110,19 @@ def _text(stages: tuple[Config, ...]) -> Iterator[str]:
 
 
 def _lines(leaves: Leaves, prefix: str, explained: Collection[str] = ()) -> Iterator[str]:
-    """A line for each field, or more where it does not fit; comments stand below each other."""
+    """Yields the lines of some fields, with their comments in one column.
+
+    Args:
+      leaves: value and field by path.
+      prefix: what is left out in front of each path.
+      explained: paths that get no comment.
+    """
     texts = {
         path: f"{' ' if value == field.default else '*'} {path.removeprefix(prefix)} = {value!r}"
         for path, (value, field) in leaves.items()
     }
+    # The column follows from the texts that leave room for a comment; longer ones have it on the
+    # lines below.
     column = max((len(text) for text in texts.values() if len(text) <= WIDEST), default=0) + 2
     for path, text in texts.items():
         comment = (

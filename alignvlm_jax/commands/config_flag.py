@@ -1,4 +1,4 @@
-"""`--config=FILE[:ARG]` and `--config.a.b=value` of a command line, as stages."""
+"""The flags `--config=FILE[:ARG]` and `--config.a.b=VALUE` of a command line, parsed to stages."""
 
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ CONNECTOR = ["model", "connector"]
 
 
 def parse(argv: list[str]) -> tuple[tuple[Config, ...] | None, list[str]]:
-    """Returns the stages that the config flags of `argv` describe (None without `--config`), and
-    the other arguments.
+    """Returns the stages that the config flags describe, and the other arguments.
+
+    The stages are None without `--config`.
 
     Raises:
-      UserError: no such file, an unknown field, a value of another type.
+      UserError: there is no such file or field, or a value has another type than its field.
     """
     files, overrides, rest = _split(argv)
     if not files:
@@ -32,10 +33,11 @@ def parse(argv: list[str]) -> tuple[tuple[Config, ...] | None, list[str]]:
     for flag in overrides:
         path, _, value = flag.partition("=")
         if path == "--config.model.connector.name" and _has(config, [*CONNECTOR, "name"]):
-            # Before the others: it says which options there are.
+            # Before all others, whatever their order: the connector decides which options exist.
             config.model.connector.name = value
     for flag in overrides:
         _prepare_field(config, flag.lstrip("-").split("=", 1)[0].removeprefix("config."))
+    # FlagValues of its own: absl's global ones belong to the libraries. argv[0] is the program.
     arguments = ["", *overrides]
     values = flags.FlagValues()
     try:
@@ -47,8 +49,10 @@ def parse(argv: list[str]) -> tuple[tuple[Config, ...] | None, list[str]]:
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """Config files, config overrides as `--config.a.b=value`, and what is left; `--flag value` is
-    read too."""
+    """Returns the config files, the overrides as `--config.a.b=VALUE`, and all other arguments.
+
+    `--config.a.b VALUE`, with a space, is read as well.
+    """
     files = []
     overrides = []
     rest = []
@@ -69,6 +73,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
 
 
 def _load(file_and_arg: str) -> ml_collections.ConfigDict:
+    """Returns the config of FILE or FILE:ARG; raises UserError if its code fails."""
     path = file_and_arg.split(":", 1)[0]
     if not Path(path).is_file():
         raise UserError(f"no config file {path!r}")
@@ -79,23 +84,24 @@ def _load(file_and_arg: str) -> ml_collections.ConfigDict:
         )
         values([""])
         return holder.value
-    except Exception as err:
+    except Exception as err:  # a config file is Python, and may raise anything
         raise UserError(f"config file {file_and_arg} failed: {_last_line(err)}") from err
 
 
 def _prepare_field(config: ml_collections.ConfigDict, path: str) -> None:
-    """Checks that a field exists.
+    """Checks that a field exists and can be set.
 
-    In a stage that does not set it yet it gets the base's value, and so a type.
+    A stage that does not set it yet gets the value of the base, and so its type.
 
     Raises:
-      UserError: no such field, or setting it would change nothing.
+      UserError: there is no such field, or setting it would change nothing.
     """
     names = path.split(".")
     if names[0] == "stages":
         _stage_field(config, path, names)
         return
     value = _lookup(config, names, path)
+    # An option of the connector, which `_lookup` found among those of all connectors.
     if not _has(config, names):
         config.model.connector[names[-1]] = value
     setting = [stage for stage, changes in config.stages.items() if _has(changes, names)]
@@ -107,6 +113,7 @@ def _prepare_field(config: ml_collections.ConfigDict, path: str) -> None:
 
 
 def _stage_field(config: ml_collections.ConfigDict, path: str, names: list[str]) -> None:
+    """Does what `_prepare_field` does, for a field of one stage, `stages.NAME.a.b`."""
     if len(names) < 3 or names[1] not in config.stages:
         stages = ", ".join(config.stages) or "none"
         raise UserError(
@@ -114,7 +121,8 @@ def _stage_field(config: ml_collections.ConfigDict, path: str, names: list[str])
             f"{stages}"
         )
     value = _lookup(config, names[2:], path)
-    if value is None:  # It has no default; its placeholder knows the type.
+    # A field without a default is None, but its placeholder knows the type.
+    if value is None:
         value = config_dict.placeholder(_lookup(config, names[2:-1], path).get_type(names[-1]))
     changes = config.stages[names[1]]
     if not _has(changes, names[2:]):
@@ -126,8 +134,7 @@ def _stage_field(config: ml_collections.ConfigDict, path: str, names: list[str])
 
 
 def _lookup(config: ml_collections.ConfigDict, names: list[str], path: str) -> Any:
-    """The value of a field of all stages; UserError with the nearest name where a part of its path
-    is unknown."""
+    """Returns the value of a field of all stages; raises UserError if its path is unknown."""
     if names[:-1] == CONNECTOR and not _has(config, names) and _has(config, [*CONNECTOR, "name"]):
         return _option(config.model, names[2], path)
     value: Any = config
@@ -141,8 +148,13 @@ def _lookup(config: ml_collections.ConfigDict, names: list[str], path: str) -> A
 
 
 def _option(model: ml_collections.ConfigDict, option: str, path: str) -> Any:
-    """The value of an option of the connector chosen, which stands among those of all
-    connectors."""
+    """Returns the value of an option of the chosen connector.
+
+    `config.model.connectors` has the options of all connectors.
+
+    Raises:
+      UserError: there is no such connector, or it has no such option.
+    """
     name = model.connector.name
     by_name = model.get("connectors", {})
     config_lib.connector_class(name)
@@ -159,6 +171,7 @@ def _option(model: ml_collections.ConfigDict, option: str, path: str) -> Any:
 
 
 def _has(changes: ml_collections.ConfigDict, names: list[str]) -> bool:
+    """Whether a nested field is set."""
     value: Any = changes
     for name in names:
         if not isinstance(value, ml_collections.ConfigDict) or name not in value:
@@ -168,5 +181,8 @@ def _has(changes: ml_collections.ConfigDict, names: list[str]) -> bool:
 
 
 def _last_line(err: Exception) -> str:
-    """Errors raised within a config file come with their whole traceback as the message."""
+    """Returns the last line of an error's message.
+
+    Errors that a config file raises come with their traceback as the message.
+    """
     return (str(err).strip().splitlines() or [type(err).__name__])[-1]

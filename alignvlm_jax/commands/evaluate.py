@@ -27,7 +27,7 @@ from alignvlm_jax.train import checkpoint as checkpoint_lib
 from alignvlm_jax.train import commit
 
 BENCHMARKS = Path("data")
-"""Where --tasks are looked for: what `make demo` and `make data` prepare lies there."""
+"""Default folder of the data of --tasks, where `make demo` and `make data` write theirs."""
 
 
 def main(argv: list[str]) -> None:
@@ -48,6 +48,7 @@ def main(argv: list[str]) -> None:
 
 
 def _evaluate_splits(args: argparse.Namespace) -> None:
+    """Evaluates the model on splits, with pages and with blank ones, and prints a table."""
     config = loading.load_config(args.checkpoint, args.data)
     data_dir = config.data.dir
     for split in _with_flags(config.eval, args).splits:
@@ -72,8 +73,10 @@ def _evaluate_splits(args: argparse.Namespace) -> None:
 
 
 def _evaluate_tasks(args: argparse.Namespace) -> None:
+    """Evaluates the model on benchmarks and held-out texts, and prints tables."""
     chosen = tasks.find(args.tasks.split(","))
-    # Of all tasks before the model, and before the first task is asked.
+    # The data of all tasks are opened before the model is loaded: a missing folder should not be
+    # found after hours.
     data = BENCHMARKS if args.data is None else storage.path(args.data)
     opened = [_open(task, data, args.num_questions) for task in chosen]
     distributed.check_alike(
@@ -137,7 +140,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _logged(workdir: Path) -> contextlib.AbstractContextManager:
-    """The host's log, where there is a workdir for it: a name that is misspelt makes none."""
+    """Returns the host's log of a workdir; a null context if the folder is no workdir."""
+    # Else a misspelt name would create a folder.
     if not (workdir / checkpoint_lib.FOLDER).is_dir():
         return contextlib.nullcontext()
     ranks = {"process": jax.process_index(), "num_processes": jax.process_count()}
@@ -146,6 +150,7 @@ def _logged(workdir: Path) -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
+    """A context in which Ctrl-C becomes a message that the command can be resumed."""
     try:
         yield
     except KeyboardInterrupt as err:
@@ -153,10 +158,13 @@ def _stoppable() -> Iterator[None]:
 
 
 def _summarize(loaded: Loaded) -> dict[tuple[str, bool], Predictions]:
-    """Writes summary.json; returns the predictions on splits that it is of. An earlier evaluation
-    of other splits or tasks still counts, if it was of this very checkpoint and, of splits, on
-    these very documents."""
+    """Writes summary.json and returns the predictions on splits that are in it.
+
+    Earlier predictions on other splits or tasks count as well, if they are of the same checkpoint
+    and (those on splits) of the same data.
+    """
     workdir = loading.workdir_of(loaded.path)
+    # To the microsecond: it identifies the checkpoint, wherever its folder lies now.
     trained = loaded.metadata["train_seconds"]
     data = shards.fingerprint(loaded.config.data.dir)
     results = {
@@ -181,7 +189,7 @@ def _open(
 
 
 def _say_what_was_read(console: Console, task: tasks.TextTask, result: Predictions) -> None:
-    """Says which records have no text, and whether the value is of other windows than usual."""
+    """Prints how many records have no text, and whether windows are shorter than usual."""
     if problems := result.problems():
         console.print(
             f"{task.name}: {len(problems):,} of {len(result.rows):,} records have no text and are "
@@ -197,8 +205,7 @@ def _say_what_was_read(console: Console, task: tasks.TextTask, result: Predictio
 
 
 def _hand_in(console: Console, checkpoint: Path, task: tasks.Task, result: Predictions) -> None:
-    """Says which questions could not be asked, and writes the submission where answers are not
-    known."""
+    """Prints how many questions could not be asked; writes a submission if answers are secret."""
     if problems := result.problems():
         console.print(
             f"{task.name}: {len(problems):,} of {len(result.rows):,} questions cannot be asked "
@@ -223,14 +230,15 @@ def _print_written(console: Console, checkpoint: Path) -> None:
 
 
 def _with_flags(evaluation: EvalConfig, args: argparse.Namespace) -> EvalConfig:
-    """What the config says of evaluation, or the flags in its place."""
+    """Returns the settings of evaluation with the splits and the number of questions of the
+    flags."""
     splits = tuple(args.splits.split(",")) if args.splits else evaluation.splits
     num_questions = args.num_questions or evaluation.num_questions
     return dataclasses.replace(evaluation, splits=splits, num_questions=num_questions)
 
 
 def _table(splits: Sequence[str], results: Mapping[tuple[str, bool], Predictions]) -> Table:
-    """Scores by split, and under each by kind of document."""
+    """Returns a table of the scores by split, and under each by kind of document."""
     table = Table("documents", box=None)
     for title in ("questions", "ANLS", "exact match", "ANLS blind"):
         table.add_column(title, justify="right")

@@ -25,7 +25,8 @@ def main(argv: list[str]) -> None:
     args = _parse(argv)
     if not args.question.strip():
         raise UsageError("--question is empty")
-    # Whatever can be wrong with the input is found before the model is loaded.
+    # Mistakes in the input are found before the model is loaded; the prompt is built only to see
+    # whether it fits.
     page = images.load_page(args.image, args.page) if args.image else None
     config = loading.load_config(args.checkpoint, args.data)
     tokenizer = stage_data.load_tokenizer(config.data, config.model)
@@ -41,6 +42,7 @@ def main(argv: list[str]) -> None:
 
 
 def _count_tiles(page: Image.Image, vision: VisionConfig, data: DataConfig) -> int:
+    """Returns the number of tiles that a page is cut into."""
     size = np.array([[page.height, page.width]])
     return images.count_tiles(size, vision, data.tiles_of_a_record, data.use_overview).item()
 

@@ -30,8 +30,9 @@ from alignvlm_jax.report import examples_page
 
 
 def main(argv: list[str]) -> None:
-    """Prints the statistics and writes the page; with --analysis, that of the analysis."""
-    # An analysis has flags of its own: --split, for one, means other documents than below.
+    """Runs the command: statistics and a page of packed sequences, or an analysis of a model."""
+    # An analysis has flags of its own: its --split, for instance, means other documents than the
+    # one below.
     if _peek(argv, "--analysis") in analysis.REGISTRY:
         _analyse(argv)
         return
@@ -109,13 +110,12 @@ def _add_analysis_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _analyse(argv: list[str]) -> None:
-    """Prints what an analysis finds as a table, and writes analysis/NAME.json and NAME.png in the
-    workdir."""
+    """Runs an analysis: prints its tables, and writes analysis/NAME.json and NAME.png."""
     chosen = _chosen(argv)
     args = _parse_analysis(argv, chosen)
     distributed.initialize(argv)
     config = loading.load_config(args.checkpoint, args.data)
-    # Whatever can be wrong is found before the model is loaded.
+    # Mistakes in the flags are found before the model is loaded.
     base.check_splits(config.data, config.eval, args)
     if chosen.needs_distribution:
         patch_tokens.check(config.model)
@@ -126,7 +126,7 @@ def _analyse(argv: list[str]) -> None:
             found = chosen.measure(loaded, args)
     except KeyboardInterrupt as err:
         raise UserError("stopped; the same command goes on, and asks no question again") from err
-    # All processes measure and have the results; one tells of them.
+    # All processes measure and have the results; the main one writes them.
     if distributed.is_main():
         _write(chosen, loaded, args, found)
 
@@ -134,8 +134,8 @@ def _analyse(argv: list[str]) -> None:
 def _write(
     chosen: Analysis, loaded: Loaded, args: argparse.Namespace, found: Mapping[str, Any]
 ) -> None:
-    """Writes and prints what an analysis has found."""
-    # What was measured follows from these; the file names the checkpoint and the analysis anyway.
+    """Prints the result of an analysis, and writes its files."""
+    # The settings that decide the result; the file names the checkpoint and the analysis anyway.
     named = ("checkpoint", "analysis", "data")
     settings = {flag: value for flag, value in vars(args).items() if flag not in named}
     settings["data"] = loaded.config.data.dir
@@ -151,21 +151,21 @@ def _write(
 
 
 def _chosen(argv: list[str]) -> Analysis:
-    """The analysis that the flags name."""
+    """Returns the analysis, or the kind of it, that the flags name."""
     one = analysis.REGISTRY[_peek(argv, "--analysis")]
-    # Its kinds may differ in their flags. A misspelt kind is left to argparse to tell of.
+    # Kinds may differ in their flags. A misspelt kind is left to argparse to report.
     return one.kinds().get(_peek(argv, "--kind"), one)
 
 
 def _peek(argv: list[str], flag: str) -> str | None:
-    """The value of a flag, before it is known which others there are."""
+    """Returns the value of a flag, before it is known which other flags there are."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(flag, nargs="?", dest="value")
     return parser.parse_known_args(argv)[0].value
 
 
 def _parse_analysis(argv: list[str], chosen: Analysis) -> argparse.Namespace:
-    """Flags of all analyses, and those of the chosen one: another's are wrong usage."""
+    """Returns the parsed flags of the chosen analysis; those of others are wrong usage."""
     parser = argparse.ArgumentParser(
         prog="python -m alignvlm_jax inspect",
         description=f"Analysis: {chosen.help}.",
@@ -184,8 +184,8 @@ def _parse_analysis(argv: list[str], chosen: Analysis) -> argparse.Namespace:
 
 
 def _lens(args: argparse.Namespace) -> None:
-    """Writes what the patches of a page say; whatever can be wrong is found before the model is
-    loaded."""
+    """Writes the patch-token map of a page."""
+    # All mistakes in the flags are found before the model is loaded.
     if not args.checkpoint:
         raise UsageError("--analysis=lens needs --checkpoint=DIR")
     if not args.image:
@@ -201,13 +201,14 @@ def _lens(args: argparse.Namespace) -> None:
 
 
 def _packing_efficiency(all_sequences: TrainSequences) -> float:
-    """Of the first epoch."""
+    """Returns the packing efficiency of the first epoch."""
     return all_sequences.schedule.counters(all_sequences.schedule.epoch_at(0).end)[
         "packing_efficiency"
     ]
 
 
 def _stage(stages: tuple[Config, ...], name: str) -> Config:
+    """Returns the stage of this name, or the first one for ""."""
     by_name = {stage.stage: stage for stage in stages}
     if name and name not in by_name:
         raise UserError(f"--stage is {name!r}{nearest(name, by_name)}")
@@ -215,9 +216,12 @@ def _stage(stages: tuple[Config, ...], name: str) -> Config:
 
 
 def _default(folder: str) -> Config:
-    """Rows to look at where no model is named: the paper's encoder, pages of up to six tiles and
-    the overview."""
+    """Returns the config for a folder if none is given.
+
+    It has the paper's encoder, and pages of up to six tiles and the overview.
+    """
     tokenizer = tokenizers.load(folder)
+    # A tokenizer without an image token gets the first id beyond its vocabulary.
     image_id = tokenizer.special_tokens.get("<image>", tokenizer.vocab_size)
     llm = LLMConfig(vocab_size=tokenizer.vocab_size)
     return Config(
@@ -228,6 +232,7 @@ def _default(folder: str) -> Config:
             dir=folder,
             packing="offline",
             seq_len=16_384,
+            # As many tiles as fit into the sequence, at a token a patch.
             max_tiles=16_384 // presets.VISION["siglip_so400m_14_384"].num_patches,
             record_tiles=7,
             use_overview=True,
@@ -239,6 +244,7 @@ def _default(folder: str) -> Config:
 
 
 def _print(one: Statistics, console: Console) -> None:
+    """Prints the statistics of a split."""
     packing_efficiency = (
         "" if one.packing_efficiency is None else f", rows {one.packing_efficiency:.1%} full"
     )

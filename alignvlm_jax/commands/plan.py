@@ -25,9 +25,10 @@ DOES_NOT_FIT = 3
 
 
 def main(argv: list[str]) -> None:
-    """Prints the plan; exit status 3 where it does not fit.
+    """Runs the command: prints the plan, and exits with status 3 if it does not fit.
 
-    Raises UsageError for what cannot be planned.
+    Raises:
+      UsageError: the stage cannot be planned as the flags ask.
     """
     parser = argparse.ArgumentParser(
         prog="python -m alignvlm_jax plan",
@@ -52,6 +53,7 @@ def main(argv: list[str]) -> None:
         "--generate", action="store_true", help="of evaluation: the longest prompts that fit a row"
     )
     parser.add_argument("--json", action="store_true", help="one object and nothing else on stdout")
+    # All mistakes in the input end with status 2, also those in a config.
     try:
         stages, rest = config_flag.parse(argv)
         args = parser.parse_args(rest)
@@ -73,6 +75,7 @@ def _text(plan: aot.Plan | GenerationPlan) -> str:
 
 
 def _generation_plan(config: Config, args: argparse.Namespace) -> GenerationPlan:
+    """Returns the plan of a stage's generation on a slice."""
     if args.mesh == "auto" or args.topology.endswith(":smallest"):
         raise UsageError(
             "--generate plans for one slice and mesh: say --topology=KIND:SHAPE and "
@@ -96,7 +99,8 @@ def _generation_plan(config: Config, args: argparse.Namespace) -> GenerationPlan
 
 
 def _plan(config: Config, args: argparse.Namespace) -> aot.Plan:
-    # Compiling needs no accelerator, and this one may be at work.
+    """Returns the plan of a stage's training step on a slice, or on the smallest that fits."""
+    # Compiling needs no accelerator, and that of this machine may be at work.
     jax.config.update("jax_platforms", "cpu")
     say = Console(stderr=True, highlight=False, soft_wrap=True).print
     kind, _, shape = args.topology.partition(":")
@@ -134,10 +138,11 @@ def _plan(config: Config, args: argparse.Namespace) -> aot.Plan:
 
 
 def _devices(topology: Topology) -> Sequence[jax.Device]:
+    """Returns the devices of a topology: the TPU compiler's if it is installed, else CPUs."""
     if hardware.has_tpu_compiler():
         return hardware.compile_only_devices(topology)
     print(printing.ESTIMATE, file=sys.stderr, flush=True)
-    # Another number may be forced from outside, and the first to be asked for holds.
+    # The environment may ask for another number of devices already, and the first request holds.
     os.environ["XLA_FLAGS"] = re.sub(
         r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", "")
     )
@@ -146,6 +151,7 @@ def _devices(topology: Topology) -> Sequence[jax.Device]:
 
 
 def _stage(stages: tuple[Config, ...], name: str) -> Config:
+    """Returns the stage of this name; "" is the only one."""
     by_name = {stage.stage: stage for stage in stages}
     if not name and len(stages) == 1:
         return stages[0]
@@ -159,6 +165,7 @@ def _stage(stages: tuple[Config, ...], name: str) -> Config:
 
 
 def _mesh(text: str) -> MeshConfig:
+    """Returns the mesh that DATAxFSDPxTENSOR describes."""
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", text):
         raise UsageError(f"--mesh is {text!r}; it must be auto or DATAxFSDPxTENSOR, such as 1x16x4")
     data, fsdp, tensor = map(int, text.split("x"))
@@ -166,4 +173,5 @@ def _mesh(text: str) -> MeshConfig:
 
 
 def _tpus() -> list[str]:
+    """Returns the known kinds of TPU; chips without shapes are GPUs."""
     return [kind for kind, chip in hardware.CHIPS.items() if chip.shapes]

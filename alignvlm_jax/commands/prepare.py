@@ -44,13 +44,16 @@ def main(argv: list[str]) -> None:
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Our own flags, and those of Apache Beam after `--`."""
+    """Returns the flags of this command, and those of Apache Beam, which follow `--`."""
+    # argparse would take what follows `--` for positional arguments.
     at = argv.index("--") if "--" in argv else len(argv)
     return argv[:at], argv[at + 1 :]
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    """Flags depend on --format: those of the others are wrong usage."""
+    """Returns the parsed flags, which depend on --format; those of other formats are refused."""
+    # A first parser reads only --format and --recount, from which the real one follows.
+    # Without --help, which the real parser has to answer.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser = argparse.ArgumentParser(
         prog="python -m alignvlm_jax prepare",
@@ -121,6 +124,7 @@ def _add_source_flags(parser: argparse.ArgumentParser, name: str) -> None:
         help="run under Apache Beam (requirements-beam.txt), with --out on a disk that all "
         "workers see; Beam's own flags follow after --",
     )
+    # A field of a format is a flag of its default's type; bool() would take "False" for true.
     for field in dataclasses.fields(REGISTRY[name]):
         flag = {"action": argparse.BooleanOptionalAction} if isinstance(field.default, bool) else {}
         flag = flag or {"type": type(field.default)}
@@ -130,24 +134,28 @@ def _add_source_flags(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def _within(kind: type, minimum: float, maximum: float = float("inf")) -> Callable[[str], float]:
+    """Returns a type of flags: a number of this kind from `minimum` to `maximum`."""
+
     def number(text: str) -> float:
         value = kind(text)
         if not minimum <= value <= maximum:
             raise argparse.ArgumentTypeError(f"{text} is not from {minimum} to {maximum}")
         return value
 
-    number.__name__ = kind.__name__  # argparse shows it for what is no number
+    number.__name__ = kind.__name__  # argparse shows it in the error for what is no number
     return number
 
 
 def _split_name(text: str) -> str:
+    """Returns the name of a split, which may have only letters, digits and _."""
     if not re.fullmatch(r"\w*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not of letters, digits and _")
     return text
 
 
 def _prepare_documents(args: argparse.Namespace, started: float) -> None:
-    # Nothing else needs its packages: they are no part of the base install.
+    """Prepares the rendered documents of the demonstration."""
+    # Imported here: its packages are not in the base install, and nothing else needs them.
     from alignvlm_jax.synthetic import demonstration, documents
 
     arguments = {
@@ -165,13 +173,14 @@ def _prepare_documents(args: argparse.Namespace, started: float) -> None:
 
 
 def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: float) -> None:
+    """Prepares a source, on processes of this machine or under Apache Beam."""
     kind = REGISTRY[args.format]
     options = {field.name: getattr(args, field.name) for field in dataclasses.fields(kind)}
     request = job.Request(
         args.format, kind(**options), args.source, _tokenizer(args), args.holdout, args.split
     )
     if args.beam_runner:
-        # takes seconds to import, and most machines do not have it
+        # Imported here: it takes seconds, and most machines do not have Apache Beam.
         from alignvlm_jax.ingest import beam
 
         run = beam.on_runner(args.beam_runner, beam_flags)
@@ -186,6 +195,7 @@ def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: fl
 
 
 def _recount(args: argparse.Namespace) -> None:
+    """Counts the tokens of a prepared folder anew."""
     counts = job.recount(Path(args.out), _tokenizer(args))
     sizes = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     print(f"{args.out}: counted {sizes} records")

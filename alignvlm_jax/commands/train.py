@@ -19,7 +19,12 @@ EVALUATORS = (VALIDATION, GENERATION)
 
 
 def main(argv: list[str]) -> None:
-    """Raises UserError for wrong input, and StoppedError when the run was told to stop."""
+    """Runs the command.
+
+    Raises:
+      UserError: the input is wrong.
+      StoppedError: the run was told to stop, and has saved.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m alignvlm_jax train",
         description="Trains the stages of a config. The same command goes on with a run that was "
@@ -37,8 +42,8 @@ def main(argv: list[str]) -> None:
     try:
         stages, rest = config_flag.parse(argv)
     except UserError:
-        # It may be wrong here alone: the others would wait a minute for this process, and not know
-        # why.
+        # The config may be wrong on this host alone. Joined, this process can tell the others that
+        # it failed; else they would wait for it, and not know why.
         distributed.initialize(argv)
         raise
     args = parser.parse_args(rest)

@@ -1,4 +1,4 @@
-"""Named arrays in one .npz file, on this machine or in a bucket."""
+"""Files (.npz) of named arrays, on this machine or in a bucket."""
 
 import io
 import os
@@ -14,14 +14,14 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.storage import faults
 
 DIRECTORY_BYTES = 1 << 16
-"""More than the list of a file's arrays takes."""
+"""Bytes at the end of a file that certainly hold its list of arrays."""
 
 
 def write(path: str | Path, named: Mapping[str, np.ndarray | str]) -> None:
-    """Writes a file, beside `path` first.
+    """Writes arrays and texts to a local file in one step: a reader never sees a part of it.
 
     Raises:
-      UserError: it cannot be written, as on a full disk.
+      UserError: the file cannot be written, as on a full disk.
     """
     beside = Path(f"{path}.tmp")
     try:
@@ -35,18 +35,25 @@ def write(path: str | Path, named: Mapping[str, np.ndarray | str]) -> None:
 
 
 def checksums(path: str, size: int) -> dict[str, int]:
-    """Returns the CRC-32 of every array of a file of so many bytes. They stand at its end, which
-    alone is read; of a file that is damaged there, that of its end.
+    """Returns the CRC-32 of every array of a file, by name.
+
+    Only the end of the file is read, where these checksums are. If it is damaged there, the
+    result is the checksum of the end itself, under the name "".
+
+    Args:
+      path: path or URI of the file.
+      size: its size in bytes.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: the file cannot be read.
     """
     try:
         tail = filesystem.read_range(path, max(0, size - DIRECTORY_BYTES), size)
     except OSError as err:
         raise faults.as_error(f"{path} cannot be read ({err})", err) from err
     try:
-        # A zip file's directory is its end, and where it begins is counted from there.
+        # zipfile finds the directory by offsets from the end of a file, and so also in a tail that
+        # lacks the arrays themselves.
         with zipfile.ZipFile(io.BytesIO(tail)) as stored:
             return {member.filename: member.CRC for member in stored.infolist()}
     except zipfile.BadZipFile:
@@ -54,15 +61,19 @@ def checksums(path: str, size: int) -> dict[str, int]:
 
 
 def read(path: str, size: int, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-    """Reads arrays of a file of so many bytes, those of some names or all; nobody may write to
-    them.
+    """Returns arrays of a file by name, read-only.
+
+    Args:
+      path: path or URI of the file.
+      size: its size in bytes, which matters only in a bucket.
+      names: the arrays to read; None reads all.
 
     Raises:
-      UserError: it is missing, damaged, or lacks one of the names.
+      UserError: the file is missing, damaged, or lacks one of the names.
     """
     try:
-        # Of a bucket whole, in pieces: an array is read by many small reads, which would be a
-        # request each.
+        # A file in a bucket is read whole, in large pieces: numpy reads an array by many small
+        # reads, each of which would be a request.
         file = io.BytesIO(filesystem.read_whole(path, size)) if filesystem.is_remote(path) else path
         with np.load(file, allow_pickle=False) as stored:
             found = {name: stored[name] for name in (stored if names is None else names)}
@@ -70,6 +81,7 @@ def read(path: str, size: int, names: Iterable[str] | None = None) -> dict[str, 
         raise UserError(f"{path} is missing") from err
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as err:
         raise faults.as_error(f"{path} cannot be read ({err})", err) from err
+    # Read-only, since indexes are cached and shared by all of the process.
     for array in found.values():
         array.setflags(write=False)
     return found

@@ -1,8 +1,8 @@
-"""Files of data, on this machine or in a bucket (gs://).
+"""Access to files of data, on this machine or in a bucket (gs://).
 
-Sources of `prepare` are read through pyarrow, from front to back. What training reads of a bucket
-are ranges, through `storage`: one request each and none to open. pyarrow asks for a file's metadata
-first, and a `seek` holds Python's lock while it begins to read the whole file.
+Sources of `prepare` are read through pyarrow, from front to back. Training reads ranges of a
+bucket's files through `storage`, by one request each and none to open. pyarrow would ask for a
+file's metadata first, and its `seek` holds the GIL while it begins to read the whole file.
 """
 
 import functools
@@ -24,24 +24,25 @@ from alignvlm_jax.storage import bucket, faults
 from alignvlm_jax.storage.faults import Kind
 
 SCHEMES = ("gs", "gcs")
-RETRY_SECONDS = 15  # pyarrow's own is 15 minutes, of silence
+# pyarrow's default is 15 minutes, in which it says nothing.
+RETRY_SECONDS = 15
 BUFFER_BYTES = 1 << 20
 RANGE_BYTES = 8 << 20
-"""Of a large file that is read whole: a request each, many at a time."""
+"""Bytes of each of the concurrent requests by which a large file is read whole."""
 THREADS = 64
-"""Requests at a time: at 50 ms a read, 1,280 a second."""
+"""Number of concurrent requests: at 50 ms a read, 1,280 a second."""
 LISTING_SECONDS = 30
-"""For so long the listing of a folder in a bucket is taken as it was."""
+"""Time for which the listing of a folder in a bucket is cached."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Entry(NamedTuple):
-    """A file of a folder."""
+    """An entry of the listing of a folder: a file's size in bytes, and its version."""
 
     size: int
-    version: str  # another one where the file was written anew
+    version: str  # changes when the file is written anew
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -50,16 +51,19 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def is_readable(path: str) -> bool:
-    """Whether a path is local or on a bucket of a kind that is read."""
+    """Whether a path is local or in a bucket of a supported kind."""
     return not is_remote(path) or path.partition("://")[0] in SCHEMES
 
 
 def list_files(source: str, suffixes: tuple[str, ...]) -> list[str]:
-    """Returns `source` itself where it is a file, else the files below it with these endings (any
-    case), sorted.
+    """Returns the files of a source: itself if it is a file, else the files below it, sorted.
+
+    Args:
+      source: a file or a folder, local or in a bucket.
+      suffixes: endings, in lower case, of the files of a folder; the case of names does not matter.
 
     Raises:
-      UserError: it is not there, it has no such files, or its bucket cannot be reached.
+      UserError: the source does not exist, has no such files, or its bucket cannot be reached.
     """
     info = _info(source)
     if info.type == fs.FileType.File:
@@ -71,6 +75,7 @@ def list_files(source: str, suffixes: tuple[str, ...]) -> list[str]:
         found = files.get_file_info(fs.FileSelector(path, recursive=True))
     except OSError as err:
         raise faults.as_error(f"cannot list {source}: {_reason(err)}", err) from err
+    # pyarrow's paths lack the scheme of the URI.
     prefix = source.partition("://")[0] + "://" if is_remote(source) else ""
     names = [prefix + item.path for item in found if item.type == fs.FileType.File]
     wanted = sorted(name for name in names if name.lower().endswith(suffixes))
@@ -82,8 +87,11 @@ def list_files(source: str, suffixes: tuple[str, ...]) -> list[str]:
 
 
 def raise_if_passing(path: str, err: Exception) -> None:
-    """Raises TryAgainError where an error of reading a file is one of a bucket that does not
-    answer: it says nothing about the file, the rest of which would be left out for good."""
+    """Raises TryAgainError if an error of reading a file comes from a bucket that does not answer.
+
+    Such an error says nothing about the file. Taken for damage, the rest of the file would be left
+    out for good.
+    """
     if is_remote(path) and faults.kind_of(err) is Kind.PASSING:
         raise faults.as_error(
             f"cannot read {path} ({_reason(err)}); the same command goes on", err
@@ -91,7 +99,7 @@ def raise_if_passing(path: str, err: Exception) -> None:
 
 
 def size(path: str) -> int:
-    """Returns the bytes of a file; UserError where there is none."""
+    """Returns the size of a file in bytes; raises UserError if there is no such file."""
     info = _info(path)
     if info.type != fs.FileType.File:
         raise UserError(f"{path} is no file")
@@ -99,7 +107,7 @@ def size(path: str) -> int:
 
 
 def open_file(path: str) -> pa.NativeFile:
-    """Opens a file to read anywhere in it; UserError where it cannot be."""
+    """Returns an open file with random access; raises UserError if it cannot be opened."""
     files, inner = _resolve(path)
     try:
         return files.open_input_file(inner)
@@ -108,19 +116,19 @@ def open_file(path: str) -> pa.NativeFile:
 
 
 def open_buffered(path: str, start: int = 0) -> io.BufferedReader:
-    """Opens a file to read on from a byte."""
+    """Returns an open file to read from byte `start` onwards."""
     file = open_file(path)
     file.seek(start)
     return io.BufferedReader(file, BUFFER_BYTES)
 
 
 def read(path: str, max_bytes: int) -> bytes:
-    """Returns the bytes of a file.
+    """Returns the content of a file.
 
     Raises:
       FileNotFoundError: there is no file of that name.
-      ValueError: it has more than `max_bytes`.
-      OSError: it cannot be read.
+      ValueError: the file has more than `max_bytes`.
+      OSError: the file cannot be read.
     """
     files, inner = _resolve(path)
     info = files.get_file_info(inner)
@@ -133,20 +141,25 @@ def read(path: str, max_bytes: int) -> bytes:
 
 
 def listing(folder: str | os.PathLike) -> Mapping[str, Entry]:
-    """Returns the files of a folder by name, without those of folders in it; none where there is no
-    such folder. What it says of a bucket may be `LISTING_SECONDS` old.
+    """Returns the files directly in a folder by name; none if there is no such folder.
+
+    The listing of a folder in a bucket may be `LISTING_SECONDS` old.
 
     Raises:
-      UserError: its bucket cannot be reached, or is not there.
+      UserError: the bucket cannot be reached, or does not exist.
     """
     folder = os.fspath(folder)
     if is_remote(folder):
+        # The number of the present interval is an argument of the cached function: in the next one
+        # it misses the cache.
         return _remote_listing(folder, int(time.monotonic() // LISTING_SECONDS))
     try:
         with os.scandir(folder) as found:
             stats = {item.name: item.stat() for item in found if item.is_file()}
     except OSError:
         return {}
+    # With the inode, because a file that is replaced twice within the clock's resolution keeps its
+    # time.
     return {
         name: Entry(stat.st_size, f"{stat.st_mtime_ns}-{stat.st_ino}")
         for name, stat in stats.items()
@@ -154,12 +167,12 @@ def listing(folder: str | os.PathLike) -> Mapping[str, Entry]:
 
 
 def read_range(path: str | os.PathLike, begin: int, end: int) -> bytes:
-    """Returns the bytes of a file from `begin` to before `end`, by one request.
+    """Returns bytes `begin` to `end` (exclusive) of a file, by a single request.
 
-    Faults that pass are tried again.
+    Temporary faults are retried.
 
     Raises:
-      OSError: it cannot be read, or it is shorter.
+      OSError: the file cannot be read, or is shorter.
     """
     path = os.fspath(path)
     if is_remote(path):
@@ -167,6 +180,7 @@ def read_range(path: str | os.PathLike, begin: int, end: int) -> bytes:
     else:
         with open(path, "rb") as file:
             content = os.pread(file.fileno(), end - begin, begin)
+    # Beyond the end of a file both give only what there is, without an error.
     if len(content) != end - begin:
         raise OSError(
             f"cannot read {path}: it ends {end - begin - len(content)} bytes before byte {end}"
@@ -175,7 +189,7 @@ def read_range(path: str | os.PathLike, begin: int, end: int) -> bytes:
 
 
 def read_whole(path: str | os.PathLike, size: int) -> bytes:
-    """Returns the bytes of a file of known size; OSError where it cannot be read."""
+    """Returns the content of a file of known size; raises OSError if it cannot be read."""
     if not is_remote(path):
         return read_range(path, 0, size)
     begins = range(0, size, RANGE_BYTES)
@@ -185,39 +199,39 @@ def read_whole(path: str | os.PathLike, size: int) -> bytes:
 
 
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """Returns the function's results of all items, many waited for at a time."""
+    """Returns function(item) of all items in their order, computed on `THREADS` threads."""
     with futures.ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(function, items))
 
 
 def join(folder: str, name: str) -> str:
-    """Returns the path of a file in a folder; a `name` that is absolute or a URI stands for
-    itself."""
+    """Returns the path of a file in a folder; an absolute name, or a URI, stands for itself."""
     return name if is_remote(name) else posixpath.join(folder, posixpath.normpath(name))
 
 
 def parent(path: str) -> str:
-    """Returns the folder that a file lies in."""
+    """Returns the path of the folder of a file."""
     return posixpath.dirname(path)
 
 
 def name(path: str) -> str:
-    """Returns a file's name without its folder."""
+    """Returns the name of a file without its folder."""
     return posixpath.basename(path)
 
 
 def stem(path: str) -> str:
-    """Returns a file's name without its folder and ending."""
+    """Returns the name of a file without its folder, up to its first dot."""
     return posixpath.basename(path).partition(".")[0]
 
 
 @functools.lru_cache(maxsize=8)
 def _filesystem(scheme: str) -> fs.FileSystem:
+    """Returns pyarrow's filesystem for the scheme of a URI; "" is this machine's."""
     if not scheme:
         return fs.LocalFileSystem()
     if scheme not in SCHEMES:
         raise UserError(f"cannot read {scheme}:// paths; known: local paths and gs://")
-    # A server on this machine, of tests, knows no accounts.
+    # The emulator of tests has no accounts.
     user = "anonymous@" if "CLOUD_STORAGE_EMULATOR_ENDPOINT" in os.environ else ""
     return fs.FileSystem.from_uri(f"{scheme}://{user}bucket/?retry_limit_seconds={RETRY_SECONDS}")[
         0
@@ -226,10 +240,13 @@ def _filesystem(scheme: str) -> fs.FileSystem:
 
 @functools.lru_cache(maxsize=32)
 def _remote_listing(folder: str, time_slot: int) -> Mapping[str, Entry]:
+    """Returns the listing of a folder in a bucket, cached for one time slot."""
     try:
         found = _bucket(folder).ls(folder, detail=True)
     except FileNotFoundError as err:
-        if err.strerror == "no such bucket":  # a folder is only a beginning of names
+        # In a bucket a folder is only a prefix of names: a missing one is as good as empty, but a
+        # missing bucket is a mistake.
+        if err.strerror == "no such bucket":
             raise UserError(f"cannot list {folder}: {err.strerror}") from err
         return {}
     except OSError as err:
@@ -242,16 +259,19 @@ def _remote_listing(folder: str, time_slot: int) -> Mapping[str, Entry]:
 
 
 def _bucket(path: str) -> Any:
-    storage.path(path)  # raises where it is of another kind of storage
+    """Returns the filesystem of buckets; raises UserError for another kind of storage."""
+    storage.path(path)
     return bucket.filesystem()
 
 
 def _resolve(path: str) -> tuple[fs.FileSystem, str]:
+    """Returns pyarrow's filesystem of a path or URI, and the path within it."""
     scheme, separator, inner = path.partition("://")
     return (_filesystem(scheme), inner) if separator else (_filesystem(""), path)
 
 
 def _info(path: str) -> fs.FileInfo:
+    """Returns what is at a path; raises UserError if its storage cannot be reached."""
     files, inner = _resolve(path)
     try:
         return files.get_file_info(inner)
@@ -260,10 +280,12 @@ def _info(path: str) -> fs.FileInfo:
 
 
 def _similar(source: str) -> str:
+    """Returns a hint at similar names in the folder of a local source, for messages."""
     if is_remote(source) or not Path(source).parent.is_dir():
         return ""
     return nearest(Path(source).name, [path.name for path in Path(source).parent.iterdir()])
 
 
 def _reason(err: Exception) -> str:
+    """Returns the message of an exception on one line of at most 200 characters."""
     return " ".join(str(err).split())[:200]

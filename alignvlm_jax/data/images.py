@@ -1,4 +1,4 @@
-"""Images: decoding anything to RGB, and cutting a page into the encoder's tiles."""
+"""Images: decodes files of any format to RGB, and cuts a page into the encoder's tiles."""
 
 import dataclasses
 import functools
@@ -16,21 +16,22 @@ from alignvlm_jax.config import VisionConfig
 from alignvlm_jax.errors import UserError
 
 MIN_COVERAGE = 0.9
+"""Coverage above which a grid is good enough, as in Ovis v1.6."""
 PDF_SCALE = 2.0
-"""Pixels a point at which a PDF page is drawn: 144 dpi."""
+"""Scale at which a PDF page is drawn, in pixels a point: 144 dpi."""
 
 ORIENTATION = 0x0112
-"""EXIF's tag; at 5 to 8 the sides change places."""
+"""EXIF's tag of the orientation; with values 5 to 8, height and width change places."""
 
 BAD_IMAGE = (Image.DecompressionBombError, OSError, RuntimeError, SyntaxError, ValueError)
-"""What Pillow raises for damaged files; RuntimeError for AVIF."""
+"""The exceptions that Pillow raises for damaged files (RuntimeError for AVIF)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
     """The tiles of one page.
 
-    Page point (x, y), if in `crops[n]`, is at `(x - left, y - top) * scales[n]` of tile n.
+    The page's point (x, y), if in `crops[n]`, is at `(x - left, y - top) * scales[n]` in tile n.
     """
 
     pixels: np.ndarray  # uint8 [n, Y, X, 3], white where the crop does not reach
@@ -39,16 +40,17 @@ class Tiles:
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
-    """Decodes an image file to RGB: turned upright, transparency laid on white, the first frame of
-    several.
+    """Returns an image file decoded to RGB.
+
+    It is turned upright (EXIF), transparency is composed on white, and the first frame is taken.
 
     Raises:
-      UserError: it cannot be read; the message holds `name`.
+      UserError: the file cannot be read; the message has `name`.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-            # In place: a page that stands upright already is not copied.
+            # In place: a page that is already upright is not copied.
             ImageOps.exif_transpose(image, in_place=True)
             return _to_rgb(image)
     except UnidentifiedImageError as err:
@@ -63,12 +65,12 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
     """Returns the height and width that `decode_image` gives, from the file's header alone.
 
     Raises:
-      UserError: it cannot be read; the message holds `name`.
+      UserError: the file cannot be read; the message has `name`.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
-            # Pillow has turned the size of a TIFF already.
+            # For a TIFF, Pillow's size already has the orientation in it.
             is_turned = image.format != "TIFF" and 5 <= image.getexif().get(ORIENTATION, 1) <= 8
     except BAD_IMAGE as err:
         raise UserError(
@@ -78,7 +80,11 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
 
 
 def load_page(path: str | Path, page: int = 1) -> Image.Image:
-    """Reads an image file, or draws a page of a PDF (the first is 1), as RGB.
+    """Returns an image file, or a page of a PDF file, as RGB.
+
+    Args:
+      path: the file, local or in a bucket.
+      page: number of the page, from 1; an image has only page 1.
 
     Raises:
       UserError: the file is missing or unreadable, or has no such page.
@@ -95,8 +101,12 @@ def load_page(path: str | Path, page: int = 1) -> Image.Image:
 
 
 def open_page(source: str | Path | Image.Image | np.ndarray, page: int = 1) -> Image.Image:
-    """Returns a page as RGB: of a file, as `load_page`; of an image in memory, Pillow's or uint8
-    [Y, X] or [Y, X, C], where C is 1, 3 or 4.
+    """Returns a page as RGB, from a file or from an image in memory.
+
+    Args:
+      source: a path, as for `load_page`; a Pillow image; or an array, uint8 [Y, X] or [Y, X, C]
+        with C of 1, 3 or 4.
+      page: number of the page of a PDF file, from 1.
 
     Raises:
       UserError: the file cannot be read, there is no such page, or an array is no image.
@@ -128,6 +138,7 @@ def open_page(source: str | Path | Image.Image | np.ndarray, page: int = 1) -> I
 
 
 def _draw_pdf_page(data: bytes, name: str, page: int) -> Image.Image:
+    """Returns a page of a PDF file, drawn as RGB."""
     try:
         document = pypdfium2.PdfDocument(data)
         try:
@@ -143,42 +154,47 @@ def _draw_pdf_page(data: bytes, name: str, page: int) -> Image.Image:
 def choose_grids(
     sizes: np.ndarray, vision: VisionConfig, max_tiles: int, use_overview: bool = False
 ) -> np.ndarray:
-    """Returns the rows and columns of cells that pages are cut into, as Ovis v1.6 does, for tiles
-    of any shape.
+    """Returns the grids of cells that pages are cut into, by the rule of Ovis v1.6.
 
-    A grid covers the fraction of the page's pixels that is left after its cells shrank to the tile.
-    Of the grids that cover more than 0.9 the one with the fewest cells is taken; else the best
-    covering of all, of equals the one with fewer cells. The overview takes one of `max_tiles` where
-    there is more than one cell.
+    The coverage of a grid is the fraction of the page's pixels that is left after its cells were
+    shrunk to the tile. The grid with the fewest cells whose coverage is above `MIN_COVERAGE` is
+    chosen; if there is none, the one with the largest coverage, and among equals the one with
+    fewer cells. Unlike in Ovis, tiles may have any shape.
 
     Args:
-      sizes: int [M, 2], height and width of each page.
+      sizes: height and width of each page, int [M, 2].
+      vision: gives the size of a tile.
+      max_tiles: the largest number of tiles of a page, with its overview.
+      use_overview: whether a page of more than one cell has an overview tile.
 
     Returns:
-      int32 [M, 2].
+      The rows and columns of each grid, int32 [M, 2].
     """
     grids = [(r, c) for r in range(1, max_tiles + 1) for c in range(1, max_tiles // r + 1)]
     grids = [(r, c) for r, c in grids if r * c == 1 or r * c + use_overview <= max_tiles]
     chosen = np.ones((len(sizes), 2), np.int32)
     best = np.zeros(len(sizes))
     height, width = np.transpose(sizes)
+    # Fewest cells first, for all pages at once: `best` [M] is the coverage of `chosen` so far.
     for rows, columns in sorted(grids, key=lambda grid: grid[0] * grid[1]):
         shrink = np.minimum(
             1.0, np.minimum(vision.tile_height * rows / height, vision.tile_width * columns / width)
         )
         coverage = shrink * shrink
-        # No tie to break: where two grids of as many cells cover, so does one of fewer.
+        # A page that has a good grid keeps it. There is no tie to break between grids of as many
+        # cells: if two of them are good, so is one of fewer.
         better = (coverage > best) & (best <= MIN_COVERAGE)
         chosen[better] = rows, columns
         best[better] = coverage[better]
     return chosen
 
 
-@functools.lru_cache(maxsize=4096)  # Pages of a data set have few different sizes.
+# Cached, since the pages of a data set have few different sizes.
+@functools.lru_cache(maxsize=4096)
 def choose_grid(
     height: int, width: int, vision: VisionConfig, max_tiles: int, use_overview: bool = False
 ) -> tuple[int, int]:
-    """Returns the rows and columns of `choose_grids` for one page."""
+    """Returns the rows and columns of the grid of one page, as `choose_grids` has it."""
     [(rows, columns)] = choose_grids(
         np.array([[height, width]]), vision, max_tiles, use_overview
     ).tolist()
@@ -188,10 +204,16 @@ def choose_grid(
 def count_tiles(
     sizes: np.ndarray, vision: VisionConfig, max_tiles: int, use_overview: bool
 ) -> np.ndarray:
-    """Returns the number of tiles, int32 [M], that `tile_image` makes of pages of these sizes, int
-    [M, 2]."""
+    """Returns the number of tiles that `tile_image` makes of each page, int32 [M].
+
+    Args:
+      sizes: height and width of each page, int [M, 2].
+      vision: gives the size of a tile.
+      max_tiles: the largest number of tiles of a page, with its overview.
+      use_overview: whether a page of more than one cell has an overview tile.
+    """
     grids = choose_grids(sizes, vision, max_tiles, use_overview)
-    # A page with fewer pixels than cells has empty ones, which are no tiles.
+    # A page with fewer pixels than cells has empty cells, which are no tiles.
     cells = np.minimum(grids, sizes).prod(axis=1)
     return (cells + (use_overview & (grids.prod(axis=1) > 1))).astype(np.int32)
 
@@ -199,11 +221,12 @@ def count_tiles(
 def tile_image(
     image: Image.Image, vision: VisionConfig, max_tiles: int, use_overview: bool
 ) -> Tiles:
-    """Cuts an RGB page into at most `max_tiles` tiles, the overview first, then cells by rows.
+    """Returns the tiles of an RGB page, at most `max_tiles`: the overview, then cells by rows.
 
-    Cells keep their aspect: they are resized to fit the tile and lie at its top left. A page of
-    exactly the grid's size is cut without resampling.
+    Cells keep their aspect ratio: each is resized to fit the tile, at whose top left it lies. A
+    page of exactly the grid's size is cut without resampling.
     """
+    # Bounds of cells are whole pixels, which partition the page even if it does not divide evenly.
     rows, columns = choose_grid(image.height, image.width, vision, max_tiles, use_overview)
     crops = [
         (
@@ -217,13 +240,13 @@ def tile_image(
     ]
     if use_overview and len(crops) > 1:
         crops.insert(0, (0, 0, image.width, image.height))
-    # A page with fewer pixels than cells has empty ones.
+    # A page with fewer pixels than cells has empty cells.
     crops = [crop for crop in crops if crop[0] < crop[2] and crop[1] < crop[3]]
     return _stack(_fit(image, crop, vision) for crop in crops)
 
 
 def _fit(image: Image.Image, crop: tuple[int, int, int, int], vision: VisionConfig):
-    """Returns a crop's tile as uint8 [Y, X, 3], the crop, and its scales along x and y."""
+    """Returns the tile of a crop, uint8 [Y, X, 3], the crop, and its scales along x and y."""
     width = crop[2] - crop[0]
     height = crop[3] - crop[1]
     scale = min(vision.tile_width / width, vision.tile_height / height)
@@ -233,6 +256,7 @@ def _fit(image: Image.Image, crop: tuple[int, int, int, int], vision: VisionConf
     if size != (width, height):
         cell = cell.resize(size, Image.Resampling.BICUBIC)
     tile[: size[1], : size[0]] = np.asarray(cell)
+    # Not `scale` itself: sides are rounded to whole pixels, and boxes of words have to match.
     return tile, crop, (size[0] / width, size[1] / height)
 
 
@@ -242,11 +266,18 @@ def _stack(tiles: Iterable) -> Tiles:
 
 
 def _gray_of_floats(image: Image.Image) -> np.ndarray:
-    """Levels from 0, black, to 1. There is no rule what the numbers of such a file mean."""
+    """Returns the gray levels of a floating-point image, float32 [Y, X] from 0 (black) to 1.
+
+    There is no rule what the numbers of such a file mean: others are refused.
+
+    Raises:
+      UserError: a level is outside of 0 to 1.
+    """
     levels = np.asarray(image)
     least = levels.min()
     most = levels.max()
-    if not (least >= 0 and most <= 1):  # also where some are NaN
+    # Not `least < 0 or most > 1`, which NaN would pass.
+    if not (least >= 0 and most <= 1):
         raise UserError(
             f"an image of floating-point numbers from {least:g} to {most:g}; they must be from 0 "
             "to 1"
@@ -255,9 +286,9 @@ def _gray_of_floats(image: Image.Image) -> np.ndarray:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of any mode.
+    """Returns an image of any mode as RGB.
 
-    Pillow's own conversion clips 16-bit gray and drops transparency to black.
+    Pillow's own conversion would clip 16-bit gray to 8 bits and compose transparency on black.
     """
     if image.mode.startswith("I;16") or image.mode == "I":
         image = Image.fromarray(
@@ -269,7 +300,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
-    return image if image.mode == "RGB" else image.convert("RGB")  # which copies
+    # convert copies even an RGB image.
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def encode_png(image: Image.Image) -> bytes:

@@ -1,7 +1,6 @@
-"""What planning has to know of records without reading them: lengths and image sizes, in a file for
-each split.
+"""The index of a split: lengths and image sizes of its records, for packing without reading them.
 
-`prepare` counts each shard into a file of its own, and merges them when all are there.
+`prepare` writes an index file for each shard, and merges them when all are there.
 """
 
 import dataclasses
@@ -25,20 +24,22 @@ from alignvlm_jax.errors import TryAgainError, UserError
 RECOUNT = "`python -m alignvlm_jax prepare --recount --out={} --tokenizer=FOLDER`"
 MANY = 64
 FEW = 4
-"""So many shards take a while to open where each has an index of its own: on a disk, and in a
-bucket."""
+"""Numbers of shards whose own indexes are slow to open, on a disk (MANY) or in a bucket (FEW)."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Index:
-    """An entry for each of R records, in the order of `shards.RecordSource`. Equal to itself alone.
+    """An index of R records with M images, in the order of `shards.RecordSource`.
+
+    Indexes are compared by identity, and so can be keys of caches.
 
     Attributes:
-      text_tokens: int32 [R] by task of `examples.TASKS`: tokens of the chat without image tokens,
-        all turns in it; 0 where the record lacks what the task needs.
-      image_sizes: int32 [M, 2], height and width in pixels of all images, record after record.
-      image_starts: int64 [R + 1]: record r has `image_sizes[image_starts[r]:image_starts[r + 1]]`.
-      content_hash: uint64 [R], of the images and turns.
+      text_tokens: by task of `examples.TASKS`, the number of tokens of each record's chat with all
+        its turns and without image tokens, int32 [R]; 0 if the record lacks what the task needs.
+      image_sizes: height and width in pixels of all images, record after record, int32 [M, 2].
+      image_starts: record r has the images `image_starts[r]` to `image_starts[r + 1]`, int64
+        [R + 1].
+      content_hash: hash of the images and turns of each record, uint64 [R].
       tokenizer: fingerprint of the tokenizer that counted.
     """
 
@@ -53,7 +54,7 @@ class Index:
 
 
 class Builder:
-    """Makes an index out of records that come one by one and are not kept."""
+    """A builder of an index from records that come one by one and are not kept."""
 
     def __init__(self, tokenizer: Tokenizer, fingerprint: str):
         self._tokenizer = tokenizer
@@ -64,21 +65,21 @@ class Builder:
         self._hashes: list[int] = []
 
     def add(self, record: Record) -> None:
-        """Counts one record; UserError where the size of an image cannot be read."""
+        """Adds a record; raises UserError if the size of an image cannot be read."""
         sizes = [
             images.image_size(image, f"{i} of record {record.id}")
             for i, image in enumerate(record.images)
         ]
         lengths = _text_tokens(record, self._tokenizer)
         self._hashes.append(content_hash(record))
-        # Nothing was added if one of these raised.
+        # Only now, after everything that may raise: a rejected record leaves no trace.
         for task, length in lengths.items():
             self._text_tokens[task].append(length)
         self._image_sizes += sizes
         self._image_starts.append(len(self._image_sizes))
 
     def build(self) -> Index:
-        """Returns the index of what was added."""
+        """Returns the index of all added records."""
         return Index(
             {task: np.array(lengths, np.int32) for task, lengths in self._text_tokens.items()},
             np.array(self._image_sizes, np.int32).reshape(-1, 2),
@@ -89,7 +90,7 @@ class Builder:
 
 
 def of_records(records: Iterable[Record], tokenizer: Tokenizer, fingerprint: str) -> Index:
-    """Returns the index of records, counted by a tokenizer of that `tokenizer_fingerprint`."""
+    """Returns the index of records; `fingerprint` is that of `tokenizer`."""
     builder = Builder(tokenizer, fingerprint)
     for record in records:
         builder.add(record)
@@ -97,7 +98,7 @@ def of_records(records: Iterable[Record], tokenizer: Tokenizer, fingerprint: str
 
 
 def index_path(shard: str | Path) -> Path:
-    """Returns the index file that belongs to a shard."""
+    """Returns the path of the index file of a single shard."""
     return Path(str(shard).removesuffix(".array_record") + ".index.npz")
 
 
@@ -107,16 +108,16 @@ def merged_name(split: str) -> str:
 
 
 def write(path: str | Path, index: Index) -> None:
-    """Writes an index file, beside `path` first.
+    """Writes an index file in one step: a reader never sees a part of it.
 
     Raises:
-      UserError: it cannot be written, as on a full disk.
+      UserError: the file cannot be written, as on a full disk.
     """
     arrays.write(path, _fields(index))
 
 
 def read(path: str | Path) -> Index:
-    """Reads an index file of this machine.
+    """Returns the index in a local file.
 
     Raises:
       UserError: it is missing, damaged, or lacks one of `examples.TASKS`; the message says how to
@@ -126,35 +127,43 @@ def read(path: str | Path) -> Index:
 
 
 def merge(directory: Path, split: str) -> list[str]:
-    """Writes the one index of a split, out of those of all its shards, and where the shards'
-    records lie. Returns the names of both files. The shards' own are left where they are.
+    """Merges the indexes of all shards of a split into one file, and writes the shards' table.
+
+    The indexes of single shards are left in place. The table (`shards.write_table`) says where the
+    records of the shards lie.
+
+    Returns:
+      The names of both files.
 
     Raises:
-      UserError: a shard has no index, it is damaged, or a file cannot be written.
+      UserError: a shard or its index is missing or damaged, or a file cannot be written.
     """
     entries = filesystem.listing(directory)
     names = shards.shard_names(directory, split)
     whole = concatenate([read(index_path(directory / name)) for name in names])
     shards.write_table(directory, split)
+    # The sizes tell an index of other shards (`_merged`).
     sizes = np.array([entries[name].size for name in names], np.int64)
     arrays.write(directory / merged_name(split), _fields(whole) | {"shard_sizes": sizes})
     return [merged_name(split), shards.table_name(split)]
 
 
 def load(directory: str | os.PathLike, split: str) -> Index:
-    """Returns the index of a split, all its shards one after another. It is shared by all of a
-    process, and nobody may write to it.
+    """Returns the index of a split, over all its shards.
+
+    It is cached for the process, and its arrays are read-only.
 
     Raises:
-      UserError: a shard has none, or they were counted by several tokenizers; the message says what
-        to call.
+      UserError: the split does not exist, a shard has no index, or the indexes are of several
+        tokenizers; the message says how to count anew.
     """
     directory = os.fspath(directory)
+    # Absolute, since it is a key of the caches below, and the working directory may change.
     place = directory if filesystem.is_remote(directory) else os.path.abspath(directory)
     entries = filesystem.listing(place)
     names = shards.shard_names(place, split)
     if not names:
-        shards.RecordSource(directory, split)  # says which splits there are
+        shards.RecordSource(directory, split)  # raises, naming the splits that there are
     merged = entries.get(merged_name(split))
     if merged:
         return _merged(place, split, merged, tuple(entries[name].size for name in names))
@@ -164,6 +173,7 @@ def load(directory: str | os.PathLike, split: str) -> Index:
 
 @functools.lru_cache(maxsize=64)
 def _merged(place: str, split: str, entry: Entry, shard_sizes: tuple[int, ...]) -> Index:
+    """Returns the merged index of a split, cached for a version of its file and its shards."""
     path = filesystem.join(place, merged_name(split))
     fields = _read(path, entry.size)
     if fields["shard_sizes"].tolist() != list(shard_sizes):
@@ -173,7 +183,7 @@ def _merged(place: str, split: str, entry: Entry, shard_sizes: tuple[int, ...]) 
 
 @functools.lru_cache(maxsize=64)
 def _of_shards(place: str, indexes: tuple[tuple[str, Entry | None], ...]) -> Index:
-    """Of a folder from before indexes were merged."""
+    """Returns the index of a folder that has one for each shard, as old ones do."""
     if len(indexes) >= (FEW if filesystem.is_remote(place) else MANY):
         logging.warning(
             "%s has an index for each of %d shards: to open it faster, %s",
@@ -203,21 +213,25 @@ def _of_shards(place: str, indexes: tuple[tuple[str, Entry | None], ...]) -> Ind
 
 
 def _index_fields() -> list[str]:
+    """Returns the fields of an index that are a single array or text."""
     return [field.name for field in dataclasses.fields(Index) if field.name != "text_tokens"]
 
 
 def _fields(index: Index) -> dict[str, np.ndarray | str]:
+    """Returns an index as named arrays, those of tasks as `text_tokens.TASK`."""
     fields = {name: value for name, value in vars(index).items() if name != "text_tokens"}
     return fields | {f"text_tokens.{task}": array for task, array in index.text_tokens.items()}
 
 
 def _read(path: str, size: int) -> dict[str, np.ndarray]:
+    """Returns the named arrays of an index file; raises UserError if some are missing."""
     try:
         fields = arrays.read(path, size)
         names = [*_index_fields(), *(f"text_tokens.{task}" for task in examples.TASKS)]
         missing = [name for name in names if name not in fields]
         if missing:
             raise UserError(f"{path} lacks {', '.join(missing)}")
+    # A bucket that does not answer says nothing about the file: to count anew would not help.
     except TryAgainError:
         raise
     except UserError as err:
@@ -226,6 +240,7 @@ def _read(path: str, size: int) -> dict[str, np.ndarray]:
 
 
 def _index(fields: dict[str, np.ndarray]) -> Index:
+    """Returns the index that named arrays hold: the inverse of `_fields`."""
     text_tokens = {task: fields[f"text_tokens.{task}"] for task in examples.TASKS}
     others = {name: fields[name] for name in _index_fields()}
     return Index(text_tokens, **others | {"tokenizer": str(fields["tokenizer"])})
@@ -250,7 +265,7 @@ def concatenate(indexes: list[Index]) -> Index:
 
 
 def select(index: Index, records: np.ndarray) -> Index:
-    """Returns the entries of some records, by number."""
+    """Returns the index of the records with numbers `records`, int [n]."""
     sizes = [index.image_sizes[index.image_starts[i] : index.image_starts[i + 1]] for i in records]
     return Index(
         {task: lengths[records] for task, lengths in index.text_tokens.items()},
@@ -262,7 +277,7 @@ def select(index: Index, records: np.ndarray) -> Index:
 
 
 def recount(directory: str | Path) -> str:
-    """Returns what to tell the user whose index does not fit."""
+    """Returns the advice for a user whose index does not fit: how to count anew."""
     if filesystem.is_remote(directory):
         return f"call {RECOUNT.format('FOLDER')} where {directory} was written, and upload it again"
     return f"call {RECOUNT.format(directory)}"
@@ -290,9 +305,9 @@ def tokenizer_fingerprint(path: str | os.PathLike) -> str:
 
 
 def content_hash(record: Record) -> int:
-    """Returns 64 bits of what the record holds: equal for the same images and turns, whatever the
-    id."""
+    """Returns a 64-bit hash of a record's images and turns; its id does not count."""
     digest = hashlib.blake2b(digest_size=8)
+    # The lengths of the images first, else bytes could move from one image to the next unnoticed.
     digest.update(json.dumps([len(image) for image in record.images]).encode())
     for image in record.images:
         digest.update(image)
@@ -301,6 +316,8 @@ def content_hash(record: Record) -> int:
 
 
 def _text_tokens(record: Record, tokenizer: Tokenizer) -> dict[str, int]:
+    """Returns the number of tokens of a record's chat by task, without image tokens."""
+    # Tasks often share their turns, which are encoded once; no turns have no tokens.
     counted: dict[tuple[tuple[str, str], ...], int] = {(): 0}
     lengths = {}
     for task, turns_of in examples.TASKS.items():

@@ -1,4 +1,4 @@
-"""Patch labels: the tokens that each patch shows, weighted by the area that they share with it."""
+"""Patch labels: the tokens that each patch shows, weighted by their area within the patch."""
 
 from collections.abc import Iterable
 
@@ -10,7 +10,7 @@ from alignvlm_jax.data.record import Word
 from alignvlm_jax.data.tokenizers.base import Tokenizer
 
 MIN_COVERED = 1 / 8
-"""Fraction of a patch that text must cover; below it the patch counts as blank."""
+"""Fraction of a patch that text must cover, below which the patch counts as blank."""
 
 
 def patch_labels(
@@ -21,16 +21,26 @@ def patch_labels(
     max_patch_labels: int,
     blank_weight: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels the patches of one page.
+    """Returns the labels of the patches of one page of n tiles.
+
+    A patch has the k tokens with the largest area in it. The part of a text line's height that no
+    token covers counts as a space, and a patch without text is a space alone.
+
+    Args:
+      lines: the words of the page, by lines.
+      tiles: the tiles of the page.
+      tokenizer: encodes the words.
+      vision: gives the grid of patches.
+      max_patch_labels: k.
+      blank_weight: weight in the loss of a patch without text.
 
     Returns:
-      Token ids int32 [n, P, k] and their weights float32 [n, P, k], the largest overlaps first,
-      which sum to 1 on every patch; and the patches' weights in the loss, float32 [n, P]: 1 where
-      there is text, `blank_weight` where not. The ground that a line leaves blank counts as a
-      space, and a patch without text is a space alone; slots without a token hold the space at
-      weight 0.
+      Token ids int32 [n, P, k], the largest areas first; their weights float32 [n, P, k], which sum
+      to 1 on every patch (unused labels are spaces of weight 0); and the patches' weights in the
+      loss, float32 [n, P]: 1 with text, else `blank_weight`.
     """
     ids, boxes = token_boxes(lines, tokenizer)
+    # Sorted once for all tiles: `_tile_labels` sums the areas of equal ids as runs.
     order = np.argsort(ids, kind="stable")
     ids = ids[order]
     boxes = boxes[order]
@@ -46,13 +56,17 @@ def patch_labels(
 def token_boxes(
     lines: Iterable[Iterable[Word]], tokenizer: Tokenizer
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the tokens of all words, int32 [M], and their boxes on the page, float32 [M, 4]. A
-    token reaches from the left edge of its first character to the right edge of its last."""
+    """Returns the tokens of all words, int32 [M], and their boxes on the page, float32 [M, 4].
+
+    A token reaches from the left edge of its first character to the right edge of its last, and is
+    as high as its word.
+    """
     ids = []
     boxes = []
     for line in lines:
         for word in line:
             left, top, right, bottom = word.box
+            # len(text) + 1 edges; without known ones characters are taken as equally wide.
             edges = word.edges or np.linspace(left, right, len(word.text) + 1)
             for token, start, end in tokenizer.token_offsets(word.text):
                 ids.append(token)
@@ -61,10 +75,22 @@ def token_boxes(
 
 
 def _tile_labels(ids, boxes, crop, scale, space_id: int, vision: VisionConfig, k: int):
-    """Ids [P, k], areas [P, k] and whether there is text [P], of tokens sorted by id."""
+    """Returns the labels of one tile: ids [P, k], areas [P, k], and whether there is text [P].
+
+    Args:
+      ids: tokens of the page sorted by id, int32 [M].
+      boxes: their boxes on the page, float32 [M, 4].
+      crop: the tile's box on the page, float32 [4].
+      scale: pixels of the tile a pixel of the page along x and y, float32 [2].
+      space_id: the token of a space.
+      vision: gives the grid of patches.
+      k: labels of a patch.
+    """
     rows, columns = vision.patch_grid
     top_ids = np.full((k, vision.num_patches), space_id, np.int32)
     top_areas = np.zeros((k, vision.num_patches), np.float32)
+    # [M, 2] each, in pixels of the tile: where a token starts and stops. Clipped to the crop, a
+    # token outside of it has no extent.
     x = (boxes[:, 0::2].clip(crop[0], crop[2]) - crop[0]) * scale[0]
     y = (boxes[:, 1::2].clip(crop[1], crop[3]) - crop[1]) * scale[1]
     shown = (x[:, 0] < x[:, 1]) & (y[:, 0] < y[:, 1])
@@ -73,22 +99,25 @@ def _tile_labels(ids, boxes, crop, scale, space_id: int, vision: VisionConfig, k
     if len(ids):
         width = _overlap(x[shown], vision.patch_width, columns)
         height = _overlap(y[shown], vision.patch_height, rows)
+        # The area of a box in a patch is a product, since patches are cells of a grid: [M, rows]
+        # and [M, columns] give [M, P].
         areas = (height[:, :, None] * width[:, None, :]).reshape(len(ids), -1)
-        # A token that stands twice in a patch is one label. The ids are sorted, so equal ones are
-        # neighbours.
+        # A token that occurs twice in a patch is one label. Equal ids are neighbours, and reduceat
+        # sums each run of them: areas become [different tokens, P].
         starts = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]]))
         areas = np.add.reduceat(areas, starts, axis=0)
         ids = ids[starts]
         covered = areas.sum(0)
         has_text = covered >= MIN_COVERED * vision.patch_height * vision.patch_width
-        # What a line leaves free of its patch is space, so that the labels tell how far a glyph
-        # reaches.
+        # The uncovered rest of a line within the patch is space, so that labels tell how far the
+        # text reaches. `height.max(0)`, [rows], is the height of the highest token in a row of
+        # patches.
         line = np.repeat(height.max(0) * vision.patch_width, columns)
         blank = np.where(has_text, np.maximum(line - covered, 0), 1)
         ids = np.append(ids, space_id)
         areas = np.vstack([areas * has_text, blank])
-        # Rounds of argmax, as k is small: cheaper than a sort, and of equals the smallest id is
-        # always first.
+        # k rounds of argmax are cheaper than a sort, as k is small, and of equal areas the smallest
+        # id is always first (but for the space, which is last).
         every_patch = np.arange(vision.num_patches)
         for rank in range(min(k, len(ids))):
             largest = areas.argmax(0)
@@ -101,6 +130,6 @@ def _tile_labels(ids, boxes, crop, scale, space_id: int, vision: VisionConfig, k
 
 
 def _overlap(spans: np.ndarray, size: int, count: int) -> np.ndarray:
-    """Length that each span [M, 2] shares with each of `count` cells of `size`, [M, count]."""
+    """Returns the length of each span [M, 2] within each of `count` cells of `size`, [M, count]."""
     starts = np.arange(count, dtype=np.float32) * size
     return np.maximum(np.minimum(spans[:, 1:], starts + size) - np.maximum(spans[:, :1], starts), 0)

@@ -1,4 +1,4 @@
-"""The one record that all data sets become, and the names of a batch's arrays."""
+"""The record to which all data sets are converted, and the arrays of a batch."""
 
 import dataclasses
 import itertools
@@ -10,14 +10,20 @@ import numpy as np
 from alignvlm_jax.errors import UserError
 
 Box = tuple[float, float, float, float]
-"""Left, top, right, bottom in pixels of the page image."""
+"""A box: left, top, right and bottom in pixels of the page's image."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Word:
-    """A drawn word. `edges` are the x coordinates where its characters begin and the last one ends
-    (len(text) + 1 numbers), where the source knows them; else characters are taken as equally
-    wide."""
+    """A word on a page.
+
+    Attributes:
+      text: its characters.
+      box: the box around it.
+      edges: the x coordinates where its characters begin and the last one ends, len(text) + 1
+        ascending numbers; None if the source does not know them, and characters are taken as
+        equally wide.
+    """
 
     text: str
     box: Box
@@ -26,8 +32,7 @@ class Word:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """A question about the images and the answers accepted for it; the first is the one that is
-    taught."""
+    """A question about the images and its accepted answers, of which the first is taught."""
 
     question: str
     answers: tuple[str, ...]
@@ -35,11 +40,15 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One document: encoded images (PNG, JPEG, ...), their words in reading order by lines, and
-    turns.
+    """A record: images with their words, and questions about them.
 
-    `lines[i]` are the lines of image i, each a tuple of words; empty where the source does not know
-    its words.
+    Attributes:
+      id: unique name.
+      source: name of the data set or kind of document.
+      images: encoded image files (PNG, JPEG, ...).
+      turns: questions with their answers.
+      lines: for each image its lines in reading order, each a tuple of words; empty if the source
+        does not know the words.
     """
 
     id: str
@@ -50,9 +59,9 @@ class Record:
 
 
 class Batch(TypedDict):
-    """What the model trains on.
+    """A batch of training data, as NumPy arrays on the host and JAX arrays on the devices.
 
-    Letters: `shapes.py`. Arrays of numpy on the host, of jax on the devices.
+    The axis letters are those of `shapes.py`.
     """
 
     # int32 [B, T], the image placeholder id at image tokens, the pad id after the end
@@ -69,13 +78,14 @@ class Batch(TypedDict):
 
 
 def encode_record(record: Record) -> bytes:
-    """Serialises a record: a JSON header with image sizes in bytes, a NUL byte, then the images."""
+    """Returns a record as bytes: a JSON header with the images' sizes, a NUL byte, the images."""
+    # JSON escapes control characters: the first NUL byte is the separator.
     header = dataclasses.asdict(record) | {"images": [len(image) for image in record.images]}
     return b"\0".join([json.dumps(header, separators=(",", ":")).encode(), b"".join(record.images)])
 
 
 def decode_record(data: bytes) -> Record:
-    """The inverse of `encode_record`.
+    """Returns the record that `encode_record` has encoded.
 
     Raises:
       UserError: the bytes are not a record.
@@ -95,5 +105,6 @@ def decode_record(data: bytes) -> Record:
 
 
 def _word(fields: dict[str, Any]) -> Word:
+    """Returns a word from its JSON fields, in which tuples have become lists."""
     edges = fields["edges"]
     return Word(fields["text"], tuple(fields["box"]), None if edges is None else tuple(edges))

@@ -1,10 +1,10 @@
-"""Where the records of ArrayRecord shards lie, so that one is one ranged read of a file that is
-never opened.
+"""The places of records in ArrayRecord shards, so that reading a record is a single ranged read.
 
 A shard is a Riegeli file: a chunk for each record (`group_size:1`), a chunk of footers with their
-offsets, and a last block of 64 KiB, the postscript, that says where the footers are. The library
-reads local files only. So a record's chunk is put where it belongs into an empty file in memory,
-with the ends of the shard, and the library reads that: it decodes and compares checksums as ever.
+offsets, and a last block of 64 KiB, the postscript, which says where the footers are. The library
+reads local files only. So the chunk of a record is written at its place into an empty file in
+memory, together with the ends of the shard, and the library reads that: it decodes the record and
+compares checksums as usual.
 """
 
 import os
@@ -22,34 +22,35 @@ from alignvlm_jax.errors import UserError
 
 BLOCK = 1 << 16
 BLOCK_HEADER = 24
-# hash, bytes, their hash, type and number of records, decoded bytes
+# Header hash, data size, data hash, chunk type (8 bits) and number of records, decoded size.
 CHUNK_HEADER = struct.Struct("<QQQQQ")
 CODECS = {0: "", ord("b"): "brotli", ord("z"): "zstd"}
 FOOTER_BYTES = 2 * BLOCK
-"""Read with the postscript: the footers of some 20,000 records."""
+"""Bytes that are read with the postscript, which have the footers of some 20,000 records."""
 MAX_FOOTER_BYTES = 1 << 30
 FIELDS = (8, 16, 24)
-"""The tags of a footer's offset, decoded size and number of records."""
+"""The protobuf tags of a footer's offset, decoded size and number of records."""
 SIGNATURE = bytes.fromhex(
     "83af70d10d884a3f0000000000000000400000000000000091bac23c9287e1a9"
     "0000000000000000e19f13c0e9b1c37273000000000000000000000000000000"
 )
 """The first bytes of every Riegeli file."""
+# The file in memory has only the record that is asked for: nothing may be read ahead.
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0,footer_prefetch_bytes:0"
 
 
 class Ends(NamedTuple):
-    """What a shard has behind its records, without the zeros that fill it up."""
+    """The part of a shard behind its R records, without the zeros that fill it up."""
 
     size: int  # of the whole shard, in bytes
-    # int64 [R + 1]: record r is in bytes begins[r] to begins[r + 1]; the footers come then
+    # int64 [R + 1]: record r is in bytes begins[r] to begins[r + 1]; begins[R] is the footers'.
     begins: np.ndarray
     footers: bytes
     postscript: bytes
 
 
 class Table(NamedTuple):
-    """The ends of S shards with R records, one shard after another."""
+    """The ends of S shards with R records, one shard after another, as arrays for an .npz file."""
 
     sizes: np.ndarray  # int64 [S]
     counts: np.ndarray  # int64 [S], records
@@ -60,7 +61,8 @@ class Table(NamedTuple):
     postscript_starts: np.ndarray  # int64 [S + 1]
 
     def ends(self, shard: int) -> Ends:
-        """Returns those of one shard."""
+        """Returns the ends of one shard."""
+        # Each shard before has an entry more in `begins` than it has records.
         start = int(self.counts[:shard].sum()) + shard
         return Ends(
             int(self.sizes[shard]),
@@ -73,7 +75,7 @@ class Table(NamedTuple):
 
 
 def table(ends: Sequence[Ends]) -> Table:
-    """Returns the table of shards in their order."""
+    """Returns the table of the shards with these ends, in their order."""
     footers = [end.footers for end in ends]
     postscripts = [end.postscript for end in ends]
     return Table(
@@ -88,7 +90,7 @@ def table(ends: Sequence[Ends]) -> Table:
 
 
 def read_ends(path: str | os.PathLike, size: int) -> Ends:
-    """Reads the ends of a shard of so many bytes, by one request or, of one with many records, two.
+    """Returns the ends of a shard of `size` bytes, by one request (two if it has many records).
 
     Raises:
       UserError: they are damaged, or a chunk holds several records.
@@ -96,17 +98,20 @@ def read_ends(path: str | os.PathLike, size: int) -> Ends:
     """
     begin = max(0, size - BLOCK - FOOTER_BYTES)
     tail = filesystem.read_range(path, begin, size)
+    # The postscript is a chunk with one record, whose first field is the offset of the footers.
     postscript = tail[-BLOCK:]
     try:
         values = _varints(_decode(postscript, size - BLOCK)[1])
         footer = int(values[1])
         if values[0] != FIELDS[0] or not 0 < footer < size - BLOCK:
             raise ValueError(f"no footers at byte {footer}")
+        # The footers of many records begin before what was read: only the missing bytes are.
         if footer < begin:
             tail = filesystem.read_range(path, footer, begin) + tail
             begin = footer
         footers = tail[footer - begin : -BLOCK]
         begins = np.append(_offsets(footers, footer), footer)
+        # Ascending, and behind the file's signature: else a damaged offset would read wrong bytes.
         if (np.diff(begins) <= 0).any() or (len(begins) > 1 and begins[0] < len(SIGNATURE)):
             raise ValueError("records overlap")
     except (ValueError, IndexError, KeyError, struct.error, pa.ArrowException) as err:
@@ -115,10 +120,19 @@ def read_ends(path: str | os.PathLike, size: int) -> Ends:
 
 
 def decode(ends: Ends, index: int, content: bytes) -> bytes:
-    """Returns a record out of the bytes that `ends.begins` names; RuntimeError where they are
-    damaged."""
+    """Returns record `index` of a shard.
+
+    Args:
+      ends: the ends of the shard.
+      index: number of the record in the shard.
+      content: the bytes of the shard from `ends.begins[index]` to `ends.begins[index + 1]`.
+
+    Raises:
+      RuntimeError: the bytes are damaged.
+    """
     file = _memory_file()
     try:
+        # As long as the shard but sparse: it takes memory only where something is written.
         os.ftruncate(file, ends.size)
         parts = {
             0: SIGNATURE,
@@ -138,6 +152,7 @@ def decode(ends: Ends, index: int, content: bytes) -> bytes:
 
 
 def _memory_file() -> int:
+    """Returns the descriptor of an empty file in memory (on other systems than Linux, on disk)."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("record")
     with tempfile.TemporaryFile() as file:
@@ -145,8 +160,14 @@ def _memory_file() -> int:
 
 
 def _offsets(footers: bytes, at: int) -> np.ndarray:
-    """The offsets in a chunk of footers, the first record of which says what kind they are."""
+    """Returns the offsets of all chunks, int64 [R], that a chunk of footers holds.
+
+    Raises:
+      ValueError: the footers are of another kind, or a chunk holds several records.
+    """
     sizes, values = _decode(footers, at)
+    # The first record describes the kind of footers. Each other one is a message of three integers,
+    # so that all are alternately tags and values: [R, 6].
     fields = _varints(values[int(sizes[0]) :]).reshape(-1, 2 * len(FIELDS))
     if len(fields) != len(sizes) - 1 or (fields[:, ::2] != FIELDS).any():
         raise ValueError("footers of another kind")
@@ -156,8 +177,15 @@ def _offsets(footers: bytes, at: int) -> np.ndarray:
 
 
 def _decode(content: bytes, at: int) -> tuple[np.ndarray, bytes]:
-    """The sizes of the records of a simple chunk that begins at byte `at` of its file, and the
-    records."""
+    """Returns the sizes of the records of a simple chunk, int64 [n], and the records joined.
+
+    Args:
+      content: bytes of the file from the chunk's begin to its end or beyond.
+      at: the byte of the file where the chunk begins.
+
+    Raises:
+      ValueError: the chunk is damaged or of another type.
+    """
     chunk = _without_block_headers(content, at)
     _, num_bytes, _, kind, decoded = CHUNK_HEADER.unpack_from(chunk)
     data = chunk[CHUNK_HEADER.size : CHUNK_HEADER.size + num_bytes]
@@ -173,7 +201,11 @@ def _decode(content: bytes, at: int) -> tuple[np.ndarray, bytes]:
 
 
 def _without_block_headers(content: bytes, at: int) -> bytes:
-    """Each block begins with a header, which interrupts the chunk that stands there."""
+    """Returns bytes of a file, from byte `at` on, without the headers of blocks.
+
+    Riegeli writes a header of 24 bytes at every multiple of 64 KiB, also in the midst of a chunk.
+    """
+    # Distance to the next multiple of BLOCK, 0 at one.
     first = -at % BLOCK
     blocks = range(first, len(content), BLOCK)
     return b"".join(
@@ -182,6 +214,7 @@ def _without_block_headers(content: bytes, at: int) -> bytes:
 
 
 def _decompress(codec: str, content: bytes) -> bytes:
+    """Returns decompressed bytes, whose size comes first as a varint (but not without a codec)."""
     if not codec:
         return content
     size, start = _varint(content, 0)
@@ -189,12 +222,12 @@ def _decompress(codec: str, content: bytes) -> bytes:
         raise ValueError(f"footers of {size} bytes")
     try:
         return pa.Codec(codec).decompress(content[start:], size).to_pybytes()
-    except OSError as err:  # also where nothing is wrong but the content
+    except OSError as err:  # pyarrow's exception for damaged content, too
         raise ValueError(err) from err
 
 
 def _varint(content: bytes, at: int) -> tuple[int, int]:
-    """The number that begins at a byte, and where it ends."""
+    """Returns the varint that begins at byte `at`, and the byte where it ends."""
     value = shift = 0
     while content[at] & 0x80:
         value |= (content[at] & 0x7F) << shift
@@ -204,8 +237,14 @@ def _varint(content: bytes, at: int) -> tuple[int, int]:
 
 
 def _varints(content: bytes) -> np.ndarray:
-    """Numbers of 7 bits a byte, the lowest first; the highest bit of a byte says that the number
-    goes on."""
+    """Returns consecutive varints, int64 [n].
+
+    A varint has 7 bits a byte, the lowest first; the highest bit says that it continues.
+
+    Raises:
+      ValueError: the last one has no end.
+    """
+    # All at once, without a loop over bytes: `places` is the position of each byte in its number.
     digits = np.frombuffer(content, np.uint8).astype(np.int64)
     lasts = np.flatnonzero(digits < 0x80)
     if not len(lasts):

@@ -1,4 +1,4 @@
-"""Records of ArrayRecord shards, on disk or in a bucket: written one by one, read at random."""
+"""ArrayRecord shards of records, on disk or in a bucket: written in order, read at random."""
 
 import contextlib
 import functools
@@ -25,13 +25,13 @@ from alignvlm_jax.storage import faults
 from alignvlm_jax.storage.faults import Kind
 
 SPARE_FILES = 512
-"""Open files that everything but the shards may need."""
+"""Number of open files that are left for everything but the shards."""
 
 MAX_COMING = 1024
-"""Records that were begun and not yet asked for, of a split."""
+"""Most records of a split that are prefetched and not yet read."""
 
 ENDINGS = (".array_record", ".npz")
-# which finds nothing to do while `prepare.json` stands
+# The folder has to go, because `prepare` finds nothing to do while there is a `prepare.json`.
 AGAIN = "delete the folder and run `prepare` again"
 
 
@@ -41,30 +41,30 @@ def shard_name(split: str, index: int, count: int) -> str:
 
 
 def shard_names(directory: str | os.PathLike, split: str) -> list[str]:
-    """Returns the names of a split's shards that are there, in order."""
+    """Returns the names of the shards of a split that exist, in order."""
     is_shard = re.compile(rf"{re.escape(split)}-\d+-of-\d+\.array_record").fullmatch
     return sorted(filter(is_shard, filesystem.listing(directory)))
 
 
 def shard_paths(directory: str | Path, split: str) -> list[Path]:
-    """Returns the shards of a split that are there, in order, of a folder of this machine."""
+    """Returns the paths of the shards of a split that exist in a local folder, in order."""
     return [Path(directory, name) for name in shard_names(directory, split)]
 
 
 def table_name(split: str) -> str:
-    """Returns the name of the file that says where the records of all shards of a split lie; see
-    `shards.Table`."""
+    """Returns the name of the file with the `shard_ends.Table` of a split."""
     return f"shards-{split}.npz"
 
 
 def write_table(directory: Path, split: str) -> None:
-    """Writes that file.
+    """Writes the file that says where the records of all shards of a split lie.
 
     Raises:
       UserError: a shard is damaged, or the file cannot be written.
     """
     entries = filesystem.listing(directory)
     names = shard_names(directory, split)
+    # The table spares later readers a request (or the opening of a file) for each shard.
     ends = filesystem.in_threads(
         lambda name: shard_ends.read_ends(directory / name, entries[name].size), names
     )
@@ -72,13 +72,17 @@ def write_table(directory: Path, split: str) -> None:
 
 
 class ShardWriter:
-    """Writes one shard, beside `path` first: a file of that name is always whole. For a `with`
-    statement; what raises within leaves no shard."""
+    """A writer of a shard, for a `with` statement.
+
+    The shard gets its name at the end of the block, so that a file of that name is always complete.
+    A block that raises leaves no shard.
+    """
 
     def __init__(self, path: str | Path):
-        """
+        """Opens a temporary file beside `path`.
+
         Raises:
-          UserError: the file cannot be written; so do all methods, as on a full disk.
+          UserError: the file cannot be written, as on a full disk; all methods raise it.
         """
         self._path = path
         self._beside = Path(f"{path}.tmp")
@@ -87,7 +91,7 @@ class ShardWriter:
             self._writer = array_record_module.ArrayRecordWriter(str(self._beside), "group_size:1")
 
     def write(self, record: Record | bytes) -> None:
-        """Adds a record, or one that is encoded."""
+        """Appends a record, which may be encoded already."""
         with self._errors():
             self._writer.write(record if isinstance(record, bytes) else encode_record(record))
 
@@ -112,17 +116,17 @@ class ShardWriter:
 
 
 def write_shard(path: str | Path, records: Iterable[Record]) -> None:
-    """Writes records to one shard, as `ShardWriter` does."""
+    """Writes records to a shard, which gets its name when it is complete."""
     with ShardWriter(path) as shard:
         for record in records:
             shard.write(record)
 
 
 def read_shard(path: str | Path) -> Iterator[bytes]:
-    """Reads the encoded records of one shard in order.
+    """Yields the encoded records of a shard in order.
 
     Raises:
-      UserError: it is damaged.
+      UserError: the shard is damaged.
     """
     try:
         reader = array_record_module.ArrayRecordReader(str(path))
@@ -133,16 +137,22 @@ def read_shard(path: str | Path) -> Iterator[bytes]:
 
 
 def fingerprint(*directories: str | os.PathLike) -> str:
-    """Returns a checksum of what `prepare` was asked for and of the tokenizer, in every folder:
-    other data have another one. Where there is neither it is that of nothing."""
+    """Returns a checksum that identifies the data in folders, in 8 hex digits.
+
+    It covers the description (`prepare.json`) and the tokenizer of each folder, as far as they
+    exist, and not the shards themselves.
+    """
     return _fingerprint(directories, ("prepare.json", "tokenizer.model", "tokenizer.json"))
 
 
 def contents(*directories: str | os.PathLike) -> str:
-    """Returns what tells folders from copies that are not whole, or are older, in words: the number
-    and bytes of their shards and indexes, and a checksum of the names, sizes, indexes and
-    fingerprint. Nothing of the shards is read: the sizes of small ones are alike, but an index
-    holds a hash of every record."""
+    """Returns a line that differs between folders and their incomplete or older copies.
+
+    It has the number and size of their shards and indexes, and a checksum of names, sizes, indexes
+    and fingerprint.
+    """
+    # Shards are not read. Small ones may have the same size, but an index has a hash of every
+    # record.
     found: list[tuple[str, int]] = []
     checksums: list[dict[str, int]] = []
     for directory in directories:
@@ -164,8 +174,10 @@ def contents(*directories: str | os.PathLike) -> str:
 
 
 def has_fingerprint(saved: str, *directories: str | os.PathLike) -> bool:
-    """Whether `saved` is the fingerprint of these folders, or the one of before a tokenizer.json
-    counted."""
+    """Whether `saved` is the fingerprint of these folders, in its present form or an old one.
+
+    The old form did not count a tokenizer.json.
+    """
     return saved in (
         fingerprint(*directories),
         _fingerprint(directories, ("prepare.json", "tokenizer.model")),
@@ -173,11 +185,13 @@ def has_fingerprint(saved: str, *directories: str | os.PathLike) -> bool:
 
 
 def _fingerprint(directories: Sequence[str | os.PathLike], names: Sequence[str]) -> str:
+    """Returns a checksum of the files of these names in folders, as far as they exist."""
     crc = 0
     for directory in directories:
         entries = filesystem.listing(directory)
         for name in names:
             if name in entries:
+                # crc32 continues from `crc`: the result is that of all contents in a row.
                 content = filesystem.read_whole(
                     filesystem.join(os.fspath(directory), name), entries[name].size
                 )
@@ -186,7 +200,11 @@ def _fingerprint(directories: Sequence[str | os.PathLike], names: Sequence[str])
 
 
 def _allow_open_files(count: int) -> None:
-    """Raises this process's limit on open files: the reader keeps one open for each shard."""
+    """Raises the process's limit on open files, since the reader keeps every shard open.
+
+    Raises:
+      UserError: the system allows no such limit.
+    """
     needed = count + SPARE_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < needed:
@@ -199,13 +217,16 @@ def _allow_open_files(count: int) -> None:
 
 
 class RecordSource:
-    """The records of a split, by index. Several threads may ask. What is opened once, and has not
-    changed since, is shared by all of a process."""
+    """The records of a split, by index; it may be used by several threads.
+
+    Open shards are shared by all sources of a process, as long as the files do not change.
+    """
 
     def __init__(self, directory: str | os.PathLike, split: str):
-        """
+        """Opens a split in a folder.
+
         Raises:
-          UserError: the split is not there, or some of its shards are missing or damaged.
+          UserError: the split does not exist, or some of its shards are missing or damaged.
         """
         directory = os.fspath(directory)
         self._name = f"split {split!r} in {directory}"
@@ -220,11 +241,13 @@ class RecordSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Record:
-        """
+        """Returns the record with this index.
+
         Raises:
           UserError: the record is damaged.
-          OSError: the bucket does not give it.
+          OSError: the bucket does not deliver it.
         """
+        # Taken out once: a record that is read again, in a later epoch, is a new request.
         with self._lock:
             coming = self._coming.pop(index, None)
         try:
@@ -233,24 +256,29 @@ class RecordSource:
             raise UserError(f"cannot read record {index} of {self._name} ({err}); {AGAIN}") from err
 
     def prefetch(self, index: int) -> None:
-        """Begins to read a record of a bucket that will be asked for; of a disk it is read when it
-        is."""
+        """Begins to read a record that will be needed soon, if it is in a bucket.
+
+        On a disk it does nothing.
+        """
         if not self.is_remote:
             return
         with self._lock:
             if index not in self._coming:
                 self._coming[index] = _pool().submit(self._records.__getitem__, index)
-            while len(self._coming) > MAX_COMING:  # Nobody asked for the oldest.
+            # Records that were prefetched and never read must not fill the memory: the oldest go
+            # (a dict keeps the order of insertion).
+            while len(self._coming) > MAX_COMING:
                 self._coming.pop(next(iter(self._coming))).cancel()
 
 
 @functools.lru_cache(maxsize=1)
 def _pool() -> futures.ThreadPoolExecutor:
+    """Returns the threads that prefetch records, shared by all sources of the process."""
     return futures.ThreadPoolExecutor(filesystem.THREADS, "records")
 
 
 class _Instruction(NamedTuple):
-    """What grain calls a FileInstruction: a file that need not be opened to be counted."""
+    """A FileInstruction of grain: with it, a file need not be opened to count its records."""
 
     filename: str
     skip: int
@@ -259,9 +287,10 @@ class _Instruction(NamedTuple):
 
 
 class _Ranges:
-    """Records of shards in a bucket."""
+    """The encoded records of shards in a bucket, by index; each is a single ranged read."""
 
     def __init__(self, paths: Sequence[str], known: Table):
+        """Takes the paths of the shards, in the order of their table `known`."""
         self._paths = paths
         self._table = known
         self._starts = np.append(0, np.cumsum(known.counts))
@@ -270,6 +299,7 @@ class _Ranges:
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> bytes:
+        # The last shard that starts at the record or before it; "right" passes over empty shards.
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         ends = self._table.ends(shard)
         place = index - int(self._starts[shard])
@@ -280,12 +310,23 @@ class _Ranges:
 
 
 def _open(place: str, directory: str, split: str) -> grain.sources.ArrayRecordDataSource | _Ranges:
+    """Returns the encoded records of a split by index.
+
+    Args:
+      place: the folder's absolute path or URI.
+      directory: the folder as the user names it, for messages.
+      split: name of the split.
+
+    Raises:
+      UserError: the split does not exist, or some of its shards are missing or damaged.
+    """
     entries = filesystem.listing(place)
     names = shard_names(place, split)
     if not names:
         known = {name.split("-")[0] for name in entries if name.endswith(".array_record")}
         hint = nearest(split, known) if known else "; run `prepare` first"
         raise UserError(f"no shards of split {split!r} in {directory}{hint}")
+    # SPLIT-00000-of-00009: each name has the number of shards, so that missing ones are noticed.
     expected = int(names[0].removesuffix(".array_record").rsplit("-", 1)[1])
     if len(names) != expected:
         raise UserError(
@@ -293,12 +334,13 @@ def _open(place: str, directory: str, split: str) -> grain.sources.ArrayRecordDa
         )
     if not filesystem.is_remote(place):
         _allow_open_files(len(names))
+    # Sizes and versions are part of the cache's key: rewritten shards are opened anew.
     versions = tuple((name, entries[name]) for name in names)
     try:
         return _reader(place, split, versions, entries.get(table_name(split)))
-    except (RuntimeError, OSError, UserError) as err:  # RuntimeError is all that the reader knows
+    except (RuntimeError, OSError, UserError) as err:  # the reader raises only RuntimeError
         message = f"cannot read split {split!r} in {directory} ({err})"
-        # What storage does not give, or refuses, is not to be deleted.
+        # Only for damaged data: a folder that the storage does not deliver must not be deleted.
         is_damage = faults.kind_of(err) is Kind.DAMAGE
         raise faults.as_error(f"{message}; {AGAIN}" if is_damage else message, err) from err
 
@@ -307,8 +349,14 @@ def _open(place: str, directory: str, split: str) -> grain.sources.ArrayRecordDa
 def _reader(
     place: str, split: str, versions: tuple[tuple[str, Entry], ...], table: Entry | None
 ) -> grain.sources.ArrayRecordDataSource | _Ranges:
-    """One for each state of a folder: `versions` of the shards and of the file of their ends, where
-    there is one."""
+    """Returns the encoded records of a split, cached for one state of its folder.
+
+    Args:
+      place: the folder's absolute path or URI.
+      split: name of the split.
+      versions: name and entry of each shard.
+      table: entry of the file with the shards' table; None if there is none.
+    """
     paths = [filesystem.join(place, name) for name, _ in versions]
     known = (
         _read_table(filesystem.join(place, table_name(split)), table, versions) if table else None
@@ -320,6 +368,7 @@ def _reader(
             )
             known = shard_ends.table(ends)
         return _Ranges(paths, known)
+    # One read for the postscript and, of most shards, the footers.
     options = {"footer_prefetch_bytes": str(shard_ends.BLOCK + shard_ends.FOOTER_BYTES)}
     files = (
         paths
@@ -333,7 +382,7 @@ def _reader(
 
 
 def _read_table(path: str, entry: Entry, versions: tuple[tuple[str, Entry], ...]) -> Table:
-    """Raises UserError where it is of other shards."""
+    """Returns the table of shards in a file; raises UserError if it is of other shards."""
     known = arrays.read(path, entry.size, Table._fields)
     sizes = [version.size for _, version in versions]
     if known["sizes"].tolist() != sizes:

@@ -75,6 +75,7 @@ def prepare(request: Request, out: Path, run: Runner) -> bool:
     chat.format_of(tokenizer)  # raises before anything is read
     units = _units(request, out)
     wanted = _wanted(request, units)
+    # The description holds a listing of the source: a source that has grown is prepared anew.
     if staging.is_ready(out, wanted):
         return False
     folder = staging.partial_folder(out, wanted)

@@ -122,6 +122,7 @@ def find(folder: Path) -> list[Path]:
         steps = sum(stage.train.num_steps for stage in stages)
         if not (run / checkpoint.FOLDER / str(steps)).is_dir():
             raise UserError(f"{run} is not finished: it has no checkpoint of step {steps}")
+        # Each run is compared with the first of its table.
         first = firsts.setdefault(run.parent.name, run)
         last = stages[-1]
         ours = _questions_of(last.data, last.eval)
@@ -176,6 +177,7 @@ def measure(run: Path) -> None:
         "summary": summary.summarize(loaded, splits, results),
         "analyses": analyses,
     }
+    # Written last, and at once: a run whose measuring was interrupted has no such file.
     storage.write_whole(run / FILE, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -205,6 +207,7 @@ def with_baseline(tables: Tables, name: str) -> dict[str, list[Row]]:
       name: TABLE/ROW, the row to add.
     """
     table, _, row_name = name.partition("/")
+    # Scores on other questions would not compare: tables with such are left as they are.
     [baseline] = [row for row in tables[table] if row.name == row_name]
 
     def questions_of(row: Row) -> str:

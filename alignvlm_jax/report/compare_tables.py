@@ -98,6 +98,7 @@ def noise(title: str, rows: Sequence[Row]) -> Grid:
         # Adding 0.0 turns a rounded -0.0 into 0.0.
         lost = np.round(100 * (anls[:, 0] - anls[:, one]), 1) + 0.0
         mean = anls.mean(0)
+        # A model that scores nothing has nothing to keep.
         kept = f"{mean[one] / mean[0]:.0%}" if mean[0] else "–"
         span = f"{lost.mean():.1f} ({lost.min():.1f} to {lost.max():.1f})"
         lines.append(
@@ -176,6 +177,7 @@ def _spread(values: np.ndarray) -> str:
 
 def _steps(steps: Sequence[int | None]) -> str:
     """Returns a cell: the range of steps, and how many seeds have them if not all do."""
+    # No steps at all means no in-training eval, which is not the same as never reached.
     reached = sorted(step for step in steps if step is not None)
     if not reached:
         return "not reached" if steps else "–"

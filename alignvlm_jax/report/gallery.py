@@ -75,6 +75,7 @@ def choose(results: Mapping[str, Predictions]) -> list[Example]:
         for queue in queues:
             if rank < len(queue):
                 found[queue[rank].verdict].append(queue[rank])
+    # The places that rare verdicts leave, which the first verdict with more examples takes.
     room = sum(QUOTA.values()) - sum(min(len(found[name]), quota) for name, quota in QUOTA.items())
     chosen = []
     for name, quota in QUOTA.items():
@@ -98,6 +99,7 @@ def one_of_each(examples: Sequence[Example], count: int) -> list[Example]:
 def page_uri(record: Record) -> str:
     """Returns the record's first image as a data URI, at most `MAX_WIDTH` pixels wide."""
     page = images.decode_image(record.images[0], record.id)
+    # thumbnail keeps the aspect ratio: the height is a bound for receipts only.
     page.thumbnail((MAX_WIDTH, MAX_WIDTH * 4))
     return image_uri(page)
 

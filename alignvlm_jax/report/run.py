@@ -113,6 +113,7 @@ def read(folder: Path, data_dir: str | None = None, with_model: bool = True) -> 
     stages = config_lib.from_json(parse(config_file, config_file.read_text()))
     loaded = None
     problem = ""
+    # A report without a model still has metrics and predictions.
     if with_model:
         try:
             loaded = loading.load(folder, loading.load_config(folder, data_dir))
@@ -147,6 +148,7 @@ def parse(path: Path, text: str) -> Any:
 
 def render(run: Run, other: Run | None = None) -> str:
     """Returns the HTML of the report of a run, beside those of another run if there is one."""
+    # Examples come from predictions with pages alone: blank ones would show nothing.
     splits = _splits(run)
     examples = gallery.choose({split: run.results[split, False] for split in splits})
     records = _records(run, examples)
@@ -262,6 +264,7 @@ def _lenses(
     """
     if run.loaded is None:
         return [], run.problem
+    # Only pages that are still there can be encoded.
     chosen = gallery.one_of_each(
         [example for example in examples if example.record_id in records], NUM_LENSES
     )
@@ -292,7 +295,9 @@ def _lenses(
 def _stage(stage: Config, lines: Lines) -> dict[str, Any]:
     """Returns the row of a stage: its settings, and its metrics so far."""
     ours = [line for line in lines if line["stage"] == stage.stage]
+    # Lines before `began` are those of earlier stages.
     began = lines.index(ours[0]) if ours else 0
+    # The rate is a median, which the slow steps after a restart do not move.
     rates = sorted(line["steps_per_second"] for line in ours if line.get("steps_per_second"))
     waits = [
         line["data_wait_fraction"] for line in ours if line.get("data_wait_fraction") is not None

@@ -118,7 +118,7 @@ class Deleter:
     """
 
     def __init__(self, folder: Path, renames: bool):
-        """`folder` is that of the checkpoints; `renames` is whether its storage renames folders."""
+        """Takes the folder of checkpoints, and whether its storage can rename folders."""
         self._folder = folder
         self._renames = renames
 

@@ -84,6 +84,7 @@ class Heartbeat:
         """The last heartbeat of the process that had this number before; empty if there is none."""
 
     def __enter__(self) -> "Heartbeat":
+        # Read before the first heartbeat of this process replaces it.
         self.earlier = read(self._folder, self._process)
         self._try(self._clear)
         self._beat()
@@ -199,12 +200,14 @@ class Others:
             for beat in beats
             if beat["phase"] != "training" and beat["since"] >= POLL_SECONDS / 2
         ]
+        # If most are elsewhere, as in a slow validation, the few in a step are not held up by one.
         if len(training) > len(apart):
             lines += [
                 f"{_name(beat)}: {beat['phase']} for {beat['since']:.0f} s at step {beat['step']}, "
                 f"and {len(training)} others wait in a step"
                 for beat in apart
             ]
+        # Twice as long as the second slowest: if all wait alike, no single host is to blame.
         slowest = max(beats, key=lambda beat: beat["data_wait"], default=None)
         if slowest and len(beats) > 1:
             rest = max(beat["data_wait"] for beat in beats if beat is not slowest)

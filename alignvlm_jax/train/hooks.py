@@ -129,6 +129,7 @@ class Profiler:
         """Ends the trace and copies it to the workdir; `early` says why if steps are missing."""
         local = self._local
         self._local = None
+        # First of all: even if something fails below, no second trace begins.
         self._steps = range(0)
         target = self._folder / "plugins" / "profile" / f"steps-{self._first}-{self._newest + 1}"
         with local:
@@ -203,6 +204,7 @@ class StopSignal:
         return exchange.from_main(self.seen())
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        """Handles the first signal, and puts the earlier handlers back for the second."""
         self._requested = True
         self._restore()
 
@@ -214,6 +216,7 @@ class StopSignal:
 @contextlib.contextmanager
 def _telling():
     """A context in which a thread tells the other processes of a signal as soon as it comes."""
+    # set_wakeup_fd demands a non-blocking descriptor: a handler must never wait.
     heard, written = socket.socketpair()
     written.setblocking(False)
 

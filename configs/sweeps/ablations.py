@@ -1,4 +1,4 @@
-"""What each part of ALIGN is for: one change at a time from the paper's, and three seeds of that.
+"""An ablation of ALIGN: changes one of its components at a time, with three seeds of each.
 
 configs/sweeps/ablations.py                        on the demonstration
 configs/sweeps/ablations.py:stage2.py:llama32_1b   on a stage of the paper
@@ -12,7 +12,7 @@ CHANGES = {"align": {}, **ALIGN, "without_patch_loss": {"train.patch_token_weigh
 
 
 def sweep(base: str = "demo.py") -> Iterator[tuple[str, str, dict[str, object]]]:
-    """Yields name, config and changed fields of every run."""
+    """Yields (name, config, changed fields) of every run; `base` is a config file's name."""
     for change, fields in CHANGES.items():
         for seed in SEEDS:
             yield f"{change}_seed{seed}", f"configs/{base}", {**fields, "seed": seed}

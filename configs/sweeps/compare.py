@@ -1,8 +1,10 @@
-"""What `make compare` trains, three seeds each, as TABLE/ROW_seedN: connectors; parts of ALIGN,
-changed one at a time; and what patch labels are worth to a vision encoder that knows nothing yet.
+"""The runs of `make compare`, named TABLE/ROW_seedN, with three seeds of each row.
 
-Of the learning rates 1e-3, the config's, and 2e-3 each connector has the one that was better with
-seed 0 (docs/results.md); ALIGN's parts have ALIGN's.
+The tables compare connectors, changes to single components of ALIGN, and weights of patch labels
+for a vision encoder that is not pretrained.
+
+Each connector has the learning rate that was better with seed 0, 1e-3 (the config's) or 2e-3
+(docs/results.md); changes to ALIGN have that of ALIGN.
 """
 
 from collections.abc import Iterator
@@ -40,6 +42,7 @@ SUPERVISION = {
         "data.labelled_fraction": 0.1,
     },
 }
+# The part of `configs/compare.py` that each table uses, and its rows.
 TABLES = {
     "connectors": ("connectors", CONNECTORS),
     "parts_of_align": ("connectors", ALIGN),
@@ -48,11 +51,15 @@ TABLES = {
 
 
 def sweep(tables: str = ",".join(TABLES)) -> Iterator[tuple[str, str, dict[str, object]]]:
-    """Yields name, config and changed fields of every run, of all tables or of those named.
+    """Yields (name, config, changed fields) of every run.
+
+    Args:
+      tables: names of the tables, separated by commas; default: all.
 
     Raises:
       UserError: there is no table of a name.
     """
+    # All names are checked before the first run is yielded.
     for table in tables.split(","):
         if table not in TABLES:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Connectors x LLMs x seeds, all else equal: the paper's tables 2 and 3.
+"""A sweep over connectors, LLMs and seeds with all else equal, as in the paper's tables 2 and 3.
 
 configs/sweeps/connectors.py              the demonstration with every connector, three seeds
 configs/sweeps/connectors.py:stage2.py    a stage of the paper with every LLM
@@ -13,7 +13,7 @@ SEEDS = range(3)
 
 
 def sweep(base: str = "demo.py") -> Iterator[tuple[str, str, dict[str, object]]]:
-    """Yields name, config and changed fields of every run."""
+    """Yields (name, config, changed fields) of every run; `base` is a config file's name."""
     llms = [""] if base == "demo.py" else [f":{llm}" for llm in paper.LLMS]
     for llm in llms:
         for connector in REGISTRY:

@@ -1,5 +1,6 @@
-"""Learning rates around the config's own, for each connector: a fair comparison needs the best of
-each.
+"""A sweep over learning rates around the config's own, for each connector.
+
+A fair comparison of connectors needs the best learning rate of each.
 
 configs/sweeps/learning_rates.py                        the demonstration, in its last stages
 configs/sweeps/learning_rates.py:stage2.py:llama32_1b   a stage of the paper
@@ -15,7 +16,7 @@ DEMO_STAGES = ("stage1", "stage2")
 
 
 def sweep(base: str = "demo.py") -> Iterator[tuple[str, str, dict[str, object]]]:
-    """Yields name, config and changed fields of every run."""
+    """Yields (name, config, changed fields) of every run; `base` is a config file's name."""
     own = _rates(base)
     for connector in REGISTRY:
         for factor in FACTORS:
@@ -28,7 +29,8 @@ def sweep(base: str = "demo.py") -> Iterator[tuple[str, str, dict[str, object]]]
 
 
 def _rates(base: str) -> dict[str, float]:
-    """The learning rates of a config, by field."""
+    """Returns the learning rates of a config by field."""
+    # Run by path, as the config flag does it: a base may have an argument, FILE:ARG.
     file, *argument = base.split(":")
     config = runpy.run_path(f"configs/{file}")["get_config"](*argument)
     if file == "demo.py":

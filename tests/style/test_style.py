@@ -14,9 +14,9 @@ ARCHITECTURE = REPOSITORY / "docs" / "architecture.md"
 # What was reached. Lower one when it has become less; nothing here may rise.
 AT_MOST = {
     "files": 187,
-    "files under 60 lines with a single importer": 5,
-    "longest file, lines": 445,
-    "functions that take the whole Config": 64,
+    "files under 60 lines with a single importer": 4,
+    "longest file, lines": 383,
+    "functions that take the whole Config": 29,
     "lines over 100 columns": 0,
     "double assignments": 0,
 }

@@ -48,6 +48,7 @@ def readings(text: str) -> set[float | str]:
     # A scale becomes an exponent behind the number: "3.2 million" is "3.2e6" for float().
     scaled = UNITS.sub("", re.sub(r"[$(),]", "", denotation.normalize(text)))
     plain = scaled
+    # Normalised before, so that the patterns meet lower case and plain dashes alone.
     for pattern, scale in SCALES:
         scaled = re.sub(pattern, scale, scaled)
         plain = re.sub(pattern, "", plain)

@@ -33,6 +33,7 @@ def anls(prediction: str, answers: Sequence[str]) -> float:
       ValueError: `answers` is empty.
     """
     normal = normalize(prediction)
+    # rapidfuzz divides by the length of the longer string, and takes two empty ones for equal.
     best = max(Levenshtein.normalized_similarity(normal, normalize(answer)) for answer in answers)
     return best if best >= THRESHOLD else 0.0
 
@@ -76,6 +77,7 @@ def covered_jaccard(prediction: str, answers: Sequence[str]) -> tuple[float, flo
     Raises:
       ValueError: `answers` is empty.
     """
+    # `or 1`: a covered text without any token has an empty union, and scores 0.
     pairs = [(set(run), set(wanted)) for run, wanted in _best_runs(prediction, answers)]
     return sum(len(run & wanted) / (len(run | wanted) or 1) for run, wanted in pairs), float(
         len(pairs)
@@ -109,6 +111,7 @@ def _best_run(tokens: list[str], answer: str) -> list[str]:
     )
 
 
+# What data sets and models write for the two verdicts on a statement.
 TRUE = {"true", "yes", "entailed", "1"}
 FALSE = {"false", "no", "refuted", "0"}
 
@@ -158,6 +161,7 @@ def field_f1(prediction: str, answers: Sequence[str]) -> tuple[float, float]:
     """
     if not answers:
         raise ValueError("no answers")
+    # One value predicted and one wanted at most: F1 = 2 hits / (predicted + wanted), in sums.
     predicted, *wanted = (text.strip().upper() for text in (prediction, *answers))
     is_predicted = predicted not in EMPTY
     is_wanted = any(value not in EMPTY for value in wanted)

@@ -31,6 +31,7 @@ CONTRACTIONS = re.findall(
     you're you've
 """,
 )
+# The reference has a table of these spellings, which follows from the list of contractions.
 SPELLINGS = {
     word[:at] + word[at + 1 :]: word
     for word in CONTRACTIONS

@@ -29,11 +29,13 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def read(path: str | os.PathLike) -> tuple[Path, bytes]:
-    """Returns a tokenizer's file, or the one in a folder (a tokenizer.json before a
-    tokenizer.model), and its bytes.
+    """Returns the path and the content of a tokenizer's file.
+
+    Args:
+      path: the file, or a folder with one (a tokenizer.json goes before a tokenizer.model).
 
     Raises:
-      UserError: it is missing.
+      UserError: the file is missing.
     """
     if filesystem.is_remote(path):
         return _read_remote(os.fspath(path))
@@ -47,12 +49,12 @@ def read(path: str | os.PathLike) -> tuple[Path, bytes]:
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
-    """Reads a tokenizer's file, or the one in a folder, by what it holds.
+    """Returns the tokenizer in a file, or in the file of a folder (as `read` finds it).
 
-    It is shared by all of a process.
+    It is cached for the process.
 
     Raises:
-      UserError: it is missing or no tokenizer.
+      UserError: the file is missing or no tokenizer.
     """
     path, content = read(path)
     return _make(str(path), content, chat_files(path))
@@ -163,6 +165,8 @@ def _of_content(name: str, content: bytes) -> Tokenizer:
 
 
 def _read_remote(path: str) -> tuple[Path, bytes]:
+    """Returns what `read` does, for a file or folder in a bucket."""
+    # By its ending: a bucket has no folders that could be asked.
     is_file = path.endswith((".json", ".model"))
     folder, wanted = (
         (filesystem.parent(path), (filesystem.name(path),)) if is_file else (path, NAMES)
@@ -179,6 +183,7 @@ def _read_remote(path: str) -> tuple[Path, bytes]:
 
 @functools.lru_cache(maxsize=32)
 def _content(path: str, entry: Entry) -> bytes:
+    """Returns the content of a file in a bucket, cached for its version."""
     try:
         return filesystem.read_whole(path, entry.size)
     except OSError as err:

@@ -1,4 +1,4 @@
-"""What every tokenizer can do, whoever trained it."""
+"""The interface of tokenizers."""
 
 import abc
 import hashlib
@@ -29,9 +29,9 @@ class ChatFiles(NamedTuple):
 
 
 class Tokenizer(abc.ABC):
-    """Text to token ids and back.
+    """A tokenizer: converts text to token ids and back.
 
-    The text is taken as it is: what spells a special token stays text.
+    Text that spells a special token stays text, so that a question cannot inject one.
 
     Attributes:
       name: of its file, for messages.
@@ -49,21 +49,25 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`, without any special token."""
+        """Returns the token ids of a text, without any special token."""
 
     @abc.abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of `ids`; special tokens and ids beyond the vocabulary give nothing."""
+        """Returns the text of token ids, without special tokens and ids beyond the vocabulary."""
 
     @abc.abstractmethod
     def token_offsets(self, text: str) -> list[tuple[int, int, int]]:
-        """Returns (id, start, end) for every token, in characters of `text`; tokens may share a
-        character."""
+        """Returns (id, start, end) for every token of a text, with offsets in characters.
+
+        Tokens may overlap, if each is a part of the bytes of a character.
+        """
 
     @abc.abstractmethod
     def piece(self, token: int) -> str:
-        """Returns a token readably: a space as an open box, a line break as a return sign; an id
-        beyond the vocabulary as its number."""
+        """Returns a token as legible text, with white space as in `readable`.
+
+        An id beyond the vocabulary is shown as its number.
+        """
 
     @property
     def pad_id(self) -> int:
@@ -72,7 +76,11 @@ class Tokenizer(abc.ABC):
 
     @property
     def space_id(self) -> int:
-        """The token of a single space: what a patch without text shows."""
+        """The token of a single space, which labels patches without text.
+
+        Raises:
+          UserError: a space is not a single token.
+        """
         ids = self.encode(" ")
         if len(ids) != 1:
             raise UserError(
@@ -81,13 +89,13 @@ class Tokenizer(abc.ABC):
         return ids[0]
 
     def special(self, name: str) -> int:
-        """Returns the id of a special token; UserError where there is none of that name."""
+        """Returns the id of a special token; raises UserError if there is none of this name."""
         if name not in self.special_tokens:
             raise UserError(f"tokenizer {self.name} has no special token {name}")
         return self.special_tokens[name]
 
     def is_text(self, token: int) -> bool:
-        """Whether a token is one of the vocabulary and no special one."""
+        """Whether a token is in the vocabulary and not special."""
         return 0 <= token < self.vocab_size and token not in self.special_tokens.values()
 
 
@@ -97,5 +105,5 @@ def fingerprint(content: bytes) -> str:
 
 
 def readable(text: str) -> str:
-    """Returns a token's text with its white space made visible."""
+    """Returns a text with its spaces, line breaks and tabs as visible symbols."""
     return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")

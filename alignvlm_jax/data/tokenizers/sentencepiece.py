@@ -1,5 +1,7 @@
-"""SentencePiece: that of published models (Llama 2's kind), and the tiny LLM's, one token a
-character."""
+"""SentencePiece tokenizers: those of published models, and that of the tiny LLM.
+
+The tiny LLM's has one token a character, and a few phrases.
+"""
 
 import io
 import os
@@ -19,7 +21,7 @@ PRINTABLE = "".join(chr(code) for code in range(33, 127))
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model; its control symbols are the special tokens."""
+    """The tokenizer of a SentencePiece model, whose special tokens are its control symbols."""
 
     def __init__(self, model: bytes, name: str):
         try:
@@ -31,13 +33,14 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = self._model.vocab_size()
         controls = filter(self._model.is_control, range(self.vocab_size))
         self.special_tokens = {self._model.id_to_piece(i): i for i in controls}
-        self._pad_id = max(self._model.pad_id(), 0)  # -1 where there is none.
+        # -1 stands for none; any token serves.
+        self._pad_id = max(self._model.pad_id(), 0)
 
     @classmethod
     def train(cls, path: str | Path, corpus_lines: Iterable[str]) -> "SentencePieceTokenizer":
-        """Trains the tiny LLM's tokenizer, writes it to `path` and returns it.
+        """Trains the tiny LLM's tokenizer on lines of text, writes it to `path` and returns it.
 
-        Printable ASCII is always covered.
+        Printable ASCII is always in its vocabulary.
         """
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
@@ -45,6 +48,7 @@ class SentencePieceTokenizer(Tokenizer):
             model_writer=model,
             model_type="char",
             vocab_size=4 + len(CHAT_TOKENS) + len(PHRASES) + len(PRINTABLE) + 1,
+            # The size is an upper bound: a corpus of few characters is no error.
             hard_vocab_limit=False,
             pad_id=0,
             unk_id=1,
@@ -54,6 +58,7 @@ class SentencePieceTokenizer(Tokenizer):
             user_defined_symbols=[phrase.replace(" ", "▁") for phrase in PHRASES],
             required_chars=PRINTABLE,
             character_coverage=1.0,
+            # Text is kept as it is, so that offsets count its own characters.
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
@@ -67,18 +72,18 @@ class SentencePieceTokenizer(Tokenizer):
         return tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """See Tokenizer.
+        """Returns the token ids of a text.
 
         A character that the model lacks, and has no bytes for, is the unknown token.
         """
         return self._model.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """See Tokenizer."""
+        """Returns the text of token ids."""
         return self._model.decode([int(i) for i in ids if i < self.vocab_size])
 
     def token_offsets(self, text: str) -> list[tuple[int, int, int]]:
-        """See Tokenizer."""
+        """Returns (id, start, end) for every token of a text."""
         # "offset_mapping" counts characters, "proto" counts bytes.
         encoded = self._model.encode(text, return_type="offset_mapping")
         return [
@@ -86,7 +91,7 @@ class SentencePieceTokenizer(Tokenizer):
         ]
 
     def piece(self, token: int) -> str:
-        """See Tokenizer."""
+        """Returns a token as legible text."""
         return (
             readable(self._model.id_to_piece(int(token)).replace("▁", " "))
             if token < self.vocab_size
@@ -95,12 +100,13 @@ class SentencePieceTokenizer(Tokenizer):
 
     @property
     def pad_id(self) -> int:
-        """See Tokenizer."""
+        """The token that fills up packed sequences: the model's own, or else 0."""
         return self._pad_id
 
     @property
     def space_id(self) -> int:
-        """See Tokenizer. Not of encode(" "), to which some models add a space in front."""
+        """The token of a single space; raises UserError if there is none."""
+        # Not encode(" "), in front of which some models add another space.
         token = self._model.piece_to_id("▁")
         if token == self._model.unk_id():
             raise UserError(f"tokenizer {self.name} has no token for a single space")

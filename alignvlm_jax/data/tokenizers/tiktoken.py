@@ -1,4 +1,4 @@
-"""Llama 3's `tokenizer.model`: byte-pair ranks in base64, as the tiktoken library reads them."""
+"""Tokenizers in Llama 3's `tokenizer.model` format: byte-pair ranks for the tiktoken library."""
 
 import base64
 import binascii
@@ -9,7 +9,7 @@ import tiktoken
 from alignvlm_jax.data.tokenizers.base import Tokenizer, fingerprint, readable
 from alignvlm_jax.errors import UserError
 
-# As published with the Llama 3 models.
+# The pattern and the special tokens are those published with the Llama 3 models.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -35,7 +35,10 @@ SPECIAL_TOKENS = (
 
 
 class TiktokenTokenizer(Tokenizer):
-    """Ranks, and after them the 256 special tokens of Llama 3, which the file does not hold."""
+    """The tokenizer of a list of byte-pair ranks.
+
+    The ids after the ranks are the 256 special tokens of Llama 3, which the file does not hold.
+    """
 
     def __init__(self, content: bytes, name: str):
         try:
@@ -43,6 +46,8 @@ class TiktokenTokenizer(Tokenizer):
             ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
         except (ValueError, binascii.Error) as err:
             raise UserError(f"{name} is no list of byte-pair ranks ({err})") from err
+        # The ids of special tokens follow the last rank: a truncated list would shift all of them.
+        # The least that a list can have are the 256 bytes.
         if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
             raise UserError(
                 f"{name} is no whole list of byte-pair ranks: it has {len(ranks)}, not numbered "
@@ -57,17 +62,17 @@ class TiktokenTokenizer(Tokenizer):
         )
 
     def encode(self, text: str) -> list[int]:
-        """See Tokenizer."""
+        """Returns the token ids of a text."""
         return self._model.encode_ordinary(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """See Tokenizer."""
+        """Returns the text of token ids."""
         return self._model.decode([int(i) for i in ids if self.is_text(i)])
 
     def token_offsets(self, text: str) -> list[tuple[int, int, int]]:
-        """See Tokenizer."""
+        """Returns (id, start, end) for every token of a text."""
         ids = self.encode(text)
-        # A byte belongs to the character that it is part of.
+        # Tokens are bytes: this list has, for each byte of the text, the index of its character.
         character = [i for i, letter in enumerate(text) for _ in letter.encode()]
         spans = []
         end = 0
@@ -78,7 +83,7 @@ class TiktokenTokenizer(Tokenizer):
         return spans
 
     def piece(self, token: int) -> str:
-        """See Tokenizer."""
+        """Returns a token as legible text."""
         if token >= self.vocab_size:
             return f"#{token}"
         return readable(self._model.decode([int(token)]))

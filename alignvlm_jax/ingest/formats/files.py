@@ -25,6 +25,7 @@ def images(folder: str, names: Iterable[str]) -> tuple[bytes, ...]:
       Reject: an image cannot be read, or they are larger than `MAX_BYTES` together.
       UserError: a bucket does not answer.
     """
+    # Each image may have what those before it left of the bound on all.
     found = []
     room = MAX_BYTES
     for name in names:
@@ -46,6 +47,7 @@ def image(folder: str, name: str, max_bytes: int = MAX_BYTES) -> bytes:
       UserError: a bucket does not answer. That is no fault of the record, and the run may go on
         later.
     """
+    # Linux has no longer paths: the text has to be base64.
     if name.startswith("data:") or len(name) > MAX_PATH:
         return _decode(name.partition("base64,")[2] if name.startswith("data:") else name)
     path = filesystem.join(folder, name)

@@ -62,6 +62,7 @@ def _raw(where: str, fields: dict[str, Any], folder: str) -> Raw | Rejection:
     try:
         name = where if fields.get("id") is None else checks.text_of(fields["id"], "id")
         images = fields.get("images")
+        # Whether `images` is a list of texts is checked in `record`: here it only names a document.
         first = images[0] if isinstance(images, list) and images else name
         document = checks.text_of(
             first if fields.get("document") is None else fields["document"], "document"

@@ -74,6 +74,7 @@ class Messages:
                 yield item
                 continue
             where, fields = item
+            # Only the names of images are checked here, for the document; `record` reads the files.
             try:
                 names = _image_names(fields)
             except Reject as err:
@@ -90,6 +91,7 @@ class Messages:
 
 
 def _is_array(path: str) -> bool:
+    """Whether a file is one JSON array; all others have an object on each line."""
     return path.lower().endswith(".json")
 
 

@@ -99,6 +99,8 @@ class Parquet:
                 filesystem.raise_if_passing(path, err)
                 found.append(Unit(path))  # `raws` opens it again, and rejects it with the reason
                 wrong = wrong or (err if isinstance(err, UserError) else None)
+        # A file of other columns among good ones is rejected by itself; if all are, the flags or
+        # the source must be wrong.
         if wrong and not usable:
             raise wrong
         return found

@@ -126,7 +126,7 @@ def _members(path: str) -> Iterator[tuple[str, str, bytes] | Rejection]:
         ):
             for member in tar:
                 at = member.name
-                if not member.isfile():
+                if not member.isfile():  # folders, links and devices
                     continue
                 folder, _, name = member.name.rpartition("/")
                 # At the first dot, as the webdataset library has it: NAME.left.jpg is of NAME.
@@ -151,6 +151,7 @@ def _members(path: str) -> Iterator[tuple[str, str, bytes] | Rejection]:
 
 def _reason_against(member: tarfile.TarInfo, max_bytes: int) -> str:
     """Returns why a member is not read, or "" if it can be."""
+    # Nothing is unpacked, but a tar file with such names is not to be trusted.
     if member.name.startswith("/") or ".." in member.name.split("/"):
         return "a member outside the tar file's folder"
     return f"a member is too large (at most {max_bytes:,} bytes)" if member.size > max_bytes else ""

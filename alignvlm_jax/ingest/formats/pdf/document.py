@@ -73,6 +73,7 @@ class Pdf:
           UserError: the source is not there, or is a single file that shall be held out as a whole.
         """
         paths = filesystem.list_files(source, (".pdf",))
+        # Its pages would all go to one split, and the other would be empty.
         if len(paths) == 1 and self.holdout_by == "document":
             raise UserError(
                 f"{source} is one document: none could be held out; --holdout_by=page splits it "
@@ -116,6 +117,7 @@ class Pdf:
             words, num_unreadable = words_lib.read_words(
                 page, drawn.to_pixels, np.asarray(drawn.image.convert("L"))
             )
+            # Under the lock, too: the objects of a page are pdfium's.
             tables = tables_lib.find_tables(page, drawn.to_pixels, drawn.scale)
         unpadded_vocab_size = len(words) + num_unreadable
         # A transcription with many gaps would teach the model to skip what it sees.
