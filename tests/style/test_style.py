@@ -15,12 +15,12 @@ ARCHITECTURE = REPOSITORY / "docs" / "architecture.md"
 AT_MOST = {
     "files": 187,
     "files under 60 lines with a single importer": 4,
-    "longest file, lines": 383,
+    "longest file, lines": 400,
     "functions that take the whole Config": 29,
     "lines over 100 columns": 0,
     "double assignments": 0,
 }
-AT_LEAST = {"comment lines": 0.0216}
+AT_LEAST = {"comment lines": 0.039}
 
 
 @pytest.fixture(scope="module")

@@ -119,10 +119,10 @@ class Pdf:
             )
             # Under the lock, too: the objects of a page are pdfium's.
             tables = tables_lib.find_tables(page, drawn.to_pixels, drawn.scale)
-        unpadded_vocab_size = len(words) + num_unreadable
+        num_words = len(words) + num_unreadable
         # A transcription with many gaps would teach the model to skip what it sees.
-        if num_unreadable > MAX_UNREADABLE * unpadded_vocab_size:
-            raise Reject(f"words without Unicode ({num_unreadable:,} of {unpadded_vocab_size:,})")
+        if num_unreadable > MAX_UNREADABLE * num_words:
+            raise Reject(f"words without Unicode ({num_unreadable:,} of {num_words:,})")
         lines = lines_lib.read_lines(words, tables)
         turns = _turns(words, tables)
         return Record(raw.id, "pdf", (drawing.encode(drawn.image),), turns, (lines,))
