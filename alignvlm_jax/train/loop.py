@@ -6,11 +6,10 @@ stopped and one that was not take the same path.
 """
 
 import contextlib
-import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,8 @@ from rich.console import Console
 
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config
-from alignvlm_jax.data import loader, shards, stage_data, validation
+from alignvlm_jax.data import shards
 from alignvlm_jax.data.stage_data import StageData
-from alignvlm_jax.data.tokenizers.base import Tokenizer
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.logs import HostLog
 from alignvlm_jax.models import vlm
@@ -38,6 +36,7 @@ from alignvlm_jax.train import (
     hooks,
     metrics,
     optim,
+    preflight,
     restore,
     state,
     step,
@@ -52,67 +51,7 @@ from alignvlm_jax.train.hooks import Profiler, StopSignal
 from alignvlm_jax.train.metrics import FILE as METRICS_FILE
 from alignvlm_jax.train.metrics import NullWriter, Progress, Writer
 from alignvlm_jax.train.stage_loop import Run, Stage, StageLoop, Stopped
-from alignvlm_jax.train.state import Params, TrainState
-
-
-def preflight(stages: tuple[Config, ...]) -> list[StageData]:
-    """Returns the data of each stage, opened. A tokenizer that stages share is read once.
-
-    Raises:
-      UserError: a stage asks for what is not there: a connector, a mesh for its batch, sizes that
-        divide over it, data and tasks, parameters to train, to load from the stage before or from
-        `init_from`.
-    """
-    shapes: dict[tuple, Params] = {}
-    before: Params | None = None
-    tokenizers: dict[Path, Tokenizer] = {}
-    found = []
-    for config in stages:
-        mesh = mesh_lib.make_mesh(config.mesh, config.model, config.train)
-        opened = StageData.open(config.data, config.model, tokenizers)
-        loader.TrainSequences(config, config.data.split, opened)
-        validation.by_source(config, opened)
-        found.append(opened)
-        # Stages mostly share a model, and tracing it takes most of a second.
-        key = config.model, config.mesh
-        if key not in shapes:
-            shapes[key] = state.abstract_params(vlm.VLM(config.model), mesh)
-        state.trainable_paths(config.train, config.stage, shapes[key])
-        if before is None and config.init_from:
-            _check_init_from(config, shapes[key])
-        if before is not None:
-            state.match_paths(config.train.load, state.flatten(before), "train.load")
-        before = shapes[key]
-    return found
-
-
-def _files_of(configs: tuple[Config, ...]) -> dict[str, Callable[[], str]]:
-    """What the files of each stage hold.
-
-    Stages mostly share their data, which are looked at once.
-    """
-    contents = functools.cache(shards.contents)
-    data = {
-        f"the data of stage {one.stage}": functools.partial(contents, *one.data.folders)
-        for one in configs
-    }
-    tokenizers = {
-        f"the tokenizer of stage {one.stage}": functools.partial(
-            stage_data.tokenizer_contents, one.data
-        )
-        for one in configs
-    }
-    return data | tokenizers
-
-
-def _check_init_from(config: Config, abstract: Params) -> None:
-    wanted = {path: x.shape for path, x in state.flatten(abstract).items()}
-
-    def check(checkpoints: Checkpoints, step: int) -> None:
-        stored = {path: x.shape for path, x in checkpoints.stored_params(step).items()}
-        warm_start.loadable(config.train, stored, wanted, checkpoints.folder / str(step))
-
-    restore.read_newest(storage.path(config.init_from), check)
+from alignvlm_jax.train.state import TrainState
 
 
 def train(
@@ -140,8 +79,8 @@ def train(
     began = time.monotonic()
     # Before anything else: from here on processes wait for each other.
     distributed.check_alike(dict(workdir.leaves(configs)))
-    distributed.check_alike(_files_of(configs))
-    opened = dict(enumerate(preflight(configs)))
+    distributed.check_alike(preflight.files_of(configs))
+    opened = dict(enumerate(preflight.open_stages(configs)))
     for kind, index in itertools.product(kinds, opened):
         kind.check(configs[index], opened[index])
     stages = lay_out(configs)

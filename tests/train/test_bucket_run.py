@@ -14,7 +14,7 @@ from tensorboardX.proto.event_pb2 import Event
 from alignvlm_jax import storage
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.storage import lease
-from alignvlm_jax.train import loop
+from alignvlm_jax.train import loop, preflight
 from tests.train import fake_run
 from tests.train.fake_run import TOTAL, Batches, send
 from tests.train.test_metrics import read_records
@@ -102,7 +102,7 @@ def test_two_runs_in_one_workdir_are_refused(bucket_folder, monkeypatch):
             refused.append(str(error.value))
 
     # The second is refused before it changes anything that both would share.
-    monkeypatch.setattr(loop, "preflight", lambda configs: [])
+    monkeypatch.setattr(preflight, "open_stages", lambda configs: [])
     fake_run.train(bucket_folder, Batches(second))
     assert len(refused) == 1
 

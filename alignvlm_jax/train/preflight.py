@@ -1,0 +1,75 @@
+"""What is checked before anything is compiled: every stage of a run, with its data."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+from alignvlm_jax import storage
+from alignvlm_jax.config import Config
+from alignvlm_jax.data import loader, shards, stage_data, validation
+from alignvlm_jax.data.stage_data import StageData
+from alignvlm_jax.data.tokenizers.base import Tokenizer
+from alignvlm_jax.models import vlm
+from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.train import restore, state, warm_start
+from alignvlm_jax.train.checkpoint import Checkpoints
+from alignvlm_jax.train.state import Params
+
+
+def open_stages(stages: tuple[Config, ...]) -> list[StageData]:
+    """Returns the data of each stage, opened. A tokenizer that stages share is read once.
+
+    Raises:
+      UserError: a stage asks for what is not there: a connector, a mesh for its batch, sizes that
+        divide over it, data and tasks, parameters to train, to load from the stage before or from
+        `init_from`.
+    """
+    shapes: dict[tuple, Params] = {}
+    before: Params | None = None
+    tokenizers: dict[Path, Tokenizer] = {}
+    found = []
+    for config in stages:
+        mesh = mesh_lib.make_mesh(config.mesh, config.model, config.train)
+        opened = StageData.open(config.data, config.model, tokenizers)
+        loader.TrainSequences(config, config.data.split, opened)
+        validation.by_source(config, opened)
+        found.append(opened)
+        # Stages mostly share a model, and tracing it takes most of a second.
+        key = config.model, config.mesh
+        if key not in shapes:
+            shapes[key] = state.abstract_params(vlm.VLM(config.model), mesh)
+        state.trainable_paths(config.train, config.stage, shapes[key])
+        if before is None and config.init_from:
+            _check_init_from(config, shapes[key])
+        if before is not None:
+            state.match_paths(config.train.load, state.flatten(before), "train.load")
+        before = shapes[key]
+    return found
+
+
+def files_of(configs: tuple[Config, ...]) -> dict[str, Callable[[], str]]:
+    """Returns functions that say, by what they are of, what the files of each stage hold: for
+    processes to compare. Data that stages share are read once."""
+    contents = functools.cache(shards.contents)
+    data = {
+        f"the data of stage {one.stage}": functools.partial(contents, *one.data.folders)
+        for one in configs
+    }
+    tokenizers = {
+        f"the tokenizer of stage {one.stage}": functools.partial(
+            stage_data.tokenizer_contents, one.data
+        )
+        for one in configs
+    }
+    return data | tokenizers
+
+
+def _check_init_from(config: Config, abstract: Params) -> None:
+    """Raises UserError where `init_from` has not what the stage loads, or in other shapes."""
+    wanted = {path: x.shape for path, x in state.flatten(abstract).items()}
+
+    def check(checkpoints: Checkpoints, step: int) -> None:
+        stored = {path: x.shape for path, x in checkpoints.stored_params(step).items()}
+        warm_start.loadable(config.train, stored, wanted, checkpoints.folder / str(step))
+
+    restore.read_newest(storage.path(config.init_from), check)
