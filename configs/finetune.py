@@ -31,7 +31,8 @@ def get_config(folder: str) -> ml_collections.ConfigDict:
     if not path.exists():
         raise ValueError(f"{folder} holds no config.json: run `make weights` or `convert` first")
     # A config.json has a list of stages; the model is that of the last one.
-    (*_, last) = json.loads(path.read_text())
+    # Earlier versions called some fields otherwise.
+    (*_, last) = config_lib.current_form(json.loads(path.read_text()))
     config_lib.set_model(config.model, last["model"])
     config.model.remat = "full"
     config.data.tokenizer = last["data"]["tokenizer"]

@@ -13,6 +13,7 @@ import pytest
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import presets
+from alignvlm_jax.commands import config_flag
 from alignvlm_jax.config import checks, describing, renamed
 from alignvlm_jax.errors import UserError
 
@@ -889,6 +890,13 @@ def test_an_old_name_in_a_config_file_is_refused_with_the_new_one(old, new):
 def test_an_old_value_is_refused_with_the_new_one():
     with pytest.raises(UserError, match=r"packing is 'plan': it is called 'offline' now$"):
         read(data__packing="plan")
+
+
+def test_a_folder_from_before_is_fine_tuned(tmp_path):
+    golden = pathlib.Path(__file__).parent / "golden" / "config.json"
+    (tmp_path / "config.json").write_text(golden.read_text())
+    stages, _ = config_flag.parse([f"--config=configs/finetune.py:{tmp_path}"])
+    assert {stage.model.llm for stage in stages} == {presets.LLM["tiny"]}
 
 
 def test_a_config_json_that_lacks_a_field_says_so():

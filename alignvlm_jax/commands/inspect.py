@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
         _print(one, console)
     views = [
         examples_page.view(i, all_sequences.segments(i), all_sequences.builder)
-        for i in range(min(args.num_rows, len(all_sequences)))
+        for i in range(min(args.num_sequences, len(all_sequences)))
     ]
     out = args.out or storage.path(config.data.folders[0]) / examples_page.FILE
     console.print(f"Written: {examples_page.build(views, found[0], out)}")

@@ -108,7 +108,9 @@ def from_json(name: str, text: str) -> ChatFormat:
             if field not in known:
                 raise UserError(f"{name}: unknown field {field!r}{nearest(field, known)}")
             _check_value(name, field, value)
-        chat_format = ChatFormat(**fields | {"stops": tuple(fields.get("stops", ()))})
+        # Without the end of an answer among the stops, no answer would end.
+        stops = dict.fromkeys((*fields.get("stops", ()), fields.get("end", "")))
+        chat_format = ChatFormat(**fields | {"stops": tuple(stops)})
     except (ValueError, TypeError) as err:
         raise UserError(f"{name} is no chat format: {err}") from err
     if chat_format.is_joined and not chat_format.image_in_turn:

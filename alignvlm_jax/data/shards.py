@@ -136,13 +136,17 @@ def read_shard(path: str | Path) -> Iterator[bytes]:
         raise UserError(f"cannot read {path} ({err}); {AGAIN}") from err
 
 
+FINGERPRINTED = ("prepare.json", "tokenizer.model", "tokenizer.json", "chat_format.json")
+"""Files that tell one prepared folder from another; the last may be edited by hand."""
+
+
 def fingerprint(*directories: str | os.PathLike) -> str:
     """Returns a checksum that identifies the data in folders, in 8 hex digits.
 
     It covers the description (`prepare.json`) and the tokenizer of each folder, as far as they
     exist, and not the shards themselves.
     """
-    return _fingerprint(directories, ("prepare.json", "tokenizer.model", "tokenizer.json"))
+    return _fingerprint(directories, FINGERPRINTED)
 
 
 def contents(*directories: str | os.PathLike) -> str:

@@ -270,6 +270,15 @@ def test_a_damaged_chat_format_is_one_line(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_chat_format_without_stops_stops_at_the_end_of_an_answer(tmp_path):
+    write_chatml(tmp_path)
+    (tmp_path / "chat_format.json").write_text(
+        '{"start": "", "user": "", "assistant": "", "end": "<|im_end|>"}'
+    )
+    tokenizer = tokenizers.load(tmp_path)
+    assert chat.stop_ids(tokenizer) == (tokenizer.special_tokens["<|im_end|>"],)
+
+
 def test_only_smollm_is_told_that_it_is_smollm(tmp_path):
     for name, special_tokens in (("other", CHATML), ("own", SMOLLM)):
         write_chatml(tmp_path / name, special_tokens)

@@ -76,7 +76,7 @@ def test_boxes_cover_the_page_once_and_probabilities_are_those_of_its_tiles(load
 def test_gives_as_many_tokens_as_asked_for(loaded):
     [few] = patch_tokens.lenses(loaded, PAGES[:1], 3)
     [all_of_them] = patch_tokens.lenses(loaded, PAGES[:1], 10**6)
-    assert few.tokens.shape == (16, 3) and all_of_them.tokens.shape == (16, few.unpadded_vocab_size)
+    assert few.tokens.shape == (16, 3) and all_of_them.tokens.shape == (16, few.vocab_size)
     np.testing.assert_array_equal(few.tokens, all_of_them.tokens[:, :3])
 
 

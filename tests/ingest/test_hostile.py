@@ -160,14 +160,17 @@ def test_special_tokens_in_a_users_text_are_text(tmp_path, tokenizer, kind):
     known = index.load(tmp_path / "out", "train").text_tokens["answer"].tolist()
     seen = []
     for number in range(len(texts)):
-        ((name, output),) = rows.outputs(number)
-        is_special = np.isin(output.tokens, list(special_tokens.values()))
-        seen.append(output.tokens[is_special].tolist())
-        num_slots = len(output.tile_arrays["tiles"]) * config.model.tokens_per_tile
-        assert len(output.tokens) == known[int(name)] + num_slots
-        text = rows.tokenizer.decode(output.tokens[~is_special])
+        ((name, segment),) = rows.segments(number)
+        is_special = np.isin(segment.tokens, list(special_tokens.values()))
+        seen.append(segment.tokens[is_special].tolist())
+        num_image_tokens = len(segment.tile_arrays["tiles"]) * config.model.tokens_per_tile
+        assert len(segment.tokens) == known[int(name)] + num_image_tokens
+        text = rows.builder.tokenizer.decode(segment.tokens[~is_special])
         assert name == "0" or ("<image>" in text and "<|im_end|>" in text)
-    assert seen[0] == seen[1] == seen[2] and seen[0].count(special_tokens["<image>"]) == num_slots
+    assert (
+        seen[0] == seen[1] == seen[2]
+        and seen[0].count(special_tokens["<image>"]) == num_image_tokens
+    )
 
 
 LIMITED = """

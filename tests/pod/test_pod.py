@@ -19,7 +19,7 @@ NUMBERS = (
     "grad_norm",
     "token_accuracy",
     "generated/anls",
-    "fill",
+    "packing_efficiency",
 )
 COUNTED = ("epoch", "records", "tokens", "unsupervised")
 

@@ -145,6 +145,23 @@ def test_the_tokenizer_of_a_gguf(tmp_path):
             gguf_tokenizer.write_gguf_tokenizer(fields | {name: value}, tmp_path / "here")
 
 
+def test_a_user_defined_token_of_a_gguf_is_one_token_of_text(tmp_path):
+    """Such as Qwen's <think>, which its template writes before an answer."""
+    tokens = [*map(chr, range(ord("a"), ord("z") + 1)), "<", ">", "/", "<think>", "<|im_end|>"]
+    fields = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * 29 + [4, 3],
+        "tokenizer.ggml.merges": [],
+    }
+    gguf_tokenizer.write_gguf_tokenizer(fields, tmp_path)
+    tokenizer = tokenizers.load(tmp_path)
+    assert tokenizer.encode("a<think>b") == [0, 29, 1]
+    assert 30 not in tokenizer.encode("<|im_end|>")
+    assert tokenizer.special_tokens == {"<|im_end|>": 30}
+
+
 def test_the_chat_template_of_a_gguf(tmp_path):
     write_chatml(tmp_path / "there")
     vocabulary = json.loads((tmp_path / "there" / "tokenizer.json").read_text())["model"]

@@ -127,8 +127,10 @@ def _object(path: str, text: str) -> dict[str, Any]:
 
 def _default_template(where: str, found: Any) -> str:
     """The one template of tokenizer_config.json, or that named `default` of several."""
-    if not isinstance(found, list):
+    if found is None or isinstance(found, str):
         return found or ""
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise UserError(f"{where} is damaged: chat_template is neither a text nor named texts")
     by_name = {one.get("name"): one.get("template") for one in found}
     if "default" not in by_name:
         raise UserError(

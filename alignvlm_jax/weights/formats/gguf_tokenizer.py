@@ -13,8 +13,9 @@ from alignvlm_jax.data.tokenizers.tiktoken import PATTERN
 from alignvlm_jax.errors import UserError, nearest
 
 CONTROL = 3
-"""The value of `tokenizer.ggml.token_type` for control tokens; types are those of SentencePiece:
-normal, unknown, control, user-defined, ..."""
+USER_DEFINED = 4
+"""Values of `tokenizer.ggml.token_type`; types are those of SentencePiece: normal, unknown,
+control, user-defined, ..."""
 
 # Pre-tokenizers, which split a text before bytes are merged, by `tokenizer.ggml.pre`.
 _BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -85,13 +86,17 @@ def _byte_level(fields: Mapping[str, Any]) -> Tokenizer:
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [
-            AddedToken(token, special=True, normalized=False)
-            for token, kind in zip(tokens, types, strict=True)
-            if kind == CONTROL
+    by_kind = {
+        kind: [
+            AddedToken(token, special=kind == CONTROL, normalized=False)
+            for token, its_kind in zip(tokens, types, strict=True)
+            if its_kind == kind
         ]
-    )
+        for kind in (CONTROL, USER_DEFINED)
+    }
+    tokenizer.add_special_tokens(by_kind[CONTROL])
+    # Such as <think>: one token wherever a text spells it.
+    tokenizer.add_tokens(by_kind[USER_DEFINED])
     return tokenizer
 
 
