@@ -2,10 +2,11 @@
 
     python -m alignvlm_jax train --config=configs/debug.py --workdir=runs/debug --debug
 
-With `train.jit` off every operation of a step runs by itself: `print(x_BTD)` shows numbers, and
-`breakpoint()` in `models/` or `train/step.py` stops at them. Layers are a Python loop, since a
-`lax.scan` that is not compiled is one. A step takes seconds, the first one longest. The model
-learns next to nothing; that of `configs/demo.py` does.
+With `train.jit` off every operation of a step runs by itself, so that `print(x_BTD)` shows numbers,
+and `breakpoint()` in `models/` or `train/step.py` stops at them; layers are a Python loop, since a
+`lax.scan` that is not compiled is one. A step takes seconds, the first one most. It learns nothing
+to speak of; `configs/demo.py` does. On a machine with several devices, show it one of them:
+JAX_PLATFORMS=cpu, or CUDA_VISIBLE_DEVICES=0.
 """
 
 import ml_collections
@@ -22,7 +23,6 @@ def get_config(connector: str = "align") -> ml_collections.ConfigDict:
         tower.num_layers = 2
     config.model.scan_unroll = 2
     config.model.vocab_impl = "plain"
-    config.mesh.data = 1
     config.train.jit = False
     config.train.num_steps = 2
     config.train.batch_size = 2

@@ -2,11 +2,13 @@
 """Lists, runs or submits the runs of a sweep; what is finished is skipped, what was stopped goes
 on.
 
-    launch/sweep.py configs/sweeps/connectors.py --workdir=runs/connectors              # lists
-    launch/sweep.py configs/sweeps/connectors.py --workdir=runs/connectors --run        # one after
-    the other, here launch/sweep.py configs/sweeps/connectors.py:stage2.py --workdir=runs/sweep \\
-        --submit='launch/slurm_gpu.sh --nodes=8 --'                                     # each by a
-        command before it
+    # Lists the runs.
+    launch/sweep.py configs/sweeps/connectors.py --workdir=runs/connectors
+    # Runs them here, one after the other.
+    launch/sweep.py configs/sweeps/connectors.py --workdir=runs/connectors --run
+    # Puts a command before each.
+    launch/sweep.py configs/sweeps/connectors.py:stage2.py --workdir=runs/sweep \\
+        --submit='launch/slurm_gpu.sh --nodes=8 --'
 
 What follows a `--` every run gets: -- --config.init_from=runs/stage1 --config.data.dir=data/stage2
 A sweep file has sweep(ARG), which yields (name, config file with its argument, changed fields).

@@ -871,6 +871,12 @@ def test_fields_that_an_earlier_version_did_not_have_get_their_defaults():
     assert "dir" not in config_lib.current_form([old])[0]["data"]
 
 
+def test_stored_stages_of_before_are_known_by_their_names():
+    [fields] = json.loads(json.dumps(config_lib.to_json((read(),))))
+    assert not renamed.is_from_before([fields])
+    assert renamed.is_from_before([fields, old_names(fields)])
+
+
 def test_every_new_name_is_a_field_and_no_old_one_is():
     [fields] = config_lib.to_json((read(),))
     for old, new in renamed.FIELDS.items():

@@ -23,7 +23,7 @@ import numpy as np
 from alignvlm_jax.benchmarks import predictions
 from alignvlm_jax.benchmarks.predictions import Predictions
 from alignvlm_jax.benchmarks.tasks import TextTask
-from alignvlm_jax.data import chat, examples, loader, shards
+from alignvlm_jax.data import chat, examples, index, loader, shards
 from alignvlm_jax.data.examples import PackedSequence
 from alignvlm_jax.data.record import Record
 from alignvlm_jax.errors import UserError
@@ -212,7 +212,7 @@ class Reader:
             "step": loaded.step,
             # To the microsecond: it tells two runs apart that were written to the same workdir.
             "train_seconds": loaded.metadata["train_seconds"],
-            "tokenizer": loaded.tokenizer.fingerprint,
+            "tokenizer": index.fingerprint_of(loaded.tokenizer),
             "window": min(task.window, loaded.config.data.seq_len),
             "scorer_version": SCORER_VERSION,
             "task": task.name,

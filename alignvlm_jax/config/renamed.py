@@ -5,7 +5,7 @@ or a flag with an old name is refused, with a message that has the new one: nobo
 table to understand a config.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -55,6 +55,12 @@ def value_hint(path: str, value: Any) -> str:
 def names(fields: Mapping[str, Any], table: Mapping[str, str]) -> dict[str, Any]:
     """Returns `fields` under their present names in `table`, in the same order."""
     return {table.get(name, name): value for name, value in fields.items()}
+
+
+def is_from_before(stages: Sequence[Mapping[str, Any]]) -> bool:
+    """Returns whether stored stages have the old names of fields."""
+    places = [name.split(".") for name in FIELDS]
+    return any(name in stage.get(group, {}) for stage in stages for group, name in places)
 
 
 def stage(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -187,15 +187,15 @@ def plan(
     seed: Sequence[int],
     epoch: int,
 ) -> Packing:
-    """Plans the rows of an epoch, a pure function of the arguments.
+    """Returns the packed sequences of an epoch, a pure function of the arguments.
 
     Args:
       lengths: int [N], tokens of each record with its image tokens, above 0. One that is longer
-        than a row gets a row.
-      tiles: int [N], tiles of each, at most `row_tiles`.
-      seq_len: tokens of a row.
-      row_tiles: tiles of a row.
-      seed: of the shuffle: which of the records of one size go where, and the order of the rows.
+        than a sequence gets one of its own.
+      tiles: int [N], tiles of each, at most `max_tiles`.
+      seq_len: tokens of a sequence.
+      max_tiles: tiles of a sequence.
+      seed: of the shuffle: which of the records of one size go where, and the sequences' order.
       epoch: as well.
     """
     rng = np.random.default_rng([*seed, epoch])

@@ -1,6 +1,7 @@
 """A trained model from its checkpoint, on the devices of this machine, and its answers to
 prompts."""
 
+import copy
 import dataclasses
 import functools
 import os
@@ -12,10 +13,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from alignvlm_jax import storage
-from alignvlm_jax.config import Config
+from alignvlm_jax.config import Config, renamed
 from alignvlm_jax.data import chat, loader, stage_data
 from alignvlm_jax.data.examples import ExampleBuilder, PackedSequence
-from alignvlm_jax.data.tokenizers.base import Tokenizer
+from alignvlm_jax.data.tokenizers.base import ChatFiles, Tokenizer
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference.sampler import Sampler
 from alignvlm_jax.models.vlm import VLM
@@ -104,6 +105,10 @@ def load(path: Path, config: Config) -> Loaded:
     trained, model, params, step = restore.load_model(path, mesh)
     path = workdir_of(path) / checkpoint.FOLDER / str(step)
     metadata = restore.read_newest(path, lambda checkpoints, step: checkpoints.metadata(step))
+    if tokenizer.chat_files.template and renamed.is_from_before(metadata["config"]):
+        # Earlier versions read no chat template, and asked by the format of the special tokens.
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_files = ChatFiles(is_from_before=True)
     trained = dataclasses.replace(trained, data=dataclasses.replace(trained.data, dir=data.dir))
     return Loaded(path, step, metadata, trained, tokenizer, mesh, model, params)
 

@@ -51,7 +51,7 @@ class Sampler:
         Args:
           variables: what the model is applied to: "params", sharded over the mesh, and whatever
             else.
-          batch: one prompt a row, as `data.rows.build_prompt` makes it; those of `rows_of_process`
+          batch: one prompt a row, as `ExampleBuilder.prompt` makes it; those of `rows_of_process`
             of the global batch. A batch without "tiles" has no image tokens. One with NOISE_FIELDS
             is seen through noise: `VLM.features`.
           max_new_tokens: static; another value or batch shape compiles anew.

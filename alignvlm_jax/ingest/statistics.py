@@ -109,7 +109,7 @@ def _facts(known: Index, builder: ExampleBuilder) -> dict[str, str]:
     doubles = len(known.content_hash) - len(np.unique(known.content_hash))
     return {
         "Rows": f"{data.seq_len:,} tokens, {data.max_tiles} tiles of {vision.tile_width} × "
-        f"{vision.tile_height} pixels with {builder.tokens_per_tile} slots each",
+        f"{vision.tile_height} pixels with {builder.tokens_per_tile} image tokens each",
         "Tiles of a record": f"at most {data.tiles_of_a_record}"
         f"{', the overview first' if data.use_overview else ''}",
         "Tokens counted by": f"tokenizer {known.tokenizer}",

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from alignvlm_jax import storage
-from alignvlm_jax.config import Config
+from alignvlm_jax.config import Config, renamed
 from alignvlm_jax.data import shards
 from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.errors import UserError
@@ -184,6 +184,8 @@ def _train_stage(run: Run, stage: Stage, newest: int, lacking: Sequence[str]) ->
         # Taken out of the run, so that it goes with the stage: a run of many stages must not hold
         # the data of all to its end. A stage that begins again after a broken checkpoint opens its
         # data again.
+        for done in [index for index in run.opened if index < stage.index]:
+            del run.opened[done]
         opened = run.opened.pop(stage.index, None) or StageData.open(config.data, config.model)
         # Read before anything is compiled: data that is missing should be told at once.
         evaluators = {
@@ -193,7 +195,7 @@ def _train_stage(run: Run, stage: Stage, newest: int, lacking: Sequence[str]) ->
         }
         abstract = state.abstract_state(model, config.train, tx, mesh)
         with run.phases.enter("restoring"):
-            live, position = _start(run, stage, newest, model, tx, abstract)
+            live, position = _start(run, stage, opened, newest, model, tx, abstract)
         _quarantine_broken(run, newest)
         if not run.announced:
             _watch_from(run, stage, newest)
@@ -211,6 +213,7 @@ def _train_stage(run: Run, stage: Stage, newest: int, lacking: Sequence[str]) ->
 def _start(
     run: Run,
     stage: Stage,
+    opened: StageData,
     newest: int,
     model: vlm.VLM,
     tx: optax.GradientTransformation,
@@ -224,6 +227,7 @@ def _start(
             restore.agreed_metadata(checkpoints, newest) if newest else {"train_seconds": 0.0}
         )
         _check_data(run, metadata)
+        _check_chat(run, opened, metadata)
         run.earlier_seconds = metadata["train_seconds"]
     if newest > stage.begin:
         run.progress.say(f"going on from {checkpoints.folder / str(newest)}")
@@ -260,6 +264,17 @@ def _check_data(run: Run, metadata: Mapping[str, Any]) -> None:
             f"{run.folder} was trained on data of fingerprint {metadata['data']}, "
             f"that of {', '.join(folders)} is {here}; "
             "take the data that it was trained on, or another --workdir"
+        )
+
+
+def _check_chat(run: Run, opened: StageData, metadata: Mapping[str, Any]) -> None:
+    """Earlier versions read no chat template: a run that goes on by one would learn two formats."""
+    files = opened.tokenizer.chat_files
+    if files.template and renamed.is_from_before(metadata.get("config", [])):
+        raise UserError(
+            f"{run.folder} was trained by the chat format of its special tokens, and {files.name} "
+            "has another; take another --workdir, or copy the tokenizer's file into a folder of "
+            "its own and set config.data.tokenizer to that"
         )
 
 

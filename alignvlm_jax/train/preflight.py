@@ -9,6 +9,7 @@ from alignvlm_jax.config import Config
 from alignvlm_jax.data import loader, shards, stage_data, validation
 from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.data.tokenizers.base import Tokenizer
+from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.train import restore, state, warm_start
@@ -30,6 +31,12 @@ def open_stages(stages: tuple[Config, ...]) -> list[StageData]:
     found = []
     for config in stages:
         mesh = mesh_lib.make_mesh(config.mesh, config.model, config.train)
+        if not config.train.jit and mesh.size > 1:
+            raise UserError(
+                f"config.train.jit is False and there are {mesh.size} devices: a step that is not "
+                "compiled runs on one; show it one, as by JAX_PLATFORMS=cpu or "
+                "CUDA_VISIBLE_DEVICES=0"
+            )
         opened = StageData.open(config.data, config.model, tokenizers)
         loader.TrainSequences(config, config.data.split, opened)
         validation.by_source(config, opened)

@@ -162,7 +162,8 @@ def measure_epoch() -> tuple[float, float]:
     lengths, tiles = documents(NUM_RECORDS, np.random.default_rng(0))
     known = Lengths(np.stack([lengths, lengths]), tiles)
     began = time.monotonic()
-    Mixed(config, [NUM_RECORDS], known, [0, 1]).epoch_at(0)
+    num_sequences = config.train.num_steps * config.train.batch_size
+    Mixed(config.data, [NUM_RECORDS], known, [0, 1], num_sequences).epoch_at(0)
     return time.monotonic() - began, peak_memory_gib()
 
 

@@ -56,7 +56,8 @@ def _seconds(
     what: str, config: Config, count: int, known: Lengths, row: int, state: dict | None = None
 ) -> Mixed:
     begin = time.monotonic()
-    rows = Mixed(config, [count], known, [0, 1])
+    num_sequences = config.train.num_steps * config.train.batch_size
+    rows = Mixed(config.data, [count], known, [0, 1], num_sequences)
     assert state is None or rows.restore(state)
     rows.counters(row)
     rows.picks(row)

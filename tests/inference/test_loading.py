@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from alignvlm_jax import config as config_lib
+from alignvlm_jax.config import renamed
+from alignvlm_jax.data.tokenizers.base import ChatFiles
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading
 from alignvlm_jax.train import checkpoint_files
@@ -68,3 +70,19 @@ def test_workdir_of_a_workdir_and_of_a_checkpoint(trained_workdir, monkeypatch):
     assert loading.workdir_of(trained_workdir / "checkpoints" / "7") == trained_workdir
     monkeypatch.chdir(trained_workdir / "checkpoints")
     assert loading.workdir_of(Path("7")).resolve() == trained_workdir.resolve()
+
+
+def test_a_checkpoint_from_before_templates_keeps_the_format_it_was_trained_with(
+    trained_workdir, monkeypatch
+):
+    """Its tokenizer's folder may have held a template, which nobody read."""
+    path = next((trained_workdir / "checkpoints").iterdir())
+    tokenizer = loading.load(path, loading.load_config(path)).tokenizer
+    monkeypatch.setattr(tokenizer, "chat_files", ChatFiles("t", template="{{ messages }}"))
+    monkeypatch.setattr(loading.stage_data, "load_tokenizer", lambda *_: tokenizer)
+    loaded = loading.load(path, loading.load_config(path))
+    assert loaded.tokenizer is tokenizer
+    monkeypatch.setattr(renamed, "is_from_before", lambda stages: True)
+    loaded = loading.load(path, loading.load_config(path))
+    assert loaded.tokenizer.chat_files == ChatFiles(is_from_before=True)
+    assert tokenizer.chat_files.template  # That of other models is left alone.

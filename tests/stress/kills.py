@@ -191,7 +191,7 @@ def check_after(trial: Trial, attempt: Attempt, newest: int, reference: Referenc
         raise Wrong(f"the newest checkpoint was of step {newest}, and is of {now}")
     workdirs.check_lines(workdirs.lines(trial.workdir), reference.lines, now)
     if broken := [name for name in trial.workdir.names() if ".broken" in name]:
-        raise Wrong(f"a checkpoint was set aside: {broken[0]}")
+        raise Wrong(f"a checkpoint was quarantined: {broken[0]}")
 
 
 def _aims(number: int, rng: random.Random) -> list[str]:
