@@ -55,9 +55,7 @@ def test_boxes_cover_the_page_once_and_probabilities_are_those_of_its_tiles(load
             np.cumsum([len(t) for t in tiles])[:-1],
         )
     for look, page in zip(looks, PAGES, strict=True):
-        assert (
-            look.page is page and not look.is_overview.any() and look.unpadded_vocab_size == vocab
-        )
+        assert look.page is page and not look.is_overview.any() and look.vocab_size == vocab
         assert_cover_once(page, look.boxes)
         assert (np.diff(look.probabilities) <= 0).all()
         np.testing.assert_allclose(look.probabilities.sum(-1), 1, atol=1e-5)

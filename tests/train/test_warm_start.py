@@ -134,7 +134,8 @@ def test_what_one_process_may_fail_to_read_is_agreed_on_before_anything_is_compu
         abstract = state.abstract_state(model, config.train, tx, mesh)
         progress = types.SimpleNamespace(say=lambda _: None)
         run = types.SimpleNamespace(checkpoints=checkpoints, earlier_seconds=0.0, progress=progress)
-        loop._start(run, loop.Stage(0, config, STEP, STEP + 1), STEP, model, tx, abstract)
+        stage = loop.Stage(0, config, STEP, STEP + 1)
+        loop._start(run, stage, None, STEP, model, tx, abstract)
     assert order == ["agreed", "init_params", "from_llm", "init_opt_state"]
 
 
