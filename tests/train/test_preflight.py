@@ -16,7 +16,7 @@ def test_steps_that_are_not_compiled_run_on_one_device():
     config = tiny_config()
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, jit=False))
     with pytest.raises(
-        UserError, match="train.jit is False and there are 8 devices: .*show it one"
+        UserError, match=r"train\.jit is False and there are 8 devices: .*show it one"
     ):
         preflight.open_stages((config,))
 
