@@ -12,6 +12,14 @@ EVERYWHERE = ("alignvlm_jax/*", "configs/*", "README.md", "docs/*.md")
 MODEL = ("alignvlm_jax/ops/*", "alignvlm_jax/models/*", "alignvlm_jax/plan/*")
 
 
+PROSE = {
+    tokenize.COMMENT,
+    tokenize.STRING,
+    # From Python 3.12 on a text with braces is several tokens.
+    getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING),
+}
+
+
 class Term(NamedTuple):
     """A term, what is not written in its place (a regular expression, whatever the case), and in
     which files; in code alone, names but no prose."""
@@ -60,13 +68,13 @@ def names_and_prose(path: pathlib.Path) -> tuple[dict[int, str], dict[int, str]]
     names: dict[int, list[str]] = {}
     prose: dict[int, list[str]] = {}
     for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
-        if token.type == tokenize.NAME:
+        if token.type == tokenize.NAME or token.string == ".":
             names.setdefault(token.start[0], []).append(token.string)
-        elif token.type in (tokenize.COMMENT, tokenize.STRING):
+        elif token.type in PROSE:
             for number, line in enumerate(token.string.splitlines(), token.start[0]):
                 prose.setdefault(number, []).append(line)
     return (
-        {number: " ".join(found) for number, found in names.items()},
+        {number: " ".join(found).replace(" . ", ".") for number, found in names.items()},
         {number: " ".join(found) for number, found in prose.items()},
     )
 
