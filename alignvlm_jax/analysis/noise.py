@@ -40,11 +40,6 @@ COLUMNS = {
 }
 """The title and the format of the column of each field of a point."""
 
-COMPARED_PAGES = {
-    "type": flag_types.positive,
-    "default": 32,
-    "help": "whose visual tokens are compared; default: 32",
-}
 INCHES = (5.0, 3.8)
 """Width and height of a panel."""
 
@@ -162,13 +157,7 @@ class NoiseOnFeatures(Noise):
 
     def add_flags(self, parser: argparse.ArgumentParser) -> None:
         super().add_flags(parser)
-        parser.add_argument("--num_pages", **COMPARED_PAGES)
-        parser.add_argument(
-            "--sigmas",
-            type=flag_types.sizes,
-            default=[3.0],
-            help="in the unit of the features; default: 3",
-        )
+        _add_sigmas(parser, [3.0], "in the unit of the features; default: 3")
         parser.add_argument(
             "--relative_sigmas",
             type=flag_types.sizes,
@@ -193,13 +182,8 @@ class NoiseOnPixels(Noise):
 
     def add_flags(self, parser: argparse.ArgumentParser) -> None:
         super().add_flags(parser)
-        parser.add_argument("--num_pages", **COMPARED_PAGES)
-        parser.add_argument(
-            "--sigmas",
-            type=flag_types.sizes,
-            default=[0.05, 0.1, 0.2, 0.4],
-            help="where black is 0 and white is 1; default: 0.05,0.1,0.2,0.4",
-        )
+        unit = "where black is 0 and white is 1"
+        _add_sigmas(parser, [0.05, 0.1, 0.2, 0.4], f"{unit}; default: 0.05,0.1,0.2,0.4")
 
     def measure(self, loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
         return measure_pixels(loaded, args.split, args.sigmas, args.num_pages, args.seed)
@@ -239,6 +223,17 @@ class MovedContent(Noise):
 FEATURES = NoiseOnFeatures()
 KINDS = {"features": FEATURES, "pixels": NoiseOnPixels(), "layout": MovedContent()}
 """The kinds of perturbation by their name on the command line (`--kind`)."""
+
+
+def _add_sigmas(parser: argparse.ArgumentParser, default: list[float], text: str) -> None:
+    """Adds the flags of Gaussian noise, through which visual tokens are compared."""
+    parser.add_argument(
+        "--num_pages",
+        type=flag_types.positive,
+        default=32,
+        help="whose visual tokens are compared; default: 32",
+    )
+    parser.add_argument("--sigmas", type=flag_types.sizes, default=default, help=text)
 
 
 def measure_features(

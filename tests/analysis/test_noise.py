@@ -1,7 +1,6 @@
 """Points of every kind of perturbation, in the order of their sizes: scores of what was asked
 through it; their curves, and the sentence of the report."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -9,20 +8,10 @@ import pytest
 
 from alignvlm_jax.analysis import base, noise
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.inference import loading
 from alignvlm_jax.pictures import plotting
 from tests.pictures.pictures import decode, has
 
 SPLIT = "seen_fonts"
-
-
-@pytest.fixture(scope="module")
-def loaded(trained_workdir, tmp_path_factory):
-    """The model, its results in a folder of their own."""
-    loaded = loading.load(trained_workdir, loading.load_config(trained_workdir))
-    path = tmp_path_factory.mktemp("noise") / "checkpoints" / "7"
-    path.mkdir(parents=True)
-    return dataclasses.replace(loaded, path=path)
 
 
 def test_noise_on_features(loaded):

@@ -13,7 +13,6 @@ from alignvlm_jax.benchmarks import runner
 from alignvlm_jax.data import images
 from alignvlm_jax.data.record import Record, Word
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.inference import loading
 
 SPLIT = "seen_fonts"
 
@@ -92,15 +91,6 @@ def test_files_of_different_perturbations_have_different_names():
     every = [kind(size, 0) for kind in (FeatureNoise, PixelNoise, Shift) for size in (1, 2)]
     assert len({one.file for one in every}) == len({str(one.header()) for one in every}) == 6
     assert all(one.header() != dataclasses.replace(one, seed=1).header() for one in every)
-
-
-@pytest.fixture(scope="module")
-def loaded(trained_workdir, tmp_path_factory):
-    """The model, its results in a folder of their own."""
-    loaded = loading.load(trained_workdir, loading.load_config(trained_workdir))
-    path = tmp_path_factory.mktemp("perturbation") / "checkpoints" / "7"
-    path.mkdir(parents=True)
-    return dataclasses.replace(loaded, path=path)
 
 
 def test_sigma_0_is_the_model_as_it_is(loaded):

@@ -11,7 +11,7 @@ from alignvlm_jax.analysis import base, vocabulary
 from alignvlm_jax.benchmarks import runner
 from alignvlm_jax.data import images
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.inference import loading, patch_tokens, sampler
+from alignvlm_jax.inference import patch_tokens, sampler
 from alignvlm_jax.inference import tiles as tiles_lib
 from alignvlm_jax.models import vlm
 from alignvlm_jax.pictures import plotting
@@ -19,15 +19,6 @@ from tests.pictures.pictures import area, decode
 
 SPLIT = "seen_fonts"
 ANALYSIS = vocabulary.Vocabulary()
-
-
-@pytest.fixture(scope="module")
-def loaded(trained_workdir, tmp_path_factory):
-    """The model, its results in a folder of their own."""
-    loaded = loading.load(trained_workdir, loading.load_config(trained_workdir))
-    path = tmp_path_factory.mktemp("vocabulary") / "checkpoints" / "7"
-    path.mkdir(parents=True)
-    return dataclasses.replace(loaded, path=path)
 
 
 def probabilities(loaded, count: int) -> np.ndarray:

@@ -5,6 +5,7 @@ make .venv-parity/.done && .venv-parity/bin/python -m tests.golden.make_goldens
 """
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +19,7 @@ HERE = Path(__file__).parent
 def main() -> None:
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as scratch:
-        for number, variant in enumerate(folders.LLAMAS):
-            # Beyond the 16 positions that the scaled ones were trained on.
-            tokens = rng.integers(0, folders.LLAMA["vocab_size"], (2, 40))
-            folder = folders.write_llama(Path(scratch, f"llama{number}"), variant)
-            np.savez(
-                HERE / f"llama_{number}.npz",
-                tokens=tokens,
-                logits=reference.llm_logits(folder, tokens),
-            )
+        save_llms("llama", folders.LLAMAS, scratch, rng)
         pixels = rng.integers(0, 256, (2, 24, 24, 3), dtype=np.uint8)
         for name, options in {"siglip": {}, "siglip2_naflex": {"is_naflex": True}}.items():
             folder = folders.write_siglip(Path(scratch, name), **options)
@@ -43,14 +36,18 @@ def main() -> None:
                 pixels=pixels,
                 hidden=reference.dinov2_features(folder, pixels),
             )
-        for number, variant in enumerate(folders.QWENS):
-            tokens = rng.integers(0, folders.LLAMA["vocab_size"], (2, 40))
-            folder = folders.write_llama(Path(scratch, f"qwen{number}"), variant)
-            np.savez(
-                HERE / f"qwen_{number}.npz",
-                tokens=tokens,
-                logits=reference.llm_logits(folder, tokens),
-            )
+        # Last: what is drawn before is what it was before there were any.
+        save_llms("qwen", folders.QWENS, scratch, rng)
+
+
+def save_llms(name: str, variants: Sequence, scratch: str, rng: np.random.Generator) -> None:
+    """Writes NAME_I.npz of each variant: token ids [2, 40] and the logits of its class."""
+    for number, variant in enumerate(variants):
+        # Beyond the 16 positions that the scaled ones were trained on.
+        tokens = rng.integers(0, folders.LLAMA["vocab_size"], (2, 40))
+        folder = folders.write_llama(Path(scratch, f"{name}{number}"), variant)
+        logits = reference.llm_logits(folder, tokens)
+        np.savez(HERE / f"{name}_{number}.npz", tokens=tokens, logits=logits)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import importlib.metadata
 import io
 import json
 import zipfile
+from pathlib import Path
 
 import gguf as gguf_library
 import jax
@@ -123,17 +124,22 @@ def test_a_gguf_of_another_architecture(tmp_path, llama):
         towers.open_llm(str(path))
 
 
-def test_the_tokenizer_of_a_gguf(tmp_path):
-    reference = write_chatml(tmp_path / "there")
-    vocabulary = json.loads((tmp_path / "there" / "tokenizer.json").read_text())["model"]
+def byte_level_fields(folder: Path, pre: str) -> dict:
+    """The metadata of a GGUF that holds the tokenizer that `write_chatml` wrote into a folder."""
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]
     tokens = sorted(vocabulary["vocab"], key=vocabulary["vocab"].get)
-    fields = {
+    return {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [3 if token in CHATML else 1 for token in tokens],
         "tokenizer.ggml.merges": [" ".join(merge) for merge in vocabulary["merges"]],
     }
+
+
+def test_the_tokenizer_of_a_gguf(tmp_path):
+    reference = write_chatml(tmp_path / "there")
+    fields = byte_level_fields(tmp_path / "there", "gpt-2")
     (tmp_path / "here").mkdir()
     gguf_tokenizer.write_gguf_tokenizer(fields, tmp_path / "here")
     tokenizer = tokenizers.load(tmp_path / "here")
@@ -164,14 +170,7 @@ def test_a_user_defined_token_of_a_gguf_is_one_token_of_text(tmp_path):
 
 def test_the_chat_template_of_a_gguf(tmp_path):
     write_chatml(tmp_path / "there")
-    vocabulary = json.loads((tmp_path / "there" / "tokenizer.json").read_text())["model"]
-    tokens = sorted(vocabulary["vocab"], key=vocabulary["vocab"].get)
-    fields = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "qwen2",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3 if token in CHATML else 1 for token in tokens],
-        "tokenizer.ggml.merges": [" ".join(merge) for merge in vocabulary["merges"]],
+    fields = byte_level_fields(tmp_path / "there", "qwen2") | {
         "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.chat_template": "{{ bos_token }}" + templates.CHATML_TURNS,

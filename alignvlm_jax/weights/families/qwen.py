@@ -13,22 +13,38 @@ from alignvlm_jax.weights.mapping import Entry
 FULL = "full_attention"
 
 
-class Qwen2(Llama):
+class Qwen(Llama):
+    """What the dense models of all versions share.
+
+    Attributes:
+      stated: fields of config.json that must be there. The classes' own defaults are other values
+        than those that follow from a Llama's sizes.
+    """
+
+    gguf_pairs_neighbours = False
+    stated: tuple[str, ...]
+
+    def read(self, fields: Fields) -> LLMConfig:
+        """See LLMFamily."""
+        refuse_window(fields)
+        for name in self.stated:
+            fields[name]
+        return super().read(fields)
+
+    def hf_config(self, config: LLMConfig) -> dict[str, Any]:
+        """See LLMFamily."""
+        return {**super().hf_config(config), "use_sliding_window": False}
+
+
+class Qwen2(Qwen):
     """Qwen 2 and 2.5."""
 
     model_type = "qwen2"
     class_name = "Qwen2ForCausalLM"
     traits = MappingProxyType({"qkv_bias": True})
     gguf_architecture = "qwen2"
-    gguf_pairs_neighbours = False
     absent = ()
-
-    def read(self, fields: Fields) -> LLMConfig:
-        """See LLMFamily."""
-        refuse_window(fields)
-        # Where it is absent, transformers takes 32 and not, as of a Llama, one for each head.
-        fields["num_key_value_heads"]
-        return super().read(fields)
+    stated = ("num_key_value_heads",)
 
     def entries(self, config: LLMConfig) -> tuple[Entry, ...]:
         """See LLMFamily."""
@@ -40,28 +56,16 @@ class Qwen2(Llama):
         )
         return (*super().entries(config), *biases)
 
-    def hf_config(self, config: LLMConfig) -> dict[str, Any]:
-        """See LLMFamily."""
-        return {**super().hf_config(config), "use_sliding_window": False}
 
-
-class Qwen3(Llama):
+class Qwen3(Qwen):
     """The dense models of Qwen 3."""
 
     model_type = "qwen3"
     class_name = "Qwen3ForCausalLM"
     traits = MappingProxyType({"qk_norm": True})
     gguf_architecture = "qwen3"
-    gguf_pairs_neighbours = False
     absent = ("attention_bias",)
-
-    def read(self, fields: Fields) -> LLMConfig:
-        """See LLMFamily."""
-        refuse_window(fields)
-        # Defaults of the class, which are not those that follow from a Llama's other sizes.
-        fields["num_key_value_heads"]
-        fields["head_dim"]
-        return super().read(fields)
+    stated = ("num_key_value_heads", "head_dim")
 
     def entries(self, config: LLMConfig) -> tuple[Entry, ...]:
         """See LLMFamily."""
@@ -71,10 +75,6 @@ class Qwen3(Llama):
             Entry(f"{BLOCKS}/attn/k_norm/scale", f"{attention}.k_norm.weight", "h -> h"),
         )
         return (*super().entries(config), *norms)
-
-    def hf_config(self, config: LLMConfig) -> dict[str, Any]:
-        """See LLMFamily."""
-        return {**super().hf_config(config), "use_sliding_window": False}
 
 
 def refuse_window(fields: Fields) -> None:
