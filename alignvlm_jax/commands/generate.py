@@ -12,7 +12,7 @@ from PIL import Image
 
 from alignvlm_jax import storage
 from alignvlm_jax.config import DataConfig, VisionConfig
-from alignvlm_jax.data import images, stage_data
+from alignvlm_jax.data import images
 from alignvlm_jax.data.examples import ExampleBuilder
 from alignvlm_jax.errors import UsageError
 from alignvlm_jax.flag_types import positive
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     # whether it fits.
     page = images.load_page(args.image, args.page) if args.image else None
     config = loading.load_config(args.checkpoint, args.data)
-    tokenizer = stage_data.load_tokenizer(config.data, config.model)
+    tokenizer = loading.load_tokenizer(args.checkpoint, config)
     ExampleBuilder.of(config, tokenizer).prompt(page, args.question)
     loaded = loading.load(args.checkpoint, config)
     seen = "no image"

@@ -1,5 +1,6 @@
 """The data of a stage, opened once and handed to all that read them."""
 
+import functools
 import os
 import zlib
 from collections.abc import MutableMapping
@@ -7,7 +8,7 @@ from pathlib import Path
 
 from alignvlm_jax import storage
 from alignvlm_jax.config import DataConfig, ModelConfig
-from alignvlm_jax.data import chat, index, tokenizers
+from alignvlm_jax.data import chat, chat_template, index, tokenizers
 from alignvlm_jax.data.index import Index
 from alignvlm_jax.data.shards import RecordSource
 from alignvlm_jax.data.tokenizers.base import Tokenizer
@@ -48,6 +49,11 @@ class StageData:
         """
         return cls(load_tokenizer(data, model, known), tokenizer_path(data))
 
+    @functools.cached_property
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The files of the tokenizer; see the function of this name."""
+        return tokenizer_files(self.tokenizer_path, self.tokenizer)
+
     def records(self, folder: str | os.PathLike, split: str) -> RecordSource:
         """Returns the records of a split; UserError as of `RecordSource`."""
         key = os.fspath(folder), split
@@ -66,6 +72,18 @@ class StageData:
 def tokenizer_path(data: DataConfig) -> Path:
     """Returns the file or folder of the tokenizer: `data.tokenizer`, or `data.dir`."""
     return storage.path(data.tokenizer or data.dir)
+
+
+def tokenizer_files(path: Path, tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Returns the files of the tokenizer of `path` by name, with a chat_format.json
+    also where that follows from the special tokens: who reads them elsewhere need not know the
+    rule.
+
+    Raises:
+      UserError: one is missing or damaged, or there is no chat format.
+    """
+    chat_format = chat_template.to_json(chat.format_of(tokenizer))
+    return tokenizers.files(path) | {tokenizers.CHAT_FORMAT: chat_format.encode()}
 
 
 def tokenizer_contents(data: DataConfig) -> str:
@@ -93,11 +111,13 @@ def load_tokenizer(
     if path not in known:
         known[path] = tokenizers.load(path)
     # Of every model anew: stages that share a tokenizer may differ in their vocabulary.
-    _check_fits(known[path], path, model)
+    check_fits(known[path], path, model)
     return known[path]
 
 
-def _check_fits(tokenizer: Tokenizer, path: Path, model: ModelConfig) -> None:
+def check_fits(tokenizer: Tokenizer, path: Path, model: ModelConfig) -> None:
+    """Raises UserError where a tokenizer, which is that of `path`, has more tokens than
+    `model.llm.vocab_size`, or takes the model's image token for text."""
     if tokenizer.vocab_size > model.llm.vocab_size:
         raise UserError(
             f"tokenizer {path} has {tokenizer.vocab_size} tokens, config.model.llm.vocab_size is "

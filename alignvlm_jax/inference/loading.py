@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config, renamed
-from alignvlm_jax.data import chat, loader, stage_data
+from alignvlm_jax.data import chat, loader, stage_data, tokenizers
 from alignvlm_jax.data.examples import ExampleBuilder, PackedSequence
 from alignvlm_jax.data.tokenizers.base import ChatFiles, Tokenizer
 from alignvlm_jax.errors import UserError
@@ -23,6 +23,7 @@ from alignvlm_jax.models.vlm import VLM
 from alignvlm_jax.parallel import distributed, exchange
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.train import checkpoint, restore
+from alignvlm_jax.train.checkpoint_files import is_step
 from alignvlm_jax.train.state import Params
 from alignvlm_jax.weights import initial
 
@@ -97,32 +98,64 @@ def load(path: Path, config: Config) -> Loaded:
     Raises:
       UserError: there is no readable checkpoint, or its tokenizer is missing.
     """
-    data = config.data
-    contents = functools.partial(stage_data.tokenizer_contents, data)
-    distributed.check_alike({f"tokenizer {stage_data.tokenizer_path(data)}": contents})
-    tokenizer = stage_data.load_tokenizer(data, config.model)
+    tokenizer = load_tokenizer(path, config)
     mesh = mesh_lib.for_inference(config.mesh, config.model)
     trained, model, params, step = restore.load_model(path, mesh)
-    path = workdir_of(path) / checkpoint.FOLDER / str(step)
+    if (path / checkpoint.FOLDER).is_dir():
+        path = path / checkpoint.FOLDER / str(step)
+    elif not is_step(path.name):  # From inside a checkpoint's folder, by ".".
+        path = storage.absolute(path)
     metadata = restore.read_newest(path, lambda checkpoints, step: checkpoints.metadata(step))
     if tokenizer.chat_files.template and renamed.is_from_before(metadata["config"]):
         # Earlier versions read no chat template, and asked by the format of the special tokens.
         tokenizer = copy.copy(tokenizer)
         tokenizer.chat_files = ChatFiles(is_from_before=True)
-    trained = dataclasses.replace(trained, data=dataclasses.replace(trained.data, dir=data.dir))
+    trained = dataclasses.replace(
+        trained, data=dataclasses.replace(trained.data, dir=config.data.dir)
+    )
     return Loaded(path, step, metadata, trained, tokenizer, mesh, model, params)
 
 
+def load_tokenizer(path: Path, config: Config) -> Tokenizer:
+    """Returns the tokenizer that a model was trained with: the checkpoint's own, or where it has
+    none, that of the config.
+
+    Args:
+      path: as of `load`.
+      config: of `load_config`.
+
+    Raises:
+      UserError: it is missing, or does not fit the model.
+    """
+    folder, files = restore.read_newest(
+        path,
+        lambda checkpoints, step: (checkpoints.folder / str(step), checkpoints.tokenizer(step)),
+    )
+    if files is None:
+        data = config.data
+        contents = functools.partial(stage_data.tokenizer_contents, data)
+        distributed.check_alike({f"tokenizer {stage_data.tokenizer_path(data)}": contents})
+        return stage_data.load_tokenizer(data, config.model)
+    name = folder / "tokenizer"
+    tokenizer = tokenizers.of_files(files, str(name))
+    stage_data.check_fits(tokenizer, name, config.model)
+    return tokenizer
+
+
 def workdir_of(path: Path) -> Path:
-    """Returns the workdir that a workdir or a checkpoint folder of it names."""
-    # Not path.parent.parent: of "7", from inside the folder of checkpoints, that would be ".".
+    """Returns the workdir that a workdir or a checkpoint folder of it names; of a checkpoint that
+    was copied from its workdir alone, the folder that it lies in."""
     if (path / checkpoint.FOLDER).is_dir():
         return path
-    return (
-        path.parent.parent
-        if storage.is_bucket(path)
-        else Path(os.path.normpath(path / ".." / ".."))
-    )
+    folder = _above(path)
+    # Absolute: the folder of "7" is ".", which has no name.
+    name = (folder if storage.is_bucket(folder) else Path(os.path.abspath(folder))).name
+    return _above(folder) if name == checkpoint.FOLDER else folder
+
+
+def _above(path: Path) -> Path:
+    # Not path.parent: that of "." is "." again.
+    return path.parent if storage.is_bucket(path) else Path(os.path.normpath(path / ".."))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 kept and quarantined. With `checkpoint_files` and `checkpoint_reading` the only file that knows
 orbax.
 
-    workdir/checkpoints/STEP/{state, data, metadata, metrics, commit_success.txt}
+    workdir/checkpoints/STEP/{state, data, metadata, tokenizer, metrics, commit_success.txt}
 
 STEP counts over all stages. It is whole when `commit_success.txt` stands in it, which is written
 last. Where folders can be renamed, one appears under its final name only then. Nothing is deleted
@@ -164,6 +164,7 @@ class Checkpoints(Reader):
         position: Mapping[str, Any],
         metadata: Mapping[str, Any],
         metrics: Mapping | None,
+        tokenizer: Mapping[str, bytes] | None = None,
     ) -> None:
         """Starts to write a checkpoint; `live` may be donated at once.
 
@@ -175,6 +176,8 @@ class Checkpoints(Reader):
           metadata: of `describe`.
           metrics: {"stage": index, "answer_loss": of validation at this very step}, or None without
             validation.
+          tokenizer: its files by name, of `stage_data.tokenizer_files`, so that the checkpoint can
+            be used where nothing else of the run is; None where they stand in the workdir.
 
         Raises:
           UserError: this save, or the one before, could not be written: TryAgainError where it may
@@ -189,15 +192,17 @@ class Checkpoints(Reader):
         except OSError as err:
             raise self._save_error(err) from err
         self._check_space(live)
-        args = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(live),
-            data=ocp.args.JsonSave(checkpoint_files.with_checksum(dict(position))),
-            metadata=ocp.args.JsonSave(
-                checkpoint_files.with_checksum(
-                    {**metadata, "step": step, "run_id": self._id_of_run()}
-                )
-            ),
-        )
+        objects = {
+            "data": dict(position),
+            "metadata": {**metadata, "step": step, "run_id": self._id_of_run()},
+        }
+        if tokenizer is not None:
+            objects["tokenizer"] = checkpoint_files.packed(tokenizer)
+        items = {
+            name: ocp.args.JsonSave(checkpoint_files.with_checksum(fields))
+            for name, fields in objects.items()
+        }
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(live), **items)
         try:
             written = self._manager.save(step, args=args, metrics=metrics)
         except Exception as err:

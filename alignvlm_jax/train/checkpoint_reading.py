@@ -111,6 +111,17 @@ class Reader:
         stages = config_lib.from_json(metadata["config"])
         return next(stage for stage in stages if stage.stage == metadata["stage"])
 
+    def tokenizer(self, step: int) -> dict[str, bytes] | None:
+        """Returns the files of the tokenizer by name; None of a checkpoint that has none with it,
+        as of what `convert` wrote and of earlier versions."""
+
+        def read(folder: Path) -> dict[str, bytes] | None:
+            if not (folder / "tokenizer").is_dir():
+                return None
+            return checkpoint_files.unpacked(self._read_json(folder, "tokenizer"))
+
+        return self._read(step, read)
+
     def stored_params(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the shape and dtype of every stored parameter by path."""
         return self._read(

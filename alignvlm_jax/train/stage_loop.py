@@ -308,7 +308,12 @@ class StageLoop:
                 "unsupervised_records": self.unsupervised_read - self.unsupervised_told,
             }
             self.run.checkpoints.save(
-                now, live, position=position, metadata=metadata, metrics=quality
+                now,
+                live,
+                position=position,
+                metadata=metadata,
+                metrics=quality,
+                tokenizer=self.opened.tokenizer_files,
             )
             self.saved = now
             self.saved_at = time.monotonic()

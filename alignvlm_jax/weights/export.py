@@ -17,11 +17,9 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from alignvlm_jax import storage
 from alignvlm_jax.config import ModelConfig
-from alignvlm_jax.data import chat, chat_template, tokenizers
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.weights import families, towers
+from alignvlm_jax.weights import families
 from alignvlm_jax.weights.mapping import Entry
 
 COMPONENTS = ("llm", "vision", "connector")
@@ -87,23 +85,6 @@ def write(
         preprocessor = families.vision_of(config.vision).preprocessor(config.vision)
         _write_json(folder / "vision" / "preprocessor_config.json", preprocessor)
     return counts
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copies a tokenizer's file, or the one in a folder, with what says how it is used, and writes
-    its chat format. What else lies in the folder, such as the data that it was trained on, is no
-    part of the model.
-
-    Raises:
-      UserError: it is missing.
-    """
-    file, _ = tokenizers.read(source)
-    for path in (file, *(file.parent / name for name in towers.KEPT if name != file.name)):
-        if path.exists():
-            storage.copy_file(path, folder / path.name)
-    # Also where it follows from the special tokens: other readers of the folder know no such rule.
-    chat_format = chat.format_of(tokenizers.load(file))
-    (folder / tokenizers.CHAT_FORMAT).write_text(chat_template.to_json(chat_format))
 
 
 def _published(entries: Iterable[Entry], read: Read) -> Iterator[tuple[str, np.ndarray]]:

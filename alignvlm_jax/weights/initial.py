@@ -167,5 +167,11 @@ def _write(
     with storage.whole_folder(out) as target, storage.local_folder(target) as staging:
         counts = export.write(config.model, stored, read, staging, components)
         if "llm" in components:
-            export.copy_tokenizer(stage_data.tokenizer_path(config.data), staging / "llm")
+            for name, content in _tokenizer_files(checkpoints, step, config.data).items():
+                (staging / "llm" / name).write_bytes(content)
     return counts
+
+
+def _tokenizer_files(checkpoints: Checkpoints, step: int, data: DataConfig) -> dict[str, bytes]:
+    path = stage_data.tokenizer_path(data)
+    return checkpoints.tokenizer(step) or stage_data.tokenizer_files(path, tokenizers.load(path))

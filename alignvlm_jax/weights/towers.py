@@ -116,18 +116,6 @@ def resolve(name: str) -> Path:
     return path
 
 
-NEEDED = ("tokenizer.json", "tokenizer.model")
-KEPT = (
-    *NEEDED,
-    tokenizers.CHAT_FORMAT,
-    tokenizers.TEMPLATE,
-    tokenizers.SETTINGS,
-    tokenizers.SPECIAL_TOKENS,
-    "generation_config.json",
-)
-"""What a converted or exported model takes along."""
-
-
 def write(source: str, folder: Path) -> None:
     """Writes the tokenizer of `source` (a folder, a tokenizer's file, a GGUF, or an installed
     package) into `folder`, and its chat format where that does not follow from its special tokens.
@@ -142,14 +130,17 @@ def write(source: str, folder: Path) -> None:
     elif path.is_file():
         name = "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"
         shutil.copy(path, folder / name)
-        for beside in (path.parent / name for name in KEPT if name not in NEEDED):
+        for beside in (
+            path.parent / name for name in tokenizers.KEPT if name not in tokenizers.NAMES
+        ):
             if beside.is_file():
                 shutil.copy(beside, folder / beside.name)
     else:
-        found = [path / name for name in KEPT if (path / name).is_file()]
-        if not any(file.name in NEEDED for file in found):
+        found = [path / name for name in tokenizers.KEPT if (path / name).is_file()]
+        if not any(file.name in tokenizers.NAMES for file in found):
             raise UserError(
-                f"{path} holds no {' or '.join(NEEDED)}; name the tokenizer by --tokenizer=PATH"
+                f"{path} holds no {' or '.join(tokenizers.NAMES)}; name the tokenizer by "
+                "--tokenizer=PATH"
             )
         for file in found:
             shutil.copy(file, folder / file.name)

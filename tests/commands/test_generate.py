@@ -28,7 +28,7 @@ def test_prints_the_answer_alone(trained_workdir, page, capsys, monkeypatch):
     batches = []
 
     def load(path, config):
-        tokenizer = generate.stage_data.load_tokenizer(config.data, config.model)
+        tokenizer = generate.loading.load_tokenizer(path, config)
 
         def answer(variables, batch, max_new_tokens):
             batches.append(batch)

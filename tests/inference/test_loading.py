@@ -12,10 +12,16 @@ import pytest
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.config import renamed
+from alignvlm_jax.data import chat
+from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.data.tokenizers.base import ChatFiles
+from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading
-from alignvlm_jax.train import checkpoint_files
+from alignvlm_jax.models import vlm
+from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.train import checkpoint, checkpoint_files, state
+from alignvlm_jax.train.checkpoint import Checkpoints
 
 
 def test_parameters_are_those_saved_whatever_the_mesh(trained_workdir):
@@ -86,3 +92,64 @@ def test_a_checkpoint_from_before_templates_keeps_the_format_it_was_trained_with
     loaded = loading.load(path, loading.load_config(path))
     assert loaded.tokenizer.chat_files == ChatFiles(is_from_before=True)
     assert tokenizer.chat_files.template  # That of other models is left alone.
+
+
+@pytest.fixture
+def kept_run(trained_workdir, tmp_path) -> Path:
+    """A workdir whose checkpoint was saved with its tokenizer, and whose data are gone."""
+    config = loading.load_config(trained_workdir)
+    with Checkpoints(trained_workdir / checkpoint.FOLDER, read_only=True) as checkpoints:
+        model = vlm.VLM(config.model)
+        mesh = mesh_lib.for_inference(config.mesh, config.model)
+        params = checkpoints.restore_params(7, state.abstract_params(model, mesh))
+        metadata = checkpoints.metadata(7)
+    gone = dataclasses.replace(config, data=dataclasses.replace(config.data, dir="gone"))
+    with Checkpoints(tmp_path / "run" / checkpoint.FOLDER) as checkpoints:
+        checkpoints.save(
+            7,
+            state.TrainState(np.int32(7), params, ()),
+            position={"next_sequence": 56},
+            metadata=metadata | {"config": config_lib.to_json((gone,))},
+            metrics=None,
+            tokenizer=StageData.open(config.data, config.model).tokenizer_files,
+        )
+    return tmp_path / "run"
+
+
+def test_a_run_is_usable_when_it_was_moved_and_its_data_were_deleted(
+    kept_run, trained_workdir, tmp_path, monkeypatch
+):
+    """A checkpoint alone, too, from another folder."""
+    original = loading.load(trained_workdir, loading.load_config(trained_workdir))
+    moved = tmp_path / "elsewhere" / "run"
+    shutil.copytree(kept_run / "checkpoints" / "7", tmp_path / "alone" / "7")
+    moved.parent.mkdir()
+    kept_run.rename(moved)
+    monkeypatch.chdir(tmp_path / "alone" / "7")
+    for path in (moved, Path("../../elsewhere/run"), Path(), Path("../7")):
+        loaded = loading.load(path, loading.load_config(path))
+        assert loaded.tokenizer.fingerprint == original.tokenizer.fingerprint
+        assert chat.format_of(loaded.tokenizer) == chat.format_of(original.tokenizer)
+        assert loaded.tokenizer.encode("a b") == original.tokenizer.encode("a b")
+        assert (loaded.path / "metadata").is_dir()
+    assert loading.workdir_of(Path()).resolve() == tmp_path / "alone"
+
+
+def test_a_run_keeps_its_tokenizer_whatever_other_data_have(kept_run, tmp_path):
+    """`--data` names pages to ask about: their folder's tokenizer numbers other words."""
+    (tmp_path / "other").mkdir()
+    SentencePieceTokenizer.train(tmp_path / "other" / "tokenizer.model", ["xyz zyx"])
+    loaded = loading.load(kept_run, loading.load_config(kept_run, str(tmp_path / "other")))
+    assert loaded.tokenizer.encode("a b") == loading.load(
+        kept_run, loading.load_config(kept_run)
+    ).tokenizer.encode("a b")
+    assert loaded.config.data.dir == str(tmp_path / "other")
+
+
+def test_a_damaged_tokenizer_is_told_by_its_checkpoint(kept_run):
+    path = kept_run / "checkpoints" / "7" / "tokenizer" / "metadata"
+    fields = json.loads(path.read_text())
+    fields["tokenizer.model"] = fields["tokenizer.model"][::-1]
+    path.write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=r"checkpoints/7 cannot be read .*checksum"):
+        loading.load_tokenizer(kept_run, loading.load_config(kept_run))

@@ -34,6 +34,7 @@ from tests.conftest import random_batch, tiny_config
 
 NUM_STEPS = 4
 TOTAL = 2 * NUM_STEPS
+TOKENIZER = {"tokenizer.model": b"words", "chat_format.json": b"{}"}
 
 
 def stages(mesh: MeshConfig | None = None, **changes) -> tuple[Config, ...]:
@@ -127,7 +128,9 @@ def train(
         mock.patch.object(data_validation, "by_source", lambda config, opened: {"": config}),
         mock.patch.object(data_validation, "ValidationBatches", validation),
         mock.patch.object(loader, "TrainSequences"),
-        mock.patch.object(StageData, "open"),
+        mock.patch.object(
+            StageData, "open", return_value=mock.MagicMock(tokenizer_files=TOKENIZER)
+        ),
         mock.patch.object(step, "compile_steps", _compile_steps),
         mock.patch.object(state, "init_params", _init_params),
     ):

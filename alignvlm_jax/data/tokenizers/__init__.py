@@ -18,13 +18,18 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.storage import faults
 
 NAMES = ("tokenizer.json", "tokenizer.model")
-FIRST = "run `prepare` or `convert` first"
+FIRST = (
+    "run `prepare` or `convert` first, or name the folder where it lies now, by --data or "
+    "config.data.tokenizer"
+)
 CHAT_FORMAT = "chat_format.json"
 TEMPLATE = "chat_template.jinja"
 SETTINGS = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
 CONVERTED = "tokenizer"
 """Folder of a tokenizer in what `convert` writes."""
+KEPT = (*NAMES, CHAT_FORMAT, TEMPLATE, SETTINGS, SPECIAL_TOKENS, "generation_config.json")
+"""Files that belong to a tokenizer, of a folder that may hold others."""
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -58,6 +63,36 @@ def load(path: str | os.PathLike) -> Tokenizer:
     """
     path, content = read(path)
     return _make(str(path), content, chat_files(path))
+
+
+def files(path: str | os.PathLike) -> dict[str, bytes]:
+    """Returns the contents of a tokenizer's file and of those beside it that belong to it, by name.
+
+    Args:
+      path: as of `read`.
+
+    Raises:
+      UserError: the tokenizer's file is missing, or another cannot be read.
+    """
+    path, content = read(path)
+    folder = filesystem.parent(os.fspath(path)) or "."
+    # The other one of NAMES, if there is one, is not what this tokenizer is made of.
+    beside = {name: _read_beside(folder, name) for name in KEPT if name not in NAMES}
+    name = next((name for name in NAMES if path.suffix == Path(name).suffix), NAMES[-1])
+    return {name: content} | {name: found for name, found in beside.items() if found}
+
+
+def of_files(found: Mapping[str, bytes], name: str) -> Tokenizer:
+    """Returns the tokenizer of what `files` gave, with a chat_format.json among it.
+
+    Args:
+      found: contents by name.
+      name: where they are from, for messages.
+    """
+    main = next(one for one in NAMES if one in found)
+    where = f"{name}/{CHAT_FORMAT}"
+    chat_format = ChatFiles(where, chat_format=found[CHAT_FORMAT].decode())
+    return _make(f"{name}/{main}", found[main], chat_format)
 
 
 def chat_files(path: Path) -> ChatFiles:
