@@ -91,6 +91,7 @@ class Assistant:
         """
         pages, questions = _pairs(image, question)
         builder = self.loaded.builder
+        # By identity, since arrays cannot be keys: a page of several questions is opened once.
         opened = {id(one): None if one is None else images.open_page(one, page) for one in pages}
         prompts = [
             builder.prompt(opened[id(one)], text)
@@ -119,6 +120,7 @@ class Assistant:
         batch_size = loaded.config.eval.batch_size
         answers = {}
         for has_tiles in (True, False):
+            # The rows of a batch are stacked, and so must have the same arrays.
             indices = [i for i, prompt in enumerate(prompts) if ("tiles" in prompt) == has_tiles]
             if not indices:
                 continue

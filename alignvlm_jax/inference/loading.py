@@ -98,11 +98,14 @@ def load(path: Path, config: Config) -> Loaded:
       UserError: there is no readable checkpoint, or its tokenizer is missing.
     """
     data = config.data
+    # Each host reads its own copy. Another one on some host would feed other ids to the same
+    # program, and no error would tell.
     contents = functools.partial(stage_data.tokenizer_contents, data)
     distributed.check_alike({f"tokenizer {stage_data.tokenizer_path(data)}": contents})
     tokenizer = stage_data.load_tokenizer(data, config.model)
     mesh = mesh_lib.for_inference(config.mesh, config.model)
     trained, model, params, step = restore.load_model(path, mesh)
+    # The checkpoint that was read, which is an older one where the newest is damaged.
     path = workdir_of(path) / checkpoint.FOLDER / str(step)
     metadata = restore.read_newest(path, lambda checkpoints, step: checkpoints.metadata(step))
     if tokenizer.chat_files.template and renamed.is_from_before(metadata["config"]):
@@ -168,6 +171,7 @@ def answer(
             int(number): why for told in exchange.gather(problems) for number, why in told.items()
         }
         tokens_BT = sampler.generate(variables, loader.stack(rows), max_new_tokens)
+        # The rows that fill up the last batch end here.
         for number, tokens_T in enumerate(tokens_BT[: prompts.count - start], start):
             text = "" if number in problems else tokenizer.decode(tokens_T)
             answers.append(Answer(text, problems.get(number)))
@@ -178,6 +182,7 @@ def _build(prompts: Prompts, numbers: Sequence[int]) -> tuple[list[PackedSequenc
     """The prompts of these numbers, one of them repeated maybe, and why some could not be built."""
     built: dict[int, PackedSequence] = {}
     problems: dict[int, str] = {}
+    # Each number once, in order: the row that fills up a short batch is built once.
     for number in dict.fromkeys(numbers):
         try:
             built[number] = prompts.build(number)
@@ -192,4 +197,5 @@ def _build(prompts: Prompts, numbers: Sequence[int]) -> tuple[list[PackedSequenc
 def batch_size(count: int, most: int, data_parallel_size: int) -> int:
     """Returns the rows of a batch for `count` prompts, `most` or a few more: each of the devices
     that rows are spread over needs as many."""
+    # Rounded up, by -(-a // b): 3 prompts over 8 devices make 8 rows, and 20 of at most 12 make 16.
     return -(-min(count, max(most, data_parallel_size)) // data_parallel_size) * data_parallel_size

@@ -49,6 +49,7 @@ def map_tiles(
       rows_of_one: "tiles", uint8 [n, Y, X, C], each a row by itself, and further arrays of the
         batch [n, ...].
     """
+    # [n, Y, X, C] -> [n, 1, Y, X, C]: each a sequence of one tile.
     every = {**rows_of_one, "tiles": rows_of_one["tiles"][:, None]}
     total = len(every["tiles"])
     size = loaded.data_parallel_size

@@ -20,6 +20,7 @@ KINDS = (
     "ragged-all-to-all",
 )
 BETWEEN_SLICES = "between slices"
+# Where the first number in a type's name is not its bits; of f32, s8 or f8e4m3fn it is.
 BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
 
 
@@ -37,9 +38,14 @@ class _Op(NamedTuple):
     rest: str  # operands and attributes
 
 
+# "ENTRY %main.5 (p0: f32[8]) -> f32[8] {"; without ENTRY it is a computation that others call.
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+# "  ROOT %add.3 = f32[8]{0} add(%a, %b), metadata=..." is name, type, opcode and the rest behind
+# "(".
 _OP = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
+# "bf16[8,128]" in a type; "pred[]" is a scalar.
 _ARRAY = re.compile(r"\b(pred|bf16|[a-z]\d+\w*)\[([\d,]*)\]")
+# "calls=%fused.2", "to_apply=%add", and of "called_computations={%a, %b}" the first.
 _CALLED = re.compile(
     r"(?:calls|to_apply|called_computations=\{|branch_computations=\{)=?%?([\w.\-]+)"
 )
@@ -101,6 +107,7 @@ def _parse(hlo: str) -> tuple[dict[str, dict[str, _Op]], str]:
 
 def _trips(loop: _Op, condition: dict[str, _Op], body: dict[str, _Op]) -> int:
     """How often a loop runs that counts up from 0; 1 where that cannot be told."""
+    # "known_trip_count":{"n":"12"}
     if known := re.search(r'known_trip_count.*?"n":"(\d+)"', loop.rest):
         return int(known[1])
     compares = [

@@ -61,6 +61,7 @@ def make(train: TrainConfig, state_gib: float, num_hosts: int, step_seconds: flo
         state_gib=state_gib,
         gib_a_host=gib_a_host,
         step=step_seconds,
+        # GiB are 2^30 bytes, GB 10^9.
         save=gib_a_host * 2**30 / (HOST_WRITE_GB * 1e9),
         interval=steps * step_seconds,
     )
@@ -90,6 +91,7 @@ def _verdict(stopping: Stopping) -> str:
             groups = [f"{', '.join(of_one)} ({seconds} s)" for seconds, of_one in names.items()]
             parts.append(f"{verdict} {' and '.join(groups)}")
     if not all(stopping.in_time[name] for name in GRACE_SECONDS if name != "spot notice"):
+        # A fifth more than is needed, since both times are estimates.
         parts.append(f"launch with --grace={math.ceil(1.2 * stopping.needed)}")
     return "; ".join(parts)
 

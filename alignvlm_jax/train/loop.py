@@ -91,6 +91,7 @@ def train(
     keep = max(config.train.keep_checkpoints for config in configs)
     ends = tuple(stage.end for stage in stages)
     with (
+        # They are left in reverse: the lock goes last, when neither save nor log line is under way.
         workdir.lock(folder, configs),
         HostLog(
             folder, process=process, num_processes=num_processes, commit=commit.git_hash()
@@ -170,6 +171,7 @@ def _next(run: Run, stages: Sequence[Stage]) -> tuple[int, int, list[str]] | Non
 
 def lay_out(configs: tuple[Config, ...]) -> list[Stage]:
     """Returns the stages with their step ranges."""
+    # Of stages with 100 and 50 steps: [0, 100, 150].
     begins = np.cumsum([0] + [config.train.num_steps for config in configs]).tolist()
     return [Stage(i, config, begins[i], begins[i + 1]) for i, config in enumerate(configs)]
 
@@ -222,6 +224,7 @@ def _start(
     """Returns the state to go on from, and the position in the stage's data."""
     config = stage.config
     checkpoints = run.checkpoints
+    # Once a run: the checkpoints that later stages start from are of this very process.
     if run.earlier_seconds is None:
         metadata = (
             restore.agreed_metadata(checkpoints, newest) if newest else {"train_seconds": 0.0}
@@ -241,11 +244,13 @@ def _start(
         found = restore.agreed(lambda: read(checkpoints, newest))
     elif config.init_from:
         found = restore.read_newest(storage.path(config.init_from), read)
+    # A function of seed and stage: a stage that is begun again draws the same parameters.
     rng = jax.random.fold_in(jax.random.key(config.seed), stage.index)
     params, table = warm_start.start_params(model, abstract, found, rng)
     run.progress.say(table)
     trainable = state.trainable_paths(config.train, config.stage, abstract.params)
     opt_state = state.init_opt_state(tx, trainable, abstract, params)
+    # The compiled step takes no other dtype or sharding than those of `abstract`.
     first = jax.device_put(np.asarray(stage.begin, np.int32), abstract.step.sharding)
     return TrainState(first, params, opt_state), {"next_sequence": 0}
 
@@ -305,6 +310,7 @@ def _say_what_is_lost(run: Run, stage: Stage, newest: int) -> None:
         return  # Of a bucket every host would read it, for one line.
     done = newest - stage.begin
     every = stage.config.train.log_every
+    # The last step at which a line was due; all steps between the lines are multiples from `begin`.
     logged = newest if newest in (stage.begin, stage.end) else stage.begin + done // every * every
     last = metrics.last_step(run.folder / METRICS_FILE)
     if last < logged:

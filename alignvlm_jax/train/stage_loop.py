@@ -172,8 +172,12 @@ class StageLoop:
                 self._stop(live, now - 1)
             if must_save and now - 1 > self.saved:
                 self._save(live, now - 1, None)
+            # The old state is donated and gone after the call: nothing else may hold on to it. A
+            # transfer that nobody asked for would wait for the devices at every step, and so is an
+            # error.
             with jax.transfer_guard("disallow"), self.run.profiler.step(now, self._wait_for_step):
                 live, values = self.train_step(live, batch)
+            # The metrics of the step before, now that this one keeps the devices at work.
             self._read()
             self.unread = now, values, self.batches.num_unsupervised
             self.run.profiler.after_step(now, self._wait_for_step)
@@ -212,6 +216,8 @@ class StageLoop:
         processes."""
         minutes = self.stage.config.train.checkpoint_minutes
         is_late = minutes > 0 and time.monotonic() - self.saved_at > 60 * minutes
+        # Every process asks, at every step, or the others wait for ever; both questions in one
+        # exchange.
         return tuple(exchange.from_main((self.run.stop.seen(), is_late)))
 
     def _stop(self, live: TrainState, now: int) -> None:
@@ -242,6 +248,7 @@ class StageLoop:
         if began is not None:
             self.step_seconds = self.last_read - began
         self.run.phases.step(now)
+        # The optimizer counts the updates of this stage: steps without one were skipped.
         skipped = now - self.stage.begin - int(values.pop("num_updates"))
         if skipped > config.train.max_skipped_steps:
             raise UserError(
@@ -293,6 +300,8 @@ class StageLoop:
             metadata = checkpoint.describe(
                 self.run.stages, self.stage.config, train_seconds=seconds, answer_loss=answer_loss
             )
+            # NaN compares with nothing: as the least loss it would be kept, or stand in the way of
+            # one that is.
             is_comparable = answer_loss is not None and math.isfinite(answer_loss)
             quality = (
                 {"stage": self.stage.index, "answer_loss": answer_loss} if is_comparable else None

@@ -160,6 +160,7 @@ def _connector_entries(stored: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[Entr
     """Our own names, with dots, and our own axes."""
     letters = "abcdefgh"
     return tuple(
+        # Of a matrix "ab -> ab": no axis is moved.
         Entry(path, path.removeprefix("connector/").replace("/", "."), f"{axes} -> {axes}")
         for path, x in stored.items()
         if path.startswith("connector/")

@@ -139,6 +139,7 @@ def resample(table: np.ndarray, old: Grid, new: Grid, method: str) -> np.ndarray
     rows, columns = (weights(before, after) for before, after in zip(old, new, strict=True))
     grid = table.astype(np.float64).reshape(*old, -1)
     return (
+        # Separable: [y, r] and [x, c] weigh rows and columns of the old grid [r, c, E].
         np.einsum("yr,xc,rcE->yxE", rows, columns, grid)
         .reshape(new[0] * new[1], -1)
         .astype(np.float32)
@@ -148,13 +149,17 @@ def resample(table: np.ndarray, old: Grid, new: Grid, method: str) -> np.ndarray
 def _bicubic(old: int, new: int) -> np.ndarray:
     """[new, old] weights of the four neighbours; beyond the edge stands the edge."""
     a = -0.75
+    # Where the centre of each new position lies, in units of old ones; corners are not aligned.
     centres = (np.arange(new) + 0.5) * old / new - 0.5
     weights = np.zeros((new, old))
     for offset in range(-1, 3):
         neighbours = np.floor(centres).astype(int) + offset
         x = np.abs(centres - neighbours)
+        # The kernel of cubic convolution, up to a distance of 1, and from there to 2.
         near = (a + 2) * x**3 - (a + 3) * x**2 + 1
         far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
+        # At an edge several neighbours are one position: `weights[...] += ` would count one of them
+        # only.
         np.add.at(
             weights, (np.arange(new), neighbours.clip(0, old - 1)), np.where(x <= 1, near, far)
         )

@@ -69,6 +69,7 @@ def open_vision(name: str, tile_size: int | None = None) -> Tower:
     if path.is_dir():
         return families.open_vision(path, tile_size)
     with path.open("rb") as file:
+        # By its first bytes, whatever the file is called.
         is_zip = file.read(len(ZIP)) == ZIP
     if is_zip or path.suffix == ".npz":
         return big_vision.open_vision(path, tile_size)

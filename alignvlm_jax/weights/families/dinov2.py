@@ -110,6 +110,7 @@ def table(query: str, key: str, value: str, output: str) -> tuple[Entry, ...]:
 
 def _scale(array: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Multiplies rows, which are outputs."""
+    # lambda (W x + b): a weight [out, in] takes it as [out, 1], a bias [out] as it is.
     return array.astype(np.float32) * scale.astype(np.float32).reshape(-1, *(1,) * (array.ndim - 1))
 
 
@@ -123,6 +124,7 @@ def _positions(source: Source, sizes: VisionConfig) -> Made:
         )
 
     def make(table: np.ndarray) -> np.ndarray:
+        # [1, 1 + P, E] -> [P, E]: the first position is the class token's.
         return resample(table[0, 1:], (side, side), sizes.patch_grid, "bicubic")
 
     return Made(Tensor((sizes.num_patches, width), np.dtype(np.float32)), (POSITIONS,), make)

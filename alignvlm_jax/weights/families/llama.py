@@ -101,6 +101,7 @@ def read_rope(fields: Fields) -> tuple[float, RopeScaling]:
     Raises:
       UserError: they are scaled otherwise than Llama 3's.
     """
+    # Without either group the whole config.json stands in, which has a base and no scaling.
     rope = fields.within("rope_parameters") or fields.within("rope_scaling") or fields
     theta = float(rope.get("rope_theta") or fields.get("rope_theta", 10000.0))
     kind = "rope_type" if rope.get("rope_type") else "type"

@@ -23,6 +23,7 @@ PREFIX = "vision_model."
 CONVOLUTION = "yxCE -> ECyx"
 FLAT = "yxCE -> E(yxC)"
 """Axes of the patch embedding: a convolution's, and NaFlex's, which is a matrix."""
+# The pooling head, the text tower, temperature and bias of the loss, and indices of positions.
 IGNORED = (r"(.*\.)?head\..*", r"text_model\..*", r"logit_(scale|bias)", r".*\.position_ids")
 
 
@@ -98,7 +99,7 @@ class Siglip(VisionFamily):
             "image_processor_type": "SiglipImageProcessor",
             "size": {"height": config.tile_height, "width": config.tile_width},
             "do_resize": True,
-            "resample": 3,
+            "resample": 3,  # Bicubic, as PIL numbers it.
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,

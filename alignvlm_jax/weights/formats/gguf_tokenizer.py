@@ -115,7 +115,7 @@ def _sentencepiece(fields: Mapping[str, Any]) -> bytes:
     model.trainer_spec.unk_id = fields.get("tokenizer.ggml.unknown_token_id", 0)
     model.trainer_spec.bos_id = fields.get("tokenizer.ggml.bos_token_id", 1)
     model.trainer_spec.eos_id = fields.get("tokenizer.ggml.eos_token_id", 2)
-    model.trainer_spec.pad_id = -1
+    model.trainer_spec.pad_id = -1  # None, as SentencePiece says it.
     model.normalizer_spec.name = "identity"
     model.normalizer_spec.add_dummy_prefix = bool(
         fields.get("tokenizer.ggml.add_space_prefix", True)
