@@ -40,6 +40,7 @@ def measure(
     }
     displaced = []
     for one in perturbations:
+        # With size 0 tokens are the same, and a distance of exactly 0 need not be computed.
         noisy = visual_tokens(loaded, pages, one) if one.size else clean
         displaced.append(
             {

@@ -195,7 +195,9 @@ def components(vectors: np.ndarray, count: int) -> Components:
     centred = vectors - mean
     # Of the covariance [D, D], not an SVD of [n, D]: D is far below a vocabulary. Smallest first.
     variances, directions = np.linalg.eigh(centred.T @ centred)
+    # n vectors lie in a space of n - 1 dimensions around their mean.
     count = min(count, len(variances), max(len(vectors) - 1, 1))
+    # From the end, backwards: the `count` largest, the largest first.
     largest = slice(-1, -count - 1, -1)
     # Directions are columns of eigh's. Equal vectors have no variance to divide.
     total = variances.sum()

@@ -115,6 +115,7 @@ class Predictions:
         """
         mean = self.mean(field)
         variance = sum((row[field] - mean) ** 2 for row in self.rows) / len(self.rows)
+        # 95 % of a normal distribution lie within 1.96 standard deviations of its mean.
         return 1.96 * math.sqrt(variance / len(self.rows))
 
 
@@ -221,6 +222,7 @@ class Writer:
 
     def publish(self) -> Predictions:
         """Renames the file, which is complete now; returns its content."""
+        # Before the rename: closing writes out what the appender still keeps.
         self._file.close()
         storage.move(self._partial, self._path)
         return self.predictions

@@ -255,6 +255,7 @@ def _read_json(path: Path) -> Any:
 
 def _name(run: Path) -> tuple[str, int] | None:
     """Returns the row and the seed that a workdir's name ROW_seedN gives, or None."""
+    # "align_plain_seed2" is ("align_plain", 2).
     match = re.fullmatch(r"(.+)_seed(\d+)", run.name)
     return match and (match[1], int(match[2]))
 

@@ -88,6 +88,8 @@ def noise(title: str, rows: Sequence[Row]) -> Grid:
     lines = []
     for row in rows:
         runs = row.analysis("noise")
+        # Rounded, since they were multiplied by the features' deviation and divided again: 1.0
+        # comes back as 0.9999999.
         sigmas = [round(point["relative_sigma"], 2) for point in runs[0]["points"]]
         anls = np.array([[point["anls"] for point in run["points"]] for run in runs])
         # anls is [runs, sigmas]; the first sigma is 0.

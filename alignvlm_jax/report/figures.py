@@ -93,6 +93,7 @@ def stage_spans(lines: Sequence[dict[str, Any]]) -> list[tuple[str, float, float
     ends: dict[str, float] = {}
     for line in lines:
         ends[line["stage"]] = max(line["step"], ends.get(line["stage"], 0))
+    # One more than there are stages: where the last ends, none begins.
     starts = [0, *ends.values()]
     return [(name, start, end) for (name, end), start in zip(ends.items(), starts, strict=False)]
 
@@ -177,6 +178,7 @@ def _draw_stages(axes: Axes, spans: list[tuple[str, float, float]]) -> None:
 def _inline_svg(figure: Figure, label: str) -> str:
     """Returns a figure as an SVG element that fits the width of its container."""
     buffer = io.StringIO()
+    # None leaves these out: with a date no two reports of one run would be equal.
     figure.savefig(
         buffer,
         format="svg",
