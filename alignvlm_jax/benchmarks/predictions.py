@@ -140,6 +140,7 @@ def read(path: Path) -> Predictions | None:
     # What follows the last newline is a line that was half written when its process stopped.
     lines = path.read_bytes().decode().split("\n")[:-1]
     try:
+        # Not splitlines: texts are written as they are, and one with U+2028 would be cut in two.
         values = [json.loads(line) for line in lines]
     except ValueError as err:
         raise UserError(f"{path} is damaged ({err}); delete it and evaluate again") from err

@@ -232,6 +232,8 @@ class Runner:
         one is put."""
         tokenizer = self._loaded.tokenizer
         config = self._loaded.config
+        # Spelled with its special tokens: predictions of another chat format are not taken for
+        # these.
         prompt = chat.encode_prompt(tokenizer, question, 1, config.model.image_token_id)
         texts = json.dumps(
             [(question.id, question.turn.question, question.turn.answers) for question in questions]

@@ -215,7 +215,7 @@ def _hand_in(console: Console, checkpoint: Path, task: tasks.Task, result: Predi
             f"and score 0; the first: {problems[0]}",
             soft_wrap=True,
         )
-    # A test split is published without its answers: they are empty lists there.
+    # Test splits are published without answers: these are empty lists then.
     if not all(row["answers"] for row in result.rows):
         path = predictions.task_path(loading.workdir_of(checkpoint), task.name).with_suffix(
             ".submission.json"

@@ -138,6 +138,7 @@ def _within(kind: type, minimum: float, maximum: float = float("inf")) -> Callab
 
     def number(text: str) -> float:
         value = kind(text)
+        # Written so that NaN is refused: it compares with nothing.
         if not minimum <= value <= maximum:
             raise argparse.ArgumentTypeError(f"{text} is not from {minimum} to {maximum}")
         return value

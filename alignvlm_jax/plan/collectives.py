@@ -40,8 +40,7 @@ class _Op(NamedTuple):
 
 # "ENTRY %main.5 (p0: f32[8]) -> f32[8] {"; without ENTRY it is a computation that others call.
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-# "  ROOT %add.3 = f32[8]{0} add(%a, %b), metadata=..." is name, type, opcode and the rest behind
-# "(".
+# "  ROOT %add.3 = f32[8]{0} add(%a, %b), metadata=..." is name, type, opcode, and what follows "(".
 _OP = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
 # "bf16[8,128]" in a type; "pred[]" is a scalar.
 _ARRAY = re.compile(r"\b(pred|bf16|[a-z]\d+\w*)\[([\d,]*)\]")

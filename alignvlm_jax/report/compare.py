@@ -234,6 +234,7 @@ def _way(run: Path) -> dict[str, Any]:
     trained = restore.read_newest(run, lambda checkpoints, step: checkpoints.metadata(step))
     return {
         "train_seconds": trained["train_seconds"],
+        # Lists, as JSON gives them back: a tuple equals no list.
         "sigmas": list(RELATIVE_SIGMAS),
         "num_pages": NUM_PAGES,
         "num_questions": found.eval.num_questions,

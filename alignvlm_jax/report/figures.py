@@ -80,6 +80,7 @@ def points(lines: Sequence[dict[str, Any]], name: str, log: bool) -> np.ndarray:
     Values that are not finite are left out; with `log`, so are those that are not positive.
     """
     found = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    # [0, 2] where there are none, so that the columns below exist.
     values = np.asarray(found, float).reshape(-1, 2)
     keep = np.isfinite(values[:, 1]) & ((values[:, 1] > 0) | (not log))
     return values[keep]
@@ -121,6 +122,7 @@ def _panel(curve: Curve, lines: Sequence[dict[str, Any]], other: Sequence[dict[s
 
 def _draw_run(axes: Axes, curve: Curve, lines: Sequence[dict[str, Any]], color: str) -> None:
     """Draws a run's training metric, raw and smoothed, and its validation metric as points."""
+    # [n, 2]; its transpose is the steps and the values.
     training = points(lines, curve.training, curve.log)
     axes.plot(*training.T, color=color, linewidth=0.8, alpha=0.3)
     # Stage by stage: at a new stage the loss may jump, and no line should bridge or smooth that.

@@ -141,6 +141,7 @@ def _bucket_class() -> type:
                 try:
                     if method.upper() != "GET":
                         check_guards(name)
+                    # Without the decorator of gcsfs, which tries again by rules of its own.
                     return await core.GCSFileSystem._request.__wrapped__(
                         self, method, path, *args, **kwargs
                     )
@@ -156,6 +157,7 @@ def _bucket_class() -> type:
                         or time.monotonic() + pause > deadline
                     ):
                         raise _os_error(err, name) from err
+                # At random, so that hosts which failed together do not all come back together.
                 await asyncio.sleep(pause * random.uniform(0.5, 1))
                 pause = min(2 * pause, MAX_PAUSE)
 

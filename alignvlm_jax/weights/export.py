@@ -80,6 +80,7 @@ def write(
         fields, entries = writers[component]()
         (folder / component).mkdir(parents=True)
         dtypes = {stored[entry.path].dtype for entry in entries}
+        # A config.json names one dtype: that which holds all others. Tensors keep their own.
         fields["torch_dtype"] = str(np.result_type(*dtypes))
         _write_json(folder / component / "config.json", fields)
         counts[component] = _write_tensors(folder / component, _published(entries, read))
@@ -108,6 +109,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 def _published(entries: Iterable[Entry], read: Read) -> Iterator[tuple[str, np.ndarray]]:
     for entry in entries:
+        # A stacked parameter is read once, and handed on a layer at a time.
         array = read(entry.path)
         for name, view in zip(entry.names(array.shape), entry.views(array), strict=True):
             yield name, np.ascontiguousarray(view)

@@ -94,6 +94,8 @@ def write(
             staging / "config.json", json.dumps(config_lib.to_json((config,)), indent=2) + "\n"
         )
         largest = max(x.nbytes for x in jax.tree.leaves(params))
+        # In gigabytes of 10^9 bytes: room for one parameter at a time, the largest of them
+        # included.
         with Checkpoints(staging / checkpoint.FOLDER, host_gb=1.1 * largest / 1e9) as checkpoints:
             metadata = checkpoint.describe((config,), config, train_seconds=0.0, answer_loss=None)
             checkpoints.save(

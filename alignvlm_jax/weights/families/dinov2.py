@@ -14,6 +14,7 @@ from alignvlm_jax.weights.mapping import Entry
 from alignvlm_jax.weights.source import Derived, Made, Source, Tensor, Tower, resample
 
 POSITIONS = "embeddings.position_embeddings"
+# The class token, and what stands for masked patches in its training.
 IGNORED = (r"embeddings\.cls_token", r"embeddings\.mask_token")
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -42,6 +43,7 @@ class Dinov2(VisionFamily):
         patch = fields["patch_size"]
         return read_vision(
             fields,
+            # Pixels beyond the last whole patch no patch sees.
             fields["image_size"] // patch * patch,
             tile_size,
             mlp_width=round(fields["hidden_size"] * fields.get("mlp_ratio", 4)),
@@ -83,6 +85,8 @@ def tower(source: Source, sizes: VisionConfig) -> Tower:
                 name = f"{prefix}.{scaled}.{part}"
                 by = f"{prefix}.{scale}.lambda1"
                 if name in source.tensors and by in source.tensors:
+                    # In float32, since the product of two rounded numbers has more digits than
+                    # either.
                     tensor = source.tensors[name]._replace(dtype=np.dtype(np.float32))
                     made[name] = Made(tensor, (name, by), _scale)
     return Tower(Derived(source, made), sizes, table(*names), IGNORED)

@@ -139,6 +139,7 @@ def open_vision(path: Path, tile_size: int | None = None) -> Tower:
         tensor = Tensor((1, config.num_patches, width), np.dtype(np.float32))
 
         def make(table: np.ndarray) -> np.ndarray:
+            # [1, P, E] -> [P, E] -> [1, P', E]
             return resample(table[0], (side, side), config.patch_grid, "linear")[None]
 
         tower_source = Derived(source, {POSITIONS: Made(tensor, (POSITIONS,), make)})
