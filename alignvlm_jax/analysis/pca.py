@@ -218,6 +218,7 @@ def coverage(table: np.ndarray, ids: np.ndarray, rng: np.random.Generator) -> di
       units of the root mean square distance of rows from their mean (None if no row is outside).
     """
     centred = table - table.mean(0)
+    # The directions are the set's own, the variance is that of all rows around the mean of all.
     own = components(table[ids], NUM_COMPONENTS)
     explained = ((centred @ own.directions.T) ** 2).sum() / (centred**2).sum()
     outside = sample(np.setdiff1d(np.arange(len(table)), ids), rng)

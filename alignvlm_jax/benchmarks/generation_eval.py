@@ -65,9 +65,9 @@ class GenerationEval:
         for start in range(0, len(self._chosen.places), self._batch_size):
             if should_stop():
                 return None
+            count = min(self._batch_size, len(self._chosen.places) - start)
             # `start` is bound in the lambda's default: a plain closure would see the loop's last
             # value.
-            count = min(self._batch_size, len(self._chosen.places) - start)
             prompts = Prompts(count, lambda number, start=start: self._prompt(start + number))
             answers = loading.answer(
                 self._sampler,

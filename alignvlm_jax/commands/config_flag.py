@@ -37,8 +37,8 @@ def parse(argv: list[str]) -> tuple[tuple[Config, ...] | None, list[str]]:
             # Before all others, whatever their order: the connector decides which options exist.
             config.model.connector.name = value
     for flag in overrides:
-        # absl takes the type of a flag from the value that stands in its place: each field must
-        # exist by now.
+        # A flag gets its type from the value that stands in its place: by then each field must
+        # exist.
         _prepare_field(config, flag.lstrip("-").split("=", 1)[0].removeprefix("config."))
     # FlagValues of its own: absl's global ones belong to the libraries. argv[0] is the program.
     arguments = ["", *overrides]

@@ -205,6 +205,7 @@ def _lens(args: argparse.Namespace) -> None:
 
 def _packing_efficiency(all_sequences: TrainSequences) -> float:
     """Returns the packing efficiency of the first epoch."""
+    # Counters are of all sequences before a number: before the end of epoch 0, those of that epoch.
     return all_sequences.schedule.counters(all_sequences.schedule.epoch_at(0).end)[
         "packing_efficiency"
     ]

@@ -33,8 +33,8 @@ def best_fit(sizes: Sizes, seq_len: int, max_tiles: int) -> list[Bins]:
     # groups[t][n]: rows that have t tiles and n tokens left; bit n of rooms[t] says whether there
     # are any.
     groups: list[dict[int, list[Bins]]] = [{} for _ in range(max_tiles + 1)]
-    # Ints as sets of rooms, of seq_len bits: the least room that fits is found by a shift and a
-    # lowest bit, however many rows there are.
+    # Ints as sets of numbers: the least room that fits is found by a shift and a lowest bit,
+    # however many rows there are.
     rooms = [0] * (max_tiles + 1)
 
     def leave(tiles_left: int, room: int, rows: Bins) -> None:

@@ -124,6 +124,7 @@ class Assistant:
             indices = [i for i, prompt in enumerate(prompts) if ("tiles" in prompt) == has_tiles]
             if not indices:
                 continue
+            # As few rows as the mesh takes: a single prompt need not pay for a whole batch.
             size = loading.batch_size(len(indices), batch_size, loaded.data_parallel_size)
             trimmed = loaded.builder.trim_prompts([prompts[i] for i in indices])
             batched = Prompts(len(trimmed), trimmed.__getitem__)

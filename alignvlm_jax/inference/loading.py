@@ -165,13 +165,15 @@ def answer(
     local_rows = sampler.rows_of_process(size)
     answers = []
     for start in range(0, prompts.count, size):
+        # This process builds the rows that it feeds. What follows are collectives: all processes
+        # come to them, with problems or without, or the others wait for ever.
         rows, problems = _build(prompts, np.minimum(start + local_rows, prompts.count - 1).tolist())
         # Where the tensor axis crosses hosts several of them report the same one.
         problems = {
             int(number): why for told in exchange.gather(problems) for number, why in told.items()
         }
         tokens_BT = sampler.generate(variables, loader.stack(rows), max_new_tokens)
-        # The rows that fill up the last batch end here.
+        # Rows that only fill up the last batch are left out.
         for number, tokens_T in enumerate(tokens_BT[: prompts.count - start], start):
             text = "" if number in problems else tokenizer.decode(tokens_T)
             answers.append(Answer(text, problems.get(number)))

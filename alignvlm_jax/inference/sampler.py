@@ -135,6 +135,8 @@ def abstract_prompts(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shapes, dtypes and shardings of a batch of the longest prompts that a stage's rows
     hold."""
+    # A prompt shows one record: it has room for that record's tiles, not for those of a packed
+    # sequence.
     data = dataclasses.replace(config.data, max_tiles=config.data.tiles_of_a_record)
     shapes = abstract_batch(config.model, data, batch_size)
     rows = sharding.batch_sharding(mesh)

@@ -75,6 +75,7 @@ def track(parts: Sequence[Any], name: str) -> Iterable[Any]:
     )
 
 
+# Trap: a function is its own key. One that is made anew for each call compiles each time.
 @functools.lru_cache(maxsize=8)
 def _jitted(
     fn: Callable, model: VLM, mesh: Mesh

@@ -75,6 +75,7 @@ class Attention(nn.Module):
             axes = ("embed", axis, "head_dim")
             linear = Einsum(equation, shape, axes, c.qkv_bias, dtype=self.dtype, name=name)
             y = linear(x_BTD)
+            # Key-value heads are split along `tensor` as query heads are: it has to divide both.
             return nn.with_logical_constraint(y, ("act_batch", "act_len", "act_heads", None))
 
         def rotate(name: str, heads: Array) -> Array:

@@ -64,6 +64,7 @@ class Einsum(nn.Module):
             zeros = nn.with_logical_partitioning(
                 nn.initializers.zeros, tuple(self.axes[i] for i in kept)
             )
+            # Of "BTD,DHh->BTHh" it is [H, h]: the axes of the kernel that the output keeps.
             self.bias = self.param("bias", zeros, tuple(self.shape[i] for i in kept), jnp.float32)
 
     def __call__(self, inputs: Array) -> Array:

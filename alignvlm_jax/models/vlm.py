@@ -135,8 +135,8 @@ class VLM(nn.Module):
         # Segments are left out, since cuDNN's kernel takes them as a bias [B, 1, T, T]. They are
         # not needed: prompt tokens stand before the padding, and what the padding sees is not used.
         hidden_BTD, cache = self.llm(x_BTD, batch["positions"], cache=cache)
-        # Only the last token of each prompt goes through the LM head: logits of all would be [B, T,
-        # V], and those at the end of the array are of padding.
+        # Only the last token of each prompt goes through the LM head: logits of all would take
+        # [B, T, V]. It is not the last of the array, where shorter prompts have padding.
         last_B = (segment_ids > 0).sum(-1) - 1
         hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
         return self.llm.logits(hidden_B1D)[:, 0], cache
@@ -227,6 +227,7 @@ def abstract_batch(
         "loss_weights": (tokens, np.float32),
         "positions": (tokens, np.int32),
         "segment_ids": (tokens, np.int32),
+        # A quarter of float32's bytes on the way to the devices, where the encoder normalises them.
         "tiles": (tiles, np.uint8),
         "patch_label_ids": ((*patches, data.max_patch_labels), np.int32),
         "patch_label_weights": ((*patches, data.max_patch_labels), np.float32),

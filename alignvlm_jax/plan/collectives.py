@@ -20,7 +20,7 @@ KINDS = (
     "ragged-all-to-all",
 )
 BETWEEN_SLICES = "between slices"
-# Where the first number in a type's name is not its bits; of f32, s8 or f8e4m3fn it is.
+# Of all others the first number in the name is the bits: f32, s8, f8e4m3fn.
 BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
 
 

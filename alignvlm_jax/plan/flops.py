@@ -114,7 +114,7 @@ def _matmuls(jaxpr: Jaxpr, component: str) -> Iterator[tuple[str, int]]:
         elif equation.primitive.name == "conv_general_dilated":
             yield here, _of_convolution(equation)
         elif equation.primitive.name == "cond":
-            # One branch runs: the costliest, which is that of the step that does the work.
+            # Of its branches one runs: the costliest stands for all.
             yield from max(
                 (list(_matmuls(branch.jaxpr, here)) for branch in equation.params["branches"]),
                 key=lambda found: sum(flops for _, flops in found),
@@ -126,7 +126,7 @@ def _matmuls(jaxpr: Jaxpr, component: str) -> Iterator[tuple[str, int]]:
 
 
 def _of_dot(equation: JaxprEqn) -> int:
-    # An entry of the result is a sum over the contracted axes of the left operand.
+    # Each entry of the result is a sum over the contracted axes.
     (contracted, _), _ = equation.params["dimension_numbers"]
     left = equation.invars[0].aval.shape
     out = equation.outvars[0].aval.shape

@@ -184,7 +184,7 @@ def seconds(plan: Plan) -> float:
     """Returns an estimate of a step's seconds, to compare plans: the model's FLOPs and those made
     twice at half of the peak, and then, as if nothing overlapped, what is sent over the links."""
     again = {"none": 0.0, "dots": 0.1, "full": 1.0}[plan.config.model.remat]
-    # The backward pass is two matmuls for each of the forward pass: a third of all is forward.
+    # Where all is trained, the backward pass has two matmuls for each of the forward pass.
     forward = (plan.flops["vision"] + plan.flops["llm"]) / 3
     computing = (sum(plan.flops.values()) + again * forward) / (plan.topology.peak_flops / 2)
     return computing + sum(_wire_seconds(plan, kind) for kind in plan.communication)

@@ -90,10 +90,9 @@ def build(folder: Path, other: Path | None = None, data_dir: str | None = None) 
     """
     run = read(folder, data_dir)
     path = folder / FILE
+    # Of the other run curves and scores are shown: they need no model.
     storage.write_whole(
-        # Of the other run curves and scores are shown: they need no model.
-        path,
-        render(run, None if other is None else read(other, data_dir, with_model=False)),
+        path, render(run, None if other is None else read(other, data_dir, with_model=False))
     )
     return path
 
@@ -192,10 +191,9 @@ def _splits(run: Run) -> list[str]:
     """Returns the names of the splits with predictions, those of the config first."""
     found = [split for split, blind in run.results if not blind]
     named = run.stages[-1].eval.splits
+    # Splits that the config does not name come last, by name.
     return sorted(
-        # Splits that the config does not name come last, by name.
-        found,
-        key=lambda split: (named.index(split) if split in named else len(named), split),
+        found, key=lambda split: (named.index(split) if split in named else len(named), split)
     )
 
 

@@ -88,10 +88,11 @@ def train(
     profiled = hooks.profile_range(configs)
     process = jax.process_index()
     num_processes = jax.process_count()
+    # One manager keeps the checkpoints of all stages, in one folder.
     keep = max(config.train.keep_checkpoints for config in configs)
     ends = tuple(stage.end for stage in stages)
     with (
-        # They are left in reverse: the lock goes last, when neither save nor log line is under way.
+        # Left in reverse order: the lock goes last, when neither save nor log line is under way.
         workdir.lock(folder, configs),
         HostLog(
             folder, process=process, num_processes=num_processes, commit=commit.git_hash()
@@ -205,6 +206,8 @@ def _train_stage(run: Run, stage: Stage, newest: int, lacking: Sequence[str]) ->
         with Writer(run.folder, newest) if distributed.is_main() else NullWriter() as writer:
             with run.phases.enter("compiling"):
                 train_step, eval_step = step.compile_steps(model, config, tx, abstract, mesh)
+            # Counted once a stage, from shapes: of the plain program and not of the one just
+            # compiled.
             mfu_of = flops.mfu_of(config, abstract.params, mesh.devices.flat)
             loop = StageLoop(
                 run, stage, mesh, opened, writer, train_step, eval_step, evaluators, mfu_of
@@ -310,7 +313,7 @@ def _say_what_is_lost(run: Run, stage: Stage, newest: int) -> None:
         return  # Of a bucket every host would read it, for one line.
     done = newest - stage.begin
     every = stage.config.train.log_every
-    # The last step at which a line was due; all steps between the lines are multiples from `begin`.
+    # The newest step at which a line was due: `every` steps apart from `begin` on, and at the end.
     logged = newest if newest in (stage.begin, stage.end) else stage.begin + done // every * every
     last = metrics.last_step(run.folder / METRICS_FILE)
     if last < logged:

@@ -32,6 +32,7 @@ def make_optimizer(optim: OptimConfig, num_steps: int) -> optax.GradientTransfor
     """Returns the optax chain of a stage of so many steps."""
     scales = optim.learning_rate_scale
     return optax.chain(
+        # By the norm of all gradients of the stage together, before Adam sees them.
         optax.clip_by_global_norm(optim.clip_norm),
         optax.adamw(
             make_schedule(optim, num_steps),

@@ -158,6 +158,7 @@ class StageLoop:
                 f"{self.batches.num_unused:,} records are in no row: of no use to the stage's tasks"
             )
         self.interval = Interval(position.get("interval", ()))
+        # Below 0 by those that a stopped run had read and not told: the next line has them in it.
         self.unsupervised_told = -position.get("unsupervised_records", 0)
 
     def _run_steps(self, live: TrainState, newest: int) -> None:
@@ -233,6 +234,7 @@ class StageLoop:
 
     def _is_device_busy(self) -> bool:
         """Whether a step that was sent off is not finished yet."""
+        # is_ready does not wait for the step, as reading the loss would.
         return self.unread is not None and not self.unread[1]["loss"].is_ready()
 
     def _read(self) -> None:
@@ -300,8 +302,7 @@ class StageLoop:
             metadata = checkpoint.describe(
                 self.run.stages, self.stage.config, train_seconds=seconds, answer_loss=answer_loss
             )
-            # NaN compares with nothing: as the least loss it would be kept, or stand in the way of
-            # one that is.
+            # NaN compares with nothing: among losses it could pass for the least, and be kept.
             is_comparable = answer_loss is not None and math.isfinite(answer_loss)
             quality = (
                 {"stage": self.stage.index, "answer_loss": answer_loss} if is_comparable else None

@@ -164,8 +164,7 @@ def _with_shardings(make_boxed: Callable[[], Any], mesh: Mesh) -> Any:
 
 def _nearest_path(pattern: str, paths: list[str]) -> str:
     """Compares against paths and the folders above them, since patterns mostly name a component."""
-    # Above "llm/blocks/attn/q/kernel" these are "llm/.*", "llm/blocks/.*", "llm/blocks/attn/.*",
-    # ...
+    # Of "llm/blocks/attn/q/kernel" these are "llm/.*", "llm/blocks/.*", and so on.
     folders = {
         "/".join(path.split("/")[:n]) + "/.*"
         for path in paths

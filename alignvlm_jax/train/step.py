@@ -73,6 +73,7 @@ def make_train_step(
     """
 
     def train_step(old: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, Metrics]:
+        # Frozen parameters come into the loss from outside: no gradient of theirs is ever made.
         trained, frozen = state.split(old.params, trainable)
         # Of the whole batch: what a microbatch's sums are divided by must not depend on the split.
         weights = _weights(batch)
@@ -98,6 +99,7 @@ def make_train_step(
         # The scan stacks the sums of the microbatches: [n] -> [].
         sums = jax.tree.map(lambda x: x.sum(0), sums)
 
+        # Before clipping, which is the optimizer's: one NaN in any gradient makes the norm NaN.
         grad_norm = optax.global_norm(grads)
         updates, opt_state = tx.update(grads, old.opt_state, trained)
         updated = optax.apply_updates(trained, updates), opt_state

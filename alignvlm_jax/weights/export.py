@@ -131,6 +131,7 @@ def _write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> i
         pending.clear()
 
     for name, array in tensors:
+        # A tensor larger than a shard gets one to itself.
         if pending and sum(x.nbytes for x in pending.values()) + array.nbytes > SHARD_BYTES:
             flush()
         pending[name] = array

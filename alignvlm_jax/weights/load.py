@@ -42,6 +42,8 @@ def check_tower(tower: Tower, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> lis
                     f"that the file gives ({entry.path} {shape}) it must be "
                     f"{entry.published_shape(shape)}"
                 )
+            # A dtype that a source does not read is void there, and matters only where it is
+            # needed.
             elif not jnp.issubdtype(tensors[name].dtype, jnp.floating):
                 raise UserError(
                     f"{tower.source.name}: tensor {name} is of a type that is not read; save it "

@@ -142,6 +142,7 @@ def write(source: str, folder: Path) -> None:
     if path.is_file() and gguf.is_gguf(path):
         gguf_tokenizer.write_gguf_tokenizer(gguf.fields(path), folder)
     elif path.is_file():
+        # Under a name that `tokenizers.read` looks for, whatever its own is.
         name = "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"
         shutil.copy(path, folder / name)
         for beside in (path.parent / name for name in KEPT if name not in NEEDED):

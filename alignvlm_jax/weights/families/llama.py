@@ -34,6 +34,7 @@ class Llama(LLMFamily):
             mlp_width=fields["intermediate_size"],
             num_layers=fields["num_hidden_layers"],
             num_heads=num_heads,
+            # Without the field each query head has keys and values of its own.
             num_kv_heads=fields.get("num_key_value_heads") or num_heads,
             head_dim=fields.get("head_dim") or width // num_heads,
             norm_eps=fields.get("rms_norm_eps", 1e-6),

@@ -54,6 +54,7 @@ class Siglip(VisionFamily):
         entries = table(prefix, FLAT if _is_naflex(fields) else CONVOLUTION)
         side = _own_size(fields) // config.patch_height
         positions = f"{prefix}embeddings.position_embedding.weight"
+        # A table that is missing is left to `load.check_tower`, which names it.
         if (side, side) != config.patch_grid and positions in source.tensors:
             tensor = Tensor((config.num_patches, config.width), np.dtype(np.float32))
             make = functools.partial(

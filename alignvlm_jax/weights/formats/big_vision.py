@@ -112,6 +112,7 @@ def open_vision(path: Path, tile_size: int | None = None) -> Tower:
             )
         return source.tensors[name].shape
 
+    # [y, x, C, E], with square patches.
     patch, _, _, width = shape("embedding/kernel")
     # Kernels of the query are [E, H, h], and positions [1, P, E] of a square grid.
     num_heads = shape(f"{first}/{ATTENTION}/query/kernel")[skip + 1]

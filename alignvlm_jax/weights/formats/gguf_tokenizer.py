@@ -77,6 +77,7 @@ def _byte_level(fields: Mapping[str, Any]) -> Tokenizer:
         raise UserError(f"tokenizer.ggml.pre is {pre!r}{nearest(str(pre), PRE_TOKENIZERS)}")
     tokens = fields["tokenizer.ggml.tokens"]
     types = fields["tokenizer.ggml.token_type"]
+    # Byte-level tokens hold no space: the one that there is parts the two that merge.
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     # In Llama 3, a pre-token that is in the vocabulary is one token, even where the merges would
     # not arrive at it.
