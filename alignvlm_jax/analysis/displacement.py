@@ -76,6 +76,7 @@ def signal_std(features: np.ndarray) -> float:
     It is the root of the mean over channels of the variance over patches: a value that is the same
     in all patches is no signal.
     """
+    # [n, E] -> a variance for each channel -> their mean, and its root.
     return float(np.sqrt(np.float64(features).var(0).mean()))
 
 

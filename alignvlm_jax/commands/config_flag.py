@@ -131,6 +131,7 @@ def _stage_field(config: ml_collections.ConfigDict, path: str, names: list[str])
         value = config_dict.placeholder(_lookup(config, names[2:-1], path).get_type(names[-1]))
     changes = config.stages[names[1]]
     if not _has(changes, names[2:]):
+        # Groups on the way to the field that the stage does not have yet.
         for name in names[2:-1]:
             if name not in changes:
                 changes[name] = ml_collections.ConfigDict()

@@ -112,6 +112,7 @@ def _count_tiles(index: Index, limits: Limits) -> np.ndarray:
         records = np.flatnonzero(num_images == count)
         # The images of a record share its tiles evenly.
         for image in range(count):
+            # [records, 2]: of each of these records its image of this number.
             sizes = index.image_sizes[index.image_starts[records] + image]
             tiles[records] += images.count_tiles(
                 sizes, limits.vision, most // count, limits.use_overview

@@ -174,6 +174,7 @@ def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> P
         peak_hbm_gib=peak_gib,
         fits=peak_gib is not None and peak_gib <= topology.chip.hbm_gib,
         is_estimate=is_estimate,
+        # Of the plain program, whatever was compiled: what is computed twice does not count.
         flops=flops.step_flops(config, abstract.params),
         communication=communication,
     )

@@ -129,11 +129,13 @@ class Search:
         yield plan
         if not plan.fits:
             return
+        # From the least memory to the most: where one does not fit, the next would not.
         for remat in ("full", "dots", "none"):
             # A guess by what the plan before took, and where it was too bold another by its own.
             for _ in range(2):
                 steps = small.train.grad_accum_steps // _microbatch_size(plan, held)
                 candidate = self._changed(mesh, steps, remat)
+                # This has just been compiled.
                 if candidate == plan.config:
                     break
                 plan = aot.make(candidate, self.topology, devices)

@@ -163,6 +163,7 @@ def measure(run: Path) -> None:
         for split in splits
         for blind in (False, True)
     }
+    # One seed for all runs, so that each question is seen through the same noise.
     analyses = {
         "noise": noise.measure_features(loaded, splits[0], (), RELATIVE_SIGMAS, NUM_PAGES, seed=0)
     }

@@ -150,6 +150,7 @@ def _smooth(values: np.ndarray, log: bool) -> np.ndarray:
     # The window stays symmetric: a one-sided mean would hide how steeply a stage begins.
     values = np.log(values) if log else values
     widest = min(SMOOTHING // 2, len(values) // 10)
+    # As many neighbours on either side as there are up to the nearer end.
     half = [min(widest, i, len(values) - 1 - i) for i in range(len(values))]
     means = np.array([values[i - h : i + h + 1].mean() for i, h in enumerate(half)])
     return np.exp(means) if log else means

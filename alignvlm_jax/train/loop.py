@@ -164,6 +164,7 @@ def _next(run: Run, stages: Sequence[Stage]) -> tuple[int, int, list[str]] | Non
     evaluations that this step lacks; None when all is done."""
     newest = run.newest()
     for stage in stages:
+        # A stage is done with its last checkpoint, unless a stop kept evaluations of that step out.
         lacking = run.lacking(stage, newest) if stage.begin < newest <= stage.end else []
         if newest < stage.end or lacking:
             return stage.index, newest, lacking

@@ -127,6 +127,7 @@ def _write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> i
     def flush() -> None:
         # The number of shards, which their names hold, is known at the end.
         save_file(pending, folder / f"{len(shards)}.tmp", metadata={"format": "pt"})
+        # The names alone: the arrays are written, and can go.
         shards.append(list(pending))
         pending.clear()
 

@@ -86,6 +86,7 @@ def write(
         # a chat format.
         chat.format_of(stage_data.load_tokenizer(data, config.model))
         model = vlm.VLM(config.model)
+        # Parameters that one device could not hold are spread over all.
         mesh = mesh_lib.widest(config.model)
         with mesh_lib.use(mesh):
             abstract = state.abstract_params(model, mesh)
@@ -100,6 +101,7 @@ def write(
             metadata = checkpoint.describe((config,), config, train_seconds=0.0, answer_loss=None)
             checkpoints.save(
                 0,
+                # Without optimizer state: a run that starts here makes its own.
                 TrainState(np.int32(0), params, ()),
                 position={"next_sequence": 0},
                 metadata=metadata,
@@ -160,6 +162,7 @@ def _write(
     config = checkpoints.config(step)
     stored = checkpoints.stored_params(step)
     export.check(config.model, components)
+    # One device will do, since parameters are read one at a time.
     mesh = mesh_lib.single_device()
     abstract = state.flatten(state.abstract_params(vlm.VLM(config.model), mesh))
 
