@@ -124,7 +124,7 @@ def check(config: Config, opened: StageData) -> None:
 
 
 def _choose(sources: Mapping[str, TrainSequences], count: int, opened: StageData) -> _Chosen:
-    """At most `count` questions of each source, without sources that have none."""
+    """Returns at most `count` questions of each source, without sources that have none."""
     by_source = {}
     places = []
     folders = []

@@ -212,7 +212,7 @@ def _check_llm(llm: LLMConfig) -> None:
 
 
 def _check_connector(model: ModelConfig) -> None:
-    """What the options' types say, and then what the connector says itself."""
+    """Raises UserError where options are not of their types, or the connector refuses them."""
     connector = connector_class(model.connector.name)
     if type(model.connector) is not connector.Options:
         raise TypeError(

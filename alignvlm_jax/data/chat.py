@@ -285,7 +285,7 @@ class _Encoder:
     def _joined(
         self, opening: str, question: str, assistant: str, image: list[int]
     ) -> tuple[list[int], str]:
-        """As `_apart`."""
+        """Returns what `_apart` does, of a format that is joined."""
         head = _stretches(self._tokenizer, opening + self._format.user)
         tail = _stretches(self._tokenizer, assistant)
         before = head[-1] if head and isinstance(head[-1], str) else ""

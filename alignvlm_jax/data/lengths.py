@@ -16,7 +16,7 @@ from alignvlm_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Lengths:
-    """Of R records. Equal to itself alone."""
+    """The lengths of R records; equal to itself alone."""
 
     # int32 [tasks, R], with image tokens, at most `seq_len`; 0 where the record is of no use to the
     # task

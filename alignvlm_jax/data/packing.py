@@ -176,7 +176,7 @@ class _Supply:
 
 
 def _largest_first(sizes: Sizes, seq_len: int, max_tiles: int) -> list[int]:
-    """By the fraction of a row that a record needs, of tokens or of tiles."""
+    """Returns the sizes by the fraction of a row that a record needs, of tokens or of tiles."""
     lengths = np.array(sizes.lengths)
     tiles = np.array(sizes.tiles)
     need = np.maximum(lengths / seq_len, tiles / max_tiles)

@@ -112,7 +112,7 @@ def _checks(
 
 
 def _undivided(mesh: MeshConfig, model: ModelConfig, sizes: Sizes) -> str:
-    """What does not divide over an axis that was left open. Of a size that is given
+    """Returns what does not divide over an axis that was left open. Of a size that is given
     `sharding.tree_sharding` says it, with the parameter's path."""
     for axis, dimensions in (("fsdp", _widths(model)), ("tensor", _heads(model))):
         size = getattr(sizes, axis)
@@ -179,7 +179,7 @@ def _widths(model: ModelConfig) -> dict[str, int]:
 
 
 def _heads(model: ModelConfig) -> dict[str, int]:
-    """The dimensions that they put on tensor.
+    """The dimensions that the sharding rules put on tensor.
 
     Those of connectors are multiples of these, but for what they name.
     """

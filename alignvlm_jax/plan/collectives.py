@@ -122,7 +122,7 @@ def _trips(loop: _Op, condition: dict[str, _Op], body: dict[str, _Op]) -> int:
 
 
 def _step(body: dict[str, _Op], index: str) -> int:
-    """By how much a loop's counter grows: 1, or more where the compiler has unrolled it."""
+    """Returns by how much a loop's counter grows: 1, or more where the compiler unrolled it."""
     counters = {
         op.name
         for op in body.values()
@@ -152,7 +152,7 @@ def _is_number(op: _Op) -> bool:
 
 
 def _bytes(op: _Op, ops: dict[str, _Op]) -> int:
-    """The larger of what goes in and what comes out."""
+    """Returns the bytes of a collective: the larger of what goes in and what comes out."""
     if op.opcode.endswith("-start") and op.opcode != "all-reduce-start":
         # (operands, results, and what only the runtime looks at)
         return max(_sizes(op.type), default=0)

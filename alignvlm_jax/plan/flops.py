@@ -134,8 +134,8 @@ def _of_dot(equation: JaxprEqn) -> int:
 
 
 def _of_convolution(equation: JaxprEqn) -> int:
-    """Two for each weight that an output sees; zeros put between inputs, for the gradient of
-    strides, are none."""
+    """Returns two FLOPs for each weight that an output sees; zeros put between inputs, for the
+    gradient of strides, are none."""
     kernel = equation.invars[1].aval.shape
     out = equation.outvars[0].aval.shape
     out_features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]

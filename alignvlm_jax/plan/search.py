@@ -113,8 +113,8 @@ class Search:
     def _plans_of(
         self, mesh: MeshConfig, devices: Sequence[jax.Device], say: Say
     ) -> Iterator[Plan]:
-        """From the plan that needs the least memory to ones that compute less twice and gather
-        parameters less often."""
+        """Yields plans of a mesh: from the one that needs the least memory on, ones that compute
+        less twice and gather parameters less often."""
         small = self.smallest_microbatches(mesh)
         held = aot.state_gib(small, self.topology)
         limit = self.topology.chip.hbm_gib

@@ -17,7 +17,7 @@ with what follows."""
 
 @dataclasses.dataclass(frozen=True)
 class Stopping:
-    """Times in seconds.
+    """What a checkpoint, a stop and a loss cost; times in seconds.
 
     A stop is noticed when the step under way ends; every host saves its part of the state.
     """
@@ -30,13 +30,13 @@ class Stopping:
 
     @property
     def needed(self) -> float:
-        """From the wish to stop to a checkpoint that is whole."""
+        """The time from the wish to stop to a checkpoint that is whole."""
         return self.step + self.save
 
     @property
     def lost_on_average(self) -> float:
-        """Of the work of a run that ends without notice: half an interval, and what was still being
-        saved."""
+        """The work that a run loses on average where it ends without notice: half an interval, and
+        what was still being saved."""
         return self.interval / 2 + self.save
 
     @property
@@ -68,7 +68,7 @@ def make(train: TrainConfig, state_gib: float, num_hosts: int, step_seconds: flo
 
 
 def lines(stopping: Stopping) -> list[str]:
-    """Returns them as people read them."""
+    """Returns the costs as people read them."""
     return [
         f"a checkpoint       {stopping.state_gib:.2f} GiB, {stopping.gib_a_host:.2f} a host: "
         f"{stopping.save:.0f} s at an assumed {HOST_WRITE_GB} GB/s a host",

@@ -116,7 +116,7 @@ def _published(entries: Iterable[Entry], read: Read) -> Iterator[tuple[str, np.n
 
 
 def _write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> int:
-    """Shards of at most SHARD_BYTES, or of one tensor; an index where there is more than one.
+    """Writes shards of at most SHARD_BYTES, or of one tensor; an index where they are several.
 
     Returns their number.
     """
@@ -161,7 +161,7 @@ def _connector_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _connector_entries(stored: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[Entry, ...]:
-    """Our own names, with dots, and our own axes."""
+    """Returns the table of the connector: our own names, with dots, and our own axes."""
     letters = "abcdefgh"
     return tuple(
         # Of a matrix "ab -> ab": no axis is moved.

@@ -89,7 +89,7 @@ def chat_files(path: Path) -> ChatFiles:
 
 
 def _is_from_before(folder: str) -> bool:
-    """Of a folder without a chat_format.json, whether it is one of ours."""
+    """Whether a folder without a chat_format.json is one of ours."""
     if _read_beside(folder, "prepare.json"):
         return True
     # `convert` writes WORKDIR/tokenizer, and a workdir's config.json is a list of stages: that of a
