@@ -174,8 +174,7 @@ class StageLoop:
             if must_save and now - 1 > self.saved:
                 self._save(live, now - 1, None)
             # The old state is donated and gone after the call: nothing else may hold on to it. A
-            # transfer that nobody asked for would wait for the devices at every step, and so is an
-            # error.
+            # transfer that nobody asked for, and that may wait for the devices, is an error.
             with jax.transfer_guard("disallow"), self.run.profiler.step(now, self._wait_for_step):
                 live, values = self.train_step(live, batch)
             # The metrics of the step before, now that this one keeps the devices at work.
