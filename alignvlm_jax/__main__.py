@@ -114,6 +114,7 @@ def _show_traceback(debug: bool) -> None:
 def _joins(argv: list[str]) -> bool:
     """Whether several processes run this command together."""
     flag = JOINING.get(argv[0])
+    # Every argument begins with "", the flag of commands that need none.
     return flag is not None and any(argument.startswith(flag) for argument in argv)
 
 

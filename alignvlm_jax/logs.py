@@ -36,6 +36,7 @@ SHIP_SECONDS = 60.0
 LAST_SECONDS = 20.0
 """Longest time that the storage may take at the end; then the rest is given up."""
 
+# In seconds: more than eleven days.
 NEVER = 1e6
 MAX_KEPT = 10_000
 
@@ -148,6 +149,8 @@ class HostLog:
             # Buffered by lines: a kill leaves no line behind in memory.
             self.file = self._stack.enter_context(self.path.open("a", buffering=1))
         problem = f"cannot write {self.path} now"
+        # Entered before the handlers, and so left after them: its last run sends what they wrote
+        # last.
         self._stack.enter_context(Repeated(self.ship, self._ship_seconds, problem))
         handler = Lines(self.file)
         handler.setFormatter(absl_logging.PythonFormatter())
@@ -308,6 +311,7 @@ def _warnings_logged() -> Iterator[None]:
 def _crashes_dumped(file: TextIO) -> Iterator[None]:
     """A context in which a crash in C, or `kill -USR1 PID`, dumps all stacks to a file."""
     was_enabled = faulthandler.is_enabled()
+    # It keeps the file's descriptor: it has to be disabled before the file is closed.
     faulthandler.enable(file=file)
     faulthandler.register(signal.SIGUSR1, file=file)
     try:

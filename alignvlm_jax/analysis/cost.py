@@ -247,6 +247,7 @@ def cost_of(loaded: Loaded, repeats: int) -> Cost:
             lambda: jax.block_until_ready(encode(loaded.variables, tiles)), repeats
         )
     sampler = loaded.sampler(end_ids=NO_END)
+    # `generate` returns NumPy arrays, and so waits for the devices by itself.
     answer_seconds = _median_seconds(
         lambda: sampler.generate(loaded.variables, prompts, num_new), repeats
     )

@@ -40,6 +40,7 @@ def measure(
     }
     displaced = []
     for one in perturbations:
+        # With size 0 tokens are the same, and a distance of exactly 0 need not be computed.
         noisy = visual_tokens(loaded, pages, one) if one.size else clean
         displaced.append(
             {
@@ -75,6 +76,7 @@ def signal_std(features: np.ndarray) -> float:
     It is the root of the mean over channels of the variance over patches: a value that is the same
     in all patches is no signal.
     """
+    # [n, E] -> a variance for each channel -> their mean, and its root.
     return float(np.sqrt(np.float64(features).var(0).mean()))
 
 

@@ -285,6 +285,7 @@ def measure_pixels(
       seed: seed of the noise.
     """
     pages = perturbation.pages_with_questions(loaded, split)[:num_pages]
+    # Sigmas of flags are above 0, so that 0 comes first.
     sizes = sorted({0.0, *sigmas})
     # The first is no noise on features, so that kinds share the file of unperturbed answers.
     trials = [perturbation.none(seed), *(PixelNoise(sigma, seed) for sigma in sizes[1:])]

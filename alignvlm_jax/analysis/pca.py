@@ -195,7 +195,9 @@ def components(vectors: np.ndarray, count: int) -> Components:
     centred = vectors - mean
     # Of the covariance [D, D], not an SVD of [n, D]: D is far below a vocabulary. Smallest first.
     variances, directions = np.linalg.eigh(centred.T @ centred)
+    # n vectors lie in a space of n - 1 dimensions around their mean.
     count = min(count, len(variances), max(len(vectors) - 1, 1))
+    # From the end, backwards: the `count` largest, the largest first.
     largest = slice(-1, -count - 1, -1)
     # Directions are columns of eigh's. Equal vectors have no variance to divide.
     total = variances.sum()
@@ -216,6 +218,7 @@ def coverage(table: np.ndarray, ids: np.ndarray, rng: np.random.Generator) -> di
       units of the root mean square distance of rows from their mean (None if no row is outside).
     """
     centred = table - table.mean(0)
+    # The directions are the set's own, the variance is that of all rows around the mean of all.
     own = components(table[ids], NUM_COMPONENTS)
     explained = ((centred @ own.directions.T) ** 2).sum() / (centred**2).sum()
     outside = sample(np.setdiff1d(np.arange(len(table)), ids), rng)

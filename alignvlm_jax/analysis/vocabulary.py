@@ -257,6 +257,7 @@ def usage(loaded: Loaded, split: str, num_pages: int) -> Usage:
         top_counts += np.bincount(part.top.reshape(-1), minlength=vocab_size)
         entropies.append(np.float64(part.entropy).reshape(-1))
     entropies = np.concatenate(entropies)
+    # An entropy for each patch: they are as many as the patches.
     return Usage(total / len(entropies), highest, entropies, top_counts)
 
 
@@ -288,6 +289,7 @@ def predict(evaluator: Runner, loaded: Loaded, split: str, kept: np.ndarray) -> 
 
 def entropy(p: np.ndarray) -> np.ndarray:
     """Returns the entropy of distributions [..., V] in bits, [...]."""
+    # 0 log 0 counts as 0: the logarithm of 1 stands in where p is 0.
     return -(p * np.log2(np.where(p > 0, p, 1.0))).sum(-1)
 
 
@@ -297,6 +299,7 @@ def _tile_usage(model: VLM, variables: Mapping, batch: Mapping[str, Array]) -> T
     p_BPV = model.apply(variables, batch, method="patch_probabilities")[:, 0]
     # float32 is enough: with 100,000 tokens the error is far below a hundredth of a bit.
     bits_BP = -(p_BPV * jnp.log2(jnp.where(p_BPV > 0, p_BPV, 1.0))).sum(-1)
+    # [B, P, V] -> [B, V], [B, V], [B, P], [B, P]: no distribution leaves the device.
     return TileUsage(p_BPV.sum(1), p_BPV.max(1), bits_BP, p_BPV.argmax(-1))
 
 

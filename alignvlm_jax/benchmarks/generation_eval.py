@@ -47,10 +47,12 @@ class GenerationEval:
             count, config.eval.batch_size, mesh_lib.data_parallel_size(mesh)
         )
         local_rows = sharding.rows_of_process(mesh, self._batch_size).tolist()
+        # The questions whose rows this process feeds: it opens the pages of these alone.
         mine = [start + row for start in range(0, count, self._batch_size) for row in local_rows]
         own = [self._chosen.prompt(number, self._builder) for number in mine if number < count]
         # Of all processes: their prompts are rows of one array.
         extents = [one for one in exchange.gather(self._builder.extent(own)) if one is not None]
+        # One shape for all batches, the largest that any prompt needs.
         self._trimmed = max(length for length, _ in extents), max(tiles for _, tiles in extents)
 
     def run(
@@ -64,6 +66,8 @@ class GenerationEval:
             if should_stop():
                 return None
             count = min(self._batch_size, len(self._chosen.places) - start)
+            # `start` is bound in the lambda's default: a plain closure would see the loop's last
+            # value.
             prompts = Prompts(count, lambda number, start=start: self._prompt(start + number))
             answers = loading.answer(
                 self._sampler,
@@ -74,6 +78,7 @@ class GenerationEval:
                 self._max_new_tokens,
             )
             generated += [text for text, _ in answers]
+        # Questions were numbered source after source, in the order of `by_source`.
         answers = iter(generated)
         rated = {
             name: [(next(answers), question.turn.answers) for question in chosen]
@@ -113,12 +118,13 @@ def check(config: Config, opened: StageData) -> None:
     sources = validation.by_source(config, opened)
     chosen = _choose(sources, config.train.generate_questions, opened)
     builder = ExampleBuilder.of(config, opened.tokenizer)
+    # Each process builds every n-th prompt: pages are opened once, not once a host.
     for number in range(jax.process_index(), len(chosen.places), jax.process_count()):
         chosen.prompt(number, builder)
 
 
 def _choose(sources: Mapping[str, TrainSequences], count: int, opened: StageData) -> _Chosen:
-    """At most `count` questions of each source, without sources that have none."""
+    """Returns at most `count` questions of each source, without sources that have none."""
     by_source = {}
     places = []
     folders = []
@@ -127,6 +133,8 @@ def _choose(sources: Mapping[str, TrainSequences], count: int, opened: StageData
         (folder,) = data.folders
         folders.append(folder)
         records = opened.records(folder, data.validation_split)
+        # A collective: all processes go through the sources, in this order, or the others wait for
+        # ever.
         if found := questions.choose_questions(records, count):
             by_source[name] = found
             places += [(records, question) for question in found]

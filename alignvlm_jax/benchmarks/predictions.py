@@ -115,6 +115,7 @@ class Predictions:
         """
         mean = self.mean(field)
         variance = sum((row[field] - mean) ** 2 for row in self.rows) / len(self.rows)
+        # 95 % of a normal distribution lie within 1.96 standard deviations of its mean.
         return 1.96 * math.sqrt(variance / len(self.rows))
 
 
@@ -139,6 +140,7 @@ def read(path: Path) -> Predictions | None:
     # What follows the last newline is a line that was half written when its process stopped.
     lines = path.read_bytes().decode().split("\n")[:-1]
     try:
+        # Not splitlines: texts are written as they are, and one with U+2028 would be cut in two.
         values = [json.loads(line) for line in lines]
     except ValueError as err:
         raise UserError(f"{path} is damaged ({err}); delete it and evaluate again") from err
@@ -221,6 +223,7 @@ class Writer:
 
     def publish(self) -> Predictions:
         """Renames the file, which is complete now; returns its content."""
+        # Before the rename: closing writes out what the appender still keeps.
         self._file.close()
         storage.move(self._partial, self._path)
         return self.predictions

@@ -58,6 +58,7 @@ def choose_questions(records: Sequence[Record], count: int | None) -> list[Quest
 def _choose(records: Sequence[Record], count: int | None) -> list[Question]:
     """Returns the questions that `choose_questions` describes, in one process."""
     num_documents = len(records) if count is None else min(count, len(records))
+    # 4 of 10 records are 0, 2, 5 and 7.
     indices = [i * len(records) // num_documents for i in range(num_documents)]
     # Without their images, which would be held all at once.
     known = [

@@ -119,6 +119,7 @@ class Runner:
         )
         if len(problems := result.problems()) == len(result.rows):
             if distributed.is_main():
+                # Else the file would count as finished, and the next evaluation would ask nothing.
                 path.unlink()
             raise UserError(f"task {task.name}: no question can be asked; the first: {problems[0]}")
         return result
@@ -158,6 +159,7 @@ class Runner:
             )
             for text in set(texts)
         )
+        # Rounded up: splits whose longest prompts are nearly alike share a compiled program.
         length = min(-(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE, data.seq_len)
         return dataclasses.replace(builder, data=dataclasses.replace(data, seq_len=length))
 
@@ -197,6 +199,7 @@ class Runner:
             return builder.prompt(benchmark.records[question.record], text)
 
         def stand_in() -> PackedSequence:
+            # A page and a question as small as they can be: nobody reads the answer.
             return builder.prompt(Image.new("RGB", (1, 1), "white"), "")
 
         found = []
@@ -229,6 +232,8 @@ class Runner:
         one is put."""
         tokenizer = self._loaded.tokenizer
         config = self._loaded.config
+        # Spelled with its special tokens: predictions of another chat format are not taken for
+        # these.
         prompt = chat.encode_prompt(tokenizer, question, 1, config.model.image_token_id)
         texts = json.dumps(
             [(question.id, question.turn.question, question.turn.answers) for question in questions]

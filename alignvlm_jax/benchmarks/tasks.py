@@ -210,6 +210,7 @@ _ENTRIES = (
 )
 TASKS = {task.name: task for task in _ENTRIES}
 TEXTS = {task.name: task for task in (TextTask("text_bpb", "validation", folder="debian"),)}
+# The first of each column, in order, which a set would not keep.
 COLUMNS = tuple(dict.fromkeys(task.column for task in _ENTRIES if task.column))
 """Columns of the paper's table 1, in its order."""
 
@@ -232,5 +233,6 @@ def find(names: Iterable[str]) -> list[Task | TextTask]:
             task = TASKS.get(member) or TEXTS.get(member)
             if task is None:
                 raise UserError(f"unknown task {name!r}{nearest(name, NAMES)}")
+            # By name: a task that stands in a group and by itself comes once.
             found[member] = task
     return list(found.values())

@@ -121,6 +121,7 @@ def windows(tokens: np.ndarray, length: int) -> list[np.ndarray]:
       tokens: int32 [n].
       length: the largest number of tokens of a window, at least 2.
     """
+    # 7 tokens in windows of 4: 0 to 3 and 3 to 6.
     return [tokens[start : start + length] for start in range(0, len(tokens) - 1, length - 1)]
 
 

@@ -34,6 +34,7 @@ def main(argv: list[str]) -> None:
         "--baseline", help="TABLE/ROW that stands in other tables of the same questions, too"
     )
     args = parser.parse_args(argv)
+    # Raises before anything is measured where a run is not finished.
     runs = compare.find(args.workdir)
     rows = {compare.row_of(run) for run in runs}
     if args.baseline and args.baseline not in rows:

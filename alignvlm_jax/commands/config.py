@@ -41,6 +41,7 @@ def main(argv: list[str]) -> None:
     )
     stages, rest = config_flag.parse(argv)
     args = parser.parse_args(rest)
+    # They are equal where both are given, and where neither is.
     if args.markdown == (stages is not None):
         parser.error("--config=FILE or --markdown is required, and not both")
     if stages is None:

@@ -29,6 +29,7 @@ def parse(argv: list[str]) -> tuple[tuple[Config, ...] | None, list[str]]:
     files, overrides, rest = _split(argv)
     if not files:
         return None, rest
+    # As with any flag that is given twice, the last one holds.
     config = _load(files[-1])
     for flag in overrides:
         path, _, value = flag.partition("=")
@@ -36,6 +37,8 @@ def parse(argv: list[str]) -> tuple[tuple[Config, ...] | None, list[str]]:
             # Before all others, whatever their order: the connector decides which options exist.
             config.model.connector.name = value
     for flag in overrides:
+        # A flag gets its type from the value that stands in its place: by then each field must
+        # exist.
         _prepare_field(config, flag.lstrip("-").split("=", 1)[0].removeprefix("config."))
     # FlagValues of its own: absl's global ones belong to the libraries. argv[0] is the program.
     arguments = ["", *overrides]
@@ -63,6 +66,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
         if not arg.startswith("--") or not (name == "config" or name.startswith("config.")):
             rest.append(arg)
             continue
+        # A value may begin with one dash, as -1 does; with two it is the next flag.
         if not has_value and waiting and not waiting[0].startswith("--"):
             value = waiting.pop(0)
         if name == "config":
@@ -79,6 +83,7 @@ def _load(file_and_arg: str) -> ml_collections.ConfigDict:
         raise UserError(f"no config file {path!r}")
     values = flags.FlagValues()
     try:
+        # Not locked: stages and connector get fields that the file has not set.
         holder = config_flags.DEFINE_config_file(
             "config", file_and_arg, flag_values=values, lock_config=False, sys_argv=[""]
         )
@@ -126,6 +131,7 @@ def _stage_field(config: ml_collections.ConfigDict, path: str, names: list[str])
         value = config_dict.placeholder(_lookup(config, names[2:-1], path).get_type(names[-1]))
     changes = config.stages[names[1]]
     if not _has(changes, names[2:]):
+        # Groups on the way to the field that the stage does not have yet.
         for name in names[2:-1]:
             if name not in changes:
                 changes[name] = ml_collections.ConfigDict()

@@ -34,6 +34,7 @@ def main(argv: list[str]) -> None:
         for component, count in initial.write_export(args.checkpoint, args.out, components).items():
             console.print(f"{args.out / component}: {count} tensors")
         return
+    # First of all: a name that is taken should not be found after the weights were read.
     storage.refuse_existing(args.out)
     vision = towers.open_vision(args.vision, args.tile_size)
     llm = towers.open_llm(args.llm)
@@ -41,6 +42,7 @@ def main(argv: list[str]) -> None:
     console.print(f"{llm.source.name} and {vision.source.name}: connector {args.connector}")
     write_tokenizer = functools.partial(towers.write, args.tokenizer or args.llm)
     console.print(initial.write(llm, vision, config, write_tokenizer, args.out))
+    # Read back from what was written, which is what training and generation will read.
     chat_format = chat.format_of(tokenizers.load(args.out / initial.TOKENIZER))
     example = chat_format.spell([("QUESTION", "ANSWER")])
     console.print(f"Chats are written {example!r}", markup=False)

@@ -38,6 +38,7 @@ def main(argv: list[str]) -> None:
         raise UsageError(
             "--tasks and --splits exclude each other: the demonstration's splits are tasks too"
         )
+    # Before jax is asked for devices: after that, this process could no longer join the others.
     distributed.initialize(argv)
     workdir = loading.workdir_of(args.checkpoint)
     with _logged(workdir), compile_cache.kept_in(workdir):
@@ -57,10 +58,12 @@ def _evaluate_splits(args: argparse.Namespace) -> None:
     contents = functools.partial(shards.contents, data_dir)
     distributed.check_alike({f"the data in {data_dir}": contents})
     loaded = loading.load(args.checkpoint, config)
+    # Of the checkpoint that was read; the newest, whose config was read above, may be damaged.
     evaluation = _with_flags(loaded.config.eval, args)
     evaluator = runner.Runner(loaded, evaluation)
     with _stoppable():
         for split in evaluation.splits:
+            # What is right on a blank page was guessed from the question alone.
             for blind in (False, True):
                 evaluator.evaluate(split, blind)
     if not distributed.is_main():
@@ -212,6 +215,7 @@ def _hand_in(console: Console, checkpoint: Path, task: tasks.Task, result: Predi
             f"and score 0; the first: {problems[0]}",
             soft_wrap=True,
         )
+    # Test splits are published without answers: these are empty lists then.
     if not all(row["answers"] for row in result.rows):
         path = predictions.task_path(loading.workdir_of(checkpoint), task.name).with_suffix(
             ".submission.json"

@@ -68,6 +68,7 @@ def main(argv: list[str]) -> None:
         parser.error("--data=DIR or --config=FILE is required")
     config = _default(args.data) if stages is None else _stage(stages, args.stage)
     if args.data:
+        # `folders` prefers the sources of a mixture: without these --data is the one folder.
         config = dataclasses.replace(
             config, data=dataclasses.replace(config.data, dir=args.data, sources={})
         )
@@ -113,6 +114,7 @@ def _analyse(argv: list[str]) -> None:
     """Runs an analysis: prints its tables, and writes analysis/NAME.json and NAME.png."""
     chosen = _chosen(argv)
     args = _parse_analysis(argv, chosen)
+    # Before jax is asked for devices: after that, this process could no longer join the others.
     distributed.initialize(argv)
     config = loading.load_config(args.checkpoint, args.data)
     # Mistakes in the flags are found before the model is loaded.
@@ -160,6 +162,7 @@ def _chosen(argv: list[str]) -> Analysis:
 def _peek(argv: list[str], flag: str) -> str | None:
     """Returns the value of a flag, before it is known which other flags there are."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    # A flag without its value is left to the real parser, whose message is better.
     parser.add_argument(flag, nargs="?", dest="value")
     return parser.parse_known_args(argv)[0].value
 
@@ -202,6 +205,7 @@ def _lens(args: argparse.Namespace) -> None:
 
 def _packing_efficiency(all_sequences: TrainSequences) -> float:
     """Returns the packing efficiency of the first epoch."""
+    # Counters are of all sequences before a number: before the end of epoch 0, those of that epoch.
     return all_sequences.schedule.counters(all_sequences.schedule.epoch_at(0).end)[
         "packing_efficiency"
     ]

@@ -21,6 +21,7 @@ from alignvlm_jax.plan.generation import GenerationPlan
 from alignvlm_jax.plan.hardware import Topology
 from alignvlm_jax.plan.search import Search
 
+# A status of its own: 1 and 2 are errors, and a plan that does not fit is an answer.
 DOES_NOT_FIT = 3
 
 
@@ -87,6 +88,7 @@ def _generation_plan(config: Config, args: argparse.Namespace) -> GenerationPlan
         config = dataclasses.replace(config, mesh=_mesh(args.mesh))
     resolved = generation.on_mesh(config.mesh, config.model, topology)
     config = dataclasses.replace(config, mesh=resolved)
+    # Standard output is for the plan alone, so that --json gives one object.
     say = Console(stderr=True, highlight=False, soft_wrap=True).print
     if hardware.has_tpu_compiler():
         say(xla_flags.set_flags(topology.kind, args.num_slices > 1))
@@ -105,6 +107,7 @@ def _plan(config: Config, args: argparse.Namespace) -> aot.Plan:
     say = Console(stderr=True, highlight=False, soft_wrap=True).print
     kind, _, shape = args.topology.partition(":")
     if shape == "smallest":
+        # A name that is not known is taken for a GPU here: neither has shapes of slices.
         if not hardware.CHIPS.get(kind, hardware.CHIPS["h100"]).shapes:
             raise UsageError(f"unknown kind of TPU {kind!r}{nearest(kind, _tpus())}")
         if args.num_slices != 1:

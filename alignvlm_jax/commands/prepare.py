@@ -22,6 +22,7 @@ TOKENIZER_HINT = (
 def main(argv: list[str]) -> None:
     argv, beam_flags = _split(argv)
     args = _parse(argv)
+    # Rendered documents have no such flag: they are made on this machine.
     if beam_flags and not getattr(args, "beam_runner", ""):
         raise UsageError(
             f"{beam_flags[0]} comes after --, where flags of Apache Beam stand: name a "
@@ -138,6 +139,7 @@ def _within(kind: type, minimum: float, maximum: float = float("inf")) -> Callab
 
     def number(text: str) -> float:
         value = kind(text)
+        # Written so that NaN is refused: it compares with nothing.
         if not minimum <= value <= maximum:
             raise argparse.ArgumentTypeError(f"{text} is not from {minimum} to {maximum}")
         return value

@@ -50,12 +50,14 @@ def main(argv: list[str]) -> None:
     if stages is None:
         parser.error("--config=FILE is required")
     distributed.initialize(argv)
+    # All processes train, and the main one alone speaks.
     console = Console(highlight=False, soft_wrap=True, quiet=not distributed.is_main())
     try:
         with compile_cache.kept_in(args.workdir):
             loop.train(stages, args.workdir, console, EVALUATORS, goodput.process_began())
     except loop.Stopped as err:
         distributed.leave()
+        # The launch scripts name themselves here, so that the advice is the command that was typed.
         launcher = (
             os.environ.get("ALIGNVLM_LAUNCHER") or f"{shlex.quote(sys.executable)} -m alignvlm_jax"
         )

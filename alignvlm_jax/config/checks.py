@@ -36,6 +36,8 @@ CHOICES = {
 
 AT_LEAST: dict[str, int] = {
     "seed": 0,
+    # Every int of a tower; an entry below with another bound replaces this one, and so has to
+    # follow it.
     **{
         f"model.{tower}.{field.name}": 1
         for tower, cls in (("vision", VisionConfig), ("llm", LLMConfig))
@@ -113,6 +115,7 @@ def check(config: Config) -> Config:
     for words, holds, bounds in BOUNDS:
         for path, bound in bounds.items():
             value = operator.attrgetter(path)(config)
+            # NaN holds to no bound, and is refused here, too.
             if not holds(value, bound):
                 raise UserError(f"config.{path} is {value}; it must be {words} {bound}")
     _check_vision(config.model.vision)
@@ -209,7 +212,7 @@ def _check_llm(llm: LLMConfig) -> None:
 
 
 def _check_connector(model: ModelConfig) -> None:
-    """What the options' types say, and then what the connector says itself."""
+    """Raises UserError where options are not of their types, or the connector refuses them."""
     connector = connector_class(model.connector.name)
     if type(model.connector) is not connector.Options:
         raise TypeError(

@@ -14,6 +14,7 @@ from alignvlm_jax.data.chat_template import STRIPS, ChatFormat
 from alignvlm_jax.data.tokenizers.base import Tokenizer
 from alignvlm_jax.errors import UserError
 
+# "<user>" or "<|im_end|>": no space and no bracket within.
 MARK = r"<[^<> ]+>"
 
 CHATML = ChatFormat(
@@ -284,7 +285,7 @@ class _Encoder:
     def _joined(
         self, opening: str, question: str, assistant: str, image: list[int]
     ) -> tuple[list[int], str]:
-        """As `_apart`."""
+        """Returns what `_apart` does, of a format that is joined."""
         head = _stretches(self._tokenizer, opening + self._format.user)
         tail = _stretches(self._tokenizer, assistant)
         before = head[-1] if head and isinstance(head[-1], str) else ""
@@ -316,6 +317,8 @@ def _encode_after(tokenizer: Tokenizer, prefix: str, text: str) -> list[int]:
 def _stretches(tokenizer: Tokenizer, text: str) -> tuple[int | str, ...]:
     """A text of our own as special tokens, which stand in it by their names, and the text between
     them."""
+    # The longest first: one name may begin another, and the first alternative that matches is
+    # taken.
     names = sorted(tokenizer.special_tokens, key=len, reverse=True)
     parts = re.split(f"({'|'.join(map(re.escape, names))})", text)
     return tuple(tokenizer.special_tokens.get(part, part) for part in parts if part)

@@ -156,7 +156,7 @@ def read(files: ChatFiles, special_tokens: Collection[str]) -> ChatFormat:
 
     Args:
       files: with a template.
-      specials: names of the tokenizer's special tokens.
+      special_tokens: names of the tokenizer's special tokens.
 
     Raises:
       UserError: the template cannot be rendered, or what it writes is no ChatFormat, and where it
@@ -251,6 +251,7 @@ def _texts(template: Template) -> _Texts:
     prompt = _around(template, (), QUESTION)
     one = _around(template, [(QUESTION, ANSWER)])
     two = _around(template, [(QUESTION, ANSWER)] * 2)
+    # A prompt has one mark, and so two texts around it; a turn has two marks, two turns have four.
     if (len(prompt), len(one), len(two)) != (2, 3, 5):
         _refuse(files, "a question or an answer does not stand in it once as it is")
     head, assistant = prompt
@@ -273,6 +274,7 @@ def _split(template: Template, special_tokens: Collection[str]) -> ChatFormat:
     user = between.removeprefix(tail)
     if not head.endswith(user):
         _refuse(files, f"the first turn opens {head!r}, another {user!r}")
+    # The longest first: of alternatives the first that matches is taken, and one may begin another.
     names = sorted(special_tokens, key=len, reverse=True)
     found = re.search("|".join(map(re.escape, names)), tail) if names else None
     if found is None:

@@ -32,6 +32,7 @@ def _transcribe(record: Record, rng: np.random.Generator) -> list[tuple[str, str
 
 
 def _answer(record: Record, rng: np.random.Generator) -> list[tuple[str, str]]:
+    # In another order each time, so that no question always has the same ones before it.
     turns = [record.turns[i] for i in rng.permutation(len(record.turns))]
     return [(turn.question, turn.answers[0]) for turn in turns if turn.answers]
 
@@ -201,6 +202,7 @@ class ExampleBuilder:
         prompts have; None of none."""
         if not prompts:
             return None
+        # A prompt is segment 1 throughout: the sum is its length.
         longest = max(int(prompt["segment_ids"].sum()) for prompt in prompts)
         num_image_tokens = max(
             int((prompt["tokens"] == self.image_token_id).sum()) for prompt in prompts
@@ -305,8 +307,11 @@ def _text_arrays(
     for number, (tokens, loss_weights) in enumerate(segments, start=1):
         end = start + len(tokens)
         arrays["tokens"][start:end] = tokens
+        # The last position of a segment predicts nothing: its target stays padding, its weight is
+        # 0.
         arrays["targets"][start : end - 1] = tokens[1:]
         arrays["loss_weights"][start:end] = loss_weights
+        # From 0 in each segment, as if it had the sequence to itself.
         arrays["positions"][start:end] = np.arange(len(tokens))
         arrays["segment_ids"][start:end] = number
         start = end

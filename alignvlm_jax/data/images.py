@@ -180,6 +180,7 @@ def choose_grids(
         shrink = np.minimum(
             1.0, np.minimum(vision.tile_height * rows / height, vision.tile_width * columns / width)
         )
+        # Both sides of a cell shrink alike: its pixels go by the square.
         coverage = shrink * shrink
         # A page that has a good grid keeps it. There is no tie to break between grids of as many
         # cells: if two of them are good, so is one of fewer.
@@ -292,6 +293,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """
     if image.mode.startswith("I;16") or image.mode == "I":
         image = Image.fromarray(
+            # The upper of two bytes.
             (np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)
         )
     elif image.mode == "F":

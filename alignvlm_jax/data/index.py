@@ -208,6 +208,7 @@ def _of_shards(place: str, indexes: tuple[tuple[str, Entry | None], ...]) -> Ind
         whole.image_starts,
         whole.content_hash,
     ):
+        # The cache hands the same arrays to every caller.
         array.setflags(write=False)
     return whole
 
@@ -269,6 +270,7 @@ def select(index: Index, records: np.ndarray) -> Index:
     sizes = [index.image_sizes[index.image_starts[i] : index.image_starts[i + 1]] for i in records]
     return Index(
         {task: lengths[records] for task, lengths in index.text_tokens.items()},
+        # The empty array gives shape and dtype where no record has an image.
         np.concatenate([np.zeros((0, 2), np.int32), *sizes]),
         np.cumsum([0, *map(len, sizes)], dtype=np.int64),
         index.content_hash[records],

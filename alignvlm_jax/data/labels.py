@@ -49,6 +49,7 @@ def patch_labels(
         for crop, scale in zip(tiles.crops, tiles.scales, strict=True)
     ]
     label_ids, areas, has_text = (np.stack(part) for part in zip(*labels, strict=True))
+    # No patch has an area of 0: a blank one has 1, of its space.
     weights = areas / areas.sum(-1, keepdims=True)
     return label_ids, weights, np.where(has_text, np.float32(1), np.float32(blank_weight))
 

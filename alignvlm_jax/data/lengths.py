@@ -16,7 +16,7 @@ from alignvlm_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Lengths:
-    """Of R records. Equal to itself alone."""
+    """The lengths of R records; equal to itself alone."""
 
     # int32 [tasks, R], with image tokens, at most `seq_len`; 0 where the record is of no use to the
     # task
@@ -112,6 +112,7 @@ def _count_tiles(index: Index, limits: Limits) -> np.ndarray:
         records = np.flatnonzero(num_images == count)
         # The images of a record share its tiles evenly.
         for image in range(count):
+            # [records, 2]: of each of these records its image of this number.
             sizes = index.image_sizes[index.image_starts[records] + image]
             tiles[records] += images.count_tiles(
                 sizes, limits.vision, most // count, limits.use_overview

@@ -60,6 +60,7 @@ class TrainSequences:
             tasks, _ = mixture.task_fractions(data.tasks)
             limits = lengths.Limits.of(data, config.model.vision, config.tokens_per_tile)
             known = lengths.load(opened, data.folders, split, tasks, sizes, limits)
+        # With the stage and the split: stages of one seed see their records in orders of their own.
         seed = [config.seed, zlib.crc32(f"{config.stage}/{split}".encode())]
         self.schedule: Schedule = sampler.make(data, sizes, known, seed, self._num_sequences)
         self.problem: str | None = None
@@ -106,6 +107,7 @@ class TrainSequences:
             )
 
     def _record(self, index: int) -> Record:
+        # Of starts [0, 10, 30] record 12 is number 2 of source 1.
         source = bisect.bisect_right(self._starts, index) - 1
         return self._sources[source][index - self._starts[source]]
 

@@ -157,6 +157,8 @@ class Mixture:
         np.cumsum(bounds, axis=0, out=bounds)
         # Strictly below the last bound, whatever is rounded: a task of no use must not be drawn.
         drawn = np.minimum(drawn * bounds[-1], np.nextafter(bounds[-1], np.float32(0)))
+        # The bounds that are not above what was drawn: 0.5 among 0.2, 0.2, 1.0 is task 2; task 1 is
+        # of no use.
         return (drawn >= bounds).sum(axis=0, dtype=np.int8)
 
 
@@ -196,6 +198,8 @@ def epoch_of(size: int, count: int, name: str, seed: Sequence[int], epoch: int) 
     end = (epoch + 1) * count
     # Of its name and not its place: a source that is added or left out does not change the others.
     seed = [*seed, zlib.crc32(name.encode())]
+    # 3 records, 2 an epoch: epoch 1 has places 2 and 3 of the stream, the last of its first shuffle
+    # and the first of its second.
     rounds = range(begin // size, -(-end // size))
     stream = np.concatenate(
         [np.random.default_rng([*seed, number]).permutation(size) for number in rounds]

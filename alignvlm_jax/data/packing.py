@@ -33,6 +33,8 @@ def best_fit(sizes: Sizes, seq_len: int, max_tiles: int) -> list[Bins]:
     # groups[t][n]: rows that have t tiles and n tokens left; bit n of rooms[t] says whether there
     # are any.
     groups: list[dict[int, list[Bins]]] = [{} for _ in range(max_tiles + 1)]
+    # Ints as sets of numbers: the least room that fits is found by a shift and a lowest bit,
+    # however many rows there are.
     rooms = [0] * (max_tiles + 1)
 
     def leave(tiles_left: int, room: int, rows: Bins) -> None:
@@ -42,6 +44,7 @@ def best_fit(sizes: Sizes, seq_len: int, max_tiles: int) -> list[Bins]:
     def take(tiles_left: int, room: int) -> Bins:
         rows = groups[tiles_left][room].pop()
         if not groups[tiles_left][room]:
+            # The bit is set, so that XOR clears it.
             rooms[tiles_left] ^= 1 << room
         return rows
 
@@ -59,6 +62,8 @@ def best_fit(sizes: Sizes, seq_len: int, max_tiles: int) -> list[Bins]:
                 rows = Bins(left, {})
             # The row that took one has the least room for the next of its size too.
             each = min(room // length, tiles_left // num_tiles if num_tiles else left, left)
+            # Rows that hold the same are counted and not listed: `used` of them get `each` records
+            # more, the others stay as they are. Of rows just opened, none are left over.
             used = min(rows.count, left // each)
             if rows.contents and used < rows.count:
                 leave(tiles_left, room, Bins(rows.count - used, rows.contents))
@@ -78,6 +83,8 @@ def _least_room(rooms: list[int], length: int, num_tiles: int) -> tuple[int, int
     for tiles_left in range(num_tiles, len(rooms)):
         fitting = rooms[tiles_left] >> length
         if fitting:
+            # x & -x keeps the lowest bit: of 0b0110 that is 0b0010. Bit n stands for length + n
+            # tokens left.
             room = length + (fitting & -fitting).bit_length() - 1
             if not best[0] or room < best[0]:
                 best = room, tiles_left
@@ -99,6 +106,8 @@ def even_fit(sizes: Sizes, seq_len: int, max_tiles: int) -> list[Bins]:
             room = seq_len - sizes.lengths[size]
             tiles_left = max_tiles - sizes.tiles[size]
             while room >= shortest:
+                # By how many records the room would be filled if all were of one length, that
+                # closest to average.
                 number = max(1, int(room / average))
                 number += abs(room / (number + 1) - average) < abs(room / number - average)
                 other = supply.nearest(
@@ -148,6 +157,7 @@ class _Supply:
         tiles."""
         best = None
         distance = longest + 1
+        # Bits 0 to `length`, of which the highest that is set is the longest record not above it.
         up_to_length = (2 << length) - 1
         for num_tiles, lengths in enumerate(self._lengths[: tiles_left + 1]):
             below = (lengths & up_to_length).bit_length() - 1
@@ -156,6 +166,8 @@ class _Supply:
                 distance = length - below
             above = lengths >> (length + 1)
             if above:
+                # Bit 0 of `above` stands for length + 1, so that the lowest bit's place, from 1, is
+                # the step.
                 steps = (above & -above).bit_length()
                 if length + steps <= longest and steps < distance:
                     best = (num_tiles, length + steps)
@@ -164,10 +176,11 @@ class _Supply:
 
 
 def _largest_first(sizes: Sizes, seq_len: int, max_tiles: int) -> list[int]:
-    """By the fraction of a row that a record needs, of tokens or of tiles."""
+    """Returns the sizes by the fraction of a row that a record needs, of tokens or of tiles."""
     lengths = np.array(sizes.lengths)
     tiles = np.array(sizes.tiles)
     need = np.maximum(lengths / seq_len, tiles / max_tiles)
+    # The last key of lexsort counts first: the need, and among equals the length.
     return np.lexsort((-lengths, -need)).tolist()
 
 
@@ -199,10 +212,12 @@ def plan(
       epoch: as well.
     """
     rng = np.random.default_rng([*seed, epoch])
+    # One int for both sizes of a record, which divmod takes apart again: so np.unique counts pairs.
     keys = np.minimum(lengths, seq_len).astype(np.int64) * (max_tiles + 1) + tiles
     different, counts = np.unique(keys, return_counts=True)
     sizes = Sizes(*(array.tolist() for array in (*np.divmod(different, max_tiles + 1), counts)))
     shuffled = rng.permutation(len(keys)).astype(np.int32)
+    # Stable: the records of a size stand together, in the order in which they were shuffled.
     by_size = shuffled[np.argsort(keys[shuffled], kind="stable")]
     ordered = _place(fit(sizes, seq_len, max_tiles), by_size, np.cumsum(counts) - counts)
     return _shuffle(ordered, rng)
@@ -226,6 +241,7 @@ def _place(groups: list[Bins], by_size: np.ndarray, starts: np.ndarray) -> Packi
         for size, each in contents.items():
             start = nexts[size]
             nexts[size] = nexts[size] + rows * each
+            # [rows, each]; side by side, such columns are the records of each row.
             parts.append(by_size[start : nexts[size]].reshape(rows, each))
         block = np.concatenate(parts, axis=1)
         records[end : end + block.size] = block.ravel()
@@ -238,5 +254,6 @@ def _shuffle(ordered: Packing, rng: np.random.Generator) -> Packing:
     sizes = np.diff(ordered.offsets)
     order = rng.permutation(len(sizes))
     offsets = np.concatenate([[0], np.cumsum(sizes[order])])
+    # For each place of the new order, how much further on the old one has its record.
     moved = np.repeat(ordered.offsets[order] - offsets[:-1], sizes[order])
     return Packing(offsets, ordered.records[moved + np.arange(len(moved))])

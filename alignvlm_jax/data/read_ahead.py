@@ -89,6 +89,7 @@ class LocalSequences:
         return self._sequences[self._index_of(number)]
 
     def _index_of(self, number: int) -> int:
+        # Rows 2 and 3 of batches that begin at 0 and 8 are the sequences 2, 3, 10, 11.
         batch, place = divmod(number, len(self._local_rows))
         return self._starts[batch] + self._local_rows[place]
 

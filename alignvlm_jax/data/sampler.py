@@ -102,6 +102,7 @@ class Shuffled:
 
     def picks(self, index: int) -> list[Pick]:
         """See Schedule."""
+        # Of the sequence's index alone: who builds it, and after which others, does not matter.
         rng = np.random.default_rng([*self._seed, index])
         # What rng.choice does with shares, without its checks, which take longer than the rest.
         task = self._tasks[np.searchsorted(self._bounds, rng.random(), side="right")]
@@ -192,6 +193,7 @@ class Mixed:
         They grow over epochs; `packing_efficiency` is the fraction of all positions so far that
         were planned for tokens.
         """
+        # Counted on from the place told last; asked of an earlier one, from the beginning.
         told = self._told if self._told.index <= next_sequence else self._told_nothing()
         while told.index < next_sequence:
             told = self._tell(told, next_sequence)
@@ -223,6 +225,7 @@ class Mixed:
         if state.get("digest") != self._digest(values):
             return False
         with self._lock:
+            # Begins are the same wherever they are known: the longer list holds the shorter.
             if len(values["begins"]) > len(self._begins):
                 self._begins = list(values["begins"])
             self._told = Told(
@@ -240,6 +243,7 @@ class Mixed:
                 known = self._begins[-1] > index
                 number = len(self._begins) - 1
                 if known:
+                    # Of begins 0, 10, 25 index 10 is in epoch 1.
                     number = bisect.bisect_right(self._begins, index) - 1
             epoch = self._epoch(number)
             if known:
@@ -281,6 +285,7 @@ class Mixed:
         gets there, so that nobody has to wait for it."""
         with self._lock:
             planned = self._planned(number)
+        # Waited for without the lock, which the planning thread takes before it is done.
         epoch = planned.result()
         with self._lock:
             if epoch.end < self._num_sequences and number + 1 not in self._epochs:

@@ -123,6 +123,7 @@ def check_fits(tokenizer: Tokenizer, path: Path, model: ModelConfig) -> None:
             f"tokenizer {path} has {tokenizer.vocab_size} tokens, config.model.llm.vocab_size is "
             f"{model.llm.vocab_size}; make it at least {tokenizer.vocab_size}"
         )
+    # A tokenizer without an <image> of its own agrees with whatever id the config names.
     image_id = model.image_token_id
     own_image_id = tokenizer.special_tokens.get("<image>", image_id)
     if image_id != own_image_id:

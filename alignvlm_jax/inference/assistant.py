@@ -91,6 +91,7 @@ class Assistant:
         """
         pages, questions = _pairs(image, question)
         builder = self.loaded.builder
+        # By identity, since arrays cannot be keys: a page of several questions is opened once.
         opened = {id(one): None if one is None else images.open_page(one, page) for one in pages}
         prompts = [
             builder.prompt(opened[id(one)], text)
@@ -119,9 +120,11 @@ class Assistant:
         batch_size = loaded.config.eval.batch_size
         answers = {}
         for has_tiles in (True, False):
+            # The rows of a batch are stacked, and so must have the same arrays.
             indices = [i for i, prompt in enumerate(prompts) if ("tiles" in prompt) == has_tiles]
             if not indices:
                 continue
+            # As few rows as the mesh takes: a single prompt need not pay for a whole batch.
             size = loading.batch_size(len(indices), batch_size, loaded.data_parallel_size)
             trimmed = loaded.builder.trim_prompts([prompts[i] for i in indices])
             batched = Prompts(len(trimmed), trimmed.__getitem__)

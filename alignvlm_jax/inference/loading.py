@@ -101,6 +101,7 @@ def load(path: Path, config: Config) -> Loaded:
     tokenizer = load_tokenizer(path, config)
     mesh = mesh_lib.for_inference(config.mesh, config.model)
     trained, model, params, step = restore.load_model(path, mesh)
+    # The checkpoint that was read, which is an older one where the newest is damaged.
     if (path / checkpoint.FOLDER).is_dir():
         path = path / checkpoint.FOLDER / str(step)
     elif not is_step(path.name):  # From inside a checkpoint's folder, by ".".
@@ -133,6 +134,8 @@ def load_tokenizer(path: Path, config: Config) -> Tokenizer:
     )
     if files is None:
         data = config.data
+        # Each host reads its own copy. Another one on some host would feed other ids to the same
+        # program, and no error would tell.
         contents = functools.partial(stage_data.tokenizer_contents, data)
         distributed.check_alike({f"tokenizer {stage_data.tokenizer_path(data)}": contents})
         return stage_data.load_tokenizer(data, config.model)
@@ -195,12 +198,15 @@ def answer(
     local_rows = sampler.rows_of_process(size)
     answers = []
     for start in range(0, prompts.count, size):
+        # This process builds the rows that it feeds. What follows are collectives: all processes
+        # come to them, with problems or without, or the others wait for ever.
         rows, problems = _build(prompts, np.minimum(start + local_rows, prompts.count - 1).tolist())
         # Where the tensor axis crosses hosts several of them report the same one.
         problems = {
             int(number): why for told in exchange.gather(problems) for number, why in told.items()
         }
         tokens_BT = sampler.generate(variables, loader.stack(rows), max_new_tokens)
+        # Rows that only fill up the last batch are left out.
         for number, tokens_T in enumerate(tokens_BT[: prompts.count - start], start):
             text = "" if number in problems else tokenizer.decode(tokens_T)
             answers.append(Answer(text, problems.get(number)))
@@ -211,6 +217,7 @@ def _build(prompts: Prompts, numbers: Sequence[int]) -> tuple[list[PackedSequenc
     """The prompts of these numbers, one of them repeated maybe, and why some could not be built."""
     built: dict[int, PackedSequence] = {}
     problems: dict[int, str] = {}
+    # Each number once, in order: the row that fills up a short batch is built once.
     for number in dict.fromkeys(numbers):
         try:
             built[number] = prompts.build(number)
@@ -225,4 +232,5 @@ def _build(prompts: Prompts, numbers: Sequence[int]) -> tuple[list[PackedSequenc
 def batch_size(count: int, most: int, data_parallel_size: int) -> int:
     """Returns the rows of a batch for `count` prompts, `most` or a few more: each of the devices
     that rows are spread over needs as many."""
+    # Rounded up, by -(-a // b): 3 prompts over 8 devices make 8 rows, and 20 of at most 12 make 16.
     return -(-min(count, max(most, data_parallel_size)) // data_parallel_size) * data_parallel_size

@@ -66,6 +66,8 @@ def lenses(
     parts = tiles_lib.map_tiles(
         loaded, read, {"tiles": np.concatenate([tiles.pixels for tiles in cut])}
     )
+    # Tokens and probabilities [n, P, K] and entropies [n, P] of the n tiles of all pages, which are
+    # cut into pages again below.
     seen = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
     ends = np.cumsum([len(tiles.pixels) for tiles in cut])[:-1]
     by_page = zip(*(np.split(array, ends) for array in seen), strict=True)
@@ -80,6 +82,7 @@ def _read(
 ) -> tuple[Int[Array, "B P K"], Float[Array, "B P K"], Float[Array, "B P"]]:
     """The likeliest tokens [B, P, K] of one tile a row, their probabilities, and entropies in
     bits."""
+    # A row is a sequence of one tile: [B, 1, P, V] -> [B, P, V].
     probabilities_BPV = model.apply(variables, batch, method="patch_probabilities")[:, 0]
     likeliest, tokens = jax.lax.top_k(probabilities_BPV, count)
     return tokens, likeliest, jax.scipy.special.entr(probabilities_BPV).sum(-1) / jnp.log(2.0)
@@ -97,13 +100,18 @@ def _lens(
     data = loaded.config.data
     rows, columns = vision.patch_grid
     size = np.array([vision.patch_width, vision.patch_height])
+    # [P, 2]: where each patch begins in its tile, x before y, row after row as the encoder has
+    # them.
     corners = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), -1).reshape(-1, 2) * size
+    # [n, 1, 4] and [n, 1, 2] meet [P, 2]: corners [n, P, 2] on the page.
     crops = tiles.crops[:, None]
     scales = tiles.scales[:, None]
     left_top = crops[..., :2] + corners / scales
     right_bottom = np.minimum(crops[..., :2] + (corners + size) / scales, crops[..., 2:])
+    # The crop cuts off patches that lie on the white rest of a tile; of those nothing is left.
     visible = (right_bottom > left_top).all(-1)
     is_overview = np.zeros_like(visible)
+    # The overview is the first tile; a page of a single cell has none.
     is_overview[0] = data.use_overview and len(visible) > 1
     return Lens(
         page,

@@ -33,6 +33,8 @@ class Sampler:
     def __init__(self, model: VLM, mesh: Mesh, *, end_ids: tuple[int, ...], pad_id: int) -> None:
         self._mesh = mesh
         generate = functools.partial(_generate, model, end_ids=end_ids, pad_id=pad_id)
+        # Replicated, the tokens of all rows can be read on every process; `num_new` is static,
+        # since it is part of the shapes of cache and tokens.
         self._generate = jax.jit(
             generate, static_argnames="num_new", out_shardings=sharding.replicated(mesh)
         )
@@ -56,6 +58,7 @@ class Sampler:
             is seen through noise: `VLM.features`.
           max_new_tokens: static; another value or batch shape compiles anew.
         """
+        # Targets and loss weights, which a prompt has as well, do not travel to the devices.
         prompts = {name: batch[name] for name in (*PROMPT_FIELDS, *NOISE_FIELDS) if name in batch}
         prompts = sharding.put_batch(prompts, self._mesh)
         with mesh_lib.use(self._mesh):
@@ -82,6 +85,7 @@ def _generate(
     segment_ids = batch["segment_ids"]
     size, length = segment_ids.shape
     prompt_lengths_B = (segment_ids > 0).sum(-1)
+    # [B, T] -> [B, S], S = T + num_new: the slots of the prompts, then one for each new token.
     is_prompt_BS = jnp.pad(segment_ids > 0, ((0, 0), (0, num_new)))
     slots_S = jnp.arange(length + num_new)
 
@@ -89,6 +93,7 @@ def _generate(
         logits_BV: Array, step: Array, finished_B: Array, tokens_BT: Array
     ) -> tuple[Array, Array, Array]:
         """The token of a step, which rows have ended with it, and all tokens so far."""
+        # A row that has ended goes on with padding while others are still at work.
         token_B = jnp.where(finished_B, pad_id, logits_BV.argmax(-1).astype(jnp.int32))
         return (
             token_B,
@@ -97,6 +102,7 @@ def _generate(
         )
 
     def unfinished(carry) -> Array:
+        # Decided on the devices: a loop in Python would wait for a token's transfer at every step.
         step, (_, finished_B, _), _ = carry
         return (step < num_new) & ~finished_B.all()
 
@@ -114,6 +120,8 @@ def _generate(
         return step + 1, choose(logits_BV, step, finished_B, tokens_BT), cache
 
     logits_BV, cache = model.apply(variables, batch, num_new, method="prefill")
+    # A loop's carry keeps its shape, so that room for all tokens [B, num_new] is there from the
+    # start.
     nothing_yet = jnp.zeros(size, bool), jnp.full((size, num_new), pad_id, jnp.int32)
     first = choose(logits_BV, jnp.zeros((), jnp.int32), *nothing_yet)
     _, (_, _, tokens_BT), _ = jax.lax.while_loop(
@@ -127,6 +135,8 @@ def abstract_prompts(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shapes, dtypes and shardings of a batch of the longest prompts that a stage's rows
     hold."""
+    # A prompt shows one record: it has room for that record's tiles, not for those of a packed
+    # sequence.
     data = dataclasses.replace(config.data, max_tiles=config.data.tiles_of_a_record)
     shapes = abstract_batch(config.model, data, batch_size)
     rows = sharding.batch_sharding(mesh)

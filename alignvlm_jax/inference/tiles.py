@@ -49,6 +49,7 @@ def map_tiles(
       rows_of_one: "tiles", uint8 [n, Y, X, C], each a row by itself, and further arrays of the
         batch [n, ...].
     """
+    # [n, Y, X, C] -> [n, 1, Y, X, C]: each a sequence of one tile.
     every = {**rows_of_one, "tiles": rows_of_one["tiles"][:, None]}
     total = len(every["tiles"])
     size = loaded.data_parallel_size
@@ -74,6 +75,7 @@ def track(parts: Sequence[Any], name: str) -> Iterable[Any]:
     )
 
 
+# Trap: a function is its own key. One that is made anew for each call compiles each time.
 @functools.lru_cache(maxsize=8)
 def _jitted(
     fn: Callable, model: VLM, mesh: Mesh

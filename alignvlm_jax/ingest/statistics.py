@@ -19,7 +19,7 @@ MAX_REASONS = 30
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """Of one split of one folder.
+    """The statistics of one split of one folder.
 
     Attributes:
       distributions: by what is counted a value for each of `COLUMNS`.
@@ -91,7 +91,8 @@ def rejected(directory: str | Path) -> dict[str, int]:
 
 
 def _distribution(values: np.ndarray) -> tuple[float, ...]:
-    """Of those above 0: a record that lacks what a task needs is none of its records."""
+    """Returns the numbers of COLUMNS, of values above 0: a record that lacks what a task needs is
+    none of its records."""
     present = values[values > 0]
     return (
         len(present),

@@ -35,6 +35,8 @@ class Cache(NamedTuple):
         """Returns the cache with T tokens of a layer written at the index, which is not moved."""
 
         def put(old: Array, new_BTKh: Array) -> Array:
+            # [B, T, K, h] -> [1, B, K, h, T]. Trap: where the tokens do not fit behind the index,
+            # the update is moved until they do, and overwrites earlier slots without an error.
             new = new_BTKh.transpose(0, 2, 3, 1)[None].astype(old.dtype)
             return jax.lax.dynamic_update_slice(old, new, (layer, 0, 0, 0, self.index))
 
@@ -46,6 +48,7 @@ class Cache(NamedTuple):
         """Returns the keys and values of a layer."""
 
         def get(array: Array) -> Array:
+            # [L, B, K, h, S] -> [B, S, K, h]
             return jax.lax.dynamic_index_in_dim(array, layer, keepdims=False).transpose(0, 3, 1, 2)
 
         return get(self.keys), get(self.values)
@@ -72,6 +75,7 @@ class Attention(nn.Module):
             axes = ("embed", axis, "head_dim")
             linear = Einsum(equation, shape, axes, c.qkv_bias, dtype=self.dtype, name=name)
             y = linear(x_BTD)
+            # Key-value heads are split along `tensor` as query heads are: it has to divide both.
             return nn.with_logical_constraint(y, ("act_batch", "act_len", "act_heads", None))
 
         def rotate(name: str, heads: Array) -> Array:
@@ -85,6 +89,7 @@ class Attention(nn.Module):
         key_BTKh = rotate("k", project("k", c.num_kv_heads, "kv_heads"))
         value_BTKh = project("v", c.num_kv_heads, "kv_heads")
         if cache is not None:
+            # Before the cache is read: the mask admits the slot of this very token.
             cache = cache.write(layer, key_BTKh, value_BTKh)
         # Without a mask the cache is empty but for the new tokens, so prefill attends to these
         # alone and may use a kernel.
@@ -153,6 +158,7 @@ class Embedding(nn.Module):
 
     def setup(self) -> None:
         c = self.config
+        # With this deviation a row is about 1 long, whatever the width.
         init = nn.with_logical_partitioning(
             nn.initializers.normal(c.width**-0.5), ("vocab", "embed")
         )
@@ -233,6 +239,7 @@ class Llama(nn.Module):
             (x.astype(self.dtype), cache), layers, positions, segment_ids, mask
         )
         if cache is not None:
+            # Once, after all layers: each of them writes the same tokens at the same slots.
             cache = cache._replace(index=cache.index + x.shape[1])
         return self.final_norm(x_BTD), cache
 
@@ -241,6 +248,7 @@ class Llama(nn.Module):
         c = self.config
         if c.tie_embeddings:
             table_VD = self.table.astype(self.dtype)
+            # Rounded to bfloat16, close logits would tie, and argmax would take the first of them.
             logits_BTV = jnp.einsum(
                 "BTD,VD->BTV", hidden, table_VD, preferred_element_type=jnp.float32
             )
@@ -262,6 +270,8 @@ class Llama(nn.Module):
         """Returns the losses of predicting `targets`, with logits in chunks or all at once as
         `vocab_impl` and `chunk_size_mib` of `config.ModelConfig` say."""
         c = self.config
+        # The float32 parameter is read, and the head not called: chunks multiply by it, one after
+        # another.
         master = self.table if c.tie_embeddings else self.head.kernel
         return token_losses(
             hidden,

@@ -48,6 +48,7 @@ class Einsum(nn.Module):
     out_dtype: jnp.dtype | None = None
 
     def setup(self) -> None:
+        # Of "BTHh,HhD->BTD" these are "HhD", the letters of the kernel, and "BTD".
         letters, out = self.equation.split(",")[1].split("->")
         kept = [i for i, letter in enumerate(letters) if letter in out]
         summed = [i for i in range(len(letters)) if i not in kept]
@@ -63,6 +64,7 @@ class Einsum(nn.Module):
             zeros = nn.with_logical_partitioning(
                 nn.initializers.zeros, tuple(self.axes[i] for i in kept)
             )
+            # Of "BTD,DHh->BTHh" it is [H, h]: the axes of the kernel that the output keeps.
             self.bias = self.param("bias", zeros, tuple(self.shape[i] for i in kept), jnp.float32)
 
     def __call__(self, inputs: Array) -> Array:
@@ -118,6 +120,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Float
     if scaling.factor == 1.0:
         return frequencies
     turns = scaling.original_length * frequencies / (2 * math.pi)
+    # A line through 0 at low_freq_factor turns and 1 at high_freq_factor; cut off beyond both.
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = jnp.clip(keep, 0.0, 1.0)
     return frequencies * (keep + (1 - keep) / scaling.factor)
@@ -128,10 +131,10 @@ def apply_rope(
 ) -> Array:
     """Returns x with its channel pairs (i, i + h/2) rotated by position x frequency (RoPE, arXiv
     2104.09864), computed in float32: bfloat16 would round position 257 to 256."""
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies  # [B, T, 1, h/2]
     sin = jnp.sin(angles)
     cos = jnp.cos(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # [B, T, H, h/2] each
     return jnp.concatenate(
         [first * cos - second * sin, second * cos + first * sin], axis=-1
     ).astype(x.dtype)
@@ -158,6 +161,7 @@ def scan_blocks(
     return nn.scan(
         block,
         variable_axes={"params": 0},
+        # A key for each layer: with one for all, every layer would start from the same numbers.
         split_rngs={"params": True},
         length=num_layers,
         in_axes=in_axes,

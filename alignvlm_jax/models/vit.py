@@ -138,10 +138,12 @@ class Siglip(nn.Module):
         init = nn.with_logical_partitioning(
             nn.initializers.normal(c.width**-0.5), ("patch", "vis_embed")
         )
+        # [P, E], of a patch in its tile: where a tile lies on the page the encoder is not told.
         positions = self.param("positions", init, (c.num_patches, c.width), jnp.float32)
         x_BPE = nn.with_logical_constraint(
             x_BPE + positions.astype(self.dtype), ("act_batch", "act_len", "act_embed")
         )
+        # The carry is all that a layer reads: None is broadcast where other blocks have inputs.
         blocks = scan_blocks(Block, c.num_layers, self.remat, self.unroll, in_axes=(nn.broadcast,))
         x_BPE, _ = blocks(c, self.dtype, self.attention, name="blocks")(x_BPE, None)
         return LayerNorm(c.width, c.norm_eps, name="final_norm")(x_BPE)

@@ -83,7 +83,7 @@ class VLM(nn.Module):
     def encode_tiles(self, tiles: UInt8[Array, "B I Y X C"]) -> Float[Array, "B I P E"]:
         """Returns patch features; every tile is encoded by itself."""
         batch, num_tiles = tiles.shape[:2]
-        features = self.vision(tiles.reshape(batch * num_tiles, *tiles.shape[2:]))
+        features = self.vision(tiles.reshape(batch * num_tiles, *tiles.shape[2:]))  # [B I, P, E]
         return features.reshape(batch, num_tiles, *features.shape[1:])
 
     def features(self, batch: Mapping[str, Array]) -> Float[Array, "B I P E"]:
@@ -100,6 +100,8 @@ class VLM(nn.Module):
         def draw(seed: Array, sigma: Array) -> Array:
             return sigma * jax.random.normal(jax.random.key(seed), features.shape[1:], jnp.float32)
 
+        # [B, I, P, E]. The sum is made in float32 and rounded once: bfloat16 noise would be rounded
+        # twice.
         noise = jax.vmap(draw)(batch["noise_seed"], batch["noise_sigma"])
         return (features.astype(jnp.float32) + noise).astype(features.dtype)
 
@@ -127,10 +129,14 @@ class VLM(nn.Module):
         segment_ids = batch["segment_ids"]
         size, length = segment_ids.shape
         x_BTD, _ = self._read(batch, "pixels")
+        # One cache for prompt and answer: one that grew would change its shape, and each step
+        # compile anew.
         cache = self.llm.empty_cache(size, length + num_new)
         # Segments are left out, since cuDNN's kernel takes them as a bias [B, 1, T, T]. They are
         # not needed: prompt tokens stand before the padding, and what the padding sees is not used.
         hidden_BTD, cache = self.llm(x_BTD, batch["positions"], cache=cache)
+        # Only the last token of each prompt goes through the LM head: logits of all would take
+        # [B, T, V]. It is not the last of the array, where shorter prompts have padding.
         last_B = (segment_ids > 0).sum(-1) - 1
         hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
         return self.llm.logits(hidden_B1D)[:, 0], cache
@@ -172,6 +178,8 @@ class VLM(nn.Module):
                 batch["patch_label_ids"].reshape(-1, k), batch["patch_label_weights"].reshape(-1, k)
             )
         if visual_source == "oracle":
+            # N and k stand where `embed` speaks of B and T: labels are sharded over the batch as
+            # sequences are.
             vectors_NkD = self.llm.embed(labels.ids)
             tokens_ND = jnp.einsum(
                 "NkD,Nk->ND", vectors_NkD, labels.weights.astype(vectors_NkD.dtype)
@@ -181,6 +189,7 @@ class VLM(nn.Module):
             )
         features = self.features(batch)
         size, num_tiles, patches, width = features.shape
+        # [B, I, P, E] -> [B I P, E]: a connector knows tiles and patches, and nothing of sequences.
         output = self.connector(features.reshape(-1, width), self.llm.table, labels)
         return output.tokens.reshape(
             size, num_tiles * self.config.tokens_per_tile, -1
@@ -196,6 +205,8 @@ class VLM(nn.Module):
         text_BTD = self.llm.embed(jnp.where(is_image_BT, 0, tokens_BT))
         # Before the first image token the count is -1.
         image_index_BT = jnp.clip(jnp.cumsum(is_image_BT, axis=1) - 1, 0)
+        # [B, N, D] at [B, T, 1] -> [B, T, D]. Text tokens, too, fetch the visual token before them;
+        # the `where` drops it. So the shapes do not depend on how many image tokens there are.
         image_BTD = jnp.take_along_axis(visual_BND, image_index_BT[..., None], axis=1)
         x_BTD = jnp.where(is_image_BT[..., None], image_BTD, text_BTD)
         return nn.with_logical_constraint(x_BTD, ("act_batch", "act_len", "act_embed"))
@@ -216,6 +227,7 @@ def abstract_batch(
         "loss_weights": (tokens, np.float32),
         "positions": (tokens, np.int32),
         "segment_ids": (tokens, np.int32),
+        # A quarter of float32's bytes on the way to the devices, where the encoder normalises them.
         "tiles": (tiles, np.uint8),
         "patch_label_ids": ((*patches, data.max_patch_labels), np.int32),
         "patch_label_weights": ((*patches, data.max_patch_labels), np.float32),

@@ -93,6 +93,7 @@ def _queries_per_chunk(batch: int, length: int, heads: int) -> int | None:
         math.ceil(n / chunked.num_shards(axis))
         for n, axis in ((batch, "act_batch"), (heads, "act_heads"))
     )
+    # A query has rows x heads x length logits of 4 bytes.
     fits = int(CHUNK_SIZE_MIB * 2**20 / (4 * rows * heads * length))
     return None if length <= fits else max(fits, 1)
 
@@ -135,6 +136,7 @@ def _chunked(
     # Without the checkpoint, the scan would save the logits of every chunk for the backward pass:
     # [B, H, T, T] after all.
     mixed = jax.lax.map(jax.checkpoint(mix, prevent_cse=False), parts)
+    # [chunks, B, chunk, H, h] -> [B, chunks, chunk, H, h] -> [B, T, H, h]
     return mixed.swapaxes(0, 1).reshape(query.shape[0], count * chunk, *query.shape[2:])[:, :length]
 
 

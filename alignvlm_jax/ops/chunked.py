@@ -58,10 +58,13 @@ def _project_backward(
     # Both operands in the dtype of the computation: a float32 one would take the whole matmul off
     # the matrix unit's fast path.
     dout = dout.astype(value.dtype)
+    # Of "ND,DV->NV" these are "NV,DV->ND" and "ND,NV->DV".
     dx = jnp.einsum(
         f"{out},{matrix}->{rows}", dout, value, preferred_element_type=jnp.float32
     ).astype(x.dtype)
     dmatrix = jnp.einsum(f"{rows},{out}->{matrix}", x, dout, preferred_element_type=jnp.float32)
+    # `value` stands behind a stop_gradient, so that its cotangent goes nowhere; zeros have its
+    # shape.
     return dx, jnp.zeros_like(value), dmatrix
 
 
@@ -89,6 +92,7 @@ def rows_per_chunk(impl: str, chunk_size_mib: float, num_rows: int, num_columns:
     """
     if impl == "plain":
         return None
+    # With 64 MiB, 128,256 columns on one device leave 130 rows, of which a chunk takes 128.
     rows = math.ceil(num_rows / num_shards("act_batch"))
     fits = max(int(chunk_size_mib * 2**20 / (4 * num_columns / num_shards("act_vocab"))), 1)
     if impl == "auto" and rows <= fits:
@@ -138,6 +142,7 @@ def _map_chunks(
     num_chunks = math.ceil(num_rows / chunk)
 
     def split(x: Array) -> Array:
+        # [N, ...] -> [chunks, chunk, ...]: `lax.map` needs chunks of one shape.
         x = jnp.pad(x, ((0, num_chunks * chunk - num_rows), *((0, 0),) * (x.ndim - 1)))
         return x.reshape(num_chunks, chunk, *x.shape[1:])
 
@@ -151,6 +156,7 @@ def _map_chunks(
 def _mesh_axes(logical: str) -> tuple[str, ...]:
     """Returns the axes of the mesh entered over which `logical` is sharded, without axes of size
     1."""
+    # One mesh axis comes as a string, several as a tuple, none as None.
     (axes,) = nn.logical_to_mesh_axes((logical,))
     axes = (axes,) if isinstance(axes, str) else axes or ()
     sizes = jax.sharding.get_abstract_mesh().shape

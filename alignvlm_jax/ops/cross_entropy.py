@@ -26,6 +26,7 @@ def pick(logits: Float[Array, "... V"], ids: Int[Array, "..."]) -> Float[Array, 
     The sum stays where the logits are, and fuses with the other reductions over them; the cost of a
     gather along a sharded vocabulary would be up to the partitioner.
     """
+    # An id that is no column matches none and picks 0: image tokens need no case of their own.
     vocabulary = jax.lax.broadcasted_iota(ids.dtype, logits.shape, logits.ndim - 1)
     return jnp.sum(jnp.where(vocabulary == ids[..., None], logits, 0.0), axis=-1)
 

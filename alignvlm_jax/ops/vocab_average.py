@@ -119,6 +119,7 @@ def vocab_average(
                 is_entry_NV.sum(-1, keepdims=True)
             )
         else:
+            # The softmax, by the sum that the labels' cross-entropy needs anyway.
             weights_NV = jnp.exp(logits_NV - log_sum_exp_N[:, None])
         # The matmul has operands in the dtype of the computation, and sums in float32.
         average_ND = chunked.project(

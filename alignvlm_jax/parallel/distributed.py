@@ -167,6 +167,7 @@ def check_alike(facts: Mapping[str, Any | Callable[[], Any]]) -> None:
         {name: fact() if callable(fact) else fact for name, fact in facts.items()}
     ):
         name, values = next(iter(found.items()))
+        # The first process that differs from process 0 is named.
         process = next(i for i, value in enumerate(values) if value != values[0])
         raise UserError(
             f"the processes differ in {', '.join(found)}: {name} is {values[0]!r} on process 0 and "

@@ -79,6 +79,7 @@ def resolve_sizes(
 def largest_fsdp(model: ModelConfig, num_devices: int) -> int:
     """Returns the largest fsdp axis, of at most so many devices, over which every parameter
     divides."""
+    # An axis that divides every width divides their greatest common divisor.
     common = math.gcd(*_widths(model).values())
     return max(size for size in _divisors(common) if size <= num_devices)
 
@@ -90,6 +91,7 @@ def _requested(mesh: MeshConfig) -> Sizes:
 def _candidates(requested: Sizes, num_devices: int) -> Iterator[Sizes]:
     """Meshes of so many devices that agree with the sizes asked for, the best first."""
     divisors = _divisors(num_devices)
+    # Small tensor axes before large ones, and among these large fsdp axes first.
     for tensor, fsdp in itertools.product(divisors, reversed(divisors)):
         if num_devices % (tensor * fsdp) == 0:
             sizes = Sizes(num_devices // (tensor * fsdp), fsdp, tensor)
@@ -110,7 +112,7 @@ def _checks(
 
 
 def _undivided(mesh: MeshConfig, model: ModelConfig, sizes: Sizes) -> str:
-    """What does not divide over an axis that was left open. Of a size that is given
+    """Returns what does not divide over an axis that was left open. Of a size that is given
     `sharding.tree_sharding` says it, with the parameter's path."""
     for axis, dimensions in (("fsdp", _widths(model)), ("tensor", _heads(model))):
         size = getattr(sizes, axis)
@@ -139,6 +141,7 @@ def _batch_left_over(train: TrainConfig, sizes: Sizes) -> str:
         for steps in _divisors(train.grad_accum_steps)
         if train.batch_size % (steps * data_parallel_size) == 0
     ]
+    # The most steps that divide, and so the least memory of those that fit.
     changes = [f"--config.train.grad_accum_steps={fewer[-1]}"] if fewer else []
     nearest = max(round(microbatch / data_parallel_size), 1) * data_parallel_size
     changes.append(f"--config.train.batch_size={nearest * train.grad_accum_steps}")
@@ -176,7 +179,7 @@ def _widths(model: ModelConfig) -> dict[str, int]:
 
 
 def _heads(model: ModelConfig) -> dict[str, int]:
-    """The dimensions that they put on tensor.
+    """The dimensions that the sharding rules put on tensor.
 
     Those of connectors are multiples of these, but for what they name.
     """
@@ -245,6 +248,8 @@ def _grid(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
     num_slices = _num_slices(devices)
     if num_slices == 1:
         return mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
+    # The first shape lies within a slice, the second across slices: `data` alone crosses the
+    # network.
     return mesh_utils.create_hybrid_device_mesh(
         (data // num_slices, *inner), (num_slices, 1, 1), devices, allow_split_physical_axes=True
     )

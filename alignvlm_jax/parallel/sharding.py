@@ -79,6 +79,7 @@ def _check_names(path: tuple, logical: PartitionSpec) -> None:
 
 def _check_divides(path: tuple, array: jax.ShapeDtypeStruct, sharding: NamedSharding) -> None:
     """Raises UserError where a dimension of a leaf does not divide over its mesh axes."""
+    # A spec may be shorter than the shape: axes that it does not reach are not sharded.
     for size, axes in zip(array.shape, sharding.spec, strict=False):
         axes = (axes,) if isinstance(axes, str) else axes or ()
         num_shards = int(np.prod([sharding.mesh.shape[axis] for axis in axes]))
@@ -114,6 +115,7 @@ def rows_of_process(mesh: Mesh, size: int) -> np.ndarray:
     several hosts hold the same indices.
     """
     indices = batch_sharding(mesh).addressable_devices_indices_map((size,))
+    # Devices along `tensor` hold the same rows, which count once.
     return np.unique(np.concatenate([np.arange(size)[rows] for (rows,) in indices.values()]))
 
 

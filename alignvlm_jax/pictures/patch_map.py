@@ -152,6 +152,7 @@ def picture(lens: Lens) -> bytes:
     axes.imshow(
         lens.page, extent=(0, lens.page.width, lens.page.height, 0), interpolation="lanczos"
     )
+    # A point of a font is 1/72 inch.
     points = 72 * PICTURE_INCHES / lens.page.width
     space = lens.tokenizer.space_id
     piece = lens.tokenizer.piece
@@ -178,6 +179,7 @@ def readings(lens: Lens, count: int, num_tokens: int = 3) -> list[Reading]:
     # The stable sort makes the choice the same on every machine.
     (inked,) = np.nonzero(lens.tokens[:, 0] != lens.tokenizer.space_id)
     ordered = inked[np.argsort(lens.entropies[inked], kind="stable")]
+    # Without repetition: rounding may give one place twice.
     chosen = ordered[
         np.unique(np.linspace(0, len(ordered) - 1, min(count, len(ordered))).round().astype(int))
     ]
@@ -190,6 +192,7 @@ def _page_data(lens: Lens) -> dict[str, Any]:
     Boxes are in fractions of the page, and tokens are indices into `pieces`, which spells each
     token in use once: the page need not hold the whole vocabulary.
     """
+    # Of which shape `places` are depends on numpy's version: they are reshaped below.
     used, places = np.unique(lens.tokens, return_inverse=True)
     size = np.array([lens.page.width, lens.page.height] * 2)
     return {

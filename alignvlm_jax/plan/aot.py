@@ -24,6 +24,7 @@ from alignvlm_jax.plan.stopping import Stopping
 from alignvlm_jax.train import optim, state, step
 
 GIB = 2**30
+# No compiler tells which fraction of the peak a run will reach: times are given for three.
 UTILISATIONS = (0.3, 0.4, 0.5)
 SECONDS_A_DAY = 24 * 60 * 60
 
@@ -134,6 +135,7 @@ def check(config: Config, topology: Topology) -> None:
     mesh = mesh_lib.abstract(
         config.mesh, config.model, config.train, topology.num_devices, topology.num_slices
     )
+    # Called for what they raise: of weights that do not divide, and of patterns that no weight has.
     params = state.abstract_params(vlm.VLM(config.model), mesh)
     state.trainable_paths(config.train, config.stage, params)
 
@@ -151,6 +153,7 @@ def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> P
     tx = optim.make_optimizer(config.optim, config.train.num_steps)
     is_estimate = devices[0].platform != "tpu"
     with mesh_lib.use(mesh_lib.make_mesh(config.mesh, config.model, config.train, devices)) as mesh:
+        # Lowered within the mesh: attention chooses its kernel by the platform of the mesh entered.
         abstract = state.abstract_state(model, config.train, tx, mesh)
         compiled, peak_gib = compile_program(
             step.lower_train_step(model, config, tx, abstract, mesh), is_estimate
@@ -171,6 +174,7 @@ def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> P
         peak_hbm_gib=peak_gib,
         fits=peak_gib is not None and peak_gib <= topology.chip.hbm_gib,
         is_estimate=is_estimate,
+        # Of the plain program, whatever was compiled: what is computed twice does not count.
         flops=flops.step_flops(config, abstract.params),
         communication=communication,
     )
@@ -186,6 +190,7 @@ def state_gib(config: Config, topology: Topology) -> float:
     abstract = state.abstract_state(vlm.VLM(config.model), config.train, tx, mesh)
     trainable = state.trainable_paths(config.train, config.stage, abstract.params)
     trained, _ = state.split(abstract.params, trainable)
+    # Gradients have the shapes, dtypes and shardings of the parameters that are trained.
     return gib_of_a_device((abstract, trained))
 
 
@@ -197,6 +202,7 @@ def compile_program(
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as err:
+        # That a program does not fit is a result; all else is an error of ours.
         if "RESOURCE_EXHAUSTED" not in str(err):
             raise
         return None, _requested_gib(str(err))
@@ -206,6 +212,7 @@ def compile_program(
 def _peak_gib(compiled: jax.stages.Compiled, is_estimate: bool) -> float:
     memory = compiled.memory_analysis()
     if is_estimate:  # CPU's compiler counts no temporaries in the peak.
+        # Outputs in the place of donated arguments are counted with these.
         new = memory.output_size_in_bytes - memory.alias_size_in_bytes
         return (memory.argument_size_in_bytes + new + memory.temp_size_in_bytes) / GIB
     # Not the sum: buffers that live at different times share memory.
@@ -214,6 +221,7 @@ def _peak_gib(compiled: jax.stages.Compiled, is_estimate: bool) -> float:
 
 def _requested_gib(message: str) -> float | None:
     """The GiB that a program was refused, out of the compiler's message."""
+    # "Used 20.10G of 15.75G hbm", or "(20.10G) exceeds".
     found = re.search(r"Used ([\d.]+)G of|\(([\d.]+)G\) exceeds", message)
     return float(found[1] or found[2]) if found else None
 

@@ -20,6 +20,7 @@ KINDS = (
     "ragged-all-to-all",
 )
 BETWEEN_SLICES = "between slices"
+# Of all others the first number in the name is the bits: f32, s8, f8e4m3fn.
 BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
 
 
@@ -37,9 +38,13 @@ class _Op(NamedTuple):
     rest: str  # operands and attributes
 
 
+# "ENTRY %main.5 (p0: f32[8]) -> f32[8] {"; without ENTRY it is a computation that others call.
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+# "  ROOT %add.3 = f32[8]{0} add(%a, %b), metadata=..." is name, type, opcode, and what follows "(".
 _OP = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
+# "bf16[8,128]" in a type; "pred[]" is a scalar.
 _ARRAY = re.compile(r"\b(pred|bf16|[a-z]\d+\w*)\[([\d,]*)\]")
+# "calls=%fused.2", "to_apply=%add", and of "called_computations={%a, %b}" the first.
 _CALLED = re.compile(
     r"(?:calls|to_apply|called_computations=\{|branch_computations=\{)=?%?([\w.\-]+)"
 )
@@ -101,6 +106,7 @@ def _parse(hlo: str) -> tuple[dict[str, dict[str, _Op]], str]:
 
 def _trips(loop: _Op, condition: dict[str, _Op], body: dict[str, _Op]) -> int:
     """How often a loop runs that counts up from 0; 1 where that cannot be told."""
+    # "known_trip_count":{"n":"12"}
     if known := re.search(r'known_trip_count.*?"n":"(\d+)"', loop.rest):
         return int(known[1])
     compares = [
@@ -116,7 +122,7 @@ def _trips(loop: _Op, condition: dict[str, _Op], body: dict[str, _Op]) -> int:
 
 
 def _step(body: dict[str, _Op], index: str) -> int:
-    """By how much a loop's counter grows: 1, or more where the compiler has unrolled it."""
+    """Returns by how much a loop's counter grows: 1, or more where the compiler unrolled it."""
     counters = {
         op.name
         for op in body.values()
@@ -146,7 +152,7 @@ def _is_number(op: _Op) -> bool:
 
 
 def _bytes(op: _Op, ops: dict[str, _Op]) -> int:
-    """The larger of what goes in and what comes out."""
+    """Returns the bytes of a collective: the larger of what goes in and what comes out."""
     if op.opcode.endswith("-start") and op.opcode != "all-reduce-start":
         # (operands, results, and what only the runtime looks at)
         return max(_sizes(op.type), default=0)

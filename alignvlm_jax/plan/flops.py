@@ -48,6 +48,7 @@ def step_flops(config: Config, params: Params) -> dict[str, float]:
     batch = step.train_inputs(
         config.train, vlm.abstract_batch(config.model, config.data, config.train.batch_size)
     )
+    # Without shardings, whose mesh need not be the one that is entered here.
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     trainable, frozen = state.split(
         shapes, state.trainable_paths(config.train, config.stage, shapes)
@@ -113,6 +114,7 @@ def _matmuls(jaxpr: Jaxpr, component: str) -> Iterator[tuple[str, int]]:
         elif equation.primitive.name == "conv_general_dilated":
             yield here, _of_convolution(equation)
         elif equation.primitive.name == "cond":
+            # Of its branches one runs: the costliest stands for all.
             yield from max(
                 (list(_matmuls(branch.jaxpr, here)) for branch in equation.params["branches"]),
                 key=lambda found: sum(flops for _, flops in found),
@@ -124,6 +126,7 @@ def _matmuls(jaxpr: Jaxpr, component: str) -> Iterator[tuple[str, int]]:
 
 
 def _of_dot(equation: JaxprEqn) -> int:
+    # Each entry of the result is a sum over the contracted axes.
     (contracted, _), _ = equation.params["dimension_numbers"]
     left = equation.invars[0].aval.shape
     out = equation.outvars[0].aval.shape
@@ -131,8 +134,8 @@ def _of_dot(equation: JaxprEqn) -> int:
 
 
 def _of_convolution(equation: JaxprEqn) -> int:
-    """Two for each weight that an output sees; zeros put between inputs, for the gradient of
-    strides, are none."""
+    """Returns two FLOPs for each weight that an output sees; zeros put between inputs, for the
+    gradient of strides, are none."""
     kernel = equation.invars[1].aval.shape
     out = equation.outvars[0].aval.shape
     out_features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]

@@ -155,7 +155,8 @@ def advice(plan: GenerationPlan) -> str:
 
 
 def _cache_gib(model: ModelConfig, batch_size: int, length: int, mesh: jax.sharding.Mesh) -> float:
-    """GiB a device of the keys and values [B, S, K, h] of all layers, S = `length`."""
+    """GiB a device of the keys and values, both [L, B, K, h, S], S = `length`."""
     llm = Llama(model.llm, jnp.dtype(model.dtype), "none")
+    # Rows are split over data and fsdp, and heads over tensor: all of the mesh together.
     cache = jax.eval_shape(lambda: llm.empty_cache(batch_size, length))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) / mesh.size / aot.GIB

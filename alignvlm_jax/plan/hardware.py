@@ -28,6 +28,7 @@ class Chip:
     num_devices: int = 1
 
 
+# From small to large: `search.smallest` and `printing.larger` walk through them in this order.
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = (
     "2x2x1",

@@ -113,6 +113,7 @@ def larger(topology: Topology) -> str:
     sizes = [
         hardware.parse_topology(f"{kind}:{shape}", slices) for shape in hardware.CHIPS[kind].shapes
     ]
+    # Slices come from small to large: the first that has more chips is the next.
     return next((other.shape for other in sizes if other.num_chips > topology.num_chips), "")
 
 

@@ -53,6 +53,8 @@ class Search:
         for mesh in meshes:
             tried += self._plans_of(mesh, devices, say)
         if not tried:
+            # The state alone is too large on every mesh: one is compiled all the same, to say by
+            # how much.
             tried = [aot.make(self.smallest_microbatches(meshes[-1]), self.topology, devices)]
         fitting = [plan for plan in tried if plan.fits]
         return (
@@ -111,8 +113,8 @@ class Search:
     def _plans_of(
         self, mesh: MeshConfig, devices: Sequence[jax.Device], say: Say
     ) -> Iterator[Plan]:
-        """From the plan that needs the least memory to ones that compute less twice and gather
-        parameters less often."""
+        """Yields plans of a mesh: from the one that needs the least memory on, ones that compute
+        less twice and gather parameters less often."""
         small = self.smallest_microbatches(mesh)
         held = aot.state_gib(small, self.topology)
         limit = self.topology.chip.hbm_gib
@@ -127,11 +129,13 @@ class Search:
         yield plan
         if not plan.fits:
             return
+        # From the least memory to the most: where one does not fit, the next would not.
         for remat in ("full", "dots", "none"):
             # A guess by what the plan before took, and where it was too bold another by its own.
             for _ in range(2):
                 steps = small.train.grad_accum_steps // _microbatch_size(plan, held)
                 candidate = self._changed(mesh, steps, remat)
+                # This has just been compiled.
                 if candidate == plan.config:
                     break
                 plan = aot.make(candidate, self.topology, devices)
@@ -182,6 +186,7 @@ def seconds(plan: Plan) -> float:
     """Returns an estimate of a step's seconds, to compare plans: the model's FLOPs and those made
     twice at half of the peak, and then, as if nothing overlapped, what is sent over the links."""
     again = {"none": 0.0, "dots": 0.1, "full": 1.0}[plan.config.model.remat]
+    # Where all is trained, the backward pass has two matmuls for each of the forward pass.
     forward = (plan.flops["vision"] + plan.flops["llm"]) / 3
     computing = (sum(plan.flops.values()) + again * forward) / (plan.topology.peak_flops / 2)
     return computing + sum(_wire_seconds(plan, kind) for kind in plan.communication)
@@ -200,6 +205,7 @@ def _microbatch_size(plan: Plan, held: float) -> int:
     train = plan.config.train
     limit = plan.topology.chip.hbm_gib
     sequences = train.batch_size // (plan.mesh["data"] * plan.mesh["fsdp"])
+    # What `plan` needs beside the state is that of sequences / grad_accum_steps sequences.
     of_one = max(plan.peak_hbm_gib - held, 1e-3) * train.grad_accum_steps / sequences
     fitting = (size for size in _divisors(sequences) if size * of_one <= SAFE * limit - held)
     return max(fitting, default=1)

@@ -17,7 +17,7 @@ with what follows."""
 
 @dataclasses.dataclass(frozen=True)
 class Stopping:
-    """Times in seconds.
+    """What a checkpoint, a stop and a loss cost; times in seconds.
 
     A stop is noticed when the step under way ends; every host saves its part of the state.
     """
@@ -30,13 +30,13 @@ class Stopping:
 
     @property
     def needed(self) -> float:
-        """From the wish to stop to a checkpoint that is whole."""
+        """The time from the wish to stop to a checkpoint that is whole."""
         return self.step + self.save
 
     @property
     def lost_on_average(self) -> float:
-        """Of the work of a run that ends without notice: half an interval, and what was still being
-        saved."""
+        """The work that a run loses on average where it ends without notice: half an interval, and
+        what was still being saved."""
         return self.interval / 2 + self.save
 
     @property
@@ -61,13 +61,14 @@ def make(train: TrainConfig, state_gib: float, num_hosts: int, step_seconds: flo
         state_gib=state_gib,
         gib_a_host=gib_a_host,
         step=step_seconds,
+        # GiB are 2^30 bytes, GB 10^9.
         save=gib_a_host * 2**30 / (HOST_WRITE_GB * 1e9),
         interval=steps * step_seconds,
     )
 
 
 def lines(stopping: Stopping) -> list[str]:
-    """Returns them as people read them."""
+    """Returns the costs as people read them."""
     return [
         f"a checkpoint       {stopping.state_gib:.2f} GiB, {stopping.gib_a_host:.2f} a host: "
         f"{stopping.save:.0f} s at an assumed {HOST_WRITE_GB} GB/s a host",
@@ -90,6 +91,7 @@ def _verdict(stopping: Stopping) -> str:
             groups = [f"{', '.join(of_one)} ({seconds} s)" for seconds, of_one in names.items()]
             parts.append(f"{verdict} {' and '.join(groups)}")
     if not all(stopping.in_time[name] for name in GRACE_SECONDS if name != "spot notice"):
+        # A fifth more than is needed, since both times are estimates.
         parts.append(f"launch with --grace={math.ceil(1.2 * stopping.needed)}")
     return "; ".join(parts)
 

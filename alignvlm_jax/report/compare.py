@@ -163,6 +163,7 @@ def measure(run: Path) -> None:
         for split in splits
         for blind in (False, True)
     }
+    # One seed for all runs, so that each question is seen through the same noise.
     analyses = {
         "noise": noise.measure_features(loaded, splits[0], (), RELATIVE_SIGMAS, NUM_PAGES, seed=0)
     }
@@ -234,6 +235,7 @@ def _way(run: Path) -> dict[str, Any]:
     trained = restore.read_newest(run, lambda checkpoints, step: checkpoints.metadata(step))
     return {
         "train_seconds": trained["train_seconds"],
+        # Lists, as JSON gives them back: a tuple equals no list.
         "sigmas": list(RELATIVE_SIGMAS),
         "num_pages": NUM_PAGES,
         "num_questions": found.eval.num_questions,
@@ -255,6 +257,7 @@ def _read_json(path: Path) -> Any:
 
 def _name(run: Path) -> tuple[str, int] | None:
     """Returns the row and the seed that a workdir's name ROW_seedN gives, or None."""
+    # "align_plain_seed2" is ("align_plain", 2).
     match = re.fullmatch(r"(.+)_seed(\d+)", run.name)
     return match and (match[1], int(match[2]))
 

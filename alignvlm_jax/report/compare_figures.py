@@ -77,6 +77,7 @@ def _draw_scores(axes: Axes, rows: Sequence[Row]) -> None:
             label=label,
         )
     axes.set_yticks(range(len(rows)), [row.name.replace("_", " ") for row in rows])
+    # Bars are drawn from the bottom up: turned round, the best row is on top.
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel("ANLS")
@@ -112,6 +113,7 @@ def _mean(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns the means over runs of what a figure of noise shows, in the form of one result."""
     # By sigma: the points of all runs.
     points = zip(*(run["points"] for run in runs), strict=True)
+    # All runs were measured at RELATIVE_SIGMAS: the points at one place are of one sigma.
     names = ("relative_sigma", "anls", "centred_distance")
     return {
         "centred_between_distance": float(

@@ -88,6 +88,8 @@ def noise(title: str, rows: Sequence[Row]) -> Grid:
     lines = []
     for row in rows:
         runs = row.analysis("noise")
+        # Rounded, since they were multiplied by the features' deviation and divided again: 1.0
+        # may come back as 0.9999999.
         sigmas = [round(point["relative_sigma"], 2) for point in runs[0]["points"]]
         anls = np.array([[point["anls"] for point in run["points"]] for run in runs])
         # anls is [runs, sigmas]; the first sigma is 0.
@@ -129,6 +131,7 @@ def pruning(title: str, rows: Sequence[Row]) -> Grid:
     lines = []
     for row in rows:
         if runs := row.analysis("vocabulary"):
+            # All runs have the same trials in the same order: a tuple of runs for each.
             trials = zip(*(run["pruning"] for run in runs), strict=True)
             perplexity = np.mean([run["perplexity"]["p50"] for run in runs])
             lines.append([_words(row.name), f"{perplexity:.1f}", *map(_trial, trials)])

@@ -94,6 +94,7 @@ def _spans(tokens: np.ndarray, is_taught: np.ndarray, builder: ExampleBuilder) -
             return "image", False
         return "text" if tokenizer.is_text(token) else "special", bool(is_taught[position])
 
+    # Neighbours that are alike make one span.
     for (kind, taught), run in itertools.groupby(range(len(tokens)), kind_of):
         ids = [int(tokens[position]) for position in run]
         if kind == "image":
@@ -108,5 +109,6 @@ def _spans(tokens: np.ndarray, is_taught: np.ndarray, builder: ExampleBuilder) -
 
 def _thumbnail(tile: np.ndarray) -> str:
     picture = Image.fromarray(tile)
+    # In place, and never enlarged.
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     return html.image_uri(picture)

@@ -80,6 +80,7 @@ def points(lines: Sequence[dict[str, Any]], name: str, log: bool) -> np.ndarray:
     Values that are not finite are left out; with `log`, so are those that are not positive.
     """
     found = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    # [0, 2] where there are none, so that the columns below exist.
     values = np.asarray(found, float).reshape(-1, 2)
     keep = np.isfinite(values[:, 1]) & ((values[:, 1] > 0) | (not log))
     return values[keep]
@@ -93,6 +94,7 @@ def stage_spans(lines: Sequence[dict[str, Any]]) -> list[tuple[str, float, float
     ends: dict[str, float] = {}
     for line in lines:
         ends[line["stage"]] = max(line["step"], ends.get(line["stage"], 0))
+    # One more than there are stages: where the last ends, none begins.
     starts = [0, *ends.values()]
     return [(name, start, end) for (name, end), start in zip(ends.items(), starts, strict=False)]
 
@@ -120,6 +122,7 @@ def _panel(curve: Curve, lines: Sequence[dict[str, Any]], other: Sequence[dict[s
 
 def _draw_run(axes: Axes, curve: Curve, lines: Sequence[dict[str, Any]], color: str) -> None:
     """Draws a run's training metric, raw and smoothed, and its validation metric as points."""
+    # [n, 2]; its transpose is the steps and the values.
     training = points(lines, curve.training, curve.log)
     axes.plot(*training.T, color=color, linewidth=0.8, alpha=0.3)
     # Stage by stage: at a new stage the loss may jump, and no line should bridge or smooth that.
@@ -147,6 +150,7 @@ def _smooth(values: np.ndarray, log: bool) -> np.ndarray:
     # The window stays symmetric: a one-sided mean would hide how steeply a stage begins.
     values = np.log(values) if log else values
     widest = min(SMOOTHING // 2, len(values) // 10)
+    # As many neighbours on either side as there are up to the nearer end.
     half = [min(widest, i, len(values) - 1 - i) for i in range(len(values))]
     means = np.array([values[i - h : i + h + 1].mean() for i, h in enumerate(half)])
     return np.exp(means) if log else means
@@ -177,6 +181,7 @@ def _draw_stages(axes: Axes, spans: list[tuple[str, float, float]]) -> None:
 def _inline_svg(figure: Figure, label: str) -> str:
     """Returns a figure as an SVG element that fits the width of its container."""
     buffer = io.StringIO()
+    # None leaves these out: with a date no two reports of one run would be equal.
     figure.savefig(
         buffer,
         format="svg",

@@ -46,6 +46,7 @@ class Example:
         """Returns the prediction in pieces, each with whether it agrees with the closest answer."""
         prediction = self.row["prediction"]
         opcodes = Levenshtein.opcodes(prediction, self.closest_answer())
+        # An insertion has no piece of the prediction: it is empty, and left out below.
         pieces = [(prediction[op.src_start : op.src_end], op.tag == "equal") for op in opcodes]
         return [(piece, same) for piece, same in pieces if piece]
 

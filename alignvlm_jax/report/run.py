@@ -90,6 +90,7 @@ def build(folder: Path, other: Path | None = None, data_dir: str | None = None) 
     """
     run = read(folder, data_dir)
     path = folder / FILE
+    # Of the other run curves and scores are shown: they need no model.
     storage.write_whole(
         path, render(run, None if other is None else read(other, data_dir, with_model=False))
     )
@@ -190,6 +191,7 @@ def _splits(run: Run) -> list[str]:
     """Returns the names of the splits with predictions, those of the config first."""
     found = [split for split, blind in run.results if not blind]
     named = run.stages[-1].eval.splits
+    # Splits that the config does not name come last, by name.
     return sorted(
         found, key=lambda split: (named.index(split) if split in named else len(named), split)
     )
@@ -336,6 +338,7 @@ def _goodput(lines: Lines) -> list[dict[str, Any]]:
             "seconds": newest[goodput.PREFIX + category] * newest[goodput.TOTAL],
             "color": color,
         }
+        # There are more colours than categories.
         for (category, name, what), color in zip(GOODPUT, plotting.COLORS, strict=False)
     ]
 

@@ -69,7 +69,9 @@ def stored(name: str) -> Stored | None:
     except FileNotFoundError:
         return None
     fields = json.loads(content)
+    # "2026-11-29T01:17:26.123Z" is UTC: time.mktime would take it for local time.
     updated = calendar.timegm(time.strptime(fields["updated"][:19], "%Y-%m-%dT%H:%M:%S"))
+    # The server's clock, as its answer has it: that of this machine may be wrong.
     now = email.utils.parsedate_to_datetime(headers["Date"]).timestamp()
     return Stored(fields["generation"], int(fields["size"]), now - updated)
 
@@ -87,6 +89,7 @@ def put(name: str, content: bytes, generation: str | None = None) -> str:
       OSError: it cannot be written.
     """
     bucket, _, key = name.partition("/")
+    # 64 random bits, which no content holds by chance.
     boundary = f"=={random.getrandbits(64):x}=="
     head = f"--{boundary}\r\nContent-Type: application/json\r\n\r\n{json.dumps({'name': key})}\r\n"
     head += f"--{boundary}\r\nContent-Type: application/octet-stream\r\n\r\n"
@@ -114,6 +117,8 @@ def append(name: str, content: bytes, generation: str) -> str:
     bucket, _, key = name.partition("/")
     piece = f"{name}.piece"
     put(piece, content)
+    # The object must be of this generation both as a part and as what is replaced: if another
+    # process has written meanwhile, nothing is composed.
     sources = [{"name": key, "generation": generation}, {"name": f"{key}.piece"}]
     try:
         return filesystem().call(
@@ -130,6 +135,7 @@ def append(name: str, content: bytes, generation: str) -> str:
             json_out=True,
         )["generation"]
     finally:
+        # A piece that is left behind does no harm: the next one is written over it.
         with contextlib.suppress(OSError):
             filesystem().rm_file(piece)
 

@@ -21,7 +21,7 @@ START_PATIENCE = 8.0
 """Seconds in which a request that fails for a passing reason is begun again; with the last one's
 time-out below 15."""
 RUN_PATIENCE = 120.0
-"""The same within a run, whose storage is known to work."""
+"""START_PATIENCE within a run, whose storage is known to work."""
 CONNECT_SECONDS = 4
 READ_SECONDS = 10
 MAX_PAUSE = 8.0
@@ -50,7 +50,7 @@ def patience(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_patience(seconds: float) -> Iterator[None]:
-    """The same for requests of this thread alone."""
+    """Gives requests of this thread alone a patience of their own; see `patience`."""
     token = _own_patience.set(seconds)
     try:
         yield
@@ -118,8 +118,8 @@ def _bucket_class() -> type:
     refused = (google.auth.exceptions.GoogleAuthError,)
 
     class Bucket(core.GCSFileSystem):
-        """Not gcsfs's extended class, which asks another service for the kind of each bucket
-        first."""
+        """The file system of buckets; not gcsfs's extended class, which asks another service for
+        the kind of each bucket first."""
 
         protocol = "gs", "gcs"
 
@@ -141,6 +141,7 @@ def _bucket_class() -> type:
                 try:
                     if method.upper() != "GET":
                         check_guards(name)
+                    # Without the decorator of gcsfs, which tries again by rules of its own.
                     return await core.GCSFileSystem._request.__wrapped__(
                         self, method, path, *args, **kwargs
                     )
@@ -156,11 +157,12 @@ def _bucket_class() -> type:
                         or time.monotonic() + pause > deadline
                     ):
                         raise _os_error(err, name) from err
+                # At random, so that hosts which failed together do not all come back together.
                 await asyncio.sleep(pause * random.uniform(0.5, 1))
                 pause = min(2 * pause, MAX_PAUSE)
 
         async def _rm_files(self, paths: list[str]) -> Any:
-            """Many in one request, which does not say which."""
+            """Removes many objects in one request, which does not say which."""
             for path in paths:
                 check_guards(self._strip_protocol(path))
             return await super()._rm_files(paths)
@@ -179,10 +181,10 @@ def _bucket_class() -> type:
                 return False
 
         async def _mkdir(self, path: str, *args: Any, **kwargs: Any) -> None:
-            """There are no folders, and no bucket is created by the way."""
+            """Does nothing: there are no folders, and no bucket is created by the way."""
 
         async def _makedirs(self, path: str, exist_ok: bool = False) -> None:
-            """The same."""
+            """Does nothing, as `_mkdir`."""
 
         mkdir = asyn.sync_wrapper(_mkdir)
         makedirs = asyn.sync_wrapper(_makedirs)
@@ -237,7 +239,8 @@ def _object_of(path: str, args: tuple, kwargs: dict[str, Any]) -> str:
 
 
 def _not_found(method: str, name: str, kwargs: dict[str, Any]) -> FileNotFoundError:
-    """A listing, and a write, fail so only where the bucket is not there."""
+    """Returns the error of a request that found nothing: a listing, and a write, find nothing only
+    where the bucket is not there."""
     bucket, _, key = name.partition("/")
     if method.upper() == "POST" and "json" not in kwargs:
         return FileNotFoundError(errno.ENOENT, f"there is no bucket gs://{bucket}", f"gs://{name}")

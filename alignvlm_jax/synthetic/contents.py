@@ -44,6 +44,7 @@ def form(rng: np.random.Generator, evaluation: bool, num_lines: int) -> Content:
       evaluation: whether values are of the evaluation side of the split (`values`).
       num_lines: lines of the document.
     """
+    # Each kind at most once, or a question would have two answers.
     kinds = rng.permutation(list(values.KINDS))[:num_lines]
     lines = tuple((str(kind), values.draw(kind, rng, evaluation)) for kind in kinds)
     turns = tuple(Turn(f"What is the {kind.lower()}?", (value,)) for kind, value in lines)
@@ -94,6 +95,7 @@ def table(
     while len(rows) < num_lines - 1:
         source = tables[rng.choice(len(tables), p=weights / weights.sum())]
         num_values = min(int(rng.integers(1, 3)), len(source.header) - 1)
+        # Column 0 is the key, which questions name.
         columns = [0, *sorted(1 + rng.permutation(len(source.header) - 1)[:num_values])]
         shuffled = (source.rows[index] for index in rng.permutation(len(source.rows)))
         chosen = (tuple(row[column] for column in columns) for row in shuffled)

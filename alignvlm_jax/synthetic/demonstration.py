@@ -100,6 +100,7 @@ def _tables() -> tuple[Table, ...]:
 def _plan(folder: Path, wanted: dict[str, Any]) -> list[Shard]:
     shards = []
     for split in documents.SPLITS:
+        # 2,500 documents: 0, 1000, 2000, 2500.
         bounds = [*range(0, size(split, wanted), SHARD_SIZE), size(split, wanted)]
         for index, (start, stop) in enumerate(itertools.pairwise(bounds)):
             name = shards_lib.shard_name(split, index, len(bounds) - 1)

@@ -32,7 +32,9 @@ def degrade(image: Image.Image, rng: np.random.Generator, strength: float) -> Im
     image = image.filter(ImageFilter.GaussianBlur(0.6 * strength * rng.random()))
     pixels = np.asarray(image, np.float32) / 255
     fade = 0.35 * strength * rng.random()
+    # Ink becomes gray, and paper stays white.
     pixels = pixels * (1 - fade) + fade
+    # Uneven light: nine brightnesses, interpolated over the page.
     pixels *= _smooth(rng.uniform(1 - 0.15 * strength, 1, (3, 3)), width, height)
     # Coarse grain at half the resolution, then fine noise of each pixel.
     grain_size = (height // 2 + 1, width // 2 + 1)
@@ -116,6 +118,7 @@ def render(
 def _content(
     rng: np.random.Generator, spec: Split, num_lines: int, tables: tuple[Table, ...]
 ) -> Content:
+    # The order of draws is a part of the records: whoever changes it raises VERSION.
     kind = rng.choice(["form", "receipt", "table"], p=[0.5, 0.25, 0.25])
     title = spec.unseen_style and num_lines == 4 and rng.random() < 0.5
     body = num_lines - title

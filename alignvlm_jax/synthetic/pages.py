@@ -111,6 +111,7 @@ def place(lines: Lines, style: Style) -> list[list[tuple[int, str]]] | None:
         grid = [cells for cells in lines if len(cells) == columns]
         widths = [max(font.getlength(cells[i]) for cells in grid) for i in range(columns)]
         lefts = [style.left + round(sum(widths[:i]) + COLUMN_GAP * i) for i in range(columns)]
+        # Lines with fewer cells take the first columns.
         placed = [list(zip(lefts, cells, strict=False)) for cells in lines]
         if style.align == "right":
             placed = [_to_the_right(cells, right, style, font) for cells in placed]

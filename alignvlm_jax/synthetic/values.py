@@ -68,6 +68,7 @@ def money(rng: np.random.Generator, low: int, high: int) -> str:
 
 
 def _digits(rng: np.random.Generator, count: int) -> str:
+    # From 100 to 999 for 3 digits: none begins with a zero.
     return str(int(rng.integers(10 ** (count - 1), 10**count)))
 
 

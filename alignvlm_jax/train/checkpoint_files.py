@@ -124,6 +124,7 @@ def without_checksum(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checksum(fields: dict[str, Any]) -> int:
+    # Sorted, since what is read back may have its keys in another order.
     return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 
 

@@ -134,6 +134,7 @@ class Reader:
     def _read(self, step: int, read: Callable[[Path], T], wanted: Any = None) -> T:
         """Returns read(folder of the step), tried again while the storage does not answer."""
         name = f"checkpoint {self.folder / str(step)}"
+        # A try more than there are pauses: after the last one nothing is waited for.
         for pause in (*PAUSES, None):
             try:
                 return read(self.folder / str(step))

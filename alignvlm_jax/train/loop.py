@@ -88,9 +88,11 @@ def train(
     profiled = hooks.profile_range(configs)
     process = jax.process_index()
     num_processes = jax.process_count()
+    # One manager keeps the checkpoints of all stages, in one folder.
     keep = max(config.train.keep_checkpoints for config in configs)
     ends = tuple(stage.end for stage in stages)
     with (
+        # Left in reverse order: the lock goes last, when neither save nor log line is under way.
         workdir.lock(folder, configs),
         HostLog(
             folder, process=process, num_processes=num_processes, commit=commit.git_hash()
@@ -162,6 +164,7 @@ def _next(run: Run, stages: Sequence[Stage]) -> tuple[int, int, list[str]] | Non
     evaluations that this step lacks; None when all is done."""
     newest = run.newest()
     for stage in stages:
+        # A stage is done with its last checkpoint, unless a stop kept evaluations of that step out.
         lacking = run.lacking(stage, newest) if stage.begin < newest <= stage.end else []
         if newest < stage.end or lacking:
             return stage.index, newest, lacking
@@ -170,6 +173,7 @@ def _next(run: Run, stages: Sequence[Stage]) -> tuple[int, int, list[str]] | Non
 
 def lay_out(configs: tuple[Config, ...]) -> list[Stage]:
     """Returns the stages with their step ranges."""
+    # Of stages with 100 and 50 steps: [0, 100, 150].
     begins = np.cumsum([0] + [config.train.num_steps for config in configs]).tolist()
     return [Stage(i, config, begins[i], begins[i + 1]) for i, config in enumerate(configs)]
 
@@ -203,6 +207,8 @@ def _train_stage(run: Run, stage: Stage, newest: int, lacking: Sequence[str]) ->
         with Writer(run.folder, newest) if distributed.is_main() else NullWriter() as writer:
             with run.phases.enter("compiling"):
                 train_step, eval_step = step.compile_steps(model, config, tx, abstract, mesh)
+            # Counted once a stage, from shapes: of the plain program and not of the one just
+            # compiled.
             mfu_of = flops.mfu_of(config, abstract.params, mesh.devices.flat)
             loop = StageLoop(
                 run, stage, mesh, opened, writer, train_step, eval_step, evaluators, mfu_of
@@ -222,6 +228,7 @@ def _start(
     """Returns the state to go on from, and the position in the stage's data."""
     config = stage.config
     checkpoints = run.checkpoints
+    # Once a run: the checkpoints that later stages start from are of this very process.
     if run.earlier_seconds is None:
         metadata = (
             restore.agreed_metadata(checkpoints, newest) if newest else {"train_seconds": 0.0}
@@ -241,11 +248,13 @@ def _start(
         found = restore.agreed(lambda: read(checkpoints, newest))
     elif config.init_from:
         found = restore.read_newest(storage.path(config.init_from), read)
+    # A function of seed and stage: a stage that is begun again draws the same parameters.
     rng = jax.random.fold_in(jax.random.key(config.seed), stage.index)
     params, table = warm_start.start_params(model, abstract, found, rng)
     run.progress.say(table)
     trainable = state.trainable_paths(config.train, config.stage, abstract.params)
     opt_state = state.init_opt_state(tx, trainable, abstract, params)
+    # The compiled step takes no other dtype or sharding than those of `abstract`.
     first = jax.device_put(np.asarray(stage.begin, np.int32), abstract.step.sharding)
     return TrainState(first, params, opt_state), {"next_sequence": 0}
 
@@ -305,6 +314,7 @@ def _say_what_is_lost(run: Run, stage: Stage, newest: int) -> None:
         return  # Of a bucket every host would read it, for one line.
     done = newest - stage.begin
     every = stage.config.train.log_every
+    # The newest step at which a line was due: `every` steps apart from `begin` on, and at the end.
     logged = newest if newest in (stage.begin, stage.end) else stage.begin + done // every * every
     last = metrics.last_step(run.folder / METRICS_FILE)
     if last < logged:

@@ -74,6 +74,8 @@ class Writer:
           UserError: the line cannot be written.
         """
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        # Every name is there, with null until its finite value comes over it, in the order of
+        # `values`.
         line = {"step": step, "stage": stage} | dict.fromkeys(values) | finite
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in finite.items()]
         try:
@@ -93,6 +95,7 @@ def _record(event: Event) -> bytes:
     A record is the length of its data, a checksum of the length, the data, and a checksum of it.
     """
     data = event.SerializeToString()
+    # Little-endian: 8 bytes of length, 4 of checksum, the data, 4 of checksum.
     length = struct.pack("<Q", len(data))
     return (
         length

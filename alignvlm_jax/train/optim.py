@@ -21,6 +21,7 @@ def make_schedule(optim: OptimConfig, num_steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=optim.learning_rate,
+        # optax refuses a warm-up that leaves no step for the cosine.
         warmup_steps=min(optim.warmup_steps, num_steps - 1),
         decay_steps=num_steps,
         end_value=optim.learning_rate * optim.final_fraction,
@@ -31,6 +32,7 @@ def make_optimizer(optim: OptimConfig, num_steps: int) -> optax.GradientTransfor
     """Returns the optax chain of a stage of so many steps."""
     scales = optim.learning_rate_scale
     return optax.chain(
+        # By the norm of all gradients of the stage together, before Adam sees them.
         optax.clip_by_global_norm(optim.clip_norm),
         optax.adamw(
             make_schedule(optim, num_steps),
@@ -40,6 +42,8 @@ def make_optimizer(optim: OptimConfig, num_steps: int) -> optax.GradientTransfor
             weight_decay=optim.weight_decay,
             mask=decay_mask,
         ),
+        # Last: Adam divides by the size of the gradients, and would undo a factor that they had
+        # before it.
         *([_scale_components(scales)] if scales else []),
     )
 

@@ -38,6 +38,7 @@ def open_stages(stages: tuple[Config, ...]) -> list[StageData]:
                 "CUDA_VISIBLE_DEVICES=0"
             )
         opened = StageData.open(config.data, config.model, tokenizers)
+        # Both are made for what they raise.
         loader.TrainSequences(config, config.data.split, opened)
         validation.by_source(config, opened)
         found.append(opened)

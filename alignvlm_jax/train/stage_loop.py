@@ -158,6 +158,7 @@ class StageLoop:
                 f"{self.batches.num_unused:,} records are in no row: of no use to the stage's tasks"
             )
         self.interval = Interval(position.get("interval", ()))
+        # Below 0 by those that a stopped run had read and not told: the next line has them in it.
         self.unsupervised_told = -position.get("unsupervised_records", 0)
 
     def _run_steps(self, live: TrainState, newest: int) -> None:
@@ -172,8 +173,11 @@ class StageLoop:
                 self._stop(live, now - 1)
             if must_save and now - 1 > self.saved:
                 self._save(live, now - 1, None)
+            # The old state is donated and gone after the call: nothing else may hold on to it. A
+            # transfer that nobody asked for, and that may wait for the devices, is an error.
             with jax.transfer_guard("disallow"), self.run.profiler.step(now, self._wait_for_step):
                 live, values = self.train_step(live, batch)
+            # The metrics of the step before, now that this one keeps the devices at work.
             self._read()
             self.unread = now, values, self.batches.num_unsupervised
             self.run.profiler.after_step(now, self._wait_for_step)
@@ -212,6 +216,8 @@ class StageLoop:
         processes."""
         minutes = self.stage.config.train.checkpoint_minutes
         is_late = minutes > 0 and time.monotonic() - self.saved_at > 60 * minutes
+        # Every process asks, at every step, or the others wait for ever; both questions in one
+        # exchange.
         return tuple(exchange.from_main((self.run.stop.seen(), is_late)))
 
     def _stop(self, live: TrainState, now: int) -> None:
@@ -227,6 +233,7 @@ class StageLoop:
 
     def _is_device_busy(self) -> bool:
         """Whether a step that was sent off is not finished yet."""
+        # is_ready does not wait for the step, as reading the loss would.
         return self.unread is not None and not self.unread[1]["loss"].is_ready()
 
     def _read(self) -> None:
@@ -242,6 +249,7 @@ class StageLoop:
         if began is not None:
             self.step_seconds = self.last_read - began
         self.run.phases.step(now)
+        # The optimizer counts the updates of this stage: steps without one were skipped.
         skipped = now - self.stage.begin - int(values.pop("num_updates"))
         if skipped > config.train.max_skipped_steps:
             raise UserError(
@@ -293,6 +301,7 @@ class StageLoop:
             metadata = checkpoint.describe(
                 self.run.stages, self.stage.config, train_seconds=seconds, answer_loss=answer_loss
             )
+            # NaN compares with nothing: among losses it could pass for the least, and be kept.
             is_comparable = answer_loss is not None and math.isfinite(answer_loss)
             quality = (
                 {"stage": self.stage.index, "answer_loss": answer_loss} if is_comparable else None

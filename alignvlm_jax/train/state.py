@@ -109,6 +109,7 @@ def abstract_state(
     alone. Nothing is computed."""
 
     def boxed_state() -> TrainState:
+        # Any key would do, since nothing is drawn.
         params = vlm.init_params(model, jax.random.key(0))
         trainable, _ = split(params, _matched(train, params))
         return TrainState(jnp.zeros((), jnp.int32), params, tx.init(trainable))
@@ -163,6 +164,7 @@ def _with_shardings(make_boxed: Callable[[], Any], mesh: Mesh) -> Any:
 
 def _nearest_path(pattern: str, paths: list[str]) -> str:
     """Compares against paths and the folders above them, since patterns mostly name a component."""
+    # Of "llm/blocks/attn/q/kernel" these are "llm/.*", "llm/blocks/.*", and so on.
     folders = {
         "/".join(path.split("/")[:n]) + "/.*"
         for path in paths

@@ -73,6 +73,7 @@ def make_train_step(
     """
 
     def train_step(old: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, Metrics]:
+        # Frozen parameters come into the loss from outside: no gradient of theirs is ever made.
         trained, frozen = state.split(old.params, trainable)
         # Of the whole batch: what a microbatch's sums are divided by must not depend on the split.
         weights = _weights(batch)
@@ -84,18 +85,26 @@ def make_train_step(
         def add_microbatch(
             total: Params, microbatch: Mapping[str, Array]
         ) -> tuple[Params, Metrics]:
+            # Each loss is divided by the weights of the whole batch: the gradients add up to the
+            # batch's own.
             grads, sums = jax.grad(loss_fn, has_aux=True)(trained, microbatch)
             return jax.tree.map(jnp.add, total, grads), sums
 
+        # [B, ...] -> [n, B / n, ...]: a scan over n holds the activations of one microbatch at a
+        # time.
         microbatches = _split_microbatches(batch, train.grad_accum_steps)
         # Summed as the parameters are, in float32, whatever the model computes in.
         zeros = jax.tree.map(jnp.zeros_like, trained)
         grads, sums = jax.lax.scan(add_microbatch, zeros, microbatches)
+        # The scan stacks the sums of the microbatches: [n] -> [].
         sums = jax.tree.map(lambda x: x.sum(0), sums)
 
+        # Before clipping, which is the optimizer's: one NaN in any gradient makes the norm NaN.
         grad_norm = optax.global_norm(grads)
         updates, opt_state = tx.update(grads, old.opt_state, trained)
         updated = optax.apply_updates(trained, updates), opt_state
+        # Chosen on the device and without a branch: the host learns of a skipped step only one step
+        # later. All processes see one norm, that of all shards, and so choose alike.
         trained, opt_state = jax.tree.map(
             lambda new, kept: jnp.where(jnp.isfinite(grad_norm), new, kept),
             updated,
@@ -112,6 +121,7 @@ def make_train_step(
         metrics |= {
             "loss": loss,
             "grad_norm": grad_norm,
+            # Of the count before the update, by which `tx` has just made it.
             "learning_rate": schedule(optim.num_updates(old.opt_state)),
             "num_updates": optim.num_updates(opt_state),
         }
@@ -189,6 +199,8 @@ def means(sums: Mapping[str, Array]) -> dict[str, Array]:
     """Divides sums by their weights; 0 where there is no weight. Takes jax arrays or numbers."""
 
     def ratio(name: str, weight: str) -> Array:
+        # 0 / 0 becomes 0 / 1. A `where` around the division would not do: its gradient would still
+        # be NaN.
         return sums[name] / (sums[weight] + (sums[weight] == 0))
 
     result = {
@@ -218,6 +230,7 @@ def _sums(
     tokens, patch_nll = model.apply(
         {"params": params}, batch, visual_source=train.visual_source, method=vlm.VLM.losses
     )
+    # 0 on questions, image tokens and padding: their losses are computed and do not count.
     weights = batch["loss_weights"]
     sums = {
         "answer_sum": jnp.sum(tokens.nll * weights),
@@ -245,6 +258,7 @@ def _split_microbatches(batch: Mapping[str, Array], num_microbatches: int) -> di
     """
 
     def split(x: Array) -> Array:
+        # [B, ...] -> [B / n, n, ...] -> [n, B / n, ...]
         x = x.reshape(x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:]).swapaxes(0, 1)
         return nn.with_logical_constraint(x, (None, "act_batch", *(None,) * (x.ndim - 2)))
 
@@ -282,6 +296,7 @@ def _lower_eval_step(
     batch = vlm.abstract_batch(model.config, data, validation_batch_size(train))
     step = jax.jit(
         make_eval_step(model, train),
+        # Nothing is donated: training goes on with the parameters.
         in_shardings=(state.shardings_of(params), sharding.batch_sharding(mesh)),
         out_shardings=sharding.replicated(mesh),
     )

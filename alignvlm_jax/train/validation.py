@@ -40,6 +40,7 @@ class Validation:
         sums: dict[str, list[step.Metrics]] = {name: [] for name in self._batches}
         for name, batches in self._batches.items():
             for batch in batches:
+                # A collective: all processes have as many batches, and ask before each.
                 if should_stop():
                     return None
                 inputs = step.eval_inputs(self._config.train, batch)

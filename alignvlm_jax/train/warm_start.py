@@ -58,6 +58,7 @@ def start_params(
     initialised = wanted.keys() - loaded
     if initialised:
         params = state.merge(params, state.init_params(model, abstract.params, initialised, rng))
+    # Where nothing was loaded, `init_params` has made these of the LLM that it drew.
     if loaded:
         params = from_llm(model.config, params, abstract.params, initialised)
     groups = {

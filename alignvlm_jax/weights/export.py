@@ -78,6 +78,7 @@ def write(
         fields, entries = writers[component]()
         (folder / component).mkdir(parents=True)
         dtypes = {stored[entry.path].dtype for entry in entries}
+        # A config.json names one dtype: that which holds all others. Tensors keep their own.
         fields["torch_dtype"] = str(np.result_type(*dtypes))
         _write_json(folder / component / "config.json", fields)
         counts[component] = _write_tensors(folder / component, _published(entries, read))
@@ -89,13 +90,14 @@ def write(
 
 def _published(entries: Iterable[Entry], read: Read) -> Iterator[tuple[str, np.ndarray]]:
     for entry in entries:
+        # A stacked parameter is read once, and handed on a layer at a time.
         array = read(entry.path)
         for name, view in zip(entry.names(array.shape), entry.views(array), strict=True):
             yield name, np.ascontiguousarray(view)
 
 
 def _write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> int:
-    """Shards of at most SHARD_BYTES, or of one tensor; an index where there is more than one.
+    """Writes shards of at most SHARD_BYTES, or of one tensor; an index where they are several.
 
     Returns their number.
     """
@@ -106,10 +108,12 @@ def _write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> i
     def flush() -> None:
         # The number of shards, which their names hold, is known at the end.
         save_file(pending, folder / f"{len(shards)}.tmp", metadata={"format": "pt"})
+        # The names alone: the arrays are written, and can go.
         shards.append(list(pending))
         pending.clear()
 
     for name, array in tensors:
+        # A tensor larger than a shard gets one to itself.
         if pending and sum(x.nbytes for x in pending.values()) + array.nbytes > SHARD_BYTES:
             flush()
         pending[name] = array
@@ -138,9 +142,10 @@ def _connector_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _connector_entries(stored: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[Entry, ...]:
-    """Our own names, with dots, and our own axes."""
+    """Returns the table of the connector: our own names, with dots, and our own axes."""
     letters = "abcdefgh"
     return tuple(
+        # Of a matrix "ab -> ab": no axis is moved.
         Entry(path, path.removeprefix("connector/").replace("/", "."), f"{axes} -> {axes}")
         for path, x in stored.items()
         if path.startswith("connector/")

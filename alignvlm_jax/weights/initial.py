@@ -40,6 +40,8 @@ def make_config(llm: Tower, vision: Tower, connector: str, out: Path) -> Config:
         # image token.
         image_token_id=llm.config.vocab_size,
     )
+    # A page may take three quarters of a sequence; where one tile alone is more, the sequence
+    # grows.
     max_tiles = max(1, min(MAX_TILES, SEQ_LEN * 3 // 4 // model.tokens_per_tile))
     seq_len = max(SEQ_LEN, max_tiles * model.tokens_per_tile * 4 // 3)
     data = DataConfig(
@@ -80,8 +82,11 @@ def write(
         with storage.local_folder(staging) as folder:
             write_tokenizer(folder / TOKENIZER)
         data = dataclasses.replace(config.data, tokenizer=str(staging / TOKENIZER))
+        # For what they raise, while nothing large was read: a tokenizer of another size or without
+        # a chat format.
         chat.format_of(stage_data.load_tokenizer(data, config.model))
         model = vlm.VLM(config.model)
+        # Parameters that one device could not hold are spread over all.
         mesh = mesh_lib.widest(config.model)
         with mesh_lib.use(mesh):
             abstract = state.abstract_params(model, mesh)
@@ -90,10 +95,13 @@ def write(
             staging / "config.json", json.dumps(config_lib.to_json((config,)), indent=2) + "\n"
         )
         largest = max(x.nbytes for x in jax.tree.leaves(params))
+        # In gigabytes of 10^9 bytes: room for one parameter at a time, the largest of them
+        # included.
         with Checkpoints(staging / checkpoint.FOLDER, host_gb=1.1 * largest / 1e9) as checkpoints:
             metadata = checkpoint.describe((config,), config, train_seconds=0.0, answer_loss=None)
             checkpoints.save(
                 0,
+                # Without optimizer state: a run that starts here makes its own.
                 TrainState(np.int32(0), params, ()),
                 position={"next_sequence": 0},
                 metadata=metadata,
@@ -111,9 +119,11 @@ def _params(
         for component, tower in (("vision", vision), ("llm", llm))
         for name in load.check_tower(tower, wanted)
     }
+    # Both towers were checked: no complaint about the second comes after the first was read.
     leaves = load.load_tower(vision, wanted) | load.load_tower(llm, wanted)
     initialised = wanted.keys() - leaves.keys()
     from_llm = initialised & vlm.from_llm_paths(model.config, abstract["llm"])
+    # What starts from the LLM is made below, of the LLM that was loaded and not of one just drawn.
     initialised_params = state.init_params(model, abstract, initialised - from_llm, rng)
     params = state.merge(state.unflatten(leaves), initialised_params)
     params = warm_start.from_llm(model.config, params, abstract, initialised)
@@ -152,6 +162,7 @@ def _write(
     config = checkpoints.config(step)
     stored = checkpoints.stored_params(step)
     export.check(config.model, components)
+    # One device will do, since parameters are read one at a time.
     mesh = mesh_lib.single_device()
     abstract = state.flatten(state.abstract_params(vlm.VLM(config.model), mesh))
 

@@ -42,6 +42,8 @@ def check_tower(tower: Tower, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> lis
                     f"that the file gives ({entry.path} {shape}) it must be "
                     f"{entry.published_shape(shape)}"
                 )
+            # A dtype that a source does not read is void there, and matters only where it is
+            # needed.
             elif not jnp.issubdtype(tensors[name].dtype, jnp.floating):
                 raise UserError(
                     f"{tower.source.name}: tensor {name} is of a type that is not read; save it "
@@ -80,6 +82,7 @@ def load_tower(tower: Tower, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict
 
 def _assemble(source: Source, entry: Entry, shape: tuple[int, ...]) -> np.ndarray:
     names = entry.names(shape)
+    # Layers may be stored in different dtypes: stacked, they have one that holds all of them.
     dtype = np.result_type(*(source.tensors[name].dtype for name in names))
     array = np.empty(shape, dtype)
     for name, view in zip(names, entry.views(array), strict=True):
@@ -90,6 +93,7 @@ def _assemble(source: Source, entry: Entry, shape: tuple[int, ...]) -> np.ndarra
                     f"{source.name}: tensor {name} holds numbers that are not finite (NaN or "
                     "infinity)"
                 )
+            # The view is in the file's order of axes, and its memory is that of `array`, in ours.
             view[row : row + len(block)] = block
             row += len(block)
         if row != len(view):

@@ -48,8 +48,11 @@ class Entry(NamedTuple):
         They are views of its memory: reading them exports, writing to them imports.
         """
         permutation, _ = _parse(self.equation)
+        # For "DHh -> (Hh)D": [L, D, H, h] -> L views [H h, D].
         layers = list(array) if self.is_stacked else [array]
         shape = self.published_shape(array.shape)
+        # Trap: where a reshape cannot be a view numpy would copy, and what is written to it would
+        # be lost. With copy=False it raises.
         return [layer.transpose(permutation).reshape(shape, copy=False) for layer in layers]
 
 
@@ -57,6 +60,8 @@ class Entry(NamedTuple):
 def _parse(equation: str) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
     """The permutation of our axes, and the groups of permuted axes that make an axis there."""
     ours, theirs = equation.split(" -> ")
+    # "(Hh)D" gives "Hh" and "D". "1" is no axis of ours: its group is empty, and the product of no
+    # sizes is 1.
     terms = re.findall(r"\((\w+)\)|(\w)", theirs)
     letters = [merged or single for merged, single in terms]
     permutation = []

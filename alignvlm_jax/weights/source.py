@@ -69,6 +69,7 @@ class Derived:
     def __init__(self, base: Source, made: Mapping[str, Made]):
         self.name = base.name
         used = {name for one in made.values() for name in one.uses}
+        # What is used up is hidden, or `load.check_tower` would find tensors that nothing explains.
         kept = {name: tensor for name, tensor in base.tensors.items() if name not in used}
         self.tensors = kept | {name: one.tensor for name, one in made.items()}
         self._base = base
@@ -102,6 +103,7 @@ class Tower:
 def rows_per_chunk(tensor: Tensor) -> int:
     """Returns how many rows of a tensor make a block; at least one."""
     row_bytes = int(np.prod(tensor.shape[1:])) * tensor.dtype.itemsize
+    # A tensor of which an axis is empty has rows of no bytes.
     return max(1, BLOCK_BYTES // max(row_bytes, 1))
 
 
@@ -139,6 +141,7 @@ def resample(table: np.ndarray, old: Grid, new: Grid, method: str) -> np.ndarray
     rows, columns = (weights(before, after) for before, after in zip(old, new, strict=True))
     grid = table.astype(np.float64).reshape(*old, -1)
     return (
+        # Separable: [y, r] and [x, c] weigh rows and columns of the old grid [r, c, E].
         np.einsum("yr,xc,rcE->yxE", rows, columns, grid)
         .reshape(new[0] * new[1], -1)
         .astype(np.float32)
@@ -148,13 +151,17 @@ def resample(table: np.ndarray, old: Grid, new: Grid, method: str) -> np.ndarray
 def _bicubic(old: int, new: int) -> np.ndarray:
     """[new, old] weights of the four neighbours; beyond the edge stands the edge."""
     a = -0.75
+    # Where the centre of each new position lies, in units of old ones; corners are not aligned.
     centres = (np.arange(new) + 0.5) * old / new - 0.5
     weights = np.zeros((new, old))
     for offset in range(-1, 3):
         neighbours = np.floor(centres).astype(int) + offset
         x = np.abs(centres - neighbours)
+        # The kernel of cubic convolution, up to a distance of 1, and from there to 2.
         near = (a + 2) * x**3 - (a + 3) * x**2 + 1
         far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
+        # At an edge several neighbours are one position: `weights[...] += ` would count one of them
+        # only.
         np.add.at(
             weights, (np.arange(new), neighbours.clip(0, old - 1)), np.where(x <= 1, near, far)
         )

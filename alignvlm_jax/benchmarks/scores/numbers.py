@@ -53,6 +53,7 @@ def readings(text: str) -> set[float | str]:
         scaled = re.sub(pattern, scale, scaled)
         plain = re.sub(pattern, "", plain)
     try:
+        # "3.2 million" gives 3200000.0 and 3.2, "12" gives 12.0 alone.
         return {float(scaled), float(plain)}
     except ValueError:
         return {scaled, plain}

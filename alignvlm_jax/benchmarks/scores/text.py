@@ -43,6 +43,7 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
     return float(normalize(prediction) in map(normalize, answers))
 
 
+# "sorry" in upper or lower case, "I can't" only as it is spelled here.
 REFUSAL = re.compile("I can't|I cannot|(?i:sorry)")
 # Words, and single marks of punctuation.
 TOKEN = re.compile(r"\w+|[^\w\s]")

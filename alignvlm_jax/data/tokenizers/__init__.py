@@ -124,7 +124,7 @@ def chat_files(path: Path) -> ChatFiles:
 
 
 def _is_from_before(folder: str) -> bool:
-    """Of a folder without a chat_format.json, whether it is one of ours."""
+    """Whether a folder without a chat_format.json is one of ours."""
     if _read_beside(folder, "prepare.json"):
         return True
     # `convert` writes WORKDIR/tokenizer, and a workdir's config.json is a list of stages: that of a
@@ -186,6 +186,7 @@ def _named_tokens(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 @functools.lru_cache(maxsize=8)
 def _make(name: str, content: bytes, files: ChatFiles) -> Tokenizer:
+    # The cache's key has the content: a file that was written anew is read anew.
     tokenizer = _of_content(name, content)
     tokenizer.chat_files = files
     return tokenizer

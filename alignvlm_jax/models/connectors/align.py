@@ -70,6 +70,7 @@ class Align(Connector):
         """Returns P in float32, never chunked: for a few pages."""
         x_ND, head = self._rows_and_head(features)
         logits_NV = vocab_logits(x_ND, head, self._norm(), self.config.llm.unpadded_vocab_size)
+        # Left out before the softmax and not after it, so that what is kept sums to 1.
         kept_V = self.vocabulary_subset()
         return jax.nn.softmax(
             logits_NV if kept_V is None else jnp.where(kept_V, logits_NV, -jnp.inf), axis=-1

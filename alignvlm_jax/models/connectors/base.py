@@ -97,6 +97,7 @@ class Connector(nn.Module):
     def vocabulary_subset(self) -> Bool[Array, "V"] | None:
         """Returns the vocabulary entries that patches of a pruned model may have; None where the
         model is not pruned."""
+        # Without the collection, that is in a model that is not pruned, Flax gives None.
         return self.get_variable(*VOCABULARY_SUBSET)
 
     @staticmethod

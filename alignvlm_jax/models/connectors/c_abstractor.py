@@ -44,7 +44,7 @@ class Depthwise(nn.Module):
         # N(0, 1 / fan_in), where the fan-in of one channel is the nine taps.
         kernel = self.param("kernel", init, (3, 3, self.width), jnp.float32).astype(x_ByxF.dtype)
         _, rows, columns, _ = x_ByxF.shape
-        padded = jnp.pad(x_ByxF, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        padded = jnp.pad(x_ByxF, ((0, 0), (1, 1), (1, 1), (0, 0)))  # [B, y + 2, x + 2, F]
         return sum(
             kernel[i, j] * padded[:, i : i + rows, j : j + columns] for i, j in np.ndindex(3, 3)
         )
@@ -67,6 +67,7 @@ class Gate(nn.Module):
         up = Einsum(
             "Br,rF->BF", (squeezed, self.width), (None, "vis_mlp"), True, self.dtype, name="up"
         )
+        # Averages [B, F] -> [B, r] -> gates [B, F] -> [B, 1, 1, F]: one for all places of a tile.
         return x_ByxF * nn.sigmoid(up(nn.silu(down(x_ByxF.mean((1, 2))))))[:, None, None]
 
 
@@ -179,5 +180,6 @@ def _pooling(size: int, bins: int) -> np.ndarray:
     """
     index = np.arange(bins)[:, None]
     places = np.arange(size)
+    # -(-a // b) is a / b rounded up. Of 3 places and 2 bins: [[1/2, 1/2, 0], [0, 1/2, 1/2]].
     inside = (places >= index * size // bins) & (places < -(-(index + 1) * size // bins))
     return inside / inside.sum(1, keepdims=True)

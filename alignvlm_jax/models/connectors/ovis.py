@@ -54,6 +54,8 @@ class Ovis(Connector):
         """Returns a visual token for each patch."""
         c = self.config
         size = self.options.visual_vocab_size
+        # What else comes back serves a loss against labels, which entries without a spelling have
+        # not.
         tokens_ND, _, _ = vocab_average(
             features.astype(self.dtype),
             Matrix.of(self.head.kernel, self.dtype),

@@ -110,6 +110,7 @@ class Perceiver(Connector):
         c = self.config
         vision = self.config.vision
         options = self.options
+        # [N, E] -> [tiles, P, E]: from here on a latent sees the patches of its own tile alone.
         patches_BPE = features.astype(self.dtype).reshape(-1, vision.num_patches, vision.width)
         init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("patch", "vis_embed"))
         latents_ME = self.param("latents", init, (options.num_latents, vision.width), jnp.float32)
@@ -127,4 +128,5 @@ class Perceiver(Connector):
         axes = ("vis_embed", "embed")
         tokens_BMD = Einsum("BME,ED->BMD", shape, axes, dtype=self.dtype, name="proj")(latents_BME)
         tokens_BMD = nn.with_logical_constraint(tokens_BMD, ("act_batch", "act_len", "act_embed"))
+        # [tiles, M, D] -> [tiles M, D]
         return tokens_BMD.reshape(-1, c.llm.width)

@@ -79,6 +79,8 @@ def llm_of(config: LLMConfig) -> LLMFamily:
     names = sorted({name for family in LLMS for name in family.traits})
     traits = {name: getattr(config, name) for name in names}
     for family in LLMS:
+        # All traits count, also those at their default: biases and norms of queries together are of
+        # no family.
         if traits == {name: family.traits.get(name, getattr(defaults, name)) for name in names}:
             return family
     found = ", ".join(f"config.model.llm.{name} {value}" for name, value in traits.items())

@@ -212,9 +212,11 @@ def vision_blocks(
             Entry(f"vision/blocks/{path}/scale", f"{layer}.{name}.weight", "E -> E"),
             Entry(f"vision/blocks/{path}/bias", f"{layer}.{name}.bias", "E -> E"),
         ]
+    # PyTorch's weights are [out, in], so that inputs come last: "EHh -> (Hh)E".
     linear = {
         **{
             f"attn/{part}": (name, "EHh -> (Hh)E", "Hh -> (Hh)")
+            # The fourth name is that of the output, with axes of its own.
             for part, name in zip("qkv", attention, strict=False)
         },
         "attn/o": (attention[3], "HhE -> E(Hh)", "E -> E"),

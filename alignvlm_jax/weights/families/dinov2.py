@@ -14,6 +14,7 @@ from alignvlm_jax.weights.mapping import Entry
 from alignvlm_jax.weights.source import Derived, Made, Source, Tensor, Tower, resample
 
 POSITIONS = "embeddings.position_embeddings"
+# The class token, and what stands for masked patches in its training.
 IGNORED = (r"embeddings\.cls_token", r"embeddings\.mask_token")
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -42,6 +43,7 @@ class Dinov2(VisionFamily):
         patch = fields["patch_size"]
         return read_vision(
             fields,
+            # Pixels beyond the last whole patch no patch sees.
             fields["image_size"] // patch * patch,
             tile_size,
             mlp_width=round(fields["hidden_size"] * fields.get("mlp_ratio", 4)),
@@ -83,6 +85,8 @@ def tower(source: Source, sizes: VisionConfig) -> Tower:
                 name = f"{prefix}.{scaled}.{part}"
                 by = f"{prefix}.{scale}.lambda1"
                 if name in source.tensors and by in source.tensors:
+                    # In float32, since the product of two rounded numbers has more digits than
+                    # either.
                     tensor = source.tensors[name]._replace(dtype=np.dtype(np.float32))
                     made[name] = Made(tensor, (name, by), _scale)
     return Tower(Derived(source, made), sizes, table(*names), IGNORED)
@@ -110,6 +114,7 @@ def table(query: str, key: str, value: str, output: str) -> tuple[Entry, ...]:
 
 def _scale(array: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Multiplies rows, which are outputs."""
+    # lambda (W x + b): a weight [out, in] takes it as [out, 1], a bias [out] as it is.
     return array.astype(np.float32) * scale.astype(np.float32).reshape(-1, *(1,) * (array.ndim - 1))
 
 
@@ -123,6 +128,7 @@ def _positions(source: Source, sizes: VisionConfig) -> Made:
         )
 
     def make(table: np.ndarray) -> np.ndarray:
+        # [1, 1 + P, E] -> [P, E]: the first position is the class token's.
         return resample(table[0, 1:], (side, side), sizes.patch_grid, "bicubic")
 
     return Made(Tensor((sizes.num_patches, width), np.dtype(np.float32)), (POSITIONS,), make)

@@ -34,6 +34,7 @@ class Llama(LLMFamily):
             mlp_width=fields["intermediate_size"],
             num_layers=fields["num_hidden_layers"],
             num_heads=num_heads,
+            # Without the field each query head has keys and values of its own.
             num_kv_heads=fields.get("num_key_value_heads") or num_heads,
             head_dim=fields.get("head_dim") or width // num_heads,
             norm_eps=fields.get("rms_norm_eps", 1e-6),
@@ -101,6 +102,7 @@ def read_rope(fields: Fields) -> tuple[float, RopeScaling]:
     Raises:
       UserError: they are scaled otherwise than Llama 3's.
     """
+    # Without either group the whole config.json stands in, which has a base and no scaling.
     rope = fields.within("rope_parameters") or fields.within("rope_scaling") or fields
     theta = float(rope.get("rope_theta") or fields.get("rope_theta", 10000.0))
     kind = "rope_type" if rope.get("rope_type") else "type"

@@ -28,6 +28,7 @@ class Qwen(Llama):
         """See LLMFamily."""
         refuse_window(fields)
         for name in self.stated:
+            # For what it raises where the field is missing.
             fields[name]
         return super().read(fields)
 

@@ -23,6 +23,7 @@ PREFIX = "vision_model."
 CONVOLUTION = "yxCE -> ECyx"
 FLAT = "yxCE -> E(yxC)"
 """Axes of the patch embedding: a convolution's, and NaFlex's, which is a matrix."""
+# The pooling head, the text tower, temperature and bias of the loss, and indices of positions.
 IGNORED = (r"(.*\.)?head\..*", r"text_model\..*", r"logit_(scale|bias)", r".*\.position_ids")
 
 
@@ -53,6 +54,7 @@ class Siglip(VisionFamily):
         entries = table(prefix, FLAT if _is_naflex(fields) else CONVOLUTION)
         side = _own_size(fields) // config.patch_height
         positions = f"{prefix}embeddings.position_embedding.weight"
+        # A table that is missing is left to `load.check_tower`, which names it.
         if (side, side) != config.patch_grid and positions in source.tensors:
             tensor = Tensor((config.num_patches, config.width), np.dtype(np.float32))
             make = functools.partial(
@@ -98,7 +100,7 @@ class Siglip(VisionFamily):
             "image_processor_type": "SiglipImageProcessor",
             "size": {"height": config.tile_height, "width": config.tile_width},
             "do_resize": True,
-            "resample": 3,
+            "resample": 3,  # Bicubic, as PIL numbers it.
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,

@@ -112,6 +112,7 @@ def open_vision(path: Path, tile_size: int | None = None) -> Tower:
             )
         return source.tensors[name].shape
 
+    # [y, x, C, E], with square patches.
     patch, _, _, width = shape("embedding/kernel")
     # Kernels of the query are [E, H, h], and positions [1, P, E] of a square grid.
     num_heads = shape(f"{first}/{ATTENTION}/query/kernel")[skip + 1]
@@ -139,6 +140,7 @@ def open_vision(path: Path, tile_size: int | None = None) -> Tower:
         tensor = Tensor((1, config.num_patches, width), np.dtype(np.float32))
 
         def make(table: np.ndarray) -> np.ndarray:
+            # [1, P, E] -> [P, E] -> [1, P', E]
             return resample(table[0], (side, side), config.patch_grid, "linear")[None]
 
         tower_source = Derived(source, {POSITIONS: Made(tensor, (POSITIONS,), make)})

@@ -110,6 +110,7 @@ def open_llm(path: Path) -> Tower:
         # Metadata are float32: without rounding, 1e-5 comes back as 9.99999974e-06.
         norm_eps=float(f"{get('attention.layer_norm_rms_epsilon'):.6g}"),
         rope_theta=float(get("rope.freq_base", 10000.0)),
+        # Without an output matrix the head is the table.
         tie_embeddings="lm_head.weight" not in source.tensors,
         **family.traits,
     )

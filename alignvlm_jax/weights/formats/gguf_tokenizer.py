@@ -77,6 +77,7 @@ def _byte_level(fields: Mapping[str, Any]) -> Tokenizer:
         raise UserError(f"tokenizer.ggml.pre is {pre!r}{nearest(str(pre), PRE_TOKENIZERS)}")
     tokens = fields["tokenizer.ggml.tokens"]
     types = fields["tokenizer.ggml.token_type"]
+    # Byte-level tokens hold no space: the one that there is parts the two that merge.
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     # In Llama 3, a pre-token that is in the vocabulary is one token, even where the merges would
     # not arrive at it.
@@ -115,7 +116,7 @@ def _sentencepiece(fields: Mapping[str, Any]) -> bytes:
     model.trainer_spec.unk_id = fields.get("tokenizer.ggml.unknown_token_id", 0)
     model.trainer_spec.bos_id = fields.get("tokenizer.ggml.bos_token_id", 1)
     model.trainer_spec.eos_id = fields.get("tokenizer.ggml.eos_token_id", 2)
-    model.trainer_spec.pad_id = -1
+    model.trainer_spec.pad_id = -1  # None, as SentencePiece says it.
     model.normalizer_spec.name = "identity"
     model.normalizer_spec.add_dummy_prefix = bool(
         fields.get("tokenizer.ggml.add_space_prefix", True)

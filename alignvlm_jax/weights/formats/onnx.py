@@ -28,6 +28,7 @@ def open_vision(path: Path, tile_size: int | None = None) -> Tower:
     graph = _read(path)
     arrays = _arrays(path, graph)
     source = Arrays(str(path), arrays)
+    # [E, C, y, x], with square patches.
     width, _, patch, _ = arrays["embeddings.patch_embeddings.projection.weight"].shape
     # An input of variable size has dim_value 0, and needs `tile_size`.
     size = tile_size or graph.input[0].type.tensor_type.shape.dim[-1].dim_value
