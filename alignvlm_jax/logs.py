@@ -103,7 +103,8 @@ _kept: list[Kept] = []
 
 @contextlib.contextmanager
 def collected(debug: bool) -> Iterator[None]:
-    """A context in which messages wait for the host's log, and go to the terminal (`Terminal`)."""
+    """A context in which messages wait for the host's log, and go to the terminal (`Terminal`),
+    with `debug` all of them."""
     kept = Kept()
     terminal = Terminal(debug)
     with _handling(kept), _handling(terminal):

@@ -14,7 +14,9 @@ as one. It lies in the convex hull of what the language model reads: noise canno
 This file imports nothing of alignvlm_jax. Its parameters, batches and loss are the package's, and
 tests/docs/test_nano.py compares the two. It leaves out what makes the package large: sharding,
 chunking, remat, bfloat16, caches, data sets, microbatches, z-loss, frozen components, overview
-tiles, Llama 3's RoPE scaling, skipping a step whose gradient is not finite. Everything is float32.
+tiles, Llama 3's RoPE scaling, other families' biases and norms, ALIGN's options, other connectors,
+padded vocabularies, oracle visual tokens, learning rates by component, skipping a step whose
+gradient is not finite. Everything is float32.
 `python docs/nano.py` teaches a toy to read drawn digits, in under a minute on a CPU.
 
 Axes, as suffixes of names: `logits_BTV` has the axes B, T, V.
@@ -22,7 +24,7 @@ Axes, as suffixes of names: `logits_BTV` has the axes B, T, V.
     B  batch                  T  sequence length        S  key length      I  tiles of a sequence
     P  patches of a tile      N  patch tokens           D  LLM width       E  vision width
     F  MLP width              H  query heads            K  kv heads        h  width of a head
-    V  vocabulary             L  layers                 k  labels of a patch
+    V  vocabulary             L  layers                 k  labels        Y, X, C  pixels, channels
 """
 
 import dataclasses

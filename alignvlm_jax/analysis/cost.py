@@ -226,7 +226,8 @@ def with_connector(config: Config, name: str) -> Config:
 
 
 def cost_of(loaded: Loaded, repeats: int) -> Cost:
-    """Returns the measured cost of the connector of a model."""
+    """Returns what a page costs a model: parameters, FLOPs, memory, and the times of `repeats` runs
+    of encoder and connector and of generating whole answers."""
     config = loaded.config
     data_parallel_size = loaded.data_parallel_size
     num_new = loaded.config.eval.max_new_tokens

@@ -23,6 +23,7 @@ from alignvlm_jax.analysis.base import Analysis
 from alignvlm_jax.data import shards
 from alignvlm_jax.inference import patch_tokens
 from alignvlm_jax.inference.loading import Loaded
+from alignvlm_jax.parallel import sharding
 from alignvlm_jax.pictures import plotting
 
 NUM_COMPONENTS = 10
@@ -133,7 +134,9 @@ def measure(
     used = vocabulary.usage(loaded, pages, num_pages)
     # The table's last rows, up to vocab_size, are padding that makes it divisible: no tokens.
     num_tokens = loaded.config.model.llm.unpadded_vocab_size
-    table = np.float64(jax.device_get(loaded.params["llm"]["embed"]["table"]))[:num_tokens]
+    # Replicated: of a table that is sharded over hosts none could read the whole.
+    whole = jax.device_put(loaded.params["llm"]["embed"]["table"], sharding.replicated(loaded.mesh))
+    table = np.float64(whole)[:num_tokens]
     chosen = used.kept("highest", threshold)[:num_tokens]
     whole = components(table, NUM_COMPONENTS)
     sets = token_sets(loaded, chosen, pages, seed)

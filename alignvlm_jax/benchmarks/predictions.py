@@ -109,7 +109,7 @@ class Predictions:
         return [row["problem"] for row in self.rows if "problem" in row]
 
     def margin(self, field: str) -> float:
-        """Returns half the width of the 95 % confidence interval of `mean`.
+        """Returns half the width of the 95 % confidence interval of `mean(field)`.
 
         It is the normal approximation for independent questions.
         """

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     # whether it fits.
     page = images.load_page(args.image, args.page) if args.image else None
     config = loading.load_config(args.checkpoint, args.data)
-    tokenizer = loading.load_tokenizer(args.checkpoint, config)
+    tokenizer = loading.load_tokenizer(args.checkpoint, config.data, config.model)
     ExampleBuilder.of(config, tokenizer).prompt(page, args.question)
     loaded = loading.load(args.checkpoint, config)
     seen = "no image"

@@ -39,8 +39,8 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m alignvlm_jax inspect",
         description=__doc__,
-        epilog="Without --config rows are those of SigLIP-400M with tiles of 384 pixels, 16,384 "
-        f"tokens long. {config_flag.HELP}",
+        epilog="Without --config the packed sequences are those of SigLIP-400M with tiles of 384 "
+        f"pixels, 16,384 tokens long. {config_flag.HELP}",
         allow_abbrev=False,
     )
     parser.add_argument("--data", help="folder that `prepare` wrote; default: that of the config")

@@ -104,7 +104,8 @@ def _connector_groups(path: str) -> Iterator[Group]:
             Field(f"{place}.{option}", value, comments.get(option, ""))
             for option, value in known.items()
         ]
-        yield Group(place, " ".join((inspect.getdoc(cls) or "").split()), tuple(own))
+        about = " ".join((inspect.getdoc(cls) or "").split()) if own else "It has no options."
+        yield Group(place, about, tuple(own))
 
 
 def _leaves(

@@ -110,9 +110,7 @@ def even_fit(sizes: Sizes, seq_len: int, max_tiles: int) -> list[Bins]:
                 # closest to average.
                 number = max(1, int(room / average))
                 number += abs(room / (number + 1) - average) < abs(room / number - average)
-                other = supply.nearest(
-                    room // number, room if number > 1 else room // number, tiles_left
-                )
+                other = supply.nearest(room // number, room, tiles_left)
                 if other is None:
                     break
                 supply.take(other, 1)

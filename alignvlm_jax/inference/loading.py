@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from alignvlm_jax import storage
-from alignvlm_jax.config import Config, renamed
+from alignvlm_jax.config import Config, DataConfig, ModelConfig, renamed
 from alignvlm_jax.data import chat, loader, stage_data, tokenizers
 from alignvlm_jax.data.examples import ExampleBuilder, PackedSequence
 from alignvlm_jax.data.tokenizers.base import ChatFiles, Tokenizer
@@ -98,7 +98,7 @@ def load(path: Path, config: Config) -> Loaded:
     Raises:
       UserError: there is no readable checkpoint, or its tokenizer is missing.
     """
-    tokenizer = load_tokenizer(path, config)
+    tokenizer = load_tokenizer(path, config.data, config.model)
     mesh = mesh_lib.for_inference(config.mesh, config.model)
     trained, model, params, step = restore.load_model(path, mesh)
     # The checkpoint that was read, which is an older one where the newest is damaged.
@@ -117,13 +117,14 @@ def load(path: Path, config: Config) -> Loaded:
     return Loaded(path, step, metadata, trained, tokenizer, mesh, model, params)
 
 
-def load_tokenizer(path: Path, config: Config) -> Tokenizer:
+def load_tokenizer(path: Path, data: DataConfig, model: ModelConfig) -> Tokenizer:
     """Returns the tokenizer that a model was trained with: the checkpoint's own, or where it has
     none, that of the config.
 
     Args:
       path: as of `load`.
-      config: of `load_config`.
+      data: of `load_config`.
+      model: what it has to fit.
 
     Raises:
       UserError: it is missing, or does not fit the model.
@@ -133,15 +134,14 @@ def load_tokenizer(path: Path, config: Config) -> Tokenizer:
         lambda checkpoints, step: (checkpoints.folder / str(step), checkpoints.tokenizer(step)),
     )
     if files is None:
-        data = config.data
         # Each host reads its own copy. Another one on some host would feed other ids to the same
         # program, and no error would tell.
         contents = functools.partial(stage_data.tokenizer_contents, data)
         distributed.check_alike({f"tokenizer {stage_data.tokenizer_path(data)}": contents})
-        return stage_data.load_tokenizer(data, config.model)
+        return stage_data.load_tokenizer(data, model)
     name = folder / "tokenizer"
     tokenizer = tokenizers.of_files(files, str(name))
-    stage_data.check_fits(tokenizer, name, config.model)
+    stage_data.check_fits(tokenizer, name, model)
     return tokenizer
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -61,7 +61,7 @@ def lenses(
         images.tile_image(page, config.model.vision, data.tiles_of_a_record, data.use_overview)
         for page in pages
     ]
-    read = functools.partial(_read, count=min(num_tokens, config.model.llm.unpadded_vocab_size))
+    read = _reader(min(num_tokens, config.model.llm.unpadded_vocab_size))
     # A tile a device at a time: a page's distributions over 128 K words take 3.7 GB.
     parts = tiles_lib.map_tiles(
         loaded, read, {"tiles": np.concatenate([tiles.pixels for tiles in cut])}
@@ -75,6 +75,12 @@ def lenses(
         _lens(page, tiles, loaded, *arrays)
         for page, tiles, arrays in zip(pages, cut, by_page, strict=True)
     ]
+
+
+# One function for each count: what it compiles to is kept by the function itself.
+@functools.lru_cache
+def _reader(count: int) -> Callable:
+    return functools.partial(_read, count=count)
 
 
 def _read(

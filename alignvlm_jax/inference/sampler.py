@@ -133,8 +133,8 @@ def _generate(
 def abstract_prompts(
     config: Config, batch_size: int, mesh: Mesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shapes, dtypes and shardings of a batch of the longest prompts that a stage's rows
-    hold."""
+    """Returns shapes, dtypes and shardings of a batch of the longest prompts that the sequences of
+    a stage have room for."""
     # A prompt shows one record: it has room for that record's tiles, not for those of a packed
     # sequence.
     data = dataclasses.replace(config.data, max_tiles=config.data.tiles_of_a_record)

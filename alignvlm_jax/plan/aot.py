@@ -62,7 +62,8 @@ class Plan:
         return self.config.train.num_steps * self.step_seconds(utilisation) / SECONDS_A_DAY
 
     def stopping(self) -> Stopping:
-        """Returns what checkpoints and stops cost, at the middle of UTILISATIONS."""
+        """Returns what checkpoints and stops cost, if a step runs at UTILISATIONS[1] of the chips'
+        peak."""
         step_seconds = self.step_seconds(UTILISATIONS[1])
         return stopping.make(
             self.config.train, self.state_gib, self.topology.num_hosts, step_seconds

@@ -85,8 +85,8 @@ class Search:
             )
 
     def smallest_microbatches(self, mesh: MeshConfig) -> Config:
-        """Returns what needs the least memory on a mesh: one sequence a chip at a time, all that
-        can be computed anew in the backward pass."""
+        """Returns the config that needs the least memory on a mesh: microbatches of one sequence a
+        chip, and everything computed again in the backward pass that can be."""
         sequences = self.config.train.batch_size // (mesh.data * mesh.fsdp)
         return self._changed(mesh, max(sequences, 1), "full")
 

@@ -137,7 +137,8 @@ def find(folder: Path) -> list[Path]:
 
 
 def row_of(run: Path) -> str:
-    """Returns the name TABLE/ROW of a run's row."""
+    """Returns the name TABLE/ROW of the row that a run stands in; its folder is
+    TABLE/ROW_seedN."""
     return f"{run.parent.name}/{_name(run)[0]}"
 
 

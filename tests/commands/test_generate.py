@@ -28,7 +28,7 @@ def test_prints_the_answer_alone(trained_workdir, page, capsys, monkeypatch):
     batches = []
 
     def load(path, config):
-        tokenizer = generate.loading.load_tokenizer(path, config)
+        tokenizer = generate.loading.load_tokenizer(path, config.data, config.model)
 
         def answer(variables, batch, max_new_tokens):
             batches.append(batch)

@@ -148,8 +148,9 @@ def test_a_run_keeps_its_tokenizer_whatever_other_data_have(kept_run, tmp_path):
 
 def test_a_damaged_tokenizer_is_told_by_its_checkpoint(kept_run):
     path = kept_run / "checkpoints" / "7" / "tokenizer" / "metadata"
+    config = loading.load_config(kept_run)
     fields = json.loads(path.read_text())
     fields["tokenizer.model"] = fields["tokenizer.model"][::-1]
     path.write_text(json.dumps(fields))
     with pytest.raises(UserError, match=r"checkpoints/7 cannot be read .*checksum"):
-        loading.load_tokenizer(kept_run, loading.load_config(kept_run))
+        loading.load_tokenizer(kept_run, config.data, config.model)

@@ -10,7 +10,7 @@ from PIL import Image
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.data import images
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.inference import loading, patch_tokens
+from alignvlm_jax.inference import loading, patch_tokens, tiles
 from alignvlm_jax.parallel import mesh as mesh_lib
 
 
@@ -42,8 +42,8 @@ def assert_cover_once(page: Image.Image, boxes: np.ndarray):
 def test_boxes_cover_the_page_once_and_probabilities_are_those_of_its_tiles(loaded):
     vocab = loaded.config.model.llm.unpadded_vocab_size
     looks = patch_tokens.lenses(loaded, PAGES, num_tokens=vocab)
-    tiles = [images.tile_image(page, loaded.config.model.vision, 2, False).pixels for page in PAGES]
-    pixels = np.concatenate(tiles)
+    cut = [images.tile_image(page, loaded.config.model.vision, 2, False).pixels for page in PAGES]
+    pixels = np.concatenate(cut)
     whole = jax.jit(
         lambda params, batch: loaded.model.apply(
             {"params": params}, batch, method="patch_probabilities"
@@ -52,7 +52,7 @@ def test_boxes_cover_the_page_once_and_probabilities_are_those_of_its_tiles(load
     with mesh_lib.use(loaded.mesh):
         expected = np.split(
             np.asarray(whole(loaded.params, {"tiles": pixels[:, None]}))[:, 0],
-            np.cumsum([len(t) for t in tiles])[:-1],
+            np.cumsum([len(t) for t in cut])[:-1],
         )
     for look, page in zip(looks, PAGES, strict=True):
         assert look.page is page and not look.is_overview.any() and look.vocab_size == vocab
@@ -104,3 +104,11 @@ def test_a_connector_without_a_distribution_says_so(loaded):
         UserError, match="'align' with weights 'linear' gives patches no distribution"
     ):
         patch_tokens.lenses(other, [])
+
+
+def test_a_second_page_is_not_compiled_again(loaded):
+    """In a notebook one looks at many."""
+    patch_tokens.lenses(loaded, [PAGES[0]], num_tokens=3)
+    before = tiles._jitted.cache_info().misses
+    patch_tokens.lenses(loaded, [PAGES[2]], num_tokens=3)
+    assert tiles._jitted.cache_info().misses == before

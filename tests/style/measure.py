@@ -8,6 +8,18 @@ import tokenize
 
 PACKAGE = pathlib.Path(__file__).parents[2] / "alignvlm_jax"
 COLUMNS = 100
+ENTRIES = (
+    "analysis",
+    "benchmarks.scores",
+    "commands",
+    "data.tokenizers",
+    "ingest.formats",
+    "models.connectors",
+    "weights.families",
+    "weights.formats",
+)
+"""Rooms whose files are entries of a registry: who adds one has done nothing to be held against
+it, however small it is."""
 SMALL = 60
 """Lines of a file that is a part of its only importer."""
 
@@ -42,6 +54,11 @@ def importers(modules: dict[str, str]) -> dict[str, set[str]]:
     return found
 
 
+def is_entry(name: str) -> bool:
+    """Whether a module is an entry of a registry."""
+    return any(name.startswith(f"{PACKAGE.name}.{room}.") for room in ENTRIES)
+
+
 def num_comment_lines(text: str) -> int:
     """Returns the lines of a module that hold a comment."""
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
@@ -70,10 +87,13 @@ def measure() -> dict[str, float]:
     nodes = [node for text in modules.values() for node in ast.walk(ast.parse(text))]
     assignments = [node for node in nodes if isinstance(node, ast.Assign)]
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
-    small = [name for name, text in modules.items() if len(text.splitlines()) < SMALL]
+    ours = [name for name in modules if not is_entry(name)]
+    small = [name for name in ours if len(modules[name].splitlines()) < SMALL]
     return {
-        "files": len(modules),
-        "files under 60 lines with a single importer": sum(len(known[name]) == 1 for name in small),
+        "files that are no entries of a registry": len(ours),
+        "of them under 60 lines with a single importer": sum(
+            len(known[name]) == 1 for name in small
+        ),
         "longest file, lines": max(len(text.splitlines()) for text in modules.values()),
         "functions that take the whole Config": sum(map(takes_config, functions)),
         "comment lines": sum(map(num_comment_lines, modules.values())) / len(lines),

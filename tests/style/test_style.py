@@ -13,8 +13,8 @@ ARCHITECTURE = REPOSITORY / "docs" / "architecture.md"
 
 # What was reached. Lower one when it has become less; nothing here may rise.
 AT_MOST = {
-    "files": 188,
-    "files under 60 lines with a single importer": 4,
+    "files that are no entries of a registry": 132,
+    "of them under 60 lines with a single importer": 2,
     "longest file, lines": 400,
     "functions that take the whole Config": 29,
     "lines over 100 columns": 0,

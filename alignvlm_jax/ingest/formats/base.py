@@ -61,16 +61,16 @@ class Format(Protocol):
     """
 
     def units(self, source: str) -> list[Unit]:
-        """Returns the pieces of a source in a fixed order.
+        """Returns the units of a source, pieces of work, in a fixed order.
 
         Raises:
           UserError: the source is not there.
         """
 
     def raws(self, unit: Unit) -> Iterator[Raw | Rejection]:
-        """Yields the records of a piece, one at a time.
+        """Yields the raw records of a unit, one at a time.
 
-        What cannot even be parsed is a Rejection: no fault of the data may end the piece before its
+        What cannot even be parsed is a Rejection: no fault of the data may end the unit before its
         last readable record.
         """
 

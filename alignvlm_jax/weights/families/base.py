@@ -65,7 +65,8 @@ class LLMFamily(abc.ABC):
       model_type: of its config.json.
       class_name: the class of transformers that its export is.
       traits: the fields of LLMConfig that tell its decoder from those of other families; a field
-        that it does not name has the default.
+        that it does not name has the default. No two families may have the same: by them an export
+        finds its family.
       gguf_architecture: `general.architecture` of its GGUF files.
       gguf_pairs_neighbours: whether a GGUF of it lays the channels that rotate together beside
         each other (2i, 2i + 1), where ours are half a head apart (i, i + h/2).
