@@ -92,7 +92,8 @@ def _run(argv: list[str], debug: bool) -> int:
     except TryAgainError as err:
         return _fail(str(err), status=TRY_AGAIN_STATUS)
     except StoppedError as err:
-        return _fail(str(err), status=143)
+        # As it was asked to: no error.
+        return _fail(str(err), status=143, kind="")
     except UserError as err:
         _show_traceback(debug)
         return _fail(str(err))
@@ -127,10 +128,10 @@ def _several_processes() -> str | None:
     )
 
 
-def _fail(message: str, status: int = 1) -> int:
-    """Prints an error, tells the other processes of it, and returns the exit status."""
+def _fail(message: str, status: int = 1, kind: str = "error: ") -> int:
+    """Prints why the command ends, tells the other processes, and returns the exit status."""
     # `say` raises nothing if stderr cannot be written: the others still wait to be told.
-    logs.say(f"alignvlm_jax: error: {message}")
+    logs.say(f"alignvlm_jax: {kind}{message}")
     if distributed := _distributed():
         return distributed.fail(message, status)
     return status

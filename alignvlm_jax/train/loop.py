@@ -205,8 +205,12 @@ def _train_stage(run: Run, stage: Stage, newest: int, lacking: Sequence[str]) ->
             _watch_from(run, stage, newest)
         _announce(run, stage, newest, mesh, abstract)
         with Writer(run.folder, newest) if distributed.is_main() else NullWriter() as writer:
+            began = time.monotonic()
             with run.phases.enter("compiling"):
                 train_step, eval_step = step.compile_steps(model, config, tx, abstract, mesh)
+            if config.train.jit:
+                seconds = time.monotonic() - began
+                run.progress.say(f"compiled in {metrics.duration(seconds)}")
             # Counted once a stage, from shapes: of the plain program and not of the one just
             # compiled.
             mfu_of = flops.mfu_of(config, abstract.params, mesh.devices.flat)
@@ -329,9 +333,10 @@ def _announce(run: Run, stage: Stage, newest: int, mesh: Mesh, abstract: TrainSt
     sizes = {path: math.prod(x.shape) for path, x in state.flatten(abstract.params).items()}
     if not run.announced:
         axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        run.progress.say(
-            f"mesh: {axes}\n{sharding.table(abstract.params, state.shardings_of(abstract.params))}"
-        )
+        # Of one device the table would say of each parameter that it is whole.
+        shardings = state.shardings_of(abstract.params)
+        table = f"\n{sharding.table(abstract.params, shardings)}" if mesh.size > 1 else ""
+        run.progress.say(f"mesh: {axes}{table}")
         run.announced = True
     config = stage.config
     trainable = state.trainable_paths(config.train, config.stage, abstract.params)
@@ -343,5 +348,5 @@ def _announce(run: Run, stage: Stage, newest: int, mesh: Mesh, abstract: TrainSt
     )
     run.progress.say(
         f"stage {config.stage!r}: {what}, trains {trained:,} of {sum(sizes.values()):,} "
-        "parameters; compiling"
+        f"parameters{'; compiling' if config.train.jit else ''}"
     )

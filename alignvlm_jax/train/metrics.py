@@ -28,8 +28,9 @@ from alignvlm_jax.storage import Path, faults
 T = TypeVar("T")
 
 FILE = "metrics.jsonl"
-PLAIN_EVERY = 10
-"""Number of updates for which one progress line is printed where there is no terminal."""
+LIVE_SECONDS = 0.25
+PLAIN_SECONDS = 30.0
+"""Between two progress lines where there is no terminal."""
 
 
 class Writer:
@@ -269,13 +270,14 @@ class Interval:
 
 
 class Progress:
-    """The progress line: live on a terminal, elsewhere a plain line now and then."""
+    """The progress line: live on a terminal, elsewhere a plain line every PLAIN_SECONDS."""
 
     def __init__(self, console: Console, total_steps: int):
         self._console = console
         self._total = total_steps
         self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
-        self._num_updates = 0
+        self._shown_at = -math.inf
+        self._stage = ""
         self._rate = ("", 0.0)
 
     def __enter__(self) -> "Progress":
@@ -298,25 +300,45 @@ class Progress:
         plain.print(message, markup=False)
         logging.info("%s", plain.file.getvalue().rstrip())
 
-    def update(self, step: int, stage: str, values: Mapping[str, float]) -> None:
-        """Shows the progress of the run.
+    def is_due(self, step: int, stage: str) -> bool:
+        """Whether `update` would show something now: at the first step of a stage, at the last of
+        the run, and when the last line is old enough."""
+        seconds = LIVE_SECONDS if self._live else PLAIN_SECONDS
+        is_edge = stage != self._stage or step == self._total
+        return is_edge or time.monotonic() - self._shown_at >= seconds
+
+    def update(
+        self, step: int, stage: str, values: Mapping[str, float], *, is_whole: bool = True
+    ) -> None:
+        """Shows the progress of the run, where it is due.
 
         Args:
           step: number of the newest step, over all stages.
           stage: name of the stage.
           values: the newest training values.
+          is_whole: whether they are of as many steps as a logged line. The rate of a few steps is
+            shown where there is no other, and is no part of the average.
         """
-        rate = self._smooth_rate(stage, values["steps_per_second"])
+        last_stage, rate = self._rate
+        if is_whole or last_stage != stage:
+            rate = values["steps_per_second"]
+        if is_whole:
+            rate = self._smooth_rate(stage, rate)
+        if not self.is_due(step, stage):
+            return
+        self._stage = stage
+        self._shown_at = time.monotonic()
         mfu = f"  MFU {values['mfu']:.1%}" if "mfu" in values else ""
+        speed = f"{rate:.2f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step"
+        # What is beyond a narrow terminal's edge is not seen: the time left comes first.
         line = (
-            f"{stage}  step {step}/{self._total}  loss {values['loss']:.3f}  "
-            f"token accuracy {values['token_accuracy']:.3f}  {rate:.2f} steps/s{mfu}  "
-            f"{duration((self._total - step) / rate)} left"
+            f"{stage}  step {step}/{self._total}  {duration((self._total - step) / rate)} left  "
+            f"{speed}{mfu}  loss {values['loss']:.3f}  "
+            f"token accuracy {values['token_accuracy']:.3f}"
         )
-        self._num_updates += 1
         if self._live:
             self._live.update(Text(line, overflow="ellipsis", no_wrap=True))
-        elif self._num_updates % PLAIN_EVERY == 0 or step == self._total:
+        else:
             self.say(line)
 
     def _smooth_rate(self, stage: str, rate: float) -> float:

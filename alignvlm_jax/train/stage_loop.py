@@ -180,6 +180,9 @@ class StageLoop:
             # The metrics of the step before, now that this one keeps the devices at work.
             self._read()
             self.unread = now, values, self.batches.num_unsupervised
+            if now == newest + 1:
+                # Waited for, once a stage: whether it runs, and how fast, is asked first.
+                self._read()
             self.run.profiler.after_step(now, self._wait_for_step)
             self.run.checkpoints.check()
             answer_loss = self._evaluate(live, now, self.run.evaluations(self.stage, now))
@@ -259,7 +262,12 @@ class StageLoop:
                 f"{config.optim.learning_rate}"
             )
         self.interval.add(values)
-        if self.stage.is_due(now, config.train.log_every):
+        is_logged = self.stage.is_due(now, config.train.log_every)
+        if not is_logged and self.run.progress.is_due(now, config.stage):
+            line = self.interval.means()
+            line |= self.mfu_of(line["steps_per_second"])
+            self.run.progress.update(now, config.stage, line, is_whole=False)
+        if is_logged:
             line = self.interval.means() | {"learning_rate": values["learning_rate"]}
             line |= {"train_seconds": self.run.train_seconds(), "skipped_steps": skipped}
             line |= self.mfu_of(line["steps_per_second"])
@@ -291,6 +299,13 @@ class StageLoop:
                     )
                     return answer_loss
                 self.writer.write(now, self.stage.config.stage, values | self.run.phases.metrics())
+                # Of all sources together; those of each are in the log.
+                shown = [
+                    f"{key.split('/')[1]} {value:.3f}"
+                    for key, value in values.items()
+                    if key.count("/") == 1
+                ]
+                self.run.progress.say(f"{name} at step {now}: {', '.join(shown)}")
                 answer_loss = values.get("validation/answer_loss", answer_loss)
         return answer_loss
 

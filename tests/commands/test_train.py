@@ -82,7 +82,7 @@ def test_sigterm_saves_says_how_to_go_on_and_the_same_command_does(flags, tmp_pa
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 143
     assert errors.count("\n") == 1
-    assert errors.startswith("alignvlm_jax: error: stopped at step ")
+    assert errors.startswith("alignvlm_jax: stopped at step ")
     assert errors.strip().endswith(f"go on with: {' '.join(argv)}")
     stopped = int(errors.split("step ")[1].split()[0])
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == [str(stopped)]

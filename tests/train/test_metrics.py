@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import re
 import struct
 from pathlib import Path
 
@@ -106,28 +107,49 @@ def test_a_file_that_cannot_be_written_is_a_user_error(tmp_path):
             writer.write(5, "align", VALUES)
 
 
-def test_without_a_terminal_the_progress_is_a_plain_line_now_and_then():
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """The time, which stands still unless a test moves it."""
+    now = [1000.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_without_a_terminal_a_line_comes_at_once_every_half_minute_and_at_the_end(clock):
+    """However long a stage or a step is: whoever reads a log sees that it runs."""
     console = Console(file=io.StringIO(), soft_wrap=True)
     with metrics.Progress(console, 100) as progress:
-        for step in range(2, 62, 2):
-            progress.update(step, "align", VALUES)
+        for step in range(1, 101):
+            progress.update(step, "align" if step <= 40 else "read", VALUES)
+            clock[0] += 2.5
     lines = console.file.getvalue().splitlines()
-    assert len(lines) == 3
-    assert (
-        lines[0] == "align  step 20/100  loss 1.250  token accuracy 0.500  4.00 steps/s  20 s left"
+    shown = [int(re.search(r"step (\d+)/100", line)[1]) for line in lines]
+    assert shown == [1, 13, 25, 37, 41, 53, 65, 77, 89, 100]
+    assert lines[0] == (
+        "align  step 1/100  25 s left  4.00 steps/s  loss 1.250  token accuracy 0.500"
     )
 
 
-def test_the_time_left_is_smoothed_within_a_stage_and_starts_anew_in_the_next():
+def test_a_slow_step_is_told_in_seconds():
+    console = Console(file=io.StringIO(), soft_wrap=True)
+    with metrics.Progress(console, 101) as progress:
+        progress.update(1, "align", VALUES | {"steps_per_second": 1 / 18}, is_whole=False)
+    assert "step 1/101  30 min 00 s left  18.0 s/step  loss" in console.file.getvalue()
+
+
+def test_the_time_left_is_smoothed_within_a_stage_and_starts_anew_in_the_next(clock):
+    """By whole lines alone: the rate of a step or two after one says little."""
     console = Console(file=io.StringIO(), soft_wrap=True)
     rates = [4.0] * 9 + [1.0] + [2.0] * 10
     with metrics.Progress(console, 1020) as progress:
         for step, rate in enumerate(rates, 1):
-            progress.update(
-                step, "align" if step <= 10 else "read", VALUES | {"steps_per_second": rate}
-            )
+            stage = "align" if step <= 10 else "read"
+            progress.update(step, stage, VALUES | {"steps_per_second": rate})
+            clock[0] += 31
+            progress.update(step, stage, VALUES | {"steps_per_second": 9.0}, is_whole=False)
     lines = console.file.getvalue().splitlines()
-    assert "3.08 steps/s" in lines[0] and lines[1].endswith("2.00 steps/s  8 min 20 s left")
+    assert all("3.08 steps/s" in line for line in lines if "step 10/" in line)
+    assert "8 min 20 s left  2.00 steps/s" in lines[-1]
 
 
 def test_on_a_terminal_the_newest_values_show():
@@ -135,7 +157,7 @@ def test_on_a_terminal_the_newest_values_show():
     with metrics.Progress(console, 100) as progress:
         progress.update(99, "align", VALUES | {"mfu": 0.4125})
     assert "align  step 99/100" in console.file.getvalue()
-    assert "4.00 steps/s  MFU 41.2%  " in console.file.getvalue()
+    assert "4.00 steps/s  MFU 41.2%  loss" in console.file.getvalue()
 
 
 @pytest.mark.parametrize(
