@@ -151,9 +151,11 @@ def made_alike(first: dict[str, Any], second: dict[str, Any]) -> bool:
     """Whether predictions with these headers were made in the same way.
 
     The path of the checkpoint does not count, since a workdir may be moved: other fields identify
-    the checkpoint by its step and its time of training.
+    the checkpoint by its step and its time of training. Nor do the run's name and id, which headers
+    of earlier versions lack.
     """
-    return {**first, "checkpoint": ""} == {**second, "checkpoint": ""}
+    names = dict.fromkeys(("checkpoint", "run", "run_id"))
+    return {**first, **names} == {**second, **names}
 
 
 def read_all(workdir: str | os.PathLike) -> dict[tuple[str, bool], Predictions]:

@@ -239,6 +239,8 @@ class Runner:
             [(question.id, question.turn.question, question.turn.answers) for question in questions]
         )
         return {
+            "run": config.name,
+            "run_id": config.run_id,
             "checkpoint": str(self._loaded.path),
             "step": self._loaded.step,
             # To the microsecond, this tells two runs apart that were written to the same workdir.

@@ -209,6 +209,8 @@ class Reader:
         loaded = self._loaded
         read = json.dumps([(text.id, text.text) for text in held_out.texts])
         return {
+            "run": loaded.config.name,
+            "run_id": loaded.config.run_id,
             "checkpoint": str(loaded.path),
             "step": loaded.step,
             # To the microsecond: it tells two runs apart that were written to the same workdir.

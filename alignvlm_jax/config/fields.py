@@ -288,6 +288,8 @@ class Config:
     """One stage of a run."""
 
     name: str = "run"  # The run's name in what is printed and reported.
+    # Tells this run from all others: 8 hexadecimal digits; empty: `train` draws them.
+    run_id: str = ""
     stage: str = "train"  # The stage's name; stages run in the order of their names.
     seed: int = 0  # Seed of the initialisation, the order of the data and all else that is random.
     # Workdir or checkpoint of another run that the first stage starts from; empty: initialised.

@@ -360,6 +360,7 @@ def _facts(run: Run) -> dict[str, str]:
     vision = run.stages[-1].model.vision
     llm = run.stages[-1].model.llm
     facts = {
+        "Run": " ".join(filter(None, (config.name, config.run_id))),
         "Vision": f"{vision.num_layers} layers of {vision.width}; tiles of {vision.tile_width} × "
         f"{vision.tile_height} pixels, patches of {vision.patch_width} × {vision.patch_height}",
         "Language model": f"{llm.num_layers} layers of {llm.width}, vocabulary {llm.vocab_size}",

@@ -194,7 +194,7 @@ class Checkpoints(Reader):
         self._check_space(live)
         objects = {
             "data": dict(position),
-            "metadata": {**metadata, "step": step, "run_id": self._id_of_run()},
+            "metadata": {"run_id": self._id_of_run(), **metadata, "step": step},
         }
         if tokenizer is not None:
             objects["tokenizer"] = checkpoint_files.packed(tokenizer)
@@ -303,7 +303,7 @@ def describe(
 ) -> dict[str, Any]:
     """Returns a checkpoint's metadata: all that is needed to use it without its workdir, and where
     it came from."""
-    return {
+    return ({"run_id": stage.run_id} if stage.run_id else {}) | {
         "layout_version": LAYOUT_VERSION,
         "config": config_lib.to_json(stages),
         "stage": stage.stage,

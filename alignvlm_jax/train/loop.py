@@ -93,7 +93,7 @@ def train(
     ends = tuple(stage.end for stage in stages)
     with (
         # Left in reverse order: the lock goes last, when neither save nor log line is under way.
-        workdir.lock(folder, configs),
+        workdir.lock(folder, configs) as identified,
         HostLog(
             folder, process=process, num_processes=num_processes, commit=commit.git_hash()
         ) as log,
@@ -114,8 +114,9 @@ def train(
         Profiler(folder, profiled, process, progress.say) as profiler,
     ):
         _check_newest(checkpoints, total)
+        stages = lay_out(identified)
         run = Run(
-            configs,
+            identified,
             kinds,
             total,
             folder,
@@ -204,7 +205,11 @@ def _train_stage(run: Run, stage: Stage, newest: int, lacking: Sequence[str]) ->
         if not run.announced:
             _watch_from(run, stage, newest)
         _announce(run, stage, newest, mesh, abstract)
-        with Writer(run.folder, newest) if distributed.is_main() else NullWriter() as writer:
+        with (
+            Writer(run.folder, newest, config.run_id)
+            if distributed.is_main()
+            else NullWriter() as writer
+        ):
             began = time.monotonic()
             with run.phases.enter("compiling"):
                 train_step, eval_step = step.compile_steps(model, config, tx, abstract, mesh)

@@ -43,8 +43,10 @@ class Writer:
     # Not tensorboardX.SummaryWriter: it writes from a thread, and once that has died of a full disk
     # the run hangs.
 
-    def __init__(self, workdir: Path, step: int):
-        """Opens the files, after lines beyond `step` were cut off."""
+    def __init__(self, workdir: Path, step: int, run_id: str = ""):
+        """Opens the files, after lines beyond `step` were cut off; each line has the id of the run,
+        where one is given."""
+        self._of_run = {"run_id": run_id} if run_id else {}
         self._path = workdir / FILE
         cut(self._path, step)
         (workdir / "tensorboard").mkdir(exist_ok=True)
@@ -77,7 +79,7 @@ class Writer:
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         # Every name is there, with null until its finite value comes over it, in the order of
         # `values`.
-        line = {"step": step, "stage": stage} | dict.fromkeys(values) | finite
+        line = {"step": step, "stage": stage} | self._of_run | dict.fromkeys(values) | finite
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in finite.items()]
         try:
             self._file.append(f"{json.dumps(line)}\n".encode())

@@ -45,8 +45,9 @@ def read(train: TrainConfig, abstract: TrainState, source: Checkpoints, step: in
 
 def start_params(
     model: vlm.VLM, abstract: TrainState, found: Found | None, rng: jax.Array
-) -> tuple[Params, Table]:
-    """Returns the parameters, and the table of what was loaded, initialised and ignored.
+) -> tuple[Params, Table | str]:
+    """Returns the parameters, and what was loaded, initialised and ignored: a line where all are of
+    one kind, else a table.
 
     Loaded is what was `found`, where there is a checkpoint; the rest is initialised from `rng`.
     What of the connector starts from the LLM (ALIGN's W2), and is not loaded, is made of the LLM as
@@ -66,7 +67,7 @@ def start_params(
         "initialised": {path: wanted[path] for path in wanted if path not in loaded},
         "ignored in the checkpoint": {path: stored[path] for path in stored if path not in loaded},
     }
-    return params, table(groups)
+    return params, summary(groups)
 
 
 def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
@@ -111,6 +112,16 @@ def from_llm(
     # What it does not read of the LLM is not sent: jit drops unused arguments.
     new = jax.jit(make, out_shardings={path: wanted[path].sharding for path in made})(params["llm"])
     return state.unflatten(state.flatten(params) | new)
+
+
+def summary(groups: dict[str, dict[str, tuple]]) -> Table | str:
+    """Returns the table of groups, or where only one of them has any parameters, a line that says
+    so: a stage that loads all that the one before has left is the rule."""
+    filled = [name for name, shapes in groups.items() if shapes]
+    if len(filled) != 1:
+        return table(groups)
+    sizes = [int(np.prod(shape)) for shape in groups[filled[0]].values()]
+    return f"parameters: all {len(sizes)} arrays, {sum(sizes):,} numbers, are {filled[0]}"
 
 
 def table(groups: dict[str, dict[str, tuple]]) -> Table:

@@ -6,8 +6,10 @@ by their fingerprint (`train.loop`), not by folders.
 """
 
 import contextlib
+import dataclasses
 import fnmatch
 import json
+import secrets
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +26,7 @@ CONFIG_FILE = "config.json"
 LOCK_FILE = ".lock"
 WAY_OUT = "wait for it, or take another --workdir"
 RESUMABLE_FIELDS = (
+    "run_id",
     "mesh.*",
     "model.connectors",
     "model.connectors.*",
@@ -45,8 +48,9 @@ MAX_DIFFERENCES = 5
 
 
 @contextlib.contextmanager
-def lock(workdir: Path, stages: tuple[Config, ...]) -> Iterator[None]:
-    """A context that holds the lock of a workdir, which is created if need be.
+def lock(workdir: Path, stages: tuple[Config, ...]) -> Iterator[tuple[Config, ...]]:
+    """A context that holds the lock of a workdir, which is created if need be; it gives the stages
+    with the id of the run, which is drawn when the run begins.
 
     A workdir without a checkpoint may be taken over by any config; else it has to be that of
     `stages`, but for resumable fields. `config.json` is that of the newest run. A workdir in a
@@ -64,6 +68,7 @@ def lock(workdir: Path, stages: tuple[Config, ...]) -> Iterator[None]:
     ours = json.loads(json.dumps(config_lib.to_json(stages)))
     # Before the lock, too: another config is refused at once, without waiting for a lease.
     _check_same(path, ours)
+    run_id = None
     with contextlib.ExitStack() as held:
         if distributed.is_main():
             # Two runs in one workdir would clear away each other's checkpoints.
@@ -71,12 +76,15 @@ def lock(workdir: Path, stages: tuple[Config, ...]) -> Iterator[None]:
             held.enter_context(lease.hold(workdir / LOCK_FILE, "is training in", _say, WAY_OUT))
             # Again: another run may have written checkpoints while this one waited for the lock.
             _check_same(path, ours)
-            storage.write_whole(path, json.dumps(ours, indent=2) + "\n")
-        exchange.barrier()
+            run_id = _stored_id(path) or stages[0].run_id or secrets.token_hex(4)
+            identified = [stage | {"run_id": run_id} for stage in ours]
+            storage.write_whole(path, json.dumps(identified, indent=2) + "\n")
+        # Also a barrier: nobody goes on before the folder is there, and the config in it.
+        run_id = exchange.from_main(run_id)
         # From here on the storage is known to work: a later fault is most likely temporary, and is
         # worth more patience.
         held.enter_context(storage.patience(storage.RUN_PATIENCE))
-        yield
+        yield tuple(dataclasses.replace(stage, run_id=run_id) for stage in stages)
 
 
 def _say(message: str) -> None:
@@ -105,6 +113,8 @@ def differences(
         right = dict(_leaves(here, ""))
         for name in dict.fromkeys([*left, *right]):
             texts = [repr(side[name]) if name in side else "absent" for side in (left, right)]
+            if name == "run_id":  # That two runs are two is no difference between their configs.
+                continue
             if texts[0] != texts[1]:
                 stages_of.setdefault((name, *texts), []).append(here["stage"])
     return [
@@ -118,9 +128,7 @@ def differences(
 
 def _check_same(path: Path, ours: list[dict[str, Any]]) -> None:
     """Raises UserError if the workdir has checkpoints of another config than `ours`."""
-    if not path.exists() or not any(
-        step.name.isdigit() for step in storage.children(path.parent / FOLDER)
-    ):
+    if not _has_begun(path):
         return
     try:
         theirs = config_lib.current_form(json.loads(path.read_text()))
@@ -140,6 +148,19 @@ def _check_same(path: Path, ours: list[dict[str, Any]]) -> None:
         raise UserError(
             f"{path.parent} belongs to another config: {shown}{more}; take another --workdir"
         )
+
+
+def _has_begun(path: Path) -> bool:
+    """Whether there is a config.json, and a checkpoint of its run."""
+    return path.exists() and any(
+        step.name.isdigit() for step in storage.children(path.parent / FOLDER)
+    )
+
+
+def _stored_id(path: Path) -> str:
+    """Returns the id of the run that a workdir belongs to; empty where none has begun, and of one
+    of earlier versions, which drew none."""
+    return json.loads(path.read_text())[0].get("run_id", "") if _has_begun(path) else ""
 
 
 def _without_resumable(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -25,7 +25,14 @@ from tests.conftest import random_batch
 from tests.train import fake_run
 from tests.train.fake_run import TOTAL, Batches
 
-TIMES = ("mfu", "steps_per_second", "data_wait_fraction", "train_seconds", "peak_memory_gib")
+TIMES = (
+    "run_id",
+    "mfu",
+    "steps_per_second",
+    "data_wait_fraction",
+    "train_seconds",
+    "peak_memory_gib",
+)
 
 
 def lines(workdir: Path) -> list[dict]:

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -23,7 +24,8 @@ def lock(folder, stages) -> None:
 def test_a_workdir_takes_the_same_config_again(folder):
     lock(folder / "new" / "run", STAGES)
     before = (folder / "new" / "run" / "config.json").read_text()
-    assert config_lib.from_json(json.loads(before)) == STAGES
+    stored = config_lib.from_json(json.loads(before))
+    assert tuple(dataclasses.replace(stage, run_id="") for stage in stored) == STAGES
     lock(folder / "new" / "run", STAGES)
     assert (folder / "new" / "run" / "config.json").read_text() == before
 
@@ -52,9 +54,30 @@ def test_without_a_checkpoint_it_belongs_to_nobody(folder):
         (folder / "checkpoints" / "3.broken").mkdir(parents=True)
         storage.write_whole(folder / "checkpoints" / "3.broken" / "file", "")
     lock(folder, STAGES[:1])
-    assert config_lib.from_json(json.loads((folder / "config.json").read_text())) == STAGES[:1]
+    [stored] = config_lib.from_json(json.loads((folder / "config.json").read_text()))
+    assert dataclasses.replace(stored, run_id="") == STAGES[0]
     with pytest.raises(UserError, match="belongs to another config"):
         lock(folder, STAGES)
+
+
+def test_a_run_has_an_id_from_its_first_checkpoint_on(folder, tmp_path):
+    """Which goes with it wherever it is resumed, and no other run has."""
+    lock(folder, STAGES)
+    with workdir.lock(folder, STAGES) as stages:
+        first = {stage.run_id for stage in stages}
+    assert len(first) == 1 and re.fullmatch("[0-9a-f]{8}", *first)
+    stored = json.loads((folder / "config.json").read_text())
+    assert {stage["run_id"] for stage in stored} == first
+    with workdir.lock(tmp_path / "other", STAGES) as stages:
+        assert {stage.run_id for stage in stages}.isdisjoint(first)
+    theirs = json.loads((tmp_path / "other" / "config.json").read_text())
+    assert workdir.differences(stored, theirs) == []
+    # A run of an earlier version gets one when it goes on.
+    for stage in stored:
+        del stage["run_id"]
+    storage.write_whole(folder / "config.json", json.dumps(stored))
+    with workdir.lock(folder, STAGES) as stages:
+        assert stages[0].run_id
 
 
 def test_what_changes_no_result_may_change(folder):
