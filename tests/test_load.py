@@ -1,8 +1,10 @@
 """`alignvlm_jax.load`: a model to ask from Python, one page at a time or many."""
 
+import dataclasses
 import pathlib
 import subprocess
 import sys
+import warnings
 
 import jax
 import numpy as np
@@ -13,6 +15,8 @@ import alignvlm_jax
 from alignvlm_jax.commands import generate
 from alignvlm_jax.data import images
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.inference import assistant
+from alignvlm_jax.weights import initial
 
 QUESTIONS = ("Who?", "What is the total?", "a b", "Who?", "b", "a")
 
@@ -162,3 +166,34 @@ def test_importing_the_package_and_its_data_needs_no_jax():
 def test_a_folder_without_a_checkpoint_says_so(tmp_path):
     with pytest.raises(UserError, match="checkpoint"):
         alignvlm_jax.load(tmp_path)
+
+
+def test_what_makes_answers_worthless_is_told(trained_workdir):
+    """A page that is seen at a size at which nobody could read it, and a connector that was never
+    trained."""
+    model = alignvlm_jax.load(trained_workdir)
+    with pytest.warns(
+        UserWarning,
+        match=r"a page of 300 x 400 pixels is seen as 12 x 16, one pixel for 625 of the page: this "
+        r"model reads pages of up to 2 tiles of 16 x 8 pixels",
+    ):
+        model.answer(noise(1, 300, 400), "Who?")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.answer(noise(1, 20, 16), "Who?")
+        model.answer(None, "Who?")
+    metadata = model.loaded.metadata | {"stage": initial.STAGE}
+    untrained = assistant.Assistant(dataclasses.replace(model.loaded, metadata=metadata))
+    with pytest.warns(UserWarning, match=r"connector of .*/7 is untrained: .* train it first"):
+        untrained.lens(noise(1, 16, 8))
+
+
+def test_a_pdf_is_drawn_as_it_was_for_training(trained_workdir, tmp_path):
+    """Where the model saw others, letters would have another size than those it learnt."""
+    noise(1, 72, 36).save(tmp_path / "page.pdf", resolution=72)
+    model = alignvlm_jax.load(trained_workdir)
+    assert model.lens(tmp_path / "page.pdf").page.size == (144, 72)
+    described = [{"format": "documents"}, {"format": "pdf", "dpi": 100}]
+    metadata = model.loaded.metadata | {"prepared": described}
+    other = assistant.Assistant(dataclasses.replace(model.loaded, metadata=metadata))
+    assert other.lens(tmp_path / "page.pdf").page.size == (100, 50)

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config, DataConfig, EvalConfig
-from alignvlm_jax.data import shards
+from alignvlm_jax.data import prepared, shards
 from alignvlm_jax.flag_types import positive
 from alignvlm_jax.inference import loading
 from alignvlm_jax.inference.loading import Loaded
@@ -132,7 +132,7 @@ def check_splits(data: DataConfig, evaluation: EvalConfig, args: argparse.Namesp
         shards.RecordSource(data.dir, split)
     # An analysis that reads no data has nothing to compare between processes.
     if chosen:
-        contents = functools.partial(shards.contents, data.dir)
+        contents = functools.partial(prepared.contents, data.dir)
         distributed.check_alike({f"the data in {data.dir}": contents})
 
 

@@ -14,7 +14,7 @@ from alignvlm_jax.benchmarks import predictions, scores, tasks
 from alignvlm_jax.benchmarks.predictions import Predictions
 from alignvlm_jax.benchmarks.questions import Benchmark, Question, choose_questions
 from alignvlm_jax.config import EvalConfig
-from alignvlm_jax.data import chat, images, shards
+from alignvlm_jax.data import chat, images, prepared, shards
 from alignvlm_jax.data.examples import ExampleBuilder, PackedSequence
 from alignvlm_jax.data.record import Record
 from alignvlm_jax.errors import UserError
@@ -247,7 +247,7 @@ class Runner:
             "train_seconds": self._loaded.metadata["train_seconds"],
             "prompt": "".join(map(tokenizer.piece, prompt)),
             "decoding": {"method": "greedy", "max_new_tokens": max_new_tokens},
-            "data": shards.fingerprint(directory),
+            "data": prepared.fingerprint(directory),
             **what,
             "seed": config.seed,
             "num_questions": len(questions),

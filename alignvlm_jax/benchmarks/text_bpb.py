@@ -23,7 +23,7 @@ import numpy as np
 from alignvlm_jax.benchmarks import predictions
 from alignvlm_jax.benchmarks.predictions import Predictions
 from alignvlm_jax.benchmarks.tasks import TextTask
-from alignvlm_jax.data import chat, examples, index, loader, shards
+from alignvlm_jax.data import chat, examples, index, loader, prepared, shards
 from alignvlm_jax.data.examples import PackedSequence
 from alignvlm_jax.data.record import Record
 from alignvlm_jax.errors import UserError
@@ -220,7 +220,7 @@ class Reader:
             "scorer_version": SCORER_VERSION,
             "task": task.name,
             "split": task.split,
-            "data": shards.fingerprint(held_out.directory),
+            "data": prepared.fingerprint(held_out.directory),
             "num_texts": len(held_out.texts),
             "texts_crc32": zlib.crc32(read.encode()),
         }

@@ -16,7 +16,7 @@ from alignvlm_jax import storage
 from alignvlm_jax.benchmarks import predictions, questions, runner, summary, tasks, text_bpb
 from alignvlm_jax.benchmarks.predictions import Predictions
 from alignvlm_jax.config import EvalConfig
-from alignvlm_jax.data import shards
+from alignvlm_jax.data import prepared, shards
 from alignvlm_jax.errors import UsageError, UserError
 from alignvlm_jax.flag_types import positive
 from alignvlm_jax.inference import loading
@@ -55,7 +55,7 @@ def _evaluate_splits(args: argparse.Namespace) -> None:
     for split in _with_flags(config.eval, args).splits:
         # A misspelt split should not wait for the model.
         shards.RecordSource(data_dir, split)
-    contents = functools.partial(shards.contents, data_dir)
+    contents = functools.partial(prepared.contents, data_dir)
     distributed.check_alike({f"the data in {data_dir}": contents})
     loaded = loading.load(args.checkpoint, config)
     # Of the checkpoint that was read; the newest, whose config was read above, may be damaged.
@@ -84,7 +84,7 @@ def _evaluate_tasks(args: argparse.Namespace) -> None:
     opened = [_open(task, data, args.num_questions) for task in chosen]
     distributed.check_alike(
         {
-            f"the data of {one.task.name}": functools.partial(shards.contents, one.directory)
+            f"the data of {one.task.name}": functools.partial(prepared.contents, one.directory)
             for one in opened
         }
     )
@@ -169,7 +169,7 @@ def _summarize(loaded: Loaded) -> dict[tuple[str, bool], Predictions]:
     workdir = loading.workdir_of(loaded.path)
     # To the microsecond: it identifies the checkpoint, wherever its folder lies now.
     trained = loaded.metadata["train_seconds"]
-    data = shards.fingerprint(loaded.config.data.dir)
+    data = prepared.fingerprint(loaded.config.data.dir)
     results = {
         key: result
         for key, result in predictions.read_all(workdir).items()

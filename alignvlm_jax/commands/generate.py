@@ -10,7 +10,7 @@ import sys
 import numpy as np
 from PIL import Image
 
-from alignvlm_jax import storage
+from alignvlm_jax import logs, storage
 from alignvlm_jax.config import DataConfig, VisionConfig
 from alignvlm_jax.data import images
 from alignvlm_jax.data.examples import ExampleBuilder
@@ -27,8 +27,11 @@ def main(argv: list[str]) -> None:
         raise UsageError("--question is empty")
     # Mistakes in the input are found before the model is loaded; the prompt is built only to see
     # whether it fits.
-    page = images.load_page(args.image, args.page) if args.image else None
     config = loading.load_config(args.checkpoint, args.data)
+    page = None
+    if args.image:
+        dpi = loading.pdf_dpi(loading.load_metadata(args.checkpoint))
+        page = images.load_page(args.image, args.page, dpi)
     tokenizer = loading.load_tokenizer(args.checkpoint, config.data, config.model)
     ExampleBuilder.of(config, tokenizer).prompt(page, args.question)
     loaded = loading.load(args.checkpoint, config)
@@ -38,7 +41,8 @@ def main(argv: list[str]) -> None:
         seen = f"{page.width} x {page.height} pixels, {num_tiles} tiles"
     print(f"{loaded.path}: {seen}", file=sys.stderr)
     with compile_cache.kept_in(loading.workdir_of(args.checkpoint)):
-        print(Assistant(loaded).answer(page, args.question, max_new_tokens=args.max_new_tokens))
+        assistant = Assistant(loaded, warn=logs.say)
+        print(assistant.answer(page, args.question, max_new_tokens=args.max_new_tokens))
 
 
 def _count_tiles(page: Image.Image, vision: VisionConfig, data: DataConfig) -> int:

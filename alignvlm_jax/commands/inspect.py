@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from alignvlm_jax import analysis, presets, storage
+from alignvlm_jax import analysis, logs, presets, storage
 from alignvlm_jax.analysis import base
 from alignvlm_jax.analysis.base import Analysis
 from alignvlm_jax.commands import config_flag
@@ -195,10 +195,11 @@ def _lens(args: argparse.Namespace) -> None:
         raise UsageError("--analysis=lens needs --image=FILE")
     out = args.out or loading.workdir_of(args.checkpoint) / patch_map.FILE
     patch_map.check_suffix(out)
-    page = images.load_page(args.image, args.page)
     config = loading.load_config(args.checkpoint, args.data)
     patch_tokens.check(config.model)
-    lens = Assistant(loading.load(args.checkpoint, config)).lens(page)
+    dpi = loading.pdf_dpi(loading.load_metadata(args.checkpoint))
+    page = images.load_page(args.image, args.page, dpi)
+    lens = Assistant(loading.load(args.checkpoint, config), warn=logs.say).lens(page)
     print(lens, file=sys.stderr)
     print(f"Written: {lens.save(out, f'What the patches of {args.image.name} say')}")
 

@@ -17,8 +17,10 @@ from alignvlm_jax.errors import UserError
 
 MIN_COVERAGE = 0.9
 """Coverage above which a grid is good enough, as in Ovis v1.6."""
-PDF_SCALE = 2.0
-"""Scale at which a PDF page is drawn, in pixels a point: 144 dpi."""
+PDF_DPI = 144.0
+"""Pixels an inch at which a PDF page is drawn, where nobody knows at how many a model saw its
+own."""
+POINTS_PER_INCH = 72
 
 ORIENTATION = 0x0112
 """EXIF's tag of the orientation; with values 5 to 8, height and width change places."""
@@ -79,12 +81,13 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
     return (width, height) if is_turned else (height, width)
 
 
-def load_page(path: str | Path, page: int = 1) -> Image.Image:
+def load_page(path: str | Path, page: int = 1, dpi: float = PDF_DPI) -> Image.Image:
     """Returns an image file, or a page of a PDF file, as RGB.
 
     Args:
       path: the file, local or in a bucket.
       page: number of the page, from 1; an image has only page 1.
+      dpi: pixels an inch at which a PDF page is drawn.
 
     Raises:
       UserError: the file is missing or unreadable, or has no such page.
@@ -94,25 +97,28 @@ def load_page(path: str | Path, page: int = 1) -> Image.Image:
     except OSError as err:
         raise UserError(f"cannot read {path}: {err.strerror}") from err
     if data.startswith(b"%PDF"):
-        return _draw_pdf_page(data, str(path), page)
+        return _draw_pdf_page(data, str(path), page, dpi)
     if page != 1:
         raise UserError(f"{path} has no page {page}: it is an image")
     return decode_image(data, str(path))
 
 
-def open_page(source: str | Path | Image.Image | np.ndarray, page: int = 1) -> Image.Image:
+def open_page(
+    source: str | Path | Image.Image | np.ndarray, page: int = 1, dpi: float = PDF_DPI
+) -> Image.Image:
     """Returns a page as RGB, from a file or from an image in memory.
 
     Args:
       source: a path, as for `load_page`; a Pillow image; or an array, uint8 [Y, X] or [Y, X, C]
         with C of 1, 3 or 4.
       page: number of the page of a PDF file, from 1.
+      dpi: pixels an inch at which a PDF page is drawn.
 
     Raises:
       UserError: the file cannot be read, there is no such page, or an array is no image.
     """
     if isinstance(source, str | os.PathLike):
-        return load_page(source, page)
+        return load_page(source, page, dpi)
     if page != 1:
         raise UserError(f"an image in memory has no page {page}")
     if isinstance(source, np.ndarray):
@@ -137,14 +143,15 @@ def open_page(source: str | Path | Image.Image | np.ndarray, page: int = 1) -> I
     return _to_rgb(ImageOps.exif_transpose(source))
 
 
-def _draw_pdf_page(data: bytes, name: str, page: int) -> Image.Image:
+def _draw_pdf_page(data: bytes, name: str, page: int, dpi: float) -> Image.Image:
     """Returns a page of a PDF file, drawn as RGB."""
     try:
         document = pypdfium2.PdfDocument(data)
         try:
             if not 1 <= page <= len(document):
                 raise UserError(f"{name} has no page {page}: its pages are 1 to {len(document)}")
-            return document[page - 1].render(scale=PDF_SCALE).to_pil().convert("RGB")
+            scale = dpi / POINTS_PER_INCH
+            return document[page - 1].render(scale=scale).to_pil().convert("RGB")
         finally:
             document.close()
     except pypdfium2.PdfiumError as err:
@@ -200,6 +207,16 @@ def choose_grid(
         np.array([[height, width]]), vision, max_tiles, use_overview
     ).tolist()
     return rows, columns
+
+
+def seen_size(
+    height: int, width: int, vision: VisionConfig, max_tiles: int, use_overview: bool
+) -> tuple[int, int]:
+    """Returns the height and width in pixels to which a page is reduced, at most its own; the
+    arguments are those of `choose_grid`."""
+    rows, columns = choose_grid(height, width, vision, max_tiles, use_overview)
+    shrink = min(1.0, vision.tile_height * rows / height, vision.tile_width * columns / width)
+    return max(1, round(height * shrink)), max(1, round(width * shrink))
 
 
 def count_tiles(

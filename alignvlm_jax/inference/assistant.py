@@ -2,7 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -15,6 +16,11 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading, patch_tokens
 from alignvlm_jax.inference.loading import Loaded, Prompts
 from alignvlm_jax.pictures.patch_map import Lens
+from alignvlm_jax.weights import initial
+
+MAX_REDUCTION = 4.0
+"""Pixels of a page for each that the model sees, beyond which its letters are half as high as they
+were, or less: what can be read then is worth a warning."""
 
 Page = str | os.PathLike | Image.Image | np.ndarray
 """A path of an image or a PDF, or an image in memory."""
@@ -31,11 +37,16 @@ def load(
 
 
 class Assistant:
-    """A model and the ways to ask it. Generation compiles once for each shape of batch."""
+    """A model and the ways to ask it. Generation compiles once for each shape of batch.
 
-    def __init__(self, loaded: Loaded):
+    What makes its answers worthless, a page that is much too large for it or a connector that
+    nothing was trained of, is told by `warn`.
+    """
+
+    def __init__(self, loaded: Loaded, warn: Callable[[str], None] = warnings.warn):
         self.loaded = loaded
         self._sampler = loaded.sampler()
+        self._warn = warn
 
     def __repr__(self) -> str:
         """Towers, connector and mesh, a line each, with sizes and numbers of parameters."""
@@ -92,7 +103,7 @@ class Assistant:
         pages, questions = _pairs(image, question)
         builder = self.loaded.builder
         # By identity, since arrays cannot be keys: a page of several questions is opened once.
-        opened = {id(one): None if one is None else images.open_page(one, page) for one in pages}
+        opened = {id(one): None if one is None else self._open(one, page) for one in pages}
         prompts = [
             builder.prompt(opened[id(one)], text)
             for one, text in zip(pages, questions, strict=True)
@@ -111,8 +122,14 @@ class Assistant:
           UserError: the page cannot be read, or the connector gives patches no distribution over
             words.
         """
-        [lens] = patch_tokens.lenses(self.loaded, [images.open_page(image, page)], num_tokens)
+        [lens] = patch_tokens.lenses(self.loaded, [self._open(image, page)], num_tokens)
         return lens
+
+    def _open(self, image: Page, page: int) -> Image.Image:
+        opened = images.open_page(image, page, self.loaded.pdf_dpi)
+        if problem := problem_with(self.loaded, opened):
+            self._warn(problem)
+        return opened
 
     def _generate(self, prompts: Sequence[PackedSequence], max_new_tokens: int) -> list[str]:
         """Answers prompts with tiles, then those without, which are rows of other arrays."""
@@ -133,6 +150,28 @@ class Assistant:
             )
             answers |= {i: text for i, (text, _) in zip(indices, generated, strict=True)}
         return [answers[i] for i in range(len(prompts))]
+
+
+def problem_with(loaded: Loaded, page: Image.Image) -> str:
+    """Returns why a model can say little about a page, in a line; empty where nothing is known."""
+    if loaded.metadata["stage"] == initial.STAGE:
+        return (
+            f"the connector of {loaded.path} is untrained: what it says has nothing to do with the "
+            "page; train it first"
+        )
+    vision = loaded.config.model.vision
+    data = loaded.config.data
+    height, width = images.seen_size(
+        page.height, page.width, vision, data.tiles_of_a_record, data.use_overview
+    )
+    reduction = page.height * page.width / (height * width)
+    if reduction < MAX_REDUCTION:
+        return ""
+    return (
+        f"a page of {page.width} x {page.height} pixels is seen as {width} x {height}, one pixel "
+        f"for {reduction:.0f} of the page: this model reads pages of up to "
+        f"{data.tiles_of_a_record} tiles of {vision.tile_width} x {vision.tile_height} pixels"
+    )
 
 
 def _is_many(value: object) -> bool:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config, DataConfig, ModelConfig, renamed
-from alignvlm_jax.data import chat, loader, stage_data, tokenizers
+from alignvlm_jax.data import chat, images, loader, stage_data, tokenizers
 from alignvlm_jax.data.examples import ExampleBuilder, PackedSequence
 from alignvlm_jax.data.tokenizers.base import ChatFiles, Tokenizer
 from alignvlm_jax.errors import UserError
@@ -60,6 +60,11 @@ class Loaded:
         pad_id = self.tokenizer.pad_id
         return Sampler(self.model, self.mesh, end_ids=end_ids, pad_id=pad_id)
 
+    @property
+    def pdf_dpi(self) -> float:
+        """Pixels an inch at which it is shown pages of PDFs: as it saw them in training."""
+        return pdf_dpi(self.metadata)
+
     @functools.cached_property
     def builder(self) -> ExampleBuilder:
         """Makes the model's prompts."""
@@ -85,6 +90,18 @@ def load_config(path: Path, data_dir: str | None = None) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, dir=data_dir))
 
 
+def load_metadata(path: Path) -> dict[str, Any]:
+    """Returns the metadata of a checkpoint, of `checkpoint.describe`; `path` is as of `load`."""
+    return restore.read_newest(path, lambda checkpoints, step: checkpoints.metadata(step))
+
+
+def pdf_dpi(metadata: Mapping[str, Any]) -> float:
+    """Returns the pixels an inch at which the PDFs were drawn that a model was trained on; where
+    there were none, or nothing tells, `images.PDF_DPI`."""
+    drawn = [one["dpi"] for one in metadata.get("prepared", ()) if "dpi" in one]
+    return max(drawn, default=images.PDF_DPI)
+
+
 def load(path: Path, config: Config) -> Loaded:
     """Loads a model.
 
@@ -106,7 +123,7 @@ def load(path: Path, config: Config) -> Loaded:
         path = path / checkpoint.FOLDER / str(step)
     elif not is_step(path.name):  # From inside a checkpoint's folder, by ".".
         path = storage.absolute(path)
-    metadata = restore.read_newest(path, lambda checkpoints, step: checkpoints.metadata(step))
+    metadata = load_metadata(path)
     if tokenizer.chat_files.template and renamed.is_from_before(metadata["config"]):
         # Earlier versions read no chat template, and asked by the format of the special tokens.
         tokenizer = copy.copy(tokenizer)

@@ -24,7 +24,7 @@ from alignvlm_jax.analysis import noise, vocabulary
 from alignvlm_jax.benchmarks import scores, summary
 from alignvlm_jax.benchmarks.runner import Runner
 from alignvlm_jax.config import Config, DataConfig, EvalConfig
-from alignvlm_jax.data import shards
+from alignvlm_jax.data import prepared
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading, patch_tokens
 from alignvlm_jax.models import vlm
@@ -241,7 +241,7 @@ def _way(run: Path) -> dict[str, Any]:
         "num_pages": NUM_PAGES,
         "num_questions": found.eval.num_questions,
         "splits": list(found.eval.splits),
-        "data": shards.fingerprint(found.data.dir),
+        "data": prepared.fingerprint(found.data.dir),
         "scorer_version": scores.SCORER_VERSION,
     }
 

@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config
-from alignvlm_jax.data import shards
+from alignvlm_jax.data import prepared
 from alignvlm_jax.errors import TryAgainError, UserError
 from alignvlm_jax.parallel import distributed, exchange
 from alignvlm_jax.storage import Path
@@ -307,7 +307,8 @@ def describe(
         "layout_version": LAYOUT_VERSION,
         "config": config_lib.to_json(stages),
         "stage": stage.stage,
-        "data": shards.fingerprint(*stage.data.folders),
+        "data": prepared.fingerprint(*stage.data.folders),
+        "prepared": [prepared.description(folder) for folder in stage.data.folders],
         "train_seconds": train_seconds,
         "validation_answer_loss": answer_loss,
         "git": commit.git_hash(),

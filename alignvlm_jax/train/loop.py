@@ -21,7 +21,7 @@ from rich.console import Console
 
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config, renamed
-from alignvlm_jax.data import shards
+from alignvlm_jax.data import prepared
 from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.logs import HostLog
@@ -276,8 +276,8 @@ def _check_data(run: Run, metadata: Mapping[str, Any]) -> None:
     folders = next(
         config.data.folders for config in run.stages if config.stage == metadata["stage"]
     )
-    here = shards.fingerprint(*folders)
-    if not shards.has_fingerprint(metadata["data"], *folders):
+    here = prepared.fingerprint(*folders)
+    if not prepared.has_fingerprint(metadata["data"], *folders):
         raise UserError(
             f"{run.folder} was trained on data of fingerprint {metadata['data']}, "
             f"that of {', '.join(folders)} is {here}; "

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config
-from alignvlm_jax.data import loader, shards, stage_data, validation
+from alignvlm_jax.data import loader, prepared, stage_data, validation
 from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.data.tokenizers.base import Tokenizer
 from alignvlm_jax.errors import UserError
@@ -58,7 +58,7 @@ def open_stages(stages: tuple[Config, ...]) -> list[StageData]:
 def files_of(configs: tuple[Config, ...]) -> dict[str, Callable[[], str]]:
     """Returns functions that say, by what they are of, what the files of each stage hold: for
     processes to compare. Data that stages share are read once."""
-    contents = functools.cache(shards.contents)
+    contents = functools.cache(prepared.contents)
     data = {
         f"the data of stage {one.stage}": functools.partial(contents, *one.data.folders)
         for one in configs

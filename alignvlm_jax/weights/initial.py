@@ -25,6 +25,9 @@ from alignvlm_jax.weights.source import Tower
 TOKENIZER = tokenizers.CONVERTED
 """Folder of the tokenizer's files in what `write` writes."""
 
+STAGE = "convert"
+"""Name of the stage of what `write` writes: nothing of it was trained here."""
+
 SEQ_LEN = 4096
 MAX_TILES = 9
 
@@ -56,7 +59,7 @@ def make_config(llm: Tower, vision: Tower, connector: str, out: Path) -> Config:
     train = TrainConfig(num_steps=1, batch_size=1)
     optim = OptimConfig(learning_rate=1e-5)
     return config_lib.check(
-        Config(name=out.name, stage="convert", model=model, data=data, train=train, optim=optim)
+        Config(name=out.name, stage=STAGE, model=model, data=data, train=train, optim=optim)
     )
 
 

@@ -46,6 +46,8 @@ def test_prints_the_answer_alone(trained_workdir, page, capsys, monkeypatch):
             "tokenizer": tokenizer,
             "builder": generate.ExampleBuilder.of(config, tokenizer),
             "variables": {},
+            "metadata": {"stage": "train"},
+            "pdf_dpi": 144,
         }
         return types.SimpleNamespace(**fields, sampler=lambda: sampler)
 

@@ -229,7 +229,7 @@ def test_wrong_analyses(trained_workdir, capsys, flags, status, message):
         (
             ["--analysis=lens", "--checkpoint=nowhere", "--image=none.png"],
             1,
-            "cannot read none.png",
+            "no checkpoint at nowhere",
         ),
         (
             ["--analysis=lens", "--checkpoint=nowhere", "--image=none.png", "--out=a.pdf"],

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from array_record.python import array_record_module
 
-from alignvlm_jax.data import arrays
+from alignvlm_jax.data import arrays, prepared
 from alignvlm_jax.data import shards as shards_lib
 from alignvlm_jax.data.record import Record
 from alignvlm_jax.errors import UserError
@@ -60,28 +60,24 @@ def test_missing_splits_and_shards_are_user_errors(shards, tmp_path_factory):
 
 
 def test_fingerprint_tells_data_apart(tmp_path):
-    seen = {shards_lib.fingerprint(tmp_path)}
+    seen = {prepared.fingerprint(tmp_path)}
     for name, text in (
         ("tokenizer.model", "a"),
         ("prepare.json", "{}"),
         ("prepare.json", '{"seed": 1}'),
     ):
         (tmp_path / name).write_text(text)
-        seen.add(shards_lib.fingerprint(tmp_path))
+        seen.add(prepared.fingerprint(tmp_path))
     assert len(seen) == 4
-    assert shards_lib.fingerprint(tmp_path, tmp_path) not in seen
+    assert prepared.fingerprint(tmp_path, tmp_path) not in seen
     (tmp_path / "train-00000-of-00001.array_record").write_text("")
-    assert shards_lib.fingerprint(tmp_path) in seen
+    assert prepared.fingerprint(tmp_path) in seen
 
 
 def test_contents_tell_copies_apart(shards, tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("copies")
     first, second = (shutil.copytree(shards, tmp_path / name) for name in "ab")
-    assert (
-        shards_lib.contents(first)
-        == shards_lib.contents(second)
-        != shards_lib.contents(first, second)
-    )
+    assert prepared.contents(first) == prepared.contents(second) != prepared.contents(first, second)
     shard = next(second.glob("train-*.array_record"))
     for change in (
         # one more
@@ -90,10 +86,10 @@ def test_contents_tell_copies_apart(shards, tmp_path_factory):
         shard.unlink,
         lambda: (second / "prepare.json").write_text("{}"),
     ):
-        before = shards_lib.contents(second)
+        before = prepared.contents(second)
         change()
-        assert shards_lib.contents(second) not in (before, shards_lib.contents(first))
-    assert shards_lib.contents(tmp_path / "none").startswith("0 files of 0 bytes")
+        assert prepared.contents(second) not in (before, prepared.contents(first))
+    assert prepared.contents(tmp_path / "none").startswith("0 files of 0 bytes")
 
 
 def test_contents_tell_records_apart_whose_shards_are_of_one_size(shards, tmp_path_factory):
@@ -104,11 +100,11 @@ def test_contents_tell_records_apart_whose_shards_are_of_one_size(shards, tmp_pa
             {"content_hash": np.array(hashes, np.uint64), "rest": np.zeros(99999)},
         )
     assert (shards / "index-train.npz").stat().st_size == (other / "index-train.npz").stat().st_size
-    assert shards_lib.contents(shards) != shards_lib.contents(other)
+    assert prepared.contents(shards) != prepared.contents(other)
     shutil.copy(shards / "index-train.npz", other)
-    assert shards_lib.contents(shards) == shards_lib.contents(other)
+    assert prepared.contents(shards) == prepared.contents(other)
     (other / "index-train.npz").write_bytes(b"damaged")
-    assert shards_lib.contents(shards) != shards_lib.contents(other)
+    assert prepared.contents(shards) != prepared.contents(other)
 
 
 def test_a_damaged_shard_is_a_user_error(shards):
@@ -162,17 +158,15 @@ def test_more_shards_than_files_that_may_ever_be_open_is_a_user_error(shards, mo
 def test_the_fingerprint_knows_a_tokenizer_json_and_takes_the_one_from_before(tmp_path):
     (tmp_path / "prepare.json").write_text("{}")
     (tmp_path / "tokenizer.model").write_text("a")
-    before = shards_lib.fingerprint(tmp_path)
+    before = prepared.fingerprint(tmp_path)
     assert before == f"{zlib.crc32(b'{}a'):08x}"  # as it always was
     (tmp_path / "tokenizer.json").write_text("{}")
-    now = shards_lib.fingerprint(tmp_path)
+    now = prepared.fingerprint(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{} ")
-    other = shards_lib.fingerprint(tmp_path)
+    other = prepared.fingerprint(tmp_path)
     assert len({before, now, other}) == 3
-    assert shards_lib.has_fingerprint(before, tmp_path) and shards_lib.has_fingerprint(
-        other, tmp_path
-    )
-    assert not shards_lib.has_fingerprint(now, tmp_path)
+    assert prepared.has_fingerprint(before, tmp_path) and prepared.has_fingerprint(other, tmp_path)
+    assert not prepared.has_fingerprint(now, tmp_path)
 
 
 def test_what_is_opened_is_shared_until_it_changes(shards, monkeypatch):

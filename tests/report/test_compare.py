@@ -175,7 +175,7 @@ def test_runs_are_measured_once(compared, monkeypatch):
 def test_questions_are_asked_anew_of_other_documents(compared, monkeypatch):
     [run, _] = compare.find(compared)
     compare.measure(run)
-    monkeypatch.setattr(compare.shards, "fingerprint", lambda *folders: "other")
+    monkeypatch.setattr(compare.prepared, "fingerprint", lambda *folders: "other")
     assert not compare.is_measured(run)
 
 

@@ -322,7 +322,7 @@ def test_other_data_are_refused(straight, tmp_path, monkeypatch):
     shutil.copytree(straight, workdir)
     for other in (5, 6, 7, 8):
         shutil.rmtree(workdir / "checkpoints" / str(other), ignore_errors=True)
-    monkeypatch.setattr(loop.shards, "_fingerprint", lambda *_: "other")
+    monkeypatch.setattr(loop.prepared, "_fingerprint", lambda *_: "other")
     with pytest.raises(
         UserError, match=r"was trained on data of fingerprint \w{8}, that of data is other"
     ):
