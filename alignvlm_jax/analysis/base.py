@@ -154,7 +154,8 @@ def table(first: str, *titles: str) -> Table:
     """Returns an empty table to print, with a left-aligned first column and columns of numbers."""
     made = Table(box=None, padding=(0, 1, 0, 0))
     for number, title in enumerate((first, *titles)):
-        made.add_column(title, justify="right" if number else "left", no_wrap=True)
+        # On a narrow terminal a title of several words takes several lines; numbers have no spaces.
+        made.add_column(title, justify="right" if number else "left", no_wrap=not number)
     return made
 
 

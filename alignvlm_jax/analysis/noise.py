@@ -29,14 +29,14 @@ from alignvlm_jax.pictures import plotting
 Found = Mapping[str, Any]
 
 COLUMNS = {
-    "sigma": ("sigma", ".3f"),
-    "relative_sigma": ("in its units", ".2f"),
-    "shift": ("pixels at most", "d"),
-    "relative_shift": ("patches", ".2f"),
+    "sigma": ("noise, sigma", ".3f"),
+    "relative_sigma": ("in standard deviations", ".2f"),
+    "shift": ("moved by at most, pixels", "d"),
+    "relative_shift": ("in patches", ".2f"),
     "anls": ("ANLS", ".3f"),
     "exact_match": ("exact match", ".3f"),
-    "distance": ("cos. distance", ".4f"),
-    "centred_distance": ("mean removed", ".4f"),
+    "distance": ("cosine distance", ".4f"),
+    "centred_distance": ("its mean removed", ".4f"),
 }
 """The title and the format of the column of each field of a point."""
 

@@ -54,7 +54,8 @@ def main(argv: list[str]) -> None:
     console = Console(highlight=False, soft_wrap=True, quiet=not distributed.is_main())
     try:
         with compile_cache.kept_in(args.workdir):
-            loop.train(stages, args.workdir, console, EVALUATORS, goodput.process_began())
+            flags = [flag for flag in argv if flag not in rest]
+            loop.train(stages, args.workdir, console, EVALUATORS, goodput.process_began(), flags)
     except loop.Stopped as err:
         distributed.leave()
         # The launch scripts name themselves here, so that the advice is the command that was typed.

@@ -29,7 +29,7 @@ class Statistics:
         None without offline packing.
     """
 
-    COLUMNS: ClassVar = ("records", "mean", "median", "95 of 100", "most", "all")
+    COLUMNS: ClassVar = ("records", "mean", "median", "95th percentile", "largest", "sum")
     name: str
     directory: str
     num_records: int

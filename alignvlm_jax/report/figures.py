@@ -104,7 +104,8 @@ def _panel(curve: Curve, lines: Sequence[dict[str, Any]], other: Sequence[dict[s
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.0, 2.9), layout="constrained")
         axes = figure.add_subplot()
-        axes.set_title(curve.title, pad=19)
+        axes.set_title(f"{curve.title} (log)" if curve.log else curve.title, pad=19)
+        axes.set_xlabel("step")
         if curve.log:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
@@ -157,17 +158,16 @@ def _smooth(values: np.ndarray, log: bool) -> np.ndarray:
 
 
 def _draw_stages(axes: Axes, spans: list[tuple[str, float, float]]) -> None:
-    """Draws lines between stages and their names above the plot.
-
-    A stage that is narrower than its name has its number instead.
-    """
+    """Draws lines between stages and their numbers above the plot, from 1 as in the table of
+    stages, with their names where these fit."""
     axes.set_xlim(0, spans[-1][2])
-    for index, (name, start, end) in enumerate(spans):
-        if index:
+    for number, (name, start, end) in enumerate(spans, 1):
+        if number > 1:
             axes.axvline(start, color=TEXT, linewidth=0.7, linestyle=":")
         # 0.027 is about the width of a character, in widths of the plot.
-        fits = (end - start) / spans[-1][2] > len(name) * 0.027
-        label = name if fits else str(index)
+        full = f"{number} {name}"
+        fits = (end - start) / spans[-1][2] > len(full) * 0.027
+        label = full if fits else str(number)
         axes.text(
             start,
             1.02,

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import platform
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ from alignvlm_jax.train import goodput, metrics, workdir
 FILE = "report.html"
 NUM_LENSES = 3
 NUM_READINGS = 6
+PLAIN_RATE = 1e-3
+"""The highest learning rate at which the demonstration trains without patch-token supervision
+(docs/results.md)."""
 GOODPUT = (
     ("steps", "Steps", "training proper"),
     ("data_wait", "Data wait", "no step to run, since its batch was not there"),
@@ -183,6 +187,9 @@ def render(run: Run, other: Run | None = None) -> str:
             if one.name in run.analyses
         ],
         facts=_facts(run),
+        reads=_reads(run.stages[-1]),
+        variants=_variants(run),
+        plain_rate=PLAIN_RATE,
         config_json=json.dumps(config_lib.to_json(run.stages), indent=2),
     )
 
@@ -312,7 +319,7 @@ def _stage(stage: Config, lines: Lines) -> dict[str, Any]:
         "tasks": ", ".join(f"{task} {weight:g}" for task, weight in stage.data.tasks.items()),
         "input": {"pixels": "pages", "oracle": "text"}[stage.train.visual_source],
         "trained": "all" if stage.train.trainable == (".*",) else ", ".join(stage.train.trainable),
-        "patch_weight": stage.train.patch_token_weight,
+        "has_patch_labels": stage in _supervised((stage,)),
         "learning_rate": stage.optim.learning_rate,
         "seconds": seconds and seconds - (_last(lines[:began], "train_seconds") or 0.0),
         "rate": rates[len(rates) // 2] if rates else None,
@@ -352,6 +359,44 @@ def _num_params(loaded: Loaded | None) -> dict[str, int]:
     """Returns the number of parameters by component of the model; empty without a model."""
     parts = loaded.params if loaded else {}
     return {part: sum(x.size for x in jax.tree.leaves(tree)) for part, tree in parts.items()}
+
+
+def _supervised(stages: Sequence[Config]) -> list[Config]:
+    """Returns the stages with patch-token supervision."""
+    return [
+        stage
+        for stage in stages
+        if stage.train.patch_token_weight and stage.train.visual_source == "pixels"
+    ]
+
+
+def _reads(config: Config) -> str:
+    """Returns in a sentence how large a page the model can read."""
+    tiles = config.data.tiles_of_a_record
+    vision = config.model.vision
+    return (
+        f"It sees a page as {tiles} tile{'s' if tiles > 1 else ''} of {vision.tile_width} × "
+        f"{vision.tile_height} pixels at most, and a larger one reduced to that."
+    )
+
+
+def _variants(run: Run) -> list[str]:
+    """Returns the commands that train variants of the run: its own command, where the checkpoint
+    tells it, with another workdir and further flags."""
+    told = run.loaded.metadata.get("config_flags") if run.loaded else None
+    flags = shlex.join(told or ["--config=FILE"])
+    command = f"python -m alignvlm_jax train {flags} --workdir=OTHER"
+    name = "mlp" if run.stages[-1].model.connector.name != "mlp" else "align"
+    found = [f"{command} --config.model.connector.name={name}"]
+    if supervised := _supervised(run.stages):
+        # At the rates that supervision tolerates a run without it diverges (docs/results.md).
+        rates = [
+            f"--config.stages.{stage.stage}.optim.learning_rate={PLAIN_RATE:g}"
+            for stage in supervised
+            if stage.optim.learning_rate > PLAIN_RATE and len(run.stages) > 1
+        ]
+        found.append(" ".join([command, "--config.train.patch_token_weight=0", *rates]))
+    return found
 
 
 def _facts(run: Run) -> dict[str, str]:

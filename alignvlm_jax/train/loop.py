@@ -60,6 +60,7 @@ def train(
     console: Console,
     kinds: tuple[Kind, ...],
     process_began: float | None = None,
+    config_flags: Sequence[str] = (),
 ) -> None:
     """Trains the stages in order in the workdir `folder`, going on from its newest readable
     checkpoint.
@@ -70,6 +71,7 @@ def train(
       console: where progress is shown.
       kinds: of evaluators, in the order in which those that are due at a step run.
       process_began: on the clock of `time.monotonic`; default: now.
+      config_flags: the command's flags that make `configs`, for the checkpoints to tell.
 
     Raises:
       Stopped: after SIGINT or SIGTERM; the state is saved.
@@ -128,6 +130,7 @@ def train(
             profiler,
             began,
             opened,
+            config_flags,
         )
         # What is listed may differ between hosts for a moment, as on a bucket: one of them says
         # what is there.

@@ -62,6 +62,7 @@ class Run:
     profiler: Profiler
     began: float
     opened: dict[int, StageData]  # by stage; each goes to its stage, and with it
+    config_flags: Sequence[str] = ()  # of the command that trains it
     earlier_seconds: float | None = None
     announced: bool = False
     broken: tuple[int, BrokenCheckpoint] | None = None
@@ -317,6 +318,7 @@ class StageLoop:
                 self.run.stages, self.stage.config, train_seconds=seconds, answer_loss=answer_loss
             )
             # NaN compares with nothing: among losses it could pass for the least, and be kept.
+            metadata["config_flags"] = list(self.run.config_flags)
             is_comparable = answer_loss is not None and math.isfinite(answer_loss)
             quality = (
                 {"stage": self.stage.index, "answer_loss": answer_loss} if is_comparable else None

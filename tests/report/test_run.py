@@ -122,11 +122,12 @@ def test_a_whole_report(workdir, trained_workdir):
     text = text_of(page)
     # The numbers of the files: half of six right, nothing guessed, the last validation, the
     # waiting, the time.
-    assert "50 of 100 answers exact" in text
+    assert "of 100 answers 50 are exact on seen fonts and 50 on unseen fonts" in text
     assert re.search(r"seen fonts 6 0\.500 ± 0\.400 0\.500 ± 0\.400 0\.000", text)
     assert "checkpoint at step 7" in text
     assert re.search(
-        r"train 4 pages transcribe 0\.5, answer 0\.5 all 1 0\.002 2 s 4\.0 1\.2 % 0\.432 0\.876",
+        r"1 train 0\.876 0\.432 4 2 s 4\.0 1\.2 % 0\.002 "
+        r"pages: transcribe 0\.5, answer 0\.5, patch labels all",
         text,
     )
     # Six questions of each split: all twelve, six of them right, with their pages; three lenses.
