@@ -149,11 +149,42 @@ commit() {
     fi
 }
 
-# Prints words as they can be typed, on one line.
-show() {
+# Prints words as a shell reads them, on one line: for commands within commands.
+spell() {
     local words
     printf -v words '%q ' "$@"
     echo "${words% }"
+}
+
+# Sets quoted to a word as one would type it: bare where the shell leaves it alone, else in single quotes, of a flag
+# only its value.
+quote() {
+    if [[ "$1" =~ ^[A-Za-z0-9_./:=@%+,^-]+$ ]]; then
+        quoted=$1
+    elif [[ "$1" =~ ^(--[A-Za-z0-9_.-]+=|[A-Z_]+=)(.+)$ ]]; then
+        local flag=${BASH_REMATCH[1]}
+        quote "${BASH_REMATCH[2]}"
+        quoted=$flag$quoted
+    elif [[ "$1" == *[[:cntrl:]]* ]]; then  # A line break in quotes would end the line that is shown.
+        printf -v quoted %q "$1"
+    else
+        quoted="'${1//\'/\'\\\'\'}'"
+    fi
+}
+
+# Prints words as they can be typed: on one line, or where that is too long a flag a line.
+show() {
+    local word quoted line='' broken=''
+    for word in "$@"; do
+        quote "$word"
+        line+="${line:+ }$quoted"
+        if [[ "$word" == -* || "$word" == [A-Z_]*=* ]]; then
+            broken+=" \\"$'\n    '"$quoted"
+        else
+            broken+="${broken:+ }$quoted"
+        fi
+    done
+    if ((${#line} <= 100)); then echo "$line"; else echo "$broken"; fi
 }
 
 # Runs a command; with --dry_run prints it.

@@ -47,8 +47,10 @@ settings=(
 )
 
 if $dry_run; then
+    # shellcheck source=launch/common.sh
+    source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
     for ((i = 0; i < count; i++)); do
-        echo "env$(printf ' %q' "${settings[@]}")" "ALIGNVLM_PROCESS_ID=$i" "$python" -m alignvlm_jax "$@"
+        show env "${settings[@]}" "ALIGNVLM_PROCESS_ID=$i" "$python" -m alignvlm_jax "$@"
     done
     exit 0
 fi

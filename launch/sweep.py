@@ -15,6 +15,8 @@ A sweep file has sweep(ARG), which yields (name, config file with its argument, 
 """
 
 import argparse
+import importlib.util
+import os
 import runpy
 import shlex
 import subprocess
@@ -23,11 +25,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+REPOSITORY = Path(__file__).resolve().parent.parent
+# Started by its name it runs on the system's Python, which knows nothing of what `make setup`
+# installed.
+if __name__ == "__main__" and importlib.util.find_spec("ml_collections") is None:
+    python = REPOSITORY / ".venv" / "bin" / "python"
+    if not python.exists():
+        sys.exit("sweep.py: error: there is no .venv with what it needs: run `make setup`")
+    os.execv(python, [str(python), *sys.argv])
 
-from alignvlm_jax.commands import config_flag
-from alignvlm_jax.config import Config
-from alignvlm_jax.errors import UsageError, UserError
+sys.path.insert(0, str(REPOSITORY))
+
+from alignvlm_jax.commands import config_flag  # noqa: E402
+from alignvlm_jax.config import Config  # noqa: E402
+from alignvlm_jax.errors import UsageError, UserError  # noqa: E402
 
 
 class Run(NamedTuple):
@@ -176,4 +187,10 @@ def _run(name: str, arguments: list[str], workdir: str, stages: tuple[Config, ..
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        status = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # Who reads the list has seen enough, as `head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)

@@ -105,8 +105,8 @@ start() {
     require_config
     require_shared_workdir
     local words settings stop started
-    words=$(show "${command[@]}")
-    settings=$(show env ALIGNVLM_AUTO_DISTRIBUTED=1 "${env[@]}")
+    words=$(spell "${command[@]}")
+    settings=$(spell env ALIGNVLM_AUTO_DISTRIBUTED=1 "${env[@]}")
     # Where one host failed the others may still hold their chips, and hear no signal while they wait for it.
     # shellcheck disable=SC2016  # for the host's shell
     stop='if alive; then kill -TERM -- "-$pid"; timeout '$grace' tail --pid="$pid" -f /dev/null || kill -KILL -- "-$pid"; fi'
@@ -120,7 +120,7 @@ start() {
 # Says how the run is from what all hosts say: the worst of it.
 health() {
     local words ask said hosts status
-    words=$(show "${command[@]}")
+    words=$(spell "${command[@]}")
     ask="cd $folder 2>/dev/null || { echo health: absent; exit; }; $alive; "
     ask+="if [ ! -e run.pid ]; then echo health: absent; "
     if ((${#command[@]})); then

@@ -395,7 +395,8 @@ def _variants(run: Run) -> list[str]:
             for stage in supervised
             if stage.optim.learning_rate > PLAIN_RATE and len(run.stages) > 1
         ]
-        found.append(" ".join([command, "--config.train.patch_token_weight=0", *rates]))
+        # A flag a line, as a shell reads them.
+        found.append(" \\\n    ".join([command, "--config.train.patch_token_weight=0", *rates]))
     return found
 
 

@@ -27,11 +27,16 @@ def run(
 
 
 def lines(script: str, *args: str) -> list[str]:
-    """Returns the lines that a dry run prints."""
+    """Returns the commands that a dry run prints, each on one line."""
     end = args.index("--") if "--" in args else len(args)
     done = run(script, *args[:end], "--dry_run", *args[end:])
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return unbroken(done.stdout)
+
+
+def unbroken(printed: str) -> list[str]:
+    """Returns the lines of a text, those together that a shell reads as one."""
+    return printed.replace(" \\\n    ", " ").splitlines()
 
 
 def words(line: str) -> list[str]:

@@ -6,6 +6,8 @@ import time
 
 import pytest
 
+from tests.launch.scripts import unbroken, words
+
 SCRIPT = pathlib.Path(__file__).parents[2] / "launch" / "local.sh"
 
 
@@ -22,7 +24,7 @@ def run(*args, cwd=None, **env):
 
 def test_dry_run_prints_one_command_a_process_and_starts_none(tmp_path):
     done = run("--dry_run", "3", "2", "train", "--workdir=x", cwd=tmp_path)
-    lines = done.stdout.splitlines()
+    lines = unbroken(done.stdout)
     assert done.returncode == 0 and len(lines) == 3
     for index, line in enumerate(lines):
         assert f"ALIGNVLM_PROCESS_ID={index} " in line
@@ -31,6 +33,17 @@ def test_dry_run_prints_one_command_a_process_and_starts_none(tmp_path):
     # One port for all, or they would wait for each other for ever.
     assert len({line.split("ALIGNVLM_COORDINATOR=")[1].split()[0] for line in lines}) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_is_readable_and_may_be_typed(tmp_path):
+    """A flag a line, and quotes where a person would set them."""
+    command = ["train", "--config=demo", "--workdir=runs/a b", "--config.name=it's", "$HOME [x]"]
+    done = run("--dry_run", "1", "2", *command, cwd=tmp_path)
+    shown = done.stdout.splitlines()
+    assert "    --workdir='runs/a b' \\" in shown and "    --config=demo \\" in shown
+    assert not any(line.count(" --") > 1 for line in shown)
+    (line,) = unbroken(done.stdout)
+    assert words(line)[-len(command) :] == command
 
 
 def test_environment_reaches_every_process_and_stands_in_how_to_go_on(tmp_path):

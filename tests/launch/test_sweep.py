@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shlex
+import shutil
 import signal
 import stat
 import subprocess
@@ -173,3 +174,28 @@ def test_bad_input_is_told_before_anything_starts(
 def test_a_launch_command_that_is_not_there(two, tmp_path, capsys):
     assert sweep.main([str(two), f"--workdir={tmp_path}/runs", "--submit=launch/slrum.sh"]) == 1
     assert "launch/slrum.sh: No such file" in capsys.readouterr().err
+
+
+def test_started_by_its_name_it_takes_the_python_that_was_set_up(tmp_path):
+    """The system's own Python has none of the packages; -S stands for it."""
+    (tmp_path / "launch").mkdir()
+    copy = shutil.copy(ROOT / "launch" / "sweep.py", tmp_path / "launch")
+    command = [sys.executable, "-I", "-S", copy, "a b.py", "--run"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "run `make setup`" in done.stderr, done.stderr
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\nprintf "%s|" "$@"\n')
+    python.chmod(0o755)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{copy}|a b.py|--run|"
+
+
+def test_whoever_reads_the_list_may_stop_reading(tmp_path):
+    sweep = shlex.quote(str(ROOT / "launch" / "sweep.py"))
+    listing = f"configs/sweeps/connectors.py --workdir={tmp_path}"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {sys.executable} {sweep} {listing} | (exec <&-; sleep 0.1)"],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.scripts import AWKWARD, LAUNCH, TRAIN, WHERE, lines, run, value, words
+from tests.launch.scripts import AWKWARD, LAUNCH, TRAIN, WHERE, lines, run, unbroken, value, words
 
 GCLOUD_FLAGS = {
     "create": "accelerator-type runtime-version node-id node-count node-prefix spot reserved "
@@ -313,7 +313,7 @@ def test_setup_copies_new_files_and_the_commit(checkout, tmp_path):
     (root / "data").mkdir()
     (root / "data/shard").write_text("large")
     done = script(root, "setup", *WHERE[1:], f"--name=test{os.getpid()}", "--dry_run", cwd=tmp_path)
-    pack, copy, install = done.stdout.splitlines()
+    pack, copy, install = unbroken(done.stdout)
     assert f"echo {git('rev-parse', 'HEAD')}-dirty >COMMIT" in install.replace("\\", "")
     archive = words(copy)[5]
     subprocess.run(words(pack), check=True, cwd=tmp_path)
