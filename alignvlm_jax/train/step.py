@@ -4,10 +4,11 @@ stage."""
 import functools
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -21,12 +22,13 @@ from alignvlm_jax.train.state import Params, TrainState
 
 Metrics = dict[str, Float[Array, ""]]
 TrainStep = Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, Metrics]]
+Shaped = TypeVar("Shaped", jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 EvalStep = Callable[[Params, Mapping[str, Array]], Metrics]
 
 
 def select(
-    train: TrainConfig, batch: Mapping[str, Array], *, measure_patches: bool
-) -> dict[str, Array]:
+    train: TrainConfig, batch: Mapping[str, Shaped], *, measure_patches: bool
+) -> dict[str, Shaped]:
     """Returns the arrays of a batch that a step looks at, so that the others are never sent to a
     device.
 
@@ -41,13 +43,13 @@ def select(
     return {name: array for name, array in batch.items() if name not in unused}
 
 
-def train_inputs(train: TrainConfig, batch: Mapping[str, Array]) -> dict[str, Array]:
+def train_inputs(train: TrainConfig, batch: Mapping[str, Shaped]) -> dict[str, Shaped]:
     """Returns what the training step takes of a batch; the patch loss is left out where it has no
     weight."""
     return select(train, batch, measure_patches=train.patch_token_weight > 0)
 
 
-def eval_inputs(train: TrainConfig, batch: Mapping[str, Array]) -> dict[str, Array]:
+def eval_inputs(train: TrainConfig, batch: Mapping[str, Shaped]) -> dict[str, Shaped]:
     """Returns what the validation step takes of a batch; the patch loss is measured whether trained
     or not."""
     return select(train, batch, measure_patches=True)
