@@ -12,15 +12,16 @@ import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
 from alignvlm_jax.config import Config, DataConfig, TrainConfig
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import sharding
-from alignvlm_jax.shapes import Array, Float
+from alignvlm_jax.shapes import Array, Float, Int
 from alignvlm_jax.train import optim, state
 from alignvlm_jax.train.state import Params, TrainState
 
-Metrics = dict[str, Float[Array, ""]]
+Metrics = dict[str, Float[Array, ""] | Int[Array, ""]]
 TrainStep = Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, Metrics]]
 Shaped = TypeVar("Shaped", jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 EvalStep = Callable[[Params, Mapping[str, Array]], Metrics]
@@ -79,7 +80,9 @@ def make_train_step(
         # Of the whole batch: what a microbatch's sums are divided by must not depend on the split.
         weights = _weights(batch)
 
-        def loss_fn(trained: Params, microbatch: Mapping[str, Array]) -> tuple[Array, Metrics]:
+        def loss_fn(
+            trained: Params, microbatch: Mapping[str, Array]
+        ) -> tuple[Float[Array, ""], Metrics]:
             sums = _sums(model, train, state.merge(trained, frozen), microbatch)
             return _total(train, means(sums | weights)), sums
 
@@ -187,10 +190,10 @@ def validation_batch_size(train: TrainConfig) -> int:
     return train.batch_size // train.grad_accum_steps
 
 
-def means(sums: Mapping[str, Array]) -> dict[str, Array]:
+def means(sums: Mapping[str, ArrayLike]) -> dict[str, ArrayLike]:
     """Divides sums by their weights; 0 where there is no weight. Takes jax arrays or numbers."""
 
-    def ratio(name: str, weight: str) -> Array:
+    def ratio(name: str, weight: str) -> ArrayLike:
         return sums[name] / (sums[weight] + (sums[weight] == 0))
 
     result = {
@@ -204,7 +207,7 @@ def means(sums: Mapping[str, Array]) -> dict[str, Array]:
     return result
 
 
-def _total(train: TrainConfig, losses: Metrics) -> Array:
+def _total(train: TrainConfig, losses: Metrics) -> Float[Array, ""]:
     return (
         losses["answer_loss"]
         + train.patch_token_weight * losses.get("patch_loss", 0.0)
