@@ -9,7 +9,7 @@ a file or a data set.
 import functools
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -36,7 +36,7 @@ def check(function: Callable) -> Callable:
     if function.__qualname__ in {f"{tree}.__init__" for tree in TREES}:
         return function
     function.__annotations__ = {
-        name: with_fields(hint)
+        name: with_parts(hint)
         for name, hint in function.__annotations__.items()
         if has_arrays(hint)
     }
@@ -53,23 +53,27 @@ def has_arrays(hint: Any) -> bool:
 
 
 @functools.cache
-def with_fields(hint: Any) -> Any:
-    """The hint, in which named tuples stand with what their fields must be: beartype by itself asks
-    only whether something is of the class."""
+def with_parts(hint: Any) -> Any:
+    """The hint, in which named tuples stand with what their fields must be, and mappings with what
+    all their values must be: beartype by itself asks for the class, and for one value."""
     if is_named_tuple(hint):
         hints = {
-            name: with_fields(field) for name, field in fields(hint).items() if has_arrays(field)
+            name: with_parts(field) for name, field in fields(hint).items() if has_arrays(field)
         }
-
-        def has_its_fields(value: tuple) -> bool:
-            return all(is_bearable(getattr(value, name), field) for name, field in hints.items())
-
-        return typing.Annotated[hint, Is[has_its_fields]]
+        return typing.Annotated[
+            hint,
+            Is[lambda value: all(is_bearable(getattr(value, name), hints[name]) for name in hints)],
+        ]
     inner = typing.get_args(hint)
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return typing.Union[tuple(map(with_fields, inner))]  # noqa: UP007
-    if type(hint) is types.GenericAlias:  # tuple[...], Mapping[...], but no Callable[...]
-        return hint.__origin__[tuple(map(with_fields, inner))]
+        return typing.Union[tuple(map(with_parts, inner))]  # noqa: UP007
+    if typing.get_origin(hint) in (dict, Mapping) and not isinstance(inner[1], typing.TypeVar):
+        part = with_parts(inner[1])
+        return typing.Annotated[
+            hint.__origin__, Is[lambda value: all(is_bearable(one, part) for one in value.values())]
+        ]
+    if type(hint) is types.GenericAlias:  # tuple[...], list[...], but no Callable[...]
+        return hint.__origin__[tuple(map(with_parts, inner))]
     return hint
 
 

@@ -286,8 +286,9 @@ def predict(evaluator: Runner, loaded: Loaded, split: str, kept: np.ndarray) -> 
     }
 
 
-def entropy(p: np.ndarray) -> np.ndarray:
-    """Returns the entropy of distributions [..., V] in bits, [...]."""
+# Of a single distribution numpy makes a number.
+def entropy(p: Float[np.ndarray, "... V"]) -> Float[np.ndarray | np.floating, "..."]:
+    """Returns the entropy of distributions in bits."""
     return -(p * np.log2(np.where(p > 0, p, 1.0))).sum(-1)
 
 

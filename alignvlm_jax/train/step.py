@@ -23,6 +23,7 @@ from alignvlm_jax.train.state import Params, TrainState
 
 Metrics = dict[str, Float[Array, ""] | Int[Array, ""]]
 TrainStep = Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, Metrics]]
+# An array, or its shape alone: what a step takes of a batch is chosen by name.
 Shaped = TypeVar("Shaped", jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 EvalStep = Callable[[Params, Mapping[str, Array]], Metrics]
 
