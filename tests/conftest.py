@@ -8,6 +8,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Forced here, not in each test: the number of devices is fixed at the first use of jax.
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {fast_xla.FLAGS}"
 
+from tests import typed
+
+# Before the first import of the package: what is imported from here on is checked.
+typed.install()
+
 import dataclasses
 import errno
 import functools

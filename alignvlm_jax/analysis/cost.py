@@ -351,5 +351,5 @@ def _num_params(params: Mapping) -> int:
 
 def _visual_tokens(
     model: VLM, variables: Mapping, batch: Mapping[str, Array]
-) -> Float[Array, "B N D"]:
+) -> Float[Array, "B M D"]:
     return model.apply(variables, batch, method="visual_tokens")

@@ -123,5 +123,5 @@ def _features(
 
 def _visual_tokens(
     model: VLM, variables: Mapping, batch: Mapping[str, Array]
-) -> Float[Array, "B N D"]:
+) -> Float[Array, "B M D"]:
     return model.apply(variables, batch, method="visual_tokens")

@@ -76,7 +76,10 @@ class FeatureNoise(Perturbation):
         # round differently.
         if not self.size:
             return {}
-        return {"noise_sigma": np.float32(self.size), "noise_seed": np.uint32(self._seed(name))}
+        return {
+            "noise_sigma": np.array(self.size, np.float32),
+            "noise_seed": np.array(self._seed(name), np.uint32),
+        }
 
 
 class PixelNoise(Perturbation):

@@ -287,8 +287,9 @@ def predict(evaluator: Runner, loaded: Loaded, split: str, kept: np.ndarray) -> 
     }
 
 
-def entropy(p: np.ndarray) -> np.ndarray:
-    """Returns the entropy of distributions [..., V] in bits, [...]."""
+# Of a single distribution numpy makes a number.
+def entropy(p: Float[np.ndarray, "... V"]) -> Float[np.ndarray | np.floating, "..."]:
+    """Returns the entropy of distributions in bits."""
     # 0 log 0 counts as 0: the logarithm of 1 stands in where p is 0.
     return -(p * np.log2(np.where(p > 0, p, 1.0))).sum(-1)
 

@@ -85,8 +85,8 @@ def _reader(count: int) -> Callable:
 
 def _read(
     model: VLM, variables: Mapping, batch: Mapping[str, Array], *, count: int
-) -> tuple[Int[Array, "B P K"], Float[Array, "B P K"], Float[Array, "B P"]]:
-    """The likeliest tokens [B, P, K] of one tile a row, their probabilities, and entropies in
+) -> tuple[Int[Array, "B P k"], Float[Array, "B P k"], Float[Array, "B P"]]:
+    """The likeliest tokens of one tile a row, their probabilities, and entropies in
     bits."""
     # A row is a sequence of one tile: [B, 1, P, V] -> [B, P, V].
     probabilities_BPV = model.apply(variables, batch, method="patch_probabilities")[:, 0]
@@ -98,9 +98,9 @@ def _lens(
     page: Image.Image,
     tiles: Tiles,
     loaded: Loaded,
-    tokens_TPK: np.ndarray,
-    probabilities_TPK: np.ndarray,
-    entropies_TP: np.ndarray,
+    tokens_IPk: Int[np.ndarray, "I P k"],
+    probabilities_IPk: Float[np.ndarray, "I P k"],
+    entropies_IP: Float[np.ndarray, "I P"],
 ) -> Lens:
     vision = loaded.config.model.vision
     data = loaded.config.data
@@ -122,9 +122,9 @@ def _lens(
     return Lens(
         page,
         np.concatenate([left_top, right_bottom], -1)[visible],
-        tokens_TPK[visible],
-        probabilities_TPK[visible],
-        entropies_TP[visible],
+        tokens_IPk[visible],
+        probabilities_IPk[visible],
+        entropies_IP[visible],
         is_overview[visible],
         loaded.tokenizer,
         loaded.config.model.llm.unpadded_vocab_size,

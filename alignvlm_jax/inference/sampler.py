@@ -14,7 +14,7 @@ from alignvlm_jax.config import Config
 from alignvlm_jax.models.vlm import VLM, abstract_batch
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
-from alignvlm_jax.shapes import Array
+from alignvlm_jax.shapes import Array, Bool, Float, Int
 
 PROMPT_FIELDS = ("tokens", "positions", "segment_ids", "tiles")
 NOISE_FIELDS = ("noise_sigma", "noise_seed")
@@ -39,16 +39,14 @@ class Sampler:
             generate, static_argnames="num_new", out_shardings=sharding.replicated(mesh)
         )
 
-    def rows_of_process(self, size: int) -> np.ndarray:
-        """Returns the rows of a batch of `size` that this process hands in: int64 [n],
-        ascending."""
+    def rows_of_process(self, size: int) -> Int[np.ndarray, "n"]:
+        """Returns the rows of a batch of `size` that this process hands in: int64, ascending."""
         return sharding.rows_of_process(self._mesh, size)
 
     def generate(
         self, variables: Mapping, batch: Mapping[str, np.ndarray], max_new_tokens: int
-    ) -> np.ndarray:
-        """Returns int32 [B, max_new_tokens]: each row's answer up to and with the end token, then
-        padding.
+    ) -> Int[np.ndarray, "B {max_new_tokens}"]:
+        """Returns each row's answer up to and with the end token, then padding, int32.
 
         Args:
           variables: what the model is applied to: "params", sharded over the mesh, and whatever
@@ -81,7 +79,7 @@ def _generate(
     num_new: int,
     end_ids: tuple[int, ...],
     pad_id: int,
-):
+) -> Int[Array, "B {num_new}"]:
     segment_ids = batch["segment_ids"]
     size, length = segment_ids.shape
     prompt_lengths_B = (segment_ids > 0).sum(-1)
@@ -90,8 +88,11 @@ def _generate(
     slots_S = jnp.arange(length + num_new)
 
     def choose(
-        logits_BV: Array, step: Array, finished_B: Array, tokens_BT: Array
-    ) -> tuple[Array, Array, Array]:
+        logits_BV: Float[Array, "B V"],
+        step: Int[Array, ""],
+        finished_B: Bool[Array, "B"],
+        tokens_BT: Int[Array, "B T"],
+    ) -> tuple[Int[Array, "B"], Bool[Array, "B"], Int[Array, "B T"]]:
         """The token of a step, which rows have ended with it, and all tokens so far."""
         # A row that has ended goes on with padding while others are still at work.
         token_B = jnp.where(finished_B, pad_id, logits_BV.argmax(-1).astype(jnp.int32))
@@ -101,7 +102,7 @@ def _generate(
             tokens_BT.at[:, step].set(token_B),
         )
 
-    def unfinished(carry) -> Array:
+    def unfinished(carry) -> Bool[Array, ""]:
         # Decided on the devices: a loop in Python would wait for a token's transfer at every step.
         step, (_, finished_B, _), _ = carry
         return (step < num_new) & ~finished_B.all()

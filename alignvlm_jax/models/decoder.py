@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from alignvlm_jax.config import LLMConfig
 from alignvlm_jax.models.layers import Einsum, RMSNorm, apply_rope, rope_frequencies, scan_blocks
@@ -34,7 +35,9 @@ class Cache(NamedTuple):
     ) -> "Cache":
         """Returns the cache with T tokens of a layer written at the index, which is not moved."""
 
-        def put(old: Array, new_BTKh: Array) -> Array:
+        def put(
+            old: Float[Array, "L B K h S"], new_BTKh: Float[Array, "B T K h"]
+        ) -> Float[Array, "L B K h S"]:
             # [B, T, K, h] -> [1, B, K, h, T]. Trap: where the tokens do not fit behind the index,
             # the update is moved until they do, and overwrites earlier slots without an error.
             new = new_BTKh.transpose(0, 2, 3, 1)[None].astype(old.dtype)
@@ -47,7 +50,7 @@ class Cache(NamedTuple):
     ) -> tuple[Float[Array, "B S K h"], Float[Array, "B S K h"]]:
         """Returns the keys and values of a layer."""
 
-        def get(array: Array) -> Array:
+        def get(array: Float[Array, "L B K h S"]) -> Float[Array, "B S K h"]:
             # [L, B, K, h, S] -> [B, S, K, h]
             return jax.lax.dynamic_index_in_dim(array, layer, keepdims=False).transpose(0, 3, 1, 2)
 
@@ -59,17 +62,23 @@ class Attention(nn.Module):
     admits."""
 
     config: LLMConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
     kernel: str
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, cache: Cache | None, layer: Array, positions: Array, segment_ids, mask
-    ) -> tuple[Array, Cache | None]:
+        self,
+        x_BTD: Float[Array, "B T D"],
+        cache: Cache | None,
+        layer: Int[Array, ""],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
+        mask: Bool[Array, "B T S"] | None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
         c = self.config
         frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
 
-        def project(name: str, num_heads: int, axis: str) -> Array:
+        def project(name: str, num_heads: int, axis: str) -> Float[Array, "B T heads h"]:
             equation = "BTD,DHh->BTHh" if axis == "heads" else "BTD,DKh->BTKh"
             shape = (c.width, num_heads, c.head_dim)
             axes = ("embed", axis, "head_dim")
@@ -78,7 +87,7 @@ class Attention(nn.Module):
             # Key-value heads are split along `tensor` as query heads are: it has to divide both.
             return nn.with_logical_constraint(y, ("act_batch", "act_len", "act_heads", None))
 
-        def rotate(name: str, heads: Array) -> Array:
+        def rotate(name: str, heads: Float[Array, "B T heads h"]) -> Float[Array, "B T heads h"]:
             # One scale [h] for all heads, before the rotation: after it the scale would weigh
             # mixtures of two channels, which differ from position to position.
             if c.qk_norm:
@@ -108,10 +117,10 @@ class MLP(nn.Module):
     """The SwiGLU MLP (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
 
     config: LLMConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x_BTD: Array) -> Array:
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         c = self.config
         gate_BTF, up_BTF = (
             Einsum(
@@ -132,13 +141,18 @@ class Block(nn.Module):
     returns the cache that it wrote to."""
 
     config: LLMConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
     kernel: str
 
     @nn.compact
     def __call__(
-        self, carry: tuple[Array, Cache | None], layer: Array, positions: Array, segment_ids, mask
-    ) -> tuple[tuple[Array, Cache | None], None]:
+        self,
+        carry: tuple[Float[Array, "B T D"], Cache | None],
+        layer: Int[Array, ""],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
+        mask: Bool[Array, "B T S"] | None,
+    ) -> tuple[tuple[Float[Array, "B T D"], Cache | None], None]:
         x_BTD, cache = carry
         eps = self.config.norm_eps
         normed_BTD = RMSNorm(eps, name="attn_norm")(x_BTD)
@@ -178,7 +192,7 @@ class Llama(nn.Module):
     """
 
     config: LLMConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
     remat: str
     unroll: int = 1
     attention: str = "auto"

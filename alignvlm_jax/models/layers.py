@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from alignvlm_jax.config import RopeScaling
 from alignvlm_jax.ops.layer_norm import layer_norm
@@ -44,8 +45,8 @@ class Einsum(nn.Module):
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     use_bias: bool = False
-    dtype: jnp.dtype = jnp.float32
-    out_dtype: jnp.dtype | None = None
+    dtype: DTypeLike = jnp.float32
+    out_dtype: DTypeLike | None = None
 
     def setup(self) -> None:
         # Of "BTHh,HhD->BTD" these are "HhD", the letters of the kernel, and "BTD".
@@ -67,7 +68,7 @@ class Einsum(nn.Module):
             # Of "BTD,DHh->BTHh" it is [H, h]: the axes of the kernel that the output keeps.
             self.bias = self.param("bias", zeros, tuple(self.shape[i] for i in kept), jnp.float32)
 
-    def __call__(self, inputs: Array) -> Array:
+    def __call__(self, inputs: Float[Array, "..."]) -> Float[Array, "..."]:
         # The kernel is cast at each use: the parameter, and its gradient, stay float32.
         operands = inputs.astype(self.dtype), self.kernel.astype(self.dtype)
         outputs = jnp.einsum(self.equation, *operands, preferred_element_type=self.out_dtype)
@@ -89,7 +90,7 @@ class LayerNorm(nn.Module):
         self.scale = self.param("scale", ones, (self.size,), jnp.float32)
         self.bias = self.param("bias", zeros, (self.size,), jnp.float32)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "... n"]) -> Float[Array, "... n"]:
         return layer_norm(x, self.scale, self.bias, self.eps).astype(x.dtype)
 
 
@@ -100,7 +101,7 @@ class RMSNorm(nn.Module):
     eps: float
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "... n"]) -> Float[Array, "... n"]:
         ones = nn.with_logical_partitioning(nn.initializers.ones, (None,))
         scale = self.param("scale", ones, (x.shape[-1],), jnp.float32)
         x32 = x.astype(jnp.float32)
@@ -108,7 +109,9 @@ class RMSNorm(nn.Module):
         return (x32 * jax.lax.rsqrt(variance + self.eps) * scale).astype(x.dtype)
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Float[Array, "h/2"]:
+def rope_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling
+) -> Float[Array, "{head_dim}//2"]:
     """Returns the angular frequency of each pair of channels, in radians a position.
 
     With a factor above 1, Llama 3's scaling: wavelengths beyond original_length / low_freq_factor
@@ -127,8 +130,8 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Float
 
 
 def apply_rope(
-    x: Float[Array, "B T H h"], positions: Int[Array, "B T"], frequencies: Float[Array, "h/2"]
-) -> Array:
+    x: Float[Array, "B T H h"], positions: Int[Array, "B T"], frequencies: Float[Array, "h//2"]
+) -> Float[Array, "B T H h"]:
     """Returns x with its channel pairs (i, i + h/2) rotated by position x frequency (RoPE, arXiv
     2104.09864), computed in float32: bfloat16 would round position 257 to 256."""
     angles = positions[..., None, None].astype(jnp.float32) * frequencies  # [B, T, 1, h/2]

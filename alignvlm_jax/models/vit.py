@@ -6,6 +6,7 @@ Letters: `shapes.py`; B here counts tiles (sequences x tiles).
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from alignvlm_jax.config import VisionConfig
 from alignvlm_jax.models.layers import Einsum, LayerNorm, scan_blocks
@@ -17,11 +18,11 @@ class Attention(nn.Module):
     """Full self-attention over the patches of a tile, with biases."""
 
     config: VisionConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
     kernel: str
 
     @nn.compact
-    def __call__(self, x_BPE: Array) -> Array:
+    def __call__(self, x_BPE: Float[Array, "B P E"]) -> Float[Array, "B P E"]:
         c = self.config
         head_dim = c.width // c.num_heads
         shape = (c.width, c.num_heads, head_dim)
@@ -48,10 +49,10 @@ class MLP(nn.Module):
     """Two layers with GELU, exact or by its tanh approximation."""
 
     config: VisionConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x_BPE: Array) -> Array:
+    def __call__(self, x_BPE: Float[Array, "B P E"]) -> Float[Array, "B P E"]:
         c = self.config
         up = Einsum(
             "BPE,EF->BPF",
@@ -77,11 +78,11 @@ class Block(nn.Module):
     """A pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     config: VisionConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
     kernel: str
 
     @nn.compact
-    def __call__(self, x_BPE: Array, _: None) -> tuple[Array, None]:
+    def __call__(self, x_BPE: Float[Array, "B P E"], _: None) -> tuple[Float[Array, "B P E"], None]:
         c = self.config
         x_BPE += Attention(c, self.dtype, self.kernel, name="attn")(
             LayerNorm(c.width, c.norm_eps, name="attn_norm")(x_BPE)
@@ -104,16 +105,19 @@ class Siglip(nn.Module):
     """
 
     config: VisionConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
     remat: str
     unroll: int = 1
     attention: str = "auto"
 
     @nn.compact
-    def __call__(self, tiles: UInt8[Array, "B Y X C"]) -> Float[Array, "B P E"]:
+    def __call__(
+        self, tiles: UInt8[Array, "B Y X C"] | Float[Array, "B Y X C"]
+    ) -> Float[Array, "B P E"]:
         """Returns the last hidden states of the patches, row after row, after the final norm.
 
-        Pixels are uint8, red, green and blue; mean and deviation of the config apply here.
+        Pixels are red, green and blue from 0 to 255: uint8, or floats, for derivatives by them.
+        Mean and deviation of the config apply here.
         """
         c = self.config
         rows, columns = c.patch_grid

@@ -21,7 +21,7 @@ from alignvlm_jax.models.connectors.base import VOCABULARY_SUBSET, PatchLabels
 from alignvlm_jax.models.decoder import Cache, Llama
 from alignvlm_jax.models.vit import Siglip
 from alignvlm_jax.ops.cross_entropy import TokenLosses
-from alignvlm_jax.shapes import Array, Bool, Float, Int, UInt8
+from alignvlm_jax.shapes import Array, Bool, Float, Int, UInt8, UInt32
 
 NUM_CHANNELS = 3
 INIT_LENGTH = 8
@@ -80,8 +80,10 @@ class VLM(nn.Module):
             patch_nll,
         )
 
-    def encode_tiles(self, tiles: UInt8[Array, "B I Y X C"]) -> Float[Array, "B I P E"]:
-        """Returns patch features; every tile is encoded by itself."""
+    def encode_tiles(
+        self, tiles: UInt8[Array, "B I Y X C"] | Float[Array, "B I Y X C"]
+    ) -> Float[Array, "B I P E"]:
+        """Returns patch features; every tile is encoded by itself. Pixels are those of `Siglip`."""
         batch, num_tiles = tiles.shape[:2]
         features = self.vision(tiles.reshape(batch * num_tiles, *tiles.shape[2:]))  # [B I, P, E]
         return features.reshape(batch, num_tiles, *features.shape[1:])
@@ -97,7 +99,7 @@ class VLM(nn.Module):
             return features
 
         # A key for each sequence: its noise does not depend on the rest of the batch.
-        def draw(seed: Array, sigma: Array) -> Array:
+        def draw(seed: UInt32[Array, ""], sigma: Float[Array, ""]) -> Float[Array, "I P E"]:
             return sigma * jax.random.normal(jax.random.key(seed), features.shape[1:], jnp.float32)
 
         # [B, I, P, E]. The sum is made in float32 and rounded once: bfloat16 noise would be rounded
@@ -105,7 +107,7 @@ class VLM(nn.Module):
         noise = jax.vmap(draw)(batch["noise_seed"], batch["noise_sigma"])
         return (features.astype(jnp.float32) + noise).astype(features.dtype)
 
-    def visual_tokens(self, batch: Mapping[str, Array]) -> Float[Array, "B N D"]:
+    def visual_tokens(self, batch: Mapping[str, Array]) -> Float[Array, "B M D"]:
         """Returns the connector's visual tokens, those of a sequence's tiles one after another."""
         return self._visual_tokens(batch, "pixels")[0]
 
@@ -154,23 +156,29 @@ class VLM(nn.Module):
         hidden_B1D, cache = self.llm(x_B1D, positions[:, None], cache=cache, mask=mask[:, None])
         return self.llm.logits(hidden_B1D)[:, 0], cache
 
-    def _hidden(self, batch: Mapping[str, Array], visual_source: str) -> tuple[Array, Array]:
-        """Returns the last hidden states [B, T, D] and patch losses [B, I, P]."""
+    def _hidden(
+        self, batch: Mapping[str, Array], visual_source: str
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B I P"]]:
+        """Returns the last hidden states and patch losses."""
         x_BTD, patch_nll = self._read(batch, visual_source)
         hidden_BTD, _ = self.llm(x_BTD, batch["positions"], batch["segment_ids"])
         return hidden_BTD, patch_nll
 
-    def _read(self, batch: Mapping[str, Array], visual_source: str) -> tuple[Array, Array]:
-        """Returns the decoder's input [B, T, D] and patch losses [B, I, P]."""
+    def _read(
+        self, batch: Mapping[str, Array], visual_source: str
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B I P"]]:
+        """Returns the decoder's input and patch losses."""
         if "tiles" not in batch and "patch_label_ids" not in batch:
             no_patches = (len(batch["tokens"]), 0, self.config.vision.num_patches)
             return self.llm.embed(batch["tokens"]), jnp.zeros(no_patches, jnp.float32)
-        visual_BND, patch_nll = self._visual_tokens(batch, visual_source)
-        return self._merge(batch["tokens"], visual_BND), patch_nll
+        visual_BMD, patch_nll = self._visual_tokens(batch, visual_source)
+        return self._merge(batch["tokens"], visual_BMD), patch_nll
 
-    def _visual_tokens(self, batch: Mapping[str, Array], visual_source: str) -> tuple[Array, Array]:
-        """Returns visual tokens [B, N, D], those of a sequence's tiles one after another, and patch
-        losses [B, I, P]."""
+    def _visual_tokens(
+        self, batch: Mapping[str, Array], visual_source: str
+    ) -> tuple[Float[Array, "B M D"], Float[Array, "B I P"]]:
+        """Returns visual tokens, those of a sequence's tiles one after another, and patch
+        losses."""
         labels = None
         if "patch_label_ids" in batch:
             size, num_tiles, patches, k = batch["patch_label_ids"].shape
@@ -195,7 +203,9 @@ class VLM(nn.Module):
             size, num_tiles * self.config.tokens_per_tile, -1
         ), output.patch_nll.reshape(size, num_tiles, patches)
 
-    def _merge(self, tokens_BT: Array, visual_BND: Array) -> Array:
+    def _merge(
+        self, tokens_BT: Int[Array, "B T"], visual_BMD: Float[Array, "B M D"]
+    ) -> Float[Array, "B T D"]:
         """Returns text embeddings with a sequence's n-th visual token at its n-th image token.
 
         The tiles in use come first in a sequence, so that unused ones are never reached.
@@ -205,9 +215,9 @@ class VLM(nn.Module):
         text_BTD = self.llm.embed(jnp.where(is_image_BT, 0, tokens_BT))
         # Before the first image token the count is -1.
         image_index_BT = jnp.clip(jnp.cumsum(is_image_BT, axis=1) - 1, 0)
-        # [B, N, D] at [B, T, 1] -> [B, T, D]. Text tokens, too, fetch the visual token before them;
+        # [B, M, D] at [B, T, 1] -> [B, T, D]. Text tokens, too, fetch the visual token before them;
         # the `where` drops it. So the shapes do not depend on how many image tokens there are.
-        image_BTD = jnp.take_along_axis(visual_BND, image_index_BT[..., None], axis=1)
+        image_BTD = jnp.take_along_axis(visual_BMD, image_index_BT[..., None], axis=1)
         x_BTD = jnp.where(is_image_BT[..., None], image_BTD, text_BTD)
         return nn.with_logical_constraint(x_BTD, ("act_batch", "act_len", "act_embed"))
 

@@ -12,6 +12,8 @@ from alignvlm_jax.ops import chunked
 from alignvlm_jax.ops.splash import splash_attention
 from alignvlm_jax.shapes import Array, Bool, Float, Int
 
+Shaped = Array | jax.ShapeDtypeStruct  # a choice of kernel needs no values
+
 CHUNK_SIZE_MIB = 64.0
 """MiB of float32 logits that XLA's attention may hold on one device; above it, logits are made for
 one chunk of the queries at a time."""
@@ -99,7 +101,12 @@ def _queries_per_chunk(batch: int, length: int, heads: int) -> int | None:
 
 
 def _chunked(
-    query: Array, key: Array, value: Array, segment_ids: Array | None, causal: bool, chunk: int
+    query: Float[Array, "B T H h"],
+    key: Float[Array, "B T K h"],
+    value: Float[Array, "B T K h"],
+    segment_ids: Int[Array, "B T"] | None,
+    causal: bool,
+    chunk: int,
 ) -> Float[Array, "B T H h"]:
     """Returns `attention` under the mask of the segments, computed for `chunk` queries at a time.
 
@@ -116,8 +123,12 @@ def _chunked(
         x = jnp.pad(x, ((0, 0), (0, count * chunk - length), *((0, 0),) * (x.ndim - 2)), mode=mode)
         return x.reshape(x.shape[0], count, chunk, *x.shape[2:]).swapaxes(0, 1)
 
-    def mix(one: tuple[Array, Array, Array | None]) -> Array:
-        query, index, ids = one  # [B, chunk, H, h], [1, chunk], [B, chunk]
+    def mix(
+        one: tuple[
+            Float[Array, "B chunk H h"], Int[Array, "1 chunk"], Int[Array, "B chunk"] | None
+        ],
+    ) -> Float[Array, "B chunk H h"]:
+        query, index, ids = one
         seen = [] if ids is None else [ids[:, :, None] == segment_ids[:, None, :]]
         if causal:
             # [1, chunk, T] is the same for all sequences.
@@ -150,7 +161,7 @@ def mesh_platform() -> str | None:
     return None if device is None else device.platform
 
 
-def _resolve(kernel: str, query: Array, segment_ids: Array | None) -> str:
+def _resolve(kernel: str, query: Shaped, segment_ids: Shaped | None) -> str:
     """Returns the kernel that runs: "plain", "xla", "splash" or "cudnn"; raises UserError where the
     one chosen cannot."""
     platform = mesh_platform()
@@ -179,7 +190,7 @@ def _resolve(kernel: str, query: Array, segment_ids: Array | None) -> str:
     return kernel
 
 
-def _refused_by_cudnn(query: Array, segment_ids: Array | None) -> str:
+def _refused_by_cudnn(query: Shaped, segment_ids: Shaped | None) -> str:
     """Returns why cuDNN's kernel does not take these arrays, "" if it does.
 
     The conditions are those under which jax raises: "auto" must fall back before that.

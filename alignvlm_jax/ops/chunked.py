@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from alignvlm_jax.shapes import Array, Float
 
@@ -28,7 +29,7 @@ class Matrix(NamedTuple):
     master: Float[Array, "..."]
 
     @classmethod
-    def of(cls, master: Float[Array, "..."], dtype: jnp.dtype) -> "Matrix":
+    def of(cls, master: Float[Array, "..."], dtype: DTypeLike) -> "Matrix":
         """Returns the matrix of a float32 master, cast to `dtype` once for all chunks."""
         # Differentiating through the cast would round the gradient to `dtype` on its way.
         return cls(jax.lax.stop_gradient(master.astype(dtype)), master.astype(jnp.float32))
@@ -38,20 +39,22 @@ class Matrix(NamedTuple):
 # dtype: bfloat16 for `value`, float32 for `master`. So the gradient goes to `master`, of which the
 # forward pass has no use.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _project(equation: str, x: Array, value: Array, master: Array) -> Array:
+def _project(
+    equation: str, x: Float[Array, "..."], value: Float[Array, "..."], master: Float[Array, "..."]
+) -> Float[Array, "..."]:
     del master
     return jnp.einsum(equation, x, value, preferred_element_type=jnp.float32)
 
 
 def _project_forward(
-    equation: str, x: Array, value: Array, master: Array
-) -> tuple[Array, tuple[Array, Array]]:
+    equation: str, x: Float[Array, "..."], value: Float[Array, "..."], master: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], tuple[Float[Array, "..."], Float[Array, "..."]]]:
     return _project(equation, x, value, master), (x, value)
 
 
 def _project_backward(
-    equation: str, saved: tuple[Array, Array], dout: Array
-) -> tuple[Array, Array, Array]:
+    equation: str, saved: tuple[Float[Array, "..."], Float[Array, "..."]], dout: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:
     x, value = saved
     (rows, matrix) = equation.split("->")[0].split(",")
     out = equation.split("->")[1]

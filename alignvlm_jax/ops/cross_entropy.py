@@ -57,7 +57,9 @@ def token_losses(
     """
     equation = "ND,VD->NV" if is_table else "ND,DV->NV"
 
-    def losses(rows: tuple[Array, Array], head: Matrix, row_axis: str | None) -> TokenLosses:
+    def losses(
+        rows: tuple[Float[Array, "N D"], Int[Array, "N"]], head: Matrix, row_axis: str | None
+    ) -> tuple[Float[Array, "N"], Float[Array, "N"], Bool[Array, "N"]]:
         hidden_ND, targets_N = rows
         logits_NV = chunked.project(equation, hidden_ND, head)
         logits_NV = nn.with_logical_constraint(logits_NV, (row_axis, "act_vocab"))
@@ -70,12 +72,12 @@ def token_losses(
             )
         log_sum_exp_N = jax.nn.logsumexp(logits_NV, axis=-1)
         # A maximum in the place of argmax: along a sharded vocabulary it is one small reduction.
-        return TokenLosses(log_sum_exp_N - picked_N, log_sum_exp_N, picked_N >= logits_NV.max(-1))
+        return log_sum_exp_N - picked_N, log_sum_exp_N, picked_N >= logits_NV.max(-1)
 
     # [B, T, D] to [B T, D]: chunks are cut from the tokens of all sequences together.
     rows = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     result = chunked.map_rows(losses, rows, head, chunk)
-    return jax.tree.map(lambda x: x.reshape(targets.shape), result)
+    return TokenLosses(*(x.reshape(targets.shape) for x in result))
 
 
 def soft_cross_entropy(

@@ -56,7 +56,12 @@ def splash_attention(
         # softmax is over nothing.
         arrays.append(jnp.pad(segment_ids, ((0, 0), (0, padding)), constant_values=-1))
 
-    def local(query: Array, key: Array, value: Array, segment_ids: Array | None = None) -> Array:
+    def local(
+        query: Float[Array, "B T H h"],
+        key: Float[Array, "B T K h"],
+        value: Float[Array, "B T K h"],
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T H h"]:
         # A kernel's mask arrays are constants of the trace under way, and no other trace may have
         # them: so it is made here, and not cached.
         kernel = _make_kernel(query.shape[2], query.shape[1], causal, interpret)

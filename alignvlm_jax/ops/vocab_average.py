@@ -69,7 +69,7 @@ def vocab_logits(
 
 
 def vocab_average(
-    x: Float[Array, "N D"],
+    x: Float[Array, "N width"],
     head: Matrix,
     table: Matrix,
     norm: Norm | None,
@@ -85,7 +85,7 @@ def vocab_average(
 
     Args:
       x: rows, whose width need not be the table's.
-      head: W [D, V]; its first axis has the width of x.
+      head: W [width, V].
       table: E [V, D].
       norm: LN over the vocabulary; None leaves it out.
       label_ids: tokens whose logits are returned; None: of none, k is 0.

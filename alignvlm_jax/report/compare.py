@@ -28,7 +28,7 @@ from alignvlm_jax.data import prepared
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading, patch_tokens
 from alignvlm_jax.models import vlm
-from alignvlm_jax.report import run as run_lib
+from alignvlm_jax.report import contents
 from alignvlm_jax.train import checkpoint, metrics, restore, workdir
 
 FILE = "comparison.json"
@@ -189,7 +189,7 @@ def read(runs: Sequence[Path]) -> dict[str, list[Row]]:
     for path in runs:
         name, seed = _name(path)
         measured = _read_json(path / FILE)
-        lines = run_lib.read_metrics(path / metrics.FILE)
+        lines = contents.read_metrics(path / metrics.FILE)
         run = Run(path, seed, _stages(path)[-1], lines, measured["summary"], measured["analyses"])
         tables.setdefault(path.parent.name, {}).setdefault(name, []).append(run)
     return {
@@ -253,7 +253,7 @@ def _questions_of(data: DataConfig, evaluation: EvalConfig) -> str:
 
 
 def _read_json(path: Path) -> Any:
-    return run_lib.parse(path, path.read_text())
+    return contents.parse(path, path.read_text())
 
 
 def _name(run: Path) -> tuple[str, int] | None:

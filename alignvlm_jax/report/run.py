@@ -1,6 +1,5 @@
 """The report of a run: a self-contained `report.html` with whatever its workdir holds so far."""
 
-import dataclasses
 import json
 import os
 import platform
@@ -14,19 +13,20 @@ import jax
 from alignvlm_jax import analysis, storage
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.analysis import base
-from alignvlm_jax.benchmarks import predictions, summary
+from alignvlm_jax.benchmarks import summary
 from alignvlm_jax.benchmarks.predictions import Predictions
-from alignvlm_jax.config import Config, renamed
+from alignvlm_jax.config import Config, DataConfig, VisionConfig
 from alignvlm_jax.data import images
 from alignvlm_jax.data.record import Record
 from alignvlm_jax.data.shards import RecordSource
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.inference import loading, patch_tokens
+from alignvlm_jax.inference import patch_tokens
 from alignvlm_jax.inference.loading import Loaded
 from alignvlm_jax.pictures import html, patch_map, plotting
 from alignvlm_jax.report import figures, gallery
+from alignvlm_jax.report.contents import Lines, Run, parse, read
 from alignvlm_jax.report.gallery import Example
-from alignvlm_jax.train import goodput, metrics, workdir
+from alignvlm_jax.train import goodput, workdir
 
 FILE = "report.html"
 NUM_LENSES = 3
@@ -53,32 +53,6 @@ GOODPUT = (
 )
 """The categories of `goodput` in the report's order: (category, title, explanation)."""
 
-Results = Mapping[tuple[str, bool], Predictions]
-Lines = Sequence[dict[str, Any]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """The content of a workdir.
-
-    Attributes:
-      folder: the workdir.
-      stages: the configs of its stages.
-      lines: the lines of its metrics.jsonl.
-      results: predictions by (split, whether pages are blank).
-      analyses: results of analyses by name.
-      loaded: the model, or None if none can be loaded.
-      problem: the reason why there is no model, else "".
-    """
-
-    folder: Path
-    stages: tuple[Config, ...]
-    lines: Lines
-    results: Results
-    analyses: Mapping[str, Mapping[str, Any]]
-    loaded: Loaded | None
-    problem: str
-
 
 def build(folder: Path, other: Path | None = None, data_dir: str | None = None) -> Path:
     """Writes the report of the run in `folder` and returns its path.
@@ -99,56 +73,6 @@ def build(folder: Path, other: Path | None = None, data_dir: str | None = None) 
         path, render(run, None if other is None else read(other, data_dir, with_model=False))
     )
     return path
-
-
-def read(folder: Path, data_dir: str | None = None, with_model: bool = True) -> Run:
-    """Returns the content of a workdir.
-
-    Args:
-      folder: the workdir.
-      data_dir: the folder of the documents, if it is not the config's any more.
-      with_model: whether to load the model.
-
-    Raises:
-      UserError: the folder is no workdir, or a file in it is damaged.
-    """
-    config_file = folder / workdir.CONFIG_FILE
-    if not config_file.exists():
-        raise UserError(f"{folder} is no workdir: it has no {workdir.CONFIG_FILE}")
-    stages = config_lib.from_json(parse(config_file, config_file.read_text()))
-    loaded = None
-    problem = ""
-    # A report without a model still has metrics and predictions.
-    if with_model:
-        try:
-            loaded = loading.load(folder, loading.load_config(folder, data_dir))
-        except UserError as err:
-            problem = str(err)
-    lines = read_metrics(folder / metrics.FILE)
-    results = predictions.read_all(folder)
-    written = [path for path in storage.children(folder / base.FOLDER) if path.suffix == ".json"]
-    analyses = {path.stem: parse(path, path.read_text()) for path in written}
-    return Run(folder, stages, lines, results, analyses, loaded, problem)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the complete lines of a metrics.jsonl; none if there is no such file.
-
-    Old names of metrics are replaced by the present ones.
-    """
-    if not path.exists():
-        return []
-    # What follows the last newline is a line that is still being written.
-    lines = path.read_text().split("\n")[:-1]
-    return [renamed.names(parse(path, line), renamed.METRICS) for line in lines]
-
-
-def parse(path: Path, text: str) -> Any:
-    """Returns the JSON value of the text of the file `path`; raises UserError if it is not JSON."""
-    try:
-        return json.loads(text)
-    except ValueError as err:
-        raise UserError(f"{path} is damaged: it is not JSON ({err})") from err
 
 
 def render(run: Run, other: Run | None = None) -> str:
@@ -187,7 +111,7 @@ def render(run: Run, other: Run | None = None) -> str:
             if one.name in run.analyses
         ],
         facts=_facts(run),
-        reads=_reads(run.stages[-1]),
+        reads=_reads(run.stages[-1].data, run.stages[-1].model.vision),
         variants=_variants(run),
         plain_rate=PLAIN_RATE,
         config_json=json.dumps(config_lib.to_json(run.stages), indent=2),
@@ -370,10 +294,9 @@ def _supervised(stages: Sequence[Config]) -> list[Config]:
     ]
 
 
-def _reads(config: Config) -> str:
+def _reads(data: DataConfig, vision: VisionConfig) -> str:
     """Returns in a sentence how large a page the model can read."""
-    tiles = config.data.tiles_of_a_record
-    vision = config.model.vision
+    tiles = data.tiles_of_a_record
     return (
         f"It sees a page as {tiles} tile{'s' if tiles > 1 else ''} of {vision.tile_width} × "
         f"{vision.tile_height} pixels at most, and a larger one reduced to that."

@@ -4,29 +4,33 @@ stage."""
 import functools
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
 from alignvlm_jax.config import Config, DataConfig, TrainConfig
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import sharding
-from alignvlm_jax.shapes import Array, Float
+from alignvlm_jax.shapes import Array, Float, Int
 from alignvlm_jax.train import optim, state
 from alignvlm_jax.train.state import Params, TrainState
 
-Metrics = dict[str, Float[Array, ""]]
+Metrics = dict[str, Float[Array, ""] | Int[Array, ""]]
 TrainStep = Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, Metrics]]
+# An array, or its shape alone: what a step takes of a batch is chosen by name.
+Shaped = TypeVar("Shaped", jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 EvalStep = Callable[[Params, Mapping[str, Array]], Metrics]
 
 
 def select(
-    train: TrainConfig, batch: Mapping[str, Array], *, measure_patches: bool
-) -> dict[str, Array]:
+    train: TrainConfig, batch: Mapping[str, Shaped], *, measure_patches: bool
+) -> dict[str, Shaped]:
     """Returns the arrays of a batch that a step looks at, so that the others are never sent to a
     device.
 
@@ -41,13 +45,13 @@ def select(
     return {name: array for name, array in batch.items() if name not in unused}
 
 
-def train_inputs(train: TrainConfig, batch: Mapping[str, Array]) -> dict[str, Array]:
+def train_inputs(train: TrainConfig, batch: Mapping[str, Shaped]) -> dict[str, Shaped]:
     """Returns what the training step takes of a batch; the patch loss is left out where it has no
     weight."""
     return select(train, batch, measure_patches=train.patch_token_weight > 0)
 
 
-def eval_inputs(train: TrainConfig, batch: Mapping[str, Array]) -> dict[str, Array]:
+def eval_inputs(train: TrainConfig, batch: Mapping[str, Shaped]) -> dict[str, Shaped]:
     """Returns what the validation step takes of a batch; the patch loss is measured whether trained
     or not."""
     return select(train, batch, measure_patches=True)
@@ -78,7 +82,9 @@ def make_train_step(
         # Of the whole batch: what a microbatch's sums are divided by must not depend on the split.
         weights = _weights(batch)
 
-        def loss_fn(trained: Params, microbatch: Mapping[str, Array]) -> tuple[Array, Metrics]:
+        def loss_fn(
+            trained: Params, microbatch: Mapping[str, Array]
+        ) -> tuple[Float[Array, ""], Metrics]:
             sums = _sums(model, train, state.merge(trained, frozen), microbatch)
             return _total(train, means(sums | weights)), sums
 
@@ -195,10 +201,10 @@ def validation_batch_size(train: TrainConfig) -> int:
     return train.batch_size // train.grad_accum_steps
 
 
-def means(sums: Mapping[str, Array]) -> dict[str, Array]:
+def means(sums: Mapping[str, ArrayLike]) -> dict[str, ArrayLike]:
     """Divides sums by their weights; 0 where there is no weight. Takes jax arrays or numbers."""
 
-    def ratio(name: str, weight: str) -> Array:
+    def ratio(name: str, weight: str) -> ArrayLike:
         # 0 / 0 becomes 0 / 1. A `where` around the division would not do: its gradient would still
         # be NaN.
         return sums[name] / (sums[weight] + (sums[weight] == 0))
@@ -214,7 +220,7 @@ def means(sums: Mapping[str, Array]) -> dict[str, Array]:
     return result
 
 
-def _total(train: TrainConfig, losses: Metrics) -> Array:
+def _total(train: TrainConfig, losses: Metrics) -> Float[Array, ""]:
     return (
         losses["answer_loss"]
         + train.patch_token_weight * losses.get("patch_loss", 0.0)

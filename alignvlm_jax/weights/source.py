@@ -141,8 +141,8 @@ def resample(table: np.ndarray, old: Grid, new: Grid, method: str) -> np.ndarray
     rows, columns = (weights(before, after) for before, after in zip(old, new, strict=True))
     grid = table.astype(np.float64).reshape(*old, -1)
     return (
-        # Separable: [y, r] and [x, c] weigh rows and columns of the old grid [r, c, E].
-        np.einsum("yr,xc,rcE->yxE", rows, columns, grid)
+        # Separable: [y, Y] and [x, X] weigh rows and columns of the old grid [Y, X, E].
+        np.einsum("yY,xX,YXE->yxE", rows, columns, grid)
         .reshape(new[0] * new[1], -1)
         .astype(np.float32)
     )

@@ -300,11 +300,12 @@ def test_who_influences_whom(mesh, influence):
 
 def test_a_mask_comes_with_its_cache(tied):
     llama = Llama(TIED, jnp.dtype("float32"), "none")
-    tokens, positions, segment_ids = random_rows()
+    _, positions, segment_ids = random_rows()
+    x = np.zeros((ROWS, LENGTH, TIED.width), np.float32)
     mask = np.ones((ROWS, LENGTH, LENGTH), bool)
     for arguments in ((None,), (segment_ids,)):
         with pytest.raises(ValueError, match="a mask comes with the cache"):
-            llama.apply({"params": tied[0]}, tokens, positions, *arguments, mask=mask)
+            llama.apply({"params": tied[0]}, x, positions, *arguments, mask=mask)
 
 
 def test_padded_rows_are_never_predicted():

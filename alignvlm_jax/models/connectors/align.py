@@ -106,8 +106,8 @@ class Align(Connector):
             tokens, soft_cross_entropy(label_logits, log_sum_exp, labels.weights)
         )
 
-    def _rows_and_head(self, features: Array) -> tuple[Array, Matrix]:
-        """Returns x [N, D] and W2 [D, V].
+    def _rows_and_head(self, features: Float[Array, "N E"]) -> tuple[Float[Array, "N D"], Matrix]:
+        """Returns x and W2 [D, V].
 
         W2 is read as a parameter and never called: `vocab_average` multiplies by it in chunks.
         """

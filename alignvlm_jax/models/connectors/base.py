@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from alignvlm_jax.config import ConnectorConfig, LLMConfig, ModelConfig, VisionConfig
 from alignvlm_jax.shapes import Array, Bool, Float, Int
@@ -42,7 +43,7 @@ class ConnectorOutput(NamedTuple):
         in nats; zeros without labels, or where the connector has no such distribution.
     """
 
-    tokens: Float[Array, "tokens D"]
+    tokens: Float[Array, "M D"]
     patch_nll: Float[Array, "N"]
 
 
@@ -59,7 +60,7 @@ class Connector(nn.Module):
     """
 
     config: ModelConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Options(ConnectorConfig):
@@ -82,7 +83,7 @@ class Connector(nn.Module):
         del text_table, labels
         return ConnectorOutput(self.encode(features), self.no_loss(features))
 
-    def encode(self, features: Float[Array, "N E"]) -> Float[Array, "tokens D"]:
+    def encode(self, features: Float[Array, "N E"]) -> Float[Array, "M D"]:
         """Returns the visual tokens of the patches, tile after tile."""
         raise NotImplementedError
 

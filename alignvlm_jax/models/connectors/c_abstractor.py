@@ -19,6 +19,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from alignvlm_jax.config import ConnectorConfig, LLMConfig, VisionConfig
 from alignvlm_jax.errors import UserError
@@ -39,7 +40,7 @@ class Depthwise(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, x_ByxF: Array) -> Array:
+    def __call__(self, x_ByxF: Float[Array, "B y x F"]) -> Float[Array, "B y x F"]:
         init = nn.with_logical_partitioning(nn.initializers.normal(1 / 3), (None, None, "vis_mlp"))
         # N(0, 1 / fan_in), where the fan-in of one channel is the nine taps.
         kernel = self.param("kernel", init, (3, 3, self.width), jnp.float32).astype(x_ByxF.dtype)
@@ -55,10 +56,10 @@ class Gate(nn.Module):
     computed from the averages of all channels over the tile."""
 
     width: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x_ByxF: Array) -> Array:
+    def __call__(self, x_ByxF: Float[Array, "B y x F"]) -> Float[Array, "B y x F"]:
         # The squeezed axis r is small, and not sharded.
         squeezed = round(self.width / 4)
         down = Einsum(
@@ -75,10 +76,10 @@ class Block(nn.Module):
     """A ResNet block: silu(x + convolutions(x))."""
 
     width: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x_ByxE: Array) -> tuple[Array, None]:
+    def __call__(self, x_ByxE: Float[Array, "B y x E"]) -> tuple[Float[Array, "B y x E"], None]:
         shape = (self.width, self.width)
         hidden_axes = ("act_batch", None, None, "act_mlp")
         conv1 = Einsum(
@@ -128,7 +129,7 @@ class CAbstractor(Connector):
                 )
 
     @nn.compact
-    def encode(self, features: Float[Array, "N E"]) -> Float[Array, "tokens D"]:
+    def encode(self, features: Float[Array, "N E"]) -> Float[Array, "M D"]:
         """Returns `pooled_rows` x `pooled_columns` visual tokens for each tile, row after row."""
         c = self.config
         options = self.options
@@ -172,8 +173,8 @@ class CAbstractor(Connector):
         return tokens.reshape(-1, width)
 
 
-def _pooling(size: int, bins: int) -> np.ndarray:
-    """Returns the weights [bins, size] of adaptive average pooling, as PyTorch defines it.
+def _pooling(size: int, bins: int) -> Float[np.ndarray, "bins size"]:
+    """Returns the weights of adaptive average pooling, as PyTorch defines it.
 
     Bin i is the mean from floor(i size / bins) up to ceil((i + 1) size / bins), exclusive: bins
     overlap where `bins` does not divide `size`.

@@ -49,7 +49,7 @@ class HReducer(Connector):
             )
 
     @nn.compact
-    def encode(self, features: Float[Array, "N E"]) -> Float[Array, "tokens D"]:
+    def encode(self, features: Float[Array, "N E"]) -> Float[Array, "M D"]:
         """Returns a visual token for each `merged_columns` patches."""
         c = self.config
         merged = self.options.merged_columns

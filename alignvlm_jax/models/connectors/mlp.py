@@ -12,7 +12,7 @@ class MLP(Connector):
     vocabulary."""
 
     @nn.compact
-    def encode(self, features: Float[Array, "N E"]) -> Float[Array, "tokens D"]:
+    def encode(self, features: Float[Array, "N E"]) -> Float[Array, "M D"]:
         """Returns a visual token for each patch."""
         vision_width = self.config.vision.width
         width = self.config.llm.width

@@ -50,7 +50,7 @@ class Ovis(Connector):
         init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed"))
         self.table = self.param("table", init, (size, c.llm.width), jnp.float32)
 
-    def encode(self, features: Float[Array, "N E"]) -> Float[Array, "tokens D"]:
+    def encode(self, features: Float[Array, "N E"]) -> Float[Array, "M D"]:
         """Returns a visual token for each patch."""
         c = self.config
         size = self.options.visual_vocab_size

@@ -16,6 +16,7 @@ import dataclasses
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from alignvlm_jax.config import ConnectorConfig, VisionConfig
 from alignvlm_jax.models.connectors.base import Connector
@@ -30,10 +31,12 @@ class Attention(nn.Module):
     """Attention of the latents to patches and latents, which have norms of their own."""
 
     config: VisionConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, latents_BME: Array, patches_BPE: Array) -> Array:
+    def __call__(
+        self, latents_BME: Float[Array, "B M E"], patches_BPE: Float[Array, "B P E"]
+    ) -> Float[Array, "B M E"]:
         c = self.config
         latents_BME = LayerNorm(c.width, c.norm_eps, name="latents_norm")(latents_BME)
         patches_BPE = LayerNorm(c.width, c.norm_eps, name="patches_norm")(patches_BPE)
@@ -59,10 +62,10 @@ class MLP(nn.Module):
     """A norm and two linear layers with a squared ReLU between them."""
 
     config: VisionConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x_BME: Array) -> Array:
+    def __call__(self, x_BME: Float[Array, "B M E"]) -> Float[Array, "B M E"]:
         width = self.config.width
         hidden = MLP_FACTOR * self.config.width
         x_BME = LayerNorm(width, self.config.norm_eps, name="norm")(x_BME)
@@ -80,10 +83,12 @@ class Layer(nn.Module):
     """A layer of the resampler: latents + attention(latents, patches), then x + mlp(x)."""
 
     config: VisionConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, latents_BME: Array, patches_BPE: Array) -> tuple[Array, None]:
+    def __call__(
+        self, latents_BME: Float[Array, "B M E"], patches_BPE: Float[Array, "B P E"]
+    ) -> tuple[Float[Array, "B M E"], None]:
         latents_BME += Attention(self.config, self.dtype, name="attn")(latents_BME, patches_BPE)
         latents_BME += MLP(self.config, self.dtype, name="mlp")(latents_BME)
         return nn.with_logical_constraint(latents_BME, ("act_batch", "act_len", "act_embed")), None
@@ -105,7 +110,7 @@ class Perceiver(Connector):
         return options.num_latents
 
     @nn.compact
-    def encode(self, features: Float[Array, "N E"]) -> Float[Array, "tokens D"]:
+    def encode(self, features: Float[Array, "N E"]) -> Float[Array, "M D"]:
         """Returns `num_latents` visual tokens for each tile."""
         c = self.config
         vision = self.config.vision

@@ -1,0 +1,95 @@
+"""What a workdir holds so far, read for its report: configs, metrics, predictions, analyses, and
+the model itself."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from alignvlm_jax import config as config_lib
+from alignvlm_jax import storage
+from alignvlm_jax.analysis import base
+from alignvlm_jax.benchmarks import predictions
+from alignvlm_jax.benchmarks.predictions import Predictions
+from alignvlm_jax.config import Config, renamed
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.inference import loading
+from alignvlm_jax.inference.loading import Loaded
+from alignvlm_jax.train import metrics, workdir
+
+Results = Mapping[tuple[str, bool], Predictions]
+Lines = Sequence[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The content of a workdir.
+
+    Attributes:
+      folder: the workdir.
+      stages: the configs of its stages.
+      lines: the lines of its metrics.jsonl.
+      results: predictions by (split, whether pages are blank).
+      analyses: results of analyses by name.
+      loaded: the model, or None if none can be loaded.
+      problem: the reason why there is no model, else "".
+    """
+
+    folder: Path
+    stages: tuple[Config, ...]
+    lines: Lines
+    results: Results
+    analyses: Mapping[str, Mapping[str, Any]]
+    loaded: Loaded | None
+    problem: str
+
+
+def read(folder: Path, data_dir: str | None = None, with_model: bool = True) -> Run:
+    """Returns the content of a workdir.
+
+    Args:
+      folder: the workdir.
+      data_dir: the folder of the documents, if it is not the config's any more.
+      with_model: whether to load the model.
+
+    Raises:
+      UserError: the folder is no workdir, or a file in it is damaged.
+    """
+    config_file = folder / workdir.CONFIG_FILE
+    if not config_file.exists():
+        raise UserError(f"{folder} is no workdir: it has no {workdir.CONFIG_FILE}")
+    stages = config_lib.from_json(parse(config_file, config_file.read_text()))
+    loaded = None
+    problem = ""
+    # A report without a model still has metrics and predictions.
+    if with_model:
+        try:
+            loaded = loading.load(folder, loading.load_config(folder, data_dir))
+        except UserError as err:
+            problem = str(err)
+    lines = read_metrics(folder / metrics.FILE)
+    results = predictions.read_all(folder)
+    written = [path for path in storage.children(folder / base.FOLDER) if path.suffix == ".json"]
+    analyses = {path.stem: parse(path, path.read_text()) for path in written}
+    return Run(folder, stages, lines, results, analyses, loaded, problem)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the complete lines of a metrics.jsonl; none if there is no such file.
+
+    Old names of metrics are replaced by the present ones.
+    """
+    if not path.exists():
+        return []
+    # What follows the last newline is a line that is still being written.
+    lines = path.read_text().split("\n")[:-1]
+    return [renamed.names(parse(path, line), renamed.METRICS) for line in lines]
+
+
+def parse(path: Path, text: str) -> Any:
+    """Returns the JSON value of the text of the file `path`; raises UserError if it is not JSON."""
+    try:
+        return json.loads(text)
+    except ValueError as err:
+        raise UserError(f"{path} is damaged: it is not JSON ({err})") from err
