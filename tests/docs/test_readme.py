@@ -1,0 +1,138 @@
+"""The README's blocks, in its order, on small models and data in a folder of their own.
+
+What would take long is only checked for being right: training on documents by reading its config, a
+plan by its topology, launch scripts by --dry_run, make by its targets.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from alignvlm_jax import __main__ as program
+from alignvlm_jax.commands import config_flag
+from alignvlm_jax.plan import hardware
+from tests.commands.test_convert import convert_to, published  # noqa: F401
+from tests.ingest.formats.pdf import make_pdf
+
+ROOT = Path(__file__).parents[2]
+GUIDES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
+MAX_LINES = 200
+SMALL = {
+    "noise": ["--num_questions=2", "--sigmas=0,1"],
+    "inspect --config": ["--num_sequences=2"],
+}
+"""Flags that make a command short, by what it holds."""
+
+
+def blocks(path: str, kind: str) -> list[str]:
+    """Returns the code blocks of a document that are marked by `kind`."""
+    return re.findall(rf"^```{kind}\n(.*?)^```", (ROOT / path).read_text(), re.M | re.S)
+
+
+def commands(path: str) -> list[list[str]]:
+    """Returns the words of each command in the unmarked blocks of a document; what is printed there
+    begins with no command."""
+    text = "\n".join(blocks(path, "")).replace("\\\n", " ")
+    split = [shlex.split(line, comments=True) for line in text.splitlines() if "'" not in line]
+    return [words for words in split if words and re.match(r"make$|(\.venv/bin/)?python$|launch/", words[0])]
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= MAX_LINES
+
+
+@pytest.mark.parametrize("path", GUIDES)
+def test_links_lead_somewhere(path):
+    text = (ROOT / path).read_text()
+    for target in re.findall(r'\]\((?!http)([^)]+)\)|src="([^"]+)"', text):
+        file, _, heading = max(target).partition("#")
+        found = (ROOT / path).parent / file if file else ROOT / path
+        assert found.exists(), target
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", found.read_text(), re.M)
+            slugs = {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in headings}
+            assert heading in slugs, target
+
+
+@pytest.mark.parametrize("path", GUIDES)
+def test_commands_and_configs_exist(path):
+    """Flags of configs are read, so that a field that was renamed is noticed."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for words in commands(path):
+        if words[0] == "make":
+            assert words[1] in targets, words
+        elif words[0].startswith("launch/"):
+            assert (ROOT / words[0]).exists(), words
+        elif words[1:3] == ["-m", "alignvlm_jax"]:
+            assert words[3] in program.COMMANDS, words
+            configs = [word for word in words if word.startswith("--config=configs/")]
+            if configs and not re.search(r"smollm2|documents|weights", configs[0]):
+                fields = [word for word in words if word.startswith("--config")]
+                assert config_flag.parse(fields)[0], words
+
+
+@pytest.fixture
+def folder(tmp_path, trained_workdir, published, data_dir, monkeypatch) -> Path:  # noqa: F811
+    """A checkout after `make demo` and `make weights`, with documents of one's own."""
+    for name in ("alignvlm_jax", "configs", "docs", "launch", "Makefile"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copytree(trained_workdir, tmp_path / "runs" / "demo")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "demo").symlink_to(data_dir)
+    (tmp_path / "weights").mkdir()
+    convert_to(tmp_path / "weights" / "smollm2", published)
+    (tmp_path / "FOLDER").mkdir()
+    page = make_pdf.pdf([make_pdf.text(20, 100, "Total 12.50")])
+    for name in ("FILE", "a", "b"):
+        (tmp_path / "FOLDER" / f"{name}.pdf").write_bytes(page)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_block_runs_after_those_before_it(folder):
+    for words in commands("README.md"):
+        said = shlex.join(words)
+        if words[0].startswith("launch/"):
+            end = words.index("--") if "--" in words else len(words)
+            dry = [*words[:end], "--dry_run", *words[end:]]
+            subprocess.run(dry, check=True, capture_output=True, cwd=ROOT)
+        elif words[0] == "python" and words[3] == "train" and "debug" not in said:
+            assert config_flag.parse([word for word in words if word.startswith("--config")])[0]
+            # What it would have left.
+            shutil.copytree(folder / "weights" / "smollm2", folder / "runs" / "mine")
+        elif words[0] == "python" and words[3] == "plan":
+            topology = next(word for word in words if word.startswith("--topology="))
+            assert hardware.parse_topology(topology.partition("=")[2]).num_chips == 64
+        elif words[0] == "python":
+            extra = [flag for part, flags in SMALL.items() if part in said for flag in flags]
+            argv = [word.replace("--page=3", "--page=1") for word in words[3:]]
+            assert program.main([*argv, *extra]) == 0, said
+    assert (folder / "runs" / "lens.html").exists() and (folder / "data/mine/rows.html").exists()
+
+
+def test_the_notebook_runs(folder):
+    [block] = blocks("README.md", "python")
+    # The small model's page has 16 patches.
+    names = {}
+    exec(block.replace("17", "7"), names)
+    assert len(names["look"].top(7)) and (folder / "runs" / "lens.png").exists()
+
+
+def test_the_schema_of_own_questions_is_read(folder):
+    [block] = blocks("README.md", "json")
+    own = folder / "own"
+    own.mkdir()
+    (own / "own.jsonl").write_text(block)
+    for line in block.splitlines():
+        Image.new("RGB", (120, 60), "white").save(own / json.loads(line)["images"][0])
+    tokenizer = "--tokenizer=weights/smollm2/tokenizer"
+    assert program.main(["prepare", f"--source={own}", "--out=data/own", tokenizer]) == 0
+    assert json.loads(Path("data/own/prepare.json").read_text())["format"] == "jsonl"
+    assert not os.path.getsize("data/own/rejected.jsonl")
