@@ -28,7 +28,11 @@ def by_source(config: Config, opened: StageData | None = None) -> dict[str, Trai
     folders = {name: source.dir for name, source in data.sources.items()} or {"": data.dir}
     held = {name: folder for name, folder in folders.items() if shard_names(folder, split)}
     if not held:
-        raise UserError(f"there are no shards of split {split!r} in {', '.join(folders.values())}")
+        raise UserError(
+            f"there are no shards of split {split!r} in {', '.join(folders.values())}; prepare it "
+            "again with --holdout=0.1 (--holdout_by=page for a single PDF), or measure on what is "
+            f"trained: --config.data.validation_split={data.split}"
+        )
     opened = opened or StageData.open(config.data, config.model)
     useful: dict[str, TrainSequences] = {}
     problem: UserError | None = None

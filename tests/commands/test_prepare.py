@@ -124,7 +124,7 @@ def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path):
 
 @pytest.mark.parametrize(
     "flag",
-    ["--num_train=0", "--seed=-1", "--noise=nan", "--num_eval=x", "--format=slides", "--nosuch=1"],
+    ["--num_train=0", "--seed=-1", "--noise=nan", "--num_eval=x", "--nosuch=1"],
 )
 def test_wrong_usage_exits_with_status_2(flag):
     with pytest.raises(SystemExit) as stopped:
@@ -177,7 +177,6 @@ def test_a_tokenizer_is_needed(source, capsys):
         ["--format=jsonl", "--source=x", "--image_column=a"],
         ["--format=parquet", "--source=x", "--holdout=1.5"],
         ["--format=webdataset", "--source=x", "--holdout=nan"],
-        ["--source=x"],
         ["--recount", "--source=x"],
     ],
 )
