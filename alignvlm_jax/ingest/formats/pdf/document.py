@@ -51,8 +51,7 @@ class Pdf:
     """The format of a PDF file, or of a folder of them."""
 
     about: ClassVar[str] = (
-        "PDF files with a text layer: page images, their words with boxes, and questions about "
-        "ruled tables"
+        "PDF files with a text layer: pages, words with boxes, questions about ruled tables"
     )
     schema: ClassVar[str] = """\
 A PDF file, or a folder of them (*.pdf, in subfolders too). Each page becomes a record:
