@@ -4,6 +4,9 @@
     answer  the vision encoder is frozen; the model transcribes pages and answers questions about
             their tables
 
+It takes data with words, with questions, or with both: a page whose words are not known is asked
+its questions in both stages, and one without questions is transcribed.
+
 A page has an overview and six tiles of 224 pixels: 1,792 visual tokens, beside 740 of its text on
 average. The sequence lengths were chosen for Debian's manual: a packed sequence has two or three
 pages in the first stage and four or five in the second, with a packing efficiency of 97 % and 99 %.
@@ -27,6 +30,9 @@ def get_config(folder: str = "weights/smollm2") -> ml_collections.ConfigDict:
     config.data.record_tiles = 7
     config.data.max_tiles = 21
     config.data.seq_len = 7_424
+    # A record is asked a task that it has text for: next to no weight leaves `answer` to those
+    # without words.
+    config.stages.align.data.tasks = {"transcribe": 1.0, "answer": 1e-6}
     config.stages.answer.data = {
         "tasks": {"answer_and_transcribe": 1.0},
         "max_tiles": 35,

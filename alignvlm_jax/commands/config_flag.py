@@ -9,6 +9,7 @@ from ml_collections import config_dict, config_flags
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.config import Config, renamed
+from alignvlm_jax.data import examples
 from alignvlm_jax.errors import UserError, nearest
 
 HELP = (
@@ -16,6 +17,7 @@ HELP = (
     "field of all stages that do not set it, --config.stages.NAME.a.b=VALUE of one stage"
 )
 CONNECTOR = ["model", "connector"]
+TASKS = ["data", "tasks"]
 
 
 def parse(argv: list[str]) -> tuple[tuple[Config, ...] | None, list[str]]:
@@ -106,10 +108,12 @@ def _prepare_field(config: ml_collections.ConfigDict, path: str) -> None:
         _stage_field(config, path, names)
         return
     value = _lookup(config, names, path)
-    # An option of the connector, which `_lookup` found among those of all connectors.
+    # A task that has no weight yet; or an option of the connector, which `_lookup` found.
     if not _has(config, names):
-        config.model.connector[names[-1]] = value
-    setting = [stage for stage, changes in config.stages.items() if _has(changes, names)]
+        (config.data.tasks if names[:-1] == TASKS else config.model.connector)[names[-1]] = value
+    # A stage that names tasks has these alone.
+    decides = TASKS if names[:-1] == TASKS else names
+    setting = [stage for stage, changes in config.stages.items() if _has(changes, decides)]
     if setting and len(setting) == len(config.stages):
         raise UserError(
             f"config.{path} changes nothing, since every stage sets it: name one, as "
@@ -143,6 +147,11 @@ def _lookup(config: ml_collections.ConfigDict, names: list[str], path: str) -> A
     """Returns the value of a field of all stages; raises UserError if its path is unknown."""
     if names[:-1] == CONNECTOR and not _has(config, names) and _has(config, [*CONNECTOR, "name"]):
         return _option(config.model, names[2], path)
+    if names[:-1] == TASKS:
+        if names[-1] not in examples.TASKS:
+            near = nearest(names[-1], examples.TASKS)
+            raise UserError(f"unknown config field config.{path}{near}")
+        return config.data.tasks.get(names[-1], 0.0)
     value: Any = config
     for name in names:
         known = value.keys() if isinstance(value, ml_collections.ConfigDict) else ()

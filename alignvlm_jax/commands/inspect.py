@@ -5,6 +5,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -15,14 +16,14 @@ from alignvlm_jax.analysis import base
 from alignvlm_jax.analysis.base import Analysis
 from alignvlm_jax.commands import config_flag
 from alignvlm_jax.config import Config, DataConfig, LLMConfig, ModelConfig, TrainConfig
-from alignvlm_jax.data import images, tokenizers
+from alignvlm_jax.data import filesystem, images, index, shards, stage_data, tokenizers
 from alignvlm_jax.data.loader import TrainSequences
 from alignvlm_jax.errors import UsageError, UserError, nearest
 from alignvlm_jax.flag_types import positive
 from alignvlm_jax.inference import loading, patch_tokens
 from alignvlm_jax.inference.assistant import Assistant
 from alignvlm_jax.inference.loading import Loaded
-from alignvlm_jax.ingest import statistics
+from alignvlm_jax.ingest import job, statistics
 from alignvlm_jax.ingest.statistics import Statistics
 from alignvlm_jax.parallel import compile_cache, distributed
 from alignvlm_jax.pictures import patch_map
@@ -72,6 +73,7 @@ def main(argv: list[str]) -> None:
         config = dataclasses.replace(
             config, data=dataclasses.replace(config.data, dir=args.data, sources={})
         )
+    _count(config.data)
     all_sequences = TrainSequences(config, args.split)
     packing_efficiency = (
         _packing_efficiency(all_sequences) if config.data.packing == "offline" else None
@@ -202,6 +204,16 @@ def _lens(args: argparse.Namespace) -> None:
     lens = Assistant(loading.load(args.checkpoint, config), warn=logs.say).lens(page)
     print(lens, file=sys.stderr)
     print(f"Written: {lens.save(out, f'What the patches of {args.image.name} say')}")
+
+
+def _count(data: DataConfig) -> None:
+    """Counts the tokens of folders that were never counted, as those of drawn documents."""
+    for folder in data.folders:
+        if filesystem.is_remote(folder) or index.is_counted(folder):
+            continue
+        if shards.shard_paths(Path(folder), data.split):
+            print(f"{folder} has no index, which numbers need: it is made now, once")
+            job.recount(Path(folder), str(stage_data.tokenizer_path(data)))
 
 
 def _packing_efficiency(all_sequences: TrainSequences) -> float:

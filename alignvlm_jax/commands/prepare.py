@@ -2,17 +2,27 @@
 
 import argparse
 import dataclasses
+import json
+import os
 import re
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from alignvlm_jax.errors import UsageError, UserError
+from alignvlm_jax import config as config_lib
+from alignvlm_jax.data import tokenizers
+from alignvlm_jax.errors import UsageError, UserError, nearest
 from alignvlm_jax.flag_types import positive
 from alignvlm_jax.ingest import job
-from alignvlm_jax.ingest.formats import REGISTRY
+from alignvlm_jax.ingest.formats import REGISTRY, survey
 from alignvlm_jax.storage import faults
 
+DOCUMENTS = "documents"
+"""The format of documents that are drawn and have no source."""
+CONFIG = "configs/documents.py"
+"""The config whose stages take words, questions, or both."""
+DEFAULT_CHECKPOINT = "weights/smollm2"
 TOKENIZER_HINT = (
     "`make weights` gives weights/smollm2/tokenizer; the demonstration's is "
     "data/demo/tokenizer.model"
@@ -32,7 +42,7 @@ def main(argv: list[str]) -> None:
     try:
         if args.recount:
             _recount(args)
-        elif args.format == "documents":
+        elif args.format == DOCUMENTS:
             _prepare_documents(args, started)
         else:
             _prepare_source(args, beam_flags, started)
@@ -53,36 +63,91 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     """Returns the parsed flags, which depend on --format; those of other formats are refused."""
-    # A first parser reads only --format and --recount, from which the real one follows.
-    # Without --help, which the real parser has to answer.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chosen = _peek(argv)
+    name = chosen.format or ("" if chosen.source else DOCUMENTS)
     parser = argparse.ArgumentParser(
         prog="python -m alignvlm_jax prepare",
-        description=f"{__doc__} Flags depend on --format; `--format=NAME --help` shows them.",
+        description=_description(chosen.format),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    for one in (first, parser):
-        one.add_argument(
-            "--format", default="documents", choices=["documents", *REGISTRY], help="kind of data"
-        )
-        one.add_argument(
-            "--recount",
-            action="store_true",
-            help="only count the tokens of --out anew, by --tokenizer",
-        )
-    chosen, _ = first.parse_known_args(argv)
-    parser.add_argument("--out", default="data/demo", help="folder to write")
+    parser.add_argument(
+        "--format",
+        default=name,
+        choices=[DOCUMENTS, *REGISTRY],
+        help="kind of data; without it --source is looked through",
+    )
+    parser.add_argument(
+        "--recount", action="store_true", help="only count the tokens of --out anew, by --tokenizer"
+    )
+    # Of a source there is no default: it would take the place of the demonstration's data.
+    parser.add_argument(
+        "--out",
+        default="data/demo" if name == DOCUMENTS or chosen.recount else "",
+        help="folder to write",
+    )
     if chosen.recount:
         parser.add_argument("--tokenizer", help="file, or folder that holds it")
         return parser.parse_args(argv)
     parser.add_argument(
         "--num_workers", type=positive, default=2, help="processes; changes no byte of the data"
     )
-    if chosen.format == "documents":
+    if name == DOCUMENTS:
         _add_document_flags(parser)
-    else:
-        _add_source_flags(parser, chosen.format)
+        return parser.parse_args(argv)
+    if not name:
+        found = survey.survey(chosen.source, chosen.out)
+        print(found)
+        name = found.format(chosen.out or _own_folder(chosen.source))
+        print(f"--format={name}: {REGISTRY[name].about}")
+        parser.set_defaults(format=name)
+    _add_source_flags(parser, name)
+    # Of a single PDF nothing else could be held out.
+    if not chosen.format and name == "pdf" and found.by_format["pdf"] == 1:
+        print("--holdout_by=page: pages of a single PDF are held out")
+        parser.set_defaults(holdout_by="page")
     return parser.parse_args(argv)
+
+
+def _peek(argv: list[str]) -> argparse.Namespace:
+    """Returns the flags on which it depends what other flags there are."""
+    # Without --help, which the real parser has to answer, and without an opinion about values.
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recount", action="store_true")
+    for flag in ("--format", "--source", "--out"):
+        parser.add_argument(flag, nargs="?", default="")
+    chosen, rest = parser.parse_known_args(argv)
+    # A flag without its value is left to the real parser, whose message is better.
+    chosen.format = chosen.format or ""
+    if chosen.format not in ("", DOCUMENTS, *REGISTRY):
+        raise UsageError(
+            f"--format is {chosen.format!r}{nearest(chosen.format, [DOCUMENTS, *REGISTRY])}"
+        )
+    # The list of all formats is shown before any source is read.
+    if {"-h", "--help"} & {*rest}:
+        chosen.source = ""
+    return chosen
+
+
+def _description(name: str) -> str:
+    """Returns what --help shows before the flags: of a format its schema, else all formats."""
+    if name in REGISTRY:
+        return f"--format={name}: {REGISTRY[name].about}\n\n{REGISTRY[name].schema}"
+    lines = [f"  {name:15}{kind.about}" for name, kind in REGISTRY.items()]
+    return "\n".join(
+        [
+            __doc__,
+            "",
+            "Formats of a --source; without --format it is looked through, and what reads it is "
+            "taken:",
+            *lines,
+            f"  {DOCUMENTS:15}draws the demonstration's, without a source",
+            "",
+            "Flags depend on the format: `prepare --format=NAME --help` shows them, the schema of "
+            "its files",
+            "and an example of a record.",
+        ]
+    )
 
 
 def _add_document_flags(parser: argparse.ArgumentParser) -> None:
@@ -176,10 +241,11 @@ def _prepare_documents(args: argparse.Namespace, started: float) -> None:
 
 def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: float) -> None:
     """Prepares a source, on processes of this machine or under Apache Beam."""
+    _check_needed(args)
     kind = REGISTRY[args.format]
     options = {field.name: getattr(args, field.name) for field in dataclasses.fields(kind)}
     request = job.Request(
-        args.format, kind(**options), args.source, _tokenizer(args), args.holdout, args.split
+        args.format, kind(**options), args.source, args.tokenizer, args.holdout, args.split
     )
     if args.beam_runner:
         # Imported here: it takes seconds, and most machines do not have Apache Beam.
@@ -188,22 +254,85 @@ def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: fl
         run = beam.on_runner(args.beam_runner, beam_flags)
     else:
         run = job.on_processes(args.num_workers)
+    found = survey.survey(args.source, args.out)
+    for line in filter(None, (found.about_images(args.format), found.about_files(args.format))):
+        print(line)
     is_new = job.prepare(request, Path(args.out), run)
     print(job.summary(Path(args.out), request.splits))
     if is_new:
         print(f"{args.out}: {time.monotonic() - started:.0f} s")
     else:
         print(f"{args.out} is ready: prepared with these arguments before")
+    if not args.split:
+        print(_next(args.out, request.tokenizer))
+
+
+def _check_needed(args: argparse.Namespace) -> None:
+    """Raises UsageError with a command that has what is missing of --out and --tokenizer."""
+    flags = {"--out=FOLDER": args.out, "--tokenizer=FILE_OR_FOLDER": args.tokenizer}
+    needed = [flag for flag, value in flags.items() if not value]
+    if not needed:
+        return
+    raise UsageError(
+        f"{' and '.join(needed)} {'are' if len(needed) > 1 else 'is'} needed; {TOKENIZER_HINT}. "
+        f"As: {_command('prepare')} --format={args.format} --source={survey.quoted(args.source)} "
+        f"--out={survey.quoted(args.out or _own_folder(args.source))} "
+        f"--tokenizer={survey.quoted(args.tokenizer or DEFAULT_CHECKPOINT + '/tokenizer')}"
+    )
+
+
+def _own_folder(source: str) -> str:
+    """Returns a folder for what is made of a source, for messages."""
+    return f"data/{Path(source).stem or 'mine'}"
+
+
+def _next(out: str, tokenizer: str) -> str:
+    """Returns the commands that follow, with a config that fits the data and their tokenizer."""
+    folder = _checkpoint(tokenizer)
+    # The config's own default needs no naming.
+    config = CONFIG if folder == DEFAULT_CHECKPOINT else f"{CONFIG}:{folder or 'FOLDER'}"
+    lines = [
+        "Next:",
+        f"  {_command('inspect')} --config={survey.quoted(config)} --data={survey.quoted(out)}",
+        f"  {_command('train')} --config={survey.quoted(config)} "
+        f"--workdir={survey.quoted(f'runs/{Path(out).name}')} "
+        f"--config.data.dir={survey.quoted(out)}",
+    ]
+    if not folder:
+        lines.append(f"FOLDER: a checkpoint, or what `convert` wrote, with tokenizer {tokenizer}")
+    return "\n".join(lines)
+
+
+def _command(name: str) -> str:
+    """Returns how a command is called here."""
+    python = os.path.relpath(sys.executable)
+    return f"{'python' if python.startswith('..') else python} -m alignvlm_jax {name}"
+
+
+def _checkpoint(tokenizer: str) -> str:
+    """Returns the folder of a checkpoint whose tokenizer this is, to train from; "" for none."""
+    wanted = tokenizers.load(tokenizer).fingerprint
+    path = Path(tokenizer)
+    near = [DEFAULT_CHECKPOINT, *map(str, (path, *path.parents)[:3])]
+    others = [str(one.parent) for one in sorted(Path().glob("runs/*/config.json"))]
+    others += [str(one.parent) for one in sorted(Path().glob("weights/*/config.json"))]
+    for folder in dict.fromkeys([*near, *others]):
+        try:
+            [*_, last] = config_lib.current_form(
+                json.loads(Path(folder, "config.json").read_text())
+            )
+            data = last["data"]
+            if tokenizers.load(data["tokenizer"] or data["dir"]).fingerprint == wanted:
+                return folder
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, UserError):
+            continue  # it is no checkpoint of ours, or its tokenizer is gone
+    return ""
 
 
 def _recount(args: argparse.Namespace) -> None:
     """Counts the tokens of a prepared folder anew."""
-    counts = job.recount(Path(args.out), _tokenizer(args))
-    sizes = ", ".join(f"{split} {count:,}" for split, count in counts.items())
-    print(f"{args.out}: counted {sizes} records")
-
-
-def _tokenizer(args: argparse.Namespace) -> str:
     if not args.tokenizer:
         raise UsageError(f"--tokenizer=FILE_OR_FOLDER is needed; {TOKENIZER_HINT}")
-    return args.tokenizer
+    counts = job.recount(Path(args.out), args.tokenizer)
+    sizes = ", ".join(f"{split} {count:,}" for split, count in counts.items())
+    print(f"{args.out}: counted {sizes} records")

@@ -80,9 +80,8 @@ def list_files(source: str, suffixes: tuple[str, ...]) -> list[str]:
     names = [prefix + item.path for item in found if item.type == fs.FileType.File]
     wanted = sorted(name for name in names if name.lower().endswith(suffixes))
     if not wanted:
-        raise UserError(
-            f"{source} holds no file that ends in {' or '.join(suffixes)} ({len(names)} others)"
-        )
+        ending = f" that ends in {' or '.join(suffixes)}" if any(suffixes) else ""
+        raise UserError(f"{source} holds no file{ending} ({len(names) or 'no'} others)")
     return wanted
 
 

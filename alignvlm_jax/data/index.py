@@ -21,7 +21,7 @@ from alignvlm_jax.data.tokenizers import base
 from alignvlm_jax.data.tokenizers.base import Tokenizer
 from alignvlm_jax.errors import TryAgainError, UserError
 
-RECOUNT = "`python -m alignvlm_jax prepare --recount --out={} --tokenizer=FOLDER`"
+RECOUNT = "`python -m alignvlm_jax prepare --recount --out={} --tokenizer={}`"
 MANY = 64
 FEW = 4
 """Numbers of shards whose own indexes are slow to open, on a disk (MANY) or in a bucket (FEW)."""
@@ -278,11 +278,26 @@ def select(index: Index, records: np.ndarray) -> Index:
     )
 
 
-def recount(directory: str | Path) -> str:
-    """Returns the advice for a user whose index does not fit: how to count anew."""
+def recount(directory: str | Path, tokenizer: str | os.PathLike = "") -> str:
+    """Returns the advice for a user whose index does not fit: how to count anew.
+
+    Args:
+      directory: the folder of the data.
+      tokenizer: by what to count; "" for the one in the folder, where it has one.
+    """
     if filesystem.is_remote(directory):
-        return f"call {RECOUNT.format('FOLDER')} where {directory} was written, and upload it again"
-    return f"call {RECOUNT.format(directory)}"
+        again = RECOUNT.format("FOLDER", "FOLDER")
+        return f"call {again} where {directory} was written, and upload it again"
+    own = any((Path(directory) / name).exists() for name in tokenizers.NAMES)
+    return f"call {RECOUNT.format(directory, tokenizer or (directory if own else 'FOLDER'))}"
+
+
+def is_counted(directory: str | os.PathLike) -> bool:
+    """Whether a folder has an index of any split; drawn documents have none."""
+    return any(
+        name.startswith("index-") or name.endswith(".index.npz")
+        for name in filesystem.listing(directory)
+    )
 
 
 def fingerprint_of(tokenizer: Tokenizer) -> str:

@@ -69,8 +69,7 @@ def load(
         if loaded.tokenizer != ours:
             raise UserError(
                 f"{folder} was counted by another tokenizer or chat format than "
-                f"{opened.tokenizer_path}; "
-                f"{index.recount(folder)}"
+                f"{opened.tokenizer_path}; {index.recount(folder, opened.tokenizer_path)}"
             )
         if len(loaded) != size:
             raise UserError(

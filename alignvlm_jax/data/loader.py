@@ -14,6 +14,7 @@ import numpy as np
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import examples, lengths, mixture, read_ahead, sampler
 from alignvlm_jax.data.examples import ExampleBuilder, PackedSequence, Segment
+from alignvlm_jax.data.mixture import NothingToDraw
 from alignvlm_jax.data.record import Batch, Record
 from alignvlm_jax.data.sampler import Schedule
 from alignvlm_jax.data.stage_data import StageData
@@ -50,6 +51,9 @@ class TrainSequences:
                     f"unknown task {task!r} in config.data.tasks{nearest(task, examples.TASKS)}"
                 )
         self.builder = ExampleBuilder.of(config, opened.tokenizer)
+        self._stage = config.stage
+        self._split = split
+        self._opened = opened
         self._sources = [opened.records(folder, split) for folder in data.folders]
         self._num_sequences = config.train.num_steps * config.train.batch_size
         sizes = [len(source) for source in self._sources]
@@ -62,7 +66,10 @@ class TrainSequences:
             known = lengths.load(opened, data.folders, split, tasks, sizes, limits)
         # With the stage and the split: stages of one seed see their records in orders of their own.
         seed = [config.seed, zlib.crc32(f"{config.stage}/{split}".encode())]
-        self.schedule: Schedule = sampler.make(data, sizes, known, seed, self._num_sequences)
+        try:
+            self.schedule: Schedule = sampler.make(data, sizes, known, seed, self._num_sequences)
+        except NothingToDraw as err:
+            raise NothingToDraw(f"{err}{self.remedy()}") from err
         self.problem: str | None = None
         self.is_remote = any(source.is_remote for source in self._sources)
 
@@ -86,6 +93,38 @@ class TrainSequences:
             else:
                 segments.append((record.id, segment))
         return segments
+
+    def lacks_text(self) -> bool:
+        """Whether an index says that no record has text for any of the tasks."""
+        counts = self._records_with_text()
+        return bool(counts) and not any(counts[task] for task in self._tasks())
+
+    def remedy(self) -> str:
+        """Returns what to type where records lack text for a task but not for all others."""
+        counts = self._records_with_text()
+        missing = [task for task in self._tasks() if not counts.get(task)]
+        others = [task for task in ("transcribe", "answer") if counts.get(task)]
+        if not missing or not others:
+            return ""
+        stage = "" if self._stage == "train" else f"stages.{self._stage}."
+        flags = [f"{others[0]}=1", *(f"{task}=0" for task in missing)]
+        typed = " ".join(f"--config.{stage}data.tasks.{flag}" for flag in flags)
+        return f"; {counts[others[0]]:,} have it for {others[0]}: {typed}"
+
+    def _tasks(self) -> list[str]:
+        return [task for task, weight in self.builder.data.tasks.items() if weight]
+
+    def _records_with_text(self) -> dict[str, int]:
+        """Returns by task how many records have text for it; nothing where there is no index."""
+        folders = self.builder.data.folders
+        try:
+            indexes = [self._opened.index(folder, self._split) for folder in folders]
+        except UserError:
+            return {}
+        return {
+            task: sum(np.count_nonzero(one.text_tokens[task]) for one in indexes)
+            for task in examples.TASKS
+        }
 
     def prefetch(self, index: int) -> int:
         """Begins to read the records of a sequence from a bucket; returns how many there are."""

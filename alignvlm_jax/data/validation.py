@@ -28,7 +28,11 @@ def by_source(config: Config, opened: StageData | None = None) -> dict[str, Trai
     folders = {name: source.dir for name, source in data.sources.items()} or {"": data.dir}
     held = {name: folder for name, folder in folders.items() if shard_names(folder, split)}
     if not held:
-        raise UserError(f"there are no shards of split {split!r} in {', '.join(folders.values())}")
+        raise UserError(
+            f"there are no shards of split {split!r} in {', '.join(folders.values())}; prepare it "
+            "again with --holdout=0.1 (--holdout_by=page for a single PDF), or measure on what is "
+            f"trained: --config.data.validation_split={data.split}"
+        )
     opened = opened or StageData.open(config.data, config.model)
     useful: dict[str, TrainSequences] = {}
     problem: UserError | None = None
@@ -82,7 +86,12 @@ class ValidationBatches:
         # Of a whole split, mostly one sequence is read: `any` stops at the first that is of use.
         here = LocalSequences(self._sequences, self._starts, self._local_rows)
         is_useful = any(here[i]["loss_weights"].any() for i in range(len(here)))
-        problems = gather(None if is_useful else self._sequences.problem)
+        problem = None if is_useful else self._sequences.problem
+        data = self._sequences.builder.data
+        if not (is_useful or problem) and self._sequences.lacks_text():
+            tasks = ", ".join(data.tasks)
+            problem = f"no record has text for config.data.tasks {tasks}{self._sequences.remedy()}"
+        problems = gather(problem)
         if all(problems):
-            split = self._sequences.builder.data.validation_split
+            split = data.validation_split
             raise UserError(f"nothing to validate on in split {split!r}: {problems[0]}")

@@ -1,7 +1,8 @@
 """The last step of `prepare`: turns the parts of all units into the numbered shards of a data set.
 
 Records whose id repeats are dropped, small parts are joined, and the shards of every split are
-numbered in the order of the source.
+numbered in the order of the source. Of a source so small that no document fell into validation, one
+is held out all the same.
 """
 
 import collections
@@ -9,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,7 +19,7 @@ from alignvlm_jax.data import shards as shards_lib
 from alignvlm_jax.data.shards import ShardWriter
 from alignvlm_jax.ingest import staging
 from alignvlm_jax.ingest.formats.base import Unit
-from alignvlm_jax.ingest.writer import UnitOutput, read_lines, write_lines
+from alignvlm_jax.ingest.writer import SPLITS, UnitOutput, read_lines, write_lines
 
 MIN_SHARD_RECORDS = 1000
 """Smallest number of records of a shard (but for the last one of a split).
@@ -29,8 +31,26 @@ Dropped = dict[int, dict[int, str]]
 """The reason why a record is dropped, by number of its part and by line of the part's `ids`."""
 
 
+class Move(NamedTuple):
+    """A document that goes to another split than the one it was written to, which has no other.
+
+    Attributes:
+      document: its `writer.document_hash`.
+      source: the split of the parts' shards that it is in.
+      target: the split that it goes to.
+    """
+
+    document: int
+    source: str
+    target: str
+
+
 def finish(
-    outputs: Sequence[UnitOutput], units: Sequence[Unit], splits: Sequence[str], folder: Path
+    outputs: Sequence[UnitOutput],
+    units: Sequence[Unit],
+    splits: Sequence[str],
+    folder: Path,
+    holdout: float,
 ) -> list[str]:
     """Writes the shards and the index of every split and `rejected.jsonl`, out of all parts.
 
@@ -42,6 +62,7 @@ def finish(
       units: the units of the source, in its order.
       splits: names of the splits to write.
       folder: where the files are written.
+      holdout: fraction of documents for validation; between 0 and 1 each split gets at least one.
 
     Returns:
       The names of the files in `folder`.
@@ -49,9 +70,15 @@ def finish(
     dropped = _duplicates(outputs, units)
     names = [staging.REJECTED]
     write_lines(folder / staging.REJECTED, _rejected(outputs, units, dropped))
-    for split in splits:
+    move = _move(outputs, dropped, holdout) if tuple(splits) == SPLITS else None
+    # The moved document first: its records are copied out of parts that the other split then uses
+    # up.
+    for split in sorted(splits, key=lambda split: move is None or split != move.target):
+        is_copied = move is not None and split == move.target
+        source = move.source if is_copied else split
         kept = {
-            number: _kept(output, split, dropped[number]) for number, output in enumerate(outputs)
+            number: _kept(output, split, dropped[number], move)
+            for number, output in enumerate(outputs)
         }
         # A shard's name holds the number of shards, so the groups of the whole split are needed
         # before the first one is written.
@@ -60,7 +87,7 @@ def finish(
             path = folder / shards_lib.shard_name(split, shard, len(groups))
             # A shard that an interrupted call has made stays: its parts are gone by now.
             if not path.exists():
-                _join({outputs[number]: kept[number] for number in group}, split, path)
+                _join({outputs[number]: kept[number] for number in group}, source, path, is_copied)
             names.append(path.name)
         if groups:
             names += index.merge(folder, split)
@@ -75,7 +102,7 @@ def _duplicates(outputs: Sequence[UnitOutput], units: Sequence[Unit]) -> Dropped
     """
     # One uint64 array for each part, in the order of its lines.
     hashes = [
-        np.fromiter((_hash(name) for name, _ in read_lines(output.ids)), np.uint64)
+        np.fromiter((_hash(name) for name, *_ in read_lines(output.ids)), np.uint64)
         for output in outputs
     ]
     # An empty array in front: np.concatenate refuses an empty list.
@@ -87,7 +114,7 @@ def _duplicates(outputs: Sequence[UnitOutput], units: Sequence[Unit]) -> Dropped
     dropped: Dropped = collections.defaultdict(dict)
     for number in np.flatnonzero([np.isin(of_part, repeated).any() for of_part in hashes]):
         suspect = np.isin(hashes[number], repeated)
-        for line, (name, _) in enumerate(read_lines(outputs[number].ids)):
+        for line, (name, *_) in enumerate(read_lines(outputs[number].ids)):
             # Equal hashes are no proof: the ids themselves decide, so that a collision drops no
             # good record.
             if suspect[line]:
@@ -105,17 +132,48 @@ def _rejected(
         for name, reason in read_lines(output.rejected):
             yield {"source": unit.path, "id": name, "reason": reason}
         if number in dropped:
-            names = [name for name, _ in read_lines(output.ids)]
+            names = [name for name, *_ in read_lines(output.ids)]
             for line, reason in dropped[number].items():
                 yield {"source": unit.path, "id": names[line], "reason": reason}
 
 
-def _kept(output: UnitOutput, split: str, dropped: dict[int, str]) -> list[bool]:
-    """Returns whether each record of a part's shard of `split` is kept; empty if none is."""
+def _move(outputs: Sequence[UnitOutput], dropped: Dropped, holdout: float) -> Move | None:
+    """Returns the document that has to change its split, so that neither split is empty.
+
+    It is the one that the next larger, or smaller, `holdout` would move, whatever the order of the
+    parts. None where both splits have records, where `holdout` empties one on purpose, or where
+    there are not two documents.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for number, output in enumerate(outputs):
+        for line, (_, split, *place) in enumerate(read_lines(output.ids)):
+            # A part that an earlier version began does not say of what document its records are.
+            if not place:
+                return None
+            if line not in dropped[number]:
+                lowest, highest = found.get(split, (place[0], place[0]))
+                found[split] = min(lowest, place[0]), max(highest, place[0])
+    if len(found) != 1 or not 0 < holdout < 1:
+        return None
+    [(source, (lowest, highest))] = found.items()
+    [target] = set(SPLITS) - {source}
+    document = lowest if target == "validation" else highest
+    return None if lowest == highest else Move(document, source, target)
+
+
+def _kept(output: UnitOutput, split: str, dropped: dict[int, str], move: Move | None) -> list[bool]:
+    """Returns whether each record of a part's shard is kept in `split`; empty if none is.
+
+    The shard is that of `split`, or for the target of a move that of its source.
+    """
+    is_target = move is not None and split == move.target
+    source = move.source if is_target else split
     # A part has one `ids` file but a shard for each split: dropped lines count in the file, the
     # result counts in the shard.
     lines = [
-        line not in dropped for line, (_, of) in enumerate(read_lines(output.ids)) if of == split
+        line not in dropped and (move is None or (place == [move.document]) == is_target)
+        for line, (_, of, *place) in enumerate(read_lines(output.ids))
+        if of == source
     ]
     return lines if any(lines) else []
 
@@ -139,11 +197,11 @@ def _groups(sizes: dict[int, int]) -> list[list[int]]:
     return groups
 
 
-def _join(kept: dict[UnitOutput, list[bool]], split: str, path: Path) -> None:
+def _join(kept: dict[UnitOutput, list[bool]], split: str, path: Path, is_copied: bool) -> None:
     """Writes a shard and its index out of the shards of one or more parts.
 
     The index is written first: a shard that exists has its index. A single part that is kept whole
-    is moved, all others are copied and then deleted.
+    is moved, all others are copied and then deleted; with `is_copied` all stay.
     """
     shards = [output.shard(split) for output in kept]
     indexes = [index.read(index.index_path(shard)) for shard in shards]
@@ -152,7 +210,7 @@ def _join(kept: dict[UnitOutput, list[bool]], split: str, path: Path) -> None:
         for one, lines in zip(indexes, kept.values(), strict=True)
     ]
     index.write(index.index_path(path), index.concatenate(chosen))
-    if len(shards) == 1 and all(*kept.values()):
+    if len(shards) == 1 and all(*kept.values()) and not is_copied:
         os.replace(shards[0], path)
         return
     with ShardWriter(path) as writer:
@@ -162,7 +220,7 @@ def _join(kept: dict[UnitOutput, list[bool]], split: str, path: Path) -> None:
                     writer.write(record)
     # Only now: ShardWriter puts the shard in place as its block ends, and until then an interrupted
     # call needs the parts again.
-    for shard in shards:
+    for shard in () if is_copied else shards:
         shard.unlink()
 
 

@@ -85,13 +85,10 @@ def prepare(request: Request, out: Path, run: Runner) -> bool:
     if not names.exists():
         written = _write_outputs(request, units, folder, run)
         tokenizer_names = _copy_tokenizer(request.tokenizer, folder)
-        data_names = finish.finish(written, units, request.splits, folder)
+        data_names = finish.finish(written, units, request.splits, folder, request.holdout)
         # One name: the list of rejected records, but no shard.
         if len(data_names) == 1:
-            raise UserError(
-                f"{request.source} has no record that can be used; {folder / staging.REJECTED} "
-                "says why"
-            )
+            raise UserError(f"{request.source} has no record that can be used{_reasons(folder)}")
         staging.write_json(names, [*data_names, *tokenizer_names])
     staging.publish(out, folder, json.loads(names.read_text()), request.splits, wanted)
     return True
@@ -175,12 +172,33 @@ def summary(out: Path, splits: Sequence[str] = writer_lib.SPLITS) -> str:
                     f"  {task}: {len(used):,} records, tokens mean {used.mean():.0f}, max "
                     f"{used.max():,}"
                 )
+    if "validation" in splits and not shards_lib.shard_paths(out, "validation"):
+        text.append(_without_validation(out))
     reasons = statistics.rejected(out)
     text.append(
         f"rejected: {sum(reasons.values()):,}"
         + (f" (see {out / staging.REJECTED})" if reasons else "")
     )
     return "\n".join([*text, *(f"  {count:,}: {reason}" for reason, count in reasons.items())])
+
+
+def _without_validation(out: Path) -> str:
+    """Returns a line about a folder of which nothing is held out, and what to do about it."""
+    try:
+        done = json.loads((out / "prepare.json").read_text())
+    except (OSError, ValueError):
+        done = {}
+    if done.get("holdout") == 0:
+        return "validation: none, since --holdout is 0; `train` needs some, as of --holdout=0.02"
+    remedy = "give more documents"
+    if done.get("holdout_by") == "document":
+        remedy = "--holdout_by=page holds out a page where there are two"
+    elif done.get("format") == "jsonl":
+        remedy = "give records that are no page of it a `document` of their own"
+    return (
+        f"validation: none, no document could be held out (one document?); {remedy}, or train with "
+        "--config.data.validation_split=train, which measures on what is trained"
+    )
 
 
 def _units(request: Request, out: Path) -> list[Unit]:
@@ -207,6 +225,19 @@ def _units(request: Request, out: Path) -> list[Unit]:
     return [unit for unit in units if not os.path.abspath(unit.path).startswith(within)]
 
 
+def _reasons(folder: Path) -> str:
+    """Returns why no record can be used, for a message: the first reason, and how many others."""
+    first = next(writer_lib.read_lines(folder / staging.REJECTED), None)
+    if first is None:
+        return ": its files hold none at all"
+    reasons = statistics.rejected(folder)
+    others = f" for {len(reasons)} reasons" if len(reasons) > 1 else ""
+    return (
+        f": {first['reason']} ({first['id']}; {sum(reasons.values()):,} rejected{others}, see "
+        f"{folder / staging.REJECTED})"
+    )
+
+
 def _wanted(request: Request, units: Sequence[Unit]) -> dict[str, Any]:
     """Returns a JSON description that is equal for two jobs only if they make the same data.
 
@@ -216,7 +247,9 @@ def _wanted(request: Request, units: Sequence[Unit]) -> dict[str, Any]:
     # A file of many units is measured once: in a bucket, each size is a request.
     paths = dict.fromkeys(unit.path for unit in units)
     listing = [
-        [dataclasses.astuple(unit) for unit in units],
+        # Without a name that says nothing, a folder that was prepared before there were names
+        # stays ready.
+        [[*dataclasses.astuple(unit)[:3], *filter(None, [unit.name])] for unit in units],
         [filesystem.size(path) for path in paths],
     ]
     return {

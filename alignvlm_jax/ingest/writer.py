@@ -50,7 +50,10 @@ class UnitOutput:
 
     @property
     def ids(self) -> Path:
-        """The path of a JSON lines file of [id, split] for each record, in the source's order."""
+        """The path of a JSON lines file with a line for each record, in the source's order.
+
+        A line is [id, split, `document_hash` of its document].
+        """
         return self.folder / f"{self.number:06d}.ids.jsonl"
 
     @property
@@ -115,7 +118,7 @@ class UnitWriter:
         with contextlib.ExitStack() as stack:
             for item in self.format.raws(unit):
                 try:
-                    record, split = self._record(item)
+                    record, split, place = self._record(item)
                     # Opened with the first record: a split without any leaves no empty shard.
                     if split not in splits:
                         shard = stack.enter_context(ShardWriter(output.shard(split)))
@@ -129,7 +132,7 @@ class UnitWriter:
                     rejected.append((item.id, str(err)))
                 else:
                     shard.write(record)
-                    ids.append((record.id, split))
+                    ids.append((record.id, split, place))
                 count += 1
                 if count % REPORT_EVERY == 0:
                     yield Progress(REPORT_EVERY)
@@ -139,13 +142,18 @@ class UnitWriter:
         write_lines(output.rejected, rejected)
         yield Progress(count % REPORT_EVERY)
 
-    def _record(self, item: Raw | Rejection) -> tuple[Record, str]:
-        """Returns the checked record and its split; raises Reject if it cannot be used."""
+    def _record(self, item: Raw | Rejection) -> tuple[Record, str, int]:
+        """Returns the checked record, its split and the hash of its document.
+
+        Raises:
+          Reject: it cannot be used.
+        """
         if isinstance(item, Rejection):
             raise Reject(item.reason)
         with _no_fault_ends_all():
             record = checks.check(self.format.record(item), needs_answers=not self.split)
-            return record, self.split or split_of(item.document, self.holdout)
+            place = document_hash(item.document)
+            return record, self.split or SPLITS[place < self.holdout * 2**64], place
 
 
 @contextlib.contextmanager
@@ -164,15 +172,15 @@ def _no_fault_ends_all() -> Iterator[None]:
         ) from err
 
 
-def split_of(document: str, holdout: float) -> str:
-    """Returns the split of a document, "train" or "validation".
+def document_hash(document: str) -> int:
+    """Returns a number from 0 to 2**64, which decides the split of a document.
 
-    It depends on the document's name and on `holdout` alone: all records of a document share a
-    split, whatever unit they lie in, and a larger `holdout` only adds documents to validation.
+    Those below `holdout` * 2**64 are for validation: all records of a document share a split,
+    whatever unit they lie in, and a larger `holdout` only adds documents to validation.
     """
-    # The hash is uniform in [0, 2**64); JSON may spell half a surrogate pair, which UTF-8 refuses.
+    # JSON may spell half a surrogate pair, which UTF-8 refuses.
     digest = hashlib.blake2b(document.encode(errors="surrogatepass"), digest_size=8).digest()
-    return SPLITS[int.from_bytes(digest, "big") < holdout * 2**64]
+    return int.from_bytes(digest, "big")
 
 
 def write_lines(path: Path, values: Iterable[Any]) -> None:

@@ -166,3 +166,21 @@ def test_a_config_file_that_is_missing_or_fails_is_an_error_of_one_line(flag, tm
     with pytest.raises(UserError, match=r"failed: .*positional argument") as error:
         config_flag.parse([f"--config={tmp_path}/other.py:argument"])
     assert "\n" not in str(error.value)
+
+
+def test_a_task_that_has_no_weight_yet_can_be_given_one(flag):
+    stages, _ = config_flag.parse([flag, "--config.stages.align.data.tasks.transcribe=1"])
+    assert [dict(stage.data.tasks) for stage in stages] == [{"transcribe": 1.0}, {"answer": 1.0}]
+    stages, _ = config_flag.parse(
+        [flag, "--config.data.tasks.transcribe=0.5", "--config.data.tasks.answer=0"]
+    )
+    assert all(stage.data.tasks == {"transcribe": 0.5, "answer": 0.0} for stage in stages)
+    with pytest.raises(UserError, match=r"config\.data\.tasks\.trancribe; did you mean"):
+        config_flag.parse([flag, "--config.data.tasks.trancribe=1"])
+
+
+def test_a_task_that_all_stages_replace_is_named_in_one(tmp_path):
+    text = CONFIG.replace('"train": {"num_steps"', '"data": {"tasks": {}}, "train": {"num_steps"')
+    (tmp_path / "config.py").write_text(text)
+    with pytest.raises(UserError, match=r"name one, as config\.stages\.align\.data\.tasks\.answer"):
+        config_flag.parse([f"--config={tmp_path}/config.py", "--config.data.tasks.answer=1"])

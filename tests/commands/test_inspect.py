@@ -27,6 +27,16 @@ def test_numbers_and_page_without_a_config(folder, capsys):
     assert (folder / "rows.html").read_text().count('<section class="row">') == 2
 
 
+def test_drawn_documents_which_have_no_index_get_one(folder, capsys):
+    for path in folder.glob("*.npz"):
+        path.unlink()
+    assert main.main(["inspect", f"--data={folder}", "--num_rows=1"]) == 0
+    assert f"{folder} has no index, which numbers need: it is made now" in capsys.readouterr().out
+    assert (folder / "index-train.npz").exists()
+    assert main.main(["inspect", f"--data={folder}", "--num_rows=1"]) == 0
+    assert "has no index" not in capsys.readouterr().out
+
+
 def test_rows_of_a_config(folder, tmp_path, capsys):
     out = tmp_path / "page.html"
     flags = [

@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -5,12 +6,17 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
+from alignvlm_jax import config as config_lib
 from alignvlm_jax.commands import prepare
 from alignvlm_jax.data import shards, tokenizers
 from alignvlm_jax.data.shards import RecordSource
+from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from alignvlm_jax.errors import UsageError, UserError
+from alignvlm_jax.ingest import formats
 from alignvlm_jax.synthetic import demonstration
+from tests.ingest.formats.pdf import make_pdf
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 
@@ -124,7 +130,7 @@ def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path):
 
 @pytest.mark.parametrize(
     "flag",
-    ["--num_train=0", "--seed=-1", "--noise=nan", "--num_eval=x", "--format=slides", "--nosuch=1"],
+    ["--num_train=0", "--seed=-1", "--noise=nan", "--num_eval=x", "--nosuch=1"],
 )
 def test_wrong_usage_exits_with_status_2(flag):
     with pytest.raises(SystemExit) as stopped:
@@ -177,7 +183,6 @@ def test_a_tokenizer_is_needed(source, capsys):
         ["--format=jsonl", "--source=x", "--image_column=a"],
         ["--format=parquet", "--source=x", "--holdout=1.5"],
         ["--format=webdataset", "--source=x", "--holdout=nan"],
-        ["--source=x"],
         ["--recount", "--source=x"],
     ],
 )
@@ -224,3 +229,106 @@ def test_a_benchmark_is_one_split_and_keeps_questions_without_answers(tmp_path, 
     )
     with pytest.raises(SystemExit):
         prepare.main(["--format=jsonl", *flags, "--split=a-b"])
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A function that prepares a folder of PDFs with so many pages each, without --format."""
+    SentencePieceTokenizer.train(tmp_path / "tokenizer.model", ["Page 1"])
+
+    def run(*num_pages, flags=(), out="out"):
+        folder = tmp_path / "my files"
+        folder.mkdir(exist_ok=True)
+        for number, count in enumerate(num_pages):
+            pages = [make_pdf.text(20, 100, f"page {page}") for page in range(count)]
+            (folder / f"{number}.pdf").write_bytes(make_pdf.pdf(pages))
+        flags = [f"--source={folder}", f"--out={tmp_path / out}", "--num_workers=1", *flags]
+        prepare.main([*flags, f"--tokenizer={tmp_path}"])
+        return tmp_path / out
+
+    return run
+
+
+def test_a_folder_is_looked_through_and_the_next_commands_are_given(own, tmp_path, capsys, png):
+    (tmp_path / "my files").mkdir()
+    (tmp_path / "my files" / "photo.png").write_bytes(png())
+    out = own(1, 1, 1)
+    printed = capsys.readouterr().out
+    assert "my files: 3 files for pdf; 1 image (1 PNG)\n--format=pdf: PDF files" in printed
+    assert "not read: 1 image (1 PNG). An image alone teaches nothing" in printed
+    assert "validation: 1 records" in printed
+    assert f"inspect --config=configs/documents.py:FOLDER --data={out}\n" in printed
+    train = f"train --config=configs/documents.py:FOLDER --workdir=runs/out --config.data.dir={out}"
+    assert train in printed and "FOLDER: a checkpoint" in printed
+    own(1, 1, 1, flags=["--format=pdf", "--holdout=0.5"])
+    assert "not read: 1 image (1 PNG)." in capsys.readouterr().out
+
+
+def test_the_next_commands_name_the_checkpoint_of_the_tokenizer(
+    own, tmp_path, capsys, config, monkeypatch
+):
+    stages = json.dumps(config_lib.to_json((config,)))
+    monkeypatch.chdir(tmp_path)
+    for folder in ("runs/one", "weights/other"):
+        pathlib.Path(folder).mkdir(parents=True)
+        pathlib.Path(folder, "config.json").write_text(stages)
+    (tmp_path / "runs/one/config.json").write_text('{"model_type": "llama"}')
+    own(1, 1)
+    assert "configs/documents.py:FOLDER" in capsys.readouterr().out
+    changed = dataclasses.replace(config.data, tokenizer=str(tmp_path))
+    stages = json.dumps(config_lib.to_json((dataclasses.replace(config, data=changed),)))
+    pathlib.Path("weights/other/config.json").write_text(stages)
+    own(1, 1)
+    assert "--config=configs/documents.py:weights/other --data=" in capsys.readouterr().out
+    assert prepare._checkpoint("tokenizer.model") == "weights/other"
+
+
+def test_of_a_single_file_pages_are_held_out(own, capsys):
+    out = own(3)
+    assert "--holdout_by=page: pages of a single PDF are held out" in capsys.readouterr().out
+    assert sorted(len(records(out, split)) for split in ("train", "validation")) == [1, 2]
+    with pytest.raises(UserError, match=r"--holdout_by=page splits it by pages"):
+        own(3, flags=["--holdout_by=document"], out="other")
+
+
+def test_scans_are_counted_and_told_what_to_do(own, tmp_path, capsys):
+    scan = Image.new("RGB", (60, 40), "white")
+    scan.putpixel((9, 9), (0, 0, 0))
+    (tmp_path / "my files").mkdir()
+    scan.save(tmp_path / "my files" / "scan.pdf")
+    with pytest.raises(UserError, match=r"no record .*: no text layer: run OCR first, `ocrmypdf"):
+        own(flags=["--holdout_by=page"])
+    own(1, 1)
+    assert "  1: no text layer: run OCR first, `ocrmypdf IN.pdf OUT.pdf`" in capsys.readouterr().out
+
+
+def test_what_is_missing_is_named_with_a_whole_command(tmp_path):
+    (tmp_path / "a b.pdf").write_bytes(make_pdf.pdf([""]))
+    command = (
+        rf"prepare --format=pdf --source='{tmp_path}/a b\.pdf' --out='data/a b' "
+        r"--tokenizer=weights/smollm2/tokenizer$"
+    )
+    with pytest.raises(UsageError, match=rf"--out=FOLDER and --tokenizer=.* needed.*{command}"):
+        prepare.main([f"--source={tmp_path}/a b.pdf"])
+
+
+def test_a_format_that_is_not_known_is_wrong_usage():
+    with pytest.raises(UsageError, match="--format is 'pfd'; did you mean 'pdf'"):
+        prepare.main(["--format=pfd", "--source=x"])
+
+
+@pytest.mark.parametrize("flags", [[], ["--source=nowhere"]])
+def test_help_lists_the_formats(capsys, flags):
+    with pytest.raises(SystemExit) as stopped:
+        prepare.main([*flags, "--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    for name, kind in formats.REGISTRY.items():
+        assert f"  {name:15}{kind.about}\n" in printed
+
+
+@pytest.mark.parametrize("name", formats.REGISTRY)
+def test_help_of_a_format_shows_its_schema(capsys, name):
+    with pytest.raises(SystemExit):
+        prepare.main([f"--format={name}", "--help"])
+    assert formats.REGISTRY[name].schema in capsys.readouterr().out

@@ -82,8 +82,13 @@ def test_what_cannot_be_loaded_says_what_to_call(tmp_path, tokenizer):
     for path in paths:
         shards.write_shard(path, records())
     again = rf"prepare --recount --out={tmp_path} --tokenizer="
-    with pytest.raises(UserError, match=f"is missing.*{again}"):
+    with pytest.raises(UserError, match=f"is missing.*{again}FOLDER"):
         index.load(tmp_path, "train")
+    assert not index.is_counted(tmp_path)
+    assert f"--tokenizer={tmp_path}/mine`" in index.recount(tmp_path, tmp_path / "mine")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "tokenizer.json").write_text("{}")
+    assert f"--tokenizer={tmp_path}/own`" in index.recount(tmp_path / "own")
     for fingerprint, path in zip("fg", paths, strict=True):
         index.write(index.index_path(path), index.of_records(records(), tokenizer, fingerprint))
     with pytest.raises(UserError, match=f"several tokenizers.*{again}"):

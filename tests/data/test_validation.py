@@ -58,7 +58,11 @@ def test_a_source_of_which_nothing_was_held_out_is_no_part_of_validation(demo_co
         and both["a"].builder.data.folders == (demo_config.data.dir,)
     )
     nowhere = change(demo_config, "data", sources={"b": mixed["b"]})
-    with pytest.raises(UserError, match="no shards of split 'validation'"):
+    with pytest.raises(
+        UserError,
+        match=r"no shards of split 'validation' in .*prepare it again with --holdout=0\.1 "
+        r"\(--holdout_by=page .*: --config\.data\.validation_split=train$",
+    ):
         validation.by_source(nowhere)
 
 

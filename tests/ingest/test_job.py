@@ -324,8 +324,112 @@ def test_what_lay_there_before_goes(source, prepare, tmp_path):
 
 
 def test_a_source_without_any_record_is_a_user_error(tmp_path, prepare):
-    with pytest.raises(UserError, match=r"no record that can be used; .*rejected\.jsonl says why"):
-        prepare(Jsonl(), write(tmp_path, [{}]))
+    reason = r"nothing to learn: no answer and no words \(data-0; 2 rejected, see .*rejected\.jsonl"
+    with pytest.raises(UserError, match=rf"no record that can be used: {reason}"):
+        prepare(Jsonl(), write(tmp_path, [{}, {}]))
+    with pytest.raises(UserError, match=r"no record that can be used: its files hold none at all$"):
+        prepare(Jsonl(), write(tmp_path, []))
+
+
+@pytest.fixture
+def few(tmp_path, png, monkeypatch):
+    """Twelve documents, of which none falls into validation, in pieces of about two."""
+    monkeypatch.setattr(files, "UNIT_RECORDS", 2)
+    for number in range(12):
+        (tmp_path / f"{number}.png").write_bytes(png(shade=number))
+    objects = [one(number, images=[f"{number // 2}.png"], document=None) for number in range(24)]
+    return write(tmp_path, [{k: v for k, v in each.items() if v} for each in objects])
+
+
+def test_of_a_small_source_one_document_is_held_out(few, prepare):
+    """It is the one that a larger fraction would hold out first."""
+    prepared = prepare(Jsonl(), few)
+    assert not prepared.records("validation") and "--holdout is 0" in job.summary(prepared.folder)
+    prepared = prepare(Jsonl(), few, holdout=1e-9)
+    held = ids(prepared, "validation")
+    assert len(held) == 2 and len({int(name[1:]) // 2 for name in held}) == 1
+    assert sorted(held + ids(prepared)) == [f"r{number:03d}" for number in range(24)]
+    fraction = 0.01
+    while not (
+        larger := ids(prepare(Jsonl(), few, f"at{fraction}", holdout=fraction), "validation")
+    ):
+        fraction += 0.01
+    assert set(held) <= set(larger)
+    for split in writer.SPLITS:
+        hashes = [index.content_hash(record) for record in prepared.records(split)]
+        assert index.load(prepared.folder, split).content_hash.tolist() == hashes
+
+
+def test_of_a_small_source_one_document_is_trained_on(few, prepare):
+    prepared = prepare(Jsonl(), few, holdout=1 - 1e-9)
+    assert len(ids(prepared)) == 2 and len(ids(prepared, "validation")) == 22
+
+
+def test_who_is_held_out_of_a_small_source_depends_on_no_order(few, prepare, monkeypatch):
+    alone = prepare(Jsonl(), few, "alone", holdout=1e-9)
+    assert prepare(Jsonl(), few, "two", holdout=1e-9, num_workers=2).files() == alone.files()
+    few.write_text("".join(reversed(few.read_text().splitlines(True))))
+    assert {*ids(prepare(Jsonl(), few, "turned", holdout=1e-9), "validation")} == {
+        *ids(alone, "validation")
+    }
+
+
+@pytest.mark.parametrize("count", range(1, 30, 3))
+def test_an_interrupted_move_of_the_document_goes_on(few, prepare, monkeypatch, count):
+    whole = prepare(Jsonl(), few, "whole", holdout=1e-9)
+    calls = itertools.count(1)
+    original = finish.ShardWriter.write
+
+    def stop(*args):
+        if next(calls) == 24 + count:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finish.ShardWriter, "write", stop)
+        try:
+            prepare(Jsonl(), few, holdout=1e-9)
+        except KeyboardInterrupt:
+            pass
+        else:
+            assert count > 24
+    assert prepare(Jsonl(), few, holdout=1e-9).files() == whole.files()
+
+
+def test_a_part_of_an_earlier_version_moves_no_document(few, prepare, monkeypatch):
+    original = writer.write_lines
+
+    def write_lines(path, values):
+        original(path, [line[:2] if ".ids." in path.name else line for line in values])
+
+    monkeypatch.setattr(writer, "write_lines", write_lines)
+    prepared = prepare(Jsonl(), few, holdout=1e-9)
+    assert len(prepared.records()) == 24 and not prepared.records("validation")
+
+
+def test_one_document_is_not_held_out_and_the_summary_says_what_to_do(tmp_path, prepare, png):
+    (tmp_path / "a.png").write_bytes(png())
+    prepared = prepare(Jsonl(), write(tmp_path, [one(0, document="d")] * 2), holdout=0.5)
+    text = job.summary(prepared.folder)
+    assert "train: 1 records" in text
+    assert "validation: none, no document could be held out (one document?)" in text
+    assert "--config.data.validation_split=train" in text
+
+
+def test_files_of_one_name_in_two_folders_keep_all_their_records(tmp_path, prepare, png):
+    """Their records and their documents are told apart; what lies flat keeps its names."""
+    for folder in ("in", "in/a", "in/b ü"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.png").write_bytes(png())
+        record = {"images": ["1.png"], "turns": [{"question": folder, "answers": ["a"]}]}
+        write(tmp_path / folder, [record], "d.v1.jsonl")
+        write(tmp_path / folder, [record], "d.v2.jsonl")
+    prepared = prepare(Jsonl(), tmp_path / "in", holdout=1e-9)
+    assert not prepared.rejected()
+    found = sorted(ids(prepared) + ids(prepared, "validation"))
+    expected = ["a/d-0", "a/d.v2.jsonl-0", "b ü/d-0", "b ü/d.v2.jsonl-0", "d-0", "d.v2.jsonl-0"]
+    assert found == expected
+    assert len(ids(prepared, "validation")) == 2
 
 
 def test_a_tokenizer_without_a_chat_format_is_refused_before_anything_is_read(source, tmp_path):

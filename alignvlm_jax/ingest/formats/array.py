@@ -61,7 +61,7 @@ class _Window:
             return None
 
 
-def units(path: str, key: str) -> list[Unit]:
+def units(path: str, key: str, name: str = "") -> list[Unit]:
     """Returns byte ranges of a file that hold `files.UNIT_RECORDS` elements each, in order.
 
     Ranges of a large file hold more, so that there are at most about `files.MAX_UNITS`. All but
@@ -70,6 +70,7 @@ def units(path: str, key: str) -> list[Unit]:
     Args:
       path: the file.
       key: a key that every element has, as in `objects`.
+      name: of the units.
     """
     size = filesystem.size(path)
     min_bytes = size // files.MAX_UNITS
@@ -81,7 +82,8 @@ def units(path: str, key: str) -> list[Unit]:
             count = 0
         count += 1
     return [
-        Unit(path, start, stop) for start, stop in zip(starts, [*starts[1:], size], strict=True)
+        Unit(path, start, stop, name)
+        for start, stop in zip(starts, [*starts[1:], size], strict=True)
     ]
 
 
@@ -90,7 +92,7 @@ def objects(unit: Unit, key: str) -> Iterator[tuple[str, dict[str, Any]] | Rejec
 
     A broken stretch becomes one Rejection, and reading resumes at the next object that has `key`.
     """
-    name = filesystem.stem(unit.path)
+    name = unit.prefix
     for start, element in _elements(unit.path, unit.start, unit.stop, key):
         where = f"{name}-{start}"
         yield (

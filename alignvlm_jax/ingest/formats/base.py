@@ -2,8 +2,9 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
+from alignvlm_jax.data import filesystem
 from alignvlm_jax.data.record import Record
 
 
@@ -19,11 +20,18 @@ class Unit:
       path: the file.
       start: first byte, row group or page, whatever the format can seek to.
       stop: the first that is not part of the piece; -1 is the end of the file.
+      name: what the ids of the piece's records begin with; "" for `filesystem.stem(path)`.
     """
 
     path: str
     start: int = 0
     stop: int = -1
+    name: str = ""
+
+    @property
+    def prefix(self) -> str:
+        """What the ids of the piece's records begin with, where the source gives them none."""
+        return self.name or filesystem.stem(self.path)
 
 
 class Raw(NamedTuple):
@@ -58,7 +66,19 @@ class Format(Protocol):
 
     Implementations are frozen dataclasses; their fields (made by `option`) are the options of the
     format, which `prepare` takes as flags.
+
+    Attributes:
+      about: what it reads, in a line.
+      schema: what its files look like, with an example of a record.
+      suffixes: endings of its files, in lower case.
+      first_key: the key that tells its objects from those of other formats with these endings; ""
+        if it takes any.
     """
+
+    about: ClassVar[str]
+    schema: ClassVar[str]
+    suffixes: ClassVar[tuple[str, ...]]
+    first_key: ClassVar[str]
 
     def units(self, source: str) -> list[Unit]:
         """Returns the units of a source, pieces of work, in a fixed order.

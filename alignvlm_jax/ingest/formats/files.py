@@ -4,6 +4,8 @@ import base64
 import binascii
 import io
 import json
+import posixpath
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -86,8 +88,45 @@ MAX_LINE_BYTES = 48 << 20
 SAMPLE_BYTES = 1 << 20
 
 
-def line_units(path: str) -> list[Unit]:
-    """Returns byte ranges of a file that hold about `UNIT_RECORDS` lines each.
+def named(source: str, paths: Iterable[str]) -> dict[str, str]:
+    """Returns by path what the ids of its records begin with, for `Unit.name`.
+
+    That is "" for files directly in the source, and `FOLDER/FILE` for those below: files of one
+    name in two folders are two documents. Where two files differ in their endings alone, the later
+    ones in the order of paths keep theirs.
+    """
+    found: dict[str, str] = {}
+    taken = set()
+    for path in sorted(paths):
+        folder = filesystem.parent(inside(source, path))
+        stem = filesystem.join(folder, filesystem.stem(path))
+        full = filesystem.join(folder, filesystem.name(path))
+        found[path] = full if stem in taken else stem if folder else ""
+        taken.add(stem)
+    return found
+
+
+def inside(source: str, path: str) -> str:
+    """Returns the path of a file of a source from there on; its name if it is the source."""
+    # Listed paths may lack slashes that are doubled in the source, or have one more.
+    folder = re.sub("/+", "/", f"{source}/")
+    path = re.sub("/+", "/", path)
+    return path[len(folder) :] if path.startswith(folder) else filesystem.name(path)
+
+
+def document_of(unit: Unit, image: str) -> str:
+    """Returns the document of a record by its first image, as the record names it.
+
+    Files in subfolders name images from there: 1.png of two folders is two documents.
+    """
+    folder = filesystem.parent(unit.name)
+    if not folder or filesystem.is_remote(image) or image.startswith("data:"):
+        return image
+    return posixpath.normpath(posixpath.join(folder, image)) if len(image) <= MAX_PATH else image
+
+
+def line_units(path: str, name: str = "") -> list[Unit]:
+    """Returns byte ranges of a file that hold about `UNIT_RECORDS` lines each, with this `name`.
 
     The mean length of a line is taken from the first `SAMPLE_BYTES`; ranges begin anywhere in a
     line, and `json_objects` gives each line to one of them.
@@ -96,7 +135,7 @@ def line_units(path: str) -> list[Unit]:
     with filesystem.open_file(path) as file:
         sample = file.read(min(size, SAMPLE_BYTES))
     step = max(UNIT_RECORDS * len(sample) // (sample.count(b"\n") or 1), -(-size // MAX_UNITS), 1)
-    return [Unit(path, start, min(start + step, size)) for start in range(0, size, step)]
+    return [Unit(path, start, min(start + step, size), name) for start in range(0, size, step)]
 
 
 def json_objects(unit: Unit) -> Iterator[tuple[str, dict[str, Any]] | Rejection]:
@@ -105,7 +144,7 @@ def json_objects(unit: Unit) -> Iterator[tuple[str, dict[str, Any]] | Rejection]
     Each comes with a name that says where it lies, `FILE-BYTE`. What is not a JSON object becomes a
     Rejection.
     """
-    name = filesystem.stem(unit.path)
+    name = unit.prefix
     # Reading begins a byte early: if that byte is a newline, a line begins at `start` itself and
     # must not be skipped.
     at = max(unit.start - 1, 0)

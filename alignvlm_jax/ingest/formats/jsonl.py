@@ -1,48 +1,83 @@
-"""The `jsonl` format: your own data, with a JSON object on each line.
-
-    {"images": ["scans/1.png"], "turns": [{"question": "What is the total?", "answers": ["12.50",
-    "12,50"]}]}
-
-`images` are paths from the file's folder (or from --images), gs:// URIs, data URIs, or base64 of
-more than 4,096 characters. The first of the `answers` is taught, the others count as right too. May
-be left out: `id` (else the file and the byte where its line begins); `document` (else the first
-image's path; documents, not records, are held out); `turns`, where there are `lines`, for each
-image its lines of words in reading order:
-
-    "lines": [[[{"text": "Total", "box": [left, top, right, bottom]}, ...], ...]]        pixels of
-    the upright image
-"""
+"""The `jsonl` format: your own data, a JSON object on each line, as `Jsonl.schema` has it."""
 
 import dataclasses
+import difflib
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
 
 from alignvlm_jax.data import filesystem
 from alignvlm_jax.data.record import Record, Turn, Word
 from alignvlm_jax.ingest.formats import checks, files
 from alignvlm_jax.ingest.formats.base import Raw, Reject, Rejection, Unit, option
 
+KEYS = ("id", "document", "images", "turns", "lines", "meta")
+TURN_KEYS = ("question", "answers")
+MEANT = {
+    "question": "turns[].question",
+    "query": "turns[].question",
+    "prompt": "turns[].question",
+    "questions": "turns[].question",
+    "answer": "turns[].answers",
+    "answers": "turns[].answers",
+    "label": "turns[].answers",
+    "image": "images",
+    "image_path": "images",
+    "file_name": "images",
+    "words": "lines",
+    "text": "lines",
+    "ocr": "lines",
+    "boxes": "lines[][][].box",
+    "messages": "--format=docdownstream",
+    "conversations": "--format=llava",
+}
+"""What is meant by keys that other data sets use, where spelling alone would not tell."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Jsonl:
     """A JSON lines file, or a folder of them."""
 
+    about: ClassVar[str] = "your own data: images with questions, with their words, or with both"
+    schema: ClassVar[str] = """\
+A .jsonl (or .ndjson) file with a record a line, or a folder of them:
+
+    images      list of paths from the file's folder (or from --images), gs:// URIs, data URIs, or
+                base64 of more than 4,096 characters; PNG, JPEG, TIFF, WEBP, ...
+    turns       list of {"question": text, "answers": list of texts}; the first answer is taught,
+                the others count as right too; may be left out where there are lines
+    lines       for each image its lines in reading order, each a list of words {"text": text,
+                "box": [left, top, right, bottom]} in pixels of the upright image; may be left out
+    id          unique text; else the file and the byte where the line begins
+    document    what is held out together; else the first image's path
+    meta        anything of your own, which is not read
+
+A question about a page:
+
+    {"images": ["scans/1.png"], "turns": [{"question": "What is the total?", "answers": ["12.50", \
+"12,50"]}]}
+
+The words of a page:
+
+    {"images": ["scans/2.png"], "lines": [[[{"text": "Total", "box": [10, 8, 52, 20]}, {"text": \
+"12.50", "box": [60, 8, 98, 20]}]]]}"""
+    suffixes: ClassVar[tuple[str, ...]] = files.SUFFIXES
+    first_key: ClassVar[str] = ""
+
     images: str = option("", "folder that image paths start from; default: that of the file")
 
     def units(self, source: str) -> list[Unit]:
         """Returns byte ranges of all files; see `Format.units`."""
-        return [
-            unit
-            for path in filesystem.list_files(source, files.SUFFIXES)
-            for unit in files.line_units(path)
-        ]
+        names = files.named(source, filesystem.list_files(source, self.suffixes))
+        return [unit for path, name in names.items() for unit in files.line_units(path, name)]
 
     def raws(self, unit: Unit) -> Iterator[Raw | Rejection]:
         """Yields the objects of a byte range; see `Format.raws`."""
         folder = self.images or filesystem.parent(unit.path)
+        # From a folder of the user's own, names mean the same in all files.
+        place = Unit(unit.path) if self.images else unit
         for item in files.json_objects(unit):
-            yield item if isinstance(item, Rejection) else _raw(*item, folder)
+            yield item if isinstance(item, Rejection) else _raw(*item, folder, place)
 
     def record(self, raw: Raw) -> Record:
         """Returns the record of an object, with its image files; see `Format.record`."""
@@ -57,19 +92,47 @@ class Jsonl:
         )
 
 
-def _raw(where: str, fields: dict[str, Any], folder: str) -> Raw | Rejection:
-    """Returns an object with its id and document; they fall back on `where` and the first image."""
+def _raw(where: str, fields: dict[str, Any], folder: str, place: Unit) -> Raw | Rejection:
+    """Returns an object with its id and document; they fall back on `where` and the first image,
+    which lies in the folder of `place`."""
     try:
+        _check_keys(fields, KEYS)
         name = where if fields.get("id") is None else checks.text_of(fields["id"], "id")
         images = fields.get("images")
         # Whether `images` is a list of texts is checked in `record`: here it only names a document.
-        first = images[0] if isinstance(images, list) and images else name
-        document = checks.text_of(
-            first if fields.get("document") is None else fields["document"], "document"
-        )
+        first = images[0] if isinstance(images, list) and images else None
+        document = fields.get("document")
+        if document is None and isinstance(first, str):
+            document = files.document_of(place, first)
+        elif document is None:
+            document = name if first is None else first
+        document = checks.text_of(document, "document")
     except Reject as err:
         return Rejection(where, str(err))
     return Raw(name, document, fields | {"folder": folder})
+
+
+def _check_keys(keys: Iterable[str], known: tuple[str, ...], of: str = "") -> None:
+    """Raises Reject for keys that are not known: what they say would be left out unseen.
+
+    Args:
+      keys: those of an object.
+      known: those that it may have.
+      of: what the object is, for messages; "" for a record.
+    """
+    unknown = sorted(set(keys) - set(known))
+    if not unknown:
+        return
+    close = [difflib.get_close_matches(key, known, n=1, cutoff=0.5) for key in unknown]
+    # What other data sets call so goes before what is spelt alike: an `answer` is no `images`.
+    near = [MEANT.get(key, "") if not of else "" for key in unknown]
+    meant = [one or "".join(match) for one, match in zip(near, close, strict=True)]
+    hint = "what is your own goes into `meta` of the record"
+    if any(meant):
+        hint = f"did you mean {', '.join(dict.fromkeys(filter(None, meant)))}?"
+    names = ", ".join(map(repr, unknown))
+    plural = "s" if len(unknown) > 1 else ""
+    raise Reject(f"unknown key{plural} {names}{of}; known: {', '.join(known)}; {hint}")
 
 
 def _list(value: Any, name: str, kind: type) -> list:
@@ -82,7 +145,8 @@ def _list(value: Any, name: str, kind: type) -> list:
 
 
 def _turn(fields: dict[str, Any]) -> Turn:
-    """Returns a turn of a record; raises Reject if it has no question."""
+    """Returns a turn of a record; raises Reject if it has no question, or an unknown key."""
+    _check_keys(fields, TURN_KEYS, " of a turn")
     return Turn(
         checks.text_of(fields.get("question"), "question"), checks.answers_of(fields.get("answers"))
     )

@@ -18,23 +18,19 @@ class Keys:
     """The names that a format gives to keys and roles.
 
     Attributes:
-      messages: key of the messages of a record.
       role: key of the role of a message.
       content: key of the text of a message.
       user: role of the messages that ask.
       answerer: role of the messages that answer.
       image_mark: placeholder of an image in a text.
-      suffixes: endings of its files; a `.json` is one array, others have an object a line.
       source: key of the data set that a record is from; "" if there is none.
     """
 
-    messages: str
     role: str
     content: str
     user: str
     answerer: str
     image_mark: str
-    suffixes: tuple[str, ...]
     source: str = ""
 
 
@@ -42,6 +38,7 @@ class Keys:
 class Messages:
     """The base class of formats whose records have messages and `image`, a path or a list of them.
 
+    `first_key` is the key of the messages. A `.json` is one array, others have an object a line.
     Sources give no id that is unique: a record is named by its file and the byte where it begins.
     Its document is the path of its first image.
     """
@@ -55,9 +52,12 @@ class Messages:
         JSON arrays are read through once, to find where their elements begin.
         """
         found = []
-        for path in filesystem.list_files(source, self.keys.suffixes):
+        names = files.named(source, filesystem.list_files(source, self.suffixes))
+        for path, name in names.items():
             found += (
-                array.units(path, self.keys.messages) if _is_array(path) else files.line_units(path)
+                array.units(path, self.first_key, name)
+                if _is_array(path)
+                else files.line_units(path, name)
             )
         return found
 
@@ -65,7 +65,7 @@ class Messages:
         """Yields the objects of a byte range; see `Format.raws`."""
         folder = self.images or filesystem.parent(unit.path)
         objects = (
-            array.objects(unit, self.keys.messages)
+            array.objects(unit, self.first_key)
             if _is_array(unit.path)
             else files.json_objects(unit)
         )
@@ -80,11 +80,15 @@ class Messages:
             except Reject as err:
                 yield Rejection(where, str(err))
             else:
-                yield Raw(where, names[0] if names else where, fields | {"folder": folder})
+                # From a folder of the user's own, names mean the same in all files.
+                first = names[0] if names else where
+                if names and not self.images:
+                    first = files.document_of(unit, first)
+                yield Raw(where, first, fields | {"folder": folder})
 
     def record(self, raw: Raw) -> Record:
         """Returns the record of an object, with its image files; see `Format.record`."""
-        turns = _turns(raw.fields.get(self.keys.messages), self.keys)
+        turns = _turns(raw.fields.get(self.first_key), self.keys)
         source = raw.fields.get(self.keys.source) or type(self).__name__.lower()
         images = files.images(raw.fields["folder"], _image_names(raw.fields))
         return Record(raw.id, checks.text_of(source, "the data set's name"), images, turns)
@@ -141,14 +145,23 @@ def _turns(messages: Any, keys: Keys) -> tuple[Turn, ...]:
 class Llava(Messages):
     """The format of LLaVA's training data: a JSON or JSON lines file, or a folder of them."""
 
+    about: ClassVar[str] = "LLaVA's: conversations of human and gpt about images, json or jsonl"
+    schema: ClassVar[str] = """\
+A .json file with one array of records, a .jsonl file with one a line, or a folder of them:
+
+    image            a path from the file's folder (or --images), or a list of them; may be left out
+    conversations    messages of "human" and "gpt" in turn; <image> in a text is passed over
+
+    {"image": "scans/1.png", "conversations": [{"from": "human", "value": "<image>\\nWhat is the \
+total?"}, {"from": "gpt", "value": "12.50"}]}"""
+    suffixes: ClassVar[tuple[str, ...]] = (".json", *files.SUFFIXES)
+    first_key: ClassVar[str] = "conversations"
     keys: ClassVar[Keys] = Keys(
-        messages="conversations",
         role="from",
         content="value",
         user="human",
         answerer="gpt",
         image_mark="<image>",
-        suffixes=(".json", *files.SUFFIXES),
     )
 
 
@@ -156,13 +169,23 @@ class Llava(Messages):
 class DocDownstream(Messages):
     """The format of DocDownstream (mPLUG-DocOwl): a JSON lines file, or a folder of them."""
 
+    about: ClassVar[str] = "DocDownstream-1.0's: messages of user and assistant about images, jsonl"
+    schema: ClassVar[str] = """\
+A .jsonl file with a record a line, or a folder of them:
+
+    image           a path from the file's folder (or --images), or a list of them; may be left out
+    messages        of "user" and "assistant" in turn; <|image|> in a text is passed over
+    dataset_name    name of the set; may be left out
+
+    {"image": ["scans/1.png"], "messages": [{"role": "user", "content": "<|image|>What is the \
+total?"}, {"role": "assistant", "content": "12.50"}]}"""
+    suffixes: ClassVar[tuple[str, ...]] = files.SUFFIXES
+    first_key: ClassVar[str] = "messages"
     keys: ClassVar[Keys] = Keys(
-        messages="messages",
         role="role",
         content="content",
         user="user",
         answerer="assistant",
         image_mark="<|image|>",
-        suffixes=files.SUFFIXES,
         source="dataset_name",
     )

@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import hashlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 from pyarrow import parquet
@@ -68,6 +68,24 @@ BROKEN = (pa.ArrowException, OSError, ValueError, MemoryError)
 class Parquet:
     """The format of a parquet file, or of a folder of them."""
 
+    about: ClassVar[str] = (
+        "question-answer sets with their images, as the Hugging Face hub has them"
+    )
+    schema: ClassVar[str] = """\
+A parquet file, or a folder of them. A row is a record, its columns named by flags:
+
+    image       bytes, a struct of bytes and path, or a list of these
+    question    text, or a list of texts
+    answer      text, a list of answers that are all right, or a list with one for each question
+
+Without flags, the columns of a known set are taken: image, question, answers (DocVQA,
+InfographicVQA, TextVQA); image, query, label (ChartQA); image, question, answer; images, queries,
+annotations (BigDocs). A row of such a set:
+
+    image: {"bytes": ..., "path": "1.png"}, question: "What is the total?", answers: ["12.50"]"""
+    suffixes: ClassVar[tuple[str, ...]] = (".parquet",)
+    first_key: ClassVar[str] = ""
+
     image_column: str = option("", "column of the image or images")
     question_column: str = option(
         "", "column of the question, or of a list of questions with an answer each"
@@ -87,17 +105,19 @@ class Parquet:
         found = []
         usable = 0
         wrong = None
-        for path in filesystem.list_files(source, (".parquet",)):
+        names = files.named(source, filesystem.list_files(source, self.suffixes))
+        for path, name in names.items():
             try:
                 with filesystem.open_file(path) as file:
                     reader = parquet.ParquetFile(file)
                     self._columns(reader.schema_arrow.names, path)
-                    found += _units(path, reader.metadata)
+                    found += _units(path, name, reader.metadata)
                     usable += 1
             except (UserError, *BROKEN) as err:
                 # A bucket that does not answer is no fault of the file.
                 filesystem.raise_if_passing(path, err)
-                found.append(Unit(path))  # `raws` opens it again, and rejects it with the reason
+                # `raws` opens it again, and rejects it with the reason.
+                found.append(Unit(path, name=name))
                 wrong = wrong or (err if isinstance(err, UserError) else None)
         # A file of other columns among good ones is rejected by itself; if all are, the flags or
         # the source must be wrong.
@@ -107,7 +127,6 @@ class Parquet:
 
     def raws(self, unit: Unit) -> Iterator[Raw | Rejection]:
         """Yields the rows of a run of row groups; see `Format.raws`."""
-        name = filesystem.stem(unit.path)
         try:
             with filesystem.open_file(unit.path) as file:
                 # pre_buffer would hold whole row groups, which may be gigabytes of images.
@@ -117,11 +136,11 @@ class Parquet:
                 for group in range(
                     unit.start, reader.num_row_groups if unit.stop < 0 else unit.stop
                 ):
-                    yield from _rows(reader, group, row, columns, unit.path)
+                    yield from _rows(reader, group, row, columns, unit)
                     row += reader.metadata.row_group(group).num_rows
         except (UserError, *BROKEN) as err:
             filesystem.raise_if_passing(unit.path, err)
-            yield Rejection(name, f"the parquet file cannot be read ({_one_line(err)})")
+            yield Rejection(unit.prefix, f"the parquet file cannot be read ({_one_line(err)})")
 
     def record(self, raw: Raw) -> Record:
         """Returns the record of a row; see `Format.record`."""
@@ -152,7 +171,7 @@ class Parquet:
         return columns
 
 
-def _units(path: str, metadata: parquet.FileMetaData) -> list[Unit]:
+def _units(path: str, name: str, metadata: parquet.FileMetaData) -> list[Unit]:
     """Returns runs of row groups of a file with at least `UNIT_ROWS` rows each, but for the last.
 
     A row group is the smallest piece of a parquet file that can be read on its own.
@@ -163,17 +182,17 @@ def _units(path: str, metadata: parquet.FileMetaData) -> list[Unit]:
     for group in range(metadata.num_row_groups):
         rows += metadata.row_group(group).num_rows
         if rows >= UNIT_ROWS or group == metadata.num_row_groups - 1:
-            found.append(Unit(path, start, group + 1))
+            found.append(Unit(path, start, group + 1, name))
             start = group + 1
             rows = 0
     return found
 
 
 def _rows(
-    reader: parquet.ParquetFile, group: int, row: int, columns: Columns, path: str
+    reader: parquet.ParquetFile, group: int, row: int, columns: Columns, unit: Unit
 ) -> Iterator[Raw | Rejection]:
     """Yields the rows of a row group, whose first row has number `row` in the file."""
-    name = filesystem.stem(path)
+    name = unit.prefix
     packed, unpacked = _sizes(reader.metadata.row_group(group))
     if unpacked > max(MAX_UNPACKED, MAX_RATIO * packed):
         yield Rejection(
@@ -185,10 +204,10 @@ def _rows(
             BATCH_ROWS, row_groups=[group], columns=columns.names(), use_threads=False
         ):
             for number in range(batch.num_rows):
-                yield _raw(f"{name}-{row}", batch, number, columns, filesystem.parent(path))
+                yield _raw(f"{name}-{row}", batch, number, columns, filesystem.parent(unit.path))
                 row += 1
     except BROKEN as err:
-        filesystem.raise_if_passing(path, err)
+        filesystem.raise_if_passing(unit.path, err)
         # pyarrow cannot resume after a broken page: the rest of the row group is lost.
         yield Rejection(
             f"{name}-{row}",

@@ -10,6 +10,7 @@ import posixpath
 import tarfile
 import zlib
 from collections.abc import Iterator
+from typing import ClassVar
 
 from alignvlm_jax.data import filesystem
 from alignvlm_jax.data.record import Record, Turn
@@ -40,11 +41,24 @@ BROKEN = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError)
 class WebDataset:
     """The format of a tar file in WebDataset's layout, or of a folder of them."""
 
+    about: ClassVar[str] = "tar files of images with captions, of CC-12M's kind"
+    schema: ClassVar[str] = """\
+A tar file (*.tar, *.tar.gz, *.tgz), or a folder of them. Members that follow one another and have
+one name but for the ending are a record:
+
+    000001.jpg    the image (png, webp, bmp, gif, tiff, too)
+    000001.txt    its caption; or 000001.json with a key caption
+
+The caption answers --prompt."""
+    suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
+    first_key: ClassVar[str] = ""
+
     prompt: str = option("Describe the image.", "question that every caption answers")
 
     def units(self, source: str) -> list[Unit]:
         """Returns a unit for each tar file, which can only be read from its start."""
-        return [Unit(path) for path in filesystem.list_files(source, SUFFIXES)]
+        names = files.named(source, filesystem.list_files(source, SUFFIXES))
+        return [Unit(path, name=name) for path, name in names.items()]
 
     def raws(self, unit: Unit) -> Iterator[Raw | Rejection]:
         """Yields the records of a tar file; see `Format.raws`.
@@ -53,7 +67,7 @@ class WebDataset:
         """
         name = ""
         parts = {}
-        for item in _members(unit.path):
+        for item in _members(unit):
             if isinstance(item, Rejection):
                 yield item
                 continue
@@ -111,13 +125,14 @@ class _Header(tarfile.TarInfo):
 def _raw(unit: Unit, name: str, parts: dict[str, bytes]) -> Raw:
     """Returns a record of the members `parts`, by ending."""
     # In some sets names begin anew in every tar file: only with the file's they are unique.
-    identity = f"{filesystem.stem(unit.path)}/{name}"
+    identity = f"{unit.prefix}/{name}"
     return Raw(identity, identity, parts)
 
 
-def _members(path: str) -> Iterator[tuple[str, str, bytes] | Rejection]:
+def _members(unit: Unit) -> Iterator[tuple[str, str, bytes] | Rejection]:
     """Yields the images and texts of a tar file, one by one, as (name, ending, content)."""
-    at = filesystem.stem(path)
+    path = unit.path
+    at = unit.prefix
     try:
         with (
             filesystem.open_buffered(path) as file,

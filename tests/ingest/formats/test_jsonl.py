@@ -45,6 +45,21 @@ def test_all_that_the_schema_holds(images, prepare, png):
     assert third.turns == (Turn("Text only?", ("yes",)),) and third.id.startswith("data-")
 
 
+def test_what_is_ones_own_goes_into_meta(images, prepare):
+    record = {"turns": TURNS, "meta": {"page": 3}}
+    assert len(prepare(Jsonl(), write(images, [record])).records()) == 1
+
+
+def test_the_examples_of_the_schema_are_records(images, prepare, png):
+    lines = [line for line in Jsonl.schema.splitlines() if line.startswith("    {")]
+    for name in ("1", "2"):
+        (images / "scans" / f"{name}.png").write_bytes(png(120, 40))
+    prepared = prepare(Jsonl(), write(images, map(json.loads, lines)))
+    asked, read = prepared.records()
+    assert asked.turns == (Turn("What is the total?", ("12.50", "12,50")),)
+    assert [word.text for word in read.lines[0][0]] == ["Total", "12.50"]
+
+
 def test_image_paths_may_start_elsewhere(images, prepare, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     source = write(tmp_path / "elsewhere", [{"images": ["a.png"], "turns": TURNS}])
@@ -61,6 +76,18 @@ def test_image_paths_may_start_elsewhere(images, prepare, tmp_path):
         ({"images": ["x" * 4000], "turns": TURNS}, "image"),
         ({"images": ["data:image/png;base64,!"], "turns": TURNS}, "base64"),
         ({"images": "scans/a.png", "turns": TURNS}, "no list of texts"),
+        (
+            {"image": "scans/a.png", "question": "q"},
+            r"^unknown keys 'image', 'question'; known: id, document, images, turns, lines, meta; "
+            r"did you mean images, turns\[\]\.question\?$",
+        ),
+        ({"turns": TURNS, "imgaes": ["scans/a.png"]}, r"key 'imgaes'; .*did you mean images\?$"),
+        ({"turns": TURNS, "split": "x"}, r"key 'split'; .*what is your own goes into `meta`"),
+        ({"messages": []}, r"did you mean --format=docdownstream\?$"),
+        (
+            {"turns": [{"question": "q", "answer": "a"}]},
+            r"key 'answer' of a turn; known: question, answers; did you mean answers\?$",
+        ),
         ({"images": [3], "turns": TURNS}, "no list of texts|no text"),
         ({"turns": "Why?"}, "no list of objects"),
         ({"turns": [{"question": None, "answers": ["a"]}]}, "question is no text"),

@@ -10,6 +10,7 @@ import posixpath
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import ClassVar
 
 import numpy as np
 import pypdfium2
@@ -18,6 +19,7 @@ from pypdfium2 import raw as pdfium
 from alignvlm_jax.data import filesystem
 from alignvlm_jax.data.record import Record, Turn
 from alignvlm_jax.errors import UserError, nearest
+from alignvlm_jax.ingest.formats import files
 from alignvlm_jax.ingest.formats.base import Raw, Reject, Rejection, Unit, option
 from alignvlm_jax.ingest.formats.pdf import drawing
 from alignvlm_jax.ingest.formats.pdf import lines as lines_lib
@@ -35,25 +37,34 @@ MAX_REMOTE_BYTES = 1 << 29
 MAX_UNREADABLE = 0.1
 """Largest fraction of a page's words that are drawn but have no Unicode."""
 HOLDOUTS = ("document", "page")
+NO_TEXT = (
+    "no text layer: run OCR first, `ocrmypdf IN.pdf OUT.pdf`, or give questions about page images, "
+    "--format=jsonl"
+)
 
 # pdfium is not thread-safe, and a runner of `prepare` may have several threads.
 _pdfium = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
-class Pages(Unit):
-    """A range of pages of a file, counted from 0.
-
-    Attributes:
-      name: the file's path within the source, without its suffix.
-    """
-
-    name: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
 class Pdf:
     """The format of a PDF file, or of a folder of them."""
+
+    about: ClassVar[str] = (
+        "PDF files with a text layer: pages, words with boxes, questions about ruled tables"
+    )
+    schema: ClassVar[str] = """\
+A PDF file, or a folder of them (*.pdf, in subfolders too). Each page becomes a record:
+
+    id        PATH-PAGE: a/report.pdf gives a/report-0001, a/report-0002, ...
+    image     the page, drawn at --dpi
+    words     of the text layer, in reading order, with their boxes
+    turns     questions about the ruled tables of the page, with their answers
+
+A scan has no text layer: run OCR first (`ocrmypdf IN.pdf OUT.pdf`), or write questions about images
+of its pages (--format=jsonl)."""
+    suffixes: ClassVar[tuple[str, ...]] = (".pdf",)
+    first_key: ClassVar[str] = ""
 
     dpi: int = option(100, "pixels an inch at which pages are drawn")
     holdout_by: str = option("document", "what is held out together: document (a file), or page")
@@ -72,7 +83,7 @@ class Pdf:
         Raises:
           UserError: the source is not there, or is a single file that shall be held out as a whole.
         """
-        paths = filesystem.list_files(source, (".pdf",))
+        paths = filesystem.list_files(source, self.suffixes)
         # Its pages would all go to one split, and the other would be empty.
         if len(paths) == 1 and self.holdout_by == "document":
             raise UserError(
@@ -80,20 +91,24 @@ class Pdf:
                 "by pages"
             )
         units = []
+        names = set()
         for path in paths:
-            inside = path[len(source) :].strip("/") if path != source else posixpath.basename(path)
+            inside = files.inside(source, path)
+            name = posixpath.splitext(inside)[0]
+            # 1.PDF and 1.pdf are two documents.
+            name = inside if name in names else name
+            names.add(name)
             # -1, the file's end, also serves for a file that cannot be read: `raws` rejects it.
             stops = [-1]
             if filesystem.size(path) > WHOLE_BYTES:
                 num_pages = _num_pages(path)
                 stops = [*range(PAGES_PER_UNIT, num_pages, PAGES_PER_UNIT), num_pages or -1]
             units += [
-                Pages(path, start, stop, posixpath.splitext(inside)[0])
-                for start, stop in itertools.pairwise([0, *stops])
+                Unit(path, start, stop, name) for start, stop in itertools.pairwise([0, *stops])
             ]
         return units
 
-    def raws(self, unit: Pages) -> Iterator[Raw | Rejection]:
+    def raws(self, unit: Unit) -> Iterator[Raw | Rejection]:
         """Yields the pages of a range, without drawing them; see `Format.raws`."""
         try:
             with _pdfium:
@@ -110,7 +125,8 @@ class Pdf:
         """Returns the record of a page: draws it, and reads its words and tables.
 
         Raises:
-          Reject: the page cannot be read or drawn, or too few of its words have Unicode.
+          Reject: the page cannot be read or drawn, shows something but has no words, or too few of
+            its words have Unicode.
         """
         with _pdfium, drawing.open_page(_open(raw.fields["path"]), raw.fields["page"]) as page:
             drawn = drawing.draw(page, self.dpi)
@@ -123,6 +139,9 @@ class Pdf:
         # A transcription with many gaps would teach the model to skip what it sees.
         if num_unreadable > MAX_UNREADABLE * num_words:
             raise Reject(f"words without Unicode ({num_unreadable:,} of {num_words:,})")
+        # A page of one colour is blank, which is no fault of the text layer.
+        if not num_words and drawing.is_marked(drawn.image):
+            raise Reject(NO_TEXT)
         lines = lines_lib.read_lines(words, tables)
         turns = _turns(words, tables)
         return Record(raw.id, "pdf", (drawing.encode(drawn.image),), turns, (lines,))

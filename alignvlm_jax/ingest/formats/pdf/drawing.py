@@ -97,6 +97,13 @@ def draw(page: pypdfium2.PdfPage, dpi: float) -> Drawn:
     return Drawn(image, _to_pixels(page, image.size), dpi / POINTS_PER_INCH)
 
 
+def is_marked(image: Image.Image) -> bool:
+    """Whether a page shows anything: it is not of one colour throughout."""
+    extrema = image.getextrema()
+    bands = [extrema] if len(image.getbands()) == 1 else extrema
+    return any(low != high for low, high in bands)
+
+
 def encode(image: Image.Image) -> bytes:
     """Returns an image as a PNG file, or as a JPEG if that is less than half as large.
 

@@ -10,7 +10,7 @@ from alignvlm_jax.config import VisionConfig
 from alignvlm_jax.data import images, labels
 from alignvlm_jax.data.record import decode_record, encode_record
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.ingest.formats.base import Rejection
+from alignvlm_jax.ingest.formats.base import Rejection, Unit
 from alignvlm_jax.ingest.formats.pdf import document
 from alignvlm_jax.ingest.formats.pdf.document import Pdf
 from tests.ingest.formats.pdf import make_pdf
@@ -42,6 +42,13 @@ def test_a_page_is_a_record_and_a_file_a_document(tmp_path):
     assert form.record(raws[2]) == record
 
 
+def test_files_that_differ_in_their_endings_alone_are_two_documents(tmp_path):
+    write(tmp_path / "1.PDF")
+    write(tmp_path / "1.pdf", 2)
+    raws = [raw for unit in Pdf().units(f"{tmp_path}//") for raw in Pdf().raws(unit)]
+    assert [raw.id for raw in raws] == ["1-0001", "1.pdf-0001", "1.pdf-0002"]
+
+
 def test_one_file_is_held_out_by_pages_only(tmp_path):
     write(tmp_path / "only.pdf", 2)
     for source in (tmp_path, tmp_path / "only.pdf"):
@@ -70,7 +77,7 @@ def test_a_large_file_is_cut_into_ranges_of_pages(tmp_path, monkeypatch):
 def test_a_file_in_a_bucket_is_held_in_memory(tmp_path, monkeypatch):
     write(tmp_path / "here.pdf")
     monkeypatch.setattr(document.filesystem, "is_remote", lambda path: True)
-    pages = document.Pages(str(tmp_path / "here.pdf"), name="here")
+    pages = Unit(str(tmp_path / "here.pdf"), name="here")
     (raw,) = Pdf().raws(pages)
     assert texts(Pdf().record(raw)) == ["page 1"]
     document._open.cache_clear()
@@ -166,8 +173,14 @@ def test_a_page_that_cannot_be_told_is_rejected(read):
 
 
 def test_a_blank_page_has_no_words(read):
-    (record,) = read(["0 0 1 rg 20 20 50 50 re f\n"])
+    (record,) = read([""])
     assert (record.turns, record.lines) == ((), ((),))
+
+
+@pytest.mark.parametrize("content", ["0 0 1 rg 20 20 50 50 re f\n", make_pdf.IMAGE])
+def test_a_page_that_shows_something_and_has_no_words_is_a_scan(read, content):
+    (rejected,) = read([content])
+    assert rejected.reason.startswith("no text layer: run OCR first, `ocrmypdf IN.pdf OUT.pdf`")
 
 
 def test_text_is_kept_without_loss_and_photos_are_not(read):

@@ -1,0 +1,178 @@
+"""What a source holds, for `prepare` without a --format: which formats read it, and what none does.
+
+Files are told by their endings, JSON also by the keys of its first record.
+"""
+
+import collections
+import dataclasses
+import posixpath
+import shlex
+from collections.abc import Iterable
+
+from alignvlm_jax.data import filesystem
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.ingest.formats import REGISTRY, array, files
+from alignvlm_jax.ingest.formats.base import Rejection, Unit
+
+IMAGES = (
+    *(".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".avif"),
+    *(".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pnm", ".mpo"),
+)
+IMAGE_ALONE = (
+    "An image alone teaches nothing: write its questions or its words into a jsonl file beside it, "
+    "as `prepare --format=jsonl --help` shows"
+)
+JSON = (".json", *files.SUFFIXES)
+MAX_OPENED = 100
+"""Number of JSON files that are opened; the others are taken for what the last one of them was."""
+MAX_FIRST_BYTES = 1 << 20
+"""Bytes in which the first record of a JSON array has to begin."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What a source holds.
+
+    Attributes:
+      source: the file or folder.
+      by_format: number of files by the name of the format that reads them, the most first.
+      images: number of images by ending, without the dot and in capitals.
+      others: number of files that nothing reads, by ending likewise.
+    """
+
+    source: str
+    by_format: dict[str, int]
+    images: dict[str, int]
+    others: dict[str, int]
+
+    def __str__(self) -> str:
+        parts = [
+            f"{count:,} file{'s' * (count > 1)} for {name}"
+            for name, count in self.by_format.items()
+        ]
+        parts += [_counted("image", self.images)] if self.images else []
+        parts += [_counted("other file", self.others)] if self.others else []
+        return f"{shown(self.source)}: {'; '.join(parts) or 'nothing'}"
+
+    def format(self, out: str) -> str:
+        """Returns the name of the format that reads the source.
+
+        Args:
+          out: what commands for each format are to write to, where several read it.
+
+        Raises:
+          UserError: none reads it, or several do; the message says what to do.
+        """
+        if len(self.by_format) == 1:
+            return next(iter(self.by_format))
+        if self.by_format:
+            commands = "".join(
+                f"\n  prepare --format={name} --source={quoted(self.source)} "
+                f"--out={quoted(posixpath.join(out, name))} ..."
+                for name in self.by_format
+            )
+            raise UserError(
+                f"{self}. Several formats read it: prepare each into a folder of its own, and mix "
+                f"them by config.data.sources{commands}"
+            )
+        if self.images:
+            raise UserError(f"{self}. {IMAGE_ALONE}")
+        kinds = ", ".join(dict.fromkeys(one for kind in REGISTRY.values() for one in kind.suffixes))
+        raise UserError(f"{self}. No format reads that: give {kinds}")
+
+    def about_images(self, name: str) -> str:
+        """Returns what becomes of the images beside what format `name` reads; "" without images.
+
+        The formats whose records name image files read them from there.
+        """
+        if not self.images or name in ("jsonl", "llava", "docdownstream", "parquet"):
+            return ""
+        return f"not read: {_counted('image', self.images)}. {IMAGE_ALONE}"
+
+    def about_files(self, name: str) -> str:
+        """Returns what files other formats than `name` would read; "" if there are none."""
+        rest = {other: count for other, count in self.by_format.items() if other != name}
+        found = "; ".join(f"{count:,} for --format={other}" for other, count in rest.items())
+        return f"not read: {found}" if rest else ""
+
+
+def survey(source: str, without: str = "") -> Survey:
+    """Returns what a source holds.
+
+    Args:
+      source: a file or a folder, local or in a bucket.
+      without: a folder whose files do not count.
+
+    Raises:
+      UserError: there is no such source, or it cannot be reached.
+    """
+    paths = filesystem.list_files(source, ("",))
+    if without and not filesystem.is_remote(source):
+        below = posixpath.abspath(without) + "/"
+        paths = [path for path in paths if not posixpath.abspath(path).startswith(below)]
+    by_format: collections.Counter[str] = collections.Counter()
+    images: collections.Counter[str] = collections.Counter()
+    others: collections.Counter[str] = collections.Counter()
+    for path, name in _formats(paths).items():
+        ending = posixpath.splitext(path)[1].lower()
+        if name:
+            by_format[name] += 1
+        elif ending in IMAGES:
+            images[ending[1:].upper()] += 1
+        else:
+            others[ending or "no ending"] += 1
+    return Survey(*(source, dict(by_format.most_common())), dict(images), dict(others))
+
+
+def _formats(paths: Iterable[str]) -> dict[str, str]:
+    """Returns by path the name of the format that reads a file; "" if none does."""
+    found = {}
+    opened: collections.Counter[str] = collections.Counter()
+    last: dict[str, str] = {}
+    for path in paths:
+        matching = {
+            name: kind for name, kind in REGISTRY.items() if path.lower().endswith(kind.suffixes)
+        }
+        ending = posixpath.splitext(path)[1].lower()
+        if ending not in JSON:
+            found[path] = next(iter(matching), "")
+            continue
+        if opened[ending] < MAX_OPENED:
+            opened[ending] += 1
+            keys = _first_keys(path)
+            by_key = [name for name, kind in matching.items() if kind.first_key in keys]
+            # The one that takes any object comes last: "" is no key.
+            rest = [name for name, kind in matching.items() if not kind.first_key]
+            last[ending] = next(iter([*by_key, *rest]), "")
+        found[path] = last[ending]
+    return found
+
+
+def _first_keys(path: str) -> set[str]:
+    """Returns the keys of the first object of a JSON file; none if it has no such or is broken."""
+    try:
+        if path.lower().endswith(files.SUFFIXES):
+            items = files.json_objects(Unit(path, 0, MAX_FIRST_BYTES))
+        else:
+            items = array.objects(Unit(path, 0, MAX_FIRST_BYTES), "")
+        item = next(items, None)
+    except (UserError, OSError):
+        return set()  # the format itself says why, when it reads the file
+    return set() if item is None or isinstance(item, Rejection) else set(item[1])
+
+
+def _counted(what: str, kinds: dict[str, int]) -> str:
+    """Returns a number with what it is of: "3 images (2 PNG, 1 JPG)"."""
+    total = sum(kinds.values())
+    listed = ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))
+    return f"{total:,} {what}{'s' * (total > 1)} ({shown(listed)})"
+
+
+def shown(name: str) -> str:
+    """Returns a name for a message of one line: with line breaks escaped."""
+    return name if name.isprintable() else repr(name)[1:-1]
+
+
+def quoted(name: str) -> str:
+    """Returns a name as a shell takes it."""
+    return shlex.quote(name)
