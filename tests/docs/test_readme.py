@@ -16,8 +16,10 @@ import pytest
 from PIL import Image
 
 from alignvlm_jax import __main__ as program
+from alignvlm_jax import config as config_lib
 from alignvlm_jax.commands import config_flag
 from alignvlm_jax.plan import hardware
+from alignvlm_jax.train import restore
 from tests.commands.test_convert import convert_to, published  # noqa: F401
 from tests.ingest.formats.pdf import make_pdf
 
@@ -25,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 GUIDES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 MAX_LINES = 200
 SMALL = {
-    "noise": ["--num_questions=2", "--sigmas=0,1"],
+    "noise": ["--num_questions=2", "--sigmas=1"],
     "inspect --config": ["--num_sequences=2"],
 }
 """Flags that make a command short, by what it holds."""
@@ -33,7 +35,9 @@ SMALL = {
 
 def blocks(path: str, kind: str) -> list[str]:
     """Returns the code blocks of a document that are marked by `kind`."""
-    return re.findall(rf"^```{kind}\n(.*?)^```", (ROOT / path).read_text(), re.M | re.S)
+    # All of them in their order: the end of a marked block looks like the begin of another.
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / path).read_text(), re.M | re.S)
+    return [text for mark, text in found if mark == kind]
 
 
 def commands(path: str) -> list[list[str]]:
@@ -41,7 +45,11 @@ def commands(path: str) -> list[list[str]]:
     begins with no command."""
     text = "\n".join(blocks(path, "")).replace("\\\n", " ")
     split = [shlex.split(line, comments=True) for line in text.splitlines() if "'" not in line]
-    return [words for words in split if words and re.match(r"make$|(\.venv/bin/)?python$|launch/", words[0])]
+    return [
+        words
+        for words in split
+        if words and re.match(r"make$|(\.venv/bin/)?python$|launch/", words[0])
+    ]
 
 
 def test_the_readme_is_short():
@@ -84,6 +92,8 @@ def folder(tmp_path, trained_workdir, published, data_dir, monkeypatch) -> Path:
     for name in ("alignvlm_jax", "configs", "docs", "launch", "Makefile"):
         (tmp_path / name).symlink_to(ROOT / name)
     shutil.copytree(trained_workdir, tmp_path / "runs" / "demo")
+    stages = config_lib.to_json((restore.load_config(trained_workdir),))
+    (tmp_path / "runs" / "demo" / "config.json").write_text(json.dumps(stages))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "demo").symlink_to(data_dir)
     (tmp_path / "weights").mkdir()
