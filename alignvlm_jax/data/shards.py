@@ -32,6 +32,9 @@ MAX_COMING = 1024
 ENDINGS = (".array_record", ".npz")
 # The folder has to go, because `prepare` finds nothing to do while there is a `prepare.json`.
 AGAIN = "delete the folder and run `prepare` again"
+ELSEWHERE = (
+    "; run `prepare` first, or name the folder where they lie now, by --data or config.data.dir"
+)
 
 
 def shard_name(split: str, index: int, count: int) -> str:
@@ -260,7 +263,7 @@ def _open(place: str, directory: str, split: str) -> grain.sources.ArrayRecordDa
     names = shard_names(place, split)
     if not names:
         known = {name.split("-")[0] for name in entries if name.endswith(".array_record")}
-        hint = nearest(split, known) if known else "; run `prepare` first"
+        hint = nearest(split, known) if known else ELSEWHERE
         raise UserError(f"no shards of split {split!r} in {directory}{hint}")
     # SPLIT-00000-of-00009: each name has the number of shards, so that missing ones are noticed.
     expected = int(names[0].removesuffix(".array_record").rsplit("-", 1)[1])

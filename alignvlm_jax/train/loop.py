@@ -132,10 +132,12 @@ def train(
             opened,
             config_flags,
         )
+        more = "; nothing was left to do: another --workdir trains anew"
         # What is listed may differ between hosts for a moment, as on a bucket: one of them says
         # what is there.
         while found := exchange.from_main(_next(run, stages) if distributed.is_main() else None):
             index, newest, lacking = found
+            more = ""
             try:
                 _train_stage(run, stages[index], newest, lacking)
             except BrokenCheckpoint as err:
@@ -145,7 +147,7 @@ def train(
                         f"{run.broken[1]}, and {err}; move them away to do without them"
                     ) from err
                 run.broken = newest, err
-        progress.say(f"done: {total} steps, {checkpoints.folder / str(total)}")
+        progress.say(f"done: {total} steps, {checkpoints.folder / str(total)}{more}")
 
 
 def _check_newest(checkpoints: Checkpoints, total: int) -> None:

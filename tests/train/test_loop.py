@@ -371,7 +371,8 @@ def test_another_config_is_refused(straight):
 
 def test_a_finished_run_has_nothing_to_do(straight):
     before = (straight / "metrics.jsonl").read_text()
-    assert "done: 8 steps" in fake_run.train(straight)
+    printed = fake_run.train(straight)
+    assert "done: 8 steps" in printed and "nothing was left to do" in printed
     assert (straight / "metrics.jsonl").read_text() == before
 
 
