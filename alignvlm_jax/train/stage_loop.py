@@ -302,7 +302,7 @@ class StageLoop:
                 self.writer.write(now, self.stage.config.stage, values | self.run.phases.metrics())
                 # Of all sources together; those of each are in the log.
                 shown = [
-                    f"{key.split('/')[1]} {value:.3f}"
+                    f"{key.split('/')[1].replace('_', ' ')} {value:.3f}"
                     for key, value in values.items()
                     if key.count("/") == 1
                 ]
