@@ -171,7 +171,7 @@ _DRAWN: dict[tuple, dict] = {}
 
 
 def _compile_steps(model, config: Config, *args) -> tuple:
-    key = repr(config)
+    key = repr(dataclasses.replace(config, run_id=""))
     if key not in _COMPILED:
         _COMPILED[key] = _COMPILE_STEPS(model, config, *args)
     return _COMPILED[key]
