@@ -52,7 +52,7 @@ class StageData:
     @functools.cached_property
     def tokenizer_files(self) -> dict[str, bytes]:
         """The files of the tokenizer; see the function of this name."""
-        return tokenizer_files(self.tokenizer_path, self.tokenizer)
+        return tokenizer_files(self.tokenizer)
 
     def records(self, folder: str | os.PathLike, split: str) -> RecordSource:
         """Returns the records of a split; UserError as of `RecordSource`."""
@@ -74,8 +74,8 @@ def tokenizer_path(data: DataConfig) -> Path:
     return storage.path(data.tokenizer or data.dir)
 
 
-def tokenizer_files(path: Path, tokenizer: Tokenizer) -> dict[str, bytes]:
-    """Returns the files of the tokenizer of `path` by name, with a chat_format.json
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Returns the files of a tokenizer by name, with a chat_format.json
     also where that follows from the special tokens: who reads them elsewhere need not know the
     rule.
 
@@ -83,7 +83,7 @@ def tokenizer_files(path: Path, tokenizer: Tokenizer) -> dict[str, bytes]:
       UserError: one is missing or damaged, or there is no chat format.
     """
     chat_format = chat_template.to_json(chat.format_of(tokenizer))
-    return tokenizers.files(path) | {tokenizers.CHAT_FORMAT: chat_format.encode()}
+    return tokenizers.files(tokenizer) | {tokenizers.CHAT_FORMAT: chat_format.encode()}
 
 
 def tokenizer_contents(data: DataConfig) -> str:

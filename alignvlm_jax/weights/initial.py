@@ -188,4 +188,4 @@ def _write(
 
 def _tokenizer_files(checkpoints: Checkpoints, step: int, data: DataConfig) -> dict[str, bytes]:
     path = stage_data.tokenizer_path(data)
-    return checkpoints.tokenizer(step) or stage_data.tokenizer_files(path, tokenizers.load(path))
+    return checkpoints.tokenizer(step) or stage_data.tokenizer_files(tokenizers.load(path))

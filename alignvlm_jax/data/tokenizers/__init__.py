@@ -65,21 +65,21 @@ def load(path: str | os.PathLike) -> Tokenizer:
     return _make(str(path), content, chat_files(path))
 
 
-def files(path: str | os.PathLike) -> dict[str, bytes]:
+def files(tokenizer: Tokenizer) -> dict[str, bytes]:
     """Returns the contents of a tokenizer's file and of those beside it that belong to it, by name.
 
     Args:
-      path: as of `read`.
+      tokenizer: of `load`.
 
     Raises:
-      UserError: the tokenizer's file is missing, or another cannot be read.
+      UserError: a file beside it cannot be read.
     """
-    path, content = read(path)
-    folder = filesystem.parent(os.fspath(path)) or "."
+    folder = filesystem.parent(tokenizer.name) or "."
     # The other one of NAMES, if there is one, is not what this tokenizer is made of.
     beside = {name: _read_beside(folder, name) for name in KEPT if name not in NAMES}
-    name = next((name for name in NAMES if path.suffix == Path(name).suffix), NAMES[-1])
-    return {name: content} | {name: found for name, found in beside.items() if found}
+    suffix = Path(tokenizer.name).suffix
+    name = next((name for name in NAMES if suffix == Path(name).suffix), NAMES[-1])
+    return {name: tokenizer.content} | {name: found for name, found in beside.items() if found}
 
 
 def of_files(found: Mapping[str, bytes], name: str) -> Tokenizer:
@@ -188,6 +188,7 @@ def _named_tokens(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _make(name: str, content: bytes, files: ChatFiles) -> Tokenizer:
     # The cache's key has the content: a file that was written anew is read anew.
     tokenizer = _of_content(name, content)
+    tokenizer.content = content
     tokenizer.chat_files = files
     return tokenizer
 

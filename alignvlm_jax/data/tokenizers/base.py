@@ -38,6 +38,7 @@ class Tokenizer(abc.ABC):
       vocab_size: its ids are below this.
       special_tokens: those that text never makes, by name: of the chat, beginning and end of text.
       fingerprint: a checksum of its file; see `fingerprint`.
+      content: its file's, which a checkpoint takes along.
       chat_files: what stands beside its file.
     """
 
@@ -45,6 +46,7 @@ class Tokenizer(abc.ABC):
     vocab_size: int
     special_tokens: Mapping[str, int]
     fingerprint: str
+    content: bytes
     chat_files: ChatFiles = ChatFiles()
 
     @abc.abstractmethod
