@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from alignvlm_jax import config as config_lib
-from alignvlm_jax.data import tokenizers
+from alignvlm_jax.data import index, shards, tokenizers
 from alignvlm_jax.errors import UsageError, UserError, nearest
 from alignvlm_jax.flag_types import positive
 from alignvlm_jax.ingest import job
@@ -22,6 +22,17 @@ DOCUMENTS = "documents"
 """The format of documents that are drawn and have no source."""
 CONFIG = "configs/documents.py"
 """The config whose stages take words, questions, or both."""
+FOUND = {
+    (True, True): "with words and questions",
+    (
+        True,
+        False,
+    ): "with words and no questions: both stages transcribe, `evaluate` has none to ask",
+    (False, True): "with questions and no words: both stages answer",
+    # Not in one record: `prepare` rejects those that have neither.
+    (False, False): "with neither words nor questions",
+}
+"""What data hold, by whether records have words and whether they have questions."""
 DEFAULT_CHECKPOINT = "weights/smollm2"
 TOKENIZER_HINT = (
     "`make weights` gives weights/smollm2/tokenizer; the demonstration's is "
@@ -119,6 +130,8 @@ def _peek(argv: list[str]) -> argparse.Namespace:
     chosen, rest = parser.parse_known_args(argv)
     # A flag without its value is left to the real parser, whose message is better.
     chosen.format = chosen.format or ""
+    if chosen.source is None:
+        raise UsageError("--source needs a value: a file or folder, on this machine or gs://")
     if chosen.format not in ("", DOCUMENTS, *REGISTRY):
         raise UsageError(
             f"--format is {chosen.format!r}{nearest(chosen.format, [DOCUMENTS, *REGISTRY])}"
@@ -263,7 +276,7 @@ def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: fl
         print(f"{args.out}: {time.monotonic() - started:.0f} s")
     else:
         print(f"{args.out} is ready: prepared with these arguments before")
-    if not args.split:
+    if not args.split and shards.shard_paths(args.out, "train"):
         print(_next(args.out, request.tokenizer))
 
 
@@ -291,8 +304,10 @@ def _next(out: str, tokenizer: str) -> str:
     folder = _checkpoint(tokenizer)
     # The config's own default needs no naming.
     config = CONFIG if folder == DEFAULT_CHECKPOINT else f"{CONFIG}:{folder or 'FOLDER'}"
+    text_tokens = index.load(out, "train").text_tokens
+    has = tuple(bool(text_tokens[task].any()) for task in ("transcribe", "answer"))
     lines = [
-        "Next:",
+        f"Next, {FOUND[has]}:",
         f"  {_command('inspect')} --config={survey.quoted(config)} --data={survey.quoted(out)}",
         f"  {_command('train')} --config={survey.quoted(config)} "
         f"--workdir={survey.quoted(f'runs/{Path(out).name}')} "
