@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from alignvlm_jax import config as config_lib
-from alignvlm_jax.commands import prepare
+from alignvlm_jax.commands import next_commands, prepare
 from alignvlm_jax.data import shards, tokenizers
 from alignvlm_jax.data.shards import RecordSource
 from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -281,7 +281,7 @@ def test_the_next_commands_name_the_checkpoint_of_the_tokenizer(
     pathlib.Path("weights/other/config.json").write_text(stages)
     own(1, 1)
     assert "--config=configs/documents.py:weights/other --data=" in capsys.readouterr().out
-    assert prepare._checkpoint("tokenizer.model") == "weights/other"
+    assert next_commands.checkpoint("tokenizer.model") == "weights/other"
 
 
 def test_of_a_single_file_pages_are_held_out(own, capsys):

@@ -22,6 +22,8 @@ IMAGE_ALONE = (
     "An image alone teaches nothing: write its questions or its words into a jsonl file beside it, "
     "as `prepare --format=jsonl --help` shows"
 )
+NAMING_IMAGES = ("jsonl", "llava", "docdownstream", "parquet")
+"""Formats whose records may name image files."""
 JSON = (".json", *files.SUFFIXES)
 MAX_OPENED = 100
 """Number of JSON files that are opened; the others are taken for what the last one of them was."""
@@ -54,11 +56,13 @@ class Survey:
         parts += [_counted("other file", self.others)] if self.others else []
         return f"{shown(self.source)}: {'; '.join(parts) or 'nothing'}"
 
-    def format(self, out: str) -> str:
+    def format(self, command: str, out: str, flags: str) -> str:
         """Returns the name of the format that reads the source.
 
         Args:
-          out: what commands for each format are to write to, where several read it.
+          command: how `prepare` is called, for messages; so are the next two.
+          out: the folder to write to; where several formats read the source, each below it.
+          flags: other flags, as a shell takes them.
 
         Raises:
           UserError: none reads it, or several do; the message says what to do.
@@ -67,8 +71,8 @@ class Survey:
             return next(iter(self.by_format))
         if self.by_format:
             commands = "".join(
-                f"\n  prepare --format={name} --source={quoted(self.source)} "
-                f"--out={quoted(posixpath.join(out, name))} ..."
+                f"\n  {command} --format={name} --source={quoted(self.source)} "
+                f"--out={quoted(posixpath.join(out, name))} {flags}"
                 for name in self.by_format
             )
             raise UserError(
@@ -85,15 +89,25 @@ class Survey:
 
         The formats whose records name image files read them from there.
         """
-        if not self.images or name in ("jsonl", "llava", "docdownstream", "parquet"):
+        if not self.images or name in NAMING_IMAGES:
             return ""
         return f"not read: {_counted('image', self.images)}. {IMAGE_ALONE}"
+
+    def about_unnamed(self, name: str, num_read: int) -> str:
+        """Returns a line where there are more images than the records of `name` have read."""
+        total = sum(self.images.values())
+        if name not in NAMING_IMAGES or total <= num_read:
+            return ""
+        return (
+            f"{shown(self.source)} holds {_counted('image', self.images)}, and records have "
+            f"{num_read:,}: those that no record names are not read"
+        )
 
     def about_files(self, name: str) -> str:
         """Returns what files other formats than `name` would read; "" if there are none."""
         rest = {other: count for other, count in self.by_format.items() if other != name}
         found = "; ".join(f"{count:,} for --format={other}" for other, count in rest.items())
-        return f"not read: {found}" if rest else ""
+        return f"beside them: {found}" if rest else ""
 
 
 def survey(source: str, without: str = "") -> Survey:
@@ -121,7 +135,7 @@ def survey(source: str, without: str = "") -> Survey:
             images[ending[1:].upper()] += 1
         else:
             others[ending or "no ending"] += 1
-    return Survey(*(source, dict(by_format.most_common())), dict(images), dict(others))
+    return Survey(source, dict(by_format.most_common()), dict(images), dict(others))
 
 
 def _formats(paths: Iterable[str]) -> dict[str, str]:
