@@ -284,6 +284,8 @@ def _check_needed(args: argparse.Namespace) -> None:
         f"As: {next_commands.command('prepare')} --format={args.format} "
         f"--source={survey.quoted(args.source)} --out={survey.quoted(out)} "
         f"--tokenizer={survey.quoted(tokenizer)}"
+        + survey.PAGES
+        * (getattr(args, "holdout_by", "") == "page")
     )
 
 

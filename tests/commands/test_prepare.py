@@ -307,7 +307,7 @@ def test_what_is_missing_is_named_with_a_whole_command(tmp_path):
     (tmp_path / "a b.pdf").write_bytes(make_pdf.pdf([""]))
     command = (
         rf"prepare --format=pdf --source='{tmp_path}/a b\.pdf' --out='data/a b' "
-        r"--tokenizer=weights/smollm2/tokenizer$"
+        r"--tokenizer=weights/smollm2/tokenizer --holdout_by=page$"
     )
     with pytest.raises(UsageError, match=rf"--out=FOLDER and --tokenizer=.* needed.*{command}"):
         prepare.main([f"--source={tmp_path}/a b.pdf"])

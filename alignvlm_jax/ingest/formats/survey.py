@@ -24,6 +24,8 @@ IMAGE_ALONE = (
 )
 NAMING_IMAGES = ("jsonl", "llava", "docdownstream", "parquet")
 """Formats whose records may name image files."""
+PAGES = " --holdout_by=page"
+"""What a command for a single PDF needs: nothing else of it can be held out."""
 JSON = (".json", *files.SUFFIXES)
 MAX_OPENED = 100
 """Number of JSON files that are opened; the others are taken for what the last one of them was."""
@@ -73,7 +75,9 @@ class Survey:
             commands = "".join(
                 f"\n  {command} --format={name} --source={quoted(self.source)} "
                 f"--out={quoted(posixpath.join(out, name))} {flags}"
-                for name in self.by_format
+                + PAGES
+                * (name == "pdf" and count == 1)
+                for name, count in self.by_format.items()
             )
             raise UserError(
                 f"{self}. Several formats read it: prepare each into a folder of its own, and mix "

@@ -80,6 +80,7 @@ def test_of_several_formats_the_commands_are_given(tmp_path):
     for name in ("pdf", "jsonl", "llava"):
         command = f"prepare --format={name} --source='{tmp_path}/my files' --out=data/mine/{name} --tokenizer=x"
         assert command in str(error.value)
+    assert str(error.value).count("--tokenizer=x --holdout_by=page") == 1
     assert found.about_files("pdf") == "beside them: 1 for --format=jsonl; 1 for --format=llava"
 
 
