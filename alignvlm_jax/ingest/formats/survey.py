@@ -5,6 +5,7 @@ Files are told by their endings, JSON also by the keys of its first record.
 
 import collections
 import dataclasses
+import os
 import posixpath
 import shlex
 from collections.abc import Iterable
@@ -27,6 +28,8 @@ NAMING_IMAGES = ("jsonl", "llava", "docdownstream", "parquet")
 PAGES = " --holdout_by=page"
 """What a command for a single PDF needs: nothing else of it can be held out."""
 JSON = (".json", *files.SUFFIXES)
+BROKEN = "broken link"
+"""What is no file, and no listing has."""
 MAX_OPENED = 100
 """Number of JSON files that are opened; the others are taken for what the last one of them was."""
 MAX_FIRST_BYTES = 1 << 20
@@ -108,9 +111,14 @@ class Survey:
         )
 
     def about_files(self, name: str) -> str:
-        """Returns what files other formats than `name` would read; "" if there are none."""
-        rest = {other: count for other, count in self.by_format.items() if other != name}
-        found = "; ".join(f"{count:,} for --format={other}" for other, count in rest.items())
+        """Returns what `name` leaves to other formats, and links to nothing; "" without any."""
+        rest = {
+            f"for --format={other}": count
+            for other, count in self.by_format.items()
+            if other != name
+        }
+        rest |= {kind: count for kind, count in self.others.items() if kind == BROKEN}
+        found = "; ".join(f"{count:,} {kind}" for kind, count in rest.items())
         return f"beside them: {found}" if rest else ""
 
 
@@ -131,6 +139,8 @@ def survey(source: str, without: str = "") -> Survey:
     by_format: collections.Counter[str] = collections.Counter()
     images: collections.Counter[str] = collections.Counter()
     others: collections.Counter[str] = collections.Counter()
+    if broken := _num_broken(source):
+        others[BROKEN] = broken
     for path, name in _formats(paths).items():
         ending = posixpath.splitext(path)[1].lower()
         if name:
@@ -140,6 +150,14 @@ def survey(source: str, without: str = "") -> Survey:
         else:
             others[ending or "no ending"] += 1
     return Survey(source, dict(by_format.most_common()), dict(images), dict(others))
+
+
+def _num_broken(source: str) -> int:
+    """Returns how many links of a local folder lead nowhere, as to a disk that is not mounted."""
+    if filesystem.is_remote(source):
+        return 0
+    paths = (os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names)
+    return sum(os.path.islink(path) and not os.path.exists(path) for path in paths)
 
 
 def _formats(paths: Iterable[str]) -> dict[str, str]:

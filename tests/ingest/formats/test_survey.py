@@ -113,3 +113,11 @@ def test_of_many_json_files_some_are_opened(tmp_path, monkeypatch):
         write(tmp_path, **{f"{number}__json": b'[{"conversations": []}]'})
     write(tmp_path, **{"4__json": b"{}"})
     assert survey.survey(str(tmp_path)).by_format == {"llava": 5}
+
+
+def test_links_to_nothing_are_counted(tmp_path):
+    write(tmp_path, a__pdf=b"")
+    (tmp_path / "b.pdf").symlink_to(tmp_path / "nowhere.pdf")
+    found = survey.survey(str(tmp_path))
+    assert found.by_format == {"pdf": 1} and str(found).endswith("1 other file (1 broken link)")
+    assert found.about_files("pdf") == "beside them: 1 broken link"
