@@ -2,16 +2,14 @@
 
 import argparse
 import dataclasses
-import json
-import os
 import re
-import sys
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from alignvlm_jax import config as config_lib
-from alignvlm_jax.data import tokenizers
+from alignvlm_jax.commands import next_commands
+from alignvlm_jax.data import index, shards
 from alignvlm_jax.errors import UsageError, UserError, nearest
 from alignvlm_jax.flag_types import positive
 from alignvlm_jax.ingest import job
@@ -20,9 +18,6 @@ from alignvlm_jax.storage import faults
 
 DOCUMENTS = "documents"
 """The format of documents that are drawn and have no source."""
-CONFIG = "configs/documents.py"
-"""The config whose stages take words, questions, or both."""
-DEFAULT_CHECKPOINT = "weights/smollm2"
 TOKENIZER_HINT = (
     "`make weights` gives weights/smollm2/tokenizer; the demonstration's is "
     "data/demo/tokenizer.model"
@@ -97,9 +92,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         return parser.parse_args(argv)
     if not name:
         found = survey.survey(chosen.source, chosen.out)
-        print(found)
-        name = found.format(chosen.out or _own_folder(chosen.source))
-        print(f"--format={name}: {REGISTRY[name].about}")
+        out = chosen.out or _own_folder(chosen.source)
+        if not any(flag.startswith("--tokenizer") for flag in chosen.rest):
+            chosen.rest.append(f"--tokenizer={next_commands.DEFAULT_CHECKPOINT}/tokenizer")
+        name = found.format(next_commands.command("prepare"), out, shlex.join(chosen.rest))
+        print(f"{found}\n--format={name}: {REGISTRY[name].about}")
         parser.set_defaults(format=name)
     _add_source_flags(parser, name)
     # Of a single PDF nothing else could be held out.
@@ -117,8 +114,11 @@ def _peek(argv: list[str]) -> argparse.Namespace:
     for flag in ("--format", "--source", "--out"):
         parser.add_argument(flag, nargs="?", default="")
     chosen, rest = parser.parse_known_args(argv)
+    chosen.rest = rest
     # A flag without its value is left to the real parser, whose message is better.
     chosen.format = chosen.format or ""
+    if chosen.source is None:
+        raise UsageError("--source needs a value: a file or folder, on this machine or gs://")
     if chosen.format not in ("", DOCUMENTS, *REGISTRY):
         raise UsageError(
             f"--format is {chosen.format!r}{nearest(chosen.format, [DOCUMENTS, *REGISTRY])}"
@@ -259,12 +259,16 @@ def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: fl
         print(line)
     is_new = job.prepare(request, Path(args.out), run)
     print(job.summary(Path(args.out), request.splits))
+    held = [split for split in request.splits if shards.shard_paths(args.out, split)]
+    num_images = sum(len(index.load(args.out, split).image_sizes) for split in held)
+    if line := found.about_unnamed(args.format, num_images):
+        print(line)
     if is_new:
         print(f"{args.out}: {time.monotonic() - started:.0f} s")
     else:
         print(f"{args.out} is ready: prepared with these arguments before")
-    if not args.split:
-        print(_next(args.out, request.tokenizer))
+    if not args.split and shards.shard_paths(args.out, "train"):
+        print(next_commands.after_prepare(args.out, request.tokenizer))
 
 
 def _check_needed(args: argparse.Namespace) -> None:
@@ -273,60 +277,21 @@ def _check_needed(args: argparse.Namespace) -> None:
     needed = [flag for flag, value in flags.items() if not value]
     if not needed:
         return
+    out = args.out or _own_folder(args.source)
+    tokenizer = args.tokenizer or f"{next_commands.DEFAULT_CHECKPOINT}/tokenizer"
     raise UsageError(
         f"{' and '.join(needed)} {'are' if len(needed) > 1 else 'is'} needed; {TOKENIZER_HINT}. "
-        f"As: {_command('prepare')} --format={args.format} --source={survey.quoted(args.source)} "
-        f"--out={survey.quoted(args.out or _own_folder(args.source))} "
-        f"--tokenizer={survey.quoted(args.tokenizer or DEFAULT_CHECKPOINT + '/tokenizer')}"
+        f"As: {next_commands.command('prepare')} --format={args.format} "
+        f"--source={survey.quoted(args.source)} --out={survey.quoted(out)} "
+        f"--tokenizer={survey.quoted(tokenizer)}"
+        + survey.PAGES
+        * (getattr(args, "holdout_by", "") == "page")
     )
 
 
 def _own_folder(source: str) -> str:
     """Returns a folder for what is made of a source, for messages."""
     return f"data/{Path(source).stem or 'mine'}"
-
-
-def _next(out: str, tokenizer: str) -> str:
-    """Returns the commands that follow, with a config that fits the data and their tokenizer."""
-    folder = _checkpoint(tokenizer)
-    # The config's own default needs no naming.
-    config = CONFIG if folder == DEFAULT_CHECKPOINT else f"{CONFIG}:{folder or 'FOLDER'}"
-    lines = [
-        "Next:",
-        f"  {_command('inspect')} --config={survey.quoted(config)} --data={survey.quoted(out)}",
-        f"  {_command('train')} --config={survey.quoted(config)} "
-        f"--workdir={survey.quoted(f'runs/{Path(out).name}')} "
-        f"--config.data.dir={survey.quoted(out)}",
-    ]
-    if not folder:
-        lines.append(f"FOLDER: a checkpoint, or what `convert` wrote, with tokenizer {tokenizer}")
-    return "\n".join(lines)
-
-
-def _command(name: str) -> str:
-    """Returns how a command is called here."""
-    python = os.path.relpath(sys.executable)
-    return f"{'python' if python.startswith('..') else python} -m alignvlm_jax {name}"
-
-
-def _checkpoint(tokenizer: str) -> str:
-    """Returns the folder of a checkpoint whose tokenizer this is, to train from; "" for none."""
-    wanted = tokenizers.load(tokenizer).fingerprint
-    path = Path(tokenizer)
-    near = [DEFAULT_CHECKPOINT, *map(str, (path, *path.parents)[:3])]
-    others = [str(one.parent) for one in sorted(Path().glob("runs/*/config.json"))]
-    others += [str(one.parent) for one in sorted(Path().glob("weights/*/config.json"))]
-    for folder in dict.fromkeys([*near, *others]):
-        try:
-            [*_, last] = config_lib.current_form(
-                json.loads(Path(folder, "config.json").read_text())
-            )
-            data = last["data"]
-            if tokenizers.load(data["tokenizer"] or data["dir"]).fingerprint == wanted:
-                return folder
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, UserError):
-            continue  # it is no checkpoint of ours, or its tokenizer is gone
-    return ""
 
 
 def _recount(args: argparse.Namespace) -> None:

@@ -153,7 +153,10 @@ def _move(outputs: Sequence[UnitOutput], dropped: Dropped, holdout: float) -> Mo
             if line not in dropped[number]:
                 lowest, highest = found.get(split, (place[0], place[0]))
                 found[split] = min(lowest, place[0]), max(highest, place[0])
-    if len(found) != 1 or not 0 < holdout < 1:
+        # Of a large source the first parts tell.
+        if len(found) == len(SPLITS):
+            return None
+    if not found or not 0 < holdout < 1:
         return None
     [(source, (lowest, highest))] = found.items()
     [target] = set(SPLITS) - {source}

@@ -37,13 +37,18 @@ def arguments(tmp_path, monkeypatch):
         "source": tmp_path / "data.jsonl",
         "tokenizer": tmp_path / "tokenizer.model",
     }
-    return [f"--{name}={value}" for name, value in flags.items()] + ["--holdout=0.3"]
+    return [f"--{name}={value}" for name, value in flags.items()]
 
 
+# Of the smaller fraction no document is: one is held out all the same.
+@pytest.mark.parametrize("holdout", [0.3, 1e-9])
 @pytest.mark.parametrize(
     "flags", [[], ["--direct_num_workers=2", "--direct_running_mode=multi_threading"]]
 )
-def test_the_direct_runner_makes_the_same_bytes_as_worker_processes(arguments, tmp_path, flags):
+def test_the_direct_runner_makes_the_same_bytes_as_worker_processes(
+    arguments, tmp_path, flags, holdout
+):
+    arguments = [*arguments, f"--holdout={holdout}"]
     prepare.main([*arguments, f"--out={tmp_path}/here", "--num_workers=1"])
     prepare.main([*arguments, f"--out={tmp_path}/beam", "--beam_runner=DirectRunner", "--", *flags])
     here, beam = (

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from alignvlm_jax import config as config_lib
-from alignvlm_jax.commands import prepare
+from alignvlm_jax.commands import next_commands, prepare
 from alignvlm_jax.data import shards, tokenizers
 from alignvlm_jax.data.shards import RecordSource
 from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -257,6 +257,7 @@ def test_a_folder_is_looked_through_and_the_next_commands_are_given(own, tmp_pat
     assert "my files: 3 files for pdf; 1 image (1 PNG)\n--format=pdf: PDF files" in printed
     assert "not read: 1 image (1 PNG). An image alone teaches nothing" in printed
     assert "validation: 1 records" in printed
+    assert "Next, with words and no questions: both stages transcribe" in printed
     assert f"inspect --config=configs/documents.py:FOLDER --data={out}\n" in printed
     train = f"train --config=configs/documents.py:FOLDER --workdir=runs/out --config.data.dir={out}"
     assert train in printed and "FOLDER: a checkpoint" in printed
@@ -280,7 +281,7 @@ def test_the_next_commands_name_the_checkpoint_of_the_tokenizer(
     pathlib.Path("weights/other/config.json").write_text(stages)
     own(1, 1)
     assert "--config=configs/documents.py:weights/other --data=" in capsys.readouterr().out
-    assert prepare._checkpoint("tokenizer.model") == "weights/other"
+    assert next_commands.checkpoint("tokenizer.model") == "weights/other"
 
 
 def test_of_a_single_file_pages_are_held_out(own, capsys):
@@ -306,7 +307,7 @@ def test_what_is_missing_is_named_with_a_whole_command(tmp_path):
     (tmp_path / "a b.pdf").write_bytes(make_pdf.pdf([""]))
     command = (
         rf"prepare --format=pdf --source='{tmp_path}/a b\.pdf' --out='data/a b' "
-        r"--tokenizer=weights/smollm2/tokenizer$"
+        r"--tokenizer=weights/smollm2/tokenizer --holdout_by=page$"
     )
     with pytest.raises(UsageError, match=rf"--out=FOLDER and --tokenizer=.* needed.*{command}"):
         prepare.main([f"--source={tmp_path}/a b.pdf"])

@@ -54,7 +54,7 @@ def test_words_questions_and_both_are_trained_on(stages, kinds, align):
         tasks[stage.stage] = {pick.task for pick in picks}
         assert sequences.schedule.num_unused == 0
         assert all(sequences[i]["loss_weights"].any() for i in range(5))
-        assert validation.by_source(stage)
+        assert validation.by_source(stage) and stage.eval.splits == ("validation",)
     assert tasks == {"align": align, "answer": {"answer_and_transcribe"}}
 
 

@@ -1,3 +1,4 @@
+import collections
 import dataclasses
 import errno
 import itertools
@@ -365,9 +366,19 @@ def test_of_a_small_source_one_document_is_trained_on(few, prepare):
     assert len(ids(prepared)) == 2 and len(ids(prepared, "validation")) == 22
 
 
-def test_who_is_held_out_of_a_small_source_depends_on_no_order(few, prepare, monkeypatch):
+def test_who_is_held_out_of_a_small_source_depends_on_no_order(few, prepare, tokenizer, tmp_path):
     alone = prepare(Jsonl(), few, "alone", holdout=1e-9)
     assert prepare(Jsonl(), few, "two", holdout=1e-9, num_workers=2).files() == alone.files()
+
+    def backwards_and_twice(write, tasks):
+        """As a scheduler may that tries again, on workers of any order."""
+        for task in [*reversed(tasks), *tasks]:
+            collections.deque(write(task), maxlen=0)
+
+    request = job.Request("test", Jsonl(), str(few), tokenizer.name, 1e-9)
+    assert job.prepare(request, tmp_path / "other", backwards_and_twice)
+    other = {path.name: path.read_bytes() for path in (tmp_path / "other").iterdir()}
+    assert other == alone.files()
     few.write_text("".join(reversed(few.read_text().splitlines(True))))
     assert {*ids(prepare(Jsonl(), few, "turned", holdout=1e-9), "validation")} == {
         *ids(alone, "validation")

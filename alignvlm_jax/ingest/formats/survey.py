@@ -5,6 +5,7 @@ Files are told by their endings, JSON also by the keys of its first record.
 
 import collections
 import dataclasses
+import os
 import posixpath
 import shlex
 from collections.abc import Iterable
@@ -22,7 +23,13 @@ IMAGE_ALONE = (
     "An image alone teaches nothing: write its questions or its words into a jsonl file beside it, "
     "as `prepare --format=jsonl --help` shows"
 )
+NAMING_IMAGES = ("jsonl", "llava", "docdownstream", "parquet")
+"""Formats whose records may name image files."""
+PAGES = " --holdout_by=page"
+"""What a command for a single PDF needs: nothing else of it can be held out."""
 JSON = (".json", *files.SUFFIXES)
+BROKEN = "broken link"
+"""What is no file, and no listing has."""
 MAX_OPENED = 100
 """Number of JSON files that are opened; the others are taken for what the last one of them was."""
 MAX_FIRST_BYTES = 1 << 20
@@ -54,11 +61,13 @@ class Survey:
         parts += [_counted("other file", self.others)] if self.others else []
         return f"{shown(self.source)}: {'; '.join(parts) or 'nothing'}"
 
-    def format(self, out: str) -> str:
+    def format(self, command: str, out: str, flags: str) -> str:
         """Returns the name of the format that reads the source.
 
         Args:
-          out: what commands for each format are to write to, where several read it.
+          command: how `prepare` is called, for messages; so are the next two.
+          out: the folder to write to; where several formats read the source, each below it.
+          flags: other flags, as a shell takes them.
 
         Raises:
           UserError: none reads it, or several do; the message says what to do.
@@ -67,9 +76,11 @@ class Survey:
             return next(iter(self.by_format))
         if self.by_format:
             commands = "".join(
-                f"\n  prepare --format={name} --source={quoted(self.source)} "
-                f"--out={quoted(posixpath.join(out, name))} ..."
-                for name in self.by_format
+                f"\n  {command} --format={name} --source={quoted(self.source)} "
+                f"--out={quoted(posixpath.join(out, name))} {flags}"
+                + PAGES
+                * (name == "pdf" and count == 1)
+                for name, count in self.by_format.items()
             )
             raise UserError(
                 f"{self}. Several formats read it: prepare each into a folder of its own, and mix "
@@ -85,15 +96,30 @@ class Survey:
 
         The formats whose records name image files read them from there.
         """
-        if not self.images or name in ("jsonl", "llava", "docdownstream", "parquet"):
+        if not self.images or name in NAMING_IMAGES:
             return ""
         return f"not read: {_counted('image', self.images)}. {IMAGE_ALONE}"
 
+    def about_unnamed(self, name: str, num_read: int) -> str:
+        """Returns a line where there are more images than the records of `name` have read."""
+        total = sum(self.images.values())
+        if name not in NAMING_IMAGES or total <= num_read:
+            return ""
+        return (
+            f"{shown(self.source)} holds {_counted('image', self.images)}, and records have "
+            f"{num_read:,}: those that no record names are not read"
+        )
+
     def about_files(self, name: str) -> str:
-        """Returns what files other formats than `name` would read; "" if there are none."""
-        rest = {other: count for other, count in self.by_format.items() if other != name}
-        found = "; ".join(f"{count:,} for --format={other}" for other, count in rest.items())
-        return f"not read: {found}" if rest else ""
+        """Returns what `name` leaves to other formats, and links to nothing; "" without any."""
+        rest = {
+            f"for --format={other}": count
+            for other, count in self.by_format.items()
+            if other != name
+        }
+        rest |= {kind: count for kind, count in self.others.items() if kind == BROKEN}
+        found = "; ".join(f"{count:,} {kind}" for kind, count in rest.items())
+        return f"beside them: {found}" if rest else ""
 
 
 def survey(source: str, without: str = "") -> Survey:
@@ -113,6 +139,8 @@ def survey(source: str, without: str = "") -> Survey:
     by_format: collections.Counter[str] = collections.Counter()
     images: collections.Counter[str] = collections.Counter()
     others: collections.Counter[str] = collections.Counter()
+    if broken := _num_broken(source):
+        others[BROKEN] = broken
     for path, name in _formats(paths).items():
         ending = posixpath.splitext(path)[1].lower()
         if name:
@@ -121,7 +149,15 @@ def survey(source: str, without: str = "") -> Survey:
             images[ending[1:].upper()] += 1
         else:
             others[ending or "no ending"] += 1
-    return Survey(*(source, dict(by_format.most_common())), dict(images), dict(others))
+    return Survey(source, dict(by_format.most_common()), dict(images), dict(others))
+
+
+def _num_broken(source: str) -> int:
+    """Returns how many links of a local folder lead nowhere, as to a disk that is not mounted."""
+    if filesystem.is_remote(source):
+        return 0
+    paths = (os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names)
+    return sum(os.path.islink(path) and not os.path.exists(path) for path in paths)
 
 
 def _formats(paths: Iterable[str]) -> dict[str, str]:

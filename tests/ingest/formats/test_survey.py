@@ -40,7 +40,7 @@ def write(folder, **contents):
 def test_the_one_format_that_reads_a_source_is_taken(tmp_path, contents, expected):
     write(tmp_path, **contents)
     found = survey.survey(str(tmp_path))
-    assert found.format("out") == expected and found.by_format == {expected: 1}
+    assert found.format("prepare", "out", "") == expected and found.by_format == {expected: 1}
 
 
 def test_each_format_reads_the_example_of_its_schema():
@@ -62,24 +62,26 @@ def test_images_are_counted_and_told_where_they_go(tmp_path):
     said = found.about_images("pdf")
     assert said.startswith("not read: 3 images (2 PNG, 1 TIFF). An image alone teaches nothing")
     assert "prepare --format=jsonl --help" in said
-    assert found.about_images("jsonl") == ""
+    assert found.about_images("jsonl") == found.about_unnamed("jsonl", 3) == ""
+    assert "holds 3 images (2 PNG, 1 TIFF), and records have 2: " in found.about_unnamed("jsonl", 2)
 
 
 def test_of_images_alone_there_is_no_format(tmp_path):
     write(tmp_path, b__png=b"")
     with pytest.raises(UserError, match=r"1 image \(1 PNG\)\. An image alone .*--format=jsonl"):
-        survey.survey(str(tmp_path)).format("out")
+        survey.survey(str(tmp_path)).format("prepare", "out", "")
 
 
 def test_of_several_formats_the_commands_are_given(tmp_path):
     write(tmp_path / "my files", a__pdf=b"", b__jsonl=[OWN], c__jsonl=[LLAVA])
     found = survey.survey(str(tmp_path / "my files"))
     with pytest.raises(UserError, match="Several formats read it") as error:
-        found.format("data/mine")
+        found.format("prepare", "data/mine", "--tokenizer=x")
     for name in ("pdf", "jsonl", "llava"):
-        command = f"prepare --format={name} --source='{tmp_path}/my files' --out=data/mine/{name}"
+        command = f"prepare --format={name} --source='{tmp_path}/my files' --out=data/mine/{name} --tokenizer=x"
         assert command in str(error.value)
-    assert found.about_files("pdf") == "not read: 1 for --format=jsonl; 1 for --format=llava"
+    assert str(error.value).count("--tokenizer=x --holdout_by=page") == 1
+    assert found.about_files("pdf") == "beside them: 1 for --format=jsonl; 1 for --format=llava"
 
 
 @pytest.mark.parametrize(
@@ -95,7 +97,7 @@ def test_what_nothing_reads_is_named_on_one_line(tmp_path, contents, message):
     (tmp_path / "in").mkdir()
     write(tmp_path / "in", **contents)
     with pytest.raises(UserError, match=message) as error:
-        survey.survey(str(tmp_path / "in")).format("out")
+        survey.survey(str(tmp_path / "in")).format("prepare", "out", "")
     assert "\n" not in str(error.value)
 
 
@@ -111,3 +113,11 @@ def test_of_many_json_files_some_are_opened(tmp_path, monkeypatch):
         write(tmp_path, **{f"{number}__json": b'[{"conversations": []}]'})
     write(tmp_path, **{"4__json": b"{}"})
     assert survey.survey(str(tmp_path)).by_format == {"llava": 5}
+
+
+def test_links_to_nothing_are_counted(tmp_path):
+    write(tmp_path, a__pdf=b"")
+    (tmp_path / "b.pdf").symlink_to(tmp_path / "nowhere.pdf")
+    found = survey.survey(str(tmp_path))
+    assert found.by_format == {"pdf": 1} and str(found).endswith("1 other file (1 broken link)")
+    assert found.about_files("pdf") == "beside them: 1 broken link"

@@ -1,0 +1,68 @@
+"""What to call after `prepare`: commands whose config fits the data and their tokenizer."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from alignvlm_jax import config as config_lib
+from alignvlm_jax.data import index, tokenizers
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.ingest.formats import survey
+
+CONFIG = "configs/documents.py"
+"""The config whose stages take words, questions, or both."""
+FOUND = {
+    (True, True): "with words and questions",
+    (True, False): "with words and no questions: both stages transcribe",
+    (False, True): "with questions and no words: both stages answer",
+    # Not in one record: `prepare` rejects those that have neither.
+    (False, False): "with neither words nor questions",
+}
+"""What data hold, by whether records have words and whether they have questions."""
+DEFAULT_CHECKPOINT = "weights/smollm2"
+
+
+def after_prepare(out: str, tokenizer: str) -> str:
+    """Returns the commands that follow, with a config that fits the data and their tokenizer."""
+    folder = checkpoint(tokenizer)
+    # The config's own default needs no naming.
+    config = CONFIG if folder == DEFAULT_CHECKPOINT else f"{CONFIG}:{folder or 'FOLDER'}"
+    text_tokens = index.load(out, "train").text_tokens
+    has = tuple(bool(text_tokens[task].any()) for task in ("transcribe", "answer"))
+    lines = [
+        f"Next, {FOUND[has]}:",
+        f"  {command('inspect')} --config={survey.quoted(config)} --data={survey.quoted(out)}",
+        f"  {command('train')} --config={survey.quoted(config)} "
+        f"--workdir={survey.quoted(f'runs/{Path(out).name}')} "
+        f"--config.data.dir={survey.quoted(out)}",
+    ]
+    if not folder:
+        lines.append(f"FOLDER: a checkpoint, or what `convert` wrote, with tokenizer {tokenizer}")
+    return "\n".join(lines)
+
+
+def command(name: str) -> str:
+    """Returns how a command is called here."""
+    python = os.path.relpath(sys.executable)
+    return f"{'python' if python.startswith('..') else python} -m alignvlm_jax {name}"
+
+
+def checkpoint(tokenizer: str) -> str:
+    """Returns the folder of a checkpoint whose tokenizer this is, to train from; "" for none."""
+    wanted = tokenizers.load(tokenizer).fingerprint
+    path = Path(tokenizer)
+    near = [DEFAULT_CHECKPOINT, *map(str, (path, *path.parents)[:3])]
+    others = [str(one.parent) for one in sorted(Path().glob("runs/*/config.json"))]
+    others += [str(one.parent) for one in sorted(Path().glob("weights/*/config.json"))]
+    for folder in dict.fromkeys([*near, *others]):
+        try:
+            [*_, last] = config_lib.current_form(
+                json.loads(Path(folder, "config.json").read_text())
+            )
+            data = last["data"]
+            if tokenizers.load(data["tokenizer"] or data["dir"]).fingerprint == wanted:
+                return folder
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, UserError):
+            continue  # it is no checkpoint of ours, or its tokenizer is gone
+    return ""
