@@ -60,21 +60,35 @@ def with_parts(hint: Any) -> Any:
         hints = {
             name: with_parts(field) for name, field in fields(hint).items() if has_arrays(field)
         }
-        return typing.Annotated[
-            hint,
-            Is[lambda value: all(is_bearable(getattr(value, name), hints[name]) for name in hints)],
-        ]
+
+        def has_fields(value: tuple) -> bool:
+            return all(is_bearable(getattr(value, name), part) for name, part in hints.items())
+
+        return typing.Annotated[hint, validator(has_fields, hint)]
     inner = typing.get_args(hint)
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return typing.Union[tuple(map(with_parts, inner))]  # noqa: UP007
     if typing.get_origin(hint) in (dict, Mapping) and not isinstance(inner[1], typing.TypeVar):
         part = with_parts(inner[1])
-        return typing.Annotated[
-            hint.__origin__, Is[lambda value: all(is_bearable(one, part) for one in value.values())]
-        ]
+
+        def has_values(value: Mapping) -> bool:
+            return all(is_bearable(one, part) for one in value.values())
+
+        return typing.Annotated[hint.__origin__, validator(has_values, hint)]
     if type(hint) is types.GenericAlias:  # tuple[...], list[...], but no Callable[...]
         return hint.__origin__[tuple(map(with_parts, inner))]
     return hint
+
+
+def validator(function: Callable, hint: Any) -> Any:
+    """`function` as beartype's validator of a hint, under a name of its own: beartype takes two of
+    one name for the same, whatever they close over."""
+    function.__name__ = function.__qualname__ = f"{function.__name__}_{id(hint)}"
+    _kept.append(hint)  # So that no other hint gets its id.
+    return Is[function]
+
+
+_kept: list[Any] = []
 
 
 def is_named_tuple(hint: Any) -> bool:

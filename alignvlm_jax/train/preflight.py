@@ -41,6 +41,9 @@ def open_stages(stages: tuple[Config, ...]) -> list[StageData]:
         # Both are made for what they raise.
         loader.TrainSequences(config, config.data.split, opened)
         validation.by_source(config, opened)
+        for folder in config.data.folders:
+            # Checkpoints hold it: a damaged one would be told at the first save.
+            prepared.description(folder)
         found.append(opened)
         # Stages mostly share a model, and tracing it takes most of a second.
         key = config.model, config.mesh

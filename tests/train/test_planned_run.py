@@ -52,7 +52,7 @@ def config(tmp_path_factory) -> Config:
             index_lib.write(
                 index_lib.index_path(path), index_lib.of_records(records, tokenizer, fingerprint)
             )
-        (root / name / "prepare.json").write_text(name)
+        (root / name / "prepare.json").write_text(json.dumps({"source": name}))
     base = tiny_config()
     llm = dataclasses.replace(
         base.model.llm, vocab_size=tokenizer.vocab_size + 4 - tokenizer.vocab_size % 4
@@ -268,9 +268,9 @@ def test_what_was_not_seen_has_no_loss_and_is_not_asked(with_pages_alone, tmp_pa
 def test_other_data_in_any_source_are_refused(config, tmp_path, monkeypatch):
     train(config, tmp_path, monkeypatch, stop_at=1)
     path = Path(config.data.sources["b"].dir, "prepare.json")
-    path.write_text("other")
+    path.write_text('{"source": "other"}')
     with pytest.raises(
         UserError, match=r"was trained on data of fingerprint \w{8}, that of \S+/a, \S+/b is"
     ):
         train(config, tmp_path, monkeypatch)
-    path.write_text("b")
+    path.write_text('{"source": "b"}')
