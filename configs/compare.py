@@ -15,8 +15,8 @@ set `patch_token_weight`.
 
 import ml_collections
 
+from alignvlm_jax.configs import demo
 from alignvlm_jax.errors import nearest
-from configs import demo
 
 TOWERS = "runs/compare/towers"
 

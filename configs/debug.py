@@ -22,7 +22,7 @@ one of them: JAX_PLATFORMS=cpu, or CUDA_VISIBLE_DEVICES=0.
 
 import ml_collections
 
-from configs import demo
+from alignvlm_jax.configs import demo
 
 
 def get_config(connector: str = "align") -> ml_collections.ConfigDict:

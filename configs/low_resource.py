@@ -17,7 +17,7 @@ import math
 import ml_collections
 
 from alignvlm_jax import config as config_lib
-from configs import paper
+from alignvlm_jax.configs import paper
 
 CAPTIONS = 558_000
 INSTRUCTIONS = 779_000

@@ -7,7 +7,7 @@
 
 import ml_collections
 
-from configs import paper
+from alignvlm_jax.configs import paper
 
 STAGE = paper.Stage(
     name="stage1",

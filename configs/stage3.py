@@ -9,7 +9,7 @@ none.
 
 import ml_collections
 
-from configs import paper
+from alignvlm_jax.configs import paper
 
 STAGE = paper.Stage(
     name="stage3",

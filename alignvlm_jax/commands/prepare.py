@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from alignvlm_jax.commands import usage
 from alignvlm_jax.errors import UsageError, UserError
 from alignvlm_jax.flag_types import positive
-from alignvlm_jax.ingest import job
 from alignvlm_jax.ingest.formats import REGISTRY
 from alignvlm_jax.storage import faults
 
@@ -55,11 +55,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     """Returns the parsed flags, which depend on --format; those of other formats are refused."""
     # A first parser reads only --format and --recount, from which the real one follows.
     # Without --help, which the real parser has to answer.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser = argparse.ArgumentParser(
-        prog="python -m alignvlm_jax prepare",
+    first = usage.parser("prepare", add_help=False)
+    parser = usage.parser(
+        "prepare",
         description=f"{__doc__} Flags depend on --format; `--format=NAME --help` shows them.",
-        allow_abbrev=False,
     )
     for one in (first, parser):
         one.add_argument(
@@ -176,6 +175,9 @@ def _prepare_documents(args: argparse.Namespace, started: float) -> None:
 
 def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: float) -> None:
     """Prepares a source, on processes of this machine or under Apache Beam."""
+    # Late: it needs grain, and with it jax.
+    from alignvlm_jax.ingest import job
+
     kind = REGISTRY[args.format]
     options = {field.name: getattr(args, field.name) for field in dataclasses.fields(kind)}
     request = job.Request(
@@ -198,6 +200,9 @@ def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: fl
 
 def _recount(args: argparse.Namespace) -> None:
     """Counts the tokens of a prepared folder anew."""
+    # Late, as above.
+    from alignvlm_jax.ingest import job
+
     counts = job.recount(Path(args.out), _tokenizer(args))
     sizes = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     print(f"{args.out}: counted {sizes} records")
