@@ -1,4 +1,4 @@
-"""Fine-tuning from published weights or from any checkpoint, `configs/finetune.py:DIR`.
+"""Fine-tuning from published weights or from any checkpoint, `--config=finetune:DIR`.
 
 DIR is a folder that `convert` wrote, or a workdir.
 

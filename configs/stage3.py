@@ -3,7 +3,7 @@
 It takes five epochs over 570 K records, the number in DocDownstream-1.0's README; the paper states
 none.
 
-`configs/stage3.py:llama32_1b` (or llama32_3b, llama31_8b). Start from stage 2:
+`--config=stage3:llama32_1b` (or llama32_3b, llama31_8b). Start from stage 2:
 --config.init_from=runs/stage2.
 """
 
