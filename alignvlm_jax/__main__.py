@@ -1,4 +1,4 @@
-"""The command line, `python -m alignvlm_jax COMMAND ...`.
+"""The command line: `alignvlm COMMAND ...`, or `python -m alignvlm_jax COMMAND ...`.
 
 Exit status: 0 done; 1 wrong input (one line on stderr), which would only fail again; 2 wrong usage.
 The launch scripts restart a command with any other status: 70 an unforeseen exception; 75 stalled,
@@ -13,7 +13,8 @@ import traceback
 from types import ModuleType
 from typing import NoReturn
 
-from alignvlm_jax import logs, storage
+from alignvlm_jax import __version__, logs, storage
+from alignvlm_jax.commands import usage
 from alignvlm_jax.errors import (
     TRY_AGAIN_STATUS,
     StoppedError,
@@ -63,20 +64,23 @@ def main(argv: list[str]) -> int:
 def _run(argv: list[str], debug: bool) -> int:
     """Runs a command, and prints an error that it raises as a line on stderr."""
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: python -m alignvlm_jax COMMAND [--help] [--debug] ...\n")
+        print(f"usage: {usage.program()} COMMAND [--help] [--debug] ... | --version\n")
         print("\n".join(f"  {name:10}{help_text}" for name, help_text in COMMANDS.items()))
         print(
             "\n--debug, or ALIGNVLM_DEBUG=1: the traceback of an error, and all messages of "
             "libraries on the terminal"
         )
         return 0 if argv else 2
+    if argv[0] == "--version":
+        print(_version())
+        return 0
     if argv[0] not in COMMANDS:
         print(
-            f"alignvlm_jax: error: unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}",
+            f"{_prefix()}: error: unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}",
             file=sys.stderr,
         )
         return 2
-    if not _joins(argv) and (name := _several_processes()):
+    if not _joins(argv) and (name := usage.several_processes()):
         joining = ", ".join(f"{command} {flag}".strip() for command, flag in JOINING.items())
         return _fail(
             f"{argv[0]} runs as one process, and {name} is set: only {joining} join several"
@@ -106,6 +110,19 @@ def _run(argv: list[str], debug: bool) -> int:
     return 0
 
 
+def _version() -> str:
+    """Returns the version of the package, with the commit where it is known."""
+    from alignvlm_jax.train import commit
+
+    known = commit.git_hash()
+    return f"alignvlm_jax {__version__}{'' if known == 'unknown' else f', commit {known}'}"
+
+
+def _prefix() -> str:
+    """Returns the word before a message: what was typed, without the interpreter."""
+    return usage.program().split()[-1]
+
+
 def _show_traceback(debug: bool) -> None:
     """Prints the traceback of the exception at hand with --debug; the host's log always has it."""
     if debug:
@@ -119,19 +136,10 @@ def _joins(argv: list[str]) -> bool:
     return flag is not None and any(argument.startswith(flag) for argument in argv)
 
 
-def _several_processes() -> str | None:
-    """Returns the environment variable that makes this one process of several, or None."""
-    if os.environ.get("ALIGNVLM_NUM_PROCESSES", "1") != "1":
-        return "ALIGNVLM_NUM_PROCESSES"
-    return (
-        "ALIGNVLM_AUTO_DISTRIBUTED" if os.environ.get("ALIGNVLM_AUTO_DISTRIBUTED") == "1" else None
-    )
-
-
 def _fail(message: str, status: int = 1, kind: str = "error: ") -> int:
     """Prints why the command ends, tells the other processes, and returns the exit status."""
     # `say` raises nothing if stderr cannot be written: the others still wait to be told.
-    logs.say(f"alignvlm_jax: {kind}{message}")
+    logs.say(f"{_prefix()}: {kind}{message}")
     if distributed := _distributed():
         return distributed.fail(message, status)
     return status
@@ -158,7 +166,8 @@ def _distributed() -> ModuleType | None:
     return sys.modules.get("alignvlm_jax.parallel.distributed")
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """Runs the command of the command line, and ends the process with its exit status."""
     try:
         status = main(sys.argv[1:])
     except Exception as err:
@@ -166,3 +175,7 @@ if __name__ == "__main__":
             traceback.print_exc()
         status = _fail(f"unforeseen: {type(err).__name__}: {err}", status=70)
     leave_with(status)
+
+
+if __name__ == "__main__":
+    run()

@@ -35,3 +35,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     # A cutoff below difflib's default of 0.6, since a wrong suggestion does no harm.
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def how_to_install(extra: str, target: str) -> str:
+    """Returns how to install what is missing, for messages.
+
+    Args:
+      extra: the extra of pyproject.toml that has it.
+      target: the target of the Makefile that installs it in a checkout.
+    """
+    return f"pip install 'alignvlm_jax[{extra}]', or `make {target}` in a checkout"

@@ -23,7 +23,7 @@ from typing import TextIO
 
 from absl import logging as absl_logging
 
-from alignvlm_jax import storage
+from alignvlm_jax import __version__, storage
 from alignvlm_jax.storage import appending
 
 FOLDER = "logs"
@@ -270,7 +270,7 @@ def _facts(rank: str, commit: str) -> Iterator[str]:
         f"{rank}: host {socket.gethostname()}, pid {os.getpid()}, {os.cpu_count()} cores, "
         f"{platform.platform()}"
     )
-    versions = {"python": platform.python_version()}
+    versions = {"alignvlm_jax": __version__, "python": platform.python_version()}
     for name in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)

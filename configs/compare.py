@@ -1,12 +1,11 @@
 """A comparison of connectors on an equal footing: the same towers, steps and sequences for each.
 
-    compare.py:towers       trains the two towers once: the demonstration's language model, then,
-                            with it frozen, a vision encoder that learns from patch labels what
-                            patches show
-    compare.py:connectors   whole pages; the towers' parameters and an initialised connector, all of
-                            which is trained
-    compare.py:supervision  small pages; only the language model is loaded and the rest initialised,
-                            to measure what patch labels are worth
+    compare:towers       trains the two towers once: the demonstration's language model, then, with
+                         it frozen, a vision encoder that learns from patch labels what patches show
+    compare:connectors   whole pages; the towers' parameters and an initialised connector, all of
+                         which is trained
+    compare:supervision  small pages; only the language model is loaded and the rest initialised, to
+                         measure what patch labels are worth
 
 `make compare` trains all of `configs/sweeps/compare.py`. As in the paper, the towers are the same
 for every connector. Only ALIGN can learn from patch labels; it does in the rows of the sweep that
@@ -15,8 +14,8 @@ set `patch_token_weight`.
 
 import ml_collections
 
+from alignvlm_jax.configs import demo
 from alignvlm_jax.errors import nearest
-from configs import demo
 
 TOWERS = "runs/compare/towers"
 

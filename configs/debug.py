@@ -2,7 +2,7 @@
 
     python -m alignvlm_jax prepare --format=documents --out=data/demo  # or a few:
     python -m alignvlm_jax prepare --format=documents --out=data/few --num_train=200 --num_eval=16
-    python -m alignvlm_jax train --config=configs/debug.py --workdir=runs/debug --debug
+    python -m alignvlm_jax train --config=debug --workdir=runs/debug --debug
 
 With `train.jit` off every operation of a step runs by itself, so that `print(x_BTD)` shows numbers,
 and `breakpoint()` in `models/` or `train/step.py` stops at them; layers are a Python loop, since a
@@ -16,13 +16,13 @@ and `breakpoint()` in `models/` or `train/step.py` stops at them; layers are a P
   ends, and then seconds a step.
 - The run is over after two steps; to run it again, take another --workdir, or remove this one.
 
-It learns nothing to speak of; `configs/demo.py` does. On a machine with several devices, show it
+It learns nothing to speak of; `--config=demo` does. On a machine with several devices, show it
 one of them: JAX_PLATFORMS=cpu, or CUDA_VISIBLE_DEVICES=0.
 """
 
 import ml_collections
 
-from configs import demo
+from alignvlm_jax.configs import demo
 
 
 def get_config(connector: str = "align") -> ml_collections.ConfigDict:

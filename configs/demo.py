@@ -11,7 +11,7 @@ The documents are rendered forms, receipts and tables.
     stage2        the whole model transcribes whole pages and answers questions about them
     stage3        answers only; the vision encoder is frozen
 
-`configs/demo.py:mlp` is the same with the MLP connector, and likewise for all of
+`--config=demo:mlp` is the same with the MLP connector, and likewise for all of
 `models.connectors`.
 """
 

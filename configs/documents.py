@@ -16,7 +16,7 @@ record. For an accelerator: on a laptop a step takes minutes.
 
 import ml_collections
 
-from configs import finetune
+from alignvlm_jax.configs import finetune
 
 
 def get_config(folder: str = "weights/smollm2") -> ml_collections.ConfigDict:

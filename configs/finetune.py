@@ -1,4 +1,4 @@
-"""Fine-tuning from published weights or from any checkpoint, `configs/finetune.py:DIR`.
+"""Fine-tuning from published weights or from any checkpoint, `--config=finetune:DIR`.
 
 DIR is a folder that `convert` wrote, or a workdir.
 
@@ -15,7 +15,7 @@ import pathlib
 import ml_collections
 
 from alignvlm_jax import config as config_lib
-from configs import demo
+from alignvlm_jax.configs import demo
 
 
 def get_config(folder: str) -> ml_collections.ConfigDict:

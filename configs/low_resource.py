@@ -6,7 +6,7 @@ It trains Llama 3.2 3B in LLaVA-NeXT's two stages.
     stage2_all        LLaVA-NeXT-779K: LLM and connector at 1e-5, the encoder at 2e-6, batch 8,
                       one epoch
 
-`configs/low_resource.py:align` (or another). The paper does not say whether its batches are of a
+`--config=low_resource:align` (or another). The paper does not say whether its batches are of a
 device or of all: here they are of all. It uses LLaVA's grids of up to 6 x 6 tiles within nine; here
 they are those of `data.images`. Optimizer and sequence length: as in `paper.py`. Start from
 published weights: --config.init_from=weights/mine
@@ -17,7 +17,7 @@ import math
 import ml_collections
 
 from alignvlm_jax import config as config_lib
-from configs import paper
+from alignvlm_jax.configs import paper
 
 CAPTIONS = 558_000
 INSTRUCTIONS = 779_000

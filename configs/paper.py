@@ -20,8 +20,8 @@ import ml_collections
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import presets
+from alignvlm_jax.configs import demo
 from alignvlm_jax.errors import nearest
-from configs import demo
 
 MAX_TILES = 9 + 1  # and the overview
 LLMS = ("llama32_1b", "llama32_3b", "llama31_8b")

@@ -6,7 +6,7 @@ takes tens of seconds.
 
 import ml_collections
 
-from configs import finetune
+from alignvlm_jax.configs import finetune
 
 
 def get_config(folder: str = "weights/smollm2") -> ml_collections.ConfigDict:

@@ -1,13 +1,13 @@
 """The paper's stage 1, alignment: trains the whole model on 8.1 M pairs of CC-12M, one epoch.
 
-`configs/stage1.py:llama32_1b` (or llama32_3b, llama31_8b). Start from published weights, as
+`--config=stage1:llama32_1b` (or llama32_3b, llama31_8b). Start from published weights, as
 `convert` leaves them: --config.init_from=weights/mine
 --config.data.tokenizer=weights/mine/tokenizer
 """
 
 import ml_collections
 
-from configs import paper
+from alignvlm_jax.configs import paper
 
 STAGE = paper.Stage(
     name="stage1",

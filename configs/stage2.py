@@ -1,12 +1,12 @@
 """The paper's stage 2, documents: trains the whole model on BigDocs' 7.5 M records, one epoch.
 
-`configs/stage2.py:llama32_1b` (or llama32_3b, llama31_8b). Start from stage 1:
+`--config=stage2:llama32_1b` (or llama32_3b, llama31_8b). Start from stage 1:
 --config.init_from=runs/stage1
 """
 
 import ml_collections
 
-from configs import paper
+from alignvlm_jax.configs import paper
 
 STAGE = paper.Stage(
     name="stage2",

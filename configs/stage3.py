@@ -3,13 +3,13 @@
 It takes five epochs over 570 K records, the number in DocDownstream-1.0's README; the paper states
 none.
 
-`configs/stage3.py:llama32_1b` (or llama32_3b, llama31_8b). Start from stage 2:
+`--config=stage3:llama32_1b` (or llama32_3b, llama31_8b). Start from stage 2:
 --config.init_from=runs/stage2.
 """
 
 import ml_collections
 
-from configs import paper
+from alignvlm_jax.configs import paper
 
 STAGE = paper.Stage(
     name="stage3",

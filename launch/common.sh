@@ -129,6 +129,8 @@ require_config() {
     config=$(value_of --config)
     config=${config%%:*}
     if [[ -z "$config" ]]; then return; fi
+    # A name, which is looked up in configs/ on the hosts too.
+    if [[ "$config" != */* && "$config" != *.py ]]; then config=configs/$config.py; fi
     if [[ "$config" == /* ]]; then wrong "--config=$config is no path from the root of the checkout, as configs/stage2.py"; fi
     if [[ ! -f "$root/$config" ]]; then wrong "--config=$config is not in $root"; fi
     if is_checkout && [[ -z "$(cd "$root" && git ls-files --cached --others --exclude-standard -- "$config")" ]]; then

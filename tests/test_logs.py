@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from absl import logging as absl_logging
 
+import alignvlm_jax
 from alignvlm_jax import logs
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.logs import HostLog
@@ -43,7 +44,7 @@ def test_the_first_lines_say_who_where_and_with_what(folder, monkeypatch):
     text = text_of(folder)
     for part in (
         f"process 1 of 4: host {os.uname().nodename}, pid {os.getpid()}",
-        f"versions: python {sys.version.split()[0]}, jax 0.",
+        f"versions: alignvlm_jax {alignvlm_jax.__version__}, python {sys.version.split()[0]}, jax 0.",
         "orbax-checkpoint 0.",
         "commit: abc123",
         "command: ",

@@ -1,4 +1,4 @@
-"""The interface of analyses of a trained model, and what they share: flags, tables and files."""
+"""The interface of analyses of a trained model, and what they share: tables and files."""
 
 import abc
 import argparse
@@ -16,7 +16,6 @@ from rich.table import Table
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config, DataConfig, EvalConfig
 from alignvlm_jax.data import prepared, shards
-from alignvlm_jax.flag_types import positive
 from alignvlm_jax.inference import loading
 from alignvlm_jax.inference.loading import Loaded
 from alignvlm_jax.parallel import distributed
@@ -28,21 +27,20 @@ FOLDER = "analysis"
 class Analysis(Protocol):
     """An analysis of a trained model.
 
-    `inspect --analysis=NAME` runs it, and the report of the workdir shows it. In the methods below
+    `inspect --analysis=NAME` runs it, and the report of the workdir shows it; its flags, and what
+    --help says of it, stand in the registry. In the methods below
     `found` is the result of `measure`, plain values that JSON holds, and `written` is the content
     of the file NAME.json: `found`, the "settings", and the description of the checkpoint that
     `write` adds.
 
     Attributes:
       name: stem of the files analysis/NAME.json and NAME.png.
-      help: what it measures, for --help.
       title: heading of its section of the report.
       needs_distribution: whether it reads the patches' distribution over the vocabulary. Such an
         analysis is refused for connectors without one.
     """
 
     name: str
-    help: str
     title: str
     needs_distribution: bool = False
 
@@ -52,9 +50,6 @@ class Analysis(Protocol):
         An analysis without kinds returns an empty mapping, and has no such flag.
         """
         return {}
-
-    def add_flags(self, parser: argparse.ArgumentParser) -> None:
-        """Adds the flags of this analysis, beside `--analysis`, `--checkpoint` and `--data`."""
 
     def check(self, config: Config, args: argparse.Namespace) -> None:
         """Checks the flags of this analysis against the model's config.
@@ -105,17 +100,6 @@ def _source(written: Mapping[str, Any]) -> str:
     if "pages" in settings:
         parts.append(f"patches of {settings['pages']}")
     return ", ".join([*parts, f"step {written['step']}"]).replace("_", " ")
-
-
-def add_question_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of an analysis that generates answers to questions.
-
-    `check_splits` and `with_num_questions` fill in their defaults from the model's config.
-    """
-    parser.add_argument(
-        "--split", help="whose questions are asked; default: the first of the config"
-    )
-    parser.add_argument("--num_questions", type=positive, help="default: the config's")
 
 
 def check_splits(data: DataConfig, evaluation: EvalConfig, args: argparse.Namespace) -> None:

@@ -21,7 +21,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from alignvlm_jax import flag_types
 from alignvlm_jax.analysis import base
 from alignvlm_jax.analysis.base import Analysis
 from alignvlm_jax.config import Config, check
@@ -59,22 +58,7 @@ class ConnectorCosts(Analysis):
     """The analysis of the cost of each connector, with a row and a bar for each."""
 
     name = "cost"
-    help = (
-        "parameters, FLOPs, memory and time of connectors beside the checkpoint's encoder and LLM"
-    )
     title = "What connectors cost"
-
-    def add_flags(self, parser: argparse.ArgumentParser) -> None:
-        known = ", ".join(connectors.REGISTRY)
-        parser.add_argument(
-            "--connectors",
-            type=flag_types.names,
-            default=[],
-            help=f"of {known}; default: all that fit",
-        )
-        parser.add_argument(
-            "--repeats", type=flag_types.positive, default=5, help="of each timing; default: 5"
-        )
 
     def check(self, config: Config, args: argparse.Namespace) -> None:
         for name in args.connectors:
@@ -162,6 +146,9 @@ class ConnectorCosts(Analysis):
                 f"{1e3 * quickest['encode_seconds']:.2f} ms"
             )
         return f"{text}."
+
+
+ANALYSIS = ConnectorCosts()
 
 
 @dataclasses.dataclass(frozen=True)

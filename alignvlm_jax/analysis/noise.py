@@ -18,7 +18,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from alignvlm_jax import flag_types
 from alignvlm_jax.analysis import base, displacement, perturbation
 from alignvlm_jax.analysis.base import Analysis
 from alignvlm_jax.analysis.perturbation import FeatureNoise, PixelNoise, Shift
@@ -45,7 +44,7 @@ INCHES = (5.0, 3.8)
 
 
 class Noise(Analysis):
-    """The base class of analyses of a perturbation: flags, table, figure and sentence.
+    """The base class of analyses of a perturbation: table, figure and sentence.
 
     Attributes:
       curve_over: the field of a point on the x axis of curves, and the label of that axis, whose
@@ -58,17 +57,6 @@ class Noise(Analysis):
 
     def kinds(self) -> Mapping[str, Analysis]:
         return KINDS
-
-    def add_flags(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(
-            "--kind",
-            choices=tuple(KINDS),
-            default=next(iter(KINDS)),
-            help="where the perturbation enters: noise on the vision features (default) or on the "
-            "page's pixels, or content that is moved. Each has a --help of its own",
-        )
-        base.add_question_flags(parser)
-        parser.add_argument("--seed", type=int, default=0)
 
     def show(self, console: Console, found: Found) -> None:
         """Prints a table with a row for each size, and the distances to compare with."""
@@ -150,20 +138,9 @@ class NoiseOnFeatures(Noise):
     """The analysis of Gaussian noise on the vision features, as in the paper."""
 
     name = "noise"
-    help = "scores and movement of visual tokens under Gaussian noise on the vision features"
     title = "Noise on the vision features"
     curve_over = ("relative_sigma", "noise, standard deviations of the features")
     size_in_words = ("relative_sigma", "noise of {:.3g} times the features' standard deviation")
-
-    def add_flags(self, parser: argparse.ArgumentParser) -> None:
-        super().add_flags(parser)
-        _add_sigmas(parser, [3.0], "in the unit of the features; default: 3")
-        parser.add_argument(
-            "--relative_sigmas",
-            type=flag_types.sizes,
-            default=[0.25, 0.5, 1.0, 2.0, 4.0],
-            help="in units of the features' standard deviation; default: 0.25,0.5,1,2,4",
-        )
 
     def measure(self, loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
         return measure_features(
@@ -175,15 +152,9 @@ class NoiseOnPixels(Noise):
     """The analysis of Gaussian noise on the page's pixels."""
 
     name = "noise_pixels"
-    help = "scores and movement of visual tokens under Gaussian noise on the page's pixels"
     title = "Noise on the pixels"
     curve_over = ("sigma", "noise on pixels, fraction of the range from black to white")
     size_in_words = ("sigma", "noise of {:.3g} of the range from black to white")
-
-    def add_flags(self, parser: argparse.ArgumentParser) -> None:
-        super().add_flags(parser)
-        unit = "where black is 0 and white is 1"
-        _add_sigmas(parser, [0.05, 0.1, 0.2, 0.4], f"{unit}; default: 0.05,0.1,0.2,0.4")
 
     def measure(self, loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
         return measure_pixels(loaded, args.split, args.sigmas, args.num_pages, args.seed)
@@ -193,28 +164,12 @@ class MovedContent(Noise):
     """The analysis of content of the page that is moved by whole pixels."""
 
     name = "noise_layout"
-    help = "scores where the content of pages is moved"
     title = "Content that is moved"
     curve_over = (
         "relative_shift",
         "content moved by at most, patches of {patch_pixels:.3g} pixels",
     )
     size_in_words = ("shift", "shifts of at most {} px")
-
-    def add_flags(self, parser: argparse.ArgumentParser) -> None:
-        super().add_flags(parser)
-        parser.add_argument(
-            "--shifts",
-            type=flag_types.positives,
-            default=[],
-            help="most pixels of the page; default: none",
-        )
-        parser.add_argument(
-            "--relative_shifts",
-            type=flag_types.sizes,
-            default=[0.125, 0.25, 0.5, 1.0],
-            help="most, in units of a patch's shorter side on the page; default: 0.125,0.25,0.5,1",
-        )
 
     def measure(self, loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
         return measure_layout(loaded, args.split, args.shifts, args.relative_shifts, args.seed)
@@ -224,16 +179,7 @@ FEATURES = NoiseOnFeatures()
 KINDS = {"features": FEATURES, "pixels": NoiseOnPixels(), "layout": MovedContent()}
 """The kinds of perturbation by their name on the command line (`--kind`)."""
 
-
-def _add_sigmas(parser: argparse.ArgumentParser, default: list[float], text: str) -> None:
-    """Adds the flags of Gaussian noise, through which visual tokens are compared."""
-    parser.add_argument(
-        "--num_pages",
-        type=flag_types.positive,
-        default=32,
-        help="whose visual tokens are compared; default: 32",
-    )
-    parser.add_argument("--sigmas", type=flag_types.sizes, default=default, help=text)
+ANALYSIS = FEATURES
 
 
 def measure_features(

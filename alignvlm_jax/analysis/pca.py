@@ -38,13 +38,8 @@ class PCA(Analysis):
     """The analysis of how well the tokens that patches use cover the space of text embeddings."""
 
     name = "pca"
-    help = "how well the words that ALIGN's patches use cover the space of text embeddings"
     title = "What these words span"
     needs_distribution = True
-
-    def add_flags(self, parser: argparse.ArgumentParser) -> None:
-        vocabulary.add_usage_flags(parser)
-        parser.add_argument("--seed", type=int, default=0)
 
     def measure(self, loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
         return measure(loaded, args.pages, args.num_pages, args.threshold, args.seed)
@@ -93,6 +88,9 @@ class PCA(Analysis):
             f"all {written['num_words']:,} text embeddings; those of as many random words explain "
             f"{random}, of the most frequent {frequent}."
         )
+
+
+ANALYSIS = PCA()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,6 @@ from matplotlib.ticker import PercentFormatter
 from rich.console import Console
 from rich.markup import escape
 
-from alignvlm_jax import flag_types
 from alignvlm_jax.analysis import base
 from alignvlm_jax.analysis.base import Analysis
 from alignvlm_jax.benchmarks.runner import Runner, Trial
@@ -50,13 +49,8 @@ class Vocabulary(Analysis):
     """The analysis of how patches use the vocabulary, and of the scores with only these tokens."""
 
     name = "vocabulary"
-    help = "which words ALIGN's patches use, and the scores with these alone"
     title = "Words that patches use"
     needs_distribution = True
-
-    def add_flags(self, parser: argparse.ArgumentParser) -> None:
-        base.add_question_flags(parser)
-        add_usage_flags(parser)
 
     def measure(self, loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
         return measure(loaded, args.split, args.pages, args.num_pages, args.threshold)
@@ -108,20 +102,7 @@ class Vocabulary(Analysis):
         )
 
 
-def add_usage_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags for the pages whose patches choose tokens, and for the threshold."""
-    parser.add_argument(
-        "--threshold",
-        type=flag_types.probability,
-        default=1e-6,
-        help="a word is kept above it; default: 1e-6",
-    )
-    parser.add_argument(
-        "--pages", help="split whose pages choose the words; default: the config's validation split"
-    )
-    parser.add_argument(
-        "--num_pages", type=flag_types.positive, default=100, help="of it; default: 100"
-    )
+ANALYSIS = Vocabulary()
 
 
 class TileUsage(NamedTuple):

@@ -3,11 +3,9 @@
 import argparse
 import sys
 
-from rich.console import Console
-
 from alignvlm_jax import storage
+from alignvlm_jax.commands import usage
 from alignvlm_jax.errors import UserError, nearest
-from alignvlm_jax.report import compare, compare_figures, compare_tables
 
 
 def main(argv: list[str]) -> None:
@@ -17,23 +15,12 @@ def main(argv: list[str]) -> None:
       UserError: a run is not finished, or two runs of a table have different questions; nothing is
         measured then.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m alignvlm_jax compare",
-        description="Evaluates runs named TABLE/ROW_seedN, asks them through noise and with fewer "
-        "words, and compares. What is measured already stays; the same command goes on after "
-        "Ctrl-C.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--workdir", required=True, type=storage.path, help="folder of the runs' folders"
-    )
-    parser.add_argument(
-        "--document", type=storage.path, help="a Markdown file with a marked place for the tables"
-    )
-    parser.add_argument(
-        "--baseline", help="TABLE/ROW that stands in other tables of the same questions, too"
-    )
-    args = parser.parse_args(argv)
+    args = _parse(argv)
+    # Only now: what is misspelt should be answered before all of this is imported.
+    from rich.console import Console
+
+    from alignvlm_jax.report import compare, compare_figures, compare_tables
+
     # Raises before anything is measured where a run is not finished.
     runs = compare.find(args.workdir)
     rows = {compare.row_of(run) for run in runs}
@@ -62,3 +49,24 @@ def main(argv: list[str]) -> None:
         compare_tables.put(args.document, text)
         console.print(f"Written: {args.document}", markup=False)
     console.print(f"Written: {compare_figures.build(tables, args.workdir)}", markup=False)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = usage.parser(
+        "compare",
+        description="Evaluates runs named TABLE/ROW_seedN, asks them through noise and with fewer "
+        "words, and compares. What is measured already stays; the same command goes on after "
+        "Ctrl-C.",
+    )
+    parser.add_argument(
+        "--workdir", required=True, type=storage.path, help="folder of the runs' folders"
+    )
+    parser.add_argument(
+        "--document", type=storage.path, help="a Markdown file with a marked place for the tables"
+    )
+    parser.add_argument(
+        "--baseline", help="TABLE/ROW that stands in other tables of the same questions, too"
+    )
+    args = parser.parse_args(argv)
+    usage.check_exists("folder of runs", args.workdir)
+    return args

@@ -5,7 +5,8 @@ import textwrap
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from alignvlm_jax.commands import config_flag
+from alignvlm_jax import configs
+from alignvlm_jax.commands import config_flag, usage
 from alignvlm_jax.config import MISSING, Config, describing
 from alignvlm_jax.config.describing import Field
 
@@ -23,32 +24,36 @@ python -m alignvlm_jax config --markdown > docs/config.md -->
 A config file starts from `config_lib.default_config_dict()` and sets `config.GROUP.FIELD`;
 `--config.GROUP.FIELD=VALUE` changes it on the command line. Where the default is **must be given**,
 there is none: a command that reads a config without such a field names it and ends.
-`python -m alignvlm_jax config --config=FILE` shows what the stages of a file come to.
+`alignvlm config --config=NAME` shows what the stages of a config come to.
 `{describing.NAME}` stands for a name of your own.
 """
 
 
 def main(argv: list[str]) -> None:
     """Runs the command: prints the stages of a config, or the reference of all fields."""
-    parser = argparse.ArgumentParser(
-        prog="python -m alignvlm_jax config",
+    known = [f"  {name:14}{configs.summary(name)}" for name in configs.names()]
+    parser = usage.parser(
+        "config",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Shows the resolved config of every stage, each field with its meaning.",
-        usage="%(prog)s --config=FILE[:ARG] [--config.a.b=VALUE ...] | --markdown",
-        epilog=config_flag.HELP,
-        allow_abbrev=False,
+        usage=f"%(prog)s {config_flag.USAGE} [--config.a.b=VALUE ...] | --markdown",
+        epilog="\n".join(
+            [textwrap.fill(config_flag.HELP, 80), "", "configs that come with the package:", *known]
+        ),
     )
     parser.add_argument(
         "--markdown", action="store_true", help="every field there is, as docs/config.md"
     )
-    stages, rest = config_flag.parse(argv)
+    given, rest = config_flag.split(argv)
     args = parser.parse_args(rest)
-    # They are equal where both are given, and where neither is.
-    if args.markdown == (stages is not None):
-        parser.error("--config=FILE or --markdown is required, and not both")
-    if stages is None:
+    if args.markdown and given.file is not None:
+        parser.error("--markdown is of all configs: leave --config out")
+    if args.markdown:
         print(reference(), end="")
+    elif given.file is None:
+        parser.error(f"{config_flag.REQUIRED}; or --markdown")
     else:
-        print("\n".join(_text(stages)))
+        print("\n".join(_text(config_flag.stages(given))))
 
 
 def reference() -> str:

@@ -1,5 +1,11 @@
-"""The flags `--config=FILE[:ARG]` and `--config.a.b=VALUE` of a command line, parsed to stages."""
+"""The flags `--config=NAME[:ARG]` and `--config.a.b=VALUE` of a command line, parsed to stages.
 
+In two steps, `split` and `stages`: what is misspelt is found by the first, in a tenth of a second.
+The second runs the config file and so imports Flax.
+"""
+
+import dataclasses
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -8,57 +14,54 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 from alignvlm_jax import config as config_lib
-from alignvlm_jax.config import Config, renamed
-from alignvlm_jax.data import examples
+from alignvlm_jax import configs
+from alignvlm_jax.config import Config, ConnectorConfig, renamed
 from alignvlm_jax.errors import UserError, nearest
 
+USAGE = "--config=NAME[:ARG]"
 HELP = (
-    "--config=FILE[:ARG] is a Python file with get_config(ARG); --config.a.b=VALUE changes a "
-    "field of all stages that do not set it, --config.stages.NAME.a.b=VALUE of one stage"
+    f"{USAGE} is a config that comes with the package ({', '.join(configs.names())}), or the path "
+    "of a Python file with get_config(ARG); --config.a.b=VALUE changes a field of all stages that "
+    "do not set it, --config.stages.NAME.a.b=VALUE of one stage"
 )
+REQUIRED = f"{USAGE} is required, with one of {', '.join(configs.names())}, or the path of a file"
 CONNECTOR = ["model", "connector"]
 TASKS = ["data", "tasks"]
 
 
-def parse(argv: list[str]) -> tuple[tuple[Config, ...] | None, list[str]]:
-    """Returns the stages that the config flags describe, and the other arguments.
+@dataclasses.dataclass(frozen=True)
+class ConfigFlags:
+    """The config flags of a command line.
 
-    The stages are None without `--config`.
+    Attributes:
+      file: path of the config file, with `:ARG` where an argument was given; None without --config.
+      overrides: each as `--config.a.b=VALUE`.
+    """
+
+    file: str | None
+    overrides: tuple[str, ...]
+
+
+def parse(argv: list[str]) -> tuple[tuple[Config, ...] | None, list[str]]:
+    """Returns the stages that the config flags describe, None without `--config`, and the other
+    arguments.
 
     Raises:
-      UserError: there is no such file or field, or a value has another type than its field.
+      UserError: as `split` and `stages`.
     """
-    files, overrides, rest = _split(argv)
-    if not files:
-        return None, rest
-    # As with any flag that is given twice, the last one holds.
-    config = _load(files[-1])
-    for flag in overrides:
-        path, _, value = flag.partition("=")
-        if path == "--config.model.connector.name" and _has(config, [*CONNECTOR, "name"]):
-            # Before all others, whatever their order: the connector decides which options exist.
-            config.model.connector.name = value
-    for flag in overrides:
-        # A flag gets its type from the value that stands in its place: by then each field must
-        # exist.
-        _prepare_field(config, flag.lstrip("-").split("=", 1)[0].removeprefix("config."))
-    # FlagValues of its own: absl's global ones belong to the libraries. argv[0] is the program.
-    arguments = ["", *overrides]
-    values = flags.FlagValues()
-    try:
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
-        values(arguments)
-    except flags.Error as err:
-        raise UserError(_last_line(err)) from err
-    return config_lib.from_config_dict(config), rest
+    found, rest = split(argv)
+    return None if found.file is None else stages(found), rest
 
 
-def _split(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """Returns the config files, the overrides as `--config.a.b=VALUE`, and all other arguments.
+def split(argv: list[str]) -> tuple[ConfigFlags, list[str]]:
+    """Returns the config flags, and the other arguments.
 
     `--config.a.b VALUE`, with a space, is read as well.
+
+    Raises:
+      UserError: there is no config of this name, or no such field.
     """
-    files = []
+    file = None
     overrides = []
     rest = []
     waiting = list(argv)
@@ -72,17 +75,88 @@ def _split(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
         if not has_value and waiting and not waiting[0].startswith("--"):
             value = waiting.pop(0)
         if name == "config":
-            files.append(value)
+            # As with any flag that is given twice, the last one holds.
+            file = value
         else:
+            _check_name(name.removeprefix("config."))
             overrides.append(f"--{name}={value}")
-    return files, overrides, rest
+    return ConfigFlags(file and _resolve(file), tuple(overrides)), rest
+
+
+def stages(given: ConfigFlags) -> tuple[Config, ...]:
+    """Returns the stages that config flags describe, checked.
+
+    Args:
+      given: the flags, with a config file.
+
+    Raises:
+      UserError: there is no such file, or it fails; a value has another type than its field, or
+        changes nothing.
+    """
+    config = _load(given.file or "")
+    for flag in given.overrides:
+        path, _, value = flag.partition("=")
+        if path == "--config.model.connector.name" and _has(config, [*CONNECTOR, "name"]):
+            # Before all others, whatever their order: the connector decides which options exist.
+            config.model.connector.name = value
+    for flag in given.overrides:
+        # A flag gets its type from the value that stands in its place: by then each field must
+        # exist.
+        _prepare_field(config, flag.lstrip("-").split("=", 1)[0].removeprefix("config."))
+    # FlagValues of its own: absl's global ones belong to the libraries. argv[0] is the program.
+    arguments = ["", *given.overrides]
+    values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
+        values(arguments)
+    except flags.Error as err:
+        raise UserError(_last_line(err)) from err
+    return config_lib.from_config_dict(config)
+
+
+def _resolve(name_and_arg: str) -> str:
+    """Returns NAME[:ARG] with the path of the config in the place of its name."""
+    name, colon, argument = name_and_arg.partition(":")
+    return f"{configs.find(name)}{colon}{argument}" if configs.is_name(name) else name_and_arg
+
+
+def _check_name(path: str) -> None:
+    """Checks the name of a field, as far as it is the same in all configs.
+
+    Options of connectors, names of stages and entries of mappings are left to `_prepare_field`.
+
+    Raises:
+      UserError: there is no such field.
+    """
+    names = path.split(".")
+    fields: Any = Config
+    if names[0] == "stages":
+        names = names[2:]
+    for name in names:
+        if fields is ConnectorConfig or not dataclasses.is_dataclass(fields):
+            return
+        hints = typing.get_type_hints(fields)
+        if fields is Config:
+            # A stage's name is its key in `stages`.
+            hints["stages"] = hints.pop("stage")
+        if name not in hints:
+            raise UserError(_unknown(path, name, hints))
+        fields = hints[name]
+
+
+def _unknown(path: str, name: str, known: typing.Iterable[str]) -> str:
+    """Returns the message about a field that does not exist, with the nearest that does."""
+    return f"unknown config field config.{path}{renamed.hint(path) or nearest(name, known)}"
 
 
 def _load(file_and_arg: str) -> ml_collections.ConfigDict:
     """Returns the config of FILE or FILE:ARG; raises UserError if its code fails."""
     path = file_and_arg.split(":", 1)[0]
     if not Path(path).is_file():
-        raise UserError(f"no config file {path!r}")
+        # From another folder than the repository the path is none, and the name still is.
+        stem = Path(path).stem
+        hint = f"; --config={stem} comes with the package" if stem in configs.names() else ""
+        raise UserError(f"no config file {path!r}{hint}")
     values = flags.FlagValues()
     try:
         # Not locked: stages and connector get fields that the file has not set.
@@ -148,6 +222,9 @@ def _lookup(config: ml_collections.ConfigDict, names: list[str], path: str) -> A
     if names[:-1] == CONNECTOR and not _has(config, names) and _has(config, [*CONNECTOR, "name"]):
         return _option(config.model, names[2], path)
     if names[:-1] == TASKS:
+        # Late: it needs jax.
+        from alignvlm_jax.data import examples
+
         if names[-1] not in examples.TASKS:
             near = nearest(names[-1], examples.TASKS)
             raise UserError(f"unknown config field config.{path}{near}")
@@ -156,8 +233,7 @@ def _lookup(config: ml_collections.ConfigDict, names: list[str], path: str) -> A
     for name in names:
         known = value.keys() if isinstance(value, ml_collections.ConfigDict) else ()
         if name not in known:
-            near = renamed.hint(path) or nearest(name, known)
-            raise UserError(f"unknown config field config.{path}{near}")
+            raise UserError(_unknown(path, name, known))
         value = value[name]
     return value
 

@@ -2,29 +2,13 @@
 blank ones; or the questions of benchmarks, or how well its language model alone predicts text."""
 
 import argparse
-import contextlib
-import dataclasses
-import functools
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import jax
-from rich.console import Console
-from rich.table import Table
-
 from alignvlm_jax import storage
-from alignvlm_jax.benchmarks import predictions, questions, runner, summary, tasks, text_bpb
-from alignvlm_jax.benchmarks.predictions import Predictions
-from alignvlm_jax.config import EvalConfig
-from alignvlm_jax.data import prepared, shards
-from alignvlm_jax.errors import UsageError, UserError
+from alignvlm_jax.benchmarks import tasks
+from alignvlm_jax.commands import usage
+from alignvlm_jax.errors import UsageError
 from alignvlm_jax.flag_types import positive
-from alignvlm_jax.inference import loading
-from alignvlm_jax.inference.loading import Loaded
-from alignvlm_jax.logs import HostLog
-from alignvlm_jax.parallel import compile_cache, distributed
-from alignvlm_jax.train import checkpoint as checkpoint_lib
-from alignvlm_jax.train import commit
 
 BENCHMARKS = Path("data")
 """Default folder of the data of --tasks, where `make demo` and `make data` write theirs."""
@@ -32,91 +16,14 @@ BENCHMARKS = Path("data")
 
 def main(argv: list[str]) -> None:
     args = _parse(argv)
-    if "" in (args.tasks, args.splits):
-        raise UsageError("--tasks and --splits need names, separated by commas")
-    if args.tasks and args.splits:
-        raise UsageError(
-            "--tasks and --splits exclude each other: the demonstration's splits are tasks too"
-        )
-    # Before jax is asked for devices: after that, this process could no longer join the others.
-    distributed.initialize(argv)
-    workdir = loading.workdir_of(args.checkpoint)
-    with _logged(workdir), compile_cache.kept_in(workdir):
-        if args.tasks:
-            _evaluate_tasks(args)
-        else:
-            _evaluate_splits(args)
+    # Only now: what is misspelt should be answered before all of this is imported.
+    from alignvlm_jax.commands.work import evaluate
 
-
-def _evaluate_splits(args: argparse.Namespace) -> None:
-    """Evaluates the model on splits, with pages and with blank ones, and prints a table."""
-    config = loading.load_config(args.checkpoint, args.data)
-    data_dir = config.data.dir
-    for split in _with_flags(config.eval, args).splits:
-        # A misspelt split should not wait for the model.
-        shards.RecordSource(data_dir, split)
-    contents = functools.partial(prepared.contents, data_dir)
-    distributed.check_alike({f"the data in {data_dir}": contents})
-    loaded = loading.load(args.checkpoint, config)
-    # Of the checkpoint that was read; the newest, whose config was read above, may be damaged.
-    evaluation = _with_flags(loaded.config.eval, args)
-    evaluator = runner.Runner(loaded, evaluation)
-    with _stoppable():
-        for split in evaluation.splits:
-            # What is right on a blank page was guessed from the question alone.
-            for blind in (False, True):
-                evaluator.evaluate(split, blind)
-    if not distributed.is_main():
-        return
-    results = _summarize(loaded)
-    console = Console(highlight=False)
-    console.print(f"{loaded.path}: connector {loaded.config.model.connector.name}")
-    console.print(_table(evaluation.splits, results))
-    _print_written(console, args.checkpoint)
-
-
-def _evaluate_tasks(args: argparse.Namespace) -> None:
-    """Evaluates the model on benchmarks and held-out texts, and prints tables."""
-    chosen = tasks.find(args.tasks.split(","))
-    # The data of all tasks are opened before the model is loaded: a missing folder should not be
-    # found after hours.
-    data = BENCHMARKS if args.data is None else storage.path(args.data)
-    opened = [_open(task, data, args.num_questions) for task in chosen]
-    distributed.check_alike(
-        {
-            f"the data of {one.task.name}": functools.partial(prepared.contents, one.directory)
-            for one in opened
-        }
-    )
-    config = loading.load_config(args.checkpoint)
-    loaded = loading.load(args.checkpoint, config)
-    evaluator = runner.Runner(loaded)
-    reader = text_bpb.Reader(loaded)
-    results = {}
-    with _stoppable():
-        for one in opened:
-            measure = (
-                reader.measure if isinstance(one, text_bpb.HeldOut) else evaluator.evaluate_task
-            )
-            results[one.task.name] = measure(one)
-    if not distributed.is_main():
-        return
-    _summarize(loaded)
-    console = Console(highlight=False)
-    for task in chosen:
-        if isinstance(task, tasks.TextTask):
-            _say_what_was_read(console, task, results[task.name])
-        else:
-            _hand_in(console, args.checkpoint, task, results[task.name])
-    console.print(f"{loaded.path}: connector {loaded.config.model.connector.name}", soft_wrap=True)
-    console.print(summary.task_table(chosen, results))
-    if not all(isinstance(task, tasks.TextTask) for task in chosen):
-        console.print(summary.paper_table(results))
-    _print_written(console, args.checkpoint)
+    evaluate.run(args, argv)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m alignvlm_jax evaluate", description=__doc__)
+    parser = usage.parser("evaluate", description=__doc__)
     parser.add_argument(
         "--checkpoint",
         type=storage.path,
@@ -139,122 +46,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="folder that `prepare` wrote; default: the one trained on. With --tasks, the folder "
         f"that holds such a folder for each task; default: {BENCHMARKS}",
     )
-    return parser.parse_args(argv)
-
-
-def _logged(workdir: Path) -> contextlib.AbstractContextManager:
-    """Returns the host's log of a workdir; a null context if the folder is no workdir."""
-    # Else a misspelt name would create a folder.
-    if not (workdir / checkpoint_lib.FOLDER).is_dir():
-        return contextlib.nullcontext()
-    ranks = {"process": jax.process_index(), "num_processes": jax.process_count()}
-    return HostLog(workdir, **ranks, commit=commit.git_hash())
-
-
-@contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """A context in which Ctrl-C becomes a message that the command can be resumed."""
-    try:
-        yield
-    except KeyboardInterrupt as err:
-        raise UserError("stopped; the same command goes on with what is left") from err
-
-
-def _summarize(loaded: Loaded) -> dict[tuple[str, bool], Predictions]:
-    """Writes summary.json and returns the predictions on splits that are in it.
-
-    Earlier predictions on other splits or tasks count as well, if they are of the same checkpoint
-    and (those on splits) of the same data.
-    """
-    workdir = loading.workdir_of(loaded.path)
-    # To the microsecond: it identifies the checkpoint, wherever its folder lies now.
-    trained = loaded.metadata["train_seconds"]
-    data = prepared.fingerprint(loaded.config.data.dir)
-    results = {
-        key: result
-        for key, result in predictions.read_all(workdir).items()
-        if (result.header["train_seconds"], result.header.get("data")) == (trained, data)
-    }
-    of_tasks = {
-        name: result
-        for name, result in predictions.read_tasks(workdir).items()
-        if result.header["train_seconds"] == trained
-    }
-    summary.write(workdir, summary.summarize(loaded, loaded.config.eval.splits, results, of_tasks))
-    return results
-
-
-def _open(
-    task: tasks.Task | tasks.TextTask, data: Path, count: int | None
-) -> questions.Benchmark | text_bpb.HeldOut:
-    open_task = text_bpb.open_text if isinstance(task, tasks.TextTask) else questions.open_benchmark
-    return open_task(task, data, count)
-
-
-def _say_what_was_read(console: Console, task: tasks.TextTask, result: Predictions) -> None:
-    """Prints how many records have no text, and whether windows are shorter than usual."""
-    if problems := result.problems():
-        console.print(
-            f"{task.name}: {len(problems):,} of {len(result.rows):,} records have no text and are "
-            f"left out; the first: {problems[0]}",
-            soft_wrap=True,
+    args = parser.parse_args(argv)
+    if "" in (args.tasks, args.splits):
+        raise UsageError("--tasks and --splits need names, separated by commas")
+    if args.tasks and args.splits:
+        raise UsageError(
+            "--tasks and --splits exclude each other: the demonstration's splits are tasks too"
         )
-    if (window := result.header["window"]) < task.window:
-        console.print(
-            f"{task.name}: the model's rows hold {window:,} tokens, so that windows are shorter "
-            f"than the usual {task.window:,}: a value to compare with those of such windows only",
-            soft_wrap=True,
-        )
-
-
-def _hand_in(console: Console, checkpoint: Path, task: tasks.Task, result: Predictions) -> None:
-    """Prints how many questions could not be asked; writes a submission if answers are secret."""
-    if problems := result.problems():
-        console.print(
-            f"{task.name}: {len(problems):,} of {len(result.rows):,} questions cannot be asked "
-            f"and score 0; the first: {problems[0]}",
-            soft_wrap=True,
-        )
-    # Test splits are published without answers: these are empty lists then.
-    if not all(row["answers"] for row in result.rows):
-        path = predictions.task_path(loading.workdir_of(checkpoint), task.name).with_suffix(
-            ".submission.json"
-        )
-        predictions.write_submission(path, result, task)
-        console.print(
-            f"{task.name}: answers are not known; {path} can be handed in", soft_wrap=True
-        )
-
-
-def _print_written(console: Console, checkpoint: Path) -> None:
-    workdir = loading.workdir_of(checkpoint)
-    console.print(
-        f"Written to {workdir / predictions.DIRECTORY} and {workdir / summary.FILE}", soft_wrap=True
-    )
-
-
-def _with_flags(evaluation: EvalConfig, args: argparse.Namespace) -> EvalConfig:
-    """Returns the settings of evaluation with the splits and the number of questions of the
-    flags."""
-    splits = tuple(args.splits.split(",")) if args.splits else evaluation.splits
-    num_questions = args.num_questions or evaluation.num_questions
-    return dataclasses.replace(evaluation, splits=splits, num_questions=num_questions)
-
-
-def _table(splits: Sequence[str], results: Mapping[tuple[str, bool], Predictions]) -> Table:
-    """Returns a table of the scores by split, and under each by kind of document."""
-    table = Table("documents", box=None)
-    for title in ("questions", "ANLS", "exact match", "ANLS blind"):
-        table.add_column(title, justify="right")
-    for split in splits:
-        seen = results[split, False]
-        blind = results[split, True]
-        table.add_row(split, *_cells(seen, blind), style="bold")
-        for kind in seen.kinds():
-            table.add_row(f"  {kind}", *_cells(seen.of_kind(kind), blind.of_kind(kind)))
-    return table
-
-
-def _cells(seen: Predictions, blind: Predictions) -> list[str]:
-    scores = (seen.mean("score"), seen.mean("exact"), blind.mean("score"))
-    return [str(len(seen.rows)), *(f"{score:.3f}" for score in scores)]
+    if args.tasks:
+        # For its error: which of the names is unknown.
+        tasks.find(args.tasks.split(","))
+    usage.check_exists("checkpoint", args.checkpoint)
+    return args

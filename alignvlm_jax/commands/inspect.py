@@ -2,47 +2,43 @@
 get; or what the patches of an image say to a trained model."""
 
 import argparse
-import dataclasses
-import sys
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from alignvlm_jax import analysis, logs, presets, storage
-from alignvlm_jax.analysis import base
-from alignvlm_jax.analysis.base import Analysis
-from alignvlm_jax.commands import config_flag
-from alignvlm_jax.config import Config, DataConfig, LLMConfig, ModelConfig, TrainConfig
-from alignvlm_jax.data import filesystem, images, index, shards, stage_data, tokenizers
-from alignvlm_jax.data.loader import TrainSequences
-from alignvlm_jax.errors import UsageError, UserError, nearest
+from alignvlm_jax import analysis, storage
+from alignvlm_jax.analysis import Entry
+from alignvlm_jax.commands import config_flag, usage
+from alignvlm_jax.commands.config_flag import ConfigFlags
+from alignvlm_jax.errors import UsageError
 from alignvlm_jax.flag_types import positive
-from alignvlm_jax.inference import loading, patch_tokens
-from alignvlm_jax.inference.assistant import Assistant
-from alignvlm_jax.inference.loading import Loaded
-from alignvlm_jax.ingest import job, statistics
-from alignvlm_jax.ingest.statistics import Statistics
-from alignvlm_jax.parallel import compile_cache, distributed
-from alignvlm_jax.pictures import patch_map
-from alignvlm_jax.report import examples_page
 
 
 def main(argv: list[str]) -> None:
     """Runs the command: statistics and a page of packed sequences, or an analysis of a model."""
-    # An analysis has flags of its own: its --split, for instance, means other documents than the
-    # one below.
-    if _peek(argv, "--analysis") in analysis.REGISTRY:
-        _analyse(argv)
-        return
-    parser = argparse.ArgumentParser(
-        prog="python -m alignvlm_jax inspect",
+    name = _peek(argv, "--analysis")
+    kind = _peek(argv, "--kind")
+    # An analysis has flags of its own: its --split, for instance, means other documents than that
+    # of a folder.
+    if name in analysis.REGISTRY:
+        args = _parse_analysis(argv, analysis.entry(name, kind))
+    else:
+        given, args = _parse(argv)
+    # Only now: what is misspelt should be answered before all of this is imported.
+    from alignvlm_jax.commands.work import inspect
+
+    if name in analysis.REGISTRY:
+        inspect.analyse(analysis.load(name, kind), args, argv)
+    elif args.analysis:
+        inspect.lens(args)
+    else:
+        inspect.folders(None if given.file is None else config_flag.stages(given), args)
+
+
+def _parse(argv: list[str]) -> tuple[ConfigFlags, argparse.Namespace]:
+    """Returns the flags of the config, and the others."""
+    parser = usage.parser(
+        "inspect",
         description=__doc__,
         epilog="Without --config the packed sequences are those of SigLIP-400M with tiles of 384 "
         f"pixels, 16,384 tokens long. {config_flag.HELP}",
-        allow_abbrev=False,
     )
     parser.add_argument("--data", help="folder that `prepare` wrote; default: that of the config")
     parser.add_argument("--split", default="train")
@@ -58,39 +54,15 @@ def main(argv: list[str]) -> None:
         "--out", type=storage.path, help="the page; default: rows.html in the folder"
     )
     _add_analysis_flags(parser)
-    stages, rest = config_flag.parse(argv)
+    given, rest = config_flag.split(argv)
     args = parser.parse_args(rest)
     if args.analysis:
-        _lens(args)
-        return
-    if args.checkpoint:
+        _check_lens(args)
+    elif args.checkpoint:
         parser.error("--checkpoint=DIR needs --analysis=NAME")
-    if stages is None and not args.data:
-        parser.error("--data=DIR or --config=FILE is required")
-    config = _default(args.data) if stages is None else _stage(stages, args.stage)
-    if args.data:
-        # `folders` prefers the sources of a mixture: without these --data is the one folder.
-        config = dataclasses.replace(
-            config, data=dataclasses.replace(config.data, dir=args.data, sources={})
-        )
-    _count(config.data)
-    all_sequences = TrainSequences(config, args.split)
-    packing_efficiency = (
-        _packing_efficiency(all_sequences) if config.data.packing == "offline" else None
-    )
-    found = [
-        statistics.collect(all_sequences.builder, folder, args.split, packing_efficiency)
-        for folder in config.data.folders
-    ]
-    console = Console(highlight=False, soft_wrap=True)
-    for one in found:
-        _print(one, console)
-    views = [
-        examples_page.view(i, all_sequences.segments(i), all_sequences.builder)
-        for i in range(min(args.num_sequences, len(all_sequences)))
-    ]
-    out = args.out or storage.path(config.data.folders[0]) / examples_page.FILE
-    console.print(f"Written: {examples_page.build(views, found[0], out)}")
+    elif given.file is None and not args.data:
+        parser.error(f"--data=DIR or {config_flag.USAGE} is required")
+    return given, args
 
 
 def _add_analysis_flags(parser: argparse.ArgumentParser) -> None:
@@ -112,55 +84,6 @@ def _add_analysis_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--page", type=int, default=1, help="lens: page of a PDF, from 1")
 
 
-def _analyse(argv: list[str]) -> None:
-    """Runs an analysis: prints its tables, and writes analysis/NAME.json and NAME.png."""
-    chosen = _chosen(argv)
-    args = _parse_analysis(argv, chosen)
-    # Before jax is asked for devices: after that, this process could no longer join the others.
-    distributed.initialize(argv)
-    config = loading.load_config(args.checkpoint, args.data)
-    # Mistakes in the flags are found before the model is loaded.
-    base.check_splits(config.data, config.eval, args)
-    if chosen.needs_distribution:
-        patch_tokens.check(config.model)
-    chosen.check(config, args)
-    loaded = base.with_num_questions(loading.load(args.checkpoint, config), args)
-    try:
-        with compile_cache.kept_in(loading.workdir_of(args.checkpoint)):
-            found = chosen.measure(loaded, args)
-    except KeyboardInterrupt as err:
-        raise UserError("stopped; the same command goes on, and asks no question again") from err
-    # All processes measure and have the results; the main one writes them.
-    if distributed.is_main():
-        _write(chosen, loaded, args, found)
-
-
-def _write(
-    chosen: Analysis, loaded: Loaded, args: argparse.Namespace, found: Mapping[str, Any]
-) -> None:
-    """Prints the result of an analysis, and writes its files."""
-    # The settings that decide the result; the file names the checkpoint and the analysis anyway.
-    named = ("checkpoint", "analysis", "data")
-    settings = {flag: value for flag, value in vars(args).items() if flag not in named}
-    settings["data"] = loaded.config.data.dir
-    written = base.write(loaded, chosen.name, settings, found)
-    console = Console(highlight=False, soft_wrap=True)
-    connector = loaded.config.model.connector.name
-    console.print(f"{loaded.path}: connector {connector}", markup=False)
-    chosen.show(console, found)
-    console.print(f"Written: {written}", markup=False)
-    picture = written.with_suffix(".png")
-    storage.write_whole(picture, chosen.picture(connector, found))
-    console.print(f"Written: {picture}", markup=False)
-
-
-def _chosen(argv: list[str]) -> Analysis:
-    """Returns the analysis, or the kind of it, that the flags name."""
-    one = analysis.REGISTRY[_peek(argv, "--analysis")]
-    # Kinds may differ in their flags. A misspelt kind is left to argparse to report.
-    return one.kinds().get(_peek(argv, "--kind"), one)
-
-
 def _peek(argv: list[str], flag: str) -> str | None:
     """Returns the value of a flag, before it is known which other flags there are."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -169,13 +92,9 @@ def _peek(argv: list[str], flag: str) -> str | None:
     return parser.parse_known_args(argv)[0].value
 
 
-def _parse_analysis(argv: list[str], chosen: Analysis) -> argparse.Namespace:
+def _parse_analysis(argv: list[str], chosen: Entry) -> argparse.Namespace:
     """Returns the parsed flags of the chosen analysis; those of others are wrong usage."""
-    parser = argparse.ArgumentParser(
-        prog="python -m alignvlm_jax inspect",
-        description=f"Analysis: {chosen.help}.",
-        allow_abbrev=False,
-    )
+    parser = usage.parser("inspect", description=f"Analysis: {chosen.help}.")
     parser.add_argument("--analysis", choices=analysis.REGISTRY)
     parser.add_argument(
         "--checkpoint", type=storage.path, help="workdir, or one of its checkpoints/STEP"
@@ -185,97 +104,15 @@ def _parse_analysis(argv: list[str], chosen: Analysis) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.checkpoint is None:
         parser.error(f"--analysis={args.analysis} needs --checkpoint=DIR")
+    usage.check_exists("checkpoint", args.checkpoint)
     return args
 
 
-def _lens(args: argparse.Namespace) -> None:
-    """Writes the patch-token map of a page."""
-    # All mistakes in the flags are found before the model is loaded.
+def _check_lens(args: argparse.Namespace) -> None:
+    """Raises UserError where a flag of the lens is missing or names nothing."""
     if not args.checkpoint:
         raise UsageError("--analysis=lens needs --checkpoint=DIR")
     if not args.image:
         raise UsageError("--analysis=lens needs --image=FILE")
-    out = args.out or loading.workdir_of(args.checkpoint) / patch_map.FILE
-    patch_map.check_suffix(out)
-    config = loading.load_config(args.checkpoint, args.data)
-    patch_tokens.check(config.model)
-    dpi = loading.pdf_dpi(loading.load_metadata(args.checkpoint))
-    page = images.load_page(args.image, args.page, dpi)
-    lens = Assistant(loading.load(args.checkpoint, config), warn=logs.say).lens(page)
-    print(lens, file=sys.stderr)
-    print(f"Written: {lens.save(out, f'What the patches of {args.image.name} say')}")
-
-
-def _count(data: DataConfig) -> None:
-    """Counts the tokens of folders that were never counted, as those of drawn documents."""
-    for folder in data.folders:
-        if filesystem.is_remote(folder) or index.is_counted(folder):
-            continue
-        if shards.shard_paths(Path(folder), data.split):
-            print(f"{folder} has no index, which numbers need: it is made now, once")
-            job.recount(Path(folder), str(stage_data.tokenizer_path(data)))
-
-
-def _packing_efficiency(all_sequences: TrainSequences) -> float:
-    """Returns the packing efficiency of the first epoch."""
-    # Counters are of all sequences before a number: before the end of epoch 0, those of that epoch.
-    return all_sequences.schedule.counters(all_sequences.schedule.epoch_at(0).end)[
-        "packing_efficiency"
-    ]
-
-
-def _stage(stages: tuple[Config, ...], name: str) -> Config:
-    """Returns the stage of this name, or the first one for ""."""
-    by_name = {stage.stage: stage for stage in stages}
-    if name and name not in by_name:
-        raise UserError(f"--stage is {name!r}{nearest(name, by_name)}")
-    return by_name.get(name, stages[0])
-
-
-def _default(folder: str) -> Config:
-    """Returns the config for a folder if none is given.
-
-    It has the paper's encoder, and pages of up to six tiles and the overview.
-    """
-    tokenizer = tokenizers.load(folder)
-    # A tokenizer without an image token gets the first id beyond its vocabulary.
-    image_id = tokenizer.special_tokens.get("<image>", tokenizer.vocab_size)
-    llm = LLMConfig(vocab_size=tokenizer.vocab_size)
-    return Config(
-        model=ModelConfig(
-            vision=presets.VISION["siglip_so400m_14_384"], llm=llm, image_token_id=image_id
-        ),
-        data=DataConfig(
-            dir=folder,
-            packing="offline",
-            seq_len=16_384,
-            # As many tiles as fit into the sequence, at a token a patch.
-            max_tiles=16_384 // presets.VISION["siglip_so400m_14_384"].num_patches,
-            record_tiles=7,
-            use_overview=True,
-            tasks={"transcribe": 0.5, "answer": 0.5},
-            max_unsupervised=1.0,
-        ),
-        train=TrainConfig(num_steps=1000, batch_size=32),
-    )
-
-
-def _print(one: Statistics, console: Console) -> None:
-    """Prints the statistics of a split."""
-    packing_efficiency = (
-        "" if one.packing_efficiency is None else f", rows {one.packing_efficiency:.1%} full"
-    )
-    console.print(
-        f"{one.directory}, split {one.name}: {one.num_records:,} records{packing_efficiency}",
-        markup=False,
-    )
-    table = Table("", box=None)
-    for column in Statistics.COLUMNS:
-        table.add_column(column, justify="right")
-    for name, values in one.distributions.items():
-        table.add_row(name, *(f"{value:,}" for value in values))
-    console.print(table)
-    for name, value in one.facts.items():
-        console.print(f"{name}: {value}", markup=False)
-    for reason, count in one.rejected.items():
-        console.print(f"rejected {count:,}: {reason}", markup=False)
+    usage.check_exists("image", args.image)
+    usage.check_exists("checkpoint", args.checkpoint)

@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 from alignvlm_jax import config as config_lib
-from alignvlm_jax.data import index, tokenizers
+from alignvlm_jax.commands import usage
+from alignvlm_jax.data import tokenizers
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.ingest.formats import survey
 
-CONFIG = "configs/documents.py"
+CONFIG = "documents"
 """The config whose stages take words, questions, or both."""
 FOUND = {
     (True, True): "with words and questions",
@@ -25,6 +26,9 @@ DEFAULT_CHECKPOINT = "weights/smollm2"
 
 def after_prepare(out: str, tokenizer: str) -> str:
     """Returns the commands that follow, with a config that fits the data and their tokenizer."""
+    # Late: it needs grain, and with it jax.
+    from alignvlm_jax.data import index
+
     folder = checkpoint(tokenizer)
     # The config's own default needs no naming.
     config = CONFIG if folder == DEFAULT_CHECKPOINT else f"{CONFIG}:{folder or 'FOLDER'}"
@@ -44,6 +48,9 @@ def after_prepare(out: str, tokenizer: str) -> str:
 
 def command(name: str) -> str:
     """Returns how a command is called here."""
+    if usage.program() == usage.SCRIPT:
+        return f"{usage.SCRIPT} {name}"
+    # From the checkout .venv/bin/python, as it can be typed; one that is elsewhere was activated.
     python = os.path.relpath(sys.executable)
     return f"{'python' if python.startswith('..') else python} -m alignvlm_jax {name}"
 

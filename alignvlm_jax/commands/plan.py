@@ -1,25 +1,13 @@
 """`plan`: what a stage needs on a TPU slice, by the TPU's own compiler and without a TPU."""
 
 import argparse
-import dataclasses
-import json
-import os
-import re
 import sys
-from collections.abc import Sequence
 
-import jax
-from rich.console import Console
-
-from alignvlm_jax.commands import config_flag
-from alignvlm_jax.config import Config, MeshConfig
-from alignvlm_jax.errors import UsageError, UserError, nearest
+from alignvlm_jax.commands import config_flag, usage
+from alignvlm_jax.commands.config_flag import ConfigFlags
+from alignvlm_jax.errors import UsageError, UserError
 from alignvlm_jax.flag_types import positive
-from alignvlm_jax.parallel import xla_flags
-from alignvlm_jax.plan import aot, generation, hardware, printing, search
-from alignvlm_jax.plan.generation import GenerationPlan
-from alignvlm_jax.plan.hardware import Topology
-from alignvlm_jax.plan.search import Search
+from alignvlm_jax.plan import hardware
 
 # A status of its own: 1 and 2 are errors, and a plan that does not fit is an answer.
 DOES_NOT_FIT = 3
@@ -31,14 +19,31 @@ def main(argv: list[str]) -> None:
     Raises:
       UsageError: the stage cannot be planned as the flags ask.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m alignvlm_jax plan",
+    # All mistakes in the input end with status 2, also those in a config.
+    try:
+        given, args = _parse(argv)
+        stages = config_flag.stages(given)
+        # Only now: what is misspelt should be answered before all of this is imported.
+        from alignvlm_jax.commands.work import plan
+
+        fits = plan.run(stages, args)
+    except UsageError:
+        raise
+    except UserError as err:
+        raise UsageError(str(err)) from err
+    if not fits:
+        sys.exit(DOES_NOT_FIT)
+
+
+def _parse(argv: list[str]) -> tuple[ConfigFlags, argparse.Namespace]:
+    """Returns the flags of the config, and the others."""
+    parser = usage.parser(
+        "plan",
         description="Compiles a stage's training step, or its generation, for a TPU slice and "
         "says what it needs.",
-        usage="%(prog)s --config=FILE[:ARG] --topology=v5p:4x4x4 [--num_slices=2] [--mesh=auto | "
+        usage=f"%(prog)s {config_flag.USAGE} --topology=v5p:4x4x4 [--num_slices=2] [--mesh=auto | "
         "--generate] [--json] [--config.a.b=VALUE ...]",
         epilog=config_flag.HELP,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--topology", required=True, help="such as v5e:4x4; v5e:smallest looks for one that fits"
@@ -54,127 +59,11 @@ def main(argv: list[str]) -> None:
         "--generate", action="store_true", help="of evaluation: the longest prompts that fit a row"
     )
     parser.add_argument("--json", action="store_true", help="one object and nothing else on stdout")
-    # All mistakes in the input end with status 2, also those in a config.
-    try:
-        stages, rest = config_flag.parse(argv)
-        args = parser.parse_args(rest)
-        if stages is None:
-            parser.error("--config=FILE is required")
-        make = _generation_plan if args.generate else _plan
-        plan = make(_stage(stages, args.stage), args)
-    except UsageError:
-        raise
-    except UserError as err:
-        raise UsageError(str(err)) from err
-    print(json.dumps(plan.to_json(), indent=2) if args.json else _text(plan), flush=True)
-    if not plan.fits:
-        sys.exit(DOES_NOT_FIT)
-
-
-def _text(plan: aot.Plan | GenerationPlan) -> str:
-    return generation.text(plan) if isinstance(plan, GenerationPlan) else printing.text(plan)
-
-
-def _generation_plan(config: Config, args: argparse.Namespace) -> GenerationPlan:
-    """Returns the plan of a stage's generation on a slice."""
-    if args.mesh == "auto" or args.topology.endswith(":smallest"):
-        raise UsageError(
-            "--generate plans for one slice and mesh: say --topology=KIND:SHAPE and "
-            "--mesh=DATAxFSDPxTENSOR"
-        )
-    jax.config.update("jax_platforms", "cpu")
-    topology = hardware.parse_topology(args.topology, args.num_slices)
-    if args.mesh:
-        config = dataclasses.replace(config, mesh=_mesh(args.mesh))
-    resolved = generation.on_mesh(config.mesh, config.model, topology)
-    config = dataclasses.replace(config, mesh=resolved)
-    # Standard output is for the plan alone, so that --json gives one object.
-    say = Console(stderr=True, highlight=False, soft_wrap=True).print
-    if hardware.has_tpu_compiler():
-        say(xla_flags.set_flags(topology.kind, args.num_slices > 1))
-    devices = _devices(topology)
-    say(
-        f"compiling generation of {config.name} {config.stage}, {config.eval.batch_size} prompts "
-        f"of {config.data.seq_len} tokens"
-    )
-    return generation.make(config, topology, devices)
-
-
-def _plan(config: Config, args: argparse.Namespace) -> aot.Plan:
-    """Returns the plan of a stage's training step on a slice, or on the smallest that fits."""
-    # Compiling needs no accelerator, and that of this machine may be at work.
-    jax.config.update("jax_platforms", "cpu")
-    say = Console(stderr=True, highlight=False, soft_wrap=True).print
-    kind, _, shape = args.topology.partition(":")
-    if shape == "smallest":
-        # A name that is not known is taken for a GPU here: neither has shapes of slices.
-        if not hardware.CHIPS.get(kind, hardware.CHIPS["h100"]).shapes:
-            raise UsageError(f"unknown kind of TPU {kind!r}{nearest(kind, _tpus())}")
-        if args.num_slices != 1:
-            raise UsageError("--topology=KIND:smallest looks for one slice; leave --num_slices out")
-        if not hardware.has_tpu_compiler():
-            raise UsageError(
-                f"--topology={args.topology} needs libtpu: pip install --requirement "
-                "requirements-tpu.txt"
-            )
-        say(xla_flags.set_flags(kind, several_slices=False))  # as a run there would be compiled
-        return search.smallest(config, kind, hardware.compile_only_devices, say)
-    topology = hardware.parse_topology(args.topology, args.num_slices)
-    if args.mesh and args.mesh != "auto":
-        config = dataclasses.replace(config, mesh=_mesh(args.mesh))
-    candidates = Search(config, topology)
-    # Before any device is made: how many there are is fixed by the first.
-    if args.mesh == "auto":
-        candidates.check()
-    else:
-        aot.check(config, topology)
-    if hardware.has_tpu_compiler():
-        say(xla_flags.set_flags(kind, args.num_slices > 1))
-    devices = _devices(topology)
-    if args.mesh == "auto":
-        return candidates.best(devices, say)
-    say(
-        f"compiling {config.name} {config.stage}, batch {config.train.batch_size} x "
-        f"{config.data.seq_len} tokens"
-    )
-    return aot.make(config, topology, devices)
-
-
-def _devices(topology: Topology) -> Sequence[jax.Device]:
-    """Returns the devices of a topology: the TPU compiler's if it is installed, else CPUs."""
-    if hardware.has_tpu_compiler():
-        return hardware.compile_only_devices(topology)
-    print(printing.ESTIMATE, file=sys.stderr, flush=True)
-    # The environment may ask for another number of devices already, and the first request holds.
-    os.environ["XLA_FLAGS"] = re.sub(
-        r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", "")
-    )
-    jax.config.update("jax_num_cpu_devices", topology.num_devices)
-    return jax.devices()
-
-
-def _stage(stages: tuple[Config, ...], name: str) -> Config:
-    """Returns the stage of this name; "" is the only one."""
-    by_name = {stage.stage: stage for stage in stages}
-    if not name and len(stages) == 1:
-        return stages[0]
-    if name not in by_name:
-        if name:
-            raise UsageError(f"--stage is {name!r}{nearest(name, by_name)}")
-        raise UsageError(
-            f"the config has several stages: --stage=NAME, one of {', '.join(by_name)}"
-        )
-    return by_name[name]
-
-
-def _mesh(text: str) -> MeshConfig:
-    """Returns the mesh that DATAxFSDPxTENSOR describes."""
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", text):
-        raise UsageError(f"--mesh is {text!r}; it must be auto or DATAxFSDPxTENSOR, such as 1x16x4")
-    data, fsdp, tensor = map(int, text.split("x"))
-    return MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
-
-
-def _tpus() -> list[str]:
-    """Returns the known kinds of TPU; chips without shapes are GPUs."""
-    return [kind for kind, chip in hardware.CHIPS.items() if chip.shapes]
+    given, rest = config_flag.split(argv)
+    args = parser.parse_args(rest)
+    if given.file is None:
+        parser.error(config_flag.REQUIRED)
+    if not args.topology.endswith(":smallest"):
+        # For its error, which should not wait for the config.
+        hardware.parse_topology(args.topology, args.num_slices)
+    return given, args

@@ -8,11 +8,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from alignvlm_jax.commands import next_commands
-from alignvlm_jax.data import index, shards
+from alignvlm_jax.commands import next_commands, usage
 from alignvlm_jax.errors import UsageError, UserError, nearest
 from alignvlm_jax.flag_types import positive
-from alignvlm_jax.ingest import job
 from alignvlm_jax.ingest.formats import REGISTRY, survey
 from alignvlm_jax.storage import faults
 
@@ -60,11 +58,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     """Returns the parsed flags, which depend on --format; those of other formats are refused."""
     chosen = _peek(argv)
     name = chosen.format or ("" if chosen.source else DOCUMENTS)
-    parser = argparse.ArgumentParser(
-        prog="python -m alignvlm_jax prepare",
+    parser = usage.parser(
+        "prepare",
         description=_description(chosen.format),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--format",
@@ -242,6 +239,10 @@ def _prepare_documents(args: argparse.Namespace, started: float) -> None:
 def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: float) -> None:
     """Prepares a source, on processes of this machine or under Apache Beam."""
     _check_needed(args)
+    # Late: these need grain, and with it jax.
+    from alignvlm_jax.data import index, shards
+    from alignvlm_jax.ingest import job
+
     kind = REGISTRY[args.format]
     options = {field.name: getattr(args, field.name) for field in dataclasses.fields(kind)}
     request = job.Request(
@@ -296,6 +297,9 @@ def _own_folder(source: str) -> str:
 
 def _recount(args: argparse.Namespace) -> None:
     """Counts the tokens of a prepared folder anew."""
+    # Late, as above.
+    from alignvlm_jax.ingest import job
+
     if not args.tokenizer:
         raise UsageError(f"--tokenizer=FILE_OR_FOLDER is needed; {TOKENIZER_HINT}")
     counts = job.recount(Path(args.out), args.tokenizer)

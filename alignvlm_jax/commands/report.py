@@ -1,13 +1,11 @@
 """`report`: writes report.html of a run, one file to look at in a browser."""
 
-import argparse
-
 from alignvlm_jax import storage
-from alignvlm_jax.report import run
+from alignvlm_jax.commands import usage
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m alignvlm_jax report", description=__doc__)
+    parser = usage.parser("report", description=__doc__)
     parser.add_argument(
         "--workdir",
         type=storage.path,
@@ -19,4 +17,8 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--data", help="folder that `prepare` wrote; default: the one trained on")
     args = parser.parse_args(argv)
+    usage.check_exists("run", args.workdir)
+    # Only now: what is misspelt should be answered before all of this is imported.
+    from alignvlm_jax.report import run
+
     print(f"Written: {run.build(args.workdir, args.compare, args.data)}")

@@ -5,11 +5,12 @@ import importlib.util
 import math
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import jax
-from jax.experimental import topologies
+from alignvlm_jax.errors import UserError, how_to_install, nearest
 
-from alignvlm_jax.errors import UserError, nearest
+if TYPE_CHECKING:
+    import jax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,7 @@ KINDS = {
 CHIPS_A_HOST = 4
 
 
-def chip_of(device: jax.Device) -> Chip | None:
+def chip_of(device: "jax.Device") -> Chip | None:
     """Returns the chip that a device is, or is a part of; None where it is not known, and no peak
     should be claimed."""
     return CHIPS.get(KINDS.get(device.device_kind, ""))
@@ -133,7 +134,7 @@ def has_tpu_compiler() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def compile_only_devices(topology: Topology) -> Sequence[jax.Device]:
+def compile_only_devices(topology: Topology) -> "Sequence[jax.Device]":
     """Returns the devices of slices that are not there: programs can be compiled for them and not
     be run.
 
@@ -142,8 +143,11 @@ def compile_only_devices(topology: Topology) -> Sequence[jax.Device]:
     """
     if not has_tpu_compiler():
         raise UserError(
-            "compiling for a TPU needs libtpu: pip install --requirement requirements-tpu.txt"
+            f"compiling for a TPU needs libtpu: {how_to_install('tpu', 'tpu-compiler')}"
         )
+    # Late: whoever misspelt a topology should not wait for jax.
+    from jax.experimental import topologies
+
     # No question to a metadata server that is not there, and no quarrel over a lock with another
     # such process.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

@@ -1,13 +1,14 @@
 """A plan as people read it."""
 
+from alignvlm_jax.errors import how_to_install
 from alignvlm_jax.plan import hardware, stopping
 from alignvlm_jax.plan.aot import GIB, UTILISATIONS, Plan
 from alignvlm_jax.plan.hardware import Topology
 
 ESTIMATE = (
     "ESTIMATE: libtpu is not installed, so CPU's compiler stood in for the TPU's. Its memory is "
-    "an upper bound (no flash attention) and its collectives are others; pip install "
-    "--requirement requirements-tpu.txt"
+    "an upper bound (no flash attention) and its collectives are others; "
+    f"{how_to_install('tpu', 'tpu-compiler')}"
 )
 
 

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import email.utils
 import functools
+import importlib.util
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import time
 import urllib.parse
 from typing import TYPE_CHECKING
 
+from alignvlm_jax.errors import UserError, how_to_install
 from alignvlm_jax.storage import bucket_requests
 
 if TYPE_CHECKING:
@@ -45,7 +47,13 @@ def name_of(where: os.PathLike[str]) -> str:
 
 
 def register() -> None:
-    """Makes epath use this file system; costs nothing until it is used."""
+    """Makes epath use this file system; costs nothing until it is used.
+
+    Raises:
+      UserError: gcsfs is not installed.
+    """
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f"{SCHEME} paths need gcsfs: {how_to_install('gcs', 'setup')}")
     import fsspec
 
     for name in ("gs", "gcs"):

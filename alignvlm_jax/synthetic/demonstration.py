@@ -15,7 +15,7 @@ from alignvlm_jax.data import record as record_lib
 from alignvlm_jax.data import shards as shards_lib
 from alignvlm_jax.data.shards import RecordSource
 from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import UserError, how_to_install
 from alignvlm_jax.ingest import executors, staging
 from alignvlm_jax.synthetic import documents, pages
 from alignvlm_jax.synthetic.contents import Table
@@ -89,7 +89,7 @@ def _tables() -> tuple[Table, ...]:
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
         raise UserError(
             f"the demonstration's documents need package {', '.join(missing)}: "
-            "pip install --requirement requirements-demo.txt"
+            f"{how_to_install('demo', 'setup')}"
         )
     # Imported here: pandas takes seconds to import, and the workers do not need it.
     from alignvlm_jax.synthetic import tables

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from alignvlm_jax.data.record import Word
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import UserError, how_to_install
 
 _MATPLOTLIB = ("matplotlib", "mpl-data/fonts/ttf")
 
@@ -49,7 +49,7 @@ def load_font(family: str, size: int) -> ImageFont.FreeTypeFont:
         return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
     except (ModuleNotFoundError, OSError) as err:
         raise UserError(
-            f"font {family!r} needs package {package} ({err}); install requirements-demo.txt"
+            f"font {family!r} needs package {package} ({err}): {how_to_install('demo', 'setup')}"
         ) from err
 
 

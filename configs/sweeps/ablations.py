@@ -6,7 +6,7 @@ configs/sweeps/ablations.py:stage2.py:llama32_1b   on a stage of the paper
 
 from collections.abc import Iterator
 
-from configs.sweeps.compare import ALIGN, SEEDS
+from alignvlm_jax.configs.sweeps.compare import ALIGN, SEEDS
 
 CHANGES = {"align": {}, **ALIGN, "without_patch_loss": {"train.patch_token_weight": 0.0}}
 

@@ -6,8 +6,8 @@ configs/sweeps/connectors.py:stage2.py    a stage of the paper with every LLM
 
 from collections.abc import Iterator
 
+from alignvlm_jax.configs import paper
 from alignvlm_jax.models.connectors import REGISTRY
-from configs import paper
 
 SEEDS = range(3)
 

@@ -1,8 +1,10 @@
-"""A fifth analysis, made here: a class and its line in the registry are all that `inspect` and the
+"""A fifth analysis, made here: a module and its line in the registry are all that `inspect` and the
 report need."""
 
 import json
 import shutil
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 from alignvlm_jax import __main__ as main
 from alignvlm_jax import analysis
 from alignvlm_jax import config as config_lib
-from alignvlm_jax.analysis import base
+from alignvlm_jax.analysis import base, flags
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading
 from alignvlm_jax.pictures import plotting
@@ -23,12 +25,7 @@ class Norms(base.Analysis):
     """The norm of every parameter of a model component."""
 
     name = "norms"
-    help = "the norms of a component's parameters"
     title = "Norms of parameters"
-
-    def add_flags(self, parser):
-        base.add_question_flags(parser)
-        parser.add_argument("--component", default="connector")
 
     def check(self, config, args):
         if args.component not in ("vision", "connector", "llm"):
@@ -59,9 +56,17 @@ class Norms(base.Analysis):
         return f"The largest norm is {max(written['norms'].values()):.3f}."
 
 
+def add_norms(parser):
+    flags.add_questions(parser)
+    parser.add_argument("--component", default="connector")
+
+
 @pytest.fixture
 def registered(monkeypatch):
-    monkeypatch.setitem(analysis.REGISTRY, "norms", Norms())
+    entry = analysis.Entry("the norms of a component's parameters", add_norms)
+    monkeypatch.setitem(analysis.REGISTRY, "norms", entry)
+    module = types.SimpleNamespace(ANALYSIS=Norms())
+    monkeypatch.setitem(sys.modules, "alignvlm_jax.analysis.norms", module)
 
 
 @pytest.fixture
@@ -73,8 +78,8 @@ def workdir(trained_workdir, tmp_path):
 
 
 def test_inspect_runs_it_and_the_report_shows_it(registered, workdir, capsys):
-    flags = [f"--checkpoint={workdir}", "--analysis=norms", "--num_questions=3"]
-    assert main.main(["inspect", *flags]) == 0
+    argv = [f"--checkpoint={workdir}", "--analysis=norms", "--num_questions=3"]
+    assert main.main(["inspect", *argv]) == 0
     printed = capsys.readouterr().out
     written = json.loads((workdir / "analysis" / "norms.json").read_text())
     assert (written["analysis"], written["step"], written["connector"]) == ("norms", 7, "align")
@@ -100,14 +105,14 @@ def test_inspect_runs_it_and_the_report_shows_it(registered, workdir, capsys):
 
 
 def test_its_flags_are_its_own(registered, workdir, capsys):
-    flags = ["inspect", f"--checkpoint={workdir}", "--analysis=norms"]
-    assert main.main([*flags, "--component=head"]) == 1
+    argv = ["inspect", f"--checkpoint={workdir}", "--analysis=norms"]
+    assert main.main([*argv, "--component=head"]) == 1
     assert "there is no component 'head'" in capsys.readouterr().err
-    assert main.main([*flags, "--split=seen_font"]) == 1
+    assert main.main([*argv, "--split=seen_font"]) == 1
     assert "did you mean 'seen_fonts'?" in capsys.readouterr().err
     for wrong in ("--kind=features", "--sigmas=3"):
         with pytest.raises(SystemExit, match="2"):
-            main.main([*flags, wrong])
+            main.main([*argv, wrong])
         assert f"unrecognized arguments: {wrong}" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="0"):
         main.main(["inspect", "--analysis=norms", "--help"])
@@ -123,7 +128,10 @@ def test_its_flags_are_its_own(registered, workdir, capsys):
 
 def test_names_are_those_of_the_registry(registered):
     """Files are named by the analysis, `--analysis` by the registry."""
-    assert all(one.name == name for name, one in analysis.REGISTRY.items())
+    assert all(analysis.load(name).name == name for name in analysis.REGISTRY)
+    for name, entry in analysis.REGISTRY.items():
+        # The first kind is the analysis itself.
+        assert list(entry.kinds) == list(analysis.load(name).kinds())[1:]
     names = [one.name for one in analysis.every()]
     assert len(names) == len(set(names))
     assert names[:3] == ["noise", "noise_pixels", "noise_layout"] and names[-1] == "norms"

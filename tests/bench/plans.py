@@ -11,8 +11,8 @@ import subprocess
 import sys
 from typing import Any
 
+from alignvlm_jax.configs import paper
 from alignvlm_jax.plan import hardware
-from configs import paper
 
 STAGES = ("stage1", "stage2")
 HEADER = (

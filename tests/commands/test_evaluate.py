@@ -8,12 +8,12 @@ import types
 import numpy as np
 import pytest
 
-from alignvlm_jax.benchmarks import predictions, tasks
+from alignvlm_jax.benchmarks import predictions, runner, tasks, text_bpb
 from alignvlm_jax.commands import evaluate
 from alignvlm_jax.data import record as record_lib
 from alignvlm_jax.data import shards, stage_data
 from alignvlm_jax.errors import UsageError, UserError
-from alignvlm_jax.inference import sampler
+from alignvlm_jax.inference import loading, sampler
 from tests.conftest import random_record
 
 
@@ -81,9 +81,7 @@ def test_evaluate_writes_predictions_and_a_summary_with_one_trace(
     ],
 )
 def test_bad_input_is_one_line(trained_workdir, flags, message, monkeypatch):
-    monkeypatch.setattr(
-        evaluate.loading, "load", lambda *_: pytest.fail("the model was loaded first")
-    )
+    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("the model was loaded first"))
     with pytest.raises(UserError, match=message) as error:
         evaluate.main([f"--checkpoint={trained_workdir}", *flags])
     assert "\n" not in str(error.value)
@@ -98,10 +96,8 @@ def test_a_stop_says_how_to_go_on(trained_workdir, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(
-        evaluate.loading, "load", lambda _, config: types.SimpleNamespace(config=config)
-    )
-    monkeypatch.setattr(evaluate.runner, "Runner", lambda *_: types.SimpleNamespace(evaluate=stop))
+    monkeypatch.setattr(loading, "load", lambda _, config: types.SimpleNamespace(config=config))
+    monkeypatch.setattr(runner, "Runner", lambda *_: types.SimpleNamespace(evaluate=stop))
     with pytest.raises(UserError, match="the same command goes on"):
         evaluate.main([f"--checkpoint={trained_workdir}"])
 
@@ -155,7 +151,7 @@ def scripted(monkeypatch, tokenizer_of, says):
 def test_tasks_are_scored_resumed_and_handed_in(
     own_workdir, benchmarks, trained_workdir, capsys, monkeypatch
 ):
-    config = evaluate.loading.load_config(trained_workdir)
+    config = loading.load_config(trained_workdir)
     tokenizer = stage_data.load_tokenizer(config.data, config.model)
 
     def stop(number):
@@ -231,7 +227,7 @@ def test_a_model_answers_a_task_and_splits_keep_their_fields(own_workdir, benchm
     before = json.loads((own_workdir / "summary.json").read_text())
     assert "tasks" not in before
     demo = benchmarks / "demo"
-    demo.symlink_to(evaluate.loading.load_config(own_workdir).data.dir)
+    demo.symlink_to(loading.load_config(own_workdir).data.dir)
     evaluate.main([*flags, "--tasks=seen_fonts", "--num_questions=2"])
     after = json.loads((own_workdir / "summary.json").read_text())
     assert after["tasks"]["seen_fonts"]["anls"] == before["anls"]
@@ -294,16 +290,14 @@ def test_text_is_read_beside_a_benchmark(own_workdir, held_out, capsys, monkeypa
 
     # All of it is read already, and what is not of the paper's benchmarks does not show their
     # table.
-    monkeypatch.setattr(evaluate.text_bpb, "_nll", lambda *_: pytest.fail("a text was read again"))
+    monkeypatch.setattr(text_bpb, "_nll", lambda *_: pytest.fail("a text was read again"))
     evaluate.main([*flags, "--tasks=text_bpb"])
     assert predictions.read_tasks(own_workdir)["text_bpb"] == result
     assert "DocVQA" not in capsys.readouterr().out
 
 
 def test_no_text_at_all_is_one_line_at_once(trained_workdir, held_out, monkeypatch):
-    monkeypatch.setattr(
-        evaluate.loading, "load", lambda *_: pytest.fail("the model was loaded first")
-    )
+    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("the model was loaded first"))
     monkeypatch.setitem(
         tasks.TEXTS, "text_bpb", dataclasses.replace(tasks.TEXTS["text_bpb"], folder="none")
     )
@@ -333,9 +327,7 @@ def test_no_text_at_all_is_one_line_at_once(trained_workdir, held_out, monkeypat
 def test_bad_tasks_are_one_line_at_once(
     trained_workdir, benchmarks, flags, error, message, monkeypatch
 ):
-    monkeypatch.setattr(
-        evaluate.loading, "load", lambda *_: pytest.fail("the model was loaded first")
-    )
+    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("the model was loaded first"))
     with pytest.raises(error, match=message) as raised:
         evaluate.main([f"--checkpoint={trained_workdir}", f"--data={benchmarks}", *flags])
     assert "\n" not in str(raised.value)

@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from alignvlm_jax.commands import generate
+from alignvlm_jax.data.examples import ExampleBuilder
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.inference import loading
 
 
 @pytest.fixture
@@ -19,16 +21,14 @@ def page(tmp_path):
 
 @pytest.fixture
 def no_model(monkeypatch):
-    monkeypatch.setattr(
-        generate.loading, "load", lambda *_: pytest.fail("the model was loaded first")
-    )
+    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("the model was loaded first"))
 
 
 def test_prints_the_answer_alone(trained_workdir, page, capsys, monkeypatch):
     batches = []
 
     def load(path, config):
-        tokenizer = generate.loading.load_tokenizer(path, config.data, config.model)
+        tokenizer = loading.load_tokenizer(path, config.data, config.model)
 
         def answer(variables, batch, max_new_tokens):
             batches.append(batch)
@@ -44,14 +44,14 @@ def test_prints_the_answer_alone(trained_workdir, page, capsys, monkeypatch):
             "config": config,
             "data_parallel_size": 4,
             "tokenizer": tokenizer,
-            "builder": generate.ExampleBuilder.of(config, tokenizer),
+            "builder": ExampleBuilder.of(config, tokenizer),
             "variables": {},
             "metadata": {"stage": "train"},
             "pdf_dpi": 144,
         }
         return types.SimpleNamespace(**fields, sampler=lambda: sampler)
 
-    monkeypatch.setattr(generate.loading, "load", load)
+    monkeypatch.setattr(loading, "load", load)
     generate.main([f"--checkpoint={trained_workdir}", f"--image={page}", "--question=Who?"])
     printed = capsys.readouterr()
     assert printed.out == "4 2\n"
@@ -87,7 +87,7 @@ def test_takes_any_page_of_a_pdf(trained_workdir, tmp_path, no_model):
 @pytest.mark.parametrize(
     ("image", "question", "message"),
     [
-        ("none.png", "Who?", "none.png: No such file"),
+        ("none.png", "Who?", "no image at .*none.png"),
         ("text.png", "Who?", "cannot read image .*text.png"),
         (
             "page.png",

@@ -67,7 +67,8 @@ def test_without_the_demonstrations_packages_it_says_what_to_install(package, tm
     )
     assert done.returncode == 1
     assert f"package {package}" in done.stderr
-    assert "pip install --requirement requirements-demo.txt" in done.stderr.splitlines()[-1]
+    last = done.stderr.splitlines()[-1]
+    assert "pip install 'alignvlm_jax[demo]', or `make setup`" in last
 
 
 def test_the_second_time_nothing_is_written(prepared, monkeypatch, capsys):
@@ -258,8 +259,8 @@ def test_a_folder_is_looked_through_and_the_next_commands_are_given(own, tmp_pat
     assert "not read: 1 image (1 PNG). An image alone teaches nothing" in printed
     assert "validation: 1 records" in printed
     assert "Next, with words and no questions: both stages transcribe" in printed
-    assert f"inspect --config=configs/documents.py:FOLDER --data={out}\n" in printed
-    train = f"train --config=configs/documents.py:FOLDER --workdir=runs/out --config.data.dir={out}"
+    assert f"inspect --config=documents:FOLDER --data={out}\n" in printed
+    train = f"train --config=documents:FOLDER --workdir=runs/out --config.data.dir={out}"
     assert train in printed and "FOLDER: a checkpoint" in printed
     own(1, 1, 1, flags=["--format=pdf", "--holdout=0.5"])
     assert "not read: 1 image (1 PNG)." in capsys.readouterr().out
@@ -275,12 +276,12 @@ def test_the_next_commands_name_the_checkpoint_of_the_tokenizer(
         pathlib.Path(folder, "config.json").write_text(stages)
     (tmp_path / "runs/one/config.json").write_text('{"model_type": "llama"}')
     own(1, 1)
-    assert "configs/documents.py:FOLDER" in capsys.readouterr().out
+    assert "documents:FOLDER" in capsys.readouterr().out
     changed = dataclasses.replace(config.data, tokenizer=str(tmp_path))
     stages = json.dumps(config_lib.to_json((dataclasses.replace(config, data=changed),)))
     pathlib.Path("weights/other/config.json").write_text(stages)
     own(1, 1)
-    assert "--config=configs/documents.py:weights/other --data=" in capsys.readouterr().out
+    assert "--config=documents:weights/other --data=" in capsys.readouterr().out
     assert next_commands.checkpoint("tokenizer.model") == "weights/other"
 
 

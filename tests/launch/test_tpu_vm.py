@@ -333,6 +333,7 @@ def test_a_config_that_would_not_be_copied_is_refused(checkout):
         "data/mine.py:a": "--config=data/mine.py is ignored by git",
         "configs/mine.py": "--config=configs/mine.py is not in ",
         "/tmp/mine.py": "--config=/tmp/mine.py is no path from the root",
+        "stage9": "--config=configs/stage9.py is not in ",
     }.items():
         done = script(
             root,
@@ -345,3 +346,11 @@ def test_a_config_that_would_not_be_copied_is_refused(checkout):
             "--workdir=gs://b/a",
         )
         assert done.returncode == 2 and message in done.stderr
+
+
+def test_a_config_may_be_named_as_on_any_machine(checkout):
+    root, _ = checkout
+    command = ["--dry_run", "--", "train", "--config=stage2:llama31_8b", "--workdir=gs://b/a"]
+    done = script(root, "run", *WHERE, *command)
+    assert done.returncode == 0, done.stderr
+    assert "--config=stage2:llama31_8b" in done.stdout.replace("\\", "")

@@ -17,7 +17,7 @@ from alignvlm_jax import config as config_lib
 from alignvlm_jax.analysis import cost
 from alignvlm_jax.benchmarks.runner import Runner
 from alignvlm_jax.commands import config_flag
-from alignvlm_jax.commands.train import EVALUATORS
+from alignvlm_jax.commands.work.train import EVALUATORS
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading, patch_tokens
 from alignvlm_jax.models import connectors, vlm

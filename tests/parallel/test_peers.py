@@ -87,7 +87,7 @@ def test_a_config_that_is_wrong_on_one_host_is_told_by_the_main_one(tmp_path):
     config = tmp_path / "config.py"
     config.write_text("""
 import os
-from configs import demo
+from alignvlm_jax.configs import demo
 
 def get_config():
     config = demo.get_config()

@@ -42,7 +42,7 @@ def test_unknown_topology(name, message):
 def test_without_libtpu(monkeypatch):
     monkeypatch.setattr(hardware, "has_tpu_compiler", lambda: False)
     with pytest.raises(
-        UserError, match=r"needs libtpu: pip install --requirement requirements-tpu.txt"
+        UserError, match=r"needs libtpu: pip install 'alignvlm_jax\[tpu\]', or `make tpu-compiler`"
     ):
         hardware.compile_only_devices(hardware.parse_topology("v5e:2x2"))
 

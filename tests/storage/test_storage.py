@@ -1,6 +1,7 @@
 """Every way to write and read, on this machine and in a bucket."""
 
 import errno
+import importlib.util
 import itertools
 import os
 import subprocess
@@ -262,3 +263,16 @@ def test_preconditions_hold(bucket, bucket_folder):
     assert bucket_lib.stored(name).generation == second and 0 <= bucket_lib.stored(name).age < 10
     bucket_lib.remove(name, second)
     assert bucket_lib.stored(name) is None
+
+
+def test_without_gcsfs_a_bucket_is_answered_with_how_to_install_it(monkeypatch):
+    find = importlib.util.find_spec
+    without = {"gcsfs": None}
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *args: without.get(name, name) and find(name, *args),
+    )
+    with pytest.raises(UserError, match=r"need gcsfs: pip install 'alignvlm_jax\[gcs\]', or `make"):
+        storage.path("gs://bucket/run")
+    assert storage.path("run").name == "run"

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from alignvlm_jax.benchmarks import generation_eval, scores
 from alignvlm_jax.benchmarks.questions import choose_questions
-from alignvlm_jax.commands.train import EVALUATORS
+from alignvlm_jax.commands.work.train import EVALUATORS
 from alignvlm_jax.config import Config, SourceConfig, TrainConfig
 from alignvlm_jax.data import images, loader, shards, stage_data, validation
 from alignvlm_jax.data import index as index_lib

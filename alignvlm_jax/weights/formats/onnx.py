@@ -68,9 +68,7 @@ def _read(path: Path) -> Any:
     try:
         import onnx
     except ImportError as err:
-        raise UserError(
-            f"reading {path} takes onnx: pip install -r requirements-weights.txt"
-        ) from err
+        raise UserError(f"reading {path} needs onnx: pip install onnx") from err
     try:
         return onnx.load(path).graph
     except Exception as err:  # Protobuf's own errors, of which there are several kinds.

@@ -1,0 +1,37 @@
+"""What `convert` does once its flags are read."""
+
+import argparse
+import functools
+from pathlib import Path
+
+from rich.console import Console
+
+from alignvlm_jax import storage
+from alignvlm_jax.data import chat, tokenizers
+from alignvlm_jax.weights import initial, towers
+
+
+def write_export(checkpoint: Path, out: Path, components: tuple[str, ...]) -> None:
+    """Writes components of a checkpoint in published formats, and prints how many tensors each
+    has."""
+    console = Console(highlight=False, soft_wrap=True)
+    for component, count in initial.write_export(checkpoint, out, components).items():
+        console.print(f"{out / component}: {count} tensors")
+
+
+def write_import(args: argparse.Namespace) -> None:
+    """Writes a checkpoint of published weights, and prints what was loaded and what was not."""
+    console = Console(highlight=False, soft_wrap=True)
+    # First of all: a name that is taken should not be found after the weights were read.
+    storage.refuse_existing(args.out)
+    vision = towers.open_vision(args.vision, args.tile_size)
+    llm = towers.open_llm(args.llm)
+    config = initial.make_config(llm, vision, args.connector, args.out)
+    console.print(f"{llm.source.name} and {vision.source.name}: connector {args.connector}")
+    write_tokenizer = functools.partial(towers.write, args.tokenizer or args.llm)
+    console.print(initial.write(llm, vision, config, write_tokenizer, args.out))
+    # Read back from what was written, which is what training and generation will read.
+    chat_format = chat.format_of(tokenizers.load(args.out / initial.TOKENIZER))
+    example = chat_format.spell([("QUESTION", "ANSWER")])
+    console.print(f"Chats are written {example!r}", markup=False)
+    console.print(f"Written: {args.out}; start a run from it with --config.init_from={args.out}")

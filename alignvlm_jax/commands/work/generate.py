@@ -1,0 +1,43 @@
+"""What `generate` does once its flags are read."""
+
+import argparse
+import sys
+
+import numpy as np
+from PIL import Image
+
+from alignvlm_jax import logs
+from alignvlm_jax.config import DataConfig, VisionConfig
+from alignvlm_jax.data import images
+from alignvlm_jax.data.examples import ExampleBuilder
+from alignvlm_jax.inference import loading
+from alignvlm_jax.inference.assistant import Assistant
+from alignvlm_jax.parallel import compile_cache
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints the answer to a question about an image, or about nothing where there is none."""
+    # Mistakes in the input are found before the model is loaded; the prompt is built only to see
+    # whether it fits.
+    config = loading.load_config(args.checkpoint, args.data)
+    page = None
+    if args.image:
+        dpi = loading.pdf_dpi(loading.load_metadata(args.checkpoint))
+        page = images.load_page(args.image, args.page, dpi)
+    tokenizer = loading.load_tokenizer(args.checkpoint, config.data, config.model)
+    ExampleBuilder.of(config, tokenizer).prompt(page, args.question)
+    loaded = loading.load(args.checkpoint, config)
+    seen = "no image"
+    if page:
+        num_tiles = _count_tiles(page, config.model.vision, config.data)
+        seen = f"{page.width} x {page.height} pixels, {num_tiles} tiles"
+    print(f"{loaded.path}: {seen}", file=sys.stderr)
+    with compile_cache.kept_in(loading.workdir_of(args.checkpoint)):
+        assistant = Assistant(loaded, warn=logs.say)
+        print(assistant.answer(page, args.question, max_new_tokens=args.max_new_tokens))
+
+
+def _count_tiles(page: Image.Image, vision: VisionConfig, data: DataConfig) -> int:
+    """Returns the number of tiles that a page is cut into."""
+    size = np.array([[page.height, page.width]])
+    return images.count_tiles(size, vision, data.tiles_of_a_record, data.use_overview).item()
