@@ -57,7 +57,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--components",
         "--parts",
-        default=",".join(COMPONENTS),
+        default="llm,vision,connector",
         help="what to export; default: all",
     )
     parser.add_argument(

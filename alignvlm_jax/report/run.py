@@ -309,7 +309,8 @@ def _variants(run: Run) -> list[str]:
     told = run.loaded.metadata.get("config_flags") if run.loaded else None
     flags = shlex.join(told or ["--config=FILE"])
     command = f"python -m alignvlm_jax train {flags} --workdir=OTHER"
-    name = "mlp" if run.stages[-1].model.connector.name != "mlp" else "align"
+    own = run.stages[-1].model.connector.name
+    name = next(name for name in config_lib.connector_names() if name != own)
     found = [f"{command} --config.model.connector.name={name}"]
     if supervised := _supervised(run.stages):
         # At the rates that supervision tolerates a run without it diverges (docs/results.md).

@@ -189,7 +189,8 @@ def _print(one: Statistics, console: Console) -> None:
         f"{one.directory}, split {one.name}: {one.num_records:,} records{packing_efficiency}",
         markup=False,
     )
-    table = Table("", box=None)
+    table = Table(box=None)
+    table.add_column(no_wrap=True)
     for column in Statistics.COLUMNS:
         table.add_column(column, justify="right")
     for name, values in one.distributions.items():
