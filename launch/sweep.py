@@ -30,7 +30,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # installed.
 if __name__ == "__main__" and importlib.util.find_spec("ml_collections") is None:
     python = REPOSITORY / ".venv" / "bin" / "python"
-    if not python.exists():
+    # Where it is this very Python, an installation was cut short.
+    if not python.exists() or Path(sys.prefix).resolve() == (REPOSITORY / ".venv").resolve():
         sys.exit("sweep.py: error: there is no .venv with what it needs: run `make setup`")
     os.execv(python, [str(python), *sys.argv])
 

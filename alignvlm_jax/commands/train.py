@@ -1,7 +1,9 @@
 """`train`: trains the stages of a config, or goes on with them."""
 
+import contextlib
 import os
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 from alignvlm_jax import storage
@@ -46,8 +48,9 @@ def _parse(argv: list[str]) -> tuple[Path, ConfigFlags, list[str]]:
         type=storage.path,
         help="folder of checkpoints, metrics and the report",
     )
-    given, rest = config_flag.split(argv)
-    args = parser.parse_args(rest)
+    with _told_to_others(argv):
+        given, rest = config_flag.split(argv)
+        args = parser.parse_args(rest)
     if given.file is None:
         parser.error(config_flag.REQUIRED)
     return args.workdir, given, rest
@@ -55,12 +58,20 @@ def _parse(argv: list[str]) -> tuple[Path, ConfigFlags, list[str]]:
 
 def _stages(given: ConfigFlags, argv: list[str]) -> tuple[Config, ...]:
     """Returns the stages of the config; raises UserError if it is wrong."""
-    try:
+    with _told_to_others(argv):
         return config_flag.stages(given)
+
+
+@contextlib.contextmanager
+def _told_to_others(argv: list[str]) -> Iterator[None]:
+    """A context whose UserError the other processes of a run hear of."""
+    try:
+        yield
     except UserError:
         # The config may be wrong on this host alone. Joined, this process can tell the others that
         # it failed; else they would wait for it, and not know why.
-        from alignvlm_jax.parallel import distributed
+        if usage.several_processes():
+            from alignvlm_jax.parallel import distributed
 
-        distributed.initialize(argv)
+            distributed.initialize(argv)
         raise

@@ -46,14 +46,6 @@ def by_source(config: Config, opened: StageData | None = None) -> dict[str, Trai
             problem = problem or err
     if not useful:
         raise problem
-    # Without a plan a source of no use has rows all the same, of which nothing is measured: one of
-    # several may be such, and not all.
-    if all(one.lacks_text() for one in useful.values()):
-        tasks = ", ".join(data.tasks)
-        raise UserError(
-            f"nothing to validate on in split {split!r}: no record has text for config.data.tasks "
-            f"{tasks}{next(iter(useful.values())).remedy()}"
-        )
     return useful
 
 
@@ -94,7 +86,13 @@ class ValidationBatches:
         # Of a whole split, mostly one sequence is read: `any` stops at the first that is of use.
         here = LocalSequences(self._sequences, self._starts, self._local_rows)
         is_useful = any(here[i]["loss_weights"].any() for i in range(len(here)))
-        problems = gather(None if is_useful else self._sequences.problem)
+        problem = None if is_useful else self._sequences.problem
+        data = self._sequences.builder.data
+        # Without a plan a source of no use has rows all the same; one of several may be such.
+        if not (is_useful or problem or data.sources) and self._sequences.lacks_text():
+            tasks = ", ".join(data.tasks)
+            problem = f"no record has text for config.data.tasks {tasks}{self._sequences.remedy()}"
+        problems = gather(problem)
         if all(problems):
-            split = self._sequences.builder.data.validation_split
+            split = data.validation_split
             raise UserError(f"nothing to validate on in split {split!r}: {problems[0]}")

@@ -87,6 +87,11 @@ def load_config(path: Path, data_dir: str | None = None) -> Config:
         )
     if data_dir is None:
         return config
+    named = config.data.tokenizer
+    if named and not storage.path(named).exists():
+        # It has moved: the folder that is named now is where it is looked for.
+        data = dataclasses.replace(config.data, tokenizer=data_dir)
+        config = dataclasses.replace(config, data=data)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, dir=data_dir))
 
 

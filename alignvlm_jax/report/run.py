@@ -31,6 +31,7 @@ from alignvlm_jax.train import goodput, workdir
 FILE = "report.html"
 NUM_LENSES = 3
 NUM_READINGS = 6
+OF_CONNECTOR = "--config.model.connector."
 PLAIN_RATE = 1e-3
 """The highest learning rate at which the demonstration trains without patch-token supervision
 (docs/results.md)."""
@@ -307,8 +308,9 @@ def _variants(run: Run) -> list[str]:
     """Returns the commands that train variants of the run: its own command, where the checkpoint
     tells it, with another workdir and further flags."""
     told = run.loaded.metadata.get("config_flags") if run.loaded else None
-    flags = shlex.join(told or ["--config=FILE"])
-    command = f"python -m alignvlm_jax train {flags} --workdir=OTHER"
+    # Options of this connector are none of another.
+    kept = [flag for flag in told or ["--config=FILE"] if not flag.startswith(OF_CONNECTOR)]
+    command = f"python -m alignvlm_jax train {shlex.join(kept)} --workdir=OTHER"
     own = run.stages[-1].model.connector.name
     name = next(name for name in config_lib.connector_names() if name != own)
     found = [f"{command} --config.model.connector.name={name}"]

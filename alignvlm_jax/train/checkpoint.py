@@ -197,6 +197,8 @@ class Checkpoints(Reader):
             "metadata": {"run_id": self._id_of_run(), **metadata, "step": step},
         }
         if tokenizer is not None:
+            # Named, so that one that gets lost on the way is missed.
+            objects["metadata"]["tokenizer"] = sorted(tokenizer)
             objects["tokenizer"] = checkpoint_files.packed(tokenizer)
         items = {
             name: ocp.args.JsonSave(checkpoint_files.with_checksum(fields))

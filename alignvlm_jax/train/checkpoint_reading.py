@@ -117,6 +117,8 @@ class Reader:
 
         def read(folder: Path) -> dict[str, bytes] | None:
             if not (folder / "tokenizer").is_dir():
+                if "tokenizer" in self._read_json(folder, "metadata"):
+                    raise ValueError("its tokenizer is missing")
                 return None
             return checkpoint_files.unpacked(self._read_json(folder, "tokenizer"))
 

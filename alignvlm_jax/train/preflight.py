@@ -44,6 +44,8 @@ def open_stages(stages: tuple[Config, ...]) -> list[StageData]:
         for folder in config.data.folders:
             # Checkpoints hold it: a damaged one would be told at the first save.
             prepared.description(folder)
+        # Read now, for checkpoints to hold: what is missing would be told at the first save.
+        _ = opened.tokenizer_files
         found.append(opened)
         # Stages mostly share a model, and tracing it takes most of a second.
         key = config.model, config.mesh

@@ -317,8 +317,8 @@ class StageLoop:
             metadata = checkpoint.describe(
                 self.run.stages, self.stage.config, train_seconds=seconds, answer_loss=answer_loss
             )
-            # NaN compares with nothing: among losses it could pass for the least, and be kept.
             metadata["config_flags"] = list(self.run.config_flags)
+            # NaN compares with nothing: among losses it could pass for the least, and be kept.
             is_comparable = answer_loss is not None and math.isfinite(answer_loss)
             quality = (
                 {"stage": self.stage.index, "answer_loss": answer_loss} if is_comparable else None

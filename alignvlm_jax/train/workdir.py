@@ -166,11 +166,13 @@ def _stored_id(path: Path) -> str:
 def _without_resumable(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the fields of each stage by their dotted names, without resumable ones."""
 
-    def is_resumable(name: str) -> bool:
+    def is_resumable(name: str, value: Any) -> bool:
+        if fnmatch.fnmatchcase(name, "data.tasks.*") and not value:
+            return True  # A task without weight is none.
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in RESUMABLE_FIELDS)
 
     return [
-        {name: value for name, value in _leaves(stage, "") if not is_resumable(name)}
+        {name: value for name, value in _leaves(stage, "") if not is_resumable(name, value)}
         for stage in stages
     ]
 

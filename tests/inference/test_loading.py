@@ -154,3 +154,11 @@ def test_a_damaged_tokenizer_is_told_by_its_checkpoint(kept_run):
     path.write_text(json.dumps(fields))
     with pytest.raises(UserError, match=r"checkpoints/7 cannot be read .*checksum"):
         loading.load_tokenizer(kept_run, config.data, config.model)
+
+
+def test_a_tokenizer_that_was_lost_is_missed(kept_run, trained_workdir):
+    """Else another one, which lies where the data were, would be taken without a word."""
+    shutil.rmtree(kept_run / "checkpoints" / "7" / "tokenizer")
+    config = loading.load_config(kept_run, str(trained_workdir))
+    with pytest.raises(UserError, match=r"checkpoints/7 cannot be read \(its tokenizer is missing"):
+        loading.load_tokenizer(kept_run, config.data, config.model)

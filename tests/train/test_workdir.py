@@ -166,3 +166,9 @@ def test_two_runs_cannot_share_a_workdir(folder, monkeypatch):
     with workdir.lock(folder, STAGES), pytest.raises(UserError, match=expected):
         lock(folder, STAGES)
     lock(folder, STAGES)
+
+
+def test_a_task_without_weight_is_none(folder):
+    lock(folder, STAGES)
+    data = dataclasses.replace(STAGES[0].data, tasks={**STAGES[0].data.tasks, "read": 0.0})
+    lock(folder, tuple(dataclasses.replace(stage, data=data) for stage in STAGES))

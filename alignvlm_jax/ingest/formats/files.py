@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import collections
 import io
 import json
 import posixpath
@@ -91,17 +92,21 @@ SAMPLE_BYTES = 1 << 20
 def named(source: str, paths: Iterable[str]) -> dict[str, str]:
     """Returns by path what the ids of its records begin with, for `Unit.name`.
 
-    That is "" for files directly in the source, and `FOLDER/FILE` for those below: files of one
-    name in two folders are two documents. Where two files differ in their endings alone, the later
-    ones in the order of paths keep theirs.
+    That is "" for files directly in the source and for those whose name no other has, whose records
+    keep the ids that they always had, and `FOLDER/FILE` for others below: files of one name in two
+    folders are two documents. Where two files differ in their endings alone, the later ones in the
+    order of paths keep theirs.
     """
     found: dict[str, str] = {}
     taken = set()
+    paths = list(paths)
+    times = collections.Counter(map(filesystem.stem, paths))
     for path in sorted(paths):
         folder = filesystem.parent(inside(source, path))
         stem = filesystem.join(folder, filesystem.stem(path))
         full = filesystem.join(folder, filesystem.name(path))
-        found[path] = full if stem in taken else stem if folder else ""
+        is_repeated = times[filesystem.stem(path)] > 1
+        found[path] = full if stem in taken else stem if folder and is_repeated else ""
         taken.add(stem)
     return found
 

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Iterable
 
 from alignvlm_jax.data import filesystem
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import TryAgainError, UserError
 from alignvlm_jax.ingest.formats import REGISTRY, array, files
 from alignvlm_jax.ingest.formats.base import Rejection, Unit
 
@@ -192,6 +192,8 @@ def _first_keys(path: str) -> set[str]:
         else:
             items = array.objects(Unit(path, 0, MAX_FIRST_BYTES), "")
         item = next(items, None)
+    except TryAgainError:  # A storage that does not answer says nothing about the file.
+        raise
     except (UserError, OSError):
         return set()  # the format itself says why, when it reads the file
     return set() if item is None or isinstance(item, Rejection) else set(item[1])
