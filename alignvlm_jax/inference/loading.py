@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
+from PIL import Image
 
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config, DataConfig, ModelConfig, renamed
@@ -105,6 +106,12 @@ def pdf_dpi(metadata: Mapping[str, Any]) -> float:
     there were none, or nothing tells, `images.PDF_DPI`."""
     drawn = [one["dpi"] for one in metadata.get("prepared", ()) if "dpi" in one]
     return max(drawn, default=images.PDF_DPI)
+
+
+def load_page(path: Path, image: Path, page: int) -> Image.Image:
+    """Returns a page, of an image or a PDF file, as the model of a checkpoint is shown it; `path`
+    is as of `load`, and the other arguments and errors as of `images.load_page`."""
+    return images.load_page(image, page, pdf_dpi(load_metadata(path)))
 
 
 def load(path: Path, config: Config) -> Loaded:

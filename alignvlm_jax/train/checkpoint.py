@@ -194,7 +194,12 @@ class Checkpoints(Reader):
         self._check_space(live)
         objects = {
             "data": dict(position),
-            "metadata": {"run_id": self._id_of_run(), **metadata, "step": step},
+            "metadata": {
+                **metadata,
+                # Without one in the metadata earlier checkpoints are read for it.
+                "run_id": metadata.get("run_id") or self._id_of_run(),
+                "step": step,
+            },
         }
         if tokenizer is not None:
             # Named, so that one that gets lost on the way is missed.

@@ -22,8 +22,7 @@ def run(args: argparse.Namespace) -> None:
     config = loading.load_config(args.checkpoint, args.data)
     page = None
     if args.image:
-        dpi = loading.pdf_dpi(loading.load_metadata(args.checkpoint))
-        page = images.load_page(args.image, args.page, dpi)
+        page = loading.load_page(args.checkpoint, args.image, args.page)
     tokenizer = loading.load_tokenizer(args.checkpoint, config.data, config.model)
     ExampleBuilder.of(config, tokenizer).prompt(page, args.question)
     loaded = loading.load(args.checkpoint, config)

@@ -14,7 +14,7 @@ from alignvlm_jax import logs, presets, storage
 from alignvlm_jax.analysis import base
 from alignvlm_jax.analysis.base import Analysis
 from alignvlm_jax.config import Config, DataConfig, LLMConfig, ModelConfig, TrainConfig
-from alignvlm_jax.data import filesystem, images, index, shards, stage_data, tokenizers
+from alignvlm_jax.data import filesystem, index, shards, stage_data, tokenizers
 from alignvlm_jax.data.loader import TrainSequences
 from alignvlm_jax.errors import UserError, nearest
 from alignvlm_jax.inference import loading, patch_tokens
@@ -119,8 +119,7 @@ def lens(args: argparse.Namespace) -> None:
     patch_map.check_suffix(out)
     config = loading.load_config(args.checkpoint, args.data)
     patch_tokens.check(config.model)
-    dpi = loading.pdf_dpi(loading.load_metadata(args.checkpoint))
-    page = images.load_page(args.image, args.page, dpi)
+    page = loading.load_page(args.checkpoint, args.image, args.page)
     page_lens = Assistant(loading.load(args.checkpoint, config), warn=logs.say).lens(page)
     print(page_lens, file=sys.stderr)
     print(f"Written: {page_lens.save(out, f'What the patches of {args.image.name} say')}")
