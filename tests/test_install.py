@@ -94,13 +94,13 @@ def test_usage_says_what_was_typed(bin_folder, tmp_path):
         helped = call(*command, "prepare", "--help", folder=tmp_path)
         assert helped.startswith(f"usage: {words} prepare")
         wrong = subprocess.run(
-            [*command, "prepare", "--format=nope"],
+            [*command, "prepare", "--fromat=pdf"],
             cwd=tmp_path,
             env=HERE,
             capture_output=True,
             text=True,
         )
-        assert f"{words} prepare: error: argument --format: invalid choice" in wrong.stderr
+        assert f"{words} prepare: error: unrecognized arguments: --fromat=pdf" in wrong.stderr
         unknown = subprocess.run([*command, "trian"], env=HERE, capture_output=True, text=True)
         assert unknown.stderr.startswith(f"{words.split()[-1]}: error: unknown command 'trian'")
 
