@@ -73,7 +73,7 @@ def add_cost(parser: argparse.ArgumentParser) -> None:
         "--connectors",
         type=flag_types.names,
         default=[],
-        help="their names, separated by commas; default: all that fit",
+        help="their names, separated by commas, all held in memory together; default: all that fit",
     )
     parser.add_argument(
         "--repeats", type=flag_types.positive, default=5, help="of each timing; default: 5"

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from alignvlm_jax.analysis import base, displacement, perturbation
 from alignvlm_jax.analysis.base import Analysis
+from alignvlm_jax.analysis.flags import KINDS_OF_NOISE
 from alignvlm_jax.analysis.perturbation import FeatureNoise, PixelNoise, Shift
 from alignvlm_jax.data.record import Record
 from alignvlm_jax.inference.loading import Loaded
@@ -176,7 +177,7 @@ class MovedContent(Noise):
 
 
 FEATURES = NoiseOnFeatures()
-KINDS = {"features": FEATURES, "pixels": NoiseOnPixels(), "layout": MovedContent()}
+KINDS = dict(zip(KINDS_OF_NOISE, (FEATURES, NoiseOnPixels(), MovedContent()), strict=True))
 """The kinds of perturbation by their name on the command line (`--kind`)."""
 
 ANALYSIS = FEATURES

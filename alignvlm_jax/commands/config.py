@@ -24,7 +24,7 @@ python -m alignvlm_jax config --markdown > docs/config.md -->
 A config file starts from `config_lib.default_config_dict()` and sets `config.GROUP.FIELD`;
 `--config.GROUP.FIELD=VALUE` changes it on the command line. Where the default is **must be given**,
 there is none: a command that reads a config without such a field names it and ends.
-`alignvlm config --config=NAME` shows what the stages of a config come to.
+`python -m alignvlm_jax config --config=NAME` shows what the stages of a config come to.
 `{describing.NAME}` stands for a name of your own.
 """
 

@@ -50,9 +50,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if "" in (args.tasks, args.splits):
         raise UsageError("--tasks and --splits need names, separated by commas")
     if args.tasks and args.splits:
-        raise UsageError(
-            "--tasks and --splits exclude each other: the demonstration's splits are tasks too"
-        )
+        raise UsageError("--tasks and --splits exclude each other: the demo's splits are tasks too")
     if args.tasks:
         # For its error: which of the names is unknown.
         tasks.find(args.tasks.split(","))

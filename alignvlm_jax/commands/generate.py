@@ -44,6 +44,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--max_new_tokens", type=positive, help="longest answer; default: that of the config"
     )
     parser.add_argument(
-        "--data", help="folder with the tokenizer.model; default: the one trained on"
+        "--data", help="folder with the tokenizer, for checkpoints of before these held it"
     )
     return parser.parse_args(argv)

@@ -96,11 +96,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         print(f"{found}\n--format={name}: {REGISTRY[name].about}")
         parser.set_defaults(format=name)
     _add_source_flags(parser, name)
-    # Of a single PDF nothing else could be held out.
-    if not chosen.format and name == "pdf" and found.by_format["pdf"] == 1:
-        print("--holdout_by=page: pages of a single PDF are held out")
+    single = not chosen.format and name == "pdf" and found.by_format["pdf"] == 1
+    if single:
+        # Nothing else could be held out.
         parser.set_defaults(holdout_by="page")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if single and args.holdout_by == "page" and args.holdout and not args.split:
+        print("--holdout_by=page: pages of a single PDF are held out")
+    return args
 
 
 def _peek(argv: list[str]) -> argparse.Namespace:
@@ -268,6 +271,10 @@ def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: fl
         print(f"{args.out}: {time.monotonic() - started:.0f} s")
     else:
         print(f"{args.out} is ready: prepared with these arguments before")
+        if args.holdout and "validation" not in held and not args.split:
+            print(
+                f"If an earlier version did: delete {args.out}, and this one holds out at least one"
+            )
     if not args.split and shards.shard_paths(args.out, "train"):
         print(next_commands.after_prepare(args.out, request.tokenizer))
 

@@ -41,12 +41,24 @@ def by_source(config: Config, opened: StageData | None = None) -> dict[str, Trai
         alone = dataclasses.replace(data, sources={name: SourceConfig(dir=folder)} if name else {})
         validated = dataclasses.replace(config, data=alone)
         try:
-            useful[name] = TrainSequences(validated, split, opened)
+            useful[name] = _with_text(TrainSequences(validated, split, opened))
         except NothingToDraw as err:
             problem = problem or err
     if not useful:
         raise problem
     return useful
+
+
+def _with_text(sequences: TrainSequences) -> TrainSequences:
+    """Returns the sequences; raises NothingToDraw where no record has text for any of the tasks,
+    which a plan finds by itself, and without one would be a loss of nothing."""
+    if sequences.lacks_text():
+        data = sequences.builder.data
+        raise NothingToDraw(
+            f"nothing to validate on in split {data.validation_split!r}: no record has text for "
+            f"config.data.tasks {', '.join(data.tasks)}{sequences.remedy()}"
+        )
+    return sequences
 
 
 class ValidationBatches:
@@ -87,12 +99,7 @@ class ValidationBatches:
         here = LocalSequences(self._sequences, self._starts, self._local_rows)
         is_useful = any(here[i]["loss_weights"].any() for i in range(len(here)))
         problem = None if is_useful else self._sequences.problem
-        data = self._sequences.builder.data
-        # Without a plan a source of no use has rows all the same; one of several may be such.
-        if not (is_useful or problem or data.sources) and self._sequences.lacks_text():
-            tasks = ", ".join(data.tasks)
-            problem = f"no record has text for config.data.tasks {tasks}{self._sequences.remedy()}"
         problems = gather(problem)
         if all(problems):
-            split = data.validation_split
+            split = self._sequences.builder.data.validation_split
             raise UserError(f"nothing to validate on in split {split!r}: {problems[0]}")

@@ -1,5 +1,6 @@
 """`configs/documents.py` takes one's own data of any kind; other configs say what to type."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -7,6 +8,7 @@ import shutil
 import pytest
 
 from alignvlm_jax.commands import config_flag
+from alignvlm_jax.config import SourceConfig
 from alignvlm_jax.data import loader, validation
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.ingest.formats.jsonl import Jsonl
@@ -82,3 +84,19 @@ def test_what_another_config_lacks_is_said_with_what_to_type(stages, packing):
     [align, _], _ = config_flag.parse([*base, *typed])
     for sequences in validation.by_source(align).values():
         validation.ValidationBatches(sequences, 1, 1)
+
+
+@pytest.mark.parametrize("packing", ["none", "offline"])
+def test_sources_without_text_for_the_tasks_validate_nothing(stages, tmp_path, packing):
+    """Left out among others; alone an error, where a loss over no token would look perfect."""
+    folder = shutil.copytree(stages("finetune", TURNS)[0].data.dir, tmp_path / "asked")
+    [read, _] = stages("finetune", LINES)
+    sources = {"asked": SourceConfig(dir=str(folder)), "read": SourceConfig(dir=read.data.dir)}
+
+    def of(**sources):
+        data = dataclasses.replace(read.data, sources=sources, packing=packing)
+        return dataclasses.replace(read, data=data)
+
+    assert list(validation.by_source(of(**sources))) == ["read"]
+    with pytest.raises(UserError, match=r"has text for config\.data\.tasks transcribe"):
+        validation.by_source(of(asked=sources["asked"]))

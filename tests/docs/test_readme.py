@@ -44,12 +44,11 @@ def commands(path: str) -> list[list[str]]:
     """Returns the words of each command in the unmarked blocks of a document; what is printed there
     begins with no command."""
     text = "\n".join(blocks(path, "")).replace("\\\n", " ")
-    split = [shlex.split(line, comments=True) for line in text.splitlines() if "'" not in line]
-    return [
-        words
-        for words in split
-        if words and re.match(r"make$|(\.venv/bin/)?python$|launch/", words[0])
-    ]
+    typed = re.findall(r"^(?:make|(?:\.venv/bin/)?python|alignvlm|launch/\S+) .*", text, re.M)
+    split = [shlex.split(line, comments=True) for line in typed]
+    # The installed script is tried in tests/test_install.py: here what it calls is.
+    module = ["python", "-m", "alignvlm_jax"]
+    return [module + words[1:] if words[0] == "alignvlm" else words for words in split]
 
 
 def test_the_readme_is_short():
@@ -116,10 +115,14 @@ def test_every_block_runs_after_those_before_it(folder):
         elif words[0] == "python" and words[3] == "train" and "debug" not in said:
             assert config_flag.parse([word for word in words if word.startswith("--config")])[0]
             # What it would have left.
-            shutil.copytree(folder / "weights" / "smollm2", folder / "runs" / "mine")
+            workdir = next(word for word in words if word.startswith("--workdir="))
+            shutil.copytree("weights/smollm2", workdir.partition("=")[2])
         elif words[0] == "python" and words[3] == "plan":
             topology = next(word for word in words if word.startswith("--topology="))
             assert hardware.parse_topology(topology.partition("=")[2]).num_chips == 64
+        elif "--help" in words:
+            with pytest.raises(SystemExit, match="^0$"):
+                program.main(words[3:])
         elif words[0] == "python":
             extra = [flag for part, flags in SMALL.items() if part in said for flag in flags]
             argv = [word.replace("--page=3", "--page=1") for word in words[3:]]

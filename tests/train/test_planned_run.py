@@ -259,10 +259,11 @@ def test_what_was_not_seen_has_no_loss_and_is_not_asked(with_pages_alone, tmp_pa
         with_pages_alone.data, packing="none", max_tiles=2, max_unsupervised=1.0
     )
     train(dataclasses.replace(with_pages_alone, data=data), tmp_path / "run", monkeypatch)
-    of_sources = {name for line in lines(tmp_path / "run") for name in line if name.count("/") == 2}
-    assert of_sources == {
-        f"validation/a/{name}" for name in ("answer_loss", "token_accuracy", "patch_loss")
-    }
+    names = {name for line in lines(tmp_path / "run") for name in line}
+    measured = {name for name in names if name.startswith("validation/")}
+    # Of the one source that is left, without its name.
+    assert measured >= {"validation/answer_loss", "validation/patch_loss"}
+    assert not [name for name in measured if name.count("/") == 2]
 
 
 def test_other_data_in_any_source_are_refused(config, tmp_path, monkeypatch):

@@ -52,7 +52,11 @@ def _evaluate_splits(args: argparse.Namespace) -> None:
     data_dir = config.data.dir
     for split in _with_flags(config.eval, args).splits:
         # A misspelt split should not wait for the model.
-        shards.RecordSource(data_dir, split)
+        try:
+            shards.RecordSource(data_dir, split)
+        except UserError as err:
+            flag = "" if args.splits else ", which the config names; others: --splits=NAMES"
+            raise UserError(f"{err}{flag}") from err
     contents = functools.partial(prepared.contents, data_dir)
     distributed.check_alike({f"the data in {data_dir}": contents})
     loaded = loading.load(args.checkpoint, config)
