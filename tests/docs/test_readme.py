@@ -121,7 +121,7 @@ def test_every_block_runs_after_those_before_it(folder):
             topology = next(word for word in words if word.startswith("--topology="))
             assert hardware.parse_topology(topology.partition("=")[2]).num_chips == 64
         elif "--help" in words:
-            with pytest.raises(SystemExit, match="^0$"):
+            with pytest.raises(SystemExit, match=r"^0$"):
                 program.main(words[3:])
         elif words[0] == "python":
             extra = [flag for part, flags in SMALL.items() if part in said for flag in flags]
