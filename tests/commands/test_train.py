@@ -1,8 +1,10 @@
 """The command as a user calls it, in a process of its own."""
 
 import collections
+import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,13 +12,18 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from alignvlm_jax import __main__ as main_lib
+from alignvlm_jax.benchmarks import predictions
 from alignvlm_jax.data import index, shards, tokenizers
 from alignvlm_jax.ingest import job
 
 REPOSITORY = Path(__file__).parents[2]
+PINNED = json.loads((Path(__file__).parents[1] / "golden" / "predictions.json").read_text())
+"""Checksums by kind of machine, of which a change of the code that should change no number must
+change none. One that should: `kind()` and `checksum(...)` are what to write down."""
 CONFIG = """
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import presets
@@ -186,3 +193,32 @@ def test_wrong_usage_is_status_2(flags, argv):
     with pytest.raises(SystemExit) as exited:
         main_lib.main(["train", *argv])
     assert exited.value.code == 2
+
+
+def kind() -> str:
+    """Returns what sums of floating-point numbers depend on, with which XLA cuts and fuses them."""
+    features = re.search(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1]
+    digest = hashlib.sha256(features.encode()).hexdigest()[:8]
+    return f"jax {jax.__version__}, {os.cpu_count()} cores of features {digest}"
+
+
+def checksum(flags, workdir: Path) -> str:
+    """Returns a checksum of what a run of a few seconds answers."""
+    steps = ["--config.train.num_steps=60", "--config.optim.warmup_steps=5"]
+    for words in (
+        ["train", *flags, f"--workdir={workdir}", *steps],
+        ["evaluate", f"--checkpoint={workdir}", "--splits=seen_fonts", "--num_questions=16"],
+    ):
+        done = run(*words)
+        assert done.returncode == 0, done.stderr
+    rows = predictions.read_all(workdir)["seen_fonts", False].rows
+    answers = [[row["question"], row["prediction"]] for row in rows]
+    assert len(answers) == 16 and len({answer for _, answer in answers}) > 1
+    return hashlib.sha256(json.dumps(answers).encode()).hexdigest()[:16]
+
+
+def test_a_run_answers_as_it_did(flags, tmp_path):
+    """What docs/results.md says of the same command on the same kind of machine and versions."""
+    found = checksum(flags, tmp_path / "run")
+    # On a kind of machine that is not known yet: as it does a second time.
+    assert found == (PINNED.get(kind()) or checksum(flags, tmp_path / "again")), kind()
