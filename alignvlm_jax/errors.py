@@ -37,6 +37,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun, for messages: `1 tile`, `2,000 tiles`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def how_to_install(extra: str, target: str) -> str:
     """Returns how to install what is missing, for messages.
 

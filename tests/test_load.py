@@ -139,6 +139,8 @@ def test_takes_any_page_of_a_pdf(model, tmp_path, monkeypatch):
         (np.zeros((4, 4, 2), np.uint8), "Who?", r"an array of uint8 \[4, 4, 2\] is no image"),
         (7, "Who?", "a int is no image"),
         (None, "Who?" * 20, "seq_len is 48"),
+        (None, None, "None is no question: a text is, or a list of texts"),
+        (None, ["Who?", 3], "3 is no question"),
     ],
 )
 def test_bad_input_is_one_line(model, image, question, message):

@@ -12,7 +12,7 @@ from PIL import Image
 from alignvlm_jax import storage
 from alignvlm_jax.data import images
 from alignvlm_jax.data.examples import PackedSequence
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import UserError, counted
 from alignvlm_jax.inference import loading, patch_tokens
 from alignvlm_jax.inference.loading import Loaded, Prompts
 from alignvlm_jax.pictures.patch_map import Lens
@@ -170,7 +170,8 @@ def problem_with(loaded: Loaded, page: Image.Image) -> str:
     return (
         f"a page of {page.width} x {page.height} pixels is seen as {width} x {height}, one pixel "
         f"for {reduction:.0f} of the page: this model reads pages of up to "
-        f"{data.tiles_of_a_record} tiles of {vision.tile_width} x {vision.tile_height} pixels"
+        f"{counted(data.tiles_of_a_record, 'tile')} of "
+        f"{vision.tile_width} x {vision.tile_height} pixels"
     )
 
 
@@ -182,6 +183,9 @@ def _pairs(image: object, question: object) -> tuple[list, list[str]]:
     """A page for each question."""
     pages = list(image) if _is_many(image) else [image]
     questions = list(question) if _is_many(question) else [question]
+    for one in questions:
+        if not isinstance(one, str):
+            raise UserError(f"{one!r} is no question: a text is, or a list of texts")
     if _is_many(image) and _is_many(question) and len(pages) != len(questions):
         raise UserError(
             f"there are {len(pages)} pages and {len(questions)} questions; as many, or one of "

@@ -12,6 +12,7 @@ from alignvlm_jax.data import examples, index, lengths
 from alignvlm_jax.data.examples import ExampleBuilder
 from alignvlm_jax.data.index import Index
 from alignvlm_jax.data.lengths import Limits
+from alignvlm_jax.errors import counted
 from alignvlm_jax.ingest import staging, writer
 
 MAX_REASONS = 30
@@ -29,7 +30,7 @@ class Statistics:
         None without offline packing.
     """
 
-    COLUMNS: ClassVar = ("records", "mean", "median", "95th percentile", "largest", "sum")
+    COLUMNS: ClassVar = ("mean", "median", "95th percentile", "largest", "records", "sum")
     name: str
     directory: str
     num_records: int
@@ -51,14 +52,14 @@ def collect(
     known = index.load(directory, split)
     limits = Limits.of(builder.data, builder.vision, builder.tokens_per_tile)
     measured = lengths.measure(known, list(examples.TASKS), limits)
-    counted = {f"text tokens, {task}": tokens for task, tokens in known.text_tokens.items()}
-    counted |= {
+    values = {f"text tokens, {task}": tokens for task, tokens in known.text_tokens.items()}
+    values |= {
         "images a record": np.diff(known.image_starts),
         "image height, pixels": known.image_sizes[:, 0],
         "image width, pixels": known.image_sizes[:, 1],
         "tiles a record": measured.tiles,
     }
-    counted |= {
+    values |= {
         f"row tokens, {task}": tokens
         for task, tokens in zip(examples.TASKS, measured.tokens, strict=True)
     }
@@ -66,9 +67,7 @@ def collect(
         name=split,
         directory=directory,
         num_records=len(known),
-        distributions={
-            name: _distribution(values) for name, values in counted.items() if values.any()
-        },
+        distributions={name: _distribution(found) for name, found in values.items() if found.any()},
         facts=_facts(known, builder),
         rejected=rejected(directory),
         packing_efficiency=packing_efficiency,
@@ -95,11 +94,11 @@ def _distribution(values: np.ndarray) -> tuple[float, ...]:
     none of its records."""
     present = values[values > 0]
     return (
-        len(present),
         round(float(present.mean()), 1),
         round(float(np.median(present))),
         round(float(np.percentile(present, 95))),
         int(present.max()),
+        len(present),
         int(present.sum(dtype=np.int64)),
     )
 
@@ -109,10 +108,10 @@ def _facts(known: Index, builder: ExampleBuilder) -> dict[str, str]:
     data = builder.data
     doubles = len(known.content_hash) - len(np.unique(known.content_hash))
     return {
-        "Rows": f"{data.seq_len:,} tokens, {data.max_tiles} tiles of {vision.tile_width} × "
-        f"{vision.tile_height} pixels with {builder.tokens_per_tile} image tokens each",
+        "Rows": f"{data.seq_len:,} tokens, {counted(data.max_tiles, 'tile')} of "
+        f"{vision.tile_width} × {vision.tile_height} pixels with {builder.tokens_per_tile} image tokens each",
         "Tiles of a record": f"at most {data.tiles_of_a_record}"
         f"{', the overview first' if data.use_overview else ''}",
         "Tokens counted by": f"tokenizer {known.tokenizer}",
-        "Same content twice": f"{doubles:,} records",
+        "Same content twice": counted(doubles, "record"),
     }

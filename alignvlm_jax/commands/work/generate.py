@@ -10,6 +10,7 @@ from alignvlm_jax import logs
 from alignvlm_jax.config import DataConfig, VisionConfig
 from alignvlm_jax.data import images
 from alignvlm_jax.data.examples import ExampleBuilder
+from alignvlm_jax.errors import counted
 from alignvlm_jax.inference import loading
 from alignvlm_jax.inference.assistant import Assistant
 from alignvlm_jax.parallel import compile_cache
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     seen = "no image"
     if page:
         num_tiles = _count_tiles(page, config.model.vision, config.data)
-        seen = f"{page.width} x {page.height} pixels, {num_tiles} tiles"
+        seen = f"{page.width} x {page.height} pixels, {counted(num_tiles, 'tile')}"
     print(f"{loaded.path}: {seen}", file=sys.stderr)
     with compile_cache.kept_in(loading.workdir_of(args.checkpoint)):
         assistant = Assistant(loaded, warn=logs.say)

@@ -16,7 +16,7 @@ from alignvlm_jax.analysis.base import Analysis
 from alignvlm_jax.config import Config, DataConfig, LLMConfig, ModelConfig, TrainConfig
 from alignvlm_jax.data import filesystem, index, shards, stage_data, tokenizers
 from alignvlm_jax.data.loader import TrainSequences
-from alignvlm_jax.errors import UserError, nearest
+from alignvlm_jax.errors import UserError, counted, nearest
 from alignvlm_jax.inference import loading, patch_tokens
 from alignvlm_jax.inference.assistant import Assistant
 from alignvlm_jax.inference.loading import Loaded
@@ -185,7 +185,8 @@ def _print(one: Statistics, console: Console) -> None:
         "" if one.packing_efficiency is None else f", rows {one.packing_efficiency:.1%} full"
     )
     console.print(
-        f"{one.directory}, split {one.name}: {one.num_records:,} records{packing_efficiency}",
+        f"{one.directory}, split {one.name}: "
+        f"{counted(one.num_records, 'record')}{packing_efficiency}",
         markup=False,
     )
     table = Table(box=None)
