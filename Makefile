@@ -6,7 +6,8 @@ VENV := .venv
 unexport PYTHON VENV
 BIN := $(VENV)/bin
 DATA ?= data/demo
-RUN ?= runs/demo
+# A run belongs to one seed: each has a folder of its own.
+RUN ?= runs/demo$(SEED:%=-seed%)
 COMPARE ?= runs/compare
 SEED ?= 0
 export JAX_PLATFORMS ?= cpu

@@ -9,7 +9,7 @@ and `breakpoint()` in `models/` or `train/step.py` stops at them; layers are a P
 `lax.scan` that is not compiled is one. What one meets there:
 
 - Before the first step parameters are planned by their shapes alone: at the first few stops an
-  array is a tracer without values. Go on (`c`) until the table of shardings has been printed.
+  array is a tracer without values. Go on (`c`) until the line `stage ...: steps 1 to 2` has come.
 - In a training step arrays belong to a gradient: `print` shows their values as `primal`, and
   `jax.lax.stop_gradient(x)` is a plain array, for float() and NumPy. In validation all are plain.
 - Each operation is compiled by itself when it is first met: most of a minute before the first step

@@ -41,7 +41,7 @@ def _parse(argv: list[str]) -> tuple[ConfigFlags, argparse.Namespace]:
         f"pixels, 16,384 tokens long. {config_flag.HELP}",
     )
     parser.add_argument("--data", help="folder that `prepare` wrote; default: that of the config")
-    parser.add_argument("--split", default="train")
+    parser.add_argument("--split", help="default: that which the stage trains on")
     parser.add_argument("--stage", default="", help="of several in the config; default: the first")
     parser.add_argument(
         "--num_sequences",

@@ -59,9 +59,11 @@ def collect(
         "image width, pixels": known.image_sizes[:, 1],
         "tiles a record": measured.tiles,
     }
+    # Of the stage's own tasks: with its lengths, rows of others would be cut as none ever is.
     values |= {
         f"row tokens, {task}": tokens
         for task, tokens in zip(examples.TASKS, measured.tokens, strict=True)
+        if builder.data.tasks.get(task)
     }
     return Statistics(
         name=split,
@@ -109,7 +111,8 @@ def _facts(known: Index, builder: ExampleBuilder) -> dict[str, str]:
     doubles = len(known.content_hash) - len(np.unique(known.content_hash))
     return {
         "Rows": f"{data.seq_len:,} tokens, {counted(data.max_tiles, 'tile')} of "
-        f"{vision.tile_width} × {vision.tile_height} pixels with {builder.tokens_per_tile} image tokens each",
+        f"{vision.tile_width} × {vision.tile_height} pixels with "
+        f"{counted(builder.tokens_per_tile, 'image token')} each",
         "Tiles of a record": f"at most {data.tiles_of_a_record}"
         f"{', the overview first' if data.use_overview else ''}",
         "Tokens counted by": f"tokenizer {known.tokenizer}",

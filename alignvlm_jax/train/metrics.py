@@ -31,6 +31,9 @@ FILE = "metrics.jsonl"
 LIVE_SECONDS = 0.25
 PLAIN_SECONDS = 30.0
 """Between two progress lines where there is no terminal."""
+LONG_STEP = 5.0
+"""Seconds from which a stage's first step alone tells how long the others take: of a shorter one,
+most may be what only a first step does."""
 
 
 class Writer:
@@ -322,7 +325,8 @@ class Progress:
             shown where there is no other, and is no part of the average.
         """
         last_stage, rate = self._rate
-        if is_whole or last_stage != stage:
+        is_first = not is_whole and last_stage != stage
+        if is_whole or is_first:
             rate = values["steps_per_second"]
         if is_whole:
             rate = self._smooth_rate(stage, rate)
@@ -332,10 +336,12 @@ class Progress:
         self._shown_at = time.monotonic()
         mfu = f"  MFU {values['mfu']:.1%}" if "mfu" in values else ""
         speed = f"{rate:.2f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step"
+        left = f"{duration((self._total - step) / rate)} left  "
+        if is_first and 1 / rate < LONG_STEP:
+            left = ""
         # What is beyond a narrow terminal's edge is not seen: the time left comes first.
         line = (
-            f"{stage}  step {step}/{self._total}  {duration((self._total - step) / rate)} left  "
-            f"{speed}{mfu}  loss {values['loss']:.3f}  "
+            f"{stage}  step {step}/{self._total}  {left}{speed}{mfu}  loss {values['loss']:.3f}  "
             f"token accuracy {values['token_accuracy']:.3f}"
         )
         if self._live:

@@ -137,6 +137,20 @@ def test_a_slow_step_is_told_in_seconds():
     assert "step 1/101  30 min 00 s left  18.0 s/step  loss" in console.file.getvalue()
 
 
+def test_a_quick_first_step_alone_tells_no_time_left(clock):
+    """Most of it may be what is done but once: of a stage of ten minutes it made an hour."""
+    console = Console(file=io.StringIO(), soft_wrap=True)
+    with metrics.Progress(console, 101) as progress:
+        progress.update(1, "align", VALUES | {"steps_per_second": 0.5}, is_whole=False)
+        clock[0] += 31
+        progress.update(2, "align", VALUES | {"steps_per_second": 4.0})
+        clock[0] += 31
+        progress.update(3, "align", VALUES | {"steps_per_second": 0.5}, is_whole=False)
+    first, *others = console.file.getvalue().splitlines()
+    assert first.startswith("align  step 1/101  2.0 s/step")
+    assert [re.search(r"(\d+ s) left", line)[1] for line in others] == ["25 s", "24 s"]
+
+
 def test_the_time_left_is_smoothed_within_a_stage_and_starts_anew_in_the_next(clock):
     """By whole lines alone: the rate of a step or two after one says little."""
     console = Console(file=io.StringIO(), soft_wrap=True)

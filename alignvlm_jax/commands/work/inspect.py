@@ -43,15 +43,22 @@ def folders(stages: tuple[Config, ...] | None, args: argparse.Namespace) -> None
         config = dataclasses.replace(
             config, data=dataclasses.replace(config.data, dir=args.data, sources={})
         )
+    split = args.split or config.data.split
     _count(config.data)
-    all_sequences = TrainSequences(config, args.split)
+    all_sequences = TrainSequences(config, split)
     packing_efficiency = (
         _packing_efficiency(all_sequences) if config.data.packing == "offline" else None
     )
     found = [
-        statistics.collect(all_sequences.builder, folder, args.split, packing_efficiency)
+        statistics.collect(all_sequences.builder, folder, split, packing_efficiency)
         for folder in config.data.folders
     ]
+    if stages is not None:
+        others = [stage.stage for stage in stages if stage.stage != config.stage]
+        stage = f"{config.stage}{'; others: --stage=' if others else ''}{', '.join(others)}"
+        found = [
+            dataclasses.replace(one, facts={"Stage": stage} | dict(one.facts)) for one in found
+        ]
     console = Console(highlight=False, soft_wrap=True)
     for one in found:
         _print(one, console)
@@ -190,12 +197,15 @@ def _print(one: Statistics, console: Console) -> None:
         markup=False,
     )
     table = Table(box=None)
-    table.add_column(no_wrap=True)
-    for column in Statistics.COLUMNS:
-        table.add_column(column, justify="right")
-    for name, values in one.distributions.items():
-        table.add_row(name, *(f"{value:,}" for value in values))
-    console.print(table)
+    table.add_column(overflow="fold")
+    rows = {name: [f"{value:,}" for value in values] for name, values in one.distributions.items()}
+    for column, shown in zip(Statistics.COLUMNS, zip(*rows.values(), strict=True), strict=False):
+        # A figure that is cut would be another figure: on a narrow terminal names and heads wrap.
+        head = column.replace(" ", "\n")
+        table.add_column(head, justify="right", min_width=max(map(len, shown)))
+    for name, values in rows.items():
+        table.add_row(name, *values)
+    console.print(table, soft_wrap=False)
     for name, value in one.facts.items():
         console.print(f"{name}: {value}", markup=False)
     for reason, count in one.rejected.items():
