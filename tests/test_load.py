@@ -141,6 +141,7 @@ def test_takes_any_page_of_a_pdf(model, tmp_path, monkeypatch):
         (None, "Who?" * 20, "seq_len is 48"),
         (None, None, "None is no question: a text is, or a list of texts"),
         (None, ["Who?", 3], "3 is no question"),
+        (None, " ", "a question is empty"),
     ],
 )
 def test_bad_input_is_one_line(model, image, question, message):
@@ -188,6 +189,12 @@ def test_what_makes_answers_worthless_is_told(trained_workdir):
     untrained = assistant.Assistant(dataclasses.replace(model.loaded, metadata=metadata))
     with pytest.warns(UserWarning, match=r"connector of .*/7 is untrained: .* train it first"):
         untrained.lens(noise(1, 16, 8))
+    config = model.loaded.config
+    train = dataclasses.replace(config.train, visual_source="oracle")
+    config = dataclasses.replace(config, train=train)
+    blind = assistant.Assistant(dataclasses.replace(model.loaded, config=config))
+    with pytest.warns(UserWarning, match=r"of stage 'train', which trains on labels in the place"):
+        blind.lens(noise(1, 16, 8))
 
 
 def test_a_pdf_is_drawn_as_it_was_for_training(trained_workdir, tmp_path):

@@ -5,6 +5,7 @@ The second runs the config file and so imports Flax.
 """
 
 import dataclasses
+import difflib
 import typing
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,8 @@ def _load(file_and_arg: str) -> ml_collections.ConfigDict:
     if not Path(path).is_file():
         # From another folder than the repository the path is none, and the name still is.
         stem = Path(path).stem
-        hint = f"; --config={stem} comes with the package" if stem in configs.names() else ""
+        near = difflib.get_close_matches(stem, configs.names(), n=1)
+        hint = f"; --config={near[0]} comes with the package" if near else ""
         raise UserError(f"no config file {path!r}{hint}")
     values = flags.FlagValues()
     try:

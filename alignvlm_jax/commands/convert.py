@@ -69,7 +69,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if not args.export and not (args.llm and args.vision):
         parser.error("--llm=PATH and --vision=PATH are needed, or --export")
     if args.export:
-        usage.check_exists("checkpoint", args.checkpoint)
+        usage.check_run(args.checkpoint)
     for component in args.components.split(","):
         if component not in COMPONENTS:
             raise UserError(

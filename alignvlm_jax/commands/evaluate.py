@@ -54,5 +54,5 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if args.tasks:
         # For its error: which of the names is unknown.
         tasks.find(args.tasks.split(","))
-    usage.check_exists("checkpoint", args.checkpoint)
+    usage.check_run(args.checkpoint)
     return args

@@ -16,7 +16,7 @@ def main(argv: list[str]) -> None:
     args = _parse(argv)
     if not args.question.strip():
         raise UsageError("--question is empty")
-    usage.check_exists("checkpoint", args.checkpoint)
+    usage.check_run(args.checkpoint)
     if args.image:
         usage.check_exists("image", args.image)
     # Only now: what is misspelt should be answered before all of this is imported.

@@ -104,7 +104,7 @@ def _parse_analysis(argv: list[str], chosen: Entry) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.checkpoint is None:
         parser.error(f"--analysis={args.analysis} needs --checkpoint=DIR")
-    usage.check_exists("checkpoint", args.checkpoint)
+    usage.check_run(args.checkpoint)
     return args
 
 
@@ -115,4 +115,4 @@ def _check_lens(args: argparse.Namespace) -> None:
     if not args.image:
         raise UsageError("--analysis=lens needs --image=FILE")
     usage.check_exists("image", args.image)
-    usage.check_exists("checkpoint", args.checkpoint)
+    usage.check_run(args.checkpoint)

@@ -3,14 +3,23 @@
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from alignvlm_jax import storage
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import UserError, nearest
 
 SCRIPT = "alignvlm"
 """The console script that installing the package makes (pyproject.toml)."""
+
+
+MADE = {
+    "runs/demo": "; `make demo` makes it",
+    "weights/smollm2": "; `make weights` makes it",
+}
+"""What makes the folders that the README names."""
+MAX_NAMED = 5
 
 
 def program() -> str:
@@ -26,6 +35,28 @@ def again() -> list[str]:
     return [sys.executable, "-m", "alignvlm_jax"]
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, which for an unknown flag has the nearest known one."""
+
+    def parse_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._hint(unknown)}")
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; {self.prog} --help lists the flags\n")
+
+    def _hint(self, unknown: Sequence[str]) -> str:
+        """Returns a hint to the nearest flag, for the first argument that has one near."""
+        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        names = [one.partition("=")[0] for one in unknown if one.startswith("--")]
+        hints = [hint for hint in (nearest(name, known) for name in names) if "mean" in hint]
+        return hints[0].removesuffix("?") if hints else ""
+
+
 def parser(command: str, **settings: Any) -> argparse.ArgumentParser:
     """Returns a parser of a command's flags.
 
@@ -35,7 +66,7 @@ def parser(command: str, **settings: Any) -> argparse.ArgumentParser:
       command: its name.
       **settings: those of ArgumentParser.
     """
-    return argparse.ArgumentParser(prog=f"{program()} {command}", allow_abbrev=False, **settings)
+    return _Parser(prog=f"{program()} {command}", allow_abbrev=False, **settings)
 
 
 def check_exists(what: str, where: Path) -> None:
@@ -44,8 +75,29 @@ def check_exists(what: str, where: Path) -> None:
     Nothing is said of a bucket, which is asked later, nor as one process of several: others wait
     until this one has joined them, and only then can be told.
     """
-    if not storage.is_bucket(where) and not several_processes() and not where.exists():
+    if _is_here(where) and not where.exists():
         raise UserError(f"no {what} at {where}: there is no such file or folder")
+
+
+def check_run(where: Path) -> None:
+    """Raises UserError where there can be no run or checkpoint at a path, as `check_exists`; the
+    message names those that are near."""
+    if not _is_here(where):
+        return
+    if where.exists() and not where.is_dir():
+        raise UserError(f"no run at {where}: it is a file, no folder")
+    around = where if where.exists() else where.parent
+    runs = [str(one.parent) for one in sorted(around.glob("*/checkpoints"))][:MAX_NAMED]
+    hint = f"; there are {', '.join(runs)}" if runs else ""
+    if not where.exists():
+        hint = next((made for end, made in MADE.items() if str(where).endswith(end)), hint)
+        raise UserError(f"no run at {where}: there is no such folder{hint}")
+    if runs and not (where / "checkpoints").exists():
+        raise UserError(f"no run at {where} itself{hint}")
+
+
+def _is_here(where: Path) -> bool:
+    return not storage.is_bucket(where) and not several_processes()
 
 
 def several_processes() -> str | None:

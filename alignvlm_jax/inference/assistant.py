@@ -43,10 +43,10 @@ class Assistant:
     nothing was trained of, is told by `warn`.
     """
 
-    def __init__(self, loaded: Loaded, warn: Callable[[str], None] = warnings.warn):
+    def __init__(self, loaded: Loaded, warn: Callable[[str], None] | None = None):
         self.loaded = loaded
         self._sampler = loaded.sampler()
-        self._warn = warn
+        self._warn = warn or _warn_caller
 
     def __repr__(self) -> str:
         """Towers, connector and mesh, a line each, with sizes and numbers of parameters."""
@@ -103,7 +103,10 @@ class Assistant:
         pages, questions = _pairs(image, question)
         builder = self.loaded.builder
         # By identity, since arrays cannot be keys: a page of several questions is opened once.
-        opened = {id(one): None if one is None else self._open(one, page) for one in pages}
+        opened: dict[int, Image.Image | None] = {}
+        for one in pages:
+            if id(one) not in opened:
+                opened[id(one)] = None if one is None else self._open(one, page)
         prompts = [
             builder.prompt(opened[id(one)], text)
             for one, text in zip(pages, questions, strict=True)
@@ -152,12 +155,23 @@ class Assistant:
         return [answers[i] for i in range(len(prompts))]
 
 
+def _warn_caller(problem: str) -> None:
+    """Warns at the line that called `answer` or `lens`."""
+    # This function, _open, and one of the two lie between.
+    warnings.warn(problem, stacklevel=4)
+
+
 def problem_with(loaded: Loaded, page: Image.Image) -> str:
     """Returns why a model can say little about a page, in a line; empty where nothing is known."""
     if loaded.metadata["stage"] == initial.STAGE:
         return (
             f"the connector of {loaded.path} is untrained: what it says has nothing to do with the "
             "page; train it first"
+        )
+    if loaded.config.train.visual_source == "oracle":
+        return (
+            f"{loaded.path} is of stage {loaded.config.stage!r}, which trains on labels in the "
+            "place of pages: what it says has nothing to do with the page; later stages read"
         )
     vision = loaded.config.model.vision
     data = loaded.config.data
@@ -186,6 +200,8 @@ def _pairs(image: object, question: object) -> tuple[list, list[str]]:
     for one in questions:
         if not isinstance(one, str):
             raise UserError(f"{one!r} is no question: a text is, or a list of texts")
+        if not one.strip():
+            raise UserError("a question is empty")
     if _is_many(image) and _is_many(question) and len(pages) != len(questions):
         raise UserError(
             f"there are {len(pages)} pages and {len(questions)} questions; as many, or one of "

@@ -63,6 +63,8 @@ def lock(workdir: Path, stages: tuple[Config, ...]) -> Iterator[tuple[Config, ..
       OSError: the workdir cannot be written.
     """
     storage.check_name(workdir)
+    if not storage.is_bucket(workdir) and workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is a file; take a folder, or a new name")
     path = workdir / CONFIG_FILE
     # Through JSON, so that tuples compare with the lists that a file holds.
     ours = json.loads(json.dumps(config_lib.to_json(stages)))

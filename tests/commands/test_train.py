@@ -154,7 +154,8 @@ def test_everything_is_opened_once(flags, tmp_path, openings, packing):
     expected = {("tokenizer", folder), ("tokenizer file", folder)}
     for split in ("train", "validation"):
         expected.add(("shards", folder, split))
-        if packing == "offline":
+        # Without a plan, too, that of validation tells whether there is text to validate on.
+        if packing == "offline" or split == "validation":
             expected.add(("index", folder, split))
     assert openings == dict.fromkeys(expected, 1)
 

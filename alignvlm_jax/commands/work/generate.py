@@ -34,7 +34,11 @@ def run(args: argparse.Namespace) -> None:
     print(f"{loaded.path}: {seen}", file=sys.stderr)
     with compile_cache.kept_in(loading.workdir_of(args.checkpoint)):
         assistant = Assistant(loaded, warn=logs.say)
-        print(assistant.answer(page, args.question, max_new_tokens=args.max_new_tokens))
+        answer = assistant.answer(page, args.question, max_new_tokens=args.max_new_tokens)
+    print(answer)
+    if not answer.strip():
+        # Else a blank line is all that one sees.
+        print("(an empty answer)", file=sys.stderr)
 
 
 def _count_tiles(page: Image.Image, vision: VisionConfig, data: DataConfig) -> int:

@@ -19,8 +19,8 @@ from alignvlm_jax.storage import faults
 
 NAMES = ("tokenizer.json", "tokenizer.model")
 FIRST = (
-    "run `prepare` or `convert` first, or name the folder where it lies now, by --data or "
-    "config.data.tokenizer"
+    "run `prepare` or `convert` first, or name the folder where it lies now: by --tokenizer, "
+    "--data, or of `train` --config.data.tokenizer"
 )
 CHAT_FORMAT = "chat_format.json"
 TEMPLATE = "chat_template.jinja"
@@ -50,7 +50,8 @@ def read(path: str | os.PathLike) -> tuple[Path, bytes]:
     try:
         return path, path.read_bytes()
     except OSError as err:
-        raise UserError(f"cannot read tokenizer {path} ({err.strerror}); {FIRST}") from err
+        missing = "" if path.parent.exists() else f"there is no folder {path.parent}: "
+        raise UserError(f"{missing}cannot read tokenizer {path} ({err.strerror}); {FIRST}") from err
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
