@@ -7,6 +7,10 @@ TRY_AGAIN_STATUS = 75
 """Exit status of a temporary failure (EX_TEMPFAIL of sysexits.h), after which launchers restart."""
 
 
+MAX_KNOWN = 40
+"""Names that a message lists at most: a folder may hold thousands."""
+
+
 class UserError(Exception):
     """An error of the user's input.
 
@@ -34,7 +38,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     # A cutoff below difflib's default of 0.6, since a wrong suggestion does no harm.
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(known[:MAX_KNOWN])}{', ...' if known[MAX_KNOWN:] else ''}"
 
 
 def counted(number: int, noun: str) -> str:

@@ -13,6 +13,8 @@ from alignvlm_jax.ingest.formats import survey
 
 CONFIG = "documents"
 """The config whose stages take words, questions, or both."""
+TRIAL = "trial"
+"""The config that takes the same way on a laptop."""
 FOUND = {
     (True, True): "with words and questions",
     (True, False): "with words and no questions: both stages transcribe",
@@ -27,19 +29,27 @@ DEFAULT_CHECKPOINT = "weights/smollm2"
 def after_prepare(out: str, tokenizer: str) -> str:
     """Returns the commands that follow, with a config that fits the data and their tokenizer."""
     # Late: it needs grain, and with it jax.
-    from alignvlm_jax.data import index
+    from alignvlm_jax.data import index, shards
 
     folder = checkpoint(tokenizer)
     # The config's own default needs no naming.
-    config = CONFIG if folder == DEFAULT_CHECKPOINT else f"{CONFIG}:{folder or 'FOLDER'}"
+    argument = "" if folder == DEFAULT_CHECKPOINT else f":{folder or 'FOLDER'}"
+    config = f"{CONFIG}{argument}"
     text_tokens = index.load(out, "train").text_tokens
     has = tuple(bool(text_tokens[task].any()) for task in ("transcribe", "answer"))
+    flags = f"--config.data.dir={survey.quoted(out)}"
+    if not shards.shard_paths(out, "validation"):
+        flags += " --config.data.validation_split=train"
+    workdir = survey.quoted(f"runs/{Path(out).name}")
+    trial = survey.quoted(f"runs/{Path(out).name}-trial")
     lines = [
         f"Next, {FOUND[has]}:",
         f"  {command('inspect')} --config={survey.quoted(config)} --data={survey.quoted(out)}",
-        f"  {command('train')} --config={survey.quoted(config)} "
-        f"--workdir={survey.quoted(f'runs/{Path(out).name}')} "
-        f"--config.data.dir={survey.quoted(out)}",
+        f"  {command('train')} --config={survey.quoted(config)} --workdir={workdir} {flags}",
+        "That is an accelerator's work. On two cores the same path in ten minutes, to see it and "
+        "not to learn:",
+        f"  {command('train')} --config={survey.quoted(f'{TRIAL}{argument}')} --workdir={trial} "
+        f"{flags}",
     ]
     if not folder:
         lines.append(f"FOLDER: a checkpoint, or what `convert` wrote, with tokenizer {tokenizer}")

@@ -88,6 +88,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         _add_document_flags(parser)
         return parser.parse_args(argv)
     if not name:
+        if chosen.out and Path(chosen.out).resolve() == Path(chosen.source).resolve():
+            raise UserError(f"--out={chosen.out} is --source itself; name another folder")
         found = survey.survey(chosen.source, chosen.out)
         out = chosen.out or _own_folder(chosen.source)
         if not any(flag.startswith("--tokenizer") for flag in chosen.rest):
@@ -143,9 +145,10 @@ def _description(name: str) -> str:
             *lines,
             f"  {DOCUMENTS:15}draws the demonstration's, without a source",
             "",
-            "Flags depend on the format: `prepare --format=NAME --help` shows them, the schema of "
-            "its files",
-            "and an example of a record.",
+            "Of every --source: --out, --tokenizer, --holdout, --split, --num_workers; more depend "
+            "on the format:",
+            "`prepare --format=NAME --help` shows all, the schema of its files and an example.",
+            f"Below are those of --format={DOCUMENTS}.",
         ]
     )
 
@@ -248,9 +251,11 @@ def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: fl
 
     kind = REGISTRY[args.format]
     options = {field.name: getattr(args, field.name) for field in dataclasses.fields(kind)}
-    request = job.Request(
-        args.format, kind(**options), args.source, args.tokenizer, args.holdout, args.split
-    )
+    try:
+        made = kind(**options)
+    except UserError as err:
+        raise UsageError(str(err)) from err
+    request = job.Request(args.format, made, args.source, args.tokenizer, args.holdout, args.split)
     if args.beam_runner:
         # Imported here: it takes seconds, and most machines do not have Apache Beam.
         from alignvlm_jax.ingest import beam

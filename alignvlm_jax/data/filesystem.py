@@ -81,7 +81,8 @@ def list_files(source: str, suffixes: tuple[str, ...]) -> list[str]:
     wanted = sorted(name for name in names if name.lower().endswith(suffixes))
     if not wanted:
         ending = f" that ends in {' or '.join(suffixes)}" if any(suffixes) else ""
-        raise UserError(f"{source} holds no file{ending} ({len(names) or 'no'} others)")
+        others = f" ({len(names):,} others)" if names else ": it is empty"
+        raise UserError(f"{source} holds no file{ending}{others}")
     return wanted
 
 

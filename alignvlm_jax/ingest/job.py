@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rich.progress import (
     track,
 )
 
+from alignvlm_jax import errors
 from alignvlm_jax.data import chat, filesystem, index, record, tokenizers
 from alignvlm_jax.data import shards as shards_lib
 from alignvlm_jax.errors import UserError
@@ -160,26 +161,47 @@ def summary(out: Path, splits: Sequence[str] = writer_lib.SPLITS) -> str:
     records by reason.
     """
     text = []
+    tasks: dict[str, set[str]] = {}
     for split in splits:
         if not shards_lib.shard_paths(out, split):
             continue
         counted = index.load(out, split)
-        text.append(f"{split}: {len(counted):,} records, {len(counted.image_sizes):,} images")
+        images = errors.counted(len(counted.image_sizes), "image")
+        text.append(f"{split}: {errors.counted(len(counted), 'record')}, {images}")
         for task, lengths in counted.text_tokens.items():
             used = lengths[lengths > 0]  # 0 stands for a record without this task
             if len(used):
+                tasks.setdefault(split, set()).add(task)
                 text.append(
-                    f"  {task}: {len(used):,} records, tokens mean {used.mean():.0f}, max "
-                    f"{used.max():,}"
+                    f"  {task}: {errors.counted(len(used), 'record')}, tokens mean "
+                    f"{used.mean():.0f}, max {used.max():,}"
                 )
-    if "validation" in splits and not shards_lib.shard_paths(out, "validation"):
-        text.append(_without_validation(out))
+    if tuple(splits) == writer_lib.SPLITS:
+        text += _lacking(out, tasks)
     reasons = statistics.rejected(out)
     text.append(
         f"rejected: {sum(reasons.values()):,}"
         + (f" (see {out / staging.REJECTED})" if reasons else "")
     )
     return "\n".join([*text, *(f"  {count:,}: {reason}" for reason, count in reasons.items())])
+
+
+def _lacking(out: Path, tasks: Mapping[str, Collection[str]]) -> list[str]:
+    """Returns lines about what training or validation lacks of the tasks that the other has."""
+    train, validation = (tasks.get(split, ()) for split in writer_lib.SPLITS)
+    if not validation:
+        return [_without_validation(out)]
+    if not train:
+        return ["train: none, all is held out; take a smaller --holdout"]
+    return [
+        f"{split}: no record has text for {task}, which {other} has; another --holdout may help"
+        for split, here, other, there in (
+            ("validation", validation, "train", train),
+            ("train", train, "validation", validation),
+        )
+        for task in ("transcribe", "answer")
+        if task in there and task not in here
+    ]
 
 
 def _without_validation(out: Path) -> str:

@@ -14,8 +14,13 @@ from typing import Any
 from alignvlm_jax import storage
 from alignvlm_jax.data import index, tokenizers
 from alignvlm_jax.data import shards as shards_lib
+from alignvlm_jax.errors import UserError
 
 REJECTED = "rejected.jsonl"
+PARTIAL = ".partial-"
+OURS = (".array_record", "prepare.json")
+"""Ends of names of which a folder that `prepare` wrote has some."""
+MAX_SHOWN = 3
 
 
 def is_ready(out: Path, wanted: dict[str, Any]) -> bool:
@@ -30,11 +35,26 @@ def partial_folder(out: Path, wanted: dict[str, Any]) -> Path:
     """Returns the staging folder of the data that `wanted` describes; creates it if need be.
 
     It is the same for every run of the same job, so that an interrupted one resumes.
+
+    Raises:
+      UserError: `out` is a file, or holds files that are none of `prepare`.
     """
+    _check_is_ours(out)
     # Within `out`, not in a temporary folder: os.replace works only on one file system.
-    folder = out / f".partial-{zlib.crc32(json.dumps(wanted, sort_keys=True).encode()):08x}"
+    folder = out / f"{PARTIAL}{zlib.crc32(json.dumps(wanted, sort_keys=True).encode()):08x}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _check_is_ours(out: Path) -> None:
+    """Raises UserError unless a folder can be written to: one that is new, empty, or that `prepare`
+    wrote. Among other files shards would be lost, and those among them."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out={out} is a file; take a folder, or a new name")
+    found = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    if found and not any(name.endswith(OURS) or name.startswith(PARTIAL) for name in found):
+        shown = ", ".join(found[:MAX_SHOWN]) + (", ..." if found[MAX_SHOWN:] else "")
+        raise UserError(f"--out={out} holds other files ({shown}); take a new folder")
 
 
 def publish(
@@ -72,7 +92,7 @@ def publish(
             os.replace(ready / name, out / name)
     write_json(out / "prepare.json", wanted)
     # Last: a staging folder that is deleted halfway could not be resumed.
-    for leftover in out.glob(".partial-*"):
+    for leftover in out.glob(f"{PARTIAL}*"):
         shutil.rmtree(leftover)
 
 

@@ -164,18 +164,23 @@ STOP_FOLDER = "stop"
 class StopSignal:
     """A context that notes the first SIGINT or SIGTERM; a second one acts as if it were not caught.
 
-    With several processes, each tells the others of a signal at once, even while it waits for a
-    device: Python would call its handler only after that, a whole training step later.
+    A signal is told at once, on the terminal and with several processes to the others, even while
+    this one waits for a device: Python would call its handler only after that, a whole training
+    step later.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None] = lambda line: None) -> None:
+        """
+        Args:
+          say: shows a line on the terminal, from another thread.
+        """
+        self._say = say
         self._requested = False
         self._before: dict[signal.Signals, object] = {}
         self._teller: contextlib.ExitStack = contextlib.ExitStack()
 
     def __enter__(self) -> "StopSignal":
-        if jax.process_count() > 1:
-            self._teller.enter_context(_telling())
+        self._teller.enter_context(_telling(self._say))
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         if jax.process_count() > 1:
             # Not the handler that was there, that of `distributed`: at a second signal it would
@@ -214,16 +219,23 @@ class StopSignal:
 
 
 @contextlib.contextmanager
-def _telling():
-    """A context in which a thread tells the other processes of a signal as soon as it comes."""
+def _telling(say: Callable[[str], None]) -> Iterator[None]:
+    """A context in which a thread tells of a signal as soon as it comes: `say` of the first, and
+    the other processes of all."""
     # set_wakeup_fd demands a non-blocking descriptor: a handler must never wait.
     heard, written = socket.socketpair()
     written.setblocking(False)
 
     def tell() -> None:
+        is_first = True
         # One byte a signal, its number; an empty read means that the other end is closed.
         while number := heard.recv(1):
-            if number[0] in SIGNALS:
+            if number[0] not in SIGNALS:
+                continue
+            if is_first:
+                say("told to stop: after this step, with a checkpoint")
+                is_first = False
+            if jax.process_count() > 1:
                 exchange.say(f"{STOP_FOLDER}/{jax.process_index()}", number[0])
 
     thread = threading.Thread(target=tell, name="stop", daemon=True)

@@ -110,9 +110,9 @@ def train(
             log=log.file,
             stopped=(Stopped,),
         ) as heartbeat,
-        StopSignal() as stop,
-        Checkpoints(folder / checkpoint.FOLDER, keep=keep, stage_ends=ends) as checkpoints,
         Progress(console, total) as progress,
+        StopSignal(progress.say) as stop,
+        Checkpoints(folder / checkpoint.FOLDER, keep=keep, stage_ends=ends) as checkpoints,
         Profiler(folder, profiled, process, progress.say) as profiler,
     ):
         _check_newest(checkpoints, total)

@@ -44,7 +44,11 @@ WRONG = [
     ),
     (["generate", "--checkpoint=README.md", "--question=a"], 1, "it is a file, no folder"),
     (["generate", "--checkpoint=x/runs/demo", "--question=a"], 1, "`make demo` makes it"),
-    (["generate", "--img=a", "--question=a", "--checkpoint=x"], 2, "did you mean '--image'; python -m"),
+    (
+        ["generate", "--img=a", "--question=a", "--checkpoint=x"],
+        2,
+        "did you mean '--image'; python -m",
+    ),
     (["train", "--config=configs/dmo.py", "--workdir=x"], 1, "--config=demo comes with"),
     (["evaluate", "--checkpoint=nowhere"], 1, "no run at nowhere: there is no such folder"),
     (["evaluate", "--checkpoint=.", "--tasks=docvq"], 1, "did you mean 'docvqa'?"),

@@ -5,6 +5,7 @@ from pathlib import Path
 from rich.console import Console
 
 from alignvlm_jax.benchmarks.generation_eval import GENERATION
+from alignvlm_jax.commands.next_commands import command
 from alignvlm_jax.config import Config
 from alignvlm_jax.parallel import compile_cache, distributed
 from alignvlm_jax.train import goodput, loop
@@ -38,3 +39,8 @@ def run(
     except Stopped:
         distributed.leave()
         raise
+    console.print(
+        f"Next: {command('evaluate')} --checkpoint={workdir}, and {command('report')} "
+        f"--workdir={workdir}",
+        markup=False,
+    )

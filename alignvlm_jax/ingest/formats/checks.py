@@ -117,6 +117,12 @@ def _check_image(data: bytes, number: int) -> None:
     except Reject:
         raise
     except UnidentifiedImageError as err:
+        # Readers of PDFs take as much before the header.
+        if b"%PDF" in data[:1024]:
+            raise Reject(
+                f"an image is a PDF (image {number}); name images of its pages, or read its words "
+                "by --format=pdf"
+            ) from err
         raise Reject(f"an image is of no known format (image {number})") from err
     except Image.DecompressionBombError as err:
         raise Reject(f"an image is too large (image {number}: {_one_line(err)})") from err
