@@ -930,7 +930,7 @@ def test_presets(part):
         assert getattr(stage.model, part) == preset
 
 
-NEED_WEIGHTS = ("finetune", "smollm2", "documents")
+NEED_WEIGHTS = ("finetune", "smollm2", "documents", "trial")
 """Tested with a converted model, in tests/commands/test_convert.py."""
 
 

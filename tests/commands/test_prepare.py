@@ -257,7 +257,7 @@ def test_a_folder_is_looked_through_and_the_next_commands_are_given(own, tmp_pat
     printed = capsys.readouterr().out
     assert "my files: 3 files for pdf; 1 image (1 PNG)\n--format=pdf: PDF files" in printed
     assert "not read: 1 image (1 PNG). An image alone teaches nothing" in printed
-    assert "validation: 1 records" in printed
+    assert "validation: 1 record," in printed
     assert "Next, with words and no questions: both stages transcribe" in printed
     assert f"inspect --config=documents:FOLDER --data={out}\n" in printed
     train = f"train --config=documents:FOLDER --workdir=runs/out --config.data.dir={out}"

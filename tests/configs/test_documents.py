@@ -1,4 +1,4 @@
-"""`configs/documents.py` takes one's own data of any kind; other configs say what to type."""
+"""`configs/documents.py` and `trial.py` take one's own data of any kind; others say what to type."""
 
 import dataclasses
 import json
@@ -48,9 +48,10 @@ def stages(tmp_path, prepare, png):
         ([TURNS, LINES], {"answer", "transcribe"}),
     ],
 )
-def test_words_questions_and_both_are_trained_on(stages, kinds, align):
+@pytest.mark.parametrize("name", ["documents", "trial"])
+def test_words_questions_and_both_are_trained_on(stages, name, kinds, align):
     tasks = {}
-    for stage in stages("documents", *kinds):
+    for stage in stages(name, *kinds):
         sequences = loader.TrainSequences(stage, "train")
         picks = [pick for i in range(5) for pick in sequences.schedule.picks(i)]
         tasks[stage.stage] = {pick.task for pick in picks}

@@ -422,7 +422,7 @@ def test_one_document_is_not_held_out_and_the_summary_says_what_to_do(tmp_path, 
     (tmp_path / "a.png").write_bytes(png())
     prepared = prepare(Jsonl(), write(tmp_path, [one(0, document="d")] * 2), holdout=0.5)
     text = job.summary(prepared.folder)
-    assert "train: 1 records" in text
+    assert "train: 1 record," in text
     assert "validation: none, no document could be held out (one document?)" in text
     assert "--config.data.validation_split=train" in text
 
