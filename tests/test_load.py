@@ -201,7 +201,7 @@ def test_a_pdf_is_drawn_as_it_was_for_training(trained_workdir, tmp_path):
     """Where the model saw others, letters would have another size than those it learnt."""
     noise(1, 72, 36).save(tmp_path / "page.pdf", resolution=72)
     model = alignvlm_jax.load(trained_workdir)
-    assert model.lens(tmp_path / "page.pdf").page.size == (144, 72)
+    assert model.lens(tmp_path / "page.pdf").page.size == (100, 50)
     described = [{"format": "documents"}, {"format": "pdf", "dpi": 100}]
     metadata = model.loaded.metadata | {"prepared": described}
     other = assistant.Assistant(dataclasses.replace(model.loaded, metadata=metadata))

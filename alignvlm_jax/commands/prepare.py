@@ -247,7 +247,7 @@ def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: fl
     _check_needed(args)
     # Late: these need grain, and with it jax.
     from alignvlm_jax.data import index, shards
-    from alignvlm_jax.ingest import job
+    from alignvlm_jax.ingest import executors, job
 
     kind = REGISTRY[args.format]
     options = {field.name: getattr(args, field.name) for field in dataclasses.fields(kind)}
@@ -257,10 +257,7 @@ def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: fl
         raise UsageError(str(err)) from err
     request = job.Request(args.format, made, args.source, args.tokenizer, args.holdout, args.split)
     if args.beam_runner:
-        # Imported here: it takes seconds, and most machines do not have Apache Beam.
-        from alignvlm_jax.ingest import beam
-
-        run = beam.on_runner(args.beam_runner, beam_flags)
+        run = executors.under_beam(args.beam_runner, beam_flags)
     else:
         run = job.on_processes(args.num_workers)
     found = survey.survey(args.source, args.out)

@@ -8,19 +8,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import pypdfium2
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from alignvlm_jax import storage
 from alignvlm_jax.config import VisionConfig
+from alignvlm_jax.data import pdf
 from alignvlm_jax.errors import UserError
 
 MIN_COVERAGE = 0.9
 """Coverage above which a grid is good enough, as in Ovis v1.6."""
-PDF_DPI = 144.0
-"""Pixels an inch at which a PDF page is drawn, where nobody knows at how many a model saw its
-own."""
-POINTS_PER_INCH = 72
 
 ORIENTATION = 0x0112
 """EXIF's tag of the orientation; with values 5 to 8, height and width change places."""
@@ -81,7 +77,7 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
     return (width, height) if is_turned else (height, width)
 
 
-def load_page(path: str | Path, page: int = 1, dpi: float = PDF_DPI) -> Image.Image:
+def load_page(path: str | Path, page: int = 1, dpi: float = pdf.DPI) -> Image.Image:
     """Returns an image file, or a page of a PDF file, as RGB.
 
     Args:
@@ -96,7 +92,7 @@ def load_page(path: str | Path, page: int = 1, dpi: float = PDF_DPI) -> Image.Im
         data = storage.path(path).read_bytes()
     except OSError as err:
         raise UserError(f"cannot read {path}: {err.strerror}") from err
-    if data.startswith(b"%PDF"):
+    if pdf.is_pdf(data):
         return _draw_pdf_page(data, str(path), page, dpi)
     if page != 1:
         raise UserError(f"{path} has no page {page}: it is an image")
@@ -104,7 +100,7 @@ def load_page(path: str | Path, page: int = 1, dpi: float = PDF_DPI) -> Image.Im
 
 
 def open_page(
-    source: str | Path | Image.Image | np.ndarray, page: int = 1, dpi: float = PDF_DPI
+    source: str | Path | Image.Image | np.ndarray, page: int = 1, dpi: float = pdf.DPI
 ) -> Image.Image:
     """Returns a page as RGB, from a file or from an image in memory.
 
@@ -144,18 +140,21 @@ def open_page(
 
 
 def _draw_pdf_page(data: bytes, name: str, page: int, dpi: float) -> Image.Image:
-    """Returns a page of a PDF file, drawn as RGB."""
+    """Returns a page of a PDF file as `prepare` draws it, as RGB."""
     try:
-        document = pypdfium2.PdfDocument(data)
-        try:
-            if not 1 <= page <= len(document):
-                raise UserError(f"{name} has no page {page}: its pages are 1 to {len(document)}")
-            scale = dpi / POINTS_PER_INCH
-            return document[page - 1].render(scale=scale).to_pil().convert("RGB")
-        finally:
-            document.close()
-    except pypdfium2.PdfiumError as err:
-        raise UserError(f"cannot read PDF {name}: {err}") from err
+        with pdf.LOCK:
+            document = pdf.open_document(data)
+            try:
+                if not 1 <= page <= len(document):
+                    raise UserError(
+                        f"{name} has no page {page}: its pages are 1 to {len(document)}"
+                    )
+                with pdf.open_page(document, page - 1) as opened:
+                    return pdf.draw(opened, dpi).image.convert("RGB")
+            finally:
+                document.close()
+    except pdf.UnreadablePdf as err:
+        raise UserError(f"cannot read {name}, page {page}: {err}") from err
 
 
 def choose_grids(

@@ -15,7 +15,7 @@ from PIL import Image
 
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config, DataConfig, ModelConfig, renamed
-from alignvlm_jax.data import chat, images, loader, stage_data, tokenizers
+from alignvlm_jax.data import chat, images, loader, pdf, stage_data, tokenizers
 from alignvlm_jax.data.examples import ExampleBuilder, PackedSequence
 from alignvlm_jax.data.tokenizers.base import ChatFiles, Tokenizer
 from alignvlm_jax.errors import UserError
@@ -103,9 +103,9 @@ def load_metadata(path: Path) -> dict[str, Any]:
 
 def pdf_dpi(metadata: Mapping[str, Any]) -> float:
     """Returns the pixels an inch at which the PDFs were drawn that a model was trained on; where
-    there were none, or nothing tells, `images.PDF_DPI`."""
+    there were none, or nothing tells, `pdf.DPI`."""
     drawn = [one["dpi"] for one in metadata.get("prepared", ()) if "dpi" in one]
-    return max(drawn, default=images.PDF_DPI)
+    return max(drawn, default=pdf.DPI)
 
 
 def load_page(path: Path, image: Path, page: int) -> Image.Image:

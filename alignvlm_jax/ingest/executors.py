@@ -1,7 +1,9 @@
-"""A pool of worker processes that run generators and stream their values to the parent.
+"""What runs the parts of `prepare`: worker processes that run generators and stream their values to
+the parent; or Apache Beam, for sources that are too large for one machine.
 
 `multiprocessing.Pool` cannot serve: it hangs for ever when a worker is killed (as by the kernel
-when memory runs out), and it returns no value before its task is done.
+when memory runs out), and it returns no value before its task is done. Under Beam the same
+functions write the same bytes.
 """
 
 import collections
@@ -61,6 +63,49 @@ def run(
             process.terminate()
         for process in workers.values():
             process.join()
+
+
+def under_beam(name: str, flags: list[str]) -> Callable[[Callable, list], None]:
+    """Returns a function that runs a `job.UnitWriter` on its tasks under Apache Beam.
+
+    All workers have to see the writer's folder, on a shared disk or a mounted bucket.
+
+    Args:
+      name: Beam's name of a runner, as DirectRunner or DataflowRunner.
+      flags: Beam's pipeline options, as `--key=value`.
+
+    Raises:
+      UserError: Beam is not installed, or knows no such runner or flag.
+    """
+    # Here: it takes seconds, and most machines do not have it.
+    try:
+        import apache_beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError as err:
+        raise UserError(
+            "Apache Beam is not installed; `make beam` puts it into .venv-beam "
+            "(requirements-beam.txt)"
+        ) from err
+    try:
+        # The runner is created here only to fail early: a Pipeline would do so after the source
+        # was listed.
+        options = PipelineOptions([f"--runner={name}", *flags])
+        apache_beam.runners.create_runner(name)
+    except (ValueError, ImportError, AttributeError) as err:
+        raise UserError(f"Apache Beam has no runner {name!r} with flags {flags} ({err})") from err
+
+    def run_parts(writer: Callable, tasks: list) -> None:
+        with apache_beam.Pipeline(options=options) as pipeline:
+            # Create makes one bundle of its values, and one worker would do it all: Reshuffle
+            # breaks the bundle up.
+            _ = (
+                pipeline
+                | apache_beam.Create(tasks)
+                | apache_beam.Reshuffle()
+                | apache_beam.FlatMap(writer)
+            )
+
+    return run_parts
 
 
 def _start(

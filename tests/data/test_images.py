@@ -81,7 +81,7 @@ def test_load_page_reads_images_and_pdf(tmp_path):
         np.asarray(images.load_page(tmp_path / "page.png")), np.asarray(page)
     )
     Image.new("RGB", (100, 50), (255, 0, 0)).save(tmp_path / "page.pdf", resolution=72)
-    drawn = images.load_page(tmp_path / "page.pdf")
+    drawn = images.load_page(tmp_path / "page.pdf", dpi=144)
     assert drawn.mode == "RGB" and drawn.width == 2 * drawn.height
     assert drawn.getpixel((drawn.width // 2, drawn.height // 2))[0] > 200
     (tmp_path / "broken.pdf").write_bytes(b"%PDF-1.7 broken")

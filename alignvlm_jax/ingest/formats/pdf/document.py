@@ -3,25 +3,25 @@
 A record has the drawn page, its words in reading order, and questions about its ruled tables.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import posixpath
-import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
 import pypdfium2
-from pypdfium2 import raw as pdfium
 
 from alignvlm_jax.data import filesystem
+from alignvlm_jax.data import pdf as pdf_lib
+from alignvlm_jax.data.pdf import LOCK, UnreadablePdf
 from alignvlm_jax.data.record import Record, Turn
 from alignvlm_jax.errors import UserError, nearest
 from alignvlm_jax.ingest.formats import files
 from alignvlm_jax.ingest.formats.base import Raw, Reject, Rejection, Unit, option
-from alignvlm_jax.ingest.formats.pdf import drawing
 from alignvlm_jax.ingest.formats.pdf import lines as lines_lib
 from alignvlm_jax.ingest.formats.pdf import tables as tables_lib
 from alignvlm_jax.ingest.formats.pdf import words as words_lib
@@ -41,9 +41,6 @@ NO_TEXT = (
     "no text layer: run OCR first, `ocrmypdf IN.pdf OUT.pdf`, or give questions about page images, "
     "--format=jsonl"
 )
-
-# pdfium is not thread-safe, and a runner of `prepare` may have several threads.
-_pdfium = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +63,7 @@ of its pages (--format=jsonl)."""
     suffixes: ClassVar[tuple[str, ...]] = (".pdf",)
     first_key: ClassVar[str] = ""
 
-    dpi: int = option(100, "pixels an inch at which pages are drawn")
+    dpi: int = option(pdf_lib.DPI, "pixels an inch at which pages are drawn")
     holdout_by: str = option("document", "what is held out together: document (a file), or page")
 
     def __post_init__(self):
@@ -111,7 +108,7 @@ of its pages (--format=jsonl)."""
     def raws(self, unit: Unit) -> Iterator[Raw | Rejection]:
         """Yields the pages of a range, without drawing them; see `Format.raws`."""
         try:
-            with _pdfium:
+            with LOCK:
                 stop = len(_open(unit.path)) if unit.stop < 0 else unit.stop
         except Reject as err:
             yield Rejection(unit.name, str(err))
@@ -128,8 +125,9 @@ of its pages (--format=jsonl)."""
           Reject: the page cannot be read or drawn, shows something but has no words, or too few of
             its words have Unicode.
         """
-        with _pdfium, drawing.open_page(_open(raw.fields["path"]), raw.fields["page"]) as page:
-            drawn = drawing.draw(page, self.dpi)
+        # The lock, since a runner of `prepare` may have several threads.
+        with LOCK, _open_page(raw.fields["path"], raw.fields["page"]) as page:
+            drawn = pdf_lib.draw(page, self.dpi)
             words, num_unreadable = words_lib.read_words(
                 page, drawn.to_pixels, np.asarray(drawn.image.convert("L"))
             )
@@ -140,11 +138,11 @@ of its pages (--format=jsonl)."""
         if num_unreadable > MAX_UNREADABLE * num_words:
             raise Reject(f"words without Unicode ({num_unreadable:,} of {num_words:,})")
         # A page of one colour is blank, which is no fault of the text layer.
-        if not num_words and drawing.is_marked(drawn.image):
+        if not num_words and pdf_lib.is_marked(drawn.image):
             raise Reject(NO_TEXT)
         lines = lines_lib.read_lines(words, tables)
         turns = _turns(words, tables)
-        return Record(raw.id, "pdf", (drawing.encode(drawn.image),), turns, (lines,))
+        return Record(raw.id, "pdf", (pdf_lib.encode(drawn.image),), turns, (lines,))
 
 
 @functools.lru_cache(maxsize=2)
@@ -152,21 +150,28 @@ def _open(path: str) -> pypdfium2.PdfDocument:
     """Returns an open file, which is cached for its other pages; raises Reject if unreadable."""
     try:
         if filesystem.is_remote(path):
-            return pypdfium2.PdfDocument(filesystem.read(path, MAX_REMOTE_BYTES))
-        # By path pdfium reads only what it needs, of a file of any size.
-        return pypdfium2.PdfDocument(path)
-    except pypdfium2.PdfiumError as err:
-        if err.err_code == pdfium.FPDF_ERR_PASSWORD:
-            raise Reject("a PDF that a password protects") from err
-        raise Reject(f"no PDF, or a damaged one ({err})") from err
+            return pdf_lib.open_document(filesystem.read(path, MAX_REMOTE_BYTES))
+        return pdf_lib.open_document(path)
+    except UnreadablePdf as err:
+        raise Reject(str(err)) from err
     except (OSError, ValueError) as err:
         raise Reject(f"a file that cannot be read ({err})") from err
+
+
+@contextlib.contextmanager
+def _open_page(path: str, page: int) -> Iterator[pypdfium2.PdfPage]:
+    """A context with a page of a file; what cannot be read or drawn is a Reject."""
+    try:
+        with pdf_lib.open_page(_open(path), page) as opened:
+            yield opened
+    except UnreadablePdf as err:
+        raise Reject(str(err)) from err
 
 
 def _num_pages(path: str) -> int:
     """Returns the number of pages of a file; 0 if it cannot be read (`raws` says why)."""
     try:
-        with _pdfium:
+        with LOCK:
             return len(_open(path))
     except Reject:
         return 0

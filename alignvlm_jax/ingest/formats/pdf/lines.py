@@ -5,7 +5,7 @@ import unicodedata
 
 from alignvlm_jax.data.record import Box, Word
 from alignvlm_jax.ingest.formats.pdf.tables import Table
-from alignvlm_jax.ingest.formats.pdf.words import PlacedWord
+from alignvlm_jax.ingest.formats.pdf.words import SIDEWAYS, PlacedWord
 
 Line = list[PlacedWord]
 Block = list[Line]
@@ -146,8 +146,12 @@ def _from_the_top(lines: list[Line]) -> list[Block]:
     """Returns the lines as blocks, so that no block comes before one that stands wholly above it.
 
     A block ends where the content goes on further up the page, as in the next column. Apart from
-    that, blocks keep the order of the content.
+    that, blocks keep the order of the content; so do all lines of a page that is shown sideways,
+    where what is above says nothing about what comes first.
     """
+    words = [placed for line in lines for placed in line]
+    if sum(placed.is_vertical for placed in words) > SIDEWAYS * len(words):
+        return [lines]
     blocks: list[Block] = []
     for line in lines:
         if blocks and line[0].word.box[1] >= blocks[-1][-1][0].word.box[1]:

@@ -11,8 +11,8 @@ import numpy as np
 import pypdfium2
 from pypdfium2 import raw as pdfium
 
+from alignvlm_jax.data.pdf import objects
 from alignvlm_jax.data.record import Turn
-from alignvlm_jax.ingest.formats.pdf.drawing import objects
 
 # Lengths in points.
 MAX_RULE_WIDTH = 2.5

@@ -1,5 +1,6 @@
 """The words of a PDF page as a person sees them, with their boxes in pixels of the drawn page."""
 
+import collections
 import functools
 import itertools
 import re
@@ -36,6 +37,9 @@ For characters that they cannot draw, as control characters, fonts have a glyph 
 """
 MAX_CHARACTERS = 100_000
 """Most characters of a page, with the spaces that pdfium puts between words."""
+SIDEWAYS = 2 / 3
+"""Fraction of its words from which a page counts as shown sideways; with fewer it is an upright one
+with notes at its side."""
 MAX_GAP = 0.6
 """Largest gap between two characters of a word, in ems."""
 
@@ -77,6 +81,12 @@ def read_words(
       Reject: there is too much text.
     """
     text = _Text(page, to_pixels, gray.shape)
+    if turn := text.turn():
+        # pdfium orders text by how the page is displayed: sideways, lines would come last to first.
+        displayed = page.get_rotation()
+        page.set_rotation((displayed + turn) % 360)
+        text = _Text(page, to_pixels, gray.shape)
+        page.set_rotation(displayed)
     visible = []
     hidden = []
     num_unreadable = 0
@@ -167,6 +177,23 @@ class _Text:
                 start = i
         if start is not None:
             yield slice(start, len(self.text))
+
+    def turn(self) -> int:
+        """Returns the degrees, clockwise, by which the page would have to be turned for most of its
+        words to stand upright, 0 where they do."""
+        turns = collections.Counter(self._turn(span.start) for span in self.spans())
+        [(turn, count)] = turns.most_common(1) or [(0, 0)]
+        return turn if count > SIDEWAYS * turns.total() else 0
+
+    def _turn(self, index: int) -> int:
+        """Returns the degrees by which a character would have to be turned, to the nearest 90."""
+        matrix = pdfium.FS_MATRIX()
+        pdfium.FPDFText_GetMatrix(self._page, index, matrix)
+        x, y = self._to_pixels[:, :2] @ (matrix.a, matrix.b)
+        if abs(x) >= abs(y):
+            return 0 if x >= 0 else 180
+        # y grows downwards: text that runs down the page is upright after a turn to the left.
+        return 270 if y > 0 else 90
 
     def spell(self, span: slice) -> tuple[str, list[float]] | None:
         """Returns the text of a word (Unicode NFC) and the left edge of each of its characters.

@@ -217,7 +217,7 @@ def test_threads_take_turns_at_pdfium(tmp_path):
     form = Pdf(holdout_by="page")
     raws = [raw for unit in form.units(str(tmp_path)) for raw in form.raws(unit)]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        with document._pdfium:
+        with document.LOCK:
             waiting = [pool.submit(form.record, raw) for raw in raws]
             assert not concurrent.futures.wait(waiting, timeout=0.2).done
         assert [texts(future.result()) for future in waiting] == [["page 1"], ["page 2"]]

@@ -43,6 +43,16 @@ def test_lines_up_and_down_the_page(read):
     assert all(word.edges is None for word in record.lines[0][1])
 
 
+@pytest.mark.parametrize("turn", [0, 90, 270])
+def test_a_page_that_is_shown_sideways_is_read_as_it_was_written(read, turn):
+    """pdfium orders text by how the page is displayed: its lines came last to first."""
+    page = ["Report of 2026", *(f"line {i} of the text" for i in range(6)), "The end"]
+    content = "".join(text(20, 170 - 20 * i, line, 9) for i, line in enumerate(page))
+    (record,) = read([content], page=f"/Rotate {turn}")
+    assert texts(record) == page
+    assert all((word.edges is None) == bool(turn) for word in record.lines[0][3])
+
+
 def test_a_script_from_right_to_left_keeps_its_order():
     placed = [
         PlacedWord(Word(word, (x, 0.0, x + 10, 10.0)), False)

@@ -1,4 +1,7 @@
-"""Functions that open a page of a PDF, draw it to an image, and list the objects on it.
+"""PDF files: opens one and its pages, draws a page to an image, and lists the objects on it.
+
+Training and questions draw by the same functions: a model is asked about pages that look like those
+it was trained on. pdfium is not thread-safe: whatever touches a document holds `LOCK`.
 
 Coordinates: a PDF page has its origin at the bottom left and y upwards, in points of 1/72 inch; an
 image has its origin at the top left and y downwards, in pixels. Matrices are float64 [2, 3] and map
@@ -8,26 +11,40 @@ image has its origin at the top left and y downwards, in pixels. Matrices are fl
 import contextlib
 import ctypes
 import io
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import pypdfium2
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from pypdfium2 import raw as pdfium
 
-from alignvlm_jax.ingest.formats.base import Reject
+from alignvlm_jax.errors import UserError
 
+LOCK = threading.RLock()
+"""Held by all that touches a document: pdfium is not thread-safe."""
 POINTS_PER_INCH = 72
-MAX_PIXELS = 1 << 25
-"""Largest number of pixels of a drawn page, and of an image on it.
-
-An A4 page has 35 million at 600 dpi.
-"""
+DPI = 100
+"""Pixels an inch at which pages are drawn where nothing else is said: by `prepare`, and for a model
+of which nobody knows how it saw others."""
+HEADER = b"%PDF"
+MAX_JUNK = 1024
+"""Bytes that may stand before the header, as for other readers: a line feed, or what a web server
+wrote."""
+MAX_PIXELS = 1 << 26
+"""Largest number of pixels of a drawn page: A4 has 35 million at 600 dpi."""
+MAX_IMAGE_BYTES = 1 << 28
+"""Most bytes that an image on a page may be decoded to: a scan of A4 at 600 dpi has 4 million where
+a pixel is black or white, and 104 million in colours."""
 MAX_DEPTH = 8
 """Depth to which forms within forms are read (a form is a piece of content used as one object)."""
 JPEG_QUALITY = 90
 """JPEG quality at which small text stays legible; Pillow's default, 75, blurs it."""
+
+
+class UnreadablePdf(UserError):
+    """A PDF file or page that cannot be read or drawn; the message says what it is instead."""
 
 
 class Drawn(NamedTuple):
@@ -38,6 +55,42 @@ class Drawn(NamedTuple):
     scale: float  # pixels a point
 
 
+def is_pdf(data: bytes) -> bool:
+    """Whether the content of a file is that of a PDF."""
+    if HEADER not in data[: MAX_JUNK + len(HEADER)]:
+        return False
+    if data.startswith(HEADER):
+        return True
+    # A comment of an image may hold the same letters.
+    try:
+        with Image.open(io.BytesIO(data)):
+            return False
+    except UnidentifiedImageError:
+        return True
+    except Exception:  # A damaged image: decoders raise anything.
+        return False
+
+
+def open_document(source: str | bytes) -> pypdfium2.PdfDocument:
+    """Returns an open PDF.
+
+    Args:
+      source: the content of the file; or its path, of which pdfium reads no more than it needs.
+
+    Raises:
+      UnreadablePdf: it is none, damaged, or needs a password.
+    """
+    try:
+        document = pypdfium2.PdfDocument(source)
+        # Before any page: fields that have a value and no appearance are drawn by what this makes.
+        document.init_forms()
+        return document
+    except pypdfium2.PdfiumError as err:
+        if err.err_code == pdfium.FPDF_ERR_PASSWORD:
+            raise UnreadablePdf("a PDF that a password protects") from err
+        raise UnreadablePdf(f"no PDF, or a damaged one ({err})") from err
+
+
 @contextlib.contextmanager
 def open_page(document: pypdfium2.PdfDocument, index: int) -> Iterator[pypdfium2.PdfPage]:
     """A context manager that yields page `index`, counted from 0, and closes it at the end.
@@ -46,7 +99,7 @@ def open_page(document: pypdfium2.PdfDocument, index: int) -> Iterator[pypdfium2
     text is found.
 
     Raises:
-      Reject: the page cannot be read.
+      UnreadablePdf: the page cannot be read.
     """
     try:
         page = document[index]
@@ -58,7 +111,7 @@ def open_page(document: pypdfium2.PdfDocument, index: int) -> Iterator[pypdfium2
             page.close()
             page = document[index]
     except (pypdfium2.PdfiumError, IndexError) as err:
-        raise Reject(f"a page that cannot be read ({err})") from err
+        raise UnreadablePdf(f"a page that cannot be read ({err})") from err
     try:
         yield page
     finally:
@@ -69,11 +122,11 @@ def draw(page: pypdfium2.PdfPage, dpi: float) -> Drawn:
     """Returns a page drawn at `dpi` pixels an inch.
 
     Raises:
-      Reject: the page, or an image on it, is too large; nothing is drawn then.
+      UnreadablePdf: the page, or an image on it, is too large; nothing is drawn then.
     """
     width, height = (side * dpi / POINTS_PER_INCH for side in page.get_size())
     if not 0 < width * height <= MAX_PIXELS:
-        raise Reject(
+        raise UnreadablePdf(
             f"a page is too large ({width:.0f} x {height:.0f} pixels at {dpi} dpi; at most "
             f"{MAX_PIXELS:,})"
         )
@@ -81,13 +134,7 @@ def draw(page: pypdfium2.PdfPage, dpi: float) -> Drawn:
     # bytes can claim gigabytes.
     for drawn, kind, _ in objects(page, np.eye(2, 3)):
         if kind == pdfium.FPDF_PAGEOBJ_IMAGE:
-            columns = ctypes.c_uint()
-            rows = ctypes.c_uint()
-            pdfium.FPDFImageObj_GetImagePixelSize(drawn, columns, rows)
-            if columns.value * rows.value > MAX_PIXELS:
-                raise Reject(
-                    f"an image on a page is too large ({columns.value} x {rows.value} pixels)"
-                )
+            _check_image(page, drawn)
     image = page.render(
         scale=dpi / POINTS_PER_INCH, may_draw_forms=False, draw_annots=False
     ).to_pil()
@@ -143,6 +190,22 @@ def objects(
             waiting += [
                 (pdfium.FPDFFormObj_GetObject(drawn, i), inner, depth + 1) for i in range(count)
             ]
+
+
+def _check_image(page: pypdfium2.PdfPage, drawn: object) -> None:
+    """Raises UnreadablePdf if an image on a page has too many bytes to be decoded."""
+    columns = ctypes.c_uint()
+    rows = ctypes.c_uint()
+    pdfium.FPDFImageObj_GetImagePixelSize(drawn, columns, rows)
+    about = pdfium.FPDF_IMAGEOBJ_METADATA()
+    pdfium.FPDFImageObj_GetImageMetadata(drawn, page, about)
+    # A damaged image has 0 bits a pixel: it may be of any kind.
+    bits = about.bits_per_pixel or 32
+    if columns.value * rows.value * bits > 8 * MAX_IMAGE_BYTES:
+        raise UnreadablePdf(
+            f"an image on a page is too large ({columns.value} x {rows.value} pixels of {bits} "
+            f"bits; at most {MAX_IMAGE_BYTES >> 20} MiB)"
+        )
 
 
 def _is_link(page: pypdfium2.PdfPage, index: int) -> bool:
