@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from alignvlm_jax import storage
 from alignvlm_jax.config import VisionConfig
@@ -20,6 +20,22 @@ MIN_COVERAGE = 0.9
 
 ORIENTATION = 0x0112
 """EXIF's tag of the orientation; with values 5 to 8, height and width change places."""
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by its orientation."""
+# Pillow refuses an image with a longer text or colour profile, which all viewers show.
+PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26
+PngImagePlugin.MAX_TEXT_MEMORY = 1 << 27
+
+PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
+"""Modes whose colours are multiplied by their opacity, and those that hold the same otherwise."""
 
 BAD_IMAGE = (Image.DecompressionBombError, OSError, RuntimeError, SyntaxError, ValueError)
 """The exceptions that Pillow raises for damaged files (RuntimeError for AVIF)."""
@@ -37,20 +53,25 @@ class Tiles:
     scales: np.ndarray  # float32 [n, 2]: x, y
 
 
-def decode_image(data: bytes, name: str) -> Image.Image:
+def decode_image(data: bytes, name: str, page: int = 1) -> Image.Image:
     """Returns an image file decoded to RGB.
 
-    It is turned upright (EXIF), transparency is composed on white, and the first frame is taken.
+    It is turned upright (EXIF), and transparency is composed on white. A TIFF may have several
+    pages; of an animation the first frame is taken.
 
     Raises:
-      UserError: the file cannot be read; the message has `name`.
+      UserError: the file cannot be read, or has no such page; the message has `name`.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
+            # Before the pixels: `seek` leaves those of the page before.
+            if page != 1:
+                if page > (pages := num_pages(image)) or page < 1:
+                    has = f"its pages are 1 to {pages}" if pages > 1 else "it is an image"
+                    raise UserError(f"{name} has no page {page}: {has}")
+                image.seek(page - 1)
             image.load()
-            # In place: a page that is already upright is not copied.
-            ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+            return _to_rgb(_upright(image))
     except UnidentifiedImageError as err:
         raise UserError(f"cannot read image {name}: no known image format") from err
     except BAD_IMAGE as err:
@@ -69,7 +90,7 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
             # For a TIFF, Pillow's size already has the orientation in it.
-            is_turned = image.format != "TIFF" and 5 <= image.getexif().get(ORIENTATION, 1) <= 8
+            is_turned = image.format != "TIFF" and 5 <= _orientation(image) <= 8
     except BAD_IMAGE as err:
         raise UserError(
             f"cannot read image {name}: {' '.join(str(err).split()) or type(err).__name__}"
@@ -77,12 +98,33 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
     return (width, height) if is_turned else (height, width)
 
 
+def num_pages(image: Image.Image) -> int:
+    """Returns the number of pages of an open image file: a TIFF has as many as it has frames."""
+    return getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Returns an image turned as its EXIF says."""
+    turn = UPRIGHT.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Returns the orientation of an image, 1 (upright) where its EXIF cannot be read."""
+    # This tag alone is read, and nothing written: many a photo has a wrong value in some other tag,
+    # on which ImageOps.exif_transpose fails.
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:
+        return 1
+
+
 def load_page(path: str | Path, page: int = 1, dpi: float = pdf.DPI) -> Image.Image:
     """Returns an image file, or a page of a PDF file, as RGB.
 
     Args:
       path: the file, local or in a bucket.
-      page: number of the page, from 1; an image has only page 1.
+      page: number of the page, from 1; of images only a TIFF may have more.
       dpi: pixels an inch at which a PDF page is drawn.
 
     Raises:
@@ -93,10 +135,8 @@ def load_page(path: str | Path, page: int = 1, dpi: float = pdf.DPI) -> Image.Im
     except OSError as err:
         raise UserError(f"cannot read {path}: {err.strerror}") from err
     if pdf.is_pdf(data):
-        return _draw_pdf_page(data, str(path), page, dpi)
-    if page != 1:
-        raise UserError(f"{path} has no page {page}: it is an image")
-    return decode_image(data, str(path))
+        return pdf.draw_of_file(data, str(path), page, dpi)
+    return decode_image(data, str(path), page)
 
 
 def open_page(
@@ -136,25 +176,7 @@ def open_page(
         raise UserError(
             f"a {type(source).__name__} is no image: a path, a PIL image or a NumPy array is"
         )
-    return _to_rgb(ImageOps.exif_transpose(source))
-
-
-def _draw_pdf_page(data: bytes, name: str, page: int, dpi: float) -> Image.Image:
-    """Returns a page of a PDF file as `prepare` draws it, as RGB."""
-    try:
-        with pdf.LOCK:
-            document = pdf.open_document(data)
-            try:
-                if not 1 <= page <= len(document):
-                    raise UserError(
-                        f"{name} has no page {page}: its pages are 1 to {len(document)}"
-                    )
-                with pdf.open_page(document, page - 1) as opened:
-                    return pdf.draw(opened, dpi).image.convert("RGB")
-            finally:
-                document.close()
-    except pdf.UnreadablePdf as err:
-        raise UserError(f"cannot read {name}, page {page}: {err}") from err
+    return _to_rgb(_upright(source))
 
 
 def choose_grids(
@@ -302,16 +324,37 @@ def _gray_of_floats(image: Image.Image) -> np.ndarray:
     return levels
 
 
+def _gray_of_integers(image: Image.Image) -> np.ndarray:
+    """Returns the gray levels of an image of 32-bit integers, uint8 [Y, X]: as they are up to 255,
+    and up to 65,535 the upper byte of 16 bits.
+
+    Raises:
+      UserError: a level is outside of these.
+    """
+    # Signed and unsigned numbers come alike: only a wider type tells them apart.
+    levels = np.asarray(image).astype(np.int64)
+    least = levels.min()
+    most = levels.max()
+    if least < 0 or most > 65_535:
+        raise UserError(
+            f"an image of 32-bit integers from {least} to {most}; they must be from 0 to 255, or "
+            "to 65535"
+        )
+    return (levels if most <= 255 else levels >> 8).astype(np.uint8)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Returns an image of any mode as RGB.
 
     Pillow's own conversion would clip 16-bit gray to 8 bits and compose transparency on black.
     """
-    if image.mode.startswith("I;16") or image.mode == "I":
-        image = Image.fromarray(
-            # The upper of two bytes.
-            (np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)
-        )
+    if image.mode.startswith("I;16"):
+        # The upper of two bytes.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode == "I":
+        image = Image.fromarray(_gray_of_integers(image))
+    elif image.mode in PREMULTIPLIED:
+        image = image.convert(PREMULTIPLIED[image.mode])
     elif image.mode == "F":
         image = Image.fromarray((_gray_of_floats(image) * 255).astype(np.uint8))
     if image.mode == "RGBA" or "A" in image.getbands() or "transparency" in image.info:

@@ -144,6 +144,28 @@ def draw(page: pypdfium2.PdfPage, dpi: float) -> Drawn:
     return Drawn(image, _to_pixels(page, image.size), dpi / POINTS_PER_INCH)
 
 
+def draw_of_file(data: bytes, name: str, page: int, dpi: float) -> Image.Image:
+    """Returns a page of a PDF file drawn as RGB.
+
+    Args:
+      data: the content of the file.
+      name: what it is called in messages.
+      page: number of the page, from 1.
+      dpi: pixels an inch.
+
+    Raises:
+      UserError: the file cannot be read, has no such page, or the page cannot be drawn.
+    """
+    try:
+        with LOCK, contextlib.closing(open_document(data)) as document:
+            if not 1 <= page <= len(document):
+                raise UserError(f"{name} has no page {page}: its pages are 1 to {len(document)}")
+            with open_page(document, page - 1) as opened:
+                return draw(opened, dpi).image.convert("RGB")
+    except UnreadablePdf as err:
+        raise UserError(f"cannot read {name}, page {page}: {err}") from err
+
+
 def is_marked(image: Image.Image) -> bool:
     """Whether a page shows anything: it is not of one colour throughout."""
     extrema = image.getextrema()

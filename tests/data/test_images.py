@@ -2,7 +2,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image, PngImagePlugin, features
 
 from alignvlm_jax import presets
 from alignvlm_jax.config import VisionConfig
@@ -254,3 +254,72 @@ def test_floating_point_numbers_beyond_0_to_1_are_refused(tmp_path, levels, told
         images.load_page(tmp_path / "page.tiff")
     Image.fromarray(np.array([[0, 0.5, 1]] * 2, np.float32)).save(tmp_path / "page.tiff")
     assert np.asarray(images.load_page(tmp_path / "page.tiff"))[0, :, 0].tolist() == [0, 127, 255]
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_a_photo_with_a_wrong_tag_is_turned_all_the_same(orientation):
+    """A signed fraction of resolution, -1/0, which cannot be written back."""
+    exif = Image.Exif()
+    exif[images.ORIENTATION] = orientation
+    exif[0x011A] = 72.0
+    data = encode(random_page(30, 20), "JPEG", exif=exif)
+    begin = data.index(b"MM\0*") if b"MM\0*" in data else data.index(b"II*\0")
+    order = "big" if data[begin : begin + 2] == b"MM" else "little"
+    tag = data.index((0x011A).to_bytes(2, order), begin)
+    signed = data[: tag + 2] + (10).to_bytes(2, order) + data[tag + 4 :]
+    at = begin + int.from_bytes(data[tag + 8 : tag + 12], order)
+    fraction = (-1).to_bytes(4, order, signed=True) + bytes(4)
+    broken = signed[:at] + fraction + signed[at + 8 :]
+    whole = images.decode_image(data, "x")
+    assert (images.decode_image(broken, "x").size == whole.size) and whole.size == (
+        (30, 20) if orientation == 3 else (20, 30)
+    )
+    np.testing.assert_array_equal(np.asarray(images.decode_image(broken, "x")), np.asarray(whole))
+
+
+def test_a_long_text_or_colour_profile_costs_no_page():
+    about = PngImagePlugin.PngInfo()
+    about.add_text("Comment", "x" * 3_000_000, zip=True)
+    profile = bytes(3_000_000)
+    for options in ({"pnginfo": about}, {"icc_profile": profile}):
+        data = encode(random_page(30, 20), **options)
+        assert images.decode_image(data, "x").size == (30, 20)
+        assert images.image_size(data, "x") == (20, 30)
+
+
+@pytest.mark.parametrize(("levels", "expected"), [([0, 200], [0, 200]), ([0, 128 * 256], [0, 128])])
+def test_integers_of_32_bits_are_taken_by_their_range(levels, expected):
+    data = encode(Image.fromarray(np.array([levels] * 2, np.int32)), "TIFF")
+    assert np.asarray(images.decode_image(data, "x"))[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("levels", [[-1, 9], [0, 70_000]])
+def test_integers_beyond_16_bits_are_refused(levels):
+    data = encode(Image.fromarray(np.array([levels] * 2, np.int32)), "TIFF")
+    with pytest.raises(UserError, match=rf"32-bit integers from {levels[0]} to {levels[1]}"):
+        images.decode_image(data, "x")
+
+
+@pytest.mark.parametrize("mode", ["La", "RGBa"])
+def test_colours_multiplied_by_opacity_are_composed_on_white(mode):
+    straight = Image.new("RGBA", (4, 4), (100, 100, 100, 128))
+    image = straight.convert("RGBa") if mode == "RGBa" else straight.convert("LA").convert("La")
+    # 100 at half opacity before 255.
+    assert images.open_page(image).getpixel((1, 1))[0] == pytest.approx(177, abs=2)
+
+
+def test_a_tiff_has_pages_and_an_animation_its_first_frame(tmp_path):
+    pages = [Image.new("RGB", (8 + i, 4), (40 * i, 0, 0)) for i in range(3)]
+    pages[0].save(tmp_path / "scan.tiff", save_all=True, append_images=pages[1:])
+    for number, page in enumerate(pages, 1):
+        np.testing.assert_array_equal(
+            np.asarray(images.load_page(tmp_path / "scan.tiff", number)), np.asarray(page)
+        )
+    for number in (0, 4):
+        with pytest.raises(UserError, match=f"has no page {number}: its pages are 1 to 3"):
+            images.load_page(tmp_path / "scan.tiff", number)
+    frames = [page.resize((8, 4)) for page in pages]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert images.load_page(tmp_path / "a.gif").getpixel((0, 0)) == (0, 0, 0)
+    with pytest.raises(UserError, match="has no page 2: it is an image"):
+        images.load_page(tmp_path / "a.gif", 2)

@@ -63,7 +63,7 @@ IMAGES = {
     "strip": (picture(size=(1, 10_000)), HANDLED),
     "column": (picture(size=(10_000, 1)), HANDLED),
     "no picture": (b"Dear reader", "no known format"),
-    "a PDF": (b"\n%PDF-1.4 and so on", "an image is a PDF (image 0); name images of its pages"),
+    "a PDF": (b"\n%PDF-1.4 and so on", "an image is a PDF"),
     "JPEG of another ending": (picture("JPEG"), HANDLED),
     "program": (
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",

@@ -104,10 +104,16 @@ def _check_image(data: bytes, number: int) -> None:
             # decoded.
             with Image.open(io.BytesIO(data)) as image:
                 file_format = image.format
+                pages = images.num_pages(image)
                 (width, height) = image.size
             if file_format not in FILE_FORMATS:
                 raise Reject(
                     f"an image is of a kind that is not read (image {number}: {file_format})"
+                )
+            if pages > 1:
+                raise Reject(
+                    f"an image has several pages, of which one could be read (image {number}: "
+                    f"{pages} in a TIFF); write each to a file of its own"
                 )
             if width * height > MAX_PIXELS:
                 raise Reject(

@@ -182,6 +182,7 @@ class _Text:
         """Returns the degrees, clockwise, by which the page would have to be turned for most of its
         words to stand upright, 0 where they do."""
         turns = collections.Counter(self._turn(span.start) for span in self.spans())
+        # The most frequent one, and how many words have it.
         [(turn, count)] = turns.most_common(1) or [(0, 0)]
         return turn if count > SIDEWAYS * turns.total() else 0
 
