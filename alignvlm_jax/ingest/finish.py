@@ -1,12 +1,12 @@
 """The last step of `prepare`: turns the parts of all units into the numbered shards of a data set.
 
-Records whose id repeats are dropped, small parts are joined, and the shards of every split are
+Records whose id repeats are dropped, and those for training that show an image of validation; small
+parts are joined, and the shards of every split are
 numbered in the order of the source. Of a source so small that no document fell into validation, one
 is held out all the same.
 """
 
 import collections
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +19,13 @@ from alignvlm_jax.data import shards as shards_lib
 from alignvlm_jax.data.shards import ShardWriter
 from alignvlm_jax.ingest import staging
 from alignvlm_jax.ingest.formats.base import Unit
-from alignvlm_jax.ingest.writer import SPLITS, UnitOutput, read_lines, write_lines
+from alignvlm_jax.ingest.writer import (
+    SPLITS,
+    UnitOutput,
+    document_hash,
+    read_lines,
+    write_lines,
+)
 
 MIN_SHARD_RECORDS = 1000
 """Smallest number of records of a shard (but for the last one of a split).
@@ -69,8 +75,9 @@ def finish(
     """
     dropped = _duplicates(outputs, units)
     names = [staging.REJECTED]
-    write_lines(folder / staging.REJECTED, _rejected(outputs, units, dropped))
     move = _move(outputs, dropped, holdout) if tuple(splits) == SPLITS else None
+    _drop_held_out(outputs, dropped, move)
+    write_lines(folder / staging.REJECTED, _rejected(outputs, units, dropped))
     # The moved document first: its records are copied out of parts that the other split then uses
     # up.
     for split in sorted(splits, key=lambda split: move is None or split != move.target):
@@ -102,7 +109,7 @@ def _duplicates(outputs: Sequence[UnitOutput], units: Sequence[Unit]) -> Dropped
     """
     # One uint64 array for each part, in the order of its lines.
     hashes = [
-        np.fromiter((_hash(name) for name, *_ in read_lines(output.ids)), np.uint64)
+        np.fromiter((document_hash(name) for name, *_ in read_lines(output.ids)), np.uint64)
         for output in outputs
     ]
     # An empty array in front: np.concatenate refuses an empty list.
@@ -164,6 +171,25 @@ def _move(outputs: Sequence[UnitOutput], dropped: Dropped, holdout: float) -> Mo
     return None if lowest == highest else Move(document, source, target)
 
 
+def _drop_held_out(outputs: Sequence[UnitOutput], dropped: Dropped, move: Move | None) -> None:
+    """Drops the records for training an image of which is, byte for byte, one of validation: copies
+    of a file, or documents that share it. Those of parts that an earlier version began stay."""
+    held: set[int] = set()
+    for is_first in (True, False):
+        for number, output in enumerate(outputs):
+            for line, (_, split, *place) in enumerate(read_lines(output.ids)):
+                if line in dropped[number] or len(place) < 2:
+                    continue
+                document, hashes = place
+                split = move.target if move and document == move.document else split
+                if is_first and split == "validation":
+                    held.update(hashes)
+                elif not is_first and split == "train" and not held.isdisjoint(hashes):
+                    dropped[number][line] = "its image is one of validation"
+        if not held:
+            return
+
+
 def _kept(output: UnitOutput, split: str, dropped: dict[int, str], move: Move | None) -> list[bool]:
     """Returns whether each record of a part's shard is kept in `split`; empty if none is.
 
@@ -174,7 +200,7 @@ def _kept(output: UnitOutput, split: str, dropped: dict[int, str], move: Move | 
     # A part has one `ids` file but a shard for each split: dropped lines count in the file, the
     # result counts in the shard.
     lines = [
-        line not in dropped and (move is None or (place == [move.document]) == is_target)
+        line not in dropped and (move is None or (place[:1] == [move.document]) == is_target)
         for line, (_, of, *place) in enumerate(read_lines(output.ids))
         if of == source
     ]
@@ -225,10 +251,3 @@ def _join(kept: dict[UnitOutput, list[bool]], split: str, path: Path, is_copied:
     # call needs the parts again.
     for shard in () if is_copied else shards:
         shard.unlink()
-
-
-def _hash(name: str) -> int:
-    """Returns 64 bits of BLAKE2b: unlike `hash`, the same in every process."""
-    return int.from_bytes(
-        hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest(), "big"
-    )

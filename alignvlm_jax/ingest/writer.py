@@ -23,6 +23,7 @@ from alignvlm_jax.ingest.formats.base import Format, Raw, Reject, Rejection, Uni
 
 SPLITS = ("train", "validation")
 REPORT_EVERY = 20  # records
+UNANSWERED = "a question without an answer, in a record whose others stay"
 BESIDE = "writing-"
 """Prefix of the folders in which parts are written before they move into place."""
 
@@ -52,7 +53,7 @@ class UnitOutput:
     def ids(self) -> Path:
         """The path of a JSON lines file with a line for each record, in the source's order.
 
-        A line is [id, split, `document_hash` of its document].
+        A line is [id, split, `document_hash` of its document, hashes of its images].
         """
         return self.folder / f"{self.number:06d}.ids.jsonl"
 
@@ -118,7 +119,7 @@ class UnitWriter:
         with contextlib.ExitStack() as stack:
             for item in self.format.raws(unit):
                 try:
-                    record, split, place = self._record(item)
+                    record, split, place, num_lost = self._record(item)
                     # Opened with the first record: a split without any leaves no empty shard.
                     if split not in splits:
                         shard = stack.enter_context(ShardWriter(output.shard(split)))
@@ -132,7 +133,9 @@ class UnitWriter:
                     rejected.append((item.id, str(err)))
                 else:
                     shard.write(record)
-                    ids.append((record.id, split, place))
+                    ids.append((record.id, split, place, [hash_of(one) for one in record.images]))
+                    # Told, though the record stays: else nobody would miss them.
+                    rejected += [(record.id, UNANSWERED)] * num_lost
                 count += 1
                 if count % REPORT_EVERY == 0:
                     yield Progress(REPORT_EVERY)
@@ -142,8 +145,9 @@ class UnitWriter:
         write_lines(output.rejected, rejected)
         yield Progress(count % REPORT_EVERY)
 
-    def _record(self, item: Raw | Rejection) -> tuple[Record, str, int]:
-        """Returns the checked record, its split and the hash of its document.
+    def _record(self, item: Raw | Rejection) -> tuple[Record, str, int, int]:
+        """Returns the checked record, its split, the hash of its document, and how many questions
+        without an answer it has lost.
 
         Raises:
           Reject: it cannot be used.
@@ -151,9 +155,11 @@ class UnitWriter:
         if isinstance(item, Rejection):
             raise Reject(item.reason)
         with _no_fault_ends_all():
-            record = checks.check(self.format.record(item), needs_answers=not self.split)
+            made = self.format.record(item)
+            record = checks.check(made, needs_answers=not self.split)
             place = document_hash(item.document)
-            return record, self.split or SPLITS[place < self.holdout * 2**64], place
+            split = self.split or SPLITS[place < self.holdout * 2**64]
+            return record, split, place, len(made.turns) - len(record.turns)
 
 
 @contextlib.contextmanager
@@ -179,8 +185,12 @@ def document_hash(document: str) -> int:
     whatever unit they lie in, and a larger `holdout` only adds documents to validation.
     """
     # JSON may spell half a surrogate pair, which UTF-8 refuses.
-    digest = hashlib.blake2b(document.encode(errors="surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
+    return hash_of(document.encode(errors="surrogatepass"))
+
+
+def hash_of(content: bytes) -> int:
+    """Returns 64 bits of BLAKE2b: unlike `hash`, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
 
 def write_lines(path: Path, values: Iterable[Any]) -> None:

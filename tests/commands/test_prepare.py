@@ -241,7 +241,7 @@ def own(tmp_path, monkeypatch):
         folder = tmp_path / "my files"
         folder.mkdir(exist_ok=True)
         for number, count in enumerate(num_pages):
-            pages = [make_pdf.text(20, 100, f"page {page}") for page in range(count)]
+            pages = [make_pdf.text(20, 100, f"page {number}.{page}") for page in range(count)]
             (folder / f"{number}.pdf").write_bytes(make_pdf.pdf(pages))
         flags = [f"--source={folder}", f"--out={tmp_path / out}", "--num_workers=1", *flags]
         prepare.main([*flags, f"--tokenizer={tmp_path}"])

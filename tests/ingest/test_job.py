@@ -36,7 +36,7 @@ def one(number: int, **changes) -> dict:
     turns = [{"question": f"What is {number}?", "answers": [str(number)]}]
     return {
         "id": f"r{number:03d}",
-        "images": ["a.png"],
+        "images": [f"{number // 2}.png"],
         "turns": turns,
         "document": f"d{number // 2}",
     } | changes
@@ -47,7 +47,8 @@ def source(tmp_path, png, monkeypatch):
     """Forty records, with three that cannot be used, in pieces of about eight."""
     monkeypatch.setattr(files, "UNIT_RECORDS", 8)
     monkeypatch.setattr(finish, "MIN_SHARD_RECORDS", 10)
-    (tmp_path / "a.png").write_bytes(png())
+    for document in (*range(COUNT // 2 + 1), 50):
+        (tmp_path / f"{document}.png").write_bytes(png(shade=document))
     objects = [one(number) for number in range(COUNT)]
     for number in (3, 17, 39):
         objects[number]["images"] = ["none.png"]
@@ -234,7 +235,8 @@ def test_of_equal_ids_the_first_stays(tmp_path, prepare, monkeypatch, source):
     (tmp_path / "many").mkdir()
     for file in (1, 2):
         write(tmp_path / "many", objects if file == 1 else [one(0), one(100)], f"{file}.jsonl")
-    (tmp_path / "many/a.png").write_bytes((tmp_path / "a.png").read_bytes())
+    for path in tmp_path.glob("*.png"):
+        shutil.copy(path, tmp_path / "many")
     prepared = prepare(Jsonl(), tmp_path / "many", holdout=0.3)
     found = sorted(ids(prepared) + ids(prepared, "validation"))
     expected = {f"r{number:03d}" for number in range(COUNT)} - {"r008", "r009", "r030"} | {"r100"}
@@ -259,7 +261,7 @@ def test_of_equal_ids_the_first_stays(tmp_path, prepare, monkeypatch, source):
 
 
 def test_hashes_alone_reject_nobody(source, prepare, monkeypatch):
-    monkeypatch.setattr(finish, "_hash", lambda name: int(name[1:]) % 3)
+    monkeypatch.setattr(finish, "document_hash", lambda name: int(name[1:]) % 3)
     assert len(prepare(Jsonl(), source).records()) == COUNT - 3
 
 
@@ -419,7 +421,7 @@ def test_a_part_of_an_earlier_version_moves_no_document(few, prepare, monkeypatc
 
 
 def test_one_document_is_not_held_out_and_the_summary_says_what_to_do(tmp_path, prepare, png):
-    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "0.png").write_bytes(png())
     prepared = prepare(Jsonl(), write(tmp_path, [one(0, document="d")] * 2), holdout=0.5)
     text = job.summary(prepared.folder)
     assert "train: 1 record," in text
@@ -427,11 +429,44 @@ def test_one_document_is_not_held_out_and_the_summary_says_what_to_do(tmp_path, 
     assert "--config.data.validation_split=train" in text
 
 
+@pytest.mark.parametrize("holdout", [0.3, 1e-9])
+def test_what_is_held_out_is_not_trained_on_under_another_name(tmp_path, prepare, png, holdout):
+    """However a path is spelt, and where a copy of a page is another document; also of the one
+    document that is held out of a small source."""
+    objects = []
+    for number in range(20):
+        for name in (f"{number}.png", f"copy of {number}.png"):
+            (tmp_path / name).write_bytes(png(shade=number))
+        for name in (f"{number}.png", f"./{number}.png", f"../{tmp_path.name}/{number}.png"):
+            objects.append(one(len(objects), images=[name], document=None))
+        objects.append(one(len(objects), images=[str(tmp_path / f"{number}.png")], document=None))
+        objects.append(one(len(objects), images=[f"copy of {number}.png"], document=None))
+    prepared = prepare(Jsonl(), write(tmp_path, objects), holdout=holdout)
+    seen = {split: [record.images for record in prepared.records(split)] for split in writer.SPLITS}
+    assert seen["validation"] and not {*seen["train"]} & {*seen["validation"]}
+    reasons = [line["reason"] for line in prepared.rejected()]
+    assert {*reasons} <= {"its image is one of validation"}
+    assert len(seen["train"]) + len(seen["validation"]) + len(reasons) == len(objects)
+    # Spellings alone cost nothing: they are one document.
+    assert len(reasons) <= 4 * len({*seen["validation"]})
+
+
+def test_questions_without_an_answer_are_told_though_their_record_stays(source, prepare):
+    objects = [one(number) for number in range(6)]
+    for answers in ([""], [], None):
+        objects[4]["turns"].append({"question": "And?", "answers": answers})
+    prepared = prepare(Jsonl(), write(source.parent, objects))
+    assert [len(record.turns) for record in prepared.records()] == [1] * 6
+    assert [(line["id"], line["reason"]) for line in prepared.rejected()] == 3 * [
+        ("r004", "a question without an answer, in a record whose others stay")
+    ]
+
+
 def test_files_of_one_name_in_two_folders_keep_all_their_records(tmp_path, prepare, png):
     """Their records and their documents are told apart; what lies flat keeps its names."""
-    for folder in ("in", "in/a", "in/b ü"):
+    for shade, folder in enumerate(("in", "in/a", "in/b ü")):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "1.png").write_bytes(png())
+        (tmp_path / folder / "1.png").write_bytes(png(shade=shade))
         record = {"images": ["1.png"], "turns": [{"question": folder, "answers": ["a"]}]}
         write(tmp_path / folder, [record], "d.v1.jsonl")
         write(tmp_path / folder, [record], "d.v2.jsonl")
@@ -476,7 +511,8 @@ def test_the_chat_format_of_a_template_lies_beside_the_data(source, tmp_path):
 
 def test_a_full_disk_is_a_user_error_and_what_was_finished_goes_on(source, prepare, png, tmp_path):
     """A limit on the size of files stands for the disk."""
-    (tmp_path / "a.png").write_bytes(png() + np.random.default_rng(0).bytes(100_000))
+    for path in tmp_path.glob("*.png"):
+        path.write_bytes(path.read_bytes() + np.random.default_rng(0).bytes(100_000))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, limits[1]))

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from alignvlm_jax.data import images
-from alignvlm_jax.data.record import Record, Turn
+from alignvlm_jax.data.record import Record, Turn, Word
 from alignvlm_jax.ingest.formats.base import Reject
 
 MAX_PIXELS = 64_000_000
@@ -40,6 +40,8 @@ def check(record: Record, needs_answers: bool = True) -> Record:
         raise Reject("the id is empty")
     turns = tuple(turn for turn in map(_usable, record.turns) if turn.answers or not needs_answers)
     for turn in turns:
+        if not turn.question.strip():
+            raise Reject("a question is empty")
         for text in (turn.question, *turn.answers):
             _check_text(text, "question or answer", MAX_TEXT_BYTES)
     pages = [" ".join(word.text for line in page for word in line) for page in record.lines]
@@ -51,8 +53,9 @@ def check(record: Record, needs_answers: bool = True) -> Record:
         raise Reject(
             f"words of another number of images ({len(record.lines)} for {len(record.images)})"
         )
-    for number, image in enumerate(record.images):
-        _check_image(image, number)
+    sizes = [_check_image(image, number) for number, image in enumerate(record.images)]
+    for number, (page, size) in enumerate(zip(record.lines, sizes, strict=False)):
+        _check_boxes([word for line in page for word in line], size, number)
     return dataclasses.replace(record, turns=turns)
 
 
@@ -95,8 +98,24 @@ def _check_text(text: str, name: str, max_bytes: int) -> None:
         raise Reject(f"{name} is too long ({size:,} bytes; at most {max_bytes:,})")
 
 
-def _check_image(data: bytes, number: int) -> None:
-    """Raises Reject if the image file `data`, number `number` of its record, cannot be used."""
+def _check_boxes(words: list[Word], size: tuple[int, int], number: int) -> None:
+    """Raises Reject if a word of image `number`, of this width and height, lies outside of it: its
+    patches would be taught that they are blank."""
+    width, height = size
+    for word in words:
+        left, top, right, bottom = word.box
+        if right < 0 or bottom < 0 or left > width or top > height:
+            raise Reject(
+                f"a word lies outside its image (image {number} of {width} x {height} pixels: "
+                f"{word.text[:20]!r} at {list(word.box)})"
+            )
+    if words and max(width, height) > 1 and max(max(word.box) for word in words) <= 1:
+        raise Reject(f"boxes are fractions of the image, and pixels are needed (image {number})")
+
+
+def _check_image(data: bytes, number: int) -> tuple[int, int]:
+    """Returns the width and height of an image file, number `number` of its record, turned upright;
+    raises Reject if it cannot be used."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow has one for every odd tag
@@ -119,7 +138,7 @@ def _check_image(data: bytes, number: int) -> None:
                 raise Reject(
                     f"an image is too large (image {number}: {width:,} x {height:,} pixels)"
                 )
-            images.decode_image(data, str(number))
+            return images.decode_image(data, str(number)).size
     except Reject:
         raise
     except UnidentifiedImageError as err:

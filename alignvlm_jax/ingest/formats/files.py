@@ -3,8 +3,10 @@
 import base64
 import binascii
 import collections
+import functools
 import io
 import json
+import os
 import posixpath
 import re
 from collections.abc import Iterable, Iterator
@@ -87,6 +89,8 @@ MAX_LINE_BYTES = 48 << 20
 """Longest line; a line of nothing but brackets takes thirty times as much memory when parsed."""
 
 SAMPLE_BYTES = 1 << 20
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
+"""What files in UTF-16 begin with, as spreadsheets write."""
 
 
 def named(source: str, paths: Iterable[str]) -> dict[str, str]:
@@ -122,12 +126,14 @@ def inside(source: str, path: str) -> str:
 def document_of(unit: Unit, image: str) -> str:
     """Returns the document of a record by its first image, as the record names it.
 
-    Files in subfolders name images from there: 1.png of two folders is two documents.
+    Files in subfolders name images from there: 1.png of two folders is two documents. A file is one
+    document however its path is spelt: as 1.png, ./1.png, or from the root.
     """
-    folder = filesystem.parent(unit.name)
-    if not folder or filesystem.is_remote(image) or image.startswith("data:"):
+    if filesystem.is_remote(image) or image.startswith("data:") or len(image) > MAX_PATH:
         return image
-    return posixpath.normpath(posixpath.join(folder, image)) if len(image) <= MAX_PATH else image
+    if posixpath.isabs(image) and not filesystem.is_remote(unit.path):
+        image = posixpath.relpath(image, os.path.abspath(filesystem.parent(unit.path) or "."))
+    return posixpath.normpath(posixpath.join(filesystem.parent(unit.name), image))
 
 
 def line_units(path: str, name: str = "") -> list[Unit]:
@@ -150,35 +156,76 @@ def json_objects(unit: Unit) -> Iterator[tuple[str, dict[str, Any]] | Rejection]
     Rejection.
     """
     name = unit.prefix
+    num_lines = 0
     # Reading begins a byte early: if that byte is a newline, a line begins at `start` itself and
     # must not be skipped.
     at = max(unit.start - 1, 0)
     with filesystem.open_buffered(unit.path, at) as file:
         if unit.start:
             at += _skip_line(file)
+        first = at
         while at < unit.stop:
             line = file.readline(MAX_LINE_BYTES)
             if not line:
                 return
             where = f"{name}-{at}"
             at = at + len(line)
+            num_lines += 1
             if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
                 at += _skip_line(file)  # its rest, in pieces, never whole in memory
                 yield Rejection(where, f"a line is too long (at most {MAX_LINE_BYTES:,} bytes)")
             elif line.strip():
-                yield parse_json(where, line)
+                item = parse_json(where, line)
+                if isinstance(item, Rejection):
+                    at_line = _lines_before(unit.path, first) + num_lines
+                    reason = item.reason.replace("no JSON object", "no JSON object a line", 1)
+                    item = Rejection(where, f"{reason[:-1]}; line {at_line:,})")
+                yield item
+
+
+class DoubleKey(ValueError):
+    """A key that stands twice in an object; the message is the key."""
 
 
 def parse_json(where: str, line: bytes) -> tuple[str, dict[str, Any]] | Rejection:
     """Returns (`where`, the object that `line` holds), or a Rejection if it is not one."""
     try:
         # Some editors write a byte order mark; json.loads refuses it.
-        value = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode())
+        text = line.removeprefix(b"\xef\xbb\xbf").decode()
+        value = json.loads(text, object_pairs_hook=_without_doubles)
     except UnicodeDecodeError as err:
-        return Rejection(where, f"invalid UTF-8 ({err.reason} at byte {err.start})")
+        hint = "; save the file as UTF-8" if line.startswith(UTF16) else ""
+        return Rejection(where, f"invalid UTF-8 ({err.reason} at byte {err.start}{hint})")
+    except json.JSONDecodeError as err:
+        return Rejection(where, f"no JSON object ({err.msg} at column {err.colno})")
+    except DoubleKey as err:
+        return Rejection(where, f"a key stands twice in an object ({err})")
     except (ValueError, RecursionError) as err:  # deeply nested brackets exhaust the stack
-        return Rejection(where, f"no JSON ({err})")
-    return (where, value) if isinstance(value, dict) else Rejection(where, "no JSON object")
+        return Rejection(where, f"no JSON object ({err})")
+    if not isinstance(value, dict):
+        return Rejection(where, f"no JSON object (a {type(value).__name__})")
+    return where, value
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns an object of JSON; raises DoubleKey where a key's first value would be lost."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        [(key, _)] = collections.Counter(key for key, _ in pairs).most_common(1)
+        raise DoubleKey(repr(key))
+    return found
+
+
+@functools.lru_cache(maxsize=4)
+def _lines_before(path: str, stop: int) -> int:
+    """Returns the number of lines of a file that begin before a byte; 1 less than the number of the
+    line that begins there. Only for messages: it reads all before it."""
+    count = 0
+    with filesystem.open_buffered(path, 0) as file:
+        while stop > 0 and (part := file.read(min(stop, SAMPLE_BYTES))):
+            count += part.count(b"\n")
+            stop -= len(part)
+    return count
 
 
 def _skip_line(file: io.BufferedReader) -> int:

@@ -13,6 +13,7 @@ from alignvlm_jax.ingest.formats.base import Raw, Reject, Rejection, Unit, optio
 
 KEYS = ("id", "document", "images", "turns", "lines", "meta")
 TURN_KEYS = ("question", "answers")
+WORD_KEYS = ("text", "box")
 MEANT = {
     "question": "turns[].question",
     "query": "turns[].question",
@@ -155,16 +156,19 @@ def _turn(fields: dict[str, Any]) -> Turn:
 def _pages(pages: Any) -> tuple:
     """Returns the words of all pages as nested tuples: pages, lines, words."""
     try:
-        # `**word` also refuses keys that are unknown or missing, with a TypeError.
-        return tuple(
-            tuple(tuple(_word(**word) for word in line) for line in page) for page in pages
-        )
+        return tuple(tuple(tuple(map(_word, line)) for line in page) for page in pages)
     except (TypeError, ValueError) as err:
         raise Reject(f"lines are not lists of lists of words with text and box ({err})") from err
 
 
-def _word(text: str, box: list[float]) -> Word:
+def _word(fields: Any) -> Word:
     """Returns a word; raises TypeError or ValueError if its text or its box is unusable."""
+    if not isinstance(fields, dict):
+        raise TypeError(f"a {type(fields).__name__} stands where a word should")
+    if missing := {*WORD_KEYS} - {*fields}:
+        raise ValueError(f"a word has no {' and no '.join(sorted(missing))}")
+    _check_keys(fields, WORD_KEYS, " of a word")
+    text, box = fields["text"], fields["box"]
     left, top, right, bottom = map(float, box)
     if not isinstance(text, str):
         raise TypeError("text is no text")

@@ -107,7 +107,7 @@ class Survey:
             return ""
         return (
             f"{shown(self.source)} holds {_counted('image', self.images)}, and records have "
-            f"{num_read:,}: those that no record names are not read"
+            f"{num_read:,}: those that no record names, or whose record is rejected, are not read"
         )
 
     def about_files(self, name: str) -> str:

@@ -35,7 +35,7 @@ def bomb(width: int, height: int) -> bytes:
 
 
 def test_a_record_without_fault_stays_as_it_is(png):
-    word = Word("Total", (0, 0, 1, 1))
+    word = Word("Total", (0, 0, 2, 1))
     good = record(png(), png(1, 9_999), lines=(((word,),), ()))
     assert checks.check(good) == good
     words_alone = record(png(), turns=(), lines=(((word,),),))

@@ -93,7 +93,24 @@ def test_image_paths_may_start_elsewhere(images, prepare, tmp_path):
         ({"turns": [{"question": None, "answers": ["a"]}]}, "question is no text"),
         ({"turns": [{"question": "q", "answers": {"a": 1}}]}, "answer is no text"),
         ({"id": ["x"], "turns": TURNS}, "id is no text"),
-        ({"images": ["scans/a.png"], "lines": [[{"text": "x"}]]}, "lines"),
+        ({"turns": [{"question": " ", "answers": ["a"]}]}, "^a question is empty$"),
+        ({"images": ["scans/a.png"], "lines": [[{"text": "x"}]]}, "a str stands where a word"),
+        ({"images": ["scans/a.png"], "lines": [[[{"text": "x"}]]]}, "a word has no box"),
+        (
+            {
+                "images": ["scans/a.png"],
+                "lines": [[[{"text": "x", "box": [0, 0, 1, 1], "font": 2}]]],
+            },
+            "unknown key 'font' of a word; known: text, box",
+        ),
+        (
+            {"images": ["scans/a.png"], "lines": [[[{"text": "far", "box": [90, 0, 95, 1]}]]]},
+            r"a word lies outside its image \(image 0 of 3 x 2 pixels: 'far' at \[90.0, 0.0",
+        ),
+        (
+            {"images": ["scans/a.png"], "lines": [[[{"text": "x", "box": [0.1, 0.2, 0.9, 1]}]]]},
+            r"boxes are fractions of the image, and pixels are needed \(image 0\)",
+        ),
         (
             {"images": ["scans/a.png"], "lines": [[[{"text": "x", "box": [0, 0, "nan", 1]}]]]},
             "no box",
@@ -118,6 +135,25 @@ def test_lines_that_cannot_be_parsed_shift_no_other(tmp_path, prepare):
     assert [record.id for record in prepared.records()] == ["good0", "good1", "good2", "good3"]
     assert len(prepared.rejected()) == len(bad)
     assert "invalid UTF-8" in prepared.rejected()[0]["reason"]
+
+
+@pytest.mark.parametrize("units", [1, 5])
+def test_a_line_that_cannot_be_read_is_named_by_its_number(tmp_path, prepare, monkeypatch, units):
+    monkeypatch.setattr(files, "UNIT_RECORDS", -(-12 // units))
+    good = json.dumps({"turns": TURNS})
+    twice = '{"turns": [], "id": "a", "turns": []}'
+    lines = [good, good + ",", "", *[good] * 5, "[1]", twice, "file,question,answer", good]
+    (tmp_path / "q.jsonl").write_text("\n".join(lines))
+    prepared = prepare(Jsonl(), tmp_path / "q.jsonl")
+    assert [line["reason"] for line in prepared.rejected()] == [
+        f"no JSON object a line (Extra data at column {len(good) + 1}; line 2)",
+        "no JSON object a line (a list; line 9)",
+        "a key stands twice in an object ('turns'; line 10)",
+        "no JSON object a line (Expecting value at column 1; line 11)",
+    ]
+    (tmp_path / "wide.jsonl").write_text(good, encoding="utf-16")
+    with pytest.raises(UserError, match=r"save the file as UTF-8; line 1\)"):
+        prepare(Jsonl(), tmp_path / "wide.jsonl")
 
 
 @pytest.mark.parametrize("step", [1, 7, 50, 1000])
