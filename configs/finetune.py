@@ -35,7 +35,9 @@ def get_config(folder: str) -> ml_collections.ConfigDict:
     (*_, last) = config_lib.current_form(json.loads(path.read_text()))
     config_lib.set_model(config.model, last["model"])
     config.model.remat = "full"
-    config.data.tokenizer = last["data"]["tokenizer"]
+    # What `convert` wrote has it with it, wherever it was moved and from wherever it is read.
+    beside = path.parent / "tokenizer"
+    config.data.tokenizer = str(beside) if beside.is_dir() else last["data"]["tokenizer"]
     config.data.dir = demo.DATA
     config.data.max_tiles = 1
     config.data.use_overview = False

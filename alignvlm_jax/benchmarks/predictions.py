@@ -293,6 +293,8 @@ def collect(
         done = len(writer.predictions.rows)
         with _progress_bar(things) as bar:
             shown = bar.add_task(name, total=count, completed=done)
+            if not (bar.disable or bar.console.is_terminal):  # There a bar is a line at the end.
+                bar.console.print(f"{name}: {count - done:,} of {count:,} {things} to go")
             for made in make(done):
                 writer.append(made)
                 bar.advance(shown, len(made))
@@ -363,10 +365,8 @@ def _progress_bar(things: str) -> progress.Progress:
 
 
 def write_submission(path: Path, result: Predictions, task: Task) -> None:
-    """Writes predictions as a JSON array of ids and answers, for the server of a benchmark.
-
-    Ids of digits alone are written as numbers.
-    """
+    """Writes predictions as a JSON array of ids, those of digits alone as numbers, and answers, for
+    the server of a benchmark."""
     id_name, answer_name = task.submission
     entries = [
         {

@@ -6,6 +6,7 @@ The second runs the config file and so imports Flax.
 
 import dataclasses
 import difflib
+import re
 import typing
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,11 @@ def _load(file_and_arg: str) -> ml_collections.ConfigDict:
         values([""])
         return holder.value
     except Exception as err:  # a config file is Python, and may raise anything
+        missing = re.search(r"get_config\(\) missing .*: '(\w+)'$", _last_line(err))
+        if missing:
+            raise UserError(
+                f"config {path} needs an argument: --config={path}:{missing[1].upper()}"
+            ) from err
         raise UserError(f"config file {file_and_arg} failed: {_last_line(err)}") from err
 
 

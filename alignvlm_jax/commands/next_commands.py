@@ -78,7 +78,9 @@ def checkpoint(tokenizer: str) -> str:
                 json.loads(Path(folder, "config.json").read_text())
             )
             data = last["data"]
-            if tokenizers.load(data["tokenizer"] or data["dir"]).fingerprint == wanted:
+            beside = Path(folder, tokenizers.CONVERTED)
+            named = str(beside) if beside.is_dir() else data["tokenizer"] or data["dir"]
+            if tokenizers.load(named).fingerprint == wanted:
                 return folder
         except (OSError, ValueError, TypeError, KeyError, AttributeError, UserError):
             continue  # it is no checkpoint of ours, or its tokenizer is gone

@@ -175,6 +175,7 @@ def _drop_held_out(outputs: Sequence[UnitOutput], dropped: Dropped, move: Move |
     """Drops the records for training an image of which is, byte for byte, one of validation: copies
     of a file, or documents that share it. Those of parts that an earlier version began stay."""
     held: set[int] = set()
+    # Two passes: in the order of the source a record of validation may come after its copies.
     for is_first in (True, False):
         for number, output in enumerate(outputs):
             for line, (_, split, *place) in enumerate(read_lines(output.ids)):

@@ -51,6 +51,8 @@ def _check_is_ours(out: Path) -> None:
     wrote. Among other files shards would be lost, and those among them."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out={out} is a file; take a folder, or a new name")
+    # One name that only `prepare` writes will do: a folder of ours in which somebody has left notes
+    # is still ours.
     found = sorted(path.name for path in out.iterdir()) if out.exists() else []
     if found and not any(name.endswith(OURS) or name.startswith(PARTIAL) for name in found):
         shown = ", ".join(found[:MAX_SHOWN]) + (", ..." if found[MAX_SHOWN:] else "")

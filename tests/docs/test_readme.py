@@ -98,8 +98,8 @@ def folder(tmp_path, trained_workdir, published, data_dir, monkeypatch) -> Path:
     (tmp_path / "weights").mkdir()
     convert_to(tmp_path / "weights" / "smollm2", published)
     (tmp_path / "FOLDER").mkdir()
-    page = make_pdf.pdf([make_pdf.text(20, 100, "Total 12.50")])
     for name in ("FILE", "a", "b"):
+        page = make_pdf.pdf([make_pdf.text(20, 100, f"Total of {name} 12.50")])
         (tmp_path / "FOLDER" / f"{name}.pdf").write_bytes(page)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -143,8 +143,8 @@ def test_the_schema_of_own_questions_is_read(folder):
     own = folder / "own"
     own.mkdir()
     (own / "own.jsonl").write_text(block)
-    for line in block.splitlines():
-        Image.new("RGB", (120, 60), "white").save(own / json.loads(line)["images"][0])
+    for shade, line in enumerate(block.splitlines()):
+        Image.new("L", (120, 60), 255 - shade).save(own / json.loads(line)["images"][0])
     tokenizer = "--tokenizer=weights/smollm2/tokenizer"
     assert program.main(["prepare", f"--source={own}", "--out=data/own", tokenizer]) == 0
     assert json.loads(Path("data/own/prepare.json").read_text())["format"] == "jsonl"

@@ -451,6 +451,21 @@ def test_what_is_held_out_is_not_trained_on_under_another_name(tmp_path, prepare
     assert len(reasons) <= 4 * len({*seen["validation"]})
 
 
+def test_a_folder_with_other_files_is_not_written_to(source, prepare, tmp_path):
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "notes.txt", "tokenizer.json", "weights.npz"):
+        (tmp_path / "model" / name).touch()
+    with pytest.raises(UserError, match=r"holds other files \(config\.json, notes\.txt, token"):
+        prepare(Jsonl(), source, out="model")
+    with pytest.raises(UserError, match=r"data\.jsonl is a file"):
+        prepare(Jsonl(), source, out="data.jsonl")
+    # One that is ours may hold notes.
+    folder = prepare(Jsonl(), source, out="out").folder
+    (folder / "notes.txt").touch()
+    (folder / "prepare.json").unlink()
+    assert prepare(Jsonl(), source, out="out").records()
+
+
 def test_questions_without_an_answer_are_told_though_their_record_stays(source, prepare):
     objects = [one(number) for number in range(6)]
     for answers in ([""], [], None):

@@ -104,6 +104,7 @@ def _check_boxes(words: list[Word], size: tuple[int, int], number: int) -> None:
     width, height = size
     for word in words:
         left, top, right, bottom = word.box
+        # A box that reaches over the border, as OCR's often do, is cut where it is used.
         if right < 0 or bottom < 0 or left > width or top > height:
             raise Reject(
                 f"a word lies outside its image (image {number} of {width} x {height} pixels: "

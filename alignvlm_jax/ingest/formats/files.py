@@ -221,6 +221,7 @@ def _lines_before(path: str, stop: int) -> int:
     """Returns the number of lines of a file that begin before a byte; 1 less than the number of the
     line that begins there. Only for messages: it reads all before it."""
     count = 0
+    # In pieces: a file may be larger than the memory.
     with filesystem.open_buffered(path, 0) as file:
         while stop > 0 and (part := file.read(min(stop, SAMPLE_BYTES))):
             count += part.count(b"\n")

@@ -168,7 +168,8 @@ def _word(fields: Any) -> Word:
     if missing := {*WORD_KEYS} - {*fields}:
         raise ValueError(f"a word has no {' and no '.join(sorted(missing))}")
     _check_keys(fields, WORD_KEYS, " of a word")
-    text, box = fields["text"], fields["box"]
+    text = fields["text"]
+    box = fields["box"]
     left, top, right, bottom = map(float, box)
     if not isinstance(text, str):
         raise TypeError("text is no text")
