@@ -192,7 +192,7 @@ def _lacking(out: Path, tasks: Mapping[str, Collection[str]]) -> list[str]:
     if not validation:
         return [_without_validation(out)]
     if not train:
-        return ["train: none, all is held out; take a smaller --holdout"]
+        return ["train: none, all is held out or shows its images; take a smaller --holdout"]
     return [
         f"{split}: no record has text for {task}, which {other} has; another --holdout may help"
         for split, here, other, there in (

@@ -25,6 +25,7 @@ from alignvlm_jax.ingest.formats.base import Raw, Reject, Rejection, Unit, optio
 from alignvlm_jax.ingest.formats.pdf import lines as lines_lib
 from alignvlm_jax.ingest.formats.pdf import tables as tables_lib
 from alignvlm_jax.ingest.formats.pdf import words as words_lib
+from alignvlm_jax.ingest.formats.pdf.sandbox import Sandbox
 from alignvlm_jax.ingest.formats.pdf.tables import Table
 from alignvlm_jax.ingest.formats.pdf.words import PlacedWord
 
@@ -41,6 +42,10 @@ NO_TEXT = (
     "no text layer: run OCR first, `ocrmypdf IN.pdf OUT.pdf`, or give questions about page images, "
     "--format=jsonl"
 )
+
+
+_sandbox = Sandbox()
+"""The process in which this one opens and draws PDFs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +113,7 @@ of its pages (--format=jsonl)."""
     def raws(self, unit: Unit) -> Iterator[Raw | Rejection]:
         """Yields the pages of a range, without drawing them; see `Format.raws`."""
         try:
-            with LOCK:
-                stop = len(_open(unit.path)) if unit.stop < 0 else unit.stop
+            stop = _sandbox.call(count_pages, unit.path) if unit.stop < 0 else unit.stop
         except Reject as err:
             yield Rejection(unit.name, str(err))
             return
@@ -122,27 +126,37 @@ of its pages (--format=jsonl)."""
         """Returns the record of a page: draws it, and reads its words and tables.
 
         Raises:
-          Reject: the page cannot be read or drawn, shows something but has no words, or too few of
-            its words have Unicode.
+          Reject: the page cannot be read or drawn, takes too much time or memory, shows something
+            but has no words, or too few of its words have Unicode.
         """
-        # The lock, since a runner of `prepare` may have several threads.
-        with LOCK, _open_page(raw.fields["path"], raw.fields["page"]) as page:
-            drawn = pdf_lib.draw(page, self.dpi)
-            words, num_unreadable = words_lib.read_words(
-                page, drawn.to_pixels, np.asarray(drawn.image.convert("L"))
-            )
-            # Under the lock, too: the objects of a page are pdfium's.
-            tables = tables_lib.find_tables(page, drawn.to_pixels, drawn.scale)
-        num_words = len(words) + num_unreadable
-        # A transcription with many gaps would teach the model to skip what it sees.
-        if num_unreadable > MAX_UNREADABLE * num_words:
-            raise Reject(f"words without Unicode ({num_unreadable:,} of {num_words:,})")
-        # A page of one colour is blank, which is no fault of the text layer.
-        if not num_words and pdf_lib.is_marked(drawn.image):
-            raise Reject(NO_TEXT)
-        lines = lines_lib.read_lines(words, tables)
-        turns = _turns(words, tables)
-        return Record(raw.id, "pdf", (pdf_lib.encode(drawn.image),), turns, (lines,))
+        return _sandbox.call(record_of, self, raw)
+
+
+def record_of(form: Pdf, raw: Raw) -> Record:
+    """Returns the record of a page, as `Pdf.record`, in the process that calls it."""
+    with LOCK, _open_page(raw.fields["path"], raw.fields["page"]) as page:
+        drawn = pdf_lib.draw(page, form.dpi)
+        words, num_unreadable = words_lib.read_words(
+            page, drawn.to_pixels, np.asarray(drawn.image.convert("L"))
+        )
+        # Under the lock, too: the objects of a page are pdfium's.
+        tables = tables_lib.find_tables(page, drawn.to_pixels, drawn.scale)
+    num_words = len(words) + num_unreadable
+    # A transcription with many gaps would teach the model to skip what it sees.
+    if num_unreadable > MAX_UNREADABLE * num_words:
+        raise Reject(f"words without Unicode ({num_unreadable:,} of {num_words:,})")
+    # A page of one colour is blank, which is no fault of the text layer.
+    if not num_words and pdf_lib.is_marked(drawn.image):
+        raise Reject(NO_TEXT)
+    lines = lines_lib.read_lines(words, tables)
+    turns = _turns(words, tables)
+    return Record(raw.id, "pdf", (pdf_lib.encode(drawn.image),), turns, (lines,))
+
+
+def count_pages(path: str) -> int:
+    """Returns the number of pages of a file; raises Reject if it cannot be read."""
+    with LOCK:
+        return len(_open(path))
 
 
 @functools.lru_cache(maxsize=2)
@@ -171,8 +185,7 @@ def _open_page(path: str, page: int) -> Iterator[pypdfium2.PdfPage]:
 def _num_pages(path: str) -> int:
     """Returns the number of pages of a file; 0 if it cannot be read (`raws` says why)."""
     try:
-        with LOCK:
-            return len(_open(path))
+        return _sandbox.call(count_pages, path)
     except Reject:
         return 0
 

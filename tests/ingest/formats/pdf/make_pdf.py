@@ -107,6 +107,24 @@ def encrypted() -> bytes:
     return pdf([text(20, 100, "secret")]).replace(b"/Root", f"{locked} /Root".encode())
 
 
+def endless() -> bytes:
+    """A PDF of a page that takes for ever: pdfium draws 90,000 million tiles of a pattern."""
+    return _assemble(
+        [
+            "<< /Type /Catalog /Pages 2 0 R >>",
+            "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+            "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 300 300] /Contents 4 0 R /Resources << "
+            "/Pattern << /P 5 0 R >> >> >>",
+            _stream("/Pattern cs /P scn 0 0 300 300 re f"),
+            _stream(
+                "0 0 1 1 re f",
+                "/Type /Pattern /PatternType 1 /PaintType 1 /TilingType 1 /BBox [0 0 1 1] "
+                "/XStep 0.001 /YStep 0.001 /Resources << >>",
+            ),
+        ]
+    )
+
+
 def _assemble(objects: list[str]) -> bytes:
     data = b"%PDF-1.7\n"
     offsets = []
