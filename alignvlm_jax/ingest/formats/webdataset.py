@@ -148,6 +148,10 @@ def _members(unit: Unit) -> Iterator[tuple[str, str, bytes] | Rejection]:
                 stem, _, ending = name.partition(".")
                 ending = ending.lower()
                 if ending not in (*IMAGES, *TEXTS):
+                    # An image or a text under a longer ending is no part of a pair, and is told.
+                    if ending.rpartition(".")[2] in (*IMAGES, *TEXTS):
+                        reason = f"an ending that is not read (.{ending}, from the first dot on)"
+                        yield Rejection(member.name, reason)
                     continue
                 if reason := _reason_against(
                     member, files.MAX_BYTES if ending in IMAGES else MAX_TEXT_BYTES

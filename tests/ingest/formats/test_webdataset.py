@@ -38,6 +38,19 @@ def test_images_with_captions(tmp_path, prepare, png):
     assert second.id == "00000/a/001" and second.images == (png(),)
 
 
+def test_a_member_of_a_longer_ending_is_told(tmp_path, prepare, png):
+    """From the first dot on, as the library of that name has it: scan.v2.jpg is no .jpg."""
+    members = [("scan.v2.png", png()), ("scan.v2.txt", b"x"), ("0.png", png()), ("0.txt", b"x")]
+    members += [("0.seg.png", png()), ("0.left.npy", b"")]
+    prepared = prepare(WebDataset(), write(tmp_path / "a.tar", members))
+    assert [record.id for record in prepared.records()] == ["a/0"]
+    assert prepared.reasons() == {
+        "scan.v2.png": "an ending that is not read (.v2.png, from the first dot on)",
+        "scan.v2.txt": "an ending that is not read (.v2.txt, from the first dot on)",
+        "0.seg.png": "an ending that is not read (.seg.png, from the first dot on)",
+    }
+
+
 def test_names_may_come_again_in_other_files(tmp_path, prepare, png):
     for name in ("a.tar", "b.tar.gz"):
         write(
