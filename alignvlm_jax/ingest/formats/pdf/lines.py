@@ -10,6 +10,8 @@ from alignvlm_jax.ingest.formats.pdf.words import SIDEWAYS, PlacedWord
 Line = list[PlacedWord]
 Block = list[Line]
 
+MAX_BLOCK_GAP = 0.5
+"""Largest gap between two lines of a block, as a fraction of the height of the page's text."""
 MAX_BLOCKS = 500
 """Most blocks that are sorted, because the time grows with the square of their number.
 
@@ -145,7 +147,8 @@ def _in_order(line: Line) -> Line:
 def _from_the_top(lines: list[Line]) -> list[Block]:
     """Returns the lines as blocks, so that no block comes before one that stands wholly above it.
 
-    A block ends where the content goes on further up the page, as in the next column. Apart from
+    A block ends where the content goes on further up the page, as in the next column, or across
+    most of the page. Apart from
     that, blocks keep the order of the content; so do all lines of a page that is shown sideways,
     where what is above says nothing about what comes first.
     """
@@ -153,8 +156,14 @@ def _from_the_top(lines: list[Line]) -> list[Block]:
     if sum(placed.is_vertical for placed in words) > SIDEWAYS * len(words):
         return [lines]
     blocks: list[Block] = []
+    # Header and footer are often written one after the other, last of all: one block of them would
+    # stand above nothing.
+    _, top, _, bottom = _bounds(lines) if lines else (0, 0, 0, 0)
+    most = MAX_BLOCK_GAP * (bottom - top)
     for line in lines:
-        if blocks and line[0].word.box[1] >= blocks[-1][-1][0].word.box[1]:
+        last = blocks[-1][-1][0].word.box if blocks else None
+        start = line[0].word.box[1]
+        if last and start >= last[1] and start - last[3] <= most:
             blocks[-1].append(line)
         else:
             blocks.append([line])

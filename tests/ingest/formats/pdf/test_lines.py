@@ -18,6 +18,9 @@ COLUMNS = [line for _, _, line in LEFT + RIGHT]
         ([(150, 185, "head"), *LEFT, *RIGHT, (150, 10, "7")], ["head", *COLUMNS, "7"]),
         # The page's number and head come first or last in many files.
         ([(150, 10, "7"), *LEFT, *RIGHT, (20, 185, "a head")], ["a head", *COLUMNS, "7"]),
+        # Both last, as browsers print them.
+        ([*LEFT, *RIGHT, (20, 185, "a head"), (150, 10, "7")], ["a head", *COLUMNS, "7"]),
+        ([*LEFT, *RIGHT, (20, 185, "head"), (150, 185, "date"), (20, 10, "at"), (150, 10, "7")], ["head date", *COLUMNS, "at 7"]),
         # A note that is written first stays in its column.
         ([(20, 60, "note"), (20, 45, "in two"), *LEFT, *RIGHT[:2]], [*COLUMNS[:4], "note", "in two", *COLUMNS[4:6]]),
         # Pieces of a line, also those that come from right to left.
