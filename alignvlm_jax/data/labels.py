@@ -1,5 +1,6 @@
 """Patch labels: the tokens that each patch shows, weighted by their area within the patch."""
 
+import unicodedata
 from collections.abc import Iterable
 
 import numpy as np
@@ -59,20 +60,28 @@ def token_boxes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the tokens of all words, int32 [M], and their boxes on the page, float32 [M, 4].
 
-    A token reaches from the left edge of its first character to the right edge of its last, and is
-    as high as its word.
+    A token reaches from the edge where its first character begins to that where its last ends, and
+    is as high as its word.
     """
     ids = []
     boxes = []
     for line in lines:
         for word in line:
             left, top, right, bottom = word.box
+            # Hebrew and Arabic begin at the right.
+            ends = (right, left) if is_from_the_right(word.text) else (left, right)
             # len(text) + 1 edges; without known ones characters are taken as equally wide.
-            edges = word.edges or np.linspace(left, right, len(word.text) + 1)
+            edges = word.edges or np.linspace(*ends, len(word.text) + 1)
             for token, start, end in tokenizer.token_offsets(word.text):
                 ids.append(token)
-                boxes.append((edges[start], top, edges[end], bottom))
+                sides = sorted((edges[start], edges[end]))
+                boxes.append((sides[0], top, sides[1], bottom))
     return np.array(ids, np.int32), np.array(boxes, np.float32).reshape(-1, 4)
+
+
+def is_from_the_right(text: str) -> bool:
+    """Whether a word is of a script that is written from right to left, by its first letter."""
+    return unicodedata.bidirectional(text[0]) in ("R", "AL") if text else False
 
 
 def _tile_labels(ids, boxes, crop, scale, space_id: int, vision: VisionConfig, k: int):

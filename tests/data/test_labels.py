@@ -113,3 +113,17 @@ def test_a_page_without_words_is_blank(tokenizer):
     assert (ids == tokenizer.space_id).all()
     np.testing.assert_array_equal(weights, np.broadcast_to([1, 0, 0], weights.shape))
     np.testing.assert_allclose(loss_weights, 0.2)
+
+
+def test_a_word_from_right_to_left_begins_at_its_right(tokenizer):
+    """Its characters were laid out from the left: the last letter was labelled with the first."""
+    word = Word("אבג 12", (0.0, 0.0, 60.0, 10.0))
+    ids, boxes = labels.token_boxes([[word]], tokenizer)
+    spans = {
+        start: box
+        for (_, start, _), box in zip(tokenizer.token_offsets(word.text), boxes, strict=True)
+    }
+    assert len(ids) == len(boxes) and spans[0][2] == 60
+    lefts = [spans[start][0] for start in sorted(spans)]
+    assert lefts == sorted(lefts, reverse=True) and (boxes[:, 0] <= boxes[:, 2]).all()
+    assert labels.token_boxes([[Word("abc", word.box)]], tokenizer)[1][0, 0] == 0

@@ -1,8 +1,8 @@
 """Reading order: joins the words of a PDF page to lines, top to bottom and column by column."""
 
 import bisect
-import unicodedata
 
+from alignvlm_jax.data.labels import is_from_the_right
 from alignvlm_jax.data.record import Box, Word
 from alignvlm_jax.ingest.formats.pdf.tables import Table
 from alignvlm_jax.ingest.formats.pdf.words import SIDEWAYS, PlacedWord
@@ -137,10 +137,7 @@ def _in_order(line: Line) -> Line:
     Lines that run up or down the page, and those with Hebrew or Arabic, keep the order of the
     content.
     """
-    keeps_order = any(
-        placed.is_vertical or unicodedata.bidirectional(placed.word.text[0]) in ("R", "AL")
-        for placed in line
-    )
+    keeps_order = any(placed.is_vertical or is_from_the_right(placed.word.text) for placed in line)
     return line if keeps_order else sorted(line, key=lambda placed: placed.word.box[0])
 
 
