@@ -20,6 +20,7 @@ def get_config(folder: str = "weights/smollm2") -> ml_collections.ConfigDict:
     config.name = "trial"
     # CPUs compute in float32: bfloat16 is emulated.
     config.model.dtype = "float32"
+    config.model.remat = "none"
     config.data.record_tiles = 1
     config.data.max_tiles = 1
     config.data.seq_len = 1_024
