@@ -32,6 +32,7 @@ def get_config(folder: str = "weights/smollm2") -> ml_collections.ConfigDict:
     config.optim.warmup_steps = 2
     config.optim.learning_rate = 1e-3
     config.eval.num_questions = 8
+    config.eval.batch_size = 8
     config.eval.max_new_tokens = 16
     for stage in config.stages.values():
         stage.train = {}

@@ -1,9 +1,9 @@
 """Images: decodes files of any format to RGB, and cuts a page into the encoder's tiles."""
 
+import contextlib
 import dataclasses
 import functools
 import io
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,6 +20,11 @@ MIN_COVERAGE = 0.9
 
 ORIENTATION = 0x0112
 """EXIF's tag of the orientation; with values 5 to 8, height and width change places."""
+SIXTEEN_BITS = ("PPM", "PNG")
+"""File formats that have no wider integers, though Pillow opens some of them as such."""
+NEW_SUBFILE_TYPE = 254
+REDUCED = 1
+"""Bit of a TIFF frame's kind: it is another one at a lower resolution."""
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -66,12 +71,12 @@ def decode_image(data: bytes, name: str, page: int = 1) -> Image.Image:
         with Image.open(io.BytesIO(data)) as image:
             # Before the pixels: `seek` leaves those of the page before.
             if page != 1:
-                if page > (pages := num_pages(image)) or page < 1:
-                    has = f"its pages are 1 to {pages}" if pages > 1 else "it is an image"
+                frames = page_frames(image)
+                if not 1 <= page <= len(frames):
+                    has = f"its pages are 1 to {len(frames)}" if frames[1:] else "it is an image"
                     raise UserError(f"{name} has no page {page}: {has}")
-                image.seek(page - 1)
-            image.load()
-            return _to_rgb(_upright(image))
+                image.seek(frames[page - 1])
+            return as_rgb(image)
     except UnidentifiedImageError as err:
         raise UserError(f"cannot read image {name}: no known image format") from err
     except BAD_IMAGE as err:
@@ -98,9 +103,20 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
     return (width, height) if is_turned else (height, width)
 
 
-def num_pages(image: Image.Image) -> int:
-    """Returns the number of pages of an open image file: a TIFF has as many as it has frames."""
-    return getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+def page_frames(image: Image.Image) -> list[int]:
+    """Returns the numbers of the frames of an open image file that are pages: of a TIFF all but
+    those that are said to be small copies of another, of other kinds the first."""
+    found = [0]
+    if image.format != "TIFF":
+        return found
+    # Where the next frame lies may be wrong, and the first be whole all the same.
+    with contextlib.suppress(Exception):
+        for frame in range(1, image.n_frames):
+            image.seek(frame)
+            if not image.tag_v2.get(NEW_SUBFILE_TYPE, 0) & REDUCED:
+                found.append(frame)
+    image.seek(0)
+    return found
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -114,7 +130,7 @@ def _orientation(image: Image.Image) -> int:
     # This tag alone is read, and nothing written: many a photo has a wrong value in some other tag,
     # on which ImageOps.exif_transpose fails.
     try:
-        return image.getexif().get(ORIENTATION, 1)
+        return int(image.getexif().get(ORIENTATION, 1))
     except Exception:
         return 1
 
@@ -139,44 +155,11 @@ def load_page(path: str | Path, page: int = 1, dpi: float = pdf.DPI) -> Image.Im
     return decode_image(data, str(path), page)
 
 
-def open_page(
-    source: str | Path | Image.Image | np.ndarray, page: int = 1, dpi: float = pdf.DPI
-) -> Image.Image:
-    """Returns a page as RGB, from a file or from an image in memory.
-
-    Args:
-      source: a path, as for `load_page`; a Pillow image; or an array, uint8 [Y, X] or [Y, X, C]
-        with C of 1, 3 or 4.
-      page: number of the page of a PDF file, from 1.
-      dpi: pixels an inch at which a PDF page is drawn.
-
-    Raises:
-      UserError: the file cannot be read, there is no such page, or an array is no image.
-    """
-    if isinstance(source, str | os.PathLike):
-        return load_page(source, page, dpi)
-    if page != 1:
-        raise UserError(f"an image in memory has no page {page}")
-    if isinstance(source, np.ndarray):
-        channels = source.shape[2:] or (1,)
-        if (
-            source.dtype != np.uint8
-            or source.ndim not in (2, 3)
-            or channels[0] not in (1, 3, 4)
-            or not source.size
-        ):
-            raise UserError(
-                f"an array of {source.dtype} {list(source.shape)} is no image: uint8 [Y, X] or "
-                "[Y, X, 1, 3 or 4] is"
-            )
-        source = Image.fromarray(
-            source[..., 0] if source.ndim == 3 and channels == (1,) else source
-        )
-    if not isinstance(source, Image.Image):
-        raise UserError(
-            f"a {type(source).__name__} is no image: a path, a PIL image or a NumPy array is"
-        )
-    return _to_rgb(_upright(source))
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Returns an image in memory as `decode_image` returns that of a file."""
+    # Pillow turns a TIFF as it loads it; until then its EXIF says otherwise.
+    image.load()
+    return _to_rgb(_upright(image), image.format)
 
 
 def choose_grids(
@@ -324,9 +307,9 @@ def _gray_of_floats(image: Image.Image) -> np.ndarray:
     return levels
 
 
-def _gray_of_integers(image: Image.Image) -> np.ndarray:
+def _gray_of_integers(image: Image.Image, file_format: str | None) -> np.ndarray:
     """Returns the gray levels of an image of 32-bit integers, uint8 [Y, X]: as they are up to 255,
-    and up to 65,535 the upper byte of 16 bits.
+    and up to 65,535 the upper byte of 16 bits, which those of `SIXTEEN_BITS` always have.
 
     Raises:
       UserError: a level is outside of these.
@@ -340,11 +323,12 @@ def _gray_of_integers(image: Image.Image) -> np.ndarray:
             f"an image of 32-bit integers from {least} to {most}; they must be from 0 to 255, or "
             "to 65535"
         )
-    return (levels if most <= 255 else levels >> 8).astype(np.uint8)
+    has_8_bits = most <= 255 and file_format not in SIXTEEN_BITS
+    return (levels if has_8_bits else levels >> 8).astype(np.uint8)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Returns an image of any mode as RGB.
+def _to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
+    """Returns an image of any mode, from a file of this format, as RGB.
 
     Pillow's own conversion would clip 16-bit gray to 8 bits and compose transparency on black.
     """
@@ -352,7 +336,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         # The upper of two bytes.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode == "I":
-        image = Image.fromarray(_gray_of_integers(image))
+        image = Image.fromarray(_gray_of_integers(image, file_format))
     elif image.mode in PREMULTIPLIED:
         image = image.convert(PREMULTIPLIED[image.mode])
     elif image.mode == "F":

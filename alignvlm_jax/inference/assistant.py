@@ -129,7 +129,7 @@ class Assistant:
         return lens
 
     def _open(self, image: Page, page: int) -> Image.Image:
-        opened = images.open_page(image, page, self.loaded.pdf_dpi)
+        opened = loading.open_page(image, page, self.loaded.pdf_dpi)
         if problem := problem_with(self.loaded, opened):
             self._warn(problem)
         return opened

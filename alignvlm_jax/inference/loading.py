@@ -114,6 +114,46 @@ def load_page(path: Path, image: Path, page: int) -> Image.Image:
     return images.load_page(image, page, pdf_dpi(load_metadata(path)))
 
 
+def open_page(
+    source: str | Path | Image.Image | np.ndarray, page: int = 1, dpi: float = pdf.DPI
+) -> Image.Image:
+    """Returns a page as RGB, from a file or from an image in memory.
+
+    Args:
+      source: a path, as for `images.load_page`; a Pillow image; or an array, uint8 [Y, X] or
+        [Y, X, C] with C of 1, 3 or 4.
+      page: number of the page of a PDF file, from 1.
+      dpi: pixels an inch at which a PDF page is drawn.
+
+    Raises:
+      UserError: the file cannot be read, there is no such page, or an array is no image.
+    """
+    if isinstance(source, str | os.PathLike):
+        return images.load_page(source, page, dpi)
+    if page != 1:
+        raise UserError(f"an image in memory has no page {page}")
+    if isinstance(source, np.ndarray):
+        channels = source.shape[2:] or (1,)
+        if (
+            source.dtype != np.uint8
+            or source.ndim not in (2, 3)
+            or channels[0] not in (1, 3, 4)
+            or not source.size
+        ):
+            raise UserError(
+                f"an array of {source.dtype} {list(source.shape)} is no image: uint8 [Y, X] or "
+                "[Y, X, 1, 3 or 4] is"
+            )
+        source = Image.fromarray(
+            source[..., 0] if source.ndim == 3 and channels == (1,) else source
+        )
+    if not isinstance(source, Image.Image):
+        raise UserError(
+            f"a {type(source).__name__} is no image: a path, a PIL image or a NumPy array is"
+        )
+    return images.as_rgb(source)
+
+
 def load(path: Path, config: Config) -> Loaded:
     """Loads a model.
 

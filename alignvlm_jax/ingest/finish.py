@@ -172,8 +172,9 @@ def _move(outputs: Sequence[UnitOutput], dropped: Dropped, holdout: float) -> Mo
 
 
 def _drop_held_out(outputs: Sequence[UnitOutput], dropped: Dropped, move: Move | None) -> None:
-    """Drops the records for training an image of which is, byte for byte, one of validation: copies
-    of a file, or documents that share it. Those of parts that an earlier version began stay."""
+    """Drops the records for training all of whose images are, byte for byte, some of validation:
+    copies of a file, or documents that share it. One image among others, as a blank page, drops
+    none."""
     held: set[int] = set()
     # Two passes: in the order of the source a record of validation may come after its copies.
     for is_first in (True, False):
@@ -185,7 +186,7 @@ def _drop_held_out(outputs: Sequence[UnitOutput], dropped: Dropped, move: Move |
                 split = move.target if move and document == move.document else split
                 if is_first and split == "validation":
                     held.update(hashes)
-                elif not is_first and split == "train" and not held.isdisjoint(hashes):
+                elif not is_first and split == "train" and hashes and held.issuperset(hashes):
                     dropped[number][line] = "its image is one of validation"
         if not held:
             return

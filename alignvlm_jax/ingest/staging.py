@@ -53,7 +53,9 @@ def _check_is_ours(out: Path) -> None:
         raise UserError(f"--out={out} is a file; take a folder, or a new name")
     # One name that only `prepare` writes will do: a folder of ours in which somebody has left notes
     # is still ours.
-    found = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    names = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    # Not what desktops leave in every folder, as .DS_Store.
+    found = [name for name in names if name.startswith(PARTIAL) or not name.startswith(".")]
     if found and not any(name.endswith(OURS) or name.startswith(PARTIAL) for name in found):
         shown = ", ".join(found[:MAX_SHOWN]) + (", ..." if found[MAX_SHOWN:] else "")
         raise UserError(f"--out={out} holds other files ({shown}); take a new folder")

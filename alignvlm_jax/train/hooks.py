@@ -232,11 +232,13 @@ def _telling(say: Callable[[str], None]) -> Iterator[None]:
         while number := heard.recv(1):
             if number[0] not in SIGNALS:
                 continue
-            if is_first:
-                say("told to stop: after this step, with a checkpoint")
-                is_first = False
+            # The others first: the terminal may be gone.
             if jax.process_count() > 1:
                 exchange.say(f"{STOP_FOLDER}/{jax.process_index()}", number[0])
+            if is_first:
+                is_first = False
+                with contextlib.suppress(OSError, ValueError):
+                    say("told to stop: after this step, with a checkpoint")
 
     thread = threading.Thread(target=tell, name="stop", daemon=True)
     thread.start()

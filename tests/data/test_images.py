@@ -2,7 +2,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin, features
+from PIL import Image, PngImagePlugin, TiffImagePlugin, features
 
 from alignvlm_jax import presets
 from alignvlm_jax.config import VisionConfig
@@ -223,26 +223,6 @@ def test_a_damaged_avif_is_a_user_error():
             assert "cannot read image a.avif" in str(error)
 
 
-def test_images_in_memory_are_pages_as_files_are(tmp_path):
-    rgb = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
-    Image.fromarray(rgb).save(tmp_path / "page.png")
-    for source in (rgb, Image.fromarray(rgb), tmp_path / "page.png", str(tmp_path / "page.png")):
-        np.testing.assert_array_equal(np.asarray(images.open_page(source)), rgb)
-    gray = rgb[..., 0]
-    for source in (gray, gray[..., None], Image.fromarray(gray)):
-        np.testing.assert_array_equal(
-            np.asarray(images.open_page(source)), np.stack([gray] * 3, -1)
-        )
-    # Transparency is white, as in files.
-    clear = np.concatenate([rgb, np.zeros((6, 4, 1), np.uint8)], -1)
-    assert (np.asarray(images.open_page(clear)) == 255).all()
-    with pytest.raises(UserError, match="in memory has no page 2"):
-        images.open_page(rgb, 2)
-    for wrong in (rgb.astype(np.float32), rgb[:0], rgb[0, 0], rgb[None]):
-        with pytest.raises(UserError, match="is no image"):
-            images.open_page(wrong)
-
-
 @pytest.mark.parametrize(
     ("levels", "told"),
     [([0, 255], "from 0 to 255"), ([-0.1, 1], "from -0.1"), ([0, np.nan], "nan")],
@@ -305,7 +285,7 @@ def test_colours_multiplied_by_opacity_are_composed_on_white(mode):
     straight = Image.new("RGBA", (4, 4), (100, 100, 100, 128))
     image = straight.convert("RGBa") if mode == "RGBa" else straight.convert("LA").convert("La")
     # 100 at half opacity before 255.
-    assert images.open_page(image).getpixel((1, 1))[0] == pytest.approx(177, abs=2)
+    assert images.as_rgb(image).getpixel((1, 1))[0] == pytest.approx(177, abs=2)
 
 
 def test_a_tiff_has_pages_and_an_animation_its_first_frame(tmp_path):
@@ -323,3 +303,39 @@ def test_a_tiff_has_pages_and_an_animation_its_first_frame(tmp_path):
     assert images.load_page(tmp_path / "a.gif").getpixel((0, 0)) == (0, 0, 0)
     with pytest.raises(UserError, match="has no page 2: it is an image"):
         images.load_page(tmp_path / "a.gif", 2)
+
+
+def test_a_tiff_with_a_small_copy_or_a_broken_end_has_one_page(tmp_path):
+    page = random_page(80, 40)
+    small = page.resize((8, 4))
+    info = TiffImagePlugin.ImageFileDirectory_v2()
+    info[images.NEW_SUBFILE_TYPE] = images.REDUCED
+    small.encoderinfo = {"tiffinfo": info}
+    page.save(tmp_path / "a.tiff", save_all=True, append_images=[small])
+    with Image.open(tmp_path / "a.tiff") as opened:
+        assert opened.n_frames == 2 and images.page_frames(opened) == [0]
+        assert opened.tell() == 0
+    data = bytearray((tmp_path / "a.tiff").read_bytes())
+    np.testing.assert_array_equal(
+        np.asarray(images.decode_image(bytes(data), "x")), np.asarray(page)
+    )
+    # The first directory's pointer to the next one leads out of the file.
+    begin = int.from_bytes(data[4:8], "little")
+    at = begin + 2 + 12 * int.from_bytes(data[begin : begin + 2], "little")
+    data[at : at + 4] = (1 << 30).to_bytes(4, "little")
+    with Image.open(io.BytesIO(data)) as opened:
+        assert images.page_frames(opened) == [0]
+
+
+def test_a_tiff_in_memory_is_turned_once(tmp_path):
+    exif = Image.Exif()
+    exif[images.ORIENTATION] = 6
+    random_page(80, 40).save(tmp_path / "a.tiff", exif=exif)
+    with Image.open(tmp_path / "a.tiff") as opened:
+        assert images.as_rgb(opened).size == images.load_page(tmp_path / "a.tiff").size
+
+
+def test_a_dark_page_of_16_bits_stays_dark():
+    """Its levels are below 256 of 65,535, and Pillow opens it as 32-bit integers."""
+    data = b"P5 4 1 65535\n" + np.array([0, 1, 100, 255], ">u2").tobytes()
+    assert np.asarray(images.decode_image(data, "x"))[0, :, 0].tolist() == [0, 0, 0, 0]

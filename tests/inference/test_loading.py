@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.config import renamed
@@ -162,3 +163,23 @@ def test_a_tokenizer_that_was_lost_is_missed(kept_run, trained_workdir):
     config = loading.load_config(kept_run, str(trained_workdir))
     with pytest.raises(UserError, match=r"checkpoints/7 cannot be read \(its tokenizer is missing"):
         loading.load_tokenizer(kept_run, config.data, config.model)
+
+
+def test_images_in_memory_are_pages_as_files_are(tmp_path):
+    rgb = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
+    Image.fromarray(rgb).save(tmp_path / "page.png")
+    for source in (rgb, Image.fromarray(rgb), tmp_path / "page.png", str(tmp_path / "page.png")):
+        np.testing.assert_array_equal(np.asarray(loading.open_page(source)), rgb)
+    gray = rgb[..., 0]
+    for source in (gray, gray[..., None], Image.fromarray(gray)):
+        np.testing.assert_array_equal(
+            np.asarray(loading.open_page(source)), np.stack([gray] * 3, -1)
+        )
+    # Transparency is white, as in files.
+    clear = np.concatenate([rgb, np.zeros((6, 4, 1), np.uint8)], -1)
+    assert (np.asarray(loading.open_page(clear)) == 255).all()
+    with pytest.raises(UserError, match="in memory has no page 2"):
+        loading.open_page(rgb, 2)
+    for wrong in (rgb.astype(np.float32), rgb[:0], rgb[0, 0], rgb[None]):
+        with pytest.raises(UserError, match="is no image"):
+            loading.open_page(wrong)

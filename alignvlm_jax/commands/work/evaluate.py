@@ -55,8 +55,9 @@ def _evaluate_splits(args: argparse.Namespace) -> None:
         try:
             shards.RecordSource(data_dir, split)
         except UserError as err:
-            flag = "" if args.splits else ", which the config names; others: --splits=NAMES"
-            raise UserError(f"{err}{flag}") from err
+            is_named = not args.splits and str(err).startswith("no shards of split")
+            hint = ", which the config names; others: --splits=NAMES" if is_named else ""
+            raise UserError(f"{err}{hint}") from err
     contents = functools.partial(prepared.contents, data_dir)
     distributed.check_alike({f"the data in {data_dir}": contents})
     loaded = loading.load(args.checkpoint, config)

@@ -1,5 +1,6 @@
 """What `train` does once its flags are read."""
 
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -39,8 +40,9 @@ def run(
     except Stopped:
         distributed.leave()
         raise
+    folder = shlex.quote(str(workdir))
     console.print(
-        f"Next: {command('evaluate')} --checkpoint={workdir}, and {command('report')} "
-        f"--workdir={workdir}",
+        f"Next: {command('evaluate')} --checkpoint={folder}, and {command('report')} "
+        f"--workdir={folder}",
         markup=False,
     )

@@ -124,7 +124,7 @@ def _check_image(data: bytes, number: int) -> tuple[int, int]:
             # decoded.
             with Image.open(io.BytesIO(data)) as image:
                 file_format = image.format
-                pages = images.num_pages(image)
+                pages = len(images.page_frames(image))
                 (width, height) = image.size
             if file_format not in FILE_FORMATS:
                 raise Reject(

@@ -89,6 +89,8 @@ MAX_LINE_BYTES = 48 << 20
 """Longest line; a line of nothing but brackets takes thirty times as much memory when parsed."""
 
 SAMPLE_BYTES = 1 << 20
+MAX_COUNTED = 1 << 28
+"""Bytes of a file up to which a message counts its lines."""
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 """What files in UTF-16 begin with, as spreadsheets write."""
 
@@ -177,9 +179,12 @@ def json_objects(unit: Unit) -> Iterator[tuple[str, dict[str, Any]] | Rejection]
             elif line.strip():
                 item = parse_json(where, line)
                 if isinstance(item, Rejection):
-                    at_line = _lines_before(unit.path, first) + num_lines
                     reason = item.reason.replace("no JSON object", "no JSON object a line", 1)
-                    item = Rejection(where, f"{reason[:-1]}; line {at_line:,})")
+                    # Far into a file the count would cost more than it helps.
+                    if first <= MAX_COUNTED and not filesystem.is_remote(unit.path):
+                        at_line = _lines_before(unit.path, first) + num_lines
+                        reason = f"{reason[:-1]}; line {at_line:,})"
+                    item = Rejection(where, reason)
                 yield item
 
 

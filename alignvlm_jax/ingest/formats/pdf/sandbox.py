@@ -5,6 +5,7 @@ nothing: so the library runs in a process that can be ended. A worker of `prepar
 process; it waits for it and so hears Ctrl-C.
 """
 
+import contextlib
 import ctypes
 import os
 import pickle
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from alignvlm_jax.errors import UserError
 from alignvlm_jax.ingest.formats.base import Reject
 
 MAX_SECONDS = 30.0
@@ -27,6 +29,7 @@ MAX_WAIT = 20 * MAX_SECONDS
 MAX_BYTES = 2 << 30
 """Resident memory of the process: a page of A3 at 600 dpi takes a third of it."""
 POLL_SECONDS = 0.1
+READY = b"ready for calls\n"
 PARENT_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of Linux's prctl."""
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -45,12 +48,13 @@ class Sandbox:
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Returns function(*args), which was run in the other process.
 
-        Args:
-          function: of a module, so that it can be pickled.
-          *args: picklable, as is what it returns or raises.
+          Args:
+            function: of a module, so that it can be pickled.
+            *args: picklable, as is what it returns or raises.
 
-        Raises:
-          Reject: it took too long or too much memory, crashed twice, or raised it.
+          Raises:
+            Reject: it took too long or too much memory, crashed twice, or raised it.
+        UserError: the process cannot be started.
         """
         with self._lock:
             crash = self._try(function, args)
@@ -67,12 +71,16 @@ class Sandbox:
 
     def close(self) -> None:
         """Ends the process, if there is one."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process.stdin.close()
-            self._process.stdout.close()
-            self._process = None
+        process = self._process
+        self._process = None
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        # What was not yet written has nobody to read it.
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+        process.stdout.close()
 
     def _try(self, function: Callable[..., Any], args: tuple) -> "tuple[bool, Any] | _Crash":
         """Returns what a call gave, as `_serve` answers, or how the process died."""
@@ -82,10 +90,10 @@ class Sandbox:
             process.stdin.flush()
             self._wait(process)
             return pickle.load(process.stdout)
-        except (EOFError, BrokenPipeError, pickle.UnpicklingError):
-            process.wait()
-            status = process.returncode
+        except (EOFError, OSError, pickle.UnpicklingError):
+            # Dead, or to be: of what it says no more can be understood.
             self.close()
+            status = process.returncode
             return _Crash(signal.Signals(-status).name if status < 0 else f"status {status}")
         except BaseException:
             # Also for Ctrl-C: what the process is at would be the answer to the next call.
@@ -114,12 +122,21 @@ class _Crash:
 
 def _start() -> subprocess.Popen:
     # Not multiprocessing: workers are daemons there, which may have no children.
+    # -P: the folder that this was started in is no place to import from.
     code = f"from {__name__} import serve; serve()"
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", code],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+    )
+    # What modules print while they are imported would stand among the answers.
+    while line := process.stdout.readline():
+        if line == READY:
+            return process
+    status = process.wait()
+    raise UserError(
+        f"the process that reads PDFs cannot be started (status {status}); it says why above"
     )
 
 
@@ -131,9 +148,12 @@ def serve() -> None:
         # In the midst of a hanging call nothing else would end this process with its parent.
         ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
     calls = sys.stdin.buffer
+    sys.stdout.flush()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     # What a library prints would stand among the answers.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    answers.write(READY)
+    answers.flush()
     while True:
         try:
             function, args = pickle.load(calls)
@@ -145,7 +165,8 @@ def serve() -> None:
             answer = (True, err)
         try:
             content = pickle.dumps(answer)
-        except Exception as err:  # Of what a library raises not all can be pickled.
+            pickle.loads(content)
+        except Exception as err:  # Of what a library raises not all comes through a pipe.
             content = pickle.dumps((True, RuntimeError(f"{answer[1]!r} ({err})")))
         answers.write(content)
         answers.flush()

@@ -85,8 +85,10 @@ def read_words(
         # pdfium orders text by how the page is displayed: sideways, lines would come last to first.
         displayed = page.get_rotation()
         page.set_rotation((displayed + turn) % 360)
-        text = _Text(page, to_pixels, gray.shape)
-        page.set_rotation(displayed)
+        try:
+            text = _Text(page, to_pixels, gray.shape)
+        finally:
+            page.set_rotation(displayed)
     visible = []
     hidden = []
     num_unreadable = 0

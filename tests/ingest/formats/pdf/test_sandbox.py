@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from alignvlm_jax.errors import UserError
 from alignvlm_jax.ingest.formats.base import Reject, Rejection
 from alignvlm_jax.ingest.formats.pdf import document, sandbox
 from alignvlm_jax.ingest.formats.pdf.document import Pdf
@@ -64,7 +65,7 @@ def test_values_and_errors_come_back(box):
     with pytest.raises(Reject, match=r"^no page$"):
         box.call(fail, "reject")
     # What has no way back through a pipe is told all the same.
-    with pytest.raises(Exception, match="1"):
+    with pytest.raises(RuntimeError, match=r"^Odd\(1\) \("):
         box.call(fail, "odd")
     assert box.call(add, "a", "b") == "ab"
 
@@ -99,6 +100,40 @@ def test_a_crash_is_tried_once_more(box, tmp_path, times):
         box.call(crash, str(tmp_path / "n"), 2)
     assert (tmp_path / "n").read_text() == "xx"
     assert box.call(add, 1, 1) == 2
+
+
+def test_one_that_died_between_two_calls_costs_nothing(box):
+    """As by the end of the thread that started it, or for the memory of others."""
+    for _ in range(2):
+        assert box.call(add, 1, 1) == 2
+        box._process.kill()
+        box._process.wait()
+    assert box.call(add, 2, 2) == 4
+    found = []
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: found.append(box.call(add, 3, 3)))
+        thread.start()
+        thread.join()
+        time.sleep(0.2)
+    assert found == [6, 6]
+
+
+def test_what_lies_in_the_folder_is_not_imported(box, tmp_path, monkeypatch):
+    (tmp_path / "signal.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    assert box.call(add, 1, 1) == 2
+
+
+def test_what_modules_print_is_no_answer_and_a_failed_start_is_an_error(tmp_path, monkeypatch):
+    site = tmp_path / "sitecustomize.py"
+    site.write_text("print('hello')")
+    monkeypatch.syspath_prepend(tmp_path)
+    box = sandbox.Sandbox()
+    assert box.call(add, 1, 1) == 2
+    box.close()
+    site.write_text("import os; os._exit(5)")
+    with pytest.raises(UserError, match=r"cannot be started \(status 5\)"):
+        box.call(add, 1, 1)
 
 
 def test_an_interrupt_ends_the_call_at_once(box):
