@@ -1,4 +1,3 @@
-import io
 import json
 
 import pytest
@@ -17,13 +16,12 @@ def arguments(tmp_path, monkeypatch):
     documents."""
     monkeypatch.setattr(files, "UNIT_RECORDS", 8)
     monkeypatch.setattr(finish, "MIN_SHARD_RECORDS", 10)
-    image = io.BytesIO()
-    Image.new("L", (20, 10), 255).save(image, "PNG")
-    (tmp_path / "a.png").write_bytes(image.getvalue())
+    for document in range(24):
+        Image.new("L", (20, 10), document).save(tmp_path / f"{document}.png")
     with open(tmp_path / "data.jsonl", "w") as file:
         for number in range(48):
             turns = [{"question": f"What is {number}?", "answers": [str(number)]}]
-            name = "none.png" if number % 11 == 5 else "a.png"
+            name = "none.png" if number % 11 == 5 else f"{number // 2}.png"
             record = {
                 "id": str(number % 45),
                 "images": [name],
