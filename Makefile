@@ -7,7 +7,7 @@ unexport PYTHON VENV
 BIN := $(VENV)/bin
 DATA ?= data/demo
 # A run belongs to one seed: each has a folder of its own.
-RUN ?= runs/demo$(SEED:%=-seed%)
+RUN ?= runs/demo$(patsubst %,-seed%,$(filter-out 0,$(SEED)))
 COMPARE ?= runs/compare
 SEED ?= 0
 export JAX_PLATFORMS ?= cpu

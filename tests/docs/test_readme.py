@@ -85,6 +85,14 @@ def test_commands_and_configs_exist(path):
                 assert config_flag.parse(fields)[0], words
 
 
+@pytest.mark.parametrize(("flags", "run"), [([], "runs/demo"), (["SEED=2"], "runs/demo-seed2")])
+def test_make_demo_writes_where_the_readme_looks(flags, run):
+    told = subprocess.run(
+        ["make", "--dry-run", "demo", *flags], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert {*re.findall(r"--(?:workdir|checkpoint)=(\S+)", told)} == {run}
+
+
 @pytest.fixture
 def folder(tmp_path, trained_workdir, published, data_dir, monkeypatch) -> Path:  # noqa: F811
     """A checkout after `make demo` and `make weights`, with documents of one's own."""
