@@ -36,11 +36,15 @@ class StoppedError(UserError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns a hint for a message: `; did you mean 'X'?`, or else the list of known names."""
     known = sorted(known)
-    # A cutoff below difflib's default of 0.6, since a wrong suggestion does no harm.
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]!r}?"
+    if close := closest(name, known):
+        return f"; did you mean {close!r}?"
     return f"; known: {', '.join(known[:MAX_KNOWN])}{', ...' if known[MAX_KNOWN:] else ''}"
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """Returns the known name that is spelt most alike, "" where none is."""
+    # A cutoff below difflib's default of 0.6, since a wrong suggestion does no harm.
+    return "".join(difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5))
 
 
 def counted(number: int, noun: str) -> str:

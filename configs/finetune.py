@@ -16,6 +16,7 @@ import ml_collections
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.configs import demo
+from alignvlm_jax.data import tokenizers
 
 
 def get_config(folder: str) -> ml_collections.ConfigDict:
@@ -35,9 +36,8 @@ def get_config(folder: str) -> ml_collections.ConfigDict:
     (*_, last) = config_lib.current_form(json.loads(path.read_text()))
     config_lib.set_model(config.model, last["model"])
     config.model.remat = "full"
-    # What `convert` wrote has it with it, wherever it was moved and from wherever it is read.
-    beside = path.parent / "tokenizer"
-    config.data.tokenizer = str(beside) if beside.is_dir() else last["data"]["tokenizer"]
+    beside = tokenizers.of_converted(path.parent)
+    config.data.tokenizer = str(beside) if beside else last["data"]["tokenizer"]
     config.data.dir = demo.DATA
     config.data.max_tiles = 1
     config.data.use_overview = False

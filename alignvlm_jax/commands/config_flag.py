@@ -5,7 +5,6 @@ The second runs the config file and so imports Flax.
 """
 
 import dataclasses
-import difflib
 import re
 import typing
 from pathlib import Path
@@ -18,7 +17,7 @@ from ml_collections import config_dict, config_flags
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import configs
 from alignvlm_jax.config import Config, ConnectorConfig, renamed
-from alignvlm_jax.errors import UserError, nearest
+from alignvlm_jax.errors import UserError, closest, nearest
 
 USAGE = "--config=NAME[:ARG]"
 HELP = (
@@ -157,8 +156,8 @@ def _load(file_and_arg: str) -> ml_collections.ConfigDict:
     if not Path(path).is_file():
         # From another folder than the repository the path is none, and the name still is.
         stem = Path(path).stem
-        near = difflib.get_close_matches(stem, configs.names(), n=1)
-        hint = f"; --config={near[0]} comes with the package" if near else ""
+        near = closest(stem, configs.names())
+        hint = f"; --config={near} comes with the package" if near else ""
         raise UserError(f"no config file {path!r}{hint}")
     values = flags.FlagValues()
     try:

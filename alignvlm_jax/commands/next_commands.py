@@ -78,8 +78,7 @@ def checkpoint(tokenizer: str) -> str:
                 json.loads(Path(folder, "config.json").read_text())
             )
             data = last["data"]
-            beside = Path(folder, tokenizers.CONVERTED)
-            named = str(beside) if beside.is_dir() else data["tokenizer"] or data["dir"]
+            named = tokenizers.of_converted(Path(folder)) or data["tokenizer"] or data["dir"]
             if tokenizers.load(named).fingerprint == wanted:
                 return folder
         except (OSError, ValueError, TypeError, KeyError, AttributeError, UserError):

@@ -88,8 +88,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         _add_document_flags(parser)
         return parser.parse_args(argv)
     if not name:
-        if chosen.out and Path(chosen.out).resolve() == Path(chosen.source).resolve():
-            raise UserError(f"--out={chosen.out} is --source itself; name another folder")
         found = survey.survey(chosen.source, chosen.out)
         out = chosen.out or _own_folder(chosen.source)
         if not any(flag.startswith("--tokenizer") for flag in chosen.rest):
@@ -251,11 +249,9 @@ def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: fl
 
     kind = REGISTRY[args.format]
     options = {field.name: getattr(args, field.name) for field in dataclasses.fields(kind)}
-    try:
-        made = kind(**options)
-    except UserError as err:
-        raise UsageError(str(err)) from err
-    request = job.Request(args.format, made, args.source, args.tokenizer, args.holdout, args.split)
+    request = job.Request(
+        args.format, kind(**options), args.source, args.tokenizer, args.holdout, args.split
+    )
     if args.beam_runner:
         run = executors.under_beam(args.beam_runner, beam_flags)
     else:
@@ -273,10 +269,6 @@ def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: fl
         print(f"{args.out}: {time.monotonic() - started:.0f} s")
     else:
         print(f"{args.out} is ready: prepared with these arguments before")
-        if args.holdout and "validation" not in held and not args.split:
-            print(
-                f"If an earlier version did: delete {args.out}, and this one holds out at least one"
-            )
     if not args.split and shards.shard_paths(args.out, "train"):
         print(next_commands.after_prepare(args.out, request.tokenizer))
 

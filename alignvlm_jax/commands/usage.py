@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from alignvlm_jax import storage
-from alignvlm_jax.errors import UserError, nearest
+from alignvlm_jax.errors import UserError, closest
 
 SCRIPT = "alignvlm"
 """The console script that installing the package makes (pyproject.toml)."""
-
-
 MADE = {
     "runs/demo": "; `make demo` makes it",
     "weights/smollm2": "; `make weights` makes it",
@@ -53,8 +51,8 @@ class _Parser(argparse.ArgumentParser):
         """Returns a hint to the nearest flag, for the first argument that has one near."""
         known = [flag for flag in self._option_string_actions if flag.startswith("--")]
         names = [one.partition("=")[0] for one in unknown if one.startswith("--")]
-        hints = [hint for hint in (nearest(name, known) for name in names) if "mean" in hint]
-        return hints[0].removesuffix("?") if hints else ""
+        close = next(filter(None, (closest(name, known) for name in names)), "")
+        return f"; did you mean {close!r}" if close else ""
 
 
 def parser(command: str, **settings: Any) -> argparse.ArgumentParser:

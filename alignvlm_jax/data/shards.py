@@ -37,6 +37,10 @@ ELSEWHERE = (
 )
 
 
+class NoSplit(UserError):
+    """A folder has no such split."""
+
+
 def shard_name(split: str, index: int, count: int) -> str:
     """Returns the file name of a shard."""
     return f"{split}-{index:05d}-of-{count:05d}.array_record"
@@ -264,7 +268,7 @@ def _open(place: str, directory: str, split: str) -> grain.sources.ArrayRecordDa
     if not names:
         known = {name.split("-")[0] for name in entries if name.endswith(".array_record")}
         hint = nearest(split, known) if known else ELSEWHERE
-        raise UserError(f"no shards of split {split!r} in {directory}{hint}")
+        raise NoSplit(f"no shards of split {split!r} in {directory}{hint}")
     # SPLIT-00000-of-00009: each name has the number of shards, so that missing ones are noticed.
     expected = int(names[0].removesuffix(".array_record").rsplit("-", 1)[1])
     if len(names) != expected:

@@ -26,7 +26,6 @@ from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.train import checkpoint, restore
 from alignvlm_jax.train.checkpoint_files import is_step
 from alignvlm_jax.train.state import Params
-from alignvlm_jax.weights import initial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +80,7 @@ def load_config(path: Path, data_dir: str | None = None) -> Config:
     """Returns the config of the stage that wrote a checkpoint; `data_dir` replaces where it looked
     for its data. What `convert` wrote has its tokenizer with it, wherever it was moved."""
     config = restore.load_config(path)
-    beside = workdir_of(path) / initial.TOKENIZER
-    if beside.is_dir():
+    if beside := tokenizers.of_converted(workdir_of(path)):
         config = dataclasses.replace(
             config, data=dataclasses.replace(config.data, tokenizer=str(beside))
         )

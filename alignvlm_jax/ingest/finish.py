@@ -1,9 +1,8 @@
 """The last step of `prepare`: turns the parts of all units into the numbered shards of a data set.
 
-Records whose id repeats are dropped, and those for training that show an image of validation; small
-parts are joined, and the shards of every split are
-numbered in the order of the source. Of a source so small that no document fell into validation, one
-is held out all the same.
+Records whose id repeats are dropped, and those for training that show images of validation alone;
+small parts are joined, and the shards of every split are numbered in the order of the source. Of a
+source so small that no document fell into validation, one is held out all the same.
 """
 
 import collections

@@ -19,10 +19,9 @@ from rich.progress import (
     track,
 )
 
-from alignvlm_jax import errors
 from alignvlm_jax.data import chat, filesystem, index, record, tokenizers
 from alignvlm_jax.data import shards as shards_lib
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import UserError, counted
 from alignvlm_jax.ingest import executors, finish, staging, statistics
 from alignvlm_jax.ingest import writer as writer_lib
 from alignvlm_jax.ingest.formats.base import Format, Unit
@@ -165,15 +164,15 @@ def summary(out: Path, splits: Sequence[str] = writer_lib.SPLITS) -> str:
     for split in splits:
         if not shards_lib.shard_paths(out, split):
             continue
-        counted = index.load(out, split)
-        images = errors.counted(len(counted.image_sizes), "image")
-        text.append(f"{split}: {errors.counted(len(counted), 'record')}, {images}")
-        for task, lengths in counted.text_tokens.items():
+        known = index.load(out, split)
+        images = counted(len(known.image_sizes), "image")
+        text.append(f"{split}: {counted(len(known), 'record')}, {images}")
+        for task, lengths in known.text_tokens.items():
             used = lengths[lengths > 0]  # 0 stands for a record without this task
             if len(used):
                 tasks.setdefault(split, set()).add(task)
                 text.append(
-                    f"  {task}: {errors.counted(len(used), 'record')}, tokens mean "
+                    f"  {task}: {counted(len(used), 'record')}, tokens mean "
                     f"{used.mean():.0f}, max {used.max():,}"
                 )
     if tuple(splits) == writer_lib.SPLITS:

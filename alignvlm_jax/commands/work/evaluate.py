@@ -54,9 +54,8 @@ def _evaluate_splits(args: argparse.Namespace) -> None:
         # A misspelt split should not wait for the model.
         try:
             shards.RecordSource(data_dir, split)
-        except UserError as err:
-            is_named = not args.splits and str(err).startswith("no shards of split")
-            hint = ", which the config names; others: --splits=NAMES" if is_named else ""
+        except shards.NoSplit as err:
+            hint = "" if args.splits else ", which the config names; others: --splits=NAMES"
             raise UserError(f"{err}{hint}") from err
     contents = functools.partial(prepared.contents, data_dir)
     distributed.check_alike({f"the data in {data_dir}": contents})

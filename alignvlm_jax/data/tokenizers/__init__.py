@@ -54,6 +54,13 @@ def read(path: str | os.PathLike) -> tuple[Path, bytes]:
         raise UserError(f"{missing}cannot read tokenizer {path} ({err.strerror}); {FIRST}") from err
 
 
+def of_converted(folder: Path) -> Path | None:
+    """Returns the folder of the tokenizer in what `convert` wrote, wherever that was moved; None
+    where there is none."""
+    beside = folder / CONVERTED
+    return beside if beside.is_dir() else None
+
+
 def load(path: str | os.PathLike) -> Tokenizer:
     """Returns the tokenizer in a file, or in the file of a folder (as `read` finds it).
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from alignvlm_jax.data import images
+from alignvlm_jax.data import images, pdf
 from alignvlm_jax.data.record import Record, Turn, Word
 from alignvlm_jax.ingest.formats.base import Reject
 
@@ -143,8 +143,7 @@ def _check_image(data: bytes, number: int) -> tuple[int, int]:
     except Reject:
         raise
     except UnidentifiedImageError as err:
-        # Readers of PDFs take as much before the header.
-        if b"%PDF" in data[:1024]:
+        if pdf.is_pdf(data):
             raise Reject(
                 f"an image is a PDF (image {number}); name images of its pages, or read its words "
                 "by --format=pdf"

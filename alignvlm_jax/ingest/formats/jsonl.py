@@ -1,13 +1,13 @@
 """The `jsonl` format: your own data, a JSON object on each line, as `Jsonl.schema` has it."""
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 from alignvlm_jax.data import filesystem
 from alignvlm_jax.data.record import Record, Turn, Word
+from alignvlm_jax.errors import closest
 from alignvlm_jax.ingest.formats import checks, files
 from alignvlm_jax.ingest.formats.base import Raw, Reject, Rejection, Unit, option
 
@@ -124,10 +124,9 @@ def _check_keys(keys: Iterable[str], known: tuple[str, ...], of: str = "") -> No
     unknown = sorted(set(keys) - set(known))
     if not unknown:
         return
-    close = [difflib.get_close_matches(key, known, n=1, cutoff=0.5) for key in unknown]
     # What other data sets call so goes before what is spelt alike: an `answer` is no `images`.
-    near = [MEANT.get(key, "") if not of else "" for key in unknown]
-    meant = [one or "".join(match) for one, match in zip(near, close, strict=True)]
+    elsewhere = {} if of else MEANT
+    meant = [elsewhere.get(key) or closest(key, known) for key in unknown]
     hint = "what is your own goes into `meta` of the record"
     if any(meant):
         hint = f"did you mean {', '.join(dict.fromkeys(filter(None, meant)))}?"

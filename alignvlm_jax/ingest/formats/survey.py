@@ -127,7 +127,7 @@ def survey(source: str, without: str = "") -> Survey:
 
     Args:
       source: a file or a folder, local or in a bucket.
-      without: a folder whose files do not count.
+      without: a folder within it whose files do not count.
 
     Raises:
       UserError: there is no such source, or it cannot be reached.
@@ -135,7 +135,9 @@ def survey(source: str, without: str = "") -> Survey:
     paths = filesystem.list_files(source, ("",))
     if without and not filesystem.is_remote(source):
         below = posixpath.abspath(without) + "/"
-        paths = [path for path in paths if not posixpath.abspath(path).startswith(below)]
+        # The source itself is not left out: that it is written to is told by who would write.
+        if below != posixpath.abspath(source) + "/":
+            paths = [path for path in paths if not posixpath.abspath(path).startswith(below)]
     by_format: collections.Counter[str] = collections.Counter()
     images: collections.Counter[str] = collections.Counter()
     others: collections.Counter[str] = collections.Counter()

@@ -19,7 +19,7 @@ from alignvlm_jax.data import filesystem
 from alignvlm_jax.data import pdf as pdf_lib
 from alignvlm_jax.data.pdf import LOCK, UnreadablePdf
 from alignvlm_jax.data.record import Record, Turn
-from alignvlm_jax.errors import UserError, nearest
+from alignvlm_jax.errors import UsageError, UserError, nearest
 from alignvlm_jax.ingest.formats import files
 from alignvlm_jax.ingest.formats.base import Raw, Reject, Rejection, Unit, option
 from alignvlm_jax.ingest.formats.pdf import lines as lines_lib
@@ -73,9 +73,9 @@ of its pages (--format=jsonl)."""
 
     def __post_init__(self):
         if not 1 <= self.dpi <= MAX_DPI:
-            raise UserError(f"--dpi={self.dpi} is not 1 to {MAX_DPI}")
+            raise UsageError(f"--dpi={self.dpi} is not 1 to {MAX_DPI}")
         if self.holdout_by not in HOLDOUTS:
-            raise UserError(f"--holdout_by={self.holdout_by}{nearest(self.holdout_by, HOLDOUTS)}")
+            raise UsageError(f"--holdout_by={self.holdout_by}{nearest(self.holdout_by, HOLDOUTS)}")
 
     def units(self, source: str) -> list[Unit]:
         """Returns ranges of pages of all files; see `Format.units`.

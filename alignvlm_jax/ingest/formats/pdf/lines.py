@@ -145,9 +145,8 @@ def _from_the_top(lines: list[Line]) -> list[Block]:
     """Returns the lines as blocks, so that no block comes before one that stands wholly above it.
 
     A block ends where the content goes on further up the page, as in the next column, or across
-    most of the page. Apart from
-    that, blocks keep the order of the content; so do all lines of a page that is shown sideways,
-    where what is above says nothing about what comes first.
+    most of it. Apart from that, blocks keep the order of the content; so do all lines of a page
+    that is shown sideways, where what is above says nothing about what comes first.
     """
     words = [placed for line in lines for placed in line]
     if sum(placed.is_vertical for placed in words) > SIDEWAYS * len(words):
