@@ -827,7 +827,7 @@ def test_a_config_json_from_before_fields_had_to_be_given_is_read():
     del new["model"]["connectors"]
     old = renamed.stage(old)
     # Came later; the defaults of the others are held by the file.
-    del new["train"]["jit"], new["run_id"]
+    del new["train"]["jit"], new["run_id"], new["data"]["images_first"]
     assert [new["model"]["llm"].pop(name) for name in ("qkv_bias", "qk_norm")] == [False, False]
     assert new == old
 

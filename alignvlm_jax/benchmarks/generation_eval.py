@@ -101,7 +101,7 @@ class _Chosen:
     def prompt(self, number: int, builder: ExampleBuilder) -> PackedSequence:
         """Returns the prompt of a question by its number."""
         records, question = self.places[number]
-        return builder.prompt(records[question.record], question.turn.question)
+        return builder.prompt(records[question.record], question.chat_turn(), question.before)
 
 
 def is_enabled(train: TrainConfig) -> bool:

@@ -5,8 +5,10 @@ import dataclasses
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from alignvlm_jax.benchmarks.tasks import Task
+from alignvlm_jax.data.chat import ChatTurn
 from alignvlm_jax.data.record import Record, Turn
 from alignvlm_jax.data.shards import RecordSource
 from alignvlm_jax.errors import UserError
@@ -25,8 +27,10 @@ class Question:
       record: index of the record in its split.
       kind: source of the record.
       turn: the question and its answers.
-      known_as: the name that the benchmark and its server give to the question: the record's id if
-        the record has a single turn, else `id`.
+      known_as: the name that the benchmark and its server give to the question: its own id where it
+        has one, else the record's if that has a single turn, else `id`.
+      before: the turns of the conversation that the question goes on.
+      system: the system turn of the record.
     """
 
     id: str
@@ -34,6 +38,22 @@ class Question:
     kind: str
     turn: Turn
     known_as: str
+    before: tuple[Turn, ...] = ()
+    system: str = ""
+
+    def told(self) -> list[Any]:
+        """Returns what a prompt holds beside the question and its images, as JSON has it; empty for
+        a question that stands alone."""
+        has_more = self.before or self.system or self.turn.image_offsets
+        before = [dataclasses.asdict(turn) for turn in self.before]
+        return [before, self.system, self.turn.image_offsets] if has_more else []
+
+    def chat_turn(self, text: str = "") -> ChatTurn:
+        """Returns the question for a prompt, or a `text` that holds it."""
+        offsets = self.turn.image_offsets
+        # Images keep their places in the question, wherever in the text it begins.
+        moved = text.find(self.turn.question) if text else 0
+        return ChatTurn(text or self.turn.question, "", tuple(at + moved for at in offsets))
 
 
 def choose_questions(records: Sequence[Record], count: int | None) -> list[Question]:
@@ -49,10 +69,17 @@ def choose_questions(records: Sequence[Record], count: int | None) -> list[Quest
     told = exchange.from_main([dataclasses.asdict(question) for question in chosen])
     return [
         Question(
-            **fields | {"turn": Turn(fields["turn"]["question"], tuple(fields["turn"]["answers"]))}
+            **fields
+            | {"turn": _turn(fields["turn"]), "before": tuple(map(_turn, fields["before"]))}
         )
         for fields in told
     ]
+
+
+def _turn(fields: dict[str, Any]) -> Turn:
+    """Returns a turn from its fields, in which tuples have become lists."""
+    tuples = {name: tuple(fields[name]) for name in ("answers", "image_offsets")}
+    return Turn(**fields | tuples)
 
 
 def _choose(records: Sequence[Record], count: int | None) -> list[Question]:
@@ -62,18 +89,20 @@ def _choose(records: Sequence[Record], count: int | None) -> list[Question]:
     indices = [i * len(records) // num_documents for i in range(num_documents)]
     # Without their images, which would be held all at once.
     known = [
-        (record.id, record.source, record.turns) for record in map(records.__getitem__, indices)
+        (record.id, record.source, record.turns, record.has_order, record.system)
+        for record in map(records.__getitem__, indices)
     ]
     questions = []
-    for round_number in range(max((len(turns) for _, _, turns in known), default=0)):
-        for index, (record_id, kind, turns) in zip(indices, known, strict=True):
+    for round_number in range(max((len(turns) for _, _, turns, *_ in known), default=0)):
+        for index, (record_id, kind, turns, has_order, system) in zip(indices, known, strict=True):
             if round_number < len(turns):
                 # Starting at a hash: always taking turn 0 would favour one type of question where
                 # a data set writes its types in a fixed order.
                 turn = (zlib.crc32(record_id.encode()) + round_number) % len(turns)
                 name = f"{record_id}/{turn}"
-                known_as = record_id if len(turns) == 1 else name
-                questions.append(Question(name, index, kind, turns[turn], known_as))
+                known_as = turns[turn].id or (record_id if len(turns) == 1 else name)
+                before = turns[:turn] if has_order else ()
+                questions.append(Question(name, index, kind, turns[turn], known_as, before, system))
     return questions[:count]
 
 

@@ -4,7 +4,7 @@ down what it says."""
 import dataclasses
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from alignvlm_jax.benchmarks.predictions import Predictions
 from alignvlm_jax.benchmarks.questions import Benchmark, Question, choose_questions
 from alignvlm_jax.config import EvalConfig
 from alignvlm_jax.data import chat, images, prepared, shards
+from alignvlm_jax.data.chat import ChatTurn
 from alignvlm_jax.data.examples import ExampleBuilder, PackedSequence
 from alignvlm_jax.data.record import Record
 from alignvlm_jax.errors import UserError
@@ -82,7 +83,7 @@ class Runner:
             raise UserError(f"split {split!r} in {directory} has no questions")
         what = {"scorer_version": scores.SCORER_VERSION, "split": split, **trial.header}
         header = self._header(directory, questions, "QUESTION", max_new_tokens, what)
-        builder = self._builder_of(question.turn.question for question in questions)
+        builder = self._builder_of(questions)
         return self._predict(
             trial.path,
             header,
@@ -107,9 +108,7 @@ class Runner:
         prompt = task.prompt.format(question="QUESTION")
         header = self._header(benchmark.directory, questions, prompt, max_new_tokens, what)
         path = predictions.task_path(loading.workdir_of(self._loaded.path), task.name)
-        builder = self._builder_of(
-            task.prompt.format(question=question.turn.question) for question in questions
-        )
+        builder = self._builder_of(questions, task.prompt)
         result = self._predict(
             path,
             header,
@@ -142,9 +141,11 @@ class Runner:
             path, header, batches, name=name, count=len(questions), things="questions"
         )
 
-    def _builder_of(self, texts: Iterable[str]) -> ExampleBuilder:
-        """The builder of prompts that have room for the longest of some texts. A packed sequence
-        has room for many records: padded to it, a prompt would cost as much as all of them."""
+    def _builder_of(
+        self, questions: Sequence[Question], prompt: str = "{question}"
+    ) -> ExampleBuilder:
+        """The builder of prompts that have room for the longest of some questions. A packed
+        sequence has room for many records: padded to it, a prompt would cost as much as all."""
         builder = self._loaded.builder
         data = builder.data
         # Little to gain; and in another shape sums are rounded in another way.
@@ -152,13 +153,12 @@ class Runner:
             return builder
         num_image_tokens = data.tiles_of_a_record * builder.tokens_per_prompt_tile
         longest = max(
-            len(
-                chat.encode_prompt(
-                    builder.tokenizer, text, num_image_tokens, builder.image_token_id
-                )
-            )
-            for text in set(texts)
+            len(builder.prompt_tokens(ChatTurn(prompt.format(question=text), ""), before, system))
+            for text, before, system in {
+                (question.turn.question, question.before, question.system) for question in questions
+            }
         )
+        longest += num_image_tokens
         # Rounded up: splits whose longest prompts are nearly alike share a compiled program.
         length = min(-(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE, data.seq_len)
         return dataclasses.replace(builder, data=dataclasses.replace(data, seq_len=length))
@@ -173,7 +173,8 @@ class Runner:
         def build(number: int) -> PackedSequence:
             question = questions[number]
             page = trial.page(records[question.record])
-            return builder.prompt(page, question.turn.question) | trial.inputs(question)
+            prompt = builder.prompt(page, question.chat_turn(), question.before)
+            return prompt | trial.inputs(question)
 
         prompts = Prompts(len(questions), build)
         answers = self._generate(prompts, self._evaluation.max_new_tokens, trial.variables)
@@ -196,7 +197,8 @@ class Runner:
         def build(number: int) -> PackedSequence:
             question = questions[number]
             text = benchmark.task.prompt.format(question=question.turn.question)
-            return builder.prompt(benchmark.records[question.record], text)
+            page = benchmark.records[question.record]
+            return builder.prompt(page, question.chat_turn(text), question.before)
 
         def stand_in() -> PackedSequence:
             # A page and a question as small as they can be: nobody reads the answer.
@@ -236,7 +238,10 @@ class Runner:
         # these.
         prompt = chat.encode_prompt(tokenizer, question, 1, config.model.image_token_id)
         texts = json.dumps(
-            [(question.id, question.turn.question, question.turn.answers) for question in questions]
+            [
+                (question.id, question.turn.question, question.turn.answers, *question.told())
+                for question in questions
+            ]
         )
         return {
             "run": config.name,

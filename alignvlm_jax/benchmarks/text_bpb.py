@@ -26,6 +26,7 @@ from alignvlm_jax.benchmarks.tasks import TextTask
 from alignvlm_jax.data import chat, examples, index, loader, prepared, shards
 from alignvlm_jax.data.examples import PackedSequence
 from alignvlm_jax.data.record import Record
+from alignvlm_jax.data.tasks import transcription
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading
 from alignvlm_jax.inference.loading import Loaded
@@ -104,7 +105,7 @@ def text_of(record: Record) -> str:
     For a record without images it is the questions and their first answers, each on a line.
     """
     if record.lines or record.images:
-        text = examples.transcription(record)
+        text = transcription(record)
     else:
         texts = (part for turn in record.turns for part in (turn.question, *turn.answers[:1]))
         text = "\n".join(part for part in texts if part)

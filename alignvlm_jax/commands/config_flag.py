@@ -230,10 +230,10 @@ def _lookup(config: ml_collections.ConfigDict, names: list[str], path: str) -> A
         return _option(config.model, names[2], path)
     if names[:-1] == TASKS:
         # Late: it needs jax.
-        from alignvlm_jax.data import examples
+        from alignvlm_jax.data import tasks
 
-        if names[-1] not in examples.TASKS:
-            near = nearest(names[-1], examples.TASKS)
+        if names[-1] not in tasks.TASKS:
+            near = nearest(names[-1], tasks.TASKS)
             raise UserError(f"unknown config field config.{path}{near}")
         return config.data.tasks.get(names[-1], 0.0)
     value: Any = config

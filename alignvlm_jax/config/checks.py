@@ -30,7 +30,7 @@ CHOICES = {
     "model.vocab_impl": ("auto", "plain", "chunked"),
     "model.attention": ("auto", "xla", "cudnn", "splash"),
     "data.packing": ("none", "offline"),
-    "data.loss_normalisation": ("token", "record"),
+    "data.loss_normalisation": ("token", "answer", "record"),
     "train.visual_source": ("pixels", "oracle"),
 }
 

@@ -177,8 +177,11 @@ class DataConfig:
     # Tasks with their weights: "transcribe", a page's text; "answer", the questions about it;
     # "answer_and_transcribe", both in one chat. A stage that names tasks has these alone.
     tasks: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"answer": 1.0})
-    # Unit that has weight 1 in the loss: "token", each token of an answer; "record", all of a
-    # record's together.
+    # Images come before the first question, as in the paper, also where a record has them in the
+    # midst of its turns.
+    images_first: bool = False
+    # Unit that has weight 1 in the loss: "token", each token of an answer; "answer", all of an
+    # answer's together; "record", all of a record's.
     loss_normalisation: str = "token"
     # Tokens that a patch is labelled with at most.
     max_patch_labels: int = 3

@@ -1,6 +1,7 @@
 """Chats as tokens: which format a tokenizer's model has, what stands around questions and answers,
 and which tokens the model has to say."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -10,65 +11,18 @@ from typing import NamedTuple
 import numpy as np
 
 from alignvlm_jax.data import chat_template
-from alignvlm_jax.data.chat_template import STRIPS, ChatFormat
+from alignvlm_jax.data.chat_format import (
+    FAMILIES,
+    MARK,
+    STRIPS,
+    ChatFormat,
+    from_json,
+    of_special_tokens,
+    required_tokens,
+    to_json,
+)
 from alignvlm_jax.data.tokenizers.base import Tokenizer
 from alignvlm_jax.errors import UserError
-
-# "<user>" or "<|im_end|>": no space and no bracket within.
-MARK = r"<[^<> ]+>"
-
-CHATML = ChatFormat(
-    start="",
-    user="<|im_start|>user\n",
-    assistant="<|im_end|>\n<|im_start|>assistant\n",
-    end="<|im_end|>",
-    after="\n",
-    stops=("<|im_end|>", "<|endoftext|>"),
-)
-FAMILIES = {
-    "marks": ChatFormat(
-        start="<s>",
-        user="<user>",
-        assistant="<assistant>",
-        end="<end>",
-        stops=("<end>",),
-        image_in_turn=False,
-    ),
-    "llama3": ChatFormat(
-        start="<|begin_of_text|>",
-        user="<|start_header_id|>user<|end_header_id|>\n\n",
-        assistant="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-        end="<|eot_id|>",
-        stops=("<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"),
-        question_strip="strip",
-        answer_strip="strip",
-    ),
-    # With the system prompt that the template of SmolLM2 puts where a conversation has none.
-    "smollm": ChatFormat(
-        start="<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by "
-        "Hugging Face<|im_end|>\n",
-        user=CHATML.user,
-        assistant=CHATML.assistant,
-        end=CHATML.end,
-        after=CHATML.after,
-        stops=CHATML.stops,
-    ),
-    "chatml": CHATML,
-    # Without the template's spaces: its tokenizers put one before every stretch of text.
-    "llama2": ChatFormat(
-        start="<s>",
-        user="[INST]",
-        assistant="[/INST]",
-        end="</s>",
-        stops=("</s>",),
-        question_strip="strip",
-        answer_strip="strip",
-    ),
-}
-"""The formats of tokenizers that come without a chat template, by the special tokens that they
-need; the first that fits is taken."""
-OWN = {"smollm": {"<repo_name>", "<gh_stars>", "<jupyter_start>"}}
-"""Special tokens by which a family's own tokenizer is told from others with its chat marks."""
 
 
 @functools.lru_cache(maxsize=8)
@@ -81,33 +35,19 @@ def format_of(tokenizer: Tokenizer) -> ChatFormat:
     """
     files = tokenizer.chat_files
     if files.chat_format:
-        return _checked(tokenizer, chat_template.from_json(files.name, files.chat_format))
+        return _checked(tokenizer, from_json(files.name, files.chat_format))
     if files.template:
         return _checked(tokenizer, chat_template.read(files, tokenizer.special_tokens))
     found = of_special_tokens(tokenizer, is_from_before=files.is_from_before)
     if found is not None:
         return found
     needed = "; ".join(
-        f"{name}: {' '.join(sorted(_names(family)))}" for name, family in FAMILIES.items()
+        f"{name}: {' '.join(sorted(required_tokens(family)))}" for name, family in FAMILIES.items()
     )
     raise UserError(
         f"tokenizer {tokenizer.name} has the special tokens of no chat format that is known "
         f"({needed}), and no chat template beside it"
     )
-
-
-def of_special_tokens(tokenizer: Tokenizer, *, is_from_before: bool) -> ChatFormat | None:
-    """Returns the first of FAMILIES whose special tokens a tokenizer has; None where there is none.
-
-    Args:
-      is_from_before: as before there were chat_format.json files, when all of ChatML had SmolLM's
-        system prompt. What was counted and trained so stays so.
-    """
-    for name, family in FAMILIES.items():
-        own = set() if is_from_before else OWN.get(name, set())
-        if _names(family) | own <= tokenizer.special_tokens.keys():
-            return family
-    return None
 
 
 def format_file(tokenizer: Tokenizer) -> str:
@@ -118,9 +58,11 @@ def format_file(tokenizer: Tokenizer) -> str:
       UserError: as `format_of`.
     """
     chat_format = format_of(tokenizer)
-    if chat_format == of_special_tokens(tokenizer, is_from_before=True):
-        return ""
-    return chat_template.to_json(chat_format)
+    family = of_special_tokens(tokenizer, is_from_before=True)
+    # A file that was written before formats had a place for a system turn says the same.
+    if family and chat_format.system_before is None:
+        family = dataclasses.replace(family, system_before=None, system_after="")
+    return "" if chat_format == family else to_json(chat_format)
 
 
 def _checked(tokenizer: Tokenizer, chat_format: ChatFormat) -> ChatFormat:
@@ -130,12 +72,6 @@ def _checked(tokenizer: Tokenizer, chat_format: ChatFormat) -> ChatFormat:
             f"special token of tokenizer {tokenizer.name}"
         )
     return chat_format
-
-
-def _names(chat_format: ChatFormat) -> set[str]:
-    """The special tokens that a format of FAMILIES cannot do without."""
-    ours = chat_format.start + chat_format.user + chat_format.assistant
-    return {*re.findall(MARK, ours), chat_format.end}
 
 
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -155,33 +91,58 @@ def begin_ids(tokenizer: Tokenizer) -> list[int]:
     return [one for one in first if isinstance(one, int) and one not in later]
 
 
+class ChatTurn(NamedTuple):
+    """A question as text, its answer, and the characters of the question before which images
+    stand, as `record.Turn` has them."""
+
+    question: str
+    answer: str
+    image_offsets: tuple[int, ...] = ()
+
+
 def encode_chat(
     tokenizer: Tokenizer,
-    turns: Iterable[tuple[str, str]],
-    num_image_tokens: int,
+    turns: Iterable[tuple[str, str] | ChatTurn],
+    num_image_tokens: int | Sequence[int],
     image_id: int,
     max_length: int | None = None,
+    *,
     cuts_answers: bool = False,
+    is_conversation: bool = False,
+    system: str = "",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Encodes (question, answer) turns with the image tokens, each of them the token `image_id`.
-    Turns that would not fit `max_length` are left out whole; with `cuts_answers`, the first whose
-    answer begins within it is cut there instead, and has no end.
+    """Encodes turns with the image tokens, each of them the token `image_id`. Turns that would not
+    fit `max_length` are left out whole; with `cuts_answers`, the first whose answer begins within
+    it is cut there instead, and has no end.
+
+    Args:
+      tokenizer: of the text.
+      turns: the chat.
+      num_image_tokens: of all images, which stand first; or of each, for turns with offsets, which
+        have all of them: one that is left out takes its images with it.
+      image_id: the token that holds the place of an image token.
+      max_length: largest number of tokens.
+      cuts_answers: as above.
+      is_conversation: whether nothing may follow a turn that is left out: it could refer to it.
+      system: what the model is told first; "" leaves what the format says itself.
 
     Returns:
       int32 tokens, and bools of the same length that are true on the answers' tokens and the end of
       each: what the model has to say itself. The mask is built with the tokens, never by searching
       the text.
     """
-    encoder = _Encoder(tokenizer, [image_id] * num_image_tokens)
+    encoder = _Encoder(tokenizer, num_image_tokens, image_id, system)
     kept: list[_Turn] = []
-    for question, answer in turns:
+    for one in turns:
         # What was the last turn so far is one before the last if this one fits.
         before = [*kept[:-1], *(encoder.earlier(turn) for turn in kept[-1:])]
-        turn = encoder.turn(question, answer, is_first=not kept)
+        turn = encoder.turn(ChatTurn(*one), before)
         length = sum(len(one.prompt) + len(one.reply) for one in before) + len(turn.prompt)
         room = math.inf if max_length is None else max_length - length
         if len(turn.reply) <= room or (cuts_answers and room > 0):
             kept = [*before, turn]
+        elif is_conversation:
+            break
     tokens: list[int] = [] if kept else encoder.nothing()
     is_answer = [False] * len(tokens)
     for turn in kept:
@@ -195,32 +156,53 @@ def encode_chat(
     return np.array(tokens[:max_length], np.int32), np.array(is_answer[:max_length], bool)
 
 
-def count_tokens(tokenizer: Tokenizer, turns: Sequence[tuple[str, str]]) -> int:
-    """Returns how many tokens a chat of some turns has at most, in whatever order they come;
-    without images."""
+def count_tokens(
+    tokenizer: Tokenizer,
+    turns: Sequence[tuple[str, str] | ChatTurn],
+    *,
+    is_conversation: bool = False,
+    system: str = "",
+) -> int:
+    """Returns how many tokens a chat of some turns has at most, in whatever order they come, unless
+    it is a conversation; without images."""
     chat_format = format_of(tokenizer)
     strips = [STRIPS[chat_format.around(is_last)[1]] for is_last in (True, False)]
     orders = [turns]
     # Where the white space of the last answer is another's, it matters which turn is the last: a
-    # packed sequence has no room for what was not counted.
-    if any(strips[0](answer) != strips[1](answer) for _, answer in turns):
+    # packed sequence has no room for what was not counted. And where the format has no place for
+    # a system turn, it stands in the text of the first question.
+    is_sensitive = any(strips[0](turn[1]) != strips[1](turn[1]) for turn in turns)
+    if is_sensitive and not is_conversation:
         orders = [[*turns[:i], *turns[i + 1 :], turns[i]] for i in range(len(turns))]
-    return max(len(encode_chat(tokenizer, order, 0, 0)[0]) for order in orders)
+    if system and not is_conversation:
+        orders += [[turns[i], *turns[:i], *turns[i + 1 :]] for i in range(1, len(turns))]
+    return max(len(encode_chat(tokenizer, order, 0, 0, system=system)[0]) for order in orders)
 
 
 def encode_prompt(
-    tokenizer: Tokenizer, question: str, num_image_tokens: int, image_id: int
+    tokenizer: Tokenizer,
+    question: str | ChatTurn,
+    num_image_tokens: int | Sequence[int],
+    image_id: int,
+    before: Sequence[tuple[str, str] | ChatTurn] = (),
+    system: str = "",
 ) -> np.ndarray:
-    """Returns int32 tokens that end where the answer is to begin."""
-    encoder = _Encoder(tokenizer, [image_id] * num_image_tokens)
-    return np.array(encoder.turn(question, "", is_first=True).prompt, np.int32)
+    """Returns int32 tokens that end where the answer is to begin; `before` are the turns of the
+    conversation that the question goes on, the others are as in `encode_chat`."""
+    encoder = _Encoder(tokenizer, num_image_tokens, image_id, system)
+    turns: list[_Turn] = []
+    for one in before:
+        turns.append(encoder.turn(ChatTurn(*one), turns, is_last=False))
+    last = ChatTurn(question, "") if isinstance(question, str) else question
+    tokens = [token for turn in turns for token in (*turn.prompt, *turn.reply)]
+    return np.array([*tokens, *encoder.turn(last, turns).prompt], np.int32)
 
 
 class _Turn(NamedTuple):
     prompt: list[int]
     reply: list[int]  # What the model has to say.
-    question: str
-    answer: str
+    texts: ChatTurn
+    images: list[tuple[int, int]]  # (offset in the question, image tokens) of each image
     is_first: bool
 
 
@@ -233,34 +215,60 @@ class _Encoder:
     without them.
     """
 
-    def __init__(self, tokenizer: Tokenizer, image: list[int]):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        num_image_tokens: int | Sequence[int],
+        image_id: int,
+        system: str,
+    ):
         self._tokenizer = tokenizer
         self._format = format_of(tokenizer)
-        self._image = image
+        self._image_id = image_id
+        is_first = isinstance(num_image_tokens, int)
+        self._first = [image_id] * num_image_tokens if is_first else []
+        self._of_images = [] if is_first else list(num_image_tokens)
+        self._start, self._told = self._format.begin(system)
 
-    def turn(self, question: str, answer: str, *, is_first: bool, is_last: bool = True) -> _Turn:
+    def turn(self, texts: ChatTurn, before: Sequence[_Turn], *, is_last: bool = True) -> _Turn:
+        """Encodes a turn that follows others, of which the chat's images go on."""
+        shown = sum(len(turn.images) for turn in before)
+        counts = self._of_images[shown : shown + len(texts.image_offsets)]
+        # Where all images come first, none stands in a turn.
+        images = list(zip(texts.image_offsets, counts, strict=bool(self._of_images)))
+        return self._turn(texts, images, is_first=not before, is_last=is_last)
+
+    def _turn(
+        self, texts: ChatTurn, images: list[tuple[int, int]], *, is_first: bool, is_last: bool
+    ) -> _Turn:
         chat_format = self._format
-        question = STRIPS[chat_format.question_strip](question)
-        opening = chat_format.start if is_first else chat_format.after
+        question = STRIPS[chat_format.question_strip](texts.question)
+        # Offsets count from what is not stripped; a format without a place for it has the system
+        # turn in the first question.
+        told = self._told if is_first else ""
+        moved = len(told) - (texts.question.index(question) if question else 0)
+        most = len(told) + len(question)
+        places = [(min(max(at + moved, 0), most), count) for at, count in images]
+        opening = self._start if is_first else chat_format.after
         assistant, strip = chat_format.around(is_last)
-        image = self._image if is_first else []
         encode = self._joined if chat_format.is_joined else self._apart
-        prompt, last_text = encode(opening, question, assistant, image)
-        text = f"{chat_format.before_answer}{STRIPS[strip](answer)}{chat_format.after_answer}"
+        first = self._first if is_first else []
+        prompt, last_text = encode(opening, told + question, assistant, first, places)
+        text = f"{chat_format.before_answer}{STRIPS[strip](texts.answer)}{chat_format.after_answer}"
         reply = _encode_after(self._tokenizer, last_text, text)
         end = self._tokenizer.special_tokens[chat_format.end]
-        return _Turn(prompt, [*reply, end], question, answer, is_first)
+        return _Turn(prompt, [*reply, end], texts, images, is_first)
 
     def earlier(self, turn: _Turn) -> _Turn:
         """The same turn with others after it."""
         if self._format.earlier_assistant is None:
             return turn
-        return self.turn(turn.question, turn.answer, is_first=turn.is_first, is_last=False)
+        return self._turn(turn.texts, turn.images, is_first=turn.is_first, is_last=False)
 
     def nothing(self) -> list[int]:
         """A chat without a turn."""
-        image = [] if self._format.image_in_turn else self._image
-        return [*self._ours(self._format.start), *image]
+        image = [] if self._format.image_in_turn else self._first
+        return [*self._ours(self._start), *image]
 
     def after(self) -> list[int]:
         """What follows the last turn."""
@@ -272,18 +280,28 @@ class _Encoder:
         return [*_encode_marked(self._tokenizer, text)]
 
     def _apart(
-        self, opening: str, question: str, assistant: str, image: list[int]
+        self,
+        opening: str,
+        question: str,
+        assistant: str,
+        first: list[int],
+        places: list[tuple[int, int]],
     ) -> tuple[list[int], str]:
         """The tokens of a prompt, and its text after the last special token that an answer is to be
         joined to."""
-        user = [*self._ours(self._format.user), *image]
+        user = [*self._ours(self._format.user), *first]
         if not self._format.image_in_turn:
-            user = [*image, *self._ours(self._format.user)]
-        question_ids = self._tokenizer.encode(question)
-        return [*self._ours(opening), *user, *question_ids, *self._ours(assistant)], ""
+            user = [*first, *self._ours(self._format.user)]
+        ids = self._with_images(question, places) if places else self._tokenizer.encode(question)
+        return [*self._ours(opening), *user, *ids, *self._ours(assistant)], ""
 
     def _joined(
-        self, opening: str, question: str, assistant: str, image: list[int]
+        self,
+        opening: str,
+        question: str,
+        assistant: str,
+        first: list[int],
+        places: list[tuple[int, int]],
     ) -> tuple[list[int], str]:
         """Returns what `_apart` does, of a format that is joined."""
         head = _stretches(self._tokenizer, opening + self._format.user)
@@ -293,13 +311,23 @@ class _Encoder:
         head = head[:-1] if before else head
         tail = tail[1:] if after else tail
         text = f"{before}{question}{after}"
-        spans = self._tokenizer.token_offsets(text)
         # Before the first token that has a character of the question.
-        place = sum(end <= len(before) for _, _, end in spans) if before else 0
-        ids = [token for token, _, _ in spans]
-        prompt = [*_ids(self._tokenizer, head), *ids[:place], *image, *ids[place:]]
+        moved = [(0, len(first)), *((offset, count) for offset, count in places)]
+        ids = self._with_images(text, [(len(before) + at, count) for at, count in moved])
+        prompt = [*_ids(self._tokenizer, head), *ids]
         last = tail[-1] if tail else text
         return [*prompt, *_ids(self._tokenizer, tail)], last if isinstance(last, str) else ""
+
+    def _with_images(self, text: str, places: list[tuple[int, int]]) -> list[int]:
+        """The tokens of a text with `count` image tokens at each character, before the token that
+        has it."""
+        spans = self._tokenizer.token_offsets(text)
+        ids = [token for token, _, _ in spans]
+        # From the end, so that places before stay where they are.
+        for at, count in reversed(places):
+            place = sum(end <= at for _, _, end in spans) if at else 0
+            ids[place:place] = [self._image_id] * count
+        return ids
 
 
 def _encode_after(tokenizer: Tokenizer, prefix: str, text: str) -> list[int]:

@@ -12,122 +12,9 @@ import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from alignvlm_jax.data.chat_format import STRIPS, ChatFormat
 from alignvlm_jax.data.tokenizers.base import ChatFiles
-from alignvlm_jax.errors import UserError, nearest
-
-STRIPS = {
-    "": lambda text: text,
-    "strip": str.strip,
-    "lstrip": str.lstrip,
-    "rstrip": str.rstrip,
-    "lstrip_newlines": lambda text: text.lstrip("\n"),
-    "strip_newlines": lambda text: text.strip("\n"),
-}
-"""What a template does to the white space around a text."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ChatFormat:
-    """What stands around questions and answers: `start IMAGE`, or `start user IMAGE` for the first
-    turn, then for each turn `user QUESTION assistant ANSWER end after`. Special tokens stand in
-    these strings by their names.
-
-    Attributes:
-      start: before the first turn.
-      user: before a question.
-      assistant: between question and answer.
-      end: the special token that ends an answer, which the model has to say.
-      after: after the end of an answer.
-      stops: special tokens at which generation stops; `end` is one of them.
-      image_in_turn: whether images stand inside the first turn, before its question, or before all
-        turns.
-      question_strip: a name in STRIPS.
-      answer_strip: a name in STRIPS.
-      before_answer: text that the model has to say before an answer.
-      after_answer: text that the model has to say between an answer and its end.
-      earlier_assistant: `assistant` of turns before the last, where it is another.
-      earlier_strip: `answer_strip` of those turns.
-      is_joined: whether text is encoded from one special token to the next, ours together with the
-        question's, as transformers does; otherwise each string by itself.
-    """
-
-    start: str
-    user: str
-    assistant: str
-    end: str
-    after: str = ""
-    stops: tuple[str, ...] = ()
-    image_in_turn: bool = True
-    question_strip: str = ""
-    answer_strip: str = ""
-    before_answer: str = ""
-    after_answer: str = ""
-    earlier_assistant: str | None = None
-    earlier_strip: str = ""
-    is_joined: bool = False
-
-    def around(self, is_last: bool) -> tuple[str, str]:
-        """Returns `assistant` and the name of the strip of answers, of the last turn or another."""
-        if is_last or self.earlier_assistant is None:
-            return self.assistant, self.answer_strip
-        return self.earlier_assistant, self.earlier_strip
-
-    def spell(self, turns: Sequence[tuple[str, str]], question: str | None = None) -> str:
-        """Returns the text of a conversation without images; with a `question`, which the last
-        answer is yet to follow."""
-        text = self.start
-        for number, (question_of_turn, answer) in enumerate(turns):
-            is_last = question is None and number == len(turns) - 1
-            assistant, strip = self.around(is_last)
-            text += self.user + STRIPS[self.question_strip](question_of_turn) + assistant
-            text += self.before_answer + STRIPS[strip](answer) + self.after_answer
-            text += self.end + self.after
-        if question is not None:
-            text += self.user + STRIPS[self.question_strip](question) + self.assistant
-        return text
-
-
-def to_json(chat_format: ChatFormat) -> str:
-    """Returns a format as a chat_format.json holds it."""
-    return json.dumps(dataclasses.asdict(chat_format), indent=2, ensure_ascii=False) + "\n"
-
-
-def from_json(name: str, text: str) -> ChatFormat:
-    """Returns the format that a chat_format.json holds.
-
-    Args:
-      name: of the file, for messages.
-
-    Raises:
-      UserError: it is damaged, or names a field that there is not.
-    """
-    known = {field.name for field in dataclasses.fields(ChatFormat)}
-    try:
-        fields = dict(json.loads(text))
-        for field, value in fields.items():
-            if field not in known:
-                raise UserError(f"{name}: unknown field {field!r}{nearest(field, known)}")
-            _check_value(name, field, value)
-        # Without the end of an answer among the stops, no answer would end.
-        stops = dict.fromkeys((*fields.get("stops", ()), fields.get("end", "")))
-        chat_format = ChatFormat(**fields | {"stops": tuple(stops)})
-    except (ValueError, TypeError) as err:
-        raise UserError(f"{name} is no chat format: {err}") from err
-    if chat_format.is_joined and not chat_format.image_in_turn:
-        raise UserError(
-            f"{name}: with is_joined, images stand in a turn: image_in_turn must be true"
-        )
-    return chat_format
-
-
-def _check_value(name: str, field: str, value: Any) -> None:
-    kind = {"stops": list, "image_in_turn": bool, "is_joined": bool}.get(field, str)
-    is_absent = field == "earlier_assistant" and value is None
-    if not isinstance(value, kind) and not is_absent:
-        raise UserError(f"{name}: {field} is {value!r}; it must be of type {kind.__name__}")
-    if field.endswith("strip") and value not in STRIPS:
-        raise UserError(f"{name}: {field} is {value!r}{nearest(value, STRIPS)}")
-
+from alignvlm_jax.errors import UserError
 
 Message = dict[str, str]
 
@@ -171,7 +58,7 @@ def read(files: ChatFiles, special_tokens: Collection[str]) -> ChatFormat:
         _compare(files, chat_format.spell(turns), template.render(messages, False))
         _compare(files, chat_format.spell(turns, question), template.render(prompt, True))
         _compare(files, chat_format.spell((), question), template.render(prompt[-1:], True))
-    return chat_format
+    return _with_system(template, chat_format)
 
 
 class _Generation(Extension):
@@ -223,6 +110,38 @@ class Template:
     def _error(self, err: Exception) -> UserError:
         reason = " ".join(str(err).split())
         return UserError(f"{self.files.name}: its chat template cannot be rendered ({reason})")
+
+
+def _rendered(template: Template, messages: Sequence[Message]) -> str:
+    """The text of a prompt; "" where the template refuses it."""
+    try:
+        return template.render(messages, True)
+    except UserError:
+        return ""
+
+
+def _with_system(template: Template, chat_format: ChatFormat) -> ChatFormat:
+    """A format with the place that the template has for a system turn, where it has one before the
+    first turn; others refuse it, or write it into a question, which is no matter of the format."""
+    user = {"role": "user", "content": QUESTION}
+    told = {"role": "system", "content": ANSWER}
+    try:
+        found = template.render([told, user], True)
+        # A template that knows users and others takes who speaks here for the one who answers.
+        if found == _rendered(template, [told | {"role": "assistant"}, user]):
+            return chat_format
+        before, mark, rest = found.partition(ANSWER)
+        after, is_there, _ = rest.partition(f"{chat_format.user}{QUESTION}")
+        if not mark or not is_there:
+            return chat_format
+        made = dataclasses.replace(chat_format, system_before=before, system_after=after)
+        for turns in CONVERSATIONS:
+            messages = [{"role": "system", "content": "Read."}, *_messages(turns)]
+            if made.spell(turns, system="Read.") != template.render(messages, False):
+                return chat_format
+    except UserError:
+        return chat_format
+    return made
 
 
 class _Texts(NamedTuple):

@@ -3,57 +3,22 @@ labels."""
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
 from alignvlm_jax.config import Config, DataConfig, VisionConfig
 from alignvlm_jax.data import chat, images, labels
+from alignvlm_jax.data.chat import ChatTurn
 from alignvlm_jax.data.images import Tiles
-from alignvlm_jax.data.record import Record
+from alignvlm_jax.data.record import Record, Turn
+from alignvlm_jax.data.tasks import TASKS
 from alignvlm_jax.data.tokenizers.base import Tokenizer
 from alignvlm_jax.errors import UserError
 
-TRANSCRIBE_QUESTION = "Read the page."
 PackedSequence = dict[str, np.ndarray]
 """The arrays of `record.Batch` without the axis B."""
-
-
-def transcription(record: Record) -> str:
-    """Returns the words of a record, those of a line of the page on one line; "" where the record
-    does not know them."""
-    return "\n".join(" ".join(word.text for word in line) for page in record.lines for line in page)
-
-
-def _transcribe(record: Record, rng: np.random.Generator) -> list[tuple[str, str]]:
-    text = transcription(record)
-    return [(TRANSCRIBE_QUESTION, text)] if text else []
-
-
-def _answer(record: Record, rng: np.random.Generator) -> list[tuple[str, str]]:
-    # In another order each time, so that no question always has the same ones before it.
-    turns = [record.turns[i] for i in rng.permutation(len(record.turns))]
-    return [(turn.question, turn.answers[0]) for turn in turns if turn.answers]
-
-
-def _answer_and_transcribe(record: Record, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Both, in either order: more to learn from each page.
-
-    What comes second can look back at what came first.
-    """
-    answers = _answer(record, rng)
-    text = _transcribe(record, rng)
-    return answers + text if rng.random() < 0.5 else text + answers
-
-
-TASKS: dict[str, Callable[[Record, np.random.Generator], list[tuple[str, str]]]] = {
-    "transcribe": _transcribe,
-    "answer": _answer,
-    "answer_and_transcribe": _answer_and_transcribe,
-}
-"""What a sequence teaches of a record, by the names of `data.tasks`: (question, answer) turns,
-possibly none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +70,10 @@ class ExampleBuilder:
     def segment(self, record: Record, task: str, rng: np.random.Generator) -> Segment:
         """Returns a record's segment of a packed sequence.
 
-        Turns that do not fit `data.seq_len` are left out; offline packing cuts the answer of
-        `transcribe` there instead. Where no answer fits, or the record lacks what the task needs,
-        loss weights are 0 throughout; offline packing has no place for that.
+        Turns that do not fit `data.seq_len` are left out, and of a conversation all that follow,
+        with the images that they show; offline packing cuts the answer of `transcribe` there
+        instead. Where no answer fits, or the record lacks what the task needs, loss weights are 0
+        throughout; offline packing has no place for that.
 
         Raises:
           UserError: an unreadable image, more images than the record may have tiles, or no answer
@@ -116,22 +82,33 @@ class ExampleBuilder:
         data = self.data
         pages = self._tile_pages(record)
         turns = TASKS[task](record, rng)
-        num_image_tokens = _num_tiles(pages) * self.tokens_per_tile
         # Offline packing counts a transcription that is too long as `seq_len` tokens: it is cut to
         # just these, where left out it would leave its sequence empty.
         is_cut = data.packing == "offline" and task == "transcribe"
+        counts: int | list[int] = [len(page.pixels) * self.tokens_per_tile for page in pages]
+        if not self._has_places(turns):
+            counts = sum(counts)
         tokens, is_answer = chat.encode_chat(
-            self.tokenizer, turns, num_image_tokens, self.image_token_id, data.seq_len, is_cut
+            self.tokenizer,
+            turns,
+            counts,
+            self.image_token_id,
+            data.seq_len,
+            cuts_answers=is_cut,
+            is_conversation=record.has_order,
+            system=record.system,
         )
         if data.packing == "offline" and not is_answer.any():
             raise UserError(
                 f"record {record.id} has no answer that fits config.data.seq_len {data.seq_len}"
             )
+        if not isinstance(counts, int):
+            pages = self._shown(pages, self.tokens_per_tile, tokens)
         # float32 [n]: the weight at t is of predicting the token at t + 1, hence shifted by one.
         loss_weights = np.zeros(len(tokens), np.float32)
         loss_weights[:-1] = is_answer[1:]
-        if data.loss_normalisation == "record" and is_answer.any():
-            loss_weights /= loss_weights.sum()
+        if data.loss_normalisation != "token" and is_answer.any():
+            loss_weights = _normalised(loss_weights, data.loss_normalisation)
         tile_arrays = {"tiles": self._stack_tiles(pages)} | self._labels(record, pages)
         return Segment(tokens, loss_weights, tile_arrays)
 
@@ -163,19 +140,36 @@ class ExampleBuilder:
         """Returns the packed sequence of one record alone; see `segment`."""
         return self.join([self.segment(record, task, rng)])
 
-    def prompt(self, page: Record | Image.Image | None, question: str) -> PackedSequence:
+    def prompt(
+        self,
+        page: Record | Image.Image | None,
+        question: str | ChatTurn,
+        before: Sequence[Turn] = (),
+    ) -> PackedSequence:
         """Returns the prompt of a question: it ends where the answer begins, and has no loss and no
         patch labels; "tiles", uint8 [I, Y, X, C], are as many as a record may have. Without a page
         there are none, and of a record without images they are all unused.
+
+        Args:
+          page: what the question is about.
+          question: its text, and the places of images in it where they do not come first.
+          before: the turns of the conversation that it goes on.
 
         Raises:
           UserError: the prompt is longer than `data.seq_len`.
         """
         seq_len = self.data.seq_len
         pages = self._pages_of(page)
-        num_image_tokens = _num_tiles(pages) * self.tokens_per_prompt_tile
-        tokens = chat.encode_prompt(self.tokenizer, question, num_image_tokens, self.image_token_id)
+        record = page if isinstance(page, Record) else None
+        counts: int | list[int] = [len(one.pixels) * self.tokens_per_prompt_tile for one in pages]
+        # A question of one's own has all images before it; one of the record's those that it has
+        # seen by then.
+        if isinstance(question, str) or not self._has_places(record.turns if record else ()):
+            counts = sum(counts)
+        last = ChatTurn(question, "") if isinstance(question, str) else question
+        tokens = self.prompt_tokens(last, before, record.system if record else "", counts)
         if len(tokens) > seq_len:
+            num_image_tokens = int((tokens == self.image_token_id).sum())
             raise UserError(
                 f"the prompt has {len(tokens)} tokens ({num_image_tokens} of the image) and "
                 f"config.data.seq_len is {seq_len}; shorten the question by "
@@ -185,9 +179,28 @@ class ExampleBuilder:
         prompt = _text_arrays([(tokens, no_loss)], seq_len, self.tokenizer)
         if page is None:
             return prompt
-        tiles = self._stack_tiles(pages)
+        tiles = self._stack_tiles(self._shown(pages, self.tokens_per_prompt_tile, tokens))
         unused = np.zeros((self.data.tiles_of_a_record - len(tiles), *tiles.shape[1:]), np.uint8)
         return prompt | {"tiles": np.concatenate([tiles, unused])}
+
+    def prompt_tokens(
+        self,
+        question: ChatTurn,
+        before: Sequence[Turn] = (),
+        system: str = "",
+        num_image_tokens: int | Sequence[int] = 0,
+    ) -> np.ndarray:
+        """Returns the int32 tokens of a prompt: a question after the turns before it, with the
+        image tokens as `chat.encode_chat` takes them."""
+        # What nobody answered is no part of what was said.
+        earlier = [
+            ChatTurn(turn.question, turn.answers[0], turn.image_offsets)
+            for turn in before
+            if turn.answers
+        ]
+        return chat.encode_prompt(
+            self.tokenizer, question, num_image_tokens, self.image_token_id, earlier, system
+        )
 
     def trim_prompts(self, prompts: Sequence[PackedSequence]) -> list[PackedSequence]:
         """Returns prompts, still of one shape, without the tiles that none of them uses and
@@ -210,6 +223,17 @@ class ExampleBuilder:
         # By tokens, not by pixels: a tile that is used may be black, as an unused one is.
         num_tiles = num_image_tokens // self.tokens_per_prompt_tile
         return -(-longest // multiple) * multiple, num_tiles
+
+    def _has_places(self, turns: Sequence[Turn | ChatTurn]) -> bool:
+        """Whether images stand in these turns, and not before them."""
+        return not self.data.images_first and any(turn.image_offsets for turn in turns)
+
+    def _shown(self, pages: list[Tiles], tokens_per_tile: int, tokens: np.ndarray) -> list[Tiles]:
+        """The pages whose image tokens are among `tokens`: a turn that is left out takes its images
+        with it, and such turns are the last."""
+        ends = np.cumsum([len(page.pixels) * tokens_per_tile for page in pages])
+        num_image_tokens = (tokens == self.image_token_id).sum()
+        return pages[: int(np.searchsorted(ends, num_image_tokens, "right"))]
 
     def _pages_of(self, page: Record | Image.Image | None) -> list[Tiles]:
         """The tiles of each image that a prompt shows."""
@@ -284,8 +308,15 @@ def trim(prompt: PackedSequence, length: int, num_tiles: int) -> PackedSequence:
     return {name: array[: ends.get(name, length)] for name, array in prompt.items()}
 
 
-def _num_tiles(pages: list[Tiles]) -> int:
-    return sum(len(page.pixels) for page in pages)
+def _normalised(loss_weights: np.ndarray, unit: str) -> np.ndarray:
+    """Loss weights float32 [n], whose sum is 1 over each "answer", or over the "record"."""
+    if unit == "record":
+        return loss_weights / loss_weights.sum()
+    # Answers are runs of weights above 0: a question stands between any two.
+    starts = np.diff(loss_weights, prepend=np.float32(0)) > 0
+    numbers = np.cumsum(starts)
+    sizes = np.bincount(numbers, weights=loss_weights)
+    return loss_weights / np.maximum(sizes[numbers], 1).astype(np.float32)
 
 
 def _text_arrays(

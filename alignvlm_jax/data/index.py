@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from alignvlm_jax.data import arrays, chat, examples, filesystem, images, shards, tokenizers
+from alignvlm_jax.data import arrays, chat, filesystem, images, shards, tokenizers
+from alignvlm_jax.data.chat import ChatTurn
 from alignvlm_jax.data.filesystem import Entry
 from alignvlm_jax.data.record import Record
+from alignvlm_jax.data.tasks import TASKS
 from alignvlm_jax.data.tokenizers import base
 from alignvlm_jax.data.tokenizers.base import Tokenizer
 from alignvlm_jax.errors import TryAgainError, UserError
@@ -34,7 +36,7 @@ class Index:
     Indexes are compared by identity, and so can be keys of caches.
 
     Attributes:
-      text_tokens: by task of `examples.TASKS`, the number of tokens of each record's chat with all
+      text_tokens: by task of `tasks.TASKS`, the number of tokens of each record's chat with all
         its turns and without image tokens, int32 [R]; 0 if the record lacks what the task needs.
       image_sizes: height and width in pixels of all images, record after record, int32 [M, 2].
       image_starts: record r has the images `image_starts[r]` to `image_starts[r + 1]`, int64
@@ -59,7 +61,7 @@ class Builder:
     def __init__(self, tokenizer: Tokenizer, fingerprint: str):
         self._tokenizer = tokenizer
         self._fingerprint = fingerprint
-        self._text_tokens: dict[str, list[int]] = {task: [] for task in examples.TASKS}
+        self._text_tokens: dict[str, list[int]] = {task: [] for task in TASKS}
         self._image_sizes: list[tuple[int, int]] = []
         self._image_starts = [0]
         self._hashes: list[int] = []
@@ -120,7 +122,7 @@ def read(path: str | Path) -> Index:
     """Returns the index in a local file.
 
     Raises:
-      UserError: it is missing, damaged, or lacks one of `examples.TASKS`; the message says how to
+      UserError: it is missing, damaged, or lacks one of `tasks.TASKS`; the message says how to
         count anew.
     """
     return _index(_read(os.fspath(path), 0))
@@ -228,7 +230,7 @@ def _read(path: str, size: int) -> dict[str, np.ndarray]:
     """Returns the named arrays of an index file; raises UserError if some are missing."""
     try:
         fields = arrays.read(path, size)
-        names = [*_index_fields(), *(f"text_tokens.{task}" for task in examples.TASKS)]
+        names = [*_index_fields(), *(f"text_tokens.{task}" for task in TASKS)]
         missing = [name for name in names if name not in fields]
         if missing:
             raise UserError(f"{path} lacks {', '.join(missing)}")
@@ -242,7 +244,7 @@ def _read(path: str, size: int) -> dict[str, np.ndarray]:
 
 def _index(fields: dict[str, np.ndarray]) -> Index:
     """Returns the index that named arrays hold: the inverse of `_fields`."""
-    text_tokens = {task: fields[f"text_tokens.{task}"] for task in examples.TASKS}
+    text_tokens = {task: fields[f"text_tokens.{task}"] for task in TASKS}
     others = {name: fields[name] for name in _index_fields()}
     return Index(text_tokens, **others | {"tokenizer": str(fields["tokenizer"])})
 
@@ -254,10 +256,7 @@ def concatenate(indexes: list[Index]) -> Index:
     for one in indexes:
         starts.append(one.image_starts[1:] + starts[-1][-1])
     return Index(
-        {
-            task: np.concatenate([one.text_tokens[task] for one in indexes])
-            for task in examples.TASKS
-        },
+        {task: np.concatenate([one.text_tokens[task] for one in indexes]) for task in TASKS},
         np.concatenate([one.image_sizes for one in indexes]),
         np.concatenate(starts),
         np.concatenate([one.content_hash for one in indexes]),
@@ -329,18 +328,28 @@ def content_hash(record: Record) -> int:
     for image in record.images:
         digest.update(image)
     digest.update(json.dumps([(turn.question, turn.answers) for turn in record.turns]).encode())
+    # What records of before did not have leaves their hashes as they are.
+    if record.has_order or record.system:
+        offsets = [turn.image_offsets for turn in record.turns]
+        digest.update(json.dumps([record.is_conversation, record.system, offsets]).encode())
     return int.from_bytes(digest.digest(), "big")
 
 
 def _text_tokens(record: Record, tokenizer: Tokenizer) -> dict[str, int]:
     """Returns the number of tokens of a record's chat by task, without image tokens."""
     # Tasks often share their turns, which are encoded once; no turns have no tokens.
-    counted: dict[tuple[tuple[str, str], ...], int] = {(): 0}
+    counted: dict[tuple[ChatTurn, ...], int] = {(): 0}
     lengths = {}
-    for task, turns_of in examples.TASKS.items():
+    for task, turns_of in TASKS.items():
+        # Where images stand does not count.
+        found = [
+            turn._replace(image_offsets=()) for turn in turns_of(record, np.random.default_rng(0))
+        ]
         # Sorted: an order of them that was counted is not counted again.
-        turns = tuple(sorted(turns_of(record, np.random.default_rng(0))))
+        turns = tuple(found if record.has_order else sorted(found))
         if turns not in counted:
-            counted[turns] = chat.count_tokens(tokenizer, turns)
+            counted[turns] = chat.count_tokens(
+                tokenizer, turns, is_conversation=record.has_order, system=record.system
+            )
         lengths[task] = counted[turns]
     return lengths

@@ -54,7 +54,7 @@ def load(
       opened: has the indexes, and the tokenizer that they have to be counted by.
       folders: where the records are.
       split: theirs.
-      tasks: some of `examples.TASKS`.
+      tasks: some of `tasks.TASKS`.
       sizes: how many records each folder has.
       limits: of a sequence.
 
@@ -91,7 +91,7 @@ def _measured(indexes: tuple[Index, ...], tasks: tuple[str, ...], limits: Limits
 
 
 def measure(index: Index, tasks: Sequence[str], limits: Limits) -> Lengths:
-    """Returns the lengths of an index's R records for some of `examples.TASKS`. A record with more
+    """Returns the lengths of an index's R records for some of `tasks.TASKS`. A record with more
     images than it may have tiles is of no use to any."""
     tiles = _count_tiles(index, limits)
     image_tokens = tiles.astype(np.int32) * limits.tokens_per_tile

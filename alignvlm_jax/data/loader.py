@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from alignvlm_jax.config import Config
-from alignvlm_jax.data import examples, lengths, mixture, read_ahead, sampler
+from alignvlm_jax.data import lengths, mixture, read_ahead, sampler
 from alignvlm_jax.data.examples import ExampleBuilder, PackedSequence, Segment
 from alignvlm_jax.data.mixture import NothingToDraw
 from alignvlm_jax.data.record import Batch, Record
 from alignvlm_jax.data.sampler import Schedule
 from alignvlm_jax.data.stage_data import StageData
+from alignvlm_jax.data.tasks import TASKS
 from alignvlm_jax.errors import UserError, nearest
 
 
@@ -46,10 +47,8 @@ class TrainSequences:
         data = config.data
         opened = opened or StageData.open(data, config.model)
         for task in data.tasks:
-            if task not in examples.TASKS:
-                raise UserError(
-                    f"unknown task {task!r} in config.data.tasks{nearest(task, examples.TASKS)}"
-                )
+            if task not in TASKS:
+                raise UserError(f"unknown task {task!r} in config.data.tasks{nearest(task, TASKS)}")
         self.builder = ExampleBuilder.of(config, opened.tokenizer)
         self._stage = config.stage
         self._split = split
@@ -122,8 +121,7 @@ class TrainSequences:
         except UserError:
             return {}
         return {
-            task: sum(np.count_nonzero(one.text_tokens[task]) for one in indexes)
-            for task in examples.TASKS
+            task: sum(np.count_nonzero(one.text_tokens[task]) for one in indexes) for task in TASKS
         }
 
     def prefetch(self, index: int) -> int:

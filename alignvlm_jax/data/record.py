@@ -23,19 +23,32 @@ class Word:
       edges: the x coordinates where its characters begin and the last one ends, len(text) + 1
         ascending numbers; None if the source does not know them, and characters are taken as
         equally wide.
+      confidence: how sure the program is that read it, from 0 to 1; None where nobody says.
     """
 
     text: str
     box: Box
     edges: tuple[float, ...] | None = None
+    confidence: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """A question about the images and its accepted answers, of which the first is taught."""
+    """A question about the images and its accepted answers, of which the first is taught.
+
+    Attributes:
+      question: its text.
+      answers: the answers that count as right; empty where they are secret.
+      id: the name that its data set gives to the question; "" if it gives none.
+      image_offsets: the characters of the question before which images stand, ascending. Turns of
+        a record have as many together as it has images, in their order, or none has any: all
+        images then stand before the first question.
+    """
 
     question: str
     answers: tuple[str, ...]
+    id: str = ""
+    image_offsets: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +62,9 @@ class Record:
       turns: questions with their answers.
       lines: for each image its lines in reading order, each a tuple of words; empty if the source
         does not know the words.
+      is_conversation: whether a turn may refer to those before it; otherwise the turns are
+        independent questions, which any order serves.
+      system: what the model is told before the first question; "" for nothing.
     """
 
     id: str
@@ -56,6 +72,14 @@ class Record:
     images: tuple[bytes, ...]
     turns: tuple[Turn, ...]
     lines: tuple[tuple[tuple[Word, ...], ...], ...] = ()
+    is_conversation: bool = False
+    system: str = ""
+
+    @property
+    def has_order(self) -> bool:
+        """Whether the turns must keep their order: a later one may refer to what an earlier one
+        says or shows."""
+        return self.is_conversation or any(turn.image_offsets for turn in self.turns)
 
 
 class Batch(TypedDict):
@@ -79,9 +103,23 @@ class Batch(TypedDict):
 
 def encode_record(record: Record) -> bytes:
     """Returns a record as bytes: a JSON header with the images' sizes, a NUL byte, the images."""
+    fields = dataclasses.asdict(record, dict_factory=_fields)
+    header = fields | {"images": [len(image) for image in record.images]}
     # JSON escapes control characters: the first NUL byte is the separator.
-    header = dataclasses.asdict(record) | {"images": [len(image) for image in record.images]}
     return b"\0".join([json.dumps(header, separators=(",", ":")).encode(), b"".join(record.images)])
+
+
+LATER = ("id", "image_offsets", "is_conversation", "system", "confidence")
+"""Fields that few records have: where they say nothing they are not written, and a record is the
+bytes that it was before there were any."""
+
+
+def _fields(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in items
+        if name not in LATER or not (value is None or value is False or value in ("", ()))
+    }
 
 
 def decode_record(data: bytes) -> Record:
@@ -95,7 +133,7 @@ def decode_record(data: bytes) -> Record:
         header: dict[str, Any] = json.loads(header_bytes)
         ends = np.cumsum([0, *header["images"]])
         header["images"] = tuple(blob[a:b] for a, b in itertools.pairwise(ends))
-        header["turns"] = tuple(Turn(t["question"], tuple(t["answers"])) for t in header["turns"])
+        header["turns"] = tuple(map(_turn, header["turns"]))
         header["lines"] = tuple(
             tuple(tuple(_word(word) for word in line) for line in page) for page in header["lines"]
         )
@@ -104,7 +142,18 @@ def decode_record(data: bytes) -> Record:
         raise UserError(f"not a record of this project ({err})") from err
 
 
+def _turn(fields: dict[str, Any]) -> Turn:
+    """Returns a turn from its JSON fields; records of before have no more than two."""
+    tuples = {name: tuple(fields.get(name, ())) for name in ("answers", "image_offsets")}
+    return Turn(**fields | tuples)
+
+
 def _word(fields: dict[str, Any]) -> Word:
     """Returns a word from its JSON fields, in which tuples have become lists."""
     edges = fields["edges"]
-    return Word(fields["text"], tuple(fields["box"]), None if edges is None else tuple(edges))
+    return Word(
+        fields["text"],
+        tuple(fields["box"]),
+        None if edges is None else tuple(edges),
+        fields.get("confidence"),
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from alignvlm_jax import storage
 from alignvlm_jax.config import DataConfig, ModelConfig
-from alignvlm_jax.data import chat, chat_template, index, tokenizers
+from alignvlm_jax.data import chat, chat_format, index, tokenizers
 from alignvlm_jax.data.index import Index
 from alignvlm_jax.data.shards import RecordSource
 from alignvlm_jax.data.tokenizers.base import Tokenizer
@@ -82,8 +82,8 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     Raises:
       UserError: one is missing or damaged, or there is no chat format.
     """
-    chat_format = chat_template.to_json(chat.format_of(tokenizer))
-    return tokenizers.files(tokenizer) | {tokenizers.CHAT_FORMAT: chat_format.encode()}
+    text = chat_format.to_json(chat.format_of(tokenizer))
+    return tokenizers.files(tokenizer) | {tokenizers.CHAT_FORMAT: text.encode()}
 
 
 def tokenizer_contents(data: DataConfig) -> str:

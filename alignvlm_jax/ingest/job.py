@@ -27,7 +27,7 @@ from alignvlm_jax.ingest import writer as writer_lib
 from alignvlm_jax.ingest.formats.base import Format, Unit
 from alignvlm_jax.ingest.writer import UnitOutput, UnitWriter
 
-VERSION = 3
+VERSION = 4
 """Version of the records, raised with every change to them so that `prepare` writes them anew."""
 
 Runner = Callable[[UnitWriter, list[tuple[int, Unit]]], None]

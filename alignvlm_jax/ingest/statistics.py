@@ -8,10 +8,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from alignvlm_jax.data import examples, index, lengths
+from alignvlm_jax.data import index, lengths
 from alignvlm_jax.data.examples import ExampleBuilder
 from alignvlm_jax.data.index import Index
 from alignvlm_jax.data.lengths import Limits
+from alignvlm_jax.data.tasks import TASKS
 from alignvlm_jax.errors import counted
 from alignvlm_jax.ingest import staging, writer
 
@@ -51,7 +52,7 @@ def collect(
     """
     known = index.load(directory, split)
     limits = Limits.of(builder.data, builder.vision, builder.tokens_per_tile)
-    measured = lengths.measure(known, list(examples.TASKS), limits)
+    measured = lengths.measure(known, list(TASKS), limits)
     values = {f"text tokens, {task}": tokens for task, tokens in known.text_tokens.items()}
     values |= {
         "images a record": np.diff(known.image_starts),
@@ -62,7 +63,7 @@ def collect(
     # Of the stage's own tasks: with its lengths, rows of others would be cut as none ever is.
     values |= {
         f"row tokens, {task}": tokens
-        for task, tokens in zip(examples.TASKS, measured.tokens, strict=True)
+        for task, tokens in zip(TASKS, measured.tokens, strict=True)
         if builder.data.tasks.get(task)
     }
     return Statistics(

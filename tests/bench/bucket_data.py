@@ -19,6 +19,7 @@ import numpy as np
 from alignvlm_jax.data import filesystem, index, shards
 from alignvlm_jax.data.read_ahead import ReadAhead
 from alignvlm_jax.data.record import Record
+from alignvlm_jax.data.tasks import TASKS
 from tests.fake_bucket import FakeBucket
 
 SHARDS = int(os.environ.get("SHARDS", 4000))
@@ -116,7 +117,7 @@ def _serve(folder: str, connection: Connection) -> None:
 def _write(folder: Path) -> None:
     rng = np.random.default_rng(0)
     counted = index.Index(
-        {task: np.full(RECORDS, 50, np.int32) for task in index.examples.TASKS},
+        {task: np.full(RECORDS, 50, np.int32) for task in TASKS},
         np.full((RECORDS, 2), 100, np.int32),
         np.arange(RECORDS + 1),
         np.zeros(RECORDS, np.uint64),

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from alignvlm_jax.data import chat
+from alignvlm_jax.data import chat, chat_format
 from alignvlm_jax.data.tokenizers.base import ChatFiles
 
 TURNS = [("What is the total?", "12.50"), ("What is the city?", "Ames\nIowa")]
@@ -80,5 +80,8 @@ class Named:
     ],
 )
 def test_a_text_begins_with_what_a_chat_begins_with_unless_that_opens_a_turn(family, begin):
-    tokenizer = Named(chat._names(chat.FAMILIES[family]) | chat.OWN.get(family, set()))
+    tokenizer = Named(
+        chat_format.required_tokens(chat_format.FAMILIES[family])
+        | chat_format.OWN.get(family, set())
+    )
     assert chat.begin_ids(tokenizer) == ([] if begin is None else [tokenizer.special_tokens[begin]])

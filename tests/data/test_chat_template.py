@@ -10,8 +10,8 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer
 
-from alignvlm_jax.data import chat, chat_template, tokenizers
-from alignvlm_jax.data.chat_template import ChatFormat
+from alignvlm_jax.data import chat, chat_format, tokenizers
+from alignvlm_jax.data.chat_format import ChatFormat
 from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.weights import towers
@@ -35,7 +35,7 @@ def test_formats_are_split_out_of_templates(tmp_path):
         return chat.format_of(tokenizers.load(tmp_path / name))
 
     llama3 = format_of("llama3")
-    plain = chat.FAMILIES["llama3"]
+    plain = chat_format.FAMILIES["llama3"]
     for field in ("start", "user", "assistant", "end", "question_strip", "answer_strip"):
         assert getattr(llama3, field) == getattr(plain, field)
     assert format_of("llama32").start == (
@@ -43,7 +43,7 @@ def test_formats_are_split_out_of_templates(tmp_path):
         "December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>"
     )
     smollm2 = format_of("smollm2")
-    assert (smollm2.start, smollm2.after) == (chat.FAMILIES["smollm"].start, "\n")
+    assert (smollm2.start, smollm2.after) == (chat_format.FAMILIES["smollm"].start, "\n")
     assert format_of("chatml").start == "" and "Qwen" in format_of("qwen25").start
     qwen3 = format_of("qwen3")
     assert qwen3.assistant.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
@@ -233,12 +233,12 @@ def test_a_template_that_is_none_of_alike_turns_is_refused(tmp_path, template, m
 
 def test_a_chat_format_goes_before_a_template_and_comes_back_as_it_is(tmp_path):
     templates.write(tmp_path, templates.FAMILIES["qwen25"])
-    chat_format = chat.format_of(tokenizers.load(tmp_path))
+    own = chat.format_of(tokenizers.load(tmp_path))
     mine = ChatFormat(
         start="", user="<|im_start|>q\n", assistant="\n", end="<|im_end|>", stops=("<|im_end|>",)
     )
-    for one in (chat_format, mine):
-        (tmp_path / "chat_format.json").write_text(chat_template.to_json(one))
+    for one in (own, mine):
+        (tmp_path / "chat_format.json").write_text(chat_format.to_json(one))
         assert chat.format_of(tokenizers.load(tmp_path)) == one
 
 

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alignvlm_jax.data import chat, examples, index, shards, tokenizers
+from alignvlm_jax.data import chat, index, shards, tokenizers
 from alignvlm_jax.data.record import Record, Turn, Word
+from alignvlm_jax.data.tasks import TASKS
 from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.weights import towers
@@ -33,7 +34,7 @@ def records() -> list[Record]:
 def test_text_tokens_are_the_length_of_the_encoded_chat(tokenizer):
     made = index.of_records(records(), tokenizer, "f")
     for number, record in enumerate(records()):
-        for task, turns_of in examples.TASKS.items():
+        for task, turns_of in TASKS.items():
             turns = turns_of(record, np.random.default_rng(5))
             length = len(chat.encode_chat(tokenizer, turns, 0, 0)[0]) if turns else 0
             assert made.text_tokens[task][number] == length
@@ -68,7 +69,7 @@ def test_shards_are_read_back_one_after_another(tmp_path, tokenizer):
     loaded = index.load(tmp_path, "train")
     whole = index.of_records(records(), tokenizer, "f")
     assert len(loaded) == 3 and loaded.tokenizer == "f"
-    for task in examples.TASKS:
+    for task in TASKS:
         assert np.array_equal(loaded.text_tokens[task], whole.text_tokens[task])
     for name in ("image_sizes", "image_starts", "content_hash"):
         assert np.array_equal(getattr(loaded, name), getattr(whole, name))
@@ -153,7 +154,7 @@ def test_a_merged_index_is_that_of_the_shards(tmp_path, tokenizer, monkeypatch):
     for name in ("image_sizes", "image_starts", "content_hash"):
         assert np.array_equal(getattr(merged, name), getattr(apart, name))
         assert getattr(merged, name).dtype == getattr(apart, name).dtype
-    for task in examples.TASKS:
+    for task in TASKS:
         assert np.array_equal(merged.text_tokens[task], apart.text_tokens[task])
         with pytest.raises(ValueError, match="read-only"):
             merged.text_tokens[task][0] = 1

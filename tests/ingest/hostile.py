@@ -326,12 +326,15 @@ def chats(
             "number": (good | {"image": 3}, "image is no path"),
             "no messages": ({"image": "good.png"}, "no list of messages"),
             "text": (good | {messages: "What?"}, "no list of messages"),
-            "one who talks alone": (good | {messages: turns[1:]}, "in turn"),
+            "one who talks alone": (good | {messages: turns[1:]}, "do not alternate"),
             "null": (
                 good | {messages: [turns[0], {role: answerer, content: None}]},
                 "nothing to learn",
             ),
-            "list": (good | {messages: [turns[0], {role: answerer, content: []}]}, "no text"),
+            "list": (
+                good | {messages: [turns[0], {role: answerer, content: []}]},
+                "nothing to learn",
+            ),
         }
         for number, (fields, _) in enumerate(bad.values()):
             lines = [json.dumps(one) for one in (good, *([fields] if is_hostile else []))]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from alignvlm_jax.data import chat, chat_template, index, shards
+from alignvlm_jax.data import chat, chat_format, index, shards
 from alignvlm_jax.data import tokenizers as our_tokenizers
 from alignvlm_jax.data.record import decode_record
 from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -519,7 +519,7 @@ def test_the_chat_format_of_a_template_lies_beside_the_data(source, tmp_path):
     assert index.load(out, "train").text_tokens["answer"][0] == len(tokens)
     # Prepared again with a tokenizer that has no template, none of it is left.
     (folder / "tokenizer_config.json").unlink()
-    (folder / "chat_format.json").write_text(chat_template.to_json(chat.FAMILIES["smollm"]))
+    (folder / "chat_format.json").write_text(chat_format.to_json(chat_format.FAMILIES["smollm"]))
     assert job.prepare(request, out, job.on_processes(1))
     assert not (out / "chat_format.json").exists()
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from alignvlm_jax.data import shards
-from alignvlm_jax.data.examples import TRANSCRIBE_QUESTION, ExampleBuilder
+from alignvlm_jax.data.examples import ExampleBuilder
+from alignvlm_jax.data.tasks import TRANSCRIBE_QUESTION
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.ingest import staging, statistics
 from tests.prepared import NUM_DOCUMENTS

@@ -66,6 +66,22 @@ def test_tokens_are_those_of_the_template(tokenizers_of, name):
     assert is_answer.any() and tokens[is_answer.nonzero()[0][-1]] in chat.stop_ids(ours)
 
 
+@pytest.mark.parametrize("system", ["", "Read it."])
+def test_a_follow_up_is_asked_as_the_template_asks_it(tokenizers_of, system):
+    ours, theirs = tokenizers_of
+    if system and chat.format_of(ours).system_before is None:
+        pytest.skip("the template has no place for a system turn before the first one")
+    turns = [("What is the total?", "318.40"), ("Who pays?", "Dr. Strange")]
+    messages = [{"role": "system", "content": system}] if system else []
+    for number, (question, answer) in enumerate([*turns, ("When?", "12 May")]):
+        messages.append({"role": "user", "content": question})
+        prompt = chat.encode_prompt(ours, question, 0, -1, turns[:number], system)
+        assert prompt.tolist() == apply(theirs, messages, add_generation_prompt=True)
+        messages.append({"role": "assistant", "content": answer})
+    tokens, _ = chat.encode_chat(ours, [*turns, ("When?", "12 May")], 0, -1, system=system)
+    assert tokens.tolist() == apply(theirs, messages)
+
+
 def test_text_that_spells_a_special_token_stays_text(tokenizers_of):
     ours, theirs = tokenizers_of
     end = chat.format_of(ours).end

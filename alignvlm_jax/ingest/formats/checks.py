@@ -38,7 +38,10 @@ def check(record: Record, needs_answers: bool = True) -> Record:
     _check_text(record.id, "id", MAX_ID_BYTES)
     if not record.id:
         raise Reject("the id is empty")
-    turns = tuple(turn for turn in map(_usable, record.turns) if turn.answers or not needs_answers)
+    record = _answered(record) if needs_answers else record
+    turns = tuple(map(_usable, record.turns))
+    _check_text(record.system, "the system turn", MAX_TEXT_BYTES)
+    _check_offsets(turns, len(record.images))
     for turn in turns:
         if not turn.question.strip():
             raise Reject("a question is empty")
@@ -57,6 +60,25 @@ def check(record: Record, needs_answers: bool = True) -> Record:
     for number, (page, size) in enumerate(zip(record.lines, sizes, strict=False)):
         _check_boxes([word for line in page for word in line], size, number)
     return dataclasses.replace(record, turns=turns)
+
+
+def _answered(record: Record) -> Record:
+    """Returns a record without the turns that have no answer; of turns that keep their order, as
+    later ones may refer to earlier ones, without all from the first such turn on, and without the
+    images that stand in these."""
+    has_answer = [bool(_usable(turn).answers) for turn in record.turns]
+    if not record.has_order:
+        kept = tuple(
+            turn for turn, is_kept in zip(record.turns, has_answer, strict=True) if is_kept
+        )
+        return dataclasses.replace(record, turns=kept)
+    kept = record.turns[: (*has_answer, False).index(False)]
+    if not any(turn.image_offsets for turn in record.turns):
+        return dataclasses.replace(record, turns=kept)
+    count = sum(len(turn.image_offsets) for turn in kept)
+    return dataclasses.replace(
+        record, turns=kept, images=record.images[:count], lines=record.lines[:count]
+    )
 
 
 def text_of(value: Any, name: str) -> str:
@@ -86,6 +108,17 @@ def _usable(turn: Turn) -> Turn:
     return dataclasses.replace(
         turn, answers=tuple(answer for answer in turn.answers if answer.strip())
     )
+
+
+def _check_offsets(turns: tuple[Turn, ...], num_images: int) -> None:
+    """Raises Reject unless images stand within their questions, all of them or none."""
+    counts = [len(turn.image_offsets) for turn in turns]
+    if any(counts) and sum(counts) != num_images:
+        raise Reject(f"questions have places for {sum(counts)} images, and there are {num_images}")
+    for turn in turns:
+        places = (0, *turn.image_offsets, len(turn.question))
+        if list(places) != sorted(places):
+            raise Reject(f"an image stands outside its question (at {list(turn.image_offsets)})")
 
 
 def _check_text(text: str, name: str, max_bytes: int) -> None:

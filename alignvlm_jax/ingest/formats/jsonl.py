@@ -8,11 +8,21 @@ from typing import Any, ClassVar
 from alignvlm_jax.data import filesystem
 from alignvlm_jax.data.record import Record, Turn, Word
 from alignvlm_jax.errors import closest
-from alignvlm_jax.ingest.formats import checks, files
+from alignvlm_jax.ingest.formats import checks, files, turns
 from alignvlm_jax.ingest.formats.base import Raw, Reject, Rejection, Unit, option
 
-KEYS = ("id", "document", "images", "turns", "lines", "meta")
-TURN_KEYS = ("question", "answers")
+KEYS = (
+    "id",
+    "document",
+    "source",
+    "images",
+    "turns",
+    "conversation",
+    "system",
+    "lines",
+    "meta",
+)
+TURN_KEYS = ("question", "answers", "id")
 WORD_KEYS = ("text", "box")
 MEANT = {
     "question": "turns[].question",
@@ -46,11 +56,16 @@ A .jsonl (or .ndjson) file with a record a line, or a folder of them:
     images      list of paths from the file's folder (or from --images), gs:// URIs, data URIs, or
                 base64 of more than 4,096 characters; PNG, JPEG, TIFF, WEBP, ...
     turns       list of {"question": text, "answers": list of texts}; the first answer is taught,
-                the others count as right too; may be left out where there are lines
+                the others count as right too; may be left out where there are lines. An <image> in
+                questions for each image says where it stands; without any they come first. A turn
+                may have an "id" of its own
+    conversation    true where a question may refer to those before it: they keep their order
+    system      text that the model is told before the first question; may be left out
     lines       for each image its lines in reading order, each a list of words {"text": text,
                 "box": [left, top, right, bottom]} in pixels of the upright image; may be left out
     id          unique text; else the file and the byte where the line begins
     document    what is held out together; else the first image's path
+    source      name of the data set, by which sources are measured; else jsonl
     meta        anything of your own, which is not read
 
 A question about a page:
@@ -83,13 +98,19 @@ The words of a page:
     def record(self, raw: Raw) -> Record:
         """Returns the record of an object, with its image files; see `Format.record`."""
         fields = raw.fields
-        images = _list(fields.get("images"), "images", str)
+        names = _list(fields.get("images"), "images", str)
+        found = [_turn(turn) for turn in _list(fields.get("turns"), "turns", dict)]
+        is_conversation = fields.get("conversation") or False
+        if not isinstance(is_conversation, bool):
+            raise Reject(f"conversation is neither true nor false ({is_conversation!r:.50})")
         return Record(
             raw.id,
-            "jsonl",
-            files.images(fields["folder"], images),
-            tuple(_turn(turn) for turn in _list(fields.get("turns"), "turns", dict)),
+            checks.text_of(fields.get("source") or "jsonl", "source"),
+            files.images(fields["folder"], names),
+            turns.place_images(found, len(names)),
             _pages(fields["lines"]) if fields.get("lines") else (),
+            is_conversation,
+            checks.text_of(fields.get("system") or "", "system").strip(),
         )
 
 
@@ -148,7 +169,9 @@ def _turn(fields: dict[str, Any]) -> Turn:
     """Returns a turn of a record; raises Reject if it has no question, or an unknown key."""
     _check_keys(fields, TURN_KEYS, " of a turn")
     return Turn(
-        checks.text_of(fields.get("question"), "question"), checks.answers_of(fields.get("answers"))
+        checks.text_of(fields.get("question"), "question"),
+        checks.answers_of(fields.get("answers")),
+        checks.text_of(fields.get("id") or "", "the id of a turn"),
     )
 
 

@@ -4,39 +4,38 @@ LLaVA and DocDownstream are such formats; they differ in the names of their keys
 """
 
 import dataclasses
+import posixpath
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from alignvlm_jax.data import filesystem
-from alignvlm_jax.data.record import Record, Turn
-from alignvlm_jax.ingest.formats import array, checks, files
+from alignvlm_jax.data.record import Record
+from alignvlm_jax.ingest.formats import array, checks, files, turns
 from alignvlm_jax.ingest.formats.base import Raw, Reject, Rejection, Unit, option
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pdf")
+VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-    """The names that a format gives to keys and roles.
+    """The names that a format gives to its keys.
 
     Attributes:
-      role: key of the role of a message.
-      content: key of the text of a message.
-      user: role of the messages that ask.
-      answerer: role of the messages that answer.
-      image_mark: placeholder of an image in a text.
+      role: key of who speaks in a message.
+      content: key of what is said.
       source: key of the data set that a record is from; "" if there is none.
     """
 
     role: str
     content: str
-    user: str
-    answerer: str
-    image_mark: str
     source: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Messages:
-    """The base class of formats whose records have messages and `image`, a path or a list of them.
+    """The base class of formats whose records have messages and `image` or `images`, a path or a
+    list of them.
 
     `first_key` is the key of the messages. A `.json` is one array, others have an object a line.
     Sources give no id that is unique: a record is named by its file and the byte where it begins.
@@ -88,10 +87,23 @@ class Messages:
 
     def record(self, raw: Raw) -> Record:
         """Returns the record of an object, with its image files; see `Format.record`."""
-        turns = _turns(raw.fields.get(self.first_key), self.keys)
-        source = raw.fields.get(self.keys.source) or type(self).__name__.lower()
-        images = files.images(raw.fields["folder"], _image_names(raw.fields))
-        return Record(raw.id, checks.text_of(source, "the data set's name"), images, turns)
+        fields = raw.fields
+        chat = turns.of_messages(fields.get(self.first_key), self.keys.role, self.keys.content)
+        names = _image_names(fields)
+        if names and chat.images:
+            raise Reject("images stand both in the messages and beside them")
+        names = names or list(chat.images)
+        _check_unread(fields, has_images=bool(names))
+        images = files.images(fields["folder"], names)
+        source = fields.get(self.keys.source) or type(self).__name__.lower()
+        return Record(
+            raw.id,
+            checks.text_of(source, "the data set's name"),
+            images,
+            turns.place_images(chat.turns, len(images)),
+            is_conversation=len(chat.turns) > 1,
+            system=chat.system,
+        )
 
 
 def _is_array(path: str) -> bool:
@@ -101,44 +113,28 @@ def _is_array(path: str) -> bool:
 
 def _image_names(fields: dict[str, Any]) -> list[str]:
     """Returns the paths of a record's images; raises Reject if they are no strings."""
-    names = fields.get("image") or []
+    found = [fields[key] for key in ("image", "images") if fields.get(key)]
+    if len(found) > 1:
+        raise Reject("image and images both stand in a record")
+    names = found[0] if found else []
     names = names if isinstance(names, list) else [names]
     if not all(isinstance(name, str) for name in names):
         raise Reject("image is no path")
     return names
 
 
-def _turns(messages: Any, keys: Keys) -> tuple[Turn, ...]:
-    """Returns the turns of a chat: pairs of a user's message and the answer that follows it.
-
-    A system message in front is left out, and so are the placeholders of images: the model always
-    sees the images before the text.
-
-    Raises:
-      Reject: the messages are no list of objects, or their roles do not alternate.
-    """
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise Reject("no list of messages")
-    if messages and messages[0].get(keys.role) == "system":
-        messages = messages[1:]
-    texts = []
-    for number, message in enumerate(messages):
-        role = message.get(keys.role)
-        if role != (keys.answerer if number % 2 else keys.user):
-            raise Reject(
-                f"messages are not of {keys.user} and {keys.answerer} in turn (message {number}: "
-                f"{role!r:.50})"
-            )
-        text = message.get(keys.content)
-        texts.append(
-            ""
-            if text is None
-            else checks.text_of(text, "a message").replace(keys.image_mark, "").strip()
-        )
-    # zip stops at the shorter list: a last question that nobody answers is left out.
-    return tuple(
-        Turn(question, (answer,)) for question, answer in zip(texts[::2], texts[1::2], strict=False)
-    )
+def _check_unread(fields: dict[str, Any], *, has_images: bool) -> None:
+    """Raises Reject where a key that is not read names a file to look at: without it, the model
+    would learn to answer blindly."""
+    for key, value in fields.items():
+        first = value[0] if isinstance(value, list) and value else value
+        ending = posixpath.splitext(first)[1].lower() if isinstance(first, str) else ""
+        if key in ("image", "images", "folder", "id") or len(ending) < 2:
+            continue
+        if ending in VIDEOS:
+            raise Reject(f"key {key!r} names a video, which is not read ({first:.100})")
+        if ending in PICTURES and not has_images:
+            raise Reject(f"key {key!r} names an image ({first:.100}), and `image` is read")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,20 +145,16 @@ class Llava(Messages):
     schema: ClassVar[str] = """\
 A .json file with one array of records, a .jsonl file with one a line, or a folder of them:
 
-    image            a path from the file's folder (or --images), or a list of them; may be left out
-    conversations    messages of "human" and "gpt" in turn; <image> in a text is passed over
+    image            a path from the file's folder (or --images) or a list of them, as `images` too;
+                     may be left out
+    conversations    messages of "human" and "gpt" in turn, after a "system" message if any; an
+                     <image> for each image says where it stands, without any they come first
 
     {"image": "scans/1.png", "conversations": [{"from": "human", "value": "<image>\\nWhat is the \
 total?"}, {"from": "gpt", "value": "12.50"}]}"""
     suffixes: ClassVar[tuple[str, ...]] = (".json", *files.SUFFIXES)
     first_key: ClassVar[str] = "conversations"
-    keys: ClassVar[Keys] = Keys(
-        role="from",
-        content="value",
-        user="human",
-        answerer="gpt",
-        image_mark="<image>",
-    )
+    keys: ClassVar[Keys] = Keys(role="from", content="value")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,19 +165,15 @@ class DocDownstream(Messages):
     schema: ClassVar[str] = """\
 A .jsonl file with a record a line, or a folder of them:
 
-    image           a path from the file's folder (or --images), or a list of them; may be left out
-    messages        of "user" and "assistant" in turn; <|image|> in a text is passed over
+    image           a path from the file's folder (or --images) or a list of them, as `images` too;
+                    may be left out
+    messages        of "user" and "assistant" in turn, after a "system" message if any; an <|image|>
+                    for each image says where it stands, without any they come first; parts of
+                    type text and image, as OpenAI has them, are read, too
     dataset_name    name of the set; may be left out
 
     {"image": ["scans/1.png"], "messages": [{"role": "user", "content": "<|image|>What is the \
 total?"}, {"role": "assistant", "content": "12.50"}]}"""
     suffixes: ClassVar[tuple[str, ...]] = files.SUFFIXES
     first_key: ClassVar[str] = "messages"
-    keys: ClassVar[Keys] = Keys(
-        role="role",
-        content="content",
-        user="user",
-        answerer="assistant",
-        image_mark="<|image|>",
-        source="dataset_name",
-    )
+    keys: ClassVar[Keys] = Keys(role="role", content="content", source="dataset_name")

@@ -50,7 +50,13 @@ def test_a_question_a_record(source, prepare, png):
     assert first.source == "DocVQA" and first.images == (png(shade=0),)
     assert first.turns == (Turn("What is it?", ("A page.",)),)
     assert second.source == "docdownstream" and second.images == (png(shade=1), png(shade=2))
-    assert second.turns == (Turn("What is it?", ("A page.",)), Turn("And?", ("No.",)))
+    # Each image stands where its mark is.
+    assert second.turns == (
+        Turn("What is it?", ("A page.",), image_offsets=(0,)),
+        Turn("And?", ("No.",), image_offsets=(0,)),
+    )
+    assert (first.is_conversation, first.system) == (False, "")
+    assert (second.is_conversation, second.system) == (True, "Be short.")
     assert (first.id, second.id) == ("train-0", f"train-{path.read_text().index(chr(10)) + 1}")
 
 
@@ -68,10 +74,10 @@ def test_the_image_is_the_document(source):
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
-        ([message("assistant", "A."), message("user", "Q?")], "in turn"),
-        ([message("user", "Q?"), message("user", "Q?")], "in turn"),
+        ([message("assistant", "A."), message("user", "Q?")], "do not alternate"),
+        ([message("user", "Q?"), message("user", "Q?")], "do not alternate"),
         ([message("user", "Q?"), message("assistant", None)], "no answer"),
-        ([message("user", "Q?"), message("assistant", ["A."])], "no text"),
+        ([message("user", "Q?"), message("assistant", ["A."])], "a part of a kind"),
         ([message("user", "Q?")], "no answer"),
         ("Q? A.", "no list"),
         (None, "no list"),

@@ -78,15 +78,15 @@ def test_image_paths_may_start_elsewhere(images, prepare, tmp_path):
         ({"images": "scans/a.png", "turns": TURNS}, "no list of texts"),
         (
             {"image": "scans/a.png", "question": "q"},
-            r"^unknown keys 'image', 'question'; known: id, document, images, turns, lines, meta; "
-            r"did you mean images, turns\[\]\.question\?$",
+            r"^unknown keys 'image', 'question'; known: id, document, source, images, turns, "
+            r"conversation, system, lines, meta; did you mean images, turns\[\]\.question\?$",
         ),
         ({"turns": TURNS, "imgaes": ["scans/a.png"]}, r"key 'imgaes'; .*did you mean images\?$"),
         ({"turns": TURNS, "split": "x"}, r"key 'split'; .*what is your own goes into `meta`"),
         ({"messages": []}, r"did you mean --format=docdownstream\?$"),
         (
             {"turns": [{"question": "q", "answer": "a"}]},
-            r"key 'answer' of a turn; known: question, answers; did you mean answers\?$",
+            r"key 'answer' of a turn; known: question, answers, id; did you mean answers\?$",
         ),
         ({"images": [3], "turns": TURNS}, "no list of texts|no text"),
         ({"turns": "Why?"}, "no list of objects"),
@@ -175,7 +175,8 @@ def test_a_line_that_is_too_long_is_skipped(tmp_path, monkeypatch):
 
 
 def test_special_tokens_in_a_text_stay_text(tmp_path, prepare, tokenizer):
-    hostile = "".join(tokenizer.special_tokens)
+    # A question that has the mark of an image needs an image.
+    hostile = "".join(name for name in tokenizer.special_tokens if name != "<image>")
     prepared = prepare(
         Jsonl(), write(tmp_path, [{"turns": [{"question": hostile, "answers": [hostile]}]}])
     )

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 
@@ -38,10 +39,88 @@ def test_an_array_is_read_in_ranges(folder, prepare, monkeypatch, indent):
 
 def test_lines_and_records_without_image(folder, prepare):
     path = folder / "llava.jsonl"
-    path.write_text(
-        "\n".join(json.dumps(conversation(i, "1.png" if i else None)) for i in range(2))
-    )
+    blind = conversation(0, None)
+    blind["conversations"][0]["value"] = "What is 1 + 1?"
+    path.write_text("\n".join(json.dumps(one) for one in (blind, conversation(1))))
     assert [len(record.images) for record in prepare(Llava(), path).records()] == [0, 1]
+
+
+def said(*texts: str) -> list[dict]:
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({}, "1 image mark for 0 images"),
+        ({"image": None}, "1 image mark for 0 images"),
+        ({"image": []}, "1 image mark for 0 images"),
+        (
+            {"image_path": "1.png"},
+            r"key 'image_path' names an image \(1.png\), and `image` is read",
+        ),
+        ({"image": ["1.png", "1.png"]}, "1 image mark for 2 images"),
+        ({"images": ["1.png", "1.png"]}, "1 image mark for 2 images"),
+        ({"image": "1.png", "images": ["1.png"]}, "image and images both"),
+        ({"image": "1.png", "conversations": said("<image><image>Q", "A")}, "2 image marks for 1"),
+        ({"image": "1.png", "conversations": said("Q", "<image> A")}, "1 image mark in an answer"),
+        (
+            {"image": "1.png", "conversations": said("Q", "A", "<image>?")},
+            "last question that nobo",
+        ),
+        ({"file": "1.png", "conversations": said("Q", "A")}, "key 'file' names an image"),
+        ({"clip": "1.mp4", "conversations": said("Q", "A")}, "key 'clip' names a video"),
+        (
+            {"image": "1.png", "conversations": [{"role": "user", "content": "Q"}]},
+            "is due; --format=docdownstream reads role and content",
+        ),
+    ],
+)
+def test_marks_and_images_that_disagree_are_rejected(folder, prepare, fields, reason):
+    path = folder / "llava.jsonl"
+    whole = {"conversations": said("<image>Q", "A")}
+    path.write_text("\n".join(json.dumps(one) for one in (whole | fields, conversation(1))))
+    prepared = prepare(Llava(), path)
+    assert len(prepared.records()) == 1
+    ((_, given),) = prepared.reasons().items()
+    assert re.search(reason, given)
+
+
+@pytest.mark.parametrize("key", ["image", "images"])
+def test_images_stand_where_their_marks_are(folder, prepare, png, key):
+    for i in (1, 2, 3):
+        (folder / f"{i}.png").write_bytes(png(shade=i))
+    path = folder / "llava.jsonl"
+    whole = {
+        key: ["1.png", "2.png", "3.png"],
+        "conversations": [
+            {"from": "system", "value": " Read. "},
+            *said("Compare <image> and <image>.", "Alike.", "And\n<image>", "No."),
+        ],
+    }
+    path.write_text(json.dumps(whole))
+    (record,) = prepare(Llava(), path).records()
+    assert record.images == tuple(png(shade=i) for i in (1, 2, 3))
+    assert [(turn.question, turn.image_offsets) for turn in record.turns] == [
+        ("Compare  and .", (8, 13)),
+        ("And", (3,)),
+    ]
+    assert (record.is_conversation, record.system) == (True, "Read.")
+
+
+def test_of_a_conversation_nothing_follows_what_has_no_answer(folder, prepare, png):
+    (folder / "2.png").write_bytes(png(shade=2))
+    path = folder / "llava.jsonl"
+    whole = {
+        "image": ["1.png", "2.png"],
+        "conversations": said("<image>Q", "A", "<image>It?", " ", "And it?", "B"),
+    }
+    path.write_text(json.dumps(whole))
+    prepared = prepare(Llava(), path)
+    (record,) = prepared.records()
+    assert [turn.question for turn in record.turns] == ["Q"]
+    assert record.images == (png(),)
+    assert len(prepared.rejected()) == 2
 
 
 def test_only_a_window_of_an_array_is_in_memory(tmp_path, monkeypatch):

@@ -1,0 +1,224 @@
+"""Turns that refer to one another, images in the midst of them, and system turns."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image
+from tokenizers import Tokenizer
+
+from alignvlm_jax.benchmarks import questions
+from alignvlm_jax.data import chat, index, record, tokenizers
+from alignvlm_jax.data.chat import ChatTurn
+from alignvlm_jax.data.examples import ExampleBuilder
+from alignvlm_jax.data.images import encode_png
+from alignvlm_jax.data.record import Record, Turn
+from tests.data import templates
+
+IMAGE = 999
+SAID = (
+    ChatTurn("Compare and tell.", "Alike.", (7, 7)),
+    ChatTurn("And this?", "No.", (9,)),
+    ChatTurn("Why?", "It is black."),
+    ChatTurn("Which one?", "The last.", (0,)),
+)
+COUNTS = [2, 3, 4, 1]
+
+
+@pytest.fixture(params=["marks", *templates.FAMILIES])
+def family(request, tmp_path, tokenizer):
+    if request.param == "marks":
+        return tokenizer
+    templates.write(tmp_path, templates.FAMILIES[request.param])
+    return tokenizers.load(tmp_path)
+
+
+def page(shade: int, width: int = 128) -> bytes:
+    return encode_png(Image.fromarray(np.full((64, width), shade, np.uint8)))
+
+
+def conversation(said=SAID, **fields) -> Record:
+    turns = tuple(Turn(one.question, (one.answer,), "", one.image_offsets) for one in said)
+    num_images = sum(len(one.image_offsets) for one in said)
+    images = tuple(page(40 * i) for i in range(num_images))
+    return Record("c", "test", images, turns, is_conversation=True, **fields)
+
+
+def runs(tokens: np.ndarray) -> list[int]:
+    """The lengths of runs of image tokens."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], tokens == IMAGE, [0]])))
+    return (edges[1::2] - edges[::2]).tolist()
+
+
+def test_images_stand_in_their_questions(family):
+    tokens, is_answer = chat.encode_chat(family, SAID, COUNTS, IMAGE)
+    # Two of the first question stand at one place.
+    assert runs(tokens) == [5, 4, 1]
+    assert not is_answer[tokens == IMAGE].any()
+    without, mask = chat.encode_chat(
+        family, [turn._replace(image_offsets=()) for turn in SAID], 0, IMAGE
+    )
+    assert tokens[tokens != IMAGE].tolist() == without.tolist()
+    assert is_answer[tokens != IMAGE].tolist() == mask.tolist()
+    # Between the text that stands before it and after it in the first question, before the token
+    # that has the place in its midst, as "e " would.
+    first = int((tokens == IMAGE).argmax())
+    before = family.decode(tokens[:first])
+    after = family.decode(tokens[first + 5 :]).lstrip()
+    assert before.endswith(("Compare", "Compar"))
+    assert after.startswith(("and tell.", "e and tell."))
+
+
+def test_of_a_conversation_the_end_alone_is_cut(family):
+    lengths = [len(chat.encode_chat(family, SAID[:k], COUNTS, IMAGE)[0]) for k in (1, 2, 3, 4)]
+    shown = [5, 9, 9, 10]
+    for limit in range(lengths[0], lengths[-1] + 2):
+        tokens, is_answer = chat.encode_chat(
+            family, SAID, COUNTS, IMAGE, max_length=limit, is_conversation=True
+        )
+        ends = (tokens[is_answer] == family.special_tokens[chat.format_of(family).end]).sum()
+        assert (tokens == IMAGE).sum() == shown[ends - 1]
+        assert len(tokens) <= limit
+    # A turn that does not fit takes with it what comes after, which is short.
+    long = [SAID[2], ChatTurn("What is the page?", "x" * 300), SAID[2]]
+    only = chat.encode_chat(family, long[:1], 0, IMAGE)[0]
+    cut = chat.encode_chat(family, long, 0, IMAGE, len(only) * 3, is_conversation=True)[0]
+    free = chat.encode_chat(family, long, 0, IMAGE, len(only) * 3)[0]
+    assert cut.tolist() == only.tolist() and len(free) > len(only)
+
+
+def test_a_follow_up_is_asked_after_what_came_before(family):
+    for k in range(len(SAID)):
+        tokens, is_answer = chat.encode_chat(family, SAID[: k + 1], COUNTS, IMAGE)
+        prompt = chat.encode_prompt(family, SAID[k], COUNTS, IMAGE, SAID[:k])
+        last = np.flatnonzero(np.diff(is_answer.astype(int)) == 1)[-1] + 1
+        assert prompt.tolist() == tokens[:last].tolist()
+
+
+def test_a_system_turn_stands_where_the_template_has_it(family):
+    chat_format = chat.format_of(family)
+    turns = [(one.question, one.answer) for one in SAID]
+    told, _ = chat.encode_chat(family, turns, 0, IMAGE, system="Read it.")
+    plain, _ = chat.encode_chat(family, turns, 0, IMAGE)
+    count = chat.count_tokens(family, turns, system="Read it.")
+    assert len(told) <= count and told.tolist() != plain.tolist()
+    text = family.decode(told)
+    assert text.index("Read it.") < text.index("Compare")
+    if chat_format.system_before is None:
+        assert "Read it.\n\nCompare" in text
+    elif chat_format.is_joined:
+        spelled = chat_format.spell(turns, system="Read it.")
+        reference = Tokenizer.from_file(family.name)
+        assert told.tolist() == reference.encode(spelled, add_special_tokens=False).ids
+
+
+def test_templates_that_have_a_place_for_a_system_turn(tmp_path):
+    found = {}
+    for name, template in templates.FAMILIES.items():
+        templates.write(tmp_path / name, template)
+        found[name] = chat.format_of(tokenizers.load(tmp_path / name)).system_before is not None
+    assert found["llama3"] and found["llama32"] and found["qwen25"] and found["smollm2"]
+    # Llama 2's stands inside of a question; Mistral's would be the words of the assistant.
+    assert not found["llama2"] and not found["mistral"]
+
+
+@pytest.mark.parametrize("images_first", [False, True])
+@pytest.mark.parametrize("task", ["answer", "answer_and_transcribe"])
+def test_tiles_are_those_of_the_image_tokens(demo_config, tokenizer, images_first, task):
+    one = conversation(system="Be short.")
+    model = demo_config.model
+    for seq_len in range(90, 400, 31):
+        data = dataclasses.replace(
+            demo_config.data, seq_len=seq_len, max_tiles=8, images_first=images_first
+        )
+        config = dataclasses.replace(demo_config, data=data)
+        builder = ExampleBuilder.of(config, tokenizer)
+        segment = builder.segment(one, task, np.random.default_rng(0))
+        tiles = segment.tile_arrays["tiles"]
+        num_image_tokens = (segment.tokens == model.image_token_id).sum()
+        # Where not even the images fit, the sequence has no answer at all.
+        if not images_first or num_image_tokens < seq_len - 1:
+            assert num_image_tokens == len(tiles) * builder.tokens_per_tile
+        # In the order of the images, whose shades rise.
+        shades = [int(tile.max()) for tile in tiles]
+        assert shades == sorted(shades)
+        assert len(segment.tile_arrays["patch_loss_weights"]) == len(tiles)
+
+
+def test_the_order_of_a_conversation_is_kept_and_that_of_questions_is_not(demo_config, tokenizer):
+    builder = ExampleBuilder.of(demo_config, tokenizer)
+    said = [one._replace(image_offsets=()) for one in SAID]
+    kept = conversation(said)
+    free = dataclasses.replace(kept, is_conversation=False)
+    orders = {}
+    for one in (kept, free):
+        texts = [
+            tokenizer.decode(builder.segment(one, "answer", np.random.default_rng(seed)).tokens)
+            for seed in range(20)
+        ]
+        orders[one.is_conversation] = set(texts)
+    assert len(orders[True]) == 1 and len(orders[False]) > 5
+    assert orders[True].pop().index("Compare") < orders[False].pop().index("Why?") + 1000
+
+
+def test_the_index_counts_what_is_encoded(tokenizer):
+    for one in (conversation(), conversation(system="Be short."), conversation(SAID[2:3])):
+        counted = index.of_records([one], tokenizer, "t").text_tokens["answer"]
+        turns = [ChatTurn(turn.question, turn.answers[0]) for turn in one.turns]
+        tokens, _ = chat.encode_chat(tokenizer, turns, 0, IMAGE, system=one.system)
+        assert counted.tolist() == [len(tokens)]
+
+
+def test_each_answer_may_have_one_weight(demo_config, tokenizer):
+    data = dataclasses.replace(demo_config.data, loss_normalisation="answer", seq_len=400)
+    builder = ExampleBuilder.of(dataclasses.replace(demo_config, data=data), tokenizer)
+    one = conversation([turn._replace(image_offsets=()) for turn in SAID])
+    segment = builder.segment(one, "answer", np.random.default_rng(0))
+    weights = segment.loss_weights
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], weights > 0, [0]])))
+    sums = [weights[a:b].sum() for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    np.testing.assert_allclose(sums, np.ones(len(SAID)), rtol=1e-6)
+
+
+def test_a_question_of_a_conversation_sees_what_came_before(demo_config, tokenizer):
+    data = dataclasses.replace(demo_config.data, seq_len=600, max_tiles=8)
+    builder = ExampleBuilder.of(dataclasses.replace(demo_config, data=data), tokenizer)
+    one = conversation(system="Be short.")
+    asked = {
+        question.turn.question: question for question in questions.choose_questions([one], None)
+    }
+    shown = {"Compare and tell.": 2, "And this?": 3, "Why?": 3, "Which one?": 4}
+    whole = builder.segment(one, "answer", np.random.default_rng(0)).tokens.tolist()
+    for text, count in shown.items():
+        question = asked[text]
+        prompt = builder.prompt(one, question.chat_turn(), question.before)
+        length = int(prompt["segment_ids"].sum())
+        assert prompt["tokens"][:length].tolist() == whole[:length]
+        num_image_tokens = (prompt["tokens"] == demo_config.model.image_token_id).sum()
+        num_tiles = num_image_tokens // builder.tokens_per_prompt_tile
+        shades = {int(tile.max()) for tile in prompt["tiles"][:num_tiles]}
+        assert len(shades) == count
+        assert question.told()
+    # A prompt of a benchmark may stand around the question.
+    question = asked["And this?"]
+    put = question.chat_turn("Answer shortly: And this?")
+    assert put.image_offsets == (len("Answer shortly: And this?"),)
+
+
+def test_independent_questions_are_asked_alone():
+    one = dataclasses.replace(
+        conversation([turn._replace(image_offsets=()) for turn in SAID]), is_conversation=False
+    )
+    named = dataclasses.replace(one, turns=(dataclasses.replace(one.turns[0], id="q7"),))
+    assert all(not q.before and not q.told() for q in questions.choose_questions([one], None))
+    assert [q.known_as for q in questions.choose_questions([named], None)] == ["q7"]
+
+
+def test_a_record_that_has_none_of_it_is_the_bytes_that_it_was():
+    plain = Record("r", "s", (b"1",), (Turn("q", ("a",)),))
+    assert record.encode_record(plain) == (
+        b'{"id":"r","source":"s","images":[1],"turns":[{"question":"q","answers":["a"]}],'
+        b'"lines":[]}\x001'
+    )
+    whole = conversation(system="Be short.")
+    assert record.decode_record(record.encode_record(whole)) == whole
