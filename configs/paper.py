@@ -71,6 +71,7 @@ def make_config(stage: Stage, llm: str) -> ml_collections.ConfigDict:
     config.data.dir = f"data/{stage.name}"
     set_lengths(config, stage.text_length)
     config.data.tasks = {"answer": 1.0}
+    config.data.images_first = True
     config.train.batch_size = stage.batch_size[llm]
     config.train.num_steps = stage.num_records * stage.epochs // stage.batch_size[llm]
     config.train.trainable = stage.trainable
