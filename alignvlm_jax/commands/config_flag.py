@@ -28,6 +28,8 @@ HELP = (
 REQUIRED = f"{USAGE} is required, with one of {', '.join(configs.names())}, or the path of a file"
 CONNECTOR = ["model", "connector"]
 TASKS = ["data", "tasks"]
+KINDS = {int: "a whole number", float: "a number", bool: "one of true and false"}
+"""Types of fields, in words."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +113,7 @@ def stages(given: ConfigFlags) -> tuple[Config, ...]:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
         values(arguments)
     except flags.Error as err:
-        raise UserError(_last_line(err)) from err
+        raise UserError(_type_error(config, str(err)) or _last_line(err)) from err
     return config_lib.from_config_dict(config)
 
 
@@ -276,6 +278,20 @@ def _has(changes: ml_collections.ConfigDict, names: list[str]) -> bool:
             return False
         value = value[name]
     return True
+
+
+def _type_error(config: ml_collections.ConfigDict, message: str) -> str:
+    """Returns what type a field has, of the message of a flag that has another; "" of others."""
+    found = re.match(r"flag --(config\.([\w.]+))=(.*?): ", message)
+    if found is None:
+        return ""
+    path, field, value = found.groups()
+    names = field.split(".")
+    parent = config
+    for name in names[:-1]:
+        parent = parent[name]
+    kind = KINDS.get(parent.get_type(names[-1]))
+    return f"{path} is {kind}, and {value!r} is none" if kind else ""
 
 
 def _last_line(err: Exception) -> str:

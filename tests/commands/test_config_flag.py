@@ -65,9 +65,7 @@ def test_one_stage_can_be_given_what_the_base_lacks(flag):
     ]
     stages, _ = config_flag.parse([flag + ":lacking", *rates])
     assert [stage.optim.learning_rate for stage in stages] == [1.0, 0.5]
-    with pytest.raises(
-        UserError, match=r"stages\.align\.optim\.learning_rate=fast: could not convert"
-    ):
+    with pytest.raises(UserError, match="learning_rate is a number, and .fast. is none"):
         config_flag.parse([flag + ":lacking", "--config.stages.align.optim.learning_rate=fast"])
 
 
@@ -129,7 +127,13 @@ def test_without_a_config_there_are_no_stages():
             "--config.train.num_steps=9",
             r"config.train.num_steps changes nothing, .* config.stages.align.train.num_steps",
         ),
-        ("--config.train.batch_size=many", r"config.train.batch_size=many: invalid literal"),
+        (
+            "--config.train.batch_size=many",
+            r"config.train.batch_size is a whole number, and 'many' is none",
+        ),
+        ("--config.train.batch_size=1.5", r"is a whole number, and '1.5' is none"),
+        ("--config.optim.learning_rate=fast", r"learning_rate is a number, and 'fast' is none"),
+        ("--config.data.use_overview=maybe", r"is one of true and false, and 'maybe' is none"),
         ("--config.train.batch_size=0", r"config.train.batch_size"),
         ("--config.model.connector.w2_init=lmhead", r"did you mean 'lm_head'"),
         (
