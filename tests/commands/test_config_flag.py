@@ -65,7 +65,7 @@ def test_one_stage_can_be_given_what_the_base_lacks(flag):
     ]
     stages, _ = config_flag.parse([flag + ":lacking", *rates])
     assert [stage.optim.learning_rate for stage in stages] == [1.0, 0.5]
-    with pytest.raises(UserError, match="learning_rate is a number, and .fast. is none"):
+    with pytest.raises(UserError, match=r"learning_rate is a number, and .fast. is none"):
         config_flag.parse([flag + ":lacking", "--config.stages.align.optim.learning_rate=fast"])
 
 
