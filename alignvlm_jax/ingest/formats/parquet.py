@@ -1,23 +1,27 @@
 """The `parquet` format: question-answer sets as the Hugging Face hub has them.
 
-Images are bytes, structs with `bytes` and `path`, or lists of these. The names of columns come from
-flags, or else from the first entry of `KNOWN` whose columns are all there.
+Images are bytes, paths, structs of bytes and path, or lists of these; or a PDF, or columns with a
+page each. Which columns are read comes from flags, or else from the set that `hub.known_sets` tells
+by the columns of a file.
 """
 
-import collections
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import pyarrow as pa
 from pyarrow import parquet
 
 from alignvlm_jax.data import filesystem
-from alignvlm_jax.data.record import Record, Turn
-from alignvlm_jax.errors import UserError, nearest
-from alignvlm_jax.ingest.formats import checks, files
+from alignvlm_jax.data import pdf as pdf_lib
+from alignvlm_jax.data.record import Record
+from alignvlm_jax.errors import UserError, counted
+from alignvlm_jax.ingest.formats import checks, files, turns
 from alignvlm_jax.ingest.formats.base import Raw, Reject, Rejection, Unit, option
+from alignvlm_jax.ingest.formats.hub import cells, choice, filters, known_sets, pdf_pages, rows
+from alignvlm_jax.ingest.formats.hub.choice import Chosen
 
 UNIT_ROWS = 1000
 BATCH_ROWS = 16
@@ -31,34 +35,15 @@ Image files do not compress: a row group above both limits holds something else,
 unpack it in one piece, which takes twice its size.
 """
 
+MAX_NOTED = 100
+"""Files of which `notes` reads the columns."""
 
-@dataclasses.dataclass(frozen=True)
-class Columns:
-    """The names of the columns of a data set; "" for a column that it does not have.
+MAX_SOURCE = 200
+"""Longest name of a data set: metrics have a line for each."""
 
-    `id` is given only where ids are unique; else rows are numbered.
-    """
-
-    image: str
-    question: str
-    answer: str
-    id: str = ""
-    document: str = ""
-
-    def names(self) -> list[str]:
-        """Returns the names that are not empty."""
-        return [name for name in dataclasses.astuple(self) if name]
-
-
-KNOWN = {
-    "DocVQA": Columns("image", "question", "answers", "questionId", "docId"),
-    "InfographicVQA": Columns("image", "question", "answers", "questionId", "image_url"),
-    "TextVQA": Columns("image", "question", "answers", "question_id", "image_id"),
-    "ChartQA": Columns("image", "query", "label"),
-    "ChartQA of lmms-eval": Columns("image", "question", "answer"),
-    "BigDocs": Columns("images", "queries", "annotations", "identifier"),
-    "BigDocs-Bench": Columns("images", "queries", "annotations", "sample_id"),
-}
+NAME = "parquet"
+IMAGES = ("image", "pdf")
+"""What of `known_sets.Columns` holds images; all else are plain values."""
 
 # What pyarrow raises for files that are not parquet, or damaged.
 BROKEN = (pa.ArrowException, OSError, ValueError, MemoryError)
@@ -71,18 +56,23 @@ class Parquet:
     about: ClassVar[str] = (
         "question-answer sets with their images, as the Hugging Face hub has them"
     )
-    schema: ClassVar[str] = """\
+    schema: ClassVar[str] = f"""\
 A parquet file, or a folder of them. A row is a record, its columns named by flags:
 
-    image       bytes, a struct of bytes and path, or a list of these
+    image       bytes, a struct of bytes and path, a path, or a list of these
     question    text, or a list of texts
     answer      text, a list of answers that are all right, or a list with one for each question
+    choices     a list of texts, which are written below the question
 
-Without flags, the columns of a known set are taken: image, question, answers (DocVQA,
-InfographicVQA, TextVQA); image, query, label (ChartQA); image, question, answer; images, queries,
-annotations (BigDocs). A row of such a set:
+Without flags, the columns of a known set are taken:
 
-    image: {"bytes": ..., "path": "1.png"}, question: "What is the total?", answers: ["12.50"]"""
+    {", ".join(list(known_sets.BY_NAME)[:7])},
+    {", ".join(list(known_sets.BY_NAME)[7:16])},
+    {", ".join(list(known_sets.BY_NAME)[16:])}
+
+A row of such a set:
+
+    image: {{"bytes": ..., "path": "1.png"}}, question: "What is the total?", answers: ["12.50"]"""
     suffixes: ClassVar[tuple[str, ...]] = (".parquet",)
     first_key: ClassVar[str] = ""
 
@@ -95,6 +85,21 @@ annotations (BigDocs). A row of such a set:
     document_column: str = option(
         "", "column of the document, which is held out whole; default: equal images are one"
     )
+    choices_column: str = option("", "column of the choices of a question")
+    context_column: str = option("", "column of a text that stands before the question")
+    source_column: str = option("", "column of the data set that a row is from")
+    known_set: str = option("", "the set that files are of; default: it is told by their columns")
+    ignore_columns: str = option("", "columns, joined by commas, that are taken as not there")
+    answer_field: str = option("", "where the answer stands in a JSON value, as a.b")
+    prompt: str = option("", "question of all rows, for a set without questions")
+    filter: str = option(
+        "", 'rows to keep, as "image_correspondence_min>=4"; several conditions joined by commas'
+    )
+    dpi: int = option(pdf_lib.DPI, "pixels an inch at which pages of PDFs are drawn")
+
+    def __post_init__(self):
+        filters.parse(self.filter)  # raises before anything is read
+        pdf_pages.check_dpi(self.dpi)
 
     def units(self, source: str) -> list[Unit]:
         """Returns runs of row groups of all files; see `Format.units`.
@@ -110,7 +115,7 @@ annotations (BigDocs). A row of such a set:
             try:
                 with filesystem.open_file(path) as file:
                     reader = parquet.ParquetFile(file)
-                    self._columns(reader.schema_arrow.names, path)
+                    self._choose(reader.schema_arrow, path)
                     found += _units(path, name, reader.metadata)
                     usable += 1
             except (UserError, *BROKEN) as err:
@@ -125,18 +130,38 @@ annotations (BigDocs). A row of such a set:
             raise wrong
         return found
 
+    def notes(self, source: str) -> Iterator[str]:
+        """Yields lines that say of which sets the files of a source are, and what told them."""
+        paths = filesystem.list_files(source, self.suffixes)
+        by_set = defaultdict(list)
+        for path in paths[:MAX_NOTED]:
+            try:
+                with filesystem.open_file(path) as file:
+                    schema = parquet.ParquetFile(file).schema_arrow
+                chosen = self._choose(schema, path)
+            except (UserError, *BROKEN):
+                # `units` has raised what concerns all, and `raws` rejects the others one by one.
+                continue
+            read = {*chosen.names(), *(one.column for one in filters.parse(self.filter))}
+            unread = [name for name in schema.names if name not in read]
+            rest = f"; not read: {', '.join(unread)}" if unread else ""
+            by_set[f"read as {chosen.known.name} ({chosen.why}){rest}"].append(path)
+        for line, found in by_set.items():
+            beyond = f" of {len(paths):,}" if len(paths) > MAX_NOTED else ""
+            yield f"{filesystem.name(found[0])}, {counted(len(found), 'file')}{beyond}: {line}"
+
     def raws(self, unit: Unit) -> Iterator[Raw | Rejection]:
         """Yields the rows of a run of row groups; see `Format.raws`."""
         try:
             with filesystem.open_file(unit.path) as file:
                 # pre_buffer would hold whole row groups, which may be gigabytes of images.
                 reader = parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
-                columns = self._columns(reader.schema_arrow.names, unit.path)
+                chosen = self._choose(reader.schema_arrow, unit.path)
                 row = sum(reader.metadata.row_group(group).num_rows for group in range(unit.start))
                 for group in range(
                     unit.start, reader.num_row_groups if unit.stop < 0 else unit.stop
                 ):
-                    yield from _rows(reader, group, row, columns, unit)
+                    yield from self._rows(reader, group, row, chosen, unit)
                     row += reader.metadata.row_group(group).num_rows
         except (UserError, *BROKEN) as err:
             filesystem.raise_if_passing(unit.path, err)
@@ -144,31 +169,105 @@ annotations (BigDocs). A row of such a set:
 
     def record(self, raw: Raw) -> Record:
         """Returns the record of a row; see `Format.record`."""
-        return Record(raw.id, "parquet", tuple(raw.fields["images"]), _turns(raw.fields))
+        values = raw.fields["values"]
+        images = tuple(raw.fields["images"])
+        lines = ()
+        if "pdf" in raw.fields:
+            images, lines = pdf_pages.all_pages(raw.fields["pdf"], self.dpi)
+        content = rows.READERS[raw.fields["reader"]]({**values, "images": images})
+        # What its column says, or its texts.
+        source = content.source or NAME
+        if values.get("source"):
+            source = checks.text_of(values["source"], "the data set's name")
+        if len(source) > MAX_SOURCE:
+            raise Reject(f"the data set's name is too long ({len(source):,} characters)")
+        return Record(
+            raw.id,
+            source,
+            images,
+            # Also of plain questions: many sets write <image> in front.
+            turns.place_images(content.turns, len(images)),
+            lines,
+            content.is_conversation,
+            content.system,
+        )
 
-    def _columns(self, names: list[str], path: str) -> Columns:
-        """Returns the columns to read of a file that has columns `names`.
+    def _choose(self, schema: pa.Schema, path: str) -> Chosen:
+        """Returns the set that a file with this schema is of, and what is read of it.
 
         Raises:
-          UserError: a column is not there, or neither flags nor `KNOWN` tell one that is needed.
+          UserError: as `choice.choose` and `filters.check`.
         """
-        none = Columns("", "", "")
-        known = next(
-            (columns for columns in KNOWN.values() if set(columns.names()) <= set(names)), none
+        types = dict(zip(schema.names, map(str, schema.types), strict=True))
+        filters.check(filters.parse(self.filter), types, path)
+        # The flags --ROLE_column, by what the column holds.
+        flags = {
+            name.removesuffix("_column"): value
+            for name, value in vars(self).items()
+            if name.endswith("_column")
+        }
+        return choice.choose(
+            schema.names,
+            path,
+            flags=flags,
+            wanted=self.known_set,
+            ignored=[name.strip() for name in self.ignore_columns.split(",") if name.strip()],
+            prompt=self.prompt,
+            answer_field=self.answer_field,
         )
-        # A flag overrides one column of a known set, and leaves the others as they are.
-        flags = {key: getattr(self, f"{key}_column") for key in vars(known)}
-        columns = dataclasses.replace(known, **{key: name for key, name in flags.items() if name})
-        for name in columns.names():
-            if name not in names:
-                raise UserError(f"{path} has no column {name!r}{nearest(name, names)}")
-        if missing := [key for key in ("image", "question", "answer") if not getattr(columns, key)]:
-            flags_needed = ", ".join(f"--{key}_column" for key in missing)
-            raise UserError(
-                f"{path} has columns {', '.join(names)}, of no set that is known; name "
-                f"{flags_needed}"
+
+    def _rows(
+        self, reader: parquet.ParquetFile, group: int, row: int, chosen: Chosen, unit: Unit
+    ) -> Iterator[Raw | Rejection]:
+        """Yields the rows of a row group, whose first row has number `row` in the file."""
+        name = unit.prefix
+        packed, unpacked = _sizes(reader.metadata.row_group(group))
+        if unpacked > max(MAX_UNPACKED, MAX_RATIO * packed):
+            yield Rejection(
+                f"{name}-{row}",
+                f"rows are too large unpacked (row group {group}: {unpacked:,} bytes)",
             )
-        return columns
+            return
+        conditions = filters.parse(self.filter)
+        columns = {*chosen.names(), *(condition.column for condition in conditions)}
+        try:
+            for batch in reader.iter_batches(
+                BATCH_ROWS, row_groups=[group], columns=sorted(columns), use_threads=False
+            ):
+                for number in range(batch.num_rows):
+                    yield self._raw(f"{name}-{row}", batch.slice(number, 1), chosen, unit)
+                    row += 1
+        except BROKEN as err:
+            filesystem.raise_if_passing(unit.path, err)
+            # pyarrow cannot resume after a broken page: the rest of the row group is lost.
+            yield Rejection(
+                f"{name}-{row}",
+                f"rows cannot be read (row group {group} from here on: {_one_line(err)})",
+            )
+
+    def _raw(
+        self, where: str, batch: pa.RecordBatch, chosen: Chosen, unit: Unit
+    ) -> Raw | Rejection:
+        """Returns the row of a batch of one, with its id (or else `where`) and document."""
+        try:
+            conditions = filters.parse(self.filter)
+            rated = {one.column: batch[one.column][0].as_py() for one in conditions}
+            # First: what is left out need not be decoded.
+            if reason := filters.reason_against(conditions, rated):
+                return Rejection(where, reason)
+            held = dataclasses.asdict(chosen.columns) | {"pages": ""}
+            values = {role: batch[name][0].as_py() for role, name in held.items() if name}
+            found = _images(values, batch, chosen, filesystem.parent(unit.path))
+            name = where if values.get("id") is None else checks.text_of(values["id"], "id")
+            document = _document(values, found, name)
+        except Reject as err:
+            return Rejection(where, str(err))
+        except (UnicodeError, ArithmeticError, *BROKEN) as err:  # dates beyond Python's
+            return Rejection(where, f"the row cannot be read ({_one_line(err)})")
+        plain = {role: value for role, value in values.items() if role not in IMAGES}
+        plain["answer_field"] = self.answer_field or chosen.known.answer_field
+        plain["prompt"] = chosen.known.prompt
+        return Raw(name, document, {"reader": chosen.turns, "values": plain, **found})
 
 
 def _units(path: str, name: str, metadata: parquet.FileMetaData) -> list[Unit]:
@@ -188,33 +287,6 @@ def _units(path: str, name: str, metadata: parquet.FileMetaData) -> list[Unit]:
     return found
 
 
-def _rows(
-    reader: parquet.ParquetFile, group: int, row: int, columns: Columns, unit: Unit
-) -> Iterator[Raw | Rejection]:
-    """Yields the rows of a row group, whose first row has number `row` in the file."""
-    name = unit.prefix
-    packed, unpacked = _sizes(reader.metadata.row_group(group))
-    if unpacked > max(MAX_UNPACKED, MAX_RATIO * packed):
-        yield Rejection(
-            f"{name}-{row}", f"rows are too large unpacked (row group {group}: {unpacked:,} bytes)"
-        )
-        return
-    try:
-        for batch in reader.iter_batches(
-            BATCH_ROWS, row_groups=[group], columns=columns.names(), use_threads=False
-        ):
-            for number in range(batch.num_rows):
-                yield _raw(f"{name}-{row}", batch, number, columns, filesystem.parent(unit.path))
-                row += 1
-    except BROKEN as err:
-        filesystem.raise_if_passing(unit.path, err)
-        # pyarrow cannot resume after a broken page: the rest of the row group is lost.
-        yield Rejection(
-            f"{name}-{row}",
-            f"rows cannot be read (row group {group} from here on: {_one_line(err)})",
-        )
-
-
 def _sizes(group: parquet.RowGroupMetaData) -> tuple[int, int]:
     """Returns the size of a row group in bytes, (compressed, uncompressed)."""
     columns = [group.column(number) for number in range(group.num_columns)]
@@ -223,74 +295,28 @@ def _sizes(group: parquet.RowGroupMetaData) -> tuple[int, int]:
     )
 
 
-def _raw(
-    where: str, batch: pa.RecordBatch, number: int, columns: Columns, folder: str
-) -> Raw | Rejection:
-    """Returns row `number` of a batch with its id (or else `where`), document and images."""
-    try:
-        values = {key: batch[name][number].as_py() for key, name in vars(columns).items() if name}
-        images = _images(values["image"], folder)
-        name = where if values.get("id") is None else checks.text_of(values["id"], "id")
-        # Rows about one page repeat its image: a hash of it keeps them in one split.
-        if values.get("document") is None:
-            document = hashlib.blake2b(
-                images[0] if images else name.encode(), digest_size=8
-            ).hexdigest()
-        else:
-            document = checks.text_of(values["document"], "document")
-    except Reject as err:
-        return Rejection(where, str(err))
-    except (UnicodeError, *BROKEN) as err:
-        return Rejection(where, f"the row cannot be read ({_one_line(err)})")
-    return Raw(
-        name,
-        document,
-        {"images": images, "question": values["question"], "answer": values["answer"]},
-    )
+def _images(
+    values: Mapping[str, Any], batch: pa.RecordBatch, chosen: Chosen, folder: str
+) -> dict[str, Any]:
+    """Returns the image files of a row as `images`, with the PDF, if that is what it has, as `pdf`;
+    raises Reject if one is missing."""
+    if "image" in values:
+        return {"images": cells.images(values["image"], folder, chosen.known.without_image)}
+    if chosen.pages:
+        return {"images": cells.pages([batch[name][0].as_py() for name in chosen.pages], folder)}
+    [data] = cells.images(values["pdf"], folder)
+    if not pdf_lib.is_pdf(data):
+        raise Reject("the PDF is none")
+    return {"images": [], "pdf": data}
 
 
-def _images(value: Any, folder: str) -> list[bytes]:
-    """Returns the image files of a cell; raises Reject if one is missing."""
-    found = []
-    for image in value if isinstance(value, list) else [value]:
-        # The `datasets` library stores an image as a struct, with bytes or only a path.
-        if isinstance(image, dict):
-            path = image.get("path")
-            image = image.get("bytes") or (
-                files.image(folder, path) if isinstance(path, str) else None
-            )
-        if not isinstance(image, bytes):
-            raise Reject(f"the image is missing ({type(image).__name__} in its column)")
-        found.append(image)
-    return found
-
-
-def _turns(fields: Any) -> tuple[Turn, ...]:
-    """Returns the turns of a row: one, or as many as its lists of questions and answers have."""
-    question = fields["question"]
-    answer = fields["answer"]
-    # With a single question a list of answers holds alternatives, with a list of questions it
-    # holds an entry for each.
-    if not isinstance(question, list):
-        return (
-            Turn(checks.text_of(question, "question"), _by_frequency(checks.answers_of(answer))),
-        )
-    if not isinstance(answer, list) or len(answer) != len(question):
-        raise Reject("a list of questions without as many answers")
-    pairs = zip(question, answer, strict=True)
-    return tuple(
-        Turn(checks.text_of(one, "question"), checks.answers_of(answers)) for one, answers in pairs
-    )
-
-
-def _by_frequency(answers: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the answers with the commonest one first, because training teaches the first.
-
-    TextVQA has the answers of ten people, and its score counts how many of them agree.
-    """
-    counts = collections.Counter(answers)
-    # Stable: answers that are equally common keep the order of the source.
-    return tuple(sorted(answers, key=lambda answer: -counts[answer]))
+def _document(values: Mapping[str, Any], found: Mapping[str, Any], name: str) -> str:
+    """Returns the document of a row: what its column says, or else a hash of its image."""
+    if values.get("document") is not None:
+        return checks.text_of(values["document"], "document")
+    # Rows about one page repeat its image: a hash of it keeps them in one split.
+    first = found.get("pdf") or next(iter(found["images"]), name.encode())
+    return hashlib.blake2b(first, digest_size=8).hexdigest()
 
 
 def _one_line(err: Exception) -> str:

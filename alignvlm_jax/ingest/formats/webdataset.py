@@ -1,4 +1,5 @@
-"""The `webdataset` format: tar files of images with captions, as CC-12M is kept.
+"""The `webdataset` format: tar files of images with captions, as CC-12M is kept, or of documents
+with their words, as pixparse's PDFA and IDL are.
 
 The members NAME.jpg and NAME.txt (or NAME.json with `caption`) of a pair follow one another. Tar
 files are read as streams, and nothing is unpacked to disk.
@@ -9,19 +10,27 @@ import json
 import posixpath
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
 from alignvlm_jax.data import filesystem
+from alignvlm_jax.data import pdf as pdf_lib
 from alignvlm_jax.data.record import Record, Turn
-from alignvlm_jax.ingest.formats import checks, files
+from alignvlm_jax.errors import UsageError
+from alignvlm_jax.ingest.formats import checks, files, pixparse
 from alignvlm_jax.ingest.formats.base import Raw, Reject, Rejection, Unit, option
+from alignvlm_jax.ingest.formats.hub import pdf_pages
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 TEXTS = ("txt", "caption", "json")
-MAX_TEXT_BYTES = 1 << 20
-"""Largest size of a text member and of a long header.
+DOCUMENT = "pdf"
+ENDINGS = (*IMAGES, *TEXTS, DOCUMENT)
+MAX_BYTES = {"json": files.MAX_LINE_BYTES, "txt": 1 << 20, "caption": 1 << 20}
+"""Largest size of a text member, by its ending: the words of a long document have several MiB."""
+
+MAX_HEADER_BYTES = 1 << 20
+"""Largest size of a long header.
 
 tarfile reads such a header whole, and a small compressed file may claim any size for it.
 """
@@ -41,7 +50,7 @@ BROKEN = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError)
 class WebDataset:
     """The format of a tar file in WebDataset's layout, or of a folder of them."""
 
-    about: ClassVar[str] = "tar files of images with captions, of CC-12M's kind"
+    about: ClassVar[str] = "tar files of images with captions (CC-12M), or of documents (PDFA, IDL)"
     schema: ClassVar[str] = """\
 A tar file (*.tar, *.tar.gz, *.tgz), or a folder of them. Members that follow one another and have
 one name but for the ending are a record:
@@ -49,11 +58,26 @@ one name but for the ending are a record:
     000001.jpg    the image (png, webp, bmp, gif, tiff, too)
     000001.txt    its caption; or 000001.json with a key caption
 
-The caption answers --prompt."""
+The caption answers --prompt. Or a document, each page of which becomes a record:
+
+    000001.pdf    the document; or 000001.tif
+    000001.json   {"pages": [{"words": {"text": [...], "bbox": [[left, top, width, height], ...],
+                  "score": [...], "line_pos": [...]}, "lines": {...}}, ...]}, where bbox has
+                  fractions of the page"""
     suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
     first_key: ClassVar[str] = ""
 
     prompt: str = option("Describe the image.", "question that every caption answers")
+    dpi: int = option(pdf_lib.DPI, "pixels an inch at which pages of PDFs are drawn")
+    min_confidence: float = option(
+        0.0,
+        "words of less confidence, from 0 to 1, are left out, and pages of which they are many",
+    )
+
+    def __post_init__(self):
+        pdf_pages.check_dpi(self.dpi)
+        if not 0 <= self.min_confidence <= 1:
+            raise UsageError(f"--min_confidence={self.min_confidence} is not 0 to 1")
 
     def units(self, source: str) -> list[Unit]:
         """Returns a unit for each tar file, which can only be read from its start."""
@@ -73,7 +97,7 @@ The caption answers --prompt."""
                 continue
             stem, ending, data = item
             if stem != name and parts:
-                yield _raw(unit, name, parts)
+                yield from _raws(unit, name, parts)
                 parts = {}
             # A tar file whose members all have one name must not fill the memory.
             if sum(map(len, parts.values())) + len(data) > files.MAX_BYTES:
@@ -85,17 +109,28 @@ The caption answers --prompt."""
             name = stem
             parts[ending] = data
         if parts:
-            yield _raw(unit, name, parts)
+            yield from _raws(unit, name, parts)
+
+    def notes(self, source: str) -> Iterator[str]:
+        """Yields a line where the first document or pair of a source is one of a known set."""
+        for unit in self.units(source)[:1]:
+            first = next(self.raws(unit), None)
+            if isinstance(first, Raw) and "ocr" in first.fields:
+                kind = DOCUMENT if first.fields["is_pdf"] else "tif"
+                name = filesystem.name(unit.path)
+                yield f"{name}: read as pixparse's (NAME.{kind} beside NAME.json with pages)"
 
     def record(self, raw: Raw) -> Record:
-        """Returns the record of an image and its caption; see `Format.record`."""
-        image = next((raw.fields[ending] for ending in IMAGES if ending in raw.fields), None)
-        if image is None:
+        """Returns the record of an image and its caption, or of a page; see `Format.record`."""
+        if "ocr" in raw.fields:
+            return pixparse.record(raw, self.dpi, self.min_confidence)
+        ending = _image_ending(raw.fields)
+        if not ending:
             raise Reject("a caption without an image")
         return Record(
             raw.id,
             "webdataset",
-            (image,),
+            (raw.fields[ending],),
             (Turn(self.prompt, checks.answers_of(_caption(raw.fields))),),
         )
 
@@ -117,16 +152,24 @@ class _Header(tarfile.TarInfo):
             if buf.count(0) == tarfile.BLOCKSIZE:
                 raise
             raise tarfile.ReadError(str(err) if buf else "no end mark: it may be cut off") from err
-        if header.size < 0 or (header.type in LONG_HEADERS and header.size > MAX_TEXT_BYTES):
+        if header.size < 0 or (header.type in LONG_HEADERS and header.size > MAX_HEADER_BYTES):
             raise tarfile.ReadError(f"a header of {header.size:,} bytes")
         return header
 
 
-def _raw(unit: Unit, name: str, parts: dict[str, bytes]) -> Raw:
-    """Returns a record of the members `parts`, by ending."""
+def _raws(unit: Unit, name: str, parts: dict[str, bytes]) -> Iterator[Raw | Rejection]:
+    """Yields the record, or the pages, of the members `parts`, by ending."""
     # In some sets names begin anew in every tar file: only with the file's they are unique.
     identity = f"{unit.prefix}/{name}"
-    return Raw(identity, identity, parts)
+    if pixparse.is_document(parts):
+        yield from pixparse.raws(identity, parts, _image_ending(parts))
+    else:
+        yield Raw(identity, identity, parts)
+
+
+def _image_ending(parts: Iterable[str]) -> str:
+    """Returns the ending of the image among the endings of a name; "" if there is none."""
+    return next((ending for ending in IMAGES if ending in parts), "")
 
 
 def _members(unit: Unit) -> Iterator[tuple[str, str, bytes] | Rejection]:
@@ -147,15 +190,13 @@ def _members(unit: Unit) -> Iterator[tuple[str, str, bytes] | Rejection]:
                 # At the first dot, as the webdataset library has it: NAME.left.jpg is of NAME.
                 stem, _, ending = name.partition(".")
                 ending = ending.lower()
-                if ending not in (*IMAGES, *TEXTS):
+                if ending not in ENDINGS:
                     # An image or a text under a longer ending is no part of a pair, and is told.
-                    if ending.rpartition(".")[2] in (*IMAGES, *TEXTS):
+                    if ending.rpartition(".")[2] in ENDINGS:
                         reason = f"an ending that is not read (.{ending}, from the first dot on)"
                         yield Rejection(member.name, reason)
                     continue
-                if reason := _reason_against(
-                    member, files.MAX_BYTES if ending in IMAGES else MAX_TEXT_BYTES
-                ):
+                if reason := _reason_against(member, MAX_BYTES.get(ending, files.MAX_BYTES)):
                     yield Rejection(member.name, reason)
                 else:
                     yield posixpath.join(folder, stem), ending, tar.extractfile(member).read()

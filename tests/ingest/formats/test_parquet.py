@@ -7,7 +7,7 @@ from alignvlm_jax.data.record import Turn
 from alignvlm_jax.errors import TryAgainError, UserError
 from alignvlm_jax.ingest.formats import parquet
 from alignvlm_jax.ingest.formats.base import Raw, Rejection
-from alignvlm_jax.ingest.formats.parquet import KNOWN, Parquet
+from alignvlm_jax.ingest.formats.parquet import Parquet
 
 
 def write(folder, columns, name="train-0.parquet", **options):
@@ -33,7 +33,9 @@ def test_docvqa(tmp_path, prepare, png):
     )
     assert {raw.document for raw in raws(Parquet(), path)} == {"7"}
     first, second = prepare(Parquet(), path).records()
-    assert (first.id, second.id) == ("1", "2") and first.turns == (Turn("Why?", ("So.", "Thus.")),)
+    assert (first.id, second.id) == ("1", "2") and first.turns == (
+        Turn("Why?", ("So.", "Thus."), "1"),
+    )
     assert second.images == (png(5, 5),)
 
 
@@ -99,11 +101,6 @@ def test_columns_by_flag(tmp_path, prepare, png):
     form = Parquet("scan", "q", "a", "key", "file")
     assert raws(form, path)[0].document == "f"
     assert prepare(form, path).records()[0].id == "4"
-
-
-def test_known_sets_are_told_apart():
-    for name, columns in KNOWN.items():
-        assert Parquet()._columns(columns.names(), "x") == columns, name
 
 
 def test_units_are_runs_of_row_groups_and_rows_are_numbered_through(tmp_path, monkeypatch, png):

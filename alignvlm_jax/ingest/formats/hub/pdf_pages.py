@@ -1,0 +1,158 @@
+"""Pages of PDFs that a row or a member of a tar file holds, drawn in a process that may be ended.
+
+`formats/pdf` reads files by their paths; here the content of a file is given.
+"""
+
+import functools
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pypdfium2
+from PIL import Image
+
+from alignvlm_jax.data import images
+from alignvlm_jax.data import pdf as pdf_lib
+from alignvlm_jax.data.pdf import LOCK, UnreadablePdf
+from alignvlm_jax.data.record import Word
+from alignvlm_jax.errors import UsageError
+from alignvlm_jax.ingest.formats import checks
+from alignvlm_jax.ingest.formats.base import Reject
+from alignvlm_jax.ingest.formats.pdf import document
+from alignvlm_jax.ingest.formats.pdf import lines as lines_lib
+from alignvlm_jax.ingest.formats.pdf import tables as tables_lib
+from alignvlm_jax.ingest.formats.pdf import words as words_lib
+from alignvlm_jax.ingest.formats.pdf.sandbox import Sandbox
+
+Lines = tuple[tuple[Word, ...], ...]
+
+MAX_PAGES = 50
+"""Most pages of a PDF that is one record: its images are in memory together."""
+
+_sandbox = Sandbox()
+"""The process in which this one opens and draws PDFs."""
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    """Returns function(*args) of the process in which PDFs are read; raises Reject where that takes
+    too much, and what the function raises."""
+    return _sandbox.call(function, *args)
+
+
+def check_dpi(dpi: int) -> None:
+    """Raises UsageError for a `--dpi` at which no page is drawn."""
+    if not 1 <= dpi <= document.MAX_DPI:
+        raise UsageError(f"--dpi={dpi} is not 1 to {document.MAX_DPI}")
+
+
+def count(data: bytes) -> int:
+    """Returns the number of pages of a PDF; raises Reject if it cannot be read."""
+    return _call(count_pages, data)
+
+
+def image(data: bytes, page: int, dpi: int) -> bytes:
+    """Returns page `page` of a PDF, counted from 0, as an image file.
+
+    Raises:
+      Reject: it cannot be drawn, or takes too much time or memory.
+    """
+    return _call(draw_page, data, page, dpi)
+
+
+def all_pages(data: bytes, dpi: int) -> tuple[tuple[bytes, ...], tuple[Lines, ...]]:
+    """Returns the pages of a PDF as image files, and the lines of each.
+
+    There are no lines at all where a page shows something whose words the PDF does not know, as a
+    scan: a page without its words would be taught to be blank.
+
+    Raises:
+      Reject: it cannot be read or drawn, or has more than `MAX_PAGES`.
+    """
+    num_pages = count(data)
+    if num_pages > MAX_PAGES:
+        raise Reject(f"a PDF of too many pages for a record ({num_pages}; at most {MAX_PAGES})")
+    # A call each: the limits of time and memory are those of a page.
+    pages = [_call(read_page, data, page, dpi) for page in range(num_pages)]
+    drawn = tuple(encoded for encoded, _ in pages)
+    lines = tuple(found for _, found in pages if found is not None)
+    return drawn, lines if len(lines) == len(drawn) else ()
+
+
+def count_pages(data: bytes) -> int:
+    """As `count`, in the process that calls it."""
+    with LOCK:
+        return len(_open(data))
+
+
+def draw_page(data: bytes, page: int, dpi: int) -> bytes:
+    """As `image`, in the process that calls it."""
+    try:
+        with LOCK, pdf_lib.open_page(_open(data), page) as opened:
+            drawn = pdf_lib.draw(opened, dpi)
+    except UnreadablePdf as err:
+        raise Reject(str(err)) from err
+    return pdf_lib.encode(drawn.image)
+
+
+def read_page(data: bytes, page: int, dpi: int) -> tuple[bytes, Lines | None]:
+    """Returns a page as an image file and its lines, in the process that calls it.
+
+    The lines are None where the page shows something whose words the PDF does not know.
+    """
+    try:
+        with LOCK, pdf_lib.open_page(_open(data), page) as opened:
+            drawn = pdf_lib.draw(opened, dpi)
+            words, num_unreadable = words_lib.read_words(
+                opened, drawn.to_pixels, np.asarray(drawn.image.convert("L"))
+            )
+            # Tables are read by rows. Under the lock, too: the objects of a page are pdfium's.
+            tables = tables_lib.find_tables(opened, drawn.to_pixels, drawn.scale)
+    except UnreadablePdf as err:
+        raise Reject(str(err)) from err
+    # By the measure of `formats/pdf`, which rejects such a page; its questions are of use here.
+    num_words = len(words) + num_unreadable
+    is_known = bool(num_words) or not pdf_lib.is_marked(drawn.image)
+    is_known = is_known and num_unreadable <= document.MAX_UNREADABLE * num_words
+    return pdf_lib.encode(drawn.image), lines_lib.read_lines(words, tables) if is_known else None
+
+
+def frames(data: bytes) -> int:
+    """Returns the number of pages of an image file, of which a TIFF may have several; raises Reject
+    if it is none."""
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            return len(images.page_frames(opened))
+    except Exception as err:  # decoders raise anything on damaged files
+        raise Reject(f"an image cannot be read ({_one_line(err)})") from err
+
+
+def frame(data: bytes, page: int) -> bytes:
+    """Returns a page of an image file, counted from 0, as an image file of its own; raises Reject
+    if it cannot be read."""
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            opened.seek(images.page_frames(opened)[page])
+            width, height = opened.size
+            # Before a pixel is decoded: a few bytes may claim gigabytes.
+            if width * height > checks.MAX_PIXELS:
+                raise Reject(f"an image is too large ({width:,} x {height:,} pixels)")
+            return pdf_lib.encode(images.as_rgb(opened))
+    except Reject:
+        raise
+    except Exception as err:  # as above
+        raise Reject(f"an image cannot be read ({_one_line(err)})") from err
+
+
+def _one_line(err: Exception) -> str:
+    """Returns the message of an exception on one line, or else the name of its type."""
+    return " ".join(str(err).split())[:200] or type(err).__name__
+
+
+@functools.lru_cache(maxsize=1)
+def _open(data: bytes) -> pypdfium2.PdfDocument:
+    """Returns an open PDF, which is kept for its other pages; raises Reject if unreadable."""
+    try:
+        return pdf_lib.open_document(data)
+    except UnreadablePdf as err:
+        raise Reject(str(err)) from err
