@@ -20,6 +20,7 @@ import pypdfium2
 from PIL import Image, UnidentifiedImageError
 from pypdfium2 import raw as pdfium
 
+from alignvlm_jax.data.sandbox import CallEnded, Sandbox
 from alignvlm_jax.errors import UserError
 
 LOCK = threading.RLock()
@@ -41,6 +42,9 @@ MAX_DEPTH = 8
 """Depth to which forms within forms are read (a form is a piece of content used as one object)."""
 JPEG_QUALITY = 90
 """JPEG quality at which small text stays legible; Pillow's default, 75, blurs it."""
+
+_sandbox = Sandbox()
+"""The process in which this one draws the pages that a model is asked about."""
 
 
 class UnreadablePdf(UserError):
@@ -145,7 +149,8 @@ def draw(page: pypdfium2.PdfPage, dpi: float) -> Drawn:
 
 
 def draw_of_file(data: bytes, name: str, page: int, dpi: float) -> Image.Image:
-    """Returns a page of a PDF file drawn as RGB.
+    """Returns a page of a PDF file drawn as RGB, in a process beside this one: some pages take for
+    ever.
 
     Args:
       data: the content of the file.
@@ -154,16 +159,23 @@ def draw_of_file(data: bytes, name: str, page: int, dpi: float) -> Image.Image:
       dpi: pixels an inch.
 
     Raises:
-      UserError: the file cannot be read, has no such page, or the page cannot be drawn.
+      UserError: the file cannot be read, has no such page, or the page cannot be drawn within the
+        limits of time and memory.
     """
     try:
-        with LOCK, contextlib.closing(open_document(data)) as document:
-            if not 1 <= page <= len(document):
-                raise UserError(f"{name} has no page {page}: its pages are 1 to {len(document)}")
-            with open_page(document, page - 1) as opened:
-                return draw(opened, dpi).image.convert("RGB")
-    except UnreadablePdf as err:
+        return _sandbox.call(_draw_of_file, data, name, page, dpi)
+    except (UnreadablePdf, CallEnded) as err:
         raise UserError(f"cannot read {name}, page {page}: {err}") from err
+
+
+def _draw_of_file(data: bytes, name: str, page: int, dpi: float) -> Image.Image:
+    """Returns what `draw_of_file` does, in the process that calls it; raises UnreadablePdf for what
+    cannot be read or drawn."""
+    with LOCK, contextlib.closing(open_document(data)) as document:
+        if not 1 <= page <= len(document):
+            raise UserError(f"{name} has no page {page}: its pages are 1 to {len(document)}")
+        with open_page(document, page - 1) as opened:
+            return draw(opened, dpi).image.convert("RGB")
 
 
 def is_marked(image: Image.Image) -> bool:

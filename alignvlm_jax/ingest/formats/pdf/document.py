@@ -9,8 +9,8 @@ import functools
 import itertools
 import posixpath
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import numpy as np
 import pypdfium2
@@ -19,13 +19,13 @@ from alignvlm_jax.data import filesystem
 from alignvlm_jax.data import pdf as pdf_lib
 from alignvlm_jax.data.pdf import LOCK, UnreadablePdf
 from alignvlm_jax.data.record import Record, Turn
+from alignvlm_jax.data.sandbox import CallEnded, Sandbox
 from alignvlm_jax.errors import UsageError, UserError, nearest
 from alignvlm_jax.ingest.formats import files
 from alignvlm_jax.ingest.formats.base import Raw, Reject, Rejection, Unit, option
 from alignvlm_jax.ingest.formats.pdf import lines as lines_lib
 from alignvlm_jax.ingest.formats.pdf import tables as tables_lib
 from alignvlm_jax.ingest.formats.pdf import words as words_lib
-from alignvlm_jax.ingest.formats.pdf.sandbox import Sandbox
 from alignvlm_jax.ingest.formats.pdf.tables import Table
 from alignvlm_jax.ingest.formats.pdf.words import PlacedWord
 
@@ -113,7 +113,7 @@ of its pages (--format=jsonl)."""
     def raws(self, unit: Unit) -> Iterator[Raw | Rejection]:
         """Yields the pages of a range, without drawing them; see `Format.raws`."""
         try:
-            stop = _sandbox.call(count_pages, unit.path) if unit.stop < 0 else unit.stop
+            stop = _call(count_pages, unit.path) if unit.stop < 0 else unit.stop
         except Reject as err:
             yield Rejection(unit.name, str(err))
             return
@@ -129,7 +129,16 @@ of its pages (--format=jsonl)."""
           Reject: the page cannot be read or drawn, takes too much time or memory, shows something
             but has no words, or too few of its words have Unicode.
         """
-        return _sandbox.call(record_of, self, raw)
+        return _call(record_of, self, raw)
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    """Returns function(*args) of the process in which PDFs are read; raises Reject where it was
+    ended, and what the function raised."""
+    try:
+        return _sandbox.call(function, *args)
+    except CallEnded as err:
+        raise Reject(str(err)) from err
 
 
 def record_of(form: Pdf, raw: Raw) -> Record:
@@ -185,7 +194,7 @@ def _open_page(path: str, page: int) -> Iterator[pypdfium2.PdfPage]:
 def _num_pages(path: str) -> int:
     """Returns the number of pages of a file; 0 if it cannot be read (`raws` says why)."""
     try:
-        return _sandbox.call(count_pages, path)
+        return _call(count_pages, path)
     except Reject:
         return 0
 

@@ -1,8 +1,8 @@
 """A process beside this one in which functions run that may hang, take all memory or crash.
 
 Pages of the web do all of that to a PDF library, within its own code, where Python can stop
-nothing: so the library runs in a process that can be ended. A worker of `prepare` has one such
-process; it waits for it and so hears Ctrl-C.
+nothing: so the library runs in a process that can be ended. A worker of `prepare`, or whoever asks
+a model about a page, has one such process; it waits for it and so hears Ctrl-C.
 """
 
 import contextlib
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.ingest.formats.base import Reject
 
 MAX_SECONDS = 30.0
 """CPU time of a call. Not the clock's: on a busy machine a good page may wait for minutes."""
@@ -36,6 +35,10 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
+class CallEnded(UserError):
+    """A call that took too much time or memory, or crashed; the message says which."""
+
+
 class Sandbox:
     """Runs functions in a process of its own, which is started when it is first needed, and again
     after it was ended."""
@@ -48,13 +51,14 @@ class Sandbox:
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Returns function(*args), which was run in the other process.
 
-          Args:
-            function: of a module, so that it can be pickled.
-            *args: picklable, as is what it returns or raises.
+        Args:
+          function: of a module, so that it can be pickled.
+          *args: picklable, as is what it returns or raises.
 
-          Raises:
-            Reject: it took too long or too much memory, crashed twice, or raised it.
-        UserError: the process cannot be started.
+        Raises:
+          CallEnded: it took too long or too much memory, or crashed twice.
+          UserError: the process cannot be started.
+          Exception: whatever the function raised.
         """
         with self._lock:
             crash = self._try(function, args)
@@ -63,7 +67,7 @@ class Sandbox:
                 # others.
                 crash = self._try(function, args)
             if isinstance(crash, _Crash):
-                raise Reject(f"the PDF library crashed ({crash.signal})")
+                raise CallEnded(f"the PDF library crashed ({crash.signal})")
             is_error, value = crash
         if is_error:
             raise value
@@ -101,16 +105,18 @@ class Sandbox:
             raise
 
     def _wait(self, process: subprocess.Popen) -> None:
-        """Waits for the begin of an answer; raises Reject for what takes too much meanwhile."""
+        """Waits for the begin of an answer; raises CallEnded for what takes too much meanwhile."""
         began = time.monotonic()
         spent = _cpu_seconds(process.pid)
         while not select.select([process.stdout], [], [], POLL_SECONDS)[0]:
             if _cpu_seconds(process.pid) - spent > MAX_SECONDS:
-                raise Reject(f"a page that takes more than {MAX_SECONDS:.0f} s of CPU time")
+                raise CallEnded(f"a page that takes more than {MAX_SECONDS:.0f} s of CPU time")
             if time.monotonic() - began > MAX_WAIT:
-                raise Reject(f"a page that takes more than {MAX_WAIT:.0f} s")
+                raise CallEnded(f"a page that takes more than {MAX_WAIT:.0f} s")
             if _resident_bytes(process.pid) > MAX_BYTES:
-                raise Reject(f"a page that takes more than {MAX_BYTES / 2**30:.3g} GiB of memory")
+                raise CallEnded(
+                    f"a page that takes more than {MAX_BYTES / 2**30:.3g} GiB of memory"
+                )
 
 
 class _Crash:

@@ -9,9 +9,11 @@ import time
 
 import pytest
 
+from alignvlm_jax.data import images, pdf, sandbox
+from alignvlm_jax.data.sandbox import CallEnded
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.ingest.formats.base import Reject, Rejection
-from alignvlm_jax.ingest.formats.pdf import document, sandbox
+from alignvlm_jax.ingest.formats.base import Rejection
+from alignvlm_jax.ingest.formats.pdf import document
 from alignvlm_jax.ingest.formats.pdf.document import Pdf
 from tests.ingest.formats.pdf import make_pdf
 from tests.ingest.formats.pdf.read_pdf import read_all, texts
@@ -48,8 +50,8 @@ class Odd(Exception):
 
 
 def fail(kind):
-    if kind == "reject":
-        raise Reject("no page")
+    if kind == "user":
+        raise UserError("no page")
     raise Odd(1, 2)
 
 
@@ -62,8 +64,8 @@ def box():
 
 def test_values_and_errors_come_back(box):
     assert box.call(add, 1, 2) == 3
-    with pytest.raises(Reject, match=r"^no page$"):
-        box.call(fail, "reject")
+    with pytest.raises(UserError, match=r"^no page$"):
+        box.call(fail, "user")
     # What has no way back through a pipe is told all the same.
     with pytest.raises(RuntimeError, match=r"^Odd\(1\) \("):
         box.call(fail, "odd")
@@ -84,7 +86,7 @@ def test_what_takes_too_much_is_ended_and_the_next_call_goes_on(
     assert box.call(add, 1, 1) == 2
     monkeypatch.setattr(sandbox, limit, value)
     began = time.monotonic()
-    with pytest.raises(Reject, match=reason):
+    with pytest.raises(CallEnded, match=reason):
         box.call(function, *([60] if function is time.sleep else []))
     assert time.monotonic() - began < 30
     monkeypatch.undo()
@@ -96,7 +98,7 @@ def test_a_crash_is_tried_once_more(box, tmp_path, times):
     if times == 1:
         assert box.call(crash, str(tmp_path / "n"), 1) == "alive"
         return
-    with pytest.raises(Reject, match=r"crashed \(SIGSEGV\)"):
+    with pytest.raises(CallEnded, match=r"crashed \(SIGSEGV\)"):
         box.call(crash, str(tmp_path / "n"), 2)
     assert (tmp_path / "n").read_text() == "xx"
     assert box.call(add, 1, 1) == 2
@@ -148,8 +150,8 @@ def test_an_interrupt_ends_the_call_at_once(box):
 
 PARENT = """
 import sys
-from tests.ingest.formats.pdf import test_sandbox
-from alignvlm_jax.ingest.formats.pdf.sandbox import Sandbox
+from tests.data import test_sandbox
+from alignvlm_jax.data.sandbox import Sandbox
 box = Sandbox()
 box.call(test_sandbox.add, 1, 1)
 print(box._process.pid, flush=True)
@@ -183,3 +185,21 @@ def test_a_page_that_hangs_is_rejected_and_its_neighbours_stay(tmp_path, monkeyp
     assert isinstance(bad, Rejection) and bad.id == "b-0001"
     assert bad.reason == "a page that takes more than 2 s of CPU time"
     assert texts(first) == texts(last) == ["good"]
+
+
+def test_a_page_that_hangs_is_one_line_for_who_asks_about_it(tmp_path, monkeypatch):
+    """As `generate`, `inspect` and `Assistant` read pages; Ctrl-C ends it, too."""
+    (tmp_path / "a.pdf").write_bytes(make_pdf.pdf([make_pdf.text(20, 100, "good")]))
+    (tmp_path / "b.pdf").write_bytes(make_pdf.endless())
+    pdf._sandbox.close()
+    threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        images.load_page(tmp_path / "b.pdf")
+    assert time.monotonic() - began < 20
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 2.0)
+    with pytest.raises(
+        UserError, match=r"^cannot read .*b\.pdf, page 1: a page that takes more than 2 s of CPU"
+    ):
+        images.load_page(tmp_path / "b.pdf")
+    assert images.load_page(tmp_path / "a.pdf").size == (417, 278)
