@@ -10,7 +10,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from rich import progress
@@ -18,51 +18,11 @@ from rich.console import Console
 from rich.text import Text
 
 from alignvlm_jax import storage
+from alignvlm_jax.benchmarks.scores.sums import Statistics, total
 from alignvlm_jax.benchmarks.tasks import Task
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import distributed, exchange
 from alignvlm_jax.storage import Path, lease
-
-
-@dataclasses.dataclass(frozen=True)
-class Statistics:
-    """Sums over the questions of a benchmark, from which its scores follow.
-
-    The statistics of two parts of a benchmark, as two hosts have them, add up to those of the
-    whole. A question usually adds its score and a weight of 1; F1 adds counts
-    (`scores.text.field_f1`), VCR a weight of 1 for each covered text.
-
-    Attributes:
-      sums: sum over questions, by name of the score.
-      weights: sum of the questions' weights, by name of the score.
-    """
-
-    sums: Mapping[str, float]
-    weights: Mapping[str, float]
-
-    def __add__(self, other: "Statistics") -> "Statistics":
-        return Statistics(_added(self.sums, other.sums), _added(self.weights, other.weights))
-
-    def score(self, name: str) -> float | None:
-        """Returns the score of this name; None if no question counts for it."""
-        return self.sums[name] / self.weights[name] if self.weights.get(name) else None
-
-
-def total(parts: Iterable[Mapping[str, tuple[float, float]]]) -> Statistics:
-    """Returns the statistics of questions, each given as (sum, weight) by name of the score."""
-    sums: dict[str, float] = {}
-    weights: dict[str, float] = {}
-    for part in parts:
-        for name, (value, weight) in part.items():
-            sums[name] = sums.get(name, 0.0) + value
-            weights[name] = weights.get(name, 0.0) + weight
-    return Statistics(sums, weights)
-
-
-def _added(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, float]:
-    """Returns the sums of the values of two mappings, by key; a missing value counts as 0."""
-    return {name: ours.get(name, 0.0) + theirs.get(name, 0.0) for name in sorted({*ours, *theirs})}
-
 
 DIRECTORY = "predictions"
 TASKS = "tasks"

@@ -132,8 +132,8 @@ def open_benchmark(task: Task, data: Path, count: int | None) -> Benchmark:
       count: the largest number of questions; None takes all.
 
     Raises:
-      UserError: the task's folder, its split or its questions are not there, or two questions have
-        one id.
+      UserError: the task's folder, its split or its questions are not there, two questions have
+        one id, or the task cannot score a question.
     """
     directory = data / (task.folder or task.name)
     records = RecordSource(directory, task.split)
@@ -148,4 +148,12 @@ def open_benchmark(task: Task, data: Path, count: int | None) -> Benchmark:
         raise UserError(
             f"split {task.split!r} in {directory} has more than one question of the id {shown}"
         )
+    for question in questions:
+        # Of no prediction: what cannot be scored is found before hours of generation.
+        try:
+            task.rate("", question.turn.answers, question.turn.question, question.kind)
+        except (UserError, ValueError, KeyError, TypeError) as err:
+            raise UserError(
+                f"question {question.id!r} in {directory} is none of {task.name}: {err}"
+            ) from err
     return Benchmark(task, directory, records, questions)

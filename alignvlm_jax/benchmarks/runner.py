@@ -208,7 +208,9 @@ class Runner:
         answers = self._generate(Prompts(len(questions), build, stand_in), max_new_tokens, {})
         for question, (prediction, problem) in zip(questions, answers, strict=True):
             row = _row(question, prediction) | ({} if problem is None else {"problem": problem})
-            rated = benchmark.task.rate(prediction, question.turn.answers)
+            turn = question.turn
+            generated = prediction if problem is None else None
+            rated = benchmark.task.rate(generated, turn.answers, turn.question, question.kind)
             found.append(row | {"known_as": question.known_as, "scores": rated})
         return found
 

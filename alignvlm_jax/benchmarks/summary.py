@@ -10,6 +10,7 @@ from rich.table import Table
 
 from alignvlm_jax import storage
 from alignvlm_jax.benchmarks.predictions import Predictions
+from alignvlm_jax.benchmarks.scores.sums import Statistics
 from alignvlm_jax.benchmarks.tasks import COLUMNS, TASKS, Task, TextTask
 from alignvlm_jax.inference.loading import Loaded
 from alignvlm_jax.train import metrics
@@ -61,7 +62,9 @@ def summarize(
 def _of_task(result: Predictions) -> dict[str, Any]:
     """Returns the scores and the counts of a task; scores are left out if no answer is known."""
     totals = result.statistics()
-    scores = {name: totals.score(name) for name in totals.weights}
+    # Of a score of several parts both its own name and those of the parts.
+    names = {name: None for part in totals.weights for name in (part.partition("/")[0], part)}
+    scores = {name: totals.score(name) for name in names}
     return scores | {"num_eval": len(result.rows), "num_problems": len(result.problems())}
 
 
@@ -122,13 +125,21 @@ def task_table(tasks: Sequence[Task | TextTask], results: Mapping[str, Predictio
         if isinstance(task, TextTask):
             lines = [(f"{task.score}, less is better", f"{totals.score(task.score):.3f}  ")]
         else:
-            lines = [(name, f"{_percent(totals.score(name))} %") for name in task.scores]
+            names = [name for whole in task.scores for name in (whole, *totals.parts(whole))]
+            lines = [
+                (f"  {name.partition('/')[2]}" if "/" in name else name, _percent_of(totals, name))
+                for name in names
+            ]
         for number, line in enumerate(lines):
             counts = (
                 ("", "") if number else (f"{len(result.rows):,}", f"{len(result.problems()):,}")
             )
             table.add_row("" if number else task.name, *line, *counts)
     return table
+
+
+def _percent_of(totals: Statistics, name: str) -> str:
+    return f"{_percent(totals.score(name))} %"
 
 
 def _percent(score: float | None) -> str:

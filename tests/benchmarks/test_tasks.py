@@ -5,6 +5,7 @@ import string
 import pytest
 
 from alignvlm_jax.benchmarks import tasks
+from alignvlm_jax.benchmarks.scores import sums
 from alignvlm_jax.errors import UserError
 
 
@@ -25,17 +26,29 @@ def test_the_table_has_the_columns_of_the_paper():
     assert all(task.column == "TableVQA" for task in tasks.find(["tablevqa"]))
 
 
+# What the answers and the kind of a question look like, where an answer is not a plain text.
+PLAIN = (["1"], "")
+LOOKS = {
+    "olmocr_bench": (['{"type": "present", "split": "a", "text": "1"}'], ""),
+    "ocrbench_v2": (["1"], "cognition VQA en"),
+}
+
+
 @pytest.mark.parametrize("task", tasks.TASKS.values(), ids=lambda task: task.name)
 def test_every_task_rates_right_wrong_and_empty_answers(task):
-    wanted = ["1"]
-    right = task.rate(" 1\n", wanted)
-    wrong = task.rate("7777", wanted)
-    empty = task.rate(" ", wanted)
-    assert right[task.main_score][0] == right[task.main_score][1] > 0
-    assert set(right) == set(wrong) == set(empty) == set(task.scores)
-    for rated in (wrong, empty):
+    (wanted, kind) = LOOKS.get(task.name, PLAIN)
+    right = task.rate(" 1\n", wanted, "Which?", kind)
+    wrong = task.rate("7777", wanted, "Which?", kind)
+    empty = task.rate(" ", wanted, "Which?", kind)
+    unasked = task.rate(None, wanted, "Which?", kind)
+    whole = sums.total([right])
+    assert whole.score(task.main_score) == 1.0
+    assert {name.partition("/")[0] for name in right} <= set(task.scores)
+    assert set(right) == set(wrong) == set(empty) == set(unasked)
+    for rated in (wrong, empty, unasked):
         assert all(value == 0 and weight > 0 for value, weight in rated.values())
     assert task.rate("1", []) == {}
+    assert bool(task.leaves_out) == (tasks.LEFT_OUT in task.scores)
     fields = [name for _, name, _, _ in string.Formatter().parse(task.prompt) if name is not None]
     assert fields == ([] if task.name.startswith("vcr") else ["question"])
 
@@ -78,3 +91,26 @@ def test_names_are_of_one_thing_each():
         == len(tasks.NAMES)
         == len(tasks.TASKS) + len(tasks.TEXTS) + len(tasks.GROUPS)
     )
+
+
+def test_silence_is_right_where_a_test_asks_for_nothing_and_never_where_nobody_asked():
+    (bench,) = tasks.find(["olmocr_bench"])
+    tests = [
+        '{"type": "absent", "split": "heads", "text": "page 7"}',
+        '{"type": "present", "split": "text", "text": "page 7"}',
+        '{"type": "math", "split": "sums", "math": "x"}',
+    ]
+    silent = {"pass_rate/heads": (1.0, 1.0), "pass_rate/text": (0.0, 1.0), "left_out": (1.0, 3.0)}
+    assert bench.rate("", tests) == silent
+    assert bench.rate(None, tests) == silent | {"pass_rate/heads": (0.0, 1.0)}
+
+
+def test_parts_of_one_language_stand_alone_and_what_is_left_out_is_counted():
+    (bench,) = tasks.find(["ocrbench_v2"])
+    assert bench.rate("A.", ["A"], "?", "science QA en/multiple choice") == {
+        "english/science QA en": (1.0, 1.0),
+        "left_out": (0.0, 1.0),
+    }
+    assert bench.rate("", ["5"], "?", "text spotting en") == {"left_out": (1.0, 1.0)}
+    with pytest.raises(UserError, match="no type of OCRBench v2: 'sience QA en'; did you mean"):
+        bench.rate("", ["A"], "?", "sience QA en")

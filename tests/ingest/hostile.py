@@ -358,6 +358,48 @@ def chats(
     return write
 
 
+def olmocr_bench(folder: Path, is_hostile: bool) -> dict[str, str]:
+    def line(**changes) -> bytes:
+        test = {"pdf": "good 0.pdf", "page": 1, "id": "a", "type": "present", "text": "good"}
+        return json.dumps(test | changes).encode()
+
+    whole = make_pdf.pdf([make_pdf.text(20, 100, "good")])
+    pdfs = {
+        "zero bytes": (b"", "no PDF"),
+        "a picture": (picture(), "no PDF"),
+        "password": (make_pdf.encrypted(), "password"),
+        **{f"damaged {n}": (data, EITHER) for n, data in enumerate(damaged(whole, 5))},
+    }
+    lines = {
+        "no JSON": (b"{", "no JSON"),
+        "a list": (b"[1]", "no JSON object"),
+        "no UTF-8": (line(id="b") + b"\xff", "invalid UTF-8"),
+        "twice": (line(id="good 0"), "'good 0' came before"),
+        "no such type": (line(id="c", type="presence"), "did you mean 'present'"),
+        "another's key": (line(id="d", before="x"), "unknown key 'before' of a present test"),
+        "no text": (line(id="e", text=None), "a present test has no text"),
+        "an empty text": (line(id="f", text=""), "text of a test is empty"),
+        "a number": (line(id="g", text=5), "text of a test is no str"),
+        "a bool": (line(id="h", max_diffs=True), "max_diffs of a test is no int"),
+        "no page": (line(id="i", page=0), "page 0"),
+        "fewer than no edits": (line(id="j", max_diffs=-1), "max_diffs -1"),
+        "no such file": (line(id="k", pdf="good 3.pdf"), "did you mean 'good "),
+        "outside": (line(id="l", pdf="../good 0.pdf"), "pdfs/ has no '../good 0.pdf'"),
+        "a page too many": (line(id="m", pdf="good 1.pdf", page=2), "has no page 2"),
+    }
+    (folder / "pdfs").mkdir()
+    tests = [line(id=f"good {i}", pdf=f"good {i}.pdf") for i in range(2)]
+    for i in range(2):
+        (folder / "pdfs" / f"good {i}.pdf").write_bytes(whole)
+    for name, (data, _) in pdfs.items() if is_hostile else ():
+        (folder / "pdfs" / f"{name}.pdf").write_bytes(data)
+    tests += [one for one, _ in lines.values()] if is_hostile else []
+    (folder / "tests.jsonl").write_bytes(b"\n".join(tests))
+    return {f"{name}.pdf-0001": reason for name, (_, reason) in pdfs.items()} | {
+        name: reason for name, (_, reason) in lines.items()
+    }
+
+
 SETS = {
     "jsonl": jsonl,
     "docdownstream": chats("messages", "role", "content", "user", "assistant"),
@@ -365,4 +407,5 @@ SETS = {
     "parquet": parquet,
     "webdataset": webdataset,
     "pdf": pdf,
+    "olmocr_bench": olmocr_bench,
 }

@@ -183,11 +183,19 @@ def _say_what_was_read(console: Console, task: tasks.TextTask, result: Predictio
 
 
 def _hand_in(console: Console, checkpoint: Path, task: tasks.Task, result: Predictions) -> None:
-    """Prints how many questions could not be asked; writes a submission if answers are secret."""
+    """Prints how many questions could not be asked, or scored; writes a submission if answers are
+    secret."""
     if problems := result.problems():
         console.print(
             f"{task.name}: {len(problems):,} of {len(result.rows):,} questions cannot be asked "
             f"and score 0; the first: {problems[0]}",
+            soft_wrap=True,
+        )
+    totals = result.statistics()
+    if count := totals.sums.get(tasks.LEFT_OUT):
+        console.print(
+            f"{task.name}: {count:,.0f} of {totals.weights[tasks.LEFT_OUT]:,.0f} are left out of "
+            f"the scores: {task.leaves_out}",
             soft_wrap=True,
         )
     # Test splits are published without answers: these are empty lists then.
