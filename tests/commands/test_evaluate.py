@@ -238,6 +238,55 @@ def test_a_model_answers_a_task_and_splits_keep_their_fields(own_workdir, benchm
     assert [row["prediction"] for row in split] == [row["prediction"] for row in task]
 
 
+def test_scores_of_parts_are_shown_by_part_and_what_is_left_out_is_told(
+    own_workdir, benchmarks, capsys, monkeypatch
+):
+    """OCRBench v2, whose records say by their source how their questions are scored."""
+    config = loading.load_config(own_workdir)
+    tokenizer = stage_data.load_tokenizer(config.data, config.model)
+    rng = np.random.default_rng(4)
+    kinds = ["cognition VQA en", "science QA en/multiple choice", "cognition VQA cn"]
+
+    def write(kinds):
+        records = [
+            dataclasses.replace(
+                random_record(rng, f"{i}", kind), turns=(record_lib.Turn("Who?", ("Ann",)),)
+            )
+            for i, kind in enumerate(kinds)
+        ]
+        records[2] = dataclasses.replace(records[2], images=(b"none",))
+        folder = benchmarks / "ocrbench_v2"
+        folder.mkdir(exist_ok=True)
+        shards.write_shard(folder / shards.shard_name("test", 0, 1), records)
+
+    batches = scripted(monkeypatch, tokenizer, lambda number: "It is Ann")
+    flags = [f"--checkpoint={own_workdir}", f"--data={benchmarks}", "--tasks=ocrbench_v2"]
+    write([*kinds, "a set of my own"])
+    with pytest.raises(
+        UserError, match=r"is none of ocrbench_v2: .* no type of OCRBench v2: 'a set"
+    ):
+        evaluate.main(flags)
+    assert not batches
+    write([*kinds, "text spotting en"])
+    evaluate.main(flags)
+    printed = capsys.readouterr().out
+    assert "ocrbench_v2: 1 of 4 are left out of the scores: questions for boxes" in printed
+    of_task = json.loads((own_workdir / "summary.json").read_text())["tasks"]["ocrbench_v2"]
+    assert of_task == {
+        "english": 0.5,
+        "english/cognition VQA en": 1.0,
+        "english/science QA en": 0.0,
+        "chinese": 0.0,
+        "chinese/cognition VQA cn": 0.0,
+        "left_out": 0.25,
+        "num_eval": 4,
+        "num_problems": 1,
+    }
+    lines = [line.split() for line in printed.splitlines()]
+    assert ["ocrbench_v2", "english", "50.00", "%", "4", "1"] in lines
+    assert ["science", "QA", "en", "0.00", "%"] in lines
+
+
 @pytest.fixture
 def held_out(benchmarks):
     """A folder `debian` as `text_bpb` and `debian_tables` take it, in which a record knows no

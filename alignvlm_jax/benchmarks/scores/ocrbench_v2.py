@@ -128,6 +128,7 @@ def _contained(
     best = 0.0
     for answer in map(clean, answers):
         if is_short(answer):
+            # A longer answer that is contained gains nothing by it.
             best = max(best, float(answer in prediction))
         elif (alike := Levenshtein.normalized_similarity(prediction, answer)) >= LEAST_ALIKE:
             best = max(best, alike)
@@ -160,6 +161,7 @@ def _has_few_words(answer: str) -> bool:
 
 def choice(prediction: str, answers: Sequence[str]) -> float:
     """Returns 1.0 if the letters of a prediction are the choice."""
+    # `isalpha` takes the letters of all scripts, so that a Chinese sentence is wrong as well.
     return float("".join(filter(str.isalpha, prediction)) == answers[0])
 
 
@@ -171,6 +173,7 @@ def count_exactly(prediction: str, answers: Sequence[str]) -> float:
 def count_nearly(prediction: str, answers: Sequence[str]) -> float:
     """Returns how near the first number of a prediction is to one of the answers; below a half,
     0."""
+    # A sign or a point is none of it: "-3" is 3, and "2.5" is 2.
     found = re.search(r"\d+", prediction)
     number = int(found.group()) if found else 0
     best = 0.0
@@ -239,12 +242,14 @@ def _parsed(text: str) -> Any:
 def predicted_fields(prediction: str) -> dict[str, str]:
     """Returns the fields that a prediction gives, in JSON, as Python writes them, or as lines of
     `key: value`; empty where it gives none."""
+    # Without a fence that ends, the whole text is taken, with the ticks.
     fenced = FENCED.search(prediction)
     content = fenced.group(1) if fenced else prediction.strip()
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):
         value = _parsed(content)
+        # A list or a number is an answer too, and a wrong one: it is not searched.
         if value is None:
             value = {key.strip(): text.strip() for key, text in FIELD.findall(content)}
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):

@@ -73,6 +73,7 @@ def pass_rates(prediction: str, answers: Sequence[str]) -> dict[str, tuple[float
     """
     found: dict[str, tuple[float, float]] = {}
     for test in map(_test, answers):
+        # The others are in no split's count: of a split of formulas alone nothing is said.
         if check := CHECKS.get(test["type"]):
             passed, count = found.get(test["split"], (0.0, 0.0))
             found[test["split"]] = (passed + check(prediction, test), count + 1.0)
@@ -115,6 +116,7 @@ def is_present(prediction: str, test: Mapping[str, Any]) -> bool:
     first = test.get("first_n")
     last = test.get("last_n")
     if first or last:
+        # Of a short page both may have the same characters, which then stand there twice.
         page = (page[:first] if first else "") + (page[-last:] if last else "")
     return fuzz.partial_ratio(wanted, page) / 100.0 >= _least(wanted, test)
 
@@ -127,6 +129,7 @@ def is_absent(prediction: str, test: Mapping[str, Any]) -> bool:
 def is_in_order(prediction: str, test: Mapping[str, Any]) -> bool:
     """Whether a page has one text before the other."""
     page = normalize(prediction)
+    # The reference's own library: which of overlapping matches it keeps decides where they begin.
     starts = [
         [one.start for one in find_near_matches(text, page, max_l_dist=test.get("max_diffs", 0))]
         for text in (normalize(test["before"]), normalize(test["after"]))
@@ -173,6 +176,7 @@ def is_sound(prediction: str, test: Mapping[str, Any]) -> bool:
     if longest is not None and test.get("max_length_skips_image_alt_tags"):
         prediction = IMAGE.sub("", prediction)
     count = sum(map(str.isalnum, prediction))
+    # What a blank page may have on it is all that is asked of it: not even a letter.
     if longest is not None:
         return count <= longest
     if not count or _repeats(prediction) > test.get("max_repeats", MAX_REPEATS):
@@ -185,6 +189,7 @@ def _repeats(text: str) -> int:
     one after the other, at most."""
     text = re.sub(r"\s+", " ", text)
     most = 0
+    # From the end: a page that went round in circles and then went on is sound.
     for size in range(1, min(LONGEST_REPEAT, len(text)) + 1):
         count = 1
         while text.endswith(text[-size:] * (count + 1)):

@@ -123,6 +123,7 @@ without a baseline test has one for its first page."""
         except (OSError, ValueError) as err:
             filesystem.raise_if_passing(path, err)
             raise Reject(f"a PDF that cannot be read ({fields['pdf']}: {err})") from err
+        # With its words, a page would be an example to learn from: there are tests alone.
         try:
             drawn = pdf_lib.draw_of_file(data, fields["pdf"], fields["page"], self.dpi)
         except UserError as err:
@@ -154,6 +155,7 @@ def _load(source: str) -> dict[str, tuple[list[Rejection], list[Page]]]:
         raise UserError(f"{source} has a folder {PDFS}, and no .jsonl beside it")
     found: dict[str, dict[tuple[str, int], list[str]]] = {path: defaultdict(list) for path in paths}
     rejections: dict[str, list[Rejection]] = {path: [] for path in paths}
+    # By PDF the file that has its pages: a page is one record, however many files test it.
     first: dict[str, str] = {}
     sound = set()
     for path in paths:
@@ -163,6 +165,7 @@ def _load(source: str) -> dict[str, tuple[list[Rejection], list[Page]]]:
             found[first.setdefault(pdf, path)][place].append(json.dumps(test, ensure_ascii=False))
             if test["type"] == BASELINE:
                 sound.add(pdf)
+    # As the reference adds them; also to a PDF that no test names.
     for pdf in sorted(set(pdfs) - sound):
         test = {"type": BASELINE, "split": BASELINE, "id": f"{pdf}_{BASELINE}"}
         found[first.get(pdf, paths[0])][pdf, 1].append(json.dumps(test))
@@ -174,6 +177,7 @@ def _load(source: str) -> dict[str, tuple[list[Rejection], list[Page]]]:
 
 def _tests(path: str, pdfs: set[str], rejections: list[Rejection]) -> Iterator[dict[str, Any]]:
     """Yields the tests of a file, with its name as their split; appends to `rejections`."""
+    # An id is how a test is told from others in its file; other files may have it again.
     seen = set()
     for item in files.json_objects(Unit(path, 0, filesystem.size(path))):
         if isinstance(item, Rejection):

@@ -110,7 +110,10 @@ def test_from_the_folder_to_the_scores(tmp_path, tokenizer):
     job.prepare(request, tmp_path / "out" / "olmocr_bench", job.on_processes(1))
     [task] = tasks.find(["olmocr_bench"])
     bench = questions.open_benchmark(task, tmp_path / "out", None)
-    says = {"a/one.pdf-0001": "<table><tr><td>y</td><td>x</td></tr></table>", "two.pdf-0002": "none"}
+    says = {
+        "a/one.pdf-0001": "<table><tr><td>y</td><td>x</td></tr></table>",
+        "two.pdf-0002": "none",
+    }
     rows = [
         {"scores": task.rate(says.get(one.known_as, ""), one.turn.answers), "answers": ["1"]}
         for one in bench.questions
