@@ -125,6 +125,7 @@ def task_table(tasks: Sequence[Task | TextTask], results: Mapping[str, Predictio
         if isinstance(task, TextTask):
             lines = [(f"{task.score}, less is better", f"{totals.score(task.score):.3f}  ")]
         else:
+            # The parts of a score stand below it, in the order in which questions had them.
             names = [name for whole in task.scores for name in (whole, *totals.parts(whole))]
             lines = [
                 (f"  {name.partition('/')[2]}" if "/" in name else name, _percent_of(totals, name))

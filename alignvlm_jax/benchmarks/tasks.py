@@ -1,17 +1,18 @@
 """The registry of benchmarks, with an entry for each, and of held-out texts.
 
 An entry says which split a benchmark uses, how it prompts, and how answers are scored and
-submitted.
+submitted. A benchmark with scores of its own has its entry beside them, and a line here.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import ClassVar
 
 from alignvlm_jax.benchmarks import scores
 from alignvlm_jax.benchmarks.scores import ocrbench_v2, olmocr
 from alignvlm_jax.benchmarks.scores.denotation import denotation_accuracy
 from alignvlm_jax.benchmarks.scores.numbers import amount_accuracy, relaxed_accuracy
+from alignvlm_jax.benchmarks.scores.task import Task, each
 from alignvlm_jax.benchmarks.scores.text import (
     covered_exact_match,
     covered_jaccard,
@@ -20,9 +21,6 @@ from alignvlm_jax.benchmarks.scores.text import (
 )
 from alignvlm_jax.benchmarks.scores.vqa import vqa_accuracy
 from alignvlm_jax.errors import UserError, nearest
-
-PLAIN = "{question}"
-"""Prompt template of DocDownstream, which models of this kind are trained on."""
 
 # The prompts keep the wording of the benchmarks' own code with its errors: another wording moves
 # scores.
@@ -83,101 +81,6 @@ SCORER_VERSION = "tasks/1"
 Raise it when the score of any answer to any task changes.
 """
 
-Added = tuple[float, float]
-"""What a question adds to the sum and to the weight of a score."""
-
-Score = Callable[..., Added | Mapping[str, Added]]
-"""A function of a prediction and the accepted answers, and of the question and its kind where the
-task says so. Returns what the question adds; by part for a score of several parts, whose value is
-the mean over them."""
-
-LEFT_OUT = "left_out"
-"""The name of the score that is the fraction of tests or questions that no other score counts."""
-
-
-def each(score: Callable[[str, Sequence[str]], float]) -> Score:
-    """Returns a Score that is the plain mean of `score` over questions: each has a weight of 1."""
-    return lambda prediction, answers: (score(prediction, answers), 1.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """A benchmark.
-
-    Attributes:
-      name: its name on the command line.
-      split: name of the split of its data.
-      scores: its scores by name; the first is the main score, which the benchmark publishes.
-      folder: folder that `prepare` wrote, within the folder of all benchmarks; default: the name.
-      prompt: template of the prompt, with `{question}` in it.
-      answer: turns what the model generates into the answer.
-      max_new_tokens: length of the longest answer in tokens; None takes that of the model's config.
-      column: column of the paper's table 1 that it belongs to, "" for none. Several tasks of a
-        column are averaged.
-      submission: the keys of the id and of the answer in a file that is submitted.
-      rates_silence: whether an empty prediction is scored as others are, and not as wrong.
-      sees_question: whether its scores are also given the question and its kind, the source of its
-        record.
-      leaves_out: what the score `LEFT_OUT` counts, and why; "" where there is none.
-    """
-
-    name: str
-    split: str
-    scores: Mapping[str, Score]
-    folder: str = ""
-    prompt: str = PLAIN
-    answer: Callable[[str], str] = str.strip
-    max_new_tokens: int | None = None
-    column: str = ""
-    submission: tuple[str, str] = ("id", "answer")
-    rates_silence: bool = False
-    sees_question: bool = False
-    leaves_out: str = ""
-
-    @property
-    def main_score(self) -> str:
-        """The name of the score that the benchmark publishes."""
-        return next(iter(self.scores))
-
-    def rate(
-        self, prediction: str | None, answers: Sequence[str], question: str = "", kind: str = ""
-    ) -> dict[str, Added]:
-        """Returns what a prediction adds to the sum and the weight of each score, by its name or
-        `NAME/PART`.
-
-        An empty prediction adds 0 to the sums of all scores but `LEFT_OUT`, unless `rates_silence`.
-        The result is empty if no answer is known.
-
-        Args:
-          prediction: what the model says; None where it could not be asked, which is always wrong.
-          answers: the accepted answers.
-          question: the text of the question.
-          kind: the source of its record.
-
-        Raises:
-          UserError or ValueError: the answers, or the kind of the question, are none of the task's.
-        """
-        if not answers:
-            return {}
-        answer = self.answer(prediction or "")
-        about = (question, kind) if self.sees_question else ()
-        rated: dict[str, Added] = {}
-        for name, score in self.scores.items():
-            added = score(answer, answers, *about)
-            rated |= (
-                {f"{name}/{part}": one for part, one in added.items()}
-                if isinstance(added, Mapping)
-                else {name: added}
-            )
-        if answer or (self.rates_silence and prediction is not None):
-            return rated
-        # Some normalisers make an empty text of an answer ("the"), which an empty prediction would
-        # equal.
-        return {
-            name: (total if name == LEFT_OUT else 0.0, weight)
-            for name, (total, weight) in rated.items()
-        }
-
 
 @dataclasses.dataclass(frozen=True)
 class TextTask:
@@ -217,12 +120,6 @@ VQA = {"vqa_accuracy": each(vqa_accuracy), "exact_match": each(scores.exact_matc
 RELAXED = {"relaxed_accuracy": each(relaxed_accuracy), "exact_match": each(scores.exact_match)}
 AMOUNT = {"relieved_accuracy": each(amount_accuracy), "exact_match": each(scores.exact_match)}
 COVERED = {"exact_match": covered_exact_match, "jaccard": covered_jaccard}
-OLMOCR = {"pass_rate": olmocr.pass_rates, LEFT_OUT: olmocr.left_out}
-OCRBENCH_V2 = {
-    "english": ocrbench_v2.english,
-    "chinese": ocrbench_v2.chinese,
-    LEFT_OUT: ocrbench_v2.left_out,
-}
 
 RRC = ("questionId", "answer")
 """Keys of a submission to rrc.cvc.uab.es, which scores the test sets of DocVQA and InfographicVQA.
@@ -251,25 +148,8 @@ _ENTRIES = (
     Task("vwtq_syn", "test", DENOTATION, prompt=TABLE_QUESTION, answer=_bars, column="TableVQA"),
     Task("vcr_en_easy", "test", COVERED, prompt=COVERED_PROMPT, max_new_tokens=120),
     Task("vcr_en_hard", "test", COVERED, prompt=COVERED_PROMPT, max_new_tokens=120),
-    Task(
-        "olmocr_bench",
-        "test",
-        OLMOCR,
-        # White space at the ends counts for its tests of the first and last characters.
-        answer=str,
-        max_new_tokens=4096,
-        rates_silence=True,
-        leaves_out="tests of formulas, formats and footnotes; formulas are compared as drawn",
-    ),
-    Task(
-        "ocrbench_v2",
-        "test",
-        OCRBENCH_V2,
-        answer=str,
-        max_new_tokens=1024,
-        sees_question=True,
-        leaves_out="questions for boxes, trees or texts that METEOR compares with a lexicon",
-    ),
+    olmocr.TASK,
+    ocrbench_v2.TASK,
     Task("debian_tables", "validation", ANLS, folder="debian"),
     Task("seen_fonts", "seen_fonts", ANLS, folder="demo"),
     Task("unseen_fonts", "unseen_fonts", ANLS, folder="demo"),

@@ -6,6 +6,7 @@ import pytest
 
 from alignvlm_jax.benchmarks import tasks
 from alignvlm_jax.benchmarks.scores import sums
+from alignvlm_jax.benchmarks.scores.task import LEFT_OUT
 from alignvlm_jax.errors import UserError
 
 
@@ -48,7 +49,7 @@ def test_every_task_rates_right_wrong_and_empty_answers(task):
     for rated in (wrong, empty, unasked):
         assert all(value == 0 and weight > 0 for value, weight in rated.values())
     assert task.rate("1", []) == {}
-    assert bool(task.leaves_out) == (tasks.LEFT_OUT in task.scores)
+    assert bool(task.leaves_out) == (LEFT_OUT in task.scores)
     fields = [name for _, name, _, _ in string.Formatter().parse(task.prompt) if name is not None]
     assert fields == ([] if task.name.startswith("vcr") else ["question"])
 

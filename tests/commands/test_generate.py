@@ -8,9 +8,11 @@ import pytest
 from PIL import Image
 
 from alignvlm_jax.commands import generate
+from alignvlm_jax.data import sandbox
 from alignvlm_jax.data.examples import ExampleBuilder
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading
+from tests.ingest.formats.pdf import make_pdf
 
 
 @pytest.fixture
@@ -82,6 +84,21 @@ def test_takes_any_page_of_a_pdf(trained_workdir, tmp_path, no_model):
         generate.main([*flags, "--page=3", "--question=Who?"])
     with pytest.raises(pytest.fail.Exception):  # As far as the model.
         generate.main([*flags, "--page=2", "--question=Who?"])
+
+
+def test_a_page_of_a_pdf_that_never_ends_is_one_line(
+    trained_workdir, tmp_path, no_model, monkeypatch
+):
+    (tmp_path / "endless.pdf").write_bytes(make_pdf.endless())
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 1.0)
+    with pytest.raises(UserError, match=r"endless\.pdf, page 1: a page that takes more than 1 s"):
+        generate.main(
+            [
+                f"--checkpoint={trained_workdir}",
+                f"--image={tmp_path / 'endless.pdf'}",
+                "--question=Who?",
+            ]
+        )
 
 
 @pytest.mark.parametrize(

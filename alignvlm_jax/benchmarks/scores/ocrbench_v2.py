@@ -5,7 +5,7 @@ How an answer is scored depends on the type of its question, which is the source
 the mean over its types, and that of a type the mean over its questions. Scores of a type equal
 those of the reference (Yuliang-Liu/MultimodalOCR, OCRBench_v2/eval_scripts) on the recorded cases
 of the tests here. Its own mean, over eight English and five Chinese abilities, needs the types of
-`LEFT_OUT` too: the mean here is another number.
+`NOT_SCORED` too: the mean here is another number.
 
 Quirks of the reference, all kept:
   - an answer of less than five words is right wherever it stands in the prediction: "1" in "213",
@@ -31,6 +31,7 @@ from typing import Any
 
 from rapidfuzz.distance import Levenshtein
 
+from alignvlm_jax.benchmarks.scores.task import LEFT_OUT, Task
 from alignvlm_jax.errors import UserError, nearest
 
 LEAST_ALIKE = 0.5
@@ -86,6 +87,7 @@ def _of_language(
 ) -> dict[str, tuple[float, float]]:
     (name, _, _) = kind.partition("/")
     scorer = _scorer(question, kind)
+    # The last word of a type is its language.
     if scorer is None or not name.endswith(f" {language}"):
         return {}
     return {name: (scorer(prediction, answers), 1.0)}
@@ -94,12 +96,12 @@ def _of_language(
 def _scorer(question: str, kind: str) -> Scorer | None:
     """Returns what scores a question, or None if nothing here does."""
     (name, _, way) = kind.partition("/")
-    if name in LEFT_OUT or (name == HANDWRITTEN and SHORT_ANSWER in question):
+    if name in NOT_SCORED or (name == HANDWRITTEN and SHORT_ANSWER in question):
         return None
     if name not in SCORERS:
         raise UserError(
             f"the source of a record is no type of OCRBench v2: {name!r}"
-            f"{nearest(name, [*SCORERS, *LEFT_OUT])}"
+            f"{nearest(name, [*SCORERS, *NOT_SCORED])}"
         )
     scorers = SCORERS[name]
     # What has one scorer is scored by it, whatever its set says.
@@ -177,6 +179,7 @@ def count_nearly(prediction: str, answers: Sequence[str]) -> float:
     found = re.search(r"\d+", prediction)
     number = int(found.group()) if found else 0
     best = 0.0
+    # Every answer is read, so that one that is no number is found without a prediction.
     for wanted in map(int, answers):
         if 0 < number < 2 * wanted:
             near = 1.0 - abs(number - wanted) / wanted
@@ -208,6 +211,7 @@ def fields(prediction: str, answers: Sequence[str]) -> float:
         key: value if isinstance(value, list) else [value]
         for key, value in _wanted_fields(answers[0]).items()
     }
+    # An empty list of values leaves nothing that would be right, for the other keys as well.
     if not all(wanted.values()):
         return 0.0
     # A key that need not have a value is as good as none, unless it is predicted.
@@ -252,6 +256,7 @@ def predicted_fields(prediction: str) -> dict[str, str]:
         # A list or a number is an answer too, and a wrong one: it is not searched.
         if value is None:
             value = {key.strip(): text.strip() for key, text in FIELD.findall(content)}
+    # One key that is a number spoils all: the reference takes keys for texts.
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         return {}
     return {key.strip(): str(one).strip() for key, one in value.items()}
@@ -281,7 +286,7 @@ SCORERS: dict[str, dict[str, Scorer]] = {
     "formula recognition cn": {"": formula_chinese},
 }
 """What scores a type of questions, by its value of `eval`; "" where it has none."""
-LEFT_OUT = (
+NOT_SCORED = (
     *("text grounding en", "VQA with position en", "text spotting en"),
     *("document parsing en", "chart parsing en", "table parsing en"),
     *("document parsing cn", "table parsing cn"),
@@ -289,3 +294,13 @@ LEFT_OUT = (
     "text translation cn",
 )
 """Types of which boxes, trees (TEDS), or METEOR with its lexicon are compared."""
+
+TASK = Task(
+    "ocrbench_v2",
+    "test",
+    {"english": english, "chinese": chinese, LEFT_OUT: left_out},
+    answer=str,
+    max_new_tokens=1024,
+    sees_question=True,
+    leaves_out="questions for boxes, trees or texts that METEOR compares with a lexicon",
+)

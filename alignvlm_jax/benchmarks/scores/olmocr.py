@@ -34,6 +34,7 @@ from rapidfuzz import fuzz
 
 from alignvlm_jax.benchmarks.scores import page_tables
 from alignvlm_jax.benchmarks.scores.page_tables import Place, Table
+from alignvlm_jax.benchmarks.scores.task import LEFT_OUT, Task
 
 MARKUP = (
     (r"<br/?>", " "),
@@ -88,6 +89,7 @@ def left_out(prediction: str, answers: Sequence[str]) -> tuple[float, float]:
 def _test(answer: str) -> dict[str, Any]:
     """Returns a test; raises ValueError if it is none."""
     test = json.loads(answer)
+    # Another benchmark's answers, prepared under this one's name, are texts or numbers.
     if not isinstance(test, dict) or not {"type", "split"} <= test.keys():
         raise ValueError(f"no test of olmOCR-bench: {answer[:80]}")
     return test
@@ -165,6 +167,7 @@ def _is_placed(table: Table, place: Place, test: Mapping[str, Any]) -> bool:
 
 
 def _is_like(wanted: str, cell: str, test: Mapping[str, Any]) -> bool:
+    # Of the whole cell: a text within a longer one is another.
     likeness = fuzz.ratio(wanted, normalize(cell)) / 100.0
     return likeness >= max(LEAST_ALIKE, _least(wanted, test))
 
@@ -207,3 +210,14 @@ CHECKS: dict[str, Callable[[str, Mapping[str, Any]], bool]] = {
 }
 """What each type of test checks. Formulas are compared as they are drawn, by a browser: no test of
 them is here, nor of formats and footnotes."""
+
+TASK = Task(
+    "olmocr_bench",
+    "test",
+    {"pass_rate": pass_rates, LEFT_OUT: left_out},
+    # White space at the ends counts for the tests of the first and last characters.
+    answer=str,
+    max_new_tokens=4096,
+    rates_silence=True,
+    leaves_out="tests of formulas, formats and footnotes; formulas are compared as drawn",
+)

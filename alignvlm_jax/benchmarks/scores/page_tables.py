@@ -39,6 +39,7 @@ class Table:
 
     def __init__(self, rows: Iterable[list[Cell]]):
         """`rows` has the cells that begin in each row, from the left; raises BadTable."""
+        # In the order of the text, in which a dict keeps them.
         self.cells: dict[Place, Cell] = {}
         # By row and column the place of the cell that covers it; a place without a cell is missing.
         self._covered: list[dict[int, Place]] = []
@@ -123,6 +124,7 @@ class Table:
     def headings(self, place: Place, side: str) -> set[Place]:
         """Returns the headings of a cell on a side: the heads among all cells on the way to the
         border, or where there are none those at the border; never the cell itself."""
+        # Overlapping cells may stand on each other's left: each is visited once.
         seen = set()
         ends = set()
         waiting = {place}
@@ -173,6 +175,7 @@ def _markdown_rows(lines: list[str]) -> list[list[str]]:
     for number, line in enumerate(lines):
         if number == first_rule or not set(line) - set("- :|"):
             continue
+        # A bar within a cell, escaped or not, parts it: the reference knows no other.
         cells = [cell.strip() for cell in line.split("|")]
         # Of the bars at both ends; an empty cell beside them stays.
         cells = cells[1:] if not cells[0] else cells
@@ -183,6 +186,7 @@ def _markdown_rows(lines: list[str]) -> list[list[str]]:
 
 
 def _is_rule(text: str) -> bool:
+    # Colons say how a column is aligned.
     return bool(text) and not set(text) - set("- :")
 
 
@@ -202,6 +206,7 @@ def _html_tables(text: str) -> Iterator[list[list[Cell]]]:
                 _html_cell(cell, len(rows) - number, row.find_parent("thead") is not None)
                 for cell in row.find_all(["th", "td"], recursive=False)
             ]
+            # With rows of tables within its cells, which are other tables as well.
             for number, row in enumerate(rows)
         ]
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from alignvlm_jax import storage
 from alignvlm_jax.benchmarks import predictions, questions, runner, summary, tasks, text_bpb
 from alignvlm_jax.benchmarks.predictions import Predictions
+from alignvlm_jax.benchmarks.scores.task import LEFT_OUT
 from alignvlm_jax.commands.evaluate import BENCHMARKS
 from alignvlm_jax.config import EvalConfig
 from alignvlm_jax.data import prepared, shards
@@ -192,9 +193,9 @@ def _hand_in(console: Console, checkpoint: Path, task: tasks.Task, result: Predi
             soft_wrap=True,
         )
     totals = result.statistics()
-    if count := totals.sums.get(tasks.LEFT_OUT):
+    if count := totals.sums.get(LEFT_OUT):
         console.print(
-            f"{task.name}: {count:,.0f} of {totals.weights[tasks.LEFT_OUT]:,.0f} are left out of "
+            f"{task.name}: {count:,.0f} of {totals.weights[LEFT_OUT]:,.0f} are left out of "
             f"the scores: {task.leaves_out}",
             soft_wrap=True,
         )

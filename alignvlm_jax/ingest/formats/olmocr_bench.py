@@ -9,8 +9,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from alignvlm_jax.data import filesystem
 from alignvlm_jax.data import pdf as pdf_lib
-from alignvlm_jax.data.examples import TRANSCRIBE_QUESTION
 from alignvlm_jax.data.record import Record, Turn
+from alignvlm_jax.data.tasks import TRANSCRIBE_QUESTION
 from alignvlm_jax.errors import UsageError, UserError, nearest
 from alignvlm_jax.ingest.formats import files
 from alignvlm_jax.ingest.formats.base import Raw, Reject, Rejection, Unit, option
@@ -93,7 +93,8 @@ without a baseline test has one for its first page."""
         Raises:
           UserError: the source is no such folder.
         """
-        _load.cache_clear()  # It may have grown since.
+        # The source may have grown since another job read it.
+        _load.cache_clear()
         return [
             Unit(path, start, start + PAGES_PER_UNIT)
             for path, (_, pages) in _load(source).items()
@@ -106,6 +107,7 @@ without a baseline test has one for its first page."""
         source = filesystem.parent(unit.path)
         (rejections, pages) = _load(source)[unit.path]
         yield from rejections if unit.start == 0 else ()
+        # Small enough for a pickle: the page is drawn by whoever makes the record.
         for one in pages[unit.start : unit.stop]:
             fields = {"folder": filesystem.join(source, PDFS), **one._asdict()}
             yield Raw(f"{one.pdf}-{one.page:04d}", one.pdf, fields)
@@ -192,6 +194,7 @@ def _tests(path: str, pdfs: set[str], rejections: list[Rejection]) -> Iterator[d
             rejections.append(Rejection(where, str(err)))
             continue
         seen.add(test["id"])
+        # The one thing that a test does not say itself.
         yield test | {"split": filesystem.stem(path)}
 
 
@@ -209,6 +212,7 @@ def _checked(fields: Mapping[str, Any], pdfs: set[str]) -> dict[str, Any]:
     (needed, optional) = TYPES[kind]
     needed = COMMON | needed
     known = needed | OPTIONAL | optional
+    # The reference refuses a whole file for any of these.
     for key, value in fields.items():
         if key not in known:
             raise Reject(f"unknown key {key!r} of a {kind} test{nearest(key, known)}")

@@ -35,8 +35,8 @@ def test_all_recorded_cases_are_as_the_reference_has_them():
 
 def test_types_are_in_one_list_each():
     """The benchmark has 30."""
-    assert len(ocrbench_v2.SCORERS) + len(ocrbench_v2.LEFT_OUT) == 30
-    assert not set(ocrbench_v2.SCORERS) & set(ocrbench_v2.LEFT_OUT)
+    assert len(ocrbench_v2.SCORERS) + len(ocrbench_v2.NOT_SCORED) == 30
+    assert not set(ocrbench_v2.SCORERS) & set(ocrbench_v2.NOT_SCORED)
 
 
 def test_what_is_left_out_has_no_score():
