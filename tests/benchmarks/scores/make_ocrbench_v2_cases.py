@@ -76,7 +76,7 @@ def fields_case(rng: random.Random, kind: str) -> tuple[str, str]:
     answer = repr(found)
     if not kind.endswith("cn"):
         empty = json.dumps(found | {"note": None})
-        answer = rng.choice([answer, json.dumps(found), empty, f'"{found}"', "?"])
+        answer = rng.choice([answer, json.dumps(found), empty, f'"{found}"', f'"{empty}"', "?"])
     known = {
         key: (value[0] if isinstance(value, list) else value)
         for key, value in found.items()
@@ -129,7 +129,14 @@ def case(rng: random.Random, kind: str, way: str) -> tuple[list[str], str]:
     if kind == "text counting en":
         number = str(rng.randint(0, 12))
         said = rng.choice(
-            [number, f"{rng.randint(0, 14)}", f"about {rng.randint(0, 30)} of 3", "none", ""]
+            [
+                number,
+                str(int(number) * 3 // 2),
+                f"{rng.randint(0, 14)}",
+                f"about {rng.randint(0, 30)} of 3",
+                "none",
+                "",
+            ]
         )
         return [number] * rng.choice([1, 2]) + ["4"] * rng.choice([0, 1]), said
     if kind.startswith("key information"):

@@ -30,6 +30,34 @@ WORDS = [
     *("snake_case_name", "**bold**", "*slanted*", "\u00b5m"),
 ]
 CELLS = ("Year", "Total", "Total, net", "12.50", "12,50", "1 234", "a", "", "**Mean**", "n/a", "Q1")
+NAMES = (
+    *("alpha", "bravo", "carbon", "delta", "exit", "foxtrot"),
+    *("gulf", "hotel", "jury", "kilo", "mint", "nectar"),
+)
+"""Cells of which no two are half alike, so that each test is of one."""
+_HEADED = (
+    "<table><thead><tr><td>alpha</td></tr><tr><td>bravo</td></tr></thead>"
+    "<tr><td>carbon</td></tr><tr><td>delta</td></tr></table>"
+)
+_OVERLAPPING = (
+    '<table><tr><td>alpha</td><td rowspan="3">bravo</td><td>carbon</td></tr>'
+    '<tr><td colspan="2">delta</td><td>exit</td></tr>'
+    "<tr><td>gulf</td><td>hotel</td><td>jury</td></tr></table>"
+)
+_HANGING = (
+    '<table><tr><td>alpha</td><td rowspan="4">bravo</td><td>carbon</td></tr>'
+    '<tr><td colspan="3">delta</td></tr></table>'
+)
+RARE = (
+    (_HEADED, "table", ({"cell": "delta", "top_heading": name} for name in ("alpha", "bravo"))),
+    (_HEADED, "table", ({"cell": "delta", "up": name} for name in ("bravo", "carbon"))),
+    (_OVERLAPPING, "table", ({"cell": "hotel", "up": name} for name in ("bravo", "delta"))),
+    (_OVERLAPPING, "table", ({"cell": "jury", "left": name} for name in ("bravo", "hotel"))),
+    (_OVERLAPPING, "table", ({"cell": "exit", "right": "gulf"}, {"cell": "gulf", "up": "delta"})),
+    (_HANGING, "table", ({"cell": "alpha", "down": "delta"}, {"cell": "delta"})),
+    ("5 \u00b5m of x＿y and “z”", "present", ({"text": t} for t in ("5 μm", "x_y a", 'd "z"'))),
+)
+"""What pages made at random have too seldom."""
 KINDS = ("present", "absent", "order", "table", "baseline")
 
 
@@ -58,7 +86,8 @@ def marked(rng: random.Random, words: str) -> str:
 
 
 def markdown_table(rng: random.Random) -> str:
-    rows = [rng.choices(CELLS, k=rng.randint(1, 4)) for _ in range(rng.randint(1, 5))]
+    pool = rng.choice([CELLS, NAMES])
+    rows = [rng.choices(pool, k=rng.randint(1, 4)) for _ in range(rng.randint(1, 5))]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     if rng.random() < 0.8:
         lines.insert(1, "|" + "---|" * len(rows[0]))
@@ -68,16 +97,18 @@ def markdown_table(rng: random.Random) -> str:
 
 
 def html_table(rng: random.Random) -> str:
+    pool = rng.choice([CELLS, NAMES, NAMES])
+
     def cell() -> str:
         tag = rng.choice(["td", "td", "th"])
         spans = "".join(
             f' {name}="{rng.choice(["2", "3", "0", "x", ""])}"'
             for name in ("rowspan", "colspan")
-            if rng.random() < 0.2
+            if rng.random() < 0.25
         )
         end = "" if rng.random() < 0.05 else f"</{tag}>"
         inner = rng.choice(["", "", "<br>more"]) if rng.random() < 0.95 else html_table(rng)
-        return f"<{tag}{spans}>{rng.choice(CELLS)}{inner}{end}"
+        return f"<{tag}{spans}>{rng.choice(pool)}{inner}{end}"
 
     rows = [
         "<tr>" + "".join(cell() for _ in range(rng.randint(0, 4))) + "</tr>"
@@ -103,6 +134,9 @@ def test(rng: random.Random, kind: str, content: str) -> dict:
     def piece(longest: int) -> str:
         at = rng.randrange(len(words))
         found = " ".join(words[at : at + rng.randint(1, longest)])
+        # Without the marks that the page has.
+        for mark in ("**", "__", "<b>", "</b>", "<i>", "</i>", "*") if rng.random() < 0.5 else ():
+            found = found.replace(mark, "")
         return typos(rng, found, rng.choice([0, 0, 1, 2, 4])) or "x"
 
     fields: dict = {"type": kind, "max_diffs": rng.choice([0, 0, 1, 2, 5])}
@@ -118,9 +152,12 @@ def test(rng: random.Random, kind: str, content: str) -> dict:
             fields["max_diffs"], len(fields["before"]) // 2, len(fields["after"]) // 2
         )
     elif kind == "table":
-        fields["cell"] = rng.choice(CELLS)
+        pool = NAMES if any(name in content for name in NAMES) else CELLS
+        fields["cell"] = rng.choice(pool)
         sides = ("up", "down", "left", "right", "top_heading", "left_heading")
-        fields |= {side: rng.choice(CELLS) for side in rng.sample(sides, rng.choice([0, 1, 1, 2]))}
+        fields |= {
+            side: rng.choice(pool) for side in rng.sample(sides, rng.choice([0, 1, 1, 1, 2]))
+        }
         fields |= {"ignore_markdown_tables": True} if rng.random() < 0.1 else {}
     else:
         fields.pop("max_diffs")
@@ -140,24 +177,37 @@ def main() -> None:
     from olmocr.bench.tests import load_single_test
     from olmocr.version import VERSION
 
+    def passes(fields: dict, content: str) -> bool | None:
+        """What the reference says; None for a test that it refuses."""
+        try:
+            loaded = load_single_test(fields)
+        except Exception:
+            return None
+        try:
+            return loaded.run(content)[0]
+        except Exception:
+            return False  # As its runner counts it.
+
     rng = random.Random(15)
     pages = []
     # Half of all answers should be yes: a scorer that always says no would pass on the others.
     wanted = dict.fromkeys(itertools.product(KINDS, (True, False)), 60)
+    wanted |= {("table", True): 150, ("table", False): 150}
+    for content, kind, tests in RARE:
+        found = []
+        for fields in tests:
+            fields = {"type": kind, **fields}
+            found.append(
+                [fields, passes({"pdf": "a.pdf", "page": 1, "id": "a", **fields}, content)]
+            )
+        pages.append([content, found])
     while any(wanted.values()):
         content = page(rng)
         found = []
         for kind in KINDS * 3:
             fields = test(rng, kind, content)
-            try:
-                loaded = load_single_test({"pdf": "a.pdf", "page": 1, "id": "a", **fields})
-            except Exception:
-                continue
-            try:
-                passed = loaded.run(content)[0]
-            except Exception:
-                passed = False  # As its runner counts it.
-            if wanted[kind, passed]:
+            passed = passes({"pdf": "a.pdf", "page": 1, "id": "a", **fields}, content)
+            if wanted.get((kind, passed)):
                 wanted[kind, passed] -= 1
                 found.append([fields, passed])
         if found:

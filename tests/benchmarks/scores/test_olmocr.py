@@ -20,7 +20,7 @@ def test_all_recorded_cases_are_as_the_reference_has_them():
         if bool(olmocr.CHECKS[test["type"]](page, test)) != passed
     ]
     assert not wrong
-    assert sum(len(tests) for _, tests in CASES["pages"]) == 600
+    assert sum(len(tests) for _, tests in CASES["pages"]) == 795
 
 
 def test_splits_are_counted_apart_and_what_is_not_checked_is_left_out():
