@@ -179,6 +179,9 @@ A row of such a set:
         source = content.source or NAME
         if values.get("source"):
             source = checks.text_of(values["source"], "the data set's name")
+        # The set has the word None in most rows.
+        if values.get("way") not in (None, "", "None"):
+            source = f"{source}/{checks.text_of(values['way'], 'the way of evaluation')}"
         if len(source) > MAX_SOURCE:
             raise Reject(f"the data set's name is too long ({len(source):,} characters)")
         return Record(

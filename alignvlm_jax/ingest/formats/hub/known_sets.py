@@ -26,6 +26,7 @@ class Columns:
       id: an id of the row; only where ids are unique, else rows are numbered.
       document: the document, which is held out whole.
       source: the data set that the row is from.
+      way: how the answer is evaluated, which goes on from the source as SOURCE/WAY.
     """
 
     image: str = ""
@@ -41,6 +42,7 @@ class Columns:
     id: str = ""
     document: str = ""
     source: str = ""
+    way: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +147,8 @@ KNOWN_SETS = (
     KnownSet(
         "OCRBench-v2",
         ("dataset_name", "image", "question", "type", "answers"),
-        dataclasses.replace(_PLURAL, id="id", source="dataset_name"),
+        # By its type and way of evaluation a question is scored (benchmarks.scores.ocrbench_v2).
+        dataclasses.replace(_PLURAL, id="id", source="type", way="eval"),
     ),
     # Lists also where there is a single question.
     KnownSet(

@@ -16,6 +16,7 @@ from alignvlm_jax.data import images
 from alignvlm_jax.data import pdf as pdf_lib
 from alignvlm_jax.data.pdf import LOCK, UnreadablePdf
 from alignvlm_jax.data.record import Word
+from alignvlm_jax.data.sandbox import CallEnded, Sandbox
 from alignvlm_jax.errors import UsageError
 from alignvlm_jax.ingest.formats import checks
 from alignvlm_jax.ingest.formats.base import Reject
@@ -23,7 +24,6 @@ from alignvlm_jax.ingest.formats.pdf import document
 from alignvlm_jax.ingest.formats.pdf import lines as lines_lib
 from alignvlm_jax.ingest.formats.pdf import tables as tables_lib
 from alignvlm_jax.ingest.formats.pdf import words as words_lib
-from alignvlm_jax.ingest.formats.pdf.sandbox import Sandbox
 
 Lines = tuple[tuple[Word, ...], ...]
 
@@ -37,7 +37,10 @@ _sandbox = Sandbox()
 def _call(function: Callable[..., Any], *args: Any) -> Any:
     """Returns function(*args) of the process in which PDFs are read; raises Reject where that takes
     too much, and what the function raises."""
-    return _sandbox.call(function, *args)
+    try:
+        return _sandbox.call(function, *args)
+    except CallEnded as err:
+        raise Reject(str(err)) from err
 
 
 def check_dpi(dpi: int) -> None:

@@ -146,15 +146,27 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {
             "id": 17,
             "dataset_name": "DocVQA",
-            "question": "What is the total?",
-            "type": "document parsing en",
-            "answers": ["12.50", "12,50"],
+            "question": "How many a?",
+            "type": "text counting en",
+            "answers": ["3"],
             "image": cell(12),
+            "eval": "regression",
+            "bbox": [1, 2, 3, 4],
+            "bbox_list": [],
+            "content": [],
+        },
+        {
+            "id": 18,
+            "dataset_name": "DocVQA",
+            "question": "What is the total?",
+            "type": "key information extraction en",
+            "answers": ["12.50", "12,50"],
+            "image": cell(18),
             "eval": "None",
             "bbox": [1, 2, 3, 4],
             "bbox_list": [],
             "content": [],
-        }
+        },
     ],
     "ChartQAPro": [
         {

@@ -70,7 +70,18 @@ EXPECTED = {
         ("IIIT5K", [picture(11)], [Turn("What is written in the image?", ("CENTRE",))], False)
     ],
     "OCRBench-v2": [
-        ("DocVQA", [picture(12)], [Turn("What is the total?", ("12.50", "12,50"), "17")], False)
+        (
+            "text counting en/regression",
+            [picture(12)],
+            [Turn("How many a?", ("3",), "17")],
+            False,
+        ),
+        (
+            "key information extraction en",
+            [picture(18)],
+            [Turn("What is the total?", ("12.50", "12,50"), "18")],
+            False,
+        ),
     ],
     "ChartQAPro": [
         (
