@@ -43,6 +43,8 @@ def get_config(connector: str = "align") -> ml_collections.ConfigDict:
     config.data.seq_len = 160
     config.data.max_tiles = 2
     config.data.tasks = ANSWER_AND_TRANSCRIBE
+    # All text of its small pages can be read, and any of it in a patch counts in full.
+    config.data.update(full_cover=0.125, min_token_height=0.0, min_contrast=0)
     # Small batches and many steps: what the model learns here depends on the number of steps.
     config.train.batch_size = 16
     config.optim.learning_rate = 2e-3

@@ -70,7 +70,13 @@ def demo_config(data_dir) -> config_lib.Config:
             vision=presets.VISION["tiny"], llm=presets.LLM["tiny"], image_token_id=4
         ),
         data=config_lib.DataConfig(
-            dir=str(data_dir), seq_len=144, max_tiles=2, tasks={"transcribe": 0.5, "answer": 0.5}
+            dir=str(data_dir),
+            seq_len=144,
+            max_tiles=2,
+            tasks={"transcribe": 0.5, "answer": 0.5},
+            full_cover=0.125,
+            min_token_height=0.0,
+            min_contrast=0,
         ),
         optim=config_lib.OptimConfig(learning_rate=2e-3),
         train=config_lib.TrainConfig(num_steps=20, batch_size=8),

@@ -187,8 +187,17 @@ class DataConfig:
     max_patch_labels: int = 3
     # Fraction of the records, chosen by their ids, whose patches are labelled.
     labelled_fraction: float = 1.0
-    # Weight of a blank patch in the patch-token loss, where one that shows text has 1.
+    # Weight of a blank patch in the patch-token loss, where one full of text has 1.
     blank_weight: float = 0.2
+    # Fraction of a patch that text has to cover to weigh 1 in the patch-token loss; a patch with
+    # less of it weighs less, in proportion.
+    full_cover: float = 1.0
+    # Pixels of the tile that a token has to be high to be a label; lower ones, as on the overview
+    # of a page, nobody can read, and patches that show them carry no patch-token loss.
+    min_token_height: float = 6.0
+    # Levels, of 255, by which the pixels of a patch have to differ for it to be taught a token:
+    # the boxes of words reach beyond their ink. 0: every patch that a box covers.
+    min_contrast: int = 16
     # Fraction of the planned records that may be unreadable, or without an answer that fits.
     max_unsupervised: float = 0.01
     num_threads: int = 2  # Threads of a process that build sequences.

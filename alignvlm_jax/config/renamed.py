@@ -29,6 +29,10 @@ VALUES = {
 }
 """Present values of fields, by the field's present path and the old value."""
 
+BEFORE = {"data.full_cover": 0.125, "data.min_token_height": 0.0, "data.min_contrast": 0}
+"""What fields that came later stood for before, where that is not their default: a run goes on with
+the patch labels that it began with."""
+
 METRICS = {"fill": "packing_efficiency"}
 """Present names of metrics, by their old names."""
 
@@ -80,6 +84,10 @@ def stage(fields: Mapping[str, Any]) -> dict[str, Any]:
                 values = f" {value!r}", f" {new!r}"
                 old_value, new_value = values if new != value else ("", "")
                 changed.append(f"{group}.{name}{old_value} as {path}{new_value}")
+    for path, value in BEFORE.items():
+        group, _, name = path.partition(".")
+        if isinstance(current.get(group), Mapping):
+            current[group].setdefault(name, value)
     if changed:
         text = ", ".join(sorted(changed))
         logging.log_first_n(logging.WARNING, "a config of an earlier version is read: %s", 1, text)

@@ -44,6 +44,7 @@ class ExampleBuilder:
       tokens_per_tile: image tokens of a tile in a training sequence.
       tokens_per_prompt_tile: those of a prompt, which is read from pixels, whatever the stage was
         trained on.
+      fraction_with_labels: fraction of the records, by their ids, whose patches are labelled.
       tokenizer: of all text.
     """
 
@@ -52,18 +53,22 @@ class ExampleBuilder:
     image_token_id: int
     tokens_per_tile: int
     tokens_per_prompt_tile: int
+    fraction_with_labels: float
     tokenizer: Tokenizer
 
     @classmethod
     def of(cls, config: Config, tokenizer: Tokenizer) -> "ExampleBuilder":
         """Returns the builder of a stage's examples, with the tokenizer that fits its model."""
         model = config.model
+        labelled = config.data.labelled_fraction if config.train.patch_token_weight else 0.0
         return cls(
             data=config.data,
             vision=model.vision,
             image_token_id=model.image_token_id,
             tokens_per_tile=config.tokens_per_tile,
             tokens_per_prompt_tile=model.tokens_per_tile,
+            # Labels that are what the model sees are needed of all records.
+            fraction_with_labels=1.0 if config.train.visual_source == "oracle" else labelled,
             tokenizer=tokenizer,
         )
 
@@ -274,23 +279,24 @@ class ExampleBuilder:
 
         Where a record does not know its words, or is not labelled, they carry no loss.
         """
+        data = self.data
         vision = self.vision
-        k = self.data.max_patch_labels
         # By a hash of the id alone: a larger fraction labels the records of a smaller one, too.
-        is_labelled = zlib.crc32(record.id.encode()) < self.data.labelled_fraction * 2**32
-        ids = [np.zeros((0, vision.num_patches, k), np.int32)]
-        weights = [np.zeros((0, vision.num_patches, k), np.float32)]
-        loss_weights = [np.zeros((0, vision.num_patches), np.float32)]
-        for index, page in enumerate(pages):
-            lines = record.lines[index] if record.lines else ()
-            blank_weight = self.data.blank_weight if record.lines else 0.0
-            of_page = labels.patch_labels(lines, page, self.tokenizer, vision, k, blank_weight)
-            for found, array in zip((ids, weights, loss_weights), of_page, strict=True):
-                found.append(array)
+        is_labelled = zlib.crc32(record.id.encode()) < self.fraction_with_labels * 2**32
+        # Labels take a third of the time of a page: they are made where something needs them.
+        if is_labelled and record.lines and pages:
+            made = [
+                labels.patch_labels(lines, page, self.tokenizer, vision, data)
+                for lines, page in zip(record.lines, pages, strict=True)
+            ]
+        else:
+            space_id = self.tokenizer.space_id
+            made = [labels.without_loss(_num_tiles(pages), space_id, vision, data.max_patch_labels)]
+        ids, weights, loss_weights = (np.concatenate(arrays) for arrays in zip(*made, strict=True))
         return {
-            "patch_label_ids": np.concatenate(ids),
-            "patch_label_weights": np.concatenate(weights),
-            "patch_loss_weights": np.concatenate(loss_weights) * np.float32(is_labelled),
+            "patch_label_ids": ids,
+            "patch_label_weights": weights,
+            "patch_loss_weights": loss_weights,
         }
 
 

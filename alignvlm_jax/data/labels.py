@@ -1,17 +1,40 @@
 """Patch labels: the tokens that each patch shows, weighted by their area within the patch."""
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from alignvlm_jax.config import VisionConfig
+from alignvlm_jax.config import DataConfig, VisionConfig
 from alignvlm_jax.data.images import Tiles
 from alignvlm_jax.data.record import Word
 from alignvlm_jax.data.tokenizers.base import Tokenizer
 
 MIN_COVERED = 1 / 8
 """Fraction of a patch that text must cover, below which the patch counts as blank."""
+VERTICAL = 2
+"""How many times as high as wide the box of a word is that runs up or down the page. Of letters
+side by side, three of the narrowest ("ill") are not."""
+
+
+class PatchLabels(NamedTuple):
+    """The labels of the patches of n tiles, P a tile, k a patch."""
+
+    ids: np.ndarray  # int32 [n, P, k], tokens, the largest areas first
+    # float32 [n, P, k], sum to 1 on every patch; unused labels are spaces of weight 0
+    weights: np.ndarray
+    loss_weights: np.ndarray  # float32 [n, P], of the patches in the loss, from 0 to 1
+
+
+class PlacedTokens(NamedTuple):
+    """The M tokens of a page."""
+
+    ids: np.ndarray  # int32 [M]
+    boxes: np.ndarray  # float32 [M, 4], on the page
+    # float32 [M], of their letters, in pixels of the page; -1 where it is not known which part of
+    # its word's box is a token's
+    heights: np.ndarray
 
 
 def patch_labels(
@@ -19,64 +42,99 @@ def patch_labels(
     tiles: Tiles,
     tokenizer: Tokenizer,
     vision: VisionConfig,
-    max_patch_labels: int,
-    blank_weight: float,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the labels of the patches of one page of n tiles.
+    data: DataConfig,
+) -> PatchLabels:
+    """Returns the labels of the patches of one page.
 
     A patch has the k tokens with the largest area in it. The part of a text line's height that no
     token covers counts as a space, and a patch without text is a space alone.
+
+    In the loss a patch with text weighs by the fraction that text covers, and a blank one
+    `data.blank_weight`. What cannot be seen is not taught, neither as text nor as blank: patches
+    whose text is too low to be read, as on the overview of a page, and those that a word's box
+    covers but none of its ink.
 
     Args:
       lines: the words of the page, by lines.
       tiles: the tiles of the page.
       tokenizer: encodes the words.
       vision: gives the grid of patches.
-      max_patch_labels: k.
-      blank_weight: weight in the loss of a patch without text.
-
-    Returns:
-      Token ids int32 [n, P, k], the largest areas first; their weights float32 [n, P, k], which sum
-      to 1 on every patch (unused labels are spaces of weight 0); and the patches' weights in the
-      loss, float32 [n, P]: 1 with text, else `blank_weight`.
+      data: k is its `max_patch_labels`; it says from when on text is seen.
     """
-    ids, boxes = token_boxes(lines, tokenizer)
+    placed = place_tokens(lines, tokenizer)
     # Sorted once for all tiles: `_tile_labels` sums the areas of equal ids as runs.
-    order = np.argsort(ids, kind="stable")
-    ids = ids[order]
-    boxes = boxes[order]
+    order = np.argsort(placed.ids, kind="stable")
+    placed = PlacedTokens(*(array[order] for array in placed))
     labels = [
-        _tile_labels(ids, boxes, crop, scale, tokenizer.space_id, vision, max_patch_labels)
+        _tile_labels(placed, crop, scale, tokenizer.space_id, vision, data)
         for crop, scale in zip(tiles.crops, tiles.scales, strict=True)
     ]
-    label_ids, areas, has_text = (np.stack(part) for part in zip(*labels, strict=True))
+    ids, areas, covered, unread = (np.stack(part) for part in zip(*labels, strict=True))
     # No patch has an area of 0: a blank one has 1, of its space.
     weights = areas / areas.sum(-1, keepdims=True)
-    return label_ids, weights, np.where(has_text, np.float32(1), np.float32(blank_weight))
+    has_text = covered >= MIN_COVERED
+    loss_weights = np.where(
+        has_text,
+        # A flat patch is a gap, or lies within a stroke of a large letter: none tells which.
+        np.minimum(covered / data.full_cover, 1) * (_contrast(tiles, vision) >= data.min_contrast),
+        np.where(unread >= MIN_COVERED, 0, data.blank_weight),
+    )
+    return PatchLabels(ids, weights, loss_weights.astype(np.float32))
 
 
-def token_boxes(
-    lines: Iterable[Iterable[Word]], tokenizer: Tokenizer
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the tokens of all words, int32 [M], and their boxes on the page, float32 [M, 4].
+def without_loss(num_tiles: int, space_id: int, vision: VisionConfig, k: int) -> PatchLabels:
+    """Returns the labels of tiles of which nothing is known: spaces that carry no loss."""
+    weights = np.zeros((num_tiles, vision.num_patches, k), np.float32)
+    # They sum to 1 here, too: what an average of embeddings is divided by.
+    weights[..., 0] = 1
+    return PatchLabels(
+        np.full(weights.shape, space_id, np.int32),
+        weights,
+        np.zeros((num_tiles, vision.num_patches), np.float32),
+    )
+
+
+def place_tokens(lines: Iterable[Iterable[Word]], tokenizer: Tokenizer) -> PlacedTokens:
+    """Returns the tokens of all words with their places on the page.
 
     A token reaches from the edge where its first character begins to that where its last ends, and
     is as high as its word.
     """
-    ids = []
-    boxes = []
+    found = []
     for line in lines:
         for word in line:
             left, top, right, bottom = word.box
-            # Hebrew and Arabic begin at the right.
-            ends = (right, left) if is_from_the_right(word.text) else (left, right)
-            # len(text) + 1 edges; without known ones characters are taken as equally wide.
-            edges = word.edges or np.linspace(*ends, len(word.text) + 1)
+            edges, is_column = _edges(word)
             for token, start, end in tokenizer.token_offsets(word.text):
-                ids.append(token)
-                sides = sorted((edges[start], edges[end]))
-                boxes.append((sides[0], top, sides[1], bottom))
-    return np.array(ids, np.int32), np.array(boxes, np.float32).reshape(-1, 4)
+                low, high = sorted((edges[start], edges[end]))
+                if not is_column:
+                    found.append((token, low, top, high, bottom, bottom - top))
+                elif is_stacked(word.text):
+                    found.append((token, left, low, right, high, right - left))
+                else:
+                    # Turned letters run up or down, and the box does not tell which.
+                    found.append((token, *word.box, -1))
+    table = np.array(found, np.float64).reshape(-1, 6)
+    return PlacedTokens(
+        table[:, 0].astype(np.int32),
+        table[:, 1:5].astype(np.float32),
+        table[:, 5].astype(np.float32),
+    )
+
+
+def _edges(word: Word) -> tuple[Sequence[float], bool]:
+    """Returns where the characters of a word begin and the last one ends, len(text) + 1 numbers,
+    and whether they are y coordinates: those of a word up or down the page."""
+    left, top, right, bottom = word.box
+    if word.edges is not None:
+        return word.edges, False
+    # Without known edges characters are taken as equally wide.
+    count = len(word.text) + 1
+    if count > 3 and bottom - top > VERTICAL * (right - left):
+        return np.linspace(top, bottom, count), True
+    # Hebrew and Arabic begin at the right.
+    ends = (right, left) if is_from_the_right(word.text) else (left, right)
+    return np.linspace(*ends, count), False
 
 
 def is_from_the_right(text: str) -> bool:
@@ -84,34 +142,53 @@ def is_from_the_right(text: str) -> bool:
     return unicodedata.bidirectional(text[0]) in ("R", "AL") if text else False
 
 
-def _tile_labels(ids, boxes, crop, scale, space_id: int, vision: VisionConfig, k: int):
-    """Returns the labels of one tile: ids [P, k], areas [P, k], and whether there is text [P].
+def is_stacked(text: str) -> bool:
+    """Whether a word in a column is read from its top, each character upright: Chinese, Japanese
+    and Korean are, by the first character."""
+    return unicodedata.east_asian_width(text[0]) in ("W", "F") if text else False
+
+
+def _tile_labels(
+    placed: PlacedTokens,
+    crop: np.ndarray,
+    scale: np.ndarray,
+    space_id: int,
+    vision: VisionConfig,
+    data: DataConfig,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the labels of one tile: ids [P, k], areas [P, k], and the fractions of the patches
+    that text covers which can be read [P], and which cannot [P].
 
     Args:
-      ids: tokens of the page sorted by id, int32 [M].
-      boxes: their boxes on the page, float32 [M, 4].
+      placed: tokens of the page sorted by id.
       crop: the tile's box on the page, float32 [4].
       scale: pixels of the tile a pixel of the page along x and y, float32 [2].
       space_id: the token of a space.
       vision: gives the grid of patches.
-      k: labels of a patch.
+      data: k is its `max_patch_labels`.
     """
     rows, columns = vision.patch_grid
-    top_ids = np.full((k, vision.num_patches), space_id, np.int32)
-    top_areas = np.zeros((k, vision.num_patches), np.float32)
+    boxes = placed.boxes
+    top_ids = np.full((data.max_patch_labels, vision.num_patches), space_id, np.int32)
+    top_areas = np.zeros(top_ids.shape, np.float32)
     # [M, 2] each, in pixels of the tile: where a token starts and stops. Clipped to the crop, a
     # token outside of it has no extent.
     x = (boxes[:, 0::2].clip(crop[0], crop[2]) - crop[0]) * scale[0]
     y = (boxes[:, 1::2].clip(crop[1], crop[3]) - crop[1]) * scale[1]
     shown = (x[:, 0] < x[:, 1]) & (y[:, 0] < y[:, 1])
-    ids = ids[shown]
-    has_text = np.zeros(vision.num_patches, bool)
-    if len(ids):
-        width = _overlap(x[shown], vision.patch_width, columns)
-        height = _overlap(y[shown], vision.patch_height, rows)
-        # The area of a box in a patch is a product, since patches are cells of a grid: [M, rows]
-        # and [M, columns] give [M, P].
-        areas = (height[:, :, None] * width[:, None, :]).reshape(len(ids), -1)
+    width = _overlap(x[shown], vision.patch_width, columns)
+    height = _overlap(y[shown], vision.patch_height, rows)
+    # Not of what the crop leaves of it: half of a letter of 30 pixels can be read.
+    is_read = placed.heights[shown] * scale[1] >= data.min_token_height
+    # [rows, columns]: the area of a box in a patch is a product, since patches are cells of a grid,
+    # and the sum over boxes a product of matrices.
+    unread = (height[~is_read].T @ width[~is_read]).ravel()
+    covered = np.zeros(vision.num_patches, np.float32)
+    if is_read.any():
+        ids = placed.ids[shown][is_read]
+        # [M, rows] and [M, columns] give [M, P].
+        areas = height[is_read][:, :, None] * width[is_read][:, None, :]
+        areas = areas.reshape(len(ids), -1)
         # A token that occurs twice in a patch is one label. Equal ids are neighbours, and reduceat
         # sums each run of them: areas become [different tokens, P].
         starts = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]]))
@@ -123,20 +200,35 @@ def _tile_labels(ids, boxes, crop, scale, space_id: int, vision: VisionConfig, k
         # text reaches. `height.max(0)`, [rows], is the height of the highest token in a row of
         # patches.
         line = np.repeat(height.max(0) * vision.patch_width, columns)
-        blank = np.where(has_text, np.maximum(line - covered, 0), 1)
+        blank = np.where(has_text, np.maximum(line - covered - unread, 0), 1)
         ids = np.append(ids, space_id)
         areas = np.vstack([areas * has_text, blank])
         # k rounds of argmax are cheaper than a sort, as k is small, and of equal areas the smallest
         # id is always first (but for the space, which is last).
         every_patch = np.arange(vision.num_patches)
-        for rank in range(min(k, len(ids))):
+        for rank in range(min(data.max_patch_labels, len(ids))):
             largest = areas.argmax(0)
             top_areas[rank] = areas[largest, every_patch]
             top_ids[rank] = np.where(top_areas[rank] > 0, ids[largest], space_id)
             areas[largest, every_patch] = 0
     else:
         top_areas[0] = 1
-    return top_ids.T, top_areas.T, has_text
+    area = vision.patch_height * vision.patch_width
+    return top_ids.T, top_areas.T, covered / area, unread / area
+
+
+def _contrast(tiles: Tiles, vision: VisionConfig) -> np.ndarray:
+    """Returns the range of levels within each patch, in the colour where it is largest, int16
+    [n, P]."""
+    rows, columns = vision.patch_grid
+    # What no patch sees, of a tile that they do not divide evenly, is cut off.
+    seen = tiles.pixels[:, : rows * vision.patch_height, : columns * vision.patch_width]
+    lines = seen.reshape(len(seen), rows, vision.patch_height, -1)
+    # One axis after the other: over both at once NumPy takes ten times as long.
+    shape = (len(seen), rows, columns, vision.patch_width, 3)
+    highest = lines.max(2).reshape(shape).max(3)
+    lowest = lines.min(2).reshape(shape).min(3)
+    return (highest.astype(np.int16) - lowest).max(-1).reshape(len(seen), -1)
 
 
 def _overlap(spans: np.ndarray, size: int, count: int) -> np.ndarray:

@@ -24,6 +24,8 @@ def by_source(config: Config, opened: StageData | None = None) -> dict[str, Trai
       UserError: no source has the split, none is of use, or one cannot be read.
     """
     data = dataclasses.replace(config.data, labelled_fraction=1.0)
+    # The patch-token loss is measured where it is not trained, too.
+    train = dataclasses.replace(config.train, patch_token_weight=1.0)
     split = config.data.validation_split
     folders = {name: source.dir for name, source in data.sources.items()} or {"": data.dir}
     held = {name: folder for name, folder in folders.items() if shard_names(folder, split)}
@@ -39,7 +41,7 @@ def by_source(config: Config, opened: StageData | None = None) -> dict[str, Trai
     for name, folder in held.items():
         # Whatever its fraction of training is, all of it counts here.
         alone = dataclasses.replace(data, sources={name: SourceConfig(dir=folder)} if name else {})
-        validated = dataclasses.replace(config, data=alone)
+        validated = dataclasses.replace(config, data=alone, train=train)
         try:
             useful[name] = _with_text(TrainSequences(validated, split, opened))
         except NothingToDraw as err:

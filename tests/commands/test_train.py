@@ -38,6 +38,7 @@ def get_config():
     config.train.update(num_steps=200, batch_size=4, log_every=1, validate_every=1000, checkpoint_every=1000)
     config.train.validation_sequences = 4
     config.data.update(dir="data", seq_len=192, max_tiles=2, tasks={"transcribe": 0.5, "answer": 0.5})
+    config.data.update(full_cover=0.125, min_token_height=0.0, min_contrast=0)
     config.optim.learning_rate = 2e-3
     return config
 """

@@ -163,7 +163,7 @@ def test_a_share_of_the_records_is_labelled(demo_config, tokenizer):
             assert all(
                 np.array_equal(row[field], whole[name][field])
                 for field in row
-                if field != "patch_loss_weights"
+                if not field.startswith("patch_")
             )
         return {name for name, row in built.items() if row["patch_loss_weights"].any()}
 
@@ -173,6 +173,31 @@ def test_a_share_of_the_records_is_labelled(demo_config, tokenizer):
     many = labelled(0.5)
     assert not labelled(0.0) and len(labelled(1.0)) == 100
     assert few < many and 3 <= len(few) <= 20 and 35 <= len(many) <= 65
+
+
+@pytest.mark.parametrize("weight, source", [(0.0, "pixels"), (1.0, "pixels"), (0.0, "oracle")])
+def test_labels_are_made_where_a_stage_uses_them(
+    demo_config, tokenizer, monkeypatch, weight, source
+):
+    """They were a third of the time of a page of the paper's stages, which use none."""
+    made = []
+    patch_labels = examples.labels.patch_labels
+    monkeypatch.setattr(
+        examples.labels, "patch_labels", lambda *args: made.append(args) or patch_labels(*args)
+    )
+    train = dataclasses.replace(demo_config.train, patch_token_weight=weight, visual_source=source)
+    data = dataclasses.replace(demo_config.data, labelled_fraction=0.5)
+    config = dataclasses.replace(demo_config, train=train, data=data)
+    for i in range(40):
+        record = dataclasses.replace(page_record(128, 32), id=f"record {i}")
+        row = build(record, "answer", config, tokenizer)
+        # The weights of the labels sum to 1 whether they are known or not.
+        np.testing.assert_allclose(row["patch_label_weights"][0].sum(-1), 1)
+    # As the input they are needed of all records, whatever fraction is labelled in the loss.
+    low, high = {(0.0, "pixels"): (0, 0), (1.0, "pixels"): (8, 32), (0.0, "oracle"): (40, 40)}[
+        weight, source
+    ]
+    assert low <= len(made) <= high
 
 
 def test_prompt_is_the_beginning_of_the_training_row(demo_config, tokenizer):

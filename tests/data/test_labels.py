@@ -1,19 +1,25 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from alignvlm_jax import presets
+from alignvlm_jax.config import DataConfig
 from alignvlm_jax.data import images, labels
 from alignvlm_jax.data.record import Word
 
 VISION = presets.VISION["tiny"]
 SUPERSAMPLING = 4
+EVERY = DataConfig(min_token_height=0, min_contrast=0)
+"""Labels all patches that a box covers."""
 
 
-def reference(lines, tiles, tokenizer, vision, k, blank_weight):
+def reference(lines, tiles, tokenizer, vision, data):
     """Labels by counting sub-pixels, a quarter of a pixel wide, patch by patch."""
     rows, columns = vision.patch_grid
     s = SUPERSAMPLING
+    k = data.max_patch_labels
     ids = np.full((len(tiles.pixels), rows * columns, k), tokenizer.space_id)
     weights = np.zeros(ids.shape)
     loss_weights = np.zeros(ids.shape[:2])
@@ -38,8 +44,9 @@ def reference(lines, tiles, tokenizer, vision, k, blank_weight):
             column = areas[:, patch]
             if column.sum() < vision.patch_height * vision.patch_width / 8:
                 weights[n, patch, 0] = 1
-                loss_weights[n, patch] = blank_weight
+                loss_weights[n, patch] = data.blank_weight
                 continue
+            text = column.sum()
             blank = line_heights[patch // columns] * vision.patch_width - column.sum()
             column[tokenizer.space_id] = max(blank, 0)
             top = sorted(
@@ -48,7 +55,8 @@ def reference(lines, tiles, tokenizer, vision, k, blank_weight):
             )[:k]
             ids[n, patch, : len(top)] = top
             weights[n, patch, : len(top)] = column[top] / column[top].sum()
-            loss_weights[n, patch] = 1
+            area = vision.patch_height * vision.patch_width
+            loss_weights[n, patch] = min(text / area / data.full_cover, 1)
     return ids, weights, loss_weights
 
 
@@ -79,19 +87,21 @@ def test_labels_equal_the_dense_reference(tokenizer, size, with_edges):
         # The larger page shrinks to a half and a quarter: whole pixels are then what sub-pixels can
         # count.
         lines = random_lines(rng, *size, with_edges, fraction=1 if size == (256, 128) else 0.25)
-        args = lines, tiles, tokenizer, VISION, k, 0.2
+        cover = {1: 1.0, 3: 0.5, 8: 1 / 8}[k]
+        data = dataclasses.replace(EVERY, max_patch_labels=k, full_cover=cover)
+        args = lines, tiles, tokenizer, VISION, data
         ids, weights, loss_weights = labels.patch_labels(*args)
         expected_ids, expected_weights, expected_loss_weights = reference(*args)
         np.testing.assert_allclose(weights, expected_weights, atol=1e-5)
         np.testing.assert_array_equal(ids, expected_ids)
-        np.testing.assert_allclose(loss_weights, expected_loss_weights)
-        assert (loss_weights == 1).any() and (loss_weights < 1).any()
+        np.testing.assert_allclose(loss_weights, expected_loss_weights, atol=1e-5)
+        assert (loss_weights > 0.2).any() and (loss_weights == np.float32(0.2)).any()
 
 
 def test_shapes_types_and_sums(tokenizer):
     tiles = images.tile_image(Image.new("RGB", (128, 64)), VISION, 2, use_overview=False)
     lines = random_lines(np.random.default_rng(1), 128, 64)
-    ids, weights, loss_weights = labels.patch_labels(lines, tiles, tokenizer, VISION, 3, 0.2)
+    ids, weights, loss_weights = labels.patch_labels(lines, tiles, tokenizer, VISION, EVERY)
     assert (ids.shape, weights.shape, loss_weights.shape) == ((2, 32, 3), (2, 32, 3), (2, 32))
     assert (ids.dtype, weights.dtype, loss_weights.dtype) == (np.int32, np.float32, np.float32)
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
@@ -101,7 +111,7 @@ def test_shapes_types_and_sums(tokenizer):
 def test_a_token_twice_in_a_patch_is_one_label(tokenizer):
     tiles = images.tile_image(Image.new("RGB", (128, 32)), VISION, 1, use_overview=False)
     word = Word("aba", (0.0, 0.0, 8.0, 16.0), (0.0, 3.0, 6.0, 8.0))
-    ids, weights, _ = labels.patch_labels([[word]], tiles, tokenizer, VISION, 3, 0.2)
+    ids, weights, _ = labels.patch_labels([[word]], tiles, tokenizer, VISION, EVERY)
     a, b = tokenizer.encode("ab")
     assert ids[0, 0].tolist() == [a, b, tokenizer.space_id]
     np.testing.assert_allclose(weights[0, 0], [5 / 8, 3 / 8, 0])
@@ -109,7 +119,7 @@ def test_a_token_twice_in_a_patch_is_one_label(tokenizer):
 
 def test_a_page_without_words_is_blank(tokenizer):
     tiles = images.tile_image(Image.new("RGB", (128, 64)), VISION, 2, use_overview=False)
-    ids, weights, loss_weights = labels.patch_labels([], tiles, tokenizer, VISION, 3, 0.2)
+    ids, weights, loss_weights = labels.patch_labels([], tiles, tokenizer, VISION, EVERY)
     assert (ids == tokenizer.space_id).all()
     np.testing.assert_array_equal(weights, np.broadcast_to([1, 0, 0], weights.shape))
     np.testing.assert_allclose(loss_weights, 0.2)
@@ -118,7 +128,7 @@ def test_a_page_without_words_is_blank(tokenizer):
 def test_a_word_from_right_to_left_begins_at_its_right(tokenizer):
     """Its characters were laid out from the left: the last letter was labelled with the first."""
     word = Word("אבג 12", (0.0, 0.0, 60.0, 10.0))
-    ids, boxes = labels.token_boxes([[word]], tokenizer)
+    ids, boxes, _ = labels.place_tokens([[word]], tokenizer)
     spans = {
         start: box
         for (_, start, _), box in zip(tokenizer.token_offsets(word.text), boxes, strict=True)
@@ -126,4 +136,84 @@ def test_a_word_from_right_to_left_begins_at_its_right(tokenizer):
     assert len(ids) == len(boxes) and spans[0][2] == 60
     lefts = [spans[start][0] for start in sorted(spans)]
     assert lefts == sorted(lefts, reverse=True) and (boxes[:, 0] <= boxes[:, 2]).all()
-    assert labels.token_boxes([[Word("abc", word.box)]], tokenizer)[1][0, 0] == 0
+    assert labels.place_tokens([[Word("abc", word.box)]], tokenizer).boxes[0, 0] == 0
+
+
+def test_a_column_of_characters_begins_at_its_top_and_turned_letters_carry_no_loss(tokenizer):
+    """They were laid out from left to right, each as high as the word."""
+    tiles = images.tile_image(ink(128, 64), VISION, 2, use_overview=False)
+    stacked = labels.place_tokens([[Word("日12", (0.0, 0.0, 16.0, 48.0))]], tokenizer)
+    tops = stacked.boxes[:, 1]
+    assert (stacked.heights == 16).all() and (np.diff(tops) >= 0).all() and set(tops) == {0, 16, 32}
+    assert (stacked.boxes[:, 0] == 0).all() and (stacked.boxes[:, 2] == 16).all()
+    turned = [[Word("turned", (0.0, 0.0, 16.0, 64.0))]]
+    loss_weights = labels.patch_labels(turned, tiles, tokenizer, VISION, DataConfig()).loss_weights
+    (unknown,) = np.nonzero(loss_weights[0] == 0)
+    assert set(unknown) == {0, 1, 16, 17}
+    # Three of the narrowest letters side by side are no column.
+    narrow = labels.place_tokens([[Word("ill", (0.0, 0.0, 7.0, 11.0))]], tokenizer)
+    assert (narrow.heights == 11).all()
+
+
+def ink(width: int, height: int) -> Image.Image:
+    """A page that has ink in every patch."""
+    return Image.fromarray((np.indices((height, width)).sum(0) % 2 * 255).astype(np.uint8)).convert(
+        "RGB"
+    )
+
+
+def test_what_cannot_be_read_carries_no_loss(tokenizer):
+    """On the overview of a large page its letters are 3 pixels high; those of the heading 8."""
+    page = ink(512, 256)
+    body = Word("body", (0.0, 0.0, 256.0, 12.0))
+    heading = Word("head", (256.0, 0.0, 512.0, 32.0))
+    tiles = images.tile_image(page, VISION, 33, use_overview=True)
+    assert len(tiles.pixels) == 33
+    found = labels.patch_labels([[body, heading]], tiles, tokenizer, VISION, DataConfig())
+    top, bottom = found.loss_weights[0].reshape(2, 16)
+    assert tiles.scales[0, 1] * 12 == 1.5 and tiles.scales[0, 1] * 32 == 4
+    assert (found.loss_weights[0] <= np.float32(0.2)).all()
+    # The heading covers a quarter of its patches, and the body less than an eighth of its own.
+    np.testing.assert_allclose(top[4:8], 0)
+    np.testing.assert_allclose([*top[:4], *top[8:], *bottom], 0.2)
+    assert (found.ids[0] == tokenizer.space_id).all()
+    # In the cells both are taught, by the fraction that they cover.
+    np.testing.assert_allclose(found.loss_weights[1].reshape(2, 16)[0], 0.75)
+    np.testing.assert_allclose(found.loss_weights[3].reshape(2, 16), 1)
+    lower = DataConfig(min_token_height=4, min_contrast=0)
+    seen = labels.patch_labels([[body, heading]], tiles, tokenizer, VISION, lower)
+    np.testing.assert_allclose(seen.loss_weights[0].reshape(2, 16)[0, 4:8], 0.25)
+
+
+def test_a_legible_token_is_taught_beside_one_that_is_not(tokenizer):
+    """What the small print covers is not taught as a space."""
+    tiles = images.tile_image(ink(128, 32), VISION, 1, use_overview=False)
+    words = [Word("a", (0.0, 0.0, 4.0, 16.0)), Word("b", (4.0, 0.0, 8.0, 5.0))]
+    found = labels.patch_labels([words], tiles, tokenizer, VISION, DataConfig())
+    [a] = tokenizer.encode("a")
+    assert found.ids[0, 0].tolist() == [a, tokenizer.space_id, tokenizer.space_id]
+    # A line of 16 pixels: 64 of the patch's 128 are the letter's, 20 unread, 44 space.
+    np.testing.assert_allclose(found.weights[0, 0], [64 / 108, 44 / 108, 0], rtol=1e-6)
+    np.testing.assert_allclose(found.loss_weights[0, 0], 0.5)
+
+
+@pytest.mark.parametrize("levels", [(255, 255), (250, 240), (0, 0)])
+def test_no_patch_without_ink_is_taught_a_token(tokenizer, levels):
+    pixels = np.full((32, 128), levels[0], np.uint8)
+    pixels[::2] = levels[1]
+    pixels[3, 11] = 128
+    tiles = images.tile_image(Image.fromarray(pixels).convert("RGB"), VISION, 1, False)
+    word = Word("abcd", (0.0, 0.0, 32.0, 16.0))
+    found = labels.patch_labels([[word]], tiles, tokenizer, VISION, DataConfig()).loss_weights[0]
+    assert found[:4].tolist() == [0, 1, 0, 0]
+    every = labels.patch_labels([[word]], tiles, tokenizer, VISION, EVERY).loss_weights[0]
+    assert every[:4].tolist() == [1, 1, 1, 1]
+
+
+def test_ink_may_be_a_colour_of_the_same_brightness(tokenizer):
+    pixels = np.full((32, 128, 3), (200, 100, 100), np.uint8)
+    pixels[::2] = (100, 151, 100)
+    tiles = images.tile_image(Image.fromarray(pixels), VISION, 1, use_overview=False)
+    word = Word("a", (0.0, 0.0, 8.0, 16.0))
+    found = labels.patch_labels([[word]], tiles, tokenizer, VISION, DataConfig())
+    assert found.loss_weights[0, 0] == 1

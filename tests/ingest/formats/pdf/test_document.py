@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alignvlm_jax.config import VisionConfig
+from alignvlm_jax.config import DataConfig, VisionConfig
 from alignvlm_jax.data import images, labels
 from alignvlm_jax.data.record import decode_record, encode_record
 from alignvlm_jax.errors import UserError
@@ -244,7 +244,8 @@ def test_patches_are_labelled_with_the_words_that_they_show(read, tokenizer, siz
         images.decode_image(record.images[0], ""), vision, 10, use_overview=True
     )
     assert len(tiles.pixels) > 2 and not (tiles.scales == 1).any()
-    ids, _, loss_weights = labels.patch_labels(record.lines[0], tiles, tokenizer, vision, 3, 0.2)
+    every = DataConfig(full_cover=1 / 8, min_token_height=0, min_contrast=0)
+    ids, _, loss_weights = labels.patch_labels(record.lines[0], tiles, tokenizer, vision, every)
     rows, columns = vision.patch_grid
     is_text = (loss_weights == 1).reshape(-1, rows, columns)
     cut = tiles.pixels[:, : rows * 14, : columns * 14, 0].reshape(-1, rows, 14, columns, 14)
