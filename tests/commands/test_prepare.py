@@ -298,10 +298,10 @@ def test_scans_are_counted_and_told_what_to_do(own, tmp_path, capsys):
     scan.putpixel((9, 9), (0, 0, 0))
     (tmp_path / "my files").mkdir()
     scan.save(tmp_path / "my files" / "scan.pdf")
-    with pytest.raises(UserError, match=r"no record .*: no text layer: run OCR first, `ocrmypdf"):
+    with pytest.raises(UserError, match=r"no record .*: a scan: give OCR .--ocr=FOLDER., a text "):
         own(flags=["--holdout_by=page"])
     own(1, 1)
-    assert "  1: no text layer: run OCR first, `ocrmypdf IN.pdf OUT.pdf`" in capsys.readouterr().out
+    assert "  1: a scan: give OCR" in capsys.readouterr().out
 
 
 def test_what_is_missing_is_named_with_a_whole_command(tmp_path):

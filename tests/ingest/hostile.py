@@ -15,6 +15,8 @@ import pyarrow as pa
 from PIL import Image
 from pyarrow import parquet as pq
 
+from tests.ingest.formats.ocr import make_ocr
+from tests.ingest.formats.ocr.bad_ocr import BAD
 from tests.ingest.formats.pdf import make_pdf
 from tests.ingest.formats.test_checks import bomb
 
@@ -400,7 +402,25 @@ def olmocr_bench(folder: Path, is_hostile: bool) -> dict[str, str]:
     }
 
 
+def images(folder: Path, is_hostile: bool) -> dict[str, str]:
+    """Pages of their own with OCR of all kinds."""
+    files = {"good.hocr": (make_ocr.hocr(), ""), "good too.xml": (make_ocr.alto(), "")}
+    if is_hostile:
+        files |= {name: found for name, found in BAD.items() if found[1]}
+        files["none.txt"] = ("", "a scan: give OCR")
+    for number, (name, (content, _)) in enumerate(files.items()):
+        page = Image.new("L", (make_ocr.WIDTH, make_ocr.HEIGHT), 255)
+        page.putpixel((number, 0), 0)
+        # Of one name with two endings, two files of OCR would be meant for one page.
+        stem = name.replace(".", " ")
+        page.save(folder / f"{stem}.png")
+        data = content if isinstance(content, bytes) else content.encode()
+        (folder / f"{stem}.{name.rpartition('.')[2]}").write_bytes(data)
+    return {name.replace(".", " "): reason for name, (_, reason) in files.items() if reason}
+
+
 SETS = {
+    "images": images,
     "jsonl": jsonl,
     "docdownstream": chats("messages", "role", "content", "user", "assistant"),
     "llava": chats("conversations", "from", "value", "human", "gpt"),

@@ -4,6 +4,7 @@ A new format is a module in this folder and a line in `REGISTRY`.
 """
 
 from alignvlm_jax.ingest.formats.base import Format
+from alignvlm_jax.ingest.formats.images import Images
 from alignvlm_jax.ingest.formats.jsonl import Jsonl
 from alignvlm_jax.ingest.formats.messages import DocDownstream, Llava
 from alignvlm_jax.ingest.formats.olmocr_bench import OlmocrBench
@@ -19,4 +20,5 @@ REGISTRY: dict[str, type[Format]] = {
     "webdataset": WebDataset,
     "pdf": Pdf,
     "olmocr_bench": OlmocrBench,
+    "images": Images,
 }

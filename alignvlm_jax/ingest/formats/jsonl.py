@@ -24,6 +24,8 @@ KEYS = (
 )
 TURN_KEYS = ("question", "answers", "id")
 WORD_KEYS = ("text", "box")
+OCR_KEYS = ("edges", "confidence")
+"""Keys that a word may have besides."""
 MEANT = {
     "question": "turns[].question",
     "query": "turns[].question",
@@ -62,7 +64,9 @@ A .jsonl (or .ndjson) file with a record a line, or a folder of them:
     conversation    true where a question may refer to those before it: they keep their order
     system      text that the model is told before the first question; may be left out
     lines       for each image its lines in reading order, each a list of words {"text": text,
-                "box": [left, top, right, bottom]} in pixels of the upright image; may be left out
+                "box": [left, top, right, bottom]} in pixels of the upright image; may be left out.
+                A word may have "confidence", from 0 to 1, and "edges", the x at which each of its
+                characters begins and the last one ends
     id          unique text; else the file and the byte where the line begins
     document    what is held out together; else the first image's path
     source      name of the data set, by which sources are measured; else jsonl
@@ -189,7 +193,7 @@ def _word(fields: Any) -> Word:
         raise TypeError(f"a {type(fields).__name__} stands where a word should")
     if missing := {*WORD_KEYS} - {*fields}:
         raise ValueError(f"a word has no {' and no '.join(sorted(missing))}")
-    _check_keys(fields, WORD_KEYS, " of a word")
+    _check_keys(fields, (*WORD_KEYS, *OCR_KEYS), " of a word")
     text = fields["text"]
     box = fields["box"]
     left, top, right, bottom = map(float, box)
@@ -198,4 +202,50 @@ def _word(fields: Any) -> Word:
     # Python's JSON reads NaN and Infinity, which pass every comparison below.
     if not all(map(math.isfinite, (left, top, right, bottom))) or left > right or top > bottom:
         raise ValueError(f"no box: {box}")
-    return Word(text, (left, top, right, bottom))
+    edges = _edges(fields.get("edges"), text, left, right, bottom - top)
+    return Word(text, (left, top, right, bottom), edges, _confidence(fields.get("confidence")))
+
+
+def _edges(
+    edges: Any, text: str, left: float, right: float, slack: float
+) -> tuple[float, ...] | None:
+    """Returns where the characters of a word begin and the last one ends; None where nobody says.
+
+    Args:
+      edges: what the word has under `edges`.
+      text: of the word.
+      left: of the word's box; characters may lean out of it.
+      right: of the word's box.
+      slack: by how much they may, in pixels.
+
+    Raises:
+      ValueError: there are not as many as `text` needs, they do not follow each other from left to
+        right, or from right to left, or lie outside of the box.
+    """
+    if edges is None:
+        return None
+    if not isinstance(edges, list):
+        raise TypeError(f"edges of a word are a {type(edges).__name__}")
+    if len(edges) != len(text) + 1:
+        raise ValueError(f"{len(edges)} edges of {len(text)} characters, {text[:20]!r}; one more")
+    numbers = tuple(map(float, edges))
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"edges that are no numbers: {edges}")
+    # Of Hebrew and Arabic they run from right to left.
+    if list(numbers) not in (sorted(numbers), sorted(numbers, reverse=True)):
+        raise ValueError(f"edges of {text[:20]!r} go back and forth")
+    if min(numbers) < left - slack or max(numbers) > right + slack:
+        raise ValueError(
+            f"edges of {text[:20]!r} from {min(numbers):g} to {max(numbers):g}, and its box is "
+            f"from {left:g} to {right:g}"
+        )
+    return numbers
+
+
+def _confidence(value: Any) -> float | None:
+    """Returns how sure OCR is of a word; raises ValueError if it is no number from 0 to 1."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"a confidence of {value!r:.20}; it must be from 0 to 1")
+    return float(value)

@@ -14,16 +14,13 @@ from alignvlm_jax.data import filesystem
 from alignvlm_jax.errors import TryAgainError, UserError
 from alignvlm_jax.ingest.formats import REGISTRY, array, files
 from alignvlm_jax.ingest.formats.base import Rejection, Unit
+from alignvlm_jax.ingest.formats.images import ENDINGS
 
-IMAGES = (
-    *(".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".avif"),
-    *(".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pnm", ".mpo"),
-)
 IMAGE_ALONE = (
-    "An image alone teaches nothing: write its questions or its words into a jsonl file beside it, "
-    "as `prepare --format=jsonl --help` shows"
+    "An image alone teaches nothing: put OCR beside it (`prepare --format=images --help`), or "
+    "write its questions or its words into a jsonl file, as `prepare --format=jsonl --help` shows"
 )
-NAMING_IMAGES = ("jsonl", "llava", "docdownstream", "parquet")
+NAMING_IMAGES = ("jsonl", "llava", "docdownstream", "parquet", "images")
 """Formats whose records may name image files."""
 PAGES = " --holdout_by=page"
 """What a command for a single PDF needs: nothing else of it can be held out."""
@@ -147,7 +144,7 @@ def survey(source: str, without: str = "") -> Survey:
         ending = posixpath.splitext(path)[1].lower()
         if name:
             by_format[name] += 1
-        elif ending in IMAGES:
+        elif ending in ENDINGS:
             images[ending[1:].upper()] += 1
         else:
             others[ending or "no ending"] += 1

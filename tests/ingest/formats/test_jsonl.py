@@ -1,4 +1,5 @@
 import base64
+import dataclasses
 import json
 import re
 
@@ -43,6 +44,61 @@ def test_all_that_the_schema_holds(images, prepare, png):
     assert first.lines == (((Word("Total", (0, 0, 2.5, 1)),),),)
     assert second.id == "7" and second.images[:2] == (png(), png(5, 5)) and len(second.images) == 3
     assert third.turns == (Turn("Text only?", ("yes",)),) and third.id.startswith("data-")
+
+
+WORD = {"text": "ab", "box": [10, 0, 30, 10]}
+KNOWN = {
+    "all that OCR says": {"edges": [10, 19.5, 31], "confidence": 0.93},
+    "from right to left": {"text": "אב", "edges": [30, 20, 10]},
+    "nothing known": {"edges": None, "confidence": None},
+    "sure": {"confidence": 1},
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_words_keep_their_edges_and_confidence(images, prepare, png, name):
+    """A record of the project's own could not be written out and read back."""
+    (images / "scans/a.png").write_bytes(png(40, 20))
+    record = {"images": ["scans/a.png"], "lines": [[[WORD | KNOWN[name]]]]}
+    [made] = prepare(Jsonl(), write(images, [record])).records()
+    [[[word]]] = made.lines
+    edges = KNOWN[name].get("edges")
+    assert word.edges == (None if edges is None else tuple(map(float, edges)))
+    assert word.confidence == KNOWN[name].get("confidence")
+    # As a record is written out.
+    again = dataclasses.asdict(word)
+    assert (
+        prepare(
+            Jsonl(),
+            write(images, [record | {"lines": [[[json.loads(json.dumps(again))]]]}], "again.jsonl"),
+            "again",
+        )
+        .records()[0]
+        .lines
+        == made.lines
+    )
+
+
+WRONG = {
+    "too few": ({"edges": [10, 30]}, "2 edges of 2 characters, 'ab'; one more"),
+    "no list": ({"edges": 3}, "edges of a word are a int"),
+    "no numbers": ({"edges": [10, "x", 30]}, "could not convert"),
+    "infinite": ({"edges": [10, float("inf"), 30]}, "edges that are no numbers"),
+    "back and forth": ({"edges": [10, 30, 20]}, "edges of 'ab' go back and forth"),
+    "elsewhere": ({"edges": [110, 120, 130]}, "from 110 to 130, and its box is from 10 to 30"),
+    "percent": ({"confidence": 93}, "a confidence of 93; it must be from 0 to 1"),
+    "text": ({"confidence": "0.9"}, "a confidence of '0.9'"),
+    "misspelt": ({"confidance": 0.9}, "did you mean confidence?"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_edges_and_confidence_that_cannot_be_are_told(images, prepare, png, name):
+    (images / "scans/a.png").write_bytes(png(40, 20))
+    fields, reason = WRONG[name]
+    good = {"images": ["scans/a.png"], "turns": TURNS}
+    bad = {"id": "bad", "images": ["scans/a.png"], "lines": [[[WORD | fields]]]}
+    assert reason in prepare(Jsonl(), write(images, [good, bad])).reasons()["bad"]
 
 
 def test_what_is_ones_own_goes_into_meta(images, prepare):

@@ -17,12 +17,14 @@ import pypdfium2
 
 from alignvlm_jax.data import filesystem
 from alignvlm_jax.data import pdf as pdf_lib
-from alignvlm_jax.data.pdf import LOCK, UnreadablePdf
+from alignvlm_jax.data.pdf import LOCK, Drawn, UnreadablePdf
 from alignvlm_jax.data.record import Record, Turn
 from alignvlm_jax.data.sandbox import CallEnded, Sandbox
 from alignvlm_jax.errors import UsageError, UserError, nearest
 from alignvlm_jax.ingest.formats import files
 from alignvlm_jax.ingest.formats.base import Raw, Reject, Rejection, Unit, option
+from alignvlm_jax.ingest.formats.ocr import beside
+from alignvlm_jax.ingest.formats.ocr.beside import Place
 from alignvlm_jax.ingest.formats.pdf import lines as lines_lib
 from alignvlm_jax.ingest.formats.pdf import tables as tables_lib
 from alignvlm_jax.ingest.formats.pdf import words as words_lib
@@ -39,8 +41,8 @@ MAX_UNREADABLE = 0.1
 """Largest fraction of a page's words that are drawn but have no Unicode."""
 HOLDOUTS = ("document", "page")
 NO_TEXT = (
-    "no text layer: run OCR first, `ocrmypdf IN.pdf OUT.pdf`, or give questions about page images, "
-    "--format=jsonl"
+    "a scan: give OCR (--ocr=FOLDER), a text layer (`ocrmypdf IN.pdf OUT.pdf`), or questions about "
+    "images of its pages (--format=jsonl)"
 )
 
 
@@ -63,15 +65,19 @@ A PDF file, or a folder of them (*.pdf, in subfolders too). Each page becomes a 
     words     of the text layer, in reading order, with their boxes
     turns     questions about the ruled tables of the page, with their answers
 
-A scan has no text layer: run OCR first (`ocrmypdf IN.pdf OUT.pdf`), or write questions about images
-of its pages (--format=jsonl)."""
+A scan has no text layer. Its words come from OCR beside it, or in --ocr, for all of its pages
+(report.hocr, .xml of ALTO or PAGE, .json of pixparse) or for each (report-0001.xml). Else give it a
+text layer (`ocrmypdf IN.pdf OUT.pdf`), or questions about images of its pages (--format=jsonl)."""
     suffixes: ClassVar[tuple[str, ...]] = (".pdf",)
     first_key: ClassVar[str] = ""
 
     dpi: int = option(pdf_lib.DPI, "pixels an inch at which pages are drawn")
     holdout_by: str = option("document", "what is held out together: document (a file), or page")
+    ocr: str = option("", f"for pages without text, {beside.FOLDER_HELP}")
+    min_confidence: float = option(0.0, beside.CONFIDENCE_HELP)
 
     def __post_init__(self):
+        beside.check_flags(self.ocr, self.min_confidence)
         if not 1 <= self.dpi <= MAX_DPI:
             raise UsageError(f"--dpi={self.dpi} is not 1 to {MAX_DPI}")
         if self.holdout_by not in HOLDOUTS:
@@ -127,7 +133,7 @@ of its pages (--format=jsonl)."""
 
         Raises:
           Reject: the page cannot be read or drawn, takes too much time or memory, shows something
-            but has no words, or too few of its words have Unicode.
+            but has no words, or too few of its words have Unicode, and no OCR has them.
         """
         return _call(record_of, self, raw)
 
@@ -150,16 +156,27 @@ def record_of(form: Pdf, raw: Raw) -> Record:
         )
         # Under the lock, too: the objects of a page are pdfium's.
         tables = tables_lib.find_tables(page, drawn.to_pixels, drawn.scale)
-    num_words = len(words) + num_unreadable
-    # A transcription with many gaps would teach the model to skip what it sees.
-    if num_unreadable > MAX_UNREADABLE * num_words:
-        raise Reject(f"words without Unicode ({num_unreadable:,} of {num_words:,})")
-    # A page of one colour is blank, which is no fault of the text layer.
-    if not num_words and pdf_lib.is_marked(drawn.image):
-        raise Reject(NO_TEXT)
+        num_pages = len(_open(raw.fields["path"]))
+    problem = _lack_of_text(len(words), num_unreadable, drawn)
+    if problem:
+        place = Place(raw.fields["path"], raw.id.rpartition("-")[0], raw.fields["page"], num_pages)
+        found = beside.lines_of(place, form.ocr, *drawn.image.size, form.min_confidence)
+        if found is None:
+            raise Reject(problem)
+        return Record(raw.id, "pdf", (pdf_lib.encode(drawn.image),), (), (found,))
     lines = lines_lib.read_lines(words, tables)
     turns = _turns(words, tables)
     return Record(raw.id, "pdf", (pdf_lib.encode(drawn.image),), turns, (lines,))
+
+
+def _lack_of_text(num_words: int, num_unreadable: int, drawn: Drawn) -> str:
+    """Returns why the words of a page cannot be what it says; "" where they can."""
+    total = num_words + num_unreadable
+    # A transcription with many gaps would teach the model to skip what it sees.
+    if num_unreadable > MAX_UNREADABLE * total:
+        return f"words without Unicode ({num_unreadable:,} of {total:,})"
+    # A page of one colour is blank, which is no fault of the text layer.
+    return NO_TEXT if not total and pdf_lib.is_marked(drawn.image) else ""
 
 
 def count_pages(path: str) -> int:

@@ -182,7 +182,7 @@ def test_a_blank_page_has_no_words(read):
 @pytest.mark.parametrize("content", ["0 0 1 rg 20 20 50 50 re f\n", make_pdf.IMAGE])
 def test_a_page_that_shows_something_and_has_no_words_is_a_scan(read, content):
     (rejected,) = read([content])
-    assert rejected.reason.startswith("no text layer: run OCR first, `ocrmypdf IN.pdf OUT.pdf`")
+    assert rejected.reason.startswith("a scan: give OCR (--ocr=FOLDER), a text layer (`ocrmypdf")
 
 
 def test_text_is_kept_without_loss_and_photos_are_not(read):

@@ -1,0 +1,158 @@
+"""Each kind of OCR gives the same page, and what is wrong with one is told."""
+
+import tracemalloc
+
+import pytest
+
+from alignvlm_jax.ingest.formats import ocr
+from alignvlm_jax.ingest.formats.base import Reject
+from alignvlm_jax.ingest.formats.ocr import hocr
+from alignvlm_jax.ingest.formats.ocr import page as page_lib
+from tests.ingest.formats.ocr import make_ocr
+from tests.ingest.formats.ocr.bad_ocr import BAD
+from tests.ingest.formats.ocr.make_ocr import HEIGHT, WIDTH, WORDS
+
+KINDS = {
+    "a.hocr": make_ocr.hocr(),
+    "xhtml.xml": make_ocr.hocr(scale=3).replace('content="x">', 'content="x"/>'),
+    "a.html": make_ocr.hocr(scale=0.5).removeprefix(make_ocr.PROLOGUE),
+    "v2.xml": make_ocr.alto("mm10", 2100 / WIDTH, version=2),
+    "v3.xml": make_ocr.alto("inch1200", 8.5, version=3),
+    "v4.alto.xml": make_ocr.alto(),
+    "2013.xml": make_ocr.page_xml(),
+    "2019.page.xml": make_ocr.page_xml(2, year="2019-07-15"),
+    "a.json": make_ocr.pixparse(),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_gives_the_words_of_the_page(name):
+    [page] = ocr.read_pages(KINDS[name].encode(), name)
+    lines = page_lib.fit(page, 2 * WIDTH, 2 * HEIGHT, 0.0)
+    assert [[word.text for word in line] for line in lines] == [["Total", "12.50"], ["exam-"]]
+    for line, expected in zip(lines, WORDS, strict=True):
+        for word, (_, *sides, sure) in zip(line, expected, strict=True):
+            assert word.box == pytest.approx([2 * side for side in sides], abs=0.1)
+            assert word.confidence == pytest.approx(sure)
+
+
+def words(content: str, name: str = "a.hocr"):
+    [page] = ocr.read_pages(content.encode(), name)
+    return [[word.text for word in line] for line in page.lines]
+
+
+def test_pages_of_one_hocr_file_follow_each_other():
+    pages = hocr.read_pages(make_ocr.hocr([WORDS[:1], WORDS[1:], []]).encode())
+    texts = [[word.text for line in page.lines for word in line] for page in pages]
+    assert texts == [["Total", "12.50"], ["exam-"], []]
+
+
+def test_a_page_of_hocr_may_begin_anywhere_on_its_image():
+    content = make_ocr.hocr().replace("bbox 0 0 200 100", "bbox -20 -10 180 90")
+    [page] = hocr.read_pages(content.encode())
+    assert page.size == (WIDTH, HEIGHT) and page.lines[0][0].box == (40, 20, 90, 40)
+
+
+def test_characters_of_a_word_are_one_word_and_lines_may_have_no_words():
+    title = "bbox 0 0 200 100"
+    characters = '<span class="ocrx_cinfo" title="x_bboxes 0 0 3 9">a</span>&amp;<em>b</em>'
+    content = (
+        f'<div class="ocr_page" title="{title}"><span class="ocr_header" title="bbox 0 0 9 9">'
+        f'<span class="ocrx_word" title="bbox 0 0 9 9">{characters}</span></span>'
+        '<span class="ocr_line" title="bbox 0 20 110 40">two words<br/> here</span>'
+        '<span class="ocrx_word" title="bbox 5 50 9 60">alone</span></div>'
+    )
+    [page] = hocr.read_pages(content.encode())
+    assert [[word.text for word in line] for line in page.lines] == [
+        ["a&b"],
+        ["two", "words", "here"],
+        ["alone"],
+    ]
+    # 14 characters of equal width: "words" are the fifth to the ninth.
+    assert page.lines[1][1].box == pytest.approx((110 * 4 / 14, 20, 110 * 9 / 14, 40))
+
+
+def test_a_line_from_right_to_left_is_spread_from_its_right():
+    first, second = page_lib.spread("אב ג", (0.0, 0.0, 40.0, 10.0), 0.5)
+    assert (first.text, first.box) == ("אב", (20.0, 0.0, 40.0, 10.0))
+    assert (second.text, second.box, second.confidence) == ("ג", (0.0, 0.0, 10.0, 10.0), 0.5)
+
+
+def test_page_lines_without_words_have_those_of_their_text():
+    [page] = ocr.read_pages(make_ocr.page_xml(has_words=False).encode(), "a.xml")
+    assert [[word.text for word in line] for line in page.lines] == [["Total", "12.50"], ["exam-"]]
+    # 110 pixels of 11 characters.
+    assert page.lines[0][1].box == pytest.approx((80, 10, 130, 30))
+
+
+def test_the_reading_order_of_page_has_groups_and_leaves_out_what_comes_last():
+    region = (
+        '<TextRegion id="{0}"><TextLine><Coords points="0,0 9,9"/><TextEquiv><Unicode>{0}'
+        "</Unicode></TextEquiv></TextLine>{1}</TextRegion>"
+    )
+    body = "".join(region.format(name, "") for name in ("footnote", "d", "b"))
+    # c lies within a, and the cell within a table.
+    body += region.format("a", region.format("c", ""))
+    body += f"<TableRegion id='t'>{region.format('cell', '')}</TableRegion>"
+    order = (
+        "<ReadingOrder><OrderedGroup>"
+        '<UnorderedGroupIndexed index="1"><RegionRef regionRef="b"/></UnorderedGroupIndexed>'
+        '<OrderedGroupIndexed index="2" regionRef="t"><RegionRefIndexed index="0" regionRef="d"/>'
+        '</OrderedGroupIndexed><RegionRefIndexed index="0" regionRef="a"/>'
+        "</OrderedGroup></ReadingOrder>"
+    )
+    content = f'<PcGts><Page imageWidth="10" imageHeight="10">{order}{body}</Page></PcGts>'
+    read = [text for line in words(content, "a.xml") for text in line]
+    assert read == ["a", "c", "b", "cell", "d", "footnote"]
+
+
+def test_hyphens_are_seen_once():
+    content = make_ocr.alto()
+    doubled = content.replace('CONTENT="exam"', 'CONTENT="exam-"')
+    without_place = content.replace('<HYP CONTENT="&#173;"', '<HYP X=""').replace('HPOS="60"', "")
+    assert words(content, "a.xml") == words(doubled, "a.xml") == words(without_place, "a.xml")
+    soft = make_ocr.hocr().replace("exam-", "ex\xadam\xad")
+    assert words(soft) == [["Total", "12.50"], ["exam-"]]
+
+
+def test_words_of_little_confidence_are_left_out_and_many_are_told():
+    line = [(f"w{i}", 10 * i, 0, 10 * i + 9, 9, 0.1 if i == 3 else 0.9) for i in range(20)]
+    [page] = hocr.read_pages(make_ocr.hocr([[line]]).encode())
+    kept = page_lib.fit(page, WIDTH, HEIGHT, 0.5)
+    assert len(kept[0]) == 19 and "w3" not in [word.text for word in kept[0]]
+    with pytest.raises(Reject, match=r"not sure of 20 of 20 words \(--min_confidence is 0\.95\)"):
+        page_lib.fit(page, WIDTH, HEIGHT, 0.95)
+    # Words of which nobody says how sure they are stay.
+    [unknown] = ocr.read_pages(make_ocr.page_xml(has_words=False).encode(), "a.xml")
+    assert page_lib.fit(unknown, WIDTH, HEIGHT, 0.95)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_wrong_is_told(name):
+    content, reason = BAD[name]
+    content = content if isinstance(content, bytes) else content.encode()
+
+    def read():
+        [page] = ocr.read_pages(content, name)
+        return page_lib.fit(page, WIDTH, HEIGHT, 0.0)
+
+    tracemalloc.start()
+    try:
+        if reason:
+            with pytest.raises(Reject, match=reason):
+                read()
+        else:
+            # A box over the border is cut: OCR has many such.
+            assert read()[0][1].box == (80, 10, WIDTH, 40)
+        assert tracemalloc.get_traced_memory()[1] < 400 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_of_a_region_that_is_named_twice_the_first_place_counts():
+    content = make_ocr.page_xml().replace(
+        '<RegionRefIndexed index="1" regionRef="r1"/>',
+        '<RegionRefIndexed index="1" regionRef="r1"/><RegionRefIndexed index="2" regionRef="r0"/>',
+    )
+    [page] = ocr.read_pages(content.encode(), "a.xml")
+    assert [line[0].text for line in page.lines] == ["Total", "exam-"]
