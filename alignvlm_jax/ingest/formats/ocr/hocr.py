@@ -77,6 +77,8 @@ class _Parser(HTMLParser):
         kind = ""
         if "ocr_page" in classes:
             kind = "page"
+            if outer := [one.kind for one in self._open if one.kind]:
+                raise Reject(f"hOCR in which a page stands within a {outer[0]}")
             box = _box(title)
             self._corner = box[:2] if box else (0.0, 0.0)
             self.sizes.append((box[2] - box[0], box[3] - box[1]) if box else None)

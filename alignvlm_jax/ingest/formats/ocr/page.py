@@ -69,7 +69,7 @@ def fit(page: OcrPage, width: int, height: int, min_confidence: float) -> Lines:
             f"OCR that is not sure of {unsure:,} of {len(words):,} words (--min_confidence is "
             f"{min_confidence:g})"
         )
-    bounds = np.array([width, height, width, height])
+    bounds = width, height
     lines = []
     for line in page.lines:
         sure = [word for word in line if _is_sure(word, min_confidence)]
@@ -82,10 +82,13 @@ def _is_sure(word: Word, least: float) -> bool:
     return word.confidence is None or word.confidence >= least
 
 
-def _scaled(word: Word, scales: tuple[float, float], bounds: np.ndarray) -> Word:
+def _scaled(word: Word, scales: tuple[float, float], bounds: tuple[int, int]) -> Word:
     """Returns a word in pixels; what of its box reaches over the border of the page is cut off."""
-    sides = (np.array(word.box) * [*scales, *scales]).clip(0, bounds)
-    return Word(word.text, tuple(sides.round(2).tolist()), None, word.confidence)
+    left, top, right, bottom = (
+        round(min(max(side * scales[i % 2], 0.0), bounds[i % 2]), 2)
+        for i, side in enumerate(word.box)
+    )
+    return Word(word.text, (left, top, right, bottom), None, word.confidence)
 
 
 def box_of(left: Any, top: Any, right: Any, bottom: Any, text: str) -> Box:

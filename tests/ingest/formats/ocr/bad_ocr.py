@@ -56,6 +56,10 @@ BAD = {
     "no box.hocr": (changed(make_ocr.hocr(), ("bbox 20 10 70 30;", "")), "'Total' has no box"),
     "no size.hocr": (changed(make_ocr.hocr(), ("bbox 0 0 200 100;", "")), "does not say how large"),
     "wconf.hocr": (changed(make_ocr.hocr(), ("x_wconf 90", "x_wconf 900")), "not from 0 to 100"),
+    "page in page.hocr": (
+        changed(make_ocr.hocr(), ("<strong>12.50", "<div class='ocr_page'>12.50")),
+        "a page stands within a page",
+    ),
     "list.json": ("[]", "no JSON object"),
     "other.json": ('{"shapes": []}', "no list of `pages`"),
     "no words.json": ('{"pages": [{"lines": {}}]}', "a page has no `words`"),
