@@ -51,8 +51,11 @@ def _parse(argv: list[str]) -> tuple[ConfigFlags, argparse.Namespace]:
         help="packed sequences on the page",
     )
     parser.add_argument(
-        "--out", type=storage.path, help="the page; default: rows.html in the folder"
+        "--out",
+        type=storage.path,
+        help="the page; default: rows.html, of records records.html, in the folder",
     )
+    _add_record_flags(parser)
     _add_analysis_flags(parser)
     given, rest = config_flag.split(argv)
     args = parser.parse_args(rest)
@@ -63,6 +66,33 @@ def _parse(argv: list[str]) -> tuple[ConfigFlags, argparse.Namespace]:
     elif given.file is None and not args.data:
         parser.error(f"--data=DIR or {config_flag.USAGE} is required")
     return given, args
+
+
+def _add_record_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "records, their pages with word boxes, patch labels and answers"
+    )
+    group.add_argument(
+        "--record", action="append", metavar="ID", help="record of this id; may be given again"
+    )
+    group.add_argument(
+        "--filter",
+        default="",
+        metavar="TEXT",
+        help="records that have this in their id, source, words, questions or answers",
+    )
+    # Without a value any order will do, so long as it is the same one each time.
+    group.add_argument(
+        "--shuffle",
+        nargs="?",
+        type=positive,
+        const=1,
+        metavar="SEED",
+        help="records in another order; another seed shows others",
+    )
+    group.add_argument(
+        "--num_records", type=positive, default=8, help="records on the page, without --record"
+    )
 
 
 def _add_analysis_flags(parser: argparse.ArgumentParser) -> None:

@@ -85,7 +85,7 @@ class ExampleBuilder:
             for a sequence that was packed offline.
         """
         data = self.data
-        pages = self._tile_pages(record)
+        pages = self.tile_pages(record)
         turns = TASKS[task](record, rng)
         # Offline packing counts a transcription that is too long as `seq_len` tokens: it is cut to
         # just these, where left out it would leave its sequence empty.
@@ -114,7 +114,7 @@ class ExampleBuilder:
         loss_weights[:-1] = is_answer[1:]
         if data.loss_normalisation != "token" and is_answer.any():
             loss_weights = _normalised(loss_weights, data.loss_normalisation)
-        tile_arrays = {"tiles": self._stack_tiles(pages)} | self._labels(record, pages)
+        tile_arrays = {"tiles": self._stack_tiles(pages)} | self.patch_labels(record, pages)
         return Segment(tokens, loss_weights, tile_arrays)
 
     def join(self, segments: Sequence[Segment]) -> PackedSequence:
@@ -245,13 +245,17 @@ class ExampleBuilder:
         if page is None:
             return []
         if isinstance(page, Record):
-            return self._tile_pages(page)
+            return self.tile_pages(page)
         data = self.data
         image = page.convert("RGB")
         return [images.tile_image(image, self.vision, data.tiles_of_a_record, data.use_overview)]
 
-    def _tile_pages(self, record: Record) -> list[Tiles]:
-        """The tiles of a record's images, which share those that it may have evenly."""
+    def tile_pages(self, record: Record) -> list[Tiles]:
+        """Returns the tiles of a record's images, which share those that it may have evenly.
+
+        Raises:
+          UserError: an image cannot be read, or there are more than the record may have tiles.
+        """
         data = self.data
         most = data.tiles_of_a_record
         if len(record.images) > most:
@@ -274,29 +278,20 @@ class ExampleBuilder:
         none = np.zeros((0, self.vision.tile_height, self.vision.tile_width, 3), np.uint8)
         return np.concatenate([none, *(page.pixels for page in pages)])
 
-    def _labels(self, record: Record, pages: list[Tiles]) -> PackedSequence:
-        """The patch labels of the tiles, each [t, P, ...].
+    def patch_labels(self, record: Record, pages: list[Tiles]) -> PackedSequence:
+        """Returns the patch labels of a record's tiles, each [t, P, ...].
 
         Where a record does not know its words, or is not labelled, they carry no loss.
         """
-        data = self.data
-        vision = self.vision
         # By a hash of the id alone: a larger fraction labels the records of a smaller one, too.
         is_labelled = zlib.crc32(record.id.encode()) < self.fraction_with_labels * 2**32
-        # Labels take a third of the time of a page: they are made where something needs them.
-        if is_labelled and record.lines and pages:
-            made = [
-                labels.patch_labels(lines, page, self.tokenizer, vision, data)
-                for lines, page in zip(record.lines, pages, strict=True)
-            ]
-        else:
-            space_id = self.tokenizer.space_id
-            made = [labels.without_loss(_num_tiles(pages), space_id, vision, data.max_patch_labels)]
-        ids, weights, loss_weights = (np.concatenate(arrays) for arrays in zip(*made, strict=True))
+        found = labels.labels_of_record(
+            record.lines if is_labelled else (), pages, self.tokenizer, self.vision, self.data
+        )
         return {
-            "patch_label_ids": ids,
-            "patch_label_weights": weights,
-            "patch_loss_weights": loss_weights,
+            "patch_label_ids": found.ids,
+            "patch_label_weights": found.weights,
+            "patch_loss_weights": found.loss_weights,
         }
 
 

@@ -82,16 +82,52 @@ def patch_labels(
     return PatchLabels(ids, weights, loss_weights.astype(np.float32))
 
 
-def without_loss(num_tiles: int, space_id: int, vision: VisionConfig, k: int) -> PatchLabels:
-    """Returns the labels of tiles of which nothing is known: spaces that carry no loss."""
-    weights = np.zeros((num_tiles, vision.num_patches, k), np.float32)
+def labels_of_record(
+    pages: Sequence[Sequence[Sequence[Word]]],
+    tiles: Sequence[Tiles],
+    tokenizer: Tokenizer,
+    vision: VisionConfig,
+    data: DataConfig,
+) -> PatchLabels:
+    """Returns the labels of all tiles of a record, page after page; n is 0 without a page.
+
+    Args:
+      pages: the lines of each page; none where they are not known or not needed, and no patch then
+        carries loss.
+      tiles: of each page.
+      tokenizer: see `patch_labels`, as for the arguments below.
+      vision: as above.
+      data: as above.
+    """
+    if pages and tiles:
+        found = [
+            patch_labels(lines, of_page, tokenizer, vision, data)
+            for lines, of_page in zip(pages, tiles, strict=True)
+        ]
+        return PatchLabels(*map(np.concatenate, zip(*found, strict=True)))
+    num_tiles = sum(len(of_page.pixels) for of_page in tiles)
+    weights = np.zeros((num_tiles, vision.num_patches, data.max_patch_labels), np.float32)
     # They sum to 1 here, too: what an average of embeddings is divided by.
     weights[..., 0] = 1
-    return PatchLabels(
-        np.full(weights.shape, space_id, np.int32),
-        weights,
-        np.zeros((num_tiles, vision.num_patches), np.float32),
-    )
+    ids = np.full(weights.shape, tokenizer.space_id, np.int32)
+    return PatchLabels(ids, weights, np.zeros(weights.shape[:2], np.float32))
+
+
+def patch_boxes(tiles: Tiles, vision: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Returns where the patches of n tiles lie on the page, float64 [n, P, 4], and which of them
+    show any of it, bool [n, P]: others lie in the padding of their tile."""
+    rows, columns = vision.patch_grid
+    size = np.array([vision.patch_width, vision.patch_height])
+    # [P, 2]: where each patch begins in its tile, x before y, row after row as the encoder has
+    # them.
+    corners = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), -1).reshape(-1, 2) * size
+    # [n, 1, 4] and [n, 1, 2] meet [P, 2]: corners [n, P, 2] on the page.
+    crops = tiles.crops[:, None]
+    scales = tiles.scales[:, None]
+    left_top = crops[..., :2] + corners / scales
+    # The crop cuts off patches that lie on the white rest of a tile; of those nothing is left.
+    right_bottom = np.minimum(crops[..., :2] + (corners + size) / scales, crops[..., 2:])
+    return np.concatenate([left_top, right_bottom], -1), (right_bottom > left_top).all(-1)
 
 
 def place_tokens(lines: Iterable[Iterable[Word]], tokenizer: Tokenizer) -> PlacedTokens:

@@ -117,3 +117,49 @@ def _count_tiles(index: Index, limits: Limits) -> np.ndarray:
                 sizes, limits.vision, most // count, limits.use_overview
             ).astype(np.int16)
     return tiles
+
+
+class Tiling(NamedTuple):
+    """What becomes of the pages of a split that are cut into tiles of a shape."""
+
+    vision: VisionConfig
+    max_tiles: int
+    tokens: float  # patches of a page, on average
+    padding: float  # fraction of them that show none of it
+    detail: float  # pixels along a side that are left of one of the page, on average; at most 1
+
+
+def tiling(sizes: np.ndarray, vision: VisionConfig, max_tiles: int, use_overview: bool) -> Tiling:
+    """Returns what becomes of pages of these heights and widths, int [M, 2], to within a row or
+    column of patches: the cells of a page are taken as equal.
+
+    Other arguments are those of `images.choose_grids`.
+    """
+    grids = images.choose_grids(sizes, vision, max_tiles, use_overview)
+    cells = np.minimum(grids, sizes).prod(1)
+    scales, shown = _patches_shown(sizes / grids, vision)
+    shown = shown * cells
+    if use_overview:
+        has_overview = grids.prod(1) > 1
+        shown += _patches_shown(sizes, vision)[1] * has_overview
+        cells = cells + has_overview
+    tokens = cells * vision.num_patches
+    return Tiling(
+        vision,
+        max_tiles,
+        float(tokens.mean()),
+        1 - float(shown.sum() / tokens.sum()),
+        float(np.minimum(scales, 1).mean()),
+    )
+
+
+def _patches_shown(cells: np.ndarray, vision: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the scales of cells [M, 2] in their tiles [M], and how many patches show some of
+    each [M]."""
+    tile = np.array([vision.tile_height, vision.tile_width])
+    patch = np.array([vision.patch_height, vision.patch_width])
+    scales = (tile / cells).min(1)
+    # Sides are rounded to pixels before patches see them.
+    sides = np.maximum(np.round(cells * scales[:, None]), 1)
+    shown = np.minimum(np.ceil(sides / patch), vision.patch_grid)
+    return scales, shown.prod(1)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.config import ModelConfig
-from alignvlm_jax.data import images
+from alignvlm_jax.data import images, labels
 from alignvlm_jax.data.images import Tiles
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import tiles as tiles_lib
@@ -102,26 +102,13 @@ def _lens(
     probabilities_IPk: Float[np.ndarray, "I P k"],
     entropies_IP: Float[np.ndarray, "I P"],
 ) -> Lens:
-    vision = loaded.config.model.vision
-    data = loaded.config.data
-    rows, columns = vision.patch_grid
-    size = np.array([vision.patch_width, vision.patch_height])
-    # [P, 2]: where each patch begins in its tile, x before y, row after row as the encoder has
-    # them.
-    corners = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), -1).reshape(-1, 2) * size
-    # [n, 1, 4] and [n, 1, 2] meet [P, 2]: corners [n, P, 2] on the page.
-    crops = tiles.crops[:, None]
-    scales = tiles.scales[:, None]
-    left_top = crops[..., :2] + corners / scales
-    right_bottom = np.minimum(crops[..., :2] + (corners + size) / scales, crops[..., 2:])
-    # The crop cuts off patches that lie on the white rest of a tile; of those nothing is left.
-    visible = (right_bottom > left_top).all(-1)
+    boxes, visible = labels.patch_boxes(tiles, loaded.config.model.vision)
     is_overview = np.zeros_like(visible)
     # The overview is the first tile; a page of a single cell has none.
-    is_overview[0] = data.use_overview and len(visible) > 1
+    is_overview[0] = loaded.config.data.use_overview and len(visible) > 1
     return Lens(
         page,
-        np.concatenate([left_top, right_bottom], -1)[visible],
+        boxes[visible],
         tokens_IPk[visible],
         probabilities_IPk[visible],
         entropies_IP[visible],

@@ -4,19 +4,30 @@ import collections
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from alignvlm_jax.data import index, lengths
+from alignvlm_jax.config import VisionConfig
+from alignvlm_jax.data import index, lengths, mixture, packing
 from alignvlm_jax.data.examples import ExampleBuilder
 from alignvlm_jax.data.index import Index
-from alignvlm_jax.data.lengths import Limits
+from alignvlm_jax.data.lengths import Limits, Tiling
 from alignvlm_jax.data.tasks import TASKS
 from alignvlm_jax.errors import counted
 from alignvlm_jax.ingest import staging, writer
 
 MAX_REASONS = 30
+MAX_PLANNED = 100_000
+"""Records from which packing is estimated: with a million a plan takes seconds."""
+LENGTH_FACTORS = (0.5, 1.5, 2.0)
+"""Other lengths of packed sequences that are tried, as factors of the present one."""
+RECORDS_EACH = (2, 3, 4, 6)
+"""Those that are tried besides: so many of the longer records, at the 95th percentile."""
+ASPECTS = (1.0, 1.414, 1 / 1.414, 1.294, 1 / 1.294)
+"""Heights of tiles by their widths that are tried: square, and A4 and Letter either way up."""
+SAME_DETAIL = 0.97
+"""Fraction of the present resolution at which a page counts as seen in the same detail."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +40,7 @@ class Statistics:
       rejected: records of the whole folder by reason, the most frequent first.
       packing_efficiency: fraction of the positions of an epoch's packed sequences that hold tokens;
         None without offline packing.
+      advice: what other settings would make of it.
     """
 
     COLUMNS: ClassVar = ("mean", "median", "95th percentile", "largest", "records", "sum")
@@ -39,6 +51,23 @@ class Statistics:
     facts: Mapping[str, str]
     rejected: Mapping[str, int]
     packing_efficiency: float | None
+    advice: tuple["Advice", ...] = ()
+
+
+class Advice(NamedTuple):
+    """What other settings would make of a split, the present ones first.
+
+    Attributes:
+      title: what is compared.
+      columns: names of what is measured.
+      rows: the settings, each with its name and a text a column.
+      conclusion: a sentence with the fields to set, or that nothing is better.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    conclusion: str
 
 
 def collect(
@@ -74,6 +103,7 @@ def collect(
         facts=_facts(known, builder),
         rejected=rejected(directory),
         packing_efficiency=packing_efficiency,
+        advice=tuple(filter(None, (_tile_advice(known, builder), _length_advice(known, builder)))),
     )
 
 
@@ -119,3 +149,162 @@ def _facts(known: Index, builder: ExampleBuilder) -> dict[str, str]:
         "Tokens counted by": f"tokenizer {known.tokenizer}",
         "Same content twice": counted(doubles, "record"),
     }
+
+
+def _tile_advice(known: Index, builder: ExampleBuilder) -> Advice | None:
+    """Returns what other numbers and shapes of tiles would make of a split's pages; None without
+    any."""
+    data = builder.data
+    sizes = known.image_sizes
+    if not len(sizes):
+        return None
+    rng = np.random.default_rng(0)
+    sizes = sizes if len(sizes) <= MAX_PLANNED else sizes[rng.permutation(len(sizes))[:MAX_PLANNED]]
+    most = data.tiles_of_a_record
+    now = lengths.tiling(sizes, builder.vision, most, data.use_overview)
+    # As many tiles as now in another shape, and a few more or less in any.
+    counts = range(max(1, most - 4), most + 4)
+    shapes = dict.fromkeys([builder.vision, *(_shaped(builder.vision, side) for side in ASPECTS)])
+    tried = [
+        lengths.tiling(sizes, shape, count, data.use_overview)
+        for shape in shapes
+        for count in counts
+    ]
+    # By shape that which takes the fewest tokens to show a page as it is shown now.
+    same = [one for one in tried if one.detail >= SAME_DETAIL * now.detail]
+    best = [
+        min(alike, key=lambda one: one.tokens)
+        for shape in shapes
+        if (alike := [one for one in same if one.vision == shape])
+    ]
+    fewest = min(best, key=lambda one: one.tokens)
+    conclusion = f"{now.padding:.0%} of its image tokens lie on no page; "
+    if fewest.tokens < SAME_DETAIL * now.tokens:
+        fields = _tile_fields(fewest, now, "record_tiles" if data.record_tiles else "max_tiles")
+        conclusion += (
+            f"{fields} shows the pages in the same detail with "
+            f"{1 - fewest.tokens / now.tokens:.0%} fewer, {fewest.padding:.0%} of them on no page"
+        )
+        if fewest.vision != builder.vision:
+            conclusion += "; an encoder that is loaded has to take tiles of another shape"
+    else:
+        conclusion += "no other tiles show the pages in the same detail with fewer"
+    # The same shape with fewer and more tiles, for those who would give or have detail.
+    others = [one for one in tried if one.vision == builder.vision and one.max_tiles != most]
+    rows: dict[tuple, Tiling] = {}
+    for one in [now, *sorted(best, key=lambda one: one.tokens), *others]:
+        # Of numbers that come to the same the first.
+        rows.setdefault((one.vision, *one[2:]), one)
+    columns = ("tiles at most", "patches a page", "on no page", "detail")
+    return Advice("Tiles", columns, tuple(map(_tile_row, rows.values())), conclusion)
+
+
+def _shaped(vision: VisionConfig, aspect: float) -> VisionConfig:
+    """Returns tiles of about as many patches whose height is `aspect` times their width."""
+    width = (vision.num_patches * vision.patch_height / vision.patch_width / aspect) ** 0.5
+    columns = max(1, round(width))
+    rows = max(1, round(columns * aspect * vision.patch_width / vision.patch_height))
+    return dataclasses.replace(
+        vision, tile_height=rows * vision.patch_height, tile_width=columns * vision.patch_width
+    )
+
+
+def _tile_fields(one: Tiling, now: Tiling, count: str) -> str:
+    """Returns what of a config makes `now` another tiling."""
+    fields = []
+    if one.max_tiles != now.max_tiles:
+        fields.append(f"data.{count}={one.max_tiles}")
+    if one.vision != now.vision:
+        fields.append(f"model.vision.tile_height={one.vision.tile_height}")
+        fields.append(f"model.vision.tile_width={one.vision.tile_width}")
+    return " ".join(fields)
+
+
+def _tile_row(one: Tiling) -> tuple[str, ...]:
+    return (
+        f"{one.vision.tile_height} × {one.vision.tile_width}",
+        f"{one.max_tiles}",
+        f"{one.tokens:,.0f}",
+        f"{one.padding:.1%}",
+        f"{one.detail:.2f}",
+    )
+
+
+def _length_advice(known: Index, builder: ExampleBuilder) -> Advice | None:
+    """Returns how full packed sequences of other lengths would be; None without offline packing, or
+    where nothing is of use to the tasks."""
+    data = builder.data
+    if data.packing != "offline":
+        return None
+    now = _packed(known, builder, data.seq_len)
+    if now is None:
+        return None
+    wanted = [data.seq_len * factor for factor in LENGTH_FACTORS]
+    wanted += [now.long * number for number in RECORDS_EACH]
+    # Multiples of 128, as accelerators like them.
+    seq_lens = sorted({max(128, -(-int(length) // 128) * 128) for length in wanted})
+    others = [_packed(known, builder, length) for length in seq_lens if length != now.seq_len]
+    # A shorter sequence that cuts off more of the records would be fuller for nothing.
+    kept = [one for one in others if one.num_cut <= now.num_cut]
+    best = max([now, *kept], key=lambda one: one.efficiency)
+    conclusion = f"data.seq_len={now.seq_len} packs as well as any"
+    if best.efficiency > now.efficiency + 0.005:
+        conclusion = (
+            f"data.seq_len={best.seq_len} data.max_tiles={best.max_tiles} packs best: "
+            f"{best.efficiency:.1%} of the positions hold tokens, {now.efficiency:.1%} now"
+        )
+    rows = tuple(
+        (
+            f"{one.seq_len:,}",
+            f"{one.max_tiles}",
+            f"{one.efficiency:.1%}",
+            f"{one.records:.1f}",
+            f"{one.num_cut:,}",
+        )
+        for one in [now, *others]
+    )
+    columns = ("max_tiles", "full", "records each", "records cut")
+    return Advice("Length of packed sequences", columns, rows, conclusion)
+
+
+class _Packed(NamedTuple):
+    """An epoch of packed sequences of a length."""
+
+    seq_len: int
+    max_tiles: int
+    efficiency: float
+    records: float  # of a sequence
+    num_cut: int  # records that are as long as a sequence or longer
+    long: float  # tokens of a record at the 95th percentile
+
+
+def _packed(known: Index, builder: ExampleBuilder, seq_len: int) -> _Packed | None:
+    """Returns an epoch of sequences of another length, with as many more tiles; None where no
+    record is of use."""
+    data = builder.data
+    max_tiles = max(data.tiles_of_a_record, -(-data.max_tiles * seq_len // data.seq_len))
+    of_records = dataclasses.replace(data, seq_len=seq_len, record_tiles=data.tiles_of_a_record)
+    limits = Limits.of(of_records, builder.vision, builder.tokens_per_tile)
+    tasks, fractions = mixture.task_fractions(data.tasks)
+    measured = lengths.measure(known, tasks, limits)
+    # A task for each record, of those that it has text for, by their weights.
+    weights = fractions[:, None] * (measured.tokens > 0)
+    usable = np.flatnonzero(weights.sum(0) > 0)
+    rng = np.random.default_rng(0)
+    usable = rng.permutation(usable)[:MAX_PLANNED]
+    if not len(usable):
+        return None
+    bounds = weights[:, usable].cumsum(0)
+    chosen = (rng.random(len(usable)) * bounds[-1] >= bounds).sum(0)
+    tokens = measured.tokens[chosen, usable]
+    tiles = measured.tiles[usable].astype(np.int64)
+    plan = packing.plan(tokens, tiles, seq_len, max_tiles, [0], 0)
+    count = len(plan.offsets) - 1
+    return _Packed(
+        seq_len,
+        max_tiles,
+        float(tokens.sum() / (count * seq_len)),
+        len(usable) / count,
+        int((tokens >= seq_len).sum()),
+        float(np.percentile(tokens, 95)),
+    )

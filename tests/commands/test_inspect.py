@@ -2,6 +2,7 @@
 wrong."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -60,6 +61,48 @@ def test_a_stage_is_shown_with_the_split_that_it_trains_on_and_no_figure_is_cut(
     assert f"{folder}, split train_small: " in printed
     assert "Stage: stage0_lines; others: --stage=stage0_pages, stage1, stage2, stage3" in printed
     assert "…" not in printed
+
+
+def shown(page) -> list[str]:
+    return re.findall(r"<h2>(.*)</h2>", page.read_text())
+
+
+def test_records_are_shown_by_id_by_text_and_by_chance(folder, tmp_path, capsys):
+    flags = ["inspect", "--config=configs/demo.py", f"--data={folder}", "--stage=stage2"]
+    ids = ["train-000007", "train-000003"]
+    assert main.main([*flags, *(f"--record={name}" for name in ids)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("train-000007: 1 image") < printed.index("train-000003: 1 image")
+    assert f"Written: {folder / 'records.html'}" in printed
+    assert shown(folder / "records.html") == ids
+    pages = []
+    for seed in ("--shuffle", "--shuffle=1", "--shuffle=2"):
+        assert main.main([*flags, seed, "--num_records=3", f"--out={tmp_path}/a.html"]) == 0
+        pages.append(shown(tmp_path / "a.html"))
+    assert pages[0] == pages[1] != pages[2] and len(pages[2]) == 3
+    assert main.main([*flags, "--filter=TRAIN-00001", f"--out={tmp_path}/a.html"]) == 0
+    assert shown(tmp_path / "a.html") == [f"train-00001{i}" for i in range(8)]
+
+
+def test_records_that_are_not_there_are_told(folder, capsys):
+    flags = ["inspect", "--config=configs/demo.py", f"--data={folder}", "--stage=stage2"]
+    assert main.main([*flags, "--record=train-00007"]) == 1
+    assert "no record 'train-00007'; did you mean 'train-0000" in capsys.readouterr().err
+    assert main.main([*flags, "--filter=no such words"]) == 1
+    assert "none of 48 records of split 'train' has 'no such words'" in capsys.readouterr().err
+    for seed in ("x", "-1"):
+        with pytest.raises(SystemExit):
+            main.main([*flags, f"--shuffle={seed}"])
+        assert "--shuffle" in capsys.readouterr().err
+    assert not (folder / "records.html").exists()
+
+
+def test_other_tiles_and_lengths_are_compared(folder, capsys):
+    assert main.main(["inspect", f"--data={folder}", "--num_rows=1"]) == 0
+    printed = capsys.readouterr().out
+    assert "of its image tokens lie on no page" in printed and "data.seq_len=" in printed
+    page = (folder / "rows.html").read_text()
+    assert "<h3>Length of packed sequences</h3>" in page and "<h3>Tiles</h3>" in page
 
 
 @pytest.fixture

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from alignvlm_jax import presets
+from alignvlm_jax.data import images, labels, lengths
 from alignvlm_jax.data import index as index_lib
-from alignvlm_jax.data import lengths
 from alignvlm_jax.data.examples import ExampleBuilder
 from alignvlm_jax.data.record import Record, Turn, Word
 from alignvlm_jax.data.stage_data import StageData
@@ -84,3 +85,27 @@ def test_an_index_that_does_not_fit_says_what_to_call(demo_config, tokenizer, tm
     index_lib.index_path(shard).unlink()
     with pytest.raises(UserError, match=f"is missing.*{again}"):
         load(config, 3)
+
+
+@pytest.mark.parametrize("size", [(1169, 827), (1100, 850), (827, 1169), (500, 3000), (90, 40)])
+@pytest.mark.parametrize("vision", ["siglip_so400m_14_384", "dinov2_s14_224"])
+def test_the_padding_of_tiles_is_that_of_the_patches(size, vision):
+    """An A4 page in cells of 3 x 3 leaves a quarter of its image tokens on nothing."""
+    vision = presets.VISION[vision]
+    for most in (1, 7, 10):
+        tiles = images.tile_image(Image.new("RGB", size[::-1]), vision, most, use_overview=True)
+        _, is_shown = labels.patch_boxes(tiles, vision)
+        found = lengths.tiling(np.array([size]), vision, most, use_overview=True)
+        assert found.tokens == is_shown.size
+        # Cells that do not divide the page evenly may differ by a row of patches.
+        assert found.padding == pytest.approx(1 - is_shown.mean(), abs=0.02)
+        assert found.detail == pytest.approx(min(1, tiles.scales[-1].min()), rel=0.02)
+
+
+def test_the_padding_of_several_pages_is_that_of_all_their_tokens():
+    vision = presets.VISION["siglip_so400m_14_384"]
+    both = lengths.tiling(np.array([(1169, 827), (378, 378)]), vision, 10, True)
+    a4 = lengths.tiling(np.array([(1169, 827)]), vision, 10, True)
+    assert a4.padding == pytest.approx(0.259, abs=0.001)
+    assert both.tokens == (7290 + 729) / 2
+    assert both.padding == pytest.approx(a4.padding * 7290 / (7290 + 729))

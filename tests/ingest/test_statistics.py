@@ -1,11 +1,14 @@
 """A folder in numbers: distributions against the records themselves, rejected records by reason."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from alignvlm_jax.data import shards
+from alignvlm_jax import presets
+from alignvlm_jax.data import index as index_lib
+from alignvlm_jax.data import packing, shards
 from alignvlm_jax.data.examples import ExampleBuilder
 from alignvlm_jax.data.tasks import TRANSCRIBE_QUESTION
 from alignvlm_jax.errors import UserError
@@ -67,3 +70,74 @@ def test_without_an_index_the_message_says_what_to_call(demo_config, tokenizer, 
     builder = ExampleBuilder.of(demo_config, tokenizer)
     with pytest.raises(UserError, match="no shards of split 'train'"):
         statistics.collect(builder, str(tmp_path), "train", None)
+
+
+def known(lengths, size=(64, 128)) -> index_lib.Index:
+    """The index of records of these text tokens, with an image each."""
+    lengths = np.array(lengths, np.int32)
+    nothing = np.zeros_like(lengths)
+    count = len(lengths)
+    return index_lib.Index(
+        {"transcribe": lengths, "answer": nothing, "answer_and_transcribe": lengths},
+        np.array([size] * count, np.int32),
+        np.arange(count + 1),
+        np.arange(count, dtype=np.uint64),
+        "",
+    )
+
+
+@pytest.fixture
+def advice(demo_config, tokenizer, monkeypatch):
+    """A function of an index and of fields of data that returns the advice by its title."""
+
+    def of(found: index_lib.Index, vision=None, **fields):
+        monkeypatch.setattr(index_lib, "load", lambda *args: found)
+        data = dataclasses.replace(demo_config.data, **fields)
+        model = dataclasses.replace(demo_config.model, vision=vision or demo_config.model.vision)
+        config = dataclasses.replace(demo_config, data=data, model=model)
+        builder = ExampleBuilder.of(config, tokenizer)
+        found = statistics.collect(builder, "folder", "train", None)
+        return {one.title: one for one in found.advice}
+
+    return of
+
+
+def test_the_length_that_packs_best_is_named(advice):
+    """Records of 100 tokens with their 64 image tokens: two of three quarters of a sequence."""
+    offline = {"packing": "offline", "max_tiles": 4, "record_tiles": 2, "tasks": {"transcribe": 1}}
+    found = advice(known([576] * 120), seq_len=1000, **offline)["Length of packed sequences"]
+    first, *others = found.rows
+    assert first == ("1,000", "4", "64.0%", "1.0", "0")
+    rows = {row[0]: row for row in others}
+    # The fullest holds a whole number of them: the plan of such sequences says so.
+    plan = packing.plan(np.full(120, 640), np.full(120, 2), 640 * 2, 6, [0], 0)
+    assert len(plan.offsets) - 1 == 60 and rows["1,280"][2:] == ("100.0%", "2.0", "0")
+    assert "data.seq_len=1280 data.max_tiles=6 packs best: 100.0%" in found.conclusion
+    # Half as long, each record would be cut: that is as full, and no advice.
+    assert rows["512"][2:] == ("100.0%", "1.0", "120")
+    best = advice(known([576] * 120), seq_len=1280, **offline)["Length of packed sequences"]
+    assert best.conclusion == "data.seq_len=1280 packs as well as any"
+    assert "Length of packed sequences" not in advice(known([9] * 9), tasks={"transcribe": 1})
+    assert "Length of packed sequences" not in advice(known([0] * 9), **offline, seq_len=1000)
+
+
+def test_tiles_that_waste_less_are_named(advice):
+    a4 = known([9] * 5, (1169, 827))
+    vision = presets.VISION["siglip_so400m_14_384"]
+    fields = {"use_overview": True, "max_tiles": 10, "seq_len": 16_000}
+    found = advice(a4, vision, **fields)["Tiles"]
+    assert found.rows[0] == ("378 × 378", "10", "7,290", "25.9%", "0.97")
+    assert found.conclusion == (
+        "26% of its image tokens lie on no page; data.max_tiles=9 model.vision.tile_height=322 "
+        "model.vision.tile_width=448 shows the pages in the same detail with 9% fewer, 5% of them "
+        "on no page; an encoder that is loaded has to take tiles of another shape"
+    )
+    # Of one shape each number of tiles that makes a difference stands there once.
+    assert len({row[0] + row[2] for row in found.rows}) == len(found.rows)
+    fewer = advice(a4, vision, **fields | {"max_tiles": 7})["Tiles"]
+    assert fewer.rows[0] == ("378 × 378", "7", "5,103", "6.9%", "0.91")
+    assert "no other tiles" in fewer.conclusion
+    text_only = dataclasses.replace(
+        a4, image_sizes=np.zeros((0, 2), np.int32), image_starts=np.zeros(6, np.int64)
+    )
+    assert not advice(text_only, vision, **fields)

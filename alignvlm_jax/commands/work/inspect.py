@@ -2,11 +2,13 @@
 
 import argparse
 import dataclasses
+import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -15,7 +17,11 @@ from alignvlm_jax.analysis import base
 from alignvlm_jax.analysis.base import Analysis
 from alignvlm_jax.config import Config, DataConfig, LLMConfig, ModelConfig, TrainConfig
 from alignvlm_jax.data import filesystem, index, shards, stage_data, tokenizers
+from alignvlm_jax.data.examples import ExampleBuilder
 from alignvlm_jax.data.loader import TrainSequences
+from alignvlm_jax.data.record import Record
+from alignvlm_jax.data.shards import RecordSource
+from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.errors import UserError, counted, nearest
 from alignvlm_jax.inference import loading, patch_tokens
 from alignvlm_jax.inference.assistant import Assistant
@@ -24,7 +30,10 @@ from alignvlm_jax.ingest import job, statistics
 from alignvlm_jax.ingest.statistics import Statistics
 from alignvlm_jax.parallel import compile_cache, distributed
 from alignvlm_jax.pictures import patch_map
-from alignvlm_jax.report import examples_page
+from alignvlm_jax.report import examples_page, records_page
+
+MAX_COMPARED = 10_000
+"""Ids among which one like a misspelt one is looked for: each takes a tenth of a millisecond."""
 
 
 def folders(stages: tuple[Config, ...] | None, args: argparse.Namespace) -> None:
@@ -44,6 +53,15 @@ def folders(stages: tuple[Config, ...] | None, args: argparse.Namespace) -> None
             config, data=dataclasses.replace(config.data, dir=args.data, sources={})
         )
     split = args.split or config.data.split
+    if args.record or args.filter or args.shuffle is not None:
+        opened = StageData.open(config.data, config.model)
+        builder = ExampleBuilder.of(config, opened.tokenizer)
+        sources = [opened.records(folder, split) for folder in config.data.folders]
+        folder_names = ", ".join(config.data.folders)
+        has_labels = builder.fraction_with_labels > 0
+        heading = records_page.Heading(folder_names, split, config.stage, has_labels)
+        _show_records(sources, builder, heading, args)
+        return
     _count(config.data)
     all_sequences = TrainSequences(config, split)
     packing_efficiency = (
@@ -68,6 +86,60 @@ def folders(stages: tuple[Config, ...] | None, args: argparse.Namespace) -> None
     ]
     out = args.out or storage.path(config.data.folders[0]) / examples_page.FILE
     console.print(f"Written: {examples_page.build(views, found[0], out)}")
+
+
+def _show_records(
+    sources: Sequence[RecordSource],
+    builder: ExampleBuilder,
+    heading: records_page.Heading,
+    args: argparse.Namespace,
+) -> None:
+    """Writes a page of records that are chosen by their ids, by a text, or by chance.
+
+    Raises:
+      UserError: no record has the text, or none of an id.
+    """
+    # Records are numbered over all sources: of the first from starts[0] on, and so on.
+    starts = np.cumsum([0, *map(len, sources)])
+    order = np.arange(starts[-1])
+    if args.shuffle is not None:
+        order = np.random.default_rng(args.shuffle).permutation(order)
+    owners = np.searchsorted(starts, order, side="right") - 1
+    records = (
+        sources[owner][int(i - starts[owner])] for i, owner in zip(order, owners, strict=True)
+    )
+    if args.record:
+        found = _named(records, args.record)
+    else:
+        having = (record for record in records if records_page.has_text(record, args.filter))
+        found = list(itertools.islice(having, args.num_records))
+    if not found:
+        raise UserError(
+            f"none of {len(order):,} records of split {heading.split!r} has {args.filter!r}"
+        )
+    out = args.out or storage.path(builder.data.folders[0]) / records_page.FILE
+    views = [records_page.view(record, builder) for record in found]
+    for view in views:
+        print(view)
+    print(f"Written: {records_page.build(views, heading, builder.vision, out)}")
+
+
+def _named(records: Iterable[Record], names: Sequence[str]) -> list[Record]:
+    """Returns the records of these ids, in the order of the ids."""
+    found: dict[str, Record] = {}
+    others: list[str] = []
+    # Ids stand in the records alone: they are read up to the last that is wanted.
+    for record in records:
+        if len(others) < MAX_COMPARED:
+            others.append(record.id)
+        if record.id in names:
+            found[record.id] = record
+        if len(found) == len(set(names)):
+            break
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise UserError(f"no record {missing[0]!r}{nearest(missing[0], others)}")
+    return [found[name] for name in dict.fromkeys(names)]
 
 
 def analyse(chosen: Analysis, args: argparse.Namespace, argv: list[str]) -> None:
@@ -196,17 +268,29 @@ def _print(one: Statistics, console: Console) -> None:
         f"{counted(one.num_records, 'record')}{packing_efficiency}",
         markup=False,
     )
-    table = Table(box=None)
-    table.add_column(overflow="fold")
-    rows = {name: [f"{value:,}" for value in values] for name, values in one.distributions.items()}
-    for column, shown in zip(Statistics.COLUMNS, zip(*rows.values(), strict=True), strict=False):
-        # A figure that is cut would be another figure: on a narrow terminal names and heads wrap.
-        head = column.replace(" ", "\n")
-        table.add_column(head, justify="right", min_width=max(map(len, shown)))
-    for name, values in rows.items():
-        table.add_row(name, *values)
-    console.print(table, soft_wrap=False)
+    rows = [
+        (name, *(f"{value:,}" for value in values)) for name, values in one.distributions.items()
+    ]
+    _print_table("", Statistics.COLUMNS, rows, console)
     for name, value in one.facts.items():
         console.print(f"{name}: {value}", markup=False)
     for reason, count in one.rejected.items():
         console.print(f"rejected {count:,}: {reason}", markup=False)
+    for advice in one.advice:
+        _print_table(advice.title, advice.columns, advice.rows, console)
+        console.print(f"The first line is the present setting; {advice.conclusion}.", markup=False)
+
+
+def _print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], console: Console
+) -> None:
+    """Prints rows of a name and a figure a column."""
+    table = Table(box=None)
+    table.add_column(title, overflow="fold")
+    for column, shown in zip(columns, list(zip(*rows, strict=True))[1:], strict=False):
+        # A figure that is cut would be another figure: on a narrow terminal names and heads wrap.
+        head = column.replace(" ", "\n")
+        table.add_column(head, justify="right", min_width=max(map(len, shown)))
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, soft_wrap=False)
