@@ -4,8 +4,8 @@ import contextlib
 import dataclasses
 import io
 import posixpath
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 from PIL import Image
 
@@ -13,12 +13,12 @@ from alignvlm_jax.data import filesystem
 from alignvlm_jax.data import images as images_lib
 from alignvlm_jax.data import pdf as pdf_lib
 from alignvlm_jax.data.record import Record
+from alignvlm_jax.data.sandbox import CallEnded, Sandbox
 from alignvlm_jax.errors import UsageError, UserError, nearest
 from alignvlm_jax.ingest.formats import checks, files
 from alignvlm_jax.ingest.formats.base import Raw, Reject, Rejection, Unit, option
 from alignvlm_jax.ingest.formats.ocr import beside
 from alignvlm_jax.ingest.formats.ocr.beside import Place
-from alignvlm_jax.ingest.formats.pdf.sandbox import Sandbox
 
 ENDINGS = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".avif"),
@@ -76,7 +76,7 @@ OCR may be of another resolution, but not of a part of the page. Questions about
     def raws(self, unit: Unit) -> Iterator[Raw | Rejection]:
         """Yields the pages of a file, without decoding them; see `Format.raws`."""
         try:
-            num_pages = _sandbox.call(count_pages, unit.path)
+            num_pages = _call(count_pages, unit.path)
         except Reject as err:
             yield Rejection(unit.name, str(err))
             return
@@ -94,7 +94,16 @@ OCR may be of another resolution, but not of a part of the page. Questions about
         Raises:
           Reject: the image or its OCR cannot be read, it has none, or they do not fit.
         """
-        return _sandbox.call(record_of, self, raw)
+        return _call(record_of, self, raw)
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    """Returns function(*args) of the other process; raises Reject where it was ended, and what the
+    function raised."""
+    try:
+        return _sandbox.call(function, *args)
+    except CallEnded as err:
+        raise Reject(str(err)) from err
 
 
 def count_pages(path: str) -> int:
