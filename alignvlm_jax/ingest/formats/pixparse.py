@@ -5,6 +5,7 @@ word_slice). A bbox is left, top, width and height, as fractions of the page. `w
 tar files, and calls this for what looks so.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -76,23 +77,45 @@ def record(raw: Raw, dpi: int, min_confidence: float) -> Record:
       Reject: the page cannot be drawn, or its words are not as pixparse has them.
     """
     fields = raw.fields
-    # The words first: a page whose words are of no use need not be drawn.
-    words = _part(fields["ocr"], "words")
-    lines = _part(fields["ocr"], "lines")
-    if not words and not lines:
-        raise Reject("a page without words")
-    is_sure = _are_sure(words or lines, min_confidence)
+    # The words first, as fractions: a page whose words are of no use need not be drawn.
+    lines = lines_of(fields["ocr"], min_confidence)
     if fields["is_pdf"]:
         image = pdf_pages.image(fields["file"], fields["page"], dpi)
     else:
         image = pdf_pages.frame(fields["file"], fields["page"])
     height, width = images.image_size(image, raw.id)
+    pixels = tuple(tuple(_scaled(word, width, height) for word in line) for line in lines)
+    return Record(raw.id, "pixparse", (image,), (), (pixels,))
+
+
+def lines_of(page: Any, min_confidence: float = 0.0) -> tuple[tuple[Word, ...], ...]:
+    """Returns the words of a page by lines, in reading order, with boxes as fractions of the page.
+
+    Args:
+      page: an entry of `pages`.
+      min_confidence: words of less confidence are left out, from 0 to 1.
+
+    Raises:
+      Reject: the page has no words, or they are not as pixparse has them.
+    """
+    words = _part(page, "words")
+    lines = _part(page, "lines")
+    if not words and not lines:
+        raise Reject("a page without words")
+    is_sure = _are_sure(words or lines, min_confidence)
     # A line without its words stands for them: its characters are taken as equally wide anyhow.
-    placed = [_word(one, width, height) for one in words or lines]
+    placed = [_word(one) for one in words or lines]
     groups = _groups(words, lines) if words else [[number] for number in range(len(lines))]
     kept = [is_sure[number] and bool(word.text.strip()) for number, word in enumerate(placed)]
-    read = [tuple(placed[number] for number in group if kept[number]) for group in groups]
-    return Record(raw.id, "pixparse", (image,), (), (tuple(filter(None, read)),))
+    found = [tuple(placed[number] for number in group if kept[number]) for group in groups]
+    return tuple(filter(None, found))
+
+
+def _scaled(word: Word, width: int, height: int) -> Word:
+    """A word of fractions with its box in pixels of a page of this size."""
+    left, top, right, bottom = word.box
+    box = (left * width, top * height, right * width, bottom * height)
+    return dataclasses.replace(word, box=box)
 
 
 def _part(page: Any, name: str) -> list[dict[str, Any]]:
@@ -139,8 +162,8 @@ def _are_sure(words: list[dict[str, Any]], least: float) -> list[bool]:
     return found
 
 
-def _word(fields: dict[str, Any], width: int, height: int) -> Word:
-    """Returns a word of a page of this size in pixels; raises Reject if its box is none."""
+def _word(fields: dict[str, Any]) -> Word:
+    """Returns a word, its box in fractions of the page; raises Reject if its box is none."""
     text = fields["text"]
     box = fields["bbox"]
     if not isinstance(text, str):
@@ -153,8 +176,7 @@ def _word(fields: dict[str, Any], width: int, height: int) -> Word:
         raise Reject(
             f"a bbox is not left, top, width and height as fractions of the page ({box!r:.80})"
         )
-    pixels = (left * width, top * height, (left + wide) * width, (top + high) * height)
-    return Word(text, pixels, confidence=fields.get("score"))
+    return Word(text, (left, top, left + wide, top + high), confidence=fields.get("score"))
 
 
 def _is_number(value: Any) -> bool:

@@ -62,17 +62,17 @@ BAD = {
     ),
     "list.json": ("[]", "no JSON object"),
     "other.json": ('{"shapes": []}', "no list of `pages`"),
-    "no words.json": ('{"pages": [{"lines": {}}]}', "a page has no `words`"),
-    "short.json": (changed(make_ocr.pixparse(), ('"exam-"', '"exam-", "x"')), "do not fit .4, 3, 3"),
+    "no words.json": ('{"pages": [{"lines": {}}]}', "lines of a page have no bbox"),
+    "short.json": (changed(make_ocr.pixparse(), ('"exam-"', '"exam-", "x"')), "differ in number .4 of text, 3 of bbox"),
     "corners.json": (
         changed(make_ocr.pixparse(), ("[0.4, 0.1, 0.25, 0.2]", "[0.4, 0.1, 0.9, 0.3]")),
-        "",
+        "as fractions of the page",
     ),
     "pixels.json": (
         changed(make_ocr.pixparse(), ("[0.4, 0.1, 0.25, 0.2]", "[80, 10, 50, 20]")),
-        "and the page is 1 x 1",
+        "as fractions of the page",
     ),
     "box.json": (
-        changed(make_ocr.pixparse(), ("[0.4, 0.1, 0.25, 0.2]", "[0.4, 0.1, 0.25]")), "do not fit",
+        changed(make_ocr.pixparse(), ("[0.4, 0.1, 0.25, 0.2]", "[0.4, 0.1, 0.25]")), "of four numbers",
     ),
 }  # fmt: skip
