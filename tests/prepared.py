@@ -111,9 +111,17 @@ class Prepared:
 @pytest.fixture
 def prepare(tmp_path, tokenizer) -> Callable[..., Prepared]:
     def run(
-        form: Format, source: Path, out: str = "out", *, holdout: float = 0.0, num_workers: int = 1
+        form: Format,
+        source: Path,
+        out: str = "out",
+        *,
+        holdout: float = 0.0,
+        num_workers: int = 1,
+        **changes,
     ) -> Prepared:
-        request = job.Request("test", form, str(source), tokenizer.name, holdout)
+        # Small shards: a few records make several.
+        request = job.Request("test", form, str(source), tokenizer.name, holdout, shard_records=10)
+        request = dataclasses.replace(request, **changes)
         job.prepare(request, tmp_path / out, job.on_processes(num_workers))
         return Prepared(tmp_path / out)
 

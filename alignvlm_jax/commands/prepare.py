@@ -186,6 +186,24 @@ def _add_source_flags(parser: argparse.ArgumentParser, name: str) -> None:
         "answer then stay",
     )
     parser.add_argument(
+        "--group_by_image",
+        action=argparse.BooleanOptionalAction,
+        help="put questions about one image into one record; by default those for training, but "
+        "none with --split",
+    )
+    parser.add_argument(
+        "--group_tokens",
+        type=positive,
+        default=1024,
+        help="text tokens that such a record may have",
+    )
+    parser.add_argument(
+        "--shard_records",
+        type=positive,
+        default=1000,
+        help="smallest number of records of a shard, but for the last one",
+    )
+    parser.add_argument(
         "--beam_runner",
         default="",
         help="run under Apache Beam (requirements-beam.txt), with --out on a disk that all "
@@ -249,8 +267,17 @@ def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: fl
 
     kind = REGISTRY[args.format]
     options = {field.name: getattr(args, field.name) for field in dataclasses.fields(kind)}
+    # A set for evaluation has a record a question, unless somebody says otherwise.
+    is_grouped = not args.split if args.group_by_image is None else args.group_by_image
     request = job.Request(
-        args.format, kind(**options), args.source, args.tokenizer, args.holdout, args.split
+        args.format,
+        kind(**options),
+        args.source,
+        args.tokenizer,
+        args.holdout,
+        args.split,
+        group_tokens=args.group_tokens if is_grouped else 0,
+        shard_records=args.shard_records,
     )
     if args.beam_runner:
         run = executors.under_beam(args.beam_runner, beam_flags)

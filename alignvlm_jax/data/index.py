@@ -66,19 +66,24 @@ class Builder:
         self._image_starts = [0]
         self._hashes: list[int] = []
 
-    def add(self, record: Record) -> None:
-        """Adds a record; raises UserError if the size of an image cannot be read."""
+    def add(self, record: Record) -> dict[str, int]:
+        """Adds a record, and returns its tokens by task, as `text_tokens` does.
+
+        Raises:
+          UserError: the size of an image cannot be read.
+        """
         sizes = [
             images.image_size(image, f"{i} of record {record.id}")
             for i, image in enumerate(record.images)
         ]
-        lengths = _text_tokens(record, self._tokenizer)
+        lengths = text_tokens(record, self._tokenizer)
         self._hashes.append(content_hash(record))
         # Only now, after everything that may raise: a rejected record leaves no trace.
         for task, length in lengths.items():
             self._text_tokens[task].append(length)
         self._image_sizes += sizes
         self._image_starts.append(len(self._image_sizes))
+        return lengths
 
     def build(self) -> Index:
         """Returns the index of all added records."""
@@ -277,6 +282,14 @@ def select(index: Index, records: np.ndarray) -> Index:
     )
 
 
+def set_text(index: Index, record: int, lengths: dict[str, int], content: int) -> None:
+    """Gives a record of an index other text, of `lengths` tokens by task, and so another hash of
+    its content; its images are the same."""
+    for task, length in lengths.items():
+        index.text_tokens[task][record] = length
+    index.content_hash[record] = content
+
+
 def recount(directory: str | Path, tokenizer: str | os.PathLike = "") -> str:
     """Returns the advice for a user whose index does not fit: how to count anew.
 
@@ -335,7 +348,7 @@ def content_hash(record: Record) -> int:
     return int.from_bytes(digest.digest(), "big")
 
 
-def _text_tokens(record: Record, tokenizer: Tokenizer) -> dict[str, int]:
+def text_tokens(record: Record, tokenizer: Tokenizer) -> dict[str, int]:
     """Returns the number of tokens of a record's chat by task, without image tokens."""
     # Tasks often share their turns, which are encoded once; no turns have no tokens.
     counted: dict[tuple[ChatTurn, ...], int] = {(): 0}

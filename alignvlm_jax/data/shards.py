@@ -134,9 +134,18 @@ def read_shard(path: str | Path) -> Iterator[bytes]:
     Raises:
       UserError: the shard is damaged.
     """
+    yield from read_records(path, None)
+
+
+def read_records(path: str | Path, indexes: Iterable[int] | None) -> Iterator[bytes]:
+    """Yields some encoded records of a shard by index; None yields all of them.
+
+    Raises:
+      UserError: the shard is damaged.
+    """
     try:
         reader = array_record_module.ArrayRecordReader(str(path))
-        for index in range(reader.num_records()):
+        for index in range(reader.num_records()) if indexes is None else indexes:
             yield reader.read([index])[0]
     except RuntimeError as err:
         raise UserError(f"cannot read {path} ({err}); {AGAIN}") from err

@@ -1,61 +1,44 @@
 """The last step of `prepare`: turns the parts of all units into the numbered shards of a data set.
 
-Records whose id repeats are dropped, and those for training that show images of validation alone;
-small parts are joined, and the shards of every split are numbered in the order of the source. Of a
-source so small that no document fell into validation, one is held out all the same.
+Records whose id repeats are dropped, copies, and those for training that show images of validation
+alone; questions about one image share a record. Small parts are joined, and the shards of every
+split are numbered in the order of the source. Of a source so small that no document fell into
+validation, one is held out all the same.
 """
 
-import collections
+import dataclasses
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from alignvlm_jax.data import index
+from alignvlm_jax.data import index, tokenizers
 from alignvlm_jax.data import shards as shards_lib
+from alignvlm_jax.data.record import Record, decode_record
 from alignvlm_jax.data.shards import ShardWriter
-from alignvlm_jax.ingest import staging
+from alignvlm_jax.ingest import grouping, staging
 from alignvlm_jax.ingest.formats.base import Unit
+from alignvlm_jax.ingest.grouping import Move, Table
 from alignvlm_jax.ingest.writer import (
-    SPLITS,
+    Rejects,
+    Request,
     UnitOutput,
-    document_hash,
     read_lines,
     write_lines,
 )
 
-MIN_SHARD_RECORDS = 1000
-"""Smallest number of records of a shard (but for the last one of a split).
-
-Parts with fewer records, as those of a held-out split, are joined with the next ones.
-"""
-
-Dropped = dict[int, dict[int, str]]
-"""The reason why a record is dropped, by number of its part and by line of the part's `ids`."""
-
-
-class Move(NamedTuple):
-    """A document that goes to another split than the one it was written to, which has no other.
-
-    Attributes:
-      document: its `writer.document_hash`.
-      source: the split of the parts' shards that it is in.
-      target: the split that it goes to.
-    """
-
-    document: int
-    source: str
-    target: str
+DROPPED = {
+    grouping.REPEATED: "duplicate id",
+    grouping.HELD_OUT: "its image is one of validation",
+    grouping.COPIED: "its images, questions and words are those of another record",
+}
+"""Why records are dropped over all parts, by what becomes of them."""
 
 
 def finish(
-    outputs: Sequence[UnitOutput],
-    units: Sequence[Unit],
-    splits: Sequence[str],
-    folder: Path,
-    holdout: float,
+    outputs: Sequence[UnitOutput], units: Sequence[Unit], request: Request, folder: Path
 ) -> list[str]:
     """Writes the shards and the index of every split and `rejected.jsonl`, out of all parts.
 
@@ -65,161 +48,110 @@ def finish(
     Args:
       outputs: the parts, one for each unit.
       units: the units of the source, in its order.
-      splits: names of the splits to write.
+      request: what is prepared.
       folder: where the files are written.
-      holdout: fraction of documents for validation; between 0 and 1 each split gets at least one.
 
     Returns:
       The names of the files in `folder`.
     """
-    dropped = _duplicates(outputs, units)
-    names = [staging.REJECTED]
-    move = _move(outputs, dropped, holdout) if tuple(splits) == SPLITS else None
-    _drop_held_out(outputs, dropped, move)
-    write_lines(folder / staging.REJECTED, _rejected(outputs, units, dropped))
+    table = grouping.read(outputs, request.splits)
+    grouping.drop_repeated_ids(table, outputs)
+    move = grouping.move_of(table, request.holdout) if not request.split else None
+    if move:
+        grouping.apply(table, move)
+    # A set for evaluation asks what its makers ask, each question as often as they do.
+    if not request.split:
+        grouping.drop_held_out(table)
+        grouping.drop_copies(table)
+    if request.group_tokens:
+        grouping.join(table, request.grouped, request.group_tokens)
+    names = _write_rejected(table, outputs, units, folder)
     # The moved document first: its records are copied out of parts that the other split then uses
     # up.
-    for split in sorted(splits, key=lambda split: move is None or split != move.target):
-        is_copied = move is not None and split == move.target
-        source = move.source if is_copied else split
-        kept = {
-            number: _kept(output, split, dropped[number], move)
-            for number, output in enumerate(outputs)
-        }
+    for split in sorted(request.splits, key=lambda split: move is None or split != move.target):
         # A shard's name holds the number of shards, so the groups of the whole split are needed
         # before the first one is written.
-        groups = _groups({number: len(lines) for number, lines in kept.items()})
-        for shard, group in enumerate(groups):
-            path = folder / shards_lib.shard_name(split, shard, len(groups))
+        stay = np.append(0, np.cumsum(table.stay(split)))
+        groups = _groups(np.diff(stay[table.starts]).tolist(), request.shard_records)
+        shard_maker = _ShardMaker(table, outputs, split, request.tokenizer, move)
+        for number, group in enumerate(groups):
+            path = folder / shards_lib.shard_name(split, number, len(groups))
             # A shard that an interrupted call has made stays: its parts are gone by now.
             if not path.exists():
-                _join({outputs[number]: kept[number] for number in group}, source, path, is_copied)
+                shard_maker.make(group, path)
             names.append(path.name)
         if groups:
             names += index.merge(folder, split)
     return names
 
 
-def _duplicates(outputs: Sequence[UnitOutput], units: Sequence[Unit]) -> Dropped:
-    """Returns the records whose id came before, in the order of the source.
+def _write_rejected(
+    table: Table, outputs: Sequence[UnitOutput], units: Sequence[Unit], folder: Path
+) -> list[str]:
+    """Writes the list of rejected records, and their counts; returns the names of both files.
 
-    Two passes keep memory small: the first holds a hash of 8 bytes a record, the second only the
-    ids whose hash repeats.
+    Of each part come first those that it rejected, then those that are dropped over all parts.
     """
-    # One uint64 array for each part, in the order of its lines.
-    hashes = [
-        np.fromiter((document_hash(name) for name, *_ in read_lines(output.ids)), np.uint64)
-        for output in outputs
-    ]
-    # An empty array in front: np.concatenate refuses an empty list.
-    values, counts = np.unique(
-        np.concatenate([np.zeros(0, np.uint64), *hashes]), return_counts=True
-    )
-    repeated = values[counts > 1]
-    first: dict[str, str] = {}
-    dropped: Dropped = collections.defaultdict(dict)
-    for number in np.flatnonzero([np.isin(of_part, repeated).any() for of_part in hashes]):
-        suspect = np.isin(hashes[number], repeated)
-        for line, (name, *_) in enumerate(read_lines(outputs[number].ids)):
-            # Equal hashes are no proof: the ids themselves decide, so that a collision drops no
-            # good record.
-            if suspect[line]:
-                if name in first:
-                    dropped[int(number)][line] = f"duplicate id (of one in {first[name]})"
-                first.setdefault(name, units[number].path)
-    return dropped
-
-
-def _rejected(
-    outputs: Sequence[UnitOutput], units: Sequence[Unit], dropped: Dropped
-) -> Iterator[dict[str, str]]:
-    """Yields the lines of `rejected.jsonl`: records that parts rejected, then duplicates."""
+    rejects = Rejects(DROPPED.values())
     for number, (output, unit) in enumerate(zip(outputs, units, strict=True)):
-        for name, reason in read_lines(output.rejected):
-            yield {"source": unit.path, "id": name, "reason": reason}
-        if number in dropped:
-            names = [name for name, *_ in read_lines(output.ids)]
-            for line, reason in dropped[number].items():
-                yield {"source": unit.path, "id": names[line], "reason": reason}
+        counts = json.loads(output.counts.read_text())
+        for head, (name, reason) in read_lines(output.rejected):
+            rejects.add(reason, {"source": unit.path, "id": name, "reason": reason})
+            counts[head] -= 1
+        # What the part has counted beyond its list.
+        for head, count in counts.items():
+            rejects.add_unlisted(head, count)
+        _add_dropped(rejects, table, outputs, units, number)
+    write_lines(folder / staging.REJECTED, (value for _, value in rejects.listed))
+    is_joined = table.fates == grouping.JOINED
+    counts = {
+        "rejected": dict(+rejects.counts),  # without those that never came
+        "joined": int(is_joined.sum()),
+        "into": len(np.unique(table.others[is_joined])),
+    }
+    staging.write_json(folder / staging.COUNTS, counts)
+    return [staging.REJECTED, staging.COUNTS]
 
 
-def _move(outputs: Sequence[UnitOutput], dropped: Dropped, holdout: float) -> Move | None:
-    """Returns the document that has to change its split, so that neither split is empty.
-
-    It is the one that the next larger, or smaller, `holdout` would move, whatever the order of the
-    parts. None where both splits have records, where `holdout` empties one on purpose, or where
-    there are not two documents.
-    """
-    found: dict[str, tuple[int, int]] = {}
-    for number, output in enumerate(outputs):
-        for line, (_, split, *place) in enumerate(read_lines(output.ids)):
-            # A part that an earlier version began does not say of what document its records are.
-            if not place:
-                return None
-            if line not in dropped[number]:
-                lowest, highest = found.get(split, (place[0], place[0]))
-                found[split] = min(lowest, place[0]), max(highest, place[0])
-        # Of a large source the first parts tell.
-        if len(found) == len(SPLITS):
-            return None
-    if not found or not 0 < holdout < 1:
-        return None
-    [(source, (lowest, highest))] = found.items()
-    [target] = set(SPLITS) - {source}
-    document = lowest if target == "validation" else highest
-    return None if lowest == highest else Move(document, source, target)
-
-
-def _drop_held_out(outputs: Sequence[UnitOutput], dropped: Dropped, move: Move | None) -> None:
-    """Drops the records for training all of whose images are, byte for byte, some of validation:
-    copies of a file, or documents that share it. One image among others, as a blank page, drops
-    none."""
-    held: set[int] = set()
-    # Two passes: in the order of the source a record of validation may come after its copies.
-    for is_first in (True, False):
-        for number, output in enumerate(outputs):
-            for line, (_, split, *place) in enumerate(read_lines(output.ids)):
-                if line in dropped[number] or len(place) < 2:
-                    continue
-                document, hashes = place
-                split = move.target if move and document == move.document else split
-                if is_first and split == "validation":
-                    held.update(hashes)
-                elif not is_first and split == "train" and hashes and held.issuperset(hashes):
-                    dropped[number][line] = "its image is one of validation"
-        if not held:
-            return
+def _add_dropped(
+    rejects: Rejects,
+    table: Table,
+    outputs: Sequence[UnitOutput],
+    units: Sequence[Unit],
+    number: int,
+) -> None:
+    """Adds the records of a part that are dropped over all parts."""
+    fates = table.fates[table.part(number)]
+    for fate, reason in DROPPED.items():
+        lines = table.starts[number] + np.flatnonzero(fates == fate)
+        # Of a flood of copies no names are looked up, only their number counts.
+        if rejects.is_full(reason):
+            rejects.add_unlisted(reason, len(lines))
+            continue
+        for line, name in zip(lines.tolist(), grouping.ids(table, outputs, lines), strict=True):
+            other = int(table.others[line])
+            whole = reason
+            if fate == grouping.REPEATED:
+                whole = f"{reason} (of one in {units[table.part_of(other)].path})"
+            elif fate == grouping.COPIED and not rejects.is_full(reason):
+                [twin] = grouping.ids(table, outputs, np.array([other]))
+                whole = f"{reason} ({twin})"
+            rejects.add(whole, {"source": units[number].path, "id": name, "reason": whole})
 
 
-def _kept(output: UnitOutput, split: str, dropped: dict[int, str], move: Move | None) -> list[bool]:
-    """Returns whether each record of a part's shard is kept in `split`; empty if none is.
-
-    The shard is that of `split`, or for the target of a move that of its source.
-    """
-    is_target = move is not None and split == move.target
-    source = move.source if is_target else split
-    # A part has one `ids` file but a shard for each split: dropped lines count in the file, the
-    # result counts in the shard.
-    lines = [
-        line not in dropped and (move is None or (place[:1] == [move.document]) == is_target)
-        for line, (_, of, *place) in enumerate(read_lines(output.ids))
-        if of == source
-    ]
-    return lines if any(lines) else []
-
-
-def _groups(sizes: dict[int, int]) -> list[list[int]]:
-    """Returns runs of consecutive parts that hold `MIN_SHARD_RECORDS` together.
+def _groups(sizes: Sequence[int], least: int) -> list[list[int]]:
+    """Returns runs of consecutive parts that hold `least` records together.
 
     Args:
-      sizes: number of records that are kept, by number of the part.
+      sizes: number of records that are kept of each part.
+      least: records of a shard, but for the last one.
     """
     groups: list[list[int]] = []
-    size = MIN_SHARD_RECORDS  # full, so that the first part opens a group
-    for number, count in sizes.items():
+    size = least  # full, so that the first part opens a group
+    for number, count in enumerate(sizes):
         if not count:
             continue
-        if size >= MIN_SHARD_RECORDS:
+        if size >= least:
             groups.append([])
             size = 0
         groups[-1].append(number)
@@ -227,28 +159,84 @@ def _groups(sizes: dict[int, int]) -> list[list[int]]:
     return groups
 
 
-def _join(kept: dict[UnitOutput, list[bool]], split: str, path: Path, is_copied: bool) -> None:
-    """Writes a shard and its index out of the shards of one or more parts.
+class _ShardMaker:
+    """Makes the shards of a split out of parts."""
 
-    The index is written first: a shard that exists has its index. A single part that is kept whole
-    is moved, all others are copied and then deleted; with `is_copied` all stay.
-    """
-    shards = [output.shard(split) for output in kept]
-    indexes = [index.read(index.index_path(shard)) for shard in shards]
-    chosen = [
-        index.select(one, np.flatnonzero(lines))
-        for one, lines in zip(indexes, kept.values(), strict=True)
-    ]
-    index.write(index.index_path(path), index.concatenate(chosen))
-    if len(shards) == 1 and all(*kept.values()) and not is_copied:
-        os.replace(shards[0], path)
-        return
-    with ShardWriter(path) as writer:
-        for shard, lines in zip(shards, kept.values(), strict=True):
-            for record, stays in zip(shards_lib.read_shard(shard), lines, strict=True):
-                if stays:
-                    writer.write(record)
-    # Only now: ShardWriter puts the shard in place as its block ends, and until then an interrupted
-    # call needs the parts again.
-    for shard in () if is_copied else shards:
-        shard.unlink()
+    def __init__(
+        self,
+        table: Table,
+        outputs: Sequence[UnitOutput],
+        split: str,
+        tokenizer: str,
+        move: Move | None,
+    ):
+        self._table = table
+        self._outputs = outputs
+        self._tokenizer = tokenizer
+        # The target of a move reads the shards of its source, which the source needs later.
+        self._is_copied = move is not None and split == move.target
+        self._split = move.source if move and self._is_copied else split
+        self._stay = table.stay(split)
+        members = np.flatnonzero(table.fates == grouping.JOINED)
+        # By the record that they join, each record's in the order of the source.
+        self._members = members[np.argsort(table.others[members], kind="stable")]
+
+    def make(self, numbers: Sequence[int], path: Path) -> None:
+        """Writes a shard and its index out of the shards of one or more parts.
+
+        A single part that is kept whole is moved, all others are copied and then deleted.
+        """
+        shards = [self._outputs[number].shard(self._split) for number in numbers]
+        lines = [self._lines(number) for number in numbers]
+        whole = index.concatenate([index.read(index.index_path(shard)) for shard in shards])
+        kept = np.flatnonzero(self._stay[np.concatenate(lines)])
+        members = self._members_of(np.concatenate(lines))
+        known = index.select(whole, kept)
+        if len(shards) == 1 and len(kept) == len(whole) and not members and not self._is_copied:
+            index.write(index.index_path(path), known)
+            os.replace(shards[0], path)
+            return
+        with ShardWriter(path) as writer:
+            row = 0
+            for shard, its_lines in zip(shards, lines, strict=True):
+                records = shards_lib.read_shard(shard)
+                for line, record in zip(its_lines.tolist(), records, strict=True):
+                    if line in members:
+                        first = grouping.joined([decode_record(record), *members[line]])
+                        counted = index.text_tokens(first, tokenizers.load(self._tokenizer))
+                        index.set_text(known, row, counted, index.content_hash(first))
+                        record = first
+                    if self._stay[line]:
+                        writer.write(record)
+                        row += 1
+            # Within the block: a shard that exists has its index.
+            index.write(index.index_path(path), known)
+        # Only now: ShardWriter puts the shard in place as its block ends, and until then an
+        # interrupted call needs the parts again.
+        for shard in () if self._is_copied else shards:
+            shard.unlink()
+
+    def _lines(self, number: int) -> np.ndarray:
+        """Returns the lines of a part's records in its shard of this split, int64 [n]."""
+        # A part has one `ids` file but a shard for each split.
+        splits = self._table.lines["split"][self._table.part(number)]
+        return self._table.starts[number] + np.flatnonzero(
+            splits == self._table.splits.index(self._split)
+        )
+
+    def _members_of(self, lines: np.ndarray) -> dict[int, list[Record]]:
+        """Returns by line, of some lines in ascending order, the records that have joined it,
+        without their images, which would fill the memory."""
+        others = self._table.others
+        begin, end = np.searchsorted(others[self._members], [lines[0], lines[-1] + 1])
+        members = self._members[begin:end]
+        found: dict[int, list[Record]] = {}
+        parts = np.searchsorted(self._table.starts, members, side="right") - 1
+        for number in np.unique(parts).tolist():
+            of_part = self._lines(number)
+            places = np.flatnonzero(np.isin(of_part, members[parts == number])).tolist()
+            records = shards_lib.read_records(self._outputs[number].shard(self._split), places)
+            for line, record in zip(of_part[places].tolist(), records, strict=True):
+                bare = dataclasses.replace(decode_record(record), images=())
+                found.setdefault(int(others[line]), []).append(bare)
+        return found

@@ -24,41 +24,14 @@ from alignvlm_jax.data import shards as shards_lib
 from alignvlm_jax.errors import UserError, counted
 from alignvlm_jax.ingest import executors, finish, staging, statistics
 from alignvlm_jax.ingest import writer as writer_lib
-from alignvlm_jax.ingest.formats.base import Format, Unit
-from alignvlm_jax.ingest.writer import UnitOutput, UnitWriter
+from alignvlm_jax.ingest.formats.base import Unit
+from alignvlm_jax.ingest.writer import Request, UnitOutput, UnitWriter
 
 VERSION = 4
 """Version of the records, raised with every change to them so that `prepare` writes them anew."""
 
 Runner = Callable[[UnitWriter, list[tuple[int, Unit]]], None]
 """A function that calls the writer for all tasks (part number, unit), on any workers."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A description of the data to prepare.
-
-    Attributes:
-      name: name of the format.
-      format: the format, with its options.
-      source: file, folder or gs:// URI to read.
-      tokenizer: path of the tokenizer whose tokens are counted.
-      holdout: fraction of documents that go to the validation split.
-      split: if not empty, the split of all documents; it is for evaluation, not for training, and
-        its questions need no answers.
-    """
-
-    name: str
-    format: Format
-    source: str
-    tokenizer: str
-    holdout: float
-    split: str = ""
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """The names of the splits that the job may write."""
-        return (self.split,) if self.split else writer_lib.SPLITS
 
 
 def prepare(request: Request, out: Path, run: Runner) -> bool:
@@ -85,9 +58,9 @@ def prepare(request: Request, out: Path, run: Runner) -> bool:
     if not names.exists():
         written = _write_outputs(request, units, folder, run)
         tokenizer_names = _copy_tokenizer(request.tokenizer, folder)
-        data_names = finish.finish(written, units, request.splits, folder, request.holdout)
-        # One name: the list of rejected records, but no shard.
-        if len(data_names) == 1:
+        data_names = finish.finish(written, units, request, folder)
+        # Two names: what was rejected, and how much of it, but no shard.
+        if len(data_names) == 2:
             raise UserError(f"{request.source} has no record that can be used{_reasons(folder)}")
         staging.write_json(names, [*data_names, *tokenizer_names])
     staging.publish(out, folder, json.loads(names.read_text()), request.splits, wanted)
@@ -177,6 +150,12 @@ def summary(out: Path, splits: Sequence[str] = writer_lib.SPLITS) -> str:
                 )
     if tuple(splits) == writer_lib.SPLITS:
         text += _lacking(out, tasks)
+    num_joined, num_joining = statistics.joined(out)
+    if num_joined:
+        text.append(
+            f"{num_joined + num_joining:,} records about {num_joining:,} images share one record "
+            "each, their questions one after another (--no-group_by_image keeps them apart)"
+        )
     reasons = statistics.rejected(out)
     text.append(
         f"rejected: {sum(reasons.values()):,}"
@@ -279,6 +258,8 @@ def _wanted(request: Request, units: Sequence[Unit]) -> dict[str, Any]:
         **dataclasses.asdict(request.format),
         "holdout": request.holdout,
         "split": request.split,
+        "group_tokens": request.group_tokens,
+        "shard_records": request.shard_records,
         "tokenizer": index.tokenizer_fingerprint(request.tokenizer),
         "listing": f"{zlib.crc32(json.dumps(listing).encode()):08x}",
         "version": VERSION,
@@ -302,9 +283,7 @@ def _write_outputs(
     ]
     if tasks:
         run(
-            UnitWriter(
-                str(place), request.format, request.tokenizer, request.holdout, request.split
-            ),
+            UnitWriter(str(place), request),
             tasks,
         )
     return all_outputs

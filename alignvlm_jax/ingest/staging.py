@@ -17,6 +17,8 @@ from alignvlm_jax.data import shards as shards_lib
 from alignvlm_jax.errors import UserError
 
 REJECTED = "rejected.jsonl"
+COUNTS = "counts.json"
+"""Numbers of records: those rejected by reason, all of them, and those that share their images."""
 PARTIAL = ".partial-"
 OURS = (".array_record", "prepare.json")
 """Ends of names of which a folder that `prepare` wrote has some."""
@@ -80,7 +82,7 @@ def publish(
     # First of all: from here on the folder is neither the old data nor the new.
     (out / "prepare.json").unlink(missing_ok=True)
     shards = [path for split in splits for path in shards_lib.shard_paths(out, split)]
-    others = [out / name for name in (REJECTED, *tokenizers.NAMES, tokenizers.CHAT_FORMAT)]
+    others = [out / name for name in (REJECTED, COUNTS, *tokenizers.NAMES, tokenizers.CHAT_FORMAT)]
     others += [
         out / name
         for split in splits

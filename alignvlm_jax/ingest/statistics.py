@@ -2,9 +2,10 @@
 
 import collections
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -113,13 +114,28 @@ def rejected(directory: str | Path) -> dict[str, int]:
     Without a list of them none.
     """
     path = Path(directory, staging.REJECTED)
-    if not path.exists():
-        return {}
-    # What stands in parentheses is of one record.
-    reasons = collections.Counter(line["reason"].split(" (")[0] for line in writer.read_lines(path))
+    reasons = collections.Counter(_counts(directory).get("rejected", {}))
+    # Folders of earlier versions have the list alone.
+    if not reasons and path.exists():
+        # What stands in parentheses is of one record.
+        heads = (line["reason"].split(" (")[0] for line in writer.read_lines(path))
+        reasons = collections.Counter(heads)
     listed = dict(reasons.most_common(MAX_REASONS))
     rest = reasons.total() - sum(listed.values())
     return listed | ({"other reasons": rest} if rest else {})
+
+
+def joined(directory: str | Path) -> tuple[int, int]:
+    """Returns how many records `prepare` has put into others about the same images, and into how
+    many."""
+    counts = _counts(directory)
+    return counts.get("joined", 0), counts.get("into", 0)
+
+
+def _counts(directory: str | Path) -> dict[str, Any]:
+    """Returns the numbers that `prepare` wrote; none of a folder of an earlier version."""
+    path = Path(directory, staging.COUNTS)
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _distribution(values: np.ndarray) -> tuple[float, ...]:

@@ -3,6 +3,7 @@
 A part is written by one process, and is either complete or absent.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -26,6 +27,72 @@ REPORT_EVERY = 20  # records
 UNANSWERED = "a question without an answer, in a record whose others stay"
 BESIDE = "writing-"
 """Prefix of the folders in which parts are written before they move into place."""
+MAX_LISTED = 1000
+"""Rejected records of one reason that are listed by name; all are counted."""
+MAX_REASONS = 100
+"""Different reasons that are listed and counted each by itself."""
+OTHERS = "other reasons"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A description of the data to prepare.
+
+    Attributes:
+      name: name of the format.
+      format: the format, with its options.
+      source: file, folder or gs:// URI to read.
+      tokenizer: path of the tokenizer whose tokens are counted.
+      holdout: fraction of documents that go to the validation split.
+      split: if not empty, the split of all documents; it is for evaluation, not for training, and
+        its questions need no answers.
+      group_tokens: text tokens up to which the questions about an image share a record for
+        training; 0 leaves each record as the source has it.
+      shard_records: smallest number of records of a shard, but for the last one of a split.
+    """
+
+    name: str
+    format: Format
+    source: str
+    tokenizer: str
+    holdout: float
+    split: str = ""
+    group_tokens: int = 0
+    shard_records: int = 1000
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The names of the splits that the job may write."""
+        return (self.split,) if self.split else SPLITS
+
+    @property
+    def grouped(self) -> str:
+        """The split whose questions share records, the one for training."""
+        return self.split or SPLITS[0]
+
+
+class Line(NamedTuple):
+    """What a part says of a record, for what is decided over all parts.
+
+    Attributes:
+      id: of the record.
+      split: the one that it was written to.
+      document: `document_hash` of its document.
+      images: hashes of its images.
+      group: hash of what records have to agree in to share their images; 0 if it shares none.
+      content: hash of all but its id and the ids of its questions.
+      words: hash of the words of its pages; 0 without any.
+      tokens: those of its questions and answers.
+    """
+
+    id: str
+    split: str
+    document: int
+    images: list[int]
+    group: int
+    content: int
+    words: int
+    tokens: int
 
 
 class Progress(NamedTuple):
@@ -51,23 +118,66 @@ class UnitOutput:
 
     @property
     def ids(self) -> Path:
-        """The path of a JSON lines file with a line for each record, in the source's order.
-
-        A line is [id, split, `document_hash` of its document, hashes of its images].
-        """
+        """The path of a JSON lines file with a `Line` for each record, in the source's order."""
         return self.folder / f"{self.number:06d}.ids.jsonl"
 
     @property
     def rejected(self) -> Path:
-        """The path of a JSON lines file of [id, reason] for each record that was left out.
+        """The path of a JSON lines file of [counted as, [id, reason]] for records that were left
+        out: the list of `Rejects`."""
+        return self.folder / f"{self.number:06d}.rejected.jsonl"
+
+    @property
+    def counts(self) -> Path:
+        """The path of a JSON file of the number of records that were left out, by reason.
 
         It is written last: if it exists, all files of the part do.
         """
-        return self.folder / f"{self.number:06d}.rejected.jsonl"
+        return self.folder / f"{self.number:06d}.counts.json"
 
     def is_done(self) -> bool:
         """Whether the part is complete."""
-        return self.rejected.exists()
+        return self.counts.exists()
+
+    def lines(self) -> Iterator[Line]:
+        """Yields what the part says of its records, in the source's order."""
+        return (Line(*values) for values in read_lines(self.ids))
+
+
+class Rejects:
+    """A list of rejected records that is short however many there are.
+
+    Attributes:
+      counts: how many were rejected, by reason without what is of one record; beyond
+        `MAX_REASONS` they are `OTHERS`.
+      listed: of the first `MAX_LISTED` of each reason, that reason and what was given.
+    """
+
+    def __init__(self, expected: Iterable[str] = ()):
+        """`expected` reasons are counted by themselves, whatever others come first."""
+        self.counts: collections.Counter[str] = collections.Counter(dict.fromkeys(expected, 0))
+        self.listed: list[tuple[str, Any]] = []
+
+    def add(self, reason: str, value: Any) -> None:
+        """Counts a rejected record, and lists `value` of it."""
+        head = self._head(reason)
+        self.counts[head] += 1
+        if self.counts[head] <= MAX_LISTED:
+            self.listed.append((head, value))
+
+    def add_unlisted(self, reason: str, count: int) -> None:
+        """Counts further records, of which no more is known."""
+        if count:
+            self.counts[self._head(reason)] += count
+
+    def is_full(self, reason: str) -> bool:
+        """Whether no other record of a reason would be listed."""
+        return self.counts[self._head(reason)] >= MAX_LISTED
+
+    def _head(self, reason: str) -> str:
+        # What stands in parentheses is of one record.
+        head = reason.split(" (")[0]
+        return head if head in self.counts or len(self.counts) < MAX_REASONS else OTHERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,17 +186,11 @@ class UnitWriter:
 
     Attributes:
       folder: path of the folder of all parts.
-      format: format of the source.
-      tokenizer: path of the tokenizer that counts the tokens for the index.
-      holdout: fraction of the documents that go to the validation split.
-      split: if not empty, the split of all documents; their questions need no answers then.
+      request: what to write.
     """
 
     folder: str
-    format: Format
-    tokenizer: str
-    holdout: float
-    split: str = ""
+    request: Request
 
     def __call__(self, task: tuple[int, Unit]) -> Iterator[Progress]:
         """Writes the part of a unit, and yields the progress.
@@ -105,44 +209,46 @@ class UnitWriter:
             place = UnitOutput(Path(self.folder), number)
             yield from self._write(output, unit)
             # False sorts before True: the file that says that all are there moves last.
-            for name in sorted(os.listdir(beside), key=lambda name: name == output.rejected.name):
+            for name in sorted(os.listdir(beside), key=lambda name: name == output.counts.name):
                 os.replace(Path(beside, name), Path(self.folder, name))
             assert place.is_done()
         yield Progress(0, 1)
 
     def _write(self, output: UnitOutput, unit: Unit) -> Iterator[Progress]:
         """Writes all files of a part to the folder of `output`."""
-        ids = []
-        rejected = []
+        lines = []
+        rejects = Rejects()
         splits = {}
         count = 0
         with contextlib.ExitStack() as stack:
-            for item in self.format.raws(unit):
+            for item in self.request.format.raws(unit):
                 try:
                     record, split, place, num_lost = self._record(item)
                     # Opened with the first record: a split without any leaves no empty shard.
                     if split not in splits:
                         shard = stack.enter_context(ShardWriter(output.shard(split)))
-                        splits[split] = shard, index.Builder(*_tokenizer(self.tokenizer))
+                        splits[split] = shard, index.Builder(*_tokenizer(self.request.tokenizer))
                     shard, builder = splits[split]
                     # Before the shard is written: a record that the index cannot count must not
                     # be in it.
                     with _no_fault_ends_all():
-                        builder.add(record)
+                        num_tokens = builder.add(record)
                 except Reject as err:
-                    rejected.append((item.id, str(err)))
+                    rejects.add(str(err), (item.id, str(err)))
                 else:
                     shard.write(record)
-                    ids.append((record.id, split, place, [hash_of(one) for one in record.images]))
+                    lines.append(_line(record, split, place, num_tokens["answer"]))
                     # Told, though the record stays: else nobody would miss them.
-                    rejected += [(record.id, UNANSWERED)] * num_lost
+                    for _ in range(num_lost):
+                        rejects.add(UNANSWERED, (record.id, UNANSWERED))
                 count += 1
                 if count % REPORT_EVERY == 0:
                     yield Progress(REPORT_EVERY)
         for split, (_, builder) in splits.items():
             index.write(index.index_path(output.shard(split)), builder.build())
-        write_lines(output.ids, ids)
-        write_lines(output.rejected, rejected)
+        write_lines(output.ids, lines)
+        write_lines(output.rejected, rejects.listed)
+        output.counts.write_text(json.dumps(dict(rejects.counts)))
         yield Progress(count % REPORT_EVERY)
 
     def _record(self, item: Raw | Rejection) -> tuple[Record, str, int, int]:
@@ -155,11 +261,30 @@ class UnitWriter:
         if isinstance(item, Rejection):
             raise Reject(item.reason)
         with _no_fault_ends_all():
-            made = self.format.record(item)
-            record = checks.check(made, needs_answers=not self.split)
+            made = self.request.format.record(item)
+            record = checks.check(made, needs_answers=not self.request.split)
             place = document_hash(item.document)
-            split = self.split or SPLITS[place < self.holdout * 2**64]
+            split = self.request.split or SPLITS[place < self.request.holdout * 2**64]
             return record, split, place, len(made.turns) - len(record.turns)
+
+
+def _line(record: Record, split: str, document: int, num_tokens: int) -> Line:
+    """Returns what a part says of a record."""
+    images = [hash_of(image) for image in record.images]
+    turns = [(turn.question, turn.answers) for turn in record.turns]
+    words = hash_of(repr(record.lines).encode()) if record.lines else 0
+    # Conversations share no record: each turn of one stands behind those before it.
+    shared = [record.source, images] if images else []
+    return Line(
+        record.id,
+        split,
+        document,
+        images,
+        hash_of(repr(shared).encode()) if shared else 0,
+        hash_of(repr((images, turns, words)).encode()),
+        words,
+        num_tokens,
+    )
 
 
 @contextlib.contextmanager

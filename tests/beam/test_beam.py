@@ -6,7 +6,6 @@ from PIL import Image
 from alignvlm_jax.commands import prepare
 from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.ingest import finish
 from alignvlm_jax.ingest.formats import files
 
 
@@ -15,7 +14,6 @@ def arguments(tmp_path, monkeypatch):
     """Flags for a source of six pieces, with duplicates, records that cannot be used, and held-out
     documents."""
     monkeypatch.setattr(files, "UNIT_RECORDS", 8)
-    monkeypatch.setattr(finish, "MIN_SHARD_RECORDS", 10)
     for document in range(24):
         Image.new("L", (20, 10), document).save(tmp_path / f"{document}.png")
     with open(tmp_path / "data.jsonl", "w") as file:
@@ -35,7 +33,7 @@ def arguments(tmp_path, monkeypatch):
         "source": tmp_path / "data.jsonl",
         "tokenizer": tmp_path / "tokenizer.model",
     }
-    return [f"--{name}={value}" for name, value in flags.items()]
+    return [f"--{name}={value}" for name, value in (flags | {"shard_records": 10}).items()]
 
 
 # Of the smaller fraction no document is: one is held out all the same.

@@ -174,7 +174,7 @@ def tar(members: list[tuple[str, bytes]], kind: bytes = tarfile.REGTYPE, target:
 
 def webdataset(folder: Path, is_hostile: bool) -> dict[str, str]:
     pairs = [
-        [(f"good {number}.png", picture()), (f"good {number}.txt", b"A page.")]
+        [(f"good {number}.png", picture()), (f"good {number}.txt", b"Page %d." % number)]
         for number in range(12)
     ]
     odd = {
@@ -262,7 +262,8 @@ def parquet(folder: Path, is_hostile: bool) -> dict[str, str]:
     }
     table = []
     for number, (name, (changes, _)) in enumerate(rows.items()):
-        table.append(good | {"questionId": f"good {number}"})
+        # Each with an answer of its own: copies are dropped.
+        table.append(good | {"questionId": f"good {number}", "answers": [str(number)]})
         table += [good | {"questionId": name} | changes] if is_hostile else []
     pq.write_table(pa.Table.from_pylist(table), folder / "a.parquet", row_group_size=5)
     file = io.BytesIO()
@@ -287,7 +288,8 @@ def parquet(folder: Path, is_hostile: bool) -> dict[str, str]:
 def pdf(folder: Path, is_hostile: bool) -> dict[str, str]:
     whole = make_pdf.pdf([make_pdf.text(20, 100, "good")])
     for name in ("good 0", "good 1"):
-        (folder / f"{name}.pdf").write_bytes(whole)
+        page = make_pdf.pdf([make_pdf.text(20, 100, f"very {name}")])
+        (folder / f"{name}.pdf").write_bytes(page)
     hostile = {
         "zero bytes.pdf": (b"", "no PDF"),
         "zeros.pdf": (bytes(1000), "no PDF"),
@@ -339,7 +341,8 @@ def chats(
             ),
         }
         for number, (fields, _) in enumerate(bad.values()):
-            lines = [json.dumps(one) for one in (good, *([fields] if is_hostile else []))]
+            own = good | {messages: [turns[0], {role: answerer, content: f"{number}."}]}
+            lines = [json.dumps(one) for one in (own, *([fields] if is_hostile else []))]
             (folder / f"{number} good.jsonl").write_text("\n".join(lines))
         whole = json.dumps([good] * 5).encode()
         ending = "json" if evaluator == "human" else "jsonl"

@@ -18,7 +18,7 @@ from alignvlm_jax.data import tokenizers as our_tokenizers
 from alignvlm_jax.data.record import decode_record
 from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.ingest import finish, job, staging, writer
+from alignvlm_jax.ingest import finish, grouping, job, staging, writer
 from alignvlm_jax.ingest.formats import files
 from alignvlm_jax.ingest.formats.base import Unit
 from alignvlm_jax.ingest.formats.jsonl import Jsonl
@@ -46,7 +46,6 @@ def one(number: int, **changes) -> dict:
 def source(tmp_path, png, monkeypatch):
     """Forty records, with three that cannot be used, in pieces of about eight."""
     monkeypatch.setattr(files, "UNIT_RECORDS", 8)
-    monkeypatch.setattr(finish, "MIN_SHARD_RECORDS", 10)
     for document in (*range(COUNT // 2 + 1), 50):
         (tmp_path / f"{document}.png").write_bytes(png(shade=document))
     objects = [one(number) for number in range(COUNT)]
@@ -78,7 +77,7 @@ def test_the_folder(source, prepare, tokenizer):
     merged = {
         f"{kind}-{split}.npz" for kind in ("index", "shards") for split in ("train", "validation")
     }
-    assert names == merged | {"rejected.jsonl", "prepare.json", "tokenizer.model"}
+    assert names == merged | {*("rejected.jsonl", "counts.json", "prepare.json", "tokenizer.model")}
     copied = our_tokenizers.load(prepared.folder)
     assert copied.encode("total 1") == tokenizer.encode("total 1")
     text = job.summary(prepared.folder)
@@ -261,7 +260,7 @@ def test_of_equal_ids_the_first_stays(tmp_path, prepare, monkeypatch, source):
 
 
 def test_hashes_alone_reject_nobody(source, prepare, monkeypatch):
-    monkeypatch.setattr(finish, "document_hash", lambda name: int(name[1:]) % 3)
+    monkeypatch.setattr(grouping, "document_hash", lambda name: int(name[1:]) % 3)
     assert len(prepare(Jsonl(), source).records()) == COUNT - 3
 
 
@@ -377,7 +376,7 @@ def test_who_is_held_out_of_a_small_source_depends_on_no_order(few, prepare, tok
         for task in [*reversed(tasks), *tasks]:
             collections.deque(write(task), maxlen=0)
 
-    request = job.Request("test", Jsonl(), str(few), tokenizer.name, 1e-9)
+    request = job.Request("test", Jsonl(), str(few), tokenizer.name, 1e-9, shard_records=10)
     assert job.prepare(request, tmp_path / "other", backwards_and_twice)
     other = {path.name: path.read_bytes() for path in (tmp_path / "other").iterdir()}
     assert other == alone.files()
@@ -407,17 +406,6 @@ def test_an_interrupted_move_of_the_document_goes_on(few, prepare, monkeypatch, 
         else:
             assert count > 24
     assert prepare(Jsonl(), few, holdout=1e-9).files() == whole.files()
-
-
-def test_a_part_of_an_earlier_version_moves_no_document(few, prepare, monkeypatch):
-    original = writer.write_lines
-
-    def write_lines(path, values):
-        original(path, [line[:2] if ".ids." in path.name else line for line in values])
-
-    monkeypatch.setattr(writer, "write_lines", write_lines)
-    prepared = prepare(Jsonl(), few, holdout=1e-9)
-    assert len(prepared.records()) == 24 and not prepared.records("validation")
 
 
 def test_one_document_is_not_held_out_and_the_summary_says_what_to_do(tmp_path, prepare, png):
@@ -484,6 +472,7 @@ def test_files_of_one_name_in_two_folders_keep_all_their_records(tmp_path, prepa
         (tmp_path / folder / "1.png").write_bytes(png(shade=shade))
         record = {"images": ["1.png"], "turns": [{"question": folder, "answers": ["a"]}]}
         write(tmp_path / folder, [record], "d.v1.jsonl")
+        record["turns"][0]["answers"] = ["b"]
         write(tmp_path / folder, [record], "d.v2.jsonl")
     prepared = prepare(Jsonl(), tmp_path / "in", holdout=1e-9)
     assert not prepared.rejected()
