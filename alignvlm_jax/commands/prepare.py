@@ -188,8 +188,8 @@ def _add_source_flags(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument(
         "--group_by_image",
         action=argparse.BooleanOptionalAction,
-        help="put questions about one image into one record; by default those for training, but "
-        "none with --split",
+        help="put questions about one image into one record, and drop copies; by default of those "
+        "for training, but not with --split",
     )
     parser.add_argument(
         "--group_tokens",
@@ -202,6 +202,12 @@ def _add_source_flags(parser: argparse.ArgumentParser, name: str) -> None:
         type=positive,
         default=1000,
         help="smallest number of records of a shard, but for the last one",
+    )
+    parser.add_argument(
+        "--allow_outside",
+        action="store_true",
+        help="read images that records name outside of --source and of the folder that their paths "
+        "start from",
     )
     parser.add_argument(
         "--beam_runner",
@@ -278,6 +284,7 @@ def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: fl
         args.split,
         group_tokens=args.group_tokens if is_grouped else 0,
         shard_records=args.shard_records,
+        allow_outside=args.allow_outside,
     )
     if args.beam_runner:
         run = executors.under_beam(args.beam_runner, beam_flags)

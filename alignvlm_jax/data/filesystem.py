@@ -10,7 +10,7 @@ import io
 import os
 import posixpath
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -70,20 +70,69 @@ def list_files(source: str, suffixes: tuple[str, ...]) -> list[str]:
         return [source]
     if info.type == fs.FileType.NotFound:
         raise UserError(f"no source {source}{_similar(source)}")
-    files, path = _resolve(source)
+    names = _files_below(source)
+    wanted = [name for name in names if name.lower().endswith(suffixes)]
+    readable = sorted(filter(is_utf8, wanted))
+    if not readable:
+        ending = f" that ends in {' or '.join(suffixes)}" if any(suffixes) else ""
+        others = f" ({len(names) - len(wanted):,} others)" if names else ": it is empty"
+        if wanted:
+            others = f" but {len(wanted):,} whose names are no UTF-8, as {escaped(wanted[0])}"
+        raise UserError(f"{source} holds no file{ending}{others}")
+    return readable
+
+
+def misnamed_files(source: str, suffixes: tuple[str, ...]) -> list[str]:
+    """Returns the files that `list_files` leaves out because their names are no UTF-8, escaped."""
+    if is_remote(source) or not os.path.isdir(source):
+        return []
+    names = (name for name in _files_below(source) if not is_utf8(name))
+    return sorted(escaped(name) for name in names if name.lower().endswith(suffixes))
+
+
+def is_utf8(path: str) -> bool:
+    """Whether a path can be written as UTF-8, which pyarrow, JSON and protocols need."""
     try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def escaped(path: str) -> str:
+    """Returns a path for a message, the bytes of it that are no UTF-8 as `\\xe9`."""
+    return os.fsencode(path).decode(errors="backslashreplace") if not is_utf8(path) else path
+
+
+def _files_below(source: str) -> list[str]:
+    """Returns all files below a folder; raises UserError if it cannot be listed."""
+    try:
+        if not is_remote(source):
+            return list(_walk(source, frozenset()))
+        files, path = _resolve(source)
         found = files.get_file_info(fs.FileSelector(path, recursive=True))
     except OSError as err:
         raise faults.as_error(f"cannot list {source}: {_reason(err)}", err) from err
     # pyarrow's paths lack the scheme of the URI.
-    prefix = source.partition("://")[0] + "://" if is_remote(source) else ""
-    names = [prefix + item.path for item in found if item.type == fs.FileType.File]
-    wanted = sorted(name for name in names if name.lower().endswith(suffixes))
-    if not wanted:
-        ending = f" that ends in {' or '.join(suffixes)}" if any(suffixes) else ""
-        others = f" ({len(names):,} others)" if names else ": it is empty"
-        raise UserError(f"{source} holds no file{ending}{others}")
-    return wanted
+    prefix = source.partition("://")[0] + "://"
+    return [prefix + item.path for item in found if item.type == fs.FileType.File]
+
+
+def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+    """Yields the files below a local folder, of which `above` are the folders around it.
+
+    pyarrow would do, but for names that are no UTF-8 and for links to a folder around.
+    """
+    stat = os.stat(folder)
+    here = stat.st_dev, stat.st_ino
+    if here in above:
+        return
+    with os.scandir(folder) as items:
+        for item in items:
+            if item.is_dir():
+                yield from _walk(item.path, above | {here})
+            elif item.is_file():
+                yield item.path
 
 
 def raise_if_passing(path: str, err: Exception) -> None:
@@ -100,10 +149,15 @@ def raise_if_passing(path: str, err: Exception) -> None:
 
 def size(path: str) -> int:
     """Returns the size of a file in bytes; raises UserError if there is no such file."""
+    return entry(path).size
+
+
+def entry(path: str) -> Entry:
+    """Returns the size of a file, and when it was written; UserError if there is no such file."""
     info = _info(path)
     if info.type != fs.FileType.File:
         raise UserError(f"{path} is no file")
-    return info.size
+    return Entry(info.size, str(info.mtime_ns))
 
 
 def open_file(path: str) -> pa.NativeFile:
@@ -266,6 +320,8 @@ def _bucket(path: str) -> Any:
 
 def _resolve(path: str) -> tuple[fs.FileSystem, str]:
     """Returns pyarrow's filesystem of a path or URI, and the path within it."""
+    if not is_utf8(path):
+        raise UserError(f"the name {escaped(path)} is no UTF-8; rename it")
     scheme, separator, inner = path.partition("://")
     return (_filesystem(scheme), inner) if separator else (_filesystem(""), path)
 

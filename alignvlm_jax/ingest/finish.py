@@ -29,6 +29,7 @@ from alignvlm_jax.ingest.writer import (
     write_lines,
 )
 
+MISNAMED = "the file's name is no UTF-8; rename it"
 DROPPED = {
     grouping.REPEATED: "duplicate id",
     grouping.HELD_OUT: "its image is one of validation",
@@ -38,7 +39,11 @@ DROPPED = {
 
 
 def finish(
-    outputs: Sequence[UnitOutput], units: Sequence[Unit], request: Request, folder: Path
+    outputs: Sequence[UnitOutput],
+    units: Sequence[Unit],
+    request: Request,
+    folder: Path,
+    misnamed: Sequence[str] = (),
 ) -> list[str]:
     """Writes the shards and the index of every split and `rejected.jsonl`, out of all parts.
 
@@ -50,6 +55,7 @@ def finish(
       units: the units of the source, in its order.
       request: what is prepared.
       folder: where the files are written.
+      misnamed: files of the source that nothing can open, by their escaped names.
 
     Returns:
       The names of the files in `folder`.
@@ -59,13 +65,18 @@ def finish(
     move = grouping.move_of(table, request.holdout) if not request.split else None
     if move:
         grouping.apply(table, move)
-    # A set for evaluation asks what its makers ask, each question as often as they do.
     if not request.split:
         grouping.drop_held_out(table)
-        grouping.drop_copies(table)
     if request.group_tokens:
+        # A set for evaluation asks what its makers ask, each question as often as they do.
+        if not request.split:
+            grouping.drop_copies(table)
         grouping.join(table, request.grouped, request.group_tokens)
-    names = _write_rejected(table, outputs, units, folder)
+    rejects = Rejects(DROPPED.values())
+    for path in misnamed:
+        line = {"source": path, "id": Path(path).name, "reason": MISNAMED}
+        rejects.add(MISNAMED, line)
+    names = _write_rejected(rejects, table, outputs, units, folder)
     # The moved document first: its records are copied out of parts that the other split then uses
     # up.
     for split in sorted(request.splits, key=lambda split: move is None or split != move.target):
@@ -86,13 +97,17 @@ def finish(
 
 
 def _write_rejected(
-    table: Table, outputs: Sequence[UnitOutput], units: Sequence[Unit], folder: Path
+    rejects: Rejects,
+    table: Table,
+    outputs: Sequence[UnitOutput],
+    units: Sequence[Unit],
+    folder: Path,
 ) -> list[str]:
     """Writes the list of rejected records, and their counts; returns the names of both files.
 
-    Of each part come first those that it rejected, then those that are dropped over all parts.
+    They follow what is rejected already. Of each part come first those that it rejected, then those
+    that are dropped over all parts.
     """
-    rejects = Rejects(DROPPED.values())
     for number, (output, unit) in enumerate(zip(outputs, units, strict=True)):
         counts = json.loads(output.counts.read_text())
         for head, (name, reason) in read_lines(output.rejected):

@@ -47,7 +47,8 @@ def prepare(request: Request, out: Path, run: Runner) -> bool:
     tokenizer = tokenizers.load(request.tokenizer)
     chat.format_of(tokenizer)  # raises before anything is read
     units = _units(request, out)
-    wanted = _wanted(request, units)
+    misnamed = filesystem.misnamed_files(request.source, request.format.suffixes)
+    wanted = _wanted(request, units, misnamed)
     # The description holds a listing of the source: a source that has grown is prepared anew.
     if staging.is_ready(out, wanted):
         return False
@@ -58,7 +59,7 @@ def prepare(request: Request, out: Path, run: Runner) -> bool:
     if not names.exists():
         written = _write_outputs(request, units, folder, run)
         tokenizer_names = _copy_tokenizer(request.tokenizer, folder)
-        data_names = finish.finish(written, units, request, folder)
+        data_names = finish.finish(written, units, request, folder, misnamed)
         # Two names: what was rejected, and how much of it, but no shard.
         if len(data_names) == 2:
             raise UserError(f"{request.source} has no record that can be used{_reasons(folder)}")
@@ -238,19 +239,19 @@ def _reasons(folder: Path) -> str:
     )
 
 
-def _wanted(request: Request, units: Sequence[Unit]) -> dict[str, Any]:
+def _wanted(request: Request, units: Sequence[Unit], misnamed: Sequence[str]) -> dict[str, Any]:
     """Returns a JSON description that is equal for two jobs only if they make the same data.
 
-    A checksum of the source's listing is part of it: another file, or one that has grown, makes
-    other data.
+    A checksum of the source's listing is part of it: another file, or one that has grown or was
+    written anew, makes other data.
     """
     # A file of many units is measured once: in a bucket, each size is a request.
     paths = dict.fromkeys(unit.path for unit in units)
     listing = [
-        # Without a name that says nothing, a folder that was prepared before there were names
-        # stays ready.
-        [[*dataclasses.astuple(unit)[:3], *filter(None, [unit.name])] for unit in units],
-        [filesystem.size(path) for path in paths],
+        [dataclasses.astuple(unit) for unit in units],
+        # With the time: an answer that was mended may have as many bytes as before.
+        [filesystem.entry(path) for path in paths],
+        misnamed,
     ]
     return {
         "format": request.name,
@@ -260,6 +261,7 @@ def _wanted(request: Request, units: Sequence[Unit]) -> dict[str, Any]:
         "split": request.split,
         "group_tokens": request.group_tokens,
         "shard_records": request.shard_records,
+        "allow_outside": request.allow_outside,
         "tokenizer": index.tokenizer_fingerprint(request.tokenizer),
         "listing": f"{zlib.crc32(json.dumps(listing).encode()):08x}",
         "version": VERSION,

@@ -19,7 +19,7 @@ from alignvlm_jax.data import index, tokenizers
 from alignvlm_jax.data.record import Record
 from alignvlm_jax.data.shards import ShardWriter
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.ingest.formats import checks
+from alignvlm_jax.ingest.formats import checks, files
 from alignvlm_jax.ingest.formats.base import Format, Raw, Reject, Rejection, Unit
 
 SPLITS = ("train", "validation")
@@ -47,8 +47,10 @@ class Request:
       split: if not empty, the split of all documents; it is for evaluation, not for training, and
         its questions need no answers.
       group_tokens: text tokens up to which the questions about an image share a record for
-        training; 0 leaves each record as the source has it.
+        training, where copies are dropped; 0 leaves each record as the source has it.
       shard_records: smallest number of records of a shard, but for the last one of a split.
+      allow_outside: whether records may name images outside of the source and of the folder that
+        their paths start from.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Request:
     split: str = ""
     group_tokens: int = 0
     shard_records: int = 1000
+    allow_outside: bool = False
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -216,6 +219,7 @@ class UnitWriter:
 
     def _write(self, output: UnitOutput, unit: Unit) -> Iterator[Progress]:
         """Writes all files of a part to the folder of `output`."""
+        files.ROOTS.set(None if self.request.allow_outside else (self.request.source,))
         lines = []
         rejects = Rejects()
         splits = {}

@@ -81,8 +81,10 @@ IMAGES = {
 FIELDS: dict[str, tuple[dict, str]] = {
     "missing": ({"images": ["none.png"]}, "image is missing"),
     "folder": ({"images": ["."]}, "image is missing"),
-    "device": ({"images": ["/dev/zero"]}, "image is missing"),
-    "other file": ({"images": ["../../../../../../etc/passwd"]}, "no known format"),
+    "device": ({"images": ["/dev/zero"]}, "outside of its folder"),
+    "other file": ({"images": ["../../../../../../etc/passwd"]}, "outside of its folder"),
+    "absolute": ({"images": ["/etc/passwd"]}, "outside of its folder"),
+    "no UTF-8": ({"images": ["\udce9.png"]}, "no UTF-8"),
     "web": ({"images": ["https://example.com/1.png"]}, "neither local nor on gs://"),
     "bucket of another kind": ({"images": ["s3://mine/1.png"]}, "neither local nor on gs://"),
     "NUL": ({"images": ["a\0b.png"]}, "cannot be read"),

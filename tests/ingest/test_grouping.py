@@ -171,8 +171,8 @@ def test_a_split_for_evaluation_keeps_a_record_a_question_and_its_copies(
     held = len(known["validation"])
     assert held and held % QUESTIONS == 0 and len(known["train"]) == PAGES - held // QUESTIONS
     command.main([*flags, "--no-group_by_image", f"--out={tmp_path}/apart", "--holdout=0"])
-    assert len(index.load(tmp_path / "apart", "train")) == PAGES * QUESTIONS
-    [line] = (tmp_path / "apart/rejected.jsonl").read_text().splitlines()
+    assert len(index.load(tmp_path / "apart", "train")) == PAGES * QUESTIONS + 1
+    [line] = (tmp_path / "train/rejected.jsonl").read_text().splitlines()
     assert json.loads(line)["reason"].endswith("are those of another record (p0q0)")
     assert json.loads(line)["id"] == "again"
 
@@ -198,7 +198,7 @@ def test_a_flood_of_rejects_is_counted_and_not_listed(tmp_path, prepare, png, mo
     floods = [{"images": ["none.png"]} for _ in range(300)]
     odd = [{f"key{number}": 1} for number in range(40)]
     objects = [good, *floods, *odd, *[good | {"id": "x"}] * 200]
-    prepared = prepare(Jsonl(), write(tmp_path, objects))
+    prepared = prepare(Jsonl(), write(tmp_path, objects), group_tokens=100)
     assert len(prepared.records()) == 1
     counted = statistics.rejected(prepared.folder)
     assert sum(counted.values()) == 540 and counted["an image is missing"] == 300

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import collections
+import contextvars
 import functools
 import io
 import json
@@ -21,6 +22,12 @@ MAX_BYTES = 256 << 20
 
 MAX_PATH = 4096
 """Longest path of an image in characters; a longer text is base64."""
+
+ROOTS: contextvars.ContextVar[tuple[str, ...] | None] = contextvars.ContextVar("ROOTS", default=())
+"""Folders, beside the one that its paths start from, whose images a record may name; None is any.
+
+Every format reads images by `image`: what a whole run allows need not pass through each of them.
+"""
 
 
 def images(folder: str, names: Iterable[str]) -> tuple[bytes, ...]:
@@ -48,7 +55,8 @@ def image(folder: str, name: str, max_bytes: int = MAX_BYTES) -> bytes:
       max_bytes: largest size of a file.
 
     Raises:
-      Reject: the file is missing, unreadable or too large, or the base64 is invalid.
+      Reject: the file is missing, unreadable, too large or outside of the folders that it may be
+        in, or the base64 is invalid.
       UserError: a bucket does not answer. That is no fault of the record, and the run may go on
         later.
     """
@@ -58,7 +66,10 @@ def image(folder: str, name: str, max_bytes: int = MAX_BYTES) -> bytes:
     path = filesystem.join(folder, name)
     if not filesystem.is_readable(path):
         raise Reject(f"an image is neither local nor on gs:// ({name})")
+    if not filesystem.is_utf8(path):
+        raise Reject(f"an image has a name that is no UTF-8 ({filesystem.escaped(name)})")
     try:
+        _check_inside(path, folder, name)
         return filesystem.read(path, max_bytes)
     except FileNotFoundError as err:
         raise Reject(f"an image is missing ({name})") from err
@@ -70,6 +81,20 @@ def image(folder: str, name: str, max_bytes: int = MAX_BYTES) -> bytes:
                 f"cannot read {path}: {err}; the same command goes on", err
             ) from err
         raise Reject(f"an image file cannot be read ({name}: {err.strerror or err})") from err
+
+
+def _check_inside(path: str, folder: str, name: str) -> None:
+    """Raises Reject where a path, that `name` gives from a folder, leaves it and `ROOTS`."""
+    roots = ROOTS.get()
+    if roots is None:
+        return
+    # Of a link its target counts; objects in a bucket have none.
+    real = path if filesystem.is_remote(path) else os.path.realpath(path)
+    for root in (folder, *roots):
+        root = root if filesystem.is_remote(root) else os.path.realpath(root or ".")
+        if f"{real}/".startswith(f"{root.rstrip('/')}/") and ".." not in real.split("/"):
+            return
+    raise Reject(f"an image lies outside of its folder ({name}; --allow_outside reads it)")
 
 
 def _decode(text: str) -> bytes:

@@ -126,7 +126,7 @@ def test_image_paths_may_start_elsewhere(images, prepare, tmp_path):
     ("fields", "reason"),
     [
         ({"images": ["scans/none.png"], "turns": TURNS}, "missing"),
-        ({"images": ["/dev/zero"], "turns": TURNS}, "missing"),
+        ({"images": ["/dev/zero"], "turns": TURNS}, "outside of its folder"),
         ({"images": ["scans"], "turns": TURNS}, "missing"),
         ({"images": ["a\0b"], "turns": TURNS}, "image"),
         ({"images": ["x" * 4000], "turns": TURNS}, "image"),

@@ -33,7 +33,7 @@ from alignvlm_jax.ingest.formats.pdf.words import PlacedWord
 
 MAX_DPI = 600
 PAGES_PER_UNIT = 64
-WHOLE_BYTES = 1 << 20
+WHOLE_BYTES = 1 << 17
 """Size up to which a file is one unit; only a larger one has to be opened to be cut."""
 MAX_REMOTE_BYTES = 1 << 29
 """Largest file that is read from a bucket, since it is held in memory."""

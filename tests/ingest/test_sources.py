@@ -1,0 +1,171 @@
+"""Sources as they lie: names of any bytes, files that are edited, paths that lead elsewhere."""
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from alignvlm_jax.commands import prepare as command
+from alignvlm_jax.data import filesystem
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.ingest import job
+from alignvlm_jax.ingest.formats import REGISTRY
+from alignvlm_jax.ingest.formats.jsonl import Jsonl
+from tests.ingest.formats.pdf import make_pdf
+
+BAD = os.fsdecode(b"r\xe9sum\xe9")
+
+
+def tar(image: bytes) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, data in (("1.png", image), ("1.txt", b"A page.")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return file.getvalue()
+
+
+def contents(name: str, image: bytes) -> tuple[str, bytes]:
+    """The ending and the bytes of a file of a format; it may name 1.png."""
+    chat = {"user": ("role", "content", "messages"), "human": ("from", "value", "conversations")}
+    if name in ("llava", "docdownstream"):
+        (user, answerer) = ("human", "gpt") if name == "llava" else ("user", "assistant")
+        role, text, messages = chat[user]
+        turns = [{role: user, text: "What?"}, {role: answerer, text: "This."}]
+        return ".jsonl", json.dumps({"image": "1.png", messages: turns}).encode()
+    if name == "jsonl":
+        turns = [{"question": "What?", "answers": ["This."]}]
+        return ".jsonl", json.dumps({"images": ["1.png"], "turns": turns}).encode()
+    if name == "parquet":
+        file = io.BytesIO()
+        row = {"image": {"bytes": None, "path": "1.png"}, "query": "What?", "label": "This."}
+        parquet.write_table(pa.Table.from_pylist([row]), file)
+        return ".parquet", file.getvalue()
+    if name == "webdataset":
+        return ".tar", tar(image)
+    return ".pdf", make_pdf.pdf([make_pdf.text(20, 100, "good")])
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_a_name_that_is_no_utf8_is_a_line_and_ends_nothing(name, tmp_path, prepare, png):
+    source = tmp_path / "in"
+    (source / BAD).mkdir(parents=True)
+    (source / "1.png").write_bytes(png())
+    ending, data = contents(name, png())
+    for path in (f"good{ending}", f"{BAD}{ending}", f"{BAD}/below{ending}", f"{BAD}.txt"):
+        (source / path).write_bytes(data)
+    form = REGISTRY[name](**({"holdout_by": "page"} if name == "pdf" else {}))
+    prepared = prepare(form, source)
+    assert len(prepared.records()) == 1
+    lines = prepared.rejected()
+    assert [line["reason"] for line in lines] == 2 * ["the file's name is no UTF-8; rename it"]
+    assert {line["id"] for line in lines} == {rf"r\xe9sum\xe9{ending}", f"below{ending}"}
+    assert all(r"/r\xe9sum\xe9" in line["source"] for line in lines)
+    (source / f"good{ending}").unlink()
+    with pytest.raises(UserError, match=r"no file that ends .* but 2 whose names are no UTF-8"):
+        prepare(form, source)
+
+
+def test_a_source_or_an_image_of_such_a_name_is_told(tmp_path, prepare, png):
+    (tmp_path / f"{BAD}.jsonl").write_text("{}")
+    with pytest.raises(UserError, match=r"name .*r\\xe9sum\\xe9\.jsonl is no UTF-8; rename it"):
+        prepare(Jsonl(), tmp_path / f"{BAD}.jsonl")
+    turns = [{"question": "What?", "answers": ["This."]}]
+    (tmp_path / f"{BAD}.png").write_bytes(png())
+    (tmp_path / "1.jsonl").write_text(json.dumps({"images": [f"{BAD}.png"], "turns": turns}))
+    with pytest.raises(UserError, match=r"an image has a name that is no UTF-8 \(r\\xe9sum"):
+        prepare(Jsonl(), tmp_path / "1.jsonl")
+
+
+def test_a_link_to_a_folder_around_it_is_not_followed_for_ever(tmp_path):
+    (tmp_path / "in/a").mkdir(parents=True)
+    (tmp_path / "in/a/1.pdf").touch()
+    (tmp_path / "in/b").symlink_to("a")
+    (tmp_path / "in/a/loop").symlink_to("../../in")
+    found = filesystem.list_files(str(tmp_path / "in"), (".pdf",))
+    assert found == [f"{tmp_path}/in/a/1.pdf", f"{tmp_path}/in/b/1.pdf"]
+
+
+def test_a_file_edited_to_the_same_size_is_prepared_anew(tmp_path, prepare, png, tokenizer):
+    (tmp_path / "1.png").write_bytes(png())
+    source = tmp_path / "data.jsonl"
+    for answer in ("AAAA", "BBBB"):
+        turns = [{"question": "What?", "answers": [answer]}]
+        source.write_text(json.dumps({"images": ["1.png"], "turns": turns}))
+        [record] = prepare(Jsonl(), source).records()
+        assert record.turns[0].answers == (answer,)
+    request = job.Request("test", Jsonl(), str(source), tokenizer.name, 0.0, shard_records=10)
+    assert not job.prepare(request, tmp_path / "out", job.on_processes(1))
+
+
+def test_a_file_that_was_edited_meanwhile_does_not_go_on_with_old_parts(
+    tmp_path, prepare, png, monkeypatch
+):
+    (tmp_path / "1.png").write_bytes(png())
+    source = tmp_path / "data.jsonl"
+    for answer in ("AAAA", "BBBB"):
+        turns = [{"question": "What?", "answers": [answer]}]
+        source.write_text(json.dumps({"images": ["1.png"], "turns": turns}))
+        with monkeypatch.context() as patch:
+            if answer == "AAAA":
+                patch.setattr(job.finish, "finish", lambda *_: (_ for _ in ()).throw(OSError()))
+                with pytest.raises(OSError):
+                    prepare(Jsonl(), source)
+    [record] = prepare(Jsonl(), source).records()
+    assert record.turns[0].answers == ("BBBB",)
+
+
+@pytest.mark.parametrize("name", ["jsonl", "llava", "docdownstream", "parquet"])
+@pytest.mark.parametrize("way", ["..", "absolute", "link", "folder link"])
+def test_an_image_outside_is_refused_unless_it_is_allowed(
+    name, way, tmp_path, prepare, png, tokenizer
+):
+    source = tmp_path / "in"
+    (source / "deep").mkdir(parents=True)
+    (tmp_path / "out side").mkdir()
+    (tmp_path / "out side/1.png").write_bytes(png())
+    path = {
+        "..": "../../out side/1.png",
+        "absolute": f"{tmp_path}/out side/1.png",
+        "link": "x.png",
+        "folder link": "x/1.png",
+    }[way]
+    (source / "deep/x.png").symlink_to("../../out side/1.png")
+    (source / "deep/x").symlink_to("../../out side")
+    ending, data = contents(name, png())
+    if name == "parquet":
+        row = {"image": {"bytes": None, "path": path}, "query": "What?", "label": "This."}
+        parquet.write_table(pa.Table.from_pylist([row]), source / "deep/d.parquet")
+    else:
+        (source / f"deep/d{ending}").write_bytes(data.replace(b"1.png", path.encode()))
+    with pytest.raises(UserError, match=r"an image lies outside of its folder \(.*1?.png; --allow"):
+        prepare(REGISTRY[name](), source)
+    assert len(prepare(REGISTRY[name](), source, allow_outside=True).records()) == 1
+    flags = [f"--format={name}", f"--source={source}", f"--tokenizer={tokenizer.name}"]
+    command.main([*flags, f"--out={tmp_path}/cli", "--allow_outside"])
+    # What lies below the source, or the folder of --images, is inside.
+    if name in ("jsonl", "llava", "docdownstream"):
+        form = REGISTRY[name](images=str(tmp_path / "out side"))
+        (source / f"deep/d{ending}").write_bytes(data)
+        assert len(prepare(form, source, "b").records()) == 1
+    if way == "..":
+        (source / "1.png").write_bytes(png())
+        if name != "parquet":
+            (source / f"deep/d{ending}").write_bytes(data.replace(b"1.png", b"../1.png"))
+            assert len(prepare(REGISTRY[name](), source, "c").records()) == 1
+
+
+def test_links_of_a_whole_source_are_its_owners(tmp_path, prepare, png):
+    """As where a folder of data lies on another disk."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/1.png").write_bytes(png())
+    (tmp_path / "disk/d.jsonl").write_bytes(contents("jsonl", b"")[1])
+    (tmp_path / "in").symlink_to("disk")
+    assert len(prepare(Jsonl(), tmp_path / "in").records()) == 1
+    assert len(prepare(Jsonl(), Path(tmp_path / "in/d.jsonl"), "b").records()) == 1
