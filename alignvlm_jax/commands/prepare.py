@@ -185,30 +185,17 @@ def _add_source_flags(parser: argparse.ArgumentParser, name: str) -> None:
         help="put all into a split of this name, for `evaluate --tasks`; questions without an "
         "answer then stay",
     )
-    parser.add_argument(
-        "--group_by_image",
-        action=argparse.BooleanOptionalAction,
-        help="put questions about one image into one record, and drop copies; by default of those "
-        "for training, but not with --split",
-    )
-    parser.add_argument(
-        "--group_tokens",
-        type=positive,
-        default=1024,
-        help="text tokens that such a record may have",
-    )
-    parser.add_argument(
-        "--shard_records",
-        type=positive,
-        default=1000,
-        help="smallest number of records of a shard, but for the last one",
-    )
-    parser.add_argument(
-        "--allow_outside",
-        action="store_true",
-        help="read images that records name outside of --source and of the folder that their paths "
-        "start from",
-    )
+    optional = argparse.BooleanOptionalAction
+    helps = "one record for questions about one image, and no copies; default: unless --split"
+    parser.add_argument("--group_by_image", action=optional, help=helps)
+    helps = "text tokens that such a record may have"
+    parser.add_argument("--group_tokens", type=positive, default=1024, help=helps)
+    helps = "smallest number of records of a shard, but for the last one"
+    parser.add_argument("--shard_records", type=positive, default=1000, help=helps)
+    helps = "prepared FOLDER or FOLDER:SPLIT whose images no record may show; several by commas"
+    parser.add_argument("--exclude", action="append", default=[], help=helps)
+    helps = "read images outside of --source and of the folder that their paths start from"
+    parser.add_argument("--allow_outside", action="store_true", help=helps)
     parser.add_argument(
         "--beam_runner",
         default="",
@@ -271,6 +258,11 @@ def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: fl
     from alignvlm_jax.data import index, shards
     from alignvlm_jax.ingest import executors, job
 
+    if args.exclude and args.split:
+        raise UsageError(
+            f"--exclude keeps images out of training, and --split={args.split} is for evaluation; "
+            "give one of them"
+        )
     kind = REGISTRY[args.format]
     options = {field.name: getattr(args, field.name) for field in dataclasses.fields(kind)}
     # A set for evaluation has a record a question, unless somebody says otherwise.
@@ -285,6 +277,7 @@ def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: fl
         group_tokens=args.group_tokens if is_grouped else 0,
         shard_records=args.shard_records,
         allow_outside=args.allow_outside,
+        exclude=tuple(filter(None, ",".join(args.exclude).split(","))),
     )
     if args.beam_runner:
         run = executors.under_beam(args.beam_runner, beam_flags)

@@ -7,9 +7,10 @@ validation, one is held out all the same.
 """
 
 import dataclasses
+import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,11 @@ from alignvlm_jax.data import index, tokenizers
 from alignvlm_jax.data import shards as shards_lib
 from alignvlm_jax.data.record import Record, decode_record
 from alignvlm_jax.data.shards import ShardWriter
-from alignvlm_jax.ingest import grouping, staging
+from alignvlm_jax.ingest import exclude, grouping, staging
 from alignvlm_jax.ingest.formats.base import Unit
 from alignvlm_jax.ingest.grouping import Move, Table
+from alignvlm_jax.ingest.staging import Rejects
 from alignvlm_jax.ingest.writer import (
-    Rejects,
     Request,
     UnitOutput,
     read_lines,
@@ -93,7 +94,22 @@ def finish(
             names.append(path.name)
         if groups:
             names += index.merge(folder, split)
+        if groups and request.split:
+            items = _images(outputs, table.stay(split))
+            exclude.write(folder / exclude.file_name(split), exclude.known_of(items))
+            names.append(exclude.file_name(split))
     return names
+
+
+def _images(
+    outputs: Sequence[UnitOutput], stay: np.ndarray
+) -> Iterator[tuple[str, int, list[int]]]:
+    """Yields record and both hashes of the images of the lines that stay, bool [N]."""
+    lines = itertools.chain.from_iterable(output.lines() for output in outputs)
+    for line, stays in zip(lines, stay.tolist(), strict=True):
+        if stays:
+            for image, perceptual in zip(line.images, line.perceptual, strict=True):
+                yield line.id, image, perceptual
 
 
 def _write_rejected(

@@ -262,4 +262,5 @@ def _turns(record: Record) -> Iterator[Turn]:
     """Yields the turns of a record, each with an id."""
     for number, turn in enumerate(record.turns):
         name = record.id if len(record.turns) == 1 else f"{record.id}-{number}"
-        yield dataclasses.replace(turn, id=turn.id or name)
+        # Of several turns none may place the images: they stand before the first.
+        yield dataclasses.replace(turn, id=turn.id or name, image_offsets=())

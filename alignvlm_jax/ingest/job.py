@@ -19,10 +19,10 @@ from rich.progress import (
     track,
 )
 
-from alignvlm_jax.data import chat, filesystem, index, record, tokenizers
+from alignvlm_jax.data import chat, filesystem, index, prepared, record, tokenizers
 from alignvlm_jax.data import shards as shards_lib
 from alignvlm_jax.errors import UserError, counted
-from alignvlm_jax.ingest import executors, finish, staging, statistics
+from alignvlm_jax.ingest import exclude, executors, finish, staging, statistics
 from alignvlm_jax.ingest import writer as writer_lib
 from alignvlm_jax.ingest.formats.base import Unit
 from alignvlm_jax.ingest.writer import Request, UnitOutput, UnitWriter
@@ -57,7 +57,13 @@ def prepare(request: Request, out: Path, run: Runner) -> bool:
     # have moved to `out` already.
     names = folder / "finished.json"
     if not names.exists():
-        written = _write_outputs(request, units, folder, run)
+        excluded = folder / "excluded.npz"
+        if request.exclude and not excluded.exists():
+            exclude.gather(request.exclude, excluded)
+        writer = UnitWriter(
+            str(folder / "parts"), request, str(excluded) if request.exclude else ""
+        )
+        written = _write_outputs(writer, units, run)
         tokenizer_names = _copy_tokenizer(request.tokenizer, folder)
         data_names = finish.finish(written, units, request, folder, misnamed)
         # Two names: what was rejected, and how much of it, but no shard.
@@ -262,17 +268,16 @@ def _wanted(request: Request, units: Sequence[Unit], misnamed: Sequence[str]) ->
         "group_tokens": request.group_tokens,
         "shard_records": request.shard_records,
         "allow_outside": request.allow_outside,
+        "exclude": [[one, prepared.contents(exclude.folder_of(one)[0])] for one in request.exclude],
         "tokenizer": index.tokenizer_fingerprint(request.tokenizer),
         "listing": f"{zlib.crc32(json.dumps(listing).encode()):08x}",
         "version": VERSION,
     }
 
 
-def _write_outputs(
-    request: Request, units: Sequence[Unit], folder: Path, run: Runner
-) -> list[UnitOutput]:
+def _write_outputs(writer: UnitWriter, units: Sequence[Unit], run: Runner) -> list[UnitOutput]:
     """Writes the parts that are not there yet; returns all of them, one for each unit."""
-    place = folder / "parts"
+    place = Path(writer.folder)
     place.mkdir(exist_ok=True)
     # Workers that were killed leave folders of parts in work, which nobody would complete.
     for leftover in place.glob(f"{writer_lib.BESIDE}*"):
@@ -284,10 +289,7 @@ def _write_outputs(
         if not output.is_done()
     ]
     if tasks:
-        run(
-            UnitWriter(str(place), request),
-            tasks,
-        )
+        run(writer, tasks)
     return all_outputs
 
 

@@ -1,13 +1,14 @@
-"""Staging of the folder that `prepare` writes.
+"""Staging of the folder that `prepare` writes, and its list of what was rejected.
 
 Files in work lie in a folder `.partial-HASH` within it, and move into place when all are complete.
 """
 
+import collections
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from alignvlm_jax import storage
 from alignvlm_jax.data import index, tokenizers
 from alignvlm_jax.data import shards as shards_lib
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.ingest import exclude
 
 REJECTED = "rejected.jsonl"
 COUNTS = "counts.json"
@@ -23,6 +25,47 @@ PARTIAL = ".partial-"
 OURS = (".array_record", "prepare.json")
 """Ends of names of which a folder that `prepare` wrote has some."""
 MAX_SHOWN = 3
+MAX_LISTED = 1000
+"""Rejected records of one reason that are listed by name; all are counted."""
+MAX_REASONS = 100
+"""Different reasons that are listed and counted each by itself."""
+OTHERS = "other reasons"
+
+
+class Rejects:
+    """A list of rejected records that is short however many there are.
+
+    Attributes:
+      counts: how many were rejected, by reason without what is of one record; beyond
+        `MAX_REASONS` they are `OTHERS`.
+      listed: of the first `MAX_LISTED` of each reason, that reason and what was given.
+    """
+
+    def __init__(self, expected: Iterable[str] = ()):
+        """`expected` reasons are counted by themselves, whatever others come first."""
+        self.counts: collections.Counter[str] = collections.Counter(dict.fromkeys(expected, 0))
+        self.listed: list[tuple[str, Any]] = []
+
+    def add(self, reason: str, value: Any) -> None:
+        """Counts a rejected record, and lists `value` of it."""
+        head = self._head(reason)
+        self.counts[head] += 1
+        if self.counts[head] <= MAX_LISTED:
+            self.listed.append((head, value))
+
+    def add_unlisted(self, reason: str, count: int) -> None:
+        """Counts further records, of which no more is known."""
+        if count:
+            self.counts[self._head(reason)] += count
+
+    def is_full(self, reason: str) -> bool:
+        """Whether no other record of a reason would be listed."""
+        return self.counts[self._head(reason)] >= MAX_LISTED
+
+    def _head(self, reason: str) -> str:
+        # What stands in parentheses is of one record.
+        head = reason.split(" (")[0]
+        return head if head in self.counts or len(self.counts) < MAX_REASONS else OTHERS
 
 
 def is_ready(out: Path, wanted: dict[str, Any]) -> bool:
@@ -86,7 +129,11 @@ def publish(
     others += [
         out / name
         for split in splits
-        for name in (index.merged_name(split), shards_lib.table_name(split))
+        for name in (
+            index.merged_name(split),
+            shards_lib.table_name(split),
+            exclude.file_name(split),
+        )
     ]
     # Old shards have to go: with other numbers (`-of-00007`) they would lie beside the new ones.
     # A name that is in `names` may be a new file that a repeated call finds in place.

@@ -3,11 +3,9 @@
 A part is written by one process, and is either complete or absent.
 """
 
-import collections
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import tempfile
@@ -19,19 +17,16 @@ from alignvlm_jax.data import index, tokenizers
 from alignvlm_jax.data.record import Record
 from alignvlm_jax.data.shards import ShardWriter
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.ingest import exclude
 from alignvlm_jax.ingest.formats import checks, files
 from alignvlm_jax.ingest.formats.base import Format, Raw, Reject, Rejection, Unit
+from alignvlm_jax.ingest.staging import Rejects
 
 SPLITS = ("train", "validation")
 REPORT_EVERY = 20  # records
 UNANSWERED = "a question without an answer, in a record whose others stay"
 BESIDE = "writing-"
 """Prefix of the folders in which parts are written before they move into place."""
-MAX_LISTED = 1000
-"""Rejected records of one reason that are listed by name; all are counted."""
-MAX_REASONS = 100
-"""Different reasons that are listed and counted each by itself."""
-OTHERS = "other reasons"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +46,7 @@ class Request:
       shard_records: smallest number of records of a shard, but for the last one of a split.
       allow_outside: whether records may name images outside of the source and of the folder that
         their paths start from.
+      exclude: prepared folders, as FOLDER or FOLDER:SPLIT, whose images no record may show.
     """
 
     name: str
@@ -62,6 +58,7 @@ class Request:
     group_tokens: int = 0
     shard_records: int = 1000
     allow_outside: bool = False
+    exclude: tuple[str, ...] = ()
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -86,6 +83,8 @@ class Line(NamedTuple):
       content: hash of all but its id and the ids of its questions.
       words: hash of the words of its pages; 0 without any.
       tokens: those of its questions and answers.
+      perceptual: `exclude.perceptual_hash` of its images, where the split is one for evaluation,
+        which others may exclude.
     """
 
     id: str
@@ -96,6 +95,7 @@ class Line(NamedTuple):
     content: int
     words: int
     tokens: int
+    perceptual: list[list[int]]
 
 
 class Progress(NamedTuple):
@@ -147,42 +147,6 @@ class UnitOutput:
         return (Line(*values) for values in read_lines(self.ids))
 
 
-class Rejects:
-    """A list of rejected records that is short however many there are.
-
-    Attributes:
-      counts: how many were rejected, by reason without what is of one record; beyond
-        `MAX_REASONS` they are `OTHERS`.
-      listed: of the first `MAX_LISTED` of each reason, that reason and what was given.
-    """
-
-    def __init__(self, expected: Iterable[str] = ()):
-        """`expected` reasons are counted by themselves, whatever others come first."""
-        self.counts: collections.Counter[str] = collections.Counter(dict.fromkeys(expected, 0))
-        self.listed: list[tuple[str, Any]] = []
-
-    def add(self, reason: str, value: Any) -> None:
-        """Counts a rejected record, and lists `value` of it."""
-        head = self._head(reason)
-        self.counts[head] += 1
-        if self.counts[head] <= MAX_LISTED:
-            self.listed.append((head, value))
-
-    def add_unlisted(self, reason: str, count: int) -> None:
-        """Counts further records, of which no more is known."""
-        if count:
-            self.counts[self._head(reason)] += count
-
-    def is_full(self, reason: str) -> bool:
-        """Whether no other record of a reason would be listed."""
-        return self.counts[self._head(reason)] >= MAX_LISTED
-
-    def _head(self, reason: str) -> str:
-        # What stands in parentheses is of one record.
-        head = reason.split(" (")[0]
-        return head if head in self.counts or len(self.counts) < MAX_REASONS else OTHERS
-
-
 @dataclasses.dataclass(frozen=True)
 class UnitWriter:
     """A picklable function that writes a part, in a worker process or under Apache Beam.
@@ -190,10 +154,12 @@ class UnitWriter:
     Attributes:
       folder: path of the folder of all parts.
       request: what to write.
+      excluded: the file of `exclude.gather`; "" where nothing is excluded.
     """
 
     folder: str
     request: Request
+    excluded: str = ""
 
     def __call__(self, task: tuple[int, Unit]) -> Iterator[Progress]:
         """Writes the part of a unit, and yields the progress.
@@ -241,7 +207,9 @@ class UnitWriter:
                     rejects.add(str(err), (item.id, str(err)))
                 else:
                     shard.write(record)
-                    lines.append(_line(record, split, place, num_tokens["answer"]))
+                    lines.append(
+                        _line(record, split, place, num_tokens["answer"], bool(self.request.split))
+                    )
                     # Told, though the record stays: else nobody would miss them.
                     for _ in range(num_lost):
                         rejects.add(UNANSWERED, (record.id, UNANSWERED))
@@ -267,27 +235,38 @@ class UnitWriter:
         with _no_fault_ends_all():
             made = self.request.format.record(item)
             record = checks.check(made, needs_answers=not self.request.split)
+            if self.excluded and (
+                reason := exclude.opened(self.excluded).reason_against(record.images)
+            ):
+                raise Reject(reason)
             place = document_hash(item.document)
             split = self.request.split or SPLITS[place < self.request.holdout * 2**64]
             return record, split, place, len(made.turns) - len(record.turns)
 
 
-def _line(record: Record, split: str, document: int, num_tokens: int) -> Line:
-    """Returns what a part says of a record."""
-    images = [hash_of(image) for image in record.images]
-    turns = [(turn.question, turn.answers) for turn in record.turns]
-    words = hash_of(repr(record.lines).encode()) if record.lines else 0
-    # Conversations share no record: each turn of one stands behind those before it.
-    shared = [record.source, images] if images else []
+def _line(record: Record, split: str, document: int, num_tokens: int, is_kept: bool) -> Line:
+    """Returns what a part says of a record; with `is_kept` also the perceptual hashes."""
+    images = [exclude.hash_of(image) for image in record.images]
+    turns = [(turn.question, turn.answers, turn.image_offsets) for turn in record.turns]
+    words = exclude.hash_of(repr(record.lines).encode()) if record.lines else 0
+    # A turn of a conversation stands behind those before it, and an image within a question stands
+    # where it is: such records share none.
+    is_plain = not any(any(turn.image_offsets) for turn in record.turns)
+    is_shared = bool(images) and is_plain and not record.is_conversation
+    group = (
+        exclude.hash_of(repr([record.source, record.system, images]).encode()) if is_shared else 0
+    )
+    content = (images, turns, words, record.is_conversation, record.system)
     return Line(
         record.id,
         split,
         document,
         images,
-        hash_of(repr(shared).encode()) if shared else 0,
-        hash_of(repr((images, turns, words)).encode()),
+        group,
+        exclude.hash_of(repr(content).encode()),
         words,
         num_tokens,
+        [exclude.perceptual_hash(image) for image in record.images] if is_kept else [],
     )
 
 
@@ -314,12 +293,7 @@ def document_hash(document: str) -> int:
     whatever unit they lie in, and a larger `holdout` only adds documents to validation.
     """
     # JSON may spell half a surrogate pair, which UTF-8 refuses.
-    return hash_of(document.encode(errors="surrogatepass"))
-
-
-def hash_of(content: bytes) -> int:
-    """Returns 64 bits of BLAKE2b: unlike `hash`, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+    return exclude.hash_of(document.encode(errors="surrogatepass"))
 
 
 def write_lines(path: Path, values: Iterable[Any]) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from alignvlm_jax.commands import prepare as command
 from alignvlm_jax.data import index
-from alignvlm_jax.ingest import finish, job, statistics, writer
+from alignvlm_jax.ingest import finish, job, staging, statistics, writer
 from alignvlm_jax.ingest.formats import files
 from alignvlm_jax.ingest.formats.jsonl import Jsonl
 
@@ -190,8 +190,8 @@ def test_copies_in_other_parts_are_told_and_counted(source, prepare):
 
 
 def test_a_flood_of_rejects_is_counted_and_not_listed(tmp_path, prepare, png, monkeypatch):
-    monkeypatch.setattr(writer, "MAX_LISTED", 20)
-    monkeypatch.setattr(writer, "MAX_REASONS", 6)
+    monkeypatch.setattr(staging, "MAX_LISTED", 20)
+    monkeypatch.setattr(staging, "MAX_REASONS", 6)
     monkeypatch.setattr(files, "UNIT_RECORDS", 50)
     (tmp_path / "1.png").write_bytes(png())
     good = {"images": ["1.png"], "turns": [{"question": "q", "answers": ["a"]}]}

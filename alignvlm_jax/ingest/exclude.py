@@ -1,0 +1,195 @@
+"""Images that training must not see, as those of a benchmark's test split: found again by their
+bytes, and by what they look like.
+
+Pages of text look alike: white, with gray stripes. So the ink alone is looked at, cut out and
+scaled, and 256 frequencies of it are compared, of which two pages of text differ in 70 or more, and
+a page and its JPEG, its half or its crop in 40 or less.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from alignvlm_jax.data import arrays, filesystem, images
+from alignvlm_jax.data import shards as shards_lib
+from alignvlm_jax.errors import UserError, nearest
+
+SIDE = 64
+"""Pixels of the square that the ink is scaled to."""
+FREQUENCIES = 16
+"""Along each side, the lowest ones but for the mean."""
+MAX_DISTANCE = 46
+"""Bits, of 256, in which the hashes of one page differ at most."""
+MIN_CONTRAST = 80
+"""Gray levels by which ink differs from paper: more than JPEG adds around letters."""
+MIN_INK = 0.0005
+"""Least fraction of a page that is ink; of others, as blank ones, only bytes are compared."""
+MAX_SIDE = 1024
+
+
+class Known(NamedTuple):
+    """M images of prepared records.
+
+    Attributes:
+      names: of the record of each.
+      hashes: uint64 [M], of their bytes.
+      perceptual: uint64 [M, 4], `perceptual_hash` of each; zeros of one that has none.
+    """
+
+    names: list[str]
+    hashes: np.ndarray
+    perceptual: np.ndarray
+
+
+def file_name(split: str) -> str:
+    """Returns the name of the file that holds the `Known` images of a split."""
+    return f"images-{split}.npz"
+
+
+def hash_of(content: bytes) -> int:
+    """Returns 64 bits of BLAKE2b: unlike `hash`, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+
+
+def perceptual_hash(image: bytes) -> list[int]:
+    """Returns the perceptual hash of an image file: four numbers of 64 bits, zeros of a blank
+    page."""
+    gray = images.decode_image(image, "an image").convert("L")
+    # A coarse one will do, and takes a tenth of the time of a scan's 35 million pixels.
+    gray = gray.reduce(max(1, max(gray.size) // MAX_SIDE))
+    levels = np.asarray(gray, np.int16)
+    # Paper is what there is more of: ink is dark on a bright page, and bright on a dark one.
+    is_bright = levels.mean() > (int(levels.min()) + int(levels.max())) / 2
+    ink = (
+        levels < levels.max() - MIN_CONTRAST if is_bright else levels > levels.min() + MIN_CONTRAST
+    )
+    if ink.mean() < MIN_INK:
+        return [0] * 4
+    rows = np.flatnonzero(ink.any(axis=1))
+    columns = np.flatnonzero(ink.any(axis=0))
+    box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+    # Margins are cut off with the paper around the ink: a crop of the page keeps its hash.
+    square = np.asarray(gray.resize((SIDE, SIDE), Image.Resampling.BOX, box), np.float32)
+    waves = _waves()
+    # A cosine transform: [17, 17] of which the first is the mean of all.
+    found = (waves @ square @ waves.T).ravel()[1 : FREQUENCIES**2 + 1]
+    return np.packbits(found > np.median(found)).view(np.uint64).tolist()
+
+
+@functools.cache
+def _waves() -> np.ndarray:
+    """Returns the lowest cosines of `SIDE` places, float32 [FREQUENCIES + 1, SIDE]."""
+    places = np.arange(SIDE) + 0.5
+    return np.cos(np.pi / SIDE * np.arange(FREQUENCIES + 1)[:, None] * places).astype(np.float32)
+
+
+def write(path: str | Path, known: Known) -> None:
+    """Writes the file of `Known` images; raises UserError where it cannot."""
+    names = np.frombuffer(json.dumps(known.names).encode(), np.uint8)
+    arrays.write(path, {"names": names, "hashes": known.hashes, "perceptual": known.perceptual})
+
+
+def read(path: str, size: int) -> Known:
+    """Returns the images in a file; raises UserError where it is damaged."""
+    found = arrays.read(path, size, Known._fields)
+    return Known(json.loads(found["names"].tobytes()), found["hashes"], found["perceptual"])
+
+
+def known_of(items: Iterable[tuple[str, int, list[int]]]) -> Known:
+    """Returns images, given as (name, hash, perceptual hash)."""
+    listed = list(items)
+    return Known(
+        [name for name, _, _ in listed],
+        np.array([number for _, number, _ in listed], np.uint64),
+        np.array([numbers for _, _, numbers in listed], np.uint64).reshape(-1, 4),
+    )
+
+
+def folder_of(excluded: str) -> tuple[str, str]:
+    """Returns the folder of FOLDER or FOLDER:SPLIT, and the split; "" for all of them."""
+    folder, colon, split = excluded.rpartition(":")
+    return (folder, split) if colon and split.isidentifier() else (excluded, "")
+
+
+def gather(excluded: Sequence[str], path: Path) -> None:
+    """Writes the images of prepared folders to one file.
+
+    Args:
+      excluded: each is FOLDER, all of whose splits count, or FOLDER:SPLIT.
+      path: the file to write.
+
+    Raises:
+      UserError: a folder has no such split, or its records cannot be read.
+    """
+    found = [one for place in excluded for one in _of_place(place)]
+    names = [name for one in found for name in one.names]
+    hashes = np.concatenate([one.hashes for one in found])
+    write(path, Known(names, hashes, np.concatenate([one.perceptual for one in found])))
+
+
+def _of_place(excluded: str) -> Iterator[Known]:
+    """Yields the images of the splits of a prepared folder."""
+    folder, split = folder_of(excluded)
+    entries = filesystem.listing(folder)
+    ending = ".array_record"
+    # SPLIT-00000-of-00009.array_record; a split may have hyphens of its own.
+    splits = {file.rsplit("-", 3)[0] for file in entries if file.endswith(ending)}
+    if not splits or (split and split not in splits):
+        hint = nearest(split, splits) if splits else "; name a folder that `prepare` wrote"
+        raise UserError(f"--exclude={excluded} has no shards{' of that split' * bool(split)}{hint}")
+    for one in [split] if split else sorted(splits):
+        if kept := entries.get(file_name(one)):
+            known = read(filesystem.join(folder, file_name(one)), kept.size)
+        else:
+            # Of a folder for training, or of an earlier version: its images are looked at now.
+            source = shards_lib.RecordSource(folder, one)
+            records = (source[i] for i in range(len(source)))
+            known = known_of(
+                (record.id, hash_of(image), perceptual_hash(image))
+                for record in records
+                for image in record.images
+            )
+        yield known._replace(names=[f"{record} in {folder}" for record in known.names])
+
+
+@functools.lru_cache(maxsize=1)
+def opened(path: str) -> "Excluded":
+    """Returns the excluded images of a file, read once in each worker process."""
+    return Excluded(read(path, os.path.getsize(path)))
+
+
+class Excluded:
+    """Excluded images, to compare others with."""
+
+    def __init__(self, known: Known):
+        self._known = known
+        self._by_hash = dict(zip(known.hashes.tolist(), known.names, strict=True))
+        self._seen = np.flatnonzero(known.perceptual.any(axis=1))
+        self._perceptual = known.perceptual[self._seen]
+
+    def reason_against(self, record_images: Sequence[bytes]) -> str:
+        """Returns why a record of such images is excluded; "" if it is not."""
+        for image in record_images:
+            if twin := self._by_hash.get(hash_of(image)):
+                return f"its image is an excluded one ({twin}, byte for byte)"
+            # A blank page equals every other one: it has no hash to compare.
+            numbers = np.array(perceptual_hash(image), np.uint64)
+            if not numbers.any() or not len(self._seen):
+                continue
+            # Some 40 us for ten thousand images, beside which drawing a page is long.
+            distances = np.bitwise_count(self._perceptual ^ numbers).sum(axis=1)
+            nearest_one = int(distances.argmin())
+            if distances[nearest_one] <= MAX_DISTANCE:
+                twin = self._known.names[int(self._seen[nearest_one])]
+                return (
+                    "its image looks like an excluded one "
+                    f"({twin}, all but {distances[nearest_one]} of 256 bits)"
+                )
+        return ""
