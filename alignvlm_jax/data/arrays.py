@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,9 @@ from alignvlm_jax.data import filesystem
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.storage import faults
 
+MAPPED_BYTES = 1 << 24
+"""Size from which an array of a local file is mapped and not read."""
+BLOCK_BYTES = 1 << 22
 DIRECTORY_BYTES = 1 << 16
 """Bytes at the end of a file that certainly hold its list of arrays."""
 
@@ -76,7 +80,13 @@ def read(path: str, size: int, names: Iterable[str] | None = None) -> dict[str, 
         # reads, each of which would be a request.
         file = io.BytesIO(filesystem.read_whole(path, size)) if filesystem.is_remote(path) else path
         with np.load(file, allow_pickle=False) as stored:
-            found = {name: stored[name] for name in (stored if names is None else names)}
+            wanted = list(stored if names is None else names)
+            # Large arrays stay on the disk, and processes of a machine share what they read.
+            found = (
+                {name: _mapped(path, stored.zip, name) for name in wanted} if file == path else {}
+            )
+            found = {name: array for name, array in found.items() if array is not None}
+            found |= {name: stored[name] for name in wanted if name not in found}
     except FileNotFoundError as err:
         raise UserError(f"{path} is missing") from err
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as err:
@@ -85,3 +95,32 @@ def read(path: str, size: int, names: Iterable[str] | None = None) -> dict[str, 
     for array in found.values():
         array.setflags(write=False)
     return found
+
+
+def _mapped(path: str, stored: zipfile.ZipFile, name: str) -> np.ndarray | None:
+    """Returns an array of a local file, mapped; None where it is small, or is not there.
+
+    Raises:
+      zipfile.BadZipFile: the array is damaged.
+    """
+    member = next((one for one in stored.infolist() if one.filename == f"{name}.npy"), None)
+    if member is None or member.file_size < MAPPED_BYTES or member.compress_type:
+        return None
+    with stored.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, is_fortran, dtype = read_header(file)
+        size = file.tell()
+        # To the end, where the checksum is compared, but without keeping any of it.
+        while file.read(BLOCK_BYTES):
+            pass
+    if is_fortran or dtype.hasobject:
+        return None
+    with open(path, "rb") as file:
+        # The header before a member has its name, and a field whose length is not in the directory.
+        file.seek(member.header_offset + 26)
+        begin = member.header_offset + 30 + sum(struct.unpack("<HH", file.read(4))) + size
+    return np.memmap(path, dtype, "r", begin, shape)

@@ -1,14 +1,18 @@
 """How much of a packed sequence each record would take, from its index."""
 
+import collections
 import dataclasses
 import functools
+import hashlib
+import os
 from collections.abc import Sequence
+from concurrent import futures
 from typing import NamedTuple
 
 import numpy as np
 
 from alignvlm_jax.config import DataConfig, VisionConfig
-from alignvlm_jax.data import images, index
+from alignvlm_jax.data import images, index, packing, plan_file
 from alignvlm_jax.data.index import Index
 from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.errors import UserError
@@ -82,7 +86,24 @@ def load(
 
 @functools.lru_cache(maxsize=8)
 def _measured(indexes: tuple[Index, ...], tasks: tuple[str, ...], limits: Limits) -> Lengths:
+    def make() -> dict[str, np.ndarray]:
+        whole = _measure_all(indexes, tasks, limits)
+        return {"tokens": whole.tokens, "tiles": whole.tiles}
+
+    if sum(map(len, indexes)) < plan_file.MIN_RECORDS:
+        return _measure_all(indexes, tasks, limits)
+    digest = hashlib.blake2b(repr((tasks, limits)).encode(), digest_size=8)
+    for one in indexes:
+        for array in (*one.text_tokens.values(), one.image_sizes, one.image_starts):
+            digest.update(np.ascontiguousarray(array))
+    return Lengths(**plan_file.shared(f"lengths-{digest.hexdigest()}", make))
+
+
+def _measure_all(indexes: Sequence[Index], tasks: Sequence[str], limits: Limits) -> Lengths:
+    """Returns the lengths of the records of several indexes, one after another."""
     found = [measure(index, tasks, limits) for index in indexes]
+    if len(found) == 1:
+        return found[0]
     tokens = np.concatenate([one.tokens for one in found], axis=1)
     tiles = np.concatenate([one.tiles for one in found])
     for array in (tokens, tiles):
@@ -93,29 +114,58 @@ def _measured(indexes: tuple[Index, ...], tasks: tuple[str, ...], limits: Limits
 def measure(index: Index, tasks: Sequence[str], limits: Limits) -> Lengths:
     """Returns the lengths of an index's R records for some of `tasks.TASKS`. A record with more
     images than it may have tiles is of no use to any."""
-    tiles = _count_tiles(index, limits)
-    image_tokens = tiles.astype(np.int32) * limits.tokens_per_tile
-    # int32 [tasks, R]. Where a record lacks what a task needs, its text has 0 tokens: its image
-    # tokens must not make it look like one of use.
-    text_tokens = np.stack([index.text_tokens[task] for task in tasks])
-    is_usable = (text_tokens > 0) & (np.diff(index.image_starts) <= limits.tiles_of_a_record)
-    tokens = np.minimum(text_tokens + image_tokens, limits.seq_len)
-    return Lengths(np.where(is_usable, tokens, 0), tiles)
+    tokens = np.zeros((len(tasks), len(index)), np.int32)
+    tiles = np.zeros(len(index), np.int16)
+
+    def fill(block: slice) -> None:
+        starts = index.image_starts[block.start : block.stop + 1]
+        num_images = np.diff(starts)
+        tiles[block] = _count_tiles(index.image_sizes, starts[:-1], num_images, limits)
+        image_tokens = tiles[block].astype(np.int32) * limits.tokens_per_tile
+        for task, found in zip(tasks, tokens, strict=True):
+            text = index.text_tokens[task][block]
+            # Where a record lacks what a task needs, its text has 0 tokens: its image tokens must
+            # not make it look like one of use.
+            is_usable = (text > 0) & (num_images <= limits.tiles_of_a_record)
+            found[block] = np.where(is_usable, np.minimum(text + image_tokens, limits.seq_len), 0)
+
+    # On threads, since numpy lets go of the interpreter while it computes.
+    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        collections.deque(pool.map(fill, packing.blocks(len(index))), maxlen=0)
+    for array in (tokens, tiles):
+        array.setflags(write=False)
+    return Lengths(tokens, tiles)
 
 
-def _count_tiles(index: Index, limits: Limits) -> np.ndarray:
+def _count_tiles(
+    sizes: np.ndarray, starts: np.ndarray, num_images: np.ndarray, limits: Limits
+) -> np.ndarray:
+    """Returns the tiles of R records, int16 [R].
+
+    Args:
+      sizes: height and width of all images of all records, [M, 2].
+      starts: the first image of each record, [R].
+      num_images: how many it has, [R].
+      limits: of a sequence.
+    """
     most = limits.tiles_of_a_record
-    num_images = np.diff(index.image_starts)
     tiles = np.zeros(len(num_images), np.int16)
     for count in np.unique(num_images[(num_images > 0) & (num_images <= most)]).tolist():
         records = np.flatnonzero(num_images == count)
         # The images of a record share its tiles evenly.
         for image in range(count):
-            # [records, 2]: of each of these records its image of this number.
-            sizes = index.image_sizes[index.image_starts[records] + image]
-            tiles[records] += images.count_tiles(
-                sizes, limits.vision, most // count, limits.use_overview
-            ).astype(np.int16)
+            # [records, 2]: of each of these records its image of this number. Most pages of a set
+            # are of few sizes, each of which is looked at once.
+            its_sizes = sizes[starts[records] + image].astype(np.int64)
+            keys = its_sizes[:, 0] << 32 | its_sizes[:, 1]
+            different, where = np.unique(keys, return_inverse=True)
+            counted = images.count_tiles(
+                np.stack([different >> 32, different & 0xFFFFFFFF], axis=1),
+                limits.vision,
+                most // count,
+                limits.use_overview,
+            )
+            tiles[records] += counted[where].astype(np.int16)
     return tiles
 
 

@@ -45,6 +45,18 @@ class Epoch:
     tasks: np.ndarray
     tokens: np.ndarray | None
 
+    @classmethod
+    def of(cls, number: int, begin: int, arrays: Mapping[str, np.ndarray]) -> "Epoch":
+        """Returns the epoch of these `arrays`."""
+        plan = Packing(arrays["offsets"], arrays["places"])
+        return cls(number, begin, plan, arrays["records"], arrays["tasks"], arrays.get("tokens"))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Returns its arrays by name, for a file."""
+        found = {"offsets": self.plan.offsets, "places": self.plan.records}
+        found |= {"records": self.records, "tasks": self.tasks}
+        return found if self.tokens is None else found | {"tokens": self.tokens}
+
     @property
     def end(self) -> int:
         """The sequences of all epochs up to this one's end."""
@@ -92,15 +104,14 @@ class Mixture:
         self._seed = seed
         self._seq_len = data.seq_len
         self._max_tiles = data.max_tiles
-        is_usable = np.ones(sum(sizes), bool) if known is None else known.tokens.any(axis=0)
-        bounds = itertools.pairwise(self.starts)
-        self._usable = {
-            name: (a + np.flatnonzero(is_usable[a:b])).astype(np.int32)
-            for name, (a, b) in zip(self.sources, bounds, strict=True)
+        # Which ones they are is found anew for each epoch: kept, they would be a fifth of all that
+        # a process holds.
+        self._usable_sizes = {
+            name: sum(np.count_nonzero(self._is_usable(block)) for block in blocks)
+            for name, blocks in self._blocks().items()
         }
-        usable_sizes = {name: len(records) for name, records in self._usable.items()}
-        self.counts = counts(usable_sizes, self.sources, data.temperature)
-        self.num_unused = sum(sizes) - sum(usable_sizes.values())
+        self.counts = counts(self._usable_sizes, self.sources, data.temperature)
+        self.num_unused = sum(sizes) - sum(self._usable_sizes.values())
         if not any(self.counts.values()):
             raise NothingToDraw(
                 f"none of {sum(sizes)} records in {', '.join(data.folders)} has text for "
@@ -108,14 +119,44 @@ class Mixture:
                 "images, and a source with a weight"
             )
 
+    def _blocks(self) -> dict[str, list[slice]]:
+        """Returns the records of each source, in pieces."""
+        return {
+            name: [slice(a + one.start, a + one.stop) for one in packing.blocks(b - a)]
+            for name, (a, b) in zip(
+                self.sources, itertools.pairwise(self.starts.tolist()), strict=True
+            )
+        }
+
+    def _is_usable(self, block: slice) -> np.ndarray:
+        """Returns whether each of some records is of use to any task, bool [n]."""
+        if self._lengths is None:
+            return np.ones(block.stop - block.start, bool)
+        return self._lengths.tokens[:, block].any(axis=0)
+
+    def _usable(self, blocks: Sequence[slice]) -> np.ndarray:
+        """Returns the records of use among those of a source, int32 [n]."""
+        return np.concatenate(
+            [
+                np.zeros(0, np.int32),
+                *(
+                    (block.start + np.flatnonzero(self._is_usable(block))).astype(np.int32)
+                    for block in blocks
+                ),
+            ]
+        )
+
     def epoch(self, number: int, begin: int) -> Epoch:
         """Returns an epoch that follows `begin` sequences: always the same one."""
         seed = [*self._seed, MIXTURE]
-        of_sources = [
-            usable[epoch_of(len(usable), self.counts[name], name, seed, number)]
-            for name, usable in self._usable.items()
-        ]
-        records = np.concatenate(of_sources)
+        records = np.concatenate(
+            [
+                self._usable(blocks)[
+                    epoch_of(self._usable_sizes[name], self.counts[name], name, seed, number)
+                ]
+                for name, blocks in self._blocks().items()
+            ]
+        )
         tasks = self._draw_tasks(records, number)
         seed = [*self._seed, PLAN]
         if self._lengths is None:
@@ -144,7 +185,15 @@ class Mixture:
 
     def _draw_tasks(self, records: np.ndarray, number: int) -> np.ndarray:
         """A task for each of N records, int8 [N]: of those that it has what is needed for."""
-        drawn = np.random.default_rng([*self._seed, TASKS, number]).random(len(records), np.float32)
+        rng = np.random.default_rng([*self._seed, TASKS, number])
+        tasks = np.empty(len(records), np.int8)
+        # Block after block draws the same numbers as all at once.
+        for block in packing.blocks(len(records)):
+            tasks[block] = self._tasks_of(records[block], rng)
+        return tasks
+
+    def _tasks_of(self, records: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        drawn = rng.random(len(records), np.float32)
         # float32 [tasks, N], summed over the tasks: task t has the interval from bounds[t - 1] to
         # bounds[t], which is empty where the record is of no use to it.
         bounds = np.zeros((len(self.tasks), len(records)), np.float32)
@@ -187,13 +236,13 @@ def counts(
 
 
 def epoch_of(size: int, count: int, name: str, seed: Sequence[int], epoch: int) -> np.ndarray:
-    """Returns the records, int64 [count], that an epoch takes of a source of `size` records.
+    """Returns the records, int32 [count], that an epoch takes of a source of `size` records.
 
     They are the next `count` of an endless stream that shuffles the source anew whenever it has
     gone through: over epochs no record is seen again before every other was seen.
     """
     if not count:
-        return np.zeros(0, np.int64)
+        return np.zeros(0, np.int32)
     begin = epoch * count
     end = (epoch + 1) * count
     # Of its name and not its place: a source that is added or left out does not change the others.
@@ -202,7 +251,7 @@ def epoch_of(size: int, count: int, name: str, seed: Sequence[int], epoch: int) 
     # and the first of its second.
     rounds = range(begin // size, -(-end // size))
     stream = np.concatenate(
-        [np.random.default_rng([*seed, number]).permutation(size) for number in rounds]
+        [packing.shuffled(size, np.random.default_rng([*seed, number])) for number in rounds]
     )
     return stream[begin % size : begin % size + count]
 

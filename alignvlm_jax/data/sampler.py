@@ -14,6 +14,7 @@ import grain
 import numpy as np
 
 from alignvlm_jax.config import DataConfig
+from alignvlm_jax.data import plan_file
 from alignvlm_jax.data.lengths import Lengths
 from alignvlm_jax.data.mixture import TURNS, Epoch, Mixture, task_fractions
 
@@ -329,7 +330,17 @@ class Mixed:
         ).hexdigest()
 
     def _make(self, number: int) -> Epoch:
-        return self._mixture.epoch(number, self._begins[number])
+        begin = self._begins[number]
+        if sum(self._mixture.counts.values()) < plan_file.MIN_RECORDS:
+            return self._mixture.epoch(number, begin)
+        # Named by what it follows from; where it begins is no part of the arrays.
+        name = f"epoch-{self._digest({})}"
+        outdated = f"{name}-{number - MAX_EPOCHS}"
+
+        def make() -> dict[str, np.ndarray]:
+            return self._mixture.epoch(number, begin).arrays()
+
+        return Epoch.of(number, begin, plan_file.shared(f"{name}-{number}", make, outdated))
 
     def _told_nothing(self) -> Told:
         nothing = np.zeros(len(self._mixture.sources), np.int64)
