@@ -98,6 +98,16 @@ class TrainSequences:
         counts = self._records_with_text()
         return bool(counts) and not any(counts[task] for task in self._tasks())
 
+    def about_text(self) -> str:
+        """Returns how many records an index says have text for the tasks, where not all have."""
+        counts = self._records_with_text()
+        total = self._starts[-1]
+        lacking = [task for task in self._tasks() if counts.get(task, total) < total]
+        if not lacking:
+            return ""
+        parts = ", ".join(f"{counts[task]:,} of {total:,} for {task}" for task in lacking)
+        return f"; by the index, text have {parts}, and packing offline leaves the others out"
+
     def remedy(self) -> str:
         """Returns what to type where records lack text for a task but not for all others."""
         counts = self._records_with_text()
@@ -234,6 +244,8 @@ class TrainBatches(Iterator[Batch]):
                 "no answer that fits config.data.seq_len; config.data.max_unsupervised is "
                 f"{self._max_unsupervised}"
                 + (f"; the first: {self._sequences.problem}" if self._sequences.problem else "")
+                + self._sequences.about_text()
+                + self._sequences.remedy()
             )
 
 

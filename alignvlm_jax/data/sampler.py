@@ -1,5 +1,5 @@
-"""What stands in packed sequence i of a stage: epoch after epoch, each a pure function of (records,
-config, stage, its number)."""
+"""What stands in packed sequence i of a stage: epoch after epoch, each a pure function of its
+number, records, config and stage."""
 
 import bisect
 import collections
@@ -19,8 +19,7 @@ from alignvlm_jax.data.lengths import Lengths
 from alignvlm_jax.data.mixture import TURNS, Epoch, Mixture, task_fractions
 
 MAX_EPOCHS = 3
-"""Kept in memory: sequences are read ahead, across the end of an epoch, and the next one is planned
-by then."""
+"""Kept in memory: sequences are read ahead across an epoch's end, when the next is planned."""
 
 
 class Pick(NamedTuple):
@@ -59,9 +58,8 @@ class Schedule(Protocol):
         JSON."""
 
     def restore(self, state: Mapping[str, Any]) -> bool:
-        """Takes what `state` gave, so that epochs before are not planned again. Returns False, with
-        nothing taken, of a state that is damaged, or that other data, another config or another way
-        of planning gave."""
+        """Takes what `state` gave, so that epochs before are not planned again. Returns False of a
+        state that is damaged, or of other data, another config or another way of planning."""
 
 
 def make(
@@ -142,8 +140,7 @@ class Mixed:
     """Records of a `Mixture`; where their lengths are known, as many a sequence as the plan puts
     into it.
 
-    Where an epoch begins in the stage only the plans of those before it tell. Threads of its own
-    plan each before it is needed.
+    Where an epoch begins only the plans of those before it tell. Threads plan each in time.
     """
 
     def __init__(

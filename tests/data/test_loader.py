@@ -13,7 +13,7 @@ from alignvlm_jax.data import index as index_lib
 from alignvlm_jax.data import loader, shards
 from alignvlm_jax.data.examples import ExampleBuilder, Segment
 from alignvlm_jax.errors import UserError
-from tests.prepared import NUM_DOCUMENTS
+from tests.prepared import NUM_DOCUMENTS, write_shard
 
 OTHER_ROWS = {"tasks": {"answer_and_transcribe": 1.0}, "use_overview": True, "seq_len": 160}
 
@@ -278,3 +278,19 @@ def test_too_many_rows_without_an_answer_are_an_error(demo_config):
 def test_a_position_that_does_not_divide_is_an_error(demo_config):
     with pytest.raises(UserError, match="position 5"):
         loader.TrainBatches(demo_config, start_sequence=5)
+
+
+def test_records_without_a_question_are_told_as_such(demo_config, data_dir, tokenizer, tmp_path):
+    """A folder of pages with their words, trained on for answers without packing."""
+    source = shards.RecordSource(data_dir, "train")
+    records = [
+        dataclasses.replace(source[i], turns=source[i].turns if i < 2 else ()) for i in range(20)
+    ]
+    write_shard(tmp_path / shards.shard_name("train", 0, 1), records, tokenizer)
+    shutil.copy(data_dir / "tokenizer.model", tmp_path)
+    config = change(demo_config, "data", dir=str(tmp_path), tasks={"answer": 1.0})
+    reason = (
+        r"by the index, text have 2 of 20 for answer, and packing offline leaves the others out"
+    )
+    with pytest.raises(UserError, match=reason):
+        list(loader.TrainBatches(config))
