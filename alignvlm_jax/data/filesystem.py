@@ -123,6 +123,7 @@ def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
 
     pyarrow would do, but for names that are no UTF-8 and for links to a folder around.
     """
+    # By number, since a link gives a folder another name each time that it is followed.
     stat = os.stat(folder)
     here = stat.st_dev, stat.st_ino
     if here in above:

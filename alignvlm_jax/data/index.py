@@ -282,14 +282,6 @@ def select(index: Index, records: np.ndarray) -> Index:
     )
 
 
-def set_text(index: Index, record: int, lengths: dict[str, int], content: int) -> None:
-    """Gives a record of an index other text, of `lengths` tokens by task, and so another hash of
-    its content; its images are the same."""
-    for task, length in lengths.items():
-        index.text_tokens[task][record] = length
-    index.content_hash[record] = content
-
-
 def recount(directory: str | Path, tokenizer: str | os.PathLike = "") -> str:
     """Returns the advice for a user whose index does not fit: how to count anew.
 

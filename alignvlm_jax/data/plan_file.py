@@ -69,6 +69,7 @@ def _folder() -> Path:
 def _locked(path: Path) -> Iterator[None]:
     """Holds a lock among the processes of this machine, which ends with the process."""
     with open(path, "w") as file:
+        # Of the open file: the system lets go of it even where the process was killed.
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -77,6 +78,7 @@ def _write(folder: Path, made: Mapping[str, np.ndarray]) -> None:
     """Writes arrays to a new folder, in which `MADE` comes last and says that all are there."""
     shutil.rmtree(folder, ignore_errors=True)  # what a process that was killed has left
     folder.mkdir()
+    # Not in one file: an array that is compressed or amid others could not be mapped by numpy.
     for name, array in made.items():
         np.save(folder / f"{name}.npy", array, allow_pickle=False)
     (folder / f"{MADE}.tmp").write_text(" ".join(made))

@@ -104,7 +104,7 @@ def read(path: str, size: int) -> Known:
 
 def known_of(items: Iterable[tuple[str, int, list[int]]]) -> Known:
     """Returns images, given as (name, hash, perceptual hash)."""
-    listed = list(items)
+    listed = list(items)  # a name and five numbers each
     return Known(
         [name for name, _, _ in listed],
         np.array([number for _, number, _ in listed], np.uint64),

@@ -68,6 +68,7 @@ def finish(
         grouping.apply(table, move)
     if not request.split:
         grouping.drop_held_out(table)
+    # Last: what is dropped joins nobody, and copies of a question would be asked twice.
     if request.group_tokens:
         # A set for evaluation asks what its makers ask, each question as often as they do.
         if not request.split:
@@ -222,7 +223,7 @@ class _ShardMaker:
         whole = index.concatenate([index.read(index.index_path(shard)) for shard in shards])
         kept = np.flatnonzero(self._stay[np.concatenate(lines)])
         members = self._members_of(np.concatenate(lines))
-        known = index.select(whole, kept)
+        known = index.select(whole, kept)  # arrays of its own, which may be changed
         if len(shards) == 1 and len(kept) == len(whole) and not members and not self._is_copied:
             index.write(index.index_path(path), known)
             os.replace(shards[0], path)
@@ -235,7 +236,10 @@ class _ShardMaker:
                     if line in members:
                         first = grouping.joined([decode_record(record), *members[line]])
                         counted = index.text_tokens(first, tokenizers.load(self._tokenizer))
-                        index.set_text(known, row, counted, index.content_hash(first))
+                        # Its images are the same, and with them their sizes.
+                        for task, length in counted.items():
+                            known.text_tokens[task][row] = length
+                        known.content_hash[row] = index.content_hash(first)
                         record = first
                     if self._stay[line]:
                         writer.write(record)
@@ -262,6 +266,7 @@ class _ShardMaker:
         begin, end = np.searchsorted(others[self._members], [lines[0], lines[-1] + 1])
         members = self._members[begin:end]
         found: dict[int, list[Record]] = {}
+        # Part by part, each opened once: those that joined may lie anywhere behind the first.
         parts = np.searchsorted(self._table.starts, members, side="right") - 1
         for number in np.unique(parts).tolist():
             of_part = self._lines(number)

@@ -150,6 +150,7 @@ def ids(table: Table, outputs: Sequence[UnitOutput], lines: np.ndarray) -> Itera
     for number in np.unique(np.searchsorted(table.starts, lines, side="right") - 1).tolist():
         begin, end = table.starts[number : number + 2].tolist()
         wanted = set((lines[np.searchsorted(lines, begin) : np.searchsorted(lines, end)]).tolist())
+        # Ids are texts of any length, and are read again rather than kept.
         for line, values in enumerate(outputs[number].lines(), begin):
             if line in wanted:
                 yield values.id
@@ -188,6 +189,7 @@ def drop_held_out(table: Table) -> None:
     copies of a file, or documents that share it. One image among others, as a blank page, drops
     none."""
     of_line = np.repeat(np.arange(len(table.lines)), table.lines["num_images"])
+    # Of documents, not of records: a copy of a page may come before the page that is held out.
     held = np.unique(table.images[table.stay("validation")[of_line]])
     # Of each record, how many of its images are held out.
     counts = np.bincount(of_line[np.isin(table.images, held)], minlength=len(table.lines))
@@ -223,6 +225,7 @@ def join(table: Table, split: str, max_tokens: int) -> None:
     begins = np.flatnonzero(np.append(True, groups[1:] != groups[:-1])[: len(lines)])
     ends = np.append(begins[1:], len(lines))
     firsts = table.images[table.image_starts[:-1][lines]]
+    # Most groups of a crawl are single pages, which cost no turn of the loop.
     several = np.flatnonzero(ends - begins > 1)
     for begin, end in zip(begins[several].tolist(), ends[several].tolist(), strict=True):
         # The hash of an image beside that of its group: a collision of one joins no two pages.
@@ -237,6 +240,7 @@ def _join(table: Table, lines: np.ndarray, max_tokens: int) -> None:
     columns = (table.lines[name][lines].tolist() for name in ("tokens", "words"))
     for line, num_tokens, its_words in zip(lines.tolist(), *columns, strict=True):
         is_same_page = not (words and its_words) or words == its_words
+        # A first record may be longer than the cap: it stays, and nothing joins it.
         if first < 0 or tokens + num_tokens > max_tokens or not is_same_page:
             first = line
             tokens = words = 0

@@ -256,6 +256,7 @@ def _line(record: Record, split: str, document: int, num_tokens: int, is_kept: b
     group = (
         exclude.hash_of(repr([record.source, record.system, images]).encode()) if is_shared else 0
     )
+    # The ids of questions are no part of it: sets number anew what they copy.
     content = (images, turns, words, record.is_conversation, record.system)
     return Line(
         record.id,

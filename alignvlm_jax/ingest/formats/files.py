@@ -91,6 +91,7 @@ def _check_inside(path: str, folder: str, name: str) -> None:
     # Of a link its target counts; objects in a bucket have none.
     real = path if filesystem.is_remote(path) else os.path.realpath(path)
     for root in (folder, *roots):
+        # A source may itself be a link, as to another disk.
         root = root if filesystem.is_remote(root) else os.path.realpath(root or ".")
         if f"{real}/".startswith(f"{root.rstrip('/')}/") and ".." not in real.split("/"):
             return
