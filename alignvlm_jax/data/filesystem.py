@@ -101,7 +101,10 @@ def is_utf8(path: str) -> bool:
 
 def escaped(path: str) -> str:
     """Returns a path for a message, the bytes of it that are no UTF-8 as `\\xe9`."""
-    return os.fsencode(path).decode(errors="backslashreplace") if not is_utf8(path) else path
+    try:
+        return os.fsencode(path).decode(errors="backslashreplace")
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell and no file name has
+        return path.encode(errors="backslashreplace").decode()
 
 
 def _files_below(source: str) -> list[str]:

@@ -88,7 +88,7 @@ FIELDS: dict[str, tuple[dict, str]] = {
     "web": ({"images": ["https://example.com/1.png"]}, "neither local nor on gs://"),
     "bucket of another kind": ({"images": ["s3://mine/1.png"]}, "neither local nor on gs://"),
     "NUL": ({"images": ["a\0b.png"]}, "cannot be read"),
-    "surrogate": ({"images": ["\ud800.png"]}, "cannot be read"),
+    "surrogate": ({"images": ["\ud800.png"]}, "no UTF-8"),
     "no name": ({"images": [""]}, "image is missing"),
     "number": ({"images": [3]}, "images is no list of texts|document is no text"),
     "no base64": ({"images": ["data:image/png;base64,?"]}, "no base64"),

@@ -69,7 +69,7 @@ def image(folder: str, name: str, max_bytes: int = MAX_BYTES) -> bytes:
     if not filesystem.is_utf8(path):
         raise Reject(f"an image has a name that is no UTF-8 ({filesystem.escaped(name)})")
     try:
-        _check_inside(path, folder, name)
+        check_inside(path, folder, name)
         return filesystem.read(path, max_bytes)
     except FileNotFoundError as err:
         raise Reject(f"an image is missing ({name})") from err
@@ -83,7 +83,7 @@ def image(folder: str, name: str, max_bytes: int = MAX_BYTES) -> bytes:
         raise Reject(f"an image file cannot be read ({name}: {err.strerror or err})") from err
 
 
-def _check_inside(path: str, folder: str, name: str) -> None:
+def check_inside(path: str, folder: str, name: str) -> None:
     """Raises Reject where a path, that `name` gives from a folder, leaves it and `ROOTS`."""
     roots = ROOTS.get()
     if roots is None:

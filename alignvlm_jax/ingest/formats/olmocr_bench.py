@@ -120,6 +120,7 @@ without a baseline test has one for its first page."""
         """
         fields = raw.fields
         path = filesystem.join(fields["folder"], fields["pdf"])
+        files.check_inside(path, fields["folder"], fields["pdf"])
         try:
             data = filesystem.read(path, files.MAX_BYTES)
         except (OSError, ValueError) as err:
