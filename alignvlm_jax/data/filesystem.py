@@ -122,10 +122,8 @@ def _files_below(source: str) -> list[str]:
 
 
 def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
-    """Yields the files below a local folder, of which `above` are the folders around it.
-
-    pyarrow would do, but for names that are no UTF-8 and for links to a folder around.
-    """
+    """Yields the files below a local folder, of which `above` are the folders around it."""
+    # pyarrow would do, but for names that are no UTF-8 and for links to a folder around.
     # By number, since a link gives a folder another name each time that it is followed.
     stat = os.stat(folder)
     here = stat.st_dev, stat.st_ino
