@@ -251,8 +251,7 @@ def _line(record: Record, split: str, document: int, num_tokens: int, is_kept: b
     words = exclude.hash_of(repr(record.lines).encode()) if record.lines else 0
     # A turn of a conversation stands behind those before it, and an image within a question stands
     # where it is: such records share none.
-    is_plain = not any(any(turn.image_offsets) for turn in record.turns)
-    is_shared = bool(images) and is_plain and not record.is_conversation
+    is_shared = bool(images) and not record.has_order
     group = (
         exclude.hash_of(repr([record.source, record.system, images]).encode()) if is_shared else 0
     )
