@@ -9,12 +9,13 @@ def read(tmp_path):
     """A function of page contents, or of the bytes of a PDF, that returns records and
     rejections."""
 
-    def read(contents, dpi=100, **options):
+    def read(contents, dpi=100, questions="tables", indent=False, **options):
         # the format keeps files open by their names
         path = tmp_path / f"file-{len(list(tmp_path.iterdir()))}.pdf"
         path.write_bytes(
             contents if isinstance(contents, bytes) else make_pdf.pdf(contents, **options)
         )
-        return read_pdf.read_all(Pdf(dpi=dpi, holdout_by="page"), path)
+        form = Pdf(dpi=dpi, holdout_by="page", questions=questions, indent=indent)
+        return read_pdf.read_all(form, path)
 
     return read

@@ -8,7 +8,6 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pypdfium2
 from PIL import Image
 
@@ -20,10 +19,7 @@ from alignvlm_jax.data.sandbox import CallEnded, Sandbox
 from alignvlm_jax.errors import UsageError
 from alignvlm_jax.ingest.formats import checks
 from alignvlm_jax.ingest.formats.base import Reject
-from alignvlm_jax.ingest.formats.pdf import document
-from alignvlm_jax.ingest.formats.pdf import lines as lines_lib
-from alignvlm_jax.ingest.formats.pdf import tables as tables_lib
-from alignvlm_jax.ingest.formats.pdf import words as words_lib
+from alignvlm_jax.ingest.formats.pdf import document, reading
 
 Lines = tuple[tuple[Word, ...], ...]
 
@@ -106,18 +102,14 @@ def read_page(data: bytes, page: int, dpi: int) -> tuple[bytes, Lines | None]:
     try:
         with LOCK, pdf_lib.open_page(_open(data), page) as opened:
             drawn = pdf_lib.draw(opened, dpi)
-            words, num_unreadable = words_lib.read_words(
-                opened, drawn.to_pixels, np.asarray(drawn.image.convert("L"))
-            )
-            # Tables are read by rows. Under the lock, too: the objects of a page are pdfium's.
-            tables = tables_lib.find_tables(opened, drawn.to_pixels, drawn.scale)
+            # Under the lock, too: the objects of a page are pdfium's.
+            read = reading.read(opened, drawn)
     except UnreadablePdf as err:
         raise Reject(str(err)) from err
     # By the measure of `formats/pdf`, which rejects such a page; its questions are of use here.
-    num_words = len(words) + num_unreadable
-    is_known = bool(num_words) or not pdf_lib.is_marked(drawn.image)
-    is_known = is_known and num_unreadable <= document.MAX_UNREADABLE * num_words
-    return pdf_lib.encode(drawn.image), lines_lib.read_lines(words, tables) if is_known else None
+    is_known = bool(read.num_words) or not pdf_lib.is_marked(drawn.image)
+    is_known = is_known and len(read.unreadable) <= document.MAX_UNREADABLE * read.num_words
+    return pdf_lib.encode(drawn.image), reading.plain(read.lines()) if is_known else None
 
 
 def frames(data: bytes) -> int:

@@ -1,6 +1,6 @@
 """The `pdf` format: PDF files, each page of which becomes a record.
 
-A record has the drawn page, its words in reading order, and questions about its ruled tables.
+A record has the drawn page, its words in reading order, and questions about what it says.
 """
 
 import contextlib
@@ -8,11 +8,9 @@ import dataclasses
 import functools
 import itertools
 import posixpath
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
-import numpy as np
 import pypdfium2
 
 from alignvlm_jax.data import filesystem
@@ -25,11 +23,19 @@ from alignvlm_jax.ingest.formats import files
 from alignvlm_jax.ingest.formats.base import Raw, Reject, Rejection, Unit, option
 from alignvlm_jax.ingest.formats.ocr import beside
 from alignvlm_jax.ingest.formats.ocr.beside import Place
-from alignvlm_jax.ingest.formats.pdf import lines as lines_lib
-from alignvlm_jax.ingest.formats.pdf import tables as tables_lib
-from alignvlm_jax.ingest.formats.pdf import words as words_lib
-from alignvlm_jax.ingest.formats.pdf.tables import Table
-from alignvlm_jax.ingest.formats.pdf.words import PlacedWord
+from alignvlm_jax.ingest.formats.pdf import reading
+from alignvlm_jax.ingest.formats.pdf.bidi import Line
+from alignvlm_jax.ingest.formats.pdf.cells import (
+    find_cell,
+    is_on_baseline_of,
+    is_whole,
+    read_cells,
+)
+from alignvlm_jax.ingest.formats.pdf.indentation import indented
+from alignvlm_jax.ingest.formats.pdf.questions import KINDS, make_turns
+from alignvlm_jax.ingest.formats.pdf.reading import ReadPage
+from alignvlm_jax.ingest.formats.pdf.sentences import read_page, read_text
+from alignvlm_jax.ingest.formats.pdf.words import union
 
 MAX_DPI = 600
 PAGES_PER_UNIT = 64
@@ -55,7 +61,7 @@ class Pdf:
     """The format of a PDF file, or of a folder of them."""
 
     about: ClassVar[str] = (
-        "PDF files with a text layer: pages, words with boxes, questions about ruled tables"
+        "PDF files with a text layer: pages, words with boxes, questions about what they say"
     )
     schema: ClassVar[str] = """\
 A PDF file, or a folder of them (*.pdf, in subfolders too). Each page becomes a record:
@@ -63,7 +69,10 @@ A PDF file, or a folder of them (*.pdf, in subfolders too). Each page becomes a 
     id        PATH-PAGE: a/report.pdf gives a/report-0001, a/report-0002, ...
     image     the page, drawn at --dpi
     words     of the text layer, in reading order, with their boxes
-    turns     questions about the ruled tables of the page, with their answers
+    turns     questions of --questions about the page, with their answers: cells of its tables,
+              "key: value" lines, sections, captions, entries of contents, counts, yes and no, how
+              lines go on; in the page's language (English, German, French, Spanish, Russian,
+              Chinese), else in English
 
 A scan has no text layer. Its words come from OCR beside it, or in --ocr, for all of its pages
 (report.hocr, .xml of ALTO or PAGE, .json of pixparse) or for each (report-0001.xml). Else give it a
@@ -73,15 +82,25 @@ text layer (`ocrmypdf IN.pdf OUT.pdf`), or questions about images of its pages (
 
     dpi: int = option(pdf_lib.DPI, "pixels an inch at which pages are drawn")
     holdout_by: str = option("document", "what is held out together: document (a file), or page")
+    questions: str = option(",".join(KINDS), f"kinds of questions, of {', '.join(KINDS)}; or none")
+    indent: bool = option(False, "keep the indentation of code, as spaces of the first word")
     ocr: str = option("", f"for pages without text, {beside.FOLDER_HELP}")
     min_confidence: float = option(0.0, beside.CONFIDENCE_HELP)
 
     def __post_init__(self):
         beside.check_flags(self.ocr, self.min_confidence)
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise UsageError(f"--questions={self.questions}: {kind}{nearest(kind, KINDS)}")
         if not 1 <= self.dpi <= MAX_DPI:
             raise UsageError(f"--dpi={self.dpi} is not 1 to {MAX_DPI}")
         if self.holdout_by not in HOLDOUTS:
             raise UsageError(f"--holdout_by={self.holdout_by}{nearest(self.holdout_by, HOLDOUTS)}")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of questions that are asked."""
+        return tuple(self.questions.split(",")) if self.questions not in ("", "none") else ()
 
     def units(self, source: str) -> list[Unit]:
         """Returns ranges of pages of all files; see `Format.units`.
@@ -151,32 +170,29 @@ def record_of(form: Pdf, raw: Raw) -> Record:
     """Returns the record of a page, as `Pdf.record`, in the process that calls it."""
     with LOCK, _open_page(raw.fields["path"], raw.fields["page"]) as page:
         drawn = pdf_lib.draw(page, form.dpi)
-        words, num_unreadable = words_lib.read_words(
-            page, drawn.to_pixels, np.asarray(drawn.image.convert("L"))
-        )
         # Under the lock, too: the objects of a page are pdfium's.
-        tables = tables_lib.find_tables(page, drawn.to_pixels, drawn.scale)
+        read = reading.read(page, drawn)
         num_pages = len(_open(raw.fields["path"]))
-    problem = _lack_of_text(len(words), num_unreadable, drawn)
-    if problem:
+    if problem := _lack_of_text(read.num_words, len(read.unreadable), drawn):
         place = Place(raw.fields["path"], raw.id.rpartition("-")[0], raw.fields["page"], num_pages)
         found = beside.lines_of(place, form.ocr, *drawn.image.size, form.min_confidence)
         if found is None:
             raise Reject(problem)
         return Record(raw.id, "pdf", (pdf_lib.encode(drawn.image),), (), (found,))
-    lines = lines_lib.read_lines(words, tables)
-    turns = _turns(words, tables)
-    return Record(raw.id, "pdf", (pdf_lib.encode(drawn.image),), turns, (lines,))
+    lines = read.lines()
+    turns = _turns(form, raw, read, lines)
+    page_lines = reading.plain(indented(lines) if form.indent else lines)
+    return Record(raw.id, "pdf", (pdf_lib.encode(drawn.image),), turns, (page_lines,))
 
 
 def _lack_of_text(num_words: int, num_unreadable: int, drawn: Drawn) -> str:
-    """Returns why the words of a page cannot be what it says; "" where they can."""
-    total = num_words + num_unreadable
+    """Returns why the words of a page, among them unreadable ones, cannot be what it says; "" where
+    they can."""
     # A transcription with many gaps would teach the model to skip what it sees.
-    if num_unreadable > MAX_UNREADABLE * total:
-        return f"words without Unicode ({num_unreadable:,} of {total:,})"
+    if num_unreadable > MAX_UNREADABLE * num_words:
+        return f"words without Unicode ({num_unreadable:,} of {num_words:,})"
     # A page of one colour is blank, which is no fault of the text layer.
-    return NO_TEXT if not total and pdf_lib.is_marked(drawn.image) else ""
+    return NO_TEXT if not num_words and pdf_lib.is_marked(drawn.image) else ""
 
 
 def count_pages(path: str) -> int:
@@ -216,15 +232,21 @@ def _num_pages(path: str) -> int:
         return 0
 
 
-def _turns(words: list[PlacedWord], tables: list[Table]) -> tuple[Turn, ...]:
-    """Returns the questions about the tables of a page, without the ambiguous ones.
-
-    A question is ambiguous if two tables of the page answer it differently.
-    """
-    answers: dict[str, set[str]] = defaultdict(set)
-    for table in tables:
-        for turn in tables_lib.questions(lines_lib.read_cells(words, table)):
-            answers[turn.question].update(turn.answers)
-    return tuple(
-        Turn(question, tuple(found)) for question, found in answers.items() if len(found) == 1
-    )
+def _turns(form: Pdf, raw: Raw, read: ReadPage, lines: list[Line]) -> tuple[Turn, ...]:
+    """Returns the questions about a page."""
+    # Each cell is read once, for all kinds of questions.
+    tables = [
+        (cells, is_whole(table, read.words, len(read.gray)))
+        for table in read.tables
+        if (cells := read_cells(read.words, read.unreadable, table, read.gray))
+    ]
+    texts = []
+    for line in lines:
+        box = union([placed.word.box for placed in line])
+        is_tabular = any(find_cell(line[0].word.box, table) for table in read.tables)
+        # A word that the PDF does not spell is missing in its line.
+        is_readable = not any(is_on_baseline_of(box, other, 1) for other in read.unreadable)
+        texts.append(read_text(line, is_tabular, is_readable))
+    page = read_page(texts, len(read.gray), raw.fields["page"])
+    # A page's id holds its document and its number: whoever reads it asks the same.
+    return make_turns(page, tables, form.kinds, raw.id)

@@ -3,19 +3,17 @@
 import collections
 import functools
 import itertools
-import re
-import sys
-import unicodedata
-from collections.abc import Iterator, Sequence
-from ctypes import c_double
 from typing import NamedTuple
 
 import numpy as np
 import pypdfium2
 from pypdfium2 import raw as pdfium
 
+from alignvlm_jax.data.labels import is_from_the_right
 from alignvlm_jax.data.record import Box, Word
-from alignvlm_jax.ingest.formats.base import Reject
+from alignvlm_jax.ingest.formats.pdf import characters as characters_lib
+from alignvlm_jax.ingest.formats.pdf import spelling
+from alignvlm_jax.ingest.formats.pdf.characters import Characters
 
 MAX_SLANT = 0.09
 """Largest tangent of the angle between text and an axis of the page, about 5 degrees.
@@ -30,39 +28,34 @@ Fonts claim more, with room for glyphs that they hardly ever draw.
 """
 MIN_CONTRAST = 16
 """Smallest range of gray levels (of 255) in the box of a word that a person can see."""
-MIN_INK = 0.1
-"""Smallest area of a visible glyph, in square pixels.
-
-For characters that they cannot draw, as control characters, fonts have a glyph of a hundredth.
-"""
-MAX_CHARACTERS = 100_000
-"""Most characters of a page, with the spaces that pdfium puts between words."""
 SIDEWAYS = 2 / 3
 """Fraction of its words from which a page counts as shown sideways; with fewer it is an upright one
 with notes at its side."""
-MAX_GAP = 0.6
-"""Largest gap between two characters of a word, in ems."""
 
-# What pdfium makes of a hyphen at the end of a line, and what other programs write for one.
-HYPHENS = "\x02\xad\ufffe"
-# An accent without a letter stands for the sign itself: TeX draws a backquote this way.
-LONE_ACCENTS = {"\u0300": "`", "\u0301": "´", "\u0302": "^", "\u0303": "~", "\u0308": "¨"}
 HIDDEN = (pdfium.FPDF_TEXTRENDERMODE_INVISIBLE, pdfium.FPDF_TEXTRENDERMODE_CLIP)
 
 
 class PlacedWord(NamedTuple):
-    """A word, and whether it runs up or down the page.
+    """A word, and how it stands on the page.
 
     A vertical word has no character edges: they are x coordinates, and would all be the same.
+
+    Attributes:
+      word: its text and box.
+      is_vertical: whether it runs up or down the page.
+      is_bold: whether its font is bold, as far as the font's name says.
+      em: the size of its font in pixels.
     """
 
     word: Word
     is_vertical: bool
+    is_bold: bool = False
+    em: float = 0.0
 
 
 def read_words(
     page: pypdfium2.PdfPage, to_pixels: np.ndarray, gray: np.ndarray
-) -> tuple[list[PlacedWord], int]:
+) -> tuple[list[PlacedWord], list[Box]]:
     """Returns the words that a person can see, in the order of the page's content.
 
     Text that is white on white, covered or outside the page is left out, and so is text at a slant
@@ -75,249 +68,227 @@ def read_words(
       gray: uint8 [Y, X], the page as it is drawn.
 
     Returns:
-      The words, and the number of visible words for whose characters the PDF has no Unicode.
+      The words, and the boxes of visible words for whose characters the PDF has no Unicode.
 
     Raises:
       Reject: there is too much text.
     """
-    text = _Text(page, to_pixels, gray.shape)
+    text = _Text(Characters(page, to_pixels, gray.shape))
     if turn := text.turn():
         # pdfium orders text by how the page is displayed: sideways, lines would come last to first.
         displayed = page.get_rotation()
         page.set_rotation((displayed + turn) % 360)
         try:
-            text = _Text(page, to_pixels, gray.shape)
+            text = _Text(Characters(page, to_pixels, gray.shape))
         finally:
             page.set_rotation(displayed)
     visible = []
     hidden = []
-    num_unreadable = 0
-    for span in text.spans():
-        left, top, right, bottom = (max(0, int(side)) for side in _union(text.ink[span]))
+    unreadable = []
+    for index in range(len(text.spans)):
         # Whatever hides a word (its colour, a picture on top, a clip), its box is flat in the
-        # drawn page. A last pixel more: boxes end within a pixel.
-        ink = gray[top : bottom + 1, left : right + 1]
-        if not ink.size or int(ink.max()) - int(ink.min()) < MIN_CONTRAST:
+        # drawn page.
+        if not _has_contrast(gray, text.inks[index]):
             continue
-        spelled = text.spell(span)
+        spelled = text.spell(index)
         if spelled is None:
-            num_unreadable += 1
+            unreadable.append(tuple(text.inks[index]))
         elif spelled[0]:
-            placed = text.place(span, *spelled)
+            placed = text.place(index, *spelled)
             if placed is not None:
-                (hidden if text.is_hidden(span) else visible).append(placed)
+                kept = hidden if text.modes[index] in HIDDEN else visible
+                is_next = index > 0 and text.spans[index - 1].stop == text.spans[index].start
+                if is_next and kept and _ends_with(kept[-1], placed):
+                    kept[-1] = _joined(kept[-1], placed)
+                else:
+                    kept.append(placed)
     # [n, 4], also for no word at all.
     boxes = np.array([placed.word.box for placed in visible]).reshape(-1, 4)
     return visible + [
         placed for placed in hidden if not _overlaps(boxes, placed.word.box)
-    ], num_unreadable
+    ], unreadable
+
+
+def gap(a: PlacedWord, b: PlacedWord) -> float:
+    """Returns the distance from one word of a line to the next, in ems."""
+    # A source may not know the size of its font.
+    em = max(a.em, b.em) or a.word.box[3] - a.word.box[1] or 1
+    return (b.word.box[0] - a.word.box[2]) / em
+
+
+def union(boxes: list[Box]) -> Box:
+    """Returns the smallest box around some boxes."""
+    lefts, tops, rights, bottoms = zip(*boxes, strict=True)
+    return min(lefts), min(tops), max(rights), max(bottoms)
+
+
+def _ends_with(word: PlacedWord, sign: PlacedWord) -> bool:
+    """Whether a sign stands at the end, to the left, of a word from right to left: where that is
+    stored as it is drawn, the sign follows the first letter."""
+    is_sign = not any(map(str.isalnum, sign.word.text))
+    is_near = abs(word.word.box[0] - sign.word.box[2]) < 0.2 * word.em
+    return is_sign and is_near and is_from_the_right(word.word.text)
+
+
+def _joined(word: PlacedWord, sign: PlacedWord) -> PlacedWord:
+    box = union([word.word.box, sign.word.box])
+    return word._replace(word=Word(word.word.text + sign.word.text, box))
 
 
 class _Text:
-    """The n characters of a page in pdfium's order, and their boxes in pixels.
+    """The n words of a page.
 
     Attributes:
-      text: n characters.
-      ink: n boxes (left, top, right, bottom) around what is drawn.
-      cells: n boxes that contain those of `ink`, reach to the next character and are as high as
-        the font.
+      spans: their characters, n slices.
+      inks: n boxes around what is drawn.
+      modes: rendering modes of their first characters; None where nothing is known to draw them.
     """
 
-    def __init__(self, page: pypdfium2.PdfPage, to_pixels: np.ndarray, shape: tuple[int, int]):
-        self._page = page.get_textpage()
-        self._to_pixels = to_pixels
-        self._size = shape[::-1]
-        count = self._page.count_chars()
-        if count > MAX_CHARACTERS:
-            raise Reject(
-                f"a page has too much text ({count:,} characters; at most {MAX_CHARACTERS:,})"
-            )
-        self.text = _decode([pdfium.FPDFText_GetUnicode(self._page, i) for i in range(count)])
-        ink = np.zeros((count, 4))
-        cells = np.zeros((count, 4))
-        left = c_double()
-        right = c_double()
-        bottom = c_double()
-        top = c_double()
-        loose = pdfium.FS_RECTF()
-        for i, character in enumerate(self.text):
-            if not character.isspace():
-                pdfium.FPDFText_GetCharBox(self._page, i, left, right, bottom, top)
-                ink[i] = left.value, bottom.value, right.value, top.value
-                pdfium.FPDFText_GetLooseCharBox(self._page, i, loose)
-                cells[i] = loose.left, loose.bottom, loose.right, loose.top
-        # [n, 4]: the union of both boxes; italic letters lean out of their cells.
-        cells = np.hstack([np.minimum(ink, cells)[:, :2], np.maximum(ink, cells)[:, 2:]])
-        ink = _map_boxes(ink, to_pixels)
-        cells = _map_boxes(cells, to_pixels)
-        centres = (ink[:, :2] + ink[:, 2:]) / 2
-        is_on_page = ((centres >= 0) & (centres < self._size)).all(1) & np.isfinite(cells).all(1)
-        self._is_on_page = is_on_page.tolist()
-        # [n, 2], x and y. A gap, [n - 1], is the larger of the two axes' distances between
-        # neighbours, in either direction; it is negative where their cells overlap.
-        low = cells[:, :2]
-        high = cells[:, 2:]
-        gaps = np.maximum(low[1:] - high[:-1], low[:-1] - high[1:]).max(1)
-        ems = (high - low).max(1)
-        self._is_jump = [True, *(gaps > MAX_GAP * np.maximum(ems[1:], ems[:-1])).tolist()]
-        self.ink = ink.tolist()
-        self.cells = cells.tolist()
-
-    def spans(self) -> Iterator[slice]:
-        """Yields the words, as slices of characters.
-
-        A word is a run of characters on the page without white space and without a jump, as there
-        is after a hyphen at the end of a line.
-        """
-        start = None
-        for i, character in enumerate(self.text):
-            is_part = self._is_on_page[i] and not character.isspace()
-            if start is not None and (not is_part or self._is_jump[i]):
-                yield slice(start, i)
-                start = None
-            if is_part and start is None:
-                start = i
-        if start is not None:
-            yield slice(start, len(self.text))
+    def __init__(self, characters: Characters):
+        self._text = characters.text
+        self._size = characters.size
+        self._ink = characters.ink.tolist()
+        self.spans = characters.spans()
+        starts = [span.start for span in self.spans]
+        inks = _unions(characters.ink, self.spans)
+        self.inks = inks.tolist()
+        # pdfium spells a ligature as several characters with the same box.
+        is_joined = np.zeros(len(self._text), bool)
+        is_joined[1:] = (characters.cells[1:] == characters.cells[:-1]).all(1)
+        self._is_joined = is_joined.tolist()
+        # Directions in pixels, each [2]: along the baseline, and from it to the top of the letters,
+        # which is a negative y.
+        self._directions = characters.matrices(starts)
+        self._sizes = characters.sizes(starts)
+        cells = _unions(characters.cells, self.spans)
+        ems = -self._directions[:, 1, 1] * self._sizes
+        boxes = _cut(_place(cells, inks, ems, characters.baselines(starts)), self._size)
+        self._boxes = boxes.tolist()
+        self._ink_boxes = _cut(inks, self._size).tolist()
+        # [n]: where the cell of each character starts, within the box of its word.
+        owner = np.full(len(self._text), -1)
+        for word, span in enumerate(self.spans):
+            owner[span] = word
+        sides = np.append(boxes, [[0, 0, 0, 0]], 0)[owner]
+        within = np.clip(characters.cells[:, 0], sides[:, 0], sides[:, 2])
+        self._lefts = within.round(2).tolist()
+        self._cell = characters.cells.tolist()
+        # A word's first character stands for all of it: words of several fonts are rare.
+        objects = characters.objects(starts)
+        # Most words are drawn by few objects, or share their object with their neighbours.
+        mode = functools.cache(characters_lib.render_mode)
+        is_bold = functools.cache(characters_lib.is_bold)
+        self.modes = [mode(drawn_by) if drawn_by else None for drawn_by in objects]
+        self._is_bold = [bool(drawn_by) and is_bold(drawn_by) for drawn_by in objects]
 
     def turn(self) -> int:
         """Returns the degrees, clockwise, by which the page would have to be turned for most of its
         words to stand upright, 0 where they do."""
-        turns = collections.Counter(self._turn(span.start) for span in self.spans())
+        turns = collections.Counter(_turn(x, y) for x, y in self._directions[:, 0].tolist())
         # The most frequent one, and how many words have it.
         [(turn, count)] = turns.most_common(1) or [(0, 0)]
         return turn if count > SIDEWAYS * turns.total() else 0
 
-    def _turn(self, index: int) -> int:
-        """Returns the degrees by which a character would have to be turned, to the nearest 90."""
-        matrix = pdfium.FS_MATRIX()
-        pdfium.FPDFText_GetMatrix(self._page, index, matrix)
-        x, y = self._to_pixels[:, :2] @ (matrix.a, matrix.b)
-        if abs(x) >= abs(y):
-            return 0 if x >= 0 else 180
-        # y grows downwards: text that runs down the page is upright after a turn to the left.
-        return 270 if y > 0 else 90
-
-    def spell(self, span: slice) -> tuple[str, list[float]] | None:
+    def spell(self, index: int) -> tuple[str, list[float]] | None:
         """Returns the text of a word (Unicode NFC) and the left edge of each of its characters.
 
         The characters that one glyph shows (a ligature, a letter with accents) share its width
         evenly. Returns None if the PDF has no Unicode for a character.
         """
-        glyphs: list[list] = []  # text, left, right
-        for i in range(span.start, span.stop):
-            left, top, right, bottom = self.ink[i]
-            seen = _seen(self.text[i], (right - left) * (bottom - top) > MIN_INK)
-            if seen is None:
-                return None
-            # pdfium spells a ligature as several characters with the same box.
-            is_same_glyph = i > span.start and self.cells[i] == self.cells[i - 1]
-            if glyphs and seen and (is_same_glyph or unicodedata.combining(seen[0])):
-                glyphs[-1][0] += seen
-            elif seen:
-                glyphs.append([LONE_ACCENTS.get(seen, seen), self.cells[i][0], self.cells[i][2]])
+        span = self.spans[index]
+        word = self._text[span]
+        is_joined = self._is_joined[span]
+        if spelling.is_plain(word) and not any(is_joined[1:]):
+            return word, self._lefts[span]
+        glyphs = spelling.read_glyphs(word, self._ink[span], self._cell[span], is_joined)
+        if glyphs is None:
+            return None
         text = ""
         lefts = []
-        # Normalised glyph by glyph: over the whole word the number of characters could change, and
-        # edges would not fit.
-        for glyph, left, right in glyphs:
-            composed = unicodedata.normalize("NFC", glyph)
-            text += composed
-            lefts += [left + (right - left) * i / len(composed) for i in range(len(composed))]
+        start, _, stop, _ = self._boxes[index]
+        for shown, left, right in glyphs:
+            text += shown
+            parts = (left + (right - left) * i / len(shown) for i in range(len(shown)))
+            lefts += [round(min(max(part, start), stop), 2) for part in parts]
         return text, lefts
 
-    def place(self, span: slice, text: str, lefts: list[float]) -> PlacedWord | None:
+    def place(self, index: int, text: str, lefts: list[float]) -> PlacedWord | None:
         """Returns a word with its box, cut at the page's border.
 
         Returns None if the word stands at a slant or upside down.
         """
-        matrix = pdfium.FS_MATRIX()
-        x = c_double()
-        y = c_double()
-        pdfium.FPDFText_GetMatrix(self._page, span.start, matrix)
-        # Directions in pixels, [2]: along the baseline, and from it to the top of the letters,
-        # which is a negative y.
-        along = self._to_pixels[:, :2] @ (matrix.a, matrix.b)
-        up = self._to_pixels[:, :2] @ (matrix.c, matrix.d)
-        ink = _union(self.ink[span])
-        cell = _union(self.cells[span])
+        along, up = self._directions[index].tolist()
+        is_bold = self._is_bold[index]
         if abs(along[0]) <= MAX_SLANT * abs(along[1]):
-            return PlacedWord(Word(text, self._cut(ink)), is_vertical=True)
+            em = abs(up[0]) * self._sizes[index]
+            return PlacedWord(Word(text, tuple(self._ink_boxes[index])), True, is_bold, em)
         if up[1] >= 0 or abs(along[1]) > MAX_SLANT * along[0]:
             return None
-        em = -up[1] * pdfium.FPDFText_GetFontSize(self._page, span.start)
-        pdfium.FPDFText_GetCharOrigin(self._page, span.start, x, y)
-        baseline = self._to_pixels[1] @ (x.value, y.value, 1)
-        # The usual height of letters, within what the font claims, but always around all ink.
-        top = min(ink[1], max(baseline - ASCENT * em, cell[1]))
-        bottom = max(ink[3], min(baseline + DESCENT * em, cell[3]))
-        box = self._cut((cell[0], top, cell[2], bottom))
+        em = -up[1] * self._sizes[index]
+        box = tuple(self._boxes[index])
         # Text from right to left: the edges of a record ascend, so it goes without.
         if lefts[0] > lefts[-1]:
-            return PlacedWord(Word(text, box), is_vertical=False)
+            return PlacedWord(Word(text, box), False, is_bold, em)
         # Kerning may pull a letter back over the one before it.
-        edges = itertools.accumulate((*lefts, cell[2]), max)
-        return PlacedWord(
-            Word(text, box, tuple(round(min(max(edge, box[0]), box[2]), 2) for edge in edges)),
-            is_vertical=False,
-        )
-
-    def _cut(self, box: Sequence[float]) -> Box:
-        """Returns a box cut at the page's border and rounded to hundredths of a pixel."""
-        left, top, right, bottom = (
-            round(min(max(float(side), 0.0), limit), 2)
-            for side, limit in zip(box, self._size * 2, strict=True)
-        )
-        return left, top, right, bottom
-
-    def is_hidden(self, span: slice) -> bool:
-        """Whether a word's text is invisible by its rendering mode, as that of OCR is."""
-        drawn_by = pdfium.FPDFText_GetTextObject(self._page, span.start)
-        return bool(drawn_by) and pdfium.FPDFTextObj_GetTextRenderMode(drawn_by) in HIDDEN
+        edges = (*itertools.accumulate(lefts, max), box[2])
+        return PlacedWord(Word(text, box, edges), False, is_bold, em)
 
 
-@functools.lru_cache(maxsize=4096)
-def _seen(character: str, has_ink: bool) -> str | None:
-    """Returns what a person reads where a character is drawn.
+def _place(cells: np.ndarray, inks: np.ndarray, ems: np.ndarray, baselines: np.ndarray):
+    """Returns the boxes of upright words, float64 [n, 4].
 
-    Returns "" if nothing is seen, and None if the PDF does not say (as for a private-use code).
+    They have the usual height of letters, within what the font claims, but always around all ink.
+
+    Args:
+      cells: boxes around the cells of their characters, [n, 4].
+      inks: boxes around what is drawn, [n, 4].
+      ems: the sizes of their fonts in pixels, [n].
+      baselines: the y coordinates of their baselines, [n].
     """
-    if character in HYPHENS:
-        return "-" if has_ink else ""
-    category = unicodedata.category(character)
-    if character == "\ufffd" or category in ("Co", "Cn") or (category == "Cc" and has_ink):
-        return None
-    return "" if category in ("Cc", "Cf") else character
+    tops = np.minimum(inks[:, 1], np.maximum(baselines - ASCENT * ems, cells[:, 1]))
+    bottoms = np.maximum(inks[:, 3], np.minimum(baselines + DESCENT * ems, cells[:, 3]))
+    return np.stack([cells[:, 0], tops, cells[:, 2], bottoms], 1)
 
 
-def _decode(codes: list[int]) -> str:
-    """Returns a text with exactly one character for each of pdfium's codes.
+def _has_contrast(gray: np.ndarray, box: Box) -> bool:
+    """Whether anything can be seen in a box of the page, uint8 [Y, X]."""
+    left, top, right, bottom = (max(0, int(side)) for side in box)
+    # The row in the middle has ink of most words, and few bytes are faster than small arrays.
+    row = gray[(top + bottom) // 2, left : right + 1].tobytes() if bottom < len(gray) else b""
+    if row and max(row) - min(row) >= MIN_CONTRAST:
+        return True
+    # A last pixel more: boxes end within a pixel.
+    ink = gray[top : bottom + 1, left : right + 1]
+    return ink.size > 0 and int(ink.max()) - int(ink.min()) >= MIN_CONTRAST
 
-    pdfium gives two codes, a surrogate pair, for a character beyond 16 bits: the first becomes the
-    character and the second a word joiner, which shows nothing, so that indices stay the same.
-    Half a pair alone becomes U+FFFD, because UTF-8 cannot encode it.
+
+def _turn(x: float, y: float) -> int:
+    """Returns the degrees by which text of a direction would have to be turned, to the nearest 90.
+
+    y grows downwards.
     """
-    text = "".join(chr(code) if code <= sys.maxunicode else "\ufffd" for code in codes)
-    text = re.sub("[\ud800-\udbff][\udc00-\udfff]", lambda pair: _joined(pair[0]) + "\u2060", text)
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+    if abs(x) >= abs(y):
+        return 0 if x >= 0 else 180
+    # Text that runs down the page is upright after a turn to the left.
+    return 270 if y > 0 else 90
 
 
-def _joined(pair: str) -> str:
-    """Returns the character that a surrogate pair stands for."""
-    return pair.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+def _unions(boxes: np.ndarray, spans: list[slice]) -> np.ndarray:
+    """Returns the smallest box around the characters of each of n words, float64 [n, 4]."""
+    if not spans:
+        return np.zeros((0, 4))
+    # Where words start and stop by turns; what stands between words is reduced for nothing.
+    ends = np.array([(span.start, span.stop) for span in spans]).ravel()
+    # An end may be the end of the array, which reduceat does not take.
+    padded = np.vstack([boxes, boxes[-1:]])
+    low = np.minimum.reduceat(padded[:, :2], ends)[::2]
+    high = np.maximum.reduceat(padded[:, 2:], ends)[::2]
+    return np.hstack([low, high])
 
 
-def _map_boxes(boxes: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Returns boxes, float64 [n, 4], mapped by a matrix [2, 3]; min comes before max again."""
-    # [n, 2 corners, 2]: the y axis is flipped, so the corners have to be sorted anew.
-    corners = boxes.reshape(-1, 2, 2) @ matrix[:, :2].T + matrix[:, 2]
-    return np.hstack([corners.min(1), corners.max(1)])
-
-
-def _union(boxes: Sequence[Sequence[float]]) -> Box:
-    """Returns the smallest box around some boxes."""
-    lefts, tops, rights, bottoms = zip(*boxes, strict=True)
-    return min(lefts), min(tops), max(rights), max(bottoms)
+def _cut(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Returns boxes cut at the page's border and rounded to hundredths of a pixel."""
+    return np.clip(boxes, 0, size * 2).round(2)
 
 
 def _overlaps(boxes: np.ndarray, box: Box) -> bool:

@@ -6,12 +6,18 @@ from collections.abc import Iterable
 
 
 def text(
-    x: float, y: float, string: str, size: float = 12, matrix: str = "1 0 0 1", operators: str = ""
+    x: float,
+    y: float,
+    string: str,
+    size: float = 12,
+    matrix: str = "1 0 0 1",
+    operators: str = "",
+    font: str = "F1",
 ) -> str:
     """Content that shows a string with its baseline at (x, y); `operators` such as `3 Tr` come
-    before it."""
+    before it. Fonts are F1, Helvetica; F2, which is bold; and F3, Courier."""
     escaped = string.replace("\\", "\\\\").replace("(", "\\(").replace(")", "\\)")
-    return f"q BT /F1 {size} Tf {operators} {matrix} {x} {y} Tm ({escaped}) Tj ET Q\n"
+    return f"q BT /{font} {size} Tf {operators} {matrix} {x} {y} Tm ({escaped}) Tj ET Q\n"
 
 
 def rule(x0: float, y0: float, x1: float, y1: float) -> str:
@@ -20,18 +26,24 @@ def rule(x0: float, y0: float, x1: float, y1: float) -> str:
 
 
 def table(
-    left: float, top: float, widths: list[float], rows: list[list[str]], height: float = 20
+    left: float,
+    top: float,
+    widths: list[float],
+    rows: list[list[str]],
+    height: float = 20,
+    head: str = "F2",
 ) -> str:
     """A table ruled as publishers do it: horizontal rules cell by cell, vertical ones between the
-    columns alone."""
+    columns alone; the first row has the font `head`."""
     lefts = [left + sum(widths[:i]) for i in range(len(widths) + 1)]
     tops = [top - height * i for i in range(len(rows) + 1)]
     content = "".join(rule(a, y, b, y) for y in tops for a, b in itertools.pairwise(lefts))
     content += "".join(rule(x, y, x, y - height) for y in tops[:-1] for x in lefts[1:-1])
-    for y, row in zip(tops, rows, strict=False):
+    for index, (y, row) in enumerate(zip(tops, rows, strict=False)):
         for x, cell in zip(lefts, row, strict=False):
             content += "".join(
-                text(x + 4, y - 9 - 9 * i, line, 8) for i, line in enumerate(cell.split("\n"))
+                text(x + 4, y - 9 - 9 * i, line, 8, font="F1" if index else head)
+                for i, line in enumerate(cell.split("\n"))
             )
     return content
 
@@ -41,6 +53,11 @@ IMAGE = "q 200 0 0 150 50 25 cm /X1 Do Q\n"
 
 
 FORM = "/X2 Do\n"
+
+OTHER_FONTS = " ".join(
+    f"/{name} << /Type /Font /Subtype /Type1 /BaseFont /{font} /Encoding /WinAnsiEncoding >>"
+    for name, font in (("F2", "Helvetica-Bold"), ("F3", "Courier"))
+)
 
 
 def pdf(
@@ -63,7 +80,8 @@ def pdf(
     """
     font += " /ToUnicode 4 0 R" if meanings else ""
     page += " /Annots [5 0 R]" if field else ""
-    resources = "/Resources << /Font << /F1 3 0 R >> /XObject << /X1 7 0 R /X2 8 0 R >> >>"
+    fonts = f"/Font << /F1 3 0 R {OTHER_FONTS} >>"
+    resources = f"/Resources << {fonts} /XObject << /X1 7 0 R /X2 8 0 R >> >>"
     objects = [
         "<< /Type /Catalog /Pages 2 0 R /AcroForm << /Fields [5 0 R] >> >>",
         "",
@@ -82,7 +100,7 @@ def pdf(
         _stream(
             form,
             "/Type /XObject /Subtype /Form /BBox [0 0 600 400] /Matrix [0.5 0 0 0.5 0 50] "
-            "/Resources << /Font << /F1 3 0 R >> >>",
+            f"/Resources << {fonts} >>",
         ),
     ]
     kids = []

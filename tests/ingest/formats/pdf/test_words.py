@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
+from alignvlm_jax.ingest.formats.pdf import spelling
 from tests.ingest.formats.pdf.make_pdf import table, text
 from tests.ingest.formats.pdf.read_pdf import gray, texts, words
 
@@ -177,3 +178,93 @@ def test_letters_that_go_back(read, pulled, has_edges):
     assert (word.edges is not None) == has_edges
     if has_edges:
         assert list(word.edges) == sorted(word.edges)
+
+
+HEBREW = {letter: f"{0x05D0 + i:04X}" for i, letter in enumerate("abcdefghijk")}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        # Drawn as it stands, from left to right, and letter by letter from the right.
+        text(100, 100, "khg edba"),
+        "".join(text(200 - 7 * i, 100, c) for i, c in enumerate("abde"))
+        + "".join(text(165 - 7 * i, 100, c) for i, c in enumerate("ghk")),
+    ],
+)
+def test_words_from_right_to_left_begin_at_the_right(read, content):
+    (record,) = read([content], meanings=HEBREW)
+    assert texts(record) == ["אבדה זחך"]
+    first, second = words(record)
+    assert first.box[0] > second.box[2] and first.edges is None
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        ("םולש", "שלום"),
+        ("5.2-ב", "ב-5.2"),
+        ("ﻡ", "م"),
+        ("שלום", None),  # its letters go to the left already
+    ],
+)
+def test_words_that_are_stored_as_they_are_drawn_are_turned_round(stored, expected):
+    sign = 1 if expected else -1
+    places = [sorted((sign * 10 * i, sign * 10 * (i + 1))) for i in range(len(stored))]
+    boxes = [(float(left), 0.0, float(right), 10.0) for left, right in places]
+    glyphs = spelling.read_glyphs(stored, boxes, boxes, [False] * len(stored))
+    assert "".join(glyph for glyph, _, _ in glyphs) == (expected or stored)
+
+
+@pytest.mark.parametrize("matrix", ["0 1 -1 0", "0 -1 1 0"])
+def test_words_up_or_down_the_page_do_not_fall_apart(read, matrix):
+    """Browsers draw them letter by letter; pdfium sees as many lines."""
+    sign = 1 if matrix.startswith("0 1") else -1
+    widths = {" ": 278, "r": 333, "t": 278, "w": 722}
+    y = 100 - 50 * sign
+    content = text(100, 180, "upright text is most of this page, of course")
+    for letter in "rotated now":
+        content += text(60, y, letter, 12, matrix) if letter != " " else ""
+        y += sign * 12 * widths.get(letter, 556) / 1000
+    (record,) = read([content])
+    assert [line for line in texts(record) if "upright" not in line] == ["rotated now"]
+
+
+@pytest.mark.parametrize("step", [6.5, 8.0])
+def test_letters_on_a_grid_are_words(read, step):
+    """Listings put each letter in the middle of a box; pdfium sees spaces beside narrow ones."""
+    line = "fill in.it = l.i;  if il"
+    widths = {"i": 2.0, "l": 2.0, ".": 2.5, "f": 2.5, ";": 2.5, "t": 2.5, "=": 5.3, "n": 5.0}
+    content = "".join(
+        text(20 + step * i - widths[letter] / 2, 100, letter, 9)
+        for i, letter in enumerate(line)
+        if letter != " "
+    )
+    (record,) = read([content])
+    assert texts(record) == [" ".join(line.split())]
+
+
+def test_numbers_below_each_other_are_several(read):
+    (record,) = read(["".join(text(50, 150 - 9 * i, str(i), 8) for i in range(5))])
+    assert texts(record) == ["0", "1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [("Carn\xa8e", "Carnë"), ("na\xa8\xf5ve", "naïve"), ("x \xa8 y", "x ¨ y")],
+)
+def test_accents_that_are_drawn_over_letters_are_theirs(read, codes, expected):
+    """As TeX does with its own fonts: the accent, back, and the letter."""
+    content = ""
+    x = 20.0
+    for code in codes:
+        content += text(x, 100, code)
+        x += {
+            "\xa8": 1.0 if expected != "x ¨ y" else 6.0,
+            " ": 4.0,
+            "\xf5": 3.4,
+            "r": 4.0,
+            "C": 8.7,
+        }.get(code, 6.4)
+    (record,) = read([content], font="/Encoding << /BaseEncoding /WinAnsiEncoding /Differences [245 /dotlessi] >>")  # fmt: skip
+    assert texts(record) == [expected]
