@@ -17,7 +17,7 @@ from PIL import Image
 
 from alignvlm_jax import __main__ as program
 from alignvlm_jax import config as config_lib
-from alignvlm_jax.commands import config_flag
+from alignvlm_jax.commands import config_flag, next_commands
 from alignvlm_jax.plan import hardware
 from alignvlm_jax.train import restore
 from tests.commands.test_convert import convert_to, published  # noqa: F401
@@ -83,6 +83,18 @@ def test_commands_and_configs_exist(path):
             if configs and not re.search(r"smollm2|documents|trial|weights", configs[0]):
                 fields = [word for word in words if word.startswith("--config")]
                 assert config_flag.parse(fields)[0], words
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs/data.md", "configs/trial.py"])
+def test_the_time_of_a_trial_is_that_which_prepare_says(path):
+    assert next_commands.TRIAL_TIME in " ".join((ROOT / path).read_text().split())
+
+
+def test_the_environment_is_activated_before_the_first_command_of_a_section():
+    """Who goes straight to his own documents has read no block before."""
+    for section in re.split("^## ", (ROOT / "README.md").read_text(), flags=re.M):
+        found = re.findall("^(source .venv|python -m)", section, re.M)
+        assert not found or found[0] == "source .venv", section
 
 
 @pytest.mark.parametrize(("flags", "run"), [([], "runs/demo"), (["SEED=2"], "runs/demo-seed2")])
