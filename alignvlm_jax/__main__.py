@@ -13,19 +13,36 @@ import traceback
 from types import ModuleType
 from typing import NoReturn
 
-from alignvlm_jax import __version__, logs, storage
-from alignvlm_jax.commands import usage
-from alignvlm_jax.errors import (
-    TRY_AGAIN_STATUS,
-    StoppedError,
-    TryAgainError,
-    UsageError,
-    UserError,
-    nearest,
-)
-from alignvlm_jax.parallel import xla_flags
-from alignvlm_jax.storage import faults
-from alignvlm_jax.storage.faults import Kind
+PACKAGE = "alignvlm_jax"
+
+
+def _not_installed(err: ModuleNotFoundError) -> str:
+    """Returns in a line what this Python lacks; raises the error where that is a module of ours."""
+    if err.name is None or err.name.partition(".")[0] == PACKAGE:
+        raise err
+    return (
+        f"{err.name} is not installed in this Python, {sys.executable}: source .venv/bin/activate, "
+        "or make setup"
+    )
+
+
+try:
+    from alignvlm_jax import __version__, logs, storage
+    from alignvlm_jax.commands import usage
+    from alignvlm_jax.errors import (
+        TRY_AGAIN_STATUS,
+        StoppedError,
+        TryAgainError,
+        UsageError,
+        UserError,
+        nearest,
+    )
+    from alignvlm_jax.parallel import xla_flags
+    from alignvlm_jax.storage import faults
+    from alignvlm_jax.storage.faults import Kind
+except ModuleNotFoundError as _err:
+    # Most likely the system's Python, and not that of .venv: nothing of ours can be used here.
+    sys.exit(f"{PACKAGE}: error: {_not_installed(_err)}")
 
 COMMANDS = {
     "prepare": "makes training shards of data sets, of your own documents, or of rendered ones",
@@ -105,6 +122,10 @@ def _run(argv: list[str], debug: bool) -> int:
         _show_traceback(debug)
         message = f"{err.filename}: {err.strerror}" if err.filename and err.strerror else str(err)
         return _fail(message, status=TRY_AGAIN_STATUS if faults.kind_of(err) is Kind.PASSING else 1)
+    except ModuleNotFoundError as err:
+        message = _not_installed(err)
+        _show_traceback(debug)
+        return _fail(message)
     except KeyboardInterrupt:
         return _fail("interrupted")
     return 0

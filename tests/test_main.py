@@ -175,3 +175,28 @@ def test_no_command_is_wrong_usage_and_help_is_not(capsys):
     assert main_lib.main(["--help"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in main_lib.COMMANDS)
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"]])
+def test_a_python_without_the_packages_is_told_of_the_right_one(argv):
+    """-S: without site-packages, as the system's Python has none of ours."""
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "alignvlm_jax", *argv],
+        capture_output=True,
+        text=True,
+        cwd=pathlib.Path(__file__).parents[1],
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "absl is not installed in this Python" in done.stderr
+    assert "source .venv/bin/activate" in done.stderr
+
+
+def test_a_package_that_only_a_command_needs_is_told_too(command, capsys):
+    command(fail_with(ModuleNotFoundError("No module named 'jax'", name="jax")))
+    assert main_lib.main(["train"]) == 1
+    assert capsys.readouterr().err.startswith("alignvlm_jax: error: jax is not installed in this")
+    # One of our own modules that is missing is a fault of ours.
+    command(fail_with(ModuleNotFoundError("none", name="alignvlm_jax.nothing")))
+    with pytest.raises(ModuleNotFoundError):
+        main_lib.main(["train"])
