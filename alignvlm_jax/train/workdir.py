@@ -148,7 +148,8 @@ def _check_same(path: Path, ours: list[dict[str, Any]]) -> None:
             else ""
         )
         raise UserError(
-            f"{path.parent} belongs to another config: {shown}{more}; take another --workdir"
+            f"{path.parent} belongs to another config: {shown}{more}; take another --workdir, and "
+            f"--config.init_from={path.parent} to begin with what was trained here"
         )
 
 

@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> None:
     with compile_cache.kept_in(loading.workdir_of(args.checkpoint)):
         assistant = Assistant(loaded, warn=logs.say)
         answer = assistant.answer(page, args.question, max_new_tokens=args.max_new_tokens)
-    print(answer)
+    # A model that has nothing more to say may go on with line breaks.
+    print(answer.rstrip())
     if not answer.strip():
         # Else a blank line is all that one sees.
         print("(an empty answer)", file=sys.stderr)

@@ -44,14 +44,17 @@ def read(path: str | os.PathLike) -> tuple[Path, bytes]:
     """
     if filesystem.is_remote(path):
         return _read_remote(os.fspath(path))
-    path = Path(path)
+    named = path = Path(path)
     if path.is_dir() or not (path.is_file() or path.suffix in (".json", ".model")):
         path = next((path / name for name in NAMES if (path / name).exists()), path / NAMES[-1])
     try:
         return path, path.read_bytes()
     except OSError as err:
         missing = "" if path.parent.exists() else f"there is no folder {path.parent}: "
-        raise UserError(f"{missing}cannot read tokenizer {path} ({err.strerror}); {FIRST}") from err
+        # The folder of a checkpoint is easily named in the place of its tokenizer's.
+        beside = of_converted(named)
+        hint = f"did you mean {beside}?" if beside else FIRST
+        raise UserError(f"{missing}cannot read tokenizer {path} ({err.strerror}); {hint}") from err
 
 
 def of_converted(folder: Path) -> Path | None:

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 from alignvlm_jax.data import tokenizers
@@ -83,3 +85,11 @@ def test_bad_files_are_user_errors(tmp_path):
     (tmp_path / "garbage.model").write_bytes(b"no model")
     with pytest.raises(UserError, match=r"garbage\.model"):
         tokenizers.load(tmp_path / "garbage.model")
+
+
+def test_the_folder_of_a_checkpoint_leads_to_its_tokenizer(tmp_path, tokenizer):
+    (tmp_path / "tokenizer").mkdir()
+    shutil.copy(tokenizer.name, tmp_path / "tokenizer" / "tokenizer.model")
+    with pytest.raises(UserError, match=rf"; did you mean {tmp_path}/tokenizer\?$"):
+        tokenizers.load(tmp_path)
+    tokenizers.load(tmp_path / "tokenizer")
