@@ -1,4 +1,4 @@
-"""Your own documents on a laptop: the whole path of `documents`, to see it and not to learn from, in
+"""Your own documents on a laptop: the whole path of `documents`, to see it and not to learn, in
 10 min on two idle cores, two to three times that beside other work.
 
     align   the connector alone is trained to transcribe pages
