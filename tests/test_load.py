@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import subprocess
 import sys
+import types
 import warnings
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 import alignvlm_jax
+from alignvlm_jax import config as config_lib
 from alignvlm_jax.commands import generate
 from alignvlm_jax.data import images
 from alignvlm_jax.errors import UserError
@@ -174,7 +176,8 @@ def test_a_folder_without_a_checkpoint_says_so(tmp_path):
 def test_what_makes_answers_worthless_is_told(trained_workdir):
     """A page that is seen at a size at which nobody could read it, and a connector that was never
     trained."""
-    model = alignvlm_jax.load(trained_workdir)
+    loaded = alignvlm_jax.load(trained_workdir).loaded
+    model = assistant.Assistant(dataclasses.replace(loaded, step=13))
     with pytest.warns(
         UserWarning,
         match=r"a page of 300 x 400 pixels is seen as 12 x 16, one pixel for 625 of the page: this "
@@ -183,6 +186,7 @@ def test_what_makes_answers_worthless_is_told(trained_workdir):
         model.answer(noise(1, 300, 400), "Who?")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "cut at ")
         model.answer(noise(1, 20, 16), "Who?")
         model.answer(None, "Who?")
     metadata = model.loaded.metadata | {"stage": initial.STAGE}
@@ -195,6 +199,46 @@ def test_what_makes_answers_worthless_is_told(trained_workdir):
     blind = assistant.Assistant(dataclasses.replace(model.loaded, config=config))
     with pytest.warns(UserWarning, match=r"of stage 'train', which trains on labels in the place"):
         blind.lens(noise(1, 16, 8))
+
+
+def test_a_connector_that_was_hardly_trained_is_told(trained_workdir, tmp_path):
+    loaded = alignvlm_jax.load(trained_workdir).loaded
+    said = "was trained on {} sequences with pages: its answers mean little yet"
+    # Seven steps of eight.
+    assert said.format(56) in assistant.problem_of(loaded)
+    assert not assistant.problem_of(dataclasses.replace(loaded, step=13))
+
+    def of(before, **changes):
+        """The checkpoint of step 6, the second of a stage after one of 4 steps."""
+        train = dataclasses.replace(loaded.config.train, **changes)
+        first = dataclasses.replace(loaded.config, init_from=str(before), train=train)
+        last = dataclasses.replace(first, stage="last")
+        stages = config_lib.to_json((first, last))
+        metadata = loaded.metadata | {"config": stages, "stage": "last"}
+        return dataclasses.replace(loaded, config=last, metadata=metadata, step=6)
+
+    # What a run began with counts, where that had a connector to load.
+    assert not assistant.problem_of(of(trained_workdir))
+    assert not assistant.problem_of(of(tmp_path / "gone"))
+    fresh = of(tmp_path / "gone", load=("llm/.*", "vision/.*"))
+    assert said.format(48) in assistant.problem_of(fresh)
+
+
+def test_answers_that_are_cut_are_told(model, pages):
+    ids = model.loaded.tokenizer.special_tokens
+    with pytest.warns(UserWarning, match=r"^cut at 1 token; --max_new_tokens allows more"):
+        model.answer(pages[0], "Who?", max_new_tokens=1)
+    with pytest.warns(UserWarning, match=r"^2 of 2 answers: cut at 3 tokens"):
+        model.answer(pages[0], ["Who?", "a"], max_new_tokens=3)
+    ended = assistant.Assistant(model.loaded)
+    for last in (ids["<end>"], model.loaded.tokenizer.pad_id):
+        tokens = np.full((8, 3), last, np.int32)
+        ended._sampler = types.SimpleNamespace(
+            generate=lambda *_, tokens=tokens: tokens, rows_of_process=np.arange
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "cut at|.*answers: cut")
+            ended.answer(pages[0], "Who?", max_new_tokens=3)
 
 
 def test_a_pdf_is_drawn_as_it_was_for_training(trained_workdir, tmp_path):

@@ -77,7 +77,7 @@ class GenerationEval:
                 self._batch_size,
                 self._max_new_tokens,
             )
-            generated += [text for text, _ in answers]
+            generated += [one.text for one in answers]
         # Questions were numbered source after source, in the order of `by_source`.
         answers = iter(generated)
         rated = {

@@ -184,7 +184,7 @@ class Runner:
                 "score": scores.anls(prediction, question.turn.answers),
                 "exact": scores.exact_match(prediction, question.turn.answers),
             }
-            for question, (prediction, _) in zip(questions, answers, strict=True)
+            for question, (prediction, *_) in zip(questions, answers, strict=True)
         ]
 
     def _answer_task(
@@ -206,7 +206,7 @@ class Runner:
 
         found = []
         answers = self._generate(Prompts(len(questions), build, stand_in), max_new_tokens, {})
-        for question, (prediction, problem) in zip(questions, answers, strict=True):
+        for question, (prediction, problem, *_) in zip(questions, answers, strict=True):
             row = _row(question, prediction) | ({} if problem is None else {"problem": problem})
             turn = question.turn
             generated = prediction if problem is None else None

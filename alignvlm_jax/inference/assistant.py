@@ -2,13 +2,16 @@
 
 import dataclasses
 import os
+import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from PIL import Image
 
+from alignvlm_jax import config as config_lib
 from alignvlm_jax import storage
 from alignvlm_jax.data import images
 from alignvlm_jax.data.examples import PackedSequence
@@ -16,11 +19,15 @@ from alignvlm_jax.errors import UserError, counted
 from alignvlm_jax.inference import loading, patch_tokens
 from alignvlm_jax.inference.loading import Loaded, Prompts
 from alignvlm_jax.pictures.patch_map import Lens
+from alignvlm_jax.train import restore, state
 from alignvlm_jax.weights import initial
 
 MAX_REDUCTION = 4.0
 """Pixels of a page for each that the model sees, beyond which its letters are half as high as they
 were, or less: what can be read then is worth a warning."""
+
+MIN_SEQUENCES = 100
+"""Sequences with pages up to which a connector has learnt nothing that an answer could show."""
 
 Page = str | os.PathLike | Image.Image | np.ndarray
 """A path of an image or a PDF, or an image in memory."""
@@ -39,8 +46,8 @@ def load(
 class Assistant:
     """A model and the ways to ask it. Generation compiles once for each shape of batch.
 
-    What makes its answers worthless, a page that is much too large for it or a connector that
-    nothing was trained of, is told by `warn`.
+    What makes its answers worthless, a page that is much too large for it or a connector that was
+    hardly trained, is told by `warn`, and so are answers that are cut.
     """
 
     def __init__(self, loaded: Loaded, warn: Callable[[str], None] | None = None):
@@ -139,6 +146,7 @@ class Assistant:
         loaded = self.loaded
         batch_size = loaded.config.eval.batch_size
         answers = {}
+        num_cut = 0
         for has_tiles in (True, False):
             # The rows of a batch are stacked, and so must have the same arrays.
             indices = [i for i, prompt in enumerate(prompts) if ("tiles" in prompt) == has_tiles]
@@ -151,18 +159,23 @@ class Assistant:
             generated = loading.answer(
                 self._sampler, loaded.variables, loaded.tokenizer, batched, size, max_new_tokens
             )
-            answers |= {i: text for i, (text, _) in zip(indices, generated, strict=True)}
+            answers |= {i: one.text for i, one in zip(indices, generated, strict=True)}
+            num_cut += sum(one.is_cut for one in generated)
+        if num_cut:
+            which = f"{num_cut} of {counted(len(prompts), 'answer')}: " if len(prompts) > 1 else ""
+            allowed = counted(max_new_tokens, "token")
+            self._warn(f"{which}cut at {allowed}; --max_new_tokens allows more")
         return [answers[i] for i in range(len(prompts))]
 
 
 def _warn_caller(problem: str) -> None:
     """Warns at the line that called `answer` or `lens`."""
-    # This function, _open, and one of the two lie between.
+    # This function, _open or _generate, and one of the two lie between.
     warnings.warn(problem, stacklevel=4)
 
 
-def problem_with(loaded: Loaded, page: Image.Image) -> str:
-    """Returns why a model can say little about a page, in a line; empty where nothing is known."""
+def problem_of(loaded: Loaded) -> str:
+    """Returns why a model can say little about any page, in a line; empty if nothing is known."""
     if loaded.metadata["stage"] == initial.STAGE:
         return (
             f"the connector of {loaded.path} is untrained: what it says has nothing to do with the "
@@ -173,6 +186,56 @@ def problem_with(loaded: Loaded, page: Image.Image) -> str:
             f"{loaded.path} is of stage {loaded.config.stage!r}, which trains on labels in the "
             "place of pages: what it says has nothing to do with the page; later stages read"
         )
+    seen = _num_sequences(loaded.metadata, loaded.step, state.flatten(loaded.params))
+    if seen is not None and seen < MIN_SEQUENCES:
+        return (
+            f"{loaded.path} was trained on {counted(seen, 'sequence')} with pages: its answers "
+            "mean little yet; train for longer, as `--config=documents` does after `trial`"
+        )
+    return ""
+
+
+def _num_sequences(metadata: Mapping[str, Any], step: int, paths: Iterable[str]) -> int | None:
+    """Returns how many sequences with pages the connector of a checkpoint has been trained on.
+
+    Args:
+      metadata: of the checkpoint.
+      step: of the run that wrote it.
+      paths: of the parameters.
+
+    Returns:
+      None where it began with the connector of a run that is not there any more.
+    """
+    if metadata["stage"] == initial.STAGE:
+        return 0
+    stages = config_lib.from_json(metadata["config"])
+    seen = 0
+    connector = [path for path in paths if path.startswith("connector/")]
+    if stages[0].init_from and any(
+        re.fullmatch(pattern, path) for pattern in stages[0].train.load for path in connector
+    ):
+        try:
+            before = restore.read_newest(
+                storage.path(stages[0].init_from), lambda found, step: (found.metadata(step), step)
+            )
+        except (UserError, OSError):
+            return None
+        seen = _num_sequences(*before, connector)
+    for stage in stages:
+        is_last = stage.stage == metadata["stage"]
+        steps = step if is_last else stage.train.num_steps
+        if seen is not None and stage.train.visual_source == "pixels":
+            seen += steps * stage.train.batch_size
+        if is_last:
+            break
+        step -= steps
+    return seen
+
+
+def problem_with(loaded: Loaded, page: Image.Image) -> str:
+    """Returns why a model can say little about a page, in a line; empty where nothing is known."""
+    if problem := problem_of(loaded):
+        return problem
     vision = loaded.config.model.vision
     data = loaded.config.data
     height, width = images.seen_size(

@@ -245,10 +245,14 @@ class Prompts:
 
 
 class Answer(NamedTuple):
-    """What the model says, or "" and why it could not be asked."""
+    """What the model says, or "" and why it could not be asked.
+
+    `is_cut` where it had not come to its end.
+    """
 
     text: str
     problem: str | None = None
+    is_cut: bool = False
 
 
 def answer(
@@ -263,6 +267,8 @@ def answer(
     row, which ends when its twin does, so that every batch has one shape and none takes longer for
     it. Of several processes all call this, and each gets all answers."""
     local_rows = sampler.rows_of_process(size)
+    # What is shorter than the longest is filled up.
+    ends = {tokenizer.pad_id, *chat.stop_ids(tokenizer)}
     answers = []
     for start in range(0, prompts.count, size):
         # This process builds the rows that it feeds. What follows are collectives: all processes
@@ -275,8 +281,11 @@ def answer(
         tokens_BT = sampler.generate(variables, loader.stack(rows), max_new_tokens)
         # Rows that only fill up the last batch are left out.
         for number, tokens_T in enumerate(tokens_BT[: prompts.count - start], start):
-            text = "" if number in problems else tokenizer.decode(tokens_T)
-            answers.append(Answer(text, problems.get(number)))
+            if number in problems:
+                answers.append(Answer("", problems[number]))
+            else:
+                is_cut = int(tokens_T[-1]) not in ends
+                answers.append(Answer(tokenizer.decode(tokens_T), is_cut=is_cut))
     return answers
 
 

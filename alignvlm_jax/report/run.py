@@ -20,7 +20,7 @@ from alignvlm_jax.data import images
 from alignvlm_jax.data.record import Record
 from alignvlm_jax.data.shards import RecordSource
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.inference import patch_tokens
+from alignvlm_jax.inference import assistant, patch_tokens
 from alignvlm_jax.inference.loading import Loaded
 from alignvlm_jax.pictures import html, patch_map, plotting
 from alignvlm_jax.report import figures, gallery
@@ -113,6 +113,7 @@ def render(run: Run, other: Run | None = None) -> str:
         ],
         facts=_facts(run),
         reads=_reads(run.stages[-1].data, run.stages[-1].model.vision),
+        problem=assistant.problem_of(run.loaded) if run.loaded else "",
         variants=_variants(run),
         plain_rate=PLAIN_RATE,
         config_json=json.dumps(config_lib.to_json(run.stages), indent=2),

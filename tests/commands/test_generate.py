@@ -35,7 +35,13 @@ def test_prints_the_answer_alone(trained_workdir, page, capsys, monkeypatch):
         def answer(variables, batch, max_new_tokens):
             batches.append(batch)
             return np.array(
-                [[*tokenizer.encode("4 2"), tokenizer.special_tokens["<end>"], tokenizer.pad_id]]
+                [
+                    [
+                        *tokenizer.encode("4 2\n\n"),
+                        tokenizer.special_tokens["<end>"],
+                        tokenizer.pad_id,
+                    ]
+                ]
                 * 4,
                 np.int32,
             )
@@ -48,7 +54,9 @@ def test_prints_the_answer_alone(trained_workdir, page, capsys, monkeypatch):
             "tokenizer": tokenizer,
             "builder": ExampleBuilder.of(config, tokenizer),
             "variables": {},
-            "metadata": {"stage": "train"},
+            "metadata": loading.load_metadata(path),
+            "params": {},
+            "step": 7,
             "pdf_dpi": 144,
         }
         return types.SimpleNamespace(**fields, sampler=lambda: sampler)
@@ -58,6 +66,7 @@ def test_prints_the_answer_alone(trained_workdir, page, capsys, monkeypatch):
     printed = capsys.readouterr()
     assert printed.out == "4 2\n"
     assert "16 x 16 pixels, 2 tiles" in printed.err
+    assert "was trained on 56 sequences with pages" in printed.err and "cut at" not in printed.err
     assert batches[0]["tokens"].shape == (4, 48)
     # <s>, two tiles of eight patches, <user>, the four letters of the question, <assistant>.
     assert (batches[0]["segment_ids"].sum(1) == 1 + 16 + 1 + 4 + 1).all()
@@ -72,6 +81,7 @@ def test_answers_without_an_image(trained_workdir, capsys):
         )
         printed = capsys.readouterr()
         assert "no image" in printed.err
+        assert f"cut at {count} token" in printed.err and "--max_new_tokens" in printed.err
         answers.append(printed.out.removesuffix("\n"))
     assert len(answers[0]) < len(answers[1]) and answers[1].startswith(answers[0])
 
