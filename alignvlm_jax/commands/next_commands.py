@@ -1,8 +1,10 @@
-"""What to call after `prepare`: commands whose config fits the data and their tokenizer."""
+"""What to call after `prepare`, with a config that fits the data and their tokenizer, and after
+`train`."""
 
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from alignvlm_jax import config as config_lib
@@ -55,6 +57,22 @@ def after_prepare(out: str, tokenizer: str) -> str:
     if not folder:
         lines.append(f"FOLDER: a checkpoint, or what `convert` wrote, with tokenizer {tokenizer}")
     return "\n".join(lines)
+
+
+def after_train(workdir: Path, folders: Sequence[str]) -> str:
+    """Returns the commands that follow a run: to ask it first, where one of the folders of its data
+    was prepared of somebody's own, then to measure it."""
+    from alignvlm_jax.data import prepared
+
+    named = survey.quoted(str(workdir))
+    lines = [
+        f"{command('evaluate')} --checkpoint={named}",
+        f"{command('report')} --workdir={named}",
+    ]
+    # The demonstration's documents have no format.
+    if any("format" in prepared.description(folder) for folder in folders):
+        lines.insert(0, f'{command("generate")} --checkpoint={named} --image=FILE --question="..."')
+    return "\n  ".join(["Next:", *lines])
 
 
 def command(name: str) -> str:

@@ -17,6 +17,7 @@ import pytest
 
 from alignvlm_jax import __main__ as main_lib
 from alignvlm_jax.benchmarks import predictions
+from alignvlm_jax.commands import next_commands
 from alignvlm_jax.data import index, shards, tokenizers
 from alignvlm_jax.ingest import job
 
@@ -159,6 +160,20 @@ def test_everything_is_opened_once(flags, tmp_path, openings, packing):
         if packing == "offline" or split == "validation":
             expected.add(("index", folder, split))
     assert openings == dict.fromkeys(expected, 1)
+
+
+def test_a_run_on_documents_of_ones_own_is_asked_first(tmp_path):
+    for name, described in (("demo", {"num_train": 3}), ("mine", {"format": "jsonl"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "prepare.json").write_text(json.dumps(described))
+    told = next_commands.after_train(Path("runs/my run"), [tmp_path / "demo", tmp_path / "mine"])
+    assert [re.search(r"(\w+) --\w+='runs/my run'", line)[1] for line in told.splitlines()[1:]] == [
+        "generate",
+        "evaluate",
+        "report",
+    ]
+    assert "--image=FILE --question=" in told
+    assert "generate" not in next_commands.after_train(Path("runs/demo"), [tmp_path / "demo"])
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,11 @@
 """What `train` does once its flags are read."""
 
-import shlex
 from pathlib import Path
 
 from rich.console import Console
 
 from alignvlm_jax.benchmarks.generation_eval import GENERATION
-from alignvlm_jax.commands.next_commands import command
+from alignvlm_jax.commands import next_commands
 from alignvlm_jax.config import Config
 from alignvlm_jax.parallel import compile_cache, distributed
 from alignvlm_jax.train import goodput, loop
@@ -40,9 +39,5 @@ def run(
     except Stopped:
         distributed.leave()
         raise
-    folder = shlex.quote(str(workdir))
-    console.print(
-        f"Next: {command('evaluate')} --checkpoint={folder}, and {command('report')} "
-        f"--workdir={folder}",
-        markup=False,
-    )
+    folders = [folder for stage in stages for folder in stage.data.folders]
+    console.print(next_commands.after_train(workdir, folders), markup=False)
