@@ -216,7 +216,9 @@ def _train_stage(run: Run, stage: Stage, newest: int, lacking: Sequence[str]) ->
             else NullWriter() as writer
         ):
             began = time.monotonic()
-            with run.phases.enter("compiling"):
+            # What is shown till now is of the stage before.
+            busy = run.progress.busy(newest, config.stage, "compiling", False)
+            with run.phases.enter("compiling"), busy:
                 train_step, eval_step = step.compile_steps(model, config, tx, abstract, mesh)
             if config.train.jit:
                 seconds = time.monotonic() - began

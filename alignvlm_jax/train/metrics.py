@@ -283,6 +283,7 @@ class Progress:
         self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
         self._shown_at = -math.inf
         self._stage = ""
+        self._line = ""
         self._rate = ("", 0.0)
 
     def __enter__(self) -> "Progress":
@@ -336,8 +337,9 @@ class Progress:
         self._shown_at = time.monotonic()
         mfu = f"  MFU {values['mfu']:.1%}" if "mfu" in values else ""
         speed = f"{rate:.2f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step"
-        left = f"{duration((self._total - step) / rate)} left  "
-        if is_first and 1 / rate < LONG_STEP:
+        left = f"{duration(max(1, (self._total - step) / rate))} left  "
+        # After the last step there is validation and a save, and nobody knows for how long.
+        if step == self._total or (is_first and 1 / rate < LONG_STEP):
             left = ""
         # What is beyond a narrow terminal's edge is not seen: the time left comes first.
         line = (
@@ -345,9 +347,37 @@ class Progress:
             f"token accuracy {values['token_accuracy']:.3f}"
         )
         if self._live:
-            self._live.update(Text(line, overflow="ellipsis", no_wrap=True))
+            self._show(line)
         else:
             self.say(line)
+
+    @contextlib.contextmanager
+    def busy(self, step: int, stage: str, phase: str, is_long: bool = True) -> Iterator[None]:
+        """A context in which no step runs: shows what is done instead of a time left that stands
+        still. Without a terminal that is a line, where it `is_long`.
+
+        Args:
+          step: number of the newest step, over all stages.
+          stage: name of the stage.
+          phase: as "validating", of `goodput.CATEGORY_OF`.
+          is_long: whether it takes long enough for a line of its own in a log.
+        """
+        line = f"{stage}  step {step}/{self._total}  {phase} ..."
+        before = self._line
+        if self._live:
+            self._show(line)
+        elif is_long:
+            self.say(line)
+        try:
+            yield
+        finally:
+            if self._live:
+                self._show(before)
+
+    def _show(self, line: str) -> None:
+        """Puts a text in the place of the live line."""
+        self._line = line
+        self._live.update(Text(line, overflow="ellipsis", no_wrap=True))
 
     def _smooth_rate(self, stage: str, rate: float) -> float:
         """Returns the steps a second as an average over about ten updates.

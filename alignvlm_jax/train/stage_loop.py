@@ -1,9 +1,10 @@
 """The steps of one stage: data, step, metrics, validation, generation, checkpoint."""
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -207,8 +208,15 @@ class StageLoop:
         jax.block_until_ready(self.unread and self.unread[1])
 
     def _wait_for_save(self) -> None:
-        with self.run.phases.enter("saving"):
+        with self._phase("saving", self.saved):
             self.run.checkpoints.wait()
+
+    @contextlib.contextmanager
+    def _phase(self, phase: str, now: int, is_long: bool = True) -> Iterator[None]:
+        """A phase after step `now` in which no step runs, and which is shown."""
+        stage = self.stage.config.stage
+        with self.run.phases.enter(phase), self.run.progress.busy(now, stage, phase, is_long):
+            yield
 
     def _should_stop(self) -> bool:
         """Asked between the batches of validation and generation."""
@@ -291,7 +299,7 @@ class StageLoop:
         phases = {kind.name: kind.phase for kind in self.run.kinds}
         for name in names:
             self._read()
-            with self.interval.pause(), self.run.phases.enter(phases[name]):
+            with self.interval.pause(), self._phase(phases[name], now):
                 values = self.evaluators[name].run(live.params, self.eval_step, self._should_stop)
                 if values is None:
                     self.was_cut_short = True
@@ -312,7 +320,7 @@ class StageLoop:
 
     def _save(self, live: TrainState, now: int, answer_loss: float | None) -> None:
         self._read()
-        with self.interval.pause(), self.run.phases.enter("saving"):
+        with self.interval.pause(), self._phase("saving", now, is_long=False):
             seconds = self.run.train_seconds()
             metadata = checkpoint.describe(
                 self.run.stages, self.stage.config, train_seconds=seconds, answer_loss=answer_loss
@@ -320,16 +328,13 @@ class StageLoop:
             metadata["config_flags"] = list(self.run.config_flags)
             # NaN compares with nothing: among losses it could pass for the least, and be kept.
             is_comparable = answer_loss is not None and math.isfinite(answer_loss)
-            quality = (
-                {"stage": self.stage.index, "answer_loss": answer_loss} if is_comparable else None
-            )
+            quality = {"stage": self.stage.index, "answer_loss": answer_loss}
             # Not of the batches: one more than was trained on may have been fetched.
             next_sequence = (now - self.stage.begin) * self.stage.config.train.batch_size
             position = {
                 "next_sequence": next_sequence,
                 "schedule": self.batches.schedule_state(),
-                # Since the last line, of which the next one tells too.
-                # It is written while further steps are added.
+                # Since the last line, of which the next tells too; written while steps are added.
                 "interval": list(self.interval.values),
                 "unsupervised_records": self.unsupervised_read - self.unsupervised_told,
             }
@@ -338,7 +343,7 @@ class StageLoop:
                 live,
                 position=position,
                 metadata=metadata,
-                metrics=quality,
+                metrics=quality if is_comparable else None,
                 tokenizer=self.opened.tokenizer_files,
             )
             self.saved = now

@@ -125,6 +125,7 @@ def test_without_a_terminal_a_line_comes_at_once_every_half_minute_and_at_the_en
     lines = console.file.getvalue().splitlines()
     shown = [int(re.search(r"step (\d+)/100", line)[1]) for line in lines]
     assert shown == [1, 13, 25, 37, 41, 53, 65, 77, 89, 100]
+    assert " left" not in lines[-1]
     assert lines[0] == (
         "align  step 1/100  25 s left  4.00 steps/s  loss 1.250  token accuracy 0.500"
     )
@@ -172,6 +173,31 @@ def test_on_a_terminal_the_newest_values_show():
         progress.update(99, "align", VALUES | {"mfu": 0.4125})
     assert "align  step 99/100" in console.file.getvalue()
     assert "4.00 steps/s  MFU 41.2%  loss" in console.file.getvalue()
+
+
+def test_while_no_step_runs_no_time_is_left():
+    """It stood still for minutes, at 0 s after the last step."""
+    console = Console(file=io.StringIO(), soft_wrap=True)
+    with metrics.Progress(console, 100) as progress:
+        progress.update(99, "align", VALUES | {"steps_per_second": 1e3})
+        with progress.busy(100, "align", "validating"):
+            pass
+        with progress.busy(100, "align", "saving", is_long=False):
+            pass
+    first, second = console.file.getvalue().splitlines()
+    assert "1 s left" in first
+    assert second == "align  step 100/100  validating ..."
+
+
+def test_on_a_terminal_the_line_says_what_is_done():
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with metrics.Progress(console, 100) as progress:
+        progress.update(50, "align", VALUES)
+        with progress.busy(50, "align", "saving", is_long=False):
+            shown = progress._line
+        after = progress._line
+    assert shown == "align  step 50/100  saving ..."
+    assert after.startswith("align  step 50/100  12 s left")
 
 
 @pytest.mark.parametrize(
