@@ -1,24 +1,35 @@
 """What is checked before anything is compiled: every stage of a run, with its data."""
 
 import functools
-from collections.abc import Callable
+import math
+import os
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 
-from alignvlm_jax import storage
+import jax
+
+from alignvlm_jax import logs, storage
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import loader, prepared, stage_data, validation
 from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.data.tokenizers.base import Tokenizer
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
+from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel import mesh as mesh_lib
-from alignvlm_jax.train import restore, state, warm_start
+from alignvlm_jax.train import metrics, restore, state, warm_start
 from alignvlm_jax.train.checkpoint import Checkpoints
 from alignvlm_jax.train.state import Params
 
+CPU_FLOPS = 3e10
+"""FLOPs a second of a core, of an ordinary one in float32."""
+LONG_STEP_SECONDS = 60.0
+"""Seconds of a step from which a CPU is the wrong place for a stage."""
+
 
 def open_stages(stages: tuple[Config, ...]) -> list[StageData]:
-    """Returns the data of each stage, opened. A tokenizer that stages share is read once.
+    """Returns the data of each stage, opened. A tokenizer that stages share is read once. A stage
+    that is far too large for this machine's CPU is told on stderr.
 
     Raises:
       UserError: a stage asks for what is not there: a connector, a mesh for its batch, sizes that
@@ -29,6 +40,7 @@ def open_stages(stages: tuple[Config, ...]) -> list[StageData]:
     before: Params | None = None
     tokenizers: dict[Path, Tokenizer] = {}
     found = []
+    slowest = (0.0, "")
     for config in stages:
         mesh = mesh_lib.make_mesh(config.mesh, config.model, config.train)
         if not config.train.jit and mesh.size > 1:
@@ -51,13 +63,43 @@ def open_stages(stages: tuple[Config, ...]) -> list[StageData]:
         key = config.model, config.mesh
         if key not in shapes:
             shapes[key] = state.abstract_params(vlm.VLM(config.model), mesh)
-        state.trainable_paths(config.train, config.stage, shapes[key])
+        trained = state.trainable_paths(config.train, config.stage, shapes[key])
+        if jax.default_backend() == "cpu":
+            sizes = {path: math.prod(x.shape) for path, x in state.flatten(shapes[key]).items()}
+            slowest = max(slowest, (_cpu_seconds(config, sizes, trained), config.stage))
         if before is None and config.init_from:
             _check_init_from(config, shapes[key])
         if before is not None:
             state.match_paths(config.train.load, state.flatten(before), "train.load")
         before = shapes[key]
+    seconds, stage = slowest
+    if seconds > LONG_STEP_SECONDS and distributed.is_main():
+        logs.say(
+            f"a step of stage {stage!r} takes minutes on this machine's CPU, about "
+            f"{metrics.duration(seconds)}: --config=trial is made for it"
+        )
     return found
+
+
+def _cpu_seconds(config: Config, sizes: Mapping[str, int], trained: Set[str]) -> float:
+    """Returns about how long a training step takes on this machine's cores.
+
+    Args:
+      config: of the stage.
+      sizes: number of each parameter's elements, by path.
+      trained: the paths of those that are trained.
+    """
+    vision = config.model.vision
+    positions = dict.fromkeys(("vision", "connector"), config.data.max_tiles * vision.num_patches)
+    positions["llm"] = config.data.seq_len
+    flops = 0.0
+    for path, size in sizes.items():
+        component = path.split("/")[0]
+        # Two of a multiplication and an addition; as many again for each of two gradients, of which
+        # what lies before all that is trained has none.
+        has_gradients = component != "vision" or path in trained
+        flops += (6 if has_gradients else 2) * size * positions[component]
+    return flops * config.train.batch_size / (CPU_FLOPS * (os.cpu_count() or 1))
 
 
 def files_of(configs: tuple[Config, ...]) -> dict[str, Callable[[], str]]:

@@ -1,6 +1,7 @@
 """What a run refuses before anything is compiled, beyond what tests/train/test_loop.py tries."""
 
 import dataclasses
+import re
 import types
 
 import pytest
@@ -19,6 +20,31 @@ def test_steps_that_are_not_compiled_run_on_one_device():
         UserError, match=r"train\.jit is False and there are 8 devices: .*show it one"
     ):
         preflight.open_stages((config,))
+
+
+def test_a_stage_that_a_cpu_would_take_minutes_a_step_for_is_told(demo_config, monkeypatch, capsys):
+    preflight.open_stages((demo_config,))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(preflight, "CPU_FLOPS", 1e5)
+    preflight.open_stages((demo_config, dataclasses.replace(demo_config, stage="more")))
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and line.endswith(": --config=trial is made for it\n")
+    assert re.search(r"step of stage '\w+' takes minutes on this machine's CPU, about \d+ ", line)
+
+
+def test_the_seconds_of_a_step_grow_with_the_batch_and_its_tokens(monkeypatch):
+    """SmolLM2 and DINOv2 on two cores: one tile and 1,024 tokens take seconds, a batch of long
+    sequences takes minutes."""
+    monkeypatch.setattr(preflight.os, "cpu_count", lambda: 2)
+    sizes = {"llm/all": 135_000_000, "vision/all": 22_000_000, "connector/all": 700_000}
+    seconds = []
+    for batch_size, seq_len, max_tiles in ((1, 1_024, 1), (8, 4_096, 8)):
+        config = tiny_config()
+        data = dataclasses.replace(config.data, seq_len=seq_len, max_tiles=max_tiles)
+        train = dataclasses.replace(config.train, batch_size=batch_size)
+        config = dataclasses.replace(config, data=data, train=train)
+        seconds.append(preflight._cpu_seconds(config, sizes, {"connector/all"}))
+    assert 5 < seconds[0] < 30 and preflight.LONG_STEP_SECONDS < 300 < seconds[1]
 
 
 @pytest.mark.parametrize("template", ["", "{{ messages }}"])
