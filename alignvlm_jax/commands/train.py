@@ -12,6 +12,12 @@ from alignvlm_jax.commands.config_flag import ConfigFlags
 from alignvlm_jax.config import Config
 from alignvlm_jax.errors import StoppedError, UserError
 
+MADE_BY = {
+    "data/debian": "`make data` makes it in a checkout",
+    "data/demo": "`prepare --format=documents --out=data/demo` makes it",
+}
+"""How the folders are made that the package's configs read."""
+
 
 def main(argv: list[str]) -> None:
     """Runs the command.
@@ -59,7 +65,50 @@ def _parse(argv: list[str]) -> tuple[Path, ConfigFlags, list[str]]:
 def _stages(given: ConfigFlags, argv: list[str]) -> tuple[Config, ...]:
     """Returns the stages of the config; raises UserError if it is wrong."""
     with _told_to_others(argv):
-        return config_flag.stages(given)
+        found = config_flag.stages(given)
+        # Of several hosts each may have the data elsewhere: they are asked once they are joined.
+        if not usage.several_processes():
+            is_default = not any(flag.startswith("--config.data.dir=") for flag in given.overrides)
+            for data in dict.fromkeys(stage.data.dir for stage in found if not stage.data.sources):
+                tokenizer = found[0].data.tokenizer
+                _check_data(data, tokenizer, is_default)
+        return found
+
+
+def _check_data(folder: str, tokenizer: str, is_default: bool) -> None:
+    """Raises UserError, with the command that makes it, where `data.dir` is no folder, or one of
+    files that are yet to be prepared.
+
+    Args:
+      folder: `data.dir`.
+      tokenizer: `data.tokenizer`.
+      is_default: whether the config names the folder, and no flag.
+    """
+    if storage.is_bucket(folder) or not folder:
+        return
+    if not os.path.exists(folder):
+        default = ", which the config reads by default" if is_default else ""
+        how = MADE_BY.get(folder, "`prepare` makes one of your own documents")
+        raise UserError(
+            f"there is no folder {folder}{default}: {how}; another one is named by "
+            "--config.data.dir=FOLDER"
+        )
+    # Late: it imports the libraries of all formats.
+    from alignvlm_jax.commands import next_commands
+    from alignvlm_jax.data.shards import ENDINGS
+    from alignvlm_jax.ingest.formats import survey
+
+    if os.path.isdir(folder) and any(name.endswith(ENDINGS) for name in os.listdir(folder)):
+        return
+    found = survey.survey(folder)
+    if found.by_format:
+        out = survey.quoted(f"data/{Path(os.path.abspath(folder)).stem}")
+        raise UserError(
+            f"{found}, yet to be prepared: {next_commands.command('prepare')} "
+            f"--source={survey.quoted(folder)} --out={out} "
+            f"--tokenizer={survey.quoted(tokenizer or 'TOKENIZER')}, then train with "
+            f"--config.data.dir={out}"
+        )
 
 
 @contextlib.contextmanager

@@ -162,6 +162,38 @@ def test_everything_is_opened_once(flags, tmp_path, openings, packing):
     assert openings == dict.fromkeys(expected, 1)
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--config=demo"],
+            "no folder data/demo, which the config reads by default: `prepare --format=documents "
+            "--out=data/demo` makes it; another one is named by --config.data.dir=FOLDER",
+        ),
+        (
+            ["--config=demo", "--config.data.dir=data/debian"],
+            "no folder data/debian: `make data` makes it in a checkout",
+        ),
+        (
+            ["--config=demo", "--config.data.dir=my pdfs", "--config.data.tokenizer=words"],
+            "my pdfs: 2 files for pdf, yet to be prepared: ",
+        ),
+    ],
+)
+def test_data_that_are_not_there_or_not_prepared_name_the_command(
+    tmp_path, monkeypatch, capsys, argv, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my pdfs").mkdir()
+    for name in "ab":
+        (tmp_path / "my pdfs" / f"{name}.pdf").touch()
+    assert main_lib.main(["train", *argv, "--workdir=run"]) == 1
+    errors = capsys.readouterr().err
+    assert message in errors and errors.count("\n") == 1
+    if "yet to" in errors:
+        assert "prepare --source='my pdfs' --out='data/my pdfs' --tokenizer=words, then" in errors
+
+
 def test_a_run_on_documents_of_ones_own_is_asked_first(tmp_path):
     for name, described in (("demo", {"num_train": 3}), ("mine", {"format": "jsonl"})):
         (tmp_path / name).mkdir()
