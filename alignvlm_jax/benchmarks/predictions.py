@@ -110,11 +110,11 @@ def read(path: Path) -> Predictions | None:
 def made_alike(first: dict[str, Any], second: dict[str, Any]) -> bool:
     """Whether predictions with these headers were made in the same way.
 
-    The path of the checkpoint does not count, since a workdir may be moved: other fields identify
-    the checkpoint by its step and its time of training. Nor do the run's name and id, which headers
-    of earlier versions lack.
+    The paths of the checkpoint and of the data do not count, since both may be moved: other fields
+    identify the checkpoint by its step and its time of training, the data by a fingerprint. Nor do
+    the run's name and id, which headers of earlier versions lack.
     """
-    names = dict.fromkeys(("checkpoint", "run", "run_id"))
+    names = dict.fromkeys(("checkpoint", "folder", "run", "run_id"))
     return {**first, **names} == {**second, **names}
 
 

@@ -255,6 +255,7 @@ class Runner:
             "prompt": "".join(map(tokenizer.piece, prompt)),
             "decoding": {"method": "greedy", "max_new_tokens": max_new_tokens},
             "data": prepared.fingerprint(directory),
+            "folder": str(directory),
             **what,
             "seed": config.seed,
             "num_questions": len(questions),

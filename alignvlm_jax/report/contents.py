@@ -13,6 +13,7 @@ from alignvlm_jax.analysis import base
 from alignvlm_jax.benchmarks import predictions
 from alignvlm_jax.benchmarks.predictions import Predictions
 from alignvlm_jax.config import Config, renamed
+from alignvlm_jax.data import prepared
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading
 from alignvlm_jax.inference.loading import Loaded
@@ -85,6 +86,26 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     # What follows the last newline is a line that is still being written.
     lines = path.read_text().split("\n")[:-1]
     return [renamed.names(parse(path, line), renamed.METRICS) for line in lines]
+
+
+def splits(run: Run) -> list[str]:
+    """Returns the names of the splits with predictions, those of the config first."""
+    found = [split for split, blind in run.results if not blind]
+    named = run.stages[-1].eval.splits
+    # Splits that the config does not name come last, by name.
+    return sorted(
+        found, key=lambda split: (named.index(split) if split in named else len(named), split)
+    )
+
+
+def other_data(run: Run, seen: Predictions) -> str:
+    """Returns the folder that was asked about, as " of NAME", where it is not that of the run; else
+    nothing."""
+    trained = run.loaded.metadata.get("data") if run.loaded else None
+    own = (trained, prepared.fingerprint(run.stages[-1].data.dir))
+    if seen.header.get("data", trained) in own:
+        return ""
+    return f" of {Path(seen.header.get('folder', 'other data')).name}"
 
 
 def parse(path: Path, text: str) -> Any:

@@ -23,7 +23,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import assistant, patch_tokens
 from alignvlm_jax.inference.loading import Loaded
 from alignvlm_jax.pictures import html, patch_map, plotting
-from alignvlm_jax.report import figures, gallery
+from alignvlm_jax.report import contents, figures, gallery
 from alignvlm_jax.report.contents import Lines, Run, parse, read
 from alignvlm_jax.report.gallery import Example
 from alignvlm_jax.train import goodput, workdir
@@ -31,6 +31,8 @@ from alignvlm_jax.train import goodput, workdir
 FILE = "report.html"
 NUM_LENSES = 3
 NUM_READINGS = 6
+FEW_QUESTIONS = 30
+"""Questions below which the normal approximation of an interval is none."""
 OF_CONNECTOR = "--config.model.connector."
 PLAIN_RATE = 1e-3
 """The highest learning rate at which the demonstration trains without patch-token supervision
@@ -79,7 +81,7 @@ def build(folder: Path, other: Path | None = None, data_dir: str | None = None) 
 def render(run: Run, other: Run | None = None) -> str:
     """Returns the HTML of the report of a run, beside those of another run if there is one."""
     # Examples come from predictions with pages alone: blank ones would show nothing.
-    splits = _splits(run)
+    splits = contents.splits(run)
     examples = gallery.choose({split: run.results[split, False] for split in splits})
     records = _records(run, examples)
     lenses, lens_problem = _lenses(run, examples, records)
@@ -97,7 +99,7 @@ def render(run: Run, other: Run | None = None) -> str:
         last_step=_last(run.lines, "step") or 0,
         train_seconds=_last(run.lines, "train_seconds"),
         scores=[_score(run, split) for split in splits],
-        other_scores=[_score(other, split) for split in _splits(other)] if other else [],
+        other_scores=[_score(other, split) for split in contents.splits(other)] if other else [],
         tested_steps=sorted({result.header["step"] for result in run.results.values()}),
         curves=figures.curves(run.lines, other.lines if other else ()),
         curve_colors=(figures.THIS, figures.OTHER),
@@ -113,6 +115,7 @@ def render(run: Run, other: Run | None = None) -> str:
         ],
         facts=_facts(run),
         reads=_reads(run.stages[-1].data, run.stages[-1].model.vision),
+        few=FEW_QUESTIONS,
         problem=assistant.problem_of(run.loaded) if run.loaded else "",
         variants=_variants(run),
         plain_rate=PLAIN_RATE,
@@ -120,38 +123,37 @@ def render(run: Run, other: Run | None = None) -> str:
     )
 
 
-def _splits(run: Run) -> list[str]:
-    """Returns the names of the splits with predictions, those of the config first."""
-    found = [split for split, blind in run.results if not blind]
-    named = run.stages[-1].eval.splits
-    # Splits that the config does not name come last, by name.
-    return sorted(
-        found, key=lambda split: (named.index(split) if split in named else len(named), split)
-    )
-
-
 def _score(run: Run, split: str) -> dict[str, Any]:
     """Returns the row of a split in the table of scores, with rows of its kinds of documents."""
     seen = run.results[split, False]
     blind = run.results.get((split, True))
-    rows = [_score_row(split, seen, blind)]
+    rows = [_score_row(split.replace("_", " ") + contents.other_data(run, seen), seen, blind)]
     for kind in seen.kinds():
-        rows.append(_score_row(kind, seen.of_kind(kind), blind and blind.of_kind(kind)))
+        rows.append(
+            _score_row(kind.replace("_", " "), seen.of_kind(kind), blind and blind.of_kind(kind))
+        )
     return rows[0] | {"kinds": rows[1:]}
 
 
 def _score_row(name: str, seen: Predictions, blind: Predictions | None) -> dict[str, Any]:
     """Returns a row of the table of scores; `blind` are the predictions on blank pages."""
     return {
-        "name": name.replace("_", " "),
+        "name": name,
         "count": len(seen.rows),
         "anls": seen.mean("score"),
-        "margin": seen.margin("score"),
+        "margin": _margin(seen, "score"),
         "exact": seen.mean("exact"),
-        "exact_margin": seen.margin("exact"),
+        "exact_margin": _margin(seen, "exact"),
         "blind": blind.mean("score") if blind and blind.rows else None,
         "fractions": gallery.fractions(seen),
     }
+
+
+def _margin(seen: Predictions, field: str) -> float | None:
+    """Returns half of the 95 % interval of a score; None where it would claim what so few, or
+    answers that score all alike, do not tell."""
+    margin = seen.margin(field)
+    return margin if margin and len(seen.rows) >= FEW_QUESTIONS else None
 
 
 def _records(run: Run, examples: Sequence[Example]) -> dict[str, Record]:

@@ -50,7 +50,7 @@ def add_metrics(workdir) -> None:
     (workdir / "metrics.jsonl").write_text(text + '{"step": 4, "stage"')
 
 
-def add_predictions(workdir, trained_workdir, prediction: str) -> None:
+def add_predictions(workdir, trained_workdir, prediction: str, **header) -> None:
     """Every second answer is right, the others are `prediction`; blind answers are all wrong."""
     config = loading.load_config(trained_workdir)
     for split in config.eval.splits:
@@ -58,7 +58,7 @@ def add_predictions(workdir, trained_workdir, prediction: str) -> None:
         for blind in (False, True):
             writer = predictions.Writer(
                 predictions.path_of(workdir, split, blind),
-                {"split": split, "blind": blind, "step": 7},
+                {"split": split, "blind": blind, "step": 7} | header,
             )
             for i, question in enumerate(choose_questions(records, 6)):
                 answers = question.turn.answers
@@ -122,8 +122,8 @@ def test_a_whole_report(workdir, trained_workdir):
     text = text_of(page)
     # The numbers of the files: half of six right, nothing guessed, the last validation, the
     # waiting, the time.
-    assert "of 100 answers 50 are exact on seen fonts and 50 on unseen fonts" in text
-    assert re.search(r"seen fonts 6 0\.500 ± 0\.400 0\.500 ± 0\.400 0\.000", text)
+    assert "3 of 6 answers are exact on seen fonts and 3 of 6 on unseen fonts" in text
+    assert re.search(r"seen fonts 6 0\.500 \(6\) 0\.500 \(6\) 0\.000", text)
     assert "checkpoint at step 7" in text
     assert re.search(
         r"1 train 0\.876 0\.432 4 2 s 4\.0 1\.2 % 0\.002 "
@@ -144,6 +144,36 @@ def test_a_whole_report(workdir, trained_workdir):
     assert "<script" not in page
     assert "<script>alert(1)</script>" in text.replace(" ", "")
     assert "http" not in re.sub(r'xmlns(?::\w+)?="[^"]*"', "", page)
+
+
+@pytest.mark.parametrize(
+    ("count", "is_right", "headline", "shown"),
+    [
+        (8, False, "0 of 8 answers are exact", "0.000 (8)"),
+        (40, True, "40 of 40 answers are exact", "1.000 (40)"),
+        (400, None, "of 100 answers 50 are exact", "0.500 ± 0.049"),
+    ],
+)
+def test_few_answers_claim_no_interval(workdir, count, is_right, headline, shown):
+    header = {"split": "validation", "blind": False, "step": 7}
+    writer = predictions.Writer(predictions.path_of(workdir, "validation", False), header)
+    for i in range(count):
+        score = float(i % 2 if is_right is None else is_right)
+        fields = {"id": str(i), "record": i, "kind": "pdf", "question": "Who?", "answers": ["a"]}
+        writer.append([fields | {"prediction": "a", "score": score, "exact": score}])
+    writer.publish()
+    text = text_of(run.build(workdir).read_text())
+    assert f"{headline} on validation" in text
+    assert shown in text and "± 0.000" not in text
+
+
+def test_scores_of_other_data_name_their_folder(workdir, trained_workdir):
+    shutil.copytree(trained_workdir / "checkpoints", workdir / "checkpoints")
+    own = loading.load_metadata(trained_workdir)["data"]
+    for data, named in ((own, "seen fonts"), ("0badda7a", "seen fonts of my invoices")):
+        add_predictions(workdir, trained_workdir, "x", data=data, folder="data/my invoices")
+        text = text_of(run.build(workdir).read_text())
+        assert f"answers are exact on {named} and" in text
 
 
 def test_where_the_time_went_is_shown(workdir):
