@@ -155,30 +155,33 @@ def draw(page: pypdfium2.PdfPage, dpi: float) -> Drawn:
     return Drawn(image, _to_pixels(page, image.size), dpi / POINTS_PER_INCH)
 
 
-def draw_of_file(data: bytes, name: str, page: int, dpi: float) -> Image.Image:
+def draw_of_file(data: bytes, name: str, page: int | None, dpi: float) -> Image.Image:
     """Returns a page of a PDF file drawn as RGB, in a process beside this one: some pages take for
     ever.
 
     Args:
       data: the content of the file.
       name: what it is called in messages.
-      page: number of the page, from 1.
+      page: number of the page, from 1; None for the only one.
       dpi: pixels an inch.
 
     Raises:
-      UserError: the file cannot be read, has no such page, or the page cannot be drawn within the
-        limits of time and memory.
+      UserError: the file cannot be read, has several pages and none is named, has no such page, or
+        the page cannot be drawn within the limits of time and memory.
     """
     try:
         return _sandbox.call(_draw_of_file, data, name, page, dpi)
     except (UnreadablePdf, CallEnded) as err:
-        raise UserError(f"cannot read {name}, page {page}: {err}") from err
+        raise UserError(f"cannot read {name}, page {page or 1}: {err}") from err
 
 
-def _draw_of_file(data: bytes, name: str, page: int, dpi: float) -> Image.Image:
+def _draw_of_file(data: bytes, name: str, page: int | None, dpi: float) -> Image.Image:
     """Returns what `draw_of_file` does, in the process that calls it; raises UnreadablePdf for what
     cannot be read or drawn."""
     with LOCK, contextlib.closing(open_document(data)) as document:
+        if page is None and len(document) > 1:
+            raise UserError(f"{name} has {len(document)} pages; name one, as {name}#page=1")
+        page = 1 if page is None else page
         if not 1 <= page <= len(document):
             raise UserError(f"{name} has no page {page}: its pages are 1 to {len(document)}")
         with open_page(document, page - 1) as opened:

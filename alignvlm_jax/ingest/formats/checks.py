@@ -178,8 +178,8 @@ def _check_image(data: bytes, number: int) -> tuple[int, int]:
     except UnidentifiedImageError as err:
         if pdf.is_pdf(data):
             raise Reject(
-                f"an image is a PDF (image {number}); name images of its pages, or read its words "
-                "by --format=pdf"
+                f"an image is a PDF (image {number}); name a file and its page, as "
+                "FILE.pdf#page=1, or read its words by --format=pdf"
             ) from err
         raise Reject(f"an image is of no known format (image {number})") from err
     except Image.DecompressionBombError as err:

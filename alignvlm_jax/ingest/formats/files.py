@@ -13,7 +13,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from alignvlm_jax.data import filesystem
+from alignvlm_jax.data import filesystem, pdf
+from alignvlm_jax.errors import TryAgainError, UserError
 from alignvlm_jax.ingest.formats.base import Reject, Rejection, Unit
 from alignvlm_jax.storage import faults
 
@@ -22,6 +23,8 @@ MAX_BYTES = 256 << 20
 
 MAX_PATH = 4096
 """Longest path of an image in characters; a longer text is base64."""
+PAGE = "#page="
+"""What stands between the path of a PDF and the number of its page, as in links to one."""
 
 ROOTS: contextvars.ContextVar[tuple[str, ...] | None] = contextvars.ContextVar("ROOTS", default=())
 """Folders, beside the one that its paths start from, whose images a record may name; None is any.
@@ -51,18 +54,20 @@ def image(folder: str, name: str, max_bytes: int = MAX_BYTES) -> bytes:
 
     Args:
       folder: folder that a relative path starts from.
-      name: a path, a gs:// URI, a data URI, or base64 of more than `MAX_PATH` characters.
+      name: a path, a gs:// URI, a data URI, or base64 of more than `MAX_PATH` characters. A path
+        of a PDF may end in #page=N, from 1; the page is drawn.
       max_bytes: largest size of a file.
 
     Raises:
       Reject: the file is missing, unreadable, too large or outside of the folders that it may be
-        in, or the base64 is invalid.
+        in, the base64 is invalid, or the page is not there, or not named of several.
       UserError: a bucket does not answer. That is no fault of the record, and the run may go on
         later.
     """
     # Linux has no longer paths: the text has to be base64.
     if name.startswith("data:") or len(name) > MAX_PATH:
         return _decode(name.partition("base64,")[2] if name.startswith("data:") else name)
+    name, page = split_page(name)
     path = filesystem.join(folder, name)
     if not filesystem.is_readable(path):
         raise Reject(f"an image is neither local nor on gs:// ({name})")
@@ -70,7 +75,7 @@ def image(folder: str, name: str, max_bytes: int = MAX_BYTES) -> bytes:
         raise Reject(f"an image has a name that is no UTF-8 ({filesystem.escaped(name)})")
     try:
         check_inside(path, folder, name)
-        return filesystem.read(path, max_bytes)
+        return _drawn(filesystem.read(path, max_bytes), name, page)
     except FileNotFoundError as err:
         raise Reject(f"an image is missing ({name})") from err
     except ValueError as err:
@@ -96,6 +101,28 @@ def check_inside(path: str, folder: str, name: str) -> None:
         if f"{real}/".startswith(f"{root.rstrip('/')}/") and ".." not in real.split("/"):
             return
     raise Reject(f"an image lies outside of its folder ({name}; --allow_outside reads it)")
+
+
+def split_page(name: str) -> tuple[str, int | None]:
+    """Returns the path of an image without #page=N at its end, and N; None where it has none."""
+    path, mark, number = name.rpartition(PAGE)
+    # Nothing but ASCII digits: int() takes others, too.
+    is_page = mark and number.isascii() and number.isdigit() and len(number) < 9
+    return (path, int(number)) if is_page else (name, None)
+
+
+def _drawn(data: bytes, name: str, page: int | None) -> bytes:
+    """Returns the content of an image file; of a PDF one page, drawn as `prepare` draws others."""
+    if pdf.is_pdf(data):
+        try:
+            return pdf.encode(pdf.draw_of_file(data, name, page, pdf.DPI))
+        except TryAgainError:
+            raise
+        except UserError as err:
+            raise Reject(f"an image is a PDF of which no page can be drawn ({err})") from err
+    if page is not None:
+        raise Reject(f"an image has no pages, since it is no PDF ({name}{PAGE}{page})")
+    return data
 
 
 def _decode(text: str) -> bytes:
@@ -158,7 +185,9 @@ def document_of(unit: Unit, image: str) -> str:
     document however its path is spelt: as 1.png, ./1.png, or from the root.
     """
     if filesystem.is_remote(image) or image.startswith("data:") or len(image) > MAX_PATH:
-        return image
+        return image if image.startswith("data:") else split_page(image)[0]
+    # Its pages are held out together, as those of `formats/pdf` are.
+    image, _ = split_page(image)
     if posixpath.isabs(image) and not filesystem.is_remote(unit.path):
         image = posixpath.relpath(image, os.path.abspath(filesystem.parent(unit.path) or "."))
     return posixpath.normpath(posixpath.join(filesystem.parent(unit.name), image))

@@ -56,7 +56,8 @@ class Jsonl:
 A .jsonl (or .ndjson) file with a record a line, or a folder of them:
 
     images      list of paths from the file's folder (or from --images), gs:// URIs, data URIs, or
-                base64 of more than 4,096 characters; PNG, JPEG, TIFF, WEBP, ...
+                base64 of more than 4,096 characters; PNG, JPEG, TIFF, WEBP, ..., or a page of a
+                PDF as "report.pdf#page=3", from 1, drawn at 100 pixels an inch
     turns       list of {"question": text, "answers": list of texts}; the first answer is taught,
                 the others count as right too; may be left out where there are lines. An <image> in
                 questions for each image says where it stands; without any they come first. A turn

@@ -1,15 +1,19 @@
 import base64
 import dataclasses
+import io
 import json
 import re
 
 import pytest
+from PIL import Image
 
 from alignvlm_jax.data import chat, index
 from alignvlm_jax.data.record import Turn, Word
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.ingest.formats import files
+from alignvlm_jax.ingest.formats.base import Unit
 from alignvlm_jax.ingest.formats.jsonl import Jsonl
+from tests.ingest.formats.pdf import make_pdf
 
 TURNS = [{"question": "Why?", "answers": ["So.", "Thus."]}]
 LINES = [[[{"text": "Total", "box": [0, 0, 2.5, 1]}]]]
@@ -255,3 +259,42 @@ def test_a_source_that_is_not_there(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no file that ends in \.jsonl"):
         Jsonl().units(str(tmp_path / "empty"))
+
+
+def test_pages_of_a_pdf_are_images(images, prepare):
+    """Drawn as `prepare` draws them of PDFs; pages of a file are one document."""
+    pages = [make_pdf.text(20, 100, "Total 1"), make_pdf.text(20, 50, "And 2")]
+    (images / "one.pdf").write_bytes(make_pdf.pdf(pages[:1]))
+    (images / "scans" / "two.PDF").write_bytes(make_pdf.pdf(pages))
+    names = ["one.pdf", "scans/two.PDF#page=1", "scans/two.PDF#page=2", f"{images}/one.pdf#page=1"]
+    prepared = prepare(Jsonl(), write(images, [{"images": [one], "turns": TURNS} for one in names]))
+    alone, first, second, again = (record.images[0] for record in prepared.records())
+    assert alone == first == again != second
+    with Image.open(io.BytesIO(alone)) as drawn:
+        # Of 300 x 200 points.
+        assert drawn.size == (417, 278)
+    unit = Unit(str(images / "data.jsonl"))
+    assert [files.document_of(unit, name) for name in names] == [
+        "one.pdf",
+        "scans/two.PDF",
+        "scans/two.PDF",
+        "one.pdf",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("two.pdf", "no page can be drawn (two.pdf has 2 pages; name one, as two.pdf#page=1)"),
+        ("two.pdf#page=3", "(two.pdf has no page 3: its pages are 1 to 2)"),
+        ("two.pdf#page=0", "(two.pdf has no page 0: its pages are 1 to 2)"),
+        ("two.pdf#page=x", "an image is missing (two.pdf#page=x)"),
+        ("none.pdf#page=1", "an image is missing (none.pdf)"),
+        ("scans/a.png#page=1", "no pages, since it is no PDF (scans/a.png#page=1)"),
+    ],
+)
+def test_a_page_of_a_pdf_that_is_none_is_told(images, prepare, name, reason):
+    (images / "two.pdf").write_bytes(make_pdf.pdf([make_pdf.text(20, 100, "Total 1")] * 2))
+    good = {"images": ["scans/a.png"], "turns": TURNS}
+    source = write(images, [good, {"id": "bad", "images": [name], "turns": TURNS}])
+    assert reason in prepare(Jsonl(), source).reasons()["bad"]
