@@ -18,6 +18,7 @@ PACKAGE = "alignvlm_jax"
 
 def _not_installed(err: ModuleNotFoundError) -> str:
     """Returns in a line what this Python lacks; raises the error where that is a module of ours."""
+    # Told as such, a module of ours that is missing would be looked for in the wrong place.
     if err.name is None or err.name.partition(".")[0] == PACKAGE:
         raise err
     return (

@@ -100,6 +100,7 @@ def _check_data(folder: str, tokenizer: str, is_default: bool) -> None:
 
     if os.path.isdir(folder) and any(name.endswith(ENDINGS) for name in os.listdir(folder)):
         return
+    # What no format reads is left to those who look for shards.
     found = survey.survey(folder)
     if found.by_format:
         out = survey.quoted(f"data/{Path(os.path.abspath(folder)).stem}")

@@ -208,8 +208,10 @@ def _num_sequences(metadata: Mapping[str, Any], step: int, paths: Iterable[str])
     """
     if metadata["stage"] == initial.STAGE:
         return 0
+    # Of all stages of the run: the checkpoint may be of any.
     stages = config_lib.from_json(metadata["config"])
     seen = 0
+    # A connector that was not loaded is as new as the run, whatever that began with.
     connector = [path for path in paths if path.startswith("connector/")]
     if stages[0].init_from and any(
         re.fullmatch(pattern, path) for pattern in stages[0].train.load for path in connector
@@ -222,6 +224,7 @@ def _num_sequences(metadata: Mapping[str, Any], step: int, paths: Iterable[str])
             return None
         seen = _num_sequences(*before, connector)
     for stage in stages:
+        # What is left of `step` counts from the begin of the stage.
         is_last = stage.stage == metadata["stage"]
         steps = step if is_last else stage.train.num_steps
         if seen is not None and stage.train.visual_source == "pixels":

@@ -101,6 +101,7 @@ def splits(run: Run) -> list[str]:
 def other_data(run: Run, seen: Predictions) -> str:
     """Returns the folder that was asked about, as " of NAME", where it is not that of the run; else
     nothing."""
+    # By fingerprints: the run's folder may have been moved, or prepared anew since.
     trained = run.loaded.metadata.get("data") if run.loaded else None
     own = (trained, prepared.fingerprint(run.stages[-1].data.dir))
     if seen.header.get("data", trained) in own:

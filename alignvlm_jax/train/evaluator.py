@@ -4,8 +4,8 @@ The loop knows only this: commands name the kinds.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 from jax.sharding import Mesh
 
@@ -14,6 +14,8 @@ from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.models.vlm import VLM
 from alignvlm_jax.train.state import Params
 from alignvlm_jax.train.step import EvalStep
+
+T = TypeVar("T")
 
 
 class Evaluator(Protocol):
@@ -48,3 +50,25 @@ class Kind:
     every: Callable[[Config], int]
     open: Callable[[VLM, Config, Mesh, StageData], Evaluator]
     check: Callable[[Config, StageData], None] = lambda config, opened: None
+
+
+def with_sources(
+    what: str, parts: Mapping[str, Sequence[T]], means: Callable[[Sequence[T]], Mapping[str, float]]
+) -> dict[str, float]:
+    """Returns the means over all values as `WHAT/NAME`, and those of each source.
+
+    With several sources, the means of each are `WHAT/SOURCE/NAME`.
+
+    Args:
+      what: prefix of the names.
+      parts: values by source.
+      means: returns the means of some values by name.
+    """
+    groups = {what: [part for of_source in parts.values() for part in of_source]}
+    if len(parts) > 1:
+        groups |= {f"{what}/{source}": of_source for source, of_source in parts.items()}
+    return {
+        f"{prefix}/{name}": value
+        for prefix, group in groups.items()
+        for name, value in means(group).items()
+    }

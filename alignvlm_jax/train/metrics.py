@@ -10,7 +10,6 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar
 
 from absl import logging
 from rich.console import Console
@@ -24,8 +23,6 @@ from alignvlm_jax import storage
 from alignvlm_jax.data.record import Batch
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.storage import Path, faults
-
-T = TypeVar("T")
 
 FILE = "metrics.jsonl"
 LIVE_SECONDS = 0.25
@@ -182,28 +179,6 @@ def _step_of(path: Path, number: int, line: str) -> float:
         ) from err
 
 
-def with_sources(
-    what: str, parts: Mapping[str, Sequence[T]], means: Callable[[Sequence[T]], Mapping[str, float]]
-) -> dict[str, float]:
-    """Returns the means over all values as `WHAT/NAME`, and those of each source.
-
-    With several sources, the means of each are `WHAT/SOURCE/NAME`.
-
-    Args:
-      what: prefix of the names.
-      parts: values by source.
-      means: returns the means of some values by name.
-    """
-    groups = {what: [part for of_source in parts.values() for part in of_source]}
-    if len(parts) > 1:
-        groups |= {f"{what}/{source}": of_source for source, of_source in parts.items()}
-    return {
-        f"{prefix}/{name}": value
-        for prefix, group in groups.items()
-        for name, value in means(group).items()
-    }
-
-
 def peak_memory_gib() -> float:
     """Returns the peak resident memory of this process in GiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -353,17 +328,12 @@ class Progress:
 
     @contextlib.contextmanager
     def busy(self, step: int, stage: str, phase: str, is_long: bool = True) -> Iterator[None]:
-        """A context in which no step runs: shows what is done instead of a time left that stands
-        still. Without a terminal that is a line, where it `is_long`.
-
-        Args:
-          step: number of the newest step, over all stages.
-          stage: name of the stage.
-          phase: as "validating", of `goodput.CATEGORY_OF`.
-          is_long: whether it takes long enough for a line of its own in a log.
+        """A context in which no step runs: shows its `phase`, a name of `goodput.CATEGORY_OF`, in
+        the place of a time left that stands still. Without a terminal that is a line of its own,
+        for what `is_long`; `step` and `stage` are as of `update`.
         """
         line = f"{stage}  step {step}/{self._total}  {phase} ..."
-        before = self._line
+        before = self._line  # A nested phase ends into the one around it.
         if self._live:
             self._show(line)
         elif is_long:

@@ -66,7 +66,12 @@ def open_stages(stages: tuple[Config, ...]) -> list[StageData]:
         trained = state.trainable_paths(config.train, config.stage, shapes[key])
         if jax.default_backend() == "cpu":
             sizes = {path: math.prod(x.shape) for path, x in state.flatten(shapes[key]).items()}
-            slowest = max(slowest, (_cpu_seconds(config, sizes, trained), config.stage))
+            # The full length, since what is not filled is padding, and computed all the same.
+            num_patches = config.data.max_tiles * config.model.vision.num_patches
+            positions = {"vision": num_patches, "connector": num_patches}
+            positions["llm"] = config.data.seq_len
+            seconds = _cpu_seconds(sizes, trained, positions) * config.train.batch_size
+            slowest = max(slowest, (seconds, config.stage))
         if before is None and config.init_from:
             _check_init_from(config, shapes[key])
         if before is not None:
@@ -81,17 +86,17 @@ def open_stages(stages: tuple[Config, ...]) -> list[StageData]:
     return found
 
 
-def _cpu_seconds(config: Config, sizes: Mapping[str, int], trained: Set[str]) -> float:
-    """Returns about how long a training step takes on this machine's cores.
+def _cpu_seconds(
+    sizes: Mapping[str, int], trained: Set[str], positions: Mapping[str, int]
+) -> float:
+    """Returns about how long a training step takes for each of its sequences on this machine's
+    cores.
 
     Args:
-      config: of the stage.
       sizes: number of each parameter's elements, by path.
       trained: the paths of those that are trained.
+      positions: by component, how many vectors of a sequence go through it.
     """
-    vision = config.model.vision
-    positions = dict.fromkeys(("vision", "connector"), config.data.max_tiles * vision.num_patches)
-    positions["llm"] = config.data.seq_len
     flops = 0.0
     for path, size in sizes.items():
         component = path.split("/")[0]
@@ -99,7 +104,7 @@ def _cpu_seconds(config: Config, sizes: Mapping[str, int], trained: Set[str]) ->
         # what lies before all that is trained has none.
         has_gradients = component != "vision" or path in trained
         flops += (6 if has_gradients else 2) * size * positions[component]
-    return flops * config.train.batch_size / (CPU_FLOPS * (os.cpu_count() or 1))
+    return flops / (CPU_FLOPS * (os.cpu_count() or 1))
 
 
 def files_of(configs: tuple[Config, ...]) -> dict[str, Callable[[], str]]:

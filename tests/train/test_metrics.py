@@ -11,7 +11,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from alignvlm_jax import storage
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.train import metrics
+from alignvlm_jax.train import evaluator, metrics
 
 VALUES = {"loss": 1.25, "token_accuracy": 0.5, "steps_per_second": 4.0}
 
@@ -211,8 +211,8 @@ def test_means_of_all_parts_and_with_several_sources_of_each():
     def means(parts):
         return {"loss": sum(parts) / len(parts)}
 
-    assert metrics.with_sources("validation", {"": [1.0, 3.0]}, means) == {"validation/loss": 2.0}
-    assert metrics.with_sources("validation", {"a": [1.0, 3.0], "b": [8.0]}, means) == {
+    assert evaluator.with_sources("validation", {"": [1.0, 3.0]}, means) == {"validation/loss": 2.0}
+    assert evaluator.with_sources("validation", {"a": [1.0, 3.0], "b": [8.0]}, means) == {
         "validation/loss": 4.0,
         "validation/a/loss": 2.0,
         "validation/b/loss": 8.0,
