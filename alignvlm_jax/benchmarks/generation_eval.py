@@ -21,7 +21,7 @@ from alignvlm_jax.inference.sampler import Sampler
 from alignvlm_jax.models.vlm import VLM
 from alignvlm_jax.parallel import exchange, sharding
 from alignvlm_jax.parallel import mesh as mesh_lib
-from alignvlm_jax.train.evaluator import Kind
+from alignvlm_jax.train.evaluator import Kind, with_sources
 from alignvlm_jax.train.state import Params
 from alignvlm_jax.train.step import EvalStep
 
@@ -83,7 +83,7 @@ class GenerationEval:
             name: [(next(answers), question.turn.answers) for question in chosen]
             for name, chosen in self._chosen.by_source.items()
         }
-        return evaluator.with_sources("generated", rated, _means)
+        return with_sources("generated", rated, _means)
 
     def _prompt(self, number: int) -> PackedSequence:
         return examples.trim(self._chosen.prompt(number, self._builder), *self._trimmed)

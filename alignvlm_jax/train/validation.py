@@ -10,7 +10,7 @@ from alignvlm_jax.data import validation
 from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.parallel import exchange, sharding
 from alignvlm_jax.train import step
-from alignvlm_jax.train.evaluator import Kind
+from alignvlm_jax.train.evaluator import Kind, with_sources
 from alignvlm_jax.train.state import Params
 
 
@@ -47,7 +47,7 @@ class Validation:
                 sums[name].append(
                     jax.device_get(eval_step(params, sharding.put_batch(inputs, self._mesh)))
                 )
-        return evaluator.with_sources("validation", sums, _means)
+        return with_sources("validation", sums, _means)
 
 
 def _means(parts: Sequence[step.Metrics]) -> dict[str, float]:
