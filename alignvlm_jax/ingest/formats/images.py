@@ -73,6 +73,10 @@ OCR may be of another resolution, but not of a part of the page. Questions about
             units.append(Unit(path, name=name))
         return units
 
+    def also_read(self, source: str) -> list[str]:
+        """Returns the files of OCR: with others `prepare` makes other data."""
+        return beside.files_of(self.ocr, source)
+
     def raws(self, unit: Unit) -> Iterator[Raw | Rejection]:
         """Yields the pages of a file, without decoding them; see `Format.raws`."""
         try:

@@ -6,7 +6,7 @@ import posixpath
 from typing import NamedTuple
 
 from alignvlm_jax.data import filesystem
-from alignvlm_jax.errors import UsageError
+from alignvlm_jax.errors import UsageError, UserError
 from alignvlm_jax.ingest.formats import ocr
 from alignvlm_jax.ingest.formats.base import Reject
 from alignvlm_jax.ingest.formats.ocr import page as page_lib
@@ -32,6 +32,19 @@ def check_flags(folder: str, min_confidence: float) -> None:
         raise UsageError(f"--min_confidence={min_confidence:g} is not from 0 to 1")
     if folder:
         filesystem.list_files(folder, ocr.ENDINGS)
+
+
+def files_of(folder: str, source: str) -> list[str]:
+    """Returns the files of OCR in a folder, or without one beside the pages' files of a source."""
+    stem, ending = posixpath.splitext(source)
+    # Of a single file those that are named as it is.
+    is_file = not folder and ending and not filesystem.is_remote(source) and os.path.isfile(source)
+    place = folder or (filesystem.parent(source) or "." if is_file else source)
+    try:
+        found = filesystem.list_files(place, ocr.ENDINGS)
+    except UserError:
+        return []  # nothing but pages, none of which needs any
+    return [path for path in found if not is_file or path.startswith(stem)]
 
 
 class Place(NamedTuple):
@@ -73,7 +86,7 @@ def lines_of(
         names = ", ".join(filesystem.name(path) for path in found)
         raise Reject(f"several files of OCR ({names}); leave one of them")
     [path] = found
-    pages = _read(path)
+    pages = _read(path, tuple(filesystem.entry(path)))
     if isinstance(pages, str):
         raise Reject(f"{pages}; {filesystem.name(path)}")
     expected = place.num_pages if whole else 1
@@ -101,9 +114,9 @@ def _is_file(path: str) -> bool:
 
 
 @functools.lru_cache(maxsize=2)
-def _read(path: str) -> tuple[OcrPage, ...] | str:
-    """Returns the pages of a file, cached for the other pages of its document; or why it cannot be
-    read, which is then found once."""
+def _read(path: str, version: tuple) -> tuple[OcrPage, ...] | str:
+    """Returns the pages of a file, cached in this version for the other pages of its document; or
+    why it cannot be read, which is then found once."""
     try:
         return ocr.read_pages(filesystem.read(path, MAX_BYTES), filesystem.name(path))
     except Reject as err:

@@ -135,6 +135,10 @@ text layer (`ocrmypdf IN.pdf OUT.pdf`), or questions about images of its pages (
             ]
         return units
 
+    def also_read(self, source: str) -> list[str]:
+        """Returns the files of OCR: with others `prepare` makes other data."""
+        return beside.files_of(self.ocr, source)
+
     def raws(self, unit: Unit) -> Iterator[Raw | Rejection]:
         """Yields the pages of a range, without drawing them; see `Format.raws`."""
         try:

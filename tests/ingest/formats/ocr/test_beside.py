@@ -155,6 +155,17 @@ def test_a_folder_of_images(tmp_path, prepare):
     assert told["script"].startswith(("an image of a kind", "cannot read image"))
 
 
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_ocr_that_was_edited_is_read_anew(tmp_path, prepare, is_folder):
+    scan(1).save(tmp_path / "a.png")
+    source = tmp_path if is_folder else tmp_path / "a.png"
+    for text in ("Total", "Topal"):
+        whole = make_ocr.hocr().replace("Total", text)
+        (tmp_path / "a.hocr").write_text(whole)
+        [record] = prepare(Images(), source).records()
+        assert lines_of(record)[0].split()[0] == text
+
+
 def test_turned_photos_are_told(tmp_path, prepare):
     """OCR programs leave the orientation of EXIF aside: their boxes are those of the image on its
     side."""
