@@ -17,6 +17,7 @@ def transcription(record: Record) -> str:
 
 
 def _transcribe(record: Record, rng: np.random.Generator) -> list[ChatTurn]:
+    # Of a record without words nothing is taught: an empty answer would say that its page is blank.
     text = transcription(record)
     return [ChatTurn(TRANSCRIBE_QUESTION, text)] if text else []
 

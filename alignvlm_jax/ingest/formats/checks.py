@@ -72,6 +72,7 @@ def _answered(record: Record) -> Record:
             turn for turn, is_kept in zip(record.turns, has_answer, strict=True) if is_kept
         )
         return dataclasses.replace(record, turns=kept)
+    # The False at the end is found where every turn has an answer.
     kept = record.turns[: (*has_answer, False).index(False)]
     if not any(turn.image_offsets for turn in record.turns):
         return dataclasses.replace(record, turns=kept)
@@ -115,6 +116,7 @@ def _check_offsets(turns: tuple[Turn, ...], num_images: int) -> None:
     counts = [len(turn.image_offsets) for turn in turns]
     if any(counts) and sum(counts) != num_images:
         raise Reject(f"questions have places for {sum(counts)} images, and there are {num_images}")
+    # Ascending places between both ends of the text are within it, and in the order of the images.
     for turn in turns:
         places = (0, *turn.image_offsets, len(turn.question))
         if list(places) != sorted(places):

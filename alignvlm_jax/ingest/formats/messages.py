@@ -92,6 +92,7 @@ class Messages:
         names = _image_names(fields)
         if names and chat.images:
             raise Reject("images stand both in the messages and beside them")
+        # OpenAI's parts name their images themselves.
         names = names or list(chat.images)
         _check_unread(fields, has_images=bool(names))
         images = files.images(fields["folder"], names)
@@ -113,6 +114,7 @@ def _is_array(path: str) -> bool:
 
 def _image_names(fields: dict[str, Any]) -> list[str]:
     """Returns the paths of a record's images; raises Reject if they are no strings."""
+    # Null and an empty list are what sets write for a record of text alone.
     found = [fields[key] for key in ("image", "images") if fields.get(key)]
     if len(found) > 1:
         raise Reject("image and images both stand in a record")

@@ -47,6 +47,7 @@ def place_images(turns: Sequence[Turn], num_images: int) -> tuple[Turn, ...]:
     if in_answers and num_images and not in_questions:
         raise Reject(f"{_count(in_answers, 'image mark')} in an answer, where no image can stand")
     placed = [_placed(turn) for turn in turns]
+    # What LLaVA's sets and most others have: images before the text, which needs no places.
     if all(turn.image_offsets == () for turn in placed[1:]) and not any(
         at for turn in placed[:1] for at in turn.image_offsets
     ):
@@ -56,6 +57,8 @@ def place_images(turns: Sequence[Turn], num_images: int) -> tuple[Turn, ...]:
 
 def _placed(turn: Turn) -> Turn:
     """A turn without its marks, and the places where they stood."""
+    # The marks go and the text between them stays, of which lengths say where each stood; what the
+    # ends lose in white space moves them along.
     pieces = IMAGE_MARK.split(turn.question)
     text = "".join(pieces)
     lead = len(text) - len(text.lstrip())
@@ -108,6 +111,7 @@ def of_messages(messages: Any, role: str, content: str) -> Conversation:
         if place == 0 and speaker == "system":
             system = text.strip()
             continue
+        # By place, not by what came last: a second answer in a row would pass for a question.
         expected = ("user", "assistant")[len(texts) % 2]
         if not isinstance(speaker, str) or ROLES.get(speaker) != expected:
             names = " or ".join(name for name, side in ROLES.items() if side == expected)
@@ -123,6 +127,7 @@ def of_messages(messages: Any, role: str, content: str) -> Conversation:
         Turn(question, (answer.strip(),) if answer.strip() else ())
         for question, answer in zip(texts[::2], texts[1::2], strict=False)
     ]
+    # Left out as well, it would leave its image to the questions before it.
     if len(texts) % 2 and IMAGE_MARK.search(texts[-1]):
         raise Reject("an image stands in a last question that nobody answers")
     return Conversation(tuple(turns), system, tuple(images))
