@@ -1,7 +1,6 @@
-"""Chats as tokens: which format a tokenizer's model has, what stands around questions and answers,
-and which tokens the model has to say."""
+"""Chats as tokens: what stands around questions and answers, and which tokens the model has to
+say."""
 
-import dataclasses
 import functools
 import math
 import re
@@ -10,68 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from alignvlm_jax.data import chat_template
-from alignvlm_jax.data.chat_format import (
-    FAMILIES,
-    MARK,
-    STRIPS,
-    ChatFormat,
-    from_json,
-    of_special_tokens,
-    required_tokens,
-    to_json,
-)
+from alignvlm_jax.data.chat_format import MARK, STRIPS
+from alignvlm_jax.data.chat_template import format_of
 from alignvlm_jax.data.tokenizers.base import Tokenizer
-from alignvlm_jax.errors import UserError
-
-
-@functools.lru_cache(maxsize=8)
-def format_of(tokenizer: Tokenizer) -> ChatFormat:
-    """Returns the format of a tokenizer's model: that of the chat_format.json beside it, else that
-    of its chat template, else that of the family whose special tokens it has.
-
-    Raises:
-      UserError: there is none, or the template is none of a ChatFormat.
-    """
-    files = tokenizer.chat_files
-    if files.chat_format:
-        return _checked(tokenizer, from_json(files.name, files.chat_format))
-    if files.template:
-        return _checked(tokenizer, chat_template.read(files, tokenizer.special_tokens))
-    found = of_special_tokens(tokenizer, is_from_before=files.is_from_before)
-    if found is not None:
-        return found
-    needed = "; ".join(
-        f"{name}: {' '.join(sorted(required_tokens(family)))}" for name, family in FAMILIES.items()
-    )
-    raise UserError(
-        f"tokenizer {tokenizer.name} has the special tokens of no chat format that is known "
-        f"({needed}), and no chat template beside it"
-    )
-
-
-def format_file(tokenizer: Tokenizer) -> str:
-    """Returns the chat_format.json that must stand beside a tokenizer where its folder is one of
-    ours; empty where its special tokens alone have always said the same.
-
-    Raises:
-      UserError: as `format_of`.
-    """
-    chat_format = format_of(tokenizer)
-    family = of_special_tokens(tokenizer, is_from_before=True)
-    # A file that was written before formats had a place for a system turn says the same.
-    if family and chat_format.system_before is None:
-        family = dataclasses.replace(family, system_before=None, system_after="")
-    return "" if chat_format == family else to_json(chat_format)
-
-
-def _checked(tokenizer: Tokenizer, chat_format: ChatFormat) -> ChatFormat:
-    if chat_format.end not in tokenizer.special_tokens:
-        raise UserError(
-            f"{tokenizer.chat_files.name}: an answer ends by {chat_format.end!r}, which is no "
-            f"special token of tokenizer {tokenizer.name}"
-        )
-    return chat_format
 
 
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -176,7 +116,13 @@ def count_tokens(
         orders = [[*turns[:i], *turns[i + 1 :], turns[i]] for i in range(len(turns))]
     if system and not is_conversation:
         orders += [[turns[i], *turns[:i], *turns[i + 1 :]] for i in range(1, len(turns))]
-    return max(len(encode_chat(tokenizer, order, 0, 0, system=system)[0]) for order in orders)
+    lengths = [len(encode_chat(tokenizer, order, 0, 0, system=system)[0]) for order in orders]
+    if system and chat_format.system_before is not None:
+        # A copy of the tokenizer whose format was written before has no place for it.
+        for (question, answer, *_), *others in orders:
+            first = (f"{system}\n\n{question}", answer)
+            lengths.append(len(encode_chat(tokenizer, [first, *others], 0, 0)[0]))
+    return max(lengths)
 
 
 def encode_prompt(

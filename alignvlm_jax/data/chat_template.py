@@ -1,8 +1,9 @@
-"""A chat format out of a tokenizer's own chat template: the template is rendered with marks in the
-place of questions and answers, and split at them."""
+"""The chat format of a tokenizer's model, out of its own chat template where it has one: that is
+rendered with marks in the place of questions and answers, and split at them."""
 
 import dataclasses
 import datetime
+import functools
 import json
 import re
 from collections.abc import Collection, Sequence
@@ -12,8 +13,16 @@ import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from alignvlm_jax.data.chat_format import STRIPS, ChatFormat
-from alignvlm_jax.data.tokenizers.base import ChatFiles
+from alignvlm_jax.data.chat_format import (
+    FAMILIES,
+    STRIPS,
+    ChatFormat,
+    from_json,
+    of_special_tokens,
+    required_tokens,
+    to_json,
+)
+from alignvlm_jax.data.tokenizers.base import ChatFiles, Tokenizer
 from alignvlm_jax.errors import UserError
 
 Message = dict[str, str]
@@ -36,6 +45,70 @@ CONVERSATIONS: tuple[tuple[tuple[str, str], ...], ...] = (
     (("Is <b>it</b> [bold] {{ x }}?", "<|yes|> {% if %} [INST] </b>"), ("<s>", "<br/>")),
 )
 """A format must spell these as its template does."""
+
+
+@functools.lru_cache(maxsize=8)
+def format_of(tokenizer: Tokenizer) -> ChatFormat:
+    """Returns the format of a tokenizer's model: that of the chat_format.json beside it, else that
+    of its chat template, else that of the family whose special tokens it has.
+
+    Raises:
+      UserError: there is none, or the template is none of a ChatFormat.
+    """
+    files = tokenizer.chat_files
+    if files.chat_format:
+        return _checked(tokenizer, from_json(files.name, files.chat_format))
+    if files.template:
+        return _checked(tokenizer, read(files, tokenizer.special_tokens))
+    found = of_special_tokens(tokenizer, is_from_before=files.is_from_before)
+    if found is not None:
+        return found
+    needed = "; ".join(
+        f"{name}: {' '.join(sorted(required_tokens(family)))}" for name, family in FAMILIES.items()
+    )
+    raise UserError(
+        f"tokenizer {tokenizer.name} has the special tokens of no chat format that is known "
+        f"({needed}), and no chat template beside it"
+    )
+
+
+def format_file(tokenizer: Tokenizer) -> str:
+    """Returns the chat_format.json that must stand beside a tokenizer where its folder is one of
+    ours; empty where its special tokens alone have always said the same.
+
+    Raises:
+      UserError: as `format_of`.
+    """
+    chat_format = format_of(tokenizer)
+    family = of_special_tokens(tokenizer, is_from_before=True)
+    # A file that was written before formats had a place for a system turn says the same.
+    if family and chat_format.system_before is None:
+        family = dataclasses.replace(family, system_before=None, system_after="")
+    return "" if chat_format == family else to_json(chat_format)
+
+
+def told_apart_by(tokenizer: Tokenizer) -> str:
+    """Returns what of a chat format tells one tokenizer from another, for checksums: `format_file`
+    without the place of a system turn.
+
+    Formats of before had none, and no record a system turn: what was counted by them stays counted.
+
+    Raises:
+      UserError: as `format_of`.
+    """
+    text = format_file(tokenizer)
+    if not text:
+        return ""
+    return to_json(dataclasses.replace(format_of(tokenizer), system_before=None, system_after=""))
+
+
+def _checked(tokenizer: Tokenizer, chat_format: ChatFormat) -> ChatFormat:
+    if chat_format.end not in tokenizer.special_tokens:
+        raise UserError(
+            f"{tokenizer.chat_files.name}: an answer ends by {chat_format.end!r}, which is no "
+            f"special token of tokenizer {tokenizer.name}"
+        )
+    return chat_format
 
 
 def read(files: ChatFiles, special_tokens: Collection[str]) -> ChatFormat:

@@ -166,11 +166,15 @@ class ExampleBuilder:
         seq_len = self.data.seq_len
         pages = self._pages_of(page)
         record = page if isinstance(page, Record) else None
-        counts: int | list[int] = [len(one.pixels) * self.tokens_per_prompt_tile for one in pages]
         # A question of one's own has all images before it; one of the record's those that it has
         # seen by then.
-        if isinstance(question, str) or not self._has_places(record.turns if record else ()):
-            counts = sum(counts)
+        has_places = not isinstance(question, str) and self._has_places(
+            record.turns if record else ()
+        )
+        if has_places:
+            pages = _pages_seen(pages, before, question)
+        counts: int | list[int] = [len(one.pixels) * self.tokens_per_prompt_tile for one in pages]
+        counts = counts if has_places else sum(counts)
         last = ChatTurn(question, "") if isinstance(question, str) else question
         tokens = self.prompt_tokens(last, before, record.system if record else "", counts)
         if len(tokens) > seq_len:
@@ -184,7 +188,7 @@ class ExampleBuilder:
         prompt = _text_arrays([(tokens, no_loss)], seq_len, self.tokenizer)
         if page is None:
             return prompt
-        tiles = self._stack_tiles(self._shown(pages, self.tokens_per_prompt_tile, tokens))
+        tiles = self._stack_tiles(pages)
         unused = np.zeros((self.data.tiles_of_a_record - len(tiles), *tiles.shape[1:]), np.uint8)
         return prompt | {"tiles": np.concatenate([tiles, unused])}
 
@@ -307,6 +311,18 @@ def trim(prompt: PackedSequence, length: int, num_tiles: int) -> PackedSequence:
     """Returns a prompt of at most so many tokens and tiles."""
     ends = {"tiles": num_tiles}
     return {name: array[: ends.get(name, length)] for name, array in prompt.items()}
+
+
+def _pages_seen(pages: list[Tiles], before: Sequence[Turn], question: ChatTurn) -> list[Tiles]:
+    """The pages that stand in a question and in the turns before it, without those of turns that
+    nobody answered, which are no part of the prompt."""
+    seen = []
+    start = 0
+    for turn, is_there in [*((turn, bool(turn.answers)) for turn in before), (question, True)]:
+        end = start + len(turn.image_offsets)
+        seen += pages[start:end] if is_there else []
+        start = end
+    return seen
 
 
 def _normalised(loss_weights: np.ndarray, unit: str) -> np.ndarray:

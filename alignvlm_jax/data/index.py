@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from alignvlm_jax.data import arrays, chat, filesystem, images, shards, tokenizers
+from alignvlm_jax.data import arrays, chat, chat_template, filesystem, images, shards, tokenizers
 from alignvlm_jax.data.chat import ChatTurn
 from alignvlm_jax.data.filesystem import Entry
 from alignvlm_jax.data.record import Record
@@ -311,7 +311,7 @@ def fingerprint_of(tokenizer: Tokenizer) -> str:
     Raises:
       UserError: it has no chat format.
     """
-    chat_format = chat.format_file(tokenizer)
+    chat_format = chat_template.told_apart_by(tokenizer)
     # A chat has as many tokens as its format writes. Folders that were prepared before there were
     # formats of their own keep their checksum: that of the file alone.
     if not chat_format:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from alignvlm_jax import storage
 from alignvlm_jax.config import DataConfig, ModelConfig
-from alignvlm_jax.data import chat, chat_format, index, tokenizers
+from alignvlm_jax.data import chat_format, chat_template, index, tokenizers
 from alignvlm_jax.data.index import Index
 from alignvlm_jax.data.shards import RecordSource
 from alignvlm_jax.data.tokenizers.base import Tokenizer
@@ -82,7 +82,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     Raises:
       UserError: one is missing or damaged, or there is no chat format.
     """
-    text = chat_format.to_json(chat.format_of(tokenizer))
+    text = chat_format.to_json(chat_template.format_of(tokenizer))
     return tokenizers.files(tokenizer) | {tokenizers.CHAT_FORMAT: text.encode()}
 
 
@@ -93,7 +93,7 @@ def tokenizer_contents(data: DataConfig) -> str:
       UserError: it is missing.
     """
     path, content = tokenizers.read(tokenizer_path(data))
-    content += chat.format_file(tokenizers.load(path)).encode()
+    content += chat_template.told_apart_by(tokenizers.load(path)).encode()
     return f"{len(content):,} bytes, checksum {zlib.crc32(content):08x}"
 
 

@@ -1,5 +1,6 @@
 """What a sequence teaches of a record: its questions, its text, or both."""
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -23,10 +24,11 @@ def _transcribe(record: Record, rng: np.random.Generator) -> list[ChatTurn]:
 
 
 def _answer(record: Record, rng: np.random.Generator) -> list[ChatTurn]:
-    turns = list(record.turns)
-    # Independent questions come in another order each time, so that none always has the same ones
-    # before it.
-    if not record.has_order:
+    if record.has_order:
+        # Up to the first that nobody answered: what follows may refer to it.
+        turns = list(itertools.takewhile(lambda turn: turn.answers, record.turns))
+    else:
+        # In another order each time, so that none always has the same ones before it.
         turns = [record.turns[i] for i in rng.permutation(len(record.turns))]
     return [
         ChatTurn(turn.question, turn.answers[0], turn.image_offsets)
@@ -38,14 +40,13 @@ def _answer(record: Record, rng: np.random.Generator) -> list[ChatTurn]:
 def _answer_and_transcribe(record: Record, rng: np.random.Generator) -> list[ChatTurn]:
     """Both, in either order: more to learn from each page.
 
-    What comes second can look back at what came first.
+    What comes second can look back at what came first. Turns that keep their order come first: a
+    transcription that does not fit would take all of them with it.
     """
     answers = _answer(record, rng)
     text = _transcribe(record, rng)
-    if rng.random() < 0.5:
-        return answers + text
-    # A page is read before it is asked about: then the questions do not show it once more.
-    return text + ([turn._replace(image_offsets=()) for turn in answers] if text else answers)
+    is_first = rng.random() < 0.5
+    return answers + text if is_first or record.has_order else text + answers
 
 
 TASKS: dict[str, Callable[[Record, np.random.Generator], list[ChatTurn]]] = {

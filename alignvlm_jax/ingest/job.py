@@ -19,7 +19,7 @@ from rich.progress import (
     track,
 )
 
-from alignvlm_jax.data import chat, filesystem, index, prepared, record, tokenizers
+from alignvlm_jax.data import chat_template, filesystem, index, prepared, record, tokenizers
 from alignvlm_jax.data import shards as shards_lib
 from alignvlm_jax.errors import UserError, counted
 from alignvlm_jax.ingest import exclude, executors, finish, staging, statistics
@@ -45,7 +45,7 @@ def prepare(request: Request, out: Path, run: Runner) -> bool:
         record that can be used, or the data cannot be written.
     """
     tokenizer = tokenizers.load(request.tokenizer)
-    chat.format_of(tokenizer)  # raises before anything is read
+    chat_template.format_of(tokenizer)  # raises before anything is read
     units = _units(request, out)
     misnamed = filesystem.misnamed_files(request.source, request.format.suffixes)
     wanted = _wanted(request, units, misnamed)
@@ -109,7 +109,7 @@ def recount(out: Path, tokenizer_path: str) -> dict[str, int]:
     """
     tokenizer = tokenizers.load(tokenizer_path)
     fingerprint = index.tokenizer_fingerprint(tokenizer_path)
-    chat.format_of(tokenizer)
+    chat_template.format_of(tokenizer)
     shards = sorted(out.glob("*-[0-9]*-of-[0-9]*.array_record"))
     if not shards:
         raise UserError(f"no shards in {out}; run `prepare` first")
@@ -302,7 +302,7 @@ def _copy_tokenizer(path: str, folder: Path) -> list[str]:
     # A file that starts with a brace is a Hugging Face tokenizer.json.
     name = tokenizers.NAMES[content.lstrip()[:1] != b"{"]
     (folder / name).write_bytes(content)
-    if not (chat_format := chat.format_file(tokenizers.load(file))):
+    if not (chat_format := chat_template.format_file(tokenizers.load(file))):
         return [name]
     (folder / tokenizers.CHAT_FORMAT).write_text(chat_format)
     return [name, tokenizers.CHAT_FORMAT]

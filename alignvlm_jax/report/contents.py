@@ -103,9 +103,14 @@ def other_data(run: Run, seen: Predictions) -> str:
     nothing."""
     # By fingerprints: the run's folder may have been moved, or prepared anew since.
     trained = run.loaded.metadata.get("data") if run.loaded else None
-    own = (trained, prepared.fingerprint(run.stages[-1].data.dir))
-    if seen.header.get("data", trained) in own:
+    data = seen.header.get("data", trained)
+    if data == trained:
         return ""
+    try:
+        if prepared.has_fingerprint(data, run.stages[-1].data.dir):
+            return ""
+    except UserError:
+        pass  # The report of a copied run needs no access to the run's data.
     return f" of {Path(seen.header.get('folder', 'other data')).name}"
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from alignvlm_jax.data import chat, stage_data, tokenizers
+from alignvlm_jax.data import chat_template, stage_data, tokenizers
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.train import checkpoint, restore, state, warm_start
@@ -87,7 +87,7 @@ def write(
         data = dataclasses.replace(config.data, tokenizer=str(staging / TOKENIZER))
         # For what they raise, while nothing large was read: a tokenizer of another size or without
         # a chat format.
-        chat.format_of(stage_data.load_tokenizer(data, config.model))
+        chat_template.format_of(stage_data.load_tokenizer(data, config.model))
         model = vlm.VLM(config.model)
         # Parameters that one device could not hold are spread over all.
         mesh = mesh_lib.widest(config.model)

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from alignvlm_jax.data import chat, tokenizers
+from alignvlm_jax.data import chat_template, tokenizers
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.weights import families, towers
 from alignvlm_jax.weights.formats import big_vision, gguf, gguf_tokenizer, onnx
@@ -147,5 +147,5 @@ def write(source: str, folder: Path) -> None:
             )
         for file in found:
             shutil.copy(file, folder / file.name)
-    if chat_format := chat.format_file(tokenizers.load(folder)):
+    if chat_format := chat_template.format_file(tokenizers.load(folder)):
         (folder / tokenizers.CHAT_FORMAT).write_text(chat_format)

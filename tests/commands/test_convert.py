@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from alignvlm_jax.commands import config_flag, convert, generate
-from alignvlm_jax.data import chat, stage_data, tokenizers
+from alignvlm_jax.data import chat, chat_template, stage_data, tokenizers
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
@@ -113,18 +113,18 @@ def test_the_chat_format_travels_with_the_tokenizer(published, tmp_path, capsys)
     qwen = templates.FAMILIES["qwen25"]
     settings = {"chat_template": qwen.template, "eos_token": qwen.eos}
     (folder / "llm" / "tokenizer_config.json").write_text(json.dumps(settings))
-    expected = chat.format_of(tokenizers.load(folder / "llm"))
+    expected = chat_template.format_of(tokenizers.load(folder / "llm"))
     assert "Qwen" in expected.start
     convert_to(tmp_path / "start", folder)
     printed = capsys.readouterr().out
     assert f"Chats are written {expected.spell([('QUESTION', 'ANSWER')])!r}" in printed
     config = restore.load_config(tmp_path / "start")
-    assert chat.format_of(stage_data.load_tokenizer(config.data, config.model)) == expected
+    assert chat_template.format_of(stage_data.load_tokenizer(config.data, config.model)) == expected
     # As after a copy whose template was lost: the format stays.
     (tmp_path / "start" / "tokenizer" / "tokenizer_config.json").unlink()
-    assert chat.format_of(stage_data.load_tokenizer(config.data, config.model)) == expected
+    assert chat_template.format_of(stage_data.load_tokenizer(config.data, config.model)) == expected
     convert.main(["--export", f"--checkpoint={tmp_path / 'start'}", f"--out={tmp_path / 'out'}"])
-    assert chat.format_of(tokenizers.load(tmp_path / "out" / "llm")) == expected
+    assert chat_template.format_of(tokenizers.load(tmp_path / "out" / "llm")) == expected
 
 
 def test_a_template_that_is_refused_leaves_nothing(published, tmp_path):
@@ -156,7 +156,7 @@ def test_an_export_holds_nothing_of_the_data(trained_workdir, tmp_path):
     }
     data = pathlib.Path(restore.load_config(trained_workdir).data.dir)
     exported = tokenizers.load(tmp_path / "out" / "llm")
-    assert chat.format_of(exported) == chat.format_of(tokenizers.load(data))
+    assert chat_template.format_of(exported) == chat_template.format_of(tokenizers.load(data))
 
 
 def test_what_was_converted_answers_wherever_it_was_moved(converted, tmp_path, capsys):

@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer
 
-from alignvlm_jax.data import chat, chat_format, tokenizers
+from alignvlm_jax.data import chat, chat_format, chat_template, tokenizers
 from alignvlm_jax.data.chat_format import ChatFormat
 from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from alignvlm_jax.errors import UserError
@@ -32,7 +32,7 @@ def family(request, tmp_path):
 def test_formats_are_split_out_of_templates(tmp_path):
     def format_of(name: str) -> ChatFormat:
         templates.write(tmp_path / name, templates.FAMILIES[name])
-        return chat.format_of(tokenizers.load(tmp_path / name))
+        return chat_template.format_of(tokenizers.load(tmp_path / name))
 
     llama3 = format_of("llama3")
     plain = chat_format.FAMILIES["llama3"]
@@ -63,7 +63,7 @@ def test_a_chat_is_encoded_from_one_special_token_to_the_next(family):
     """As the library encodes the whole text of a chat; `tests/parity/test_chat.py` has transformers
     write it."""
     reference = Tokenizer.from_file(family.name)
-    chat_format = chat.format_of(family)
+    chat_format = chat_template.format_of(family)
     more = [*TURNS, ("Été\t東京?\n", "naïve \n"), ("Where?", "Here.")]
     for turns in (more[:1], more[:2], more):
         tokens, is_answer = chat.encode_chat(family, turns, 0, 999)
@@ -147,7 +147,7 @@ def test_no_order_of_turns_is_longer_than_was_counted(family):
     turns = [("Who?", "Nobody"), ("Where?", "\n\nHere"), ("When?", "\nNow")]
     lengths = {len(chat.encode_chat(family, order, 0, 0)[0]) for order in permutations(turns)}
     assert max(lengths) == chat.count_tokens(family, turns)
-    assert (len(lengths) > 1) == ("</think>" in chat.format_of(family).assistant)
+    assert (len(lengths) > 1) == ("</think>" in chat_template.format_of(family).assistant)
 
 
 def test_turns_that_do_not_fit_are_left_out(family):
@@ -164,7 +164,7 @@ def test_turns_that_do_not_fit_are_left_out(family):
 def test_where_a_template_stands(tmp_path, options):
     templates.write(tmp_path, templates.FAMILIES["llama32"], **options)
     (tmp_path / "README.md").write_text("of no matter")
-    assert "Cutting" in chat.format_of(tokenizers.load(tmp_path / "tokenizer.json")).start
+    assert "Cutting" in chat_template.format_of(tokenizers.load(tmp_path / "tokenizer.json")).start
     assert chat.begin_ids(tokenizers.load(tmp_path)) == [0]
     assert chat.stop_ids(tokenizers.load(tmp_path)) == (4, 1)
 
@@ -178,7 +178,9 @@ def test_what_the_model_says_may_be_marked(tmp_path):
     templates.write(tmp_path / "plain", chatml)
     templates.write(tmp_path / "marked", chatml._replace(template=marked))
     assert "generation" in marked
-    plain, same = (chat.format_of(tokenizers.load(tmp_path / name)) for name in ("plain", "marked"))
+    plain, same = (
+        chat_template.format_of(tokenizers.load(tmp_path / name)) for name in ("plain", "marked")
+    )
     assert plain == same
 
 
@@ -226,20 +228,20 @@ def test_several_templates_without_a_default(tmp_path):
 def test_a_template_that_is_none_of_alike_turns_is_refused(tmp_path, template, message):
     templates.write(tmp_path, templates.FAMILIES["chatml"]._replace(template=template))
     with pytest.raises(UserError, match=message) as error:
-        chat.format_of(tokenizers.load(tmp_path))
+        chat_template.format_of(tokenizers.load(tmp_path))
     assert str(error.value).startswith(f"{tmp_path}/tokenizer_config.json: its chat template ")
     assert "\n" not in str(error.value)
 
 
 def test_a_chat_format_goes_before_a_template_and_comes_back_as_it_is(tmp_path):
     templates.write(tmp_path, templates.FAMILIES["qwen25"])
-    own = chat.format_of(tokenizers.load(tmp_path))
+    own = chat_template.format_of(tokenizers.load(tmp_path))
     mine = ChatFormat(
         start="", user="<|im_start|>q\n", assistant="\n", end="<|im_end|>", stops=("<|im_end|>",)
     )
     for one in (own, mine):
         (tmp_path / "chat_format.json").write_text(chat_format.to_json(one))
-        assert chat.format_of(tokenizers.load(tmp_path)) == one
+        assert chat_template.format_of(tokenizers.load(tmp_path)) == one
 
 
 @pytest.mark.parametrize(
@@ -266,7 +268,7 @@ def test_a_damaged_chat_format_is_one_line(tmp_path, text, message):
     write_chatml(tmp_path)
     (tmp_path / "chat_format.json").write_text(text)
     with pytest.raises(UserError, match=message) as error:
-        chat.format_of(tokenizers.load(tmp_path))
+        chat_template.format_of(tokenizers.load(tmp_path))
     assert "\n" not in str(error.value)
 
 
@@ -282,7 +284,7 @@ def test_a_chat_format_without_stops_stops_at_the_end_of_an_answer(tmp_path):
 def test_only_smollm_is_told_that_it_is_smollm(tmp_path):
     for name, special_tokens in (("other", CHATML), ("own", SMOLLM)):
         write_chatml(tmp_path / name, special_tokens)
-        start = chat.format_of(tokenizers.load(tmp_path / name)).start
+        start = chat_template.format_of(tokenizers.load(tmp_path / name)).start
         assert ("SmolLM" in start) == (name == "own")
 
 
@@ -292,7 +294,7 @@ def test_what_is_written_says_its_format(tmp_path):
     (tmp_path / "run" / "config.json").write_text("[{}]")
     published = tokenizers.load(tmp_path / "published")
     written = tokenizers.load(tmp_path / "run" / "tokenizer")
-    assert chat.format_of(written) == chat.format_of(published)
+    assert chat_template.format_of(written) == chat_template.format_of(published)
     assert written.chat_files.name.endswith("chat_format.json")
 
 
@@ -355,7 +357,7 @@ def test_a_folder_from_before_keeps_its_format(tmp_path, name, is_data):
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     tokens, _ = chat.encode_chat(tokenizers.load(folder), TURNS, 2, image_id)
     assert tokens.tolist() == [int(token) for token in BEFORE[name].split()]
-    assert chat.format_file(tokenizers.load(folder)) == ""
+    assert chat_template.format_file(tokenizers.load(folder)) == ""
 
 
 @pytest.mark.parametrize("name", ["marks", "smollm", "llama3"])
@@ -369,6 +371,6 @@ def test_a_published_model_is_not_from_before(tmp_path):
     """Its tokenizer may lie in a folder of that name, below the config.json of the model."""
     templates.write(tmp_path / "tokenizer", templates.FAMILIES["qwen25"])
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
-    assert "Qwen" in chat.format_of(tokenizers.load(tmp_path / "tokenizer")).start
+    assert "Qwen" in chat_template.format_of(tokenizers.load(tmp_path / "tokenizer")).start
     moved = shutil.copytree(tmp_path / "tokenizer", tmp_path / "moved")
-    assert "Qwen" in chat.format_of(tokenizers.load(moved)).start
+    assert "Qwen" in chat_template.format_of(tokenizers.load(moved)).start

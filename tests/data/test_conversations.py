@@ -8,7 +8,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from alignvlm_jax.benchmarks import questions
-from alignvlm_jax.data import chat, index, record, tokenizers
+from alignvlm_jax.data import chat, chat_format, chat_template, index, record, tokenizers
 from alignvlm_jax.data.chat import ChatTurn
 from alignvlm_jax.data.examples import ExampleBuilder
 from alignvlm_jax.data.images import encode_png
@@ -76,7 +76,9 @@ def test_of_a_conversation_the_end_alone_is_cut(family):
         tokens, is_answer = chat.encode_chat(
             family, SAID, COUNTS, IMAGE, max_length=limit, is_conversation=True
         )
-        ends = (tokens[is_answer] == family.special_tokens[chat.format_of(family).end]).sum()
+        ends = (
+            tokens[is_answer] == family.special_tokens[chat_template.format_of(family).end]
+        ).sum()
         assert (tokens == IMAGE).sum() == shown[ends - 1]
         assert len(tokens) <= limit
     # A turn that does not fit takes with it what comes after, which is short.
@@ -96,7 +98,7 @@ def test_a_follow_up_is_asked_after_what_came_before(family):
 
 
 def test_a_system_turn_stands_where_the_template_has_it(family):
-    chat_format = chat.format_of(family)
+    chat_format = chat_template.format_of(family)
     turns = [(one.question, one.answer) for one in SAID]
     told, _ = chat.encode_chat(family, turns, 0, IMAGE, system="Read it.")
     plain, _ = chat.encode_chat(family, turns, 0, IMAGE)
@@ -116,7 +118,9 @@ def test_templates_that_have_a_place_for_a_system_turn(tmp_path):
     found = {}
     for name, template in templates.FAMILIES.items():
         templates.write(tmp_path / name, template)
-        found[name] = chat.format_of(tokenizers.load(tmp_path / name)).system_before is not None
+        found[name] = (
+            chat_template.format_of(tokenizers.load(tmp_path / name)).system_before is not None
+        )
     assert found["llama3"] and found["llama32"] and found["qwen25"] and found["smollm2"]
     # Llama 2's stands inside of a question; Mistral's would be the words of the assistant.
     assert not found["llama2"] and not found["mistral"]
@@ -203,6 +207,52 @@ def test_a_question_of_a_conversation_sees_what_came_before(demo_config, tokeniz
     question = asked["And this?"]
     put = question.chat_turn("Answer shortly: And this?")
     assert put.image_offsets == (len("Answer shortly: And this?"),)
+
+
+def test_a_transcription_that_does_not_fit_takes_no_conversation_with_it(demo_config, tokenizer):
+    line = tuple(record.Word("word", (0, 0, 9, 9)) for _ in range(300))
+    said = [one._replace(image_offsets=()) for one in SAID[:2]]
+    one = dataclasses.replace(conversation(said), images=(page(7),), lines=((line,),))
+    data = dataclasses.replace(demo_config.data, seq_len=400)
+    builder = ExampleBuilder.of(dataclasses.replace(demo_config, data=data), tokenizer)
+    for seed in range(8):
+        segment = builder.segment(one, "answer_and_transcribe", np.random.default_rng(seed))
+        assert segment.loss_weights.any()
+
+
+def test_images_of_turns_that_nobody_answered_are_not_shown(demo_config, tokenizer):
+    data = dataclasses.replace(demo_config.data, seq_len=600, max_tiles=8)
+    builder = ExampleBuilder.of(dataclasses.replace(demo_config, data=data), tokenizer)
+    whole = conversation()
+    secret = [dataclasses.replace(turn, answers=()) for turn in whole.turns]
+    one = dataclasses.replace(whole, turns=tuple(secret))
+    [asked] = [q for q in questions.choose_questions([one], None) if "this" in q.turn.question]
+    prompt = builder.prompt(one, asked.chat_turn(), asked.before)
+    num_image_tokens = (prompt["tokens"] == demo_config.model.image_token_id).sum()
+    num_tiles = num_image_tokens // builder.tokens_per_prompt_tile
+    # The third image alone, whose shade is 80.
+    assert {int(tile.max()) for tile in prompt["tiles"][:num_tiles]} == {80}
+    # In training nothing follows a turn without an answer.
+    some = dataclasses.replace(one, turns=(whole.turns[0], *secret[1:3], whole.turns[3]))
+    segment = builder.segment(some, "answer", np.random.default_rng(0))
+    assert {int(tile.max()) for tile in segment.tile_arrays["tiles"]} == {0, 40}
+
+
+def test_what_was_counted_before_system_turns_stays_counted(tmp_path):
+    for name in ("llama3", "qwen25", "chatml"):
+        templates.write(tmp_path / name, templates.FAMILIES[name])
+        tokenizer = tokenizers.load(tmp_path / name)
+        own = chat_template.format_of(tokenizer)
+        assert own.system_before is not None
+        before = dataclasses.replace(own, system_before=None, system_after="")
+        (tmp_path / name / "chat_format.json").write_text(chat_format.to_json(before))
+        old = tokenizers.load(tmp_path / name)
+        assert chat_template.format_of(old) == before
+        assert index.fingerprint_of(old) == index.fingerprint_of(tokenizer)
+        # And no such copy has more tokens than were counted.
+        turns = [("Who?", "Nobody"), ("Where?", "Here")]
+        counted = chat.count_tokens(tokenizer, turns, system="Read it.")
+        assert len(chat.encode_chat(old, turns, 0, 0, system="Read it.")[0]) <= counted
 
 
 def test_independent_questions_are_asked_alone():

@@ -13,7 +13,7 @@ from PIL import Image
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.config import renamed
-from alignvlm_jax.data import chat
+from alignvlm_jax.data import chat_template
 from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.data.tokenizers.base import ChatFiles
 from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -130,7 +130,9 @@ def test_a_run_is_usable_when_it_was_moved_and_its_data_were_deleted(
     for path in (moved, Path("../../elsewhere/run"), Path(), Path("../7")):
         loaded = loading.load(path, loading.load_config(path))
         assert loaded.tokenizer.fingerprint == original.tokenizer.fingerprint
-        assert chat.format_of(loaded.tokenizer) == chat.format_of(original.tokenizer)
+        assert chat_template.format_of(loaded.tokenizer) == chat_template.format_of(
+            original.tokenizer
+        )
         assert loaded.tokenizer.encode("a b") == original.tokenizer.encode("a b")
         assert (loaded.path / "metadata").is_dir()
     assert loading.workdir_of(Path()).resolve() == tmp_path / "alone"

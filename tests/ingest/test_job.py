@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from alignvlm_jax.data import chat, chat_format, index, shards
+from alignvlm_jax.data import chat, chat_format, chat_template, index, shards
 from alignvlm_jax.data import tokenizers as our_tokenizers
 from alignvlm_jax.data.record import decode_record
 from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -499,7 +499,7 @@ def test_the_chat_format_of_a_template_lies_beside_the_data(source, tmp_path):
     assert job.prepare(request, out, job.on_processes(1))
     assert not job.prepare(request, out, job.on_processes(1))
     published = our_tokenizers.load(folder)
-    assert chat.format_of(our_tokenizers.load(out)) == chat.format_of(published)
+    assert chat_template.format_of(our_tokenizers.load(out)) == chat_template.format_of(published)
     fingerprint = index.tokenizer_fingerprint(folder)
     assert index.load(out, "train").tokenizer == index.tokenizer_fingerprint(out) == fingerprint
     record = next(iter(shards.read_shard(shards.shard_paths(out, "train")[0])))

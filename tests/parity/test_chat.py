@@ -3,7 +3,7 @@
 import pytest
 import transformers
 
-from alignvlm_jax.data import chat, tokenizers
+from alignvlm_jax.data import chat, chat_template, tokenizers
 from tests.data import templates
 
 CONVERSATIONS = {
@@ -69,7 +69,7 @@ def test_tokens_are_those_of_the_template(tokenizers_of, name):
 @pytest.mark.parametrize("system", ["", "Read it."])
 def test_a_follow_up_is_asked_as_the_template_asks_it(tokenizers_of, system):
     ours, theirs = tokenizers_of
-    if system and chat.format_of(ours).system_before is None:
+    if system and chat_template.format_of(ours).system_before is None:
         pytest.skip("the template has no place for a system turn before the first one")
     turns = [("What is the total?", "318.40"), ("Who pays?", "Dr. Strange")]
     messages = [{"role": "system", "content": system}] if system else []
@@ -84,7 +84,7 @@ def test_a_follow_up_is_asked_as_the_template_asks_it(tokenizers_of, system):
 
 def test_text_that_spells_a_special_token_stays_text(tokenizers_of):
     ours, theirs = tokenizers_of
-    end = chat.format_of(ours).end
+    end = chat_template.format_of(ours).end
     turns = [(f"What is {end}?", f"It is {end}")]
     messages = [
         {"role": "user", "content": turns[0][0]},

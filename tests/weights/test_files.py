@@ -15,7 +15,7 @@ import pytest
 import scipy.ndimage
 from safetensors.numpy import load_file, save_file
 
-from alignvlm_jax.data import chat, tokenizers
+from alignvlm_jax.data import chat, chat_template, tokenizers
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.train import state
@@ -178,7 +178,7 @@ def test_the_chat_template_of_a_gguf(tmp_path):
     (tmp_path / "here").mkdir()
     gguf_tokenizer.write_gguf_tokenizer(fields, tmp_path / "here")
     tokenizer = tokenizers.load(tmp_path / "here")
-    assert chat.format_of(tokenizer).start == "<|endoftext|>"
+    assert chat_template.format_of(tokenizer).start == "<|endoftext|>"
     assert chat.stop_ids(tokenizer) == (2, 0) and chat.begin_ids(tokenizer) == [0]
     # Qwen's splits off each digit, Llama 3's three at a time.
     assert [tokenizer.piece(token) for token in tokenizer.encode("4821")] == list("4821")

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from alignvlm_jax import storage
-from alignvlm_jax.data import chat, tokenizers
+from alignvlm_jax.data import chat_template, tokenizers
 from alignvlm_jax.weights import initial, towers
 
 
@@ -31,7 +31,7 @@ def write_import(args: argparse.Namespace) -> None:
     write_tokenizer = functools.partial(towers.write, args.tokenizer or args.llm)
     console.print(initial.write(llm, vision, config, write_tokenizer, args.out))
     # Read back from what was written, which is what training and generation will read.
-    chat_format = chat.format_of(tokenizers.load(args.out / initial.TOKENIZER))
+    chat_format = chat_template.format_of(tokenizers.load(args.out / initial.TOKENIZER))
     example = chat_format.spell([("QUESTION", "ANSWER")])
     console.print(f"Chats are written {example!r}", markup=False)
     console.print(f"Written: {args.out}; start a run from it with --config.init_from={args.out}")

@@ -7,7 +7,7 @@ import pytest
 import sentencepiece
 import tiktoken.load
 
-from alignvlm_jax.data import chat, tokenizers
+from alignvlm_jax.data import chat, chat_template, tokenizers
 from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from alignvlm_jax.data.tokenizers.tiktoken import PATTERN, SPECIAL_TOKENS
 from alignvlm_jax.errors import UserError
@@ -175,7 +175,7 @@ def test_a_tokenizer_without_a_chat_format_is_one_line(tmp_path):
     with pytest.raises(
         UserError, match=r"special tokens of no chat format .*chatml: <\|im_end\|> <\|im_start\|>"
     ):
-        chat.format_of(tokenizers.load(tmp_path))
+        chat_template.format_of(tokenizers.load(tmp_path))
 
 
 def test_a_tokenizer_is_made_once_until_its_file_changes(tmp_path):
