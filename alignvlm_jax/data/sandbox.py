@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import pickle
+import queue
 import select
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,55 @@ class Sandbox:
                 )
 
 
+class _Starter:
+    """Starts processes in one thread, which lives as long as this process.
+
+    Linux ends them with the thread that started them: one of a server may live for one request.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._orders: queue.SimpleQueue[futures.Future] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> subprocess.Popen:
+        """Returns a process that `serve` runs in, not yet ready; raises OSError if there is none."""
+        with self._lock:
+            # A fork has no threads: there is none there, and what it waited on is of no use.
+            if self._thread is None or not self._thread.is_alive():
+                self._orders = queue.SimpleQueue()
+                self._thread = threading.Thread(
+                    target=_start_each, args=[self._orders], daemon=True
+                )
+                self._thread.start()
+            order = futures.Future()
+            self._orders.put(order)
+        return order.result()
+
+
+def _start_each(orders: "queue.SimpleQueue[futures.Future]") -> None:
+    """Starts a process for each order, for ever."""
+    # Not multiprocessing: workers are daemons there, which may have no children.
+    # -P: the folder that this was started in is no place to import from.
+    code = f"from {__name__} import serve; serve()"
+    while True:
+        order = orders.get()
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-c", code],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+            )
+        except Exception as err:  # for whoever waits
+            order.set_exception(err)
+        else:
+            order.set_result(process)
+
+
+_starter = _Starter()
+
+
 class _Crash:
     """The death of the process, by the name of a signal or with an exit status."""
 
@@ -127,15 +178,7 @@ class _Crash:
 
 
 def _start() -> subprocess.Popen:
-    # Not multiprocessing: workers are daemons there, which may have no children.
-    # -P: the folder that this was started in is no place to import from.
-    code = f"from {__name__} import serve; serve()"
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
-    )
+    process = _starter.start()
     # What modules print while they are imported would stand among the answers.
     while line := process.stdout.readline():
         if line == READY:
@@ -151,7 +194,8 @@ def serve() -> None:
     # Ctrl-C reaches the whole process group: the parent alone decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
-        # In the midst of a hanging call nothing else would end this process with its parent.
+        # In the midst of a hanging call nothing else would end this process with its parent; see
+        # `_Starter`.
         ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
     calls = sys.stdin.buffer
     sys.stdout.flush()

@@ -1,11 +1,13 @@
 """Whatever runs in the sandbox, the caller goes on: with a value, or with a reason in a line."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
@@ -42,6 +44,15 @@ def crash(path, times):
     if os.path.getsize(path) <= times:
         os.kill(os.getpid(), signal.SIGSEGV)
     return "alive"
+
+
+def call_anew():
+    """A call in a process of its own."""
+    box = sandbox.Sandbox()
+    try:
+        return box.call(add, 2, 3)
+    finally:
+        box.close()
 
 
 class Odd(Exception):
@@ -105,19 +116,38 @@ def test_a_crash_is_tried_once_more(box, tmp_path, times):
 
 
 def test_one_that_died_between_two_calls_costs_nothing(box):
-    """As by the end of the thread that started it, or for the memory of others."""
+    """As for the memory of others."""
     for _ in range(2):
         assert box.call(add, 1, 1) == 2
         box._process.kill()
         box._process.wait()
     assert box.call(add, 2, 2) == 4
-    found = []
-    for _ in range(2):
-        thread = threading.Thread(target=lambda: found.append(box.call(add, 3, 3)))
-        thread.start()
-        thread.join()
-        time.sleep(0.2)
-    assert found == [6, 6]
+
+
+def test_it_outlives_the_thread_that_needed_it_first(box):
+    """A server may have a thread for each request: no call of another's ends with it."""
+    first = threading.Thread(target=box.call, args=(add, 1, 1))
+    first.start()
+    first.join()
+    process = box._process
+    time.sleep(0.3)
+    assert process.poll() is None
+    assert box.call(add, 3, 3) == 6 and box._process is process
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning")
+def test_a_fork_starts_its_own():
+    """Its parent's thread, which starts processes, is not in it."""
+    sandbox._starter.start().kill()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        assert pool.submit(call_anew).result(60) == 5
+
+
+def test_no_process_at_all_is_told_to_who_waits(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/no/python")
+    with pytest.raises(OSError, match="no/python"):
+        sandbox._start()
 
 
 def test_what_lies_in_the_folder_is_not_imported(box, tmp_path, monkeypatch):
