@@ -47,6 +47,12 @@ def closest(name: str, known: Iterable[str]) -> str:
     return "".join(difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5))
 
 
+def one_line(err: BaseException) -> str:
+    """Returns the message of an exception on one line of at most 200 characters, or else the name
+    of its type."""
+    return " ".join(str(err).split())[:200] or type(err).__name__
+
+
 def counted(number: int, noun: str) -> str:
     """Returns a number with its noun, for messages: `1 tile`, `2,000 tiles`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -287,7 +287,7 @@ def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: fl
     for line in filter(None, (found.about_images(args.format), found.about_files(args.format))):
         print(line)
     # Formats that tell public sets by their columns or members say which, and by what.
-    for line in getattr(request.format, "notes", lambda _: ())(args.source):
+    for line in request.format.notes(args.source):
         print(line)
     is_new = job.prepare(request, Path(args.out), run)
     print(job.summary(Path(args.out), request.splits))

@@ -58,6 +58,10 @@ class UnreadablePdf(UserError):
     """A PDF file or page that cannot be read or drawn; the message says what it is instead."""
 
 
+class UnreadablePage(UserError):
+    """A page of a file that cannot be drawn, or is not there; the message names the file."""
+
+
 class Drawn(NamedTuple):
     """A page as it is displayed: rotated, and cut to its crop box."""
 
@@ -166,24 +170,25 @@ def draw_of_file(data: bytes, name: str, page: int | None, dpi: float) -> Image.
       dpi: pixels an inch.
 
     Raises:
-      UserError: the file cannot be read, has several pages and none is named, has no such page, or
-        the page cannot be drawn within the limits of time and memory.
+      UnreadablePage: the file cannot be read, has several pages and none is named, has no such
+        page, or the page cannot be drawn within the limits of time and memory.
+      UserError: the process cannot be started, which is no fault of the page.
     """
     try:
         return _sandbox.call(_draw_of_file, data, name, page, dpi)
     except (UnreadablePdf, CallEnded) as err:
-        raise UserError(f"cannot read {name}, page {page or 1}: {err}") from err
+        raise UnreadablePage(f"cannot read {name}, page {page or 1}: {err}") from err
 
 
 def _draw_of_file(data: bytes, name: str, page: int | None, dpi: float) -> Image.Image:
     """Returns what `draw_of_file` does, in the process that calls it; raises UnreadablePdf for what
-    cannot be read or drawn."""
+    cannot be read or drawn, and UnreadablePage for a page that is not there or not named."""
     with LOCK, contextlib.closing(open_document(data)) as document:
         if page is None and len(document) > 1:
-            raise UserError(f"{name} has {len(document)} pages; name one, as {name}#page=1")
+            raise UnreadablePage(f"{name} has {len(document)} pages; name one, as {name}#page=1")
         page = 1 if page is None else page
         if not 1 <= page <= len(document):
-            raise UserError(f"{name} has no page {page}: its pages are 1 to {len(document)}")
+            raise UnreadablePage(f"{name} has no page {page}: its pages are 1 to {len(document)}")
         with open_page(document, page - 1) as opened:
             return draw(opened, dpi).image.convert("RGB")
 

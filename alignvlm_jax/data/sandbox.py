@@ -133,7 +133,7 @@ class _Starter:
         self._thread: threading.Thread | None = None
 
     def start(self) -> subprocess.Popen:
-        """Returns a process that `serve` runs in, not yet ready; raises OSError if there is none."""
+        """Returns a process that runs `serve`, not yet ready; raises OSError if there is none."""
         with self._lock:
             # A fork has no threads: there is none there, and what it waited on is of no use.
             if self._thread is None or not self._thread.is_alive():

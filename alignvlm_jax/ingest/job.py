@@ -254,7 +254,7 @@ def _wanted(request: Request, units: Sequence[Unit], misnamed: Sequence[str]) ->
     # A file of many units is measured once: in a bucket, each size is a request.
     paths = dict.fromkeys(unit.path for unit in units)
     # Formats may read files beside those of their units, as those of OCR.
-    also_read = getattr(request.format, "also_read", lambda _: ())(request.source)
+    also_read = request.format.also_read(request.source)
     listing = [
         [dataclasses.astuple(unit) for unit in units],
         # With the time: an answer that was mended may have as many bytes as before.

@@ -14,8 +14,8 @@ import pytest
 from alignvlm_jax.data import images, pdf, sandbox
 from alignvlm_jax.data.sandbox import CallEnded
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.ingest.formats import sandboxed
 from alignvlm_jax.ingest.formats.base import Rejection
-from alignvlm_jax.ingest.formats.pdf import document
 from alignvlm_jax.ingest.formats.pdf.document import Pdf
 from tests.ingest.formats.pdf import make_pdf
 from tests.ingest.formats.pdf.read_pdf import read_all, texts
@@ -209,7 +209,7 @@ def test_a_page_that_hangs_is_rejected_and_its_neighbours_stay(tmp_path, monkeyp
     (tmp_path / "a.pdf").write_bytes(good)
     (tmp_path / "c.pdf").write_bytes(good)
     (tmp_path / "b.pdf").write_bytes(make_pdf.endless())
-    document._sandbox.close()
+    sandboxed.sandbox.close()
     monkeypatch.setattr(sandbox, "MAX_SECONDS", 2.0)
     first, bad, last = read_all(Pdf(), tmp_path)
     assert isinstance(bad, Rejection) and bad.id == "b-0001"

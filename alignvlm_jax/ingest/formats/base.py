@@ -61,11 +61,23 @@ class Rejection(NamedTuple):
     reason: str
 
 
+class Defaults:
+    """What formats inherit that read no files but those of units, and tell nothing of them."""
+
+    def also_read(self, source: str) -> list[str]:
+        """Returns no file; see `Format.also_read`."""
+        return []
+
+    def notes(self, source: str) -> Iterator[str]:
+        """Yields no line; see `Format.notes`."""
+        yield from ()
+
+
 class Format(Protocol):
     """A format of data sets.
 
-    Implementations are frozen dataclasses; their fields (made by `option`) are the options of the
-    format, which `prepare` takes as flags.
+    Implementations are frozen dataclasses, which may inherit from `Defaults`; their fields (made
+    by `option`) are the options of the format, which `prepare` takes as flags.
 
     Attributes:
       about: what it reads, in a line.
@@ -86,6 +98,15 @@ class Format(Protocol):
         Raises:
           UserError: the source is not there.
         """
+
+    def also_read(self, source: str) -> list[str]:
+        """Returns the files that records are made of beside those of the units, as those of OCR.
+
+        Where one of them is another, or was written anew, `prepare` makes the data anew.
+        """
+
+    def notes(self, source: str) -> Iterator[str]:
+        """Yields lines for the user that say what a source was taken for, and what told it."""
 
     def raws(self, unit: Unit) -> Iterator[Raw | Rejection]:
         """Yields the raw records of a unit, one at a time.

@@ -9,6 +9,7 @@ from PIL import Image, UnidentifiedImageError
 
 from alignvlm_jax.data import images, pdf
 from alignvlm_jax.data.record import Record, Turn, Word
+from alignvlm_jax.errors import one_line
 from alignvlm_jax.ingest.formats.base import Reject
 
 MAX_PIXELS = 64_000_000
@@ -60,6 +61,19 @@ def check(record: Record, needs_answers: bool = True) -> Record:
     for number, (page, size) in enumerate(zip(record.lines, sizes, strict=False)):
         _check_boxes([word for line in page for word in line], size, number)
     return dataclasses.replace(record, turns=turns)
+
+
+def check_header(image: Image.Image) -> None:
+    """Raises Reject for an open image file of a kind that is not read, or of too many pixels.
+
+    Before any pixel is decoded: Pillow calls programs for some kinds, and a few bytes may claim
+    gigabytes.
+    """
+    if image.format not in FILE_FORMATS:
+        raise Reject(f"an image of a kind that is not read ({image.format})")
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise Reject(f"an image is too large ({width:,} x {height:,} pixels)")
 
 
 def _answered(record: Record) -> Record:
@@ -185,13 +199,6 @@ def _check_image(data: bytes, number: int) -> tuple[int, int]:
             ) from err
         raise Reject(f"an image is of no known format (image {number})") from err
     except Image.DecompressionBombError as err:
-        raise Reject(f"an image is too large (image {number}: {_one_line(err)})") from err
+        raise Reject(f"an image is too large (image {number}: {one_line(err)})") from err
     except Exception as err:  # decoders raise anything on damaged files
-        raise Reject(
-            f"an image cannot be decoded (image {number}: {_one_line(err) or type(err).__name__})"
-        ) from err
-
-
-def _one_line(err: Exception) -> str:
-    """Returns the message of an exception on one line of at most 200 characters."""
-    return " ".join(str(err).split())[:200]
+        raise Reject(f"an image cannot be decoded (image {number}: {one_line(err)})") from err

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from alignvlm_jax.data import filesystem, pdf
-from alignvlm_jax.errors import TryAgainError, UserError
 from alignvlm_jax.ingest.formats.base import Reject, Rejection, Unit
 from alignvlm_jax.storage import faults
 
@@ -116,9 +115,7 @@ def _drawn(data: bytes, name: str, page: int | None) -> bytes:
     if pdf.is_pdf(data):
         try:
             return pdf.encode(pdf.draw_of_file(data, name, page, pdf.DPI))
-        except TryAgainError:
-            raise
-        except UserError as err:
+        except pdf.UnreadablePage as err:
             raise Reject(f"an image is a PDF of which no page can be drawn ({err})") from err
     if page is not None:
         raise Reject(f"an image has no pages, since it is no PDF ({name}{PAGE}{page})")

@@ -4,8 +4,8 @@ import contextlib
 import dataclasses
 import io
 import posixpath
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import ClassVar
 
 from PIL import Image
 
@@ -13,10 +13,9 @@ from alignvlm_jax.data import filesystem
 from alignvlm_jax.data import images as images_lib
 from alignvlm_jax.data import pdf as pdf_lib
 from alignvlm_jax.data.record import Record
-from alignvlm_jax.data.sandbox import CallEnded, Sandbox
-from alignvlm_jax.errors import UsageError, UserError, nearest
-from alignvlm_jax.ingest.formats import checks, files
-from alignvlm_jax.ingest.formats.base import Raw, Reject, Rejection, Unit, option
+from alignvlm_jax.errors import UsageError, UserError, nearest, one_line
+from alignvlm_jax.ingest.formats import checks, files, sandboxed
+from alignvlm_jax.ingest.formats.base import Defaults, Raw, Reject, Rejection, Unit, option
 from alignvlm_jax.ingest.formats.ocr import beside
 from alignvlm_jax.ingest.formats.ocr.beside import Place
 
@@ -27,12 +26,9 @@ ENDINGS = (
 HOLDOUTS = ("file", "folder")
 NO_OCR = "a scan: give OCR (--ocr=FOLDER) or questions (--format=jsonl)"
 
-_sandbox = Sandbox()
-"""The process in which this one reads images and OCR: either may be made to take all memory."""
-
 
 @dataclasses.dataclass(frozen=True)
-class Images:
+class Images(Defaults):
     """The format of a page image, or of a folder of them, with OCR."""
 
     about: ClassVar[str] = "page images with OCR beside them: hOCR, ALTO, PAGE, pixparse's JSON"
@@ -74,13 +70,13 @@ OCR may be of another resolution, but not of a part of the page. Questions about
         return units
 
     def also_read(self, source: str) -> list[str]:
-        """Returns the files of OCR: with others `prepare` makes other data."""
+        """Returns the files of OCR; see `Format.also_read`."""
         return beside.files_of(self.ocr, source)
 
     def raws(self, unit: Unit) -> Iterator[Raw | Rejection]:
         """Yields the pages of a file, without decoding them; see `Format.raws`."""
         try:
-            num_pages = _call(count_pages, unit.path)
+            num_pages = sandboxed.call(count_pages, _read(unit.path), filesystem.name(unit.path))
         except Reject as err:
             yield Rejection(unit.name, str(err))
             return
@@ -97,36 +93,32 @@ OCR may be of another resolution, but not of a part of the page. Questions about
 
         Raises:
           Reject: the image or its OCR cannot be read, it has none, or they do not fit.
+          UserError: a bucket does not answer.
         """
-        return _call(record_of, self, raw)
+        # Here, where it is known which folders an image may lie in.
+        image = _read(raw.fields["place"][0])
+        return sandboxed.call(record_of, self, raw, image)
 
 
-def _call(function: Callable[..., Any], *args: Any) -> Any:
-    """Returns function(*args) of the other process; raises Reject where it was ended, and what the
-    function raised."""
-    try:
-        return _sandbox.call(function, *args)
-    except CallEnded as err:
-        raise Reject(str(err)) from err
+def _read(path: str) -> bytes:
+    """Returns the content of an image file, as `files.image`."""
+    return files.image(filesystem.parent(path), filesystem.name(path))
 
 
-def count_pages(path: str) -> int:
-    """Returns the number of pages of an image file; raises Reject if it cannot be read."""
-    with _no_bad_image(path), Image.open(io.BytesIO(_read(path))) as image:
-        # Before any pixel is decoded, as Pillow calls programs for some kinds.
-        if image.format not in checks.FILE_FORMATS:
-            raise Reject(f"an image of a kind that is not read ({image.format})")
-        if image.width * image.height > checks.MAX_PIXELS:
-            raise Reject(f"an image that is too large ({image.width:,} x {image.height:,} pixels)")
+def count_pages(data: bytes, name: str) -> int:
+    """Returns the number of pages of an image file, in the process that calls it; raises Reject if
+    it cannot be read."""
+    with _no_bad_image(name), Image.open(io.BytesIO(data)) as image:
+        checks.check_header(image)
         return len(images_lib.page_frames(image))
 
 
-def record_of(form: Images, raw: Raw) -> Record:
-    """Returns the record of a page, as `Images.record`, in the process that calls it."""
+def record_of(form: Images, raw: Raw, image: bytes) -> Record:
+    """Returns the record of a page of an image file, as `Images.record`, in the process that calls
+    it."""
     place = Place(*raw.fields["place"])
-    image = _read(place.path)
     name = filesystem.name(place.path)
-    with _no_bad_image(place.path):
+    with _no_bad_image(name):
         if place.num_pages > 1:
             # A record has an image of each page: that of a file of several is written anew.
             page = images_lib.decode_image(image, name, place.page + 1)
@@ -141,15 +133,11 @@ def record_of(form: Images, raw: Raw) -> Record:
 
 
 @contextlib.contextmanager
-def _no_bad_image(path: str) -> Iterator[None]:
+def _no_bad_image(name: str) -> Iterator[None]:
     """A context in which what an image library raises for a damaged file is a Reject."""
     try:
         yield
     except UserError as err:
         raise Reject(str(err)) from err
     except images_lib.BAD_IMAGE as err:
-        raise Reject(f"cannot read image {filesystem.name(path)}: {str(err)[:200]}") from err
-
-
-def _read(path: str) -> bytes:
-    return files.image(filesystem.parent(path), filesystem.name(path))
+        raise Reject(f"cannot read image {name}: {one_line(err)}") from err

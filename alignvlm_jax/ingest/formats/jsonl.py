@@ -9,7 +9,7 @@ from alignvlm_jax.data import filesystem
 from alignvlm_jax.data.record import Record, Turn, Word
 from alignvlm_jax.errors import closest
 from alignvlm_jax.ingest.formats import checks, files, turns
-from alignvlm_jax.ingest.formats.base import Raw, Reject, Rejection, Unit, option
+from alignvlm_jax.ingest.formats.base import Defaults, Raw, Reject, Rejection, Unit, option
 
 KEYS = (
     "id",
@@ -48,7 +48,7 @@ MEANT = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Jsonl:
+class Jsonl(Defaults):
     """A JSON lines file, or a folder of them."""
 
     about: ClassVar[str] = "your own data: images with questions, with their words, or with both"

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from alignvlm_jax.data import filesystem
 from alignvlm_jax.data.record import Record
 from alignvlm_jax.ingest.formats import array, checks, files, turns
-from alignvlm_jax.ingest.formats.base import Raw, Reject, Rejection, Unit, option
+from alignvlm_jax.ingest.formats.base import Defaults, Raw, Reject, Rejection, Unit, option
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pdf")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
@@ -33,7 +33,7 @@ class Keys:
 
 
 @dataclasses.dataclass(frozen=True)
-class Messages:
+class Messages(Defaults):
     """The base class of formats whose records have messages and `image` or `images`, a path or a
     list of them.
 

@@ -13,7 +13,7 @@ from alignvlm_jax.data.record import Record, Turn
 from alignvlm_jax.data.tasks import TRANSCRIBE_QUESTION
 from alignvlm_jax.errors import UsageError, UserError, nearest
 from alignvlm_jax.ingest.formats import files
-from alignvlm_jax.ingest.formats.base import Raw, Reject, Rejection, Unit, option
+from alignvlm_jax.ingest.formats.base import Defaults, Raw, Reject, Rejection, Unit, option
 from alignvlm_jax.ingest.formats.pdf.document import MAX_DPI
 
 PDFS = "pdfs"
@@ -55,7 +55,7 @@ class Page(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class OlmocrBench:
+class OlmocrBench(Defaults):
     """The folder of olmOCR-bench."""
 
     about: ClassVar[str] = "olmOCR-bench: tests of the text of PDF pages, for `evaluate --tasks`"
@@ -101,6 +101,10 @@ without a baseline test has one for its first page."""
             for start in range(0, len(pages) or 1, PAGES_PER_UNIT)
         ]
 
+    def also_read(self, source: str) -> list[str]:
+        """Returns the PDFs whose pages are drawn; see `Format.also_read`."""
+        return filesystem.list_files(filesystem.join(source, PDFS), (".pdf",))
+
     def raws(self, unit: Unit) -> Iterator[Raw | Rejection]:
         """Yields the pages of a range, without drawing them, before the first those lines of the
         file that are no tests; see `Format.raws`."""
@@ -129,7 +133,7 @@ without a baseline test has one for its first page."""
         # With its words, a page would be an example to learn from: there are tests alone.
         try:
             drawn = pdf_lib.draw_of_file(data, fields["pdf"], fields["page"], self.dpi)
-        except UserError as err:
+        except pdf_lib.UnreadablePage as err:
             raise Reject(str(err)) from err
         turn = Turn(TRANSCRIBE_QUESTION, tuple(fields["tests"]))
         return Record(raw.id, "olmocr_bench", (pdf_lib.encode(drawn),), (turn,))

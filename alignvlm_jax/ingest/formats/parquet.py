@@ -17,9 +17,9 @@ from pyarrow import parquet
 from alignvlm_jax.data import filesystem
 from alignvlm_jax.data import pdf as pdf_lib
 from alignvlm_jax.data.record import Record
-from alignvlm_jax.errors import UserError, counted
+from alignvlm_jax.errors import UserError, counted, one_line
 from alignvlm_jax.ingest.formats import checks, files, turns
-from alignvlm_jax.ingest.formats.base import Raw, Reject, Rejection, Unit, option
+from alignvlm_jax.ingest.formats.base import Defaults, Raw, Reject, Rejection, Unit, option
 from alignvlm_jax.ingest.formats.hub import cells, choice, filters, known_sets, pdf_pages, rows
 from alignvlm_jax.ingest.formats.hub.choice import Chosen
 
@@ -50,7 +50,7 @@ BROKEN = (pa.ArrowException, OSError, ValueError, MemoryError)
 
 
 @dataclasses.dataclass(frozen=True)
-class Parquet:
+class Parquet(Defaults):
     """The format of a parquet file, or of a folder of them."""
 
     about: ClassVar[str] = (
@@ -165,7 +165,7 @@ A row of such a set:
                     row += reader.metadata.row_group(group).num_rows
         except (UserError, *BROKEN) as err:
             filesystem.raise_if_passing(unit.path, err)
-            yield Rejection(unit.prefix, f"the parquet file cannot be read ({_one_line(err)})")
+            yield Rejection(unit.prefix, f"the parquet file cannot be read ({one_line(err)})")
 
     def record(self, raw: Raw) -> Record:
         """Returns the record of a row; see `Format.record`."""
@@ -245,7 +245,7 @@ A row of such a set:
             # pyarrow cannot resume after a broken page: the rest of the row group is lost.
             yield Rejection(
                 f"{name}-{row}",
-                f"rows cannot be read (row group {group} from here on: {_one_line(err)})",
+                f"rows cannot be read (row group {group} from here on: {one_line(err)})",
             )
 
     def _raw(
@@ -266,7 +266,7 @@ A row of such a set:
         except Reject as err:
             return Rejection(where, str(err))
         except (UnicodeError, ArithmeticError, *BROKEN) as err:  # dates beyond Python's
-            return Rejection(where, f"the row cannot be read ({_one_line(err)})")
+            return Rejection(where, f"the row cannot be read ({one_line(err)})")
         plain = {role: value for role, value in values.items() if role not in IMAGES}
         plain["answer_field"] = self.answer_field or chosen.known.answer_field
         plain["prompt"] = chosen.known.prompt
@@ -320,8 +320,3 @@ def _document(values: Mapping[str, Any], found: Mapping[str, Any], name: str) ->
     # Rows about one page repeat its image: a hash of it keeps them in one split.
     first = found.get("pdf") or next(iter(found["images"]), name.encode())
     return hashlib.blake2b(first, digest_size=8).hexdigest()
-
-
-def _one_line(err: Exception) -> str:
-    """Returns the message of an exception on one line, or else the name of its type."""
-    return " ".join(str(err).split())[:200] or type(err).__name__

@@ -8,9 +8,10 @@ from PIL import Image
 
 from alignvlm_jax.benchmarks import questions, summary, tasks
 from alignvlm_jax.benchmarks.predictions import Predictions
+from alignvlm_jax.data import pdf
 from alignvlm_jax.errors import UsageError, UserError
 from alignvlm_jax.ingest import job
-from alignvlm_jax.ingest.formats import olmocr_bench
+from alignvlm_jax.ingest.formats import files, olmocr_bench
 from alignvlm_jax.ingest.formats.base import Rejection
 from alignvlm_jax.ingest.formats.olmocr_bench import OlmocrBench
 from tests.ingest.formats.pdf import make_pdf
@@ -131,3 +132,26 @@ def test_from_the_folder_to_the_scores(tmp_path, tokenizer):
     ]
     assert cells[1] == ["pass_rate", "  tables", "  text", "  baseline", "left_out"]
     assert cells[2] == ["88.89 %", "100.00 %", "66.67 %", "100.00 %", "16.67 %"]
+
+
+def test_a_pdf_that_was_edited_makes_other_data(tmp_path, prepare):
+    write(tmp_path, SPLITS, a__one=1, two=2)
+    first = prepare(OlmocrBench(), tmp_path).records()
+    (tmp_path / "pdfs/two.pdf").write_bytes(make_pdf.pdf(["", make_pdf.text(20, 100, "another")]))
+    second = prepare(OlmocrBench(), tmp_path).records()
+    changed = [one.id for one, other in zip(first, second, strict=True) if one != other]
+    assert changed and all(name.startswith("two") for name in changed)
+
+
+def test_a_machine_that_cannot_draw_is_no_fault_of_the_pages(tmp_path, monkeypatch):
+    """Else every page would be rejected, and `prepare` end with success."""
+
+    def broken(*_):
+        raise UserError("the process that reads PDFs cannot be started (status 5)")
+
+    write(tmp_path, SPLITS, a__one=1, two=2)
+    monkeypatch.setattr(pdf._sandbox, "call", broken)
+    with pytest.raises(UserError, match="cannot be started"):
+        read_all(OlmocrBench(), tmp_path)
+    with pytest.raises(UserError, match="cannot be started"):
+        files.image(str(tmp_path), "pdfs/two.pdf#page=1")

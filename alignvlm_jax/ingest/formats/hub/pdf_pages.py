@@ -1,12 +1,14 @@
-"""Pages of PDFs that a row or a member of a tar file holds, drawn in a process that may be ended.
+"""Pages of PDFs, and of image files of several, that a row or a member of a tar file holds.
+
+They are read in a process that may be ended.
 
 `formats/pdf` reads files by their paths; here the content of a file is given.
 """
 
+import contextlib
 import functools
 import io
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
 
 import pypdfium2
 from PIL import Image
@@ -15,9 +17,8 @@ from alignvlm_jax.data import images
 from alignvlm_jax.data import pdf as pdf_lib
 from alignvlm_jax.data.pdf import LOCK, UnreadablePdf
 from alignvlm_jax.data.record import Word
-from alignvlm_jax.data.sandbox import CallEnded, Sandbox
-from alignvlm_jax.errors import UsageError
-from alignvlm_jax.ingest.formats import checks
+from alignvlm_jax.errors import UsageError, one_line
+from alignvlm_jax.ingest.formats import checks, sandboxed
 from alignvlm_jax.ingest.formats.base import Reject
 from alignvlm_jax.ingest.formats.pdf import document, reading
 
@@ -25,18 +26,6 @@ Lines = tuple[tuple[Word, ...], ...]
 
 MAX_PAGES = 50
 """Most pages of a PDF that is one record: its images are in memory together."""
-
-_sandbox = Sandbox()
-"""The process in which this one opens and draws PDFs."""
-
-
-def _call(function: Callable[..., Any], *args: Any) -> Any:
-    """Returns function(*args) of the process in which PDFs are read; raises Reject where that takes
-    too much, and what the function raises."""
-    try:
-        return _sandbox.call(function, *args)
-    except CallEnded as err:
-        raise Reject(str(err)) from err
 
 
 def check_dpi(dpi: int) -> None:
@@ -47,7 +36,7 @@ def check_dpi(dpi: int) -> None:
 
 def count(data: bytes) -> int:
     """Returns the number of pages of a PDF; raises Reject if it cannot be read."""
-    return _call(count_pages, data)
+    return sandboxed.call(count_pages, data)
 
 
 def image(data: bytes, page: int, dpi: int) -> bytes:
@@ -56,7 +45,7 @@ def image(data: bytes, page: int, dpi: int) -> bytes:
     Raises:
       Reject: it cannot be drawn, or takes too much time or memory.
     """
-    return _call(draw_page, data, page, dpi)
+    return sandboxed.call(draw_page, data, page, dpi)
 
 
 def all_pages(data: bytes, dpi: int) -> tuple[tuple[bytes, ...], tuple[Lines, ...]]:
@@ -72,10 +61,22 @@ def all_pages(data: bytes, dpi: int) -> tuple[tuple[bytes, ...], tuple[Lines, ..
     if num_pages > MAX_PAGES:
         raise Reject(f"a PDF of too many pages for a record ({num_pages}; at most {MAX_PAGES})")
     # A call each: the limits of time and memory are those of a page.
-    pages = [_call(read_page, data, page, dpi) for page in range(num_pages)]
+    pages = [sandboxed.call(read_page, data, page, dpi) for page in range(num_pages)]
     drawn = tuple(encoded for encoded, _ in pages)
     lines = tuple(found for _, found in pages if found is not None)
     return drawn, lines if len(lines) == len(drawn) else ()
+
+
+def frames(data: bytes) -> int:
+    """Returns the number of pages of an image file, of which a TIFF may have several; raises Reject
+    if it is none."""
+    return sandboxed.call(count_frames, data)
+
+
+def frame(data: bytes, page: int) -> bytes:
+    """Returns a page of an image file, counted from 0, as an image file of its own; raises Reject
+    if it cannot be read, or takes too much time or memory."""
+    return sandboxed.call(read_frame, data, page)
 
 
 def count_pages(data: bytes) -> int:
@@ -112,36 +113,32 @@ def read_page(data: bytes, page: int, dpi: int) -> tuple[bytes, Lines | None]:
     return pdf_lib.encode(drawn.image), reading.plain(read.lines()) if is_known else None
 
 
-def frames(data: bytes) -> int:
-    """Returns the number of pages of an image file, of which a TIFF may have several; raises Reject
-    if it is none."""
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            return len(images.page_frames(opened))
-    except Exception as err:  # decoders raise anything on damaged files
-        raise Reject(f"an image cannot be read ({_one_line(err)})") from err
+def count_frames(data: bytes) -> int:
+    """As `frames`, in the process that calls it."""
+    with _no_bad_image(), Image.open(io.BytesIO(data)) as opened:
+        checks.check_header(opened)
+        return len(images.page_frames(opened))
 
 
-def frame(data: bytes, page: int) -> bytes:
-    """Returns a page of an image file, counted from 0, as an image file of its own; raises Reject
-    if it cannot be read."""
+def read_frame(data: bytes, page: int) -> bytes:
+    """As `frame`, in the process that calls it."""
+    with _no_bad_image(), Image.open(io.BytesIO(data)) as opened:
+        # Before `seek`, which loads the pixels of some kinds; and the page that it finds.
+        checks.check_header(opened)
+        opened.seek(images.page_frames(opened)[page])
+        checks.check_header(opened)
+        return pdf_lib.encode(images.as_rgb(opened))
+
+
+@contextlib.contextmanager
+def _no_bad_image() -> Iterator[None]:
+    """A context in which whatever an image library raises is a Reject."""
     try:
-        with Image.open(io.BytesIO(data)) as opened:
-            opened.seek(images.page_frames(opened)[page])
-            width, height = opened.size
-            # Before a pixel is decoded: a few bytes may claim gigabytes.
-            if width * height > checks.MAX_PIXELS:
-                raise Reject(f"an image is too large ({width:,} x {height:,} pixels)")
-            return pdf_lib.encode(images.as_rgb(opened))
+        yield
     except Reject:
         raise
-    except Exception as err:  # as above
-        raise Reject(f"an image cannot be read ({_one_line(err)})") from err
-
-
-def _one_line(err: Exception) -> str:
-    """Returns the message of an exception on one line, or else the name of its type."""
-    return " ".join(str(err).split())[:200] or type(err).__name__
+    except Exception as err:  # decoders raise anything on damaged files
+        raise Reject(f"an image cannot be read ({one_line(err)})") from err
 
 
 @functools.lru_cache(maxsize=1)

@@ -8,8 +8,8 @@ import dataclasses
 import functools
 import itertools
 import posixpath
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import ClassVar
 
 import pypdfium2
 
@@ -17,10 +17,9 @@ from alignvlm_jax.data import filesystem
 from alignvlm_jax.data import pdf as pdf_lib
 from alignvlm_jax.data.pdf import LOCK, Drawn, UnreadablePdf
 from alignvlm_jax.data.record import Record, Turn
-from alignvlm_jax.data.sandbox import CallEnded, Sandbox
 from alignvlm_jax.errors import UsageError, UserError, nearest
-from alignvlm_jax.ingest.formats import files
-from alignvlm_jax.ingest.formats.base import Raw, Reject, Rejection, Unit, option
+from alignvlm_jax.ingest.formats import files, sandboxed
+from alignvlm_jax.ingest.formats.base import Defaults, Raw, Reject, Rejection, Unit, option
 from alignvlm_jax.ingest.formats.ocr import beside
 from alignvlm_jax.ingest.formats.ocr.beside import Place
 from alignvlm_jax.ingest.formats.pdf import reading
@@ -52,12 +51,8 @@ NO_TEXT = (
 )
 
 
-_sandbox = Sandbox()
-"""The process in which this one opens and draws PDFs."""
-
-
 @dataclasses.dataclass(frozen=True)
-class Pdf:
+class Pdf(Defaults):
     """The format of a PDF file, or of a folder of them."""
 
     about: ClassVar[str] = (
@@ -136,13 +131,13 @@ text layer (`ocrmypdf IN.pdf OUT.pdf`), or questions about images of its pages (
         return units
 
     def also_read(self, source: str) -> list[str]:
-        """Returns the files of OCR: with others `prepare` makes other data."""
+        """Returns the files of OCR; see `Format.also_read`."""
         return beside.files_of(self.ocr, source)
 
     def raws(self, unit: Unit) -> Iterator[Raw | Rejection]:
         """Yields the pages of a range, without drawing them; see `Format.raws`."""
         try:
-            stop = _call(count_pages, unit.path) if unit.stop < 0 else unit.stop
+            stop = sandboxed.call(count_pages, unit.path) if unit.stop < 0 else unit.stop
         except Reject as err:
             yield Rejection(unit.name, str(err))
             return
@@ -158,16 +153,7 @@ text layer (`ocrmypdf IN.pdf OUT.pdf`), or questions about images of its pages (
           Reject: the page cannot be read or drawn, takes too much time or memory, shows something
             but has no words, or too few of its words have Unicode, and no OCR has them.
         """
-        return _call(record_of, self, raw)
-
-
-def _call(function: Callable[..., Any], *args: Any) -> Any:
-    """Returns function(*args) of the process in which PDFs are read; raises Reject where it was
-    ended, and what the function raised."""
-    try:
-        return _sandbox.call(function, *args)
-    except CallEnded as err:
-        raise Reject(str(err)) from err
+        return sandboxed.call(record_of, self, raw)
 
 
 def record_of(form: Pdf, raw: Raw) -> Record:
@@ -207,7 +193,8 @@ def count_pages(path: str) -> int:
 
 @functools.lru_cache(maxsize=2)
 def _open(path: str) -> pypdfium2.PdfDocument:
-    """Returns an open file, which is cached for its other pages; raises Reject if unreadable."""
+    """Returns an open file, which is cached for its other pages; raises Reject if unreadable,
+    and TryAgainError where a bucket does not answer."""
     try:
         if filesystem.is_remote(path):
             return pdf_lib.open_document(filesystem.read(path, MAX_REMOTE_BYTES))
@@ -215,6 +202,7 @@ def _open(path: str) -> pypdfium2.PdfDocument:
     except UnreadablePdf as err:
         raise Reject(str(err)) from err
     except (OSError, ValueError) as err:
+        filesystem.raise_if_passing(path, err)
         raise Reject(f"a file that cannot be read ({err})") from err
 
 
@@ -231,7 +219,7 @@ def _open_page(path: str, page: int) -> Iterator[pypdfium2.PdfPage]:
 def _num_pages(path: str) -> int:
     """Returns the number of pages of a file; 0 if it cannot be read (`raws` says why)."""
     try:
-        return _call(count_pages, path)
+        return sandboxed.call(count_pages, path)
     except Reject:
         return 0
 

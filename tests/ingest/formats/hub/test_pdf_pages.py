@@ -1,9 +1,9 @@
 import io
 
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
-from alignvlm_jax.ingest.formats import checks
+from alignvlm_jax.ingest.formats import checks, sandboxed
 from alignvlm_jax.ingest.formats.base import Reject
 from alignvlm_jax.ingest.formats.hub import pdf_pages
 from alignvlm_jax.ingest.formats.parquet import Parquet
@@ -42,9 +42,29 @@ def test_pages_of_images(monkeypatch):
     assert Image.open(io.BytesIO(pdf_pages.frame(data, 1))).size == (60, 81)
     monkeypatch.setattr(checks, "MAX_PIXELS", 60 * 80)
     with pytest.raises(Reject, match="too large"):
-        pdf_pages.frame(data, 1)
+        pdf_pages.read_frame(data, 1)
     with pytest.raises(Reject, match="an image cannot be read"):
         pdf_pages.frames(b"no image")
+
+
+def test_no_program_is_called_for_an_image(monkeypatch):
+    """As Pillow calls Ghostscript for EPS, which may be named .tif."""
+    file = io.BytesIO()
+    Image.new("L", (20, 10)).save(file, "EPS")
+    called = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **_: called.append(args))
+    for read in (pdf_pages.count_frames, lambda data: pdf_pages.read_frame(data, 0)):
+        with pytest.raises(Reject, match=r"of a kind that is not read \(EPS\)"):
+            read(file.getvalue())
+    assert not called
+
+
+def test_pages_of_images_are_read_in_the_other_process(monkeypatch):
+    called = []
+    monkeypatch.setattr(sandboxed.sandbox, "call", lambda *args: called.append(args[0]))
+    pdf_pages.frames(b"")
+    pdf_pages.frame(b"", 0)
+    assert called == [pdf_pages.count_frames, pdf_pages.read_frame]
 
 
 def test_rows_whose_pdf_is_none(tmp_path, prepare):

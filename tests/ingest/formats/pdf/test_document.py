@@ -9,7 +9,7 @@ from PIL import Image
 from alignvlm_jax.config import DataConfig, VisionConfig
 from alignvlm_jax.data import images, labels
 from alignvlm_jax.data.record import decode_record, encode_record
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import TryAgainError, UserError
 from alignvlm_jax.ingest.formats.base import Rejection, Unit
 from alignvlm_jax.ingest.formats.pdf import document
 from alignvlm_jax.ingest.formats.pdf.document import Pdf
@@ -77,7 +77,7 @@ def test_a_large_file_is_cut_into_ranges_of_pages(tmp_path, monkeypatch):
 def test_a_file_in_a_bucket_is_held_in_memory(tmp_path, monkeypatch):
     write(tmp_path / "here.pdf")
     # In this process, where what stands for a bucket is known.
-    monkeypatch.setattr(document._sandbox, "call", lambda function, *args: function(*args))
+    monkeypatch.setattr(document.sandboxed, "call", lambda function, *args: function(*args))
     monkeypatch.setattr(document.filesystem, "is_remote", lambda path: True)
     pages = Unit(str(tmp_path / "here.pdf"), name="here")
     (raw,) = Pdf().raws(pages)
@@ -86,6 +86,16 @@ def test_a_file_in_a_bucket_is_held_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(document, "MAX_REMOTE_BYTES", 100)
     (rejected,) = Pdf().raws(pages)
     assert rejected.reason.startswith("a file that cannot be read (")
+
+
+def test_a_bucket_that_does_not_answer_is_no_damaged_file(monkeypatch):
+    def silent(*_):
+        raise OSError("google::cloud::Status(UNAVAILABLE: Retry policy exhausted)")
+
+    monkeypatch.setattr(document.sandboxed, "call", lambda function, *args: function(*args))
+    monkeypatch.setattr(document.filesystem, "read", silent)
+    with pytest.raises(TryAgainError, match=r"gs://b/a\.pdf.*UNAVAILABLE.*; the same command goes"):
+        list(Pdf().raws(Unit("gs://b/a.pdf", name="a")))
 
 
 @pytest.mark.parametrize("options", [{"dpi": 0}, {"dpi": 601}, {"holdout_by": "pages"}])
