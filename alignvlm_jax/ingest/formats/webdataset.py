@@ -16,9 +16,9 @@ from typing import ClassVar
 from alignvlm_jax.data import filesystem
 from alignvlm_jax.data import pdf as pdf_lib
 from alignvlm_jax.data.record import Record, Turn
-from alignvlm_jax.errors import UsageError
+from alignvlm_jax.errors import UsageError, one_line
 from alignvlm_jax.ingest.formats import checks, files, pixparse
-from alignvlm_jax.ingest.formats.base import Raw, Reject, Rejection, Unit, option
+from alignvlm_jax.ingest.formats.base import Defaults, Raw, Reject, Rejection, Unit, option
 from alignvlm_jax.ingest.formats.hub import pdf_pages
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -47,7 +47,7 @@ BROKEN = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError)
 
 
 @dataclasses.dataclass(frozen=True)
-class WebDataset:
+class WebDataset(Defaults):
     """The format of a tar file in WebDataset's layout, or of a folder of them."""
 
     about: ClassVar[str] = "tar files of images with captions (CC-12M), or of documents (PDFA, IDL)"
@@ -91,14 +91,19 @@ The caption answers --prompt. Or a document, each page of which becomes a record
         """
         name = ""
         parts = {}
+        repeated = []
         for item in _members(unit):
             if isinstance(item, Rejection):
                 yield item
                 continue
             stem, ending, data = item
             if stem != name and parts:
-                yield from _raws(unit, name, parts)
+                yield from _raws(unit, name, parts, repeated)
                 parts = {}
+                repeated = []
+            if stem == name and ending in parts:
+                repeated.append(ending)
+                continue
             # A tar file whose members all have one name must not fill the memory.
             if sum(map(len, parts.values())) + len(data) > files.MAX_BYTES:
                 reason = (
@@ -109,7 +114,7 @@ The caption answers --prompt. Or a document, each page of which becomes a record
             name = stem
             parts[ending] = data
         if parts:
-            yield from _raws(unit, name, parts)
+            yield from _raws(unit, name, parts, repeated)
 
     def notes(self, source: str) -> Iterator[str]:
         """Yields a line where the first document or pair of a source is one of a known set."""
@@ -157,11 +162,21 @@ class _Header(tarfile.TarInfo):
         return header
 
 
-def _raws(unit: Unit, name: str, parts: dict[str, bytes]) -> Iterator[Raw | Rejection]:
-    """Yields the record, or the pages, of the members `parts`, by ending."""
+def _raws(
+    unit: Unit, name: str, parts: dict[str, bytes], repeated: list[str]
+) -> Iterator[Raw | Rejection]:
+    """Yields the record, or the pages, of the members `parts`, by ending; of members of which some
+    came again, or that are several images, a Rejection."""
     # In some sets names begin anew in every tar file: only with the file's they are unique.
     identity = f"{unit.prefix}/{name}"
-    if pixparse.is_document(parts):
+    images = [ending for ending in IMAGES if ending in parts]
+    # Nothing says which of them the text is about.
+    if repeated:
+        found = ", ".join(f"{name}.{ending}" for ending in dict.fromkeys(repeated))
+        yield Rejection(identity, f"a member came before under the same name ({found})")
+    elif len(images) > 1:
+        yield Rejection(identity, f"several images of one name (.{', .'.join(images)})")
+    elif pixparse.is_document(parts):
         yield from pixparse.raws(identity, parts, _image_ending(parts))
     else:
         yield Raw(identity, identity, parts)
@@ -204,8 +219,7 @@ def _members(unit: Unit) -> Iterator[tuple[str, str, bytes] | Rejection]:
         filesystem.raise_if_passing(path, err)
         yield Rejection(
             at,
-            "the tar file is broken from here on "
-            f"({' '.join(str(err).split()) or type(err).__name__})",
+            f"the tar file is broken from here on ({one_line(err)})",
         )
 
 

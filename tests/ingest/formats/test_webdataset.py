@@ -97,6 +97,30 @@ def test_members_that_cannot_be_used(tmp_path, prepare, png):
     assert set(tmp_path.parent.rglob("*evil*")) == before
 
 
+def test_members_that_come_again_under_one_name(tmp_path, prepare, png):
+    """Which of them belong together nobody can tell."""
+    members = [
+        ("image.png", png()),
+        ("image.txt", b"x"),
+        ("image.PNG", png(file_format="PNG")),
+        ("text.png", png()),
+        ("text.txt", b"x"),
+        ("text.txt", b"y"),
+        ("both.png", png()),
+        ("both.jpg", png(file_format="JPEG")),
+        ("both.txt", b"x"),
+        ("good.png", png()),
+        ("good.txt", b"x"),
+    ]
+    prepared = prepare(WebDataset(), write(tmp_path / "a.tar", members))
+    assert [record.id for record in prepared.records()] == ["a/good"]
+    assert prepared.reasons() == {
+        "a/image": "a member came before under the same name (image.png)",
+        "a/text": "a member came before under the same name (text.txt)",
+        "a/both": "several images of one name (.jpg, .png)",
+    }
+
+
 def test_links_and_devices_are_no_members(tmp_path, prepare, png):
     path = write(tmp_path / "a.tar", [("0.png", png()), ("0.txt", b"x")])
     with tarfile.open(path, "a") as tar:
