@@ -103,6 +103,7 @@ without a baseline test has one for its first page."""
 
     def also_read(self, source: str) -> list[str]:
         """Returns the PDFs whose pages are drawn; see `Format.also_read`."""
+        # The files of the units hold tests alone, which stay as they are where a PDF is mended.
         return filesystem.list_files(filesystem.join(source, PDFS), (".pdf",))
 
     def raws(self, unit: Unit) -> Iterator[Raw | Rejection]:

@@ -102,6 +102,7 @@ The caption answers --prompt. Or a document, each page of which becomes a record
                 parts = {}
                 repeated = []
             if stem == name and ending in parts:
+                # The first stays: the record is rejected, and another need not fill the memory.
                 repeated.append(ending)
                 continue
             # A tar file whose members all have one name must not fill the memory.

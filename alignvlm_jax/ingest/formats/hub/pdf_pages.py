@@ -70,6 +70,7 @@ def all_pages(data: bytes, dpi: int) -> tuple[tuple[bytes, ...], tuple[Lines, ..
 def frames(data: bytes) -> int:
     """Returns the number of pages of an image file, of which a TIFF may have several; raises Reject
     if it is none."""
+    # There, too, where nothing is decoded: the header of a TIFF may be made to take for ever.
     return sandboxed.call(count_frames, data)
 
 
