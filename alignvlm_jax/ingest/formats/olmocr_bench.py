@@ -11,7 +11,7 @@ from alignvlm_jax.data import filesystem
 from alignvlm_jax.data import pdf as pdf_lib
 from alignvlm_jax.data.record import Record, Turn
 from alignvlm_jax.data.tasks import TRANSCRIBE_QUESTION
-from alignvlm_jax.errors import UsageError, UserError, nearest
+from alignvlm_jax.errors import TryAgainError, UsageError, UserError, nearest
 from alignvlm_jax.ingest.formats import files
 from alignvlm_jax.ingest.formats.base import Defaults, Raw, Reject, Rejection, Unit, option
 from alignvlm_jax.ingest.formats.pdf.document import MAX_DPI
@@ -157,6 +157,8 @@ def _load(source: str) -> dict[str, tuple[list[Rejection], list[Page]]]:
     ]
     try:
         pdfs = [files.inside(folder, one) for one in filesystem.list_files(folder, (".pdf",))]
+    except TryAgainError:
+        raise
     except UserError as err:
         raise UserError(f"{source} is not the folder of olmOCR-bench: {err}") from err
     if not paths:

@@ -156,14 +156,19 @@ A row of such a set:
             with filesystem.open_file(unit.path) as file:
                 # pre_buffer would hold whole row groups, which may be gigabytes of images.
                 reader = parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
-                chosen = self._choose(reader.schema_arrow, unit.path)
+                try:
+                    chosen = self._choose(reader.schema_arrow, unit.path)
+                except UserError as err:
+                    yield Rejection(unit.prefix, f"the parquet file cannot be read ({err})")
+                    return
                 row = sum(reader.metadata.row_group(group).num_rows for group in range(unit.start))
                 for group in range(
                     unit.start, reader.num_row_groups if unit.stop < 0 else unit.stop
                 ):
                     yield from self._rows(reader, group, row, chosen, unit)
                     row += reader.metadata.row_group(group).num_rows
-        except (UserError, *BROKEN) as err:
+        except BROKEN as err:
+            # Not UserError, which the images of rows raise where a bucket or this machine fails.
             filesystem.raise_if_passing(unit.path, err)
             yield Rejection(unit.prefix, f"the parquet file cannot be read ({one_line(err)})")
 

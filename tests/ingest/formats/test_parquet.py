@@ -5,7 +5,7 @@ from pyarrow import parquet as pq
 from alignvlm_jax.data import filesystem
 from alignvlm_jax.data.record import Turn
 from alignvlm_jax.errors import TryAgainError, UserError
-from alignvlm_jax.ingest.formats import parquet
+from alignvlm_jax.ingest.formats import files, parquet
 from alignvlm_jax.ingest.formats.base import Raw, Rejection
 from alignvlm_jax.ingest.formats.parquet import Parquet
 
@@ -162,6 +162,24 @@ def test_a_bucket_that_does_not_answer_is_no_damaged_file(tmp_path, png, monkeyp
         TryAgainError, match=r"cannot read .*UNAVAILABLE.*; the same command goes on"
     ):
         list(Parquet().raws(unit))
+
+
+def test_what_images_of_rows_lie_on_may_fail_too(tmp_path, monkeypatch):
+    """A local file may name images in a bucket: it is not the file that cannot be read."""
+    image = {"bytes": None, "path": "gs://b/1.png"}
+    write(tmp_path, {"image": [image], "query": ["?"], "label": [["."]]}, "a.parquet")
+    [unit] = Parquet().units(str(tmp_path))
+
+    def silent(*_):
+        raise OSError("google::cloud::Status(UNAVAILABLE: Retry policy exhausted)")
+
+    monkeypatch.setattr(filesystem, "read", silent)
+    token = files.ROOTS.set(None)
+    try:
+        with pytest.raises(TryAgainError, match=r"cannot read gs://b/1\.png: .*UNAVAILABLE"):
+            list(Parquet().raws(unit))
+    finally:
+        files.ROOTS.reset(token)
 
 
 def test_rows_that_are_small_only_while_they_are_packed(tmp_path, prepare, png, monkeypatch):

@@ -6,7 +6,7 @@ import posixpath
 from typing import NamedTuple
 
 from alignvlm_jax.data import filesystem
-from alignvlm_jax.errors import UsageError, UserError
+from alignvlm_jax.errors import TryAgainError, UsageError, UserError
 from alignvlm_jax.ingest.formats import ocr
 from alignvlm_jax.ingest.formats.base import Reject
 from alignvlm_jax.ingest.formats.ocr import page as page_lib
@@ -42,6 +42,8 @@ def files_of(folder: str, source: str) -> list[str]:
     place = folder or (filesystem.parent(source) or "." if is_file else source)
     try:
         found = filesystem.list_files(place, ocr.ENDINGS)
+    except TryAgainError:
+        raise
     except UserError:
         return []  # nothing but pages, none of which needs any
     return [path for path in found if not is_file or path.startswith(stem)]
