@@ -209,7 +209,9 @@ class _ShardMaker:
         self._is_copied = move is not None and split == move.target
         self._split = move.source if move and self._is_copied else split
         self._stay = table.stay(split)
-        members = np.flatnonzero(table.fates == grouping.JOINED)
+        # Of this split alone: a part may hold records of both, where a document has moved.
+        is_ours = table.splits_of == table.splits.index(split)
+        members = np.flatnonzero(is_ours & (table.fates == grouping.JOINED))
         # By the record that they join, each record's in the order of the source.
         self._members = members[np.argsort(table.others[members], kind="stable")]
 
@@ -233,6 +235,9 @@ class _ShardMaker:
             for shard, its_lines in zip(shards, lines, strict=True):
                 records = shards_lib.read_shard(shard)
                 for line, record in zip(its_lines.tolist(), records, strict=True):
+                    # The index has a row for each record that is written, and for no other.
+                    if not self._stay[line]:
+                        continue
                     if line in members:
                         first = grouping.joined([decode_record(record), *members[line]])
                         counted = index.text_tokens(first, tokenizers.load(self._tokenizer))
@@ -241,9 +246,8 @@ class _ShardMaker:
                             known.text_tokens[task][row] = length
                         known.content_hash[row] = index.content_hash(first)
                         record = first
-                    if self._stay[line]:
-                        writer.write(record)
-                        row += 1
+                    writer.write(record)
+                    row += 1
             # Within the block: a shard that exists has its index.
             index.write(index.index_path(path), known)
         # Only now: ShardWriter puts the shard in place as its block ends, and until then an

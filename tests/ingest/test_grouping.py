@@ -57,12 +57,7 @@ def test_questions_about_a_page_share_its_record(source, prepare, tokenizer):
     assert not prepared.rejected()
     assert statistics.joined(prepared.folder) == (PAGES * (QUESTIONS - 1), PAGES)
     assert "60 records about 12 images share one record each" in job.summary(prepared.folder)
-    made = index.of_records(records, tokenizer, "")
-    known = index.load(prepared.folder, "train")
-    for task, lengths in made.text_tokens.items():
-        assert np.array_equal(known.text_tokens[task], lengths)
-    assert np.array_equal(known.content_hash, made.content_hash)
-    assert np.array_equal(known.image_sizes, made.image_sizes)
+    assert_index_is_of_its_records(prepared, "train", tokenizer)
     # Without the option each stays by itself.
     apart = prepare(Jsonl(), source, "apart")
     assert len(apart.records()) == PAGES * QUESTIONS and not apart.records()[0].turns[0].id
@@ -73,6 +68,41 @@ def test_the_bytes_are_the_same_for_any_workers_and_order_of_parts(source, prepa
     two = prepare(Jsonl(), source, "two", group_tokens=30, holdout=0.3, num_workers=2)
     assert two.files() == alone.files()
     assert alone.records("validation") and len(alone.records()) < PAGES * QUESTIONS
+
+
+def assert_index_is_of_its_records(prepared, split, tokenizer):
+    known = index.load(prepared.folder, split)
+    made = index.of_records(prepared.records(split), tokenizer, "")
+    for task, lengths in made.text_tokens.items():
+        assert np.array_equal(known.text_tokens[task], lengths)
+    for name in ("content_hash", "image_sizes", "image_starts"):
+        assert np.array_equal(getattr(known, name), getattr(made, name))
+
+
+@pytest.mark.parametrize("place", [0, 2, 4])
+@pytest.mark.parametrize("holdout", [0.0001, 0.9999])
+def test_a_document_that_moves_leaves_both_indexes_right(
+    tmp_path, prepare, tokenizer, png, monkeypatch, place, holdout
+):
+    monkeypatch.setattr(files, "UNIT_RECORDS", 9)
+    # By the hashes that decide; the first is the one that moves.
+    pages = sorted(range(5), key=lambda page: writer.document_hash(f"d{page}"))
+    pages = pages if holdout < 0.5 else pages[::-1]
+    moved = pages.pop(0)
+    pages.insert(place, moved)
+    objects = []
+    for page in pages:
+        (tmp_path / f"{page}.png").write_bytes(png(20 + page, 30, shade=page))
+        for number in range(3):
+            turn = {"question": f"{'Why' * (page + number)} {page}?", "answers": [f"{number}" * 9]}
+            one = {"id": f"p{page}q{number}", "images": [f"{page}.png"], "turns": [turn]}
+            objects.append(one | {"document": f"d{page}"})
+    prepared = prepare(Jsonl(), write(tmp_path, objects), group_tokens=1000, holdout=holdout)
+    target = "validation" if holdout < 0.5 else "train"
+    assert {record.id[:2] for record in prepared.records(target)} == {f"p{moved}"}
+    for split in ("train", "validation"):
+        assert_index_is_of_its_records(prepared, split, tokenizer)
+    assert sum(len(record.turns) for record in prepared.records("train")) in (3, 12)
 
 
 @pytest.mark.parametrize("count", range(1, 22, 4))
