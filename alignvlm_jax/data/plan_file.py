@@ -16,10 +16,14 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
+from alignvlm_jax import storage
+
 MIN_RECORDS = 1 << 20
 """Plans of fewer records are made by each process for itself: that takes less than a second."""
 KEPT_SECONDS = 7 * 24 * 3600
 """Age at which what a run has left behind is removed."""
+MAX_BYTES = 16 << 30
+"""Of all plans together: those of fifty million records take one gigabyte an epoch."""
 MADE = "made"
 
 
@@ -36,23 +40,39 @@ def shared(
       make: computes the arrays.
       outdated: the key of arrays that nobody will ask for again, which are removed; "" for none.
     """
+    made: Mapping[str, np.ndarray] | None = None
     try:
         place = _folder()
         folder = place / key
-        if not (folder / MADE).exists():
+        found = _read(folder)
+        if found is None:
             with _locked(place / f"{key}.lock"):
                 # Another process may have made it while this one waited.
-                if not (folder / MADE).exists():
-                    _write(folder, make())
-            _tidy_up(place, outdated)
-        names = (folder / MADE).read_text().split()
-        return {
-            name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-            for name in names
-        }
+                found = _read(folder)
+                if found is None:
+                    made = make()
+                    _write(folder, made)
+                    found = _read(folder)
+            _tidy_up(place, key, outdated)
+        if found is not None:
+            return found
+        logging.warning("each process makes its own plan, since %s cannot be read", folder)
     except OSError as err:
         logging.warning("each process makes its own plan, since none can be shared: %s", err)
-        return dict(make())
+    # What was made and could not be written is not computed again.
+    return dict(make() if made is None else made)
+
+
+def _read(folder: Path) -> dict[str, np.ndarray] | None:
+    """Returns the arrays in a folder; None where they are not all there, or damaged."""
+    try:
+        return {
+            name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            for name in (folder / MADE).read_text().split()
+        } or None
+    # Of a file that was cut short numpy raises one of the latter.
+    except (OSError, ValueError, EOFError):
+        return None
 
 
 def _folder() -> Path:
@@ -76,19 +96,41 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _write(folder: Path, made: Mapping[str, np.ndarray]) -> None:
     """Writes arrays to a new folder, in which `MADE` comes last and says that all are there."""
-    shutil.rmtree(folder, ignore_errors=True)  # what a process that was killed has left
+    shutil.rmtree(folder, ignore_errors=True)  # what is damaged, or a killed process has left
     folder.mkdir()
-    # Not in one file: an array that is compressed or amid others could not be mapped by numpy.
-    for name, array in made.items():
-        np.save(folder / f"{name}.npy", array, allow_pickle=False)
-    (folder / f"{MADE}.tmp").write_text(" ".join(made))
-    os.replace(folder / f"{MADE}.tmp", folder / MADE)
+    try:
+        # Not in one file: an array that is compressed or amid others could not be mapped by numpy.
+        for name, array in made.items():
+            with open(folder / f"{name}.npy", "wb") as file:
+                np.save(file, array, allow_pickle=False)
+                file.flush()
+                # A machine that loses its power must not keep `MADE` and half of an array.
+                os.fsync(file.fileno())
+        storage.write_whole(folder / MADE, " ".join(made))
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)  # gives a full disk its room back
+        raise
 
 
-def _tidy_up(place: Path, outdated: str) -> None:
-    """Removes arrays that nobody asks for. Who has them mapped keeps them all the same."""
+def _tidy_up(place: Path, key: str, outdated: str) -> None:
+    """Removes arrays that nobody asks for, and the oldest of those that take more than `MAX_BYTES`
+    together, but not `key`. Who has them mapped keeps them all the same."""
     before = time.time() - KEPT_SECONDS
-    for folder in place.iterdir():
+    room = MAX_BYTES
+    for changed, path in sorted(_entries(place), reverse=True):
         with contextlib.suppress(OSError):
-            if folder.name.removesuffix(".lock") == outdated or folder.stat().st_mtime < before:
-                shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+            # Without `MADE` another process may be writing it.
+            is_made = (path / MADE).exists()
+            if is_made:
+                room -= sum(file.stat().st_size for file in path.iterdir())
+            is_old = changed < before or path.name.removesuffix(".lock") == outdated
+            if path.name != key and (is_old or (is_made and room < 0)):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _entries(place: Path) -> Iterator[tuple[float, Path]]:
+    """Yields when each file and folder in a folder changed, and its path."""
+    for path in place.iterdir():
+        # Another process may remove it meanwhile.
+        with contextlib.suppress(OSError):
+            yield path.stat().st_mtime, path

@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import tempfile
 
 import numpy as np
 import pytest
@@ -85,6 +86,27 @@ def test_an_index_that_does_not_fit_says_what_to_call(demo_config, tokenizer, tm
     index_lib.index_path(shard).unlink()
     with pytest.raises(UserError, match=f"is missing.*{again}"):
         load(config, 3)
+
+
+def test_shared_lengths_are_not_those_of_another_way_of_measuring(
+    demo_config, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(lengths.plan_file, "MIN_RECORDS", 1)
+    records = [record((128, 64)), record((300, 70), words=2)]
+
+    def shared() -> lengths.Lengths:
+        # Of an index of its own: another process, whose caches hold nothing.
+        known = index_lib.of_records(records, tokenizer, "f")
+        return lengths._measured((known,), TASKS, limits(demo_config))
+
+    first = shared()
+    with monkeypatch.context() as patch:
+        patch.setattr(lengths, "_measure_all", lambda *_: pytest.fail("measured again"))
+        assert np.array_equal(shared().tokens, first.tokens)
+    original = images.count_tiles
+    monkeypatch.setattr(images, "count_tiles", lambda *args: original(*args) + 1)
+    assert np.array_equal(shared().tiles, first.tiles + 1)
 
 
 @pytest.mark.parametrize("size", [(1169, 827), (1100, 850), (827, 1169), (500, 3000), (90, 40)])

@@ -78,6 +78,52 @@ def test_without_room_or_a_folder_of_ours_each_makes_its_own(place, monkeypatch,
     assert not list((tmp_path / "other").iterdir())
 
 
+@pytest.mark.parametrize("length", [0, 20, 140, 1000])
+def test_a_file_that_was_cut_short_is_made_again(place, length):
+    made = {"a": np.arange(1000), "none": np.zeros(0, np.int8)}
+    plan_file.shared("one", lambda: made)
+    with open(place / "one" / "a.npy", "r+b") as file:
+        file.truncate(length)
+    for make in (lambda: made, lambda: pytest.fail("made twice")):
+        found = plan_file.shared("one", make)
+        assert isinstance(found["a"], np.memmap) and found["a"].tolist() == list(range(1000))
+        assert not len(found["none"])
+
+
+def test_what_cannot_be_written_is_computed_once_and_leaves_nothing(place, monkeypatch):
+    calls = []
+
+    def make():
+        calls.append(1)
+        return {"a": np.arange(3), "b": np.arange(4)}
+
+    original = np.save
+
+    def save(file, array, **options):
+        if len(array) > 3:
+            raise OSError("no space left")
+        original(file, array, **options)
+
+    monkeypatch.setattr(np, "save", save)
+    assert plan_file.shared("one", make)["b"].tolist() == [0, 1, 2, 3]
+    assert calls == [1] and not (place / "one").exists()
+
+
+def test_the_oldest_go_where_all_take_too_much(place, monkeypatch):
+    made = {"a": np.zeros(1000, np.int8)}
+    for age, name in enumerate(["new", "older", "oldest"]):
+        plan_file.shared(name, lambda: made)
+        os.utime(place / name, (time.time() - 60 - age,) * 2)
+    (place / "in work").mkdir()
+    os.utime(place / "in work", (time.time() - 600,) * 2)
+    monkeypatch.setattr(plan_file, "MAX_BYTES", 2500)
+    plan_file.shared("one", lambda: made)
+    assert {path.name for path in place.iterdir() if path.is_dir()} == {"one", "new", "in work"}
+    # What is asked for stays, however large.
+    assert len(plan_file.shared("two", lambda: {"a": np.zeros(9000)})["a"]) == 9000
+    assert {path.name for path in place.iterdir() if path.is_dir()} == {"two", "in work"}
+
+
 def schedule(known: Lengths | None, **changes) -> sampler.Mixed:
     data = DataConfig(
         dir="x", seq_len=100, max_tiles=4, tasks={"answer": 0.6, "transcribe": 0.4}, **changes
