@@ -3,6 +3,7 @@ and a checksum of its contents."""
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -38,12 +39,14 @@ def description(directory: str | os.PathLike) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def contents(*directories: str | os.PathLike) -> str:
+def contents(*directories: str | os.PathLike, split: str = "") -> str:
     """Returns a line that differs between folders and their incomplete or older copies.
 
     It has the number and size of their shards and indexes, and a checksum of names, sizes, indexes
-    and fingerprint.
+    and fingerprint. With a `split` it is of that one's files alone: it stays the same when another
+    job writes other splits to the folder.
     """
+    is_wanted = re.compile(rf"{split}-\d+-of-\d+\..*|\w+-{split}\.npz" if split else ".*").fullmatch
     # Shards are not read. Small ones may have the same size, but an index has a hash of every
     # record.
     found: list[tuple[str, int]] = []
@@ -51,7 +54,9 @@ def contents(*directories: str | os.PathLike) -> str:
     for directory in directories:
         entries = filesystem.listing(directory)
         files = sorted(
-            (name, entry.size) for name, entry in entries.items() if name.endswith(ENDINGS)
+            (name, entry.size)
+            for name, entry in entries.items()
+            if name.endswith(ENDINGS) and is_wanted(name)
         )
         indexes = [
             (filesystem.join(os.fspath(directory), name), size)
@@ -60,7 +65,8 @@ def contents(*directories: str | os.PathLike) -> str:
         ]
         checksums += filesystem.in_threads(lambda one: arrays.checksums(*one), indexes)
         found += files
-    digest = zlib.crc32(repr((found, checksums, fingerprint(*directories))).encode())
+    whole = "" if split else fingerprint(*directories)
+    digest = zlib.crc32(repr((found, checksums, whole)).encode())
     return (
         f"{len(found):,} files of {sum(size for _, size in found):,} bytes, checksum {digest:08x}"
     )

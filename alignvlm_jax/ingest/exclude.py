@@ -2,7 +2,7 @@
 bytes, and by what they look like.
 
 Pages of text look alike: white, with gray stripes. So the ink alone is looked at, cut out and
-scaled, and 256 frequencies of it are compared, of which two pages of text differ in 70 or more, and
+scaled, and 256 frequencies of it are compared, of which two pages of text differ in 65 or more, and
 a page and its JPEG, its half or its crop in 40 or less.
 """
 
@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,16 +18,20 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from alignvlm_jax.data import arrays, filesystem, images
+from alignvlm_jax.data import arrays, filesystem, images, prepared, read_ahead
 from alignvlm_jax.data import shards as shards_lib
 from alignvlm_jax.errors import UserError, nearest
 
+VERSION = 1
+"""Version of the perceptual hash, raised with every change to it: others cannot be compared."""
 SIDE = 64
 """Pixels of the square that the ink is scaled to."""
-FREQUENCIES = 16
-"""Along each side, the lowest ones but for the mean."""
+FREQUENCIES = 17
+"""Along each side, from that of the mean; with those of the other side they make 17 x 17."""
+BITS = 256
+"""Of these, row by row, the first after the mean of all: the rows 0 to 14, and 2 of row 15."""
 MAX_DISTANCE = 46
-"""Bits, of 256, in which the hashes of one page differ at most."""
+"""Bits, of `BITS`, in which the hashes of one page differ at most."""
 MIN_CONTRAST = 80
 """Gray levels by which ink differs from paper: more than JPEG adds around letters."""
 MIN_INK = 0.0005
@@ -58,10 +63,13 @@ def hash_of(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
 
-def perceptual_hash(image: bytes) -> list[int]:
-    """Returns the perceptual hash of an image file: four numbers of 64 bits, zeros of a blank
-    page."""
-    gray = images.decode_image(image, "an image").convert("L")
+def perceptual_hash(image: bytes, name: str) -> list[int]:
+    """Returns the perceptual hash of an image file: four numbers of 64 bits, zeros of a blank page.
+
+    Raises:
+      UserError: the file cannot be decoded; the message has `name`.
+    """
+    gray = images.decode_image(image, name).convert("L")
     # A coarse one will do, and takes a tenth of the time of a scan's 35 million pixels.
     gray = gray.reduce(max(1, max(gray.size) // MAX_SIDE))
     levels = np.asarray(gray, np.int16)
@@ -78,27 +86,33 @@ def perceptual_hash(image: bytes) -> list[int]:
     # Margins are cut off with the paper around the ink: a crop of the page keeps its hash.
     square = np.asarray(gray.resize((SIDE, SIDE), Image.Resampling.BOX, box), np.float32)
     waves = _waves()
-    # A cosine transform: [17, 17] of which the first is the mean of all.
-    found = (waves @ square @ waves.T).ravel()[1 : FREQUENCIES**2 + 1]
+    # A cosine transform, [FREQUENCIES, FREQUENCIES], of which the first is the mean of all.
+    found = (waves @ square @ waves.T).ravel()[1 : BITS + 1]
     return np.packbits(found > np.median(found)).view(np.uint64).tolist()
 
 
 @functools.cache
 def _waves() -> np.ndarray:
-    """Returns the lowest cosines of `SIDE` places, float32 [FREQUENCIES + 1, SIDE]."""
+    """Returns the lowest cosines of `SIDE` places, float32 [FREQUENCIES, SIDE]."""
     places = np.arange(SIDE) + 0.5
-    return np.cos(np.pi / SIDE * np.arange(FREQUENCIES + 1)[:, None] * places).astype(np.float32)
+    return np.cos(np.pi / SIDE * np.arange(FREQUENCIES)[:, None] * places).astype(np.float32)
 
 
 def write(path: str | Path, known: Known) -> None:
     """Writes the file of `Known` images; raises UserError where it cannot."""
     names = np.frombuffer(json.dumps(known.names).encode(), np.uint8)
-    arrays.write(path, {"names": names, "hashes": known.hashes, "perceptual": known.perceptual})
+    fields = {"names": names, "hashes": known.hashes, "perceptual": known.perceptual}
+    arrays.write(path, fields | {"version": np.array(VERSION)})
 
 
-def read(path: str, size: int) -> Known:
-    """Returns the images in a file; raises UserError where it is damaged."""
-    found = arrays.read(path, size, Known._fields)
+def read(path: str, size: int) -> Known | None:
+    """Returns the images in a file; None where their hashes are of another `VERSION`. Raises
+    UserError where it is damaged."""
+    if "version.npy" not in arrays.checksums(path, size):
+        return None
+    found = arrays.read(path, size, (*Known._fields, "version"))
+    if found["version"] != VERSION:
+        return None
     return Known(json.loads(found["names"].tobytes()), found["hashes"], found["perceptual"])
 
 
@@ -115,7 +129,13 @@ def known_of(items: Iterable[tuple[str, int, list[int]]]) -> Known:
 def folder_of(excluded: str) -> tuple[str, str]:
     """Returns the folder of FOLDER or FOLDER:SPLIT, and the split; "" for all of them."""
     folder, colon, split = excluded.rpartition(":")
-    return (folder, split) if colon and split.isidentifier() else (excluded, "")
+    return (folder, split) if colon and re.fullmatch(r"\w+", split) else (excluded, "")
+
+
+def contents(excluded: str) -> str:
+    """Returns a line that differs where the records of FOLDER or FOLDER:SPLIT do."""
+    folder, split = folder_of(excluded)
+    return prepared.contents(folder, split=split)
 
 
 def gather(excluded: Sequence[str], path: Path) -> None:
@@ -145,24 +165,34 @@ def _of_place(excluded: str) -> Iterator[Known]:
         hint = nearest(split, splits) if splits else "; name a folder that `prepare` wrote"
         raise UserError(f"--exclude={excluded} has no shards{' of that split' * bool(split)}{hint}")
     for one in [split] if split else sorted(splits):
-        if kept := entries.get(file_name(one)):
-            known = read(filesystem.join(folder, file_name(one)), kept.size)
-        else:
-            # Of a folder for training, or of an earlier version: its images are looked at now.
-            source = shards_lib.RecordSource(folder, one)
-            records = (source[i] for i in range(len(source)))
-            known = known_of(
-                (record.id, hash_of(image), perceptual_hash(image))
-                for record in records
-                for image in record.images
-            )
+        kept = entries.get(file_name(one))
+        known = read(filesystem.join(folder, file_name(one)), kept.size) if kept else None
+        if known is None:
+            # Of a folder for training, or of another version: its images are looked at now.
+            known = known_of(_looked_at(folder, one))
         yield known._replace(names=[f"{record} in {folder}" for record in known.names])
+
+
+def _looked_at(folder: str, split: str) -> Iterator[tuple[str, int, list[int]]]:
+    """Yields record and both hashes of the images of a split, out of its shards."""
+    source = shards_lib.RecordSource(folder, split)
+    for number in range(len(source) + read_ahead.RECORDS):
+        if number < len(source):
+            source.prefetch(number)
+        # In a bucket each is a request: it is read while those before it are looked at.
+        if number >= read_ahead.RECORDS:
+            record = source[number - read_ahead.RECORDS]
+            name = f"of {record.id} in {folder}"
+            for image in record.images:
+                yield record.id, hash_of(image), perceptual_hash(image, name)
 
 
 @functools.lru_cache(maxsize=1)
 def opened(path: str) -> "Excluded":
     """Returns the excluded images of a file, read once in each worker process."""
-    return Excluded(read(path, os.path.getsize(path)))
+    known = read(path, os.path.getsize(path))
+    assert known is not None, path  # a job of another version has another staging folder
+    return Excluded(known)
 
 
 class Excluded:
@@ -174,13 +204,13 @@ class Excluded:
         self._seen = np.flatnonzero(known.perceptual.any(axis=1))
         self._perceptual = known.perceptual[self._seen]
 
-    def reason_against(self, record_images: Sequence[bytes]) -> str:
-        """Returns why a record of such images is excluded; "" if it is not."""
+    def reason_against(self, name: str, record_images: Sequence[bytes]) -> str:
+        """Returns why a record of this name and images is excluded; "" if it is not."""
         for image in record_images:
             if twin := self._by_hash.get(hash_of(image)):
                 return f"its image is an excluded one ({twin}, byte for byte)"
             # A blank page equals every other one: it has no hash to compare.
-            numbers = np.array(perceptual_hash(image), np.uint64)
+            numbers = np.array(perceptual_hash(image, f"of {name}"), np.uint64)
             if not numbers.any() or not len(self._seen):
                 continue
             # Some 40 us for ten thousand images, beside which drawing a page is long.
@@ -190,6 +220,6 @@ class Excluded:
                 twin = self._known.names[int(self._seen[nearest_one])]
                 return (
                     "its image looks like an excluded one "
-                    f"({twin}, all but {distances[nearest_one]} of 256 bits)"
+                    f"({twin}, all but {distances[nearest_one]} of {BITS} bits)"
                 )
         return ""

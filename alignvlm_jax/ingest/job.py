@@ -19,7 +19,7 @@ from rich.progress import (
     track,
 )
 
-from alignvlm_jax.data import chat_template, filesystem, index, prepared, record, tokenizers
+from alignvlm_jax.data import chat_template, filesystem, index, record, tokenizers
 from alignvlm_jax.data import shards as shards_lib
 from alignvlm_jax.errors import UserError, counted
 from alignvlm_jax.ingest import exclude, executors, finish, staging, statistics
@@ -261,7 +261,10 @@ def _wanted(request: Request, units: Sequence[Unit], misnamed: Sequence[str]) ->
         [filesystem.entry(path) for path in (*paths, *also_read)],
         misnamed,
     ]
+    # Those for evaluation are written, and those of `exclude` compared.
+    has_hashes = request.split or request.exclude
     return {
+        **({"perceptual_hash": exclude.VERSION} if has_hashes else {}),
         "format": request.name,
         "source": request.source,
         **dataclasses.asdict(request.format),
@@ -270,7 +273,7 @@ def _wanted(request: Request, units: Sequence[Unit], misnamed: Sequence[str]) ->
         "group_tokens": request.group_tokens,
         "shard_records": request.shard_records,
         "allow_outside": request.allow_outside,
-        "exclude": [[one, prepared.contents(exclude.folder_of(one)[0])] for one in request.exclude],
+        "exclude": [[one, exclude.contents(one)] for one in request.exclude],
         "tokenizer": index.tokenizer_fingerprint(request.tokenizer),
         "listing": f"{zlib.crc32(json.dumps(listing).encode()):08x}",
         "version": VERSION,

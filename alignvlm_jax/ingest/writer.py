@@ -236,7 +236,7 @@ class UnitWriter:
             made = self.request.format.record(item)
             record = checks.check(made, needs_answers=not self.request.split)
             if self.excluded and (
-                reason := exclude.opened(self.excluded).reason_against(record.images)
+                reason := exclude.opened(self.excluded).reason_against(record.id, record.images)
             ):
                 raise Reject(reason)
             place = document_hash(item.document)
@@ -266,7 +266,9 @@ def _line(record: Record, split: str, document: int, num_tokens: int, is_kept: b
         exclude.hash_of(repr(content).encode()),
         words,
         num_tokens,
-        [exclude.perceptual_hash(image) for image in record.images] if is_kept else [],
+        [exclude.perceptual_hash(image, f"of {record.id}") for image in record.images]
+        if is_kept
+        else [],
     )
 
 

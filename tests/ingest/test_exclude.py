@@ -9,6 +9,8 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from alignvlm_jax.commands import prepare as command
+from alignvlm_jax.data.record import Record
+from alignvlm_jax.data.shards import write_shard
 from alignvlm_jax.errors import UsageError, UserError
 from alignvlm_jax.ingest import exclude
 from alignvlm_jax.ingest.formats.jsonl import Jsonl
@@ -46,13 +48,13 @@ def changed(image: Image.Image) -> dict[str, bytes]:
 
 
 def distance(one: bytes, other: bytes) -> int:
-    numbers = [np.array(exclude.perceptual_hash(image), np.uint64) for image in (one, other)]
+    numbers = [np.array(exclude.perceptual_hash(image, ""), np.uint64) for image in (one, other)]
     return int(np.bitwise_count(numbers[0] ^ numbers[1]).sum())
 
 
 def test_pages_of_text_look_different_and_their_copies_alike():
     pages = [page(number) for number in range(60)]
-    perceptual = np.array([exclude.perceptual_hash(encoded(one)) for one in pages], np.uint64)
+    perceptual = np.array([exclude.perceptual_hash(encoded(one), "") for one in pages], np.uint64)
     bits = np.bitwise_count(perceptual[:, None] ^ perceptual).sum(axis=-1)
     assert bits[np.triu_indices(len(pages), 1)].min() > exclude.MAX_DISTANCE + 10
     for one in pages[:12]:
@@ -62,7 +64,7 @@ def test_pages_of_text_look_different_and_their_copies_alike():
 
 def test_a_blank_page_has_no_look_and_a_dark_one_has():
     blank = Image.new("L", (100, 100), 250)
-    assert exclude.perceptual_hash(encoded(blank)) == [0] * 4
+    assert exclude.perceptual_hash(encoded(blank), "") == [0] * 4
     dark = page(1).point(lambda level: 255 - level)
     assert distance(encoded(dark), encoded(dark, "JPEG", quality=50)) <= exclude.MAX_DISTANCE
 
@@ -128,3 +130,50 @@ def test_a_wrong_folder_or_split_is_told_before_anything_is_written(sources, tok
     flags = ["--format=jsonl", f"--source={sources}/train", f"--out={sources}/o", "--split=test"]
     with pytest.raises(UsageError, match="--split=test is for evaluation"):
         command.main([*flags, f"--tokenizer={tokenizer.name}", f"--exclude={test}"])
+
+
+def test_a_split_may_begin_with_a_digit_and_lie_in_the_folder_that_is_written(
+    sources, tokenizer, capsys
+):
+    assert exclude.folder_of("s3://one/two") == ("s3://one/two", "")
+    assert exclude.folder_of("a:b/c:2024_x") == ("a:b/c", "2024_x")
+    out = sources / "both"
+    flags = ["--format=jsonl", f"--tokenizer={tokenizer.name}", "--num_workers=1", f"--out={out}"]
+    command.main([*flags, f"--source={sources}/test", "--split=2024"])
+    train = [*flags, f"--source={sources}/train", "--holdout=0", f"--exclude={out}:2024"]
+    command.main(train)
+    assert "train: 11 records" in capsys.readouterr().out
+    command.main(train)
+    assert "is ready" in capsys.readouterr().out
+    # Another benchmark in its place is told.
+    command.main([*flags, f"--source={sources}/train", "--split=2024"])
+    with pytest.raises(UserError, match="n0; 24 rejected"):
+        command.main(train)
+
+
+def test_hashes_of_another_version_are_made_anew(sources, tokenizer, prepare, monkeypatch):
+    monkeypatch.setattr(exclude, "VERSION", 0)
+    test = prepare(Jsonl(), sources / "test", "benchmark", split="test").folder
+    monkeypatch.undo()
+    looked_at = []
+    original = exclude.perceptual_hash
+
+    def looks(image, name):
+        looked_at.append(name)
+        return original(image, name)
+
+    monkeypatch.setattr(exclude, "perceptual_hash", looks)
+    exclude.gather([f"{test}:test"], sources / "found.npz")
+    assert looked_at[0] == f"of t0 in {test}" and len(looked_at) == 11
+    found = exclude.read(str(sources / "found.npz"), (sources / "found.npz").stat().st_size)
+    assert found.names[0] == f"t0 in {test}" and len(found.hashes) == 11
+    # A file that knows of no version.
+    np.savez(sources / "old.npz", **found._asdict())
+    assert exclude.read(str(sources / "old.npz"), (sources / "old.npz").stat().st_size) is None
+
+
+def test_an_image_that_does_not_decode_is_named(tmp_path):
+    broken = encoded(page(1))[:-500]
+    write_shard(tmp_path / "train-00000-of-00001.array_record", [Record("r7", "x", (broken,), ())])
+    with pytest.raises(UserError, match=f"cannot read image of r7 in {tmp_path}: "):
+        exclude.gather([str(tmp_path)], tmp_path / "found.npz")
