@@ -160,8 +160,9 @@ def summary(out: Path, splits: Sequence[str] = writer_lib.SPLITS) -> str:
     num_joined, num_joining = statistics.joined(out)
     if num_joined:
         text.append(
-            f"{num_joined + num_joining:,} records about {num_joining:,} images share one record "
-            "each, their questions one after another (--no-group_by_image keeps them apart)"
+            f"{num_joined + num_joining:,} records about the same images share "
+            f"{counted(num_joining, 'record')}, their questions one after another "
+            "(--no-group_by_image keeps them apart)"
         )
     reasons = statistics.rejected(out)
     text.append(

@@ -104,7 +104,12 @@ def collect(
         facts=_facts(known, builder),
         rejected=rejected(directory),
         packing_efficiency=packing_efficiency,
-        advice=tuple(filter(None, (_tile_advice(known, builder), _length_advice(known, builder)))),
+        advice=tuple(
+            filter(
+                None,
+                (_tile_advice(known, builder), _length_advice(known, measured.tokens, builder)),
+            )
+        ),
     )
 
 
@@ -246,20 +251,28 @@ def _tile_row(one: Tiling) -> tuple[str, ...]:
     )
 
 
-def _length_advice(known: Index, builder: ExampleBuilder) -> Advice | None:
+def _length_advice(known: Index, tokens: np.ndarray, builder: ExampleBuilder) -> Advice | None:
     """Returns how full packed sequences of other lengths would be; None without offline packing, or
-    where nothing is of use to the tasks."""
+    where nothing is of use to the tasks. `tokens` are those of `TASKS` now, int32 [tasks, R]."""
     data = builder.data
     if data.packing != "offline":
         return None
-    now = _packed(known, builder, data.seq_len)
-    if now is None:
+    # Drawn before anything is measured at other lengths, of which use to a task does not depend.
+    asked = [found > 0 for task, found in zip(TASKS, tokens, strict=True) if data.tasks.get(task)]
+    rng = np.random.default_rng(0)
+    usable = rng.permutation(np.flatnonzero(np.logical_or.reduce(asked)))[:MAX_PLANNED]
+    if not len(usable):
         return None
+    known = index.select(known, usable)
+    draws = rng.random(len(usable))
+    now = _packed(known, draws, builder, data.seq_len)
     wanted = [data.seq_len * factor for factor in LENGTH_FACTORS]
     wanted += [now.long * number for number in RECORDS_EACH]
     # Multiples of 128, as accelerators like them.
     seq_lens = sorted({max(128, -(-int(length) // 128) * 128) for length in wanted})
-    others = [_packed(known, builder, length) for length in seq_lens if length != now.seq_len]
+    others = [
+        _packed(known, draws, builder, length) for length in seq_lens if length != now.seq_len
+    ]
     # A shorter sequence that cuts off more of the records would be fuller for nothing.
     kept = [one for one in others if one.num_cut <= now.num_cut]
     best = max([now, *kept], key=lambda one: one.efficiency)
@@ -294,9 +307,11 @@ class _Packed(NamedTuple):
     long: float  # tokens of a record at the 95th percentile
 
 
-def _packed(known: Index, builder: ExampleBuilder, seq_len: int) -> _Packed | None:
-    """Returns an epoch of sequences of another length, with as many more tiles; None where no
-    record is of use."""
+def _packed(known: Index, draws: np.ndarray, builder: ExampleBuilder, seq_len: int) -> _Packed:
+    """Returns an epoch of sequences of another length, with as many more tiles.
+
+    Each of the N records is of use; `draws` [N], from 0 to 1, choose their tasks.
+    """
     data = builder.data
     max_tiles = max(data.tiles_of_a_record, -(-data.max_tiles * seq_len // data.seq_len))
     of_records = dataclasses.replace(data, seq_len=seq_len, record_tiles=data.tiles_of_a_record)
@@ -305,22 +320,17 @@ def _packed(known: Index, builder: ExampleBuilder, seq_len: int) -> _Packed | No
     measured = lengths.measure(known, tasks, limits)
     # A task for each record, of those that it has text for, by their weights.
     weights = fractions[:, None] * (measured.tokens > 0)
-    usable = np.flatnonzero(weights.sum(0) > 0)
-    rng = np.random.default_rng(0)
-    usable = rng.permutation(usable)[:MAX_PLANNED]
-    if not len(usable):
-        return None
-    bounds = weights[:, usable].cumsum(0)
-    chosen = (rng.random(len(usable)) * bounds[-1] >= bounds).sum(0)
-    tokens = measured.tokens[chosen, usable]
-    tiles = measured.tiles[usable].astype(np.int64)
+    bounds = weights.cumsum(0)
+    chosen = (draws * bounds[-1] >= bounds).sum(0)
+    tokens = measured.tokens[chosen, np.arange(len(known))]
+    tiles = measured.tiles.astype(np.int64)
     plan = packing.plan(tokens, tiles, seq_len, max_tiles, [0], 0)
     count = len(plan.offsets) - 1
     return _Packed(
         seq_len,
         max_tiles,
         float(tokens.sum() / (count * seq_len)),
-        len(usable) / count,
+        len(known) / count,
         int((tokens >= seq_len).sum()),
         float(np.percentile(tokens, 95)),
     )

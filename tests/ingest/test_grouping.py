@@ -56,7 +56,9 @@ def test_questions_about_a_page_share_its_record(source, prepare, tokenizer):
         assert [turn.id for turn in record.turns] == [f"p{page}q{q}" for q in range(QUESTIONS)]
     assert not prepared.rejected()
     assert statistics.joined(prepared.folder) == (PAGES * (QUESTIONS - 1), PAGES)
-    assert "60 records about 12 images share one record each" in job.summary(prepared.folder)
+    assert "60 records about the same images share 12 records, their" in job.summary(
+        prepared.folder
+    )
     assert_index_is_of_its_records(prepared, "train", tokenizer)
     # Without the option each stays by itself.
     apart = prepare(Jsonl(), source, "apart")

@@ -102,6 +102,33 @@ def advice(demo_config, tokenizer, monkeypatch):
     return of
 
 
+def test_other_lengths_are_measured_on_a_sample(advice, monkeypatch):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 700, 500)
+    found = known(lengths)
+    # Half have text for the other task.
+    found.text_tokens["answer"] = np.where(np.arange(500) % 2, 90, 0).astype(np.int32)
+    offline = {"packing": "offline", "max_tiles": 4, "record_tiles": 2, "seq_len": 1000}
+    offline["tasks"] = {"transcribe": 0.7, "answer": 0.3}
+    rows = advice(found, **offline)["Length of packed sequences"].rows
+    # Those of all records, which are fewer than a sample.
+    assert rows[0] == ("1,000", "4", "77.5%", "2.0", "0")
+    assert rows[1] == ("512", "3", "67.3%", "1.0", "165")
+    assert rows[5] == ("2,944", "12", "78.4%", "6.0", "0")
+    sizes = []
+    original = statistics.lengths.measure
+
+    def measure(index, *args):
+        sizes.append(len(index))
+        return original(index, *args)
+
+    monkeypatch.setattr(statistics.lengths, "measure", measure)
+    monkeypatch.setattr(statistics, "MAX_PLANNED", 100)
+    advice(found, **offline)
+    # All of them once, for the distributions.
+    assert sizes[0] == 500 and set(sizes[1:]) == {100}
+
+
 def test_the_length_that_packs_best_is_named(advice):
     """Records of 100 tokens with their 64 image tokens: two of three quarters of a sequence."""
     offline = {"packing": "offline", "max_tiles": 4, "record_tiles": 2, "tasks": {"transcribe": 1}}
