@@ -169,11 +169,11 @@ def _of_place(excluded: str) -> Iterator[Known]:
         known = read(filesystem.join(folder, file_name(one)), kept.size) if kept else None
         if known is None:
             # Of a folder for training, or of another version: its images are looked at now.
-            known = known_of(_looked_at(folder, one))
+            known = known_of(_hashed(folder, one))
         yield known._replace(names=[f"{record} in {folder}" for record in known.names])
 
 
-def _looked_at(folder: str, split: str) -> Iterator[tuple[str, int, list[int]]]:
+def _hashed(folder: str, split: str) -> Iterator[tuple[str, int, list[int]]]:
     """Yields record and both hashes of the images of a split, out of its shards."""
     source = shards_lib.RecordSource(folder, split)
     for number in range(len(source) + read_ahead.RECORDS):

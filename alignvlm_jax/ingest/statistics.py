@@ -258,9 +258,9 @@ def _length_advice(known: Index, tokens: np.ndarray, builder: ExampleBuilder) ->
     if data.packing != "offline":
         return None
     # Drawn before anything is measured at other lengths, of which use to a task does not depend.
-    asked = [found > 0 for task, found in zip(TASKS, tokens, strict=True) if data.tasks.get(task)]
+    of_use = [found > 0 for task, found in zip(TASKS, tokens, strict=True) if data.tasks.get(task)]
     rng = np.random.default_rng(0)
-    usable = rng.permutation(np.flatnonzero(np.logical_or.reduce(asked)))[:MAX_PLANNED]
+    usable = rng.permutation(np.flatnonzero(np.logical_or.reduce(of_use)))[:MAX_PLANNED]
     if not len(usable):
         return None
     known = index.select(known, usable)

@@ -163,7 +163,15 @@ def test_hashes_of_another_version_are_made_anew(sources, tokenizer, prepare, mo
         return original(image, name)
 
     monkeypatch.setattr(exclude, "perceptual_hash", looks)
+    requested = []
+    monkeypatch.setattr(
+        exclude.shards_lib.RecordSource,
+        "prefetch",
+        lambda _, number: requested.append((number, len(looked_at))),
+    )
     exclude.gather([f"{test}:test"], sources / "found.npz")
+    # Of a few records all are requested before the first is used.
+    assert requested == [(number, 0) for number in range(11)]
     assert looked_at[0] == f"of t0 in {test}" and len(looked_at) == 11
     found = exclude.read(str(sources / "found.npz"), (sources / "found.npz").stat().st_size)
     assert found.names[0] == f"t0 in {test}" and len(found.hashes) == 11
