@@ -289,9 +289,9 @@ class ExampleBuilder:
         """
         # By a hash of the id alone: a larger fraction labels the records of a smaller one, too.
         is_labelled = zlib.crc32(record.id.encode()) < self.fraction_with_labels * 2**32
-        found = labels.labels_of_record(
-            record.lines if is_labelled else (), pages, self.tokenizer, self.vision, self.data
-        )
+        # Pages of turns that were left out are not there, nor are their words.
+        lines = record.lines[: len(pages)] if is_labelled else ()
+        found = labels.labels_of_record(lines, pages, self.tokenizer, self.vision, self.data)
         return {
             "patch_label_ids": found.ids,
             "patch_label_weights": found.weights,

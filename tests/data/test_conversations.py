@@ -220,6 +220,17 @@ def test_a_transcription_that_does_not_fit_takes_no_conversation_with_it(demo_co
         assert segment.loss_weights.any()
 
 
+def test_words_of_pages_that_are_not_shown_are_left_out(demo_config, tokenizer):
+    line = (record.Word("word", (0, 0, 9, 9)),)
+    one = dataclasses.replace(conversation(), lines=((line,),) * 4)
+    data = dataclasses.replace(demo_config.data, seq_len=200, max_tiles=8)
+    builder = ExampleBuilder.of(dataclasses.replace(demo_config, data=data), tokenizer)
+    segment = builder.segment(one, "answer", np.random.default_rng(0))
+    tiles = segment.tile_arrays["tiles"]
+    assert 0 < len(tiles) == len(segment.tile_arrays["patch_loss_weights"])
+    assert {int(tile.max()) for tile in tiles} < {0, 40, 80, 120}
+
+
 def test_images_of_turns_that_nobody_answered_are_not_shown(demo_config, tokenizer):
     data = dataclasses.replace(demo_config.data, seq_len=600, max_tiles=8)
     builder = ExampleBuilder.of(dataclasses.replace(demo_config, data=data), tokenizer)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 import warnings
 from typing import Any
 
@@ -91,6 +92,9 @@ def _answered(record: Record) -> Record:
     if not any(turn.image_offsets for turn in record.turns):
         return dataclasses.replace(record, turns=kept)
     count = sum(len(turn.image_offsets) for turn in kept)
+    # With nothing left to ask, the words of its pages can still be read.
+    if not kept and record.lines:
+        return dataclasses.replace(record, turns=())
     return dataclasses.replace(
         record, turns=kept, images=record.images[:count], lines=record.lines[:count]
     )
@@ -104,6 +108,8 @@ def text_of(value: Any, name: str) -> str:
     """
     if isinstance(value, str):
         return value
+    if isinstance(value, float) and not math.isfinite(value):
+        raise Reject(f"{name} is no number ({value})")
     # A bool is an int to Python, and would become "True".
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)

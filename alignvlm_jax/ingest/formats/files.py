@@ -240,6 +240,22 @@ def json_objects(unit: Unit) -> Iterator[tuple[str, dict[str, Any]] | Rejection]
                 yield item
 
 
+class Number(float):
+    """A number with a fraction, whose text is that of the file: an answer of 12.50 stays one."""
+
+    def __new__(cls, text: str) -> "Number":
+        """Returns the number that a text spells."""
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    def __getnewargs__(self) -> tuple[str]:
+        return (self.text,)
+
+    def __str__(self) -> str:
+        return self.text
+
+
 class DoubleKey(ValueError):
     """A key that stands twice in an object; the message is the key."""
 
@@ -249,7 +265,7 @@ def parse_json(where: str, line: bytes) -> tuple[str, dict[str, Any]] | Rejectio
     try:
         # Some editors write a byte order mark; json.loads refuses it.
         text = line.removeprefix(b"\xef\xbb\xbf").decode()
-        value = json.loads(text, object_pairs_hook=_without_doubles)
+        value = json.loads(text, object_pairs_hook=_without_doubles, parse_float=Number)
     except UnicodeDecodeError as err:
         hint = "; save the file as UTF-8" if line.startswith(UTF16) else ""
         return Rejection(where, f"invalid UTF-8 ({err.reason} at byte {err.start}{hint})")

@@ -105,17 +105,22 @@ The words of a page:
         fields = raw.fields
         names = _list(fields.get("images"), "images", str)
         found = [_turn(turn) for turn in _list(fields.get("turns"), "turns", dict)]
-        is_conversation = fields.get("conversation") or False
-        if not isinstance(is_conversation, bool):
+        is_conversation = fields.get("conversation")
+        if not isinstance(is_conversation, bool | None):
             raise Reject(f"conversation is neither true nor false ({is_conversation!r:.50})")
+        system = fields.get("system")
+        if not isinstance(system, str | None):
+            raise Reject(f"system is no text ({type(system).__name__})")
+        if turns.IMAGE_MARK.search(system or ""):
+            raise Reject("an image mark in a system turn, where no image can stand")
         return Record(
             raw.id,
             checks.text_of(fields.get("source") or "jsonl", "source"),
             files.images(fields["folder"], names),
             turns.place_images(found, len(names)),
             _pages(fields["lines"]) if fields.get("lines") else (),
-            is_conversation,
-            checks.text_of(fields.get("system") or "", "system").strip(),
+            bool(is_conversation),
+            (system or "").strip(),
         )
 
 
@@ -176,7 +181,7 @@ def _turn(fields: dict[str, Any]) -> Turn:
     return Turn(
         checks.text_of(fields.get("question"), "question"),
         checks.answers_of(fields.get("answers")),
-        checks.text_of(fields.get("id") or "", "the id of a turn"),
+        "" if fields.get("id") is None else checks.text_of(fields["id"], "the id of a turn"),
     )
 
 

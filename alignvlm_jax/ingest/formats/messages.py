@@ -96,6 +96,10 @@ class Messages(Defaults):
         names = names or list(chat.images)
         _check_unread(fields, has_images=bool(names))
         images = files.images(fields["folder"], names)
+        # Some sets of LLaVA's shape have the system turn beside the messages.
+        told = checks.text_of(fields.get("system") or "", "system").strip()
+        if told and chat.system:
+            raise Reject("a system turn stands both in the messages and beside them")
         source = fields.get(self.keys.source) or type(self).__name__.lower()
         return Record(
             raw.id,
@@ -103,7 +107,7 @@ class Messages(Defaults):
             images,
             turns.place_images(chat.turns, len(images)),
             is_conversation=len(chat.turns) > 1,
-            system=chat.system,
+            system=chat.system or told,
         )
 
 

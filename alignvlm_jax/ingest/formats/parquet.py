@@ -7,10 +7,12 @@ by the columns of a file.
 
 import dataclasses
 import hashlib
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
@@ -264,7 +266,7 @@ A row of such a set:
             if reason := filters.reason_against(conditions, rated):
                 return Rejection(where, reason)
             held = dataclasses.asdict(chosen.columns) | {"pages": ""}
-            values = {role: batch[name][0].as_py() for role, name in held.items() if name}
+            values = {role: _value(batch[name]) for role, name in held.items() if name}
             found = _images(values, batch, chosen, filesystem.parent(unit.path))
             name = where if values.get("id") is None else checks.text_of(values["id"], "id")
             document = _document(values, found, name)
@@ -293,6 +295,24 @@ def _units(path: str, name: str, metadata: parquet.FileMetaData) -> list[Unit]:
             start = group + 1
             rows = 0
     return found
+
+
+def _value(cell: pa.Array) -> Any:
+    """Returns the value of a column of one row."""
+    value = cell[0].as_py()
+    kind = cell.type
+    kind = kind.value_type if pa.types.is_list(kind) else kind
+    # 0.1 of 32 bits is 0.10000000149 of 64: as text it keeps the digits that it was given. What is
+    # no number stays one that says so.
+    if kind != pa.float32() or value is None:
+        return value
+    if isinstance(value, float):
+        return str(np.float32(value)) if math.isfinite(value) else value
+    known = (one is not None and math.isfinite(one) for one in value)
+    return [
+        str(np.float32(one)) if is_known else one
+        for one, is_known in zip(value, known, strict=True)
+    ]
 
 
 def _sizes(group: parquet.RowGroupMetaData) -> tuple[int, int]:

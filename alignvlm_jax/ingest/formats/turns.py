@@ -1,6 +1,7 @@
 """Turns out of the texts and messages of a data set: who says what, and where images stand."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ class Conversation(NamedTuple):
     """The messages of a record.
 
     Attributes:
-      turns: questions with their answers; a last question without one is left out.
+      turns: questions with their answers; of a last question that nobody answered there are none.
       system: the text of a system message in front; "" where there is none.
       images: paths of images that stand in the messages themselves, in their order.
     """
@@ -108,6 +109,9 @@ def of_messages(messages: Any, role: str, content: str) -> Conversation:
     for place, message in enumerate(messages):
         speaker = message.get(role)
         text = _text(message.get(content), images)
+        # As OpenAI marks what is not to be taught.
+        if message.get("weight") in (0, "0"):
+            raise Reject(f"a message has weight 0, which is not read (message {place})")
         if place == 0 and speaker == "system":
             system = text.strip()
             continue
@@ -122,14 +126,10 @@ def of_messages(messages: Any, role: str, content: str) -> Conversation:
         texts.append(text)
     if IMAGE_MARK.search(system):
         raise Reject("an image mark in a system message, where no image can stand")
-    # zip stops at the shorter list: a last question that nobody answers is left out.
     turns = [
         Turn(question, (answer.strip(),) if answer.strip() else ())
-        for question, answer in zip(texts[::2], texts[1::2], strict=False)
+        for question, answer in itertools.zip_longest(texts[::2], texts[1::2], fillvalue="")
     ]
-    # Left out as well, it would leave its image to the questions before it.
-    if len(texts) % 2 and IMAGE_MARK.search(texts[-1]):
-        raise Reject("an image stands in a last question that nobody answers")
     return Conversation(tuple(turns), system, tuple(images))
 
 

@@ -2,6 +2,7 @@ import base64
 import dataclasses
 import io
 import json
+import math
 import re
 
 import pytest
@@ -153,6 +154,12 @@ def test_image_paths_may_start_elsewhere(images, prepare, tmp_path):
         ({"turns": [{"question": None, "answers": ["a"]}]}, "question is no text"),
         ({"turns": [{"question": "q", "answers": {"a": 1}}]}, "answer is no text"),
         ({"id": ["x"], "turns": TURNS}, "id is no text"),
+        ({"turns": [{"question": "q", "answers": [math.nan]}]}, r"the answer is no number \(nan\)"),
+        ({"turns": [{"question": "q", "answers": [math.inf]}]}, r"the answer is no number \(inf\)"),
+        ({"turns": TURNS, "system": 0}, r"system is no text \(int\)"),
+        ({"turns": TURNS, "system": "See <image>"}, "an image mark in a system turn"),
+        ({"turns": TURNS, "conversation": 0}, "conversation is neither true nor false"),
+        ({"turns": TURNS, "conversation": ""}, "conversation is neither true nor false"),
         ({"turns": [{"question": " ", "answers": ["a"]}]}, "^a question is empty$"),
         ({"images": ["scans/a.png"], "lines": [[{"text": "x"}]]}, "a str stands where a word"),
         ({"images": ["scans/a.png"], "lines": [[[{"text": "x"}]]]}, "a word has no box"),
@@ -184,6 +191,22 @@ def test_rejects(images, prepare, fields, reason):
     assert [record.id for record in prepared.records()] == ["good"]
     ((_, given),) = prepared.reasons().items()
     assert re.search(reason, given) and "\n" not in given
+
+
+def test_numbers_keep_the_digits_of_the_file(tmp_path, prepare):
+    source = tmp_path / "data.jsonl"
+    source.write_text(
+        '{"turns": [{"id": 0, "question": "q", "answers": [12.50, 7, 1.10e3, -0.0]}]}'
+    )
+    [record] = prepare(Jsonl(), source).records()
+    assert record.turns == (Turn("q", ("12.50", "7", "1.10e3", "-0.0"), "0"),)
+
+
+def test_the_words_of_a_conversation_without_answers_are_kept(images, prepare):
+    turns = [{"question": "<image>Q?", "answers": []}, *TURNS]
+    fields = {"images": ["scans/a.png"], "turns": turns, "lines": LINES, "conversation": True}
+    [record] = prepare(Jsonl(), write(images, [fields])).records()
+    assert record.turns == () and len(record.images) == len(record.lines) == 1
 
 
 def test_lines_that_cannot_be_parsed_shift_no_other(tmp_path, prepare):

@@ -49,6 +49,9 @@ def said(*texts: str) -> list[dict]:
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
+WEIGHTLESS = {"from": "human", "value": "?", "weight": 0}
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
@@ -64,10 +67,7 @@ def said(*texts: str) -> list[dict]:
         ({"image": "1.png", "images": ["1.png"]}, "image and images both"),
         ({"image": "1.png", "conversations": said("<image><image>Q", "A")}, "2 image marks for 1"),
         ({"image": "1.png", "conversations": said("Q", "<image> A")}, "1 image mark in an answer"),
-        (
-            {"image": "1.png", "conversations": said("Q", "A", "<image>?")},
-            "last question that nobo",
-        ),
+        ({"image": "1.png", "conversations": [*said("Q", "A"), WEIGHTLESS]}, "has weight 0"),
         ({"file": "1.png", "conversations": said("Q", "A")}, "key 'file' names an image"),
         ({"clip": "1.mp4", "conversations": said("Q", "A")}, "key 'clip' names a video"),
         (
@@ -106,6 +106,19 @@ def test_images_stand_where_their_marks_are(folder, prepare, png, key):
         ("And", (3,)),
     ]
     assert (record.is_conversation, record.system) == (True, "Read.")
+
+
+def test_a_last_question_without_an_answer_is_told_or_asked(folder, prepare):
+    path = folder / "llava.jsonl"
+    whole = {"image": "1.png", "conversations": said("<image>Q", "A", "Then?"), "system": "Read."}
+    path.write_text(json.dumps(whole))
+    prepared = prepare(Llava(), path)
+    [record] = prepared.records()
+    assert [turn.question for turn in record.turns] == ["Q"] and record.system == "Read."
+    assert len(prepared.rejected()) == 1
+    [unit] = Llava().units(str(path))
+    [raw] = Llava().raws(unit)
+    assert Llava().record(raw).turns[1] == Turn("Then?", ())
 
 
 def test_of_a_conversation_nothing_follows_what_has_no_answer(folder, prepare, png):

@@ -190,3 +190,18 @@ def test_rows_that_are_small_only_while_they_are_packed(tmp_path, prepare, png, 
     prepared = prepare(Parquet(), path)
     assert [record.id for record in prepared.records()] == ["train-0-2", "train-0-3"]
     assert "rows are too large unpacked (row group 0: 200," in prepared.reasons()["train-0-0"]
+
+
+def test_numbers_of_32_bits_keep_their_digits(tmp_path, prepare, png):
+    values = {
+        "image": [png(shade=i) for i in range(3)],
+        "question": ["How much?"] * 3,
+        "answer": pa.array([0.1, 12.3, float("nan")], pa.float32()),
+    }
+    pq.write_table(pa.table(values), tmp_path / "a.parquet")
+    prepared = prepare(Parquet(), tmp_path / "a.parquet")
+    assert [one.turns[0].answers for one in prepared.records()] == [("0.1",), ("12.3",)]
+    lists = values | {"answer": pa.array([[0.1], [2.5, 12.3], []], pa.list_(pa.float32()))}
+    pq.write_table(pa.table(lists), tmp_path / "b.parquet")
+    prepared = prepare(Parquet(), tmp_path / "b.parquet")
+    assert [one.turns[0].answers for one in prepared.records()] == [("0.1",), ("2.5", "12.3")]

@@ -6,6 +6,7 @@
 import ast
 import collections
 import json
+import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -192,6 +193,11 @@ def _with_choices(
     texts = [checks.text_of(one, "a choice").strip() for one in choices]
     if not 2 <= len(texts) <= len(LETTERS) or "" in texts:
         raise Reject(f"no choices, one alone, or an empty one ({len(texts)})")
+    # Some sets have the letters in their choices: "A. red", "(B) blue".
+    if all(re.match(rf"\(?{one}[.):]\s", text) for one, text in zip(LETTERS, texts, strict=False)):
+        texts = [re.sub(r"^\(?\w[.):]\s+", "", text) for text in texts]
+        if isinstance(answer, str):
+            answer = re.sub(r"^\(?[A-Z][.):]\s+", "", answer.strip())
     listed = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False))
     # As most benchmarks write them, a choice a line.
     lettered = f"{question}\n{listed}"

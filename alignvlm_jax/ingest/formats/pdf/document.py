@@ -42,6 +42,8 @@ WHOLE_BYTES = 1 << 17
 """Size up to which a file is one unit; only a larger one has to be opened to be cut."""
 MAX_REMOTE_BYTES = 1 << 29
 """Largest file that is read from a bucket, since it is held in memory."""
+MANY_PAGES = 10_000
+"""Number of pages above which a file is asked for its last one first."""
 MAX_UNREADABLE = 0.1
 """Largest fraction of a page's words that are drawn but have no Unicode."""
 HOLDOUTS = ("document", "page")
@@ -186,9 +188,23 @@ def _lack_of_text(num_words: int, num_unreadable: int, drawn: Drawn) -> str:
 
 
 def count_pages(path: str) -> int:
-    """Returns the number of pages of a file; raises Reject if it cannot be read."""
+    """Returns the number of pages of a file; raises Reject if it cannot be read, or has fewer than
+    it says."""
     with LOCK:
-        return len(_open(path))
+        document = _open(path)
+        count = len(document)
+        # A file of a kilobyte may say that it has a million, each of which would be tried.
+        if count > MANY_PAGES and not _has_page(document, count - 1):
+            raise Reject(f"the file says that it has {count:,} pages, and the last is not there")
+        return count
+
+
+def _has_page(document: pypdfium2.PdfDocument, page: int) -> bool:
+    try:
+        document[page].close()
+    except pypdfium2.PdfiumError:
+        return False
+    return True
 
 
 @functools.lru_cache(maxsize=2)

@@ -35,6 +35,15 @@ def test_an_answer_becomes_its_choice(answer, choices, choice):
     assert turn.answers == (choice, "ABC"[choices.index(choice)])
 
 
+@pytest.mark.parametrize("answer", [1, "B", "B. blue", "blue", "(B) blue"])
+@pytest.mark.parametrize("form", ["{}. {}", "({}) {}", "{}) {}"])
+def test_choices_that_have_their_letters_get_no_others(answer, form):
+    choices = [form.format(*one) for one in (("A", "red"), ("B", "blue"), ("C", "green"))]
+    turn = asked(choices=choices, answer=answer)
+    assert turn.question == "Which?\nA. red\nB. blue\nC. green"
+    assert turn.answers == ("blue", "B")
+
+
 @pytest.mark.parametrize(
     ("answer", "choices", "reason"),
     [

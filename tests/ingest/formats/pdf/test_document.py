@@ -25,6 +25,16 @@ def write(path, num_pages=1, **options):
     )
 
 
+def test_a_file_that_claims_a_million_pages_is_told_once(tmp_path):
+    whole = make_pdf.pdf([text(20, 100, "one")])
+    (tmp_path / "many.pdf").write_bytes(whole.replace(b"/Count 1", b"/Count 1000000"))
+    write(tmp_path / "good.pdf")
+    form = Pdf()
+    [good, many] = [raw for unit in form.units(str(tmp_path)) for raw in form.raws(unit)]
+    assert good.id == "good-0001"
+    assert many.reason == "the file says that it has 1,000,000 pages, and the last is not there"
+
+
 def test_a_page_is_a_record_and_a_file_a_document(tmp_path):
     write(tmp_path / "b" / "report.v2.PDF", 2)
     write(tmp_path / "a" / "report.pdf")
