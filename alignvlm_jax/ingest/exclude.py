@@ -3,8 +3,8 @@ bytes, and by what they look like.
 
 Pages of text look alike: white, with gray stripes. So the ink alone is looked at, cut out and
 scaled, and 256 frequencies of it are compared, of which two pages of text differ in 65 or more, and
-a page and its JPEG, its half or its crop in 40 or less. What differs in a few words, as the forms of
-one template, is taken for the same; what has ink around it, as a black border, for another page.
+a page and its JPEG, its half or its crop in 40 or less. What differs in a few words, as the forms
+of one template, is taken for the same; what has ink around it, as a black border, for another page.
 """
 
 import functools
