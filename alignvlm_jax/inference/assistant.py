@@ -190,7 +190,7 @@ def problem_of(loaded: Loaded) -> str:
     if seen is not None and seen < MIN_SEQUENCES:
         return (
             f"{loaded.path} was trained on {counted(seen, 'sequence')} with pages: its answers "
-            "mean little yet; train for longer, as `--config=documents` does after `trial`"
+            "mean little yet; `train --config=documents` is for longer, on an accelerator"
         )
     return ""
 

@@ -64,13 +64,18 @@ class View:
     fractions: dict[str, float]
     padding: float
 
+    @property
+    def has_words(self) -> bool:
+        """Whether the words of its pages are known, among which an answer could stand."""
+        return any(page.num_words for page in self.pages)
+
     def __str__(self) -> str:
         words = counted(sum(page.num_words for page in self.pages), "word")
         found = sum(turn.is_found for turn in self.turns)
         questions = counted(len(self.turns), "question")
+        placed = f", {found} answered by words of the page" if self.has_words else ""
         return (
-            f"{self.record.id}: {counted(len(self.pages), 'image')}, {words}, {questions}, "
-            f"{found} answered by words of the page"
+            f"{self.record.id}: {counted(len(self.pages), 'image')}, {words}, {questions}{placed}"
         )
 
 

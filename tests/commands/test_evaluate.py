@@ -92,14 +92,20 @@ def test_no_checkpoint_is_one_line(tmp_path):
         evaluate.main([f"--checkpoint={tmp_path}"])
 
 
-def test_a_stop_says_how_to_go_on(trained_workdir, monkeypatch):
+def test_a_stop_says_how_to_go_on(trained_workdir, monkeypatch, capfd):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loading, "load", lambda _, config: types.SimpleNamespace(config=config))
+    def load(path, config):
+        return types.SimpleNamespace(config=config, path=path, metadata={"data": "00000000"})
+
+    monkeypatch.setattr(loading, "load", load)
     monkeypatch.setattr(runner, "Runner", lambda *_: types.SimpleNamespace(evaluate=stop))
     with pytest.raises(UserError, match="the same command goes on"):
-        evaluate.main([f"--checkpoint={trained_workdir}"])
+        evaluate.main([f"--checkpoint={trained_workdir}", "--num_questions=2"])
+    told = capfd.readouterr().err
+    assert "seen_fonts: 2 questions of 5 records" in told and "--num_questions=N asks N" in told
+    assert "was prepared anew since" in told
 
 
 @pytest.fixture

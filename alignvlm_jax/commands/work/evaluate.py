@@ -11,14 +11,14 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from alignvlm_jax import storage
+from alignvlm_jax import logs, storage
 from alignvlm_jax.benchmarks import predictions, questions, runner, summary, tasks, text_bpb
 from alignvlm_jax.benchmarks.predictions import Predictions
 from alignvlm_jax.benchmarks.scores.task import LEFT_OUT
 from alignvlm_jax.commands.evaluate import BENCHMARKS
 from alignvlm_jax.config import EvalConfig
 from alignvlm_jax.data import prepared, shards
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import UserError, counted
 from alignvlm_jax.inference import loading
 from alignvlm_jax.inference.loading import Loaded
 from alignvlm_jax.logs import HostLog
@@ -64,6 +64,8 @@ def _evaluate_splits(args: argparse.Namespace) -> None:
     # Of the checkpoint that was read; the newest, whose config was read above, may be damaged.
     evaluation = _with_flags(loaded.config.eval, args)
     evaluator = runner.Runner(loaded, evaluation)
+    if distributed.is_main():
+        _say_what_is_left_out(loaded, evaluation, is_own=args.data is None)
     with _stoppable():
         for split in evaluation.splits:
             # What is right on a blank page was guessed from the question alone.
@@ -76,6 +78,26 @@ def _evaluate_splits(args: argparse.Namespace) -> None:
     console.print(f"{loaded.path}: connector {loaded.config.model.connector.name}")
     console.print(_table(evaluation.splits, results))
     _print_written(console, args.checkpoint)
+
+
+def _say_what_is_left_out(loaded: Loaded, evaluation: EvalConfig, *, is_own: bool) -> None:
+    """Says where fewer questions are asked than a split has, and where the data (`is_own`: those of
+    the run) are no longer those that it was trained on."""
+    data = loaded.config.data
+    for split in evaluation.splits:
+        count = len(shards.RecordSource(data.dir, split))
+        if evaluation.num_questions and evaluation.num_questions < count:
+            logs.say(
+                f"{split}: {counted(evaluation.num_questions, 'question')} of {count:,} records; "
+                "--num_questions=N asks N"
+            )
+    trained = loaded.metadata.get("data")
+    # A folder that was prepared anew may hold out others, and train's pages be among its questions.
+    if is_own and trained and not prepared.has_fingerprint(trained, *data.folders):
+        logs.say(
+            f"{', '.join(data.folders)} was prepared anew since {loaded.path} was trained: what is "
+            "evaluated here may have been trained on"
+        )
 
 
 def _evaluate_tasks(args: argparse.Namespace) -> None:

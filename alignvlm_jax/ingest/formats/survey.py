@@ -86,7 +86,9 @@ class Survey:
         if self.images:
             raise UserError(f"{self}. {IMAGE_ALONE}")
         kinds = ", ".join(dict.fromkeys(one for kind in REGISTRY.values() for one in kind.suffixes))
-        raise UserError(f"{self}. No format reads that: give {kinds}")
+        table = any(kind in str(self) for kind in (".csv", ".tsv", ".xlsx"))
+        hint = "; docs/data.md has how a table of questions becomes .jsonl" if table else ""
+        raise UserError(f"{self}. No format reads that: give {kinds}{hint}")
 
     def about_images(self, name: str) -> str:
         """Returns what becomes of the images beside what format `name` reads; "" without images.
