@@ -52,8 +52,8 @@ lint: setup  ## formatter and linter, checking only
 	$(BIN)/ruff check .
 	$(BIN)/shellcheck launch/*.sh .ci/*
 
-test: lint  ## lint, then the unit tests on an 8-device CPU mesh
-	$(BIN)/pytest -n 2 --dist worksteal
+test: lint  ## lint, then the unit tests on an 8-device CPU mesh (TESTS=FOLDERS for a part of them)
+	$(BIN)/pytest -n 2 --dist worksteal $(TESTS)
 
 demo: setup  ## draw documents, train, evaluate, write the report
 	$(BIN)/python -m alignvlm_jax prepare --format=documents --out=$(DATA)

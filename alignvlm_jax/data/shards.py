@@ -192,6 +192,10 @@ class RecordSource:
     def __len__(self) -> int:
         return len(self._records)
 
+    def __iter__(self) -> Iterator[Record]:
+        """Yields all records: Python itself would go on until an IndexError, which never comes."""
+        return map(self.__getitem__, range(len(self)))
+
     def __getitem__(self, index: int) -> Record:
         """Returns the record with this index.
 

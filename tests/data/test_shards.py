@@ -216,3 +216,8 @@ def test_a_name_that_begins_with_another_splits_is_not_of_it(shards):
     shards_lib.write_shard(shards / shards_lib.shard_name("train-b", 0, 1), [record("b")])
     assert len(shards_lib.shard_names(shards, "train")) == 3
     assert shards_lib.shard_names(shards, "train-b") == ["train-b-00000-of-00001.array_record"]
+
+
+def test_all_records_are_iterated_over(shards):
+    source = shards_lib.RecordSource(shards, "train")
+    assert [one.id for one in source] == [source[i].id for i in range(len(source))]
