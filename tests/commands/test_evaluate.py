@@ -8,8 +8,10 @@ import types
 import numpy as np
 import pytest
 
+from alignvlm_jax import config as config_lib
 from alignvlm_jax.benchmarks import predictions, runner, tasks, text_bpb
 from alignvlm_jax.commands import evaluate
+from alignvlm_jax.commands.work import evaluate as work
 from alignvlm_jax.data import record as record_lib
 from alignvlm_jax.data import shards, stage_data
 from alignvlm_jax.errors import UsageError, UserError
@@ -106,6 +108,16 @@ def test_a_stop_says_how_to_go_on(trained_workdir, monkeypatch, capfd):
     told = capfd.readouterr().err
     assert "seen_fonts: 2 questions of 5 records" in told and "--num_questions=N asks N" in told
     assert "was prepared anew since" in told
+
+
+def test_sources_that_are_gone_are_not_needed(demo_config, data_dir, tmp_path, capfd):
+    gone = {"gone": config_lib.SourceConfig(dir=str(tmp_path / "gone"))}
+    data = dataclasses.replace(demo_config.data, sources=gone)
+    config = dataclasses.replace(demo_config, data=data)
+    loaded = types.SimpleNamespace(config=config, path="runs/a", metadata={"data": "0123abcd"})
+    evaluation = dataclasses.replace(config.eval, splits=("validation",), num_questions=None)
+    work._say_what_is_left_out(loaded, evaluation, is_own=True)
+    assert "prepared anew" not in capfd.readouterr().err
 
 
 @pytest.fixture
