@@ -11,10 +11,10 @@ from alignvlm_jax.data import filesystem
 from alignvlm_jax.data import pdf as pdf_lib
 from alignvlm_jax.data.record import Record, Turn
 from alignvlm_jax.data.tasks import TRANSCRIBE_QUESTION
-from alignvlm_jax.errors import TryAgainError, UsageError, UserError, nearest
+from alignvlm_jax.errors import TryAgainError, UserError, nearest
 from alignvlm_jax.ingest.formats import files
 from alignvlm_jax.ingest.formats.base import Defaults, Raw, Reject, Rejection, Unit, option
-from alignvlm_jax.ingest.formats.pdf.document import MAX_DPI
+from alignvlm_jax.ingest.formats.pdf.document import check_dpi
 
 PDFS = "pdfs"
 PAGES_PER_UNIT = 64
@@ -82,8 +82,7 @@ without a baseline test has one for its first page."""
     dpi: int = option(pdf_lib.DPI, "pixels an inch at which pages are drawn")
 
     def __post_init__(self):
-        if not 1 <= self.dpi <= MAX_DPI:
-            raise UsageError(f"--dpi={self.dpi} is not 1 to {MAX_DPI}")
+        check_dpi(self.dpi)
 
     def units(self, source: str) -> list[Unit]:
         """Returns ranges of the pages of each file; see `Format.units`.

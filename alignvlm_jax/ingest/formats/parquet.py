@@ -24,6 +24,7 @@ from alignvlm_jax.ingest.formats import checks, files, turns
 from alignvlm_jax.ingest.formats.base import Defaults, Raw, Reject, Rejection, Unit, option
 from alignvlm_jax.ingest.formats.hub import cells, choice, filters, known_sets, pdf_pages, rows
 from alignvlm_jax.ingest.formats.hub.choice import Chosen
+from alignvlm_jax.ingest.formats.pdf import document
 
 UNIT_ROWS = 1000
 BATCH_ROWS = 16
@@ -101,7 +102,7 @@ A row of such a set:
 
     def __post_init__(self):
         filters.parse(self.filter)  # raises before anything is read
-        pdf_pages.check_dpi(self.dpi)
+        document.check_dpi(self.dpi)
 
     def units(self, source: str) -> list[Unit]:
         """Returns runs of row groups of all files; see `Format.units`.

@@ -19,7 +19,7 @@ from alignvlm_jax.data.record import Record, Turn
 from alignvlm_jax.errors import UsageError, one_line
 from alignvlm_jax.ingest.formats import checks, files, pixparse
 from alignvlm_jax.ingest.formats.base import Defaults, Raw, Reject, Rejection, Unit, option
-from alignvlm_jax.ingest.formats.hub import pdf_pages
+from alignvlm_jax.ingest.formats.pdf import document
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
@@ -75,7 +75,7 @@ The caption answers --prompt. Or a document, each page of which becomes a record
     )
 
     def __post_init__(self):
-        pdf_pages.check_dpi(self.dpi)
+        document.check_dpi(self.dpi)
         if not 0 <= self.min_confidence <= 1:
             raise UsageError(f"--min_confidence={self.min_confidence} is not 0 to 1")
 

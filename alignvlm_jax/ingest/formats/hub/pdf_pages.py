@@ -17,7 +17,7 @@ from alignvlm_jax.data import images
 from alignvlm_jax.data import pdf as pdf_lib
 from alignvlm_jax.data.pdf import LOCK, UnreadablePdf
 from alignvlm_jax.data.record import Word
-from alignvlm_jax.errors import UsageError, one_line
+from alignvlm_jax.errors import one_line
 from alignvlm_jax.ingest.formats import checks, sandboxed
 from alignvlm_jax.ingest.formats.base import Reject
 from alignvlm_jax.ingest.formats.pdf import document, reading
@@ -26,12 +26,6 @@ Lines = tuple[tuple[Word, ...], ...]
 
 MAX_PAGES = 50
 """Most pages of a PDF that is one record: its images are in memory together."""
-
-
-def check_dpi(dpi: int) -> None:
-    """Raises UsageError for a `--dpi` at which no page is drawn."""
-    if not 1 <= dpi <= document.MAX_DPI:
-        raise UsageError(f"--dpi={dpi} is not 1 to {document.MAX_DPI}")
 
 
 def count(data: bytes) -> int:

@@ -53,6 +53,12 @@ NO_TEXT = (
 )
 
 
+def check_dpi(dpi: int) -> None:
+    """Raises UsageError where pages cannot be drawn at so many pixels an inch."""
+    if not 1 <= dpi <= MAX_DPI:
+        raise UsageError(f"--dpi={dpi} is not 1 to {MAX_DPI}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Pdf(Defaults):
     """The format of a PDF file, or of a folder of them."""
@@ -89,8 +95,7 @@ text layer (`ocrmypdf IN.pdf OUT.pdf`), or questions about images of its pages (
         for kind in self.kinds:
             if kind not in KINDS:
                 raise UsageError(f"--questions={self.questions}: {kind}{nearest(kind, KINDS)}")
-        if not 1 <= self.dpi <= MAX_DPI:
-            raise UsageError(f"--dpi={self.dpi} is not 1 to {MAX_DPI}")
+        check_dpi(self.dpi)
         if self.holdout_by not in HOLDOUTS:
             raise UsageError(f"--holdout_by={self.holdout_by}{nearest(self.holdout_by, HOLDOUTS)}")
 
