@@ -20,6 +20,8 @@ MIN_COVERAGE = 0.9
 
 ORIENTATION = 0x0112
 """EXIF's tag of the orientation; with values 5 to 8, height and width change places."""
+EXIF_OF_PNG = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+"""One of these stands in a PNG that says its orientation."""
 SIXTEEN_BITS = ("PPM", "PNG")
 """File formats that have no wider integers, though Pillow opens some of them as such."""
 NEW_SUBFILE_TYPE = 254
@@ -94,8 +96,12 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
-            # For a TIFF, Pillow's size already has the orientation in it.
-            is_turned = image.format != "TIFF" and 5 <= _orientation(image) <= 8
+            # For a TIFF, Pillow's size already has the orientation in it; and of a PNG it decodes
+            # all pixels, to look for EXIF behind them.
+            has_exif = image.format != "TIFF" and (
+                image.format != "PNG" or any(place in data for place in EXIF_OF_PNG)
+            )
+            is_turned = has_exif and 5 <= _orientation(image) <= 8
     except BAD_IMAGE as err:
         raise UserError(
             f"cannot read image {name}: {' '.join(str(err).split()) or type(err).__name__}"

@@ -150,12 +150,11 @@ def draw(page: pypdfium2.PdfPage, dpi: float) -> Drawn:
     for drawn, kind, _ in objects(page, np.eye(2, 3)):
         if kind == pdfium.FPDF_PAGEOBJ_IMAGE:
             _check_image(page, drawn)
-    image = page.render(
-        scale=dpi / POINTS_PER_INCH, may_draw_forms=False, draw_annots=False
-    ).to_pil()
+    bitmap = page.render(scale=dpi / POINTS_PER_INCH, may_draw_forms=False, draw_annots=False)
+    pixels = bitmap.to_numpy()
     # Gray pages are kept with one channel, which makes smaller files.
-    if all(np.array_equal(image.getchannel(0), image.getchannel(i)) for i in (1, 2)):
-        image = image.getchannel(0)
+    is_gray = all(np.array_equal(pixels[..., 0], pixels[..., i]) for i in (1, 2))
+    image = Image.fromarray(pixels[..., 0]) if is_gray else bitmap.to_pil()
     return Drawn(image, _to_pixels(page, image.size), dpi / POINTS_PER_INCH)
 
 
@@ -205,12 +204,13 @@ def encode(image: Image.Image) -> bytes:
 
     Scans and photos become JPEG; text, rules and flat colours take no more space without loss.
     """
-    # [rows, X, channels]: every eighth row tells what kind of page it is.
-    rows = np.asarray(image)[::8].reshape(-1, image.width, len(image.getbands()))
+    pixels = np.asarray(image).reshape(image.height, image.width, -1)
+    # Every eighth row tells what kind of page it is.
+    rows = pixels[::8]
     changes = (rows[:, 1:] != rows[:, :-1]).any(2)
     is_flat = not changes.size or changes.mean() <= MAX_CHANGES
     if is_flat and image.mode in ("L", "RGB"):
-        return _plain_png(image)
+        return _plain_png(pixels)
     png = io.BytesIO()
     jpeg = io.BytesIO()
     image.save(png, "PNG")
@@ -219,19 +219,19 @@ def encode(image: Image.Image) -> bytes:
     return (jpeg if 2 * jpeg.tell() < png.tell() else png).getvalue()
 
 
-def _plain_png(image: Image.Image) -> bytes:
-    """Returns a PNG file of unfiltered rows.
+def _plain_png(pixels: np.ndarray) -> bytes:
+    """Returns a PNG file, with unfiltered rows, of gray or RGB pixels: uint8 [Y, X, 1 or 3].
 
     Pillow tries each of PNG's filters on each row, which help photos alone: pages of text take
     three times as long then, and as many bytes.
     """
     # Each row is one byte, its filter (0 for none), and its pixels.
-    rows = np.asarray(image).reshape(image.height, -1)
-    rows = np.pad(rows, ((0, 0), (1, 0)))
-    colours = 2 if image.mode == "RGB" else 0
-    header = struct.pack(">IIBBBBB", *image.size, 8, colours, 0, 0, 0)
-    pixels = zlib.compress(rows, PNG_LEVEL)
-    parts = ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""))
+    height, width, channels = pixels.shape
+    rows = np.pad(pixels.reshape(height, -1), ((0, 0), (1, 0)))
+    colours = 2 if channels == 3 else 0
+    header = struct.pack(">IIBBBBB", width, height, 8, colours, 0, 0, 0)
+    compressed = zlib.compress(rows, PNG_LEVEL)
+    parts = ((b"IHDR", header), (b"IDAT", compressed), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(content)) + kind + content + struct.pack(">I", _crc(kind, content))
         for kind, content in parts

@@ -1,5 +1,6 @@
 """Tokenizers in the `tokenizer.json` format of Hugging Face."""
 
+import functools
 from collections.abc import Iterable
 
 import tokenizers
@@ -28,8 +29,14 @@ class HuggingFaceTokenizer(Tokenizer):
         # The largest id, not the number of entries: ids may have gaps.
         self.vocab_size = max([*self._model.get_vocab().values()]) + 1
 
+        # Of each text in turn `prepare` counts the tokens for one task, and then for another.
+        self._ids = functools.lru_cache(maxsize=128)(self._encode)
+
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of a text."""
+        return list(self._ids(text))
+
+    def _encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:

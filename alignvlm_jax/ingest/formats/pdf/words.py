@@ -147,7 +147,8 @@ class _Text:
     def __init__(self, characters: Characters):
         self._text = characters.text
         self._size = characters.size
-        self._ink = characters.ink.tolist()
+        self._ink = characters.ink
+        self._cell = characters.cells
         self.spans = characters.spans()
         starts = [span.start for span in self.spans]
         inks = _unions(characters.ink, self.spans)
@@ -158,10 +159,12 @@ class _Text:
         self._is_joined = is_joined.tolist()
         # Directions in pixels, each [2]: along the baseline, and from it to the top of the letters,
         # which is a negative y.
-        self._directions = characters.matrices(starts)
+        directions = characters.matrices(starts)
         self._sizes = characters.sizes(starts)
         cells = _unions(characters.cells, self.spans)
-        ems = -self._directions[:, 1, 1] * self._sizes
+        ems = -directions[:, 1, 1] * self._sizes
+        # A list: numbers of numpy, a word at a time, are slow.
+        self._directions = directions.tolist()
         boxes = _cut(_place(cells, inks, ems, characters.baselines(starts)), self._size)
         self._boxes = boxes.tolist()
         self._ink_boxes = _cut(inks, self._size).tolist()
@@ -172,7 +175,6 @@ class _Text:
         sides = np.append(boxes, [[0, 0, 0, 0]], 0)[owner]
         within = np.clip(characters.cells[:, 0], sides[:, 0], sides[:, 2])
         self._lefts = within.round(2).tolist()
-        self._cell = characters.cells.tolist()
         # A word's first character stands for all of it: words of several fonts are rare.
         objects = characters.objects(starts)
         # Most words are drawn by few objects, or share their object with their neighbours.
@@ -184,7 +186,7 @@ class _Text:
     def turn(self) -> int:
         """Returns the degrees, clockwise, by which the page would have to be turned for most of its
         words to stand upright, 0 where they do."""
-        turns = collections.Counter(_turn(x, y) for x, y in self._directions[:, 0].tolist())
+        turns = collections.Counter(_turn(*along) for along, _ in self._directions)
         # The most frequent one, and how many words have it.
         [(turn, count)] = turns.most_common(1) or [(0, 0)]
         return turn if count > SIDEWAYS * turns.total() else 0
@@ -200,7 +202,9 @@ class _Text:
         is_joined = self._is_joined[span]
         if spelling.is_plain(word) and not any(is_joined[1:]):
             return word, self._lefts[span]
-        glyphs = spelling.read_glyphs(word, self._ink[span], self._cell[span], is_joined)
+        glyphs = spelling.read_glyphs(
+            word, self._ink[span].tolist(), self._cell[span].tolist(), is_joined
+        )
         if glyphs is None:
             return None
         text = ""
@@ -217,7 +221,7 @@ class _Text:
 
         Returns None if the word stands at a slant or upside down.
         """
-        along, up = self._directions[index].tolist()
+        along, up = self._directions[index]
         is_bold = self._is_bold[index]
         if abs(along[0]) <= MAX_SLANT * abs(along[1]):
             em = abs(up[0]) * self._sizes[index]
