@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import struct
 import zlib
@@ -105,6 +106,47 @@ def test_damaged_images_are_decoded_or_rejected(file_format):
         except Reject as err:
             reasons.append(str(err))
     assert any(reasons) and reasons[: len(damaged)] == reasons[len(damaged) :]
+
+
+def page_of_boxes(change=lambda x, y: (x, y), count=12) -> Record:
+    """A page of black bars, and a word on each, whose corners are changed."""
+    page = np.full((1400, 1000), 255, np.uint8)
+    words = []
+    for i in range(count):
+        left, top = 100 + 60 * (i % 3), 310 + 80 * i
+        page[top : top + 20, left : left + 200 : 2] = 0
+        corners = sorted([change(left, top), change(left + 200, top + 20)])
+        (x0, y0), (x1, y1) = corners
+        words.append(Word("word", (x0, min(y0, y1), x1, max(y0, y1))))
+    file = io.BytesIO()
+    Image.fromarray(page).save(file, "PNG")
+    return record(file.getvalue(), lines=((tuple(words),),))
+
+
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [
+        (lambda x, y: (x / 10, y / 14), "and these may be percent"),
+        (lambda x, y: (x, y / 1.4), "and these may be thousandths"),
+        (lambda x, y: (x, 1400 - y), "in its pixels"),  # from the lower left corner
+        (lambda x, y: (x / 2, y / 2), "in its pixels"),  # of a page of half the size
+        (lambda x, y: (y / 1.4, x), "in its pixels"),
+    ],
+)
+def test_boxes_that_hold_nothing_are_told(change, hint):
+    with pytest.raises(Reject, match=rf"words stand where nothing is drawn \(.*{hint}"):
+        checks.check(page_of_boxes(change))
+
+
+def test_boxes_that_hold_ink_are_kept():
+    """Also somewhat beside it, and a few without any; of few words nothing is concluded."""
+    good = page_of_boxes(lambda x, y: (x + 8, y + 8))
+    assert checks.check(good) == good
+    lost = tuple(Word("x", (800, 10 * i, 850, 10 * i + 8)) for i in range(3))
+    some = dataclasses.replace(good, lines=((*good.lines[0], lost),))
+    assert checks.check(some) == some
+    few = page_of_boxes(lambda x, y: (x, 1400 - y), count=5)
+    assert checks.check(few) == few
 
 
 def test_answers_of_a_source():
