@@ -26,6 +26,9 @@ MAX_START = 40
 """Most characters of titles and captions, of keys, of their values, and of the start of a line."""
 FULL = 0.85
 """Fraction of the width of a page's text from which a line may go on below."""
+MAX_GAP = 4
+"""Widest space within a line of text, as a multiple of its letters' size: between the number of a
+section and its title there is at most 1.1, between both ends of a running head 15."""
 MAX_OFFSET = 60
 """Most pages that stand before the one with the number 1."""
 
@@ -41,6 +44,8 @@ CAPTION = re.compile(
     rf"((?:{'|'.join(LABELS.split())})\s?[A-Z]?\d+(?:[.\-–]\d+)*)\s?[.:：—–]?\s(\S.*)",
     re.IGNORECASE,
 )
+DOTS = re.compile(r"(?: \.)+ \d+$")
+"""What leads to a page number in an entry too long for a row of dots."""
 OF_PAGES = re.compile(r"(?:^|\s)(\d{1,4}) ?/ ?\d{1,4}$")
 
 
@@ -222,14 +227,14 @@ def facts_of_lines(page: Page) -> Iterator[Fact]:
     for text in page.texts:
         words = text.text.split(" ")
         is_prose = not text.is_tabular and text.is_readable and text.em > 0.8 * page.em
-        is_prose = is_prose and _is_inside(text, page)
-        if not is_prose or len(words) < 6 or SHORT_LEADER in text.text:
+        is_prose = is_prose and _is_inside(text, page) and _is_close(text)
+        if not is_prose or len(words) < 6 or SHORT_LEADER in text.text or DOTS.search(text.text):
             continue
         # Three words tell a line from others; more than six are much to go on with.
         start = " ".join(words[: max(3, len(words) - 6)])
         rest = text.text[len(start) + 1 :]
         is_even = max(placed.em for placed in text.line) < 1.15 * min(p.em for p in text.line)
-        is_plain = is_even and rest[0].isalnum()
+        is_plain = is_even and rest[0].isalnum() and any(map(str.isalpha, rest))
         if is_plain and len(start) <= MAX_START and everything.count(start) == 1:
             yield fact("line_rest", rest, start=start)
 
@@ -277,8 +282,18 @@ def _is_heading(text: Text, page: Page) -> bool:
     is_large = text.is_bold and (text.em > MIN_HEADING * page.em or bool(NUMBERED.match(text.text)))
     is_heading = is_inside and is_title and is_large and not text.is_tabular and text.is_readable
     is_whole = not text.text.endswith((",", "-", ":", ";")) and SHORT_LEADER not in text.text
+    # A running head below the margin has the number of its page at the other end.
+    is_whole = is_whole and _is_close(text)
     is_even = max(placed.em for placed in text.line) < 1.3 * min(p.em for p in text.line)
     return is_heading and is_whole and is_even
+
+
+def _is_close(text: Text) -> bool:
+    """Whether no words of a line stand far from each other, as those of two columns do."""
+    # From left to right, whatever the direction of the script.
+    boxes = sorted(placed.word.box for placed in text.line)
+    gaps = (right[0] - left[2] for left, right in itertools.pairwise(boxes))
+    return max(gaps, default=0) <= MAX_GAP * text.em
 
 
 def _follows(number: str, following: str) -> bool:

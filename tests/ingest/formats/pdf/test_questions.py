@@ -70,6 +70,9 @@ def test_sections(read):
         text(20, 352, "12. Second things", 12, font="F2"),
         text(20, 342, "Second things", 9, font="F2"),
         text(20, 352, "2.3 Second things", 12),
+        # Running heads below the margin, with the number of their page at either end.
+        text(20, 352, "44", 10.5, font="F2") + text(190, 352, "Second things", 10.5, font="F2"),
+        text(20, 352, "2.3 Second things", 10.5, font="F2") + text(270, 352, "45", 10.5, font="F2"),
     ],
 )  # fmt: skip
 def test_what_is_no_plain_heading_is_not_asked(read, content):
@@ -136,6 +139,20 @@ def test_lines_go_on(read):
     for question, answer in answers(record).items():
         (line,) = (line for line in BODY if line.endswith(answer))
         assert line.removesuffix(f" {answer}") in question
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        # Of two columns, of an axis, of a list of contents.
+        text(20, 350, "3 name = 12 mm", 9) + text(150, 350, "4 size = 17 mm", 9),
+        "".join(text(20 + 40 * i, 350, str(2 * i + 12), 9) for i in range(7)),
+        text(20, 350, "Some of the long entries . . . 47", 9),
+    ],
+)
+def test_what_is_no_line_of_text_does_not_go_on(read, content):
+    (record,) = read([content], size=SIZE, questions="lines")
+    assert record.lines and not record.turns
 
 
 def test_all_kinds_and_none(read):
