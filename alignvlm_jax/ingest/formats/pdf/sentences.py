@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from alignvlm_jax.data.labels import is_from_the_right
 from alignvlm_jax.ingest.formats.pdf.bidi import Line
 from alignvlm_jax.ingest.formats.pdf.cells import BROKEN
 from alignvlm_jax.ingest.formats.pdf.facts import NO, UNANSWERABLE, YES, Fact, fact
@@ -32,8 +33,9 @@ section and its title there is at most 1.1, between both ends of a running head 
 MAX_OFFSET = 60
 """Most pages that stand before the one with the number 1."""
 
-NUMBERED = re.compile(r"(\d{1,3}|(?:\d{1,3}|[A-Z])(?:\.\d{1,3}){1,4}\.?)\s+(\S.*)")
-"""The number of a section and its title; "12." alone is the number of an item in a list."""
+NUMBERED = re.compile(r"(\d{1,3}|(?:\d{1,3}|[A-Z])(?:\.\d{1,3}){1,4}\.?)\s+([^\s.].*)")
+"""The number of a section and its title; "12." alone is the number of an item in a list, and the
+numbers of Persian sections may come in pieces: "5 . 1"."""
 ENTRY = re.compile(rf"(\S.*\S)\s+{re.escape(SHORT_LEADER)}\s*(\d{{1,4}}|[ivxlc]+)")
 KEY = re.compile(r"([^\W\d_][^:：]*[^\s:：])\s?[:：]\s*(\S.*)")
 LABELS = (
@@ -46,6 +48,8 @@ CAPTION = re.compile(
 )
 DOTS = re.compile(r"(?: \.)+ \d+$")
 """What leads to a page number in an entry too long for a row of dots."""
+BOTH_WAYS = re.compile(r"[A-Za-z()\[\]{}<>«»\\/]")
+"""What stands where it does not belong in some PDFs, among words from right to left."""
 OF_PAGES = re.compile(r"(?:^|\s)(\d{1,4}) ?/ ?\d{1,4}$")
 
 
@@ -228,6 +232,9 @@ def facts_of_lines(page: Page) -> Iterator[Fact]:
         words = text.text.split(" ")
         is_prose = not text.is_tabular and text.is_readable and text.em > 0.8 * page.em
         is_prose = is_prose and _is_inside(text, page) and _is_close(text)
+        is_prose = is_prose and not (
+            BOTH_WAYS.search(text.text) and any(map(is_from_the_right, words))
+        )
         if not is_prose or len(words) < 6 or SHORT_LEADER in text.text or DOTS.search(text.text):
             continue
         # Three words tell a line from others; more than six are much to go on with.

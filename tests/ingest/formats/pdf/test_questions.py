@@ -2,13 +2,16 @@ import string
 
 import pytest
 
+from alignvlm_jax.data.record import Word
 from alignvlm_jax.errors import UsageError
 from alignvlm_jax.ingest.formats.base import Raw
+from alignvlm_jax.ingest.formats.pdf import sentences
 from alignvlm_jax.ingest.formats.pdf.document import Pdf, record_of
 from alignvlm_jax.ingest.formats.pdf.facts import fact, questioned
 from alignvlm_jax.ingest.formats.pdf.language import LATIN, language
 from alignvlm_jax.ingest.formats.pdf.questions import KINDS
 from alignvlm_jax.ingest.formats.pdf.templates import NO, TEMPLATES, UNANSWERABLE, YES
+from alignvlm_jax.ingest.formats.pdf.words import PlacedWord
 from tests.ingest.formats.pdf import make_pdf
 from tests.ingest.formats.pdf.make_pdf import table, text
 
@@ -70,6 +73,8 @@ def test_sections(read):
         text(20, 352, "12. Second things", 12, font="F2"),
         text(20, 342, "Second things", 9, font="F2"),
         text(20, 352, "2.3 Second things", 12),
+        # A number in pieces, as of sections from right to left.
+        text(20, 352, "2 . 3 Second things", 12, font="F2"),
         # Running heads below the margin, with the number of their page at either end.
         text(20, 352, "44", 10.5, font="F2") + text(190, 352, "Second things", 10.5, font="F2"),
         text(20, 352, "2.3 Second things", 10.5, font="F2") + text(270, 352, "45", 10.5, font="F2"),
@@ -153,6 +158,23 @@ def test_lines_go_on(read):
 def test_what_is_no_line_of_text_does_not_go_on(read, content):
     (record,) = read([content], size=SIZE, questions="lines")
     assert record.lines and not record.turns
+
+
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [
+        ("אחת שתיים שלוש ארבע חמש שש שבע", 1),
+        ("אחת שתיים (שלוש) ארבע חמש שש שבע", 0),
+        ("text אחת שתיים ארבע חמש שש שבע", 0),
+    ],
+)
+def test_lines_of_two_directions_are_not_asked(words, count):
+    placed = [
+        PlacedWord(Word(word, (300.0 - 40 * i, 100.0, 330.0 - 40 * i, 110.0)), False, em=10.0)
+        for i, word in enumerate(words.split())
+    ]
+    page = sentences.read_page([sentences.read_text(placed, False, True)], 400, 0)
+    assert len(list(sentences.facts_of_lines(page))) == count
 
 
 def test_all_kinds_and_none(read):
