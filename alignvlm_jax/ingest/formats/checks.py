@@ -196,12 +196,13 @@ def _check_ink(words: list[Word], image: Image.Image, number: int) -> None:
     if len(flat) <= MAX_FLAT * len(looked_at):
         return
     largest = max(max(word.box) for word in words)
-    unit = next((name for most, name in UNITS.items() if largest <= most), "")
+    unit = next((f"{name}, " for most, name in UNITS.items() if largest <= most), "")
     height, width = gray.shape
     raise Reject(
         f"words stand where nothing is drawn ({len(flat)} of {len(looked_at)} of image {number}, "
         f"{width} x {height} pixels: {flat[0].text[:20]!r} at {list(flat[0].box)}); boxes are "
-        "[left, top, right, bottom] in its pixels" + f", and these may be {unit}" * bool(unit)
+        f"[left, top, right, bottom] in its pixels, and these may be {unit}of another origin or "
+        "resolution"
     )
 
 

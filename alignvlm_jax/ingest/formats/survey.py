@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from alignvlm_jax.data import filesystem
 from alignvlm_jax.errors import TryAgainError, UserError
-from alignvlm_jax.ingest.formats import REGISTRY, array, files
+from alignvlm_jax.ingest.formats import REGISTRY, array, files, ocr
 from alignvlm_jax.ingest.formats.base import Rejection, Unit
 from alignvlm_jax.ingest.formats.images import ENDINGS
 
@@ -29,6 +29,8 @@ BROKEN = "broken link"
 """What is no file, and no listing has."""
 MAX_OPENED = 100
 """Number of JSON files that are opened; the others are taken for what the last one of them was."""
+MAX_KEYS = 6
+"""Number of keys of a JSON file that a message names."""
 MAX_FIRST_BYTES = 1 << 20
 """Bytes in which the first record of a JSON array has to begin."""
 
@@ -42,12 +44,14 @@ class Survey:
       by_format: number of files by the name of the format that reads them, the most first.
       images: number of images by ending, without the dot and in capitals.
       others: number of files that nothing reads, by ending likewise.
+      unknown: a JSON file that nothing reads, with its keys; "" without one.
     """
 
     source: str
     by_format: dict[str, int]
     images: dict[str, int]
     others: dict[str, int]
+    unknown: str = ""
 
     def __str__(self) -> str:
         parts = [
@@ -83,11 +87,12 @@ class Survey:
                 f"{self}. Several formats read it: prepare each into a folder of its own, and mix "
                 f"them by config.data.sources{commands}"
             )
+        hint = f". {self.unknown}" if self.unknown else ""
+        if self.unknown or any(kind in self.others for kind in (".csv", ".tsv", ".xlsx")):
+            hint += "; docs/data.md has how tables and JSON of other programs become .jsonl"
         if self.images:
-            raise UserError(f"{self}. {IMAGE_ALONE}")
+            raise UserError(f"{self}. {IMAGE_ALONE}{hint}")
         kinds = ", ".join(dict.fromkeys(one for kind in REGISTRY.values() for one in kind.suffixes))
-        table = any(kind in str(self) for kind in (".csv", ".tsv", ".xlsx"))
-        hint = "; docs/data.md has how a table of questions becomes .jsonl" if table else ""
         raise UserError(f"{self}. No format reads that: give {kinds}{hint}")
 
     def about_images(self, name: str) -> str:
@@ -142,7 +147,9 @@ def survey(source: str, without: str = "") -> Survey:
     others: collections.Counter[str] = collections.Counter()
     if broken := _num_broken(source):
         others[BROKEN] = broken
-    for path, name in _formats(paths).items():
+    found = _formats(paths)
+    unknown = ""
+    for path, name in found.items():
         ending = posixpath.splitext(path)[1].lower()
         if name:
             by_format[name] += 1
@@ -150,7 +157,30 @@ def survey(source: str, without: str = "") -> Survey:
             images[ending[1:].upper()] += 1
         else:
             others[ending or "no ending"] += 1
-    return Survey(source, dict(by_format.most_common()), dict(images), dict(others))
+            unknown = unknown or (_about_keys(path) if ending == ".json" else "")
+    # Beside other formats OCR is no wish to read the images: their records may name them.
+    if not by_format and (count := _num_with_ocr(found)):
+        by_format["images"] = count
+    return Survey(source, dict(by_format.most_common()), dict(images), dict(others), unknown)
+
+
+def _num_with_ocr(paths: Iterable[str]) -> int:
+    """Returns how many images have a file of OCR beside them, by its name."""
+    # Of JSON the name says little: many programs write one an image.
+    stems = {
+        posixpath.splitext(path)[0]
+        for path in paths
+        if path.lower().endswith(ocr.ENDINGS) and not path.lower().endswith(".json")
+    }
+    images = (path for path in paths if posixpath.splitext(path)[1].lower() in ENDINGS)
+    return sum(path in stems or posixpath.splitext(path)[0] in stems for path in images)
+
+
+def _about_keys(path: str) -> str:
+    """Returns what the first object of a JSON file that nothing reads has; "" if there is none."""
+    keys = sorted(_first_keys(path))
+    shortened = [*keys[:MAX_KEYS], "..."] if len(keys) > MAX_KEYS else keys
+    return f"{shown(posixpath.basename(path))} has {shown(', '.join(shortened))}" if keys else ""
 
 
 def _num_broken(source: str) -> int:

@@ -32,6 +32,9 @@ def write(folder, **contents):
         ({"a__json": b'[{"conversations": []}]'}, "llava"),
         ({"a__ndjson": [DOWNSTREAM]}, "docdownstream"),
         ({"a__jsonl": b""}, "jsonl"),
+        ({"a__png": b"", "a__hocr": b"", "notes__txt": b""}, "images"),
+        ({"a__jpg": b"", "a__jpg__xml": b""}, "images"),
+        ({"a__jsonl": [OWN], "a__png": b"", "a__hocr": b""}, "jsonl"),
         ({"a__jsonl": b"\xff{"}, "jsonl"),
         ({"a__parquet": b""}, "parquet"),
         ({"a__tar__gz": b""}, "webdataset"),
@@ -90,6 +93,13 @@ def test_of_several_formats_the_commands_are_given(tmp_path):
         ({}, "holds no file"),
         ({"a__docx": b""}, r"1 other file \(1 \.docx\)\. No format reads that: give \.jsonl"),
         ({"a__json": b"{}"}, r"1 other file \(1 \.json\)"),
+        # JSON that other programs write, with images and without.
+        (
+            {"a__json": b'{"form": []}', "a__png": b""},
+            r"1 image .* a\.json has form; docs/data\.md",
+        ),
+        ({"a__json": b'[{"id": 1, "data": {}}]'}, r"give .*\. a\.json has data, id; docs/data\.md"),
+        ({"a__csv": b"", "a__png": b""}, r"An image alone .*; docs/data\.md has how tables"),
         ({"line\nbreak__x\ny": b""}, r"1 other file \(1 \.x\\ny\)"),
     ],
 )
