@@ -32,6 +32,8 @@ GRID_FRACTION = 0.9
 """Fewest pairs of neighbours in a line on a grid, the largest deviation from it, as a fraction of a
 step, and the smallest fraction of pairs that deviate no more."""
 BOLD = re.compile(r"bold|black|heavy|demi|-medi|bx\d|bx$", re.IGNORECASE)
+DRAWN = re.compile(r"(^|\+)(line|lcircle)w?10$", re.IGNORECASE)
+"""Fonts of LaTeX's pictures: arrows and arcs, which files call "✛" and "✐"."""
 """What the names of bold fonts have in them; TeX's are CMBX10, or NimbusRomNo9L-Medi."""
 MAX_NAME_BYTES = 256
 
@@ -269,14 +271,13 @@ class Characters:
         return read
 
 
-def is_bold(drawn_by: int) -> bool:
-    """Whether a text object, by its address, has a bold font, as far as the font's name says."""
-    # Fonts have a weight of their own, but most files leave it out.
+def font_name(drawn_by: int) -> str:
+    """Returns the name of the font of a text object, by its address."""
     drawn_by = ctypes.cast(drawn_by, pdfium.FPDF_PAGEOBJECT)
     font = pdfium.FPDFTextObj_GetFont(drawn_by)
     name = ctypes.create_string_buffer(MAX_NAME_BYTES)
     pdfium.FPDFFont_GetBaseFontName(font, name, MAX_NAME_BYTES)
-    return bool(BOLD.search(name.value.decode("utf-8", "replace")))
+    return name.value.decode("utf-8", "replace")
 
 
 def render_mode(drawn_by: int) -> int:

@@ -88,7 +88,7 @@ def read_words(
     for index in range(len(text.spans)):
         # Whatever hides a word (its colour, a picture on top, a clip), its box is flat in the
         # drawn page.
-        if not _has_contrast(gray, text.inks[index]):
+        if text.is_drawing[index] or not _has_contrast(gray, text.inks[index]):
             continue
         spelled = text.spell(index)
         if spelled is None:
@@ -179,9 +179,12 @@ class _Text:
         objects = characters.objects(starts)
         # Most words are drawn by few objects, or share their object with their neighbours.
         mode = functools.cache(characters_lib.render_mode)
-        is_bold = functools.cache(characters_lib.is_bold)
+        name_of = functools.cache(characters_lib.font_name)
+        names = [name_of(drawn_by) if drawn_by else "" for drawn_by in objects]
         self.modes = [mode(drawn_by) if drawn_by else None for drawn_by in objects]
-        self._is_bold = [bool(drawn_by) and is_bold(drawn_by) for drawn_by in objects]
+        # Fonts have a weight of their own, but most files leave it out.
+        self._is_bold = [bool(characters_lib.BOLD.search(name)) for name in names]
+        self.is_drawing = [bool(characters_lib.DRAWN.search(name)) for name in names]
 
     def turn(self) -> int:
         """Returns the degrees, clockwise, by which the page would have to be turned for most of its

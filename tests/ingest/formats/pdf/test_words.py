@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from alignvlm_jax.ingest.formats.pdf import spelling
+from tests.ingest.formats.pdf import make_pdf
 from tests.ingest.formats.pdf.make_pdf import table, text
 from tests.ingest.formats.pdf.read_pdf import gray, texts, words
 
@@ -268,3 +269,11 @@ def test_accents_that_are_drawn_over_letters_are_theirs(read, codes, expected):
         }.get(code, 6.4)
     (record,) = read([content], font="/Encoding << /BaseEncoding /WinAnsiEncoding /Differences [245 /dotlessi] >>")  # fmt: skip
     assert texts(record) == [expected]
+
+
+def test_arrows_of_a_font_are_no_words(read):
+    page = make_pdf.pdf([text(20, 150, "6 ?") + text(20, 100, "Read this", font="F2")])
+    assert texts(read(page)[0]) == ["6 ?", "Read this"]
+    # A name as long as that of the font of text, so that all places in the file stay.
+    arrows = page.replace(b"/BaseFont /Helvetica ", b"/BaseFont /LCIRCLE10 ", 1)
+    assert texts(read(arrows)[0]) == ["Read this"]
