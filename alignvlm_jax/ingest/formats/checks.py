@@ -22,10 +22,10 @@ A page of A2 at 300 dpi has 35 million. Decoding needs up to 28 bytes a pixel (3
 
 MIN_WORDS = 10
 MAX_FLAT = 0.25
-"""Fewest words of an image whose boxes are looked at, and the largest fraction that may hold
+"""Fewest words of an image whose boxes are sampled, and the largest fraction that may hold
 nothing but ground: of 1,100 pages of manuals none had such a word."""
-NUM_LOOKED_AT = 64
-"""Number of boxes that are looked at, spread over the words: 2 ms for a page of 100 dpi."""
+NUM_SAMPLED = 64
+"""Number of boxes that are sampled, spread over the words: 2 ms for a page of 100 dpi."""
 MIN_CONTRAST = 16
 """Smallest difference of gray within the box of a word, of 255."""
 UNITS = {100: "percent", 1000: "thousandths"}
@@ -190,16 +190,16 @@ def _check_ink(words: list[Word], image: Image.Image, number: int) -> None:
     words = [word for word in words if word.text.strip()]
     if len(words) < MIN_WORDS:
         return
-    looked_at = words[:: -(-len(words) // NUM_LOOKED_AT)]
+    sampled = words[:: -(-len(words) // NUM_SAMPLED)]
     gray = np.asarray(image.convert("L"))
-    flat = [word for word in looked_at if _contrast(gray, word) < MIN_CONTRAST]
-    if len(flat) <= MAX_FLAT * len(looked_at):
+    flat = [word for word in sampled if _contrast(gray, word) < MIN_CONTRAST]
+    if len(flat) <= MAX_FLAT * len(sampled):
         return
     largest = max(max(word.box) for word in words)
     unit = next((f"{name}, " for most, name in UNITS.items() if largest <= most), "")
     height, width = gray.shape
     raise Reject(
-        f"words stand where nothing is drawn ({len(flat)} of {len(looked_at)} of image {number}, "
+        f"words stand where nothing is drawn ({len(flat)} of {len(sampled)} of image {number}, "
         f"{width} x {height} pixels: {flat[0].text[:20]!r} at {list(flat[0].box)}); boxes are "
         f"[left, top, right, bottom] in its pixels, and these may be {unit}of another origin or "
         "resolution"

@@ -48,7 +48,7 @@ CAPTION = re.compile(
 )
 DOTS = re.compile(r"(?: \.)+ \d+$")
 """What leads to a page number in an entry too long for a row of dots."""
-BOTH_WAYS = re.compile(r"[A-Za-z()\[\]{}<>«»\\/]")
+TURNED_SIGNS = re.compile(r"[A-Za-z()\[\]{}<>«»\\/]")
 """What stands where it does not belong in some PDFs, among words from right to left."""
 OF_PAGES = re.compile(r"(?:^|\s)(\d{1,4}) ?/ ?\d{1,4}$")
 
@@ -233,7 +233,7 @@ def facts_of_lines(page: Page) -> Iterator[Fact]:
         is_prose = not text.is_tabular and text.is_readable and text.em > 0.8 * page.em
         is_prose = is_prose and _is_inside(text, page) and _is_close(text)
         is_prose = is_prose and not (
-            BOTH_WAYS.search(text.text) and any(map(is_from_the_right, words))
+            TURNED_SIGNS.search(text.text) and any(map(is_from_the_right, words))
         )
         if not is_prose or len(words) < 6 or SHORT_LEADER in text.text or DOTS.search(text.text):
             continue
