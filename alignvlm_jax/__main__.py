@@ -1,6 +1,7 @@
 """The command line: `alignvlm COMMAND ...`, or `python -m alignvlm_jax COMMAND ...`.
 
-Exit status: 0 done; 1 wrong input (one line on stderr), which would only fail again; 2 wrong usage.
+Exit status: 0 done; 1 wrong input (one line on stderr), which would only fail again; 2 wrong usage;
+130 Ctrl-C (SIGINT) at a single process.
 The launch scripts restart a command with any other status: 70 an unforeseen exception; 75 stalled,
 another host lost or late, or a storage that does not answer; 143 told to stop, and saved.
 """
@@ -14,6 +15,7 @@ from types import ModuleType
 from typing import NoReturn
 
 PACKAGE = "alignvlm_jax"
+INTERRUPTED_STATUS = 130
 
 
 def _not_installed(err: ModuleNotFoundError) -> str:
@@ -115,7 +117,7 @@ def _run(argv: list[str], debug: bool) -> int:
         return _fail(str(err), status=TRY_AGAIN_STATUS)
     except StoppedError as err:
         # As it was asked to: no error.
-        return _fail(str(err), status=143, kind="")
+        return _fail(str(err), status=err.status, kind="")
     except UserError as err:
         _show_traceback(debug)
         return _fail(str(err))
@@ -128,7 +130,8 @@ def _run(argv: list[str], debug: bool) -> int:
         _show_traceback(debug)
         return _fail(message)
     except KeyboardInterrupt:
-        return _fail("interrupted")
+        # Nothing to go on with. A command that has saved raises StoppedError.
+        return _fail("interrupted", status=INTERRUPTED_STATUS, kind="")
     return 0
 
 

@@ -1,6 +1,7 @@
 """Exceptions whose message is for the user."""
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 TRY_AGAIN_STATUS = 75
@@ -29,8 +30,17 @@ class TryAgainError(UserError):
 class StoppedError(UserError):
     """The end of a command that was told to stop and has saved.
 
-    The exit status is 143, as that of a process that SIGTERM ended.
+    The exit status is that of a process that the signal ended: 143 of SIGTERM, 130 of SIGINT.
     """
+
+    def __init__(self, message: str, number: int = signal.SIGTERM):
+        """
+        Args:
+          message: of what is saved, and how to go on.
+          number: of the signal.
+        """
+        super().__init__(message)
+        self.status = 128 + number
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -6,11 +6,12 @@
 #
 # COMMAND is what follows `python -m alignvlm_jax`. The output of process 0 is shown, that of all is kept in
 # ${LOGS:-runs/local}/process-N.log. Ctrl-C and SIGTERM are handed on once, and all processes save together. When one
-# fails the others are stopped, after ${GRACE:-30} seconds for good. Returned is the first status that is not 0.
+# fails the others are stopped, after ${GRACE:-30} seconds for good. Returned is the first status that is not 0; after
+# Ctrl-C 130.
 set -euo pipefail
 
 usage() {
-    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
     exit "$1"
 }
 
@@ -57,13 +58,17 @@ fi
 
 mkdir -p "$logs"
 running=()  # By process id.
-stopping=false
+stopping=false interrupted=false
 # shellcheck disable=SC2329  # called by the trap
 stop() {
     stopping=true
+    if [[ "$1" == INT ]]; then interrupted=true; fi
     kill -TERM "${!running[@]}" 2>/dev/null || true
 }
-trap stop HUP INT TERM
+for name in HUP INT TERM; do
+    # shellcheck disable=SC2064  # the name of this round
+    trap "stop $name" "$name"
+done
 # With job control each process has a group of its own: Ctrl-C of a terminal would reach it beside the signal that we
 # hand on, and the second one kills without saving.
 set -m
@@ -101,4 +106,6 @@ if ((status)); then
     echo "a process ended with status $status; the last lines of each:" >&2
     tail -n 3 "$logs"/process-*.log >&2
 fi
+# The processes save at a SIGTERM; whoever typed Ctrl-C, or a script around it, expects the status of SIGINT.
+if $interrupted && ((status == 143)); then status=130; fi
 exit "$status"

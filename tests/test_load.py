@@ -226,7 +226,7 @@ def test_a_connector_that_was_hardly_trained_is_told(trained_workdir, tmp_path):
 
 def test_answers_that_are_cut_are_told(model, pages):
     ids = model.loaded.tokenizer.special_tokens
-    with pytest.warns(UserWarning, match=r"^cut at 1 token; --max_new_tokens allows more"):
+    with pytest.warns(UserWarning, match=r"^cut at 1 token; a larger max_new_tokens allows more"):
         model.answer(pages[0], "Who?", max_new_tokens=1)
     with pytest.warns(UserWarning, match=r"^2 of 2 answers: cut at 3 tokens"):
         model.answer(pages[0], ["Who?", "a"], max_new_tokens=3)

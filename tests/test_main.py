@@ -1,6 +1,7 @@
 import errno
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import types
@@ -60,6 +61,7 @@ def test_what_the_user_can_mend_is_one_line_and_status_1(command, capsys, error,
         (UsageError("a"), 2),
         (TryAgainError("a"), 75),
         (StoppedError("a"), 143),
+        (StoppedError("a", signal.SIGINT), 130),
         (TimeoutError("a"), 75),
         (ConnectionResetError("a"), 75),
         (OSError("a"), 1),
@@ -69,7 +71,7 @@ def test_what_launchers_start_again_has_a_status_of_its_own(command, capsys, err
     command(fail_with(error))
     assert main_lib.main(["train"]) == status
     # To stop when told to is no error.
-    kind = "" if status == 143 else "error: "
+    kind = "" if isinstance(error, StoppedError) else "error: "
     assert capsys.readouterr().err == f"alignvlm_jax: {kind}a\n"
 
 
@@ -93,6 +95,12 @@ def test_debugging_shows_the_traceback_before_the_line(
     assert any("in a_function_that_fails" in line for line in lines)
     assert lines[-1].startswith("alignvlm_jax: error: ")
     assert seen == ["--workdir=x"]
+
+
+def test_ctrl_c_has_the_status_that_shells_expect(command, capsys):
+    command(fail_with(KeyboardInterrupt()))
+    assert main_lib.main(["train"]) == 130
+    assert capsys.readouterr().err == "alignvlm_jax: interrupted\n"
 
 
 def test_a_fault_of_ours_is_not_hidden(command):

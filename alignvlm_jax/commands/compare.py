@@ -1,11 +1,12 @@
 """`compare`: measures the runs of a comparison and writes their tables, pictures and report."""
 
 import argparse
+import signal
 import sys
 
 from alignvlm_jax import storage
 from alignvlm_jax.commands import usage
-from alignvlm_jax.errors import UserError, nearest
+from alignvlm_jax.errors import StoppedError, UserError, nearest
 
 
 def main(argv: list[str]) -> None:
@@ -37,7 +38,8 @@ def main(argv: list[str]) -> None:
                 print(f"{number} of {len(runs)}: {run}", file=sys.stderr)
                 compare.measure(run)
     except KeyboardInterrupt as err:
-        raise UserError("stopped; the same command goes on, and asks no question again") from err
+        why = "stopped; the same command goes on, and asks no question again"
+        raise StoppedError(why, signal.SIGINT) from err
     tables = compare.read(runs)
     if args.baseline:
         tables = compare.with_baseline(tables, args.baseline)

@@ -17,7 +17,7 @@ from ml_collections import config_dict, config_flags
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import configs
 from alignvlm_jax.config import Config, ConnectorConfig, renamed
-from alignvlm_jax.errors import UserError, closest, nearest
+from alignvlm_jax.errors import UsageError, UserError, closest, nearest
 
 USAGE = "--config=NAME[:ARG]"
 HELP = (
@@ -63,9 +63,11 @@ def split(argv: list[str]) -> tuple[ConfigFlags, list[str]]:
 
     Raises:
       UserError: there is no config of this name, or no such field.
+      UsageError: a flag is given twice with two values.
     """
     file = None
     overrides = []
+    given: dict[str, str] = {}
     rest = []
     waiting = list(argv)
     while waiting:
@@ -77,13 +79,31 @@ def split(argv: list[str]) -> tuple[ConfigFlags, list[str]]:
         # A value may begin with one dash, as -1 does; with two it is the next flag.
         if not has_value and waiting and not waiting[0].startswith("--"):
             value = waiting.pop(0)
+        if name != "config":
+            _check_name(name.removeprefix("config."))
+        if given.setdefault(name, value) != value:
+            raise UsageError(
+                f"--{name} is given twice, as {given[name]!r} and {value!r}: leave one of them out"
+            )
         if name == "config":
-            # As with any flag that is given twice, the last one holds.
             file = value
         else:
-            _check_name(name.removeprefix("config."))
             overrides.append(f"--{name}={value}")
     return ConfigFlags(file and _resolve(file), tuple(overrides)), rest
+
+
+def flags_of_fields() -> list[str]:
+    """Returns the flags of all fields, as `--config.data.dir`, for hints to them."""
+    return ["--config", *(f"--config.{path}" for path in _paths(Config, ""))]
+
+
+def _paths(fields: Any, prefix: str) -> typing.Iterator[str]:
+    """Yields the dotted paths of the fields of a dataclass and of those within it."""
+    for name, kind in typing.get_type_hints(fields).items():
+        if dataclasses.is_dataclass(kind):
+            yield from _paths(kind, f"{prefix}{name}.")
+        elif (prefix, name) != ("", "stage"):
+            yield f"{prefix}{name}"
 
 
 def stages(given: ConfigFlags) -> tuple[Config, ...]:
@@ -149,7 +169,16 @@ def _check_name(path: str) -> None:
 
 def _unknown(path: str, name: str, known: typing.Iterable[str]) -> str:
     """Returns the message about a field that does not exist, with the nearest that does."""
-    return f"unknown config field config.{path}{renamed.hint(path) or nearest(name, known)}"
+    stage = ".".join([*path.split(".")[:2], ""]) if path.startswith("stages.") else ""
+    # In another group than the one that was named, or with none, as config.batch_size.
+    elsewhere = [
+        f"'config.{stage}{flag.removeprefix('--config.')}'"
+        for flag in flags_of_fields()
+        if flag.endswith(f".{path.split('.')[-1]}")
+    ]
+    moved = f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else ""
+    hint = renamed.hint(path) or moved or nearest(name, known)
+    return f"unknown config field config.{path}{hint}"
 
 
 def _load(file_and_arg: str) -> ml_collections.ConfigDict:

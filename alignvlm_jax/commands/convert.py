@@ -64,6 +64,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--out", type=storage.path, required=True, help="folder to write; must not exist"
     )
     args = parser.parse_args(argv)
+    if args.export:
+        unused = ("--llm", "--vision", "--connector", "--tokenizer", "--tile_size")
+        parser.check_used(argv, unused, "makes a checkpoint, and --export reads one")
+    else:
+        parser.check_used(argv, ("--checkpoint", "--components", "--parts"), "needs --export")
     if args.export and not args.checkpoint:
         parser.error("--export needs --checkpoint=DIR")
     if not args.export and not (args.llm and args.vision):

@@ -1,7 +1,7 @@
-"""`generate`: answers a question about an image or a page of a PDF, or with no image as the
+"""`generate`: answers questions about an image or a page of a PDF, or with no image as the
 language model does.
 
-The answer alone goes to standard output.
+The answers alone go to standard output.
 """
 
 import argparse
@@ -14,11 +14,9 @@ from alignvlm_jax.flag_types import positive
 
 def main(argv: list[str]) -> None:
     args = _parse(argv)
-    if not args.question.strip():
-        raise UsageError("--question is empty")
     usage.check_run(args.checkpoint)
     if args.image:
-        usage.check_exists("image", args.image)
+        usage.check_image(args.image, args.page)
     # Only now: what is misspelt should be answered before all of this is imported.
     from alignvlm_jax.commands.work import generate
 
@@ -39,11 +37,21 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="a PNG, JPEG, ... or PDF file; without one the language model answers",
     )
     parser.add_argument("--page", type=int, default=1, help="page of a PDF, from 1")
-    parser.add_argument("--question", required=True, help='for instance "What is the total?"')
+    parser.add_argument(
+        "--question",
+        required=True,
+        action="append",
+        help='for instance "What is the total?"; given again, several are answered, in order',
+    )
     parser.add_argument(
         "--max_new_tokens", type=positive, help="longest answer; default: that of the config"
     )
     parser.add_argument(
         "--data", help="folder with the tokenizer, for checkpoints of before these held it"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not all(question.strip() for question in args.question):
+        raise UsageError("--question is empty")
+    if not args.image:
+        parser.check_used(argv, ("--page",), "needs --image=FILE")
+    return args

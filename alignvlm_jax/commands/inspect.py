@@ -10,6 +10,9 @@ from alignvlm_jax.commands.config_flag import ConfigFlags
 from alignvlm_jax.errors import UsageError
 from alignvlm_jax.flag_types import positive
 
+NUM_RECORDS = 8
+RECORD_FLAGS = ("--record", "--filter", "--shuffle", "--num_records")
+
 
 def main(argv: list[str]) -> None:
     """Runs the command: statistics and a page of packed sequences, or an analysis of a model."""
@@ -36,6 +39,7 @@ def _parse(argv: list[str]) -> tuple[ConfigFlags, argparse.Namespace]:
     """Returns the flags of the config, and the others."""
     parser = usage.parser(
         "inspect",
+        others=config_flag.flags_of_fields(),
         description=__doc__,
         epilog="Without --config the packed sequences are those of SigLIP-400M with tiles of 384 "
         f"pixels, 16,384 tokens long. {config_flag.HELP}",
@@ -60,11 +64,26 @@ def _parse(argv: list[str]) -> tuple[ConfigFlags, argparse.Namespace]:
     given, rest = config_flag.split(argv)
     args = parser.parse_args(rest)
     if args.analysis:
+        folder = ("--data", "--split", "--stage", "--num_sequences", "--num_rows")
+        unused = (*folder, *RECORD_FLAGS, "--config")
+        parser.check_used(argv, unused, "is of a prepared folder, and --analysis=lens reads none")
         _check_lens(args)
-    elif args.checkpoint:
+        return given, args
+    if args.checkpoint:
         parser.error("--checkpoint=DIR needs --analysis=NAME")
-    elif given.file is None and not args.data:
+    parser.check_used(argv, ("--image", "--page"), "needs --analysis=lens")
+    if given.file is None and not args.data:
         parser.error(f"--data=DIR or {config_flag.USAGE} is required")
+    if given.file is None:
+        fields = [flag.partition("=")[0] for flag in given.overrides]
+        parser.check_used(argv, ("--stage", *fields), f"needs {config_flag.USAGE}")
+    if args.record:
+        others = "chooses records, and --record=ID names them: leave one of them out"
+        parser.check_used(argv, ("--filter", "--shuffle", "--num_records"), others)
+    if args.record or args.filter or args.shuffle is not None or args.num_records is not None:
+        sequences = "is of packed sequences, and the other flags ask for records"
+        parser.check_used(argv, ("--num_sequences", "--num_rows"), sequences)
+        args.num_records = args.num_records or NUM_RECORDS
     return given, args
 
 
@@ -91,7 +110,9 @@ def _add_record_flags(parser: argparse.ArgumentParser) -> None:
         help="records in another order; another seed shows others",
     )
     group.add_argument(
-        "--num_records", type=positive, default=8, help="records on the page, without --record"
+        "--num_records",
+        type=positive,
+        help=f"records on the page, the first ones without another flag; default: {NUM_RECORDS}",
     )
 
 
@@ -144,5 +165,5 @@ def _check_lens(args: argparse.Namespace) -> None:
         raise UsageError("--analysis=lens needs --checkpoint=DIR")
     if not args.image:
         raise UsageError("--analysis=lens needs --image=FILE")
-    usage.check_exists("image", args.image)
     usage.check_run(args.checkpoint)
+    usage.check_image(args.image, args.page)

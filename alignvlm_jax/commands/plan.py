@@ -44,6 +44,7 @@ def _parse(argv: list[str]) -> tuple[ConfigFlags, argparse.Namespace]:
         usage=f"%(prog)s {config_flag.USAGE} --topology=v5p:4x4x4 [--num_slices=2] [--mesh=auto | "
         "--generate] [--json] [--config.a.b=VALUE ...]",
         epilog=config_flag.HELP,
+        others=config_flag.flags_of_fields(),
     )
     parser.add_argument(
         "--topology", required=True, help="such as v5e:4x4; v5e:smallest looks for one that fits"
@@ -63,7 +64,16 @@ def _parse(argv: list[str]) -> tuple[ConfigFlags, argparse.Namespace]:
     args = parser.parse_args(rest)
     if given.file is None:
         parser.error(config_flag.REQUIRED)
-    if not args.topology.endswith(":smallest"):
+    is_smallest = args.topology.endswith(":smallest")
+    if args.generate and (args.mesh == "auto" or is_smallest):
+        raise UsageError(
+            "--generate plans for one slice and mesh: say --topology=KIND:SHAPE and "
+            "--mesh=DATAxFSDPxTENSOR"
+        )
+    if is_smallest:
+        looks = "is left out with --topology=KIND:smallest, which looks for one slice and its mesh"
+        parser.check_used(argv, ("--mesh", "--num_slices"), looks)
+    else:
         # For its error, which should not wait for the config.
         hardware.parse_topology(args.topology, args.num_slices)
     return given, args

@@ -4,12 +4,13 @@ import argparse
 import dataclasses
 import re
 import shlex
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from alignvlm_jax.commands import next_commands, usage
-from alignvlm_jax.errors import UsageError, UserError, nearest
+from alignvlm_jax.errors import StoppedError, UsageError, nearest
 from alignvlm_jax.flag_types import positive
 from alignvlm_jax.ingest.formats import REGISTRY, survey
 from alignvlm_jax.storage import faults
@@ -44,7 +45,8 @@ def main(argv: list[str]) -> None:
             f"cannot write {args.out}: {err.strerror or err}; the same command goes on", err
         ) from err
     except KeyboardInterrupt as err:
-        raise UserError("interrupted; the same command goes on with what is done") from err
+        why = "stopped; the same command goes on with what is done"
+        raise StoppedError(why, signal.SIGINT) from err
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -60,6 +62,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     name = chosen.format or ("" if chosen.source else DOCUMENTS)
     parser = usage.parser(
         "prepare",
+        # What makes it another format than the demonstration's.
+        others=("--source", "--tokenizer"),
         description=_description(chosen.format),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -101,6 +105,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         # Nothing else could be held out.
         parser.set_defaults(holdout_by="page")
     args = parser.parse_args(argv)
+    if args.split and args.holdout:
+        parser.check_used(argv, ("--holdout",), f"holds out, and --split={args.split} takes all")
+    if not _is_grouped(args):
+        needs = "needs --group_by_image, which --split leaves out where it is not given"
+        parser.check_used(argv, ("--group_tokens",), needs)
+    if args.beam_runner:
+        parser.check_used(
+            argv, ("--num_workers",), "is of this machine, and --beam_runner is given"
+        )
     if single and args.holdout_by == "page" and args.holdout and not args.split:
         print("--holdout_by=page: pages of a single PDF are held out")
     return args
@@ -265,8 +278,6 @@ def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: fl
         )
     kind = REGISTRY[args.format]
     options = {field.name: getattr(args, field.name) for field in dataclasses.fields(kind)}
-    # A set for evaluation has a record a question, unless somebody says otherwise.
-    is_grouped = not args.split if args.group_by_image is None else args.group_by_image
     request = job.Request(
         args.format,
         kind(**options),
@@ -274,7 +285,7 @@ def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: fl
         args.tokenizer,
         args.holdout,
         args.split,
-        group_tokens=args.group_tokens if is_grouped else 0,
+        group_tokens=args.group_tokens if _is_grouped(args) else 0,
         shard_records=args.shard_records,
         allow_outside=args.allow_outside,
         exclude=tuple(filter(None, ",".join(args.exclude).split(","))),
@@ -301,6 +312,12 @@ def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: fl
         print(f"{args.out} is ready: prepared with these arguments before")
     if not args.split and shards.shard_paths(args.out, "train"):
         print(next_commands.after_prepare(args.out, request.tokenizer))
+
+
+def _is_grouped(args: argparse.Namespace) -> bool:
+    """Whether questions about one image make one record."""
+    # A set for evaluation has a record a question, unless somebody says otherwise.
+    return not args.split if args.group_by_image is None else args.group_by_image
 
 
 def _check_needed(args: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--data", help="folder that `prepare` wrote; default: the one trained on")
     args = parser.parse_args(argv)
-    usage.check_run(args.workdir)
+    usage.check_run(args.workdir, needs_checkpoint=False)
     # Only now: what is misspelt should be answered before all of this is imported.
     from alignvlm_jax.report import run
 

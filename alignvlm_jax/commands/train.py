@@ -36,7 +36,8 @@ def main(argv: list[str]) -> None:
     except train.Stopped as err:
         # The launch scripts name themselves here, so that the advice is the command that was typed.
         launcher = os.environ.get("ALIGNVLM_LAUNCHER") or shlex.join(usage.again())
-        raise StoppedError(f"{err}; go on with: {launcher} {shlex.join(['train', *argv])}") from err
+        again = f"{launcher} {shlex.join(['train', *argv])}"
+        raise StoppedError(f"{err}; go on with: {again}", err.number) from err
 
 
 def _parse(argv: list[str]) -> tuple[Path, ConfigFlags, list[str]]:
@@ -47,6 +48,7 @@ def _parse(argv: list[str]) -> tuple[Path, ConfigFlags, list[str]]:
         "stopped.",
         usage=f"%(prog)s {config_flag.USAGE} --workdir=DIR [--config.a.b=VALUE ...]",
         epilog=config_flag.HELP,
+        others=config_flag.flags_of_fields(),
     )
     parser.add_argument(
         "--workdir",

@@ -164,7 +164,7 @@ class Assistant:
         if num_cut:
             which = f"{num_cut} of {counted(len(prompts), 'answer')}: " if len(prompts) > 1 else ""
             allowed = counted(max_new_tokens, "token")
-            self._warn(f"{which}cut at {allowed}; --max_new_tokens allows more")
+            self._warn(f"{which}cut at {allowed}; a larger max_new_tokens allows more")
         return [answers[i] for i in range(len(prompts))]
 
 

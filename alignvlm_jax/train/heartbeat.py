@@ -24,6 +24,10 @@ BEAT_SECONDS = 10.0
 POLL_SECONDS = 60.0
 """Interval at which the main process reads the heartbeats of the others."""
 
+ENDED = ("done", "stopped", "failed", "stalled")
+"""Phases of a process that has ended."""
+SILENT_SECONDS = 6 * BEAT_SECONDS
+"""Age of a heartbeat from which its process is taken for gone."""
 FINAL_SECONDS = 10.0
 """Longest time that a last heartbeat may take; then it is given up."""
 
@@ -231,6 +235,37 @@ def read(folder: Path, process: int) -> dict[str, Any]:
         return json.loads(path_of(folder, process).read_text())
     except (OSError, ValueError):
         return {}
+
+
+def no_checkpoint(workdir: Path) -> str:
+    """Returns why a workdir has no checkpoint, for messages: its run is at work and has yet to
+    write one, or it ended before."""
+    beat = read(workdir / FOLDER, 0)
+    problem = f"no checkpoint in {workdir}"
+    if not {"time", "phase", "step", "total"} <= beat.keys():
+        return problem
+    at = f"step {beat['step']:,} of {beat['total']:,}"
+    first = _first_checkpoint(workdir)
+    age = time.time() - beat["time"]
+    if beat["phase"] in ENDED or age > SILENT_SECONDS:
+        how = f"has {beat['phase']}" if beat["phase"] in ENDED else f"is silent for {age:.0f} s"
+        return f"{problem}: its run {how} at {at}, and the first comes {first}; train it on"
+    return (
+        f"{problem} yet: {_name(beat)} (pid {beat['pid']}) is training in it, {beat['phase']} at "
+        f"{at}; the first comes {first}"
+    )
+
+
+def _first_checkpoint(workdir: Path) -> str:
+    """Returns when a run writes its first checkpoint."""
+    try:
+        train = json.loads((workdir / "config.json").read_text())[0]["train"]
+        step = min(train["checkpoint_every"], train["num_steps"])
+        minutes = train.get("checkpoint_minutes", 0)
+    except (OSError, ValueError, TypeError, LookupError):
+        return "later"
+    by_time = f", or after {minutes:g} min if that is earlier" if minutes else ""
+    return f"at step {step:,}{by_time}"
 
 
 def within(seconds: float, action: Callable[[], None]) -> bool:

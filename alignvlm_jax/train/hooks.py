@@ -176,6 +176,9 @@ class StopSignal:
         """
         self._say = say
         self._requested = False
+        self.number = signal.SIGTERM
+        """Of the signal that stops the run. Of several processes it is SIGTERM: whichever of them
+        heard what, all end with one status, which launch scripts know."""
         self._before: dict[signal.Signals, object] = {}
         self._teller: contextlib.ExitStack = contextlib.ExitStack()
 
@@ -211,6 +214,8 @@ class StopSignal:
     def _note(self, number: int, frame: FrameType | None) -> None:
         """Handles the first signal, and puts the earlier handlers back for the second."""
         self._requested = True
+        if jax.process_count() == 1:
+            self.number = signal.Signals(number)
         self._restore()
 
     def _restore(self) -> None:

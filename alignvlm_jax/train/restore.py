@@ -15,7 +15,7 @@ from alignvlm_jax.config import Config
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import distributed, exchange
-from alignvlm_jax.train import state
+from alignvlm_jax.train import heartbeat, state
 from alignvlm_jax.train.checkpoint import FOLDER, BrokenCheckpoint, Checkpoints
 from alignvlm_jax.train.checkpoint_files import is_step
 from alignvlm_jax.train.state import Params
@@ -81,7 +81,7 @@ def read_newest(path: Path, read: Callable[[Checkpoints, int], T]) -> T:
         )
     step = None if is_workdir else int(one.name)
     with Checkpoints(folder, read_only=True) as checkpoints:
-        problem = f"no checkpoint in {folder}"
+        problem = ""
         superseded = 0
         waiting = _steps(checkpoints, step)
         while waiting:
@@ -101,7 +101,7 @@ def read_newest(path: Path, read: Callable[[Checkpoints, int], T]) -> T:
                 waiting = [newer for newer in _steps(checkpoints, step) if newer != candidate]
             elif waiting and distributed.is_main():
                 print(f"{problem}; trying the one before", file=sys.stderr)
-    raise UserError(problem)
+    raise UserError(problem or heartbeat.no_checkpoint(folder.parent))
 
 
 def load_config(path: Path) -> Config:

@@ -30,7 +30,11 @@ SLOW_STEP_SECONDS = 1.0
 
 
 class Stopped(UserError):
-    """The run was told to stop, and has saved."""
+    """The run was told to stop by the signal `number`, and has saved."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +245,7 @@ class StageLoop:
         raise self._stopped(now)
 
     def _stopped(self, now: int) -> Stopped:
-        return Stopped(f"stopped at step {now} of {self.run.total}")
+        return Stopped(f"stopped at step {now} of {self.run.total}", self.run.stop.number)
 
     def _is_device_busy(self) -> bool:
         """Whether a step that was sent off is not finished yet."""

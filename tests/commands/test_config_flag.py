@@ -116,7 +116,10 @@ def test_without_a_config_there_are_no_stages():
             "--config.optim.learning_rat=1",
             r"unknown config field config.optim.learning_rat; did you mean 'learning_rate'",
         ),
-        ("--config.optm.eps=1", r"unknown config field config.optm.eps; did you mean 'optim'"),
+        (
+            "--config.optm.eps=1",
+            r"unknown config field config.optm.eps; did you mean 'config.optim.eps'",
+        ),
         (
             "--config.stages.read.train.num_step=1",
             r"stages.read.train.num_step; did you mean 'num_steps'",

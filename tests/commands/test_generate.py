@@ -81,9 +81,21 @@ def test_answers_without_an_image(trained_workdir, capsys):
         )
         printed = capsys.readouterr()
         assert "no image" in printed.err
-        assert f"cut at {count} token" in printed.err and "--max_new_tokens" in printed.err
+        assert f"cut at {count} token" in printed.err and "larger max_new_tokens" in printed.err
         answers.append(printed.out.removesuffix("\n"))
     assert len(answers[0]) < len(answers[1]) and answers[1].startswith(answers[0])
+
+
+def test_several_questions_have_an_answer_each(trained_workdir, page, capsys):
+    flags = [f"--checkpoint={trained_workdir}", f"--image={page}", "--max_new_tokens=3"]
+    alone = []
+    for question in ("Who?", "What?"):
+        generate.main([*flags, f"--question={question}"])
+        alone.append(capsys.readouterr().out)
+    generate.main([*flags, "--question=Who?", "--question=What?"])
+    printed = capsys.readouterr()
+    assert printed.out == "".join(alone)
+    assert printed.err.index("Who?\n") < printed.err.index("What?\n")
 
 
 def test_takes_any_page_of_a_pdf(trained_workdir, tmp_path, no_model):

@@ -71,7 +71,10 @@ def environment() -> dict[str, str]:
     }
 
 
-def test_sigterm_saves_says_how_to_go_on_and_the_same_command_does(flags, tmp_path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_says_how_to_go_on_and_the_same_command_does(
+    flags, tmp_path, number, status
+):
     workdir = tmp_path / "run"
     argv = command("train", *flags, f"--workdir={workdir}", "--config.seed=3")
     process = subprocess.Popen(
@@ -87,9 +90,9 @@ def test_sigterm_saves_says_how_to_go_on_and_the_same_command_does(flags, tmp_pa
         metrics.exists() and metrics.read_text().count("\n") >= 2
     ):
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=300)
-    assert process.returncode == 143
+    assert process.returncode == status
     assert errors.count("\n") == 1
     assert errors.startswith("alignvlm_jax: stopped at step ")
     assert errors.strip().endswith(f"go on with: {' '.join(argv)}")

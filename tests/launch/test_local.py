@@ -112,14 +112,22 @@ def test_a_process_that_hears_no_signal_is_killed(tmp_path):
     assert time.monotonic() - began < 8
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_reaches_every_process_once_and_is_waited_for(tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "theirs", "status"),
+    [
+        (signal.SIGINT, 1, 1),
+        (signal.SIGTERM, 1, 1),
+        (signal.SIGINT, 143, 130),
+        (signal.SIGTERM, 143, 143),
+    ],
+)
+def test_ctrl_c_reaches_every_process_once_and_is_waited_for(tmp_path, number, theirs, status):
     """As a terminal does it: the signal goes to the launcher's whole process group."""
     python = tmp_path / "python"
     python.write_text(
         "#!/bin/sh\ntrap 'echo signal; stop=1' INT TERM\necho ready\nwhile [ -z \"$stop\" ]; do "
         "sleep 0.1; done\n"
-        "sleep 0.7\necho saved\nexit 1\n"
+        f"sleep 0.7\necho saved\nexit {theirs}\n"
     )
     python.chmod(0o755)
     environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(python)}
@@ -137,7 +145,7 @@ def test_ctrl_c_reaches_every_process_once_and_is_waited_for(tmp_path, number):
             while not all(log.exists() and log.read_text() for log in logs):
                 time.sleep(0.02)
             os.killpg(launcher.pid, number)
-            assert launcher.wait(30) == 1
+            assert launcher.wait(30) == status
         finally:
             launcher.kill()
     assert [log.read_text().split() for log in logs] == [["ready", "signal", "saved"]] * 2

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from alignvlm_jax.benchmarks.scores.task import LEFT_OUT
 from alignvlm_jax.commands.evaluate import BENCHMARKS
 from alignvlm_jax.config import EvalConfig
 from alignvlm_jax.data import filesystem, prepared, shards
-from alignvlm_jax.errors import UserError, counted
+from alignvlm_jax.errors import StoppedError, UserError, counted
 from alignvlm_jax.inference import loading
 from alignvlm_jax.inference.loading import Loaded
 from alignvlm_jax.logs import HostLog
@@ -162,7 +163,8 @@ def _stoppable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as err:
-        raise UserError("stopped; the same command goes on with what is left") from err
+        why = "stopped; the same command goes on with what is left"
+        raise StoppedError(why, signal.SIGINT) from err
 
 
 def _summarize(loaded: Loaded) -> dict[tuple[str, bool], Predictions]:

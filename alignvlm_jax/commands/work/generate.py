@@ -17,7 +17,7 @@ from alignvlm_jax.parallel import compile_cache
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the answer to a question about an image, or about nothing where there is none."""
+    """Prints the answers to questions about an image, or about nothing where there is none."""
     # Mistakes in the input are found before the model is loaded; the prompt is built only to see
     # whether it fits.
     config = loading.load_config(args.checkpoint, args.data)
@@ -25,7 +25,9 @@ def run(args: argparse.Namespace) -> None:
     if args.image:
         page = loading.load_page(args.checkpoint, args.image, args.page)
     tokenizer = loading.load_tokenizer(args.checkpoint, config.data, config.model)
-    ExampleBuilder.of(config, tokenizer).prompt(page, args.question)
+    builder = ExampleBuilder.of(config, tokenizer)
+    for question in args.question:
+        builder.prompt(page, question)
     loaded = loading.load(args.checkpoint, config)
     seen = "no image"
     if page:
@@ -34,12 +36,16 @@ def run(args: argparse.Namespace) -> None:
     print(f"{loaded.path}: {seen}", file=sys.stderr)
     with compile_cache.kept_in(loading.workdir_of(args.checkpoint)):
         assistant = Assistant(loaded, warn=logs.say)
-        answer = assistant.answer(page, args.question, max_new_tokens=args.max_new_tokens)
-    # A model that has nothing more to say may go on with line breaks.
-    print(answer.rstrip())
-    if not answer.strip():
-        # Else a blank line is all that one sees.
-        print("(an empty answer)", file=sys.stderr)
+        answers = assistant.answer(page, args.question, max_new_tokens=args.max_new_tokens)
+    for question, answer in zip(args.question, answers, strict=True):
+        if len(answers) > 1:
+            # Flushed, so that each stands above its answer.
+            print(question, file=sys.stderr, flush=True)
+        # A model that has nothing more to say may go on with line breaks.
+        print(answer.rstrip(), flush=True)
+        if not answer.strip():
+            # Else a blank line is all that one sees.
+            print("(an empty answer)", file=sys.stderr)
 
 
 def _count_tiles(page: Image.Image, vision: VisionConfig, data: DataConfig) -> int:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import itertools
+import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from alignvlm_jax.data.loader import TrainSequences
 from alignvlm_jax.data.record import Record
 from alignvlm_jax.data.shards import RecordSource
 from alignvlm_jax.data.stage_data import StageData
-from alignvlm_jax.errors import UserError, counted, nearest
+from alignvlm_jax.errors import StoppedError, UserError, counted, nearest
 from alignvlm_jax.inference import loading, patch_tokens
 from alignvlm_jax.inference.assistant import Assistant
 from alignvlm_jax.inference.loading import Loaded
@@ -53,7 +54,7 @@ def folders(stages: tuple[Config, ...] | None, args: argparse.Namespace) -> None
             config, data=dataclasses.replace(config.data, dir=args.data, sources={})
         )
     split = args.split or config.data.split
-    if args.record or args.filter or args.shuffle is not None:
+    if args.record or args.num_records:
         opened = StageData.open(config.data, config.model)
         builder = ExampleBuilder.of(config, opened.tokenizer)
         sources = [opened.records(folder, split) for folder in config.data.folders]
@@ -166,7 +167,8 @@ def analyse(chosen: Analysis, args: argparse.Namespace, argv: list[str]) -> None
         with compile_cache.kept_in(loading.workdir_of(args.checkpoint)):
             found = chosen.measure(loaded, args)
     except KeyboardInterrupt as err:
-        raise UserError("stopped; the same command goes on, and asks no question again") from err
+        why = "stopped; the same command goes on, and asks no question again"
+        raise StoppedError(why, signal.SIGINT) from err
     # All processes measure and have the results; the main one writes them.
     if distributed.is_main():
         _write(chosen, loaded, args, found)

@@ -38,11 +38,6 @@ def _text(plan: aot.Plan | GenerationPlan) -> str:
 
 def _generation_plan(config: Config, args: argparse.Namespace) -> GenerationPlan:
     """Returns the plan of a stage's generation on a slice."""
-    if args.mesh == "auto" or args.topology.endswith(":smallest"):
-        raise UsageError(
-            "--generate plans for one slice and mesh: say --topology=KIND:SHAPE and "
-            "--mesh=DATAxFSDPxTENSOR"
-        )
     jax.config.update("jax_platforms", "cpu")
     topology = hardware.parse_topology(args.topology, args.num_slices)
     if args.mesh:
@@ -71,8 +66,6 @@ def _plan(config: Config, args: argparse.Namespace) -> aot.Plan:
         # A name that is not known is taken for a GPU here: neither has shapes of slices.
         if not hardware.CHIPS.get(kind, hardware.CHIPS["h100"]).shapes:
             raise UsageError(f"unknown kind of TPU {kind!r}{nearest(kind, _tpus())}")
-        if args.num_slices != 1:
-            raise UsageError("--topology=KIND:smallest looks for one slice; leave --num_slices out")
         if not hardware.has_tpu_compiler():
             raise UsageError(
                 f"--topology={args.topology} needs libtpu: {how_to_install('tpu', 'tpu-compiler')}"
