@@ -14,7 +14,7 @@ from alignvlm_jax.data.examples import ExampleBuilder, PackedSequence
 from alignvlm_jax.data.loader import TrainSequences
 from alignvlm_jax.data.shards import RecordSource
 from alignvlm_jax.data.stage_data import StageData
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import UserError, counted
 from alignvlm_jax.inference import loading
 from alignvlm_jax.inference.loading import Prompts
 from alignvlm_jax.inference.sampler import Sampler
@@ -42,6 +42,7 @@ class GenerationEval:
         sources = validation.by_source(config, opened)
         self._chosen = _choose(sources, config.train.generate_questions, opened)
         count = len(self._chosen.places)
+        self.sample = counted(count, "held-out question")
         self._batch_size = loading.batch_size(
             count, config.eval.batch_size, mesh_lib.data_parallel_size(mesh)
         )

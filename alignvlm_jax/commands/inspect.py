@@ -64,8 +64,9 @@ def _parse(argv: list[str]) -> tuple[ConfigFlags, argparse.Namespace]:
     given, rest = config_flag.split(argv)
     args = parser.parse_args(rest)
     if args.analysis:
-        folder = ("--data", "--split", "--stage", "--num_sequences", "--num_rows")
-        unused = (*folder, *RECORD_FLAGS, "--config")
+        folder = ("--split", "--stage", "--num_sequences", "--num_rows")
+        fields = [flag.partition("=")[0] for flag in given.overrides]
+        unused = (*folder, *RECORD_FLAGS, "--config", *fields)
         parser.check_used(argv, unused, "is of a prepared folder, and --analysis=lens reads none")
         _check_lens(args)
         return given, args
@@ -165,5 +166,6 @@ def _check_lens(args: argparse.Namespace) -> None:
         raise UsageError("--analysis=lens needs --checkpoint=DIR")
     if not args.image:
         raise UsageError("--analysis=lens needs --image=FILE")
+    usage.check_exists("image", args.image)
     usage.check_run(args.checkpoint)
     usage.check_image(args.image, args.page)

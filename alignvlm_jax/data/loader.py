@@ -75,6 +75,11 @@ class TrainSequences:
     def __len__(self) -> int:
         return self._num_sequences
 
+    @property
+    def num_records(self) -> int:
+        """Records of the split, of all sources."""
+        return self._starts[-1]
+
     def __getitem__(self, index: int) -> PackedSequence:
         return self.builder.join([segment for _, segment in self.segments(index)])
 

@@ -65,7 +65,12 @@ def _with_text(sequences: TrainSequences) -> TrainSequences:
 
 class ValidationBatches:
     """A process's rows of the batches of the validation split, the same ones at every pass, read
-    anew in each: kept, those of the paper's stages would take gigabytes of every host."""
+    anew in each: kept, those of the paper's stages would take gigabytes of every host.
+
+    Attributes:
+      num_records: records in the batches of all processes.
+      num_held: records of the split.
+    """
 
     def __init__(
         self,
@@ -90,6 +95,10 @@ class ValidationBatches:
         self._sequences = sequences
         self._starts = range(0, max(1, num_sequences // batch_size) * batch_size, batch_size)
         self._local_rows = list(range(batch_size) if local_rows is None else local_rows)
+        numbers = range(len(self._starts) * batch_size)
+        # Distinct ones: where fewer were held out than there is room for, they come again.
+        self.num_records = len({one for i in numbers for one in sequences.schedule.records(i)})
+        self.num_held = sequences.num_records
         self._check(gather)
 
     def __iter__(self) -> Iterator[Batch]:

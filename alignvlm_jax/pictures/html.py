@@ -7,7 +7,7 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from alignvlm_jax.train import metrics
+from alignvlm_jax.train import goodput
 
 
 def render(template: str, **values: Any) -> str:
@@ -20,7 +20,7 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "duration": metrics.duration, "count": count}
+    environment.filters |= {"percent": _percent, "duration": goodput.duration, "count": count}
     return environment.get_template(template).render(**values)
 
 

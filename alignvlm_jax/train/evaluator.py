@@ -19,7 +19,13 @@ T = TypeVar("T")
 
 
 class Evaluator(Protocol):
-    """One measurement, set up for a stage."""
+    """One measurement, set up for a stage.
+
+    Attributes:
+      sample: how many records or questions it is of, for messages.
+    """
+
+    sample: str
 
     def run(
         self, params: Params, eval_step: EvalStep, should_stop: Callable[[], bool]

@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from alignvlm_jax.errors import counted
+
 CATEGORY_OF = {
     "starting": "other",
     "restoring": "other",
@@ -42,6 +44,68 @@ COMPILE_EVENTS = (
     "/jax/core/compile/jaxpr_to_mlir_module_duration",
     "/jax/core/compile/backend_compile_duration",
 )
+
+
+EVALUATIONS = {"validating": "validation", "generating": "generation eval"}
+"""What a message counts of the phases that may take as long as all steps together."""
+
+
+class Course:
+    """What of a stage is to come: steps, and the pauses between them, validation, generated answers
+    and saves. How long these take is known from those so far."""
+
+    def __init__(self, begin: int, end: int, every: Mapping[str, int], then: Sequence[str] = ()):
+        """
+        Args:
+          begin: step of the run with which the stage before ended.
+          end: last step of the stage.
+          every: by phase, the steps between two pauses in the stage; 0 where there are none.
+          then: names of the stages that follow.
+        """
+        self._begin = begin
+        self._end = end
+        self._every = {phase: steps for phase, steps in every.items() if steps}
+        self._then = then
+        self._seconds: dict[str, list[float]] = {}
+
+    def note(self, phase: str, seconds: float) -> None:
+        """Notes how long a pause was."""
+        self._seconds.setdefault(phase, []).append(seconds)
+
+    def left(self, step: int, step_seconds: float) -> str:
+        """Returns the time that is left of the stage when step `step` of the run has ended and its
+        pauses are to come, in words; "" where nothing is left whose time is known.
+
+        Args:
+          step: of the run.
+          step_seconds: what a step takes.
+        """
+        seconds = (self._end - step) * step_seconds
+        unknown = []
+        for phase in self._every:
+            count = self._num_pauses(phase, step)
+            measured = self._seconds.get(phase, [])
+            if measured:
+                # The first may have compiled something.
+                seconds += count * statistics.mean(measured[1:] or measured)
+            elif count and phase in EVALUATIONS:
+                unknown.append(counted(count, EVALUATIONS[phase]))
+        if not seconds:
+            return ""
+        left = f"{' and '.join([duration(max(1, seconds)), *unknown])} left"
+        if not self._then:
+            return left
+        others = f" and {len(self._then) - 1} more" if len(self._then) > 1 else ""
+        return f"{left} in this stage, then {self._then[0]}{others}"
+
+    def _num_pauses(self, phase: str, step: int) -> int:
+        """Returns how many pauses are due at `step` and later: every so many steps, and at the
+        stage's end."""
+        every = self._every[phase]
+        length = self._end - self._begin
+        # Those at steps before this one are over; at the begin itself there is none.
+        over = max(step - 1 - self._begin, 0) // every
+        return length // every - over + bool(length % every)
 
 
 class Phases:
@@ -246,3 +310,13 @@ def process_began() -> float:
     except (OSError, ValueError, IndexError, AttributeError):
         return now
     return now - max(0.0, age)
+
+
+def duration(seconds: float) -> str:
+    """Returns a duration in words, as "1 h 02 min", "2 min 05 s" or "7 s"."""
+    seconds = round(seconds)
+    hours = seconds // 3600
+    minutes = seconds // 60 % 60
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {seconds % 60:02d} s" if minutes else f"{seconds} s"

@@ -222,7 +222,7 @@ def _train_stage(run: Run, stage: Stage, newest: int, lacking: Sequence[str]) ->
                 train_step, eval_step = step.compile_steps(model, config, tx, abstract, mesh)
             if config.train.jit:
                 seconds = time.monotonic() - began
-                run.progress.say(f"compiled in {metrics.duration(seconds)}")
+                run.progress.say(f"compiled in {goodput.duration(seconds)}")
             # Counted once a stage, from shapes: of the plain program and not of the one just
             # compiled.
             mfu_of = flops.mfu_of(config, abstract.params, mesh.devices.flat)

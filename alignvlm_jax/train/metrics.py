@@ -23,6 +23,7 @@ from alignvlm_jax import storage
 from alignvlm_jax.data.record import Batch
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.storage import Path, faults
+from alignvlm_jax.train.goodput import Course
 
 FILE = "metrics.jsonl"
 LIVE_SECONDS = 0.25
@@ -260,6 +261,8 @@ class Progress:
         self._stage = ""
         self._line = ""
         self._rate = ("", 0.0)
+        self.course = Course(0, total_steps, {})
+        """What of the present stage is to come: set anew by each stage."""
 
     def __enter__(self) -> "Progress":
         if self._live:
@@ -312,15 +315,11 @@ class Progress:
         self._shown_at = time.monotonic()
         mfu = f"  MFU {values['mfu']:.1%}" if "mfu" in values else ""
         speed = f"{rate:.2f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step"
-        left = f"{duration(max(1, (self._total - step) / rate))} left  "
-        # After the last step there is validation and a save, and nobody knows for how long.
-        if step == self._total or (is_first and 1 / rate < LONG_STEP):
-            left = ""
+        left = "" if is_first and 1 / rate < LONG_STEP else self.course.left(step, 1 / rate)
         # What is beyond a narrow terminal's edge is not seen: the time left comes first.
-        line = (
-            f"{stage}  step {step}/{self._total}  {left}{speed}{mfu}  loss {values['loss']:.3f}  "
-            f"token accuracy {values['token_accuracy']:.3f}"
-        )
+        quality = f"loss {values['loss']:.3f}  token accuracy {values['token_accuracy']:.3f}"
+        parts = [stage, f"step {step}/{self._total}", left, f"{speed}{mfu}", quality]
+        line = "  ".join(filter(None, parts))
         if self._live:
             self._show(line)
         else:
@@ -334,12 +333,14 @@ class Progress:
         """
         line = f"{stage}  step {step}/{self._total}  {phase} ..."
         before = self._line  # A nested phase ends into the one around it.
+        began = time.monotonic()
         if self._live:
             self._show(line)
         elif is_long:
             self.say(line)
         try:
             yield
+            self.course.note(phase, time.monotonic() - began)
         finally:
             if self._live:
                 self._show(before)
@@ -361,13 +362,3 @@ class Progress:
             rate = 1 / (0.9 / last_rate + 0.1 / rate)
         self._rate = stage, rate
         return rate
-
-
-def duration(seconds: float) -> str:
-    """Returns a duration in words, as "1 h 02 min", "2 min 05 s" or "7 s"."""
-    seconds = round(seconds)
-    hours = seconds // 3600
-    minutes = seconds // 60 % 60
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {seconds % 60:02d} s" if minutes else f"{seconds} s"

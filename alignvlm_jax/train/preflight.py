@@ -17,7 +17,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel import mesh as mesh_lib
-from alignvlm_jax.train import metrics, restore, state, warm_start
+from alignvlm_jax.train import goodput, restore, state, warm_start
 from alignvlm_jax.train.checkpoint import Checkpoints
 from alignvlm_jax.train.state import Params
 
@@ -81,7 +81,7 @@ def open_stages(stages: tuple[Config, ...]) -> list[StageData]:
     if seconds > LONG_STEP_SECONDS and distributed.is_main():
         logs.say(
             f"a step of stage {stage!r} takes minutes on this machine's CPU, about "
-            f"{metrics.duration(seconds)}: --config=trial is made for it"
+            f"{goodput.duration(seconds)}: --config=trial is made for it"
         )
     return found
 

@@ -16,7 +16,7 @@ from alignvlm_jax.data import loader
 from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import exchange, sharding
-from alignvlm_jax.train import checkpoint, metrics, step
+from alignvlm_jax.train import checkpoint, goodput, metrics, step
 from alignvlm_jax.train.checkpoint import BrokenCheckpoint, Checkpoints
 from alignvlm_jax.train.evaluator import Evaluator, Kind
 from alignvlm_jax.train.goodput import Phases
@@ -140,6 +140,7 @@ class StageLoop:
         before that does the evaluations of step `newest` that a stop left out."""
         self.saved = newest
         self.saved_at = time.monotonic()
+        self.run.progress.course = self._course()
         self._evaluate(live, newest, lacking)
         if newest < self.stage.end:
             self._open_batches(position)
@@ -148,6 +149,13 @@ class StageLoop:
         # The next stage would compile before it asks.
         if (self.stage.end < self.run.total or self.was_cut_short) and self.run.stop.requested():
             raise self._stopped(self.stage.end)
+
+    def _course(self) -> goodput.Course:
+        config = self.stage.config
+        every = {kind.phase: kind.every(config) for kind in self.run.kinds}
+        every["saving"] = config.train.checkpoint_every
+        then = [stage.stage for stage in self.run.stages[self.stage.index + 1 :]]
+        return goodput.Course(self.stage.begin, self.stage.end, every, then)
 
     def _open_batches(self, position: Mapping[str, Any]) -> None:
         config = self.stage.config
@@ -318,7 +326,8 @@ class StageLoop:
                     for key, value in values.items()
                     if key.count("/") == 1
                 ]
-                self.run.progress.say(f"{name} at step {now}: {', '.join(shown)}")
+                sample = self.evaluators[name].sample
+                self.run.progress.say(f"{name} at step {now}, of {sample}: {', '.join(shown)}")
                 answer_loss = values.get("validation/answer_loss", answer_loss)
         return answer_loss
 

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import validation
 from alignvlm_jax.data.stage_data import StageData
+from alignvlm_jax.errors import counted
 from alignvlm_jax.parallel import exchange, sharding
 from alignvlm_jax.train import step
 from alignvlm_jax.train.evaluator import Kind, with_sources
@@ -31,6 +32,10 @@ class Validation:
             )
             for name, sequences in sources.items()
         }
+        used = sum(batches.num_records for batches in self._batches.values())
+        held = sum(batches.num_held for batches in self._batches.values())
+        # A loss of a handful of records says little about others.
+        self.sample = f"{used:,} of {counted(held, 'held-out record')}"
 
     def run(
         self, params: Params, eval_step: step.EvalStep, should_stop: Callable[[], bool]

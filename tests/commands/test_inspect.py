@@ -299,7 +299,7 @@ def test_wrong_analyses(trained_workdir, capsys, flags, status, message):
             [
                 "--analysis=lens",
                 "--checkpoint={folder}",
-                "--image={folder}/tokenizer.model",
+                "--image=docs/form.png",
                 "--out=a.pdf",
             ],
             1,

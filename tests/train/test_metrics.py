@@ -11,7 +11,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from alignvlm_jax import storage
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.train import evaluator, metrics
+from alignvlm_jax.train import evaluator, goodput, metrics
 
 VALUES = {"loss": 1.25, "token_accuracy": 0.5, "steps_per_second": 4.0}
 
@@ -167,6 +167,38 @@ def test_the_time_left_is_smoothed_within_a_stage_and_starts_anew_in_the_next(cl
     assert "8 min 20 s left  2.00 steps/s" in lines[-1]
 
 
+def test_the_time_left_has_the_pauses_that_are_to_come_and_names_the_stages(clock):
+    """It told of 25 s where validation took a minute each time, and nothing of later stages."""
+    console = Console(file=io.StringIO(), soft_wrap=True)
+    # Validations at 40, 60, 80, 100 and 105; saves at 50, 80 and 105.
+    every = {"validating": 20, "saving": 30, "generating": 0}
+
+    def pause(phase: str, seconds: float) -> None:
+        with progress.busy(40, "read", phase, is_long=False):
+            clock[0] += seconds
+
+    with metrics.Progress(console, 200) as progress:
+        progress.course = goodput.Course(20, 105, every, ["tune", "polish", "last"])
+        for step in (25, 41, 81, 105):
+            progress.update(step, "read", VALUES)
+            clock[0] += 31
+            if step == 25:
+                # The first validation compiles, and counts only while there is no other.
+                pause("validating", 60)
+                pause("saving", 2)
+            if step == 41:
+                pause("validating", 30)
+    lines = [line.split("  4.00")[0] for line in console.file.getvalue().splitlines()]
+    then = "in this stage, then tune and 2 more"
+    assert lines == [
+        f"read  step 25/200  20 s and 5 validations left {then}",
+        # 64 steps of 1/4 s, four validations of 60 s and three saves of 2 s.
+        f"read  step 41/200  4 min 22 s left {then}",
+        f"read  step 81/200  1 min 08 s left {then}",
+        f"read  step 105/200  32 s left {then}",
+    ]
+
+
 def test_on_a_terminal_the_newest_values_show():
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
     with metrics.Progress(console, 100) as progress:
@@ -204,7 +236,7 @@ def test_on_a_terminal_the_line_says_what_is_done():
     ("seconds", "text"), [(6.6, "7 s"), (125, "2 min 05 s"), (3725, "1 h 02 min")]
 )
 def test_duration(seconds, text):
-    assert metrics.duration(seconds) == text
+    assert goodput.duration(seconds) == text
 
 
 def test_means_of_all_parts_and_with_several_sources_of_each():
