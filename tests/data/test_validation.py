@@ -104,3 +104,15 @@ def test_a_process_decodes_its_own_rows_of_validation_alone(demo_config, monkeyp
     for mine, all_sequences in zip(own, whole, strict=True):
         assert_equal(mine, {name: array[[1, 3]] for name, array in all_sequences.items()})
     assert sorted(read) == [1, 3, 5, 7]
+
+
+def test_batches_know_of_how_many_records_they_are(demo_config):
+    """Of a few a loss says little about others; where there is room for more they come again."""
+    few, all_of_them = (
+        validation.ValidationBatches(held_out(demo_config), 4, count) for count in (4, 1000)
+    )
+    assert few.num_held == all_of_them.num_held == NUM_DOCUMENTS
+    seen = {
+        record for number in range(4) for record in held_out(demo_config).schedule.records(number)
+    }
+    assert few.num_records == len(seen) < NUM_DOCUMENTS == all_of_them.num_records
