@@ -71,4 +71,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     usage.check_exists("folder of runs", args.workdir)
+    if not storage.is_bucket(args.workdir) and not any(args.workdir.glob("*/*_seed*")):
+        # As `compare.find`, which imports jax first.
+        raise UserError(f"{args.workdir} has no runs named TABLE/ROW_seedN")
     return args

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from alignvlm_jax import storage
 from alignvlm_jax.commands import next_commands, usage
 from alignvlm_jax.errors import StoppedError, UsageError, nearest
 from alignvlm_jax.flag_types import positive
@@ -325,6 +326,7 @@ def _check_needed(args: argparse.Namespace) -> None:
     flags = {"--out=FOLDER": args.out, "--tokenizer=FILE_OR_FOLDER": args.tokenizer}
     needed = [flag for flag, value in flags.items() if not value]
     if not needed:
+        usage.check_exists("tokenizer", storage.path(args.tokenizer), TOKENIZER_HINT)
         return
     out = args.out or _own_folder(args.source)
     tokenizer = args.tokenizer or f"{next_commands.DEFAULT_CHECKPOINT}/tokenizer"
@@ -345,11 +347,12 @@ def _own_folder(source: str) -> str:
 
 def _recount(args: argparse.Namespace) -> None:
     """Counts the tokens of a prepared folder anew."""
+    if not args.tokenizer:
+        raise UsageError(f"--tokenizer=FILE_OR_FOLDER is needed; {TOKENIZER_HINT}")
+    usage.check_exists("tokenizer", storage.path(args.tokenizer), TOKENIZER_HINT)
     # Late, as above.
     from alignvlm_jax.ingest import job
 
-    if not args.tokenizer:
-        raise UsageError(f"--tokenizer=FILE_OR_FOLDER is needed; {TOKENIZER_HINT}")
     counts = job.recount(Path(args.out), args.tokenizer)
     sizes = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     print(f"{args.out}: counted {sizes} records")

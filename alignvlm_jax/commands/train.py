@@ -67,6 +67,12 @@ def _parse(argv: list[str]) -> tuple[Path, ConfigFlags, list[str]]:
 def _stages(given: ConfigFlags, argv: list[str]) -> tuple[Config, ...]:
     """Returns the stages of the config; raises UserError if it is wrong."""
     with _told_to_others(argv):
+        if not usage.several_processes():
+            # Now, as far as flags tell: the config file imports jax.
+            for flag in given.overrides:
+                name, _, folder = flag.partition("=")
+                if name == "--config.data.dir":
+                    _check_exists(folder, is_default=False)
         found = config_flag.stages(given)
         # Of several hosts each may have the data elsewhere: they are asked once they are joined.
         if not usage.several_processes():
@@ -88,13 +94,7 @@ def _check_data(folder: str, tokenizer: str, is_default: bool) -> None:
     """
     if storage.is_bucket(folder) or not folder:
         return
-    if not os.path.exists(folder):
-        default = ", which the config reads by default" if is_default else ""
-        how = MADE_BY.get(folder, "`prepare` makes one of your own documents")
-        raise UserError(
-            f"there is no folder {folder}{default}: {how}; another one is named by "
-            "--config.data.dir=FOLDER"
-        )
+    _check_exists(folder, is_default)
     # Late: it imports the libraries of all formats.
     from alignvlm_jax.commands import next_commands
     from alignvlm_jax.data.shards import ENDINGS
@@ -111,6 +111,17 @@ def _check_data(folder: str, tokenizer: str, is_default: bool) -> None:
             f"--source={survey.quoted(folder)} --out={out} "
             f"--tokenizer={survey.quoted(tokenizer or 'TOKENIZER')}, then train with "
             f"--config.data.dir={out}"
+        )
+
+
+def _check_exists(folder: str, is_default: bool) -> None:
+    """Raises UserError, as `_check_data`, where `data.dir` is no folder."""
+    if folder and not storage.is_bucket(folder) and not os.path.exists(folder):
+        default = ", which the config reads by default" if is_default else ""
+        how = MADE_BY.get(folder, "`prepare` makes one of your own documents")
+        raise UserError(
+            f"there is no folder {folder}{default}: {how}; another one is named by "
+            "--config.data.dir=FOLDER"
         )
 
 

@@ -69,7 +69,7 @@ class _Parser(argparse.ArgumentParser):
             self._check_twice(given)
         found, unknown = self.parse_known_args(given, namespace)
         if unknown:
-            hint = "; a value with spaces needs quotes" if len(unknown) > 1 else ""
+            hint = "; flags are --name=value, and a value with spaces needs quotes"
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return found
 
@@ -152,14 +152,15 @@ def parser(command: str, *, others: Sequence[str] = (), **settings: Any) -> _Par
     return made
 
 
-def check_exists(what: str, where: Path) -> None:
+def check_exists(what: str, where: Path, hint: str = "") -> None:
     """Raises UserError where there is nothing at a path, before jax is imported to look into it.
 
     Nothing is said of a bucket, which is asked later, nor as one process of several: others wait
     until this one has joined them, and only then can be told.
     """
     if _is_here(where) and not where.exists():
-        raise UserError(f"no {what} at {where}: there is no such file or folder")
+        more = f"; {hint}" if hint else ""
+        raise UserError(f"no {what} at {where}: there is no such file or folder{more}")
 
 
 def check_image(where: Path, page: int) -> None:

@@ -78,6 +78,16 @@ WRONG = [
     (["inspect", "--dir=x"], 2, "did you mean '--data'?"),
     (["prepare", "--input=x"], 2, "did you mean '--source'?"),
     (["convert", "--workdir=x", "--export"], 2, "did you mean '--checkpoint'?"),
+    (["train", "demo", "--workdir=x", "--config=demo"], 2, "flags are --name=value"),
+    # What is not there.
+    (["train", *CONFIG, "--config.data.dir=/none"], 1, "there is no folder /none: `prepare`"),
+    (
+        ["prepare", "--source=docs/form.png", "--format=images", "--out=x", "--tokenizer=/none"],
+        1,
+        "no tokenizer at /none",
+    ),
+    (["prepare", "--recount", "--out=x", "--tokenizer=/none"], 1, "no tokenizer at /none"),
+    (["compare", "--workdir=docs"], 1, "docs has no runs named TABLE/ROW_seedN"),
     # Given twice.
     (["evaluate", "--checkpoint=x", "--checkpoint=y"], 2, "given twice, as 'x' and 'y'"),
     (["evaluate", "--checkpoint", "x", "--checkpoint=y"], 2, "given twice, as 'x' and 'y'"),
@@ -189,7 +199,7 @@ def test_a_run_without_a_checkpoint_says_whether_one_comes(tmp_path):
         (
             "yet: process 0 on here (pid 7) is training in it, training at step 3 of 200",
             "its run has stopped at step 3 of 200",
-            "is silent for 300 s",
+            "has been silent for 30",
         ),
         strict=True,
     ):
