@@ -248,7 +248,9 @@ def no_checkpoint(workdir: Path) -> str:
     first = _first_checkpoint(workdir)
     age = time.time() - beat["time"]
     if beat["phase"] in ENDED or age > SILENT_SECONDS:
-        how = f"has {beat['phase']}" if beat["phase"] in ENDED else f"has been silent for {age:.0f} s"
+        how = (
+            f"has {beat['phase']}" if beat["phase"] in ENDED else f"has been silent for {age:.0f} s"
+        )
         return f"{problem}: its run {how} at {at}, and the first comes {first}; train it on"
     return (
         f"{problem} yet: {_name(beat)} (pid {beat['pid']}) is training in it, {beat['phase']} at "

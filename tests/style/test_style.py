@@ -15,7 +15,7 @@ ARCHITECTURE = REPOSITORY / "docs" / "architecture.md"
 AT_MOST = {
     "files that are no entries of a registry": 141,
     "of them under 60 lines with a single importer": 1,
-    "longest file, lines": 373,
+    "longest file, lines": 366,
     "functions that take the whole Config": 29,
     "lines over 100 columns": 0,
     "double assignments": 0,
