@@ -71,8 +71,8 @@ def _parse(argv: list[str]) -> tuple[ConfigFlags, argparse.Namespace]:
             "--mesh=DATAxFSDPxTENSOR"
         )
     if is_smallest:
-        looks = "is left out with --topology=KIND:smallest, which looks for one slice and its mesh"
-        parser.check_used(argv, ("--mesh", "--num_slices"), looks)
+        why = "is left out with --topology=KIND:smallest, which looks for one slice and its mesh"
+        parser.check_used(argv, ("--mesh", "--num_slices"), why)
     else:
         # For its error, which should not wait for the config.
         hardware.parse_topology(args.topology, args.num_slices)

@@ -253,8 +253,7 @@ BAD = {
     "topology": (["--topology=v5e:3x3"], "unknown topology 'v5e:3x3'; v5e slices: 2x2, 2x4"),
     "slices": (["--topology=v5e:2x4", "--num_slices=2", "--mesh=1x16x1"], "data 1 does not divide "
                                                                           "over 2 slices"),
-    "no_slices": (["--topology=v5e:smallest", "--num_slices=2"], "looks for one slice; leave "
-                                                                 "--num_slices out"),
+    "no_slices": (["--topology=v5e:smallest", "--num_slices=2"], "which looks for one slice"),
     "kind": (["--topology=v7:smallest"], "unknown kind of TPU 'v7'"),
     "mesh_text": (["--topology=v5e:2x4", "--mesh=4x2"], "--mesh is '4x2'"),
     "no_mesh_at_all": (["--topology=v5e:2x4", "--mesh=auto", "--config.train.batch_size=7",
