@@ -146,6 +146,9 @@ def test_every_block_runs_after_those_before_it(folder):
         elif words[0] == "python":
             extra = [flag for part, flags in SMALL.items() if part in said for flag in flags]
             argv = [word.replace("--page=3", "--page=1") for word in words[3:]]
+            # A flag that is given twice is an error.
+            named = tuple(f"{flag.partition('=')[0]}=" for flag in extra)
+            argv = [word for word in argv if not named or not word.startswith(named)]
             assert program.main([*argv, *extra]) == 0, said
     assert (folder / "runs" / "lens.html").exists() and (folder / "data/mine/rows.html").exists()
 
