@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -111,6 +111,19 @@ def send(number: signal.Signals, at: int) -> Callable[[int, dict], None]:
     return lambda now, batch: os.kill(os.getpid(), number) if now == at else None
 
 
+class Held:
+    """Stands in for `ValidationBatches`."""
+
+    num_records = 3
+    num_held = 40
+
+    def __init__(self, batches: Iterable):
+        self._batches = batches
+
+    def __iter__(self) -> Iterator:
+        return iter(self._batches)
+
+
 def train(
     workdir: Path,
     batches: Batches | None = None,
@@ -126,7 +139,9 @@ def train(
     with (
         mock.patch.object(loader, "TrainBatches", batches or Batches()),
         mock.patch.object(data_validation, "by_source", lambda config, opened: {"": config}),
-        mock.patch.object(data_validation, "ValidationBatches", validation),
+        mock.patch.object(
+            data_validation, "ValidationBatches", lambda *args: Held(validation(*args))
+        ),
         mock.patch.object(loader, "TrainSequences"),
         mock.patch.object(
             StageData, "open", return_value=mock.MagicMock(tokenizer_files=TOKENIZER)

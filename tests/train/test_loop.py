@@ -238,6 +238,8 @@ def test_answers_that_a_stop_cut_short_come_after_the_validation_that_was_logged
     class Answers:
         """Stands in for `GenerationEval`; the score tells which parameters answered."""
 
+        sample = "2 held-out questions"
+
         def run(self, params, eval_step, should_stop) -> dict[str, float] | None:
             stopping["at"] -= 1
             if stopping["at"] == 0:
