@@ -4,6 +4,7 @@ endings and root elements.
 A new kind is a module in this folder with `read_pages`, and a line in one of the tables.
 """
 
+import re
 from collections.abc import Callable
 from xml.etree.ElementTree import Element
 
@@ -22,6 +23,10 @@ BY_ROOT: dict[str, Callable[[Element], tuple[OcrPage, ...]]] = {
     "PcGts": page_xml.read_pages,
 }
 """Of files that end in .xml, by the name of the root element."""
+HTML = re.compile(
+    rb"(?is)(?:\xef\xbb\xbf)?(?:\s|<\?.*?\?>|<!--.*?-->|<!doctype[^>\[]*>)*+<(?:\w+:)?html\b"
+)
+"""How a file of HTML begins."""
 ENDINGS = (*BY_ENDING, ".xml", ".alto.xml", ".page.xml")
 
 
@@ -34,9 +39,12 @@ def read_pages(content: bytes, name: str) -> tuple[OcrPage, ...]:
     for ending, read in BY_ENDING.items():
         if name.lower().endswith(ending):
             return read(content)
+    # Programs write hOCR, which is HTML or XHTML, under both endings; names of characters, as
+    # &nbsp;, are those of HTML and no XML.
+    if HTML.match(content):
+        return hocr.read_pages(content)
     root = safe_xml.parse(content)
-    # Programs write hOCR, which is XHTML, under both endings.
-    if root.tag.lower() == "html":
+    if root.tag.lower() == "html":  # in UTF-16
         return hocr.read_pages(content)
     if root.tag not in BY_ROOT:
         raise Reject(

@@ -1,5 +1,7 @@
 """hOCR: HTML whose elements say by their class what they are, and by their title where."""
 
+import codecs
+import html
 import re
 from html.parser import HTMLParser
 from typing import NamedTuple
@@ -14,10 +16,16 @@ LINES = {"ocr_line", "ocrx_line", "ocr_header", "ocr_footer", "ocr_caption", "oc
 WORDS = {"ocrx_word", "ocr_word"}
 VOID = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "wbr"}
 """Elements that have no end."""
+UNSEEN = ("script", "style")
+"""Elements whose text no page shows."""
 MAX_DEPTH = 1000
 """Depth of elements: paragraphs that a file never ends lie within each other."""
 NUMBER = r"\s+(-?[\d.]+)"
 BOX = re.compile(rf"\bbbox{NUMBER}{NUMBER}{NUMBER}{NUMBER}")
+CDATA = re.compile(r"<!\[CDATA\[(.*?)\]\]>", re.DOTALL)
+HEAD_BYTES = 1024
+"""Bytes in which a file says how it is encoded, as browsers look for it."""
+ENCODING = re.compile(rb"(?i)<(?:\?xml|meta)\b[^>]*?(?:charset|encoding)\s*=\s*[\"']?([\w.-]+)")
 CONFIDENCE = re.compile(rf"\bx_wconf{NUMBER}")
 
 
@@ -31,10 +39,9 @@ class _Open(NamedTuple):
 
 def read_pages(content: bytes) -> tuple[OcrPage, ...]:
     """Returns the pages of a hOCR file, as they follow each other; raises Reject if it has none."""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as err:
-        raise Reject(f"hOCR that is no UTF-8 ({err.reason} at byte {err.start})") from err
+    text = _decoded(content)
+    # Of XHTML they are text, and html.parser takes them for comments.
+    text = CDATA.sub(lambda found: html.escape(found[1]), text)
     parser = _Parser()
     try:
         parser.feed(text)
@@ -48,6 +55,23 @@ def read_pages(content: bytes) -> tuple[OcrPage, ...]:
         OcrPage(size, page_lib.without_empty(lines))
         for size, lines in zip(parser.sizes, parser.pages, strict=True)
     )
+
+
+def _decoded(content: bytes) -> str:
+    """Returns the text of a file, in the encoding that it names at its beginning, or else UTF-8."""
+    found = ENCODING.search(content[:HEAD_BYTES])
+    name = found[1].decode() if found else "utf-8"
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        name = "utf-16"
+    elif content.startswith(codecs.BOM_UTF8) or name.lower() == "utf8":
+        name = "utf-8"
+    text = content.removeprefix(codecs.BOM_UTF8)
+    try:
+        return text.decode(name)
+    except UnicodeDecodeError as err:
+        raise Reject(f"hOCR that is no {name.upper()} ({err.reason} at byte {err.start})") from err
+    except (LookupError, UnicodeError) as err:  # also of what is no encoding of texts
+        raise Reject(f"hOCR of an unknown encoding ({name:.40})") from err
 
 
 class _Parser(HTMLParser):
@@ -99,6 +123,8 @@ class _Parser(HTMLParser):
         self.handle_endtag(tag)
 
     def handle_data(self, data: str) -> None:
+        if any(one.tag in UNSEEN for one in self._open):
+            return
         kinds = [one.kind for one in self._open if one.kind]
         # The characters of a word may be elements of their own within it.
         if "word" in kinds:

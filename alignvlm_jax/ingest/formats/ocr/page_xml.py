@@ -1,6 +1,8 @@
 """PAGE, versions of 2013 to 2019: regions of lines of words, with outlines in pixels and the order
 in which the regions are read."""
 
+import collections
+import operator
 from collections.abc import Iterator
 from xml.etree.ElementTree import Element
 
@@ -76,14 +78,72 @@ def _lines(region: Element) -> list[Element]:
 
 
 def _words(line: Element) -> tuple[Word, ...]:
-    """Returns the words of a line; where they have no text of their own, those of its text."""
+    """Returns the words of a line, of whose text the line's own is the one that counts: people who
+    correct a transcription correct lines, and leave the words as the program read them."""
     text, confidence = _text(line)
-    words = [(*_text(word), word) for word in safe_xml.within(line, "Word")]
-    if words and all(spelled for spelled, *_ in words):
-        return tuple(
-            Word(spelled, _box(word, spelled), None, sure) for spelled, sure, word in words
+    readings = [(*_text(word), word) for word in safe_xml.within(line, "Word")]
+    if not text or all(spelled for spelled, *_ in readings):
+        words = tuple(
+            Word(spelled, _box(word, spelled), None, sure)
+            for spelled, sure, word in readings
+            if spelled
         )
-    return page_lib.spread(text, _box(line, text), confidence) if text else ()
+        if not text:
+            return words
+        if found := _respelled(text, words, confidence):
+            return found
+    return page_lib.spread(text, _box(line, text), confidence)
+
+
+def _respelled(text: str, words: tuple[Word, ...], confidence: float | None) -> tuple[Word, ...]:
+    """Returns the words of a line as its text spells them, in its order, in the boxes of `words`;
+    none where it does not tell which box is whose.
+
+    Args:
+      text: of the line, its words apart by single spaces.
+      words: with text each.
+      confidence: of the line, for words that are spelt otherwise.
+    """
+    tokens = text.split()
+    spelled = [word.text.replace(" ", "") for word in words]
+    # Punctuation may be a word of its own, and a word may have a space.
+    if "".join(spelled) == "".join(tokens):
+        return tuple(_merged(tokens, words))
+    if len(tokens) != len(words):
+        return ()
+    if sorted(tokens) == sorted(spelled):
+        # Stable: of equal words the first in the file is the first of the line.
+        by_text = iter(sorted(zip(spelled, range(len(words)), strict=True)))
+        places = sorted(range(len(tokens)), key=lambda place: (tokens[place], place))
+        found = {place: words[number] for place, (_, number) in zip(places, by_text, strict=True)}
+        return tuple(found[place] for place in range(len(tokens)))
+    in_place = sum(map(operator.eq, tokens, spelled))
+    # What stands in another place was moved: its box cannot be told by counting.
+    if (collections.Counter(tokens) & collections.Counter(spelled)).total() > in_place:
+        return ()
+    return tuple(
+        word if token == was else Word(token, word.box, None, confidence)
+        for token, was, word in zip(tokens, spelled, words, strict=True)
+    )
+
+
+def _merged(tokens: list[str], words: tuple[Word, ...]) -> Iterator[Word]:
+    """Yields words of the same characters as `tokens`, and broken as these are; what is several
+    tokens in one box stays one word."""
+    rest = list(tokens)
+    group: list[Word] = []
+    names: list[str] = []
+    for word in words:
+        group.append(word)
+        length = sum(len(one.text.replace(" ", "")) for one in group)
+        while rest and sum(map(len, names)) < length:
+            names.append(rest.pop(0))
+        if sum(map(len, names)) == length:
+            sides = list(zip(*(one.box for one in group), strict=True))
+            box = (min(sides[0]), min(sides[1]), max(sides[2]), max(sides[3]))
+            sure = [one.confidence for one in group if one.confidence is not None]
+            yield Word(" ".join(names), box, None, min(sure, default=None))
+            group, names = [], []
 
 
 def _text(element: Element) -> tuple[str, float | None]:

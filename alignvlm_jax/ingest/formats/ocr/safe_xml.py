@@ -1,6 +1,8 @@
 """XML of strangers: parsed without entities, and no deeper than OCR is."""
 
+import re
 from collections.abc import Iterator
+from html.entities import name2codepoint
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
@@ -8,6 +10,9 @@ from alignvlm_jax.ingest.formats.base import Reject
 
 MAX_DEPTH = 64
 """Depth of elements; OCR has regions within regions, a dozen at most."""
+REFERENCE = re.compile(rb"&([A-Za-z]\w*);")
+"""A reference to a character by its name."""
+OF_XML = (b"amp", b"lt", b"gt", b"quot", b"apos")
 MAX_ELEMENTS = 1 << 20
 """Number of elements; a newspaper has 20,000 a page."""
 
@@ -48,10 +53,23 @@ def parse(content: bytes) -> Element:
     parser.CharacterDataHandler = builder.data
     parser.EntityDeclHandler = entity
     try:
-        parser.Parse(content, True)
-        return builder.close()
+        # Nothing may stand before the declaration, not even a line break.
+        parser.Parse(REFERENCE.sub(_as_number, content.lstrip()), True)
+        root = builder.close()
     except (expat.ExpatError, ValueError, LookupError) as err:  # LookupError: an unknown encoding
         raise Reject(f"no XML, or damaged ({err})") from err
+    # In a file that names a DTD expat leaves them out of the text, and says nothing.
+    for found in REFERENCE.finditer(content):
+        if _as_number(found) == found[0] and found[1] not in OF_XML:
+            raise Reject(f"XML with a character of an unknown name ({found[0].decode():.40})")
+    return root
+
+
+def _as_number(reference: re.Match[bytes]) -> bytes:
+    """Returns a reference to a character by the name that HTML has for it as one by its number;
+    others as they are."""
+    number = name2codepoint.get(reference[1].decode())
+    return reference[0] if number is None or reference[1] in OF_XML else b"&#%d;" % number
 
 
 def _local(name: str) -> str:

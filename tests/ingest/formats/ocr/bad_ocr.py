@@ -21,6 +21,12 @@ BAD = {
         '<!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]><alto>&b;</alto>',
         "XML that declares entities",
     ),
+    "unknown.xml": (
+        changed(make_ocr.alto(), ("<alto", '<!DOCTYPE a SYSTEM "a"><alto'), ('"Total"', '"&odd;"')),
+        "a character of an unknown name .&odd;",
+    ),
+    "encoding.hocr": (changed(make_ocr.hocr(), ("UTF-8", "utf-99")), "unknown encoding .utf-99"),
+    "codec.hocr": (changed(make_ocr.hocr(), ("UTF-8", "undefined")), "unknown encoding"),
     "deep.xml": ("<a>" * 100_000, "nested more than 64 deep"),
     "deep.hocr": ("<div>" * 100_000, "nested more than 1000 deep"),
     "many.xml": (f"<alto>{'<a/>' * (1 << 20)}</alto>", "of more than 1,048,576 elements"),

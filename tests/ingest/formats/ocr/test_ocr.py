@@ -85,6 +85,66 @@ def test_page_lines_without_words_have_those_of_their_text():
     assert page.lines[0][1].box == pytest.approx((80, 10, 130, 30))
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Sum 12.50", [("Sum", 20, 70, None), ("12.50", 80, 130, 0.8)]),
+        ("12.50 Total", [("12.50", 80, 130, 0.8), ("Total", 20, 70, 0.9)]),
+        ("Total12.50", [("Total12.50", 20, 130, 0.8)]),
+        ("To tal 12.50", [("To tal", 20, 70, 0.9), ("12.50", 80, 130, 0.8)]),
+        # Nothing tells where the third stands, or which was moved: as of lines without words.
+        (
+            "Tot 1 2",
+            [("Tot", 20, 67.14, None), ("1", 82.86, 98.57, None), ("2", 114.29, 130, None)],
+        ),
+        ("12.50 Sum", [("12.50", 20, 81.11, None), ("Sum", 93.33, 130, None)]),
+        ("", [("Total", 20, 70, 0.9), ("12.50", 80, 130, 0.8)]),
+    ],
+)
+def test_the_text_of_a_page_line_that_was_corrected_counts(text, expected):
+    old = "<Unicode>Total 12.50</Unicode>"
+    content = make_ocr.page_xml()
+    assert content.count(old) == 1
+    [page] = ocr.read_pages(content.replace(old, f"<Unicode>{text}</Unicode>").encode(), "a.xml")
+    found = [(word.text, word.box[0], word.box[2], word.confidence) for word in page.lines[0]]
+    assert found == [
+        (name, pytest.approx(a, abs=0.01), pytest.approx(b, abs=0.01), sure)
+        for name, a, b, sure in expected
+    ]
+
+
+def test_of_a_page_line_without_text_the_words_that_have_some_stay():
+    content = make_ocr.page_xml().replace("<Unicode>Total 12.50</Unicode>", "<Unicode/>")
+    assert words(content.replace(">Total<", "><"), "a.xml") == [["12.50"], ["exam-"]]
+
+
+DTD = '<!DOCTYPE x SYSTEM "x.dtd">'
+QUIRKS = {
+    "named characters.xml": make_ocr.hocr().replace("Total", "caf&eacute;"),
+    "named characters.hocr": make_ocr.hocr().replace("Total", "caf&eacute;"),
+    "no XML.xml": make_ocr.hocr().replace("Total", "café<br>"),
+    "cdata.hocr": make_ocr.hocr().replace("Total", "<![CDATA[café]]>"),
+    "script.html": make_ocr.hocr().replace("Total", "café<script>if (a < b) {}</script>"),
+    "capitals.html": make_ocr.hocr().replace("Total", "café").replace("<span", "<SPAN").replace("</div", "</DIV"),
+    "latin.hocr": make_ocr.hocr().replace("Total", "café").replace("UTF-8", "iso-8859-1").encode("latin-1"),
+    "meta.html": (
+        "<HTML><META charset=windows-1252>" + make_ocr.hocr().removeprefix(make_ocr.PROLOGUE).replace("Total", "café")
+    ).encode("cp1252"),
+    "utf16.hocr": make_ocr.hocr().replace("Total", "café").encode("utf-16"),
+    "utf16.xml": make_ocr.hocr().replace("Total", "café").replace('content="x">', "/>").replace("UTF-8", "UTF-16").encode("utf-16"),
+    "alto.xml": "\n" + make_ocr.alto().replace("Total", "caf&eacute;"),
+    "alto with a DTD.xml": make_ocr.alto().replace("Total", "caf&eacute;").replace("<alto", f"{DTD}<alto"),
+    "page with a DTD.xml": make_ocr.page_xml().replace("Total", "caf&eacute;").replace("<PcGts", f"{DTD}<PcGts"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", QUIRKS)
+def test_ways_to_write_a_file_give_the_same_words(name):
+    content = QUIRKS[name]
+    [page] = ocr.read_pages(content if isinstance(content, bytes) else content.encode(), name)
+    assert [[word.text for word in line] for line in page.lines] == [["café", "12.50"], ["exam-"]]
+
+
 def test_the_reading_order_of_page_has_groups_and_leaves_out_what_comes_last():
     region = (
         '<TextRegion id="{0}"><TextLine><Coords points="0,0 9,9"/><TextEquiv><Unicode>{0}'
