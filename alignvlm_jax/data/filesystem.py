@@ -5,6 +5,7 @@ bucket's files through `storage`, by one request each and none to open. pyarrow 
 file's metadata first, and its `seek` holds the GIL while it begins to read the whole file.
 """
 
+import errno
 import functools
 import io
 import os
@@ -19,7 +20,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from alignvlm_jax import storage
-from alignvlm_jax.errors import UserError, nearest
+from alignvlm_jax.errors import UserError, nearest, one_line
 from alignvlm_jax.storage import bucket, faults
 from alignvlm_jax.storage.faults import Kind
 
@@ -36,6 +37,10 @@ LISTING_SECONDS = 30
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+MISNAMED = "the file's name is no UTF-8; rename it"
+DEAD_LINK = "a link that leads nowhere, or to itself"
 
 
 class Entry(NamedTuple):
@@ -69,6 +74,8 @@ def list_files(source: str, suffixes: tuple[str, ...]) -> list[str]:
     if info.type == fs.FileType.File:
         return [source]
     if info.type == fs.FileType.NotFound:
+        if not is_remote(source) and os.path.islink(source):
+            raise UserError(f"{source} is {DEAD_LINK}")
         raise UserError(f"no source {source}{_similar(source)}")
     names = _files_below(source)
     wanted = [name for name in names if name.lower().endswith(suffixes)]
@@ -76,18 +83,21 @@ def list_files(source: str, suffixes: tuple[str, ...]) -> list[str]:
     if not readable:
         ending = f" that ends in {' or '.join(suffixes)}" if any(suffixes) else ""
         others = f" ({len(names) - len(wanted):,} others)" if names else ": it is empty"
-        if wanted:
-            others = f" but {len(wanted):,} whose names are no UTF-8, as {escaped(wanted[0])}"
+        if unusable := unusable_files(source, suffixes):
+            path, reason = unusable[0]
+            others = f" but {len(unusable):,} that nothing can open, as {path}: {reason}"
         raise UserError(f"{source} holds no file{ending}{others}")
     return readable
 
 
-def misnamed_files(source: str, suffixes: tuple[str, ...]) -> list[str]:
-    """Returns the files that `list_files` leaves out because their names are no UTF-8, escaped."""
+def unusable_files(source: str, suffixes: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Returns the files of a local folder that `list_files` leaves out although they end so, by
+    their escaped names, and why: names that are no UTF-8, and links that lead to no file."""
     if is_remote(source) or not os.path.isdir(source):
         return []
-    names = (name for name in _files_below(source) if not is_utf8(name))
-    return sorted(escaped(name) for name in names if name.lower().endswith(suffixes))
+    found = [(escaped(path), MISNAMED) for path in _files_below(source) if not is_utf8(path)]
+    found += [(escaped(path), DEAD_LINK) for path in _walk(source, frozenset(), is_dead=True)]
+    return sorted(one for one in found if one[0].lower().endswith(suffixes))
 
 
 def is_utf8(path: str) -> bool:
@@ -115,14 +125,17 @@ def _files_below(source: str) -> list[str]:
         files, path = _resolve(source)
         found = files.get_file_info(fs.FileSelector(path, recursive=True))
     except OSError as err:
-        raise faults.as_error(f"cannot list {source}: {_reason(err)}", err) from err
+        raise faults.as_error(f"cannot list {source}: {one_line(err)}", err) from err
     # pyarrow's paths lack the scheme of the URI.
     prefix = source.partition("://")[0] + "://"
     return [prefix + item.path for item in found if item.type == fs.FileType.File]
 
 
-def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
-    """Yields the files below a local folder, of which `above` are the folders around it."""
+def _walk(
+    folder: str, above: frozenset[tuple[int, int]], *, is_dead: bool = False
+) -> Iterator[str]:
+    """Yields the files below a local folder, of which `above` are the folders around it; with
+    `is_dead` in their place the links that lead nowhere, or to themselves."""
     # pyarrow would do, but for names that are no UTF-8 and for links to a folder around.
     # By number, since a link gives a folder another name each time that it is followed.
     stat = os.stat(folder)
@@ -131,10 +144,23 @@ def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
         return
     with os.scandir(folder) as items:
         for item in items:
-            if item.is_dir():
-                yield from _walk(item.path, above | {here})
-            elif item.is_file():
+            if _leads_to(item.is_dir):
+                yield from _walk(item.path, above | {here}, is_dead=is_dead)
+                continue
+            is_file = _leads_to(item.is_file)
+            if (item.is_symlink() and not os.path.exists(item.path)) if is_dead else is_file:
                 yield item.path
+
+
+def _leads_to(kind: Callable[[], bool]) -> bool:
+    """Returns what `is_file` or `is_dir` of an entry says; False for a link to itself, of which it
+    raises an error."""
+    try:
+        return kind()
+    except OSError as err:
+        if err.errno != errno.ELOOP:
+            raise
+        return False
 
 
 def raise_if_passing(path: str, err: Exception) -> None:
@@ -145,7 +171,7 @@ def raise_if_passing(path: str, err: Exception) -> None:
     """
     if is_remote(path) and faults.kind_of(err) is Kind.PASSING:
         raise faults.as_error(
-            f"cannot read {path} ({_reason(err)}); the same command goes on", err
+            f"cannot read {path} ({one_line(err)}); the same command goes on", err
         ) from err
 
 
@@ -168,7 +194,7 @@ def open_file(path: str) -> pa.NativeFile:
     try:
         return files.open_input_file(inner)
     except (OSError, pa.ArrowInvalid) as err:
-        raise faults.as_error(f"cannot open {path}: {_reason(err)}", err) from err
+        raise faults.as_error(f"cannot open {path}: {one_line(err)}", err) from err
 
 
 def open_buffered(path: str, start: int = 0) -> io.BufferedReader:
@@ -211,7 +237,7 @@ def listing(folder: str | os.PathLike) -> Mapping[str, Entry]:
         return _remote_listing(folder, int(time.monotonic() // LISTING_SECONDS))
     try:
         with os.scandir(folder) as found:
-            stats = {item.name: item.stat() for item in found if item.is_file()}
+            stats = {item.name: item.stat() for item in found if _leads_to(item.is_file)}
     except OSError:
         return {}
     # With the inode, because a file that is replaced twice within the clock's resolution keeps its
@@ -334,7 +360,7 @@ def _info(path: str) -> fs.FileInfo:
     try:
         return files.get_file_info(inner)
     except (OSError, pa.ArrowInvalid) as err:
-        raise faults.as_error(f"cannot reach {path}: {_reason(err)}", err) from err
+        raise faults.as_error(f"cannot reach {path}: {one_line(err)}", err) from err
 
 
 def _similar(source: str) -> str:
@@ -342,8 +368,3 @@ def _similar(source: str) -> str:
     if is_remote(source) or not Path(source).parent.is_dir():
         return ""
     return nearest(Path(source).name, [path.name for path in Path(source).parent.iterdir()])
-
-
-def _reason(err: Exception) -> str:
-    """Returns the message of an exception on one line of at most 200 characters."""
-    return " ".join(str(err).split())[:200]

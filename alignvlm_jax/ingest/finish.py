@@ -30,7 +30,6 @@ from alignvlm_jax.ingest.writer import (
     write_lines,
 )
 
-MISNAMED = "the file's name is no UTF-8; rename it"
 DROPPED = {
     grouping.REPEATED: "duplicate id",
     grouping.HELD_OUT: "its image is one of validation",
@@ -44,7 +43,7 @@ def finish(
     units: Sequence[Unit],
     request: Request,
     folder: Path,
-    misnamed: Sequence[str] = (),
+    unusable: Sequence[tuple[str, str]] = (),
 ) -> list[str]:
     """Writes the shards and the index of every split and `rejected.jsonl`, out of all parts.
 
@@ -56,7 +55,7 @@ def finish(
       units: the units of the source, in its order.
       request: what is prepared.
       folder: where the files are written.
-      misnamed: files of the source that nothing can open, by their escaped names.
+      unusable: files of the source that nothing can open, by their escaped names, and why.
 
     Returns:
       The names of the files in `folder`.
@@ -75,9 +74,8 @@ def finish(
             grouping.drop_copies(table)
         grouping.join(table, request.grouped, request.group_tokens)
     rejects = Rejects(DROPPED.values())
-    for path in misnamed:
-        line = {"source": path, "id": Path(path).name, "reason": MISNAMED}
-        rejects.add(MISNAMED, line)
+    for path, reason in unusable:
+        rejects.add(reason, {"source": path, "id": Path(path).name, "reason": reason})
     names = _write_rejected(rejects, table, outputs, units, folder)
     # The moved document first: its records are copied out of parts that the other split then uses
     # up.

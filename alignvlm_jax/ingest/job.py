@@ -47,8 +47,8 @@ def prepare(request: Request, out: Path, run: Runner) -> bool:
     tokenizer = tokenizers.load(request.tokenizer)
     chat_template.format_of(tokenizer)  # raises before anything is read
     units = _units(request, out)
-    misnamed = filesystem.misnamed_files(request.source, request.format.suffixes)
-    wanted = _wanted(request, units, misnamed)
+    unusable = filesystem.unusable_files(request.source, request.format.suffixes)
+    wanted = _wanted(request, units, unusable)
     # The description holds a listing of the source: a source that has grown is prepared anew.
     if staging.is_ready(out, wanted):
         return False
@@ -65,7 +65,7 @@ def prepare(request: Request, out: Path, run: Runner) -> bool:
         )
         written = _write_outputs(writer, units, run)
         tokenizer_names = _copy_tokenizer(request.tokenizer, folder)
-        data_names = finish.finish(written, units, request, folder, misnamed)
+        data_names = finish.finish(written, units, request, folder, unusable)
         # Two names: what was rejected, and how much of it, but no shard.
         if len(data_names) == 2:
             raise UserError(f"{request.source} has no record that can be used{_reasons(folder)}")
@@ -220,16 +220,18 @@ def _units(request: Request, out: Path) -> list[Unit]:
     source = Path(request.source)
     if filesystem.is_remote(request.source) or not source.is_dir():
         return units
-    if out.resolve() == source.resolve():
+    # Not Path.resolve, which a link to itself ends.
+    place, root = Path(os.path.realpath(out)), Path(os.path.realpath(source))
+    if place == root:
         raise UserError(
             f"--out={out} is --source itself, all of which is read; name another folder, beside "
             "it or within"
         )
-    if not out.resolve().is_relative_to(source.resolve()):
+    if not place.is_relative_to(root):
         return units
     # Compared with resolved links, but spelled like the paths of the units, which keep the links
     # above the source.
-    within = f"{source.absolute() / out.resolve().relative_to(source.resolve())}{os.sep}"
+    within = f"{source.absolute() / place.relative_to(root)}{os.sep}"
     return [unit for unit in units if not os.path.abspath(unit.path).startswith(within)]
 
 
@@ -246,7 +248,9 @@ def _reasons(folder: Path) -> str:
     )
 
 
-def _wanted(request: Request, units: Sequence[Unit], misnamed: Sequence[str]) -> dict[str, Any]:
+def _wanted(
+    request: Request, units: Sequence[Unit], unusable: Sequence[tuple[str, str]]
+) -> dict[str, Any]:
     """Returns a JSON description that is equal for two jobs only if they make the same data.
 
     A checksum of the source's listing is part of it: another file, or one that has grown or was
@@ -260,7 +264,7 @@ def _wanted(request: Request, units: Sequence[Unit], misnamed: Sequence[str]) ->
         [dataclasses.astuple(unit) for unit in units],
         # With the time: an answer that was mended may have as many bytes as before.
         [filesystem.entry(path) for path in (*paths, *also_read)],
-        misnamed,
+        unusable,
     ]
     # Those for evaluation are written, and those of `exclude` compared.
     has_hashes = request.split or request.exclude

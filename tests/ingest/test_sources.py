@@ -14,7 +14,7 @@ from alignvlm_jax.commands import prepare as command
 from alignvlm_jax.data import filesystem
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.ingest import job
-from alignvlm_jax.ingest.formats import REGISTRY
+from alignvlm_jax.ingest.formats import REGISTRY, survey
 from alignvlm_jax.ingest.formats.jsonl import Jsonl
 from tests.ingest.formats.pdf import make_pdf
 
@@ -69,8 +69,42 @@ def test_a_name_that_is_no_utf8_is_a_line_and_ends_nothing(name, tmp_path, prepa
     assert {line["id"] for line in lines} == {rf"r\xe9sum\xe9{ending}", f"below{ending}"}
     assert all(r"/r\xe9sum\xe9" in line["source"] for line in lines)
     (source / f"good{ending}").unlink()
-    with pytest.raises(UserError, match=r"no file that ends .* but 2 whose names are no UTF-8"):
+    with pytest.raises(
+        UserError,
+        match=r"no file that ends .* but 2 that nothing can open, as .*: the file's name is no UTF-8",
+    ):
         prepare(form, source)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_link_that_leads_nowhere_is_a_line_and_ends_nothing(name, tmp_path, prepare, png):
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "1.png").write_bytes(png())
+    ending, data = contents(name, png())
+    (source / f"good{ending}").write_bytes(data)
+    for link, target in {
+        "self": f"self{ending}",
+        "gone": "nowhere",
+        "x": f"y{ending}",
+        "y": f"x{ending}",
+    }.items():
+        (source / f"{link}{ending}").symlink_to(target)
+    (source / "folder").symlink_to("folder")
+    form = REGISTRY[name](**({"holdout_by": "page"} if name == "pdf" else {}))
+    prepared = prepare(form, source)
+    assert len(prepared.records()) == 1
+    reason = "a link that leads nowhere, or to itself"
+    found = [(line["id"], line["reason"]) for line in prepared.rejected()]
+    assert sorted(found) == [(f"{link}{ending}", reason) for link in ("gone", "self", "x", "y")]
+    # As are the listings by which prepared folders are read, of which such a link hid all files.
+    assert set(filesystem.listing(source)) == {"1.png", f"good{ending}"}
+    assert survey.survey(str(source)).others == {"broken link": 5}
+    (source / f"good{ending}").unlink()
+    with pytest.raises(UserError, match=r"no file that ends .* but 4 that nothing can open, as"):
+        prepare(form, source)
+    with pytest.raises(UserError, match=r"/self\.\w+ is a link that leads nowhere, or to itself"):
+        prepare(form, source / f"self{ending}")
 
 
 def test_a_source_or_an_image_of_such_a_name_is_told(tmp_path, prepare, png):

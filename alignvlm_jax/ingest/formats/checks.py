@@ -33,6 +33,8 @@ UNITS = {100: "percent", 1000: "thousandths"}
 
 MAX_TEXT_BYTES = 65_536
 MAX_ID_BYTES = 1024
+MAX_UNSURE = 0.1
+"""Largest fraction of a page's words of which OCR may be less sure than was wanted."""
 FILE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 """Image formats that are read; Pillow knows others, some of which call programs (EPS)."""
 
@@ -90,6 +92,16 @@ def check_header(image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise Reject(f"an image is too large ({width:,} x {height:,} pixels)")
+
+
+def check_sure(unsure: int, num_words: int, least: float) -> None:
+    """Raises Reject where OCR is less sure than `least` of too many words of a page."""
+    # A transcription with many gaps would teach the model to skip what it sees.
+    if unsure > MAX_UNSURE * num_words:
+        raise Reject(
+            f"OCR that is not sure of its words ({unsure:,} of {num_words:,}; --min_confidence is "
+            f"{least:g})"
+        )
 
 
 def _answered(record: Record) -> Record:

@@ -12,12 +12,9 @@ from typing import Any
 
 from alignvlm_jax.data import images
 from alignvlm_jax.data.record import Record, Word
-from alignvlm_jax.ingest.formats import files
+from alignvlm_jax.ingest.formats import checks, files
 from alignvlm_jax.ingest.formats.base import Raw, Reject, Rejection
 from alignvlm_jax.ingest.formats.hub import pdf_pages
-
-MAX_UNSURE = 0.1
-"""Largest fraction of the words of a page that may be less certain than was wanted."""
 
 PAGES = b'"pages"'
 """What the JSON of a document has, and that of a caption hardly."""
@@ -152,13 +149,7 @@ def _are_sure(words: list[dict[str, Any]], least: float) -> list[bool]:
         if score is not None and not (_is_number(score) and 0 <= score <= 1):
             raise Reject(f"a confidence is not from 0 to 1 ({score!r:.50})")
         found.append(score is None or score >= least)
-    unsure = found.count(False)
-    # A transcription with many gaps would teach the model to skip what it sees.
-    if unsure > MAX_UNSURE * len(words):
-        raise Reject(
-            f"words of too little confidence ({unsure:,} of {len(words):,}; --min_confidence is "
-            f"{least:g})"
-        )
+    checks.check_sure(found.count(False), len(words), least)
     return found
 
 

@@ -68,7 +68,7 @@ def test_words_of_little_confidence_are_left_out_and_pages_of_many(read):
     assert [record.id for record in prepared.records()] == ["x/good", "x/a-0001"]
     assert texts(prepared.records()[1])[:3] == [["w0", "w1"], ["w2"], ["w4", "w5"]]
     assert prepared.reasons() == {
-        "x/a-0002": "words of too little confidence (2 of 2; --min_confidence is 0.8)"
+        "x/a-0002": "OCR that is not sure of its words (2 of 2; --min_confidence is 0.8)"
     }
     with pytest.raises(UsageError, match="--min_confidence=2"):
         WebDataset(min_confidence=2.0)

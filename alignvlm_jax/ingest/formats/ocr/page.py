@@ -9,13 +9,12 @@ import numpy as np
 
 from alignvlm_jax.data import labels
 from alignvlm_jax.data.record import Box, Word
+from alignvlm_jax.ingest.formats import checks
 from alignvlm_jax.ingest.formats.base import Reject
 
 MAX_STRETCH = 0.01
 """Most by which the scales of x and y may differ: sizes are rounded to pixels or tenths of
 millimetres, and OCR of a cut or turned page differs by more."""
-MAX_UNSURE = 0.1
-"""Largest fraction of a page's words that may be less sure than asked for."""
 SOFT_HYPHEN = "\xad"
 
 FRACTIONS = (1.0, 1.0)
@@ -63,12 +62,7 @@ def fit(page: OcrPage, width: int, height: int, min_confidence: float) -> Lines:
                 f"{page.size[1]:g})"
             )
     unsure = sum(not _is_sure(word, min_confidence) for word in words)
-    # A transcription with many gaps would teach the model to skip what it sees.
-    if unsure > MAX_UNSURE * len(words):
-        raise Reject(
-            f"OCR that is not sure of {unsure:,} of {len(words):,} words (--min_confidence is "
-            f"{min_confidence:g})"
-        )
+    checks.check_sure(unsure, len(words), min_confidence)
     bounds = width, height
     lines = []
     for line in page.lines:

@@ -180,7 +180,9 @@ def test_words_of_little_confidence_are_left_out_and_many_are_told():
     [page] = hocr.read_pages(make_ocr.hocr([[line]]).encode())
     kept = page_lib.fit(page, WIDTH, HEIGHT, 0.5)
     assert len(kept[0]) == 19 and "w3" not in [word.text for word in kept[0]]
-    with pytest.raises(Reject, match=r"not sure of 20 of 20 words \(--min_confidence is 0\.95\)"):
+    with pytest.raises(
+        Reject, match=r"not sure of its words \(20 of 20; --min_confidence is 0\.95\)"
+    ):
         page_lib.fit(page, WIDTH, HEIGHT, 0.95)
     # Words of which nobody says how sure they are stay.
     [unknown] = ocr.read_pages(make_ocr.page_xml(has_words=False).encode(), "a.xml")
