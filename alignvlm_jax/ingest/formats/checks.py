@@ -1,8 +1,11 @@
 """Checks that every record of every format has to pass, so that training can use all of them."""
 
+import ast
 import dataclasses
 import io
+import json
 import math
+import tokenize
 import warnings
 from typing import Any
 
@@ -149,6 +152,44 @@ def answers_of(value: Any) -> tuple[str, ...]:
         return ()
     values = value if isinstance(value, list | tuple) else [value]
     return tuple(text_of(answer, "the answer") for answer in values if answer is not None)
+
+
+def literal(text: str) -> Any:
+    """Returns the value that a text spells in JSON or in Python; None for any other text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    text = text.strip()
+    try:
+        value = ast.literal_eval(text)
+        # Of ['a' 'b'], as NumPy prints it, Python makes one text.
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        spelled = sum(token.type == tokenize.STRING for token in tokens)
+        texts = (
+            isinstance(node, ast.Constant) and isinstance(node.value, str | bytes)
+            for node in ast.walk(ast.parse(text, mode="eval"))
+        )
+        return value if spelled == sum(texts) else None
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, tokenize.TokenError):
+        return None
+
+
+def listed_texts(text: str) -> list[str]:
+    """Returns the texts of the list that a text spells, as "['a', 'b']"; none for any other
+    text, also for one of numbers, as boxes are."""
+    if not (text.lstrip().startswith(("[", "(")) and text.rstrip().endswith(("]", ")"))):
+        return []
+    found = literal(text)
+    is_listed = isinstance(found, list | tuple) and all(isinstance(one, str) for one in found)
+    return list(found) if is_listed else []
+
+
+def refuse_listed(value: Any, name: str) -> None:
+    """Raises Reject where a value is the text of a list of texts, which may be meant as the list
+    or as it stands."""
+    if isinstance(value, str) and listed_texts(value):
+        raise Reject(f"{name} is the text of a list; write a list ({value!r:.50})")
 
 
 def _usable(turn: Turn) -> Turn:

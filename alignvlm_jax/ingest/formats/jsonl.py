@@ -178,6 +178,8 @@ def _list(value: Any, name: str, kind: type) -> list:
 def _turn(fields: dict[str, Any]) -> Turn:
     """Returns a turn of a record; raises Reject if it has no question, or an unknown key."""
     _check_keys(fields, TURN_KEYS, " of a turn")
+    for key in ("question", "answers"):
+        checks.refuse_listed(fields.get(key), key)
     return Turn(
         checks.text_of(fields.get("question"), "question"),
         checks.answers_of(fields.get("answers")),

@@ -278,6 +278,7 @@ A row of such a set:
         plain = {role: value for role, value in values.items() if role not in IMAGES}
         plain["answer_field"] = self.answer_field or chosen.known.answer_field
         plain["prompt"] = chosen.known.prompt
+        plain["answer_column"] = chosen.columns.answer
         return Raw(name, document, {"reader": chosen.turns, "values": plain, **found})
 
 

@@ -133,11 +133,13 @@ The caption answers --prompt. Or a document, each page of which becomes a record
         ending = _image_ending(raw.fields)
         if not ending:
             raise Reject("a caption without an image")
+        caption = _caption(raw.fields)
+        checks.refuse_listed(caption, "a caption")
         return Record(
             raw.id,
             "webdataset",
             (raw.fields[ending],),
-            (Turn(self.prompt, checks.answers_of(_caption(raw.fields))),),
+            (Turn(self.prompt, checks.answers_of(caption)),),
         )
 
 

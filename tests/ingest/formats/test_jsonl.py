@@ -142,6 +142,11 @@ def test_image_paths_may_start_elsewhere(images, prepare, tmp_path):
             r"^unknown keys 'image', 'question'; known: id, document, source, images, turns, "
             r"conversation, system, lines, meta; did you mean images, turns\[\]\.question\?$",
         ),
+        (
+            {"turns": [{"question": "q", "answers": "['a', 'b']"}]},
+            r"^answers is the text of a list; write a list \(\"\['a', 'b'\]\"\)$",
+        ),
+        ({"turns": [{"question": '["q", "r"]', "answers": ["a"]}]}, "question is the text of a"),
         ({"turns": TURNS, "imgaes": ["scans/a.png"]}, r"key 'imgaes'; .*did you mean images\?$"),
         ({"turns": TURNS, "split": "x"}, r"key 'split'; .*what is your own goes into `meta`"),
         ({"messages": []}, r"did you mean --format=docdownstream\?$"),

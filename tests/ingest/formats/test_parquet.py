@@ -205,3 +205,24 @@ def test_numbers_of_32_bits_keep_their_digits(tmp_path, prepare, png):
     pq.write_table(pa.table(lists), tmp_path / "b.parquet")
     prepared = prepare(Parquet(), tmp_path / "b.parquet")
     assert [one.turns[0].answers for one in prepared.records()] == [("0.1",), ("2.5", "12.3")]
+
+
+def test_answers_as_the_text_of_a_list_by_the_name_of_their_column(tmp_path, prepare, png):
+    columns = {"image": [png(), png(5, 5)], "question": ["?", "?"]}
+    path = write(tmp_path, columns | {"answers": ["['x', 'y']", '["z"]']})
+    assert [record.turns[0].answers for record in prepare(Parquet(), path).records()] == [
+        ("x", "y"),
+        ("z",),
+    ]
+    path = write(tmp_path, columns | {"answer": ["['x', 'y']", "z"]}, "one.parquet")
+    prepared = prepare(Parquet(), path, "other")
+    assert [record.turns[0].answers for record in prepared.records()] == [("z",)]
+    reason = "an answer is the text of a list, and no list (\"['x', 'y']\")"
+    assert prepared.reasons() == {"one-0": reason}
+
+
+@pytest.mark.parametrize("name", ["image2", "image_b", "right_image", "img_2", "page2"])
+def test_a_second_column_of_images_is_told(tmp_path, png, name):
+    columns = {"image": [png()], "question": ["?"], "answer": ["x"], name: [png()]}
+    with pytest.raises(UserError, match=f"has more that a question may need: {name}"):
+        Parquet().units(str(write(tmp_path, columns)))

@@ -38,6 +38,14 @@ def test_images_with_captions(tmp_path, prepare, png):
     assert second.id == "00000/a/001" and second.images == (png(),)
 
 
+def test_a_caption_that_is_the_text_of_a_list_is_told(tmp_path, prepare, png):
+    listed = json.dumps({"caption": "['A cat.', 'Cats.']"}).encode()
+    members = [("0.png", png()), ("0.txt", b"A cat."), ("1.png", png()), ("1.json", listed)]
+    prepared = prepare(WebDataset(), write(tmp_path / "a.tar", members))
+    [reason] = prepared.reasons().values()
+    assert reason.startswith("a caption is the text of a list; write a list")
+
+
 def test_a_member_of_a_longer_ending_is_told(tmp_path, prepare, png):
     """From the first dot on, as the library of that name has it: scan.v2.jpg is no .jpg."""
     members = [("scan.v2.png", png()), ("scan.v2.txt", b"x"), ("0.png", png()), ("0.txt", b"x")]

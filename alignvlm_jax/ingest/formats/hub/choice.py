@@ -13,7 +13,8 @@ OWN = KnownSet("your columns", (), Columns())
 """What flags alone describe."""
 
 WEIGHTY = {
-    "image": r"images?|(image|page)_\d+|pdf",
+    "image": r"((left|right|first|second|other)_)?(images?|img|pictures?)_?([a-d]|\d{0,4})"
+    r"|page_?\d+|pdf",
     "question": r"quer(y|ies)|questions?|texts|conversations|messages",
     "answer": r"answers?|labels?|annotations|ground_truth",
     "choices": r"choices|options|candidates|(option|choice)s?_?[a-z0-9]|[A-H]",

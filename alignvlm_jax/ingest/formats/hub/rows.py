@@ -3,7 +3,6 @@
 `formats.turns` has what other formats share: pairs, messages and marks of images.
 """
 
-import ast
 import collections
 import json
 import re
@@ -50,6 +49,10 @@ def questions(values: Mapping[str, Any]) -> Content:
     answer = values.get("answer")
     if values.get("answer_field"):
         answer = _field(answer, values["answer_field"])
+    elif isinstance(answer, str):
+        answer = _answer_of_text(answer, values.get("answer_column", ""))
+    if isinstance(question, str) and checks.listed_texts(question):
+        question = checks.listed_texts(question)
     if isinstance(question, list):
         return _list_of_questions(values, question, answer)
     text = _with_context(checks.text_of(question, "question"), values.get("context"))
@@ -78,7 +81,7 @@ def questions_of_pages(values: Mapping[str, Any]) -> Content:
         raise Reject(f"images are missing ({has} for {len(evidence)} names of pages)")
     if numbers and max(numbers) > has:
         raise Reject(f"images are missing ({has}, and page {max(numbers)} has the answer)")
-    # Some write a list of answers as the text of one.
+    # Lists of answers are written as the text of one.
     answer = values["answer"]
     if isinstance(answer, str) and answer.strip().startswith("["):
         answer = _list_of(answer, "the answer")
@@ -91,7 +94,7 @@ def pairs(values: Mapping[str, Any]) -> Content:
     Raises:
       Reject: the list or an entry of it is another.
     """
-    texts = _objects(values["texts"])
+    texts = _objects(_unspelled(values["texts"]))
     if not isinstance(texts, list):
         raise Reject(f"texts is no list of user and assistant ({type(texts).__name__})")
     for number, text in enumerate(texts):
@@ -115,7 +118,7 @@ def conversation(values: Mapping[str, Any]) -> Content:
     Raises:
       Reject: as `turns.of_messages`, or a message names the path of an image.
     """
-    messages = _objects(values["texts"])
+    messages = _objects(_unspelled(values["texts"]))
     # Of a system message, too, the keys are those of the set.
     first = messages[0] if isinstance(messages, list) and messages else None
     is_llava = isinstance(first, dict) and "from" in first
@@ -147,6 +150,12 @@ def _objects(value: Any) -> Any:
     if len({len(one) for one in value.values()}) != 1:
         raise Reject(f"lists of {', '.join(value)} differ in length")
     return [dict(zip(value, one, strict=True)) for one in zip(*value.values(), strict=True)]
+
+
+def _unspelled(value: Any) -> Any:
+    """Returns the list or object that a text spells; anything else as it is."""
+    found = checks.literal(value) if isinstance(value, str) else None
+    return found if isinstance(found, list | dict) else value
 
 
 def _list_of_questions(values: Mapping[str, Any], question: list, answer: Any) -> Content:
@@ -234,6 +243,24 @@ def _choice(texts: list[str], answer: Any) -> int:
     return meant.pop()
 
 
+def _answer_of_text(text: str, column: str) -> str | list[str]:
+    """Returns an answer that a cell has as a text, or the list of answers that the text spells.
+
+    Tables made of other tables have lists as texts. That one in a column of answers is a list is
+    clear, and so is that one text in brackets is no answer; several of a single answer may be
+    either.
+
+    Raises:
+      Reject: it may be one answer or several, or cannot be told apart.
+    """
+    found = checks.listed_texts(text)
+    if len(found) == 1 or (found and column.endswith("s")):
+        return found
+    if found or re.match(r"\[\s*['\"].*\]$", text.strip(), re.DOTALL):
+        raise Reject(f"an answer is the text of a list, and no list ({text!r:.50})")
+    return text
+
+
 def _field(value: Any, path: str) -> Any:
     """Returns what stands at `path`, as a.b, in a JSON object or the text of one.
 
@@ -269,19 +296,9 @@ def _list_of(value: Any, name: str) -> list:
     anything else."""
     if isinstance(value, list):
         return value
-    if isinstance(value, str):
-        try:
-            found = json.loads(value)
-        except (ValueError, RecursionError):
-            found = None
-            try:
-                literal = ast.literal_eval(value.strip())
-                # Of ['a' 'b'] as NumPy prints it, Python would make one text.
-                found = literal if repr(literal) == value.strip() else None
-            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-                pass
-        if isinstance(found, list):
-            return found
+    found = checks.literal(value) if isinstance(value, str) else None
+    if isinstance(found, list):
+        return found
     raise Reject(f"{name} is no list ({value!r:.50})")
 
 

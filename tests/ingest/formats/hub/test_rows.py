@@ -145,6 +145,59 @@ def test_answers_as_the_text_of_a_list():
         paged(1, answer="['12.50' '12']")
 
 
+@pytest.mark.parametrize(
+    ("answer", "column", "answers"),
+    [
+        ("['12.50', '12']", "answers", ("12.50", "12")),
+        ('["12.50","12"]', "answers", ("12.50", "12")),
+        ("('a', 'b')", "labels", ("a", "b")),
+        ("['a','b']", "answers", ("a", "b")),
+        # Nobody answers with a list of one.
+        ("['12.50']", "answer", ("12.50",)),
+        # Boxes, and what is in brackets.
+        ("[0.1, 0.2, 0.3, 0.4]", "answers", ("[0.1, 0.2, 0.3, 0.4]",)),
+        ("[see page 3]", "answers", ("[see page 3]",)),
+        ("(a)", "answers", ("(a)",)),
+        ("", "answers", ("",)),
+        # Within a list of answers, one may be a list.
+        (["['a', 'b']"], "answers", ("['a', 'b']",)),
+    ],
+)
+def test_a_column_of_answers_may_have_lists_as_texts(answer, column, answers):
+    assert asked(answer=answer, answer_column=column).answers == answers
+
+
+@pytest.mark.parametrize(
+    ("answer", "column"),
+    [
+        ("['a', 'b']", "answer"),
+        ("['a' 'b']", "answers"),
+        ('["a", "b]"', "label"),
+        ("['a', b']", "answers"),
+    ],
+)
+def test_an_answer_that_may_be_one_or_several_is_rejected(answer, column):
+    with pytest.raises(Reject, match="an answer is the text of a list, and no list"):
+        asked(answer=answer, answer_column=column)
+
+
+def test_questions_and_messages_as_the_text_of_a_list():
+    values = {
+        "question": "['a?', 'b?']",
+        "answer": '["x", "y"]',
+        "answer_column": "answers",
+        "prompt": "",
+    }
+    assert rows.questions(values).turns == (Turn("a?", ("x",)), Turn("b?", ("y",)))
+    with pytest.raises(Reject, match="a list of questions without as many answers"):
+        rows.questions(values | {"answer": "x"})
+    said = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
+    for texts in (json.dumps(said), repr(said)):
+        assert rows.conversation({"texts": texts}).turns == (Turn("Why?", ("So.",)),)
+    pairs = json.dumps([{"user": "Why?", "assistant": "So."}])
+    assert rows.pairs({"texts": pairs}).turns == (Turn("Why?", ("So.",)),)
+
+
 def test_independent_questions_each_have_their_context():
     values = {"question": ["a?", "b?"], "answer": ["x", "y"], "context": "Of rain.", "prompt": ""}
     content = rows.questions(values)
