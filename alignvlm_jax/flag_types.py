@@ -44,5 +44,17 @@ def probability(text: str) -> float:
 
 
 def names(text: str) -> list[str]:
-    """Returns names separated by commas."""
-    return text.split(",")
+    """Returns names separated by commas, as `split`."""
+    try:
+        return split(text)
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(str(err)) from err
+
+
+def split(text: str) -> list[str]:
+    """Returns names separated by commas; raises ValueError for an empty one, as of a variable that
+    is not set."""
+    found = [name.strip() for name in text.split(",")]
+    if "" in found:
+        raise ValueError(f"{text!r} has an empty name")
+    return found

@@ -18,6 +18,7 @@ from alignvlm_jax import flag_types
         ("probability", "0", 0.0),
         ("probability", "1e-6", 1e-6),
         ("names", "align,mlp", ["align", "mlp"]),
+        ("names", "align, mlp", ["align", "mlp"]),
     ],
 )
 def test_values(kind, text, value):
@@ -33,6 +34,8 @@ def test_values(kind, text, value):
         ("sizes", "inf", "inf has a size that is not above 0"),
         ("sizes", "nan", "nan has a size that is not above 0"),
         ("sizes", "1;2", "1;2 is not made of numbers with commas between them"),
+        ("names", "", "'' has an empty name"),
+        ("names", "align,,mlp", "'align,,mlp' has an empty name"),
         ("probability", "1", "1 is no probability"),
     ],
 )

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from alignvlm_jax import storage
 from alignvlm_jax.commands import next_commands, usage
-from alignvlm_jax.errors import StoppedError, UsageError, nearest
-from alignvlm_jax.flag_types import positive
+from alignvlm_jax.errors import StoppedError, UsageError, UserError, nearest
+from alignvlm_jax.flag_types import names, positive
 from alignvlm_jax.ingest.formats import REGISTRY, survey
 from alignvlm_jax.storage import faults
 
@@ -27,6 +27,11 @@ TOKENIZER_HINT = (
 def main(argv: list[str]) -> None:
     argv, beam_flags = _split(argv)
     args = _parse(argv)
+    if storage.is_bucket(storage.path(args.out)):
+        raise UsageError(
+            f"--out={args.out} is in a bucket, and prepare writes to a disk; copy the folder there "
+            "when it is complete: gcloud storage cp --recursive FOLDER gs://BUCKET/NAME"
+        )
     # Rendered documents have no such flag: they are made on this machine.
     if beam_flags and not getattr(args, "beam_runner", ""):
         raise UsageError(
@@ -131,7 +136,8 @@ def _peek(argv: list[str]) -> argparse.Namespace:
     chosen.rest = rest
     # A flag without its value is left to the real parser, whose message is better.
     chosen.format = chosen.format or ""
-    if chosen.source is None:
+    is_given = any(flag.partition("=")[0] == "--source" for flag in argv)
+    if chosen.source is None or (is_given and not chosen.source):
         raise UsageError("--source needs a value: a file or folder, on this machine or gs://")
     if chosen.format not in ("", DOCUMENTS, *REGISTRY):
         raise UsageError(
@@ -207,7 +213,7 @@ def _add_source_flags(parser: argparse.ArgumentParser, name: str) -> None:
     helps = "smallest number of records of a shard, but for the last one"
     parser.add_argument("--shard_records", type=positive, default=1000, help=helps)
     helps = "prepared FOLDER or FOLDER:SPLIT whose images no record may show; several by commas"
-    parser.add_argument("--exclude", action="append", default=[], help=helps)
+    parser.add_argument("--exclude", type=names, action="extend", default=[], help=helps)
     helps = "read images outside of --source and of the folder that their paths start from"
     parser.add_argument("--allow_outside", action="store_true", help=helps)
     parser.add_argument(
@@ -289,7 +295,7 @@ def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: fl
         group_tokens=args.group_tokens if _is_grouped(args) else 0,
         shard_records=args.shard_records,
         allow_outside=args.allow_outside,
-        exclude=tuple(filter(None, ",".join(args.exclude).split(","))),
+        exclude=tuple(args.exclude),
     )
     if args.beam_runner:
         run = executors.under_beam(args.beam_runner, beam_flags)

@@ -351,6 +351,8 @@ def _resolve(path: str) -> tuple[fs.FileSystem, str]:
     if not is_utf8(path):
         raise UserError(f"the name {escaped(path)} is no UTF-8; rename it")
     scheme, separator, inner = path.partition("://")
+    if separator and scheme in SCHEMES and not inner.partition("/")[0]:
+        raise UserError(f"{path} names no bucket; expected {scheme}://BUCKET/NAME")
     return (_filesystem(scheme), inner) if separator else (_filesystem(""), path)
 
 

@@ -1,8 +1,8 @@
 """A process beside this one in which functions run that may hang, take all memory or crash.
 
-Pages of the web do all of that to a PDF library, within its own code, where Python can stop
-nothing: so the library runs in a process that can be ended. A worker of `prepare`, or whoever asks
-a model about a page, has one such process; it waits for it and so hears Ctrl-C.
+Files of the web do all of that to libraries of PDFs and images, within their own code, where Python
+can stop nothing: so these run in a process that can be ended. A worker of `prepare`, or whoever
+asks a model about a page, has one such process; it waits for it and so hears Ctrl-C.
 """
 
 import contextlib
@@ -69,7 +69,7 @@ class Sandbox:
                 # others.
                 crash = self._try(function, args)
             if isinstance(crash, _Crash):
-                raise CallEnded(f"the PDF library crashed ({crash.signal})")
+                raise CallEnded(f"the library that reads it crashed ({crash.signal})")
             is_error, value = crash
         if is_error:
             raise value
@@ -112,13 +112,11 @@ class Sandbox:
         spent = _cpu_seconds(process.pid)
         while not select.select([process.stdout], [], [], POLL_SECONDS)[0]:
             if _cpu_seconds(process.pid) - spent > MAX_SECONDS:
-                raise CallEnded(f"a page that takes more than {MAX_SECONDS:.0f} s of CPU time")
+                raise CallEnded(f"it takes more than {MAX_SECONDS:.0f} s of CPU time")
             if time.monotonic() - began > MAX_WAIT:
-                raise CallEnded(f"a page that takes more than {MAX_WAIT:.0f} s")
+                raise CallEnded(f"it takes more than {MAX_WAIT:.0f} s")
             if _resident_bytes(process.pid) > MAX_BYTES:
-                raise CallEnded(
-                    f"a page that takes more than {MAX_BYTES / 2**30:.3g} GiB of memory"
-                )
+                raise CallEnded(f"it takes more than {MAX_BYTES / 2**30:.3g} GiB of memory")
 
 
 class _Starter:
@@ -185,7 +183,7 @@ def _start() -> subprocess.Popen:
             return process
     status = process.wait()
     raise UserError(
-        f"the process that reads PDFs cannot be started (status {status}); it says why above"
+        f"the process that reads files cannot be started (status {status}); it says why above"
     )
 
 

@@ -47,6 +47,7 @@ def prepare(request: Request, out: Path, run: Runner) -> bool:
     tokenizer = tokenizers.load(request.tokenizer)
     chat_template.format_of(tokenizer)  # raises before anything is read
     units = _units(request, out)
+    _check_holdout(request, units)
     unusable = filesystem.unusable_files(request.source, request.format.suffixes)
     wanted = _wanted(request, units, unusable)
     # The description holds a listing of the source: a source that has grown is prepared anew.
@@ -207,6 +208,18 @@ def _without_validation(out: Path) -> str:
         f"validation: none, no document could be held out (one document?); {remedy}, or train with "
         "--config.data.validation_split=train, which measures on what is trained"
     )
+
+
+def _check_holdout(request: Request, units: Sequence[Unit]) -> None:
+    """Raises UserError where a fraction of the documents is to be held out of a single PDF: all of
+    its pages would go to one split, and the other would be empty."""
+    is_whole = getattr(request.format, "holdout_by", "") == "document"
+    is_one = len({unit.path for unit in units}) == 1
+    if is_whole and is_one and not request.split and 0 < request.holdout < 1:
+        raise UserError(
+            f"{request.source} is one document: none could be held out; --holdout_by=page splits "
+            "it by pages, and --holdout=0 holds out nothing"
+        )
 
 
 def _units(request: Request, out: Path) -> list[Unit]:

@@ -113,7 +113,7 @@ def test_a_page_of_a_pdf_that_never_ends_is_one_line(
 ):
     (tmp_path / "endless.pdf").write_bytes(make_pdf.endless())
     monkeypatch.setattr(sandbox, "MAX_SECONDS", 1.0)
-    with pytest.raises(UserError, match=r"endless\.pdf, page 1: a page that takes more than 1 s"):
+    with pytest.raises(UserError, match=r"endless\.pdf, page 1: it takes more than 1 s"):
         generate.main(
             [
                 f"--checkpoint={trained_workdir}",

@@ -185,12 +185,45 @@ def test_a_tokenizer_is_needed(source, capsys):
         ["--format=parquet", "--source=x", "--holdout=1.5"],
         ["--format=webdataset", "--source=x", "--holdout=nan"],
         ["--recount", "--source=x"],
+        ["--format=jsonl", "--source=x", "--exclude=,"],
+        ["--format=jsonl", "--source=x", "--exclude="],
+        ["--format=jsonl", "--source=x", "--exclude=a,,b"],
     ],
 )
 def test_flags_of_other_formats_are_wrong_usage(flags):
     with pytest.raises(SystemExit) as stopped:
         prepare.main(flags)
     assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--format=pdf", "--questions="], "--questions: '' has an empty name"),
+        (["--format=pdf", "--questions=tables,,keys"], "--questions: 'tables,,keys' has an empty"),
+        (["--format=parquet", "--ignore_columns=,"], "--ignore_columns: ',' has an empty name"),
+        (["--format=parquet", "--filter=a>1,"], "--filter has '', which is no COLUMN OP VALUE"),
+        (["--format=jsonl", "--source="], "--source needs a value"),
+        (["--source", ""], "--source needs a value"),
+        (
+            ["--format=jsonl", "--out=gs://bucket/a"],
+            "--out=gs://bucket/a is in a bucket, and prepare",
+        ),
+        (["--out=gs://bucket/a"], "is in a bucket"),
+        (["--format=jsonl", "--out=gs://"], "gs:// names no bucket"),
+        (["--format=jsonl", "--out=gs:/bucket/a"], "has one slash after gs:"),
+        (["--format=jsonl", "--source=gs://"], "gs:// names no bucket; expected gs://BUCKET/NAME"),
+        (["--format=jsonl", "--source=gs:///a"], "gs:///a names no bucket"),
+    ],
+)
+def test_what_is_empty_is_told(tmp_path, tokenizer, flags, message):
+    """As of a variable of the shell that is not set: nothing would be left out in silence."""
+    (tmp_path / "a.jsonl").write_text("{}")
+    missing = [f"--source={tmp_path}", f"--out={tmp_path}/o", f"--tokenizer={tokenizer.name}"]
+    names = [flag.partition("=")[0] for flag in flags]
+    given = [flag for flag in missing if flag.partition("=")[0] not in names]
+    with pytest.raises(UserError, match=message):
+        prepare.main([*flags, *given])
 
 
 def test_flags_of_a_format_are_shown(capsys):
@@ -291,6 +324,14 @@ def test_of_a_single_file_pages_are_held_out(own, capsys):
     assert sorted(len(records(out, split)) for split in ("train", "validation")) == [1, 2]
     with pytest.raises(UserError, match=r"--holdout_by=page splits it by pages"):
         own(3, flags=["--holdout_by=document"], out="other")
+    # Where no fraction is held out, one document will do.
+    for flag, split in {
+        "--holdout=0": "train",
+        "--split=test": "test",
+        "--holdout=1": "validation",
+    }.items():
+        out = own(3, flags=["--format=pdf", flag], out=split)
+        assert len(records(out, split)) == 3
 
 
 def test_scans_are_counted_and_told_what_to_do(own, tmp_path, capsys):

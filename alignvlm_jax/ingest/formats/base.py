@@ -4,8 +4,10 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+from alignvlm_jax import flag_types
 from alignvlm_jax.data import filesystem
 from alignvlm_jax.data.record import Record
+from alignvlm_jax.errors import UsageError
 
 
 class Reject(Exception):
@@ -121,6 +123,14 @@ class Format(Protocol):
         Raises:
           Reject: the record cannot be used.
         """
+
+
+def names_of(text: str, flag: str) -> tuple[str, ...]:
+    """Returns the names, joined by commas, of an option; raises UsageError for an empty one."""
+    try:
+        return tuple(flag_types.split(text))
+    except ValueError as err:
+        raise UsageError(f"{flag}: {err}") from err
 
 
 def option(default: Any, help: str) -> Any:

@@ -21,7 +21,15 @@ from alignvlm_jax.data import pdf as pdf_lib
 from alignvlm_jax.data.record import Record
 from alignvlm_jax.errors import UserError, counted, one_line
 from alignvlm_jax.ingest.formats import checks, files, turns
-from alignvlm_jax.ingest.formats.base import Defaults, Raw, Reject, Rejection, Unit, option
+from alignvlm_jax.ingest.formats.base import (
+    Defaults,
+    Raw,
+    Reject,
+    Rejection,
+    Unit,
+    names_of,
+    option,
+)
 from alignvlm_jax.ingest.formats.hub import cells, choice, filters, known_sets, pdf_pages, rows
 from alignvlm_jax.ingest.formats.hub.choice import Chosen
 from alignvlm_jax.ingest.formats.pdf import document
@@ -102,6 +110,7 @@ A row of such a set:
 
     def __post_init__(self):
         filters.parse(self.filter)  # raises before anything is read
+        self._ignored()
         document.check_dpi(self.dpi)
 
     def units(self, source: str) -> list[Unit]:
@@ -203,6 +212,11 @@ A row of such a set:
             content.system,
         )
 
+    def _ignored(self) -> tuple[str, ...]:
+        """Returns the columns that the user says are not needed."""
+        names = self.ignore_columns
+        return names_of(names, "--ignore_columns") if names else ()
+
     def _choose(self, schema: pa.Schema, path: str) -> Chosen:
         """Returns the set that a file with this schema is of, and what is read of it.
 
@@ -222,7 +236,7 @@ A row of such a set:
             path,
             flags=flags,
             wanted=self.known_set,
-            ignored=[name.strip() for name in self.ignore_columns.split(",") if name.strip()],
+            ignored=self._ignored(),
             prompt=self.prompt,
             answer_field=self.answer_field,
         )

@@ -147,7 +147,7 @@ def test_a_machine_that_cannot_draw_is_no_fault_of_the_pages(tmp_path, monkeypat
     """Else every page would be rejected, and `prepare` end with success."""
 
     def broken(*_):
-        raise UserError("the process that reads PDFs cannot be started (status 5)")
+        raise UserError("the process that reads files cannot be started (status 5)")
 
     write(tmp_path, SPLITS, a__one=1, two=2)
     monkeypatch.setattr(pdf._sandbox, "call", broken)

@@ -17,9 +17,17 @@ from alignvlm_jax.data import filesystem
 from alignvlm_jax.data import pdf as pdf_lib
 from alignvlm_jax.data.pdf import LOCK, Drawn, UnreadablePdf
 from alignvlm_jax.data.record import Record, Turn
-from alignvlm_jax.errors import UsageError, UserError, nearest
+from alignvlm_jax.errors import UsageError, nearest
 from alignvlm_jax.ingest.formats import files, sandboxed
-from alignvlm_jax.ingest.formats.base import Defaults, Raw, Reject, Rejection, Unit, option
+from alignvlm_jax.ingest.formats.base import (
+    Defaults,
+    Raw,
+    Reject,
+    Rejection,
+    Unit,
+    names_of,
+    option,
+)
 from alignvlm_jax.ingest.formats.ocr import beside
 from alignvlm_jax.ingest.formats.ocr.beside import Place
 from alignvlm_jax.ingest.formats.pdf import reading
@@ -102,7 +110,7 @@ text layer (`ocrmypdf IN.pdf OUT.pdf`), or questions about images of its pages (
     @property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of questions that are asked."""
-        return tuple(self.questions.split(",")) if self.questions not in ("", "none") else ()
+        return () if self.questions == "none" else names_of(self.questions, "--questions")
 
     def units(self, source: str) -> list[Unit]:
         """Returns ranges of pages of all files; see `Format.units`.
@@ -110,15 +118,9 @@ text layer (`ocrmypdf IN.pdf OUT.pdf`), or questions about images of its pages (
         Large files are cut, so that several workers can read one.
 
         Raises:
-          UserError: the source is not there, or is a single file that shall be held out as a whole.
+          UserError: the source is not there.
         """
         paths = filesystem.list_files(source, self.suffixes)
-        # Its pages would all go to one split, and the other would be empty.
-        if len(paths) == 1 and self.holdout_by == "document":
-            raise UserError(
-                f"{source} is one document: none could be held out; --holdout_by=page splits it "
-                "by pages"
-            )
         units = []
         names = set()
         for path in paths:

@@ -172,7 +172,7 @@ def test_a_column_of_answers_may_have_lists_as_texts(answer, column, answers):
     [
         ("['a', 'b']", "answer"),
         ("['a' 'b']", "answers"),
-        ('["a", "b]"', "label"),
+        ('["a", "b]', "label"),
         ("['a', b']", "answers"),
     ],
 )

@@ -59,11 +59,11 @@ def test_files_that_differ_in_their_endings_alone_are_two_documents(tmp_path):
     assert [raw.id for raw in raws] == ["1-0001", "1.pdf-0001", "1.pdf-0002"]
 
 
-def test_one_file_is_held_out_by_pages_only(tmp_path):
+def test_one_file_is_held_out_by_pages_only(tmp_path, prepare):
     write(tmp_path / "only.pdf", 2)
     for source in (tmp_path, tmp_path / "only.pdf"):
         with pytest.raises(UserError, match="--holdout_by=page"):
-            Pdf().units(str(source))
+            prepare(Pdf(), source, holdout=0.1)
         form = Pdf(holdout_by="page")
         assert [r.document for unit in form.units(str(source)) for r in form.raws(unit)] == [
             "only-0001",
