@@ -5,7 +5,8 @@ LLaVA and DocDownstream are such formats; they differ in the names of their keys
 
 import dataclasses
 import posixpath
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, ClassVar
 
 from alignvlm_jax.data import filesystem
@@ -14,6 +15,10 @@ from alignvlm_jax.ingest.formats import array, checks, files, turns
 from alignvlm_jax.ingest.formats.base import Defaults, Raw, Reject, Rejection, Unit, option
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pdf")
+READ = ("image", "images", "folder", "id")
+"""Keys of a record that are read, beside its messages, or name no file to look at."""
+NAMES_IMAGE = re.compile(r"im(age|g)|picture|photo|figure|frame|page|scan", re.IGNORECASE)
+"""What is in a key that names an image, and not where one is from."""
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 
 
@@ -94,7 +99,7 @@ class Messages(Defaults):
             raise Reject("images stand both in the messages and beside them")
         # OpenAI's parts name their images themselves.
         names = names or list(chat.images)
-        _check_unread(fields, has_images=bool(names))
+        _check_unread(fields, self.keys, names)
         images = files.images(fields["folder"], names)
         # Some sets of LLaVA's shape have the system turn beside the messages.
         told = checks.text_of(fields.get("system") or "", "system").strip()
@@ -124,23 +129,59 @@ def _image_names(fields: dict[str, Any]) -> list[str]:
         raise Reject("image and images both stand in a record")
     names = found[0] if found else []
     names = names if isinstance(names, list) else [names]
+    # As the `datasets` library writes an image that is a file.
+    names = [
+        name["path"]
+        if isinstance(name, dict) and not name.get("bytes") and name.get("path")
+        else name
+        for name in names
+    ]
     if not all(isinstance(name, str) for name in names):
         raise Reject("image is no path")
     return names
 
 
-def _check_unread(fields: dict[str, Any], *, has_images: bool) -> None:
+def _check_unread(fields: Mapping[str, Any], keys: Keys, names: list[str]) -> None:
     """Raises Reject where a key that is not read names a file to look at: without it, the model
-    would learn to answer blindly."""
-    for key, value in fields.items():
-        first = value[0] if isinstance(value, list) and value else value
-        ending = posixpath.splitext(first)[1].lower() if isinstance(first, str) else ""
-        if key in ("image", "images", "folder", "id") or len(ending) < 2:
+    would learn to answer blindly.
+
+    Args:
+      fields: a record.
+      keys: those of the format.
+      names: the images that are read.
+    """
+    stems = {_stem(name) for name in names}
+    rest = {key: value for key, value in fields.items() if key not in READ}
+    for key, text in _texts_within("", rest, (keys.role, keys.content)):
+        ending = posixpath.splitext(text)[1].lower()
+        if len(text) > files.MAX_PATH or "\n" in text:
             continue
         if ending in VIDEOS:
-            raise Reject(f"key {key!r} names a video, which is not read ({first:.100})")
-        if ending in PICTURES and not has_images:
-            raise Reject(f"key {key!r} names an image ({first:.100}), and `image` is read")
+            raise Reject(f"key {key!r} names a video, which is not read ({text:.100})")
+        if ending not in PICTURES or _stem(text) in stems:
+            continue
+        # Beside an image, where a file is from need not be seen.
+        if not names or (NAMES_IMAGE.search(key) and "://" not in text):
+            raise Reject(f"key {key!r} names an image ({text:.100}), and `image` is read")
+
+
+def _texts_within(key: str, value: Any, read: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yields the texts within a value, each with the key that it stands at, but for the keys of a
+    message that are read."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, list):
+        for one in value:
+            yield from _texts_within(key, one, read)
+    elif isinstance(value, dict):
+        for name, one in value.items():
+            if name not in read:
+                yield from _texts_within(name, one, read)
+
+
+def _stem(name: str) -> str:
+    """Returns the name of a file without its folder and its ending."""
+    return posixpath.splitext(posixpath.basename(files.split_page(name)[0]))[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,6 +69,18 @@ WEIGHTLESS = {"from": "human", "value": "?", "weight": 0}
         ({"image": "1.png", "conversations": said("Q", "<image> A")}, "1 image mark in an answer"),
         ({"image": "1.png", "conversations": [*said("Q", "A"), WEIGHTLESS]}, "has weight 0"),
         ({"file": "1.png", "conversations": said("Q", "A")}, "key 'file' names an image"),
+        # Beside an image another one, also deep within.
+        ({"image": "1.png", "image2": "2.png"}, r"key 'image2' names an image \(2.png\), and"),
+        ({"image": "1.png", "extra": {"images": ["2.png"]}}, "key 'images' names an image .2.png"),
+        ({"image": "1.png", "pages": [{"image_path": "2.png"}]}, "key 'image_path' names an image"),
+        ({"image": "1.png", "b": {"c": ["2.mp4"]}}, "key 'c' names a video"),
+        ({"meta": {"file": "1.png"}, "conversations": said("Q", "A")}, "key 'file' names an image"),
+        (
+            {"conversations": [said("Q")[0] | {"image": "1.png"}, said("Q", "A")[1]]},
+            "key 'image' names an image",
+        ),
+        ({"image": {"path": "2.png"}}, r"an image is missing \(2.png\)"),
+        ({"image": {"file": "1.png"}}, "image is no path"),
         ({"clip": "1.mp4", "conversations": said("Q", "A")}, "key 'clip' names a video"),
         (
             {"image": "1.png", "conversations": [{"role": "user", "content": "Q"}]},
@@ -134,6 +146,23 @@ def test_of_a_conversation_nothing_follows_what_has_no_answer(folder, prepare, p
     assert [turn.question for turn in record.turns] == ["Q"]
     assert record.images == (png(),)
     assert len(prepared.rejected()) == 2
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"image_path": "elsewhere/1.jpg"},
+        {"source_file": "book.pdf"},
+        {"image_url": "https://example.org/2.png"},
+        {"caption": "the image\n2.png"},
+        {"image": {"path": "1.png", "bytes": None}},
+    ],
+)
+def test_where_an_image_is_from_may_stand_beside_it(folder, prepare, beside):
+    path = folder / "llava.json"
+    path.write_text(json.dumps([conversation(1) | beside]))
+    (record,) = prepare(Llava(), path).records()
+    assert len(record.images) == 1
 
 
 def test_only_a_window_of_an_array_is_in_memory(tmp_path, monkeypatch):
