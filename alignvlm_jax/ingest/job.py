@@ -70,6 +70,7 @@ def prepare(request: Request, out: Path, run: Runner) -> bool:
         # Two names: what was rejected, and how much of it, but no shard.
         if len(data_names) == 2:
             raise UserError(f"{request.source} has no record that can be used{_reasons(folder)}")
+        data_names += _copy_images(written, folder)
         staging.write_json(names, [*data_names, *tokenizer_names])
     staging.publish(out, folder, json.loads(names.read_text()), request.splits, wanted)
     return True
@@ -306,6 +307,11 @@ def _write_outputs(writer: UnitWriter, units: Sequence[Unit], run: Runner) -> li
     for leftover in place.glob(f"{writer_lib.BESIDE}*"):
         shutil.rmtree(leftover)
     all_outputs = [UnitOutput(place, number) for number in range(len(units))]
+    # Until shards are made of the parts, one whose images were edited meanwhile is made anew.
+    if not any(place.parent.glob("*-of-*")):
+        for output in all_outputs:
+            if output.is_done() and output.images.exists() and staging.is_changed(output.images):
+                output.remove()
     tasks = [
         (output.number, unit)
         for output, unit in zip(all_outputs, units, strict=True)
@@ -314,6 +320,18 @@ def _write_outputs(writer: UnitWriter, units: Sequence[Unit], run: Runner) -> li
     if tasks:
         run(writer, tasks)
     return all_outputs
+
+
+def _copy_images(outputs: Sequence[UnitOutput], folder: Path) -> list[str]:
+    """Writes the list of the images that records of all parts name; returns its name, and none
+    where there are no such images."""
+    found = [output.images for output in outputs if output.images.exists()]
+    if not found:
+        return []
+    with open(folder / staging.IMAGES, "wb") as file:
+        for path in found:
+            file.write(path.read_bytes())
+    return [staging.IMAGES]
 
 
 def _copy_tokenizer(path: str, folder: Path) -> list[str]:

@@ -17,10 +17,13 @@ from alignvlm_jax.data import index, tokenizers
 from alignvlm_jax.data import shards as shards_lib
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.ingest import exclude
+from alignvlm_jax.ingest.formats import files
 
 REJECTED = "rejected.jsonl"
 COUNTS = "counts.json"
 """Numbers of records: those rejected by reason, all of them, and those that share their images."""
+IMAGES = "images.jsonl"
+"""Local images that records name, with their `files.version` when they were read."""
 PARTIAL = ".partial-"
 OURS = (".array_record", "prepare.json")
 """Ends of names of which a folder that `prepare` wrote has some."""
@@ -69,11 +72,22 @@ class Rejects:
 
 
 def is_ready(out: Path, wanted: dict[str, Any]) -> bool:
-    """Whether the folder `out` holds the complete data that `wanted` describes."""
+    """Whether the folder `out` holds the complete data that `wanted` describes, of images that are
+    still as they were."""
     try:
-        return json.loads((out / "prepare.json").read_text()) == wanted
-    except (OSError, ValueError):
+        found = json.loads((out / "prepare.json").read_text())
+        checksum = found.pop("images_read", None)
+        return found == wanted and (checksum is None or not is_changed(out / IMAGES))
+    except (OSError, ValueError, AttributeError):
         return False
+
+
+def is_changed(listed: Path) -> bool:
+    """Whether an image of a file of [path, version] lines was written anew, came or went since;
+    raises OSError where there is no such file."""
+    # A million images take some seconds.
+    with open(listed) as lines:
+        return any(files.version(path) != version for path, version in map(json.loads, lines))
 
 
 def partial_folder(out: Path, wanted: dict[str, Any]) -> Path:
@@ -125,7 +139,9 @@ def publish(
     # First of all: from here on the folder is neither the old data nor the new.
     (out / "prepare.json").unlink(missing_ok=True)
     shards = [path for split in splits for path in shards_lib.shard_paths(out, split)]
-    others = [out / name for name in (REJECTED, COUNTS, *tokenizers.NAMES, tokenizers.CHAT_FORMAT)]
+    others = [
+        out / name for name in (REJECTED, COUNTS, IMAGES, *tokenizers.NAMES, tokenizers.CHAT_FORMAT)
+    ]
     others += [
         out / name
         for split in splits
@@ -143,6 +159,9 @@ def publish(
     for name in names:
         if (ready / name).exists():
             os.replace(ready / name, out / name)
+    # With it, data of other images have another fingerprint.
+    if IMAGES in names:
+        wanted = wanted | {"images_read": f"{zlib.crc32((out / IMAGES).read_bytes()):08x}"}
     write_json(out / "prepare.json", wanted)
     # Last: a staging folder that is deleted halfway could not be resumed.
     for leftover in out.glob(f"{PARTIAL}*"):

@@ -131,6 +131,12 @@ class UnitOutput:
         return self.folder / f"{self.number:06d}.rejected.jsonl"
 
     @property
+    def images(self) -> Path:
+        """The path of a JSON lines file of [path, `files.version`] for local images that records
+        name; absent if there are none."""
+        return self.folder / f"{self.number:06d}.images.jsonl"
+
+    @property
     def counts(self) -> Path:
         """The path of a JSON file of the number of records that were left out, by reason.
 
@@ -141,6 +147,12 @@ class UnitOutput:
     def is_done(self) -> bool:
         """Whether the part is complete."""
         return self.counts.exists()
+
+    def remove(self) -> None:
+        """Removes the part; first the file that says that it is complete."""
+        self.counts.unlink(missing_ok=True)
+        for path in self.folder.glob(f"{self.number:06d}[.-]*"):
+            path.unlink()
 
     def lines(self) -> Iterator[Line]:
         """Yields what the part says of its records, in the source's order."""
@@ -186,6 +198,8 @@ class UnitWriter:
     def _write(self, output: UnitOutput, unit: Unit) -> Iterator[Progress]:
         """Writes all files of a part to the folder of `output`."""
         files.ROOTS.set(None if self.request.allow_outside else (self.request.source,))
+        seen: dict[str, str] = {}
+        files.SEEN.set(seen)
         lines = []
         rejects = Rejects()
         splits = {}
@@ -220,6 +234,9 @@ class UnitWriter:
             index.write(index.index_path(output.shard(split)), builder.build())
         write_lines(output.ids, lines)
         write_lines(output.rejected, rejects.listed)
+        # The unit's own file is in the listing of the source.
+        if named := [one for one in seen.items() if one[0] != unit.path]:
+            write_lines(output.images, named)
         output.counts.write_text(json.dumps(dict(rejects.counts)))
         yield Progress(count % REPORT_EVERY)
 

@@ -77,7 +77,9 @@ def test_the_folder(source, prepare, tokenizer):
     merged = {
         f"{kind}-{split}.npz" for kind in ("index", "shards") for split in ("train", "validation")
     }
-    assert names == merged | {*("rejected.jsonl", "counts.json", "prepare.json", "tokenizer.model")}
+    assert names == merged | {
+        *("rejected.jsonl", "counts.json", "prepare.json", "tokenizer.model", "images.jsonl")
+    }
     copied = our_tokenizers.load(prepared.folder)
     assert copied.encode("total 1") == tokenizer.encode("total 1")
     text = job.summary(prepared.folder)

@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from alignvlm_jax.commands import prepare as command
-from alignvlm_jax.data import filesystem
+from alignvlm_jax.data import filesystem, prepared
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.ingest import job
 from alignvlm_jax.ingest.formats import REGISTRY, survey
@@ -137,6 +137,52 @@ def test_a_file_edited_to_the_same_size_is_prepared_anew(tmp_path, prepare, png,
         assert record.turns[0].answers == (answer,)
     request = job.Request("test", Jsonl(), str(source), tokenizer.name, 0.0, shard_records=10)
     assert not job.prepare(request, tmp_path / "out", job.on_processes(1))
+
+
+@pytest.mark.parametrize("name", ["jsonl", "llava", "docdownstream", "parquet"])
+def test_an_image_that_was_edited_came_or_went_is_prepared_anew(
+    name, tmp_path, prepare, png, monkeypatch
+):
+    source = tmp_path / "in"
+    source.mkdir()
+    ending, data = contents(name, png())
+    again = data.replace(b"1.png", b"2.png")
+    (source / f"a{ending}").write_bytes(data)
+    (source / f"b{ending}").write_bytes(again if name != "parquet" else data)
+    second = "2.png" if name != "parquet" else "1.png"
+    form = REGISTRY[name]()
+
+    def first() -> bytes:
+        return prepare(form, source, group_tokens=0).records()[0].images[0]
+
+    for shade in (1, 2):  # files of one size
+        (source / "1.png").write_bytes(png(shade=shade))
+        assert first() == png(shade=shade)
+    fingerprint = prepared.fingerprint(tmp_path / "out")
+    os.utime(source / "1.png", (9, 9))
+    first()
+    assert prepared.fingerprint(tmp_path / "out") != fingerprint
+    if second == "2.png":
+        (source / "2.png").write_bytes(png(shade=3))
+        assert len(prepare(form, source, group_tokens=0).records()) == 2
+        (source / "2.png").unlink()
+        assert len(prepare(form, source, group_tokens=0).records()) == 1
+    monkeypatch.setattr(job.UnitWriter, "__call__", lambda *_: pytest.fail("prepared again"))
+    assert first() == png(shade=2)
+
+
+def test_a_part_whose_image_was_edited_meanwhile_is_made_anew(tmp_path, prepare, png, monkeypatch):
+    source = tmp_path / "data.jsonl"
+    turns = [{"question": "What?", "answers": ["This."]}]
+    source.write_text(json.dumps({"images": ["1.png"], "turns": turns}))
+    for shade in (1, 2):
+        (tmp_path / "1.png").write_bytes(png(shade=shade))
+        with monkeypatch.context() as patch:
+            if shade == 1:
+                patch.setattr(job.finish, "finish", lambda *_: (_ for _ in ()).throw(OSError()))
+                with pytest.raises(OSError):
+                    prepare(Jsonl(), source)
+    assert prepare(Jsonl(), source).records()[0].images == (png(shade=2),)
 
 
 def test_a_file_that_was_edited_meanwhile_does_not_go_on_with_old_parts(

@@ -32,6 +32,19 @@ Every format reads images by `image`: what a whole run allows need not pass thro
 """
 
 
+SEEN: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("SEEN", default=None)
+"""By path the `version` of local images when they were read, where somebody collects them."""
+
+
+def version(path: str) -> str:
+    """Returns what changes when a local file is written anew; "" where there is none."""
+    try:
+        stat = os.stat(path)
+    except (OSError, ValueError):  # also of a name that no file can have
+        return ""
+    return f"{stat.st_size}-{stat.st_mtime_ns}"
+
+
 def images(folder: str, names: Iterable[str]) -> tuple[bytes, ...]:
     """Returns the image files of a record, as `image` reads each.
 
@@ -74,6 +87,10 @@ def image(folder: str, name: str, max_bytes: int = MAX_BYTES) -> bytes:
         raise Reject(f"an image has a name that is no UTF-8 ({filesystem.escaped(name)})")
     try:
         check_inside(path, folder, name)
+        # Before it is read: what is written meanwhile counts as later. Of a bucket each would be
+        # a request more.
+        if (seen := SEEN.get()) is not None and not filesystem.is_remote(path):
+            seen.setdefault(path, version(path))
         return _drawn(filesystem.read(path, max_bytes), name, page)
     except FileNotFoundError as err:
         raise Reject(f"an image is missing ({name})") from err
