@@ -9,10 +9,11 @@ of one template, is taken for the same; what has ink around it, as a black borde
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from PIL import Image
 
 from alignvlm_jax.data import arrays, filesystem, images, prepared, read_ahead
 from alignvlm_jax.data import shards as shards_lib
-from alignvlm_jax.errors import UserError, nearest
+from alignvlm_jax.errors import UserError, counted, nearest
 
 VERSION = 1
 """Version of the perceptual hash, raised with every change to it: others cannot be compared."""
@@ -38,6 +39,11 @@ MIN_CONTRAST = 80
 MIN_INK = 0.0005
 """Least fraction of a page that is ink; of others, as blank ones, only bytes are compared."""
 MAX_SIDE = 1024
+MAX_PAIRS = 3
+"""Pairs of images that look alike which are shown."""
+EQUAL = "its image is an excluded one"
+ALIKE = "its image looks like an excluded one"
+"""Why records are dropped, which are counted apart: what looks alike may be another page."""
 
 
 class Known(NamedTuple):
@@ -209,7 +215,7 @@ class Excluded:
         """Returns why a record of this name and images is excluded; "" if it is not."""
         for image in record_images:
             if twin := self._by_hash.get(hash_of(image)):
-                return f"its image is an excluded one ({twin}, byte for byte)"
+                return f"{EQUAL} ({twin}, byte for byte)"
             # A blank page equals every other one: it has no hash to compare.
             numbers = np.array(perceptual_hash(image, f"of {name}"), np.uint64)
             if not numbers.any() or not len(self._seen):
@@ -219,8 +225,30 @@ class Excluded:
             nearest_one = int(distances.argmin())
             if distances[nearest_one] <= MAX_DISTANCE:
                 twin = self._known.names[int(self._seen[nearest_one])]
-                return (
-                    "its image looks like an excluded one "
-                    f"({twin}, all but {distances[nearest_one]} of {BITS} bits)"
-                )
+                return f"{ALIKE} ({twin}, all but {distances[nearest_one]} of {BITS} bits)"
         return ""
+
+
+def told(reasons: Mapping[str, int], rejected: Iterable[Mapping[str, str]]) -> list[str]:
+    """Returns lines about the records that were dropped, with pairs to look at of those that look
+    alike; none where none was dropped.
+
+    Args:
+      reasons: how many records were rejected, by reason.
+      rejected: lines of those that are listed, with `id`, `source` and `reason`.
+    """
+    counts = [counted(reasons.get(why, 0), "record") for why in (EQUAL, ALIKE)]
+    if not {EQUAL, ALIKE} & {*reasons}:
+        return []
+    head = f"--exclude dropped {counts[0]} by the bytes of an image, and {counts[1]} by its look"
+    if ALIKE not in reasons:
+        return [head]
+    found = (
+        f"  {line['id']} ({line['source']}): {line['reason'].partition(' (')[2][:-1]}"
+        for line in rejected
+        if line["reason"].startswith(ALIKE)
+    )
+    return [
+        f"{head}, as another form of the same template also has; all are in rejected.jsonl:",
+        *itertools.islice(found, MAX_PAIRS),
+    ]

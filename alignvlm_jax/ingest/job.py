@@ -70,7 +70,7 @@ def prepare(request: Request, out: Path, run: Runner) -> bool:
         # Two names: what was rejected, and how much of it, but no shard.
         if len(data_names) == 2:
             raise UserError(f"{request.source} has no record that can be used{_reasons(folder)}")
-        data_names += _copy_images(written, folder)
+        data_names += staging.join_images([output.images for output in written], folder)
         staging.write_json(names, [*data_names, *tokenizer_names])
     staging.publish(out, folder, json.loads(names.read_text()), request.splits, wanted)
     return True
@@ -171,7 +171,8 @@ def summary(out: Path, splits: Sequence[str] = writer_lib.SPLITS) -> str:
         f"rejected: {sum(reasons.values()):,}"
         + (f" (see {out / staging.REJECTED})" if reasons else "")
     )
-    return "\n".join([*text, *(f"  {count:,}: {reason}" for reason, count in reasons.items())])
+    text += [f"  {count:,}: {reason}" for reason, count in reasons.items()]
+    return "\n".join([*text, *exclude.told(reasons, writer_lib.read_lines(out / staging.REJECTED))])
 
 
 def _lacking(out: Path, tasks: Mapping[str, Collection[str]]) -> list[str]:
@@ -320,18 +321,6 @@ def _write_outputs(writer: UnitWriter, units: Sequence[Unit], run: Runner) -> li
     if tasks:
         run(writer, tasks)
     return all_outputs
-
-
-def _copy_images(outputs: Sequence[UnitOutput], folder: Path) -> list[str]:
-    """Writes the list of the images that records of all parts name; returns its name, and none
-    where there are no such images."""
-    found = [output.images for output in outputs if output.images.exists()]
-    if not found:
-        return []
-    with open(folder / staging.IMAGES, "wb") as file:
-        for path in found:
-            file.write(path.read_bytes())
-    return [staging.IMAGES]
 
 
 def _copy_tokenizer(path: str, folder: Path) -> list[str]:

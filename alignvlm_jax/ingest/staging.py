@@ -90,6 +90,18 @@ def is_changed(listed: Path) -> bool:
         return any(files.version(path) != version for path, version in map(json.loads, lines))
 
 
+def join_images(parts: Iterable[Path], folder: Path) -> list[str]:
+    """Writes the list of the images that records name out of those of all parts, of which some have
+    none; returns its name, and none where there are no such images."""
+    found = [path for path in parts if path.exists()]
+    if not found:
+        return []
+    with open(folder / IMAGES, "wb") as file:
+        for path in found:
+            file.write(path.read_bytes())
+    return [IMAGES]
+
+
 def partial_folder(out: Path, wanted: dict[str, Any]) -> Path:
     """Returns the staging folder of the data that `wanted` describes; creates it if need be.
 

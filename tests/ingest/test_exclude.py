@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -114,6 +115,14 @@ def test_what_a_benchmark_shows_is_not_trained_on(sources, tokenizer, capsys, mo
     assert all(f"(t{name[-1]} in {test}, all but" in reason for name, reason in reasons.items())
     printed = capsys.readouterr().out
     assert "train: 11 records" in printed and "12: its image looks like an excluded" in printed
+    told = "--exclude dropped 1 record by the bytes of an image, and 12 records by its look, as"
+    [head, *pairs] = printed.partition(told)[2].splitlines()[: 1 + exclude.MAX_PAIRS]
+    assert head.endswith("all are in rejected.jsonl:")
+    for line in pairs:
+        assert re.fullmatch(
+            rf"  (\w+?)(\d) \({sources}/train/data\.jsonl\): t\2 in {test}, all but \d+ of 256 bits",
+            line,
+        )
     # Of the same benchmark nothing is new, of another one all is.
     command.main([*train, f"--exclude={test}:test"])
     assert "is ready" in capsys.readouterr().out
