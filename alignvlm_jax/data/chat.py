@@ -48,7 +48,7 @@ def encode_chat(
     max_length: int | None = None,
     *,
     cuts_answers: bool = False,
-    is_conversation: bool = False,
+    has_order: bool = False,
     system: str = "",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Encodes turns with the image tokens, each of them the token `image_id`. Turns that would not
@@ -63,7 +63,7 @@ def encode_chat(
       image_id: the token that holds the place of an image token.
       max_length: largest number of tokens.
       cuts_answers: as above.
-      is_conversation: whether nothing may follow a turn that is left out: it could refer to it.
+      has_order: whether nothing may follow a turn that is left out: it could refer to it.
       system: what the model is told first; "" leaves what the format says itself.
 
     Returns:
@@ -81,7 +81,7 @@ def encode_chat(
         room = math.inf if max_length is None else max_length - length
         if len(turn.reply) <= room or (cuts_answers and room > 0):
             kept = [*before, turn]
-        elif is_conversation:
+        elif has_order:
             break
     tokens: list[int] = [] if kept else encoder.nothing()
     is_answer = [False] * len(tokens)
@@ -100,7 +100,7 @@ def count_tokens(
     tokenizer: Tokenizer,
     turns: Sequence[tuple[str, str] | ChatTurn],
     *,
-    is_conversation: bool = False,
+    has_order: bool = False,
     system: str = "",
 ) -> int:
     """Returns how many tokens a chat of some turns has at most, in whatever order they come, unless
@@ -112,9 +112,9 @@ def count_tokens(
     # packed sequence has no room for what was not counted. And where the format has no place for
     # a system turn, it stands in the text of the first question.
     is_sensitive = any(strips[0](turn[1]) != strips[1](turn[1]) for turn in turns)
-    if is_sensitive and not is_conversation:
+    if is_sensitive and not has_order:
         orders = [[*turns[:i], *turns[i + 1 :], turns[i]] for i in range(len(turns))]
-    if system and not is_conversation:
+    if system and not has_order:
         orders += [[turns[i], *turns[:i], *turns[i + 1 :]] for i in range(1, len(turns))]
     lengths = [len(encode_chat(tokenizer, order, 0, 0, system=system)[0]) for order in orders]
     if system and chat_format.system_before is not None:

@@ -100,7 +100,7 @@ class ExampleBuilder:
             self.image_token_id,
             data.seq_len,
             cuts_answers=is_cut,
-            is_conversation=record.has_order,
+            has_order=record.has_order,
             system=record.system,
         )
         if data.packing == "offline" and not is_answer.any():

@@ -354,7 +354,7 @@ def text_tokens(record: Record, tokenizer: Tokenizer) -> dict[str, int]:
         turns = tuple(found if record.has_order else sorted(found))
         if turns not in counted:
             counted[turns] = chat.count_tokens(
-                tokenizer, turns, is_conversation=record.has_order, system=record.system
+                tokenizer, turns, has_order=record.has_order, system=record.system
             )
         lengths[task] = counted[turns]
     return lengths

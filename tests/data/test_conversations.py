@@ -74,7 +74,7 @@ def test_of_a_conversation_the_end_alone_is_cut(family):
     shown = [5, 9, 9, 10]
     for limit in range(lengths[0], lengths[-1] + 2):
         tokens, is_answer = chat.encode_chat(
-            family, SAID, COUNTS, IMAGE, max_length=limit, is_conversation=True
+            family, SAID, COUNTS, IMAGE, max_length=limit, has_order=True
         )
         ends = (
             tokens[is_answer] == family.special_tokens[chat_template.format_of(family).end]
@@ -84,7 +84,7 @@ def test_of_a_conversation_the_end_alone_is_cut(family):
     # A turn that does not fit takes with it what comes after, which is short.
     long = [SAID[2], ChatTurn("What is the page?", "x" * 300), SAID[2]]
     only = chat.encode_chat(family, long[:1], 0, IMAGE)[0]
-    cut = chat.encode_chat(family, long, 0, IMAGE, len(only) * 3, is_conversation=True)[0]
+    cut = chat.encode_chat(family, long, 0, IMAGE, len(only) * 3, has_order=True)[0]
     free = chat.encode_chat(family, long, 0, IMAGE, len(only) * 3)[0]
     assert cut.tolist() == only.tolist() and len(free) > len(only)
 
