@@ -13,6 +13,12 @@ from alignvlm_jax.ingest.formats.base import Reject
 IMAGE_MARK = re.compile(r"<image>|<\|image\|>")
 """What stands for an image in a text: LLaVA's mark and mPLUG-DocOwl's."""
 
+OTHER_MARK = re.compile(
+    r"<img>[^<]+</img>|<(?:image|img)[ _-]?\d+>|<\|image_\d+\|>|<Image>|<image_placeholder>"
+    r"|!\[[^\]]*\]\([^)]+\)"
+)
+"""Ways of others to write an image, by a number or its path."""
+
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
 """The two sides of a conversation, by LLaVA's names and OpenAI's."""
 
@@ -43,6 +49,10 @@ def place_images(turns: Sequence[Turn], num_images: int) -> tuple[Turn, ...]:
     in_questions = sum(len(IMAGE_MARK.findall(turn.question)) for turn in turns)
     if in_questions not in (0, num_images):
         raise Reject(f"{_count(in_questions, 'image mark')} for {_count(num_images, 'image')}")
+    # As other sets write an image: without it, the model would learn to answer blindly.
+    shown = [found[0] for turn in turns if (found := OTHER_MARK.search(turn.question))]
+    if shown and not num_images:
+        raise Reject(f"an image in a question, as it is not read ({shown[0]:.50})")
     in_answers = sum(len(IMAGE_MARK.findall(text)) for turn in turns for text in turn.answers)
     # With its images all asked about, an answer may well speak of a mark.
     if in_answers and num_images and not in_questions:

@@ -81,6 +81,9 @@ WEIGHTLESS = {"from": "human", "value": "?", "weight": 0}
         ),
         ({"image": {"path": "2.png"}}, r"an image is missing \(2.png\)"),
         ({"image": {"file": "1.png"}}, "image is no path"),
+        ({"conversations": said("<img>1.png</img> Q", "A")}, "as it is not read .<img>1.png</img>"),
+        ({"conversations": said("Q ![a](1.png)", "A")}, "an image in a question, as it is not"),
+        ({"conversations": said("What is in <image 1>?", "A")}, "as it is not read .<image 1>"),
         ({"clip": "1.mp4", "conversations": said("Q", "A")}, "key 'clip' names a video"),
         (
             {"image": "1.png", "conversations": [{"role": "user", "content": "Q"}]},

@@ -253,8 +253,15 @@ def _answer_of_text(text: str, column: str) -> str | list[str]:
     Raises:
       Reject: it may be one answer or several, or cannot be told apart.
     """
+    is_several = column.endswith("s")
+    spelled = checks.literal(text) if is_several and text.strip()[:1] in ("[", "{") else None
+    if spelled == []:
+        return []
+    # As SQuAD has them: an object with lists of texts and of their places.
+    if isinstance(spelled, dict):
+        raise Reject(f"an answer is the text of an object, and no list ({text!r:.50})")
     found = checks.listed_texts(text)
-    if len(found) == 1 or (found and column.endswith("s")):
+    if len(found) == 1 or (found and is_several):
         return found
     if found or re.match(r"\[\s*['\"].*\]$", text.strip(), re.DOTALL):
         raise Reject(f"an answer is the text of a list, and no list ({text!r:.50})")

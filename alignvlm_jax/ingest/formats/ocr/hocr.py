@@ -131,6 +131,8 @@ class _Parser(HTMLParser):
             self._word += data
         elif kinds[-1:] == ["line"]:
             self._line += data
+        elif kinds[-1:] == ["page"] and data.strip():
+            raise Reject(f"hOCR with text that is of no line ({data.strip()[:20]!r})")
 
     def handle_endtag(self, tag: str) -> None:
         if not any(one.tag == tag for one in self._open):
@@ -153,8 +155,10 @@ class _Parser(HTMLParser):
             found = CONFIDENCE.search(ended.title)
             confidence = page_lib.confidence_of(found[1], 100.0) if found else None
             self.pages[-1][-1].append(Word(text, self._place(ended, text), None, confidence))
-        # A line without words has text of its own.
-        elif ended.kind == "line" and text and not self.pages[-1][-1]:
+        # A line without words has text of its own; beside words it has no place.
+        elif ended.kind == "line" and text and self.pages[-1][-1]:
+            raise Reject(f"hOCR with text of a line beside its words ({text[:20]!r})")
+        elif ended.kind == "line" and text:
             self.pages[-1][-1] += page_lib.spread(text, self._place(ended, text), None)
         return ended.tag
 

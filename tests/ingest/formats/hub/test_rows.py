@@ -159,6 +159,8 @@ def test_answers_as_the_text_of_a_list():
         ("[see page 3]", "answers", ("[see page 3]",)),
         ("(a)", "answers", ("(a)",)),
         ("", "answers", ("",)),
+        ("[]", "answers", ()),
+        ('{"total": ["2"]}', "answer", ('{"total": ["2"]}',)),
         # Within a list of answers, one may be a list.
         (["['a', 'b']"], "answers", ("['a', 'b']",)),
     ],
@@ -174,10 +176,11 @@ def test_a_column_of_answers_may_have_lists_as_texts(answer, column, answers):
         ("['a' 'b']", "answers"),
         ('["a", "b]', "label"),
         ("['a', b']", "answers"),
+        ('{"text": ["a", "b"]}', "answers"),
     ],
 )
 def test_an_answer_that_may_be_one_or_several_is_rejected(answer, column):
-    with pytest.raises(Reject, match="an answer is the text of a list, and no list"):
+    with pytest.raises(Reject, match=r"an answer is the text of .*, and no list"):
         asked(answer=answer, answer_column=column)
 
 

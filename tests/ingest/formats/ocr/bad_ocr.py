@@ -59,6 +59,14 @@ BAD = {
     "page size.xml": ('<PcGts><Page imageWidth="9"/></PcGts>', "a box that is none"),
     "plain.html": ("<p>Hello</p>", "no hOCR: no element is of class ocr_page"),
     "latin.hocr": (b"<p>\xe9</p>", "no UTF-8 .* at byte 3"),
+    "between.hocr": (
+        changed(make_ocr.hocr(), ("</strong></span> ", "</strong></span> lost ")),
+        "text of a line beside its words .'lost lost'",
+    ),
+    "no line.hocr": (
+        changed(make_ocr.hocr(), ("<p class='ocr_par'>", "<p class='ocr_par'>lost")),
+        "text that is of no line .'lost'",
+    ),
     "no box.hocr": (changed(make_ocr.hocr(), ("bbox 20 10 70 30;", "")), "'Total' has no box"),
     "no size.hocr": (changed(make_ocr.hocr(), ("bbox 0 0 200 100;", "")), "does not say how large"),
     "wconf.hocr": (changed(make_ocr.hocr(), ("x_wconf 90", "x_wconf 900")), "not from 0 to 100"),
