@@ -236,7 +236,8 @@ def _units(request: Request, out: Path) -> list[Unit]:
     if filesystem.is_remote(request.source) or not source.is_dir():
         return units
     # Not Path.resolve, which a link to itself ends.
-    place, root = Path(os.path.realpath(out)), Path(os.path.realpath(source))
+    place = Path(os.path.realpath(out))
+    root = Path(os.path.realpath(source))
     if place == root:
         raise UserError(
             f"--out={out} is --source itself, all of which is read; name another folder, beside "

@@ -143,7 +143,8 @@ def _merged(tokens: list[str], words: tuple[Word, ...]) -> Iterator[Word]:
             box = (min(sides[0]), min(sides[1]), max(sides[2]), max(sides[3]))
             sure = [one.confidence for one in group if one.confidence is not None]
             yield Word(" ".join(names), box, None, min(sure, default=None))
-            group, names = [], []
+            group = []
+            names = []
 
 
 def _text(element: Element) -> tuple[str, float | None]:
