@@ -11,7 +11,7 @@ from pathlib import Path
 
 from alignvlm_jax import storage
 from alignvlm_jax.commands import next_commands, usage
-from alignvlm_jax.errors import StoppedError, UsageError, UserError, nearest
+from alignvlm_jax.errors import StoppedError, UsageError, nearest
 from alignvlm_jax.flag_types import names, positive
 from alignvlm_jax.ingest.formats import REGISTRY, survey
 from alignvlm_jax.storage import faults
