@@ -122,7 +122,7 @@ def prepare(tmp_path, tokenizer) -> Callable[..., Prepared]:
         # Small shards: a few records make several.
         request = job.Request("test", form, str(source), tokenizer.name, holdout, shard_records=10)
         request = dataclasses.replace(request, **changes)
-        job.prepare(request, tmp_path / out, job.on_processes(num_workers))
+        job.prepare(request, tmp_path / out, job.on_processes(num_workers), True)
         return Prepared(tmp_path / out)
 
     return run

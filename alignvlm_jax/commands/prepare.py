@@ -92,6 +92,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.add_argument("--tokenizer", help="file, or folder that holds it")
         return parser.parse_args(argv)
     parser.add_argument(
+        "--overwrite", action="store_true", help="write --out anew where other flags made it"
+    )
+    parser.add_argument(
         "--num_workers", type=positive, default=2, help="processes; changes no byte of the data"
     )
     if name == DOCUMENTS:
@@ -260,9 +263,9 @@ def _prepare_documents(args: argparse.Namespace, started: float) -> None:
     arguments = {
         name: value
         for name, value in vars(args).items()
-        if name not in ("out", "num_workers", "recount")
+        if name not in ("out", "num_workers", "recount", "overwrite")
     }
-    if not demonstration.prepare(Path(args.out), arguments, args.num_workers):
+    if not demonstration.prepare(Path(args.out), arguments, args.num_workers, args.overwrite):
         print(f"{args.out} is ready: prepared with these arguments before")
         return
     sizes = ", ".join(
@@ -276,7 +279,7 @@ def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: fl
     _check_needed(args)
     # Late: these need grain, and with it jax.
     from alignvlm_jax.data import index, shards
-    from alignvlm_jax.ingest import executors, job
+    from alignvlm_jax.ingest import executors, job, summary
 
     if args.exclude and args.split:
         raise UsageError(
@@ -307,8 +310,11 @@ def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: fl
     # Formats that tell public sets by their columns or members say which, and by what.
     for line in request.format.notes(args.source):
         print(line)
-    is_new = job.prepare(request, Path(args.out), run)
-    print(job.summary(Path(args.out), request.splits))
+    before = summary.hashes(Path(args.out), request.splits)
+    is_new = job.prepare(request, Path(args.out), run, args.overwrite)
+    print(summary.of(Path(args.out), request.splits))
+    if is_new and (line := summary.moved(before, Path(args.out))):
+        print(line)
     held = [split for split in request.splits if shards.shard_paths(args.out, split)]
     num_images = sum(len(index.load(args.out, split).image_sizes) for split in held)
     if line := found.about_unnamed(args.format, num_images):

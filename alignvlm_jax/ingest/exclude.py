@@ -244,7 +244,7 @@ def told(reasons: Mapping[str, int], rejected: Iterable[Mapping[str, str]]) -> l
     if ALIKE not in reasons:
         return [head]
     found = (
-        f"  {line['id']} ({line['source']}): {line['reason'].partition(' (')[2][:-1]}"
+        f"  {line['id']} ({line.get('source', '')}): {line['reason'].partition(' (')[2][:-1]}"
         for line in rejected
         if line["reason"].startswith(ALIKE)
     )

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from alignvlm_jax.data import shards as shards_lib
 from alignvlm_jax.data.record import Record, decode_record
 from alignvlm_jax.data.shards import ShardWriter
 from alignvlm_jax.ingest import exclude, grouping, staging
+from alignvlm_jax.ingest.formats import files
 from alignvlm_jax.ingest.formats.base import Unit
 from alignvlm_jax.ingest.grouping import Move, Table
 from alignvlm_jax.ingest.staging import Rejects
@@ -123,21 +125,27 @@ def _write_rejected(
     They follow what is rejected already. Of each part come first those that it rejected, then those
     that are dropped over all parts.
     """
-    for number, (output, unit) in enumerate(zip(outputs, units, strict=True)):
+    places = _Places(units)
+    for number, output in enumerate(outputs):
         counts = json.loads(output.counts.read_text())
-        for head, (name, reason) in read_lines(output.rejected):
-            rejects.add(reason, {"source": unit.path, "id": name, "reason": reason})
+        for head, (name, reason, *where) in read_lines(output.rejected):
+            # Beyond the list no line is looked for.
+            if rejects.room(reason):
+                rejects.add(reason, places.line(number, name, reason, *where))
+            else:
+                rejects.add_unlisted(reason, 1)
             counts[head] -= 1
         # What the part has counted beyond its list.
         for head, count in counts.items():
             rejects.add_unlisted(head, count)
-        _add_dropped(rejects, table, outputs, units, number)
+        _add_dropped(rejects, table, outputs, places, number)
     write_lines(folder / staging.REJECTED, (value for _, value in rejects.listed))
     is_joined = table.fates == grouping.JOINED
     counts = {
         "rejected": dict(+rejects.counts),  # without those that never came
         "joined": int(is_joined.sum()),
         "into": len(np.unique(table.others[is_joined])),
+        "documents": grouping.num_documents(table),
     }
     staging.write_json(folder / staging.COUNTS, counts)
     return [staging.REJECTED, staging.COUNTS]
@@ -147,26 +155,60 @@ def _add_dropped(
     rejects: Rejects,
     table: Table,
     outputs: Sequence[UnitOutput],
-    units: Sequence[Unit],
+    places: "_Places",
     number: int,
 ) -> None:
     """Adds the records of a part that are dropped over all parts."""
     fates = table.fates[table.part(number)]
     for fate, reason in DROPPED.items():
         lines = table.starts[number] + np.flatnonzero(fates == fate)
-        # Of a flood of copies no names are looked up, only their number counts.
-        if rejects.is_full(reason):
-            rejects.add_unlisted(reason, len(lines))
-            continue
-        for line, name in zip(lines.tolist(), grouping.ids(table, outputs, lines), strict=True):
-            other = int(table.others[line])
+        # Of a flood of copies those beyond the list are counted, and no names of them looked up.
+        num_listed = rejects.room(reason)
+        rejects.add_unlisted(reason, len(lines) - len(lines[:num_listed]))
+        lines = lines[:num_listed]
+        others = np.unique(table.others[lines])
+        twins = dict(zip(others.tolist(), grouping.read_again(table, outputs, others), strict=True))
+        known = grouping.read_again(table, outputs, lines)
+        for other, one in zip(table.others[lines].tolist(), known, strict=True):
             whole = reason
-            if fate == grouping.REPEATED:
-                whole = f"{reason} (of one in {units[table.part_of(other)].path})"
-            elif fate == grouping.COPIED and not rejects.is_full(reason):
-                [twin] = grouping.ids(table, outputs, np.array([other]))
-                whole = f"{reason} ({twin})"
-            rejects.add(whole, {"source": units[number].path, "id": name, "reason": whole})
+            if fate in (grouping.REPEATED, grouping.COPIED):
+                of = places.told(table.part_of(other), twins[other].place)
+                first = "of one" if fate == grouping.REPEATED else twins[other].id
+                whole = f"{reason} ({first} in {of})"
+            rejects.add(whole, places.line(number, one.id, whole, one.place, one.names))
+
+
+class _Places:
+    """Where records lie, for a list of those that are rejected."""
+
+    def __init__(self, units: Sequence[Unit]):
+        self._units = units
+        self._counted: dict[str, files.Places] = {}
+
+    def line(
+        self,
+        number: int,
+        name: str,
+        reason: str,
+        place: str | int = "",
+        images: Sequence[str] = (),
+    ) -> dict[str, Any]:
+        """Returns a line of the list: the file of part `number`, the place in it, the images, the
+        id and the reason; those that are empty are left out."""
+        found = {"place": self._spelled(number, place), "images": list(images)}
+        path = self._units[number].path
+        known = {key: value for key, value in found.items() if value}
+        return {"source": path, **known, "id": name, "reason": reason}
+
+    def told(self, number: int, place: str | int) -> str:
+        """Returns the file of part `number` and the place in it, for a sentence."""
+        return ", ".join(filter(None, (self._units[number].path, self._spelled(number, place))))
+
+    def _spelled(self, number: int, place: str | int) -> str:
+        if isinstance(place, str):
+            return place
+        path = self._units[number].path
+        return self._counted.setdefault(path, files.Places(path)).spelled(place)
 
 
 def _groups(sizes: Sequence[int], least: int) -> list[list[int]]:

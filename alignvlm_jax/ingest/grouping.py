@@ -138,22 +138,22 @@ def drop_repeated_ids(table: Table, outputs: Sequence[UnitOutput]) -> None:
     values, counts = np.unique(hashes, return_counts=True)
     suspects = np.flatnonzero(np.isin(hashes, values[counts > 1]))
     first: dict[str, int] = {}
-    for line, name in zip(suspects.tolist(), ids(table, outputs, suspects), strict=True):
+    for line, values in zip(suspects.tolist(), read_again(table, outputs, suspects), strict=True):
         # Equal hashes are no proof: the ids themselves decide, so that a collision drops no good
         # record.
-        if first.setdefault(name, line) != line:
-            table.drop(np.array([line]), REPEATED, np.array([first[name]]))
+        if first.setdefault(values.id, line) != line:
+            table.drop(np.array([line]), REPEATED, np.array([first[values.id]]))
 
 
-def ids(table: Table, outputs: Sequence[UnitOutput], lines: np.ndarray) -> Iterator[str]:
-    """Yields the ids of the records of some lines, int64 [n] in ascending order."""
+def read_again(table: Table, outputs: Sequence[UnitOutput], lines: np.ndarray) -> Iterator[Line]:
+    """Yields what the parts say of the records of some lines, int64 [n] in ascending order."""
     for number in np.unique(np.searchsorted(table.starts, lines, side="right") - 1).tolist():
         begin, end = table.starts[number : number + 2].tolist()
         wanted = set((lines[np.searchsorted(lines, begin) : np.searchsorted(lines, end)]).tolist())
         # Ids are texts of any length, and are read again rather than kept.
         for line, values in enumerate(outputs[number].lines(), begin):
             if line in wanted:
-                yield values.id
+                yield values
 
 
 def move_of(table: Table, holdout: float) -> Move | None:
@@ -182,6 +182,15 @@ def apply(table: Table, move: Move) -> None:
     table.splits_of[table.lines["document"] == np.uint64(move.document)] = table.splits.index(
         move.target
     )
+
+
+def num_documents(table: Table) -> dict[str, int]:
+    """Returns of how many documents the records of each split are, but for those dropped."""
+    is_kept = (table.fates == STAYS) | (table.fates == JOINED)
+    return {
+        split: len(np.unique(table.lines["document"][is_kept & (table.splits_of == number)]))
+        for number, split in enumerate(table.splits)
+    }
 
 
 def drop_held_out(table: Table) -> None:

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from rich.progress import (
 
 from alignvlm_jax.data import chat_template, filesystem, index, record, tokenizers
 from alignvlm_jax.data import shards as shards_lib
-from alignvlm_jax.errors import UserError, counted
-from alignvlm_jax.ingest import exclude, executors, finish, staging, statistics
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.ingest import exclude, executors, finish, staging, summary
 from alignvlm_jax.ingest import writer as writer_lib
 from alignvlm_jax.ingest.formats.base import Unit
 from alignvlm_jax.ingest.writer import Request, UnitOutput, UnitWriter
@@ -34,15 +34,16 @@ Runner = Callable[[UnitWriter, list[tuple[int, Unit]]], None]
 """A function that calls the writer for all tasks (part number, unit), on any workers."""
 
 
-def prepare(request: Request, out: Path, run: Runner) -> bool:
-    """Writes the prepared data to the folder `out`, resuming an interrupted job.
+def prepare(request: Request, out: Path, run: Runner, overwrite: bool = False) -> bool:
+    """Writes the prepared data to the folder `out`, resuming an interrupted job; `overwrite` allows
+    it to take the place of what other flags made.
 
     Returns:
       False if `out` already held this data, else True.
 
     Raises:
-      UserError: there is no such source or tokenizer, `out` is the source, the source has no
-        record that can be used, or the data cannot be written.
+      UserError: there is no such source or tokenizer, `out` is the source or was prepared with
+        other flags, the source has no record that can be used, or the data cannot be written.
     """
     tokenizer = tokenizers.load(request.tokenizer)
     chat_template.format_of(tokenizer)  # raises before anything is read
@@ -53,6 +54,8 @@ def prepare(request: Request, out: Path, run: Runner) -> bool:
     # The description holds a listing of the source: a source that has grown is prepared anew.
     if staging.is_ready(out, wanted):
         return False
+    if not overwrite:
+        staging.check_flags(out, wanted, request.splits)
     folder = staging.partial_folder(out, wanted)
     # It lists the files to publish. Once it is there, `finish` must not run again: some files may
     # have moved to `out` already.
@@ -69,7 +72,9 @@ def prepare(request: Request, out: Path, run: Runner) -> bool:
         data_names = finish.finish(written, units, request, folder, unusable)
         # Two names: what was rejected, and how much of it, but no shard.
         if len(data_names) == 2:
-            raise UserError(f"{request.source} has no record that can be used{_reasons(folder)}")
+            raise UserError(
+                f"{request.source} has no record that can be used{summary.reasons(folder)}"
+            )
         data_names += staging.join_images([output.images for output in written], folder)
         staging.write_json(names, [*data_names, *tokenizer_names])
     staging.publish(out, folder, json.loads(names.read_text()), request.splits, wanted)
@@ -135,83 +140,6 @@ def recount(out: Path, tokenizer_path: str) -> dict[str, int]:
     return {split: len(index.load(out, split)) for split in splits}
 
 
-def summary(out: Path, splits: Sequence[str] = writer_lib.SPLITS) -> str:
-    """Returns a description of a prepared folder in a few lines.
-
-    It has the number of records and images by split, the tokens by task and the number of rejected
-    records by reason.
-    """
-    text = []
-    tasks: dict[str, set[str]] = {}
-    for split in splits:
-        if not shards_lib.shard_paths(out, split):
-            continue
-        known = index.load(out, split)
-        images = counted(len(known.image_sizes), "image")
-        text.append(f"{split}: {counted(len(known), 'record')}, {images}")
-        for task, lengths in known.text_tokens.items():
-            used = lengths[lengths > 0]  # 0 stands for a record without this task
-            if len(used):
-                tasks.setdefault(split, set()).add(task)
-                text.append(
-                    f"  {task}: {counted(len(used), 'record')}, tokens mean "
-                    f"{used.mean():.0f}, max {used.max():,}"
-                )
-    if tuple(splits) == writer_lib.SPLITS:
-        text += _lacking(out, tasks)
-    num_joined, num_joining = statistics.joined(out)
-    if num_joined:
-        text.append(
-            f"{num_joined + num_joining:,} records about the same images share "
-            f"{counted(num_joining, 'record')}, their questions one after another "
-            "(--no-group_by_image keeps them apart)"
-        )
-    reasons = statistics.rejected(out)
-    text.append(
-        f"rejected: {sum(reasons.values()):,}"
-        + (f" (see {out / staging.REJECTED})" if reasons else "")
-    )
-    text += [f"  {count:,}: {reason}" for reason, count in reasons.items()]
-    return "\n".join([*text, *exclude.told(reasons, writer_lib.read_lines(out / staging.REJECTED))])
-
-
-def _lacking(out: Path, tasks: Mapping[str, Collection[str]]) -> list[str]:
-    """Returns lines about what training or validation lacks of the tasks that the other has."""
-    train, validation = (tasks.get(split, ()) for split in writer_lib.SPLITS)
-    if not validation:
-        return [_without_validation(out)]
-    if not train:
-        return ["train: none, all is held out or shows its images; take a smaller --holdout"]
-    return [
-        f"{split}: no record has text for {task}, which {other} has; another --holdout may help"
-        for split, here, other, there in (
-            ("validation", validation, "train", train),
-            ("train", train, "validation", validation),
-        )
-        for task in ("transcribe", "answer")
-        if task in there and task not in here
-    ]
-
-
-def _without_validation(out: Path) -> str:
-    """Returns a line about a folder of which nothing is held out, and what to do about it."""
-    try:
-        done = json.loads((out / "prepare.json").read_text())
-    except (OSError, ValueError):
-        done = {}
-    if done.get("holdout") == 0:
-        return "validation: none, since --holdout is 0; `train` needs some, as of --holdout=0.02"
-    remedy = "give more documents"
-    if done.get("holdout_by") == "document":
-        remedy = "--holdout_by=page holds out a page where there are two"
-    elif done.get("format") == "jsonl":
-        remedy = "give records that are no page of it a `document` of their own"
-    return (
-        f"validation: none, no document could be held out (one document?); {remedy}, or train with "
-        "--config.data.validation_split=train, which measures on what is trained"
-    )
-
-
 def _check_holdout(request: Request, units: Sequence[Unit]) -> None:
     """Raises UserError where a fraction of the documents is to be held out of a single PDF: all of
     its pages would go to one split, and the other would be empty."""
@@ -249,19 +177,6 @@ def _units(request: Request, out: Path) -> list[Unit]:
     # above the source.
     within = f"{source.absolute() / place.relative_to(root)}{os.sep}"
     return [unit for unit in units if not os.path.abspath(unit.path).startswith(within)]
-
-
-def _reasons(folder: Path) -> str:
-    """Returns why no record can be used, for a message: the first reason, and how many others."""
-    first = next(writer_lib.read_lines(folder / staging.REJECTED), None)
-    if first is None:
-        return ": its files hold none at all"
-    reasons = statistics.rejected(folder)
-    others = f" for {len(reasons)} reasons" if len(reasons) > 1 else ""
-    return (
-        f": {first['reason']} ({first['id']}; {sum(reasons.values()):,} rejected{others}, see "
-        f"{folder / staging.REJECTED})"
-    )
 
 
 def _wanted(

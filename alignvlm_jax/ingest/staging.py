@@ -24,6 +24,8 @@ COUNTS = "counts.json"
 """Numbers of records: those rejected by reason, all of them, and those that share their images."""
 IMAGES = "images.jsonl"
 """Local images that records name, with their `files.version` when they were read."""
+NO_FLAGS = ("listing", "version", "perceptual_hash")
+"""What of a description follows from the source and the code, not from flags."""
 PARTIAL = ".partial-"
 OURS = (".array_record", "prepare.json")
 """Ends of names of which a folder that `prepare` wrote has some."""
@@ -61,9 +63,9 @@ class Rejects:
         if count:
             self.counts[self._head(reason)] += count
 
-    def is_full(self, reason: str) -> bool:
-        """Whether no other record of a reason would be listed."""
-        return self.counts[self._head(reason)] >= MAX_LISTED
+    def room(self, reason: str) -> int:
+        """Returns how many other records of a reason would be listed."""
+        return max(MAX_LISTED - self.counts[self._head(reason)], 0)
 
     def _head(self, reason: str) -> str:
         # What stands in parentheses is of one record.
@@ -74,12 +76,69 @@ class Rejects:
 def is_ready(out: Path, wanted: dict[str, Any]) -> bool:
     """Whether the folder `out` holds the complete data that `wanted` describes, of images that are
     still as they were."""
+    found = description(out)
+    checksum = found.pop("images_read", None)
     try:
-        found = json.loads((out / "prepare.json").read_text())
-        checksum = found.pop("images_read", None)
         return found == wanted and (checksum is None or not is_changed(out / IMAGES))
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError):
         return False
+
+
+def description(out: Path) -> dict[str, Any]:
+    """Returns the description of the complete data in a folder; empty where there is none that can
+    be read."""
+    try:
+        return json.loads((out / "prepare.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def check_flags(out: Path, wanted: dict[str, Any], splits: Iterable[str]) -> None:
+    """Checks that `splits` of a folder were not prepared with other flags.
+
+    A source that has grown, and data of an earlier version, are prepared anew without a question:
+    no document changes sides by it.
+
+    Raises:
+      UserError: other flags made what `out` holds; the message names them, and what to do.
+    """
+    known = description(out)
+    # One description a folder: that of a job that wrote other splits says nothing of these.
+    if known.get("split", "") != wanted.get("split", ""):
+        return
+    changed = [
+        name
+        for name in wanted
+        if name in known and name not in NO_FLAGS and _flag(known, name) != _flag(wanted, name)
+    ]
+    if not changed:
+        return
+    before, now = (" ".join(_flag(of, name) for name in changed) for of in (known, wanted))
+    sizes = ", ".join(
+        f"{split} {len(shards_lib.RecordSource(out, split)):,}"
+        for split in splits
+        if shards_lib.shard_paths(out, split)
+    )
+    hint = ""
+    if changed == ["tokenizer"]:
+        hint = "; `prepare --recount` counts the tokens of another tokenizer, and moves no record"
+    raise UserError(
+        f"{out} was prepared with {before} ({sizes} records), and this command has {now}: it would "
+        "write all anew, and what was trained on may become what is held out; give another --out, "
+        f"or --overwrite{hint}"
+    )
+
+
+def _flag(description: dict[str, Any], name: str) -> str:
+    """Returns a field of a description as a flag of `prepare`."""
+    value = description[name]
+    if name == "exclude":
+        value = ",".join(folder for folder, _ in value)
+    if name == "group_tokens" and not value:
+        return "--no-group_by_image"
+    if isinstance(value, bool):
+        return f"--{'' if value else 'no-'}{name}"
+    return f"--{name}={value}"
 
 
 def is_changed(listed: Path) -> bool:

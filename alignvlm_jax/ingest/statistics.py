@@ -119,7 +119,7 @@ def rejected(directory: str | Path) -> dict[str, int]:
     Without a list of them none.
     """
     path = Path(directory, staging.REJECTED)
-    reasons = collections.Counter(_counts(directory).get("rejected", {}))
+    reasons = collections.Counter(counts(directory).get("rejected", {}))
     # Folders of earlier versions have the list alone.
     if not reasons and path.exists():
         # What stands in parentheses is of one record.
@@ -133,12 +133,12 @@ def rejected(directory: str | Path) -> dict[str, int]:
 def joined(directory: str | Path) -> tuple[int, int]:
     """Returns how many records `prepare` has put into others about the same images, and into how
     many."""
-    counts = _counts(directory)
-    return counts.get("joined", 0), counts.get("into", 0)
+    found = counts(directory)
+    return found.get("joined", 0), found.get("into", 0)
 
 
-def _counts(directory: str | Path) -> dict[str, Any]:
-    """Returns the numbers that `prepare` wrote; none of a folder of an earlier version."""
+def counts(directory: str | Path) -> dict[str, Any]:
+    """Returns the numbers of `staging.COUNTS`; none of a folder of an earlier version."""
     path = Path(directory, staging.COUNTS)
     return json.loads(path.read_text()) if path.exists() else {}
 

@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,9 @@ from alignvlm_jax.ingest.staging import Rejects
 SPLITS = ("train", "validation")
 REPORT_EVERY = 20  # records
 UNANSWERED = "a question without an answer, in a record whose others stay"
+MAX_NAMED = 5
+MAX_NAME = 200
+"""Images of a record that is dropped that are named, and characters of such a name."""
 BESIDE = "writing-"
 """Prefix of the folders in which parts are written before they move into place."""
 
@@ -85,6 +88,8 @@ class Line(NamedTuple):
       tokens: those of its questions and answers.
       perceptual: `exclude.perceptual_hash` of its images, where the split is one for evaluation,
         which others may exclude.
+      place: `Raw.place`.
+      names: those of its images, as `named` gives them.
     """
 
     id: str
@@ -96,6 +101,8 @@ class Line(NamedTuple):
     words: int
     tokens: int
     perceptual: list[list[int]]
+    place: str | int = ""
+    names: Sequence[str] = ()
 
 
 class Progress(NamedTuple):
@@ -126,8 +133,8 @@ class UnitOutput:
 
     @property
     def rejected(self) -> Path:
-        """The path of a JSON lines file of [counted as, [id, reason]] for records that were left
-        out: the list of `Rejects`."""
+        """The path of a JSON lines file of [counted as, [id, reason, place, images]] for records
+        that were left out: the list of `Rejects`."""
         return self.folder / f"{self.number:06d}.rejected.jsonl"
 
     @property
@@ -218,15 +225,17 @@ class UnitWriter:
                     with _no_fault_ends_all():
                         num_tokens = builder.add(record)
                 except Reject as err:
-                    rejects.add(str(err), (item.id, str(err)))
+                    rejects.add(str(err), (item.id, str(err), item.place, named(item)))
                 else:
                     shard.write(record)
-                    lines.append(
-                        _line(record, split, place, num_tokens["answer"], bool(self.request.split))
+                    line = _line(
+                        record, split, place, num_tokens["answer"], bool(self.request.split)
                     )
+                    lines.append(line._replace(place=item.place, names=named(item)))
                     # Told, though the record stays: else nobody would miss them.
                     for _ in range(num_lost):
-                        rejects.add(UNANSWERED, (record.id, UNANSWERED))
+                        lost = (record.id, UNANSWERED, item.place, named(item))
+                        rejects.add(UNANSWERED, lost)
                 count += 1
                 if count % REPORT_EVERY == 0:
                     yield Progress(REPORT_EVERY)
@@ -235,8 +244,8 @@ class UnitWriter:
         write_lines(output.ids, lines)
         write_lines(output.rejected, rejects.listed)
         # The unit's own file is in the listing of the source.
-        if named := [one for one in seen.items() if one[0] != unit.path]:
-            write_lines(output.images, named)
+        if others := [one for one in seen.items() if one[0] != unit.path]:
+            write_lines(output.images, others)
         output.counts.write_text(json.dumps(dict(rejects.counts)))
         yield Progress(count % REPORT_EVERY)
 
@@ -287,6 +296,12 @@ def _line(record: Record, split: str, document: int, num_tokens: int, is_kept: b
         if is_kept
         else [],
     )
+
+
+def named(item: Raw | Rejection) -> list[str]:
+    """Returns the names of a record's images for a list that stays short whatever the source
+    holds."""
+    return [name[:MAX_NAME] for name in item.images[:MAX_NAMED]]
 
 
 @contextlib.contextmanager

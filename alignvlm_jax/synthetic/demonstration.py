@@ -33,7 +33,9 @@ class Shard(NamedTuple):
     stop: int
 
 
-def prepare(out: Path, arguments: dict[str, Any], num_workers: int) -> bool:
+def prepare(
+    out: Path, arguments: dict[str, Any], num_workers: int, overwrite: bool = False
+) -> bool:
     """Writes the data set to the folder `out`, or resumes a run that was interrupted; returns False
     where the folder was whole before.
 
@@ -42,14 +44,17 @@ def prepare(out: Path, arguments: dict[str, Any], num_workers: int) -> bool:
       arguments: num_train and num_eval (documents of a split), seed and noise; with other values a
         folder holds other data.
       num_workers: processes that render.
+      overwrite: whether it may take the place of what other values made.
 
     Raises:
-      UserError: a package is missing, or a shard cannot be written.
+      UserError: a package is missing, other values made the folder, or a shard cannot be written.
     """
     # The version is part of what identifies the data, so that records of older code are not reused.
     wanted = arguments | {"version": documents.VERSION}
     if staging.is_ready(out, wanted):
         return False
+    if not overwrite:
+        staging.check_flags(out, wanted, documents.SPLITS)
     folder = staging.partial_folder(out, wanted)
     _write_shards(folder, wanted, num_workers)
     records = RecordSource(folder, "train")

@@ -113,7 +113,7 @@ def test_other_arguments_replace_the_data_and_no_other_files(
     for other in others:
         other.write_text("of somebody else")
     capsys.readouterr()
-    prepare.main(arguments(out, seed=1, num_train=2))
+    prepare.main([*arguments(out, seed=1, num_train=2), "--overwrite"])
     assert len(records(out)) == 2
     assert all(other.exists() for other in others)
     assert (
@@ -295,7 +295,7 @@ def test_a_folder_is_looked_through_and_the_next_commands_are_given(own, tmp_pat
     assert f"inspect --config=documents:FOLDER --data={out}\n" in printed
     train = f"train --config=documents:FOLDER --workdir=runs/out --config.data.dir={out}"
     assert train in printed and "FOLDER: a checkpoint" in printed
-    own(1, 1, 1, flags=["--format=pdf", "--holdout=0.5"])
+    own(1, 1, 1, flags=["--format=pdf", "--holdout=0.5", "--overwrite"])
     assert "not read: 1 image (1 PNG)." in capsys.readouterr().out
 
 
@@ -375,3 +375,49 @@ def test_help_of_a_format_shows_its_schema(capsys, name):
     with pytest.raises(SystemExit):
         prepare.main([f"--format={name}", "--help"])
     assert formats.REGISTRY[name].schema in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flag", "before", "now"),
+    [
+        ("--holdout=0.5", "--holdout=0.02", "--holdout=0.5"),
+        ("--no-group_by_image", "--group_tokens=1024", "--no-group_by_image"),
+        ("--shard_records=1", "--shard_records=1000", "--shard_records=1"),
+    ],
+)
+def test_other_flags_write_no_folder_anew_unless_told_to(
+    source, tmp_path, capsys, flag, before, now
+):
+    prepare.main([*source, "--num_workers=1"])
+    found = (tmp_path / "out/prepare.json").read_text()
+    with pytest.raises(UserError) as stopped:
+        prepare.main([*source, "--num_workers=1", flag])
+    message = str(stopped.value)
+    assert f"was prepared with {before} (train 1, validation 1 records)" in message
+    assert now in message and "--overwrite" in message and "another --out" in message
+    assert (tmp_path / "out/prepare.json").read_text() == found
+    assert not list((tmp_path / "out").glob(".partial*"))
+    prepare.main([*source, "--num_workers=1", flag, "--overwrite"])
+    assert (tmp_path / "out/prepare.json").read_text() != found
+
+
+def test_another_tokenizer_is_told_of_recount(source, tmp_path):
+    prepare.main([*source, "--num_workers=1"])
+    texts = ["What is another tokenizer?"]
+    demonstration.SentencePieceTokenizer.train(tmp_path / "tokenizer.model", texts)
+    with pytest.raises(UserError, match=r"with --tokenizer=.* `prepare --recount`"):
+        prepare.main([*source, "--num_workers=1"])
+
+
+def test_what_changes_sides_is_told(source, tmp_path, capsys):
+    prepare.main([*source, "--num_workers=1", "--holdout=0"])
+    prepare.main([*source, "--num_workers=1", "--holdout=0.5", "--overwrite"])
+    assert "of 2 records of train 1 now in validation" in capsys.readouterr().out
+    # Another split of the folder is another job's, and changes none of these.
+    prepare.main([*source, "--num_workers=1", "--split=test"])
+    assert "held other data" not in capsys.readouterr().out
+
+
+def test_documents_of_another_seed_are_not_drawn_over_others(prepared):
+    with pytest.raises(UserError, match=r"--seed=0 \(.*train 6.*\), and this command has --seed=1"):
+        prepare.main(arguments(prepared, seed=1))

@@ -12,7 +12,7 @@ import pytest
 
 from alignvlm_jax.commands import prepare as command
 from alignvlm_jax.data import index
-from alignvlm_jax.ingest import finish, job, staging, statistics, writer
+from alignvlm_jax.ingest import finish, staging, statistics, summary, writer
 from alignvlm_jax.ingest.formats import files
 from alignvlm_jax.ingest.formats.jsonl import Jsonl
 
@@ -56,9 +56,7 @@ def test_questions_about_a_page_share_its_record(source, prepare, tokenizer):
         assert [turn.id for turn in record.turns] == [f"p{page}q{q}" for q in range(QUESTIONS)]
     assert not prepared.rejected()
     assert statistics.joined(prepared.folder) == (PAGES * (QUESTIONS - 1), PAGES)
-    assert "60 records about the same images share 12 records, their" in job.summary(
-        prepared.folder
-    )
+    assert "60 records about the same images share 12 records, their" in summary.of(prepared.folder)
     assert_index_is_of_its_records(prepared, "train", tokenizer)
     # Without the option each stays by itself.
     apart = prepare(Jsonl(), source, "apart")
@@ -205,7 +203,9 @@ def test_a_split_for_evaluation_keeps_a_record_a_question_and_its_copies(
     command.main([*flags, "--no-group_by_image", f"--out={tmp_path}/apart", "--holdout=0"])
     assert len(index.load(tmp_path / "apart", "train")) == PAGES * QUESTIONS + 1
     [line] = (tmp_path / "train/rejected.jsonl").read_text().splitlines()
-    assert json.loads(line)["reason"].endswith("are those of another record (p0q0)")
+    assert json.loads(line)["reason"].endswith(
+        f"are those of another record (p0q0 in {source}, line 1)"
+    )
     assert json.loads(line)["id"] == "again"
 
 
@@ -218,7 +218,7 @@ def test_copies_in_other_parts_are_told_and_counted(source, prepare):
     assert sum(len(record.turns) for record in prepared.records()) == PAGES * QUESTIONS
     reasons = prepared.reasons()
     assert len(reasons) == 3 * PAGES
-    assert reasons["copy of p3q1"].endswith("(p3q1)")
+    assert reasons["copy of p3q1"].endswith(f"(p3q1 in {source}, line 16)")
 
 
 def test_a_flood_of_rejects_is_counted_and_not_listed(tmp_path, prepare, png, monkeypatch):
@@ -236,4 +236,4 @@ def test_a_flood_of_rejects_is_counted_and_not_listed(tmp_path, prepare, png, mo
     assert sum(counted.values()) == 540 and counted["an image is missing"] == 300
     assert counted["duplicate id"] == 199 and len(counted) <= 7
     assert len(prepared.rejected()) <= 7 * 20
-    assert "rejected: 540" in job.summary(prepared.folder)
+    assert "rejected: 540" in summary.of(prepared.folder)

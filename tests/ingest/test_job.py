@@ -18,7 +18,7 @@ from alignvlm_jax.data import tokenizers as our_tokenizers
 from alignvlm_jax.data.record import decode_record
 from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.ingest import finish, grouping, job, staging, writer
+from alignvlm_jax.ingest import finish, grouping, job, staging, summary, writer
 from alignvlm_jax.ingest.formats import files
 from alignvlm_jax.ingest.formats.base import Unit
 from alignvlm_jax.ingest.formats.jsonl import Jsonl
@@ -69,6 +69,8 @@ def test_the_folder(source, prepare, tokenizer):
     assert list(prepared.reasons()) == ["r003", "r017", "r039"]
     assert prepared.rejected()[0] == {
         "source": str(source),
+        "place": "line 4",
+        "images": ["none.png"],
         "id": "r003",
         "reason": "an image is missing (none.png)",
     }
@@ -82,8 +84,8 @@ def test_the_folder(source, prepare, tokenizer):
     }
     copied = our_tokenizers.load(prepared.folder)
     assert copied.encode("total 1") == tokenizer.encode("total 1")
-    text = job.summary(prepared.folder)
-    assert "rejected: 3" in text and "3: an image is missing\n" in text + "\n"
+    text = summary.of(prepared.folder)
+    assert "rejected: 3" in text and f"3: an image is missing; first {source}, line 4" in text
 
 
 def test_the_index_is_of_the_records_of_the_shards(source, prepare, tokenizer):
@@ -255,7 +257,10 @@ def test_of_equal_ids_the_first_stays(tmp_path, prepare, monkeypatch, source):
         ("r029", "1.jsonl"),
         ("r000", "2.jsonl"),
     ]
-    assert prepared.rejected()[-1]["reason"] == f"duplicate id (of one in {tmp_path}/many/1.jsonl)"
+    assert (
+        prepared.rejected()[-1]["reason"]
+        == f"duplicate id (of one in {tmp_path}/many/1.jsonl, line 1)"
+    )
     for split in writer.SPLITS:
         hashes = [index.content_hash(record) for record in prepared.records(split)]
         assert index.load(prepared.folder, split).content_hash.tolist() == hashes
@@ -328,7 +333,7 @@ def test_what_lay_there_before_goes(source, prepare, tmp_path):
 
 
 def test_a_source_without_any_record_is_a_user_error(tmp_path, prepare):
-    reason = r"nothing to learn: no answer and no words \(data-0; 2 rejected, see .*rejected\.jsonl"
+    reason = r"nothing to learn: no answer and no words \(.*, line 1, id data-0; 2 rejected, see .*rejected\.jsonl"
     with pytest.raises(UserError, match=rf"no record that can be used: {reason}"):
         prepare(Jsonl(), write(tmp_path, [{}, {}]))
     with pytest.raises(UserError, match=r"no record that can be used: its files hold none at all$"):
@@ -348,7 +353,7 @@ def few(tmp_path, png, monkeypatch):
 def test_of_a_small_source_one_document_is_held_out(few, prepare):
     """It is the one that a larger fraction would hold out first."""
     prepared = prepare(Jsonl(), few)
-    assert not prepared.records("validation") and "--holdout is 0" in job.summary(prepared.folder)
+    assert not prepared.records("validation") and "--holdout is 0" in summary.of(prepared.folder)
     prepared = prepare(Jsonl(), few, holdout=1e-9)
     held = ids(prepared, "validation")
     assert len(held) == 2 and len({int(name[1:]) // 2 for name in held}) == 1
@@ -413,7 +418,7 @@ def test_an_interrupted_move_of_the_document_goes_on(few, prepare, monkeypatch, 
 def test_one_document_is_not_held_out_and_the_summary_says_what_to_do(tmp_path, prepare, png):
     (tmp_path / "0.png").write_bytes(png())
     prepared = prepare(Jsonl(), write(tmp_path, [one(0, document="d")] * 2), holdout=0.5)
-    text = job.summary(prepared.folder)
+    text = summary.of(prepared.folder)
     assert "train: 1 record," in text
     assert "validation: none, no document could be held out (one document?)" in text
     assert "--config.data.validation_split=train" in text
@@ -511,7 +516,7 @@ def test_the_chat_format_of_a_template_lies_beside_the_data(source, tmp_path):
     # Prepared again with a tokenizer that has no template, none of it is left.
     (folder / "tokenizer_config.json").unlink()
     (folder / "chat_format.json").write_text(chat_format.to_json(chat_format.FAMILIES["smollm"]))
-    assert job.prepare(request, out, job.on_processes(1))
+    assert job.prepare(request, out, job.on_processes(1), overwrite=True)
     assert not (out / "chat_format.json").exists()
 
 

@@ -87,19 +87,22 @@ def units(path: str, key: str, name: str = "") -> list[Unit]:
     ]
 
 
-def objects(unit: Unit, key: str) -> Iterator[tuple[str, dict[str, Any]] | Rejection]:
-    """Yields the objects of a byte range, each with a name that says where it lies: `FILE-BYTE`.
+def objects(unit: Unit, key: str) -> Iterator[files.Parsed | Rejection]:
+    """Yields the objects of a byte range.
 
     A broken stretch becomes one Rejection, and reading resumes at the next object that has `key`.
     """
     name = unit.prefix
     for start, element in _elements(unit.path, unit.start, unit.stop, key):
         where = f"{name}-{start}"
-        yield (
-            Rejection(where, "no JSON from here to the next record")
-            if element is None
-            else files.parse_json(where, element)
-        )
+        if element is None:
+            yield Rejection(where, "no JSON from here to the next record", start)
+            continue
+        item = files.parse_json(where, element)
+        if isinstance(item, Rejection):
+            yield item._replace(place=start)
+        else:
+            yield files.Parsed(*item, start)
 
 
 def _elements(path: str, start: int, stop: int, key: str) -> Iterator[tuple[int, bytes | None]]:

@@ -44,11 +44,16 @@ class Raw(NamedTuple):
       document: name of the document, which decides the split: all records of a document are held
         out together.
       fields: plain values that can be pickled.
+      place: where it lies in the file of its unit, as a row, a page or a member; a number is its
+        first byte, of which `finish` tells the line.
+      images: its image files, as the source names them.
     """
 
     id: str
     document: str
     fields: Mapping[str, Any]
+    place: str | int = ""
+    images: tuple[str, ...] = ()
 
 
 class Rejection(NamedTuple):
@@ -57,10 +62,14 @@ class Rejection(NamedTuple):
     Attributes:
       id: name of the record, or its place in the source if it could not be parsed.
       reason: one line.
+      place: as in `Raw`.
+      images: as in `Raw`.
     """
 
     id: str
     reason: str
+    place: str | int = ""
+    images: tuple[str, ...] = ()
 
 
 class Defaults:

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import bisect
 import collections
 import contextvars
 import functools
@@ -11,7 +12,7 @@ import os
 import posixpath
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from alignvlm_jax.data import filesystem, pdf
 from alignvlm_jax.ingest.formats.base import Reject, Rejection, Unit
@@ -220,41 +221,42 @@ def line_units(path: str, name: str = "") -> list[Unit]:
     return [Unit(path, start, min(start + step, size), name) for start in range(0, size, step)]
 
 
-def json_objects(unit: Unit) -> Iterator[tuple[str, dict[str, Any]] | Rejection]:
-    """Yields the objects of the lines that begin in a byte range.
+class Parsed(NamedTuple):
+    """An object of a file: its place as a name, `FILE-BYTE`, its value, and that byte."""
 
-    Each comes with a name that says where it lies, `FILE-BYTE`. What is not a JSON object becomes a
-    Rejection.
-    """
+    where: str
+    fields: dict[str, Any]
+    at: int
+
+
+def json_objects(unit: Unit) -> Iterator[Parsed | Rejection]:
+    """Yields the objects of the lines that begin in a byte range; what is not a JSON object becomes
+    a Rejection."""
     name = unit.prefix
-    num_lines = 0
     # Reading begins a byte early: if that byte is a newline, a line begins at `start` itself and
     # must not be skipped.
     at = max(unit.start - 1, 0)
     with filesystem.open_buffered(unit.path, at) as file:
         if unit.start:
             at += _skip_line(file)
-        first = at
         while at < unit.stop:
             line = file.readline(MAX_LINE_BYTES)
             if not line:
                 return
-            where = f"{name}-{at}"
+            first = at
+            where = f"{name}-{first}"
             at = at + len(line)
-            num_lines += 1
             if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
                 at += _skip_line(file)  # its rest, in pieces, never whole in memory
-                yield Rejection(where, f"a line is too long (at most {MAX_LINE_BYTES:,} bytes)")
+                reason = f"a line is too long (at most {MAX_LINE_BYTES:,} bytes)"
+                yield Rejection(where, reason, first)
             elif line.strip():
                 item = parse_json(where, line)
                 if isinstance(item, Rejection):
                     reason = item.reason.replace("no JSON object", "no JSON object a line", 1)
-                    # Far into a file the count would cost more than it helps.
-                    if first <= MAX_COUNTED and not filesystem.is_remote(unit.path):
-                        at_line = _lines_before(unit.path, first) + num_lines
-                        reason = f"{reason[:-1]}; line {at_line:,})"
-                    item = Rejection(where, reason)
-                yield item
+                    yield Rejection(where, reason, first)
+                else:
+                    yield Parsed(*item, first)
 
 
 class Number(float):
@@ -307,16 +309,27 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=4)
-def _lines_before(path: str, stop: int) -> int:
-    """Returns the number of lines of a file that begin before a byte; 1 less than the number of the
-    line that begins there. Only for messages: it reads all before it."""
-    count = 0
-    # In pieces: a file may be larger than the memory.
-    with filesystem.open_buffered(path, 0) as file:
-        while stop > 0 and (part := file.read(min(stop, SAMPLE_BYTES))):
-            count += part.count(b"\n")
-            stop -= len(part)
-    return count
+class Places:
+    """Where bytes of a file lie, as a person looks for them."""
+
+    def __init__(self, path: str):
+        self._path = path
+        self._counted = [(0, 0)]  # (byte, newlines before it), ascending
+
+    def spelled(self, at: int) -> str:
+        """Returns the line that has a byte, as "line 3"; far into a file, or in a bucket, where
+        counting would cost more than it helps, the byte."""
+        if at > MAX_COUNTED or filesystem.is_remote(self._path):
+            return f"byte {at:,}"
+        nearest = bisect.bisect_right(self._counted, (at, at)) - 1
+        begin, count = self._counted[nearest]
+        # In pieces: a file may be larger than the memory.
+        with filesystem.open_buffered(self._path, begin) as file:
+            while begin < at and (part := file.read(min(at - begin, SAMPLE_BYTES))):
+                count += part.count(b"\n")
+                begin += len(part)
+        self._counted.insert(nearest + 1, (begin, count))
+        return f"line {count + 1:,}"
 
 
 def _skip_line(file: io.BufferedReader) -> int:

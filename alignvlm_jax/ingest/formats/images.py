@@ -86,7 +86,8 @@ OCR may be of another resolution, but not of a part of the page. Questions about
         for page in range(num_pages):
             name = f"{unit.name}-{page + 1:04d}" if num_pages > 1 else unit.name
             place = Place(unit.path, unit.name, page, num_pages)
-            yield Raw(name, document, {"place": tuple(place)})
+            at = f"page {page + 1}" if num_pages > 1 else ""
+            yield Raw(name, document, {"place": tuple(place)}, at)
 
     def record(self, raw: Raw) -> Record:
         """Returns the record of a page.

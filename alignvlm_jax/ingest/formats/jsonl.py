@@ -124,9 +124,13 @@ The words of a page:
         )
 
 
-def _raw(where: str, fields: dict[str, Any], folder: str, place: Unit) -> Raw | Rejection:
-    """Returns an object with its id and document; they fall back on `where` and the first image,
-    which lies in the folder of `place`."""
+def _raw(where: str, fields: dict[str, Any], at: int, folder: str, place: Unit) -> Raw | Rejection:
+    """Returns an object, which begins at byte `at`, with its id and document; they fall back on
+    `where` and the first image, which lies in the folder of `place`."""
+    listed = fields.get("images")
+    names = ()
+    if isinstance(listed, list):
+        names = tuple(name for name in listed if isinstance(name, str))
     try:
         _check_keys(fields, KEYS)
         name = where if fields.get("id") is None else checks.text_of(fields["id"], "id")
@@ -140,8 +144,8 @@ def _raw(where: str, fields: dict[str, Any], folder: str, place: Unit) -> Raw | 
             document = name if first is None else first
         document = checks.text_of(document, "document")
     except Reject as err:
-        return Rejection(where, str(err))
-    return Raw(name, document, fields | {"folder": folder})
+        return Rejection(where, str(err), at, names)
+    return Raw(name, document, fields | {"folder": folder}, at, names)
 
 
 def _check_keys(keys: Iterable[str], known: tuple[str, ...], of: str = "") -> None:

@@ -77,18 +77,18 @@ class Messages(Defaults):
             if isinstance(item, Rejection):
                 yield item
                 continue
-            where, fields = item
+            where, fields, at = item
             # Only the names of images are checked here, for the document; `record` reads the files.
             try:
                 names = _image_names(fields)
             except Reject as err:
-                yield Rejection(where, str(err))
+                yield Rejection(where, str(err), at)
             else:
                 # From a folder of the user's own, names mean the same in all files.
                 first = names[0] if names else where
                 if names and not self.images:
                     first = files.document_of(unit, first)
-                yield Raw(where, first, fields | {"folder": folder})
+                yield Raw(where, first, fields | {"folder": folder}, at, tuple(names))
 
     def record(self, raw: Raw) -> Record:
         """Returns the record of an object, with its image files; see `Format.record`."""

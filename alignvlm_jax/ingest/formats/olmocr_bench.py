@@ -114,7 +114,8 @@ without a baseline test has one for its first page."""
         # Small enough for a pickle: the page is drawn by whoever makes the record.
         for one in pages[unit.start : unit.stop]:
             fields = {"folder": filesystem.join(source, PDFS), **one._asdict()}
-            yield Raw(f"{one.pdf}-{one.page:04d}", one.pdf, fields)
+            place = f"page {one.page} of {one.pdf}"
+            yield Raw(f"{one.pdf}-{one.page:04d}", one.pdf, fields, place)
 
     def record(self, raw: Raw) -> Record:
         """Returns the record of a page.
@@ -192,13 +193,13 @@ def _tests(path: str, pdfs: set[str], rejections: list[Rejection]) -> Iterator[d
         if isinstance(item, Rejection):
             rejections.append(item)
             continue
-        (where, fields) = item
+        (where, fields, at) = item
         try:
             test = _checked(fields, pdfs)
             if test["id"] in seen:
                 raise Reject(f"a test of the id {test['id']!r} came before")
         except Reject as err:
-            rejections.append(Rejection(where, str(err)))
+            rejections.append(Rejection(where, str(err), at))
             continue
         seen.add(test["id"])
         # The one thing that a test does not say itself.

@@ -251,6 +251,7 @@ A row of such a set:
             yield Rejection(
                 f"{name}-{row}",
                 f"rows are too large unpacked (row group {group}: {unpacked:,} bytes)",
+                f"row {row + 1:,}",
             )
             return
         conditions = filters.parse(self.filter)
@@ -260,7 +261,9 @@ A row of such a set:
                 BATCH_ROWS, row_groups=[group], columns=sorted(columns), use_threads=False
             ):
                 for number in range(batch.num_rows):
-                    yield self._raw(f"{name}-{row}", batch.slice(number, 1), chosen, unit)
+                    one = self._raw(f"{name}-{row}", batch.slice(number, 1), chosen, unit)
+                    # As people count: the first row is row 1.
+                    yield one._replace(place=f"row {row + 1:,}")
                     row += 1
         except BROKEN as err:
             filesystem.raise_if_passing(unit.path, err)
@@ -268,6 +271,7 @@ A row of such a set:
             yield Rejection(
                 f"{name}-{row}",
                 f"rows cannot be read (row group {group} from here on: {one_line(err)})",
+                f"row {row + 1:,}",
             )
 
     def _raw(

@@ -59,7 +59,7 @@ def raws(name: str, parts: Mapping[str, bytes], image: str) -> Iterator[Raw | Re
     # All pages hold the one file: it is in memory once, however many there are.
     for number, page in enumerate(pages):
         fields = {"ocr": page, "file": parts[ending], "is_pdf": is_pdf, "page": number}
-        yield Raw(f"{name}-{number + 1:04d}", name, fields)
+        yield Raw(f"{name}-{number + 1:04d}", name, fields, f"page {number + 1}")
 
 
 def record(raw: Raw, dpi: int, min_confidence: float) -> Record:

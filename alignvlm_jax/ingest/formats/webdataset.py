@@ -110,7 +110,7 @@ The caption answers --prompt. Or a document, each page of which becomes a record
                 reason = (
                     f"members of a name are too large together (at most {files.MAX_BYTES:,} bytes)"
                 )
-                yield Rejection(f"{stem}.{ending}", reason)
+                yield Rejection(f"{stem}.{ending}", reason, f"member {stem}.{ending}")
                 continue
             name = stem
             parts[ending] = data
@@ -172,17 +172,21 @@ def _raws(
     came again, or that are several images, a Rejection."""
     # In some sets names begin anew in every tar file: only with the file's they are unique.
     identity = f"{unit.prefix}/{name}"
+    place = f"member {name}.{_image_ending(parts) or next(iter(parts))}"
     images = [ending for ending in IMAGES if ending in parts]
     # Nothing says which of them the text is about.
     if repeated:
         found = ", ".join(f"{name}.{ending}" for ending in dict.fromkeys(repeated))
-        yield Rejection(identity, f"a member came before under the same name ({found})")
+        reason = f"a member came before under the same name ({found})"
+        yield Rejection(identity, reason, place)
     elif len(images) > 1:
-        yield Rejection(identity, f"several images of one name (.{', .'.join(images)})")
+        reason = f"several images of one name (.{', .'.join(images)})"
+        yield Rejection(identity, reason, place)
     elif pixparse.is_document(parts):
-        yield from pixparse.raws(identity, parts, _image_ending(parts))
+        for one in pixparse.raws(identity, parts, _image_ending(parts)):
+            yield one._replace(place=", ".join(filter(None, (place, one.place))))
     else:
-        yield Raw(identity, identity, parts)
+        yield Raw(identity, identity, parts, place)
 
 
 def _image_ending(parts: Iterable[str]) -> str:
@@ -212,10 +216,10 @@ def _members(unit: Unit) -> Iterator[tuple[str, str, bytes] | Rejection]:
                     # An image or a text under a longer ending is no part of a pair, and is told.
                     if ending.rpartition(".")[2] in ENDINGS:
                         reason = f"an ending that is not read (.{ending}, from the first dot on)"
-                        yield Rejection(member.name, reason)
+                        yield Rejection(member.name, reason, f"member {member.name}")
                     continue
                 if reason := _reason_against(member, MAX_BYTES.get(ending, files.MAX_BYTES)):
-                    yield Rejection(member.name, reason)
+                    yield Rejection(member.name, reason, f"member {member.name}")
                 else:
                     yield posixpath.join(folder, stem), ending, tar.extractfile(member).read()
     except BROKEN as err:

@@ -234,13 +234,19 @@ def test_a_line_that_cannot_be_read_is_named_by_its_number(tmp_path, prepare, mo
     (tmp_path / "q.jsonl").write_text("\n".join(lines))
     prepared = prepare(Jsonl(), tmp_path / "q.jsonl")
     assert [line["reason"] for line in prepared.rejected()] == [
-        f"no JSON object a line (Extra data at column {len(good) + 1}; line 2)",
-        "no JSON object a line (a list; line 9)",
-        "a key stands twice in an object ('turns'; line 10)",
-        "no JSON object a line (Expecting value at column 1; line 11)",
+        f"no JSON object a line (Extra data at column {len(good) + 1})",
+        "no JSON object a line (a list)",
+        "a key stands twice in an object ('turns')",
+        "no JSON object a line (Expecting value at column 1)",
+    ]
+    assert [line["place"] for line in prepared.rejected()] == [
+        "line 2",
+        "line 9",
+        "line 10",
+        "line 11",
     ]
     (tmp_path / "wide.jsonl").write_text(good, encoding="utf-16")
-    with pytest.raises(UserError, match=r"save the file as UTF-8; line 1\)"):
+    with pytest.raises(UserError, match=r"save the file as UTF-8\) \(.*wide.jsonl, line 1, id"):
         prepare(Jsonl(), tmp_path / "wide.jsonl")
 
 
@@ -250,7 +256,7 @@ def test_every_line_is_in_one_range(tmp_path, monkeypatch, step):
     monkeypatch.setattr(files, "UNIT_RECORDS", 0)
     monkeypatch.setattr(files, "MAX_UNITS", source.stat().st_size // step or 1)
     units = files.line_units(str(source))
-    read = [value for unit in units for _, value in files.json_objects(unit)]
+    read = [value for unit in units for _, value, _ in files.json_objects(unit)]
     assert read == [{"n": "x" * (i % 40)} for i in range(30)]
     assert len(units) > 1 or step == 1000
 

@@ -182,7 +182,7 @@ def test_only_a_window_of_an_array_is_in_memory(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"conversations": i, "text": "x" * 100} for i in range(500)]))
     (unit,) = array.units(str(path), "conversations")
-    assert [value["conversations"] for _, value in array.objects(unit, "conversations")] == list(
+    assert [value["conversations"] for _, value, _ in array.objects(unit, "conversations")] == list(
         range(500)
     )
     assert largest < 1000

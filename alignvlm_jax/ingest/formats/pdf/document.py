@@ -153,7 +153,7 @@ text layer (`ocrmypdf IN.pdf OUT.pdf`), or questions about images of its pages (
         for page in range(unit.start, stop):
             name = f"{unit.name}-{page + 1:04d}"
             document = name if self.holdout_by == "page" else unit.name
-            yield Raw(name, document, {"path": unit.path, "page": page})
+            yield Raw(name, document, {"path": unit.path, "page": page}, f"page {page + 1}")
 
     def record(self, raw: Raw) -> Record:
         """Returns the record of a page: draws it, and reads its words and tables.
