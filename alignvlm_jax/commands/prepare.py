@@ -258,6 +258,7 @@ def _split_name(text: str) -> str:
 def _prepare_documents(args: argparse.Namespace, started: float) -> None:
     """Prepares the rendered documents of the demonstration."""
     # Imported here: its packages are not in the base install, and nothing else needs them.
+    from alignvlm_jax.ingest import staging
     from alignvlm_jax.synthetic import demonstration, documents
 
     arguments = {
@@ -268,6 +269,7 @@ def _prepare_documents(args: argparse.Namespace, started: float) -> None:
     if not demonstration.prepare(Path(args.out), arguments, args.num_workers, args.overwrite):
         print(f"{args.out} is ready: prepared with these arguments before")
         return
+    _print_lines(staging.drop_drawn(Path(args.out)))
     sizes = ", ".join(
         f"{split} {demonstration.size(split, arguments)}" for split in documents.SPLITS
     )
@@ -279,7 +281,7 @@ def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: fl
     _check_needed(args)
     # Late: these need grain, and with it jax.
     from alignvlm_jax.data import index, shards
-    from alignvlm_jax.ingest import executors, job, summary
+    from alignvlm_jax.ingest import executors, job, staging, summary
 
     if args.exclude and args.split:
         raise UsageError(
@@ -305,20 +307,17 @@ def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: fl
     else:
         run = job.on_processes(args.num_workers)
     found = survey.survey(args.source, args.out)
-    for line in filter(None, (found.about_images(args.format), found.about_files(args.format))):
-        print(line)
+    _print_lines(found.about_images(args.format), found.about_files(args.format))
     # Formats that tell public sets by their columns or members say which, and by what.
-    for line in request.format.notes(args.source):
-        print(line)
+    _print_lines(*request.format.notes(args.source))
     before = summary.hashes(Path(args.out), request.splits)
     is_new = job.prepare(request, Path(args.out), run, args.overwrite)
     print(summary.of(Path(args.out), request.splits))
-    if is_new and (line := summary.moved(before, Path(args.out))):
-        print(line)
+    if is_new:
+        _print_lines(summary.moved(before, Path(args.out)), staging.drop_drawn(Path(args.out)))
     held = [split for split in request.splits if shards.shard_paths(args.out, split)]
     num_images = sum(len(index.load(args.out, split).image_sizes) for split in held)
-    if line := found.about_unnamed(args.format, num_images):
-        print(line)
+    _print_lines(found.about_unnamed(args.format, num_images))
     if is_new:
         print(f"{args.out}: {time.monotonic() - started:.0f} s")
     else:
@@ -331,6 +330,12 @@ def _is_grouped(args: argparse.Namespace) -> bool:
     """Whether questions about one image make one record."""
     # A set for evaluation has a record a question, unless somebody says otherwise.
     return not args.split if args.group_by_image is None else args.group_by_image
+
+
+def _print_lines(*lines: str) -> None:
+    """Prints the lines that are not empty."""
+    for line in filter(None, lines):
+        print(line)
 
 
 def _check_needed(args: argparse.Namespace) -> None:
@@ -363,8 +368,9 @@ def _recount(args: argparse.Namespace) -> None:
         raise UsageError(f"--tokenizer=FILE_OR_FOLDER is needed; {TOKENIZER_HINT}")
     usage.check_exists("tokenizer", storage.path(args.tokenizer), TOKENIZER_HINT)
     # Late, as above.
-    from alignvlm_jax.ingest import job
+    from alignvlm_jax.ingest import job, staging
 
     counts = job.recount(Path(args.out), args.tokenizer)
+    _print_lines(staging.drop_drawn(Path(args.out)))
     sizes = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     print(f"{args.out}: counted {sizes} records")

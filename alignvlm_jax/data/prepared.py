@@ -72,6 +72,16 @@ def contents(*directories: str | os.PathLike, split: str = "") -> str:
     )
 
 
+def is_anew(saved: str | None, *directories: str | os.PathLike) -> bool:
+    """Whether folders were prepared anew since their fingerprint was `saved`; not where none was,
+    or where they are gone or cannot be reached."""
+    try:
+        is_here = saved and all(map(filesystem.listing, directories))
+        return bool(is_here) and not has_fingerprint(saved, *directories)
+    except UserError:
+        return False
+
+
 def has_fingerprint(saved: str, *directories: str | os.PathLike) -> bool:
     """Whether `saved` is the fingerprint of these folders, in its present form or an old one.
 

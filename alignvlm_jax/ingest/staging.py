@@ -26,6 +26,8 @@ IMAGES = "images.jsonl"
 """Local images that records name, with their `files.version` when they were read."""
 NO_FLAGS = ("listing", "version", "perceptual_hash")
 """What of a description follows from the source and the code, not from flags."""
+DRAWN = ("rows.html", "records.html")
+"""Pages that `inspect` draws of a folder, into it."""
 PARTIAL = ".partial-"
 OURS = (".array_record", "prepare.json")
 """Ends of names of which a folder that `prepare` wrote has some."""
@@ -237,6 +239,17 @@ def publish(
     # Last: a staging folder that is deleted halfway could not be resumed.
     for leftover in out.glob(f"{PARTIAL}*"):
         shutil.rmtree(leftover)
+
+
+def drop_drawn(out: Path) -> str:
+    """Deletes the pages that `inspect` drew of what a folder held before, and returns a line that
+    says so; "" where there are none."""
+    old = [name for name in DRAWN if (out / name).exists()]
+    for name in old:
+        (out / name).unlink()
+    if not old:
+        return ""
+    return f"{' and '.join(old)} showed what {out} held before: deleted; `inspect` draws anew"
 
 
 def write_json(path: Path, value: Any) -> None:

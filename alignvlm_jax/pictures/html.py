@@ -2,9 +2,12 @@
 
 import base64
 import io
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import jinja2
+import markupsafe
 from PIL import Image
 
 from alignvlm_jax.train import goodput
@@ -21,6 +24,7 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": _percent, "duration": goodput.duration, "count": count}
+    environment.filters |= {"code": code, "sentence": sentence, "commands": commands}
     return environment.get_template(template).render(**values)
 
 
@@ -30,6 +34,30 @@ def count(number: int) -> str:
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return str(number)
+
+
+def code(text: str) -> markupsafe.Markup:
+    """Returns a message as HTML: what stands between backticks as code."""
+    # Of an odd number of backticks the last one is none of a pair, and stays.
+    escaped = str(markupsafe.escape(text))
+    return markupsafe.Markup(re.sub("`([^`]+)`", r"<code>\1</code>", escaped))
+
+
+def commands(lines: Sequence[str]) -> markupsafe.Markup:
+    """Returns commands as HTML, one below the other, whose words stay whole where a line breaks."""
+    word = markupsafe.Markup("<span>{}</span>")
+    # What stands between words stays as it is: some commands have lines and indents of their own.
+    parts = re.split(r"(\s+)", "\n".join(lines))
+    found = (word.format(part) if part.strip() else markupsafe.escape(part) for part in parts)
+    return markupsafe.Markup("<pre>{}</pre>").format(markupsafe.Markup("").join(found))
+
+
+def sentence(text: str) -> markupsafe.Markup:
+    """Returns a message as a sentence of HTML: with a capital, but for a path or a name, and a full
+    stop."""
+    first = text.split(" ", 1)[0]
+    text = text[:1].upper() + text[1:] if first.isalpha() else text
+    return code(text if text.endswith((".", "!", "?")) else f"{text}.")
 
 
 def _percent(fraction: float) -> str:

@@ -146,7 +146,7 @@ def picture(lens: Lens) -> bytes:
     colors = mpl.colormaps["plasma_r"]
     height = PICTURE_INCHES * lens.page.height / lens.page.width
     figure = Figure(
-        figsize=(PICTURE_INCHES, height + 0.55), dpi=DPI, layout="constrained", facecolor="white"
+        figsize=(PICTURE_INCHES, height + 0.65), dpi=DPI, layout="constrained", facecolor="white"
     )
     axes = figure.add_subplot()
     axes.imshow(
@@ -167,7 +167,7 @@ def picture(lens: Lens) -> bytes:
     bar.set_ticks(
         [0, 0.25, 1, 2, 4, vocab_bits], labels=["0 bits", "¼", "1", "2", "4", f"{vocab_bits:.3g}"]
     )
-    bar.ax.tick_params(labelsize=12, length=3)
+    bar.ax.tick_params(labelsize=18, length=3)
     bar.outline.set_visible(False)
     return plotting.to_png(figure)
 

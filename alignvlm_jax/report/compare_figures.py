@@ -30,7 +30,7 @@ def scores(rows: Sequence[Row]) -> bytes:
     def draw(figure: Figure) -> None:
         _draw_scores(figure.add_subplot(), rows)
 
-    return plotting.png((7.6, 0.7 + 0.42 * len(rows)), draw)
+    return plotting.png((7.6, 1.0 + 0.42 * len(rows)), draw)
 
 
 def learning(rows: Sequence[Row]) -> bytes:
@@ -82,7 +82,8 @@ def _draw_scores(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_xlim(0, 1)
     axes.set_xlabel("ANLS")
     axes.grid(axis="x")
-    axes.legend(loc="lower right")
+    # Above the bars: any place among them may be taken.
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0)
 
 
 def _draw_learning(axes: Axes, rows: Sequence[Row]) -> None:

@@ -1,6 +1,7 @@
 """What a workdir holds so far, read for its report: configs, metrics, predictions, analyses, and
 the model itself."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from alignvlm_jax.analysis import base
 from alignvlm_jax.benchmarks import predictions
 from alignvlm_jax.benchmarks.predictions import Predictions
 from alignvlm_jax.config import Config, renamed
-from alignvlm_jax.data import prepared
+from alignvlm_jax.data import index, prepared
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading
 from alignvlm_jax.inference.loading import Loaded
@@ -112,6 +113,31 @@ def other_data(run: Run, seen: Predictions) -> str:
     except UserError:
         pass  # The report of a copied run needs no access to the run's data.
     return f" of {Path(seen.header.get('folder', 'other data')).name}"
+
+
+def data_problem(run: Run) -> str:
+    """Returns a sentence where the data of a run were prepared anew since it trained; else ""."""
+    folders = run.stages[-1].data.folders
+    if not run.loaded or not prepared.is_anew(run.loaded.metadata.get("data"), *folders):
+        return ""
+    return (
+        f"{', '.join(folders)} was prepared anew since this run trained on it: it may have been "
+        "trained on what it is now validated on and asked about"
+    )
+
+
+def tasks_of(stage: Config) -> str:
+    """Returns the tasks of a stage with their weights, and which of them no record of its data has
+    text for: others take their place in training."""
+    data = stage.data
+    lacking = []
+    with contextlib.suppress(UserError):  # The data may be gone.
+        indexes = [index.load(folder, data.split) for folder in data.folders]
+        lacking = [
+            task for task in data.tasks if not any(one.text_tokens[task].any() for one in indexes)
+        ]
+    told = ", ".join(f"{task} {data.tasks[task]:g}" for task in data.tasks if task not in lacking)
+    return told + f" (no record has text for {', '.join(lacking)})" * bool(lacking)
 
 
 def parse(path: Path, text: str) -> Any:

@@ -117,6 +117,7 @@ def render(run: Run, other: Run | None = None) -> str:
         reads=_reads(run.stages[-1].data, run.stages[-1].model.vision),
         few=FEW_QUESTIONS,
         problem=assistant.problem_of(run.loaded) if run.loaded else "",
+        data_problem=contents.data_problem(run),
         variants=_variants(run),
         plain_rate=PLAIN_RATE,
         config_json=json.dumps(config_lib.to_json(run.stages), indent=2),
@@ -244,7 +245,7 @@ def _stage(stage: Config, lines: Lines) -> dict[str, Any]:
     return {
         "name": stage.stage,
         "steps": stage.train.num_steps,
-        "tasks": ", ".join(f"{task} {weight:g}" for task, weight in stage.data.tasks.items()),
+        "tasks": contents.tasks_of(stage),
         "input": {"pixels": "pages", "oracle": "text"}[stage.train.visual_source],
         "trained": "all" if stage.train.trainable == (".*",) else ", ".join(stage.train.trainable),
         "has_patch_labels": stage in _supervised((stage,)),
@@ -316,7 +317,7 @@ def _variants(run: Run) -> list[str]:
     command = f"python -m alignvlm_jax train {shlex.join(kept)} --workdir=OTHER"
     own = run.stages[-1].model.connector.name
     name = next(name for name in config_lib.connector_names() if name != own)
-    found = [f"{command} --config.model.connector.name={name}"]
+    found = [f"{command} \\\n    --config.model.connector.name={name}"]
     if supervised := _supervised(run.stages):
         # At the rates that supervision tolerates a run without it diverges (docs/results.md).
         rates = [

@@ -14,7 +14,8 @@ from alignvlm_jax.data import shards, tokenizers
 from alignvlm_jax.data.shards import RecordSource
 from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from alignvlm_jax.errors import UsageError, UserError
-from alignvlm_jax.ingest import formats
+from alignvlm_jax.ingest import formats, staging
+from alignvlm_jax.report import examples_page, records_page
 from alignvlm_jax.synthetic import demonstration
 from tests.ingest.formats.pdf import make_pdf
 
@@ -421,3 +422,19 @@ def test_what_changes_sides_is_told(source, tmp_path, capsys):
 def test_documents_of_another_seed_are_not_drawn_over_others(prepared):
     with pytest.raises(UserError, match=r"--seed=0 \(.*train 6.*\), and this command has --seed=1"):
         prepare.main(arguments(prepared, seed=1))
+
+
+def test_pages_that_inspect_drew_of_other_data_are_deleted(source, tmp_path, capsys):
+    assert {*staging.DRAWN} == {examples_page.FILE, records_page.FILE}
+    prepare.main([*source, "--num_workers=1", "--holdout=0"])
+    for name in (*staging.DRAWN, "mine.html"):
+        (tmp_path / "out" / name).write_text("of before")
+    prepare.main([*source, "--num_workers=1", "--holdout=0"])
+    assert (tmp_path / "out/rows.html").exists()
+    capsys.readouterr()
+    prepare.main([*source, "--num_workers=1", "--holdout=0.5", "--overwrite"])
+    assert "rows.html and records.html showed what" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").glob("*.html")] == ["mine.html"]
+    (tmp_path / "out/rows.html").write_text("of before")
+    prepare.main(["--recount", f"--out={tmp_path}/out", f"--tokenizer={tmp_path}"])
+    assert "rows.html showed what" in capsys.readouterr().out

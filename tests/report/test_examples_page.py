@@ -73,7 +73,7 @@ def test_page_is_one_file_with_all_rows(config, tmp_path):
     found = statistics.collect(all_sequences.builder, config.data.dir, "train", 0.876)
     path = examples_page.build(views, found, tmp_path / examples_page.FILE)
     page = path.read_text()
-    assert "rows 87.6 % full" in page
+    assert "packed sequences 87.6 % full" in page
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     shown = html.unescape(page)
     taught = [

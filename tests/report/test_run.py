@@ -1,20 +1,23 @@
 """The report stands at every age of a workdir, needs no other file, and says what the files say."""
 
+import dataclasses
 import html
 import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.benchmarks import predictions, scores
 from alignvlm_jax.benchmarks.runner import choose_questions
+from alignvlm_jax.data import index
 from alignvlm_jax.data.shards import RecordSource
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading
 from alignvlm_jax.pictures import html as pages
-from alignvlm_jax.report import run
+from alignvlm_jax.report import contents, run
 from alignvlm_jax.train import goodput
 
 
@@ -92,7 +95,7 @@ def test_a_workdir_that_has_only_its_config_gets_sentences(workdir):
     text = text_of((workdir / "report.html").read_text())
     assert "There are no predictions in this workdir yet" in text
     assert "No step has been logged yet" in text
-    assert "no checkpoint at" in text
+    assert "No checkpoint at" in text
     assert [path.name for path in workdir.iterdir() if path.name != "config.json"] == [
         "report.html"
     ]
@@ -270,3 +273,32 @@ def test_documents_that_changed_are_not_shown_under_old_answers(workdir, trained
 )
 def test_counts_are_short(number, text):
     assert pages.count(number) == text
+
+
+def test_tasks_that_no_record_has_text_for_are_told(trained_workdir, data_dir, monkeypatch):
+    stage = loading.load_config(trained_workdir)
+    assert contents.tasks_of(stage) == "transcribe 0.5, answer 0.5"
+    known = index.load(str(data_dir), "train")
+    lengths = known.text_tokens | {"answer": np.zeros(len(known), np.int32)}
+    bare = dataclasses.replace(known, text_tokens=lengths)
+    monkeypatch.setattr(contents.index, "load", lambda *_: bare)
+    assert contents.tasks_of(stage) == "transcribe 0.5 (no record has text for answer)"
+    monkeypatch.undo()
+    gone = dataclasses.replace(stage, data=dataclasses.replace(stage.data, dir="nowhere"))
+    assert contents.tasks_of(gone) == "transcribe 0.5, answer 0.5"
+
+
+def test_data_that_were_prepared_anew_since_are_told(workdir, trained_workdir):
+    shutil.copytree(trained_workdir / "checkpoints", workdir / "checkpoints")
+    read = contents.read(workdir)
+    assert contents.data_problem(read) == ""
+    assert "was prepared anew since" not in run.render(read)
+    old = dataclasses.replace(
+        read.loaded, metadata=dict(read.loaded.metadata) | {"data": "0123abcd"}
+    )
+    anew = dataclasses.replace(read, loaded=old)
+    assert "was prepared anew since this run trained on it" in run.render(anew)
+    config = dataclasses.replace(
+        read.stages[-1], data=dataclasses.replace(read.stages[-1].data, dir="nowhere")
+    )
+    assert contents.data_problem(dataclasses.replace(anew, stages=(config,))) == ""

@@ -18,7 +18,7 @@ from alignvlm_jax.benchmarks.predictions import Predictions
 from alignvlm_jax.benchmarks.scores.task import LEFT_OUT
 from alignvlm_jax.commands.evaluate import BENCHMARKS
 from alignvlm_jax.config import EvalConfig
-from alignvlm_jax.data import filesystem, prepared, shards
+from alignvlm_jax.data import prepared, shards
 from alignvlm_jax.errors import StoppedError, UserError, counted
 from alignvlm_jax.inference import loading
 from alignvlm_jax.inference.loading import Loaded
@@ -92,16 +92,8 @@ def _say_what_is_left_out(loaded: Loaded, evaluation: EvalConfig, *, is_own: boo
                 f"{split}: {counted(evaluation.num_questions, 'question')} of {count:,} records; "
                 "--num_questions=N asks N"
             )
-    trained = loaded.metadata.get("data")
-    if not is_own or not trained:
-        return
-    try:
-        is_here = all(map(filesystem.listing, data.folders))
-        is_same = not is_here or prepared.has_fingerprint(trained, *data.folders)
-    except UserError:
-        return  # Sources of the training that cannot be reached are not needed here.
     # A folder that was prepared anew may hold out others, and train's pages be among its questions.
-    if not is_same:
+    if is_own and prepared.is_anew(loaded.metadata.get("data"), *data.folders):
         logs.say(
             f"{', '.join(data.folders)} was prepared anew since {loaded.path} was trained: what is "
             "evaluated here may have been trained on"
