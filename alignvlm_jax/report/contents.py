@@ -13,7 +13,7 @@ from alignvlm_jax import storage
 from alignvlm_jax.analysis import base
 from alignvlm_jax.benchmarks import predictions
 from alignvlm_jax.benchmarks.predictions import Predictions
-from alignvlm_jax.config import Config, renamed
+from alignvlm_jax.config import Config, DataConfig, renamed
 from alignvlm_jax.data import index, prepared
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading
@@ -126,10 +126,9 @@ def data_problem(run: Run) -> str:
     )
 
 
-def tasks_of(stage: Config) -> str:
+def tasks_of(data: DataConfig) -> str:
     """Returns the tasks of a stage with their weights, and which of them no record of its data has
     text for: others take their place in training."""
-    data = stage.data
     lacking = []
     with contextlib.suppress(UserError):  # The data may be gone.
         indexes = [index.load(folder, data.split) for folder in data.folders]

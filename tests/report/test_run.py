@@ -277,15 +277,15 @@ def test_counts_are_short(number, text):
 
 def test_tasks_that_no_record_has_text_for_are_told(trained_workdir, data_dir, monkeypatch):
     stage = loading.load_config(trained_workdir)
-    assert contents.tasks_of(stage) == "transcribe 0.5, answer 0.5"
+    assert contents.tasks_of(stage.data) == "transcribe 0.5, answer 0.5"
     known = index.load(str(data_dir), "train")
     lengths = known.text_tokens | {"answer": np.zeros(len(known), np.int32)}
     bare = dataclasses.replace(known, text_tokens=lengths)
     monkeypatch.setattr(contents.index, "load", lambda *_: bare)
-    assert contents.tasks_of(stage) == "transcribe 0.5 (no record has text for answer)"
+    assert contents.tasks_of(stage.data) == "transcribe 0.5 (no record has text for answer)"
     monkeypatch.undo()
     gone = dataclasses.replace(stage, data=dataclasses.replace(stage.data, dir="nowhere"))
-    assert contents.tasks_of(gone) == "transcribe 0.5, answer 0.5"
+    assert contents.tasks_of(gone.data) == "transcribe 0.5, answer 0.5"
 
 
 def test_data_that_were_prepared_anew_since_are_told(workdir, trained_workdir):
