@@ -828,7 +828,10 @@ def test_a_config_json_from_before_fields_had_to_be_given_is_read():
     old = renamed.stage(old)
     # Came later; the defaults of the others are held by the file.
     del new["train"]["jit"], new["run_id"], new["data"]["images_first"]
-    assert [new["model"]["llm"].pop(name) for name in ("qkv_bias", "qk_norm")] == [False, False]
+    options = ("qkv_bias", "qk_norm", "no_rope_every")
+    assert [new["model"]["llm"].pop(name) for name in options] == [False, False, 0]
+    scaling = new["model"]["llm"]["rope_scaling"]
+    assert [scaling.pop(name) for name in ("type", "attention_factor")] == ["llama3", 1.0]
     # Patch labels stay what they were when the run began.
     later = {path.partition(".")[2]: value for path, value in renamed.BEFORE.items()}
     assert old["data"].items() >= later.items() and config_lib.DataConfig().full_cover == 1

@@ -25,6 +25,7 @@ COMPONENTS = ("vision", "connector", "llm")
 
 CHOICES = {
     "model.vision.gelu": ("tanh", "exact"),
+    "model.llm.rope_scaling.type": ("llama3", "linear", "yarn"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "full", "dots"),
     "model.vocab_impl": ("auto", "plain", "chunked"),
@@ -45,6 +46,7 @@ AT_LEAST: dict[str, int] = {
         if field.type is int
     },
     "model.llm.padded_rows": 0,
+    "model.llm.no_rope_every": 0,
     "model.scan_unroll": 1,
     "model.llm.rope_scaling.original_length": 1,
     "data.max_tiles": 1,
@@ -86,6 +88,7 @@ ABOVE = {
     "model.llm.norm_eps": 0,
     "model.llm.rope_theta": 0,
     "model.llm.rope_scaling.factor": 0,
+    "model.llm.rope_scaling.attention_factor": 0,
     "data.temperature": 0,
     "data.full_cover": 0,
     "optim.learning_rate": 0,

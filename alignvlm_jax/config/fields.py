@@ -49,14 +49,18 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """Llama 3's scaling of the rotary embedding's frequencies for long contexts."""
+    """Scaling of the rotary embedding's frequencies for long contexts."""
 
+    # "llama3", Llama 3's; "linear", all frequencies alike; "yarn", YaRN (arXiv 2309.00071).
+    type: str = "llama3"
     # Slow frequencies are divided by it; 1: no scaling.
     factor: float = 1.0
     # Frequencies that turn fewer times than this within original_length are scaled in full.
     low_freq_factor: float = 1.0
     # Frequencies that turn more times than this are kept; those between are blended.
     high_freq_factor: float = 4.0
+    # Factor of rotated queries and of rotated keys, YaRN's.
+    attention_factor: float = 1.0
     # Tokens: the sequence length before the scaling.
     original_length: int = 8192
 
@@ -80,6 +84,8 @@ class LLMConfig:
     qkv_bias: bool = False  # Queries, keys and values have biases, as Qwen 2's.
     # Queries and keys are normalised by head before they are rotated, as Qwen 3's.
     qk_norm: bool = False
+    # Every so many layers comes one without rotary positions, as SmolLM3's every fourth; 0: none.
+    no_rope_every: int = 0
     # Rows at the end of the tables that are no token, so that vocab_size divides over a mesh.
     padded_rows: int = 0
 

@@ -77,6 +77,13 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         c = self.config
         frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+        factor = c.rope_scaling.attention_factor
+        if c.no_rope_every:
+            # By a number that is scanned, since all layers are one program. At frequency 0 nothing
+            # is rotated.
+            rotates = (layer + 1) % c.no_rope_every != 0
+            frequencies = jnp.where(rotates, frequencies, 0.0)
+            factor = jnp.where(rotates, factor, 1.0)
 
         def project(name: str, num_heads: int, axis: str) -> Float[Array, "B T heads h"]:
             equation = "BTD,DHh->BTHh" if axis == "heads" else "BTD,DKh->BTKh"
@@ -92,7 +99,7 @@ class Attention(nn.Module):
             # mixtures of two channels, which differ from position to position.
             if c.qk_norm:
                 heads = RMSNorm(c.norm_eps, name=f"{name}_norm")(heads)
-            return apply_rope(heads, positions, frequencies)
+            return apply_rope(heads, positions, frequencies, factor)
 
         query_BTHh = rotate("q", project("q", c.num_heads, "heads"))
         key_BTKh = rotate("k", project("k", c.num_kv_heads, "kv_heads"))

@@ -114,29 +114,53 @@ def rope_frequencies(
 ) -> Float[Array, "{head_dim}//2"]:
     """Returns the angular frequency of each pair of channels, in radians a position.
 
-    With a factor above 1, Llama 3's scaling: wavelengths beyond original_length / low_freq_factor
-    are stretched by the factor, those under original_length / high_freq_factor kept, those between
-    blended.
+    With a factor other than 1 they are scaled: wavelengths beyond original_length /
+    low_freq_factor are stretched by the factor, those under original_length / high_freq_factor
+    kept, those between blended; of the linear type all are stretched.
     """
     # Wavelengths are 2 pi / frequency; `turns` is how often a pair turns within original_length.
     frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling.factor == 1.0:
         return frequencies
-    turns = scaling.original_length * frequencies / (2 * math.pi)
-    # A line through 0 at low_freq_factor turns and 1 at high_freq_factor; cut off beyond both.
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    if scaling.type == "linear":
+        return frequencies / scaling.factor
+    if scaling.type == "yarn":
+        keep = _yarn_keep(head_dim, theta, scaling)
+    else:
+        turns = scaling.original_length * frequencies / (2 * math.pi)
+        # A line through 0 at low_freq_factor turns and 1 at high_freq_factor; cut off beyond both.
+        keep = turns - scaling.low_freq_factor
+        keep /= scaling.high_freq_factor - scaling.low_freq_factor
     keep = jnp.clip(keep, 0.0, 1.0)
     return frequencies * (keep + (1 - keep) / scaling.factor)
 
 
+def _yarn_keep(head_dim: int, theta: float, scaling: RopeScaling) -> Float[Array, "{head_dim}//2"]:
+    """YaRN's line, in the number of the pair and not in its turns, between whole numbers."""
+
+    def pair_of(turns: float) -> float:
+        """The pair, counted in fractions, that turns so often within original_length."""
+        wavelengths = scaling.original_length / (turns * 2 * math.pi)
+        return head_dim * math.log(wavelengths) / (2 * math.log(theta))
+
+    first = max(math.floor(pair_of(scaling.high_freq_factor)), 0)
+    last = min(math.ceil(pair_of(scaling.low_freq_factor)), head_dim - 1)
+    # Where both are one pair, the line is a step.
+    return 1 - (jnp.arange(head_dim // 2) - first) / ((last - first) or 0.001)
+
+
 def apply_rope(
-    x: Float[Array, "B T H h"], positions: Int[Array, "B T"], frequencies: Float[Array, "h//2"]
+    x: Float[Array, "B T H h"],
+    positions: Int[Array, "B T"],
+    frequencies: Float[Array, "h//2"],
+    factor: float | Float[Array, ""] = 1.0,
 ) -> Float[Array, "B T H h"]:
     """Returns x with its channel pairs (i, i + h/2) rotated by position x frequency (RoPE, arXiv
-    2104.09864), computed in float32: bfloat16 would round position 257 to 256."""
+    2104.09864) and multiplied by `factor`, computed in float32: bfloat16 would round position 257
+    to 256."""
     angles = positions[..., None, None].astype(jnp.float32) * frequencies  # [B, T, 1, h/2]
-    sin = jnp.sin(angles)
-    cos = jnp.cos(angles)
+    sin = jnp.sin(angles) * factor
+    cos = jnp.cos(angles) * factor
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # [B, T, H, h/2] each
     return jnp.concatenate(
         [first * cos - second * sin, second * cos + first * sin], axis=-1

@@ -49,15 +49,17 @@ def check_tower(tower: Tower, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> lis
                     f"{tower.source.name}: tensor {name} is of a type that is not read; save it "
                     "as bfloat16"
                 )
-    if missing:
-        raise UserError(f"{tower.source.name} lacks {_listed(missing)}")
     others = sorted(tensors.keys() - explained)
     unexplained = [
         name for name in others if not any(re.fullmatch(pattern, name) for pattern in tower.ignored)
     ]
+    found = f" ({tower.found})" if tower.found else ""
+    if missing:
+        hint = _prefix_hint(missing, unexplained)
+        raise UserError(f"{tower.source.name} lacks {_listed(missing)}{hint}{found}")
     if unexplained:
         raise UserError(
-            f"{tower.source.name} holds what no parameter of ours is: {_listed(unexplained)}"
+            f"{tower.source.name} holds what no parameter of ours is: {_listed(unexplained)}{found}"
         )
     return others
 
@@ -104,6 +106,19 @@ def _assemble(source: Source, entry: Entry, shape: tuple[int, ...]) -> np.ndarra
 def _place(array: np.ndarray, wanted: jax.ShapeDtypeStruct) -> Array:
     # Waited for, or transfers would hold on to several arrays of the host at once.
     return jax.block_until_ready(jax.device_put(array, wanted.sharding))
+
+
+def _prefix_hint(missing: list[str], unexplained: list[str]) -> str:
+    """Says where the tensors that are missing stand under another prefix."""
+    for name in missing:
+        parts = name.split(".")
+        # Two parts at least: every second tensor ends in "weight".
+        for start in range(len(parts) - 1):
+            tail = ".".join(parts[start:])
+            for other in unexplained:
+                if other == tail or other.endswith(f".{tail}"):
+                    return f"; it holds {other} in the place of {name}: rename its tensors"
+    return ""
 
 
 def _listed(names: list[str]) -> str:

@@ -2,6 +2,7 @@
 tables resampled."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
@@ -92,12 +93,16 @@ class Tower:
       config: its sizes, as we name them.
       entries: which of its tensors is which of our parameters.
       ignored: regular expressions (fullmatch) of tensors that are known and not needed.
+      found: what its files call themselves, where that is another class; for complaints.
+      note: what is to be told about how it was read; empty: nothing.
     """
 
     source: Source
     config: LLMConfig | VisionConfig
     entries: tuple[Entry, ...]
     ignored: tuple[str, ...] = ()
+    found: str = ""
+    note: str = ""
 
 
 def rows_per_chunk(tensor: Tensor) -> int:
@@ -123,6 +128,18 @@ def read(source: Source, name: str) -> np.ndarray:
     return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
 
+def largest_difference(source: Source, name: str, other: str) -> float:
+    """Returns the largest difference between two tensors; infinity where their shapes differ."""
+    if source.tensors[name].shape != source.tensors[other].shape:
+        return math.inf
+    # By blocks of rows, which are the same where the types are. In float32, as they are used.
+    if source.tensors[name].dtype == source.tensors[other].dtype:
+        pairs = zip(source.blocks(name), source.blocks(other), strict=True)
+    else:
+        pairs = iter([(read(source, name), read(source, other))])
+    return max(float(np.abs(a.astype(np.float32) - b.astype(np.float32)).max()) for a, b in pairs)
+
+
 Grid = tuple[int, int]
 
 
@@ -132,12 +149,13 @@ def resample(table: np.ndarray, old: Grid, new: Grid, method: str) -> np.ndarray
 
     Args:
       method: "bicubic" is what Hugging Face's encoders do when they are given another resolution
-        (PyTorch's bicubic, a = -0.75, corners not aligned, no antialiasing); "linear" what
-        big_vision does when it loads a checkpoint (corners aligned).
+        (PyTorch's bicubic, a = -0.75, corners not aligned, no antialiasing); "bilinear" what NaFlex
+        SigLIP 2 does (corners not aligned, antialiased); "linear" what big_vision does when it
+        loads a checkpoint (corners aligned).
     """
     if old == new:
         return table
-    weights = {"bicubic": _bicubic, "linear": _linear}[method]
+    weights = {"bicubic": _bicubic, "bilinear": _bilinear, "linear": _linear}[method]
     rows, columns = (weights(before, after) for before, after in zip(old, new, strict=True))
     grid = table.astype(np.float64).reshape(*old, -1)
     return (
@@ -166,6 +184,15 @@ def _bicubic(old: int, new: int) -> np.ndarray:
             weights, (np.arange(new), neighbours.clip(0, old - 1)), np.where(x <= 1, near, far)
         )
     return weights
+
+
+def _bilinear(old: int, new: int) -> np.ndarray:
+    """[new, old] weights that fall off linearly, over as many old positions as a new one covers."""
+    centres = (np.arange(new) + 0.5) * old / new
+    distances = np.abs(np.arange(old) + 0.5 - centres[:, None])
+    weights = np.maximum(0, 1 - distances / max(old / new, 1))
+    # At an edge some of the neighbours are missing.
+    return weights / weights.sum(1, keepdims=True)
 
 
 def _linear(old: int, new: int) -> np.ndarray:

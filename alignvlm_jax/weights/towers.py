@@ -3,6 +3,7 @@ weights."""
 
 import hashlib
 import importlib.metadata
+import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -95,6 +96,12 @@ def resolve(name: str) -> Path:
         raise UserError(
             f"{name} is not on this machine, and published weights are read from a disk: copy it "
             "first (gcloud storage cp --recursive)"
+        )
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).parent.exists():
+        folder = name.rpartition("/")[2]
+        raise UserError(
+            f"{name} does not exist here; if it is a model of the Hugging Face hub, download it "
+            f"first: hf download {name} --local-dir={folder}, and name that folder"
         )
     if name not in PACKAGES:
         raise UserError(

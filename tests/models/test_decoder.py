@@ -38,6 +38,14 @@ UNTIED = dataclasses.replace(TIED, tie_embeddings=False, rope_scaling=RopeScalin
 BIASED = dataclasses.replace(UNTIED, qkv_bias=True)
 NORMED = dataclasses.replace(TIED, qk_norm=True)
 BOTH = dataclasses.replace(TIED, qkv_bias=True, qk_norm=True)
+LINEAR = dataclasses.replace(TIED, rope_scaling=RopeScaling(type="linear", factor=3.0))
+YARN = dataclasses.replace(
+    TIED,
+    rope_scaling=RopeScaling(
+        type="yarn", factor=4.0, high_freq_factor=4.0, attention_factor=1.2, original_length=60
+    ),
+)
+NOPE = dataclasses.replace(YARN, tie_embeddings=False, no_rope_every=2)
 
 
 def forward(llama: Llama, tokens, positions, segment_ids):
@@ -61,13 +69,26 @@ def tied():
 
 
 def rope_reference(config: LLMConfig) -> np.ndarray:
-    """Angular frequencies, case by case on the wavelength as Llama 3.1's model card states them."""
+    """Angular frequencies, case by case: Llama 3's on the wavelength as its model card states them,
+    YaRN's on the number of the pair, between whole pairs that turn so and so often."""
     scaling = config.rope_scaling
     scaled = []
     for i in range(0, config.head_dim, 2):
         frequency = 1.0 / config.rope_theta ** (i / config.head_dim)
         wavelength = 2 * math.pi / frequency
-        if scaling.factor == 1 or wavelength < scaling.original_length / scaling.high_freq_factor:
+        if scaling.type == "linear":
+            scaled.append(frequency / scaling.factor)
+        elif scaling.type == "yarn":
+            first, last = (
+                config.head_dim
+                / 2
+                * math.log(scaling.original_length / (2 * math.pi * turns), config.rope_theta)
+                for turns in (scaling.high_freq_factor, scaling.low_freq_factor)
+            )
+            ramp = (i / 2 - math.floor(first)) / (math.ceil(last) - math.floor(first))
+            ramp = min(max(ramp, 0.0), 1.0)
+            scaled.append(frequency * (1 - ramp) + frequency / scaling.factor * ramp)
+        elif scaling.factor == 1 or wavelength < scaling.original_length / scaling.high_freq_factor:
             scaled.append(frequency)
         elif wavelength > scaling.original_length / scaling.low_freq_factor:
             scaled.append(frequency / scaling.factor)
@@ -86,10 +107,12 @@ def reference(params: dict, config: LLMConfig, tokens, positions, segment_ids) -
     def norm(x, scale):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * scale
 
-    def rotate(vector, position):
+    def rotate(vector, position, layer):
+        if config.no_rope_every and (layer + 1) % config.no_rope_every == 0:
+            return vector
         half = config.head_dim // 2
         turned = (vector[:half] + 1j * vector[half:]) * np.exp(1j * position * frequencies)
-        return np.concatenate([turned.real, turned.imag])
+        return np.concatenate([turned.real, turned.imag]) * config.rope_scaling.attention_factor
 
     def project(x, weights, name, head):
         y = x @ weights[name]["kernel"][:, head]
@@ -99,15 +122,16 @@ def reference(params: dict, config: LLMConfig, tokens, positions, segment_ids) -
             y = norm(y, weights[f"{name}_norm"]["scale"])
         return y
 
-    def attend(x, weights):
+    def attend(x, weights, layer):
         mixed = np.zeros_like(x)
         for head in range(config.num_heads):
             kv_head = head // (config.num_heads // config.num_kv_heads)
             queries = [
-                rotate(q, p) for q, p in zip(project(x, weights, "q", head), positions, strict=True)
+                rotate(q, p, layer)
+                for q, p in zip(project(x, weights, "q", head), positions, strict=True)
             ]
             keys = [
-                rotate(k, p)
+                rotate(k, p, layer)
                 for k, p in zip(project(x, weights, "k", kv_head), positions, strict=True)
             ]
             values = project(x, weights, "v", kv_head)
@@ -123,7 +147,7 @@ def reference(params: dict, config: LLMConfig, tokens, positions, segment_ids) -
     x = params["embed"]["table"][tokens]
     for layer in range(config.num_layers):
         block = jax.tree.map(lambda array, layer=layer: array[layer], params["blocks"])
-        x = x + attend(norm(x, block["attn_norm"]["scale"]), block["attn"])
+        x = x + attend(norm(x, block["attn_norm"]["scale"]), block["attn"], layer)
         normed = norm(x, block["mlp_norm"]["scale"])
         gate = normed @ block["mlp"]["gate"]["kernel"]
         swish = gate / (1 + np.exp(-gate))
@@ -143,8 +167,8 @@ def random_rows(seed: int = 0):
 
 @pytest.mark.parametrize(
     "llm",
-    [TIED, UNTIED, BIASED, NORMED, BOTH],
-    ids=["tied_scaled", "untied_unscaled", "biased", "normed", "biased_normed"],
+    [TIED, UNTIED, BIASED, NORMED, BOTH, LINEAR, YARN, NOPE],
+    ids=["tied_scaled", "untied", "biased", "normed", "biased_normed", "linear", "yarn", "nope"],
 )
 def test_equals_float64_reference(mesh, tied, llm):
     params, logits_of = tied if llm is TIED else make(llm)
@@ -161,7 +185,9 @@ def test_equals_float64_reference(mesh, tied, llm):
         )
 
 
-@pytest.mark.parametrize("llm", [BIASED, NORMED, BOTH], ids=["biased", "normed", "both"])
+@pytest.mark.parametrize(
+    "llm", [BIASED, NORMED, BOTH, NOPE], ids=["biased", "normed", "both", "nope"]
+)
 def test_a_cache_changes_nothing(mesh, llm):
     """A prompt that is read at once, then the other tokens one by one."""
     params, logits_of = make(llm)
@@ -212,6 +238,15 @@ def test_rope_scaling_has_three_bands():
     )
     ours = layers.rope_frequencies(TIED.head_dim, TIED.rope_theta, TIED.rope_scaling)
     np.testing.assert_allclose(ours, rope_reference(TIED), rtol=1e-6)
+
+
+@pytest.mark.parametrize("llm", [LINEAR, YARN], ids=["linear", "yarn"])
+def test_other_scalings_of_rope(llm):
+    unscaled = dataclasses.replace(llm, rope_scaling=RopeScaling())
+    ratios = rope_reference(llm) / rope_reference(unscaled)
+    assert llm is LINEAR or (ratios[0] == 1 and ((ratios > 0.26) & (ratios < 0.99)).any())
+    ours = layers.rope_frequencies(llm.head_dim, llm.rope_theta, llm.rope_scaling)
+    np.testing.assert_allclose(ours, rope_reference(llm), rtol=1e-6)
 
 
 def test_rope_is_float32_under_bfloat16():

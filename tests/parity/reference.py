@@ -7,8 +7,6 @@ import numpy as np
 import torch
 import transformers
 
-from tests.weights import folders
-
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 DINOV2_MEAN = (0.485, 0.456, 0.406)
 DINOV2_STD = (0.229, 0.224, 0.225)
@@ -24,24 +22,27 @@ def llm_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
 @torch.no_grad()
 def siglip_features(folder: Path, pixels: np.ndarray) -> np.ndarray:
     """Last hidden states [B, P, E] of uint8 pixels [B, Y, X, 3], of any SigLIP."""
-    scaled = _scaled(pixels, SIGLIP_MEAN, SIGLIP_STD)
+    normalised = torch.tensor(scaled(pixels, SIGLIP_MEAN, SIGLIP_STD))
     fields = (folder / "config.json").read_text()
     if "siglip2" in fields:
         model = transformers.Siglip2VisionModel.from_pretrained(folder, dtype=torch.float32).eval()
-        patch = folders.SIGLIP2["patch_size"]
-        side = pixels.shape[1] // folders.SIGLIP2["patch_size"]
-        patches = (
-            scaled.reshape(-1, 3, side, patch, side, patch)
-            .transpose(0, 2, 4, 3, 5, 1)
-            .reshape(len(pixels), side**2, -1)
-        )
-        mask = torch.ones(patches.shape[:2], dtype=torch.int32)
-        shapes = torch.tensor([[side, side]] * len(pixels))
-        return model(
-            torch.tensor(patches), pixel_attention_mask=mask, spatial_shapes=shapes
-        ).last_hidden_state.numpy()
+        return naflex_features(model, normalised)
     model = transformers.SiglipVisionModel.from_pretrained(folder, dtype=torch.float32).eval()
-    return model(torch.tensor(scaled)).last_hidden_state.numpy()
+    return model(normalised).last_hidden_state.numpy()
+
+
+@torch.no_grad()
+def naflex_features(model: torch.nn.Module, pixels: torch.Tensor) -> np.ndarray:
+    """Last hidden states [B, P, E] of a NaFlex SigLIP 2 of square pixels [B, 3, Y, X]."""
+    patch = model.config.patch_size
+    side = pixels.shape[2] // patch
+    patches = pixels.reshape(-1, 3, side, patch, side, patch).permute(0, 2, 4, 3, 5, 1)
+    patches = patches.reshape(len(pixels), side**2, -1)
+    mask = torch.ones(patches.shape[:2], dtype=torch.int32)
+    shapes = torch.tensor([[side, side]] * len(pixels))
+    return model(
+        patches, pixel_attention_mask=mask, spatial_shapes=shapes
+    ).last_hidden_state.numpy()
 
 
 @torch.no_grad()
@@ -53,14 +54,19 @@ def dinov2_features(folder: Path, pixels: np.ndarray) -> np.ndarray:
 
 def features_without_class_token(model: torch.nn.Module, pixels: np.ndarray) -> np.ndarray:
     """Last hidden states [B, P, E]: patches and their positions alone go through the encoder."""
-    scaled = torch.tensor(_scaled(pixels, DINOV2_MEAN, DINOV2_STD))
-    embedded = model.embeddings(scaled)[:, 1:]
+    return without_class_token(model, torch.tensor(scaled(pixels, DINOV2_MEAN, DINOV2_STD)))
+
+
+@torch.no_grad()
+def without_class_token(model: torch.nn.Module, pixels: torch.Tensor) -> np.ndarray:
+    """The same of pixels [B, 3, Y, X] that are normalised."""
+    embedded = model.embeddings(pixels)[:, 1:]
     states = model.encoder(embedded)
     states = getattr(states, "last_hidden_state", states)
     return model.layernorm(states).numpy()
 
 
-def _scaled(pixels: np.ndarray, mean: tuple, std: tuple) -> np.ndarray:
+def scaled(pixels: np.ndarray, mean: tuple, std: tuple) -> np.ndarray:
     return ((pixels.astype(np.float32) / 255 - np.float32(mean)) / np.float32(std)).transpose(
         0, 3, 1, 2
     )

@@ -34,8 +34,10 @@ def test_a_workdir_from_before_a_decoder_had_options_takes_the_same_config_again
     lock(folder, STAGES)
     old = json.loads((folder / "config.json").read_text())
     for stage in old:
-        for name in ("qkv_bias", "qk_norm"):
+        for name in ("qkv_bias", "qk_norm", "no_rope_every"):
             del stage["model"]["llm"][name]
+        for name in ("type", "attention_factor"):
+            del stage["model"]["llm"]["rope_scaling"][name]
     (folder / "config.json").write_text(json.dumps(old))
     lock(folder, STAGES)
 

@@ -6,6 +6,7 @@ seed.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -78,6 +80,44 @@ QWENS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
+OTHERS: dict[str, dict[str, Any]] = {
+    "mistral": {
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "rope_theta": 500.0,
+        "sliding_window": None,
+    },
+    "mistral, tied": {
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 300.0},
+        "sliding_window": 64,  # No shorter than a sequence.
+        "tie_word_embeddings": True,
+    },
+    "smollm3": {
+        "model_type": "smollm3",
+        "architectures": ["SmolLM3ForCausalLM"],
+        "rope_theta": 500.0,
+        "no_rope_layer_interval": 4,
+        "no_rope_layers": [1, 1, 1, 0, 1, 1, 1],
+        "layer_types": ["full_attention"] * 7,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+    },
+    "smollm3, untied, scaled": {
+        "model_type": "smollm3",
+        "architectures": ["SmolLM3ForCausalLM"],
+        "rope_parameters": {**YARN, "rope_theta": 300.0},
+        "no_rope_layer_interval": 3,
+        "pad_token_id": 0,
+    },
+    "yarn": {"rope_theta": 500.0, "rope_scaling": YARN},
+    "linear": {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 3.0}},
+}
+"""Of other families, and Llamas of other rotary scalings."""
+DECODERS = LLAMAS | QWENS | OTHERS
 VISION = {
     "image_size": 24,
     "patch_size": 6,
@@ -109,8 +149,8 @@ def write_llama(
     num_shards: int = 1,
     **changes: Any,
 ) -> Path:
-    """Writes a model of LLAMAS or QWENS, in shards with an index where there are several."""
-    fields = LLAMA | (LLAMAS | QWENS)[variant] | changes
+    """Writes a model of DECODERS, in shards with an index where there are several."""
+    fields = LLAMA | DECODERS[variant] | changes
     width = fields["hidden_size"]
     mlp = fields["intermediate_size"]
     heads = fields["num_attention_heads"]
@@ -145,11 +185,16 @@ def write_llama(
 
 
 def write_siglip(
-    folder: Path, seed: int = 0, *, is_whole: bool = False, is_naflex: bool = False
+    folder: Path,
+    seed: int = 0,
+    *,
+    is_whole: bool = False,
+    is_naflex: bool = False,
+    sizes: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a SiglipVisionModel with its pooling head; `is_whole`: a SiglipModel with a text tower
     around it; `is_naflex`: SigLIP 2 with its flat patch embedding."""
-    fields = SIGLIP2 if is_naflex else SIGLIP
+    fields = (SIGLIP2 if is_naflex else SIGLIP) | (sizes or {})
     width = fields["hidden_size"]
     mlp = fields["intermediate_size"]
     patch = fields["patch_size"]
@@ -159,7 +204,7 @@ def write_siglip(
         f"{prefix}.embeddings.patch_embedding.weight": embedding,
         f"{prefix}.embeddings.patch_embedding.bias": (width,),
         f"{prefix}.embeddings.position_embedding.weight": (
-            (fields["image_size"] // patch) ** 2,
+            fields.get("num_patches", (fields["image_size"] // patch) ** 2),
             width,
         ),
         **_linear(f"{prefix}.post_layernorm", (width,)),

@@ -28,6 +28,8 @@ def write_import(args: argparse.Namespace) -> None:
     llm = towers.open_llm(args.llm)
     config = initial.make_config(llm, vision, args.connector, args.out)
     console.print(f"{llm.source.name} and {vision.source.name}: connector {args.connector}")
+    if llm.note:
+        console.print(llm.note, markup=False)
     write_tokenizer = functools.partial(towers.write, args.tokenizer or args.llm)
     console.print(initial.write(llm, vision, config, write_tokenizer, args.out))
     # Read back from what was written, which is what training and generation will read.

@@ -22,16 +22,21 @@ class Fields:
 
     Attributes:
       folder: where the file lies.
+      path: of the file.
     """
 
     def __init__(self, path: Path, values: Mapping[str, Any] | None = None):
         self.folder = path.parent
-        self._path = path
+        self.path = path
         self._values = read_json(path) if values is None else values
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a field is there, also where it is null."""
+        return name in self._values
 
     def __getitem__(self, name: str) -> Any:
         if self._values.get(name) is None:
-            raise UserError(f"{self._path} does not say {name}")
+            raise UserError(f"{self.path} does not say {name}")
         return self._values[name]
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -39,10 +44,44 @@ class Fields:
         value = self._values.get(name)
         return default if value is None else value
 
+    def number(self, name: str, default: float | None = None) -> float:
+        """Returns a field that is a number; without a default it must be there.
+
+        Raises:
+          UserError: it is missing, or no number: "1e-05" is a text.
+        """
+        return float(self._typed(name, default, (int, float), "a number"))
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        """Returns a field that is a whole number, as `number`."""
+        return self._typed(name, default, (int,), "a whole number")
+
+    def flag(self, name: str, default: bool) -> bool:
+        """Returns a field that is true or false.
+
+        Raises:
+          UserError: it is neither: "false" is a text, and would count as true.
+        """
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            raise UserError(f"{self.path}: {name} is {value!r}; it must be true or false")
+        return value
+
+    def _typed(self, name: str, default: Any, types: tuple[type, ...], what: str) -> Any:
+        value = self[name] if default is None else self.get(name, default)
+        # true and false are whole numbers to Python.
+        if not isinstance(value, types) or isinstance(value, bool):
+            raise UserError(f"{self.path}: {name} is {value!r}; it must be {what}")
+        return value
+
+    def over(self, defaults: Mapping[str, Any]) -> "Fields":
+        """Returns the fields, completed by the defaults of their class."""
+        return Fields(self.path, {**defaults, **self._values})
+
     def within(self, name: str) -> "Fields | None":
         """Returns the group of fields `name`, or None where there is none."""
         values = self._values.get(name)
-        return Fields(self._path, values) if isinstance(values, dict) else None
+        return Fields(self.path, values) if isinstance(values, dict) else None
 
     def choose(self, name: str, known: tuple, default: Any) -> Any:
         """Returns the value of a field that must be one of `known`.
@@ -53,7 +92,7 @@ class Fields:
         value = self.get(name, default)
         if value not in known:
             raise UserError(
-                f"{self._path}: {name} is {value!r}; read are: {', '.join(map(repr, known))}"
+                f"{self.path}: {name} is {value!r}; read are: {', '.join(map(repr, known))}"
             )
         return value
 
@@ -65,8 +104,8 @@ class LLMFamily(abc.ABC):
       model_type: of its config.json.
       class_name: the class of transformers that its export is.
       traits: the fields of LLMConfig that tell its decoder from those of other families; a field
-        that it does not name has the default. No two families may have the same: by them an export
-        finds its family.
+        that it does not name has the default. By whether they are set an export finds its family,
+        the first in the registry: a Mistral is written as the Llama that it is.
       gguf_architecture: `general.architecture` of its GGUF files.
       gguf_pairs_neighbours: whether a GGUF of it lays the channels that rotate together beside
         each other (2i, 2i + 1), where ours are half a head apart (i, i + h/2).
@@ -145,8 +184,8 @@ class VisionFamily(abc.ABC):
         raise NotImplementedError
 
 
-ACTIVATIONS = {"gelu_pytorch_tanh": "tanh", "gelu": "exact"}
-"""Published names of `VisionConfig.gelu`."""
+ACTIVATIONS = {"gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "gelu": "exact"}
+"""Published names of `VisionConfig.gelu`; the first of each is written."""
 
 
 def read_vision(
@@ -170,7 +209,8 @@ def read_vision(
     Raises:
       UserError: a field is missing, or `tile_size` is no multiple of the patch.
     """
-    patch = fields["patch_size"]
+    fields.choose("num_channels", (3,), 3)
+    patch = fields.integer("patch_size")
     size = own_size if tile_size is None else tile_size
     if size % patch:
         nearest_size = max(1, round(size / patch)) * patch
@@ -178,22 +218,65 @@ def read_vision(
             f"--tile_size {size} is not a multiple of the patch of {fields.folder}, {patch}; "
             f"nearest: {nearest_size}"
         )
-    path = fields.folder / "preprocessor_config.json"
-    pixels = read_json(path) if path.exists() else {}
+    pixel_mean, pixel_std = read_pixels(fields.folder, mean, std)
     return VisionConfig(
         tile_height=size,
         tile_width=size,
         patch_height=patch,
         patch_width=patch,
-        width=fields["hidden_size"],
+        width=fields.integer("hidden_size"),
         mlp_width=mlp_width,
-        num_layers=fields["num_hidden_layers"],
-        num_heads=fields["num_attention_heads"],
-        norm_eps=fields.get("layer_norm_eps", 1e-6),
+        num_layers=fields.integer("num_hidden_layers"),
+        num_heads=fields.integer("num_attention_heads"),
+        norm_eps=fields.number("layer_norm_eps", 1e-6),
         gelu=ACTIVATIONS[fields.choose("hidden_act", tuple(ACTIVATIONS), gelu)],
-        pixel_mean=tuple(pixels.get("image_mean", mean)),
-        pixel_std=tuple(pixels.get("image_std", std)),
+        pixel_mean=pixel_mean,
+        pixel_std=pixel_std,
     )
+
+
+def read_pixels(
+    folder: Path, mean: tuple[float, ...], std: tuple[float, ...]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns the mean and the deviation of pixels from 0 to 1 that a folder's image processor has.
+
+    Transformers 5 writes it into processor_config.json, which then goes before what transformers 4
+    wrote, preprocessor_config.json. Another factor of rescaling, none, or no normalisation is
+    expressed by other means and deviations.
+
+    Args:
+      mean: where no file has one; std likewise.
+
+    Raises:
+      UserError: an offset, or what is no number.
+    """
+    nested = None
+    if (folder / "processor_config.json").exists():
+        nested = Fields(folder / "processor_config.json").within("image_processor")
+    path = folder / "preprocessor_config.json"
+    fields = nested or Fields(path, None if path.exists() else {})
+    for name in ("offset", "rescale_offset"):
+        fields.choose(name, (False,), False)
+    # x factor - mean over std, of pixels x from 0 to 255, is x / 255 - mean / scale over std /
+    # scale.
+    factor = fields.number("rescale_factor", 1 / 255) if fields.flag("do_rescale", True) else 1.0
+    scale = 255 * factor
+    if not scale > 0:
+        raise UserError(f"{fields.path}: rescale_factor is {factor}; it must be above 0")
+    if not fields.flag("do_normalize", True):
+        return (0.0,) * 3, (1 / scale,) * 3
+    means = _channels(fields, "image_mean", mean)
+    stds = _channels(fields, "image_std", std)
+    return tuple(x / scale for x in means), tuple(x / scale for x in stds)
+
+
+def _channels(fields: Fields, name: str, default: tuple[float, ...]) -> tuple[float, ...]:
+    """A field of three numbers, or of one that stands for all three."""
+    values = fields.get(name, default)
+    values = values if isinstance(values, (list, tuple)) else (values,) * 3
+    if len(values) != 3 or not all(type(x) in (int, float) for x in values):
+        raise UserError(f"{fields.path}: {name} is {values!r}; it must be a number, or three")
+    return tuple(map(float, values))
 
 
 def vision_blocks(

@@ -40,13 +40,13 @@ class Dinov2(VisionFamily):
         """See VisionFamily."""
         fields.choose("use_swiglu_ffn", (False,), False)
         fields.choose("qkv_bias", (True,), True)
-        patch = fields["patch_size"]
+        patch = fields.integer("patch_size")
         return read_vision(
             fields,
             # Pixels beyond the last whole patch no patch sees.
-            fields["image_size"] // patch * patch,
+            fields.integer("image_size") // patch * patch,
             tile_size,
-            mlp_width=round(fields["hidden_size"] * fields.get("mlp_ratio", 4)),
+            mlp_width=int(fields.integer("hidden_size") * fields.number("mlp_ratio", 4)),
             gelu="gelu",
             mean=MEAN,
             std=STD,

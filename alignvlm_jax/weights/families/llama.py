@@ -1,8 +1,10 @@
 """Llama: LlamaForCausalLM of Hugging Face, and what other families of its shape share with it."""
 
+import math
 from typing import Any, ClassVar
 
 from alignvlm_jax.config import LLMConfig, RopeScaling
+from alignvlm_jax.errors import UserError
 from alignvlm_jax.weights.families.base import Fields, LLMFamily
 from alignvlm_jax.weights.mapping import Entry
 
@@ -19,28 +21,37 @@ class Llama(LLMFamily):
     gguf_pairs_neighbours = True
     # Biases that the class can have, and that no published weights of it do.
     absent: ClassVar[tuple[str, ...]] = ("attention_bias", "mlp_bias")
+    # Fields that must be there, since the class's own defaults are other values than those that
+    # follow from a Llama's sizes.
+    stated: ClassVar[tuple[str, ...]] = ()
+    # The class's defaults of rope_theta and tie_word_embeddings.
+    default_theta: ClassVar[float] = 10000.0
+    default_tie: ClassVar[bool] = False
 
     def read(self, fields: Fields) -> LLMConfig:
         """See LLMFamily."""
-        fields.choose("hidden_act", ("silu",), "silu")
+        fields.choose("hidden_act", ("silu", "swish"), "silu")
         for name in self.absent:
             fields.choose(name, (False,), False)
-        theta, scaling = read_rope(fields)
-        width = fields["hidden_size"]
-        num_heads = fields["num_attention_heads"]
+        for name in self.stated:
+            # For what it raises where the field is missing.
+            fields[name]
+        theta, scaling = read_rope(fields, self.default_theta)
+        width = fields.integer("hidden_size")
+        num_heads = fields.integer("num_attention_heads")
         return LLMConfig(
-            vocab_size=fields["vocab_size"],
+            vocab_size=fields.integer("vocab_size"),
             width=width,
-            mlp_width=fields["intermediate_size"],
-            num_layers=fields["num_hidden_layers"],
+            mlp_width=fields.integer("intermediate_size"),
+            num_layers=fields.integer("num_hidden_layers"),
             num_heads=num_heads,
             # Without the field each query head has keys and values of its own.
-            num_kv_heads=fields.get("num_key_value_heads") or num_heads,
-            head_dim=fields.get("head_dim") or width // num_heads,
-            norm_eps=fields.get("rms_norm_eps", 1e-6),
+            num_kv_heads=fields.integer("num_key_value_heads", num_heads),
+            head_dim=fields.integer("head_dim", width // num_heads),
+            norm_eps=fields.number("rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
-            tie_embeddings=fields.get("tie_word_embeddings", False),
+            tie_embeddings=fields.flag("tie_word_embeddings", self.default_tie),
             **self.traits,
         )
 
@@ -95,35 +106,122 @@ class Llama(LLMFamily):
         }
 
 
-def read_rope(fields: Fields) -> tuple[float, RopeScaling]:
+def refuse_window(fields: Fields, default: int | None) -> None:
+    """Raises UserError where layers see a window of the tokens alone that is shorter than the
+    sequences of the model.
+
+    Args:
+      default: the class's own window, in tokens, which one that is absent has; null is none.
+    """
+    window = fields.get("sliding_window", None if "sliding_window" in fields else default)
+    if window is None:
+        return
+    window = fields.integer("sliding_window", window)
+    length = fields.integer("max_position_embeddings")
+    if window < length:
+        raise UserError(
+            f"{fields.path}: layers see a sliding_window of {window} tokens of the {length} of "
+            "max_position_embeddings, and ours see all; for sequences of up to "
+            f"{window} tokens set max_position_embeddings to {window}"
+        )
+
+
+def read_rope(fields: Fields, default_theta: float) -> tuple[float, RopeScaling]:
     """Returns the base and the scaling of the rotary positions, as transformers 5 writes them
     (rope_parameters) or 4 (rope_theta and rope_scaling).
 
     Raises:
-      UserError: they are scaled otherwise than Llama 3's.
+      UserError: a scaling that is not computed here.
     """
-    # Without either group the whole config.json stands in, which has a base and no scaling.
-    rope = fields.within("rope_parameters") or fields.within("rope_scaling") or fields
-    theta = float(rope.get("rope_theta") or fields.get("rope_theta", 10000.0))
-    kind = "rope_type" if rope.get("rope_type") else "type"
-    if rope is fields or rope.choose(kind, ("default", "llama3"), "default") == "default":
+    # In this order, as transformers takes them; an empty group is none.
+    where = next((name for name in ("rope_scaling", "rope_parameters") if fields.get(name)), "")
+    rope = fields.within(where) if where else fields
+    if rope is None:
+        raise UserError(f"{fields.path}: {where} is {fields[where]!r}; it must be a group")
+    # Transformers 5 may write one group for each kind of layer: we have one kind.
+    rope = rope.within("full_attention") or rope
+    theta = rope.number("rope_theta", fields.number("rope_theta", default_theta))
+    for group in (fields, rope):
+        group.choose("partial_rotary_factor", (1, 1.0), 1.0)
+    kind = "rope_type" if "rope_type" in rope else "type"
+    name = rope.get(kind, "default") if where else "default"
+    if name == "default":
         return theta, RopeScaling()
-    return theta, RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_length=int(rope["original_max_position_embeddings"]),
+    if name not in SCALINGS:
+        raise UserError(
+            f"{fields.path}: {kind} of {where} is {name!r}; read are: 'default', "
+            f"{', '.join(map(repr, SCALINGS))}{VARYING if name in ('dynamic', 'longrope') else ''}"
+        )
+    return theta, SCALINGS[name](fields, rope)
+
+
+VARYING = (
+    ". Such frequencies change with a sequence's length: for sequences within the model's first "
+    "length, without them, take the group out of the file"
+)
+
+
+def _llama3(fields: Fields, rope: Fields) -> RopeScaling:
+    return RopeScaling(
+        factor=rope.number("factor"),
+        low_freq_factor=rope.number("low_freq_factor"),
+        high_freq_factor=rope.number("high_freq_factor"),
+        original_length=_original_length(fields, rope),
     )
+
+
+def _linear(fields: Fields, rope: Fields) -> RopeScaling:
+    return RopeScaling(type="linear", factor=rope.number("factor"))
+
+
+def _yarn(fields: Fields, rope: Fields) -> RopeScaling:
+    rope.choose("truncate", (True,), True)
+    factor = rope.number("factor")
+
+    def scale(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
+
+    # DeepSeek's, of which the second is the softmax's own scale and taken out again.
+    mscale = rope.number("mscale", 0.0)
+    mscale_all = rope.number("mscale_all_dim", 0.0)
+    is_given = mscale and mscale_all
+    attention_factor = scale(mscale) / scale(mscale_all) if is_given else scale(1.0)
+    return RopeScaling(
+        type="yarn",
+        factor=factor,
+        low_freq_factor=rope.number("beta_slow", 1.0) or 1.0,
+        high_freq_factor=rope.number("beta_fast", 32.0) or 32.0,
+        attention_factor=rope.number("attention_factor", attention_factor),
+        original_length=_original_length(fields, rope),
+    )
+
+
+SCALINGS = {"llama3": _llama3, "linear": _linear, "yarn": _yarn}
+"""What reads a `rope_type` of a config.json."""
+
+
+def _original_length(fields: Fields, rope: Fields) -> int:
+    name = "original_max_position_embeddings"
+    if name in fields or name not in rope:
+        return fields.integer(name, fields.integer("max_position_embeddings"))
+    return rope.integer(name)
 
 
 def write_rope(scaling: RopeScaling) -> dict[str, Any] | None:
     """Returns the `rope_scaling` of a config.json; None without any."""
     if scaling.factor == 1.0:
         return None
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_length,
+    written = {"rope_type": scaling.type, "factor": scaling.factor}
+    if scaling.type == "linear":
+        return written
+    written["original_max_position_embeddings"] = scaling.original_length
+    if scaling.type == "llama3":
+        return written | {
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+        }
+    return written | {
+        "beta_slow": scaling.low_freq_factor,
+        "beta_fast": scaling.high_freq_factor,
+        "attention_factor": scaling.attention_factor,
     }

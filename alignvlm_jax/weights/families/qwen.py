@@ -7,29 +7,23 @@ from typing import Any
 from alignvlm_jax.config import LLMConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.weights.families.base import Fields
-from alignvlm_jax.weights.families.llama import BLOCKS, LAYER, Llama
+from alignvlm_jax.weights.families.llama import BLOCKS, LAYER, Llama, refuse_window
 from alignvlm_jax.weights.mapping import Entry
 
 FULL = "full_attention"
+SLIDING = "sliding_attention"
+CLASS_WINDOW = 4096
+"""Tokens of the classes' own default of sliding_window."""
 
 
 class Qwen(Llama):
-    """What the dense models of all versions share.
-
-    Attributes:
-      stated: fields of config.json that must be there. The classes' own defaults are other values
-        than those that follow from a Llama's sizes.
-    """
+    """What the dense models of all versions share."""
 
     gguf_pairs_neighbours = False
-    stated: tuple[str, ...]
 
     def read(self, fields: Fields) -> LLMConfig:
         """See LLMFamily."""
-        refuse_window(fields)
-        for name in self.stated:
-            # For what it raises where the field is missing.
-            fields[name]
+        refuse_windows(fields)
         return super().read(fields)
 
     def hf_config(self, config: LLMConfig) -> dict[str, Any]:
@@ -78,12 +72,14 @@ class Qwen3(Qwen):
         return (*super().entries(config), *norms)
 
 
-def refuse_window(fields: Fields) -> None:
+def refuse_windows(fields: Fields) -> None:
     """Raises UserError where some layer sees a window of the tokens alone; the size of a window
     stands in every config.json, whether a layer uses it or not."""
-    fields.choose("use_sliding_window", (False,), False)
-    others = sorted(set(fields.get("layer_types", [])) - {FULL})
+    known = {FULL}
+    if fields.flag("use_sliding_window", False):
+        refuse_window(fields, CLASS_WINDOW)
+        # A window that holds whole sequences is none.
+        known.add(SLIDING)
+    others = sorted(set(fields.get("layer_types", [])) - known)
     if others:
-        raise UserError(
-            f"{fields.folder}/config.json: layer_types names {others[0]!r}; read are: {FULL!r}"
-        )
+        raise UserError(f"{fields.path}: layer_types names {others[0]!r}; read are: {FULL!r}")

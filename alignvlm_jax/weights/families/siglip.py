@@ -2,11 +2,13 @@
 Hugging Face, alone or inside a SiglipModel."""
 
 import functools
+import math
 from typing import Any
 
 import numpy as np
 
 from alignvlm_jax.config import VisionConfig
+from alignvlm_jax.errors import UserError
 from alignvlm_jax.weights.families.base import (
     ACTIVATIONS,
     Fields,
@@ -20,6 +22,17 @@ from alignvlm_jax.weights.source import Derived, Made, Source, Tensor, Tower, re
 MEAN = (0.5, 0.5, 0.5)
 STD = (0.5, 0.5, 0.5)
 PREFIX = "vision_model."
+DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "patch_size": 16,
+    "image_size": 224,
+    "num_patches": 256,
+}
+"""Of SiglipVisionConfig, the last of Siglip2VisionConfig. Transformers before 4.51 leaves out of a
+nested config what is its class's default: of google/siglip-base-patch16-224 all of it."""
 CONVOLUTION = "yxCE -> ECyx"
 FLAT = "yxCE -> E(yxC)"
 """Axes of the patch embedding: a convolution's, and NaFlex's, which is a matrix."""
@@ -35,12 +48,13 @@ class Siglip(VisionFamily):
 
     def read(self, fields: Fields, tile_size: int | None) -> VisionConfig:
         """See VisionFamily."""
-        fields = fields.within("vision_config") or fields
+        own_size = _own_size(fields)
+        fields = _vision_fields(fields)
         return read_vision(
             fields,
-            _own_size(fields),
+            own_size,
             tile_size,
-            mlp_width=fields["intermediate_size"],
+            mlp_width=fields.integer("intermediate_size"),
             gelu="gelu_pytorch_tanh",
             mean=MEAN,
             std=STD,
@@ -48,7 +62,6 @@ class Siglip(VisionFamily):
 
     def tower(self, source: Source, config: VisionConfig, fields: Fields) -> Tower:
         """See VisionFamily."""
-        fields = fields.within("vision_config") or fields
         # The encoder alone, as some save it, has no prefix.
         prefix = PREFIX if any(name.startswith(PREFIX) for name in source.tensors) else ""
         entries = table(prefix, FLAT if _is_naflex(fields) else CONVOLUTION)
@@ -57,8 +70,9 @@ class Siglip(VisionFamily):
         # A table that is missing is left to `load.check_tower`, which names it.
         if (side, side) != config.patch_grid and positions in source.tensors:
             tensor = Tensor((config.num_patches, config.width), np.dtype(np.float32))
+            method = "bilinear" if _is_naflex(fields) else "bicubic"
             make = functools.partial(
-                resample, old=(side, side), new=config.patch_grid, method="bicubic"
+                resample, old=(side, side), new=config.patch_grid, method=method
             )
             source = Derived(source, {positions: Made(tensor, (positions,), make)})
         return Tower(source, config, entries, IGNORED)
@@ -77,7 +91,7 @@ class Siglip(VisionFamily):
 
     def hf_config(self, config: VisionConfig) -> dict[str, Any]:
         """See VisionFamily."""
-        names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+        names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
         return {
             "architectures": [self.class_name],
             "model_type": "siglip_vision_model",
@@ -137,14 +151,27 @@ def table(prefix: str = PREFIX, patch_embedding: str = CONVOLUTION) -> tuple[Ent
 
 
 def _is_naflex(fields: Fields) -> bool:
-    # SigLIP 2 of a fixed resolution is published as a SiglipModel, and names no number of patches.
-    return fields.get("num_patches") is not None
+    # SigLIP 2 of a fixed resolution is published as a SiglipModel: the type tells, and not a
+    # num_patches, which some write beside image_size.
+    return fields["model_type"].startswith("siglip2")
+
+
+def _vision_fields(fields: Fields) -> Fields:
+    """The encoder's own fields, completed by the defaults of its class."""
+    if fields["model_type"] in ("siglip", "siglip2"):
+        # What stands outside of the group is the text tower's, or stale.
+        fields = fields.within("vision_config") or Fields(fields.path, {})
+    return fields.over(DEFAULTS)
 
 
 def _own_size(fields: Fields) -> int:
     """Pixels a side of the patches that the encoder was trained on; what is left of the image
     beyond them no patch sees."""
-    patch = fields["patch_size"]
-    if _is_naflex(fields):
-        return round(fields["num_patches"] ** 0.5) * patch
-    return fields["image_size"] // patch * patch
+    own = _vision_fields(fields)
+    patch = own.integer("patch_size")
+    if not _is_naflex(fields):
+        return own.integer("image_size") // patch * patch
+    side = math.isqrt(own.integer("num_patches"))
+    if side**2 != own["num_patches"]:
+        raise UserError(f"{own.path}: num_patches is {own['num_patches']}, which is no square")
+    return side * patch

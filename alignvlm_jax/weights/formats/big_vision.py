@@ -26,8 +26,15 @@ ROOTS = ("params/img/", "img/")
 POSITIONS = "pos_embedding"
 BLOCK = "Transformer/encoderblock"
 ATTENTION = "MultiHeadDotProductAttention_0"
-# Pooling head, final projection, text tower, temperature and bias of the loss, optimizer state.
-IGNORED = (r"MAPHead_0/.*", r"head/.*", r"(params/)?txt/.*", r"(params/)?[tb]", r"opt/.*")
+# Pooling head, final projection, text tower or PaliGemma's language model, temperature and bias of
+# the loss, optimizer state.
+IGNORED = (
+    r"MAPHead_0/.*",
+    r"head/.*",
+    r"(params/)?(txt|llm)/.*",
+    r"(params/)?[tb]",
+    r"opt/.*",
+)
 # What zipfile, zlib and numpy raise for a damaged file.
 BAD_ZIP = (zipfile.BadZipFile, ValueError, OSError, EOFError, zipfile.zlib.error)
 

@@ -37,13 +37,16 @@ class SafetensorsFolder:
         for path, names in _shards(folder).items():
             with _opened(path) as shard:
                 held = set(shard.keys())
-                # Either way: a tensor that the index lacks, or one that the file lacks.
-                missing = sorted(held ^ names) if names is not None else []
+                missing = sorted((names or set()) - held)
                 if missing:
                     raise UserError(
                         f"{path} and {folder / INDEX} do not agree on tensor {missing[0]}"
                     )
+                # What the index does not list, such as an inv_freq, is read as other tensors are;
+                # what it lists in another shard is stale here.
                 for name in held:
+                    if name in self._files and name not in (names or held):
+                        continue
                     self.tensors[name] = _describe(shard.get_slice(name))
                     self._files[name] = path
 
@@ -60,6 +63,51 @@ class SafetensorsFolder:
             step = rows_per_chunk(tensor)
             for start in range(0, tensor.shape[0], step):
                 yield rows[start : min(start + step, tensor.shape[0])]
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UserError where a folder is no model that is read, but something else that is known:
+    what it is, and what to do."""
+    if (folder / "config.json").exists():
+        fields = read_json(folder / "config.json")
+        method = _quantisation(fields)
+        if method:
+            raise UserError(
+                f"{folder} is quantised ({method}), which is read from a GGUF file alone: take the "
+                "folder of the weights before, in bfloat16 or float16"
+            )
+    elif (folder / "adapter_config.json").exists():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise UserError(
+            f"{folder} is a LoRA adapter of {base or 'a model that it does not name'}: merge it "
+            "into its model first (merge_and_unload of peft) and save that"
+        )
+    elif snapshots := sorted(folder.glob("snapshots/*")):
+        raise UserError(f"{folder} is a cache of the Hugging Face hub: name {snapshots[-1]}")
+    elif models := sorted(folder.glob("models--*")):
+        raise UserError(
+            f"{folder} is a cache of {len(models)} models of the Hugging Face hub: name one, such "
+            f"as {models[0]}/snapshots/..."
+        )
+    elif files := sorted(folder.glob("*.gguf")):
+        raise UserError(f"{folder} holds GGUF files: name one of them, such as {files[0]}")
+    elif (folder / "params.json").exists():
+        raise UserError(
+            f"{folder} is in its publisher's own format (params.json): take the Hugging Face "
+            "folder of the model, which has a config.json"
+        )
+
+
+def _quantisation(fields: dict[str, Any]) -> str:
+    """The name of the method by which a config.json says that weights are quantised; or empty."""
+    for name in ("quantization_config", "compression_config", "quantization"):
+        group = fields.get(name)
+        if isinstance(group, dict):
+            # MLX names no method, only bits and the size of a group.
+            method = group.get("quant_method", "mlx" if name == "quantization" else name)
+            bits = 4 if group.get("load_in_4bit") else group.get("bits")
+            return f"{method}, {bits} bits" if bits else str(method)
+    return ""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -99,6 +147,9 @@ def _shards(folder: Path) -> dict[Path, set[str] | None]:
         return {folder / SINGLE: None}
     pickled = sorted(path.name for path in folder.glob("*.bin"))
     hint = f"; {pickled[0]} is pickled and is not read: save it as safetensors" if pickled else ""
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if others:
+        hint = f"; it holds {', '.join(others[:4])}: where that is all, name it {SINGLE}"
     raise UserError(f"{folder} holds neither {SINGLE} nor {INDEX}{hint}")
 
 
