@@ -38,6 +38,15 @@ def main() -> None:
             )
         # Last: what is drawn before is what it was before there were any.
         save_llms("qwen", folders.QWENS, scratch, rng)
+        save_llms("other", folders.OTHERS, scratch, rng)
+        for size in (18, 36):
+            pixels = rng.integers(0, 256, (2, size, size, 3), dtype=np.uint8)
+            folder = folders.write_siglip(Path(scratch, f"naflex{size}"), is_naflex=True)
+            np.savez(
+                HERE / f"siglip2_naflex_{size}.npz",
+                pixels=pixels,
+                hidden=reference.siglip_features(folder, pixels),
+            )
 
 
 def save_llms(name: str, variants: Sequence, scratch: str, rng: np.random.Generator) -> None:

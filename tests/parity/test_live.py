@@ -1,6 +1,8 @@
 """Imported towers against the reference implementations, side by side, and what is exported in
 their hands."""
 
+import json
+
 import numpy as np
 import pytest
 import transformers
@@ -17,18 +19,31 @@ TOLERANCE = 2e-4
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize("variant", folders.LLAMAS | folders.QWENS)
+@pytest.mark.parametrize("variant", folders.DECODERS)
 def test_decoder(tmp_path, variant, seed):
     folder = folders.write_llama(tmp_path, variant, seed)
     tokens = np.random.default_rng(seed).integers(0, folders.LLAMA["vocab_size"], (2, 48))
     ours = run_llm(towers.open_llm(str(folder)), tokens)
-    record(
-        "Qwen, random" if variant in folders.QWENS else "Llama, random",
-        f"{variant}, seed {seed}",
-        ours,
-        reference.llm_logits(folder, tokens),
-        TOLERANCE,
-    )
+    expected = reference.llm_logits(folder, tokens)
+    record(f"{family(folder)}, random", f"{variant}, seed {seed}", ours, expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("seed", [11, 12, 13])
+@pytest.mark.parametrize("variant", folders.DECODERS)
+def test_decoders_of_random_sizes(tmp_path, variant, seed):
+    sizes = folders.random_sizes(seed)
+    layers = {name: None for name in ("layer_types", "no_rope_layers")}
+    folder = folders.write_llama(tmp_path, variant, seed, **sizes, **layers)
+    tokens = np.random.default_rng(seed).integers(0, sizes["vocab_size"], (3, 57))
+    ours = run_llm(towers.open_llm(str(folder)), tokens)
+    expected = reference.llm_logits(folder, tokens)
+    record(f"{family(folder)}, random", f"{variant}, sizes {seed}", ours, expected, TOLERANCE)
+
+
+def family(folder) -> str:
+    """Llama, Qwen2, ... of the class that a config.json names."""
+    [name] = json.loads((folder / "config.json").read_text())["architectures"]
+    return name.removesuffix("ForCausalLM")
 
 
 @pytest.mark.parametrize("options", [{}, {"is_whole": True}, {"is_naflex": True}], ids=str)
@@ -59,7 +74,14 @@ def test_dinov2(tmp_path, size):
 
 @pytest.mark.parametrize(
     "variant",
-    ["untied", "scaled, transformers 5", "qwen2, untied", "qwen2, tied", "qwen3, untied"],
+    [
+        "untied",
+        "scaled, transformers 5",
+        "qwen2, untied",
+        "qwen2, tied",
+        "qwen3, untied",
+        *folders.OTHERS,
+    ],
 )
 def test_exported_models_are_read_by_transformers(tmp_path, variant):
     folders.write_llama(tmp_path / "llm", variant, seed=5, vocab_size=320)

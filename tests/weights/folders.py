@@ -184,6 +184,21 @@ def write_llama(
     return _write(folder, fields, shapes, seed, dtype, num_shards)
 
 
+def random_sizes(seed: int) -> dict[str, int]:
+    """Awkward sizes of a decoder: odd widths, one or many key-value heads, head_dim of its own."""
+    rng = np.random.default_rng(seed)
+    kv_heads = int(rng.integers(1, 4))
+    return {
+        "vocab_size": int(rng.integers(50, 150)),
+        "hidden_size": int(rng.integers(9, 40)),
+        "intermediate_size": int(rng.integers(10, 60)),
+        "num_hidden_layers": int(rng.integers(1, 9)),
+        "num_attention_heads": kv_heads * int(rng.integers(1, 5)),
+        "num_key_value_heads": kv_heads,
+        "head_dim": 2 * int(rng.integers(3, 9)),
+    }
+
+
 def write_siglip(
     folder: Path,
     seed: int = 0,

@@ -57,7 +57,7 @@ def write_gguf(path, tensors, quantise=(), **changes):
         parts = name.split(".")[:-1]
         if parts[1:2] == ["layers"]:
             part = names[".".join(parts[3:])]
-            if part in ("attn_q", "attn_k") and architecture == "llama":
+            if part in ("attn_q", "attn_k") and architecture in ("llama", "smollm3"):
                 heads = fields["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
                 array = (
                     array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
@@ -87,14 +87,18 @@ def test_a_gguf_is_the_model_that_it_was_made_of(tmp_path, llama, monkeypatch):
     np.testing.assert_allclose(run_llm(tower, tokens), run_llm(published, tokens), atol=1e-6)
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
-def test_a_gguf_of_qwen_has_its_channels_in_our_order(tmp_path, architecture):
+@pytest.mark.parametrize(
+    ("architecture", "variant"),
+    [
+        ("qwen2", "qwen2, untied"),
+        ("qwen3", "qwen3, untied"),
+        ("smollm3", "smollm3"),
+        ("llama", "mistral"),
+    ],
+)
+def test_a_gguf_of_another_family(tmp_path, architecture, variant):
     folder = folders.write_llama(
-        tmp_path / "llm",
-        f"{architecture}, untied",
-        hidden_size=32,
-        intermediate_size=64,
-        head_dim=8,
+        tmp_path / "llm", variant, hidden_size=32, intermediate_size=64, head_dim=8
     )
     tensors = load_file(folder / "model.safetensors")
     published = towers.open_llm(str(folder))

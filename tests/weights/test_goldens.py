@@ -39,6 +39,24 @@ def test_qwen(tmp_path, number, variant):
     assert difference(run_llm(tower, golden["tokens"]), golden["logits"]) <= TOLERANCE
 
 
+@pytest.mark.parametrize("number, variant", list(enumerate(folders.OTHERS)))
+def test_other_families_and_scalings(tmp_path, number, variant):
+    golden = np.load(GOLDEN / f"other_{number}.npz")
+    tower = towers.open_llm(str(folders.write_llama(tmp_path / "llm", variant, num_shards=2)))
+    assert difference(run_llm(tower, golden["tokens"]), golden["logits"]) <= TOLERANCE
+    if tower.config.rope_scaling.factor != 1:
+        unscaled = run_llm(without_scaling(tower), golden["tokens"])
+        assert difference(unscaled, golden["logits"]) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("size", [18, 36])
+def test_naflex_at_another_resolution(tmp_path, size):
+    golden = np.load(GOLDEN / f"siglip2_naflex_{size}.npz")
+    folder = folders.write_siglip(tmp_path / "vision", is_naflex=True)
+    tower = towers.open_vision(str(folder), size)
+    assert difference(run_vision(tower, golden["pixels"]), golden["hidden"]) <= TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [("siglip", {}), ("siglip2_naflex", {"is_naflex": True})],

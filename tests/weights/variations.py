@@ -189,7 +189,7 @@ LLMS: dict[str, Case] = {
     **{f"plain {variant}": llm(variant) for variant in folders.DECODERS},
     # Rotary positions.
     "theta absent": llm(config={"rope_theta": ...}),
-    "theta null": llm(config={"rope_theta": None, "rope_parameters": None, "rope_scaling": None}),
+    "groups null": llm(config={"rope_parameters": None, "rope_scaling": None}),
     "theta a whole number": llm(config={"rope_theta": 700}),
     "theta beside a group": llm(config={"rope_parameters": LLAMA3, "rope_theta": 700.0}),
     "theta in a group too": llm(
@@ -249,6 +249,7 @@ LLMS: dict[str, Case] = {
         "qwen3, untied",
         config=_v5(full_attention={"rope_type": "default", "rope_theta": 300.0})
         | {"layer_types": ["full_attention"] * 7},
+        refused=r"it must be one group for all layers",
     ),
     # Sizes and options.
     "head_dim null": llm(head_dim=4, config={"head_dim": None}),
@@ -266,7 +267,6 @@ LLMS: dict[str, Case] = {
     "a size a text": llm(config={"vocab_size": "96"}, refused=r"vocab_size is '96'.* whole number"),
     "swish": llm(config={"hidden_act": "swish"}),
     "gelu": llm(config={"hidden_act": "gelu"}, refused=r"hidden_act is 'gelu'; read are: 'silu'"),
-    "biases null": llm(config={"attention_bias": None, "mlp_bias": None}),
     "attention_bias": llm(config={"attention_bias": True}, refused=r"attention_bias is True"),
     "mlp_bias": llm(config={"mlp_bias": True}, refused=r"mlp_bias is True"),
     "biases of no field": llm(
@@ -501,7 +501,7 @@ VISION: dict[str, Case] = {
     "mean and deviation": encoder(pre=IMAGENET),
     "scalars": encoder(pre={"image_mean": 0.4, "image_std": 0.3}),
     "scalars, dinov2": encoder("dinov2", pre={"image_mean": 0.4, "image_std": 0.3}),
-    "mean null": encoder(pre={"image_mean": None, "image_std": None}),
+    "mean null": encoder(pre={"image_mean": None}, refused=r"image_mean is \(None, None, None\)"),
     "mean alone": encoder(pre={"image_mean": [0.1, 0.2, 0.3]}),
     "not normalised": encoder(pre={**IMAGENET, "do_normalize": False}),
     "not rescaled": encoder(

@@ -271,8 +271,8 @@ def read_pixels(
 
 
 def _channels(fields: Fields, name: str, default: tuple[float, ...]) -> tuple[float, ...]:
-    """A field of three numbers, or of one that stands for all three."""
-    values = fields.get(name, default)
+    """A field of three numbers, or of one that stands for all three; null is none."""
+    values = fields.get(name, None if name in fields else default)
     values = values if isinstance(values, (list, tuple)) else (values,) * 3
     if len(values) != 3 or not all(type(x) in (int, float) for x in values):
         raise UserError(f"{fields.path}: {name} is {values!r}; it must be a number, or three")

@@ -136,10 +136,11 @@ def read_rope(fields: Fields, default_theta: float) -> tuple[float, RopeScaling]
     # In this order, as transformers takes them; an empty group is none.
     where = next((name for name in ("rope_scaling", "rope_parameters") if fields.get(name)), "")
     rope = fields.within(where) if where else fields
-    if rope is None:
-        raise UserError(f"{fields.path}: {where} is {fields[where]!r}; it must be a group")
-    # Transformers 5 may write one group for each kind of layer: we have one kind.
-    rope = rope.within("full_attention") or rope
+    # Transformers 5 writes a group for each kind of layer where a family has several.
+    if rope is None or (where and any(isinstance(x, dict) for x in fields[where].values())):
+        raise UserError(
+            f"{fields.path}: {where} is {fields[where]!r}; it must be one group for all layers"
+        )
     theta = rope.number("rope_theta", fields.number("rope_theta", default_theta))
     for group in (fields, rope):
         group.choose("partial_rotary_factor", (1, 1.0), 1.0)
