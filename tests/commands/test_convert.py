@@ -17,7 +17,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.train import restore, state
-from alignvlm_jax.weights import export
+from alignvlm_jax.weights import export, towers
 from tests.data import templates
 from tests.weights import folders
 from tests.weights.tokenizers import write_chatml
@@ -105,6 +105,47 @@ def test_import_and_export_give_back_every_tensor_bit_for_bit(
     )
     configs = [restore.load_config(path).model for path in (converted, tmp_path / "b")]
     assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize(
+    ("variant", "class_name"),
+    [
+        ("mistral, tied", "LlamaForCausalLM"),
+        ("smollm3, untied, scaled", "SmolLM3ForCausalLM"),
+        ("smollm3", "SmolLM3ForCausalLM"),
+        ("linear", "LlamaForCausalLM"),
+        ("qwen3, tied", "Qwen3ForCausalLM"),
+    ],
+)
+def test_every_family_answers_and_comes_back_bit_for_bit(
+    published, tmp_path, variant, class_name, capsys
+):
+    folder = shutil.copytree(published / "llm", tmp_path / "llm")
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    folders.write_llama(folder, variant, dtype=ml_dtypes.bfloat16, num_shards=2, vocab_size=320)
+    start = tmp_path / "start"
+    convert.main([f"--llm={folder}", f"--vision={published / 'vision'}", f"--out={start}"])
+    generate.main([f"--checkpoint={start}", "--question=Who?", "--max_new_tokens=3"])
+    convert.main(["--export", f"--checkpoint={start}", f"--out={tmp_path / 'out'}"])
+    exported = tmp_path / "out" / "llm"
+    assert json.loads((exported / "config.json").read_text())["architectures"] == [class_name]
+    before = tensors_of(folder)
+    after = tensors_of(exported)
+    assert before.keys() == after.keys()
+    for name, array in before.items():
+        np.testing.assert_array_equal(array.view(np.uint16), after[name].view(np.uint16))
+    again = towers.open_llm(str(exported))
+    assert again.config == restore.load_config(start).model.llm
+
+
+def test_a_head_that_is_not_the_table_is_told(published, tmp_path, capsys):
+    folder = shutil.copytree(published, tmp_path / "published")
+    config = folder / "llm" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
+    convert_to(tmp_path / "start", folder)
+    assert "tie_word_embeddings is true, but lm_head.weight differs from" in capsys.readouterr().out
+    assert not restore.load_config(tmp_path / "start").model.llm.tie_embeddings
 
 
 def test_the_chat_format_travels_with_the_tokenizer(published, tmp_path, capsys):

@@ -17,10 +17,14 @@ from tests.conftest import random_batch, random_params, tiny_config, tiny_connec
 FROZEN = "vision/"
 
 
-def make(tx=None, connector: str = "align", **train_changes):
-    """A config, its mesh, a function that makes equal fresh states, and the compiled step."""
+def make(tx=None, connector: str = "align", llm=None, **train_changes):
+    """A config, its decoder with the options `llm`, its mesh, a function that makes equal fresh states, and the compiled step."""
     config = tiny_config()
-    model = dataclasses.replace(config.model, connector=tiny_connector(connector))
+    model = dataclasses.replace(
+        config.model,
+        connector=tiny_connector(connector),
+        llm=dataclasses.replace(config.model.llm, **(llm or {})),
+    )
     config = dataclasses.replace(
         config, model=model, train=dataclasses.replace(config.train, **train_changes)
     )
@@ -93,6 +97,29 @@ def test_every_connector_is_trained(name):
     for path in before:
         # A bias of all keys moves no softmax.
         assert path.endswith("k/bias") or not np.array_equal(after[path], before[path]), path
+
+
+@pytest.mark.parametrize(
+    "llm",
+    [
+        {"qkv_bias": True},
+        {"qk_norm": True},
+        {"no_rope_every": 2},
+        {"rope_scaling": config_lib.RopeScaling(type="yarn", factor=4.0, attention_factor=1.1)},
+    ],
+    ids=str,
+)
+def test_decoders_of_every_family_are_trained(llm):
+    config, fresh, run = make(tx=optax.sgd(optax.constant_schedule(1e-2)), llm=llm)
+    live = fresh()
+    before = snapshot(live)
+    live, metrics = run(live, random_batch(config))
+    after = snapshot(live)
+    assert float(metrics["answer_loss"]) > 1
+    for path in before:
+        # A bias of all keys moves no softmax.
+        still = path.endswith("k/bias") and "vision" in path
+        assert still or not np.array_equal(after[path], before[path]), path
 
 
 def test_no_optimizer_state_is_allocated_for_frozen_parameters(frozen_vision):
