@@ -32,7 +32,9 @@ def test_decoder(tmp_path, variant, seed):
 @pytest.mark.parametrize("variant", folders.DECODERS)
 def test_decoders_of_random_sizes(tmp_path, variant, seed):
     sizes = folders.random_sizes(seed)
-    layers = {name: None for name in ("layer_types", "no_rope_layers")}
+    # Lists of layers, which are of seven.
+    lists = ("layer_types", "no_rope_layers")
+    layers = {name: None for name in lists if name in folders.DECODERS[variant]}
     folder = folders.write_llama(tmp_path, variant, seed, **sizes, **layers)
     tokens = np.random.default_rng(seed).integers(0, sizes["vocab_size"], (3, 57))
     ours = run_llm(towers.open_llm(str(folder)), tokens)

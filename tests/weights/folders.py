@@ -188,12 +188,14 @@ def random_sizes(seed: int) -> dict[str, int]:
     """Awkward sizes of a decoder: odd widths, one or many key-value heads, head_dim of its own."""
     rng = np.random.default_rng(seed)
     kv_heads = int(rng.integers(1, 4))
+    num_heads = kv_heads * int(rng.integers(1, 5))
     return {
         "vocab_size": int(rng.integers(50, 150)),
-        "hidden_size": int(rng.integers(9, 40)),
+        # Transformers refuses others than multiples, though head_dim is given.
+        "hidden_size": num_heads * (1 + int(rng.integers(9, 40)) // num_heads),
         "intermediate_size": int(rng.integers(10, 60)),
         "num_hidden_layers": int(rng.integers(1, 9)),
-        "num_attention_heads": kv_heads * int(rng.integers(1, 5)),
+        "num_attention_heads": num_heads,
         "num_key_value_heads": kv_heads,
         "head_dim": 2 * int(rng.integers(3, 9)),
     }
