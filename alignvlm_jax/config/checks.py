@@ -47,6 +47,7 @@ AT_LEAST: dict[str, int] = {
     },
     "model.llm.padded_rows": 0,
     "model.llm.no_rope_every": 0,
+    "model.llm.context_length": 0,
     "model.scan_unroll": 1,
     "model.llm.rope_scaling.original_length": 1,
     "data.max_tiles": 1,

@@ -88,6 +88,9 @@ class LLMConfig:
     no_rope_every: int = 0
     # Rows at the end of the tables that are no token, so that vocab_size divides over a mesh.
     padded_rows: int = 0
+    # Tokens of the longest sequence that the weights were published for, which an export names; 0:
+    # not known.
+    context_length: int = dataclasses.field(default=0, compare=False)
 
     @property
     def unpadded_vocab_size(self) -> int:

@@ -2,6 +2,7 @@
 tokenizers come without a chat template."""
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -134,6 +135,56 @@ def from_json(name: str, text: str) -> ChatFormat:
             f"{name}: with is_joined, images stand in a turn: image_in_turn must be true"
         )
     return chat_format
+
+
+def to_template(chat_format: ChatFormat) -> str:
+    """Returns a chat template in Jinja that writes what `ChatFormat.spell` does, for tools that
+    know templates alone; it has no place for images."""
+    quoted = functools.partial(json.dumps, ensure_ascii=False)
+    calls = {
+        name: f".{name.partition('_')[0]}({quoted(newline) if newline else ''})" if name else ""
+        for name, newline in ((name, "\n" if "newlines" in name else "") for name in STRIPS)
+    }
+
+    # Jinja's literals are JSON's, but for escapes of characters beyond 16 bits: they stand as
+    # themselves.
+    def answer(is_last: bool) -> str:
+        assistant, strip = chat_format.around(is_last)
+        text = f"message['content']{calls[strip]}"
+        before = quoted(assistant + chat_format.before_answer)
+        after = quoted(chat_format.after_answer + chat_format.end + chat_format.after)
+        return f"{{{{- {before} ~ {text} ~ {after} -}}}}"
+
+    begin = quoted(chat_format.start)
+    # Without a place of its own a system turn opens the first question.
+    told = "((told ~ '\\n\\n') if told and loop.first else '')"
+    if chat_format.system_before is not None:
+        system = f"{quoted(chat_format.system_before)} ~ told ~ {quoted(chat_format.system_after)}"
+        begin = f"({system}) if told else {begin}"
+        told = "''"
+    question = f"message['content']{calls[chat_format.question_strip]}"
+    return "\n".join(
+        [
+            "{%- if messages[0]['role'] == 'system' -%}",
+            "{%- set told = messages[0]['content'] -%}{%- set turns = messages[1:] -%}",
+            "{%- else -%}",
+            "{%- set told = '' -%}{%- set turns = messages -%}",
+            "{%- endif -%}",
+            f"{{{{- {begin} -}}}}",
+            "{%- for message in turns -%}",
+            "{%- if message['role'] == 'user' -%}",
+            f"{{{{- {quoted(chat_format.user)} ~ {told} ~ {question} -}}}}",
+            "{%- elif loop.last -%}",
+            answer(True),
+            "{%- else -%}",
+            answer(False),
+            "{%- endif -%}",
+            "{%- endfor -%}",
+            f"{{%- if add_generation_prompt -%}}{{{{- {quoted(chat_format.assistant)} -}}}}"
+            "{%- endif -%}",
+            "",
+        ]
+    )
 
 
 def _check_value(name: str, field: str, value: Any) -> None:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from alignvlm_jax.data import chat, chat_format, chat_template, tokenizers
 from alignvlm_jax.data.chat_format import ChatFormat
+from alignvlm_jax.data.tokenizers.base import ChatFiles
 from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.weights import towers
@@ -374,3 +375,28 @@ def test_a_published_model_is_not_from_before(tmp_path):
     assert "Qwen" in chat_template.format_of(tokenizers.load(tmp_path / "tokenizer")).start
     moved = shutil.copytree(tmp_path / "tokenizer", tmp_path / "moved")
     assert "Qwen" in chat_template.format_of(tokenizers.load(moved)).start
+
+
+@pytest.mark.parametrize("name", [*chat_format.FAMILIES, *templates.FAMILIES])
+def test_a_template_is_written_that_says_the_same(name, tmp_path):
+    """With a system turn as well, and what white space there is."""
+    found = chat_format.FAMILIES.get(name)
+    if name in templates.FAMILIES:
+        templates.write(tmp_path, templates.FAMILIES[name])
+        found = chat_template.format_of(tokenizers.load(tmp_path))
+    written = ChatFiles("written", template=chat_format.to_template(found))
+    template = chat_template.Template(written)
+    asked = {"role": "user", "content": "  Who?\n"}
+    for turns in chat_template.CONVERSATIONS:
+        messages = [
+            {"role": role, "content": text}
+            for turn in turns
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+        assert template.render(messages, False) == found.spell(turns)
+        prompt = template.render([*messages, asked], True)
+        assert prompt == found.spell(turns, asked["content"])
+        if found.system_before is None:
+            continue
+        told = [{"role": "system", "content": "Read."}, *messages, asked]
+        assert template.render(told, True) == found.spell(turns, asked["content"], "Read.")

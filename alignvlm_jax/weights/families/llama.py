@@ -52,6 +52,7 @@ class Llama(LLMFamily):
             rope_theta=theta,
             rope_scaling=scaling,
             tie_embeddings=fields.flag("tie_word_embeddings", self.default_tie),
+            context_length=fields.integer("max_position_embeddings", 0),
             **self.traits,
         )
 
@@ -83,7 +84,6 @@ class Llama(LLMFamily):
 
     def hf_config(self, config: LLMConfig) -> dict[str, Any]:
         """See LLMFamily."""
-        scaling = config.rope_scaling
         return {
             "architectures": [self.class_name],
             "model_type": self.model_type,
@@ -97,12 +97,12 @@ class Llama(LLMFamily):
             "hidden_act": "silu",
             "rms_norm_eps": config.norm_eps,
             "rope_theta": config.rope_theta,
-            "rope_scaling": write_rope(scaling),
+            "rope_scaling": write_rope(config.rope_scaling),
             "tie_word_embeddings": config.tie_embeddings,
             **dict.fromkeys(self.absent, False),
-            # We have no such limit: positions are computed. It only has to be no less than what is
-            # asked for.
-            "max_position_embeddings": int(scaling.original_length * scaling.factor),
+            # We have no such limit: positions are computed. Without a context length that is known,
+            # `export` puts that of the training in its place.
+            "max_position_embeddings": config.context_length,
         }
 
 

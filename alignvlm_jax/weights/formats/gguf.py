@@ -112,6 +112,7 @@ def open_llm(path: Path) -> Tower:
         rope_theta=float(get("rope.freq_base", 10000.0)),
         # Without an output matrix the head is the table.
         tie_embeddings="lm_head.weight" not in source.tensors,
+        context_length=get("context_length", 0),
         **family.traits,
     )
     made = _rotated(source, config) if family.gguf_pairs_neighbours else {}
