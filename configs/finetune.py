@@ -5,8 +5,9 @@ DIR is a folder that `convert` wrote, or a workdir.
     align   the paper's stage 1: the whole model is trained, which aligns the connector
     answer  the paper's stage 3: the vision encoder is frozen
 
-The model is that of DIR, with its tokenizer. Data and steps are for the user to set; the defaults
-are the demonstration's data.
+The model is that of DIR, with its tokenizer, and computes in bfloat16 as accelerators do it fast
+(--config.model.dtype=float32 for a CPU). Data and steps are for the user to set; the defaults are
+the demonstration's data.
 """
 
 import json
@@ -36,6 +37,7 @@ def get_config(folder: str) -> ml_collections.ConfigDict:
     (*_, last) = config_lib.current_form(json.loads(path.read_text()))
     config_lib.set_model(config.model, last["model"])
     config.model.remat = "full"
+    config.model.dtype = "bfloat16"
     beside = tokenizers.of_converted(path.parent)
     config.data.tokenizer = str(beside) if beside else last["data"]["tokenizer"]
     config.data.dir = demo.DATA

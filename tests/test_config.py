@@ -828,6 +828,7 @@ def test_a_config_json_from_before_fields_had_to_be_given_is_read():
     old = renamed.stage(old)
     # Came later; the defaults of the others are held by the file.
     del new["train"]["jit"], new["run_id"], new["data"]["images_first"]
+    del new["model"]["llm"]["context_length"]
     options = ("qkv_bias", "qk_norm", "no_rope_every")
     assert [new["model"]["llm"].pop(name) for name in options] == [False, False, 0]
     scaling = new["model"]["llm"]["rope_scaling"]

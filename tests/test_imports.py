@@ -165,7 +165,8 @@ def test_no_connector_is_named_where_any_may_stand():
     """What one connector does differently, it says itself; "mlp" is the name of other things as
     well."""
     names = connectors.REGISTRY.keys() - {"mlp"}
-    places = ("models/connectors/", "config/options.py")
+    # What exports take along computes each of them in PyTorch.
+    places = ("models/connectors/", "config/options.py", "weights/pytorch/")
     for file in FILES:
         constants = {
             getattr(node, "value", None)

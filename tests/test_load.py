@@ -250,3 +250,23 @@ def test_a_pdf_is_drawn_as_it_was_for_training(trained_workdir, tmp_path):
     metadata = model.loaded.metadata | {"prepared": described}
     other = assistant.Assistant(dataclasses.replace(model.loaded, metadata=metadata))
     assert other.lens(tmp_path / "page.pdf").page.size == (100, 50)
+
+
+def test_the_embeddings_of_a_prompt(model, pages):
+    """Those of the text table, with the page's visual tokens at the image tokens."""
+    loaded = model.loaded
+    embeddings = model.embed(pages[0], "Who?")
+    prompt = loaded.builder.prompt(pages[0], "Who?")
+    tokens = prompt["tokens"][: int(prompt["segment_ids"].sum())]
+    assert embeddings.shape == (len(tokens), loaded.config.model.llm.width)
+    assert embeddings.dtype == np.float32
+    is_image = tokens == loaded.config.model.image_token_id
+    table = np.asarray(loaded.params["llm"]["embed"]["table"])
+    np.testing.assert_array_equal(embeddings[~is_image], table[tokens[~is_image]])
+    assert is_image.sum() and not np.isin(embeddings[is_image][:, 0], table[:, 0]).any()
+    other = model.embed(pages[2], "Who?")
+    assert (other[is_image] != embeddings[is_image]).any(-1).all()
+    text = model.embed(None, "a b")
+    assert len(text) < len(tokens)
+    with pytest.raises(UserError, match="a question is empty"):
+        model.embed(pages[0], " ")

@@ -26,7 +26,7 @@ ARRAYS = (jax.Array, np.ndarray, jaxtyping.AbstractArray)
 TREES = ("TrainState",)
 
 # What users call, which refuses itself what is no page, in one line.
-DOORS = ("Assistant.answer", "Assistant.lens", "Assistant._open", "open_page")
+DOORS = ("Assistant.answer", "Assistant.embed", "Assistant.lens", "Assistant._open", "open_page")
 
 
 def install() -> None:

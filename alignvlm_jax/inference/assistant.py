@@ -1,25 +1,28 @@
 """A trained model to be asked about pages: what `generate`, `inspect` and notebooks share."""
 
 import dataclasses
+import functools
 import os
-import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from PIL import Image
 
-from alignvlm_jax import config as config_lib
 from alignvlm_jax import storage
-from alignvlm_jax.data import images
+from alignvlm_jax.data import images, loader
 from alignvlm_jax.data.examples import PackedSequence
 from alignvlm_jax.errors import UserError, counted
 from alignvlm_jax.inference import loading, patch_tokens
 from alignvlm_jax.inference.loading import Loaded, Prompts
+from alignvlm_jax.inference.sampler import PROMPT_FIELDS
+from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.parallel import sharding
 from alignvlm_jax.pictures.patch_map import Lens
-from alignvlm_jax.train import restore, state
+from alignvlm_jax.shapes import Float
+from alignvlm_jax.train import state
 from alignvlm_jax.weights import initial
 
 MAX_REDUCTION = 4.0
@@ -135,6 +138,39 @@ class Assistant:
         [lens] = patch_tokens.lenses(self.loaded, [self._open(image, page)], num_tokens)
         return lens
 
+    def embed(
+        self, image: Page | None, question: str, *, page: int = 1
+    ) -> Float[np.ndarray, "T D"]:
+        """Returns what the language model reads of a question about a page, or with None for it of
+        the question alone, in float32: for programs that run the language model of an export and
+        take prompt embeddings.
+
+        Raises:
+          UserError: as `answer`.
+        """
+        [opened], [text] = _pairs(image, question)
+        loaded = self.loaded
+        prompt = loaded.builder.prompt(None if opened is None else self._open(opened, page), text)
+        [trimmed] = loaded.builder.trim_prompts([prompt])
+        # The rows of a batch divide over the devices: all are the same prompt.
+        rows = loading.batch_size(1, 1, loaded.data_parallel_size)
+        embeddings_BTD = self._embedder(loaded.variables, loader.stack([trimmed] * rows))
+        return np.asarray(embeddings_BTD[0, : int(trimmed["segment_ids"].sum())], np.float32)
+
+    @functools.cached_property
+    def _embedder(self) -> Callable[..., jax.Array]:
+        """Embeds a batch of prompts; compiles once for each shape of it."""
+        loaded = self.loaded
+        embed = functools.partial(loaded.model.apply, method="prompt_embeddings")
+        jitted = jax.jit(embed, out_shardings=sharding.replicated(loaded.mesh))
+
+        def run(variables: Mapping[str, Any], batch: PackedSequence) -> jax.Array:
+            fields = {name: batch[name] for name in PROMPT_FIELDS if name in batch}
+            with mesh_lib.use(loaded.mesh):
+                return jitted(variables, sharding.put_batch(fields, loaded.mesh))
+
+        return run
+
     def _open(self, image: Page, page: int) -> Image.Image:
         opened = loading.open_page(image, page, self.loaded.pdf_dpi)
         if problem := problem_with(self.loaded, opened):
@@ -186,53 +222,13 @@ def problem_of(loaded: Loaded) -> str:
             f"{loaded.path} is of stage {loaded.config.stage!r}, which trains on labels in the "
             "place of pages: what it says has nothing to do with the page; later stages read"
         )
-    seen = _num_sequences(loaded.metadata, loaded.step, state.flatten(loaded.params))
+    seen = initial.num_sequences(loaded.metadata, loaded.step, state.flatten(loaded.params))
     if seen is not None and seen < MIN_SEQUENCES:
         return (
             f"{loaded.path} was trained on {counted(seen, 'sequence')} with pages: its answers "
             "mean little yet; `train --config=documents` is for longer, on an accelerator"
         )
     return ""
-
-
-def _num_sequences(metadata: Mapping[str, Any], step: int, paths: Iterable[str]) -> int | None:
-    """Returns how many sequences with pages the connector of a checkpoint has been trained on.
-
-    Args:
-      metadata: of the checkpoint.
-      step: of the run that wrote it.
-      paths: of the parameters.
-
-    Returns:
-      None where it began with the connector of a run that is not there any more.
-    """
-    if metadata["stage"] == initial.STAGE:
-        return 0
-    # Of all stages of the run: the checkpoint may be of any.
-    stages = config_lib.from_json(metadata["config"])
-    seen = 0
-    # A connector that was not loaded is as new as the run, whatever that began with.
-    connector = [path for path in paths if path.startswith("connector/")]
-    if stages[0].init_from and any(
-        re.fullmatch(pattern, path) for pattern in stages[0].train.load for path in connector
-    ):
-        try:
-            before = restore.read_newest(
-                storage.path(stages[0].init_from), lambda found, step: (found.metadata(step), step)
-            )
-        except (UserError, OSError):
-            return None
-        seen = _num_sequences(*before, connector)
-    for stage in stages:
-        # What is left of `step` counts from the begin of the stage.
-        is_last = stage.stage == metadata["stage"]
-        steps = step if is_last else stage.train.num_steps
-        if seen is not None and stage.train.visual_source == "pixels":
-            seen += steps * stage.train.batch_size
-        if is_last:
-            break
-        step -= steps
-    return seen
 
 
 def problem_with(loaded: Loaded, page: Image.Image) -> str:

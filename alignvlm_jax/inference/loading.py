@@ -1,6 +1,7 @@
 """A trained model from its checkpoint, on the devices of this machine, and its answers to
 prompts."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -21,11 +22,12 @@ from alignvlm_jax.data.tokenizers.base import ChatFiles, Tokenizer
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference.sampler import Sampler
 from alignvlm_jax.models.vlm import VLM
-from alignvlm_jax.parallel import distributed, exchange
+from alignvlm_jax.parallel import compile_cache, distributed, exchange
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.train import checkpoint, restore
 from alignvlm_jax.train.checkpoint_files import is_step
 from alignvlm_jax.train.state import Params
+from alignvlm_jax.weights import exported
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Loaded:
     @property
     def pdf_dpi(self) -> float:
         """Pixels an inch at which it is shown pages of PDFs: as it saw them in training."""
-        return pdf_dpi(self.metadata)
+        return exported.pdf_dpi(self.metadata)
 
     @functools.cached_property
     def builder(self) -> ExampleBuilder:
@@ -79,7 +81,7 @@ class Loaded:
 def load_config(path: Path, data_dir: str | None = None) -> Config:
     """Returns the config of the stage that wrote a checkpoint; `data_dir` replaces where it looked
     for its data. What `convert` wrote has its tokenizer with it, wherever it was moved."""
-    config = restore.load_config(path)
+    config = exported.read(path, lambda checkpoints, step: checkpoints.config(step))
     if beside := tokenizers.of_converted(workdir_of(path)):
         config = dataclasses.replace(
             config, data=dataclasses.replace(config.data, tokenizer=str(beside))
@@ -96,20 +98,13 @@ def load_config(path: Path, data_dir: str | None = None) -> Config:
 
 def load_metadata(path: Path) -> dict[str, Any]:
     """Returns the metadata of a checkpoint, of `checkpoint.describe`; `path` is as of `load`."""
-    return restore.read_newest(path, lambda checkpoints, step: checkpoints.metadata(step))
-
-
-def pdf_dpi(metadata: Mapping[str, Any]) -> float:
-    """Returns the pixels an inch at which the PDFs were drawn that a model was trained on; where
-    there were none, or nothing tells, `pdf.DPI`."""
-    drawn = [one["dpi"] for one in metadata.get("prepared", ()) if "dpi" in one]
-    return max(drawn, default=pdf.DPI)
+    return exported.read(path, lambda checkpoints, step: checkpoints.metadata(step))
 
 
 def load_page(path: Path, image: Path, page: int) -> Image.Image:
     """Returns a page, of an image or a PDF file, as the model of a checkpoint is shown it; `path`
     is as of `load`, and the other arguments and errors as of `images.load_page`."""
-    return images.load_page(image, page, pdf_dpi(load_metadata(path)))
+    return images.load_page(image, page, exported.pdf_dpi(load_metadata(path)))
 
 
 def open_page(
@@ -156,8 +151,8 @@ def load(path: Path, config: Config) -> Loaded:
     """Loads a model.
 
     Args:
-      path: a workdir, whose newest checkpoint is taken, or one checkpoint folder
-        `checkpoints/STEP`.
+      path: a workdir, whose newest checkpoint is taken, one checkpoint folder
+        `checkpoints/STEP`, or a folder that `convert --export` wrote.
       config: of `load_config`, for its mesh and `data.dir`. The rest of `Loaded.config` is that of
         the checkpoint whose parameters were read: another one, where those of the newest are
         damaged.
@@ -167,12 +162,9 @@ def load(path: Path, config: Config) -> Loaded:
     """
     tokenizer = load_tokenizer(path, config.data, config.model)
     mesh = mesh_lib.for_inference(config.mesh, config.model)
-    trained, model, params, step = restore.load_model(path, mesh)
-    # The checkpoint that was read, which is an older one where the newest is damaged.
-    if (path / checkpoint.FOLDER).is_dir():
-        path = path / checkpoint.FOLDER / str(step)
-    elif not is_step(path.name):  # From inside a checkpoint's folder, by ".".
-        path = storage.absolute(path)
+    read = functools.partial(restore.read_model, mesh)
+    trained, model, params, step = exported.read(path, read)
+    path = _checkpoint_of(path, step)
     metadata = load_metadata(path)
     if tokenizer.chat_files.template and renamed.is_from_before(metadata["config"]):
         # Earlier versions read no chat template, and asked by the format of the special tokens.
@@ -196,36 +188,39 @@ def load_tokenizer(path: Path, data: DataConfig, model: ModelConfig) -> Tokenize
     Raises:
       UserError: it is missing, or does not fit the model.
     """
-    folder, files = restore.read_newest(
-        path,
-        lambda checkpoints, step: (checkpoints.folder / str(step), checkpoints.tokenizer(step)),
-    )
+    step, files = exported.read(path, lambda checkpoints, step: (step, checkpoints.tokenizer(step)))
     if files is None:
         # Each host reads its own copy. Another one on some host would feed other ids to the same
         # program, and no error would tell.
         contents = functools.partial(stage_data.tokenizer_contents, data)
         distributed.check_alike({f"tokenizer {stage_data.tokenizer_path(data)}": contents})
         return stage_data.load_tokenizer(data, model)
-    name = folder / "tokenizer"
+    name = _checkpoint_of(path, step) / "tokenizer"
     tokenizer = tokenizers.of_files(files, str(name))
     stage_data.check_fits(tokenizer, name, model)
     return tokenizer
 
 
-def workdir_of(path: Path) -> Path:
-    """Returns the workdir that a workdir or a checkpoint folder of it names; of a checkpoint that
-    was copied from its workdir alone, the folder that it lies in."""
+def _checkpoint_of(path: Path, step: int) -> Path:
+    """The folder of the checkpoint that was read, which is an older one where the newest is
+    damaged; an exported model is its own."""
     if (path / checkpoint.FOLDER).is_dir():
-        return path
-    folder = _above(path)
-    # Absolute: the folder of "7" is ".", which has no name.
-    name = (folder if storage.is_bucket(folder) else Path(os.path.abspath(folder))).name
-    return _above(folder) if name == checkpoint.FOLDER else folder
+        return path / checkpoint.FOLDER / str(step)
+    # From inside a checkpoint's folder, its name is ".".
+    return path if is_step(path.name) else storage.absolute(path)
 
 
-def _above(path: Path) -> Path:
-    # Not path.parent: that of "." is "." again.
-    return path.parent if storage.is_bucket(path) else Path(os.path.normpath(path / ".."))
+def programs_kept(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Returns a context in which compiled programs are kept in the workdir of a checkpoint; of an
+    exported model they are not, since it is handed on."""
+    if exported.is_exported(path):
+        return contextlib.nullcontext()
+    return compile_cache.kept_in(workdir_of(path))
+
+
+def workdir_of(path: Path) -> Path:
+    """Returns the workdir of `restore.workdir_of`; an exported model is its own."""
+    return path if exported.is_exported(path) else restore.workdir_of(path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -111,6 +111,11 @@ class VLM(nn.Module):
         """Returns the connector's visual tokens, those of a sequence's tiles one after another."""
         return self._visual_tokens(batch, "pixels")[0]
 
+    def prompt_embeddings(self, batch: Mapping[str, Array]) -> Float[Array, "B T D"]:
+        """Returns what the decoder reads of prompts: text embeddings, and visual tokens at the
+        image tokens. The batch is that of `prefill`."""
+        return self._read(batch, "pixels")[0]
+
     def patch_probabilities(self, batch: Mapping[str, Array]) -> Float[Array, "B I P V"]:
         """Returns each patch's distribution over the vocabulary; only for connectors that have
         one."""

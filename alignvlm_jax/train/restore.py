@@ -1,13 +1,16 @@
 """Reading of checkpoints by all processes of a run, which agree on the newest readable one."""
 
+import dataclasses
 import functools
 import json
+import os
 import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from alignvlm_jax import storage
@@ -21,6 +24,9 @@ from alignvlm_jax.train.checkpoint_files import is_step
 from alignvlm_jax.train.state import Params
 
 T = TypeVar("T")
+
+BF16 = "bfloat16"
+"""As `config.model.dtype` names it."""
 
 
 def agreed(read: Callable[[], T]) -> T:
@@ -77,7 +83,7 @@ def read_newest(path: Path, read: Callable[[Checkpoints, int], T]) -> T:
     if not is_workdir and not (path.is_dir() and is_step(one.name)):
         raise UserError(
             f"no checkpoint at {path}: it must be a workdir with {FOLDER}/ in it, or one "
-            f"{FOLDER}/STEP"
+            f"{FOLDER}/STEP; what `convert --export` wrote becomes one by `convert --import`"
         )
     step = None if is_workdir else int(one.name)
     with Checkpoints(folder, read_only=True) as checkpoints:
@@ -113,27 +119,56 @@ def load_config(path: Path) -> Config:
 
 
 def load_model(path: Path, mesh: Mesh) -> tuple[Config, vlm.VLM, Params, int]:
-    """Loads a trained model for use.
+    """Returns what `read_model` does of the newest readable checkpoint at `path`, as of
+    `read_newest`."""
+    return read_newest(path, functools.partial(read_model, mesh))
+
+
+def read_model(
+    mesh: Mesh, checkpoints: Checkpoints, step: int
+) -> tuple[Config, vlm.VLM, Params, int]:
+    """Reads a model for use, its parameters in the dtypes that they are stored in: what was
+    published in bfloat16 takes half of what float32 would.
 
     Args:
-      path: a workdir, whose newest readable checkpoint is taken, or the folder of one checkpoint,
-        `checkpoints/STEP`.
       mesh: the mesh on which parameters are sharded, which need not be that of training.
+      checkpoints: whose checkpoint is read, or what reads like them (`weights.exported`).
+      step: of the checkpoint.
 
     Returns:
       The config of that stage, the model, its parameters, the step.
-
-    Raises:
-      UserError: there is no readable checkpoint at `path`.
     """
+    config = checkpoints.config(step)
+    stored = checkpoints.stored_params(step)
+    is_accelerated = mesh.devices.flat[0].platform != "cpu"
+    if is_accelerated and any(x.dtype == jnp.bfloat16 for x in stored.values()):
+        # Training leaves float32: these weights are as published, and accelerators slow in float32.
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=BF16))
+    model = vlm.VLM(config.model)
+    wanted = state.flatten(state.abstract_params(model, mesh))
+    # Not for what is not stored: `restore_params` says that it is missing.
+    abstract = {
+        path: x.update(dtype=stored[path].dtype) if path in stored else x
+        for path, x in wanted.items()
+    }
+    params = checkpoints.restore_params(step, state.unflatten(abstract))
+    return config, model, params, step
 
-    def read(checkpoints: Checkpoints, step: int) -> tuple[Config, vlm.VLM, Params, int]:
-        config = checkpoints.config(step)
-        model = vlm.VLM(config.model)
-        abstract = state.abstract_params(model, mesh)
-        return config, model, checkpoints.restore_params(step, abstract), step
 
-    return read_newest(path, read)
+def workdir_of(path: Path) -> Path:
+    """Returns the workdir that a workdir or a checkpoint folder of it names; of a checkpoint that
+    was copied from its workdir alone, the folder that it lies in."""
+    if (path / FOLDER).is_dir():
+        return path
+    folder = _above(path)
+    # Absolute: the folder of "7" is ".", which has no name.
+    name = (folder if storage.is_bucket(folder) else Path(os.path.abspath(folder))).name
+    return _above(folder) if name == FOLDER else folder
+
+
+def _above(path: Path) -> Path:
+    # Not path.parent: that of "." is "." again.
+    return path.parent if storage.is_bucket(path) else Path(os.path.normpath(path / ".."))
 
 
 def _steps(checkpoints: Checkpoints, step: int | None) -> list[int]:

@@ -1,10 +1,11 @@
-"""The checkpoint that a run starts from, made of published towers; and a checkpoint written as
-published formats."""
+"""The checkpoint that a run starts from, made of published towers or of an exported model."""
 
 import dataclasses
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,12 +15,13 @@ from alignvlm_jax import config as config_lib
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from alignvlm_jax.data import chat_template, stage_data, tokenizers
+from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.train import checkpoint, restore, state, warm_start
 from alignvlm_jax.train.checkpoint import Checkpoints
 from alignvlm_jax.train.state import Params, TrainState
-from alignvlm_jax.weights import export, load
+from alignvlm_jax.weights import exported, load
 from alignvlm_jax.weights.source import Tower
 
 TOKENIZER = tokenizers.CONVERTED
@@ -97,20 +99,23 @@ def write(
         storage.write_whole(
             staging / "config.json", json.dumps(config_lib.to_json((config,)), indent=2) + "\n"
         )
-        largest = max(x.nbytes for x in jax.tree.leaves(params))
-        # In gigabytes of 10^9 bytes: room for one parameter at a time, the largest of them
-        # included.
-        with Checkpoints(staging / checkpoint.FOLDER, host_gb=1.1 * largest / 1e9) as checkpoints:
-            metadata = checkpoint.describe((config,), config, train_seconds=0.0, answer_loss=None)
-            checkpoints.save(
-                0,
-                # Without optimizer state: a run that starts here makes its own.
-                TrainState(np.int32(0), params, ()),
-                position={"next_sequence": 0},
-                metadata=metadata,
-                metrics=None,
-            )
+        metadata = checkpoint.describe((config,), config, train_seconds=0.0, answer_loss=None)
+        _save(staging, 0, params, metadata)
     return table
+
+
+def _save(workdir: Path, step: int, params: Params, metadata: Mapping[str, Any]) -> None:
+    largest = max(x.nbytes for x in jax.tree.leaves(params))
+    # In gigabytes of 10^9 bytes: room for one parameter at a time, the largest of them included.
+    with Checkpoints(workdir / checkpoint.FOLDER, host_gb=1.1 * largest / 1e9) as checkpoints:
+        checkpoints.save(
+            step,
+            # Without optimizer state: a run that starts here makes its own.
+            TrainState(np.int32(step), params, ()),
+            position={"next_sequence": 0},
+            metadata=metadata,
+            metrics=None,
+        )
 
 
 def _params(
@@ -139,53 +144,74 @@ def _params(
     return params, warm_start.table(groups)
 
 
-def write_export(path: Path, out: Path, components: tuple[str, ...]) -> dict[str, int]:
-    """Writes components of a checkpoint into the folder `out`, which appears whole or not at all.
-
-    Args:
-      path: a workdir, whose newest readable checkpoint is taken, or one checkpoint folder
-        `checkpoints/STEP`.
-
-    Returns:
-      The number of tensors written, by component.
+def write_import(path: Path, out: Path) -> Config:
+    """Writes an exported model as the one checkpoint of the workdir `out`, which appears whole or
+    not at all, with every number as it stands in the export; returns its config.
 
     Raises:
-      UserError: `out` exists, there is no readable checkpoint, its tokenizer is missing, or a
-        component cannot be expressed.
+      UserError: `out` exists, or `path` is no exported model, or a damaged one.
     """
     storage.refuse_existing(out)
-    return restore.read_newest(
-        path, lambda checkpoints, step: _write(checkpoints, step, out, components)
-    )
-
-
-def _write(
-    checkpoints: Checkpoints, step: int, out: Path, components: tuple[str, ...]
-) -> dict[str, int]:
-    config = checkpoints.config(step)
-    stored = checkpoints.stored_params(step)
-    export.check(config.model, components)
-    # One device will do, since parameters are read one at a time.
-    mesh = mesh_lib.single_device()
-    abstract = state.flatten(state.abstract_params(vlm.VLM(config.model), mesh))
-
-    def read(path: str) -> np.ndarray:
-        # In the dtype that is stored: what is not rounded on its way in must not be on its way out.
-        wanted = jax.ShapeDtypeStruct(
-            stored[path].shape, stored[path].dtype, sharding=abstract[path].sharding
+    model = exported.Exported(path)
+    found = model.config(model.step)
+    data = dataclasses.replace(found.data, tokenizer=str(out / TOKENIZER))
+    config = dataclasses.replace(found, data=data)
+    with storage.whole_folder(out) as staging:
+        with storage.local_folder(staging) as folder:
+            (folder / TOKENIZER).mkdir()
+            for name, content in model.tokenizer(model.step).items():
+                (folder / TOKENIZER / name).write_bytes(content)
+        stage_data.load_tokenizer(
+            dataclasses.replace(data, tokenizer=str(staging / TOKENIZER)), config.model
         )
-        return np.asarray(
-            state.flatten(checkpoints.restore_params(step, state.unflatten({path: wanted})))[path]
-        )
+        mesh = mesh_lib.widest(config.model)
+        with mesh_lib.use(mesh):
+            _, _, params, step = restore.read_model(mesh, model, model.step)
+        stages = config_lib.to_json((config,))
+        storage.write_whole(staging / "config.json", json.dumps(stages, indent=2) + "\n")
+        described = checkpoint.describe((config,), config, train_seconds=0.0, answer_loss=None)
+        metadata = described | model.metadata(step) | {"config": stages}
+        _save(staging, step, params, metadata)
+    return config
 
-    with storage.whole_folder(out) as target, storage.local_folder(target) as staging:
-        counts = export.write(config.model, stored, read, staging, components)
-        if "llm" in components:
-            for name, content in _tokenizer_files(checkpoints, step, config.data).items():
-                (staging / "llm" / name).write_bytes(content)
-    return counts
 
+def num_sequences(metadata: Mapping[str, Any], step: int, paths: Iterable[str]) -> int | None:
+    """Returns how many sequences with pages the connector of a checkpoint has been trained on.
 
-def _tokenizer_files(checkpoints: Checkpoints, step: int, data: DataConfig) -> dict[str, bytes]:
-    path = stage_data.tokenizer_path(data)
-    return checkpoints.tokenizer(step) or stage_data.tokenizer_files(tokenizers.load(path))
+    Args:
+      metadata: of the checkpoint.
+      step: of the run that wrote it.
+      paths: of the parameters.
+
+    Returns:
+      None where it began with the connector of a run that is not there any more.
+    """
+    if "num_sequences" in metadata:  # Of an exported model, which knows no other runs.
+        return metadata["num_sequences"]
+    if metadata["stage"] == STAGE:
+        return 0
+    # Of all stages of the run: the checkpoint may be of any.
+    stages = config_lib.from_json(metadata["config"])
+    seen = 0
+    # A connector that was not loaded is as new as the run, whatever that began with.
+    connector = [path for path in paths if path.startswith("connector/")]
+    if stages[0].init_from and any(
+        re.fullmatch(pattern, path) for pattern in stages[0].train.load for path in connector
+    ):
+        try:
+            before = exported.read(
+                storage.path(stages[0].init_from), lambda found, step: (found.metadata(step), step)
+            )
+        except (UserError, OSError):
+            return None
+        seen = num_sequences(*before, connector)
+    for stage in stages:
+        # What is left of `step` counts from the begin of the stage.
+        is_last = stage.stage == metadata["stage"]
+        steps = step if is_last else stage.train.num_steps
+        if seen is not None and stage.train.visual_source == "pixels":
+            seen += steps * stage.train.batch_size
+        if is_last:
+            break
+        step -= steps
+    return seen

@@ -82,11 +82,15 @@ def load_tower(tower: Tower, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict
     }
 
 
+def dtype_of(source: Source, entry: Entry, shape: tuple[int, ...]) -> np.dtype:
+    """Returns the dtype in which a parameter of `shape` is held."""
+    # Layers may be stored in different dtypes: stacked, they have one that holds all of them.
+    return np.result_type(*(source.tensors[name].dtype for name in entry.names(shape)))
+
+
 def _assemble(source: Source, entry: Entry, shape: tuple[int, ...]) -> np.ndarray:
     names = entry.names(shape)
-    # Layers may be stored in different dtypes: stacked, they have one that holds all of them.
-    dtype = np.result_type(*(source.tensors[name].dtype for name in names))
-    array = np.empty(shape, dtype)
+    array = np.empty(shape, dtype_of(source, entry, shape))
     for name, view in zip(names, entry.views(array), strict=True):
         row = 0
         for block in source.blocks(name):

@@ -194,6 +194,8 @@ def test_an_export_holds_nothing_of_the_data(trained_workdir, tmp_path):
         "model.safetensors",
         "tokenizer.model",
         "chat_format.json",
+        "chat_template.jinja",
+        "generation_config.json",
     }
     data = pathlib.Path(restore.load_config(trained_workdir).data.dir)
     exported = tokenizers.load(tmp_path / "out" / "llm")
@@ -239,7 +241,9 @@ def test_a_run_starts_from_what_was_converted(converted, name):
     assert {path: x.shape for path, x in read.items()} == wanted
     _, _, params, _ = restore.load_model(converted, mesh)
     for path, x in state.flatten(params).items():
-        assert x.dtype == np.float32 and x.sharding == state.flatten(abstract)[path].sharding
+        # For use, in the dtypes of the files; training reads float32.
+        assert x.dtype == read[path].dtype
+        assert x.sharding == state.flatten(abstract)[path].sharding
 
 
 def test_config_files_say_what_to_run_first(tmp_path):
@@ -339,15 +343,6 @@ def test_an_unknown_connector_or_part(published, converted, tmp_path):
                 "--components=llm,visoin",
             ]
         )
-
-
-def test_tiles_that_are_not_square_cannot_be_exported(trained_workdir, tmp_path):
-    with pytest.raises(
-        UserError,
-        match=r"tile_height is 8 and tile_width 16; leave it out by --components=llm,connector",
-    ):
-        convert.main(["--export", f"--checkpoint={trained_workdir}", f"--out={tmp_path / 'out'}"])
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("flags", [["--out=x"], ["--export", "--out=x"], ["--llm=a", "--vision=b"]])

@@ -17,6 +17,8 @@ ENTRIES = (
     "models.connectors",
     "weights.families",
     "weights.formats",
+    # No registry, but files that exports take along.
+    "weights.pytorch",
 )
 """Rooms whose files are entries of a registry: who adds one has done nothing to be held against
 it, however small it is."""

@@ -8,15 +8,32 @@ from rich.console import Console
 
 from alignvlm_jax import storage
 from alignvlm_jax.data import chat_template, tokenizers
-from alignvlm_jax.weights import initial, towers
+from alignvlm_jax.weights import initial, published, towers
 
 
-def write_export(checkpoint: Path, out: Path, components: tuple[str, ...]) -> None:
+def write_export(checkpoint: Path, out: Path, components: tuple[str, ...], layout: str) -> None:
     """Writes components of a checkpoint in published formats, and prints how many tensors each
     has."""
     console = Console(highlight=False, soft_wrap=True)
-    for component, count in initial.write_export(checkpoint, out, components).items():
-        console.print(f"{out / component}: {count} tensors")
+    counts = published.write_export(checkpoint, out, components, layout)
+    for component, count in counts.items():
+        console.print(
+            f"{out / component if layout == 'components' else component}: {count} tensors"
+        )
+    if layout == "transformers":
+        console.print(
+            f"Written: {out}; AutoModelForCausalLM.from_pretrained('{out}', trust_remote_code=True)"
+            " loads it",
+            markup=False,
+        )
+
+
+def write_exported(source: Path, out: Path) -> None:
+    """Writes an exported model as a checkpoint."""
+    console = Console(highlight=False, soft_wrap=True)
+    config = initial.write_import(source, out)
+    console.print(f"{source}: run {config.run_id or config.name}, stage {config.stage}")
+    console.print(f"Written: {out}; start a run from it with --config.init_from={out}")
 
 
 def write_import(args: argparse.Namespace) -> None:

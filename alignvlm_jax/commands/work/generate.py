@@ -13,7 +13,6 @@ from alignvlm_jax.data.examples import ExampleBuilder
 from alignvlm_jax.errors import counted
 from alignvlm_jax.inference import loading
 from alignvlm_jax.inference.assistant import Assistant
-from alignvlm_jax.parallel import compile_cache
 
 
 def run(args: argparse.Namespace) -> None:
@@ -34,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
         num_tiles = _count_tiles(page, config.model.vision, config.data)
         seen = f"{page.width} x {page.height} pixels, {counted(num_tiles, 'tile')}"
     print(f"{loaded.path}: {seen}", file=sys.stderr)
-    with compile_cache.kept_in(loading.workdir_of(args.checkpoint)):
+    with loading.programs_kept(args.checkpoint):
         assistant = Assistant(loaded, warn=logs.say)
         answers = assistant.answer(page, args.question, max_new_tokens=args.max_new_tokens)
     for question, answer in zip(args.question, answers, strict=True):

@@ -29,7 +29,7 @@ from alignvlm_jax.inference.assistant import Assistant
 from alignvlm_jax.inference.loading import Loaded
 from alignvlm_jax.ingest import job, statistics
 from alignvlm_jax.ingest.statistics import Statistics
-from alignvlm_jax.parallel import compile_cache, distributed
+from alignvlm_jax.parallel import distributed
 from alignvlm_jax.pictures import patch_map
 from alignvlm_jax.report import examples_page, records_page
 
@@ -164,7 +164,7 @@ def analyse(chosen: Analysis, args: argparse.Namespace, argv: list[str]) -> None
     chosen.check(config, args)
     loaded = base.with_num_questions(loading.load(args.checkpoint, config), args)
     try:
-        with compile_cache.kept_in(loading.workdir_of(args.checkpoint)):
+        with loading.programs_kept(args.checkpoint):
             found = chosen.measure(loaded, args)
     except KeyboardInterrupt as err:
         why = "stopped; the same command goes on, and asks no question again"

@@ -134,6 +134,22 @@ def chat_files(path: Path) -> ChatFiles:
     return ChatFiles(where, template=template, named_tokens=tuple(_named_tokens(named_tokens)))
 
 
+def named_tokens(found: Mapping[str, bytes]) -> dict[str, str]:
+    """Returns the special tokens that a tokenizer's files, of `files`, give names (bos_token,
+    eos_token, ...), by these names."""
+    settings: dict[str, Any] = {}
+    for name in (SPECIAL_TOKENS, SETTINGS):
+        settings |= _object(name, found.get(name, b"").decode())
+    return dict(_named_tokens(settings))
+
+
+def template(found: Mapping[str, bytes]) -> str:
+    """Returns the chat template among a tokenizer's files, of `files`; "" where there is none."""
+    settings = _object(SETTINGS, found.get(SETTINGS, b"").decode())
+    own = found.get(TEMPLATE, b"").decode()
+    return own or _default_template(SETTINGS, settings.get("chat_template"))
+
+
 def _is_from_before(folder: str) -> bool:
     """Whether a folder without a chat_format.json is one of ours."""
     if _read_beside(folder, "prepare.json"):
