@@ -123,7 +123,7 @@ def test_takes_any_page_of_a_pdf(model, tmp_path, monkeypatch):
     noise(1).save(pdf, save_all=True, append_images=[noise(2, 32, 16)])
     asked = []
     monkeypatch.setattr(
-        model, "_generate", lambda prompts, _: asked.append(prompts[0]["tiles"]) or [""]
+        model, "_generate", lambda prompts, *_: asked.append(prompts[0]["tiles"]) or [""]
     )
     model.answer(pdf, "Who?", page=2)
     model.answer(images.load_page(pdf, 2), "Who?")

@@ -47,6 +47,25 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--max_new_tokens", type=positive, help="longest answer; default: that of the config"
     )
     parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="tokens are drawn, from logits divided by it; default 0: the likeliest of each step",
+    )
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="drawn from the likeliest that have this probability together; default: all",
+    )
+    parser.add_argument(
+        "--repetition_penalty",
+        type=float,
+        default=1.0,
+        help="above 1: tokens that stand in the prompt or answer become less likely; default 1",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn; default 0")
+    parser.add_argument(
         "--data", help="folder with the tokenizer, for checkpoints of before these held it"
     )
     args = parser.parse_args(argv)

@@ -16,6 +16,7 @@ from alignvlm_jax.data import images, loader
 from alignvlm_jax.data.examples import PackedSequence
 from alignvlm_jax.errors import UserError, counted
 from alignvlm_jax.inference import loading, patch_tokens
+from alignvlm_jax.inference.decoding import GREEDY, Decoding
 from alignvlm_jax.inference.loading import Loaded, Prompts
 from alignvlm_jax.inference.sampler import PROMPT_FIELDS
 from alignvlm_jax.parallel import mesh as mesh_lib
@@ -91,6 +92,10 @@ class Assistant:
         *,
         page: int = 1,
         max_new_tokens: int | None = None,
+        temperature: float = GREEDY.temperature,
+        top_p: float = GREEDY.top_p,
+        repetition_penalty: float = GREEDY.repetition_penalty,
+        seed: int = GREEDY.seed,
     ) -> str | list[str]:
         """Answers a question about a page, or with None for it as the language model does; or many,
         in batches.
@@ -100,6 +105,11 @@ class Assistant:
           question: one question, or a sequence. One stands for all where the other is a sequence.
           page: of PDFs, from 1.
           max_new_tokens: the longest answer; by default that of the config.
+          temperature: 0 takes the likeliest token at each step; above it tokens are drawn. This and
+            what follows: see `decoding.Decoding`.
+          top_p: of the tokens that are drawn from.
+          repetition_penalty: above 1 for fewer repetitions.
+          seed: of what is drawn; the same prompt has the same answer by the same seed.
 
         Returns:
           The answer; a list of them, in order, if either was a sequence: the same as one at a time.
@@ -108,8 +118,10 @@ class Assistant:
 
         Raises:
           UserError: a page cannot be read, a prompt is longer than `data.seq_len`, or there are
-            not as many pages as questions.
+            not as many pages as questions, or a value is out of its range.
         """
+        decoding = Decoding(temperature, top_p, repetition_penalty, seed)
+        # What is wrong is found here, before anything is read or computed.
         pages, questions = _pairs(image, question)
         builder = self.loaded.builder
         # By identity, since arrays cannot be keys: a page of several questions is opened once.
@@ -122,7 +134,8 @@ class Assistant:
             for one, text in zip(pages, questions, strict=True)
         ]
         most = max_new_tokens or self.loaded.config.eval.max_new_tokens
-        generated = self._generate(prompts, most)
+        # One call for all, since batches are faster, and none needs to wait for the last page.
+        generated = self._generate(prompts, most, decoding)
         return generated if _is_many(image) or _is_many(question) else generated[0]
 
     def lens(
@@ -171,13 +184,20 @@ class Assistant:
 
         return run
 
+    def warm_up_lens(self) -> None:
+        """Compiles what `lens` needs, if the model has one."""
+        if patch_tokens.has_patch_distribution(self.loaded.config.model):
+            patch_tokens.lenses(self.loaded, [Image.new("RGB", (8, 8), "white")])
+
     def _open(self, image: Page, page: int) -> Image.Image:
         opened = loading.open_page(image, page, self.loaded.pdf_dpi)
         if problem := problem_with(self.loaded, opened):
             self._warn(problem)
         return opened
 
-    def _generate(self, prompts: Sequence[PackedSequence], max_new_tokens: int) -> list[str]:
+    def _generate(
+        self, prompts: Sequence[PackedSequence], max_new_tokens: int, decoding: Decoding
+    ) -> list[str]:
         """Answers prompts with tiles, then those without, which are rows of other arrays."""
         loaded = self.loaded
         batch_size = loaded.config.eval.batch_size
@@ -193,7 +213,13 @@ class Assistant:
             trimmed = loaded.builder.trim_prompts([prompts[i] for i in indices])
             batched = Prompts(len(trimmed), trimmed.__getitem__)
             generated = loading.answer(
-                self._sampler, loaded.variables, loaded.tokenizer, batched, size, max_new_tokens
+                self._sampler,
+                loaded.variables,
+                loaded.tokenizer,
+                batched,
+                size,
+                max_new_tokens,
+                decoding,
             )
             answers |= {i: one.text for i, one in zip(indices, generated, strict=True)}
             num_cut += sum(one.is_cut for one in generated)
@@ -217,6 +243,8 @@ def problem_of(loaded: Loaded) -> str:
             f"the connector of {loaded.path} is untrained: what it says has nothing to do with the "
             "page; train it first"
         )
+    # Such a stage sees the right tokens in the place of the page's: its loss is low, and it is
+    # blind.
     if loaded.config.train.visual_source == "oracle":
         return (
             f"{loaded.path} is of stage {loaded.config.stage!r}, which trains on labels in the "
@@ -240,6 +268,7 @@ def problem_with(loaded: Loaded, page: Image.Image) -> str:
     height, width = images.seen_size(
         page.height, page.width, vision, data.tiles_of_a_record, data.use_overview
     )
+    # Of areas, not of sides: two pixels for each letter's stroke become one at a reduction of 4.
     reduction = page.height * page.width / (height * width)
     if reduction < MAX_REDUCTION:
         return ""

@@ -20,6 +20,8 @@ from alignvlm_jax.data import chat, images, loader, pdf, stage_data, tokenizers
 from alignvlm_jax.data.examples import ExampleBuilder, PackedSequence
 from alignvlm_jax.data.tokenizers.base import ChatFiles, Tokenizer
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.inference import decoding as decoding_lib
+from alignvlm_jax.inference.decoding import GREEDY, Decoding
 from alignvlm_jax.inference.sampler import Sampler
 from alignvlm_jax.models.vlm import VLM
 from alignvlm_jax.parallel import compile_cache, distributed, exchange
@@ -257,6 +259,7 @@ def answer(
     prompts: Prompts,
     size: int,
     max_new_tokens: int,
+    decoding: Decoding = GREEDY,
 ) -> list[Answer]:
     """Returns the answers to all prompts, in batches of `size` rows. A short one repeats its last
     row, which ends when its twin does, so that every batch has one shape and none takes longer for
@@ -273,7 +276,10 @@ def answer(
         problems = {
             int(number): why for told in exchange.gather(problems) for number, why in told.items()
         }
-        tokens_BT = sampler.generate(variables, loader.stack(rows), max_new_tokens)
+        batch = loader.stack(rows)
+        if not decoding.is_greedy:
+            batch |= decoding_lib.arrays([decoding] * len(rows))
+        tokens_BT = sampler.generate(variables, batch, max_new_tokens)
         # Rows that only fill up the last batch are left out.
         for number, tokens_T in enumerate(tokens_BT[: prompts.count - start], start):
             if number in problems:

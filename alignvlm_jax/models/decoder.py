@@ -18,6 +18,9 @@ from alignvlm_jax.ops.chunked import Matrix, rows_per_chunk
 from alignvlm_jax.ops.cross_entropy import TokenLosses, token_losses
 from alignvlm_jax.shapes import Array, Bool, Float, Int
 
+CACHE_AXES = ("layers", "act_batch", "act_heads", None, "act_len")
+"""Logical axes of the keys and of the values in a cache."""
+
 
 class Cache(NamedTuple):
     """Keys (rotated) and values of all layers, and the slot where the next token is written.
@@ -309,9 +312,7 @@ class Llama(nn.Module):
         zeros = jnp.zeros(
             (c.num_layers, batch_size, c.num_kv_heads, c.head_dim, length), self.dtype
         )
-        zeros = nn.with_logical_constraint(
-            zeros, ("layers", "act_batch", "act_heads", None, "act_len")
-        )
+        zeros = nn.with_logical_constraint(zeros, CACHE_AXES)
         return Cache(zeros, zeros, jnp.zeros((), jnp.int32))
 
 

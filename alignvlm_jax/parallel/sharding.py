@@ -106,6 +106,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def of_axes(axes: tuple[str | None, ...], mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of an array with these logical axes."""
+    return NamedSharding(mesh, nn.logical_to_mesh_axes(axes, RULES))
+
+
 def rows_of_process(mesh: Mesh, size: int) -> np.ndarray:
     """Returns the indices, along a batch of `size`, that the devices of this process hold: int64
     [n], ascending.

@@ -1,6 +1,7 @@
 """What `generate` does once its flags are read."""
 
 import argparse
+import dataclasses
 import sys
 
 import numpy as np
@@ -13,10 +14,15 @@ from alignvlm_jax.data.examples import ExampleBuilder
 from alignvlm_jax.errors import counted
 from alignvlm_jax.inference import loading
 from alignvlm_jax.inference.assistant import Assistant
+from alignvlm_jax.inference.decoding import Decoding
 
 
 def run(args: argparse.Namespace) -> None:
     """Prints the answers to questions about an image, or about nothing where there is none."""
+    names = [field.name for field in dataclasses.fields(Decoding)]
+    decoding = {name: getattr(args, name) for name in names}
+    # For what it raises.
+    Decoding(**decoding)
     # Mistakes in the input are found before the model is loaded; the prompt is built only to see
     # whether it fits.
     config = loading.load_config(args.checkpoint, args.data)
@@ -35,7 +41,9 @@ def run(args: argparse.Namespace) -> None:
     print(f"{loaded.path}: {seen}", file=sys.stderr)
     with loading.programs_kept(args.checkpoint):
         assistant = Assistant(loaded, warn=logs.say)
-        answers = assistant.answer(page, args.question, max_new_tokens=args.max_new_tokens)
+        answers = assistant.answer(
+            page, args.question, max_new_tokens=args.max_new_tokens, **decoding
+        )
     for question, answer in zip(args.question, answers, strict=True):
         if len(answers) > 1:
             # Flushed, so that each stands above its answer.
