@@ -57,6 +57,7 @@ COMMANDS = {
     "train": "trains the stages of a config, or goes on with them",
     "evaluate": "asks a trained model the evaluation questions and scores its answers",
     "generate": "answers a question about an image or a PDF page",
+    "serve": "answers questions about pages over HTTP, as OpenAI's chat API, with a page to try it",
     "report": "writes report.html of a run",
     "compare": "measures runs of several connectors or settings and seeds, and writes their "
     "tables and pictures",
@@ -65,7 +66,7 @@ COMMANDS = {
 JOINING = {"train": "", "evaluate": "", "inspect": "--analysis"}
 """Commands that several processes can run together, with the flag that this needs ("" for none)."""
 
-COMPUTING = (*JOINING, "convert", "generate", "compare")
+COMPUTING = (*JOINING, "convert", "generate", "serve", "compare")
 """Commands that compile for this machine's devices."""
 
 

@@ -14,7 +14,7 @@ BASE = PROJECT["dependencies"]
 
 # What a file locks: its name, and the lists of pyproject.toml that it is for.
 LOCKS = {
-    "requirements.txt": BASE + EXTRAS["test"] + EXTRAS["gcs"],
+    "requirements.txt": BASE + EXTRAS["test"] + EXTRAS["gcs"] + EXTRAS["serve"],
     "requirements-demo.txt": EXTRAS["demo"],
     "requirements-gpu.txt": EXTRAS["gpu"],
     "requirements-tpu.txt": EXTRAS["tpu"],

@@ -102,6 +102,8 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
                 image.format != "PNG" or any(place in data for place in EXIF_OF_PNG)
             )
             is_turned = has_exif and 5 <= _orientation(image) <= 8
+    except UnidentifiedImageError as err:
+        raise UserError(f"cannot read image {name}: no known image format") from err
     except BAD_IMAGE as err:
         raise UserError(
             f"cannot read image {name}: {' '.join(str(err).split()) or type(err).__name__}"

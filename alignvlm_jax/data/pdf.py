@@ -179,6 +179,19 @@ def draw_of_file(data: bytes, name: str, page: int | None, dpi: float) -> Image.
         raise UnreadablePage(f"cannot read {name}, page {page or 1}: {err}") from err
 
 
+def count_pages_of_file(data: bytes, name: str) -> int:
+    """Returns the number of pages of a PDF file; raises as `draw_of_file`."""
+    try:
+        return _sandbox.call(_count_pages, data)
+    except (UnreadablePdf, CallEnded) as err:
+        raise UnreadablePage(f"cannot read {name}: {err}") from err
+
+
+def _count_pages(data: bytes) -> int:
+    with LOCK, contextlib.closing(open_document(data)) as document:
+        return len(document)
+
+
 def _draw_of_file(data: bytes, name: str, page: int | None, dpi: float) -> Image.Image:
     """Returns what `draw_of_file` does, in the process that calls it; raises UnreadablePdf for what
     cannot be read or drawn, and UnreadablePage for a page that is not there or not named."""

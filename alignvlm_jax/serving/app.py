@@ -1,0 +1,314 @@
+"""The ASGI application of a server: OpenAI's chat API, a page to try it, health and metrics."""
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import hmac
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import prometheus_client
+from absl import logging
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from alignvlm_jax.errors import UserError, counted
+from alignvlm_jax.inference import patch_tokens
+from alignvlm_jax.inference.assistant import Assistant
+from alignvlm_jax.pictures import html
+from alignvlm_jax.serving import pages, protocol
+from alignvlm_jax.serving.engine import ClosedError, Engine, Finish, Job, QueueFullError
+from alignvlm_jax.serving.metrics import Metrics
+from alignvlm_jax.serving.pages import PageReader
+from alignvlm_jax.serving.protocol import ApiError, ChatRequest
+
+# What the page loads comes from it alone: what is dropped on it goes nowhere else.
+CONTENT_SECURITY = (
+    "default-src 'none'; connect-src 'self'; img-src data: blob:; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; frame-src 'self'; form-action 'none'; base-uri 'none'"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a server serves.
+
+    Attributes:
+      model: its name.
+      default_tokens: of an answer where a request says nothing.
+      max_new_tokens: of an answer at most.
+      max_body_bytes: of a request.
+      max_seconds: that a request waits for its turn.
+      api_key: that clients must name; "" for none.
+    """
+
+    model: str
+    default_tokens: int
+    max_new_tokens: int
+    max_body_bytes: int
+    max_seconds: float
+    api_key: str = ""
+
+
+class Server:
+    """The handlers of requests.
+
+    Args:
+      engine: answers them.
+      assistant: the same model, for the lens.
+      reader: makes prompts of them.
+      settings: see there.
+    """
+
+    def __init__(
+        self, engine: Engine, assistant: Assistant, reader: PageReader, settings: Settings
+    ):
+        self._engine = engine
+        self._assistant = assistant
+        self._reader = reader
+        self._settings = settings
+        self._created = int(time.time())
+        self._metrics = Metrics(lambda: engine.num_waiting)
+
+    def app(self) -> Starlette:
+        """Returns the application."""
+        routes = [
+            Route("/", self._page),
+            Route("/health", self._health),
+            Route("/metrics", self._show_metrics),
+            Route("/v1/models", self._guarded(self._models)),
+            Route("/v1/models/{name:path}", self._guarded(self._model)),
+            Route("/v1/chat/completions", self._guarded(self._chat), methods=["POST"]),
+            Route("/lens", self._guarded(self._lens), methods=["POST"]),
+        ]
+        handlers = {404: _not_found, 405: _not_found, Exception: _failed}
+        return Starlette(routes=routes, exception_handlers=handlers)
+
+    def _guarded(self, handler: Callable[[Request], Awaitable[Response]]):
+        """A handler that asks for the API key, and answers what goes wrong as OpenAI's API does."""
+
+        @functools.wraps(handler)
+        async def guarded(request: Request) -> Response:
+            begin = time.monotonic()
+            try:
+                self._check_key(request)
+                response = await handler(request)
+            except ApiError as err:
+                response = _error(err)
+            except ClientDisconnect:
+                # Nobody is there to read it.
+                response = Response(status_code=499)
+            self._metrics.answered(response.status_code, time.monotonic() - begin)
+            return response
+
+        return guarded
+
+    def _check_key(self, request: Request) -> None:
+        key = self._settings.api_key
+        if not key:
+            return
+        given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+        # Its time does not tell how many characters are right.
+        if not hmac.compare_digest(given.encode(), key.encode()):
+            raise ApiError(401, "the API key is missing or wrong", "invalid_api_key")
+
+    async def _body(self, request: Request) -> bytes:
+        """The body of a request; what is too large is not read to its end."""
+        most = self._settings.max_body_bytes
+        # What the client says, before a byte is read; it may say nothing, or lie.
+        length = request.headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > most:
+            raise protocol.too_large("byte", int(length), most)
+        parts = bytearray()
+        async for part in request.stream():
+            parts += part
+            if len(parts) > most:
+                raise protocol.too_large("byte", len(parts), most)
+        return bytes(parts)
+
+    async def _chat(self, request: Request) -> Response:
+        body = await self._body(request)
+        # In threads: megabytes of base64 and pages to draw would hold up all other requests.
+        chat = await run_in_threadpool(protocol.read, body, self._settings.model)
+        prompt = await run_in_threadpool(self._reader.prompt, chat)
+        most = self._settings.max_new_tokens
+        max_tokens = chat.max_tokens or min(self._settings.default_tokens, most)
+        if max_tokens > most:
+            raise ApiError(
+                400, f"max_tokens is {max_tokens:,}; this server allows {most:,}",
+                "invalid_value", "max_tokens",
+            )  # fmt: skip
+        loop = asyncio.get_running_loop()
+        # Of the event loop, which the engine's thread may not touch but by call_soon_threadsafe.
+        pieces: asyncio.Queue[tuple[str, Finish | None] | ApiError] = asyncio.Queue()
+
+        def put(piece: tuple[str, Finish | None] | ApiError) -> None:
+            # From the thread of the engine. The loop is closed where the server was stopped.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        job = Job(
+            prompt,
+            chat.decoding,
+            max_tokens,
+            chat.stop,
+            on_text=lambda text, finish: put((text, finish)),
+            on_error=lambda reason: put(ApiError(503, reason, "unavailable")),
+            deadline=time.monotonic() + self._settings.max_seconds,
+        )
+        try:
+            self._engine.submit(job)
+        except QueueFullError as err:
+            raise ApiError(
+                429, f"{counted(self._engine.num_waiting, 'request')} wait already; try again "
+                "later", "queue_full",
+            ) from err  # fmt: skip
+        except ClosedError as err:
+            raise ApiError(503, "the server is being stopped", "unavailable") from err
+        if chat.is_stream:
+            return await self._stream(chat, job, pieces)
+        return await self._whole(request, job, pieces)
+
+    async def _whole(self, request: Request, job: Job, pieces: asyncio.Queue) -> Response:
+        finish = None
+        while finish is None:
+            # A client that has gone is noticed within a second: its row need not be worked at.
+            next_piece = asyncio.ensure_future(pieces.get())
+            while not (await asyncio.wait([next_piece], timeout=1.0))[0]:
+                if await request.is_disconnected():
+                    next_piece.cancel()
+                    job.cancel()
+                    raise ClientDisconnect
+            piece = next_piece.result()
+            if isinstance(piece, ApiError):
+                raise piece
+            finish = piece[1]
+        self._metrics.generated(job.prompt_tokens, job.num_tokens)
+        usage = protocol.usage(job.prompt_tokens, job.num_tokens)
+        return JSONResponse(
+            protocol.completion(
+                _new_id(), int(time.time()), self._settings.model, job.text, finish, usage
+            )
+        )
+
+    async def _stream(self, chat: ChatRequest, job: Job, pieces: asyncio.Queue) -> Response:
+        # The first piece before the status is sent: what fails until then is a proper error.
+        first = await pieces.get()
+        if isinstance(first, ApiError):
+            raise first
+        named = functools.partial(protocol.chunk, _new_id(), int(time.time()), self._settings.model)
+
+        async def events() -> AsyncIterator[str]:
+            # An error from here on is an event: the status 200 is sent already.
+            piece = first
+            yield _event(named({"role": "assistant", "content": ""}))
+            try:
+                while not isinstance(piece, ApiError):
+                    text, finish = piece
+                    if text:
+                        yield _event(named({"content": text}))
+                    if finish is not None:
+                        yield _event(named({}, finish))
+                        break
+                    piece = await pieces.get()
+                else:
+                    yield _event(piece.body())
+                    return
+                self._metrics.generated(job.prompt_tokens, job.num_tokens)
+                if chat.has_usage:
+                    usage = protocol.usage(job.prompt_tokens, job.num_tokens)
+                    yield _event(protocol.usage_chunk(*named.args, usage))
+                # Clients wait for this line, and take its absence for a connection that broke.
+                yield "data: [DONE]\n\n"
+            finally:
+                # Also where the client has gone.
+                job.cancel()
+
+        return StreamingResponse(
+            events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+        )
+
+    async def _lens(self, request: Request) -> Response:
+        """What the patches of the first page of a chat request say, as HTML."""
+        body = await self._body(request)
+        chat = await run_in_threadpool(protocol.read, body, self._settings.model)
+        files = [file for message in chat.messages for _, file in message.files]
+        if not files:
+            raise ApiError(400, "the request has no page", "invalid_value", "messages")
+        image = await run_in_threadpool(pages.open_image, files[0], self._reader.dpi)
+        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+
+        def open_lens() -> None:
+            try:
+                page = self._assistant.lens(image).html()
+            except UserError as err:
+                error = ApiError(400, str(err), "no_lens")
+                loop.call_soon_threadsafe(future.set_exception, error)
+            else:
+                loop.call_soon_threadsafe(future.set_result, page)
+
+        # The devices answer one call at a time, and this one waits for no batch to fill.
+        self._engine.call(open_lens)
+        return HTMLResponse(await future)
+
+    async def _page(self, request: Request) -> Response:
+        del request
+        has_lens = patch_tokens.has_patch_distribution(self._assistant.loaded.config.model)
+        page = html.render("serve.html", model=self._settings.model, has_lens=has_lens)
+        return HTMLResponse(page, headers={"Content-Security-Policy": CONTENT_SECURITY})
+
+    async def _health(self, request: Request) -> Response:
+        del request
+        return JSONResponse({"status": "ok", "waiting": self._engine.num_waiting})
+
+    async def _show_metrics(self, request: Request) -> Response:
+        del request
+        return Response(self._metrics.text(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+    async def _models(self, request: Request) -> Response:
+        del request
+        return JSONResponse(protocol.models([self._settings.model], self._created))
+
+    async def _model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name != self._settings.model:
+            raise ApiError(
+                404, f"there is no model {name!r}; served is {self._settings.model!r}",
+                "model_not_found", "model",
+            )  # fmt: skip
+        return JSONResponse(protocol.models([name], self._created)["data"][0])
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value)}\n\n"
+
+
+def _new_id() -> str:
+    return f"chatcmpl-{uuid.uuid4().hex}"
+
+
+def _error(err: ApiError) -> Response:
+    # Clients keep a connection for the next request; not one whose body was not read to its end.
+    headers = {"Connection": "close"} if err.status == 413 else None
+    return JSONResponse(err.body(), status_code=err.status, headers=headers)
+
+
+async def _not_found(request: Request, err: Exception) -> Response:
+    status = getattr(err, "status_code", 404)
+    known = "/v1/chat/completions, /v1/models, /health, /metrics and / are"
+    return _error(
+        ApiError(status, f"{request.method} {request.url.path} is not served; {known}", "not_found")
+    )
+
+
+async def _failed(request: Request, err: Exception) -> Response:
+    logging.error("%s failed", request.url.path, exc_info=err)
+    return _error(ApiError(500, f"the server failed: {type(err).__name__}", "internal_error"))

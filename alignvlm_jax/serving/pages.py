@@ -1,0 +1,116 @@
+"""The pages of a chat request: images and PDFs as a record that the model is asked about."""
+
+import dataclasses
+
+from PIL import Image
+
+from alignvlm_jax.data import images, pdf
+from alignvlm_jax.data.chat import ChatTurn
+from alignvlm_jax.data.examples import ExampleBuilder, PackedSequence
+from alignvlm_jax.data.record import Record, Turn
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.serving import protocol
+from alignvlm_jax.serving.protocol import ApiError, ChatRequest, File, Message
+
+MAX_PIXELS = 64_000_000
+"""Of an image: as RGB it takes three bytes each, and a few kilobytes may claim any number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PageReader:
+    """Makes prompts of requests.
+
+    Attributes:
+      builder: of the model's prompts.
+      dpi: pixels an inch at which pages of PDFs are drawn.
+      max_pages: of a request.
+    """
+
+    builder: ExampleBuilder
+    dpi: float
+    max_pages: int
+
+    def prompt(self, request: ChatRequest) -> PackedSequence:
+        """Returns the prompt of a request.
+
+        Raises:
+          ApiError: a file cannot be read, there are too many pages, or the prompt is too long.
+        """
+        messages = list(request.messages)
+        system = messages.pop(0).text if messages[0].role == "system" else ""
+        # As files, which is what records hold: the same code reads them as in training.
+        pages: list[bytes] = []
+        turns: list[Turn] = []
+        for question, answer in zip(messages[::2], [*messages[1::2], None], strict=True):
+            offsets = self._open(question, pages)
+            answers = (answer.text,) if answer else ()
+            turns.append(Turn(question.text, answers, image_offsets=offsets))
+        # Pages that all stand before the first word are where a page alone is: before the chat.
+        if not any(turn.image_offsets for turn in turns[1:]) and not any(turns[0].image_offsets):
+            turns[0] = dataclasses.replace(turns[0], image_offsets=())
+        # The name stands in messages about its images.
+        record = Record("the request", "", tuple(pages), tuple(turns), (), True, system)
+        last = turns[-1]
+        has_places = any(turn.image_offsets for turn in turns)
+        question = ChatTurn(last.question, "", last.image_offsets) if has_places else last.question
+        try:
+            return self.builder.prompt(record, question, turns[:-1])
+        except UserError as err:
+            raise ApiError(400, str(err), "context_length_exceeded", "messages") from err
+
+    def _open(self, message: Message, pages: list[bytes]) -> tuple[int, ...]:
+        """Appends the pages of a message as PNG or as they are, and returns before which characters
+        they stand."""
+        offsets = []
+        for offset, file in message.files:
+            found = self._pages_of(file, self.max_pages - len(pages))
+            pages += found
+            offsets += [offset] * len(found)
+        return tuple(offsets)
+
+    def _pages_of(self, file: File, most: int) -> list[bytes]:
+        try:
+            if not pdf.is_pdf(file.content):
+                if most < 1:
+                    raise self._too_many(self.max_pages + 1)
+                _check(file)
+                return [file.content]
+            # Counted first: of a PDF of a thousand pages none is drawn.
+            count = pdf.count_pages_of_file(file.content, file.name)
+            if count > most:
+                raise self._too_many(self.max_pages - most + count)
+            return [self._drawn(file, number) for number in range(1, count + 1)]
+        except UserError as err:
+            raise ApiError(400, str(err), "invalid_image", "messages") from err
+
+    def _drawn(self, file: File, number: int) -> bytes:
+        return pdf.encode(pdf.draw_of_file(file.content, file.name, number, self.dpi))
+
+    def _too_many(self, count: int) -> ApiError:
+        return protocol.too_large("page", count, self.max_pages)
+
+
+def open_image(file: File, dpi: float) -> Image.Image:
+    """Returns the first page of a file, RGB.
+
+    Raises:
+      ApiError: it cannot be read.
+    """
+    try:
+        if pdf.is_pdf(file.content):
+            return pdf.draw_of_file(file.content, file.name, 1, dpi)
+        _check(file)
+        return images.decode_image(file.content, file.name)
+    except UserError as err:
+        raise ApiError(400, str(err), "invalid_image", "messages") from err
+
+
+def _check(file: File) -> None:
+    """Raises UserError where an image cannot be read, before it is decoded and waits for its
+    turn."""
+    height, width = images.image_size(file.content, file.name)
+    if height * width > MAX_PIXELS:
+        raise UserError(
+            f"{file.name} is an image of {width:,} x {height:,} pixels; at most {MAX_PIXELS:,} "
+            "together"
+        )
