@@ -21,7 +21,7 @@ LEVELS = (
     ("synthetic", "train"),
     ("weights", "pictures"),
     ("inference",),
-    ("plan",),
+    ("plan", "serving"),
     ("train.loop",),  # counts FLOPs as plans do; its evaluators are given to it
     ("benchmarks",),
     ("analysis",),
@@ -47,7 +47,7 @@ ALLOWED = {
     # By name only: what a config file sets is no part of the package.
     "alignvlm_jax.configs": ("commands/",),
     # Its packages are no part of the base install.
-    "alignvlm_jax.synthetic": ("commands/prepare.py", "synthetic/"),
+    "alignvlm_jax.synthetic": ("commands/work/prepare.py", "synthetic/"),
     "etils": ("storage/",),
     "fsspec": ("storage/",),
     "gcsfs": ("storage/",),

@@ -5,7 +5,6 @@ import dataclasses
 import re
 import shlex
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,14 +37,17 @@ def main(argv: list[str]) -> None:
             f"{beam_flags[0]} comes after --, where flags of Apache Beam stand: name a "
             "--beam_runner"
         )
-    started = time.monotonic()
+    _check(args)
+    # Only now: what is misspelt should be answered before all of this is imported.
+    from alignvlm_jax.commands.work import prepare
+
     try:
         if args.recount:
-            _recount(args)
+            prepare.recount(args)
         elif args.format == DOCUMENTS:
-            _prepare_documents(args, started)
+            prepare.documents(args)
         else:
-            _prepare_source(args, beam_flags, started)
+            prepare.source(args, beam_flags)
     except OSError as err:
         raise faults.as_error(
             f"cannot write {args.out}: {err.strerror or err}; the same command goes on", err
@@ -116,7 +118,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.split and args.holdout:
         parser.check_used(argv, ("--holdout",), f"holds out, and --split={args.split} takes all")
-    if not _is_grouped(args):
+    if not is_grouped(args):
         needs = "needs --group_by_image, which --split leaves out where it is not given"
         parser.check_used(argv, ("--group_tokens",), needs)
     if args.beam_runner:
@@ -255,87 +257,25 @@ def _split_name(text: str) -> str:
     return text
 
 
-def _prepare_documents(args: argparse.Namespace, started: float) -> None:
-    """Prepares the rendered documents of the demonstration."""
-    # Imported here: its packages are not in the base install, and nothing else needs them.
-    from alignvlm_jax.ingest import staging
-    from alignvlm_jax.synthetic import demonstration, documents
-
-    arguments = {
-        name: value
-        for name, value in vars(args).items()
-        if name not in ("out", "num_workers", "recount", "overwrite")
-    }
-    if not demonstration.prepare(Path(args.out), arguments, args.num_workers, args.overwrite):
-        print(f"{args.out} is ready: prepared with these arguments before")
-        return
-    _print_lines(staging.drop_drawn(Path(args.out)))
-    sizes = ", ".join(
-        f"{split} {demonstration.size(split, arguments)}" for split in documents.SPLITS
-    )
-    print(f"{args.out}: documents by split: {sizes}; {time.monotonic() - started:.0f} s")
-
-
-def _prepare_source(args: argparse.Namespace, beam_flags: list[str], started: float) -> None:
-    """Prepares a source, on processes of this machine or under Apache Beam."""
-    _check_needed(args)
-    # Late: these need grain, and with it jax.
-    from alignvlm_jax.data import index, shards
-    from alignvlm_jax.ingest import executors, job, staging, summary
-
-    if args.exclude and args.split:
-        raise UsageError(
-            f"--exclude keeps images out of training, and --split={args.split} is for evaluation; "
-            "give one of them"
-        )
-    kind = REGISTRY[args.format]
-    options = {field.name: getattr(args, field.name) for field in dataclasses.fields(kind)}
-    request = job.Request(
-        args.format,
-        kind(**options),
-        args.source,
-        args.tokenizer,
-        args.holdout,
-        args.split,
-        group_tokens=args.group_tokens if _is_grouped(args) else 0,
-        shard_records=args.shard_records,
-        allow_outside=args.allow_outside,
-        exclude=tuple(args.exclude),
-    )
-    if args.beam_runner:
-        run = executors.under_beam(args.beam_runner, beam_flags)
-    else:
-        run = job.on_processes(args.num_workers)
-    found = survey.survey(args.source, args.out)
-    _print_lines(found.about_images(args.format), found.about_files(args.format))
-    # Formats that tell public sets by their columns or members say which, and by what.
-    _print_lines(*request.format.notes(args.source))
-    before = summary.hashes(Path(args.out), request.splits)
-    is_new = job.prepare(request, Path(args.out), run, args.overwrite)
-    print(summary.of(Path(args.out), request.splits))
-    if is_new:
-        _print_lines(summary.moved(before, Path(args.out)), staging.drop_drawn(Path(args.out)))
-    held = [split for split in request.splits if shards.shard_paths(args.out, split)]
-    num_images = sum(len(index.load(args.out, split).image_sizes) for split in held)
-    _print_lines(found.about_unnamed(args.format, num_images))
-    if is_new:
-        print(f"{args.out}: {time.monotonic() - started:.0f} s")
-    else:
-        print(f"{args.out} is ready: prepared with these arguments before")
-    if not args.split and shards.shard_paths(args.out, "train"):
-        print(next_commands.after_prepare(args.out, request.tokenizer))
-
-
-def _is_grouped(args: argparse.Namespace) -> bool:
+def is_grouped(args: argparse.Namespace) -> bool:
     """Whether questions about one image make one record."""
     # A set for evaluation has a record a question, unless somebody says otherwise.
     return not args.split if args.group_by_image is None else args.group_by_image
 
 
-def _print_lines(*lines: str) -> None:
-    """Prints the lines that are not empty."""
-    for line in filter(None, lines):
-        print(line)
+def _check(args: argparse.Namespace) -> None:
+    """Raises UsageError where a flag is missing or has no place beside another."""
+    if args.recount:
+        if not args.tokenizer:
+            raise UsageError(f"--tokenizer=FILE_OR_FOLDER is needed; {TOKENIZER_HINT}")
+        usage.check_exists("tokenizer", storage.path(args.tokenizer), TOKENIZER_HINT)
+    elif args.format != DOCUMENTS:
+        _check_needed(args)
+        if args.exclude and args.split:
+            raise UsageError(
+                f"--exclude keeps images out of training, and --split={args.split} is for "
+                "evaluation; give one of them"
+            )
 
 
 def _check_needed(args: argparse.Namespace) -> None:
@@ -360,17 +300,3 @@ def _check_needed(args: argparse.Namespace) -> None:
 def _own_folder(source: str) -> str:
     """Returns a folder for what is made of a source, for messages."""
     return f"data/{Path(source).stem or 'mine'}"
-
-
-def _recount(args: argparse.Namespace) -> None:
-    """Counts the tokens of a prepared folder anew."""
-    if not args.tokenizer:
-        raise UsageError(f"--tokenizer=FILE_OR_FOLDER is needed; {TOKENIZER_HINT}")
-    usage.check_exists("tokenizer", storage.path(args.tokenizer), TOKENIZER_HINT)
-    # Late, as above.
-    from alignvlm_jax.ingest import job, staging
-
-    counts = job.recount(Path(args.out), args.tokenizer)
-    _print_lines(staging.drop_drawn(Path(args.out)))
-    sizes = ", ".join(f"{split} {count:,}" for split, count in counts.items())
-    print(f"{args.out}: counted {sizes} records")

@@ -113,6 +113,7 @@ BOUNDS = (
 def check(config: Config) -> Config:
     """Returns `config`, or raises UserError for fields that are missing, or impossible alone or
     together."""
+    # First: a field without a value would fail every comparison below, by a name of Python's.
     _check_given(config.stage, tuple(_missing(config, "")))
     for path, choices in CHOICES.items():
         value = operator.attrgetter(path)(config)
@@ -207,6 +208,7 @@ def _check_llm(llm: LLMConfig) -> None:
             f"config.model.llm.rope_scaling.low_freq_factor {llm.rope_scaling.low_freq_factor} "
             f"must be below high_freq_factor {llm.rope_scaling.high_freq_factor}"
         )
+    # Channels rotate in pairs.
     if llm.head_dim % 2:
         raise UserError(
             f"config.model.llm.head_dim is {llm.head_dim}; rotary embedding needs an even number"
@@ -221,6 +223,7 @@ def _check_llm(llm: LLMConfig) -> None:
 def _check_connector(model: ModelConfig) -> None:
     """Raises UserError where options are not of their types, or the connector refuses them."""
     connector = connector_class(model.connector.name)
+    # Options of another connector may have the same names, and would be taken for this one's.
     if type(model.connector) is not connector.Options:
         raise TypeError(
             f"{model.connector} are not the options of {connector}: make them by "
@@ -239,6 +242,7 @@ def _check_options(options: ConnectorConfig) -> None:
             choices = typing.get_args(hints[field.name])
             if value not in choices:
                 raise UserError(f"{path} is {value!r}{nearest(str(value), map(str, choices))}")
+        # Not isinstance of the value: True is an int.
         elif hints[field.name] is int:
             bound = field.metadata.get("at_least", 1)
             if value < bound:
@@ -247,6 +251,7 @@ def _check_options(options: ConnectorConfig) -> None:
 
 def _check_data(data: DataConfig, tokens_per_tile: int) -> None:
     image_tokens = data.max_tiles * tokens_per_tile
+    # As many tiles as a sequence may have must leave a token of text, or no answer would fit.
     if image_tokens >= data.seq_len:
         raise UserError(
             f"config.data.seq_len {data.seq_len} leaves no room for text: {data.max_tiles} "
@@ -303,5 +308,6 @@ def _check_divides(path: str, size: int, divisor_name: str, divisor: int) -> Non
 
 def nearest_divisor(size: int, wanted: int) -> int:
     """Returns the divisor of `size` that is nearest to `wanted`."""
+    # All of them: sizes are at most a few hundred thousand, and this is said once.
     divisors = [d for d in range(1, size + 1) if size % d == 0]
     return min(divisors, key=lambda d: abs(d - wanted), default=1)

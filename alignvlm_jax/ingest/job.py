@@ -153,7 +153,8 @@ def _check_holdout(request: Request, units: Sequence[Unit]) -> None:
 
 
 def _units(request: Request, out: Path) -> list[Unit]:
-    """Returns the units of the source, without those that lie in `out`.
+    """Returns the units of the source, without those that lie in `out` or in another folder that
+    `prepare` wrote: their lists of what was rejected are no records.
 
     Raises:
       UserError: `out` is the source itself.
@@ -171,6 +172,13 @@ def _units(request: Request, out: Path) -> list[Unit]:
             f"--out={out} is --source itself, all of which is read; name another folder, beside "
             "it or within"
         )
+    folders = {os.path.dirname(unit.path) for unit in units}
+    written = {
+        folder
+        for folder in folders
+        if not os.path.samefile(folder, source) and staging.description(Path(folder))
+    }
+    units = [unit for unit in units if os.path.dirname(unit.path) not in written]
     if not place.is_relative_to(root):
         return units
     # Compared with resolved links, but spelled like the paths of the units, which keep the links

@@ -115,6 +115,7 @@ def moved(before: Mapping[str, np.ndarray], out: Path) -> str:
     after = hashes(out, [*before])
     told = []
     for split, ours in before.items():
+        # By content, not by id: an id may number the pages of a folder that has grown.
         left = np.setdiff1d(ours, after[split])
         # Of equal records in both splits neither has moved.
         arrived = {

@@ -92,6 +92,7 @@ def view(record: Record, builder: ExampleBuilder) -> View:
     Raises:
       UserError: an image cannot be read, or there are more than the record may have tiles.
     """
+    # By the code of training, not by another way to the same: what is drawn is what is taught.
     tiles = builder.tile_pages(record)
     arrays = builder.patch_labels(record, tiles)
     ends = np.cumsum([len(page.pixels) for page in tiles])[:-1]
@@ -186,12 +187,14 @@ def _page(record: Record, number: int, patches: list[list[Any]]) -> ShownPage:
         for place, line in enumerate(lines, start=1)
         for word in line
     ]
+    # As scores compare answers: a page may write "Total:" where the answer is "total".
     texts = [word.text.casefold().strip(AROUND) for line in lines for word in line]
     answers = [
         [number_of_turn, place]
         for number_of_turn, turn in enumerate(record.turns, start=1)
         for place in _find(texts, turn)
     ]
+    # Boxes stay in pixels of the page itself: the drawing over it is scaled by the browser.
     image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
     data = {"words": words, "patches": patches, "answers": answers}
     return ShownPage(html.image_uri(image), width, height, len(words), data)

@@ -80,6 +80,7 @@ def pdf_dpi(metadata: Mapping[str, Any]) -> float:
 def public(description: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a description of prepared data without paths and listings, which may name what is
     nobody else's business."""
+    # Lists and groups are of files: what they are called may say what is in them.
     plain = {name: x for name, x in description.items() if isinstance(x, str | int | float)}
     return {
         name: x.rstrip("/").rpartition("/")[2] if isinstance(x, str) and PRIVATE.search(x) else x
@@ -169,6 +170,7 @@ class Exported:
         folder = self.folder if self._layout == "transformers" else self.folder / "llm"
         files = {name: folder / name for name in tokenizers.KEPT}
         found = {name: path.read_bytes() for name, path in files.items() if path.is_file()}
+        # Without its format a chat would be guessed from special tokens, as of a foreign folder.
         needed = tokenizers.CHAT_FORMAT
         if not found.keys() & set(tokenizers.NAMES) or needed not in found:
             raise UserError(
@@ -200,6 +202,7 @@ class Exported:
 
     @functools.cached_property
     def _wanted(self) -> dict[str, jax.ShapeDtypeStruct]:
+        # Of one device: names and shapes alone are read here, shardings come with `abstract`.
         model = vlm.VLM(self._config.model)
         return state.flatten(state.abstract_params(model, mesh_lib.single_device()))
 

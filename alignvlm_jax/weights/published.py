@@ -67,6 +67,8 @@ class _Export:
         self._checkpoints = checkpoints
         self._step = step
         self._layout = layout
+        # As it is stored; what is written has the tables without the rows of padding, which other
+        # programs would take for tokens.
         self._padded = state.flatten(state.abstract_params(vlm.VLM(config.model), mesh))
         model = export.without_padding(config.model)
         wanted = state.flatten(state.abstract_params(vlm.VLM(model), mesh))
@@ -90,6 +92,7 @@ class _Export:
         seen = initial.num_sequences(metadata, self._step, self._stored)
         metadata = metadata | {"step": self._step, "num_sequences": seen}
         parts = self._components(components)
+        # All that may be refused comes before the folder is made.
         description = self._describe(metadata, parts)
         with storage.whole_folder(out) as target, storage.local_folder(target) as folder:
             if self._layout == "components":
@@ -201,6 +204,7 @@ class _Export:
     ) -> None:
         """Writes what transformers wants beside the tensors."""
         model = self._config.model
+        # The code travels with the weights: transformers runs what the folder holds.
         for name in CODE:
             (folder / name).write_bytes((PYTORCH / name).read_bytes())
         # The modules of `pytorch` are made of these.
@@ -232,6 +236,7 @@ class _Export:
             folder / "processor_config.json", {"auto_map": processor, **description["input"]}
         )
         template = jinja2.Template((PYTORCH / f"{CARD}.jinja").read_text(), trim_blocks=True)
+        # What the folder holds: without padding, a tied head once.
         count = sum(int(np.prod(x.shape)) for x in self._stored.values())
         card = template.render(
             config=self._config, description=description, scores=self._scores, num_params=count
@@ -248,6 +253,7 @@ def write_texts(
 ) -> None:
     """Writes what a language model needs beside its tensors: the tokenizer's own files, its chat
     template, and where generation stops."""
+    # By name, never by copying a folder: the tokenizer's may hold the training data as well.
     for name, content in files.items():
         (folder / name).write_bytes(content)
     (folder / tokenizers.TEMPLATE).write_text(_template(tokenizer, files))

@@ -250,3 +250,16 @@ def test_links_of_a_whole_source_are_its_owners(tmp_path, prepare, png):
     (tmp_path / "in").symlink_to("disk")
     assert len(prepare(Jsonl(), tmp_path / "in").records()) == 1
     assert len(prepare(Jsonl(), Path(tmp_path / "in/d.jsonl"), "b").records()) == 1
+
+
+def test_what_was_prepared_below_the_source_is_no_source(tmp_path, prepare, png):
+    """Its lists of rejected records and of images end in .jsonl, too."""
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "1.png").write_bytes(png())
+    (source / "own.jsonl").write_bytes(contents("jsonl", png())[1] + b"\nno JSON\n")
+    below = prepare(Jsonl(), source, "in/prepared")
+    assert len(below.folder.joinpath("rejected.jsonl").read_text().splitlines()) == 1
+    again = prepare(Jsonl(), source, "again")
+    assert again.files().keys() == below.files().keys()
+    assert again.files()["rejected.jsonl"] == below.files()["rejected.jsonl"]

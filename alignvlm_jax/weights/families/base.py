@@ -28,6 +28,7 @@ class Fields:
     def __init__(self, path: Path, values: Mapping[str, Any] | None = None):
         self.folder = path.parent
         self.path = path
+        # A group is read from the file once, by whoever has opened that.
         self._values = read_json(path) if values is None else values
 
     def __contains__(self, name: str) -> bool:

@@ -218,7 +218,12 @@ class AlignVLMForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_cache_class = True
     # Layers that must stand on one device where a model is spread over several.
-    _no_split_modules = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+    _no_split_modules = (
+        "LlamaDecoderLayer",
+        "Qwen2DecoderLayer",
+        "Qwen3DecoderLayer",
+        "SmolLM3DecoderLayer",
+    )
 
     def __init__(self, config):
         super().__init__(config)
