@@ -189,7 +189,7 @@ def test_unknown_field_names_the_nearest(changes, message):
         ({"optim": {"b1": True}}, r"config\.optim\.b1 is True of type bool"),
         ({"optim": 3}, r"config\.optim is 3; it must be a group of fields"),
         ({"name": 3}, r"config\.name is 3 of type int; it must be .*str"),
-        ({"train": {"trainable": "llm/.*"}}, r"config\.train\.trainable is 'llm/\.\*' of type str"),
+        ({"train": {"trainable": 3}}, r"config\.train\.trainable is 3 of type int"),
         (
             {"train": {"load": ("llm/.*", 3)}},
             r"config\.train\.load\[1\] is 3 of type int; it must be .*str",
@@ -446,6 +446,19 @@ def test_numbers_and_lists_are_taken_as_meant():
             {"llm": -1.0},
             r"learning_rate_scale\.llm is -1\.0; it must be at least 0",
         ),
+        (
+            "optim.name",
+            "adafator",
+            r"config\.optim\.name is 'adafator'; did you mean 'adafactor'\?",
+        ),
+        (
+            "optim.moment_dtype",
+            "bfloat",
+            r"config\.optim\.moment_dtype is 'bfloat'; did you mean 'bfloat16'\?",
+        ),
+        ("optim.learning_rate_scale", {"lora": 2.0}, r"scale\.lora changes nothing: .* rank is 0"),
+        ("lora.rank", -1, r"config\.lora\.rank is -1; it must be at least 0"),
+        ("lora.alpha", 0.0, r"config\.lora\.alpha is 0\.0; it must be above 0"),
         ("eval.splits", (), r"config\.eval\.splits is empty; name at least one split"),
         (
             "data.tasks",
@@ -827,7 +840,8 @@ def test_a_config_json_from_before_fields_had_to_be_given_is_read():
     del new["model"]["connectors"]
     old = renamed.stage(old)
     # Came later; the defaults of the others are held by the file.
-    del new["train"]["jit"], new["run_id"], new["data"]["images_first"]
+    del new["train"]["jit"], new["run_id"], new["data"]["images_first"], new["lora"]
+    del new["train"]["bfloat16_params"], new["optim"]["name"], new["optim"]["moment_dtype"]
     del new["model"]["llm"]["context_length"]
     options = ("qkv_bias", "qk_norm", "no_rope_every")
     assert [new["model"]["llm"].pop(name) for name in options] == [False, False, 0]
@@ -873,6 +887,7 @@ def test_fields_that_an_earlier_version_did_not_have_get_their_defaults():
     [fields] = json.loads(json.dumps(config_lib.to_json((read(),))))
     old = json.loads(json.dumps(fields))
     del old["train"]["jit"], old["data"]["use_overview"], old["model"]["vision"]["norm_eps"]
+    del old["lora"]
     assert config_lib.current_form([old]) == config_lib.current_form([fields])
     del old["data"]["dir"]
     assert "dir" not in config_lib.current_form([old])[0]["data"]
@@ -937,7 +952,32 @@ def test_presets(part):
         assert getattr(stage.model, part) == preset
 
 
-NEED_WEIGHTS = ("finetune", "smollm2", "documents", "trial")
+def test_moments_in_bfloat16_are_of_adamw_and_of_a_decay_that_they_can_hold():
+    assert read(optim__moment_dtype="bfloat16").optim.b2 <= 0.99
+    with pytest.raises(UserError, match=r"moment_dtype 'bfloat16' is of adamw's running means"):
+        read(optim__moment_dtype="bfloat16", optim__name="adafactor")
+    with pytest.raises(
+        UserError, match=r"b2 is 0\.999; with moment_dtype 'bfloat16' .* most 0\.99"
+    ):
+        read(optim__moment_dtype="bfloat16", optim__b2=0.999)
+
+
+def test_lora_is_a_group_whose_targets_are_one_pattern_or_several():
+    config_dict = complete_config_dict()
+    config_dict.lora = {"rank": 16, "alpha": 32, "targets": "llm/.*/attn/(q|v)/kernel"}
+    [stage] = config_lib.from_config_dict(config_dict)
+    assert stage.lora == config_lib.LoraConfig(rank=16, targets=("llm/.*/attn/(q|v)/kernel",))
+    config_dict.lora.targets = ("a", "b")
+    assert config_lib.from_config_dict(config_dict)[0].lora.targets == ("a", "b")
+    config_dict.lora.targets = ()
+    with pytest.raises(UserError, match=r"rank is 16 and config\.lora\.targets is empty"):
+        config_lib.from_config_dict(config_dict)
+    config_dict.lora = {"rang": 16}
+    with pytest.raises(UserError, match=r"config\.lora\.rang; did you mean 'rank'"):
+        config_lib.from_config_dict(config_dict)
+
+
+NEED_WEIGHTS = ("finetune", "lora", "smollm2", "documents", "trial")
 """Tested with a converted model, in tests/commands/test_convert.py."""
 
 

@@ -16,7 +16,7 @@ IMPORT = (
 )
 EXPORT = (
     "convert --export --checkpoint=DIR --out=DIR [--components=llm,vision,connector] "
-    "[--format=components|transformers]"
+    "[--format=components|transformers] [--adapter]"
 )
 EXPORTED = "convert --import=EXPORTED --out=DIR"
 LAYOUTS = ("components", "transformers")
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
 
     if args.export:
         components = tuple(args.components.split(","))
-        convert.write_export(args.checkpoint, args.out, components, args.format)
+        convert.write_export(args.checkpoint, args.out, components, args.format, args.adapter)
     elif args.exported:
         convert.write_exported(args.exported, args.out)
     else:
@@ -83,6 +83,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "default: %(default)s",
     )
     parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="with --export: the language model as before LoRA, and beside it in adapter/ its "
+        "factors, for peft; default: merged",
+    )
+    parser.add_argument(
         "--out", type=storage.path, required=True, help="folder to write; must not exist"
     )
     args = parser.parse_args(argv)
@@ -93,6 +99,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.check_used(argv, ("--checkpoint", "--components", "--parts"), "needs --export")
     if args.export and not args.checkpoint:
         parser.error("--export needs --checkpoint=DIR")
+    if args.adapter and not args.export:
+        parser.error("--adapter is of --export")
+    if args.adapter and args.format != LAYOUTS[0]:
+        parser.error(f"--adapter stands beside llm/: it goes with --format={LAYOUTS[0]}")
     if not (args.export or args.exported or (args.llm and args.vision)):
         parser.error("--llm=PATH and --vision=PATH are needed, or --export, or --import=EXPORTED")
     if args.exported and (args.export or args.llm or args.vision):

@@ -15,6 +15,7 @@ from alignvlm_jax.config.fields import (
     DataConfig,
     LLMConfig,
     ModelConfig,
+    OptimConfig,
     SourceConfig,
     VisionConfig,
 )
@@ -30,6 +31,8 @@ CHOICES = {
     "model.remat": ("none", "full", "dots"),
     "model.vocab_impl": ("auto", "plain", "chunked"),
     "model.attention": ("auto", "xla", "cudnn", "splash"),
+    "optim.name": ("adamw", "adafactor"),
+    "optim.moment_dtype": ("float32", "bfloat16"),
     "data.packing": ("none", "offline"),
     "data.loss_normalisation": ("token", "answer", "record"),
     "train.visual_source": ("pixels", "oracle"),
@@ -65,6 +68,7 @@ AT_LEAST: dict[str, int] = {
     "optim.b1": 0,
     "optim.b2": 0,
     "optim.weight_decay": 0,
+    "lora.rank": 0,
     "train.num_steps": 1,
     "train.batch_size": 1,
     "train.patch_token_weight": 0,
@@ -92,11 +96,13 @@ ABOVE = {
     "model.llm.rope_scaling.attention_factor": 0,
     "data.temperature": 0,
     "data.full_cover": 0,
+    "lora.alpha": 0,
     "optim.learning_rate": 0,
     "optim.eps": 0,
     "optim.clip_norm": 0,
 }
 BELOW = {"optim.b1": 1, "optim.b2": 1}
+MAX_BFLOAT16_DECAY = 0.99
 USUALLY = {
     "model.vision": 'set_preset(config.model.vision, presets.VISION["..."])',
     "model.llm": 'set_preset(config.model.llm, presets.LLM["..."])',
@@ -136,16 +142,8 @@ def check(config: Config) -> Config:
         "grad_accum_steps",
         config.train.grad_accum_steps,
     )
-    for component, scale in config.optim.learning_rate_scale.items():
-        if component not in COMPONENTS:
-            raise UserError(
-                f"config.optim.learning_rate_scale.{component} is no component of the "
-                f"model{nearest(component, COMPONENTS)}"
-            )
-        if scale < 0:
-            raise UserError(
-                f"config.optim.learning_rate_scale.{component} is {scale}; it must be at least 0"
-            )
+    _check_optim(config.optim)
+    _check_lora(config)
     if config.data.labelled_fraction > 1:
         raise UserError(
             f"config.data.labelled_fraction is {config.data.labelled_fraction}; it must be at "
@@ -284,6 +282,47 @@ def _check_source(path: str, name: str, source: SourceConfig) -> None:
         raise UserError(f"{path}.repeat is {source.repeat}; it must be above 0")
     if source.cap < 0:
         raise UserError(f"{path}.cap is {source.cap}; it must be at least 0")
+
+
+def _check_optim(optim: OptimConfig) -> None:
+    components = (*COMPONENTS, "lora")
+    for component, scale in optim.learning_rate_scale.items():
+        if component not in components:
+            raise UserError(
+                f"config.optim.learning_rate_scale.{component} is no component of the "
+                f"model{nearest(component, components)}"
+            )
+        if scale < 0:
+            raise UserError(
+                f"config.optim.learning_rate_scale.{component} is {scale}; it must be at least 0"
+            )
+    if optim.moment_dtype == "float32":
+        return
+    if optim.name != "adamw":
+        raise UserError(
+            f"config.optim.moment_dtype {optim.moment_dtype!r} is of adamw's running means, and "
+            f"config.optim.name is {optim.name!r}, which has none; leave it out"
+        )
+    # A bfloat16 has 8 bits: a mean that is to lose less than 1/256 of itself would stay for ever.
+    if optim.b2 > MAX_BFLOAT16_DECAY:
+        raise UserError(
+            f"config.optim.b2 is {optim.b2}; with moment_dtype 'bfloat16' it must be at most "
+            f"{MAX_BFLOAT16_DECAY}, since bfloat16 rounds smaller changes away"
+        )
+
+
+def _check_lora(config: Config) -> None:
+    if not config.lora.rank:
+        if config.optim.learning_rate_scale.get("lora", 1.0) != 1.0:
+            raise UserError(
+                "config.optim.learning_rate_scale.lora changes nothing: config.lora.rank is 0"
+            )
+        return
+    if not config.lora.targets:
+        raise UserError(
+            f"config.lora.rank is {config.lora.rank} and config.lora.targets is empty; name "
+            "kernels, such as 'llm/.*/attn/(q|v)/kernel'"
+        )
 
 
 def _check_profile(profile: str) -> None:

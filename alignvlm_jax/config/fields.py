@@ -225,18 +225,36 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW after gradient clipping; the learning rate warms up linearly and decays by a cosine."""
+    """The optimizer, after gradient clipping; the learning rate warms up linearly and decays by a
+    cosine."""
 
+    # "adamw", or "adafactor", which keeps of a matrix's squared gradients the means of its rows and
+    # columns alone, and no mean of the gradients: learning rates and decay are meant as AdamW's.
+    name: str = "adamw"
+    # Type in which AdamW's two running means are kept: "float32", or "bfloat16", half of it.
+    moment_dtype: str = "float32"
     learning_rate: float = MISSING  # Learning rate after the warm-up, at its peak.
-    # Factor of the learning rate, by component of the model: vision, connector, llm.
+    # Factor of the learning rate, by component of the model: vision, connector, llm; and lora, the
+    # factors of all of them.
     learning_rate_scale: Mapping[str, float] = dataclasses.field(default_factory=dict)
     warmup_steps: int = 100  # Steps of the linear warm-up.
     final_fraction: float = 0.05  # Fraction of the peak learning rate that the last step has.
-    b1: float = 0.9  # Decay of the gradient's running mean.
-    b2: float = 0.98  # Decay of the squared gradient's running mean.
-    eps: float = 1e-8  # Added to the denominator of the update.
+    b1: float = 0.9  # Decay of AdamW's running mean of the gradient.
+    b2: float = 0.98  # Decay of AdamW's running mean of the squared gradient.
+    eps: float = 1e-8  # Added to the denominator of AdamW's update.
     weight_decay: float = 0.01  # Fraction of a weight that a step takes away, times its rate.
     clip_norm: float = 1.0  # Global norm above which gradients are scaled down.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """LoRA (arXiv 2106.09685): kernels stay as they are and get alpha / rank times the product of
+    two narrow factors added, which are trained beside what train.trainable matches."""
+
+    rank: int = 0  # Columns of the first factor and rows of the second; 0: no LoRA.
+    alpha: float = 32.0  # The product is multiplied by alpha / rank.
+    # Regular expressions of the paths of the kernels that get factors, matched whole.
+    targets: tuple[str, ...] = ("llm/.*/attn/(q|v)/kernel",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -261,6 +279,9 @@ class TrainConfig:
     # Regular expressions of parameter paths, matched whole: these are taken from the stage before,
     # or from init_from; the rest is initialised.
     load: tuple[str, ...] = (".*",)
+    # Regular expressions of parameter paths, matched whole: these, which must be frozen, are held
+    # in bfloat16, in half of the memory.
+    bfloat16_params: tuple[str, ...] = ()
     # Origin of the visual tokens: "pixels", the image; "oracle", the label-weighted average of
     # text embeddings, which a perfect ALIGN would hand on, and no image is read.
     visual_source: str = "pixels"
@@ -318,6 +339,7 @@ class Config:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
+    lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()

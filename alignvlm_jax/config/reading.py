@@ -19,6 +19,8 @@ from alignvlm_jax.errors import UserError, nearest
 MIXTURES = ("tasks", "sources")
 """Mappings by name in `data` whose entries belong together: a stage replaces one whole, and does
 not merge into it."""
+LATER_GROUPS = ("lora",)
+"""Groups of a stage that earlier versions did not have: a file without one is old, not damaged."""
 
 
 def default_config_dict() -> ml_collections.ConfigDict:
@@ -118,8 +120,9 @@ def _completed(cls: type, fields: Mapping[str, Any]) -> dict[str, Any]:
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         if hint is not ConnectorConfig and dataclasses.is_dataclass(hint):
-            if isinstance(fields.get(field.name), Mapping):
-                result[field.name] = _completed(hint, fields[field.name])
+            given = fields.get(field.name, {} if field.name in LATER_GROUPS else None)
+            if isinstance(given, Mapping):
+                result[field.name] = _completed(hint, given)
         elif cls is Config or field.name in fields:
             continue  # A file without a stage's name or seed is damaged, not old.
         elif field.default not in (MISSING, dataclasses.MISSING):
@@ -269,6 +272,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin is Literal:
         hint = type(args[0])  # `check` refuses values that are none of the choices.
         origin = None
+    if origin is tuple and args[0] is str and isinstance(value, str):
+        value = (value,)
     if origin is tuple and isinstance(value, (tuple, list)):
         return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if origin is Mapping and isinstance(value, Mapping):

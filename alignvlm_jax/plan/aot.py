@@ -137,7 +137,7 @@ def check(config: Config, topology: Topology) -> None:
         config.mesh, config.model, config.train, topology.num_devices, topology.num_slices
     )
     # Called for what they raise: of weights that do not divide, and of patterns that no weight has.
-    params = state.abstract_params(vlm.VLM(config.model), mesh)
+    params = state.abstract_params(vlm.VLM(config.model), mesh, config.train, config.lora)
     state.trainable_paths(config.train, config.stage, params)
 
 
@@ -155,7 +155,7 @@ def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> P
     is_estimate = devices[0].platform != "tpu"
     with mesh_lib.use(mesh_lib.make_mesh(config.mesh, config.model, config.train, devices)) as mesh:
         # Lowered within the mesh: attention chooses its kernel by the platform of the mesh entered.
-        abstract = state.abstract_state(model, config.train, tx, mesh)
+        abstract = state.abstract_state(model, config.train, tx, mesh, config.lora)
         compiled, peak_gib = compile_program(
             step.lower_train_step(model, config, tx, abstract, mesh), is_estimate
         )
@@ -188,7 +188,7 @@ def state_gib(config: Config, topology: Topology) -> float:
         config.mesh, config.model, config.train, topology.num_devices, topology.num_slices
     )
     tx = optim.make_optimizer(config.optim, config.train.num_steps)
-    abstract = state.abstract_state(vlm.VLM(config.model), config.train, tx, mesh)
+    abstract = state.abstract_state(vlm.VLM(config.model), config.train, tx, mesh, config.lora)
     trainable = state.trainable_paths(config.train, config.stage, abstract.params)
     trained, _ = state.split(abstract.params, trainable)
     # Gradients have the shapes, dtypes and shardings of the parameters that are trained.

@@ -55,7 +55,8 @@ def step_flops(config: Config, params: Params) -> dict[str, float]:
     )
 
     def loss(trainable: Params, frozen: Params, batch: dict[str, Any]) -> jax.Array:
-        return step.whole_loss(model, config.train, state.merge(trainable, frozen), batch)
+        params = state.merge(trainable, frozen)
+        return step.whole_loss(model, config.train, params, batch, config.lora.alpha)
 
     # With its value: else the forward pass of what is recomputed would be dead code.
     return matmul_flops(jax.value_and_grad(loss), trainable, frozen, batch)

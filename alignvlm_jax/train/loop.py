@@ -203,7 +203,7 @@ def _train_stage(run: Run, stage: Stage, newest: int, lacking: Sequence[str]) ->
             for kind in run.kinds
             if kind.every(config)
         }
-        abstract = state.abstract_state(model, config.train, tx, mesh)
+        abstract = state.abstract_state(model, config.train, tx, mesh, config.lora)
         with run.phases.enter("restoring"):
             live, position = _start(run, stage, opened, newest, model, tx, abstract)
         _quarantine_broken(run, newest)
@@ -257,7 +257,7 @@ def _start(
         return restore.agreed(lambda: checkpoints.restore(newest, abstract))
 
     def read(source: Checkpoints, source_step: int) -> warm_start.Found:
-        return warm_start.read(config.train, abstract, source, source_step)
+        return warm_start.read(config.train, abstract, source, source_step, config.lora)
 
     found = None
     if newest:

@@ -60,9 +60,10 @@ def open_stages(stages: tuple[Config, ...]) -> list[StageData]:
         _ = opened.tokenizer_files
         found.append(opened)
         # Stages mostly share a model, and tracing it takes most of a second.
-        key = config.model, config.mesh
+        key = config.model, config.mesh, config.train.bfloat16_params, config.lora
         if key not in shapes:
-            shapes[key] = state.abstract_params(vlm.VLM(config.model), mesh)
+            model = vlm.VLM(config.model)
+            shapes[key] = state.abstract_params(model, mesh, config.train, config.lora)
         trained = state.trainable_paths(config.train, config.stage, shapes[key])
         if jax.default_backend() == "cpu":
             sizes = {path: math.prod(x.shape) for path, x in state.flatten(shapes[key]).items()}
@@ -103,7 +104,8 @@ def _cpu_seconds(
         # Two of a multiplication and an addition; as many again for each of two gradients, of which
         # what lies before all that is trained has none.
         has_gradients = component != "vision" or path in trained
-        flops += (6 if has_gradients else 2) * size * positions[component]
+        # Factors go through nothing but their sum with a kernel.
+        flops += (6 if has_gradients else 2) * size * positions.get(component, 0)
     return flops / (CPU_FLOPS * (os.cpu_count() or 1))
 
 

@@ -18,7 +18,7 @@ from alignvlm_jax.config import Config
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import distributed, exchange
-from alignvlm_jax.train import heartbeat, state
+from alignvlm_jax.train import heartbeat, lora, state
 from alignvlm_jax.train.checkpoint import FOLDER, BrokenCheckpoint, Checkpoints
 from alignvlm_jax.train.checkpoint_files import is_step
 from alignvlm_jax.train.state import Params
@@ -128,7 +128,8 @@ def read_model(
     mesh: Mesh, checkpoints: Checkpoints, step: int
 ) -> tuple[Config, vlm.VLM, Params, int]:
     """Reads a model for use, its parameters in the dtypes that they are stored in: what was
-    published in bfloat16 takes half of what float32 would.
+    published in bfloat16 takes half of what float32 would. Factors of LoRA are merged into their
+    kernels, which are float32 then.
 
     Args:
       mesh: the mesh on which parameters are sharded, which need not be that of training.
@@ -151,8 +152,10 @@ def read_model(
         path: x.update(dtype=stored[path].dtype) if path in stored else x
         for path, x in wanted.items()
     }
-    params = checkpoints.restore_params(step, state.unflatten(abstract))
-    return config, model, params, step
+    # Of the checkpoint and not of the config: what was merged before has none.
+    factors = lora.abstract_factors(stored, lora.kernels(stored), mesh)
+    params = checkpoints.restore_params(step, state.unflatten(abstract | factors))
+    return config, model, lora.merge(params, config.lora.alpha, config.model), step
 
 
 def workdir_of(path: Path) -> Path:

@@ -16,7 +16,7 @@ from alignvlm_jax.data import loader
 from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import exchange, sharding
-from alignvlm_jax.train import checkpoint, goodput, metrics, step
+from alignvlm_jax.train import checkpoint, goodput, lora, metrics, step
 from alignvlm_jax.train.checkpoint import BrokenCheckpoint, Checkpoints
 from alignvlm_jax.train.evaluator import Evaluator, Kind
 from alignvlm_jax.train.goodput import Phases
@@ -308,18 +308,20 @@ class StageLoop:
         """Measures and logs; returns the answer loss of validation, or None where there is none.
         What a stop cuts short is logged when the run goes on from here."""
         answer_loss = None
+        config = self.stage.config
         phases = {kind.name: kind.phase for kind in self.run.kinds}
         for name in names:
             self._read()
             with self.interval.pause(), self._phase(phases[name], now):
-                values = self.evaluators[name].run(live.params, self.eval_step, self._should_stop)
+                params = lora.merge(live.params, config.lora.alpha, config.model)
+                values = self.evaluators[name].run(params, self.eval_step, self._should_stop)
                 if values is None:
                     self.was_cut_short = True
                     self.run.progress.say(
                         f"{name} at step {now} cut short: they come when the run goes on from there"
                     )
                     return answer_loss
-                self.writer.write(now, self.stage.config.stage, values | self.run.phases.metrics())
+                self.writer.write(now, config.stage, values | self.run.phases.metrics())
                 # Of all sources together; those of each are in the log.
                 shown = [
                     f"{key.split('/')[1].replace('_', ' ')} {value:.3f}"

@@ -13,14 +13,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 from flax import struct, traverse_util
 from jax.sharding import Mesh
 
-from alignvlm_jax.config import TrainConfig
+from alignvlm_jax.config import LoraConfig, TrainConfig
 from alignvlm_jax.errors import UserError, nearest
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.shapes import Array, Int
+from alignvlm_jax.train import lora as lora_lib
 
 Params = dict[str, Any]
 
@@ -85,10 +87,10 @@ def merge(first: Params, second: Params) -> Params:
 
 
 def trainable_paths(train: TrainConfig, stage: str, params: Params) -> set[str]:
-    """Returns the paths that the stage of the name `stage` trains.
+    """Returns the paths that the stage of the name `stage` trains; factors of LoRA are among them.
 
     Raises:
-      UserError: a pattern, or all of them, match none.
+      UserError: a pattern, or all of them, match none; or one matches what has to be frozen.
     """
     chosen = _matched(train, params)
     if not chosen:
@@ -99,44 +101,130 @@ def trainable_paths(train: TrainConfig, stage: str, params: Params) -> set[str]:
 
 
 def _matched(train: TrainConfig, params: Params) -> set[str]:
-    return match_paths(train.trainable, flatten(params), "train.trainable")
+    paths = flatten(params).keys()
+    chosen = match_paths(train.trainable, paths, "train.trainable")
+    instead = "name there only what is to be trained, such as 'connector/.*'"
+    if both := sorted(chosen & lora_lib.kernels(paths)):
+        raise UserError(
+            f"config.train.trainable matches {both[0]}, which config.lora.targets gives factors "
+            f"and which therefore stays as it is; {instead}"
+        )
+    if both := sorted(chosen & _bfloat16_paths(train, paths)):
+        raise UserError(
+            f"config.train.trainable matches {both[0]}, and so does config.train.bfloat16_params, "
+            f"where updates would be rounded away; {instead}"
+        )
+    return chosen | {path for path in paths if lora_lib.is_factor(path)}
+
+
+def _bfloat16_paths(train: TrainConfig, paths: Iterable[str]) -> set[str]:
+    own = [path for path in paths if not lora_lib.is_factor(path)]
+    return match_paths(train.bfloat16_params, own, "train.bfloat16_params")
 
 
 def abstract_state(
-    model: vlm.VLM, train: TrainConfig, tx: optax.GradientTransformation, mesh: Mesh
+    model: vlm.VLM,
+    train: TrainConfig,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    lora: LoraConfig = lora_lib.OFF,
 ) -> TrainState:
     """Returns the state's shapes, dtypes and shardings, with optimizer state for what is trained
     alone. Nothing is computed."""
 
     def boxed_state() -> TrainState:
-        # Any key would do, since nothing is drawn.
-        params = vlm.init_params(model, jax.random.key(0))
+        params = _boxed_params(model, train, lora)
         trainable, _ = split(params, _matched(train, params))
-        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(trainable))
+        return TrainState(jnp.zeros((), jnp.int32), params, _boxed_opt_state(tx, trainable))
 
     return _with_shardings(boxed_state, mesh)
 
 
-def abstract_params(model: vlm.VLM, mesh: Mesh) -> Params:
-    """Returns the parameters' shapes, dtypes and shardings, whatever is trained."""
-    return _with_shardings(lambda: vlm.init_params(model, jax.random.key(0)), mesh)
+def abstract_params(
+    model: vlm.VLM,
+    mesh: Mesh,
+    train: TrainConfig | None = None,
+    lora: LoraConfig = lora_lib.OFF,
+) -> Params:
+    """Returns the parameters' shapes, dtypes and shardings, whatever is trained; float32 without
+    the stage's `train`."""
+    return _with_shardings(lambda: _boxed_params(model, train, lora), mesh)
+
+
+def abstract_merged(abstract: Params) -> Params:
+    """Returns the shapes, dtypes and shardings of what `lora.merge` makes of the parameters
+    `abstract`."""
+    leaves = flatten(abstract)
+    with_factors = lora_lib.kernels(leaves)
+    return unflatten(
+        {
+            path: x.update(dtype=jnp.float32) if path in with_factors else x
+            for path, x in leaves.items()
+            if not lora_lib.is_factor(path)
+        }
+    )
+
+
+def _boxed_params(model: vlm.VLM, train: TrainConfig | None, lora: LoraConfig) -> Params:
+    """The parameters of a stage, boxed with their logical axes; for their shapes alone."""
+    # Any key would do, since nothing is drawn.
+    leaves = flatten(vlm.init_params(model, jax.random.key(0)))
+    for path in _bfloat16_paths(train, leaves) if train else ():
+        leaves[path] = jax.tree.map(lambda x: x.astype(jnp.bfloat16), leaves[path])
+    params = unflatten(leaves)
+    if not lora.rank:
+        return params
+    targets = match_paths(lora.targets, leaves, "lora.targets")
+    lora_lib.check_targets(model.config, targets)
+    return lora_lib.add(params, targets, lora.rank, model.config)
+
+
+def _boxed_opt_state(tx: optax.GradientTransformation, boxed: Params) -> optax.OptState:
+    """The initial optimizer state of parameters that are boxed with their logical axes, boxed with
+    those that each of its arrays has of its parameter's."""
+    by_path = flatten(boxed)
+
+    def box(path: tuple, x: Array) -> Any:
+        # The optimizer's own containers have no string keys: what is left is the parameter's path.
+        keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        param = by_path.get("/".join(keys))
+        if not isinstance(param, nn.LogicallyPartitioned):
+            return x
+        axes = _axes_left(param.value.shape, x.shape)
+        return (
+            x if axes is None else nn.LogicallyPartitioned(x, tuple(param.names[i] for i in axes))
+        )
+
+    return jax.tree_util.tree_map_with_path(box, tx.init(sharding.unbox(boxed)))
+
+
+def _axes_left(shape: tuple[int, ...], left: tuple[int, ...]) -> list[int] | None:
+    """Returns the axes of an array of `shape` that one of the shape `left` has, which may lack an
+    axis, as means over rows do; None where it lacks more."""
+    axes = list(range(len(shape)))
+    kept = [axes, *(axes[:i] + axes[i + 1 :] for i in axes)]
+    return next((one for one in kept if tuple(shape[i] for i in one) == left), None)
 
 
 def init_params(model: vlm.VLM, abstract: Params, paths: set[str], rng: Array) -> Params:
-    """Returns those of the parameters `abstract` that are at `paths`, initialised, float32, each
-    shard on its own device.
+    """Returns those of the parameters `abstract` that are at `paths`, initialised, each shard on
+    its own device.
 
     The others are never made: XLA drops them.
     """
     # The same numbers, compiled in two thirds of the time.
     model = vlm.VLM(dataclasses.replace(model.config, scan_unroll=1))
 
+    wanted = split(abstract, paths)[0]
+    factors = {p: x.shape for p, x in flatten(wanted).items() if lora_lib.is_factor(p)}
+
     def init(rng: Array) -> Params:
         params, _ = split(sharding.unbox(vlm.init_params(model, rng)), paths)
+        params = merge(params, unflatten(lora_lib.init(factors, model.config, rng)))
         # A weakly typed parameter would trace the step anew once the optimizer has made it strong.
-        return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+        return jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), params, wanted)
 
-    return jax.jit(init, out_shardings=shardings_of(split(abstract, paths)[0]))(rng)
+    return jax.jit(init, out_shardings=shardings_of(wanted))(rng)
 
 
 def init_opt_state(

@@ -18,7 +18,7 @@ from alignvlm_jax.config import Config, DataConfig, TrainConfig
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.shapes import Array, Float, Int
-from alignvlm_jax.train import optim, state
+from alignvlm_jax.train import lora, optim, state
 from alignvlm_jax.train.state import Params, TrainState
 
 Metrics = dict[str, Float[Array, ""] | Int[Array, ""]]
@@ -63,6 +63,7 @@ def make_train_step(
     trainable: set[str],
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
+    lora_alpha: float = lora.OFF.alpha,
 ) -> TrainStep:
     """Returns step(state, batch) -> (state, metrics).
 
@@ -74,6 +75,7 @@ def make_train_step(
     Args:
       tx: the optimizer, whose state covers what is trained alone.
       schedule: the learning rate by the number of updates, for the metrics; `tx` has its own.
+      lora_alpha: of `config.LoraConfig`; of use where parameters have factors.
     """
 
     def train_step(old: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, Metrics]:
@@ -85,7 +87,8 @@ def make_train_step(
         def loss_fn(
             trained: Params, microbatch: Mapping[str, Array]
         ) -> tuple[Float[Array, ""], Metrics]:
-            sums = _sums(model, train, state.merge(trained, frozen), microbatch)
+            params = effective_params(model, state.merge(trained, frozen), lora_alpha)
+            sums = _sums(model, train, params, microbatch)
             return _total(train, means(sums | weights)), sums
 
         def add_microbatch(
@@ -99,7 +102,7 @@ def make_train_step(
         # [B, ...] -> [n, B / n, ...]: a scan over n holds the activations of one microbatch at a
         # time.
         microbatches = _split_microbatches(batch, train.grad_accum_steps)
-        # Summed as the parameters are, in float32, whatever the model computes in.
+        # Summed as trained parameters are, in float32, whatever the model computes in.
         zeros = jax.tree.map(jnp.zeros_like, trained)
         grads, sums = jax.lax.scan(add_microbatch, zeros, microbatches)
         # The scan stacks the sums of the microbatches: [n] -> [].
@@ -146,10 +149,22 @@ def make_eval_step(model: vlm.VLM, train: TrainConfig) -> EvalStep:
     return eval_step
 
 
+def effective_params(model: vlm.VLM, params: Params, lora_alpha: float) -> Params:
+    """Returns the parameters that the model computes with: those of the state, factors of LoRA
+    merged into their kernels."""
+    # In the type that the kernel would be cast to at its use: half the memory in bfloat16.
+    return lora.merged(params, lora_alpha, model.config, model.config.dtype)
+
+
 def whole_loss(
-    model: vlm.VLM, train: TrainConfig, params: Params, batch: Mapping[str, Array]
+    model: vlm.VLM,
+    train: TrainConfig,
+    params: Params,
+    batch: Mapping[str, Array],
+    lora_alpha: float = lora.OFF.alpha,
 ) -> Float[Array, ""]:
     """Returns the loss of a batch that is one microbatch: what a training step minimises."""
+    params = effective_params(model, params, lora_alpha)
     return _total(train, means(_sums(model, train, params, batch) | _weights(batch)))
 
 
@@ -171,11 +186,11 @@ def compile_steps(
     if not train.jit:
         trainable = state.trainable_paths(train, config.stage, abstract.params)
         schedule = optim.make_schedule(config.optim, train.num_steps)
-        train_step = make_train_step(model, train, trainable, tx, schedule)
+        train_step = make_train_step(model, train, trainable, tx, schedule, config.lora.alpha)
         return _eager(train_step), _eager(make_eval_step(model, train))
     lowered = (
         lower_train_step(model, config, tx, abstract, mesh),
-        _lower_eval_step(model, config.data, train, abstract.params, mesh),
+        _lower_eval_step(model, config.data, train, state.abstract_merged(abstract.params), mesh),
     )
     # Tracing needs the mesh, which is this thread's; XLA's work, most of the time, does not.
     with ThreadPoolExecutor(len(lowered)) as pool:
@@ -286,7 +301,7 @@ def lower_train_step(
     schedule = optim.make_schedule(config.optim, train.num_steps)
     shardings = state.shardings_of(abstract)
     step = jax.jit(
-        make_train_step(model, train, trainable, tx, schedule),
+        make_train_step(model, train, trainable, tx, schedule, config.lora.alpha),
         in_shardings=(shardings, sharding.batch_sharding(mesh)),
         # Stated, not left to the partitioner: a donated buffer is used again only for an output of
         # the same sharding, and the state of one step is the argument of the next.

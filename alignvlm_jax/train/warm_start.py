@@ -9,10 +9,11 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from alignvlm_jax.config import ModelConfig, TrainConfig
+from alignvlm_jax.config import LoraConfig, ModelConfig, TrainConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.shapes import Array
+from alignvlm_jax.train import lora as lora_lib
 from alignvlm_jax.train import state
 from alignvlm_jax.train.checkpoint import Checkpoints
 from alignvlm_jax.train.state import Params, TrainState
@@ -20,14 +21,26 @@ from alignvlm_jax.train.state import Params, TrainState
 
 class Found(NamedTuple):
     """What a checkpoint gives: the shapes of all its parameters, and of those asked for the
-    arrays."""
+    arrays.
+
+    `factors` are those of LoRA, with their `alpha`, that are to be merged into their kernels.
+    """
 
     stored: dict[str, tuple[int, ...]]
     params: Params
+    factors: Params
+    alpha: float = lora_lib.OFF.alpha
 
 
-def read(train: TrainConfig, abstract: TrainState, source: Checkpoints, step: int) -> Found:
-    """Returns what matches `train.load` and is in checkpoint `step` of `source`.
+def read(
+    train: TrainConfig,
+    abstract: TrainState,
+    source: Checkpoints,
+    step: int,
+    lora: LoraConfig = lora_lib.OFF,
+) -> Found:
+    """Returns what matches `train.load` and is in checkpoint `step` of `source`. Factors of LoRA
+    that the stage, by its `lora`, has in the same form go on; others are for their kernels.
 
     Nothing is computed: where one of several processes cannot read it, all do without, and none has
     begun a program that this one will not join.
@@ -37,10 +50,40 @@ def read(train: TrainConfig, abstract: TrainState, source: Checkpoints, step: in
       BrokenCheckpoint: the checkpoint cannot be read.
     """
     wanted = _shapes(abstract.params)
-    stored = {path: x.shape for path, x in source.stored_params(step).items()}
+    arrays = source.stored_params(step)
+    stored = {path: x.shape for path, x in arrays.items()}
     loaded = loadable(train, stored, wanted, source.folder / str(step))
-    chosen = state.split(abstract.params, loaded)[0]
-    return Found(stored, source.restore_params(step, chosen) if loaded else {})
+    theirs = source.config(step).lora
+    going_on, ending = _factors(stored, wanted, loaded, same_alpha=theirs.alpha == lora.alpha)
+    chosen = state.split(abstract.params, loaded | going_on)[0]
+    params = source.restore_params(step, chosen) if loaded else {}
+    if not ending:
+        return Found(stored, params, {})
+    mesh = abstract.step.sharding.mesh
+    factors = lora_lib.abstract_factors(arrays, ending, mesh)
+    restored = source.restore_params(step, state.unflatten(factors))
+    return Found(stored, params, restored, theirs.alpha)
+
+
+def _factors(
+    stored: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, tuple[int, ...]],
+    loaded: set[str],
+    *,
+    same_alpha: bool,
+) -> tuple[set[str], set[str]]:
+    """Returns the paths of a checkpoint's factors of LoRA that a stage goes on with, and the
+    kernels of those that end: which it does not have, or has in another shape or with another
+    alpha. Merged, they are not lost. Those of kernels that are not loaded count for neither."""
+    going_on = set()
+    ending = set()
+    for kernel in lora_lib.kernels(stored) & loaded:
+        factors = lora_lib.factors(kernel)
+        if same_alpha and all(wanted.get(path) == stored[path] for path in factors):
+            going_on.update(factors)
+        else:
+            ending.add(kernel)
+    return going_on, ending
 
 
 def start_params(
@@ -53,21 +96,34 @@ def start_params(
     What of the connector starts from the LLM (ALIGN's W2), and is not loaded, is made of the LLM as
     loaded.
     """
-    stored, params = found or Found({}, {})
+    stored, params, factors, alpha = found or Found({}, {}, {})
     wanted = _shapes(abstract.params)
     loaded = state.flatten(params).keys()
+    if factors:
+        params = _merge_factors(model, params, factors, alpha)
     initialised = wanted.keys() - loaded
     if initialised:
         params = state.merge(params, state.init_params(model, abstract.params, initialised, rng))
     # Where nothing was loaded, `init_params` has made these of the LLM that it drew.
     if loaded:
         params = from_llm(model.config, params, abstract.params, initialised)
+    used = loaded | state.flatten(factors).keys()
     groups = {
         "loaded": {path: wanted[path] for path in wanted if path in loaded},
         "initialised": {path: wanted[path] for path in wanted if path not in loaded},
-        "ignored in the checkpoint": {path: stored[path] for path in stored if path not in loaded},
+        "ignored in the checkpoint": {path: stored[path] for path in stored if path not in used},
     }
     return params, summary(groups)
+
+
+def _merge_factors(model: vlm.VLM, params: Params, factors: Params, alpha: float) -> Params:
+    """Returns params whose kernels have the factors merged into them, in the types that they
+    have; factors of `params` itself stay."""
+    leaves = state.flatten(params)
+    merging = lora_lib.kernels(state.flatten(factors))
+    kernels = state.unflatten({path: leaves[path] for path in merging})
+    merged = state.flatten(lora_lib.merge(kernels | factors, alpha, model.config))
+    return state.unflatten(leaves | {p: x.astype(leaves[p].dtype) for p, x in merged.items()})
 
 
 def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
@@ -81,12 +137,13 @@ def loadable(
     name: Path,
 ) -> set[str]:
     """Returns the paths of `wanted` that a checkpoint of the shapes `stored` gives under
-    `train.load`.
+    `train.load`, but for factors of LoRA, which go with their kernels.
 
     Raises:
       UserError: a pattern matches nothing, or shapes differ; `name` is the checkpoint's.
     """
     chosen = state.match_paths(train.load, stored, "train.load") & wanted.keys()
+    chosen = {path for path in chosen if not lora_lib.is_factor(path)}
     for path in sorted(chosen):
         if stored[path] != wanted[path]:
             raise UserError(
@@ -107,7 +164,9 @@ def from_llm(
     wanted = state.flatten(abstract)
 
     def make(llm: Params) -> dict[str, Array]:
-        return {path: x for path, x in vlm.from_llm(model, llm).items() if path in made}
+        # Of the type that the stage holds it in: the LLM may be frozen, in bfloat16.
+        new = vlm.from_llm(model, llm)
+        return {path: new[path].astype(wanted[path].dtype) for path in made}
 
     # What it does not read of the LLM is not sent: jit drops unused arguments.
     new = jax.jit(make, out_shardings={path: wanted[path].sharding for path in made})(params["llm"])

@@ -20,10 +20,11 @@ from alignvlm_jax.data.tokenizers.base import ChatFiles, Tokenizer
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
-from alignvlm_jax.train import restore, state
+from alignvlm_jax.parallel import sharding
+from alignvlm_jax.train import lora, restore, state
 from alignvlm_jax.train.checkpoint import Checkpoints
 from alignvlm_jax.train.checkpoint_reading import LAYOUT_VERSION
-from alignvlm_jax.weights import export, exported, initial
+from alignvlm_jax.weights import adapter, export, exported, initial
 from alignvlm_jax.weights.exported import SpecialIds
 
 PYTORCH = importlib.resources.files("alignvlm_jax.weights") / "pytorch"
@@ -33,8 +34,16 @@ SCORES = "summary.json"
 MODELING = "modeling_alignvlm.AlignVLM"
 
 
-def write_export(path: Path, out: Path, components: tuple[str, ...], layout: str) -> dict[str, int]:
+def write_export(
+    path: Path,
+    out: Path,
+    components: tuple[str, ...],
+    layout: str,
+    *,
+    with_adapter: bool = False,
+) -> dict[str, int]:
     """Writes components of a checkpoint into the folder `out`, which appears whole or not at all.
+    Factors of LoRA are merged into their kernels.
 
     Args:
       path: a workdir, whose newest readable checkpoint is taken, one checkpoint folder
@@ -42,6 +51,7 @@ def write_export(path: Path, out: Path, components: tuple[str, ...], layout: str
       out: must not exist.
       components: names in `export.COMPONENTS`.
       layout: of `export.LAYOUTS`.
+      with_adapter: the factors of the LLM are not merged, but written beside it.
 
     Returns:
       The number of tensors written, by component.
@@ -51,32 +61,42 @@ def write_export(path: Path, out: Path, components: tuple[str, ...], layout: str
         component cannot be expressed.
     """
     storage.refuse_existing(out)
-    return exported.read(
-        path,
-        lambda checkpoints, step: _Export(path, checkpoints, step, layout).write(out, components),
-    )
+
+    def write(checkpoints: Checkpoints, step: int) -> dict[str, int]:
+        return _Export(path, checkpoints, step, layout, with_adapter).write(out, components)
+
+    return exported.read(path, write)
 
 
 class _Export:
     """One checkpoint on its way out."""
 
-    def __init__(self, path: Path, checkpoints: Checkpoints, step: int, layout: str):
+    def __init__(
+        self, path: Path, checkpoints: Checkpoints, step: int, layout: str, with_adapter: bool
+    ):
         config = checkpoints.config(step)
+        found = checkpoints.stored_params(step)
         # One device will do, since parameters are read one at a time.
         mesh = mesh_lib.single_device()
         self._checkpoints = checkpoints
         self._step = step
         self._layout = layout
+        whole = sharding.replicated(mesh)
         # As it is stored; what is written has the tables without the rows of padding, which other
         # programs would take for tokens.
-        self._padded = state.flatten(state.abstract_params(vlm.VLM(config.model), mesh))
+        self._found = {path: x.update(sharding=whole) for path, x in found.items()}
+        self._with_adapter = with_adapter
+        # With the adapter beside it the LLM stays as it was.
+        merging = [path for path in found if not (with_adapter and path.startswith("lora/llm/"))]
+        self._read_merged = lora.reader(self._raw, merging, config.lora.alpha, config.model)
         model = export.without_padding(config.model)
         wanted = state.flatten(state.abstract_params(vlm.VLM(model), mesh))
         # In the dtypes that are stored: what is not rounded on its way in must not be on its way
         # out.
         self._stored = {
             path: wanted[path].update(dtype=x.dtype)
-            for path, x in checkpoints.stored_params(step).items()
+            for path, x in found.items()
+            if not lora.is_factor(path)
         }
         self._config = dataclasses.replace(config, model=model)
         self._scores = _scores(path, step)
@@ -88,6 +108,8 @@ class _Export:
         """See `write_export`."""
         config = self._config
         export.check(config.model, components)
+        if self._with_adapter:
+            adapter.check(config.model, self._found, components)
         metadata = self._checkpoints.metadata(self._step)
         seen = initial.num_sequences(metadata, self._step, self._stored)
         metadata = metadata | {"step": self._step, "num_sequences": seen}
@@ -98,6 +120,9 @@ class _Export:
             if self._layout == "components":
                 counts = export.write(parts, self._stored, self._read, folder)
                 texts = folder / "llm" if "llm" in components else None
+                if self._with_adapter:
+                    place = folder / adapter.FOLDER
+                    counts[adapter.FOLDER] = adapter.write(config, self._found, self._raw, place)
             else:
                 counts = export.write_whole(parts, self._read, folder)
                 self._write_transformers(folder, parts, description)
@@ -151,7 +176,10 @@ class _Export:
             use_overview=config.data.use_overview,
             images_first=config.data.images_first,
         )
-        return dataclasses.replace(config, init_from="", data=data, mesh=config_lib.MeshConfig())
+        # Merged, or in an adapter that this program does not read back.
+        return dataclasses.replace(
+            config, init_from="", data=data, mesh=config_lib.MeshConfig(), lora=lora.OFF
+        )
 
     def _input(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """How a page and a question become what the model reads, in plain values."""
@@ -192,12 +220,16 @@ class _Export:
             found["llm"] = found["llm"]._replace(fields=found["llm"].fields | own)
         return found
 
+    def _raw(self, path: str) -> np.ndarray:
+        """A parameter as it is stored."""
+        wanted = state.unflatten({path: self._found[path]})
+        [array] = jax.tree.leaves(self._checkpoints.restore_params(self._step, wanted))
+        return np.asarray(array)
+
     def _read(self, path: str) -> np.ndarray:
-        whole = self._padded[path].update(dtype=self._stored[path].dtype)
-        params = self._checkpoints.restore_params(self._step, state.unflatten({path: whole}))
-        [array] = jax.tree.leaves(params)
+        """A parameter as it is written."""
         # Along an axis over the vocabulary the padding stands last.
-        return np.asarray(array)[tuple(map(slice, self._stored[path].shape))]
+        return self._read_merged(path)[tuple(map(slice, self._stored[path].shape))]
 
     def _write_transformers(
         self, folder: Path, parts: Mapping[str, export.Component], description: Mapping[str, Any]

@@ -217,7 +217,7 @@ def test_the_image_token_is_one_that_no_text_makes(converted):
     assert config.model.image_token_id == config.model.llm.vocab_size == 320
 
 
-@pytest.mark.parametrize("name", ["finetune", "smollm2", "documents"])
+@pytest.mark.parametrize("name", ["finetune", "lora", "smollm2", "documents"])
 def test_a_run_starts_from_what_was_converted(converted, name):
     """On the 2 x 2 x 2 mesh; what the preflight finds wrong it would raise."""
     mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]

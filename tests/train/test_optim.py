@@ -3,6 +3,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from alignvlm_jax.config import OptimConfig
@@ -81,3 +82,117 @@ def test_parts_have_rates_of_their_own():
     )
     np.testing.assert_array_equal(after["connector"]["kernel"], before["connector"]["kernel"])
     np.testing.assert_array_equal(after["llm"]["kernel"], 0.0)
+
+
+def test_bfloat16_moments_are_stored_so_and_follow_those_of_float32():
+    config = OptimConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.1, clip_norm=1e6)
+    half = dataclasses.replace(config, moment_dtype="bfloat16")
+    rng = np.random.default_rng(0)
+    params = {"llm": {"kernel": jnp.asarray(rng.standard_normal((8, 6)), jnp.float32)}}
+    results = []
+    for one in (config, half):
+        tx = optim.make_optimizer(one, num_steps=30)
+        now = params
+        opt_state = tx.init(now)
+        draws = np.random.default_rng(1)
+        for _ in range(20):
+            grads = {"llm": {"kernel": jnp.asarray(draws.standard_normal((8, 6)), jnp.float32)}}
+            updates, opt_state = tx.update(grads, opt_state, now)
+            now = optax.apply_updates(now, updates)
+        results.append((now, opt_state))
+    (exact, _), (rounded, kept) = results
+    moments = [x for x in jax.tree.leaves(kept) if x.ndim]
+    assert len(moments) == 2 and all(x.dtype == jnp.bfloat16 for x in moments)
+    assert int(optim.num_updates(kept)) == 20
+    moved = np.abs(exact["llm"]["kernel"] - params["llm"]["kernel"])
+    error = np.abs(exact["llm"]["kernel"] - rounded["llm"]["kernel"])
+    # Rounding is by at most 1/256 of each moment, once a step.
+    assert error.max() > 0 and error.mean() < 0.02 * moved.mean()
+
+
+def test_adafactor_is_the_papers_with_our_decay_and_schedule():
+    """Against the equations of arXiv 1804.04235, in NumPy, over three steps of one matrix that is
+    factored and one vector that is not."""
+    config = OptimConfig(
+        name="adafactor", learning_rate=0.01, warmup_steps=0, weight_decay=0.5, clip_norm=1e9
+    )
+    tx = optim.make_optimizer(config, num_steps=10)
+    schedule = optim.make_schedule(config, 10)
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (160, 130), "bias": (160,)}
+    params = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    now = jax.tree.map(jnp.asarray, {"llm": params})
+    opt_state = tx.init(now)
+    expected = {name: x.astype(np.float64) for name, x in params.items()}
+    row, column, vector = np.zeros(160), np.zeros(130), np.zeros(160)
+    for t in range(3):
+        grads = {name: rng.standard_normal(s).astype(np.float32) for name, s in shapes.items()}
+        updates, opt_state = tx.update(jax.tree.map(jnp.asarray, {"llm": grads}), opt_state, now)
+        now = optax.apply_updates(now, updates)
+        decay = 1 - (t + 1) ** -0.8
+        square = {name: np.square(x.astype(np.float64)) + 1e-30 for name, x in grads.items()}
+        row = decay * row + (1 - decay) * square["kernel"].mean(1)
+        column = decay * column + (1 - decay) * square["kernel"].mean(0)
+        vector = decay * vector + (1 - decay) * square["bias"]
+        scaled = {
+            "kernel": grads["kernel"] / np.sqrt(np.outer(row, column) / row.mean()),
+            "bias": grads["bias"] / np.sqrt(vector),
+        }
+        rate = float(schedule(t))
+        for name, update in scaled.items():
+            update = update / max(1.0, np.sqrt(np.square(update).mean()))
+            decayed = 0.5 * expected[name] if name == "kernel" else 0.0
+            expected[name] = expected[name] - rate * (update + decayed)
+    for name, value in expected.items():
+        np.testing.assert_allclose(now["llm"][name], value, atol=2e-6, err_msg=name)
+    assert int(optim.num_updates(opt_state)) == 3
+    # A row and a column of the matrix, the vector; arrays of one element stand for what is not.
+    sizes = sorted(x.size for x in jax.tree.leaves(opt_state) if x.size > 1)
+    assert sizes == [130, 160, 160]
+
+
+def test_rates_by_component_hold_with_every_optimizer():
+    params = {part: {"kernel": jnp.ones((130, 140))} for part in ("llm", "lora")}
+    grads = jax.tree.map(lambda x: 0.3 * x, params)
+    for changes in ({}, {"moment_dtype": "bfloat16"}, {"name": "adafactor"}):
+        config = OptimConfig(
+            learning_rate=0.1, warmup_steps=0, learning_rate_scale={"llm": 0.0}, **changes
+        )
+        tx = optim.make_optimizer(config, num_steps=4)
+        updates, opt_state = tx.update(grads, tx.init(params), params)
+        assert not updates["llm"]["kernel"].any() and updates["lora"]["kernel"].any()
+        assert int(optim.num_updates(opt_state)) == 1
+
+
+@pytest.mark.parametrize("changes", [{"name": "adafactor"}, {"moment_dtype": "bfloat16"}])
+def test_state_lies_over_the_mesh_as_the_parameters_do(changes, mesh):
+    """What Adafactor keeps of a matrix lacks one of its axes, and has the shardings of the rest."""
+    config = tiny_config(optim=OptimConfig(learning_rate=1e-3, **changes))
+    llm = dataclasses.replace(config.model.llm, vocab_size=256, width=128, mlp_width=256)
+    model = vlm.VLM(dataclasses.replace(config.model, llm=llm))
+    tx = optim.make_optimizer(config.optim, config.train.num_steps)
+    abstract = state.abstract_state(model, config.train, tx, mesh)
+    found = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(abstract.opt_state):
+        found.setdefault(sharding.path_name(path).split("/", 2)[-1], x)
+    if changes.get("name") != "adafactor":
+        mu = (
+            found["0/mu/llm/embed/table"]
+            if "0/mu/llm/embed/table" in found
+            else found["mu/llm/embed/table"]
+        )
+        assert mu.dtype == jnp.bfloat16 and tuple(mu.sharding.spec) == ("tensor", "fsdp")
+        return
+    by_name = {
+        name.split("/", 1)[-1] if name[0].isdigit() else name: x for name, x in found.items()
+    }
+    row, column = by_name["v_row/llm/embed/table"], by_name["v_col/llm/embed/table"]
+    # [V, D] of vocab over tensor and embed over fsdp: rows lack the larger axis, V.
+    assert (row.shape, tuple(row.sharding.spec)) == ((128,), ("fsdp",))
+    assert (column.shape, tuple(column.sharding.spec)) == ((256,), ("tensor",))
+    gate = by_name["v_col/llm/blocks/mlp/gate/kernel"]
+    assert (gate.shape, tuple(gate.sharding.spec)) == ((2, 256), (None, "tensor"))
+    assert by_name["v/llm/blocks/mlp/gate/kernel"].shape == (1,)
+    # Of all moments a fraction of a percent is left; what is not factored is small.
+    whole = sum(x.size for x in jax.tree.leaves(abstract.params))
+    assert sum(x.size for x in jax.tree.leaves(abstract.opt_state)) < 0.1 * whole

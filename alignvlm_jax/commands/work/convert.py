@@ -11,11 +11,13 @@ from alignvlm_jax.data import chat_template, tokenizers
 from alignvlm_jax.weights import initial, published, towers
 
 
-def write_export(checkpoint: Path, out: Path, components: tuple[str, ...], layout: str) -> None:
+def write_export(
+    checkpoint: Path, out: Path, components: tuple[str, ...], layout: str, with_adapter: bool
+) -> None:
     """Writes components of a checkpoint in published formats, and prints how many tensors each
     has."""
     console = Console(highlight=False, soft_wrap=True)
-    counts = published.write_export(checkpoint, out, components, layout)
+    counts = published.write_export(checkpoint, out, components, layout, with_adapter=with_adapter)
     for component, count in counts.items():
         console.print(
             f"{out / component if layout == 'components' else component}: {count} tensors"

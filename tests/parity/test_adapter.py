@@ -1,0 +1,45 @@
+"""LoRA's factors as an adapter that PEFT loads onto the exported language model."""
+
+import jax
+import numpy as np
+import peft
+import torch
+import transformers
+
+from alignvlm_jax.commands import convert
+from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.train import restore
+from tests.parity.table import record
+from tests.weights import folders, lora_runs
+from tests.weights.tokenizers import write_chatml
+
+TOLERANCE = 2e-4
+
+
+def test_logits(tmp_path):
+    """Ours are of the merged model; PEFT's of the base with the factors beside it, unmerged."""
+    scaled = {"rope_scaling": folders.LLAMA3_SCALING, "vocab_size": 320}
+    folders.write_llama(tmp_path / "llm", "untied", **scaled)
+    folders.write_siglip(tmp_path / "vision", is_whole=True)
+    write_chatml(tmp_path / "llm")
+    towers = [f"--llm={tmp_path / 'llm'}", f"--vision={tmp_path / 'vision'}"]
+    convert.main([*towers, f"--out={tmp_path / 'base'}"])
+    lora_runs.write(tmp_path / "run", tmp_path / "base")
+    export = ["--export", f"--checkpoint={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"]
+    convert.main([*export, "--adapter"])
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "llm")
+    tokens = np.random.default_rng(1).integers(0, 320, (2, 17))
+    ids = torch.tensor(tokens)
+    with torch.no_grad():
+        before = base(ids).logits.numpy()
+        adapted = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()
+        expected = adapted(ids).logits.numpy()
+    _, model, params, _ = restore.load_model(tmp_path / "run", mesh_lib.single_device())
+    batch = {
+        "tokens": tokens.astype(np.int32),
+        "positions": np.tile(np.arange(17, dtype=np.int32), (2, 1)),
+        "segment_ids": np.ones((2, 17), np.int32),
+    }
+    ours = np.asarray(jax.jit(model.apply)({"params": params}, batch).logits)
+    record("LoRA of every kernel, by peft", "2 x 17 random tokens", ours, expected, TOLERANCE)
+    assert np.abs(before - expected).max() > 0.1
