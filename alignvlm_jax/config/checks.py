@@ -14,6 +14,7 @@ from alignvlm_jax.config.fields import (
     Config,
     DataConfig,
     LLMConfig,
+    LoraConfig,
     ModelConfig,
     OptimConfig,
     SourceConfig,
@@ -143,7 +144,7 @@ def check(config: Config) -> Config:
         config.train.grad_accum_steps,
     )
     _check_optim(config.optim)
-    _check_lora(config)
+    _check_lora(config.lora, config.optim)
     if config.data.labelled_fraction > 1:
         raise UserError(
             f"config.data.labelled_fraction is {config.data.labelled_fraction}; it must be at "
@@ -311,17 +312,15 @@ def _check_optim(optim: OptimConfig) -> None:
         )
 
 
-def _check_lora(config: Config) -> None:
-    if not config.lora.rank:
-        if config.optim.learning_rate_scale.get("lora", 1.0) != 1.0:
-            raise UserError(
-                "config.optim.learning_rate_scale.lora changes nothing: config.lora.rank is 0"
-            )
-        return
-    if not config.lora.targets:
+def _check_lora(lora: LoraConfig, optim: OptimConfig) -> None:
+    if not lora.rank and optim.learning_rate_scale.get("lora", 1.0) != 1.0:
         raise UserError(
-            f"config.lora.rank is {config.lora.rank} and config.lora.targets is empty; name "
-            "kernels, such as 'llm/.*/attn/(q|v)/kernel'"
+            "config.optim.learning_rate_scale.lora changes nothing: config.lora.rank is 0"
+        )
+    if lora.rank and not lora.targets:
+        raise UserError(
+            f"config.lora.rank is {lora.rank} and config.lora.targets is empty; name kernels, such "
+            "as 'llm/.*/attn/(q|v)/kernel'"
         )
 
 

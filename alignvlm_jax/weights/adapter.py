@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from alignvlm_jax.config import Config, ModelConfig
+from alignvlm_jax.config import ModelConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.train import lora
 from alignvlm_jax.weights import families
@@ -41,12 +41,17 @@ def check(config: ModelConfig, stored: Collection[str], components: Collection[s
 
 
 def write(
-    config: Config, stored: Collection[str], read: Callable[[str], np.ndarray], folder: Path
+    config: ModelConfig,
+    alpha: float,
+    stored: Collection[str],
+    read: Callable[[str], np.ndarray],
+    folder: Path,
 ) -> int:
     """Writes the adapter of a checkpoint that `check` takes into a new folder.
 
     Args:
-      config: of the stage that wrote the checkpoint.
+      config: of the model.
+      alpha: of the run's `config.lora`.
       stored: the paths of its parameters.
       read: reads one of them, as it is stored.
       folder: must not exist.
@@ -55,16 +60,19 @@ def write(
       The number of tensors.
     """
     with_factors = lora.kernels(stored)
-    entries = families.llm_of(config.model.llm).entries(config.model.llm)
+    entries = families.llm_of(config.llm).entries(config.llm)
     tensors = {}
     modules = set()
+    rank = 0
     for entry in entries:
         if entry.path not in with_factors:
             continue
         modules.add(entry.name.removesuffix(".weight").split(".")[-1])
-        layout = lora.layouts(config.model)[entry.path]
+        layout = lora.layouts(config)[entry.path]
         for factor in _factor_entries(entry, layout):
             array = read(factor.path).astype(np.float32)
+            # All have one: the factors of other ranks were merged when the stage began.
+            rank = array.shape[-1] if factor.path.endswith("/a") else rank
             for name, view in zip(factor.names(array.shape), factor.views(array), strict=True):
                 tensors[name] = np.ascontiguousarray(view)
     folder.mkdir()
@@ -73,8 +81,8 @@ def write(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": "../llm",
-        "r": config.lora.rank,
-        "lora_alpha": config.lora.alpha,
+        "r": rank,
+        "lora_alpha": alpha,
         "lora_dropout": 0.0,
         # Last names: peft gives factors to every module that ends so, and to no other tensor here.
         "target_modules": sorted(modules),

@@ -122,7 +122,10 @@ class _Export:
                 texts = folder / "llm" if "llm" in components else None
                 if self._with_adapter:
                     place = folder / adapter.FOLDER
-                    counts[adapter.FOLDER] = adapter.write(config, self._found, self._raw, place)
+                    alpha = config.lora.alpha
+                    counts[adapter.FOLDER] = adapter.write(
+                        config.model, alpha, self._found, self._raw, place
+                    )
             else:
                 counts = export.write_whole(parts, self._read, folder)
                 self._write_transformers(folder, parts, description)

@@ -2,5 +2,5 @@
 
 import importlib.util
 
-if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+if not all(importlib.util.find_spec(name) for name in ("torch", "transformers", "peft")):
     collect_ignore_glob = ["*.py"]

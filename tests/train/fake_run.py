@@ -193,9 +193,8 @@ def _compile_steps(model, config: Config, *args) -> tuple:
 
 
 def _init_params(model, abstract, paths: set[str], rng) -> dict:
-    shardings = repr(state.shardings_of(abstract))  # On another mesh these are other arrays.
-    dtypes = repr(jax.tree.map(lambda x: x.dtype, abstract))
-    key = (repr(model.config), shardings, dtypes, *sorted(paths), int(jax.random.bits(rng)))
+    # On another mesh, or of other shapes or dtypes, these are other arrays.
+    key = (repr(model.config), repr(abstract), *sorted(paths), int(jax.random.bits(rng)))
     if key not in _DRAWN:
         _DRAWN[key] = _INIT_PARAMS(model, abstract, paths, rng)
     return jax.tree.map(jnp.copy, _DRAWN[key])  # The step will be given these for good.

@@ -234,8 +234,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_not_stopped(tmp_path):
 def test_factors_that_the_next_stage_does_not_have_are_merged_and_not_lost(tmp_path, second):
     first, last = runs(second=second, num_steps=2)
     last = dataclasses.replace(last, train=dataclasses.replace(last.train, num_steps=1))
-    # At the first step of a stage the rate is 0: what it ends with is what it began with.
-    printed = fake_run.train(tmp_path / "run", configs=(first, last))
+    fake_run.train(tmp_path / "run", configs=(first, last))
     before, after = (fake_run.stored(tmp_path / "run", step) for step in (2, 3))
     base = "['params']['llm']['blocks']['attn']['q']['kernel']"
     a, b = (before[f"['params']['lora']{base[10:]}['{name}']"] for name in "ab")
@@ -243,11 +242,11 @@ def test_factors_that_the_next_stage_does_not_have_are_merged_and_not_lost(tmp_p
     expected = before[base] + 2.0 * np.einsum("ldr,lrhk->ldhk", a, b)
     np.testing.assert_allclose(after[base], expected, atol=1e-6)
     assert np.abs(2.0 * np.einsum("ldr,lrhk->ldhk", a, b)).max() > 1e-5
-    new = [
-        name for name in after if name.startswith("['params']['lora']") and name.endswith("['b']")
-    ]
-    assert len(new) == (2 if second.rank else 0) and not any(after[name].any() for name in new)
-    assert "ignored" not in printed or "-" in printed
+    lora_a = f"['params']['lora']{base[10:]}['a']"
+    assert (lora_a in after) == bool(second.rank)
+    # Another a, drawn anew: an update is of 2e-3 at most.
+    if second.rank == 3:
+        assert np.abs(after[lora_a] - a).max() > 0.01
 
 
 def test_factors_go_with_their_kernels_whatever_the_patterns(mesh, tmp_path):
