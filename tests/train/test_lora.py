@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.config import LoraConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
+from alignvlm_jax.models.layers import Einsum
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.plan import flops
 from alignvlm_jax.train import checkpoint, lora, optim, restore, state, warm_start
@@ -80,6 +82,43 @@ def test_a_merged_kernel_is_the_base_and_a_product_of_plain_matrices(mesh):
                 delta = a[one].reshape(inputs, 3) @ b[one].reshape(3, -1)
                 expected = kernel[one] + 2.0 * delta.reshape(kernel[one].shape)
                 np.testing.assert_allclose(merged[path][one], expected, atol=1e-6, err_msg=path)
+
+
+def test_merged_logits_are_those_of_factors_beside_their_kernels(mesh):
+    """As papers draw it: y = x W + alpha / rank * (x a) b, layer by layer, nothing merged."""
+    config = with_lora(ALL, trainable=("connector/w2/.*",))
+    model = vlm.VLM(config.model)
+    params = jax.tree.map(lambda x: 0.3 * x, drawn(abstract_of(config, mesh).params))
+    batch = random_batch(config)
+    leaves = state.flatten(params)
+    for path in lora.kernels(leaves):
+        for factor in lora.factors(path):
+            # Beside the kernel, where the scan over layers hands each layer its own.
+            leaves[f"{path.removesuffix('kernel')}{factor[-1]}"] = leaves.pop(factor)
+
+    def add_product(method, args, kwargs, context):
+        y = method(*args, **kwargs)
+        found = isinstance(context.module, Einsum) and context.module.variables.get("params", {})
+        if context.method_name != "__call__" or not found or "a" not in found:
+            return y
+        operands, out = context.module.equation.split("->")
+        x, kernel = operands.split(",")
+        summed = "".join(letter for letter in kernel if letter not in out)
+        kept = "".join(letter for letter in kernel if letter in out)
+        between = "".join(letter for letter in x if letter not in summed) + "r"
+        narrow = jnp.einsum(f"{x},{summed}r->{between}", args[0], found["a"])
+        used.append(context.module.path[-1])
+        return y + 2.0 * jnp.einsum(f"{between},r{kept}->{out}", narrow, found["b"])
+
+    used = []
+    with nn.intercept_methods(add_product):
+        expected = model.apply({"params": state.unflatten(leaves)}, batch).logits
+    assert {"q", "k", "v", "o", "gate", "up", "down", "w1", "patch_embed"} == set(used)
+    merged = lora.merged(params, ALL.alpha, config.model)
+    np.testing.assert_allclose(model.apply({"params": merged}, batch).logits, expected, atol=1e-5)
+    base = {name: tree for name, tree in params.items() if name != "lora"}
+    before = model.apply({"params": base}, batch).logits
+    assert np.abs(np.asarray(before - expected)).max() > 1e-3
 
 
 def test_factors_start_as_peft_has_them(mesh):
