@@ -456,7 +456,7 @@ def test_numbers_and_lists_are_taken_as_meant():
             "bfloat",
             r"config\.optim\.moment_dtype is 'bfloat'; did you mean 'bfloat16'\?",
         ),
-        ("optim.learning_rate_scale", {"lora": 2.0}, r"scale\.lora changes nothing: .* rank is 0"),
+        ("optim.learning_rate_scale", {"lora": 2.0}, r"scale\.lora changes nothing: .*rank is 0"),
         ("lora.rank", -1, r"config\.lora\.rank is -1; it must be at least 0"),
         ("lora.alpha", 0.0, r"config\.lora\.alpha is 0\.0; it must be above 0"),
         ("eval.splits", (), r"config\.eval\.splits is empty; name at least one split"),
@@ -967,9 +967,9 @@ def test_lora_is_a_group_whose_targets_are_one_pattern_or_several():
     config_dict.lora = {"rank": 16, "alpha": 32, "targets": "llm/.*/attn/(q|v)/kernel"}
     [stage] = config_lib.from_config_dict(config_dict)
     assert stage.lora == config_lib.LoraConfig(rank=16, targets=("llm/.*/attn/(q|v)/kernel",))
-    config_dict.lora.targets = ("a", "b")
+    config_dict.lora = {"rank": 16, "targets": ("a", "b")}
     assert config_lib.from_config_dict(config_dict)[0].lora.targets == ("a", "b")
-    config_dict.lora.targets = ()
+    config_dict.lora = {"rank": 16, "targets": ()}
     with pytest.raises(UserError, match=r"rank is 16 and config\.lora\.targets is empty"):
         config_lib.from_config_dict(config_dict)
     config_dict.lora = {"rang": 16}

@@ -1,4 +1,5 @@
 import dataclasses
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +8,12 @@ import optax
 import pytest
 
 from alignvlm_jax.config import OptimConfig
+from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.train import optim, state
 from tests.conftest import tiny_config
+from tests.train import fake_run
 
 
 def test_schedule_warms_up_linearly_and_falls_to_the_final_fraction():
@@ -126,7 +129,12 @@ def test_adafactor_is_the_papers_with_our_decay_and_schedule():
     expected = {name: x.astype(np.float64) for name, x in params.items()}
     row, column, vector = np.zeros(160), np.zeros(130), np.zeros(160)
     for t in range(3):
-        grads = {name: rng.standard_normal(s).astype(np.float32) for name, s in shapes.items()}
+        # Of a gradient that grows fivefold the update is too large, and is scaled down.
+        size = (1, 1, 5)[t]
+        grads = {
+            name: (size * rng.standard_normal(shape)).astype(np.float32)
+            for name, shape in shapes.items()
+        }
         updates, opt_state = tx.update(jax.tree.map(jnp.asarray, {"llm": grads}), opt_state, now)
         now = optax.apply_updates(now, updates)
         decay = 1 - (t + 1) ** -0.8
@@ -196,3 +204,30 @@ def test_state_lies_over_the_mesh_as_the_parameters_do(changes, mesh):
     # Of all moments a fraction of a percent is left; what is not factored is small.
     whole = sum(x.size for x in jax.tree.leaves(abstract.params))
     assert sum(x.size for x in jax.tree.leaves(abstract.opt_state)) < 0.1 * whole
+
+
+@pytest.mark.parametrize(
+    "changes", [{"name": "adafactor"}, {"moment_dtype": "bfloat16"}], ids=lambda c: str(*c.values())
+)
+def test_a_resumed_run_is_bit_for_bit_the_same_with_every_optimizer(tmp_path, monkeypatch, changes):
+    # The tiny model's matrices are factored, too.
+    monkeypatch.setattr(optim, "MIN_FACTORED", 8)
+    configs = tuple(
+        dataclasses.replace(one, optim=dataclasses.replace(one.optim, warmup_steps=0, **changes))
+        for one in fake_run.stages()
+    )
+    fake_run.train(tmp_path / "whole", configs=configs)
+    with pytest.raises(UserError):
+        stopping = fake_run.Batches(fake_run.send(signal.SIGINT, at=6))
+        fake_run.train(tmp_path / "parts", stopping, configs=configs)
+    fake_run.train(tmp_path / "parts", configs=configs)
+    whole, parts = (fake_run.stored(tmp_path / name) for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    for name, array in whole.items():
+        np.testing.assert_array_equal(array, parts[name], err_msg=name)
+    table = "['llm']['embed']['table']"
+    state_of = {name: x for name, x in whole.items() if "opt_state" in name and table in name}
+    if changes.get("name"):
+        assert {x.shape for x in state_of.values()} == {(16,), (32,), (1,)}
+    else:
+        assert len(state_of) == 2 and all(x.dtype == jnp.bfloat16 for x in state_of.values())
