@@ -10,6 +10,8 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,11 @@ from PIL import Image
 
 from alignvlm_jax import __main__ as program
 from alignvlm_jax import config as config_lib
-from alignvlm_jax.commands import config_flag, next_commands
+from alignvlm_jax.commands import config_flag, next_commands, serve
+from alignvlm_jax.inference import loading
 from alignvlm_jax.plan import hardware
+from alignvlm_jax.serving import protocol
+from alignvlm_jax.serving.pages import PageReader
 from alignvlm_jax.train import restore
 from tests.commands.test_convert import convert_to, published  # noqa: F401
 from tests.ingest.formats.pdf import make_pdf
@@ -140,6 +145,10 @@ def test_every_block_runs_after_those_before_it(folder):
         elif words[0] == "python" and words[3] == "plan":
             topology = next(word for word in words if word.startswith("--topology="))
             assert hardware.parse_topology(topology.partition("=")[2]).num_chips == 64
+        elif words[0] == "python" and words[3] == "serve":
+            # It would serve until it is stopped; tests/serving asks one over HTTP.
+            checkpoint = serve._parse(words[4:]).checkpoint
+            assert (checkpoint / "checkpoints").is_dir(), checkpoint
         elif "--help" in words:
             with pytest.raises(SystemExit, match=r"^0$"):
                 program.main(words[3:])
@@ -154,11 +163,33 @@ def test_every_block_runs_after_those_before_it(folder):
 
 
 def test_the_notebook_runs(folder):
-    [block] = blocks("README.md", "python")
+    block, _ = blocks("README.md", "python")
     # The small model's page has 16 patches.
     names = {}
     exec(block.replace("17", "7"), names)
     assert len(names["look"].top(7)) and (folder / "runs" / "lens.png").exists()
+
+
+def test_a_client_of_the_server_has_its_answer(folder, monkeypatch, capsys):
+    """With a stand-in for the client's package, which hands on what it sends."""
+    _, block = blocks("README.md", "python")
+    loaded = loading.load(Path("runs/demo"), loading.load_config(Path("runs/demo")))
+    sent = []
+
+    def create(**request):
+        sent.append(protocol.read(json.dumps(request).encode(), "lora"))
+        reader = PageReader(loaded.builder, 72.0, 1)
+        assert "tiles" in reader.prompt(sent[0])
+        message = types.SimpleNamespace(content="171.64")
+        return types.SimpleNamespace(choices=[types.SimpleNamespace(message=message)])
+
+    completions = types.SimpleNamespace(create=create)
+    client = types.SimpleNamespace(chat=types.SimpleNamespace(completions=completions))
+    package = types.SimpleNamespace(OpenAI=lambda base_url, api_key: client)
+    monkeypatch.setitem(sys.modules, "openai", package)
+    exec(block, {})
+    assert capsys.readouterr().out == "171.64\n"
+    assert sent[0].messages[0].text == "Who?"
 
 
 def test_the_schema_of_own_questions_is_read(folder):
