@@ -19,11 +19,13 @@ from rich.progress import (
     track,
 )
 
+from alignvlm_jax import logs
 from alignvlm_jax.data import chat_template, filesystem, index, record, tokenizers
 from alignvlm_jax.data import shards as shards_lib
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.ingest import exclude, executors, finish, staging, summary
 from alignvlm_jax.ingest import writer as writer_lib
+from alignvlm_jax.ingest.formats import survey
 from alignvlm_jax.ingest.formats.base import Unit
 from alignvlm_jax.ingest.writer import Request, UnitOutput, UnitWriter
 
@@ -50,7 +52,7 @@ def prepare(request: Request, out: Path, run: Runner, overwrite: bool = False) -
     units = _units(request, out)
     _check_holdout(request, units)
     unusable = filesystem.unusable_files(request.source, request.format.suffixes)
-    wanted = _wanted(request, units, unusable)
+    wanted = _wanted(request, units, unusable, out)
     # The description holds a listing of the source: a source that has grown is prepared anew.
     if staging.is_ready(out, wanted):
         return False
@@ -159,36 +161,22 @@ def _units(request: Request, out: Path) -> list[Unit]:
     Raises:
       UserError: `out` is the source itself.
     """
-    # If `out` lies within the source, the next run would read what this one writes.
     units = request.format.units(request.source)
     source = Path(request.source)
-    if filesystem.is_remote(request.source) or not source.is_dir():
-        return units
     # Not Path.resolve, which a link to itself ends.
-    place = Path(os.path.realpath(out))
-    root = Path(os.path.realpath(source))
-    if place == root:
+    if source.is_dir() and os.path.realpath(out) == os.path.realpath(source):
         raise UserError(
             f"--out={out} is --source itself, all of which is read; name another folder, beside "
             "it or within"
         )
-    folders = {os.path.dirname(unit.path) for unit in units}
-    written = {
-        folder
-        for folder in folders
-        if not os.path.samefile(folder, source) and staging.description(Path(folder))
-    }
-    units = [unit for unit in units if os.path.dirname(unit.path) not in written]
-    if not place.is_relative_to(root):
-        return units
-    # Compared with resolved links, but spelled like the paths of the units, which keep the links
-    # above the source.
-    within = f"{source.absolute() / place.relative_to(root)}{os.sep}"
-    return [unit for unit in units if not os.path.abspath(unit.path).startswith(within)]
+    kept, prepared = survey.without_prepared(request.source, out, (unit.path for unit in units))
+    for folder in prepared:
+        logs.say(f"{folder} is what prepare wrote: it is left out of the source")
+    return [unit for unit in units if unit.path in kept]
 
 
 def _wanted(
-    request: Request, units: Sequence[Unit], unusable: Sequence[tuple[str, str]]
+    request: Request, units: Sequence[Unit], unusable: Sequence[tuple[str, str]], out: Path
 ) -> dict[str, Any]:
     """Returns a JSON description that is equal for two jobs only if they make the same data.
 
@@ -199,6 +187,9 @@ def _wanted(
     paths = dict.fromkeys(unit.path for unit in units)
     # Formats may read files beside those of their units, as those of OCR.
     also_read = request.format.also_read(request.source)
+    # Files of this job itself, as prepare.json, would make other data of it each time.
+    kept, _ = survey.without_prepared(request.source, out, also_read)
+    also_read = [path for path in also_read if path in kept]
     listing = [
         [dataclasses.astuple(unit) for unit in units],
         # With the time: an answer that was mended may have as many bytes as before.

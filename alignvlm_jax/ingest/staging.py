@@ -90,9 +90,10 @@ def description(out: Path) -> dict[str, Any]:
     """Returns the description of the complete data in a folder; empty where there is none that can
     be read."""
     try:
-        return json.loads((out / "prepare.json").read_text())
+        found = json.loads((out / "prepare.json").read_text())
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def check_flags(out: Path, wanted: dict[str, Any], splits: Iterable[str]) -> None:
@@ -136,6 +137,9 @@ def _flag(description: dict[str, Any], name: str) -> str:
     value = description[name]
     if name == "exclude":
         value = ",".join(folder for folder, _ in value)
+    if name == "tokenizer":
+        # Of which the description holds no path: the same file may lie elsewhere by now.
+        value = f"... (fingerprint {value:.8})"
     if name == "group_tokens" and not value:
         return "--no-group_by_image"
     if isinstance(value, bool):

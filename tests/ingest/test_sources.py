@@ -263,3 +263,47 @@ def test_what_was_prepared_below_the_source_is_no_source(tmp_path, prepare, png)
     again = prepare(Jsonl(), source, "again")
     assert again.files().keys() == below.files().keys()
     assert again.files()["rejected.jsonl"] == below.files()["rejected.jsonl"]
+
+
+def test_what_a_job_wrote_into_its_source_makes_no_other_data(tmp_path, tokenizer):
+    """Formats with OCR read .json beside their units, and prepare.json ends so."""
+    source = tmp_path / "in"
+    source.mkdir()
+    for name in "ab":
+        (source / f"{name}.pdf").write_bytes(make_pdf.pdf([make_pdf.text(20, 100, "good")]))
+    request = job.Request("pdf", REGISTRY["pdf"](), str(source), tokenizer.name, 0.0)
+    run = job.on_processes(1)
+    assert job.prepare(request, source / "b" / "out", run)
+    assert not job.prepare(request, source / "b" / "out", run)
+
+
+@pytest.mark.parametrize("content", ['{"version": 1}', "[1]", "{"])
+def test_a_prepare_json_of_another_program_hides_nothing(
+    content, tmp_path, prepare, png, tokenizer
+):
+    source = tmp_path / "in"
+    for folder in (source, source / "deep"):
+        folder.mkdir()
+        (folder / "1.png").write_bytes(png())
+        ending, text = contents("jsonl", png())
+        (folder / f"own{ending}").write_bytes(text)
+        (folder / "prepare.json").write_text(content)
+    # In the source itself, in a folder below and in the one that is written.
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "prepare.json").write_text(content)
+    assert len(prepare(Jsonl(), source, group_tokens=0).records()) == 2
+
+
+def test_what_was_prepared_below_is_told_and_no_format_of_the_source(tmp_path, prepare, png, capfd):
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "1.png").write_bytes(png())
+    (source / "own.jsonl").write_bytes(contents("jsonl", png())[1] + b"\nno JSON\n")
+    below = prepare(Jsonl(), source, "in/deep/prepared").folder
+    assert "left out" not in capfd.readouterr().err
+    (below / "more").mkdir()
+    (below / "more" / "own.jsonl").write_bytes(contents("jsonl", png())[1])
+    prepare(Jsonl(), source, "again")
+    assert f"{below} is what prepare wrote: it is left out" in capfd.readouterr().err
+    assert survey.survey(str(source)).by_format == {"jsonl": 1}

@@ -5,6 +5,7 @@ Files are told by their endings, JSON also by the keys of its first record.
 
 import collections
 import dataclasses
+import functools
 import os
 import posixpath
 import shlex
@@ -137,11 +138,9 @@ def survey(source: str, without: str = "") -> Survey:
       UserError: there is no such source, or it cannot be reached.
     """
     paths = filesystem.list_files(source, ("",))
-    if without and not filesystem.is_remote(source):
-        below = posixpath.abspath(without) + "/"
-        # The source itself is not left out: that it is written to is told by who would write.
-        if below != posixpath.abspath(source) + "/":
-            paths = [path for path in paths if not posixpath.abspath(path).startswith(below)]
+    # The source itself is not left out: that it is written to is told by who would write.
+    kept, _ = without_prepared(source, without, paths)
+    paths = [path for path in paths if path in kept]
     by_format: collections.Counter[str] = collections.Counter()
     images: collections.Counter[str] = collections.Counter()
     others: collections.Counter[str] = collections.Counter()
@@ -162,6 +161,43 @@ def survey(source: str, without: str = "") -> Survey:
     if not by_format and (count := _num_with_ocr(found)):
         by_format["images"] = count
     return Survey(source, dict(by_format.most_common()), dict(images), dict(others), unknown)
+
+
+def without_prepared(
+    source: str, out: str | os.PathLike, paths: Iterable[str]
+) -> tuple[set[str], list[str]]:
+    """Returns the paths of files of a source that lie neither in `out` nor in another folder that
+    `prepare` wrote, whose lists of images and of what was rejected are no records; and these other
+    folders. Of a bucket, or a source that is a file, all stay."""
+    paths = set(paths)
+    if filesystem.is_remote(source) or not os.path.isdir(source):
+        return paths, []
+    root = os.path.abspath(source)
+    # Compared with resolved links, but spelled like the paths, which keep the links above.
+    below = os.path.relpath(os.path.realpath(out), os.path.realpath(source))
+    own = os.path.join(root, below) if out and below != os.curdir else ""
+
+    @functools.cache
+    def holder(folder: str) -> str:
+        """The folder around this one, or this one itself, that `prepare` wrote; "" for none."""
+        if folder == root or len(folder) <= len(root):
+            return ""
+        is_written = folder == own or _is_prepared(folder)
+        return folder if is_written else holder(os.path.dirname(folder))
+
+    # By folder: a source may have a million files.
+    holders = {
+        folder: holder(os.path.abspath(folder))
+        for folder in {os.path.dirname(one) for one in paths}
+    }
+    kept = {path for path in paths if not holders[os.path.dirname(path)]}
+    return kept, sorted({*holders.values()} - {"", own})
+
+
+def _is_prepared(folder: str) -> bool:
+    # Another program may have a prepare.json, but no shards beside it.
+    is_described = os.path.exists(os.path.join(folder, "prepare.json"))
+    return is_described and any(name.endswith(".array_record") for name in os.listdir(folder))
 
 
 def _num_with_ocr(paths: Iterable[str]) -> int:
