@@ -96,7 +96,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         unused = ("--llm", "--vision", "--connector", "--tokenizer", "--tile_size")
         parser.check_used(argv, unused, "makes a checkpoint, and --export reads one")
     else:
-        parser.check_used(argv, ("--checkpoint", "--components", "--parts"), "needs --export")
+        of_export = ("--checkpoint", "--components", "--parts", "--format")
+        parser.check_used(argv, of_export, "needs --export")
     if args.export and not args.checkpoint:
         parser.error("--export needs --checkpoint=DIR")
     if args.adapter and not args.export:
@@ -107,6 +108,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.error("--llm=PATH and --vision=PATH are needed, or --export, or --import=EXPORTED")
     if args.exported and (args.export or args.llm or args.vision):
         parser.error("--import=EXPORTED goes without --export, --llm and --vision")
+    if args.exported:
+        unused = ("--connector", "--tokenizer", "--tile_size")
+        parser.check_used(argv, unused, "is of --llm and --vision: an export has its own")
     if args.export:
         usage.check_run(args.checkpoint)
     if args.exported:

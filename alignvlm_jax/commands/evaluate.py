@@ -55,4 +55,5 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         # For its error: which of the names is unknown.
         tasks.find(args.tasks.split(","))
     usage.check_run(args.checkpoint)
+    usage.check_workdir(args.checkpoint, "evaluate")
     return args

@@ -73,4 +73,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         raise UsageError("--question is empty")
     if not args.image:
         parser.check_used(argv, ("--page",), "needs --image=FILE")
+    if args.temperature == 0:
+        parser.check_used(argv, ("--top_p", "--seed"), "needs --temperature above 0")
     return args

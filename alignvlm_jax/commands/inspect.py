@@ -157,6 +157,7 @@ def _parse_analysis(argv: list[str], chosen: Entry) -> argparse.Namespace:
     if args.checkpoint is None:
         parser.error(f"--analysis={args.analysis} needs --checkpoint=DIR")
     usage.check_run(args.checkpoint)
+    usage.check_workdir(args.checkpoint, "inspect")
     return args
 
 
@@ -168,4 +169,6 @@ def _check_lens(args: argparse.Namespace) -> None:
         raise UsageError("--analysis=lens needs --image=FILE")
     usage.check_exists("image", args.image)
     usage.check_run(args.checkpoint)
+    if not args.out:
+        usage.check_workdir(args.checkpoint, "inspect without --out=FILE")
     usage.check_image(args.image, args.page)

@@ -18,6 +18,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--data", help="folder that `prepare` wrote; default: the one trained on")
     args = parser.parse_args(argv)
     usage.check_run(args.workdir, needs_checkpoint=False)
+    for workdir in filter(None, (args.workdir, args.compare)):
+        usage.check_workdir(workdir, "report")
     # Only now: what is misspelt should be answered before all of this is imported.
     from alignvlm_jax.report import run
 

@@ -18,6 +18,8 @@ MADE = {
     "weights/smollm2": "; `make weights` makes it",
 }
 """What makes the folders that the README names."""
+EXPORTED = "alignvlm.json"
+"""What an exported model holds: `exported.FILE`, whose module imports jax."""
 MAX_NAMED = 5
 FLAG = re.compile(r"--[A-Za-z][\w.-]*(?==|$)")
 SAME = (
@@ -188,6 +190,9 @@ def check_run(where: Path, needs_checkpoint: bool = True) -> None:
     if not where.exists():
         hint = next((made for end, made in MADE.items() if str(where).endswith(end)), hint)
         raise UserError(f"no run at {where}: there is no such folder{hint}")
+    if (where / EXPORTED).exists():
+        # Of what it lacks its reader tells; its config.json is another program's, and no run's.
+        return
     if runs and not (where / "checkpoints").exists():
         raise UserError(f"no run at {where} itself{hint}")
     if needs_checkpoint and (where / "config.json").exists():
@@ -197,6 +202,16 @@ def check_run(where: Path, needs_checkpoint: bool = True) -> None:
             from alignvlm_jax.train import heartbeat
 
             raise UserError(heartbeat.no_checkpoint(where))
+
+
+def check_workdir(where: Path, command: str) -> None:
+    """Raises UserError where a command would write into an exported model, which is to be handed on
+    as it is."""
+    if _is_here(where) and (where / EXPORTED).exists():
+        raise UserError(
+            f"{where} is an exported model, and {command} writes into the workdir of a checkpoint: "
+            f"`convert --import={where} --out=DIR` makes one"
+        )
 
 
 def _is_here(where: Path) -> bool:

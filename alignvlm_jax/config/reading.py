@@ -91,6 +91,9 @@ def to_json(stages: tuple[Config, ...]) -> list[dict[str, Any]]:
 def from_json(stages: list[dict[str, Any]]) -> tuple[Config, ...]:
     """Returns the stages that `to_json` gave, in this version or an older one; UserError as
     `from_config_dict`."""
+    if not (isinstance(stages, list) and all(isinstance(one, dict) for one in stages)):
+        # As of a config.json of Hugging Face, which is one object.
+        raise UserError("this is no config of a run, which is a list of stages")
     return tuple(_stage(stage) for stage in current_form(stages))
 
 

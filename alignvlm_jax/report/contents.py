@@ -61,7 +61,11 @@ def read(folder: Path, data_dir: str | None = None, with_model: bool = True) -> 
     config_file = folder / workdir.CONFIG_FILE
     if not config_file.exists():
         raise UserError(f"{folder} is no workdir: it has no {workdir.CONFIG_FILE}")
-    stages = config_lib.from_json(parse(config_file, config_file.read_text()))
+    stored = parse(config_file, config_file.read_text())
+    try:
+        stages = config_lib.from_json(stored)
+    except UserError as err:
+        raise UserError(f"{config_file}: {err}") from err
     loaded = None
     problem = ""
     # A report without a model still has metrics and predictions.
@@ -100,18 +104,19 @@ def splits(run: Run) -> list[str]:
 
 
 def other_data(run: Run, seen: Predictions) -> str:
-    """Returns the folder that was asked about, as " of NAME", where it is not that of the run; else
+    """Returns the folder that was asked about, as " of NAME", where it is none of the run's; else
     nothing."""
     # By fingerprints: the run's folder may have been moved, or prepared anew since.
     trained = run.loaded.metadata.get("data") if run.loaded else None
     data = seen.header.get("data", trained)
     if data == trained:
         return ""
-    try:
-        if prepared.has_fingerprint(data, run.stages[-1].data.dir):
-            return ""
-    except UserError:
-        pass  # The report of a copied run needs no access to the run's data.
+    # The fingerprint of a mixture is of all its sources together, and one of them was asked about.
+    for folder in (run.stages[-1].data.dir, *run.stages[-1].data.folders):
+        # The report of a copied run needs no access to the run's data.
+        with contextlib.suppress(UserError):
+            if prepared.has_fingerprint(data, folder):
+                return ""
     return f" of {Path(seen.header.get('folder', 'other data')).name}"
 
 

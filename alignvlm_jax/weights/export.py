@@ -210,17 +210,25 @@ def _write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> i
         total += array.nbytes
     flush()
     if len(shards) == 1:
-        (folder / "0.tmp").rename(folder / "model.safetensors")
+        _publish(folder / "0.tmp", folder / "model.safetensors")
         return len(shards[0])
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for i, file in enumerate(files):
-        (folder / f"{i}.tmp").rename(folder / file)
+        _publish(folder / f"{i}.tmp", folder / file)
     weight_map = {name: file for names, file in zip(shards, files, strict=True) for name in names}
     write_json(
         folder / "model.safetensors.index.json",
         {"metadata": {"total_size": total}, "weight_map": weight_map},
     )
     return len(weight_map)
+
+
+def _publish(written: Path, path: Path) -> None:
+    """Gives a shard its name, and the mode of any other file that is written here."""
+    # safetensors makes files that their owner alone can read, wherever they are copied.
+    path.touch()
+    written.chmod(path.stat().st_mode)
+    written.replace(path)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

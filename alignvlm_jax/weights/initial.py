@@ -36,7 +36,7 @@ MAX_TILES = 9
 
 def make_config(llm: Tower, vision: Tower, connector: str, out: Path) -> Config:
     """Returns the config of a checkpoint in `out`: the towers' sizes, and sequences that hold a
-    page of up to nine tiles."""
+    page of up to nine tiles, no longer than the language model was published for."""
     model = ModelConfig(
         vision=vision.config,
         llm=llm.config,
@@ -45,10 +45,12 @@ def make_config(llm: Tower, vision: Tower, connector: str, out: Path) -> Config:
         # image token.
         image_token_id=llm.config.vocab_size,
     )
+    # Beyond its context length a model without rotary scaling answers nonsense.
+    length = min(SEQ_LEN, llm.config.context_length or SEQ_LEN)
     # A page may take three quarters of a sequence; where one tile alone is more, the sequence
     # grows.
-    max_tiles = max(1, min(MAX_TILES, SEQ_LEN * 3 // 4 // model.tokens_per_tile))
-    seq_len = max(SEQ_LEN, max_tiles * model.tokens_per_tile * 4 // 3)
+    max_tiles = max(1, min(MAX_TILES, length * 3 // 4 // model.tokens_per_tile))
+    seq_len = max(length, max_tiles * model.tokens_per_tile * 4 // 3)
     data = DataConfig(
         # It is trained on nothing: what asks it about a split names the folder with --data.
         dir="data",

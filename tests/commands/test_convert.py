@@ -63,6 +63,28 @@ def test_counts_are_printed(published, tmp_path, capsys):
     assert all(f"{count} / " in printed for count in (21, 12, 4, 14))
 
 
+@pytest.mark.parametrize(
+    ("context", "seq_len", "told"),
+    [
+        (100_000, 4096, "Sequences of 4,096 tokens, with pages of up to 9 tiles\n"),
+        (0, 4096, "Sequences of 4,096 tokens, with pages of up to 9 tiles\n"),
+        (100, 100, "of 100 tokens, with pages of up to 4 tiles; the language model was published"),
+    ],
+)
+def test_sequences_are_no_longer_than_the_language_model_knows(
+    published, tmp_path, capsys, context, seq_len, told
+):
+    shutil.copytree(published / "llm", tmp_path / "llm")
+    shutil.copytree(published / "vision", tmp_path / "vision")
+    file = tmp_path / "llm" / "config.json"
+    fields = json.loads(file.read_text()) | {"max_position_embeddings": context}
+    file.write_text(json.dumps(fields))
+    convert_to(tmp_path / "start", tmp_path)
+    [stage] = json.loads((tmp_path / "start" / "config.json").read_text())
+    assert stage["data"]["seq_len"] == seq_len
+    assert told in capsys.readouterr().out
+
+
 def test_import_and_export_give_back_every_tensor_bit_for_bit(
     published, converted, tmp_path, monkeypatch
 ):

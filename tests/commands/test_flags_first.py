@@ -5,10 +5,14 @@ import subprocess
 import sys
 import time
 
+import pytest
 from PIL import Image
 
 from alignvlm_jax.__main__ import COMMANDS
 from alignvlm_jax.commands import usage
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.report import contents
+from alignvlm_jax.weights import exported
 
 SLOW = ("jax", "flax", "optax", "orbax", "grain", "matplotlib")
 PROGRAM = f"""
@@ -104,6 +108,10 @@ WRONG = [
     (["inspect", "--data=x", "--filter=a", "--num_sequences=2"], 2, "of packed sequences"),
     (["inspect", "--analysis=lens", "--checkpoint=x", "--split=a"], 2, "--analysis=lens reads"),
     (["convert", "--llm=a", "--vision=b", "--out=x", "--components=llm"], 2, "needs --export"),
+    (["convert", "--llm=a", "--vision=b", "--out=x", "--format=transformers"], 2, "needs --export"),
+    (["convert", "--import=.", "--out=x", "--connector=mlp"], 2, "--connector is of --llm and"),
+    (["generate", "--checkpoint=x", "--question=a", "--top_p=0.9"], 2, "needs --temperature"),
+    (["generate", "--checkpoint=x", "--question=a", "--seed=1"], 2, "needs --temperature"),
     (["convert", "--export", "--checkpoint=.", "--out=x", "--llm=a"], 2, "--export reads one"),
     (["plan", "--config=demo", "--topology=v5e:2x2", "--generate", "--mesh=auto"], 2, "--mesh="),
     (["prepare", "--format=images", "--source=x", "--split=a", "--holdout=0.1"], 2, "takes all"),
@@ -210,3 +218,21 @@ def test_one_process_of_several_looks_for_its_checkpoint_after_it_has_joined(mon
     """Where it is missing on this host alone, the others have to be told."""
     monkeypatch.setenv("ALIGNVLM_NUM_PROCESSES", "2")
     usage.check_exists("checkpoint", tmp_path / "missing")
+
+
+def test_an_exported_model_is_not_written_into(tmp_path):
+    """It is handed on as it is; and its config.json is no run's."""
+    (tmp_path / usage.EXPORTED).write_text("{}")
+    (tmp_path / "config.json").write_text("{}")
+    usage.check_run(tmp_path)
+    calls = [
+        ["evaluate", f"--checkpoint={tmp_path}"],
+        ["report", f"--workdir={tmp_path}"],
+        ["inspect", "--analysis=pca", f"--checkpoint={tmp_path}"],
+        ["inspect", "--analysis=lens", f"--checkpoint={tmp_path}", "--image=docs/form.png"],
+    ]
+    for status, printed in run(calls):
+        assert status == 1 and f"`convert --import={tmp_path} --out=DIR` makes one" in printed
+    with pytest.raises(UserError, match=r"config\.json: this is no config of a run, which is a"):
+        contents.read(tmp_path)
+    assert usage.EXPORTED == exported.FILE

@@ -12,7 +12,7 @@ import pytest
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.benchmarks import predictions, scores
 from alignvlm_jax.benchmarks.runner import choose_questions
-from alignvlm_jax.data import index
+from alignvlm_jax.data import index, prepared
 from alignvlm_jax.data.shards import RecordSource
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading
@@ -177,6 +177,18 @@ def test_scores_of_other_data_name_their_folder(workdir, trained_workdir):
         add_predictions(workdir, trained_workdir, "x", data=data, folder="data/my invoices")
         text = text_of(run.build(workdir).read_text())
         assert f"answers are exact on {named} and" in text
+
+
+def test_scores_of_a_source_of_a_mixture_are_of_the_run_s_own_data(workdir, trained_workdir):
+    [stage] = contents.read(workdir).stages
+    names = {"a": "gone", "b": stage.data.dir}
+    sources = {name: config_lib.SourceConfig(dir=folder) for name, folder in names.items()}
+    mixture = dataclasses.replace(stage.data, dir="gone", sources=sources)
+    read = contents.read(workdir)
+    read = dataclasses.replace(read, stages=(dataclasses.replace(stage, data=mixture),))
+    for data, named in ((prepared.fingerprint(stage.data.dir), ""), ("0badda7a", " of b")):
+        header = {"data": data, "folder": "/a/b"}
+        assert contents.other_data(read, predictions.Predictions(header, [])) == named
 
 
 def test_where_the_time_went_is_shown(workdir):

@@ -126,6 +126,11 @@ def test_nothing_of_the_house_is_in_it(workdir, trained_workdir, out):
         assert found == {"alignvlm.json", *llm, *tensors, *code}
 
 
+def test_whoever_may_read_the_folder_may_read_its_tensors(out):
+    modes = {one.stat().st_mode for one in out.rglob("*") if one.is_file()}
+    assert len(modes) == 1
+
+
 def test_descriptions_lose_paths_and_listings():
     described = {
         "format": "jsonl",
@@ -209,7 +214,11 @@ def half(tmp_path_factory):
     """A converted model whose towers were published in bfloat16, with a template of its own."""
     root = tmp_path_factory.mktemp("half")
     folders.write_llama(
-        root / "llm", "untied", dtype=ml_dtypes.bfloat16, vocab_size=320, max_position_embeddings=77
+        root / "llm",
+        "untied",
+        dtype=ml_dtypes.bfloat16,
+        vocab_size=320,
+        max_position_embeddings=1999,
     )
     folders.write_siglip(root / "vision")
     write_chatml(root / "llm")
@@ -224,7 +233,7 @@ def half(tmp_path_factory):
 def test_published_weights_keep_their_context_length_template_and_precision(half, tmp_path):
     out = export_to(tmp_path / "out", half)
     config = json.loads((out / "llm" / "config.json").read_text())
-    assert config["max_position_embeddings"] == 77 and config["torch_dtype"] == "bfloat16"
+    assert config["max_position_embeddings"] == 1999 and config["torch_dtype"] == "bfloat16"
     template = templates.FAMILIES["qwen25"].template
     assert (out / "llm" / "chat_template.jinja").read_text() == template
     known = tokenizers.load(out / "llm").special_tokens
