@@ -18,8 +18,8 @@ def load(
     the total?")`.
 
     Args:
-      checkpoint: a workdir, whose newest checkpoint is taken, or one checkpoint folder
-        `checkpoints/STEP`.
+      checkpoint: a workdir, whose newest checkpoint is taken, one checkpoint folder
+        `checkpoints/STEP`, or a folder that `convert --export` wrote.
       data: the folder with the tokenizer; by default the one trained on.
 
     Raises:

@@ -68,7 +68,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="a folder that --export wrote, to be a checkpoint again",
     )
     parser.add_argument(
-        "--checkpoint", type=storage.path, help="workdir, or one of its checkpoints/STEP"
+        "--checkpoint",
+        type=storage.path,
+        help="workdir, one of its checkpoints/STEP, or what --export wrote",
     )
     parser.add_argument(
         "--components",

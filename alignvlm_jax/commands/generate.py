@@ -29,7 +29,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--checkpoint",
         type=storage.path,
         required=True,
-        help="workdir, or one of its checkpoints/STEP",
+        help="workdir, one of its checkpoints/STEP, or what `convert --export` wrote",
     )
     parser.add_argument(
         "--image",

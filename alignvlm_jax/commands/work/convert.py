@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from alignvlm_jax import storage
-from alignvlm_jax.config import Config
+from alignvlm_jax.config import DataConfig
 from alignvlm_jax.data import chat_template, tokenizers
 from alignvlm_jax.errors import counted
 from alignvlm_jax.weights import initial, published, towers
@@ -40,13 +40,12 @@ def write_exported(source: Path, out: Path) -> None:
     console.print(f"Written: {out}; start a run from it with --config.init_from={out}")
 
 
-def _about_lengths(config: Config) -> str:
-    """Returns a line about the length of sequences, and what sets it."""
-    length = config.data.seq_len
-    tiles = counted(config.data.max_tiles, "tile")
-    known = config.model.llm.context_length
+def _about_lengths(data: DataConfig, known: int) -> str:
+    """Returns a line about the length of sequences, and what sets it: the context length of the
+    language model, 0 where that is not known."""
+    tiles = counted(data.max_tiles, "tile")
     why = f"; the language model was published for {known:,}" if 0 < known < initial.SEQ_LEN else ""
-    return f"Sequences of {length:,} tokens, with pages of up to {tiles}{why}"
+    return f"Sequences of {data.seq_len:,} tokens, with pages of up to {tiles}{why}"
 
 
 def write_import(args: argparse.Namespace) -> None:
@@ -60,7 +59,7 @@ def write_import(args: argparse.Namespace) -> None:
     console.print(f"{llm.source.name} and {vision.source.name}: connector {args.connector}")
     if llm.note:
         console.print(llm.note, markup=False)
-    console.print(_about_lengths(config), markup=False)
+    console.print(_about_lengths(config.data, config.model.llm.context_length), markup=False)
     write_tokenizer = functools.partial(towers.write, args.tokenizer or args.llm)
     console.print(initial.write(llm, vision, config, write_tokenizer, args.out))
     # Read back from what was written, which is what training and generation will read.

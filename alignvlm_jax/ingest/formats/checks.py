@@ -162,13 +162,17 @@ def literal(text: str) -> Any:
         pass
     text = text.strip()
     try:
-        value = ast.literal_eval(text)
+        with warnings.catch_warnings():
+            # From Python 3.12 on there is one for every \alpha of a formula.
+            warnings.simplefilter("ignore")
+            tree = ast.parse(text, mode="eval")
+        value = ast.literal_eval(tree)
         # Of ['a' 'b'], as NumPy prints it, Python makes one text.
         tokens = tokenize.generate_tokens(io.StringIO(text).readline)
         spelled = sum(token.type == tokenize.STRING for token in tokens)
         texts = (
             isinstance(node, ast.Constant) and isinstance(node.value, str | bytes)
-            for node in ast.walk(ast.parse(text, mode="eval"))
+            for node in ast.walk(tree)
         )
         return value if spelled == sum(texts) else None
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, tokenize.TokenError):
