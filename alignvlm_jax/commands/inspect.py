@@ -78,6 +78,7 @@ def _parse(argv: list[str]) -> tuple[ConfigFlags, argparse.Namespace]:
     if given.file is None:
         fields = [flag.partition("=")[0] for flag in given.overrides]
         parser.check_used(argv, ("--stage", *fields), f"needs {config_flag.USAGE}")
+    # Each of two flags that choose records would be ignored by the other.
     if args.record:
         others = "chooses records, and --record=ID names them: leave one of them out"
         parser.check_used(argv, ("--filter", "--shuffle", "--num_records"), others)

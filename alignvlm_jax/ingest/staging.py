@@ -79,6 +79,7 @@ def is_ready(out: Path, wanted: dict[str, Any]) -> bool:
     """Whether the folder `out` holds the complete data that `wanted` describes, of images that are
     still as they were."""
     found = description(out)
+    # Known only after all was read, so that no job can want it.
     checksum = found.pop("images_read", None)
     try:
         return found == wanted and (checksum is None or not is_changed(out / IMAGES))
@@ -161,6 +162,7 @@ def join_images(parts: Iterable[Path], folder: Path) -> list[str]:
     found = [path for path in parts if path.exists()]
     if not found:
         return []
+    # As bytes, a part at a time: of a million images the list has 100 MB.
     with open(folder / IMAGES, "wb") as file:
         for path in found:
             file.write(path.read_bytes())
@@ -248,6 +250,7 @@ def publish(
 def drop_drawn(out: Path) -> str:
     """Deletes the pages that `inspect` drew of what a folder held before, and returns a line that
     says so; "" where there are none."""
+    # Pages that were written elsewhere by --out are the user's.
     old = [name for name in DRAWN if (out / name).exists()]
     for name in old:
         (out / name).unlink()

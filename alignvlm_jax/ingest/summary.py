@@ -42,6 +42,7 @@ def of(out: Path, splits: Sequence[str] = writer_lib.SPLITS) -> str:
                     f"  {task}: {counted(len(used), 'record')}, tokens mean "
                     f"{used.mean():.0f}, max {used.max():,}"
                 )
+    # A single --split is for evaluation, and lacks nothing.
     if tuple(splits) == writer_lib.SPLITS:
         text += _lacking(out, tasks)
     num_joined, num_joining = statistics.joined(out)
@@ -52,6 +53,7 @@ def of(out: Path, splits: Sequence[str] = writer_lib.SPLITS) -> str:
             "(--no-group_by_image keeps them apart)"
         )
     reasons = statistics.rejected(out)
+    # Also where there are none: that nothing is missing is what one wants to read.
     text.append(
         f"rejected: {sum(reasons.values()):,}"
         + (f" (see {out / staging.REJECTED})" if reasons else "")
@@ -150,6 +152,7 @@ def _first_rejected(directory: str | Path) -> dict[str, str]:
     """Returns where the first record lies that `prepare` rejected for each reason."""
     path = Path(directory, staging.REJECTED)
     found: dict[str, str] = {}
+    # By what is counted: what stands in parentheses is of one record.
     for line in writer_lib.read_lines(path) if path.exists() else ():
         found.setdefault(line["reason"].split(" (")[0], _where(line))
     return found

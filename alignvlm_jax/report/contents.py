@@ -134,6 +134,7 @@ def data_problem(run: Run) -> str:
 def tasks_of(data: DataConfig) -> str:
     """Returns the tasks of a stage with their weights, and which of them no record of its data has
     text for: others take their place in training."""
+    # A task without text trains nothing, and no figure of a run would show it.
     lacking = []
     with contextlib.suppress(UserError):  # The data may be gone.
         indexes = [index.load(folder, data.split) for folder in data.folders]

@@ -97,6 +97,7 @@ def resolve(name: str) -> Path:
             f"{name} is not on this machine, and published weights are read from a disk: copy it "
             "first (gcloud storage cp --recursive)"
         )
+    # OWNER/NAME is what people copy from a model's page; nothing is downloaded unasked.
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).parent.exists():
         folder = name.rpartition("/")[2]
         raise UserError(
@@ -115,6 +116,7 @@ def resolve(name: str) -> Path:
     except (importlib.metadata.PackageNotFoundError, StopIteration) as err:
         raise UserError(f"{name} {package.version} is not installed: run `make weights`") from err
     path = Path(distribution.locate_file(file))
+    # A package of this name may be another one by now.
     with path.open("rb") as opened:
         found = hashlib.file_digest(opened, "sha256").hexdigest()
     if found != package.sha256:

@@ -127,6 +127,7 @@ The words of a page:
 def _raw(where: str, fields: dict[str, Any], at: int, folder: str, place: Unit) -> Raw | Rejection:
     """Returns an object, which begins at byte `at`, with its id and document; they fall back on
     `where` and the first image, which lies in the folder of `place`."""
+    # What is no name is left to `record`, whose complaint is about the record and not its place.
     listed = fields.get("images")
     names = ()
     if isinstance(listed, list):
@@ -182,6 +183,7 @@ def _list(value: Any, name: str, kind: type) -> list:
 def _turn(fields: dict[str, Any]) -> Turn:
     """Returns a turn of a record; raises Reject if it has no question, or an unknown key."""
     _check_keys(fields, TURN_KEYS, " of a turn")
+    # "['a', 'b']", as of a table of another program, would be learnt with its brackets.
     for key in ("question", "answers"):
         checks.refuse_listed(fields.get(key), key)
     return Turn(
@@ -258,6 +260,7 @@ def _confidence(value: Any) -> float | None:
     """Returns how sure OCR is of a word; raises ValueError if it is no number from 0 to 1."""
     if value is None:
         return None
+    # true is a number to Python, and would be full confidence.
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise ValueError(f"a confidence of {value!r:.20}; it must be from 0 to 1")
     return float(value)

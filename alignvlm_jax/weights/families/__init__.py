@@ -82,6 +82,7 @@ def open_vision(folder: Path, tile_size: int | None = None) -> Tower:
 
 
 def _fields(folder: Path) -> Fields:
+    # First: what is another thing than a model may well have a config.json that misleads.
     check_folder(folder)
     return Fields(folder / "config.json")
 
@@ -99,6 +100,7 @@ def _chosen(fields: Fields, known: Mapping[str, Any]) -> Any:
 
 def _found(fields: Fields, family: LLMFamily | VisionFamily) -> str:
     """Which class a config.json names, for complaints about its tensors."""
+    # model_type alone decides: some fine-tunes name a class of their own with the same tensors.
     names = fields.get("architectures", [])
     if not names or family.class_name in names:
         return ""
@@ -118,6 +120,7 @@ def _with_head(source: Source, family: LLMFamily, config: LLMConfig) -> tuple[LL
     if not config.tie_embeddings or not {head, table} <= source.tensors.keys():
         return config, ""
     difference = largest_difference(source, head, table)
+    # Bit for bit: a head that was trained a little is another head.
     if not difference:
         return config, ""
     return untied, (

@@ -213,6 +213,7 @@ def read_vision(
     fields.choose("num_channels", (3,), 3)
     patch = fields.integer("patch_size")
     size = own_size if tile_size is None else tile_size
+    # A convolution would leave the rest of the tile unseen, without a word.
     if size % patch:
         nearest_size = max(1, round(size / patch)) * patch
         raise UserError(
@@ -251,6 +252,7 @@ def read_pixels(
     Raises:
       UserError: an offset, or what is no number.
     """
+    # Some encoders are published with other statistics than their class's own.
     nested = None
     if (folder / "processor_config.json").exists():
         nested = Fields(folder / "processor_config.json").within("image_processor")
@@ -262,6 +264,7 @@ def read_pixels(
     # scale.
     factor = fields.number("rescale_factor", 1 / 255) if fields.flag("do_rescale", True) else 1.0
     scale = 255 * factor
+    # Written so that NaN is refused as well: it compares with nothing.
     if not scale > 0:
         raise UserError(f"{fields.path}: rescale_factor is {factor}; it must be above 0")
     if not fields.flag("do_normalize", True):

@@ -147,6 +147,7 @@ def _shards(folder: Path) -> dict[Path, set[str] | None]:
         return {folder / SINGLE: None}
     pickled = sorted(path.name for path in folder.glob("*.bin"))
     hint = f"; {pickled[0]} is pickled and is not read: save it as safetensors" if pickled else ""
+    # Of several files without an index nobody knows whether one is missing.
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     if others:
         hint = f"; it holds {', '.join(others[:4])}: where that is all, name it {SINGLE}"

@@ -61,6 +61,7 @@ def fit(page: OcrPage, width: int, height: int, min_confidence: float) -> Lines:
                 f"{[round(side, 1) for side in word.box]}, and the page is {page.size[0]:g} x "
                 f"{page.size[1]:g})"
             )
+    # Before these words are left out, or nobody could tell how many there were.
     unsure = sum(not _is_sure(word, min_confidence) for word in words)
     checks.check_sure(unsure, len(words), min_confidence)
     bounds = width, height
@@ -92,6 +93,7 @@ def box_of(left: Any, top: Any, right: Any, bottom: Any, text: str) -> Box:
         box = float(left), float(top), float(right), float(bottom)
     except (TypeError, ValueError) as err:
         raise Reject(f"OCR with a box that is none (of {text[:20]!r}: {err})") from err
+    # A side may be "nan" or "inf", which float() reads.
     if not all(map(math.isfinite, box)) or box[0] > box[2] or box[1] > box[3]:
         raise Reject(f"OCR with a box that is none (of {text[:20]!r}: {list(box)})")
     return box
@@ -130,6 +132,7 @@ def spread(text: str, box: Box, confidence: float | None) -> tuple[Word, ...]:
     """Returns the words of a line of which only the whole is known, as if all its characters were
     equally wide."""
     ends = (box[2], box[0]) if labels.is_from_the_right(text) else (box[0], box[2])
+    # White space counts as well, since it takes room on the page.
     edges = np.linspace(*ends, len(text) + 1).tolist()
     words = []
     for found in re.finditer(r"\S+", text):
