@@ -24,7 +24,7 @@ def get_config(folder: str) -> ml_collections.ConfigDict:
     """Returns the stages that start from the checkpoint in `folder`.
 
     Raises:
-      ValueError: the folder has no config.json.
+      ValueError: the folder has no config.json, or that of another program.
     """
     config = config_lib.default_config_dict()
     config.name = "finetune"
@@ -32,9 +32,15 @@ def get_config(folder: str) -> ml_collections.ConfigDict:
     path = pathlib.Path(folder, "config.json")
     if not path.exists():
         raise ValueError(f"{folder} holds no config.json: run `make weights` or `convert` first")
+    stages = json.loads(path.read_text())
+    if not isinstance(stages, list):
+        raise ValueError(
+            f"{path} is no run's: `convert --import` makes a checkpoint of an exported model, and "
+            "`convert --llm --vision` one of models of Hugging Face"
+        )
     # A config.json has a list of stages; the model is that of the last one.
     # Earlier versions called some fields otherwise.
-    (*_, last) = config_lib.current_form(json.loads(path.read_text()))
+    (*_, last) = config_lib.current_form(stages)
     config_lib.set_model(config.model, last["model"])
     config.model.remat = "full"
     config.model.dtype = "bfloat16"

@@ -61,6 +61,7 @@ def _parse(argv: list[str]) -> tuple[Path, ConfigFlags, list[str]]:
         args = parser.parse_args(rest)
     if given.file is None:
         parser.error(config_flag.REQUIRED)
+    usage.check_workdir(args.workdir, "train")
     return args.workdir, given, rest
 
 

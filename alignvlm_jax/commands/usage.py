@@ -206,11 +206,20 @@ def check_run(where: Path, needs_checkpoint: bool = True) -> None:
 
 def check_workdir(where: Path, command: str) -> None:
     """Raises UserError where a command would write into an exported model, which is to be handed on
-    as it is."""
-    if _is_here(where) and (where / EXPORTED).exists():
+    as it is, or into another program's, whose config.json a run would replace by its own."""
+    if not _is_here(where):
+        return
+    if (where / EXPORTED).exists():
         raise UserError(
             f"{where} is an exported model, and {command} writes into the workdir of a checkpoint: "
             f"`convert --import={where} --out=DIR` makes one"
+        )
+    config = where / "config.json"
+    # A list of stages; one that is empty, or begins otherwise, may be damaged, and its reader tells.
+    if config.is_file() and config.read_bytes().lstrip()[:1] == b"{":
+        raise UserError(
+            f"{config} is no run's, as of a model of Hugging Face, and {command} writes into a "
+            "workdir: take another folder"
         )
 
 

@@ -273,6 +273,11 @@ def test_config_files_say_what_to_run_first(tmp_path):
         UserError, match=r"holds no config\.json: run `make weights` or `convert` first"
     ):
         config_flag.parse([f"--config=configs/finetune.py:{tmp_path}"])
+    (tmp_path / "config.json").write_text('{"model_type": "alignvlm"}')
+    with pytest.raises(
+        UserError, match=r"is no run's: `convert --import` makes a checkpoint of an"
+    ):
+        config_flag.parse([f"--config=configs/finetune.py:{tmp_path}"])
 
 
 @pytest.mark.parametrize(

@@ -226,6 +226,7 @@ def test_an_exported_model_is_not_written_into(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     usage.check_run(tmp_path)
     calls = [
+        ["train", "--config=demo", f"--workdir={tmp_path}"],
         ["evaluate", f"--checkpoint={tmp_path}"],
         ["report", f"--workdir={tmp_path}"],
         ["inspect", "--analysis=pca", f"--checkpoint={tmp_path}"],
@@ -233,6 +234,10 @@ def test_an_exported_model_is_not_written_into(tmp_path):
     ]
     for status, printed in run(calls):
         assert status == 1 and f"`convert --import={tmp_path} --out=DIR` makes one" in printed
+    (tmp_path / usage.EXPORTED).unlink()
+    [(status, printed)] = run(calls[:1])
+    assert status == 1 and f"{tmp_path / 'config.json'} is no run's" in printed
+    assert (tmp_path / "config.json").read_text() == "{}"
     with pytest.raises(UserError, match=r"config\.json: this is no config of a run, which is a"):
         contents.read(tmp_path)
     assert usage.EXPORTED == exported.FILE
