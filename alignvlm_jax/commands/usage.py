@@ -215,7 +215,7 @@ def check_workdir(where: Path, command: str) -> None:
             f"`convert --import={where} --out=DIR` makes one"
         )
     config = where / "config.json"
-    # A list of stages; one that is empty, or begins otherwise, may be damaged, and its reader tells.
+    # A list of stages; one that is empty, or begins otherwise, may be damaged: its reader tells.
     if config.is_file() and config.read_bytes().lstrip()[:1] == b"{":
         raise UserError(
             f"{config} is no run's, as of a model of Hugging Face, and {command} writes into a "
