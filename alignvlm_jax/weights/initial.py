@@ -1,6 +1,7 @@
 """The checkpoint that a run starts from, made of published towers or of an exported model."""
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -136,6 +137,10 @@ def _params(
     # What starts from the LLM is made below, of the LLM that was loaded and not of one just drawn.
     initialised_params = state.init_params(model, abstract, initialised - from_llm, rng)
     params = state.merge(state.unflatten(leaves), initialised_params)
+    # In the precision of the LLM's file: a copy of its head in float32 would hold nothing more.
+    made = jax.eval_shape(functools.partial(vlm.from_llm, model.config), params["llm"])
+    half = {path: wanted[path].update(dtype=made[path].dtype) for path in from_llm}
+    abstract = state.merge(abstract, state.unflatten(half))
     params = warm_start.from_llm(model.config, params, abstract, initialised)
     shapes = {path: x.shape for path, x in wanted.items()}
     groups = {
