@@ -19,7 +19,7 @@ PARITY := .venv-parity
 BEAM := .venv-beam
 LAUNCH := .venv-launch
 
-.PHONY: help python setup tpu-compiler lint test test-install test-parity beam test-beam test-launch stress bench bench-data bench-generate bench-plans demo compare weights data clean
+.PHONY: help python setup tpu-compiler lint test test-install test-parity beam test-beam test-big-vision test-launch stress bench bench-data bench-generate bench-plans demo compare weights data clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -108,6 +108,19 @@ test-install: setup  ## build a wheel, install it into a venv of its own, use it
 
 test-parity: $(PARITY)/.done  ## compare with PyTorch's implementations, in a venv of its own
 	$(PARITY)/bin/pytest tests/parity
+
+BIG_VISION := .big-vision
+BIG_VISION_URL ?= https://github.com/google-research/big_vision
+
+$(BIG_VISION)/.done: requirements-big-vision.txt $(VENV)/.done
+	rm -rf $(BIG_VISION)
+	git clone --quiet --filter=blob:none $(BIG_VISION_URL) $(BIG_VISION)/repo
+	git -C $(BIG_VISION)/repo checkout --quiet $$(sed -n 's/^# commit //p' $<)
+	$(BIN)/pip install --quiet --no-deps --target $(BIG_VISION)/packages --requirement $<
+	touch $@
+
+test-big-vision: $(BIG_VISION)/.done  ## hold our vision encoder against big_vision's own ViT, cloned from GitHub
+	BIG_VISION=1 PYTHONPATH=$(BIG_VISION)/repo:$(BIG_VISION)/packages $(BIN)/pytest tests/weights/test_big_vision_reference.py
 
 $(BEAM)/.done: requirements-beam.txt
 	$(PYTHON) -m venv $(BEAM)
