@@ -27,7 +27,9 @@ from tests.weights.tokenizers import write_chatml
 def published(tmp_path_factory):
     """A language model in bfloat16, an encoder, a tokenizer that fits."""
     root = tmp_path_factory.mktemp("published")
-    scaled = {"rope_scaling": folders.LLAMA3_SCALING, "vocab_size": 320}
+    # A context in which a page and a question have room.
+    sizes = {"vocab_size": 320, "max_position_embeddings": 4096}
+    scaled = {"rope_scaling": folders.LLAMA3_SCALING, **sizes}
     folders.write_llama(root / "llm", "untied", dtype=ml_dtypes.bfloat16, num_shards=2, **scaled)
     folders.write_siglip(root / "vision", is_whole=True)
     write_chatml(root / "llm")

@@ -114,7 +114,9 @@ def test_every_connector(connector, trained_workdir, tmp_path):
 
 @pytest.mark.parametrize("variant", ["qwen2, untied", "qwen3, tied", "scaled, transformers 5"])
 def test_every_family_with_square_tiles_overview_and_a_template(variant, tmp_path):
-    folders.write_llama(tmp_path / "llm", variant, seed=5, vocab_size=320)
+    folders.write_llama(
+        tmp_path / "llm", variant, seed=5, vocab_size=320, max_position_embeddings=4096
+    )
     folders.write_siglip(tmp_path / "vision", seed=5)
     write_chatml(tmp_path / "llm")
     parts = [f"--{name}={tmp_path / name}" for name in ("llm", "vision")]
