@@ -158,7 +158,9 @@ def draw(page: pypdfium2.PdfPage, dpi: float) -> Drawn:
     return Drawn(image, _to_pixels(page, image.size), dpi / POINTS_PER_INCH)
 
 
-def draw_of_file(data: bytes, name: str, page: int | None, dpi: float) -> Image.Image:
+def draw_of_file(
+    data: bytes, name: str, page: int | None, dpi: float, sandbox: Sandbox = _sandbox
+) -> Image.Image:
     """Returns a page of a PDF file drawn as RGB, in a process beside this one: some pages take for
     ever.
 
@@ -167,6 +169,7 @@ def draw_of_file(data: bytes, name: str, page: int | None, dpi: float) -> Image.
       name: what it is called in messages.
       page: number of the page, from 1; None for the only one.
       dpi: pixels an inch.
+      sandbox: the process; one draws a page at a time.
 
     Raises:
       UnreadablePage: the file cannot be read, has several pages and none is named, has no such
@@ -174,15 +177,15 @@ def draw_of_file(data: bytes, name: str, page: int | None, dpi: float) -> Image.
       UserError: the process cannot be started, which is no fault of the page.
     """
     try:
-        return _sandbox.call(_draw_of_file, data, name, page, dpi)
+        return sandbox.call(_draw_of_file, data, name, page, dpi)
     except (UnreadablePdf, CallEnded) as err:
         raise UnreadablePage(f"cannot read {name}, page {page or 1}: {err}") from err
 
 
-def count_pages_of_file(data: bytes, name: str) -> int:
+def count_pages_of_file(data: bytes, name: str, sandbox: Sandbox = _sandbox) -> int:
     """Returns the number of pages of a PDF file; raises as `draw_of_file`."""
     try:
-        return _sandbox.call(_count_pages, data)
+        return sandbox.call(_count_pages, data)
     except (UnreadablePdf, CallEnded) as err:
         raise UnreadablePage(f"cannot read {name}: {err}") from err
 

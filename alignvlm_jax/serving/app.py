@@ -19,11 +19,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from alignvlm_jax.errors import UserError, counted
+from alignvlm_jax.data.examples import PackedSequence
+from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import patch_tokens
 from alignvlm_jax.inference.assistant import Assistant
 from alignvlm_jax.pictures import html
-from alignvlm_jax.serving import pages, protocol
+from alignvlm_jax.serving import pages, protocol, responses
+from alignvlm_jax.serving.bodies import Bodies
 from alignvlm_jax.serving.engine import ClosedError, Engine, Finish, Job, QueueFullError
 from alignvlm_jax.serving.metrics import Metrics
 from alignvlm_jax.serving.pages import PageReader
@@ -34,6 +36,9 @@ CONTENT_SECURITY = (
     "default-src 'none'; connect-src 'self'; img-src data: blob:; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline'; frame-src 'self'; form-action 'none'; base-uri 'none'"
 )
+
+TURNS = 4
+"""Requests whose images are opened at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +81,10 @@ class Server:
         self._settings = settings
         self._created = int(time.time())
         self._metrics = Metrics(lambda: engine.num_waiting)
+        self._bodies = Bodies(settings.max_body_bytes, settings.max_seconds)
+        # A page may be 64 megapixels: so many are opened at once.
+        self._turns = asyncio.Semaphore(TURNS)
+        self._pdf_turns = asyncio.Semaphore(pages.NUM_DRAWERS)
 
     def app(self) -> Starlette:
         """Returns the application."""
@@ -102,9 +111,18 @@ class Server:
                 response = await handler(request)
             except ApiError as err:
                 response = _error(err)
+            except QueueFullError:
+                response = _error(ApiError(429, "too many wait; try again later", "queue_full"))
+            except ClosedError:
+                response = _error(ApiError(503, "the server is being stopped", "unavailable"))
+            except asyncio.CancelledError:
+                # Of the server at its end; the client should hear of it in its API's words.
+                response = _error(ApiError(503, "the server is being stopped", "unavailable"))
             except ClientDisconnect:
                 # Nobody is there to read it.
                 response = Response(status_code=499)
+            except Exception as err:
+                response = await _failed(request, err)
             self._metrics.answered(response.status_code, time.monotonic() - begin)
             return response
 
@@ -119,32 +137,42 @@ class Server:
         if not hmac.compare_digest(given.encode(), key.encode()):
             raise ApiError(401, "the API key is missing or wrong", "invalid_api_key")
 
-    async def _body(self, request: Request) -> bytes:
-        """The body of a request; what is too large is not read to its end."""
-        most = self._settings.max_body_bytes
-        # What the client says, before a byte is read; it may say nothing, or lie.
-        length = request.headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > most:
-            raise protocol.too_large("byte", int(length), most)
-        parts = bytearray()
-        async for part in request.stream():
-            parts += part
-            if len(parts) > most:
-                raise protocol.too_large("byte", len(parts), most)
-        return bytes(parts)
+    async def _read(self, request: Request) -> tuple[ChatRequest, PackedSequence, int]:
+        """A request without its files, its prompt, and tokens of its answer at most.
+
+        What it came as, megabytes of base64 and files, is gone when this returns: it would be held
+        while the request waits.
+        """
+        async with self._bodies.read(request) as body:
+            # In threads: it would hold up all other requests.
+            chat = await run_in_threadpool(protocol.read, body, self._settings.model)
+            most = self._settings.max_new_tokens
+            max_tokens = chat.max_tokens or min(self._settings.default_tokens, most)
+            # Before pages are drawn.
+            if max_tokens > most:
+                raise ApiError(
+                    400, f"max_tokens is {max_tokens:,}; this server allows {most:,}",
+                    "invalid_value", "max_tokens",
+                )  # fmt: skip
+            prompt = await self._open(chat, self._reader.prompt, chat)
+        return dataclasses.replace(chat, messages=()), prompt, max_tokens
+
+    async def _open(self, chat: ChatRequest, function: Callable, *args: object) -> Any:
+        """Calls a function that opens the files of a request, when it is its turn to."""
+        # PDFs take turns of their own: some take seconds, and images should not wait behind them.
+        turns = self._pdf_turns if pages.has_pdf(chat) else self._turns
+        try:
+            async with asyncio.timeout(self._settings.max_seconds):
+                await turns.acquire()
+        except TimeoutError as err:
+            raise ApiError(503, "the request waited too long", "unavailable") from err
+        try:
+            return await run_in_threadpool(function, *args)
+        finally:
+            turns.release()
 
     async def _chat(self, request: Request) -> Response:
-        body = await self._body(request)
-        # In threads: megabytes of base64 and pages to draw would hold up all other requests.
-        chat = await run_in_threadpool(protocol.read, body, self._settings.model)
-        prompt = await run_in_threadpool(self._reader.prompt, chat)
-        most = self._settings.max_new_tokens
-        max_tokens = chat.max_tokens or min(self._settings.default_tokens, most)
-        if max_tokens > most:
-            raise ApiError(
-                400, f"max_tokens is {max_tokens:,}; this server allows {most:,}",
-                "invalid_value", "max_tokens",
-            )  # fmt: skip
+        chat, prompt, max_tokens = await self._read(request)
         loop = asyncio.get_running_loop()
         # Of the event loop, which the engine's thread may not touch but by call_soon_threadsafe.
         pieces: asyncio.Queue[tuple[str, Finish | None] | ApiError] = asyncio.Queue()
@@ -163,47 +191,50 @@ class Server:
             on_error=lambda reason: put(ApiError(503, reason, "unavailable")),
             deadline=time.monotonic() + self._settings.max_seconds,
         )
-        try:
-            self._engine.submit(job)
-        except QueueFullError as err:
-            raise ApiError(
-                429, f"{counted(self._engine.num_waiting, 'request')} wait already; try again "
-                "later", "queue_full",
-            ) from err  # fmt: skip
-        except ClosedError as err:
-            raise ApiError(503, "the server is being stopped", "unavailable") from err
+        self._engine.submit(job)
         if chat.is_stream:
-            return await self._stream(chat, job, pieces)
+            return await self._stream(request, chat, job, pieces)
         return await self._whole(request, job, pieces)
+
+    async def _next(
+        self, request: Request, job: Job, pieces: asyncio.Queue
+    ) -> tuple[str, Finish | None]:
+        """The next piece of an answer of which nothing is sent yet; raises what ended it instead"""
+        # A client that has gone is noticed within a second: its row need not be worked at.
+        waiting = asyncio.ensure_future(pieces.get())
+        try:
+            while not (await asyncio.wait([waiting], timeout=1.0))[0]:
+                if await request.is_disconnected():
+                    raise ClientDisconnect
+            piece = waiting.result()
+        except BaseException:
+            waiting.cancel()
+            job.cancel()
+            raise
+        if isinstance(piece, ApiError):
+            raise piece
+        return piece
 
     async def _whole(self, request: Request, job: Job, pieces: asyncio.Queue) -> Response:
         finish = None
         while finish is None:
-            # A client that has gone is noticed within a second: its row need not be worked at.
-            next_piece = asyncio.ensure_future(pieces.get())
-            while not (await asyncio.wait([next_piece], timeout=1.0))[0]:
-                if await request.is_disconnected():
-                    next_piece.cancel()
-                    job.cancel()
-                    raise ClientDisconnect
-            piece = next_piece.result()
-            if isinstance(piece, ApiError):
-                raise piece
-            finish = piece[1]
+            _, finish = await self._next(request, job, pieces)
         self._metrics.generated(job.prompt_tokens, job.num_tokens)
-        usage = protocol.usage(job.prompt_tokens, job.num_tokens)
+        usage = responses.usage(job.prompt_tokens, job.num_tokens)
         return JSONResponse(
-            protocol.completion(
+            responses.completion(
                 _new_id(), int(time.time()), self._settings.model, job.text, finish, usage
             )
         )
 
-    async def _stream(self, chat: ChatRequest, job: Job, pieces: asyncio.Queue) -> Response:
+    async def _stream(
+        self, request: Request, chat: ChatRequest, job: Job, pieces: asyncio.Queue
+    ) -> Response:
         # The first piece before the status is sent: what fails until then is a proper error.
-        first = await pieces.get()
-        if isinstance(first, ApiError):
-            raise first
-        named = functools.partial(protocol.chunk, _new_id(), int(time.time()), self._settings.model)
+        first = await self._next(request, job, pieces)
+        named = functools.partial(
+            responses.chunk, _new_id(), int(time.time()), self._settings.model
+        )
 
         async def events() -> AsyncIterator[str]:
             # An error from here on is an event: the status 200 is sent already.
@@ -223,8 +254,8 @@ class Server:
                     return
                 self._metrics.generated(job.prompt_tokens, job.num_tokens)
                 if chat.has_usage:
-                    usage = protocol.usage(job.prompt_tokens, job.num_tokens)
-                    yield _event(protocol.usage_chunk(*named.args, usage))
+                    usage = responses.usage(job.prompt_tokens, job.num_tokens)
+                    yield _event(responses.usage_chunk(*named.args, usage))
                 # Clients wait for this line, and take its absence for a connection that broke.
                 yield "data: [DONE]\n\n"
             finally:
@@ -237,27 +268,18 @@ class Server:
 
     async def _lens(self, request: Request) -> Response:
         """What the patches of the first page of a chat request say, as HTML."""
-        body = await self._body(request)
-        chat = await run_in_threadpool(protocol.read, body, self._settings.model)
-        files = [file for message in chat.messages for _, file in message.files]
-        if not files:
-            raise ApiError(400, "the request has no page", "invalid_value", "messages")
-        image = await run_in_threadpool(pages.open_image, files[0], self._reader.dpi)
-        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        loop = asyncio.get_running_loop()
-
-        def open_lens() -> None:
-            try:
-                page = self._assistant.lens(image).html()
-            except UserError as err:
-                error = ApiError(400, str(err), "no_lens")
-                loop.call_soon_threadsafe(future.set_exception, error)
-            else:
-                loop.call_soon_threadsafe(future.set_result, page)
-
+        async with self._bodies.read(request) as body:
+            chat = await run_in_threadpool(protocol.read, body, self._settings.model)
+            files = [file for message in chat.messages for _, file in message.files]
+            if not files:
+                raise ApiError(400, "the request has no page", "invalid_value", "messages")
+            image = await self._open(chat, self._reader.image, files[0])
         # The devices answer one call at a time, and this one waits for no batch to fill.
-        self._engine.call(open_lens)
-        return HTMLResponse(await future)
+        future = self._engine.call(lambda: self._assistant.lens(image).html())
+        try:
+            return HTMLResponse(await asyncio.wrap_future(future))
+        except UserError as err:
+            raise ApiError(400, str(err), "no_lens") from err
 
     async def _page(self, request: Request) -> Response:
         del request
@@ -267,7 +289,11 @@ class Server:
 
     async def _health(self, request: Request) -> Response:
         del request
-        return JSONResponse({"status": "ok", "waiting": self._engine.num_waiting})
+        waiting = {"waiting": self._engine.num_waiting}
+        # Without its thread nothing is answered any more, whatever the port says.
+        if not self._engine.is_running:
+            return JSONResponse({"status": "stopped"} | waiting, status_code=503)
+        return JSONResponse({"status": "ok"} | waiting)
 
     async def _show_metrics(self, request: Request) -> Response:
         del request
@@ -275,7 +301,7 @@ class Server:
 
     async def _models(self, request: Request) -> Response:
         del request
-        return JSONResponse(protocol.models([self._settings.model], self._created))
+        return JSONResponse(responses.models([self._settings.model], self._created))
 
     async def _model(self, request: Request) -> Response:
         name = request.path_params["name"]
@@ -284,7 +310,7 @@ class Server:
                 404, f"there is no model {name!r}; served is {self._settings.model!r}",
                 "model_not_found", "model",
             )  # fmt: skip
-        return JSONResponse(protocol.models([name], self._created)["data"][0])
+        return JSONResponse(responses.models([name], self._created)["data"][0])
 
 
 def _event(value: dict[str, Any]) -> str:
@@ -297,7 +323,7 @@ def _new_id() -> str:
 
 def _error(err: ApiError) -> Response:
     # Clients keep a connection for the next request; not one whose body was not read to its end.
-    headers = {"Connection": "close"} if err.status == 413 else None
+    headers = {"Connection": "close"} if err.status in (408, 413, 429) else None
     return JSONResponse(err.body(), status_code=err.status, headers=headers)
 
 

@@ -10,6 +10,8 @@ import enum
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -111,7 +113,7 @@ class Engine:
         self.sizes = buckets.sizes(limits.batch_size, loaded.data_parallel_size)
         # Not queue.Queue: what waits is looked through for requests of one shape.
         self._waiting: collections.deque[Job] = collections.deque()
-        self._calls: collections.deque[Callable[[], None]] = collections.deque()
+        self._calls: collections.deque[tuple[Future, Callable]] = collections.deque()
         # Guards the queues, and wakes the thread.
         self._changed = threading.Condition()
         self._is_closed = False
@@ -146,13 +148,27 @@ class Engine:
             self._waiting.append(job)
             self._changed.notify()
 
-    def call(self, function: Callable[[], None]) -> None:
-        """Has a function called by the thread that has the model, between two batches."""
+    def call(self, function: Callable[[], Any]) -> Future:
+        """Has a function called by the thread that has the model, between two batches.
+
+        Raises:
+          QueueFullError: too many calls wait.
+          ClosedError: the engine is being stopped.
+        """
+        future = Future()
         with self._changed:
             if self._is_closed:
                 raise ClosedError
-            self._calls.append(function)
+            if len(self._calls) >= self._limits.queue_length:
+                raise QueueFullError
+            self._calls.append((future, function))
             self._changed.notify()
+        return future
+
+    @property
+    def is_running(self) -> bool:
+        """Whether there is anyone to answer."""
+        return self._thread.is_alive()
 
     @property
     def num_waiting(self) -> int:
@@ -165,12 +181,16 @@ class Engine:
         with self._changed:
             self._is_closed = True
             refused = list(self._waiting)
+            calls = list(self._calls)
             self._waiting.clear()
             self._calls.clear()
             self._changed.notify()
         # Outside of the lock: whoever is called back may submit again.
         for job in refused:
             job.on_error("the server is being stopped")
+        for future, _ in calls:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(ClosedError())
         if self._thread.is_alive():
             self._thread.join(seconds)
 
@@ -181,12 +201,11 @@ class Engine:
                     self._changed.wait()
                 if self._is_closed:
                     return
-                function = self._calls.popleft() if self._calls else None
-            if function is not None:
-                function()
+                call = self._calls.popleft() if self._calls else None
+            if call is not None:
+                _call(*call)
                 continue
-            # Others that come at the same time are answered together with the first.
-            time.sleep(self._limits.wait_seconds)
+            self._wait_for_others()
             jobs, bucket = self._take()
             if not jobs:
                 continue
@@ -197,6 +216,14 @@ class Engine:
                 logging.exception("a batch of %d requests failed", len(jobs))
                 for job in jobs:
                     job.on_error(f"the model failed: {type(err).__name__}")
+
+    def _wait_for_others(self) -> None:
+        """Waits for requests that come at the same time, unless there are enough for a batch."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: len(self._waiting) >= self._limits.batch_size or self._is_closed,
+                self._limits.wait_seconds,
+            )
 
     def _take(self) -> tuple[list[Job], Bucket | None]:
         """The request that waits longest, and others of its shape."""
@@ -277,6 +304,16 @@ class Engine:
         if piece or finish:
             job.on_text(piece, finish)
         return finish is not None
+
+
+def _call(future: Future, function: Callable[[], Any]) -> None:
+    # False where whoever wanted it has gone.
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(function())
+    except Exception as err:  # for whoever waits
+        future.set_exception(err)
 
 
 def before_stop(text: str, stops: Sequence[str], is_whole: bool) -> tuple[str, bool]:

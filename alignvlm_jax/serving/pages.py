@@ -1,6 +1,9 @@
 """The pages of a chat request: images and PDFs as a record that the model is asked about."""
 
+import contextlib
 import dataclasses
+import queue
+from collections.abc import Iterator
 
 from PIL import Image
 
@@ -8,6 +11,7 @@ from alignvlm_jax.data import images, pdf
 from alignvlm_jax.data.chat import ChatTurn
 from alignvlm_jax.data.examples import ExampleBuilder, PackedSequence
 from alignvlm_jax.data.record import Record, Turn
+from alignvlm_jax.data.sandbox import Sandbox
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.serving import protocol
 from alignvlm_jax.serving.protocol import ApiError, ChatRequest, File, Message
@@ -16,19 +20,42 @@ MAX_PIXELS = 64_000_000
 """Of an image: as RGB it takes three bytes each, and a few kilobytes may claim any number."""
 
 
-@dataclasses.dataclass(frozen=True)
-class PageReader:
-    """Makes prompts of requests.
+NUM_DRAWERS = 3
+"""Processes that draw PDFs, so that a page which takes long holds up no other PDF."""
+DRAW_SECONDS = 10.0
+"""CPU time of a page: others wait for their turn meanwhile, which `prepare` has no need to fear."""
 
-    Attributes:
+
+class PageReader:
+    """Makes prompts of requests, in any number of threads.
+
+    Args:
       builder: of the model's prompts.
       dpi: pixels an inch at which pages of PDFs are drawn.
       max_pages: of a request.
     """
 
-    builder: ExampleBuilder
-    dpi: float
-    max_pages: int
+    def __init__(self, builder: ExampleBuilder, dpi: float, max_pages: int):
+        self._builder = builder
+        self._dpi = dpi
+        self._max_pages = max_pages
+        # The one used last first: others, with what they import, are started only if it is busy.
+        self._sandboxes: queue.LifoQueue[Sandbox] = queue.LifoQueue()
+        for _ in range(NUM_DRAWERS):
+            self._sandboxes.put(Sandbox(DRAW_SECONDS))
+
+    def warm_up(self) -> None:
+        """Starts a process that draws PDFs, for which the first of them would wait a second."""
+        with self._sandbox() as sandbox, contextlib.suppress(UserError):
+            pdf.count_pages_of_file(b"", "", sandbox)
+
+    @contextlib.contextmanager
+    def _sandbox(self) -> Iterator[Sandbox]:
+        sandbox = self._sandboxes.get()
+        try:
+            yield sandbox
+        finally:
+            self._sandboxes.put(sandbox)
 
     def prompt(self, request: ChatRequest) -> PackedSequence:
         """Returns the prompt of a request.
@@ -54,7 +81,7 @@ class PageReader:
         has_places = any(turn.image_offsets for turn in turns)
         question = ChatTurn(last.question, "", last.image_offsets) if has_places else last.question
         try:
-            return self.builder.prompt(record, question, turns[:-1])
+            return self._builder.prompt(record, question, turns[:-1])
         except UserError as err:
             raise ApiError(400, str(err), "context_length_exceeded", "messages") from err
 
@@ -63,7 +90,7 @@ class PageReader:
         they stand."""
         offsets = []
         for offset, file in message.files:
-            found = self._pages_of(file, self.max_pages - len(pages))
+            found = self._pages_of(file, self._max_pages - len(pages))
             pages += found
             offsets += [offset] * len(found)
         return tuple(offsets)
@@ -72,37 +99,48 @@ class PageReader:
         try:
             if not pdf.is_pdf(file.content):
                 if most < 1:
-                    raise self._too_many(self.max_pages + 1)
+                    raise self._too_many(self._max_pages + 1)
                 _check(file)
                 return [file.content]
             # Counted first: of a PDF of a thousand pages none is drawn.
-            count = pdf.count_pages_of_file(file.content, file.name)
+            with self._sandbox() as sandbox:
+                count = pdf.count_pages_of_file(file.content, file.name, sandbox)
             if count > most:
-                raise self._too_many(self.max_pages - most + count)
+                raise self._too_many(self._max_pages - most + count)
             return [self._drawn(file, number) for number in range(1, count + 1)]
         except UserError as err:
             raise ApiError(400, str(err), "invalid_image", "messages") from err
 
     def _drawn(self, file: File, number: int) -> bytes:
-        return pdf.encode(pdf.draw_of_file(file.content, file.name, number, self.dpi))
+        return pdf.encode(self._draw(file, number))
+
+    def _draw(self, file: File, number: int) -> Image.Image:
+        with self._sandbox() as sandbox:
+            return pdf.draw_of_file(file.content, file.name, number, self._dpi, sandbox)
+
+    def image(self, file: File) -> Image.Image:
+        """Returns the first page of a file, RGB.
+
+        Raises:
+          ApiError: it cannot be read.
+        """
+        try:
+            if pdf.is_pdf(file.content):
+                return self._draw(file, 1)
+            _check(file)
+            return images.decode_image(file.content, file.name)
+        except UserError as err:
+            raise ApiError(400, str(err), "invalid_image", "messages") from err
 
     def _too_many(self, count: int) -> ApiError:
-        return protocol.too_large("page", count, self.max_pages)
+        return protocol.too_large("page", count, self._max_pages)
 
 
-def open_image(file: File, dpi: float) -> Image.Image:
-    """Returns the first page of a file, RGB.
-
-    Raises:
-      ApiError: it cannot be read.
-    """
-    try:
-        if pdf.is_pdf(file.content):
-            return pdf.draw_of_file(file.content, file.name, 1, dpi)
-        _check(file)
-        return images.decode_image(file.content, file.name)
-    except UserError as err:
-        raise ApiError(400, str(err), "invalid_image", "messages") from err
+def has_pdf(request: ChatRequest) -> bool:
+    """Whether a file of a request is a PDF."""
+    return any(
+        pdf.is_pdf(file.content) for message in request.messages for _, file in message.files
+    )
 
 
 def _check(file: File) -> None:

@@ -1,10 +1,11 @@
-"""Chat requests and responses as OpenAI's API has them (`/v1/chat/completions`)."""
+"""Chat requests and errors as OpenAI's API has them (`/v1/chat/completions`)."""
 
 import base64
 import binascii
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from alignvlm_jax.errors import UserError, counted, nearest, one_line
@@ -38,8 +39,11 @@ READ = (
     "stream_options",
 )
 MAX_STOPS = 4
+MAX_MESSAGE = 500
+"""Characters of an error that a client is told."""
 ROLES = ("system", "developer", "user", "assistant")
-PDF = "application/pdf"
+HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
+"""An escape of half a character, as JSON writes those beyond the first 65,536 in two halves."""
 
 
 class ApiError(Exception):
@@ -61,8 +65,15 @@ class ApiError(Exception):
         """Returns the error as OpenAI's API says it."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         kind = "rate_limit_error" if self.status == 429 else kind
-        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        # They quote the request, which may name a field of a megabyte.
+        message = _shortened(str(self))
+        param = self.param and _shortened(self.param)
+        error = {"message": message, "type": kind, "param": param, "code": self.code}
         return {"error": error}
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 1]}…"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +128,7 @@ class ChatRequest:
     has_usage: bool
 
 
-def read(body: bytes, model: str) -> ChatRequest:
+def read(body: bytes | bytearray, model: str) -> ChatRequest:
     """Returns a request.
 
     Args:
@@ -155,12 +166,20 @@ def read(body: bytes, model: str) -> ChatRequest:
     )
 
 
-def _json(body: bytes) -> Any:
+def _json(body: bytes | bytearray) -> Any:
     try:
-        return json.loads(body)
+        # Not json's own decoding, which lets half characters through.
+        text = body.decode("utf-8-sig")
+        value = json.loads(text)
+        # Nor those that are escaped: no tokenizer takes them, and no response can hold them.
+        if HALF_CHARACTER.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as err:
+        raise _wrong("the body has half a character, a surrogate without its other half") from err
     # RecursionError: brackets within brackets, by the thousand.
     except (ValueError, RecursionError) as err:
         raise _wrong(f"the body is no JSON: {one_line(err)}") from err
+    return value
 
 
 def _object(value: Any, name: str) -> Mapping[str, Any]:
@@ -298,67 +317,6 @@ def _wrong(message: str, param: str | None = None) -> ApiError:
     return ApiError(400, message, "invalid_value", param)
 
 
-def completion(
-    id_: str, created: int, model: str, text: str, finish_reason: str, usage: Mapping[str, int]
-) -> dict[str, Any]:
-    """Returns a whole answer as OpenAI's API says it."""
-    message = {"role": "assistant", "content": text, "refusal": None}
-    choice = {"index": 0, "message": message, "finish_reason": finish_reason, "logprobs": None}
-    return _head(id_, created, model, "chat.completion") | {
-        "choices": [choice],
-        "usage": dict(usage),
-    }
-
-
-def chunk(
-    id_: str,
-    created: int,
-    model: str,
-    delta: Mapping[str, str],
-    finish_reason: str | None = None,
-) -> dict[str, Any]:
-    """Returns a piece of an answer that is streamed."""
-    choice = {
-        "index": 0,
-        "delta": dict(delta),
-        "finish_reason": finish_reason,
-        "logprobs": None,
-    }
-    return _head(id_, created, model, "chat.completion.chunk") | {"choices": [choice]}
-
-
-def usage_chunk(id_: str, created: int, model: str, usage: Mapping[str, int]) -> dict[str, Any]:
-    """Returns the last piece of a stream, with the numbers of tokens and no text."""
-    return _head(id_, created, model, "chat.completion.chunk") | {
-        "choices": [],
-        "usage": dict(usage),
-    }
-
-
-def usage(num_prompt: int, num_answer: int) -> dict[str, int]:
-    """Returns the numbers of tokens of a prompt and its answer."""
-    return {
-        "prompt_tokens": num_prompt,
-        "completion_tokens": num_answer,
-        "total_tokens": num_prompt + num_answer,
-    }
-
-
-def models(names: Sequence[str], created: int) -> dict[str, Any]:
-    """Returns the list of models."""
-    return {
-        "object": "list",
-        "data": [
-            {"id": name, "object": "model", "created": created, "owned_by": "alignvlm_jax"}
-            for name in names
-        ],
-    }
-
-
 def too_large(what: str, number: int, most: int) -> ApiError:
     """Returns the error of a request with more than it may have of something."""
     return ApiError(413, f"{counted(number, what)}; at most {most:,}", "request_too_large")
-
-
-def _head(id_: str, created: int, model: str, kind: str) -> dict[str, Any]:
-    return {"id": id_, "object": kind, "created": created, "model": model}

@@ -7,7 +7,9 @@ import time
 
 import pytest
 
+from alignvlm_jax.commands.work import serve as work
 from alignvlm_jax.config import Config
+from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference.decoding import GREEDY
 from alignvlm_jax.serving import buckets
 from alignvlm_jax.serving.engine import (
@@ -161,3 +163,43 @@ def test_a_key_is_asked_for(loaded, assistant):
     # Who watches a server has no key.
     assert running.client.send("GET", "/health")[0] == 200
     running.stop()
+
+
+def test_a_call_that_fails_ends_nothing_but_itself(loaded):
+    engine = make_engine(loaded)
+    engine.start()
+    with pytest.raises(ZeroDivisionError):
+        engine.call(lambda: 1 // 0).result(timeout=60)
+    assert engine.call(lambda: 3).result(timeout=60) == 3 and engine.is_running
+    engine.close(seconds=5)
+    assert not engine.is_running
+    with pytest.raises(ClosedError):
+        engine.call(lambda: 3)
+
+
+def test_calls_that_wait_hear_that_the_engine_stops_and_have_an_end(loaded):
+    engine = make_engine(loaded, queue_length=1)
+    waiting = engine.call(lambda: 3)
+    with pytest.raises(QueueFullError):
+        engine.call(lambda: 3)
+    engine.close(seconds=1)
+    with pytest.raises(ClosedError):
+        waiting.result(timeout=5)
+
+
+def test_a_full_batch_waits_for_nobody(loaded):
+    engine = make_engine(loaded, wait_seconds=600.0)
+    heard = queue.Queue()
+    engine.start()
+    for _ in range(8):
+        engine.submit(make_job(loaded, heard, max_tokens=1))
+    assert [heard.get(timeout=60)[1] for _ in range(8)]
+    engine.close(seconds=5)
+
+
+def test_a_port_that_another_server_will_have_is_taken():
+    # Both are started: none of them serves yet.
+    with work._listen("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(UserError, match=f"cannot listen at 127.0.0.1:{port}: .* in use"):
+            work._listen("127.0.0.1", port)

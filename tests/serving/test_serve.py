@@ -199,6 +199,10 @@ def huge() -> dict:
         ("Who?", {"messages": [{"role": "robot", "content": "a"}]}, 400, "role is 'robot'"),
         ("Who?", {"messages": [{"role": "assistant", "content": "a"}]}, 400, "by turns"),
         ("Who?", {"stream_options": 3}, 400, "stream_options must be an object"),
+        ("\ud800 a", {}, 400, "half a character"),
+        ("Who?", {"\ud800": 1}, 400, "half a character"),
+        ("Who?", {"x" * 9000: 1}, 400, "unknown field 'xxx"),
+        ("Who?", {"model": "x" * 9000}, 404, "there is no model 'xxx"),
         ("  ", {}, 400, "has no text"),
         (7, {}, 400, "must be a text or a list of parts"),
         ([{"type": "audio"}], {}, 400, "none of text, image_url"),
@@ -221,11 +225,22 @@ def test_a_request_that_cannot_be_served_is_told_why(client, content, fields, st
     assert told in body["error"]["message"]
     assert body["error"]["type"] == "invalid_request_error"
     assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert len(json.dumps(body)) < 2000
     assert client.chat("Who?")[0] == 200
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 30_000, b'{"model": NaN}']
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b"[" * 30_000,
+        b'{"model": NaN}',
+        b'{"model": "\xed\xa0\x80"}',
+    ],
 )
 def test_a_body_that_is_no_request(client, body):
     status, answer = client.send("POST", "/v1/chat/completions", body)

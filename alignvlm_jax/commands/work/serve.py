@@ -49,6 +49,7 @@ def run(args: argparse.Namespace, key: str) -> None:
         _warm_up(engine, assistant)
     pages = min(args.max_pages, config.data.tiles_of_a_record)
     reader = PageReader(loaded.builder, loaded.pdf_dpi, pages)
+    reader.warm_up()
     app = Server(engine, assistant, reader, settings).app()
     host, port = listening.getsockname()[:2]
     logs.say(f"{settings.model} at http://{host}:{port}, API at /v1; Ctrl-C ends it")
@@ -56,14 +57,21 @@ def run(args: argparse.Namespace, key: str) -> None:
         logs.say(f"anyone who reaches {host}:{port} may use it: set {key}")
     # After the programs are compiled: the thread has the devices from here on.
     engine.start()
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=STOP_SECONDS)
-    )
-    # uvicorn waits for responses that are on their way when a signal comes, and returns.
-    try:
-        server.run(sockets=[listening])
-    finally:
-        engine.close(seconds=1)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=STOP_SECONDS)
+    _HttpServer(config, engine).run(sockets=[listening])
+
+
+class _HttpServer(uvicorn.Server):
+    """Waits for responses that are on their way when a signal comes."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine):
+        super().__init__(config)
+        self._engine = engine
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # Before it waits: what waits in the queue is refused, and only what is begun goes on.
+        self._engine.close(seconds=0)
+        await super().shutdown(sockets)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -72,6 +80,9 @@ def _listen(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        # Not only bound: two servers that are started together would both have the port, and one
+        # would fail after minutes of compiling. What connects now waits until that is done.
+        listening.listen()
     except (OSError, OverflowError) as err:
         raise UserError(
             f"cannot listen at {host}:{port}: {getattr(err, 'strerror', None) or err}; --port=0 "
