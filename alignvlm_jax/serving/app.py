@@ -122,6 +122,7 @@ class Server:
                 # Nobody is there to read it.
                 response = Response(status_code=499)
             except Exception as err:
+                # Here, and not by Starlette's handler, which counts nothing and raises it again.
                 response = await _failed(request, err)
             self._metrics.answered(response.status_code, time.monotonic() - begin)
             return response
@@ -155,6 +156,7 @@ class Server:
                     "invalid_value", "max_tokens",
                 )  # fmt: skip
             prompt = await self._open(chat, self._reader.prompt, chat)
+        # Messages hold the files.
         return dataclasses.replace(chat, messages=()), prompt, max_tokens
 
     async def _open(self, chat: ChatRequest, function: Callable, *args: object) -> Any:
@@ -274,6 +276,7 @@ class Server:
             if not files:
                 raise ApiError(400, "the request has no page", "invalid_value", "messages")
             image = await self._open(chat, self._reader.image, files[0])
+        # Outside of the body's room, which others may have meanwhile.
         # The devices answer one call at a time, and this one waits for no batch to fill.
         future = self._engine.call(lambda: self._assistant.lens(image).html())
         try:

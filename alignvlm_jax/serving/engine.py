@@ -312,7 +312,8 @@ def _call(future: Future, function: Callable[[], Any]) -> None:
         return
     try:
         future.set_result(function())
-    except Exception as err:  # for whoever waits
+    except Exception as err:
+        # Whoever waits hears of it: raised here, it would end the thread that answers all.
         future.set_exception(err)
 
 

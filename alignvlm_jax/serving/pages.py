@@ -46,6 +46,7 @@ class PageReader:
 
     def warm_up(self) -> None:
         """Starts a process that draws PDFs, for which the first of them would wait a second."""
+        # No PDF at all: a process that says so has imported all that it needs.
         with self._sandbox() as sandbox, contextlib.suppress(UserError):
             pdf.count_pages_of_file(b"", "", sandbox)
 
@@ -112,6 +113,7 @@ class PageReader:
             raise ApiError(400, str(err), "invalid_image", "messages") from err
 
     def _drawn(self, file: File, number: int) -> bytes:
+        # Compressed, since a request may have many pages, and each is opened again in its turn.
         return pdf.encode(self._draw(file, number))
 
     def _draw(self, file: File, number: int) -> Image.Image:
