@@ -117,12 +117,15 @@ def test_a_run_that_fails_does_not_keep_the_others_from_starting(two, tmp_path, 
 
 def test_every_run_gets_what_follows_the_dashes(two, tmp_path, capsys):
     arguments = [str(two), f"--workdir={tmp_path}/runs", "--run", "--dry_run", "--"]
-    assert sweep.main([*arguments, "--config.init_from=runs/a b", "--config.seed=9"]) == 0
+    assert sweep.main([*arguments, "--config.init_from=runs/a b", "--config.name=all"]) == 0
     commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()[2:]]
     assert [command[5:-1] for command in commands] == [
-        ["--config.init_from=runs/a b", "--config.seed=9", f"--config.seed={seed}"]
+        ["--config.init_from=runs/a b", "--config.name=all", f"--config.seed={seed}"]
         for seed in (1, 2)
     ]
+    # What the sweep varies it sets itself.
+    assert sweep.main([*arguments, "--config.seed=9"]) == 1
+    assert "run first: --config.seed is given twice, as '9' and '1'" in capsys.readouterr().err
     assert sweep.main([*arguments, "--config.sede=9"]) == 1
     assert sweep.main([*arguments, "--seed=9"]) == 2
     assert "config fields, as --config.seed=1, not '--seed=9'" in capsys.readouterr().err
