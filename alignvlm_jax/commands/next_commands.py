@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from alignvlm_jax import config as config_lib
 from alignvlm_jax.commands import usage
+from alignvlm_jax.config import renamed
 from alignvlm_jax.data import tokenizers
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.ingest.formats import survey
@@ -93,11 +93,11 @@ def checkpoint(tokenizer: str) -> str:
     others += [str(one.parent) for one in sorted(Path().glob("weights/*/config.json"))]
     for folder in dict.fromkeys([*near, *others]):
         try:
-            [*_, last] = config_lib.current_form(
-                json.loads(Path(folder, "config.json").read_text())
-            )
-            data = last["data"]
-            named = tokenizers.of_converted(Path(folder)) or data["tokenizer"] or data["dir"]
+            [*_, last] = json.loads(Path(folder, "config.json").read_text())
+            # Not read as a config, for which connectors are imported, and jax with them: under
+            # Apache Beam there is none.
+            data = renamed.stage(last)["data"]
+            named = tokenizers.of_converted(Path(folder)) or data.get("tokenizer") or data["dir"]
             if tokenizers.load(named).fingerprint == wanted:
                 return folder
         except (OSError, ValueError, TypeError, KeyError, AttributeError, UserError):

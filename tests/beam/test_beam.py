@@ -28,6 +28,13 @@ def arguments(tmp_path, monkeypatch):
             }
             file.write(json.dumps(record) + "\n")
     SentencePieceTokenizer.train(tmp_path / "tokenizer.model", ["What is 1?"])
+    # A checkpoint near, of which the commands that follow are told: no jax is here to read it with.
+    weights = tmp_path / "weights" / "smollm2"
+    weights.mkdir(parents=True)
+    data = {"dir": "data", "tokenizer": str(tmp_path / "tokenizer.model")}
+    stage = {"stage": "convert", "data": data, "model": {"connectors": {}}}
+    (weights / "config.json").write_text(json.dumps([stage]))
+    monkeypatch.chdir(tmp_path)
     flags = {
         "format": "jsonl",
         "source": tmp_path / "data.jsonl",
