@@ -146,6 +146,12 @@ class Exported:
             raise UserError(f"{path}: {err}") from err
         if self._layout not in export.LAYOUTS:
             raise UserError(f"{path} is damaged: layout is {self._layout!r}")
+        # Without its factors the language model is not the one that the connector was trained with.
+        if fields.get("has_adapter"):
+            raise UserError(
+                f"{folder} holds the language model as before LoRA, and its factors beside it for "
+                "peft (--adapter): export without --adapter to use it here"
+            )
         missing = [name for name in export.COMPONENTS if name not in held]
         if missing:
             raise UserError(

@@ -152,6 +152,7 @@ class _Export:
             "format_version": exported.FORMAT_VERSION,
             "alignvlm_jax": __version__,
             "layout": self._layout,
+            "has_adapter": self._with_adapter,
             "components": {name: part.names for name, part in parts.items()},
             "input": self._input(metadata),
             # The connector's is of LN_1 and LN_2 of ALIGN, and of the LN of Ovis.

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import alignvlm_jax
 from alignvlm_jax.commands import convert
 from alignvlm_jax.errors import UserError
 from tests.weights import folders, lora_runs
@@ -75,3 +76,15 @@ def test_an_adapter_of_a_run_without_factors_is_refused(exports, tmp_path):
     with pytest.raises(UserError, match="add llm to connector"):
         convert.main([*export, f"--checkpoint={exports / 'run'}", "--components=connector"])
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_with_an_adapter_is_not_read_back_without_its_factors(exports, tmp_path):
+    """It would answer by the base, of which its connector knows nothing."""
+    for read in (
+        lambda: convert.main([f"--import={exports / 'beside'}", f"--out={tmp_path / 'back'}"]),
+        lambda: alignvlm_jax.load(exports / "beside"),
+    ):
+        with pytest.raises(UserError, match="export without --adapter to use it here"):
+            read()
+    convert.main([f"--import={exports / 'merged'}", f"--out={tmp_path / 'back'}"])
+    assert alignvlm_jax.load(tmp_path / "back").loaded.config.lora.rank == 0
