@@ -37,6 +37,13 @@ def main(argv: list[str]) -> None:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    _check(parser, argv, args)
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = usage.parser(
         "convert",
         description=__doc__,
@@ -93,17 +100,20 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=storage.path, required=True, help="folder to write; must not exist"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def _check(parser: argparse.ArgumentParser, argv: list[str], args: argparse.Namespace) -> None:
+    """Raises UserError, or ends as the parser does, where flags do not go together or name what is
+    not there."""
     if args.export:
         unused = ("--llm", "--vision", "--connector", "--tokenizer", "--tile_size")
         parser.check_used(argv, unused, "makes a checkpoint, and --export reads one")
     else:
-        of_export = ("--checkpoint", "--components", "--parts", "--format")
+        of_export = ("--checkpoint", "--components", "--parts", "--format", "--adapter")
         parser.check_used(argv, of_export, "needs --export")
     if args.export and not args.checkpoint:
         parser.error("--export needs --checkpoint=DIR")
-    if args.adapter and not args.export:
-        parser.error("--adapter is of --export")
     if args.adapter and args.format != LAYOUTS[0]:
         parser.error(f"--adapter stands beside llm/: it goes with --format={LAYOUTS[0]}")
     if not (args.export or args.exported or (args.llm and args.vision)):
@@ -126,4 +136,3 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             raise UserError(
                 f"unknown component {component!r} in --components{nearest(component, COMPONENTS)}"
             )
-    return args

@@ -112,7 +112,8 @@ class Engine:
         self.buckets = buckets.buckets(config.data, config.model.tokens_per_tile)
         self.sizes = buckets.sizes(limits.batch_size, loaded.data_parallel_size)
         # Not queue.Queue: what waits is looked through for requests of one shape.
-        self._waiting: collections.deque[Job] = collections.deque()
+        # The shape of each with it: found once, and not for all that wait at every batch.
+        self._waiting: collections.deque[tuple[Job, Bucket]] = collections.deque()
         self._calls: collections.deque[tuple[Future, Callable]] = collections.deque()
         # Guards the queues, and wakes the thread.
         self._changed = threading.Condition()
@@ -140,12 +141,13 @@ class Engine:
           QueueFullError: too many wait.
           ClosedError: the engine is being stopped.
         """
+        waiting = job, self._bucket_of(job)
         with self._changed:
             if self._is_closed:
                 raise ClosedError
             if len(self._waiting) >= self._limits.queue_length:
                 raise QueueFullError
-            self._waiting.append(job)
+            self._waiting.append(waiting)
             self._changed.notify()
 
     def call(self, function: Callable[[], Any]) -> Future:
@@ -180,7 +182,7 @@ class Engine:
         many seconds to be."""
         with self._changed:
             self._is_closed = True
-            refused = list(self._waiting)
+            refused = [job for job, _ in self._waiting]
             calls = list(self._calls)
             self._waiting.clear()
             self._calls.clear()
@@ -229,17 +231,14 @@ class Engine:
         """The request that waits longest, and others of its shape."""
         now = time.monotonic()
         with self._changed:
-            waiting = [job for job in self._waiting if not job.is_cancelled]
-            late = [job for job in waiting if job.deadline < now]
-            waiting = [job for job in waiting if job.deadline >= now]
-            taken: list[Job] = []
-            bucket = None
+            waiting = [one for one in self._waiting if not one[0].is_cancelled]
+            late = [job for job, _ in waiting if job.deadline < now]
+            waiting = [one for one in waiting if one[0].deadline >= now]
             # The oldest decides on the shape, so that a rare one is not passed over for ever.
-            if waiting:
-                bucket = self._bucket_of(waiting[0])
-                same = [job for job in waiting if self._bucket_of(job) == bucket]
-                taken = same[: self._limits.batch_size]
-            rest = [job for job in waiting if job not in taken]
+            bucket = waiting[0][1] if waiting else None
+            same = [job for job, shape in waiting if shape == bucket]
+            taken = same[: self._limits.batch_size]
+            rest = [one for one in waiting if one[0] not in taken]
             self._waiting = collections.deque(rest)
         for job in late:
             job.on_error("the request waited too long")

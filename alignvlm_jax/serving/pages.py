@@ -13,12 +13,9 @@ from alignvlm_jax.data.examples import ExampleBuilder, PackedSequence
 from alignvlm_jax.data.record import Record, Turn
 from alignvlm_jax.data.sandbox import Sandbox
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.ingest.formats import checks
 from alignvlm_jax.serving import protocol
 from alignvlm_jax.serving.protocol import ApiError, ChatRequest, File, Message
-
-MAX_PIXELS = 64_000_000
-"""Of an image: as RGB it takes three bytes each, and a few kilobytes may claim any number."""
-
 
 NUM_DRAWERS = 3
 """Processes that draw PDFs, so that a page which takes long holds up no other PDF."""
@@ -149,8 +146,9 @@ def _check(file: File) -> None:
     """Raises UserError where an image cannot be read, before it is decoded and waits for its
     turn."""
     height, width = images.image_size(file.content, file.name)
-    if height * width > MAX_PIXELS:
+    # As of training data: a few kilobytes may claim any number of pixels.
+    if height * width > checks.MAX_PIXELS:
         raise UserError(
-            f"{file.name} is an image of {width:,} x {height:,} pixels; at most {MAX_PIXELS:,} "
-            "together"
+            f"{file.name} is an image of {width:,} x {height:,} pixels; at most "
+            f"{checks.MAX_PIXELS:,} together"
         )

@@ -69,8 +69,9 @@ def _stored_as(
 
     def cast(tree: optax.OptState, to: DTypeLike) -> optax.OptState:
         # Counts stay whole numbers.
-        is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
-        return jax.tree.map(lambda x: x.astype(to) if is_float(x) else x, tree)
+        return jax.tree.map(
+            lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+        )
 
     def init(params: state.Params) -> optax.OptState:
         return cast(inner.init(params), dtype)
