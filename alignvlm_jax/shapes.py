@@ -5,6 +5,7 @@ I  tiles of a sequence       P  patches of a tile         N  flat patch tokens (
 D, d  LLM width              E  vision width              F  MLP width
 H  query heads               K  key-value heads           G  query heads a key-value head (H / K)
 h  head dimension            V  vocabulary                L  layers (scanned)
+v  columns of a shard of V   c  columns of a chunk of v
 C  channels                  Y, X  pixels of a tile       k  labels of a patch, or its likeliest
 M  visual tokens of a tile, of a sequence or of all       n  any axis
 r  squeezed channels         y, x  rows and columns of a grid, or of a group; Y, X of another

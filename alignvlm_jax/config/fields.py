@@ -122,8 +122,8 @@ class ModelConfig:
     # Layers of a tower that are compiled in a row: 1 for large models; all of them make a small one
     # a third faster on CPU.
     scan_unroll: int = 1
-    # How ALIGN and the loss go over the vocabulary: "plain", all tokens at once, or "chunked", some
-    # tokens at a time; "auto": chunked where the logits are more than chunk_size_mib.
+    # How ALIGN and the loss go over the vocabulary: "plain", all of it at once, or "chunked", some
+    # entries at a time; "auto": chunked where the logits are more than chunk_size_mib.
     vocab_impl: str = "auto"
     # MiB of logits that a chunk has on a device at most.
     chunk_size_mib: float = 64.0

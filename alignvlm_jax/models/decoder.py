@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from alignvlm_jax.config import LLMConfig
 from alignvlm_jax.models.layers import Einsum, RMSNorm, apply_rope, rope_frequencies, scan_blocks
 from alignvlm_jax.ops.attention import attention, self_attention
-from alignvlm_jax.ops.chunked import Matrix, rows_per_chunk
+from alignvlm_jax.ops.chunked import columns_per_chunk
 from alignvlm_jax.ops.cross_entropy import TokenLosses, token_losses
 from alignvlm_jax.shapes import Array, Bool, Float, Int
 
@@ -299,11 +299,11 @@ class Llama(nn.Module):
         master = self.table if c.tie_embeddings else self.head.kernel
         return token_losses(
             hidden,
-            Matrix.of(master, self.dtype),
+            master,
             targets,
             is_table=c.tie_embeddings,
             unpadded_vocab_size=c.unpadded_vocab_size,
-            chunk=rows_per_chunk(vocab_impl, chunk_size_mib, targets.size, c.vocab_size),
+            chunk=columns_per_chunk(vocab_impl, chunk_size_mib, targets.size, c.vocab_size),
         )
 
     def empty_cache(self, batch_size: int, length: int) -> Cache:

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.ops import chunked
 from alignvlm_jax.ops.splash import splash_attention
+from alignvlm_jax.ops.vocab_shards import num_shards
 from alignvlm_jax.shapes import Array, Bool, Float, Int
 
 Shaped = Array | jax.ShapeDtypeStruct  # a choice of kernel needs no values
@@ -92,8 +92,7 @@ def _queries_per_chunk(batch: int, length: int, heads: int) -> int | None:
     where the logits of all queries fit."""
     # Sizes on one device; the ceiling is what the partitioner pads an uneven axis to.
     rows, heads = (
-        math.ceil(n / chunked.num_shards(axis))
-        for n, axis in ((batch, "act_batch"), (heads, "act_heads"))
+        math.ceil(n / num_shards(axis)) for n, axis in ((batch, "act_batch"), (heads, "act_heads"))
     )
     # A query has rows x heads x length logits of 4 bytes.
     fits = int(CHUNK_SIZE_MIB * 2**20 / (4 * rows * heads * length))

@@ -1,173 +1,363 @@
-"""Chunked functions of rows: an intermediate [rows, V] too large for memory exists for one chunk of
-rows at a time, and is computed again in the backward pass.
+"""The softmax over a vocabulary, and the average of a table's rows that it weighs, of which no
+device ever holds more than a chunk of columns:
 
-Rows are split over the mesh axes of `act_batch`, and within a shard into chunks. The matrices that
-all rows share are gathered once, before the chunks; their gradients are summed over the chunks in
-float32, and over the shards once, after the chunks. The partitioner by itself would sum over the
-shards in every chunk.
+    z = LN(x W);  P = softmax_V(z);  average = P E
+
+The vocabulary is the outer loop and all rows of a shard the inner one. So a chunk of W and of E is
+read once, the gradient of a chunk is complete when it is made, and no device holds a float32
+[V, D]: it is scattered over the shards of `embed` at once. Nothing in this order needs a pass over
+the vocabulary of its own:
+
+- The softmax is summed online (arXiv 1805.02867): a running maximum, and what was summed before
+  shrinks when it grows. The backward pass has P of a chunk from the saved log of the sum.
+- LN's mean over V is x w, of W's mean column w, and its variance x G x, of the covariance G [D, D]
+  of W's columns. Its backward pass takes off a row's two means of gradients, which are known when
+  all chunks are done: in dx by w and x G, in dW by sums over the rows, u [D] and H [D, D].
+
+What a device holds, and what it gathers and scatters: `ops.vocab_shards`.
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from alignvlm_jax.shapes import Array, Float
+from alignvlm_jax.ops.vocab_shards import (
+    Axes,
+    Columns,
+    Inputs,
+    Options,
+    Rows,
+    Statistics,
+    num_shards,
+    on_shards,
+    psum,
+    scatter,
+    through_statistics,
+    without,
+)
+from alignvlm_jax.shapes import Array, Bool, Float, Int
+
+# The running maximum before the first chunk. Not -inf: a chunk without any entry that may have
+# weight would make NaN of -inf - -inf.
+LOWEST = -1e30
 
 
-class Matrix(NamedTuple):
-    """A matrix for `project`: `value` in the dtype of the computation, and its float32 `master`,
-    which takes no part in the forward pass and receives the gradient."""
+class Outputs(NamedTuple):
+    """Of each row: the average, in the dtype of x; the logits of its labels; the log of the sum
+    that normalises P; and the largest logit of an entry that may have weight, which hands no
+    gradient on."""
 
-    value: Float[Array, "..."]
-    master: Float[Array, "..."]
-
-    @classmethod
-    def of(cls, master: Float[Array, "..."], dtype: DTypeLike) -> "Matrix":
-        """Returns the matrix of a float32 master, cast to `dtype` once for all chunks."""
-        # Differentiating through the cast would round the gradient to `dtype` on its way.
-        return cls(jax.lax.stop_gradient(master.astype(dtype)), master.astype(jnp.float32))
+    average: Float[Array, "n out_width"] | None
+    label_logits: Float[Array, "n k"]
+    log_sum_exp: Float[Array, "n"]
+    largest: Float[Array, "n"]
 
 
-# A custom derivative, since the scan over chunks sums an array's cotangents in the array's own
-# dtype: bfloat16 for `value`, float32 for `master`. So the gradient goes to `master`, of which the
-# forward pass has no use.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _project(
-    equation: str, x: Float[Array, "..."], value: Float[Array, "..."], master: Float[Array, "..."]
-) -> Float[Array, "..."]:
-    del master
-    return jnp.einsum(equation, x, value, preferred_element_type=jnp.float32)
-
-
-def _project_forward(
-    equation: str, x: Float[Array, "..."], value: Float[Array, "..."], master: Float[Array, "..."]
-) -> tuple[Float[Array, "..."], tuple[Float[Array, "..."], Float[Array, "..."]]]:
-    return _project(equation, x, value, master), (x, value)
-
-
-def _project_backward(
-    equation: str, saved: tuple[Float[Array, "..."], Float[Array, "..."]], dout: Float[Array, "..."]
-) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:
-    x, value = saved
-    (rows, matrix) = equation.split("->")[0].split(",")
-    out = equation.split("->")[1]
-    # Both operands in the dtype of the computation: a float32 one would take the whole matmul off
-    # the matrix unit's fast path.
-    dout = dout.astype(value.dtype)
-    # Of "ND,DV->NV" these are "NV,DV->ND" and "ND,NV->DV".
-    dx = jnp.einsum(
-        f"{out},{matrix}->{rows}", dout, value, preferred_element_type=jnp.float32
-    ).astype(x.dtype)
-    dmatrix = jnp.einsum(f"{rows},{out}->{matrix}", x, dout, preferred_element_type=jnp.float32)
-    # `value` stands behind a stop_gradient, so that its cotangent goes nowhere; zeros have its
-    # shape.
-    return dx, jnp.zeros_like(value), dmatrix
-
-
-_project.defvjp(_project_forward, _project_backward)
-
-
-def project(equation: str, x: Float[Array, "..."], matrix: Matrix) -> Float[Array, "..."]:
-    """Returns the einsum of x and the matrix, accumulated and returned in float32.
-
-    Gradients are those of jnp.einsum, except that the matrix's is float32 where the computation is
-    bfloat16: a bfloat16 sum over hundreds of chunks would lose most of it.
-    """
-    return _project(equation, x, *matrix)
-
-
-def rows_per_chunk(impl: str, chunk_size_mib: float, num_rows: int, num_columns: int) -> int | None:
-    """Returns the rows of a shard that a chunk holds, of at most `chunk_size_mib` MiB of float32;
-    None stands for the plain form, all rows at once.
+def columns_per_chunk(
+    impl: str, chunk_size_mib: float, num_rows: int, num_columns: int
+) -> int | None:
+    """Returns the columns of a shard that a chunk holds, of at most `chunk_size_mib` MiB of float32
+    for all rows of the shard; None stands for the plain form, all columns at once.
 
     Args:
-      impl: "plain", "chunked", or "auto": chunked where a shard has more rows than a chunk.
+      impl: "plain", "chunked", or "auto": chunked where a shard has more columns than a chunk.
       chunk_size_mib: MiB of one chunk on one device.
       num_rows: rows of all shards together.
       num_columns: columns of all shards of `act_vocab` together.
     """
     if impl == "plain":
         return None
-    # With 64 MiB, 128,256 columns on one device leave 130 rows, of which a chunk takes 128.
     rows = math.ceil(num_rows / num_shards("act_batch"))
-    fits = max(int(chunk_size_mib * 2**20 / (4 * num_columns / num_shards("act_vocab"))), 1)
-    if impl == "auto" and rows <= fits:
-        return None
-    # Multiples of 128 fill the matrix unit's tiles.
-    return min(rows, fits - fits % 128 if fits > 128 else fits)
+    columns = math.ceil(num_columns / num_shards("act_vocab"))
+    fits = max(int(chunk_size_mib * 2**20 / (4 * rows)), 1)
+    if columns <= fits:
+        return None if impl == "auto" else columns
+    # Multiples of 128 fill the registers' lanes. With 64 MiB, 7,290 rows leave 2,301 columns, of
+    # which a chunk takes 2,176: as many chunks, and the last one is not narrow.
+    step = 128 if fits > 128 else 1
+    even = math.ceil(columns / math.ceil(columns / (fits - fits % step)))
+    return min(math.ceil(even / step) * step, fits)
 
 
-def map_rows(
-    fn: Callable[[Any, Any, str | None], Any], rows: Any, shared: Any, chunk: int | None
-) -> Any:
-    """Returns fn(rows, shared, row_axis), a tree of arrays [N, ...], computed in chunks of rows.
+def vocab_softmax(
+    inputs: Inputs,
+    label_ids: Int[Array, "n k"],
+    has_weight: Bool[Array, "v"],
+    options: Options,
+) -> Outputs:
+    """Returns the softmax's outputs for each row, in chunks of columns, on the mesh entered.
 
     Args:
-      fn: maps rows and shared to a tree of arrays with one row for each row given. `row_axis` is
-        the logical axis of those rows, for fn's sharding constraints: None inside a chunk.
-      rows: tree of arrays [N, ...], sharded by `act_batch`.
-      shared: tree of arrays that all rows share.
-      chunk: rows of a shard that are computed at a time; None computes all rows at once, and saves
-        for the backward pass what it needs.
+      inputs: rows and parameters; gradients go to all of them.
+      label_ids: entries whose logits are returned, whether they may have weight or not; of an id
+        that is no entry it is 0.
+      has_weight: entries that may have weight; the softmax is over them alone.
+      options: see there.
     """
-    if chunk is None:
-        return fn(rows, shared, "act_batch")
-    row_axes = _mesh_axes("act_batch")
-    num_rows = jax.tree.leaves(rows)[0].shape[0]
-    # Rows that do not divide cannot enter a shard_map, and are left to the partitioner.
-    if num_rows % num_shards("act_batch") or not row_axes:
-        return _map_chunks(fn, rows, shared, chunk)
-    # Only the row axes are manual. `shared` comes in whole along them, so that the transpose sums
-    # its gradient over the shards once, after the scan. Along `tensor` it stays split, which is
-    # left to the partitioner: an all_gather of our own, inside, would gather it along `tensor` too.
-    return jax.shard_map(
-        lambda rows, shared: _map_chunks(fn, rows, shared, chunk),
-        in_specs=(PartitionSpec(row_axes), PartitionSpec()),
-        out_specs=PartitionSpec(row_axes),
-        axis_names=set(row_axes),
-        check_vma=False,
-    )(rows, shared)
+    num_rows = inputs.x.shape[0]
+    # Rows of zeros fill up the shards. What becomes of them is cut off, so no gradient comes back.
+    filled = -num_rows % num_shards("act_batch")
+    x = jnp.pad(inputs.x, ((0, filled), (0, 0)))
+    label_ids = jnp.pad(label_ids, ((0, filled), (0, 0)))
+    mask = jnp.where(has_weight, 0.0, -jnp.inf)
+    outputs = _softmax(options, inputs._replace(x=x), label_ids, mask)
+    return jax.tree.map(lambda row: row[:num_rows], outputs)
 
 
-def _map_chunks(
-    fn: Callable[[Any, Any, str | None], Any], rows: Any, shared: Any, chunk: int
-) -> Any:
-    """Returns fn of one shard's rows, chunk after chunk; zeros fill up the last chunk, and what fn
-    makes of them is cut off."""
-    num_rows = jax.tree.leaves(rows)[0].shape[0]
-    num_chunks = math.ceil(num_rows / chunk)
+class _Saved(NamedTuple):
+    """What the backward pass finds beside the inputs."""
 
-    def split(x: Array) -> Array:
-        # [N, ...] -> [chunks, chunk, ...]: `lax.map` needs chunks of one shape.
-        x = jnp.pad(x, ((0, num_chunks * chunk - num_rows), *((0, 0),) * (x.ndim - 1)))
-        return x.reshape(num_chunks, chunk, *x.shape[1:])
-
-    # The checkpoint keeps the scan from saving [chunk, V] of every chunk, all of [N, V]. A scan
-    # separates forward from backward by itself, so no barrier against CSE is needed.
-    one_chunk = jax.checkpoint(lambda rows: fn(rows, shared, None), prevent_cse=False)
-    outputs = jax.lax.map(one_chunk, jax.tree.map(split, rows))
-    return jax.tree.map(lambda x: x.reshape(num_chunks * chunk, *x.shape[2:])[:num_rows], outputs)
+    average: Float[Array, "n out_width"] | None
+    log_sum_exp: Float[Array, "n"]
+    statistics: Statistics | None
 
 
-def _mesh_axes(logical: str) -> tuple[str, ...]:
-    """Returns the axes of the mesh entered over which `logical` is sharded, without axes of size
-    1."""
-    # One mesh axis comes as a string, several as a tuple, none as None.
-    (axes,) = nn.logical_to_mesh_axes((logical,))
-    axes = (axes,) if isinstance(axes, str) else axes or ()
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """Of which inputs a gradient is wanted: a frozen parameter costs no matmul."""
+
+    head: bool
+    table: bool
 
 
-def num_shards(logical: str) -> int:
-    """Returns the number of shards that the mesh entered cuts the logical axis into; 1 without a
-    mesh."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes[axis] for axis in _mesh_axes(logical))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _softmax(
+    options: Options, inputs: Inputs, label_ids: Int[Array, "n k"], mask: Float[Array, "v"]
+) -> Outputs:
+    return _run_forward(options, inputs, label_ids, mask)[0]
+
+
+def _softmax_forward(options: Options, inputs: Any, label_ids: Any, mask: Any) -> tuple:
+    # With symbolic zeros each array comes with whether it is differentiated.
+    wanted = _Wanted(
+        head=inputs.head.perturbed, table=inputs.table is not None and inputs.table.perturbed
+    )
+    inputs, label_ids, mask = jax.tree.map(
+        lambda primal: primal.value,
+        (inputs, label_ids, mask),
+        is_leaf=lambda leaf: isinstance(leaf, CustomVJPPrimal),
+    )
+    outputs, saved = _run_forward(options, inputs, label_ids, mask)
+    return outputs, (inputs, label_ids, mask, saved, wanted)
+
+
+def _softmax_backward(options: Options, residuals: tuple, douts: Any) -> tuple:
+    inputs, label_ids, mask, saved, wanted = residuals
+    axes = Axes.of(inputs, options)
+    # An output that nobody used comes as a zero without an array.
+    douts = jax.tree.map(
+        lambda dout: (
+            jnp.zeros(dout.aval.shape, dout.aval.dtype) if isinstance(dout, SymbolicZero) else dout
+        ),
+        douts,
+        is_leaf=lambda leaf: isinstance(leaf, SymbolicZero),
+    )
+    fn = functools.partial(_backward, options, axes, wanted)
+    arguments, outputs = _specs(axes, options)
+    run = on_shards(fn, (*arguments, *reversed(outputs)), arguments[0])
+    dinputs = run(inputs, label_ids, mask, saved, douts)
+    return dinputs, None, None
+
+
+_softmax.defvjp(_softmax_forward, _softmax_backward, symbolic_zeros=True)
+
+
+def _run_forward(options: Options, *arguments: Any) -> tuple[Outputs, _Saved]:
+    inputs = arguments[0]
+    axes = Axes.of(inputs, options)
+    fn = functools.partial(_forward, options, axes)
+    return on_shards(fn, *_specs(axes, options))(*arguments)
+
+
+def _specs(axes: Axes, options: Options) -> tuple[tuple, tuple]:
+    """Returns the specs of `_forward`'s arguments and of its outputs."""
+    rows = PartitionSpec(axes.rows)
+    arguments = axes.of_inputs(options), rows, PartitionSpec(axes.vocab)
+    return arguments, (rows, _Saved(rows, rows, PartitionSpec()))
+
+
+def _forward(
+    options: Options,
+    axes: Axes,
+    inputs: Inputs,
+    label_ids: Int[Array, "n k"],
+    mask: Float[Array, "v"],
+) -> tuple[Outputs, _Saved]:
+    """Returns the outputs of a device's rows, and what its backward pass needs."""
+    columns = Columns.of(inputs, mask, axes, options)
+    statistics = None if inputs.scale is None else Statistics.of(columns, axes, options)
+    rows = Rows.of(inputs.x, statistics, options.eps)
+    num_rows = inputs.x.shape[0]
+    num_entries = _num_entries(mask, axes)
+
+    def step(carry: tuple, index: Int[Array, ""]) -> tuple[tuple, None]:
+        largest_N, total_N, sums_ND, picked_Nk = carry
+        chunk = columns.take(index)
+        _, unmasked_Nc = rows.logits(chunk, options.head_letters)
+        logits_Nc = unmasked_Nc + chunk.mask
+        new_N = jnp.maximum(largest_N, logits_Nc.max(-1))
+        shrink_N = jnp.exp(largest_N - new_N)
+        exponentials_Nc = jnp.exp(logits_Nc - new_N[:, None])
+        total_N = total_N * shrink_N + exponentials_Nc.sum(-1)
+        if chunk.table is not None:
+            weights_Nc = exponentials_Nc
+            if options.linear:
+                weights_Nc = _linear(logits_Nc, num_entries)
+                shrink_N = jnp.ones_like(shrink_N)
+            sums_ND = sums_ND * shrink_N[:, None] + jnp.einsum(
+                "NV,VD->ND",
+                _stored(weights_Nc, rows.x.dtype),
+                chunk.table,
+                preferred_element_type=jnp.float32,
+            )
+        picked_Nk += _pick(unmasked_Nc, label_ids, chunk.ids)
+        return (new_N, total_N, sums_ND, picked_Nk), None
+
+    zeros_N = jnp.zeros(num_rows)
+    sums_ND = None if inputs.table is None else jnp.zeros((num_rows, columns.whole.table.shape[1]))
+    carry = zeros_N + LOWEST, zeros_N, sums_ND, jnp.zeros(label_ids.shape)
+    carry, _ = jax.lax.scan(step, carry, jnp.arange(columns.number))
+    largest_here_N, total_N, sums_ND, picked_Nk = carry
+
+    # Each shard of the vocabulary has summed by its own maximum.
+    largest_N = jax.lax.pmax(largest_here_N, axes.vocab) if axes.vocab else largest_here_N
+    shrink_N = jnp.exp(largest_here_N - largest_N)
+    total_N = psum(total_N * shrink_N, axes.vocab)
+    log_sum_exp_N = largest_N + jnp.log(total_N)
+    average_ND = None
+    if sums_ND is not None:
+        factor_N = jnp.ones_like(total_N) if options.linear else shrink_N / total_N
+        average_ND = psum(sums_ND * factor_N[:, None], axes.vocab).astype(rows.x.dtype)
+    outputs = Outputs(average_ND, psum(picked_Nk, axes.vocab), log_sum_exp_N, largest_N)
+    return outputs, _Saved(average_ND, log_sum_exp_N, statistics)
+
+
+def _backward(
+    options: Options,
+    axes: Axes,
+    wanted: _Wanted,
+    inputs: Inputs,
+    label_ids: Int[Array, "n k"],
+    mask: Float[Array, "v"],
+    saved: _Saved,
+    douts: Outputs,
+) -> Inputs:
+    """Returns the gradients of a device's shards of the inputs."""
+    columns = Columns.of(inputs, mask, axes, options)
+    rows = Rows.of(inputs.x, saved.statistics, options.eps)
+    dtype = inputs.x.dtype
+    letters = options.head_letters
+    num_entries = _num_entries(mask, axes)
+    # The softmax's own backward pass needs sum_V P dP, which is the row's average times dout.
+    slope_N = douts.log_sum_exp
+    if inputs.table is not None and not options.linear:
+        slope_N = slope_N - (
+            douts.average.astype(jnp.float32) * saved.average.astype(jnp.float32)
+        ).sum(-1)
+
+    def matmul(equation: str, a: Array, b: Array) -> Array:
+        # Both in the dtype of the computation: a float32 operand would leave the fast path.
+        return jnp.einsum(
+            equation, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32
+        )
+
+    def step(carry: tuple, index: Int[Array, ""]) -> tuple[tuple, tuple]:
+        dx_ND, sum_N, sum_normed_N = carry
+        chunk = columns.take(index)
+        normed_Nc, unmasked_Nc = rows.logits(chunk, letters)
+        logits_Nc = unmasked_Nc + chunk.mask
+        weights_Nc = jnp.exp(logits_Nc - saved.log_sum_exp[:, None])
+        dlogits_Nc = weights_Nc * slope_N[:, None]
+        dtable = None
+        if chunk.table is not None:
+            dweights_Nc = matmul("ND,VD->NV", douts.average, chunk.table)
+            dweights_Nc = jax.lax.optimization_barrier(dweights_Nc)
+            if options.linear:
+                weights_Nc = _linear(logits_Nc, num_entries)
+                has_weight_c = chunk.mask == 0
+                dlogits_Nc += jnp.where(has_weight_c, dweights_Nc, 0.0) / jnp.sqrt(num_entries)
+            else:
+                dlogits_Nc += weights_Nc * dweights_Nc
+            if wanted.table:
+                dtable = matmul("NV,ND->VD", _stored(weights_Nc, dtype), douts.average)
+                dtable = scatter(dtable, axes.table_embed, 1)
+        for j in range(label_ids.shape[1]):
+            is_label_Nc = label_ids[:, j, None] == chunk.ids
+            dlogits_Nc += jnp.where(is_label_Nc, douts.label_logits[:, j, None], 0.0)
+
+        dscale = None
+        dbias = None
+        if chunk.scale is not None:
+            dscale = (dlogits_Nc * normed_Nc).sum(0)
+            dbias = dlogits_Nc.sum(0)
+            dlogits_Nc *= chunk.scale
+            sum_N += dlogits_Nc.sum(-1)
+            sum_normed_N += (dlogits_Nc * normed_Nc).sum(-1)
+            dlogits_Nc *= rows.rstd
+        dlogits_Nc = _stored(dlogits_Nc, dtype)
+        dx_ND += matmul(f"NV,{letters}->ND", dlogits_Nc, chunk.head)
+        dhead = None
+        if wanted.head:
+            dhead = matmul(f"ND,NV->{letters}", rows.x, dlogits_Nc)
+            dhead = scatter(dhead, axes.head_embed, letters.index("D"))
+        return (dx_ND, sum_N, sum_normed_N), (dhead, dtable, dscale, dbias)
+
+    zeros_N = jnp.zeros(inputs.x.shape[0])
+    carry = jnp.zeros(inputs.x.shape), zeros_N, zeros_N
+    carry, parts = jax.lax.scan(step, carry, jnp.arange(columns.number))
+    dx_ND, sum_N, sum_normed_N = (psum(x, axes.vocab) for x in carry)
+    dhead, dtable, dscale, dbias = parts
+    if dhead is not None:
+        dhead = psum(columns.joined(dhead, letters.index("V")), without(axes.rows, axes.head_embed))
+    if dtable is not None:
+        dtable = psum(columns.joined(dtable, 0), without(axes.rows, axes.table_embed))
+    if inputs.scale is not None:
+        dscale, dbias = (psum(columns.joined(x, 0), axes.rows) for x in (dscale, dbias))
+        dx_ND, dhead = through_statistics(
+            dx_ND, dhead, sum_N, sum_normed_N, rows, columns, saved.statistics, axes, options
+        )
+    gradients = Inputs(dx_ND, dhead, dtable, dscale, dbias)
+    # Of what is frozen there is none, and custom_vjp wants zeros for it.
+    return Inputs(
+        *(
+            None if x is None else jnp.zeros_like(x) if dx is None else dx.astype(x.dtype)
+            for x, dx in zip(inputs, gradients, strict=True)
+        )
+    )
+
+
+def _stored(x: Float[Array, "n c"], dtype: DTypeLike) -> Float[Array, "n c"]:
+    """Returns x in the dtype, made before what uses it. Without the barrier the TPU's compiler
+    makes it anew for every tile of each matmul that reads it, which took twice as long."""
+    return jax.lax.optimization_barrier(x.astype(dtype))
+
+
+def _linear(logits: Float[Array, "n c"], num_entries: Float[Array, ""]) -> Float[Array, "n c"]:
+    """Returns linear weights: of any sign, 0 for masked logits, which are exactly -inf. A NaN is
+    none of them: it should reach the loss."""
+    return jnp.where(logits != -jnp.inf, logits, 0.0) / jnp.sqrt(num_entries)
+
+
+def _num_entries(mask: Float[Array, "v"], axes: Axes) -> Float[Array, ""]:
+    """Returns the number of entries of the whole vocabulary that may have weight."""
+    return psum((mask == 0).sum(), axes.vocab).astype(jnp.float32)
+
+
+def _pick(
+    logits: Float[Array, "n c"], label_ids: Int[Array, "n k"], ids: Int[Array, "c"]
+) -> Float[Array, "n k"]:
+    """Returns the logits of labels that are in this chunk, 0 of the others."""
+    # One label at a time: for all k together, the mask would be [n, k, c].
+    picked = [
+        jnp.where(label_ids[:, j, None] == ids, logits, 0.0).sum(-1)
+        for j in range(label_ids.shape[1])
+    ]
+    return jnp.stack(picked, axis=-1) if picked else jnp.zeros(label_ids.shape)

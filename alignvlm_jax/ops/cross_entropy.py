@@ -1,5 +1,6 @@
-"""Cross-entropy over a vocabulary that may be sharded."""
+"""Cross-entropy over a vocabulary that may be sharded, and the matmul that makes logits."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -7,7 +8,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from alignvlm_jax.ops import chunked
-from alignvlm_jax.ops.chunked import Matrix
 from alignvlm_jax.shapes import Array, Bool, Float, Int
 
 
@@ -18,6 +18,54 @@ class TokenLosses(NamedTuple):
     nll: Float[Array, "B T"]
     log_sum_exp: Float[Array, "B T"]
     is_correct: Bool[Array, "B T"]
+
+
+# A custom derivative: differentiating through the cast of the matrix would round its gradient to
+# the dtype of the computation on the way.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project(
+    equation: str, x: Float[Array, "..."], matrix: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """Returns the einsum of x and the matrix, which is cast to the dtype of x; accumulated and
+    returned in float32.
+
+    Gradients are those of jnp.einsum, except that the matrix's is float32 where x is bfloat16.
+
+    Args:
+      equation: for example "ND,DV->NV".
+      x: in the dtype of the computation.
+      matrix: a parameter, of any dtype.
+    """
+    return jnp.einsum(equation, x, matrix.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _project_forward(
+    equation: str, x: Float[Array, "..."], matrix: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], tuple[Float[Array, "..."], Float[Array, "..."]]]:
+    return project(equation, x, matrix), (x, matrix)
+
+
+def _project_backward(
+    equation: str, saved: tuple[Float[Array, "..."], Float[Array, "..."]], dout: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    x, matrix = saved
+    operands, out = equation.split("->")
+    rows, letters = operands.split(",")
+    # Both operands in the dtype of the computation: a float32 one would take the whole matmul off
+    # the matrix unit's fast path.
+    dout = dout.astype(x.dtype)
+    # Of "ND,DV->NV" these are "NV,DV->ND" and "ND,NV->DV".
+    dx = jnp.einsum(
+        f"{out},{letters}->{rows}",
+        dout,
+        matrix.astype(x.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    dmatrix = jnp.einsum(f"{rows},{out}->{letters}", x, dout, preferred_element_type=jnp.float32)
+    return dx.astype(x.dtype), dmatrix.astype(matrix.dtype)
+
+
+project.defvjp(_project_forward, _project_backward)
 
 
 def pick(logits: Float[Array, "... V"], ids: Int[Array, "..."]) -> Float[Array, "..."]:
@@ -33,7 +81,7 @@ def pick(logits: Float[Array, "... V"], ids: Int[Array, "..."]) -> Float[Array, 
 
 def token_losses(
     hidden: Float[Array, "B T D"],
-    head: Matrix,
+    head: Float[Array, "..."],
     targets: Int[Array, "B T"],
     *,
     is_table: bool,
@@ -48,36 +96,40 @@ def token_losses(
 
     Args:
       hidden: last hidden states.
-      head: [D, V], or with `is_table` the tied table [V, D].
+      head: the parameter [D, V], or with `is_table` the tied table [V, D].
       targets: token ids; an id that is no token has a finite loss, and should have no weight.
       is_table: whether `head` is the tied table.
       unpadded_vocab_size: the vocabulary entries from here on only pad the table, and are never
         predicted; None: there are none.
-      chunk: rows of a shard at a time, see `chunked.rows_per_chunk`; None: all at once.
+      chunk: columns of a shard at a time, see `chunked.columns_per_chunk`; None: all at once.
     """
-    equation = "ND,VD->NV" if is_table else "ND,DV->NV"
-
-    def losses(
-        rows: tuple[Float[Array, "N D"], Int[Array, "N"]], head: Matrix, row_axis: str | None
-    ) -> tuple[Float[Array, "N"], Float[Array, "N"], Bool[Array, "N"]]:
-        hidden_ND, targets_N = rows
-        logits_NV = chunked.project(equation, hidden_ND, head)
-        logits_NV = nn.with_logical_constraint(logits_NV, (row_axis, "act_vocab"))
+    vocab_size = head.shape[0 if is_table else 1]
+    num_valid = vocab_size if unpadded_vocab_size is None else unpadded_vocab_size
+    has_weight = jnp.arange(vocab_size) < num_valid
+    hidden_ND = hidden.reshape(-1, hidden.shape[-1])
+    targets_N = targets.reshape(-1)
+    if chunk is not None:
+        outputs = chunked.vocab_softmax(
+            chunked.Inputs(hidden_ND, head),
+            targets_N[:, None],
+            has_weight,
+            chunked.Options(chunk, num_valid, is_table=is_table),
+        )
+        picked_N = outputs.label_logits[:, 0]
+        log_sum_exp_N = outputs.log_sum_exp
+        largest_N = outputs.largest
+    else:
+        logits_NV = project("ND,VD->NV" if is_table else "ND,DV->NV", hidden_ND, head)
+        logits_NV = nn.with_logical_constraint(logits_NV, ("act_batch", "act_vocab"))
         # Before the padding is masked: the id of image tokens may lie in it, and -inf times a
         # weight of 0 is NaN.
         picked_N = pick(logits_NV, targets_N)
-        if unpadded_vocab_size is not None and unpadded_vocab_size < logits_NV.shape[-1]:
-            logits_NV = jnp.where(
-                jnp.arange(logits_NV.shape[-1]) < unpadded_vocab_size, logits_NV, -jnp.inf
-            )
+        logits_NV = jnp.where(has_weight, logits_NV, -jnp.inf)
         log_sum_exp_N = jax.nn.logsumexp(logits_NV, axis=-1)
         # A maximum in the place of argmax: along a sharded vocabulary it is one small reduction.
-        return log_sum_exp_N - picked_N, log_sum_exp_N, picked_N >= logits_NV.max(-1)
-
-    # [B, T, D] to [B T, D]: chunks are cut from the tokens of all sequences together.
-    rows = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    result = chunked.map_rows(losses, rows, head, chunk)
-    return TokenLosses(*(x.reshape(targets.shape) for x in result))
+        largest_N = logits_NV.max(-1)
+    losses = log_sum_exp_N - picked_N, log_sum_exp_N, picked_N >= largest_N
+    return TokenLosses(*(x.reshape(targets.shape) for x in losses))
 
 
 def soft_cross_entropy(

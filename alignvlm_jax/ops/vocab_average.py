@@ -4,7 +4,7 @@ equation 1):
     z = LN(x W);  P = softmax_V(z);  average = P E
 
 For the paper's model and one page, P alone takes 3.7 GB. The plain form computes all of P at once,
-and lets the partitioner shard it; the chunked form holds a few hundred rows of P at a time
+and lets the partitioner shard it; the chunked form holds some columns of P at a time
 (`ops.chunked`). Letters: `shapes.py`.
 """
 
@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from alignvlm_jax.ops import chunked
-from alignvlm_jax.ops.chunked import Matrix
-from alignvlm_jax.ops.cross_entropy import pick
+from alignvlm_jax.ops.cross_entropy import pick, project
 from alignvlm_jax.ops.layer_norm import layer_norm
 from alignvlm_jax.shapes import Array, Bool, Float, Int
 
@@ -43,23 +42,21 @@ class VocabAverage(NamedTuple):
 
 def vocab_logits(
     x: Float[Array, "N D"],
-    head: Matrix,
+    head: Float[Array, "D V"],
     norm: Norm | None,
     unpadded_vocab_size: int | None = None,
-    row_axis: str | None = "act_batch",
 ) -> Float[Array, "N V"]:
     """Returns z in float32, with -inf at the columns from `unpadded_vocab_size` on, which only pad
     the table.
 
     Args:
       x: rows, whose width is that of W's first axis.
-      head: W [D, V].
+      head: W, a parameter.
       norm: LN over the vocabulary; None leaves it out.
       unpadded_vocab_size: None: no column is padding.
-      row_axis: logical axis of the rows; None inside a chunk.
     """
-    logits_NV = chunked.project("ND,DV->NV", x, head)
-    logits_NV = nn.with_logical_constraint(logits_NV, (row_axis, "act_vocab"))
+    logits_NV = project("ND,DV->NV", x, head)
+    logits_NV = nn.with_logical_constraint(logits_NV, ("act_batch", "act_vocab"))
     if norm is not None:
         # The mask comes after LN: of -inf, a gain of 0 would make NaN, a negative gain +inf.
         logits_NV = layer_norm(logits_NV, norm.scale, norm.bias, norm.eps, unpadded_vocab_size)
@@ -70,8 +67,8 @@ def vocab_logits(
 
 def vocab_average(
     x: Float[Array, "N width"],
-    head: Matrix,
-    table: Matrix,
+    head: Float[Array, "width V"],
+    table: Float[Array, "V D"],
     norm: Norm | None,
     *,
     label_ids: Int[Array, "N k"] | None = None,
@@ -85,8 +82,8 @@ def vocab_average(
 
     Args:
       x: rows, whose width need not be the table's.
-      head: W [width, V].
-      table: E [V, D].
+      head: W, a parameter.
+      table: E, a parameter.
       norm: LN over the vocabulary; None leaves it out.
       label_ids: tokens whose logits are returned; None: of none, k is 0.
       unpadded_vocab_size: the columns from here on only pad the table, and take no part in LN or
@@ -95,45 +92,57 @@ def vocab_average(
       linear: the weights are z / sqrt(V) in the place of P, of any sign, so that the average lies
         in the table's linear span and not in its convex hull. LN gives z variance 1; scaled so,
         averages are about as long as the table's rows.
-      chunk: rows of a shard at a time, see `chunked.rows_per_chunk`; None: the plain form.
+      chunk: columns of a shard at a time, see `chunked.columns_per_chunk`; None: the plain form.
     """
-    # `shared` is a tree of arrays: eps, a number, stays out of it and comes in by closure.
-    shared = {
-        "head": head,
-        "table": table,
-        "norm": norm and (norm.scale, norm.bias),
-        "subset": subset,
-    }
-
-    def average(rows: tuple, shared: dict, row_axis: str | None) -> VocabAverage:
-        x, label_ids = rows
-        norm_here = shared["norm"] and Norm(*shared["norm"], norm.eps)
-        logits_NV = vocab_logits(x, shared["head"], norm_here, unpadded_vocab_size, row_axis)
-        if shared["subset"] is not None:
-            logits_NV = jnp.where(shared["subset"], logits_NV, -jnp.inf)
-        log_sum_exp_N = jax.nn.logsumexp(logits_NV, axis=-1)
-        if linear:
-            # Masked entries are exactly -inf. A NaN is none of them: it should reach the loss.
-            is_entry_NV = logits_NV != -jnp.inf
-            weights_NV = jnp.where(is_entry_NV, logits_NV, 0.0) / jnp.sqrt(
-                is_entry_NV.sum(-1, keepdims=True)
-            )
-        else:
-            # The softmax, by the sum that the labels' cross-entropy needs anyway.
-            weights_NV = jnp.exp(logits_NV - log_sum_exp_N[:, None])
-        # The matmul has operands in the dtype of the computation, and sums in float32.
-        average_ND = chunked.project(
-            "NV,VD->ND", weights_NV.astype(x.dtype), shared["table"]
-        ).astype(x.dtype)
-        average_ND = nn.with_logical_constraint(average_ND, (row_axis, "act_embed"))
-        # One label at a time: for all k together, the mask in `pick` would be [N, k, V].
-        picked = [pick(logits_NV, label_ids[:, j]) for j in range(label_ids.shape[1])]
-        label_logits_Nk = (
-            jnp.stack(picked, axis=-1) if picked else jnp.zeros((x.shape[0], 0), jnp.float32)
-        )
-        return VocabAverage(average_ND, label_logits_Nk, log_sum_exp_N)
-
-    # `map_rows` takes arrays alone: no labels are k = 0 labels.
+    vocab_size = table.shape[0]
+    num_valid = vocab_size if unpadded_vocab_size is None else unpadded_vocab_size
+    has_weight = jnp.arange(vocab_size) < num_valid
+    if subset is not None:
+        has_weight &= subset
     if label_ids is None:
         label_ids = jnp.zeros((x.shape[0], 0), jnp.int32)
-    return chunked.map_rows(average, (x, label_ids), shared, chunk)
+    if chunk is None:
+        return _plain(x, head, table, norm, label_ids, num_valid, has_weight, linear)
+    scale, bias, eps = norm or (None, None, 0.0)
+    outputs = chunked.vocab_softmax(
+        chunked.Inputs(x, head, table, scale, bias),
+        label_ids,
+        has_weight,
+        chunked.Options(chunk, num_valid, eps, linear),
+    )
+    average_ND = nn.with_logical_constraint(outputs.average, ("act_batch", "act_embed"))
+    # A label that has no weight is infinitely unlikely, whatever its logit.
+    label_logits_Nk = jnp.where(has_weight[label_ids], outputs.label_logits, -jnp.inf)
+    return VocabAverage(average_ND, label_logits_Nk, outputs.log_sum_exp)
+
+
+def _plain(
+    x: Float[Array, "N width"],
+    head: Float[Array, "width V"],
+    table: Float[Array, "V D"],
+    norm: Norm | None,
+    label_ids: Int[Array, "N k"],
+    num_valid: int,
+    has_weight: Bool[Array, "V"],
+    linear: bool,
+) -> VocabAverage:
+    """Returns `vocab_average` of all columns at once."""
+    logits_NV = vocab_logits(x, head, norm, num_valid)
+    logits_NV = jnp.where(has_weight, logits_NV, -jnp.inf)
+    log_sum_exp_N = jax.nn.logsumexp(logits_NV, axis=-1)
+    if linear:
+        # Masked entries are exactly -inf. A NaN is none of them: it should reach the loss.
+        is_entry_NV = logits_NV != -jnp.inf
+        weights_NV = jnp.where(is_entry_NV, logits_NV, 0.0) / jnp.sqrt(has_weight.sum())
+    else:
+        # The softmax, by the sum that the labels' cross-entropy needs anyway.
+        weights_NV = jnp.exp(logits_NV - log_sum_exp_N[:, None])
+    # The matmul has operands in the dtype of the computation, and sums in float32.
+    average_ND = project("NV,VD->ND", weights_NV.astype(x.dtype), table).astype(x.dtype)
+    average_ND = nn.with_logical_constraint(average_ND, ("act_batch", "act_embed"))
+    # One label at a time: for all k together, the mask in `pick` would be [N, k, V].
+    picked = [pick(logits_NV, label_ids[:, j]) for j in range(label_ids.shape[1])]
+    label_logits_Nk = (
+        jnp.stack(picked, axis=-1) if picked else jnp.zeros((x.shape[0], 0), jnp.float32)
+    )
+    return VocabAverage(average_ND, label_logits_Nk, log_sum_exp_N)

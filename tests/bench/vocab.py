@@ -1,5 +1,5 @@
-"""What lies over the vocabulary, plain against a block of rows at a time: memory on a TPU, time on
-this machine.
+"""What lies over the vocabulary, plain against a chunk of columns at a time: memory on a TPU, time
+on this machine.
 
     python -m tests.bench.vocab          (make bench)
 
@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from alignvlm_jax import presets
 from alignvlm_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
-from alignvlm_jax.ops.chunked import Matrix, rows_per_chunk
+from alignvlm_jax.ops.chunked import columns_per_chunk
 from alignvlm_jax.ops.cross_entropy import token_losses
 from alignvlm_jax.ops.vocab_average import Norm, vocab_average
 from alignvlm_jax.parallel import mesh as mesh_lib
@@ -33,7 +33,7 @@ CONFIG = Config(
     mesh=MeshConfig(data=1, fsdp=1, tensor=4),
     train=TrainConfig(batch_size=4),
 )
-BLOCK = 512
+COLUMNS = 2048
 SIZES = [(rows, words) for words in (32_768, 128_256, 256_512) for rows in (2048, 8192, 32_768)]
 WIDTH = 2048
 ROUNDS = 7
@@ -52,11 +52,13 @@ def print_memory() -> None:
     """Temporaries of ALIGN over rows and words, and of the loss."""
     devices = hardware.compile_only_devices(hardware.parse_topology("v5e:2x2"))
     with mesh_lib.use(mesh_lib.make_mesh(CONFIG.mesh, CONFIG.model, CONFIG.train, devices)) as mesh:
-        print(f"ALIGN, D {WIDTH:,}, blocks of {BLOCK}; temporaries in GiB a chip, and outputs\n")
+        print(
+            f"ALIGN, D {WIDTH:,}, chunks of {COLUMNS:,} columns; temporaries in GiB a chip, and outputs\n"
+        )
         print("| N | V | plain | chunked | outputs |\n|---|---|---|---|---|")
         for rows, words in SIZES:
             plain = align_memory(mesh, rows, words, None)
-            (temporaries, outputs) = align_memory(mesh, rows, words, BLOCK)
+            (temporaries, outputs) = align_memory(mesh, rows, words, COLUMNS)
             shown = "over 15.75" if plain is None else f"{plain[0]:.3f}"
             print(
                 f"| {rows:,} | {words:,} | {shown} | {temporaries:.3f} | {outputs:.3f} |",
@@ -64,7 +66,7 @@ def print_memory() -> None:
             )
         print("\nloss over 16,384 tokens, V 128,256: ", end="")
         plain, chunked = (
-            memory.shown(loss_memory(mesh, 128_256, chunk)) for chunk in (None, BLOCK)
+            memory.shown(loss_memory(mesh, 128_256, chunk)) for chunk in (None, COLUMNS)
         )
         print(f"plain {plain}, chunked {chunked} GiB of temporaries a chip\n", flush=True)
 
@@ -75,23 +77,18 @@ def align_memory(
     """GiB of temporaries and of outputs a chip; None where the program does not fit."""
 
     def step(x, head, table, scale, bias, back):
-        def run(x, head_gradient, table_gradient, scale, bias):
-            head_here = Matrix(head, head_gradient)
-            table_here = Matrix(table, table_gradient)
-            return vocab_average(
-                x, head_here, table_here, Norm(scale, bias, 1e-5), chunk=chunk
-            ).average
+        def run(x, head, table, scale, bias):
+            return vocab_average(x, head, table, Norm(scale, bias, 1e-5), chunk=chunk).average
 
-        zeros = jnp.zeros(head.shape, jnp.float32), jnp.zeros(table.shape, jnp.float32)
-        average, pull = jax.vjp(run, x, *zeros, scale, bias)
+        average, pull = jax.vjp(run, x, head, table, scale, bias)
         return average, pull(back)
 
     by_rows, wide, tall, words_only = _shardings(
         mesh, (("data", "fsdp"),), (None, "tensor"), ("tensor",), ("tensor",)
     )
     x = jax.ShapeDtypeStruct((rows, WIDTH), jnp.bfloat16, sharding=by_rows)
-    head = jax.ShapeDtypeStruct((WIDTH, words), jnp.bfloat16, sharding=wide)
-    table = jax.ShapeDtypeStruct((words, WIDTH), jnp.bfloat16, sharding=tall)
+    head = jax.ShapeDtypeStruct((WIDTH, words), jnp.float32, sharding=wide)
+    table = jax.ShapeDtypeStruct((words, WIDTH), jnp.float32, sharding=tall)
     scale = jax.ShapeDtypeStruct((words,), jnp.float32, sharding=words_only)
     out = by_rows, (by_rows, wide, tall, words_only, words_only)
     return memory.of(step, out, x, head, table, scale, scale, x)
@@ -101,17 +98,15 @@ def loss_memory(mesh: jax.sharding.Mesh, words: int, chunk: int | None) -> Memor
     """GiB of temporaries and of outputs a chip for 2 rows of 8,192 tokens."""
 
     def step(hidden, head, targets):
-        def run(hidden, gradient):
-            losses = token_losses(
-                hidden, Matrix(head, gradient), targets, is_table=False, chunk=chunk
-            )
+        def run(hidden, head):
+            losses = token_losses(hidden, head, targets, is_table=False, chunk=chunk)
             return losses.nll.sum() + 1e-4 * jnp.square(losses.log_sum_exp).sum()
 
-        return jax.value_and_grad(run, argnums=(0, 1))(hidden, jnp.zeros(head.shape, jnp.float32))
+        return jax.value_and_grad(run, argnums=(0, 1))(hidden, head)
 
     by_rows, wide = _shardings(mesh, (("data", "fsdp"),), (None, "tensor"))
     hidden = jax.ShapeDtypeStruct((2, 8192, WIDTH), jnp.bfloat16, sharding=by_rows)
-    head = jax.ShapeDtypeStruct((WIDTH, words), jnp.bfloat16, sharding=wide)
+    head = jax.ShapeDtypeStruct((WIDTH, words), jnp.float32, sharding=wide)
     targets = jax.ShapeDtypeStruct((2, 8192), jnp.int32, sharding=by_rows)
     return memory.of(step, (None, (by_rows, wide)), hidden, head, targets)
 
@@ -125,11 +120,11 @@ def print_time() -> None:
     rng = np.random.default_rng(0)
     shapes = [(rows, width), (width, words), (words, width), (words,), (words,)]
     inputs = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
-    chunk = rows_per_chunk("auto", 64.0, rows, words)
+    chunk = columns_per_chunk("auto", 64.0, rows, words)
     forms = {
         "reference": reference,
         "plain": _ours(None),
-        f"chunked ({chunk} rows)": _ours(chunk),
+        f"chunked ({chunk:,} columns)": _ours(chunk),
     }
     compiled = {
         name: jax.jit(jax.grad(_summed(impl), argnums=range(5))) for name, impl in forms.items()
@@ -164,8 +159,7 @@ def reference(
 
 def _ours(chunk: int | None) -> Callable[..., jax.Array]:
     def run(x, head, table, scale, bias):
-        matrices = Matrix.of(head, jnp.float32), Matrix.of(table, jnp.float32)
-        return vocab_average(x, *matrices, Norm(scale, bias, 1e-5), chunk=chunk).average
+        return vocab_average(x, head, table, Norm(scale, bias, 1e-5), chunk=chunk).average
 
     return run
 

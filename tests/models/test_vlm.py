@@ -72,11 +72,12 @@ def batch_of(model: config_lib.ModelConfig) -> dict[str, np.ndarray]:
 
 BATCH = batch_of(MODEL)
 
-BLOCK_ROWS = 7
-CHUNKED = {
-    "vocab_impl": "chunked",
-    "chunk_size_mib": (BLOCK_ROWS + 0.5) * VOCAB / 2 * 4 / 2**20,
-}
+# On the mesh 2 x 2 x 2 a device has 37 columns, and a quarter of the rows: of tokens 7 columns fit,
+# of patches twice as many, which leaves 3 chunks of 13.
+TOKENS_A_SHARD = ROWS * LENGTH // 4
+PATCHES_A_SHARD = ROWS * TILES * PATCHES // 4
+CHUNKS = {(TOKENS_A_SHARD, 7), (PATCHES_A_SHARD, 13)}
+CHUNKED = {"vocab_impl": "chunked", "chunk_size_mib": 7.5 * TOKENS_A_SHARD * 4 / 2**20}
 
 
 def draw_params(model: config_lib.ModelConfig) -> dict:
@@ -226,17 +227,17 @@ def test_no_device_holds_the_activations_of_all_rows(sharded):
     "sharded", [SHARDED["align_tied_chunked"]], ids=["align_tied"], indirect=True
 )
 def test_chunked_a_device_holds_no_more_than_a_chunk(sharded):
-    """Nothing has more rows by its fraction of the words than a block, but what the parameters
-    themselves are."""
+    """Nothing lies over all columns of a shard but the parameters themselves and what belongs to a
+    column."""
     shapes = {
         tuple(map(int, dims.split(",")))
         for dims in re.findall(r"\w+\[([\d,]+)\]", sharded.compiled_text)
     }
-    with_words = {shape for shape in shapes if VOCAB // 2 in shape or VOCAB in shape}
-    assert (BLOCK_ROWS, VOCAB // 2) in with_words
-    widths = {1, BLOCK_ROWS, MODEL.llm.width, MODEL.llm.width // 2}
+    assert shapes >= CHUNKS
+    with_columns = {shape for shape in shapes if VOCAB // 2 in shape or VOCAB in shape}
+    widths = {1, MODEL.llm.width, MODEL.llm.width // 2}
     assert {
-        int(np.prod(shape)) // (VOCAB if VOCAB in shape else VOCAB // 2) for shape in with_words
+        int(np.prod(shape)) // (VOCAB if VOCAB in shape else VOCAB // 2) for shape in with_columns
     } <= widths
 
 

@@ -17,7 +17,6 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from alignvlm_jax.ops import chunked, vocab_average
-from alignvlm_jax.ops.chunked import Matrix
 from alignvlm_jax.ops.vocab_average import Norm
 from alignvlm_jax.parallel import mesh as mesh_lib
 from tests.conftest import tiny_config
@@ -39,6 +38,7 @@ class Case:
     has_subset: bool = False
     labels: int = 2
     linear: bool = False
+    column_mean: float = 0.0  # of the head's columns, whose deviation is 1
 
 
 # On the mesh 2 x 2 x 2 there are 4 shards of rows: 52 / 4 = 13 rows, and 50 rows do not divide.
@@ -55,6 +55,7 @@ CASES = {
     # Ovis: x are features, the table learned.
     "table_of_another_width": Case(52, 6, 34, 5, table_width=14, labels=0),
     "linear": Case(52, 10, 34, 5, linear=True),
+    "large_mean": Case(52, 10, 34, 5, column_mean=30.0),
     "linear_padded_subset": Case(24, 10, 34, 4, padding=5, has_subset=True, linear=True),
 }
 
@@ -83,6 +84,7 @@ def draw(case: Case, seed: int = 0):
         (case.words,),
     ]
     inputs = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    inputs[1] += case.column_mean * rng.standard_normal((case.width, 1)).astype(np.float32)
     inputs[3] += 1
     words = case.words - case.padding
     labels = rng.integers(0, words, (case.rows, case.labels)).astype(np.int32)
@@ -100,8 +102,8 @@ def apply(case: Case, inputs, labels, subset, chunk: int | None, dtype=jnp.float
     x, head, table, scale, bias = inputs
     return vocab_average.vocab_average(
         x.astype(dtype),
-        Matrix.of(head, dtype),
-        Matrix.of(table, dtype),
+        head,
+        table,
         Norm(scale, bias, EPS) if case.has_norm else None,
         label_ids=labels,
         unpadded_vocab_size=case.words - case.padding,
@@ -195,20 +197,61 @@ def test_bfloat16(devices, chunk):
     assert_close((outputs, gradients), reference_gradients(case), 2e-2)
 
 
-def test_gradients_are_summed_in_float32():
-    """Under bfloat16 a sum of 1,024 equal parts, one a block, stops growing at 256 of them."""
+def test_bfloat16_rows_are_normalised_by_float32_statistics():
+    """With rows and parameters that bfloat16 holds exactly, nothing before the softmax is rounded:
+    a covariance of bfloat16 would be 1e-3 off."""
+    case = Case(64, 96, 300, 128, labels=1)
+    inputs, labels, _, _ = draw(case)
+    inputs = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32) for x in inputs]
+    outputs = jax.jit(lambda *x: apply(case, x, labels, None, case.chunk, jnp.bfloat16))(*inputs)
+    _, logits, log_sum_exp = reference(case, *(x.astype(np.float64) for x in inputs), labels, None)
+    np.testing.assert_allclose(outputs.label_logits, logits, atol=2e-5 * np.abs(logits).max())
+    np.testing.assert_allclose(outputs.log_sum_exp, log_sum_exp, rtol=2e-5)
+
+
+@pytest.mark.parametrize("frozen", ["head", "table"])
+def test_frozen_parameters_cost_no_matmul(frozen):
+    """Forward there are 2 over the vocabulary; backward one for logits, one for their gradient, and
+    one for each input that has a gradient."""
+    case = Case(16, 8, 32, 8)
+    inputs, labels, _, _ = draw(case)
+    number = {"head": 1, "table": 2}[frozen]
+
+    def total(*trained):
+        held = list(trained)
+        held.insert(number, jnp.asarray(inputs[number]))
+        return apply(case, held, labels, None, case.chunk).average.sum()
+
+    trained = [jnp.asarray(x) for index, x in enumerate(inputs) if index != number]
+    program = jax.make_jaxpr(jax.grad(total, argnums=range(4)))(*trained)
+    counts = [
+        sum(eqn.primitive.name == "dot_general" for eqn in loop.eqns)
+        for loop in loops_in(program.jaxpr)
+    ]
+    assert counts == [2, 4]
+
+
+def loops_in(jaxpr):
+    """Yields the bodies of scans, in order."""
+    for eqn in jaxpr.eqns:
+        for param in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(param, "eqns"):
+                yield from [param] if eqn.primitive.name == "scan" else loops_in(param)
+
+
+@pytest.mark.parametrize("chunk", [None, 1], ids=["plain", "chunked"])
+def test_gradients_are_summed_in_float32(devices, chunk):
+    """Under bfloat16 a sum of 1,024 equal parts, one a row, stops growing at 256 of them."""
     x = jnp.ones((1024, 1), jnp.bfloat16)
+    labels = jnp.ones((1024, 1), jnp.int32)
 
     def total(head):
-        return chunked.map_rows(
-            lambda x, head, _: chunked.project("ND,DV->NV", x, head),
-            x,
-            Matrix.of(head, jnp.bfloat16),
-            1,
-        ).sum()
+        return vocab_average.vocab_average(
+            x, head, jnp.ones((4, 2)), None, label_ids=labels, chunk=chunk
+        ).label_logits.sum()
 
-    gradient = jax.grad(total)(jnp.ones((1, 3), jnp.float32))
-    np.testing.assert_array_equal(gradient, np.full((1, 3), 1024.0))
+    gradient = jax.jit(jax.grad(total))(jnp.ones((1, 4), jnp.float32))
+    np.testing.assert_array_equal(gradient, [[0, 1024, 0, 0]])
 
 
 def test_the_vocabulary_stays_split_over_tensor(mesh):
@@ -247,16 +290,17 @@ def test_padding_and_words_out_of_the_subset_have_no_weight(devices):
     np.testing.assert_array_equal(*averages)
 
 
-def test_rows_per_block(devices):
+def test_columns_per_chunk(devices):
     """On the mesh a device has a quarter of the rows and half of the columns."""
     shards, halves = (4, 2) if devices == "mesh" else (1, 1)
     mib = 2.0  # 2**19 float32
-    columns = 512 * halves
-    assert chunked.rows_per_chunk("plain", mib, 10**6, columns) is None
-    assert chunked.rows_per_chunk("auto", mib, 1024 * shards, columns) is None
-    assert chunked.rows_per_chunk("auto", mib, 1024 * shards + 1, columns) == 1024
-    assert chunked.rows_per_chunk("chunked", mib, 100 * shards, columns) == 100
-    # of 524, a multiple of 128
-    assert chunked.rows_per_chunk("auto", mib, 10**6, 1000 * halves) == 512
-    assert chunked.rows_per_chunk("auto", mib, 10**6, 8192 * halves) == 64
-    assert chunked.rows_per_chunk("auto", mib, 10**6, 2**30 * halves) == 1
+    rows = 512 * shards
+    columns_per_chunk = chunked.columns_per_chunk
+    assert columns_per_chunk("plain", mib, rows, 10**6) is None
+    assert columns_per_chunk("auto", mib, rows, 1024 * halves) is None
+    assert columns_per_chunk("auto", mib, rows, 2048 * halves) == 1024
+    assert columns_per_chunk("chunked", mib, rows, 100 * halves) == 100
+    # As many chunks as of 1,024, of one size, in lanes of 128.
+    assert columns_per_chunk("auto", mib, rows, 1100 * halves) == 640
+    assert columns_per_chunk("auto", mib, 8192 * shards, 1000 * halves) == 63  # 16 of at most 64
+    assert columns_per_chunk("auto", mib, 2**30 * shards, 1000 * halves) == 1

@@ -12,7 +12,6 @@ from jaxtyping import TypeCheckError, jaxtyped
 from alignvlm_jax import shapes
 from alignvlm_jax.models.layers import RMSNorm, apply_rope
 from alignvlm_jax.ops.attention import causal_mask
-from alignvlm_jax.ops.chunked import Matrix
 from alignvlm_jax.ops.cross_entropy import TokenLosses
 from alignvlm_jax.ops.layer_norm import layer_norm
 from alignvlm_jax.ops.vocab_average import Norm, vocab_logits
@@ -39,9 +38,7 @@ def zeros(*shape: int, dtype=np.float32) -> np.ndarray:
         lambda: causal_mask(zeros(2, 3)),
         lambda: apply_rope(zeros(1, 2, 3, 8), zeros(1, 2, dtype=int), zeros(3)),
         # The fields of a named tuple, and a module of flax.
-        lambda: vocab_logits(
-            zeros(2, 3), Matrix(zeros(3, 5), zeros(3, 5)), Norm(zeros(5), zeros(4), 1e-6)
-        ),
+        lambda: vocab_logits(zeros(2, 3), zeros(3, 5), Norm(zeros(5), zeros(4), 1e-6)),
         lambda: RMSNorm(1e-6).init(np.zeros(2, np.uint32), zeros(2, 3, dtype=int)),
     ],
 )

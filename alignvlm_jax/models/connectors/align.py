@@ -18,7 +18,7 @@ from alignvlm_jax.config import ConnectorConfig
 from alignvlm_jax.models.connectors.base import Connector, ConnectorOutput, PatchLabels
 from alignvlm_jax.models.decoder import lm_head
 from alignvlm_jax.models.layers import Einsum, LayerNorm
-from alignvlm_jax.ops.chunked import Matrix, rows_per_chunk
+from alignvlm_jax.ops.chunked import columns_per_chunk
 from alignvlm_jax.ops.cross_entropy import soft_cross_entropy
 from alignvlm_jax.ops.vocab_average import Norm, vocab_average, vocab_logits
 from alignvlm_jax.shapes import Array, Float
@@ -92,13 +92,15 @@ class Align(Connector):
         tokens, label_logits, log_sum_exp = vocab_average(
             x_ND,
             head,
-            Matrix.of(text_table, self.dtype),
+            text_table,
             self._norm(),
             label_ids=labels and labels.ids,
             unpadded_vocab_size=c.llm.unpadded_vocab_size,
             subset=self.vocabulary_subset(),
             linear=self.options.weights == "linear",
-            chunk=rows_per_chunk(c.vocab_impl, c.chunk_size_mib, x_ND.shape[0], c.llm.vocab_size),
+            chunk=columns_per_chunk(
+                c.vocab_impl, c.chunk_size_mib, x_ND.shape[0], c.llm.vocab_size
+            ),
         )
         if labels is None:
             return ConnectorOutput(tokens, self.no_loss(features))
@@ -106,12 +108,14 @@ class Align(Connector):
             tokens, soft_cross_entropy(label_logits, log_sum_exp, labels.weights)
         )
 
-    def _rows_and_head(self, features: Float[Array, "N E"]) -> tuple[Float[Array, "N D"], Matrix]:
+    def _rows_and_head(
+        self, features: Float[Array, "N E"]
+    ) -> tuple[Float[Array, "N D"], Float[Array, "D V"]]:
         """Returns x and W2 [D, V].
 
         W2 is read as a parameter and never called: `vocab_average` multiplies by it in chunks.
         """
-        return self.ln1(self.w1(features)), Matrix.of(self.w2.kernel, self.dtype)
+        return self.ln1(self.w1(features)), self.w2.kernel
 
     def _norm(self) -> Norm | None:
         return Norm(self.ln2.scale, self.ln2.bias, self.ln2.eps) if self.options.use_ln2 else None

@@ -19,7 +19,7 @@ from flax import linen as nn
 from alignvlm_jax.config import ConnectorConfig
 from alignvlm_jax.models.connectors.base import Connector
 from alignvlm_jax.models.layers import Einsum, LayerNorm
-from alignvlm_jax.ops.chunked import Matrix, rows_per_chunk
+from alignvlm_jax.ops.chunked import columns_per_chunk
 from alignvlm_jax.ops.vocab_average import Norm, vocab_average
 from alignvlm_jax.shapes import Array, Float
 
@@ -58,9 +58,9 @@ class Ovis(Connector):
         # not.
         tokens_ND, _, _ = vocab_average(
             features.astype(self.dtype),
-            Matrix.of(self.head.kernel, self.dtype),
-            Matrix.of(self.table, self.dtype),
+            self.head.kernel,
+            self.table,
             Norm(self.norm.scale, self.norm.bias, self.norm.eps),
-            chunk=rows_per_chunk(c.vocab_impl, c.chunk_size_mib, features.shape[0], size),
+            chunk=columns_per_chunk(c.vocab_impl, c.chunk_size_mib, features.shape[0], size),
         )
         return tokens_ND
