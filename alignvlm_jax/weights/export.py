@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -175,7 +176,8 @@ def dtype_of(components: Iterable[Component], stored: Mapping[str, jax.ShapeDtyp
     """Returns the dtype that a config.json names: that which holds all of its tensors, which keep
     their own."""
     dtypes = {stored[entry.path].dtype for one in components for entry in one.entries}
-    return str(np.result_type(*dtypes))
+    # Not numpy's, which knows none that holds both kinds of 16 bits.
+    return str(jnp.result_type(*dtypes))
 
 
 def _published(entries: Iterable[Entry], read: Read) -> Iterator[tuple[str, np.ndarray]]:

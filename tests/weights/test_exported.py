@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import alignvlm_jax
 from alignvlm_jax.commands import convert, generate
@@ -243,6 +243,22 @@ def test_published_weights_keep_their_context_length_template_and_precision(half
     assert_same(params_of(tmp_path / "back"), params_of(half))
     tensors = load_file(out / "connector" / "model.safetensors")
     assert {str(x.dtype) for x in tensors.values()} == {"float32", "bfloat16"}
+
+
+def test_an_encoder_in_another_half_precision_than_the_llm_is_exported_with_it(tmp_path):
+    """Numpy knows no type that holds float16 and bfloat16."""
+    folders.write_llama(tmp_path / "llm", "untied", dtype=ml_dtypes.bfloat16, vocab_size=320)
+    folders.write_siglip(tmp_path / "vision")
+    path = tmp_path / "vision" / "model.safetensors"
+    tensors = {name: x.astype(np.float16) for name, x in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    write_chatml(tmp_path / "llm")
+    flags = [f"--{name}={tmp_path / name}" for name in ("llm", "vision")]
+    convert.main([*flags, f"--out={tmp_path / 'start'}"])
+    out = export_to(tmp_path / "out", tmp_path / "start", "--format=transformers")
+    assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
+    dtypes = {str(x.dtype) for x in load_file(out / "model.safetensors").values()}
+    assert dtypes == {"float16", "bfloat16", "float32"}
 
 
 def test_a_template_that_contradicts_the_format_is_written_anew(half, tmp_path):
