@@ -76,7 +76,7 @@ def open_stages(stages: tuple[Config, ...]) -> list[StageData]:
         if before is None and config.init_from:
             _check_init_from(config, shapes[key])
         if before is not None:
-            state.match_paths(config.train.load, state.flatten(before), "train.load")
+            warm_start.loaded_paths(config.train, state.flatten(before))
         before = shapes[key]
     seconds, stage = slowest
     if seconds > LONG_STEP_SECONDS and distributed.is_main():

@@ -1,11 +1,12 @@
 """The parameters that a stage starts with: loaded from a checkpoint where it has them,
 initialised elsewhere."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
@@ -23,7 +24,8 @@ class Found(NamedTuple):
     """What a checkpoint gives: the shapes of all its parameters, and of those asked for the
     arrays.
 
-    `factors` are those of LoRA, with their `alpha`, that are to be merged into their kernels.
+    `factors` are those of LoRA that are to be merged into their kernels; `alpha` is of these, and
+    of those among `params` that go on.
     """
 
     stored: dict[str, tuple[int, ...]]
@@ -58,7 +60,7 @@ def read(
     chosen = state.split(abstract.params, loaded | going_on)[0]
     params = source.restore_params(step, chosen) if loaded else {}
     if not ending:
-        return Found(stored, params, {})
+        return Found(stored, params, {}, theirs.alpha)
     mesh = abstract.step.sharding.mesh
     factors = lora_lib.abstract_factors(arrays, ending, mesh)
     restored = source.restore_params(step, state.unflatten(factors))
@@ -99,35 +101,51 @@ def start_params(
     stored, params, factors, alpha = found or Found({}, {}, {})
     wanted = _shapes(abstract.params)
     loaded = state.flatten(params).keys()
+    title = "merged into their kernels"
     if factors:
-        params = _merge_factors(model, params, factors, alpha)
+        params, is_exact = _merge_factors(model, params, factors, alpha)
+        title += "" if is_exact else ", rounded to bfloat16"
     initialised = wanted.keys() - loaded
     if initialised:
         params = state.merge(params, state.init_params(model, abstract.params, initialised, rng))
     # Where nothing was loaded, `init_params` has made these of the LLM that it drew.
     if loaded:
-        params = from_llm(model.config, params, abstract.params, initialised)
-    used = loaded | state.flatten(factors).keys()
+        params = from_llm(model.config, params, abstract.params, initialised, alpha)
+    ending = state.flatten(factors).keys()
+    used = loaded | ending
     groups = {
         "loaded": {path: wanted[path] for path in wanted if path in loaded},
         "initialised": {path: wanted[path] for path in wanted if path not in loaded},
         "ignored in the checkpoint": {path: stored[path] for path in stored if path not in used},
     }
+    if ending:
+        groups[title] = {path: stored[path] for path in sorted(ending)}
     return params, summary(groups)
 
 
-def _merge_factors(model: vlm.VLM, params: Params, factors: Params, alpha: float) -> Params:
-    """Returns params whose kernels have the factors merged into them, in the types that they
-    have; factors of `params` itself stay."""
+def _merge_factors(
+    model: vlm.VLM, params: Params, factors: Params, alpha: float
+) -> tuple[Params, bool]:
+    """Returns params whose kernels have the factors merged into them, in the types that they have,
+    and whether these are all float32; factors of `params` itself stay."""
     leaves = state.flatten(params)
     merging = lora_lib.kernels(state.flatten(factors))
     kernels = state.unflatten({path: leaves[path] for path in merging})
     merged = state.flatten(lora_lib.merge(kernels | factors, alpha, model.config))
-    return state.unflatten(leaves | {p: x.astype(leaves[p].dtype) for p, x in merged.items()})
+    is_exact = all(leaves[path].dtype == jnp.float32 for path in merging)
+    leaves |= {path: x.astype(leaves[path].dtype) for path, x in merged.items()}
+    return state.unflatten(leaves), is_exact
 
 
 def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
     return {path: x.shape for path, x in state.flatten(params).items()}
+
+
+def loaded_paths(train: TrainConfig, stored: Iterable[str]) -> set[str]:
+    """Returns which of the paths of a checkpoint `train.load` matches; UserError where one of its
+    patterns matches none. Factors of LoRA count for nothing: they go with their kernels."""
+    own = [path for path in stored if not lora_lib.is_factor(path)]
+    return state.match_paths(train.load, own, "train.load")
 
 
 def loadable(
@@ -142,8 +160,7 @@ def loadable(
     Raises:
       UserError: a pattern matches nothing, or shapes differ; `name` is the checkpoint's.
     """
-    chosen = state.match_paths(train.load, stored, "train.load") & wanted.keys()
-    chosen = {path for path in chosen if not lora_lib.is_factor(path)}
+    chosen = loaded_paths(train, stored) & wanted.keys()
     for path in sorted(chosen):
         if stored[path] != wanted[path]:
             raise UserError(
@@ -154,22 +171,26 @@ def loadable(
 
 
 def from_llm(
-    model: ModelConfig, params: Params, abstract: Params, paths: Collection[str]
+    model: ModelConfig,
+    params: Params,
+    abstract: Params,
+    paths: Collection[str],
+    lora_alpha: float = lora_lib.OFF.alpha,
 ) -> Params:
-    """Returns params with those at `paths` that start from the LLM made of the LLM in them, on the
-    shardings of `abstract`; the rest is untouched."""
+    """Returns params with those at `paths` that start from the LLM made of the LLM in them, factors
+    of LoRA with it, on the shardings of `abstract`; the rest is untouched."""
     made = vlm.from_llm_paths(model, params["llm"]).intersection(paths)
     if not made:
         return params
     wanted = state.flatten(abstract)
 
-    def make(llm: Params) -> dict[str, Array]:
+    def make(params: Params) -> dict[str, Array]:
+        new = vlm.from_llm(model, lora_lib.merged(params, lora_alpha, model)["llm"])
         # Of the type that the stage holds it in: the LLM may be frozen, in bfloat16.
-        new = vlm.from_llm(model, llm)
         return {path: new[path].astype(wanted[path].dtype) for path in made}
 
-    # What it does not read of the LLM is not sent: jit drops unused arguments.
-    new = jax.jit(make, out_shardings={path: wanted[path].sharding for path in made})(params["llm"])
+    # What it does not read is not sent: jit drops unused arguments.
+    new = jax.jit(make, out_shardings={path: wanted[path].sharding for path in made})(params)
     return state.unflatten(state.flatten(params) | new)
 
 
