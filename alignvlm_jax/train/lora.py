@@ -58,6 +58,12 @@ class Layout(NamedTuple):
         r = self.rank
         return f"...{self.summed}{r},...{r}{self.kept}->...{self.letters}"
 
+    def sizes(self, kernel: tuple[int, ...]) -> tuple[int, int]:
+        """Returns how many inputs and outputs the map of a kernel of that shape has."""
+        a, b = self.factors(kernel)
+        num_layers = len(kernel) - len(self.letters)
+        return math.prod(a[num_layers:-1]), math.prod(b[num_layers + 1 :])
+
     def factors(self, kernel: tuple) -> tuple[tuple, tuple]:
         """Returns what a and b have of a kernel's axes, given one value an axis, such as its size;
         None stands for the rank."""
@@ -88,16 +94,26 @@ def layouts(model: ModelConfig) -> Mapping[str, Layout]:
     return found
 
 
-def check_targets(model: ModelConfig, paths: Collection[str]) -> None:
-    """Raises UserError where one of the paths that `config.lora.targets` matches is no kernel of a
-    linear map."""
+def check_targets(model: ModelConfig, rank: int, targets: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises UserError where one of the parameters that `config.lora.targets` matches, shapes by
+    path, is no kernel of a linear map, or where none of them can have a product of that rank."""
     known = layouts(model)
-    for path in sorted(paths):
+    largest = {}
+    for path, shape in sorted(targets.items()):
         if path not in known:
             raise UserError(
                 f"config.lora.targets matches {path}, which is no kernel of a linear "
                 f"map{nearest(path, known)}"
             )
+        num_inputs, num_outputs = known[path].sizes(shape)
+        largest[path] = min(num_inputs, num_outputs)
+    widest = max(largest, key=largest.get)
+    # Of some it may be more: keys and values are often narrower than what else gets factors.
+    if rank > largest[widest]:
+        raise UserError(
+            f"config.lora.rank is {rank}, and no target's product can have more than "
+            f"{largest[widest]}, of {widest}; it must be at most that"
+        )
 
 
 def add(params: Mapping[str, Any], paths: Collection[str], rank: int, model: ModelConfig) -> Any:
@@ -168,11 +184,18 @@ def abstract_factors(
     }
 
 
+def merged_dtype(kernel: DTypeLike, model: ModelConfig) -> np.dtype:
+    """Returns the type of a merged kernel by that of the kernel: never narrower than what the model
+    computes in, or its rounding would take from the product what the model has learned."""
+    return jnp.promote_types(kernel, model.dtype)
+
+
 def merged(
-    params: Mapping[str, Any], alpha: float, model: ModelConfig, dtype: DTypeLike = jnp.float32
+    params: Mapping[str, Any], alpha: float, model: ModelConfig, dtype: DTypeLike | None = None
 ) -> Mapping[str, Any]:
     """Returns the model's parameters, without factors; a kernel that has some is summed in float32
-    and then of `dtype`. Without any factors the parameters come back as they are."""
+    and then of `dtype`, by default `merged_dtype`. Without any factors the parameters come back as
+    they are."""
     if COMPONENT not in params:
         return params
     leaves = traverse_util.flatten_dict(params, sep="/")
@@ -185,12 +208,13 @@ def merged(
             delta = jnp.einsum(
                 layouts(model)[path].product, a, b, precision=jax.lax.Precision.HIGHEST
             )
-            leaves[path] = (leaves[path].astype(jnp.float32) + scale * delta).astype(dtype)
+            total = leaves[path].astype(jnp.float32) + scale * delta
+            leaves[path] = total.astype(dtype or merged_dtype(leaves[path].dtype, model))
     return traverse_util.unflatten_dict(leaves, sep="/")
 
 
 def merge(params: Mapping[str, Any], alpha: float, model: ModelConfig) -> Mapping[str, Any]:
-    """Returns what `merged` does, float32, of arrays on devices: kernels without factors are not
+    """Returns what `merged` does by default, of arrays on devices: kernels without factors are not
     copied."""
     leaves = traverse_util.flatten_dict(params, sep="/")
     paths = sorted(kernels(leaves))
@@ -213,7 +237,7 @@ def reader(
     read: Callable[[str], np.ndarray], stored: Collection[str], alpha: float, model: ModelConfig
 ) -> Callable[[str], np.ndarray]:
     """Returns what reads a checkpoint's parameters by path as `read` does, factors merged: a
-    kernel is summed in float32, and of the type that it is stored in.
+    kernel is summed in float32, and of `merged_dtype` then.
 
     Args:
       read: reads one parameter as it is stored.
@@ -229,6 +253,7 @@ def reader(
             return kernel
         a, b = (read(factor) for factor in factors(path))
         delta = np.einsum(layouts(model)[path].product, a, b, optimize=True)
-        return (kernel.astype(np.float32) + alpha / a.shape[-1] * delta).astype(kernel.dtype)
+        total = kernel.astype(np.float32) + alpha / a.shape[-1] * delta
+        return total.astype(merged_dtype(kernel.dtype, model))
 
     return read_merged

@@ -6,15 +6,16 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from alignvlm_jax import storage
-from alignvlm_jax.config import Config
+from alignvlm_jax.config import Config, ModelConfig, TrainConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import distributed, exchange
@@ -129,7 +130,7 @@ def read_model(
 ) -> tuple[Config, vlm.VLM, Params, int]:
     """Reads a model for use, its parameters in the dtypes that they are stored in: what was
     published in bfloat16 takes half of what float32 would. Factors of LoRA are merged into their
-    kernels, which are float32 then.
+    kernels, which then are of the type that the model computes in where that is wider.
 
     Args:
       mesh: the mesh on which parameters are sharded, which need not be that of training.
@@ -139,12 +140,11 @@ def read_model(
     Returns:
       The config of that stage, the model, its parameters, the step.
     """
-    config = checkpoints.config(step)
     stored = checkpoints.stored_params(step)
-    is_accelerated = mesh.devices.flat[0].platform != "cpu"
-    if is_accelerated and any(x.dtype == jnp.bfloat16 for x in stored.values()):
-        # Training leaves float32: these weights are as published, and accelerators slow in float32.
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=BF16))
+    config = checkpoints.config(step)
+    platform = mesh.devices.flat[0].platform
+    dtype = dtype_for_use(config.model, config.train, stored, platform)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     model = vlm.VLM(config.model)
     wanted = state.flatten(state.abstract_params(model, mesh))
     # Not for what is not stored: `restore_params` says that it is missing.
@@ -156,6 +156,19 @@ def read_model(
     factors = lora.abstract_factors(stored, lora.kernels(stored), mesh)
     params = checkpoints.restore_params(step, state.unflatten(abstract | factors))
     return config, model, lora.merge(params, config.lora.alpha, config.model), step
+
+
+def dtype_for_use(
+    model: ModelConfig,
+    train: TrainConfig,
+    stored: Mapping[str, jax.ShapeDtypeStruct],
+    platform: str,
+) -> str:
+    """Returns the type in which a model of the parameters `stored` computes on devices of a
+    platform: where some are in bfloat16 as they were published, bfloat16 on accelerators, which are
+    slow in float32; else, and where training held them so, that of training."""
+    is_half = any(x.dtype == jnp.bfloat16 for x in stored.values())
+    return BF16 if is_half and platform != "cpu" and not train.bfloat16_params else model.dtype
 
 
 def workdir_of(path: Path) -> Path:

@@ -17,7 +17,7 @@ from flax import linen as nn
 from flax import struct, traverse_util
 from jax.sharding import Mesh
 
-from alignvlm_jax.config import LoraConfig, TrainConfig
+from alignvlm_jax.config import LoraConfig, ModelConfig, TrainConfig
 from alignvlm_jax.errors import UserError, nearest
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import sharding
@@ -103,18 +103,23 @@ def trainable_paths(train: TrainConfig, stage: str, params: Params) -> set[str]:
 def _matched(train: TrainConfig, params: Params) -> set[str]:
     paths = flatten(params).keys()
     chosen = match_paths(train.trainable, paths, "train.trainable")
-    instead = "name there only what is to be trained, such as 'connector/.*'"
     if both := sorted(chosen & lora_lib.kernels(paths)):
         raise UserError(
-            f"config.train.trainable matches {both[0]}, which config.lora.targets gives factors "
-            f"and which therefore stays as it is; {instead}"
+            f"config.train.trainable matches {both[0]}, and so does config.lora.targets, by which "
+            f"it stays as it is and gets factors; {_in_one(both[0])}"
         )
     if both := sorted(chosen & _bfloat16_paths(train, paths)):
         raise UserError(
             f"config.train.trainable matches {both[0]}, and so does config.train.bfloat16_params, "
-            f"where updates would be rounded away; {instead}"
+            f"where updates would be rounded away; {_in_one(both[0])}"
         )
     return chosen | {path for path in paths if lora_lib.is_factor(path)}
+
+
+def _in_one(path: str) -> str:
+    """What to do about a path that both `train.trainable` and another field match."""
+    usual = "" if path.startswith("connector/") else ", such as trainable, by naming 'connector/.*'"
+    return f"leave it out of one of the two{usual}"
 
 
 def _bfloat16_paths(train: TrainConfig, paths: Iterable[str]) -> set[str]:
@@ -151,14 +156,16 @@ def abstract_params(
     return _with_shardings(lambda: _boxed_params(model, train, lora), mesh)
 
 
-def abstract_merged(abstract: Params) -> Params:
+def abstract_merged(abstract: Params, model: ModelConfig) -> Params:
     """Returns the shapes, dtypes and shardings of what `lora.merge` makes of the parameters
     `abstract`."""
     leaves = flatten(abstract)
     with_factors = lora_lib.kernels(leaves)
     return unflatten(
         {
-            path: x.update(dtype=jnp.float32) if path in with_factors else x
+            path: x.update(dtype=lora_lib.merged_dtype(x.dtype, model))
+            if path in with_factors
+            else x
             for path, x in leaves.items()
             if not lora_lib.is_factor(path)
         }
@@ -175,7 +182,8 @@ def _boxed_params(model: vlm.VLM, train: TrainConfig | None, lora: LoraConfig) -
     if not lora.rank:
         return params
     targets = match_paths(lora.targets, leaves, "lora.targets")
-    lora_lib.check_targets(model.config, targets)
+    shapes = {path: nn.meta.unbox(leaves[path]).shape for path in targets}
+    lora_lib.check_targets(model.config, lora.rank, shapes)
     return lora_lib.add(params, targets, lora.rank, model.config)
 
 

@@ -188,9 +188,10 @@ def compile_steps(
         schedule = optim.make_schedule(config.optim, train.num_steps)
         train_step = make_train_step(model, train, trainable, tx, schedule, config.lora.alpha)
         return _eager(train_step), _eager(make_eval_step(model, train))
+    merged = state.abstract_merged(abstract.params, model.config)
     lowered = (
         lower_train_step(model, config, tx, abstract, mesh),
-        _lower_eval_step(model, config.data, train, state.abstract_merged(abstract.params), mesh),
+        _lower_eval_step(model, config.data, train, merged, mesh),
     )
     # Tracing needs the mesh, which is this thread's; XLA's work, most of the time, does not.
     with ThreadPoolExecutor(len(lowered)) as pool:

@@ -92,9 +92,12 @@ class _Export:
         model = export.without_padding(config.model)
         wanted = state.flatten(state.abstract_params(vlm.VLM(model), mesh))
         # In the dtypes that are stored: what is not rounded on its way in must not be on its way
-        # out.
+        # out. Nor must a product of factors be.
+        with_factors = lora.kernels(merging)
         self._stored = {
-            path: wanted[path].update(dtype=x.dtype)
+            path: wanted[path].update(
+                dtype=lora.merged_dtype(x.dtype, config.model) if path in with_factors else x.dtype
+            )
             for path, x in found.items()
             if not lora.is_factor(path)
         }

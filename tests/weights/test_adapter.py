@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -9,6 +10,8 @@ from safetensors.numpy import load_file
 import alignvlm_jax
 from alignvlm_jax.commands import convert
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.train import restore
 from tests.weights import folders, lora_runs
 from tests.weights.tokenizers import write_chatml
 
@@ -88,3 +91,24 @@ def test_an_export_with_an_adapter_is_not_read_back_without_its_factors(exports,
             read()
     convert.main([f"--import={exports / 'merged'}", f"--out={tmp_path / 'back'}"])
     assert alignvlm_jax.load(tmp_path / "back").loaded.config.lora.rank == 0
+
+
+def test_an_export_of_a_base_in_bfloat16_computes_what_the_run_does(exports, tmp_path):
+    """A base of half the memory must not round the products away that were trained beside it."""
+    lora_runs.write(tmp_path / "run", exports / "base", bfloat16_params=("llm/.*",))
+    convert.main(["--export", f"--checkpoint={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"])
+    convert.main([f"--import={tmp_path / 'out'}", f"--out={tmp_path / 'back'}"])
+    tensors = tensors_of(tmp_path / "out" / "llm")
+    layer = "model.layers.0"
+    assert tensors[f"{layer}.self_attn.q_proj.weight"].dtype == np.float32
+    assert tensors[f"{layer}.input_layernorm.weight"].dtype == jnp.bfloat16
+    batch = {
+        "tokens": np.random.default_rng(1).integers(0, 320, (2, 9)).astype(np.int32),
+        "positions": np.tile(np.arange(9, dtype=np.int32), (2, 1)),
+        "segment_ids": np.ones((2, 9), np.int32),
+    }
+    logits = []
+    for name in ("run", "back"):
+        _, model, params, _ = restore.load_model(tmp_path / name, mesh_lib.single_device())
+        logits.append(np.asarray(model.apply({"params": params}, batch).logits))
+    np.testing.assert_allclose(*logits, atol=1e-5)
