@@ -175,3 +175,42 @@ def test_biases_that_no_option_explains_are_refused(tmp_path):
     wanted = abstract_of(dataclasses.replace(config, model=model), data=8, fsdp=1, tensor=1)
     with pytest.raises(UserError, match=r"holds what no parameter of ours is: 21 tensors"):
         load.check_tower(tower, wanted)
+
+
+ODD = (0, -1, 2.5, "x", "", [], ["a"], [1], [[1]], {}, {"a": 1}, True, 1e999)
+ODD_ROPES = ({"rope_type": ["yarn"], "factor": 2}, {"rope_type": 3}, {"type": {}, "factor": 1})
+
+
+@pytest.mark.parametrize("name", ["qwen3, tied", "smollm3", "yarn", "siglip", "dinov2"])
+def test_a_config_of_odd_values_is_read_or_refused(tmp_path, name):
+    """Of every field, whatever it holds: one line for whoever wrote it, and no traceback."""
+    write, read = {
+        "siglip": (folders.write_siglip, families.open_vision),
+        "dinov2": (folders.write_dinov2, families.open_vision),
+    }.get(name, (lambda folder: folders.write_llama(folder, name), families.open_llm))
+    write(tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    groups = ("rope_scaling", "rope_parameters", "layer_types", "no_rope_layers", "mlp_ratio")
+    refused = set()
+    for field in {*fields, *groups, "architectures", "sliding_window", "quantization_config"}:
+        for value in (*ODD, *ODD_ROPES):
+            path.write_text(json.dumps(fields | {field: value}))
+            try:
+                read(tmp_path)
+            except UserError as err:
+                refused.add(field)
+                assert str(tmp_path) in str(err)
+    assert {"model_type", "architectures"} <= refused
+
+
+def test_a_yarn_of_factor_1_keeps_its_factor_of_the_attention(tmp_path):
+    folders.write_llama(tmp_path, "yarn")
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    rope = {"rope_type": "yarn", "factor": 1.0, "attention_factor": 1.25}
+    path.write_text(json.dumps(fields | {"rope_scaling": rope}))
+    config = families.open_llm(tmp_path).config
+    assert config.rope_scaling.attention_factor == 1.25
+    path.write_text(json.dumps(families.llm_of(config).hf_config(config)))
+    assert families.open_llm(tmp_path).config == config

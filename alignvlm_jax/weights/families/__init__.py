@@ -90,7 +90,7 @@ def _fields(folder: Path) -> Fields:
 def _chosen(fields: Fields, known: Mapping[str, Any]) -> Any:
     """The family of a config.json, by its model_type."""
     name = fields.get("model_type")
-    if name in NOT_READ:
+    if isinstance(name, str) and name in NOT_READ:
         raise UserError(
             f"{fields.path}: model_type {name!r} is not read: {NOT_READ[name]}; read are: "
             f"{', '.join(map(repr, known))}"
@@ -101,7 +101,7 @@ def _chosen(fields: Fields, known: Mapping[str, Any]) -> Any:
 def _found(fields: Fields, family: LLMFamily | VisionFamily) -> str:
     """Which class a config.json names, for complaints about its tensors."""
     # model_type alone decides: some fine-tunes name a class of their own with the same tensors.
-    names = fields.get("architectures", [])
+    names = fields.texts("architectures")
     if not names or family.class_name in names:
         return ""
     return f"config.json names the class {', '.join(names)}; read is {family.class_name}"

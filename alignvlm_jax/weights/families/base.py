@@ -5,6 +5,7 @@ A family is one file with a class of `LLMFamily` or `VisionFamily`, and one line
 """
 
 import abc
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -51,11 +52,26 @@ class Fields:
         Raises:
           UserError: it is missing, or no number: "1e-05" is a text.
         """
-        return float(self._typed(name, default, (int, float), "a number"))
+        value = float(self._typed(name, default, (int, float), "a number"))
+        # JSON as Python reads it has Infinity, and 1e999.
+        if not math.isfinite(value):
+            raise UserError(f"{self.path}: {name} is {value}; it must be a finite number")
+        return value
 
-    def integer(self, name: str, default: int | None = None) -> int:
-        """Returns a field that is a whole number, as `number`."""
-        return self._typed(name, default, (int,), "a whole number")
+    def integer(self, name: str, default: int | None = None, at_least: int = 0) -> int:
+        """Returns a field that is a whole number of at least so much, as `number`."""
+        value = self._typed(name, default, (int,), "a whole number")
+        if value < at_least:
+            raise UserError(f"{self.path}: {name} is {value}; it must be at least {at_least}")
+        return value
+
+    def texts(self, name: str) -> list[str]:
+        """Returns a field that is a list of texts, empty where it is absent or null; UserError
+        where it is anything else."""
+        value = self.get(name, [])
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise UserError(f"{self.path}: {name} is {value!r}; it must be a list of texts")
+        return value
 
     def flag(self, name: str, default: bool) -> bool:
         """Returns a field that is true or false.
@@ -211,7 +227,7 @@ def read_vision(
       UserError: a field is missing, or `tile_size` is no multiple of the patch.
     """
     fields.choose("num_channels", (3,), 3)
-    patch = fields.integer("patch_size")
+    patch = fields.integer("patch_size", at_least=1)
     size = own_size if tile_size is None else tile_size
     # A convolution would leave the rest of the tile unseen, without a word.
     if size % patch:

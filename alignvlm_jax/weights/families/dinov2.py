@@ -40,7 +40,7 @@ class Dinov2(VisionFamily):
         """See VisionFamily."""
         fields.choose("use_swiglu_ffn", (False,), False)
         fields.choose("qkv_bias", (True,), True)
-        patch = fields.integer("patch_size")
+        patch = fields.integer("patch_size", at_least=1)
         return read_vision(
             fields,
             # Pixels beyond the last whole patch no patch sees.

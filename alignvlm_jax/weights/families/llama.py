@@ -38,7 +38,7 @@ class Llama(LLMFamily):
             fields[name]
         theta, scaling = read_rope(fields, self.default_theta)
         width = fields.integer("hidden_size")
-        num_heads = fields.integer("num_attention_heads")
+        num_heads = fields.integer("num_attention_heads", at_least=1)
         return LLMConfig(
             vocab_size=fields.integer("vocab_size"),
             width=width,
@@ -148,7 +148,7 @@ def read_rope(fields: Fields, default_theta: float) -> tuple[float, RopeScaling]
     name = rope.get(kind, "default") if where else "default"
     if name == "default":
         return theta, RopeScaling()
-    if name not in SCALINGS:
+    if not isinstance(name, str) or name not in SCALINGS:
         raise UserError(
             f"{fields.path}: {kind} of {where} is {name!r}; read are: 'default', "
             f"{', '.join(map(repr, SCALINGS))}{VARYING if name in ('dynamic', 'longrope') else ''}"
@@ -210,7 +210,8 @@ def _original_length(fields: Fields, rope: Fields) -> int:
 
 def write_rope(scaling: RopeScaling) -> dict[str, Any] | None:
     """Returns the `rope_scaling` of a config.json; None without any."""
-    if scaling.factor == 1.0:
+    # YaRN's factor of the attention counts beside a factor of 1, too.
+    if scaling.factor == 1.0 and (scaling.type != "yarn" or scaling.attention_factor == 1.0):
         return None
     written = {"rope_type": scaling.type, "factor": scaling.factor}
     if scaling.type == "linear":

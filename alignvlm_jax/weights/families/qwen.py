@@ -80,6 +80,6 @@ def refuse_windows(fields: Fields) -> None:
         refuse_window(fields, CLASS_WINDOW)
         # A window that holds whole sequences is none.
         known.add(SLIDING)
-    others = sorted(set(fields.get("layer_types", [])) - known)
+    others = sorted(set(fields.texts("layer_types")) - known)
     if others:
         raise UserError(f"{fields.path}: layer_types names {others[0]!r}; read are: {FULL!r}")

@@ -168,7 +168,7 @@ def _own_size(fields: Fields) -> int:
     """Pixels a side of the patches that the encoder was trained on; what is left of the image
     beyond them no patch sees."""
     own = _vision_fields(fields)
-    patch = own.integer("patch_size")
+    patch = own.integer("patch_size", at_least=1)
     if not _is_naflex(fields):
         return own.integer("image_size") // patch * patch
     side = math.isqrt(own.integer("num_patches"))

@@ -56,7 +56,12 @@ def _no_rope_every(fields: Fields, num_layers: int) -> int:
       UserError: the layers that are listed have no interval.
     """
     interval = fields.integer("no_rope_layer_interval", INTERVAL)
-    listed = fields.get("no_rope_layers", _rotates(interval, num_layers))[:num_layers]
+    listed = fields.get("no_rope_layers", _rotates(interval, num_layers))
+    if not isinstance(listed, list):
+        raise UserError(
+            f"{fields.path}: no_rope_layers is {listed!r}; it must be a list of 0 and 1"
+        )
+    listed = listed[:num_layers]
     if listed == _rotates(interval, num_layers):
         return interval
     # A list goes before the interval that may stand beside it.
