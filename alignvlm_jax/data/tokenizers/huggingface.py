@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterable
+from typing import Any
 
 import tokenizers
 
@@ -19,8 +20,6 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(f"{name} is no tokenizer.json ({' '.join(str(err).split())})") from err
         self.name = name
         self.fingerprint = fingerprint(content)
-        # Else a question that spells a special token would hold one.
-        self._model.encode_special_tokens = True
         # A file may hold settings of its training, which would cut or pad every text.
         self._model.no_truncation()
         self._model.no_padding()
@@ -28,9 +27,21 @@ class HuggingFaceTokenizer(Tokenizer):
         self.special_tokens = {token.content: i for i, token in added.items() if token.special}
         # The largest id, not the number of entries: ids may have gaps.
         self.vocab_size = max([*self._model.get_vocab().values()]) + 1
+        self._set_up()
 
+    def _set_up(self) -> None:
+        """What no pickle keeps."""
+        # Else a question that spells a special token would hold one.
+        self._model.encode_special_tokens = True
         # Of each text in turn `prepare` counts the tokens for one task, and then for another.
         self._ids = functools.lru_cache(maxsize=128)(self._encode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_ids"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._set_up()
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of a text."""

@@ -2,6 +2,7 @@
 them."""
 
 import io
+import pickle
 
 import pytest
 import sentencepiece
@@ -49,6 +50,16 @@ def test_ids_are_the_references_and_come_back_as_the_text(tokenizer_and_referenc
         assert ids == reference(text)
         assert tokenizer.decode(ids) == text
         assert all(tokenizer.is_text(i) for i in ids)
+
+
+def test_a_pickled_tokenizer_is_the_same(tokenizer_and_reference):
+    """As one that is handed to another process."""
+    tokenizer, _ = tokenizer_and_reference
+    other = pickle.loads(pickle.dumps(tokenizer))
+    assert other.fingerprint == tokenizer.fingerprint and other.vocab_size == tokenizer.vocab_size
+    for text in (*AWKWARD, *tokenizer.special_tokens):
+        assert other.encode(text) == tokenizer.encode(text)
+        assert other.decode(other.encode(text)) == text
 
 
 def test_special_tokens_and_ids_beyond_decode_to_nothing(tokenizer_and_reference):
