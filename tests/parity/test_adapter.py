@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import peft
+import pytest
 import torch
 import transformers
 
@@ -16,15 +17,26 @@ from tests.weights.tokenizers import write_chatml
 TOLERANCE = 2e-4
 
 
-def test_logits(tmp_path):
+@pytest.mark.parametrize(
+    ("variant", "changes"),
+    [
+        ("untied", {"rope_scaling": folders.LLAMA3_SCALING}),
+        ("mistral", {}),
+        ("qwen2, untied", {}),
+        ("qwen3, tied", {}),
+        ("smollm3", {}),
+    ],
+)
+def test_logits(tmp_path, variant, changes):
     """Ours are of the merged model; PEFT's of the base with the factors beside it, unmerged."""
-    scaled = {"rope_scaling": folders.LLAMA3_SCALING, "vocab_size": 320}
-    folders.write_llama(tmp_path / "llm", "untied", **scaled)
+    folders.write_llama(tmp_path / "llm", variant, vocab_size=320, **changes)
     folders.write_siglip(tmp_path / "vision", is_whole=True)
     write_chatml(tmp_path / "llm")
     towers = [f"--llm={tmp_path / 'llm'}", f"--vision={tmp_path / 'vision'}"]
     convert.main([*towers, f"--out={tmp_path / 'base'}"])
-    lora_runs.write(tmp_path / "run", tmp_path / "base")
+    is_tied = folders.DECODERS[variant].get("tie_word_embeddings", False)
+    targets = (*lora_runs.TARGETS, *(() if is_tied else ("llm/head/kernel",)))
+    lora_runs.write(tmp_path / "run", tmp_path / "base", targets=targets)
     export = ["--export", f"--checkpoint={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"]
     convert.main([*export, "--adapter"])
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "llm")
@@ -41,5 +53,6 @@ def test_logits(tmp_path):
         "segment_ids": np.ones((2, 17), np.int32),
     }
     ours = np.asarray(jax.jit(model.apply)({"params": params}, batch).logits)
-    record("LoRA of every kernel, by peft", "2 x 17 random tokens", ours, expected, TOLERANCE)
+    name = "llama" if variant == "untied" else variant
+    record("LoRA of every kernel, by peft", name, ours, expected, TOLERANCE)
     assert np.abs(before - expected).max() > 0.1
