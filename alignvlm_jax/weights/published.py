@@ -28,7 +28,10 @@ from alignvlm_jax.weights import adapter, export, exported, initial
 from alignvlm_jax.weights.exported import SpecialIds
 
 PYTORCH = importlib.resources.files("alignvlm_jax.weights") / "pytorch"
-CODE = ("modeling_alignvlm.py", "processing_alignvlm.py")
+CODE = (
+    *("modeling_alignvlm.py", "components_alignvlm.py"),
+    *("processing_alignvlm.py", "pages_alignvlm.py"),
+)
 CARD = "README.md"
 SCORES = "summary.json"
 MODELING = "modeling_alignvlm.AlignVLM"
@@ -259,6 +262,7 @@ class _Export:
             "auto_map": {
                 "AutoConfig": f"{MODELING}Config",
                 "AutoModelForCausalLM": f"{MODELING}ForCausalLM",
+                "AutoModelForImageTextToText": f"{MODELING}ForCausalLM",
             },
             "dtype": export.dtype_of(parts.values(), self._stored),
             "text_config": parts["llm"].fields,

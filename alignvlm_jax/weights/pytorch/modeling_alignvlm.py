@@ -2,21 +2,15 @@
 connector -> visual tokens among the text embeddings -> language model.
 
 This file stands in folders that `alignvlm_jax convert --export --format=transformers` wrote, for
-`AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`. Encoder and connector keep
-the names and axes of alignvlm_jax: a kernel "q.kernel" [layers, width, heads, head_dim] stands for
-the query projections of all layers. N counts tiles, P patches of a tile, E is the encoder's width,
-D the language model's, V its vocabulary.
+`AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`. N counts tiles, B prompts,
+T is their length, D the language model's width.
 """
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
 
-ROWS = 512
-"""Patches whose distributions over a vocabulary, float32 [ROWS, V], are held at a time."""
-POOLING_EPS = 1e-6
+from .components_alignvlm import CONNECTORS, ConnectorSizes, Parameters, encode
 
 
 class AlignVLMConfig(PretrainedConfig):
@@ -44,171 +38,6 @@ class AlignVLMConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
-class Parameters(nn.Module):
-    """Parameters by dotted names, as a tree of modules; `get` finds one again."""
-
-    def __init__(self, shapes):
-        super().__init__()
-        groups = {}
-        for name, shape in shapes.items():
-            first, _, rest = name.partition(".")
-            if rest:
-                groups.setdefault(first, {})[rest] = shape
-            else:
-                self.register_parameter(first, nn.Parameter(torch.empty(shape)))
-        for first, inner in groups.items():
-            self.add_module(first, Parameters(inner))
-
-    # Methods have names that no parameter has: torch keeps both in one place.
-    def get(self, name, layer=None):
-        found = self.get_parameter(name)
-        return found if layer is None else found[layer]
-
-    def layer_norm(self, name, x, eps, layer=None):
-        """LayerNorm in float32, whatever the type of x."""
-        scale, bias = (self.get(f"{name}.{part}", layer).float() for part in ("scale", "bias"))
-        return F.layer_norm(x.float(), scale.shape, scale, bias, eps).to(x.dtype)
-
-    # Kernels keep their axes, where torch's Linear would have them flat and turned.
-    def project(self, name, equation, x, layer=None, bias=True):
-        y = torch.einsum(equation, x, self.get(f"{name}.kernel", layer))
-        return y + self.get(f"{name}.bias", layer) if bias else y
-
-
-def attention(p, name, queries, others, layer, bias):
-    """Multi-head attention of [N, Q, E] to [N, S, E]."""
-    q = p.project(f"{name}.q", "nSE,EHh->nHSh", queries, layer, False)
-    k, v = (p.project(f"{name}.{x}", "nSE,EHh->nHSh", others, layer, False) for x in "kv")
-    if bias:
-        q, k, v = (
-            x + p.get(f"{name}.{key}.bias", layer)[:, None]
-            for key, x in zip("qkv", (q, k, v), strict=True)
-        )
-    mixed = F.scaled_dot_product_attention(q, k, v)
-    return p.project(f"{name}.o", "nHSh,HhE->nSE", mixed, layer, bias)
-
-
-def encode(p, c, pixels):
-    """Features [N, P, E] of normalised pixels [N, 3, height, width]."""
-    rows = c["tile_height"] // c["patch_height"]
-    columns = c["tile_width"] // c["patch_width"]
-    # A convolution whose stride is its kernel: patches [N, P, height, width, 3] by one matrix.
-    x = pixels.reshape(-1, 3, rows, c["patch_height"], columns, c["patch_width"])
-    x = x.permute(0, 2, 4, 3, 5, 1).reshape(len(pixels), rows * columns, *x.shape[3::2], 3)
-    x = p.project("patch_embed", "nPyxC,yxCE->nPE", x) + p.get("positions")
-    eps = c["norm_eps"]
-    for layer in range(c["num_layers"]):
-        normed = p.layer_norm("blocks.attn_norm", x, eps, layer)
-        x = x + attention(p, "blocks.attn", normed, normed, layer, True)
-        hidden = p.layer_norm("blocks.mlp_norm", x, eps, layer)
-        hidden = p.project("blocks.mlp.up", "nPE,EF->nPF", hidden, layer)
-        hidden = F.gelu(hidden, approximate="tanh" if c["gelu"] == "tanh" else "none")
-        x = x + p.project("blocks.mlp.down", "nPF,FE->nPE", hidden, layer)
-    return p.layer_norm("final_norm", x, eps)
-
-
-def vocabulary_average(x, head, table, norm, is_linear=False):
-    """Averages of the rows of a table [V, D], weighted by softmax(norm(x head)), for rows x."""
-    # In float32 up to the weights, whatever the type of the model.
-    out = []
-    # Of a page all distributions at once would take gigabytes.
-    for rows in x.split(ROWS):
-        logits = norm((rows @ head).float())
-        # Linear weights are of any sign: averages leave the hull of the table's rows.
-        weights = logits / logits.shape[-1] ** 0.5 if is_linear else logits.softmax(-1)
-        out.append(weights.to(table.dtype) @ table)
-    return torch.cat(out)
-
-
-def align(p, c, features, table):
-    x = features.flatten(0, 1) @ p.get("w1.kernel")
-    x = p.layer_norm("ln1", x, c.eps)
-    norm = (lambda z: p.layer_norm("ln2", z, c.eps)) if c.options["use_ln2"] else (lambda z: z)
-    is_linear = c.options["weights"] == "linear"
-    return vocabulary_average(x, p.get("w2.kernel"), table, norm, is_linear)
-
-
-def ovis(p, c, features, table):
-    def norm(z):
-        return p.layer_norm("norm", z, c.eps)
-
-    return vocabulary_average(features.flatten(0, 1), p.get("head.kernel"), p.get("table"), norm)
-
-
-def mlp(p, c, features, table):
-    hidden = F.gelu(p.project("fc1", "nPE,ED->nPD", features))
-    return p.project("fc2", "nPD,Dd->nPd", hidden).flatten(0, 1)
-
-
-def h_reducer(p, c, features, table):
-    # Patches come row after row: neighbours in a row are merged.
-    groups = features.reshape(-1, c.options["merged_columns"], features.shape[-1])
-    hidden = F.gelu(p.project("conv1", "nxE,xEyF->nyF", groups))
-    return p.project("fc", "nE,ED->nD", p.project("conv2", "nyF,yFE->nE", hidden))
-
-
-def perceiver(p, c, features, table):
-    eps = c.vision["norm_eps"]
-    # Latents are parameters: every tile starts with the same.
-    x = p.get("latents").expand(len(features), -1, -1)
-    for layer in range(c.options["num_layers"]):
-        latents = p.layer_norm("layers.attn.latents_norm", x, eps, layer)
-        patches = p.layer_norm("layers.attn.patches_norm", features, eps, layer)
-        # Latents attend to the patches of their own tile, and to themselves.
-        both = torch.cat([patches, latents], 1)
-        x = x + attention(p, "layers.attn", latents, both, layer, False)
-        hidden = p.layer_norm("layers.mlp.norm", x, eps, layer)
-        hidden = p.project("layers.mlp.up", "nME,EF->nMF", hidden, layer, False)
-        x = x + p.project("layers.mlp.down", "nMF,FE->nME", hidden.relu() ** 2, layer, False)
-    x = p.layer_norm("final_norm", x, eps)
-    return p.project("proj", "nME,ED->nMD", x, bias=False).flatten(0, 1)
-
-
-def c_abstractor(p, c, features, table):
-    rows = c.vision["tile_height"] // c.vision["patch_height"]
-
-    def blocks(x, group):
-        for layer in range(c.options["num_blocks"]):
-
-            def norm(name, y, layer=layer):
-                return p.layer_norm(f"{group}.{name}", y, POOLING_EPS, layer)
-
-            hidden = p.project(f"{group}.conv1", "nyxE,EF->nyxF", x, layer, False)
-            hidden = F.silu(norm("norm1", hidden))
-            # Each channel by itself: [3, 3, F] -> [F, 1, 3, 3].
-            kernel = p.get(f"{group}.conv2.kernel", layer).permute(2, 0, 1)[:, None]
-            hidden = F.conv2d(hidden.permute(0, 3, 1, 2), kernel, padding=1, groups=len(kernel))
-            hidden = F.silu(norm("norm2", hidden.permute(0, 2, 3, 1)))
-            # Squeeze and excitation: a gate for each channel, of all places of a tile.
-            gate = p.project(f"{group}.gate.down", "nF,Fr->nr", hidden.mean((1, 2)), layer)
-            gate = p.project(f"{group}.gate.up", "nr,rF->nF", F.silu(gate), layer)
-            hidden = hidden * gate.sigmoid()[:, None, None]
-            hidden = p.project(f"{group}.conv3", "nyxF,FE->nyxE", hidden, layer, False)
-            x = F.silu(x + norm("norm3", hidden))
-        return x
-
-    # Learned positions, since pooling keeps the places of patches.
-    x = features + p.get("positions")
-    x = blocks(x.reshape(len(x), rows, -1, x.shape[-1]), "before").permute(0, 3, 1, 2)
-    x = F.adaptive_avg_pool2d(x, (c.options["pooled_rows"], c.options["pooled_columns"]))
-    x = blocks(x.permute(0, 2, 3, 1), "after")
-    x = p.project("fc2", "nyxD,Dd->nyxd", F.silu(p.project("fc1", "nyxE,ED->nyxD", x)))
-    return x.flatten(0, 2)
-
-
-CONNECTORS = {one.__name__: one for one in (align, mlp, perceiver, ovis, h_reducer, c_abstractor)}
-
-
-class ConnectorSizes:
-    """What a connector reads of the config."""
-
-    def __init__(self, config):
-        self.options = config.connector_config
-        self.vision = config.vision_config
-        # That of the language model's norms, which its vocabulary shares.
-        self.eps = config.connector_config.get("norm_eps", 1e-5)
-
-
 class AlignVLMForCausalLM(PreTrainedModel, GenerationMixin):
     """The whole model; inputs are those of the processor beside this file."""
 
@@ -216,9 +45,13 @@ class AlignVLMForCausalLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _supports_sdpa = True
     _supports_flash_attn = True
+    _supports_flex_attn = True
     _supports_cache_class = True
-    # Layers that must stand on one device where a model is spread over several.
+    # That of the language model's layers: of all components it is the one that is deep.
+    supports_gradient_checkpointing = True
+    # Modules that must stand on one device where a model is spread over several.
     _no_split_modules = (
+        "Parameters",
         "LlamaDecoderLayer",
         "Qwen2DecoderLayer",
         "Qwen3DecoderLayer",
@@ -237,6 +70,17 @@ class AlignVLMForCausalLM(PreTrainedModel, GenerationMixin):
         self.llm = AutoModelForCausalLM.from_config(config.text_config)
         self.post_init()
 
+    def _init_weights(self, module):
+        """Initialises what no file holds: a new model's parameters, or one that is missing."""
+        super()._init_weights(module)
+        own = module.named_parameters(recurse=False) if isinstance(module, Parameters) else ()
+        for name, x in own:
+            # Of a module with a missing parameter the others were loaded.
+            if getattr(x, "_is_hf_initialized", False):
+                continue
+            with torch.no_grad():
+                x.normal_(0, 0.02) if name not in ("scale", "bias") else x.fill_(name == "scale")
+
     def get_input_embeddings(self):
         return self.llm.get_input_embeddings()
 
@@ -246,27 +90,43 @@ class AlignVLMForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self):
         return self.llm.get_output_embeddings()
 
+    def set_output_embeddings(self, value):
+        self.llm.set_output_embeddings(value)
+
     def visual_tokens(self, pixel_values):
         """Visual tokens [M, D] of tiles [N, 3, height, width], tile after tile."""
-        table = self.get_input_embeddings().weight
+        c = self.config.vision_config
+        tile = [3, c["tile_height"], c["tile_width"]]
+        if list(pixel_values.shape[1:]) != tile:
+            raise ValueError(f"pixel_values are {list(pixel_values.shape)}; each tile is {tile}")
         # The table is live: connectors that average its rows need no copy of it.
-        pixels = pixel_values.to(table.device, table.dtype)
-        features = encode(self.vision, self.config.vision_config, pixels)
+        table = self.get_input_embeddings().weight
+        vision, connector = (next(x.parameters()) for x in (self.vision, self.connector))
+        # What lies on a disk comes back in the forward call of its module, which none of these has.
+        if any(x.is_meta for x in (vision, connector, table)):
+            raise ValueError(
+                "vision, connector and the embeddings of the language model cannot be offloaded: "
+                "give them a device in device_map"
+            )
+        # Each where it is, and in its own type: the language model may be quantised alone.
+        features = encode(self.vision, c, pixel_values.to(vision))
         sizes = ConnectorSizes(self.config)
-        return CONNECTORS[sizes.options["name"]](self.connector, sizes, features, table)
+        embed = CONNECTORS[sizes.options["name"]]
+        return embed(self.connector, sizes, features.to(connector), table)
 
     def embed(self, input_ids, pixel_values=None):
         """Embeddings [B, T, D] of prompts, visual tokens at their image tokens in order."""
         is_image = input_ids == self.config.image_token_id
         # The image token may lie beyond the table.
         x = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
-        if pixel_values is None or not len(pixel_values):
-            return x
-        visual = self.visual_tokens(pixel_values)
+        has_pixels = pixel_values is not None and len(pixel_values)
+        visual = self.visual_tokens(pixel_values) if has_pixels else ()
         if len(visual) != is_image.sum():
-            raise ValueError(f"{is_image.sum()} image tokens and {len(visual)} visual tokens")
+            raise ValueError(
+                f"{is_image.sum()} image tokens and {len(visual)} visual tokens of pixel_values"
+            )
         # Row after row: the n-th visual token of the batch stands at its n-th image token.
-        return x.masked_scatter(is_image[..., None], visual.to(x.dtype))
+        return x.masked_scatter(is_image[..., None], visual.to(x)) if has_pixels else x
 
     def forward(
         self,
@@ -281,8 +141,18 @@ class AlignVLMForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep=0,
         **kwargs,
     ):
-        if inputs_embeds is None:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids or inputs_embeds are needed, and not both")
+        if inputs_embeds is not None and pixel_values is not None:
+            raise ValueError("inputs_embeds come with visual tokens in them: give no pixel_values")
+        if inputs_embeds is None and input_ids.shape[1] == 1 and pixel_values is None:
+            # A token that was generated, be it the image token, is no place of an image.
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        elif inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, pixel_values)
+        if labels is not None:
+            # Nobody has to say an image, whose token may lie beyond the logits.
+            labels = labels.masked_fill(labels == self.config.image_token_id, -100)
         return self.llm(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -294,10 +164,35 @@ class AlignVLMForCausalLM(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
-    def prepare_inputs_for_generation(self, input_ids, pixel_values=None, **kwargs):
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+    def prepare_inputs_for_generation(
+        self, input_ids, pixel_values=None, inputs_embeds=None, **kwargs
+    ):
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
         cache = kwargs.get("past_key_values")
-        # Pages are read with the prompt; what follows sees them in the cache.
-        if cache is None or not cache.get_seq_length():
+        is_empty = cache is None or not cache.get_seq_length()
+        # Pages are read with their prompt, which may go on from a cache; what follows sees them in
+        # the cache.
+        if is_empty or kwargs.get("is_first_iteration"):
             inputs["pixel_values"] = pixel_values
         return inputs
+
+    def _expand_inputs_for_generation(
+        self, expand_size=1, is_encoder_decoder=False, input_ids=None, pixel_values=None, **kwargs
+    ):
+        """Repeats each row of a batch, and its tiles as often."""
+        if pixel_values is not None and input_ids is not None:
+            counts = (input_ids == self.config.image_token_id).sum(1)
+            # A row has any number of tiles: repeated one by one they would change rows.
+            if num_image_tokens := int(counts.sum()):
+                rows = (counts * len(pixel_values) // num_image_tokens).tolist()
+                repeated = [x for x in pixel_values.split(rows) for _ in range(expand_size)]
+                pixel_values = torch.cat(repeated)
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_ids=input_ids,
+            **kwargs,
+        )
+        return input_ids, {**kwargs, "pixel_values": pixel_values}
