@@ -15,6 +15,7 @@ an error.
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from alignvlm_jax.config import ModelConfig
@@ -199,7 +201,7 @@ def _write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> i
 
     def flush() -> None:
         # The number of shards, which their names hold, is known at the end.
-        save_file(pending, folder / f"{len(shards)}.tmp", metadata={"format": "pt"})
+        save(pending, folder / f"{len(shards)}.tmp")
         # The names alone: the arrays are written, and can go.
         shards.append(list(pending))
         pending.clear()
@@ -223,6 +225,20 @@ def _write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> i
         {"metadata": {"total_size": total}, "weight_map": weight_map},
     )
     return len(weight_map)
+
+
+def save(tensors: Mapping[str, np.ndarray], path: Path) -> None:
+    """Writes a safetensors file; raises UserError where there is no room for it."""
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as err:
+        needed = sum(x.nbytes for x in tensors.values())
+        # By now some of it is written: that much was free as well.
+        free = shutil.disk_usage(path.parent).free + (path.stat().st_size if path.exists() else 0)
+        raise UserError(
+            f"cannot write {path}: it takes {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free "
+            f"({err})"
+        ) from err
 
 
 def _publish(written: Path, path: Path) -> None:

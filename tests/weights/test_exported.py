@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 import alignvlm_jax
@@ -207,6 +208,27 @@ def test_scores_are_told_of_the_checkpoint_that_they_are_of(workdir, tmp_path):
     (folder / "summary.json").write_text(json.dumps(scores | {"step": 5}))
     card = (export_to(tmp_path / "b", folder, "--format=transformers") / "README.md").read_text()
     assert "0.8125" not in card and "It was not evaluated." in card
+
+
+def test_a_card_says_what_is_not_known(half, tmp_path):
+    """An untrained connector, and no licence."""
+    card = (export_to(tmp_path / "out", half, "--format=transformers") / "README.md").read_text()
+    assert "The connector is untrained" in card and "trained by" not in card
+    assert "Of its licence nothing is known here" in card
+
+
+@pytest.mark.parametrize("layout", export.LAYOUTS)
+def test_a_full_disk_is_one_line_and_leaves_nothing(workdir, tmp_path, monkeypatch, layout):
+    def full(tensors, path, metadata):
+        path.write_bytes(b"a")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(export, "save_file", full)
+    with pytest.raises(
+        UserError, match=r"it takes 0\.\d MB and .* MB are free .*No space"
+    ) as error:
+        export_to(tmp_path / "out", workdir, f"--format={layout}")
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
