@@ -20,6 +20,7 @@ from alignvlm_jax.models import connectors
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.train import restore
 from tests import exports
+from tests.conftest import tiny_connector
 from tests.parity.table import record
 from tests.weights import folders
 from tests.weights.tokenizers import write_chatml
@@ -112,7 +113,13 @@ def test_every_connector(connector, trained_workdir, tmp_path):
     assert many[0] == answer and many[2] == our_answer(loaded, None, "a b", 12, (-1,))
 
 
-@pytest.mark.parametrize("variant", ["qwen2, untied", "qwen3, tied", "scaled, transformers 5"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        *("qwen2, untied", "qwen3, tied", "scaled, transformers 5", "mistral"),
+        *("smollm3", "smollm3, untied, scaled"),
+    ],
+)
 def test_every_family_with_square_tiles_overview_and_a_template(variant, tmp_path):
     folders.write_llama(
         tmp_path / "llm", variant, seed=5, vocab_size=320, max_position_embeddings=4096
@@ -127,6 +134,18 @@ def test_every_family_with_square_tiles_overview_and_a_template(variant, tmp_pat
     ours = our_logits(loaded, page, "  Who?\n")
     expected = theirs.logits(page, "  Who?\n")
     record("Export in transformers, random", f"{variant}, overview", ours, expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("options", [{"weights": "linear"}, {"use_ln2": False}])
+def test_every_option_of_align(options, trained_workdir, tmp_path, monkeypatch):
+    align = dataclasses.replace(tiny_connector("align"), **options)
+    monkeypatch.setattr(exports, "tiny_connector", {"align": align}.get)
+    exports.write_workdir(tmp_path / "run", trained_workdir, "align")
+    loaded = on_one_device(tmp_path / "run")
+    page = noise(4, 16, 16)
+    expected = Theirs(export(tmp_path / "run", tmp_path / "out")).logits(page, QUESTION)
+    ours = our_logits(loaded, page, QUESTION)
+    record("Export in transformers, random", f"align, {options}", ours, expected, TOLERANCE)
 
 
 @pytest.mark.parametrize("connector", ["align", "perceiver"])
