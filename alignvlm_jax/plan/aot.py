@@ -17,15 +17,18 @@ import jax
 from alignvlm_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
-from alignvlm_jax.plan import collectives, flops, stopping
+from alignvlm_jax.plan import collectives, flops, hlo, links, stopping, timing
 from alignvlm_jax.plan.collectives import Communication
 from alignvlm_jax.plan.hardware import Topology
+from alignvlm_jax.plan.links import Links
 from alignvlm_jax.plan.stopping import Stopping
+from alignvlm_jax.plan.timing import Timing
 from alignvlm_jax.train import optim, state, step
 
 GIB = 2**30
-# No compiler tells which fraction of the peak a run will reach: times are given for three.
-UTILISATIONS = (0.3, 0.4, 0.5)
+ASSUMED_MFU = 0.4
+"""Fraction of the peak that a step is taken to reach where no program of the TPU's tells its
+time."""
 SECONDS_A_DAY = 24 * 60 * 60
 
 
@@ -36,7 +39,8 @@ class Plan:
     Bytes are those of one device, FLOPs those of the whole batch.
 
     `state_gib` is all that a checkpoint holds. `peak_hbm_gib` is None where the compiler gave up
-    without a number; `is_estimate` where it was not the TPU's.
+    without a number; `is_estimate` where it was not the TPU's. `timing` is None where there is no
+    program of the TPU's.
     """
 
     topology: Topology
@@ -52,21 +56,36 @@ class Plan:
     is_estimate: bool
     flops: dict[str, float]
     communication: dict[str, Communication]
+    timing: Timing | None = None
 
-    def step_seconds(self, utilisation: float) -> float:
-        """Returns the seconds of a step that reaches that fraction of the chips' peak (MFU)."""
-        return sum(self.flops.values()) / (self.topology.peak_flops * utilisation)
+    @property
+    def step_seconds(self) -> float:
+        """The seconds of a step: what the program tells, or else those at ASSUMED_MFU."""
+        return self.timing.step if self.timing else self._ideal_seconds / ASSUMED_MFU
 
-    def days(self, utilisation: float) -> float:
-        """Returns the days that the stage's steps take."""
-        return self.config.train.num_steps * self.step_seconds(utilisation) / SECONDS_A_DAY
+    @property
+    def mfu(self) -> float:
+        """The fraction of the chips' peak that a step reaches."""
+        return self._ideal_seconds / self.step_seconds
+
+    @property
+    def days(self) -> float:
+        """The days that the stage's steps take."""
+        return self.config.train.num_steps * self.step_seconds / SECONDS_A_DAY
+
+    @property
+    def chip_hours(self) -> float:
+        """The chip-hours of the stage."""
+        return 24 * self.days * self.topology.num_chips
+
+    @property
+    def _ideal_seconds(self) -> float:
+        return sum(self.flops.values()) / self.topology.peak_flops
 
     def stopping(self) -> Stopping:
-        """Returns what checkpoints and stops cost, if a step runs at UTILISATIONS[1] of the chips'
-        peak."""
-        step_seconds = self.step_seconds(UTILISATIONS[1])
+        """Returns what checkpoints and stops cost."""
         return stopping.make(
-            self.config.train, self.state_gib, self.topology.num_hosts, step_seconds
+            self.config.train, self.state_gib, self.topology.num_hosts, self.step_seconds
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -101,14 +120,11 @@ class Plan:
                 for kind, communication in self.communication.items()
             },
             "num_steps": train.num_steps,
-            "at_mfu": {
-                f"{utilisation:.0%}": {
-                    "step_seconds": self.step_seconds(utilisation),
-                    "days": self.days(utilisation),
-                    "chip_hours": 24 * self.days(utilisation) * self.topology.num_chips,
-                }
-                for utilisation in UTILISATIONS
-            },
+            "step_seconds": self.step_seconds,
+            "seconds": self.timing.to_json() if self.timing else None,
+            "mfu": self.mfu,
+            "days": self.days,
+            "chip_hours": self.chip_hours,
             "checkpoint": {
                 "gib": self.state_gib,
                 "gib_a_host": stop.gib_a_host,
@@ -159,7 +175,8 @@ def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> P
         compiled, peak_gib = compile_program(
             step.lower_train_step(model, config, tx, abstract, mesh), is_estimate
         )
-        communication = collectives.communication(compiled.as_text()) if compiled else {}
+        program = hlo.parse(compiled.as_text() if compiled else "")
+        coordinates = links.coordinates(list(mesh.devices.flat))
     trainable = state.trainable_paths(config.train, config.stage, abstract.params)
     sizes = {path: math.prod(x.shape) for path, x in state.flatten(abstract.params).items()}
     return Plan(
@@ -177,7 +194,10 @@ def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> P
         is_estimate=is_estimate,
         # Of the plain program, whatever was compiled: what is computed twice does not count.
         flops=flops.step_flops(config, abstract.params),
-        communication=communication,
+        communication=collectives.communication(collectives.find(program)),
+        timing=timing.estimate(program, Links(topology, coordinates))
+        if compiled and not is_estimate
+        else None,
     )
 
 

@@ -108,8 +108,7 @@ def _matmuls(jaxpr: Jaxpr, component: str) -> Iterator[tuple[str, int]]:
         name = str(equation.source_info.name_stack)
         if RECOMPUTED in name:
             continue
-        named = _NAME.search(name)
-        here = (("loss" if named[1] else named[2]) if named else None) or component
+        here = component_of(name) or component
         if equation.primitive.name == "dot_general":
             yield here, _of_dot(equation)
         elif equation.primitive.name == "conv_general_dilated":
@@ -124,6 +123,13 @@ def _matmuls(jaxpr: Jaxpr, component: str) -> Iterator[tuple[str, int]]:
             times = _times(equation)
             for inner in _inner(equation):
                 yield from ((part, times * flops) for part, flops in _matmuls(inner, here))
+
+
+def component_of(scope: str) -> str | None:
+    """Returns the component that the names of modules and functions lead to; None where they lead
+    to none."""
+    named = _NAME.search(scope)
+    return ("loss" if named[1] else named[2]) if named else None
 
 
 def _of_dot(equation: JaxprEqn) -> int:

@@ -19,12 +19,15 @@ class Chip:
     speak.
 
     Dense bfloat16 TFLOP/s as its maker states them, and the GiB of HBM that XLA may use. For TPUs
-    also the GB/s that all its links send, and the slices on offer.
+    also the GB/s of HBM, the GB/s that all its links send, the clock in GHz, and the slices on
+    offer.
     """
 
     tflops: float
     hbm_gib: float
+    hbm_gb: float = math.nan
     link_gb: float = math.nan
+    ghz: float = math.nan
     shapes: tuple[str, ...] = ()
     num_devices: int = 1
 
@@ -44,14 +47,18 @@ _CUBES = (
     "8x16x16",
 )
 
+# GB/s of HBM and of links are Google's (cloud.google.com/tpu/docs/v5e, v5p, v6e). Of clocks v5p's,
+# 1.75 GHz, is stated, and the others follow from the peaks: at 131,072 FLOPs a cycle v5e's is 1.5
+# GHz, at 524,288 v6e's 1.75 and a TPU7x device's 2.2. A matmul of 4,096 rows, compiled for v5e, has
+# 97 % of these FLOPs in each of its estimated cycles, for v5p 96, v6e 87, TPU7x 83.
 CHIPS = {
-    "v5e": Chip(197, 15.75, 200, _FLAT),
-    "v5p": Chip(459, 95.74, 600, _CUBES),
-    "v6e": Chip(918, 31.25, 448, _FLAT),
+    "v5e": Chip(197, 15.75, 819, 200, 1.5, _FLAT),
+    "v5p": Chip(459, 95.74, 2765, 600, 1.75, _CUBES),
+    "v6e": Chip(918, 31.25, 1640, 448, 1.75, _FLAT),
     # Each of its two chiplets is a device of jax. Per chip 2,307 TFLOP/s, 192 GiB, and 1,200 GB/s
     # in both directions of its links (cloud.google.com/tpu/docs/tpu7x), so 600 one way; the faster
     # link between the two is not counted.
-    "tpu7x": Chip(2307 / 2, 94.75, 600 / 2, _CUBES, num_devices=2),
+    "tpu7x": Chip(2307 / 2, 94.75, 7380 / 2, 600 / 2, 2.2, _CUBES, num_devices=2),
     "a100": Chip(312, 80.0),
     "h100": Chip(989, 80.0),
     "h200": Chip(989, 141.0),
@@ -70,6 +77,10 @@ KINDS = {
     "NVIDIA H200": "h200",
 }
 """Chips by jax's `device_kind`."""
+
+NETWORK_GB = 6.25
+"""GB/s that a device sends over the data-centre network: 50 Gbit/s a chip of v5p
+(cloud.google.com/tpu/docs)."""
 
 # Of slices of several hosts, of every kind; a single host of v5e or v6e may have 8.
 CHIPS_A_HOST = 4
@@ -98,6 +109,19 @@ class Topology:
     @property
     def kind(self) -> str:
         return self.shape.split(":")[0]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Chips along each axis of a slice."""
+        return tuple(map(int, self.shape.split(":")[1].split("x")))
+
+    @property
+    def wraps(self) -> tuple[bool, ...]:
+        """Whether the links of each axis close into a ring: of v5e and v6e axes of 16 chips do, of
+        cubes all where each is a multiple of 4 (cloud.google.com/tpu/docs/v5e, v4)."""
+        if len(self.sizes) == 2:
+            return tuple(size == 16 for size in self.sizes)
+        return (all(size % 4 == 0 for size in self.sizes),) * len(self.sizes)
 
     @property
     def num_devices(self) -> int:

@@ -1,8 +1,8 @@
 """A plan as people read it."""
 
 from alignvlm_jax.errors import how_to_install
-from alignvlm_jax.plan import hardware, stopping
-from alignvlm_jax.plan.aot import GIB, UTILISATIONS, Plan
+from alignvlm_jax.plan import hardware, stopping, timing
+from alignvlm_jax.plan.aot import GIB, Plan
 from alignvlm_jax.plan.hardware import Topology
 
 ESTIMATE = (
@@ -51,18 +51,7 @@ def text(plan: Plan) -> str:
             ]
         ),
         "",
-        *_table(
-            [("MFU", "s a step", f"days of {train.num_steps:,} steps", "chip-hours")]
-            + [
-                (
-                    f"{mfu:.0%}",
-                    f"{plan.step_seconds(mfu):.1f}",
-                    f"{plan.days(mfu):.1f}",
-                    f"{24 * plan.days(mfu) * plan.topology.num_chips:,.0f}",
-                )
-                for mfu in UTILISATIONS
-            ]
-        ),
+        *_seconds(plan),
         "",
         *stopping.lines(plan.stopping()),
     ]
@@ -71,6 +60,31 @@ def text(plan: Plan) -> str:
     if plan.is_estimate:
         lines += ["", ESTIMATE]
     return "\n".join(lines)
+
+
+def _seconds(plan: Plan) -> list[str]:
+    """The seconds of a step by what they are spent on, and what all steps come to."""
+    steps = plan.config.train.num_steps
+    stage = (
+        f"{steps:,} steps       {plan.days:.1f} days, {plan.chip_hours:,.0f} chip-hours, at "
+        f"{plan.step_seconds:.2f} s a step: MFU {plan.mfu:.1%}"
+    )
+    found = plan.timing
+    if found is None:
+        return [f"{stage}, which is assumed"]
+    spent = {timing.NAMES[part]: seconds for part, seconds in found.computing.items()}
+    spent["collectives not overlapped"] = found.exposed
+    if found.network:
+        spent["network not overlapped"] = found.network_exposed
+    rows = [("seconds a step", "s", "fraction")]
+    rows += [(what, f"{s:.3f}", f"{s / found.step:.0%}") for what, s in spent.items()]
+    return [
+        *_table([*rows, ("all", f"{found.step:.3f}", "")]),
+        "",
+        f"of these attention kernels take {found.attention:.3f} s, at an assumed "
+        f"{timing.KERNEL_UTILISATION:.0%} of the peak; links are in use for {found.sent:.3f} s",
+        stage,
+    ]
 
 
 def advice(plan: Plan) -> str:

@@ -9,7 +9,7 @@ import jax
 
 from alignvlm_jax.config import Config, MeshConfig
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.plan import aot, collectives, hardware
+from alignvlm_jax.plan import aot, hardware
 from alignvlm_jax.plan.aot import Plan
 from alignvlm_jax.plan.hardware import Topology
 
@@ -17,8 +17,6 @@ Say = Callable[[str], None]
 SAFE = 0.95  # Of the memory: where the size of a program is foretold from that of another.
 # An fsdp axis that leaves widths at least a tile of the chip's registers wide; copies along data.
 NARROW = 16
-# A device sends over the data-centre network: 50 Gbit/s a chip of v5p (cloud.google.com/tpu/docs).
-NETWORK_GB = 6.25
 # Beyond it a chip's shard of a matmul is too small to hide what it has to wait for.
 MAX_TENSOR = 8
 
@@ -58,7 +56,7 @@ class Search:
             tried = [aot.make(self.smallest_microbatches(meshes[-1]), self.topology, devices)]
         fitting = [plan for plan in tried if plan.fits]
         return (
-            min(fitting, key=seconds)
+            min(fitting, key=lambda plan: plan.step_seconds)
             if fitting
             else min(tried, key=lambda plan: plan.peak_hbm_gib or math.inf)
         )
@@ -182,24 +180,6 @@ def smallest(
     return plan
 
 
-def seconds(plan: Plan) -> float:
-    """Returns an estimate of a step's seconds, to compare plans: the model's FLOPs and those made
-    twice at half of the peak, and then, as if nothing overlapped, what is sent over the links."""
-    again = {"none": 0.0, "dots": 0.1, "full": 1.0}[plan.config.model.remat]
-    # Where all is trained, the backward pass has two matmuls for each of the forward pass.
-    forward = (plan.flops["vision"] + plan.flops["llm"]) / 3
-    computing = (sum(plan.flops.values()) + again * forward) / (plan.topology.peak_flops / 2)
-    return computing + sum(_wire_seconds(plan, kind) for kind in plan.communication)
-
-
-def _wire_seconds(plan: Plan, kind: str) -> float:
-    sent = plan.communication[kind].bytes
-    if kind == collectives.BETWEEN_SLICES:
-        return sent / (NETWORK_GB * 1e9)
-    # A ring passes every byte of a sum on twice: once to add it up, once to hand it round.
-    return sent * (2 if kind == "all-reduce" else 1) / (plan.topology.chip.link_gb * 1e9)
-
-
 def _microbatch_size(plan: Plan, held: float) -> int:
     """How many sequences a chip could take at a time, if each needs what one of `plan` does."""
     train = plan.config.train
@@ -223,7 +203,7 @@ def _line(plan: Plan) -> str:
     train = plan.config.train
     rows = train.batch_size // train.grad_accum_steps // (plan.mesh["data"] * plan.mesh["fsdp"])
     peak = "more than there is" if plan.peak_hbm_gib is None else f"{plan.peak_hbm_gib:.2f} GiB"
-    verdict = f"{seconds(plan):.1f} s a step" if plan.fits else "does not fit"
+    verdict = f"{plan.step_seconds:.2f} s a step" if plan.fits else "does not fit"
     return (
         f"{plan.topology.name}  {_name(plan.config.mesh)}, {rows} rows at a time, remat "
         f"{plan.config.model.remat}: {peak}, {verdict}"

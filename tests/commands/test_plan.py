@@ -110,9 +110,11 @@ def test_tpu_plan_as_text_and_as_json(config_file):
     assert plan["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
     assert 0 < plan["param_gib"] < plan["peak_hbm_gib"] < plan["hbm_limit_gib"] == 15.75
     assert sum(plan["step_tflops_by_part"].values()) == pytest.approx(plan["step_tflops"])
-    at_40 = plan["at_mfu"]["40%"]
-    assert at_40["step_seconds"] == pytest.approx(plan["step_tflops"] / (0.4 * 8 * 197))
-    assert at_40["chip_hours"] == pytest.approx(8 * 24 * at_40["days"])
+    assert plan["mfu"] == pytest.approx(plan["step_tflops"] / (8 * 197) / plan["step_seconds"])
+    assert plan["chip_hours"] == pytest.approx(8 * 24 * plan["days"])
+    seconds = plan["seconds"]
+    parts = [*seconds["computing"].values(), seconds["exposed"], seconds["network_exposed"]]
+    assert plan["step_seconds"] == pytest.approx(sum(parts)) and all(seconds["computing"].values())
 
 
 @needs_libtpu
@@ -122,9 +124,11 @@ def test_two_slices(config_file):
     plan = json.loads(done.stdout)
     assert plan["topology"] == "2 x v5e:2x2" and plan["num_chips"] == 8
     assert plan["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
-    at_40 = plan["at_mfu"]["40%"]
-    assert at_40["step_seconds"] == pytest.approx(plan["step_tflops"] / (0.4 * 8 * 197))
-    assert at_40["chip_hours"] == pytest.approx(8 * 24 * at_40["days"])
+    assert plan["mfu"] == pytest.approx(plan["step_tflops"] / (8 * 197) / plan["step_seconds"])
+    assert plan["chip_hours"] == pytest.approx(8 * 24 * plan["days"])
+    seconds = plan["seconds"]
+    parts = [*seconds["computing"].values(), seconds["exposed"], seconds["network_exposed"]]
+    assert plan["step_seconds"] == pytest.approx(sum(parts)) and all(seconds["computing"].values())
     # Gradients, once a step in float32, each device the part that is its own.
     between = plan["collectives"]["between slices"]["gib"]
     assert plan["num_params"] * 4 / 4 / 2**30 < between < 2.5 * plan["num_params"] * 4 / 4 / 2**30
