@@ -8,10 +8,12 @@ no gradient of theirs stands in the jaxpr, and what only fed such a gradient is 
 dropped as the compiler would.
 
 MFU is of the work asked for (PaLM, arXiv 2204.02311, appendix B), so the program counted is the
-plain one: attention over all pairs of tokens of a packed sequence, in the place of kernels whose
-matmuls no jaxpr shows, and the vocabulary whole. What is computed again in the backward pass does
-not count: JAX marks it by the name "rematted_computation", under whatever `jax.checkpoint` it
-stands, the model's by `remat` or a connector's own. Padding counts: shapes are static.
+plain one: attention over pairs of tokens of a packed sequence, in the place of kernels whose
+matmuls no jaxpr shows, and the vocabulary whole. Of causal attention half counts, since half of all
+pairs are masked and kernels leave them out; MaxText's MFU is of the same (maxtext_utils.py). What
+is computed again in the backward pass does not count: JAX marks it by the name
+"rematted_computation", under whatever `jax.checkpoint` it stands, the model's by `remat` or a
+connector's own. Padding counts, since shapes are static: `padding` says how much of it there is.
 """
 
 import dataclasses
@@ -110,7 +112,10 @@ def _matmuls(jaxpr: Jaxpr, component: str) -> Iterator[tuple[str, int]]:
             continue
         here = component_of(name) or component
         if equation.primitive.name == "dot_general":
-            yield here, _of_dot(equation)
+            # The decoder's only matmuls with batch axes are of queries and keys, and of the weights
+            # of values: causal ones.
+            is_causal = here == "llm" and bool(equation.params["dimension_numbers"][1][0])
+            yield here, _of_dot(equation) // (2 if is_causal else 1)
         elif equation.primitive.name == "conv_general_dilated":
             yield here, _of_convolution(equation)
         elif equation.primitive.name == "cond":
