@@ -9,7 +9,7 @@ estimate.
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ import jax
 from alignvlm_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
-from alignvlm_jax.plan import collectives, flops, hlo, links, stopping, timing
+from alignvlm_jax.plan import collectives, flops, hlo, links, stopping, summaries, timing
 from alignvlm_jax.plan.collectives import Communication
 from alignvlm_jax.plan.hardware import Topology
 from alignvlm_jax.plan.links import Links
@@ -29,6 +29,7 @@ GIB = 2**30
 ASSUMED_MFU = 0.4
 """Fraction of the peak that a step is taken to reach where no program of the TPU's tells its
 time."""
+PLANNED = ("topology", "config")
 SECONDS_A_DAY = 24 * 60 * 60
 
 
@@ -164,22 +165,31 @@ def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> P
     Raises:
       UserError: the mesh does not fit the devices, the batch or the model.
     """
+    return start(config, topology, devices)()
+
+
+def start(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> Callable[[], Plan]:
+    """Traces the training step, and returns what compiles it, in whatever thread, and gives the
+    plan. What was compiled before is neither traced nor compiled again (`summaries`).
+
+    Raises:
+      UserError: the mesh does not fit the devices, the batch or the model.
+    """
     resolved = mesh_on(topology, config.mesh, config.model, config.train)
     config = dataclasses.replace(config, mesh=resolved)
+    name = summaries.key(config, topology, devices[0].platform)
+    if known := summaries.load(name):
+        plan = _of_summary(known, topology, config)
+        return lambda: plan
     model = vlm.VLM(config.model)
     tx = optim.make_optimizer(config.optim, config.train.num_steps)
-    is_estimate = devices[0].platform != "tpu"
     with mesh_lib.use(mesh_lib.make_mesh(config.mesh, config.model, config.train, devices)) as mesh:
         # Lowered within the mesh: attention chooses its kernel by the platform of the mesh entered.
         abstract = state.abstract_state(model, config.train, tx, mesh, config.lora)
-        compiled, peak_gib = compile_program(
-            step.lower_train_step(model, config, tx, abstract, mesh), is_estimate
-        )
-        program = hlo.parse(compiled.as_text() if compiled else "")
-        coordinates = links.coordinates(list(mesh.devices.flat))
+        lowered = step.lower_train_step(model, config, tx, abstract, mesh)
     trainable = state.trainable_paths(config.train, config.stage, abstract.params)
     sizes = {path: math.prod(x.shape) for path, x in state.flatten(abstract.params).items()}
-    return Plan(
+    traced = Plan(
         topology=topology,
         config=config,
         mesh=dict(mesh.shape),
@@ -189,16 +199,43 @@ def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> P
         optimizer_gib=gib_of_a_device(abstract.opt_state),
         state_gib=sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(abstract))
         / GIB,
-        peak_hbm_gib=peak_gib,
-        fits=peak_gib is not None and peak_gib <= topology.chip.hbm_gib,
-        is_estimate=is_estimate,
+        peak_hbm_gib=None,
+        fits=False,
+        is_estimate=devices[0].platform != "tpu",
         # Of the plain program, whatever was compiled: what is computed twice does not count.
         flops=flops.step_flops(config, abstract.params),
-        communication=collectives.communication(collectives.find(program)),
-        timing=timing.estimate(program, Links(topology, coordinates))
-        if compiled and not is_estimate
-        else None,
+        communication={},
     )
+
+    def finish() -> Plan:
+        compiled, peak_gib = compile_program(lowered, traced.is_estimate)
+        program = hlo.parse(compiled.as_text() if compiled else "")
+        on_links = Links(topology, links.coordinates(list(mesh.devices.flat)))
+        is_timed = compiled is not None and not traced.is_estimate
+        plan = dataclasses.replace(
+            traced,
+            peak_hbm_gib=peak_gib,
+            fits=peak_gib is not None and peak_gib <= topology.chip.hbm_gib,
+            communication=collectives.communication(collectives.find(program)),
+            timing=timing.estimate(program, on_links) if is_timed else None,
+        )
+        summaries.save(name, _summary(plan))
+        return plan
+
+    return finish
+
+
+def _summary(plan: Plan) -> dict[str, Any]:
+    """A plan as plain values, without what it is the plan of."""
+    values = {name: getattr(plan, name) for name in vars(plan) if name not in PLANNED}
+    return values | {"timing": plan.timing and vars(plan.timing)}
+
+
+def _of_summary(values: dict[str, Any], topology: Topology, config: Config) -> Plan:
+    sent = {kind: Communication(*one) for kind, one in values["communication"].items()}
+    found = values["timing"] and Timing(**values["timing"])
+    changed = {"communication": sent, "timing": found}
+    return Plan(topology=topology, config=config, **(values | changed))
 
 
 def state_gib(config: Config, topology: Topology) -> float:
@@ -213,6 +250,16 @@ def state_gib(config: Config, topology: Topology) -> float:
     trained, _ = state.split(abstract.params, trainable)
     # Gradients have the shapes, dtypes and shardings of the parameters that are trained.
     return gib_of_a_device((abstract, trained))
+
+
+def size_of(config: Config, topology: Topology) -> tuple[dict[str, float], int]:
+    """Returns the FLOPs of a step by component, and the number of parameters."""
+    mesh = mesh_lib.abstract(
+        config.mesh, config.model, config.train, topology.num_devices, topology.num_slices
+    )
+    params = state.abstract_params(vlm.VLM(config.model), mesh, config.train, config.lora)
+    num_params = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+    return flops.step_flops(config, params), num_params
 
 
 def compile_program(

@@ -1,9 +1,12 @@
-"""Which mesh, microbatch and rematerialisation a stage should have on a slice: tried with the
-compiler, best taken."""
+"""Which mesh, microbatch, rematerialisation and chunk size a stage should have on a slice: the
+likeliest are compiled, and the best taken."""
 
 import dataclasses
 import math
+import os
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 
 import jax
 
@@ -11,14 +14,23 @@ from alignvlm_jax.config import Config, MeshConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.plan import aot, hardware
 from alignvlm_jax.plan.aot import Plan
+from alignvlm_jax.plan.candidates import CHUNK_SIZES_MIB, Candidate, Stage
 from alignvlm_jax.plan.hardware import Topology
 
 Say = Callable[[str], None]
-SAFE = 0.95  # Of the memory: where the size of a program is foretold from that of another.
 # An fsdp axis that leaves widths at least a tile of the chip's registers wide; copies along data.
 NARROW = 16
 # Beyond it a chip's shard of a matmul is too small to hide what it has to wait for.
 MAX_TENSOR = 8
+MAX_COMPILED = 8
+MAX_MINUTES = 25
+"""No compilation is begun that would likely end later than that after the first."""
+GAIN = 0.02
+"""Fraction of a step by which what was not compiled has to look faster than the best that was."""
+SAFE = 0.9
+"""Fraction of the memory that a rough idea may come to before anything was compiled."""
+GIB_A_COMPILATION = 6
+"""Memory of this machine, in GiB, that a compilation of the 8B stage takes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,25 +53,32 @@ class Search:
 
         Args:
           devices: those of the slices, or as many of another kind.
-          say: is told a line of each plan.
+          say: is told a line of each plan, and of what is to come.
 
         Raises:
           UserError: there is no mesh for this model and batch.
         """
-        tried: list[Plan] = []
         meshes = list(self.meshes())
+        held = {
+            mesh: aot.state_gib(self._least(mesh).of(self.config), self.topology) for mesh in meshes
+        }
+        limit = self.topology.chip.hbm_gib
         for mesh in meshes:
-            tried += self._plans_of(mesh, devices, say)
-        if not tried:
-            # The state alone is too large on every mesh: one is compiled all the same, to say by
-            # how much.
-            tried = [aot.make(self.smallest_microbatches(meshes[-1]), self.topology, devices)]
-        fitting = [plan for plan in tried if plan.fits]
-        return (
-            min(fitting, key=lambda plan: plan.step_seconds)
-            if fitting
-            else min(tried, key=lambda plan: plan.peak_hbm_gib or math.inf)
-        )
+            if held[mesh] > limit:
+                say(
+                    f"{_name(mesh)}: {held[mesh]:.1f} GiB of parameters, gradients and optimizer "
+                    f"state of {limit} GiB"
+                )
+        fitting = {mesh: gib for mesh, gib in held.items() if gib <= limit}
+        tried = _Tried(self.topology, list(self._stage(fitting).candidates()) if fitting else [])
+        self._compile_likeliest(tried, devices, say)
+        if not any(plan.fits for plan in tried.plans.values()):
+            # What needs the least memory, to fit or to say by how much it does not.
+            least = self._least(min(held, key=held.__getitem__))
+            if least.of(self.config) not in [plan.config for plan in tried.plans.values()]:
+                tried.plans[least] = aot.make(least.of(self.config), self.topology, devices)
+                say(_line(tried.plans[least]))
+        return tried.best()
 
     def meshes(self, fsdp_sizes: Sequence[int] = (-1, NARROW)) -> Iterator[MeshConfig]:
         """Yields meshes that take the model and the batch: tensor 1, 2, 4, ...; fsdp as far as the
@@ -83,19 +102,17 @@ class Search:
             )
 
     def smallest_microbatches(self, mesh: MeshConfig) -> Config:
-        """Returns the config that needs the least memory on a mesh: microbatches of one sequence a
-        chip, and everything computed again in the backward pass that can be."""
-        sequences = self.config.train.batch_size // (mesh.data * mesh.fsdp)
-        return self._changed(mesh, max(sequences, 1), "full")
-
-    def _changed(self, mesh: MeshConfig, grad_accum_steps: int, remat: str) -> Config:
-        config = self.config
-        return dataclasses.replace(
-            config,
-            mesh=mesh,
-            model=dataclasses.replace(config.model, remat=remat),
-            train=dataclasses.replace(config.train, grad_accum_steps=grad_accum_steps),
+        """Returns the config that needs the least memory on a mesh but for its chunks: microbatches
+        of one sequence a chip, and everything computed again in the backward pass that can be."""
+        least = dataclasses.replace(
+            self._least(mesh), chunk_size_mib=self.config.model.chunk_size_mib
         )
+        return least.of(self.config)
+
+    def _least(self, mesh: MeshConfig) -> Candidate:
+        """The candidate of a mesh that needs the least memory."""
+        sequences = self.config.train.batch_size // (mesh.data * mesh.fsdp)
+        return Candidate(mesh, max(sequences, 1), "full", CHUNK_SIZES_MIB[-1])
 
     def _resolved(self, open_mesh: MeshConfig) -> MeshConfig | None:
         """The mesh with all its sizes, where there is one."""
@@ -108,41 +125,128 @@ class Search:
             return None
         return mesh
 
-    def _plans_of(
-        self, mesh: MeshConfig, devices: Sequence[jax.Device], say: Say
-    ) -> Iterator[Plan]:
-        """Yields plans of a mesh: from the one that needs the least memory on, ones that compute
-        less twice and gather parameters less often."""
-        small = self.smallest_microbatches(mesh)
-        held = aot.state_gib(small, self.topology)
-        limit = self.topology.chip.hbm_gib
-        if held > limit:
-            say(
-                f"{_name(mesh)}: {held:.1f} GiB of parameters, gradients and optimizer state of "
-                f"{limit} GiB"
+    def _stage(self, held: dict[MeshConfig, float]) -> Stage:
+        """What rough ideas are made from."""
+        config = self._least(next(iter(held))).of(self.config)
+        flops, num_params = aot.size_of(config, self.topology)
+        return Stage(self.config, self.topology, flops, num_params, held)
+
+    def _compile_likeliest(self, tried: "_Tried", devices: Sequence[jax.Device], say: Say) -> None:
+        """Compiles candidates, several at a time, until none that is left looks faster."""
+        workers = _num_workers()
+        began = time.monotonic()
+        say(
+            f"{len(tried.candidates):,} candidates; compiling {MAX_COMPILED} at most, {workers} at "
+            f"a time, for {MAX_MINUTES} min at most"
+        )
+        slowest = 0.0
+        with futures.ThreadPoolExecutor(workers) as pool:
+            while len(tried.plans) < MAX_COMPILED:
+                elapsed = time.monotonic() - began
+                picked = tried.likeliest(min(workers, MAX_COMPILED - len(tried.plans)))
+                if not picked or elapsed + slowest > 60 * MAX_MINUTES:
+                    break
+                for one in picked:
+                    say(f"compiling {_describe(one)}, roughly {one.seconds:.2f} s a step")
+                # Traced here, since a mesh is entered by thread; compiled in the pool.
+                starts = [aot.start(one.of(self.config), self.topology, devices) for one in picked]
+                for one, plan in zip(picked, pool.map(lambda start: start(), starts), strict=True):
+                    tried.plans[one] = plan
+                    say(_line(plan))
+                slowest = max(slowest, time.monotonic() - began - elapsed)
+                say(_progress(len(tried.plans), time.monotonic() - began, slowest, workers))
+
+
+class _Tried:
+    """Candidates, and the plans of those that were compiled, by which the rough ideas of the others
+    are corrected."""
+
+    def __init__(self, topology: Topology, candidates: list[Candidate]):
+        self.candidates = candidates
+        self.plans: dict[Candidate, Plan] = {}
+        self._limit = topology.chip.hbm_gib
+
+    def best(self) -> Plan:
+        """Returns the fastest plan that fits, or the one that misses by the least."""
+        fitting = {one: plan for one, plan in self.plans.items() if plan.fits}
+        if fitting:
+            return fitting[min(fitting, key=self._compiled_seconds)]
+        return min(self.plans.values(), key=lambda plan: plan.peak_hbm_gib or math.inf)
+
+    def likeliest(self, count: int) -> list[Candidate]:
+        """Returns the candidates to compile next, corrected: those that look fastest of the ones
+        that look as if they fit, no two of one mesh, remat and microbatch; none where none looks
+        faster than the best."""
+        corrected = [self._corrected(one) for one in self.candidates if one not in self.plans]
+        known = {_kind(one) for one, plan in self.plans.items() if plan.fits}
+        fits = [self._compiled_seconds(one) for one, plan in self.plans.items() if plan.fits]
+        enough = min(fits, default=math.inf) * (1 - GAIN)
+        limit = self._limit * (1 if self.plans else SAFE)
+        found: dict[tuple, Candidate] = {}
+        for one in sorted(corrected, key=lambda one: (one.seconds, one.gib)):
+            if one.gib <= limit and one.seconds < enough and _kind(one) not in known:
+                found.setdefault(_kind(one), one)
+        # Under its own idea a plan is known by.
+        originals = {_identity(one): one for one in self.candidates}
+        return [originals[_identity(one)] for one in list(found.values())[:count]]
+
+    def _corrected(self, one: Candidate) -> Candidate:
+        """A candidate with seconds and GiB times what those of the same remat policy came to. Of a
+        policy that was not compiled yet the rough idea stands, unless others were faster than
+        theirs: it may be what its idea says."""
+        if not self.plans:
+            return one
+        seconds, gib = self._ratios(one.remat)
+        if seconds:
+            return dataclasses.replace(
+                one,
+                seconds=one.seconds * sum(seconds) / len(seconds),
+                gib=one.gib * max(gib),
             )
-            return
-        plan = aot.make(small, self.topology, devices)
-        say(_line(plan))
-        yield plan
-        if not plan.fits:
-            return
-        # From the least memory to the most: where one does not fit, the next would not.
-        for remat in ("full", "dots", "none"):
-            # A guess by what the plan before took, and where it was too bold another by its own.
-            for _ in range(2):
-                steps = small.train.grad_accum_steps // _microbatch_size(plan, held)
-                candidate = self._changed(mesh, steps, remat)
-                # This has just been compiled.
-                if candidate == plan.config:
-                    break
-                plan = aot.make(candidate, self.topology, devices)
-                say(_line(plan))
-                yield plan
-                if plan.fits or plan.peak_hbm_gib is None:
-                    break
-            if not plan.fits:
-                return
+        seconds, gib = self._ratios()
+        return dataclasses.replace(
+            one, seconds=one.seconds * min(1.0, *seconds), gib=one.gib * max(gib)
+        )
+
+    def _ratios(self, remat: str = "") -> tuple[list[float], list[float]]:
+        """Seconds and GiB of what was compiled of a policy, or at all, by their rough ideas."""
+        alike = [one for one in self.plans if one.remat == remat or not remat]
+        seconds = [self._compiled_seconds(one) / one.seconds for one in alike]
+        # What did not fit, by an amount that is not known, took at least a tenth too much.
+        gib = [(self.plans[one].peak_hbm_gib or 1.1 * self._limit) / one.gib for one in alike]
+        return seconds, gib
+
+    def _compiled_seconds(self, one: Candidate) -> float:
+        plan = self.plans[one]
+        return plan.timing.step if plan.timing else one.seconds
+
+
+def _kind(one: Candidate) -> tuple:
+    return one.mesh, one.grad_accum_steps, one.remat
+
+
+def _identity(one: Candidate) -> tuple:
+    return *_kind(one), one.chunk_size_mib
+
+
+def _num_workers() -> int:
+    """How many compilations this machine has processors and memory for."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / aot.GIB
+    return max(1, min(os.cpu_count() or 1, int(free / GIB_A_COMPILATION), 4))
+
+
+def _progress(done: int, elapsed: float, slowest: float, workers: int) -> str:
+    """How far the search is, and how long it takes at most."""
+    rounds = math.ceil((MAX_COMPILED - done) / workers)
+    left = min(rounds * slowest, max(60 * MAX_MINUTES - elapsed, 0.0))
+    return f"{done} compiled in {elapsed / 60:.1f} min, at most {left / 60:.0f} min left"
+
+
+def _describe(one: Candidate) -> str:
+    return (
+        f"{_name(one.mesh)}, grad_accum_steps {one.grad_accum_steps}, remat {one.remat}, "
+        f"chunk_size_mib {one.chunk_size_mib:g}"
+    )
 
 
 def smallest(
@@ -180,31 +284,17 @@ def smallest(
     return plan
 
 
-def _microbatch_size(plan: Plan, held: float) -> int:
-    """How many sequences a chip could take at a time, if each needs what one of `plan` does."""
-    train = plan.config.train
-    limit = plan.topology.chip.hbm_gib
-    sequences = train.batch_size // (plan.mesh["data"] * plan.mesh["fsdp"])
-    # What `plan` needs beside the state is that of sequences / grad_accum_steps sequences.
-    of_one = max(plan.peak_hbm_gib - held, 1e-3) * train.grad_accum_steps / sequences
-    fitting = (size for size in _divisors(sequences) if size * of_one <= SAFE * limit - held)
-    return max(fitting, default=1)
-
-
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
-
-
 def _name(mesh: MeshConfig) -> str:
     return f"data {mesh.data}, fsdp {mesh.fsdp}, tensor {mesh.tensor}"
 
 
 def _line(plan: Plan) -> str:
     train = plan.config.train
+    model = plan.config.model
     rows = train.batch_size // train.grad_accum_steps // (plan.mesh["data"] * plan.mesh["fsdp"])
     peak = "more than there is" if plan.peak_hbm_gib is None else f"{plan.peak_hbm_gib:.2f} GiB"
-    verdict = f"{plan.step_seconds:.2f} s a step" if plan.fits else "does not fit"
+    verdict = f"{plan.step_seconds:.3g} s a step" if plan.fits else "does not fit"
     return (
         f"{plan.topology.name}  {_name(plan.config.mesh)}, {rows} rows at a time, remat "
-        f"{plan.config.model.remat}: {peak}, {verdict}"
+        f"{model.remat}, chunk_size_mib {model.chunk_size_mib:g}: {peak}, {verdict}"
     )

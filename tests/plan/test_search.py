@@ -7,10 +7,13 @@ import pytest
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.models.layers import REMAT_POLICIES
 from alignvlm_jax.plan import aot, hardware, search
 from alignvlm_jax.plan.aot import Plan
+from alignvlm_jax.plan.candidates import Stage
 from alignvlm_jax.plan.hardware import Topology
 from alignvlm_jax.plan.search import Search
+from alignvlm_jax.plan.timing import Timing
 from tests.conftest import tiny_config
 
 CONFIG = tiny_config(train=config_lib.TrainConfig(batch_size=32))
@@ -24,6 +27,8 @@ PAPER = tiny_config(
 )
 V5E = hardware.parse_topology("v5e:2x2")
 HELD = 1.0  # GiB
+SECONDS = {"full": 4.0, "dots": 3.3, "none": 3.0}
+"""Of a step of the fake compiler, and half a second more for each microbatch."""
 
 
 @pytest.fixture
@@ -31,63 +36,115 @@ def compiler(monkeypatch):
     """Sets the GiB of a row by remat policy; returns the plans that were made."""
     made: list[Plan] = []
 
-    def set_up(a_row: Callable[[str], float]) -> list[Plan]:
-        def make(config: config_lib.Config, topology: Topology, devices: object) -> Plan:
+    def set_up(
+        a_row: Callable[[str], float], seconds: Callable[[str], float] = SECONDS.__getitem__
+    ) -> list[Plan]:
+        def start(
+            config: config_lib.Config, topology: Topology, devices: object
+        ) -> Callable[[], Plan]:
             mesh = dataclasses.asdict(config.mesh)
-            rows = (
-                config.train.batch_size
-                // config.train.grad_accum_steps
-                // (mesh["data"] * mesh["fsdp"])
-            )
-            peak = HELD + rows * a_row(config.model.remat)
-            made.append(
-                Plan(
-                    topology=topology, config=config, mesh=mesh, num_params=1, num_trained=1, param_gib=0.0,
-                    optimizer_gib=0.0, state_gib=0.0, peak_hbm_gib=peak, fits=peak <= topology.chip.hbm_gib,
-                    is_estimate=False, flops={"vision": 1e15, "llm": 1e16}, communication={},
-                )
+            steps = config.train.grad_accum_steps
+            remat = config.model.remat
+            rows = config.train.batch_size // steps // (mesh["data"] * mesh["fsdp"])
+            peak = HELD + rows * a_row(remat)
+            plan = Plan(
+                topology=topology, config=config, mesh=mesh, num_params=1, num_trained=1, param_gib=0.0,
+                optimizer_gib=0.0, state_gib=0.0, peak_hbm_gib=peak, fits=peak <= topology.chip.hbm_gib,
+                is_estimate=False, flops={"vision": 1e15, "llm": 1e16}, communication={},
+                timing=Timing({"llm": seconds(remat) + steps / 2}, 0.0, 0.0, 0.0, 0.0, 0.0),
             )  # fmt: skip
-            return made[-1]
+            made.append(plan)
+            return lambda: plan
 
-        monkeypatch.setattr(aot, "make", make)
+        monkeypatch.setattr(aot, "start", start)
         monkeypatch.setattr(aot, "state_gib", lambda config, topology: HELD)
+        monkeypatch.setattr(search, "_num_workers", lambda: 2)
         return made
 
     return set_up
 
 
-def best() -> Plan:
-    return Search(CONFIG, V5E).best((), lambda line: None)
+def best(say: Callable[[str], None] = lambda line: None) -> Plan:
+    return Search(CONFIG, V5E).best((), say)
+
+
+def microbatch(plan: Plan) -> int:
+    """Rows of a device at a time."""
+    return plan.config.train.batch_size // plan.config.train.grad_accum_steps // plan.mesh["fsdp"]
 
 
 def test_all_rows_at_once_where_they_fit(compiler):
-    made = compiler(lambda remat: 0.1)
+    compiler(lambda remat: 0.1)
     plan = best()
-    assert {other.mesh["tensor"] for other in made} == {1, 2}  # 4 does not divide 2 key-value heads
     assert (plan.config.model.remat, plan.config.train.grad_accum_steps) == ("none", 1)
+
+
+def test_few_are_compiled_and_none_twice(compiler):
+    """Of 2 meshes x 4 microbatches x 3 policies; 4 devices along tensor do not divide 2 key-value
+    heads."""
+    made = compiler(lambda remat: 0.1)
+    best()
+    assert len(made) == len({repr(plan.config) for plan in made}) <= search.MAX_COMPILED
+    assert {plan.mesh["tensor"] for plan in made} <= {1, 2}
 
 
 def test_less_is_computed_twice_with_fewer_rows_at_a_time(compiler):
     """8 rows a chip: "full" takes 4 at a time, "dots" 2, "none" not one."""
     made = compiler({"full": 3.0, "dots": 6.0, "none": 20.0}.__getitem__)
     plan = best()
-    assert (
-        plan.config.model.remat,
-        plan.config.train.grad_accum_steps * plan.config.mesh.fsdp,
-    ) == (
-        "dots",
-        16,
-    )
-    assert any(
-        other.fits and other.config.train.grad_accum_steps * other.config.mesh.fsdp == 8
-        for other in made
-    )
+    fitting = [other for other in made if other.fits]
+    assert plan.timing.step == min(other.timing.step for other in fitting)
+    assert microbatch(plan) <= {"full": 4, "dots": 2}[plan.config.model.remat]
+
+
+def test_by_time_and_not_by_flops(compiler):
+    """A program that computes everything twice may be the faster one."""
+    compiler(lambda remat: 0.1, {"full": 1.0, "dots": 9.0, "none": 9.0}.__getitem__)
+    assert best().config.model.remat == "full"
 
 
 def test_where_nothing_fits_the_nearest_miss_is_shown(compiler):
     compiler(lambda remat: 30.0)
     plan = best()
     assert not plan.fits and plan.config.model.remat == "full"
+
+
+def test_progress_and_what_is_left_are_told(compiler):
+    compiler(lambda remat: 0.1)
+    lines = []
+    best(lines.append)
+    assert "candidates; compiling 8 at most, 2 at a time, for 25 min at most" in lines[0]
+    assert any(line.endswith("min left") and "compiled in" in line for line in lines)
+
+
+def test_no_compilation_is_begun_that_would_end_too_late(compiler, monkeypatch):
+    """Where two take 20 minutes, two more would take longer than there is."""
+    made = compiler(lambda remat: 0.1)
+    clock = iter(range(0, 10**9, 10 * 60))
+    monkeypatch.setattr(search.time, "monotonic", lambda: next(clock))
+    best()
+    assert len(made) == 2
+
+
+def test_meshes_and_remat_policies_and_chunk_sizes_vary():
+    """On 64 chips, of the 8B model's widths: fsdp 64, and data 4 x fsdp 16."""
+    stage = Stage(
+        PAPER,
+        hardware.parse_topology("v5p:4x4x4"),
+        {"vision": 1e15, "connector": 1e15, "llm": 1e17, "loss": 1e15},
+        10**9,
+        dict.fromkeys(Search(PAPER, hardware.parse_topology("v5p:4x4x4")).meshes(), HELD),
+    )
+    found = list(stage.candidates())
+    assert {(one.mesh.data, one.mesh.fsdp) for one in found} >= {(1, 64), (4, 16)}
+    assert {one.remat for one in found} == set(REMAT_POLICIES)
+    assert {one.grad_accum_steps for one in found} >= {1, 2, 4}
+    # Rough ideas: what is computed once is faster and needs more memory, and so are larger chunks.
+    by = {(one.mesh, one.grad_accum_steps, one.remat, one.chunk_size_mib): one for one in found}
+    for one in found:
+        if one.remat == "full":
+            other = by[one.mesh, one.grad_accum_steps, "none", one.chunk_size_mib]
+            assert other.seconds < one.seconds and other.gib > one.gib
 
 
 def test_smallest_slice(compiler):
@@ -122,6 +179,4 @@ def test_meshes_tried_are_the_most_sharded_and_a_narrow_one(compiler):
 def test_data_lies_across_slices(compiler):
     made = compiler(lambda remat: 0.1)
     Search(PAPER, hardware.parse_topology("v5e:4x4", num_slices=2)).best((), lambda line: None)
-    assert {plan.mesh["data"] % 2 for plan in made} == {0} and len(
-        {plan.mesh["fsdp"] for plan in made}
-    ) > 1
+    assert {plan.mesh["data"] % 2 for plan in made} == {0}

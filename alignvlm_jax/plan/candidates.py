@@ -1,0 +1,185 @@
+"""What could be chosen for a stage on a slice, and a rough idea of how long a step of each would
+take and how much memory it would need: so that few have to be compiled.
+
+Its numbers only order candidates and leave out those that are far off; what a search reports comes
+from the compiler. Each that was compiled corrects the others (`search`).
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from alignvlm_jax.config import Config, MeshConfig
+from alignvlm_jax.models.layers import REMAT_POLICIES
+from alignvlm_jax.plan import hardware
+from alignvlm_jax.plan.hardware import Topology
+from alignvlm_jax.plan.timing import KERNEL_UTILISATION, LANES
+
+GIB = 2**30
+CHUNK_SIZES_MIB = (1024, 512, 256, 64)
+"""Sizes of vocabulary chunks that are tried, the fastest first: a chunk reads and writes whole
+matrices, however few rows it has."""
+MATMUL_UTILISATION = 0.75  # Of the peak, by large matmuls.
+# Fraction of a forward pass that the backward pass computes again, and how much of what a layer
+# could save for it is saved, in memory. Policies that are not named here lie in between.
+_AGAIN = {"none": 0.0, "dots": 0.1, "full": 1.0}
+_SAVED = {"none": 2.0, "dots": 1.0, "full": 0.0}
+# Bytes that a chunk moves for each entry of a matrix, on average of three matmuls: two read it in
+# bfloat16, and again where it is computed anew; one reads and writes a float32 gradient.
+_CHUNK_BYTES = (2 + 2 + 2 + 8) / 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A way to compute a stage's step; `seconds` and `gib` are the rough idea, of a step and of a
+    device."""
+
+    mesh: MeshConfig
+    grad_accum_steps: int
+    remat: str
+    chunk_size_mib: float
+    seconds: float = math.inf
+    gib: float = math.inf
+
+    def of(self, config: Config) -> Config:
+        """Returns the config that computes so."""
+        return dataclasses.replace(
+            config,
+            mesh=self.mesh,
+            model=dataclasses.replace(
+                config.model, remat=self.remat, chunk_size_mib=self.chunk_size_mib
+            ),
+            train=dataclasses.replace(config.train, grad_accum_steps=self.grad_accum_steps),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What of a stage the rough idea is made from: FLOPs of a step by component, the number of its
+    parameters, and GiB of state and gradients a device by mesh."""
+
+    config: Config
+    topology: Topology
+    flops: Mapping[str, float]
+    num_params: int
+    held_gib: Mapping[MeshConfig, float]
+
+    def candidates(self) -> Iterator[Candidate]:
+        """Yields what can be chosen: meshes, microbatches, remat policies, and chunk sizes."""
+        for mesh in self.held_gib:
+            sequences = self.config.train.batch_size // (mesh.data * mesh.fsdp)
+            for rows in _divisors(sequences):
+                for remat in REMAT_POLICIES:
+                    for chunk in self._chunk_sizes(mesh, rows):
+                        yield self.judged(Candidate(mesh, sequences // rows, remat, chunk))
+
+    def judged(self, one: Candidate) -> Candidate:
+        """Returns a candidate with the rough idea of its seconds and GiB."""
+        return dataclasses.replace(one, seconds=self._seconds(one), gib=self._gib(one))
+
+    def _chunk_sizes(self, mesh: MeshConfig, rows: int) -> Sequence[float]:
+        """Chunk sizes that differ; the config's own alone where it takes the vocabulary whole."""
+        if self.config.model.vocab_impl == "plain":
+            return (self.config.model.chunk_size_mib,)
+        # One that holds all rows of a device is as good as a larger one.
+        whole = _mib(self._vocabulary_rows(rows), self.config.model.llm.vocab_size / mesh.tensor)
+        larger = [size for size in CHUNK_SIZES_MIB if size > whole]
+        return (*larger[-1:], *(size for size in CHUNK_SIZES_MIB if size <= whole))
+
+    def _vocabulary_rows(self, rows: int) -> int:
+        """Rows of the larger of the head and what the connector makes of patches."""
+        data = self.config.data
+        patches = data.max_tiles * self.config.model.vision.num_patches
+        return rows * max(data.seq_len, patches)
+
+    def _rows(self, one: Candidate) -> int:
+        mesh = one.mesh
+        return self.config.train.batch_size // one.grad_accum_steps // (mesh.data * mesh.fsdp)
+
+    def _seconds(self, one: Candidate) -> float:
+        computing = self._computing(one)
+        gathers, sums = self._sent(one)
+        return computing + max(gathers - computing, 0.0) + sums
+
+    def _computing(self, one: Candidate) -> float:
+        """Seconds of what the chips compute."""
+        chip = self.topology.chip
+        again = 1 + _AGAIN.get(one.remat, 0.5) / 3
+        attention = self._attention_flops()
+        towers = again * (self.flops["vision"] + self.flops["llm"] - attention)
+        peak = self.topology.peak_flops
+        # Kernels make the logits of the backward pass twice: 9 matmuls for the 6 that count.
+        width = self.config.model.llm.head_dim
+        kernels = attention * (9 + 2 * _AGAIN.get(one.remat, 0.5)) / 6
+        kernels *= LANES * math.ceil(width / LANES) / width / KERNEL_UTILISATION
+        vocabulary = self.flops["connector"] + self.flops["loss"]
+        columns = self.config.model.llm.vocab_size / one.mesh.tensor
+        rows = min(
+            self._vocabulary_rows(self._rows(one)), one.chunk_size_mib * 2**20 / (4 * columns)
+        )
+        moved = vocabulary / self.topology.num_devices * _CHUNK_BYTES / (2 * rows)
+        return (
+            (towers / MATMUL_UTILISATION + kernels) / peak
+            + vocabulary * 4 / 3 / MATMUL_UTILISATION / peak
+            + moved / (chip.hbm_gb * 1e9)
+        )
+
+    def _attention_flops(self) -> float:
+        """Of the decoder's attention, as they count: half of all pairs, forward and backward."""
+        llm = self.config.model.llm
+        pairs = self.config.train.batch_size * self.config.data.seq_len**2
+        return 6 * llm.num_layers * pairs * llm.num_heads * llm.head_dim
+
+    def _sent(self, one: Candidate) -> tuple[float, float]:
+        """Seconds of the links for gathers, which run beside the computation, and for sums."""
+        mesh = one.mesh
+        wrapped = sum(2 if wraps else 1 for wraps in self.topology.wraps)
+        link = self.topology.chip.link_gb * 1e9 / (2 * len(self.topology.sizes))
+        bandwidth = link * wrapped
+        parameters = self.num_params / mesh.tensor
+        # In bfloat16, for the forward and for the backward pass of every microbatch.
+        apart = (mesh.fsdp - 1) / mesh.fsdp
+        gathers = one.grad_accum_steps * 2 * 2 * parameters * apart / bandwidth
+        sums = one.grad_accum_steps * 2 * parameters * apart / bandwidth
+        # Over data once, in float32, of the part that is a device's own; slices have the network.
+        between = self.topology.num_slices
+        copies = mesh.data // between
+        own = 4 * parameters / mesh.fsdp
+        sums += 2 * own * (copies - 1) / copies / bandwidth
+        sums += 2 * own * (between - 1) / between / (hardware.NETWORK_GB * 1e9)
+        # Two sums of all activations a layer along tensor, forward and backward, on one axis.
+        llm = self.config.model.llm
+        tokens = self._rows(one) * one.grad_accum_steps * self.config.data.seq_len
+        split = (mesh.tensor - 1) / mesh.tensor
+        sums += 4 * llm.num_layers * 2 * 2 * tokens * llm.width * split / (2 * link)
+        return gathers, sums
+
+    def _gib(self, one: Candidate) -> float:
+        """GiB of a device."""
+        model = self.config.model
+        llm = model.llm
+        vision = model.vision
+        rows = self._rows(one)
+        saved = _SAVED.get(one.remat, 0.5)
+        tokens = rows * self.config.data.seq_len
+        patches = rows * self.config.data.max_tiles * vision.num_patches
+        heads = 2 * (llm.num_heads + llm.num_kv_heads) * llm.head_dim
+        wide = (3 * llm.mlp_width + heads) / one.mesh.tensor
+        activations = 2 * tokens * llm.num_layers * (llm.width + saved * (llm.width + wide))
+        activations += 2 * patches * vision.num_layers * vision.width
+        hidden = 5 * vision.width + 2 * vision.mlp_width / one.mesh.tensor
+        activations += saved * 2 * patches * vision.num_layers * hidden
+        # Of the layer at work, with gradients; and of the vocabulary: two matrices in bfloat16,
+        # their float32 gradients, and a few chunks.
+        working = 2 * tokens * 2 * (wide + 2 * llm.width)
+        vocabulary = 12 * llm.vocab_size * llm.width / one.mesh.tensor
+        chunks = 4 * one.chunk_size_mib * 2**20
+        return self.held_gib[one.mesh] + (activations + working + vocabulary + chunks) / GIB
+
+
+def _mib(rows: int, columns: float) -> float:
+    return 4 * rows * columns / 2**20
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
