@@ -14,6 +14,18 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def amount(text: str) -> float:
+    """Returns a number above 0, as of a price."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    # Not value <= 0: nan is neither above nor below.
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return value
+
+
 def positives(text: str) -> list[int]:
     """Returns whole numbers above 0, separated by commas; there may be none."""
     return [positive(part) for part in text.split(",") if part]

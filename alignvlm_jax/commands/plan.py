@@ -6,7 +6,7 @@ import sys
 from alignvlm_jax.commands import config_flag, usage
 from alignvlm_jax.commands.config_flag import ConfigFlags
 from alignvlm_jax.errors import UsageError, UserError
-from alignvlm_jax.flag_types import positive
+from alignvlm_jax.flag_types import amount, positive
 from alignvlm_jax.plan import hardware
 
 # A status of its own: 1 and 2 are errors, and a plan that does not fit is an answer.
@@ -42,7 +42,7 @@ def _parse(argv: list[str]) -> tuple[ConfigFlags, argparse.Namespace]:
         description="Compiles a stage's training step, or its generation, for a TPU slice and "
         "says what it needs.",
         usage=f"%(prog)s {config_flag.USAGE} --topology=v5p:4x4x4 [--num_slices=2] [--mesh=auto | "
-        "--generate] [--json] [--config.a.b=VALUE ...]",
+        "--generate] [--price_per_chip_hour=NUMBER] [--json] [--config.a.b=VALUE ...]",
         epilog=config_flag.HELP,
         others=config_flag.flags_of_fields(),
     )
@@ -55,6 +55,9 @@ def _parse(argv: list[str]) -> tuple[ConfigFlags, argparse.Namespace]:
     parser.add_argument(
         "--mesh", default="", help="DATAxFSDPxTENSOR, or auto: tries those that divide"
     )
+    parser.add_argument(
+        "--price_per_chip_hour", type=amount, help="in any currency: what steps and stage cost"
+    )
     parser.add_argument("--stage", default="", help="of several in the config")
     parser.add_argument(
         "--generate", action="store_true", help="of evaluation: the longest prompts that fit a row"
@@ -65,6 +68,9 @@ def _parse(argv: list[str]) -> tuple[ConfigFlags, argparse.Namespace]:
     if given.file is None:
         parser.error(config_flag.REQUIRED)
     is_smallest = args.topology.endswith(":smallest")
+    if args.generate:
+        why = "is of training, and left out with --generate, whose time no plan tells"
+        parser.check_used(argv, ("--price_per_chip_hour",), why)
     if args.generate and (args.mesh == "auto" or is_smallest):
         raise UsageError(
             "--generate plans for one slice and mesh: say --topology=KIND:SHAPE and "
@@ -73,6 +79,7 @@ def _parse(argv: list[str]) -> tuple[ConfigFlags, argparse.Namespace]:
     if is_smallest:
         why = "is left out with --topology=KIND:smallest, which looks for one slice and its mesh"
         parser.check_used(argv, ("--mesh", "--num_slices"), why)
+        hardware.check_kind(args.topology.partition(":")[0])
     else:
         # For its error, which should not wait for the config.
         hardware.parse_topology(args.topology, args.num_slices)

@@ -29,7 +29,7 @@ GIB = 2**30
 ASSUMED_MFU = 0.4
 """Fraction of the peak that a step is taken to reach where no program of the TPU's tells its
 time."""
-PLANNED = ("topology", "config")
+PLANNED = ("topology", "config", "price_per_chip_hour")
 SECONDS_A_DAY = 24 * 60 * 60
 
 
@@ -41,7 +41,7 @@ class Plan:
 
     `state_gib` is all that a checkpoint holds. `peak_hbm_gib` is None where the compiler gave up
     without a number; `is_estimate` where it was not the TPU's. `timing` is None where there is no
-    program of the TPU's.
+    program of the TPU's. No cost is known without a `price_per_chip_hour`.
     """
 
     topology: Topology
@@ -58,6 +58,7 @@ class Plan:
     flops: dict[str, float]
     communication: dict[str, Communication]
     timing: Timing | None = None
+    price_per_chip_hour: float | None = None
 
     @property
     def step_seconds(self) -> float:
@@ -78,6 +79,11 @@ class Plan:
     def chip_hours(self) -> float:
         """The chip-hours of the stage."""
         return 24 * self.days * self.topology.num_chips
+
+    @property
+    def cost(self) -> float | None:
+        """What the stage costs, in the price's currency; None without a price."""
+        return self.price_per_chip_hour and self.chip_hours * self.price_per_chip_hour
 
     @property
     def _ideal_seconds(self) -> float:
@@ -126,6 +132,8 @@ class Plan:
             "mfu": self.mfu,
             "days": self.days,
             "chip_hours": self.chip_hours,
+            "price_per_chip_hour": self.price_per_chip_hour,
+            "cost": self.cost,
             "checkpoint": {
                 "gib": self.state_gib,
                 "gib_a_host": stop.gib_a_host,

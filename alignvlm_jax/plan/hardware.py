@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from alignvlm_jax.errors import UserError, how_to_install, nearest
+from alignvlm_jax.errors import UserError, closest, how_to_install, nearest
 
 if TYPE_CHECKING:
     import jax
@@ -137,20 +137,42 @@ class Topology:
         return self.num_devices * self.chip.tflops * 1e12
 
 
+def check_kind(kind: str) -> None:
+    """Raises UserError with the nearest where there are no slices of such chips."""
+    kinds = [name for name, chip in CHIPS.items() if chip.shapes]
+    if kind in kinds:
+        return
+    if kind in CHIPS:
+        raise UserError(f"{kind} is a GPU; there are plans for slices of {', '.join(kinds)}")
+    raise UserError(f"unknown kind of TPU {kind!r}{nearest(kind, kinds)}")
+
+
 def parse_topology(name: str, num_slices: int = 1) -> Topology:
     """Returns as many slices as `name` means; UserError with the nearest where there is none."""
-    known = {f"{kind}:{shape}" for kind, chip in CHIPS.items() for shape in chip.shapes}
-    if name not in known:
-        kind = name.split(":")[0]
-        same_kind = [other for other in known if other.startswith(f"{kind}:")]
-        hint = nearest(name, same_kind or known)
-        if same_kind:
-            hint = f"; {kind} slices: {', '.join(shape for shape in CHIPS[kind].shapes)}"
+    kind, _, shape = name.partition(":")
+    if kind in CHIPS:
+        check_kind(kind)
+    if kind not in CHIPS or shape not in CHIPS[kind].shapes:
+        known = {f"{kind}:{shape}" for kind, chip in CHIPS.items() for shape in chip.shapes}
+        hint = nearest(name, known)
+        if kind in CHIPS:
+            near = closest(shape, CHIPS[kind].shapes)
+            hint = f"; {kind} slices: {', '.join(CHIPS[kind].shapes)}"
+            hint += f"; did you mean '{kind}:{near}'?" if near else ""
         raise UserError(f"unknown topology {name!r}{hint}")
-    kind, shape = name.split(":")
     return Topology(
         name, CHIPS[kind], num_slices * math.prod(map(int, shape.split("x"))), num_slices
     )
+
+
+def at_least(topology: Topology) -> list[Topology]:
+    """Returns a topology and the larger ones of its kind, as many slices each, from small to
+    large."""
+    found = [
+        parse_topology(f"{topology.kind}:{shape}", topology.num_slices)
+        for shape in topology.chip.shapes
+    ]
+    return [topology, *(one for one in found if one.num_chips > topology.num_chips)]
 
 
 def has_tpu_compiler() -> bool:

@@ -1,7 +1,7 @@
 """A plan as people read it."""
 
 from alignvlm_jax.errors import how_to_install
-from alignvlm_jax.plan import hardware, stopping, timing
+from alignvlm_jax.plan import hardware, search, stopping, timing
 from alignvlm_jax.plan.aot import GIB, Plan
 from alignvlm_jax.plan.hardware import Topology
 
@@ -56,7 +56,7 @@ def text(plan: Plan) -> str:
         *stopping.lines(plan.stopping()),
     ]
     if not plan.fits:
-        lines += ["", f"does not fit: {advice(plan)}"]
+        lines += ["", _way_out(plan), f"does not fit: {advice(plan)}"]
     if plan.is_estimate:
         lines += ["", ESTIMATE]
     return "\n".join(lines)
@@ -66,12 +66,18 @@ def _seconds(plan: Plan) -> list[str]:
     """The seconds of a step by what they are spent on, and what all steps come to."""
     steps = plan.config.train.num_steps
     stage = (
-        f"{steps:,} steps       {plan.days:.1f} days, {plan.chip_hours:,.0f} chip-hours, at "
-        f"{plan.step_seconds:.2f} s a step: MFU {plan.mfu:.1%}"
+        f"{f'{steps:,} steps':18} {plan.days:.1f} days, {plan.chip_hours:,.0f} chip-hours, at "
+        f"{plan.step_seconds:.3g} s a step: MFU {plan.mfu:.1%}"
     )
+    cost = []
+    if plan.cost is not None:
+        cost = [
+            f"{'cost':18} {plan.cost:,.2f} for the stage, {plan.cost / steps:,.4g} a step, at "
+            f"{plan.price_per_chip_hour:g} a chip-hour"
+        ]
     found = plan.timing
     if found is None:
-        return [f"{stage}, which is assumed"]
+        return [f"{stage}, which is assumed", *cost]
     spent = {timing.NAMES[part]: seconds for part, seconds in found.computing.items()}
     spent["collectives not overlapped"] = found.exposed
     if found.network:
@@ -84,7 +90,23 @@ def _seconds(plan: Plan) -> list[str]:
         f"of these attention kernels take {found.attention:.3f} s, at an assumed "
         f"{timing.KERNEL_UTILISATION:.0%} of the peak; links are in use for {found.sent:.3f} s",
         stage,
+        *cost,
     ]
+
+
+def _way_out(plan: Plan) -> str:
+    """What would fit, as flags, not compiled."""
+    found = search.would_fit(plan)
+    if found is None:
+        return f"nothing looks as if it would fit, on no {plan.topology.kind} slice"
+    topology, one = found
+    mesh = one.mesh
+    return (
+        f"would fit, by a rough idea: --topology={topology.shape} "
+        f"--mesh={mesh.data}x{mesh.fsdp}x{mesh.tensor} "
+        f"--config.train.grad_accum_steps={one.grad_accum_steps} "
+        f"--config.model.remat={one.remat} --config.model.chunk_size_mib={one.chunk_size_mib:g}"
+    )
 
 
 def advice(plan: Plan) -> str:
@@ -123,13 +145,14 @@ def gib(value: float | None) -> str:
 
 def larger(topology: Topology) -> str:
     """Returns the next larger slice of the kind, "" for the largest."""
-    kind = topology.kind
-    slices = topology.num_slices
-    sizes = [
-        hardware.parse_topology(f"{kind}:{shape}", slices) for shape in hardware.CHIPS[kind].shapes
-    ]
-    # Slices come from small to large: the first that has more chips is the next.
-    return next((other.shape for other in sizes if other.num_chips > topology.num_chips), "")
+    return next(
+        (
+            other.shape
+            for other in hardware.at_least(topology)
+            if other.num_chips > topology.num_chips
+        ),
+        "",
+    )
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:

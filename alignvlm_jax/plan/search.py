@@ -58,12 +58,9 @@ class Search:
         Raises:
           UserError: there is no mesh for this model and batch.
         """
-        meshes = list(self.meshes())
-        held = {
-            mesh: aot.state_gib(self._least(mesh).of(self.config), self.topology) for mesh in meshes
-        }
+        held = self.held_gib()
         limit = self.topology.chip.hbm_gib
-        for mesh in meshes:
+        for mesh in held:
             if held[mesh] > limit:
                 say(
                     f"{_name(mesh)}: {held[mesh]:.1f} GiB of parameters, gradients and optimizer "
@@ -79,6 +76,14 @@ class Search:
                 tried.plans[least] = aot.make(least.of(self.config), self.topology, devices)
                 say(_line(tried.plans[least]))
         return tried.best()
+
+    def held_gib(self) -> dict[MeshConfig, float]:
+        """Returns the meshes with the GiB a device of what is always held; UserError where there is
+        no mesh."""
+        return {
+            mesh: aot.state_gib(self._least(mesh).of(self.config), self.topology)
+            for mesh in self.meshes()
+        }
 
     def meshes(self, fsdp_sizes: Sequence[int] = (-1, NARROW)) -> Iterator[MeshConfig]:
         """Yields meshes that take the model and the batch: tensor 1, 2, 4, ...; fsdp as far as the
@@ -247,6 +252,34 @@ def _describe(one: Candidate) -> str:
         f"{_name(one.mesh)}, grad_accum_steps {one.grad_accum_steps}, remat {one.remat}, "
         f"chunk_size_mib {one.chunk_size_mib:g}"
     )
+
+
+def would_fit(plan: Plan) -> tuple[Topology, Candidate] | None:
+    """Returns what looks as if it would fit where a plan does not: the fastest on its slice, or
+    else on the smallest larger one, by rough ideas that are corrected by what the plan needs; None
+    where nothing does."""
+    config, topology = plan.config, plan.topology
+    own = Candidate(
+        config.mesh,
+        config.train.grad_accum_steps,
+        config.model.remat,
+        config.model.chunk_size_mib,
+    )
+    held = {config.mesh: aot.state_gib(config, topology)}
+    own = Stage(config, topology, plan.flops, plan.num_params, held).judged(own)
+    factor = (plan.peak_hbm_gib or 1.1 * topology.chip.hbm_gib) / own.gib
+    for larger in hardware.at_least(topology):
+        search = Search(config, larger)
+        try:
+            held = search.held_gib()
+        except UserError:  # No mesh there takes the batch.
+            continue
+        candidates = Stage(config, larger, plan.flops, plan.num_params, held).candidates()
+        limit = SAFE * topology.chip.hbm_gib
+        looking = [one for one in candidates if one.gib * factor <= limit]
+        if looking:
+            return larger, min(looking, key=lambda one: (one.seconds, one.gib))
+    return None
 
 
 def smallest(

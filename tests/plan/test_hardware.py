@@ -31,7 +31,8 @@ def test_a_tpu7x_chip_is_two_devices():
     [
         ("v5e:4x5", r"unknown topology 'v5e:4x5'; v5e slices: 2x2, 2x4, 4x4"),
         ("v5x:4x4", r"unknown topology 'v5x:4x4'; did you mean 'v5e:4x4'"),
-        ("h100", r"unknown topology 'h100'"),
+        ("v5e:4x5", r"did you mean 'v5e:4x8'\?"),
+        ("h100", r"h100 is a GPU; there are plans for slices of v5e, v5p, v6e, tpu7x"),
     ],
 )
 def test_unknown_topology(name, message):

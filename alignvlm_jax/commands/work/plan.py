@@ -28,6 +28,8 @@ def run(stages: tuple[Config, ...], args: argparse.Namespace) -> bool:
     """
     make = _generation_plan if args.generate else _plan
     plan = make(_stage(stages, args.stage), args)
+    if args.price_per_chip_hour:
+        plan = dataclasses.replace(plan, price_per_chip_hour=args.price_per_chip_hour)
     print(json.dumps(plan.to_json(), indent=2) if args.json else _text(plan), flush=True)
     return plan.fits
 
@@ -63,9 +65,6 @@ def _plan(config: Config, args: argparse.Namespace) -> aot.Plan:
     say = Console(stderr=True, highlight=False, soft_wrap=True).print
     kind, _, shape = args.topology.partition(":")
     if shape == "smallest":
-        # A name that is not known is taken for a GPU here: neither has shapes of slices.
-        if not hardware.CHIPS.get(kind, hardware.CHIPS["h100"]).shapes:
-            raise UsageError(f"unknown kind of TPU {kind!r}{nearest(kind, _tpus())}")
         if not hardware.has_tpu_compiler():
             raise UsageError(
                 f"--topology={args.topology} needs libtpu: {how_to_install('tpu', 'tpu-compiler')}"
@@ -126,8 +125,3 @@ def _mesh(text: str) -> MeshConfig:
         raise UsageError(f"--mesh is {text!r}; it must be auto or DATAxFSDPxTENSOR, such as 1x16x4")
     data, fsdp, tensor = map(int, text.split("x"))
     return MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
-
-
-def _tpus() -> list[str]:
-    """Returns the known kinds of TPU; chips without shapes are GPUs."""
-    return [kind for kind, chip in hardware.CHIPS.items() if chip.shapes]
