@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from alignvlm_jax.config import Config
+from alignvlm_jax.config import Config, ModelConfig
 from alignvlm_jax.data import lengths, mixture, read_ahead, sampler
 from alignvlm_jax.data.examples import ExampleBuilder, PackedSequence, Segment
 from alignvlm_jax.data.mixture import NothingToDraw
@@ -268,3 +268,11 @@ def count_supervised(batch: Batch) -> int:
 def stack(sequences: list[PackedSequence]) -> Batch:
     """Stacks packed sequences or prompts, each an array's row, to a batch."""
     return Batch(**{name: np.stack([one[name] for one in sequences]) for name in sequences[0]})
+
+
+def used(batch: Batch, model: ModelConfig, max_tiles: int) -> tuple[float, float]:
+    """Returns the fractions of a batch's tokens and of its tiles that are no padding; each of its
+    sequences has room for `max_tiles`."""
+    image_tokens = np.count_nonzero(batch["tokens"] == model.image_token_id)
+    room = len(batch["tokens"]) * max_tiles * model.tokens_per_tile
+    return float(np.mean(batch["segment_ids"] > 0)), image_tokens / room

@@ -21,6 +21,7 @@ from alignvlm_jax.plan import collectives, flops, hlo, links, stopping, summarie
 from alignvlm_jax.plan.collectives import Communication
 from alignvlm_jax.plan.hardware import Topology
 from alignvlm_jax.plan.links import Links
+from alignvlm_jax.plan.padding import Used
 from alignvlm_jax.plan.stopping import Stopping
 from alignvlm_jax.plan.timing import Timing
 from alignvlm_jax.train import optim, state, step
@@ -29,7 +30,7 @@ GIB = 2**30
 ASSUMED_MFU = 0.4
 """Fraction of the peak that a step is taken to reach where no program of the TPU's tells its
 time."""
-PLANNED = ("topology", "config", "price_per_chip_hour")
+PLANNED = ("topology", "config", "price_per_chip_hour", "used")
 SECONDS_A_DAY = 24 * 60 * 60
 
 
@@ -41,7 +42,8 @@ class Plan:
 
     `state_gib` is all that a checkpoint holds. `peak_hbm_gib` is None where the compiler gave up
     without a number; `is_estimate` where it was not the TPU's. `timing` is None where there is no
-    program of the TPU's. No cost is known without a `price_per_chip_hour`.
+    program of the TPU's. No cost is known without a `price_per_chip_hour`, and what is
+    padding not without the stage's data, which is `used`.
     """
 
     topology: Topology
@@ -59,6 +61,7 @@ class Plan:
     communication: dict[str, Communication]
     timing: Timing | None = None
     price_per_chip_hour: float | None = None
+    used: Used | None = None
 
     @property
     def step_seconds(self) -> float:
@@ -69,6 +72,11 @@ class Plan:
     def mfu(self) -> float:
         """The fraction of the chips' peak that a step reaches."""
         return self._ideal_seconds / self.step_seconds
+
+    @property
+    def useful_mfu(self) -> float | None:
+        """The MFU without what is spent on padding; None where nobody knows how much is."""
+        return self.used and self.mfu * self.used.of_flops(self.flops)
 
     @property
     def days(self) -> float:
@@ -130,6 +138,8 @@ class Plan:
             "step_seconds": self.step_seconds,
             "seconds": self.timing.to_json() if self.timing else None,
             "mfu": self.mfu,
+            "useful_mfu": self.useful_mfu,
+            "used": self.used and self.used._asdict(),
             "days": self.days,
             "chip_hours": self.chip_hours,
             "price_per_chip_hour": self.price_per_chip_hour,

@@ -20,7 +20,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import flax
@@ -32,6 +32,7 @@ from alignvlm_jax.config import Config, ModelConfig
 from alignvlm_jax.models import connectors, vlm
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.plan import hardware
+from alignvlm_jax.plan.padding import Used
 from alignvlm_jax.train import state, step
 from alignvlm_jax.train.state import Params
 
@@ -181,14 +182,22 @@ def _inner(equation: JaxprEqn) -> Iterator[Jaxpr]:
 
 def mfu_of(
     config: Config, params: Params, devices: Iterable[jax.Device]
-) -> Callable[[float], dict[str, float]]:
-    """Returns steps a second -> {"mfu": fraction of what the devices could do}; -> {} where that is
-    not known."""
+) -> Callable[[float, Sequence[tuple[float, float]]], dict[str, float]]:
+    """Returns a function of steps a second, and of the fractions of the tokens and of the tiles of
+    batches that are no padding: {"mfu": fraction of what the devices could do, "useful_mfu": the
+    same without what is spent on padding}; {} where the devices are not known."""
     peak = peak_flops(devices)
     if peak is None:
-        return lambda steps_per_second: {}
-    total = sum(step_flops(config, params).values())
-    return lambda steps_per_second: {"mfu": steps_per_second * total / peak}
+        return lambda steps_per_second, batches: {}
+    by_component = step_flops(config, params)
+    total = sum(by_component.values())
+
+    def mfu(steps_per_second: float, batches: Sequence[tuple[float, float]]) -> dict[str, float]:
+        whole = steps_per_second * total / peak
+        useful = [Used(*one).of_flops(by_component) for one in batches]
+        return {"mfu": whole, "useful_mfu": whole * sum(useful) / len(useful)}
+
+    return mfu
 
 
 def peak_flops(devices: Iterable[jax.Device]) -> float | None:

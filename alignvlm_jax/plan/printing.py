@@ -77,7 +77,7 @@ def _seconds(plan: Plan) -> list[str]:
         ]
     found = plan.timing
     if found is None:
-        return [f"{stage}, which is assumed", *cost]
+        return [f"{stage}, which is assumed", _padding(plan), *cost]
     spent = {timing.NAMES[part]: seconds for part, seconds in found.computing.items()}
     spent["collectives not overlapped"] = found.exposed
     if found.network:
@@ -90,8 +90,21 @@ def _seconds(plan: Plan) -> list[str]:
         f"of these attention kernels take {found.attention:.3f} s, at an assumed "
         f"{timing.KERNEL_UTILISATION:.0%} of the peak; links are in use for {found.sent:.3f} s",
         stage,
+        _padding(plan),
         *cost,
     ]
+
+
+def _padding(plan: Plan) -> str:
+    """How much of what is computed is padding."""
+    data = plan.config.data
+    if plan.used is None:
+        where = ", ".join(str(folder) for folder in data.folders)
+        return f"{'padding':18} not known without the stage's data in {where}; MFU counts it"
+    return (
+        f"{'padding':18} {1 - plan.used.tokens:.0%} of the tokens and {1 - plan.used.tiles:.0%} of "
+        f"the tiles, with packing {data.packing!r}: useful MFU {plan.useful_mfu:.1%}"
+    )
 
 
 def _way_out(plan: Plan) -> str:

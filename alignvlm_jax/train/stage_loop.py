@@ -117,10 +117,11 @@ class StageLoop:
     train_step: step.TrainStep
     eval_step: step.EvalStep
     evaluators: Mapping[str, Evaluator]
-    mfu_of: Callable[[float], dict[str, float]]
+    mfu_of: Callable[[float, Sequence[tuple[float, float]]], dict[str, float]]
     interval: Interval = dataclasses.field(default_factory=Interval)
     batches: loader.TrainBatches = dataclasses.field(init=False)
     unread: tuple[int, step.Metrics, int] | None = None  # the last, batches.num_unsupervised
+    used: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # of batches
     unsupervised_read: int = 0
     unsupervised_told: int = 0
     last_read: float | None = None
@@ -207,14 +208,16 @@ class StageLoop:
     def _next_batch(self) -> dict[str, jax.Array]:
         """The next batch on the devices, while the step before is at work on them: what the host
         waits for meanwhile counts as training."""
+        config = self.stage.config
         phases = self.run.phases
         began = time.monotonic()
         with phases.enter("waiting"):
             batch = self.interval.next_batch(self.batches, self._is_device_busy)
         if self._is_device_busy():
             phases.move("waiting", "training", time.monotonic() - began)
+        self.used.append(loader.used(batch, config.model, config.data.max_tiles))
         with jax.transfer_guard("disallow"):
-            return sharding.put_batch(step.train_inputs(self.stage.config.train, batch), self.mesh)
+            return sharding.put_batch(step.train_inputs(config.train, batch), self.mesh)
 
     def _wait_for_step(self) -> None:
         jax.block_until_ready(self.unread and self.unread[1])
@@ -286,12 +289,13 @@ class StageLoop:
         is_logged = self.stage.is_due(now, config.train.log_every)
         if not is_logged and self.run.progress.is_due(now, config.stage):
             line = self.interval.means()
-            line |= self.mfu_of(line["steps_per_second"])
+            line |= self.mfu_of(line["steps_per_second"], self.used)
             self.run.progress.update(now, config.stage, line, is_whole=False)
         if is_logged:
             line = self.interval.means() | {"learning_rate": values["learning_rate"]}
             line |= {"train_seconds": self.run.train_seconds(), "skipped_steps": skipped}
-            line |= self.mfu_of(line["steps_per_second"])
+            line |= self.mfu_of(line["steps_per_second"], self.used)
+            self.used = self.used[-1:]
             # Of the rows up to this step: those of the next have been read already.
             line |= self.batches.counters((now - self.stage.begin) * config.train.batch_size)
             # Not known from the plan, so of this process alone, and since the line before: lines

@@ -253,7 +253,10 @@ def test_parse_topology():
 
 def test_mfu(monkeypatch):
     params = abstract_params(BASE)
-    assert flops.mfu_of(BASE, params, jax.devices())(3.0) == {}
+    assert flops.mfu_of(BASE, params, jax.devices())(3.0, [(1.0, 1.0)]) == {}
     total = sum(flops.step_flops(BASE, params).values())
-    values = flops.mfu_of(BASE, params, [Device("TPU v6e")] * 2)(3.0)
-    assert values == {"mfu": pytest.approx(3 * total / (2 * 918e12))}
+    batches = [(0.5, 1.0), (0.5, 0.0)]
+    values = flops.mfu_of(BASE, params, [Device("TPU v6e")] * 2)(3.0, batches)
+    mfu = 3 * total / (2 * 918e12)
+    # Half of all tokens, and half of all tiles, are padding.
+    assert values == {"mfu": pytest.approx(mfu), "useful_mfu": pytest.approx(mfu / 2)}

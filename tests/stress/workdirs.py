@@ -13,7 +13,7 @@ from tests.fake_bucket import FakeBucket
 from tests.stress import workload
 
 TIMES = re.compile(
-    r"goodput/.*|.*_seconds|steps_per_second|data_wait_fraction|peak_memory_gib|mfu|.*flops.*|run_id"
+    r"goodput/.*|.*_seconds|steps_per_second|data_wait_fraction|peak_memory_gib|(useful_)?mfu|.*flops.*|run_id"
 )
 """Numbers of a line that say how long something took, or how much it took."""
 WHOLE = "commit_success.txt"

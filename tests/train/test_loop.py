@@ -29,6 +29,7 @@ from tests.train.fake_run import TOTAL, Batches
 TIMES = (
     "run_id",
     "mfu",
+    "useful_mfu",
     "steps_per_second",
     "data_wait_fraction",
     "train_seconds",
@@ -102,6 +103,8 @@ def test_what_a_run_leaves_behind(straight):
                for line in training)  # fmt: skip
     assert ["patch_loss" in line for line in training] == [False] * 4 + [True] * 4
     assert all(0 < line["mfu"] < 1e-3 for line in training)
+    # The fake batches have padding behind their answers.
+    assert all(0.1 < line["useful_mfu"] / line["mfu"] < 1 for line in training)
     # Of the step itself, though the batch of the next has been fetched by then.
     assert [line["records"] for line in training] == [8, 16, 24, 32] * 2
     assert [line["unsupervised_records"] for line in training] == list(range(1, TOTAL + 1))

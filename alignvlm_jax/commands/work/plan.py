@@ -14,7 +14,7 @@ from rich.console import Console
 from alignvlm_jax.config import Config, MeshConfig
 from alignvlm_jax.errors import UsageError, how_to_install, nearest
 from alignvlm_jax.parallel import xla_flags
-from alignvlm_jax.plan import aot, generation, hardware, printing, search
+from alignvlm_jax.plan import aot, generation, hardware, padding, printing, search
 from alignvlm_jax.plan.generation import GenerationPlan
 from alignvlm_jax.plan.hardware import Topology
 from alignvlm_jax.plan.search import Search
@@ -28,8 +28,12 @@ def run(stages: tuple[Config, ...], args: argparse.Namespace) -> bool:
     """
     make = _generation_plan if args.generate else _plan
     plan = make(_stage(stages, args.stage), args)
-    if args.price_per_chip_hour:
-        plan = dataclasses.replace(plan, price_per_chip_hour=args.price_per_chip_hour)
+    if isinstance(plan, aot.Plan):
+        plan = dataclasses.replace(
+            plan,
+            price_per_chip_hour=args.price_per_chip_hour,
+            used=padding.used(plan.config.data, plan.config.model),
+        )
     print(json.dumps(plan.to_json(), indent=2) if args.json else _text(plan), flush=True)
     return plan.fits
 
