@@ -140,6 +140,9 @@ class Plan:
             "mfu": self.mfu,
             "useful_mfu": self.useful_mfu,
             "used": self.used and self.used._asdict(),
+            "sequences_per_second_a_host": train.batch_size
+            / self.topology.num_hosts
+            / self.step_seconds,
             "days": self.days,
             "chip_hours": self.chip_hours,
             "price_per_chip_hour": self.price_per_chip_hour,
@@ -176,19 +179,10 @@ def check(config: Config, topology: Topology) -> None:
     state.trainable_paths(config.train, config.stage, params)
 
 
-def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> Plan:
-    """Compiles the training step of `config` for the devices of a slice, or for as many of another
-    kind.
-
-    Raises:
-      UserError: the mesh does not fit the devices, the batch or the model.
-    """
-    return start(config, topology, devices)()
-
-
 def start(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> Callable[[], Plan]:
-    """Traces the training step, and returns what compiles it, in whatever thread, and gives the
-    plan. What was compiled before is neither traced nor compiled again (`summaries`).
+    """Traces the training step for the devices of a slice, or for as many of another kind; returns
+    what compiles it, in whatever thread, and gives the plan. What was compiled before is neither
+    traced nor compiled again (`summaries`).
 
     Raises:
       UserError: the mesh does not fit the devices, the batch or the model.
@@ -197,7 +191,7 @@ def start(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> 
     config = dataclasses.replace(config, mesh=resolved)
     name = summaries.key(config, topology, devices[0].platform)
     if known := summaries.load(name):
-        plan = _of_summary(known, topology, config)
+        plan = Plan(topology=topology, config=config, **_of_summary(known))
         return lambda: plan
     model = vlm.VLM(config.model)
     tx = optim.make_optimizer(config.optim, config.train.num_steps)
@@ -249,11 +243,13 @@ def _summary(plan: Plan) -> dict[str, Any]:
     return values | {"timing": plan.timing and vars(plan.timing)}
 
 
-def _of_summary(values: dict[str, Any], topology: Topology, config: Config) -> Plan:
+def _of_summary(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a plan out of its summary."""
     sent = {kind: Communication(*one) for kind, one in values["communication"].items()}
-    found = values["timing"] and Timing(**values["timing"])
-    changed = {"communication": sent, "timing": found}
-    return Plan(topology=topology, config=config, **(values | changed))
+    return values | {
+        "communication": sent,
+        "timing": values["timing"] and Timing(**values["timing"]),
+    }
 
 
 def state_gib(config: Config, topology: Topology) -> float:
@@ -268,16 +264,6 @@ def state_gib(config: Config, topology: Topology) -> float:
     trained, _ = state.split(abstract.params, trainable)
     # Gradients have the shapes, dtypes and shardings of the parameters that are trained.
     return gib_of_a_device((abstract, trained))
-
-
-def size_of(config: Config, topology: Topology) -> tuple[dict[str, float], int]:
-    """Returns the FLOPs of a step by component, and the number of parameters."""
-    mesh = mesh_lib.abstract(
-        config.mesh, config.model, config.train, topology.num_devices, topology.num_slices
-    )
-    params = state.abstract_params(vlm.VLM(config.model), mesh, config.train, config.lora)
-    num_params = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-    return flops.step_flops(config, params), num_params
 
 
 def compile_program(

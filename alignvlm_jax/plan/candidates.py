@@ -12,14 +12,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from alignvlm_jax.config import Config, MeshConfig
 from alignvlm_jax.models.layers import REMAT_POLICIES
 from alignvlm_jax.plan import hardware
+from alignvlm_jax.plan.aot import GIB, Plan
 from alignvlm_jax.plan.hardware import Topology
 from alignvlm_jax.plan.timing import KERNEL_UTILISATION, LANES
 
-GIB = 2**30
 CHUNK_SIZES_MIB = (1024, 512, 256, 64)
 """Sizes of vocabulary chunks that are tried, the fastest first: a chunk reads and writes whole
 matrices, however few rows it has."""
 MATMUL_UTILISATION = 0.75  # Of the peak, by large matmuls.
+GAIN = 0.02
+"""Fraction of a step by which what was not compiled has to look faster than the best that was."""
+SAFE = 0.9
+"""Fraction of the memory that a rough idea may come to before anything was compiled."""
 # Fraction of a forward pass that the backward pass computes again, and how much of what a layer
 # could save for it is saved, in memory. Policies that are not named here lie in between.
 _AGAIN = {"none": 0.0, "dots": 0.1, "full": 1.0}
@@ -40,17 +44,6 @@ class Candidate:
     chunk_size_mib: float
     seconds: float = math.inf
     gib: float = math.inf
-
-    def of(self, config: Config) -> Config:
-        """Returns the config that computes so."""
-        return dataclasses.replace(
-            config,
-            mesh=self.mesh,
-            model=dataclasses.replace(
-                config.model, remat=self.remat, chunk_size_mib=self.chunk_size_mib
-            ),
-            train=dataclasses.replace(config.train, grad_accum_steps=self.grad_accum_steps),
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +168,78 @@ class Stage:
         vocabulary = 12 * llm.vocab_size * llm.width / one.mesh.tensor
         chunks = 4 * one.chunk_size_mib * 2**20
         return self.held_gib[one.mesh] + (activations + working + vocabulary + chunks) / GIB
+
+
+class Tried:
+    """Candidates, and the plans of those that were compiled, by which the rough ideas of the others
+    are corrected."""
+
+    def __init__(self, topology: Topology, candidates: list[Candidate]):
+        self.candidates = candidates
+        self.plans: dict[Candidate, Plan] = {}
+        self._limit = topology.chip.hbm_gib
+
+    def best(self) -> Plan:
+        """Returns the fastest plan that fits, or the one that misses by the least."""
+        fitting = {one: plan for one, plan in self.plans.items() if plan.fits}
+        if fitting:
+            return fitting[min(fitting, key=self._compiled_seconds)]
+        return min(self.plans.values(), key=lambda plan: plan.peak_hbm_gib or math.inf)
+
+    def likeliest(self, count: int) -> list[Candidate]:
+        """Returns the candidates to compile next, corrected: those that look fastest of the ones
+        that look as if they fit, no two of one mesh, remat and microbatch; none where none looks
+        faster than the best."""
+        corrected = [self._corrected(one) for one in self.candidates if one not in self.plans]
+        known = {_kind(one) for one, plan in self.plans.items() if plan.fits}
+        fits = [self._compiled_seconds(one) for one, plan in self.plans.items() if plan.fits]
+        enough = min(fits, default=math.inf) * (1 - GAIN)
+        limit = self._limit * (1 if self.plans else SAFE)
+        found: dict[tuple, Candidate] = {}
+        for one in sorted(corrected, key=lambda one: (one.seconds, one.gib)):
+            if one.gib <= limit and one.seconds < enough and _kind(one) not in known:
+                found.setdefault(_kind(one), one)
+        # Under its own idea a plan is known by.
+        originals = {_identity(one): one for one in self.candidates}
+        return [originals[_identity(one)] for one in list(found.values())[:count]]
+
+    def _corrected(self, one: Candidate) -> Candidate:
+        """A candidate with seconds and GiB times what those of the same remat policy came to. Of a
+        policy that was not compiled yet the rough idea stands, unless others were faster than
+        theirs: it may be what its idea says."""
+        if not self.plans:
+            return one
+        seconds, gib = self._ratios(one.remat)
+        if seconds:
+            return dataclasses.replace(
+                one,
+                seconds=one.seconds * sum(seconds) / len(seconds),
+                gib=one.gib * max(gib),
+            )
+        seconds, gib = self._ratios()
+        return dataclasses.replace(
+            one, seconds=one.seconds * min(1.0, *seconds), gib=one.gib * max(gib)
+        )
+
+    def _ratios(self, remat: str = "") -> tuple[list[float], list[float]]:
+        """Seconds and GiB of what was compiled of a policy, or at all, by their rough ideas."""
+        alike = [one for one in self.plans if one.remat == remat or not remat]
+        seconds = [self._compiled_seconds(one) / one.seconds for one in alike]
+        # What did not fit, by an amount that is not known, took at least a tenth too much.
+        gib = [(self.plans[one].peak_hbm_gib or 1.1 * self._limit) / one.gib for one in alike]
+        return seconds, gib
+
+    def _compiled_seconds(self, one: Candidate) -> float:
+        plan = self.plans[one]
+        return plan.timing.step if plan.timing else one.seconds
+
+
+def _kind(one: Candidate) -> tuple:
+    return one.mesh, one.grad_accum_steps, one.remat
+
+
+def _identity(one: Candidate) -> tuple:
+    return *_kind(one), one.chunk_size_mib
 
 
 def _mib(rows: int, columns: float) -> float:

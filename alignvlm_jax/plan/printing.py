@@ -77,7 +77,7 @@ def _seconds(plan: Plan) -> list[str]:
         ]
     found = plan.timing
     if found is None:
-        return [f"{stage}, which is assumed", _padding(plan), *cost]
+        return [f"{stage}, which is assumed", _padding(plan), _input(plan), *cost]
     spent = {timing.NAMES[part]: seconds for part, seconds in found.computing.items()}
     spent["collectives not overlapped"] = found.exposed
     if found.network:
@@ -91,8 +91,19 @@ def _seconds(plan: Plan) -> list[str]:
         f"{timing.KERNEL_UTILISATION:.0%} of the peak; links are in use for {found.sent:.3f} s",
         stage,
         _padding(plan),
+        _input(plan),
         *cost,
     ]
+
+
+def _input(plan: Plan) -> str:
+    """What the hosts have to read for the chips not to wait."""
+    train, data = plan.config.train, plan.config.data
+    a_host = train.batch_size / plan.topology.num_hosts / plan.step_seconds
+    return (
+        f"{'input':18} {a_host:.3g} sequences a second a host, {a_host * data.max_tiles:.3g} "
+        f"tiles, on {data.num_threads} threads (data.num_threads) beside the step"
+    )
 
 
 def _padding(plan: Plan) -> str:

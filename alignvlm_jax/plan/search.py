@@ -12,10 +12,13 @@ import jax
 
 from alignvlm_jax.config import Config, MeshConfig
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.plan import aot, hardware
+from alignvlm_jax.models import vlm
+from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.plan import aot, flops, hardware
 from alignvlm_jax.plan.aot import Plan
-from alignvlm_jax.plan.candidates import CHUNK_SIZES_MIB, Candidate, Stage
+from alignvlm_jax.plan.candidates import CHUNK_SIZES_MIB, SAFE, Candidate, Stage, Tried
 from alignvlm_jax.plan.hardware import Topology
+from alignvlm_jax.train import state
 
 Say = Callable[[str], None]
 # An fsdp axis that leaves widths at least a tile of the chip's registers wide; copies along data.
@@ -25,10 +28,6 @@ MAX_TENSOR = 8
 MAX_COMPILED = 8
 MAX_MINUTES = 25
 """No compilation is begun that would likely end later than that after the first."""
-GAIN = 0.02
-"""Fraction of a step by which what was not compiled has to look faster than the best that was."""
-SAFE = 0.9
-"""Fraction of the memory that a rough idea may come to before anything was compiled."""
 GIB_A_COMPILATION = 6
 """Memory of this machine, in GiB, that a compilation of the 8B stage takes."""
 
@@ -67,13 +66,14 @@ class Search:
                     f"state of {limit} GiB"
                 )
         fitting = {mesh: gib for mesh, gib in held.items() if gib <= limit}
-        tried = _Tried(self.topology, list(self._stage(fitting).candidates()) if fitting else [])
+        tried = Tried(self.topology, list(self._stage(fitting).candidates()) if fitting else [])
         self._compile_likeliest(tried, devices, say)
         if not any(plan.fits for plan in tried.plans.values()):
             # What needs the least memory, to fit or to say by how much it does not.
             least = self._least(min(held, key=held.__getitem__))
-            if least.of(self.config) not in [plan.config for plan in tried.plans.values()]:
-                tried.plans[least] = aot.make(least.of(self.config), self.topology, devices)
+            config = self.config_of(least)
+            if config not in [plan.config for plan in tried.plans.values()]:
+                tried.plans[least] = aot.start(config, self.topology, devices)()
                 say(_line(tried.plans[least]))
         return tried.best()
 
@@ -81,7 +81,7 @@ class Search:
         """Returns the meshes with the GiB a device of what is always held; UserError where there is
         no mesh."""
         return {
-            mesh: aot.state_gib(self._least(mesh).of(self.config), self.topology)
+            mesh: aot.state_gib(self.config_of(self._least(mesh)), self.topology)
             for mesh in self.meshes()
         }
 
@@ -112,7 +112,19 @@ class Search:
         least = dataclasses.replace(
             self._least(mesh), chunk_size_mib=self.config.model.chunk_size_mib
         )
-        return least.of(self.config)
+        return self.config_of(least)
+
+    def config_of(self, one: Candidate) -> Config:
+        """Returns the stage's config that computes as a candidate does."""
+        config = self.config
+        return dataclasses.replace(
+            config,
+            mesh=one.mesh,
+            model=dataclasses.replace(
+                config.model, remat=one.remat, chunk_size_mib=one.chunk_size_mib
+            ),
+            train=dataclasses.replace(config.train, grad_accum_steps=one.grad_accum_steps),
+        )
 
     def _least(self, mesh: MeshConfig) -> Candidate:
         """The candidate of a mesh that needs the least memory."""
@@ -132,11 +144,20 @@ class Search:
 
     def _stage(self, held: dict[MeshConfig, float]) -> Stage:
         """What rough ideas are made from."""
-        config = self._least(next(iter(held))).of(self.config)
-        flops, num_params = aot.size_of(config, self.topology)
-        return Stage(self.config, self.topology, flops, num_params, held)
+        config = self.config_of(self._least(next(iter(held))))
+        mesh = mesh_lib.abstract(
+            config.mesh,
+            config.model,
+            config.train,
+            self.topology.num_devices,
+            self.topology.num_slices,
+        )
+        params = state.abstract_params(vlm.VLM(config.model), mesh, config.train, config.lora)
+        num_params = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+        by_component = flops.step_flops(config, params)
+        return Stage(self.config, self.topology, by_component, num_params, held)
 
-    def _compile_likeliest(self, tried: "_Tried", devices: Sequence[jax.Device], say: Say) -> None:
+    def _compile_likeliest(self, tried: Tried, devices: Sequence[jax.Device], say: Say) -> None:
         """Compiles candidates, several at a time, until none that is left looks faster."""
         workers = _num_workers()
         began = time.monotonic()
@@ -154,84 +175,12 @@ class Search:
                 for one in picked:
                     say(f"compiling {_describe(one)}, roughly {one.seconds:.2f} s a step")
                 # Traced here, since a mesh is entered by thread; compiled in the pool.
-                starts = [aot.start(one.of(self.config), self.topology, devices) for one in picked]
+                starts = [aot.start(self.config_of(one), self.topology, devices) for one in picked]
                 for one, plan in zip(picked, pool.map(lambda start: start(), starts), strict=True):
                     tried.plans[one] = plan
                     say(_line(plan))
                 slowest = max(slowest, time.monotonic() - began - elapsed)
                 say(_progress(len(tried.plans), time.monotonic() - began, slowest, workers))
-
-
-class _Tried:
-    """Candidates, and the plans of those that were compiled, by which the rough ideas of the others
-    are corrected."""
-
-    def __init__(self, topology: Topology, candidates: list[Candidate]):
-        self.candidates = candidates
-        self.plans: dict[Candidate, Plan] = {}
-        self._limit = topology.chip.hbm_gib
-
-    def best(self) -> Plan:
-        """Returns the fastest plan that fits, or the one that misses by the least."""
-        fitting = {one: plan for one, plan in self.plans.items() if plan.fits}
-        if fitting:
-            return fitting[min(fitting, key=self._compiled_seconds)]
-        return min(self.plans.values(), key=lambda plan: plan.peak_hbm_gib or math.inf)
-
-    def likeliest(self, count: int) -> list[Candidate]:
-        """Returns the candidates to compile next, corrected: those that look fastest of the ones
-        that look as if they fit, no two of one mesh, remat and microbatch; none where none looks
-        faster than the best."""
-        corrected = [self._corrected(one) for one in self.candidates if one not in self.plans]
-        known = {_kind(one) for one, plan in self.plans.items() if plan.fits}
-        fits = [self._compiled_seconds(one) for one, plan in self.plans.items() if plan.fits]
-        enough = min(fits, default=math.inf) * (1 - GAIN)
-        limit = self._limit * (1 if self.plans else SAFE)
-        found: dict[tuple, Candidate] = {}
-        for one in sorted(corrected, key=lambda one: (one.seconds, one.gib)):
-            if one.gib <= limit and one.seconds < enough and _kind(one) not in known:
-                found.setdefault(_kind(one), one)
-        # Under its own idea a plan is known by.
-        originals = {_identity(one): one for one in self.candidates}
-        return [originals[_identity(one)] for one in list(found.values())[:count]]
-
-    def _corrected(self, one: Candidate) -> Candidate:
-        """A candidate with seconds and GiB times what those of the same remat policy came to. Of a
-        policy that was not compiled yet the rough idea stands, unless others were faster than
-        theirs: it may be what its idea says."""
-        if not self.plans:
-            return one
-        seconds, gib = self._ratios(one.remat)
-        if seconds:
-            return dataclasses.replace(
-                one,
-                seconds=one.seconds * sum(seconds) / len(seconds),
-                gib=one.gib * max(gib),
-            )
-        seconds, gib = self._ratios()
-        return dataclasses.replace(
-            one, seconds=one.seconds * min(1.0, *seconds), gib=one.gib * max(gib)
-        )
-
-    def _ratios(self, remat: str = "") -> tuple[list[float], list[float]]:
-        """Seconds and GiB of what was compiled of a policy, or at all, by their rough ideas."""
-        alike = [one for one in self.plans if one.remat == remat or not remat]
-        seconds = [self._compiled_seconds(one) / one.seconds for one in alike]
-        # What did not fit, by an amount that is not known, took at least a tenth too much.
-        gib = [(self.plans[one].peak_hbm_gib or 1.1 * self._limit) / one.gib for one in alike]
-        return seconds, gib
-
-    def _compiled_seconds(self, one: Candidate) -> float:
-        plan = self.plans[one]
-        return plan.timing.step if plan.timing else one.seconds
-
-
-def _kind(one: Candidate) -> tuple:
-    return one.mesh, one.grad_accum_steps, one.remat
-
-
-def _identity(one: Candidate) -> tuple:
-    return *_kind(one), one.chunk_size_mib
 
 
 def _num_workers() -> int:
@@ -258,7 +207,8 @@ def would_fit(plan: Plan) -> tuple[Topology, Candidate] | None:
     """Returns what looks as if it would fit where a plan does not: the fastest on its slice, or
     else on the smallest larger one, by rough ideas that are corrected by what the plan needs; None
     where nothing does."""
-    config, topology = plan.config, plan.topology
+    config = plan.config
+    topology = plan.topology
     own = Candidate(
         config.mesh,
         config.train.grad_accum_steps,
@@ -305,7 +255,7 @@ def smallest(
             small = search.smallest_microbatches(mesh)
             if aot.state_gib(small, topology) > topology.chip.hbm_gib:
                 continue
-            plan = aot.make(small, topology, devices_of(topology))
+            plan = aot.start(small, topology, devices_of(topology))()
             say(_line(plan))
             if plan.fits:
                 return plan

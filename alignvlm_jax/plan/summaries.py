@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from alignvlm_jax import storage
-from alignvlm_jax.config import Config
-from alignvlm_jax.plan.hardware import Topology
 
 PACKAGE = Path(__file__).parents[1]
 DEPENDENCIES = ("jax", "jaxlib", "libtpu", "flax", "optax", "numpy")
@@ -31,16 +29,11 @@ def folder() -> Path:
     return Path(root) / "alignvlm_jax" / "plans"
 
 
-def key(config: Config, topology: Topology, platform_name: str) -> str:
-    """Returns the name of a program's summary.
-
-    Args:
-      config: its mesh has all sizes.
-      topology: the slices.
-      platform_name: of the devices it is compiled for.
-    """
+def key(*program: object) -> str:
+    """Returns the name of a program's summary; `program` is all that it is made of beside versions,
+    flags and source: values whose text differs where they do."""
     flags = {name: value for name, value in os.environ.items() if name.startswith(FLAGS)}
-    parts = (config, topology, platform_name, sorted(flags.items()), _versions(), _source())
+    parts = (program, sorted(flags.items()), _versions(), _source())
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 

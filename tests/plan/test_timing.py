@@ -120,7 +120,7 @@ def test_a_real_program_has_seconds_of_every_component():
         mesh=MeshConfig(data=1, fsdp=4, tensor=1),
     )
     small = hardware.parse_topology("v5e:2x2")
-    found = aot.make(config, small, hardware.compile_only_devices(small)).timing
+    found = aot.start(config, small, hardware.compile_only_devices(small))().timing
     assert all(found.computing.values())
     # Attention's kernel has no cycles, and is more than nothing and less than all of it.
     assert 0 < found.attention < found.computing["llm"] + found.computing["vision"]

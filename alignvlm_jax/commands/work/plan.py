@@ -93,7 +93,7 @@ def _plan(config: Config, args: argparse.Namespace) -> aot.Plan:
         f"compiling {config.name} {config.stage}, batch {config.train.batch_size} x "
         f"{config.data.seq_len} tokens"
     )
-    return aot.make(config, topology, devices)
+    return aot.start(config, topology, devices)()
 
 
 def _devices(topology: Topology) -> Sequence[jax.Device]:
