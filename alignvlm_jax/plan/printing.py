@@ -98,8 +98,8 @@ def _seconds(plan: Plan) -> list[str]:
 
 def _input(plan: Plan) -> str:
     """What the hosts have to read for the chips not to wait."""
-    train, data = plan.config.train, plan.config.data
-    a_host = train.batch_size / plan.topology.num_hosts / plan.step_seconds
+    data = plan.config.data
+    a_host = plan.config.train.batch_size / plan.topology.num_hosts / plan.step_seconds
     return (
         f"{'input':18} {a_host:.3g} sequences a second a host, {a_host * data.max_tiles:.3g} "
         f"tiles, on {data.num_threads} threads (data.num_threads) beside the step"

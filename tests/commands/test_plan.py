@@ -180,7 +180,8 @@ def test_a_price_gives_costs_and_without_one_there_are_none(config_file):
     """And a second plan of the same program is not compiled again."""
     args = f"--config={config_file}", "--topology=v5e:2x4", "--mesh=1x4x2"
     free = run(*args)
-    assert free.returncode == 0 and "cost" not in free.stdout
+    assert free.returncode == 0 and "\ncost " not in free.stdout
+    assert "\ncost " in run(*args, "--price_per_chip_hour=3.5").stdout
     priced = run(*args, "--price_per_chip_hour=3.5", "--json")
     plan = json.loads(priced.stdout)
     assert plan["cost"] == pytest.approx(3.5 * plan["chip_hours"])
