@@ -226,9 +226,9 @@ def would_fit(plan: Plan) -> tuple[Topology, Candidate] | None:
             continue
         candidates = Stage(config, larger, plan.flops, plan.num_params, held).candidates()
         limit = SAFE * topology.chip.hbm_gib
-        looking = [one for one in candidates if one.gib * factor <= limit]
-        if looking:
-            return larger, min(looking, key=lambda one: (one.seconds, one.gib))
+        likely = [one for one in candidates if one.gib * factor <= limit]
+        if likely:
+            return larger, min(likely, key=lambda one: (one.seconds, one.gib))
     return None
 
 
