@@ -3,8 +3,10 @@
 Letters: `shapes.py`.
 """
 
+import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,48 @@ REMAT_POLICIES: dict[str, Callable | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+# Logical axes of parameters that are gathered for use. Left to itself, the partitioner sometimes
+# keeps a kernel's shards and makes one narrow matmul of each, for which its inputs go round.
+GATHERED = ("embed", "vis_embed")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gathered(
+    kernel: Float[Array, "..."],
+    axes: tuple[str | None, ...],
+    dtype: DTypeLike,
+    stored_dtype: DTypeLike,
+) -> Float[Array, "..."]:
+    """Returns the kernel in the dtype of the computation, whole along `GATHERED`; its gradient is
+    scattered again. The constraint's own gradient would have the constraint's sharding, and be
+    summed whole on every device."""
+    whole = tuple(None if axis in GATHERED else axis for axis in axes)
+    # The cast comes first: bfloat16 is half of what a gather sends.
+    return nn.with_logical_constraint(kernel.astype(dtype), whole)
+
+
+def _gathered_forward(
+    kernel: Float[Array, "..."], *static: Any
+) -> tuple[Float[Array, "..."], None]:
+    return _gathered(kernel, *static), None
+
+
+def _gathered_backward(
+    axes: tuple[str | None, ...],
+    dtype: DTypeLike,
+    stored_dtype: DTypeLike,
+    saved: None,
+    dkernel: Float[Array, "..."],
+) -> tuple[Float[Array, "..."]]:
+    del dtype, saved
+    # In the dtype of the computation, as the partial sums of the devices are: a sum in float32
+    # would send twice the bytes.
+    return (nn.with_logical_constraint(dkernel, axes).astype(stored_dtype),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 class Einsum(nn.Module):
@@ -70,7 +114,8 @@ class Einsum(nn.Module):
 
     def __call__(self, inputs: Float[Array, "..."]) -> Float[Array, "..."]:
         # The kernel is cast at each use: the parameter, and its gradient, stay float32.
-        operands = inputs.astype(self.dtype), self.kernel.astype(self.dtype)
+        kernel = _gathered(self.kernel, self.axes, self.dtype, self.kernel.dtype)
+        operands = inputs.astype(self.dtype), kernel
         outputs = jnp.einsum(self.equation, *operands, preferred_element_type=self.out_dtype)
         return outputs + self.bias.astype(outputs.dtype) if self.use_bias else outputs
 

@@ -17,8 +17,8 @@ from alignvlm_jax.plan.hardware import Topology
 from alignvlm_jax.plan.timing import KERNEL_UTILISATION, LANES
 
 CHUNK_SIZES_MIB = (1024, 512, 256, 64)
-"""Sizes of vocabulary chunks that are tried, the fastest first: a chunk reads and writes whole
-matrices, however few rows it has."""
+"""Sizes of vocabulary chunks that are tried, the fastest first: a chunk reads and writes the sums
+of all rows, however few columns it has."""
 MATMUL_UTILISATION = 0.75  # Of the peak, by large matmuls.
 GAIN = 0.02
 """Fraction of a step by which what was not compiled has to look faster than the best that was."""
@@ -28,9 +28,12 @@ SAFE = 0.9
 # could save for it is saved, in memory. Policies that are not named here lie in between.
 _AGAIN = {"none": 0.0, "dots": 0.1, "full": 1.0}
 _SAVED = {"none": 2.0, "dots": 1.0, "full": 0.0}
-# Bytes that a chunk moves for each entry of a matrix, on average of three matmuls: two read it in
-# bfloat16, and again where it is computed anew; one reads and writes a float32 gradient.
-_CHUNK_BYTES = (2 + 2 + 2 + 8) / 3
+# Bytes that a chunk of the vocabulary moves for each entry of a row: forward the row in bfloat16,
+# and a float32 sum, read and written; backward the row, its gradient, and such a sum.
+_ROW_BYTES = (2 + 8) + (2 + 2 + 8)
+# And for each of its logits: float32 logits and their gradients, written and read, forward and
+# backward, and in bfloat16 what the matmuls are given.
+_LOGIT_BYTES = (8 + 4) + (8 + 8 + 4 + 6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,14 +109,16 @@ class Stage:
         kernels = attention * (9 + 2 * _AGAIN.get(one.remat, 0.5)) / 6
         kernels *= LANES * math.ceil(width / LANES) / width / KERNEL_UTILISATION
         vocabulary = self.flops["connector"] + self.flops["loss"]
-        columns = self.config.model.llm.vocab_size / one.mesh.tensor
-        rows = min(
-            self._vocabulary_rows(self._rows(one)), one.chunk_size_mib * 2**20 / (4 * columns)
-        )
-        moved = vocabulary / self.topology.num_devices * _CHUNK_BYTES / (2 * rows)
+        llm = self.config.model.llm
+        columns = one.chunk_size_mib * 2**20 / (4 * self._vocabulary_rows(self._rows(one)))
+        columns = min(columns, llm.vocab_size / one.mesh.tensor)
+        # A logit of ALIGN has two matmuls of the LLM's width, of 6 FLOPs an entry.
+        logits = vocabulary / self.topology.num_devices / (12 * llm.width)
+        moved = logits * (_ROW_BYTES * llm.width / columns + _LOGIT_BYTES)
         return (
             (towers / MATMUL_UTILISATION + kernels) / peak
-            + vocabulary * 4 / 3 / MATMUL_UTILISATION / peak
+            # ALIGN makes one of its 7 matmuls twice, the loss one of 4.
+            + vocabulary * 5 / 4 / MATMUL_UTILISATION / peak
             + moved / (chip.hbm_gb * 1e9)
         )
 
@@ -162,10 +167,11 @@ class Stage:
         activations += 2 * patches * vision.num_layers * vision.width
         hidden = 5 * vision.width + 2 * vision.mlp_width / one.mesh.tensor
         activations += saved * 2 * patches * vision.num_layers * hidden
-        # Of the layer at work, with gradients; and of the vocabulary: two matrices in bfloat16,
-        # their float32 gradients, and a few chunks.
+        # Of the layer at work, with gradients; and of the vocabulary: two matrices in bfloat16, a
+        # device's shards of their float32 gradients, and a few chunks.
         working = 2 * tokens * 2 * (wide + 2 * llm.width)
-        vocabulary = 12 * llm.vocab_size * llm.width / one.mesh.tensor
+        entries = llm.vocab_size * llm.width / one.mesh.tensor
+        vocabulary = (4 + 8 / one.mesh.fsdp) * entries
         chunks = 4 * one.chunk_size_mib * 2**20
         return self.held_gib[one.mesh] + (activations + working + vocabulary + chunks) / GIB
 
