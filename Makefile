@@ -19,7 +19,7 @@ PARITY := .venv-parity
 BEAM := .venv-beam
 LAUNCH := .venv-launch
 
-.PHONY: help python setup tpu-compiler lint test test-install test-parity beam test-beam test-big-vision test-launch stress bench bench-data bench-generate bench-plans demo compare weights data clean
+.PHONY: help python setup tpu-compiler lint test test-install test-parity beam test-beam test-big-vision test-launch stress bench bench-data bench-generate bench-train bench-plans demo compare weights data clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -149,16 +149,22 @@ STRESS ?= runs/stress
 stress: setup  ## kill, stop, starve and lie to small runs by the hundred; goes on where it stopped (an hour; docs/pods.md)
 	$(BIN)/python -m tests.stress --out=$(STRESS)
 
+# Times that were taken beside other work count for nothing, and end with status 1: BUSY=--busy prints them all the same.
+BUSY ?=
+
 bench: tpu-compiler  ## memory on a TPU, time on CPU of the large operations, plans (minutes; docs/results.md)
-	$(BIN)/python -m tests.bench.vocab
+	$(BIN)/python -m tests.bench.vocab $(BUSY)
 	$(BIN)/python -m tests.bench.attention
-	$(BIN)/python -m tests.bench.packing
+	$(BIN)/python -m tests.bench.packing $(BUSY)
 
 bench-data: $(PARITY)/.done  ## pages a second against torch's DataLoader, in the venv of test-parity
-	$(PARITY)/bin/python -m tests.bench.throughput
+	$(PARITY)/bin/python -m tests.bench.throughput $(BUSY)
 
 bench-generate: $(PARITY)/.done  ## generated tokens a second against transformers' generate, in the venv of test-parity
-	$(PARITY)/bin/python -m tests.bench.generation
+	$(PARITY)/bin/python -m tests.bench.generation $(BUSY)
+
+bench-train: $(PARITY)/.done  ## seconds of a training step against torch and transformers, in the venv of test-parity (minutes)
+	$(PARITY)/bin/python -m tests.bench.train $(BUSY)
 
 bench-plans: tpu-compiler  ## the smallest TPU slice for every stage of the paper (an hour)
 	$(BIN)/python -m tests.bench.plans

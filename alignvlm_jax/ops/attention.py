@@ -79,12 +79,15 @@ def self_attention(
         )
     if kernel != "plain" and (chunk := _queries_per_chunk(*query.shape[:3])):
         return _chunked(query, key, value, segment_ids, causal, chunk)
+    on_cpu = kernel != "plain" and mesh_platform() == "cpu"
+    if segment_ids is not None:
+        mask = causal_mask(segment_ids) if causal else same_segment(segment_ids)
+        return (_on_cpu if on_cpu else attention)(query, key, value, mask)
     # Without segments no mask [B, T, T] need be made.
-    if segment_ids is None:
-        return jax.nn.dot_product_attention(query, key, value, is_causal=causal)
-    return attention(
-        query, key, value, causal_mask(segment_ids) if causal else same_segment(segment_ids)
-    )
+    if on_cpu:
+        tri = jnp.tri(query.shape[1], dtype=bool)[None]
+        return _on_cpu(query, key, value, tri if causal else None)
+    return jax.nn.dot_product_attention(query, key, value, is_causal=causal)
 
 
 def _queries_per_chunk(batch: int, length: int, heads: int) -> int | None:
@@ -132,9 +135,8 @@ def _chunked(
         if causal:
             # [1, chunk, T] is the same for all sequences.
             seen.append(jnp.broadcast_to(index[:, :, None] >= index_T, (len(query), chunk, length)))
-        return attention(
-            query, key, value, functools.reduce(jnp.logical_and, seen) if seen else None
-        )
+        attend = _on_cpu if mesh_platform() == "cpu" else attention
+        return attend(query, key, value, functools.reduce(jnp.logical_and, seen) if seen else None)
 
     # Queries that pad the last chunk take index and segment of the last real query, so that each
     # sees a key; what they yield is cut off below.
@@ -148,6 +150,86 @@ def _chunked(
     mixed = jax.lax.map(jax.checkpoint(mix, prevent_cse=False), parts)
     # [chunks, B, chunk, H, h] -> [B, chunks, chunk, H, h] -> [B, T, H, h]
     return mixed.swapaxes(0, 1).reshape(query.shape[0], count * chunk, *query.shape[2:])[:, :length]
+
+
+# XLA compiles a matmul for CPU as [n, summed] x [summed, columns], and copies an operand that lies
+# otherwise: of jax's attention and its derivative these are arrays [B, H, T, S], the largest there
+# are. Here only arrays [B, T, H, h] change their order.
+@jax.custom_vjp
+def _on_cpu(
+    query: Float[Array, "B T H h"],
+    key: Float[Array, "B S K h"],
+    value: Float[Array, "B S K h"],
+    mask: Bool[Array, "n T S"] | None,
+) -> Float[Array, "B T H h"]:
+    """Returns `attention` up to rounding, with a backward pass of its own."""
+    return _on_cpu_forward(query, key, value, mask)[0]
+
+
+def _on_cpu_forward(
+    query: Float[Array, "B T H h"],
+    key: Float[Array, "B S K h"],
+    value: Float[Array, "B S K h"],
+    mask: Bool[Array, "n T S"] | None,
+) -> tuple[Float[Array, "B T H h"], tuple[Float[Array, "..."], ...]]:
+    length, head_dim = query.shape[1::2]
+    # In float32 only the result is rounded; a bfloat16 factor would be rounded as well.
+    scaled = (query.astype(jnp.float32) * head_dim**-0.5).astype(query.dtype)
+    # [B, K, G T, h]: the queries of the G heads that read a key head are rows of one matmul.
+    query_BKnh = _heads_first(scaled, key.shape[2])
+    key_BKSh, value_BKSh = (x.swapaxes(1, 2) for x in (key, value))
+    logits_BKnS = jnp.einsum(
+        "BKnh,BKSh->BKnS", query_BKnh, key_BKSh, preferred_element_type=jnp.float32
+    )
+    if mask is not None:
+        grouped = logits_BKnS.reshape(*logits_BKnS.shape[:2], -1, *mask.shape[1:])
+        # Finite, so that a query that sees no key has equal weights, and not NaN.
+        lowest = 0.7 * jnp.finfo(jnp.float32).min
+        logits_BKnS = jnp.where(mask[:, None, None], grouped, lowest).reshape(logits_BKnS.shape)
+    weights_BKnS = jax.nn.softmax(logits_BKnS, axis=-1).astype(value.dtype)
+    mixed_BKnh = jnp.einsum("BKnS,BKSh->BKnh", weights_BKnS, value_BKSh)
+    saved = query_BKnh, key_BKSh, value_BKSh, weights_BKnS, mixed_BKnh
+    return _heads_last(mixed_BKnh, length), saved
+
+
+def _on_cpu_backward(
+    saved: tuple[Float[Array, "..."], ...], dout: Float[Array, "B T H h"]
+) -> tuple[Float[Array, "B T H h"], Float[Array, "B S K h"], Float[Array, "B S K h"], None]:
+    query_BKnh, key_BKSh, value_BKSh, weights_BKnS, mixed_BKnh = saved
+    length, head_dim = dout.shape[1::2]
+    dout_BKnh = _heads_first(dout, key_BKSh.shape[1])
+    # Transposed, [h, S] and not [S, h], so that what is copied is [n, h] and not [n, S].
+    dvalue_BKhS = jnp.einsum("BKnh,BKnS->BKhS", dout_BKnh, weights_BKnS)
+    dweights_BKnS = jnp.einsum(
+        "BKnh,BKSh->BKnS", dout_BKnh, value_BKSh, preferred_element_type=jnp.float32
+    )
+    # The sum over keys of weights x their gradients is that over h of the result x its gradient.
+    inner_BKn1 = (dout_BKnh.astype(jnp.float32) * mixed_BKnh).sum(-1, keepdims=True)
+    # Masked weights are 0, and so are the gradients of their logits.
+    dlogits_BKnS = (weights_BKnS * (dweights_BKnS - inner_BKn1)).astype(dout.dtype)
+    dquery_BKnh = jnp.einsum("BKnS,BKSh->BKnh", dlogits_BKnS, key_BKSh)
+    dkey_BKhS = jnp.einsum("BKnh,BKnS->BKhS", query_BKnh, dlogits_BKnS)
+    dquery = _heads_last(dquery_BKnh.astype(jnp.float32) * head_dim**-0.5, length)
+    # [B, K, h, S] -> [B, S, K, h]
+    dkey, dvalue = (x.transpose(0, 3, 1, 2) for x in (dkey_BKhS, dvalue_BKhS))
+    return dquery.astype(dout.dtype), dkey, dvalue, None
+
+
+_on_cpu.defvjp(_on_cpu_forward, _on_cpu_backward)
+
+
+def _heads_first(x: Float[Array, "B T H h"], num_kv_heads: int) -> Float[Array, "B K n h"]:
+    """Returns [B, K, G T, h]: of each key head, the rows of the heads that read it."""
+    batch, length, _, head_dim = x.shape
+    grouped = x.reshape(batch, length, num_kv_heads, -1, head_dim)
+    return grouped.transpose(0, 2, 3, 1, 4).reshape(batch, num_kv_heads, -1, head_dim)
+
+
+def _heads_last(x: Float[Array, "B K n h"], length: int) -> Float[Array, "B T H h"]:
+    """The inverse of `_heads_first`."""
+    batch, num_kv_heads, _, head_dim = x.shape
+    grouped = x.reshape(batch, num_kv_heads, -1, length, head_dim)
+    return grouped.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1, head_dim)
 
 
 def mesh_platform() -> str | None:

@@ -20,6 +20,7 @@ from alignvlm_jax.data import filesystem, index, shards
 from alignvlm_jax.data.read_ahead import ReadAhead
 from alignvlm_jax.data.record import Record
 from alignvlm_jax.data.tasks import TASKS
+from tests.bench import machine
 from tests.fake_bucket import FakeBucket
 
 SHARDS = int(os.environ.get("SHARDS", 4000))
@@ -133,5 +134,6 @@ def _write(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(f"{filesystem.THREADS} requests at a time, {LATENCY * 1000:.0f} ms each")
-    main()
+    with machine.watched():
+        print(f"{filesystem.THREADS} requests at a time, {LATENCY * 1000:.0f} ms each")
+        main()

@@ -28,6 +28,7 @@ from alignvlm_jax.inference.sampler import Sampler
 from alignvlm_jax.models.vlm import VLM
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.weights import towers
+from tests.bench import machine
 from tests.weights import apply
 
 BATCH_SIZES = (1, 8, 32)
@@ -69,10 +70,6 @@ def main() -> None:
                 "|",
                 flush=True,
             )
-    print(
-        f"\nLoad average {os.getloadavg()[2]:.1f}, of which this program is {NUM_THREADS}: more "
-        "is other work."
-    )
 
 
 def random_llama() -> torch.nn.Module:
@@ -159,9 +156,10 @@ def race(*runs: Callable[[], np.ndarray]) -> list[float]:
 
 
 if __name__ == "__main__":
-    print(
-        f"jax {jax.__version__}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}",
-        flush=True,
-    )
-    main()
+    with machine.watched():
+        print(
+            f"jax {jax.__version__}, torch {torch.__version__}, transformers "
+            f"{transformers.__version__}",
+            flush=True,
+        )
+        main()

@@ -8,7 +8,6 @@ WEIGHTS with pages of one tile, two sequences a step and nothing rematerialised.
 """
 
 import dataclasses
-import os
 import pathlib
 import sys
 import time
@@ -24,6 +23,7 @@ from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.train import optim, restore, state, step, warm_start
+from tests.bench import machine
 
 LORA = LoraConfig(rank=16)
 VARIANTS = {
@@ -64,7 +64,6 @@ def main(weights: pathlib.Path, data: str, rounds: int) -> None:
             f"{seconds / full:.2f} |",
             flush=True,
         )
-    print(f"load of the machine: {os.getloadavg()}", flush=True)
 
 
 class Run:
@@ -101,4 +100,5 @@ class Run:
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]), sys.argv[2], int((*sys.argv[3:], 5)[0]))
+    with machine.watched():
+        main(pathlib.Path(sys.argv[1]), sys.argv[2], int((*sys.argv[3:], 5)[0]))

@@ -20,6 +20,7 @@ from alignvlm_jax.data.sampler import Mixed
 from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.presets import LLM, VISION
 from alignvlm_jax.train.metrics import peak_memory_gib
+from tests.bench import machine
 
 NUM_RECORDS = 8_100_000  # CC-12M, as the paper's first stage has it
 SEQ_LEN = 8192
@@ -168,4 +169,5 @@ def measure_epoch() -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    main()
+    with machine.watched():
+        main()

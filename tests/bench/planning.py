@@ -18,6 +18,7 @@ from alignvlm_jax import presets
 from alignvlm_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from alignvlm_jax.data.lengths import Lengths
 from alignvlm_jax.data.sampler import Mixed
+from tests.bench import machine
 
 CONFIG = Config(
     model=ModelConfig(vision=presets.VISION["tiny"]),
@@ -68,4 +69,5 @@ def _seconds(
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 8_000_000)
+    with machine.watched():
+        main(int(sys.argv[1]) if len(sys.argv) > 1 else 8_000_000)

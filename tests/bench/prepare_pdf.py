@@ -14,6 +14,7 @@ from alignvlm_jax.ingest import job
 from alignvlm_jax.ingest.formats import sandboxed
 from alignvlm_jax.ingest.formats.pdf.document import Pdf
 from alignvlm_jax.ingest.writer import Request
+from tests.bench import machine
 
 
 def main(folder: str, tokenizer: str) -> None:
@@ -31,4 +32,5 @@ def main(folder: str, tokenizer: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with machine.watched():
+        main(*sys.argv[1:])

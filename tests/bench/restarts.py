@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.bench import machine
 from tests.pod.slices import REPOSITORY
 
 FLAGS = ["--config=configs/demo.py", "--config.data.dir=data/demo"]
@@ -112,4 +113,5 @@ def _step(line: str) -> float:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3, sys.argv[2:])
+    with machine.watched():
+        main(int(sys.argv[1]) if len(sys.argv) > 1 else 3, sys.argv[2:])

@@ -22,6 +22,7 @@ from alignvlm_jax.data import lengths
 from alignvlm_jax.data.index import Index
 from alignvlm_jax.data.sampler import Mixed
 from alignvlm_jax.data.tasks import TASKS
+from tests.bench import machine
 
 TASK = "answer_and_transcribe"
 CONFIG = Config(
@@ -84,4 +85,5 @@ def _peak() -> float:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 50_000_000)
+    with machine.watched():
+        main(int(sys.argv[1]) if len(sys.argv) > 1 else 50_000_000)

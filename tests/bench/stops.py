@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.bench import machine
 from tests.stress import runs, workload
 
 SIZES = {
@@ -71,4 +72,5 @@ def _fetched(attempt: runs.Attempt, count: int) -> list[float]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 6)
+    with machine.watched():
+        main(int(sys.argv[1]) if len(sys.argv) > 1 else 6)

@@ -15,6 +15,7 @@ from alignvlm_jax import storage
 from alignvlm_jax.train import metrics
 from alignvlm_jax.train.checkpoint import Checkpoints
 from alignvlm_jax.train.state import TrainState
+from tests.bench import machine
 from tests.fake_bucket import FakeBucket
 
 LATENCY = 0.05
@@ -71,4 +72,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with machine.watched():
+        main()

@@ -29,6 +29,7 @@ from alignvlm_jax.config import Config, DataConfig, LLMConfig, ModelConfig, Trai
 from alignvlm_jax.data import images, loader, shards
 from alignvlm_jax.data import tokenizers as our_tokenizers
 from alignvlm_jax.data.record import Record, Turn
+from tests.bench import machine
 
 NUM_PAGES = 128
 BATCH = 8
@@ -191,9 +192,10 @@ def theirs(folder: Path, records: list[Record]):
 
 
 if __name__ == "__main__":
-    print(
-        f"grain {grain.__version__}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}",
-        flush=True,
-    )
-    main()
+    with machine.watched():
+        print(
+            f"grain {grain.__version__}, torch {torch.__version__}, transformers "
+            f"{transformers.__version__}",
+            flush=True,
+        )
+        main()

@@ -25,7 +25,7 @@ from alignvlm_jax.ops.vocab_average import Norm, vocab_average
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.plan import hardware
-from tests.bench import memory
+from tests.bench import machine, memory
 from tests.bench.memory import Memory
 
 CONFIG = Config(
@@ -173,4 +173,5 @@ def _shardings(mesh: jax.sharding.Mesh, *specs: tuple) -> list[jax.sharding.Name
 
 
 if __name__ == "__main__":
-    main()
+    with machine.watched():
+        main()

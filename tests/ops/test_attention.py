@@ -159,10 +159,11 @@ def test_equals_reference(
         np.testing.assert_allclose(result, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
 
 
-def test_splash_keeps_bfloat16(any_mesh):
+@pytest.mark.parametrize("kernel", ["xla", "splash"])
+def test_kernels_keep_bfloat16(any_mesh, kernel):
     arrays = draw(40, 4, 2, 8, jnp.bfloat16)
     segment_ids = SEGMENTS[:, 95:135]
-    ours = functools.partial(attention.self_attention, causal=True, kernel="splash")
+    ours = functools.partial(attention.self_attention, causal=True, kernel=kernel)
     expected = with_gradients(functools.partial(reference, causal=True), segment_ids)(
         *map(np.float32, arrays)
     )
@@ -203,6 +204,17 @@ def test_chunks_are_bounded_and_sharded(mesh, monkeypatch):
     sizes = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"\w+\[([\d,]+)\]", text)]
     assert max(sizes) == 2 * 7 * length  # on a device: 2 heads, 7 queries of a row
     assert "all-gather" not in text and "all-to-all" not in text
+
+
+def test_no_weights_are_copied_on_cpu():
+    """Nor brought into another order, which took half of attention's time."""
+    arrays = draw(96, 4, 2, 8)
+    ours = functools.partial(attention.self_attention, causal=True, kernel="xla")
+    with mesh_lib.use(mesh_lib.single_device()):
+        run = with_gradients(ours, SEGMENTS[:, :96])
+        text = run.lower(*arrays).compile().as_text()
+    copied = re.findall(r"= f32\[([\d,]+)\]\S* (?:copy|transpose)\(", text)
+    assert copied and max(math.prod(map(int, dims.split(","))) for dims in copied) == arrays[0].size
 
 
 @pytest.mark.parametrize(
