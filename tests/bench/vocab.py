@@ -24,7 +24,7 @@ from alignvlm_jax.ops.cross_entropy import token_losses
 from alignvlm_jax.ops.vocab_average import Norm, vocab_average
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
-from alignvlm_jax.plan import hardware
+from alignvlm_jax.plan import hardware, hlo
 from tests.bench import machine, memory
 from tests.bench.memory import Memory
 
@@ -37,14 +37,21 @@ COLUMNS = 2048
 SIZES = [(rows, words) for words in (32_768, 128_256, 256_512) for rows in (2048, 8192, 32_768)]
 WIDTH = 2048
 ROUNDS = 7
+PATCHES = 7290  # of 10 tiles, a sequence of the paper's
+WIDTH_8B = 4096
+VOCAB_8B = 128_256
+SLICES = [("v5p:4x4x4", 4), ("v5e:4x4", 1), ("v6e:4x4", 1)]
+"""Slices, and sequences a chip."""
+CHUNK_SIZES_MIB = (64, 256, 512)
 
 
 def main() -> None:
     """Prints the tables that docs/results.md shows."""
     if hardware.has_tpu_compiler():
         print_memory()
+        print_cycles()
     else:
-        print("no table of memory: libtpu is not installed (requirements-tpu.txt)")
+        print("no tables of TPUs: libtpu is not installed (requirements-tpu.txt)")
     print_time()
 
 
@@ -92,6 +99,57 @@ def align_memory(
     scale = jax.ShapeDtypeStruct((words,), jnp.float32, sharding=words_only)
     out = by_rows, (by_rows, wide, tall, words_only, words_only)
     return memory.of(step, out, x, head, table, scale, scale, x)
+
+
+def print_cycles() -> None:
+    """Seconds of ALIGN, forward and backward, by the compiler's cycles; without collectives, which
+    have none."""
+    print(f"ALIGN, D {WIDTH_8B:,}, V {VOCAB_8B:,}, seconds by the compiler's cycles\n")
+    print("| | sequences a chip | at the peak |", end="")
+    print("|".join(f" {size} MiB " for size in CHUNK_SIZES_MIB), "| temporaries, GiB |")
+    print("|---" * (4 + len(CHUNK_SIZES_MIB)) + "|")
+    for name, sequences in SLICES:
+        topology = hardware.parse_topology(name)
+        rows = sequences * PATCHES
+        peak = 12 * rows * WIDTH_8B * VOCAB_8B / (topology.chip.tflops * 1e12)
+        print(f"| {name} | {sequences} | {peak:.2f} |", end="", flush=True)
+        for size in CHUNK_SIZES_MIB:
+            seconds, temporaries = align_seconds(topology, rows, size)
+            print(f" {seconds:.2f} |", end="", flush=True)
+        print(f" {temporaries:.2f} |", flush=True)
+    print()
+
+
+def align_seconds(
+    topology: hardware.Topology, rows: int, chunk_size_mib: float
+) -> tuple[float, float]:
+    """Seconds of ALIGN's forward and backward pass on a chip with so many rows, and GiB of
+    temporaries."""
+    devices = hardware.compile_only_devices(topology)
+    mesh_config = MeshConfig(data=1, fsdp=len(devices), tensor=1)
+    num_rows = rows * len(devices)
+    with mesh_lib.use(mesh_lib.make_mesh(mesh_config, CONFIG.model, None, devices)) as mesh:
+        chunk = columns_per_chunk("auto", chunk_size_mib, num_rows, VOCAB_8B)
+
+        def step(x, head, table, scale, bias, back):
+            def run(x, head, table, scale, bias):
+                return vocab_average(x, head, table, Norm(scale, bias, 1e-5), chunk=chunk).average
+
+            average, pull = jax.vjp(run, x, head, table, scale, bias)
+            return average, pull(back)
+
+        by_rows, wide, tall, whole = _shardings(mesh, ("fsdp",), ("fsdp",), (None, "fsdp"), ())
+        x = jax.ShapeDtypeStruct((num_rows, WIDTH_8B), jnp.bfloat16, sharding=by_rows)
+        head = jax.ShapeDtypeStruct((WIDTH_8B, VOCAB_8B), jnp.float32, sharding=wide)
+        table = jax.ShapeDtypeStruct((VOCAB_8B, WIDTH_8B), jnp.float32, sharding=tall)
+        scale = jax.ShapeDtypeStruct((VOCAB_8B,), jnp.float32, sharding=whole)
+        out = by_rows, (by_rows, wide, tall, whole, whole)
+        arguments = (x, head, table, scale, scale, x)
+        compiled = jax.jit(step, out_shardings=out).lower(*arguments).compile()
+    runs = hlo.parse(compiled.as_text()).runs()
+    cycles = sum(run.times * run.op.cycles for run in runs if not run.is_fused)
+    temporaries = compiled.memory_analysis().temp_size_in_bytes / memory.GIB
+    return cycles / (topology.chip.ghz * 1e9), temporaries
 
 
 def loss_memory(mesh: jax.sharding.Mesh, words: int, chunk: int | None) -> Memory | None:
