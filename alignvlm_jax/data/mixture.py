@@ -167,6 +167,10 @@ class Mixture:
         plan = packing.plan(tokens, tiles, self._seq_len, self._max_tiles, seed, number)
         return Epoch(number, begin, plan, records, tasks, tokens)
 
+    def count_tiles(self, records: np.ndarray) -> int:
+        """Returns how many tiles some records have together, whose lengths are known."""
+        return int(self._lengths.tiles[records].sum(dtype=np.int64))
+
     @functools.cached_property
     def causes(self) -> list[Any]:
         """What decides about the epochs, in short; the last is the way of planning itself."""

@@ -134,6 +134,7 @@ class Told(NamedTuple):
     index: int
     records: np.ndarray  # int64 [sources]
     tokens: np.ndarray  # int64 [sources]
+    tiles: int  # of all sources
 
 
 class Mixed:
@@ -157,6 +158,7 @@ class Mixed:
         self._is_packed = known is not None
         self._seed = seed
         self._seq_len = data.seq_len
+        self._max_tiles = data.max_tiles
         self._num_sequences = num_sequences
         self._lock = threading.Lock()
         # Of every epoch known so far; the last is the end of the last of them.
@@ -189,20 +191,20 @@ class Mixed:
         """See Schedule.
 
         They grow over epochs; `packing_efficiency` is the fraction of all positions so far that
-        were planned for tokens.
+        were planned for tokens, and `tile_efficiency` that of the places for tiles which have one.
         """
         # Counted on from the place told last; asked of an earlier one, from the beginning.
         told = self._told if self._told.index <= next_sequence else self._told_nothing()
         while told.index < next_sequence:
             told = self._tell(told, next_sequence)
-        self._told = index, records, tokens = told
+        self._told = index, records, tokens, tiles = told
         result = {"epoch": self._progress(index)} | self._by_source("records", records)
         if not self._is_packed:
             return result
-        packing_efficiency = float(tokens.sum() / max(index * self._seq_len, 1))
-        return (
-            result | self._by_source("tokens", tokens) | {"packing_efficiency": packing_efficiency}
-        )
+        planned = max(index, 1)
+        result |= self._by_source("tokens", tokens)
+        result["packing_efficiency"] = float(tokens.sum() / (planned * self._seq_len))
+        return result | {"tile_efficiency": tiles / (planned * self._max_tiles)}
 
     def state(self) -> dict[str, Any]:
         """See Schedule."""
@@ -214,21 +216,22 @@ class Mixed:
             "row": told.index,
             "records": told.records.tolist(),
             "tokens": told.tokens.tolist(),
+            "tiles": told.tiles,
         }
         return values | {"digest": self._digest(values)}
 
     def restore(self, state: Mapping[str, Any]) -> bool:
         """See Schedule."""
         values = {name: value for name, value in state.items() if name != "digest"}
-        if state.get("digest") != self._digest(values):
+        # Versions before told no tiles: what they planned is planned again, and counted.
+        if state.get("digest") != self._digest(values) or "tiles" not in values:
             return False
         with self._lock:
             # Begins are the same wherever they are known: the longer list holds the shorter.
             if len(values["begins"]) > len(self._begins):
                 self._begins = list(values["begins"])
-            self._told = Told(
-                values["row"], *(np.array(values[name], np.int64) for name in ("records", "tokens"))
-            )
+            records, tokens = (np.array(values[name], np.int64) for name in ("records", "tokens"))
+            self._told = Told(values["row"], records, tokens, values["tiles"])
         return True
 
     def epoch_at(self, index: int) -> Epoch:
@@ -249,12 +252,12 @@ class Mixed:
 
     def _tell(self, told: Told, next_sequence: int) -> Told:
         """Adds the sequences up to `next_sequence` or the end of an epoch."""
-        index, records, tokens = told
+        index, records, tokens, tiles = told
         # A whole epoch without lengths needs no plan: it takes of each source what it always does.
         whole = list(self._mixture.counts.values())
         size = sum(whole)
         if not self._is_packed and index % size == 0 and index + size <= next_sequence:
-            return Told(index + size, records + whole, tokens)
+            return Told(index + size, records + whole, tokens, tiles)
         epoch = self.epoch_at(index)
         end = min(next_sequence, epoch.end)
         places = epoch.places(index, end)
@@ -264,7 +267,8 @@ class Mixed:
             # As floats, bincount's weights, whole numbers are exact up to 2**53.
             added = np.bincount(sources, weights=epoch.tokens[places], minlength=len(tokens))
             tokens = tokens + added.astype(np.int64)
-        return Told(end, records, tokens)
+            tiles = tiles + self._mixture.count_tiles(epoch.records[places])
+        return Told(end, records, tokens, tiles)
 
     def _progress(self, index: int) -> float:
         """Epochs in the sequences before number `index`."""
@@ -341,7 +345,7 @@ class Mixed:
 
     def _told_nothing(self) -> Told:
         nothing = np.zeros(len(self._mixture.sources), np.int64)
-        return Told(0, nothing, nothing)
+        return Told(0, nothing, nothing, 0)
 
     def _by_source(self, name: str, counts: np.ndarray) -> dict[str, float]:
         return {

@@ -104,7 +104,7 @@ def test_counters_are_those_of_the_rows_before(known):
     rows = mixed(data_config(), SIZES, known, [0, 1])
     end = rows.epoch_at(rows.epoch_at(0).end).end  # of two epochs
     seen = collections.Counter()
-    tokens = 0
+    tokens = tiles = 0
     for row in range(end + 5):
         counted = rows.counters(row)
         assert {name: counted[f"records/{name}"] for name in SOURCES} == {
@@ -113,10 +113,13 @@ def test_counters_are_those_of_the_rows_before(known):
         if known is not None:
             assert sum(counted[f"tokens/{name}"] for name in SOURCES) == tokens
             assert counted["packing_efficiency"] == pytest.approx(tokens / (SEQ_LEN * max(row, 1)))
+            places = data_config().max_tiles * max(row, 1)
+            assert counted["tile_efficiency"] == pytest.approx(tiles / places)
         for pick in rows.picks(row):
             seen["abc"[np.searchsorted(np.cumsum(SIZES), pick.record, side="right")]] += 1
             if known is not None:
                 tokens += known.tokens[("answer", "transcribe").index(pick.task), pick.record]
+                tiles += known.tiles[pick.record]
     assert rows.counters(end)["epoch"] == 2.0 and rows.counters(0)["epoch"] == 0.0
     # Whoever comes later counts the same, whatever was asked for before.
     fresh = mixed(data_config(), SIZES, known, [0, 1])
@@ -214,6 +217,17 @@ def test_a_damaged_state_is_not_taken(change):
     fresh = planned()
     assert not fresh.restore(change(rows.state()))
     assert fresh.counters(row) == expected
+
+
+def test_a_state_without_tiles_is_planned_again():
+    """As versions before wrote it: nothing else is wrong with it."""
+    rows = planned()
+    row = rows.epoch_at(0).end + 1
+    expected = rows.counters(row)
+    state = {name: value for name, value in rows.state().items() if name not in ("tiles", "digest")}
+    fresh = planned()
+    assert not fresh.restore(state | {"digest": rows._digest(state)})
+    assert fresh.counters(row) == expected and expected["tile_efficiency"] > 0
 
 
 def test_a_state_of_other_rows_is_not_taken(monkeypatch):

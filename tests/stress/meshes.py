@@ -24,7 +24,16 @@ PLACES = [
 ]
 """Slices whose order of devices is copied, processes, and the sizes of data, fsdp and tensor."""
 TOLERANCE = 1e-5
-COUNTED = ("step", "epoch", "records/", "tokens/", "packing_efficiency", "skipped", "learning_rate")
+COUNTED = (
+    "step",
+    "epoch",
+    "records/",
+    "tokens/",
+    "packing_efficiency",
+    "tile_efficiency",
+    "skipped",
+    "learning_rate",
+)
 """Names that begin so are to be equal."""
 NOT_SUMMED = ("unsupervised_records",)
 """Of one process's own rows."""

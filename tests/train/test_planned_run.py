@@ -30,6 +30,7 @@ from tests.train import fake_run
 COUNTERS = (
     "epoch",
     "packing_efficiency",
+    "tile_efficiency",
     "unsupervised_records",
     *(f"{what}/{name}" for what in ("records", "tokens") for name in "ab"),
 )
