@@ -8,8 +8,8 @@ It trains Llama 3.2 3B in LLaVA-NeXT's two stages.
 
 `--config=low_resource:align` (or another). The paper does not say whether its batches are of a
 device or of all: here they are of all. It uses LLaVA's grids of up to 6 x 6 tiles within nine; here
-they are those of `data.images`. Optimizer and sequence length: as in `paper.py`. Start from
-published weights: --config.init_from=weights/mine
+they are those of `data.images`. Optimizer: as in `paper.py`. Start from published weights:
+--config.init_from=weights/mine
 """
 
 import math
@@ -29,7 +29,10 @@ def get_config(connector: str = "align") -> ml_collections.ConfigDict:
     config.name = f"low_resource_{connector}"
     paper.set_model(config, "llama32_3b")
     config.model.connector.name = connector
-    paper.set_lengths(config, 2048)
+    config.data.max_tiles = paper.MAX_TILES
+    config.data.use_overview = True
+    # One record, of all tiles and 2,048 tokens of text: a batch of 8 is too small to pack.
+    config.data.seq_len = 19 * paper.BLOCK
     config.data.tasks = {"answer": 1.0}
     config.train.patch_token_weight = 0.0
     config.train.validate_every = config.train.checkpoint_every = 1000

@@ -6,7 +6,12 @@ schedule, warm-up, weight decay, precision, or number of image tokens; these are
 
     an overview tile beside the 9       as Ovis v1.6 does, whose tiling the paper cites
     text length beside image tokens     the paper does not say whether its lengths count them
-    seq_len a multiple of 128           attention kernels work on blocks of 128
+    offline packing                     alone in a sequence, records leave a third to half unused
+    20 tiles a sequence                 two pages of ten or four photos of five: any sizes fill it
+                                        (docs/results.md, "The paper's stages packed")
+    seq_len a multiple of 512           attention kernels work on blocks of 512
+    batches of 2^n sequences            they divide over chips; the closest to the paper's records
+    steps by records                    as many as see the paper's number of them
     AdamW 0.9, 0.95, decay 0.1, clip 1  usual for Llamas of this size
     warm-up 3 %, cosine to 0            LLaVA's, on which the paper's low-resource study is built
     bfloat16 compute, float32 masters   what TPUs are made for
@@ -24,6 +29,10 @@ from alignvlm_jax.configs import demo
 from alignvlm_jax.errors import nearest
 
 MAX_TILES = 9 + 1  # and the overview
+"""Of a record."""
+SEQUENCE_TILES = 2 * MAX_TILES
+BLOCK = 512
+"""Tokens that attention kernels work on at a time."""
 LLMS = ("llama32_1b", "llama32_3b", "llama31_8b")
 
 
@@ -35,8 +44,11 @@ class Stage:
       name: name of the stage.
       num_records: number of records of its data.
       epochs: number of passes over them.
-      text_length: tokens of text in a sequence, beside image tokens.
-      batch_size: sequences in a batch, by LLM.
+      text_length: tokens of text of a record, beside image tokens.
+      seq_len: tokens of a packed sequence; it has `SEQUENCE_TILES`.
+      records_per_sequence: records that are packed into a sequence on average, of data as
+        `tests/paper_data.py` has them: the stage says at its start how many there are.
+      batch_size: records in a batch, by LLM.
       learning_rate: peak learning rate, by LLM.
       trainable: patterns of the parameters that are trained.
     """
@@ -45,9 +57,16 @@ class Stage:
     num_records: int
     epochs: int
     text_length: int
+    seq_len: int
+    records_per_sequence: float
     batch_size: dict[str, int]
     learning_rate: dict[str, float]
     trainable: tuple[str, ...] = (".*",)
+
+    def num_sequences(self, llm: str) -> int:
+        """Returns the packed sequences in a batch: the power of two whose records are the closest
+        to `batch_size`, by their ratio."""
+        return 2 ** round(math.log2(self.batch_size[llm] / self.records_per_sequence))
 
 
 def by_llm(*values: float) -> dict[str, float]:
@@ -69,11 +88,15 @@ def make_config(stage: Stage, llm: str) -> ml_collections.ConfigDict:
     config.name = f"{stage.name}_{llm}"
     set_model(config, llm)
     config.data.dir = f"data/{stage.name}"
-    set_lengths(config, stage.text_length)
+    set_packing(config, stage.seq_len)
     config.data.tasks = {"answer": 1.0}
     config.data.images_first = True
-    config.train.batch_size = stage.batch_size[llm]
-    config.train.num_steps = stage.num_records * stage.epochs // stage.batch_size[llm]
+    batch_size = stage.num_sequences(llm)
+    config.train.batch_size = batch_size
+    config.train.num_records = stage.num_records * stage.epochs
+    config.train.num_steps = math.ceil(
+        config.train.num_records / (batch_size * stage.records_per_sequence)
+    )
     config.train.trainable = stage.trainable
     config.train.patch_token_weight = 0.0
     config.train.log_every = 10
@@ -81,7 +104,7 @@ def make_config(stage: Stage, llm: str) -> ml_collections.ConfigDict:
     # So that a lost host costs less than 10 minutes on average, also on the smallest slice, where a
     # step of 8B takes 8.4 minutes. Training continues while checkpoints are written.
     config.train.checkpoint_minutes = 8.0
-    config.train.validation_sequences = 4 * stage.batch_size[llm]
+    config.train.validation_sequences = 4 * batch_size
     set_optimizer(config, stage.learning_rate[llm])
     config.optim.warmup_steps = math.ceil(0.03 * config.train.num_steps)
     config.stages = {stage.name: {}}
@@ -105,12 +128,13 @@ def set_model(config: ml_collections.ConfigDict, llm: str) -> None:
     config.eval.splits = demo.SPLITS
 
 
-def set_lengths(config: ml_collections.ConfigDict, text_length: int) -> None:
-    """Sets the tiles of a page, and the sequence length that fits all of them and a text."""
-    patches = presets.VISION["siglip_so400m_14_384"].num_patches
-    config.data.max_tiles = MAX_TILES
+def set_packing(config: ml_collections.ConfigDict, seq_len: int) -> None:
+    """Sets the tiles of a record, and what a packed sequence of several has room for."""
+    config.data.packing = "offline"
     config.data.use_overview = True
-    config.data.seq_len = math.ceil((MAX_TILES * patches + text_length) / 128) * 128
+    config.data.record_tiles = MAX_TILES
+    config.data.max_tiles = SEQUENCE_TILES
+    config.data.seq_len = seq_len
 
 
 def set_optimizer(config: ml_collections.ConfigDict, learning_rate: float) -> None:

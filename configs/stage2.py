@@ -13,6 +13,8 @@ STAGE = paper.Stage(
     num_records=7_500_000,
     epochs=1,
     text_length=2048,
+    seq_len=32 * paper.BLOCK,
+    records_per_sequence=2.4,
     batch_size=paper.by_llm(512, 256, 256),
     learning_rate=paper.by_llm(5e-5, 5e-5, 1e-5),
 )

@@ -841,6 +841,7 @@ def test_a_config_json_from_before_fields_had_to_be_given_is_read():
     old = renamed.stage(old)
     # Came later; the defaults of the others are held by the file.
     del new["train"]["jit"], new["run_id"], new["data"]["images_first"], new["lora"]
+    del new["train"]["num_records"]
     del new["train"]["bfloat16_params"], new["optim"]["name"], new["optim"]["moment_dtype"]
     del new["model"]["llm"]["context_length"]
     options = ("qkv_bias", "qk_norm", "no_rope_every")

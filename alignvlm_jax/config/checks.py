@@ -72,6 +72,7 @@ AT_LEAST: dict[str, int] = {
     "lora.rank": 0,
     "train.num_steps": 1,
     "train.batch_size": 1,
+    "train.num_records": 0,
     "train.patch_token_weight": 0,
     "train.z_loss": 0,
     "train.log_every": 1,

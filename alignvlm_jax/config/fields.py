@@ -273,6 +273,9 @@ class TrainConfig:
 
     num_steps: int = MISSING  # Steps of the optimizer.
     batch_size: int = MISSING  # Packed sequences of a step, over all devices.
+    # Records that these steps are meant for, over all epochs: where offline packing puts others
+    # into their sequences, a line says so, and how many steps would hold them. 0: not compared.
+    num_records: int = 0
     grad_accum_steps: int = 1  # Microbatches that a step is computed in; divides batch_size.
     # Regular expressions of parameter paths, matched whole: these are trained, the rest is frozen.
     trainable: tuple[str, ...] = (".*",)

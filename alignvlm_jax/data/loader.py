@@ -5,6 +5,7 @@ number.
 """
 
 import bisect
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,9 @@ from alignvlm_jax.data.sampler import Schedule
 from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.data.tasks import TASKS
 from alignvlm_jax.errors import UserError, nearest
+
+NUM_RECORDS_TOLERANCE = 0.01
+"""Fraction by which the records of a stage's steps may differ from `train.num_records`."""
 
 
 class TrainSequences:
@@ -54,6 +58,7 @@ class TrainSequences:
         self._split = split
         self._opened = opened
         self._sources = [opened.records(folder, split) for folder in data.folders]
+        self._train = config.train
         self._num_sequences = config.train.num_steps * config.train.batch_size
         sizes = [len(source) for source in self._sources]
         # Records are numbered over all sources: of the first from starts[0] on, and so on.
@@ -113,6 +118,32 @@ class TrainSequences:
         parts = ", ".join(f"{counts[task]:,} of {total:,} for {task}" for task in lacking)
         return f"; by the index, text have {parts}, and packing offline leaves the others out"
 
+    def about_packing(self) -> str:
+        """Returns how the first epoch is packed, and where the stage's steps do not hold
+        `train.num_records`, how many would; nothing without offline packing. That epoch is planned
+        for it: seconds, where it has millions of records."""
+        if self.builder.data.packing != "offline":
+            return ""
+        train = self._train
+        epoch = self.schedule.epoch_at(0)
+        counters = self.schedule.counters(epoch.end)
+        each = len(epoch.records) / epoch.end
+        held = round(self._num_sequences * each)
+        wanted = train.num_records
+        about = (
+            f"stage {self._stage!r}: {each:.2f} records a packed sequence, "
+            f"{counters['packing_efficiency']:.1%} of its tokens and "
+            f"{counters['tile_efficiency']:.1%} of its tiles used; {train.num_steps:,} steps of "
+            f"{train.batch_size} hold {held:,} records, {held / len(epoch.records):.2f} epochs"
+        )
+        if not wanted or abs(held / wanted - 1) <= NUM_RECORDS_TOLERANCE:
+            return about
+        steps = math.ceil(wanted / (train.batch_size * each))
+        return (
+            f"{about}; for config.train.num_records {wanted:,}: "
+            f"--config.{self._prefix()}train.num_steps={steps}"
+        )
+
     def remedy(self) -> str:
         """Returns what to type where records lack text for a task but not for all others."""
         counts = self._records_with_text()
@@ -120,10 +151,13 @@ class TrainSequences:
         others = [task for task in ("transcribe", "answer") if counts.get(task)]
         if not missing or not others:
             return ""
-        stage = "" if self._stage == "train" else f"stages.{self._stage}."
         flags = [f"{others[0]}=1", *(f"{task}=0" for task in missing)]
-        typed = " ".join(f"--config.{stage}data.tasks.{flag}" for flag in flags)
+        typed = " ".join(f"--config.{self._prefix()}data.tasks.{flag}" for flag in flags)
         return f"; {counts[others[0]]:,} have it for {others[0]}: {typed}"
+
+    def _prefix(self) -> str:
+        """What stands before a field of the stage in a flag."""
+        return "" if self._stage == "train" else f"stages.{self._stage}."
 
     def _tasks(self) -> list[str]:
         return [task for task, weight in self.builder.data.tasks.items() if weight]

@@ -29,7 +29,7 @@ LONG_STEP_SECONDS = 60.0
 
 def open_stages(stages: tuple[Config, ...]) -> list[StageData]:
     """Returns the data of each stage, opened. A tokenizer that stages share is read once. A stage
-    that is far too large for this machine's CPU is told on stderr.
+    that is far too large for this machine's CPU is told on stderr, and so is how it is packed.
 
     Raises:
       UserError: a stage asks for what is not there: a connector, a mesh for its batch, sizes that
@@ -51,7 +51,7 @@ def open_stages(stages: tuple[Config, ...]) -> list[StageData]:
             )
         opened = StageData.open(config.data, config.model, tokenizers)
         # Both are made for what they raise.
-        loader.TrainSequences(config, config.data.split, opened)
+        sequences = loader.TrainSequences(config, config.data.split, opened)
         validation.by_source(config, opened)
         for folder in config.data.folders:
             # Checkpoints hold it: a damaged one would be told at the first save.
@@ -78,6 +78,9 @@ def open_stages(stages: tuple[Config, ...]) -> list[StageData]:
         if before is not None:
             warm_start.loaded_paths(config.train, state.flatten(before))
         before = shapes[key]
+        # The last thing of a stage: what is wrong with it should not wait for a plan.
+        if distributed.is_main() and (about := sequences.about_packing()):
+            logs.say(about)
     seconds, stage = slowest
     if seconds > LONG_STEP_SECONDS and distributed.is_main():
         logs.say(

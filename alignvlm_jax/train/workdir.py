@@ -34,6 +34,7 @@ RESUMABLE_FIELDS = (
     "data.sources.*.dir",
     "data.num_threads",
     "data.prefetch",
+    "train.num_records",
     "train.log_every",
     "train.keep_checkpoints",
     "train.checkpoint_every",

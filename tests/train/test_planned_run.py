@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import io
 import json
+import math
 import os
 import signal
 import weakref
@@ -23,7 +24,7 @@ from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import assistant, sampler
-from alignvlm_jax.train import loop, step
+from alignvlm_jax.train import loop, preflight, step
 from tests.conftest import EVAL_QUESTION, random_record, tiny_config
 from tests.train import fake_run
 
@@ -112,6 +113,30 @@ def train(config: Config, workdir: Path, monkeypatch, stop_at: int | None = None
 
 def lines(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_what_is_packed_is_told_and_the_steps_that_hold_the_records_wanted(config, capsys):
+    """Before anything is compiled; typed as it stands, the flag is right."""
+
+    def told(**fields) -> str:
+        planned = dataclasses.replace(config, train=dataclasses.replace(config.train, **fields))
+        preflight.open_stages((planned,))
+        return capsys.readouterr().err
+
+    rows = loader.TrainSequences(config, "train").schedule
+    counters = rows.counters(rows.epoch_at(0).end)
+    each = (counters["records/a"] + counters["records/b"]) / rows.epoch_at(0).end
+    line = told()
+    assert line.startswith(f"stage 'planned': {each:.2f} records a packed sequence, ")
+    assert f"{counters['packing_efficiency']:.1%} of its tokens" in line
+    assert f"{counters['tile_efficiency']:.1%} of its tiles used; 6 steps of 8 hold" in line
+    assert f"hold {round(48 * each)} records" in line and "--config" not in line
+    flag = told(num_records=5000).rpartition("--config.stages.planned.train.num_steps=")[2]
+    assert int(flag) == math.ceil(5000 / (8 * each))
+    assert "--config" not in told(num_records=5000, num_steps=int(flag))
+    unpacked = dataclasses.replace(config.data, packing="none")
+    preflight.open_stages((dataclasses.replace(config, data=unpacked),))
+    assert capsys.readouterr().err == ""
 
 
 def test_a_stopped_run_counts_and_learns_as_one_that_was_not(config, tmp_path, monkeypatch):
