@@ -2,11 +2,15 @@
 the longest.
 
 python -m tests.bench.packing            (make bench; a minute)
+python -m tests.bench.packing stages     the paper's stages, before and after, alone
 """
 
+import dataclasses
 import multiprocessing
+import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,11 +22,18 @@ from alignvlm_jax.data.lengths import Lengths
 from alignvlm_jax.data.loader import TrainSequences
 from alignvlm_jax.data.sampler import Mixed
 from alignvlm_jax.data.stage_data import StageData
+from alignvlm_jax.models import vlm
+from alignvlm_jax.parallel import mesh as mesh_lib
+from alignvlm_jax.plan import flops
 from alignvlm_jax.presets import LLM, VISION
+from alignvlm_jax.train import state
 from alignvlm_jax.train.metrics import peak_memory_gib
+from tests import paper_data
 from tests.bench import machine
+from tests.paper_data import Padding
 
 NUM_RECORDS = 8_100_000  # CC-12M, as the paper's first stage has it
+ALL_RECORDS = 12_400_000  # and all of it
 SEQ_LEN = 8192
 MAX_TILES = 11
 PATCHES = 729
@@ -60,8 +71,11 @@ MIXES = {
 }
 
 
-def main() -> None:
+def main(args: list[str]) -> None:
     """Prints the tables that docs/results.md shows."""
+    print_stages()
+    if args == ["stages"]:
+        return
     print(
         f"| rows of {SEQ_LEN} tokens and {MAX_TILES} tiles, 1,000,000 records: fill | plan | "
         "in order | padded |"
@@ -81,10 +95,108 @@ def main() -> None:
     for name, measure in (
         ("the plan alone", measure_plan),
         ("an epoch: mixture, tasks, plan", measure_epoch),
+        (f"an epoch of stage1.py, {ALL_RECORDS:,} records", measure_stage),
     ):
         with context.Pool(1) as pool:
             seconds, gib = pool.apply(measure)
         print(f"| {name} | {seconds:.1f} | {gib:.2f} |", flush=True)
+
+
+OTHER_SIZES = {"": (1.0, 1.0), "images x 0.7": (0.7, 1.0), "images x 1.4": (1.4, 1.0)} | {
+    "texts x 1.5": (1.0, 1.5)
+}
+"""Factors of sides of images and of lengths of texts."""
+
+
+class Cost(NamedTuple):
+    """FLOPs of a training step for each tile, for each token, and in attention for the square of
+    the tokens that are read together."""
+
+    tile: float
+    token: float
+    square: float
+
+    def of(self, num_tiles: float, num_tokens: float, squares: float) -> float:
+        return num_tiles * self.tile + num_tokens * self.token + squares * self.square
+
+
+def print_stages() -> None:
+    """Padding of the paper's stages as they are and with a record a sequence, which has room for
+    ten tiles and the paper's text length."""
+    print(
+        "| | records a sequence | padding of tokens, tiles, FLOPs of 1B and 8B | before | "
+        "records a second, 1B and 8B |\n|---|---|---|---|---|"
+    )
+    costs: dict[str, list[Cost]] = {}
+    for data in paper_data.DATA:
+        name = data.partition(",")[0]
+        if name not in costs:
+            costs[name] = [cost_of(f"{name}.py:{llm}") for llm in ("llama32_1b", "llama31_8b")]
+        for sizes, factors in OTHER_SIZES.items():
+            records = paper_data.draw(data, 100_000, *factors)
+            packed = load_stage(f"{name}.py:llama32_1b")
+            alone = unpacked(packed)
+            now, before = (paper_data.padding(one, records) for one in (packed, alone))
+            useful = [used(cost, alone, before) for cost in costs[name]]
+            cells = []
+            spent = []
+            for config, one in ((packed, now), (alone, before)):
+                total = [computed(cost, config, one) for cost in costs[name]]
+                spent.append(total)
+                idle = [1 - a / b for a, b in zip(useful, total, strict=True)]
+                cells.append(", ".join(f"{x:.1%}" for x in (one.tokens, one.tiles, *idle)))
+            faster = ", ".join(f"x {b / a:.2f}" for a, b in zip(*spent, strict=True))
+            label = f"{data}; {sizes}" if sizes else data
+            print(
+                f"| {label} | {now.records_per_sequence:.2f} | {' | '.join(cells)} | {faster} |",
+                flush=True,
+            )
+
+
+def load_stage(name: str) -> Config:
+    """Returns one of the paper's stages."""
+    [config], _ = config_flag.parse([f"--config=configs/{name}"])
+    return config
+
+
+def unpacked(config: Config) -> Config:
+    """Returns a stage of the paper with a record a sequence."""
+    text_length = 1024 if config.stage == "stage1" else 2048
+    seq_len = -(-(10 * PATCHES + text_length) // 128) * 128
+    data = dataclasses.replace(config.data, packing="none", seq_len=seq_len, max_tiles=10)
+    return dataclasses.replace(config, data=data)
+
+
+def cost_of(name: str) -> Cost:
+    """Returns what a stage's step computes, from the FLOPs of sequences of four sizes."""
+    config = load_stage(name)
+    train = dataclasses.replace(config.train, batch_size=1)
+    mesh = mesh_lib.abstract(config.mesh, config.model, config.train, 1)
+    params = state.abstract_params(vlm.VLM(config.model), mesh)
+
+    def step(seq_len: int, max_tiles: int) -> float:
+        data = dataclasses.replace(config.data, seq_len=seq_len, max_tiles=max_tiles)
+        shaped = dataclasses.replace(config, data=data, train=train)
+        return sum(flops.step_flops(shaped, params).values())
+
+    tile = step(8192, 2) - step(8192, 1)
+    short, long = (step(length, 1) - tile for length in (4096, 8192))
+    # Of T tokens it is T * token + T**2 * square.
+    square = (long / 8192 - short / 4096) / 4096
+    return Cost(tile, short / 4096 - 4096 * square, square)
+
+
+def computed(cost: Cost, config: Config, padding: Padding) -> float:
+    """FLOPs of an epoch, with padding."""
+    seq_len = config.data.seq_len
+    return padding.rows * cost.of(config.data.max_tiles, seq_len, seq_len**2)
+
+
+def used(cost: Cost, config: Config, padding: Padding) -> float:
+    """FLOPs of an epoch's own tiles and tokens, which are read together with their record's."""
+    tokens = padding.lengths.astype(float)
+    num_tiles = (1 - padding.tiles) * padding.rows * config.data.max_tiles
+    return cost.of(num_tiles, tokens.sum(), (tokens**2).sum())
 
 
 def print_real() -> None:
@@ -168,6 +280,20 @@ def measure_epoch() -> tuple[float, float]:
     return time.monotonic() - began, peak_memory_gib()
 
 
+def measure_stage() -> tuple[float, float]:
+    """As a training process makes the first epoch of the paper's stage 1."""
+    config = load_stage("stage1.py:llama32_1b")
+    million = paper_data.draw("stage1", 1_000_000)
+    limits = lengths_lib.Limits.of(config.data, config.model.vision, config.tokens_per_tile)
+    found = lengths_lib.measure(million, ["answer"], limits)
+    places = np.arange(ALL_RECORDS) % len(million)
+    known = Lengths(found.tokens[:, places], found.tiles[places])
+    del million, found, places
+    began = time.monotonic()
+    Mixed(config.data, [ALL_RECORDS], known, [0, 1], 1).epoch_at(0)
+    return time.monotonic() - began, peak_memory_gib()
+
+
 if __name__ == "__main__":
     with machine.watched():
-        main()
+        main(sys.argv[1:])
