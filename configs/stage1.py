@@ -15,7 +15,7 @@ STAGE = paper.Stage(
     epochs=1,
     text_length=1024,
     seq_len=29 * paper.BLOCK,
-    records_per_sequence=3.6,
+    records_per_sequence=3.59,
     batch_size=paper.by_llm(512, 512, 512),
     learning_rate=paper.by_llm(1e-5, 1e-5, 1e-5),
 )

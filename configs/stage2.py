@@ -14,7 +14,7 @@ STAGE = paper.Stage(
     epochs=1,
     text_length=2048,
     seq_len=32 * paper.BLOCK,
-    records_per_sequence=2.4,
+    records_per_sequence=2.37,
     batch_size=paper.by_llm(512, 256, 256),
     learning_rate=paper.by_llm(5e-5, 5e-5, 1e-5),
 )

@@ -20,15 +20,15 @@ LLMS = ("llama32_1b", "llama32_3b", "llama31_8b")
 # Records in a batch, learning rate, text length, epochs x records of the data: of the paper; packed
 # sequences in a batch, and steps, which are records / (sequences x records in one).
 TABLE = {
-    ("stage1", "llama32_1b"): (512, 1e-5, 1024, 8_100_000, 128, 17_579),
-    ("stage1", "llama32_3b"): (512, 1e-5, 1024, 8_100_000, 128, 17_579),
-    ("stage1", "llama31_8b"): (512, 1e-5, 1024, 8_100_000, 128, 17_579),
-    ("stage2", "llama32_1b"): (512, 5e-5, 2048, 7_500_000, 256, 12_208),
-    ("stage2", "llama32_3b"): (256, 5e-5, 2048, 7_500_000, 128, 24_415),
-    ("stage2", "llama31_8b"): (256, 1e-5, 2048, 7_500_000, 128, 24_415),
-    ("stage3", "llama32_1b"): (512, 5e-5, 2048, 2_850_000, 256, 4_124),
-    ("stage3", "llama32_3b"): (256, 5e-5, 2048, 2_850_000, 128, 8_247),
-    ("stage3", "llama31_8b"): (256, 1e-5, 2048, 2_850_000, 128, 8_247),
+    ("stage1", "llama32_1b"): (512, 1e-5, 1024, 8_100_000, 128, 17_628),
+    ("stage1", "llama32_3b"): (512, 1e-5, 1024, 8_100_000, 128, 17_628),
+    ("stage1", "llama31_8b"): (512, 1e-5, 1024, 8_100_000, 128, 17_628),
+    ("stage2", "llama32_1b"): (512, 5e-5, 2048, 7_500_000, 256, 12_362),
+    ("stage2", "llama32_3b"): (256, 5e-5, 2048, 7_500_000, 128, 24_724),
+    ("stage2", "llama31_8b"): (256, 1e-5, 2048, 7_500_000, 128, 24_724),
+    ("stage3", "llama32_1b"): (512, 5e-5, 2048, 2_850_000, 256, 4_139),
+    ("stage3", "llama32_3b"): (256, 5e-5, 2048, 2_850_000, 128, 8_278),
+    ("stage3", "llama31_8b"): (256, 1e-5, 2048, 2_850_000, 128, 8_278),
 }
 STAGES = {stage.STAGE.name: stage.STAGE for stage in (stage1, stage2, stage3)}
 MOST_PADDING = 0.05
