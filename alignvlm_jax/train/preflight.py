@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 
 import jax
+from absl import logging
 
 from alignvlm_jax import logs, storage
 from alignvlm_jax.config import Config
@@ -81,6 +82,7 @@ def open_stages(stages: tuple[Config, ...]) -> list[StageData]:
         # The last thing of a stage: what is wrong with it should not wait for a plan.
         if distributed.is_main() and (about := sequences.about_packing()):
             logs.say(about)
+            logging.info("%s", about)
     seconds, stage = slowest
     if seconds > LONG_STEP_SECONDS and distributed.is_main():
         logs.say(
