@@ -121,6 +121,8 @@ def set_model(config: ml_collections.ConfigDict, llm: str) -> None:
     config.model.image_token_id = config.model.llm.vocab_size
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
+    # Of a pod's memory it is little, and ALIGN takes a fifth less time than by 64 MiB.
+    config.model.chunk_size_mib = 256.0
     config.mesh.data = -1
     config.mesh.fsdp = -1
     config.mesh.tensor = -1
