@@ -31,7 +31,7 @@ CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "full", "dots"),
     "model.vocab_impl": ("auto", "plain", "chunked"),
-    "model.attention": ("auto", "xla", "cudnn", "splash"),
+    "model.attention": ("auto", "xla", "cudnn", "splash", "triton"),
     "optim.name": ("adamw", "adafactor"),
     "optim.moment_dtype": ("float32", "bfloat16"),
     "data.packing": ("none", "offline"),

@@ -127,8 +127,8 @@ class ModelConfig:
     vocab_impl: str = "auto"
     # MiB of logits that a chunk has on a device at most.
     chunk_size_mib: float = 64.0
-    # Kernel of training, prefill and the vision encoder: "xla", "cudnn" or "splash"; "auto": splash
-    # on TPU, cudnn on GPU in bfloat16, else xla.
+    # Kernel of training, prefill and the vision encoder: "xla", "cudnn", "splash", or "triton", for
+    # packed sequences on GPU; "auto": splash on TPU, cudnn on GPU in bfloat16, else xla.
     attention: str = "auto"
 
     @property

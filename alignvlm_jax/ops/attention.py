@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.ops.splash import splash_attention
+from alignvlm_jax.ops.triton import triton_attention
 from alignvlm_jax.ops.vocab_shards import num_shards
 from alignvlm_jax.shapes import Array, Bool, Float, Int
 
@@ -17,6 +18,7 @@ Shaped = Array | jax.ShapeDtypeStruct  # a choice of kernel needs no values
 CHUNK_SIZE_MIB = 64.0
 """MiB of float32 logits that XLA's attention may hold on one device; above it, logits are made for
 one chunk of the queries at a time."""
+HALF = (jnp.bfloat16, jnp.float16)  # What tensor cores multiply without rounding it.
 
 
 def attention(
@@ -57,7 +59,9 @@ def self_attention(
       kernel: `config.model.attention`. "xla" makes logits [B, H, T, T] where they are at most
         CHUNK_SIZE_MIB on a device, else those of one chunk of queries at a time. "splash" is the
         Pallas kernel for TPU (interpreted on CPU, for tests), "cudnn" the kernel of NVIDIA's
-        library, from Ampere on; neither stores logits. "auto" takes the kernel that the devices of
+        library, from Ampere on; neither stores logits, but cuDNN takes segments as a bias [B, 1, T,
+        T]. "triton" is the Pallas kernel for NVIDIA GPUs, which takes them as they are (interpreted
+        on CPU, too); without segments it means "auto". "auto" takes the kernel that the devices of
         the mesh have, and "xla" where cuDNN refuses these arrays. Without a mesh every choice means
         "xla": there only shapes are asked for, maybe on another machine. "plain", which no config
         may choose, makes all logits [B, H, T, T] at once, so that `plan.flops` can count them.
@@ -68,6 +72,10 @@ def self_attention(
     kernel = _resolve(kernel, query, segment_ids)
     if kernel == "splash":
         return splash_attention(
+            query, key, value, segment_ids, causal=causal, interpret=mesh_platform() == "cpu"
+        )
+    if kernel == "triton":
+        return triton_attention(
             query, key, value, segment_ids, causal=causal, interpret=mesh_platform() == "cpu"
         )
     if kernel == "cudnn":
@@ -243,14 +251,14 @@ def mesh_platform() -> str | None:
 
 
 def _resolve(kernel: str, query: Shaped, segment_ids: Shaped | None) -> str:
-    """Returns the kernel that runs: "plain", "xla", "splash" or "cudnn"; raises UserError where the
-    one chosen cannot."""
+    """Returns the kernel that runs: "plain", "xla", "splash", "triton" or "cudnn"; raises UserError
+    where the one chosen cannot."""
     platform = mesh_platform()
     if kernel == "plain":
         return kernel
     if platform is None or kernel == "xla":
         return "xla"
-    if kernel == "auto":
+    if kernel == "auto" or (kernel == "triton" and segment_ids is None):
         if platform == "gpu":
             return "xla" if _refused_by_cudnn(query, segment_ids) else "cudnn"
         return "splash" if platform == "tpu" else "xla"
@@ -260,14 +268,18 @@ def _resolve(kernel: str, query: Shaped, segment_ids: Shaped | None) -> str:
             "config.model.attention 'splash' is for TPU and the mesh is of gpu; use 'cudnn' or "
             "'auto'"
         )
-    if kernel == "cudnn":
-        refused = (
-            _refused_by_cudnn(query, segment_ids)
-            if platform == "gpu"
-            else f"the mesh is of {platform}"
-        )
-        if refused:
-            raise UserError(f"config.model.attention 'cudnn' does not apply: {refused}; use 'auto'")
+    refused = ""
+    if kernel in ("cudnn", "triton") and platform != "gpu":
+        # On CPU "triton" is interpreted, as "splash" is.
+        is_interpreted = kernel == "triton" and platform == "cpu"
+        refused = "" if is_interpreted else f"the mesh is of {platform}"
+    elif kernel == "cudnn":
+        refused = _refused_by_cudnn(query, segment_ids)
+    elif kernel == "triton" and query.dtype not in HALF:
+        # It would multiply in tf32.
+        refused = f"it computes in bfloat16 or float16, not in {query.dtype}"
+    if refused:
+        raise UserError(f"config.model.attention '{kernel}' does not apply: {refused}; use 'auto'")
     return kernel
 
 
@@ -278,7 +290,7 @@ def _refused_by_cudnn(query: Shaped, segment_ids: Shaped | None) -> str:
     """
     length = query.shape[1]
     head_dim = query.shape[3]
-    if query.dtype not in (jnp.bfloat16, jnp.float16):
+    if query.dtype not in HALF:
         return f"it computes in bfloat16 or float16, not in {query.dtype}"
     if head_dim % 8 or head_dim > 128:
         return f"head dimension {head_dim} must be a multiple of 8 up to 128"

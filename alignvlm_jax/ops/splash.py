@@ -6,6 +6,7 @@ own.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +71,7 @@ def splash_attention(
         heads_first = (x.swapaxes(1, 2) for x in (query, key, value))
         return jax.vmap(kernel)(*heads_first, ids).swapaxes(1, 2)
 
-    return _over_mesh(local, arrays)[:, :length]
+    return over_mesh(local, arrays, kernel="splash")[:, :length]
 
 
 def num_blocks(length: int) -> int:
@@ -107,10 +108,13 @@ def _make_kernel(
     )
 
 
-def _over_mesh(local, arrays: list[Array]) -> Array:
+def over_mesh(local: Callable[..., Array], arrays: list[Array], *, kernel: str) -> Array:
     """Returns local(*arrays), where each device computes its own sequences and heads.
 
     The partitioner cannot look into a kernel, and would have every device compute the whole batch.
+
+    Raises:
+      UserError: sequences or heads do not divide over the mesh; `kernel` is named in it.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -126,7 +130,7 @@ def _over_mesh(local, arrays: list[Array]) -> Array:
         num_shards = math.prod(mesh.shape[axis] for axis in axes)
         if size % num_shards:
             raise UserError(
-                f"splash attention: {size} {what} do not divide over mesh axis {' x '.join(axes)} "
+                f"{kernel} attention: {size} {what} do not divide over mesh axis {' x '.join(axes)} "
                 f"of {num_shards}; change config.mesh or set config.model.attention to 'xla'"
             )
     # Arrays are [B, T, H, h]; segment ids [B, T].

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.ops import attention, splash
+from alignvlm_jax.ops import attention, splash, triton
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
 
@@ -133,7 +133,7 @@ def any_mesh(request):
         yield mesh
 
 
-@pytest.mark.parametrize("kernel", ["xla", "xla_chunks", "splash"])
+@pytest.mark.parametrize("kernel", ["xla", "xla_chunks", "splash", "triton"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize(
     ("length", "packed", "heads", "kv_heads", "head_dim"),
@@ -159,7 +159,7 @@ def test_equals_reference(
         np.testing.assert_allclose(result, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("kernel", ["xla", "splash"])
+@pytest.mark.parametrize("kernel", ["xla", "splash", "triton"])
 def test_kernels_keep_bfloat16(any_mesh, kernel):
     arrays = draw(40, 4, 2, 8, jnp.bfloat16)
     segment_ids = SEGMENTS[:, 95:135]
@@ -296,6 +296,8 @@ def test_auto(monkeypatch, platform, dtype, length, head_dim, packed, kernel):
         ),
         ("cudnn", "cpu", BF16, 8, 64, "'cudnn' does not apply: the mesh is of cpu; use 'auto'"),
         ("cudnn", "tpu", BF16, 8, 64, "the mesh is of tpu"),
+        ("triton", "tpu", BF16, 8, 64, "'triton' does not apply: the mesh is of tpu; use 'auto'"),
+        ("triton", "gpu", F32, 8, 64, "it computes in bfloat16 or float16, not in float32"),
         ("cudnn", "gpu", F32, 8, 64, "it computes in bfloat16 or float16, not in float32"),
         ("cudnn", "gpu", BF16, 8, 36, "head dimension 36 must be a multiple of 8 up to 128"),
         ("cudnn", "gpu", BF16, 9, 64, "rows of 9 tokens must be even where they are packed"),
@@ -338,3 +340,18 @@ def test_cudnn_lowers_to_its_kernel(monkeypatch, packed, calls):
     text = run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     assert f"__cudnn$fmha{calls}" in text and f"__cudnn$fmha{calls}Backward" in text
     assert "x4x66x66x" not in text
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_triton_lowers_to_its_kernel(monkeypatch, causal):
+    """Forward and backward, for a GPU that is not here: its program has Triton's calls, and no
+    array of all pairs of tokens."""
+    monkeypatch.setattr(attention, "mesh_platform", lambda: "gpu")
+    arrays = draw(LENGTH, 4, 2, 64, jnp.bfloat16)
+    ours = functools.partial(attention.self_attention, causal=causal, kernel="triton")
+    run = with_gradients(ours, SEGMENTS)
+    text = run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    for name in ("mha_forward", "mha_preprocess_backward", "mha_backward"):
+        assert f'name = "{name}"' in text
+    padded = LENGTH + -LENGTH % triton.BLOCK
+    assert not re.search(rf"{LENGTH}x{LENGTH}x|{padded}x{padded}x", text)
