@@ -19,7 +19,7 @@ PARITY := .venv-parity
 BEAM := .venv-beam
 LAUNCH := .venv-launch
 
-.PHONY: help python setup tpu-compiler lint test test-install test-parity beam test-beam test-big-vision test-launch stress bench bench-data bench-generate bench-train bench-plans demo compare weights data clean
+.PHONY: help python setup tpu-compiler lint test test-install test-parity beam test-beam test-big-vision test-launch stress bench bench-data bench-generate bench-train bench-plans bench-gpu demo compare weights data clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -165,6 +165,12 @@ bench-generate: $(PARITY)/.done  ## generated tokens a second against transforme
 
 bench-train: $(PARITY)/.done  ## seconds of a training step against torch and transformers, in the venv of test-parity (minutes)
 	$(PARITY)/bin/python -m tests.bench.train $(BUSY)
+
+# Nothing is installed: requirements.txt and requirements-gpu.txt are there, or it says so. Torch is that of .venv-parity, if any.
+GPU_OUT ?= runs/gpu
+
+bench-gpu:  ## stage 2 of the 1B model on one NVIDIA GPU: attention, step, torch.compile, generation (10 minutes at most)
+	$(BIN)/python -m tests.bench.gpu --out=$(GPU_OUT)
 
 bench-plans: tpu-compiler  ## the smallest TPU slice for every stage of the paper (an hour)
 	$(BIN)/python -m tests.bench.plans

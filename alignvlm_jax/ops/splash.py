@@ -130,8 +130,9 @@ def over_mesh(local: Callable[..., Array], arrays: list[Array], *, kernel: str) 
         num_shards = math.prod(mesh.shape[axis] for axis in axes)
         if size % num_shards:
             raise UserError(
-                f"{kernel} attention: {size} {what} do not divide over mesh axis {' x '.join(axes)} "
-                f"of {num_shards}; change config.mesh or set config.model.attention to 'xla'"
+                f"{kernel} attention: {size} {what} do not divide over mesh axis "
+                f"{' x '.join(axes)} of {num_shards}; change config.mesh or set "
+                "config.model.attention to 'xla'"
             )
     # Arrays are [B, T, H, h]; segment ids [B, T].
     specs = tuple(spec if x.ndim == 4 else PartitionSpec(*spec[:2]) for x in arrays)

@@ -47,6 +47,8 @@ S14 = VisionConfig(
     num_layers=12,
     num_heads=6,
 )
+# Of a constant learning rate; the other side has the same.
+OPTIM = OptimConfig(learning_rate=1e-4, warmup_steps=0, final_fraction=1.0)
 # Encoder, LLM, sequences, their tokens, and layers compiled in a row.
 CASES = {
     "tiny": (
@@ -75,7 +77,7 @@ def config_of(case: str, connector: str) -> Config:
             dtype="float32",
         ),
         data=DataConfig(seq_len=seq_len, max_tiles=1),
-        optim=OptimConfig(learning_rate=1e-4, warmup_steps=0, final_fraction=1.0),
+        optim=OPTIM,
         train=TrainConfig(num_steps=1000, batch_size=batch_size, patch_token_weight=0.0),
         mesh=MeshConfig(data=1),
     )

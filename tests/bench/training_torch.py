@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.bench import train
 
-# Those of config.OptimConfig in `training_ours.config_of`.
+# Those of `training_ours.OPTIM`.
 ADAMW = {"lr": 1e-4, "betas": (0.9, 0.98), "eps": 1e-8}
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
@@ -45,12 +45,15 @@ class MLP(nn.Module):
 
 
 class Model(nn.Module):
-    """The whole model, read from a folder that `training_ours.write` wrote."""
+    """The whole model, read from a folder that `training_ours.write` wrote; the LLM's attention is
+    one that transformers knows by name."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, attention: str = "sdpa"):
         super().__init__()
         self.vision = transformers.SiglipVisionModel.from_pretrained(folder / "vision")
-        self.llm = transformers.LlamaForCausalLM.from_pretrained(folder / "llm")
+        self.llm = transformers.LlamaForCausalLM.from_pretrained(
+            folder / "llm", attn_implementation=attention
+        )
         name = json.loads((folder / "connector" / "config.json").read_text())["name"]
         weights = load_file(folder / "connector" / "model.safetensors")
         eps = self.llm.config.rms_norm_eps
@@ -76,19 +79,7 @@ def start(case: str, connector: str, folder: Path) -> tuple[int, Callable[[], fl
     torch.set_num_threads(train.NUM_THREADS)
     transformers.utils.logging.disable_progress_bar()
     model = Model(folder).train()
-    # Matrices alone decay, and not positions.
-    decays = {
-        name: x.ndim > 1 and "position_embedding" not in name
-        for name, x in model.named_parameters()
-    }
-    groups = [
-        {
-            "params": [x for name, x in model.named_parameters() if decays[name] is whether],
-            "weight_decay": WEIGHT_DECAY * whether,
-        }
-        for whether in (True, False)
-    ]
-    optimizer = torch.optim.AdamW(groups, **ADAMW, fused=True)
+    optimizer = make_optimizer(model)
     batch = np.load(folder / "batch.npz")
     num_image = int((batch["loss_weights"][0] == 0).sum())
     text, targets = (
@@ -106,6 +97,23 @@ def start(case: str, connector: str, folder: Path) -> tuple[int, Callable[[], fl
         return loss.item()
 
     return sum(x.numel() for x in model.parameters()), step
+
+
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """Returns AdamW over the parameters of a model."""
+    # Matrices alone decay, and not positions.
+    decays = {
+        name: x.ndim > 1 and "position_embedding" not in name
+        for name, x in model.named_parameters()
+    }
+    groups = [
+        {
+            "params": [x for name, x in model.named_parameters() if decays[name] is whether],
+            "weight_decay": WEIGHT_DECAY * whether,
+        }
+        for whether in (True, False)
+    ]
+    return torch.optim.AdamW(groups, **ADAMW, fused=True)
 
 
 def _linear(weights: dict[str, torch.Tensor], name: str) -> nn.Linear:

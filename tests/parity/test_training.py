@@ -1,10 +1,13 @@
-"""Five training steps of a small model beside the same model in torch and transformers: the losses
-that `make bench-train` compares before it tells a time."""
+"""Training steps of a small model beside the same model in torch and transformers: the losses that
+`make bench-train` and `make bench-gpu` compare."""
+
+import json
 
 import numpy as np
 import pytest
+import torch
 
-from tests.bench import train, training_ours, training_torch
+from tests.bench import gpu, gpu_parts, gpu_torch, train, training_ours, training_torch
 
 
 @pytest.mark.parametrize("connector", train.CONNECTORS)
@@ -17,6 +20,31 @@ def test_losses_of_training_steps_are_torchs(tmp_path, connector):
     assert losses[-1][0] < losses[0][0]
     for mine, wanted in losses:
         np.testing.assert_allclose(mine, wanted, rtol=train.TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", gpu_torch.TOLERANCE)]
+)
+def test_losses_of_packed_rows_are_torchs(tmp_path, dtype, tolerance):
+    """Of rows of several documents with several tiles, through "triton" and through torch.compile."""
+    gpu_parts.step(True, tmp_path, "triton", dtype)
+    ours = json.loads((tmp_path / "ours.json").read_text())["losses"]
+    step = gpu_torch.start(tmp_path, "cpu", getattr(torch, dtype))
+    theirs = [step() for _ in range(gpu.LOSSES)]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    np.testing.assert_allclose(theirs, ours, rtol=tolerance)
+
+
+def test_block_mask_is_that_of_all_pairs():
+    """Forward; of a backward pass flex_attention has none on CPU."""
+    torch.manual_seed(0)
+    segment_ids = torch.tensor([[1] * 100 + [2] * 160 + [0] * 40, [1] * 300])
+    query, key, value = (torch.randn(2, heads, 300, 16) for heads in (4, 2, 2))
+    mixed = [
+        gpu_torch.attend(None, query, key, value, gpu_torch.mask_of(segment_ids, blocks), 0.25)[0]
+        for blocks in (True, False)
+    ]
+    torch.testing.assert_close(*mixed)
 
 
 def test_losses_that_differ_are_an_error(monkeypatch):
