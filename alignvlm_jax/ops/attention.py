@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.ops.splash import splash_attention
-from alignvlm_jax.ops.triton import triton_attention
+from alignvlm_jax.ops.pallas import splash_attention, triton_attention
 from alignvlm_jax.ops.vocab_shards import num_shards
 from alignvlm_jax.shapes import Array, Bool, Float, Int
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.ops import attention, splash, triton
+from alignvlm_jax.ops import attention, pallas
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
 
@@ -144,7 +144,7 @@ def test_equals_reference(
 ):
     """Outputs and gradients, over several blocks, the last of them padded, and in rows shorter than
     a block."""
-    monkeypatch.setattr(splash, "MAX_BLOCK", 128)
+    monkeypatch.setattr(pallas, "MAX_BLOCK", 128)
     if kernel == "xla_chunks":
         set_chunk(monkeypatch, min(37, length - 1), heads, length)
     arrays = draw(length, heads, kv_heads, head_dim)
@@ -234,11 +234,11 @@ def test_queries_per_chunk(batch, length, heads, queries):
 @pytest.mark.parametrize("length", [1, 9, 127, 128, 129, 512, 513, 640, 729, 1024, 3000, 8320])
 def test_splash_blocks(length):
     """They divide the padded row, and less than LANES tokens a block are padding."""
-    size = splash.block_size(length)
-    count = splash.num_blocks(length)
-    assert size % splash.LANES == 0 and size <= splash.MAX_BLOCK
-    assert 0 <= size * count - length < splash.LANES * count
-    assert (splash.block_size(size * count), splash.num_blocks(size * count)) == (size, count)
+    size = pallas.block_size(length)
+    count = pallas.num_blocks(length)
+    assert size % pallas.LANES == 0 and size <= pallas.MAX_BLOCK
+    assert 0 <= size * count - length < pallas.LANES * count
+    assert (pallas.block_size(size * count), pallas.num_blocks(size * count)) == (size, count)
 
 
 # Which kernel.
@@ -353,5 +353,5 @@ def test_triton_lowers_to_its_kernel(monkeypatch, causal):
     text = run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     for name in ("mha_forward", "mha_preprocess_backward", "mha_backward"):
         assert f'name = "{name}"' in text
-    padded = LENGTH + -LENGTH % triton.BLOCK
+    padded = LENGTH + -LENGTH % pallas.TRITON_BLOCK
     assert not re.search(rf"{LENGTH}x{LENGTH}x|{padded}x{padded}x", text)

@@ -1,8 +1,12 @@
-"""Self-attention by jax's splash kernel for TPU; each device of the mesh computes its own sequences
-and heads.
+"""Self-attention by jax's Pallas kernels, for TPU and for NVIDIA GPUs; each device of the mesh
+computes its own sequences and heads.
 
-The kernel is jax.experimental.pallas.ops.tpu.splash_attention, which has a backward pass of its
-own.
+The kernels, which have backward passes of their own, are
+jax.experimental.pallas.ops.tpu.splash_attention, and jax.experimental.pallas.ops.gpu.attention,
+which Triton compiles. That is the only public one on a GPU that takes segments:
+jax.nn.dot_product_attention hands cuDNN a bias [B, 1, T, T], and jax's Mosaic kernel knows neither
+segments nor, backward, a causal mask. jax 0.12 still has it, and warns of tokamax in its place,
+whose public function takes a mask [B, 1, T, T], too.
 """
 
 import math
@@ -20,6 +24,8 @@ from alignvlm_jax.shapes import Array, Float, Int
 
 LANES = 128  # of a TPU's vector registers: blocks are multiples of it
 MAX_BLOCK = 512  # float32 logits of two such blocks are 1 MiB of the 16 MiB that a kernel has
+TRITON_BLOCK = 128  # Tokens of a row are padded to a multiple of it.
+TRITON_BACKWARD_BLOCK = 64  # Queries, keys and two gradients of a block stay in shared memory.
 
 
 def splash_attention(
@@ -72,6 +78,68 @@ def splash_attention(
         return jax.vmap(kernel)(*heads_first, ids).swapaxes(1, 2)
 
     return over_mesh(local, arrays, kernel="splash")[:, :length]
+
+
+def triton_attention(
+    query: Float[Array, "B T H h"],
+    key: Float[Array, "B T K h"],
+    value: Float[Array, "B T K h"],
+    segment_ids: Int[Array, "B T"],
+    *,
+    causal: bool,
+    interpret: bool,
+) -> Float[Array, "B T H h"]:
+    """Returns softmax(query key^T / sqrt(h)) value within segments, in the query's dtype; no array
+    is of size [T, T].
+
+    Args:
+      query, key, value: query head i reads key head i // (H / K).
+      segment_ids: int32; a token sees its own segment only.
+      causal: a token sees nothing after itself.
+      interpret: computes with jax what the kernel would on a GPU, for tests.
+
+    Raises:
+      UserError: sequences or heads do not divide over the mesh.
+    """
+    # Late: only a GPU needs it, and newer jax warns as it is imported.
+    from jax.experimental.pallas.ops.gpu import attention as triton
+
+    length, head_dim = query.shape[1::2]
+    padding = -length % TRITON_BLOCK
+    arrays = [jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (query, key, value)]
+    # Padding is a segment of its own, -1: no token sees it, and it sees itself, so that no softmax
+    # is over nothing.
+    arrays.append(jnp.pad(segment_ids, ((0, 0), (0, padding)), constant_values=-1))
+    blocks = triton.BlockSizes(
+        block_q=TRITON_BLOCK,
+        block_k=TRITON_BLOCK,
+        block_q_dkv=TRITON_BACKWARD_BLOCK,
+        block_kv_dkv=TRITON_BACKWARD_BLOCK,
+        block_q_dq=TRITON_BACKWARD_BLOCK,
+        block_kv_dq=TRITON_BACKWARD_BLOCK,
+    )
+
+    def local(
+        query: Float[Array, "B T H h"],
+        key: Float[Array, "B T K h"],
+        value: Float[Array, "B T K h"],
+        segment_ids: Int[Array, "B T"],
+    ) -> Float[Array, "B T H h"]:
+        # The kernel knows no groups: each query head gets a key head of its own.
+        groups = query.shape[2] // key.shape[2]
+        key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
+        return triton.mha(
+            query,
+            key,
+            value,
+            segment_ids,
+            sm_scale=head_dim**-0.5,
+            causal=causal,
+            block_sizes=blocks,
+            interpret=interpret,
+        )
+
+    return over_mesh(local, arrays, kernel="triton")[:, :length]
 
 
 def num_blocks(length: int) -> int:
