@@ -25,7 +25,7 @@ def test_losses_of_training_steps_are_torchs(tmp_path, connector):
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", gpu_torch.TOLERANCE)]
 )
-def test_losses_of_packed_rows_are_torchs(tmp_path, dtype, tolerance):
+def test_losses_of_packed_sequences_are_torchs(tmp_path, dtype, tolerance):
     """Of rows of several documents with several tiles, through "triton" and through torch.compile."""
     gpu_parts.step(True, tmp_path, "triton", dtype)
     ours = json.loads((tmp_path / "ours.json").read_text())["losses"]
