@@ -259,7 +259,7 @@ def _resolve(kernel: str, query: Shaped, segment_ids: Shaped | None) -> str:
         return "xla"
     if kernel == "auto" or (kernel == "triton" and segment_ids is None):
         if platform == "gpu":
-            return "xla" if _refused_by_cudnn(query, segment_ids) else "cudnn"
+            return "xla" if _refused_by_cudnn(query) else "cudnn"
         return "splash" if platform == "tpu" else "xla"
     # On CPU "splash" is interpreted: tests run the TPU's path there.
     if kernel == "splash" and platform == "gpu":
@@ -273,7 +273,7 @@ def _resolve(kernel: str, query: Shaped, segment_ids: Shaped | None) -> str:
         is_interpreted = kernel == "triton" and platform == "cpu"
         refused = "" if is_interpreted else f"the mesh is of {platform}"
     elif kernel == "cudnn":
-        refused = _refused_by_cudnn(query, segment_ids)
+        refused = _refused_by_cudnn(query)
     elif kernel == "triton" and query.dtype not in HALF:
         # It would multiply in tf32.
         refused = f"it computes in bfloat16 or float16, not in {query.dtype}"
@@ -282,7 +282,7 @@ def _resolve(kernel: str, query: Shaped, segment_ids: Shaped | None) -> str:
     return kernel
 
 
-def _refused_by_cudnn(query: Shaped, segment_ids: Shaped | None) -> str:
+def _refused_by_cudnn(query: Shaped) -> str:
     """Returns why cuDNN's kernel does not take these arrays, "" if it does.
 
     The conditions are those under which jax raises: "auto" must fall back before that.
@@ -293,8 +293,9 @@ def _refused_by_cudnn(query: Shaped, segment_ids: Shaped | None) -> str:
         return f"it computes in bfloat16 or float16, not in {query.dtype}"
     if head_dim % 8 or head_dim > 128:
         return f"head dimension {head_dim} must be a multiple of 8 up to 128"
-    if segment_ids is not None and length % 2:
-        return f"rows of {length} tokens must be even where they are packed"
+    # Meant for those with a bias; but jax takes every backward pass for one with a bias.
+    if length % 2:
+        return f"{length} is an odd number of tokens"
     return ""
 
 
