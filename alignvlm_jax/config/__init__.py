@@ -11,7 +11,7 @@ that one field, `model.connector.name`, chooses another connector. `model.connec
 option of the chosen connector, and takes precedence.
 """
 
-from alignvlm_jax.config.checks import check, nearest_divisor
+from alignvlm_jax.config.checks import SAVED_BY_NAME, check, nearest_divisor
 from alignvlm_jax.config.fields import (
     MISSING,
     Config,
@@ -47,6 +47,7 @@ from alignvlm_jax.config.reading import (
 __all__ = [
     "DEFAULT_CONNECTOR",
     "MISSING",
+    "SAVED_BY_NAME",
     "Config",
     "ConnectorConfig",
     "DataConfig",

@@ -2,6 +2,7 @@
 message."""
 
 import dataclasses
+import itertools
 import operator
 import re
 import typing
@@ -25,11 +26,19 @@ from alignvlm_jax.errors import UserError, nearest
 
 COMPONENTS = ("vision", "connector", "llm")
 
+SAVED_NAMES = ("attention", "qkv", "mlp")
+"""What of a layer `model.remat` can save by its name (`models.layers.REMAT_POLICIES`)."""
+SAVED_BY_NAME = tuple(
+    "+".join(names)
+    for count in range(1, len(SAVED_NAMES) + 1)
+    for names in itertools.permutations(SAVED_NAMES, count)
+)
+
 CHOICES = {
     "model.vision.gelu": ("tanh", "exact"),
     "model.llm.rope_scaling.type": ("llama3", "linear", "yarn"),
     "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "full", "dots"),
+    "model.remat": ("none", "full", "dots", *SAVED_BY_NAME),
     "model.vocab_impl": ("auto", "plain", "chunked"),
     "model.attention": ("auto", "xla", "cudnn", "splash", "triton"),
     "optim.name": ("adamw", "adafactor"),

@@ -117,7 +117,8 @@ class ModelConfig:
     # Type of the computation: "float32", or "bfloat16", in which accelerators are fast.
     dtype: str = "float32"
     # Activations that the backward pass computes anew: "none", or "full", all within a layer, or
-    # "dots", all but the results of matmuls.
+    # "dots", all but the results of matmuls; or all but what is named, joined by "+", of
+    # "attention" (its output; splash is not run again then, cudnn is), "qkv" and "mlp" (gate, up).
     remat: str = "none"
     # Layers of a tower that are compiled in a row: 1 for large models; all of them make a small one
     # a third faster on CPU.

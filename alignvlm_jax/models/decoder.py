@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from alignvlm_jax.config import LLMConfig
@@ -101,12 +102,15 @@ class Attention(nn.Module):
             # One scale [h] for all heads, before the rotation: after it the scale would weigh
             # mixtures of two channels, which differ from position to position.
             if c.qk_norm:
+                # The norm's derivative needs its input, and so the projection.
+                heads = checkpoint_name(heads, "qkv")
                 heads = RMSNorm(c.norm_eps, name=f"{name}_norm")(heads)
-            return apply_rope(heads, positions, frequencies, factor)
+                return apply_rope(heads, positions, frequencies, factor)
+            return checkpoint_name(apply_rope(heads, positions, frequencies, factor), "qkv")
 
         query_BTHh = rotate("q", project("q", c.num_heads, "heads"))
         key_BTKh = rotate("k", project("k", c.num_kv_heads, "kv_heads"))
-        value_BTKh = project("v", c.num_kv_heads, "kv_heads")
+        value_BTKh = checkpoint_name(project("v", c.num_kv_heads, "kv_heads"), "qkv")
         if cache is not None:
             # Before the cache is read: the mask admits the slot of this very token.
             cache = cache.write(layer, key_BTKh, value_BTKh)
@@ -132,10 +136,12 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         c = self.config
+        shape = (c.width, c.mlp_width)
         gate_BTF, up_BTF = (
-            Einsum(
-                "BTD,DF->BTF", (c.width, c.mlp_width), ("embed", "mlp"), dtype=self.dtype, name=name
-            )(x_BTD)
+            checkpoint_name(
+                Einsum("BTD,DF->BTF", shape, ("embed", "mlp"), dtype=self.dtype, name=name)(x_BTD),
+                "mlp",
+            )
             for name in ("gate", "up")
         )
         hidden_BTF = nn.with_logical_constraint(

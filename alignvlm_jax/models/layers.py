@@ -13,17 +13,22 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from alignvlm_jax.config import RopeScaling
+from alignvlm_jax.config import SAVED_BY_NAME, RopeScaling
 from alignvlm_jax.ops.attention import mesh_platform
 from alignvlm_jax.ops.layer_norm import layer_norm
 from alignvlm_jax.shapes import Array, Float, Int
 
 # What the backward pass finds saved of a layer: everything, only its input, or also the results of
-# matmuls with weights (attention's own matmuls have batch dimensions, and are computed again).
+# matmuls with weights (attention's own matmuls have batch dimensions, and are computed again), or
+# what `checkpoint_name` names in the towers' layers, and in the attention kernel for TPU.
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    **{
+        names: jax.checkpoint_policies.save_only_these_names(*names.split("+"))
+        for names in SAVED_BY_NAME
+    },
 }
 
 

@@ -6,6 +6,7 @@ Letters: `shapes.py`; B here counts tiles (sequences x tiles).
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from alignvlm_jax.config import VisionConfig
@@ -27,15 +28,15 @@ class Attention(nn.Module):
         head_dim = c.width // c.num_heads
         shape = (c.width, c.num_heads, head_dim)
         axes = ("vis_embed", "vis_heads", "head_dim")
-        query, key, value = (
-            nn.with_logical_constraint(
-                Einsum("BPE,EHh->BPHh", shape, axes, use_bias=True, dtype=self.dtype, name=name)(
-                    x_BPE
-                ),
-                ("act_batch", "act_len", "act_heads", None),
+
+        def project(name: str) -> Float[Array, "B P H h"]:
+            linear = Einsum("BPE,EHh->BPHh", shape, axes, True, dtype=self.dtype, name=name)
+            y = nn.with_logical_constraint(
+                linear(x_BPE), ("act_batch", "act_len", "act_heads", None)
             )
-            for name in "qkv"
-        )
+            return checkpoint_name(y, "qkv")
+
+        query, key, value = map(project, "qkv")
         # No segments: a tile is one, without padding.
         mixed = self_attention(query, key, value, None, causal=False, kernel=self.kernel)
         shape = (c.num_heads, head_dim, c.width)
@@ -70,7 +71,8 @@ class MLP(nn.Module):
             self.dtype,
             name="down",
         )
-        hidden_BPF = nn.with_logical_constraint(up(x_BPE), ("act_batch", "act_len", "act_mlp"))
+        hidden_BPF = checkpoint_name(up(x_BPE), "mlp")
+        hidden_BPF = nn.with_logical_constraint(hidden_BPF, ("act_batch", "act_len", "act_mlp"))
         return down(nn.gelu(hidden_BPF, approximate=c.gelu == "tanh"))
 
 

@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.ops.pallas import splash_attention, triton_attention
@@ -69,6 +70,9 @@ def self_attention(
       UserError: the mesh has no such kernel, or the kernel does not take these sizes.
     """
     kernel = _resolve(kernel, query, segment_ids)
+    # The output has a name for remat policies; splash and `_on_cpu` give it themselves, to what
+    # their backward passes need.
+    named = functools.partial(checkpoint_name, name="attention")
     if kernel == "splash":
         return splash_attention(
             query, key, value, segment_ids, causal=causal, interpret=mesh_platform() == "cpu"
@@ -81,20 +85,24 @@ def self_attention(
         # cuDNN's kernel knows no segments: they come in as a bias [B, 1, T, T]. The causal mask
         # stays out of it, since the kernel knows that one and skips the upper triangle.
         mask = None if segment_ids is None else same_segment(segment_ids)[:, None]
-        return jax.nn.dot_product_attention(
-            query, key, value, mask=mask, is_causal=causal, implementation="cudnn"
+        return named(
+            jax.nn.dot_product_attention(
+                query, key, value, mask=mask, is_causal=causal, implementation="cudnn"
+            )
         )
     if kernel != "plain" and (chunk := _queries_per_chunk(*query.shape[:3])):
-        return _chunked(query, key, value, segment_ids, causal, chunk)
+        return named(_chunked(query, key, value, segment_ids, causal, chunk))
     on_cpu = kernel != "plain" and mesh_platform() == "cpu"
     if segment_ids is not None:
         mask = causal_mask(segment_ids) if causal else same_segment(segment_ids)
-        return (_on_cpu if on_cpu else attention)(query, key, value, mask)
+        if on_cpu:
+            return _on_cpu(query, key, value, mask)
+        return named(attention(query, key, value, mask))
     # Without segments no mask [B, T, T] need be made.
     if on_cpu:
         tri = jnp.tri(query.shape[1], dtype=bool)[None]
         return _on_cpu(query, key, value, tri if causal else None)
-    return jax.nn.dot_product_attention(query, key, value, is_causal=causal)
+    return named(jax.nn.dot_product_attention(query, key, value, is_causal=causal))
 
 
 def _queries_per_chunk(batch: int, length: int, heads: int) -> int | None:
@@ -195,6 +203,7 @@ def _on_cpu_forward(
         logits_BKnS = jnp.where(mask[:, None, None], grouped, lowest).reshape(logits_BKnS.shape)
     weights_BKnS = jax.nn.softmax(logits_BKnS, axis=-1).astype(value.dtype)
     mixed_BKnh = jnp.einsum("BKnS,BKSh->BKnh", weights_BKnS, value_BKSh)
+    mixed_BKnh = checkpoint_name(mixed_BKnh, "attention")
     saved = query_BKnh, key_BKSh, value_BKSh, weights_BKnS, mixed_BKnh
     return _heads_last(mixed_BKnh, length), saved
 

@@ -172,6 +172,8 @@ def _make_kernel(
         ),
         head_shards=1,
         q_seq_shards=1,
+        # Its output and the log-sum-exp of its logits: with both saved, it is not run again.
+        residual_checkpoint_name="attention",
         interpret=interpret,
     )
 

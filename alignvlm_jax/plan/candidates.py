@@ -9,8 +9,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from alignvlm_jax.config import Config, MeshConfig
-from alignvlm_jax.models.layers import REMAT_POLICIES
+from alignvlm_jax.config import Config, LLMConfig, MeshConfig, VisionConfig
 from alignvlm_jax.plan import hardware
 from alignvlm_jax.plan.aot import GIB, Plan
 from alignvlm_jax.plan.hardware import Topology
@@ -24,8 +23,10 @@ GAIN = 0.02
 """Fraction of a step by which what was not compiled has to look faster than the best that was."""
 SAFE = 0.9
 """Fraction of the memory that a rough idea may come to before anything was compiled."""
+POLICIES = ("none", "attention+qkv+mlp", "dots", "attention+qkv", "full")
+"""Remat policies that are tried: others that save by name lie close to one of these."""
 # Fraction of a forward pass that the backward pass computes again, and how much of what a layer
-# could save for it is saved, in memory. Policies that are not named here lie in between.
+# could save for it is saved, in memory; of what is saved by name both follow from its sizes.
 _AGAIN = {"none": 0.0, "dots": 0.1, "full": 1.0}
 _SAVED = {"none": 2.0, "dots": 1.0, "full": 0.0}
 # Bytes that a chunk of the vocabulary moves for each entry of a row: forward the row in bfloat16,
@@ -65,7 +66,7 @@ class Stage:
         for mesh in self.held_gib:
             sequences = self.config.train.batch_size // (mesh.data * mesh.fsdp)
             for rows in _divisors(sequences):
-                for remat in REMAT_POLICIES:
+                for remat in POLICIES:
                     for chunk in self._chunk_sizes(mesh, rows):
                         yield self.judged(Candidate(mesh, sequences // rows, remat, chunk))
 
@@ -100,13 +101,13 @@ class Stage:
     def _computing(self, one: Candidate) -> float:
         """Seconds of what the chips compute."""
         chip = self.topology.chip
-        again = 1 + _AGAIN.get(one.remat, 0.5) / 3
+        again, runs_kernels = self._again(one.remat)
         attention = self._attention_flops()
-        towers = again * (self.flops["vision"] + self.flops["llm"] - attention)
+        towers = (1 + again / 3) * (self.flops["vision"] + self.flops["llm"] - attention)
         peak = self.topology.peak_flops
         # Kernels make the logits of the backward pass twice: 9 matmuls for the 6 that count.
         width = self.config.model.llm.head_dim
-        kernels = attention * (9 + 2 * _AGAIN.get(one.remat, 0.5)) / 6
+        kernels = attention * (9 + 2 * runs_kernels) / 6
         kernels *= LANES * math.ceil(width / LANES) / width / KERNEL_UTILISATION
         vocabulary = self.flops["connector"] + self.flops["loss"]
         llm = self.config.model.llm
@@ -121,6 +122,19 @@ class Stage:
             + vocabulary * 5 / 4 / MATMUL_UTILISATION / peak
             + moved / (chip.hbm_gb * 1e9)
         )
+
+    def _again(self, remat: str) -> tuple[float, bool]:
+        """What of the towers' forward pass is computed again, and whether kernels run again: no
+        other policy saves what they do."""
+        if remat in _AGAIN:
+            return _AGAIN[remat], remat != "none"
+        llm = self.config.model.llm
+        saved = _llm_sizes(llm)
+        # A weight is a multiplication of each token; attention's output has no weights.
+        weights = {"attention": 0, "qkv": llm.width * saved["qkv"], "mlp": llm.width * saved["mlp"]}
+        whole = sum(weights.values()) + llm.width * (saved["attention"] + llm.mlp_width)
+        names = remat.split("+")
+        return 1 - sum(weights[name] for name in names) / whole, "attention" not in names
 
     def _attention_flops(self) -> float:
         """Of the decoder's attention, as they count: half of all pairs, forward and backward."""
@@ -158,15 +172,20 @@ class Stage:
         llm = model.llm
         vision = model.vision
         rows = self._rows(one)
-        saved = _SAVED.get(one.remat, 0.5)
         tokens = rows * self.config.data.seq_len
         patches = rows * self.config.data.max_tiles * vision.num_patches
         heads = 2 * (llm.num_heads + llm.num_kv_heads) * llm.head_dim
         wide = (3 * llm.mlp_width + heads) / one.mesh.tensor
-        activations = 2 * tokens * llm.num_layers * (llm.width + saved * (llm.width + wide))
-        activations += 2 * patches * vision.num_layers * vision.width
         hidden = 5 * vision.width + 2 * vision.mlp_width / one.mesh.tensor
-        activations += saved * 2 * patches * vision.num_layers * hidden
+        if one.remat in _SAVED:
+            saved = _SAVED[one.remat] * (llm.width + wide)
+            vision_saved = _SAVED[one.remat] * hidden
+        else:
+            names = one.remat.split("+")
+            saved = sum(_llm_sizes(llm)[name] for name in names) / one.mesh.tensor
+            vision_saved = sum(_vision_sizes(vision)[name] for name in names) / one.mesh.tensor
+        activations = 2 * tokens * llm.num_layers * (llm.width + saved)
+        activations += 2 * patches * vision.num_layers * (vision.width + vision_saved)
         # Of the layer at work, with gradients; and of the vocabulary: two matrices in bfloat16, a
         # device's shards of their float32 gradients, and a few chunks.
         working = 2 * tokens * 2 * (wide + 2 * llm.width)
@@ -238,6 +257,20 @@ class Tried:
     def _compiled_seconds(self, one: Candidate) -> float:
         plan = self.plans[one]
         return plan.timing.step if plan.timing else one.seconds
+
+
+def _llm_sizes(llm: LLMConfig) -> dict[str, int]:
+    """Numbers that a token has, in a layer, of what a policy can save by name."""
+    return {
+        "attention": llm.num_heads * llm.head_dim,
+        "qkv": (llm.num_heads + 2 * llm.num_kv_heads) * llm.head_dim,
+        "mlp": 2 * llm.mlp_width,
+    }
+
+
+def _vision_sizes(vision: VisionConfig) -> dict[str, int]:
+    """The same of a patch."""
+    return {"attention": vision.width, "qkv": 3 * vision.width, "mlp": vision.mlp_width}
 
 
 def _kind(one: Candidate) -> tuple:

@@ -21,6 +21,7 @@ from alignvlm_jax.models.decoder import Llama
 from alignvlm_jax.models.layers import Einsum, LayerNorm, RMSNorm
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
+from alignvlm_jax.plan import flops
 from tests.conftest import random_batch, random_params, tiny_config, tiny_connector
 
 # Sizes that no two axes share, whole or divided by the mesh, so that a shape in the compiled
@@ -431,7 +432,12 @@ def test_slots_see_and_are_seen_causally(mesh, params):
 
 
 @pytest.mark.parametrize(
-    "option", [{"remat": "full"}, {"remat": "dots"}, {"scan_unroll": 2}], ids=str
+    "option",
+    [
+        *({"remat": remat} for remat in ("full", "dots", "attention", "attention+qkv+mlp")),
+        {"scan_unroll": 2},
+    ],
+    ids=str,
 )
 def test_option_keeps_the_gradients(params, option):
     _, grads = gradient_step(dataclasses.replace(MODEL, **option))(params, BATCH)
@@ -460,6 +466,32 @@ def test_remat_policies_recompute_more_and_more(params):
         for remat in ("none", "dots", "full")
     )
     assert none < dots < full
+
+
+def recomputed(jaxpr: extend_core.Jaxpr, within: bool = False) -> int:
+    """The matmuls of a gradient that are computed again."""
+    count = 0
+    for equation in jaxpr.eqns:
+        here = within or flops.RECOMPUTED in str(equation.source_info.name_stack)
+        count += here and equation.primitive.name == "dot_general"
+        count += sum(recomputed(inner, here) for inner in flops._inner(equation))
+    return count
+
+
+def test_what_a_remat_policy_names_is_saved(params, mesh):
+    """Of both towers: without its name a layer makes its queries, keys and values, logits, their
+    mix, attention's output and the MLP's first matmuls again; the last matmul nothing needs."""
+    names = {"attention": 1 + 1, "qkv": 3 + 3, "mlp": 2 + 1}
+    counts = {
+        remat: recomputed(
+            jax.make_jaxpr(gradient_step(dataclasses.replace(MODEL, remat=remat)))(
+                params, BATCH
+            ).jaxpr
+        )
+        for remat in ("full", *config_lib.SAVED_BY_NAME)
+    }
+    assert counts.pop("full") == 8 + 7
+    assert counts == {remat: 15 - sum(names[name] for name in remat.split("+")) for remat in counts}
 
 
 # bfloat16.

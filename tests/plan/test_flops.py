@@ -177,7 +177,13 @@ def test_a_frozen_encoder_is_not_gone_back_through():
     assert part["llm"] == whole["llm"]
 
 
-FORMS = ({"remat": "full"}, {"remat": "dots"}, {"vocab_impl": "chunked"}, {"scan_unroll": 1})
+FORMS = (
+    {"remat": "full"},
+    {"remat": "dots"},
+    {"remat": "qkv+attention"},
+    {"vocab_impl": "chunked"},
+    {"scan_unroll": 1},
+)
 
 
 @pytest.mark.parametrize("changes", FORMS, ids=str)

@@ -7,10 +7,9 @@ import pytest
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.models.layers import REMAT_POLICIES
 from alignvlm_jax.plan import aot, hardware, search
 from alignvlm_jax.plan.aot import Plan
-from alignvlm_jax.plan.candidates import Stage
+from alignvlm_jax.plan.candidates import POLICIES, Candidate, Stage
 from alignvlm_jax.plan.hardware import Topology
 from alignvlm_jax.plan.search import Search
 from alignvlm_jax.plan.timing import Timing
@@ -27,7 +26,7 @@ PAPER = tiny_config(
 )
 V5E = hardware.parse_topology("v5e:2x2")
 HELD = 1.0  # GiB
-SECONDS = {"full": 4.0, "dots": 3.3, "none": 3.0}
+SECONDS = {"full": 4.0, "attention+qkv": 3.6, "dots": 3.3, "attention+qkv+mlp": 3.2, "none": 3.0}
 """Of a step of the fake compiler, and half a second more for each microbatch."""
 
 
@@ -80,7 +79,7 @@ def test_all_rows_at_once_where_they_fit(compiler):
 
 
 def test_few_are_compiled_and_none_twice(compiler):
-    """Of 2 meshes x 4 microbatches x 3 policies; 4 devices along tensor do not divide 2 key-value
+    """Of 2 meshes x 4 microbatches x 5 policies; 4 devices along tensor do not divide 2 key-value
     heads."""
     made = compiler(lambda remat: 0.1)
     best()
@@ -89,17 +88,18 @@ def test_few_are_compiled_and_none_twice(compiler):
 
 
 def test_less_is_computed_twice_with_fewer_rows_at_a_time(compiler):
-    """8 rows a chip: "full" takes 4 at a time, "dots" 2, "none" not one."""
-    made = compiler({"full": 3.0, "dots": 6.0, "none": 20.0}.__getitem__)
+    """8 rows a chip: "full" takes 4 at a time, "dots" and what is alike 2, "none" not one."""
+    gib = {"full": 3.0, "attention+qkv": 6.0, "dots": 6.0, "attention+qkv+mlp": 6.0, "none": 20.0}
+    made = compiler(gib.__getitem__)
     plan = best()
     fitting = [other for other in made if other.fits]
     assert plan.timing.step == min(other.timing.step for other in fitting)
-    assert microbatch(plan) <= {"full": 4, "dots": 2}[plan.config.model.remat]
+    assert microbatch(plan) <= (4 if plan.config.model.remat == "full" else 2)
 
 
 def test_by_time_and_not_by_flops(compiler):
     """A program that computes everything twice may be the faster one."""
-    compiler(lambda remat: 0.1, {"full": 1.0, "dots": 9.0, "none": 9.0}.__getitem__)
+    compiler(lambda remat: 0.1, lambda remat: 1.0 if remat == "full" else 9.0)
     assert best().config.model.remat == "full"
 
 
@@ -137,7 +137,7 @@ def test_meshes_and_remat_policies_and_chunk_sizes_vary():
     )
     found = list(stage.candidates())
     assert {(one.mesh.data, one.mesh.fsdp) for one in found} >= {(1, 64), (4, 16)}
-    assert {one.remat for one in found} == set(REMAT_POLICIES)
+    assert {one.remat for one in found} == set(POLICIES)
     assert {one.grad_accum_steps for one in found} >= {1, 2, 4}
     # Rough ideas: what is computed once is faster and needs more memory, and so are larger chunks.
     by = {(one.mesh, one.grad_accum_steps, one.remat, one.chunk_size_mib): one for one in found}
@@ -145,6 +145,26 @@ def test_meshes_and_remat_policies_and_chunk_sizes_vary():
         if one.remat == "full":
             other = by[one.mesh, one.grad_accum_steps, "none", one.chunk_size_mib]
             assert other.seconds < one.seconds and other.gib > one.gib
+
+
+def test_what_is_saved_by_name_follows_from_its_sizes():
+    """Between "full" and "none", in time and in memory; "attention" spares the kernels alone, and
+    saves [H, h] of a token and [E] of a patch."""
+    topology = hardware.parse_topology("v5p:4x4x4")
+    mesh = next(Search(PAPER, topology).meshes())
+    stage = Stage(
+        PAPER, topology, {"vision": 0, "connector": 0, "llm": 1e17, "loss": 0}, 1, {mesh: HELD}
+    )
+    order = ("full", "attention", "attention+qkv", "attention+qkv+mlp", "none")
+    found = [stage.judged(Candidate(mesh, 1, remat, 64)) for remat in order]
+    assert [one.gib for one in found] == sorted(one.gib for one in found)
+    assert [one.seconds for one in found] == sorted((one.seconds for one in found), reverse=True)
+    llm, vision, data = PAPER.model.llm, PAPER.model.vision, PAPER.data
+    rows = 256 // (mesh.data * mesh.fsdp)
+    of_tokens = data.seq_len * llm.num_layers * llm.num_heads * llm.head_dim
+    of_patches = data.max_tiles * vision.num_patches * vision.num_layers * vision.width
+    saved = 2 * rows * (of_tokens + of_patches) / aot.GIB
+    assert found[1].gib - found[0].gib == pytest.approx(saved)
 
 
 def test_smallest_slice(compiler):
