@@ -45,6 +45,7 @@ CHOICES = {
     "optim.moment_dtype": ("float32", "bfloat16"),
     "data.packing": ("none", "offline"),
     "data.loss_normalisation": ("token", "answer", "record"),
+    "train.grad_reduce_dtype": ("bfloat16", "float32"),
     "train.visual_source": ("pixels", "oracle"),
 }
 

@@ -286,6 +286,9 @@ class TrainConfig:
     # Regular expressions of parameter paths, matched whole: these, which must be frozen, are held
     # in bfloat16, in half of the memory.
     bfloat16_params: tuple[str, ...] = ()
+    # Type in which devices add up their gradients of kernels where model.dtype is "bfloat16":
+    # "bfloat16", or "float32", closer to the gradient of one device, and twice as much to send.
+    grad_reduce_dtype: str = "bfloat16"
     # Origin of the visual tokens: "pixels", the image; "oracle", the label-weighted average of
     # text embeddings, which a perfect ALIGN would hand on, and no image is read.
     visual_source: str = "pixels"

@@ -3,9 +3,11 @@
 Letters: `shapes.py`.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -74,6 +76,64 @@ def _gathered_backward(
 _gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
+# Like the mesh, it is entered: every projection of every module would have to be handed it.
+_reduce_dtype = contextvars.ContextVar("reduce_dtype", default="bfloat16")
+
+
+@contextlib.contextmanager
+def gradients_reduced_in(dtype: str) -> Iterator[None]:
+    """Traces the gradients of kernels so that devices sum them in `dtype`; see
+    `config.TrainConfig`."""
+    before = _reduce_dtype.set(dtype)
+    try:
+        yield
+    finally:
+        _reduce_dtype.reset(before)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _linear_with_float32_sums(
+    inputs: Float[Array, "..."],
+    kernel: Float[Array, "..."],
+    equation: str,
+    axes: tuple[str | None, ...],
+    dtype: DTypeLike,
+    out_dtype: DTypeLike | None,
+) -> Float[Array, "..."]:
+    """Returns `linear` of the gathered kernel; of its gradient each device's part is float32 when
+    the parts are added."""
+    return linear(equation, inputs, _gathered(kernel, axes, dtype, kernel.dtype), out_dtype)
+
+
+def _float32_sums_forward(
+    inputs: Float[Array, "..."], kernel: Float[Array, "..."], *static: Any
+) -> tuple[Float[Array, "..."], tuple[Float[Array, "..."], Float[Array, "..."]]]:
+    # The kernel as it is stored, in shards: it is gathered again.
+    return _linear_with_float32_sums(inputs, kernel, *static), (inputs, kernel)
+
+
+def _float32_sums_backward(
+    equation: str,
+    axes: tuple[str | None, ...],
+    dtype: DTypeLike,
+    out_dtype: DTypeLike | None,
+    saved: tuple[Float[Array, "..."], Float[Array, "..."]],
+    dout: Float[Array, "..."],
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    inputs, kernel = saved
+    whole = _gathered(kernel, axes, dtype, kernel.dtype)
+    (dinputs,) = jax.vjp(lambda x: linear(equation, x, whole, out_dtype), inputs)[1](dout)
+    operands, out = equation.split("->")
+    rows, letters = operands.split(",")
+    dkernel = jnp.einsum(
+        f"{rows},{out}->{letters}", inputs, dout, preferred_element_type=jnp.float32
+    )
+    return dinputs, nn.with_logical_constraint(dkernel, axes).astype(kernel.dtype)
+
+
+_linear_with_float32_sums.defvjp(_float32_sums_forward, _float32_sums_backward)
+
+
 class Einsum(nn.Module):
     """A linear map `inputs, kernel -> outputs` given by an einsum, its kernel kept at its final
     rank.
@@ -120,8 +180,14 @@ class Einsum(nn.Module):
 
     def __call__(self, inputs: Float[Array, "..."]) -> Float[Array, "..."]:
         # The kernel is cast at each use: the parameter, and its gradient, stay float32.
-        kernel = _gathered(self.kernel, self.axes, self.dtype, self.kernel.dtype)
-        outputs = linear(self.equation, inputs.astype(self.dtype), kernel, self.out_dtype)
+        inputs = inputs.astype(self.dtype)
+        if self.dtype == jnp.bfloat16 and _reduce_dtype.get() == "float32":
+            outputs = _linear_with_float32_sums(
+                inputs, self.kernel, self.equation, self.axes, self.dtype, self.out_dtype
+            )
+        else:
+            kernel = _gathered(self.kernel, self.axes, self.dtype, self.kernel.dtype)
+            outputs = linear(self.equation, inputs, kernel, self.out_dtype)
         return outputs + self.bias.astype(outputs.dtype) if self.use_bias else outputs
 
 

@@ -120,6 +120,7 @@ class Plan:
             "grad_accum_steps": train.grad_accum_steps,
             "seq_len": self.config.data.seq_len,
             "remat": self.config.model.remat,
+            "grad_reduce_dtype": train.grad_reduce_dtype,
             "fits": self.fits,
             "is_estimate": self.is_estimate,
             "peak_hbm_gib": self.peak_hbm_gib,

@@ -9,6 +9,8 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+import jax.numpy as jnp
+
 from alignvlm_jax.config import Config, LLMConfig, MeshConfig, VisionConfig
 from alignvlm_jax.plan import hardware
 from alignvlm_jax.plan.aot import GIB, Plan
@@ -152,7 +154,8 @@ class Stage:
         # In bfloat16, for the forward and for the backward pass of every microbatch.
         apart = (mesh.fsdp - 1) / mesh.fsdp
         gathers = one.grad_accum_steps * 2 * 2 * parameters * apart / bandwidth
-        sums = one.grad_accum_steps * 2 * parameters * apart / bandwidth
+        entry = jnp.dtype(self.config.train.grad_reduce_dtype).itemsize
+        sums = one.grad_accum_steps * entry * parameters * apart / bandwidth
         # Over data once, in float32, of the part that is a device's own; slices have the network.
         between = self.topology.num_slices
         copies = mesh.data // between

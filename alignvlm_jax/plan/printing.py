@@ -27,7 +27,8 @@ def text(plan: Plan) -> str:
         f"{config.name} {config.stage} on {plan.topology.name}: {plan.topology.num_chips} "
         f"chips{devices}, mesh {mesh}",
         f"batch {train.batch_size} rows of {data.seq_len} tokens and {data.max_tiles} tiles, "
-        f"in {train.grad_accum_steps} parts, remat {config.model.remat}",
+        f"in {train.grad_accum_steps} parts, remat {config.model.remat}, gradients of kernels "
+        f"summed in {train.grad_reduce_dtype}",
         "",
         f"parameters         {plan.num_params:,}, of which {plan.num_trained:,} trained",
         f"{f'parameters a {one}':18} {plan.param_gib:.2f} GiB, optimizer {plan.optimizer_gib:.2f} "

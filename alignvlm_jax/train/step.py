@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from alignvlm_jax.config import Config, DataConfig, TrainConfig
-from alignvlm_jax.models import vlm
+from alignvlm_jax.models import layers, vlm
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.shapes import Array, Float, Int
 from alignvlm_jax.train import lora, optim, state
@@ -88,7 +88,8 @@ def make_train_step(
             trained: Params, microbatch: Mapping[str, Array]
         ) -> tuple[Float[Array, ""], Metrics]:
             params = effective_params(model, state.merge(trained, frozen), lora_alpha)
-            sums = _sums(model, train, params, microbatch)
+            with layers.gradients_reduced_in(train.grad_reduce_dtype):
+                sums = _sums(model, train, params, microbatch)
             return _total(train, means(sums | weights)), sums
 
         def add_microbatch(

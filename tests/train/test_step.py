@@ -1,6 +1,7 @@
 """On the 2 x 2 x 2 mesh; one compiled step serves all tests of a config."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -266,3 +267,24 @@ def test_without_jit_arrays_have_values_and_results_are_the_same(monkeypatch):
             found.append(eval_step(params, arrays))
     assert seen == [True, True, False]  # Both steps are traced; the last is run.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *found)
+
+
+def test_the_step_sums_gradients_of_kernels_in_the_type_chosen():
+    """A layer of each tower is traced once: 7 and 6 kernels, and those outside have theirs."""
+
+    def float32_results(dtype: str) -> int:
+        """Matmuls of bfloat16 matrices whose results are float32."""
+        config = tiny_config()
+        config = dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, dtype="bfloat16"),
+            train=dataclasses.replace(config.train, grad_reduce_dtype=dtype),
+        )
+        model = vlm.VLM(config.model)
+        tx = optim.make_optimizer(config.optim, config.train.num_steps)
+        with mesh_lib.use(mesh_lib.make_mesh(config.mesh, config.model, config.train)) as mesh:
+            abstract = state.abstract_state(model, config.train, tx, mesh)
+            text = step.lower_train_step(model, config, tx, abstract, mesh).as_text()
+        return len(re.findall(r"dot_general.*xbf16>, tensor<\w+xbf16>\) -> tensor<\w+xf32>", text))
+
+    assert float32_results("float32") >= float32_results("bfloat16") + 7 + 6
