@@ -41,7 +41,7 @@ CHOICES = {
     "model.remat": ("none", "full", "dots", *SAVED_BY_NAME),
     "model.vocab_impl": ("auto", "plain", "chunked"),
     "model.attention": ("auto", "xla", "cudnn", "splash", "triton"),
-    "optim.name": ("adamw", "adafactor"),
+    "optim.name": ("adamw", "adafactor", "muon"),
     "optim.moment_dtype": ("float32", "bfloat16"),
     "data.packing": ("none", "offline"),
     "data.loss_normalisation": ("token", "answer", "record"),
@@ -312,8 +312,8 @@ def _check_optim(optim: OptimConfig) -> None:
         return
     if optim.name != "adamw":
         raise UserError(
-            f"config.optim.moment_dtype {optim.moment_dtype!r} is of adamw's running means, and "
-            f"config.optim.name is {optim.name!r}, which has none; leave it out"
+            f"config.optim.moment_dtype {optim.moment_dtype!r} is of adamw's running means "
+            f"alone, and config.optim.name is {optim.name!r}; leave it out"
         )
     # A bfloat16 has 8 bits: a mean that is to lose less than 1/256 of itself would stay for ever.
     if optim.b2 > MAX_BFLOAT16_DECAY:

@@ -230,7 +230,9 @@ class OptimConfig:
     cosine."""
 
     # "adamw", or "adafactor", which keeps of a matrix's squared gradients the means of its rows and
-    # columns alone, and no mean of the gradients: learning rates and decay are meant as AdamW's.
+    # columns alone, and no mean of the gradients; or "muon", which updates hidden matrices by
+    # their orthogonalised running mean, 0.95 of it kept, and the rest by AdamW. Learning rates and
+    # decay are meant as AdamW's with each.
     name: str = "adamw"
     # Type in which AdamW's two running means are kept: "float32", or "bfloat16", half of it.
     moment_dtype: str = "float32"

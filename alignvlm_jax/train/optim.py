@@ -1,14 +1,20 @@
-"""The optimizer of a stage: clipping, AdamW or Adafactor on a schedule, weight decay on matrices
-only."""
+"""The optimizer of a stage: clipping, AdamW, Adafactor or Muon on a schedule, weight decay on
+matrices only."""
 
+import math
+import operator
+import re
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import DTypeLike
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from alignvlm_jax.config import OptimConfig
+from alignvlm_jax.errors import UserError
 from alignvlm_jax.shapes import Array, Int
 from alignvlm_jax.train import state
 
@@ -20,6 +26,20 @@ Shapes cannot tell: under scan a norm's scale has two dimensions too.
 
 MIN_FACTORED = 128
 """Size of the second largest axis from which Adafactor factors a matrix; optax's default."""
+
+HIDDEN = {
+    r".*/attn/[qkv]/kernel": MuonDimensionNumbers(-3, (-2, -1)),
+    r".*/attn/o/kernel": MuonDimensionNumbers((-3, -2), -1),
+    r".*/mlp/(gate|up|down)/kernel": MuonDimensionNumbers(-2, -1),
+    r"connector/(w1|fc\d?|proj|\w+/conv[13]|\w+/gate/(down|up))/kernel": MuonDimensionNumbers(
+        -2, -1
+    ),
+}
+"""Axes that are summed over, and those of the result, of the kernels that Muon updates, by their
+paths; an axis of layers comes before them. Not there: kernels onto a vocabulary (heads, ALIGN's
+w2), those that pixels meet first, convolutions, and the factors of LoRA.
+"""
+MUON_RMS = 0.2  # Root mean square of Muon's updates, about that of AdamW's (arXiv 2502.16982).
 
 
 def make_schedule(optim: OptimConfig, num_steps: int) -> optax.Schedule:
@@ -38,7 +58,7 @@ def make_schedule(optim: OptimConfig, num_steps: int) -> optax.Schedule:
 def make_optimizer(optim: OptimConfig, num_steps: int) -> optax.GradientTransformation:
     """Returns the optax chain of a stage of so many steps."""
     scales = optim.learning_rate_scale
-    make = {"adamw": _adamw, "adafactor": _adafactor}[optim.name]
+    make = {"adamw": _adamw, "adafactor": _adafactor, "muon": _muon}[optim.name]
     return optax.chain(
         # By the norm of all gradients of the stage together, before the optimizer sees them.
         optax.clip_by_global_norm(optim.clip_norm),
@@ -96,6 +116,59 @@ def _adafactor(optim: OptimConfig, schedule: optax.Schedule) -> optax.GradientTr
         optax.add_decayed_weights(optim.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def _muon(optim: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Muon (by Keller Jordan, 2024) for the matrices of `HIDDEN`, each layer's by itself, AdamW for
+    the rest. Not by `optax.contrib.muon`: it has two schedules, and its state does not lie under
+    the parameters' paths alone.
+
+    Raises:
+      UserError: on `init`, of parameters none of which Muon updates.
+    """
+
+    def axes(tree: state.Params) -> state.Params:
+        return state.unflatten(
+            {path: _hidden_axes(path) or optax.MaskedNode() for path in state.flatten(tree)}
+        )
+
+    def is_hidden(params: state.Params) -> state.Params:
+        found = {path: _hidden_axes(path) is not None for path in state.flatten(params)}
+        if not any(found.values()):
+            raise UserError(
+                "config.optim.name is 'muon', which is for hidden matrices of the towers and the "
+                "connector, and config.train.trainable matches none of them; use 'adamw'"
+            )
+        return state.unflatten(found)
+
+    def as_large_as_adamws(updates: state.Params, params: state.Params | None) -> state.Params:
+        del params
+
+        # All singular values are about 1: the squares of the entries sum to the shorter side.
+        def scale(x: Array, axes: MuonDimensionNumbers) -> Array:
+            sides = [math.prod(x.shape[i] for i in np.atleast_1d(one)) for one in axes]
+            return MUON_RMS * math.sqrt(max(sides)) * x
+
+        return jax.tree.map(scale, updates, axes(updates))
+
+    return optax.chain(
+        optax.masked(
+            optax.chain(
+                scale_by_muon(weight_dimension_numbers=axes), optax.stateless(as_large_as_adamws)
+            ),
+            is_hidden,
+        ),
+        optax.masked(
+            optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
+            lambda params: jax.tree.map(operator.not_, is_hidden(params)),
+        ),
+        optax.add_decayed_weights(optim.weight_decay, mask=decay_mask),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _hidden_axes(path: str) -> MuonDimensionNumbers | None:
+    return next((axes for pattern, axes in HIDDEN.items() if re.fullmatch(pattern, path)), None)
 
 
 def _scale_components(scales: Mapping[str, float]) -> optax.GradientTransformation:

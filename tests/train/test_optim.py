@@ -11,8 +11,9 @@ from alignvlm_jax.config import OptimConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import sharding
+from alignvlm_jax.plan import aot
 from alignvlm_jax.train import optim, state
-from tests.conftest import tiny_config
+from tests.conftest import tiny_config, tiny_connector
 from tests.train import fake_run
 
 
@@ -159,16 +160,134 @@ def test_adafactor_is_the_papers_with_our_decay_and_schedule():
     assert sizes == [130, 160, 160]
 
 
+def orthogonalised(x: np.ndarray) -> np.ndarray:
+    """Five Newton-Schulz steps of Muon's quintic (Jordan, 2024), of one matrix, in float64."""
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x
+
+
+def test_muon_is_each_layers_own_and_adamw_the_rest():
+    """Against the equations in NumPy, over two steps: queries [L, D, H, h] of two layers are two
+    matrices [D, H h], outputs [L, H, h, D] two [H h, D]; the table and the norm are AdamW's."""
+    config = OptimConfig(
+        name="muon", learning_rate=0.01, warmup_steps=0, weight_decay=0.5, clip_norm=1e9
+    )
+    schedule = optim.make_schedule(config, 10)
+    rng = np.random.default_rng(0)
+    shapes = {
+        "blocks/attn/q/kernel": (2, 6, 4, 5),
+        "blocks/attn/o/kernel": (2, 4, 5, 6),
+        "blocks/mlp/gate/kernel": (2, 6, 8),
+        "head/kernel": (6, 9),
+        "embed/table": (9, 6),
+        "final_norm/scale": (6,),
+    }
+    flat = {"blocks/attn/q/kernel": (6, 20), "blocks/attn/o/kernel": (20, 6)}
+    flat["blocks/mlp/gate/kernel"] = (6, 8)
+    start = {f"llm/{path}": rng.standard_normal(shape) for path, shape in shapes.items()}
+    draws = [
+        {path: rng.standard_normal(x.shape).astype(np.float32) for path, x in start.items()}
+        for _ in range(2)
+    ]
+    params = state.unflatten({path: jnp.asarray(x, jnp.float32) for path, x in start.items()})
+
+    def run(one: OptimConfig) -> dict[str, jax.Array]:
+        tx = optim.make_optimizer(one, num_steps=10)
+        now, opt_state = params, tx.init(params)
+        for grads in draws:
+            updates, opt_state = tx.update(state.unflatten(dict(grads)), opt_state, now)
+            now = optax.apply_updates(now, updates)
+        assert int(optim.num_updates(opt_state)) == 2
+        return state.flatten(now)
+
+    found, adamw = run(config), run(dataclasses.replace(config, name="adamw"))
+    for path, sides in flat.items():
+        path = f"llm/{path}"
+        expected = start[path].reshape(2, *sides).astype(np.float64)
+        mean = np.zeros_like(expected)
+        for t, grads in enumerate(draws):
+            gradient = grads[path].reshape(expected.shape)
+            mean = 0.95 * mean + 0.05 * gradient
+            ahead = 0.95 * mean / (1 - 0.95 ** (t + 2)) + 0.05 * gradient / (1 - 0.95 ** (t + 1))
+            update = np.stack(
+                [orthogonalised(x.T).T if sides[0] > sides[1] else orthogonalised(x) for x in ahead]
+            )
+            update *= 0.2 * np.sqrt(max(sides))
+            expected -= float(schedule(t)) * (update + 0.5 * expected)
+        np.testing.assert_allclose(
+            found[path].reshape(2, *sides), expected, atol=2e-5, err_msg=path
+        )
+    for path in ("llm/head/kernel", "llm/embed/table", "llm/final_norm/scale"):
+        np.testing.assert_array_equal(found[path], adamw[path], err_msg=path)
+
+
+def test_muon_takes_the_hidden_matrices_of_every_connector():
+    """All kernels of the towers' layers; of connectors none onto a vocabulary, and none that is a
+    convolution over patches."""
+    left = {
+        "align": {"w2/kernel"},
+        "mlp": set(),
+        "perceiver": set(),
+        "ovis": {"head/kernel"},
+        "h_reducer": {"conv1/kernel", "conv2/kernel"},
+        "c_abstractor": {"before/conv2/kernel", "after/conv2/kernel"},
+    }
+    for name, others in left.items():
+        model = dataclasses.replace(tiny_config().model, connector=tiny_connector(name))
+        boxed = jax.eval_shape(
+            lambda model=model: vlm.init_params(vlm.VLM(model), jax.random.key(0))
+        )
+        kernels = {path for path in state.flatten(boxed) if path.endswith("/kernel")}
+        by_adamw = {path for path in kernels if optim._hidden_axes(path) is None}
+        expected = {f"connector/{path}" for path in others} | {"vision/patch_embed/kernel"}
+        assert by_adamw == expected, name
+
+
+def test_muon_of_nothing_hidden_is_refused():
+    tx = optim.make_optimizer(OptimConfig(name="muon", learning_rate=1.0), num_steps=4)
+    with pytest.raises(UserError, match=r"optim\.name is 'muon'.*none of them; use 'adamw'"):
+        tx.init({"connector": {"w2": {"kernel": jnp.ones((2, 3))}}})
+
+
+def test_muon_keeps_one_mean_of_a_matrix_which_lies_as_its_parameter(mesh):
+    """What `plan` says of the optimizer is of this state."""
+    config = tiny_config()
+    model = vlm.VLM(config.model)
+
+    def of(name: str) -> dict[str, jax.ShapeDtypeStruct]:
+        tx = optim.make_optimizer(dataclasses.replace(config.optim, name=name), 4)
+        abstract = state.abstract_state(model, config.train, tx, mesh)
+        paths = jax.tree_util.tree_leaves_with_path(abstract.opt_state)
+        return abstract.params, {sharding.path_name(path): x for path, x in paths}
+
+    params, muon = of("muon")
+    _, adamw = of("adamw")
+    params = state.flatten(params)
+    for path, param in params.items():
+        own = [x for name, x in muon.items() if name.endswith(f"/{path}")]
+        assert len(own) == (2 if optim._hidden_axes(path) is None else 1), path
+        assert all(x.shape == param.shape and x.sharding == param.sharding for x in own), path
+    hidden = [x for path, x in params.items() if optim._hidden_axes(path)]
+    spared = aot.gib_of_a_device(adamw) - aot.gib_of_a_device(muon)
+    # Beside the means it has a count and three coefficients.
+    assert spared * aot.GIB == pytest.approx(aot.gib_of_a_device(hidden) * aot.GIB, abs=32)
+
+
 def test_rates_by_component_hold_with_every_optimizer():
-    params = {part: {"kernel": jnp.ones((130, 140))} for part in ("llm", "lora")}
+    matrix = {"mlp": {"up": {"kernel": jnp.ones((130, 140))}}}
+    params = {part: matrix for part in ("llm", "lora")}
     grads = jax.tree.map(lambda x: 0.3 * x, params)
-    for changes in ({}, {"moment_dtype": "bfloat16"}, {"name": "adafactor"}):
+    for changes in ({}, {"moment_dtype": "bfloat16"}, {"name": "adafactor"}, {"name": "muon"}):
         config = OptimConfig(
             learning_rate=0.1, warmup_steps=0, learning_rate_scale={"llm": 0.0}, **changes
         )
         tx = optim.make_optimizer(config, num_steps=4)
         updates, opt_state = tx.update(grads, tx.init(params), params)
-        assert not updates["llm"]["kernel"].any() and updates["lora"]["kernel"].any()
+        updates = {part: x["mlp"]["up"]["kernel"] for part, x in updates.items()}
+        assert not updates["llm"].any() and updates["lora"].any()
         assert int(optim.num_updates(opt_state)) == 1
 
 
@@ -207,7 +326,9 @@ def test_state_lies_over_the_mesh_as_the_parameters_do(changes, mesh):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"name": "adafactor"}, {"moment_dtype": "bfloat16"}], ids=lambda c: str(*c.values())
+    "changes",
+    [{"name": "adafactor"}, {"moment_dtype": "bfloat16"}, {"name": "muon"}],
+    ids=lambda c: str(*c.values()),
 )
 def test_a_resumed_run_is_bit_for_bit_the_same_with_every_optimizer(tmp_path, monkeypatch, changes):
     # The tiny model's matrices are factored, too.
@@ -227,7 +348,10 @@ def test_a_resumed_run_is_bit_for_bit_the_same_with_every_optimizer(tmp_path, mo
         np.testing.assert_array_equal(array, parts[name], err_msg=name)
     table = "['llm']['embed']['table']"
     state_of = {name: x for name, x in whole.items() if "opt_state" in name and table in name}
-    if changes.get("name"):
+    if changes.get("name") == "muon":
+        assert len(state_of) == 2
+        assert sum("mu" in name and "attn" in name and "opt_state" in name for name in whole)
+    elif changes.get("name"):
         assert {x.shape for x in state_of.values()} == {(16,), (32,), (1,)}
     else:
         assert len(state_of) == 2 and all(x.dtype == jnp.bfloat16 for x in state_of.values())
