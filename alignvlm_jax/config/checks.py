@@ -161,6 +161,8 @@ def check(config: Config) -> Config:
             f"config.data.labelled_fraction is {config.data.labelled_fraction}; it must be at "
             "most 1"
         )
+    if config.train.offload_optimizer and not config.train.jit:
+        raise UserError("config.train.offload_optimizer needs config.train.jit, which is False")
     _check_profile(config.train.profile)
     if not config.eval.splits:
         raise UserError("config.eval.splits is empty; name at least one split")

@@ -43,7 +43,8 @@ class Plan:
     `state_gib` is all that a checkpoint holds. `peak_hbm_gib` is None where the compiler gave up
     without a number; `is_estimate` where it was not the TPU's. `timing` is None where there is no
     program of the TPU's. No cost is known without a `price_per_chip_hour`, and what is
-    padding not without the stage's data, which is `used`.
+    padding not without the stage's data, which is `used`. `host_gib` is what lies in the host's
+    memory for a device; the seconds that it takes to move it are in no plan.
     """
 
     topology: Topology
@@ -60,6 +61,7 @@ class Plan:
     flops: dict[str, float]
     communication: dict[str, Communication]
     timing: Timing | None = None
+    host_gib: float = 0.0
     price_per_chip_hour: float | None = None
     used: Used | None = None
 
@@ -127,6 +129,7 @@ class Plan:
             "hbm_limit_gib": chip.hbm_gib,
             "param_gib": self.param_gib,
             "optimizer_gib": self.optimizer_gib,
+            "host_gib": self.host_gib,
             "num_params": self.num_params,
             "num_trained": self.num_trained,
             "step_tflops": sum(self.flops.values()) / 1e12,
@@ -210,6 +213,7 @@ def start(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> 
         num_trained=sum(sizes[path] for path in trainable),
         param_gib=gib_of_a_device(abstract.params),
         optimizer_gib=gib_of_a_device(abstract.opt_state),
+        host_gib=gib_of_a_device(abstract.opt_state, on_host=True),
         state_gib=sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(abstract))
         / GIB,
         peak_hbm_gib=None,
@@ -299,12 +303,14 @@ def _requested_gib(message: str) -> float | None:
     return float(found[1] or found[2]) if found else None
 
 
-def gib_of_a_device(abstract: Any) -> float:
-    """Returns what a device holds of a tree of abstract arrays with shardings."""
+def gib_of_a_device(abstract: Any, *, on_host: bool = False) -> float:
+    """Returns what a device holds of a tree of abstract arrays with shardings, or what its host
+    holds of it for the device."""
     return (
         sum(
             math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
             for x in jax.tree.leaves(abstract)
+            if (x.sharding.memory_kind == state.HOST_MEMORY) is on_host
         )
         / GIB
     )

@@ -33,6 +33,7 @@ def text(plan: Plan) -> str:
         f"parameters         {plan.num_params:,}, of which {plan.num_trained:,} trained",
         f"{f'parameters a {one}':18} {plan.param_gib:.2f} GiB, optimizer {plan.optimizer_gib:.2f} "
         "GiB",
+        *_on_host(plan, one),
         f"{f'peak HBM a {one}':18} {gib(plan.peak_hbm_gib)} of {chip.hbm_gib} GiB: {verdict(plan)}",
         "",
         *_table(
@@ -61,6 +62,16 @@ def text(plan: Plan) -> str:
     if plan.is_estimate:
         lines += ["", ESTIMATE]
     return "\n".join(lines)
+
+
+def _on_host(plan: Plan, one: str) -> list[str]:
+    """What lies in the memory of the host, if anything does."""
+    if not plan.host_gib:
+        return []
+    return [
+        f"{f'on the host a {one}':18} {plan.host_gib:.2f} GiB of optimizer, sent there and back "
+        "each step: in no seconds below"
+    ]
 
 
 def _seconds(plan: Plan) -> list[str]:

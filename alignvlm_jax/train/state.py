@@ -25,6 +25,8 @@ from alignvlm_jax.shapes import Array, Int
 from alignvlm_jax.train import lora as lora_lib
 
 Params = dict[str, Any]
+HOST_MEMORY = "pinned_host"
+"""The kind of memory, by jax's name, in which an offloaded optimizer state lies."""
 
 
 class TrainState(struct.PyTreeNode):
@@ -135,14 +137,22 @@ def abstract_state(
     lora: LoraConfig = lora_lib.OFF,
 ) -> TrainState:
     """Returns the state's shapes, dtypes and shardings, with optimizer state for what is trained
-    alone. Nothing is computed."""
+    alone: of the host's memory with `train.offload_optimizer`. Nothing is computed."""
 
     def boxed_state() -> TrainState:
         params = _boxed_params(model, train, lora)
         trainable, _ = split(params, _matched(train, params))
         return TrainState(jnp.zeros((), jnp.int32), params, _boxed_opt_state(tx, trainable))
 
-    return _with_shardings(boxed_state, mesh)
+    abstract = _with_shardings(boxed_state, mesh)
+    if not train.offload_optimizer:
+        return abstract
+    return abstract.replace(opt_state=jax.tree.map(_on_host, abstract.opt_state))
+
+
+def _on_host(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The array in the host's memory; counts stay where they are."""
+    return x.update(sharding=x.sharding.with_memory_kind(HOST_MEMORY)) if x.ndim else x
 
 
 def abstract_params(

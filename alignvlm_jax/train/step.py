@@ -79,6 +79,8 @@ def make_train_step(
     """
 
     def train_step(old: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, Metrics]:
+        if train.offload_optimizer:
+            old = old.replace(opt_state=_moved(old.opt_state, jax.memory.Space.Device))
         # Frozen parameters come into the loss from outside: no gradient of theirs is ever made.
         trained, frozen = state.split(old.params, trainable)
         # Of the whole batch: what a microbatch's sums are divided by must not depend on the split.
@@ -120,6 +122,8 @@ def make_train_step(
             updated,
             (trained, old.opt_state),
         )
+        if train.offload_optimizer:
+            opt_state = _moved(opt_state, jax.memory.Space.Host)
         metrics = means(sums | weights)
         loss = _total(train, metrics)
         if "patch_loss" in metrics:
@@ -138,6 +142,11 @@ def make_train_step(
         return TrainState(old.step + 1, state.merge(trained, frozen), opt_state), metrics
 
     return train_step
+
+
+def _moved(opt_state: optax.OptState, space: jax.memory.Space) -> optax.OptState:
+    """Moves all but counts to the memory of the host or of the device."""
+    return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, opt_state)
 
 
 def make_eval_step(model: vlm.VLM, train: TrainConfig) -> EvalStep:

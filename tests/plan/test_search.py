@@ -7,7 +7,7 @@ import pytest
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.plan import aot, hardware, search
+from alignvlm_jax.plan import aot, hardware, printing, search
 from alignvlm_jax.plan.aot import Plan
 from alignvlm_jax.plan.candidates import POLICIES, Candidate, Stage
 from alignvlm_jax.plan.hardware import Topology
@@ -165,6 +165,18 @@ def test_what_is_saved_by_name_follows_from_its_sizes():
     of_patches = data.max_tiles * vision.num_patches * vision.num_layers * vision.width
     saved = 2 * rows * (of_tokens + of_patches) / aot.GIB
     assert found[1].gib - found[0].gib == pytest.approx(saved)
+
+
+def test_a_plan_tells_of_the_types_and_places_of_what_is_kept(compiler):
+    compiler(lambda remat: 0.1)
+    plan = best()
+    train = dataclasses.replace(plan.config.train, num_steps=1000)
+    plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, train=train))
+    assert ", gradients of kernels summed in bfloat16\n" in printing.text(plan)
+    assert "on the host" not in printing.text(plan)
+    offloaded = dataclasses.replace(plan, host_gib=1.05)
+    assert "\non the host a chip 1.05 GiB of optimizer, sent there" in printing.text(offloaded)
+    assert offloaded.to_json()["host_gib"] == 1.05
 
 
 def test_smallest_slice(compiler):

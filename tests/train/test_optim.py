@@ -7,12 +7,13 @@ import numpy as np
 import optax
 import pytest
 
-from alignvlm_jax.config import OptimConfig
+from alignvlm_jax.config import MeshConfig, OptimConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
+from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
-from alignvlm_jax.plan import aot
-from alignvlm_jax.train import optim, state
+from alignvlm_jax.plan import aot, hardware
+from alignvlm_jax.train import optim, state, step
 from tests.conftest import tiny_config, tiny_connector
 from tests.train import fake_run
 
@@ -23,8 +24,8 @@ def test_schedule_warms_up_linearly_and_falls_to_the_final_fraction():
     schedule = optim.make_schedule(config.optim, config.train.num_steps)
     halfway = 0.04 + 0.36 / 2
     expected = {0: 0.0, 5: 0.2, 10: 0.4, 60: halfway, 110: 0.04, 500: 0.04}
-    for step, rate in expected.items():
-        assert float(schedule(step)) == pytest.approx(rate, abs=1e-6), step
+    for at, rate in expected.items():
+        assert float(schedule(at)) == pytest.approx(rate, abs=1e-6), at
 
 
 def test_a_stage_shorter_than_its_warmup_still_has_a_schedule():
@@ -355,3 +356,52 @@ def test_a_resumed_run_is_bit_for_bit_the_same_with_every_optimizer(tmp_path, mo
         assert {x.shape for x in state_of.values()} == {(16,), (32,), (1,)}
     else:
         assert len(state_of) == 2 and all(x.dtype == jnp.bfloat16 for x in state_of.values())
+
+
+# In the memory of the host.
+
+
+def test_an_offloaded_run_is_the_same_and_resumes(tmp_path):
+    """Bit for bit, against a run with its state on the devices, whose checkpoints it reads."""
+    plain = fake_run.stages()
+    offloaded = tuple(
+        dataclasses.replace(one, train=dataclasses.replace(one.train, offload_optimizer=True))
+        for one in plain
+    )
+    fake_run.train(tmp_path / "plain", configs=plain)
+    with pytest.raises(UserError):
+        stopping = fake_run.Batches(fake_run.send(signal.SIGINT, at=6))
+        fake_run.train(tmp_path / "offloaded", stopping, configs=offloaded)
+    fake_run.train(tmp_path / "offloaded", configs=offloaded)
+    expected, found = (fake_run.stored(tmp_path / name) for name in ("plain", "offloaded"))
+    assert expected.keys() == found.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(array, found[name], err_msg=name)
+
+
+@pytest.mark.skipif(
+    not hardware.has_tpu_compiler(), reason="libtpu is not installed (requirements-tpu.txt)"
+)
+def test_a_tpus_program_takes_offloaded_state_from_the_host():
+    """And hands it back there; `plan` has it apart from what the device holds."""
+    base = tiny_config()
+    config = dataclasses.replace(
+        base,
+        train=dataclasses.replace(base.train, offload_optimizer=True),
+        mesh=MeshConfig(data=1, fsdp=4, tensor=1),
+    )
+    devices = hardware.compile_only_devices(hardware.parse_topology("v5e:2x2"))
+    model = vlm.VLM(config.model)
+    tx = optim.make_optimizer(config.optim, config.train.num_steps)
+    with mesh_lib.use(mesh_lib.make_mesh(config.mesh, config.model, None, devices)) as mesh:
+        abstract = state.abstract_state(model, config.train, tx, mesh)
+        compiled = step.lower_train_step(model, config, tx, abstract, mesh).compile()
+    memory = compiled.memory_analysis()
+    on_host = aot.gib_of_a_device(abstract.opt_state, on_host=True) * aot.GIB
+    moments = 2 * aot.gib_of_a_device(abstract.params) * aot.GIB
+    assert on_host == pytest.approx(moments)
+    # With the padding of small arrays; parameters, as many again, and a batch are the device's.
+    assert on_host <= memory.host_argument_size_in_bytes
+    assert memory.argument_size_in_bytes < memory.host_argument_size_in_bytes
+    assert memory.host_alias_size_in_bytes == memory.host_argument_size_in_bytes
+    assert aot.gib_of_a_device(abstract.opt_state) * aot.GIB < 16
