@@ -232,6 +232,12 @@ def test_numbers_and_lists_are_taken_as_meant():
             "splsh",
             r"config\.model\.attention is 'splsh'; did you mean 'splash'\?",
         ),
+        ("train.grad_reduce_dtype", "float23", r"reduce_dtype is 'float23'; .* 'float32'\?"),
+        (
+            "train",
+            {"jit": False, "offload_optimizer": True},
+            r"offload_optimizer needs config\.train\.jit",
+        ),
         ("model.remat", "ful", r"config\.model\.remat is 'ful'; did you mean 'full'\?"),
         ("model.remat", "atention+qkv", r"remat is 'atention\+qkv'; .* 'attention\+qkv'\?"),
         ("model.remat", "mlp+qvk", r"remat is 'mlp\+qvk'; did you mean 'mlp\+qkv'\?"),
@@ -848,6 +854,7 @@ def test_a_config_json_from_before_fields_had_to_be_given_is_read():
     del new["train"]["num_records"]
     del new["train"]["bfloat16_params"], new["optim"]["name"], new["optim"]["moment_dtype"]
     del new["model"]["llm"]["context_length"]
+    del new["train"]["grad_reduce_dtype"], new["train"]["offload_optimizer"]
     options = ("qkv_bias", "qk_norm", "no_rope_every")
     assert [new["model"]["llm"].pop(name) for name in options] == [False, False, 0]
     scaling = new["model"]["llm"]["rope_scaling"]
