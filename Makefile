@@ -19,7 +19,7 @@ PARITY := .venv-parity
 BEAM := .venv-beam
 LAUNCH := .venv-launch
 
-.PHONY: help python setup tpu-compiler lint test test-install test-parity beam test-beam test-big-vision test-launch stress bench bench-data bench-generate bench-train bench-plans bench-gpu demo compare weights data clean
+.PHONY: help python setup tpu-compiler lint test test-install test-parity beam test-beam test-big-vision test-launch stress bench bench-data bench-generate bench-questions bench-train bench-plans bench-gpu demo compare weights data clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -171,6 +171,9 @@ GPU_OUT ?= runs/gpu
 
 bench-gpu:  ## stage 2 of the 1B model on one NVIDIA GPU: attention, step, torch.compile, generation (10 minutes at most)
 	$(BIN)/python -m tests.bench.gpu --out=$(GPU_OUT)
+
+bench-questions:  ## questions answered a second by CHECKPOINT, against padded batches
+	$(BIN)/python -m tests.bench.questions $(CHECKPOINT)
 
 bench-plans: tpu-compiler  ## the smallest TPU slice for every stage of the paper (an hour)
 	$(BIN)/python -m tests.bench.plans

@@ -4,7 +4,6 @@ import dataclasses
 import pathlib
 import subprocess
 import sys
-import types
 import warnings
 
 import jax
@@ -19,6 +18,7 @@ from alignvlm_jax.data import images
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import assistant
 from alignvlm_jax.weights import initial
+from tests.scripted_sampler import ScriptedSampler
 
 QUESTIONS = ("Who?", "What is the total?", "a b", "Who?", "b", "a")
 
@@ -232,10 +232,8 @@ def test_answers_that_are_cut_are_told(model, pages):
         model.answer(pages[0], ["Who?", "a"], max_new_tokens=3)
     ended = assistant.Assistant(model.loaded)
     for last in (ids["<end>"], model.loaded.tokenizer.pad_id):
-        tokens = np.full((8, 3), last, np.int32)
-        ended._sampler = types.SimpleNamespace(
-            generate=lambda *_, tokens=tokens: tokens, rows_of_process=np.arange
-        )
+        ended._sampler = ScriptedSampler(model.loaded.tokenizer, lambda _: "", 1)
+        ended._sampler.end_id = last
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "cut at|.*answers: cut")
             ended.answer(pages[0], "Who?", max_new_tokens=3)

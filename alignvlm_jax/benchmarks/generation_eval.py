@@ -9,14 +9,14 @@ from jax.sharding import Mesh
 from alignvlm_jax.benchmarks import questions, scores
 from alignvlm_jax.benchmarks.questions import Question
 from alignvlm_jax.config import Config, TrainConfig
-from alignvlm_jax.data import chat, examples, validation
+from alignvlm_jax.data import chat, validation
 from alignvlm_jax.data.examples import ExampleBuilder, PackedSequence
 from alignvlm_jax.data.loader import TrainSequences
 from alignvlm_jax.data.shards import RecordSource
 from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.errors import UserError, counted
-from alignvlm_jax.inference import loading
-from alignvlm_jax.inference.loading import Prompts
+from alignvlm_jax.inference import batching
+from alignvlm_jax.inference.batching import Prompts
 from alignvlm_jax.inference.sampler import Sampler
 from alignvlm_jax.models.vlm import VLM
 from alignvlm_jax.parallel import exchange, sharding
@@ -43,7 +43,7 @@ class GenerationEval:
         self._chosen = _choose(sources, config.train.generate_questions, opened)
         count = len(self._chosen.places)
         self.sample = counted(count, "held-out question")
-        self._batch_size = loading.batch_size(
+        self._batch_size = batching.batch_size(
             count, config.eval.batch_size, mesh_lib.data_parallel_size(mesh)
         )
         local_rows = sharding.rows_of_process(mesh, self._batch_size).tolist()
@@ -52,8 +52,8 @@ class GenerationEval:
         own = [self._chosen.prompt(number, self._builder) for number in mine if number < count]
         # Of all processes: their prompts are rows of one array.
         extents = [one for one in exchange.gather(self._builder.extent(own)) if one is not None]
-        # One shape for all batches, the largest that any prompt needs.
-        self._trimmed = max(length for length, _ in extents), max(tiles for _, tiles in extents)
+        # Room for the longest in the cache; each prompt is read in the bucket of its own size.
+        self._length = max(length for length, _ in extents)
 
     def run(
         self, params: Params, eval_step: EvalStep, should_stop: Callable[[], bool]
@@ -61,23 +61,23 @@ class GenerationEval:
         """See `Evaluator`; the step is not used. Returns `generated/anls` and
         `generated/exact_match` over all questions, and with several sources `generated/SOURCE/...`
         of each."""
+        if should_stop():
+            return None
+        count = len(self._chosen.places)
+        prompts = Prompts(count, self._builder, self._prompt, self._length)
         generated: list[str] = []
-        for start in range(0, len(self._chosen.places), self._batch_size):
-            if should_stop():
+        for one in batching.answer(
+            self._sampler,
+            {"params": params},
+            self._tokenizer,
+            prompts,
+            self._batch_size,
+            self._max_new_tokens,
+        ):
+            generated.append(one.text)
+            # All processes are told together, which costs too much for every answer.
+            if len(generated) % self._batch_size == 0 and should_stop():
                 return None
-            count = min(self._batch_size, len(self._chosen.places) - start)
-            # `start` is bound in the lambda's default: a plain closure would see the loop's last
-            # value.
-            prompts = Prompts(count, lambda number, start=start: self._prompt(start + number))
-            answers = loading.answer(
-                self._sampler,
-                {"params": params},
-                self._tokenizer,
-                prompts,
-                self._batch_size,
-                self._max_new_tokens,
-            )
-            generated += [one.text for one in answers]
         # Questions were numbered source after source, in the order of `by_source`.
         answers = iter(generated)
         rated = {
@@ -87,7 +87,7 @@ class GenerationEval:
         return with_sources("generated", rated, _means)
 
     def _prompt(self, number: int) -> PackedSequence:
-        return examples.trim(self._chosen.prompt(number, self._builder), *self._trimmed)
+        return self._chosen.prompt(number, self._builder)
 
 
 @dataclasses.dataclass(frozen=True)

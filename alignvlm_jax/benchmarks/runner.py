@@ -19,8 +19,9 @@ from alignvlm_jax.data.chat import ChatTurn
 from alignvlm_jax.data.examples import ExampleBuilder, PackedSequence
 from alignvlm_jax.data.record import Record
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.inference import loading
-from alignvlm_jax.inference.loading import Answer, Loaded, Prompts
+from alignvlm_jax.inference import batching, loading
+from alignvlm_jax.inference.batching import Answer, Prompts
+from alignvlm_jax.inference.loading import Loaded
 from alignvlm_jax.parallel import distributed
 
 PROMPT_MULTIPLE = 64  # tokens
@@ -46,8 +47,7 @@ class Trial:
 
 
 class Runner:
-    """Evaluates one model; every split has the same batch shape, so that generation is compiled
-    once."""
+    """Evaluates one model."""
 
     def __init__(self, loaded: Loaded, evaluation: EvalConfig | None = None):
         """`evaluation` is by default that of the model's own config."""
@@ -55,7 +55,7 @@ class Runner:
         self._evaluation = evaluation or loaded.config.eval
         self._sampler = loaded.sampler()
         most = self._evaluation.batch_size
-        self._batch_size = loading.batch_size(most, most, loaded.data_parallel_size)
+        self._batch_size = batching.batch_size(most, most, loaded.data_parallel_size)
 
     def evaluate(self, split: str, blind: bool) -> Predictions:
         """Returns the predictions on a split, and leaves them in the workdir; questions already
@@ -89,7 +89,7 @@ class Runner:
             header,
             name,
             questions,
-            lambda batch: self._answer(records, batch, trial, builder),
+            lambda rest: self._answer(records, rest, trial, builder),
         )
 
     def evaluate_task(self, benchmark: Benchmark) -> Predictions:
@@ -114,7 +114,7 @@ class Runner:
             header,
             task.name,
             questions,
-            lambda batch: self._answer_task(benchmark, batch, max_new_tokens, builder),
+            lambda rest: self._answer_task(benchmark, rest, max_new_tokens, builder),
         )
         if len(problems := result.problems()) == len(result.rows):
             if distributed.is_main():
@@ -129,28 +129,28 @@ class Runner:
         header: dict[str, Any],
         name: str,
         questions: Sequence[Question],
-        answer: Callable[[Sequence[Question]], list[dict[str, Any]]],
+        answer: Callable[[Sequence[Question]], Iterator[dict[str, Any]]],
     ) -> Predictions:
-        """The rows that `answer` gives for each batch of the questions, as `collect` has them."""
+        """The rows that `answer` gives, one after another, for the questions that are left, as
+        `collect` has them."""
 
-        def batches(done: int) -> Iterator[list[dict[str, Any]]]:
-            for start in range(done, len(questions), self._batch_size):
-                yield answer(questions[start : start + self._batch_size])
+        def rows(done: int) -> Iterator[list[dict[str, Any]]]:
+            # One at a time: a stop loses only those that are in the making.
+            for row in answer(questions[done:]):
+                yield [row]
 
         return predictions.collect(
-            path, header, batches, name=name, count=len(questions), things="questions"
+            path, header, rows, name=name, count=len(questions), things="questions"
         )
 
     def _builder_of(
         self, questions: Sequence[Question], prompt: str = "{question}"
     ) -> ExampleBuilder:
         """The builder of prompts that have room for the longest of some questions. A packed
-        sequence has room for many records: padded to it, a prompt would cost as much as all."""
+        sequence has room for many records: with a cache of its length, a prompt would cost as much
+        as all."""
         builder = self._loaded.builder
         data = builder.data
-        # Little to gain; and in another shape sums are rounded in another way.
-        if data.packing == "none":
-            return builder
         num_image_tokens = data.tiles_of_a_record * builder.tokens_per_prompt_tile
         longest = max(
             len(builder.prompt_tokens(ChatTurn(prompt.format(question=text), ""), before, system))
@@ -159,7 +159,7 @@ class Runner:
             }
         )
         longest += num_image_tokens
-        # Rounded up: splits whose longest prompts are nearly alike share a compiled program.
+        # Rounded up: splits whose longest prompts are nearly alike share compiled programs.
         length = min(-(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE, data.seq_len)
         return dataclasses.replace(builder, data=dataclasses.replace(data, seq_len=length))
 
@@ -169,23 +169,22 @@ class Runner:
         questions: Sequence[Question],
         trial: Trial,
         builder: ExampleBuilder,
-    ) -> list[dict[str, Any]]:
+    ) -> Iterator[dict[str, Any]]:
         def build(number: int) -> PackedSequence:
             question = questions[number]
             page = trial.page(records[question.record])
             prompt = builder.prompt(page, question.chat_turn(), question.before)
             return prompt | trial.inputs(question)
 
-        prompts = Prompts(len(questions), build)
-        answers = self._generate(prompts, self._evaluation.max_new_tokens, trial.variables)
-        return [
-            _row(question, prediction)
-            | {
-                "score": scores.anls(prediction, question.turn.answers),
-                "exact": scores.exact_match(prediction, question.turn.answers),
+        answers = self._generate(
+            builder, build, questions, self._evaluation.max_new_tokens, trial.variables
+        )
+        for question, (prediction, *_) in zip(questions, answers, strict=True):
+            answered = question.turn.answers
+            yield _row(question, prediction) | {
+                "score": scores.anls(prediction, answered),
+                "exact": scores.exact_match(prediction, answered),
             }
-            for question, (prediction, *_) in zip(questions, answers, strict=True)
-        ]
 
     def _answer_task(
         self,
@@ -193,35 +192,40 @@ class Runner:
         questions: Sequence[Question],
         max_new_tokens: int,
         builder: ExampleBuilder,
-    ) -> list[dict[str, Any]]:
+    ) -> Iterator[dict[str, Any]]:
         def build(number: int) -> PackedSequence:
             question = questions[number]
             text = benchmark.task.prompt.format(question=question.turn.question)
             page = benchmark.records[question.record]
             return builder.prompt(page, question.chat_turn(text), question.before)
 
-        def stand_in() -> PackedSequence:
-            # A page and a question as small as they can be: nobody reads the answer.
-            return builder.prompt(Image.new("RGB", (1, 1), "white"), "")
-
-        found = []
-        answers = self._generate(Prompts(len(questions), build, stand_in), max_new_tokens, {})
+        answers = self._generate(builder, build, questions, max_new_tokens, {}, skips_problems=True)
         for question, (prediction, problem, *_) in zip(questions, answers, strict=True):
             row = _row(question, prediction) | ({} if problem is None else {"problem": problem})
             turn = question.turn
             generated = prediction if problem is None else None
             rated = benchmark.task.rate(generated, turn.answers, turn.question, question.kind)
-            found.append(row | {"known_as": question.known_as, "scores": rated})
-        return found
+            yield row | {"known_as": question.known_as, "scores": rated}
 
     def _generate(
-        self, prompts: Prompts, max_new_tokens: int, variables: Mapping[str, Any]
-    ) -> list[Answer]:
-        """What the model says to prompts."""
-        variables = {**self._loaded.variables, **variables}
-        tokenizer = self._loaded.tokenizer
-        return loading.answer(
-            self._sampler, variables, tokenizer, prompts, self._batch_size, max_new_tokens
+        self,
+        builder: ExampleBuilder,
+        build: Callable[[int], PackedSequence],
+        questions: Sequence[Question],
+        max_new_tokens: int,
+        variables: Mapping[str, Any],
+        *,
+        skips_problems: bool = False,
+    ) -> Iterator[Answer]:
+        """What the model says to the prompts that `build` makes of questions."""
+        length = builder.data.seq_len
+        return batching.answer(
+            self._sampler,
+            {**self._loaded.variables, **variables},
+            self._loaded.tokenizer,
+            Prompts(len(questions), builder, build, length, skips_problems),
+            self._batch_size,
+            max_new_tokens,
         )
 
     def _header(

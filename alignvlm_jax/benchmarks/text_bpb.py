@@ -28,7 +28,7 @@ from alignvlm_jax.data.examples import PackedSequence
 from alignvlm_jax.data.record import Record
 from alignvlm_jax.data.tasks import transcription
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.inference import loading
+from alignvlm_jax.inference import batching, loading
 from alignvlm_jax.inference.loading import Loaded
 from alignvlm_jax.models.vlm import VLM
 from alignvlm_jax.parallel import mesh as mesh_lib
@@ -200,7 +200,7 @@ class Reader:
         """Returns the number of rows of a batch, for `count` texts of a window or more each."""
         # Whole rows for each device, one at least if a window is longer than BATCH_TOKENS.
         data_parallel_size = self._loaded.data_parallel_size
-        return loading.batch_size(
+        return batching.batch_size(
             count, data_parallel_size * max(BATCH_TOKENS // window, 1), data_parallel_size
         )
 

@@ -15,9 +15,10 @@ from alignvlm_jax import storage
 from alignvlm_jax.data import images, loader
 from alignvlm_jax.data.examples import PackedSequence
 from alignvlm_jax.errors import UserError, counted
-from alignvlm_jax.inference import loading, patch_tokens
+from alignvlm_jax.inference import batching, loading, patch_tokens
+from alignvlm_jax.inference.batching import Prompts
 from alignvlm_jax.inference.decoding import GREEDY, Decoding
-from alignvlm_jax.inference.loading import Loaded, Prompts
+from alignvlm_jax.inference.loading import Loaded
 from alignvlm_jax.inference.sampler import PROMPT_FIELDS
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
@@ -166,7 +167,7 @@ class Assistant:
         prompt = loaded.builder.prompt(None if opened is None else self._open(opened, page), text)
         [trimmed] = loaded.builder.trim_prompts([prompt])
         # The rows of a batch divide over the devices: all are the same prompt.
-        rows = loading.batch_size(1, 1, loaded.data_parallel_size)
+        rows = batching.batch_size(1, 1, loaded.data_parallel_size)
         embeddings_BTD = self._embedder(loaded.variables, loader.stack([trimmed] * rows))
         return np.asarray(embeddings_BTD[0, : int(trimmed["segment_ids"].sum())], np.float32)
 
@@ -198,36 +199,32 @@ class Assistant:
     def _generate(
         self, prompts: Sequence[PackedSequence], max_new_tokens: int, decoding: Decoding
     ) -> list[str]:
-        """Answers prompts with tiles, then those without, which are rows of other arrays."""
         loaded = self.loaded
-        batch_size = loaded.config.eval.batch_size
-        answers = {}
-        num_cut = 0
-        for has_tiles in (True, False):
-            # The rows of a batch are stacked, and so must have the same arrays.
-            indices = [i for i, prompt in enumerate(prompts) if ("tiles" in prompt) == has_tiles]
-            if not indices:
-                continue
-            # As few rows as the mesh takes: a single prompt need not pay for a whole batch.
-            size = loading.batch_size(len(indices), batch_size, loaded.data_parallel_size)
-            trimmed = loaded.builder.trim_prompts([prompts[i] for i in indices])
-            batched = Prompts(len(trimmed), trimmed.__getitem__)
-            generated = loading.answer(
+        if not prompts:
+            return []
+        # As few rows as the mesh takes: a single prompt need not pay for a whole batch.
+        size = batching.batch_size(
+            len(prompts), loaded.config.eval.batch_size, loaded.data_parallel_size
+        )
+        # Room for the longest; a shorter one is padded to the bucket of its own size alone.
+        length, _ = loaded.builder.extent(prompts)
+        generated = list(
+            batching.answer(
                 self._sampler,
                 loaded.variables,
                 loaded.tokenizer,
-                batched,
+                Prompts(len(prompts), loaded.builder, prompts.__getitem__, length),
                 size,
                 max_new_tokens,
                 decoding,
             )
-            answers |= {i: one.text for i, one in zip(indices, generated, strict=True)}
-            num_cut += sum(one.is_cut for one in generated)
+        )
+        num_cut = sum(one.is_cut for one in generated)
         if num_cut:
             which = f"{num_cut} of {counted(len(prompts), 'answer')}: " if len(prompts) > 1 else ""
             allowed = counted(max_new_tokens, "token")
             self._warn(f"{which}cut at {allowed}; a larger max_new_tokens allows more")
-        return [answers[i] for i in range(len(prompts))]
+        return [one.text for one in generated]
 
 
 def _warn_caller(problem: str) -> None:

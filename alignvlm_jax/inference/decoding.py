@@ -89,7 +89,7 @@ def choose(
     logits_BV: Float[Array, "B V"],
     seen_BV: Bool[Array, "B V"],
     decoding: Mapping[str, Array],
-    step: Int[Array, ""],
+    step_B: Int[Array, "B"],
 ) -> Int[Array, "B"]:
     """Returns the next token of each row.
 
@@ -97,14 +97,14 @@ def choose(
       logits_BV: float32.
       seen_BV: the tokens that prompt and answer have so far.
       decoding: the arrays DTYPES.
-      step: the number of tokens that the answers have: each step draws anew.
+      step_B: the number of tokens that each answer has: each step draws anew.
     """
     is_greedy_B = (decoding["temperature"] == 0) & (decoding["repetition_penalty"] == 1)
     # One program for all batches of a server, in which those without a draw sort no vocabulary.
     return jax.lax.cond(
         is_greedy_B.all(),
         lambda: logits_BV.argmax(-1).astype(jnp.int32),
-        lambda: _draw(logits_BV, seen_BV, decoding, step),
+        lambda: _draw(logits_BV, seen_BV, decoding, step_B),
     )
 
 
@@ -112,7 +112,7 @@ def _draw(
     logits_BV: Float[Array, "B V"],
     seen_BV: Bool[Array, "B V"],
     decoding: Mapping[str, Array],
-    step: Int[Array, ""],
+    step_B: Int[Array, "B"],
 ) -> Int[Array, "B"]:
     temperature_B1 = decoding["temperature"][:, None]
     penalty_B1 = decoding["repetition_penalty"][:, None]
@@ -125,7 +125,9 @@ def _draw(
     least_B1 = _least_of_nucleus(scaled_BV, decoding["top_p"])
     nucleus_BV = jnp.where(scaled_BV >= least_B1, scaled_BV, -jnp.inf)
     # Of the seed and the step alone, so that other rows of the batch change nothing.
-    keys_B = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(decoding["seed"])
+    keys_B = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(
+        decoding["seed"], step_B
+    )
     drawn_B = jax.vmap(jax.random.categorical)(keys_B, nucleus_BV).astype(jnp.int32)
     return jnp.where(temperature_B1[:, 0] > 0, drawn_B, likeliest_B)
 

@@ -1,14 +1,12 @@
-"""A trained model from its checkpoint, on the devices of this machine, and its answers to
-prompts."""
+"""A trained model from its checkpoint, on the devices of this machine."""
 
 import contextlib
 import copy
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -16,15 +14,13 @@ from PIL import Image
 
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config, DataConfig, ModelConfig, renamed
-from alignvlm_jax.data import chat, images, loader, pdf, stage_data, tokenizers
-from alignvlm_jax.data.examples import ExampleBuilder, PackedSequence
+from alignvlm_jax.data import chat, images, pdf, stage_data, tokenizers
+from alignvlm_jax.data.examples import ExampleBuilder
 from alignvlm_jax.data.tokenizers.base import ChatFiles, Tokenizer
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.inference import decoding as decoding_lib
-from alignvlm_jax.inference.decoding import GREEDY, Decoding
 from alignvlm_jax.inference.sampler import Sampler
 from alignvlm_jax.models.vlm import VLM
-from alignvlm_jax.parallel import compile_cache, distributed, exchange
+from alignvlm_jax.parallel import compile_cache, distributed
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.train import checkpoint, restore
 from alignvlm_jax.train.checkpoint_files import is_step
@@ -223,91 +219,3 @@ def programs_kept(path: Path) -> contextlib.AbstractContextManager[None]:
 def workdir_of(path: Path) -> Path:
     """Returns the workdir of `restore.workdir_of`; an exported model is its own."""
     return path if exported.is_exported(path) else restore.workdir_of(path)
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-    """Prompts of one shape. Each is built when its turn comes, and only by the processes that feed
-    its row: a page is decoded on one host, not on all.
-
-    Attributes:
-      count: how many there are.
-      build: returns the prompt of a number from 0; UserError where it cannot be built.
-      stand_in: returns what is asked in the place of such a one; without it the error is raised.
-    """
-
-    count: int
-    build: Callable[[int], PackedSequence]
-    stand_in: Callable[[], PackedSequence] | None = None
-
-
-class Answer(NamedTuple):
-    """What the model says, or "" and why it could not be asked.
-
-    `is_cut` where it had not come to its end.
-    """
-
-    text: str
-    problem: str | None = None
-    is_cut: bool = False
-
-
-def answer(
-    sampler: Sampler,
-    variables: Mapping,
-    tokenizer: Tokenizer,
-    prompts: Prompts,
-    size: int,
-    max_new_tokens: int,
-    decoding: Decoding = GREEDY,
-) -> list[Answer]:
-    """Returns the answers to all prompts, in batches of `size` rows. A short one repeats its last
-    row, which ends when its twin does, so that every batch has one shape and none takes longer for
-    it. Of several processes all call this, and each gets all answers."""
-    local_rows = sampler.rows_of_process(size)
-    # What is shorter than the longest is filled up.
-    ends = {tokenizer.pad_id, *chat.stop_ids(tokenizer)}
-    answers = []
-    for start in range(0, prompts.count, size):
-        # This process builds the rows that it feeds. What follows are collectives: all processes
-        # come to them, with problems or without, or the others wait for ever.
-        rows, problems = _build(prompts, np.minimum(start + local_rows, prompts.count - 1).tolist())
-        # Where the tensor axis crosses hosts several of them report the same one.
-        problems = {
-            int(number): why for told in exchange.gather(problems) for number, why in told.items()
-        }
-        batch = loader.stack(rows)
-        if not decoding.is_greedy:
-            batch |= decoding_lib.arrays([decoding] * len(rows))
-        tokens_BT = sampler.generate(variables, batch, max_new_tokens)
-        # Rows that only fill up the last batch are left out.
-        for number, tokens_T in enumerate(tokens_BT[: prompts.count - start], start):
-            if number in problems:
-                answers.append(Answer("", problems[number]))
-            else:
-                is_cut = int(tokens_T[-1]) not in ends
-                answers.append(Answer(tokenizer.decode(tokens_T), is_cut=is_cut))
-    return answers
-
-
-def _build(prompts: Prompts, numbers: Sequence[int]) -> tuple[list[PackedSequence], dict[int, str]]:
-    """The prompts of these numbers, one of them repeated maybe, and why some could not be built."""
-    built: dict[int, PackedSequence] = {}
-    problems: dict[int, str] = {}
-    # Each number once, in order: the row that fills up a short batch is built once.
-    for number in dict.fromkeys(numbers):
-        try:
-            built[number] = prompts.build(number)
-        except UserError as err:
-            if prompts.stand_in is None:
-                raise
-            built[number] = prompts.stand_in()
-            problems[number] = str(err)
-    return [built[number] for number in numbers], problems
-
-
-def batch_size(count: int, most: int, data_parallel_size: int) -> int:
-    """Returns the rows of a batch for `count` prompts, `most` or a few more: each of the devices
-    that rows are spread over needs as many."""
-    # Rounded up, by -(-a // b): 3 prompts over 8 devices make 8 rows, and 20 of at most 12 make 16.
-    return -(-min(count, max(most, data_parallel_size)) // data_parallel_size) * data_parallel_size

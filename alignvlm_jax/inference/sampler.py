@@ -1,72 +1,25 @@
-"""Generation: prefill once, then a token at a time from the KV cache, all rows of a batch
-together."""
+"""Generation of answers on a mesh; a row whose answer has ended can be given another prompt."""
 
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from alignvlm_jax.config import Config
-from alignvlm_jax.inference import decoding
+from alignvlm_jax.inference import answering, decoding
+from alignvlm_jax.inference.answering import Answering
 from alignvlm_jax.models.decoder import CACHE_AXES, Cache
 from alignvlm_jax.models.vlm import VLM, abstract_batch
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
-from alignvlm_jax.shapes import Array, Bool, Float, Int
+from alignvlm_jax.shapes import Array, Int
 
 PROMPT_FIELDS = ("tokens", "positions", "segment_ids", "tiles")
 NOISE_FIELDS = ("noise_sigma", "noise_seed")
-
-
-class Answering(NamedTuple):
-    """Answers of a batch of prompts in the midst of generation.
-
-    S = T + num_new slots of the cache: those of the prompts, then one for each new token.
-
-    Attributes:
-      step: how many tokens each answer has.
-      token_B: the newest of each, not yet read.
-      finished_B: which answers have come to their end.
-      tokens_BT: the answers so far, [B, num_new], with padding after.
-      cache: keys and values of what was read.
-      is_prompt_BS: the slots with tokens of prompts.
-      decoding: the arrays `decoding.DTYPES`, or none.
-      seen_BV: the tokens of each prompt and answer; None without `decoding`.
-    """
-
-    step: Int[Array, ""]
-    token_B: Int[Array, "B"]
-    finished_B: Bool[Array, "B"]
-    tokens_BT: Int[Array, "B T"]
-    cache: Cache
-    is_prompt_BS: Bool[Array, "B S"]
-    decoding: dict[str, Array]
-    seen_BV: Bool[Array, "B V"] | None
-
-    def with_next(
-        self, logits_BV: Float[Array, "B V"], end_ids: tuple[int, ...], pad_id: int
-    ) -> "Answering":
-        """Returns the answers with one token more."""
-        if self.seen_BV is None:
-            token_B = logits_BV.argmax(-1).astype(jnp.int32)
-            seen_BV = None
-        else:
-            token_B = decoding.choose(logits_BV, self.seen_BV, self.decoding, self.step)
-            seen_BV = self.seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
-        # A row that has ended goes on with padding while others are still at work.
-        token_B = jnp.where(self.finished_B, pad_id, token_B)
-        return self._replace(
-            step=self.step + 1,
-            token_B=token_B,
-            finished_B=self.finished_B | jnp.isin(token_B, jnp.array(end_ids)),
-            tokens_BT=self.tokens_BT.at[:, self.step].set(token_B),
-            seen_BV=seen_BV,
-        )
 
 
 class Sampler:
@@ -82,23 +35,47 @@ class Sampler:
     def __init__(self, model: VLM, mesh: Mesh, *, end_ids: tuple[int, ...], pad_id: int) -> None:
         self._mesh = mesh
         ends = {"end_ids": end_ids, "pad_id": pad_id}
-        generate = functools.partial(_generate, model, **ends)
         # Replicated, the tokens of all rows can be read on every process; `num_new` is static,
         # since it is part of the shapes of cache and tokens.
         self._generate = jax.jit(
-            generate, static_argnames="num_new", out_shardings=sharding.replicated(mesh)
+            functools.partial(answering.generate, model, **ends),
+            static_argnames="num_new",
+            out_shardings=sharding.replicated(mesh),
         )
-        # The same for both, or `advance` would compile anew for what it has returned itself.
+        # The same for all, or `advance` would compile anew for what it has returned itself.
         shardings = _shardings(mesh)
         self._begin = jax.jit(
-            functools.partial(_begin, model, **ends),
+            functools.partial(answering.begin, model, **ends),
             static_argnames="num_new",
             out_shardings=shardings,
         )
-        # The cache is most of the memory: it is written in place.
-        self._advance = jax.jit(
-            functools.partial(_advance, model, **ends), donate_argnums=1, out_shardings=shardings
+        self._idle = jax.jit(
+            functools.partial(answering.idle, model, pad_id=pad_id),
+            static_argnums=(0, 1, 2, 3),
+            out_shardings=shardings,
         )
+        # The cache is most of the memory: it is written in place.
+        self._insert = jax.jit(
+            functools.partial(answering.insert, model, mesh, **ends),
+            donate_argnums=1,
+            out_shardings=shardings,
+        )
+        self._advance = jax.jit(
+            functools.partial(answering.advance, model, **ends),
+            donate_argnums=1,
+            out_shardings=shardings,
+        )
+
+    @property
+    def num_programs(self) -> int:
+        """How many programs were compiled."""
+        programs = self._generate, self._begin, self._idle, self._insert, self._advance
+        return sum(program._cache_size() for program in programs)
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Over how many devices the rows of a batch are spread: it must divide the batch."""
+        return mesh_lib.data_parallel_size(self._mesh)
 
     def rows_of_process(self, size: int) -> Int[np.ndarray, "n"]:
         """Returns the rows of a batch of `size` that this process hands in: int64, ascending."""
@@ -128,14 +105,45 @@ class Sampler:
         with mesh_lib.use(self._mesh):
             return self._begin(variables, self._put(batch), num_new=max_new_tokens)
 
-    def advance(self, variables: Mapping, answering: Answering, until: int) -> Answering:
-        """Returns the answers with `until` tokens, or fewer where all have ended: in the end the
-        tokens of `generate`, and the same program for every `until`.
+    def idle(
+        self, size: int, length: int, max_new_tokens: int, *, is_greedy: bool = True
+    ) -> Answering:
+        """Returns a batch of `size` rows that have nothing to do, for prompts of up to `length`
+        tokens; only greedy ones, of batches without `decoding.DTYPES`, or only others."""
+        with mesh_lib.use(self._mesh):
+            return self._idle(size, length, max_new_tokens, is_greedy)
 
-        `answering` is used up.
+    def insert(
+        self,
+        variables: Mapping,
+        state: Answering,
+        batch: Mapping[str, np.ndarray],
+        rows: Int[np.ndarray, "new"],
+    ) -> Answering:
+        """Returns the answers with others in the place of some rows, which have their first token.
+
+        `state` is used up. Each shape of batch compiles one program.
+
+        Args:
+          batch: prompts as of `generate`, n of all processes; not longer than those `state` has
+            room for.
+          rows: where each goes, the same on all processes, among those on its own device: with n
+            prompts and B rows over d devices, prompt j is on device j // (n / d) and row i on i //
+            (B / d). A prompt whose row is B goes nowhere.
         """
         with mesh_lib.use(self._mesh):
-            return self._advance(variables, answering, np.int32(until))
+            return self._insert(variables, state, self._put(batch), rows.astype(np.int32))
+
+    def advance(
+        self, variables: Mapping, state: Answering, num_steps: int, num_working: int = 0
+    ) -> Answering:
+        """Returns the answers with at most `num_steps` tokens more, fewer where `num_working` rows
+        or less are still at work; the same program for every number.
+
+        `state` is used up.
+        """
+        with mesh_lib.use(self._mesh):
+            return self._advance(variables, state, np.int32(num_steps), np.int32(num_working))
 
     def _put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
         # Targets and loss weights, which a prompt has as well, do not travel to the devices.
@@ -160,93 +168,6 @@ def _shardings(mesh: Mesh) -> Any:
     return Answering(*[everywhere] * len(Answering._fields))._replace(
         cache=Cache(cache, cache, everywhere)
     )
-
-
-def _begin(
-    model: VLM,
-    variables: Mapping,
-    batch: Mapping[str, Array],
-    *,
-    num_new: int,
-    end_ids: tuple[int, ...],
-    pad_id: int,
-) -> Answering:
-    """The first token of each answer."""
-    is_prompt_BT = batch["segment_ids"] > 0
-    size = len(is_prompt_BT)
-    fields = {name: batch[name] for name in decoding.DTYPES if name in batch}
-    seen_BV = None
-    if fields:
-        vocab_size = model.config.llm.vocab_size
-        seen_BV = decoding.tokens_of_prompts(batch["tokens"], is_prompt_BT, vocab_size)
-    # The only call with images: after it the cache is all that is known of them.
-    logits_BV, cache = model.apply(variables, batch, num_new, method="prefill")
-    answering = Answering(
-        step=jnp.zeros((), jnp.int32),
-        token_B=jnp.full(size, pad_id, jnp.int32),
-        finished_B=jnp.zeros(size, bool),
-        # A loop's carry keeps its shape, so that room for all tokens is there from the start.
-        tokens_BT=jnp.full((size, num_new), pad_id, jnp.int32),
-        cache=cache,
-        is_prompt_BS=jnp.pad(is_prompt_BT, ((0, 0), (0, num_new))),
-        decoding=fields,
-        seen_BV=seen_BV,
-    )
-    return answering.with_next(logits_BV, end_ids, pad_id)
-
-
-def _advance(
-    model: VLM,
-    variables: Mapping,
-    answering: Answering,
-    until: Int[Array, ""] | int,
-    *,
-    end_ids: tuple[int, ...],
-    pad_id: int,
-) -> Answering:
-    """The answers with `until` tokens, or at their ends."""
-    cache_length = answering.is_prompt_BS.shape[1]
-    length = cache_length - answering.tokens_BT.shape[1]
-    prompt_lengths_B = answering.is_prompt_BS.sum(-1)
-    slots_S = jnp.arange(cache_length)
-
-    def unfinished(answering: Answering) -> Bool[Array, ""]:
-        # Decided on the devices: a loop in Python would wait for a token's transfer at every step.
-        return (answering.step < until) & ~answering.finished_B.all()
-
-    def advance(answering: Answering) -> Answering:
-        """Reads the token of the step before and chooses this one: the last token of an answer is
-        never read."""
-        step = answering.step
-        # New tokens stand after the padding of the longest prompt, but are counted from the end of
-        # their own.
-        is_new_S = (slots_S >= length) & (slots_S < length + step)
-        logits_BV, cache = model.apply(
-            variables,
-            answering.token_B,
-            prompt_lengths_B + step - 1,
-            answering.is_prompt_BS | is_new_S,
-            answering.cache,
-            method="decode",
-        )
-        return answering._replace(cache=cache).with_next(logits_BV, end_ids, pad_id)
-
-    return jax.lax.while_loop(unfinished, advance, answering)
-
-
-def _generate(
-    model: VLM,
-    variables: Mapping,
-    batch: Mapping[str, Array],
-    *,
-    num_new: int,
-    end_ids: tuple[int, ...],
-    pad_id: int,
-) -> Int[Array, "B {num_new}"]:
-    # One program of both: nothing goes back to the host between prefill and the first token.
-    ends = {"end_ids": end_ids, "pad_id": pad_id}
-    answering = _begin(model, variables, batch, num_new=num_new, **ends)
-    return _advance(model, variables, answering, num_new, **ends).tokens_BT
 
 
 def abstract_prompts(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from alignvlm_jax.config import Config, MeshConfig, ModelConfig
-from alignvlm_jax.inference import loading, sampler
+from alignvlm_jax.inference import batching, sampler
 from alignvlm_jax.inference.sampler import Sampler
 from alignvlm_jax.models import vlm
 from alignvlm_jax.models.decoder import Llama
@@ -93,7 +93,7 @@ def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> G
     mesh = mesh_lib.make_mesh(config.mesh, config.model, None, devices)
     most = config.eval.batch_size
     num_new = config.eval.max_new_tokens
-    batch_size = loading.batch_size(most, most, mesh_lib.data_parallel_size(mesh))
+    batch_size = batching.batch_size(most, most, mesh_lib.data_parallel_size(mesh))
     params = state.abstract_params(model, mesh)
     # Which tokens end an answer does not change what the program needs.
     generating = Sampler(model, mesh, end_ids=(0,), pad_id=0)

@@ -19,12 +19,12 @@ from PIL import Image
 
 from alignvlm_jax.data import chat, loader
 from alignvlm_jax.data.examples import PackedSequence
+from alignvlm_jax.inference import buckets
 from alignvlm_jax.inference import decoding as decoding_lib
+from alignvlm_jax.inference.answering import Answering
+from alignvlm_jax.inference.buckets import Bucket
 from alignvlm_jax.inference.decoding import GREEDY, Decoding
 from alignvlm_jax.inference.loading import Loaded
-from alignvlm_jax.inference.sampler import Answering
-from alignvlm_jax.serving import buckets
-from alignvlm_jax.serving.buckets import Bucket
 
 STEPS_AT_A_TIME = 8
 """Tokens between looks at the answers: what is streamed comes in pieces of so many, and what is
@@ -132,7 +132,7 @@ class Engine:
         """Compiles the programs of a shape."""
         size, bucket = shape
         blank = self._loaded.builder.prompt(Image.new("RGB", (8, 8), "white"), "")
-        self._advance(self._begin([blank] * size, [GREEDY] * size, bucket), 2)
+        self._advance(self._begin([blank] * size, [GREEDY] * size, bucket), 1)
 
     def submit(self, job: Job) -> None:
         """Puts a request into the queue.
@@ -270,8 +270,9 @@ class Engine:
                     del working[row]
             if not working or until >= most:
                 break
-            until = min(until + STEPS_AT_A_TIME, most)
-            answering = self._advance(answering, until)
+            num_steps = min(STEPS_AT_A_TIME, most - until)
+            until += num_steps
+            answering = self._advance(answering, num_steps)
 
     def _begin(
         self, prompts: Sequence[PackedSequence], decodings: Sequence[Decoding], bucket: Bucket
@@ -281,8 +282,8 @@ class Engine:
         batch |= decoding_lib.arrays(decodings)
         return self._sampler.begin(self._loaded.variables, batch, self._limits.max_new_tokens)
 
-    def _advance(self, answering: Answering, until: int) -> Answering:
-        return self._sampler.advance(self._loaded.variables, answering, until)
+    def _advance(self, answering: Answering, num_steps: int) -> Answering:
+        return self._sampler.advance(self._loaded.variables, answering, num_steps)
 
     def _tell(self, job: Job, tokens_T: np.ndarray) -> bool:
         """Tells a request what is new of its answer; returns whether that has ended."""

@@ -10,35 +10,23 @@ from alignvlm_jax.benchmarks import predictions, runner
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import images, shards, stage_data
 from alignvlm_jax.data.examples import ExampleBuilder
-
-
-class ScriptedSampler:
-    """Answers every question with `answer`; raises at the batch numbered `stop_at`."""
-
-    def __init__(self, tokenizer, answer: str, stop_at: int = -1):
-        self._tokens = [*tokenizer.encode(answer), tokenizer.special_tokens["<end>"]]
-        self._stop_at = stop_at
-        self.batches = []
-
-    def rows_of_process(self, size):
-        return np.arange(size)
-
-    def generate(self, variables, batch, max_new_tokens):
-        if len(self.batches) == self._stop_at:
-            raise KeyboardInterrupt
-        self.batches.append(batch)
-        return np.array([self._tokens] * len(batch["tokens"]), np.int32)
+from tests.scripted_sampler import ScriptedSampler
 
 
 @pytest.fixture
 def make_runner(trained_workdir, tmp_path):
-    """A runner of 7 questions in batches of 4 in a new workdir, and its sampler."""
+    """A runner of 7 questions, 4 at a time on 4 devices, in a new workdir, and its sampler."""
     trained = runner.loading.load_config(trained_workdir)
     evaluation = dataclasses.replace(trained.eval, num_questions=7)
     tokenizer = stage_data.load_tokenizer(trained.data, trained.model)
 
     def make(answer: str = "Ann", stop_at: int = -1, config: Config = trained, **changes):
-        sampler = ScriptedSampler(tokenizer, answer, stop_at)
+        def says(number: int) -> str:
+            if number == stop_at:
+                raise KeyboardInterrupt
+            return answer
+
+        sampler = ScriptedSampler(tokenizer, says, 4)
         fields = {
             "path": tmp_path / "checkpoints" / "7",
             "step": 7,
@@ -76,10 +64,10 @@ def test_blind_rows_differ_in_pixels_alone(trained_workdir):
     assert not (asked["tiles"][:num_tiles] == 255).all()
 
 
-def test_rows_are_scored_and_every_batch_has_one_shape(make_runner, tmp_path):
+def test_rows_are_scored_and_prompts_of_one_size_have_one_shape(make_runner, tmp_path):
     evaluator, sampler = make_runner("Anna")
     result = evaluator.evaluate("seen_fonts", blind=False)
-    assert [batch["tokens"].shape for batch in sampler.batches] == [(4, 48)] * 2
+    assert [batch["tokens"].shape for batch in sampler.batches] == [(4, 32)] * 2
     assert len(result.rows) == 7
     assert [row["record"] for row in result.rows] == [0, 1, 2, 3, 4, 0, 1]
     assert {row["kind"] for row in result.rows} == {"form", "table"}
@@ -105,9 +93,10 @@ def test_prompts_are_not_padded_to_rows_of_many_records(make_runner, trained_wor
     config = dataclasses.replace(trained, data=dataclasses.replace(trained.data, **packed))
     other, other_sampler = make_runner("Anna", step=8, config=config)
     other.evaluate("seen_fonts", blind=False)
-    assert [batch["tokens"].shape for batch in other_sampler.batches] == [(4, 64)] * 2
+    # Nor is the cache.
+    assert other_sampler.length == 64
     for ours, batch in zip(sampler.batches, other_sampler.batches, strict=True):
-        np.testing.assert_array_equal(batch["tokens"][:, :48], ours["tokens"])
+        np.testing.assert_array_equal(batch["tokens"], ours["tokens"])
         np.testing.assert_array_equal(batch["tiles"], ours["tiles"])
 
 
@@ -115,7 +104,7 @@ def test_a_stopped_evaluation_goes_on_and_a_finished_one_is_kept(make_runner, tm
     whole = make_runner()[0].evaluate("seen_fonts", blind=True)
     (tmp_path / "predictions" / "seen_fonts_blind.jsonl").unlink()
 
-    evaluator, _ = make_runner(stop_at=1)
+    evaluator, _ = make_runner(stop_at=2)
     with pytest.raises(KeyboardInterrupt):
         evaluator.evaluate("seen_fonts", blind=True)
     assert not (tmp_path / "predictions" / "seen_fonts_blind.jsonl").exists()

@@ -36,7 +36,7 @@ def draws(logits: np.ndarray, one: Decoding, count: int, seen: np.ndarray | None
             jnp.tile(jnp.asarray(logits, jnp.float32), (count, 1)),
             jnp.tile(jnp.asarray(seen), (count, 1)),
             decoding.arrays(rows),
-            jnp.int32(3),
+            jnp.full(count, 3),
         )
     )
 
@@ -161,8 +161,10 @@ def test_answers_a_few_tokens_at_a_time_are_those_at_once(generation, temperatur
     batch = PROMPTS | decoding.arrays(rows)
     whole = ours.generate(variables, batch, NUM_NEW)
     answering = ours.begin(variables, batch, NUM_NEW)
-    for until in (1, 2, 5, NUM_NEW, NUM_NEW):
-        answering = ours.advance(variables, answering, until)
-        assert int(answering.step) == until
-        np.testing.assert_array_equal(answering.tokens_BT[:, :until], whole[:, :until])
+    done = 1
+    for steps in (0, 1, 3, 1, 4):
+        answering = ours.advance(variables, answering, steps)
+        done = min(done + steps, NUM_NEW)
+        assert answering.step_B.tolist() == [done] * ROWS
+        np.testing.assert_array_equal(answering.tokens_BT[:, :done], whole[:, :done])
     assert ours._advance._cache_size() == 1

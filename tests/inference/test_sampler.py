@@ -11,7 +11,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from alignvlm_jax import config as config_lib
-from alignvlm_jax.inference import sampler
+from alignvlm_jax.inference import answering, sampler
 from alignvlm_jax.models import vlm
 from alignvlm_jax.ops import attention
 from alignvlm_jax.parallel import mesh as mesh_lib
@@ -175,9 +175,9 @@ def test_generates_up_to_the_end_token_then_pads_in_one_trace(
     mesh, params, greedy, end_id, expected, monkeypatch
 ):
     traces = []
-    generate = sampler._generate
+    generate = answering.generate
     monkeypatch.setattr(
-        sampler, "_generate", lambda *args, **kwargs: traces.append(1) or generate(*args, **kwargs)
+        answering, "generate", lambda *args, **kwargs: traces.append(1) or generate(*args, **kwargs)
     )
     ours = make_sampler(mesh, params, end_id)
     tokens = ours(PROMPTS, NUM_NEW)
@@ -259,7 +259,7 @@ def test_a_long_prompt_has_no_logits_of_all_pairs():
     with mesh_lib.use(mesh_lib.single_device()) as mesh:
         prompts = sampler.abstract_prompts(config, batch, mesh)
         generate = functools.partial(
-            sampler._generate, MODEL, num_new=NUM_NEW, end_ids=(1,), pad_id=PAD
+            answering.generate, MODEL, num_new=NUM_NEW, end_ids=(1,), pad_id=PAD
         )
         program = jax.make_jaxpr(generate)({"params": sharding.unbox(boxed)}, prompts)
     shapes = set(arrays_of(program.jaxpr))

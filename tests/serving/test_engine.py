@@ -10,8 +10,8 @@ import pytest
 from alignvlm_jax.commands.work import serve as work
 from alignvlm_jax.config import Config
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.inference import buckets
 from alignvlm_jax.inference.decoding import GREEDY
-from alignvlm_jax.serving import buckets
 from alignvlm_jax.serving.engine import (
     ClosedError,
     Finish,

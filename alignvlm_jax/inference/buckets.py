@@ -1,4 +1,4 @@
-"""The shapes of batches that a server compiles: few, and all at its start."""
+"""The shapes of batches that prompts are padded to: few, since each is compiled by itself."""
 
 import bisect
 import dataclasses
@@ -10,9 +10,13 @@ from alignvlm_jax.data import examples
 from alignvlm_jax.data.examples import PackedSequence
 
 TEXT_ROOM = 256
-"""Tokens of text that the smaller of the two buckets of a number of tiles has room for; the larger
-one has all of `data.seq_len`."""
+"""Tokens of text that the smaller of the two buckets of a number of tiles has room for in a server;
+the larger one has all of `data.seq_len`."""
 MULTIPLE = 64
+SHORTEST = 16
+"""Tokens of the smallest bucket, and the least by which two differ."""
+FINE_UP_TO = 128
+"""Tokens up to which lengths of buckets are an eighth of a power of two apart, beyond a quarter."""
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -28,8 +32,23 @@ class Bucket:
     length: int
 
 
+def of_extent(length: int, num_tiles: int, longest: int, most_tiles: int) -> Bucket:
+    """Returns the bucket of a prompt by its own size alone, whatever is answered beside it.
+
+    Args:
+      length, num_tiles: of the prompt.
+      longest, most_tiles: of any prompt; no bucket is larger.
+    """
+    # The least power of two that is no smaller.
+    top = 1 << (length - 1).bit_length()
+    step = max(top // (8 if top <= FINE_UP_TO else 4), SHORTEST)
+    tiles = 1 << (num_tiles - 1).bit_length() if num_tiles else 0
+    return Bucket(min(tiles, most_tiles), min(-(-length // step) * step, longest))
+
+
 def buckets(data: DataConfig, tokens_per_tile: int) -> tuple[Bucket, ...]:
-    """Returns the shapes that any prompt of a model fits one of, the smallest first."""
+    """Returns the shapes that any prompt of a model fits one of, the smallest first: those of a
+    server, which compiles all at its start."""
     most = data.tiles_of_a_record
     longest = data.seq_len
     made = set()
@@ -60,12 +79,15 @@ def bucket_of(known: Sequence[Bucket], num_tiles: int, length: int) -> Bucket:
 
 def fit(prompt: PackedSequence, bucket: Bucket) -> PackedSequence:
     """Returns a prompt of a bucket's shape."""
+    # Numbers, as those of noise, have no length.
+    numbers = {name: array for name, array in prompt.items() if not array.ndim}
+    arrays = {name: array for name, array in prompt.items() if array.ndim}
     # What is cut off is padding and unused tiles: the bucket has room for all of the prompt.
-    trimmed = examples.trim(prompt, bucket.length, bucket.num_tiles)
+    trimmed = examples.trim(arrays, bucket.length, bucket.num_tiles)
     if not bucket.num_tiles:
         # The program without them is another: no image is encoded.
         trimmed.pop("tiles", None)
-    return trimmed
+    return trimmed | numbers
 
 
 def all_shapes(known: Sequence[Bucket], rows: Sequence[int]) -> list[tuple[int, Bucket]]:
