@@ -32,21 +32,26 @@ def test_prints_the_answer_alone(trained_workdir, page, capsys, monkeypatch):
     def load(path, config):
         tokenizer = loading.load_tokenizer(path, config.data, config.model)
 
-        def answer(variables, batch, max_new_tokens):
-            batches.append(batch)
-            return np.array(
-                [
-                    [
-                        *tokenizer.encode("4 2\n\n"),
-                        tokenizer.special_tokens["<end>"],
-                        tokenizer.pad_id,
-                    ]
-                ]
-                * 4,
-                np.int32,
-            )
+        answer = [
+            *tokenizer.encode("4 2\n\n"),
+            tokenizer.special_tokens["<end>"],
+            tokenizer.pad_id,
+        ]
+        state = types.SimpleNamespace(
+            finished_B=np.ones(4, bool), tokens_BT=np.array([answer] * 4, np.int32)
+        )
 
-        sampler = types.SimpleNamespace(generate=answer, rows_of_process=np.arange)
+        def insert(variables, state, batch, rows):
+            batches.append(batch)
+            return state
+
+        sampler = types.SimpleNamespace(
+            data_parallel_size=4,
+            rows_of_process=np.arange,
+            idle=lambda *_, **__: state,
+            insert=insert,
+            advance=lambda variables, state, *_: state,
+        )
         fields = {
             "path": path,
             "config": config,
@@ -67,7 +72,8 @@ def test_prints_the_answer_alone(trained_workdir, page, capsys, monkeypatch):
     assert printed.out == "4 2\n"
     assert "16 x 16 pixels, 2 tiles" in printed.err
     assert "was trained on 56 sequences with pages" in printed.err and "cut at" not in printed.err
-    assert batches[0]["tokens"].shape == (4, 48)
+    # Of the bucket that holds its 23 tokens.
+    assert batches[0]["tokens"].shape == (4, 32)
     # <s>, two tiles of eight patches, <user>, the four letters of the question, <assistant>.
     assert (batches[0]["segment_ids"].sum(1) == 1 + 16 + 1 + 4 + 1).all()
 
