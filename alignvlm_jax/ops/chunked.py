@@ -210,7 +210,7 @@ def _forward(
         if chunk.table is not None:
             weights_Nc = exponentials_Nc
             if options.linear:
-                weights_Nc = _linear(logits_Nc, num_entries)
+                weights_Nc = linear_weights(logits_Nc, num_entries)
                 shrink_N = jnp.ones_like(shrink_N)
             sums_ND = sums_ND * shrink_N[:, None] + jnp.einsum(
                 "NV,VD->ND",
@@ -218,7 +218,7 @@ def _forward(
                 chunk.table,
                 preferred_element_type=jnp.float32,
             )
-        picked_Nk += _pick(unmasked_Nc, label_ids, chunk.ids)
+        picked_Nk += pick_labels(unmasked_Nc, label_ids, chunk.ids)
         return (new_N, total_N, sums_ND, picked_Nk), None
 
     zeros_N = jnp.zeros(num_rows)
@@ -281,7 +281,7 @@ def _backward(
             dweights_Nc = matmul("ND,VD->NV", douts.average, chunk.table)
             dweights_Nc = jax.lax.optimization_barrier(dweights_Nc)
             if options.linear:
-                weights_Nc = _linear(logits_Nc, num_entries)
+                weights_Nc = linear_weights(logits_Nc, num_entries)
                 has_weight_c = chunk.mask == 0
                 dlogits_Nc += jnp.where(has_weight_c, dweights_Nc, 0.0) / jnp.sqrt(num_entries)
             else:
@@ -340,7 +340,9 @@ def _stored(x: Float[Array, "n c"], dtype: DTypeLike) -> Float[Array, "n c"]:
     return jax.lax.optimization_barrier(x.astype(dtype))
 
 
-def _linear(logits: Float[Array, "n c"], num_entries: Float[Array, ""]) -> Float[Array, "n c"]:
+def linear_weights(
+    logits: Float[Array, "n c"], num_entries: Float[Array, ""]
+) -> Float[Array, "n c"]:
     """Returns linear weights: of any sign, 0 for masked logits, which are exactly -inf. A NaN is
     none of them: it should reach the loss."""
     return jnp.where(logits != -jnp.inf, logits, 0.0) / jnp.sqrt(num_entries)
@@ -351,10 +353,11 @@ def _num_entries(mask: Float[Array, "v"], axes: Axes) -> Float[Array, ""]:
     return psum((mask == 0).sum(), axes.vocab).astype(jnp.float32)
 
 
-def _pick(
+def pick_labels(
     logits: Float[Array, "n c"], label_ids: Int[Array, "n k"], ids: Int[Array, "c"]
 ) -> Float[Array, "n k"]:
-    """Returns the logits of labels that are in this chunk, 0 of the others."""
+    """Returns the logits of labels that are among these columns, whose entries are `ids`; 0 of the
+    others."""
     # One label at a time: for all k together, the mask would be [n, k, c].
     picked = [
         jnp.where(label_ids[:, j, None] == ids, logits, 0.0).sum(-1)

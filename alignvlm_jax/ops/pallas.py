@@ -57,11 +57,7 @@ def splash_attention(
     # The kernel applies no scale. In float32 only the result is rounded; a bfloat16 factor would be
     # rounded as well.
     scaled = (query.astype(jnp.float32) * head_dim**-0.5).astype(query.dtype)
-    arrays = [jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (scaled, key, value)]
-    if segment_ids is not None:
-        # Padding is a segment of its own, -1: no token sees it, and it sees itself, so that no
-        # softmax is over nothing.
-        arrays.append(jnp.pad(segment_ids, ((0, 0), (0, padding)), constant_values=-1))
+    arrays = _padded((scaled, key, value), segment_ids, padding)
 
     def local(
         query: Float[Array, "B T H h"],
@@ -106,10 +102,7 @@ def triton_attention(
 
     length, head_dim = query.shape[1::2]
     padding = -length % TRITON_BLOCK
-    arrays = [jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (query, key, value)]
-    # Padding is a segment of its own, -1: no token sees it, and it sees itself, so that no softmax
-    # is over nothing.
-    arrays.append(jnp.pad(segment_ids, ((0, 0), (0, padding)), constant_values=-1))
+    arrays = _padded((query, key, value), segment_ids, padding)
     blocks = triton.BlockSizes(
         block_q=TRITON_BLOCK,
         block_k=TRITON_BLOCK,
@@ -176,6 +169,19 @@ def _make_kernel(
         residual_checkpoint_name="attention",
         interpret=interpret,
     )
+
+
+def _padded(
+    heads: tuple[Float[Array, "..."], ...], segment_ids: Int[Array, "B T"] | None, padding: int
+) -> list[Array]:
+    """Returns arrays [B, T, heads, h] and, where there are any, segment ids with so many tokens
+    more."""
+    arrays = [jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in heads]
+    if segment_ids is not None:
+        # Padding is a segment of its own, -1: no token sees it, and it sees itself, so that no
+        # softmax is over nothing.
+        arrays.append(jnp.pad(segment_ids, ((0, 0), (0, padding)), constant_values=-1))
+    return arrays
 
 
 def over_mesh(local: Callable[..., Array], arrays: list[Array], *, kernel: str) -> Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from alignvlm_jax.ops import chunked
-from alignvlm_jax.ops.cross_entropy import pick, project
+from alignvlm_jax.ops.cross_entropy import project
 from alignvlm_jax.ops.layer_norm import layer_norm
 from alignvlm_jax.shapes import Array, Bool, Float, Int
 
@@ -131,18 +131,14 @@ def _plain(
     logits_NV = jnp.where(has_weight, logits_NV, -jnp.inf)
     log_sum_exp_N = jax.nn.logsumexp(logits_NV, axis=-1)
     if linear:
-        # Masked entries are exactly -inf. A NaN is none of them: it should reach the loss.
-        is_entry_NV = logits_NV != -jnp.inf
-        weights_NV = jnp.where(is_entry_NV, logits_NV, 0.0) / jnp.sqrt(has_weight.sum())
+        num_entries = has_weight.sum().astype(jnp.float32)
+        weights_NV = chunked.linear_weights(logits_NV, num_entries)
     else:
         # The softmax, by the sum that the labels' cross-entropy needs anyway.
         weights_NV = jnp.exp(logits_NV - log_sum_exp_N[:, None])
     # The matmul has operands in the dtype of the computation, and sums in float32.
     average_ND = project("NV,VD->ND", weights_NV.astype(x.dtype), table).astype(x.dtype)
     average_ND = nn.with_logical_constraint(average_ND, ("act_batch", "act_embed"))
-    # One label at a time: for all k together, the mask in `pick` would be [N, k, V].
-    picked = [pick(logits_NV, label_ids[:, j]) for j in range(label_ids.shape[1])]
-    label_logits_Nk = (
-        jnp.stack(picked, axis=-1) if picked else jnp.zeros((x.shape[0], 0), jnp.float32)
-    )
+    ids_V = jnp.arange(logits_NV.shape[-1])
+    label_logits_Nk = chunked.pick_labels(logits_NV, label_ids, ids_V)
     return VocabAverage(average_ND, label_logits_Nk, log_sum_exp_N)
