@@ -27,10 +27,11 @@ SAFE = 0.9
 """Fraction of the memory that a rough idea may come to before anything was compiled."""
 POLICIES = ("none", "attention+qkv+mlp", "dots", "attention+qkv", "full")
 """Remat policies that are tried: others that save by name lie close to one of these."""
-# Fraction of a forward pass that the backward pass computes again, and how much of what a layer
-# could save for it is saved, in memory; of what is saved by name both follow from its sizes.
+# Fraction of a forward pass that the backward pass computes again, and what of the results of a
+# layer's matmuls is saved for it, in memory: without a policy also what lies between them. Of what
+# is saved by name both follow from its sizes.
 _AGAIN = {"none": 0.0, "dots": 0.1, "full": 1.0}
-_SAVED = {"none": 2.0, "dots": 1.0, "full": 0.0}
+_SAVED = {"none": 3.5, "dots": 1.0, "full": 0.0}
 # Bytes that a chunk of the vocabulary moves for each entry of a row: forward the row in bfloat16,
 # and a float32 sum, read and written; backward the row, its gradient, and such a sum.
 _ROW_BYTES = (2 + 8) + (2 + 2 + 8)
@@ -98,6 +99,10 @@ class Stage:
     def _seconds(self, one: Candidate) -> float:
         computing = self._computing(one)
         gathers, sums = self._sent(one)
+        if len(self.topology.sizes) == 3 and one.mesh.fsdp == self.topology.num_devices:
+            # Over all chips of a cube the TPU compiler makes all-reduces of gathers: twice the
+            # bytes, and nothing runs beside them.
+            return computing + 2 * gathers + sums
         return computing + max(gathers - computing, 0.0) + sums
 
     def _computing(self, one: Candidate) -> float:
