@@ -113,9 +113,9 @@ def _matmuls(jaxpr: Jaxpr, component: str) -> Iterator[tuple[str, int]]:
             continue
         here = component_of(name) or component
         if equation.primitive.name == "dot_general":
-            # The decoder's only matmuls with batch axes are of queries and keys, and of the weights
-            # of values: causal ones.
-            is_causal = here == "llm" and bool(equation.params["dimension_numbers"][1][0])
+            # The decoder's only matmuls with two batch axes, of sequences and heads, are of queries
+            # and keys, and of the weights of values: causal ones. Factors of LoRA have one, layers.
+            is_causal = here == "llm" and len(equation.params["dimension_numbers"][1][0]) == 2
             yield here, _of_dot(equation) // (2 if is_causal else 1)
         elif equation.primitive.name == "conv_general_dilated":
             yield here, _of_convolution(equation)

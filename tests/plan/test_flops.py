@@ -1,6 +1,7 @@
 """FLOPs by the jaxpr against what XLA counts, and what frozen parts save."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from alignvlm_jax import config as config_lib
 from alignvlm_jax.models import connectors, vlm
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.plan import flops, hardware
-from alignvlm_jax.train import state
+from alignvlm_jax.train import lora, state
 from tests.conftest import random_batch, tiny_config
 
 # Large enough for what is no matrix product to be under a hundredth; unrolled, since XLA counts a
@@ -159,6 +160,21 @@ def test_a_connector_alone_is_within_three_percent(name):
     )
     total = flops.connector_flops(model, num_tiles=8)
     assert total == pytest.approx(compiled.cost_analysis()["flops"], rel=0.03)
+
+
+@pytest.mark.parametrize("tower", ["llm", "vision"])
+def test_factors_of_lora_count_whole(tower):
+    """Their product has an axis of layers, as attention has axes of sequences and heads."""
+    kernel = f"{tower}/blocks/attn/q/kernel"
+    params = state.flatten(abstract_params(BASE))
+    a, b = lora.layouts(BASE.model)[kernel].factors(params[kernel].shape)
+    rank = 2
+    for path, sizes in zip(lora.factors(kernel), (a, b), strict=True):
+        params[path] = shape(*(size or rank for size in sizes))
+    found = flops.matmul_flops(
+        lambda params: lora.merged(params, 4.0, BASE.model), state.unflatten(params)
+    )
+    assert found[tower] == sum(found.values()) == 2 * rank * math.prod(params[kernel].shape)
 
 
 def test_parts_of_a_known_model():
