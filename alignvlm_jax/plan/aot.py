@@ -10,6 +10,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -277,7 +278,8 @@ def compile_program(
     """Returns the program and the GiB that it needs on a device; where that is more than there is,
     no program and what the compiler says that it would need, if it does."""
     try:
-        compiled = lowered.compile()
+        # In a thread of its own: a Ctrl-C would be heard only when it is done, minutes later.
+        compiled = ThreadPoolExecutor(1).submit(lowered.compile).result()
     except jax.errors.JaxRuntimeError as err:
         # That a program does not fit is a result; all else is an error of ours.
         if "RESOURCE_EXHAUSTED" not in str(err):

@@ -28,6 +28,8 @@ MAX_TENSOR = 8
 MAX_COMPILED = 8
 MAX_MINUTES = 25
 """No compilation is begun that would likely end later than that after the first."""
+MIN_SECONDS = 1.0
+"""What takes less was no compilation."""
 GIB_A_COMPILATION = 6
 """Memory of this machine, in GiB, that a compilation of the 8B stage takes."""
 
@@ -166,7 +168,8 @@ class Search:
             f"a time, for {MAX_MINUTES} min at most"
         )
         slowest = 0.0
-        with futures.ThreadPoolExecutor(workers) as pool:
+        pool = futures.ThreadPoolExecutor(workers)
+        try:
             while len(tried.plans) < MAX_COMPILED:
                 elapsed = time.monotonic() - began
                 picked = tried.likeliest(min(workers, MAX_COMPILED - len(tried.plans)))
@@ -179,8 +182,13 @@ class Search:
                 for one, plan in zip(picked, pool.map(lambda start: start(), starts), strict=True):
                     tried.plans[one] = plan
                     say(_line(plan))
-                slowest = max(slowest, time.monotonic() - began - elapsed)
+                took = time.monotonic() - began - elapsed
+                # Plans that are on disk tell nothing of how long a compilation takes.
+                slowest = max(slowest, took if took > MIN_SECONDS else 0.0)
                 say(_progress(len(tried.plans), time.monotonic() - began, slowest, workers))
+        finally:
+            # Whoever interrupts a search does not wait for compilations, which take minutes.
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _num_workers() -> int:
@@ -192,7 +200,9 @@ def _num_workers() -> int:
 def _progress(done: int, elapsed: float, slowest: float, workers: int) -> str:
     """How far the search is, and how long it takes at most."""
     rounds = math.ceil((MAX_COMPILED - done) / workers)
-    left = min(rounds * slowest, max(60 * MAX_MINUTES - elapsed, 0.0))
+    left = max(60 * MAX_MINUTES - elapsed, 0.0)
+    if slowest:
+        left = min(rounds * slowest, left)
     return f"{done} compiled in {elapsed / 60:.1f} min, at most {left / 60:.0f} min left"
 
 

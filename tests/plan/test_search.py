@@ -1,6 +1,9 @@
 """The search for a layout, by a compiler that is told how much memory a row takes."""
 
 import dataclasses
+import threading
+import time
+import types
 from collections.abc import Callable
 
 import pytest
@@ -116,6 +119,53 @@ def test_progress_and_what_is_left_are_told(compiler):
     best(lines.append)
     assert "candidates; compiling 8 at most, 2 at a time, for 25 min at most" in lines[0]
     assert any(line.endswith("min left") and "compiled in" in line for line in lines)
+
+
+def test_plans_that_are_known_promise_nothing(compiler):
+    """They come at once; what is left may have to be compiled."""
+    compiler(lambda remat: 0.1)
+    lines = []
+    best(lines.append)
+    left = [line for line in lines if line.endswith("min left")]
+    assert left and all(line.endswith(f"at most {search.MAX_MINUTES} min left") for line in left)
+
+
+def test_an_interrupted_search_does_not_wait_for_what_compiles(compiler, monkeypatch):
+    compiler(lambda remat: 0.1)
+    compiling = threading.Event()
+    released = threading.Event()
+    made = iter(range(100))
+
+    def interrupt() -> None:
+        compiling.wait(20)
+        raise KeyboardInterrupt
+
+    def compile_slowly() -> None:
+        compiling.set()
+        released.wait(20)
+
+    def start(*args: object) -> Callable[[], None]:
+        return compile_slowly if next(made) else interrupt
+
+    monkeypatch.setattr(aot, "start", start)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        best()
+    waited = time.monotonic() - began
+    released.set()
+    assert waited < 10
+
+
+def test_a_program_compiles_beside_the_thread_that_hears_of_interrupts():
+    threads = []
+    memory = types.SimpleNamespace(peak_memory_in_bytes=2**30)
+
+    def compile_() -> object:
+        threads.append(threading.current_thread())
+        return types.SimpleNamespace(memory_analysis=lambda: memory)
+
+    assert aot.compile_program(types.SimpleNamespace(compile=compile_), False)[1] == 1.0
+    assert threads != [threading.main_thread()]
 
 
 def test_no_compilation_is_begun_that_would_end_too_late(compiler, monkeypatch):
