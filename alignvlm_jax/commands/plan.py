@@ -60,7 +60,7 @@ def _parse(argv: list[str]) -> tuple[ConfigFlags, argparse.Namespace]:
     )
     parser.add_argument("--stage", default="", help="of several in the config")
     parser.add_argument(
-        "--generate", action="store_true", help="of evaluation: the longest prompts that fit a row"
+        "--generate", action="store_true", help="of evaluation: prompts as long as one record's"
     )
     parser.add_argument("--json", action="store_true", help="one object and nothing else on stdout")
     given, rest = config_flag.split(argv)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from alignvlm_jax.config import Config
+from alignvlm_jax.config import Config, DataConfig
 from alignvlm_jax.inference import answering, decoding
 from alignvlm_jax.inference.answering import Answering
 from alignvlm_jax.models.decoder import CACHE_AXES, Cache
@@ -43,7 +43,7 @@ class Sampler:
             out_shardings=sharding.replicated(mesh),
         )
         # The same for all, or `advance` would compile anew for what it has returned itself.
-        shardings = _shardings(mesh)
+        self._shardings = shardings = _shardings(mesh)
         self._begin = jax.jit(
             functools.partial(answering.begin, model, **ends),
             static_argnames="num_new",
@@ -160,6 +160,30 @@ class Sampler:
         with mesh_lib.use(self._mesh):
             return self._generate.lower(variables, prompts, num_new=max_new_tokens)
 
+    def lower_batching(
+        self, variables: Mapping, prompts: Mapping, size: int, max_new_tokens: int
+    ) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+        """Returns the programs that `insert` and `advance` run, as `lower`.
+
+        Args:
+          variables: as of `generate`.
+          prompts: those that are read at once, as long as any is.
+          size: rows of the batch that they are put into.
+          max_new_tokens: of an answer.
+        """
+        number, length = prompts["tokens"].shape
+        rows = jax.ShapeDtypeStruct((number,), np.int32)
+        step = jax.ShapeDtypeStruct((), np.int32)
+        with mesh_lib.use(self._mesh):
+            idle = self._idle.eval_shape(size, length, max_new_tokens, True)
+            state = jax.tree.map(
+                lambda sharding, x: jax.tree.map(lambda y: y.update(sharding=sharding), x),
+                self._shardings,
+                idle,
+            )
+            insert = self._insert.lower(variables, state, prompts, rows)
+            return insert, self._advance.lower(variables, state, step, step)
+
 
 def _shardings(mesh: Mesh) -> Any:
     """The shardings of an `Answering` between two calls: all but the cache can be read anywhere."""
@@ -170,14 +194,27 @@ def _shardings(mesh: Mesh) -> Any:
     )
 
 
+def longest_prompt(data: DataConfig, tokens_per_tile: int, tokens_per_prompt_tile: int) -> int:
+    """Returns the tokens of the longest prompt to expect of a stage: of one record, though a packed
+    sequence holds many. It has all tiles that a record may have, and the text that a sequence full
+    of tiles has room for.
+
+    Args:
+      data: of the stage.
+      tokens_per_tile: image tokens of a tile in the stage's training sequences.
+      tokens_per_prompt_tile: those of a tile in a prompt.
+    """
+    text = data.seq_len - data.max_tiles * tokens_per_tile
+    return min(text + data.tiles_of_a_record * tokens_per_prompt_tile, data.seq_len)
+
+
 def abstract_prompts(
     config: Config, batch_size: int, mesh: Mesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shapes, dtypes and shardings of a batch of the longest prompts that the sequences of
-    a stage have room for."""
-    # A prompt shows one record: it has room for that record's tiles, not for those of a packed
-    # sequence.
-    data = dataclasses.replace(config.data, max_tiles=config.data.tiles_of_a_record)
+    """Returns shapes, dtypes and shardings of a batch of prompts as long as `longest_prompt`."""
+    length = longest_prompt(config.data, config.tokens_per_tile, config.model.tokens_per_tile)
+    tiles = config.data.tiles_of_a_record
+    data = dataclasses.replace(config.data, max_tiles=tiles, seq_len=length)
     shapes = abstract_batch(config.model, data, batch_size)
     rows = sharding.batch_sharding(mesh)
     return {

@@ -1,6 +1,6 @@
 """What answering the questions of an evaluation needs on a machine that is not there: the real
-generation program, prefill and decoding, compiled for a TPU slice, at the longest prompts that the
-stage has room for."""
+programs of continuous batching, which read prompts and make tokens, compiled for a TPU slice, at
+the longest prompts to expect of a stage."""
 
 import dataclasses
 import math
@@ -25,14 +25,18 @@ from alignvlm_jax.train import state
 class GenerationPlan:
     """Generation on a slice: bytes are those of one device.
 
-    `batch_size` is `eval.batch_size`, rounded up to the mesh. `peak_hbm_gib` is None where the
-    compiler gave up without a number; `is_estimate` where it was not the TPU's.
+    `batch_size` is `eval.batch_size`, rounded up to the mesh; of these prompts `prefill_size` are
+    read at once, and each has `prompt_length` tokens. `peak_hbm_gib` is that of the program that
+    needs more, None where the compiler gave up without a number; `is_estimate` where it was not the
+    TPU's.
     """
 
     topology: Topology
     config: Config
     mesh: dict[str, int]
     batch_size: int
+    prefill_size: int
+    prompt_length: int
     num_params: int
     param_gib: float
     cache_gib: float
@@ -58,7 +62,8 @@ class GenerationPlan:
             "num_devices": self.topology.num_devices,
             "mesh": self.mesh,
             "batch_size": self.batch_size,
-            "prompt_length": config.data.seq_len,
+            "prefill_size": self.prefill_size,
+            "prompt_length": self.prompt_length,
             "max_tiles": config.data.tiles_of_a_record,
             "max_new_tokens": config.eval.max_new_tokens,
             "fits": self.fits,
@@ -93,26 +98,40 @@ def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> G
     mesh = mesh_lib.make_mesh(config.mesh, config.model, None, devices)
     most = config.eval.batch_size
     num_new = config.eval.max_new_tokens
-    batch_size = batching.batch_size(most, most, mesh_lib.data_parallel_size(mesh))
-    params = state.abstract_params(model, mesh)
-    # Which tokens end an answer does not change what the program needs.
-    generating = Sampler(model, mesh, end_ids=(0,), pad_id=0)
-    prompts = sampler.abstract_prompts(config, batch_size, mesh)
-    _, peak_gib = aot.compile_program(
-        generating.lower({"params": params}, prompts, num_new), is_estimate
+    length = sampler.longest_prompt(
+        config.data, config.tokens_per_tile, config.model.tokens_per_tile
     )
+    num_devices = mesh_lib.data_parallel_size(mesh)
+    batch_size = batching.batch_size(most, most, num_devices)
+    prefill_size = num_devices * _prompts_at_once(batch_size // num_devices, length)
+    params = state.abstract_params(model, mesh)
+    # Which tokens end an answer does not change what the programs need.
+    generating = Sampler(model, mesh, end_ids=(0,), pad_id=0)
+    prompts = sampler.abstract_prompts(config, prefill_size, mesh)
+    lowered = generating.lower_batching({"params": params}, prompts, batch_size, num_new)
+    peaks = [aot.compile_program(one, is_estimate)[1] for one in lowered]
+    peak_gib = None if None in peaks else max(peaks)
     return GenerationPlan(
         topology=topology,
         config=config,
         mesh=dict(mesh.shape),
         batch_size=batch_size,
+        prefill_size=prefill_size,
+        prompt_length=length,
         num_params=sum(math.prod(x.shape) for x in jax.tree.leaves(params)),
         param_gib=aot.gib_of_a_device(params),
-        cache_gib=_cache_gib(config.model, batch_size, config.data.seq_len + num_new, mesh),
+        cache_gib=_cache_gib(config.model, batch_size, length + num_new, mesh),
         peak_hbm_gib=peak_gib,
         fits=peak_gib is not None and peak_gib <= topology.chip.hbm_gib,
         is_estimate=is_estimate,
     )
+
+
+def _prompts_at_once(batch_size: int, length: int) -> int:
+    """Prompts that a device reads at once, of the `batch_size` that it answers: those of
+    `inference.batching`."""
+    most = batch_size // batching.PREFILL_FRACTION
+    return max(min(most, batching.PREFILL_TOKENS // length), 1)
 
 
 def text(plan: GenerationPlan) -> str:
@@ -124,9 +143,10 @@ def text(plan: GenerationPlan) -> str:
     lines = [
         f"{config.name} {config.stage}, generation on {plan.topology.name}: "
         f"{plan.topology.num_chips} chips, mesh {mesh}",
-        f"batch {plan.batch_size} prompts of {data.seq_len} tokens and "
+        f"batch {plan.batch_size} prompts of {plan.prompt_length} tokens and "
         f"{data.tiles_of_a_record} tiles, {plan.prompts_per_device} a device; "
         f"{config.eval.max_new_tokens} new tokens",
+        f"{plan.prefill_size} prompts are read at a time, while the others are being answered",
         "",
         f"parameters           {plan.num_params:,}, float32",
         f"parameters a device  {plan.param_gib:.2f} GiB, keys and values {plan.cache_gib:.2f} GiB",

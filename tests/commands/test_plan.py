@@ -231,6 +231,7 @@ def test_generation(config_file):
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert plan["batch_size"] == 8 and plan["prompt_length"] == 192 and plan["max_new_tokens"] == 32
+    assert plan["prefill_size"] == 4  # one on each device of fsdp
     layers = 3  # on a chip
     rows = 2
     heads = 1
@@ -248,21 +249,39 @@ def test_generation(config_file):
 
 
 @needs_libtpu
+def test_generation_of_a_packed_stage_is_of_one_record(config_file):
+    """Of 4 tiles of 32 tokens in a sequence a record has 2; 64 tokens are text."""
+    done = run(
+        f"--config={config_file}",
+        "--topology=v5e:2x2",
+        "--generate",
+        "--config.data.packing=offline",
+        "--config.data.max_tiles=4",
+        "--config.data.record_tiles=2",
+        "--config.eval.batch_size=64",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "batch 64 prompts of 128 tokens and 2 tiles, 16 a device; 32 new tokens" in done.stdout
+    # 2 on each device, an eighth of its rows
+    assert "\n8 prompts are read at a time" in done.stdout
+
+
+@needs_libtpu
 def test_generation_that_does_not_fit_has_status_3_and_says_what_to_change(config_file):
     done = run(
         f"--config={config_file}",
         "--topology=v5e:2x2",
         "--generate",
-        "--config.eval.batch_size=100000",
+        "--config.eval.batch_size=1000000",
     )
     assert done.returncode == 3, done.stderr
     assert (
-        "batch 100000 prompts of 192 tokens and 2 tiles, 25000 a device; 32 new tokens"
+        "batch 1000000 prompts of 192 tokens and 2 tiles, 250000 a device; 32 new tokens"
         in done.stdout
     )
     last = done.stdout.splitlines()[-1]
     assert last.startswith(
-        "does not fit: --config.eval.batch_size=50000 (now 25000 prompts a device); --mesh="
+        "does not fit: --config.eval.batch_size=500000 (now 250000 prompts a device); --mesh="
     )
     assert last.endswith("--topology=v5e:2x4")
 

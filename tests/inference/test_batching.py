@@ -183,3 +183,22 @@ def test_buckets_have_room_and_are_few():
             known.add(bucket)
     assert len({bucket.length for bucket in known}) <= 24
     assert Bucket(0, 80) == buckets.of_extent(72, 0, 128, 2)
+
+
+def test_what_is_planned_is_what_runs(mesh, params):
+    """The programs of `lower_batching` take a batch in the making, and go on with it alike."""
+    ours, variables = make_sampler(mesh, params)
+    size = 2 * CONFIG.train.batch_size
+    count = 4
+    batch = {name: np.stack([build(n)[name] for n in range(count)]) for name in build(0)}
+    rows = np.array([0, size // 4, size // 2, 3 * size // 4], np.int32)
+    prompts = sampler.abstract_prompts(CONFIG, count, mesh)
+    lowered = ours.lower_batching(variables, prompts, size, NUM_NEW)
+    insert, advance = (one.compile() for one in lowered)
+    with mesh_lib.use(mesh):
+        state = ours.idle(size, SEQ_LEN, NUM_NEW)
+        state = insert(variables, state, sharding.put_batch(batch, mesh), rows)
+        state = advance(variables, state, np.int32(NUM_NEW), np.int32(0))
+    expected = ours.insert(variables, ours.idle(size, SEQ_LEN, NUM_NEW), batch, rows)
+    expected = ours.advance(variables, expected, NUM_NEW)
+    np.testing.assert_array_equal(state.tokens_BT, expected.tokens_BT)

@@ -55,10 +55,7 @@ def _generation_plan(config: Config, args: argparse.Namespace) -> GenerationPlan
     if hardware.has_tpu_compiler():
         say(xla_flags.set_flags(topology.kind, args.num_slices > 1))
     devices = _devices(topology)
-    say(
-        f"compiling generation of {config.name} {config.stage}, {config.eval.batch_size} prompts "
-        f"of {config.data.seq_len} tokens"
-    )
+    say(f"compiling generation of {config.name} {config.stage}")
     return generation.make(config, topology, devices)
 
 
