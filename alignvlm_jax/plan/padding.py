@@ -1,6 +1,8 @@
 """How much of a stage's sequences is padding, where its prepared data is at hand: what is computed
 of it is no use, and MFU counts it all the same."""
 
+import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -8,13 +10,13 @@ from typing import NamedTuple
 import numpy as np
 
 from alignvlm_jax.config import DataConfig, ModelConfig
-from alignvlm_jax.data import filesystem, index, lengths, mixture, packing
-from alignvlm_jax.data.lengths import Limits
-from alignvlm_jax.data.packing import Sizes
+from alignvlm_jax.data import filesystem, index, lengths
+from alignvlm_jax.data.lengths import Lengths, Limits
+from alignvlm_jax.data.mixture import Mixture, task_fractions
 from alignvlm_jax.errors import UserError
 
 MAX_PLANNED = 100_000
-"""Records of a folder from which packing is estimated: with a million a plan takes seconds."""
+"""Records from which packing is estimated, about: with a million a plan takes seconds."""
 OF_TILES = ("vision", "connector")
 """Components that compute tiles; the others compute tokens."""
 
@@ -35,38 +37,38 @@ class Used(NamedTuple):
         return useful / sum(flops.values())
 
 
-def used(data: DataConfig, model: ModelConfig) -> Used | None:
-    """Returns what is used of a stage's sequences, by the indexes of its folders on this machine;
-    None where one is not there, or no records of the stage are in them."""
-    tokens = tiles = num_sequences = 0.0
-    limits = Limits.of(data, model.vision, model.tokens_per_tile)
-    tasks, fractions = mixture.task_fractions(data.tasks)
-    for folder in data.folders:
-        # Elsewhere every folder may be in a bucket: a plan asks no network.
-        if filesystem.is_remote(folder) or not os.path.isdir(folder):
-            return None
-        try:
-            measured = lengths.measure(index.load(folder, data.split), tasks, limits)
-        except UserError:
-            return None
-        for fraction, found in zip(fractions, measured.tokens, strict=True):
-            usable = np.flatnonzero(found)[:MAX_PLANNED]
-            its_tiles = measured.tiles[usable]
-            tokens += fraction * found[usable].sum()
-            tiles += fraction * its_tiles.sum()
-            num_sequences += fraction * _num_sequences(found[usable], its_tiles, data)
-    if not num_sequences:
+def used(data: DataConfig, model: ModelConfig, tokens_per_tile: int) -> Used | None:
+    """Returns what is used of the sequences of a stage's first epoch, planned as training does by
+    the indexes of its folders on this machine; None where one is not there, or no records of the
+    stage are in them. `tokens_per_tile` is that of training sequences."""
+    # Elsewhere every folder may be in a bucket: a plan asks no network.
+    if any(filesystem.is_remote(folder) or not os.path.isdir(folder) for folder in data.folders):
         return None
+    limits = Limits.of(data, model.vision, tokens_per_tile)
+    tasks, _ = task_fractions(data.tasks)
+    try:
+        indexes = [index.load(folder, data.split) for folder in data.folders]
+        # Every n-th record of all folders, so that each keeps its fraction.
+        step = max(math.ceil(sum(map(len, indexes)) / MAX_PLANNED), 1)
+        measured = [lengths.measure(one, tasks, limits) for one in indexes]
+        tokens = [one.tokens[:, ::step] for one in measured]
+        tiles = [one.tiles[::step] for one in measured]
+        known = Lengths(np.concatenate(tokens, axis=1), np.concatenate(tiles))
+        mixture = Mixture(_capped(data, step), [len(one) for one in tiles], known, seed=(0,))
+    except UserError:
+        return None
+    epoch = mixture.epoch(0, 0)
+    num_sequences = epoch.end if data.packing == "offline" else len(epoch.records)
     return Used(
-        float(tokens / (num_sequences * data.seq_len)),
-        float(tiles / (num_sequences * data.max_tiles)),
+        float(epoch.tokens.sum() / (num_sequences * data.seq_len)),
+        mixture.count_tiles(epoch.records) / (num_sequences * data.max_tiles),
     )
 
 
-def _num_sequences(tokens: np.ndarray, tiles: np.ndarray, data: DataConfig) -> int:
-    """The sequences that records make which have so many tokens and tiles."""
-    if data.packing == "none":
-        return len(tokens)
-    pairs, counts = np.unique(np.stack([tokens, tiles]), axis=1, return_counts=True)
-    sizes = Sizes(pairs[0].tolist(), pairs[1].tolist(), counts.tolist())
-    return sum(rows.count for rows in packing.fit(sizes, data.seq_len, data.max_tiles))
+def _capped(data: DataConfig, step: int) -> DataConfig:
+    """The data with caps of the sources for every `step`-th of their records."""
+    sources = {
+        name: dataclasses.replace(source, cap=math.ceil(source.cap / step))
+        for name, source in data.sources.items()
+    }
+    return dataclasses.replace(data, sources=sources)

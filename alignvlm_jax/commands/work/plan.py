@@ -29,10 +29,11 @@ def run(stages: tuple[Config, ...], args: argparse.Namespace) -> bool:
     make = _generation_plan if args.generate else _plan
     plan = make(_stage(stages, args.stage), args)
     if isinstance(plan, aot.Plan):
+        config = plan.config
         plan = dataclasses.replace(
             plan,
             price_per_chip_hour=args.price_per_chip_hour,
-            used=padding.used(plan.config.data, plan.config.model),
+            used=padding.used(config.data, config.model, config.tokens_per_tile),
         )
     print(json.dumps(plan.to_json(), indent=2) if args.json else _text(plan), flush=True)
     return plan.fits
