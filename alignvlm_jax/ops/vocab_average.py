@@ -85,7 +85,7 @@ def vocab_average(
       head: W, a parameter.
       table: E, a parameter.
       norm: LN over the vocabulary; None leaves it out.
-      label_ids: tokens whose logits are returned; None: of none, k is 0.
+      label_ids: tokens whose logits are returned, 0 of an id that is none; None: of none, k is 0.
       unpadded_vocab_size: the columns from here on only pad the table, and take no part in LN or
         softmax; None: there are none.
       subset: tokens that may have weight; the softmax is over them alone, LN over all.
@@ -112,7 +112,8 @@ def vocab_average(
     )
     average_ND = nn.with_logical_constraint(outputs.average, ("act_batch", "act_embed"))
     # A label that has no weight is infinitely unlikely, whatever its logit.
-    label_logits_Nk = jnp.where(has_weight[label_ids], outputs.label_logits, -jnp.inf)
+    is_left_out_Nk = (label_ids >= 0) & (label_ids < vocab_size) & ~has_weight[label_ids]
+    label_logits_Nk = jnp.where(is_left_out_Nk, -jnp.inf, outputs.label_logits)
     return VocabAverage(average_ND, label_logits_Nk, outputs.log_sum_exp)
 
 

@@ -12,10 +12,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from alignvlm_jax.shapes import Array, Float, Int
+
+# No label has it, as many have -1.
+REPEATED = np.iinfo(np.int32).min
 
 
 class Inputs(NamedTuple):
@@ -147,7 +151,7 @@ class Chunk(NamedTuple):
     scale: Float[Array, "c"] | None
     bias: Float[Array, "c"] | None
     mask: Float[Array, "c"]  # Added to logits: 0, or -inf for an entry that has no weight.
-    ids: Int[Array, "c"]  # Vocabulary entries; -1 where the chunk before has the column.
+    ids: Int[Array, "c"]  # Vocabulary entries; REPEATED where the chunk before has the column.
 
 
 class Columns(NamedTuple):
@@ -188,7 +192,7 @@ class Columns(NamedTuple):
         chunk = jax.lax.optimization_barrier(chunk)
         is_new = start + jnp.arange(self.chunk) >= index * self.chunk
         return chunk._replace(
-            mask=jnp.where(is_new, chunk.mask, -jnp.inf), ids=jnp.where(is_new, chunk.ids, -1)
+            mask=jnp.where(is_new, chunk.mask, -jnp.inf), ids=jnp.where(is_new, chunk.ids, REPEATED)
         )
 
     def joined(self, parts: Array, axis: int) -> Array:

@@ -103,7 +103,8 @@ def test_padded_rows_are_never_predicted(mesh, chunk):
 @pytest.mark.parametrize("chunk", [None, 4])
 def test_a_target_that_is_no_word_is_finite(chunk):
     """Image tokens have such targets, without weight."""
-    for target in (WORDS - 1, WORDS + 5):  # in the padding of the table, and beyond it
+    # In the padding of the table, and beyond it on both sides.
+    for target in (WORDS - 1, WORDS + 5, -1, -100):
         result = losses(
             HIDDEN,
             HEAD,
@@ -112,6 +113,8 @@ def test_a_target_that_is_no_word_is_finite(chunk):
             targets=np.full_like(TARGETS, target),
         )
         assert np.isfinite(result.nll).all()
+        if not 0 <= target < WORDS:
+            np.testing.assert_array_equal(result.nll, result.log_sum_exp)
 
 
 def test_large_logits_stay_finite():

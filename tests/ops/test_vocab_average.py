@@ -290,6 +290,16 @@ def test_padding_and_words_out_of_the_subset_have_no_weight(devices):
     np.testing.assert_array_equal(*averages)
 
 
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_a_label_that_is_no_token_has_a_logit_of_0(devices, chunk):
+    """Also where the last token is left out, and columns of the last chunk come a second time."""
+    case = CASES["padded_table"]
+    inputs, labels, subset, _ = draw(case)
+    labels = np.tile(np.array([-1, case.words], labels.dtype), (case.rows, 1))
+    logits = jax.jit(lambda x: apply(case, x, labels, subset, chunk).label_logits)(inputs)
+    np.testing.assert_array_equal(logits, np.zeros_like(logits))
+
+
 def test_columns_per_chunk(devices):
     """On the mesh a device has a quarter of the rows and half of the columns."""
     shards, halves = (4, 2) if devices == "mesh" else (1, 1)
