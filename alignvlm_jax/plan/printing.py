@@ -26,9 +26,9 @@ def text(plan: Plan) -> str:
     lines = [
         f"{config.name} {config.stage} on {plan.topology.name}: {plan.topology.num_chips} "
         f"chips{devices}, mesh {mesh}",
-        f"batch {train.batch_size} rows of {data.seq_len} tokens and {data.max_tiles} tiles, "
-        f"in {train.grad_accum_steps} parts, remat {config.model.remat}, gradients of kernels "
-        f"summed in {train.grad_reduce_dtype}",
+        f"batch {train.batch_size} sequences of {data.seq_len} tokens and {data.max_tiles} tiles, "
+        f"in {train.grad_accum_steps} microbatches, remat {config.model.remat}, gradients of "
+        f"kernels summed in {train.grad_reduce_dtype}",
         "",
         f"parameters         {plan.num_params:,}, of which {plan.num_trained:,} trained",
         f"{f'parameters a {one}':18} {plan.param_gib:.2f} GiB, optimizer {plan.optimizer_gib:.2f} "
@@ -37,12 +37,12 @@ def text(plan: Plan) -> str:
         f"{f'peak HBM a {one}':18} {gib(plan.peak_hbm_gib)} of {chip.hbm_gib} GiB: {verdict(plan)}",
         "",
         *_table(
-            [("FLOPs a step", "TFLOP", "share")]
+            [("FLOPs a step", "TFLOP", "fraction")]
             + [
-                (part, f"{value / 1e12:,.0f}", f"{value / total:.0%}")
-                for part, value in plan.flops.items()
+                (component, _number(value / 1e12), f"{value / total:.0%}")
+                for component, value in plan.flops.items()
             ]
-            + [("all", f"{total / 1e12:,.0f}", "")]
+            + [("all", _number(total / 1e12), "")]
         ),
         "",
         *_table(
@@ -78,7 +78,7 @@ def _seconds(plan: Plan) -> list[str]:
     """The seconds of a step by what they are spent on, and what all steps come to."""
     steps = plan.config.train.num_steps
     stage = (
-        f"{f'{steps:,} steps':18} {plan.days:.1f} days, {plan.chip_hours:,.0f} chip-hours, at "
+        f"{f'{steps:,} steps':18} {plan.days:.1f} days, {_number(plan.chip_hours)} chip-hours, at "
         f"{plan.step_seconds:.3g} s a step: MFU {plan.mfu:.1%}"
     )
     cost = []
@@ -156,7 +156,7 @@ def advice(plan: Plan) -> str:
     if rows > 1:
         changes.append(
             f"--config.train.grad_accum_steps={config.train.batch_size // data_parallel_size} "
-            f"(now {rows} rows at a time)"
+            f"(now {rows} sequences at a time)"
         )
     changes.append("--mesh=auto, which tries others")
     if name := larger(plan.topology):
@@ -189,6 +189,12 @@ def larger(topology: Topology) -> str:
         ),
         "",
     )
+
+
+def _number(value: float) -> str:
+    """Returns a number to the nearest one, a small one to three digits: that of a tiny model is not
+    shown as 0."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:

@@ -91,21 +91,24 @@ class Search:
         """Yields meshes that take the model and the batch: tensor 1, 2, 4, ...; fsdp as far as the
         widths divide (-1), or only NARROW, the rest along data. UserError where there is none."""
         found: list[MeshConfig] = []
+        problem = ""
         tensor = 1
         while tensor <= min(MAX_TENSOR, self.topology.num_devices):
             for fsdp in fsdp_sizes:
-                mesh = self._resolved(MeshConfig(data=-1, fsdp=fsdp, tensor=tensor))
-                if mesh and mesh not in found:
+                try:
+                    mesh = self._resolved(MeshConfig(data=-1, fsdp=fsdp, tensor=tensor))
+                except UserError as err:  # What does not divide: heads or tokens, else the batch.
+                    problem = problem or str(err)
+                    continue
+                if mesh not in found:
                     found.append(mesh)
                     yield mesh
             tensor *= 2
         if not found:
-            llm = self.config.model.llm
-            rows = self.config.train.batch_size
+            # The first of them, without tensor, is what most models have.
             raise UserError(
-                f"no mesh of {self.topology.num_chips} chips takes a batch of {rows} rows, "
-                f"{llm.num_heads} heads ({llm.num_kv_heads} of keys) and {llm.vocab_size} tokens; "
-                "change config.train.batch_size"
+                f"no mesh of {self.topology.num_chips} chips takes a batch of "
+                f"{self.config.train.batch_size} sequences; {problem}"
             )
 
     def smallest_microbatches(self, mesh: MeshConfig) -> Config:
@@ -133,15 +136,12 @@ class Search:
         sequences = self.config.train.batch_size // (mesh.data * mesh.fsdp)
         return Candidate(mesh, max(sequences, 1), "full", CHUNK_SIZES_MIB[-1])
 
-    def _resolved(self, open_mesh: MeshConfig) -> MeshConfig | None:
-        """The mesh with all its sizes, where there is one."""
+    def _resolved(self, open_mesh: MeshConfig) -> MeshConfig:
+        """The mesh with all its sizes; UserError where there is none."""
         # The whole batch at once: microbatches are chosen for the mesh, not the other way round.
         whole = dataclasses.replace(self.config.train, grad_accum_steps=1)
-        try:
-            mesh = aot.mesh_on(self.topology, open_mesh, self.config.model, whole)
-            aot.check(self.smallest_microbatches(mesh), self.topology)
-        except UserError:  # What does not divide: heads or tokens over tensor, else the batch.
-            return None
+        mesh = aot.mesh_on(self.topology, open_mesh, self.config.model, whole)
+        aot.check(self.smallest_microbatches(mesh), self.topology)
         return mesh
 
     def _stage(self, held: dict[MeshConfig, float]) -> Stage:
@@ -288,6 +288,6 @@ def _line(plan: Plan) -> str:
     peak = "more than there is" if plan.peak_hbm_gib is None else f"{plan.peak_hbm_gib:.2f} GiB"
     verdict = f"{plan.step_seconds:.3g} s a step" if plan.fits else "does not fit"
     return (
-        f"{plan.topology.name}  {_name(plan.config.mesh)}, {rows} rows at a time, remat "
+        f"{plan.topology.name}  {_name(plan.config.mesh)}, {rows} sequences at a time, remat "
         f"{model.remat}, chunk_size_mib {model.chunk_size_mib:g}: {peak}, {verdict}"
     )

@@ -165,8 +165,8 @@ def test_what_does_not_fit_has_status_3_and_says_what_to_change(config_file):
     assert done.returncode == 3, done.stderr
     last = done.stdout.splitlines()[-1]
     assert last.startswith(
-        "does not fit: --config.model.remat=full; --config.train.grad_accum_steps=16 (now 8 rows "
-        "at a time)"
+        "does not fit: --config.model.remat=full; --config.train.grad_accum_steps=16 (now 8 "
+        "sequences at a time)"
     )
     assert "--topology=v5e:2x4" in last
     assert "too much" in done.stdout
@@ -310,7 +310,9 @@ BAD = {
     "mesh_text": (["--topology=v5e:2x4", "--mesh=4x2"], "--mesh is '4x2'"),
     "no_mesh_at_all": (["--topology=v5e:2x4", "--mesh=auto", "--config.train.batch_size=7",
                         "--config.train.grad_accum_steps=1"], "no mesh of 8 chips takes a batch "
-                                                          "of 7 rows"),
+                                                          "of 7 sequences"),
+    "auto_slices": (["--topology=v5e:2x2", "--num_slices=3", "--mesh=auto"], "nearest that does: "
+                                                                             "--config.train.batch_size=60"),
     "field": (["--topology=v5e:2x4", "--config.model.remta=full"], "did you mean 'remat'"),
     "stage": (["--topology=v5e:2x4", "--stage=third"], "--stage is 'third'; known: first, second"),
 }  # fmt: skip

@@ -258,7 +258,7 @@ def test_no_slice_is_large_enough(compiler):
 def test_no_slice_holds_the_parameters(compiler, monkeypatch):
     compiler(lambda remat: 1.0)
     monkeypatch.setattr(aot, "state_gib", lambda config, topology: 100.0)
-    with pytest.raises(UserError, match="no mesh of 128 chips takes a batch of 32 rows"):
+    with pytest.raises(UserError, match="no mesh of 128 chips takes a batch of 32 sequences"):
         search.smallest(CONFIG, "v5e", lambda topology: (), lambda line: None)
 
 
