@@ -123,7 +123,9 @@ def _padding(plan: Plan) -> str:
     data = plan.config.data
     if plan.used is None:
         where = ", ".join(str(folder) for folder in data.folders)
-        return f"{'padding':18} not known without the stage's data in {where}; MFU counts it"
+        return (
+            f"{'padding':18} not known without the stage's data and index in {where}; MFU counts it"
+        )
     return (
         f"{'padding':18} {1 - plan.used.tokens:.0%} of the tokens and {1 - plan.used.tiles:.0%} of "
         f"the tiles, with packing {data.packing!r}: useful MFU {plan.useful_mfu:.1%}"
