@@ -24,7 +24,7 @@ SMALL_PAGES = {"split": "train_small", "validation_split": "validation_small", "
 ANSWER_AND_TRANSCRIBE = {"answer_and_transcribe": 1.0}
 DATA = "data/demo"
 """The folder that `prepare --format=documents` writes."""
-SPLITS = ("seen_fonts", "unseen_fonts")
+SPLITS = ("seen_fonts", "unseen_layouts", "unseen_fonts", "unseen_fonts_and_layouts")
 """The splits that `prepare --format=documents` holds out for evaluation."""
 
 
@@ -61,18 +61,18 @@ def get_config(connector: str = "align") -> ml_collections.ConfigDict:
             },
             "stage0_pages": {"train": {"num_steps": 400, **language_model}},
             "stage1": {
-                "data": {**SMALL_PAGES, "seq_len": 80, "tasks": {"transcribe": 1.0}},
+                "data": {**SMALL_PAGES, "seq_len": 88, "tasks": {"transcribe": 1.0}},
                 # Only the LLM has been trained so far; all else is initialised here.
                 "train": {"num_steps": 1200, "load": ("llm/.*",)},
                 "optim": {"learning_rate": 4e-3},
             },
             "stage2": {
-                "data": {"seq_len": 144, "tasks": {"transcribe": 0.4, "answer": 0.6}},
+                "data": {"seq_len": 160, "tasks": {"transcribe": 0.4, "answer": 0.6}},
                 "train": {"num_steps": 1400, "generate_every": 200},
                 "optim": {"learning_rate": 3e-3},
             },
             "stage3": {
-                "data": {"seq_len": 128, "tasks": {"answer": 1.0}},
+                "data": {"seq_len": 136, "tasks": {"answer": 1.0}},
                 "train": {
                     "num_steps": 450,
                     "trainable": ("connector/.*", "llm/.*"),

@@ -152,7 +152,9 @@ _ENTRIES = (
     ocrbench_v2.TASK,
     Task("debian_tables", "validation", ANLS, folder="debian"),
     Task("seen_fonts", "seen_fonts", ANLS, folder="demo"),
+    Task("unseen_layouts", "unseen_layouts", ANLS, folder="demo"),
     Task("unseen_fonts", "unseen_fonts", ANLS, folder="demo"),
+    Task("unseen_fonts_and_layouts", "unseen_fonts_and_layouts", ANLS, folder="demo"),
 )
 TASKS = {task.name: task for task in _ENTRIES}
 TEXTS = {task.name: task for task in (TextTask("text_bpb", "validation", folder="debian"),)}

@@ -17,7 +17,7 @@ from alignvlm_jax.data.shards import RecordSource
 from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from alignvlm_jax.errors import UserError, how_to_install
 from alignvlm_jax.ingest import executors, staging
-from alignvlm_jax.synthetic import documents, pages
+from alignvlm_jax.synthetic import documents, fonts
 from alignvlm_jax.synthetic.contents import Table
 
 SHARD_SIZE = 1000
@@ -90,7 +90,7 @@ def _write_shards(folder: Path, wanted: dict[str, Any], num_workers: int) -> Non
 def _tables() -> tuple[Table, ...]:
     """Returns the real tables, after a check that all packages for documents are installed: a
     missing font would otherwise show only in a worker."""
-    packages = ["pandas", "statsmodels", "vega_datasets", *sorted(pages.PACKAGES)]
+    packages = ["pandas", "statsmodels", "vega_datasets", *sorted(fonts.PACKAGES)]
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
         raise UserError(
             f"the demonstration's documents need package {', '.join(missing)}: "

@@ -3,7 +3,8 @@ with words, boxes, questions and answers.
 
 Record `index` of a split is a pure function of (seed, split, index), whatever the number of
 workers. No value that a training question asks for is asked for in the other splits
-(`values.is_evaluation`), and `unseen_fonts` has neither the fonts nor the layouts of training.
+(`values.is_evaluation`). Evaluation has four splits, of fonts and layouts that training has, or has
+none of, in each combination: so it shows which of the two a model does not read.
 """
 
 import dataclasses
@@ -15,9 +16,9 @@ from PIL import Image, ImageFilter
 
 from alignvlm_jax.data import images
 from alignvlm_jax.data.record import Record, Word
-from alignvlm_jax.synthetic import contents, pages
+from alignvlm_jax.synthetic import contents, fonts, pages
 from alignvlm_jax.synthetic.contents import Content, Table
-from alignvlm_jax.synthetic.pages import Style
+from alignvlm_jax.synthetic.pages import LINE_HEIGHT, Layout, Style
 
 
 def degrade(image: Image.Image, rng: np.random.Generator, strength: float) -> Image.Image:
@@ -54,28 +55,39 @@ def _smooth(coarse: np.ndarray, width: int, height: int) -> np.ndarray:
     return np.asarray(field.resize((width, height), Image.Resampling.BICUBIC))
 
 
-VERSION = 3
+VERSION = 4
 """Version of the records: raised with every change that changes them, so that `prepare` writes them
 anew."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The kind of documents in a split."""
+    """The kind of documents in a split.
+
+    Attributes:
+      evaluation: whether its values are those of evaluation.
+      unseen_fonts: whether its families are those that training has none of.
+      unseen_layouts: whether its layouts are combinations that training has none of.
+      varied: whether letters are stretched, slanted and of changed weight.
+      small_fraction: fraction of small documents: pages half as high, one tile with two lines.
+    """
 
     evaluation: bool
-    unseen_style: bool = False
+    unseen_fonts: bool = False
+    unseen_layouts: bool = False
+    varied: bool = False
     small_fraction: float = 0.0
-    """Fraction of small documents: pages half as high, one tile with two lines."""
 
 
 SPLITS = {
-    "train": Split(evaluation=False, small_fraction=0.1),
-    "train_small": Split(evaluation=False, small_fraction=1.0),
+    "train": Split(evaluation=False, varied=True, small_fraction=0.1),
+    "train_small": Split(evaluation=False, varied=True, small_fraction=1.0),
     "validation": Split(evaluation=True),
     "validation_small": Split(evaluation=True, small_fraction=1.0),
     "seen_fonts": Split(evaluation=True),
-    "unseen_fonts": Split(evaluation=True, unseen_style=True),
+    "unseen_layouts": Split(evaluation=True, unseen_layouts=True),
+    "unseen_fonts": Split(evaluation=True, unseen_fonts=True),
+    "unseen_fonts_and_layouts": Split(evaluation=True, unseen_fonts=True, unseen_layouts=True),
 }
 
 TITLES = {
@@ -83,6 +95,9 @@ TITLES = {
     "receipt": ("RECEIPT", "THANK YOU"),
     "table": ("DATA", "TABLE 1"),
 }
+SEPARATORS = {"form": (": ", " ", " - "), "receipt": (" ", ": ", " - ")}
+PITCHES = (LINE_HEIGHT, 18, 20)
+MIN_SIZE = 11
 MAX_ATTEMPTS = 1000
 
 Drawn = tuple[Image.Image, tuple[tuple[Word, ...], ...]]
@@ -104,10 +119,14 @@ def render(
     rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
     spec = SPLITS[split]
     # Some contents do not fit the page in any size: then another content is drawn.
+    # The order of draws is a part of the records: whoever changes it raises VERSION.
     for _ in range(MAX_ATTEMPTS):
         small = rng.random() < spec.small_fraction
-        content = _content(rng, spec, 2 if small else int(rng.integers(3, 5)), tables)
-        drawn = _draw(rng, spec, content, 32 if small else 64)
+        num_lines, height = (2, 32) if small else (int(rng.integers(3, 5)), 64)
+        kind = str(rng.choice(["form", "receipt", "table"], p=[0.5, 0.25, 0.25]))
+        layout = _layout(rng, kind, num_lines, height, spec.unseen_layouts)
+        content = _content(rng, kind, spec.evaluation, num_lines, layout.title, tables)
+        drawn = _draw(rng, content, layout, _style(rng, spec), height)
         if drawn is not None:
             image, lines = drawn
             png = images.encode_png(degrade(image, rng, noise))
@@ -115,58 +134,90 @@ def render(
     raise AssertionError(f"no page of split {split} fits in {MAX_ATTEMPTS} attempts")
 
 
+def is_unseen(layout: Layout) -> bool:
+    """Whether a layout is for evaluation alone: a pair of elements of which training has either,
+    and never both on one page."""
+    wide = layout.pitch > LINE_HEIGHT
+    return (
+        (layout.align == "right" and layout.ruled)
+        or (layout.leaders and wide)
+        or (layout.title and wide)
+    )
+
+
+def _layout(
+    rng: np.random.Generator, kind: str, num_lines: int, height: int, unseen: bool
+) -> Layout:
+    """Returns a random layout that fits `num_lines`, on the wanted side of `is_unseen`."""
+    pitches = [pitch for pitch in PITCHES if pitch * num_lines <= height]
+    while True:
+        # Cells of tables have no separator, and several of them would read as one.
+        align = rng.choice(["grid", "right"] if kind == "table" else ["flow", "grid", "right"])
+        separators = SEPARATORS.get(kind, (" ",))
+        layout = Layout(
+            align=str(align),
+            separator=separators[rng.integers(len(separators))],
+            leaders=bool(align == "right" and kind != "table" and rng.random() < 0.5),
+            ruled=bool(rng.random() < 0.3),
+            title=bool(num_lines > 2 and rng.random() < 0.25),
+            pitch=pitches[rng.integers(len(pitches))],
+        )
+        if is_unseen(layout) == unseen:
+            return layout
+
+
 def _content(
-    rng: np.random.Generator, spec: Split, num_lines: int, tables: tuple[Table, ...]
+    rng: np.random.Generator,
+    kind: str,
+    evaluation: bool,
+    num_lines: int,
+    title: bool,
+    tables: tuple[Table, ...],
 ) -> Content:
-    # The order of draws is a part of the records: whoever changes it raises VERSION.
-    kind = rng.choice(["form", "receipt", "table"], p=[0.5, 0.25, 0.25])
-    title = spec.unseen_style and num_lines == 4 and rng.random() < 0.5
     body = num_lines - title
     if kind == "form":
-        content = contents.form(rng, spec.evaluation, body)
+        content = contents.form(rng, evaluation, body)
     elif kind == "receipt":
-        content = contents.receipt(rng, spec.evaluation, body)
+        content = contents.receipt(rng, evaluation, body)
     else:
-        content = contents.table(rng, spec.evaluation, body, tables)
+        content = contents.table(rng, evaluation, body, tables)
     if title:
-        heading = (TITLES[content.kind][rng.integers(len(TITLES[content.kind]))],)
+        heading = (TITLES[kind][rng.integers(len(TITLES[kind]))],)
         content = dataclasses.replace(content, lines=(heading, *content.lines))
     return content
 
 
-def _draw(rng: np.random.Generator, spec: Split, content: Content, height: int) -> Drawn | None:
-    """Returns the content drawn in a random style, in the largest size that fits, from the style's
-    own down; None where it does not fit in any."""
-    style = _style(rng, spec, content, height)
-    num_rows = height // style.pitch
-    if len(content.lines) > num_rows:
-        return None
+def _style(rng: np.random.Generator, spec: Split) -> Style:
+    families = list((fonts.UNSEEN if spec.unseen_fonts else fonts.SEEN).values())
+    faces = families[rng.integers(len(families))]
+    style = Style(
+        face=faces[rng.integers(len(faces))],
+        size=int(rng.integers(11, 15)),
+        left=int(rng.integers(1, 9)),
+        ink=int(rng.integers(0, 80)),
+    )
+    # Half of the pages keep their face as it is, as all of evaluation does.
+    if not spec.varied or rng.random() < 0.5:
+        return style
+    return dataclasses.replace(
+        style,
+        stretch=round(rng.uniform(0.88, 1.15), 3),
+        slant=round(rng.uniform(-0.05, 0.2), 3),
+        weight=round(float(np.exp(rng.uniform(-0.5, 0.5))), 3),
+    )
+
+
+def _draw(
+    rng: np.random.Generator, content: Content, layout: Layout, style: Style, height: int
+) -> Drawn | None:
+    """Returns the content drawn in the largest size that fits, from the style's own down; None
+    where it does not fit in any."""
+    num_rows = height // layout.pitch
     # Lines keep their order, and leave random strips of the page empty.
     rows = sorted(int(r) for r in rng.permutation(num_rows)[: len(content.lines)])
-    for size in range(style.size, 10, -1):
-        drawn = pages.draw(content.lines, rows, dataclasses.replace(style, size=size), height, rng)
+    for size in range(style.size, MIN_SIZE - 1, -1):
+        sized = dataclasses.replace(style, size=size)
+        drawn = pages.draw(content.lines, rows, layout, sized, height, rng)
         if drawn is not None:
             return drawn
     return None
-
-
-def _style(rng: np.random.Generator, spec: Split, content: Content, height: int) -> Style:
-    families = list(pages.UNSEEN if spec.unseen_style else pages.SEEN)
-    common = {
-        "family": families[rng.integers(len(families))],
-        "size": int(rng.integers(11, 14)),
-        "left": int(rng.integers(1, 9)),
-        "ink": int(rng.integers(0, 80)),
-    }
-    # Layouts of `unseen_fonts` differ from all of training: right-aligned values, dots, rules and
-    # wider line spacing.
-    if spec.unseen_style:
-        leaders = content.kind != "table" and rng.random() < 0.5
-        fits = [pitch for pitch in (16, 18, 20) if pitch * len(content.lines) <= height]
-        pitch = fits[rng.integers(len(fits))]
-        return Style(
-            **common, align="right", leaders=leaders, ruled=rng.random() < 0.5, pitch=pitch
-        )
-    if content.kind == "table" or rng.random() < 0.4:
-        return Style(**common, align="grid")
-    return Style(**common, align="flow", separator=": " if content.kind == "form" else " ")

@@ -42,7 +42,7 @@ def prepared(tmp_path_factory):
 def test_writes_every_split_and_a_tokenizer(prepared):
     assert [
         len(records(prepared, split))
-        for split in ("train", "validation", "seen_fonts", "unseen_fonts")
+        for split in ("train", "validation", "seen_fonts", "unseen_fonts_and_layouts")
     ] == [
         6,
         3,
