@@ -25,7 +25,8 @@ ANSWER_AND_TRANSCRIBE = {"answer_and_transcribe": 1.0}
 DATA = "data/demo"
 """The folder that `prepare --format=documents` writes."""
 SPLITS = ("seen_fonts", "unseen_layouts", "unseen_fonts", "unseen_fonts_and_layouts")
-"""The splits that `prepare --format=documents` holds out for evaluation."""
+"""The splits that `prepare --format=documents` holds out for evaluation: fonts and layouts that
+training has, or has none of, in each combination."""
 
 
 def get_config(connector: str = "align") -> ml_collections.ConfigDict:
@@ -50,6 +51,7 @@ def get_config(connector: str = "align") -> ml_collections.ConfigDict:
     config.optim.learning_rate = 2e-3
     config.optim.warmup_steps = 50
     config.eval.splits = SPLITS
+    config.eval.num_questions = 300
     # The model reads the page's own tokens in the place of visual ones (oracle visual tokens).
     language_model = {"visual_source": "oracle", "trainable": ("llm/.*",)}
     config.stages = ml_collections.ConfigDict(
@@ -59,24 +61,24 @@ def get_config(connector: str = "align") -> ml_collections.ConfigDict:
                 "train": {"num_steps": 1500, **language_model},
                 "optim": {"learning_rate": 4e-3},
             },
-            "stage0_pages": {"train": {"num_steps": 400, **language_model}},
+            "stage0_pages": {"train": {"num_steps": 500, **language_model}},
             "stage1": {
                 "data": {**SMALL_PAGES, "seq_len": 88, "tasks": {"transcribe": 1.0}},
                 # Only the LLM has been trained so far; all else is initialised here.
-                "train": {"num_steps": 1200, "load": ("llm/.*",)},
+                "train": {"num_steps": 2000, "load": ("llm/.*",)},
                 "optim": {"learning_rate": 4e-3},
             },
             "stage2": {
                 "data": {"seq_len": 160, "tasks": {"transcribe": 0.4, "answer": 0.6}},
-                "train": {"num_steps": 1400, "generate_every": 200},
+                "train": {"num_steps": 2400, "generate_every": 400},
                 "optim": {"learning_rate": 3e-3},
             },
             "stage3": {
                 "data": {"seq_len": 136, "tasks": {"answer": 1.0}},
                 "train": {
-                    "num_steps": 450,
+                    "num_steps": 600,
                     "trainable": ("connector/.*", "llm/.*"),
-                    "generate_every": 150,
+                    "generate_every": 200,
                 },
                 "optim": {"learning_rate": 1e-3},
             },

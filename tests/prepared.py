@@ -71,7 +71,7 @@ def demo_config(data_dir) -> config_lib.Config:
         ),
         data=config_lib.DataConfig(
             dir=str(data_dir),
-            seq_len=144,
+            seq_len=160,
             max_tiles=2,
             tasks={"transcribe": 0.5, "answer": 0.5},
             full_cover=0.125,

@@ -149,6 +149,7 @@ def _layout(
     rng: np.random.Generator, kind: str, num_lines: int, height: int, unseen: bool
 ) -> Layout:
     """Returns a random layout that fits `num_lines`, on the wanted side of `is_unseen`."""
+    # By rejection: fewer than half of the layouts are unseen, and all of both kinds are reached.
     pitches = [pitch for pitch in PITCHES if pitch * num_lines <= height]
     while True:
         # Cells of tables have no separator, and several of them would read as one.

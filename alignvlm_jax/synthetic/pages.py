@@ -87,9 +87,9 @@ def place(lines: Lines, layout: Layout, style: Style) -> list[list[tuple[float, 
         if layout.align == "right":
             placed = [_to_the_right(cells, right, layout, font) for cells in placed]
     for cells in placed:
+        # At least a pixel is free between cells, and at the right edge.
         ends = [left + font.getlength(text) for left, text in cells]
         starts = [left for left, _ in cells[1:]] + [right + 1]
-        # At least a pixel is free between cells, and at the right edge.
         if any(end + 1 > start for end, start in zip(ends, starts, strict=True)):
             return None
     return placed
@@ -157,6 +157,7 @@ def _draw_line(
     words = []
     for cell_left, cell in cells:
         for left, text in _words(font, cell_left, cell):
+            # The edges are of the text as measured, and stretched below as its pixels are.
             canvas.text((left, baseline), text, fill=style.ink, font=font, anchor="ls")
             edges = [round(x * style.stretch, 2) for x in _edges(font, left, text)]
             box = (edges[0], float(top), edges[-1], float(bottom))
@@ -173,6 +174,7 @@ def _draw_line(
             Image.Resampling.BICUBIC,
             fillcolor=255,
         )
+    # White stays white, so that strokes change within their boxes.
     if style.weight != 1:
         ink = ink.point([round(255 * (gray / 255) ** style.weight) for gray in range(256)])
     return ink, tuple(words)

@@ -220,7 +220,7 @@ def test_prompt_is_the_beginning_of_the_training_row(demo_config, tokenizer):
 
 
 def test_a_prompt_that_is_too_long_is_a_user_error(demo_config, tokenizer):
-    with pytest.raises(UserError, match=r"67 tokens|seq_len is 144"):
+    with pytest.raises(UserError, match=r"67 tokens|seq_len is 160"):
         ExampleBuilder.of(demo_config, tokenizer).prompt(page_record(), "x" * 200)
 
 

@@ -68,9 +68,9 @@ def test_rows_of_one_record_are_what_they_ever_were(demo_config):
 
     Should a change be meant, measure them anew.
     """
-    assert checksum(demo_config) == "a28426d9" and checksum(demo_config, "validation") == "90a0f2e8"
     other = dataclasses.replace(change(demo_config, "data", **OTHER_ROWS), seed=3, stage="stage2")
-    assert checksum(other) == "6a8d43ad"
+    found = [checksum(demo_config), checksum(demo_config, "validation"), checksum(other)]
+    assert found == ["a28426d9", "90a0f2e8", "6a8d43ad"]
 
 
 def test_batches_are_the_stacked_rows_in_order(demo_config):

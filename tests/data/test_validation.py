@@ -86,7 +86,7 @@ def test_validation_is_the_same_at_every_pass(demo_config):
     second = list(batches)
     assert len(first) == len(second) == 2
     for a, b in zip(first, second, strict=True):
-        assert a["tokens"].shape == (4, 144)
+        assert a["tokens"].shape == (4, 160)
         assert_equal(a, b)
     assert len(list(validation.ValidationBatches(held_out(demo_config), 4, 1))) == 1
 
