@@ -3,6 +3,7 @@ read. `make test-parity` compares these with transformers."""
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -58,6 +59,15 @@ def test_a_head_of_its_own_is_told(tmp_path):
     tower = towers.open_llm(str(folder))
     assert not tower.config.tie_embeddings
     assert "lm_head.weight differs from model.embed_tokens.weight by up to" in tower.note
+
+
+def test_what_transformers_saves_of_a_gguf_is_plain(tmp_path):
+    """It holds floats, though config.json still names the method."""
+    plain = variations.LLMS["plain untied"].write(tmp_path / "plain")
+    group = {"dequantize": False, "gguf_file": "model.Q4_1.gguf", "quant_method": "gguf"}
+    saved = variations.llm(config={"quantization_config": group}).write(tmp_path / "saved")
+    expected, found = (read_llm(towers.open_llm(str(folder))) for folder in (plain, saved))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 @pytest.mark.parametrize("name", ["meta-llama/Llama-3.2-1B", "google/siglip2-base-patch16-224"])

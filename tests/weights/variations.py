@@ -335,6 +335,11 @@ LLMS: dict[str, Case] = {
     "awq": llm(config=_quantised(quant_method="awq", bits=4), refused=r"\(awq, 4 bits\)"),
     "fp8": llm(config=_quantised(quant_method="fp8"), refused=r"is quantised \(fp8\)"),
     "mlx": llm(config={"quantization": {"bits": 8}}, refused=r"is quantised \(mlx, 8 bits\)"),
+    "gguf's blocks": llm(
+        config=_quantised(quant_method="gguf", dequantize=False),
+        tensors=lambda t: {**t, TABLE: np.ones((300, 34), np.uint8)},
+        refused=r"is quantised \(gguf\), which is read from a GGUF file alone",
+    ),
     # Classes.
     "no head": llm(
         config={"architectures": ["LlamaModel"]},

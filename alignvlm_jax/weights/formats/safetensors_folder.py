@@ -71,7 +71,10 @@ def check_folder(folder: Path) -> None:
     if (folder / "config.json").exists():
         fields = read_json(folder / "config.json")
         method = _quantisation(fields)
-        if method:
+        # transformers loads a GGUF dequantised, and what it then saves are plain tensors beside a
+        # config.json that still says "gguf", whose other fields say nothing. By other methods even
+        # plain tensors may be quantised as the model runs.
+        if method and not (method == "gguf" and _holds_floats_alone(folder)):
             raise UserError(
                 f"{folder} is quantised ({method}), which is read from a GGUF file alone: take the "
                 "folder of the weights before, in bfloat16 or float16"
@@ -108,6 +111,13 @@ def _quantisation(fields: dict[str, Any]) -> str:
             bits = 4 if group.get("load_in_4bit") else group.get("bits")
             return f"{method}, {bits} bits" if bits else str(method)
     return ""
+
+
+def _holds_floats_alone(folder: Path) -> bool:
+    """Whether no tensor is of another dtype, as packed ones are; only headers are read."""
+    return all(
+        tensor.dtype in DTYPES.values() for tensor in SafetensorsFolder(folder).tensors.values()
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
