@@ -236,10 +236,7 @@ class _Rows:
             self._state = self._sampler.insert(self._variables, self._state, batch, rows)
 
     def _prefill_size(self, bucket: Bucket) -> int:
-        """Rows of the batches that prompts of a bucket are read in: of the bucket alone, so that it
-        has one program."""
-        most = self._per_device // PREFILL_FRACTION
-        return max(min(most, PREFILL_TOKENS // bucket.length), 1) * self._num_devices
+        return prefill_size(self._size, bucket.length, self._num_devices)
 
     def _least(self, queue: _Queue) -> int:
         """How many rows have to be free for those that wait next: one prefill of many costs less
@@ -279,6 +276,13 @@ class _Rows:
         tokens_BT = np.array(self._state.tokens_BT)
         self._free.update(done)
         return {self._numbers.pop(row): tokens_BT[row] for row in done}
+
+
+def prefill_size(size: int, length: int, data_parallel_size: int) -> int:
+    """Returns the rows of the batches that prompts of so many tokens are read in, beside the `size`
+    rows that they are put into: of the bucket alone, so that it has one program."""
+    most = size // data_parallel_size // PREFILL_FRACTION
+    return max(min(most, PREFILL_TOKENS // length), 1) * data_parallel_size
 
 
 def batch_size(count: int, most: int, data_parallel_size: int) -> int:

@@ -103,7 +103,7 @@ def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> G
     )
     num_devices = mesh_lib.data_parallel_size(mesh)
     batch_size = batching.batch_size(most, most, num_devices)
-    prefill_size = num_devices * _prompts_at_once(batch_size // num_devices, length)
+    prefill_size = batching.prefill_size(batch_size, length, num_devices)
     params = state.abstract_params(model, mesh)
     # Which tokens end an answer does not change what the programs need.
     generating = Sampler(model, mesh, end_ids=(0,), pad_id=0)
@@ -125,13 +125,6 @@ def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> G
         fits=peak_gib is not None and peak_gib <= topology.chip.hbm_gib,
         is_estimate=is_estimate,
     )
-
-
-def _prompts_at_once(batch_size: int, length: int) -> int:
-    """Prompts that a device reads at once, of the `batch_size` that it answers: those of
-    `inference.batching`."""
-    most = batch_size // batching.PREFILL_FRACTION
-    return max(min(most, batching.PREFILL_TOKENS // length), 1)
 
 
 def text(plan: GenerationPlan) -> str:

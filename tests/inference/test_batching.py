@@ -202,3 +202,18 @@ def test_what_is_planned_is_what_runs(mesh, params):
     expected = ours.insert(variables, ours.idle(size, SEQ_LEN, NUM_NEW), batch, rows)
     expected = ours.advance(variables, expected, NUM_NEW)
     np.testing.assert_array_equal(state.tokens_BT, expected.tokens_BT)
+
+
+@pytest.mark.parametrize(
+    ("size", "length", "expected"),
+    [
+        (400, 64, 48),  # An eighth of the 100 rows of a device.
+        (400, 512, 8),  # 1,024 tokens on each.
+        (400, 7558, 4),  # One on each, however long,
+        (4, 64, 4),  # and however few rows.
+    ],
+)
+def test_prompts_are_read_a_part_of_the_rows_and_a_thousand_tokens_at_a_time(
+    size, length, expected
+):
+    assert batching.prefill_size(size, length, data_parallel_size=4) == expected
