@@ -254,7 +254,11 @@ def kind() -> str:
 
 def checksum(flags, workdir: Path) -> str:
     """Returns a checksum of what a run of a few seconds answers."""
-    steps = ["--config.train.num_steps=60", "--config.optim.warmup_steps=5"]
+    steps = [
+        "--config.train.num_steps=120",
+        "--config.optim.warmup_steps=5",
+        "--config.optim.learning_rate=1e-2",
+    ]
     for words in (
         ["train", *flags, f"--workdir={workdir}", *steps],
         ["evaluate", f"--checkpoint={workdir}", "--splits=seen_fonts", "--num_questions=16"],
