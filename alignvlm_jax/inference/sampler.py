@@ -177,7 +177,7 @@ class Sampler:
         with mesh_lib.use(self._mesh):
             idle = self._idle.eval_shape(size, length, max_new_tokens, True)
             state = jax.tree.map(
-                lambda sharding, x: jax.tree.map(lambda y: y.update(sharding=sharding), x),
+                lambda its, field: jax.tree.map(lambda x: x.update(sharding=its), field),
                 self._shardings,
                 idle,
             )
