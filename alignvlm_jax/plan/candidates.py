@@ -99,7 +99,7 @@ class Stage:
     def _seconds(self, one: Candidate) -> float:
         computing = self._computing(one)
         gathers, sums = self._sent(one)
-        if len(self.topology.sizes) == 3 and one.mesh.fsdp == self.topology.num_devices:
+        if len(self.topology.sizes) == 3 and one.mesh.fsdp == self.topology.devices_a_slice:
             # Over all chips of a cube the TPU compiler makes all-reduces of gathers: twice the
             # bytes, and nothing runs beside them.
             return computing + 2 * gathers + sums

@@ -128,6 +128,11 @@ class Topology:
         return self.num_chips * self.chip.num_devices
 
     @property
+    def devices_a_slice(self) -> int:
+        """Devices of one slice, over which parameters are sharded at most: slices hold copies."""
+        return self.num_devices // self.num_slices
+
+    @property
     def num_hosts(self) -> int:
         return self.num_chips // CHIPS_A_HOST
 

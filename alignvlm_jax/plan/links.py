@@ -32,7 +32,7 @@ class Links:
         if collective.kind == "collective-permute":
             # To a neighbour, and mostly two at a time, one in either direction of an axis.
             return sent / (2 * self._link)
-        size = len(collective.group) or self.topology.num_devices // self.topology.num_slices
+        size = len(collective.group) or self.topology.devices_a_slice
         # All but a device's own part comes in over the links. What is summed passes twice: once to
         # add it up, once to hand it round.
         passes = 2 if collective.kind == "all-reduce" else 1

@@ -211,6 +211,18 @@ def test_copies_are_preferred_to_gathers_over_a_whole_cube():
     assert by_slice == {"v5p:4x4x4": True, "v5e:8x8": False}
 
 
+@pytest.mark.parametrize("num_slices", [1, 2])
+def test_nothing_hides_gathers_over_whole_cubes(num_slices):
+    """Of each of several slices, too, which hold copies."""
+    topology = hardware.parse_topology("v5p:4x4x4", num_slices)
+    flops = {"vision": 1e15, "connector": 1e15, "llm": 1e17, "loss": 1e15}
+    mesh = MeshConfig(data=num_slices, fsdp=64)
+    stage = Stage(PAPER, topology, flops, 9 * 10**9, {mesh: HELD})
+    one = Candidate(mesh, 1, "full", 64)
+    gathers, sums = stage._sent(one)
+    assert stage.judged(one).seconds > stage._computing(one) + sums + gathers
+
+
 def test_what_is_saved_by_name_follows_from_its_sizes():
     """Between "full" and "none", in time and in memory; "attention" spares the kernels alone, and
     saves [H, h] of a token and [E] of a patch."""
