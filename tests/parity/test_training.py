@@ -64,8 +64,8 @@ def test_losses_that_differ_are_an_error(monkeypatch):
 
     monkeypatch.setattr(train, "Side", Side)
     with pytest.raises(SystemExit, match=r"demonstration, mlp: losses differ by 5.0e-04.*2.001"):
-        train.row("demonstration", "mlp", 5)
+        train.row("demonstration", "mlp", 5, 1)
     monkeypatch.setattr(train, "TOLERANCE", 1e-3)
     assert "| demonstration | mlp | 1 | 1.000 | 1.000 | **1.00**" in train.row(
-        "demonstration", "mlp", 5
+        "demonstration", "mlp", 5, 1
     )
