@@ -7,12 +7,14 @@ The documents are rendered forms, receipts and tables.
                   learnt this already. Pages of two lines come first: what they teach in a minute
                   takes several on whole pages
     stage0_pages  the same on whole pages
-    stage1        alignment: the whole model transcribes small pages
+    stage1        alignment: vision encoder and connector learn from patch labels what patches
+                  show. The language model is not run, so that a step costs a third
     stage2        the whole model transcribes whole pages and answers questions about them
     stage3        answers only; the vision encoder is frozen
 
 `--config=demo:mlp` is the same with the MLP connector, and likewise for all of
-`models.connectors`.
+`models.connectors`. What cannot learn from patch labels is aligned by the whole model, which
+transcribes small pages.
 """
 
 import ml_collections
@@ -62,12 +64,7 @@ def get_config(connector: str = "align") -> ml_collections.ConfigDict:
                 "optim": {"learning_rate": 4e-3},
             },
             "stage0_pages": {"train": {"num_steps": 500, **language_model}},
-            "stage1": {
-                "data": {**SMALL_PAGES, "seq_len": 88, "tasks": {"transcribe": 1.0}},
-                # Only the LLM has been trained so far; all else is initialised here.
-                "train": {"num_steps": 2000, "load": ("llm/.*",)},
-                "optim": {"learning_rate": 4e-3},
-            },
+            "stage1": _alignment(connector),
             "stage2": {
                 "data": {"seq_len": 160, "tasks": {"transcribe": 0.4, "answer": 0.6}},
                 "train": {"num_steps": 2400, "generate_every": 400},
@@ -85,6 +82,23 @@ def get_config(connector: str = "align") -> ml_collections.ConfigDict:
         }
     )
     return config
+
+
+def _alignment(connector: str) -> dict:
+    """Returns stage 1."""
+    # Only the LLM has been trained so far; all else is initialised here.
+    load = {"load": ("llm/.*",)}
+    if config_lib.connector_class(connector).has_patch_loss():
+        patches = {"answer_weight": 0.0, "trainable": ("vision/.*", "connector/.*")}
+        return {
+            "train": {"num_steps": 3000, **load, **patches},
+            "optim": {"learning_rate": 4e-3},
+        }
+    return {
+        "data": {**SMALL_PAGES, "seq_len": 88, "tasks": {"transcribe": 1.0}},
+        "train": {"num_steps": 2000, **load},
+        "optim": {"learning_rate": 4e-3},
+    }
 
 
 def set_connectors(connectors: ml_collections.ConfigDict) -> None:

@@ -44,6 +44,7 @@ CHOICES = {
     "optim.name": ("adamw", "adafactor", "muon"),
     "optim.moment_dtype": ("float32", "bfloat16"),
     "data.packing": ("none", "offline"),
+    "data.label_unit": ("token", "character"),
     "data.loss_normalisation": ("token", "answer", "record"),
     "train.grad_reduce_dtype": ("bfloat16", "float32"),
     "train.visual_source": ("pixels", "oracle"),
@@ -83,6 +84,7 @@ AT_LEAST: dict[str, int] = {
     "train.num_steps": 1,
     "train.batch_size": 1,
     "train.num_records": 0,
+    "train.answer_weight": 0,
     "train.patch_token_weight": 0,
     "train.z_loss": 0,
     "train.log_every": 1,
@@ -156,6 +158,8 @@ def check(config: Config) -> Config:
     )
     _check_optim(config.optim)
     _check_lora(config.lora, config.optim)
+    if not config.train.answer_weight:
+        _check_patches_alone(config)
     if config.data.labelled_fraction > 1:
         raise UserError(
             f"config.data.labelled_fraction is {config.data.labelled_fraction}; it must be at "
@@ -335,6 +339,19 @@ def _check_lora(lora: LoraConfig, optim: OptimConfig) -> None:
             f"config.lora.rank is {lora.rank} and config.lora.targets is empty; name kernels, such "
             "as 'llm/.*/attn/(q|v)/kernel'"
         )
+
+
+def _check_patches_alone(config: Config) -> None:
+    """Refuses a stage without the loss of answers that has no other."""
+    why = ""
+    if config.train.visual_source != "pixels":
+        why = f"and config.train.visual_source is {config.train.visual_source!r}"
+    elif not config.train.patch_token_weight:
+        why = "and so is config.train.patch_token_weight"
+    elif not connector_class(config.model.connector.name).has_patch_loss():
+        why = f"and the connector {config.model.connector.name!r} has no patch-token loss"
+    if why:
+        raise UserError(f"config.train.answer_weight is 0, {why}: nothing would be trained")
 
 
 def _check_profile(profile: str) -> None:

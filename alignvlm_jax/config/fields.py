@@ -193,6 +193,10 @@ class DataConfig:
     # Unit that has weight 1 in the loss: "token", each token of an answer; "answer", all of an
     # answer's together; "record", all of a record's.
     loss_normalisation: str = "token"
+    # Unit of patch labels: "token", the tokens of words as the LLM writes them, or "character",
+    # those of each character by itself: a few hundred labels, which a small vision encoder learns
+    # from few pages, and strings that are no words as well.
+    label_unit: str = "token"
     # Tokens that a patch is labelled with at most.
     max_patch_labels: int = 3
     # Fraction of the records, chosen by their ids, whose patches are labelled.
@@ -297,6 +301,9 @@ class TrainConfig:
     # Origin of the visual tokens: "pixels", the image; "oracle", the label-weighted average of
     # text embeddings, which a perfect ALIGN would hand on, and no image is read.
     visual_source: str = "pixels"
+    # Factor of the language loss, that of the answers; 0: the language model is not run, and vision
+    # encoder and connector learn from the patch-token loss alone.
+    answer_weight: float = 1.0
     # Factor of the patch-token loss beside the language loss; 0: the paper.
     patch_token_weight: float = 1.0
     # Factor of the squared log-sum-exp of the logits, which keeps them from drifting (PaLM, arXiv
@@ -363,3 +370,9 @@ class Config:
         if self.train.visual_source == "pixels":
             return self.model.tokens_per_tile
         return self.model.vision.num_patches
+
+    @property
+    def needs_words(self) -> bool:
+        """Whether an image without known words is of no use to the stage: its labels are all that
+        the model sees, or all that it learns from."""
+        return self.train.visual_source == "oracle" or not self.train.answer_weight

@@ -45,6 +45,7 @@ class ExampleBuilder:
       tokens_per_prompt_tile: those of a prompt, which is read from pixels, whatever the stage was
         trained on.
       fraction_with_labels: fraction of the records, by their ids, whose patches are labelled.
+      needs_words: as of `config.Config`.
       tokenizer: of all text.
     """
 
@@ -54,6 +55,7 @@ class ExampleBuilder:
     tokens_per_tile: int
     tokens_per_prompt_tile: int
     fraction_with_labels: float
+    needs_words: bool
     tokenizer: Tokenizer
 
     @classmethod
@@ -69,6 +71,7 @@ class ExampleBuilder:
             tokens_per_prompt_tile=model.tokens_per_tile,
             # Labels that are what the model sees are needed of all records.
             fraction_with_labels=1.0 if config.train.visual_source == "oracle" else labelled,
+            needs_words=config.needs_words,
             tokenizer=tokenizer,
         )
 
@@ -81,10 +84,12 @@ class ExampleBuilder:
         throughout; offline packing has no place for that.
 
         Raises:
-          UserError: an unreadable image, more images than the record may have tiles, or no answer
-            for a sequence that was packed offline.
+          UserError: an unreadable image, more images than the record may have tiles, words that are
+            not known and needed, or no answer for a sequence that was packed offline.
         """
         data = self.data
+        if self.needs_words and record.images and not record.lines:
+            raise UserError(f"record {record.id} does not know the words of its images")
         pages = self.tile_pages(record)
         turns = TASKS[task](record, rng)
         # Offline packing counts a transcription that is too long as `seq_len` tokens: it is cut to

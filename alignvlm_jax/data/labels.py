@@ -1,5 +1,6 @@
 """Patch labels: the tokens that each patch shows, weighted by their area within the patch."""
 
+import functools
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -61,7 +62,7 @@ def patch_labels(
       vision: gives the grid of patches.
       data: k is its `max_patch_labels`; it says from when on text is seen.
     """
-    placed = place_tokens(lines, tokenizer)
+    placed = place_tokens(lines, tokenizer, data.label_unit)
     # Sorted once for all tiles: `_tile_labels` sums the areas of equal ids as runs.
     order = np.argsort(placed.ids, kind="stable")
     placed = PlacedTokens(*(array[order] for array in placed))
@@ -130,8 +131,11 @@ def patch_boxes(tiles: Tiles, vision: VisionConfig) -> tuple[np.ndarray, np.ndar
     return np.concatenate([left_top, right_bottom], -1), (right_bottom > left_top).all(-1)
 
 
-def place_tokens(lines: Iterable[Iterable[Word]], tokenizer: Tokenizer) -> PlacedTokens:
-    """Returns the tokens of all words with their places on the page.
+def place_tokens(
+    lines: Iterable[Iterable[Word]], tokenizer: Tokenizer, unit: str = "token"
+) -> PlacedTokens:
+    """Returns the tokens of all words, or of their characters, see `DataConfig.label_unit`, with
+    their places on the page.
 
     A token reaches from the edge where its first character begins to that where its last ends, and
     is as high as its word.
@@ -141,7 +145,7 @@ def place_tokens(lines: Iterable[Iterable[Word]], tokenizer: Tokenizer) -> Place
         for word in line:
             left, top, right, bottom = word.box
             edges, is_column = _edges(word)
-            for token, start, end in tokenizer.token_offsets(word.text):
+            for token, start, end in _token_offsets(word.text, tokenizer, unit):
                 low, high = sorted((edges[start], edges[end]))
                 if not is_column:
                     found.append((token, low, top, high, bottom, bottom - top))
@@ -156,6 +160,22 @@ def place_tokens(lines: Iterable[Iterable[Word]], tokenizer: Tokenizer) -> Place
         table[:, 1:5].astype(np.float32),
         table[:, 5].astype(np.float32),
     )
+
+
+def _token_offsets(text: str, tokenizer: Tokenizer, unit: str) -> list[tuple[int, int, int]]:
+    """Returns (id, start, end) for every token of a word, or of its characters one by one."""
+    if unit == "token":
+        return tokenizer.token_offsets(text)
+    return [
+        (token, start, start + 1)
+        for start, character in enumerate(text)
+        for token in _tokens_of_character(character, tokenizer)
+    ]
+
+
+@functools.lru_cache(maxsize=4096)
+def _tokens_of_character(character: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    return tuple(token for token, _, _ in tokenizer.token_offsets(character))
 
 
 def _edges(word: Word) -> tuple[Sequence[float], bool]:

@@ -5,6 +5,7 @@ number.
 """
 
 import bisect
+import contextlib
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.data.tasks import TASKS
 from alignvlm_jax.errors import UserError, nearest
 
+NUM_TRIED = 16
+"""Sequences whose records are looked at before a stage that needs words."""
 NUM_RECORDS_TOLERANCE = 0.01
 """Fraction by which the records of a stage's steps may differ from `train.num_records`."""
 
@@ -102,6 +105,24 @@ class TrainSequences:
             else:
                 segments.append((record.id, segment))
         return segments
+
+    def check_words(self) -> None:
+        """Raises UserError where the stage needs words and none of the first records knows those of
+        its images."""
+        if not self.builder.needs_words:
+            return
+        firsts = range(min(len(self), NUM_TRIED))
+        records = [record for index in firsts for record in self.schedule.records(index)]
+        for record in records:
+            with contextlib.suppress(UserError):  # The stage says itself how many it cannot read.
+                if self._record(record).lines:
+                    return
+        raise UserError(
+            f"stage {self._stage!r} learns from the words of pages and their boxes "
+            f"(config.train.visual_source is {self._train.visual_source!r}, answer_weight "
+            f"{self._train.answer_weight:g}), and none of its first {len(records)} records in "
+            f"{', '.join(self.builder.data.folders)} knows any"
+        )
 
     def lacks_text(self) -> bool:
         """Whether an index says that no record has text for any of the tasks."""

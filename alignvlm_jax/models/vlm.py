@@ -80,6 +80,15 @@ class VLM(nn.Module):
             patch_nll,
         )
 
+    def patch_losses(self, batch: Mapping[str, Array]) -> Float[Array, "B I P"]:
+        """Returns the patch loss alone, without the visual tokens and the LLM: all that a connector
+        and a vision encoder need which learn from patch labels."""
+        features = self.features(batch)
+        nll_N = self.connector.patch_nll(
+            features.reshape(-1, features.shape[-1]), _patch_labels(batch)
+        )
+        return nll_N.reshape(features.shape[:-1])
+
     def encode_tiles(
         self, tiles: UInt8[Array, "B I Y X C"] | Float[Array, "B I Y X C"]
     ) -> Float[Array, "B I P E"]:
@@ -184,13 +193,9 @@ class VLM(nn.Module):
     ) -> tuple[Float[Array, "B M D"], Float[Array, "B I P"]]:
         """Returns visual tokens, those of a sequence's tiles one after another, and patch
         losses."""
-        labels = None
-        if "patch_label_ids" in batch:
-            size, num_tiles, patches, k = batch["patch_label_ids"].shape
-            labels = PatchLabels(
-                batch["patch_label_ids"].reshape(-1, k), batch["patch_label_weights"].reshape(-1, k)
-            )
+        labels = _patch_labels(batch) if "patch_label_ids" in batch else None
         if visual_source == "oracle":
+            size, num_tiles, patches, _ = batch["patch_label_ids"].shape
             # N and k stand where `embed` speaks of B and T: labels are sharded over the batch as
             # sequences are.
             vectors_NkD = self.llm.embed(labels.ids)
@@ -225,6 +230,14 @@ class VLM(nn.Module):
         image_BTD = jnp.take_along_axis(visual_BMD, image_index_BT[..., None], axis=1)
         x_BTD = jnp.where(is_image_BT[..., None], image_BTD, text_BTD)
         return nn.with_logical_constraint(x_BTD, ("act_batch", "act_len", "act_embed"))
+
+
+def _patch_labels(batch: Mapping[str, Array]) -> PatchLabels:
+    """Returns the labels of all patches of a batch."""
+    k = batch["patch_label_ids"].shape[-1]
+    return PatchLabels(
+        batch["patch_label_ids"].reshape(-1, k), batch["patch_label_weights"].reshape(-1, k)
+    )
 
 
 def abstract_batch(

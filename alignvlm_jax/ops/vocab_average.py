@@ -35,7 +35,7 @@ class VocabAverage(NamedTuple):
     A cross-entropy against the labels needs no more than these two, so P need not be kept.
     """
 
-    average: Float[Array, "N D"]
+    average: Float[Array, "N D"] | None
     label_logits: Float[Array, "N k"]
     log_sum_exp: Float[Array, "N"]
 
@@ -68,7 +68,7 @@ def vocab_logits(
 def vocab_average(
     x: Float[Array, "N width"],
     head: Float[Array, "width V"],
-    table: Float[Array, "V D"],
+    table: Float[Array, "V D"] | None,
     norm: Norm | None,
     *,
     label_ids: Int[Array, "N k"] | None = None,
@@ -83,7 +83,7 @@ def vocab_average(
     Args:
       x: rows, whose width need not be the table's.
       head: W, a parameter.
-      table: E, a parameter.
+      table: E, a parameter; None: no average is made.
       norm: LN over the vocabulary; None leaves it out.
       label_ids: tokens whose logits are returned, 0 of an id that is none; None: of none, k is 0.
       unpadded_vocab_size: the columns from here on only pad the table, and take no part in LN or
@@ -94,7 +94,7 @@ def vocab_average(
         averages are about as long as the table's rows.
       chunk: columns of a shard at a time, see `chunked.columns_per_chunk`; None: the plain form.
     """
-    vocab_size = table.shape[0]
+    vocab_size = head.shape[1]
     num_valid = vocab_size if unpadded_vocab_size is None else unpadded_vocab_size
     has_weight = jnp.arange(vocab_size) < num_valid
     if subset is not None:
@@ -110,7 +110,9 @@ def vocab_average(
         has_weight,
         chunked.Options(chunk, num_valid, eps, linear),
     )
-    average_ND = nn.with_logical_constraint(outputs.average, ("act_batch", "act_embed"))
+    average_ND = outputs.average
+    if average_ND is not None:
+        average_ND = nn.with_logical_constraint(average_ND, ("act_batch", "act_embed"))
     # A label that has no weight is infinitely unlikely, whatever its logit.
     is_left_out_Nk = (label_ids >= 0) & (label_ids < vocab_size) & ~has_weight[label_ids]
     label_logits_Nk = jnp.where(is_left_out_Nk, -jnp.inf, outputs.label_logits)
@@ -120,7 +122,7 @@ def vocab_average(
 def _plain(
     x: Float[Array, "N width"],
     head: Float[Array, "width V"],
-    table: Float[Array, "V D"],
+    table: Float[Array, "V D"] | None,
     norm: Norm | None,
     label_ids: Int[Array, "N k"],
     num_valid: int,
@@ -131,6 +133,10 @@ def _plain(
     logits_NV = vocab_logits(x, head, norm, num_valid)
     logits_NV = jnp.where(has_weight, logits_NV, -jnp.inf)
     log_sum_exp_N = jax.nn.logsumexp(logits_NV, axis=-1)
+    ids_V = jnp.arange(logits_NV.shape[-1])
+    label_logits_Nk = chunked.pick_labels(logits_NV, label_ids, ids_V)
+    if table is None:
+        return VocabAverage(None, label_logits_Nk, log_sum_exp_N)
     if linear:
         num_entries = has_weight.sum().astype(jnp.float32)
         weights_NV = chunked.linear_weights(logits_NV, num_entries)
@@ -140,6 +146,4 @@ def _plain(
     # The matmul has operands in the dtype of the computation, and sums in float32.
     average_ND = project("NV,VD->ND", weights_NV.astype(x.dtype), table).astype(x.dtype)
     average_ND = nn.with_logical_constraint(average_ND, ("act_batch", "act_embed"))
-    ids_V = jnp.arange(logits_NV.shape[-1])
-    label_logits_Nk = chunked.pick_labels(logits_NV, label_ids, ids_V)
     return VocabAverage(average_ND, label_logits_Nk, log_sum_exp_N)

@@ -317,7 +317,9 @@ class Progress:
         speed = f"{rate:.2f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step"
         left = "" if is_first and 1 / rate < LONG_STEP else self.course.left(step, 1 / rate)
         # What is beyond a narrow terminal's edge is not seen: the time left comes first.
-        quality = f"loss {values['loss']:.3f}  token accuracy {values['token_accuracy']:.3f}"
+        quality = f"loss {values['loss']:.3f}"
+        if "token_accuracy" in values:
+            quality += f"  token accuracy {values['token_accuracy']:.3f}"
         parts = [stage, f"step {step}/{self._total}", left, f"{speed}{mfu}", quality]
         line = "  ".join(filter(None, parts))
         if self._live:

@@ -54,6 +54,7 @@ def open_stages(stages: tuple[Config, ...]) -> list[StageData]:
         # Both are made for what they raise.
         sequences = loader.TrainSequences(config, config.data.split, opened)
         validation.by_source(config, opened)
+        sequences.check_words()
         for folder in config.data.folders:
             # Checkpoints hold it: a damaged one would be told at the first save.
             prepared.description(folder)
@@ -71,7 +72,7 @@ def open_stages(stages: tuple[Config, ...]) -> list[StageData]:
             # The full length, since what is not filled is padding, and computed all the same.
             num_patches = config.data.max_tiles * config.model.vision.num_patches
             positions = {"vision": num_patches, "connector": num_patches}
-            positions["llm"] = config.data.seq_len
+            positions["llm"] = config.data.seq_len if config.train.answer_weight else 0
             seconds = _cpu_seconds(sizes, trained, positions) * config.train.batch_size
             slowest = max(slowest, (seconds, config.stage))
         if before is None and config.init_from:

@@ -99,7 +99,24 @@ def trainable_paths(train: TrainConfig, stage: str, params: Params) -> set[str]:
         raise UserError(
             f"config.train.trainable is empty in stage {stage!r}: nothing would be trained"
         )
+    if without := sorted(path for path in chosen if _has_no_gradient(train, path)):
+        loss = (
+            "config.train.visual_source 'oracle' reads no image"
+            if train.answer_weight
+            else "config.train.answer_weight 0 leaves out the language model"
+        )
+        raise UserError(
+            f"config.train.trainable or config.lora.targets matches {without[0]} in stage "
+            f"{stage!r}, which gets no gradient, and would decay: {loss}; name what is trained, "
+            "such as " + ("'llm/.*'" if train.answer_weight else "'vision/.*' and 'connector/.*'")
+        )
     return chosen
+
+
+def _has_no_gradient(train: TrainConfig, path: str) -> bool:
+    """Whether nothing that the stage computes depends on the parameter."""
+    is_llm = path.startswith("llm/")
+    return is_llm if not train.answer_weight else not is_llm and train.visual_source == "oracle"
 
 
 def _matched(train: TrainConfig, params: Params) -> set[str]:

@@ -35,9 +35,11 @@ def select(
     device.
 
     With visual_source "oracle" the labels are the input and no pixel is; with pixels, labels serve
-    the patch loss alone.
+    the patch loss alone. With answer_weight 0 that is all there is, and text has no use.
     """
     unused: set[str] = set()
+    if not train.answer_weight:
+        unused |= {"tokens", "targets", "loss_weights", "positions", "segment_ids"}
     if train.visual_source == "oracle":
         unused |= {"tiles", "patch_loss_weights"}
     elif not measure_patches:
@@ -67,10 +69,11 @@ def make_train_step(
 ) -> TrainStep:
     """Returns step(state, batch) -> (state, metrics).
 
-    Loss = answer_loss + patch_token_weight * patch_loss + z_loss * (mean of log_sum_exp squared),
-    each a sum divided once by its weight in the whole batch, so that neither microbatches nor
-    sharding changes it. Only the parameters at the paths `trainable` get gradients. Where the
-    gradient's norm is not finite the step changes nothing but the step count.
+    Loss = answer_weight * answer_loss + patch_token_weight * patch_loss + z_loss * (mean of
+    log_sum_exp squared), each a sum divided once by its weight in the whole batch, so that neither
+    microbatches nor sharding changes it. With answer_weight 0 the LLM is not run. Only the
+    parameters at the paths `trainable` get gradients. Where the gradient's norm is not finite the
+    step changes nothing but the step count.
 
     Args:
       tx: the optimizer, whose state covers what is trained alone.
@@ -228,17 +231,18 @@ def validation_batch_size(train: TrainConfig) -> int:
 
 
 def means(sums: Mapping[str, ArrayLike]) -> dict[str, ArrayLike]:
-    """Divides sums by their weights; 0 where there is no weight. Takes jax arrays or numbers."""
+    """Divides the sums that there are by their weights; 0 where there is no weight. Takes jax
+    arrays or numbers."""
 
     def ratio(name: str, weight: str) -> ArrayLike:
         # 0 / 0 becomes 0 / 1. A `where` around the division would not do: its gradient would still
         # be NaN.
         return sums[name] / (sums[weight] + (sums[weight] == 0))
 
-    result = {
-        "answer_loss": ratio("answer_sum", "answer_weight"),
-        "token_accuracy": ratio("correct_sum", "answer_weight"),
-    }
+    result = {}
+    if "answer_sum" in sums:
+        result["answer_loss"] = ratio("answer_sum", "answer_weight")
+        result["token_accuracy"] = ratio("correct_sum", "answer_weight")
     if "patch_sum" in sums:
         result["patch_loss"] = ratio("patch_sum", "patch_weight")
     if "z_sum" in sums:
@@ -248,7 +252,7 @@ def means(sums: Mapping[str, ArrayLike]) -> dict[str, ArrayLike]:
 
 def _total(train: TrainConfig, losses: Metrics) -> Float[Array, ""]:
     return (
-        losses["answer_loss"]
+        train.answer_weight * losses.get("answer_loss", 0.0)
         + train.patch_token_weight * losses.get("patch_loss", 0.0)
         + train.z_loss * losses.get("z_loss", 0.0)
     )
@@ -257,8 +261,11 @@ def _total(train: TrainConfig, losses: Metrics) -> Float[Array, ""]:
 def _sums(
     model: vlm.VLM, train: TrainConfig, params: Params, batch: Mapping[str, Array]
 ) -> Metrics:
-    """Weighted sums over a batch: answer loss, right answer tokens, and the patch loss where it is
-    measured."""
+    """Weighted sums over a batch: answer loss and right answer tokens where they count, and the
+    patch loss where it is measured."""
+    if not train.answer_weight:
+        patch_nll = model.apply({"params": params}, batch, method=vlm.VLM.patch_losses)
+        return {"patch_sum": jnp.sum(patch_nll * batch["patch_loss_weights"])}
     tokens, patch_nll = model.apply(
         {"params": params}, batch, visual_source=train.visual_source, method=vlm.VLM.losses
     )
@@ -276,7 +283,9 @@ def _sums(
 
 
 def _weights(batch: Mapping[str, Array]) -> Metrics:
-    weights = {"answer_weight": batch["loss_weights"].sum()}
+    weights = {}
+    if "loss_weights" in batch:
+        weights["answer_weight"] = batch["loss_weights"].sum()
     if "patch_loss_weights" in batch:
         weights["patch_weight"] = batch["patch_loss_weights"].sum()
     return weights

@@ -57,12 +57,12 @@ class Validation:
 
 def _means(parts: Sequence[step.Metrics]) -> dict[str, float]:
     totals = {name: float(sum(part[name] for part in parts)) for name in parts[0]}
-    weights = {"patch_loss": totals.get("patch_weight")}
+    weights = {"patch_loss": "patch_weight"}
     return {
         name: value
         for name, value in step.means(totals).items()
         # Of no page with known words a loss of 0 would look perfect.
-        if weights.get(name, totals["answer_weight"])
+        if totals[weights.get(name, "answer_weight")]
     }
 
 

@@ -151,6 +151,17 @@ def test_unknown_words_carry_no_patch_loss(demo_config, tokenizer):
     ].any()
 
 
+@pytest.mark.parametrize("changes", [{"visual_source": "oracle"}, {"answer_weight": 0.0}])
+def test_what_learns_from_words_takes_no_image_without_them(demo_config, tokenizer, changes):
+    """A model that reads labels would see a blank page, and be taught to answer of it."""
+    config = dataclasses.replace(
+        demo_config, train=dataclasses.replace(demo_config.train, **changes)
+    )
+    assert build(page_record(), "answer", config, tokenizer)["loss_weights"].any()
+    with pytest.raises(UserError, match="does not know the words of its images"):
+        build(page_record(with_words=False), "answer", config, tokenizer)
+
+
 def test_a_share_of_the_records_is_labelled(demo_config, tokenizer):
     """Those of a smaller share are among those of a larger; nothing else of a row changes."""
 

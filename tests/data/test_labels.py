@@ -117,6 +117,32 @@ def test_a_token_twice_in_a_patch_is_one_label(tokenizer):
     np.testing.assert_allclose(weights[0, 0], [5 / 8, 3 / 8, 0])
 
 
+def test_labels_are_of_characters_where_the_unit_says_so():
+    """Whatever tokens the word has; a character of several tokens shares its place among them."""
+
+    class Words:
+        """A tokenizer whose every word is a token, and every é two."""
+
+        space_id = 0
+
+        def token_offsets(self, text):
+            count = 2 if text == "é" else 1
+            return [(ord(text[0]) + number, 0, len(text)) for number in range(count)]
+
+    tiles = images.tile_image(Image.new("RGB", (128, 32)), VISION, 1, use_overview=False)
+    word = Word("aé", (0.0, 0.0, 16.0, 16.0))
+    of = {
+        unit: labels.patch_labels(
+            [[word]], tiles, Words(), VISION, dataclasses.replace(EVERY, label_unit=unit)
+        )
+        for unit in ("token", "character")
+    }
+    np.testing.assert_array_equal(of["token"].ids[0, :2, 0], [ord("a")] * 2)
+    np.testing.assert_array_equal(of["character"].ids[0, 0], [ord("a"), 0, 0])
+    np.testing.assert_array_equal(of["character"].ids[0, 1], [ord("é"), ord("é") + 1, 0])
+    np.testing.assert_allclose(of["character"].weights[0, :2], [[1, 0, 0], [0.5, 0.5, 0]])
+
+
 def test_a_page_without_words_is_blank(tokenizer):
     tiles = images.tile_image(Image.new("RGB", (128, 64)), VISION, 2, use_overview=False)
     ids, weights, loss_weights = labels.patch_labels([], tiles, tokenizer, VISION, EVERY)

@@ -137,6 +137,27 @@ def test_without_labels_there_is_no_patch_loss(mesh):
     )
 
 
+@pytest.mark.parametrize("chunk_size_mib", [64.0, 20 * 4 * N / 2**20])
+def test_the_patch_loss_alone_is_that_beside_the_tokens(mesh, chunk_size_mib):
+    """All columns at once and 20 at a time; without the matmul by the table."""
+    align = make()
+    align = align.clone(config=dataclasses.replace(align.config, chunk_size_mib=chunk_size_mib))
+    params, whole = run(align)
+    _, alone = run(align, Align.patch_nll)
+    np.testing.assert_allclose(
+        alone(params, FEATURES, LABELS), whole(params, FEATURES, TABLE, LABELS).patch_nll, rtol=1e-6
+    )
+    flops = [
+        fn.lower(*args).compile().cost_analysis()["flops"]
+        for fn, args in (
+            (alone, (params, FEATURES, LABELS)),
+            (whole, (params, FEATURES, TABLE, LABELS)),
+        )
+    ]
+    # Of a device of the mesh.
+    assert flops[1] - flops[0] > 2 * N * V * D / mesh.size
+
+
 def test_ln2_gain_init():
     align = make(ln2_gain_init=4.0)
     variables = jax.jit(align.init)(jax.random.key(0), FEATURES, TABLE, LABELS)

@@ -7,6 +7,7 @@ import types
 import pytest
 
 from alignvlm_jax.config import renamed
+from alignvlm_jax.data import shards
 from alignvlm_jax.data.tokenizers.base import ChatFiles
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.train import loop, preflight
@@ -30,6 +31,30 @@ def test_a_stage_that_a_cpu_would_take_minutes_a_step_for_is_told(demo_config, m
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and line.endswith(": --config=trial is made for it\n")
     assert re.search(r"step of stage '\w+' takes minutes on this machine's CPU, about \d+ ", line)
+
+
+def test_a_stage_of_words_is_refused_pages_without_them(demo_config, tmp_path, monkeypatch):
+    """One that knows some of them is told by `max_unsupervised`."""
+    knows = set()
+    read = shards.RecordSource.__getitem__
+
+    def without_words(source, index):
+        record = read(source, index)
+        return record if index in knows else dataclasses.replace(record, lines=())
+
+    monkeypatch.setattr(shards.RecordSource, "__getitem__", without_words)
+    patches = {"answer_weight": 0.0, "trainable": ("vision/.*", "connector/.*")}
+    config = dataclasses.replace(
+        demo_config, train=dataclasses.replace(demo_config.train, **patches)
+    )
+    with pytest.raises(
+        UserError, match=r"stage 'train' learns from the words .*answer_weight 0\), and none of "
+    ):
+        preflight.open_stages((config,))
+    knows |= set(range(100))
+    assert preflight.open_stages((config,))
+    knows.clear()
+    assert preflight.open_stages((demo_config,))
 
 
 def test_the_seconds_of_a_step_grow_with_its_tokens(monkeypatch):

@@ -107,6 +107,26 @@ def test_initial_parameters_are_bit_for_bit_those_over_a_batch_of_the_stage(conf
         np.testing.assert_array_equal(x, large[path], err_msg=path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "matched"),
+    [
+        ({"visual_source": "oracle"}, "connector/w1/kernel"),
+        ({"visual_source": "oracle", "trainable": ("llm/.*", "vision/.*")}, "vision/pos_embed"),
+        ({"answer_weight": 0.0}, "llm/embed/table"),
+    ],
+)
+def test_what_gets_no_gradient_is_not_left_to_decay(changes, matched):
+    config = tiny_config()
+    train = dataclasses.replace(config.train, **changes)
+    paths = ("vision/pos_embed", "connector/w1/kernel", "llm/embed/table")
+    params = state.unflatten({path: np.zeros(1) for path in paths})
+    with pytest.raises(UserError, match=f"matches {matched} in stage 'train', which gets no gra"):
+        state.trainable_paths(train, config.stage, params)
+    own = [path for path in paths if path.startswith("llm/") == (train.visual_source == "oracle")]
+    train = dataclasses.replace(train, trainable=tuple(own))
+    assert state.trainable_paths(train, config.stage, params) == set(own)
+
+
 def test_no_trainable_parameter_is_an_error():
     config = tiny_config(train=tiny_config().train.__class__(trainable=()))
     with pytest.raises(UserError, match="empty in stage 'train': nothing would be trained"):

@@ -20,7 +20,7 @@ from alignvlm_jax.models.decoder import lm_head
 from alignvlm_jax.models.layers import Einsum, LayerNorm
 from alignvlm_jax.ops.chunked import columns_per_chunk
 from alignvlm_jax.ops.cross_entropy import soft_cross_entropy
-from alignvlm_jax.ops.vocab_average import Norm, vocab_average, vocab_logits
+from alignvlm_jax.ops.vocab_average import Norm, VocabAverage, vocab_average, vocab_logits
 from alignvlm_jax.shapes import Array, Float
 
 
@@ -83,13 +83,29 @@ class Align(Connector):
         labels: PatchLabels | None,
     ) -> ConnectorOutput:
         """Returns a visual token for each patch, and P's cross-entropy against the labels."""
-        c = self.config
         # The table is the LLM's own, live: without this, gradients reach the text embeddings
         # through the visual tokens as well.
         if self.options.embed_grad == "stop":
             text_table = jax.lax.stop_gradient(text_table)
+        found = self._average(features, text_table, labels)
+        if labels is None:
+            return ConnectorOutput(found.average, self.no_loss(features))
+        return ConnectorOutput(found.average, _cross_entropy(found, labels))
+
+    def patch_nll(self, features: Float[Array, "N E"], labels: PatchLabels) -> Float[Array, "N"]:
+        """Returns P's cross-entropy against the labels alone, half of the work over the
+        vocabulary."""
+        return _cross_entropy(self._average(features, None, labels), labels)
+
+    def _average(
+        self,
+        features: Float[Array, "N E"],
+        text_table: Float[Array, "V D"] | None,
+        labels: PatchLabels | None,
+    ) -> VocabAverage:
+        c = self.config
         x_ND, head = self._rows_and_head(features)
-        tokens, label_logits, log_sum_exp = vocab_average(
+        return vocab_average(
             x_ND,
             head,
             text_table,
@@ -101,11 +117,6 @@ class Align(Connector):
             chunk=columns_per_chunk(
                 c.vocab_impl, c.chunk_size_mib, x_ND.shape[0], c.llm.vocab_size
             ),
-        )
-        if labels is None:
-            return ConnectorOutput(tokens, self.no_loss(features))
-        return ConnectorOutput(
-            tokens, soft_cross_entropy(label_logits, log_sum_exp, labels.weights)
         )
 
     def _rows_and_head(
@@ -119,3 +130,7 @@ class Align(Connector):
 
     def _norm(self) -> Norm | None:
         return Norm(self.ln2.scale, self.ln2.bias, self.ln2.eps) if self.options.use_ln2 else None
+
+
+def _cross_entropy(found: VocabAverage, labels: PatchLabels) -> Float[Array, "N"]:
+    return soft_cross_entropy(found.label_logits, found.log_sum_exp, labels.weights)

@@ -95,6 +95,13 @@ class Connector(nn.Module):
         """
         raise NotImplementedError
 
+    def patch_nll(self, features: Float[Array, "N E"], labels: PatchLabels) -> Float[Array, "N"]:
+        """Returns the patch loss of `ConnectorOutput` alone, without the visual tokens.
+
+        Optional. Only a connector that defines it can be trained without the LLM.
+        """
+        raise NotImplementedError
+
     def vocabulary_subset(self) -> Bool[Array, "V"] | None:
         """Returns the vocabulary entries that patches of a pruned model may have; None where the
         model is not pruned."""
@@ -130,3 +137,8 @@ class Connector(nn.Module):
         """Returns whether patches have a distribution over the LLM's vocabulary; by default,
         whether the class defines `probabilities`."""
         return cls.probabilities is not Connector.probabilities
+
+    @classmethod
+    def has_patch_loss(cls) -> bool:
+        """Returns whether the connector learns from patch labels."""
+        return cls.patch_nll is not Connector.patch_nll
