@@ -851,7 +851,8 @@ def test_a_config_json_from_before_fields_had_to_be_given_is_read():
     old = renamed.stage(old)
     # Came later; the defaults of the others are held by the file.
     del new["train"]["jit"], new["run_id"], new["data"]["images_first"], new["lora"]
-    del new["train"]["num_records"], new["train"]["answer_weight"], new["data"]["label_unit"]
+    del new["train"]["num_records"], new["train"]["answer_weight"]
+    del new["train"]["sampled_entries"], new["data"]["label_unit"]
     del new["train"]["bfloat16_params"], new["optim"]["name"], new["optim"]["moment_dtype"]
     del new["model"]["llm"]["context_length"]
     del new["train"]["grad_reduce_dtype"], new["train"]["offload_optimizer"]
@@ -881,15 +882,21 @@ def old_names(fields: dict) -> dict:
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ({"train__patch_token_weight": 0.0}, "so is config.train.patch_token_weight"),
-        ({"train__visual_source": "oracle"}, "config.train.visual_source is 'oracle'"),
-        ({"model__connector__name": "mlp"}, "connector 'mlp' has no patch-token loss"),
+        ({"train__patch_token_weight": 0.0}, "is 0, and so is patch_token_weight: nothing would"),
+        ({"train__visual_source": "oracle"}, "is 0, and visual_source 'oracle' has no patch loss"),
+        ({"model__connector__name": "mlp"}, "is 0, and 'mlp' has no patch loss"),
+        ({"train__sampled_entries": 129}, "sampled_entries is 129; the vocabulary has 128$"),
+        (
+            {"train__sampled_entries": 64, "train__answer_weight": 1.0},
+            "sampled_entries is 64, of use with answer_weight 0 alone",
+        ),
     ],
 )
-def test_without_the_answers_loss_there_is_another(fields, why):
-    assert read(train__answer_weight=0.0).train.answer_weight == 0
-    with pytest.raises(UserError, match=f"answer_weight is 0, and .*{why}: nothing would be"):
-        read(train__answer_weight=0.0, **fields)
+def test_losses_that_do_not_go_together(fields, why):
+    alone = read(train__answer_weight=0.0, train__sampled_entries=128).train
+    assert (alone.answer_weight, alone.sampled_entries) == (0, 128)
+    with pytest.raises(UserError, match=f"config.train.*{why}"):
+        read(**{"train__answer_weight": 0.0} | fields)
 
 
 def test_stored_configs_are_read_under_their_old_names():

@@ -5,11 +5,10 @@ import dataclasses
 import itertools
 import operator
 import re
-import typing
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
-from alignvlm_jax.config import renamed
+from alignvlm_jax.config import options, renamed
 from alignvlm_jax.config.fields import (
     MISSING,
     Config,
@@ -21,7 +20,7 @@ from alignvlm_jax.config.fields import (
     SourceConfig,
     VisionConfig,
 )
-from alignvlm_jax.config.options import ConnectorConfig, connector_class
+from alignvlm_jax.config.options import connector_class
 from alignvlm_jax.errors import UserError, nearest
 
 COMPONENTS = ("vision", "connector", "llm")
@@ -85,6 +84,7 @@ AT_LEAST: dict[str, int] = {
     "train.batch_size": 1,
     "train.num_records": 0,
     "train.answer_weight": 0,
+    "train.sampled_entries": 0,
     "train.patch_token_weight": 0,
     "train.z_loss": 0,
     "train.log_every": 1,
@@ -158,8 +158,7 @@ def check(config: Config) -> Config:
     )
     _check_optim(config.optim)
     _check_lora(config.lora, config.optim)
-    if not config.train.answer_weight:
-        _check_patches_alone(config)
+    _check_losses(config)
     if config.data.labelled_fraction > 1:
         raise UserError(
             f"config.data.labelled_fraction is {config.data.labelled_fraction}; it must be at "
@@ -245,24 +244,8 @@ def _check_connector(model: ModelConfig) -> None:
             f"{model.connector} are not the options of {connector}: make them by "
             "config.connector(name)"
         )
-    _check_options(model.connector)
+    options.check(model.connector)
     connector.check(model.vision, model.llm, model.connector)
-
-
-def _check_options(options: ConnectorConfig) -> None:
-    hints = typing.get_type_hints(type(options))
-    for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        path = f"config.model.connector.{field.name}"
-        if typing.get_origin(hints[field.name]) is Literal:
-            choices = typing.get_args(hints[field.name])
-            if value not in choices:
-                raise UserError(f"{path} is {value!r}{nearest(str(value), map(str, choices))}")
-        # Not isinstance of the value: True is an int.
-        elif hints[field.name] is int:
-            bound = field.metadata.get("at_least", 1)
-            if value < bound:
-                raise UserError(f"{path} is {value}; it must be at least {bound}")
 
 
 def _check_data(data: DataConfig, tokens_per_tile: int) -> None:
@@ -341,17 +324,24 @@ def _check_lora(lora: LoraConfig, optim: OptimConfig) -> None:
         )
 
 
-def _check_patches_alone(config: Config) -> None:
-    """Refuses a stage without the loss of answers that has no other."""
+def _check_losses(config: Config) -> None:
+    """Refuses a stage without a loss, and a sample of entries that it cannot use."""
+    train = config.train
+    num_entries = config.model.llm.unpadded_vocab_size
     why = ""
-    if config.train.visual_source != "pixels":
-        why = f"and config.train.visual_source is {config.train.visual_source!r}"
-    elif not config.train.patch_token_weight:
-        why = "and so is config.train.patch_token_weight"
+    if train.answer_weight:
+        if train.sampled_entries:
+            why = f"sampled_entries is {train.sampled_entries}, of use with answer_weight 0 alone"
+    elif train.visual_source != "pixels":
+        why = f"answer_weight is 0, and visual_source {train.visual_source!r} has no patch loss"
+    elif not train.patch_token_weight:
+        why = "answer_weight is 0, and so is patch_token_weight: nothing would be trained"
     elif not connector_class(config.model.connector.name).has_patch_loss():
-        why = f"and the connector {config.model.connector.name!r} has no patch-token loss"
+        why = f"answer_weight is 0, and {config.model.connector.name!r} has no patch loss"
+    elif train.sampled_entries > num_entries:
+        why = f"sampled_entries is {train.sampled_entries}; the vocabulary has {num_entries}"
     if why:
-        raise UserError(f"config.train.answer_weight is 0, {why}: nothing would be trained")
+        raise UserError(f"config.train.{why}")
 
 
 def _check_profile(profile: str) -> None:

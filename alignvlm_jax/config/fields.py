@@ -53,16 +53,13 @@ class RopeScaling:
 
     # "llama3", Llama 3's; "linear", all frequencies alike; "yarn", YaRN (arXiv 2309.00071).
     type: str = "llama3"
-    # Slow frequencies are divided by it; 1: no scaling.
-    factor: float = 1.0
+    factor: float = 1.0  # Slow frequencies are divided by it; 1: no scaling.
     # Frequencies that turn fewer times than this within original_length are scaled in full.
     low_freq_factor: float = 1.0
     # Frequencies that turn more times than this are kept; those between are blended.
     high_freq_factor: float = 4.0
-    # Factor of rotated queries and of rotated keys, YaRN's.
-    attention_factor: float = 1.0
-    # Tokens: the sequence length before the scaling.
-    original_length: int = 8192
+    attention_factor: float = 1.0  # Factor of rotated queries and of rotated keys, YaRN's.
+    original_length: int = 8192  # Tokens: the sequence length before the scaling.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,8 +123,7 @@ class ModelConfig:
     # How ALIGN and the loss go over the vocabulary: "plain", all of it at once, or "chunked", some
     # entries at a time; "auto": chunked where the logits are more than chunk_size_mib.
     vocab_impl: str = "auto"
-    # MiB of logits that a chunk has on a device at most.
-    chunk_size_mib: float = 64.0
+    chunk_size_mib: float = 64.0  # MiB of logits that a chunk has on a device at most.
     # Kernel of training, prefill and the vision encoder: "xla", "cudnn", "splash", or "triton", for
     # packed sequences on GPU; "auto": splash on TPU, cudnn on GPU in bfloat16, else xla.
     attention: str = "auto"
@@ -165,8 +161,7 @@ class SourceConfig:
 class DataConfig:
     """What a packed sequence is made of."""
 
-    # Folder that `prepare` wrote: shards by split, and the tokenizer.
-    dir: str = MISSING
+    dir: str = MISSING  # Folder that `prepare` wrote: shards by split, and the tokenizer.
     # Folders by name, which training and validation read in the place of dir; evaluation and the
     # tokenizer stay with dir. A stage that names sources has these alone.
     sources: Mapping[str, SourceConfig] = dataclasses.field(default_factory=dict)
@@ -178,10 +173,8 @@ class DataConfig:
     # "none": one record in a sequence; "offline": as many as fit, planned for a whole epoch by the
     # index that `prepare` leaves.
     packing: str = "none"
-    # Tokens of a packed sequence, image tokens included.
-    seq_len: int = MISSING
-    # Tiles of a packed sequence at most.
-    max_tiles: int = MISSING
+    seq_len: int = MISSING  # Tokens of a packed sequence, image tokens included.
+    max_tiles: int = MISSING  # Tiles of a packed sequence at most.
     record_tiles: int = 0  # Tiles of a record at most; 0: as many as max_tiles.
     use_overview: bool = False  # An overview of the whole page precedes its tiles, if several.
     # Tasks with their weights: "transcribe", a page's text; "answer", the questions about it;
@@ -193,12 +186,10 @@ class DataConfig:
     # Unit that has weight 1 in the loss: "token", each token of an answer; "answer", all of an
     # answer's together; "record", all of a record's.
     loss_normalisation: str = "token"
-    # Unit of patch labels: "token", the tokens of words as the LLM writes them, or "character",
-    # those of each character by itself: a few hundred labels, which a small vision encoder learns
-    # from few pages, and strings that are no words as well.
+    # Unit of patch labels: "token", words in the LLM's tokens, or "character", each by itself: a
+    # few hundred labels, which a small encoder learns from few pages, and of any string.
     label_unit: str = "token"
-    # Tokens that a patch is labelled with at most.
-    max_patch_labels: int = 3
+    max_patch_labels: int = 3  # Tokens that a patch is labelled with at most.
     # Fraction of the records, chosen by their ids, whose patches are labelled.
     labelled_fraction: float = 1.0
     # Weight of a blank patch in the patch-token loss, where one full of text has 1.
@@ -304,6 +295,9 @@ class TrainConfig:
     # Factor of the language loss, that of the answers; 0: the language model is not run, and vision
     # encoder and connector learn from the patch-token loss alone.
     answer_weight: float = 1.0
+    # Vocabulary entries that estimate a step's patch-token loss where answer_weight is 0: its
+    # labels, and others, drawn anew each time; validation takes all. 0: all, which costs more.
+    sampled_entries: int = 0
     # Factor of the patch-token loss beside the language loss; 0: the paper.
     patch_token_weight: float = 1.0
     # Factor of the squared log-sum-exp of the logits, which keeps them from drifting (PaLM, arXiv

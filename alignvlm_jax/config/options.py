@@ -11,8 +11,11 @@ one place where `config` depends on `models`; all that `data` needs of a connect
 
 import dataclasses
 import importlib
+import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
+
+from alignvlm_jax.errors import UserError, nearest
 
 REGISTRY_MODULE = "alignvlm_jax.models.connectors"
 DEFAULT_CONNECTOR = "align"
@@ -58,3 +61,20 @@ def defaults(name: str) -> dict[str, Any]:
     options = dataclasses.asdict(connector(name))
     del options["name"]
     return options
+
+
+def check(options: ConnectorConfig) -> None:
+    """Raises UserError where an option is no choice, or a number too small."""
+    hints = typing.get_type_hints(type(options))
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        path = f"config.model.connector.{field.name}"
+        if typing.get_origin(hints[field.name]) is Literal:
+            choices = typing.get_args(hints[field.name])
+            if value not in choices:
+                raise UserError(f"{path} is {value!r}{nearest(str(value), map(str, choices))}")
+        # Not isinstance of the value: True is an int.
+        elif hints[field.name] is int:
+            bound = field.metadata.get("at_least", 1)
+            if value < bound:
+                raise UserError(f"{path} is {value}; it must be at least {bound}")

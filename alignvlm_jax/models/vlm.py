@@ -80,12 +80,15 @@ class VLM(nn.Module):
             patch_nll,
         )
 
-    def patch_losses(self, batch: Mapping[str, Array]) -> Float[Array, "B I P"]:
+    def patch_losses(
+        self, batch: Mapping[str, Array], num_sampled: int = 0
+    ) -> Float[Array, "B I P"]:
         """Returns the patch loss alone, without the visual tokens and the LLM: all that a connector
-        and a vision encoder need which learn from patch labels."""
+        and a vision encoder need which learn from patch labels; `num_sampled` is that of
+        `Connector.patch_nll`."""
         features = self.features(batch)
         nll_N = self.connector.patch_nll(
-            features.reshape(-1, features.shape[-1]), _patch_labels(batch)
+            features.reshape(-1, features.shape[-1]), _patch_labels(batch), num_sampled
         )
         return nll_N.reshape(features.shape[:-1])
 

@@ -1,4 +1,5 @@
-"""Cross-entropy over a vocabulary that may be sharded, and the matmul that makes logits."""
+"""Cross-entropy over a vocabulary that may be sharded, or over a sample of it, and the matmul that
+makes logits."""
 
 import functools
 from typing import NamedTuple
@@ -145,3 +146,76 @@ def soft_cross_entropy(
     # The `where` comes before the multiplication, since -inf * 0 is NaN.
     weighted_Nk = jnp.where(label_weights > 0, label_logits, 0.0) * label_weights
     return log_sum_exp * label_weights.sum(-1) - weighted_Nk.sum(-1)
+
+
+class Sample(NamedTuple):
+    """Some entries of a vocabulary, which stand for all of it.
+
+    Attributes:
+      ids: which.
+      weights: how many entries each stands for: 1 of a label, and of the others as many as make up
+        the vocabulary.
+    """
+
+    ids: Int[Array, "S"]
+    weights: Float[Array, "S"]
+
+    @classmethod
+    def of_labels(
+        cls, label_ids: Int[Array, "N k"], vocab_size: int, num_valid: int, size: int
+    ) -> "Sample":
+        """Returns the labels and, drawn without replacement, others of the first `num_valid`
+        entries.
+
+        The draw is a function of the labels, so that a step has no state of its own. Of more labels
+        than `size` some are left out.
+        """
+        ids_V = jnp.arange(vocab_size)
+        is_label_V = jnp.zeros(vocab_size, bool).at[label_ids.reshape(-1)].set(True)
+        draws_V = jax.random.uniform(jax.random.key(label_ids.sum()), (vocab_size,))
+        # Labels come first, and what pads the table last: it stands for nothing.
+        draws_V = jnp.where(is_label_V, 2.0, jnp.where(ids_V < num_valid, draws_V, -1.0))
+        _, ids_S = jax.lax.top_k(draws_V, size)
+        num_labels = jnp.minimum(is_label_V.sum(), size)
+        others = (num_valid - num_labels) / jnp.maximum(min(size, num_valid) - num_labels, 1)
+        weights_S = jnp.where(is_label_V[ids_S], 1.0, others)
+        return cls(ids_S, jnp.where(ids_S < num_valid, weights_S, 0.0))
+
+
+def sampled_cross_entropy(
+    x: Float[Array, "N D"],
+    head: Float[Array, "D V"],
+    norm: tuple[Float[Array, "V"], Float[Array, "V"], float] | None,
+    label_ids: Int[Array, "N k"],
+    label_weights: Float[Array, "N k"],
+    num_valid: int,
+    size: int,
+) -> Float[Array, "N"]:
+    """Returns `soft_cross_entropy` of softmax(LN(x W)) as `size` entries of the vocabulary estimate
+    it: LN's mean and variance, and the sum that normalises the softmax, are weighted sums over
+    them. With all entries it is exact.
+
+    Args:
+      x: rows.
+      head: W, a parameter.
+      norm: gain, bias and epsilon of LN over the vocabulary; None leaves it out.
+      label_ids: tokens that each row shows. All labels of all rows are among the entries; where
+        they are more than `size`, a row with one that is left out has no loss.
+      label_weights: see `soft_cross_entropy`.
+      num_valid: the columns from here on only pad the table.
+      size: entries of the sample.
+    """
+    sample = Sample.of_labels(label_ids, head.shape[1], num_valid, size)
+    logits_NS = project("ND,DS->NS", x, jnp.take(head, sample.ids, axis=1))
+    if norm is not None:
+        gain_V, bias_V, eps = norm
+        fractions_S = sample.weights / num_valid
+        centred_NS = logits_NS - (logits_NS * fractions_S).sum(-1, keepdims=True)
+        variance_N1 = (jnp.square(centred_NS) * fractions_S).sum(-1, keepdims=True)
+        logits_NS = centred_NS * jax.lax.rsqrt(variance_N1 + eps)
+        logits_NS = logits_NS * gain_V[sample.ids] + bias_V[sample.ids]
+    log_sum_exp_N = jax.nn.logsumexp(logits_NS, axis=-1, b=sample.weights)
+    picked_Nk = chunked.pick_labels(logits_NS, label_ids, sample.ids)
+    nll_N = soft_cross_entropy(picked_Nk, log_sum_exp_N, label_weights)
+    is_there_Nk = jnp.isin(label_ids, sample.ids) | (label_weights == 0)
+    return jnp.where(is_there_Nk.all(-1), nll_N, 0.0)

@@ -1,6 +1,7 @@
 """One training step and one validation step: pure functions, compiled once for the shapes of a
 stage."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -156,6 +157,9 @@ def make_eval_step(model: vlm.VLM, train: TrainConfig) -> EvalStep:
     """Returns step(params, batch) -> sums and weights of the batch; add them over batches, then
     take `means`."""
 
+    # Measured over the whole vocabulary, however it is trained.
+    train = dataclasses.replace(train, sampled_entries=0)
+
     def eval_step(params: Params, batch: Mapping[str, Array]) -> Metrics:
         return _sums(model, train, params, batch) | _weights(batch)
 
@@ -264,7 +268,9 @@ def _sums(
     """Weighted sums over a batch: answer loss and right answer tokens where they count, and the
     patch loss where it is measured."""
     if not train.answer_weight:
-        patch_nll = model.apply({"params": params}, batch, method=vlm.VLM.patch_losses)
+        patch_nll = model.apply(
+            {"params": params}, batch, train.sampled_entries, method=vlm.VLM.patch_losses
+        )
         return {"patch_sum": jnp.sum(patch_nll * batch["patch_loss_weights"])}
     tokens, patch_nll = model.apply(
         {"params": params}, batch, visual_source=train.visual_source, method=vlm.VLM.losses

@@ -167,3 +167,51 @@ def test_a_label_without_weight_may_be_a_word_that_is_left_out():
     )(logits)
     assert float(loss) == pytest.approx(0.5 * (1 - 2))
     np.testing.assert_array_equal(gradient, [[0.0, -0.5]])
+
+
+def sampled(size: int, labels: np.ndarray, num_valid: int = 50, seed: int = 0):
+    """The sampled loss, what it estimates in float64, and its gradient with regard to W."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((len(labels), WIDTH)).astype(np.float32)
+    head = rng.standard_normal((WIDTH, 53)).astype(np.float32)
+    norm = rng.uniform(0.5, 1.5, 53).astype(np.float32), rng.random(53).astype(np.float32), 1e-5
+    weights = rng.random(labels.shape).astype(np.float32)
+
+    def loss(head):
+        arrays = jax.tree.map(jnp.asarray, (norm[:2], labels, weights))
+        return cross_entropy.sampled_cross_entropy(
+            x, head, (*arrays[0], norm[2]), *arrays[1:], num_valid, size
+        )
+
+    z = (x.astype(np.float64) @ head)[:, :num_valid]
+    z = (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-5)
+    log_p = log_softmax(z * norm[0][:num_valid] + norm[1][:num_valid])
+    expected = -(np.take_along_axis(log_p, labels, 1) * weights).sum(-1)
+    return jax.jit(loss)(head), expected, jax.jit(jax.grad(lambda head: loss(head).sum()))(head)
+
+
+def test_a_sample_of_all_entries_is_exact():
+    """Padding beyond them stands for nothing, also where the sample has room for it."""
+    labels = RNG.integers(0, 50, (9, 3)).astype(np.int32)
+    for size in (50, 53):
+        nll, expected, _ = sampled(size, labels)
+        np.testing.assert_allclose(nll, expected, rtol=1e-5)
+
+
+def test_a_sample_estimates_the_loss_of_all_entries():
+    """Over many draws: within a tenth, where a tenth of the entries that are no labels are seen."""
+    found = []
+    for seed in range(200):
+        # A draw is a function of the labels: others that weigh next to nothing change it.
+        labels = np.array([[3, seed % 50], [7, seed % 50]], np.int32)
+        nll, expected, grad = sampled(8, labels, seed=seed)
+        found.append(nll - expected)
+        seen = np.flatnonzero(np.abs(np.asarray(grad)).sum(0))
+        assert {3, 7, seed % 50} <= set(seen.tolist()) and len(seen) == 8
+    assert np.abs(np.mean(found)) < 0.1 < np.std(found)
+
+
+def test_labels_that_find_no_place_in_a_sample_have_no_loss():
+    labels = np.arange(12, dtype=np.int32)[:, None]
+    nll, _, _ = sampled(8, labels)
+    assert (np.asarray(nll) > 0).sum() == 8 and np.isfinite(nll).all()

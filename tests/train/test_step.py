@@ -249,6 +249,22 @@ def test_without_the_answers_loss_the_patch_loss_alone_trains_and_no_text_is_sen
         assert np.array_equal(alone[path], before[path]) == path.startswith("llm/"), path
 
 
+def test_the_loss_over_a_sample_is_the_trained_one_alone():
+    """The validation step measures over the whole vocabulary."""
+    config = tiny_config()
+    patches = {"answer_weight": 0.0, "trainable": ("vision/.*", "connector/.*")}
+    few, whole = (
+        dataclasses.replace(config.train, **patches, sampled_entries=size) for size in (30, 0)
+    )
+    model = vlm.VLM(config.model)
+    batch = jax.device_put(step.train_inputs(few, random_batch(config)))
+    params = random_params(model, random_batch(config))
+    losses = [step.whole_loss(model, train, params, batch) for train in (few, whole)]
+    assert abs(losses[0] - losses[1]) > 1e-4
+    sums = [step.make_eval_step(model, train)(params, batch) for train in (few, whole)]
+    assert sums[0]["patch_sum"] == sums[1]["patch_sum"]
+
+
 def test_means_divide_once_and_survive_no_weight():
     sums = {
         "answer_sum": 6.0,

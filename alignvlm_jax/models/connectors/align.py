@@ -19,7 +19,7 @@ from alignvlm_jax.models.connectors.base import Connector, ConnectorOutput, Patc
 from alignvlm_jax.models.decoder import lm_head
 from alignvlm_jax.models.layers import Einsum, LayerNorm
 from alignvlm_jax.ops.chunked import columns_per_chunk
-from alignvlm_jax.ops.cross_entropy import soft_cross_entropy
+from alignvlm_jax.ops.cross_entropy import sampled_cross_entropy, soft_cross_entropy
 from alignvlm_jax.ops.vocab_average import Norm, VocabAverage, vocab_average, vocab_logits
 from alignvlm_jax.shapes import Array, Float
 
@@ -92,9 +92,21 @@ class Align(Connector):
             return ConnectorOutput(found.average, self.no_loss(features))
         return ConnectorOutput(found.average, _cross_entropy(found, labels))
 
-    def patch_nll(self, features: Float[Array, "N E"], labels: PatchLabels) -> Float[Array, "N"]:
+    def patch_nll(
+        self, features: Float[Array, "N E"], labels: PatchLabels, num_sampled: int = 0
+    ) -> Float[Array, "N"]:
         """Returns P's cross-entropy against the labels alone, half of the work over the
-        vocabulary."""
+        vocabulary; with a sample, a small part of it."""
+        if num_sampled:
+            x_ND, head = self._rows_and_head(features)
+            return sampled_cross_entropy(
+                x_ND,
+                head,
+                self._norm(),
+                *labels,
+                self.config.llm.unpadded_vocab_size,
+                num_sampled,
+            )
         return _cross_entropy(self._average(features, None, labels), labels)
 
     def _average(

@@ -95,10 +95,17 @@ class Connector(nn.Module):
         """
         raise NotImplementedError
 
-    def patch_nll(self, features: Float[Array, "N E"], labels: PatchLabels) -> Float[Array, "N"]:
+    def patch_nll(
+        self, features: Float[Array, "N E"], labels: PatchLabels, num_sampled: int = 0
+    ) -> Float[Array, "N"]:
         """Returns the patch loss of `ConnectorOutput` alone, without the visual tokens.
 
         Optional. Only a connector that defines it can be trained without the LLM.
+
+        Args:
+          features: of the patches.
+          labels: what they show.
+          num_sampled: vocabulary entries by which it is estimated; 0: all, and it is exact.
         """
         raise NotImplementedError
 
