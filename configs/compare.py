@@ -1,7 +1,7 @@
 """A comparison of connectors on an equal footing: the same towers, steps and sequences for each.
 
-    compare:towers       trains the two towers once: the demonstration's language model, then, with
-                         it frozen, a vision encoder that learns from patch labels what patches show
+    compare:towers       trains the two towers once: the demonstration's language model, and a
+                         vision encoder that learns from patch labels alone what patches show
     compare:connectors   whole pages; the towers' parameters and an initialised connector, all of
                          which is trained
     compare:supervision  small pages; only the language model is loaded and the rest initialised, to
@@ -50,16 +50,8 @@ def get_config(part: str = "connectors") -> ml_collections.ConfigDict:
 
 
 def _towers(stages: ml_collections.ConfigDict) -> dict:
-    """Returns the stages that train the towers, from those of the demonstration."""
-    reading = stages.stage1.to_dict()
-    # The language model is frozen: the encoder has to make tokens that it understands.
-    reading["train"] |= {"num_steps": 1200, "trainable": ("vision/.*", "connector/.*")}
-    reading["optim"] = {"learning_rate": 2e-3}
-    return {
-        "stage0_lines": stages.stage0_lines,
-        "stage0_pages": stages.stage0_pages,
-        "stage1": reading,
-    }
+    """Returns the stages that train the towers, those of the demonstration."""
+    return {name: stages[name] for name in ("stage0_lines", "stage0_pages", "stage1")}
 
 
 def _connectors(stages: ml_collections.ConfigDict) -> dict:

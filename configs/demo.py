@@ -31,6 +31,10 @@ SPLITS = ("seen_fonts", "unseen_layouts", "unseen_fonts", "unseen_fonts_and_layo
 training has, or has none of, in each combination."""
 
 
+BY_ANSWERS = {"stages.stage1.train.answer_weight": 1.0}
+"""What lets stage 1 learn by answers, through the language model: for what has no patch loss."""
+
+
 def get_config(connector: str = "align") -> ml_collections.ConfigDict:
     """Returns the stages of the demonstration, with a connector of this name."""
     config = config_lib.default_config_dict()

@@ -882,7 +882,10 @@ def old_names(fields: dict) -> dict:
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ({"train__patch_token_weight": 0.0}, "is 0, and so is patch_token_weight: nothing would"),
+        (
+            {"train__patch_token_weight": 0.0},
+            "is 0, and so is patch_token_weight: .*answer_weight=1 adds",
+        ),
         ({"train__visual_source": "oracle"}, "is 0, and visual_source 'oracle' has no patch loss"),
         ({"model__connector__name": "mlp"}, "is 0, and 'mlp' has no patch loss"),
         ({"train__sampled_entries": 129}, "sampled_entries is 129; the vocabulary has 128$"),

@@ -71,6 +71,7 @@ AT_LEAST: dict[str, int] = {
     "data.min_token_height": 0,
     "data.min_contrast": 0,
     "data.labelled_fraction": 0,
+    "data.label_slope": 0,
     "data.max_unsupervised": 0,
     "data.num_threads": 1,
     "data.prefetch": 1,
@@ -116,6 +117,7 @@ ABOVE = {
     "optim.clip_norm": 0,
 }
 BELOW = {"optim.b1": 1, "optim.b2": 1}
+AT_MOST = {"data.labelled_fraction": 1, "data.label_slope": 1}
 MAX_BFLOAT16_DECAY = 0.99
 USUALLY = {
     "model.vision": 'set_preset(config.model.vision, presets.VISION["..."])',
@@ -127,6 +129,7 @@ BOUNDS = (
     ("at least", operator.ge, AT_LEAST),
     ("above", operator.gt, ABOVE),
     ("below", operator.lt, BELOW),
+    ("at most", operator.le, AT_MOST),
 )
 
 
@@ -159,11 +162,6 @@ def check(config: Config) -> Config:
     _check_optim(config.optim)
     _check_lora(config.lora, config.optim)
     _check_losses(config)
-    if config.data.labelled_fraction > 1:
-        raise UserError(
-            f"config.data.labelled_fraction is {config.data.labelled_fraction}; it must be at "
-            "most 1"
-        )
     if config.train.offload_optimizer and not config.train.jit:
         raise UserError("config.train.offload_optimizer needs config.train.jit, which is False")
     _check_profile(config.train.profile)
@@ -335,13 +333,16 @@ def _check_losses(config: Config) -> None:
     elif train.visual_source != "pixels":
         why = f"answer_weight is 0, and visual_source {train.visual_source!r} has no patch loss"
     elif not train.patch_token_weight:
-        why = "answer_weight is 0, and so is patch_token_weight: nothing would be trained"
+        why = "answer_weight is 0, and so is patch_token_weight: there is no loss"
     elif not connector_class(config.model.connector.name).has_patch_loss():
         why = f"answer_weight is 0, and {config.model.connector.name!r} has no patch loss"
     elif train.sampled_entries > num_entries:
         why = f"sampled_entries is {train.sampled_entries}; the vocabulary has {num_entries}"
-    if why:
-        raise UserError(f"config.train.{why}")
+    if not why:
+        return
+    prefix = "" if config.stage == "train" else f"stages.{config.stage}."
+    cure = "" if train.answer_weight else f"; --config.{prefix}train.answer_weight=1 adds another"
+    raise UserError(f"config.train.{why}{cure}")
 
 
 def _check_profile(profile: str) -> None:

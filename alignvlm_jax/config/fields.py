@@ -189,19 +189,21 @@ class DataConfig:
     # Unit of patch labels: "token", words in the LLM's tokens, or "character", each by itself: a
     # few hundred labels, which a small encoder learns from few pages, and of any string.
     label_unit: str = "token"
+    # How much more the left of a patch counts in its labels than the right, from 0 to 1: the order
+    # of two characters in a patch shows in their weights alone.
+    label_slope: float = 0.0
     max_patch_labels: int = 3  # Tokens that a patch is labelled with at most.
     # Fraction of the records, chosen by their ids, whose patches are labelled.
     labelled_fraction: float = 1.0
     # Weight of a blank patch in the patch-token loss, where one full of text has 1.
     blank_weight: float = 0.2
-    # Fraction of a patch that text has to cover to weigh 1 in the patch-token loss; a patch with
-    # less of it weighs less, in proportion.
+    # Fraction of a patch that text covers from which it weighs 1 in the patch-token loss.
     full_cover: float = 1.0
-    # Pixels of the tile that a token has to be high to be a label; lower ones, as on the overview
-    # of a page, nobody can read, and patches that show them carry no patch-token loss.
+    # Pixels of the tile that a token has to be high to be a label: lower ones, as on an overview,
+    # nobody can read, and patches that show them carry no patch-token loss.
     min_token_height: float = 6.0
-    # Levels, of 255, by which the pixels of a patch have to differ for it to be taught a token:
-    # the boxes of words reach beyond their ink. 0: every patch that a box covers.
+    # Levels, of 255, by which pixels of a patch have to differ for it to be taught a token: boxes
+    # of words reach beyond their ink. 0: every patch that a box covers.
     min_contrast: int = 16
     # Fraction of the planned records that may be unreadable, or without an answer that fits.
     max_unsupervised: float = 0.01
@@ -286,9 +288,9 @@ class TrainConfig:
     # Type in which devices add up their gradients of kernels where model.dtype is "bfloat16":
     # "bfloat16", or "float32", closer to the gradient of one device, and twice as much to send.
     grad_reduce_dtype: str = "bfloat16"
-    # Between steps the optimizer's state lies in the memory of the host; each step sends it there
-    # and back.
-    offload_optimizer: bool = False
+    offload_optimizer: bool = (
+        False  # The optimizer's state lies in the host's memory between steps.
+    )
     # Origin of the visual tokens: "pixels", the image; "oracle", the label-weighted average of
     # text embeddings, which a perfect ALIGN would hand on, and no image is read.
     visual_source: str = "pixels"

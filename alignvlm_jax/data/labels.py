@@ -243,20 +243,21 @@ def _tile_labels(
     if is_read.any():
         ids = placed.ids[shown][is_read]
         # [M, rows] and [M, columns] give [M, P].
-        areas = height[is_read][:, :, None] * width[is_read][:, None, :]
-        areas = areas.reshape(len(ids), -1)
+        read = height[is_read]
+        covered = (read.T @ width[is_read]).ravel()
+        sloped = _overlap(x[shown][is_read], vision.patch_width, columns, data.label_slope)
+        areas = (read[:, :, None] * sloped[:, None, :]).reshape(len(ids), -1)
         # A token that occurs twice in a patch is one label. Equal ids are neighbours, and reduceat
         # sums each run of them: areas become [different tokens, P].
         starts = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]]))
         areas = np.add.reduceat(areas, starts, axis=0)
         ids = ids[starts]
-        covered = areas.sum(0)
         has_text = covered >= MIN_COVERED * vision.patch_height * vision.patch_width
         # The uncovered rest of a line within the patch is space, so that labels tell how far the
         # text reaches. `height.max(0)`, [rows], is the height of the highest token in a row of
         # patches.
         line = np.repeat(height.max(0) * vision.patch_width, columns)
-        blank = np.where(has_text, np.maximum(line - covered - unread, 0), 1)
+        blank = np.where(has_text, np.maximum(line - areas.sum(0) - unread, 0), 1)
         ids = np.append(ids, space_id)
         areas = np.vstack([areas * has_text, blank])
         # k rounds of argmax are cheaper than a sort, as k is small, and of equal areas the smallest
@@ -287,7 +288,11 @@ def _contrast(tiles: Tiles, vision: VisionConfig) -> np.ndarray:
     return (highest.astype(np.int16) - lowest).max(-1).reshape(len(seen), -1)
 
 
-def _overlap(spans: np.ndarray, size: int, count: int) -> np.ndarray:
-    """Returns the length of each span [M, 2] within each of `count` cells of `size`, [M, count]."""
+def _overlap(spans: np.ndarray, size: int, count: int, slope: float = 0.0) -> np.ndarray:
+    """Returns the length of each span [M, 2] within each of `count` cells of `size`, [M, count];
+    with a slope the left of a cell counts for more of it than the right, the whole as before."""
     starts = np.arange(count, dtype=np.float32) * size
-    return np.maximum(np.minimum(spans[:, 1:], starts + size) - np.maximum(spans[:, :1], starts), 0)
+    begin = np.clip(spans[:, :1] - starts, 0, size)
+    end = np.clip(spans[:, 1:] - starts, 0, size)
+    # The integral of 1 + slope * (1 - 2 u / size) over u.
+    return (end - begin) * (1 + slope * (1 - (begin + end) / size))

@@ -314,6 +314,11 @@ def _variants(run: Run) -> list[str]:
     told = run.loaded.metadata.get("config_flags") if run.loaded else None
     # Options of this connector are none of another.
     kept = [flag for flag in told or ["--config=FILE"] if not flag.startswith(OF_CONNECTOR)]
+    kept += [
+        f"--config.{'' if len(run.stages) == 1 else f'stages.{stage.stage}.'}train.answer_weight=1"
+        for stage in run.stages
+        if not stage.train.answer_weight
+    ]
     command = f"python -m alignvlm_jax train {shlex.join(kept)} --workdir=OTHER"
     own = run.stages[-1].model.connector.name
     name = next(name for name in config_lib.connector_names() if name != own)

@@ -8,11 +8,15 @@ from collections.abc import Iterator
 
 from alignvlm_jax.configs.sweeps.compare import ALIGN, SEEDS
 
+from alignvlm_jax.configs import demo
+
 CHANGES = {"align": {}, **ALIGN, "without_patch_loss": {"train.patch_token_weight": 0.0}}
 
 
 def sweep(base: str = "demo.py") -> Iterator[tuple[str, str, dict[str, object]]]:
     """Yields (name, config, changed fields) of every run; `base` is a config file's name."""
+    # As the row without the patch loss has to, all others learn by answers throughout.
+    common = demo.BY_ANSWERS if base == "demo.py" else {}
     for change, fields in CHANGES.items():
         for seed in SEEDS:
-            yield f"{change}_seed{seed}", f"configs/{base}", {**fields, "seed": seed}
+            yield f"{change}_seed{seed}", f"configs/{base}", {**fields, "seed": seed, **common}

@@ -6,7 +6,7 @@ configs/sweeps/connectors.py:stage2.py    a stage of the paper with every LLM
 
 from collections.abc import Iterator
 
-from alignvlm_jax.configs import paper
+from alignvlm_jax.configs import demo, paper
 from alignvlm_jax.models.connectors import REGISTRY
 
 SEEDS = range(3)
@@ -14,6 +14,8 @@ SEEDS = range(3)
 
 def sweep(base: str = "demo.py") -> Iterator[tuple[str, str, dict[str, object]]]:
     """Yields (name, config, changed fields) of every run; `base` is a config file's name."""
+    # No connector but ALIGN has a patch loss: all else being equal, none learns from it alone.
+    fields = demo.BY_ANSWERS if base == "demo.py" else {}
     llms = [""] if base == "demo.py" else [f":{llm}" for llm in paper.LLMS]
     for llm in llms:
         for connector in REGISTRY:
@@ -22,5 +24,5 @@ def sweep(base: str = "demo.py") -> Iterator[tuple[str, str, dict[str, object]]]
                 yield (
                     name,
                     f"configs/{base}{llm}",
-                    {"model.connector.name": connector, "seed": seed},
+                    {"model.connector.name": connector, "seed": seed, **fields},
                 )

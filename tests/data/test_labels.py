@@ -117,6 +117,24 @@ def test_a_token_twice_in_a_patch_is_one_label(tokenizer):
     np.testing.assert_allclose(weights[0, 0], [5 / 8, 3 / 8, 0])
 
 
+def test_a_slope_tells_the_order_of_characters_in_a_patch(tokenizer):
+    """By area alone "ab" and "ba" are the same labels; a space, too, counts by where it is."""
+    tiles = images.tile_image(Image.new("RGB", (128, 32)), VISION, 1, use_overview=False)
+    a, b = tokenizer.encode("ab")
+
+    def weights(text: str, slope: float) -> dict[int, float]:
+        word = Word(text, (0.0, 0.0, 4.0 * len(text), 16.0))
+        data = dataclasses.replace(EVERY, label_slope=slope)
+        found = labels.patch_labels([[word]], tiles, tokenizer, VISION, data)
+        assert found.weights.sum(-1) == pytest.approx(1)
+        return dict(zip(found.ids[0, 0].tolist(), found.weights[0, 0].tolist(), strict=True))
+
+    assert weights("ab", 0.0) == weights("ba", 0.0)
+    assert weights("ab", 1.0)[a] == weights("ba", 1.0)[b] == pytest.approx(0.75)
+    assert weights("ab", 0.5)[b] == pytest.approx(0.375)
+    assert weights("a", 1.0) == pytest.approx({a: 0.75, tokenizer.space_id: 0.25})
+
+
 def test_labels_are_of_characters_where_the_unit_says_so():
     """Whatever tokens the word has; a character of several tokens shares its place among them."""
 
