@@ -18,6 +18,7 @@ from alignvlm_jax.config.fields import (
     ModelConfig,
     OptimConfig,
     SourceConfig,
+    TrainConfig,
     VisionConfig,
 )
 from alignvlm_jax.config.options import connector_class
@@ -161,7 +162,7 @@ def check(config: Config) -> Config:
     )
     _check_optim(config.optim)
     _check_lora(config.lora, config.optim)
-    _check_losses(config)
+    _check_losses(config.train, config.model, config.stage)
     if config.train.offload_optimizer and not config.train.jit:
         raise UserError("config.train.offload_optimizer needs config.train.jit, which is False")
     _check_profile(config.train.profile)
@@ -322,25 +323,24 @@ def _check_lora(lora: LoraConfig, optim: OptimConfig) -> None:
         )
 
 
-def _check_losses(config: Config) -> None:
+def _check_losses(train: TrainConfig, model: ModelConfig, stage: str) -> None:
     """Refuses a stage without a loss, and a sample of entries that it cannot use."""
-    train = config.train
-    num_entries = config.model.llm.unpadded_vocab_size
-    why = ""
-    if train.answer_weight:
-        if train.sampled_entries:
-            why = f"sampled_entries is {train.sampled_entries}, of use with answer_weight 0 alone"
+    num_entries = model.llm.unpadded_vocab_size
+    if train.answer_weight and train.sampled_entries:
+        why = f"sampled_entries is {train.sampled_entries}, of use with answer_weight 0 alone"
+    elif train.answer_weight:
+        return
     elif train.visual_source != "pixels":
         why = f"answer_weight is 0, and visual_source {train.visual_source!r} has no patch loss"
     elif not train.patch_token_weight:
         why = "answer_weight is 0, and so is patch_token_weight: there is no loss"
-    elif not connector_class(config.model.connector.name).has_patch_loss():
-        why = f"answer_weight is 0, and {config.model.connector.name!r} has no patch loss"
+    elif not connector_class(model.connector.name).has_patch_loss():
+        why = f"answer_weight is 0, and {model.connector.name!r} has no patch loss"
     elif train.sampled_entries > num_entries:
         why = f"sampled_entries is {train.sampled_entries}; the vocabulary has {num_entries}"
-    if not why:
+    else:
         return
-    prefix = "" if config.stage == "train" else f"stages.{config.stage}."
+    prefix = "" if stage == "train" else f"stages.{stage}."
     cure = "" if train.answer_weight else f"; --config.{prefix}train.answer_weight=1 adds another"
     raise UserError(f"config.train.{why}{cure}")
 

@@ -288,9 +288,7 @@ class TrainConfig:
     # Type in which devices add up their gradients of kernels where model.dtype is "bfloat16":
     # "bfloat16", or "float32", closer to the gradient of one device, and twice as much to send.
     grad_reduce_dtype: str = "bfloat16"
-    offload_optimizer: bool = (
-        False  # The optimizer's state lies in the host's memory between steps.
-    )
+    offload_optimizer: bool = False  # The optimizer's state is in the host's memory between steps.
     # Origin of the visual tokens: "pixels", the image; "oracle", the label-weighted average of
     # text embeddings, which a perfect ALIGN would hand on, and no image is read.
     visual_source: str = "pixels"
