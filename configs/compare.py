@@ -42,6 +42,8 @@ def get_config(part: str = "connectors") -> ml_collections.ConfigDict:
     config.train.validate_every = 200
     config.train.checkpoint_every = 1000
     config.train.generate_questions = 100
+    # The rates of the sweep were found with it.
+    config.optim.name = "adamw"
     config.optim.learning_rate = 1e-3
     config.eval.num_questions = 300
     if part == "supervision":

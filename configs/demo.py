@@ -52,8 +52,12 @@ def get_config(connector: str = "align") -> ml_collections.ConfigDict:
     config.data.tasks = ANSWER_AND_TRANSCRIBE
     # All text of its small pages can be read, and any of it in a patch counts in full.
     config.data.update(full_cover=0.125, min_token_height=0.0, min_contrast=0)
+    # A patch shows up to two letters: without a slope their order would not show in its label.
+    config.data.label_slope = 0.6
     # Small batches and many steps: what the model learns here depends on the number of steps.
     config.train.batch_size = 16
+    # Half of the steps that AdamW takes here.
+    config.optim.name = "muon"
     config.optim.learning_rate = 2e-3
     config.optim.warmup_steps = 50
     config.eval.splits = SPLITS
@@ -64,20 +68,20 @@ def get_config(connector: str = "align") -> ml_collections.ConfigDict:
         {
             "stage0_lines": {
                 "data": {**SMALL_PAGES, "seq_len": 96},
-                "train": {"num_steps": 1500, **language_model},
+                "train": {"num_steps": 1000, **language_model},
                 "optim": {"learning_rate": 4e-3},
             },
-            "stage0_pages": {"train": {"num_steps": 500, **language_model}},
+            "stage0_pages": {"train": {"num_steps": 700, **language_model}},
             "stage1": _alignment(connector),
             "stage2": {
                 "data": {"seq_len": 160, "tasks": {"transcribe": 0.4, "answer": 0.6}},
-                "train": {"num_steps": 2400, "generate_every": 400},
+                "train": {"num_steps": 1500, "generate_every": 500},
                 "optim": {"learning_rate": 3e-3},
             },
             "stage3": {
                 "data": {"seq_len": 136, "tasks": {"answer": 1.0}},
                 "train": {
-                    "num_steps": 600,
+                    "num_steps": 400,
                     "trainable": ("connector/.*", "llm/.*"),
                     "generate_every": 200,
                 },
@@ -95,8 +99,8 @@ def _alignment(connector: str) -> dict:
     if config_lib.connector_class(connector).has_patch_loss():
         patches = {"answer_weight": 0.0, "trainable": ("vision/.*", "connector/.*")}
         return {
-            "train": {"num_steps": 3000, **load, **patches},
-            "optim": {"learning_rate": 4e-3},
+            "train": {"num_steps": 4000, **load, **patches},
+            "optim": {"learning_rate": 8e-3},
         }
     return {
         "data": {**SMALL_PAGES, "seq_len": 88, "tasks": {"transcribe": 1.0}},
