@@ -31,8 +31,8 @@ SPLITS = ("seen_fonts", "unseen_layouts", "unseen_fonts", "unseen_fonts_and_layo
 training has, or has none of, in each combination."""
 
 
-BY_ANSWERS = {"stages.stage1.train.answer_weight": 1.0}
-"""What lets stage 1 learn by answers, through the language model: for what has no patch loss."""
+BY_ANSWERS_RATE = 4e-3
+"""Learning rate of stage 1 where the whole model learns by answers."""
 
 
 def get_config(connector: str = "align") -> ml_collections.ConfigDict:
@@ -105,7 +105,18 @@ def _alignment(connector: str) -> dict:
     return {
         "data": {**SMALL_PAGES, "seq_len": 88, "tasks": {"transcribe": 1.0}},
         "train": {"num_steps": 2000, **load},
-        "optim": {"learning_rate": 4e-3},
+        "optim": {"learning_rate": BY_ANSWERS_RATE},
+    }
+
+
+def by_answers(base: str) -> dict[str, object]:
+    """Returns what changes stage 1 so that it learns by answers, as what has no patch loss must:
+    for sweeps, in which all runs are to learn alike. Nothing for a `base` other than this file."""
+    if base != "demo.py":
+        return {}
+    return {
+        "stages.stage1.train.answer_weight": 1.0,
+        "stages.stage1.optim.learning_rate": BY_ANSWERS_RATE,
     }
 
 

@@ -16,7 +16,7 @@ CHANGES = {"align": {}, **ALIGN, "without_patch_loss": {"train.patch_token_weigh
 def sweep(base: str = "demo.py") -> Iterator[tuple[str, str, dict[str, object]]]:
     """Yields (name, config, changed fields) of every run; `base` is a config file's name."""
     # As the row without the patch loss has to, all others learn by answers throughout.
-    common = demo.BY_ANSWERS if base == "demo.py" else {}
+    common = demo.by_answers(base)
     for change, fields in CHANGES.items():
         for seed in SEEDS:
             yield f"{change}_seed{seed}", f"configs/{base}", {**fields, "seed": seed, **common}

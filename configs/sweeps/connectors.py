@@ -15,7 +15,7 @@ SEEDS = range(3)
 def sweep(base: str = "demo.py") -> Iterator[tuple[str, str, dict[str, object]]]:
     """Yields (name, config, changed fields) of every run; `base` is a config file's name."""
     # No connector but ALIGN has a patch loss: all else being equal, none learns from it alone.
-    fields = demo.BY_ANSWERS if base == "demo.py" else {}
+    fields = demo.by_answers(base)
     llms = [""] if base == "demo.py" else [f":{llm}" for llm in paper.LLMS]
     for llm in llms:
         for connector in REGISTRY:

@@ -9,6 +9,7 @@ configs/sweeps/learning_rates.py:stage2.py:llama32_1b   a stage of the paper
 import runpy
 from collections.abc import Iterator
 
+from alignvlm_jax.configs import demo
 from alignvlm_jax.models.connectors import REGISTRY
 
 FACTORS = (0.25, 0.5, 1.0, 2.0)
@@ -17,14 +18,16 @@ DEMO_STAGES = ("stage1", "stage2")
 
 def sweep(base: str = "demo.py") -> Iterator[tuple[str, str, dict[str, object]]]:
     """Yields (name, config, changed fields) of every run; `base` is a config file's name."""
+    alike = demo.by_answers(base)
     own = _rates(base)
+    own |= {field: alike[field] for field in own.keys() & alike.keys()}
     for connector in REGISTRY:
         for factor in FACTORS:
             rates = {field: factor * rate for field, rate in own.items()}
             yield (
                 f"{connector}_x{factor:g}",
                 f"configs/{base}",
-                {"model.connector.name": connector, **rates},
+                {"model.connector.name": connector, **alike, **rates},
             )
 
 

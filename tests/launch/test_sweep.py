@@ -77,8 +77,8 @@ def steps(workdir: Path, *names: str) -> None:
 
 
 def test_lists_and_skips_what_is_finished(two, tmp_path, capsys):
-    total = sweep.read(str(two), "runs")[0].num_steps
-    steps(tmp_path / "runs" / "first", "100", str(total))
+    first, total = (run.num_steps for run in sweep.read(str(two), "runs"))
+    steps(tmp_path / "runs" / "first", "100", str(first))
     steps(tmp_path / "runs" / "second", "100", f"{total}.orbax-checkpoint-tmp")
     arguments = [str(two), f"--workdir={tmp_path}/runs"]
     assert sweep.main(arguments) == 0
