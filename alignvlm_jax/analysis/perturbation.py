@@ -17,7 +17,7 @@ from alignvlm_jax.analysis import base
 from alignvlm_jax.benchmarks.predictions import Predictions
 from alignvlm_jax.benchmarks.questions import Question, choose_questions
 from alignvlm_jax.benchmarks.runner import Runner, Trial
-from alignvlm_jax.data import images, shards
+from alignvlm_jax.data import images, shards, tiling
 from alignvlm_jax.data.examples import PackedSequence
 from alignvlm_jax.data.record import Record
 from alignvlm_jax.errors import UserError
@@ -179,9 +179,11 @@ def patch_side(loaded: Loaded, pages: Sequence[Record]) -> float:
         for image in record.images:
             page = images.decode_image(image, record.id)
             most = data.tiles_of_a_record // len(record.images)
-            scales = images.tile_image(page, vision, most, data.use_overview).scales
-            # The last scale is that of the detailed tiles: an overview comes first.
-            sides.append((patch / scales[-1]).min())
+            scales = tiling.tile_page(page, vision, data, most, f"an image of {record.id}").scales
+            # The last scale is that of the detailed tiles: an overview comes first. Lines have each
+            # their own.
+            detailed = scales if data.tiling == "lines" else scales[-1:]
+            sides.append(np.median((patch / detailed).min(1)))
     if not sides:
         raise UserError("the chosen records have no images")
     return float(np.median(sides))

@@ -44,6 +44,7 @@ CHOICES = {
     "optim.name": ("adamw", "adafactor", "muon"),
     "optim.moment_dtype": ("float32", "bfloat16"),
     "data.packing": ("none", "offline"),
+    "data.tiling": ("grid", "lines"),
     "data.label_unit": ("token", "character"),
     "data.loss_normalisation": ("token", "answer", "record"),
     "train.grad_reduce_dtype": ("bfloat16", "float32"),
@@ -52,8 +53,7 @@ CHOICES = {
 
 AT_LEAST: dict[str, int] = {
     "seed": 0,
-    # Every int of a tower; an entry below with another bound replaces this one, and so has to
-    # follow it.
+    # Every int of a tower; an entry with another bound replaces this one, and has to follow it.
     **{
         f"model.{tower}.{field.name}": 1
         for tower, cls in (("vision", VisionConfig), ("llm", LLMConfig))
@@ -135,8 +135,7 @@ BOUNDS = (
 
 
 def check(config: Config) -> Config:
-    """Returns `config`, or raises UserError for fields that are missing, or impossible alone or
-    together."""
+    """Returns `config`, or raises UserError for fields missing, or impossible alone or together."""
     # First: a field without a value would fail every comparison below, by a name of Python's.
     _check_given(config.stage, tuple(_missing(config, "")))
     for path, choices in CHOICES.items():
@@ -154,18 +153,14 @@ def check(config: Config) -> Config:
     _check_llm(config.model.llm)
     _check_connector(config.model)
     _check_data(config.data, config.tokens_per_tile)
-    _check_divides(
-        "train.batch_size",
-        config.train.batch_size,
-        "grad_accum_steps",
-        config.train.grad_accum_steps,
-    )
+    train = config.train
+    _check_divides("train.batch_size", train.batch_size, "grad_accum_steps", train.grad_accum_steps)
     _check_optim(config.optim)
     _check_lora(config.lora, config.optim)
-    _check_losses(config.train, config.model, config.stage)
-    if config.train.offload_optimizer and not config.train.jit:
+    _check_losses(train, config.model, config.stage)
+    if train.offload_optimizer and not train.jit:
         raise UserError("config.train.offload_optimizer needs config.train.jit, which is False")
-    _check_profile(config.train.profile)
+    _check_profile(train.profile)
     if not config.eval.splits:
         raise UserError("config.eval.splits is empty; name at least one split")
     return config
@@ -263,6 +258,11 @@ def _check_data(data: DataConfig, tokens_per_tile: int) -> None:
             f"config.data.record_tiles is {data.record_tiles}; a packed sequence has "
             f"config.data.max_tiles {data.max_tiles} of them"
         )
+    if data.tiling == "lines" and data.use_overview:
+        raise UserError("config.data.tiling 'lines' has no overview; leave use_overview out")
+    # An index has the sizes of pages, and not their lines.
+    if data.tiling == "lines" and data.packing == "offline":
+        raise UserError("config.data.tiling 'lines' cannot be planned; packing must be 'none'")
     for name, source in data.sources.items():
         _check_source(f"config.data.sources.{name}", name, source)
     if data.sources and not any(source.weight for source in data.sources.values()):

@@ -85,8 +85,7 @@ class LLMConfig:
     no_rope_every: int = 0
     # Rows at the end of the tables that are no token, so that vocab_size divides over a mesh.
     padded_rows: int = 0
-    # Tokens of the longest sequence that the weights were published for, which an export names; 0:
-    # not known.
+    # Tokens of the longest sequence of the published weights, which an export names; 0: not known.
     context_length: int = dataclasses.field(default=0, compare=False)
 
     @property
@@ -176,12 +175,14 @@ class DataConfig:
     seq_len: int = MISSING  # Tokens of a packed sequence, image tokens included.
     max_tiles: int = MISSING  # Tiles of a packed sequence at most.
     record_tiles: int = 0  # Tiles of a record at most; 0: as many as max_tiles.
+    # Tiles of a page: "grid", the cells that it is cut into; "lines", its text lines, scaled to the
+    # height of a tile and cut by its width.
+    tiling: str = "grid"
     use_overview: bool = False  # An overview of the whole page precedes its tiles, if several.
     # Tasks with their weights: "transcribe", a page's text; "answer", the questions about it;
     # "answer_and_transcribe", both in one chat. A stage that names tasks has these alone.
     tasks: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"answer": 1.0})
-    # Images come before the first question, as in the paper, also where a record has them in the
-    # midst of its turns.
+    # Images precede the first question, as in the paper, also where a record has them in its turns.
     images_first: bool = False
     # Unit that has weight 1 in the loss: "token", each token of an answer; "answer", all of an
     # answer's together; "record", all of a record's.
@@ -193,8 +194,7 @@ class DataConfig:
     # of two characters in a patch shows in their weights alone.
     label_slope: float = 0.0
     max_patch_labels: int = 3  # Tokens that a patch is labelled with at most.
-    # Fraction of the records, chosen by their ids, whose patches are labelled.
-    labelled_fraction: float = 1.0
+    labelled_fraction: float = 1.0  # Fraction of the records, by their ids, that are labelled.
     # Weight of a blank patch in the patch-token loss, where one full of text has 1.
     blank_weight: float = 0.2
     # Fraction of a patch that text covers from which it weighs 1 in the patch-token loss.

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from alignvlm_jax.config import Config, DataConfig, VisionConfig
-from alignvlm_jax.data import chat, images, labels
+from alignvlm_jax.data import chat, images, labels, tiling
 from alignvlm_jax.data.chat import ChatTurn
 from alignvlm_jax.data.images import Tiles
 from alignvlm_jax.data.record import Record, Turn
@@ -255,15 +255,14 @@ class ExampleBuilder:
             return []
         if isinstance(page, Record):
             return self.tile_pages(page)
-        data = self.data
-        image = page.convert("RGB")
-        return [images.tile_image(image, self.vision, data.tiles_of_a_record, data.use_overview)]
+        return [tiling.tile_page(page.convert("RGB"), self.vision, self.data)]
 
     def tile_pages(self, record: Record) -> list[Tiles]:
-        """Returns the tiles of a record's images, which share those that it may have evenly.
+        """Returns the tiles of a record's images. Grids share those that it may have evenly; text
+        lines take what they need.
 
         Raises:
-          UserError: an image cannot be read, or there are more than the record may have tiles.
+          UserError: an image cannot be read, or images or lines are more than it may have tiles.
         """
         data = self.data
         most = data.tiles_of_a_record
@@ -272,15 +271,17 @@ class ExampleBuilder:
             raise UserError(
                 f"record {record.id} has {len(record.images)} images; config.data.{field} is {most}"
             )
-        return [
-            images.tile_image(
-                images.decode_image(image, f"{i} of record {record.id}"),
-                self.vision,
-                most // len(record.images),
-                data.use_overview,
-            )
-            for i, image in enumerate(record.images)
-        ]
+        pages: list[Tiles] = []
+        left = most
+        for i, image in enumerate(record.images):
+            # Each page that follows has a tile at least.
+            room = left - (len(record.images) - 1 - i)
+            share = most // len(record.images) if data.tiling == "grid" else room
+            name = f"{i} of record {record.id}"
+            page = images.decode_image(image, name)
+            pages.append(tiling.tile_page(page, self.vision, data, share, f"image {name}"))
+            left -= len(pages[-1].pixels)
+        return pages
 
     def _stack_tiles(self, pages: list[Tiles]) -> np.ndarray:
         """All pages' tiles, uint8 [t, Y, X, C]; t may be 0."""

@@ -272,10 +272,10 @@ def tile_image(
         crops.insert(0, (0, 0, image.width, image.height))
     # A page with fewer pixels than cells has empty cells.
     crops = [crop for crop in crops if crop[0] < crop[2] and crop[1] < crop[3]]
-    return _stack(_fit(image, crop, vision) for crop in crops)
+    return stack(fit(image, crop, vision) for crop in crops)
 
 
-def _fit(image: Image.Image, crop: tuple[int, int, int, int], vision: VisionConfig):
+def fit(image: Image.Image, crop: tuple[int, int, int, int], vision: VisionConfig):
     """Returns the tile of a crop, uint8 [Y, X, 3], the crop, and its scales along x and y."""
     width = crop[2] - crop[0]
     height = crop[3] - crop[1]
@@ -290,7 +290,8 @@ def _fit(image: Image.Image, crop: tuple[int, int, int, int], vision: VisionConf
     return tile, crop, (size[0] / width, size[1] / height)
 
 
-def _stack(tiles: Iterable) -> Tiles:
+def stack(tiles: Iterable) -> Tiles:
+    """Returns what `fit` has made of each crop of a page as its tiles."""
     pixels, crops, scales = zip(*tiles, strict=True)
     return Tiles(np.stack(pixels), np.array(crops, np.float32), np.array(scales, np.float32))
 

@@ -39,7 +39,16 @@ class Limits(NamedTuple):
 
     @classmethod
     def of(cls, data: DataConfig, vision: VisionConfig, tokens_per_tile: int) -> "Limits":
-        """Returns the limits of a stage's sequences, with so many image tokens for each tile."""
+        """Returns the limits of a stage's sequences, with so many image tokens for each tile.
+
+        Raises:
+          UserError: its tiles do not follow from the sizes of pages.
+        """
+        if data.tiling != "grid":
+            raise UserError(
+                f"config.data.tiling {data.tiling!r}: the tiles of a record follow from its "
+                "pixels, and no index of sizes can count them; 'grid' can be counted"
+            )
         return cls(data.seq_len, data.tiles_of_a_record, data.use_overview, tokens_per_tile, vision)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from alignvlm_jax import storage
-from alignvlm_jax.data import images, loader
+from alignvlm_jax.data import loader, tiling
 from alignvlm_jax.data.examples import PackedSequence
 from alignvlm_jax.errors import UserError, counted
 from alignvlm_jax.inference import batching, loading, patch_tokens
@@ -262,9 +262,7 @@ def problem_with(loaded: Loaded, page: Image.Image) -> str:
         return problem
     vision = loaded.config.model.vision
     data = loaded.config.data
-    height, width = images.seen_size(
-        page.height, page.width, vision, data.tiles_of_a_record, data.use_overview
-    )
+    height, width = tiling.seen_size(page, vision, data)
     # Of areas, not of sides: two pixels for each letter's stroke become one at a reduction of 4.
     reduction = page.height * page.width / (height * width)
     if reduction < MAX_REDUCTION:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.config import ModelConfig
-from alignvlm_jax.data import images, labels
+from alignvlm_jax.data import labels, tiling
 from alignvlm_jax.data.images import Tiles
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import tiles as tiles_lib
@@ -56,11 +56,7 @@ def lenses(
     """
     config = loaded.config
     check(config.model)
-    data = config.data
-    cut = [
-        images.tile_image(page, config.model.vision, data.tiles_of_a_record, data.use_overview)
-        for page in pages
-    ]
+    cut = [tiling.tile_page(page, config.model.vision, config.data) for page in pages]
     read = _reader(min(num_tokens, config.model.llm.unpadded_vocab_size))
     # A tile a device at a time: a page's distributions over 128 K words take 3.7 GB.
     parts = tiles_lib.map_tiles(

@@ -81,21 +81,27 @@ def collect(
         call.
     """
     known = index.load(directory, split)
-    limits = Limits.of(builder.data, builder.vision, builder.tokens_per_tile)
-    measured = lengths.measure(known, list(TASKS), limits)
+    measured = None
+    # Text lines are known of pixels alone, which an index has not.
+    if builder.data.tiling == "grid":
+        limits = Limits.of(builder.data, builder.vision, builder.tokens_per_tile)
+        measured = lengths.measure(known, list(TASKS), limits)
     values = {f"text tokens, {task}": tokens for task, tokens in known.text_tokens.items()}
     values |= {
         "images a record": np.diff(known.image_starts),
         "image height, pixels": known.image_sizes[:, 0],
         "image width, pixels": known.image_sizes[:, 1],
-        "tiles a record": measured.tiles,
     }
-    # Of the stage's own tasks: with its lengths, rows of others would be cut as none ever is.
-    values |= {
-        f"row tokens, {task}": tokens
-        for task, tokens in zip(TASKS, measured.tokens, strict=True)
-        if builder.data.tasks.get(task)
-    }
+    advice: tuple[Advice | None, ...] = ()
+    if measured:
+        values["tiles a record"] = measured.tiles
+        # Of the stage's own tasks: with its lengths, rows of others would be cut as none ever is.
+        values |= {
+            f"row tokens, {task}": tokens
+            for task, tokens in zip(TASKS, measured.tokens, strict=True)
+            if builder.data.tasks.get(task)
+        }
+        advice = _tile_advice(known, builder), _length_advice(known, measured.tokens, builder)
     return Statistics(
         name=split,
         directory=directory,
@@ -104,12 +110,7 @@ def collect(
         facts=_facts(known, builder),
         rejected=rejected(directory),
         packing_efficiency=packing_efficiency,
-        advice=tuple(
-            filter(
-                None,
-                (_tile_advice(known, builder), _length_advice(known, measured.tokens, builder)),
-            )
-        ),
+        advice=tuple(filter(None, advice)),
     )
 
 
@@ -166,7 +167,8 @@ def _facts(known: Index, builder: ExampleBuilder) -> dict[str, str]:
         f"{vision.tile_width} × {vision.tile_height} pixels with "
         f"{counted(builder.tokens_per_tile, 'image token')} each",
         "Tiles of a record": f"at most {data.tiles_of_a_record}"
-        f"{', the overview first' if data.use_overview else ''}",
+        f"{', the overview first' if data.use_overview else ''}"
+        f"{', by its text lines' if data.tiling == 'lines' else ''}",
         "Tokens counted by": f"tokenizer {known.tokenizer}",
         "Same content twice": counted(doubles, "record"),
     }

@@ -39,14 +39,15 @@ class Used(NamedTuple):
 
 def used(data: DataConfig, model: ModelConfig, tokens_per_tile: int) -> Used | None:
     """Returns what is used of the sequences of a stage's first epoch, planned as training does by
-    the indexes of its folders on this machine; None where one is not there, or no records of the
-    stage are in them. `tokens_per_tile` is that of training sequences."""
+    the indexes of its folders on this machine; None where one is not there, no records of the
+    stage are in them, or no index counts its tiles. `tokens_per_tile` is that of
+    training sequences."""
     # Elsewhere every folder may be in a bucket: a plan asks no network.
     if any(filesystem.is_remote(folder) or not os.path.isdir(folder) for folder in data.folders):
         return None
-    limits = Limits.of(data, model.vision, tokens_per_tile)
     tasks, _ = task_fractions(data.tasks)
     try:
+        limits = Limits.of(data, model.vision, tokens_per_tile)
         indexes = [index.load(folder, data.split) for folder in data.folders]
         # Every n-th record of all folders, so that each keeps its fraction.
         step = max(math.ceil(sum(map(len, indexes)) / MAX_PLANNED), 1)

@@ -19,7 +19,7 @@ from alignvlm_jax.config import Config, DataConfig, VisionConfig
 from alignvlm_jax.data import images
 from alignvlm_jax.data.record import Record
 from alignvlm_jax.data.shards import RecordSource
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import UserError, counted
 from alignvlm_jax.inference import assistant, patch_tokens
 from alignvlm_jax.inference.loading import Loaded
 from alignvlm_jax.pictures import html, patch_map, plotting
@@ -301,11 +301,11 @@ def _supervised(stages: Sequence[Config]) -> list[Config]:
 
 def _reads(data: DataConfig, vision: VisionConfig) -> str:
     """Returns in a sentence how large a page the model can read."""
-    tiles = data.tiles_of_a_record
-    return (
-        f"It sees a page as {tiles} tile{'s' if tiles > 1 else ''} of {vision.tile_width} × "
-        f"{vision.tile_height} pixels at most, and a larger one reduced to that."
-    )
+    tiles = counted(data.tiles_of_a_record, "tile")
+    seen = f"{tiles} of {vision.tile_width} × {vision.tile_height} pixels at most"
+    if data.tiling == "lines":
+        return f"It sees a page by its text lines, {seen}, and refuses one with more."
+    return f"It sees a page as {seen}, and a larger one reduced to that."
 
 
 def _variants(run: Run) -> list[str]:

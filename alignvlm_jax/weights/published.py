@@ -114,6 +114,11 @@ class _Export:
         """See `write_export`."""
         config = self._config
         export.check(config.model, components)
+        if self._layout == "transformers" and config.data.tiling != "grid":
+            raise UserError(
+                f"config.data.tiling {config.data.tiling!r} is not exported: the processor for "
+                "transformers cuts pages into a grid alone; --format=components can be exported"
+            )
         if self._with_adapter:
             adapter.check(config.model, self._found, components)
         metadata = self._checkpoints.metadata(self._step)
@@ -184,6 +189,7 @@ class _Export:
             max_tiles=config.data.max_tiles,
             record_tiles=config.data.record_tiles,
             use_overview=config.data.use_overview,
+            tiling=config.data.tiling,
             images_first=config.data.images_first,
         )
         # Merged, or in an adapter that this program does not read back.
@@ -200,6 +206,7 @@ class _Export:
             "tile_width": vision.tile_width,
             "max_tiles": config.data.tiles_of_a_record,
             "use_overview": config.data.use_overview,
+            "tiling": config.data.tiling,
             # The grid of the fewest cells that keeps this fraction of a page's pixels, else the
             # best; each cell is resized to fit its tile, and lies at its top left.
             "min_coverage": images.MIN_COVERAGE,

@@ -4,12 +4,8 @@ import argparse
 import dataclasses
 import sys
 
-import numpy as np
-from PIL import Image
-
 from alignvlm_jax import logs
-from alignvlm_jax.config import DataConfig, VisionConfig
-from alignvlm_jax.data import images
+from alignvlm_jax.data import tiling
 from alignvlm_jax.data.examples import ExampleBuilder
 from alignvlm_jax.errors import counted
 from alignvlm_jax.inference import loading
@@ -36,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     loaded = loading.load(args.checkpoint, config)
     seen = "no image"
     if page:
-        num_tiles = _count_tiles(page, config.model.vision, config.data)
+        num_tiles = len(tiling.tile_page(page, config.model.vision, config.data).pixels)
         seen = f"{page.width} x {page.height} pixels, {counted(num_tiles, 'tile')}"
     print(f"{loaded.path}: {seen}", file=sys.stderr)
     with loading.programs_kept(args.checkpoint):
@@ -53,9 +49,3 @@ def run(args: argparse.Namespace) -> None:
         if not answer.strip():
             # Else a blank line is all that one sees.
             print("(an empty answer)", file=sys.stderr)
-
-
-def _count_tiles(page: Image.Image, vision: VisionConfig, data: DataConfig) -> int:
-    """Returns the number of tiles that a page is cut into."""
-    size = np.array([[page.height, page.width]])
-    return images.count_tiles(size, vision, data.tiles_of_a_record, data.use_overview).item()
